@@ -22,6 +22,7 @@ crash: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.training.crash --kills 200 --flips 100
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.data.crash_cache --kills 50 --flips 100
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.server.crash --kills 50
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.cli.crash_together --kills 20
 
 # Damaged files of every kind for an hour; cases that end badly are added to tests/fuzz/corpus.txt.
 CASES ?= 100000

@@ -20,6 +20,8 @@ import pytest
 import torch
 from PIL import Image
 from tiny_clips import expert_files
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.launcher import api
 
 from tests.cli.run_comparison import assert_same_tensors, events_of, files_of
 from tests.data.video_cases import animation
@@ -48,6 +50,25 @@ def test_gpus_that_are_not_there_are_refused(lorasmith: Command, photos: Path, g
     ran = lorasmith("train", "photos", "--model", "lorasmith-tiny", "--gpus", gpus)
     assert ran.code == 1
     assert "must be all or numbers" in ran.err or "this machine has none" in ran.err
+
+
+def test_a_signal_that_ends_the_processes_of_gpus_is_a_sentence(
+    lorasmith: Command, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def launch(config: Any, entry: str) -> Callable[..., None]:
+        def run(*words: str) -> None:
+            assert config.nproc_per_node == 2
+            assert words[:3] == ("-m", "lorasmith", "train")
+            raise SignalException("Process 1 got signal: 2", signal.SIGINT)
+
+        return run
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(api, "elastic_launch", launch)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    ran = lorasmith("train", "photos", "--model", "lorasmith-tiny", "--gpus", "all")
+    assert ran.code == 130
+    assert ran.err.startswith("stopped: the processes have ended; what they saved stands above")
 
 
 @contextlib.contextmanager

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 import lorasmith
-from lorasmith.core.errors import TrainingError
+from lorasmith.core.errors import OptionError, TrainingError
 from lorasmith.core.launch_environment import LaunchedProcess
-from lorasmith.core.processes import ALONE, current, joined
+from lorasmith.core.processes import ALONE, _check_gpus, _gpu_of, current, joined
 from tests.launched import environment, free_port
 
 SCRIPT = """
@@ -57,6 +57,19 @@ def test_alone_nothing_is_waited_for() -> None:
         assert processes.from_first(lambda: 7) == 7
 
 
+def test_processes_take_the_gpus_that_they_see() -> None:
+    assert [_gpu_of(local, 4) for local in range(4)] == [0, 1, 2, 3]
+    assert _gpu_of(3, 1) == 0  # as under `srun --gpus-per-task 1`
+    assert _gpu_of(3, 0) is None
+
+
+def test_a_gpu_for_two_processes_is_refused() -> None:
+    _check_gpus([None, None])
+    _check_gpus(["a", "b"])
+    with pytest.raises(OptionError, match="process 2 has that of process 0; start as many on a machine"):
+        _check_gpus(["a", "b", "a"])
+
+
 @pytest.mark.slow
 def test_two_processes_agree() -> None:
     port = str(free_port())
@@ -68,7 +81,9 @@ def test_two_processes_agree() -> None:
     assert second == "1: a sentence\n"
     lines = first.splitlines()
     assert lines[0] == "0: a sentence"
-    assert lines[1].startswith("TrainingError all processes of a run must go on together, but another one has ended")
+    assert "all processes of a run must go on together, but another one was killed, or cannot be reached" in lines[1]
+    assert ".cc:" not in lines[1]
+    assert lines[1].endswith("the same command continues the run")
 
 
 @pytest.mark.slow

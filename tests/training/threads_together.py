@@ -41,7 +41,7 @@ class ThreadTogether(Processes):
     """One of several threads."""
 
     def __init__(self, rank: int, size: int, meeting: _Meeting) -> None:
-        self.rank, self.size, self.local_rank = rank, size, rank
+        self.rank, self.size, self.gpu = rank, size, rank
         self._meeting = meeting
 
     def summing(self, tensor: Tensor) -> Callable[[], object]:

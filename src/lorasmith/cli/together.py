@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import sys
 from collections.abc import Iterator
 
-from lorasmith.cli.console import output_silenced
-from lorasmith.core.errors import OptionError, TrainingError
+import typer
+
+from lorasmith.cli.console import StoppedError, output_silenced
+from lorasmith.core.errors import LorasmithError, OptionError, TrainingError
 from lorasmith.core.launch_environment import VISIBLE_GPUS, gpu_variable, launched_process
 
 __all__ = ["started_on_gpus", "together"]
@@ -20,17 +23,25 @@ _RESTARTS = 3
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Inside the context, this process trains with those that were launched with it; the first one alone prints."""
+    """Inside the context, this process trains with those that were launched with it; the first one alone prints.
+
+    Of an error that reaches several of them, one prints the sentence, whichever it is.
+    """
     launched = launched_process()
     if launched is None:
         yield
         return
     from lorasmith.core.processes import joined
 
-    with joined(launched) as processes, contextlib.ExitStack() as stack:
-        if not processes.is_first:
-            stack.enter_context(output_silenced())
-        yield
+    try:
+        with joined(launched) as processes, contextlib.ExitStack() as stack:
+            if not processes.is_first:
+                stack.enter_context(output_silenced())
+            yield
+    except LorasmithError as error:
+        if error.is_told:
+            raise typer.Exit(getattr(error, "exit_code", 1)) from error
+        raise
 
 
 def started_on_gpus(gpus: str | None) -> bool:
@@ -42,16 +53,23 @@ def started_on_gpus(gpus: str | None) -> bool:
     Raises:
         OptionError: there is no such GPU.
         TrainingError: a process ended with an error, which it has printed.
+        StoppedError: Ctrl-C or SIGTERM ended them.
     """
-    if gpus is None or launched_process() is not None:
+    if launched_process() is not None:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch is imported later; its warnings are stack traces
+        return False
+    if gpus is None:
         return False
     import torch
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     numbers = _numbers(gpus, torch.cuda.device_count())
     os.environ[VISIBLE_GPUS] = ",".join(map(gpu_variable, numbers))
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)  # what it warns of is told by the processes
     config = LaunchConfig(
+        run_id="lorasmith",
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=len(numbers),
@@ -67,6 +85,11 @@ def started_on_gpus(gpus: str | None) -> bool:
             f"each of the {len(numbers)} processes must run to its end, but one ended with exit code "
             f"{', '.join(map(str, codes))}; its message is above, and the same command continues the run"
         ) from error
+    except SignalException as signalled:
+        raise StoppedError(
+            "the processes have ended; what they saved stands above, and the same command continues the run",
+            signalled.sigval,
+        ) from signalled
     return True
 
 

@@ -39,7 +39,12 @@ class LorasmithError(Exception):
 
     Args:
         message: made fit to print by `sentence`.
+
+    Attributes:
+        is_told: whether another process of the run prints it, see `core.processes.joined`.
     """
+
+    is_told = False
 
     def __init__(self, message: object = "") -> None:
         super().__init__(sentence(message))

@@ -31,8 +31,7 @@ class LaunchedProcess:
     Attributes:
         rank, size, local_rank: as in `core.processes.Processes`.
         host, port: where the first process is reached.
-        restarts: how often an elastic agent has started the processes again.
-        is_elastic: whether such an agent keeps the store where they meet.
+        is_elastic: whether an elastic agent keeps the store where they meet.
     """
 
     rank: int
@@ -40,13 +39,7 @@ class LaunchedProcess:
     local_rank: int
     host: str
     port: int
-    restarts: int = 0
     is_elastic: bool = False
-
-    @property
-    def attempt(self) -> str:
-        """Name of this start of the processes, of which an elastic agent may make several."""
-        return f"lorasmith/{self.restarts}/{self.size}"
 
     @property
     def address(self) -> str:
@@ -72,7 +65,6 @@ def launched_process(environment: Mapping[str, str] = os.environ) -> LaunchedPro
             local_rank=_number(environment, "LOCAL_RANK", default="0"),
             host=environment.get("MASTER_ADDR", "127.0.0.1"),
             port=_number(environment, "MASTER_PORT", default=str(DEFAULT_PORT)),
-            restarts=_number(environment, "TORCHELASTIC_RESTART_COUNT", default="0"),
             is_elastic="TORCHELASTIC_RUN_ID" in environment,
         )
     # sbatch sets some of these too; only srun gives a process its number on its node.

@@ -36,7 +36,7 @@ def best_device() -> torch.device:
     """The first CUDA device, or the CPU; of several processes on a machine, each has a CUDA device of its own."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda") if current().size == 1 else torch.device("cuda", current().local_rank)
+    return torch.device("cuda") if current().size == 1 else torch.device("cuda", current().gpu)
 
 
 def device_of(module: nn.Module) -> torch.device:

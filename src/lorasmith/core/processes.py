@@ -7,15 +7,20 @@ One process alone has every operation too, and none of them does anything. `curr
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from lorasmith.core.errors import LorasmithError, TrainingError
+from lorasmith.core.errors import CancelledError, LorasmithError, OptionError, TrainingError
 from lorasmith.core.launch_environment import LaunchedProcess
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
 
 __all__ = ["ALONE", "Processes", "current", "joined"]
 
@@ -34,12 +39,12 @@ class Processes:
     Attributes:
         rank: number of this process, from 0.
         size: number of processes.
-        local_rank: number of this process among those of its machine: the device that it trains on.
+        gpu: number of the GPU that this process trains on, if there are any, among those that it sees.
     """
 
     rank = 0
     size = 1
-    local_rank = 0
+    gpu = 0
 
     @property
     def is_first(self) -> bool:
@@ -81,10 +86,13 @@ ALONE = Processes()
 class _Joined(Processes):
     """Several processes on torch.distributed: sums of tensors on their device, all else on the host."""
 
-    def __init__(self, launched: LaunchedProcess) -> None:
+    def __init__(self, launched: LaunchedProcess, gpu: int, store: Store, starts: Store) -> None:
         self.rank = launched.rank
         self.size = launched.size
-        self.local_rank = launched.local_rank
+        self.gpu = gpu
+        self._store = store
+        self._starts = starts
+        self._of_first: LorasmithError | None = None
 
     def summing(self, tensor: Tensor) -> Callable[[], object]:
         from torch import distributed
@@ -123,8 +131,34 @@ class _Joined(Processes):
         with _others_needed():
             distributed.broadcast_object_list(made, src=0)
         if made[1] is not None:
+            self._of_first = None if self.is_first else made[1]
             raise made[1]
         return made[0]  # type: ignore[no-any-return]
+
+    def is_told(self, error: LorasmithError) -> bool:
+        """Whether another process prints an error, or the same; called for each error that ends this process."""
+        if error is self._of_first:
+            return True
+        try:
+            if isinstance(error, _OtherEndedError):
+                return self._store.add(_ERRORS, 1) > 1
+            self._store.add(_ERRORS, 1)
+            if not isinstance(error, CancelledError):
+                self._starts.set(_ENDED, "")
+            return self._store.add(hashlib.sha256(str(error).encode()).hexdigest(), 1) > 1
+        except RuntimeError:  # the store has ended with its process
+            return False
+
+
+_ERRORS = "errors"
+"""Their number, in the store of a start of the processes."""
+
+_ENDED = "lorasmith/ended"
+"""Whether the run has ended with an error, which would come again, in the store of all starts."""
+
+
+class _OtherEndedError(TrainingError):
+    """Another process has ended, for a reason that is known there."""
 
 
 @contextlib.contextmanager
@@ -132,11 +166,16 @@ def _others_needed() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise TrainingError(
-            f"all processes of a run must go on together, but another one has ended ({reason}); its own message says "
-            "why, and the same command continues the run"
+        raise _OtherEndedError(
+            "all processes of a run must go on together, but another one was killed, or cannot be reached "
+            f"({_reason(error)}); unless the launcher starts them again, the same command continues the run"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """A message of torch or gloo, without the place in their sources and advice about these."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return re.sub(r"^\[[^\]]*\.cc:\d+\]\s*|\.? This may indicate.*|\.$", "", line)
 
 
 _joined: list[Processes] = []
@@ -156,40 +195,82 @@ def joined(launched: LaunchedProcess | None) -> Iterator[Processes]:
 
     Raises:
         TrainingError: the others cannot be reached.
+        LorasmithError: what is raised inside; `is_told` says whether another process prints it.
     """
     if launched is None or launched.size == 1:
         yield ALONE
         return
     from torch import distributed
-    from torch.distributed.rendezvous import rendezvous
+    from torch.distributed import distributed_c10d
+    from torch.distributed.distributed_c10d import PrefixStore
 
-    on_gpus = torch.cuda.is_available() and torch.cuda.device_count() > launched.local_rank
-    if on_gpus:
-        torch.cuda.set_device(launched.local_rank)
-    is_made = distributed.is_initialized()  # by Ray Train, say
-    try:
-        if not is_made:
-            meeting = rendezvous(launched.meeting_point, launched.rank, launched.size, timeout=_MEETING)
-            store, rank, size = next(iter(meeting))
-            distributed.init_process_group(
-                "cpu:gloo,cuda:nccl" if on_gpus else "gloo",
-                # An elastic agent keeps its store when it starts processes again, with the addresses of the dead ones.
-                store=distributed.PrefixStore(launched.attempt, store),  # type: ignore[attr-defined]
-                rank=rank,
-                world_size=size,
-                timeout=_MEETING,
+    from lorasmith.core.meeting import INTERFACE, interface_towards_others, opened_store, store_of_this_start
+
+    gpu = _gpu_of(launched.local_rank, torch.cuda.device_count())
+    if gpu is not None:
+        torch.cuda.set_device(gpu)
+    with contextlib.ExitStack() as stack:
+        starts: Store
+        store: Store
+        interface = ""
+        try:
+            if distributed.is_initialized():  # by Ray Train, say
+                store = starts = PrefixStore("lorasmith", distributed_c10d._get_default_store())
+            else:
+                starts = opened_store(launched, _MEETING)
+                if starts.check([_ENDED]):
+                    raise _ended_before()
+                store = store_of_this_start(starts, launched, _MEETING)
+                interface = stack.enter_context(interface_towards_others(store, launched))
+                distributed.init_process_group(
+                    "gloo" if gpu is None else "cpu:gloo,cuda:nccl",
+                    store=store,
+                    rank=launched.rank,
+                    world_size=launched.size,
+                    timeout=_MEETING,
+                )
+                stack.callback(distributed.destroy_process_group)
+            distributed_c10d._set_pg_timeout(_PATIENCE)
+        except (RuntimeError, ValueError, OSError) as error:
+            by = f" over {interface}" if interface else ""
+            raise TrainingError(
+                f"the {launched.size} processes of a run must reach each other at {launched.address}, but process "
+                f"{launched.rank} cannot{by} ({_reason(error)}); check the address and the firewall, choose another "
+                f"port, or name the network interface in {INTERFACE}"
+            ) from error
+        _joined.append(here := _Joined(launched, gpu or 0, store, starts))
+        try:
+            _check_gpus(here.gathered(None if gpu is None else str(torch.cuda.get_device_properties(gpu).uuid)))
+            yield here
+            here.gathered(None)  # if the first one dies while it saves the result, all start again
+        except LorasmithError as error:
+            error.is_told = here.is_told(error)
+            raise
+        finally:
+            _joined.pop()
+
+
+def _gpu_of(local_rank: int, count: int) -> int | None:
+    """The GPU of a process, by its number on its machine and how many it sees: all of them, or its own alone."""
+    return local_rank % count if count else None
+
+
+def _check_gpus(found: Sequence[str | None]) -> None:
+    """Raise an error if processes share a GPU, which NCCL cannot.
+
+    Args:
+        found: identity of each process's GPU, None without one.
+    """
+    for rank, one in enumerate(found):
+        if one is not None and one in found[:rank]:
+            raise OptionError(
+                f"each process of a run must have a GPU of its own, but process {rank} has that of process "
+                f"{found.index(one)}; start as many on a machine as it has GPUs"
             )
-        distributed.distributed_c10d._set_pg_timeout(_PATIENCE)
-    except (RuntimeError, ValueError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise TrainingError(
-            f"the {launched.size} processes of a run must reach each other at {launched.address}, but process "
-            f"{launched.rank} cannot ({reason}); check the address and the firewall, or choose another port"
-        ) from error
-    _joined.append(_Joined(launched))
-    try:
-        yield _joined[-1]
-    finally:
-        _joined.pop()
-        if not is_made:
-            distributed.destroy_process_group()
+
+
+def _ended_before() -> TrainingError:
+    """The error of a process that an elastic agent starts after the run has ended with one."""
+    error = TrainingError("the run has ended with the error above; the same command continues it")
+    error.is_told = True
+    return error

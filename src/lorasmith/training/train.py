@@ -138,22 +138,25 @@ def _opened(record: RunRecord, options: RunOptions) -> Iterator[tuple[RunFolder,
 
 
 def _check_together(job: Job, record: RunRecord) -> None:
-    """Raise an error if the processes of a run cannot train it together."""
+    """Raise an error in all processes of a run if they cannot train it together."""
     processes, config = job.runtime.processes, job.config
-    per_step = config.samples_per_step
-    if per_step < processes.size:
-        raise OptionError(
-            f"batch_size × grad_accumulation_steps must be at least the number of processes, {processes.size}, got "
-            f"{per_step}; raise grad_accumulation_steps to {-(-processes.size // config.batch_size)}, or start fewer"
-        )
-    first, *others = processes.gathered({"versions": record.environment["versions"], **record.fingerprint})
-    for number, other in enumerate(others, 1):
-        found = differences(first, other)
-        if found:
-            raise TrainingError(
-                f"all processes of a run must have the same versions, model, images and settings, but process {number} "
-                f"differs from the first in {'; '.join(found)}; make them alike"
+    found = processes.gathered({"versions": record.environment["versions"], **record.fingerprint})
+
+    def check() -> None:
+        per_step, size = config.samples_per_step, processes.size
+        if per_step < size:
+            raise OptionError(
+                f"batch_size × grad_accumulation_steps must be at least the number of processes, {size}, got "
+                f"{per_step}; raise grad_accumulation_steps to {-(-size // config.batch_size)}, or start fewer"
             )
+        for number, other in enumerate(found[1:], 1):
+            if differing := differences(found[0], other):
+                raise TrainingError(
+                    "all processes of a run must have the same versions, model, images and settings, but process "
+                    f"{number} differs from the first in {'; '.join(differing)}; make them alike"
+                )
+
+    processes.from_first(check)
 
 
 class _Run:

@@ -1,0 +1,168 @@
+"""Where the processes of a run find each other: a store that outlives them, and the network between their machines.
+
+An elastic agent keeps its store when it starts processes again, with the addresses of the dead ones in it, and counts
+restarts differently on each machine. So the first process gives each start a name of its own, and hands it to those
+that are there now.
+
+gloo listens at the address of the machine's name. On many machines that is 127.0.1.1, which no other machine reaches,
+so each process takes the network interface that leads to the others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from lorasmith.core.launch_environment import LaunchedProcess
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
+
+__all__ = ["INTERFACE", "interface_towards_others", "opened_store", "store_of_this_start"]
+
+INTERFACE = "GLOO_SOCKET_IFNAME"
+"""Variable of the network interface that gloo listens at."""
+
+_POLL_S = 0.02
+
+
+def opened_store(launched: LaunchedProcess, timeout: timedelta) -> Store:
+    """The store at which launched processes meet.
+
+    Args:
+        launched: this process.
+        timeout: for it to be there.
+
+    Raises:
+        RuntimeError, ValueError: it cannot be reached, or its port is taken.
+        TimeoutError: what listens there does not answer, for which torch would wait without end.
+    """
+    from torch.distributed.rendezvous import rendezvous
+
+    found: list[Store] = []
+    errors: list[Exception] = []
+
+    def open_it() -> None:
+        try:
+            # torch tries it twice.
+            meeting = rendezvous(launched.meeting_point, launched.rank, launched.size, timeout=timeout / 2)
+            found.append(next(iter(meeting))[0])
+        except Exception as error:
+            errors.append(error)
+
+    opening = threading.Thread(target=open_it, daemon=True)
+    opening.start()
+    opening.join(timeout.total_seconds())
+    if errors:
+        raise errors[0]
+    if not found:
+        raise TimeoutError("what listens there does not answer")
+    return found[0]
+
+
+def store_of_this_start(store: Store, launched: LaunchedProcess, timeout: timedelta) -> Store:
+    """The part of a store that belongs to this start of the processes, empty at first.
+
+    A process says a word that is new each time; the first one answers it with its own, which names the start. It reads
+    again until all have confirmed that: what it found may be the word of a process that is dead.
+
+    Args:
+        store: of all starts.
+        launched: this process.
+        timeout: for all to be there.
+
+    Raises:
+        TimeoutError: a process has not come.
+    """
+    from torch.distributed.distributed_c10d import PrefixStore
+
+    own = uuid.uuid4().hex
+    others = range(1, launched.size)
+    until = time.monotonic() + timeout.total_seconds()
+    if launched.rank:
+        store.set(f"hello/{launched.rank}", own)
+        while not (answer := _read(store, f"answer/{launched.rank}")).startswith(own):
+            _pause(until, "the first process has not come")
+        name = answer.removeprefix(own)
+        store.set(f"confirmed/{launched.rank}", name)
+    else:
+        name = own
+        while waiting := [rank for rank in others if _read(store, f"confirmed/{rank}") != name]:
+            for rank in waiting:
+                store.set(f"answer/{rank}", _read(store, f"hello/{rank}") + name)
+            _pause(until, f"process {waiting[0]} has not come")
+    return PrefixStore(name, store)
+
+
+@contextlib.contextmanager
+def interface_towards_others(store: Store, launched: LaunchedProcess) -> Iterator[str]:
+    """Inside the context, gloo listens where the other processes reach this one, unless the user names an interface.
+
+    Args:
+        store: of this start of the processes.
+        launched: this process.
+
+    Yields:
+        The name of the interface; empty if none was found, where gloo decides.
+    """
+    given = os.environ.get(INTERFACE)
+    if given:
+        yield given
+        return
+    own = _address_towards(launched.host)
+    store.set(f"address/{launched.rank}", own)
+    if _is_loopback(own):  # the others may be on another machine all the same, as the meeting point is on this one
+        everyone = [store.get(f"address/{rank}").decode() for rank in range(launched.size)]
+        elsewhere = [address for address in everyone if not _is_loopback(address)]
+        own = _address_towards(elsewhere[0]) if elsewhere else "127.0.0.1"
+    name = _interface_with(own)
+    if not name:
+        yield ""
+        return
+    os.environ[INTERFACE] = name  # groups that are made later read it too
+    try:
+        yield name
+    finally:
+        os.environ.pop(INTERFACE, None)
+
+
+def _read(store: Store, key: str) -> str:
+    """A value; empty if there is none yet."""
+    return store.get(key).decode() if store.check([key]) else ""
+
+
+def _pause(until: float, what: str) -> None:
+    if time.monotonic() > until:
+        raise TimeoutError(what)
+    time.sleep(_POLL_S)
+
+
+def _address_towards(host: str) -> str:
+    """The address of this machine from which packets go to a host; empty if there is no way to it."""
+    with contextlib.suppress(OSError):
+        for family, kind, protocol, _, address in socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM):
+            with contextlib.suppress(OSError), socket.socket(family, kind, protocol) as way:
+                way.connect(address)  # of a datagram socket: nothing is sent
+                return str(way.getsockname()[0]).partition("%")[0]
+    return ""
+
+
+def _is_loopback(address: str) -> bool:
+    return bool(address) and ipaddress.ip_address(address).is_loopback
+
+
+def _interface_with(address: str) -> str:
+    import psutil
+
+    for name, found in psutil.net_if_addrs().items():
+        if any(one.address.partition("%")[0] == address for one in found):
+            return name
+    return ""
