@@ -303,8 +303,9 @@ class Loop:
 
     def _between(self) -> list[Watcher]:
         """Run the due watchers; returns those that need the bare model. Raises Diverged."""
-        # Several processes learn of a step that diverged after the same step, whenever its numbers get to each host.
-        self._collect(wait=self.engine.runtime.processes.size > 1)
+        # Of several processes, all read the numbers of the same steps, whenever these reach each host: all roll back
+        # after the same step. The device has the next step by then.
+        self._collect(before=None if self.engine.runtime.processes.size == 1 else self.step - 1)
         due = [watcher for watcher in self._watchers if watcher.due(self)]
         is_snapshot_due = self.step % _SNAPSHOT_STEPS == 0
         if due or is_snapshot_due:
@@ -317,9 +318,13 @@ class Loop:
                 watcher(self)
         return [watcher for watcher in due if watcher.needs_bare_model]
 
-    def _collect(self, *, wait: bool = False) -> None:
-        """Process the results that have arrived from the device. Raises Diverged if a step diverged."""
-        for step, (sound, norm, first, *losses) in self._mailbox.collect(wait=wait):
+    def _collect(self, *, wait: bool = False, before: int | None = None) -> None:
+        """Process the results that have arrived from the device. Raises Diverged if a step diverged.
+
+        Args:
+            wait, before: as for `Mailbox.collect`.
+        """
+        for step, (sound, norm, first, *losses) in self._mailbox.collect(wait=wait, before=before):
             taken = self._taken.pop(step)
             self.losses.append(math.fsum(losses) / len(losses))
             if not sound or exploded(self.losses):

@@ -32,13 +32,20 @@ class Mailbox:
         arrived.record(torch.cuda.current_stream(self._device))  # not that of whichever device is current
         self._waiting.append((step, landed, arrived))
 
-    def collect(self, *, wait: bool = False) -> list[tuple[int, list[float]]]:
-        """(step, values) of all that arrived since the last call; with `wait`, of everything posted."""
+    def collect(self, *, wait: bool = False, before: int | None = None) -> list[tuple[int, list[float]]]:
+        """(step, values) of what has arrived since the last call.
+
+        Args:
+            wait: wait for everything posted.
+            before: wait for the steps before this one, and leave the others; None for no such limit.
+        """
         ready = []
         while self._waiting:
             step, values, arrived = self._waiting[0]
+            if before is not None and step >= before:
+                break
             if arrived is not None:
-                if wait:
+                if wait or before is not None:
                     arrived.synchronize()
                 elif not arrived.query():
                     break
