@@ -21,6 +21,9 @@ __all__ = ["ALONE", "Processes", "current", "joined"]
 
 T = TypeVar("T")
 
+_FAULT = "lorasmith/fault"
+"""Key of what a process reports, before its rank."""
+
 _MEETING = timedelta(minutes=5)
 """How long a process waits for the others at the start."""
 
@@ -65,6 +68,22 @@ class Processes:
         """What the first process makes; its LorasmithError is raised in all of them."""
         return make()
 
+    def report(self, fault: str) -> None:
+        """Leave word of why this process ends the run, for the others to find: they may wait for it in a sum."""
+
+    @property
+    def reported(self) -> str:
+        """Why another process has ended the run, empty if none has."""
+        return ""
+
+    def lost(self, error: BaseException) -> TrainingError:
+        """The error to raise where a sum or the like failed because another process has ended."""
+        reason = self.reported or str(error).strip().splitlines()[0]
+        return TrainingError(
+            f"all processes of a run must go on together, but another one has ended ({reason}); its own message says "
+            "why, and the same command continues the run"
+        )
+
     @contextlib.contextmanager
     def first_alone(self) -> Iterator[None]:
         """The first process goes through the context, then all others at once: they find what it has made."""
@@ -89,11 +108,11 @@ class _Joined(Processes):
     def summing(self, tensor: Tensor) -> Callable[[], object]:
         from torch import distributed
 
-        with _others_needed():
+        with self._others_needed():
             work = distributed.all_reduce(tensor, async_op=True)
 
         def wait() -> None:
-            with _others_needed():
+            with self._others_needed():
                 work.wait()
 
         return wait
@@ -107,7 +126,7 @@ class _Joined(Processes):
         from torch import distributed
 
         found: list[Any] = [None] * self.size
-        with _others_needed():
+        with self._others_needed():
             distributed.all_gather_object(found, value)
         return found
 
@@ -120,23 +139,36 @@ class _Joined(Processes):
                 made[0] = make()
             except LorasmithError as error:
                 made[1] = error
-        with _others_needed():
+        with self._others_needed():
             distributed.broadcast_object_list(made, src=0)
         if made[1] is not None:
             raise made[1]
         return made[0]  # type: ignore[no-any-return]
 
+    def report(self, fault: str) -> None:
+        with contextlib.suppress(RuntimeError, ValueError):  # the store may have ended with its process
+            self._store.set(f"{_FAULT}/{self.rank}", fault)
 
-@contextlib.contextmanager
-def _others_needed() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise TrainingError(
-            f"all processes of a run must go on together, but another one has ended ({reason}); its own message says "
-            "why, and the same command continues the run"
-        ) from error
+    @property
+    def reported(self) -> str:
+        with contextlib.suppress(RuntimeError, ValueError):
+            for rank in range(self.size):
+                if rank != self.rank and self._store.check([key := f"{_FAULT}/{rank}"]):
+                    return f"process {rank}: {self._store.get(key).decode()}"
+        return ""
+
+    @property
+    def _store(self) -> Any:
+        from torch.distributed import distributed_c10d
+
+        return distributed_c10d._get_default_store()
+
+    @contextlib.contextmanager
+    def _others_needed(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise self.lost(error) from error
 
 
 _joined: list[Processes] = []

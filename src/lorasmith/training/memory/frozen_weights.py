@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -26,7 +26,7 @@ from lorasmith.core.quantization import Packed, WeightSource, packed, weight_sou
 from lorasmith.training.memory.activation_checkpointing import blocks_at_depth
 from lorasmith.training.memory.weight_stream import StreamedWeight, WeightStream
 
-__all__ = ["fp8_products_enabled", "frozen_bytes", "takes_fp8_products", "weights_packed"]
+__all__ = ["fp8_products_enabled", "frozen_bytes", "packed_weight", "takes_fp8_products", "weights_packed"]
 
 
 @contextlib.contextmanager
@@ -37,6 +37,7 @@ def weights_packed(
     device: torch.device,
     dtype: torch.dtype,
     stream: WeightStream | None = None,
+    without: Iterable[nn.Module] = (),
 ) -> Iterator[list[nn.Parameter]]:
     """Inside the context, the frozen weights of `module` are packed; afterwards the originals are restored bit for bit.
 
@@ -49,24 +50,49 @@ def weights_packed(
         device: where products are computed.
         dtype: of unpacked weights.
         stream: keeps packed weights in host memory and prefetches one block ahead; None keeps them on the device.
+        without: layers to leave unchanged.
 
     Yields:
         The packed parameters, which `placed` must skip; empty if there is nothing to pack.
     """
-    layers = packable_layers(module) if kind != "none" or stream is not None else []
+    others = set(without)
+    packable = packable_layers(module) if kind != "none" or stream is not None else []
+    layers = [layer for layer in packable if layer not in others]
     layout = memory_format_for(module)
     sizes: dict[nn.Module, int] = {}
     with contextlib.ExitStack() as undo:
         if stream is not None:
             undo.callback(stream.clear)
         for layer in layers:
-            one = _packed(layer, kind, device, dtype, layout)
+            one = packed_weight(layer, kind, device, dtype, layout)
             source: WeightSource = one if stream is None else StreamedWeight(stream, stream.add(one))
             sizes[layer] = one.size_bytes
             undo.enter_context(weight_source_set(layer, source, device=device, dtype=dtype))
         if stream is not None:
             stream.ahead_bytes = _largest_block(module, sizes)
         yield [layer.get_parameter("weight") for layer in layers]
+
+
+def packed_weight(
+    layer: nn.Module, kind: Quantization, device: torch.device, dtype: torch.dtype, layout: torch.memory_format
+) -> Packed:
+    """A layer's weight packed as `kind`; a weight packed otherwise is unpacked first, unless `kind` is `none`.
+
+    Args:
+        layer: a Linear or convolution.
+        kind, device, dtype: as for `weights_packed`; with `none` it stays where it is.
+        layout: memory format of kernels.
+    """
+    source = weight_source(layer)
+    if isinstance(source, Packed) and kind == "none":
+        return source.to(source.tensors[0].device, dtype, layout)
+    weight = FrozenLayer(layer).weight.detach()
+    there = weight.device if kind == "none" else device  # quantize on the device, where it is fast
+    laid = weight.to(there, memory_format=layout if weight.ndim == 4 else torch.preserve_format)
+    one = packed(laid, kind, dtype)
+    if kind != "none" or laid is not weight:
+        release_pages(weight)
+    return one
 
 
 def frozen_bytes(module: nn.Module, *, kind: Quantization, dtype: torch.dtype, offloading: bool) -> int:
@@ -109,22 +135,6 @@ def takes_fp8_products(layer: nn.Module, code: torch.dtype | None) -> bool:
     """Whether a layer with codes of this format can multiply in fp8: Linear layers with sizes divisible by 16."""
     sizes = layer.get_parameter("weight").shape
     return code in CODES and len(sizes) == 2 and not any(size % MULTIPLE for size in sizes)
-
-
-def _packed(
-    layer: nn.Module, kind: Quantization, device: torch.device, dtype: torch.dtype, layout: torch.memory_format
-) -> Packed:
-    """A layer's weight packed as `kind`; a weight packed otherwise is unpacked first, unless `kind` is `none`."""
-    source = weight_source(layer)
-    if isinstance(source, Packed) and kind == "none":
-        return source.to(source.tensors[0].device, dtype, layout)
-    weight = FrozenLayer(layer).weight.detach()
-    there = weight.device if kind == "none" else device  # quantize on the device, where it is fast
-    laid = weight.to(there, memory_format=layout if weight.ndim == 4 else torch.preserve_format)
-    one = packed(laid, kind, dtype)
-    if kind != "none" or laid is not weight:
-        release_pages(weight)
-    return one
 
 
 @functools.cache
