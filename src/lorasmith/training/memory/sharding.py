@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -68,6 +69,9 @@ def weights_sharded(
     sharded: list[nn.Module] = []
     copies: list[nn.Module] = []
     with contextlib.ExitStack() as undo:
+        undo.enter_context(warnings.catch_warnings())
+        # Of a sum in place into a block's output, which no denoiser makes: each family is compared with and without.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
         for block in blocks_at_depth(module, 1):
             layers = [layer for layer in block.modules() if layer in packable and layer not in sharded]
             if not layers:
