@@ -147,6 +147,21 @@ def test_the_cheapest_settings_that_fit_are_proposed(flux: Path) -> None:
 
 
 @pytest.mark.slow
+def test_of_several_cards_each_has_a_part(flux: Path) -> None:
+    """And whole the blocks in use; sharding changes no number, so it is proposed before quantization."""
+    alone, four = (
+        estimate_of(load_model(flux), config(), card_bytes=12 * GIB, resolution=256, cards=cards) for cards in (1, 4)
+    )
+    assert not alone.sharded and alone.weights == four.weights
+    assert all(four.weights[kind] / 4 < size < four.weights[kind] for kind, size in four.sharded.items())
+    needs = min(plan.needed_bytes for plan in four.plans)
+    held = 512 * 2**20 + four.trained_bytes + four.sharded["none"] + needs / 0.9 + 1000
+    fitted = replace(four, card_bytes=int(held))
+    assert fitted.fits and fitted.proposal.settings["sharding"] is True
+    assert "--sharding" in fitted.proposal.flags and not fitted.proposal.offloading
+
+
+@pytest.mark.slow
 def test_what_fits_nowhere_says_by_how_much(flux: Path) -> None:
     found = estimated(flux, config(), gib=0.5)
     assert not found.fits

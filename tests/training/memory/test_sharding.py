@@ -1,4 +1,4 @@
-"""Sharded weights: the run is that without sharding, each process holds its part, and no process waits for a lost one."""
+"""Sharded weights: the run is that without sharding, a process holds its part, and none waits for a lost one."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def test_a_process_holds_its_part_between_steps(
         batch = batch_maker(tiny.denoiser, dataset.samples, job.config, job.runtime).step(0)
         with engine.prepared():
             engine.gradient(batch)
-            parts = [each for each in gc.get_objects() if isinstance(each, sharding._Bytes)]
+            parts = [each for each in gc.get_objects() if type(each) is sharding._Bytes]
             assert len(parts) == len(blocks_at_depth(tiny.components.denoiser, 1))
             own = sum(each.whole.to_local().untyped_storage().nbytes() for each in parts)
             return own, sum(each.whole.numel() for each in parts)
@@ -287,8 +287,9 @@ def test_an_end_in_the_middle_of_a_pass_is_that_of_all(
         assert str(found[rank]).startswith("memory must hold a step in each process of a sharded run")
         assert f"process {rank}: memory must hold" in str(found[1 - rank])
     assert all(isinstance(error, TrainingError) for error in found)
-    if rank == 1:
-        assert "the LoRA of 1 steps is at" in str(found[0])
+    if rank == 0 and fail is killed:
+        return  # who writes files is gone; the same command continues from the last run state
+    assert "the LoRA of 1 steps is at" in str(found[0])
     (saved,) = (tmp_path / "run").glob("*.safetensors")
     assert load_file(saved)
 

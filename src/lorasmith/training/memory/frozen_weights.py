@@ -95,13 +95,16 @@ def packed_weight(
     return one
 
 
-def frozen_bytes(module: nn.Module, *, kind: Quantization, dtype: torch.dtype, offloading: bool) -> int:
+def frozen_bytes(
+    module: nn.Module, *, kind: Quantization, dtype: torch.dtype, offloading: bool = False, processes: int = 1
+) -> int:
     """Bytes of a model's frozen weights on the device during a run; its tensors may be on the meta device.
 
     Args:
         module: the frozen model.
         kind, dtype: as for `weights_packed`.
         offloading: whether packed weights are kept in host memory.
+        processes: over which they are sharded.
     """
     sizes: dict[nn.Module, int] = {}
     for layer in packable_layers(module):
@@ -115,6 +118,10 @@ def frozen_bytes(module: nn.Module, *, kind: Quantization, dtype: torch.dtype, o
     rest = sum(one.numel() * (dtype.itemsize if one.is_floating_point() else one.itemsize) for one in others)
     if offloading:
         return rest + _largest_block(module, sizes) + max(sizes.values(), default=0)
+    if processes > 1:
+        blocks = _block_bytes(module, sizes)
+        # A part of all blocks, and whole the block in use and the next one, beside what the latter is gathered into.
+        return rest + sum(sizes.values()) - sum(blocks) + -(-sum(blocks) // processes) + 3 * max(blocks, default=0)
     return rest + sum(sizes.values())
 
 
@@ -145,8 +152,12 @@ def _packed_bytes(shape: torch.Size, kind: Quantization, dtype: torch.dtype) -> 
 
 def _largest_block(module: nn.Module, sizes: Mapping[nn.Module, int]) -> int:
     """Bytes of the largest outermost block, given those of its layers."""
-    blocks = [block.modules() for block in blocks_at_depth(module, 1)]
-    return max((sum(sizes.get(one, 0) for one in block) for block in blocks), default=0)
+    return max(_block_bytes(module, sizes), default=0)
+
+
+def _block_bytes(module: nn.Module, sizes: Mapping[nn.Module, int]) -> list[int]:
+    """Bytes of the outermost blocks, given those of their layers."""
+    return [sum(sizes.get(one, 0) for one in block.modules()) for block in blocks_at_depth(module, 1)]
 
 
 def _code(layer: nn.Module) -> torch.dtype | None:

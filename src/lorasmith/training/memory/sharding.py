@@ -37,7 +37,7 @@ from lorasmith.core.quantization import Packed
 from lorasmith.training.memory.activation_checkpointing import blocks_at_depth
 from lorasmith.training.memory.frozen_weights import packed_weight
 
-__all__ = ["ShardedWeight", "ending_together", "shard_bytes", "weights_sharded"]
+__all__ = ["ShardedWeight", "ending_together", "weights_sharded"]
 
 _ALIGNED = 64
 """Bytes that the start of each tensor is a multiple of, as kernels want it."""
@@ -119,18 +119,6 @@ def ending_together(processes: Processes, *, agreed: type[Exception]) -> Iterato
         if explained is error:
             raise
         raise explained from error
-
-
-def shard_bytes(sizes: Sequence[int], rest: int, processes: int) -> int:
-    """Bytes of sharded weights in one process at the peak of a step.
-
-    Args:
-        sizes: of the blocks.
-        rest: bytes of what is not sharded.
-        processes: that share the blocks.
-    """
-    # The block in use, the one gathered ahead, and what it is gathered into.
-    return rest + -(-sum(sizes) // processes) + 3 * max(sizes, default=0)
 
 
 @dataclass(frozen=True, eq=False)
