@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python -m benchmarks.sharding
     OMP_NUM_THREADS=1 python -m benchmarks.sharding --processes 1 2 4 --kinds none nf4
 
-A Flux transformer with random fp32 weights, mapped from a file as every model is, trains with and without `sharding`.
-Memory is anonymous (RssAnon, which the mapped file is no part of) above that before the weights are placed: between two
+A Flux transformer with random weights, mapped from a file as every model is, trains in fp32 with and without
+`sharding`. The file is in bf16: weights that are there in the training dtype would stay on the file on the CPU. Memory is anonymous (RssAnon, which the mapped file is no part of) above that before the weights are placed: between two
 steps, and at the peak of a step (sampled each 2 ms). Beside it is the sum of the sharded bytes that a process holds.
 Step times are wall times on the machine's cores, which more processes than cores share.
 """
@@ -44,6 +44,7 @@ from lorasmith.training.memory.frozen_weights import frozen_bytes
 from lorasmith.training.train import plan_job
 
 MIB = 2**20
+_TOKENS = 32
 CPU = torch.device("cpu")
 
 
@@ -56,13 +57,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "flux.safetensors"
         denoiser = MODELS[arguments.model].make(torch.float32, CPU).components.denoiser
-        write_safetensors(file, {name: tensor.contiguous() for name, tensor in denoiser.state_dict().items()})
+        write_safetensors(file, {name: tensor.bfloat16() for name, tensor in denoiser.state_dict().items()})
         whole = weight_bytes(denoiser)
         del denoiser
         for kind in arguments.kinds:
             columns = {"processes": "d", "sharded": "", "held, MiB": ".0f", "between steps, MiB": ".0f"}
             columns |= {"peak, MiB": ".0f", "`lorasmith plan`, MiB": ".0f", "step, s": ".2f"}
-            results.table(columns, title=f"{whole / MIB:.0f} MiB of weights in the file, quantization {kind}")
+            results.table(columns, title=f"{whole / MIB:.0f} MiB of weights in fp32, quantization {kind}")
             for processes in arguments.processes:
                 for sharded in (False, True) if processes > 1 else (False,):
                     found = _measured(arguments, file, kind, processes, sharded)
@@ -89,7 +90,7 @@ def _work(arguments: argparse.Namespace) -> None:
     (kind,) = arguments.kinds
     with joined(launched_process()) as processes:
         model = load_model(arguments.worker)
-        samples = synthetic_samples(model, 4, arguments.latent, arguments.latent)
+        samples = synthetic_samples(model, 4, arguments.latent, arguments.latent, tokens=_TOKENS)
         config = TrainConfig(
             training_dtype="fp32",
             rank=4,

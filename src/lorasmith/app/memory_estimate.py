@@ -152,7 +152,7 @@ class MemoryEstimate:
     def _proposals(self) -> Iterator[Proposal]:
         """All settings, cheapest first."""
         here = (("", self.weights), ("sharding", self.sharded))
-        ways = [(way, kind, sizes) for kind in _KINDS for way, sizes in here if sizes]
+        ways = [(way, kind, sizes) for kind in _KINDS for way, sizes in here if kind in sizes]
         for way, kind, sizes in (*ways, *(("offloading", kind, self.offloaded) for kind in self.offloaded)):
             size = sizes[kind]
             if kind != "none" and size >= sizes["none"]:

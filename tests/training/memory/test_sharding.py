@@ -132,7 +132,7 @@ def test_a_run_is_that_without_sharding(tiny: Model, mixed: EncodedDataset, name
     assert len(held_out[0]) == (2 if name == "held out" else 0)
 
 
-@pytest.fixture(scope="module", params=slow_except(TINY, "flux1"))
+@pytest.fixture(scope="module", params=TINY)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     return Case.of(request.param, tmp_path_factory.mktemp(request.param))
 
@@ -152,6 +152,7 @@ def four(case: Case) -> EncodedDataset:
     )
 
 
+@pytest.mark.slow
 def test_a_run_of_each_family(case: Case, four: EncodedDataset) -> None:
     levers = {"gradient_checkpointing": True, "quantization": "int8"}
     for settings in ({}, levers):
@@ -179,8 +180,9 @@ def test_compiled_blocks(flux: Model, monkeypatch: pytest.MonkeyPatch, kind: str
     assert not any("compile" in message for message in warned)
 
 
-@pytest.mark.parametrize("kind", slow_except(["none", "nf4"], "none"))
-@pytest.mark.parametrize("processes", slow_except([2, 4], 2))
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["none", "nf4"])
+@pytest.mark.parametrize("processes", [2, 4])
 def test_a_process_holds_its_part_between_steps(
     tiny: Model, dataset: EncodedDataset, kind: str, processes: int
 ) -> None:
@@ -229,6 +231,7 @@ def test_all_processes_make_as_many_passes(tiny: Model, mixed: EncodedDataset) -
     assert counts > {0}
 
 
+@pytest.mark.slow
 def test_one_plan_for_all(tiny: Model, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     """The process with the least memory decides."""
     monkeypatch.setattr(memory_plan, "free_memory", lambda *_: 1 if current().rank else 1 << 40)

@@ -115,7 +115,7 @@ def ending_together(processes: Processes, *, agreed: type[Exception]) -> Iterato
     except BaseException as error:
         explained = _explained(error, processes)
         if not processes.reported:
-            processes.report(str(explained) or type(explained).__name__)
+            processes.report(_first_line(explained))
         if explained is error:
             raise
         raise explained from error
