@@ -4,9 +4,10 @@
     OMP_NUM_THREADS=1 python -m benchmarks.sharding --processes 1 2 4 --kinds none nf4
 
 A Flux transformer with random weights, mapped from a file as every model is, trains in fp32 with and without
-`sharding`. The file is in bf16: weights that are there in the training dtype would stay on the file on the CPU. Memory is anonymous (RssAnon, which the mapped file is no part of) above that before the weights are placed: between two
-steps, and at the peak of a step (sampled each 2 ms). Beside it is the sum of the sharded bytes that a process holds.
-Step times are wall times on the machine's cores, which more processes than cores share.
+`sharding`. The file is in bf16: weights that are there in the training dtype would stay on the file on the CPU. Memory
+is anonymous (RssAnon, which the mapped file is no part of) above that before the weights are placed: between two steps,
+and at the peak of a step (sampled each 2 ms). Beside it is the sum of the sharded bytes that a process holds. Step
+times are wall times on the machine's cores, which more processes than cores share.
 """
 
 from __future__ import annotations

@@ -187,7 +187,7 @@ def test_a_process_holds_its_part_between_steps(
     tiny: Model, dataset: EncodedDataset, kind: str, processes: int
 ) -> None:
     def one(_: Processes) -> tuple[int, int]:
-        job = planned(tiny, quantization=kind, sharding=True)
+        job = planned(tiny, quantization=kind, sharding=True, batch_size=4)
         engine = engine_of(job)
         batch = batch_maker(tiny.denoiser, dataset.samples, job.config, job.runtime).step(0)
         with engine.prepared():
@@ -327,7 +327,8 @@ def test_a_process_that_is_stopped_stops_all(tiny: Model, dataset: EncodedDatase
         stopped = trained(
             tiny, dataset, steps=6, sharding=True, output=tmp_path / "run", cancelled=lambda: next(steps, False)
         )
-        longer = trained(tiny, dataset, steps=6, output=tmp_path / "run", until=4)
+        more = iter((False, True))
+        longer = trained(tiny, dataset, steps=6, output=tmp_path / "run", cancelled=lambda: next(more, False))
         last = trained(tiny, dataset, steps=6, sharding=True, output=tmp_path / "run")
         assert_alike(whole, last)
         return last, [len(each[0]) for each in (stopped, longer, last)]
@@ -338,7 +339,7 @@ def test_a_process_that_is_stopped_stops_all(tiny: Model, dataset: EncodedDatase
 
 @pytest.mark.slow
 def test_early_stopping_stops_all(tiny: Model, dataset: EncodedDataset) -> None:
-    settings = {"validation_share": 0.4, "validate_every": 1, "patience": 1, "learning_rate": 5.0, "steps": 30}
+    settings = {"validation_share": 0.4, "validate_every": 1, "patience": 1, "learning_rate": 1.0, "steps": 30}
     plain, sharded = both(tiny, dataset, **settings)
     assert len(plain[0]) == len(sharded[0]) < 30
 
