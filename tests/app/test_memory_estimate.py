@@ -147,6 +147,22 @@ def test_the_cheapest_settings_that_fit_are_proposed(flux: Path) -> None:
 
 
 @pytest.mark.slow
+def test_of_several_cards_each_has_a_part(tmp_path: Path) -> None:
+    """And whole the blocks in use; sharding changes no number, so it is proposed before quantization."""
+    save_file(models.checkpoint(models.FluxShape(128, 1, 24, 64, 32), 0), path := tmp_path / "deep.safetensors")
+    alone, four = (
+        estimate_of(load_model(path), config(), card_bytes=12 * GIB, resolution=64, cards=cards) for cards in (1, 4)
+    )
+    assert not alone.sharded and alone.weights == four.weights
+    assert all(four.weights[kind] / 4 < size < four.weights[kind] for kind, size in four.sharded.items())
+    needs = min(plan.needed_bytes for plan in four.plans)
+    held = 512 * 2**20 + four.trained_bytes + four.sharded["none"] + needs / 0.9 + 1000
+    fitted = replace(four, card_bytes=int(held))
+    assert fitted.fits and fitted.proposal.settings["sharding"] is True
+    assert "--sharding" in fitted.proposal.flags and not fitted.proposal.offloading
+
+
+@pytest.mark.slow
 def test_what_fits_nowhere_says_by_how_much(flux: Path) -> None:
     found = estimated(flux, config(), gib=0.5)
     assert not found.fits

@@ -52,7 +52,7 @@ class Proposal:
     """Settings, and the memory that a step needs with them.
 
     Attributes:
-        quantization, offloading: as in `TrainConfig`.
+        quantization, offloading, sharding: as in `TrainConfig`.
         plan: how activations are kept, with their memory and what is left for them.
         weights_bytes: frozen weights on the card.
         needed_bytes: everything on the card at the peak of a step.
@@ -60,6 +60,7 @@ class Proposal:
 
     quantization: Quantization
     offloading: bool
+    sharding: bool
     plan: MemoryPlan
     weights_bytes: int
     needed_bytes: int
@@ -71,6 +72,7 @@ class Proposal:
         return {
             **({"quantization": self.quantization} if self.quantization != "none" else {}),
             **({"offloading": True} if self.offloading else {}),
+            **({"sharding": True} if self.sharding else {}),
             **({"activations": self.plan.activations} if self.plan.activations != "keep" else {}),
             **({"gradient_checkpointing": True} if depth else {}),
             **({"checkpoint_depth": depth} if depth > 1 else {}),
@@ -103,6 +105,7 @@ class MemoryEstimate:
         card_bytes: memory of the card.
         weights: bytes of the frozen weights on the card by quantization; `none` is the model's own format.
         offloaded: the same with offloading.
+        sharded: the same with each card's part of them; empty for one card.
         trained_bytes: trained weights, gradients and optimizer state.
         plans: ways to keep activations, cheapest first, with what they need above the weights.
         text_encoders: bytes of each text encoder while captions are encoded, before training.
@@ -122,6 +125,7 @@ class MemoryEstimate:
     card_bytes: int
     weights: Mapping[Quantization, int]
     offloaded: Mapping[Quantization, int]
+    sharded: Mapping[Quantization, int]
     trained_bytes: int
     plans: tuple[MemoryPlan, ...]
     text_encoders: Mapping[str, int]
@@ -147,14 +151,17 @@ class MemoryEstimate:
 
     def _proposals(self) -> Iterator[Proposal]:
         """All settings, cheapest first."""
-        for is_offloaded, sizes in ((False, self.weights), (True, self.offloaded)):
-            for kind, size in sizes.items():
-                if kind != "none" and size >= sizes["none"]:
-                    continue  # the checkpoint is quantized as far already
-                held = _DRIVER_BYTES + size + self.trained_bytes + (self.unpacked_bytes if kind != "none" else 0)
-                for plan in self.plans:
-                    fitted = plan.within(self.card_bytes - held)
-                    yield Proposal(kind, is_offloaded, fitted, size, held + plan.needed_bytes)
+        here = (("", self.weights), ("sharding", self.sharded))
+        ways = [(way, kind, sizes) for kind in _KINDS for way, sizes in here if kind in sizes]
+        for way, kind, sizes in (*ways, *(("offloading", kind, self.offloaded) for kind in self.offloaded)):
+            size = sizes[kind]
+            if kind != "none" and size >= sizes["none"]:
+                continue  # the checkpoint is quantized as far already
+            held = _DRIVER_BYTES + size + self.trained_bytes + (self.unpacked_bytes if kind != "none" else 0)
+            for plan in self.plans:
+                fitted = plan.within(self.card_bytes - held)
+                needed = held + plan.needed_bytes
+                yield Proposal(kind, way == "offloading", way == "sharding", fitted, size, needed)
 
 
 def estimate_memory(
@@ -164,6 +171,7 @@ def estimate_memory(
     card_bytes: int,
     resolution: int | None = None,
     frames: int = 1,
+    cards: int = 1,
     folders: Folders | None = None,
 ) -> MemoryEstimate:
     """Estimate a run on a model from files; see `estimate_of`.
@@ -174,24 +182,31 @@ def estimate_memory(
         card_bytes: memory of the card.
         resolution: side of the square pictures in pixels; the model's own if None.
         frames: of clips; 1 for pictures.
+        cards: of that memory, which train together.
         folders: where parts that the model lacks are searched.
 
     Raises:
         LorasmithError: the model cannot be read, or the settings do not fit it.
     """
     loaded = load_completed(files, folders)
-    found = estimate_of(loaded.model, config, card_bytes=card_bytes, resolution=resolution, frames=frames)
+    found = estimate_of(loaded.model, config, card_bytes=card_bytes, resolution=resolution, frames=frames, cards=cards)
     return replace(found, found=loaded.found)
 
 
 def estimate_of(
-    model: Model, config: TrainConfig, *, card_bytes: int, resolution: int | None = None, frames: int = 1
+    model: Model,
+    config: TrainConfig,
+    *,
+    card_bytes: int,
+    resolution: int | None = None,
+    frames: int = 1,
+    cards: int = 1,
 ) -> MemoryEstimate:
     """Estimate a run on a loaded model, whose denoiser loses its weights.
 
     Args:
         model: as loaded; no weight of it is read, except those that DoRA starts from.
-        config, card_bytes, resolution, frames: as for `estimate_memory`.
+        config, card_bytes, resolution, frames, cards: as for `estimate_memory`.
 
     Raises:
         OptionError: the settings do not fit the model.
@@ -204,15 +219,15 @@ def estimate_of(
     frames = latent.whole_frames(frames)
     job = plan_job(model.denoiser, config, "cpu")
     family, components, products = model.family, model.components, job.runtime.dtype
-    weights, offloaded = (
-        {kind: frozen_bytes(model.denoiser.module, kind=kind, dtype=products, offloading=away) for kind in _KINDS}
-        for away in (False, True)
-    )
+
+    def frozen(**placed: Any) -> dict[Quantization, int]:
+        return {kind: frozen_bytes(model.denoiser.module, kind=kind, dtype=products, **placed) for kind in _KINDS}
+
+    weights, offloaded = frozen(), frozen(offloading=True)
+    sharded = frozen(processes=cards) if cards > 1 else {}
     unpacked = _unpacked_bytes(model.denoiser.module, products)
     encoders = {
-        name: frozen_bytes(
-            one, kind="none", dtype=ENCODERS[family.text_encoders[name].kind].dtype_of(one), offloading=False
-        )
+        name: frozen_bytes(one, kind="none", dtype=ENCODERS[family.text_encoders[name].kind].dtype_of(one))
         for name, one in components.text_encoders.items()
     }
     master = 4 * job.parameters
@@ -231,6 +246,7 @@ def estimate_of(
         card_bytes=card_bytes,
         weights=weights,
         offloaded=offloaded,
+        sharded=sharded,
         trained_bytes=trained,
         plans=plans,
         text_encoders=encoders,

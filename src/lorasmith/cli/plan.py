@@ -51,6 +51,9 @@ def plan(
     frames: Annotated[
         int, typer.Option(min=1, help="Frames of a clip, for models of videos. 1 is for training on pictures.")
     ] = 1,
+    cards: Annotated[
+        int, typer.Option(min=1, help="Cards of that memory that train together; each may keep a part of the weights.")
+    ] = 1,
     base_dir: BaseDir = None,
     extra_model_paths: ExtraModelPaths = None,
     **settings: Any,
@@ -58,8 +61,8 @@ def plan(
     """Estimate the memory of a run, and propose the cheapest settings that fit a card.
 
     No weights are loaded: shapes suffice. Activations are counted as `--activations auto` does. Settings that change no
-    numbers are proposed first, then quantization, then offloading. The exit status is 1 if training or
-    the text encoders do not fit.
+    numbers are proposed first (of several cards, sharding is one), then quantization, then offloading. The exit status
+    is 1 if training or the text encoders do not fit.
     """
     from lorasmith.app.memory_estimate import estimate_memory
     from lorasmith.families.model_search import ModelFiles
@@ -72,6 +75,7 @@ def plan(
             card_bytes=int(memory * 2**30),
             resolution=resolution,
             frames=frames,
+            cards=cards,
             folders=folders_of(base_dir, extra_model_paths),
         )
     print_result(lambda: _plain(found), lambda: _print(found))
@@ -105,6 +109,7 @@ def _print(found: MemoryEstimate) -> None:
         f"batch {found.batch_size}, products in {found.dtype}",
         "Weights": _by_kind(found.weights),
         "Offloaded": _by_kind(found.offloaded),
+        **({"Sharded": _by_kind(found.sharded)} if found.sharded else {}),
         "Trained": f"{memory_text(found.trained_bytes)} of weights, gradients and optimizer state",
         "Step": ", ".join(plans),
         "Before": f"text encoders, which are used before training: {', '.join(encoders)}",

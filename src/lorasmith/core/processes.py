@@ -26,11 +26,24 @@ __all__ = ["ALONE", "Processes", "current", "joined"]
 
 T = TypeVar("T")
 
+_FAULT = "fault"
+"""Key of what a process reports, before its rank, in the store of a start of the processes."""
+
+_ERRORS = "errors"
+"""Key of the number of errors there."""
+
+_ENDED = "lorasmith/ended"
+"""Key of whether the run has ended with an error, which would come again, in the store of all starts."""
+
 _MEETING = timedelta(minutes=5)
 """How long a process waits for the others at the start."""
 
 _PATIENCE = timedelta(hours=2)
 """How long a process waits for the others: the first one draws previews and saves while they wait."""
+
+
+class _OtherEndedError(TrainingError):
+    """Another process has ended, for a reason that is known there."""
 
 
 class Processes:
@@ -70,6 +83,26 @@ class Processes:
         """What the first process makes; its LorasmithError is raised in all of them."""
         return make()
 
+    def report(self, fault: str) -> None:
+        """Leave word of why this process ends the run, for the others to find: they may wait for it in a sum."""
+
+    @property
+    def reported(self) -> str:
+        """Why another process has ended the run, empty if none has."""
+        return ""
+
+    def lost(self, error: BaseException) -> TrainingError:
+        """The error to raise where a sum or the like failed because another process has ended."""
+        if reported := self.reported:
+            return _OtherEndedError(
+                f"all processes of a run must go on together, but another one has ended ({reported}); the same command "
+                "continues the run"
+            )
+        return _OtherEndedError(
+            "all processes of a run must go on together, but another one was killed, or cannot be reached "
+            f"({_reason(error)}); unless the launcher starts them again, the same command continues the run"
+        )
+
     @contextlib.contextmanager
     def first_alone(self) -> Iterator[None]:
         """The first process goes through the context, then all others at once: they find what it has made."""
@@ -97,11 +130,11 @@ class _Joined(Processes):
     def summing(self, tensor: Tensor) -> Callable[[], object]:
         from torch import distributed
 
-        with _others_needed():
+        with self._others_needed():
             work = distributed.all_reduce(tensor, async_op=True)
 
         def wait() -> None:
-            with _others_needed():
+            with self._others_needed():
                 work.wait()
 
         return wait
@@ -115,7 +148,7 @@ class _Joined(Processes):
         from torch import distributed
 
         found: list[Any] = [None] * self.size
-        with _others_needed():
+        with self._others_needed():
             distributed.all_gather_object(found, value)
         return found
 
@@ -128,7 +161,7 @@ class _Joined(Processes):
                 made[0] = make()
             except LorasmithError as error:
                 made[1] = error
-        with _others_needed():
+        with self._others_needed():
             distributed.broadcast_object_list(made, src=0)
         if made[1] is not None:
             self._of_first = None if self.is_first else made[1]
@@ -149,30 +182,27 @@ class _Joined(Processes):
         except RuntimeError:  # the store has ended with its process
             return False
 
+    def report(self, fault: str) -> None:
+        with contextlib.suppress(RuntimeError, ValueError):  # the store may have ended with its process
+            self._store.set(f"{_FAULT}/{self.rank}", fault)
 
-_ERRORS = "errors"
-"""Their number, in the store of a start of the processes."""
+    @property
+    def reported(self) -> str:
+        with contextlib.suppress(RuntimeError, ValueError):
+            for rank in range(self.size):
+                if rank != self.rank and self._store.check([key := f"{_FAULT}/{rank}"]):
+                    return f"process {rank}: {self._store.get(key).decode()}"
+        return ""
 
-_ENDED = "lorasmith/ended"
-"""Whether the run has ended with an error, which would come again, in the store of all starts."""
-
-
-class _OtherEndedError(TrainingError):
-    """Another process has ended, for a reason that is known there."""
-
-
-@contextlib.contextmanager
-def _others_needed() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        raise _OtherEndedError(
-            "all processes of a run must go on together, but another one was killed, or cannot be reached "
-            f"({_reason(error)}); unless the launcher starts them again, the same command continues the run"
-        ) from error
+    @contextlib.contextmanager
+    def _others_needed(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise self.lost(error) from error
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """A message of torch or gloo, without the place in their sources and advice about these."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
     return re.sub(r"^\[[^\]]*\.cc:\d+\]\s*|\.? This may indicate.*|\.$", "", line)

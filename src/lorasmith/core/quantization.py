@@ -177,7 +177,12 @@ def packed(weight: Tensor, kind: Quantization, dtype: torch.dtype) -> Packed:
 
 
 def _as_it_is(weight: Tensor, dtype: torch.dtype) -> Packed:
-    return Packed((weight.to(dtype),), lambda tensor, dtype: tensor.to(dtype), dtype, weight.shape)
+    return Packed((weight.to(dtype),), _converted, dtype, weight.shape)
+
+
+def _converted(tensor: Tensor, *, dtype: torch.dtype) -> Tensor:
+    # One function for all weights, so that equal blocks share compiled code.
+    return tensor.to(dtype)
 
 
 def _scaled_int8(weight: Tensor, dtype: torch.dtype) -> Packed:

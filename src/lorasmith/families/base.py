@@ -68,6 +68,12 @@ class Conditioning:
     mask: Tensor | None = None
     span: tuple[float, float] = (0.0, 1.0)
 
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Number of attended tokens of the context, for each of the batch."""
+        context = self.tensors["context"]
+        return (context.shape[1],) * len(context) if self.mask is None else tuple(self.mask.sum(1).tolist())
+
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Conditioning:
         """A copy on `device` with floating-point tensors in `dtype`."""
         moved = {
@@ -403,6 +409,7 @@ class Family(ABC):
         needs_each_encoder: whether it cannot do without one of them.
         autoencoder: its autoencoder.
         clip_types: ComfyUI's names of it in nodes that load text encoders apart from the denoiser.
+        predicts_by_length: whether `predict` runs the denoiser once for each length of context in a batch.
         repeatable_context: whether text enters by unmasked cross-attention alone, so that a context repeated k times
             gives the same result. Contexts of other families are padded and masked; see `collate`.
         unused_tensors: patterns of tensors in its original checkpoints that the network does not use.
@@ -432,6 +439,7 @@ class Family(ABC):
     targets: Mapping[str, TargetPreset]
     text_encoders: Mapping[str, EncoderSlot]
     needs_each_encoder: bool = True
+    predicts_by_length: bool = False
     autoencoder: AutoencoderSlot
     clip_types: tuple[str, ...]
     repeatable_context: bool

@@ -132,6 +132,7 @@ class Wan(Family):
     )
     clip_types = ("wan",)
     distilled_names = ("lightx2v", "stepdistill", "causvid", "fastwan", "self_forcing", "turbo")
+    predicts_by_length = True
     repeatable_context = False  # for prompts beyond 512 tokens, whose common multiple is too long; see `predict`
 
     def __init__(self, *, is_5b: bool) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -92,6 +92,7 @@ class BatchMaker:
         memory_format: of the denoiser's inputs.
         config, runtime: of the run.
         masks: dropout masks of draw indices, one row each.
+        lengths_apart: whether contexts of different length get batches of their own.
     """
 
     samples: Sequence[Sample]
@@ -102,6 +103,7 @@ class BatchMaker:
     config: ResolvedConfig
     runtime: Runtime
     masks: Callable[[Sequence[int]], Tensor | None] = no_masks
+    lengths_apart: bool = False
 
     @property
     def per_step(self) -> int:
@@ -129,31 +131,45 @@ class BatchMaker:
         return found
 
     def step(self, step: int) -> list[Batch]:
-        """The batches of a step (counted from 0), one or more per micro-batch; of several processes, this one's."""
+        """The batches of a step (counted from 0), one or more per micro-batch; of several processes, this one's.
+
+        With sharded weights all processes have as many; those that are added have no names and no draws, and weights
+        of 0.
+        """
         draws: Sequence[int] = range(step * self.per_step, (step + 1) * self.per_step)
         processes = self.runtime.processes
-        if processes.size > 1:
-            sizes = [self._latents(draw).numel() for draw in draws]
-            draws = [draws[place] for place in shares(sizes, processes.size)[processes.rank]]
+        if processes.size == 1:
+            return [self._batch(group) for group in self._groups(draws)]
+        sizes = [self._latents(draw).numel() for draw in draws]
+        dealt = [[draws[place] for place in places] for places in shares(sizes, processes.size)]
+        batches = [self._batch(group) for group in self._groups(dealt[processes.rank])]
+        if self.runtime.sharding:
+            longest = max(len(self._groups(each)) for each in dealt)
+            batches += [_company(batches[-1])] * (longest - len(batches))
+        return batches
+
+    def _groups(self, draws: Sequence[int]) -> list[dict[int, Sample]]:
+        """Draws of one process with their samples, in the groups that are batches."""
         size = self.runtime.micro_batch
-        batches = []
+        found: list[dict[int, Sample]] = []
         for start in range(0, len(draws), size):
             groups: dict[object, dict[int, Sample]] = {}
             for draw in draws[start : start + size]:
                 sample = self.sample(draw)
                 groups.setdefault((sample.latents.shape, self._kind(sample.conditioning)), {})[draw] = sample
-            batches += [self._batch(group) for group in groups.values()]
-        return batches
+            found += groups.values()
+        return found
 
     def _latents(self, draw: int) -> Tensor:
         return self.samples[self.index(draw)].latents_drawn(self.config.seed, draw)
 
     def _kind(self, conditioning: Conditioning) -> object:
         """Key that conditionings of one batch share: tensors and shapes, except the context's length."""
-        return frozenset(
+        shapes = frozenset(
             (key, tensor.shape[2:] if key == "context" else tensor.shape)
             for key, tensor in conditioning.tensors.items()
         )
+        return (shapes, conditioning.lengths) if self.lengths_apart else shapes
 
     def _batch(self, drawn: Mapping[int, Sample]) -> Batch:
         draws, samples = list(drawn), list(drawn.values())
@@ -190,6 +206,19 @@ class BatchMaker:
         if self.runtime.device.type == "cuda":
             tensor = tensor.pin_memory()  # makes the copy asynchronous
         return tensor.to(self.runtime.device, memory_format=self.memory_format, non_blocking=True)
+
+
+def _company(batch: Batch) -> Batch:
+    """A batch for a pass that changes no gradient and has no draws."""
+    # Of the same shapes, so that nothing is compiled for it.
+    return replace(
+        batch,
+        names=(),
+        draws=(),
+        indices=(),
+        quantiles=(),
+        weights=torch.zeros(len(batch.names)).to(batch.clean.device),
+    )
 
 
 def shares(costs: Sequence[float], processes: int) -> list[list[int]]:

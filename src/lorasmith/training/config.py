@@ -391,6 +391,13 @@ class TrainConfig:
         help="Keep the frozen weights in host memory and copy them to the device as they are used. The numbers stay "
         "the same.",
     )
+    sharding: bool = option(
+        False,
+        group=_MEMORY,
+        changes_numbers=False,
+        help="Of several processes that train one run, each keeps its part of the frozen weights, and the parts of a "
+        "block are gathered while it is computed (FSDP2), for models beyond one GPU. Has no effect in one process.",
+    )
     quantized_backward: bool = option(
         False,
         group=_MEMORY,
@@ -544,6 +551,10 @@ class TrainConfig:
             if getattr(self, name) == NONE_LORA:
                 object.__setattr__(self, name, None)
         self._check_variants()
+        if self.sharding and self.offloading:
+            raise OptionError(
+                "sharding and offloading are two places for frozen weights, got both; leave one of them out"
+            )
         least, greatest = self.min_noise or 0.0, 1.0 if self.max_noise is None else self.max_noise
         if least >= greatest:
             raise OptionError(f"min_noise must be below max_noise, got {least:g} and {greatest:g}; swap them")

@@ -35,6 +35,7 @@ from lorasmith.training.memory.activation_checkpointing import blocks_checkpoint
 from lorasmith.training.memory.activations import activations_packed, activations_reduced
 from lorasmith.training.memory.compilation import blocks_compiled
 from lorasmith.training.memory.frozen_weights import fp8_products_enabled, weights_packed
+from lorasmith.training.memory.sharding import weights_sharded
 from lorasmith.training.memory.weight_stream import WeightStream
 from lorasmith.training.optim.flat import FlatParameters
 from lorasmith.training.optim.loss_scale import LossScale
@@ -47,12 +48,12 @@ __all__ = ["Engine", "batch_maker", "frozen", "prepared", "sample_losses"]
 
 @contextlib.contextmanager
 def frozen(denoiser: Denoiser, config: ResolvedConfig, runtime: Runtime) -> Iterator[None]:
-    """Patches merged and weights placed on the device in the training dtype, quantized or offloaded if set.
+    """Patches merged and weights placed on the device in the training dtype, quantized, offloaded or sharded if set.
 
     Args:
         denoiser: the model, with its patches.
         config: settings, for `quantization` and `deterministic`.
-        runtime: device, dtype and `offloading`.
+        runtime: device, dtype, `offloading` and `sharding`.
     """
     module = denoiser.module
     with contextlib.ExitStack() as stack:
@@ -60,9 +61,15 @@ def frozen(denoiser: Denoiser, config: ResolvedConfig, runtime: Runtime) -> Iter
         stack.enter_context(patches_merged(module, denoiser.patches, dtype=torch.float32))
         device, dtype = runtime.device, runtime.dtype
         stream = WeightStream(device) if runtime.offloading else None
+        kind, elsewhere = config.quantization, list[torch.nn.Module]()
+        if runtime.sharding:
+            elsewhere = stack.enter_context(
+                weights_sharded(module, kind=kind, device=device, dtype=dtype, processes=runtime.processes)
+            )
         packed = stack.enter_context(
-            weights_packed(module, kind=config.quantization, device=device, dtype=dtype, stream=stream)
+            weights_packed(module, kind=kind, device=device, dtype=dtype, stream=stream, without=elsewhere)
         )
+        packed += [layer.get_parameter("weight") for layer in elsewhere]
         stack.enter_context(placed(module, device=device, dtype=dtype, without=packed))
         if runtime.quantized_backward:
             stack.enter_context(fp8_products_enabled(module))
@@ -233,7 +240,8 @@ class Engine:
                 torch.autograd.backward(total * (self._scale.scale / per_step))
             if not (sums and is_last):
                 flat.collect()
-            losses.append(loss.detach())
+            if batch.names:  # others only keep processes with more batches company
+                losses.append(loss.detach())
             if first is None and not is_only:
                 first = torch.linalg.vector_norm(flat.grad)
         return torch.cat(losses), torch.zeros_like(self._scale.scale) if first is None else first
@@ -390,6 +398,7 @@ def batch_maker(
         schedule=schedule,
         quantiles=quantiles,
         join=denoiser.base.family.join,
+        lengths_apart=runtime.sharding and denoiser.base.family.predicts_by_length,
         memory_format=memory_format_for(denoiser.module),
         masks=no_masks if dropout is None else dropout.masks,
         config=config,

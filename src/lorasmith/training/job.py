@@ -24,6 +24,7 @@ from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights
 from lorasmith.core.dtypes import dtype_name
 from lorasmith.core.errors import LoraError
 from lorasmith.core.placement import best_device, product_dtype
+from lorasmith.core.processes import current
 from lorasmith.core.typed_json import Scalar
 from lorasmith.diffusion.schedule import check_noising
 from lorasmith.families.model import Denoiser
@@ -200,6 +201,8 @@ def _on_device(config: TrainConfig, device: torch.device) -> Iterator[str]:
         yield "offloading has no effect on the CPU, whose memory is the host's; use quantization to save memory."
     elif config.offloading and config.compile:
         yield "compile has no effect with offloading, which runs on the host between any two layers."
+    if config.sharding and current().size == 1:
+        yield "sharding has no effect in one process, which keeps all weights; start several, with --gpus or torchrun."
 
 
 def _default_rate(denoiser: Denoiser, config: TrainConfig, algorithm: str) -> float:

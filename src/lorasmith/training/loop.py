@@ -27,6 +27,7 @@ from lorasmith.training.engine import Engine, batch_maker
 from lorasmith.training.events import EventHandler, StepDone
 from lorasmith.training.mailbox import Mailbox
 from lorasmith.training.memory.memory_plan import plan_activations
+from lorasmith.training.memory.sharding import ending_together
 from lorasmith.training.noise_scale import NoiseScale
 from lorasmith.training.outcome import Outcome
 from lorasmith.training.progress import Progress, RunState, StateNumbers
@@ -144,7 +145,7 @@ class Loop:
             with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
                 while self.outcome is None:
                     try:
-                        with self.engine.prepared(self._begin, self._planned):
+                        with self._faults_shared(), self.engine.prepared(self._begin, self._planned):
                             waiting = self._take_steps()
                         for watcher in waiting:
                             watcher(self)
@@ -251,6 +252,11 @@ class Loop:
         self.outcome = Outcome.FINISHED if self.step == self.steps else Outcome.CANCELLED
         return []
 
+    def _faults_shared(self) -> contextlib.AbstractContextManager[None]:
+        """Where weights are sharded, an error in one process ends the run in all."""
+        runtime = self.engine.runtime
+        return ending_together(runtime.processes, agreed=StepFault) if runtime.sharding else contextlib.nullcontext()
+
     def _is_ended(self) -> bool:
         return self._cancelled() if self.engine.runtime.processes.size == 1 else self._is_cancelled
 
@@ -266,6 +272,8 @@ class Loop:
             self.waited_s.append(time.perf_counter() - began)
             own = self.engine.gradient(batches)
         except Exception as error:
+            if self.engine.runtime.sharding:
+                raise  # the others wait in the same pass
             if is_out_of_memory(error):
                 fault = OutOfMemory(str(error))
             elif batches and self.engine.runtime.compile and not isinstance(error, LorasmithError):

@@ -33,6 +33,7 @@ class Runtime:
         activations: how the others are kept; `auto` is resolved before the first step.
         memory_budget: device memory in bytes that `auto` may use, weights included; None for all free memory.
         offloading: whether frozen weights are kept in host memory.
+        sharding: whether each process keeps its part of the frozen weights.
         quantized_backward: whether products with fp8 weights are in fp8.
         compile: whether blocks are compiled, unless weights are offloaded.
         processes: those that train the run together.
@@ -51,6 +52,7 @@ class Runtime:
     quantized_backward: bool
     compile: bool
     processes: Processes = ALONE
+    sharding: bool = False
 
     @classmethod
     def of(
@@ -87,4 +89,5 @@ class Runtime:
             quantized_backward=config.quantized_backward and fp8_products.has_fp8_products(device),
             compile=config.compile,
             processes=current(),
+            sharding=config.sharding and current().size > 1,
         )

@@ -42,6 +42,7 @@ class Validator:
         batch_size: images per forward pass, where shapes agree. Affects speed and memory (and the last bits).
         device, dtype: of the denoiser.
         processes: that share the batches; each gets all losses.
+        sharding: whether frozen weights are sharded, and so every process must make as many passes.
         noise_range: part of diffusion time that is judged.
 
     Attributes:
@@ -59,6 +60,7 @@ class Validator:
         device: torch.device,
         dtype: torch.dtype,
         processes: Processes = ALONE,
+        sharding: bool = False,
         noise_range: tuple[float, float] = WHOLE_RANGE,
     ) -> None:
         self._denoiser = denoiser
@@ -71,7 +73,13 @@ class Validator:
         low, high = quantile_range(denoiser.diffusion.schedule, *noise_range)
         self.quantiles = low + (high - low) * (torch.arange(draws) + offsets[:, None]) / draws
         self._processes = processes
-        self._batches = _grouped(self._samples, draws, batch_size)[processes.rank :: processes.size]
+        self._sharding = sharding
+        lengths_apart = sharding and denoiser.base.family.predicts_by_length
+        batches = _grouped(self._samples, draws, batch_size, lengths_apart=lengths_apart)
+        self._batches = batches[processes.rank :: processes.size]
+        # Batches of others, whose losses are not used.
+        missing = -(-len(batches) // processes.size) - len(self._batches)
+        self._company = batches[:missing] if sharding else []
 
     @torch.no_grad()
     def __call__(self) -> Tensor:
@@ -98,11 +106,11 @@ class Validator:
         return losses
 
     def _measured(self) -> list[Tensor]:
-        """Losses of the batches; falls back to one image at a time when memory runs out."""
+        """Losses of the batches; falls back to one image at a time when memory runs out, unless weights are sharded."""
         try:
-            return [self._losses(batch) for batch in self._batches]
+            return [self._losses(batch) for batch in [*self._batches, *self._company]][: len(self._batches)]
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error) or all(len(batch) == 1 for batch in self._batches):
+            if self._sharding or not is_out_of_memory(error) or all(len(batch) == 1 for batch in self._batches):
                 raise
         self._batches = [[pair] for batch in self._batches for pair in batch]
         return self._measured()
@@ -150,12 +158,15 @@ def _distinct(names: Sequence[str]) -> list[str]:
     return keys
 
 
-def _grouped(samples: Sequence[Sample], draws: int, batch_size: int) -> list[list[tuple[int, int]]]:
-    """(image, draw) pairs in batches of equal shapes."""
+def _grouped(
+    samples: Sequence[Sample], draws: int, batch_size: int, *, lengths_apart: bool
+) -> list[list[tuple[int, int]]]:
+    """(image, draw) pairs in batches of equal shapes, and of equal numbers of tokens if `lengths_apart`."""
     groups: dict[object, list[tuple[int, int]]] = {}
     for row, sample in enumerate(samples):
         shapes = frozenset((key, tensor.shape) for key, tensor in sample.conditioning.tensors.items())
-        groups.setdefault((sample.latents.shape, shapes), []).extend((row, draw) for draw in range(draws))
+        lengths = sample.conditioning.lengths if lengths_apart else ()
+        groups.setdefault((sample.latents.shape, shapes, lengths), []).extend((row, draw) for draw in range(draws))
     return [
         pairs[start : start + batch_size] for pairs in groups.values() for start in range(0, len(pairs), batch_size)
     ]

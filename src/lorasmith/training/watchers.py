@@ -66,6 +66,7 @@ class ValidationWatch(Watcher):
             device=runtime.device,
             dtype=runtime.dtype,
             processes=runtime.processes,
+            sharding=runtime.sharding,
             noise_range=config.noise_range,
         )
 

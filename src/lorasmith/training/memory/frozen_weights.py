@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -26,7 +26,7 @@ from lorasmith.core.quantization import Packed, WeightSource, packed, weight_sou
 from lorasmith.training.memory.activation_checkpointing import blocks_at_depth
 from lorasmith.training.memory.weight_stream import StreamedWeight, WeightStream
 
-__all__ = ["fp8_products_enabled", "frozen_bytes", "takes_fp8_products", "weights_packed"]
+__all__ = ["fp8_products_enabled", "frozen_bytes", "packed_weight", "takes_fp8_products", "weights_packed"]
 
 
 @contextlib.contextmanager
@@ -37,6 +37,7 @@ def weights_packed(
     device: torch.device,
     dtype: torch.dtype,
     stream: WeightStream | None = None,
+    without: Iterable[nn.Module] = (),
 ) -> Iterator[list[nn.Parameter]]:
     """Inside the context, the frozen weights of `module` are packed; afterwards the originals are restored bit for bit.
 
@@ -49,18 +50,21 @@ def weights_packed(
         device: where products are computed.
         dtype: of unpacked weights.
         stream: keeps packed weights in host memory and prefetches one block ahead; None keeps them on the device.
+        without: layers to leave unchanged.
 
     Yields:
         The packed parameters, which `placed` must skip; empty if there is nothing to pack.
     """
-    layers = packable_layers(module) if kind != "none" or stream is not None else []
+    others = set(without)
+    packable = packable_layers(module) if kind != "none" or stream is not None else []
+    layers = [layer for layer in packable if layer not in others]
     layout = memory_format_for(module)
     sizes: dict[nn.Module, int] = {}
     with contextlib.ExitStack() as undo:
         if stream is not None:
             undo.callback(stream.clear)
         for layer in layers:
-            one = _packed(layer, kind, device, dtype, layout)
+            one = packed_weight(layer, kind, device, dtype, layout)
             source: WeightSource = one if stream is None else StreamedWeight(stream, stream.add(one))
             sizes[layer] = one.size_bytes
             undo.enter_context(weight_source_set(layer, source, device=device, dtype=dtype))
@@ -69,13 +73,38 @@ def weights_packed(
         yield [layer.get_parameter("weight") for layer in layers]
 
 
-def frozen_bytes(module: nn.Module, *, kind: Quantization, dtype: torch.dtype, offloading: bool) -> int:
+def packed_weight(
+    layer: nn.Module, kind: Quantization, device: torch.device, dtype: torch.dtype, layout: torch.memory_format
+) -> Packed:
+    """A layer's weight packed as `kind`; a weight packed otherwise is unpacked first, unless `kind` is `none`.
+
+    Args:
+        layer: a Linear or convolution.
+        kind, device, dtype: as for `weights_packed`; with `none` it stays where it is.
+        layout: memory format of kernels.
+    """
+    source = weight_source(layer)
+    if isinstance(source, Packed) and kind == "none":
+        return source.to(source.tensors[0].device, dtype, layout)
+    weight = FrozenLayer(layer).weight.detach()
+    there = weight.device if kind == "none" else device  # quantize on the device, where it is fast
+    laid = weight.to(there, memory_format=layout if weight.ndim == 4 else torch.preserve_format)
+    one = packed(laid, kind, dtype)
+    if kind != "none" or laid is not weight:
+        release_pages(weight)
+    return one
+
+
+def frozen_bytes(
+    module: nn.Module, *, kind: Quantization, dtype: torch.dtype, offloading: bool = False, processes: int = 1
+) -> int:
     """Bytes of a model's frozen weights on the device during a run; its tensors may be on the meta device.
 
     Args:
         module: the frozen model.
         kind, dtype: as for `weights_packed`.
         offloading: whether packed weights are kept in host memory.
+        processes: over which they are sharded.
     """
     sizes: dict[nn.Module, int] = {}
     for layer in packable_layers(module):
@@ -89,6 +118,10 @@ def frozen_bytes(module: nn.Module, *, kind: Quantization, dtype: torch.dtype, o
     rest = sum(one.numel() * (dtype.itemsize if one.is_floating_point() else one.itemsize) for one in others)
     if offloading:
         return rest + _largest_block(module, sizes) + max(sizes.values(), default=0)
+    if processes > 1:
+        blocks = _block_bytes(module, sizes)
+        # A part of all blocks, and whole the block in use and the next one, beside what the latter is gathered into.
+        return rest + sum(sizes.values()) - sum(blocks) + -(-sum(blocks) // processes) + 3 * max(blocks, default=0)
     return rest + sum(sizes.values())
 
 
@@ -111,22 +144,6 @@ def takes_fp8_products(layer: nn.Module, code: torch.dtype | None) -> bool:
     return code in CODES and len(sizes) == 2 and not any(size % MULTIPLE for size in sizes)
 
 
-def _packed(
-    layer: nn.Module, kind: Quantization, device: torch.device, dtype: torch.dtype, layout: torch.memory_format
-) -> Packed:
-    """A layer's weight packed as `kind`; a weight packed otherwise is unpacked first, unless `kind` is `none`."""
-    source = weight_source(layer)
-    if isinstance(source, Packed) and kind == "none":
-        return source.to(source.tensors[0].device, dtype, layout)
-    weight = FrozenLayer(layer).weight.detach()
-    there = weight.device if kind == "none" else device  # quantize on the device, where it is fast
-    laid = weight.to(there, memory_format=layout if weight.ndim == 4 else torch.preserve_format)
-    one = packed(laid, kind, dtype)
-    if kind != "none" or laid is not weight:
-        release_pages(weight)
-    return one
-
-
 @functools.cache
 def _packed_bytes(shape: torch.Size, kind: Quantization, dtype: torch.dtype) -> int:
     """Bytes of a packed weight of a shape, packed without memory."""
@@ -135,8 +152,12 @@ def _packed_bytes(shape: torch.Size, kind: Quantization, dtype: torch.dtype) -> 
 
 def _largest_block(module: nn.Module, sizes: Mapping[nn.Module, int]) -> int:
     """Bytes of the largest outermost block, given those of its layers."""
-    blocks = [block.modules() for block in blocks_at_depth(module, 1)]
-    return max((sum(sizes.get(one, 0) for one in block) for block in blocks), default=0)
+    return max(_block_bytes(module, sizes), default=0)
+
+
+def _block_bytes(module: nn.Module, sizes: Mapping[nn.Module, int]) -> list[int]:
+    """Bytes of the outermost blocks, given those of their layers."""
+    return [sum(sizes.get(one, 0) for one in block.modules()) for block in blocks_at_depth(module, 1)]
 
 
 def _code(layer: nn.Module) -> torch.dtype | None:

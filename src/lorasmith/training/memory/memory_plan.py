@@ -145,7 +145,7 @@ def plan_activations(engine: Engine, samples: Sequence[Sample]) -> Planned | War
     try:
         plan = plan_for(engine, samples)
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
+        if engine.runtime.sharding or not is_out_of_memory(error):
             raise
         engine.change(activations="keep", checkpoint_depth=1)  # smaller micro-batches are left to `Recovery`
         return Warned(message="Memory ran out while activations were measured: blocks are recomputed.")
@@ -157,7 +157,8 @@ def plan_for(engine: Engine, samples: Sequence[Sample]) -> MemoryPlan:
     """The plan of a prepared engine for the free memory of its device; see `chosen_plan`."""
     runtime = engine.runtime
     optimizer = optimizer_bytes(engine.flat.master.nbytes)  # its state is allocated in the first step
-    free = free_memory(runtime.device, runtime.memory_budget) - optimizer
+    # One plan for all processes, as weights that are sharded are gathered in the same order by all.
+    free = min(runtime.processes.gathered(free_memory(runtime.device, runtime.memory_budget))) - optimizer
     return chosen_plan(engine.denoiser, samples, engine.config, runtime, free)
 
 

@@ -1,0 +1,313 @@
+"""Frozen weights sharded over the processes of a run, by FSDP2 (Zhao et al. 2023, arXiv:2304.11277).
+
+Each process keeps 1/N of the weights of every outermost block. A block's parts are gathered before its forward pass
+and again before its backward pass, one block ahead where the device allows it, and freed after either.
+
+FSDP2 changes a module for good and takes contiguous parameters alone, so no module of the model is given to it. A block
+is replaced in its parent by a copy of itself that shares its parts. The packed weights of its layers (plain ones
+included) are the bytes of one parameter of that copy, and each layer has a `WeightSource` of views of them. What is
+neither the weight of a Linear layer nor of a convolution, and what is outside of blocks, is kept whole by all.
+
+Gathering is a sum of all processes in a pass, so every process makes the same passes (`batches`, `validation`), and one
+that fails in the middle of a pass cannot be waited for: `ending_together` ends the run in all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lorasmith.adapters.inject import restore_forward
+from lorasmith.adapters.packed_layers import packable_layers, weight_source_set
+from lorasmith.core.allocator import is_out_of_memory
+from lorasmith.core.choices import Quantization
+from lorasmith.core.errors import LorasmithError, TrainingError
+from lorasmith.core.mapped_files import release_pages
+from lorasmith.core.placement import memory_format_for
+from lorasmith.core.processes import Processes
+from lorasmith.core.quantization import Packed
+from lorasmith.training.memory.activation_checkpointing import blocks_at_depth
+from lorasmith.training.memory.frozen_weights import packed_weight
+
+__all__ = ["ShardedWeight", "ending_together", "weights_sharded"]
+
+_ALIGNED = 64
+"""Bytes that the start of each tensor is a multiple of, as kernels want it."""
+
+_ASKED_S = 1.0
+"""Seconds between two looks for an error of another process, where waiting for it does not end by itself."""
+
+
+@contextlib.contextmanager
+def weights_sharded(
+    module: nn.Module, *, kind: Quantization, device: torch.device, dtype: torch.dtype, processes: Processes
+) -> Iterator[list[nn.Module]]:
+    """Inside the context, this process holds its part of the weights in blocks; then the model is as it was.
+
+    Args:
+        module: the frozen model.
+        kind, device, dtype: as for `weights_packed`.
+        processes: that share the weights, more than one.
+
+    Yields:
+        The layers whose weights are sharded, which `weights_packed` and `placed` must leave alone.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (processes.size,))
+    layout = memory_format_for(module)
+    packable = set(packable_layers(module))
+    sharded: list[nn.Module] = []
+    copies: list[nn.Module] = []
+    with contextlib.ExitStack() as undo:
+        undo.enter_context(warnings.catch_warnings())
+        # Of a sum in place into a block's output, which no denoiser makes: each family is compared with and without.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
+        for block in blocks_at_depth(module, 1):
+            layers = [layer for layer in block.modules() if layer in packable and layer not in sharded]
+            if not layers:
+                continue
+            bytes_of = _Bytes(device)
+            sources = [bytes_of.add(packed_weight(layer, kind, device, dtype, layout)) for layer in layers]
+            bytes_of.join()
+            one = _copied(block)
+            whole = one._parameters, one._buffers, one._modules
+            # FSDP2 sees the bytes alone, and the model never sees them.
+            one._parameters, one._buffers, one._modules = {}, {}, {"bytes": bytes_of}
+            fully_shard(one, mesh=mesh)
+            one._parameters, one._buffers, one._modules = whole
+            undo.enter_context(_replaced(module, block, one))
+            for layer, source in zip(layers, sources, strict=True):
+                undo.enter_context(weight_source_set(layer, source, device=device, dtype=dtype))
+            sharded += layers
+            copies.append(one)
+        root = _Root()
+        fully_shard(root, mesh=mesh)
+        undo.enter_context(_run_by(module, root, copies))
+        undo.enter_context(_aborted_with_others(processes, device))
+        yield sharded
+
+
+@contextlib.contextmanager
+def ending_together(processes: Processes, *, agreed: type[Exception]) -> Iterator[None]:
+    """Inside the context, an error in one process ends the run in all, each with one sentence.
+
+    Args:
+        processes: of the run.
+        agreed: errors that all processes raise together, and go on after.
+
+    Raises:
+        TrainingError: memory ran out, blocks cannot be compiled, or another process has ended.
+    """
+    try:
+        yield
+    except agreed:
+        raise
+    except BaseException as error:
+        explained = _explained(error, processes)
+        if not processes.reported:
+            processes.report(_first_line(explained))
+        if explained is error:
+            raise
+        raise explained from error
+
+
+@dataclass(frozen=True, eq=False)
+class _Place:
+    """Where a tensor is in the bytes of a block.
+
+    Attributes:
+        start, stop: in bytes.
+        dtype: of the tensor.
+        laid: its shape with the dimensions in the order of memory.
+        order: the place of each of its dimensions in `laid`.
+    """
+
+    start: int
+    stop: int
+    dtype: torch.dtype
+    laid: tuple[int, ...]
+    order: tuple[int, ...]
+
+    def view(self, whole: Tensor) -> Tensor:
+        """The tensor, in the bytes of the block."""
+        return whole[self.start : self.stop].view(self.dtype).view(self.laid).permute(self.order)
+
+
+class _Bytes(nn.Module):
+    """The packed weights of a block, the bytes of one parameter.
+
+    Attributes:
+        whole: the parameter, (bytes,) uint8; FSDP2 puts the process's part in its place between passes.
+    """
+
+    whole: nn.Parameter
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._device = device
+        self._pieces: list[Tensor] = []
+        self._taken: list[Tensor] = []
+        self._size = 0
+
+    def add(self, weight: Packed) -> ShardedWeight:
+        """Take a weight in; returns its source."""
+        self._taken += weight.tensors
+        return ShardedWeight(self, [self._added(one) for one in weight.tensors], weight)
+
+    def join(self) -> None:
+        """Make the parameter, once all weights are in."""
+        self.whole = nn.Parameter(torch.cat(self._pieces), requires_grad=False)
+        for tensor in self._taken:
+            release_pages(tensor)
+        self._pieces.clear()
+        self._taken.clear()
+
+    def _added(self, tensor: Tensor) -> _Place:
+        order = sorted(range(tensor.ndim), key=tensor.stride, reverse=True)
+        laid = tensor.permute(order).contiguous()
+        start = self._size
+        piece = laid.view(-1).view(torch.uint8).to(self._device)
+        self._pieces += [piece, piece.new_zeros(-len(piece) % _ALIGNED)]
+        self._size += sum(map(len, self._pieces[-2:]))
+        back = tuple(order.index(dimension) for dimension in range(tensor.ndim))
+        return _Place(start, start + len(piece), tensor.dtype, tuple(laid.shape), back)
+
+
+class ShardedWeight:
+    """A layer's weight source in the bytes of its block, which are there in the passes of the block.
+
+    Args:
+        block: the bytes.
+        places: of the packed weight's tensors.
+        weight: the packed weight; its tensors are not kept.
+    """
+
+    def __init__(self, block: _Bytes, places: Sequence[_Place], weight: Packed) -> None:
+        self.code = weight.code
+        self._block = block
+        self._places = tuple(places)
+        self._unpack = weight.unpack
+        self._dtype = weight.dtype
+        self._shape = weight.shape
+
+    def fetch(self) -> Packed:
+        """The packed weight on the device."""
+        whole = self._block.whole
+        tensors = tuple([place.view(whole) for place in self._places])
+        return Packed(tensors, self._unpack, self._dtype, self._shape)
+
+
+class _Root(nn.Module):
+    """Root of the sharded blocks, so that they share streams and know their order."""
+
+    def forward(self, run: Callable[[], None]) -> None:
+        """Call the denoiser's own forward; its output is none of FSDP2's business."""
+        run()
+
+
+def _copied(block: nn.Module) -> nn.Module:
+    """A copy of a module with tables of its own but the same parts."""
+    one = copy.copy(block)
+    for name, value in vars(nn.Module()).items():
+        if isinstance(value, dict | set):
+            one.__dict__[name] = copy.copy(one.__dict__[name])
+    return one
+
+
+@contextlib.contextmanager
+def _replaced(model: nn.Module, block: nn.Module, by: nn.Module) -> Iterator[None]:
+    """Inside the context, another module stands wherever `block` stands in the model."""
+    places = [
+        (parent._modules, name)
+        for parent in model.modules()
+        for name, child in parent._modules.items()
+        if child is block
+    ]
+    for children, name in places:
+        children[name] = by
+    try:
+        yield
+    finally:
+        for children, name in places:
+            children[name] = block
+
+
+@contextlib.contextmanager
+def _run_by(module: nn.Module, root: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """Inside the context, the forward of `module` runs inside that of `root`, to which the blocks belong."""
+    root.add_module("blocks", nn.ModuleList(blocks))
+    own, forward = module.__dict__.get("forward"), module.forward
+
+    def within(*args: Any, **kwargs: Any) -> Any:
+        found: list[Any] = []
+        root(lambda: found.append(forward(*args, **kwargs)))
+        return found[0]
+
+    module.forward = within
+    try:
+        yield
+    finally:
+        restore_forward(module, own)
+
+
+def _explained(error: BaseException, processes: Processes) -> BaseException:
+    """The sentence of an error in one process of a sharded run, or the error itself."""
+    if isinstance(error, LorasmithError) or not isinstance(error, Exception):
+        return error
+    if is_out_of_memory(error):
+        return TrainingError(
+            f"memory must hold a step in each process of a sharded run, but ran out in process {processes.rank} "
+            f"({_first_line(error)}); use a smaller batch_size, gradient_checkpointing, quantization, or more processes"
+        )
+    from torch import distributed
+
+    is_lost = isinstance(error, distributed.DistError) or "gloo" in str(error)
+    if isinstance(error, RuntimeError) and (is_lost or processes.reported):
+        return processes.lost(error)
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return TrainingError(
+            f"blocks must be compiled in each process, but cannot ({_first_line(error)}); leave compile out"
+        )
+    return error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@contextlib.contextmanager
+def _aborted_with_others(processes: Processes, device: torch.device) -> Iterator[None]:
+    """Inside the context, waiting for a process that has reported its end is given up.
+
+    Over TCP it ends with the other's connection; a GPU would wait for ever.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    from torch.distributed import distributed_c10d
+
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(_ASKED_S):
+            if processes.reported:
+                distributed_c10d._abort_process_group()
+                return
+
+    watcher = threading.Thread(target=watch, name="lorasmith-others", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()

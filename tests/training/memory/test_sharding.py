@@ -1,0 +1,364 @@
+"""Sharded weights: the run is that without sharding, a process holds its part, and none waits for a lost one."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+import torch
+from lever_cases import flux_dataset, planned
+from safetensors.torch import load_file
+from torch import Tensor
+from transformer_models import TINY, Case
+
+from lorasmith.adapters.packed_layers import cast_weights, packable_layers
+from lorasmith.app.model_run import train
+from lorasmith.core.errors import OptionError, TrainingError
+from lorasmith.core.processes import Processes, current
+from lorasmith.core.quantization import packed
+from lorasmith.data.dataset import EncodedDataset, Sample
+from lorasmith.families.loading import load_model
+from lorasmith.families.locating import BUILT_IN
+from lorasmith.families.model import Model
+from lorasmith.training import engine as engines
+from lorasmith.training.config import TrainConfig
+from lorasmith.training.engine import batch_maker
+from lorasmith.training.events import Event, Planned, Validated, Warned
+from lorasmith.training.job import engine_of
+from lorasmith.training.memory import compilation, memory_plan, sharding
+from lorasmith.training.memory.activation_checkpointing import blocks_at_depth
+from lorasmith.training.train import TrainResult
+from tests.covering import slow_except
+from tests.training.processes_together import outcomes_together, processes_together
+
+SETTINGS: dict[str, Any] = {
+    "steps": 2,
+    "rank": 4,
+    "training_dtype": "fp32",
+    "lora_dtype": "fp32",
+    "learning_rate": 0.05,
+    "optimizer": "SGD",  # others divide by the size of a gradient, and so enlarge the rounding of small ones
+    "seed": 3,
+    "batch_size": 4,
+    "targets": "attention",
+    "validation_share": 0.0,
+}
+
+Told = tuple[list[float], dict[str, Tensor], list[Event]]
+"""Losses, weights and events of a run."""
+
+
+def told(result: TrainResult, events: list[Event]) -> Told:
+    state = result.lora.state
+    parts = [(ref, one.tensors) for ref, one in state.adapters.items()] + list(state.differences.items())
+    weights = {f"{ref.path} {role}": tensor for ref, tensors in parts for role, tensor in tensors.items()}
+    return result.losses, weights, events
+
+
+def trained(model: Model, data: EncodedDataset, **settings: Any) -> Told:
+    events: list[Event] = []
+    return told(train(model, data, on_event=events.append, **{**SETTINGS, **settings}), events)
+
+
+def both(
+    model: Model, data: EncodedDataset, processes: int = 2, *, within_s: float = 300, **settings: Any
+) -> tuple[Told, Told]:
+    """A run in several processes without sharding, and with it."""
+
+    def one(_: Processes) -> tuple[Told, Told]:
+        return trained(model, data, **settings), trained(model, data, sharding=True, **settings)
+
+    before = models.digest(model.components.denoiser.state_dict())
+    found = processes_together(processes, one, within_s=within_s)
+    assert models.digest(model.components.denoiser.state_dict()) == before
+    for plain, sharded in found:
+        assert plain[0] == found[0][0][0]
+        assert sharded[0] == found[0][1][0]
+        assert all(torch.equal(sharded[1][name], tensor) for name, tensor in found[0][1][1].items())
+    return found[0]
+
+
+def assert_alike(plain: Told, sharded: Told, tolerance: float = 1e-4) -> None:
+    assert sharded[0] == pytest.approx(plain[0], rel=tolerance)
+    whole = torch.cat([tensor.flatten() for tensor in plain[1].values()])
+    difference = torch.cat([(sharded[1][name] - tensor).flatten() for name, tensor in plain[1].items()])
+    assert difference.norm() <= 0.1 * tolerance * whole.norm()
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "half precision": {"training_dtype": "bf16"},
+    "nf4": {"quantization": "nf4"},
+    "int8": {"quantization": "int8"},
+    "fp8": {"quantization": "fp8_e4m3"},
+    "fp8 by tensor": {"quantization": "fp8_e5m2_tensor"},
+    "blocks recomputed": {"checkpoint_depth": 1, "gradient_checkpointing": True},
+    "inner blocks recomputed": {"checkpoint_depth": 2, "gradient_checkpointing": True, "quantization": "int8"},
+    "innermost blocks recomputed": {"checkpoint_depth": 5, "gradient_checkpointing": True},
+    "lean": {"activations": "lean"},
+    "selective": {"activations": "selective", "targets": "attention+ff"},
+    "auto": {"activations": "auto"},
+    "deterministic": {"deterministic": True},
+    "dropout": {"rank_dropout": 0.3, "module_dropout": 0.2, "grad_accumulation_steps": 2},
+    "average": {"ema_decay": 0.9},
+    "held out": {"validation_share": 0.3, "validate_every": 1},
+    "DoRA": {"dora": "input"},
+    "OFT": {"algorithm": "OFT"},
+    "OFT, recomputed": {"algorithm": "OFT", "checkpoint_depth": 2, "gradient_checkpointing": True},
+    "BOFT": {"algorithm": "BOFT", "quantization": "nf4"},
+    "LoKr": {"algorithm": "LoKr"},
+    "GLoRA": {"algorithm": "GLoRA"},
+    "Full": {"algorithm": "Full", "learning_rate": 1e-4},
+    "PiSSA": {"pissa": True},
+    "norms and biases": {"differences": "norms+biases"},
+    "convolutions": {"targets": "all"},
+}
+
+
+@pytest.mark.parametrize("name", slow_except(CASES, "nf4"))
+def test_a_run_is_that_without_sharding(tiny: Model, mixed: EncodedDataset, name: str) -> None:
+    plain, sharded = both(tiny, mixed, **CASES[name])
+    assert_alike(plain, sharded, 2e-2 if name == "half precision" else 1e-4)
+    held_out = [[one.loss for one in events if isinstance(one, Validated)] for _, _, events in (plain, sharded)]
+    assert held_out[0] == pytest.approx(held_out[1], rel=1e-4)
+    assert len(held_out[0]) == (2 if name == "held out" else 0)
+
+
+@pytest.fixture(scope="module", params=TINY)
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return Case.of(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def four(case: Case) -> EncodedDataset:
+    """Pictures with captions of different length, and one of another size."""
+    model = case.ours
+    with model.text_encoder.active():
+        captions = [model.text_encoder.encode(text) for text in ("a fox", "a bus", "a penguin, " * 20, "")]
+    shapes = [model.components.latent.shape(64, 64)] * 3 + [model.components.latent.shape(64, 96)]
+    return EncodedDataset(
+        tuple(
+            Sample(models.seeded(f"latents {index}", shape, seed=0), caption, f"{index}.png")
+            for index, (caption, shape) in enumerate(zip(captions, shapes, strict=True))
+        )
+    )
+
+
+@pytest.mark.slow
+def test_a_run_of_each_family(case: Case, four: EncodedDataset) -> None:
+    levers = {"gradient_checkpointing": True, "quantization": "int8"}
+    for settings in ({}, levers):
+        plain, sharded = both(case.ours, four, **settings, learning_rate=1e-3)
+        assert_alike(plain, sharded)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings", [{}, {"quantization": "nf4", "gradient_checkpointing": True}], ids=["plain", "nf4"]
+)
+def test_four_processes(tiny: Model, mixed: EncodedDataset, settings: dict[str, Any]) -> None:
+    plain, sharded = both(tiny, mixed, 4, **settings)
+    assert_alike(plain, sharded)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "backend"), [("none", "aot_eager"), ("nf4", "aot_eager"), ("int8", "inductor")])
+def test_compiled_blocks(flux: Model, monkeypatch: pytest.MonkeyPatch, kind: str, backend: str) -> None:
+    monkeypatch.setattr(compilation, "BACKEND", backend)
+    settings = {"compile": True, "quantization": kind, "steps": 3, "learning_rate": 1e-3}
+    plain, sharded = both(flux, flux_dataset(), within_s=1800, **settings)
+    assert_alike(plain, sharded, 1e-3)
+    warned = [one.message for _, _, events in (plain, sharded) for one in events if isinstance(one, Warned)]
+    assert not any("compile" in message for message in warned)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["none", "nf4"])
+@pytest.mark.parametrize("processes", [2, 4])
+def test_a_process_holds_its_part_between_steps(
+    tiny: Model, dataset: EncodedDataset, kind: str, processes: int
+) -> None:
+    def one(_: Processes) -> tuple[int, int]:
+        job = planned(tiny, quantization=kind, sharding=True, batch_size=4)
+        engine = engine_of(job)
+        batch = batch_maker(tiny.denoiser, dataset.samples, job.config, job.runtime).step(0)
+        with engine.prepared():
+            engine.gradient(batch)
+            parts = [each for each in gc.get_objects() if type(each) is sharding._Bytes]
+            assert len(parts) == len(blocks_at_depth(tiny.components.denoiser, 1))
+            own = sum(each.whole.to_local().untyped_storage().nbytes() for each in parts)
+            return own, sum(each.whole.numel() for each in parts)
+
+    found = processes_together(processes, one)
+    blocks = blocks_at_depth(tiny.components.denoiser, 1)
+    weights = sum(packed_bytes(layer, kind) for block in blocks for layer in packable_layers(block))
+    assert {whole for _, whole in found} == {found[0][1]}
+    assert weights <= found[0][1] <= 1.01 * weights
+    for own, whole in found:
+        assert whole / processes <= own <= whole / processes + 64 * len(blocks)
+
+
+def packed_bytes(layer: Any, kind: str) -> int:
+    return packed(layer.weight.detach(), kind, torch.float32).size_bytes
+
+
+def test_all_processes_make_as_many_passes(tiny: Model, mixed: EncodedDataset) -> None:
+    job = planned(tiny, batch_size=3, grad_accumulation_steps=3)
+    counts = set()
+    for step in range(8):
+        for sharded in (False, True):
+            made = []
+            for rank in range(2):
+                processes = Processes()
+                processes.rank, processes.size = rank, 2
+                runtime = replace(job.runtime, processes=processes, sharding=sharded)
+                made.append(batch_maker(tiny.denoiser, mixed.samples, job.config, runtime).step(step))
+            draws = sorted(draw for batches in made for batch in batches for draw in batch.draws)
+            assert draws == list(range(9 * step, 9 * step + 9))
+            if sharded:
+                assert len(made[0]) == len(made[1])
+                company = [batch for batches in made for batch in batches if not batch.draws]
+                assert all(not batch.names and not batch.weights.any() for batch in company)
+                counts.add(len(company))
+    assert counts > {0}
+
+
+@pytest.mark.slow
+def test_one_plan_for_all(tiny: Model, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process with the least memory decides."""
+    monkeypatch.setattr(memory_plan, "free_memory", lambda *_: 1 if current().rank else 1 << 40)
+
+    def one(_: Processes) -> list[tuple[str, int]]:
+        _, _, events = trained(tiny, dataset, activations="auto", sharding=True, steps=1)
+        return [(event.activations, event.checkpoint_depth) for event in events if isinstance(event, Planned)]
+
+    first, second = processes_together(2, one)
+    assert first == second
+    assert first[0][1] > 0
+
+
+def failing(
+    monkeypatch: pytest.MonkeyPatch, rank: int, fail: Callable[[], Tensor], *, step: int = 1, module: str = "mid_block"
+) -> None:
+    """In one process, a block fails in the forward pass of a step, counted from 0."""
+    whole = engines.sample_losses
+    taken = []
+
+    def losses(denoiser: Any, batch: Any, config: Any, runtime: Any) -> Tensor:
+        taken.append(None)
+        if len(taken) == step + 1 and runtime.processes.rank == rank:
+            layer = denoiser.module.get_submodule(module)
+            with torch.nn.modules.module.register_module_forward_pre_hook(
+                lambda each, _: fail() if each is layer else None
+            ):
+                return whole(denoiser, batch, config, runtime)
+        return whole(denoiser, batch, config, runtime)
+
+    monkeypatch.setattr(engines, "sample_losses", losses)
+
+
+def out_of_memory() -> Tensor:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+
+def killed() -> Tensor:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
+
+
+@pytest.mark.parametrize(
+    ("rank", "fail"), slow_except([(1, out_of_memory), (0, out_of_memory), (1, killed)], (1, out_of_memory))
+)
+def test_an_end_in_the_middle_of_a_pass_is_that_of_all(
+    tiny: Model, dataset: EncodedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int, fail: Any
+) -> None:
+    failing(monkeypatch, rank, fail)
+
+    def one(_: Processes) -> None:
+        trained(tiny, dataset, sharding=True, steps=4, output=tmp_path / "run")
+
+    began = time.monotonic()
+    found = outcomes_together(2, one)
+    assert time.monotonic() - began < 60
+    if fail is killed:
+        assert found.pop(rank) is None
+    else:
+        assert "ran out in process" in str(found[rank])
+        assert str(found[rank]).startswith("memory must hold a step in each process of a sharded run")
+        if rank:  # else the first one takes the store along, but it has said why itself
+            assert f"process {rank}: memory must hold" in str(found[0])
+    assert all(isinstance(error, TrainingError) for error in found)
+    if rank == 0 and fail is killed:
+        return  # who writes files is gone; the same command continues from the last run state
+    assert "the LoRA of 1 steps is at" in str(found[0])
+    (saved,) = (tmp_path / "run").glob("*.safetensors")
+    assert load_file(saved)
+
+
+@pytest.mark.slow
+def test_a_broken_loss_is_skipped_by_all(tiny: Model, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, taken = engines.sample_losses, []
+
+    def losses(denoiser: Any, batch: Any, config: Any, runtime: Any) -> Tensor:
+        taken.append(None)
+        found = whole(denoiser, batch, config, runtime)
+        return found * float("nan") if runtime.processes.rank == 1 and len(taken) == 1 else found
+
+    monkeypatch.setattr(engines, "sample_losses", losses)
+    found = processes_together(2, lambda _: trained(tiny, dataset, sharding=True, steps=3)[0])
+    assert [[loss == loss for loss in each] for each in found] == 2 * [[False, True, True]]
+
+
+@pytest.mark.slow
+def test_a_process_that_is_stopped_stops_all(tiny: Model, dataset: EncodedDataset, tmp_path: Path) -> None:
+    """And the run goes on without sharding, and with it again, as if nothing had been."""
+
+    def one(processes: Processes) -> tuple[Told, list[int]]:
+        whole = trained(tiny, dataset, steps=6, sharding=True)
+        steps = iter((False, processes.rank == 1))
+        stopped = trained(
+            tiny, dataset, steps=6, sharding=True, output=tmp_path / "run", cancelled=lambda: next(steps, False)
+        )
+        more = iter((False, True))
+        longer = trained(tiny, dataset, steps=6, output=tmp_path / "run", cancelled=lambda: next(more, False))
+        last = trained(tiny, dataset, steps=6, sharding=True, output=tmp_path / "run")
+        assert_alike(whole, last)
+        return last, [len(each[0]) for each in (stopped, longer, last)]
+
+    for _, counts in processes_together(2, one):
+        assert counts == [2, 4, 6]
+
+
+@pytest.mark.slow
+def test_early_stopping_stops_all(tiny: Model, dataset: EncodedDataset) -> None:
+    settings = {"validation_share": 0.4, "validate_every": 1, "patience": 1, "learning_rate": 1.0, "steps": 30}
+    plain, sharded = both(tiny, dataset, **settings)
+    assert len(plain[0]) == len(sharded[0]) < 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["none", "int8"])
+def test_a_checkpoint_that_is_packed(tiny: Model, dataset: EncodedDataset, tmp_path: Path, kind: str) -> None:
+    model = load_model(BUILT_IN)
+    cast_weights(model.components.denoiser, torch.float8_e4m3fn)
+    plain, sharded = both(model, dataset, quantization=kind)
+    assert_alike(plain, sharded)
+
+
+def test_it_does_not_go_with_offloading() -> None:
+    with pytest.raises(OptionError, match="sharding and offloading are two places for frozen weights"):
+        TrainConfig(sharding=True, offloading=True)
+
+
+def test_one_process_keeps_all_and_says_so(tiny: Model, dataset: EncodedDataset) -> None:
+    job = planned(tiny, sharding=True)
+    assert not job.runtime.sharding
+    assert any(note.startswith("sharding has no effect in one process") for note in job.notes)
