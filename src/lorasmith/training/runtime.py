@@ -36,6 +36,7 @@ class Runtime:
         quantized_backward: whether products with fp8 weights are in fp8.
         compile: whether blocks are compiled, unless weights are offloaded.
         processes: those that train the run together.
+        memory_share: part of the free memory that `auto` may use.
     """
 
     device: torch.device
@@ -51,6 +52,7 @@ class Runtime:
     quantized_backward: bool
     compile: bool
     processes: Processes = ALONE
+    memory_share: float = 1.0
 
     @classmethod
     def of(

@@ -154,7 +154,7 @@ def plan_for(engine: Engine, samples: Sequence[Sample]) -> MemoryPlan:
     """The plan of a prepared engine for the free memory of its device; see `chosen_plan`."""
     runtime = engine.runtime
     optimizer = optimizer_bytes(engine.flat.master.nbytes)  # its state is allocated in the first step
-    free = free_memory(runtime.device, runtime.memory_budget) - optimizer
+    free = int(runtime.memory_share * free_memory(runtime.device, runtime.memory_budget)) - optimizer
     return chosen_plan(engine.denoiser, samples, engine.config, runtime, free)
 
 
