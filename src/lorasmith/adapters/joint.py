@@ -1,14 +1,16 @@
 """Adapters of several runs on one model at once: each sample of a batch meets those of its own run.
 
-A layer sees the samples of all runs, one after the other along its first dimension. The general way cuts its input
-there, computes each part as the run alone would, and joins the results: right for every algorithm, and for differences.
+A layer sees the samples of all runs, one after the other. The general way cuts its input there, computes each part as
+the run alone would, and joins the results: right for every algorithm, and for differences of norms and biases.
 Where the product with the frozen weight is the same for all, it is computed once:
 
     Linear layers with low-rank adapters    one function for all runs, and for q, k and v   (`joint_products`)
     other layers with such adapters, and    one product, then each run's adapters on its
     layers whose weight is packed           part of it
 
-A layer whose first dimension is not that of the samples makes `SamplesMixed`.
+Layers have the samples in the first dimension of their inputs, in some models in the second: two passes of different
+numbers of samples show which. A layer that has them elsewhere, such as one for the tokens of all samples in one list,
+makes `SamplesMixed`.
 """
 
 from __future__ import annotations
@@ -38,20 +40,28 @@ __all__ = ["SampleRows", "SamplesMixed", "jointly_attached"]
 
 
 class SamplesMixed(Exception):  # noqa: N818 - a fact about a model, which no user sees
-    """A layer's input does not begin with the samples; the text says which shape it has."""
+    """A module's input is not laid out by samples; the text says which shape it has."""
 
 
 class SampleRows:
-    """Which samples of a batch are of which run.
+    """Which samples of a batch are of which run, and where modules have them.
 
     Attributes:
         present: number of the run and of its samples, for each run that has any, in the order of the samples.
+        is_learning: whether a pass shows which dimension of a module's input is that of the samples.
     """
 
     def __init__(self) -> None:
         self.present: Sequence[tuple[int, int]] = ()
-        self._x: Tensor | None = None
-        self._parts: tuple[Tensor, ...] = ()
+        self.is_learning = False
+        self._axes: dict[nn.Module, set[int]] = {}
+        self._first: tuple[Tensor, Tensor] | None = None
+        self._parts: tuple[Tensor, tuple[Tensor, ...]] | None = None
+
+    @property
+    def are_known(self) -> bool:
+        """Whether modules have been seen."""
+        return bool(self._axes)
 
     @contextlib.contextmanager
     def set(self, present: Sequence[tuple[int, int]]) -> Iterator[None]:
@@ -60,20 +70,45 @@ class SampleRows:
         try:
             yield
         finally:
-            self.present, self._x, self._parts = before, None, ()
+            self.present, self._first, self._parts = before, None, None
 
-    def check(self, x: Tensor) -> None:
-        """Raise SamplesMixed unless a layer's input begins with the samples."""
+    @contextlib.contextmanager
+    def learnt(self, present: Sequence[tuple[int, int]]) -> Iterator[None]:
+        """A forward pass inside the context, of these samples, shows where modules have them.
+
+        Passes of two different numbers of samples tell their dimension from others of the same size.
+        """
+        self.is_learning = True
+        try:
+            with self.set(present):
+                yield
+        finally:
+            self.is_learning = False
+
+    def see(self, module: nn.Module, x: Tensor) -> None:
+        """Note the shape of a module's input."""
         count = sum(count for _, count in self.present)
-        if x.ndim < 2 or len(x) != count:
+        fitting = {axis for axis in (0, 1) if axis < x.ndim - 1 and x.shape[axis] == count}
+        self._axes[module] = self._axes.get(module, {0, 1}) & fitting
+
+    def axis(self, module: nn.Module, x: Tensor) -> int:
+        """The dimension of the samples in a module's input. Raises SamplesMixed if there is none."""
+        axes, count = self._axes.get(module, set()), sum(count for _, count in self.present)
+        if not axes or x.shape[min(axes)] != count:
             raise SamplesMixed(f"{count} samples meet an input of shape {tuple(x.shape)}")
+        return min(axes)
+
+    def first(self, x: Tensor) -> Tensor:
+        """An input with the samples in its second dimension, with them in the first; the same one for the same x."""
+        if self._first is None or self._first[0] is not x:
+            self._first = x, x.transpose(0, 1).contiguous()
+        return self._first[1]
 
     def parts(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The input of each run that is present: views, the same ones for layers with the same input."""
-        if self._x is not x:
-            self.check(x)
-            self._x, self._parts = x, torch.split(x, [count for _, count in self.present])
-        return self._parts
+        """The input of each run that is present, along the first dimension: views, the same ones for the same x."""
+        if self._parts is None or self._parts[0] is not x:
+            self._parts = x, tuple(torch.split(x, [count for _, count in self.present]))
+        return self._parts[1]
 
 
 @contextlib.contextmanager
@@ -100,7 +135,7 @@ def jointly_attached(model: nn.Module, runs: Sequence[Attached], rows: SampleRow
             together[path] = _OneProduct(FrozenLayer(modules[path]), own[path], rows)
     with contextlib.ExitStack() as undo:
         for path, module in modules.items():
-            undo.enter_context(forward_replaced(module, _JointModule(own[path], together.get(path), rows).run))
+            undo.enter_context(forward_replaced(module, _JointModule(module, own[path], together.get(path), rows).run))
         yield
 
 
@@ -108,27 +143,34 @@ class _JointModule:
     """The forward of a module with adapters or differences of several runs.
 
     Args:
+        module: the module.
         own: the forward of each run.
         together: computes the samples of several runs; None to compute the parts one by one.
         rows: whose samples there are.
     """
 
-    def __init__(self, own: Sequence[Forward], together: Callable[[Tensor], Tensor] | None, rows: SampleRows) -> None:
+    def __init__(
+        self, module: nn.Module, own: Sequence[Forward], together: Callable[[Tensor], Tensor] | None, rows: SampleRows
+    ) -> None:
+        self._module = module
         self._own = own
-        self._together = together
+        self._together = together or self._one_by_one
         self._rows = rows
 
-    def run(self, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+    def run(self, x: Tensor) -> Tensor:
         """The module's forward."""
         present = self._rows.present
-        if len(present) == 1:
-            return self._own[present[0][0]](x, *args, **kwargs)
-        if self._together is not None:
-            return self._together(x)
-        if any(isinstance(one, Tensor) for one in (*args, *kwargs.values())):
-            raise SamplesMixed("a layer has several inputs")
-        parts = self._rows.parts(x)
-        return torch.cat([self._own[run](part, *args, **kwargs) for (run, _), part in zip(present, parts, strict=True)])
+        if self._rows.is_learning:
+            self._rows.see(self._module, x)
+        elif len(present) > 1:
+            if self._rows.axis(self._module, x) == 0:
+                return self._together(x)
+            return self._together(self._rows.first(x)).transpose(0, 1)
+        return self._own[present[0][0]](x)
+
+    def _one_by_one(self, x: Tensor) -> Tensor:
+        parts = zip(self._rows.present, self._rows.parts(x), strict=True)
+        return torch.cat([self._own[run](part) for (run, _), part in parts])
 
 
 _Terms = Sequence[tuple[LowRank, float] | None]
@@ -177,7 +219,6 @@ class _JointInput:
 
     def __call__(self, number: int, x: Tensor) -> Tensor:
         if self._x is not x or number not in self._results:
-            self._rows.check(x)
             self._x = x
             self._results = dict(enumerate(joint_linear(x, self._layers, self._terms(x))))
         result = self._results.pop(number)

@@ -267,6 +267,13 @@ class _Meeting:
         conditioning = denoiser.base.family.join([batch.conditioning for batch in batches])
         noised = torch.cat([batch.noised for batch in batches]).to(model.dtype)
         time = torch.cat([batch.level.time for batch in batches])
+        if len(parts) > 1 and not model.rows.are_known:
+            (_, one), *_ = parts
+            with torch.no_grad():
+                with model.rows.learnt(present[:1]):
+                    denoiser.predict(one.noised.to(model.dtype), one.level.time, one.conditioning)
+                with model.rows.learnt(present):
+                    denoiser.predict(noised, time, conditioning)
         with contextlib.ExitStack() as stack:
             # Until the backward pass is over, which may compute blocks again.
             stack.enter_context(model.rows.set(present))
