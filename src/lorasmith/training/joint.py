@@ -6,7 +6,7 @@ its gradient, then the next one; when all have asked, the calling thread compute
 batches that fit together, and every run takes its own. Runs that end leave, whatever ended them.
 
 What the model has attached follows from who works: nothing while a run draws previews or is loaded, the adapters of a
-run while it is validated, those of all runs in their common passes (`adapters.joint`). So a run's weights and losses
+run while it is validated, those of all runs in their common passes (`adapters.joint_adapters`). So a run's weights and losses
 are those that it has alone, to the rounding of sums.
 
 Where a common pass cannot be (memory, a model that mixes its samples), each run has passes of its own, still over one
@@ -25,13 +25,16 @@ import torch
 from torch import Tensor
 
 from lorasmith.adapters.inject import Attached, adapters_attached
-from lorasmith.adapters.joint import SampleRows, SamplesMixed, jointly_attached
+from lorasmith.adapters.joint_adapters import SampleRows, SamplesMixed, jointly_attached
 from lorasmith.adapters.patch import patch_tensors
 from lorasmith.core.allocator import is_out_of_memory
 from lorasmith.core.choices import ActivationPlan
 from lorasmith.core.errors import OptionError
+from lorasmith.core.sizes import memory_text
 from lorasmith.core.tensor_digests import digest_of_tensors
+from lorasmith.data.dataset import EncodedDataset
 from lorasmith.training.batches import Batch, kind_of
+from lorasmith.training.captions_ahead import drawn_captions
 from lorasmith.training.engine import Engine, frozen, prediction_losses
 from lorasmith.training.job import Job
 from lorasmith.training.memory.activation_checkpointing import blocks_checkpointed
@@ -39,7 +42,7 @@ from lorasmith.training.memory.activations import activations_packed, activation
 from lorasmith.training.recovery import StepRepeated
 from lorasmith.training.runtime import Runtime
 
-__all__ = ["SHARED_SETTINGS", "EngineMaker", "check_alike", "train_jointly"]
+__all__ = ["SHARED_SETTINGS", "EngineMaker", "check_alike", "check_captions", "train_jointly"]
 
 T = TypeVar("T")
 EngineMaker = Callable[[Job], Engine]
@@ -87,6 +90,25 @@ def check_alike(jobs: Sequence[Job]) -> None:
                 "runs that train together must have the same LoRAs beneath them, but training_adapter, existing_lora "
                 "or the LoRAs of the model differ; make them equal, or train apart"
             )
+
+
+def check_captions(job: Job, data: EncodedDataset) -> None:
+    """Raise OptionError for captions whose text encoder must stay while a run trains; other runs would share it.
+
+    Args:
+        job: the planned run.
+        data: its samples.
+    """
+    first, per_step = job.runtime.first_step, job.config.samples_per_step
+    draws = range(first * per_step, (first + job.config.steps) * per_step)
+    captions = data.captions
+    if captions is None or all(sample.variants is None for sample in data.samples):
+        return
+    if drawn_captions(data.samples, draws, seed=job.config.seed, most=captions.most) is None:
+        raise OptionError(
+            "runs that train together encode their captions before they train, but the variants of these need more "
+            f"than {memory_text(captions.memory_bytes)}; raise caption_memory, or train apart"
+        )
 
 
 def train_jointly(jobs: Sequence[Job], works: Sequence[Callable[[EngineMaker], T]]) -> list[T | Exception]:
