@@ -192,5 +192,8 @@ def test_tokens_of_all_samples_in_one_list_are_told() -> None:
         for some in ([(0, 1)], [(0, 1), (1, 3)]):
             with rows.learnt(some):
                 model(torch.randn(sum(count for _, count in some), 4, 4, 4))
-        with rows.set([(0, 1), (1, 3)]), pytest.raises(SamplesMixed, match=r"4 samples meet an input of shape \(16, 16"):
+        with (
+            rows.set([(0, 1), (1, 3)]),
+            pytest.raises(SamplesMixed, match=r"4 samples meet an input of shape \(16, 16"),
+        ):
             model(torch.randn(4, 4, 4, 4))

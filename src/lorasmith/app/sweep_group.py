@@ -51,6 +51,7 @@ from lorasmith.training.train import TrainResult
 
 __all__ = ["GroupProcess", "grouped", "main", "train_group"]
 
+_COMMAND = (sys.executable, "-P", "-m", "lorasmith.app.sweep_group")  # no file of the current folder is a module
 _STOPPED = 128 + signal.SIGTERM
 _BETWEEN_LINES_S = 30.0
 _OF_THE_MODEL = (*SHARED_SETTINGS, "training_adapter", "existing_lora", "existing_state", "strict")

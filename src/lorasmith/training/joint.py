@@ -6,8 +6,8 @@ its gradient, then the next one; when all have asked, the calling thread compute
 batches that fit together, and every run takes its own. Runs that end leave, whatever ended them.
 
 What the model has attached follows from who works: nothing while a run draws previews or is loaded, the adapters of a
-run while it is validated, those of all runs in their common passes (`adapters.joint_adapters`). So a run's weights and losses
-are those that it has alone, to the rounding of sums.
+run while it is validated, those of all runs in their common passes (`adapters.joint_adapters`). So a run's weights and
+losses are those that it has alone, to the rounding of sums.
 
 Where a common pass cannot be (memory, a model that mixes its samples), each run has passes of its own, still over one
 model. A run's own recovery comes after that.
