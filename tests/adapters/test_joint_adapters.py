@@ -17,6 +17,7 @@ from lorasmith.adapters.joint_adapters import SampleRows, SamplesMixed, jointly_
 from lorasmith.adapters.lora import LoraAdapter
 from lorasmith.adapters.packed_layers import weight_source_set
 from lorasmith.core.quantization import packed
+from tests.covering import slow_except
 
 COUNTS = (2, 1, 3)
 NAMES = [name for name, _ in ADAPTERS.items()]
@@ -119,7 +120,7 @@ def attention() -> nn.Module:
     return Attention().requires_grad_(False)
 
 
-@pytest.mark.parametrize("name", [*NAMES, "input DoRA", "output DoRA"])
+@pytest.mark.parametrize("name", slow_except([*NAMES, "input DoRA", "output DoRA"], "LoRA", "LoKr", "input DoRA"))
 def test_one_algorithm(attention: nn.Module, name: str) -> None:
     assert_each_has_its_own(attention, [on(attention, name, seed) for seed in (1, 2, 3)])
 

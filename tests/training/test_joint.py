@@ -25,11 +25,11 @@ from lorasmith.families.model import Model
 from lorasmith.training import joint
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import Engine
-from lorasmith.training.events import Event, RolledBack, Shrunk, StepDone, Validated, Warned
+from lorasmith.training.events import Event, RolledBack, Shrunk, StepDone, Warned
 from lorasmith.training.job import Job, plan_job
 from lorasmith.training.joint import EngineMaker, check_alike, check_captions, train_jointly
 from lorasmith.training.outcome import Outcome
-from lorasmith.training.train import RunOptions, TrainResult
+from lorasmith.training.train import RunOptions, TrainResult, run_job
 from lorasmith.training.verdict import History
 
 SETTINGS: dict[str, Any] = {
@@ -83,7 +83,10 @@ def weights(result: TrainResult) -> dict[str, Tensor]:
 def assert_alike(one: TrainResult | Exception, other: TrainResult, tolerance: float = 1e-5) -> None:
     assert isinstance(one, TrainResult), repr(one)
     assert one.losses == pytest.approx(other.losses, rel=tolerance)
-    assert one.validations == pytest.approx(other.validations, rel=tolerance)
+    assert [step for step, _ in one.validations] == [step for step, _ in other.validations]
+    assert [loss for _, loss in one.validations] == pytest.approx(
+        [loss for _, loss in other.validations], rel=tolerance
+    )
     expected, found = weights(other), weights(one)
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():  # one by one, as those that start at zero are small
@@ -141,15 +144,29 @@ ALGORITHMS: dict[str, Settings] = {
 }
 
 
+CONVOLVED = ("LoRA", "LoHa", "LoKr", "Tucker", "differences")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ALGORITHMS)
-@pytest.mark.parametrize("model_settings", [{}, {"quantization": "nf4", "gradient_checkpointing": True}])
-def test_each_algorithm(tiny: Model, mixed: EncodedDataset, name: str, model_settings: Settings) -> None:
-    model_settings = model_settings | ({"training_dtype": "bf16"} if name == "half precision" else {})
-    runs = [one | model_settings for one in (ALGORITHMS[name], {"rank": 8}, ALGORITHMS[name] | {"seed": 8})]
-    results = together(tiny, mixed, runs)
+@pytest.mark.parametrize("levers", [{}, {"quantization": "nf4", "gradient_checkpointing": True}])
+def test_each_algorithm(flux: Model, flux_data: EncodedDataset, name: str, levers: Settings) -> None:
+    assert_each_alike(flux, flux_data, name, levers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONVOLVED)
+def test_each_algorithm_that_takes_convolutions(tiny: Model, mixed: EncodedDataset, name: str) -> None:
+    assert_each_alike(tiny, mixed, name, {"steps": 2})
+
+
+def assert_each_alike(model: Model, data: EncodedDataset, name: str, levers: Settings) -> None:
+    """Two runs of an algorithm and one of another."""
+    levers = levers | ({"training_dtype": "bf16"} if name == "half precision" else {})
+    runs = [one | levers for one in (ALGORITHMS[name], {"rank": 8}, ALGORITHMS[name] | {"seed": 8})]
+    results = together(model, data, runs)
     for result, settings in zip(results, runs, strict=True):
-        expected = alone(tiny, mixed, settings)
+        expected = alone(model, data, settings)
         if name == "half precision":
             assert isinstance(result, TrainResult)
             assert result.losses == pytest.approx(expected.losses, rel=1e-2)
@@ -180,6 +197,7 @@ def test_activations_are_planned_for_all(flux: Model, flux_data: EncodedDataset)
         assert_alike(result, alone(flux, flux_data, settings))
 
 
+@pytest.mark.slow
 def test_held_out_images_are_judged_with_each_run_s_own_adapter(
     flux: Model, flux_data: EncodedDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -257,6 +275,7 @@ def test_a_run_that_diverges_or_fails_disturbs_no_other(
     assert isinstance(results[2], TrainingError) and str(results[2]).startswith("the disk is gone")
 
 
+@pytest.mark.slow
 def test_where_memory_is_too_small_for_all_each_run_has_passes_of_its_own(
     flux: Model, flux_data: EncodedDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -290,6 +309,7 @@ def test_where_memory_is_too_small_for_all_each_run_has_passes_of_its_own(
     assert failed == [True]
 
 
+@pytest.mark.slow
 def test_an_error_in_a_pass_of_all_is_that_of_the_run_that_has_it_alone(
     flux: Model, flux_data: EncodedDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -307,6 +327,7 @@ def test_an_error_in_a_pass_of_all_is_that_of_the_run_that_has_it_alone(
     assert_alike(results[0], alone(flux, flux_data, {}))
 
 
+@pytest.mark.slow
 def test_runs_that_are_stopped_continue_together_to_the_bit_and_alone_to_rounding(
     flux: Model, flux_data: EncodedDataset, tmp_path: Path
 ) -> None:
@@ -346,6 +367,40 @@ def test_an_interruption_reaches_all_runs_which_save(flux: Model, flux_data: Enc
         assert_alike(result, alone(flux, flux_data, settings))
 
 
+class Looks:
+    """In place of previews: looks whether the model is bare, as for users who load it."""
+
+    is_final_only = False
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._module, self.seen = module, []  # type: ignore[var-annotated]
+        self._whole = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+    def __call__(self, step: int, lora: Path, *, final: bool) -> Sequence[Event]:
+        now = self._module.state_dict()
+        assert all(torch.equal(now[name], tensor) for name, tensor in self._whole.items())
+        assert not any("forward" in vars(one) for one in self._module.modules())
+        self.seen.append((step, final))
+        return ()
+
+
+def test_previews_find_the_bare_model_and_the_other_runs_wait(
+    flux: Model, flux_data: EncodedDataset, tmp_path: Path
+) -> None:
+    runs: list[Settings] = [{"quantization": "nf4", "steps": 4, "preview_every": 2}, {"quantization": "nf4", "rank": 2}]
+    jobs, looks = [job(flux, one) for one in runs], Looks(flux.components.denoiser)
+    options = [RunOptions(output=tmp_path / "run", previews=lambda folder: looks), RunOptions()]
+
+    def works(number: int) -> Callable[[EngineMaker], TrainResult]:
+        return lambda engine: run_job(jobs[number], flux_data, replace(options[number], engine=engine))
+
+    results = train_jointly(jobs, [works(0), works(1)])
+    assert looks.seen == [(2, False), (4, True)]
+    for result, settings in zip(results, runs, strict=True):
+        assert_alike(result, alone(flux, flux_data, settings))
+
+
+@pytest.mark.slow
 def test_one_run_is_that_of_an_engine_of_its_own(flux: Model, flux_data: EncodedDataset) -> None:
     (result,) = together(flux, flux_data, [{"validation_share": 0.3, "validate_every": 2}])
     assert_same(result, alone(flux, flux_data, {"validation_share": 0.3, "validate_every": 2}))
@@ -396,11 +451,3 @@ def test_captions_whose_encoder_would_stay_are_refused(flux: Model, flux_data: E
     ]
     with pytest.raises(OptionError, match="encode their captions before they train, but the variants of these need"):
         check_captions(one, EncodedDataset(tuple(varied), captions=captions))
-
-
-def test_validations_are_those_of_events(flux: Model, flux_data: EncodedDataset) -> None:
-    events: list[list[Event]] = [[], []]
-    settings: Settings = {"validation_share": 0.3, "validate_every": 3}
-    together(flux, flux_data, [settings, settings | {"rank": 2}], *[RunOptions(on_event=one.append) for one in events])
-    assert [[one.step for one in told if isinstance(one, Validated)] for told in events] == [[3], [3]]
-    assert [[one.step for one in told if isinstance(one, StepDone)] for told in events] == [[1, 2, 3]] * 2
