@@ -58,9 +58,13 @@ def together(
     model: Model, data: EncodedDataset | Sequence[EncodedDataset], runs: Sequence[Settings], *options: RunOptions
 ) -> list[TrainResult | Exception]:
     each = [data] * len(runs) if isinstance(data, EncodedDataset) else data
-    given = options or [RunOptions()] * len(runs)
+    events: list[Event] = []
+    given = options or [RunOptions(on_event=events.append)] * len(runs)
     jobs = [job(model, one) for one in runs]
-    return train_jointly(jobs, [work(model, *parts) for parts in zip(jobs, each, given, strict=True)])
+    results = train_jointly(jobs, [work(model, *parts) for parts in zip(jobs, each, given, strict=True)])
+    said = [one.message for one in events if isinstance(one, Warned)]
+    assert not [one for one in said if "a pass for each run" in one], "the passes are those of all runs"
+    return results
 
 
 def alone(
@@ -325,6 +329,25 @@ def test_an_error_in_a_pass_of_all_is_that_of_the_run_that_has_it_alone(
     results = together(flux, flux_data, [{}, {"rank": 2}])
     assert isinstance(results[1], OptionError)
     assert_alike(results[0], alone(flux, flux_data, {}))
+
+
+@pytest.mark.slow
+def test_a_pass_that_fails_where_no_run_does_alone_is_given_up(
+    flux: Model, flux_data: EncodedDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise TypeError("a bug")
+
+    monkeypatch.setattr(joint._Meeting, "_pass", broken)
+    events: list[Event] = []
+    results = together(flux, flux_data, [{}, {"rank": 2}], RunOptions(), RunOptions(on_event=events.append))
+    for result, settings in zip(results, [{}, {"rank": 2}], strict=True):
+        assert_alike(result, alone(flux, flux_data, settings))
+    said = [one.message for one in events if isinstance(one, Warned) and "a bug" in one.message]
+    assert len(said) == 1
+    assert said[0].startswith(
+        "A pass of 2 runs at once failed (TypeError: a bug): the step is repeated, with a pass for"
+    )
 
 
 @pytest.mark.slow

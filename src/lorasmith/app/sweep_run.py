@@ -111,7 +111,16 @@ def end_of(output: Path, run: SweepRun) -> RunEnd | None:
 
 
 def keep_end(output: Path, run: SweepRun, end: RunEnd) -> None:
-    """Write how a run ended. Raises OutputError."""
+    """Write how a run ended.
+
+    Args:
+        output: folder of the sweep.
+        run: the run.
+        end: how it ended.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
     write_atomic(_end_file(output, run), json.dumps(asdict(end)) + "\n")
 
 

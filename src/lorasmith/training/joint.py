@@ -248,18 +248,19 @@ class _Meeting:
             except Exception as error:
                 failure = error.with_traceback(None) if is_out_of_memory(error) else error
         # Outside of `except`, where the error's frames no longer hold activations.
-        if failure is not None and (reason := _why_apart(failure, len(asking))):
-            self._is_apart = True
-            gc.collect()
-            if self._device.type == "cuda":
-                torch.cuda.empty_cache()
-            for seat in asking:
-                seat.answer = StepRepeated(reason)
-            return
-        for place, seat in enumerate(asking):
-            seat.answer = self._alone(seat, place)
-        if failure is not None and not any(isinstance(seat.answer, Exception) for seat in asking):
-            raise failure
+        reason = "" if failure is None else _why_apart(failure, len(asking))
+        if not reason:
+            for place, seat in enumerate(asking):
+                seat.answer = self._alone(seat, place)
+            if failure is None or any(isinstance(seat.answer, Exception) for seat in asking):
+                return
+            reason = f"A pass of {len(asking)} runs at once failed ({type(failure).__name__}: {failure})"
+        self._is_apart = True
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        for seat in asking:
+            seat.answer = StepRepeated(f"{reason}: the step is repeated, with a pass for each run from here on.")
 
     def _alone(self, seat: _Seat[Any], place: int) -> tuple[Tensor, Tensor] | Exception:
         """The gradient of one run in passes of its own, or its error."""
@@ -480,16 +481,10 @@ def _kind(batch: Batch) -> object:
 
 
 def _why_apart(error: Exception, runs: int) -> str:
-    """Why runs have passes of their own from here on, in a sentence; empty for an error that is a run's own."""
+    """Why runs have passes of their own from here on; empty for an error that may be a run's own."""
     if is_out_of_memory(error):
-        reason = str(error).strip().splitlines() or ["no memory left"]
-        return (
-            f"Memory is too small for a step of {runs} runs at once ({reason[0]}): the step is repeated, with a pass "
-            "for each run from here on."
-        )
+        lines = str(error).strip().splitlines() or ["no memory left"]
+        return f"Memory is too small for a step of {runs} runs at once ({lines[0]})"
     if isinstance(error, SamplesMixed):
-        return (
-            f"This model mixes the samples of a batch ({error}): the step is repeated, with a pass for each run from "
-            "here on."
-        )
+        return f"This model mixes the samples of a batch ({error})"
     return ""
