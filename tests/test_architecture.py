@@ -43,6 +43,7 @@ TESTED_ELSEWHERE = {
     "__main__.py": "cli/test_startup.py",
     "adapters/adapter.py": "adapters/test_contract.py",
     "adapters/frozen_layer.py": "adapters/test_contract.py",
+    "adapters/joint_products.py": "adapters/test_joint_adapters.py",
     "adapters/low_rank_products.py": "adapters/test_lora.py",
     "adapters/variants.py": "adapters/test_lora.py",
     "bench/benchmark.py": "bench/test_measure.py",

@@ -13,6 +13,7 @@ Names are resolved when they are first used, so that importing the package is qu
     load_model      a base model from a file, a folder, a hub or a loaded diffusers pipeline
     load_dataset    images and captions, encoded for a model
     train           a run; settings are those of TrainConfig
+    train_together  several runs over one model, which is held once
     generate        pictures from prompts, with LoRAs
     run_workflow    a ComfyUI workflow, from its file or an example of the package
     Lora            a LoRA in memory: load, apply, save
@@ -29,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lorasmith.app.library import generate, load_dataset
-    from lorasmith.app.model_run import train
+    from lorasmith.app.model_run import train, train_together
     from lorasmith.core import errors
     from lorasmith.core.errors import LorasmithError
     from lorasmith.data.data_config import DataConfig
@@ -64,6 +65,7 @@ __all__ = [
     "load_model",
     "run_workflow",
     "train",
+    "train_together",
 ]
 
 _HOMES = {
@@ -82,6 +84,7 @@ _HOMES = {
     "load_model": "families.loading",
     "run_workflow": "nodes.workflow_run",
     "train": "app.model_run",
+    "train_together": "app.model_run",
 }
 _MODULES = {"errors": "core.errors", "events": "training.events"}
 

@@ -38,6 +38,7 @@ def sweep(tmp_path: Path) -> Sweep:
             "--launcher slurm decides where all runs are; leave --devices and --only",
         ),
         (("--launcher", "ray", "--devices", "cpu"), "--launcher ray decides where"),
+        (("--launcher", "ray", "--together", 2), "--together trains runs in one process of this machine"),
         (("--launcher", "slurm"), "needs the program sbatch, which is not on PATH"),
         (("--launcher", "slurm", "--slurm-options", "'"), "--slurm-options must be arguments as in a shell"),
         (("--devices", "cpu,cpu"), "--devices must name each device once"),
@@ -166,6 +167,43 @@ def test_ctrl_c_stops_and_saves_and_the_same_command_continues_to_the_bit(lorasm
     ran = lorasmith("sweep", "sweep.toml", "--output", "whole")
     assert ran.code == 0, ran.err
     assert tensors_of(part / name) == tensors_of(tmp_path / "whole" / name)
+
+
+@pytest.mark.slow
+@posix
+def test_runs_together_are_those_apart_stopped_and_continued_too(lorasmith: Command, tmp_path: Path) -> None:
+    pictures(tmp_path / "photos", 4)
+    sweep = sweep_of(tmp_path, 'rank = [2, 4]\nalgorithm = ["LoRA", "LoKr"]\n')
+    text = (tmp_path / "sweep.toml").read_text().replace("steps = 4", 'steps = 12\ntraining_dtype = "fp32"')
+    (tmp_path / "sweep.toml").write_text(text)
+    names, part = [run.name for run in sweep.runs], tmp_path / "part"
+    started = command("sweep", "sweep.toml", "--output", "part", "--together", "3")
+    process = subprocess.Popen(started, cwd=tmp_path, stdout=subprocess.PIPE)
+    until = time.monotonic() + 300
+    while not all(has_step(part / name) for name in names[:3]):
+        assert process.poll() is None and time.monotonic() < until
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=300)
+    assert process.returncode == 130, out
+    assert [result(part)[name]["state"] for name in names] == ["stopped"] * 3 + ["waiting"]
+    alone = lorasmith("resume", part / names[1])
+    assert alone.code == 0, alone.err
+
+    for arguments in (("--output", "part", "--together", 3), ("--output", "whole", "--together", 4), ()):
+        ran = lorasmith("sweep", "sweep.toml", *arguments)
+        assert ran.code == 0, ran.err
+    apart = result(tmp_path / "runs" / "sweep")
+    for found in (result(part), result(tmp_path / "whole")):
+        assert list(found) == list(apart), "ranked alike"
+        for name, one in found.items():
+            assert one["state"] == "complete" and one["loss"] == pytest.approx(apart[name]["loss"], rel=1e-4)
+    assert tensors_of(tmp_path / "whole" / names[0]).keys() == tensors_of(tmp_path / "runs/sweep" / names[0]).keys()
+
+
+def has_step(folder: Path) -> bool:
+    events = folder / "events.jsonl"
+    return events.exists() and '"StepDone"' in events.read_text()
 
 
 SBATCH = """\

@@ -37,6 +37,7 @@ class Adapter(nn.Module, ABC):
     Attributes:
         algorithm: registered name in lower case, as `AdapterWeights` has it.
         format: what its tensors are to files, tools and other programs.
+        transforms_input: whether f differs from the identity.
         transforms_output: whether g differs from the identity; the bias is then added after it.
         reads_weight: whether `attached` reads the layer's weight; it then includes the adapters below.
         compiles: whether torch.compile takes `attached` in one graph, and keeps nothing of the weight's size for it.
@@ -44,6 +45,7 @@ class Adapter(nn.Module, ABC):
 
     algorithm: ClassVar[str]
     format: ClassVar[AdapterFormat]
+    transforms_input: ClassVar[bool] = False
     transforms_output: ClassVar[bool] = False
     reads_weight: ClassVar[bool] = False
     compiles: ClassVar[bool] = False

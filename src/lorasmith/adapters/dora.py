@@ -118,6 +118,7 @@ class InputDora(DoraAdapter):
     """Magnitudes per input: f of the contract."""
 
     axis = 1
+    transforms_input = True
 
     def attached(self, inner: Callable[[Tensor], Tensor], layer: FrozenLayer, x: Tensor, strength: float) -> Tensor:
         excess = layer.channelwise(self._excess_now(x, layer).repeat(layer.groups))

@@ -45,6 +45,7 @@ class GloraAdapter(Adapter):
     """
 
     algorithm = "glora"
+    transforms_input = True
     compiles = True
 
     def __init__(self, tensors: Mapping[str, Tensor], *, alpha: float) -> None:

@@ -29,13 +29,22 @@ from lorasmith.core.errors import LoraError
 _SAME_INPUT = (("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj"))
 """Names of the layers of an attention, in diffusers' models, that receive the same input."""
 
+Forward = Callable[..., Tensor]
+
 __all__ = [
     "Attached",
+    "Forward",
     "adapters_attached",
+    "adapters_of",
     "adapters_on",
+    "attached_forwards",
     "create_adapters",
+    "forward_replaced",
+    "input_groups",
     "load_adapters",
     "load_differences",
+    "low_rank_of",
+    "on_product",
     "restore_forward",
 ]
 
@@ -122,8 +131,16 @@ def load_differences(model: nn.Module, tensors: Mapping[str, Mapping[str, Tensor
 @contextlib.contextmanager
 def adapters_attached(model: nn.Module, stack: Sequence[Attached]) -> Iterator[None]:
     """Adapters run on `model` in activation space inside; later sets wrap earlier ones and those of enclosing calls."""
+    with contextlib.ExitStack() as undo:
+        for path, forward in attached_forwards(model, stack).items():
+            undo.enter_context(forward_replaced(model.get_submodule(path), forward))
+        yield
+
+
+def attached_forwards(model: nn.Module, stack: Sequence[Attached]) -> dict[str, Forward]:
+    """The forwards that `adapters_attached` gives to modules, by path, for the model as it is now."""
     layers: dict[str, _OnLayer] = {}
-    norms: list[tuple[str, Difference, float]] = []
+    forwards: dict[str, Forward] = {}
     for one in stack:
         for path, adapter in one.adapters.items():
             if not is_targetable(kind := model.get_submodule(path)):
@@ -133,31 +150,70 @@ def adapters_attached(model: nn.Module, stack: Sequence[Attached]) -> Iterator[N
                 )
             layers.setdefault(path, _OnLayer()).adapters.append((adapter, one.strength))
         for path, difference in one.differences.items():
-            if is_targetable(model.get_submodule(path)):
+            if is_targetable(module := model.get_submodule(path)):
                 layers.setdefault(path, _OnLayer()).biases.append((difference, one.strength))
             else:
-                norms.append((path, difference, one.strength))
-    with contextlib.ExitStack() as undo:
-        for path, on_layer in layers.items():
-            module = model.get_submodule(path)
-            own = module.__dict__.get("forward")
-            undo.callback(restore_forward, module, own)
-            if (below := _stacked(own)) is not None and below.shared is not None:
-                undo.callback(setattr, below.shared[0], "is_complete", below.shared[0].is_complete)
-                below.shared[0].is_complete = False
-            # As a method: torch.compile distinguishes methods by their function, and other objects one by one.
-            module.forward = _Stacked(FrozenLayer(module), on_layer.above(own)).run
-        _share_inputs(model, layers)
-        for path, difference, strength in norms:
-            module = model.get_submodule(path)
-            undo.callback(restore_forward, module, module.__dict__.get("forward"))
-            module.forward = difference.on_norm(module, module.forward, strength)
-        yield
+                forwards[path] = difference.on_norm(module, forwards.get(path, module.forward), one.strength)
+    stacked = {}
+    for path, on_layer in layers.items():
+        module = model.get_submodule(path)
+        stacked[path] = _Stacked(FrozenLayer(module), on_layer.above(module.__dict__.get("forward")))
+    _share_inputs(model, stacked)
+    return {path: one.run for path, one in stacked.items()} | forwards
+
+
+def adapters_of(forward: object) -> list[Adapter]:
+    """The adapters in a layer's forward, innermost first."""
+    return [adapter for adapter, _ in _OnLayer().above(forward).adapters]
+
+
+def low_rank_of(forward: object) -> tuple[LowRank, FrozenLayer, float] | None:
+    """Adapter, layer and strength in a Linear layer's forward, if a low-rank one is all that is there."""
+    stacked = _stacked(forward)
+    return None if stacked is None or stacked.on_layer.biases else stacked.single
+
+
+def on_product(forward: object, product: Callable[[Tensor], Tensor]) -> tuple[Callable[[Tensor], Tensor], bool]:
+    """The adapters and differences in a layer's forward on another product than the layer's own.
+
+    Args:
+        forward: of an attached layer.
+        product: of the layer's input.
+
+    Returns:
+        The function, and whether the bias is part of that product; otherwise the function adds it.
+    """
+    stacked = _stacked(forward)
+    if stacked is None:  # the layer itself
+        return product, True
+    one = _Stacked(stacked.layer, stacked.on_layer, product)
+    return one.run, not one.adds_bias
 
 
 def adapters_on(module: nn.Module) -> list[Adapter]:
     """The adapters attached to a layer now, innermost first."""
-    return [adapter for adapter, _ in _OnLayer().above(module.__dict__.get("forward")).adapters]
+    return adapters_of(module.__dict__.get("forward"))
+
+
+@contextlib.contextmanager
+def forward_replaced(module: nn.Module, forward: Forward) -> Iterator[None]:
+    """Inside the context, a module has this forward, a method.
+
+    torch.compile distinguishes methods by their function, and other objects one by one.
+    """
+    own = module.__dict__.get("forward")
+    below = _stacked(own)
+    shared = None if below is None or below.shared is None else below.shared[0]
+    was_complete = shared is not None and shared.is_complete
+    try:
+        if shared is not None:
+            shared.is_complete = False
+        module.forward = forward
+        yield
+    finally:
+        restore_forward(module, own)
+        if shared is not None:
+            shared.is_complete = was_complete
 
 
 def restore_forward(module: nn.Module, own: Callable[..., Tensor] | None) -> None:
@@ -183,15 +239,17 @@ class _OnLayer:
 
 
 class _Stacked:
-    """A layer's forward under a stack of adapters."""
+    """A layer's forward under a stack of adapters, on the layer's own product if no other is given."""
 
-    def __init__(self, layer: FrozenLayer, on_layer: _OnLayer) -> None:
+    def __init__(
+        self, layer: FrozenLayer, on_layer: _OnLayer, product: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        self.layer = layer
         self.on_layer = on_layer
         self.shared: tuple[SharedInput, int] | None = None
-        self._layer = layer
         adapters = on_layer.adapters
-        self._bias_last = layer.bias is not None and any(adapter.transforms_output for adapter, _ in adapters)
-        self._run: Callable[[Tensor], Tensor] = FrozenProduct(layer, with_bias=not self._bias_last)
+        self.adds_bias = layer.bias is not None and any(adapter.transforms_output for adapter, _ in adapters)
+        self._run = product or FrozenProduct(layer, with_bias=not self.adds_bias)
         for number, (adapter, strength) in enumerate(adapters):
             seen = _LayerAbove(layer, adapters[:number]) if number and adapter.reads_weight else layer
             self._run = _wrapped(adapter, self._run, seen, strength)
@@ -202,20 +260,20 @@ class _Stacked:
         if len(self.on_layer.adapters) != 1:
             return None
         adapter, strength = self.on_layer.adapters[0]
-        if not isinstance(adapter, LowRank) or not SharedInput.takes(adapter, self._layer):
+        if not isinstance(adapter, LowRank) or not SharedInput.takes(adapter, self.layer):
             return None
-        return adapter, self._layer, strength
+        return adapter, self.layer, strength
 
     def run(self, x: Tensor) -> Tensor:
         """The layer's forward."""
         y = None if self.shared is None or torch.compiler.is_compiling() else self.shared[0](self.shared[1], x)
         if y is None:
             y = self._run(x)
-        if self._bias_last:
-            assert self._layer.bias is not None
-            y = y + self._layer.channelwise(self._layer.bias)
+        if self.adds_bias:
+            assert self.layer.bias is not None
+            y = y + self.layer.channelwise(self.layer.bias)
         for difference, strength in self.on_layer.biases:
-            y = y + strength * self._layer.channelwise(difference.get_parameter("bias"))
+            y = y + strength * self.layer.channelwise(difference.get_parameter("bias"))
         return y
 
 
@@ -225,23 +283,27 @@ def _stacked(forward: object) -> _Stacked | None:
     return owner if isinstance(owner, _Stacked) else None
 
 
-def _share_inputs(model: nn.Module, paths: Iterable[str]) -> None:
-    """Let attached layers of one attention that receive the same input be computed together."""
-    groups: dict[tuple[object, ...], list[tuple[_Stacked, tuple[LowRank, FrozenLayer, float]]]] = defaultdict(list)
+def input_groups(model: nn.Module, paths: Iterable[str]) -> list[list[str]]:
+    """Those of the Linear layers at these paths that receive the same input, by attention: two or more each."""
+    groups: dict[tuple[object, ...], list[str]] = defaultdict(list)
     for path in paths:
         parent, _, name = path.rpartition(".")
         names = next((names for names in _SAME_INPUT if name in names), None)
-        stacked = _stacked(model.get_submodule(path).forward)
-        if names is None or stacked is None or stacked.single is None:
+        if names is None:
             continue
         # Cross-attention has its keys and values from the text.
         is_text = getattr(model.get_submodule(parent), "is_cross_attention", False) and name != names[0]
-        groups[parent, names, is_text, stacked.single[1].in_features].append((stacked, stacked.single))
-    for members in groups.values():
-        if len(members) > 1:
-            shared = SharedInput([single for _, single in members])
-            for index, (stacked, _) in enumerate(members):
-                stacked.shared = shared, index
+        groups[parent, names, is_text, FrozenLayer(model.get_submodule(path)).in_features].append(path)
+    return [members for members in groups.values() if len(members) > 1]
+
+
+def _share_inputs(model: nn.Module, stacked: Mapping[str, _Stacked]) -> None:
+    """Let layers of one attention that receive the same input be computed together."""
+    singles = {path: single for path, one in stacked.items() if (single := one.single) is not None}
+    for paths in input_groups(model, singles):
+        shared = SharedInput([singles[path] for path in paths])
+        for index, path in enumerate(paths):
+            stacked[path].shared = shared, index
 
 
 class _LayerAbove(FrozenLayer):

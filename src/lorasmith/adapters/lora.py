@@ -104,15 +104,15 @@ class LowRank(Adapter):
     def attached(self, inner: Callable[[Tensor], Tensor], layer: FrozenLayer, x: Tensor, strength: float) -> Tensor:
         if isinstance(inner, FrozenProduct) and not layer.is_conv:
             down, up, _ = self.factors()
-            mask = self._inner_mask((*x.shape[:-1], len(down)), layer)
+            mask = self.inner_mask((*x.shape[:-1], len(down)), layer)
             return linear_with_lora(x, layer, inner.bias, down, up, strength * self.scale, mask)
         return super().attached(inner, layer, x, strength)
 
     def _masked(self, inner: Tensor, layer: FrozenLayer) -> Tensor:
-        mask = self._inner_mask(inner.shape, layer)
+        mask = self.inner_mask(inner.shape, layer)
         return inner if mask is None else inner * mask
 
-    def _inner_mask(self, shape: tuple[int, ...], layer: FrozenLayer) -> Tensor | None:
+    def inner_mask(self, shape: tuple[int, ...], layer: FrozenLayer) -> Tensor | None:
         """The mask, broadcastable to inner activations of `shape`."""
         if self.mask is None:
             return None

@@ -32,6 +32,7 @@ from lorasmith.sampling.previews import Partner
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import EventHandler, Warned
 from lorasmith.training.job import Job, plan_job
+from lorasmith.training.joint import EngineMaker
 from lorasmith.training.runs.fingerprint import Fingerprint
 from lorasmith.training.runs.records import check_title
 from lorasmith.training.train import RunOptions, TrainResult
@@ -159,6 +160,7 @@ def train_prepared(
     on_event: EventHandler = RunOptions.on_event,
     cancelled: Callable[[], bool] = RunOptions.cancelled,
     partner: Partner | None = None,
+    engine: EngineMaker = RunOptions.engine,
 ) -> TrainResult:
     """Train a prepared run, with previews of its prompt where its settings have None.
 
@@ -172,6 +174,7 @@ def train_prepared(
         on_event: receives training events.
         cancelled: called between steps; True ends the run and saves the result.
         partner: of previews of one of two experts; see `Previewer`.
+        engine: makes the engine, of one of several runs that train together.
 
     Raises:
         LorasmithError: as `model_run.train`.
@@ -190,6 +193,7 @@ def train_prepared(
         on_event=on_event,
         cancelled=cancelled,
         until=until,
+        engine=engine,
     )
     prompt = prepared.plan.prompt
     return train_job(prepared.base.denoiser, prepared.job, prepared.data, options, unasked=prompt, partner=partner)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ParamSpec, Protocol, get_type_hints
 
@@ -30,6 +31,7 @@ from lorasmith.sampling.previews import Partner, parse_prompts
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Event, EventHandler, RolledBack, Shrunk, Warned
 from lorasmith.training.job import Job, plan_job
+from lorasmith.training.joint import EngineMaker, check_captions, train_jointly
 from lorasmith.training.runs.fingerprint import Fingerprint
 from lorasmith.training.runs.history import RECORD
 from lorasmith.training.runs.output_folder import output_folder
@@ -37,7 +39,7 @@ from lorasmith.training.runs.run_folder import numbered_runs, unfinished_run
 from lorasmith.training.train import RunOptions, TrainResult, run_job
 from lorasmith.training.watchers import Draw
 
-__all__ = ["TrainArguments", "new_run_folder", "run_folder", "shown_signature", "train", "train_job"]
+__all__ = ["TrainArguments", "new_run_folder", "run_folder", "shown_signature", "train", "train_job", "train_together"]
 
 P = ParamSpec("P")
 
@@ -220,21 +222,10 @@ def train(model: Model | Denoiser, data: EncodedDataset, **arguments: Any) -> Tr
         KeyboardInterrupt: the run was interrupted. Its LoRA and its state are in the output folder, if there is one,
             and its notes name them; the same call continues it.
     """
-    given = TrainArguments(**{name: arguments.pop(name) for name in _SURROUNDINGS if name in arguments})
-    config = config_from(TrainConfig, {**(asdict(given.config) if given.config else {}), **arguments})
-    denoiser = model if isinstance(model, Denoiser) else model.denoiser
-    job = plan_job(denoiser, config, chosen_device(given.device))
+    given, denoiser, job = _planned(model, arguments)
     silent = RunOptions.on_event if given.progress else _logged
     with run_shown(given.progress) as show:
-        options = RunOptions(
-            output=None if given.output is None else Path(given.output),
-            fresh=given.fresh,
-            title=given.title,
-            trigger=given.trigger,
-            validation=given.validation,
-            on_event=_to_both(show, given.on_event or silent),
-            cancelled=given.cancelled or RunOptions.cancelled,
-        )
+        options = _options(given, _to_both(show, given.on_event or silent))
         try:
             return train_job(denoiser, job, data, options)
         except KeyboardInterrupt as interrupt:
@@ -242,6 +233,66 @@ def train(model: Model | Denoiser, data: EncodedDataset, **arguments: Any) -> Tr
             if given.progress:
                 note(f"Interrupted: {'; '.join(interrupt.__notes__)}.")
             raise
+
+
+def train_together(
+    model: Model | Denoiser, data: EncodedDataset, runs: Sequence[Mapping[str, Any]], **arguments: Any
+) -> list[TrainResult | Exception]:
+    """Train several LoRAs at once over one model, which is held in memory once.
+
+    Each is the one that `train` gives, to rounding. Rates, ranks, seeds, algorithms, targets, optimizers, batch sizes,
+    steps and data may differ; settings of the model and of memory are those of all.
+
+    Args:
+        model: as for `train`.
+        data: encoded samples.
+        runs: the arguments of each run as for `train`, such as `{"rank": 8, "output": "runs/8"}`; `data` are samples of
+            its own.
+        **arguments: those that all runs have. No bars are shown.
+
+    Returns:
+        The result of each run, or the error that ended it, which ends no other.
+
+    Raises:
+        OptionError: as `train`, or the runs cannot train together.
+        KeyboardInterrupt: they were interrupted; those with an output folder have saved.
+    """
+    jobs, works = [], []
+    for own in runs:
+        asked = {**arguments, **own}
+        samples = asked.pop("data", data)
+        given, denoiser, job = _planned(model, asked)
+        check_captions(job, samples)
+        jobs.append(job)
+        works.append(partial(_with_engine, denoiser, job, samples, _options(given, given.on_event or _logged)))
+    return train_jointly(jobs, works)
+
+
+def _with_engine(
+    denoiser: Denoiser, job: Job, data: EncodedDataset, options: RunOptions, engine: EngineMaker
+) -> TrainResult:
+    return train_job(denoiser, job, data, replace(options, engine=engine))
+
+
+def _planned(model: Model | Denoiser, arguments: Mapping[str, Any]) -> tuple[TrainArguments, Denoiser, Job]:
+    """The arguments of `train` that are no settings, the model's handle, and the job of the settings."""
+    given = TrainArguments(**{name: value for name, value in arguments.items() if name in _SURROUNDINGS})
+    settings = {name: value for name, value in arguments.items() if name not in _SURROUNDINGS}
+    config = config_from(TrainConfig, {**(asdict(given.config) if given.config else {}), **settings})
+    denoiser = model if isinstance(model, Denoiser) else model.denoiser
+    return given, denoiser, plan_job(denoiser, config, chosen_device(given.device))
+
+
+def _options(given: TrainArguments, on_event: EventHandler) -> RunOptions:
+    return RunOptions(
+        output=None if given.output is None else Path(given.output),
+        fresh=given.fresh,
+        title=given.title,
+        trigger=given.trigger,
+        validation=given.validation,
+        on_event=on_event,
+        cancelled=given.cancelled or RunOptions.cancelled,
+    )
 
 
 def _place_of(output: object, title: str) -> str:

@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import IO, Protocol, TypeVar
 
 from lorasmith.app.command_lines import command_line
 from lorasmith.app.sweep_file import SweepRun
@@ -40,8 +40,13 @@ __all__ = [
     "RunProcess",
     "Started",
     "end_of",
+    "error_of_process",
+    "forget_end",
+    "keep_end",
     "log_of",
+    "process_started",
     "run_all",
+    "stop_process",
     "sweep_devices",
     "sweep_folder",
     "train_command",
@@ -52,6 +57,9 @@ LORASMITH = (sys.executable, "-P", "-m", "lorasmith")  # no file of the current 
 
 LOGS = "logs"
 """Folder of a sweep for what its runs print; a run has another name, as a hyphen is in each."""
+
+Work = TypeVar("Work")
+"""A run, or several that train together."""
 
 _POLL_S = 0.1
 _TAIL_BYTES = 4000
@@ -100,6 +108,36 @@ def end_of(output: Path, run: SweepRun) -> RunEnd | None:
         return typed(parse_foreign_json(read_regular(_end_file(output, run))), RunEnd)
     except (OSError, ValueError):
         return None
+
+
+def keep_end(output: Path, run: SweepRun, end: RunEnd) -> None:
+    """Write how a run ended.
+
+    Args:
+        output: folder of the sweep.
+        run: the run.
+        end: how it ended.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    write_atomic(_end_file(output, run), json.dumps(asdict(end)) + "\n")
+
+
+def forget_end(output: Path, run: SweepRun, arguments: Sequence[str]) -> None:
+    """Begin a run again: its last end is forgotten, and its log has its command.
+
+    Args:
+        output: folder of the sweep.
+        run: the run.
+        arguments: of its command.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    _end_file(output, run).unlink(missing_ok=True)
+    with log_of(output, run).open("ab") as log:
+        log.write(f"$ {command_line(['lorasmith', *arguments])}\n".encode())
 
 
 def sweep_devices(given: str | None) -> tuple[str, ...]:
@@ -158,26 +196,13 @@ class RunProcess:
     def __init__(self, run: SweepRun, output: Path, device: str | None = None, also: Sequence[str] = ()) -> None:
         arguments = train_command(run, output, device=device, also=also)
         self._run, self._output = run, output
-        self._log = log_of(output, run)
         self._is_stopping = False
         self._document = tempfile.TemporaryFile()  # noqa: SIM115 - closed when the process has ended
-        environment = dict(os.environ)
-        if device is not None and device.startswith("cuda:"):
-            environment[VISIBLE_GPUS] = gpu_variable(int(device.removeprefix("cuda:")))
         try:
-            _end_file(output, run).unlink(missing_ok=True)
-            with self._log.open("ab") as log:
-                log.write(f"$ {command_line(['lorasmith', *arguments])}\n".encode())
-                log.flush()
-                self._process = subprocess.Popen(
-                    [*LORASMITH, *arguments, "--json"],
-                    stdin=subprocess.DEVNULL,
-                    stdout=self._document,
-                    stderr=log,
-                    env=environment,
-                    # Ctrl-C of the terminal reaches this process alone, which passes it on once.
-                    start_new_session=True,
-                )
+            forget_end(output, run, arguments)
+            self._process = process_started(
+                [*LORASMITH, *arguments, "--json"], device, stdout=self._document, log=log_of(output, run)
+            )
         except OSError as error:
             self._document.close()
             raise OutputError(
@@ -195,38 +220,81 @@ class RunProcess:
             self._document.close()
             is_stopped = code and self._is_stopping
             self._end = RunEnd(exit_code=code, error="" if not code or is_stopped else self._error(code, said))
-            write_atomic(_end_file(self._output, self._run), json.dumps(asdict(self._end)) + "\n")
+            keep_end(self._output, self._run, self._end)
         return self._end
 
     def stop(self) -> None:
         """Ask it to end after its step and save; the second time, at once."""
         self._is_stopping = True
-        if sys.platform != "win32":  # where Ctrl-C reaches every process of a console
-            self._process.terminate()  # not SIGINT, which Ray's workers and shells in the background block or ignore
+        stop_process(self._process)
 
     def _error(self, code: int, said: bytes) -> str:
         """The sentence that the command printed, else what is known of its end."""
         with contextlib.suppress(ValueError, TypeError, KeyError):
             return str(json.loads(said)["error"]["message"])
-        what = f"exit code {code}"
-        if code < 0:
-            with contextlib.suppress(ValueError):
-                what = signal.Signals(-code).name
-            what += ", as where the system has no memory left" if -code == getattr(signal, "SIGKILL", 9) else ""
-        last = _last_line(self._log)
-        return f"the process of a run must end by itself, but ended with {what}; {self._log.name} ends with: {last}"
+        return error_of_process(code, log_of(self._output, self._run))
+
+
+def process_started(
+    command: Sequence[str], device: str | None, *, log: Path, stdout: IO[bytes] | int, stdin: int = subprocess.DEVNULL
+) -> subprocess.Popen[bytes]:
+    """A process that sees one device, and prints to a log.
+
+    Args:
+        command: of the process.
+        device: as `sweep_devices` gives it; None for all.
+        log: file that standard error is appended to.
+        stdout, stdin: as for `subprocess.Popen`.
+
+    Raises:
+        OSError: it cannot be started.
+    """
+    environment = dict(os.environ)
+    if device is not None and device.startswith("cuda:"):
+        environment[VISIBLE_GPUS] = gpu_variable(int(device.removeprefix("cuda:")))
+    with log.open("ab") as errors:
+        return subprocess.Popen(
+            command,
+            stdin=stdin,
+            stdout=stdout,
+            stderr=errors,
+            env=environment,
+            # Ctrl-C of the terminal reaches this process alone, which passes it on once.
+            start_new_session=True,
+        )
+
+
+def stop_process(process: subprocess.Popen[bytes]) -> None:
+    """Ask a process to end after its step and save; the second time, at once."""
+    if sys.platform != "win32":  # where Ctrl-C reaches every process of a console
+        process.terminate()  # not SIGINT, which Ray's workers and shells in the background block or ignore
+
+
+def error_of_process(code: int, log: Path) -> str:
+    """What is known of a process that ended without a sentence of its own.
+
+    Args:
+        code: exit code, or minus the number of the signal.
+        log: what it printed.
+    """
+    what = f"exit code {code}"
+    if code < 0:
+        with contextlib.suppress(ValueError):
+            what = signal.Signals(-code).name
+        what += ", as where the system has no memory left" if -code == getattr(signal, "SIGKILL", 9) else ""
+    return f"the process of a run must end by itself, but ended with {what}; {log.name} ends with: {_last_line(log)}"
 
 
 def run_all(
-    runs: Sequence[SweepRun],
+    runs: Sequence[Work],
     devices: Sequence[str | None],
-    start: Callable[[SweepRun, str | None], Started],
+    start: Callable[[Work, str | None], Started],
     *,
-    on_start: Callable[[SweepRun, str | None], None] = lambda run, device: None,
-    on_end: Callable[[SweepRun, RunEnd], None] = lambda run, end: None,
+    on_start: Callable[[Work, str | None], None] = lambda run, device: None,
+    on_end: Callable[[Work, RunEnd], None] = lambda run, end: None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Run each of the runs, one at a time on each device.
+    """Run each of the runs, or groups of runs, one at a time on each device.
 
     Args:
         runs: in the order in which they are started.
@@ -238,7 +306,7 @@ def run_all(
             KeyboardInterrupt, does too; if that happens after `cancelled`, the runs end at once.
     """
     waiting = deque(runs)
-    running: dict[str | None, tuple[SweepRun, Started]] = {}
+    running: dict[str | None, tuple[Work, Started]] = {}
     is_stopping = False
     with _all_stopped(running, on_end):
         while waiting or running:
@@ -262,7 +330,7 @@ def run_all(
 
 @contextlib.contextmanager
 def _all_stopped(
-    running: Mapping[str | None, tuple[SweepRun, Started]], on_end: Callable[[SweepRun, RunEnd], None]
+    running: Mapping[str | None, tuple[Work, Started]], on_end: Callable[[Work, RunEnd], None]
 ) -> Iterator[None]:
     """However the context ends, the runs in `running` are stopped, and their ends are known."""
     try:

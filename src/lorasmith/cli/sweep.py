@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorasmith.cli.console import console, echo, heading, print_note, print_result, stoppable
+from lorasmith.cli.console import StopRequest, console, echo, heading, print_note, print_result, stoppable
 from lorasmith.cli.flags import BaseDir, ExtraModelPaths, folders_of
 from lorasmith.core.errors import OptionError
 
@@ -50,6 +51,15 @@ def sweep(
             metavar="NAMES", help="Such as cuda:0,cuda:1, one run at a time on each. Default: all GPUs, or the CPU."
         ),
     ] = None,
+    together: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            max=64,
+            metavar="K",
+            help="Train up to K runs over one model in one process, where their settings allow it: less memory.",
+        ),
+    ] = 1,
     launcher: Annotated[
         _Launcher,
         typer.Option(help="Start the runs on this machine, as an array of Slurm jobs, or as tasks of Ray."),
@@ -70,12 +80,17 @@ def sweep(
     and saves; the same command continues: complete runs are kept, and failed ones tried again. Results are printed, and
     written to sweep.json and the page sweep.html. The exit code is 1 if a run failed.
     """
+    from lorasmith.app.command_lines import arguments_for
     from lorasmith.app.folder_run import RUNS
     from lorasmith.app.sweep_file import check_held_out, read_sweep
     from lorasmith.app.sweep_run import LORASMITH, sweep_devices, sweep_folder
 
     if launcher is not _Launcher.LOCAL and (devices is not None or only is not None):
         raise OptionError(f"--launcher {launcher} decides where all runs are; leave --devices and --only out")
+    if launcher is not _Launcher.LOCAL and together > 1:
+        raise OptionError(
+            f"--together trains runs in one process of this machine, got it with --launcher {launcher}; leave one out"
+        )
     folders_of(base_dir, extra_model_paths)
     found = read_sweep(file)
     if only is not None and not 1 <= only <= len(found.runs):
@@ -84,7 +99,9 @@ def sweep(
     if only is None and not list_runs:  # those were checked when the sweep was started
         check_held_out(found)
     folder = sweep_folder((output or found.output or RUNS / file.stem).absolute())
-    also = _also(base_dir, extra_model_paths)
+    where = {"base_dir": base_dir, "extra_model_paths": extra_model_paths}
+    models = {name: path.absolute() for name, path in where.items() if path is not None}
+    also = arguments_for(models)
     progress = _Progress(found, folder)
     if list_runs:
         progress.print_all()
@@ -95,7 +112,9 @@ def sweep(
         _submit(runs, folder, command, slurm_options)
         return
     heading(f"{len(runs)} of {len(found.runs)} runs", f"to do in {folder}")
-    if runs:
+    if runs and together > 1:
+        _train_together(runs, folder, models, chosen, progress, together)
+    elif runs:
         _train(runs, folder, also, chosen if launcher is _Launcher.LOCAL else None, progress)
     progress.print_all()
     raise typer.Exit(progress.exit_code)
@@ -108,19 +127,57 @@ def _train(
     from lorasmith.app.sweep_launch import run_on_ray
     from lorasmith.app.sweep_run import RunProcess, run_all
 
+    with _stopped_runs_shown(progress) as stop:
+        if devices is None:
+            run_on_ray(runs, folder, also, on_end=progress.ended, cancelled=stop.is_set)
+        else:
+            run_all(
+                runs,
+                devices,
+                lambda run, device: RunProcess(run, folder, device, also),
+                on_start=progress.started,
+                on_end=progress.ended,
+                cancelled=stop.is_set,
+            )
+
+
+def _train_together(
+    runs: Sequence[SweepRun],
+    folder: Path,
+    models: Mapping[str, Path],
+    devices: Sequence[str],
+    progress: _Progress,
+    most: int,
+) -> None:
+    """Run all in groups, each over one model in one process; runs that can share none are alone."""
+    from lorasmith.app.command_lines import arguments_for
+    from lorasmith.app.sweep_group import GroupProcess, grouped
+    from lorasmith.app.sweep_run import RunProcess, Started, run_all
+
+    def start(group: tuple[SweepRun, ...], device: str | None) -> Started:
+        if len(group) == 1:
+            return RunProcess(group[0], folder, device, arguments_for(models))
+        return GroupProcess(group, folder, device, models, on_end=progress.ended)
+
+    def started(group: tuple[SweepRun, ...], device: str | None) -> None:
+        for run in group:
+            progress.started(run, device)
+
+    def ended(group: tuple[SweepRun, ...], end: RunEnd) -> None:
+        if len(group) == 1:
+            progress.ended(group[0], end)
+
+    with _stopped_runs_shown(progress) as stop:
+        groups = grouped(runs, most)
+        run_all(groups, devices, start, on_start=started, on_end=ended, cancelled=stop.is_set)
+
+
+@contextlib.contextmanager
+def _stopped_runs_shown(progress: _Progress) -> Iterator[StopRequest]:
+    """Inside the context, Ctrl-C stops the runs; afterwards their results are printed, and the command ends."""
     with stoppable() as stop:
         try:
-            if devices is None:
-                run_on_ray(runs, folder, also, on_end=progress.ended, cancelled=stop.is_set)
-            else:
-                run_all(
-                    runs,
-                    devices,
-                    lambda run, device: RunProcess(run, folder, device, also),
-                    on_start=progress.started,
-                    on_end=progress.ended,
-                    cancelled=stop.is_set,
-                )
+            yield stop
         except KeyboardInterrupt as interrupted:
             interrupted.add_note("the runs keep what they have saved")
             raise
@@ -145,14 +202,6 @@ def _submit(runs: Sequence[SweepRun], folder: Path, command: list[str], options:
         echo("The same command with --list shows what came of them, and without it submits again what is not complete.")
 
     print_result(lambda: {"job": job, "script": script, "runs": [run.number for run in runs]}, show)
-
-
-def _also(base_dir: Path | None, extra_model_paths: Path | None) -> list[str]:
-    """The arguments that say where models are, for the commands of the runs."""
-    from lorasmith.app.command_lines import arguments_for
-
-    given = {"base_dir": base_dir, "extra_model_paths": extra_model_paths}
-    return arguments_for({name: path.absolute() for name, path in given.items() if path is not None})
 
 
 class _Progress:

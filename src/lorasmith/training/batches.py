@@ -24,7 +24,7 @@ from lorasmith.families.base import Conditioning
 from lorasmith.training.config import ResolvedConfig
 from lorasmith.training.runtime import Runtime
 
-__all__ = ["Batch", "BatchMaker", "no_masks", "prefetched", "sample_index", "shares"]
+__all__ = ["Batch", "BatchMaker", "kind_of", "no_masks", "prefetched", "sample_index", "shares"]
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,16 @@ def sample_index(draw: int, count: int, seed: int) -> int:
     return _order(count, seed, epoch)[position]
 
 
-@functools.lru_cache(maxsize=4)  # consecutive draws are of one epoch
+@functools.lru_cache(maxsize=64)  # consecutive draws are of one epoch, of each of the runs that train together
 def _order(count: int, seed: int, epoch: int) -> list[int]:
     return keyed_permutation(count, seed, "order", epoch)
+
+
+def kind_of(conditioning: Conditioning) -> object:
+    """Key that conditionings of one batch share: tensors and shapes of a sample, except the context's length."""
+    return frozenset(
+        (key, tensor.shape[2 if key == "context" else 1 :]) for key, tensor in conditioning.tensors.items()
+    )
 
 
 def no_masks(draws: Sequence[int]) -> Tensor | None:
@@ -164,12 +171,8 @@ class BatchMaker:
         return self.samples[self.index(draw)].latents_drawn(self.config.seed, draw)
 
     def _kind(self, conditioning: Conditioning) -> object:
-        """Key that conditionings of one batch share: tensors and shapes, except the context's length."""
-        shapes = frozenset(
-            (key, tensor.shape[2:] if key == "context" else tensor.shape)
-            for key, tensor in conditioning.tensors.items()
-        )
-        return (shapes, conditioning.lengths) if self.lengths_apart else shapes
+        kind = kind_of(conditioning)
+        return (kind, conditioning.lengths) if self.lengths_apart else kind
 
     def _batch(self, drawn: Mapping[int, Sample]) -> Batch:
         draws, samples = list(drawn), list(drawn.values())

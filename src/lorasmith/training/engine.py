@@ -43,7 +43,7 @@ from lorasmith.training.optim.optimizers import GatedOptimizer, check_alike
 from lorasmith.training.optim.schedules import rate_factor
 from lorasmith.training.runtime import Runtime
 
-__all__ = ["Engine", "batch_maker", "frozen", "prepared", "sample_losses"]
+__all__ = ["Engine", "batch_maker", "frozen", "prediction_losses", "prepared", "sample_losses"]
 
 
 @contextlib.contextmanager
@@ -125,7 +125,18 @@ def sample_losses(denoiser: Denoiser, batch: Batch, config: ResolvedConfig, runt
     """
     with activations_packed(runtime.activations, denoiser.module):
         prediction = denoiser.predict(batch.noised.to(runtime.dtype), batch.level.time, batch.conditioning)
-    parameterization = denoiser.diffusion.parameterization
+    return prediction_losses(prediction, batch, config, denoiser.diffusion.parameterization)
+
+
+def prediction_losses(prediction: Tensor, batch: Batch, config: ResolvedConfig, parameterization: str) -> Tensor:
+    """Loss of each sample, (batch,) fp32, of what the denoiser predicted.
+
+    Args:
+        prediction: of the shape of the latents.
+        batch: the samples.
+        config: objective, loss function and weighting.
+        parameterization: of the prediction.
+    """
     losses = diffusion_loss(
         prediction,
         clean=batch.clean,
@@ -236,8 +247,7 @@ class Engine:
                 sums.during_backward(norm=is_only) if sums and is_last else contextlib.nullcontext(),
             ):
                 loss = sample_losses(self.denoiser, batch, self.config, self.runtime)
-                total = loss.sum() if batch.weights is None else loss @ batch.weights
-                torch.autograd.backward(total * (self._scale.scale / per_step))
+                torch.autograd.backward(self.summed_loss(loss, batch, per_step))
             if not (sums and is_last):
                 flat.collect()
             if batch.names:  # others only keep processes with more batches company
@@ -245,6 +255,20 @@ class Engine:
             if first is None and not is_only:
                 first = torch.linalg.vector_norm(flat.grad)
         return torch.cat(losses), torch.zeros_like(self._scale.scale) if first is None else first
+
+    def summed_loss(self, losses: Tensor, batch: Batch, per_step: int) -> Tensor:
+        """What the backward pass of a batch starts from: a scalar.
+
+        Args:
+            losses: of the samples, (batch,).
+            batch: the samples.
+            per_step: samples of the step.
+        """
+        total = losses.sum() if batch.weights is None else losses @ batch.weights
+        return total * (self._scale.scale / per_step)
+
+    def made_bare(self) -> None:
+        """Called before something uses the bare model, outside of `prepared`, where it is bare already."""
 
     def summed(self, batches: Sequence[Batch], own: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         """Sum the gradient over all processes, each of which calls this once in every step.

@@ -147,6 +147,8 @@ class Loop:
                     try:
                         with self._faults_shared(), self.engine.prepared(self._begin, self._planned):
                             waiting = self._take_steps()
+                        if waiting:
+                            self.engine.made_bare()
                         for watcher in waiting:
                             watcher(self)
                     except StepFault as fault:

@@ -19,11 +19,15 @@ from lorasmith.training.engine import Engine
 from lorasmith.training.events import EventHandler, RolledBack, Shrunk, Warned
 from lorasmith.training.progress import Progress, RunState
 
-__all__ = ["CompileFailed", "Diverged", "OutOfMemory", "Recovery", "StepFault"]
+__all__ = ["CompileFailed", "Diverged", "OutOfMemory", "Recovery", "StepFault", "StepRepeated"]
 
 
 class StepFault(Exception):  # noqa: N818 - faults of a step, which never leave the loop
     """A step that failed; handled by `Recovery`."""
+
+
+class StepRepeated(StepFault):
+    """A step that is repeated in another way, which the text says."""
 
 
 class OutOfMemory(StepFault):
@@ -84,6 +88,8 @@ class Recovery:
     def recover(self, fault: StepFault) -> None:
         """Recover from a fault. Raises TrainingError if that is not possible."""
         match fault:
+            case StepRepeated():
+                self._emit(Warned(message=str(fault)))
             case OutOfMemory():
                 self._shrink(fault)
             case CompileFailed():

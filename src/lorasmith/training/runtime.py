@@ -37,6 +37,7 @@ class Runtime:
         quantized_backward: whether products with fp8 weights are in fp8.
         compile: whether blocks are compiled, unless weights are offloaded.
         processes: those that train the run together.
+        memory_share: part of the free memory that `auto` may use.
     """
 
     device: torch.device
@@ -53,6 +54,7 @@ class Runtime:
     compile: bool
     processes: Processes = ALONE
     sharding: bool = False
+    memory_share: float = 1.0
 
     @classmethod
     def of(

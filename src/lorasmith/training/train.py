@@ -18,6 +18,7 @@ from lorasmith.core.errors import LorasmithError, OptionError, TrainingError
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.data.split import Split, split
 from lorasmith.training.captions_ahead import captions_ready
+from lorasmith.training.engine import Engine
 from lorasmith.training.events import CaptionEncoded, Event, EventHandler, Resumed, RunFinished, RunStarted, Warned
 from lorasmith.training.job import Job, engine_of, plan_job
 from lorasmith.training.loop import Loop, Watcher
@@ -62,6 +63,7 @@ class RunOptions:
         on_event: receives all events.
         cancelled: called between steps; True ends the run and saves the result.
         until: step after which the run is cancelled; None for no limit.
+        engine: makes the engine of a job.
 
     Raises:
         OptionError: the title cannot be the name of a file.
@@ -82,6 +84,7 @@ class RunOptions:
     on_event: EventHandler = lambda event: None
     cancelled: Callable[[], bool] = lambda: False
     until: int | None = None
+    engine: Callable[[Job], Engine] = engine_of
 
     def __post_init__(self) -> None:
         check_title(self.title)
@@ -192,7 +195,7 @@ class _Run:
         """Train from the beginning, or from a run state."""
         job, options = self._job, self._options
         loop = Loop(
-            engine_of(job),
+            options.engine(job),
             self._parts.training.samples,
             on_event=self._emit,
             cancelled=options.cancelled,
@@ -221,6 +224,7 @@ class _Run:
             raise
         result = self._collected(loop, reason, prefer_best=reason is Outcome.STOPPED)
         if result.path is not None and self._draw is not None:
+            loop.engine.made_bare()
             for event in self._draw(result.steps - job.steps_before, result.path, final=True):
                 self._emit(event)
         if result.path is not None:

@@ -158,7 +158,8 @@ def plan_for(engine: Engine, samples: Sequence[Sample]) -> MemoryPlan:
     runtime = engine.runtime
     optimizer = optimizer_bytes(engine.flat.master.nbytes)  # its state is allocated in the first step
     # One plan for all processes, as weights that are sharded are gathered in the same order by all.
-    free = min(runtime.processes.gathered(free_memory(runtime.device, runtime.memory_budget))) - optimizer
+    free = min(runtime.processes.gathered(free_memory(runtime.device, runtime.memory_budget)))
+    free = int(runtime.memory_share * free) - optimizer
     return chosen_plan(engine.denoiser, samples, engine.config, runtime, free)
 
 

@@ -1,0 +1,490 @@
+"""Several runs over one frozen model: its weights are held once, and the runs' batches pass through it together.
+
+Each run is an ordinary one (`train.run_job`) in a thread of its own, with its own engine, folder, events, validation,
+run states and recovery. Of all threads one works at a time, in the order of the runs: a run works until it asks for
+its gradient, then the next one; when all have asked, the calling thread computes all gradients, in passes of the
+batches that fit together, and every run takes its own. Runs that end leave, whatever ended them.
+
+What the model has attached follows from who works: nothing while a run draws previews or is loaded, the adapters of a
+run while it is validated, those of all runs in their common passes (`adapters.joint_adapters`). So a run's weights and
+losses are those that it has alone, to the rounding of sums.
+
+Where a common pass cannot be (memory, a model that mixes its samples), each run has passes of its own, still over one
+model. A run's own recovery comes after that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from lorasmith.adapters.inject import Attached, adapters_attached
+from lorasmith.adapters.joint_adapters import SampleRows, SamplesMixed, jointly_attached
+from lorasmith.adapters.patch import patch_tensors
+from lorasmith.core.allocator import is_out_of_memory
+from lorasmith.core.choices import ActivationPlan
+from lorasmith.core.errors import OptionError
+from lorasmith.core.sizes import memory_text
+from lorasmith.core.tensor_digests import digest_of_tensors
+from lorasmith.data.dataset import EncodedDataset
+from lorasmith.training.batches import Batch, kind_of
+from lorasmith.training.captions_ahead import drawn_captions
+from lorasmith.training.engine import Engine, frozen, prediction_losses
+from lorasmith.training.job import Job
+from lorasmith.training.memory.activation_checkpointing import blocks_checkpointed
+from lorasmith.training.memory.activations import activations_packed, activations_reduced
+from lorasmith.training.recovery import StepRepeated
+from lorasmith.training.runtime import Runtime
+
+__all__ = ["SHARED_SETTINGS", "EngineMaker", "check_alike", "check_captions", "train_jointly"]
+
+T = TypeVar("T")
+EngineMaker = Callable[[Job], Engine]
+
+SHARED_SETTINGS = (
+    "training_dtype", "quantization", "quantized_backward", "offloading", "activations", "gradient_checkpointing",
+    "checkpoint_depth", "memory_budget", "deterministic",
+)  # fmt: skip
+"""Settings of the frozen model and of its passes, which runs over one model have in common."""
+
+_FRUGAL: Sequence[ActivationPlan] = ("keep", "lean", "selective", "host")
+"""How activations are kept, by the memory that is left."""
+
+
+def check_alike(jobs: Sequence[Job]) -> None:
+    """Raise OptionError if jobs cannot train together over one model.
+
+    Args:
+        jobs: planned on handles of one model.
+    """
+    first, *others = jobs
+    if others and first.config.compile | any(job.config.compile for job in others):
+        raise OptionError("runs that train together cannot be compiled, got compile on; leave it out, or train apart")
+    if first.runtime.processes.size > 1:
+        raise OptionError(
+            f"runs that train together are trained in one process, got {first.runtime.processes.size}; start one, or "
+            "train each run over all processes"
+        )
+    for job in others:
+        facts = {name: (getattr(first.config, name), getattr(job.config, name)) for name in SHARED_SETTINGS}
+        facts["device"] = str(first.runtime.device), str(job.runtime.device)
+        for name, (one, other) in facts.items():
+            if one != other:
+                raise OptionError(
+                    f"runs that train together must have the same {name}, got {one!r} and {other!r}; make them equal, "
+                    "or train apart"
+                )
+        if job.denoiser.module is not first.denoiser.module:
+            raise OptionError(
+                f"runs that train together must have one model, got {first.denoiser.base.title} and "
+                f"{job.denoiser.base.title}, loaded one by one; load it once"
+            )
+        if _beneath(job) != _beneath(first):
+            raise OptionError(
+                "runs that train together must have the same LoRAs beneath them, but training_adapter, existing_lora "
+                "or the LoRAs of the model differ; make them equal, or train apart"
+            )
+
+
+def check_captions(job: Job, data: EncodedDataset) -> None:
+    """Raise OptionError for captions whose text encoder must stay while a run trains; other runs would share it.
+
+    Args:
+        job: the planned run.
+        data: its samples.
+    """
+    first, per_step = job.runtime.first_step, job.config.samples_per_step
+    draws = range(first * per_step, (first + job.config.steps) * per_step)
+    captions = data.captions
+    if captions is None or all(sample.variants is None for sample in data.samples):
+        return
+    if drawn_captions(data.samples, draws, seed=job.config.seed, most=captions.most) is None:
+        raise OptionError(
+            "runs that train together encode their captions before they train, but the variants of these need more "
+            f"than {memory_text(captions.memory_bytes)}; raise caption_memory, or train apart"
+        )
+
+
+def train_jointly(jobs: Sequence[Job], works: Sequence[Callable[[EngineMaker], T]]) -> list[T | Exception]:
+    """Train jobs together over one model.
+
+    Args:
+        jobs: that `check_alike` accepts; each can be run once.
+        works: of each job, the function that trains it with `run_job`, with the engine of the given maker. It is called
+            in a thread of its own, and never works beside another.
+
+    Returns:
+        What each function returned, or the error that ended it.
+
+    Raises:
+        OptionError: as `check_alike`.
+        KeyboardInterrupt: it was raised here; all functions have received it first.
+    """
+    check_alike(jobs)
+    return _Meeting(jobs, works).held()
+
+
+def _beneath(job: Job) -> str:
+    return digest_of_tensors(patch_tensors(job.denoiser.patches))
+
+
+class _Seat(Generic[T]):
+    """One run at the meeting: its thread, and what it asks for.
+
+    Attributes:
+        number: of the run.
+        engine: of the run, from its start on.
+        batches: of the gradient that it asks for; None if it waits for the others at the start.
+        answer: the gradient, as `Engine.gradient` returns it, or the error to raise.
+        ended: what its work returned, or the error that ended it, as the only element of a list.
+    """
+
+    def __init__(self, number: int, work: Callable[[EngineMaker], T], model: _SharedModel, runs: int) -> None:
+        self.number = number
+        self.engine: _JointEngine | None = None
+        self.batches: Sequence[Batch] | None = None
+        self.answer: tuple[Tensor, Tensor] | Exception | None = None
+        self.ended: list[T | BaseException] = []
+        self._model, self._runs = model, runs
+        self._work = work
+        self._turn, self._back = threading.Semaphore(0), threading.Semaphore(0)
+        self._is_working = self._is_interrupted = False
+        self._thread = threading.Thread(target=self._main, name=f"lorasmith-run-{number}", daemon=True)
+
+    def resume(self) -> None:
+        """Let the run work until it waits again or has ended."""
+        if not self._is_working:
+            self._is_working = True
+            if not self._thread.is_alive():
+                self._thread.start()
+            self._turn.release()
+        self._back.acquire()
+
+    def interrupt(self) -> None:
+        """Raise KeyboardInterrupt in the run, where it waits, and wait for its end."""
+        self._is_interrupted = True
+        while not self.ended:
+            self.resume()
+
+    def wait(self) -> None:
+        """In the run's thread: let the others work."""
+        self._is_working = False
+        self._back.release()
+        self._turn.acquire()
+        if self._is_interrupted:
+            raise KeyboardInterrupt
+
+    def gradient(self, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
+        """In the run's thread: the gradient of a step, computed with those of the others."""
+        self.batches = batches
+        self.wait()
+        answer, self.batches, self.answer = self.answer, None, None
+        assert answer is not None
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def _main(self) -> None:
+        self._turn.acquire()
+        try:
+            if self._is_interrupted:
+                raise KeyboardInterrupt
+            self.ended.append(self._work(self._made))
+        except BaseException as error:
+            self.ended.append(error)
+        finally:
+            self._is_working = False
+            self._back.release()
+
+    def _made(self, job: Job) -> Engine:
+        self.engine = _JointEngine(job, self, self._model, share=1 / self._runs)
+        return self.engine
+
+
+class _Meeting:
+    """The runs that train together, led by the calling thread."""
+
+    def __init__(self, jobs: Sequence[Job], works: Sequence[Callable[[EngineMaker], Any]]) -> None:
+        self._model = _SharedModel(jobs[0])
+        self._seats = [_Seat(number, work, self._model, len(jobs)) for number, work in enumerate(works)]
+        self._device = jobs[0].runtime.device
+        self._is_apart = False
+
+    def held(self) -> list[Any]:
+        """Lead all runs to their ends."""
+        live = list(self._seats)
+        try:
+            with torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext():
+                while live:
+                    for seat in live:
+                        seat.resume()
+                    live = [seat for seat in live if not seat.ended]
+                    if asking := [seat for seat in live if seat.batches is not None]:
+                        self._answer(asking)
+        finally:
+            for seat in live:  # after KeyboardInterrupt, or a fault of this module
+                seat.interrupt()
+            self._model.bare()
+        results = [seat.ended[0] for seat in self._seats]
+        for one in results:
+            if isinstance(one, BaseException) and not isinstance(one, Exception):
+                raise one
+        return results
+
+    def _answer(self, asking: Sequence[_Seat[Any]]) -> None:
+        """Compute the gradients of runs, together where that can be."""
+        self._model.attach([seat.engine for seat in asking if seat.engine is not None])
+        failure: Exception | None = None
+        if len(asking) > 1 and not self._is_apart:
+            try:
+                self._compute(asking)
+                return
+            except Exception as error:
+                failure = error.with_traceback(None) if is_out_of_memory(error) else error
+        # Outside of `except`, where the error's frames no longer hold activations.
+        reason = "" if failure is None else _why_apart(failure, len(asking))
+        if not reason:
+            for place, seat in enumerate(asking):
+                seat.answer = self._alone(seat, place)
+            if failure is None or any(isinstance(seat.answer, Exception) for seat in asking):
+                return
+            reason = f"A pass of {len(asking)} runs at once failed ({type(failure).__name__}: {failure})"
+        self._is_apart = True
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        for seat in asking:
+            seat.answer = StepRepeated(f"{reason}: the step is repeated, with a pass for each run from here on.")
+
+    def _alone(self, seat: _Seat[Any], place: int) -> tuple[Tensor, Tensor] | Exception:
+        """The gradient of one run in passes of its own, or its error."""
+        assert seat.engine is not None and seat.batches is not None
+        try:
+            with self._model.rows.set([(place, 1)]):
+                return Engine.gradient(seat.engine, seat.batches)
+        except Exception as error:
+            return error.with_traceback(None) if is_out_of_memory(error) else error
+
+    def _compute(self, asking: Sequence[_Seat[Any]]) -> None:
+        """The gradients of runs in passes of batches that fit together."""
+        shares = [_Share(place, seat) for place, seat in enumerate(asking)]
+        while pending := [share for share in shares if share.pending]:
+            kind = _kind(pending[0].batches[pending[0].pending[0]])
+            taken = [(share, index) for share in pending if (index := share.next(kind)) is not None]
+            self._pass([(share, share.take(index)) for share, index in taken])
+        for share, seat in zip(shares, asking, strict=True):
+            seat.answer = share.gradient
+
+    def _pass(self, parts: Sequence[tuple[_Share, Batch]]) -> None:
+        """Forward and backward pass of one batch of each run."""
+        denoiser, model = parts[0][0].engine.denoiser, self._model
+        counts = [len(batch.names) for _, batch in parts]
+        present = [(share.place, count) for (share, _), count in zip(parts, counts, strict=True)]
+        batches = [batch for _, batch in parts]
+        conditioning = denoiser.base.family.join([batch.conditioning for batch in batches])
+        noised = torch.cat([batch.noised for batch in batches]).to(model.dtype)
+        time = torch.cat([batch.level.time for batch in batches])
+        if len(parts) > 1 and not model.rows.are_known:
+            (_, one), *_ = parts
+            with torch.no_grad():
+                with model.rows.learnt(present[:1]):
+                    denoiser.predict(one.noised.to(model.dtype), one.level.time, one.conditioning)
+                with model.rows.learnt(present):
+                    denoiser.predict(noised, time, conditioning)
+        with contextlib.ExitStack() as stack:
+            # Until the backward pass is over, which may compute blocks again.
+            stack.enter_context(model.rows.set(present))
+            for share, batch in parts:
+                stack.enter_context(share.engine.dropout.masks_applied(batch.masks))
+            with activations_packed(model.activations, denoiser.module):
+                prediction = denoiser.predict(noised, time, conditioning)
+            totals = []
+            for (share, batch), own in zip(parts, torch.split(prediction, counts), strict=True):
+                engine = share.engine
+                parameterization = engine.denoiser.diffusion.parameterization
+                losses = prediction_losses(own, batch, engine.config, parameterization)
+                totals.append(engine.summed_loss(losses, batch, share.samples))
+                share.losses.append(losses.detach())
+            torch.autograd.backward(torch.stack(totals).sum())
+        for share, _ in parts:
+            share.collect()
+
+
+class _Share:
+    """A run's part of a step.
+
+    Attributes:
+        place: of its adapters among those that are attached.
+        engine: of the run.
+        batches: of its step.
+        pending: numbers of those that are not computed.
+        samples: of the step.
+        losses: of the batches that are computed.
+    """
+
+    def __init__(self, place: int, seat: _Seat[Any]) -> None:
+        assert seat.engine is not None and seat.batches is not None
+        self.place, self.engine, self.batches = place, seat.engine, seat.batches
+        self.pending = list(range(len(self.batches)))
+        self.samples = sum(len(batch.names) for batch in self.batches)
+        self.losses: list[Tensor] = []
+        self._order: list[int] = []
+        self._first: Tensor | None = None
+        self.engine.flat.zero()
+
+    def next(self, kind: object) -> int | None:
+        """Number of a batch of a kind; the first one of the step comes first, as its gradient is measured."""
+        found = self.pending if self._order else self.pending[:1]
+        return next((index for index in found if _kind(self.batches[index]) == kind), None)
+
+    def take(self, index: int) -> Batch:
+        """The batch, which is computed next."""
+        self.pending.remove(index)
+        self._order.append(index)
+        return self.batches[index]
+
+    def collect(self) -> None:
+        """Add up the gradient of the batch that was taken last."""
+        flat = self.engine.flat
+        flat.collect()
+        if self._first is None and len(self.batches) > 1:
+            self._first = torch.linalg.vector_norm(flat.grad)
+
+    @property
+    def gradient(self) -> tuple[Tensor, Tensor]:
+        """What `Engine.gradient` returns."""
+        computed = dict(zip(self._order, self.losses, strict=True))
+        losses = torch.cat([computed[index] for index in range(len(self.batches))])
+        return losses, losses.new_zeros(()) if self._first is None else self._first
+
+
+class _JointEngine(Engine):
+    """The engine of one of the runs."""
+
+    def __init__(self, job: Job, seat: _Seat[Any], model: _SharedModel, *, share: float) -> None:
+        super().__init__(job.denoiser, job.adapters, job.config, job.runtime, job.differences)
+        self.change(memory_share=share)
+        self._seat, self._model = seat, model
+        self._has_arrived = self._is_prepared = False
+
+    @property
+    def attached(self) -> Attached:
+        """What it trains."""
+        return self._trained
+
+    @contextlib.contextmanager
+    def prepared(
+        self, first: Callable[[], None] = lambda: None, planned: Callable[[], Runtime] | None = None
+    ) -> Iterator[None]:
+        if not self._has_arrived:  # until then, the others need the bare model
+            self._has_arrived = True
+            self._seat.wait()
+        self._model.freeze()
+        first()
+        if planned is not None and self.runtime.activations == "auto":
+            self._model.attach([self], reduced=False)
+            planned()
+        self._is_prepared = True
+        try:
+            yield
+        finally:
+            self._is_prepared = False
+
+    def gradient(self, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
+        return self._seat.gradient(batches)
+
+    def made_bare(self) -> None:
+        self._model.bare()
+
+    @contextlib.contextmanager
+    def evaluation_weights(self) -> Iterator[Tensor]:
+        if self._is_prepared:  # the model is evaluated with them
+            self._model.attach([self])
+        with super().evaluation_weights() as weights:
+            yield weights
+
+
+class _SharedModel:
+    """The model of all runs, and what is made of it now.
+
+    Attributes:
+        rows: whose samples there are in a pass.
+        dtype: of passes.
+        activations: how they are kept in passes.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.rows = SampleRows()
+        self.dtype = job.runtime.dtype
+        self.activations: ActivationPlan = "keep"
+        self._job = job
+        self._frozen, self._attached = contextlib.ExitStack(), contextlib.ExitStack()
+        self._is_frozen = False
+        self._state: object = None
+
+    def bare(self) -> None:
+        """Restore it."""
+        self._detach()
+        self._frozen.close()
+        self._is_frozen = False
+
+    def freeze(self) -> None:
+        """Place its weights as the runs train with them, with nothing attached."""
+        self._detach()
+        if not self._is_frozen:
+            self._frozen.enter_context(frozen(self._job.denoiser, self._job.config, self._job.runtime))
+            self._is_frozen = True
+
+    def attach(self, engines: Sequence[_JointEngine], *, reduced: bool = True) -> None:
+        """Attach the adapters of runs.
+
+        Args:
+            engines: of the runs.
+            reduced: whether activations are kept as the runs say, by the one that has the least memory for them.
+        """
+        module = self._job.denoiser.module
+        activations: ActivationPlan = "keep"
+        depth = 0
+        if reduced:
+            activations = max((one.runtime.activations for one in engines), key=_FRUGAL.index)
+            depth = min((one.runtime.checkpoint_depth for one in engines if one.runtime.checkpoint_depth), default=0)
+        state = [*map(id, engines)], activations, depth, reduced
+        if state == self._state:
+            return
+        self.freeze()
+        with contextlib.ExitStack() as stack:
+            attached = [one.attached for one in engines]
+            if len(attached) == 1:
+                stack.enter_context(adapters_attached(module, attached))
+            else:
+                stack.enter_context(jointly_attached(module, attached, self.rows))
+            if reduced:
+                stack.enter_context(activations_reduced(module, activations))
+                stack.enter_context(blocks_checkpointed(module, depth))
+            self._attached = stack.pop_all()
+        self._state, self.activations = state, activations
+
+    def _detach(self) -> None:
+        self._attached.close()
+        self._state = None
+
+
+def _kind(batch: Batch) -> object:
+    """Key that batches of one pass share."""
+    return batch.clean.shape[1:], kind_of(batch.conditioning)
+
+
+def _why_apart(error: Exception, runs: int) -> str:
+    """Why runs have passes of their own from here on; empty for an error that may be a run's own."""
+    if is_out_of_memory(error):
+        lines = str(error).strip().splitlines() or ["no memory left"]
+        return f"Memory is too small for a step of {runs} runs at once ({lines[0]})"
+    if isinstance(error, SamplesMixed):
+        return f"This model mixes the samples of a batch ({error})"
+    return ""

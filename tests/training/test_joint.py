@@ -1,0 +1,476 @@
+"""Runs that train together over one model: the losses and weights of each are those that it has alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lever_cases import flux_dataset
+from torch import Tensor
+from transformer_models import TINY, Case
+
+from lorasmith.adapters.patch import Patch
+from lorasmith.app.model_run import train_job
+from lorasmith.core.errors import OptionError, TrainingError
+from lorasmith.core.options import config_from
+from lorasmith.data.caption_rules import CaptionRules
+from lorasmith.data.dataset import EncodedDataset, Sample, Variants
+from lorasmith.data.encoded_captions import EncodedCaptions
+from lorasmith.families.model import Model
+from lorasmith.training import joint
+from lorasmith.training.config import TrainConfig
+from lorasmith.training.engine import Engine
+from lorasmith.training.events import Event, RolledBack, Shrunk, StepDone, Warned
+from lorasmith.training.job import Job, plan_job
+from lorasmith.training.joint import EngineMaker, check_alike, check_captions, train_jointly
+from lorasmith.training.outcome import Outcome
+from lorasmith.training.train import RunOptions, TrainResult, run_job
+from lorasmith.training.verdict import History
+
+SETTINGS: dict[str, Any] = {
+    "steps": 3,
+    "rank": 4,
+    "training_dtype": "fp32",
+    "lora_dtype": "fp32",
+    "learning_rate": 0.05,
+    "optimizer": "SGD",  # others divide by the size of a gradient, and so enlarge the rounding of small ones
+    "seed": 3,
+    "targets": "attention",
+    "validation_share": 0.0,
+}
+Settings = dict[str, Any]
+
+
+def job(model: Model, settings: Settings) -> Job:
+    return plan_job(model.denoiser, config_from(TrainConfig, {**SETTINGS, **settings}), torch.device("cpu"))
+
+
+def work(model: Model, one: Job, data: EncodedDataset, options: RunOptions) -> Callable[[EngineMaker], TrainResult]:
+    return lambda engine: train_job(model.denoiser, one, data, replace(options, engine=engine))
+
+
+def together(
+    model: Model, data: EncodedDataset | Sequence[EncodedDataset], runs: Sequence[Settings], *options: RunOptions
+) -> list[TrainResult | Exception]:
+    each = [data] * len(runs) if isinstance(data, EncodedDataset) else data
+    events: list[Event] = []
+    given = options or [RunOptions(on_event=events.append)] * len(runs)
+    jobs = [job(model, one) for one in runs]
+    results = train_jointly(jobs, [work(model, *parts) for parts in zip(jobs, each, given, strict=True)])
+    said = [one.message for one in events if isinstance(one, Warned)]
+    assert not [one for one in said if "a pass for each run" in one], "the passes are those of all runs"
+    return results
+
+
+def alone(
+    model: Model,
+    data: EncodedDataset,
+    settings: Settings,
+    options: RunOptions = RunOptions(),  # noqa: B008
+) -> TrainResult:
+    return train_job(model.denoiser, job(model, settings), data, options)
+
+
+def weights(result: TrainResult) -> dict[str, Tensor]:
+    state = result.lora.state
+    parts = [(ref, one.tensors) for ref, one in state.adapters.items()] + list(state.differences.items())
+    found = {f"{ref.path} {role}": tensor for ref, tensors in parts for role, tensor in tensors.items()}
+    assert found
+    return found
+
+
+def assert_alike(one: TrainResult | Exception, other: TrainResult, tolerance: float = 1e-5) -> None:
+    assert isinstance(one, TrainResult), repr(one)
+    assert one.losses == pytest.approx(other.losses, rel=tolerance)
+    assert [step for step, _ in one.validations] == [step for step, _ in other.validations]
+    assert [loss for _, loss in one.validations] == pytest.approx(
+        [loss for _, loss in other.validations], rel=tolerance
+    )
+    expected, found = weights(other), weights(one)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():  # one by one, as those that start at zero are small
+        assert (found[name] - tensor).norm() <= 20 * tolerance * tensor.norm() + 1e-9, name
+
+
+def assert_same(one: TrainResult | Exception, other: TrainResult | Exception) -> None:
+    assert isinstance(one, TrainResult) and isinstance(other, TrainResult), (one, other)
+    assert one.losses == other.losses
+    assert all(torch.equal(weights(one)[name], tensor) for name, tensor in weights(other).items())
+
+
+MIXED: list[Settings] = [
+    {"steps": 4, "rank_dropout": 0.3},
+    {"rank": 2, "seed": 5, "batch_size": 2, "ema_decay": 0.9},
+    {"algorithm": "OFT", "learning_rate": 0.01},
+    {"steps": 2, "targets": "attention+ff", "grad_accumulation_steps": 2, "min_snr_gamma": 5.0},
+]
+
+
+@pytest.mark.slow
+def test_each_run_is_the_one_that_it_is_alone(tiny: Model, dataset: EncodedDataset, mixed: EncodedDataset) -> None:
+    """With data, sizes of pictures and lengths of captions of their own."""
+    data = [dataset, mixed, dataset, mixed]
+    before = {name: tensor.clone() for name, tensor in tiny.components.denoiser.state_dict().items()}
+    results = together(tiny, data, MIXED)
+    for result, own, settings in zip(results, data, MIXED, strict=True):
+        assert_alike(result, alone(tiny, own, settings))
+    after = tiny.components.denoiser.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_two_runs_on_a_quantized_model_are_those_that_they_are_alone(flux: Model, flux_data: EncodedDataset) -> None:
+    runs: list[Settings] = [{"quantization": "nf4"}, {"quantization": "nf4", "rank": 2, "batch_size": 2, "steps": 2}]
+    for result, settings in zip(together(flux, flux_data, runs), runs, strict=True):
+        assert_alike(result, alone(flux, flux_data, settings))
+
+
+ALGORITHMS: dict[str, Settings] = {
+    "LoRA": {"targets": "all"},
+    "LoHa": {"algorithm": "LoHa", "targets": "all"},
+    "LoKr": {"algorithm": "LoKr", "targets": "all"},
+    "OFT": {"algorithm": "OFT"},
+    "BOFT": {"algorithm": "BOFT"},
+    "GLoRA": {"algorithm": "GLoRA"},
+    "Full": {"algorithm": "Full", "learning_rate": 1e-4},
+    "DoRA": {"dora": "output"},
+    "input DoRA": {"dora": "input"},
+    "PiSSA": {"pissa": True},
+    "Tucker": {"tucker": True, "targets": "all"},
+    "rsLoRA": {"rslora": True},
+    "differences": {"differences": "norms+biases"},
+    "AdamW": {"optimizer": "AdamW", "learning_rate": 1e-4},
+    "half precision": {},
+}
+
+
+CONVOLVED = ("LoRA", "LoHa", "LoKr", "Tucker", "differences")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("levers", [{}, {"quantization": "nf4", "gradient_checkpointing": True}])
+def test_each_algorithm(flux: Model, flux_data: EncodedDataset, name: str, levers: Settings) -> None:
+    assert_each_alike(flux, flux_data, name, levers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONVOLVED)
+def test_each_algorithm_that_takes_convolutions(tiny: Model, mixed: EncodedDataset, name: str) -> None:
+    assert_each_alike(tiny, mixed, name, {"steps": 2})
+
+
+def assert_each_alike(model: Model, data: EncodedDataset, name: str, levers: Settings) -> None:
+    """Two runs of an algorithm and one of another."""
+    levers = levers | ({"training_dtype": "bf16"} if name == "half precision" else {})
+    runs = [one | levers for one in (ALGORITHMS[name], {"rank": 8}, ALGORITHMS[name] | {"seed": 8})]
+    results = together(model, data, runs)
+    for result, settings in zip(results, runs, strict=True):
+        expected = alone(model, data, settings)
+        if name == "half precision":
+            assert isinstance(result, TrainResult)
+            assert result.losses == pytest.approx(expected.losses, rel=1e-2)
+        else:  # AdamW divides by the size of a gradient
+            assert_alike(result, expected, 1e-3 if name == "AdamW" else 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("activations", ["keep", "lean", "selective"])
+@pytest.mark.parametrize("more", [{"quantization": "nf4"}, {"gradient_checkpointing": True}])
+def test_quantized_and_recomputed(
+    flux: Model, flux_data: EncodedDataset, activations: str, more: Settings, small_is_worth_it: None
+) -> None:
+    runs = [{"activations": activations, **more, **one} for one in ({}, {"rank": 2, "seed": 4, "algorithm": "LoKr"})]
+    for result, settings in zip(together(flux, flux_data, runs), runs, strict=True):
+        assert_alike(result, alone(flux, flux_data, settings))
+
+
+@pytest.fixture(scope="module")
+def flux_data() -> EncodedDataset:
+    return flux_dataset()
+
+
+@pytest.mark.slow
+def test_activations_are_planned_for_all(flux: Model, flux_data: EncodedDataset) -> None:
+    runs: list[Settings] = [{"activations": "auto"}, {"activations": "auto", "rank": 8}]
+    for result, settings in zip(together(flux, flux_data, runs), runs, strict=True):
+        assert_alike(result, alone(flux, flux_data, settings))
+
+
+@pytest.mark.slow
+def test_held_out_images_are_judged_with_each_run_s_own_adapter(
+    flux: Model, flux_data: EncodedDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(History, "should_stop", lambda self, patience: patience == 1)
+    runs: list[Settings] = [
+        {"steps": 6, "validation_share": 0.3, "validate_every": 2, "patience": 1},
+        {"steps": 5, "validation_share": 0.3, "validate_every": 2, "rank": 2, "ema_decay": 0.9},
+        {"steps": 4},
+    ]
+    results = together(flux, flux_data, runs)
+    for result, settings in zip(results, runs, strict=True):
+        assert_alike(result, alone(flux, flux_data, settings), 1e-4)
+    assert isinstance(results[0], TrainResult) and results[0].reason is Outcome.STOPPED
+    assert isinstance(results[1], TrainResult) and len(results[1].losses) == 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", TINY)
+@pytest.mark.parametrize(("quantization", "targets"), [("none", None), ("nf4", None), ("none", "all")])
+def test_every_family(family: str, quantization: str, targets: str | None, tmp_path: Path) -> None:
+    """The tiny model of each; where it has tokens of all samples in one list, each run has passes of its own."""
+    model = Case.of(family, tmp_path).ours
+    data = few_samples(model)
+    for module in model.components.modules().values():
+        module.float()
+    runs = [
+        {"quantization": quantization, "targets": targets, **one}
+        for one in ({}, {"rank": 2, "seed": 5, "batch_size": 2}, {"algorithm": "LoKr"})
+    ]
+    events: list[Event] = []
+    results = together(model, data, runs, *[RunOptions(on_event=events.append)] * 3)
+    for result, settings in zip(results, runs, strict=True):
+        assert_alike(result, alone(model, data, settings))
+    told = [one for one in events if isinstance(one, Warned) and "mixes the samples" in one.message]
+    assert bool(told) is (targets == "all" and family in ("z-image", "krea2"))
+
+
+def few_samples(model: Model) -> EncodedDataset:
+    g = torch.Generator().manual_seed(0)
+    texts = ("a cat", "a dog on a red bus with many wheels, in the rain", "")
+    shape = model.components.latent.shape(64, 64)
+    return EncodedDataset(
+        tuple(
+            Sample(torch.randn(*shape, generator=g), model.text_encoder.encode(text), f"{text}.png") for text in texts
+        )
+    )
+
+
+def test_a_run_that_diverges_or_fails_disturbs_no_other(
+    flux: Model, flux_data: EncodedDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[Event] = []
+    whole = joint.prediction_losses
+
+    def losses(prediction: Any, batch: Any, config: Any, parameterization: Any) -> Tensor:
+        return whole(prediction, batch, config, parameterization) * (math.nan if config.rank == 2 else 1)
+
+    monkeypatch.setattr(joint, "prediction_losses", losses)
+
+    def broken(event: Event) -> None:
+        if isinstance(event, StepDone) and event.step == 2:
+            raise TrainingError("the disk is gone")
+
+    runs: list[Settings] = [
+        {"steps": 5},
+        {"steps": 5, "rank": 2, "max_rollbacks": 1},
+        {"steps": 5, "seed": 9},
+        {"steps": 5, "seed": 7},
+    ]
+    options = [RunOptions(), RunOptions(on_event=events.append), RunOptions(on_event=broken), RunOptions()]
+    results = together(flux, flux_data, runs, *options)
+    assert_alike(results[0], alone(flux, flux_data, runs[0]))
+    assert_alike(results[3], alone(flux, flux_data, runs[3]))
+    assert isinstance(results[1], TrainingError) and any(isinstance(one, RolledBack) for one in events)
+    assert isinstance(results[2], TrainingError) and str(results[2]).startswith("the disk is gone")
+
+
+@pytest.mark.slow
+def test_where_memory_is_too_small_for_all_each_run_has_passes_of_its_own(
+    flux: Model, flux_data: EncodedDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And where it is too small for one of them, that one recovers alone."""
+    whole, failed = Engine.gradient, []
+
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+    def gradient(self: Engine, batches: Any) -> Any:
+        if self.config.batch_size == 2 and self.runtime.micro_batch == 2:
+            failed.append(True)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return whole(self, batches)
+
+    monkeypatch.setattr(joint._Meeting, "_pass", full)
+    monkeypatch.setattr(Engine, "gradient", gradient)
+    runs: list[Settings] = [{"batch_size": 2}, {"rank": 2}]
+    events: list[list[Event]] = [[], []]
+    results = together(flux, flux_data, runs, *[RunOptions(on_event=one.append) for one in events])
+    monkeypatch.undo()
+    for result, settings in zip(results, runs, strict=True):
+        assert_alike(result, alone(flux, flux_data, settings))
+    for told in events:
+        said = [one.message for one in told if isinstance(one, Warned) and "2 runs at once" in one.message]
+        assert said == [
+            "Memory is too small for a step of 2 runs at once (CUDA out of memory. Tried to allocate): the step is "
+            "repeated, with a pass for each run from here on."
+        ]
+    assert [[one.micro_batch for one in told if isinstance(one, Shrunk)] for told in events] == [[1], []]
+    assert failed == [True]
+
+
+@pytest.mark.slow
+def test_an_error_in_a_pass_of_all_is_that_of_the_run_that_has_it_alone(
+    flux: Model, flux_data: EncodedDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = joint.prediction_losses
+
+    def losses(prediction: Any, batch: Any, config: Any, parameterization: Any) -> Tensor:
+        if config.rank == 2:
+            raise OptionError("rank 2 is odd")
+        return whole(prediction, batch, config, parameterization)
+
+    monkeypatch.setattr(joint, "prediction_losses", losses)
+    monkeypatch.setattr("lorasmith.training.engine.prediction_losses", losses)
+    results = together(flux, flux_data, [{}, {"rank": 2}])
+    assert isinstance(results[1], OptionError)
+    assert_alike(results[0], alone(flux, flux_data, {}))
+
+
+@pytest.mark.slow
+def test_a_pass_that_fails_where_no_run_does_alone_is_given_up(
+    flux: Model, flux_data: EncodedDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any) -> None:
+        raise TypeError("a bug")
+
+    monkeypatch.setattr(joint._Meeting, "_pass", broken)
+    events: list[Event] = []
+    results = together(flux, flux_data, [{}, {"rank": 2}], RunOptions(), RunOptions(on_event=events.append))
+    for result, settings in zip(results, [{}, {"rank": 2}], strict=True):
+        assert_alike(result, alone(flux, flux_data, settings))
+    said = [one.message for one in events if isinstance(one, Warned) and "a bug" in one.message]
+    assert len(said) == 1
+    assert said[0].startswith(
+        "A pass of 2 runs at once failed (TypeError: a bug): the step is repeated, with a pass for"
+    )
+
+
+@pytest.mark.slow
+def test_runs_that_are_stopped_continue_together_to_the_bit_and_alone_to_rounding(
+    flux: Model, flux_data: EncodedDataset, tmp_path: Path
+) -> None:
+    runs: list[Settings] = [{"steps": 5}, {"steps": 4, "rank": 2, "algorithm": "LoKr"}]
+    outputs = [RunOptions(output=tmp_path / str(number)) for number in range(2)]
+    whole = together(flux, flux_data, runs)
+    for one in together(flux, flux_data, runs, *[replace(one, until=2) for one in outputs]):
+        assert isinstance(one, TrainResult) and one.reason is Outcome.CANCELLED and len(one.losses) == 2
+    third = [replace(one, until=3) for one in outputs]
+    together(flux, flux_data, runs, *third)
+    for one, other in zip(together(flux, flux_data, runs, *outputs), whole, strict=True):
+        assert_same(one, other)
+
+    again = [RunOptions(output=tmp_path / f"again {number}") for number in range(2)]
+    together(flux, flux_data, runs, *[replace(one, until=2) for one in again])
+    for one, settings, options in zip(whole, runs, again, strict=True):
+        assert_alike(one, alone(flux, flux_data, settings, options))
+
+
+def test_an_interruption_reaches_all_runs_which_save(flux: Model, flux_data: EncodedDataset, tmp_path: Path) -> None:
+    whole, passes = joint._Meeting._answer, []
+
+    def answer(self: Any, asking: Any) -> None:
+        passes.append(len(asking))
+        if len(passes) == 3:
+            raise KeyboardInterrupt  # as from a signal, in the thread that leads
+        whole(self, asking)
+
+    outputs = [RunOptions(output=tmp_path / str(number)) for number in range(2)]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(joint._Meeting, "_answer", answer)
+        together(flux, flux_data, [{}, {"rank": 2}], *outputs)
+    saved = [one.name for number in range(2) for one in (tmp_path / str(number)).glob("*.safetensors")]
+    assert saved == ["lora.safetensors"] * 2
+    results = together(flux, flux_data, [{}, {"rank": 2}], *outputs)
+    for result, settings in zip(results, [{}, {"rank": 2}], strict=True):
+        assert_alike(result, alone(flux, flux_data, settings))
+
+
+class Looks:
+    """In place of previews: looks whether the model is bare, as for users who load it."""
+
+    is_final_only = False
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._module, self.seen = module, []  # type: ignore[var-annotated]
+        self._whole = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+    def __call__(self, step: int, lora: Path, *, final: bool) -> Sequence[Event]:
+        now = self._module.state_dict()
+        assert all(torch.equal(now[name], tensor) for name, tensor in self._whole.items())
+        assert not any("forward" in vars(one) for one in self._module.modules())
+        self.seen.append((step, final))
+        return ()
+
+
+def test_previews_find_the_bare_model_and_the_other_runs_wait(
+    flux: Model, flux_data: EncodedDataset, tmp_path: Path
+) -> None:
+    runs: list[Settings] = [{"quantization": "nf4", "steps": 4, "preview_every": 2}, {"quantization": "nf4", "rank": 2}]
+    jobs, looks = [job(flux, one) for one in runs], Looks(flux.components.denoiser)
+    options = [RunOptions(output=tmp_path / "run", previews=lambda folder: looks), RunOptions()]
+
+    def works(number: int) -> Callable[[EngineMaker], TrainResult]:
+        return lambda engine: run_job(jobs[number], flux_data, replace(options[number], engine=engine))
+
+    results = train_jointly(jobs, [works(0), works(1)])
+    assert looks.seen == [(2, False), (4, True)]
+    for result, settings in zip(results, runs, strict=True):
+        assert_alike(result, alone(flux, flux_data, settings))
+
+
+@pytest.mark.slow
+def test_one_run_is_that_of_an_engine_of_its_own(flux: Model, flux_data: EncodedDataset) -> None:
+    (result,) = together(flux, flux_data, [{"validation_share": 0.3, "validate_every": 2}])
+    assert_same(result, alone(flux, flux_data, {"validation_share": 0.3, "validate_every": 2}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"quantization": "nf4"}, "must have the same quantization, got 'none' and 'nf4'; make them equal, or train"),
+        ({"training_dtype": "bf16"}, "must have the same training_dtype, got 'fp32' and 'bf16'"),
+        ({"gradient_checkpointing": True}, "must have the same gradient_checkpointing, got False and True"),
+        ({"activations": "lean"}, "must have the same activations"),
+        ({"deterministic": True}, "must have the same deterministic"),
+        ({"compile": True}, "cannot be compiled, got compile on; leave it out, or train apart"),
+    ],
+)
+def test_runs_that_cannot_share_a_model_are_refused(flux: Model, settings: Settings, sentence: str) -> None:
+    with pytest.raises(OptionError, match=sentence):
+        check_alike([job(flux, {}), job(flux, settings)])
+
+
+def test_models_devices_loras_and_processes_that_differ_are_refused(flux: Model, tiny: Model) -> None:
+    one = job(flux, {})
+    with pytest.raises(OptionError, match=r"must have one model, got .* loaded one by one; load it once"):
+        check_alike([one, job(tiny, {})])
+    with pytest.raises(OptionError, match="must have the same device, got 'cpu' and 'meta'"):
+        check_alike([one, replace(one, runtime=replace(one.runtime, device=torch.device("meta")))])
+    path, adapter = next(iter(one.adapters.items()))
+    patched = replace(one, denoiser=one.denoiser.patched(Patch({path: adapter.to_weights()})))
+    with pytest.raises(OptionError, match="same LoRAs beneath them, but training_adapter, existing_lora or"):
+        check_alike([one, patched])
+
+    class Two:
+        size = 2
+
+    several = replace(one, runtime=replace(one.runtime, processes=Two()))  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="are trained in one process, got 2; start one"):
+        check_alike([several, several])
+
+
+def test_captions_whose_encoder_would_stay_are_refused(flux: Model, flux_data: EncodedDataset) -> None:
+    one = job(flux, {})
+    check_captions(one, flux_data)
+    captions = EncodedCaptions(lambda text: flux_data.samples[0].conditioning, memory_bytes=0)
+    varied = [
+        replace(one, variants=Variants((), (f"cat {number}",), CaptionRules(), captions, lambda text, size: text))
+        for number, one in enumerate(flux_data.samples)
+    ]
+    with pytest.raises(OptionError, match="encode their captions before they train, but the variants of these need"):
+        check_captions(one, EncodedDataset(tuple(varied), captions=captions))
