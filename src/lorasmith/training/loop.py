@@ -154,6 +154,7 @@ class Loop:
                     except StepFault as fault:
                         self._recovery.recover(fault.with_traceback(None))  # its frames would keep batches alive
         finally:
+            self._settle()
             for watcher in self._watchers:
                 watcher.end(self)
         return self.outcome
@@ -354,6 +355,12 @@ class Loop:
                     noise_scale=self._noise.value or 0.0,
                 )
             )
+
+    def _settle(self) -> None:
+        """Take in the numbers of the last steps, which an error may have left on their way."""
+        if not self._torn:
+            with contextlib.suppress(Exception):  # that error is the one to raise
+                self._collect(wait=True)
 
     def _begin(self) -> None:
         if not self._begun:
