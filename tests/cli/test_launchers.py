@@ -46,7 +46,7 @@ def ended(commands: Sequence[Sequence[str]], folder: Path, **variables: str) -> 
         for one in commands
     ]
     try:
-        told = [one.communicate(timeout=580)[0] for one in running]
+        told = [one.communicate(timeout=900)[0] for one in running]
     finally:
         for one in running:
             one.kill()
@@ -180,7 +180,6 @@ def check(kind, value, where):
         for name, one in value.items():
             assert name in fields, f"{where} has no {name}"
             check(model.openapi_types[fields[name]], one, f"{where}.{name}")
-        model(**{fields[name]: one for name, one in value.items()})
     else:
         number_of_resources = where.endswith("limits") and type(value) is int  # as good as text
         assert type(value).__name__ == kind or number_of_resources, (where, kind, value)
