@@ -8,7 +8,7 @@
 #SBATCH --time=04:00:00
 #SBATCH --requeue
 
-# srun gives each task its number; the processes meet at the first node. The same command continues the run, so that a
-# job that was requeued goes on from its last run state.
+# srun gives each task its number; the processes meet at the first node, at a port that follows from the job's number.
+# The same command continues the run, so that a job that was requeued goes on from its last run state.
 srun lorasmith train photos --model flux1-dev.safetensors --base-dir "$HOME/ComfyUI" --output runs/photos \
     --batch-size 4 --grad-accumulation-steps 2 --save-state-every 50

@@ -25,8 +25,15 @@ def test_torchrun_and_its_likes_say_rank_and_address() -> None:
     [("gpu[03-05,7],login1", "gpu03"), ("gpu7", "gpu7"), ("a,b", "a"), ("node-[1,3]", "node-1")],
 )
 def test_the_first_node_of_slurm_is_where_processes_meet(nodes: str, host: str) -> None:
-    assert launched_process({**SLURM, "SLURM_STEP_NODELIST": nodes}) == LaunchedProcess(3, 4, 1, host, 29500)
-    assert launched_process({**SLURM, "MASTER_ADDR": "given"}) == LaunchedProcess(3, 4, 1, "given", 29500)
+    assert launched_process({**SLURM, "SLURM_STEP_NODELIST": nodes}) == LaunchedProcess(3, 4, 1, host, 20000)
+    given = {"MASTER_ADDR": "given", "MASTER_PORT": "1234"}
+    assert launched_process({**SLURM, **given}) == LaunchedProcess(3, 4, 1, "given", 1234)
+
+
+def test_jobs_of_slurm_on_one_node_have_ports_of_their_own() -> None:
+    jobs = [{"SLURM_JOB_ID": "12345678", "SLURM_STEP_ID": step} for step in ("0", "1")]
+    ports = [launched.port for job in jobs if (launched := launched_process({**SLURM, **job}))]
+    assert ports == [26678, 26679]
 
 
 @pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "MASTER_PORT"])

@@ -3,7 +3,8 @@
 torchrun, accelerate launch, Ray Train, Kubernetes' training operators    RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR,
                                                                          MASTER_PORT
 srun (Slurm)                                                             SLURM_PROCID, SLURM_NTASKS, SLURM_LOCALID;
-                                                                         the address is that of the first node
+                                                                         the address is that of the first node, the
+                                                                         port follows from the numbers of job and step
 """
 
 from __future__ import annotations
@@ -15,10 +16,13 @@ from dataclasses import dataclass
 
 from lorasmith.core.errors import OptionError
 
-__all__ = ["DEFAULT_PORT", "VISIBLE_GPUS", "LaunchedProcess", "gpu_variable", "launched_process"]
+__all__ = ["VISIBLE_GPUS", "LaunchedProcess", "gpu_variable", "launched_process"]
 
-DEFAULT_PORT = 29500
+_PORT = 29500
 """Of the first process where the launcher names none, as torchrun's."""
+
+_SLURM_PORTS = range(20_000, 29_000)
+"""Ports among which those of Slurm's jobs are, so that two jobs on a node have two; below those that systems give."""
 
 VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 """Variable of the GPUs that a process sees; it counts them from 0."""
@@ -64,7 +68,7 @@ def launched_process(environment: Mapping[str, str] = os.environ) -> LaunchedPro
             size=_number(environment, "WORLD_SIZE"),
             local_rank=_number(environment, "LOCAL_RANK", default="0"),
             host=environment.get("MASTER_ADDR", "127.0.0.1"),
-            port=_number(environment, "MASTER_PORT", default=str(DEFAULT_PORT)),
+            port=_number(environment, "MASTER_PORT", default=str(_PORT)),
             is_elastic="TORCHELASTIC_RUN_ID" in environment,
         )
     # sbatch sets some of these too; only srun gives a process its number on its node.
@@ -74,7 +78,7 @@ def launched_process(environment: Mapping[str, str] = os.environ) -> LaunchedPro
             size=_number(environment, "SLURM_NTASKS"),
             local_rank=_number(environment, "SLURM_LOCALID"),
             host=environment.get("MASTER_ADDR") or _first_host(environment.get("SLURM_STEP_NODELIST", "127.0.0.1")),
-            port=_number(environment, "MASTER_PORT", default=str(DEFAULT_PORT)),
+            port=_number(environment, "MASTER_PORT", default=str(_slurm_port(environment))),
         )
     return None
 
@@ -93,6 +97,11 @@ def _number(environment: Mapping[str, str], name: str, *, default: str | None = 
             "accelerate launch or srun, or unset RANK and WORLD_SIZE to train in one"
         )
     return int(text)
+
+
+def _slurm_port(environment: Mapping[str, str]) -> int:
+    numbers = (environment.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    return _SLURM_PORTS[sum(int(one) for one in numbers if one.isdecimal()) % len(_SLURM_PORTS)]
 
 
 def _first_host(nodes: str) -> str:
