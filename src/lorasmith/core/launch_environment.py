@@ -33,7 +33,8 @@ class LaunchedProcess:
     """One of several processes.
 
     Attributes:
-        rank, size, local_rank: as in `core.processes.Processes`.
+        rank, size: as in `core.processes.Processes`.
+        local_rank: number of this process among those of its machine.
         host, port: where the first process is reached.
         is_elastic: whether an elastic agent keeps the store where they meet.
     """
