@@ -49,10 +49,10 @@ class Runtime:
     activations: ActivationPlan
     memory_budget: int | None
     offloading: bool
+    sharding: bool
     quantized_backward: bool
     compile: bool
     processes: Processes = ALONE
-    sharding: bool = False
 
     @classmethod
     def of(
