@@ -123,7 +123,9 @@ def _work(arguments: argparse.Namespace) -> None:
                     once()
                     times.append(time.perf_counter() - began)
         count = processes.size if arguments.sharded else 1
-        planned = frozen_bytes(model.components.denoiser, kind=kind, dtype=torch.float32, processes=count)
+        planned = frozen_bytes(
+            model.components.denoiser, kind=kind, dtype=torch.float32, offloading=False, processes=count
+        )
         found: dict[str, Any] = {"held": held, "between": between, "peak": max(seen) - before, "planned": planned}
         for one in processes.gathered({**found, "step_s": statistics.median(times)}):
             if processes.is_first:

@@ -106,7 +106,7 @@ class Validator:
         return losses
 
     def _measured(self) -> list[Tensor]:
-        """Losses of the batches; falls back to one image at a time when memory runs out, unless passes must be equal."""
+        """Losses of the batches; falls back to single images when memory runs out, unless passes must be equal."""
         try:
             return [self._losses(batch) for batch in [*self._batches, *self._company]][: len(self._batches)]
         except (RuntimeError, MemoryError) as error:
