@@ -67,8 +67,8 @@ _EPSILON = Diffusion("epsilon", DiscreteSchedule.scaled_linear())
 _FLOW = Diffusion("flow", FlowSchedule())
 # A third as wide and with a tenth of the blocks: 155 million parameters.
 _SMALLER_FLUX = {"num_layers": 2, "num_single_layers": 4, "num_attention_heads": 8}
-# Many blocks of which none is a large part: 180 million parameters.
-_DEEP_FLUX = {"num_layers": 2, "num_single_layers": 16, "num_attention_heads": 6}
+# Many blocks of which none is a large part: 90 million parameters.
+_DEEP_FLUX = {"num_layers": 2, "num_single_layers": 16, "num_attention_heads": 4}
 _TINY_FLUX = {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 1, "joint_attention_dim": 64}
 _TINY_SDXL = {
     "block_out_channels": (32, 64, 64),

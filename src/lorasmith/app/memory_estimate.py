@@ -220,14 +220,20 @@ def estimate_of(
     job = plan_job(model.denoiser, config, "cpu")
     family, components, products = model.family, model.components, job.runtime.dtype
 
-    def frozen(**placed: Any) -> dict[Quantization, int]:
-        return {kind: frozen_bytes(model.denoiser.module, kind=kind, dtype=products, **placed) for kind in _KINDS}
+    def frozen(*, offloading: bool, processes: int) -> dict[Quantization, int]:
+        module = model.denoiser.module
+        return {
+            kind: frozen_bytes(module, kind=kind, dtype=products, offloading=offloading, processes=processes)
+            for kind in _KINDS
+        }
 
-    weights, offloaded = frozen(), frozen(offloading=True)
-    sharded = frozen(processes=cards) if cards > 1 else {}
+    weights, offloaded = frozen(offloading=False, processes=1), frozen(offloading=True, processes=1)
+    sharded = frozen(offloading=False, processes=cards) if cards > 1 else {}
     unpacked = _unpacked_bytes(model.denoiser.module, products)
     encoders = {
-        name: frozen_bytes(one, kind="none", dtype=ENCODERS[family.text_encoders[name].kind].dtype_of(one))
+        name: frozen_bytes(
+            one, kind="none", dtype=ENCODERS[family.text_encoders[name].kind].dtype_of(one), offloading=False
+        )
         for name, one in components.text_encoders.items()
     }
     master = 4 * job.parameters

@@ -50,10 +50,10 @@ class Runtime:
     activations: ActivationPlan
     memory_budget: int | None
     offloading: bool
+    sharding: bool
     quantized_backward: bool
     compile: bool
     processes: Processes = ALONE
-    sharding: bool = False
     memory_share: float = 1.0
 
     @classmethod

@@ -42,7 +42,7 @@ class Validator:
         batch_size: images per forward pass, where shapes agree. Affects speed and memory (and the last bits).
         device, dtype: of the denoiser.
         processes: that share the batches; each gets all losses.
-        sharding: whether frozen weights are sharded, and so every process must make as many passes.
+        equal_passes: whether every process must make as many passes, as where frozen weights are sharded.
         noise_range: part of diffusion time that is judged.
 
     Attributes:
@@ -60,7 +60,7 @@ class Validator:
         device: torch.device,
         dtype: torch.dtype,
         processes: Processes = ALONE,
-        sharding: bool = False,
+        equal_passes: bool = False,
         noise_range: tuple[float, float] = WHOLE_RANGE,
     ) -> None:
         self._denoiser = denoiser
@@ -73,13 +73,13 @@ class Validator:
         low, high = quantile_range(denoiser.diffusion.schedule, *noise_range)
         self.quantiles = low + (high - low) * (torch.arange(draws) + offsets[:, None]) / draws
         self._processes = processes
-        self._sharding = sharding
-        lengths_apart = sharding and denoiser.base.family.predicts_by_length
+        self._equal_passes = equal_passes
+        lengths_apart = equal_passes and denoiser.base.family.predicts_by_length
         batches = _grouped(self._samples, draws, batch_size, lengths_apart=lengths_apart)
         self._batches = batches[processes.rank :: processes.size]
         # Batches of others, whose losses are not used.
         missing = -(-len(batches) // processes.size) - len(self._batches)
-        self._company = batches[:missing] if sharding else []
+        self._company = batches[:missing] if equal_passes else []
 
     @torch.no_grad()
     def __call__(self) -> Tensor:
@@ -106,11 +106,11 @@ class Validator:
         return losses
 
     def _measured(self) -> list[Tensor]:
-        """Losses of the batches; falls back to one image at a time when memory runs out, unless weights are sharded."""
+        """Losses of the batches; falls back to single images when memory runs out, unless passes must be equal."""
         try:
             return [self._losses(batch) for batch in [*self._batches, *self._company]][: len(self._batches)]
         except (RuntimeError, MemoryError) as error:
-            if self._sharding or not is_out_of_memory(error) or all(len(batch) == 1 for batch in self._batches):
+            if self._equal_passes or not is_out_of_memory(error) or all(len(batch) == 1 for batch in self._batches):
                 raise
         self._batches = [[pair] for batch in self._batches for pair in batch]
         return self._measured()

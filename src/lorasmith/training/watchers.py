@@ -66,7 +66,7 @@ class ValidationWatch(Watcher):
             device=runtime.device,
             dtype=runtime.dtype,
             processes=runtime.processes,
-            sharding=runtime.sharding,
+            equal_passes=runtime.sharding,
             noise_range=config.noise_range,
         )
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +17,7 @@ import models
 import pytest
 import torch
 from lever_cases import flux_dataset, planned
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 from transformer_models import TINY, Case
@@ -29,6 +32,7 @@ from lorasmith.families.loading import load_model
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Model
 from lorasmith.training import engine as engines
+from lorasmith.training import watchers
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import batch_maker
 from lorasmith.training.events import Event, Planned, Validated, Warned
@@ -338,10 +342,10 @@ def test_a_process_that_is_stopped_stops_all(tiny: Model, dataset: EncodedDatase
 
 
 @pytest.mark.slow
-def test_early_stopping_stops_all(tiny: Model, dataset: EncodedDataset) -> None:
-    settings = {"validation_share": 0.4, "validate_every": 1, "patience": 1, "learning_rate": 1.0, "steps": 30}
-    plain, sharded = both(tiny, dataset, **settings)
-    assert len(plain[0]) == len(sharded[0]) < 30
+def test_early_stopping_stops_all(tiny: Model, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watchers.History, "should_stop", lambda history, patience: True)
+    plain, sharded = both(tiny, dataset, validation_share=0.4, validate_every=2, steps=6)
+    assert len(plain[0]) == len(sharded[0]) == 2
 
 
 @pytest.mark.slow
@@ -362,3 +366,39 @@ def test_one_process_keeps_all_and_says_so(tiny: Model, dataset: EncodedDataset)
     job = planned(tiny, sharding=True)
     assert not job.runtime.sharding
     assert any(note.startswith("sharding has no effect in one process") for note in job.notes)
+
+
+COMMAND = ["train", "photos", "--model", "lorasmith-tiny", "--steps", "4", "--batch-size", "2", "--optimizer", "SGD"]
+COMMAND += ["--learning-rate", "0.05", "--no-previews", "--dtype", "fp32", "--seed", "1", "--validation-share", "0"]
+LAUNCHER = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+LAUNCHER += ["--rdzv-endpoint", "localhost:0", "--max-restarts", "0", "-m", "lorasmith"]
+
+
+def launched(folder: Path, *flags: str) -> dict[str, Tensor]:
+    """The LoRA of a run in two processes, as the command line trains it."""
+    (folder / "photos").mkdir(exist_ok=True)
+    for index in range(4):
+        Image.new("RGB", (64, 64), (60 * index, 120, 200)).save(folder / "photos" / f"{index}.png")
+    name = "-".join(["run", *flags])
+    command = [sys.executable, *LAUNCHER, *COMMAND, "--output", name, *flags]
+    ran = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=900, check=False)
+    assert ran.returncode == 0, ran.stderr
+    return load_file(folder / name / "photos.safetensors")
+
+
+def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    for name, tensor in expected.items():
+        assert (found[name].float() - tensor.float()).norm() <= 2e-3 * (tensor.float().norm() + 1e-3)
+
+
+@pytest.mark.slow
+def test_the_command_line_shards(tmp_path: Path) -> None:
+    assert_close(launched(tmp_path, "--sharding"), launched(tmp_path))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_share_weights(tmp_path: Path) -> None:
+    plain = launched(tmp_path)
+    for flags in ([], ["--gradient-checkpointing"], ["--activations", "host"]):
+        assert_close(launched(tmp_path, "--sharding", *flags), plain)

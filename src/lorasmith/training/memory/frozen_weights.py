@@ -96,7 +96,7 @@ def packed_weight(
 
 
 def frozen_bytes(
-    module: nn.Module, *, kind: Quantization, dtype: torch.dtype, offloading: bool = False, processes: int = 1
+    module: nn.Module, *, kind: Quantization, dtype: torch.dtype, offloading: bool, processes: int = 1
 ) -> int:
     """Bytes of a model's frozen weights on the device during a run; its tensors may be on the meta device.
 
