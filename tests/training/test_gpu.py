@@ -18,7 +18,7 @@ import torch
 from test_loop import Audience, poison, same, saved
 
 from lorasmith.adapters.catalogue import ALGORITHMS
-from lorasmith.app.model_run import train
+from lorasmith.app.model_run import train, train_together
 from lorasmith.core.errors import OptionError
 from lorasmith.core.fp8_products import Fp8Products, has_fp8_products
 from lorasmith.core.quantization import PACKINGS, packed
@@ -333,3 +333,15 @@ def test_compiled_runs_are_the_same_to_the_bit(run: Callable[..., TrainResult], 
 def test_streamed_weights_are_not_compiled_aloud(tiny: Model) -> None:
     job = plan_job(tiny.denoiser, TrainConfig(compile=True, offloading=True, rank=2), DEVICE)
     assert any("compile has no effect with offloading" in note for note in job.notes)
+
+
+@pytest.mark.parametrize("levers", [{}, {"quantization": "nf4", "gradient_checkpointing": True}])
+def test_runs_together_are_those_apart(tiny: Model, dataset: EncodedDataset, levers: dict[str, Any]) -> None:
+    common = {"steps": 4, "targets": "attention", "training_dtype": "fp32", "validate_every": 2, "device": DEVICE}
+    common |= {"learning_rate": 1e-3, "validation_share": 0.3, **levers}
+    runs: list[dict[str, Any]] = [{"rank": 4}, {"rank": 8, "seed": 5, "batch_size": 2}, {"algorithm": "LoKr"}]
+    for result, own in zip(train_together(tiny, dataset, runs, **common), runs, strict=True):
+        alone = train(tiny, dataset, progress=False, **common, **own)
+        assert isinstance(result, TrainResult)
+        assert result.losses == pytest.approx(alone.losses, rel=1e-3)
+        assert result.validations[-1][1] == pytest.approx(alone.validations[-1][1], rel=1e-3)

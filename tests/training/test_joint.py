@@ -27,7 +27,7 @@ from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import Engine
 from lorasmith.training.events import Event, RolledBack, Shrunk, StepDone, Warned
 from lorasmith.training.job import Job, plan_job
-from lorasmith.training.joint import EngineMaker, check_alike, check_captions, train_jointly
+from lorasmith.training.joint import EngineMaker, StopOfAll, check_alike, check_captions, train_jointly
 from lorasmith.training.outcome import Outcome
 from lorasmith.training.train import RunOptions, TrainResult, run_job
 from lorasmith.training.verdict import History
@@ -329,6 +329,22 @@ def test_an_error_in_a_pass_of_all_is_that_of_the_run_that_has_it_alone(
     results = together(flux, flux_data, [{}, {"rank": 2}])
     assert isinstance(results[1], OptionError)
     assert_alike(results[0], alone(flux, flux_data, {}))
+
+
+def test_a_stop_between_two_runs_ends_both_after_the_same_step(flux: Model, flux_data: EncodedDataset) -> None:
+    looks: list[int] = []
+    stop = StopOfAll(lambda: len(looks) >= 3)  # which becomes true while the first run works
+
+    def look(event: Event) -> None:
+        if isinstance(event, StepDone):
+            looks.append(event.step)
+
+    jobs = [job(flux, {"steps": 9}), job(flux, {"steps": 9, "rank": 2})]
+    options = [RunOptions(on_event=look, cancelled=stop.is_set), RunOptions(cancelled=stop.is_set)]
+    works = [work(flux, one, flux_data, given) for one, given in zip(jobs, options, strict=True)]
+    results = train_jointly(jobs, works, each_round=stop.look)
+    steps = [len(one.losses) for one in results if isinstance(one, TrainResult)]
+    assert len(steps) == 2 and steps[0] == steps[1] < 9
 
 
 @pytest.mark.slow

@@ -31,7 +31,7 @@ from lorasmith.sampling.previews import Partner, parse_prompts
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Event, EventHandler, RolledBack, Shrunk, Warned
 from lorasmith.training.job import Job, plan_job
-from lorasmith.training.joint import EngineMaker, check_captions, train_jointly
+from lorasmith.training.joint import EngineMaker, StopOfAll, check_captions, train_jointly
 from lorasmith.training.runs.fingerprint import Fingerprint
 from lorasmith.training.runs.history import RECORD
 from lorasmith.training.runs.output_folder import output_folder
@@ -257,15 +257,16 @@ def train_together(
         OptionError: as `train`, or the runs cannot train together.
         KeyboardInterrupt: they were interrupted; those with an output folder have saved.
     """
+    stop = StopOfAll(arguments.get("cancelled") or RunOptions.cancelled)
     jobs, works = [], []
     for own in runs:
-        asked = {**arguments, **own}
+        asked = {**arguments, "cancelled": stop.is_set, **own}
         samples = asked.pop("data", data)
         given, denoiser, job = _planned(model, asked)
         check_captions(job, samples)
         jobs.append(job)
         works.append(partial(_with_engine, denoiser, job, samples, _options(given, given.on_event or _logged)))
-    return train_jointly(jobs, works)
+    return train_jointly(jobs, works, each_round=stop.look)
 
 
 def _with_engine(

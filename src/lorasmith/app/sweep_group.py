@@ -45,7 +45,7 @@ from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.model_search import Completed, ModelFiles, load_completed
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Event, StepDone
-from lorasmith.training.joint import SHARED_SETTINGS, EngineMaker, check_captions, train_jointly
+from lorasmith.training.joint import SHARED_SETTINGS, EngineMaker, StopOfAll, check_captions, train_jointly
 from lorasmith.training.outcome import Outcome
 from lorasmith.training.train import TrainResult
 
@@ -121,9 +121,8 @@ class GroupProcess:
         try:
             for run in runs:
                 forget_end(output, run, train_command(run, output, device=device, also=arguments_for(folders or {})))
-            command = [sys.executable, "-P", "-m", "lorasmith.app.sweep_group"]
             self._process = process_started(
-                command, device, log=self._log, stdout=subprocess.DEVNULL, stdin=subprocess.PIPE
+                _COMMAND, device, log=self._log, stdout=subprocess.DEVNULL, stdin=subprocess.PIPE
             )
             assert self._process.stdin is not None
             with contextlib.suppress(BrokenPipeError), self._process.stdin as pipe:
@@ -160,14 +159,14 @@ def train_group(
         runs: those that train together, on the device of their sources.
         output: folder of the sweep.
         folders: where parts that the model lacks are searched.
-        cancelled: called between steps; True ends all runs, which save.
+        cancelled: called between steps; True ends all runs after the same step, and they save.
 
     Raises:
         KeyboardInterrupt: all runs were interrupted, and have saved.
     """
     logs = {run.name: _RunLog(log_of(output, run)) for run in runs}
     ready: list[tuple[SweepRun, PreparedRun]] = []
-    shared = _Shared(folders)
+    shared, stop = _Shared(folders), StopOfAll(cancelled)
     for run in runs:
         with _end_kept(run, output, logs[run.name]):
             one = shared.prepared(run, logs[run.name])
@@ -179,7 +178,7 @@ def train_group(
             result = None
             with _end_kept(run, output, logs[run.name]):
                 result = train_prepared(
-                    one, output=output / run.name, on_event=logs[run.name], cancelled=cancelled, engine=engine
+                    one, output=output / run.name, on_event=logs[run.name], cancelled=stop.is_set, engine=engine
                 )
                 is_cancelled = result.reason is Outcome.CANCELLED
                 keep_end(output, run, RunEnd(exit_code=_STOPPED if is_cancelled else 0))
@@ -190,7 +189,7 @@ def train_group(
     if not ready:
         return
     try:
-        train_jointly([one.job for _, one in ready], [work(run, one) for run, one in ready])
+        train_jointly([one.job for _, one in ready], [work(run, one) for run, one in ready], each_round=stop.look)
     except LorasmithError as error:
         for run, _ in ready:
             keep_end(output, run, RunEnd(exit_code=1, error=str(error)))

@@ -42,7 +42,7 @@ from lorasmith.training.memory.activations import activations_packed, activation
 from lorasmith.training.recovery import StepRepeated
 from lorasmith.training.runtime import Runtime
 
-__all__ = ["SHARED_SETTINGS", "EngineMaker", "check_alike", "check_captions", "train_jointly"]
+__all__ = ["SHARED_SETTINGS", "EngineMaker", "StopOfAll", "check_alike", "check_captions", "train_jointly"]
 
 T = TypeVar("T")
 EngineMaker = Callable[[Job], Engine]
@@ -111,13 +111,36 @@ def check_captions(job: Job, data: EncodedDataset) -> None:
         )
 
 
-def train_jointly(jobs: Sequence[Job], works: Sequence[Callable[[EngineMaker], T]]) -> list[T | Exception]:
+class StopOfAll:
+    """Ends all runs after the same step, so that they continue as they were.
+
+    Args:
+        cancelled: whether they are to end.
+    """
+
+    def __init__(self, cancelled: Callable[[], bool]) -> None:
+        self._cancelled = cancelled
+        self._is_set = False
+
+    def look(self) -> None:
+        """Decide on the step that follows."""
+        self._is_set = self._is_set or self._cancelled()
+
+    def is_set(self) -> bool:
+        """Whether runs are to end, the same for all of them from one step to the next."""
+        return self._is_set
+
+
+def train_jointly(
+    jobs: Sequence[Job], works: Sequence[Callable[[EngineMaker], T]], *, each_round: Callable[[], None] = lambda: None
+) -> list[T | Exception]:
     """Train jobs together over one model.
 
     Args:
         jobs: that `check_alike` accepts; each can be run once.
         works: of each job, the function that trains it with `run_job`, with the engine of the given maker. It is called
             in a thread of its own, and never works beside another.
+        each_round: called before the runs go on to their next step.
 
     Returns:
         What each function returned, or the error that ended it.
@@ -127,7 +150,7 @@ def train_jointly(jobs: Sequence[Job], works: Sequence[Callable[[EngineMaker], T
         KeyboardInterrupt: it was raised here; all functions have received it first.
     """
     check_alike(jobs)
-    return _Meeting(jobs, works).held()
+    return _Meeting(jobs, works).held(each_round)
 
 
 def _beneath(job: Job) -> str:
@@ -216,12 +239,13 @@ class _Meeting:
         self._device = jobs[0].runtime.device
         self._is_apart = False
 
-    def held(self) -> list[Any]:
-        """Lead all runs to their ends."""
+    def held(self, each_round: Callable[[], None]) -> list[Any]:
+        """Lead all runs to their ends; the function is called before each step."""
         live = list(self._seats)
         try:
             with torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext():
                 while live:
+                    each_round()
                     for seat in live:
                         seat.resume()
                     live = [seat for seat in live if not seat.ended]
