@@ -171,6 +171,7 @@ class Engine:
         config: as passed.
         runtime: as passed, with the changes of `change`.
         rate_factor: factor of the learning rate besides the schedule.
+        trained: adapters and differences.
     """
 
     def __init__(
@@ -186,8 +187,8 @@ class Engine:
         self.runtime = runtime
         self.rate_factor = 1.0
         self.dropout = Dropout(adapters, rank=config.rank_dropout, module=config.module_dropout, seed=config.seed)
-        self._trained = Attached(adapters, differences=differences or {})
-        named = list(_trained(adapters, self._trained.differences))
+        self.trained = Attached(adapters, differences=differences or {})
+        named = list(_trained(adapters, self.trained.differences))
         self.flat = FlatParameters(
             {name: parameter for _, name, parameter in named},
             device=runtime.device,
@@ -206,7 +207,7 @@ class Engine:
         self, first: Callable[[], None] = lambda: None, planned: Callable[[], Runtime] | None = None
     ) -> contextlib.AbstractContextManager[None]:
         """See the function `prepared`."""
-        adapters, differences = self._trained.adapters, self._trained.differences
+        adapters, differences = self.trained.adapters, self.trained.differences
         return prepared(self.denoiser, adapters, self.config, self.runtime, differences, first=first, planned=planned)
 
     def change(self, **runtime: Any) -> None:

@@ -5,9 +5,9 @@ run states and recovery. Of all threads one works at a time, in the order of the
 its gradient, then the next one; when all have asked, the calling thread computes all gradients, in passes of the
 batches that fit together, and every run takes its own. Runs that end leave, whatever ended them.
 
-What the model has attached follows from who works: nothing while a run draws previews or is loaded, the adapters of a
-run while it is validated, those of all runs in their common passes (`adapters.joint_adapters`). So a run's weights and
-losses are those that it has alone, to the rounding of sums.
+What the model has attached (`shared_model`) follows from who works: nothing while a run draws previews or is loaded,
+the adapters of a run while it is validated, those of all runs in their common passes. So a run's weights and losses are
+those that it has alone, to the rounding of sums.
 
 Where a common pass cannot be (memory, a model that mixes its samples), each run has passes of its own, still over one
 model. A run's own recovery comes after that.
@@ -24,23 +24,21 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from lorasmith.adapters.inject import Attached, adapters_attached
-from lorasmith.adapters.joint_adapters import SampleRows, SamplesMixed, jointly_attached
+from lorasmith.adapters.joint_adapters import SamplesMixed
 from lorasmith.adapters.patch import patch_tensors
 from lorasmith.core.allocator import is_out_of_memory
-from lorasmith.core.choices import ActivationPlan
 from lorasmith.core.errors import OptionError
 from lorasmith.core.sizes import memory_text
 from lorasmith.core.tensor_digests import digest_of_tensors
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.training.batches import Batch, kind_of
 from lorasmith.training.captions_ahead import drawn_captions
-from lorasmith.training.engine import Engine, frozen, prediction_losses
+from lorasmith.training.engine import Engine, prediction_losses
 from lorasmith.training.job import Job
-from lorasmith.training.memory.activation_checkpointing import blocks_checkpointed
-from lorasmith.training.memory.activations import activations_packed, activations_reduced
+from lorasmith.training.memory.activations import activations_packed
 from lorasmith.training.recovery import StepRepeated
 from lorasmith.training.runtime import Runtime
+from lorasmith.training.shared_model import SharedModel
 
 __all__ = ["SHARED_SETTINGS", "EngineMaker", "StopOfAll", "check_alike", "check_captions", "train_jointly"]
 
@@ -52,9 +50,6 @@ SHARED_SETTINGS = (
     "checkpoint_depth", "memory_budget", "deterministic",
 )  # fmt: skip
 """Settings of the frozen model and of its passes, which runs over one model have in common."""
-
-_FRUGAL: Sequence[ActivationPlan] = ("keep", "lean", "selective", "host")
-"""How activations are kept, by the memory that is left."""
 
 
 def check_alike(jobs: Sequence[Job]) -> None:
@@ -168,7 +163,7 @@ class _Seat(Generic[T]):
         ended: what its work returned, or the error that ended it, as the only element of a list.
     """
 
-    def __init__(self, number: int, work: Callable[[EngineMaker], T], model: _SharedModel, runs: int) -> None:
+    def __init__(self, number: int, work: Callable[[EngineMaker], T], model: SharedModel, runs: int) -> None:
         self.number = number
         self.engine: _JointEngine | None = None
         self.batches: Sequence[Batch] | None = None
@@ -234,7 +229,7 @@ class _Meeting:
     """The runs that train together, led by the calling thread."""
 
     def __init__(self, jobs: Sequence[Job], works: Sequence[Callable[[EngineMaker], Any]]) -> None:
-        self._model = _SharedModel(jobs[0])
+        self._model = SharedModel(jobs[0])
         self._seats = [_Seat(number, work, self._model, len(jobs)) for number, work in enumerate(works)]
         self._device = jobs[0].runtime.device
         self._is_apart = False
@@ -391,16 +386,11 @@ class _Share:
 class _JointEngine(Engine):
     """The engine of one of the runs."""
 
-    def __init__(self, job: Job, seat: _Seat[Any], model: _SharedModel, *, share: float) -> None:
+    def __init__(self, job: Job, seat: _Seat[Any], model: SharedModel, *, share: float) -> None:
         super().__init__(job.denoiser, job.adapters, job.config, job.runtime, job.differences)
         self.change(memory_share=share)
         self._seat, self._model = seat, model
         self._has_arrived = self._is_prepared = False
-
-    @property
-    def attached(self) -> Attached:
-        """What it trains."""
-        return self._trained
 
     @contextlib.contextmanager
     def prepared(
@@ -432,71 +422,6 @@ class _JointEngine(Engine):
             self._model.attach([self])
         with super().evaluation_weights() as weights:
             yield weights
-
-
-class _SharedModel:
-    """The model of all runs, and what is made of it now.
-
-    Attributes:
-        rows: whose samples there are in a pass.
-        dtype: of passes.
-        activations: how they are kept in passes.
-    """
-
-    def __init__(self, job: Job) -> None:
-        self.rows = SampleRows()
-        self.dtype = job.runtime.dtype
-        self.activations: ActivationPlan = "keep"
-        self._job = job
-        self._frozen, self._attached = contextlib.ExitStack(), contextlib.ExitStack()
-        self._is_frozen = False
-        self._state: object = None
-
-    def bare(self) -> None:
-        """Restore it."""
-        self._detach()
-        self._frozen.close()
-        self._is_frozen = False
-
-    def freeze(self) -> None:
-        """Place its weights as the runs train with them, with nothing attached."""
-        self._detach()
-        if not self._is_frozen:
-            self._frozen.enter_context(frozen(self._job.denoiser, self._job.config, self._job.runtime))
-            self._is_frozen = True
-
-    def attach(self, engines: Sequence[_JointEngine], *, reduced: bool = True) -> None:
-        """Attach the adapters of runs.
-
-        Args:
-            engines: of the runs.
-            reduced: whether activations are kept as the runs say, by the one that has the least memory for them.
-        """
-        module = self._job.denoiser.module
-        activations: ActivationPlan = "keep"
-        depth = 0
-        if reduced:
-            activations = max((one.runtime.activations for one in engines), key=_FRUGAL.index)
-            depth = min((one.runtime.checkpoint_depth for one in engines if one.runtime.checkpoint_depth), default=0)
-        state = [*map(id, engines)], activations, depth, reduced
-        if state == self._state:
-            return
-        self.freeze()
-        with contextlib.ExitStack() as stack:
-            attached = [one.attached for one in engines]
-            if len(attached) == 1:
-                stack.enter_context(adapters_attached(module, attached))
-            else:
-                stack.enter_context(jointly_attached(module, attached, self.rows))
-            if reduced:
-                stack.enter_context(activations_reduced(module, activations))
-                stack.enter_context(blocks_checkpointed(module, depth))
-            self._attached = stack.pop_all()
-        self._state, self.activations = state, activations
-
-    def _detach(self) -> None:
-        self._attached.close()
-        self._state = None
 
 
 def _kind(batch: Batch) -> object:

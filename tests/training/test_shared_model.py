@@ -1,0 +1,72 @@
+"""The model of runs that train together goes from one state to another and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lorasmith.adapters.inject import adapters_on
+from lorasmith.core.options import config_from
+from lorasmith.families.model import Model
+from lorasmith.training.config import TrainConfig
+from lorasmith.training.engine import Engine
+from lorasmith.training.job import engine_of, plan_job
+from lorasmith.training.shared_model import SharedModel
+
+
+def engine(model: Model, **settings: Any) -> tuple[Engine, SharedModel]:
+    fields = {"steps": 1, "rank": 2, "targets": "attention", "training_dtype": "bf16", **settings}
+    job = plan_job(model.denoiser, config_from(TrainConfig, fields), torch.device("cpu"))
+    return engine_of(job), SharedModel(job)
+
+
+def layer_of(engine: Engine) -> nn.Module:
+    return engine.denoiser.module.get_submodule(next(iter(engine.trained.adapters)))
+
+
+def test_states_follow_from_each_other_and_leave_the_model_as_it_was(tiny: Model) -> None:
+    one, shared = engine(tiny)
+    other, _ = engine(tiny, seed=1)
+    layer = layer_of(one)
+    before = {name: tensor.clone() for name, tensor in tiny.components.denoiser.state_dict().items()}
+
+    def facts() -> tuple[torch.dtype, int]:
+        return layer.get_parameter("weight").dtype, len(adapters_on(layer))
+
+    shared.freeze()
+    assert facts() == (torch.bfloat16, 0)
+    shared.attach([one])
+    assert facts() == (torch.bfloat16, 1)
+    forward = layer.forward
+    shared.attach([one])
+    assert layer.forward == forward  # nothing was made again
+    shared.attach([one, other])
+    assert layer.forward != forward
+    shared.freeze()
+    assert facts() == (torch.bfloat16, 0)
+    shared.bare()
+    assert "forward" not in layer.__dict__
+    after = tiny.components.denoiser.state_dict()
+    assert all(
+        torch.equal(after[name], tensor) and after[name].dtype == tensor.dtype for name, tensor in before.items()
+    )
+
+
+@pytest.mark.parametrize(
+    ("plans", "kept"), [(["keep", "keep"], "keep"), (["keep", "selective"], "selective"), (["host", "lean"], "host")]
+)
+def test_the_run_with_the_least_memory_says_how_activations_are_kept(tiny: Model, plans: list[Any], kept: str) -> None:
+    one, shared = engine(tiny)
+    other, _ = engine(tiny)
+    for each, plan in zip((one, other), plans, strict=True):
+        each.change(activations=plan)
+    shared.attach([one, other])
+    try:
+        assert shared.activations == kept
+        shared.attach([one, other], reduced=False)  # to measure what they need
+        assert shared.activations == "keep"
+    finally:
+        shared.bare()
