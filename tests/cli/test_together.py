@@ -52,6 +52,15 @@ def test_gpus_that_are_not_there_are_refused(lorasmith: Command, photos: Path, g
     assert "must be all or numbers" in ran.err or "this machine has none" in ran.err
 
 
+@pytest.mark.parametrize("words", ["run example:single_subject", "reproduce x", "demo", "serve", "sweep x"])
+def test_commands_of_one_process_say_so(lorasmith: Command, monkeypatch: pytest.MonkeyPatch, words: str) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    ran = lorasmith(*words.split())
+    assert ran.code == 1
+    assert f"lorasmith {words.split()[0]} runs in one process, but 2 were started" in ran.err
+
+
 def test_a_signal_that_ends_the_processes_of_gpus_is_a_sentence(
     lorasmith: Command, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

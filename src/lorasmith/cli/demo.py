@@ -9,6 +9,7 @@ import typer
 from lorasmith.cli.console import echo, heading, print_result, progress_shown, stoppable
 from lorasmith.cli.flags import RunOutput
 from lorasmith.cli.run_output import plain_result, preparation_shown, report_result, training_shown
+from lorasmith.cli.together import check_alone
 from lorasmith.training.outcome import Outcome
 
 __all__ = ["register"]
@@ -29,6 +30,7 @@ def demo(
 
     Takes about two minutes on two processor cores and needs no network.
     """
+    check_alone("demo")
     from lorasmith.app.demo import before_and_after, demo_folder, demo_source
     from lorasmith.app.folder_run import prepare, train_prepared
     from lorasmith.families.locating import BUILT_IN

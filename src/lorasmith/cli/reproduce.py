@@ -20,6 +20,7 @@ from lorasmith.cli.flags import (
     Verify,
 )
 from lorasmith.cli.run_output import plain_result, preparation_shown, report_result, training_shown
+from lorasmith.cli.together import check_alone
 
 if TYPE_CHECKING:
     from lorasmith.app.reproduce import Reproduced
@@ -53,6 +54,7 @@ def reproduce(
     Reports what differs from the original run (base model, images, settings, versions). If it is the same run, trains
     it and reports whether the tensors are equal. The exit status is 1 if the inputs or the result differ.
     """
+    check_alone("reproduce")
     from lorasmith.app import reproduce as app
     from lorasmith.app.recorded_run import Rights
     from lorasmith.training.events import Event

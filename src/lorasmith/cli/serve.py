@@ -8,6 +8,7 @@ import typer
 
 from lorasmith.cli.console import echo, print_result
 from lorasmith.cli.flags import BaseDir, ExtraModelPaths, folders_of
+from lorasmith.cli.together import check_alone
 from lorasmith.server.server_config import LOOPBACK, TOKEN_VARIABLE, ServerConfig
 
 __all__ = ["register"]
@@ -45,6 +46,7 @@ def serve(
     Jobs wait in a queue that survives restarts. Ctrl-C stops the running one and saves it; the next start offers to
     continue it.
     """
+    check_alone("serve")
     import webbrowser
 
     from lorasmith.server.access import access_of

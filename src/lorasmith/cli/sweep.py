@@ -13,6 +13,7 @@ import typer
 
 from lorasmith.cli.console import StopRequest, console, echo, heading, print_note, print_result, stoppable
 from lorasmith.cli.flags import BaseDir, ExtraModelPaths, folders_of
+from lorasmith.cli.together import check_alone
 from lorasmith.core.errors import OptionError
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ def sweep(
     and saves; the same command continues: complete runs are kept, and failed ones tried again. Results are printed, and
     written to sweep.json and the page sweep.html. The exit code is 1 if a run failed.
     """
+    check_alone("sweep")
     from lorasmith.app.command_lines import arguments_for
     from lorasmith.app.folder_run import RUNS
     from lorasmith.app.sweep_file import check_held_out, read_sweep

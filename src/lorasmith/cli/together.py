@@ -15,7 +15,7 @@ from lorasmith.cli.console import StoppedError, output_silenced
 from lorasmith.core.errors import LorasmithError, OptionError, TrainingError
 from lorasmith.core.launch_environment import VISIBLE_GPUS, gpu_variable, launched_process
 
-__all__ = ["started_on_gpus", "together"]
+__all__ = ["check_alone", "started_on_gpus", "together"]
 
 _RESTARTS = 3
 """How often the processes of one machine are started again after one of them died."""
@@ -42,6 +42,16 @@ def together() -> Iterator[None]:
         if error.is_told:
             raise typer.Exit(getattr(error, "exit_code", 1)) from error
         raise
+
+
+def check_alone(command: str) -> None:
+    """Raise OptionError if several processes were started for a command that is for one."""
+    launched = launched_process()
+    if launched is not None and launched.size > 1:
+        raise OptionError(
+            f"lorasmith {command} runs in one process, but {launched.size} were started; start one, or train with "
+            "lorasmith train or resume"
+        )
 
 
 def started_on_gpus(gpus: str | None) -> bool:

@@ -20,6 +20,7 @@ from lorasmith.cli.console import (
     stoppable,
 )
 from lorasmith.cli.flags import BaseDir, ExtraModelPaths, folders_of
+from lorasmith.cli.together import check_alone
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -59,6 +60,7 @@ def run(
     Both formats are read, the one that the editor saves and that of Export (API). The whole workflow is checked before
     any node runs. Results are written to output/ in the base folder.
     """
+    check_alone("run")
     from lorasmith.nodes.example_workflows import EXAMPLE_PREFIX, examples
     from lorasmith.nodes.workflow_run import checked_workflow
     from lorasmith.workflow.executor import Executor
