@@ -386,6 +386,7 @@ def test_runs_that_are_stopped_continue_together_to_the_bit_and_alone_to_roundin
         assert_alike(one, alone(flux, flux_data, settings, options))
 
 
+@pytest.mark.slow
 def test_an_interruption_reaches_all_runs_which_save(flux: Model, flux_data: EncodedDataset, tmp_path: Path) -> None:
     whole, passes = joint._Meeting._answer, []
 
@@ -423,6 +424,7 @@ class Looks:
         return ()
 
 
+@pytest.mark.slow
 def test_previews_find_the_bare_model_and_the_other_runs_wait(
     flux: Model, flux_data: EncodedDataset, tmp_path: Path
 ) -> None:
