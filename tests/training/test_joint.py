@@ -31,23 +31,13 @@ from lorasmith.training.joint import EngineMaker, StopOfAll, check_alike, check_
 from lorasmith.training.outcome import Outcome
 from lorasmith.training.train import RunOptions, TrainResult, run_job
 from lorasmith.training.verdict import History
+from tests.training.together_cases import ALIKE, weights
 
-SETTINGS: dict[str, Any] = {
-    "steps": 3,
-    "rank": 4,
-    "training_dtype": "fp32",
-    "lora_dtype": "fp32",
-    "learning_rate": 0.05,
-    "optimizer": "SGD",  # others divide by the size of a gradient, and so enlarge the rounding of small ones
-    "seed": 3,
-    "targets": "attention",
-    "validation_share": 0.0,
-}
 Settings = dict[str, Any]
 
 
 def job(model: Model, settings: Settings) -> Job:
-    return plan_job(model.denoiser, config_from(TrainConfig, {**SETTINGS, **settings}), torch.device("cpu"))
+    return plan_job(model.denoiser, config_from(TrainConfig, {**ALIKE, **settings}), torch.device("cpu"))
 
 
 def work(model: Model, one: Job, data: EncodedDataset, options: RunOptions) -> Callable[[EngineMaker], TrainResult]:
@@ -74,14 +64,6 @@ def alone(
     options: RunOptions = RunOptions(),  # noqa: B008
 ) -> TrainResult:
     return train_job(model.denoiser, job(model, settings), data, options)
-
-
-def weights(result: TrainResult) -> dict[str, Tensor]:
-    state = result.lora.state
-    parts = [(ref, one.tensors) for ref, one in state.adapters.items()] + list(state.differences.items())
-    found = {f"{ref.path} {role}": tensor for ref, tensors in parts for role, tensor in tensors.items()}
-    assert found
-    return found
 
 
 def assert_alike(one: TrainResult | Exception, other: TrainResult, tolerance: float = 1e-5) -> None:

@@ -39,7 +39,7 @@ def together() -> Iterator[None]:
                 stack.enter_context(output_silenced())
             yield
     except LorasmithError as error:
-        if error.is_told:
+        if error.is_printed_elsewhere:
             raise typer.Exit(getattr(error, "exit_code", 1)) from error
         raise
 

@@ -41,10 +41,10 @@ class LorasmithError(Exception):
         message: made fit to print by `sentence`.
 
     Attributes:
-        is_told: whether another process of the run prints it, see `core.processes.joined`.
+        is_printed_elsewhere: whether another process of the run prints it, see `core.processes.joined`.
     """
 
-    is_told = False
+    is_printed_elsewhere = False
 
     def __init__(self, message: object = "") -> None:
         super().__init__(sentence(message))

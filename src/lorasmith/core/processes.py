@@ -168,7 +168,7 @@ class _Joined(Processes):
             raise made[1]
         return made[0]  # type: ignore[no-any-return]
 
-    def is_told(self, error: LorasmithError) -> bool:
+    def is_printed_elsewhere(self, error: LorasmithError) -> bool:
         """Whether another process prints an error, or the same; called for each error that ends this process."""
         if error is self._of_first:
             return True
@@ -225,7 +225,7 @@ def joined(launched: LaunchedProcess | None) -> Iterator[Processes]:
 
     Raises:
         TrainingError: the others cannot be reached.
-        LorasmithError: what is raised inside; `is_told` says whether another process prints it.
+        LorasmithError: what is raised inside; `is_printed_elsewhere` says whether another process prints it.
     """
     if launched is None or launched.size == 1:
         yield ALONE
@@ -274,7 +274,7 @@ def joined(launched: LaunchedProcess | None) -> Iterator[Processes]:
             yield here
             here.gathered(None)  # if the first one dies while it saves the result, all start again
         except LorasmithError as error:
-            error.is_told = here.is_told(error)
+            error.is_printed_elsewhere = here.is_printed_elsewhere(error)
             raise
         finally:
             _joined.pop()
@@ -302,5 +302,5 @@ def _check_gpus(found: Sequence[str | None]) -> None:
 def _ended_before() -> TrainingError:
     """The error of a process that an elastic agent starts after the run has ended with one."""
     error = TrainingError("the run has ended with the error above; the same command continues it")
-    error.is_told = True
+    error.is_printed_elsewhere = True
     return error

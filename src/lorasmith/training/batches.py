@@ -152,7 +152,7 @@ class BatchMaker:
         batches = [self._batch(group) for group in self._groups(dealt[processes.rank])]
         if self.runtime.sharding:
             longest = max(len(self._groups(each)) for each in dealt)
-            batches += [_company(batches[-1])] * (longest - len(batches))
+            batches += [_padding(batches[-1])] * (longest - len(batches))
         return batches
 
     def _groups(self, draws: Sequence[int]) -> list[dict[int, Sample]]:
@@ -211,7 +211,7 @@ class BatchMaker:
         return tensor.to(self.runtime.device, memory_format=self.memory_format, non_blocking=True)
 
 
-def _company(batch: Batch) -> Batch:
+def _padding(batch: Batch) -> Batch:
     """A batch for a pass that changes no gradient and has no draws."""
     # Of the same shapes, so that nothing is compiled for it.
     return replace(

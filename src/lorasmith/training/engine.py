@@ -251,7 +251,7 @@ class Engine:
                 torch.autograd.backward(self.summed_loss(loss, batch, per_step))
             if not (sums and is_last):
                 flat.collect()
-            if batch.names:  # others only keep processes with more batches company
+            if batch.names:  # others pad the passes of a process, see `BatchMaker.step`
                 losses.append(loss.detach())
             if first is None and not is_only:
                 first = torch.linalg.vector_norm(flat.grad)

@@ -72,6 +72,12 @@ class Job:
         return self.runtime.first_step
 
     @property
+    def draws(self) -> range:
+        """Global indices of all draws of the run."""
+        first, per_step = self.runtime.first_step, self.config.samples_per_step
+        return range(first * per_step, (first + self.config.steps) * per_step)
+
+    @property
     def parameters(self) -> int:
         """Number of trained parameters."""
         trained: list[nn.Module] = [*self.adapters.values(), *self.differences.values()]

@@ -94,12 +94,10 @@ def check_captions(job: Job, data: EncodedDataset) -> None:
         job: the planned run.
         data: its samples.
     """
-    first, per_step = job.runtime.first_step, job.config.samples_per_step
-    draws = range(first * per_step, (first + job.config.steps) * per_step)
     captions = data.captions
     if captions is None or all(sample.variants is None for sample in data.samples):
         return
-    if drawn_captions(data.samples, draws, seed=job.config.seed, most=captions.most) is None:
+    if drawn_captions(data.samples, job.draws, seed=job.config.seed, most=captions.most) is None:
         raise OptionError(
             "runs that train together encode their captions before they train, but the variants of these need more "
             f"than {memory_text(captions.memory_bytes)}; raise caption_memory, or train apart"
@@ -145,15 +143,15 @@ def train_jointly(
         KeyboardInterrupt: it was raised here; all functions have received it first.
     """
     check_alike(jobs)
-    return _Meeting(jobs, works).held(each_round)
+    return _Coordinator(jobs, works).held(each_round)
 
 
 def _beneath(job: Job) -> str:
     return digest_of_tensors(patch_tensors(job.denoiser.patches))
 
 
-class _Seat(Generic[T]):
-    """One run at the meeting: its thread, and what it asks for.
+class _Participant(Generic[T]):
+    """One of the runs: its thread, and what it asks for.
 
     Attributes:
         number: of the run.
@@ -225,40 +223,40 @@ class _Seat(Generic[T]):
         return self.engine
 
 
-class _Meeting:
+class _Coordinator:
     """The runs that train together, led by the calling thread."""
 
     def __init__(self, jobs: Sequence[Job], works: Sequence[Callable[[EngineMaker], Any]]) -> None:
         self._model = SharedModel(jobs[0])
-        self._seats = [_Seat(number, work, self._model, len(jobs)) for number, work in enumerate(works)]
+        self._participants = [_Participant(number, work, self._model, len(jobs)) for number, work in enumerate(works)]
         self._device = jobs[0].runtime.device
         self._is_apart = False
 
     def held(self, each_round: Callable[[], None]) -> list[Any]:
         """Lead all runs to their ends; the function is called before each step."""
-        live = list(self._seats)
+        live = list(self._participants)
         try:
             with torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext():
                 while live:
                     each_round()
-                    for seat in live:
-                        seat.resume()
-                    live = [seat for seat in live if not seat.ended]
-                    if asking := [seat for seat in live if seat.batches is not None]:
+                    for participant in live:
+                        participant.resume()
+                    live = [participant for participant in live if not participant.ended]
+                    if asking := [participant for participant in live if participant.batches is not None]:
                         self._answer(asking)
         finally:
-            for seat in live:  # after KeyboardInterrupt, or a fault of this module
-                seat.interrupt()
+            for participant in live:  # after KeyboardInterrupt, or a fault of this module
+                participant.interrupt()
             self._model.bare()
-        results = [seat.ended[0] for seat in self._seats]
+        results = [participant.ended[0] for participant in self._participants]
         for one in results:
             if isinstance(one, BaseException) and not isinstance(one, Exception):
                 raise one
         return results
 
-    def _answer(self, asking: Sequence[_Seat[Any]]) -> None:
+    def _answer(self, asking: Sequence[_Participant[Any]]) -> None:
         """Compute the gradients of runs, together where that can be."""
-        self._model.attach([seat.engine for seat in asking if seat.engine is not None])
+        self._model.attach([participant.engine for participant in asking if participant.engine is not None])
         failure: Exception | None = None
         if len(asking) > 1 and not self._is_apart:
             try:
@@ -269,36 +267,36 @@ class _Meeting:
         # Outside of `except`, where the error's frames no longer hold activations.
         reason = "" if failure is None else _why_apart(failure, len(asking))
         if not reason:
-            for place, seat in enumerate(asking):
-                seat.answer = self._alone(seat, place)
-            if failure is None or any(isinstance(seat.answer, Exception) for seat in asking):
+            for place, participant in enumerate(asking):
+                participant.answer = self._alone(participant, place)
+            if failure is None or any(isinstance(participant.answer, Exception) for participant in asking):
                 return
             reason = f"A pass of {len(asking)} runs at once failed ({type(failure).__name__}: {failure})"
         self._is_apart = True
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
-        for seat in asking:
-            seat.answer = StepRepeated(f"{reason}: the step is repeated, with a pass for each run from here on.")
+        for participant in asking:
+            participant.answer = StepRepeated(f"{reason}: the step is repeated, with a pass for each run from here on.")
 
-    def _alone(self, seat: _Seat[Any], place: int) -> tuple[Tensor, Tensor] | Exception:
+    def _alone(self, participant: _Participant[Any], place: int) -> tuple[Tensor, Tensor] | Exception:
         """The gradient of one run in passes of its own, or its error."""
-        assert seat.engine is not None and seat.batches is not None
+        assert participant.engine is not None and participant.batches is not None
         try:
             with self._model.rows.set([(place, 1)]):
-                return Engine.gradient(seat.engine, seat.batches)
+                return Engine.gradient(participant.engine, participant.batches)
         except Exception as error:
             return error.with_traceback(None) if is_out_of_memory(error) else error
 
-    def _compute(self, asking: Sequence[_Seat[Any]]) -> None:
+    def _compute(self, asking: Sequence[_Participant[Any]]) -> None:
         """The gradients of runs in passes of batches that fit together."""
-        shares = [_Share(place, seat) for place, seat in enumerate(asking)]
+        shares = [_Share(place, participant) for place, participant in enumerate(asking)]
         while pending := [share for share in shares if share.pending]:
             kind = _kind(pending[0].batches[pending[0].pending[0]])
             taken = [(share, index) for share in pending if (index := share.next(kind)) is not None]
             self._pass([(share, share.take(index)) for share, index in taken])
-        for share, seat in zip(shares, asking, strict=True):
-            seat.answer = share.gradient
+        for share, participant in zip(shares, asking, strict=True):
+            participant.answer = share.gradient
 
     def _pass(self, parts: Sequence[tuple[_Share, Batch]]) -> None:
         """Forward and backward pass of one batch of each run."""
@@ -347,9 +345,9 @@ class _Share:
         losses: of the batches that are computed.
     """
 
-    def __init__(self, place: int, seat: _Seat[Any]) -> None:
-        assert seat.engine is not None and seat.batches is not None
-        self.place, self.engine, self.batches = place, seat.engine, seat.batches
+    def __init__(self, place: int, participant: _Participant[Any]) -> None:
+        assert participant.engine is not None and participant.batches is not None
+        self.place, self.engine, self.batches = place, participant.engine, participant.batches
         self.pending = list(range(len(self.batches)))
         self.samples = sum(len(batch.names) for batch in self.batches)
         self.losses: list[Tensor] = []
@@ -386,10 +384,10 @@ class _Share:
 class _JointEngine(Engine):
     """The engine of one of the runs."""
 
-    def __init__(self, job: Job, seat: _Seat[Any], model: SharedModel, *, share: float) -> None:
+    def __init__(self, job: Job, participant: _Participant[Any], model: SharedModel, *, share: float) -> None:
         super().__init__(job.denoiser, job.adapters, job.config, job.runtime, job.differences)
         self.change(memory_share=share)
-        self._seat, self._model = seat, model
+        self._participant, self._model = participant, model
         self._has_arrived = self._is_prepared = False
 
     @contextlib.contextmanager
@@ -398,7 +396,7 @@ class _JointEngine(Engine):
     ) -> Iterator[None]:
         if not self._has_arrived:  # until then, the others need the bare model
             self._has_arrived = True
-            self._seat.wait()
+            self._participant.wait()
         self._model.freeze()
         first()
         if planned is not None and self.runtime.activations == "auto":
@@ -411,7 +409,7 @@ class _JointEngine(Engine):
             self._is_prepared = False
 
     def gradient(self, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
-        return self._seat.gradient(batches)
+        return self._participant.gradient(batches)
 
     def made_bare(self) -> None:
         self._model.bare()

@@ -273,12 +273,10 @@ class _Run:
 
     def _captions(self) -> contextlib.AbstractContextManager[None]:
         """The captions that the run draws are encoded, or their encoder is at hand."""
-        config, first = self._job.config, self._job.runtime.first_step
-        per_step = config.samples_per_step
         return captions_ready(
             self._parts.training,
-            range(first * per_step, (first + config.steps) * per_step),
-            seed=config.seed,
+            self._job.draws,
+            seed=self._job.config.seed,
             on_event=self._emit,
             progress=lambda done, total: self._options.on_event(CaptionEncoded(done=done, total=total)),
         )

@@ -79,7 +79,7 @@ class Validator:
         self._batches = batches[processes.rank :: processes.size]
         # Batches of others, whose losses are not used.
         missing = -(-len(batches) // processes.size) - len(self._batches)
-        self._company = batches[:missing] if equal_passes else []
+        self._padding = batches[:missing] if equal_passes else []
 
     @torch.no_grad()
     def __call__(self) -> Tensor:
@@ -108,7 +108,7 @@ class Validator:
     def _measured(self) -> list[Tensor]:
         """Losses of the batches; falls back to single images when memory runs out, unless passes must be equal."""
         try:
-            return [self._losses(batch) for batch in [*self._batches, *self._company]][: len(self._batches)]
+            return [self._losses(batch) for batch in [*self._batches, *self._padding]][: len(self._batches)]
         except (RuntimeError, MemoryError) as error:
             if self._equal_passes or not is_out_of_memory(error) or all(len(batch) == 1 for batch in self._batches):
                 raise

@@ -42,42 +42,29 @@ from lorasmith.training.memory.activation_checkpointing import blocks_at_depth
 from lorasmith.training.train import TrainResult
 from tests.covering import slow_except
 from tests.training.processes_together import outcomes_together, processes_together
+from tests.training.together_cases import ALIKE, weights
 
-SETTINGS: dict[str, Any] = {
-    "steps": 2,
-    "rank": 4,
-    "training_dtype": "fp32",
-    "lora_dtype": "fp32",
-    "learning_rate": 0.05,
-    "optimizer": "SGD",  # others divide by the size of a gradient, and so enlarge the rounding of small ones
-    "seed": 3,
-    "batch_size": 4,
-    "targets": "attention",
-    "validation_share": 0.0,
-}
+SETTINGS: dict[str, Any] = {**ALIKE, "steps": 2, "batch_size": 4}
 
-Told = tuple[list[float], dict[str, Tensor], list[Event]]
+Outcome = tuple[list[float], dict[str, Tensor], list[Event]]
 """Losses, weights and events of a run."""
 
 
-def told(result: TrainResult, events: list[Event]) -> Told:
-    state = result.lora.state
-    parts = [(ref, one.tensors) for ref, one in state.adapters.items()] + list(state.differences.items())
-    weights = {f"{ref.path} {role}": tensor for ref, tensors in parts for role, tensor in tensors.items()}
-    return result.losses, weights, events
+def outcome(result: TrainResult, events: list[Event]) -> Outcome:
+    return result.losses, weights(result), events
 
 
-def trained(model: Model, data: EncodedDataset, **settings: Any) -> Told:
+def trained(model: Model, data: EncodedDataset, **settings: Any) -> Outcome:
     events: list[Event] = []
-    return told(train(model, data, on_event=events.append, **{**SETTINGS, **settings}), events)
+    return outcome(train(model, data, on_event=events.append, **{**SETTINGS, **settings}), events)
 
 
 def both(
     model: Model, data: EncodedDataset, processes: int = 2, *, within_s: float = 300, **settings: Any
-) -> tuple[Told, Told]:
+) -> tuple[Outcome, Outcome]:
     """A run in several processes without sharding, and with it."""
 
-    def one(_: Processes) -> tuple[Told, Told]:
+    def one(_: Processes) -> tuple[Outcome, Outcome]:
         return trained(model, data, **settings), trained(model, data, sharding=True, **settings)
 
     before = models.digest(model.components.denoiser.state_dict())
@@ -90,7 +77,7 @@ def both(
     return found[0]
 
 
-def assert_alike(plain: Told, sharded: Told, tolerance: float = 1e-4) -> None:
+def assert_alike(plain: Outcome, sharded: Outcome, tolerance: float = 1e-4) -> None:
     assert sharded[0] == pytest.approx(plain[0], rel=tolerance)
     whole = torch.cat([tensor.flatten() for tensor in plain[1].values()])
     difference = torch.cat([(sharded[1][name] - tensor).flatten() for name, tensor in plain[1].items()])
@@ -229,9 +216,9 @@ def test_all_processes_make_as_many_passes(tiny: Model, mixed: EncodedDataset) -
             assert draws == list(range(9 * step, 9 * step + 9))
             if sharded:
                 assert len(made[0]) == len(made[1])
-                company = [batch for batches in made for batch in batches if not batch.draws]
-                assert all(not batch.names and not batch.weights.any() for batch in company)
-                counts.add(len(company))
+                padding = [batch for batches in made for batch in batches if not batch.draws]
+                assert all(not batch.names and not batch.weights.any() for batch in padding)
+                counts.add(len(padding))
     assert counts > {0}
 
 
@@ -324,7 +311,7 @@ def test_a_broken_loss_is_skipped_by_all(tiny: Model, dataset: EncodedDataset, m
 def test_a_process_that_is_stopped_stops_all(tiny: Model, dataset: EncodedDataset, tmp_path: Path) -> None:
     """And the run goes on without sharding, and with it again, as if nothing had been."""
 
-    def one(processes: Processes) -> tuple[Told, list[int]]:
+    def one(processes: Processes) -> tuple[Outcome, list[int]]:
         whole = trained(tiny, dataset, steps=6, sharding=True)
         steps = iter((False, processes.rank == 1))
         stopped = trained(
