@@ -277,7 +277,7 @@ def test_where_memory_is_too_small_for_all_each_run_has_passes_of_its_own(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return whole(self, batches)
 
-    monkeypatch.setattr(joint._Meeting, "_pass", full)
+    monkeypatch.setattr(joint._Coordinator, "_pass", full)
     monkeypatch.setattr(Engine, "gradient", gradient)
     runs: list[Settings] = [{"batch_size": 2}, {"rank": 2}]
     events: list[list[Event]] = [[], []]
@@ -336,7 +336,7 @@ def test_a_pass_that_fails_where_no_run_does_alone_is_given_up(
     def broken(*_: Any) -> None:
         raise TypeError("a bug")
 
-    monkeypatch.setattr(joint._Meeting, "_pass", broken)
+    monkeypatch.setattr(joint._Coordinator, "_pass", broken)
     events: list[Event] = []
     results = together(flux, flux_data, [{}, {"rank": 2}], RunOptions(), RunOptions(on_event=events.append))
     for result, settings in zip(results, [{}, {"rank": 2}], strict=True):
@@ -370,7 +370,7 @@ def test_runs_that_are_stopped_continue_together_to_the_bit_and_alone_to_roundin
 
 @pytest.mark.slow
 def test_an_interruption_reaches_all_runs_which_save(flux: Model, flux_data: EncodedDataset, tmp_path: Path) -> None:
-    whole, passes = joint._Meeting._answer, []
+    whole, passes = joint._Coordinator._answer, []
 
     def answer(self: Any, asking: Any) -> None:
         passes.append(len(asking))
@@ -380,7 +380,7 @@ def test_an_interruption_reaches_all_runs_which_save(flux: Model, flux_data: Enc
 
     outputs = [RunOptions(output=tmp_path / str(number)) for number in range(2)]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(joint._Meeting, "_answer", answer)
+        patch.setattr(joint._Coordinator, "_answer", answer)
         together(flux, flux_data, [{}, {"rank": 2}], *outputs)
     saved = [one.name for number in range(2) for one in (tmp_path / str(number)).glob("*.safetensors")]
     assert saved == ["lora.safetensors"] * 2
