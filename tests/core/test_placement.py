@@ -68,7 +68,7 @@ def test_what_is_there_already_is_not_copied() -> None:
 
 
 def test_fp32_weights_lie_aligned_on_the_cpu_wherever_their_file_has_them() -> None:
-    """The last bits of fp32 products depend on addresses; those of 16-bit ones do not, and no memory is spent on them."""
+    """Products in fp32 depend on addresses in the last bits; 16-bit ones do not, and get no memory."""
     moved = {}
     for dtype in (torch.float32, torch.bfloat16):
         memory = torch.zeros(80 * dtype.itemsize, dtype=torch.uint8)

@@ -33,7 +33,7 @@ FULL_PRECISION = "full_precision"
 
 
 _ALIGNMENT = 64
-"""Bytes by which torch aligns what it allocates; tensors on memory-mapped files lie as the file's header is long."""
+"""Bytes by which torch aligns what it allocates; tensors on memory-mapped files lie where the file's header ends."""
 
 
 def best_device() -> torch.device:
@@ -115,8 +115,8 @@ def placed(
     """Inside the context, the floating-point tensors of `module` are on `device` in `dtype`; then they are restored.
 
     The tensors are replaced by converted copies, and the originals put back bit for bit. A model that is already there
-    is not copied, except for fp32 tensors on the CPU whose address is no multiple of 64: the last bits of products would
-    depend on it. Packed weights stay packed: their codes are moved to `device`, and unpacked to `dtype`.
+    is not copied, except for fp32 tensors on the CPU whose address is not a multiple of 64, on which the last bits of
+    products would depend. Packed weights stay packed: their codes are moved to `device`, and unpacked to `dtype`.
 
     Args:
         module: the model.
