@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ def model() -> nn.Module:
     return module.requires_grad_(False)
 
 
-def state(module: nn.Module) -> dict[str, object]:
+def state(module: nn.Module) -> dict[str, tuple[Any, ...]]:
     tensors = [*module.named_parameters(), *module.named_buffers()]
     return {name: (id(t), t.data_ptr(), t.dtype, t.stride(), t.tolist()) for name, t in tensors}
 
@@ -64,6 +65,21 @@ def test_what_is_there_already_is_not_copied() -> None:
     before = state(linear)
     with placed(linear, device=CPU, dtype=torch.float32):
         assert state(linear) == before
+
+
+def test_fp32_weights_lie_aligned_on_the_cpu_wherever_their_file_has_them() -> None:
+    """Products in fp32 depend on addresses in the last bits; 16-bit ones do not, and get no memory."""
+    moved = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        memory = torch.zeros(80 * dtype.itemsize, dtype=torch.uint8)
+        linear = nn.Linear(8, 8, bias=False).requires_grad_(False)
+        linear.weight.data = memory[8 : 8 + 64 * dtype.itemsize].view(dtype).reshape(8, 8)
+        before = state(linear)
+        with placed(linear, device=CPU, dtype=dtype):
+            assert linear.weight.tolist() == before["weight"][-1]
+            moved[dtype] = linear.weight.data_ptr() % 64 == 0
+        assert state(linear) == before
+    assert moved == {torch.float32: True, torch.bfloat16: False}
 
 
 def test_what_was_put_in_meanwhile_is_taken_out() -> None:

@@ -25,8 +25,8 @@ from lorasmith.sampling.sigmas import SIGMA_SCHEDULES, sigmas_for
 from tests.covering import slow_except
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "comfyui_families.json").read_text(encoding="utf-8"))
-AGREEMENT = 1e-5
-"""Largest difference of two fingerprints, relative to the tensor's norm."""
+AGREEMENT = 5e-5
+"""Largest difference of two fingerprints, relative to the tensor's norm; instruction sets differ by up to 1.3e-5."""
 
 
 @pytest.fixture(scope="module")

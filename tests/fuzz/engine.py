@@ -31,12 +31,14 @@ from unittest.mock import patch
 
 import typer.main
 
+import lorasmith
 from lorasmith.core.errors import GraphError, LorasmithError
 from tests.fuzz.mutators import CANARY
 
 __all__ = ["Door", "FaultError", "Finding", "Kind", "command", "printed", "run_case"]
 
 _GET_COMMAND = typer.main.get_command
+_PACKAGE = str(Path(lorasmith.__file__).parent)
 
 Door = tuple[str, Callable[[], "str | None"]]
 """Name of a way to read a case's files, and a function that does so and returns what was said."""
@@ -210,10 +212,10 @@ def _check_refusal(sentence: str) -> None:
 
 def _escaped(error: BaseException) -> FaultError:
     """An exception that is none of ours, with the function of ours that it left last."""
-    frames = [one for one in traceback.extract_tb(error.__traceback__) if "/lorasmith/" in one.filename]
+    frames = [one for one in traceback.extract_tb(error.__traceback__) if _is_inside(one.filename, _PACKAGE)]
     where = "no function of ours"
     if frames:
-        where = f"{frames[-1].filename.rpartition('/lorasmith/')[2]} {frames[-1].name}"
+        where = f"{Path(frames[-1].filename).relative_to(_PACKAGE).as_posix()} {frames[-1].name}"
     return FaultError(f"{type(error).__name__} in {where}", error)
 
 

@@ -32,6 +32,10 @@ FULL_PRECISION = "full_precision"
 """Attribute of a module, True if its own parameters and buffers are placed in fp32 whatever the dtype of the others."""
 
 
+_ALIGNMENT = 64
+"""Bytes by which torch aligns what it allocates; tensors on memory-mapped files lie where the file's header ends."""
+
+
 def best_device() -> torch.device:
     """The first CUDA device, or the CPU; of several processes on a machine, each has a CUDA device of its own."""
     if not torch.cuda.is_available():
@@ -111,7 +115,8 @@ def placed(
     """Inside the context, the floating-point tensors of `module` are on `device` in `dtype`; then they are restored.
 
     The tensors are replaced by converted copies, and the originals put back bit for bit. A model that is already there
-    is not copied. Packed weights stay packed: their codes are moved to `device`, and unpacked to `dtype`.
+    is not copied, except for fp32 tensors on the CPU whose address is not a multiple of 64, on which the last bits of
+    products would depend. Packed weights stay packed: their codes are moved to `device`, and unpacked to `dtype`.
 
     Args:
         module: the model.
@@ -149,6 +154,8 @@ def placed(
             wanted = layout if tensor.ndim == 4 else torch.preserve_format
             original = tensor.data
             converted = original.to(device, target, memory_format=wanted)
+            if converted.device.type == "cpu" and target == torch.float32 and converted.data_ptr() % _ALIGNMENT:
+                converted = converted.clone()
             if converted is not original:
                 originals.append((tensor, original))
                 tensor.data = converted
