@@ -186,6 +186,10 @@ CREATE TABLE IF NOT EXISTS measurements (
 _COLUMNS = (
     "id, kind, state, number, request, client_id, created, started, ended, outputs, messages, error, run, attempts"
 )
+_LISTED_COLUMNS = _COLUMNS.replace(
+    "request,", "json_remove(request, '$.prompt', '$.workflow', '$.extra_data') AS request,"
+)
+"""In lists, without the graphs of requests, which may have megabytes each."""
 _JSON = ("request", "outputs", "messages", "error")
 
 
@@ -274,7 +278,9 @@ class JobStore:
                 ).fetchone()
                 if kept + len(text) > MOST_WAITING_BYTES:
                     most = f"{MOST_WAITING_BYTES // 2**20} MiB"
-                    raise QueueFullError(f"requests of waiting and paused jobs may have {most}; wait, or remove some")
+                    raise QueueFullError(
+                        f"waiting and paused jobs may have at most {most} together; wait, or remove some"
+                    )
             if database.execute("SELECT 1 FROM jobs WHERE id = ?", (id,)).fetchone():
                 raise DuplicateJobError(f"a job's id must be a new one, got {id}; leave it out")
             added = database.execute(
@@ -288,7 +294,7 @@ class JobStore:
 
     def find(self, id: str) -> Job | None:
         """The job with this id, or None."""
-        found = list(self._select("WHERE id = ?", (id,)))
+        found = self._select("WHERE id = ?", (id,))
         return found[0] if found else None
 
     def get(self, id: str) -> Job:
@@ -299,32 +305,30 @@ class JobStore:
 
     def pending(self) -> list[Job]:
         """Waiting jobs, the next one first."""
-        return list(self._select("WHERE state = 'pending' ORDER BY number, sequence"))
+        return self._select("WHERE state = 'pending' ORDER BY number, sequence")
 
     def running(self) -> list[Job]:
         """Running jobs, the oldest first."""
-        return list(self._select("WHERE state = 'running' ORDER BY started, sequence"))
+        return self._select("WHERE state = 'running' ORDER BY started, sequence")
 
-    def active(self, limit: int, offset: int = 0, states: Collection[JobState] = ACTIVE) -> Iterator[Job]:
-        """Jobs that run, the oldest first, then those that wait, the next one first; read one by one.
+    def active(self, limit: int, offset: int = 0, states: Collection[JobState] = ACTIVE) -> list[Job]:
+        """Jobs that run, the oldest first, then those that wait, the next one first, without the graphs of requests.
 
         Args:
             limit, offset: which of them.
             states: of the jobs.
         """
-        running = self.running() if "running" in states else []
-        shown = running[offset : offset + limit]
-        yield from shown
-        if "pending" in states:
-            yield from self._select(
-                "WHERE state = 'pending' ORDER BY number, sequence LIMIT ? OFFSET ?",
-                (limit - len(shown), max(0, offset - len(running))),
-            )
+        return self._select(
+            f"WHERE state IN ({_marks(states)}) ORDER BY state = 'pending', "
+            "CASE state WHEN 'running' THEN started ELSE number END, sequence LIMIT ? OFFSET ?",
+            (*states, limit, offset),
+            columns=_LISTED_COLUMNS,
+        )
 
     def ended(
         self, limit: int | None = None, offset: int = 0, states: Collection[JobState] = ENDED, *, newest: bool = True
-    ) -> Iterator[Job]:
-        """Ended jobs, read one by one.
+    ) -> list[Job]:
+        """Ended jobs, without the graphs of their requests.
 
         Args:
             limit, offset: which of them.
@@ -335,6 +339,7 @@ class JobStore:
         return self._select(
             f"WHERE state IN ({_marks(states)}) ORDER BY ended {order}, sequence {order} LIMIT ? OFFSET ?",
             (*states, -1 if limit is None else limit, offset),
+            columns=_LISTED_COLUMNS,
         )
 
     def lines(self, states: Collection[JobState]) -> list[JobLine]:
@@ -478,10 +483,10 @@ class JobStore:
             ).fetchone()
         return None if row is None else {**json.loads(row["found"]), "measured_at": row["measured"]}
 
-    def _select(self, rest: str, values: Sequence[Any] = ()) -> Iterator[Job]:
+    def _select(self, rest: str, values: Sequence[Any] = (), *, columns: str = _COLUMNS) -> list[Job]:
         with self._explained():
-            for row in self._database.execute(f"SELECT {_COLUMNS} FROM jobs {rest}", tuple(values)):
-                yield _job(row)
+            rows = self._database.execute(f"SELECT {columns} FROM jobs {rest}", tuple(values)).fetchall()
+        return [_job(row) for row in rows]
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:

@@ -92,7 +92,7 @@ async def send_json_pieces(request: web.Request, pieces: Iterable[str]) -> web.S
     response = web.StreamResponse(headers={"Content-Type": "application/json; charset=utf-8"})
     await response.prepare(request)
     waiting = bytearray()
-    for piece in pieces:
+    for piece in pieces if request.method != "HEAD" else ():
         waiting += piece.encode()
         if len(waiting) > _SMALL_BYTES:
             await send(request, response, bytes(waiting))

@@ -44,8 +44,8 @@ async def all_events(context: ServerContext, call: Call) -> web.StreamResponse:
     with context.hub.subscribe(kinds=("job", "queue")) as notices:
         async with _stream(call.request) as stream:
             await stream.send("queue", context.store.queue_counts())
-            for row in [job_row(job) for job in context.store.active(_FIRST_JOBS)]:
-                await stream.send("job", row)
+            for job in context.store.active(_FIRST_JOBS):
+                await stream.send("job", job_row(job))
             async for notice in _each(notices):
                 if notice is None:
                     await stream.beat()

@@ -70,11 +70,11 @@ async def _jobs(context: ServerContext, call: Call) -> Any:
     limit, offset = call.number("limit", 100, least=1, most=_MOST_LISTED), call.number("offset", 0)
     active, ended = ([one for one in kinds if one in states] for kinds in (ACTIVE, ENDED))
     counts = context.store.counts()
-    answers = [job_answer(job, with_graph=False) for job in context.store.active(limit, offset, active)]
-    if len(answers) < limit:
+    shown = context.store.active(limit, offset, active)
+    if len(shown) < limit:
         before = sum(counts[state] for state in active)
-        rest = context.store.ended(limit - len(answers), max(0, offset - before), ended)
-        answers += [job_answer(job, with_graph=False) for job in rest]
+        shown += context.store.ended(limit - len(shown), max(0, offset - before), ended)
+    answers = tuple(job_answer(job) for job in shown)
     return {"jobs": answers, "total": sum(counts[state] for state in states)}
 
 
