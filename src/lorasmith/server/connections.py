@@ -24,7 +24,7 @@ KEEPALIVE_S = 75.0
 """Seconds between two requests of a connection, the headers of the second included; that many proxies expect."""
 
 _HEADER_TIMEOUT_S = 15.0
-_UNREAD_TIMEOUT_S = 120.0
+_UNREAD_TIMEOUT_S = 300.0
 _MOST_HEADER_BYTES = 2**16
 _OTHER_FILES = 64  # open ones of the process besides connections, and files that are sent
 
