@@ -111,7 +111,7 @@ def is_loopback(address: str) -> bool:
 
 
 def access_of(config: ServerConfig) -> Access:
-    """The rules of a server with these settings. Raises OptionError for one that anybody could reach, or soon would."""
+    """The rules of a server with these settings. Raises OptionError for one that others reach without a good token."""
     if not config.token and not is_loopback(config.host):
         raise OptionError(
             f"--listen {config.host} would let everyone in that network train here; give a secret with --token, or "

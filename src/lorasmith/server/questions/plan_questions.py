@@ -177,7 +177,8 @@ def _images_folder(folders: Folders, dataset: str | None, folder: str | None) ->
     else:
         found = folders.base / (folder or "")
         # Windows would open a connection to the server that such a name begins with, whichever slashes it has.
-        if PureWindowsPath(folder or "").drive.startswith("\\\\") or not is_folder(found):
+        is_share = PureWindowsPath(folder or "").drive.startswith("\\\\") and not found.is_relative_to(folders.base)
+        if is_share or not is_folder(found):
             raise DataError(f"there is no folder {folder!r} on this computer; check its path")
     if not any(found.iterdir()):
         raise DataError(f"{found.name} holds no pictures yet; add some first")
