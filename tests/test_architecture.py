@@ -120,6 +120,7 @@ TESTED_ELSEWHERE = {
     "server/api/uploads.py": "server/api/test_dataset_endpoints.py",
     "server/api_shapes.py": "server/api/test_api_document.py",
     "server/comfyui/answers.py": "server/comfyui/test_prompt_routes.py",
+    "server/disk_space.py": "server/comfyui/test_file_routes.py",
     "server/error_answers.py": "server/test_http_server.py",
     "server/folder_jobs.py": "server/test_worker_jobs.py",
     "server/graph_jobs.py": "server/test_worker_jobs.py",

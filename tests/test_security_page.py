@@ -348,15 +348,17 @@ def test_every_line_is_tried() -> None:
 REQUESTS = {
     "from a page of another site": (
         "server/test_access.py test_every_route_refuses_a_foreign_host test_every_write_refuses_a_foreign_origin "
-        "test_no_page_of_another_site_is_let_in_by_cors"
+        "test_no_page_of_another_site_is_let_in_by_cors, "
+        "server/pages/test_foreign_page.py test_a_page_of_another_site_can_do_nothing"
     ),
     "from another machine": (
         "server/test_access.py test_every_route_needs_the_token test_a_server_that_others_reach_needs_a_token "
-        "test_secrets_are_in_no_answer_and_no_log"
+        "test_secrets_are_in_no_answer_and_no_log test_wrong_tokens_are_refused_late_and_end_their_connection"
     ),
     "training, plan or measurement": (
         "server/questions/test_plan_questions.py test_paths_and_programs_are_not_for_requests, "
-        "server/api/test_job_endpoints.py test_a_folder_elsewhere_is_for_who_sits_here"
+        "server/api/test_job_endpoints.py test_a_folder_elsewhere_is_for_who_sits_here "
+        "test_a_folder_of_the_home_is_for_who_sits_here"
     ),
     "graph": "test_security_page.py workflow",
     "upload of photos and captions": (
@@ -366,6 +368,8 @@ REQUESTS = {
     "name of a file": (
         "server/test_contained_files.py test_names_outside test_links_are_followed_to_where_they_lead, "
         "server/comfyui/test_file_routes.py test_no_name_leads_out_of_its_folder, "
+        "server/test_access.py test_no_name_makes_a_route_fail, "
+        "server/comfyui/test_user_files.py test_names_of_devices_are_refused, "
         "server/questions/test_dataset_questions.py test_links_that_leave_are_not_followed, "
         "server/questions/test_run_questions.py test_links_out_of_a_run_are_not_followed"
     ),
@@ -378,10 +382,25 @@ REQUESTS = {
         "server/comfyui/test_user_files.py test_a_page_is_never_served_as_one"
     ),
     "report of a run": "server/questions/test_run_questions.py test_the_page_is_made_from_the_records",
-    "large body, many jobs, silent client": (
-        "server/test_access.py test_bodies_are_limited, server/api/test_dataset_endpoints.py test_uploads_have_limits, "
+    "large body, large picture, many jobs, silent or slow client, many connections": (
+        "server/test_access.py test_bodies_are_limited test_bodies_that_are_read_have_a_limit_together "
+        "test_a_body_that_stops_arriving_is_cut_off test_a_client_that_does_not_read_an_answer_is_cut_off, "
+        "server/api/test_dataset_endpoints.py test_uploads_have_limits test_captions_leave_the_last_of_the_disk, "
+        "server/comfyui/test_file_routes.py test_uploads_that_arrive_together_leave_the_last_of_the_disk, "
+        "server/comfyui/test_user_files.py test_files_and_settings_leave_the_last_of_the_disk, "
+        "server/questions/test_graph_questions.py test_a_picture_of_huge_sides_is_refused_by_its_header "
+        "test_large_pictures_are_converted_one_at_a_time, "
         "server/comfyui/test_prompt_routes.py test_a_full_queue_is_said, "
+        "server/comfyui/test_queue_routes.py test_history_is_sent_while_it_is_read, "
+        "server/test_jobs.py test_requests_have_a_limit_together test_a_job_leaves_the_last_of_the_disk, "
+        "server/test_connections.py test_silent_connections_make_room_the_oldest_first "
+        "test_headers_have_a_time_and_a_size, "
         "server/comfyui/test_websocket.py test_a_client_that_never_reads_is_cut_off"
+    ),
+    "malformed request, or one that meets a bug": (
+        "server/test_http_server.py test_tables_are_mounted_and_errors_become_answers, "
+        "server/test_log_book.py test_records_of_packages_are_lines_and_not_printed "
+        "test_lines_are_remembered_written_and_published, server/test_access.py test_no_name_makes_a_route_fail"
     ),
     "module in the base folder": (
         "server/test_server_processes.py test_the_assistant_answers_and_a_stranger_module_is_not_imported"

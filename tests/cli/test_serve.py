@@ -28,10 +28,13 @@ def test_beyond_this_computer_a_token_is_needed(tmp_path: Path, monkeypatch: pyt
     for address in ("0.0.0.0", "192.168.0.7", "::", "my-host"):
         said = serve("--base-dir", str(tmp_path), "--listen", address)
         assert f"--listen {address} would let everyone in that network train" in said
-        serve("--base-dir", str(tmp_path), "--listen", address, "--token", "secret")
+        assert "--token must have at least 12" in serve(
+            "--base-dir", str(tmp_path), "--listen", address, "--token", "secret"
+        )
+        serve("--base-dir", str(tmp_path), "--listen", address, "--token", "a long secret")
     for address in ("127.0.0.1", "localhost", "::1"):
         serve("--base-dir", str(tmp_path), "--listen", address)
-    assert [(one.host, one.token) for one in seen[:1]] == [("0.0.0.0", "secret")]
+    assert [(one.host, one.token) for one in seen[:1]] == [("0.0.0.0", "a long secret")]
     assert [one.token for one in seen[4:]] == [None] * 3
     monkeypatch.setenv("LORASMITH_TOKEN", "from outside")
     serve("--base-dir", str(tmp_path), "--listen", "0.0.0.0")

@@ -3,21 +3,34 @@ from __future__ import annotations
 import asyncio
 import base64
 import re
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
 import pytest
+from yarl import URL
 
 from lorasmith.core.errors import OptionError
+from lorasmith.core.foreign_json import parse_foreign_json
+from lorasmith.core.safe_names import is_reserved
+from lorasmith.server import access, request_parts
 from lorasmith.server.access import Access, access_of, is_loopback
 from lorasmith.server.request_parts import MAX_JSON_BYTES, read_body
 from lorasmith.server.server_config import ServerConfig
 from tests.server.fake_server import GOOD, Played, serving
+from tests.server.fakes import until
 
 TOKEN = "a long secret"
 FOREIGN = "https://evil.example"
+
+
+@pytest.fixture(autouse=True)
+def no_delay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong tokens are refused at once."""
+    monkeypatch.setattr(access, "WRONG_TOKEN_DELAY_S", 0.0)
 
 
 def routes_of(server: Played) -> list[tuple[str, str]]:
@@ -32,7 +45,7 @@ def routes_of(server: Played) -> list[tuple[str, str]]:
     return found
 
 
-async def status_of(server: Played, method: str, path: str, **options: Any) -> int:
+async def status_of(server: Played, method: str, path: str | URL, **options: Any) -> int:
     async with server.http.request(method, path, allow_redirects=False, **options) as answer:
         return answer.status
 
@@ -125,6 +138,9 @@ def test_the_token_is_taken_from_each_place_where_clients_put_it(tmp_path: Path)
                 ({"Authorization": f"Basic {basic}"}, 200),
                 ({"Authorization": "Bearer wrong"}, 401),
                 ({"Authorization": "Basic !!!"}, 401),
+                ({"Authorization": "Basic é"}, 401),
+                ({"Authorization": "Bearer é"}, 401),
+                ({"Cookie": "lorasmith=é"}, 401),
                 ({"Authorization": f"Basic {base64.b64encode(b'me:wrong').decode()}"}, 401),
                 ({"Authorization": TOKEN}, 401),
                 ({"Cookie": f"lorasmith={TOKEN}"}, 401),
@@ -251,10 +267,10 @@ def test_known_hosts(listen: str, host: str | None, known: bool) -> None:
 
 
 def test_further_names_are_known(tmp_path: Path) -> None:
-    access = access_of(ServerConfig(base=tmp_path, names=("GPU.example",)))
-    assert access.knows_host("gpu.example:8188")
-    assert access.knows_host("gpu.EXAMPLE")
-    assert not access.knows_host("evil.example")
+    rules = access_of(ServerConfig(base=tmp_path, names=("GPU.example",)))
+    assert rules.knows_host("gpu.example:8188")
+    assert rules.knows_host("gpu.EXAMPLE")
+    assert not rules.knows_host("evil.example")
 
 
 def test_pages_behind_a_proxy_may_write(tmp_path: Path) -> None:
@@ -273,8 +289,210 @@ def test_a_server_that_others_reach_needs_a_token(tmp_path: Path) -> None:
             with pytest.raises(OptionError, match="--token"):
                 access_of(ServerConfig(base=tmp_path, host=host, token=token))
         assert access_of(ServerConfig(base=tmp_path, host=host, token=TOKEN)).token == TOKEN
+    for host in ("0.0.0.0", "127.0.0.1"):
+        with pytest.raises(OptionError, match=r"--token must have at least 12 characters, got 11; make one with"):
+            access_of(ServerConfig(base=tmp_path, host=host, token="x" * 11))
 
 
 def test_loopback_addresses() -> None:
     assert all(map(is_loopback, ("localhost", "127.0.0.1", "127.8.8.8", "::1", "[::1]")))
     assert not any(map(is_loopback, ("0.0.0.0", "::", "192.168.1.5", "gpu.lan")))
+
+
+def test_wrong_tokens_are_refused_late_and_end_their_connection(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+
+    async def noted(seconds: float) -> None:
+        waits.append(seconds)
+
+    monkeypatch.setattr(access, "WRONG_TOKEN_DELAY_S", 7.0)
+
+    async def main() -> None:
+        async with serving(tmp_path, token=TOKEN) as server:
+            with monkeypatch.context() as patch:
+                patch.setattr("lorasmith.server.access.asyncio.sleep", noted)
+                wrong: list[tuple[str, str, dict[str, Any]]] = [
+                    ("GET", "/prompt?token=wrong", {}),
+                    ("GET", "/prompt", {"headers": {"Authorization": "Bearer wrong"}}),
+                    ("GET", "/prompt", {"headers": {"Cookie": "lorasmith=wrong"}}),
+                    ("POST", "/lorasmith/login", {"data": {"token": "wrong"}}),
+                ]
+                for method, path, options in wrong:
+                    async with server.http.request(method, path, **options) as answer:
+                        assert answer.status == 401 and answer.headers["Connection"] == "close"
+                assert waits == [7.0] * 4
+                for path, status in (("/prompt", 401), (f"/prompt?token={TOKEN}", 200)):
+                    assert await status_of(server, "GET", path) == status
+                assert await status_of(server, "GET", "/prompt", headers={"Host": "evil.example"}) == 403
+            assert waits == [7.0] * 4
+
+    asyncio.run(main())
+
+
+def test_a_body_that_stops_arriving_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(request_parts, "IDLE_TIMEOUT_S", 0.1)
+    part = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\nabc'
+    form = "multipart/form-data; boundary=x"
+    cases = [
+        ("/prompt", "application/json", b'{"prompt"'),
+        ("/userdata/x.json", "application/json", b"x"),
+        ("/lorasmith/v1/datasets", "application/json", b"{"),
+        ("/upload/image", form, part),
+        ("/upload/image", form, b"--x\r\nContent-"),
+        ("/lorasmith/v1/datasets/dog/images", form, part),
+    ]
+
+    async def main() -> None:
+        async with serving(tmp_path) as server:
+            server.assistant.answers["check_changes"] = True
+            for path, kind, begun in cases:
+                reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+                head = (
+                    f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\nContent-Length: 5000\r\n\r\n"
+                )
+                writer.write(head.encode() + begun)
+                assert b" 408 " in await asyncio.wait_for(reader.readline(), 10), path
+                writer.close()
+                await writer.wait_closed()
+
+    asyncio.run(main())
+
+
+def test_an_upload_that_moves_may_take_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(request_parts, "IDLE_TIMEOUT_S", 0.5)
+
+    async def slowly() -> AsyncIterator[bytes]:
+        yield b'{"a": 1'
+        for _ in range(20):
+            await asyncio.sleep(0.05)
+            yield b" "
+        yield b"}"
+
+    async def main() -> None:
+        async with serving(tmp_path) as server:
+            assert await status_of(server, "POST", "/settings", data=slowly()) == 200
+
+    asyncio.run(main())
+
+
+def test_large_bodies_are_parsed_outside_of_the_event_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[bool] = []
+
+    def parsed(content: bytes) -> Any:
+        threads.append(threading.current_thread() is threading.main_thread())
+        return parse_foreign_json(content)
+
+    for module in ("api.endpoint", "comfyui.answers"):
+        monkeypatch.setattr(f"lorasmith.server.{module}.parse_foreign_json", parsed)
+
+    async def main() -> None:
+        async with serving(tmp_path) as server:
+            for path in ("/settings", "/lorasmith/v1/datasets"):
+                for size, is_main in ((10, True), (100_000, False)):
+                    await status_of(server, "POST", path, json={"name": "x" * size})
+                    assert threads.pop() is is_main, (path, size)
+
+    asyncio.run(main())
+
+
+def test_bodies_that_are_read_have_a_limit_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(request_parts, "_MOST_BODIES_BYTES", 1500)
+
+    async def main() -> None:
+        async with serving(tmp_path) as server:
+            first = asyncio.Event()
+
+            async def half() -> AsyncIterator[bytes]:
+                yield b'{"a": 1' + b" " * 1000
+                await first.wait()
+                yield b"}"
+
+            waiting = asyncio.create_task(status_of(server, "POST", "/settings", data=half()))
+            await until(lambda: sum(request_parts._bodies.values()) > 1000)
+            assert await status_of(server, "POST", "/settings", data=b"{" + b" " * 600 + b"}") == 429
+            first.set()
+            assert await waiting == 200 and not request_parts._bodies
+            assert await status_of(server, "POST", "/settings", data=b"{" + b" " * 600 + b"}") == 200
+
+    asyncio.run(main())
+
+
+def test_a_client_that_does_not_read_an_answer_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(request_parts, "IDLE_TIMEOUT_S", 0.01)
+    ended: list[None] = []
+
+    class Unread:
+        async def write(self, data: bytes) -> None:
+            await asyncio.Event().wait()
+
+    request = SimpleNamespace(transport=SimpleNamespace(abort=lambda: ended.append(None)))
+    with pytest.raises(ConnectionResetError):
+        asyncio.run(request_parts.send(request, Unread(), b"x"))  # type: ignore[arg-type]
+    assert ended == [None]
+
+
+HOSTILE = {
+    "a zero byte": "a%00b",
+    "a device": "con",
+    "a device with a suffix": "COM1.png",
+    "the home": "~",
+    "a home": "~root%2Fx",
+    "a share": "%5C%5Chost%5Cshare",
+    "a share with another slash": "%2F%5Chost%5Cshare",
+    "a pipe": "%5C%5C.%5Cpipe%5Cx",
+    "a drive": "C%3A%5Cx",
+    "a folder above": "..%2F..%2Fx",
+    "no text": "%ff%fe",
+    "half of a pair": "%ed%a0%80",
+    "a long name": "x" * 300,
+}
+
+
+def test_no_name_makes_a_route_fail(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with serving(tmp_path / "base") as server:
+            server.assistant.answers |= {"check_changes": True, "encoded_picture": b"x", "file_metadata": None}
+            before = {*tmp_path.rglob("*")}
+            fields = (
+                "filename",
+                "subfolder",
+                "type",
+                "dir",
+                "path",
+                "id",
+                "model",
+                "width",
+                "after",
+                "max_items",
+                "node",
+            )
+            for route in server.app.router.routes():
+                assert route.resource is not None
+                path = route.resource.canonical
+                if path.startswith(("/api/", "/editor/")) or path.endswith(("/ws", "/events")):
+                    continue
+                for case, name in HOSTILE.items():
+                    filled = re.sub(r"\{[^}]*\}", name, path) + "?" + "&".join(f"{one}={name}" for one in fields)
+                    headers = {
+                        "X": "é",
+                        "Authorization": "Basic é",
+                        "If-None-Match": "é",
+                        "Range": "é",
+                        "Cookie": "é=é",
+                    }
+                    for body in (b"", name.encode()) if route.method in ("POST", "PUT", "PATCH") else (None,):
+                        status = await status_of(
+                            server,
+                            route.method.replace("*", "GET"),
+                            URL(filled, encoded=True),
+                            headers=headers,
+                            data=body,
+                        )
+                        assert status < 500, (route.method, filled[:200], case, status)
+            written = {path for path in {*tmp_path.rglob("*")} - before if path.is_file()}
+            assert all(path.is_relative_to(tmp_path / "base" / "user") for path in written)
+            assert not any(is_reserved(path.name) for path in written)
+
+    asyncio.run(main())

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -47,6 +48,19 @@ def test_links_are_followed_to_where_they_lead(tmp_path: Path) -> None:
     assert find_contained([folder], "inner") is None
     with pytest.raises(OutsideError):
         contained(folder, "loop")
+
+
+@pytest.mark.parametrize("name", ["con", "a/NUL.txt", "com1", "LPT¹.png", "conin$", "aux .x"])
+def test_devices_of_windows_are_never_written_and_there_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    with pytest.raises(BadNameError, match="Windows has no files of the name"):
+        contained(tmp_path, name, to_write=True)
+    monkeypatch.setattr("lorasmith.server.contained_files.sys", SimpleNamespace(platform="linux"))
+    assert contained(tmp_path, name) == tmp_path / name
+    monkeypatch.setattr("lorasmith.server.contained_files.sys", SimpleNamespace(platform="win32"))
+    with pytest.raises(BadNameError, match="Windows has no files of the name"):
+        contained(tmp_path, name)
 
 
 @given(st.text(max_size=20))

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from lorasmith.server import disk_space
 from lorasmith.server.jobs import (
     STATES,
     DuplicateJobError,
@@ -209,3 +210,39 @@ def test_lines_are_jobs_in_the_order_of_the_queue_without_what_is_large(store: J
     assert [line.id for line in lines] == [jobs[1].id, jobs[0].id, jobs[2].id]
     assert (lines[0].state, lines[0].number, lines[2].state) == ("pending", jobs[1].number, "completed")
     assert lines[2].ended is not None and store.lines(()) == []
+
+
+def test_requests_have_a_limit_together(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorasmith.server.jobs.MOST_WAITING_BYTES", 500_000)
+    monkeypatch.setattr("lorasmith.server.jobs.MOST_ENDED_BYTES", 500_000)
+    large = {"trigger": "x" * 200_000}
+    paused = store.add("train", large)
+    store.finish(paused.id, "paused")
+    first = store.add("train", large)
+    with pytest.raises(QueueFullError, match="waiting and paused jobs may have at most"):
+        store.add("train", large)
+    small = store.add("train", {})
+    ids = [first.id, small.id]
+    for id in ids:
+        store.finish(id, "completed")
+    for _ in range(3):
+        ids.append(store.add("train", large).id)
+        store.finish(ids[-1], "completed")
+    assert [job.id for job in store.ended(states=("completed",))] == ids[:-3:-1]
+    assert store.get(paused.id).state == "paused", "it is to be continued"
+
+
+def test_lists_have_no_graphs(store: JobStore) -> None:
+    request = {"name": "n", "prompt": {"1": {}}, "workflow": {}, "extra_data": {"x": "y"}}
+    store.finish(store.add("graph", request).id, "completed")
+    store.add("graph", request)
+    assert [job.request for job in (*store.active(4), *store.ended())] == [{"name": "n"}] * 2
+    assert store.pending()[0].request == request
+
+
+def test_a_job_leaves_the_last_of_the_disk(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=disk_space.SPARE_BYTES + 1000))
+    job = store.add("train", {"name": "x" * 900})
+    with pytest.raises(disk_space.DiskFullError, match="less than 1 GiB of the disk"):
+        store.add("train", {"name": "x" * 1000})
+    store.finish(job.id, "completed")  # what happens to jobs is always recorded

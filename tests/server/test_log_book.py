@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from pathlib import Path
 
 import pytest
+from aiohttp.http_exceptions import BadHttpMessage
 
 from lorasmith.server import log_book
 from lorasmith.server.hub import Hub
@@ -29,3 +32,26 @@ def test_a_log_that_cannot_be_written_costs_nothing_else(tmp_path: Path) -> None
     (tmp_path / "server.log").mkdir()
     log.add("worker", "x" * 100_000)
     assert len(log.entries[0]["m"]) == 4_000
+
+
+def test_records_of_packages_are_lines_and_not_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = LogBook(tmp_path / "server.log", Hub())
+    logger = logging.getLogger("aiohttp.server")
+
+    async def main() -> None:
+        with log.receiving("aiohttp", "asyncio"):
+            for error in (BadHttpMessage("malformed"), KeyError("a bug")):
+                try:
+                    raise error
+                except (BadHttpMessage, KeyError):
+                    logger.exception("Error handling request")
+            await asyncio.to_thread(logging.getLogger("asyncio").error, "of a thread")
+            logger.info("nothing to see")
+            await asyncio.sleep(0)
+
+    asyncio.run(main())
+    lines = [one["m"] for one in log.entries]
+    assert lines[0] == "Error handling request" and lines[-2:] == ["KeyError: 'a bug'", "of a thread"]
+    assert not any("malformed" in line for line in lines)
+    assert capsys.readouterr().err == ""
+    assert logger.parent is not None and logger.parent.propagate and not logger.parent.handlers

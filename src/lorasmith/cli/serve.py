@@ -33,7 +33,7 @@ def serve(
     ] = None,
     token: Annotated[
         str | None,
-        typer.Option(envvar=TOKEN_VARIABLE, help="Secret that every request must carry."),
+        typer.Option(envvar=TOKEN_VARIABLE, help="Secret that every request must carry, of at least 12 characters."),
     ] = None,
     allow_host: Annotated[
         list[str] | None,

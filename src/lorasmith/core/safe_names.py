@@ -9,7 +9,7 @@ from lorasmith.core.folders import file_stem
 
 __all__ = ["is_reserved", "plain_name", "safe_name"]
 
-_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)", re.IGNORECASE)
+_RESERVED = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[\d¹²³])", re.IGNORECASE)
 
 
 def is_reserved(name: str) -> bool:

@@ -33,6 +33,7 @@ __all__ = [
     "image_header",
     "image_size",
     "image_suffixes",
+    "one_at_a_time",
     "open_animation",
     "open_frames",
     "open_image",
@@ -129,7 +130,7 @@ def open_reduced(path: Path, longest: int, *, grey: bool = False) -> Image.Image
     Raises:
         ImageError: as `open_image`.
     """
-    with _opened(path) as image, _one_at_a_time(image):
+    with _opened(path) as image, one_at_a_time(image.size):
         if image.format == "JPEG":
             factor = min(1.0, longest / max(image.size))
             image.draft("L" if grey else "RGB", (math.ceil(image.width * factor), math.ceil(image.height * factor)))
@@ -213,7 +214,7 @@ def image_size(path: Path) -> tuple[int, int]:
         width, height = image.size
         if image.format == "JPEG":
             image.draft("RGB", (1, 1))
-        with _one_at_a_time(image):
+        with one_at_a_time(image.size):
             image.load()
         # Read after loading: for TIFF, Pillow has then rotated size and pixels itself, and removed the entry.
         return (height, width) if _orientation(image) in _SIDEWAYS else (width, height)
@@ -261,9 +262,9 @@ _LARGE = threading.Lock()
 """Held while a large picture is read, of which threads would otherwise keep several in memory at a time."""
 
 
-def _one_at_a_time(image: Image.Image) -> contextlib.AbstractContextManager[object]:
-    """Inside, no other thread reads a large picture, if this is one."""
-    return _LARGE if image.width * image.height > _LARGE_PIXELS else contextlib.nullcontext()
+def one_at_a_time(size: tuple[int, int]) -> contextlib.AbstractContextManager[object]:
+    """Inside, no other thread reads a large picture, if one of this size is."""
+    return _LARGE if math.prod(size) > _LARGE_PIXELS else contextlib.nullcontext()
 
 
 _FORMATS = {

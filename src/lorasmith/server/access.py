@@ -11,8 +11,8 @@ cookie holds a digest, so that the token stays out of the browser's storage.
 
 from __future__ import annotations
 
+import asyncio
 import base64
-import binascii
 import hashlib
 import hmac
 import ipaddress
@@ -26,11 +26,14 @@ from aiohttp import web
 
 from lorasmith.core.errors import OptionError
 from lorasmith.server.error_answers import error_response
+from lorasmith.server.request_parts import in_time
 from lorasmith.server.server_config import ServerConfig
 from lorasmith.server.server_context import ServerContext
 
 __all__ = [
     "CONTENT_POLICY",
+    "LEAST_TOKEN",
+    "WRONG_TOKEN_DELAY_S",
     "Access",
     "access_of",
     "is_loopback",
@@ -45,6 +48,11 @@ CONTENT_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
 )
 """Of every answer that has no policy of its own: no scripts, and nothing is loaded."""
+
+LEAST_TOKEN = 12
+"""Characters of a token."""
+WRONG_TOKEN_DELAY_S = 1.0
+"""Seconds until a wrong token is refused, on a connection that ends then."""
 
 _MOST_LOGIN_BYTES = 10_000
 
@@ -74,14 +82,17 @@ class Access:
             return False
         return _is_address(name) or name in _machine_names()  # an address cannot be rebound, a name can
 
-    def shows_token(self, request: web.Request) -> bool:
-        """Whether the request shows the token, or none is needed."""
+    def shows_token(self, request: web.Request) -> bool | None:
+        """Whether the request shows the token, or none is needed; None if it shows nothing."""
         if self.token is None:
             return True
-        shown = [request.query.get("token"), _from_header(request.headers.get("Authorization", ""))]
-        good = [_same(text, self.token) for text in shown if text is not None]
-        cookie = request.cookies.get(_COOKIE)
-        return any(good) or (cookie is not None and _same(cookie, self.cookie))
+        shown = [
+            (request.query.get("token"), self.token),
+            (_from_header(request.headers.get("Authorization", "")), self.token),
+            (request.cookies.get(_COOKIE), self.cookie),
+        ]
+        good = [_same(text, wanted) for text, wanted in shown if text is not None]
+        return any(good) if good else None
 
     @property
     def cookie(self) -> str:
@@ -100,11 +111,16 @@ def is_loopback(address: str) -> bool:
 
 
 def access_of(config: ServerConfig) -> Access:
-    """The rules of a server with these settings. Raises OptionError for one that anybody could reach."""
+    """The rules of a server with these settings. Raises OptionError for one that others reach without a good token."""
     if not config.token and not is_loopback(config.host):
         raise OptionError(
             f"--listen {config.host} would let everyone in that network train here; give a secret with --token, or "
             "leave --listen out"
+        )
+    if config.token and len(config.token) < LEAST_TOKEN:
+        raise OptionError(
+            f"--token must have at least {LEAST_TOKEN} characters, got {len(config.token)}; make one with "
+            'python -c "import secrets; print(secrets.token_urlsafe())"'
         )
     return Access(config.token, config.host, frozenset(name.casefold() for name in config.names))
 
@@ -135,6 +151,9 @@ def _guard(access: Access) -> Callable[[web.Request, Handler], Awaitable[web.Str
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         refused = _refusal(request, access)
         if refused is not None:
+            if refused.status == 401 and access.shows_token(request) is False:
+                await asyncio.sleep(WRONG_TOKEN_DELAY_S)
+            refused.force_close()
             return refused
         response = await handler(request)
         if access.token is not None and "token" in request.query and not response.prepared:
@@ -170,9 +189,12 @@ def _login(access: Access) -> Handler:
         # Whoever asks here has shown nothing yet: a form as browsers send it, and no files.
         is_form = request.content_type == "application/x-www-form-urlencoded"
         is_short = request.content_length is not None and request.content_length <= _MOST_LOGIN_BYTES
-        token = str((await request.post()).get("token", "")) if is_form and is_short else ""
+        token = str((await in_time(request.post())).get("token", "")) if is_form and is_short else ""
         if access.token is None or not _same(token.strip(), access.token):
-            return web.Response(status=401, text=_LOGIN_PAGE, content_type="text/html")
+            await asyncio.sleep(WRONG_TOKEN_DELAY_S)
+            answer = web.Response(status=401, text=_LOGIN_PAGE, content_type="text/html")
+            answer.force_close()
+            return answer
         response = web.Response(status=303, headers={"Location": "/"})
         _set_cookie(request, response, access)
         return response
@@ -240,7 +262,7 @@ def _from_header(header: str) -> str | None:
     if scheme.casefold() == "basic":
         try:
             return base64.b64decode(value, validate=True).decode().partition(":")[2]
-        except (binascii.Error, UnicodeDecodeError):
+        except ValueError:
             return ""
     return None
 

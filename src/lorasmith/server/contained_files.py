@@ -9,7 +9,8 @@ from __future__ import annotations
 import mimetypes
 import os
 import re
-from collections.abc import AsyncIterator, Iterable
+import sys
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from urllib.parse import quote
 
@@ -19,7 +20,6 @@ from lorasmith.core.errors import LorasmithError
 from lorasmith.core.files import is_regular
 from lorasmith.core.folders import MAX_STEM_BYTES
 from lorasmith.core.safe_names import is_reserved
-from lorasmith.server.error_answers import TooLargeError
 
 __all__ = [
     "UNTRUSTED",
@@ -29,7 +29,6 @@ __all__ = [
     "contained",
     "find_contained",
     "send_file",
-    "written",
 ]
 
 
@@ -45,16 +44,19 @@ class BadNameError(LorasmithError):
     """A new file cannot have a name."""
 
 
-def contained(folder: Path, *names: str) -> Path:
+def contained(folder: Path, *names: str, to_write: bool = False) -> Path:
     """The real path of `names` below `folder`; it need not exist.
 
     Raises:
         OutsideError: a name is absolute, has `..`, a drive, a stream or a zero byte, or a link leads out of the folder.
+        BadNameError: it is `to_write`, or this is Windows, and Windows has a device of one of the names.
     """
     parts = [part for name in names for part in PurePosixPath(name.replace("\\", "/")).parts]
     refused = "\0" in "".join(parts) or any(part in ("..", "/") or ":" in part for part in parts)
     if refused or any(name.startswith(("/", "\\")) for name in names):
         raise OutsideError(f"a name must stay inside its folder, got {'/'.join(names)!r}; use a relative name")
+    if (to_write or sys.platform == "win32") and any(map(is_reserved, parts)):
+        raise BadNameError(f"Windows has no files of the name {'/'.join(names)!r}; use another one")
     try:
         root = folder.resolve()
         path = root.joinpath(*parts).resolve()
@@ -109,23 +111,6 @@ def send_file(path: Path, *, name: str | None = None, cache: str = "no-cache") -
         "Cache-Control": cache,
     }
     return web.FileResponse(path, headers=headers)
-
-
-async def written(chunks: AsyncIterator[bytes], path: Path, *, at_most: int) -> int:
-    """Write what arrives to `path`, and return its size in bytes.
-
-    Raises:
-        TooLargeError: more than `at_most` bytes arrived.
-        OSError: the file cannot be written.
-    """
-    size = 0
-    with path.open("wb") as file:
-        async for chunk in chunks:
-            size += len(chunk)
-            if size > at_most:
-                raise TooLargeError(f"an uploaded file must have at most {at_most:,} bytes; send a smaller one")
-            file.write(chunk)
-    return size
 
 
 _SHOWN = frozenset(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
 import traceback
 from collections.abc import Awaitable, Callable
 
@@ -15,15 +14,25 @@ from lorasmith.server.assistant import RefusedError
 from lorasmith.server.jobs import StoreError
 from lorasmith.server.server_context import CONTEXT
 
-__all__ = ["TooLargeError", "TooManyError", "error_answer", "error_response", "errors_answered", "status_of"]
+__all__ = [
+    "SlowClientError",
+    "TooLargeError",
+    "TooManyError",
+    "error_answer",
+    "error_response",
+    "errors_answered",
+    "status_of",
+]
 
 _STATUS = {
+    "DiskFullError": 507,
     "DuplicateJobError": 409,
     "InternalError": 500,
     "JobStateError": 409,
     "OutsideError": 403,
     "QueueFullError": 429,
     "TakenNameError": 409,
+    "SlowClientError": 408,
     "TooLargeError": 413,
     "TooManyError": 429,
     "UnavailableError": 503,
@@ -39,6 +48,10 @@ class TooManyError(LorasmithError):
 
 class TooLargeError(LorasmithError):
     """A body is too large."""
+
+
+class SlowClientError(LorasmithError):
+    """A client has stopped sending its body."""
 
 
 def status_of(error: LorasmithError) -> int:
@@ -84,11 +97,10 @@ async def errors_answered(
         if request.writer.output_size:  # an answer has begun: only its end can say that it is not whole
             raise
         context = request.app[CONTEXT]
-        logging.getLogger("lorasmith").error("%s %s failed", request.method, request.path, exc_info=error)
-        for line in traceback.format_exc().splitlines():
-            context.log.add("server", line)
-        name = type(error).__name__
-        return error_response(500, "InternalError", f"the server failed ({name}); its log is {context.config.log}")
+        context.log.add("server", f"{request.method} {request.path} failed\n{traceback.format_exc()}")
+        log = context.config.log.relative_to(context.config.base).as_posix()  # whoever asks may have no token
+        message = f"the server failed ({type(error).__name__}); the reason is in {log} of its base folder"
+        return error_response(500, "InternalError", message)
 
 
 def _kind(error: LorasmithError) -> str:

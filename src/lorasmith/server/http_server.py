@@ -18,6 +18,7 @@ from lorasmith.core.files import ensure_folder, locked
 from lorasmith.core.folders import Folders
 from lorasmith.server import access, api, comfyui, editor_routes, page_routes
 from lorasmith.server.assistant import Assistant
+from lorasmith.server.connections import KEEPALIVE_S, Connections, most_connections
 from lorasmith.server.dispatcher import Dispatcher
 from lorasmith.server.error_answers import errors_answered
 from lorasmith.server.hub import Hub
@@ -80,20 +81,27 @@ async def running(config: ServerConfig) -> AsyncIterator[tuple[ServerContext, st
             assistant=assistant,
             log=log,
         )
-        runner = web.AppRunner(make_app(context), access_log=None, shutdown_timeout=2.0)
+        parts.enter_context(log.receiving("aiohttp", "asyncio"))
+        runner = web.AppRunner(make_app(context), access_log=None, shutdown_timeout=2.0, keepalive_timeout=KEEPALIVE_S)
         await runner.setup()
         try:
-            address = await _listening(runner, config)
-            with contextlib.suppress(OSError):
-                note.write_text(address, encoding="utf-8")
-            parts.callback(note.unlink, missing_ok=True)
-            await assistant.start()
-            await dispatcher.start()
+            assert runner.server is not None
+            connections = Connections(runner.server, most=most_connections())
+            listener, address = await _listening(connections, config)
             try:
-                yield context, address
+                with contextlib.suppress(OSError):
+                    note.write_text(address, encoding="utf-8")
+                parts.callback(note.unlink, missing_ok=True)
+                await assistant.start()
+                await dispatcher.start()
+                try:
+                    yield context, address
+                finally:
+                    await dispatcher.stop()
+                    await assistant.stop()
             finally:
-                await dispatcher.stop()
-                await assistant.stop()
+                listener.close()
+                connections.close()
         finally:
             hub.close()
             await runner.cleanup()
@@ -137,11 +145,10 @@ async def _kill_when(hurry: asyncio.Event, dispatcher: Dispatcher) -> None:
     dispatcher.kill()
 
 
-async def _listening(runner: web.AppRunner, config: ServerConfig) -> str:
-    """Listen; returns the address."""
-    site = web.TCPSite(runner, config.host, config.port)
+async def _listening(connections: Connections, config: ServerConfig) -> tuple[asyncio.Server, str]:
+    """Listen; returns the listener and the address."""
     try:
-        await site.start()
+        listener = await asyncio.get_running_loop().create_server(connections, config.host, config.port, backlog=128)
     except OSError as error:
         if error.errno in (errno.EADDRINUSE, getattr(errno, "WSAEADDRINUSE", errno.EADDRINUSE)):
             raise OptionError(
@@ -152,8 +159,8 @@ async def _listening(runner: web.AppRunner, config: ServerConfig) -> str:
                 f"port {config.port} may not be used here; choose another --port, such as 8188"
             ) from error
         raise OptionError(f"{config.host}:{config.port} is no address to listen on ({error}); correct it") from error
-    host, port = runner.addresses[0][:2]
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    host, port = listener.sockets[0].getsockname()[:2]
+    return listener, f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def _taken(config: ServerConfig) -> str:

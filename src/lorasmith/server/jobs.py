@@ -20,12 +20,15 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from lorasmith.core.errors import LorasmithError
 from lorasmith.core.files import ensure_folder
+from lorasmith.server.disk_space import disk_space
 
 __all__ = [
     "ACTIVE",
     "ENDED",
     "MOST_ENDED",
+    "MOST_ENDED_BYTES",
     "MOST_PENDING",
+    "MOST_WAITING_BYTES",
     "STATES",
     "DuplicateJobError",
     "Job",
@@ -51,6 +54,10 @@ MOST_PENDING = 10_000
 MOST_ENDED = 2_000
 """Ended jobs that are kept; the oldest go. Those that are paused or interrupted stay, as they are to be continued."""
 
+MOST_WAITING_BYTES = MOST_ENDED_BYTES = 256 * 2**20
+"""Of the requests of jobs that wait or can be continued, and of all that is kept of those that have ended."""
+
+_SMALL_BYTES = 2**16  # requests of which even `MOST_PENDING` are not too large
 _REMOVABLE: tuple[JobState, ...] = ("completed", "failed", "cancelled")
 _VERSION = 1
 _DISK = (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN)
@@ -179,6 +186,10 @@ CREATE TABLE IF NOT EXISTS measurements (
 _COLUMNS = (
     "id, kind, state, number, request, client_id, created, started, ended, outputs, messages, error, run, attempts"
 )
+_LISTED_COLUMNS = _COLUMNS.replace(
+    "request,", "json_remove(request, '$.prompt', '$.workflow', '$.extra_data') AS request,"
+)
+"""In lists, without the graphs of requests, which may have megabytes each."""
 _JSON = ("request", "outputs", "messages", "error")
 
 
@@ -250,21 +261,31 @@ class JobStore:
             number: place in the queue, instead of the next one.
 
         Raises:
-            QueueFullError: too many jobs wait.
+            QueueFullError: too many jobs wait, or too large ones.
+            DiskFullError: the disk is nearly full.
             DuplicateJobError: there is a job with this id.
         """
-        id = id or str(uuid.uuid4())
-        with self._writing() as database:
+        id, text = id or str(uuid.uuid4()), json.dumps(request)
+        with disk_space(self._path.parent, len(text)), self._writing() as database:
             (waiting,) = database.execute("SELECT count(*) FROM jobs WHERE state = 'pending'").fetchone()
             if waiting >= self._most_pending:
                 raise QueueFullError(
                     f"at most {self._most_pending:,} jobs may wait, and {waiting:,} do; wait, or remove some of them"
                 )
+            if len(text) > _SMALL_BYTES:
+                (kept,) = database.execute(
+                    f"SELECT total(length(request)) FROM jobs WHERE state NOT IN ({_marks(_REMOVABLE)})", _REMOVABLE
+                ).fetchone()
+                if kept + len(text) > MOST_WAITING_BYTES:
+                    most = f"{MOST_WAITING_BYTES // 2**20} MiB"
+                    raise QueueFullError(
+                        f"waiting and paused jobs may have at most {most} together; wait, or remove some"
+                    )
             if database.execute("SELECT 1 FROM jobs WHERE id = ?", (id,)).fetchone():
                 raise DuplicateJobError(f"a job's id must be a new one, got {id}; leave it out")
             added = database.execute(
                 "INSERT INTO jobs (id, kind, state, number, request, client_id, created) VALUES (?,?,?,?,?,?,?)",
-                (id, kind, "pending", 0.0, json.dumps(request), client_id, time.time()),
+                (id, kind, "pending", 0.0, text, client_id, time.time()),
             )
             place = added.lastrowid or 0
             chosen = number if number is not None else float(-place if front else place)
@@ -291,25 +312,23 @@ class JobStore:
         return self._select("WHERE state = 'running' ORDER BY started, sequence")
 
     def active(self, limit: int, offset: int = 0, states: Collection[JobState] = ACTIVE) -> list[Job]:
-        """Jobs that run, the oldest first, then those that wait, the next one first.
+        """Jobs that run, the oldest first, then those that wait, the next one first, without the graphs of requests.
 
         Args:
             limit, offset: which of them.
             states: of the jobs.
         """
-        running = self.running() if "running" in states else []
-        shown = running[offset : offset + limit]
-        if "pending" in states:
-            shown += self._select(
-                "WHERE state = 'pending' ORDER BY number, sequence LIMIT ? OFFSET ?",
-                (limit - len(shown), max(0, offset - len(running))),
-            )
-        return shown
+        return self._select(
+            f"WHERE state IN ({_marks(states)}) ORDER BY state = 'pending', "
+            "CASE state WHEN 'running' THEN started ELSE number END, sequence LIMIT ? OFFSET ?",
+            (*states, limit, offset),
+            columns=_LISTED_COLUMNS,
+        )
 
     def ended(
         self, limit: int | None = None, offset: int = 0, states: Collection[JobState] = ENDED, *, newest: bool = True
     ) -> list[Job]:
-        """Ended jobs.
+        """Ended jobs, without the graphs of their requests.
 
         Args:
             limit, offset: which of them.
@@ -320,6 +339,7 @@ class JobStore:
         return self._select(
             f"WHERE state IN ({_marks(states)}) ORDER BY ended {order}, sequence {order} LIMIT ? OFFSET ?",
             (*states, -1 if limit is None else limit, offset),
+            columns=_LISTED_COLUMNS,
         )
 
     def lines(self, states: Collection[JobState]) -> list[JobLine]:
@@ -393,9 +413,11 @@ class JobStore:
                 ),
             )
             database.execute(
-                f"DELETE FROM jobs WHERE sequence IN (SELECT sequence FROM jobs WHERE state IN ({_marks(_REMOVABLE)}) "
-                "ORDER BY ended DESC, sequence DESC LIMIT -1 OFFSET ?)",
-                (*_REMOVABLE, self._most_ended),
+                "DELETE FROM jobs WHERE sequence IN (SELECT sequence FROM (SELECT sequence, row_number() OVER newest "
+                "AS place, sum(length(request) + length(outputs) + length(messages)) OVER newest AS size FROM jobs "
+                f"WHERE state IN ({_marks(_REMOVABLE)}) WINDOW newest AS (ORDER BY ended DESC, sequence DESC)) "
+                "WHERE place > ? OR (place > 1 AND size > ?))",
+                (*_REMOVABLE, self._most_ended, MOST_ENDED_BYTES),
             )
         return self.get(id)
 
@@ -461,9 +483,9 @@ class JobStore:
             ).fetchone()
         return None if row is None else {**json.loads(row["found"]), "measured_at": row["measured"]}
 
-    def _select(self, rest: str, values: Sequence[Any] = ()) -> list[Job]:
+    def _select(self, rest: str, values: Sequence[Any] = (), *, columns: str = _COLUMNS) -> list[Job]:
         with self._explained():
-            rows = self._database.execute(f"SELECT {_COLUMNS} FROM jobs {rest}", tuple(values)).fetchall()
+            rows = self._database.execute(f"SELECT {columns} FROM jobs {rest}", tuple(values)).fetchall()
         return [_job(row) for row in rows]
 
     @contextlib.contextmanager

@@ -1,34 +1,105 @@
-"""What is read of requests, within limits: bodies, and whole numbers in addresses."""
+"""What is read of requests and sent in pieces, within limits of size and time."""
 
 from __future__ import annotations
 
+import asyncio
 import re
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any, TypeVar
 
 from aiohttp import web
 
 from lorasmith.core.errors import OptionError
-from lorasmith.server.error_answers import TooLargeError
+from lorasmith.server.error_answers import SlowClientError, TooLargeError, TooManyError
 
-__all__ = ["MAX_JSON_BYTES", "MAX_UPLOAD_BYTES", "number_in", "read_body"]
+__all__ = [
+    "MAX_JSON_BYTES",
+    "MAX_UPLOAD_BYTES",
+    "apart",
+    "in_time",
+    "number_in",
+    "read_body",
+    "send",
+    "send_json_pieces",
+]
 
-MAX_JSON_BYTES = 64 * 2**20
-"""Size limit in bytes of bodies that are read whole: prompts, settings, saved workflows."""
+MAX_JSON_BYTES = 16 * 2**20
+"""Size limit in bytes of bodies that are read whole: prompts, settings, captions, saved workflows."""
 
 MAX_UPLOAD_BYTES = 512 * 2**20
 """Size limit in bytes of one uploaded file."""
 
+IDLE_TIMEOUT_S = 60.0
+"""Seconds after which a client is cut off that sends nothing of its body, or reads nothing of an answer in pieces."""
+
+_MOST_BODIES_BYTES = 256 * 2**20
+_SMALL_BYTES = 2**16
+_bodies: dict[object, int] = {}  # sizes of those that are being read
+
+T = TypeVar("T")
+
+
+async def in_time(reading: Awaitable[T]) -> T:
+    """What a client sends next. Raises SlowClientError if nothing arrives for `IDLE_TIMEOUT_S`."""
+    try:
+        async with asyncio.timeout(IDLE_TIMEOUT_S):
+            return await reading
+    except TimeoutError:
+        raise SlowClientError(f"nothing arrived for {IDLE_TIMEOUT_S:g} seconds; send the request again") from None
+
 
 async def read_body(request: web.Request, *, at_most: int = MAX_JSON_BYTES) -> bytes:
-    """The body of a request. Raises TooLargeError beyond `at_most` bytes."""
-    content, size = bytearray(), request.content_length or 0
-    if size <= at_most:
-        async for chunk in request.content.iter_any():
+    """The body of a request.
+
+    Raises:
+        TooLargeError: it has more than `at_most` bytes.
+        TooManyError: too many large bodies are read at once.
+        SlowClientError: it stops arriving.
+    """
+    content, size, key = bytearray(), request.content_length or 0, object()
+    try:
+        while size <= at_most and (chunk := await in_time(request.content.readany())):
             content += chunk
-            if (size := len(content)) > at_most:
-                break
+            size = max(size, len(content))
+            _bodies[key] = len(content)
+            if sum(_bodies.values()) > _MOST_BODIES_BYTES:
+                raise TooManyError("too many large requests are sent at once; send them one after another")
+    finally:
+        _bodies.pop(key, None)
     if size > at_most:
         raise TooLargeError(f"the body of a request must have at most {at_most:,} bytes; send less")
     return bytes(content)
+
+
+async def apart(size: int, function: Callable[..., T], *arguments: Any) -> T:
+    """`function(*arguments)`, outside of the event loop unless the `size` in bytes of what it reads is small."""
+    return function(*arguments) if size <= _SMALL_BYTES else await asyncio.to_thread(function, *arguments)
+
+
+async def send(request: web.Request, response: web.StreamResponse, data: bytes) -> None:
+    """Send a piece of an answer. Raises ConnectionResetError if the client has gone, or does not read."""
+    try:
+        async with asyncio.timeout(IDLE_TIMEOUT_S):
+            await response.write(data)
+    except TimeoutError:
+        if request.transport is not None:
+            request.transport.abort()  # the end of the answer would wait, too
+        raise ConnectionResetError("the client does not read") from None
+
+
+async def send_json_pieces(request: web.Request, pieces: Iterable[str]) -> web.StreamResponse:
+    """An answer whose JSON text is made piece by piece while it is sent, so that it is never in memory as a whole."""
+    response = web.StreamResponse(headers={"Content-Type": "application/json; charset=utf-8"})
+    await response.prepare(request)
+    waiting = bytearray()
+    for piece in pieces if request.method != "HEAD" else ():
+        waiting += piece.encode()
+        if len(waiting) > _SMALL_BYTES:
+            await send(request, response, bytes(waiting))
+            waiting.clear()
+    await send(request, response, bytes(waiting))
+    await response.write_eof()
+    return response
 
 
 def number_in(

@@ -1,4 +1,7 @@
-"""Where the files of a request are until they are checked and moved: `<base>/user/lorasmith/uploads`."""
+"""Uploads: the files of a form as they arrive, and where they are until they are checked and moved.
+
+That is `<base>/user/lorasmith/uploads`, on the disk of the base folder.
+"""
 
 from __future__ import annotations
 
@@ -6,31 +9,39 @@ import contextlib
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Awaitable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
-from lorasmith.core.errors import OutputError
-from lorasmith.server.error_answers import TooManyError
+from aiohttp import BodyPartReader, ClientError, web
+from aiohttp.http import HttpProcessingError
+
+from lorasmith.core.errors import OptionError, OutputError
+from lorasmith.server.disk_space import disk_space
+from lorasmith.server.error_answers import TooLargeError, TooManyError
+from lorasmith.server.request_parts import in_time
 from lorasmith.server.server_config import FOLDER
 
-__all__ = ["MOST_UPLOADS", "SPARE_BYTES", "upload_folder"]
+__all__ = ["MOST_UPLOADS", "blocks", "form_parts", "received", "upload_folder"]
 
 MOST_UPLOADS = 16
 """Requests at once."""
-SPARE_BYTES = 2**30
-"""Of the disk that uploads leave free."""
 
+_BLOCK = 2**18
 _OLD_S = 24 * 3600
 _open: set[object] = set()
+
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
 def upload_folder(base: Path) -> Iterator[Path]:
-    """A folder for the files of a request, on the disk of the base folder; it is removed afterwards.
+    """A folder for the files of a request; it is removed afterwards.
 
     Raises:
         TooManyError: there are too many uploads at once.
-        OutputError: the disk is nearly full, or cannot be written.
+        DiskFullError: the disk is nearly full.
+        OutputError: it cannot be written.
     """
     if len(_open) >= MOST_UPLOADS:
         raise TooManyError(f"there must be at most {MOST_UPLOADS} uploads at once; wait for the others")
@@ -43,14 +54,66 @@ def upload_folder(base: Path) -> Iterator[Path]:
         _open.discard(key)
 
 
+async def form_parts(request: web.Request) -> AsyncIterator[BodyPartReader]:
+    """The parts of a form, each to be read before the next one.
+
+    Raises:
+        OptionError: the body is no complete form, or has a form within the form.
+        SlowClientError: it stops arriving.
+    """
+    if not request.content_type.startswith("multipart/"):
+        raise OptionError("files are sent as multipart/form-data; send them as a form")
+    reader = await _of_form(request.multipart())
+    while (part := await _of_form(reader.next())) is not None:
+        if not isinstance(part, BodyPartReader):
+            raise OptionError("files are sent one by one in a form, got a form within a form; send them plainly")
+        yield part
+
+
+async def blocks(part: BodyPartReader) -> AsyncIterator[bytes]:
+    """The content of a part as it arrives. Raises as `form_parts`."""
+    while block := await _of_form(part.read_chunk(_BLOCK)):
+        yield block
+
+
+async def received(part: BodyPartReader, path: Path, *, at_most: int, read_at_most: int) -> int:
+    """Write a part to disk, as far as `at_most` bytes, and return the size of all of it.
+
+    Raises:
+        TooLargeError: more than `read_at_most` bytes arrived.
+        OutputError: the file cannot be written, or would leave too little of the disk.
+    """
+    size = 0
+    try:
+        with path.open("wb") as file:
+            async for block in blocks(part):
+                size += len(block)
+                if size > read_at_most:
+                    raise TooLargeError(f"an upload must have at most {read_at_most:,} bytes; send less at once")
+                if size <= at_most:
+                    with disk_space(path.parent, len(block)):
+                        file.write(block)
+    except OSError as error:
+        raise OutputError(
+            f"an upload cannot be written ({error.strerror}); check the disk and send it again"
+        ) from error
+    return size
+
+
+async def _of_form(reading: Awaitable[T]) -> T:
+    try:
+        return await in_time(reading)
+    except (ValueError, AssertionError, ClientError, HttpProcessingError) as error:  # aiohttp's for what is no form
+        raise OptionError("the body of the request is no complete form; send it again") from error
+
+
 def _new_folder(parent: Path) -> tempfile.TemporaryDirectory[str]:
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        if shutil.disk_usage(parent).free < SPARE_BYTES:
-            raise OutputError(f"the disk of {parent} has less than {SPARE_BYTES // 2**30} GiB left; free some space")
-        for left in parent.iterdir():  # by a server that was killed
-            if left.stat().st_mtime < time.time() - _OLD_S:
-                shutil.rmtree(left, ignore_errors=True)
-        return tempfile.TemporaryDirectory(dir=parent, ignore_cleanup_errors=True)
+        with disk_space(parent):
+            for left in parent.iterdir():  # by a server that was killed
+                if left.stat().st_mtime < time.time() - _OLD_S:
+                    shutil.rmtree(left, ignore_errors=True)
+            return tempfile.TemporaryDirectory(dir=parent, ignore_cleanup_errors=True)
     except OSError as error:
         raise OutputError(f"uploads cannot be written to {parent} ({error.strerror}); check its permissions") from error

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import pytest
 from aiohttp import web
+from yarl import URL
 
 from lorasmith.core.options import options_of
 from lorasmith.data.data_config import DataConfig
@@ -18,7 +21,7 @@ from lorasmith.server.api.api_routes import ENDPOINTS, routes
 from lorasmith.server.api.endpoint import PREFIX
 from lorasmith.server.server_context import ServerContext
 from lorasmith.training.config import TrainConfig
-from tests.server.api.api_server import api
+from tests.server.api.api_server import AT, Client, api, with_api
 
 PAGE = Path(__file__).parents[3] / "docs" / "api.md"
 
@@ -82,3 +85,34 @@ def test_the_api_needs_no_torch() -> None:
     code = "import sys, lorasmith.server.api; print(sorted({'torch', 'numpy', 'PIL'} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_no_name_makes_an_endpoint_fail(tmp_path: Path) -> None:
+    """With the real functions behind the endpoints; all other routes are in `tests/server/test_access.py`."""
+    hostile = ("a%00b", "con", "~", "~root%2Fx", "%5C%5Chost%5Cshare", "C%3A%5Cx", "..%2F..%2Fx", "%ff", "%ed%a0%80")
+    base = tmp_path / "base"
+
+    async def test(client: Client) -> None:
+        for endpoint in ENDPOINTS:
+            if endpoint.content == "text/event-stream":
+                continue
+            for name in hostile:
+                path = re.sub(r"\{[^}]*\}", name, endpoint.path)
+                query = "&".join(f"{one.name}={name}" for one in endpoint.query)
+                plain = unquote(name, errors="replace")
+                bodies: list[Any] = [None]
+                if dataclasses.is_dataclass(endpoint.body):
+                    bodies = [{one.name: plain} for one in dataclasses.fields(endpoint.body)]
+                    bodies.append({"model": "lorasmith-tiny", "folder": plain})
+                    bodies.append({"model": "lorasmith-tiny", "dataset": plain, "name": plain})
+                    bodies.append({"model": plain, "dataset": "fox", "settings": {"existing_lora": plain}})
+                elif endpoint.body is not None:
+                    bodies = [{plain: plain}]
+                for body in bodies:
+                    url = URL(f"{AT}{path}?{query}", encoded=True)
+                    async with client.http.request(endpoint.method, url, json=body) as answer:
+                        assert answer.status < 500, (endpoint.method, url, body, await answer.text())
+        made = {path for path in base.rglob("*") if path.is_file() and "jobs.sqlite3" not in path.name}
+        assert made == set() and {*tmp_path.iterdir()} == {base}
+
+    with_api(base, test)

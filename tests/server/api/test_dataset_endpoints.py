@@ -10,9 +10,10 @@ from aiohttp import FormData
 from PIL import Image
 
 from lorasmith.core.folders import ASSETS
-from lorasmith.server import upload_folder
+from lorasmith.server import disk_space, upload_folder
 from lorasmith.server.api import uploads
 from lorasmith.server.assistant import RefusedError, UnavailableError
+from lorasmith.server.request_parts import read_body
 from tests.server.api.api_server import AT, Client, made_up, refusals_of, with_api
 
 FOX = ASSETS / "input" / "fox"
@@ -36,6 +37,7 @@ def test_a_dataset_from_its_name_to_its_end(tmp_path: Path) -> None:
         made = await client.ask("POST", "/datasets", {"name": "Mein Füchs: 1"}, status=201)
         assert made["name"] == "Mein Füchs_ 1"
         at = "/datasets/Mein%20F%C3%BCchs_%201"
+        assert "multipart/form-data" in await client.error("POST", f"{at}/images", {})
         files = form(("a.png", png()), ("a.txt", b"a red box"), ("b.PNG", png("blue")), ("c.jpg", b"<html>"))
         answer = await client.ask("POST", f"{at}/images", data=files, status=200)
         assert answer["added"] == ["a.png", "b.png", "a.txt"] and answer["renamed"] == {"b.PNG": "b.png"}
@@ -122,7 +124,6 @@ REFUSED: dict[str, tuple[str, str, Any, int, str]] = {
     "a setting": ("GET", "/datasets/fox/check?resolutoin=3", None, 400, "unknown option 'resolutoin'"),
     "a number": ("GET", "/datasets/fox/check?resolution=a", None, 400, "resolution must be a number"),
     "a model": ("GET", "/datasets/fox/check?model=gone.safetensors", None, 400, "gone.safetensors"),
-    "no form": ("POST", "/datasets/fox/images", {}, 400, "multipart/form-data"),
 }
 
 
@@ -145,7 +146,7 @@ def test_a_body_that_is_no_json_is_refused(tmp_path: Path, body: bytes) -> None:
 
 
 def test_a_body_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorasmith.server.api.endpoint.MOST_BODY_BYTES", 100)
+    monkeypatch.setitem(read_body.__kwdefaults__, "at_most", 100)
 
     async def test(client: Client) -> None:
         await client.error("POST", "/datasets", {"name": "x" * 200}, status=413)
@@ -162,16 +163,16 @@ def test_a_body_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 LIMITS: dict[str, tuple[str, int, int, str]] = {
     "a large picture": ("MOST_FILE_BYTES", 10, 200, "is larger than"),
     "many files": ("MOST_FILES", 1, 413, "at most 1 files"),
-    "a large request": ("MOST_REQUEST_BYTES", 20, 413, "a request must have at most"),
+    "a large request": ("MOST_REQUEST_BYTES", 20, 413, "an upload must have at most"),
     "many uploads": ("MOST_UPLOADS", 0, 429, "uploads at once"),
-    "a full disk": ("SPARE_BYTES", 2**60, 400, "free some space"),
+    "a full disk": ("SPARE_BYTES", 2**60, 507, "free some space"),
 }
 
 
 @pytest.mark.parametrize("case", LIMITS)
 def test_uploads_have_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     name, limit, status, message = LIMITS[case]
-    monkeypatch.setattr(upload_folder if hasattr(upload_folder, name) else uploads, name, limit)
+    monkeypatch.setattr(next(one for one in (uploads, upload_folder, disk_space) if hasattr(one, name)), name, limit)
 
     async def test(client: Client) -> None:
         await client.ask("POST", "/datasets", {"name": "dog"}, status=201)
@@ -218,5 +219,29 @@ def test_errors_of_the_assistant_have_a_status(tmp_path: Path, error: Exception,
         assert answer["error"]["message"] == str(error)
         if getattr(error, "details", None):
             assert answer["error"]["details"] == ["one", "two"]
+
+    with_api(tmp_path, test)
+
+
+def test_a_zero_byte_in_a_name_breaks_nothing(tmp_path: Path) -> None:
+    body = b'--x\r\nContent-Disposition: form-data; name="file"; filename="a\0b.png"\r\n\r\n' + png() + b"\r\n--x--\r\n"
+
+    async def test(client: Client) -> None:
+        await client.ask("POST", "/datasets", {"name": "dog"}, status=201)
+        headers = {"Content-Type": "multipart/form-data; boundary=x"}
+        await client.error("POST", "/datasets/dog/images", data=body, headers=headers)
+        await client.error("POST", "/datasets/dog%00/images", data=form(("a.png", png())), status=404)
+
+    with_api(tmp_path, test)
+
+
+def test_captions_leave_the_last_of_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(FOX, tmp_path / "input" / "dog")
+
+    async def test(client: Client) -> None:
+        await client.ask("PUT", "/datasets/dog/captions", {"fox_1.png": "before"})
+        monkeypatch.setattr(disk_space, "SPARE_BYTES", 2**60)
+        await client.error("PUT", "/datasets/dog/captions", {"fox_1.png": "after"}, status=507)
+        await client.ask("DELETE", "/datasets/dog/images/fox_1.png")
 
     with_api(tmp_path, test)

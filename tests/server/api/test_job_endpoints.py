@@ -115,7 +115,7 @@ def test_a_folder_elsewhere_is_for_who_sits_here(tmp_path: Path) -> None:
         await client.ask("POST", "/jobs", {**body, "folder": "inner"}, status=201)
 
     with_api(tmp_path / "base", here)
-    with_api(tmp_path / "base", elsewhere, host="0.0.0.0", token="secret")
+    with_api(tmp_path / "base", elsewhere, host="0.0.0.0", token="a long secret")
 
 
 def test_a_plan_has_the_time_of_a_measured_step(tmp_path: Path) -> None:
@@ -259,3 +259,33 @@ def test_streams_have_a_limit_and_end_with_the_server(tmp_path: Path, monkeypatc
     import asyncio
 
     asyncio.run(asyncio.wait_for(test(), 10))
+
+
+def test_a_folder_of_the_home_is_for_who_sits_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("home/private", "base"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "home" / "private" / "a.png").write_bytes(b"x")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+    body = {"model": "lorasmith-tiny", "folder": "~/private"}
+
+    async def here(client: Client) -> None:
+        job = await client.ask("POST", "/jobs", body, status=201)
+        assert job["request"]["sources"] == [{"path": str(tmp_path / "home" / "private")}]
+        for folder in ("~nobody-of-this-name/x", "a\0b", *NETWORKS):
+            assert "there is no folder" in await client.error("POST", "/jobs", {**body, "folder": folder})
+
+    async def elsewhere(client: Client) -> None:
+        for path in ("/jobs", "/plans"):
+            for folder in ("~/private", "~root", "~", *NETWORKS):
+                said = await client.error("POST", path, {**body, "folder": folder})
+                assert "there is no folder" in said or "below the server's base folder" in said
+        assert client.context.store.pending() == []
+
+    with_api(tmp_path / "base", here)
+    with_api(tmp_path / "other", elsewhere, host="0.0.0.0", token="a long secret")
+    with_api(tmp_path / "other", elsewhere, names=("gpu.example",), token="a long secret")
+
+
+NETWORKS = ("//host/share", "\\\\host\\share", "/\\host\\share", "\\/host/share", "\\\\?\\C:\\x", "//./pipe/x")
+"""Names by which Windows opens a connection or a device."""

@@ -4,12 +4,14 @@ import asyncio
 import re
 from pathlib import Path
 
-from lorasmith.server import jobs, request_parts
+from lorasmith.server import access, connections, jobs, request_parts
 from lorasmith.server.comfyui import websocket
 from lorasmith.server.comfyui.all_routes import PREFIXES, routes
 from tests.server.fake_server import serving
 
-PAGE = (Path(__file__).parents[3] / "docs" / "comfyui-server.md").read_text(encoding="utf-8")
+PAGE, API = (
+    (Path(__file__).parents[3] / "docs" / name).read_text(encoding="utf-8") for name in ("comfyui-server.md", "api.md")
+)
 
 
 def test_the_page_lists_every_route(tmp_path: Path) -> None:
@@ -34,3 +36,8 @@ def test_the_page_has_the_limits() -> None:
     assert f"{request_parts.MAX_UPLOAD_BYTES // 2**20} MiB in an uploaded file" in PAGE
     assert f"beyond {jobs.MOST_PENDING:,} that wait; the last {jobs.MOST_ENDED:,} that ended" in PAGE
     assert f"beyond {websocket.MOST_SOCKETS} connections" in PAGE
+    most, of_one = connections.MOST_CONNECTIONS, connections.MOST_PER_ADDRESS
+    assert f"{most} of all kinds ({of_one} of one address)" in PAGE and f"{most}, of one address {of_one}" in API
+    assert f"last {jobs.MOST_ENDED_BYTES // 2**20} MiB" in PAGE
+    assert f"at least {access.LEAST_TOKEN} characters" in PAGE
+    assert f"silence within a body, or of a reader of a stream | {request_parts.IDLE_TIMEOUT_S:g} seconds" in API

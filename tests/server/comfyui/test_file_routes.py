@@ -3,7 +3,9 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
@@ -11,7 +13,9 @@ import pytest
 
 from lorasmith.core.folders import Folders
 from lorasmith.server.comfyui.file_routes import FileRoutes
+from lorasmith.server.disk_space import SPARE_BYTES
 from tests.server.fake_server import Played, serving
+from tests.server.fakes import until
 
 PNG = b"\x89PNG\r\n\x1a\nsome"
 
@@ -180,6 +184,7 @@ REFUSED: list[tuple[str, dict[str, str], int]] = [
     (".htaccess", {}, 400),
     ("..", {}, 400),
     ("con.png", {}, 400),
+    ("a.png", {"subfolder": "aux"}, 400),
     ("a\u202egnp.exe", {}, 400),
     ("x" * 300, {}, 400),
     ("a.png", {"type": "other"}, 400),
@@ -231,6 +236,9 @@ def test_uploads_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             await server.send("POST", "/upload/image", data=form, status=400)
             headers = {"Content-Type": "multipart/form-data"}
             await server.send("POST", "/upload/image", data=b"broken", headers=headers, status=400)
+            zero = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a\0b.png"\r\n\r\nx\r\n--x--\r\n'
+            headers = {"Content-Type": "multipart/form-data; boundary=x"}
+            await server.send("POST", "/upload/image", data=zero, headers=headers, status=400)
 
     asyncio.run(main())
 
@@ -276,5 +284,45 @@ def test_files_of_a_place_are_listed_newest_first(tmp_path: Path) -> None:
             (tmp_path / "output" / "loop.png").symlink_to("loop.png")
             assert await server.get("/internal/files/output") == ["new.png [output]", "old.png [output]"]
             await server.get("/internal/files/user", status=400)
+
+    asyncio.run(main())
+
+
+def test_uploads_that_arrive_together_leave_the_last_of_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = 3_000_000
+    uploads = tmp_path / "user" / "lorasmith" / "uploads"
+
+    def usage(folder: object) -> SimpleNamespace:
+        used = sum(path.stat().st_size for path in uploads.rglob("*") if path.is_file())
+        least.append(room - used)
+        return SimpleNamespace(free=SPARE_BYTES + room - used)
+
+    least: list[int] = []
+    monkeypatch.setattr("lorasmith.server.disk_space.shutil.disk_usage", usage)
+    both = asyncio.Event()
+
+    async def content() -> AsyncIterator[bytes]:
+        yield b"x" * 1_000_000
+        await both.wait()  # both have begun while there was room
+        for _ in range(20):
+            yield b"x" * 100_000
+            await asyncio.sleep(0)
+
+    async def sent(server: Played, name: str) -> int:
+        form = aiohttp.MultipartWriter("form-data")
+        part = form.append(content())
+        part.set_content_disposition("form-data", name="image", filename=name)
+        async with server.http.post("/upload/image", data=form) as answer:
+            return answer.status
+
+    async def main() -> None:
+        async with serving(tmp_path) as server:
+            sending = [asyncio.create_task(sent(server, name)) for name in ("a.png", "b.png")]
+            await until(lambda: sum(path.stat().st_size for path in uploads.rglob("file")) >= 1_000_000)
+            both.set()
+            assert sorted(await asyncio.gather(*sending))[-1] == 507
+            assert min(least) >= 0
 
     asyncio.run(main())

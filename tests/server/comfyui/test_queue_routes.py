@@ -4,6 +4,9 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+import pytest
+from aiohttp import web
+
 from tests.server.fake_server import GOOD, Played, serving
 
 UNKNOWN = "0b7a3c1e-5f0d-4f0e-9a53-1c7f0c4e2a11"
@@ -198,5 +201,36 @@ def test_interrupt_and_free_take_empty_bodies_and_unknown_ids(tmp_path: Path) ->
             await server.post("/free", {"unload_models": True, "free_memory": True})
             await server.send("POST", "/free")
             await server.send("POST", "/free", data=b"{", status=400)
+
+    asyncio.run(main())
+
+
+def test_history_is_sent_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorasmith.server.request_parts._SMALL_BYTES", 100)
+    steps: list[str] = []
+    written = web.StreamResponse.write
+
+    async def write(self: web.StreamResponse, data: bytes) -> None:
+        steps.append("sent")
+        await written(self, data)
+
+    monkeypatch.setattr(web.StreamResponse, "write", write)
+
+    async def main() -> None:
+        async with serving(tmp_path) as server:
+            ids = [await queue(server) for _ in range(3)]
+            for _ in ids:
+                server.run()
+            find = server.context.store.find
+            monkeypatch.setattr(server.context.store, "find", lambda id: steps.append("read") or find(id))
+            assert [*await server.get("/history")] == ids
+            assert steps[:6] == ["read", "sent"] * 3  # one job is in memory at a time
+            waiting = [await queue(server) for _ in range(3)]
+            steps.clear()
+            assert [one[1] for one in (await server.get("/queue"))["queue_pending"]] == waiting
+            assert steps[:6] == ["read", "sent"] * 3
+            for path in ("/queue", "/history"):
+                await server.send("HEAD", path)
+                assert await server.get(path)  # nothing was left on the connection
 
     asyncio.run(main())

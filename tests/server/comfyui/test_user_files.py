@@ -3,7 +3,11 @@ from __future__ import annotations
 import asyncio
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
+
+from lorasmith.server.disk_space import SPARE_BYTES
 from tests.server.fake_server import serving
 
 FILE = "/userdata/workflows%2Fone.json"
@@ -125,5 +129,35 @@ def test_a_folder_is_not_overwritten_by_a_file(tmp_path: Path) -> None:
             await server.send("POST", f"{FILE}/move/workflows", status=400)
             await server.send("POST", "/userdata/workflows%2Fone.json%2Ftwo.json", data=b"1", status=400)
             await server.send("DELETE", "/userdata/workflows", status=404)
+
+    asyncio.run(main())
+
+
+def test_names_of_devices_are_refused(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with serving(tmp_path) as server:
+            await server.send("POST", FILE, data=b"1")
+            for name in ("con", "NUL.json", "workflows%2Faux.x.json", "com1", "LPT%C2%B9", "CONIN$", "con%20.json"):
+                said = await server.send("POST", f"/userdata/{name}", data=b"x", status=400)
+                assert "Windows has no files of the name" in said["error"]
+                await server.send("POST", f"{FILE}/move/{name}", status=400)
+            await server.send("POST", "/userdata/workflows%2F.index.json", data=b"x")  # the editor's own
+            await server.send("POST", "/userdata/workflows%2Fcontrast.json", data=b"x")
+
+    asyncio.run(main())
+
+
+def test_files_and_settings_leave_the_last_of_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = SimpleNamespace(free=SPARE_BYTES + 1000)
+    monkeypatch.setattr("lorasmith.server.disk_space.shutil.disk_usage", lambda folder: free)
+
+    async def main() -> None:
+        async with serving(tmp_path) as server:
+            await server.send("POST", FILE, data=b"x" * 1000)
+            for path in (FILE, "/settings", "/settings/a"):
+                await server.post(path, {"a": "x" * 1000}, status=507)
+            await server.send("POST", "/settings", data=b'{"a": 1}')
+            free.free = 0
+            await server.send("DELETE", FILE, status=204)
 
     asyncio.run(main())

@@ -296,15 +296,19 @@ def test_a_client_without_an_id_gets_one(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
-def test_what_a_client_sends_breaks_nothing(tmp_path: Path) -> None:
+def test_what_a_client_sends_breaks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         async with serving(tmp_path) as server, connected(server) as socket:
             await read(socket, 1)
+            parsed: list[object] = []
+            parse = websocket.parse_foreign_json
+            monkeypatch.setattr(websocket, "parse_foreign_json", lambda text: parsed.append(text) or parse(text))
             for text in ("{", "[]", '"x"', '{"type": 5}', '{"type": "feature_flags", "data": 7}'):
                 await socket.send_str(text)
             await socket.send_bytes(b"\xff\xff")
             await queue(server)
             assert names(await read(socket, 1)) == ["status"]
+            assert parsed == ["{", "[]"]  # its first message has the flags, all others have no meaning
 
     asyncio.run(main())
 

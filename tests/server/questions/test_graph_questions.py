@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import io
 import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -84,11 +87,46 @@ def test_pictures_by_channel_and_format(folders: Folders, tmp_path: Path) -> Non
         questions.encoded_picture(folders, path=str(text))
 
 
-def test_a_picture_of_huge_sides_is_refused_by_its_header(folders: Folders, tmp_path: Path) -> None:
-    path = Path(saved(tmp_path / "a.png", size=(17_000, 2)))
+def test_a_picture_of_huge_sides_is_refused_by_its_header(
+    folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert questions._MOST_PIXELS < 8001**2
+    monkeypatch.setattr(questions, "_MOST_PIXELS", 1_000_000)
+    path = Path(saved(tmp_path / "a.png", size=(1_001, 1_000)))
     path.write_bytes(path.read_bytes()[:60])  # whoever decoded it would say that it is cut short
-    with pytest.raises(DataError, match="sides of at most 16,384"):
+    with pytest.raises(DataError, match="at most 1 million pixels, got 1001×1000"):
         questions.encoded_picture(folders, path=str(path))
+    with pytest.raises(DataError, match="at most 1 million pixels, got 1001×1000"):
+        questions.masked_picture(folders, original=str(path), mask=str(path))
+
+
+def test_large_pictures_are_converted_one_at_a_time(
+    folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, encoded = saved(tmp_path / "a.png"), questions._encoded
+    now, most = [], []
+
+    def counted(*arguments: object) -> bytes:
+        now.append(None)
+        most.append(len(now))
+        time.sleep(0.02)
+        now.pop()
+        return encoded(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(questions, "_encoded", counted)
+    for pixels, wanted in ((2**24, 4), (1, 1)):
+        most.clear()
+        monkeypatch.setattr("lorasmith.data.image_files._LARGE_PIXELS", pixels)
+        started = threading.Barrier(4)
+
+        def ask() -> None:
+            started.wait()  # noqa: B023
+            questions.encoded_picture(folders, path=path)
+
+        with ThreadPoolExecutor(4) as threads:
+            for one in [threads.submit(ask) for _ in range(4)]:
+                one.result()
+        assert max(most) <= wanted and len(most) == 4
 
 
 def test_a_picture_without_transparency_is_opaque(folders: Folders, tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from lorasmith.server.api_shapes import (
     UploadAnswer,
 )
 from lorasmith.server.contained_files import send_file
+from lorasmith.server.disk_space import disk_space
 from lorasmith.server.server_context import ServerContext
 from lorasmith.training.config import TrainConfig
 
@@ -57,7 +58,8 @@ async def _remove_image(context: ServerContext, call: Call) -> Any:
 
 
 async def _captions(context: ServerContext, call: Call) -> Any:
-    return await context.assistant.ask("set_captions", name=call.path("name"), captions=call.body)
+    with disk_space(context.config.base, sum(len(text.encode()) for text in call.body.values())):
+        return await context.assistant.ask("set_captions", name=call.path("name"), captions=call.body)
 
 
 async def _image(context: ServerContext, call: Call) -> web.StreamResponse:

@@ -18,15 +18,12 @@ from lorasmith.core.errors import OptionError
 from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.core.registry import nearest
 from lorasmith.core.typed_json import typed
-from lorasmith.server.request_parts import number_in, read_body
+from lorasmith.server.request_parts import apart, number_in, read_body
 from lorasmith.server.server_context import ServerContext
 
 __all__ = ["PREFIX", "Call", "Endpoint", "Query", "json_response", "route_of"]
 
 PREFIX = "/lorasmith/v1"
-
-MOST_BODY_BYTES = 16 * 2**20
-"""Of a JSON body: captions of 2,000 pictures are the longest."""
 
 T = TypeVar("T")
 
@@ -130,14 +127,18 @@ def json_response(value: Any, status: int = 200) -> web.Response:
 
 async def _body(request: web.Request, kind: Any) -> Any:
     """The JSON body in a type, in which unknown names are refused. Raises OptionError."""
-    content = await read_body(request, at_most=MOST_BODY_BYTES)
+    content = await read_body(request)
     try:
-        found = parse_foreign_json(content) if content else {}
-        if isinstance(found, dict) and dataclasses.is_dataclass(kind):
-            _check_names(found, [one.name for one in dataclasses.fields(kind)])
-        return typed(found, kind)
+        return await apart(len(content), _typed_body, content, kind)
     except ValueError as error:
         raise OptionError(f"the body of the request {_clause(error)}; correct it") from error
+
+
+def _typed_body(content: bytes, kind: Any) -> Any:
+    found = parse_foreign_json(content) if content else {}
+    if isinstance(found, dict) and dataclasses.is_dataclass(kind):
+        _check_names(found, [one.name for one in dataclasses.fields(kind)])
+    return typed(found, kind)
 
 
 def _check_names(found: Mapping[str, Any], known: Sequence[str]) -> None:

@@ -23,6 +23,7 @@ from lorasmith.server.api.job_answers import job_answer, job_row
 from lorasmith.server.error_answers import TooManyError
 from lorasmith.server.hub import Notice, Subscription
 from lorasmith.server.log_tail import LogTail
+from lorasmith.server.request_parts import send
 from lorasmith.server.server_context import ServerContext
 from lorasmith.training.events import KINDS
 
@@ -97,11 +98,13 @@ class _Stream:
     """An open stream.
 
     Args:
+        request: whose answer it is.
         response: prepared.
     """
 
-    def __init__(self, response: web.StreamResponse) -> None:
+    def __init__(self, request: web.Request, response: web.StreamResponse) -> None:
         self.response = response
+        self._request = request
         self._first = f"retry: {_RETRY_MS}\n\n"
         self._sent = asyncio.get_running_loop().time()
 
@@ -119,7 +122,7 @@ class _Stream:
     async def _write(self, text: str) -> None:
         self._sent = asyncio.get_running_loop().time()
         first, self._first = self._first, ""
-        await self.response.write((first + text).encode("utf-8", "replace"))
+        await send(self._request, self.response, (first + text).encode("utf-8", "replace"))
 
 
 _LINES = re.compile(r"\r\n|\r|\n")
@@ -141,8 +144,8 @@ async def _stream(request: web.Request) -> AsyncIterator[_Stream]:
             }
         )
         await response.prepare(request)
-        stream = _Stream(response)
-        with contextlib.suppress(ConnectionResetError):  # the reader has gone
+        stream = _Stream(request, response)
+        with contextlib.suppress(ConnectionResetError):  # the reader has gone, or does not read
             try:
                 yield stream
             except LorasmithError as error:  # too late for an answer with a status

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -36,13 +37,12 @@ _MOST_LISTED = 500
 
 async def _plan(context: ServerContext, call: Call) -> Any:
     body: PlanBody = call.body
-    _check_folder(context, body)
     device = next(iter(context.dispatcher.devices()), {})
     plan = await context.assistant.ask(
         "plan",
         model=body.model,
         dataset=body.dataset,
-        folder=body.folder,
+        folder=_folder(context, body),
         trigger=body.trigger,
         settings=body.settings,
         card_bytes=device.get("memory_bytes"),
@@ -74,14 +74,14 @@ async def _jobs(context: ServerContext, call: Call) -> Any:
     if len(shown) < limit:
         before = sum(counts[state] for state in active)
         shown += context.store.ended(limit - len(shown), max(0, offset - before), ended)
-    answers = tuple(job_answer(job, with_graph=False) for job in shown)
+    answers = tuple(job_answer(job) for job in shown)
     return {"jobs": answers, "total": sum(counts[state] for state in states)}
 
 
 async def _add(context: ServerContext, call: Call) -> Any:
     body: JobBody = call.body
-    _check_folder(context, body)
     given = {one.name: getattr(body, one.name) for one in dataclasses.fields(DatasetSource)}
+    given["folder"] = _folder(context, body)
     request = await context.assistant.ask("train_request", **given, name=body.name)
     return job_answer(context.dispatcher.submit("train", request, front=body.front))
 
@@ -120,13 +120,19 @@ def _answer(context: ServerContext, job: Job) -> Mapping[str, Any]:
     return job_answer(context.store.get(job.id))
 
 
-def _check_folder(context: ServerContext, body: DatasetSource) -> None:
-    """Raise OptionError for a folder outside of the base folder where others than who sits here may ask."""
+def _folder(context: ServerContext, body: DatasetSource) -> str | None:
+    """The folder of a request as it is opened; if the server is reachable from other machines, below its base folder.
+
+    Raises:
+        OptionError: it is elsewhere.
+    """
     config = context.config
-    if body.folder is None or (is_loopback(config.host) and not config.names):
-        return
+    if body.folder is None:
+        return None
+    if is_loopback(config.host) and not config.names:
+        return os.path.expanduser(body.folder)  # noqa: PTH111 - leaves the names of unknown users as they are
     try:
-        contained(config.base, body.folder)
+        return str(contained(config.base, body.folder))
     except OutsideError as error:
         raise OptionError(f"a folder must be named below the server's base folder, but {error}") from error
 

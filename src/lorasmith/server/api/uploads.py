@@ -12,16 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from aiohttp import BodyPartReader, web
-from aiohttp.multipart import MultipartReader
+from aiohttp import web
 
-from lorasmith.core.errors import LorasmithError, OptionError, OutputError
 from lorasmith.server.api.endpoint import Call
 from lorasmith.server.api_shapes import SkippedFile, UploadAnswer
 from lorasmith.server.assistant import RefusedError
 from lorasmith.server.error_answers import TooLargeError
 from lorasmith.server.server_context import ServerContext
-from lorasmith.server.upload_folder import upload_folder
+from lorasmith.server.upload_folder import form_parts, received, upload_folder
 
 __all__ = ["MOST_FILES", "MOST_FILE_BYTES", "MOST_REQUEST_BYTES", "add_files"]
 
@@ -33,7 +31,6 @@ MOST_REQUEST_BYTES = 20 * 2**30
 """Of all files of a request."""
 MOST_FILES = 4000
 """Of a request, captions included."""
-_BLOCK = 2**18
 _TEXTS = (".txt", ".caption")
 
 
@@ -59,8 +56,6 @@ class _Received:
 async def add_files(context: ServerContext, call: Call) -> UploadAnswer:
     """Add pictures and captions to a dataset."""
     name = call.path("name")
-    if not call.request.content_type.startswith("multipart/"):
-        raise OptionError("files are sent as multipart/form-data; send them as a form")
     await context.assistant.ask("check_changes", name=name)  # before anything is received
     received = _Received()
     with upload_folder(context.config.base) as folder:
@@ -107,47 +102,17 @@ async def _asked(context: ServerContext, question: str, **arguments: Any) -> dic
 
 async def _files(request: web.Request, folder: Path) -> AsyncIterator[tuple[str, Path, str]]:
     """Each file of a form: the name that was sent, where it is, and why it is not kept (empty if it may be)."""
-    count = total = 0
-    try:
-        reader = await request.multipart()
-        while (part := await reader.next()) is not None:
-            if isinstance(part, MultipartReader):
-                raise OptionError("files are sent one by one in a form, got a form within a form; send them plainly")
-            if not part.filename:
-                await part.release()
-                continue
-            count += 1
-            if count > MOST_FILES:
-                raise TooLargeError(f"a request must have at most {MOST_FILES:,} files; send the others in another one")
-            path = folder / str(count)
-            is_text = part.filename.lower().endswith(_TEXTS)
-            size, is_kept = await _received(part, path, MOST_TEXT_BYTES if is_text else MOST_FILE_BYTES)
-            total += size
-            if total > MOST_REQUEST_BYTES:
-                raise TooLargeError(f"a request must have at most {MOST_REQUEST_BYTES // 2**30} GiB; send less at once")
-            limit = f"{MOST_TEXT_BYTES // 1000} kB" if is_text else f"{MOST_FILE_BYTES // 2**20} MB"
-            yield part.filename, path, "" if is_kept else f"is larger than {limit}; make it smaller"
-    except (ValueError, AssertionError) as error:  # aiohttp's for bodies that are no form
-        if isinstance(error, LorasmithError):
-            raise
-        raise OptionError("the body of the request is no complete form; send it again") from error
-
-
-async def _received(part: BodyPartReader, path: Path, most: int) -> tuple[int, bool]:
-    """Write a file to disk; returns its size, and whether it is at most `most` bytes and was kept."""
-    size = 0
-    with path.open("wb") as file:
-        while block := await part.read_chunk(_BLOCK):
-            size += len(block)
-            if size > MOST_REQUEST_BYTES:
-                raise TooLargeError(f"a request must have at most {MOST_REQUEST_BYTES // 2**30} GiB; send less")
-            if size > most:
-                continue
-            try:
-                file.write(block)
-            except OSError as error:
-                rule = f"an upload cannot be written ({error.strerror})"
-                raise OutputError(f"{rule}; free some space and send it again") from error
-    if size > most:
-        path.unlink(missing_ok=True)
-    return size, size <= most
+    count, left = 0, MOST_REQUEST_BYTES
+    async for part in form_parts(request):
+        if not part.filename:
+            continue  # the next part skips the rest of this one
+        count += 1
+        if count > MOST_FILES:
+            raise TooLargeError(f"a request must have at most {MOST_FILES:,} files; send the others in another one")
+        path = folder / str(count)
+        is_text = part.filename.lower().endswith(_TEXTS)
+        most = MOST_TEXT_BYTES if is_text else MOST_FILE_BYTES
+        size = await received(part, path, at_most=most, read_at_most=left)
+        left -= size
+        limit = f"{MOST_TEXT_BYTES // 1000} kB" if is_text else f"{MOST_FILE_BYTES // 2**20} MB"
+        yield part.filename, path, "" if size <= most else f"is larger than {limit}; make it smaller"

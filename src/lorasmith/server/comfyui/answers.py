@@ -11,7 +11,7 @@ from aiohttp import web
 from lorasmith.core.errors import LorasmithError, OptionError
 from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.server.error_answers import status_of
-from lorasmith.server.request_parts import read_body
+from lorasmith.server.request_parts import apart, read_body
 
 __all__ = ["answering", "read_json", "refused", "table"]
 
@@ -56,7 +56,7 @@ async def read_json(request: web.Request, *, kind: type | None = None, empty: An
     if not body.strip() and empty is not ...:
         return empty
     try:
-        value = parse_foreign_json(body)
+        value = await apart(len(body), parse_foreign_json, body)
     except ValueError as error:
         raise OptionError(f"the body must be JSON, but it {error}") from error
     if kind is not None and not isinstance(value, kind):

@@ -7,11 +7,9 @@ import contextlib
 import hashlib
 import os
 import re
-from collections.abc import AsyncIterator
 from pathlib import Path
 
-import aiohttp
-from aiohttp import web
+from aiohttp import BodyPartReader, web
 
 from lorasmith.core.errors import OptionError, OutputError
 from lorasmith.core.files import ensure_folder, is_regular
@@ -19,10 +17,11 @@ from lorasmith.core.folders import ASSETS, Folders
 from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.server.assistant import Assistant
 from lorasmith.server.comfyui.answers import refused, table
-from lorasmith.server.contained_files import UNTRUSTED, checked_name, contained, find_contained, send_file, written
+from lorasmith.server.contained_files import UNTRUSTED, checked_name, contained, find_contained, send_file
+from lorasmith.server.disk_space import disk_space
 from lorasmith.server.error_answers import TooLargeError
 from lorasmith.server.request_parts import MAX_UPLOAD_BYTES
-from lorasmith.server.upload_folder import upload_folder
+from lorasmith.server.upload_folder import blocks, form_parts, received, upload_folder
 
 __all__ = ["FileRoutes", "place_folders"]
 
@@ -109,35 +108,24 @@ class FileRoutes:
                 return refused(404, "there is no such original picture")
             masked = folder / "masked.png"
             content = await self._assistant.ask("masked_picture", original=str(original), mask=str(form.file))
-            await asyncio.to_thread(masked.write_bytes, content)
+            with disk_space(folder, len(content)):
+                await asyncio.to_thread(masked.write_bytes, content)
             return await self._store(form, masked)
 
     async def _received(self, request: web.Request, folder: Path) -> _Form:
         """The fields of a form, its file written into `folder`."""
-        if not request.content_type.startswith("multipart/"):
-            raise OptionError("an upload must be a form (multipart/form-data) with a file named image")
         values: dict[str, str] = {}
         file: Path | None = None
         name = ""
-        try:
-            reader = await request.multipart()
-            for _ in range(_MOST_FIELDS):
-                part = await reader.next()
-                if part is None:
-                    break
-                if not isinstance(part, aiohttp.BodyPartReader):
-                    raise OptionError("an upload must be one form, without another inside")
-                if part.name == "image" and file is None:
-                    name = checked_name(part.filename or "")
-                    file = folder / "file"
-                    await written(_chunks(part), file, at_most=self._most_bytes)
-                else:
-                    values[str(part.name)] = (await _limited(part)).decode(errors="replace")
-        except (ValueError, AssertionError, aiohttp.ClientError) as error:
-            raise OptionError("the form cannot be read; send it as multipart/form-data") from error
-        except OSError as error:
-            full = "the disk is full; free some space" if error.errno == 28 else error.strerror
-            raise OutputError(f"the upload was not written, {full}") from error
+        async for part in form_parts(request):
+            if part.name == "image" and file is None:
+                name = checked_name(part.filename or "")
+                file = folder / "file"
+                await received(part, file, at_most=self._most_bytes, read_at_most=self._most_bytes)
+            elif len(values) < _MOST_FIELDS:
+                values[str(part.name)] = (await _limited(part)).decode(errors="replace")
+            else:
+                raise TooLargeError(f"an upload must have at most {_MOST_FIELDS} fields; send less")
         if file is None:
             raise OptionError("an upload must have a file named image")
         return _Form(values, file, name)
@@ -146,7 +134,7 @@ class FileRoutes:
         """Move an uploaded file to its place, under a free name unless it is the same file or may replace it."""
         place = _place(form.values.get("type"), "input")
         subfolder = form.values.get("subfolder", "").replace("\\", "/").strip("/")
-        folder = contained(self._folders.base / place, subfolder)
+        folder = contained(self._folders.base / place, subfolder, to_write=True)
         is_overwriting = form.values.get("overwrite", "").casefold() in ("true", "1")
         async with self._naming:
             ensure_folder(folder)
@@ -193,14 +181,9 @@ def _preview(text: str | None, channel: str) -> tuple[str, int]:
     return kind if kind in ("webp", "jpeg") and "a" not in channel.replace("rgba", "") else "webp", number
 
 
-async def _chunks(part: aiohttp.BodyPartReader) -> AsyncIterator[bytes]:
-    while chunk := await part.read_chunk(2**18):
-        yield chunk
-
-
-async def _limited(part: aiohttp.BodyPartReader) -> bytes:
+async def _limited(part: BodyPartReader) -> bytes:
     content = b""
-    while chunk := await part.read_chunk():
+    async for chunk in blocks(part):
         content += chunk
         if len(content) > _LONGEST_FIELD:
             raise TooLargeError(f"a field of a form must have at most {_LONGEST_FIELD:,} bytes; send less")

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 from aiohttp import web
@@ -17,7 +18,7 @@ from lorasmith.core.errors import OptionError
 from lorasmith.server.comfyui.answers import read_json, refused, table
 from lorasmith.server.comfyui.job_views import STATES_OF_STATUS, history_entry, job_detail, job_summary, queue_entry
 from lorasmith.server.jobs import ENDED, JobLine, JobStore
-from lorasmith.server.request_parts import number_in
+from lorasmith.server.request_parts import number_in, send_json_pieces
 from lorasmith.server.server_context import ServerContext
 
 __all__ = ["QueueRoutes"]
@@ -49,10 +50,10 @@ class QueueRoutes:
             ]
         )
 
-    async def _queue(self, request: web.Request) -> web.Response:
+    async def _queue(self, request: web.Request) -> web.StreamResponse:
         running, pending = (self._entries.texts(self._store.lines([state])) for state in ("running", "pending"))
-        text = f'{{"queue_running": [{", ".join(running)}], "queue_pending": [{", ".join(pending)}]}}'
-        return web.Response(text=text, content_type="application/json")
+        pieces = chain(['{"queue_running": ['], running, ['], "queue_pending": ['], pending, ["]}"])
+        return await send_json_pieces(request, pieces)
 
     async def _change_queue(self, request: web.Request) -> web.Response:
         body = await read_json(request, kind=dict)
@@ -65,15 +66,16 @@ class QueueRoutes:
                 self._dispatcher.cancel(one.id)
         return web.Response()
 
-    async def _history(self, request: web.Request) -> web.Response:
+    async def _history(self, request: web.Request) -> web.StreamResponse:
         most, offset = number_in(request, "max_items"), number_in(request, "offset", at_least=-1)
         lines = self._ended_graphs()
         if offset is not None and offset >= 0:
             lines = lines[offset : None if most is None else offset + most]
         elif most is not None:
             lines = lines[max(0, len(lines) - most) :]
-        jobs = (self._store.find(line.id) for line in lines)
-        return web.json_response({job.id: history_entry(job) for job in jobs if job is not None})
+        jobs = (job for line in lines if (job := self._store.find(line.id)) is not None)
+        entries = (f"{json.dumps(job.id)}: {json.dumps(history_entry(job))}" for job in jobs)
+        return await send_json_pieces(request, chain(["{"], _separated(entries), ["}"]))
 
     def _ended_graphs(self) -> list[JobLine]:
         """Ended graphs, the oldest first."""
@@ -154,6 +156,11 @@ class QueueRoutes:
         return job is not None and job.state in ("pending", "running") and self._dispatcher.cancel(id)
 
 
+def _separated(texts: Iterable[str]) -> Iterator[str]:
+    for number, text in enumerate(texts):
+        yield f", {text}" if number else text
+
+
 def _ids_in(body: dict[str, Any]) -> list[str]:
     ids = body.get("delete", [])
     if not isinstance(ids, list):
@@ -173,10 +180,10 @@ class _Entries:
         self._kept: OrderedDict[str, str] = OrderedDict()
         self._size = 0
 
-    def texts(self, lines: Sequence[JobLine]) -> list[str]:
-        """The entries of jobs; those that were removed since are left out."""
+    def texts(self, lines: Sequence[JobLine]) -> Iterator[str]:
+        """The entries of jobs, with commas between them; those that were removed since are left out."""
         # What follows the number, which changes when a job is moved, never changes.
-        return [f"[{json.dumps(line.number)}, {rest}" for line in lines if (rest := self._rest(line.id))]
+        return _separated(f"[{json.dumps(line.number)}, {rest}" for line in lines if (rest := self._rest(line.id)))
 
     def _rest(self, id: str) -> str:
         if (kept := self._kept.get(id)) is not None:

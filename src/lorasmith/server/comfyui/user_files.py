@@ -18,6 +18,7 @@ from lorasmith.core.files import ensure_folder, is_folder, is_regular, read_regu
 from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.server.comfyui.answers import read_json, refused, table
 from lorasmith.server.contained_files import OutsideError, contained, send_file
+from lorasmith.server.disk_space import disk_space
 from lorasmith.server.request_parts import MAX_JSON_BYTES, read_body
 from lorasmith.server.server_config import REMOVED
 
@@ -35,6 +36,7 @@ class UserFiles:
     """
 
     def __init__(self, base: Path) -> None:
+        self._base = base
         self._folder = base / "user" / "default"
         self._removed = base / REMOVED
         self._writing = asyncio.Lock()
@@ -61,10 +63,11 @@ class UserFiles:
         return web.json_response({"storage": "server", "migrated": True})
 
     async def _settings(self, request: web.Request) -> web.Response:
-        return web.json_response(self._saved_settings())
+        return web.json_response(await asyncio.to_thread(self._saved_settings))
 
     async def _setting(self, request: web.Request) -> web.Response:
-        return web.json_response(self._saved_settings().get(request.match_info["id"]))
+        saved = await asyncio.to_thread(self._saved_settings)
+        return web.json_response(saved.get(request.match_info["id"]))
 
     async def _merge_settings(self, request: web.Request) -> web.Response:
         changes = await read_json(request, kind=dict)
@@ -84,10 +87,11 @@ class UserFiles:
 
     async def _save_settings(self, changes: dict[str, Any]) -> None:
         async with self._writing:
-            text = json.dumps(self._saved_settings() | changes, indent=4)
+            text = json.dumps(await asyncio.to_thread(self._saved_settings) | changes, indent=4)
             if len(text) > MAX_JSON_BYTES:
                 raise OutputError(f"settings must have at most {MAX_JSON_BYTES:,} bytes; remove some")
-            await asyncio.to_thread(write_atomic, self._settings_file, text)
+            with disk_space(self._base, len(text)):
+                await asyncio.to_thread(write_atomic, self._settings_file, text)
 
     @property
     def _settings_file(self) -> Path:
@@ -125,7 +129,7 @@ class UserFiles:
         return response
 
     async def _write(self, request: web.Request) -> web.Response:
-        path = self._path(request, "file")
+        path = self._path(request, "file", to_write=True)
         if request.query.get("overwrite") == "false" and path.exists():
             return refused(409, "a file of this name exists")
         if is_folder(path):
@@ -134,7 +138,8 @@ class UserFiles:
         async with self._writing:
             if request.query.get("overwrite") == "false" and path.exists():
                 return refused(409, "a file of this name exists")
-            await asyncio.to_thread(write_atomic, path, content)
+            with disk_space(self._base, len(content)):
+                await asyncio.to_thread(write_atomic, path, content)
         return self._described(path, request)
 
     async def _remove(self, request: web.Request) -> web.Response:
@@ -146,7 +151,7 @@ class UserFiles:
         return web.Response(status=204)
 
     async def _move(self, request: web.Request) -> web.Response:
-        source, target = self._path(request, "file"), self._path(request, "dest")
+        source, target = self._path(request, "file"), self._path(request, "dest", to_write=True)
         if not is_regular(source):
             return refused(404, "no such file")
         async with self._writing:
@@ -160,9 +165,9 @@ class UserFiles:
             await asyncio.to_thread(os.replace, source, target)
         return self._described(target, request)
 
-    def _path(self, request: web.Request, name: str) -> Path:
+    def _path(self, request: web.Request, name: str, *, to_write: bool = False) -> Path:
         """The file that a part of the address names; some clients encode it twice."""
-        path = contained(self._folder, unquote(request.match_info[name]))
+        path = contained(self._folder, unquote(request.match_info[name]), to_write=to_write)
         if path == self._folder.resolve():
             raise OutsideError("a file must be named")
         return path

@@ -28,9 +28,9 @@ from lorasmith.server.server_context import ServerContext
 
 __all__ = ["FEATURES", "Sockets", "features"]
 
-MOST_SOCKETS = 500
-"""Connections at the same time."""
-_MOST_MESSAGE = 2**20
+MOST_SOCKETS = 128
+"""Connections at the same time: fewer than one address may have, so that it can send requests, too."""
+_MOST_MESSAGE = 2**16
 _HEARTBEAT_S = 30.0
 _SEND_TIMEOUT_S = 30.0
 _CLOSE_TIMEOUT_S = 1.0
@@ -104,20 +104,21 @@ class Sockets:
         return False
 
     async def _receive_all(self, connection: _Connection) -> None:
+        """Read the flags of the client, its first message in JSON; nothing else that it sends has a meaning."""
         is_first = True
         async for received in connection.socket:
-            if received.type is not aiohttp.WSMsgType.TEXT:
+            if not is_first or received.type is not aiohttp.WSMsgType.TEXT:
                 continue
             try:
                 value = parse_foreign_json(received.data)
             except ValueError:
                 continue
-            if is_first and isinstance(value, dict) and value.get("type") == "feature_flags":
+            is_first = False
+            if isinstance(value, dict) and value.get("type") == "feature_flags":
                 flags = value.get("data")
                 connection.client.flags = flags if isinstance(flags, dict) else {}
                 with contextlib.suppress(ConnectionError, TimeoutError):
                     await _send(connection.socket, message("feature_flags", self._flags))
-            is_first = False
 
     async def _send_all(self, connection: _Connection) -> None:
         """Send what the client must know of the present, then every notice."""

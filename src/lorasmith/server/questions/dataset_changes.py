@@ -17,6 +17,7 @@ from lorasmith.data.captions import CAPTION_SUFFIXES, MAX_CAPTION, CaptionError,
 from lorasmith.data.folder_listing import VIDEO_SUFFIXES, foreign_reason, stem_of
 from lorasmith.data.image_files import ImageError, file_digest, image_header, image_size, image_suffixes
 from lorasmith.server.api_shapes import Changed, DatasetRow, RemovedAnswer
+from lorasmith.server.disk_space import disk_space
 from lorasmith.server.questions.dataset_folders import (
     UnknownFileError,
     caption_file,
@@ -254,7 +255,7 @@ def _move(source: Path, target: Path) -> None:
             raise OutputError(f"{target.name} is there already; send it under another name")
         source.rename(target)
     except OSError:
-        with atomic_path(target) as temporary:
+        with disk_space(target.parent, source.stat().st_size), atomic_path(target) as temporary:
             shutil.copyfile(source, temporary)
         source.unlink(missing_ok=True)
     target.chmod(0o644)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +30,8 @@ __all__ = [
     "prompt_of_workflow",
 ]
 
-_LONGEST_SIDE = 16_384
+_MOST_PIXELS = 64_000_000
+"""Of a picture that is encoded again, which has about 20 bytes of memory for each."""
 
 
 @question
@@ -102,12 +106,12 @@ def encoded_picture(
         format: of the result.
         quality: from 1 to 100.
     """
-    image = _pixels(Path(path))
-    if channel == "a":
-        image = _transparency(image)
-    elif channel == "rgb" or format == "jpeg":
-        image = image.convert("RGB")
-    return _encoded(image, format, quality)
+    with _pixels(Path(path)) as image:
+        if channel == "a":
+            image = _transparency(image)
+        elif channel == "rgb" or format == "jpeg":
+            image = image.convert("RGB")
+        return _encoded(image, format, quality)
 
 
 @question
@@ -121,29 +125,39 @@ def masked_picture(folders: Folders, *, original: str, mask: str) -> bytes:
     """
     from PIL.PngImagePlugin import PngInfo
 
-    image, shape = _pixels(Path(original)), _pixels(Path(mask)).convert("RGBA")
-    if shape.size != image.size:
-        sizes = [f"{width}×{height}" for width, height in (image.size, shape.size)]
-        raise DataError(f"a mask must have the size of its picture, {sizes[0]}, got {sizes[1]}; draw it again")
-    texts = {key: value for key, value in image.info.items() if isinstance(value, str)}
-    image = image.convert("RGBA")
-    image.putalpha(shape.getchannel("A"))
-    metadata = PngInfo()
-    for key, value in texts.items():
-        metadata.add_text(key, value)
-    result = io.BytesIO()
-    image.save(result, "PNG", pnginfo=metadata, compress_level=4)
-    return result.getvalue()
-
-
-def _pixels(path: Path) -> Any:
-    """The picture of a file with its transparency. Raises DataError for what is none."""
     from lorasmith.data.image_files import header_size, open_original
 
+    sizes = [header_size(Path(path)) for path in (original, mask)]
+    if sizes[0] != sizes[1]:
+        drawn, shown = (f"{width}×{height}" for width, height in sizes)
+        raise DataError(f"a mask must have the size of its picture, {drawn}, got {shown}; draw it again")
+    with _pixels(Path(original)) as image:
+        texts = {key: value for key, value in image.info.items() if isinstance(value, str)}
+        image = image.convert("RGBA")
+        image.putalpha(open_original(Path(mask))[0].convert("RGBA").getchannel("A"))
+        metadata = PngInfo()
+        for key, value in texts.items():
+            metadata.add_text(key, value)
+        result = io.BytesIO()
+        image.save(result, "PNG", pnginfo=metadata, compress_level=4)
+        return result.getvalue()
+
+
+@contextlib.contextmanager
+def _pixels(path: Path) -> Iterator[Any]:
+    """The picture of a file with its transparency; inside the context, it is the only large one that is open.
+
+    Raises:
+        DataError: it is no picture, or too large.
+    """
+    from lorasmith.data.image_files import header_size, one_at_a_time, open_original
+
     size = header_size(path)
-    if max(size) > _LONGEST_SIDE:
-        raise DataError(f"a picture must have sides of at most {_LONGEST_SIDE:,} pixels, got {size}; scale it")
-    return open_original(path)[0]
+    if math.prod(size) > _MOST_PIXELS:
+        most = f"{_MOST_PIXELS // 1_000_000} million pixels"
+        raise DataError(f"a picture that is converted must have at most {most}, got {size[0]}×{size[1]}; scale it down")
+    with one_at_a_time(size):
+        yield open_original(path)[0]
 
 
 def _transparency(image: Any) -> Any:

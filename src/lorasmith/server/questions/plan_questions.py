@@ -8,11 +8,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from lorasmith.app.memory_estimate import MemoryEstimate, estimate_memory
 from lorasmith.core.errors import DataError, OptionError
+from lorasmith.core.files import is_folder
 from lorasmith.core.folders import Folders, fingerprint
 from lorasmith.core.options import options_of
 from lorasmith.core.safe_names import safe_name
@@ -174,8 +175,10 @@ def _images_folder(folders: Folders, dataset: str | None, folder: str | None) ->
     if dataset is not None:
         found = dataset_folder(folders, dataset)
     else:
-        found = folders.base / Path(folder or "").expanduser()
-        if str(folder).startswith(("\\\\", "//")) or not found.is_dir():
+        found = folders.base / (folder or "")
+        # Windows would open a connection to the server that such a name begins with, whichever slashes it has.
+        is_share = PureWindowsPath(folder or "").drive.startswith("\\\\") and not found.is_relative_to(folders.base)
+        if is_share or not is_folder(found):
             raise DataError(f"there is no folder {folder!r} on this computer; check its path")
     if not any(found.iterdir()):
         raise DataError(f"{found.name} holds no pictures yet; add some first")

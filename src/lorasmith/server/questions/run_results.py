@@ -16,6 +16,7 @@ from lorasmith.core.files import atomic_path, ensure_folder
 from lorasmith.core.folders import Folders
 from lorasmith.core.safe_names import safe_name
 from lorasmith.server.api_shapes import InstalledLora
+from lorasmith.server.disk_space import disk_space
 from lorasmith.server.questions.plan_questions import check_steps
 from lorasmith.server.questions.run_folders import digest_of, is_trainable_on, run_folder_of, saves_of
 from lorasmith.server.questions.shaped_questions import shaped
@@ -137,7 +138,7 @@ def _lora_at(history: RunHistory, step: int | None) -> Path:
 
 def _copy(source: Path, target: Path) -> None:
     ensure_folder(target.parent)
-    with atomic_path(target) as temporary:
+    with disk_space(target.parent, source.stat().st_size), atomic_path(target) as temporary:
         shutil.copyfile(source, temporary)
 
 
