@@ -469,9 +469,9 @@ def progress_shown(what: str) -> Iterator[Callable[..., None]]:
         with progress_bar(TextColumn("{task.description}", markup=False)) as progress:
             task = progress.add_task(what, total=None)
 
-            def show(done: int, total: int, *_: object) -> None:
-                progress.update(task, completed=done, total=total)
-                lines.report(f"{what}: {done:,} of {total:,}")
+            def show(done: int, total: int, *_: object, more: str = "") -> None:
+                progress.update(task, completed=done, total=total, description=f"{what}{more}")
+                lines.report(f"{what}: {done:,} of {total:,}{more}")
 
             yield show
     finally:

@@ -20,6 +20,7 @@ from lorasmith.cli.flags import (
 )
 from lorasmith.core.choices import Fix
 from lorasmith.core.errors import OptionError
+from lorasmith.core.files import check_writable, is_folder
 from lorasmith.core.options import options_of
 from lorasmith.data.data_config import DataConfig
 from lorasmith.training.config import TrainConfig
@@ -77,9 +78,13 @@ def check(
     """
     from lorasmith.app.data_check import check_folder, plain
     from lorasmith.app.data_check_page import write_data_page
-    from lorasmith.data.mended_folder import write_mended
+    from lorasmith.data.mended_folder import check_target, write_mended
     from lorasmith.families.model_search import ModelFiles
 
+    if fix is not None:
+        check_target(fix, folder if is_folder(folder) else folder.parent)
+    if report is not None:
+        check_writable(report.parent)
     config = DataConfig(**{name: settings[name] for name in _DATA})
     if fix_only and fix is None:
         raise OptionError("--fix-only chooses what --fix mends, but no --fix is given; add --fix NEW_FOLDER")

@@ -15,6 +15,7 @@ from lorasmith.cli.console import StopRequest, console, echo, heading, print_not
 from lorasmith.cli.flags import BaseDir, ExtraModelPaths, folders_of
 from lorasmith.cli.together import check_alone
 from lorasmith.core.errors import OptionError
+from lorasmith.core.files import check_writable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -104,6 +105,7 @@ def sweep(
     where = {"base_dir": base_dir, "extra_model_paths": extra_model_paths}
     models = {name: path.absolute() for name, path in where.items() if path is not None}
     also = arguments_for(models)
+    check_writable(folder)
     progress = _Progress(found, folder)
     if list_runs:
         progress.print_all()

@@ -29,7 +29,7 @@ from PIL import Image
 
 from lorasmith.core.choices import Fix
 from lorasmith.core.errors import DataError, OptionError, OutputError
-from lorasmith.core.files import ensure_folder, is_folder, open_regular
+from lorasmith.core.files import check_writable, ensure_folder, is_folder, open_regular
 from lorasmith.core.safe_names import plain_name, safe_name
 from lorasmith.data.captions import CAPTION_SUFFIXES, read_caption
 from lorasmith.data.clips import is_video
@@ -40,7 +40,7 @@ from lorasmith.data.image_files import ImageHeader, image_header, open_original
 from lorasmith.data.metadata_files import is_metadata_name
 from lorasmith.data.preflight import Preflight, name_in
 
-__all__ = ["Change", "MendedFile", "MendedFolder", "write_mended"]
+__all__ = ["Change", "MendedFile", "MendedFolder", "check_target", "write_mended"]
 
 Change = Literal["reduced", "turned upright", "converted", "renamed", "set apart", "unused", "left out"]
 
@@ -154,7 +154,7 @@ def write_mended(
         ImageError: an image can no longer be read.
         OutputError: the target cannot be written.
     """
-    _check_target(target, check.folder)
+    check_target(target, check.folder)
     ensure_folder(target.parent)
     with tempfile.TemporaryDirectory(prefix=f".{target.name[:40]}.", dir=target.parent) as temporary:
         draft = Path(temporary, "folder")
@@ -174,11 +174,18 @@ def write_mended(
     return MendedFolder(target, files)
 
 
-def _check_target(target: Path, original: Path) -> None:
+def check_target(target: Path, original: Path) -> None:
+    """Check that a mended copy of a folder can be written, before the folder is.
+
+    Raises:
+        OptionError: the target holds something, is a file or is inside of the original.
+        OutputError: it cannot be written.
+    """
     if target.resolve().is_relative_to(original.resolve()):
         raise OptionError(f"the mended folder must be outside of the original, got {target}; choose another")
     if target.exists() and (not is_folder(target) or any(target.iterdir())):
         raise OptionError(f"{target} must be a new or empty folder, but holds something; choose another")
+    check_writable(target.parent)
 
 
 def _filled(
