@@ -42,8 +42,8 @@ def read_only(monkeypatch: pytest.MonkeyPatch) -> None:
         ("train", FOX, "--model", TINY, "--output", "out"),
         ("demo",),
         ("sweep", "sweep.toml"),
-        ("run", "example:train-lora"),
-        ("generate", "--model", TINY, "a fox"),
+        ("run", "example:single_subject"),
+        ("generate", "--model", TINY, "--prompt", "a fox"),
         ("merge", "dog.safetensors", "dog.safetensors", "--output", "out.safetensors"),
         ("resize", "dog.safetensors", "--rank", "2", "--output", "out.safetensors"),
         ("convert", "dog.safetensors", "--to", "comfy", "--output", "out.safetensors"),
@@ -58,6 +58,6 @@ def test_outputs_are_tried_first(
     lorasmith: Callable[..., Ran], tmp_path: Path, tiny: Any, arguments: tuple[object, ...]
 ) -> None:
     save_lora(tmp_path / "dog.safetensors", lora(tiny), tiny.names)
-    (tmp_path / "sweep.toml").write_text(f'model = "{TINY}"\nimages = "{FOX}"\n[grid]\nrank = [2, 4]\n')
+    (tmp_path / "sweep.toml").write_text(f'model = "{TINY}"\nsources = "{FOX}"\n[grid]\nrank = [2, 4]\n')
     ran = lorasmith(*arguments)
     assert ran.code == 1 and "cannot be written (Read-only file system)" in ran.err, ran.err + ran.out

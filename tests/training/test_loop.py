@@ -163,7 +163,7 @@ def test_another_run_in_the_folder_is_left_alone_and_what_differs_is_named(
 ) -> None:
     audience = Audience(cancel_at=2)
     run(dataset, output=tmp_path / "run", on_event=audience, cancelled=audience.cancelled)
-    with pytest.raises(OutputError, match="holds another run, which differs in rank 4 there, 8 here"):
+    with pytest.raises(OutputError, match="holds another run, which differs in rank 4 then, 8 now"):
         run(dataset, output=tmp_path / "run", rank=8)
     fewer = EncodedDataset(dataset.samples[:-1])
     with pytest.raises(OutputError, match="differs in the images or captions; undo that, choose another output"):
@@ -203,7 +203,7 @@ def test_an_environment_that_differs_is_named(run: Run, dataset: EncodedDataset,
     audience = Audience()
     run(dataset, output=tmp_path, on_event=audience)
     assert re.search(
-        r"not bit-identically, because of torch 1.0 there, .* here; threads 99 there, \d+ here",
+        r"not bit-identically, because of torch 1.0 then, .* now; threads 99 then, \d+ now",
         audience.of(Resumed)[0].message,
     )
 

@@ -169,7 +169,7 @@ def _check_together(job: Job, record: RunRecord) -> None:
                 f"{per_step}; raise grad_accumulation_steps to {-(-size // config.batch_size)}, or start fewer"
             )
         for number, other in enumerate(found[1:], 1):
-            if differing := differences(found[0], other):
+            if differing := differences(found[0], other, of=("in the first", "there")):
                 raise TrainingError(
                     "all processes of a run must have the same versions, model, images and settings, but process "
                     f"{number} differs from the first in {'; '.join(differing)}; make them alike"
