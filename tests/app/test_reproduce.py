@@ -93,7 +93,7 @@ def test_every_environment_of_a_lora_is_compared(lora: Path) -> None:
     audience = Audience()
     assert reproduce(prepare_reproduction(lora, rights=CONFIRMED), dry_run=True, on_event=audience) == Reproduced()
     (differs,) = differences(audience)
-    assert "threads 99 there" in differs.what and not differs.is_decisive
+    assert "threads 99 then" in differs.what and not differs.is_decisive
 
 
 def test_a_run_that_is_there_is_not_written_over(lora: Path, whole: Path) -> None:
