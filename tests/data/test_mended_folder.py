@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from video_cases import movie
 
 from lorasmith.core.choices import Fix
 from lorasmith.core.errors import OptionError, OutputError
@@ -307,6 +308,14 @@ def test_animations_keep_their_frames(folder: Path) -> None:
     photo(2, (600, 600)).save(folder / "2.webp", save_all=True, append_images=[photo(3, (600, 600))])
     done = mended(folder)
     assert (done.folder / "2.webp").read_bytes() == (folder / "2.webp").read_bytes()
+
+
+def test_videos_are_copied(folder: Path) -> None:
+    add(folder / "1.png", photo(1), "a dog")
+    movie(folder / "2.mp4", 3)
+    check = preflight(scan_folder(folder, clips=True), DataConfig(), folder=folder, resolution=128, multiple=16)
+    done = write_mended(check, DataConfig(), folder.with_name("fixed"))
+    assert (done.folder / "2.mp4").read_bytes() == (folder / "2.mp4").read_bytes() and done.pictures == 2
 
 
 def test_masks_of_reduced_pictures_still_fit(folder: Path) -> None:

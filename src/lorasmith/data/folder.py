@@ -18,7 +18,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -110,7 +110,7 @@ class FolderScan:
     skipped: tuple[tuple[Path, Reason], ...]
     missing_captions: tuple[Path, ...]
     notes: tuple[str, ...]
-    refused: tuple[Candidate, ...] = ()
+    refused: tuple[Candidate, ...] = field(default=(), compare=False)
 
     def __repr__(self) -> str:
         counts = {
