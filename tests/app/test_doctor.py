@@ -43,6 +43,16 @@ def test_the_command_prints_what_was_found(tmp_path: Path, monkeypatch: pytest.M
     assert CliRunner().invoke(app, ["doctor", "--base-dir", str(tmp_path)]).exit_code == 1
 
 
+def test_folders_that_cannot_be_written_have_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = tmp_path / "cache"
+    cache.touch()  # a file in its place, as root may write in any folder
+    monkeypatch.setenv("LORASMITH_CACHE_DIR", str(cache))
+    found = check_up(Folders(tmp_path))
+    assert not any(Path(folder).is_relative_to(cache) for folder in found.disks)
+    (problem,) = [one for one in found.problems if "cannot be written" in one.problem]
+    assert problem.problem.startswith(str(cache)) and "LORASMITH_CACHE_DIR" in problem.remedy and problem.is_fault
+
+
 def test_each_problem_has_a_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(doctor, "_LITTLE_MEMORY", 2**60)
     monkeypatch.setattr(doctor, "_LITTLE_DISK", 2**70)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ from lorasmith.app import model_run
 from lorasmith.app.folder_run import prepare, train_prepared
 from lorasmith.app.run_plan import RunPlanned
 from lorasmith.core.adapter_state import AdapterState, AdapterWeights, ModuleRef
+from lorasmith.core.errors import OutputError
 from lorasmith.families.model import Model
 from lorasmith.formats.container import check_safetensors
 from lorasmith.formats.hashes import sha256_body
 from lorasmith.training.lora_handle import Lora
+from lorasmith.training.runs.run_folder import RunFolder
 from tests.app.folder_cases import Audience, asked, prepared, tensors_of
 
 
@@ -31,6 +34,26 @@ def test_preparing_reports_what_it_does_and_ends_in_a_plan(images: Path) -> None
     assert (plan.trained, plan.parameters, plan.config) == (run.job.summary, run.job.parameters, run.job.config)
     assert plan.config.learning_rate is not None
     assert json.loads(json.dumps(asdict(plan), default=str))["model"] == "lorasmith-tiny"
+
+
+def test_a_run_that_cannot_be_written_is_refused_before_the_model_is_loaded(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    audience, run = Audience(), tmp_path / "run"
+    run.touch()
+    with pytest.raises(OutputError, match="must be a folder but is a file"):
+        prepare(*asked(images), place=run, on_event=audience)
+    run.unlink()
+    (run / "states").mkdir(parents=True)
+    (run / "run.json").write_text("{}")
+    with RunFolder(run).claimed(), pytest.raises(OutputError, match="in use by a run in another process"):
+        prepare(*asked(images), place=run, on_event=audience)
+    assert audience.names() == []
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=10 * 2**20))
+    with pytest.raises(OutputError, match=r"the run writes 6\d MiB to .*new, whose disk has 10 MiB free; free some"):
+        prepare(*asked(images), place=tmp_path / "new", on_event=audience)
+    assert "ImageEncoded" not in audience.names() and not (tmp_path / "new").exists()
 
 
 def test_training_reports_through_events_and_stops_when_asked(images: Path, tmp_path: Path) -> None:

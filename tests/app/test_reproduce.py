@@ -80,7 +80,7 @@ def test_what_decides_the_result_is_named_and_nothing_trained(lora: Path, tmp_pa
     audience = Audience()
     others = pictures(tmp_path / "others", 4, seed=1)
     found = reproduce(prepare_reproduction(lora, rights=CONFIRMED, data=others), on_event=audience)
-    assert found.differs == ("noise_offset 0.5 there, 0.0 here", "the images or captions")
+    assert found.differs == ("noise_offset 0.5 then, 0.0 now", "the images or captions")
     assert found.result is None
     assert [(event.what, event.is_decisive) for event in differences(audience)] == [(x, True) for x in found.differs]
     assert not Path("runs").exists()
@@ -93,7 +93,7 @@ def test_every_environment_of_a_lora_is_compared(lora: Path) -> None:
     audience = Audience()
     assert reproduce(prepare_reproduction(lora, rights=CONFIRMED), dry_run=True, on_event=audience) == Reproduced()
     (differs,) = differences(audience)
-    assert "threads 99 there" in differs.what and not differs.is_decisive
+    assert "threads 99 then" in differs.what and not differs.is_decisive
 
 
 def test_a_run_that_is_there_is_not_written_over(lora: Path, whole: Path) -> None:

@@ -126,6 +126,13 @@ def test_warnings_and_logs_of_other_packages_are_printable(
         logging.getLogger("other").warning("reads %s", HOSTILE)
         assert warnings.formatwarning(UserWarning(HOSTILE), UserWarning, "", 1) == f"UserWarning: {SHOWN}\n"
         print("→")
+        for library in ("matplotlib", "torchvision.io"):
+            logging.getLogger(library).warning("created a temporary cache directory")
+            with warnings.catch_warnings(record=True) as shown:
+                warnings.warn_explicit(
+                    "Failed to load image Python extension", UserWarning, "image.py", 1, module=library
+                )
+            assert shown == []
     finally:
         logging.setLogRecordFactory(before)
 
@@ -252,6 +259,21 @@ def test_the_log_file_is_appended_to_and_has_no_control_codes(
     assert not set("\x1b\x07\x9b\u202e━") & set(text)
     assert [line[21:] for line in text.splitlines()[1:]] == [f"bold {SHOWN}", "Counting: 2 of 2", "of a package"]
     assert not logging.getLogger().handlers or logging.lastResort not in logging.getLogger().handlers
+
+
+def test_lines_of_several_processes_name_theirs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(typer.Exit), screen.output_as(log_file=tmp_path / "log"):
+        screen.name_output("rank 1 of 2, host-b")
+        screen.echo("hello")
+        raise OptionError("no")
+    assert [line[21:] for line in (tmp_path / "log").read_text().splitlines()] == [
+        "[rank 1 of 2, host-b] hello",
+        "[rank 1 of 2, host-b] error: no",
+    ]
+    assert capsys.readouterr().err == "[rank 1 of 2, host-b] error: no\n"
+    with pytest.raises(typer.Exit), screen.output_as():
+        raise OptionError("no")
+    assert capsys.readouterr().err == "error: no\n"
 
 
 def test_a_log_file_that_cannot_be_written(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

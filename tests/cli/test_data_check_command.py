@@ -38,6 +38,7 @@ def test_findings_page_and_mended_folder(lorasmith: Callable[..., Ran], tmp_path
     assert "assumed; --model or --resolution decides" in ran.out and "with batch 2" in ran.out
     assert "2 pictures with 2 captions written to fixed" in ran.out
     assert "1 set apart: duplicates/2.png" in ran.out and "1 converted: 3.png" in ran.out
+    assert "CHANGES.txt in it says what was done to each file" in ran.out
     assert "<!doctype html>" in (tmp_path / "page.html").read_text(encoding="utf-8")
     assert lorasmith("data", "check", "fixed").code == 0
     again = lorasmith("data", "check", "photos", "--fix", "fixed")
@@ -51,6 +52,10 @@ def test_json_is_all_that_is_printed(lorasmith: Callable[..., Ran], tmp_path: Pa
     assert ran.code == 1 and values["findings"][0]["kind"] == "empty pictures"
     assert values["images"][0]["caption"] == "a\x1b[2Jdog"
     assert (tmp_path / "fixed" / "1.png").is_file() and (tmp_path / "page.html").is_file()
+    assert (
+        values["mended"]["files"][0] | {"name": "1.png", "target": "1.png", "changes": []}
+        == values["mended"]["files"][0]
+    )
 
 
 def test_settings_of_the_data_are_heeded(lorasmith: Callable[..., Ran]) -> None:
@@ -70,6 +75,8 @@ def test_settings_of_the_data_are_heeded(lorasmith: Callable[..., Ran]) -> None:
         ([FOX, "--model", "none.safetensors"], "none.safetensors"),
         ([FOX, "--resolution", "5000"], "resolution must be between 1 and 4096"),
         ([FOX, "--fix", FOX / "fixed"], "must be outside of the original"),
+        ([FOX, "--fix-only", "copies"], "--fix-only chooses what --fix mends, but no --fix is given"),
+        ([FOX, "--fix", "new", "--fix-only", "x"], "--fix-only must be one of sizes, rotation, formats, copies"),
     ],
 )
 def test_errors_are_sentences(lorasmith: Callable[..., Ran], arguments: list[object], sentence: str) -> None:

@@ -182,6 +182,7 @@ def test_what_is_no_terminal_gets_lines(
     lorasmith: Command, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: Arguments
 ) -> None:
     """Without control codes, but for colours where they are forced."""
+    monkeypatch.setenv("LORASMITH_CACHE_DIR", str(tmp_path / "cache"))
     for name, value in {"FORCE_COLOR": "1", "LORASMITH_PROGRESS_SECONDS": "0.00001"}.items():
         monkeypatch.setenv(name, value)
     ran = lorasmith("train", "photos", *QUICK, *flags)
@@ -190,6 +191,8 @@ def test_what_is_no_terminal_gets_lines(
     assert re.search(r"\nStep 1 of 2, loss \d\.\d+\nStep 2 of 2, loss \d\.\d+, \d\S* s/step, 0:00:00 left\n", shown)
     assert "\x1b[1m" in shown and not re.search(r"\x1b(?!\[[\d;]*m)|\r", shown)
     assert not flags or document(ran.out)["steps"] == 2
+    again = lorasmith("train", "photos", *QUICK, "--fresh", *flags)
+    assert "\nEncoding: 4 of 4, 4 from the cache\n" in (again.err if flags else again.out)
 
 
 def test_help_is_no_document() -> None:

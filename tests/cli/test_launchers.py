@@ -143,6 +143,11 @@ def slurm_script(folder: Path, output: str) -> Path:
 LORASMITH = f'exec {sys.executable} -m lorasmith "$@"\n'
 
 
+def test_the_script_for_slurm_has_a_log_and_stops_before_its_time_is_over() -> None:
+    lines = (EXAMPLES / "slurm.sh").read_text().splitlines()
+    assert "#SBATCH --output=%x-%j.log" in lines and "#SBATCH --signal=TERM@120" in lines
+
+
 def test_slurm(folder: Path) -> None:
     path = programs(folder / "bin", srun=SRUN, lorasmith=LORASMITH)
     script = slurm_script(folder, "slurm")

@@ -199,7 +199,7 @@ def test_fresh_moves_what_is_in_the_output_aside_and_says_so(
 def test_another_run_in_the_output_is_refused_with_what_differs(lorasmith: Command, images: Path, broken: Path) -> None:
     ran = lorasmith("train", images, *RUN, "--seed", 7, "--output", "runs/cat-001")
     assert ran.code == 1
-    assert "runs/cat-001 holds another run, which differs in seed 0 there, 7 here; undo that, choose" in ran.err
+    assert "runs/cat-001 holds another run, which differs in seed 0 then, 7 now; undo that, choose" in ran.err
     assert "0/5" not in ran.out
     assert RunFolder(broken).outcome() == "cancelled"
 
@@ -315,7 +315,7 @@ def test_what_decides_the_result_is_named_and_nothing_trained(lorasmith: Command
     with_metadata(file, lambda run: run["fingerprint"]["config"].update(noise_offset=0.5))
     ran = lorasmith("reproduce", file, "--as-recorded", "--data", pictures(tmp_path / "others", 4, seed=1))
     assert ran.code == 1
-    assert "Differs: noise_offset 0.5 there, 0.0 here; the result would differ." in ran.out
+    assert "Differs: noise_offset 0.5 then, 0.0 now; the result would differ." in ran.out
     assert "Differs: the images or captions; the result would differ." in ran.out
     assert not (tmp_path / "runs").exists()
 

@@ -128,7 +128,8 @@ def sentences(printed: str) -> list[str]:
     """The lines of errors. Raises AssertionError if a process of ours printed a stack trace."""
     ours = [line for line in printed.splitlines() if "lorasmith/" in line and 'File "' in line]
     assert not ours, printed
-    return [line for line in printed.splitlines() if line.startswith(("error:", "stopped:"))]
+    found = (line.partition("] ")[2] if line.startswith("[rank ") else line for line in printed.splitlines())
+    return [line for line in found if line.startswith(("error:", "stopped:"))]
 
 
 Begin = Callable[..., Started]

@@ -5,6 +5,8 @@ import sys
 
 import pytest
 
+from lorasmith.core.allocator import memory_missed
+
 CHURN = """
 import resource, sys, torch
 from lorasmith.core.allocator import keep_freed_memory
@@ -25,3 +27,22 @@ def test_freed_memory_is_not_faulted_in_again() -> None:
 
     # Twenty tensors of 64 MB have 15,625 pages each (fewer faults where the system hands out large pages).
     assert faults("give back") > 1.5 * faults("keep")
+
+
+@pytest.mark.parametrize(
+    ("text", "missed"),
+    [
+        (
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79 GiB",
+            "2.00 GiB more were needed",
+        ),
+        (
+            "[enforce fail at alloc_cpu.cpp:118] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "
+            "allocate 4096 bytes. Error code 12",
+            "4096 bytes more were needed",
+        ),
+        ("out of memory", "the amount is unknown"),
+    ],
+)
+def test_the_text_of_torch_is_not_passed_on(text: str, missed: str) -> None:
+    assert memory_missed(RuntimeError(text)) == missed

@@ -16,6 +16,7 @@ from lorasmith.core.errors import OutputError
 from lorasmith.core.files import (
     atomic_folder,
     atomic_path,
+    check_writable,
     ensure_folder,
     is_folder,
     is_regular,
@@ -216,6 +217,23 @@ def test_a_file_where_the_folder_should_be_is_named(tmp_path: Path) -> None:
     assert str(caught.value) == (
         f"{blocker / 'one' / 'two'} cannot be made because {blocker} is a file; choose another output"
     )
+
+
+def test_a_folder_is_tried_before_time_is_spent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check_writable(tmp_path / "new" / "deep") == tmp_path / "new" / "deep"
+    assert names(tmp_path) == [], "nothing is made"
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="must be a folder but is a file"):
+        check_writable(tmp_path / "file")
+    with pytest.raises(OutputError, match=r"cannot be made because .*file is a file"):
+        check_writable(tmp_path / "file" / "inner")
+    for error, sentence in (
+        (errno.EROFS, r"cannot be written \(Read-only file system\)"),
+        (errno.ENOSPC, "disk is full"),
+    ):
+        monkeypatch.setattr("tempfile.TemporaryFile", fail(error))
+        with pytest.raises(OutputError, match=sentence):
+            check_writable(tmp_path / "new")
 
 
 def test_a_folder_where_the_file_should_be_is_a_sentence(tmp_path: Path) -> None:

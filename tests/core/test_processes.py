@@ -14,7 +14,7 @@ import pytest
 import lorasmith
 from lorasmith.core.errors import OptionError, TrainingError
 from lorasmith.core.launch_environment import LaunchedProcess
-from lorasmith.core.processes import ALONE, _check_gpus, _gpu_of, current, joined
+from lorasmith.core.processes import ALONE, Processes, _check_gpus, _gpu_of, current, joined
 from tests.launched import environment, free_port
 
 SCRIPT = """
@@ -107,6 +107,26 @@ def imported_at_once(path: Path) -> Iterator[str]:
             yield from (name.name for name in node.names)
         elif isinstance(node, ast.ImportFrom):
             yield from (f"{node.module}.{name.name}" for name in node.names)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        (
+            "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] GLHF! \U0001f3d6\ufe0f Connection closed by "
+            "peer [10.0.0.2]:40181. This may indicate a remote rank failure",
+            "the connection was closed",
+        ),
+        (
+            "The client socket has timed out after 60000ms while trying to connect to (a, 1).",
+            "it did not answer in time",
+        ),
+        ("anything else", "RuntimeError"),
+    ],
+)
+def test_texts_of_torch_are_not_passed_on(text: str, reason: str) -> None:
+    assert f"({reason})" in str(Processes().lost(RuntimeError(text)))
+    assert Processes().lost(RuntimeError(text)).exit_code == 75  # type: ignore[attr-defined]
 
 
 def test_no_module_imports_what_one_process_has_no_use_for() -> None:

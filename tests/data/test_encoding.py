@@ -59,7 +59,7 @@ def test_no_upscaling(folder: Path) -> None:
 def test_progress(folder: Path) -> None:
     calls = []
     Encoder().encode(folder, progress=lambda *call: calls.append(call))
-    assert calls == [(1, 3, "1.png"), (2, 3, "2.png"), (3, 3, "3.png")]
+    assert calls == [(1, 3, "1.png", 0), (2, 3, "2.png", 0), (3, 3, "3.png", 0)]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

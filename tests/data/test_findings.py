@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from lorasmith.data.findings import CheckedImage, Finding, LookAlikes, TokenLimit, found_in, tags_of
 from lorasmith.data.folder import ImageFile
+from lorasmith.data.folder_listing import Reason
 from lorasmith.data.picture_quality import PictureQuality
 
 LIMIT = TokenLimit("the text encoder of Flux.1", 512)
@@ -35,7 +36,7 @@ def image(
 ) -> CheckedImage:
     caption = f"a dog that {name} shows" if caption is None else caption
     file = ImageFile(Path("/photos") / name, *size, caption, source)  # type: ignore[arg-type]
-    return CheckedImage(file, name, bucket, crop or (0, 0, *size), scale, quality, has_empty_caption, tokens)
+    return CheckedImage(file, name, bucket, crop or (0, 0, *size), scale, bucket, quality, has_empty_caption, tokens)
 
 
 def several(count: int, **settings) -> list[CheckedImage]:
@@ -55,16 +56,19 @@ def test_nothing_is_found_in_good_images() -> None:
 
 
 def test_unused_files() -> None:
-    finding = only(found_in(several(2), skipped=[("x.tga", "is a TGA file; convert it"), ("raw", "is a folder")]))
+    skipped = [("x.tga", Reason("is a TGA file; convert it", "format")), ("raw", Reason("is a folder", "folder"))]
+    finding = only(found_in(several(2), skipped=skipped))
     assert (finding.kind, finding.images) == ("unused files", ())
     assert finding.sentence == (
-        "2 files or folders cannot be used: x.tga (is a TGA file), raw (is a folder); mend, rename or remove them, or "
-        "convert what can be converted with lorasmith data check --fix"
+        "2 files or folders cannot be used (1 in a format that is not read, 1 folders): x.tga (is a TGA file), raw (is "
+        "a folder); mend, rename or remove them, or convert what can be converted with lorasmith data check --fix"
     )
+    refused = [(f"{i}.png", Reason("is left out because of its mask", "mask")) for i in range(2)]
+    assert only(found_in(several(2), skipped=refused)).sentence.endswith("; mend, rename or remove them")
 
 
 def test_unused_files_name_the_package_that_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    skipped = [("1.HEIC", "is a HEIC file; convert it"), ("2.heic", "is a HEIC file; convert it")]
+    skipped = [(name, Reason("is a HEIC file; convert it", "format")) for name in ("1.HEIC", "2.heic")]
     monkeypatch.setattr("lorasmith.data.folder_listing.image_suffixes", lambda: frozenset({".png"}))
     assert only(found_in(several(2), skipped=skipped)).sentence.endswith(
         '--fix; pip install "lorasmith[heic]" reads HEIC'

@@ -303,6 +303,12 @@ def test_every_reader_refuses_what_is_damaged(tmp_path: Path, read: Callable[[Pa
         read(tmp_path / "a.png")
 
 
+def test_pictures_of_phones_are_jpeg_files(tmp_path: Path) -> None:
+    """A second picture in them, as of another lens, makes Pillow call them MPO."""
+    picture().save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[picture()])
+    assert image_header(tmp_path / "a.jpg").suffixes[0] == ".jpg" and not image_header(tmp_path / "a.jpg").is_animated
+
+
 def test_headers(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[274] = 6

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from video_cases import movie
 
+from lorasmith.core.choices import Fix
 from lorasmith.core.errors import OptionError, OutputError
 from lorasmith.core.folders import ASSETS
 from lorasmith.data import mended_folder
@@ -28,9 +33,12 @@ def checked(folder: Path, resolution: int = 128) -> Preflight:
     return preflight(scan_folder(folder), DataConfig(), folder=folder, resolution=resolution, multiple=16)
 
 
-def mended(folder: Path, resolution: int = 128) -> MendedFolder:
-    before = content(folder)
-    done = write_mended(checked(folder, resolution), folder.with_name("fixed"))
+def mended(
+    folder: Path, resolution: int = 128, *, config: DataConfig | None = None, only: Collection[Fix] = get_args(Fix)
+) -> MendedFolder:
+    before, config = content(folder), config or DataConfig()
+    check = preflight(scan_folder(folder, config), config, folder=folder, resolution=resolution, multiple=16)
+    done = write_mended(check, config, folder.with_name("fixed"), only=only)
     assert content(folder) == before, "the original is only read"
     assert [path.name for path in folder.parent.iterdir() if path.name.startswith(".")] == []
     return done
@@ -49,12 +57,12 @@ def folder(tmp_path: Path) -> Path:
 def test_good_images_are_copied_byte_for_byte(tmp_path: Path) -> None:
     source = ASSETS / "input" / "fox"
     check = preflight(scan_folder(source), DataConfig(), folder=source, resolution=256, multiple=16)
-    done = write_mended(check, tmp_path / "fixed")
+    done = write_mended(check, DataConfig(), tmp_path / "fixed")
     before, after = content(source), content(done.folder)
     assert {name: after[name] for name in after if name.endswith(".png")} == {
         name: before[name] for name in before if name.endswith(".png")
     }
-    assert (done.pictures, done.captions, done.changes, done.reasons) == (6, 6, {}, {})
+    assert (done.pictures, done.captions, done.changes) == (6, 6, {"left out": ("LICENSE.txt",)})
 
 
 def test_large_pictures_are_reduced_to_twice_the_area(folder: Path) -> None:
@@ -150,7 +158,7 @@ def test_copies_are_set_apart(folder: Path) -> None:
     add(folder / "2_cats" / "1.png", photo(1, (64, 64)), "small")
     done = mended(folder, 256)
     assert done.changes == {"set apart": ("duplicates/2_cats_1.png",)}
-    assert (done.folder / "duplicates" / "2_cats_1.txt").read_text() == "small\n"
+    assert (done.folder / "duplicates" / "2_cats_1.txt").read_text() == "small"
     assert (done.folder / "duplicates" / "REASONS.txt").read_text() == "2_cats_1.png: shows what 1.png shows\n"
 
 
@@ -159,7 +167,7 @@ def test_captions_become_utf_8(folder: Path) -> None:
     add(folder / "2.png", photo(2)).with_suffix(".caption").write_bytes("a\r\ncat".encode("utf-16"))
     add(folder / "3.png", photo(3), "")
     done = mended(folder, 256)
-    captions = {path.name: path.read_bytes().decode() for path in done.folder.glob("*.txt")}
+    captions = {path.name: path.read_bytes().decode() for path in done.folder.glob("[1-3].txt")}
     assert captions == {"1.txt": "ein Füchslein\n", "2.txt": "a cat\n"} and done.captions == 2
 
 
@@ -187,7 +195,7 @@ def test_pictures_of_one_name_get_captions_of_their_own(folder: Path) -> None:
 def test_content_decides_the_suffix(folder: Path) -> None:
     add(folder / "a.jpeg", photo(1))
     add(folder / "b.png", photo(2)).rename(folder / "b.gif")
-    assert {path.name for path in mended(folder, 256).folder.iterdir()} == {"a.jpeg", "b.png"}
+    assert {path.name for path in mended(folder, 256).folder.iterdir()} == {"a.jpeg", "b.png", "CHANGES.txt"}
 
 
 def test_what_can_be_mended_is_found_no_more(folder: Path) -> None:
@@ -228,10 +236,133 @@ def test_masks_come_along(folder: Path) -> None:
     add(folder / "a:b.png", photo(1))
     add(folder / "a:b.mask.png", Image.new("L", (256, 256)))
     config = DataConfig(masks="files")
-    check = preflight(scan_folder(folder, config), config, folder=folder, resolution=128, multiple=16)
-    done = write_mended(check, folder.with_name("fixed"))
+    done = mended(folder, config=config)
     (image,) = scan_folder(done.folder, config).images
     assert image.path.name == "a_b.png" and image.mask == done.folder / "a_b.mask.png"
+
+
+def refused_folder(folder: Path) -> None:
+    """A good picture, and a picture for each way in which its caption, its mask or its size has it refused."""
+    add(folder / "good.jpg", photo(0), "a dog", quality=80)
+    add(folder / "caption.jpg", photo(1), quality=80).with_suffix(".txt").write_bytes(b"a\0b")
+    add(folder / "long.jpg", photo(2), "x " * 11_000, quality=80)
+    add(folder / "mask.png", photo(3), "a cat")
+    add(folder / "mask.mask.png", Image.new("L", (300, 100), 255))
+    add(folder / "damaged.png", photo(4), "a fox")
+    (folder / "damaged.mask.png").write_bytes(b"no picture")
+    add(folder / "narrow.png", photo(5, (320, 24)))
+    add(folder / "entry.png", photo(6))
+    (folder / "metadata.jsonl").write_text('{"file_name": "entry.png", "text": 7}\n')
+    for name in ("foreign.tga", "foreign_mask.tga"):
+        add(folder / name, photo(7), "a bird")
+    (folder / "foreign.txt").write_bytes(b"a\0b")
+    add(folder / "foreign_mask.mask.png", Image.new("L", (300, 100), 255))
+
+
+@pytest.mark.parametrize("only", [get_args(Fix), ("copies",)])
+def test_what_training_refuses_stays_refused(folder: Path, only: tuple[Fix, ...]) -> None:
+    refused_folder(folder)
+    config = DataConfig(masks="files", trigger="sks")
+    refused = {path.name: str(reason) for path, reason in scan_folder(folder, config).skipped}
+    assert len(refused) == 8
+    done = mended(folder, 256, config=config, only=only)
+    assert [image.path.name for image in scan_folder(done.folder, config).images] == ["good.jpg"]
+    assert set(done.reasons) >= set(refused) and len(done.changes["unused"]) == 8
+    for name in ("caption.jpg", "mask.png", "narrow.png", "entry.png"):
+        assert done.reasons[name] == refused[name], "the reason is that of training"
+    for name in ("caption.txt", "long.txt", "mask.mask.png", "mask.txt", "foreign.txt"):
+        kept = (done.folder / "unused" / name).read_bytes()
+        assert kept == (folder / name).read_bytes(), "caption and mask are there to be repaired"
+    if "formats" in only:
+        assert "its caption file foreign.txt is no text" in done.reasons["foreign.tga"]
+        assert "its mask foreign_mask.mask.png is 300×100 px" in done.reasons["foreign_mask.tga"]
+
+
+def test_converted_pictures_keep_captions_of_metadata_files_and_masks(folder: Path) -> None:
+    add(folder / "1.png", photo(1))
+    add(folder / "2.tga", photo(2))
+    add(folder / "2.mask.png", Image.new("L", (256, 256), 255))
+    (folder / "metadata.jsonl").write_text('{"file_name": "2.tga", "text": "a cat"}\n')
+    config = DataConfig(masks="files")
+    done = mended(folder, 256, config=config)
+    (found,) = [one for one in scan_folder(done.folder, config).images if one.path.name == "2.png"]
+    assert found.caption == "a cat" and found.mask == done.folder / "2.mask.png"
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".tga"])
+def test_jpeg_files_are_copied_byte_for_byte(folder: Path, suffix: str) -> None:
+    add(folder / "x.png", photo(9))
+    for index, settings in enumerate(({}, {"progressive": True}, {"subsampling": 2})):
+        add(folder / f"{index}.jpg", photo(index), quality=70, **settings).rename(folder / f"{index}{suffix}")
+    two = io.BytesIO()
+    photo(3).save(two, "MPO", save_all=True, append_images=[photo(4)])
+    (folder / f"phone{suffix}").write_bytes(two.getvalue())
+    done = mended(folder, 256, only=("formats",))
+    for path in folder.glob(f"*{suffix}"):
+        assert (done.folder / f"{path.stem}.jpg").read_bytes() == path.read_bytes()
+
+
+def test_animations_keep_their_frames(folder: Path) -> None:
+    add(folder / "1.png", photo(1))
+    (folder / "2.webp").parent.mkdir(exist_ok=True)
+    photo(2, (600, 600)).save(folder / "2.webp", save_all=True, append_images=[photo(3, (600, 600))])
+    done = mended(folder)
+    assert (done.folder / "2.webp").read_bytes() == (folder / "2.webp").read_bytes()
+
+
+def test_videos_are_copied(folder: Path) -> None:
+    add(folder / "1.png", photo(1), "a dog")
+    movie(folder / "2.mp4", 3)
+    check = preflight(scan_folder(folder, clips=True), DataConfig(), folder=folder, resolution=128, multiple=16)
+    done = write_mended(check, DataConfig(), folder.with_name("fixed"))
+    assert (done.folder / "2.mp4").read_bytes() == (folder / "2.mp4").read_bytes() and done.pictures == 2
+
+
+def test_masks_of_reduced_pictures_still_fit(folder: Path) -> None:
+    add(folder / "1.png", photo(1, (901, 601)))
+    add(folder / "1.mask.png", Image.new("L", (3604, 2404), 255))
+    config = DataConfig(masks="files")
+    done = mended(folder, 64, config=config)
+    (image,) = scan_folder(done.folder, config).images
+    assert image.mask is not None and done.changes["reduced"] == ("1.png",)
+
+
+def test_only_what_is_chosen_is_mended(folder: Path) -> None:
+    exif = Image.Exif()
+    exif[274] = 6
+    add(folder / "1.jpg", photo(1, (900, 600)), exif=exif)
+    add(folder / "2.png", photo(2))
+    add(folder / "3.png", photo(2, (200, 200)))
+    add(folder / "4.png", photo(2))
+    add(folder / "5.tga", photo(5))
+    done = mended(folder, only=("copies",))
+    assert done.changes == {"set apart": ("duplicates/4.png",), "unused": ("unused/5.tga",)}
+    assert (done.folder / "1.jpg").read_bytes() == (folder / "1.jpg").read_bytes()
+    done.folder.rename(folder.with_name("first"))
+    done = mended(folder, only=("look-alikes", "rotation"))
+    assert done.changes["set apart"] == ("duplicates/3.png",) and done.changes["turned upright"] == ("1.jpg",)
+    with Image.open(done.folder / "1.jpg") as picture:
+        assert picture.size == (600, 900)
+
+
+def test_changes_and_what_is_left_out_are_listed_file_by_file(folder: Path) -> None:
+    add(folder / "a:.png", photo(1), "a dog")
+    add(folder / "2.png", photo(2)).with_suffix(".mask.png").write_bytes((folder / "a:.png").read_bytes())
+    (folder / "2.txt").write_bytes(b"a\0b")  # not read here
+    (folder / "orphan.txt").write_text("of no picture")
+    (folder / "cut.png").write_bytes(b"no picture")
+    add(folder / "changes.jpg", photo(3))
+    done = mended(folder, 256, config=DataConfig(captions="none"))
+    lines = (done.folder / "CHANGES.txt").read_text(encoding="utf-8").splitlines()
+    assert [line.partition(";")[0] for line in lines] == [
+        "a:.png: renamed, is a_.png",
+        "changes.jpg: renamed, is changes-2.jpg",
+        "cut.png: unused, is unused/cut.png",
+        "2.mask.png: left out",
+        "2.txt: left out",
+        "orphan.txt: left out",
+    ]
+    assert done.captions == 1 and scan_folder(done.folder).notes == ()
 
 
 def test_targets_that_are_refused(folder: Path, tmp_path: Path) -> None:
@@ -243,12 +374,12 @@ def test_targets_that_are_refused(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for name in ("full", "file"):
         with pytest.raises(OptionError, match="must be a new or empty folder"):
-            write_mended(check, tmp_path / name)
+            write_mended(check, DataConfig(), tmp_path / name)
     for inside in (folder, folder / "fixed", tmp_path / "photos" / ".." / "photos" / "x"):
         with pytest.raises(OptionError, match="must be outside of the original"):
-            write_mended(check, inside)
-    assert write_mended(check, tmp_path / "empty").pictures == 1
-    assert write_mended(check, tmp_path / "new" / "deep").pictures == 1
+            write_mended(check, DataConfig(), inside)
+    assert write_mended(check, DataConfig(), tmp_path / "empty").pictures == 1
+    assert write_mended(check, DataConfig(), tmp_path / "new" / "deep").pictures == 1
 
 
 def test_nothing_is_left_of_a_copy_that_fails(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,7 +391,7 @@ def test_nothing_is_left_of_a_copy_that_fails(folder: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(mended_folder, "_copy", full)
     with pytest.raises(OutputError, match=r"was not written \(no space\); check"):
-        write_mended(check, folder.with_name("fixed"))
+        write_mended(check, DataConfig(), folder.with_name("fixed"))
     assert [path.name for path in folder.parent.iterdir()] == ["photos"]
 
 

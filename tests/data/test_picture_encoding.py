@@ -129,7 +129,7 @@ def test_pictures_are_encoded_side_by_side_with_equal_shares_of_the_threads(
     encoder, plain = Recording(meeting=at_a_time), Encoder()
     names: list[str] = []
     data = encoder.encode(
-        tmp_path, beside_pixels=beside_pixels, progress=lambda done, total, name: names.append(f"{done} {name}")
+        tmp_path, beside_pixels=beside_pixels, progress=lambda done, total, name, cached: names.append(f"{done} {name}")
     )
     assert encoder.threads == [(64, threads)] * 8
     assert encoder.most == at_a_time

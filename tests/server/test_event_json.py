@@ -30,8 +30,8 @@ def test_events_of_preparation_are_summaries() -> None:
     assert "6 of 6 images" in found["captions"]
     assert len(json.dumps(found)) < 2000
     assert event_json(ModelLoading(model="m"))["model"] == "m"
-    done = event_json(ImageEncoded(done=1, total=2))
-    assert (done["event"], done["done"], done["total"]) == ("ImageEncoded", 1, 2)
+    done = event_json(ImageEncoded(done=1, total=2, cached=1))
+    assert (done["event"], done["done"], done["total"], done["cached"]) == ("ImageEncoded", 1, 2, 1)
 
 
 def test_progress_are_events_of_these_names() -> None:

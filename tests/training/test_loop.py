@@ -163,7 +163,7 @@ def test_another_run_in_the_folder_is_left_alone_and_what_differs_is_named(
 ) -> None:
     audience = Audience(cancel_at=2)
     run(dataset, output=tmp_path / "run", on_event=audience, cancelled=audience.cancelled)
-    with pytest.raises(OutputError, match="holds another run, which differs in rank 4 there, 8 here"):
+    with pytest.raises(OutputError, match="holds another run, which differs in rank 4 then, 8 now"):
         run(dataset, output=tmp_path / "run", rank=8)
     fewer = EncodedDataset(dataset.samples[:-1])
     with pytest.raises(OutputError, match="differs in the images or captions; undo that, choose another output"):
@@ -203,7 +203,7 @@ def test_an_environment_that_differs_is_named(run: Run, dataset: EncodedDataset,
     audience = Audience()
     run(dataset, output=tmp_path, on_event=audience)
     assert re.search(
-        r"not bit-identically, because of torch 1.0 there, .* here; threads 99 there, \d+ here",
+        r"not bit-identically, because of torch 1.0 then, .* now; threads 99 then, \d+ now",
         audience.of(Resumed)[0].message,
     )
 
@@ -414,6 +414,7 @@ def test_other_errors_are_not_taken_for_scarce_memory(
 def test_a_full_disk_costs_checkpoints_and_not_the_run(
     run: Run, dataset: EncodedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("lorasmith.training.train.check_place", lambda *_: None)  # it fills up later
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(run_states.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     audience = Audience()
@@ -642,6 +643,10 @@ def test_little_room_on_the_disk_is_said_at_the_start(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(run_states.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(OutputError, match=r"the run writes 6\d MiB to .*whose disk has 0 MiB free"):
+        run(dataset, steps=1, output=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr("lorasmith.training.train.check_place", lambda *_: None)  # enough for two states
     audience = Audience()
     run(dataset, steps=1, output=tmp_path, on_event=audience)
     assert "are free on the disk, and 3 run states may take" in audience.of(Warned)[0].message

@@ -15,6 +15,8 @@ import psutil
 import torch
 
 from lorasmith.core.dtypes import dtype_name
+from lorasmith.core.errors import OutputError
+from lorasmith.core.files import check_writable
 from lorasmith.core.folders import MODEL_EXTENSIONS, Folders
 from lorasmith.core.placement import product_dtype
 from lorasmith.core.sizes import memory_text
@@ -28,6 +30,13 @@ _PACKAGE = "lorasmith"
 _LITTLE_DISK, _LITTLE_MEMORY = 5 * 2**30, 6 * 2**30
 _KINDS = ("checkpoints", "diffusion_models", "text_encoders", "vae", "loras")
 _PRODUCTS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+_OTHER_OUTPUT = "check its permissions, or start runs in another folder"
+_OTHER_BASE = "check its permissions, or name another folder with --base-dir"
+_OTHER_CACHE = (
+    "check its permissions, or name another folder in LORASMITH_CACHE_DIR: each run encodes its images again until then"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +97,7 @@ class Checkup:
         folders: number of model files by kind of folder, in the base folder and what it includes.
         base_dir: the base folder.
         cache: folder of cached encodings.
-        disks: free bytes by folder that is written to.
+        disks: free bytes by folder that is written to, and can be.
         extras: optional packages.
         problems: what will be in the way.
     """
@@ -117,8 +126,9 @@ def check_up(folders: Folders) -> Checkup:
     versions["torch"] = torch.__version__  # names the build (+cpu, +cu132), which the package's own version may not
     devices = tuple(_devices())
     cache = default_cache().folder
-    writes = {"runs": Path.cwd(), "cache": cache}
-    disks = {str(path): free_bytes(path) for path in dict.fromkeys(writes.values())}
+    written = {Path.cwd(): _OTHER_OUTPUT, folders.output: _OTHER_BASE, cache: _OTHER_CACHE}
+    refused = {path: remedy for path, remedy in written.items() if not _is_writable(path)}
+    disks = {str(path): free_bytes(path) for path in written if path not in refused}
     memory = psutil.virtual_memory()
     found = {kind: len(folders.files(kind, MODEL_EXTENSIONS)) for kind in _KINDS}
     return Checkup(
@@ -135,6 +145,7 @@ def check_up(folders: Folders) -> Checkup:
             *_missing_packages(versions),
             *_slow_devices(devices),
             *_small_memory(memory.total),
+            *(Problem(problem=f"{path} cannot be written", remedy=remedy) for path, remedy in refused.items()),
             *_full_disks(disks),
             *_no_models(found, folders.base),
         ),
@@ -228,6 +239,14 @@ def _small_memory(total: int) -> list[Problem]:
             remedy="see lorasmith plan for settings that need less",
         )
     ]
+
+
+def _is_writable(folder: Path) -> bool:
+    try:
+        check_writable(folder)
+    except OutputError:
+        return False
+    return True
 
 
 def _full_disks(disks: dict[str, int]) -> list[Problem]:

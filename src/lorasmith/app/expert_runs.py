@@ -96,6 +96,7 @@ class ExpertRuns:
         prepared = prepare(
             source,
             self._config,
+            place=RUNS if self._folder is None else self._folder / expert,
             folders=self._folders,
             on_event=on_event,
             cancelled=cancelled,

@@ -21,10 +21,12 @@ from lorasmith.app.run_plan import (
 )
 from lorasmith.core.folders import Folders
 from lorasmith.core.placement import chosen_device
+from lorasmith.core.processes import current
 from lorasmith.data.crops import pixel_step
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.data.encoding import clip_form, datasets_folder, encode_scan
 from lorasmith.data.folder import FolderScan, has_videos, scan_sources
+from lorasmith.data.picture_encoding import Progress
 from lorasmith.data.sources import ImageSource
 from lorasmith.families.model import Model
 from lorasmith.families.model_search import Completed, ModelFiles, load_completed
@@ -35,7 +37,8 @@ from lorasmith.training.job import Job, plan_job
 from lorasmith.training.joint import EngineMaker
 from lorasmith.training.runs.fingerprint import Fingerprint
 from lorasmith.training.runs.records import check_title
-from lorasmith.training.train import RunOptions, TrainResult
+from lorasmith.training.runs.run_folder import check_place
+from lorasmith.training.train import RunOptions, TrainResult, run_bytes
 
 __all__ = ["PreparedRun", "prepare", "train_prepared"]
 
@@ -71,6 +74,7 @@ def prepare(
     source: FolderSource,
     config: TrainConfig,
     *,
+    place: Path | None = None,
     folders: Folders | None = None,
     on_event: EventHandler = lambda event: None,
     cancelled: Callable[[], bool] = lambda: False,
@@ -83,6 +87,7 @@ def prepare(
     Args:
         source: images, model and the like.
         config: settings, some of them open.
+        place: folder that the run will be in or below, tried before anything is loaded; None to try none.
         folders: where parts that the model lacks are searched; None to search nothing.
         on_event: receives `ImagesFound`, `ModelLoading`, `ImagesChecked`, a `ClassImageDrawn` per drawn picture,
             `RunPlanned`, an `ImageEncoded` per image, and a `Warned` for each damaged file among `folders`.
@@ -95,9 +100,12 @@ def prepare(
         The run; its source names the files of all parts.
 
     Raises:
-        LorasmithError: images, model, settings or device cannot be used.
+        LorasmithError: images, model, settings or device cannot be used, or the run cannot be written.
     """
     check_title(source.name)
+    processes = current()
+    if place is not None:
+        processes.from_first(lambda: check_place(place))
     device, settings = chosen_device(source.device), source.data
     folder = Path(source.folder)
 
@@ -124,6 +132,8 @@ def prepare(
         source = source.with_files(loaded.files)
     config = configured(config, base)
     job = plan_job(base.denoiser, config, device)
+    if place is not None:
+        processes.from_first(lambda: check_place(place, run_bytes(job)))
     check = check_scan(
         scan,
         settings,
@@ -133,7 +143,7 @@ def prepare(
         validation_share=config.validation_share if judged is None else 0.0,
     )
     on_event(ImagesChecked(check=check))
-    with job.runtime.processes.first_alone():
+    with processes.first_alone():
         prior = class_scan(settings, base, device=device, on_event=on_event, cancelled=cancelled)
     if prior is not None:
         scan = replace(scan, images=(*scan.images, *prior.images))
@@ -143,10 +153,13 @@ def prepare(
     if samples is not None:
         return PreparedRun(source, plan, base, job, *samples)
 
-    def encoded(found: FolderScan, progress: Callable[[int, int, str], None] | None) -> EncodedDataset:
+    def encoded(found: FolderScan, progress: Progress | None) -> EncodedDataset:
         return encode_scan(found, base, settings, device=device, progress=progress)
 
-    data = encoded(scan, lambda done, total, name: on_event(ImageEncoded(done=done, total=total)))
+    def tell(done: int, total: int, name: str, cached: int) -> None:
+        on_event(ImageEncoded(done=done, total=total, cached=cached))
+
+    data = encoded(scan, tell)
     return PreparedRun(source, plan, base, job, data, None if judged is None else encoded(judged, None))
 
 

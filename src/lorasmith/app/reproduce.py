@@ -81,6 +81,7 @@ def prepare_reproduction(
     data: Path | None = None,
     output: Path | None = None,
     device: str | None = None,
+    dry_run: bool = False,
     on_event: EventHandler = lambda event: None,
 ) -> Reproduction:
     """Prepare the run that made a LoRA.
@@ -90,6 +91,7 @@ def prepare_reproduction(
         rights: what its record may name.
         model, text_encoders, vae, data, device: as for `recorded_run.repeated`.
         output: folder of the new run.
+        dry_run: whether nothing will be written.
         on_event: receives the events of `prepare`.
 
     Raises:
@@ -109,7 +111,8 @@ def prepare_reproduction(
     except ValueError as error:
         raise _without_record(lora, error) from error
     # Previews and early stopping change no tensor of a run that ends at a given step.
-    prepared = prepare(source, replace(config, previews="", patience=0), on_event=on_event)
+    place = None if dry_run else output or RUNS
+    prepared = prepare(source, replace(config, previews="", patience=0), place=place, on_event=on_event)
     steps = steps_of(metadata, lora.name) - prepared.job.steps_before
     if not 0 < steps <= config.steps:
         raise OptionError(

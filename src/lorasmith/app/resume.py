@@ -74,7 +74,7 @@ def prepare_again(
     if steps is not None:
         # Not the path of the record: the folder may have been moved.
         config = replace(config, steps=steps, existing_state=str(folder.states().paths()[0].resolve()))
-    prepared = prepare(source, config, on_event=on_event)
+    prepared = prepare(source, config, place=run, on_event=on_event)
     tracker = record.asked.get("track")
     if config.is_default("track") and tracker in options_of(TrainConfig)["track"].choices[1:]:
         on_event(Warned(message=f"The tracker {tracker} of this run is not started; --track {tracker} starts it."))

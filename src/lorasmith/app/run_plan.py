@@ -174,7 +174,9 @@ class ImageEncoded(Event):
 
     Attributes:
         done, total: images encoded so far, and all images.
+        cached: those of all that were in the cache.
     """
 
     done: int
     total: int
+    cached: int = 0

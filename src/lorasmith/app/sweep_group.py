@@ -166,7 +166,7 @@ def train_group(
     """
     logs = {run.name: _RunLog(log_of(output, run)) for run in runs}
     ready: list[tuple[SweepRun, PreparedRun]] = []
-    shared, stop = _Shared(folders), StopOfAll(cancelled)
+    shared, stop = _Shared(output, folders), StopOfAll(cancelled)
     for run in runs:
         with _end_kept(run, output, logs[run.name]):
             one = shared.prepared(run, logs[run.name])
@@ -214,8 +214,8 @@ def _end_kept(run: SweepRun, output: Path, log: _RunLog) -> Iterator[None]:
 class _Shared:
     """What the runs of a group load and encode once."""
 
-    def __init__(self, folders: Folders | None) -> None:
-        self._folders = folders
+    def __init__(self, output: Path, folders: Folders | None) -> None:
+        self._output, self._folders = output, folders
         self._models: dict[ModelFiles, Completed] = {}
         self._samples: dict[object, tuple[EncodedDataset, EncodedDataset | None]] = {}
 
@@ -225,6 +225,7 @@ class _Shared:
         one = prepare(
             run.source,
             run.config,
+            place=self._output / run.name,
             folders=self._folders,
             on_event=on_event,
             load=self._loaded,

@@ -56,6 +56,7 @@ __all__ = [
     "end_with",
     "errors",
     "heading",
+    "name_output",
     "other_output_made_printable",
     "output_as",
     "print_error",
@@ -140,7 +141,11 @@ class _LogFile:
     def add_text(self, text: str) -> None:
         """Append lines, without empty ones."""
         now = time.strftime("%Y-%m-%d %H:%M:%S")
-        lines = [f"{now}  {line.rstrip()}\n" for line in text.splitlines() if line.strip()]
+        lines = [
+            f"{now}  {_output.source}{line.rstrip().removeprefix(_output.source)}\n"
+            for line in text.splitlines()
+            if line.strip()
+        ]
         with self._lock:
             if self._file is None or not lines:
                 return
@@ -167,11 +172,13 @@ class _Output:
         as_json: whether its result is JSON on standard output.
         log: where everything is appended, if anywhere.
         is_complete: whether the JSON document is printed.
+        source: which of several processes prints, in front of lines of errors and logs.
     """
 
     as_json: bool = False
     log: _LogFile | None = None
     is_complete: bool = False
+    source: str = ""
 
 
 _output = _Output()
@@ -217,7 +224,7 @@ def _ending_with_a_sentence() -> Iterator[None]:
     except CancelledError as stopped:
         end_with(stopped, getattr(stopped, "exit_code", 128 + signal.SIGINT), kind="stopped")
     except LorasmithError as error:
-        end_with(error)
+        end_with(error, getattr(error, "exit_code", 1))
     except KeyboardInterrupt:
         end_with(CancelledError("interrupted"), 128 + signal.SIGINT, kind="stopped")
     except Exception as error:
@@ -262,6 +269,11 @@ def result_shown() -> Iterator[None]:
         yield
     finally:
         console.quiet = was
+
+
+def name_output(source: str) -> None:
+    """Until the command ends, its errors, warnings and log lines begin with a text."""
+    _output.source = f"[{source}] "
 
 
 @contextlib.contextmanager
@@ -361,11 +373,16 @@ def other_output_made_printable() -> None:
 
     def record(*args: Any, **keywords: Any) -> logging.LogRecord:
         one = made(*args, **keywords)
-        one.msg, one.args = printable(one.getMessage()), ()
+        one.msg, one.args = _output.source + printable(one.getMessage()), ()
         return one
 
     logging.setLogRecordFactory(record)
-    warnings.formatwarning = lambda message, category, *_: f"{category.__name__}: {printable(message)}\n"
+    warnings.formatwarning = lambda message, category, *_: (
+        f"{_output.source}{category.__name__}: {printable(message)}\n"
+    )
+    for name in ("matplotlib", "torchvision"):  # about fonts, caches and codecs, of which a run needs none
+        logging.getLogger(name).setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", module=rf"{name}(\.|$)")
 
 
 def echo(text: object = "") -> None:
@@ -393,7 +410,7 @@ def print_note(sentence: str, *, kind: str = "Note", colour: str = "yellow", ind
 def print_error(sentence: str, *, kind: str) -> None:
     """Print a sentence on standard error; each finding of a workflow is on a line of its own."""
     first, *findings = sentence.split("\n")
-    errors.print(Text.assemble((f"{kind}:", "bold red"), f" {printable(first)}"), soft_wrap=True)
+    errors.print(Text.assemble(_output.source, (f"{kind}:", "bold red"), f" {printable(first)}"), soft_wrap=True)
     for finding in findings:
         errors.print(finding, soft_wrap=True)
 
@@ -469,9 +486,9 @@ def progress_shown(what: str) -> Iterator[Callable[..., None]]:
         with progress_bar(TextColumn("{task.description}", markup=False)) as progress:
             task = progress.add_task(what, total=None)
 
-            def show(done: int, total: int, *_: object) -> None:
-                progress.update(task, completed=done, total=total)
-                lines.report(f"{what}: {done:,} of {total:,}")
+            def show(done: int, total: int, *_: object, more: str = "") -> None:
+                progress.update(task, completed=done, total=total, description=f"{what}{more}")
+                lines.report(f"{what}: {done:,} of {total:,}{more}")
 
             yield show
     finally:

@@ -9,6 +9,7 @@ import typer
 
 from lorasmith.cli.console import console, echo, print_note, print_result, progress_shown, stoppable
 from lorasmith.core.errors import CancelledError, DataError
+from lorasmith.core.files import check_writable
 
 if TYPE_CHECKING:
     from lorasmith.app.captioning import Captioned, ImagesToCaption
@@ -51,6 +52,7 @@ def caption(
     from lorasmith.data.captioners import load_captioner
 
     place = chosen_device(device)
+    check_writable(folder)
     found = images_to_caption(folder, overwrite=overwrite, recursive=recursive)
     _print_left_out(found)
     if not found.images:

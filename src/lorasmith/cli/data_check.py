@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
@@ -18,6 +18,9 @@ from lorasmith.cli.flags import (
     folders_of,
     with_flags,
 )
+from lorasmith.core.choices import Fix
+from lorasmith.core.errors import OptionError
+from lorasmith.core.files import check_writable, is_folder
 from lorasmith.core.options import options_of
 from lorasmith.data.data_config import DataConfig
 from lorasmith.training.config import TrainConfig
@@ -55,6 +58,14 @@ def check(
             "files set apart.",
         ),
     ] = None,
+    fix_only: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KIND",
+            help=f"What --fix mends: {', '.join(get_args(Fix))}. Default: all. What training refuses is set apart in "
+            "any case. Repeatable.",
+        ),
+    ] = None,
     base_dir: BaseDir = None,
     extra_model_paths: ExtraModelPaths = None,
     **settings: Any,
@@ -67,10 +78,19 @@ def check(
     """
     from lorasmith.app.data_check import check_folder, plain
     from lorasmith.app.data_check_page import write_data_page
-    from lorasmith.data.mended_folder import write_mended
+    from lorasmith.data.mended_folder import check_target, write_mended
     from lorasmith.families.model_search import ModelFiles
 
+    if fix is not None:
+        check_target(fix, folder if is_folder(folder) else folder.parent)
+    if report is not None:
+        check_writable(report.parent)
     config = DataConfig(**{name: settings[name] for name in _DATA})
+    if fix_only and fix is None:
+        raise OptionError("--fix-only chooses what --fix mends, but no --fix is given; add --fix NEW_FOLDER")
+    only = [one for one in get_args(Fix) if one in (fix_only or get_args(Fix))]
+    if unknown := set(fix_only or ()) - {*only}:
+        raise OptionError(f"--fix-only must be one of {', '.join(get_args(Fix))}, got {min(unknown)!r}")
     training = TrainConfig(**{name: settings[name] for name in _TRAINING})
     with progress_shown("Checking") as progress:
         checked = check_folder(
@@ -87,7 +107,7 @@ def check(
     mended = None
     if fix is not None:
         with progress_shown("Writing") as progress:
-            mended = write_mended(checked.preflight, fix, progress=progress)
+            mended = write_mended(checked.preflight, config, fix, only=only, progress=progress)
 
     def show() -> None:
         print_check(checked)
@@ -96,6 +116,6 @@ def check(
         if mended is not None:
             print_mended(mended)
 
-    print_result(lambda: plain(checked), show)
+    print_result(lambda: plain(checked) | ({} if mended is None else {"mended": mended}), show)
     if checked.preflight.findings:
         raise typer.Exit(1)

@@ -61,13 +61,17 @@ def print_check(check: DataCheck) -> None:
 
 def print_mended(mended: MendedFolder) -> None:
     """Print what a mended folder holds, and what was changed."""
-    captions = f"with {mended.captions:,} captions " if mended.captions else ""
+    from lorasmith.data.folder_listing import CHANGES
+
+    captions = f"with {mended.captions:,} caption{'' if mended.captions == 1 else 's'} " if mended.captions else ""
     heading(
         f"{mended.pictures:,} picture{'' if mended.pictures == 1 else 's'}", f"{captions}written to {mended.folder}"
     )
     for change, names in mended.changes.items():
         more = f" and {len(names) - 8:,} more" if len(names) > 8 else ""
         echo(f"  {len(names):,} {change}: {', '.join(names[:8])}{more}")
+    if mended.changes:
+        echo(f"  {CHANGES} in it says what was done to each file.")
 
 
 def _sizes(found: Preflight) -> str:

@@ -40,11 +40,10 @@ def demo(
     echo("pictures, and then draws subjects that are not among them.")
     echo()
     with preparation_shown() as show:
-        prepared = prepare(*demo_source(steps=steps, seed=seed, device=device), on_event=show)
+        place = output or demo_folder()
+        prepared = prepare(*demo_source(steps=steps, seed=seed, device=device), place=place, on_event=show)
     with training_shown() as (show, stop):
-        result = train_prepared(
-            prepared, output=output or demo_folder(), fresh=True, on_event=show, cancelled=stop.is_set
-        )
+        result = train_prepared(prepared, output=place, fresh=True, on_event=show, cancelled=stop.is_set)
     if result.reason is Outcome.CANCELLED:
         print_result(lambda: plain_result(result), lambda: report_result(result))
     stop.exit_if_set()

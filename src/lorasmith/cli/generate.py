@@ -11,6 +11,7 @@ from lorasmith.cli.console import console, echo, print_note, print_result, progr
 from lorasmith.cli.flags import BaseDir, ExtraModelPaths, TextEncoderFiles, VaeFile, folders_of, split_strength
 from lorasmith.cli.run_output import found_line
 from lorasmith.core.errors import OptionError
+from lorasmith.core.files import check_writable
 
 __all__ = ["register"]
 
@@ -75,6 +76,7 @@ def generate(
     from lorasmith.families.model_search import ModelFiles
     from lorasmith.sampling.generate import Experts, Sampling, generate_clips
 
+    check_writable(output)
     number_format, loras = dtype_from_name(dtype), [split_strength(text) for text in lora or []]
     with console.status(f"Loading {model}"):
         files = ModelFiles(model, tuple(text_encoder or ()), vae)

@@ -69,6 +69,7 @@ def reproduce(
             data=data,
             output=output,
             device=device,
+            dry_run=dry_run,
             on_event=show,
         )
     planned = again.prepared.job.config.steps

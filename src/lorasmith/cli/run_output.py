@@ -103,7 +103,8 @@ def preparation_shown() -> Iterator[EventHandler]:
                     drawing(event.done, event.total)
                 case ImageEncoded():
                     bar = bar or live.enter_context(progress_shown("Encoding"))
-                    bar(event.done, event.total)
+                    more = f", {event.cached:,} from the cache" if event.cached else ""
+                    bar(event.done, event.total, more=more)
                 case Warned():
                     live.close()
                     print_note(event.message)

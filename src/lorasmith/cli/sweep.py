@@ -15,6 +15,7 @@ from lorasmith.cli.console import StopRequest, console, echo, heading, print_not
 from lorasmith.cli.flags import BaseDir, ExtraModelPaths, folders_of
 from lorasmith.cli.together import check_alone
 from lorasmith.core.errors import OptionError
+from lorasmith.core.files import check_writable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -97,10 +98,10 @@ def sweep(
     found = read_sweep(file)
     if only is not None and not 1 <= only <= len(found.runs):
         raise OptionError(f"--only must be the number of a run, from 1 to {len(found.runs)}, got {only}")
+    folder = check_writable(sweep_folder((output or found.output or RUNS / file.stem).absolute()))
     chosen = sweep_devices(devices or found.device) if launcher is _Launcher.LOCAL and not list_runs else ()
     if only is None and not list_runs:  # those were checked when the sweep was started
         check_held_out(found)
-    folder = sweep_folder((output or found.output or RUNS / file.stem).absolute())
     where = {"base_dir": base_dir, "extra_model_paths": extra_model_paths}
     models = {name: path.absolute() for name, path in where.items() if path is not None}
     also = arguments_for(models)

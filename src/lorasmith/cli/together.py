@@ -6,12 +6,13 @@ import contextlib
 import logging
 import os
 import re
+import socket
 import sys
 from collections.abc import Iterator
 
 import typer
 
-from lorasmith.cli.console import StoppedError, output_silenced
+from lorasmith.cli.console import StoppedError, name_output, output_silenced
 from lorasmith.core.errors import LorasmithError, OptionError, TrainingError
 from lorasmith.core.launch_environment import VISIBLE_GPUS, gpu_variable, launched_process
 
@@ -33,6 +34,8 @@ def together() -> Iterator[None]:
         return
     from lorasmith.core.processes import joined
 
+    if launched.size > 1:
+        name_output(f"rank {launched.rank} of {launched.size}, {socket.gethostname()}")
     try:
         with joined(launched) as processes, contextlib.ExitStack() as stack:
             if not processes.is_first:

@@ -107,7 +107,7 @@ def train(
     """
     if started_on_gpus(gpus):
         return
-    from lorasmith.app.folder_run import prepare
+    from lorasmith.app.folder_run import RUNS, prepare
     from lorasmith.app.recorded_run import Rights
     from lorasmith.app.run_file import RunFile, read_run_file
     from lorasmith.training.runs.output_folder import output_folder
@@ -144,11 +144,10 @@ def train(
         with together():
             train_experts_and_report(runs, verify=verify)
         return
-    if output_path is not None:  # refused before the model is loaded
-        output_folder(output_path, source.name)
+    place = RUNS if output_path is None else output_folder(output_path, source.name)
     with together():
         with preparation_shown() as show:
-            prepared = prepare(source, train_config, folders=folders, on_event=show)
+            prepared = prepare(source, train_config, place=place, folders=folders, on_event=show)
         train_and_report(prepared, output=output_path, fresh=fresh, verify=verify)
 
 

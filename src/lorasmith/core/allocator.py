@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import sys
 
-__all__ = ["is_out_of_memory", "keep_freed_memory"]
+__all__ = ["is_out_of_memory", "keep_freed_memory", "memory_missed"]
 
 # Numbers of mallopt(3).
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
@@ -31,3 +32,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     text = str(error).lower()  # matched by text, as torch's class would require importing torch
     phrases = ("out of memory", "can't allocate memory", "not enough memory")
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(one in text for one in phrases))
+
+
+def memory_missed(error: BaseException) -> str:
+    """The amount of memory that could not be had, from the text of an out-of-memory error, in a clause of ours."""
+    found = re.search(r"allocate ([\d.,]+ ?(?:[KMGT]i?B|bytes))", str(error))
+    return f"{found[1]} more were needed" if found else "the amount is unknown"

@@ -12,6 +12,7 @@ from typing import Literal
 __all__ = [
     "ActivationPlan",
     "Activations",
+    "Fix",
     "LossFunction",
     "LossWeighting",
     "Objective",
@@ -24,6 +25,9 @@ Activations = Literal["keep", "lean", "selective", "host"]
 
 ActivationPlan = Literal[Activations, "auto"]
 """One of these, or the fastest that fits by measurement."""
+
+Fix = Literal["sizes", "rotation", "formats", "copies", "look-alikes"]
+"""What a copy of a folder of images can be free of; see `data.mended_folder`."""
 
 LossFunction = Literal["MSE", "L1", "Huber", "SmoothL1"]
 """Distance between prediction and target; see `diffusion.losses`."""

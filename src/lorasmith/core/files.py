@@ -20,6 +20,7 @@ __all__ = [
     "atomic_folder",
     "atomic_path",
     "check_parents",
+    "check_writable",
     "ensure_folder",
     "is_folder",
     "is_regular",
@@ -170,6 +171,25 @@ def check_parents(folder: Path) -> None:
     blocker = next((parent for parent in folder.parents if parent.exists() and not parent.is_dir()), None)
     if blocker is not None:
         raise OutputError(f"{folder} cannot be made because {blocker} is a file; choose another output")
+
+
+def check_writable(folder: Path) -> Path:
+    """`folder`, which need not exist, after trying to write a file there or where it will be made.
+
+    Raises:
+        OutputError: the folder is a file, a file is in the way, or nothing can be written there.
+    """
+    check_parents(folder)
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder} must be a folder but is a file; move it away or choose another output")
+    existing = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing) as file:
+            file.write(b"\0")
+            file.flush()  # a full disk is noticed here
+    except OSError as error:
+        raise _explained(folder, error) from error
+    return folder
 
 
 @contextlib.contextmanager

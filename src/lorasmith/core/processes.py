@@ -45,6 +45,8 @@ _PATIENCE = timedelta(hours=2)
 class _OtherEndedError(TrainingError):
     """Another process has ended, for a reason that is known there."""
 
+    exit_code = 75  # EX_TEMPFAIL: the same command may succeed
+
 
 class Processes:
     """The processes of a run, seen from one of them; this base class is one process alone.
@@ -202,10 +204,21 @@ class _Joined(Processes):
             raise self.lost(error) from error
 
 
+_REASONS = {
+    r"closed by peer|reset by peer|broken pipe|end of file": "the connection was closed",
+    r"refused": "the connection was refused",
+    r"time[d]?[ -]?out": "it did not answer in time",
+    r"resolve|name or service|getaddrinfo|no such host": "the name has no address",
+    r"unreachable|no route": "no network leads there",
+    r"address already in use": "the port is in use",
+}
+"""What torch, gloo and NCCL write of a failure, among places in their sources, advice and jokes; and in our words."""
+
+
 def _reason(error: BaseException) -> str:
-    """A message of torch or gloo, without the place in their sources and advice about these."""
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return re.sub(r"^\[[^\]]*\.cc:\d+\]\s*|\.? This may indicate.*|\.$", "", line)
+    """Why processes cannot reach each other."""
+    found = (reason for text, reason in _REASONS.items() if re.search(text, str(error), re.IGNORECASE))
+    return next(found, type(error).__name__)
 
 
 _joined: list[Processes] = []

@@ -79,12 +79,13 @@ def is_video(path: Path) -> bool:
     return path.suffix.lower() in VIDEO_SUFFIXES
 
 
-def open_file(path: Path, *, clips: bool) -> OpenedFile:
+def open_file(path: Path, *, clips: bool, any_format: bool = False) -> OpenedFile:
     """Size and frames of an image file or a clip, after reading it.
 
     Args:
         path: the file.
         clips: whether animations are clips; else they are their first picture.
+        any_format: as for `open_original`.
 
     Raises:
         ImageError: the file cannot be used.
@@ -104,7 +105,7 @@ def open_file(path: Path, *, clips: bool) -> OpenedFile:
                 break
         if count > 1:
             return OpenedFile(*size, count, 1000 * count / milliseconds)
-    return OpenedFile(*image_size(path))
+    return OpenedFile(*image_size(path, any_format=any_format))
 
 
 def clip_frames(path: Path, content: bytes, numbers: Sequence[int]) -> Iterator[Image.Image]:

@@ -54,7 +54,7 @@ def load_dataset(
     model: Model,
     *,
     device: str | torch.device | None = None,
-    progress: Progress | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
     caption_progress: Callable[[int, int], None] | None = None,
     config: DataConfig | None = None,
     **settings: Any,
@@ -83,7 +83,7 @@ def load_dataset(
         model,
         whole,
         device=place,
-        progress=progress,
+        progress=None if progress is None else lambda done, total, name, cached: progress(done, total, name),
         caption_progress=caption_progress,
     )
 
@@ -126,7 +126,8 @@ def encode_scan(
 
     Args:
         scan: of the images; clips in it are for models of videos.
-        model, device, progress, caption_progress: as for `load_dataset`.
+        model, device, caption_progress: as for `load_dataset`.
+        progress: called after each image.
         config: with which they were scanned.
     """
     latent, encoder, autoencoder = model.components.latent, model.text_encoder, model.autoencoder
@@ -188,7 +189,7 @@ def encode_images(
         captions, pictures: what encodes.
         resolution: the model's, where `config` has none.
         multiple: sides of pictures are multiples of it.
-        progress, caption_progress: as for `load_dataset`.
+        progress, caption_progress: as for `encode_scan`.
 
     Raises:
         ImageError: an image can no longer be read.

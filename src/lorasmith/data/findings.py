@@ -15,7 +15,7 @@ from typing import Literal
 
 from lorasmith.data.captions import one_line
 from lorasmith.data.folder import ImageFile
-from lorasmith.data.folder_listing import reader_install
+from lorasmith.data.folder_listing import Reason, ReasonKind, reader_install
 from lorasmith.data.picture_quality import PictureQuality
 
 __all__ = ["CheckedImage", "Finding", "FindingKind", "LookAlikes", "TokenLimit", "found_in", "tags_of"]
@@ -66,7 +66,8 @@ class CheckedImage:
         name: its path relative to the folder, with slashes.
         bucket: width and height at which it is trained.
         crop: the part of it that is trained: left, top, right and bottom in pixels of the upright picture.
-        scale: factor by which that part is enlarged.
+        scale: factor by which that part is enlarged, at the largest size of several.
+        largest: width and height of that size.
         quality: what was measured of its pixels.
         has_empty_caption: whether it has a caption file that is empty.
         tokens: of its caption, if a tokenizer was given.
@@ -77,6 +78,7 @@ class CheckedImage:
     bucket: tuple[int, int]
     crop: tuple[float, float, float, float]
     scale: float
+    largest: tuple[int, int]
     quality: PictureQuality
     has_empty_caption: bool = False
     tokens: int | None = None
@@ -95,7 +97,7 @@ class CheckedImage:
     @property
     def size(self) -> str:
         """Width and height of the picture in words."""
-        return f"{self.file.width}×{self.file.height}"
+        return _size((self.file.width, self.file.height))
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ class Finding:
 def found_in(
     images: Sequence[CheckedImage],
     *,
-    skipped: Sequence[tuple[str, str]] = (),
+    skipped: Sequence[tuple[str, Reason]] = (),
     missing: Sequence[Path] = (),
     alike: Sequence[LookAlikes] = (),
     limit: TokenLimit | None = None,
@@ -179,16 +181,34 @@ def tags_of(caption: str) -> list[str]:
     return [tag for part in caption.split(",") if (tag := one_line(part))]
 
 
-def _unused(skipped: Sequence[tuple[str, str]]) -> Iterator[Finding]:
+_UNUSED: dict[ReasonKind, str] = {
+    "unreadable": "damaged or no picture",
+    "format": "in a format that is not read",
+    "video": "a video",
+    "size": "too small or too long",
+    "caption": "with an unusable caption",
+    "mask": "with an unusable mask",
+    "metadata": "for a metadata file",
+    "folder": "folders",
+}
+"""Reasons for which files and folders are not used, after their number."""
+
+
+def _unused(skipped: Sequence[tuple[str, Reason]]) -> Iterator[Finding]:
     if skipped:
+        counts = Counter(reason.kind for _, reason in skipped)
+        kinds = ", ".join(f"{counts[kind]:,} {what}" for kind, what in _UNUSED.items() if counts[kind])
         suffixes = dict.fromkeys(Path(name).suffix.lower() for name, _ in skipped)
         commands = {command: suffix[1:].upper() for suffix in suffixes if (command := reader_install(suffix))}
         readers = "".join(f"; {command} reads {kind}" for command, kind in commands.items())
         yield Finding(
             "unused files",
-            f"{_count(skipped, 'file or folder', 'files or folders')} cannot be used",
+            f"{_count(skipped, 'file or folder', 'files or folders')} cannot be used"
+            + (f" ({kinds})" if len(counts) > 1 else ""),
             _joined([f"{name} ({reason.partition(';')[0]})" for name, reason in skipped]),
-            f"mend, rename or remove {_them(skipped)}, or convert what can be converted with {_FIX}{readers}",
+            f"mend, rename or remove {_them(skipped)}"
+            + (f", or convert what can be converted with {_FIX}" if counts["format"] else "")
+            + readers,
         )
 
 
@@ -208,11 +228,13 @@ def _pixels(images: Sequence[CheckedImage], *, upscale: bool) -> Iterator[Findin
     )
     for kind, much, found in kinds:
         if found:
+            sizes = {images[index].largest for index in found}
             larger = f"use {'a larger one' if len(found) == 1 else 'larger ones'}"
             yield Finding(
                 kind,
-                f"{_are(found)} {much}smaller than {_buckets(images, found)} and would be enlarged",
-                _listed(images, found, lambda one: one.size),
+                f"{_are(found)} {much}smaller than {_size(*sizes) if len(sizes) == 1 else 'their size in training'} "
+                "and would be enlarged",
+                _listed(images, found, _own_size if len(sizes) == 1 else _enlargement),
                 f"{larger}, a lower --resolution or --no-upscale" if upscale else larger,
                 found,
             )
@@ -230,7 +252,7 @@ def _pixels(images: Sequence[CheckedImage], *, upscale: bool) -> Iterator[Findin
         yield Finding(
             "cut pictures",
             f"{_count(cut, 'image loses', 'images lose')} more than a fifth to the crop",
-            _listed(images, cut, lambda one: f"{one.size} to {one.bucket[0]}×{one.bucket[1]}"),
+            _listed(images, cut, lambda one: f"{one.size} to {_size(one.bucket)}"),
             f"crop {_them(cut)} yourself to what matters, or choose another --bucket-step or --resolution",
             cut,
         )
@@ -346,11 +368,16 @@ def _those(images: Sequence[CheckedImage], are: Callable[[CheckedImage], bool]) 
     return tuple(index for index, one in enumerate(images) if are(one))
 
 
-def _buckets(images: Sequence[CheckedImage], found: Sequence[int]) -> str:
-    """The size that pictures are trained at, or the most frequent one of several."""
-    sizes = Counter(images[index].bucket for index in found)
-    (width, height), _ = sizes.most_common(1)[0]
-    return f"{width}×{height}" if len(sizes) == 1 else "their size in training"
+def _size(size: tuple[int, int]) -> str:
+    return f"{size[0]}×{size[1]}"
+
+
+def _own_size(one: CheckedImage) -> str:
+    return one.size
+
+
+def _enlargement(one: CheckedImage) -> str:
+    return f"{one.size} to {_size(one.largest)}"
 
 
 def _listed(

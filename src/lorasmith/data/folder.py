@@ -18,16 +18,16 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
 from lorasmith.core.errors import DataError
 from lorasmith.data.caption_rules import CaptionRules
 from lorasmith.data.captions import CaptionError, caption_of_file_name, one_line, read_caption_file
-from lorasmith.data.clips import OpenedFile, is_video, open_file
+from lorasmith.data.clips import is_video, open_file
 from lorasmith.data.data_config import CaptionOrigin, DataConfig
-from lorasmith.data.folder_listing import NO_CLIPS, Skipped, name_without_repeats, stem_of
+from lorasmith.data.folder_listing import NO_CLIPS, Reason, Skipped, name_without_repeats, stem_of
 from lorasmith.data.folder_remarks import Remark, Remarks
 from lorasmith.data.image_files import ImageError, file_digest, image_size, image_suffixes
 from lorasmith.data.source_files import Candidate, candidates
@@ -40,6 +40,7 @@ __all__ = [
     "CaptionSource",
     "FolderScan",
     "ImageFile",
+    "checked_again",
     "has_videos",
     "scan_folder",
     "scan_sources",
@@ -102,12 +103,14 @@ class FolderScan:
         skipped: unused files and folders, with reason and remedy.
         missing_captions: usable images for which there should be a caption and is none, or an empty one.
         notes: other remarks for the user, one sentence each.
+        refused: the image files among `skipped`.
     """
 
     images: tuple[ImageFile, ...]
-    skipped: tuple[tuple[Path, str], ...]
+    skipped: tuple[tuple[Path, Reason], ...]
     missing_captions: tuple[Path, ...]
     notes: tuple[str, ...]
+    refused: tuple[Candidate, ...] = field(default=(), compare=False)
 
     def __repr__(self) -> str:
         counts = {
@@ -130,7 +133,8 @@ class FolderScan:
         if not images:
             raise DataError(f"there is no usable image: {videos[0].name} {NO_CLIPS}")
         missing = tuple(path for path in self.missing_captions if not is_video(path))
-        return FolderScan(images, (*self.skipped, *((path, NO_CLIPS) for path in videos)), missing, self.notes)
+        skipped = (*self.skipped, *((path, NO_CLIPS) for path in videos))
+        return replace(self, images=images, skipped=skipped, missing_captions=missing)
 
 
 def scan_folder(path: str | os.PathLike[str], config: DataConfig | None = None, *, clips: bool = False) -> FolderScan:
@@ -174,20 +178,23 @@ def scan_sources(
     scanned: list[ImageFile] = []
     unusable: Skipped = []
     skipped: Skipped = []
+    refused: list[Candidate] = []
+    unread: list[Candidate] = []
     missing: list[Path] = []
     remarks = Remarks()
     found = [
         one
         for source in sources
-        for one in candidates(source, config, cache=cache, skipped=skipped, remarks=remarks, clips=clips)
+        for one in candidates(source, config, cache=cache, skipped=skipped, remarks=remarks, unread=unread, clips=clips)
     ]
 
-    def check(candidate: Candidate) -> _Checked | str:
-        return _checked(candidate, config, rules, is_class=is_class, clips=clips)
+    def check(candidate: Candidate) -> _Checked | Reason:
+        return _checked(candidate, config, rules, is_class=is_class)
 
     for candidate, checked in zip(found, _each(found, check), strict=True):
-        if isinstance(checked, str):
+        if isinstance(checked, Reason):
             unusable.append((candidate.path, checked))
+            refused.append(candidate)
             continue
         scanned.append(checked.image)
         if checked.is_missing:
@@ -202,7 +209,20 @@ def scan_sources(
         raise DataError(_nothing_usable(sources, unusable + skipped))
     if len(sources) > 1:
         _remark_repetition(found, remarks)
-    return FolderScan(tuple(scanned), tuple(unusable + skipped), tuple(missing), remarks.sentences())
+    return FolderScan(
+        tuple(scanned), tuple(unusable + skipped), tuple(missing), remarks.sentences(), tuple(refused + unread)
+    )
+
+
+def checked_again(refused: Candidate, config: DataConfig) -> ImageFile | Reason:
+    """An image that a scan refused, if nothing but its file's format was in the way; else the reason.
+
+    Args:
+        refused: of the scan.
+        config: with which it was scanned.
+    """
+    checked = _checked(refused, config, CaptionRules.of(config, is_class=False), is_class=False, any_format=True)
+    return checked if isinstance(checked, Reason) else checked.image
 
 
 def has_videos(sources: Sequence[ImageSource], config: DataConfig, *, cache: Path | None = None) -> bool:
@@ -239,21 +259,24 @@ class _Checked:
 
 
 def _checked(
-    found: Candidate, config: DataConfig, rules: CaptionRules, *, is_class: bool, clips: bool
-) -> _Checked | str:
+    found: Candidate, config: DataConfig, rules: CaptionRules, *, is_class: bool, any_format: bool = False
+) -> _Checked | Reason:
     """An image, read and given its captions; or why it is skipped."""
     file = None
     try:
-        opened = _usable_file(found.path, clips=clips)
+        opened = open_file(found.path, clips=found.clips, any_format=any_format)
         width, height = opened.width, opened.height
         digest = file_digest(found.path)
-        _check_mask(found.mask, width, height)
+        if fault := _size_fault(width, height):
+            return Reason(fault, "size")
+        if found.mask and (fault := _mask_fault(found.mask, width, height)):
+            return Reason(fault, "mask")
         if found.caption_file:
             file = read_caption_file(found.folder.file(found.caption_file))
     except ImageError as error:
-        return error.reason
+        return Reason(error.reason, "unreadable")
     except CaptionError as error:
-        return f"is left out because its caption file {error.path.name} {error.reason}"
+        return Reason(f"is left out because its caption file {error.path.name} {error.reason}", "caption")
     of_file: tuple[str, ...] = ()
     of_entry = found.entry
     if file and file.text:
@@ -262,7 +285,7 @@ def _checked(
         of_entry = tuple(line for one in of_entry for line in one.splitlines())
     of_entry = tuple(filter(None, map(one_line, of_entry)))
     if found.refused and not of_file:
-        return f"is left out because {found.metadata} {found.refused}; repair or remove that file"
+        return Reason(f"is left out because {found.metadata} {found.refused}; repair or remove that file", "metadata")
     is_file = bool(of_file) and not (found.entry_first and of_entry)
     own = of_file if is_file else of_entry
     captions, source = _captions(found, own, "file" if is_file else "metadata", config, is_class)
@@ -323,30 +346,26 @@ def _name(folder: str) -> str:
     return name if name not in ("", "..") else Path(folder).resolve().name
 
 
-def _usable_file(path: Path, *, clips: bool) -> OpenedFile:
-    opened = open_file(path, clips=clips)
-    width, height = opened.width, opened.height
+def _size_fault(width: int, height: int) -> str:
     if min(width, height) < MIN_EDGE:
-        raise ImageError(path, f"is {width}×{height} px, but its shorter edge must be {MIN_EDGE} px; use a larger one")
+        return f"is {width}×{height} px, but its shorter edge must be {MIN_EDGE} px; use a larger one"
     if max(width, height) > MAX_ASPECT * min(width, height):
-        raise ImageError(path, f"is {width}×{height} px, longer than {MAX_ASPECT}:1; crop it or cut it into pieces")
-    return opened
+        return f"is {width}×{height} px, longer than {MAX_ASPECT}:1; crop it or cut it into pieces"
+    return ""
 
 
-def _check_mask(mask: Path | None, width: int, height: int) -> None:
-    """Raise ImageError if a mask cannot be read, or is of another shape than its picture, so of another picture."""
-    if mask is None:
-        return
+def _mask_fault(mask: Path, width: int, height: int) -> str:
+    """Why a mask cannot be used: it cannot be read, or has another shape than the picture, so is of another one."""
     try:
         across, down = image_size(mask)
     except ImageError as error:
-        raise ImageError(mask, f"is left out because its mask {mask.name} {error.reason}") from error
+        return f"is left out because its mask {mask.name} {error.reason}"
     if abs(across * height - down * width) > width + height:  # more than a pixel of the mask
-        raise ImageError(
-            mask,
+        return (
             f"is left out because its mask {mask.name} is {across}×{down} px and the picture {width}×{height}; make "
-            "both of one aspect ratio",
+            "both of one aspect ratio"
         )
+    return ""
 
 
 T = TypeVar("T")

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from lorasmith.core.errors import DataError
 from lorasmith.core.files import is_regular
@@ -20,11 +21,14 @@ from lorasmith.data.metadata_files import is_metadata_name
 from lorasmith.data.sources import MAX_REPEATS
 
 __all__ = [
+    "CHANGES",
     "NO_CLIPS",
     "REASONS",
     "SET_APART",
     "VIDEO_SUFFIXES",
     "ListedFolder",
+    "Reason",
+    "ReasonKind",
     "Skipped",
     "foreign_reason",
     "list_folders",
@@ -37,7 +41,23 @@ __all__ = [
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".webm", ".mkv", ".flv")
 """File suffixes that are taken for videos, in lower case."""
 
-NO_CLIPS = "is a video, on which models of pictures are not trained; choose a model of videos, or remove it"
+ReasonKind = Literal["unreadable", "format", "video", "size", "caption", "mask", "metadata", "folder"]
+
+
+class Reason(str):
+    """Why a file or folder is not used, with its remedy: a clause, by which reasons of a kind are counted."""
+
+    kind: ReasonKind
+
+    def __new__(cls, clause: str, kind: ReasonKind = "unreadable") -> Reason:
+        reason = super().__new__(cls, clause)
+        reason.kind = kind
+        return reason
+
+
+NO_CLIPS = Reason(
+    "is a video, on which models of pictures are not trained; choose a model of videos, or remove it", "video"
+)
 """Why a video is left out."""
 
 SET_APART = ("duplicates", "unused")
@@ -45,7 +65,10 @@ SET_APART = ("duplicates", "unused")
 
 REASONS = "REASONS.txt"
 
-Skipped = list[tuple[Path, str]]
+CHANGES = "CHANGES.txt"
+"""The file in a mended folder that says what was done to each file."""
+
+Skipped = list[tuple[Path, Reason]]
 """Files and folders that are not used, each with reason and remedy."""
 
 
@@ -117,6 +140,10 @@ def list_folders(
     Raises:
         DataError: `root` is missing, is a file, or cannot be read.
     """
+
+    def skip(folder: Path, reason: str) -> None:
+        skipped.append((folder, Reason(reason, "folder")))
+
     seen = {_identity(root)} | ({_identity(mask_folder)} if mask_folder else set())
     source = _resolved(root)
     ahead = [ListedFolder(root, "", source)]
@@ -129,7 +156,7 @@ def list_folders(
                 error = FileNotFoundError()
             if listed.path == root:
                 raise _unreadable(root, error) from None
-            skipped.append((Path(listed.path), f"cannot be read ({error.strerror}); check its permissions"))
+            skip(Path(listed.path), f"cannot be read ({error.strerror}); check its permissions")
             continue
         yield listed
         found = []
@@ -139,17 +166,17 @@ def list_folders(
                 continue
             repeats, caption = _repeats(name) or (None, "")
             if repeats is not None and repeats > MAX_REPEATS:
-                skipped.append((path, f"repeats its images more than {MAX_REPEATS:,} times; rename it"))
+                skip(path, f"repeats its images more than {MAX_REPEATS:,} times; rename it")
             elif repeats == 0 and recursive:
-                skipped.append((path, "repeats its images 0 times; rename it to 1_name to include it"))
+                skip(path, "repeats its images 0 times; rename it to 1_name to include it")
             elif not repeats and not recursive and not listed.inside:
-                skipped.append((path, "is a folder without repeats in its name; rename it to 1_name or add recursive"))
+                skip(path, "is a folder without repeats in its name; rename it to 1_name or add recursive")
             elif listed.inside and not recursive:
-                skipped.append((path, "is a folder inside of another one; add recursive to include it"))
+                skip(path, "is a folder inside of another one; add recursive to include it")
             elif mask_folder and _identity(str(path)) == _identity(mask_folder):
                 continue
             elif (identity := _identity(str(path))) in seen:
-                skipped.append((path, "is a link to a folder that is read already"))
+                skip(path, "is a link to a folder that is read already")
             else:
                 seen.add(identity)
                 if not repeats:
@@ -158,14 +185,15 @@ def list_folders(
         ahead += reversed(found)
 
 
-def foreign_reason(suffix: str) -> str:
-    """Why a picture with this suffix, in lower case with its dot, is not read; empty if it is, or is no picture."""
+def foreign_reason(suffix: str) -> Reason | None:
+    """Why a picture with this suffix, in lower case with its dot, is not read; None if it is, or is no picture."""
     if suffix in VIDEO_SUFFIXES:
         return NO_CLIPS
     if suffix not in _FOREIGN_SUFFIXES or suffix in image_suffixes():
-        return ""
+        return None
     plug_in = f"{command} reads it, or " if (command := reader_install(suffix)) else ""
-    return f"is a {suffix[1:].upper()} file, which is not read here; {plug_in}convert it to PNG or JPEG"
+    clause = f"is a {suffix[1:].upper()} file, which is not read here; {plug_in}convert it to PNG or JPEG"
+    return Reason(clause, "format")
 
 
 def reader_install(suffix: str) -> str:

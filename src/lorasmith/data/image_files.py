@@ -11,7 +11,7 @@ import struct
 import threading
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -65,15 +65,17 @@ class ImageHeader:
 
     Attributes:
         format: Pillow's name of the file format.
-        suffixes: usual suffixes of its files, the preferred one first.
+        suffixes: usual suffixes of its files, the preferred one first; none of a format that training does not read.
         mode: Pillow's name of the number format.
         is_upright: whether the picture is stored as it is shown.
+        is_animated: whether it is one of several in the file.
     """
 
     format: str
     suffixes: tuple[str, ...]
     mode: str
     is_upright: bool
+    is_animated: bool = False
 
 
 def image_suffixes() -> frozenset[str]:
@@ -202,15 +204,19 @@ def file_digest(path: Path) -> str:
         raise ImageError(path, f"cannot be read ({error.strerror}); replace or remove it") from None
 
 
-def image_size(path: Path) -> tuple[int, int]:
+def image_size(path: Path, *, any_format: bool = False) -> tuple[int, int]:
     """Width and height of the upright picture, after reading the whole file.
 
     JPEG files are decoded at an eighth of their size, which still reads every byte and is much faster.
 
+    Args:
+        path: the file.
+        any_format: as for `open_original`.
+
     Raises:
         ImageError: as `open_image`.
     """
-    with _opened(path) as image:
+    with _opened(path, any_format=any_format) as image:
         width, height = image.size
         if image.format == "JPEG":
             image.draft("RGB", (1, 1))
@@ -227,11 +233,16 @@ def header_size(path: Path) -> tuple[int, int]:
         return (height, width) if _orientation(image) in _SIDEWAYS else (width, height)
 
 
-def image_header(path: Path) -> ImageHeader:
-    """What a file says of its picture, before that is decoded. Raises ImageError as `open_image`."""
-    with _opened(path) as image:
-        known = str(image.format)
-        return ImageHeader(known, _FORMATS[known], image.mode, _orientation(image) == 1)
+def image_header(path: Path, *, any_format: bool = False) -> ImageHeader:
+    """What a file says of its picture, before that is decoded; `any_format` as for `open_original`.
+
+    Raises:
+        ImageError: as `open_image`.
+    """
+    with _opened(path, any_format=any_format) as image:
+        known = "JPEG" if image.format == "MPO" else str(image.format)  # a JPEG file with a second picture, of phones
+        is_animated = known != "JPEG" and getattr(image, "n_frames", 1) > 1
+        return ImageHeader(known, _FORMATS.get(known, ()), image.mode, _orientation(image) == 1, is_animated)
 
 
 def open_original(path: Path, *, any_format: bool = False) -> tuple[Image.Image, bytes | None]:
@@ -244,7 +255,7 @@ def open_original(path: Path, *, any_format: bool = False) -> tuple[Image.Image,
     Raises:
         ImageError: as `open_image`.
     """
-    with _opened(path, more_formats=_CONVERTED if any_format else ()) as image:
+    with _opened(path, any_format=any_format) as image:
         image.load()
         picture = _eight_bits(_upright(image))
         profile = image.info.get("icc_profile") if image.mode in ("RGB", "RGBA") else None
@@ -320,14 +331,14 @@ def _register_heif() -> None:
 
 
 @contextlib.contextmanager
-def _opened(path: Path, content: bytes | None = None, *, more_formats: Sequence[str] = ()) -> Iterator[Image.Image]:
+def _opened(path: Path, content: bytes | None = None, *, any_format: bool = False) -> Iterator[Image.Image]:
     """The file as a lazy Pillow image; its errors inside the block become an ImageError."""
     try:
         # Pillow warns of unusual metadata, which training does not read, and of sizes well below its limit.
         with (
             warnings.catch_warnings(action="ignore"),
             _file(path) if content is None else io.BytesIO(content) as file,
-            Image.open(file, formats=[*_readable_formats(), *more_formats]) as image,
+            Image.open(file, formats=[*_readable_formats(), *(_CONVERTED if any_format else ())]) as image,
         ):
             if image.size == (1, 1):
                 raise ImageError(path, "is a single pixel; replace it by a picture or remove it")

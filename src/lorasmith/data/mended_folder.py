@@ -4,9 +4,11 @@
       1.jpg, 1.txt        upright, in 8 bits, no larger than training needs; the caption in UTF-8
       10_sks dog/         folders with repeats are kept
       duplicates/         copies and look-alikes of others, as they were
-      unused/             files that cannot be trained on, as they were; REASONS.txt says why
+      unused/             files that training refuses, as they were, with caption and mask; REASONS.txt says why
+      CHANGES.txt         what was done to each file, and what is not here
 
-Files that need no change are copied byte for byte.
+Files that need no change are copied byte for byte. What training refuses for its caption, its mask or its size is
+refused here too: only a file whose format was in the way becomes a picture to train on.
 """
 
 from __future__ import annotations
@@ -16,25 +18,29 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from PIL import Image
 
+from lorasmith.core.choices import Fix
 from lorasmith.core.errors import DataError, OptionError, OutputError
-from lorasmith.core.files import ensure_folder, is_folder, open_regular
+from lorasmith.core.files import check_writable, ensure_folder, is_folder, open_regular
 from lorasmith.core.safe_names import plain_name, safe_name
 from lorasmith.data.captions import CAPTION_SUFFIXES, read_caption
-from lorasmith.data.folder import MAX_ASPECT, MIN_EDGE, ImageFile
-from lorasmith.data.folder_listing import REASONS, SET_APART
-from lorasmith.data.image_files import ImageError, image_header, open_original
+from lorasmith.data.clips import is_video
+from lorasmith.data.data_config import DataConfig
+from lorasmith.data.folder import ImageFile, checked_again
+from lorasmith.data.folder_listing import CHANGES, REASONS, SET_APART, Reason
+from lorasmith.data.image_files import ImageHeader, image_header, open_original
+from lorasmith.data.metadata_files import is_metadata_name
 from lorasmith.data.preflight import Preflight, name_in
 
-__all__ = ["Change", "MendedFolder", "write_mended"]
+__all__ = ["Change", "MendedFile", "MendedFolder", "check_target", "write_mended"]
 
 Change = Literal["reduced", "turned upright", "converted", "renamed", "set apart", "unused", "left out"]
 
@@ -45,22 +51,59 @@ _MOST_THREADS = 8
 
 
 @dataclass(frozen=True)
+class MendedFile:
+    """A file of the original.
+
+    Attributes:
+        name: in the original.
+        target: in the new folder; None if it is not there.
+        changes: what was done, nothing for a picture that was copied.
+        reason: why it is not among the pictures; empty if it is.
+        has_caption: whether a caption file was written beside it.
+    """
+
+    name: str
+    target: str | None
+    changes: tuple[Change, ...] = ()
+    reason: str = ""
+    has_caption: bool = False
+
+
+@dataclass(frozen=True)
 class MendedFolder:
     """What was written.
 
     Attributes:
         folder: the new folder.
-        pictures: number of pictures to train on.
-        captions: number of caption files beside them.
-        changes: names of the new files by what was done, in order; unchanged ones are not listed.
-        reasons: name in the old folder and reason of each file that is not among the pictures.
+        files: pictures first, then files that are not among them.
     """
 
     folder: Path
-    pictures: int
-    captions: int
-    changes: Mapping[Change, tuple[str, ...]]
-    reasons: Mapping[str, str] = field(default_factory=dict)
+    files: tuple[MendedFile, ...]
+
+    @property
+    def pictures(self) -> int:
+        """Number of pictures to train on."""
+        return sum(not one.reason for one in self.files)
+
+    @property
+    def captions(self) -> int:
+        """Number of caption files beside them."""
+        return sum(one.has_caption for one in self.files)
+
+    @property
+    def changes(self) -> Mapping[Change, tuple[str, ...]]:
+        """Names of the files by what was done; those of the new folder, where they are there."""
+        found = {kind: tuple(one.target or one.name for one in self.files if kind in one.changes) for kind in _CHANGES}
+        return {kind: names for kind, names in found.items() if names}
+
+    @property
+    def reasons(self) -> Mapping[str, str]:
+        """Name in the old folder and reason of each file that is not among the pictures."""
+        return {one.name: one.reason for one in self.files if one.reason}
+
+
+_CHANGES: tuple[Change, ...] = get_args(Change)
 
 
 @dataclass(frozen=True)
@@ -68,33 +111,42 @@ class _Job:
     """A picture and where it goes.
 
     Attributes:
-        source: the file.
+        image: the picture.
         name: its path relative to the original folder.
         folder: relative to the new one.
         stem: new name without suffix.
-        image: facts about it; None for a file that training does not read.
     """
 
-    source: Path
+    image: ImageFile
     name: str
     folder: Path
     stem: str
-    image: ImageFile | None = None
 
 
 @dataclass(frozen=True)
-class _Written:
-    name: str
-    changes: tuple[Change, ...] = ()
-    has_caption: bool = False
+class _Apart:
+    """A file that is kept, and not trained on."""
+
+    path: Path
+    reason: str
+    mask: Path | None = None
 
 
-def write_mended(check: Preflight, target: Path, *, progress: Callable[[int, int], None] | None = None) -> MendedFolder:
+def write_mended(
+    check: Preflight,
+    config: DataConfig,
+    target: Path,
+    *,
+    only: Collection[Fix] = get_args(Fix),
+    progress: Callable[[int, int], None] | None = None,
+) -> MendedFolder:
     """Write a mended copy of a checked folder. The folder appears when it is complete.
 
     Args:
         check: of the original.
+        config: with which it was checked.
         target: the new folder; an existing one must be empty.
+        only: what is mended; names and the encoding of captions always are.
         progress: called with (images done, all images).
 
     Raises:
@@ -102,13 +154,16 @@ def write_mended(check: Preflight, target: Path, *, progress: Callable[[int, int
         ImageError: an image can no longer be read.
         OutputError: the target cannot be written.
     """
-    _check_target(target, check.folder)
+    check_target(target, check.folder)
     ensure_folder(target.parent)
     with tempfile.TemporaryDirectory(prefix=f".{target.name[:40]}.", dir=target.parent) as temporary:
         draft = Path(temporary, "folder")
         try:
             draft.mkdir()
-            mended = _filled(draft, check, target, progress)
+            # Around all threads, as each file that is opened suspends warnings too.
+            with warnings.catch_warnings(action="ignore"):
+                files = tuple(_filled(draft, check, config, only, progress))
+            _write_changes(draft, files)
             if target.exists():
                 target.rmdir()
             draft.rename(target)
@@ -116,103 +171,119 @@ def write_mended(check: Preflight, target: Path, *, progress: Callable[[int, int
             raise OutputError(
                 f"{target} was not written ({error.strerror or error}); check the disk's space and permissions"
             ) from error
-    return mended
+    return MendedFolder(target, files)
 
 
-def _check_target(target: Path, original: Path) -> None:
+def check_target(target: Path, original: Path) -> None:
+    """Check that a mended copy of a folder can be written, before the folder is.
+
+    Raises:
+        OptionError: the target holds something, is a file or is inside of the original.
+        OutputError: it cannot be written.
+    """
     if target.resolve().is_relative_to(original.resolve()):
         raise OptionError(f"the mended folder must be outside of the original, got {target}; choose another")
     if target.exists() and (not is_folder(target) or any(target.iterdir())):
         raise OptionError(f"{target} must be a new or empty folder, but holds something; choose another")
+    check_writable(target.parent)
 
 
-def _filled(draft: Path, check: Preflight, target: Path, progress: Callable[[int, int], None] | None) -> MendedFolder:
-    names = _Names()
-    apart = {index: check.images[group.best].name for group in check.alike for index in group.others}
-    jobs = [
-        _Job(one.file.path, one.name, *names.place(one.name), one.file)
-        for index, one in enumerate(check.images)
-        if index not in apart
-    ]
-    # Files that training does not read come last, so that they take no name of an image.
-    foreign = [(path, reason) for path, reason in check.skipped if not is_folder(path)]
-    foreign_names = [name_in(check.folder, path) for path, _ in foreign]
-    convertible = [_Job(path, name, *names.place(name)) for (path, _), name in zip(foreign, foreign_names, strict=True)]
-    most = int(_MOST_AREA * max(check.resolutions) ** 2)
-    written: list[_Written] = []
-    reasons = {name_in(check.folder, path): reason for path, reason in check.skipped if is_folder(path)}
-    left = list(reasons)
-    # Around all threads, as each file that is opened suspends warnings too.
-    with (
-        warnings.catch_warnings(action="ignore"),
-        ThreadPoolExecutor(min(os.cpu_count() or 1, _MOST_THREADS), "write images") as pool,
-    ):
-        for done, one in enumerate(pool.map(lambda job: _write_image(job, draft, most), jobs), start=1):
-            written.append(one)
+def _filled(
+    draft: Path,
+    check: Preflight,
+    config: DataConfig,
+    only: Collection[Fix],
+    progress: Callable[[int, int], None] | None,
+) -> Iterator[MendedFile]:
+    folder, names = check.folder, _Names()
+    apart = dict(_repeated(check, only))
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, _MOST_THREADS), "write images") as pool:
+        refused = check.refused if "formats" in only else ()
+        again = list(pool.map(lambda one: checked_again(one, config), refused))
+        # Refused files come last, so that they take no name of another image.
+        images = [one.file for index, one in enumerate(check.images) if index not in apart]
+        images += [one for one in again if isinstance(one, ImageFile)]
+        named = [(one, name_in(folder, one.path)) for one in images]
+        jobs = [_Job(one, name, *names.place(name)) for one, name in named]
+        most = int(_MOST_AREA * max(check.resolutions) ** 2)
+        captioned = []
+        for done, written in enumerate(pool.map(lambda job: _write_image(job, draft, most, only), jobs), start=1):
+            yield written
+            captioned += [images[done - 1]] if written.has_caption else []
             if progress:
                 progress(done, len(jobs))
-        converted = list(pool.map(lambda job: _convert(job, draft, most), convertible))
-    written += [one for one in converted if one is not None]
     duplicates, unused = SET_APART
-    unread = [pair for pair, one in zip(foreign, converted, strict=True) if one is None]
-    copies = {check.images[index].file.path: f"shows what {best} shows" for index, best in sorted(apart.items())}
-    set_apart = _keep(draft / duplicates, copies, check.folder)
-    not_used = _keep(draft / unused, dict(unread), check.folder)
-    reasons |= {name_in(check.folder, path): why for path, why in (*copies.items(), *unread)}
-    changes: dict[Change, tuple[str, ...]] = {
-        kind: tuple(one.name for one in written if kind in one.changes)
-        for kind in ("reduced", "turned upright", "converted", "renamed")
-    }
-    changes |= {"set apart": set_apart, "unused": not_used, "left out": tuple(left)}
-    return MendedFolder(
-        target,
-        len(written),
-        sum(one.has_caption for one in written),
-        {kind: done for kind, done in changes.items() if done},
-        reasons,
-    )
+    yield from _keep(draft / duplicates, [apart[index] for index in sorted(apart)], folder, "set apart")
+    used, masks = {one.path for one in images}, {one.path: one.mask for one in check.refused}
+    # Of a picture in a format that is not read, its caption or its mask may be what is in the way.
+    found = {one.path: why for one, why in zip(refused, again, strict=True) if isinstance(why, Reason)}
+    deeper = {path: why for path, why in found.items() if why.kind != "unreadable"}
+    skipped = [
+        _Apart(path, deeper.get(path, reason), masks.get(path)) for path, reason in check.skipped if path not in used
+    ]
+    yield from _keep(draft / unused, [one for one in skipped if not is_folder(one.path)], folder, "unused")
+    for one in skipped:
+        if is_folder(one.path):
+            yield MendedFile(name_in(folder, one.path), None, ("left out",), one.reason)
+    for path in _others(images, captioned, [*apart.values(), *skipped]):
+        yield MendedFile(name_in(folder, path), None, ("left out",), "belongs to no picture here, or is not used")
 
 
-def _write_image(job: _Job, draft: Path, most: int) -> _Written:
+def _repeated(check: Preflight, only: Collection[Fix]) -> Iterator[tuple[int, _Apart]]:
+    """Pictures that are set apart, by their index."""
+    for group in check.alike:
+        copies = dict(group.copies)
+        for index in group.others:
+            is_copy_of_best = copies.get(index) == group.best
+            if ("copies" in only and index in copies) or ("look-alikes" in only and not is_copy_of_best):
+                shown = check.images[group.best if "look-alikes" in only else copies[index]].name
+                file = check.images[index].file
+                yield index, _Apart(file.path, f"shows what {shown} shows", file.mask)
+
+
+def _write_image(job: _Job, draft: Path, most: int, only: Collection[Fix]) -> MendedFile:
     """Write a picture with its caption and mask, changed as far as needed."""
-    assert job.image is not None
-    header = image_header(job.source)
+    image, folder = job.image, ensure_folder(draft / job.folder)
     changes: list[Change] = []
-    if job.image.width * job.image.height > most:
-        changes.append("reduced")
-    if not header.is_upright:
-        changes.append("turned upright")
-    if header.mode not in _PLAIN_MODES:
-        changes.append("converted")
-    folder = ensure_folder(draft / job.folder)
-    suffix = job.source.suffix.lower() if job.source.suffix.lower() in header.suffixes else header.suffixes[0]
-    if changes:
-        picture, profile = open_original(job.source)
-        suffix = suffix if header.format == "JPEG" and picture.mode == "RGB" else ".png"
-        _save(_reduced(picture, most), folder / f"{job.stem}{suffix}", profile)
+    if is_video(image.path):
+        suffix = image.path.suffix.lower()
     else:
-        _copy(job.source, folder / f"{job.stem}{suffix}")
+        header = image_header(image.path, any_format=True)
+        changes += _changes(header, image, most, only)
+        suffix = image.path.suffix.lower()
+        suffix = suffix if suffix in header.suffixes else (*header.suffixes, ".png")[0]
+    size = image.width, image.height
+    if changes:
+        suffix = suffix if header.format == "JPEG" else ".png"
+        picture, profile = open_original(image.path, any_format=True)
+        picture = _reduced(picture, most) if "reduced" in changes else picture
+        size = picture.size
+        _save(picture, folder / f"{job.stem}{suffix}", profile)
+    else:
+        _copy(image.path, folder / f"{job.stem}{suffix}")
     name = (job.folder / f"{job.stem}{suffix}").as_posix()
-    if name.rpartition(".")[0] != job.name.rpartition(".")[0]:
+    if name != job.name and (not changes or name.rpartition(".")[0] != job.name.rpartition(".")[0]):
         changes.append("renamed")
-    if job.image.mask is not None:
-        _copy(job.image.mask, folder / f"{job.stem}.mask{job.image.mask.suffix}")
-    has_caption = _write_caption(job.source, job.image, folder / job.stem)
-    return _Written(name, tuple(changes), has_caption)
+    if image.mask is not None and "reduced" in changes:
+        mask, _ = open_original(image.mask)
+        _save(mask.resize(size), folder / f"{job.stem}.mask.png", None)
+    elif image.mask is not None:
+        _copy(image.mask, folder / f"{job.stem}.mask{image.mask.suffix}")
+    return MendedFile(job.name, name, tuple(changes), has_caption=_write_caption(image, folder / job.stem))
 
 
-def _convert(job: _Job, draft: Path, most: int) -> _Written | None:
-    """Write a file that training does not read as a PNG; None if it cannot be read or trained on."""
-    try:
-        picture, profile = open_original(job.source, any_format=True)
-    except ImageError:
-        return None
-    if min(picture.size) < MIN_EDGE or max(picture.size) > MAX_ASPECT * min(picture.size):
-        return None
-    target = ensure_folder(draft / job.folder) / f"{job.stem}.png"
-    _save(_reduced(picture, most), target, profile)
-    has_caption = _write_caption(job.source, None, target.with_suffix(""))
-    return _Written((job.folder / target.name).as_posix(), ("converted",), has_caption)
+def _changes(header: ImageHeader, image: ImageFile, most: int, only: Collection[Fix]) -> Iterator[Change]:
+    """What a picture needs."""
+    if not header.suffixes:
+        yield "converted"
+    elif header.is_animated:  # of which one picture would be left
+        return
+    elif "formats" in only and header.mode not in _PLAIN_MODES:
+        yield "converted"
+    if "sizes" in only and image.width * image.height > most:
+        yield "reduced"
+    if "rotation" in only and not header.is_upright:
+        yield "turned upright"
 
 
 def _reduced(picture: Image.Image, most: int) -> Image.Image:
@@ -232,13 +303,13 @@ def _save(picture: Image.Image, target: Path, profile: bytes | None) -> None:
         picture.save(target, "JPEG", quality=_QUALITY, subsampling=0, icc_profile=profile)
 
 
-def _write_caption(source: Path, image: ImageFile | None, stem: Path) -> bool:
-    """Write the caption as UTF-8; whether there is one."""
-    text = "\n".join(image.captions) if image is not None else ""
+def _write_caption(image: ImageFile, stem: Path) -> bool:
+    """Write the captions as UTF-8, also those that this check does not use; whether there are any."""
+    text = "\n".join(image.captions)
     if not text:
         try:
-            caption = read_caption(source)
-        except DataError:  # of a file that is no image, where it is not read before
+            caption = read_caption(image.path)
+        except DataError:  # of a file that is not used: it is listed among those that are left out
             caption = None
         text = caption.text if caption is not None else ""
     if text:
@@ -246,25 +317,70 @@ def _write_caption(source: Path, image: ImageFile | None, stem: Path) -> bool:
     return bool(text)
 
 
-def _keep(folder: Path, files: Mapping[Path, str], original: Path) -> tuple[str, ...]:
-    """Copy files as they are with their captions, and write why they are here; their names in the new folder."""
-    names, kept, reasons = _Names(), [], []
-    for path, reason in files.items():
-        _, stem = names.place(name_in(original, path).replace("/", "_"))
-        target = ensure_folder(folder) / f"{stem}{plain_name(path.suffix)}"
-        try:
-            open_regular(path).close()
-        except OSError as error:  # no permission, a pipe, or gone since
-            reasons.append(f"{name_in(original, path)} (not copied, {error.strerror}): {reason}")
+def _keep(folder: Path, files: Sequence[_Apart], original: Path, change: Change) -> Iterator[MendedFile]:
+    """Copy files as they are with captions and masks, and write why they are here."""
+    names, lines = _Names(), []
+    for one in files:
+        name = name_in(original, one.path)
+        _, stem = names.place(name.replace("/", "_"))
+        target = ensure_folder(folder) / f"{stem}{plain_name(one.path.suffix)}"
+        if (fault := _unreadable(one.path)) is not None:  # no permission, a pipe, or gone since
+            lines.append(f"{name} (not copied, {fault}): {one.reason}")
+            yield MendedFile(name, None, ("left out",), f"{one.reason} (not copied, {fault})")
             continue
-        _copy(path, target)
-        _write_caption(path, None, target.with_suffix(""))
-        kept.append(f"{folder.name}/{target.name}")
-        reasons.append(f"{target.name}: {reason}")
-    if reasons:
-        text = "\n".join((*reasons, "")).encode("utf-8", "backslashreplace")
-        (ensure_folder(folder) / REASONS).write_bytes(text)
-    return tuple(kept)
+        _copy(one.path, target)
+        beside = {one.path.with_suffix(suffix): suffix for suffix in CAPTION_SUFFIXES}
+        beside |= {one.mask: f".mask{plain_name(one.mask.suffix)}"} if one.mask else {}
+        for path, suffix in beside.items():
+            if _unreadable(path) is None:
+                _copy(path, folder / f"{stem}{suffix}")
+        lines.append(f"{target.name}: {one.reason}")
+        yield MendedFile(name, f"{folder.name}/{target.name}", (change,), one.reason)
+    if lines:
+        _write_lines(ensure_folder(folder) / REASONS, lines)
+
+
+def _others(images: Sequence[ImageFile], captioned: Sequence[ImageFile], apart: Sequence[_Apart]) -> Iterator[Path]:
+    """Files beside the images that are not in the new folder: without a picture, or not used."""
+    kept = {path for one in images for path in (one.path, one.mask)}
+    kept |= {path for one in apart for path in (one.path, one.mask)}
+    for one in apart:
+        kept.update(one.path.with_suffix(suffix) for suffix in CAPTION_SUFFIXES)
+    from_files = {one.path.with_suffix("") for one in captioned if one.caption_source == "file" or not one.captions}
+    from_metadata = any(one.caption_source == "metadata" for one in captioned)
+    for folder in sorted({one.path.parent for one in images}):
+        for path in sorted(folder.iterdir()):
+            if path.name.startswith(".") or path in kept or not path.is_file():
+                continue
+            if path.suffix.lower() in CAPTION_SUFFIXES and path.with_suffix("") in from_files:
+                from_files.remove(path.with_suffix(""))
+            elif not (from_metadata and is_metadata_name(path.name)):
+                yield path
+
+
+def _write_changes(folder: Path, files: Sequence[MendedFile]) -> None:
+    lines = [
+        f"{one.name}: {', '.join(one.changes)}"
+        + (f", is {one.target}" if one.target not in (None, one.name) else "")
+        + (f"; {one.reason}" if one.reason else "")
+        for one in files
+        if one.changes
+    ]
+    if lines:
+        _write_lines(folder / CHANGES, lines)
+
+
+def _write_lines(path: Path, lines: Sequence[str]) -> None:
+    path.write_bytes("\n".join((*lines, "")).encode("utf-8", "backslashreplace"))
+
+
+def _unreadable(path: Path) -> str | None:
+    """Why a file cannot be read; None if it can."""
+    try:
+        open_regular(path).close()
+    except OSError as error:
+        return str(error.strerror)
+    return None
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -276,7 +392,7 @@ class _Names:
     """Names in the new folder: safe, and different from each other even without their suffix and in any case."""
 
     def __init__(self) -> None:
-        self._taken: set[str] = {name.casefold() for name in SET_APART}
+        self._taken = {Path(name).stem.casefold() for name in (*SET_APART, REASONS, CHANGES)}
 
     def place(self, name: str) -> tuple[Path, str]:
         """Folder and stem for a file of this name, relative to the new folder."""

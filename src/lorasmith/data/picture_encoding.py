@@ -29,9 +29,10 @@ from lorasmith.data.framed_pictures import FramedPicture, framed
 from lorasmith.data.image_files import file_digest
 from lorasmith.families.base import Conditioning, PictureSize
 
-__all__ = ["EncodedFraming", "FramedImage", "PictureEncoder", "encode_pictures"]
+__all__ = ["EncodedFraming", "FramedImage", "PictureEncoder", "Progress", "encode_pictures"]
 
-Progress = Callable[[int, int, str], None]
+Progress = Callable[[int, int, str, int], None]
+"""Receives images done, all images, the name of the last one, and how many were in the cache."""
 
 _READERS = 2
 """Threads that read: decoding is faster than any autoencoder, which needs the other cores."""
@@ -138,7 +139,7 @@ def encode_pictures(
         images: with their framings.
         encoder: what encodes.
         config: says where masks are.
-        progress: called after each image with (images done, total, its name).
+        progress: called after each image.
 
     Raises:
         ImageError: an image or its mask can no longer be read.
@@ -147,7 +148,7 @@ def encode_pictures(
     with torch.no_grad(), encoder.entries() as entries, contextlib.ExitStack() as ready:
         work = [_Work(one, entries) for one in images]
         lacking = [one for one in work if one.missing]
-        count = _Counter(len(work), progress)
+        count = _Counter(len(work), progress, len(work) - len(lacking))
         for one in work:
             if not one.missing:
                 count(one)
@@ -181,13 +182,14 @@ class _Counter:
 
     total: int
     progress: Progress | None
+    cached: int
     done: int = field(default=0, init=False)
 
     def __call__(self, one: _Work) -> None:
         if len(one.found) == len(one.framed.framings):
             self.done += 1
             if self.progress:
-                self.progress(self.done, self.total, one.framed.image.name)
+                self.progress(self.done, self.total, one.framed.image.name, self.cached)
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,10 @@ from lorasmith.data.crops import Framing, centre_of, framings, pixel_step
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.findings import CheckedImage, Finding, FindingKind, LookAlikes, TokenLimit, found_in
 from lorasmith.data.folder import FolderScan, ImageFile
+from lorasmith.data.folder_listing import Reason
 from lorasmith.data.framed_pictures import mask_of
 from lorasmith.data.picture_quality import MEASURED_EDGE, PictureQuality, look_alikes, measured
+from lorasmith.data.source_files import Candidate
 from lorasmith.data.split import held_out_names
 
 __all__ = [
@@ -101,6 +103,7 @@ class Preflight:
         epoch: samples of an epoch.
         limit: what the text encoder reads of a caption; None where tokens were not counted.
         findings: what to look at, the gravest kinds first.
+        refused: the image files among `skipped`.
     """
 
     folder: Path
@@ -108,13 +111,14 @@ class Preflight:
     multiple: int
     trigger: str
     images: tuple[CheckedImage, ...]
-    skipped: tuple[tuple[Path, str], ...]
+    skipped: tuple[tuple[Path, Reason], ...]
     notes: tuple[str, ...]
     buckets: tuple[Bucket, ...]
     alike: tuple[LookAlikes, ...]
     epoch: Epoch
     limit: TokenLimit | None
     findings: tuple[Finding, ...]
+    refused: tuple[Candidate, ...] = ()
 
     @property
     def captioned(self) -> int:
@@ -191,6 +195,7 @@ def preflight(
             trigger=config.trigger,
             upscale=config.upscale,
         ),
+        refused=scan.refused,
     )
 
 
@@ -276,12 +281,14 @@ def _checked(
     frames: Sequence[Framing],
     count: Callable[[ImageFile], int] | None,
 ) -> CheckedImage:
+    largest = max(frames, key=lambda one: one.scale)  # decides whether the picture is large enough
     return CheckedImage(
         image,
         name_in(folder, image.path),
         (frames[0].width, frames[0].height),
         frames[0].box,
-        max(one.scale for one in frames),  # the largest resolution decides whether the picture is large enough
+        largest.scale,
+        (largest.width, largest.height),
         quality,
         has_empty_caption=not image.captions and _has_caption_file(image.path),
         tokens=count(image) if count else None,

@@ -9,7 +9,7 @@ from pathlib import Path
 from lorasmith.core.errors import DataError
 from lorasmith.core.files import is_folder, is_regular
 from lorasmith.data.data_config import DataConfig
-from lorasmith.data.folder_listing import ListedFolder, Skipped, list_folders, stem_of
+from lorasmith.data.folder_listing import ListedFolder, Reason, Skipped, list_folders, stem_of
 from lorasmith.data.folder_remarks import Remark, Remarks
 from lorasmith.data.hub_datasets import is_saved_dataset, unpacked_folder
 from lorasmith.data.metadata_files import (
@@ -33,6 +33,7 @@ class Candidate:
         name: of the file.
         repeats: number of its occurrences in an epoch.
         weight: of its loss.
+        clips: whether animations are clips.
         caption_file: name of its caption file, where such files are read.
         metadata: name of the metadata file that has an entry for it, or that cannot be read.
         entry: its captions in there.
@@ -45,6 +46,7 @@ class Candidate:
     name: str
     repeats: int
     weight: float
+    clips: bool = False
     caption_file: str | None = None
     metadata: str = ""
     entry: tuple[str, ...] = ()
@@ -65,6 +67,7 @@ def candidates(
     cache: Path | None,
     skipped: Skipped,
     remarks: Remarks,
+    unread: list[Candidate] | None = None,
     clips: bool = False,
 ) -> Iterator[Candidate]:
     """The image files of a source in natural order, those of inner folders last.
@@ -75,6 +78,7 @@ def candidates(
         cache: folder for the images of datasets that `datasets` saved; None if there is no such folder.
         skipped: receives files and folders that are not used.
         remarks: receives what else is to be said.
+        unread: receives pictures in formats that are not read.
         clips: whether videos are among them.
 
     Raises:
@@ -100,18 +104,19 @@ def candidates(
         clips=clips,
     ):
         if folder.repeats * source.repeats > MAX_REPEATS:
-            skipped.append((Path(folder.path), f"repeats its images more than {MAX_REPEATS:,} times; rename it"))
+            reason = Reason(f"repeats its images more than {MAX_REPEATS:,} times; rename it", "folder")
+            skipped.append((Path(folder.path), reason))
             continue
-        skipped += folder.foreign if only is None else ()
         if from_files:
             metadata.enter(folder)
         else:
             _remark_origin(folder, only, remarks)
-        for name in folder.images:
+        foreign = {path.name: reason for path, reason in folder.foreign}
+        for name in (*folder.images, *foreign):
             stem = stem_of(name)
-            found = Candidate(folder, name, folder.repeats * source.repeats, source.weight)
+            found = Candidate(folder, name, folder.repeats * source.repeats, source.weight, clips)
             if not metadata.give(found):
-                remarks.add(Remark.UNNAMED, name)
+                remarks.add(Remark.UNNAMED, name, int(name not in foreign))
                 continue
             if not from_files:  # it only says which images there are
                 found.entry, found.refused = (), ""
@@ -119,7 +124,12 @@ def candidates(
             if from_files and (files := folder.captions.get(stem)):
                 found.caption_file = files[0]
                 remarks.add(Remark.SECOND_FILE, files[-1], len(files) - 1)
-            yield found
+            if name not in foreign:
+                yield found
+                continue
+            skipped.append((found.path, foreign[name]))
+            if unread is not None:
+                unread.append(found)
         if only is None and from_files:
             _remark_orphans(folder, remarks)
         masks.leave(folder)
@@ -160,7 +170,8 @@ class _MetadataFiles:
             name = preferred_metadata(folder.metadata)
             for other in folder.metadata:
                 if other != name:
-                    self._skipped.append((folder.file(other), f"is not read besides {name}; keep one of them"))
+                    reason = Reason(f"is not read besides {name}; keep one of them", "metadata")
+                    self._skipped.append((folder.file(other), reason))
             path = folder.file(name)
             if real := folder.outside(name):
                 self._remarks.add(Remark.LINKS, f"{name} to {real}")
@@ -168,7 +179,7 @@ class _MetadataFiles:
                 content: Metadata | MetadataError = read_metadata(path)
             except MetadataError as error:
                 content = error
-                self._skipped.append((path, f"{error}; repair or remove it"))
+                self._skipped.append((path, Reason(f"{error}; repair or remove it", "metadata")))
             self._known[folder.inside] = _Known(folder.inside, name, content)
         inside, self._above = folder.inside, []
         while self._known:
@@ -281,5 +292,7 @@ def _remark_orphans(folder: ListedFolder, remarks: Remarks) -> None:
             remarks.add(Remark.NO_IMAGE, names[0], len(names))
 
 
-_ABOUT = frozenset(("about", "authors", "copying", "credits", "licence", "license", "notice", "readme", "sources"))
+_ABOUT = frozenset(
+    ("about", "authors", "changes", "copying", "credits", "licence", "license", "notice", "readme", "sources")
+)
 """Names of text files about a folder."""

@@ -48,7 +48,9 @@ def event_json(event: Event) -> dict[str, Any]:
             body = {"model": event.model}
         case RunPlanned():
             body = _plan(event.plan)
-        case ImageEncoded() | ClassImageDrawn():
+        case ImageEncoded():
+            body = {"done": event.done, "total": event.total, "cached": event.cached}
+        case ClassImageDrawn():
             body = {"done": event.done, "total": event.total}
         case _:
             found_json: dict[str, Any] = finite(json.loads(encoded(event)))

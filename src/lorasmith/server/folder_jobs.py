@@ -91,7 +91,15 @@ def train(
         if cancelled():
             raise CancelledError("the job was cancelled before its first step; what was encoded is kept")
 
-    prepared = prepare(source, config, folders=folders, on_event=report_or_stop, cancelled=cancelled, load=load)
+    prepared = prepare(
+        source,
+        config,
+        place=folders.base / "runs",
+        folders=folders,
+        on_event=report_or_stop,
+        cancelled=cancelled,
+        load=load,
+    )
     if cancelled():
         raise CancelledError("the job was cancelled before its first step; what was encoded is kept")
 

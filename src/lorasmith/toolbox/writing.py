@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import ModelError, OutputError
-from lorasmith.core.files import atomic_path, open_regular
+from lorasmith.core.files import atomic_path, check_writable, open_regular
 from lorasmith.core.folders import pipeline_index
 from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.formats.container import check_safetensors, read_safetensors
@@ -26,9 +26,10 @@ HISTORY = "lorasmith.history"
 
 
 def free_target(path: Path, *, overwrite: bool = False) -> Path:
-    """`path`. Raises OutputError if it exists and may not be overwritten."""
+    """`path`, before any work for it. Raises OutputError if it may not be overwritten or cannot be written."""
     if path.exists() and not overwrite:
         raise OutputError(f"{path} exists already; choose another name with --output, or add --overwrite")
+    check_writable(path.parent)
     return path
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lorasmith.adapters.joint_adapters import SamplesMixed
 from lorasmith.adapters.patch import patch_tensors
-from lorasmith.core.allocator import is_out_of_memory
+from lorasmith.core.allocator import is_out_of_memory, memory_missed
 from lorasmith.core.errors import OptionError
 from lorasmith.core.sizes import memory_text
 from lorasmith.core.tensor_digests import digest_of_tensors
@@ -430,8 +430,7 @@ def _kind(batch: Batch) -> object:
 def _why_apart(error: Exception, runs: int) -> str:
     """Why runs have passes of their own from here on; empty for an error that may be a run's own."""
     if is_out_of_memory(error):
-        lines = str(error).strip().splitlines() or ["no memory left"]
-        return f"Memory is too small for a step of {runs} runs at once ({lines[0]})"
+        return f"Memory is too small for a step of {runs} runs at once ({memory_missed(error)})"
     if isinstance(error, SamplesMixed):
         return f"This model mixes the samples of a batch ({error})"
     return ""

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorasmith.core.allocator import is_out_of_memory
+from lorasmith.core.allocator import is_out_of_memory, memory_missed
 from lorasmith.core.errors import LoraError, LorasmithError, TrainingError
 from lorasmith.data.dataset import Sample
 from lorasmith.training.batches import Batch, BatchMaker, prefetched
@@ -278,7 +278,7 @@ class Loop:
             if self.engine.runtime.sharding:
                 raise  # the others wait in the same pass
             if is_out_of_memory(error):
-                fault = OutOfMemory(str(error))
+                fault = OutOfMemory(memory_missed(error))
             elif batches and self.engine.runtime.compile and not isinstance(error, LorasmithError):
                 fault = CompileFailed(error)  # compilers raise any kind; another cause will be raised again
             else:

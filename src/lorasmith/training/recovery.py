@@ -120,7 +120,7 @@ class Recovery:
         else:
             raise TrainingError(
                 f"memory must hold one image's forward and backward pass, but ran out at step {step} with activation "
-                f"checkpointing ({str(fault).splitlines()[0]}); use smaller pictures or a lower rank, or quantization"
+                f"checkpointing ({fault}); use smaller pictures or a lower rank, or quantization"
             )
         gc.collect()
         if engine.runtime.device.type == "cuda":

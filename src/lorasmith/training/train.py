@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lorasmith.core.dtypes import dtype_name
+from lorasmith.core.dtypes import dtype_from_name, dtype_name
 from lorasmith.core.errors import LorasmithError, OptionError, TrainingError
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.data.split import Split, split
@@ -31,14 +31,17 @@ from lorasmith.training.runs.fingerprint import Fingerprint, differences
 from lorasmith.training.runs.longer_run import continuing
 from lorasmith.training.runs.output_folder import output_folder
 from lorasmith.training.runs.records import RunRecord, check_title, run_record
-from lorasmith.training.runs.run_folder import RunFolder, claimed_run
-from lorasmith.training.runs.run_states import StateSaver, free_bytes, load_state
-from lorasmith.training.watchers import Draw, LoraWatch, PreviewWatch, ValidationWatch
+from lorasmith.training.runs.run_folder import RunFolder, check_place, claimed_run
+from lorasmith.training.runs.run_states import SPARE_BYTES, StateSaver, free_bytes, load_state
+from lorasmith.training.watchers import PREVIEWS, Draw, LoraWatch, PreviewWatch, ValidationWatch
 
-__all__ = ["Job", "RunOptions", "TrainResult", "plan_job", "run_job"]
+__all__ = ["Job", "RunOptions", "TrainResult", "plan_job", "run_bytes", "run_job"]
 
 _STATE_BYTES = 16
 """Bytes of a run state per trained parameter: fp32 weights, their average, and two moments of the optimizer."""
+
+_PIXEL_BYTES = 2
+"""Bytes of a PNG per pixel, about."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +93,16 @@ class RunOptions:
         check_title(self.title)
 
 
+def run_bytes(job: Job) -> int:
+    """Bytes that a run writes, about: its LoRAs, previews, a run state beside the one before, and what is small."""
+    config = job.config
+    loras = 1 + (config.steps // config.save_every if config.save_every else 0)
+    lora_bytes = job.parameters * dtype_from_name(config.lora_dtype).itemsize
+    pictures = len(config.previews.split("|")) * (PREVIEWS + 1) if config.previews else 0
+    picture_bytes = _PIXEL_BYTES * job.denoiser.base.defaults.resolution**2
+    return loras * lora_bytes + 2 * _STATE_BYTES * job.parameters + pictures * picture_bytes + SPARE_BYTES
+
+
 def run_job(job: Job, data: EncodedDataset, options: RunOptions) -> TrainResult:
     """Train a job on the device that it was planned for. A job can be run once.
 
@@ -116,7 +129,7 @@ def run_job(job: Job, data: EncodedDataset, options: RunOptions) -> TrainResult:
             # The folder is the first process's alone; the others learn from it how the run starts.
             def begin() -> tuple[RunRecord, RunState | None]:
                 nonlocal folder
-                folder, found, state = stack.enter_context(_opened(record, options))
+                folder, found, state = stack.enter_context(_opened(record, options, run_bytes(job)))
                 return found, state
 
             record, start = processes.from_first(begin)
@@ -125,11 +138,14 @@ def run_job(job: Job, data: EncodedDataset, options: RunOptions) -> TrainResult:
 
 
 @contextlib.contextmanager
-def _opened(record: RunRecord, options: RunOptions) -> Iterator[tuple[RunFolder, RunRecord, RunState | None]]:
+def _opened(
+    record: RunRecord, options: RunOptions, size_bytes: int
+) -> Iterator[tuple[RunFolder, RunRecord, RunState | None]]:
     """Inside the context, a run has its folder; yields it with the record as it is there, and the state to resume."""
     assert options.output is not None
     named = options.output if isinstance(options.output, Path) else options.output(record.fingerprint)
     path = output_folder(named, options.title)
+    check_place(path, size_bytes)
     if path != named:
         options.on_event(Warned(message=f"{named} has files that are not a run's; the run is in {path}."))
     if RunFolder(path).exists and not options.fresh:
@@ -153,7 +169,7 @@ def _check_together(job: Job, record: RunRecord) -> None:
                 f"{per_step}; raise grad_accumulation_steps to {-(-size // config.batch_size)}, or start fewer"
             )
         for number, other in enumerate(found[1:], 1):
-            if differing := differences(found[0], other):
+            if differing := differences(found[0], other, of=("in the first", "there")):
                 raise TrainingError(
                     "all processes of a run must have the same versions, model, images and settings, but process "
                     f"{number} differs from the first in {'; '.join(differing)}; make them alike"

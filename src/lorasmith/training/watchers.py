@@ -25,7 +25,7 @@ from lorasmith.training.verdict import History
 __all__ = ["Draw", "LoraWatch", "PreviewWatch", "ValidationWatch"]
 
 _VALIDATIONS = 10
-_PREVIEWS = 4
+PREVIEWS = 4
 """Default number of validations or previews in a run."""
 
 
@@ -177,7 +177,7 @@ class PreviewWatch(Watcher):
         self._draw = draw
         self._save = save
         self._path = path
-        self._every = config.preview_every or max(1, config.steps // _PREVIEWS)
+        self._every = config.preview_every or max(1, config.steps // PREVIEWS)
 
     def due(self, loop: Loop) -> bool:
         is_due = loop.step % self._every == 0 and loop.step < loop.steps  # the last preview uses the final file

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from lorasmith.core.errors import CancelledError, LorasmithError, NodeError
+from lorasmith.core.files import check_writable
 from lorasmith.core.folders import Folders
 from lorasmith.workflow.context import NodeContext, ignore
 from lorasmith.workflow.execution_events import (
@@ -33,6 +34,9 @@ from lorasmith.workflow.graph import Graph, GraphNode, Link
 from lorasmith.workflow.mapping import NodeResult, call_node
 
 __all__ = ["Executor"]
+
+_PREFIX = "filename_prefix"
+"""Input of every node that saves files in the output folder."""
 
 
 class Executor:
@@ -67,6 +71,10 @@ class Executor:
         self._kept = {key: self._kept[key] for key in signatures.values() if key in self._kept}
         cached = tuple(key for key in graph.nodes if signatures[key] in self._kept)
         self._on_event(ExecutionStarted(tuple(graph.nodes), cached))
+        for member in graph.nodes.values():
+            if _PREFIX in member.node.slots:  # it saves files: tried before others take their time
+                with self._reporting(member):
+                    check_writable(self._folders.output)
         results: dict[str, NodeResult] = {}
         for key, member in graph.nodes.items():
             context = NodeContext(self._folders, key, graph.prompt, workflow, cancel, self._on_event)

@@ -456,7 +456,7 @@ def test_a_run_goes_on_with_another_setting_and_says_so(run: Run, dataset: Encod
 
     once(until=2)
     (resumed,) = (event for event in once(until=9, compile=True) if isinstance(event, Resumed))
-    assert f"compiled_by nothing there, {compiler(CPU)} here" in resumed.message
+    assert f"compiled_by none then, {compiler(CPU)} now" in resumed.message
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert [one.get("compiled_by") for one in record["environments"]] == [None, compiler(CPU)]
     assert "compiled_by" not in environment(CPU, "AdamW", compile=False)

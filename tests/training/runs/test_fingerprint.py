@@ -69,7 +69,7 @@ def test_a_setting_that_an_older_version_did_not_know_had_its_default() -> None:
     assert differences({"config": config}, {"config": older}) == []
     assert differences({"config": older | {"patience": 5}}, {"config": config}) == []
     assert differences({"config": older}, {"config": config | {"noise_offset": 0.1}}) == [
-        "noise_offset 0.0 there, 0.1 here"
+        "noise_offset 0.0 then, 0.1 now"
     ]
 
 
@@ -86,3 +86,12 @@ def test_the_environment_names_the_optimizers_package_and_no_other(monkeypatch: 
 
 class Own(torch.optim.SGD):
     """An optimizer of no package."""
+
+
+def test_differences_say_which_value_is_which() -> None:
+    assert differences({"processes": 2}, {}) == ["2 processes then, 1 now"]
+    assert differences({}, {"processes": 4}) == ["1 process then, 4 now"]
+    assert differences({"versions": {}}, {"versions": {"bitsandbytes": "1"}}) == ["bitsandbytes none then, 1 now"]
+    assert differences({"threads": 1}, {"threads": 2}, of=("in the first", "there")) == [
+        "threads 1 in the first, 2 there"
+    ]

@@ -88,7 +88,7 @@ def test_what_cannot_be_trained_on_stays_where_it_is(
 ) -> None:
     state = short / "states" / "step-000003.safetensors"
     content = bytearray(state.read_bytes())
-    with pytest.raises(OutputError, match="differs in steps 3 there, 6 here; seed 3 there, 4 here"):
+    with pytest.raises(OutputError, match="differs in steps 3 then, 6 now; seed 3 then, 4 now"):
         run(dataset, steps=6, seed=4, output=short)
     with monkeypatch.context() as patch:
         patch.chdir(short)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from lorasmith.adapters.inject import restore_forward
 from lorasmith.adapters.packed_layers import packable_layers, weight_source_set
-from lorasmith.core.allocator import is_out_of_memory
+from lorasmith.core.allocator import is_out_of_memory, memory_missed
 from lorasmith.core.choices import Quantization
 from lorasmith.core.errors import LorasmithError, TrainingError
 from lorasmith.core.mapped_files import release_pages
@@ -267,7 +267,8 @@ def _explained(error: BaseException, processes: Processes) -> BaseException:
     if is_out_of_memory(error):
         return TrainingError(
             f"memory must hold a step in each process of a sharded run, but ran out in process {processes.rank} "
-            f"({_first_line(error)}); use a smaller batch_size, gradient_checkpointing, quantization, or more processes"
+            f"({memory_missed(error)}); use a smaller batch_size, gradient_checkpointing, quantization, or more "
+            "processes"
         )
     from torch import distributed
 

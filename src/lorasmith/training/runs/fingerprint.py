@@ -127,8 +127,16 @@ def _file_digest(path: Path) -> str:
     return hashlib.sha256("".join(map(sha256_file, inside)).encode()).hexdigest()
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Differences of two fingerprints or environments as phrases; empty if they are equal."""
+def differences(
+    before: Mapping[str, Any], now: Mapping[str, Any], *, of: tuple[str, str] = ("then", "now")
+) -> list[str]:
+    """Differences of two fingerprints or environments as phrases; empty if they are equal.
+
+    Args:
+        before: the first.
+        now: the second.
+        of: words behind the values of each.
+    """
     words = {
         "base": "the base model",
         "files": "the base model",
@@ -150,9 +158,9 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         if key in ("base", "files") and isinstance(old, dict) and isinstance(new, dict):
             found += [one for one in _differing_parts(old, new) if one not in found]
         elif isinstance(old, dict) and isinstance(new, dict):
-            found += differences(old, new)
+            found += differences(old, new, of=of)
         else:
-            found.append(words.get(key) or f"{key} {_shown(old)} there, {_shown(new)} here")
+            found.append(words.get(key) or _phrase(key, old, new, of))
     return found
 
 
@@ -239,5 +247,9 @@ def _data_tensors(data: EncodedDataset) -> Iterator[tuple[str, Tensor]]:
                 yield key, tensor
 
 
-def _shown(value: object) -> str:
-    return "nothing" if value is None else str(value)
+def _phrase(key: str, old: object, new: object, of: tuple[str, str]) -> str:
+    if key == "processes":  # not recorded of a run in one
+        old, new = old or 1, new or 1
+        return f"{old} process{'' if old == 1 else 'es'} {of[0]}, {new} {of[1]}"
+    values = ["none" if one is None else one for one in (old, new)]
+    return f"{key} {values[0]} {of[0]}, {values[1]} {of[1]}"

@@ -19,16 +19,17 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lorasmith.core.errors import LorasmithError, OutputError
-from lorasmith.core.files import ensure_folder, locked, write_atomic
+from lorasmith.core.files import check_writable, ensure_folder, locked, write_atomic
+from lorasmith.core.sizes import memory_text
 from lorasmith.training.events import Event, EventHandler, RolledBack, RunFinished, StepDone, Warned, encoded
 from lorasmith.training.outcome import Outcome
 from lorasmith.training.progress import RunState
 from lorasmith.training.runs.fingerprint import Fingerprint, differences
 from lorasmith.training.runs.history import EVENTS, RECORD, read_history, read_record
 from lorasmith.training.runs.records import RunRecord
-from lorasmith.training.runs.run_states import RunStates
+from lorasmith.training.runs.run_states import RunStates, free_bytes
 
-__all__ = ["RunFolder", "check_verifiable", "claimed_run", "numbered_runs", "unfinished_run"]
+__all__ = ["RunFolder", "check_place", "check_verifiable", "claimed_run", "numbered_runs", "unfinished_run"]
 
 
 class RunFolder:
@@ -194,6 +195,29 @@ class RunFolder:
             with contextlib.suppress(OSError):
                 self._log.close()
             self._log = None
+
+
+def check_place(place: Path, size_bytes: int = 0) -> None:
+    """Check that a run can be in a folder or below it, before time is spent on it.
+
+    Args:
+        place: the folder, which need not exist.
+        size_bytes: that the run will write.
+
+    Raises:
+        OutputError: it cannot be written, another process trains in it, or its disk has less room.
+    """
+    check_writable(place)
+    folder = RunFolder(place)
+    there = 0
+    if folder.exists:
+        folder.check_free()
+        there = sum(path.stat().st_size for path in folder.states().paths())  # which the new ones replace
+    if (free := free_bytes(place) + there) < size_bytes:
+        raise OutputError(
+            f"the run writes {memory_text(size_bytes)} to {place}, whose disk has {memory_text(free)} free; free some "
+            "space, or choose another output"
+        )
 
 
 @contextlib.contextmanager

@@ -26,12 +26,12 @@ from lorasmith.training.events import StateSaved, Warned
 from lorasmith.training.loop import Loop, Watcher
 from lorasmith.training.progress import RunState
 
-__all__ = ["RunStates", "StateSaver", "free_bytes", "is_state", "load_state", "save_state"]
+__all__ = ["SPARE_BYTES", "RunStates", "StateSaver", "free_bytes", "is_state", "load_state", "save_state"]
 
 _KEY, _DIGEST = "lorasmith.run_state", "lorasmith.digest"
 _UNSIGNED = "0" * 64
 _FORMAT = 2
-_SPARE_BYTES = 64 * 2**20
+SPARE_BYTES = 64 * 2**20
 """Disk space in bytes left for plots, pictures and the report."""
 
 
@@ -85,7 +85,7 @@ class RunStates:
         """
         path = self.folder / f"step-{state.step:06}.safetensors"
         size = sum(tensor.numel() * tensor.element_size() for tensor in state.tensors.values())
-        needed = 2 * size + _SPARE_BYTES  # the LoRA at the end is smaller than a state
+        needed = 2 * size + SPARE_BYTES  # the LoRA at the end is smaller than a state
         if free_bytes(self.folder) < needed:
             self._remove_beyond(1)  # fewer states are better than none
         if (free := free_bytes(self.folder)) < needed:

@@ -80,7 +80,7 @@ function preparationWords(event) {
     case "RunPlanned":
       return `${event.trained ?? `${count(event.steps, "step")} planned`}`;
     case "ImageEncoded":
-      return `Photos prepared: ${progress}`;
+      return `Photos prepared: ${progress}${event.cached ? `, ${event.cached} of them earlier` : ""}`;
     case "CaptionEncoded":
       return `Captions prepared: ${progress}`;
     case "ClassImageDrawn":
