@@ -68,7 +68,7 @@ def check(
     from lorasmith.app.data_check import check_folder, plain
     from lorasmith.app.data_check_page import write_data_page
     from lorasmith.data.mended_folder import write_mended
-    from lorasmith.families.model_search import ModelFiles
+    from lorasmith.families.locating import ModelFiles
 
     config = DataConfig(**{name: settings[name] for name in _DATA})
     training = TrainConfig(**{name: settings[name] for name in _TRAINING})

@@ -221,9 +221,9 @@ def train_and_report(prepared: PreparedRun, *, output: Path | None, fresh: bool 
         )
 
     def show_result() -> None:
-        report_result(result, rights_needed(prepared.source, prepared.job.requested, result.folder))
+        report_result(result, rights_needed(prepared.spec, result.folder))
         if result.path is not None:
-            files, prompt = prepared.source.files, prepared.plan.prompt
+            files, prompt = prepared.spec.files, prepared.plan.prompt
             command = generate_command(
                 files.model, result.path, prompt, text_encoders=files.text_encoders, vae=files.vae
             )
@@ -249,7 +249,7 @@ def train_experts_and_report(runs: ExpertRuns, *, verify: bool = False) -> None:
     for expert in EXPERTS:
         with preparation_shown() as show:
             prepared = runs.prepare(expert, on_event=show)
-        files, prompt, frames = prepared.source.files, prepared.plan.prompt, prepared.base.defaults.frames
+        files, prompt, frames = prepared.spec.files, prepared.plan.prompt, prepared.base.defaults.frames
         models.append(files.model)
         with training_shown() as (show, stop):
             results[expert] = result = runs.train(prepared, expert, verify=verify, on_event=show, cancelled=stop.is_set)

@@ -26,7 +26,7 @@ from typing import Any
 from lorasmith.core.errors import OptionError
 from lorasmith.core.registry import nearest
 
-__all__ = ["Option", "check_options", "config_from", "option", "options_of"]
+__all__ = ["Option", "changed", "check_options", "config_from", "option", "options_of"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Option:
         pattern: regular expression that values besides the choices must match; empty allows none.
         group: heading in the help.
         changes_numbers: whether it can affect computed numbers.
+        is_path: whether a text names a file or folder.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Option:
     pattern: str = ""
     group: str = ""
     changes_numbers: bool = True
+    is_path: bool = False
 
     def check(self, value: Any) -> Any:
         """`value` in the option's own type. Raises OptionError when the type or the range does not fit."""
@@ -109,14 +111,15 @@ def option(
     pattern: str = "",
     group: str = "",
     changes_numbers: bool = True,
+    is_path: bool = False,
 ) -> Any:
     """A dataclass field that declares an `Option`; name, type and (of a `Literal`) choices are those of the field.
 
     Args:
-        default, help, min, max, step, choices, pattern, group, changes_numbers: as the attributes of `Option`.
+        default, help, min, max, step, choices, pattern, group, changes_numbers, is_path: as the attributes of `Option`.
     """
     details: dict[str, Any] = {"help": help, "min": min, "max": max, "step": step, "group": group}
-    details |= {"choices": tuple(choices), "pattern": pattern, "changes_numbers": changes_numbers}
+    details |= {"choices": tuple(choices), "pattern": pattern, "changes_numbers": changes_numbers, "is_path": is_path}
     return dataclasses.field(default=default, metadata={"option": details})
 
 
@@ -153,6 +156,12 @@ def config_from(config: type, values: Mapping[str, Any]) -> Any:
         if key not in known:
             raise OptionError(f"unknown option {key!r}{nearest(key, known)}; known are {', '.join(known)}")
     return config(**values)
+
+
+def changed(config: Any) -> dict[str, Any]:
+    """The options of a configuration that have not their default values."""
+    values = {name: getattr(config, name) for name in options_of(type(config))}
+    return {name: value for name, value in values.items() if value != options_of(type(config))[name].default}
 
 
 _LONGEST = 20_000

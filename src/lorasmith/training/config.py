@@ -30,6 +30,7 @@ __all__ = [
     "ResolvedConfig",
     "TrainConfig",
     "cost_options",
+    "names_alone",
     "settings_from_file",
     "unused_settings",
 ]
@@ -56,14 +57,20 @@ def unused_settings(algorithm: str) -> frozenset[str]:
     return folded.get(algorithm.casefold(), frozenset())
 
 
-def settings_from_file(
+def settings_from_file(values: Mapping[str, Any]) -> TrainConfig:
+    """Settings that a file holds, such as a graph. Raises OptionError as `names_alone` and `config_from`."""
+    config: TrainConfig = config_from(TrainConfig, names_alone(values))
+    return config
+
+
+def names_alone(
     values: Mapping[str, Any],
     *,
     optimizers: Collection[str] = (),
     track: str | None = None,
     allowing: str = "--allow-optimizer",
-) -> TrainConfig:
-    """Settings that a file holds: a graph, or the record of a run. They choose among known names alone.
+) -> dict[str, Any]:
+    """Settings that a file holds, such as a graph or the record of a run, which choose among known names alone.
 
     Importing an optimizer runs the code of its module, and a tracker sends numbers away, so both have to be typed by
     the person who runs the command.
@@ -75,7 +82,7 @@ def settings_from_file(
         allowing: the flag by which an import path is typed.
 
     Raises:
-        OptionError: the optimizer is neither a known name nor among `optimizers`, or as `config_from`.
+        OptionError: the optimizer is neither a known name nor among `optimizers`.
     """
     name = values.get("optimizer")
     if name is not None and name not in OPTIMIZERS and name not in optimizers:
@@ -84,8 +91,7 @@ def settings_from_file(
             f"run code; if you trust that, type {allowing} {name}"
         )
     own = {key: value for key, value in values.items() if key != "track"}
-    config: TrainConfig = config_from(TrainConfig, own if track is None else {**own, "track": track})
-    return config
+    return own if track is None else {**own, "track": track}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,18 +163,21 @@ class TrainConfig:
     )
     existing_lora: str | None = option(
         None,
+        is_path=True,
         group=_WHAT,
         help="LoRA file to continue training. Its layers keep their algorithm, rank and alpha, and its step count "
         "continues.",
     )
     existing_state: str | None = option(
         None,
+        is_path=True,
         group=_WHAT,
         help="Run state from which the run starts, optimizer and steps included: that of a finished run of the same "
         "settings and images with fewer steps. `lorasmith resume RUN --steps N` sets it.",
     )
     training_adapter: str | None = option(
         None,
+        is_path=True,
         group=_WHAT,
         help="LoRA file that is applied to the model while training, and left out of previews and of the saved LoRA, "
         "such as one that lets a distilled model be trained.",

@@ -20,8 +20,8 @@ from lorasmith.core.sizes import memory_text
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.folder import ImageFile, scan_folder
 from lorasmith.data.preflight import epoch_of
-from lorasmith.families.locating import BUILT_IN
-from lorasmith.families.model_search import MODEL_FOLDERS, ModelFiles, in_folders
+from lorasmith.families.locating import BUILT_IN, ModelFiles
+from lorasmith.families.model_search import MODEL_FOLDERS, in_folders
 from lorasmith.server.api_shapes import PlanAnswer
 from lorasmith.server.questions.dataset_check import split_settings
 from lorasmith.server.questions.dataset_folders import dataset_folder
@@ -99,7 +99,7 @@ def train_request(
     trigger: str = "",
     settings: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The request of a job that trains: a `RunFile` as JSON, which is checked as far as that takes no time.
+    """The request of a job that trains: a `RunSpec` as JSON, which is checked as far as that takes no time.
 
     Args:
         folders: of the installation.
