@@ -45,7 +45,6 @@ MOST_RUNS = 1000
 
 _FOLDER = "folder"
 _TABLES = ("grid", "random")
-_SHORT = {"learning_rate": "rate"}
 _LONGEST_NAME = 100
 _DRAWS = 20  # attempts for each run of [random], as equal ones are drawn again
 
@@ -287,7 +286,7 @@ def _name(values: Values) -> str:
 
 def _words(values: Values) -> Iterator[str]:
     for name, value in values.items():
-        label = _SHORT.get(name, name.replace("_", "-"))
+        label = (name in SETTINGS and SETTINGS[name].short) or name.replace("_", "-")
         yield f"{label}-{_text(Path(value).name if _is_path(name) and isinstance(value, str) else value)}"
 
 

@@ -39,11 +39,13 @@ from lorasmith.app.sweep_run import (
 from lorasmith.core.allocator import keep_freed_memory
 from lorasmith.core.errors import LorasmithError, OutputError
 from lorasmith.core.folders import Folders
+from lorasmith.core.options import options_of
 from lorasmith.core.printable import printable
 from lorasmith.core.typed_json import typed
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.locating import ModelFiles
 from lorasmith.families.model_search import Completed, load_completed
+from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Event, StepDone
 from lorasmith.training.joint import SHARED_SETTINGS, EngineMaker, StopOfAll, check_captions, train_jointly
 from lorasmith.training.outcome import Outcome
@@ -54,7 +56,7 @@ __all__ = ["GroupProcess", "grouped", "main", "train_group"]
 _COMMAND = (sys.executable, "-P", "-m", "lorasmith.app.sweep_group")  # no file of the current folder is a module
 _STOPPED = 128 + signal.SIGTERM
 _BETWEEN_LINES_S = 30.0
-_OF_THE_MODEL = (*SHARED_SETTINGS, "training_adapter", "existing_lora", "existing_state", "strict")
+_OF_THE_MODEL = (*SHARED_SETTINGS, *(name for name, one in options_of(TrainConfig).items() if one.is_path), "strict")
 
 
 def grouped(runs: Sequence[SweepRun], most: int) -> list[tuple[SweepRun, ...]]:

@@ -36,10 +36,12 @@ from lorasmith.training.config import TrainConfig
 
 __all__ = ["register"]
 
-_FIRST = (
-    "model", "trigger", "name", "output", "steps", "learning_rate", "rank", "batch_size", "resolution", "previews",
-    "no_previews", "config",
-)  # fmt: skip
+
+def _main(config: type) -> list[str]:
+    return [name for name, one in options_of(config).items() if one.is_main]
+
+
+_FIRST = ("model", *_main(DataConfig), "name", "output", *_main(TrainConfig), "no_previews", "config")
 """The options that `--help` shows."""
 
 

@@ -19,9 +19,9 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from lorasmith.core.errors import OptionError
 from lorasmith.core.registry import nearest
@@ -45,6 +45,14 @@ class Option:
         group: heading in the help.
         changes_numbers: whether it can affect computed numbers.
         is_path: whether a text names a file or folder.
+        is_prompt: whether a text is a prompt; private runs show neither prompts nor paths.
+        is_main: whether pages and help show it before the others.
+        door: `typed` if requests to a server cannot have it, as it names files or programs; `graph` if it has an effect
+            in graphs alone.
+        of_model: whether it is of the frozen model and its passes, so that runs over one model have it in common.
+        of_fresh: whether it has an effect on layers without an adapter alone.
+        costs: whether it affects the cost of a step.
+        short: name in names of runs, if it is another.
     """
 
     name: str
@@ -59,6 +67,13 @@ class Option:
     group: str = ""
     changes_numbers: bool = True
     is_path: bool = False
+    is_prompt: bool = False
+    is_main: bool = False
+    door: Literal["any", "typed", "graph"] = "any"
+    of_model: bool = False
+    of_fresh: bool = False
+    costs: bool = False
+    short: str = ""
 
     def check(self, value: Any) -> Any:
         """`value` in the option's own type. Raises OptionError when the type or the range does not fit."""
@@ -100,27 +115,13 @@ class Option:
         raise OptionError(f"{self.name} must be {article} {_TYPE_NAMES[wanted]}, got {value!r}")
 
 
-def option(
-    default: Any,
-    *,
-    help: str,
-    min: float | None = None,
-    max: float | None = None,
-    step: float | None = None,
-    choices: Iterable[str] = (),
-    pattern: str = "",
-    group: str = "",
-    changes_numbers: bool = True,
-    is_path: bool = False,
-) -> Any:
+def option(default: Any, *, help: str, **details: Any) -> Any:
     """A dataclass field that declares an `Option`; name, type and (of a `Literal`) choices are those of the field.
 
     Args:
-        default, help, min, max, step, choices, pattern, group, changes_numbers, is_path: as the attributes of `Option`.
+        default, help, details: as the attributes of `Option`.
     """
-    details: dict[str, Any] = {"help": help, "min": min, "max": max, "step": step, "group": group}
-    details |= {"choices": tuple(choices), "pattern": pattern, "changes_numbers": changes_numbers, "is_path": is_path}
-    return dataclasses.field(default=default, metadata={"option": details})
+    return dataclasses.field(default=default, metadata={"option": {"help": help, **details}})
 
 
 def options_of(config: type) -> Mapping[str, Option]:
@@ -174,7 +175,9 @@ def _declared(name: str, annotation: Any, default: Any, details: Mapping[str, An
     if typing.get_origin(annotation) is typing.Literal:
         details = {**details, "choices": typing.get_args(annotation)}
         annotation = str
-    return Option(name=name, type=annotation, default=default, **details)
+    return Option(
+        name=name, type=annotation, default=default, **{**details, "choices": tuple(details.get("choices", ()))}
+    )
 
 
 _TYPE_NAMES = {int: "integer", float: "number", str: "text", bool: "true or false value"}

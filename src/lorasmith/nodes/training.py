@@ -29,7 +29,7 @@ from lorasmith.nodes.values import (
     single,
     with_frames,
 )
-from lorasmith.training.config import NONE_LORA, TrainConfig, settings_from_file, unused_settings
+from lorasmith.training.config import NONE_LORA, TrainConfig, lora_settings, settings_from_file, unused_settings
 from lorasmith.training.events import (
     CaptionsPlanned,
     Event,
@@ -74,7 +74,6 @@ _LORA_FILE: dict[str, Any] = {
     "default": NONE_LORA,
     "options": lambda folders: [*folders.files("loras"), NONE_LORA],
 }
-_LORA_FILES = ("existing_lora", "training_adapter")
 
 _SETTINGS = (
     _setting("batch_size"),
@@ -198,7 +197,7 @@ def _config(folders: Folders, values: Mapping[str, Any]) -> TrainConfig:
     for name in unused_settings(chosen["algorithm"]):
         if chosen[name] == defaults[name]:  # a default needs no note that it has no effect
             del chosen[name]
-    for name in _LORA_FILES:
+    for name in lora_settings():
         if chosen[name] != NONE_LORA:
             chosen[name] = str(folders.find("loras", chosen[name]))
     if chosen["timesteps"] == _AUTO:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lorasmith.app.run_spec import RunSpec
+from lorasmith.app.run_spec import SETTINGS, RunSpec
 from lorasmith.core.errors import ModelError, OptionError
 from lorasmith.core.folders import Folders
 from lorasmith.core.options import changed, options_of
@@ -16,7 +16,7 @@ from lorasmith.families.base import FAMILIES
 from lorasmith.families.files.structure import load_structure
 from lorasmith.families.locating import built_in_models
 from lorasmith.nodes import load_nodes
-from lorasmith.training.config import NONE_LORA, TrainConfig
+from lorasmith.training.config import NONE_LORA, TrainConfig, lora_settings
 from lorasmith.training.runs.records import RunRecord
 
 __all__ = ["graph_of_run"]
@@ -25,9 +25,8 @@ Graph = dict[str, dict[str, Any]]
 
 _TRAIN = "TrainLoraNode"
 _ENCODER_LOADERS = {1: "CLIPLoader", 2: "DualCLIPLoader", 3: "TripleCLIPLoader", 4: "QuadrupleCLIPLoader"}
-_IN_THE_GRAPH = ("trigger", "resolution", "cache", "cache_limit", "caption_memory")
-"""Settings of data that the graph follows, or that change no numbers."""
-_FREE = frozenset(name for name, one in options_of(TrainConfig).items() if not one.changes_numbers)
+_FOLLOWED = ("trigger", "resolution")
+"""Settings of data that the graph follows."""
 
 
 def graph_of_run(record: RunRecord, folders: Folders) -> tuple[Graph, list[str]]:
@@ -146,7 +145,11 @@ def _images(spec: RunSpec, folders: Folders, notes: list[str]) -> str:
         if folders.find_input_folder(name).resolve() == path:
             if len(spec.sources) > 1:
                 notes.append(f"It trains on {name} alone, the first of {len(spec.sources)} folders.")
-            others = [one.replace("_", " ") for one in changed(spec.data) if one not in _IN_THE_GRAPH]
+            others = [
+                one.replace("_", " ")
+                for one in changed(spec.data)
+                if one not in _FOLLOWED and SETTINGS[one].changes_numbers
+            ]
             if others:
                 notes.append(f"Nodes have no {', '.join(others)}.")
             return name
@@ -163,7 +166,7 @@ def _settings(record: RunRecord, folders: Folders, notes: list[str]) -> dict[str
         if name not in options or (slot.default is None and name not in record.config):
             continue
         value = record.config.get(name, options[name].default)
-        if name in ("existing_lora", "training_adapter"):
+        if name in lora_settings():
             value = NONE_LORA if not value else _lora(folders, str(value))
         elif name == "validation_share" and value is None:
             value = 0.1 if record.data.get("held_out") else 0.0
@@ -173,7 +176,7 @@ def _settings(record: RunRecord, folders: Folders, notes: list[str]) -> dict[str
     lost = [
         name.replace("_", " ")
         for name, value in record.config.items()
-        if name in options and name not in inputs and name not in _FREE and value != options[name].default
+        if name in options and name not in inputs and options[name].changes_numbers and value != options[name].default
     ]
     if lost:
         notes.append(f"Train LoRA has no input for {', '.join(lost)}, which the run had set.")
