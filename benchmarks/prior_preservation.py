@@ -20,14 +20,13 @@ from typing import Any
 from PIL import Image
 
 from lorasmith.app.folder_run import prepare, train_prepared
-from lorasmith.app.folder_source import FolderSource
+from lorasmith.app.run_spec import RunSpec
 from lorasmith.core.folders import ASSETS
-from lorasmith.data.data_config import DataConfig
+from lorasmith.data.sources import ImageSource
 from lorasmith.families.loading import load_model
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Denoiser
 from lorasmith.sampling.generate import generate
-from lorasmith.training.config import TrainConfig
 from tools.pretrain.judge import Judge
 
 SUBJECT = ("sks lion", "sks lion, on a white background", "sks lion, noto style")
@@ -62,9 +61,9 @@ def scores(denoiser: Denoiser, judge: Judge, *, seeds: int) -> dict[str, float]:
 
 def trained(folder: Path, *, steps: int, **data: Any) -> Denoiser:
     """The built-in model with the LoRA of a run on a folder."""
-    config = TrainConfig(steps=steps, batch_size=4, rank=8, seed=1, learning_rate=1e-3, training_dtype="fp32")
-    source = FolderSource.of(folder, BUILT_IN, data=DataConfig(trigger=SUBJECT[0], captions="none", **data))
-    run = prepare(source, config)
+    settings = {"steps": steps, "batch_size": 4, "rank": 8, "seed": 1, "learning_rate": 1e-3, "training_dtype": "fp32"}
+    settings |= {"trigger": SUBJECT[0], "captions": "none", **data}
+    run = prepare(RunSpec(sources=(ImageSource(str(folder)),), model=BUILT_IN, settings=settings))
     return train_prepared(run, output=Path(tempfile.mkdtemp()) / "run").lora.applied_to(run.base.denoiser)
 
 

@@ -11,14 +11,12 @@ import numpy as np
 from PIL import Image
 
 from lorasmith.app.folder_run import PreparedRun, prepare
-from lorasmith.app.folder_source import FolderSource
 from lorasmith.app.recorded_run import Rights
-from lorasmith.core.options import options_of
-from lorasmith.data.data_config import DataConfig
+from lorasmith.app.run_spec import RunSpec
+from lorasmith.data.sources import ImageSource
 from lorasmith.formats.container import read_safetensors, write_safetensors
 from lorasmith.formats.hashes import sha256_body
 from lorasmith.formats.metadata import RUN_ENTRY
-from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Event
 
 CONFIRMED = Rights(files=True)
@@ -34,18 +32,16 @@ def pictures(folder: Path, number: int, *, seed: int = 0) -> Path:
     return folder
 
 
-def asked(images: Path, **settings: Any) -> tuple[FolderSource, TrainConfig]:
-    """Source and settings of a run of five quick steps, named `cat`."""
-    data = {name: settings.pop(name) for name in options_of(DataConfig) if name in settings}
-    config = TrainConfig(
-        **{"rank": 2, "targets": "attention", "steps": 5, "schedule": "cosine", "previews": "", **settings}
-    )
-    return FolderSource.of(images, "lorasmith-tiny", name="cat", data=DataConfig(**{"resolution": 32, **data})), config
+def asked(images: Path, **settings: Any) -> RunSpec:
+    """A run of five quick steps, named `cat`."""
+    quick = {"rank": 2, "targets": "attention", "steps": 5, "schedule": "cosine", "previews": "", "resolution": 32}
+    sources = (ImageSource(str(images)),)
+    return RunSpec(sources=sources, model="lorasmith-tiny", name="cat", settings={**quick, **settings}).resolved()
 
 
 def prepared(images: Path, **settings: Any) -> PreparedRun:
     """That run, ready to begin."""
-    return prepare(*asked(images, **settings))
+    return prepare(asked(images, **settings))
 
 
 class Audience:

@@ -49,8 +49,8 @@ def left_by(
     folder.mkdir(parents=True)
     record = RunRecord(
         title="cat",
-        source=run.source.to_record(),
-        asked={**asdict(run.config), **asked},
+        source=run.spec.to_record(),
+        asked={**asdict(run.spec.config), **asked},
         fingerprint={"held_out": held_out, "config": {"validation_draws": 2}},
     )
     (folder / "run.json").write_text(record.to_text())

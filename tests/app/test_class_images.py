@@ -83,7 +83,7 @@ def test_stopping_keeps_what_was_drawn(tiny: Model, sampled: list) -> None:
 
 def test_the_class_is_trained_beside_the_subject_and_never_held_out(images: Path, sampled: list) -> None:
     settings = {"class_prompt": "a fox", "class_count": 2, "prior_weight": 0.25, "resolution": 32}
-    run = prepare(*asked(images, **settings, validation_share=0.5))
+    run = prepare(asked(images, **settings, validation_share=0.5))
     assert len(run.data) == 4 + 2 and run.plan.samples_per_epoch == 2 + 2
     assert [(sample.is_class, sample.weight) for sample in run.data.samples[-2:]] == [(True, 0.25)] * 2
     assert run.data.samples[-1].conditioning.text == "a fox"

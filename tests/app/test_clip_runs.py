@@ -15,13 +15,12 @@ from tiny_clips import clip_model
 
 from lorasmith.app.drawing import save_pictures
 from lorasmith.app.folder_run import PreparedRun, prepare, train_prepared
-from lorasmith.app.folder_source import FolderSource
 from lorasmith.app.memory_estimate import estimate_of
 from lorasmith.app.run_plan import ImagesFound, ModelLoading
 from lorasmith.app.run_previews import run_previews
+from lorasmith.app.run_spec import RunSpec
 from lorasmith.core.errors import OptionError
-from lorasmith.core.options import options_of
-from lorasmith.data.data_config import DataConfig
+from lorasmith.data.sources import ImageSource
 from lorasmith.families.loading import load_model
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Model
@@ -50,11 +49,10 @@ def folder(tmp_path: Path) -> Path:
 
 
 def ready(model: Model, images: Path, events: list[Event] | None = None, **settings: Any) -> PreparedRun:
-    data = {name: settings.pop(name) for name in options_of(DataConfig) if name in settings}
-    config = TrainConfig(**{"rank": 2, "targets": "attention", "steps": 4, "previews": "", **settings})
-    source = FolderSource.of(images, "clips", name="cat", data=DataConfig(**data))
+    given = {"rank": 2, "targets": "attention", "steps": 4, "previews": "", **settings}
+    spec = RunSpec(sources=(ImageSource(str(images)),), model="clips", name="cat", settings=given)
     heard = events if events is not None else []
-    return prepare(source, config, load=lambda files, _: Completed(model, files), on_event=heard.append)
+    return prepare(spec, load=lambda files, _: Completed(model, files), on_event=heard.append)
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -14,8 +14,7 @@ from lorasmith.app.data_check_page import data_report, step_lines, write_data_pa
 from lorasmith.core.errors import OutputError
 from lorasmith.core.folders import ASSETS
 from lorasmith.data.data_config import DataConfig
-from lorasmith.families.locating import BUILT_IN
-from lorasmith.families.model_search import ModelFiles
+from lorasmith.families.locating import BUILT_IN, ModelFiles
 from lorasmith.report.data_page import DataReport, Trouble
 from tests.data.test_preflight import add, photo
 from tests.report.test_run_report import HOSTILE, Page

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from lorasmith.app import demo
-from lorasmith.app.demo import before_and_after, demo_folder, demo_source
+from lorasmith.app.demo import before_and_after, demo_folder, demo_spec
 from lorasmith.core.adapter_state import AdapterState
 from lorasmith.families.model import Model
 from lorasmith.training.lora_handle import Lora
@@ -16,9 +16,9 @@ from lorasmith.training.train import TrainResult
 
 def test_it_trains_on_the_pictures_of_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    source, config = demo_source(steps=3, seed=2, device=None)
-    assert len(list(Path(source.folder).glob("*.png"))) == 16
-    assert (source.name, source.model, config.steps, config.seed) == ("high-contrast", "lorasmith-tiny", 3, 2)
+    spec = demo_spec(steps=3, seed=2, device=None).resolved()
+    assert len(list(Path(spec.folder).glob("*.png"))) == 16
+    assert (spec.name, spec.model, spec.config.steps, spec.config.seed) == ("high-contrast", "lorasmith-tiny", 3, 2)
     assert demo_folder() == Path("runs/demo-001")
 
 

@@ -7,8 +7,8 @@ from PIL import Image
 
 from lorasmith.app.drawing import load_with_loras, save_pictures
 from lorasmith.core.adapter_state import AdapterState, AdapterWeights, ModuleRef
+from lorasmith.families.locating import ModelFiles
 from lorasmith.families.model import Model
-from lorasmith.families.model_search import ModelFiles
 from lorasmith.training.lora_handle import Lora
 
 LAYERS = {

@@ -16,22 +16,21 @@ from tiny_wan import WAN, frames_of
 
 from lorasmith.app.drawing import expert_named, experts_of
 from lorasmith.app.expert_runs import ExpertRuns
-from lorasmith.app.folder_source import FolderSource
+from lorasmith.app.run_spec import RunSpec
 from lorasmith.core.errors import OptionError
 from lorasmith.core.folders import Folders
-from lorasmith.data.data_config import DataConfig
+from lorasmith.data.sources import ImageSource
 from lorasmith.diffusion.schedule import FlowSchedule
 from lorasmith.families.base import Diffusion
 from lorasmith.families.loading import load_model
-from lorasmith.families.locating import BUILT_IN
+from lorasmith.families.locating import BUILT_IN, ModelFiles
 from lorasmith.families.model import Autoencoder, Model
-from lorasmith.families.model_search import Completed, ModelFiles, load_completed
+from lorasmith.families.model_search import Completed, load_completed
 from lorasmith.formats.container import read_safetensors
 from lorasmith.sampling import generate
 from lorasmith.sampling.generate import Experts, Sampling, generate_clips
 from lorasmith.sampling.sample import prepare_noise
 from lorasmith.sampling.sigmas import sigmas_for
-from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Event, Warned
 from tests.data.video_cases import animation
 
@@ -56,16 +55,17 @@ def load(files: ModelFiles, folders: Folders | None) -> Completed:
 
 
 def runs(files: dict[str, Path], images: Path, output: Path | None, **settings: Any) -> ExpertRuns:
-    config = TrainConfig(**{"rank": 2, "targets": "attention", "steps": 3, "previews": "", **settings})
-    source = FolderSource.of(
-        images,
-        str(files["high_noise"]),
+    spec = RunSpec(
+        sources=(ImageSource(str(images)),),
+        model=str(files["high_noise"]),
+        low_noise_model=str(files["low_noise"]),
         name="wave",
-        data=DataConfig(),
-        text_encoders=[str(files["text_encoder"])],
+        output=None if output is None else str(output),
+        text_encoders=(str(files["text_encoder"]),),
         vae=str(files["vae"]),
+        settings={"rank": 2, "targets": "attention", "steps": 3, "previews": "", **settings},
     )
-    return ExpertRuns(source, str(files["low_noise"]), config, output=output, load=load)
+    return ExpertRuns(spec, load=load)
 
 
 def experts(files: dict[str, Path]) -> list[Model]:
@@ -210,14 +210,13 @@ def test_the_boundary_is_a_step_of_the_first_expert() -> None:
 
 def test_what_is_no_pair_is_refused(images: Path) -> None:
     tiny = load_model(BUILT_IN)
-    source = FolderSource.of(images, BUILT_IN, name="wave", data=DataConfig())
+    spec = RunSpec(sources=(ImageSource(str(images)),), model=BUILT_IN, low_noise_model=BUILT_IN)
     with pytest.raises(OptionError, match=r"low_noise_model is for models of two experts, .* got lorasmith-tiny"):
         expert_named(tiny, "high_noise")
     with pytest.raises(OptionError, match=r"min_noise is for a run on one expert, got 0\.5 with low_noise_model"):
-        ExpertRuns(source, BUILT_IN, TrainConfig(min_noise=0.5))
-    of_class = replace(source, data=DataConfig(class_prompt="a dog"))
+        ExpertRuns(spec.with_settings(min_noise=0.5))
     with pytest.raises(OptionError, match=r"class_images must be given with low_noise_model"):
-        ExpertRuns(of_class, BUILT_IN, TrainConfig())
+        ExpertRuns(spec.with_settings(class_prompt="a dog"))
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from tests.app.folder_cases import Audience, asked, prepared, tensors_of
 
 def test_preparing_reports_what_it_does_and_ends_in_a_plan(images: Path) -> None:
     audience = Audience()
-    run = prepare(*asked(images, batch_size=2, grad_accumulation_steps=3), on_event=audience)
+    run = prepare(asked(images, batch_size=2, grad_accumulation_steps=3), on_event=audience)
     assert audience.names() == ["ImagesFound", "ModelLoading", "ImagesChecked", "RunPlanned", "ImageEncoded"]
     assert [(one.done, one.total) for one in audience.events[-4:]] == [(1, 4), (2, 4), (3, 4), (4, 4)]  # type: ignore[attr-defined]
     plan = run.plan
@@ -42,17 +42,17 @@ def test_a_run_that_cannot_be_written_is_refused_before_the_model_is_loaded(
     audience, run = Audience(), tmp_path / "run"
     run.touch()
     with pytest.raises(OutputError, match="must be a folder but is a file"):
-        prepare(*asked(images), place=run, on_event=audience)
+        prepare(asked(images), place=run, on_event=audience)
     run.unlink()
     (run / "states").mkdir(parents=True)
     (run / "run.json").write_text("{}")
     with RunFolder(run).claimed(), pytest.raises(OutputError, match="in use by a run in another process"):
-        prepare(*asked(images), place=run, on_event=audience)
+        prepare(asked(images), place=run, on_event=audience)
     assert audience.names() == []
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=10 * 2**20))
     with pytest.raises(OutputError, match=r"the run writes 6\d MiB to .*new, whose disk has 10 MiB free; free some"):
-        prepare(*asked(images), place=tmp_path / "new", on_event=audience)
+        prepare(asked(images), place=tmp_path / "new", on_event=audience)
     assert "ImageEncoded" not in audience.names() and not (tmp_path / "new").exists()
 
 

@@ -19,7 +19,7 @@ from lorasmith.bench.measure import counted, synthetic_samples, training_steps, 
 from lorasmith.core.errors import OptionError
 from lorasmith.core.folders import Folders
 from lorasmith.families.loading import load_model
-from lorasmith.families.model_search import ModelFiles
+from lorasmith.families.locating import ModelFiles
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import prepared
 from lorasmith.training.job import plan_job

@@ -5,8 +5,7 @@ import sys
 
 import pytest
 
-from lorasmith.app.presets import MAIN_SETTINGS, PRESETS, USUAL_IMAGES, Preset, setting_groups
-from lorasmith.cli.train import _FIRST
+from lorasmith.app.presets import PRESETS, USUAL_IMAGES, Preset, setting_groups
 from lorasmith.core.options import options_of
 from lorasmith.data.data_config import DataConfig
 from lorasmith.training.config import TrainConfig
@@ -40,12 +39,7 @@ def test_every_setting_of_a_page_is_a_declared_one_in_one_group() -> None:
     names = [one.name for group in setting_groups().values() for one in group]
     assert len(names) == len(set(names)) and set(names) < set(KNOWN)
     assert {"track", "existing_state", "bypass_mode"}.isdisjoint(names)
-    assert set(MAIN_SETTINGS) <= set(names)
     assert all(setting_groups())  # each has a heading
-
-
-def test_what_a_page_shows_first_the_command_line_shows_first() -> None:
-    assert set(MAIN_SETTINGS) <= set(_FIRST)
 
 
 def test_presets_need_no_torch() -> None:

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 
 from lorasmith.app import recorded_run
-from lorasmith.app.folder_source import FolderSource
 from lorasmith.app.recorded_run import Rights, repeated, rights_needed
 from lorasmith.app.run_page import report_of
+from lorasmith.app.run_spec import RunSpec
 from lorasmith.core.errors import LorasmithError, OptionError
 from lorasmith.core.folders import ASSETS
-from lorasmith.training.config import TrainConfig, settings_from_file
+from lorasmith.data.sources import ImageSource
+from lorasmith.training.config import settings_from_file
 from lorasmith.training.runs.fingerprint import differences
 from lorasmith.training.runs.history import RunHistory
 from lorasmith.training.runs.records import RunRecord, check_title, parsed_record
@@ -31,10 +32,10 @@ def record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The record of a run whose images are in the current folder."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").mkdir()
-    source = FolderSource.of(tmp_path / "photos", "lorasmith-tiny")
+    spec = RunSpec(sources=(ImageSource(str(tmp_path / "photos")),), model="lorasmith-tiny").resolved()
     return {
         "title": "photos",
-        "source": source.to_record(),
+        "source": spec.to_record(),
         "asked": {"steps": 5, "learning_rate": None},
         "fingerprint": {"config": {"steps": 5, "training_dtype": "fp32"}, "base": {"denoiser": "d"}},
         "environment": {"versions": {"torch": "2.9"}, "threads": 2},
@@ -47,11 +48,11 @@ def changed(record: dict[str, Any], part: str, **changes: Any) -> RunRecord:
 
 
 def test_a_record_is_repeated_with_what_has_moved(record: dict[str, Any], tmp_path: Path) -> None:
-    source, config = repeated(changed(record, "asked"), FILE, Rights())
-    assert (source.folder, source.model, source.name) == (str(tmp_path / "photos"), "lorasmith-tiny", "photos")
-    assert (config.steps, config.training_dtype) == (5, "fp32")
-    source, _ = repeated(changed(record, "source", folder="/gone"), FILE, Rights(), data=Path("photos"))
-    assert source.folder == str(tmp_path / "photos")
+    spec = repeated(changed(record, "asked"), FILE, Rights())
+    assert (spec.folder, spec.model, spec.name) == (str(tmp_path / "photos"), "lorasmith-tiny", "photos")
+    assert (spec.config.steps, spec.config.training_dtype) == (5, "fp32")
+    spec = repeated(changed(record, "source", folder="/gone"), FILE, Rights(), data=Path("photos"))
+    assert spec.folder == str(tmp_path / "photos")
 
 
 def test_an_optimizer_of_a_record_is_not_imported(record: dict[str, Any]) -> None:
@@ -61,14 +62,16 @@ def test_an_optimizer_of_a_record_is_not_imported(record: dict[str, Any]) -> Non
     assert "antigravity" not in sys.modules
     with pytest.raises(OptionError, match="must be one of"):
         settings_from_file({"optimizer": ["AdamW"]})
-    _, config = repeated(hostile, FILE, Rights(optimizers=("antigravity.X",)))
-    assert config.optimizer == "antigravity.X" and "antigravity" not in sys.modules, "planning imports it, not this"
+    spec = repeated(hostile, FILE, Rights(optimizers=("antigravity.X",)))
+    assert spec.config.optimizer == "antigravity.X" and "antigravity" not in sys.modules, (
+        "planning imports it, not this"
+    )
 
 
 def test_a_tracker_of_a_record_is_not_started(record: dict[str, Any]) -> None:
     tracked = changed(record, "asked", track="wandb")
-    assert repeated(tracked, FILE, Rights(files=True))[1].track == "none"
-    assert repeated(tracked, FILE, Rights(track="tensorboard"))[1].track == "tensorboard"
+    assert repeated(tracked, FILE, Rights(files=True)).config.track == "none"
+    assert repeated(tracked, FILE, Rights(track="tensorboard")).config.track == "tensorboard"
 
 
 @pytest.mark.parametrize(
@@ -107,18 +110,18 @@ def test_in_the_root_folder_nothing_counts_as_here(record: dict[str, Any], monke
 
 
 def test_what_was_typed_is_printed_with_the_rights_that_it_needs(tmp_path: Path, record: dict[str, Any]) -> None:
-    source = FolderSource.of(ASSETS / "input" / "fox", "lorasmith-tiny")
-    assert rights_needed(source, TrainConfig()) == []
-    typed = TrainConfig(optimizer="torch.optim.NAdam", track="wandb", existing_lora="/a.safetensors")
-    assert rights_needed(source, typed) == [
+    spec = RunSpec(sources=(ImageSource(str(ASSETS / "input" / "fox")),), model="lorasmith-tiny")
+    assert rights_needed(spec) == []
+    typed = {"optimizer": "torch.optim.NAdam", "track": "wandb", "existing_lora": "/a.safetensors"}
+    assert rights_needed(spec.with_settings(**typed)) == [
         "--as-recorded", "--allow-optimizer", "torch.optim.NAdam", "--track", "wandb"
     ]  # fmt: skip
 
 
 def test_a_run_that_started_from_a_state_elsewhere_needs_the_right_to_read_it(tmp_path: Path) -> None:
-    source = FolderSource.of(ASSETS / "input" / "fox", "lorasmith-tiny")
+    spec = RunSpec(sources=(ImageSource(str(ASSETS / "input" / "fox")),), model="lorasmith-tiny")
     (tmp_path / "run.json").write_text(RunRecord(asked={"existing_state": "/gone/state.safetensors"}).to_text())
-    assert rights_needed(source, TrainConfig(), tmp_path) == ["--as-recorded"]
+    assert rights_needed(spec, tmp_path) == ["--as-recorded"]
 
 
 ODD = [None, True, -1, 0, 10**19, 2**63, 1e308, "", "x", "../..", "a\0b", "antigravity.X", [], {}, [[]], {"a": 1}]

@@ -108,9 +108,8 @@ def test_whole_files_are_compared_on_request(
     with pytest.raises(OutputError, match=r"has no digests of the base model's whole files, .* leave --verify out"):
         reproduce(prepare_reproduction(lora, rights=CONFIRMED), dry_run=True, verify=True)
     model = Path(shutil.copy(built_in_models()["lorasmith-tiny"], tmp_path / "m.safetensors"))
-    source, config = asked(images, steps=1)
-    source = replace(source, model=str(model))
-    made = train_prepared(prepare(source, config), output=tmp_path / "run", verify=True).path
+    spec = replace(asked(images, steps=1), model=str(model))
+    made = train_prepared(prepare(spec), output=tmp_path / "run", verify=True).path
     assert made is not None
     again = prepare_reproduction(made, rights=CONFIRMED)
     assert reproduce(again, dry_run=True, verify=True) == Reproduced()

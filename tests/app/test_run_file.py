@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from lorasmith.app.folder_source import FolderSource
 from lorasmith.app.recorded_run import Rights
-from lorasmith.app.run_file import RunFile, read_run_file
+from lorasmith.app.run_file import read_run_file
+from lorasmith.app.run_spec import RunSpec
 from lorasmith.core.errors import OptionError
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.sources import ImageSource
@@ -58,20 +58,20 @@ def test_a_file_gives_sources_and_settings_with_paths_beside_it(tmp_path: Path) 
     assert found.model == str(tmp_path / "model.safetensors")
     assert found.low_noise_model == str(tmp_path / "low.safetensors")
     assert found.text_encoders == ("t5.safetensors",), "no such file: a hub id, or a name"
-    source = found.source(found.model)
-    assert (source.name, source.sources) == ("dog", found.sources)
-    assert source.data == DataConfig(trigger="sks dog", flip=True, class_images=str(tmp_path / "dogs"))
+    spec = found.resolved()
+    assert (spec.name, spec.sources) == ("dog", found.sources)
+    assert spec.data == DataConfig(trigger="sks dog", flip=True, class_images=str(tmp_path / "dogs"))
     expected = TrainConfig(steps=800, learning_rate=1e-4, existing_lora=str(tmp_path / "before.safetensors"))
-    assert found.train_config({}) == expected
+    assert found.trusted().config == expected
 
 
 def test_what_is_typed_comes_first(tmp_path: Path) -> None:
     file = read_run_file(written(tmp_path, WHOLE))
-    typed = RunFile(sources=(ImageSource("other"),), device="cpu", settings={"steps": 3})
+    typed = RunSpec(sources=(ImageSource("other"),), device="cpu", settings={"steps": 3})
     both = typed.completed(file)
     assert (both.sources, both.device, both.name) == (typed.sources, "cpu", "dog")
-    assert both.train_config(typed.settings).steps == 3
-    assert both.source("m").data.trigger == "sks dog"
+    assert both.config.steps == 3
+    assert both.data.trigger == "sks dog"
 
 
 @pytest.mark.parametrize(
@@ -93,23 +93,21 @@ def test_what_is_typed_comes_first(tmp_path: Path) -> None:
 )
 def test_a_file_that_cannot_be_used_is_refused_in_a_sentence(tmp_path: Path, text: str, sentence: str) -> None:
     with pytest.raises(OptionError, match=sentence) as refused:
-        found = RunFile(sources=(ImageSource("a"),)).completed(read_run_file(written(tmp_path, text)))
-        found.source("m")
-        found.train_config({})
+        found = read_run_file(written(tmp_path, text)).trusted()
+        assert found.data and found.config
     assert "\n" not in str(refused.value)
 
 
 def test_code_and_trackers_are_typed(tmp_path: Path) -> None:
     file = read_run_file(written(tmp_path, "track = 'wandb'\noptimizer = 'torch.optim.NAdam'"))
-    typed: dict[str, Any] = {"optimizer": "torch.optim.NAdam"}
-    config = file.train_config(typed)
+    config = file.trusted(optimizers=["torch.optim.NAdam"]).config
     assert (config.optimizer, config.track) == ("torch.optim.NAdam", "none")
-    assert file.train_config({**typed, "track": "wandb"}).track == "wandb"
+    assert file.trusted(optimizers=["torch.optim.NAdam"], track="wandb").config.track == "wandb"
 
 
 def test_a_run_without_images() -> None:
     with pytest.raises(OptionError, match="a run needs images, got no folder of them"):
-        RunFile().source("m")
+        RunSpec(model="m").resolved()
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
@@ -122,13 +120,17 @@ def record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The record of a run on two folders, one in the current folder and one elsewhere."""
     (tmp_path / "here" / "photos").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here")
-    images = [ImageSource("photos", repeats=2), ImageSource(str(tmp_path / "more"))]
-    data = DataConfig(trigger="sks dog", flip=True)
-    source = FolderSource.of(images, "lorasmith-tiny", name="dog", data=data, device="cpu")
+    spec = RunSpec(
+        sources=(ImageSource("photos", repeats=2), ImageSource(str(tmp_path / "more"))),
+        model="lorasmith-tiny",
+        name="dog",
+        device="cpu",
+        settings={"trigger": "sks dog", "flip": True},
+    ).resolved()
     return {
         "version": 1,
         "title": "dog",
-        "source": source.to_record(),
+        "source": spec.to_record(),
         "model": {"name": "a", "path": "/gone", "files": {"denoiser": "/gone"}},
         "config": {"steps": 800, "learning_rate": 3e-4},
         "asked": {"steps": 800, "learning_rate": None, "track": "wandb", "rank": 4},
@@ -152,12 +154,12 @@ def test_the_record_of_a_run_gives_its_arguments(record: dict[str, Any], tmp_pat
         ImageSource(str(tmp_path / "more")),
     )
     assert (found.model, found.name, found.device, found.output) == ("lorasmith-tiny", "dog", "cpu", None)
-    assert found.source("lorasmith-tiny").to_record() == record["source"]
-    assert found.train_config({}) == TrainConfig(steps=800, rank=4), "what was open is open, and no tracker starts"
-    typed = RunFile(model="m", settings={"steps": 3, "trigger": "sks cat"})
+    assert found.resolved().to_record() == record["source"]
+    assert found.trusted().config == TrainConfig(steps=800, rank=4), "what was open is open, and no tracker starts"
+    typed = RunSpec(model="m", settings={"steps": 3, "trigger": "sks cat"})
     both = typed.completed(found)
-    assert (both.model, both.train_config(typed.settings).steps, both.train_config(typed.settings).rank) == ("m", 3, 4)
-    assert both.source("m").data.trigger == "sks cat"
+    assert (both.model, both.trusted().config.steps, both.config.rank) == ("m", 3, 4)
+    assert both.data.trigger == "sks cat"
     renamed = path.rename("settings.txt")
     assert read_run_file(renamed, rights=Rights(files=True)) == found
 
@@ -165,23 +167,23 @@ def test_the_record_of_a_run_gives_its_arguments(record: dict[str, Any], tmp_pat
 def test_a_record_names_files_here_unless_others_are_typed(record: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=rf"^run.json may name files in the current folder alone.*images {tmp_path}"):
         read_run_file(recorded(record))
-    typed = RunFile(sources=(ImageSource("photos"),))
+    typed = RunSpec(sources=(ImageSource("photos"),))
     assert read_run_file(recorded(record), typed_first=typed).name == "dog"
     elsewhere = {**record["source"], "model": "somebody/model"}
     changed = recorded(record, source=elsewhere, asked={"existing_lora": "/etc/a.safetensors"})
     with pytest.raises(OptionError, match=r"model somebody/model; existing_lora /etc/a\.safetensors"):
         read_run_file(changed, typed_first=typed)
-    typed = RunFile(sources=typed.sources, model="m", settings={"existing_lora": "mine.safetensors"})
+    typed = RunSpec(sources=typed.sources, model="m", settings={"existing_lora": "mine.safetensors"})
     assert read_run_file(changed, typed_first=typed).settings["existing_lora"] == "/etc/a.safetensors"
 
 
 def test_a_record_imports_no_optimizer(record: dict[str, Any]) -> None:
     found = read_run_file(recorded(record, asked={"optimizer": "antigravity.X"}), rights=Rights(files=True))
     with pytest.raises(OptionError, match="importing it would run code; if you trust that, type --optimizer antigr"):
-        found.train_config({})
+        found.trusted().config  # noqa: B018 - raises
     found = read_run_file(recorded(record, asked={"schedule": "antigravity.X"}), rights=Rights(files=True))
     with pytest.raises(OptionError, match="schedule must be"):
-        found.train_config({})
+        found.trusted().config  # noqa: B018 - raises
     assert "antigravity" not in sys.modules
 
 

@@ -30,20 +30,20 @@ def test_a_grid_gives_every_combination_named_by_what_differs(tmp_path: Path) ->
     ]
     last = found.runs[-1]
     assert last.settings == {"rank": 16, "learning_rate": 3e-4, "flip": False}
-    assert (last.config.rank, last.config.learning_rate, last.config.steps, last.source.data.flip) == (
+    assert (last.spec.config.rank, last.spec.config.learning_rate, last.spec.config.steps, last.spec.data.flip) == (
         16,
         3e-4,
         7,
         False,
     )
-    assert last.source.sources == (ImageSource(str(tmp_path / "photos")),)
+    assert last.spec.sources == (ImageSource(str(tmp_path / "photos")),)
 
 
 def test_previews_are_off_unless_the_file_has_them(tmp_path: Path) -> None:
     table = "[grid]\nrank = [8]"
-    assert read(tmp_path, table).runs[0].config.previews == ""
-    assert read(tmp_path, table, BASE + "previews = 'a fox'\n").runs[0].config.previews == "a fox"
-    assert read(tmp_path, "[grid]\npreviews = ['a fox']").runs[0].config.previews == "a fox"
+    assert read(tmp_path, table).runs[0].spec.config.previews == ""
+    assert read(tmp_path, table, BASE + "previews = 'a fox'\n").runs[0].spec.config.previews == "a fox"
+    assert read(tmp_path, "[grid]\npreviews = ['a fox']").runs[0].spec.config.previews == "a fox"
 
 
 def test_names_do_not_depend_on_other_values_nor_on_their_order(tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_names_do_not_depend_on_other_values_nor_on_their_order(tmp_path: Path) 
 def test_names_that_would_be_equal_differ(tmp_path: Path) -> None:
     table = "[grid]\nfolder = ['a/photos', 'b/Photos']"
     found = read(tmp_path, table, 'model = "lorasmith-tiny"\n')
-    assert [run.source.folder for run in found.runs] == [str(tmp_path / "a/photos"), str(tmp_path / "b/Photos")]
+    assert [run.spec.folder for run in found.runs] == [str(tmp_path / "a/photos"), str(tmp_path / "b/Photos")]
     first, second = (run.name for run in found.runs)
     assert first == "folder-photos" and re.fullmatch(r"folder-Photos_[0-9a-f]{8}", second)
     assert [run.name for run in read(tmp_path, table, 'model = "lorasmith-tiny"\n').runs] == [first, second]
@@ -75,20 +75,20 @@ def test_draws_are_within_their_ranges_stable_and_extended(tmp_path: Path) -> No
     few = read(tmp_path, RANDOM.format(10))
     many = read(tmp_path, RANDOM.format(200) + "dora = ['none', 'output']")
     assert [run.name for run in few.runs] == [run.name for run in read(tmp_path, RANDOM.format(20)).runs[:10]]
-    rates = [run.config.learning_rate or 0.0 for run in many.runs]
+    rates = [run.spec.config.learning_rate or 0.0 for run in many.runs]
     assert 1e-5 <= min(rates) < 2e-5 and 5e-4 < max(rates) <= 1e-3
     assert 70 < sum(rate < 1e-4 for rate in rates) < 130, "uniform in the logarithm"
-    assert {run.config.rank for run in many.runs} >= {4, 64}
-    assert {run.config.dora for run in many.runs} == {"none", "output"}
+    assert {run.spec.config.rank for run in many.runs} >= {4, 64}
+    assert {run.spec.config.dora for run in many.runs} == {"none", "output"}
     assert all(rate == float(f"{rate:.3g}") for rate in rates), "the name has all digits"
 
 
 def test_a_seed_is_that_of_the_draws_or_a_list_of_those_of_runs(tmp_path: Path) -> None:
     one, other = read(tmp_path, RANDOM.format(5)), read(tmp_path, RANDOM.format(5) + "seed = 1")
     assert [run.name for run in one.runs] != [run.name for run in other.runs]
-    assert all(run.config.seed == 0 for run in other.runs)
+    assert all(run.spec.config.seed == 0 for run in other.runs)
     seeds = read(tmp_path, "[random]\nruns = 3\nseed = [5, 6, 7]")
-    assert {run.config.seed for run in seeds.runs} == {5, 6, 7}
+    assert {run.spec.config.seed for run in seeds.runs} == {5, 6, 7}
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_what_is_no_sweep_is_refused_in_a_sentence(tmp_path: Path, table: str, s
 
 
 def test_model_and_images_are_needed(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="a sweep needs a model, got none"):
+    with pytest.raises(OptionError, match="a run needs a model, got none"):
         read(tmp_path, "[grid]\nrank = [8]", "sources = 'photos'\n")
     with pytest.raises(OptionError, match="a run needs images"):
         read(tmp_path, "[grid]\nrank = [8]", "model = 'lorasmith-tiny'\n")
@@ -148,7 +148,7 @@ def test_model_and_images_are_needed(tmp_path: Path) -> None:
 
 def test_a_folder_of_held_out_images_makes_a_share_needless(tmp_path: Path) -> None:
     found = read(tmp_path, "validation = 'judged'\nvalidation_share = 0\n[grid]\nrank = [8]")
-    assert found.runs[0].source.validation == str(tmp_path / "judged")
+    assert found.runs[0].spec.validation == str(tmp_path / "judged")
     check_held_out(found)  # reads no image
 
 

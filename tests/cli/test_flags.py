@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +10,13 @@ import typer
 from typer.testing import CliRunner
 
 from lorasmith.app import folder_run
-from lorasmith.app.folder_source import FolderSource
+from lorasmith.app.run_spec import RunSpec
 from lorasmith.cli import train as train_command
 from lorasmith.cli.flags import folders_of
 from lorasmith.core.errors import OptionError
 from lorasmith.core.options import options_of
 from lorasmith.data.data_config import DataConfig
+from lorasmith.data.sources import ImageSource
 from lorasmith.training.config import TrainConfig
 
 OPTIONS = {**options_of(TrainConfig), **options_of(DataConfig)}
@@ -60,15 +60,14 @@ def test_what_a_run_says_to_type_gives_its_configuration_again(
     app: typer.Typer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: Any
 ) -> None:
     changes = {name: value, **NEEDED.get(name, {})}
-    is_of_data = name in options_of(DataConfig)
-    config = TrainConfig() if is_of_data else replace(TrainConfig(), **changes)
-    source = FolderSource.of(tmp_path, "lorasmith-tiny", data=DataConfig(**changes) if is_of_data else None)
-    seen = []
-    monkeypatch.setattr(folder_run, "prepare", lambda source, config, **others: seen.append((source, config)))
+    sources = (ImageSource(str(tmp_path)),)
+    spec = RunSpec(sources=sources, model="lorasmith-tiny", settings=changes).resolved()
+    seen: list[RunSpec] = []
+    monkeypatch.setattr(folder_run, "prepare", lambda spec, **others: seen.append(spec))
     monkeypatch.setattr(train_command, "train_and_report", lambda prepared, **options: None)
-    ran = CliRunner().invoke(app, source.command(config)[1:])
+    ran = CliRunner().invoke(app, spec.command()[1:])
     assert ran.exit_code == 0, ran.output
-    assert seen == [(source, config)]
+    assert [(one.data, one.config) for one in seen] == [(spec.data, spec.config)]
 
 
 def test_a_base_folder_that_is_none_is_named(tmp_path: Path) -> None:

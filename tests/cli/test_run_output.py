@@ -62,7 +62,7 @@ def test_the_bar_fits_into_80_columns_and_counts_steps_alone(
 def test_drawing_is_said_and_keeps_the_time_left(shown: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
     events = [RunStarted(steps=100, at=0.0, **STARTED), *steps(1, 10, 0.0), Drawing(done=1, total=4, at=9.0)]
     line = last_line(events, shown, monkeypatch)
-    assert "Drawing previews 2/4" in line and "0:00:45 left" in line
+    assert "drawing previews, 1 of 4" in line and "0:00:45 left" in line
 
 
 def test_remarks_are_left_to_the_report(shown: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,8 @@ from lorasmith.core.folders import Folders
 from lorasmith.families.base import FAMILIES, Conditioning
 from lorasmith.families.files.pipeline_configs import PipelineConfigs
 from lorasmith.families.loading import load_model
-from lorasmith.families.model_search import ModelFiles, load_completed
+from lorasmith.families.locating import ModelFiles
+from lorasmith.families.model_search import load_completed
 from lorasmith.families.part_loading import load_text_encoder
 from lorasmith.families.parts.language_models import hidden_states
 

@@ -12,12 +12,12 @@ from original_models import SD1, save
 
 from lorasmith.core.errors import ModelError
 from lorasmith.core.folders import Folders
+from lorasmith.families.locating import ModelFiles
 from lorasmith.families.model_search import (
     ENCODER_FOLDERS,
     MODEL_FOLDERS,
     VAE_FOLDERS,
     FoundFile,
-    ModelFiles,
     in_folders,
     load_completed,
     scanned,

@@ -18,14 +18,14 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from lorasmith.app import folder_run
-from lorasmith.app.folder_run import FolderSource, prepare, train_prepared
+from lorasmith.app.folder_run import prepare, train_prepared
 from lorasmith.app.resume import prepare_again
-from lorasmith.data.data_config import DataConfig
-from lorasmith.families.locating import BUILT_IN
-from lorasmith.families.model_search import Completed, ModelFiles, load_completed
+from lorasmith.app.run_spec import RunSpec
+from lorasmith.data.sources import ImageSource
+from lorasmith.families.locating import BUILT_IN, ModelFiles
+from lorasmith.families.model_search import Completed, load_completed
 from lorasmith.formats.container import read_safetensors, serialised
 from lorasmith.formats.metadata import RUN_ENTRY
-from lorasmith.training.config import TrainConfig
 from tests.conftest import save_blank
 from tests.fuzz.engine import Door, command
 from tests.fuzz.loras import built_in
@@ -140,12 +140,11 @@ def recorded() -> Path:
     rng = np.random.default_rng(0)
     for index in range(2):
         Image.fromarray(rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(folder / "images" / f"{index}.png")
-    config = TrainConfig(steps=2, rank=1, targets="*mid_block*attn2.to_q", training_dtype="fp32")
+    settings = {"steps": 2, "rank": 1, "targets": "*mid_block*attn2.to_q", "training_dtype": "fp32"}
+    settings |= {"resolution": 32, "cache": False}
+    sources = (ImageSource(str(folder / "images")),)
     with patch.object(folder_run, "load_completed", _loaded):
-        run = prepare(
-            FolderSource.of(folder / "images", BUILT_IN, name="cat", data=DataConfig(resolution=32, cache=False)),
-            config,
-        )
+        run = prepare(RunSpec(sources=sources, model=BUILT_IN, name="cat", settings=settings))
     steps = iter((False,))
     train_prepared(run, output=folder / "run", cancelled=lambda: next(steps, True))
     return folder

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from lorasmith.core.folders import Folders
-from lorasmith.families.model_search import ModelFiles
+from lorasmith.families.locating import ModelFiles
 from lorasmith.server import warm_models
 from lorasmith.server.warm_models import WarmModel
 

@@ -24,9 +24,9 @@ from lorasmith.core.adapter_state import AdapterState, AdapterWeights, ModuleRef
 from lorasmith.core.errors import LoraError, LorasmithError, OptionError
 from lorasmith.core.folders import Folders
 from lorasmith.families.loading import load_model
-from lorasmith.families.locating import BUILT_IN
+from lorasmith.families.locating import BUILT_IN, ModelFiles
 from lorasmith.families.model import Model
-from lorasmith.families.model_search import Completed, ModelFiles
+from lorasmith.families.model_search import Completed
 from lorasmith.families.released import released_names
 from lorasmith.formats.layouts.layout import LAYOUTS
 from lorasmith.nodes import load_nodes

@@ -15,8 +15,9 @@ from lorasmith.data.encoding import clip_form
 from lorasmith.data.findings import TokenLimit
 from lorasmith.data.folder import FolderScan, scan_folder
 from lorasmith.data.preflight import Preflight, name_in, preflight, usual_resolution
+from lorasmith.families.locating import ModelFiles
 from lorasmith.families.model import Model
-from lorasmith.families.model_search import ModelFiles, load_completed
+from lorasmith.families.model_search import load_completed
 from lorasmith.families.parts.encoders import ENCODERS
 
 __all__ = ["DataCheck", "check_folder", "check_scan", "plain", "token_counter"]

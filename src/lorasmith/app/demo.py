@@ -6,18 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lorasmith.app.folder_run import RUNS
-from lorasmith.app.folder_source import FolderSource
 from lorasmith.app.model_run import new_run_folder
+from lorasmith.app.run_spec import RunSpec
 from lorasmith.core.files import atomic_path
 from lorasmith.core.folders import ASSETS
+from lorasmith.data.sources import ImageSource
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Model
 from lorasmith.report.contact_sheet import contact_sheet
 from lorasmith.sampling.generate import generate
-from lorasmith.training.config import TrainConfig
 from lorasmith.training.train import TrainResult
 
-__all__ = ["before_and_after", "demo_folder", "demo_source"]
+__all__ = ["before_and_after", "demo_folder", "demo_spec"]
 
 _EXAMPLES = ASSETS / "input" / "high-contrast"
 _PROMPTS = (
@@ -33,16 +33,17 @@ _PROMPTS = (
 _STRENGTHS = (0.0, 0.5, 1.0)
 
 
-def demo_source(*, steps: int, seed: int, device: str | None) -> tuple[FolderSource, TrainConfig]:
-    """Source and settings of the demo's run.
+def demo_spec(*, steps: int, seed: int, device: str | None) -> RunSpec:
+    """The demo's run.
 
     Args:
         steps: number of updates.
         seed: of the run.
         device: where to train; the first GPU, or the CPU, if None.
     """
-    config = TrainConfig(steps=steps, batch_size=8, rank=8, seed=seed, validation_share=0.0, previews="")
-    return FolderSource.of(_EXAMPLES, BUILT_IN, device=device), config
+    settings = {"steps": steps, "batch_size": 8, "rank": 8, "seed": seed, "validation_share": 0.0, "previews": ""}
+    sources = (ImageSource(str(_EXAMPLES)),)
+    return RunSpec(sources=sources, model=BUILT_IN, device=device, settings=settings)
 
 
 def demo_folder() -> Path:

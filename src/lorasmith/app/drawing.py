@@ -14,8 +14,9 @@ from lorasmith.core.errors import OptionError
 from lorasmith.core.files import atomic_path, write_atomic
 from lorasmith.core.folders import Folders, next_counter
 from lorasmith.families.base import Expert
+from lorasmith.families.locating import ModelFiles
 from lorasmith.families.model import Denoiser, Model, TextEncoder
-from lorasmith.families.model_search import FoundPart, ModelFiles, load_completed
+from lorasmith.families.model_search import FoundPart, load_completed
 from lorasmith.report.animations import Clip, Shot, animation, parameters_entry
 from lorasmith.sampling.generate import Experts
 from lorasmith.training.lora_handle import Lora

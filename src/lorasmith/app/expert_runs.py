@@ -18,13 +18,14 @@ import torch
 
 from lorasmith.app.drawing import EXPERTS, expert_named, experts_of
 from lorasmith.app.folder_run import RUNS, PreparedRun, prepare, train_prepared
-from lorasmith.app.folder_source import FolderSource, absolute
 from lorasmith.app.model_run import new_run_folder
+from lorasmith.app.run_spec import RunSpec
 from lorasmith.core.errors import LorasmithError, OptionError
 from lorasmith.core.folders import Folders
 from lorasmith.data.dataset import EncodedDataset
+from lorasmith.families.locating import ModelFiles
 from lorasmith.families.model import Denoiser, Model
-from lorasmith.families.model_search import Completed, ModelFiles, load_completed
+from lorasmith.families.model_search import Completed, load_completed
 from lorasmith.sampling.generate import Experts
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import EventHandler, Warned
@@ -46,10 +47,8 @@ class ExpertRuns:
     """The runs of both experts.
 
     Args:
-        source: inputs of the first one; its name is the start of the LoRAs' names.
-        low_noise_model: file of the second one's denoiser; encoders and autoencoder are those of the first.
-        config: settings of both.
-        output: the folder of both; None for the folder under `runs/` that holds these runs unfinished, or a new one.
+        spec: both of them. Its name is the start of the LoRAs' names; encoders and autoencoder serve both; without an
+            output, the folder is the one under `runs/` that holds these runs unfinished, or a new one.
         folders: where parts that the model lacks are searched; None to search nothing.
         fresh: do not continue unfinished runs.
         load: loads a model and the parts that it lacks.
@@ -60,19 +59,18 @@ class ExpertRuns:
 
     def __init__(
         self,
-        source: FolderSource,
-        low_noise_model: str,
-        config: TrainConfig,
+        spec: RunSpec,
         *,
-        output: Path | None = None,
         folders: Folders | None = None,
         fresh: bool = False,
         load: Callable[[ModelFiles, Folders | None], Completed] = load_completed,
     ) -> None:
-        _check(source, config)
-        self._name, self._config, self._folders, self._load, self._fresh = source.name, config, folders, load, fresh
-        self._sources = {EXPERTS[0]: source, EXPERTS[1]: replace(source, model=absolute(low_noise_model))}
-        self._folder = None if output is None else _own(output, source.name)
+        _check(spec)
+        spec = spec.resolved()
+        assert spec.low_noise_model is not None
+        self._name, self._folders, self._load, self._fresh = spec.name, folders, load, fresh
+        self._specs = {EXPERTS[0]: spec, EXPERTS[1]: replace(spec, model=spec.low_noise_model)}
+        self._folder = None if spec.output is None else _own(Path(spec.output), spec.name)
         self._samples: tuple[EncodedDataset, EncodedDataset | None] | None = None
 
     def prepare(
@@ -92,10 +90,8 @@ class ExpertRuns:
             LorasmithError: as `folder_run.prepare`; OptionError if the model is not this expert.
         """
         _freed()  # the expert before this one
-        source = replace(self._sources[expert], name=f"{self._name}_{expert}")
         prepared = prepare(
-            source,
-            self._config,
+            replace(self._specs[expert], name=f"{self._name}_{expert}"),
             place=RUNS if self._folder is None else self._folder / expert,
             folders=self._folders,
             on_event=on_event,
@@ -105,10 +101,9 @@ class ExpertRuns:
             samples=self._samples,
         )
         self._samples = prepared.data, prepared.validation
-        found = prepared.source
-        for name, one in self._sources.items():  # the parts that were found serve both
-            files = replace(found.files, model=found.model if name == expert else one.model)
-            self._sources[name] = one.with_files(files)
+        found = prepared.spec.files
+        for name, one in self._specs.items():  # the parts that were found serve both
+            self._specs[name] = one.with_files(found if name == expert else replace(found, model=one.model))
         return prepared
 
     def train(
@@ -190,7 +185,7 @@ class ExpertRuns:
     def _partner(self, expert: str) -> Callable[[Denoiser, float], Experts]:
         """From an expert with its LoRA, and the LoRA's strength, to both experts."""
         other = EXPERTS[expert == EXPERTS[0]]
-        files = ModelFiles(self._sources[other].model)
+        files = ModelFiles(self._specs[other].model)
 
         def both(denoiser: Denoiser, strength: float) -> Experts:
             model = self._load(files, None).model
@@ -209,12 +204,12 @@ def _as_expert(config: TrainConfig, base: Model, expert: str) -> TrainConfig:
     return replace(config, min_noise=low, max_noise=high)
 
 
-def _check(source: FolderSource, config: TrainConfig) -> None:
+def _check(spec: RunSpec) -> None:
     """Raise OptionError for settings that make no sense for two experts."""
     for name in ("min_noise", "max_noise", "existing_lora", "existing_state"):
-        if (value := getattr(config, name)) is not None:
+        if (value := getattr(spec.config, name)) is not None:
             raise OptionError(f"{name} is for a run on one expert, got {value} with low_noise_model; leave one out")
-    if source.data.class_prompts and source.data.class_images is None:
+    if spec.data.class_prompts and spec.data.class_images is None:
         raise OptionError(
             "class_images must be given with low_noise_model, as one expert alone cannot draw pictures of the class; "
             "name a folder of them"

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from lorasmith.app.class_images import class_scan
 from lorasmith.app.data_check import check_scan
-from lorasmith.app.folder_source import FolderSource, changed
 from lorasmith.app.model_run import run_folder, train_job
 from lorasmith.app.run_images import image_facts, keep_thumbnails
 from lorasmith.app.run_plan import (
@@ -19,7 +18,9 @@ from lorasmith.app.run_plan import (
     RunPlan,
     RunPlanned,
 )
+from lorasmith.app.run_spec import RunSpec
 from lorasmith.core.folders import Folders
+from lorasmith.core.options import changed
 from lorasmith.core.placement import chosen_device
 from lorasmith.core.processes import current
 from lorasmith.data.crops import pixel_step
@@ -28,8 +29,9 @@ from lorasmith.data.encoding import clip_form, datasets_folder, encode_scan
 from lorasmith.data.folder import FolderScan, has_videos, scan_sources
 from lorasmith.data.picture_encoding import Progress
 from lorasmith.data.sources import ImageSource
+from lorasmith.families.locating import ModelFiles
 from lorasmith.families.model import Model
-from lorasmith.families.model_search import Completed, ModelFiles, load_completed
+from lorasmith.families.model_search import Completed, load_completed
 from lorasmith.sampling.previews import Partner
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import EventHandler, Warned
@@ -54,7 +56,7 @@ class PreparedRun:
     """A run ready to start.
 
     Attributes:
-        source: its inputs.
+        spec: the run, with the files of all parts of the model.
         plan: summary for display.
         base: the model.
         job: the planned run.
@@ -62,7 +64,7 @@ class PreparedRun:
         validation: held-out samples, None to hold out a share of `data`.
     """
 
-    source: FolderSource
+    spec: RunSpec
     plan: RunPlan
     base: Model
     job: Job
@@ -71,8 +73,7 @@ class PreparedRun:
 
 
 def prepare(
-    source: FolderSource,
-    config: TrainConfig,
+    spec: RunSpec,
     *,
     place: Path | None = None,
     folders: Folders | None = None,
@@ -85,8 +86,7 @@ def prepare(
     """Scan the images, load the model (first, if there are videos), plan the run, and encode.
 
     Args:
-        source: images, model and the like.
-        config: settings, some of them open.
+        spec: the run.
         place: folder that the run will be in or below, tried before anything is loaded; None to try none.
         folders: where parts that the model lacks are searched; None to search nothing.
         on_event: receives `ImagesFound`, `ModelLoading`, `ImagesChecked`, a `ClassImageDrawn` per drawn picture,
@@ -96,31 +96,29 @@ def prepare(
         configured: the settings with what the model decides.
         samples: training and held-out samples that the same encoders made of these images; None to encode them.
 
-    Returns:
-        The run; its source names the files of all parts.
-
     Raises:
         LorasmithError: images, model, settings or device cannot be used, or the run cannot be written.
     """
-    check_title(source.name)
+    spec = spec.resolved()
+    check_title(spec.name)
     processes = current()
     if place is not None:
         processes.from_first(lambda: check_place(place))
-    device, settings = chosen_device(source.device), source.data
-    folder = Path(source.folder)
+    device, settings, config = chosen_device(spec.device), spec.data, spec.config
+    folder = Path(spec.folder)
 
     def load_model() -> Completed:
-        on_event(ModelLoading(model=source.model))
-        found = load(source.files, folders)
+        on_event(ModelLoading(model=spec.model))
+        found = load(spec.files, folders)
         for note in found.notes:
             on_event(Warned(message=note))
         return found
 
-    judged_sources = () if source.validation is None else (ImageSource(source.validation),)
+    judged_sources = () if spec.validation is None else (ImageSource(spec.validation),)
     # A model of pictures has videos left out, unread; otherwise images are checked before the model takes its time.
-    loaded = load_model() if has_videos((*source.sources, *judged_sources), settings, cache=datasets_folder()) else None
+    loaded = load_model() if has_videos((*spec.sources, *judged_sources), settings, cache=datasets_folder()) else None
     clips = loaded is None or clip_form(loaded.model, settings) is not None
-    scan = scan_sources(source.sources, settings, cache=datasets_folder(), clips=clips)
+    scan = scan_sources(spec.sources, settings, cache=datasets_folder(), clips=clips)
     on_event(ImagesFound(folder=folder, scan=scan, trigger=settings.trigger))
     judged = scan_sources(judged_sources, settings, clips=clips) if judged_sources else None
     loaded = loaded or load_model()
@@ -128,8 +126,8 @@ def prepare(
     base.family.check_parts(base.components, text=True, images=True)
     if clip_form(base, settings) is None:
         scan, judged = scan.of_pictures(), judged and judged.of_pictures()
-    if loaded.files != source.files:
-        source = source.with_files(loaded.files)
+    if loaded.files != spec.files:
+        spec = spec.with_files(loaded.files)
     config = configured(config, base)
     job = plan_job(base.denoiser, config, device)
     if place is not None:
@@ -147,11 +145,11 @@ def prepare(
         prior = class_scan(settings, base, device=device, on_event=on_event, cancelled=cancelled)
     if prior is not None:
         scan = replace(scan, images=(*scan.images, *prior.images))
-    plan = _plan(source, scan, loaded, job, check.preflight.epoch.held_out)
+    plan = _plan(spec, scan, loaded, job, check.preflight.epoch.held_out)
     on_event(RunPlanned(plan=plan))
 
     if samples is not None:
-        return PreparedRun(source, plan, base, job, *samples)
+        return PreparedRun(spec, plan, base, job, *samples)
 
     def encoded(found: FolderScan, progress: Progress | None) -> EncodedDataset:
         return encode_scan(found, base, settings, device=device, progress=progress)
@@ -160,7 +158,7 @@ def prepare(
         on_event(ImageEncoded(done=done, total=total, cached=cached))
 
     data = encoded(scan, tell)
-    return PreparedRun(source, plan, base, job, data, None if judged is None else encoded(judged, None))
+    return PreparedRun(spec, plan, base, job, data, None if judged is None else encoded(judged, None))
 
 
 def train_prepared(
@@ -192,14 +190,14 @@ def train_prepared(
     Raises:
         LorasmithError: as `model_run.train`.
     """
-    source = prepared.source
+    spec = prepared.spec
     options = RunOptions(
-        output=output or run_folder(RUNS, source.name, fresh=fresh),
+        output=output or run_folder(RUNS, spec.name, fresh=fresh),
         fresh=fresh,
-        title=source.name,
-        trigger=source.data.trigger or None,
+        title=spec.name,
+        trigger=spec.data.trigger or None,
         validation=prepared.validation,
-        source=source.to_record(),
+        source=spec.to_record(),
         facts=image_facts(prepared.plan),
         begun=lambda folder: keep_thumbnails(folder, prepared.plan),
         verify=verify,
@@ -212,18 +210,18 @@ def train_prepared(
     return train_job(prepared.base.denoiser, prepared.job, prepared.data, options, unasked=prompt, partner=partner)
 
 
-def _plan(source: FolderSource, scan: FolderScan, loaded: Completed, job: Job, held_out: tuple[str, ...]) -> RunPlan:
+def _plan(spec: RunSpec, scan: FolderScan, loaded: Completed, job: Job, held_out: tuple[str, ...]) -> RunPlan:
     base = loaded.model
     return RunPlan(
-        folder=Path(source.folder),
+        folder=Path(spec.folder),
         scan=scan,
-        trigger=source.data.trigger,
+        trigger=spec.data.trigger,
         model=base.title,
         family=base.family.title,
         found=loaded.found,
-        resolutions=source.data.all_resolutions(base.defaults.resolution),
-        pixel_multiple=pixel_step(source.data, base.defaults.pixel_multiple),
-        data={name: one for name, one in changed(source.data).items() if name not in _SHOWN},
+        resolutions=spec.data.all_resolutions(base.defaults.resolution),
+        pixel_multiple=pixel_step(spec.data, base.defaults.pixel_multiple),
+        data={name: one for name, one in changed(spec.data).items() if name not in _SHOWN},
         trained=job.summary,
         parameters=job.parameters,
         config=job.config,

@@ -27,8 +27,9 @@ from lorasmith.core.dtypes import dtype_name
 from lorasmith.core.folders import Folders
 from lorasmith.core.placement import FULL_PRECISION
 from lorasmith.core.quantization import WEIGHT_SOURCE, weight_source
+from lorasmith.families.locating import ModelFiles
 from lorasmith.families.model import Model
-from lorasmith.families.model_search import FoundPart, ModelFiles, load_completed
+from lorasmith.families.model_search import FoundPart, load_completed
 from lorasmith.families.parts.encoders import ENCODERS
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.job import Job, plan_job

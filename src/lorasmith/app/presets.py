@@ -15,19 +15,14 @@ from lorasmith.core.options import Option, options_of
 from lorasmith.data.data_config import DataConfig
 from lorasmith.training.config import TrainConfig
 
-__all__ = ["MAIN_SETTINGS", "PRESETS", "USUAL_IMAGES", "Preset", "PresetName", "is_on_a_page", "setting_groups"]
+__all__ = ["PRESETS", "USUAL_IMAGES", "Preset", "PresetName", "setting_groups"]
 
 PresetName = Literal["quick", "balanced", "thorough"]
 
 USUAL_IMAGES = 20
 """Images for which the steps of a preset are given where their number is unknown."""
 
-MAIN_SETTINGS = ("trigger", "steps", "learning_rate", "rank", "batch_size", "resolution", "previews")
-"""Settings that are shown before all others."""
-
 _ROUND = 50  # steps are multiples of it
-_NOT_ON_A_PAGE = frozenset(("track", "existing_state", "bucket_mode", "bypass_mode", "mask_folder", "class_images"))
-"""Settings that are typed on the command line or belong to graphs: a tracker, folders, and what has no effect here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,16 +89,11 @@ PRESETS: dict[PresetName, Preset] = {
 """The choices by name, the fastest first."""
 
 
-def is_on_a_page(name: str) -> bool:
-    """Whether a page offers a setting."""
-    return name not in _NOT_ON_A_PAGE
-
-
 def setting_groups() -> dict[str, list[Option]]:
     """Every setting that a page offers, by its heading: data first, then training, in the order of declaration."""
     groups: dict[str, list[Option]] = {}
     for config in (DataConfig, TrainConfig):
-        for name, declared in options_of(config).items():
-            if is_on_a_page(name):
+        for declared in options_of(config).values():
+            if declared.door == "any":
                 groups.setdefault(declared.group, []).append(declared)
     return groups

@@ -11,26 +11,11 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from lorasmith.app.run_view import RunView, note_of
 from lorasmith.core.printable import printable
-from lorasmith.training.events import (
-    CaptionEncoded,
-    CaptionsPlanned,
-    Event,
-    EventHandler,
-    Planned,
-    Resumed,
-    RolledBack,
-    RunStarted,
-    Shrunk,
-    StepDone,
-    Validated,
-    Warned,
-)
+from lorasmith.training.events import Event, EventHandler, RunStarted, StepDone
 
 __all__ = ["counted", "note", "run_shown"]
-
-_AVERAGED = 20
-"""Steps whose losses are averaged: single ones mostly depend on the noise levels of their samples."""
 
 
 def note(sentence: str) -> None:
@@ -76,29 +61,24 @@ def run_shown(progress: bool) -> Iterator[EventHandler]:
         yield void
         return
     bar: Any = None
-    losses: list[float] = []
-    judged = ""
+    view = RunView()
 
     def show(event: Event) -> None:
-        nonlocal bar, judged
-        match event:
-            case RunStarted() if _has_audience():
-                bar = _bar("Training", event.steps)
-            case Warned() | RolledBack() | Shrunk() | Planned() | CaptionsPlanned():
-                note(event.message)
-            case Resumed():
-                note(event.message)
-                if bar is not None:
-                    bar.update(event.step - bar.n)
-            case CaptionEncoded() if bar is not None:
-                bar.set_postfix_str(f"encoding captions, {event.done} of {event.total}")
-            case Validated():
-                judged = f", held out {100 * (event.loss / event.base_loss - 1):+.1f} %"
-            case StepDone() if bar is not None:
-                losses.append(event.loss)
-                del losses[:-_AVERAGED]
-                bar.set_postfix_str(f"loss {sum(losses) / len(losses):.4f}{judged}", refresh=False)
-                bar.update(event.step - bar.n)
+        nonlocal bar
+        view.take(event)
+        if isinstance(event, RunStarted) and _has_audience():
+            bar = _bar("Training", view.steps)
+        elif (said := note_of(event)) is not None:
+            note(said[1])
+        elif bar is not None and view.activity is not None:
+            what, done, total = view.activity
+            bar.set_postfix_str(f"{what}, {done} of {total}")
+        elif bar is not None and isinstance(event, StepDone):
+            change = view.held_out_change
+            judged = "" if change is None else f", held out {100 * change:+.1f} %"
+            bar.set_postfix_str(f"loss {view.loss.mean:.4f}{judged}", refresh=False)
+        if bar is not None:
+            bar.update(view.step - bar.n)
 
     try:
         yield show

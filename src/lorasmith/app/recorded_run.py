@@ -7,7 +7,7 @@ numbers; everything else needs the person who runs the command:
   from a hub, need `Rights.files` (`--as-recorded`), or other files in their place (`--model`, `--data`, ...);
 - an optimizer's import path is typed (`--allow-optimizer`), and so is a tracker (`--track`).
 
-`resume` and `reproduce` get source and settings from here alone; `train --config run.json` gets its arguments from
+`resume` and `reproduce` get the spec of a run from here alone; `train --config run.json` gets its arguments from
 `run_file`, by the same rules.
 """
 
@@ -20,20 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from lorasmith.app.command_lines import arguments_for
-from lorasmith.app.folder_source import FolderSource, absolute
+from lorasmith.app.run_spec import RunSpec, absolute
 from lorasmith.core.errors import OptionError
 from lorasmith.core.folders import ASSETS
-from lorasmith.data.data_config import DATA_PATHS
 from lorasmith.families.locating import built_in_models
-from lorasmith.training.config import TrainConfig, settings_from_file
 from lorasmith.training.optim.update_rules import OPTIMIZERS
 from lorasmith.training.runs.history import read_record
 from lorasmith.training.runs.records import RunRecord
 
-__all__ = ["PATHS_OF_SETTINGS", "Rights", "check_named_files", "repeated", "rights_needed"]
-
-PATHS_OF_SETTINGS = (*DATA_PATHS, "existing_lora", "existing_state", "training_adapter")
-"""Settings of data and of training that are paths."""
+__all__ = ["Rights", "check_named_files", "repeated", "rights_needed"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +56,8 @@ def repeated(
     vae: str | None = None,
     data: Path | None = None,
     device: str | None = None,
-) -> tuple[FolderSource, TrainConfig]:
-    """Source and settings of an earlier run, to prepare it again.
+) -> RunSpec:
+    """An earlier run, to prepare it again.
 
     Args:
         record: of the run.
@@ -75,11 +70,11 @@ def repeated(
         ValueError: the run was not on a folder of images.
         OptionError: the record names more than it may, or a setting is unknown or out of its range.
     """
-    recorded = FolderSource.from_record(record.source)
+    recorded = RunSpec.from_record(record.source, record.asked)
     # `auto` may resolve to another format on this device, but the run must be the same.
     dtype = record.fingerprint.get("config", {}).get("training_dtype", "auto")
-    config = settings_from_file(
-        {**record.asked, "training_dtype": dtype}, optimizers=rights.optimizers, track=rights.track
+    recorded = recorded.with_settings(training_dtype=dtype).trusted(
+        optimizers=rights.optimizers, track=rights.track, allowing="--allow-optimizer"
     )
     now: dict[str, Any] = {
         "model": model and absolute(model),
@@ -93,8 +88,8 @@ def repeated(
         first, *others = recorded.sources
         given["sources"] = (replace(first, path=str(data.resolve())), *others)
         kept = replace(kept, sources=tuple(others))
-    check_named_files(_named(kept, config), file, rights, instead="--model and --data")
-    return replace(recorded, **given), config
+    check_named_files(kept.named_files(), file, rights, instead="--model and --data")
+    return replace(recorded, **given)
 
 
 def check_named_files(named: Iterable[tuple[str, str | None]], file: Path, rights: Rights, *, instead: str) -> None:
@@ -116,30 +111,19 @@ def check_named_files(named: Iterable[tuple[str, str | None]], file: Path, right
     )
 
 
-def rights_needed(source: FolderSource, config: TrainConfig, run: Path | None = None) -> list[str]:
+def rights_needed(spec: RunSpec, run: Path | None = None) -> list[str]:
     """The arguments by which `lorasmith resume` may repeat a run that was typed.
 
     Args:
-        source: of the run.
-        config: settings as they were typed.
+        spec: of the run.
         run: its folder, None without one; the run may have started from a state that is only in its record.
     """
+    config = spec.config
     if run is not None and isinstance(state := read_record(run).asked.get("existing_state"), str):
-        config = replace(config, existing_state=state)
-    files = ["--as-recorded"] if any(_outside(_named(source, config))) else []
+        spec = spec.with_settings(existing_state=state)
+    files = ["--as-recorded"] if any(_outside(spec.named_files())) else []
     optimizer = [] if config.optimizer in OPTIMIZERS else arguments_for({"allow_optimizer": config.optimizer})
     return [*files, *optimizer, *([] if config.track == "none" else arguments_for({"track": config.track}))]
-
-
-def _named(source: FolderSource, config: TrainConfig) -> Iterator[tuple[str, str | None]]:
-    """The files that a run names."""
-    settings = {**vars(source.data), **vars(config)}
-    yield "model", source.model
-    yield from (("text encoder", one) for one in source.text_encoders)
-    yield "autoencoder", source.vae
-    yield from (("images", one.path) for one in source.sources)
-    yield "held-out images", source.validation
-    yield from ((name, settings[name]) for name in PATHS_OF_SETTINGS)
 
 
 def _outside(named: Iterable[tuple[str, str | None]]) -> Iterator[tuple[str, str]]:

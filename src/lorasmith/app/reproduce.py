@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from lorasmith.app.folder_run import RUNS, PreparedRun, prepare, train_prepared
@@ -105,18 +105,18 @@ def prepare_reproduction(
     if output is not None and RunFolder(output).exists:
         raise OutputError(f"output must not contain a run, but {output} does; choose another output")
     try:
-        source, config = repeated(
+        spec = repeated(
             before, lora, rights, model=model, text_encoders=text_encoders, vae=vae, data=data, device=device
         )
     except ValueError as error:
         raise _without_record(lora, error) from error
     # Previews and early stopping change no tensor of a run that ends at a given step.
     place = None if dry_run else output or RUNS
-    prepared = prepare(source, replace(config, previews="", patience=0), place=place, on_event=on_event)
+    prepared = prepare(spec.with_settings(previews="", patience=0), place=place, on_event=on_event)
     steps = steps_of(metadata, lora.name) - prepared.job.steps_before
-    if not 0 < steps <= config.steps:
+    if not 0 < steps <= spec.config.steps:
         raise OptionError(
-            f"{lora} must be of a step between 1 and {config.steps} of its run, but its metadata says {steps}; "
+            f"{lora} must be of a step between 1 and {spec.config.steps} of its run, but its metadata says {steps}; "
             "train it again from its images"
         )
     return Reproduction(lora, before, prepared, steps, output)
@@ -149,7 +149,7 @@ def reproduce(
         found = _differences(again, fingerprint, on_event)
         if found or dry_run:
             raise _Settled(found)
-        return again.output or new_run_folder(RUNS, again.prepared.source.name)
+        return again.output or new_run_folder(RUNS, again.prepared.spec.name)
 
     try:
         result = train_prepared(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from lorasmith.app.folder_run import PreparedRun, prepare
@@ -59,7 +58,7 @@ def prepare_again(
         )
     folder.check_free()
     try:
-        source, config = repeated(
+        spec = repeated(
             record,
             run / RECORD,
             rights,
@@ -73,10 +72,10 @@ def prepare_again(
         raise TrainingError(f"{run / RECORD} is damaged ({error}); restore it from a copy, or train again") from error
     if steps is not None:
         # Not the path of the record: the folder may have been moved.
-        config = replace(config, steps=steps, existing_state=str(folder.states().paths()[0].resolve()))
-    prepared = prepare(source, config, place=run, on_event=on_event)
+        spec = spec.with_settings(steps=steps, existing_state=str(folder.states().paths()[0].resolve()))
+    prepared = prepare(spec, place=run, on_event=on_event)
     tracker = record.asked.get("track")
-    if config.is_default("track") and tracker in options_of(TrainConfig)["track"].choices[1:]:
+    if spec.config.is_default("track") and tracker in options_of(TrainConfig)["track"].choices[1:]:
         on_event(Warned(message=f"The tracker {tracker} of this run is not started; --track {tracker} starts it."))
     if steps is None and not folder.states().paths():
         on_event(Warned(message=f"{run} ended before its first run state was saved and starts from the beginning."))

@@ -1,4 +1,4 @@
-"""What `lorasmith train` is given, typed or in a file of settings.
+"""Runs in files: settings in TOML, or the record of a run.
 
     model = "sd15.safetensors"
     trigger = "sks dog"
@@ -24,117 +24,32 @@ from __future__ import annotations
 
 import codecs
 import tomllib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from lorasmith.app.folder_source import FolderSource, changed
-from lorasmith.app.recorded_run import PATHS_OF_SETTINGS, Rights, check_named_files
+from lorasmith.app.recorded_run import Rights, check_named_files
+from lorasmith.app.run_spec import SETTING_PATHS, SETTINGS, RunSpec
 from lorasmith.core.errors import OptionError
 from lorasmith.core.files import read_regular
-from lorasmith.core.options import config_from, options_of
+from lorasmith.core.options import options_of
 from lorasmith.core.registry import nearest
 from lorasmith.core.typed_json import typed
 from lorasmith.data.data_config import DataConfig
-from lorasmith.data.sources import ImageSource
-from lorasmith.training.config import NONE_LORA, TrainConfig, settings_from_file
+from lorasmith.training.config import NONE_LORA, TrainConfig
 from lorasmith.training.runs.records import parsed_record
 
-__all__ = ["SETTINGS", "RunFile", "arguments_in", "parsed_toml", "read_run_file"]
-
-SETTINGS = {**options_of(DataConfig), **options_of(TrainConfig)}
-"""Declarations of the settings that a file can have, by name."""
+__all__ = ["arguments_in", "parsed_toml", "read_run_file"]
 
 _MOST_BYTES = 2**20
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunFile:
-    """The arguments of a run; each may be missing.
+def read_run_file(path: Path, *, typed_first: RunSpec = RunSpec(), rights: Rights = Rights()) -> RunSpec:  # noqa: B008 - immutable
+    """What a file says of a run, with absolute paths: settings in TOML, or the record of a run in JSON.
 
-    Attributes:
-        sources: the images.
-        model, low_noise_model, text_encoders, vae, name, output, validation, device: as for `lorasmith train`.
-        settings: of data and training, by name.
-    """
-
-    sources: tuple[ImageSource, ...] = ()
-    model: str | None = None
-    low_noise_model: str | None = None
-    text_encoders: tuple[str, ...] = ()
-    vae: str | None = None
-    name: str | None = None
-    output: str | None = None
-    validation: str | None = None
-    device: str | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
-
-    def completed(self, other: RunFile) -> RunFile:
-        """The arguments, with those of `other` where they are missing."""
-        missing = {name: value for name, value in vars(other).items() if not getattr(self, name)}
-        return replace(self, **{**missing, "settings": {**other.settings, **self.settings}})
-
-    def without(self, other: RunFile) -> RunFile:
-        """The arguments that `completed` takes of this file, if those of `other` are typed."""
-        own = {name: value for name, value in vars(self).items() if not getattr(other, name)}
-        settings = {name: value for name, value in self.settings.items() if name not in other.settings}
-        return RunFile(**{**own, "settings": settings})
-
-    def named_files(self) -> Iterator[tuple[str, str | None]]:
-        """What each file is that the arguments name, and its path."""
-        yield "model", self.model
-        yield "second expert", self.low_noise_model
-        yield from (("text encoder", one) for one in self.text_encoders)
-        yield "autoencoder", self.vae
-        yield from (("images", one.path) for one in self.sources)
-        yield "held-out images", self.validation
-        yield from ((name, self.settings.get(name)) for name in PATHS_OF_SETTINGS)
-
-    def source(self, model: str) -> FolderSource:
-        """The source of the run, with a model. Raises OptionError without images, and for settings out of range."""
-        if not self.sources:
-            raise OptionError("a run needs images, got no folder of them; type it, or name it in --config")
-        return FolderSource.of(
-            self.sources,
-            model,
-            name=self.name,
-            data=config_from(DataConfig, self._settings_of(DataConfig)),
-            validation=None if self.validation is None else Path(self.validation),
-            device=self.device,
-            text_encoders=self.text_encoders,
-            vae=self.vae,
-        )
-
-    def train_config(self, typed_settings: Mapping[str, Any]) -> TrainConfig:
-        """The settings of training. Raises OptionError as `settings_from_file`.
-
-        Args:
-            typed_settings: those that were typed: an import path of an optimizer and a tracker must be among them.
-        """
-        optimizer, track = typed_settings.get("optimizer"), typed_settings.get("track")
-        return settings_from_file(
-            self._settings_of(TrainConfig),
-            optimizers=() if optimizer is None else (optimizer,),
-            track=track,
-            allowing="--optimizer",
-        )
-
-    def _settings_of(self, config: type) -> dict[str, Any]:
-        return {name: value for name, value in self.settings.items() if name in options_of(config)}
-
-
-def read_run_file(path: Path, *, typed_first: RunFile | None = None, rights: Rights = Rights()) -> RunFile:  # noqa: B008 - immutable
-    """The arguments in a file, with paths made absolute.
-
-    Args:
-        path: a file of settings in TOML, or the record of a run: `run.json`, or other JSON that starts with a brace.
-        typed_first: arguments that come before those of the file.
-        rights: what the record of a run may name besides files in the current folder.
-
-    Raises:
-        OptionError: the file cannot be read, is neither of the two, has an unknown key or a value of another type, or
-            is a record that names more than it may.
+    Of a record, files that `typed_first` replaces may be anywhere. Raises OptionError if the file cannot be read or has
+    an unknown key or a value of another type, or if a record names more than it may.
     """
     try:
         content = read_regular(path)
@@ -142,7 +57,11 @@ def read_run_file(path: Path, *, typed_first: RunFile | None = None, rights: Rig
         raise OptionError(f"{path} cannot be read ({error.strerror}); check the path") from error
     if path.suffix.lower() == ".json" or content.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{"):
         found = _of_record(path, content)
-        left = found if typed_first is None else found.without(typed_first)
+        typed_over: dict[str, Any] = {
+            one.name: one.default for one in fields(RunSpec) if getattr(typed_first, one.name)
+        }
+        typed_over["settings"] = {key: one for key, one in found.settings.items() if key not in typed_first.settings}
+        left = replace(found, **typed_over)
         check_named_files(left.named_files(), path, rights, instead="the folder of images, --model and the like")
         return found
     return arguments_in(parsed_toml(path, content), path)
@@ -158,17 +77,9 @@ def parsed_toml(path: Path, content: bytes) -> dict[str, Any]:
         raise OptionError(f"{path} must be TOML, such as steps = 500, but {error}; correct that line") from error
 
 
-def arguments_in(found: Mapping[str, Any], path: Path) -> RunFile:
-    """The arguments of a run by the values in a file of settings, with paths made absolute.
-
-    Args:
-        found: values by key.
-        path: of the file; paths in it are relative to its folder.
-
-    Raises:
-        OptionError: a key is unknown, or a value of another type.
-    """
-    own = [one.name for one in fields(RunFile) if one.name != "settings"]
+def arguments_in(found: Mapping[str, Any], path: Path) -> RunSpec:
+    """What the values in a file of settings say of a run, with absolute paths. Raises OptionError."""
+    own = [one.name for one in fields(RunSpec) if one.name != "settings"]
     for key in found:
         if key not in own and key not in SETTINGS:
             known = [*own, *SETTINGS]
@@ -183,25 +94,24 @@ def arguments_in(found: Mapping[str, Any], path: Path) -> RunFile:
                 "text_encoders": _listed(found.get("text_encoders")),
                 "settings": {key: value for key, value in found.items() if key in SETTINGS},
             },
-            RunFile,
+            RunSpec,
         )
     except ValueError as error:
         raise OptionError(f"{path}: {error}; correct it") from error
     return _absolute(given, path.resolve().parent)
 
 
-def _of_record(path: Path, content: bytes) -> RunFile:
-    """The arguments of a run by its record."""
+def _of_record(path: Path, content: bytes) -> RunSpec:
     try:
         record = parsed_record(content.removeprefix(codecs.BOM_UTF8))
         if record.source.get("command") != "train":
             raise ValueError("was not made by lorasmith train" if record.source else "has no source of a run")
-        source = FolderSource.from_record(record.source)
+        spec = RunSpec.from_record(record.source, record.asked)
     except ValueError as error:
         raise OptionError(
             f"{path} must be the run.json of a run by lorasmith train, but {error}; name another, or settings in TOML"
         ) from error
-    known = ("command", "folder", "data", *(one.name for one in fields(FolderSource)), *options_of(DataConfig))
+    known = ("command", "folder", "data", *(one.name for one in fields(RunSpec)), *options_of(DataConfig))
     unknown = [name for name in record.source if name not in known]
     unknown += [name for name in record.asked if name not in options_of(TrainConfig)]
     if unknown:
@@ -209,11 +119,10 @@ def _of_record(path: Path, content: bytes) -> RunFile:
             f"{path} has settings of another version of Lorasmith, {', '.join(unknown)}; train with that version, or "
             "remove them"
         )
-    own = {one.name: getattr(source, one.name) for one in fields(FolderSource) if one.name != "data"}
-    return RunFile(**own, settings={**changed(source.data), **record.asked})
+    return spec
 
 
-def _absolute(given: RunFile, folder: Path) -> RunFile:
+def _absolute(given: RunSpec, folder: Path) -> RunSpec:
     """The arguments with their paths relative to a folder made absolute."""
 
     def inside(path: str) -> str:
@@ -223,7 +132,7 @@ def _absolute(given: RunFile, folder: Path) -> RunFile:
         return inside(path) if (folder / path).exists() else path
 
     settings = {
-        key: inside(value) if key in PATHS_OF_SETTINGS and isinstance(value, str) and value != NONE_LORA else value
+        key: inside(value) if key in SETTING_PATHS and isinstance(value, str) and value != NONE_LORA else value
         for key, value in given.settings.items()
     }
     return replace(

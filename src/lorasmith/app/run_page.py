@@ -12,9 +12,9 @@ from statistics import geometric_mean
 from typing import Any
 
 from lorasmith.app.command_lines import command_line, generate_command, resume_command
-from lorasmith.app.folder_source import FolderSource
 from lorasmith.app.lora_use import LoraUse, use_of
 from lorasmith.app.run_images import images_in, left_out_in, thumbnail_of
+from lorasmith.app.run_spec import RunSpec
 from lorasmith.core.errors import LorasmithError, OptionError
 from lorasmith.core.files import write_atomic
 from lorasmith.core.options import options_of
@@ -25,7 +25,7 @@ from lorasmith.report.curves import Curves
 from lorasmith.report.loss_plot import recent_loss
 from lorasmith.report.pictures import PictureTable, thinned
 from lorasmith.report.run_report import Note, RunReport, Setting, TrainedImage, ValidationRow, number, run_report
-from lorasmith.training.config import TrainConfig, settings_from_file
+from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import (
     Planned,
     Previewed,
@@ -237,10 +237,10 @@ def _commands(history: RunHistory, lora: Path | None) -> dict[str, str]:
     """Commands to copy. They are made here from the record's settings, and none is copied from the record."""
     record, folder = history.record, history.folder.resolve()
     try:
-        source = FolderSource.from_record(record.source)
-        repeat = source.command(settings_from_file(record.asked))
+        spec = RunSpec.from_record(record.source, record.asked).trusted()
+        repeat = spec.command()
     except (OptionError, ValueError):  # a workflow or script, or an optimizer whose import has to be typed
-        source, repeat = None, None
+        spec, repeat = None, None
     model = record.model
     base = model.name if model.name == BUILT_IN else model.path or model.name
     caption = next((one.caption for one in record.samples if one.caption), "a picture")
@@ -249,9 +249,9 @@ def _commands(history: RunHistory, lora: Path | None) -> dict[str, str]:
         commands["Draw a picture with it"] = generate_command(
             base,
             lora.resolve(),
-            (source.data.trigger if source else "") or caption,
-            text_encoders=source.text_encoders if source else (),
-            vae=source.vae if source else None,
+            (spec.data.trigger if spec else "") or caption,
+            text_encoders=spec.text_encoders if spec else (),
+            vae=spec.vae if spec else None,
         )
     if history.outcome is None or not history.outcome.is_final:
         commands["Resume the run"] = resume_command(folder)

@@ -20,14 +20,13 @@ import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from lorasmith.app.folder_source import FolderSource
-from lorasmith.app.recorded_run import PATHS_OF_SETTINGS
-from lorasmith.app.run_file import SETTINGS, RunFile, arguments_in, parsed_toml
+from lorasmith.app.run_file import arguments_in, parsed_toml
+from lorasmith.app.run_spec import SETTING_PATHS, SETTINGS, RunSpec
 from lorasmith.core.errors import OptionError
 from lorasmith.core.files import read_regular
 from lorasmith.core.random import keyed_uniform
@@ -38,7 +37,6 @@ from lorasmith.data.encoding import datasets_folder
 from lorasmith.data.folder import scan_sources
 from lorasmith.data.preflight import epoch_of
 from lorasmith.data.split import AUTOMATIC_FROM
-from lorasmith.training.config import TrainConfig
 
 __all__ = ["MOST_RUNS", "Sweep", "SweepRun", "check_held_out", "read_sweep"]
 
@@ -47,7 +45,6 @@ MOST_RUNS = 1000
 
 _FOLDER = "folder"
 _TABLES = ("grid", "random")
-_SHORT = {"learning_rate": "rate"}
 _LONGEST_NAME = 100
 _DRAWS = 20  # attempts for each run of [random], as equal ones are drawn again
 
@@ -63,15 +60,13 @@ class SweepRun:
         number: from 1.
         name: of its folder.
         settings: what the sweep varies, in the order of the file.
-        source: its images and model.
-        config: all settings of its training.
+        spec: the run.
     """
 
     number: int
     name: str
     settings: Values
-    source: FolderSource
-    config: TrainConfig
+    spec: RunSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,16 +120,16 @@ def check_held_out(sweep: Sweep) -> None:
     """Raise OptionError if a run would hold out no image by default, as there are too few; DataError without images."""
     seen = set()
     for run in sweep.runs:
-        source = run.source
-        key = (source.sources, source.data.recursive)
-        if source.validation is not None or run.config.validation_share is not None or key in seen:
+        spec = run.spec
+        key = (spec.sources, spec.data.recursive)
+        if spec.validation is not None or spec.config.validation_share is not None or key in seen:
             continue
         seen.add(key)
-        images = scan_sources(source.sources, source.data, cache=datasets_folder()).images
+        images = scan_sources(spec.sources, spec.data, cache=datasets_folder()).images
         if not epoch_of(images, 1, None).held_out:
             raise OptionError(
                 f"a sweep needs held-out images to rank its runs, and of fewer than {AUTOMATIC_FROM} none are held out "
-                f"unless asked, got {len(images)} in {source.folder}; write validation_share = 0.2 in {sweep.file}, or "
+                f"unless asked, got {len(images)} in {spec.folder}; write validation_share = 0.2 in {sweep.file}, or "
                 "name a folder of others as validation"
             )
 
@@ -144,21 +139,15 @@ def _run(number: int, name: str, values: Values, found: Mapping[str, Any], path:
     varied = {key: value for key, value in values.items() if key != _FOLDER}
     images = {"sources": values[_FOLDER]} if _FOLDER in values else {}
     given = arguments_in({"previews": "", **found, **varied, **images}, path)
-    if given.model is None:
-        raise OptionError('a sweep needs a model, got none; write model = "..."')
-    source, config = given.source(given.model), given.train_config({})
-    _check(given, config)
-    return SweepRun(number=number, name=name, settings=values, source=source, config=config)
-
-
-def _check(given: RunFile, config: TrainConfig) -> None:
-    if config.validation_share == 0 and given.validation is None:
+    if given.settings.get("track", "none") != "none":
+        raise OptionError(f"a sweep starts no tracker, got track {given.settings['track']!r}; leave it out")
+    spec = replace(given.trusted().resolved(), output=None)
+    if spec.config.validation_share == 0 and spec.validation is None:
         raise OptionError(
             "a sweep needs held-out images to rank its runs, got validation_share 0 and no validation folder; write "
             "validation_share = 0.1"
         )
-    if given.settings.get("track", "none") != "none":
-        raise OptionError(f"a sweep starts no tracker, got track {given.settings['track']!r}; leave it out")
+    return SweepRun(number=number, name=name, settings=values, spec=spec)
 
 
 def _check_table(kind: str, table: Any, found: Mapping[str, Any]) -> None:
@@ -297,12 +286,12 @@ def _name(values: Values) -> str:
 
 def _words(values: Values) -> Iterator[str]:
     for name, value in values.items():
-        label = _SHORT.get(name, name.replace("_", "-"))
+        label = (name in SETTINGS and SETTINGS[name].short) or name.replace("_", "-")
         yield f"{label}-{_text(Path(value).name if _is_path(name) and isinstance(value, str) else value)}"
 
 
 def _is_path(name: str) -> bool:
-    return name == _FOLDER or name in PATHS_OF_SETTINGS
+    return name == _FOLDER or name in SETTING_PATHS
 
 
 def _text(value: Scalar) -> str:

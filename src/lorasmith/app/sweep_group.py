@@ -23,7 +23,7 @@ from typing import Any
 
 from lorasmith.app.command_lines import arguments_for
 from lorasmith.app.folder_run import PreparedRun, prepare, train_prepared
-from lorasmith.app.folder_source import FolderSource
+from lorasmith.app.run_spec import RunSpec
 from lorasmith.app.sweep_file import SweepRun
 from lorasmith.app.sweep_run import (
     RunEnd,
@@ -39,10 +39,12 @@ from lorasmith.app.sweep_run import (
 from lorasmith.core.allocator import keep_freed_memory
 from lorasmith.core.errors import LorasmithError, OutputError
 from lorasmith.core.folders import Folders
-from lorasmith.core.options import config_from
+from lorasmith.core.options import options_of
 from lorasmith.core.printable import printable
+from lorasmith.core.typed_json import typed
 from lorasmith.data.dataset import EncodedDataset
-from lorasmith.families.model_search import Completed, ModelFiles, load_completed
+from lorasmith.families.locating import ModelFiles
+from lorasmith.families.model_search import Completed, load_completed
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Event, StepDone
 from lorasmith.training.joint import SHARED_SETTINGS, EngineMaker, StopOfAll, check_captions, train_jointly
@@ -54,7 +56,7 @@ __all__ = ["GroupProcess", "grouped", "main", "train_group"]
 _COMMAND = (sys.executable, "-P", "-m", "lorasmith.app.sweep_group")  # no file of the current folder is a module
 _STOPPED = 128 + signal.SIGTERM
 _BETWEEN_LINES_S = 30.0
-_OF_THE_MODEL = (*SHARED_SETTINGS, "training_adapter", "existing_lora", "existing_state", "strict")
+_OF_THE_MODEL = (*SHARED_SETTINGS, *(name for name, one in options_of(TrainConfig).items() if one.is_path), "strict")
 
 
 def grouped(runs: Sequence[SweepRun], most: int) -> list[tuple[SweepRun, ...]]:
@@ -67,7 +69,7 @@ def grouped(runs: Sequence[SweepRun], most: int) -> list[tuple[SweepRun, ...]]:
     groups: list[tuple[SweepRun, ...]] = []
     filling: dict[object, int] = {}
     for run in runs:
-        key = None if run.config.compile else _model_of(run)
+        key = None if run.spec.config.compile else _model_of(run)
         place = filling.get(key)
         if key is None or place is None or len(groups[place]) == most:
             filling[key] = len(groups)
@@ -79,7 +81,7 @@ def grouped(runs: Sequence[SweepRun], most: int) -> list[tuple[SweepRun, ...]]:
 
 def _model_of(run: SweepRun) -> tuple[object, ...]:
     """What runs must have in common to train over one model."""
-    return run.source.files, *(getattr(run.config, name) for name in _OF_THE_MODEL)
+    return run.spec.files, *(getattr(run.spec.config, name) for name in _OF_THE_MODEL)
 
 
 class GroupProcess:
@@ -111,9 +113,7 @@ class GroupProcess:
         self._is_stopping = False
         named = None if device is None or device.startswith("cuda") else device
         given = {
-            "runs": [
-                {"name": run.name, "source": run.source.to_record(), "config": asdict(run.config)} for run in runs
-            ],
+            "runs": [{"name": run.name, "spec": asdict(run.spec)} for run in runs],
             "output": str(output),
             "device": named,
             **{name: str(path) for name, path in (folders or {}).items()},
@@ -221,10 +221,9 @@ class _Shared:
 
     def prepared(self, run: SweepRun, on_event: Callable[[Event], None]) -> PreparedRun:
         """A run, ready to begin."""
-        key = (run.source.sources, run.source.data, run.source.validation)
+        key = (run.spec.sources, run.spec.data, run.spec.validation)
         one = prepare(
-            run.source,
-            run.config,
+            run.spec,
             place=self._output / run.name,
             folders=self._folders,
             on_event=on_event,
@@ -288,9 +287,8 @@ def main() -> None:
 
 
 def _run(number: int, given: Mapping[str, Any], device: str | None) -> SweepRun:
-    source = replace(FolderSource.from_record(given["source"]), device=device)
-    config = config_from(TrainConfig, given["config"])
-    return SweepRun(number=number, name=given["name"], settings={}, source=source, config=config)
+    spec = replace(typed(given["spec"], RunSpec), device=device)
+    return SweepRun(number=number, name=given["name"], settings={}, spec=spec)
 
 
 if __name__ == "__main__":

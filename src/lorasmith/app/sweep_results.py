@@ -16,8 +16,6 @@ from pathlib import Path, PurePath
 from typing import Any, Literal
 from urllib.parse import quote
 
-from lorasmith.app.folder_source import FolderSource
-from lorasmith.app.recorded_run import PATHS_OF_SETTINGS
 from lorasmith.app.run_page import (
     best_lora_of_run,
     duration,
@@ -26,16 +24,15 @@ from lorasmith.app.run_page import (
     previews_of,
     validations_of,
 )
+from lorasmith.app.run_spec import SETTING_PATHS, SETTINGS, RunSpec
 from lorasmith.app.sweep_file import Sweep, SweepRun
 from lorasmith.app.sweep_run import end_of
 from lorasmith.core.errors import LorasmithError, OptionError
 from lorasmith.core.files import write_atomic
-from lorasmith.core.options import options_of
 from lorasmith.core.typed_json import Scalar
 from lorasmith.report.pictures import PictureTable
 from lorasmith.report.run_report import change, number
 from lorasmith.report.sweep_page import ApartRun, RankedRun, SweepReport, sweep_report
-from lorasmith.training.config import TrainConfig, settings_from_file
 from lorasmith.training.outcome import Outcome
 from lorasmith.training.runs.history import RunHistory, read_history
 from lorasmith.training.runs.run_folder import RunFolder
@@ -156,28 +153,25 @@ def write_results(record: SweepRecord, output: Path) -> Path:
 def _is_of(run: SweepRun, history: RunHistory) -> bool:
     """Whether a complete run has the settings, and names the images and model, that the sweep gives it now."""
     try:
-        source = FolderSource.from_record(history.record.source)
-        config = settings_from_file(history.record.asked)
+        spec = RunSpec.from_record(history.record.source, history.record.asked).trusted()
+        return _identity(spec) == _identity(run.spec)
     except (OptionError, ValueError):
         return False
-    return _identity(source, config) == _identity(run.source, run.config)
 
 
-def _identity(source: FolderSource, config: TrainConfig) -> dict[str, Any]:
+def _identity(spec: RunSpec) -> dict[str, Any]:
     """What makes a run another one. Of paths the name counts: photos and model may have been moved."""
     settings = {
         name: value
-        for one in (source.data, config)
-        for name, declared in options_of(type(one)).items()
-        if declared.changes_numbers and name not in _UNCOMPARED
-        for value in [getattr(one, name)]
+        for name, value in {**vars(spec.data), **vars(spec.config)}.items()
+        if SETTINGS[name].changes_numbers and name not in _UNCOMPARED
     }
-    for name in PATHS_OF_SETTINGS:
+    for name in SETTING_PATHS:
         if isinstance(path := settings.get(name), str):
             settings[name] = PurePath(path).name
-    images = [replace(one, path=PurePath(one.path).name) for one in source.sources]
-    validation = source.validation and PurePath(source.validation).name
-    return {"images": images, "validation": validation, "model": PurePath(source.model).name, **settings}
+    images = [replace(one, path=PurePath(one.path).name) for one in spec.sources]
+    validation = spec.validation and PurePath(spec.validation).name
+    return {"images": images, "validation": validation, "model": PurePath(spec.model).name, **settings}
 
 
 def _measured(entry: SweepEntry, history: RunHistory) -> SweepEntry:

@@ -176,7 +176,7 @@ def train_command(run: SweepRun, output: Path, *, device: str | None = None, als
         also: further arguments.
     """
     named = None if device is None or device.startswith("cuda") else device
-    _, *arguments = replace(run.source, device=named).command(run.config)
+    _, *arguments = replace(run.spec, device=named).command()
     return [*arguments, "--output", str(output / run.name), *also]
 
 

@@ -79,7 +79,7 @@ def check(
     from lorasmith.app.data_check import check_folder, plain
     from lorasmith.app.data_check_page import write_data_page
     from lorasmith.data.mended_folder import check_target, write_mended
-    from lorasmith.families.model_search import ModelFiles
+    from lorasmith.families.locating import ModelFiles
 
     if fix is not None:
         check_target(fix, folder if is_folder(folder) else folder.parent)

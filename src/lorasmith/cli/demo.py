@@ -31,7 +31,7 @@ def demo(
     Takes about two minutes on two processor cores and needs no network.
     """
     check_alone("demo")
-    from lorasmith.app.demo import before_and_after, demo_folder, demo_source
+    from lorasmith.app.demo import before_and_after, demo_folder, demo_spec
     from lorasmith.app.folder_run import prepare, train_prepared
     from lorasmith.families.locating import BUILT_IN
 
@@ -41,7 +41,7 @@ def demo(
     echo()
     with preparation_shown() as show:
         place = output or demo_folder()
-        prepared = prepare(*demo_source(steps=steps, seed=seed, device=device), place=place, on_event=show)
+        prepared = prepare(demo_spec(steps=steps, seed=seed, device=device), place=place, on_event=show)
     with training_shown() as (show, stop):
         result = train_prepared(prepared, output=place, fresh=True, on_event=show, cancelled=stop.is_set)
     if result.reason is Outcome.CANCELLED:

@@ -65,7 +65,7 @@ def plan(
     is 1 if training or the text encoders do not fit.
     """
     from lorasmith.app.memory_estimate import estimate_memory
-    from lorasmith.families.model_search import ModelFiles
+    from lorasmith.families.locating import ModelFiles
 
     files = ModelFiles(model, tuple(text_encoder or ()), vae)
     with console.status(f"Estimating {model}"):

@@ -38,19 +38,11 @@ from lorasmith.cli.data_output import print_findings
 from lorasmith.report.loss_plot import recent_loss
 from lorasmith.training.config import WHOLE_RANGE
 from lorasmith.training.events import (
-    CaptionEncoded,
-    CaptionsPlanned,
-    Drawing,
     Event,
     EventHandler,
-    Planned,
     Previewed,
-    Resumed,
-    RolledBack,
     RunStarted,
-    Shrunk,
     StepDone,
-    Validated,
     Warned,
 )
 from lorasmith.training.outcome import Outcome
@@ -122,80 +114,46 @@ def training_shown() -> Iterator[tuple[EventHandler, StopRequest]]:
 @contextlib.contextmanager
 def training_progress() -> Iterator[EventHandler]:
     """Inside the context, the yielded handler shows training events: loss, speed and time left in a bar or lines."""
+    from lorasmith.app.run_view import RunView, note_of
+
     lines = ProgressLines()
     bar = BarColumn(bar_width=max(6, min(40, console.width - 75)))  # the numbers need the rest of a narrow window
     numbers = TextColumn("{task.fields[numbers]}", style="dim", markup=False)
     left = TextColumn("{task.fields[left]}", markup=False)
     progress = Progress(bar, MofNCompleteColumn(), numbers, left, console=console, disable=not console.draws)
     task = progress.add_task("", total=None, numbers="", left="")
-    losses: list[float] = []
-    clock = _StepClock()
-    planned = 0
-    judged = text = ""
+    view = RunView()
 
     def show(event: Event) -> None:
-        nonlocal judged, planned, text
-        clock.hear(event)
+        view.take(event)
         if isinstance(event, RunStarted):
-            planned = event.steps
-            progress.update(task, total=planned)
+            progress.update(task, total=view.steps)
             progress.start()
-        elif isinstance(event, Warned | RolledBack | Shrunk):
-            if not (isinstance(event, Warned) and event.is_remark):
-                print_note(event.message)
-        elif isinstance(event, Planned):
-            print_note(event.message, kind="Memory", colour="green")
-        elif isinstance(event, CaptionsPlanned):
-            print_note(event.message, kind="Captions", colour="green")
-        elif isinstance(event, CaptionEncoded):
-            progress.update(task, numbers=f"encoding captions, {event.done} of {event.total}")
-            lines.report(f"Encoding captions: {event.done:,} of {event.total:,}")
-        elif isinstance(event, Resumed):
-            print_note(event.message, kind="Resumed", colour="green")
-            progress.update(task, completed=event.step)
-        elif isinstance(event, Validated):
-            judged = f" · held out {100 * (event.loss / event.base_loss - 1):+.1f} %"
-        elif isinstance(event, StepDone):
-            losses.append(event.loss)
-            speed = clock.steps_per_second
-            # Not the step's own loss, which mostly depends on the noise levels of its samples.
-            text = f"loss {recent_loss(losses).mean:#.4g}{judged}" + (f" · {speed:.2f} steps/s" if speed else "")
-            remaining = _clock_text((planned - event.step) / speed) if speed else ""
-            progress.update(task, completed=event.step, numbers=text, left=remaining)
-            timed = f", {1 / speed:.3g} s/step, {remaining}" if speed else ""
-            lines.report(f"Step {event.step:,} of {planned:,}, loss {recent_loss(losses).mean:#.4g}{timed}")
-        elif isinstance(event, Drawing):
-            progress.update(task, numbers=f"Drawing previews {event.done + 1}/{event.total}")
-            lines.report(f"Drawing previews: {event.done:,} of {event.total:,}")
-        elif isinstance(event, Previewed):
-            progress.update(task, numbers=text)
+        elif (note := note_of(event)) is not None:
+            kind, sentence = note
+            print_note(sentence, kind=kind, colour="yellow" if kind == "Note" else "green")
+            progress.update(task, completed=view.step)
+        elif view.activity is not None:
+            what, done, total = view.activity
+            progress.update(task, numbers=f"{what}, {done} of {total}")
+            lines.report(f"{what.capitalize()}: {done:,} of {total:,}")
+        elif isinstance(event, StepDone | Previewed):
+            loss, seconds, remaining = view.loss.mean, view.seconds_per_step, view.seconds_left
+            text, timed = f"loss {loss:#.4g}", ""
+            if view.held_out_change is not None:
+                text += f" · held out {100 * view.held_out_change:+.1f} %"
+            if seconds and remaining is not None:
+                text += f" · {1 / seconds:.2f} steps/s"
+                timed = f", {seconds:.3g} s/step, {_clock_text(remaining)}"
+            progress.update(task, completed=view.step, numbers=text, left=timed and _clock_text(remaining or 0))
+            if isinstance(event, StepDone):
+                lines.report(f"Step {view.step:,} of {view.steps:,}, loss {loss:#.4g}{timed}")
 
     try:
         yield show
     finally:
         progress.stop()
         lines.end()
-
-
-class _StepClock:
-    """The speed of the steps alone: what is between them (validations, previews, run states) does not count."""
-
-    def __init__(self) -> None:
-        self._since: float | None = None
-        self._steps, self._seconds = 0, 0.0
-
-    def hear(self, event: Event) -> None:
-        if isinstance(event, StepDone) and self._since is not None:
-            self._steps += 1
-            self._seconds += max(0.0, event.at - self._since)
-        # The first step compiles, allocates and plans, and is not counted either.
-        if isinstance(event, StepDone) or self._since is not None:
-            self._since = event.at
-
-    @property
-    def steps_per_second(self) -> float:
-        """0 before the second step."""
-        return self._steps / self._seconds if self._seconds else 0.0
 
 
 def _clock_text(seconds: float) -> str:
@@ -222,9 +180,9 @@ def train_and_report(prepared: PreparedRun, *, output: Path | None, fresh: bool 
         )
 
     def show_result() -> None:
-        report_result(result, rights_needed(prepared.source, prepared.job.requested, result.folder))
+        report_result(result, rights_needed(prepared.spec, result.folder))
         if result.path is not None:
-            files, prompt = prepared.source.files, prepared.plan.prompt
+            files, prompt = prepared.spec.files, prepared.plan.prompt
             command = generate_command(
                 files.model, result.path, prompt, text_encoders=files.text_encoders, vae=files.vae
             )
@@ -250,7 +208,7 @@ def train_experts_and_report(runs: ExpertRuns, *, verify: bool = False) -> None:
     for expert in EXPERTS:
         with preparation_shown() as show:
             prepared = runs.prepare(expert, on_event=show)
-        files, prompt, frames = prepared.source.files, prepared.plan.prompt, prepared.base.defaults.frames
+        files, prompt, frames = prepared.spec.files, prepared.plan.prompt, prepared.base.defaults.frames
         models.append(files.model)
         with training_shown() as (show, stop):
             results[expert] = result = runs.train(prepared, expert, verify=verify, on_event=show, cancelled=stop.is_set)

@@ -36,10 +36,12 @@ from lorasmith.training.config import TrainConfig
 
 __all__ = ["register"]
 
-_FIRST = (
-    "model", "trigger", "name", "output", "steps", "learning_rate", "rank", "batch_size", "resolution", "previews",
-    "no_previews", "config",
-)  # fmt: skip
+
+def _main(config: type) -> list[str]:
+    return [name for name, one in options_of(config).items() if one.is_main]
+
+
+_FIRST = ("model", *_main(DataConfig), "name", "output", *_main(TrainConfig), "no_previews", "config")
 """The options that `--help` shows."""
 
 
@@ -109,16 +111,17 @@ def train(
         return
     from lorasmith.app.folder_run import RUNS, prepare
     from lorasmith.app.recorded_run import Rights
-    from lorasmith.app.run_file import RunFile, read_run_file
+    from lorasmith.app.run_file import read_run_file
+    from lorasmith.app.run_spec import RunSpec
     from lorasmith.training.runs.output_folder import output_folder
 
-    typed = RunFile(
+    typed = RunSpec(
         sources=tuple(map(ImageSource.parse, [*([] if folder is None else [str(folder)]), *(also or ())])),
-        model=model,
+        model=model or "",
         low_noise_model=low_noise_model,
         text_encoders=tuple(text_encoder or ()),
         vae=vae,
-        name=name,
+        name=name or "",
         output=None if output is None else str(output),
         validation=None if validation is None else str(validation),
         device=device,
@@ -132,22 +135,22 @@ def train(
         if tracker not in (None, "none") and "track" not in typed.settings:
             print_note(f"{config} names a tracker, which is not started; --track {tracker} starts it.")
     folders = folders_of(base_dir, extra_model_paths)
-    if given.model is None:
+    if not given.model:
         raise OptionError(_which_models(folders))
-    source = given.source(given.model)
-    output_path = None if given.output is None else Path(given.output)
-    train_config = given.train_config(typed.settings)
-    if given.low_noise_model is not None:
+    code = typed.settings.get("optimizer")
+    spec = given.trusted(optimizers=[code] if code else [], track=typed.settings.get("track")).resolved()
+    output_path = None if spec.output is None else Path(spec.output)
+    if spec.low_noise_model is not None:
         from lorasmith.app.expert_runs import ExpertRuns
 
-        runs = ExpertRuns(source, given.low_noise_model, train_config, output=output_path, folders=folders, fresh=fresh)
+        runs = ExpertRuns(spec, folders=folders, fresh=fresh)
         with together():
             train_experts_and_report(runs, verify=verify)
         return
-    place = RUNS if output_path is None else output_folder(output_path, source.name)
+    place = RUNS if output_path is None else output_folder(output_path, spec.name)
     with together():
         with preparation_shown() as show:
-            prepared = prepare(source, train_config, place=place, folders=folders, on_event=show)
+            prepared = prepare(spec, place=place, folders=folders, on_event=show)
         train_and_report(prepared, output=output_path, fresh=fresh, verify=verify)
 
 

@@ -19,14 +19,14 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from lorasmith.core.errors import OptionError
 from lorasmith.core.registry import nearest
 
-__all__ = ["Option", "check_options", "config_from", "option", "options_of"]
+__all__ = ["Option", "changed", "check_options", "config_from", "option", "options_of"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,15 @@ class Option:
         pattern: regular expression that values besides the choices must match; empty allows none.
         group: heading in the help.
         changes_numbers: whether it can affect computed numbers.
+        is_path: whether a text names a file or folder.
+        is_prompt: whether a text is a prompt; private runs show neither prompts nor paths.
+        is_main: whether pages and help show it before the others.
+        door: `typed` if requests to a server cannot have it, as it names files or programs; `graph` if it has an effect
+            in graphs alone.
+        of_model: whether it is of the frozen model and its passes, so that runs over one model have it in common.
+        of_fresh: whether it has an effect on layers without an adapter alone.
+        costs: whether it affects the cost of a step.
+        short: name in names of runs, if it is another.
     """
 
     name: str
@@ -57,6 +66,14 @@ class Option:
     pattern: str = ""
     group: str = ""
     changes_numbers: bool = True
+    is_path: bool = False
+    is_prompt: bool = False
+    is_main: bool = False
+    door: Literal["any", "typed", "graph"] = "any"
+    of_model: bool = False
+    of_fresh: bool = False
+    costs: bool = False
+    short: str = ""
 
     def check(self, value: Any) -> Any:
         """`value` in the option's own type. Raises OptionError when the type or the range does not fit."""
@@ -98,26 +115,13 @@ class Option:
         raise OptionError(f"{self.name} must be {article} {_TYPE_NAMES[wanted]}, got {value!r}")
 
 
-def option(
-    default: Any,
-    *,
-    help: str,
-    min: float | None = None,
-    max: float | None = None,
-    step: float | None = None,
-    choices: Iterable[str] = (),
-    pattern: str = "",
-    group: str = "",
-    changes_numbers: bool = True,
-) -> Any:
+def option(default: Any, *, help: str, **details: Any) -> Any:
     """A dataclass field that declares an `Option`; name, type and (of a `Literal`) choices are those of the field.
 
     Args:
-        default, help, min, max, step, choices, pattern, group, changes_numbers: as the attributes of `Option`.
+        default, help, details: as the attributes of `Option`.
     """
-    details: dict[str, Any] = {"help": help, "min": min, "max": max, "step": step, "group": group}
-    details |= {"choices": tuple(choices), "pattern": pattern, "changes_numbers": changes_numbers}
-    return dataclasses.field(default=default, metadata={"option": details})
+    return dataclasses.field(default=default, metadata={"option": {"help": help, **details}})
 
 
 def options_of(config: type) -> Mapping[str, Option]:
@@ -155,6 +159,12 @@ def config_from(config: type, values: Mapping[str, Any]) -> Any:
     return config(**values)
 
 
+def changed(config: Any) -> dict[str, Any]:
+    """The options of a configuration that have not their default values."""
+    values = {name: getattr(config, name) for name in options_of(type(config))}
+    return {name: value for name, value in values.items() if value != options_of(type(config))[name].default}
+
+
 _LONGEST = 20_000
 """Characters of a setting: more than is of use, and few enough for every pattern and parser that reads it."""
 
@@ -165,7 +175,9 @@ def _declared(name: str, annotation: Any, default: Any, details: Mapping[str, An
     if typing.get_origin(annotation) is typing.Literal:
         details = {**details, "choices": typing.get_args(annotation)}
         annotation = str
-    return Option(name=name, type=annotation, default=default, **details)
+    return Option(
+        name=name, type=annotation, default=default, **{**details, "choices": tuple(details.get("choices", ()))}
+    )
 
 
 _TYPE_NAMES = {int: "integer", float: "number", str: "text", bool: "true or false value"}

@@ -11,13 +11,10 @@ from typing import Literal
 from lorasmith.core.errors import OptionError
 from lorasmith.core.options import check_options, option, options_of
 
-__all__ = ["DATA_PATHS", "LARGEST_SIDE", "CaptionOrigin", "Crop", "DataConfig", "Masks"]
+__all__ = ["LARGEST_SIDE", "CaptionOrigin", "Crop", "DataConfig", "Masks"]
 
 LARGEST_SIDE = 4096
 """Pixels of a picture's side; a picture of this size takes gigabytes to encode."""
-
-DATA_PATHS = ("mask_folder", "class_images")
-"""Settings that are paths."""
 
 CaptionOrigin = Literal["files", "filename", "folder", "none"]
 Crop = Literal["center", "random", "mask"]
@@ -32,7 +29,10 @@ class DataConfig:
     """How images and captions become samples. Raises OptionError for values of the wrong type or out of range."""
 
     trigger: str = option(
-        "", group=_CAPTIONS, help="Phrase for the subject or style, put in front of captions that lack it."
+        "",
+        group=_CAPTIONS,
+        is_main=True,
+        help="Phrase for the subject or style, put in front of captions that lack it.",
     )
     captions: CaptionOrigin = option(
         "files",
@@ -48,6 +48,7 @@ class DataConfig:
         min=1,
         max=LARGEST_SIDE,
         group=_PICTURES,
+        is_main=True,
         help="Pictures are scaled to the area of a square of this side, in pixels. Default: the model's.",
     )
     more_resolutions: str = option(
@@ -156,7 +157,9 @@ class DataConfig:
         help="Weights of the loss by place: alpha takes a picture's transparency, files takes NAME.mask.png or a file "
         "of the same name in mask_folder; white is inside. A picture without a mask is trained as a whole.",
     )
-    mask_folder: str | None = option(None, group=_MASKS, help="Folder of masks. Default: beside the pictures.")
+    mask_folder: str | None = option(
+        None, group=_MASKS, is_path=True, door="typed", help="Folder of masks. Default: beside the pictures."
+    )
     mask_inside: float = option(1.0, min=0.0, max=100.0, group=_MASKS, help="Weight of the loss inside of masks.")
     mask_outside: float = option(0.0, min=0.0, max=100.0, group=_MASKS, help="Weight of the loss outside of masks.")
     mask_normalize: bool = option(
@@ -173,7 +176,9 @@ class DataConfig:
     )
     class_images: str | None = option(
         None,
+        is_path=True,
         group=_PRIOR,
+        door="typed",
         help="Folder of pictures of the class, with captions of their own or class_prompt. Default: the base model "
         "draws them.",
     )

@@ -18,7 +18,7 @@ from lorasmith.core.folders import ASSETS, Folders
 from lorasmith.families.base import AutoencoderSlot, EncoderSlot, Family
 from lorasmith.families.files.checkpoint import OriginalCheckpoint
 from lorasmith.families.loading import family_of, load_model, recognise, with_parts
-from lorasmith.families.locating import built_in_models
+from lorasmith.families.locating import ModelFiles, built_in_models
 from lorasmith.families.model import Model
 from lorasmith.families.parts.autoencoders import recognised_autoencoder
 from lorasmith.families.parts.encoders import ENCODERS, recognised_encoder
@@ -30,7 +30,6 @@ __all__ = [
     "Completed",
     "FoundFile",
     "FoundPart",
-    "ModelFiles",
     "best_autoencoder",
     "best_encoder",
     "completed",
@@ -46,21 +45,6 @@ VAE_FOLDERS = ("vae",)
 
 # What reading an odd or damaged header may raise.
 _UNREADABLE = (ModelError, ArithmeticError, LookupError, OSError, TypeError, ValueError)
-
-
-@dataclass(frozen=True)
-class ModelFiles:
-    """The files of a model, as in `load_model`.
-
-    Attributes:
-        model: file, folder, hub id or built-in name of the denoiser or of the whole model.
-        text_encoders: files or folders of text encoders.
-        vae: file or folder of the autoencoder.
-    """
-
-    model: str
-    text_encoders: tuple[str, ...] = ()
-    vae: str | None = None
 
 
 @dataclass(frozen=True)

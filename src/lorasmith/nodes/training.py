@@ -12,6 +12,7 @@ from typing import Any
 
 from lorasmith.app.model_run import run_folder, train_job
 from lorasmith.app.run_previews import PreviewFrames
+from lorasmith.app.run_view import RunView, note_of
 from lorasmith.core.errors import CancelledError
 from lorasmith.core.folders import Folders, fingerprint
 from lorasmith.core.options import options_of
@@ -29,22 +30,8 @@ from lorasmith.nodes.values import (
     single,
     with_frames,
 )
-from lorasmith.training.config import NONE_LORA, TrainConfig, settings_from_file, unused_settings
-from lorasmith.training.events import (
-    CaptionsPlanned,
-    Event,
-    EventHandler,
-    Planned,
-    Previewed,
-    Resumed,
-    RolledBack,
-    RunStarted,
-    Shrunk,
-    StepDone,
-    Validated,
-    Warned,
-    encoded,
-)
+from lorasmith.training.config import NONE_LORA, TrainConfig, lora_settings, settings_from_file, unused_settings
+from lorasmith.training.events import Event, EventHandler, Previewed, RunStarted, StepDone, Validated, encoded
 from lorasmith.training.job import plan_job
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.outcome import Outcome
@@ -74,7 +61,6 @@ _LORA_FILE: dict[str, Any] = {
     "default": NONE_LORA,
     "options": lambda folders: [*folders.files("loras"), NONE_LORA],
 }
-_LORA_FILES = ("existing_lora", "training_adapter")
 
 _SETTINGS = (
     _setting("batch_size"),
@@ -198,7 +184,7 @@ def _config(folders: Folders, values: Mapping[str, Any]) -> TrainConfig:
     for name in unused_settings(chosen["algorithm"]):
         if chosen[name] == defaults[name]:  # a default needs no note that it has no effect
             del chosen[name]
-    for name in _LORA_FILES:
+    for name in lora_settings():
         if chosen[name] != NONE_LORA:
             chosen[name] = str(folders.find("loras", chosen[name]))
     if chosen["timesteps"] == _AUTO:
@@ -227,21 +213,16 @@ def _dataset(
 
 def _reporter(context: NodeContext, steps: int) -> EventHandler:
     """A handler that forwards training events to a node's progress, log and warnings, and as they are in the log."""
-    frames = PreviewFrames()
+    frames, view = PreviewFrames(), RunView()
 
     def report(event: Event) -> None:
         context.publish("training", json.loads(encoded(event)))
+        view.take(event)
         match event:
             case StepDone():
-                context.progress(event.step, steps, text=f"loss {event.loss:.4g}")
+                context.progress(view.step, steps, text=f"loss {view.loss.mean:.4g}")
             case Previewed():
                 context.progress(event.step, steps, text=f"preview at step {event.step}", preview=frames(event))
-            case Warned(is_remark=True):
-                pass  # for the report alone
-            case Warned() | RolledBack() | Shrunk():
-                context.warn(event.message)
-            case Resumed() | Planned() | CaptionsPlanned():
-                context.log(event.message)
             case Validated():
                 context.log(f"Step {event.step}: {event.verdict}")
             case RunStarted():
@@ -249,6 +230,9 @@ def _reporter(context: NodeContext, steps: int) -> EventHandler:
                     f"Training {event.parameters:,} parameters in {event.adapters} layers on {event.samples} images "
                     f"for {event.steps} steps, on {event.device} in {event.dtype}; the run folder is {event.folder}."
                 )
+        if (note := note_of(event)) is not None:
+            kind, sentence = note
+            (context.warn if kind == "Note" else context.log)(sentence)
 
     return report
 

@@ -13,20 +13,18 @@ import torch
 
 from lorasmith.app.folder_run import prepare, train_prepared
 from lorasmith.app.model_run import run_folder
-from lorasmith.app.run_file import RunFile
+from lorasmith.app.run_spec import RunSpec
 from lorasmith.bench.benchmark import latent_side, measured
 from lorasmith.bench.measure import synthetic_samples
 from lorasmith.core.errors import CancelledError, LorasmithError, OptionError, OutputError
 from lorasmith.core.files import ensure_folder
 from lorasmith.core.folders import Folders
-from lorasmith.core.options import options_of
 from lorasmith.core.typed_json import typed
-from lorasmith.data.data_config import DataConfig
-from lorasmith.families.model_search import Completed, ModelFiles
+from lorasmith.families.locating import ModelFiles
+from lorasmith.families.model_search import Completed
 from lorasmith.server.event_json import event_json
 from lorasmith.server.job_reporter import JobReporter
 from lorasmith.server.measurements import measurement_subject
-from lorasmith.training.config import settings_from_file
 from lorasmith.training.events import Event, Validated
 from lorasmith.training.job import plan_job
 from lorasmith.training.outcome import Outcome
@@ -56,7 +54,7 @@ def train(
     """Train on folders of images, in a folder below `runs/` of the base folder.
 
     Args:
-        request: a `RunFile` as JSON; paths are relative to the base folder. As in a file, an optimizer's import path is
+        request: a `RunSpec` as JSON; paths are relative to the base folder. As in a file, an optimizer's import path is
             refused, and a tracker is not started.
         folders: of models; their base folder has the runs.
         before: folder of the run that an earlier attempt of this job began.
@@ -71,17 +69,13 @@ def train(
     if before is not None and RunFolder(before).is_done:  # its end did not reach the server
         return {"outputs": _found_before(before)}
     given = _typed(request)
-    if given.model is None:
-        raise OptionError("a training needs a model, got none; name one")
     if given.low_noise_model is not None:
         raise OptionError(
             f"a job trains one model, got low_noise_model {given.low_noise_model}; send a job for each expert, or run "
             "lorasmith train --low-noise-model"
         )
-    model = given.model
     # Each worker sees one GPU, whatever its number is.
-    given = replace(given, device=given.device if given.device == "cpu" else None)
-    source, config = given.source(model), given.train_config({})
+    spec = replace(given.trusted(), device=given.device if given.device == "cpu" else None)
 
     def report(event: Event) -> None:
         reporter.training(event_json(event))
@@ -92,8 +86,7 @@ def train(
             raise CancelledError("the job was cancelled before its first step; what was encoded is kept")
 
     prepared = prepare(
-        source,
-        config,
+        spec,
         place=folders.base / "runs",
         folders=folders,
         on_event=report_or_stop,
@@ -105,7 +98,11 @@ def train(
 
     def output(fingerprint: Fingerprint) -> Path:
         is_same = before is not None and _is_same(before, fingerprint)
-        folder = before if before is not None and is_same else _claimed(folders.base / "runs", source.name, fingerprint)
+        folder = (
+            before
+            if before is not None and is_same
+            else _claimed(folders.base / "runs", prepared.spec.name, fingerprint)
+        )
         reporter.run(folder)  # known before the first step: a run that completes is never trained a second time
         return folder
 
@@ -115,9 +112,9 @@ def train(
     return {"outputs": _found(result)}
 
 
-def _typed(request: Mapping[str, Any]) -> RunFile:
+def _typed(request: Mapping[str, Any]) -> RunSpec:
     try:
-        return typed(request, RunFile)
+        return typed(request, RunSpec)
     except ValueError as error:
         raise OptionError(f"{error}; correct the request") from error
 
@@ -182,7 +179,7 @@ def measure(
     """Measure the seconds of a step and the peak memory of a training with some settings.
 
     Args:
-        request: `{model, settings, text_encoders, vae}` as in a `RunFile`.
+        request: `{model, settings, text_encoders, vae}` as in a `RunSpec`.
         folders: of models.
         device: where to measure.
         reporter: of the job; receives an event `Measuring` for each stage.
@@ -195,13 +192,11 @@ def measure(
         LorasmithError: the model cannot be loaded, or settings do not fit it.
     """
     given = _typed(request)
-    if given.model is None:
+    if not given.model:
         raise OptionError("a measurement needs a model, got none; name one")
-    model, settings = given.model, dict(given.settings)
-    base = load(ModelFiles(model, given.text_encoders, given.vae), folders).model
-    own = {name: value for name, value in settings.items() if name not in options_of(DataConfig)}
-    config = settings_from_file(own)
-    side = latent_side(base, settings.get("resolution"))
+    base = load(given.files, folders).model
+    config = given.trusted().config
+    side = latent_side(base, given.data.resolution)
     job = plan_job(base.denoiser, config, device)
     samples = synthetic_samples(base, config.samples_per_step, side, side)
 
@@ -222,5 +217,5 @@ def measure(
     }
     return {
         "outputs": values,
-        "found": {"subject": measurement_subject(model, settings, str(device)), "values": values},
+        "found": {"subject": measurement_subject(given.model, given.settings, str(device)), "values": values},
     }

@@ -99,7 +99,7 @@ class Job:
             can be continued.
         number: place in the queue, lowest first.
         request: what is to be done, by kind: `{prompt, extra_data, targets, outputs_to_execute, workflow}`, or a
-            `RunFile` of `app.run_file`, or `{model, settings, ...}`.
+            `RunSpec`, or `{model, settings, ...}`.
         client_id: of the client that submitted it.
         created, started, ended: seconds since the epoch; the last two are those of the last attempt.
         outputs: output of nodes for user interfaces, by node; of other jobs what they found.

@@ -11,13 +11,12 @@ from typing import Any
 import torch
 
 from lorasmith.core.folders import Folders
-from lorasmith.families.locating import built_in_models
+from lorasmith.families.locating import ModelFiles, built_in_models
 from lorasmith.families.model_search import (
     ENCODER_FOLDERS,
     MODEL_FOLDERS,
     VAE_FOLDERS,
     Completed,
-    ModelFiles,
     in_folders,
     load_completed,
 )

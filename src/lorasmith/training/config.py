@@ -30,12 +30,14 @@ __all__ = [
     "ResolvedConfig",
     "TrainConfig",
     "cost_options",
+    "lora_settings",
+    "names_alone",
     "settings_from_file",
     "unused_settings",
 ]
 
 NONE_LORA = "[None]"
-"""Value of `existing_lora` and `training_adapter` for no file, as in ComfyUI's list."""
+"""Value of settings that name a LoRA for no file, as in ComfyUI's list."""
 
 _WHAT, _HOW, _MEMORY, _NUMBERS = "LoRA and targets", "Training", "Memory", "Precision and reproducibility"
 _SPEED = "Speed"
@@ -56,14 +58,20 @@ def unused_settings(algorithm: str) -> frozenset[str]:
     return folded.get(algorithm.casefold(), frozenset())
 
 
-def settings_from_file(
+def settings_from_file(values: Mapping[str, Any]) -> TrainConfig:
+    """Settings that a file holds, such as a graph. Raises OptionError as `names_alone` and `config_from`."""
+    config: TrainConfig = config_from(TrainConfig, names_alone(values))
+    return config
+
+
+def names_alone(
     values: Mapping[str, Any],
     *,
     optimizers: Collection[str] = (),
     track: str | None = None,
     allowing: str = "--allow-optimizer",
-) -> TrainConfig:
-    """Settings that a file holds: a graph, or the record of a run. They choose among known names alone.
+) -> dict[str, Any]:
+    """Settings that a file holds, such as a graph or the record of a run, which choose among known names alone.
 
     Importing an optimizer runs the code of its module, and a tracker sends numbers away, so both have to be typed by
     the person who runs the command.
@@ -75,7 +83,7 @@ def settings_from_file(
         allowing: the flag by which an import path is typed.
 
     Raises:
-        OptionError: the optimizer is neither a known name nor among `optimizers`, or as `config_from`.
+        OptionError: the optimizer is neither a known name nor among `optimizers`.
     """
     name = values.get("optimizer")
     if name is not None and name not in OPTIMIZERS and name not in optimizers:
@@ -84,20 +92,21 @@ def settings_from_file(
             f"run code; if you trust that, type {allowing} {name}"
         )
     own = {key: value for key, value in values.items() if key != "track"}
-    config: TrainConfig = config_from(TrainConfig, own if track is None else {**own, "track": track})
-    return config
+    return own if track is None else {**own, "track": track}
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Settings of one run. Raises OptionError for values of the wrong type or out of range."""
 
-    steps: int = option(500, min=1, max=100_000, group=_HOW, help="Number of optimizer updates.")
+    steps: int = option(500, min=1, max=100_000, group=_HOW, is_main=True, help="Number of optimizer updates.")
     batch_size: int = option(
         1,
         min=1,
         max=10_000,
         group=_HOW,
+        is_main=True,
+        costs=True,
         help="Images per forward pass. Larger batches reduce gradient noise and need more memory.",
     )
     grad_accumulation_steps: int = option(
@@ -105,6 +114,7 @@ class TrainConfig:
         min=1,
         max=1024,
         group=_HOW,
+        costs=True,
         help="Batches whose gradients are accumulated for one update: a larger effective batch without its memory.",
     )
     learning_rate: float | None = option(
@@ -113,6 +123,8 @@ class TrainConfig:
         max=1.0,
         step=1e-7,
         group=_HOW,
+        is_main=True,
+        short="rate",
         help="Learning rate. Default: chosen by model and algorithm (1e-4 for LoRA on Stable Diffusion and Flux).",
     )
     rank: int = option(
@@ -120,6 +132,9 @@ class TrainConfig:
         min=1,
         max=128,
         group=_WHAT,
+        is_main=True,
+        of_fresh=True,
+        costs=True,
         help="Inner dimension of the LoRA: sets its capacity and the size of the file. Capped at each layer's size. "
         f"For {_FACTORS} it is the factor, for {_BLOCKS} the block size.",
     )
@@ -128,12 +143,15 @@ class TrainConfig:
         min=0.0,
         max=100_000.0,
         group=_WHAT,
+        of_fresh=True,
+        costs=True,
         help="The LoRA is scaled by alpha / rank. Default: the rank, a scale of 1, so that the learning rate keeps its "
         f"meaning when the rank changes. For {_BLOCKS} it bounds the rotation; 0, the default there, sets no bound.",
     )
     targets: str | None = option(
         None,
         group=_WHAT,
+        costs=True,
         help="Which layers are trained: attention, attention+ff, transformer, all-linear, all, or patterns on module "
         "paths such as *.attn2.*, separated by commas. A pattern may be followed by its own settings "
         "(rank=32 alpha=16 lr=2e-4); ! in front excludes. Default: the preset of the model's family.",
@@ -142,33 +160,42 @@ class TrainConfig:
         "LoRA",
         group=_WHAT,
         choices=ALGORITHMS,
+        of_fresh=True,
+        costs=True,
         help="Kind of adapter. " + " ".join(f"{name}: {facts.summary}" for name, facts in ALGORITHMS.items()),
     )
     differences: Literal["none", "norms", "biases", "norms+biases"] = option(
         "none",
         group=_WHAT,
+        costs=True,
         help="Also train differences of norms (all norms of the model) or biases (those of the target layers). "
         "ComfyUI and A1111 apply them; other programs ignore them or refuse the file.",
     )
     zero_init: Literal["up", "down"] = option(
         "up",
         group=_WHAT,
+        of_fresh=True,
+        costs=True,
         help="Which of the two matrices starts at zero: up is usual, down is ComfyUI's choice.",
     )
     existing_lora: str | None = option(
         None,
+        is_path=True,
         group=_WHAT,
         help="LoRA file to continue training. Its layers keep their algorithm, rank and alpha, and its step count "
         "continues.",
     )
     existing_state: str | None = option(
         None,
+        is_path=True,
         group=_WHAT,
+        door="typed",
         help="Run state from which the run starts, optimizer and steps included: that of a finished run of the same "
         "settings and images with fewer steps. `lorasmith resume RUN --steps N` sets it.",
     )
     training_adapter: str | None = option(
         None,
+        is_path=True,
         group=_WHAT,
         help="LoRA file that is applied to the model while training, and left out of previews and of the saved LoRA, "
         "such as one that lets a distilled model be trained.",
@@ -177,29 +204,38 @@ class TrainConfig:
         False,
         group=_WHAT,
         changes_numbers=False,
+        costs=True,
         help="Refuse an existing_lora or training_adapter of which a part does not apply to the model, instead of a "
         "note.",
     )
     dora: Literal["none", "input", "output"] = option(
         "none",
         group=_VARIANTS,
+        of_fresh=True,
+        costs=True,
         help="DoRA: train magnitude and direction of the weight separately. input has one magnitude per input, which "
         "ComfyUI and A1111 reproduce; output has one per output, as in the paper and PEFT.",
     )
     rslora: bool = option(
         False,
         group=_VARIANTS,
+        of_fresh=True,
+        costs=True,
         help="Scale by alpha / √rank, which suits high ranks better. The default of alpha is then 4: a scale of 1 at "
         "rank 16.",
     )
     pissa: bool = option(
         False,
         group=_VARIANTS,
+        of_fresh=True,
+        costs=True,
         help="Start from the principal components of each weight (PiSSA). The file is a plain LoRA of twice the rank.",
     )
     tucker: bool = option(
         False,
         group=_VARIANTS,
+        of_fresh=True,
+        costs=True,
         help="Decompose convolutions larger than 1×1 into a core between two small matrices, with far fewer "
         "parameters. In the portable layout the core is multiplied in.",
     )
@@ -208,6 +244,7 @@ class TrainConfig:
         min=0.01,
         max=1000.0,
         group=_VARIANTS,
+        costs=True,
         help="LoRA+: the learning rate of the up matrix as a multiple of the learning rate.",
     )
     rank_dropout: float = option(
@@ -215,6 +252,7 @@ class TrainConfig:
         min=0.0,
         max=0.95,
         group=_VARIANTS,
+        costs=True,
         help="Probability of dropping each inner dimension of a layer for a sample.",
     )
     module_dropout: float = option(
@@ -222,6 +260,7 @@ class TrainConfig:
         min=0.0,
         max=0.95,
         group=_VARIANTS,
+        costs=True,
         help="Probability of dropping a layer's whole LoRA for a sample.",
     )
     optimizer: str = option(
@@ -229,11 +268,13 @@ class TrainConfig:
         choices=OPTIMIZERS,
         pattern=r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+",
         group=_HOW,
+        costs=True,
         help=f"Update rule, or any optimizer class by its import path, such as torch.optim.NAdam. {_needed_packages()}",
     )
     optimizer_args: str | None = option(
         None,
         group=_HOW,
+        costs=True,
         help="Further arguments of the optimizer, separated by blanks, such as betas=(0.9,0.99) eps=1e-7.",
     )
     weight_decay: float = option(
@@ -263,6 +304,7 @@ class TrainConfig:
         min=0.0,
         max=0.99999,
         group=_HOW,
+        costs=True,
         help="Decay of an exponential moving average of the trained weights, which is saved instead of the last "
         "weights. 0 disables it.",
     )
@@ -344,6 +386,8 @@ class TrainConfig:
     training_dtype: Literal["auto", "bf16", "fp32", "none"] = option(
         "auto",
         group=_NUMBERS,
+        of_model=True,
+        costs=True,
         help="Number format of frozen weights and matrix products. Trained weights are always updated in fp32. auto "
         "is bf16 where the device has bf16 products, else fp32; none keeps the format of the loaded model.",
     )
@@ -351,6 +395,8 @@ class TrainConfig:
     gradient_checkpointing: bool = option(
         False,
         group=_MEMORY,
+        of_model=True,
+        costs=True,
         help="Activation checkpointing: recompute blocks in the backward pass. A third slower, needs far less memory.",
     )
     checkpoint_depth: int = option(
@@ -358,12 +404,16 @@ class TrainConfig:
         min=1,
         max=5,
         group=_MEMORY,
+        of_model=True,
+        costs=True,
         help="Level of the recomputed blocks: 1 is the outermost (least memory), each further level is nested inside.",
     )
     activations: ActivationPlan = option(
         "keep",
         group=_MEMORY,
         changes_numbers=False,
+        of_model=True,
+        costs=True,
         help="How activations are kept until the backward pass. keep stores all; lean recomputes cheap ones (norms, "
         "activation functions), which saves 20 to 40 % of their memory; selective also recomputes the wide layers "
         "of feed-forward networks; host offloads them from the GPU to host memory; auto measures and selects the "
@@ -375,11 +425,15 @@ class TrainConfig:
         max=10_000.0,
         group=_MEMORY,
         changes_numbers=False,
+        of_model=True,
+        costs=True,
         help="Device memory in GiB that activations auto may use, weights included. Default: all free memory.",
     )
     quantization: Quantization = option(
         "none",
         group=_MEMORY,
+        of_model=True,
+        costs=True,
         help="Quantize the frozen weights of Linear layers and convolutions during training; each is dequantized where "
         "it is used. Compared with bf16, fp8 and int8 save half of their memory and nf4 (4 bits) 72 %; int8 changes "
         "the weights least. There is one scale per output, or per weight with _tensor. With none, a quantized "
@@ -388,6 +442,8 @@ class TrainConfig:
     offloading: bool = option(
         False,
         group=_MEMORY,
+        of_model=True,
+        costs=True,
         help="Keep the frozen weights in host memory and copy them to the device as they are used. The numbers stay "
         "the same.",
     )
@@ -395,30 +451,36 @@ class TrainConfig:
         False,
         group=_MEMORY,
         changes_numbers=False,
+        costs=True,
         help="Of several processes that train one run, each keeps its part of the frozen weights, and the parts of a "
         "block are gathered while it is computed (FSDP2), for models beyond one GPU. Has no effect in one process.",
     )
     quantized_backward: bool = option(
         False,
         group=_MEMORY,
+        of_model=True,
+        costs=True,
         help="Compute products with fp8 weights in fp8, in the forward and backward pass, on GPUs that support it "
         "(NVIDIA, compute capability 8.9 or later). Activations and gradients are rounded to fp8.",
     )
     compile: bool = option(
         False,
         group=_SPEED,
+        costs=True,
         help="Compile the model's blocks (torch.compile): the first step takes minutes, all others are faster. Needs "
         "a C++ compiler, on GPUs triton, and changes the last bits of the numbers.",
     )
     bucket_mode: bool = option(
         False,
         group=_HOW,
+        door="graph",
         help="The latents are buckets of equal size, from Resolution Bucket. Mixed sizes are trained correctly either "
         "way.",
     )
     bypass_mode: bool = option(
         False,
         group=_MEMORY,
+        door="graph",
         help="Apply adapters beside the weights instead of merging them. Training always does, so it has no effect.",
     )
 
@@ -448,6 +510,8 @@ class TrainConfig:
         None,
         group=_WATCH,
         changes_numbers=False,
+        is_main=True,
+        is_prompt=True,
         help="Prompts of previews during training, separated by |, drawn with and without the LoRA. Default: the "
         "trigger or a caption on a folder of images, in at most a tenth of the run; none in workflows. An empty text "
         "is none.",
@@ -482,6 +546,7 @@ class TrainConfig:
         "none",
         group=_WATCH,
         changes_numbers=False,
+        door="typed",
         help="Log losses and rates to TensorBoard (in the folder of the run) or to Weights & Biases, if installed.",
     )
     save_state_every: int = option(
@@ -535,6 +600,8 @@ class TrainConfig:
     deterministic: bool = option(
         False,
         group=_NUMBERS,
+        of_model=True,
+        costs=True,
         help="Use only deterministic GPU kernels, at some cost in speed; CPU kernels always are.",
     )
     private: bool = option(
@@ -547,7 +614,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
-        for name in ("existing_lora", "training_adapter"):
+        for name in lora_settings():
             if getattr(self, name) == NONE_LORA:
                 object.__setattr__(self, name, None)
         self._check_variants()
@@ -608,23 +675,11 @@ class ResolvedConfig(TrainConfig):
         return cls(**{**vars(config), **decided})
 
 
-_COST_GROUPS = (_WHAT, _VARIANTS, _MEMORY, _SPEED)
-_COSTS = (
-    "batch_size",
-    "grad_accumulation_steps",
-    "optimizer",
-    "optimizer_args",
-    "ema_decay",
-    "training_dtype",
-    "deterministic",
-)
-_FREE = ("existing_lora", "existing_state", "training_adapter", "bypass_mode")
+def lora_settings() -> tuple[str, ...]:
+    """Names of the settings that are LoRA files."""
+    return tuple(name for name, one in options_of(TrainConfig).items() if one.is_path and one.door == "any")
 
 
 def cost_options() -> dict[str, Option]:
     """The options of a run that affect the cost of a step."""
-    return {
-        name: one
-        for name, one in options_of(TrainConfig).items()
-        if (one.group in _COST_GROUPS or name in _COSTS) and name not in _FREE
-    }
+    return {name: one for name, one in options_of(TrainConfig).items() if one.costs}

@@ -28,11 +28,13 @@ from lorasmith.adapters.joint_adapters import SamplesMixed
 from lorasmith.adapters.patch import patch_tensors
 from lorasmith.core.allocator import is_out_of_memory, memory_missed
 from lorasmith.core.errors import OptionError
+from lorasmith.core.options import options_of
 from lorasmith.core.sizes import memory_text
 from lorasmith.core.tensor_digests import digest_of_tensors
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.training.batches import Batch, kind_of
 from lorasmith.training.captions_ahead import drawn_captions
+from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import Engine, prediction_losses
 from lorasmith.training.job import Job
 from lorasmith.training.memory.activations import activations_packed
@@ -45,11 +47,7 @@ __all__ = ["SHARED_SETTINGS", "EngineMaker", "StopOfAll", "check_alike", "check_
 T = TypeVar("T")
 EngineMaker = Callable[[Job], Engine]
 
-SHARED_SETTINGS = (
-    "training_dtype", "quantization", "quantized_backward", "offloading", "activations", "gradient_checkpointing",
-    "checkpoint_depth", "memory_budget", "deterministic",
-)  # fmt: skip
-"""Settings of the frozen model and of its passes, which runs over one model have in common."""
+SHARED_SETTINGS = tuple(name for name, declared in options_of(TrainConfig).items() if declared.of_model)
 
 
 def check_alike(jobs: Sequence[Job]) -> None:

@@ -18,6 +18,7 @@ from lorasmith.adapters.packed_layers import packable_layers, packed_layers
 from lorasmith.adapters.targets import Plan
 from lorasmith.core import fp8_products
 from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
+from lorasmith.core.options import options_of
 from lorasmith.core.quantization import packed, weight_source
 from lorasmith.families.model import Denoiser
 from lorasmith.formats.lora_file import PORTABLE, layout_for
@@ -38,8 +39,6 @@ class Remark(str):
 
 _FEW = 0.1
 """Share of the layers up to which a capped rank is a remark."""
-
-_FRESH_ONLY = ("algorithm", "alpha", "dora", "pissa", "rank", "rslora", "tucker", "zero_init")
 
 _SCHEDULES_WITH: dict[str, Callable[[str], bool]] = {
     "final_rate": lambda schedule: schedule != "constant",
@@ -252,7 +251,7 @@ def _on_noise_levels(config: TrainConfig, denoiser: Denoiser) -> Iterator[str]:
 def _on_targets(
     config: TrainConfig, denoiser: Denoiser, plan: Plan, adapters: Mapping[str, Adapter], differences: int
 ) -> Iterator[str]:
-    idle = [name for name in _FRESH_ONLY if not config.is_default(name)]
+    idle = [name for name, one in options_of(TrainConfig).items() if one.of_fresh and not config.is_default(name)]
     if not plan.adapters and idle:
         yield (
             f"{', '.join(idle)} {'has' if len(idle) == 1 else 'have'} no effect: every target continues "

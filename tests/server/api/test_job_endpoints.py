@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from lorasmith.app.run_file import RunFile
+from lorasmith.app.run_spec import RunSpec
 from lorasmith.core.typed_json import typed
 from lorasmith.server import jobs
 from lorasmith.server.hub import Notice
@@ -22,8 +22,8 @@ def test_a_job_that_trains_is_queued_listed_moved_and_removed(tmp_path: Path) ->
             "pending", "fox", "fox", "lorasmith-tiny"
         )  # fmt: skip
         stored = client.context.store.get(first["id"])
-        given = typed(dict(stored.request), RunFile)
-        assert given.source("lorasmith-tiny").data.trigger == "a fox" and given.train_config({}).steps == 50
+        given = typed(dict(stored.request), RunSpec)
+        assert given.data.trigger == "a fox" and given.config.steps == 50
         second = await client.ask("POST", "/jobs", {**RUN, "name": "second", "front": True}, status=201)
         listed = await client.ask("GET", "/jobs")
         assert [job["id"] for job in listed["jobs"]] == [second["id"], first["id"]] and listed["total"] == 2

@@ -10,10 +10,9 @@ import pytest
 from PIL import Image
 
 from lorasmith.app.folder_run import prepare, train_prepared
-from lorasmith.app.folder_source import FolderSource
+from lorasmith.app.run_spec import RunSpec
 from lorasmith.core.folders import Folders
-from lorasmith.data.data_config import DataConfig
-from lorasmith.training.config import TrainConfig
+from lorasmith.data.sources import ImageSource
 
 SETTINGS = {
     "rank": 2,
@@ -35,10 +34,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(4):
         Image.fromarray(rng.integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(folder / f"{number}.png")
     (folder / "0.txt").write_text("a dog on grass")
-    data = DataConfig(resolution=32, trigger="sks dog")
-    source = FolderSource.of(folder, "lorasmith-tiny", data=data)
-    config = TrainConfig(**SETTINGS, previews="a dog", preview_steps=1, preview_every=4, preview_strengths="1")
-    train_prepared(prepare(source, config), output=base / "runs" / "dog-001")
+    previews = {"previews": "a dog", "preview_steps": 1, "preview_every": 4, "preview_strengths": "1"}
+    settings = {"resolution": 32, "trigger": "sks dog", **SETTINGS, **previews}
+    spec = RunSpec(sources=(ImageSource(str(folder)),), model="lorasmith-tiny", settings=settings)
+    train_prepared(prepare(spec), output=base / "runs" / "dog-001")
     return base
 
 

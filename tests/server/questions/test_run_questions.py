@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from lorasmith.app.run_file import RunFile
 from lorasmith.app.run_page import report_of
+from lorasmith.app.run_spec import RunSpec
 from lorasmith.core.errors import LorasmithError, OptionError
 from lorasmith.core.folders import Folders
 from lorasmith.core.typed_json import typed
@@ -195,11 +195,10 @@ def test_a_lora_is_copied_once_and_replaces_nothing(
 
 
 def test_training_on_is_a_request_from_the_last_state(installation: Folders, base: Path) -> None:
-    given = typed(plain(run_results.train_on_request(installation, RUN, steps=9)), RunFile)
+    given = typed(plain(run_results.train_on_request(installation, RUN, steps=9)), RunSpec)
     assert given.model == "lorasmith-tiny" and given.settings["steps"] == 9 and given.settings["rank"] == 2
-    source = given.source("lorasmith-tiny")
-    assert source.data.trigger == "sks dog" and Path(source.folder) == base / "input" / "dog"
-    assert Path(str(given.train_config({}).existing_state)) == base / RUN / "states" / "step-000004.safetensors"
+    assert given.data.trigger == "sks dog" and Path(given.folder) == base / "input" / "dog"
+    assert Path(str(given.config.existing_state)) == base / RUN / "states" / "step-000004.safetensors"
 
 
 NOT_ON: dict[str, tuple[Callable[[Path], object], int, str]] = {

@@ -6,7 +6,7 @@ import shutil
 from importlib.metadata import version
 from typing import Any
 
-from lorasmith.app.presets import MAIN_SETTINGS, PRESETS, setting_groups
+from lorasmith.app.presets import PRESETS, setting_groups
 from lorasmith.core.options import Option
 from lorasmith.server.api.endpoint import Call, Endpoint, Query
 from lorasmith.server.api_shapes import (
@@ -88,7 +88,7 @@ def _setting(one: Option) -> SettingAnswer:
         max=one.max,
         step=one.step,
         choices=one.choices,
-        main=one.name in MAIN_SETTINGS,
+        main=one.is_main,
     )
 
 

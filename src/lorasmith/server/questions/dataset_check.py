@@ -14,7 +14,7 @@ from lorasmith.core.options import config_from, options_of
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.findings import Finding, FindingKind
 from lorasmith.data.preflight import name_in
-from lorasmith.families.model_search import ModelFiles
+from lorasmith.families.locating import ModelFiles
 from lorasmith.server.api_shapes import CheckedPicture, Crop, DataCheckAnswer, FindingFacts, Severity, SkippedFile
 from lorasmith.server.questions.dataset_folders import dataset_folder, pictures_in
 from lorasmith.server.questions.dataset_questions import picture_row

@@ -12,6 +12,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from lorasmith.app.memory_estimate import MemoryEstimate, estimate_memory
+from lorasmith.app.run_spec import SETTINGS
 from lorasmith.core.errors import DataError, OptionError
 from lorasmith.core.files import is_folder
 from lorasmith.core.folders import Folders, fingerprint
@@ -21,21 +22,17 @@ from lorasmith.core.sizes import memory_text
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.folder import ImageFile, scan_folder
 from lorasmith.data.preflight import epoch_of
-from lorasmith.families.locating import BUILT_IN
-from lorasmith.families.model_search import MODEL_FOLDERS, ModelFiles, in_folders
+from lorasmith.families.locating import BUILT_IN, ModelFiles
+from lorasmith.families.model_search import MODEL_FOLDERS, in_folders
 from lorasmith.server.api_shapes import PlanAnswer
 from lorasmith.server.questions.dataset_check import split_settings
 from lorasmith.server.questions.dataset_folders import dataset_folder
 from lorasmith.server.questions.model_questions import known_model
 from lorasmith.server.questions.shaped_questions import shaped
-from lorasmith.training.config import NONE_LORA, TrainConfig
+from lorasmith.training.config import NONE_LORA, TrainConfig, lora_settings
 from lorasmith.training.runs.records import check_title
 
 __all__ = ["check_measurement", "check_steps", "checked_settings", "plan", "train_request"]
-
-_LORAS = ("existing_lora", "training_adapter")
-_NOT_TYPED = ("existing_state", "track", "mask_folder", "class_images")
-"""Settings that a request cannot have: files and programs that only the command line names."""
 
 _ENDLESS = 2**50
 _FEW, _MANY_EPOCHS = 5, 300
@@ -100,7 +97,7 @@ def train_request(
     trigger: str = "",
     settings: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The request of a job that trains: a `RunFile` as JSON, which is checked as far as that takes no time.
+    """The request of a job that trains: a `RunSpec` as JSON, which is checked as far as that takes no time.
 
     Args:
         folders: of the installation.
@@ -115,9 +112,8 @@ def train_request(
     title = safe_name(name.strip() or images.name)
     check_title(title)
     chosen = {**(settings or {}), **({"trigger": trigger} if trigger else {})}
-    for key in _LORAS:
-        if chosen.get(key) not in (None, NONE_LORA):
-            chosen[key] = str(folders.find("loras", str(chosen[key])))
+    for key in _loras_in(chosen):
+        chosen[key] = str(folders.find("loras", str(chosen[key])))
     base = folders.base
     return {
         "sources": [{"path": images.relative_to(base).as_posix() if images.is_relative_to(base) else str(images)}],
@@ -159,13 +155,17 @@ def checked_settings(folders: Folders, settings: Mapping[str, Any], trigger: str
         OptionError: one is unknown, out of its range, or not for requests.
         LoraError: there is no LoRA of a name.
     """
-    for name in _NOT_TYPED:
-        if settings.get(name) not in (None, "none"):
+    for name, value in settings.items():
+        if name in SETTINGS and SETTINGS[name].door == "typed" and value not in (None, "none"):
             raise OptionError(f"{name} is not for requests, got {settings[name]!r}; type it on the command line")
-    for name in _LORAS:
-        if settings.get(name) not in (None, NONE_LORA):
-            folders.find("loras", str(settings[name]))
+    for name in _loras_in(settings):
+        folders.find("loras", str(settings[name]))
     return split_settings({key: value for key, value in settings.items() if value is not None}, trigger)
+
+
+def _loras_in(settings: Mapping[str, Any]) -> list[str]:
+    """Names of the settings that are LoRAs, where there is one."""
+    return [name for name in lora_settings() if settings.get(name) not in (None, NONE_LORA)]
 
 
 def _images_folder(folders: Folders, dataset: str | None, folder: str | None) -> Path:

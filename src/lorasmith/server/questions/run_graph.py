@@ -6,17 +6,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lorasmith.app.folder_source import FolderSource, changed
+from lorasmith.app.run_spec import SETTINGS, RunSpec
 from lorasmith.core.errors import ModelError, OptionError
 from lorasmith.core.folders import Folders
-from lorasmith.core.options import options_of
+from lorasmith.core.options import changed, options_of
 from lorasmith.data.crops import pixel_step
 from lorasmith.families import known  # noqa: F401  (its families register themselves)
 from lorasmith.families.base import FAMILIES
 from lorasmith.families.files.structure import load_structure
 from lorasmith.families.locating import built_in_models
 from lorasmith.nodes import load_nodes
-from lorasmith.training.config import NONE_LORA, TrainConfig
+from lorasmith.training.config import NONE_LORA, TrainConfig, lora_settings
 from lorasmith.training.runs.records import RunRecord
 
 __all__ = ["graph_of_run"]
@@ -25,9 +25,8 @@ Graph = dict[str, dict[str, Any]]
 
 _TRAIN = "TrainLoraNode"
 _ENCODER_LOADERS = {1: "CLIPLoader", 2: "DualCLIPLoader", 3: "TripleCLIPLoader", 4: "QuadrupleCLIPLoader"}
-_IN_THE_GRAPH = ("trigger", "resolution", "cache", "cache_limit", "caption_memory")
-"""Settings of data that the graph follows, or that change no numbers."""
-_FREE = frozenset(name for name, one in options_of(TrainConfig).items() if not one.changes_numbers)
+_FOLLOWED = ("trigger", "resolution")
+"""Settings of data that the graph follows."""
 
 
 def graph_of_run(record: RunRecord, folders: Folders) -> tuple[Graph, list[str]]:
@@ -45,16 +44,16 @@ def graph_of_run(record: RunRecord, folders: Folders) -> tuple[Graph, list[str]]
     if record.source.get("command") == "run" and isinstance(prompt, dict):
         return prompt, []
     try:
-        source = FolderSource.from_record(record.source)
+        spec = RunSpec.from_record(record.source, record.asked)
     except ValueError as error:
         raise OptionError(
             f"only runs on folders and of graphs can be made a graph ({error}); use its command"
         ) from error
     notes: list[str] = []
-    loaders, model, clip, vae = _loaders(source, record, folders)
-    images = _images(source, folders, notes)
-    defaults = load_structure(source.model).defaults
-    side, step = source.data.all_resolutions(defaults.resolution)[0], pixel_step(source.data, defaults.pixel_multiple)
+    loaders, model, clip, vae = _loaders(spec, record, folders)
+    images = _images(spec, folders, notes)
+    defaults = load_structure(spec.model).defaults
+    side, step = spec.data.all_resolutions(defaults.resolution)[0], pixel_step(spec.data, defaults.pixel_multiple)
     graph: Graph = {
         **loaders,
         "10": _node("LoadImageTextDataSetFromFolder", "Images and texts", folder=images),
@@ -69,8 +68,8 @@ def graph_of_run(record: RunRecord, folders: Folders) -> tuple[Graph, list[str]]
     }
     notes.append("Pictures are scaled to whole sizes without a crop, so that they may differ by some pixels.")
     texts: list[Any] = ["10", 1]
-    if source.data.trigger:
-        graph["12"] = _node("AddTextPrefix", "Trigger", texts=texts, prefix=f"{source.data.trigger}, ")
+    if spec.data.trigger:
+        graph["12"] = _node("AddTextPrefix", "Trigger", texts=texts, prefix=f"{spec.data.trigger}, ")
         texts = ["12", 0]
         notes.append("The trigger is put in front of all captions, also of those that have it.")
     graph["13"] = _node("MakeTrainingDataset", "Encode", images=["11", 0], vae=vae, clip=clip, texts=texts)
@@ -87,11 +86,9 @@ def _node(class_type: str, title: str, **inputs: Any) -> dict[str, Any]:
     return {"class_type": class_type, "inputs": inputs, "_meta": {"title": title}}
 
 
-def _loaders(
-    source: FolderSource, record: RunRecord, folders: Folders
-) -> tuple[Graph, list[Any], list[Any], list[Any]]:
+def _loaders(spec: RunSpec, record: RunRecord, folders: Folders) -> tuple[Graph, list[Any], list[Any], list[Any]]:
     """The nodes that load the model, and links to its denoiser, text encoders and autoencoder."""
-    path = built_in_models().get(source.model, Path(source.model))
+    path = built_in_models().get(spec.model, Path(spec.model))
     checkpoint, denoiser = _name(folders, "checkpoints", path), _name(folders, "diffusion_models", path)
     if checkpoint is not None:
         graph = {"1": _node("CheckpointLoaderSimple", "Checkpoint", ckpt_name=checkpoint)}
@@ -103,10 +100,10 @@ def _loaders(
             f"{folders.roots('checkpoints')[0]}"
         )
     clip, vae = ["1", 1], ["1", 2]
-    if source.text_encoders:
-        graph["2"], clip = _encoders(source.text_encoders, record.model.family, folders), ["2", 0]
-    if source.vae:
-        graph["3"], vae = _node("VAELoader", "Autoencoder", vae_name=_required(folders, "vae", source.vae)), ["3", 0]
+    if spec.text_encoders:
+        graph["2"], clip = _encoders(spec.text_encoders, record.model.family, folders), ["2", 0]
+    if spec.vae:
+        graph["3"], vae = _node("VAELoader", "Autoencoder", vae_name=_required(folders, "vae", spec.vae)), ["3", 0]
     return graph, ["1", 0], clip, vae
 
 
@@ -141,19 +138,23 @@ def _name(folders: Folders, kind: str, path: Path) -> str | None:
     return None
 
 
-def _images(source: FolderSource, folders: Folders, notes: list[str]) -> str:
+def _images(spec: RunSpec, folders: Folders, notes: list[str]) -> str:
     """The folder of images by its name below the input folder."""
-    path = Path(source.folder).resolve()
+    path = Path(spec.folder).resolve()
     for name in folders.input_folders():
         if folders.find_input_folder(name).resolve() == path:
-            if len(source.sources) > 1:
-                notes.append(f"It trains on {name} alone, the first of {len(source.sources)} folders.")
-            others = [one.replace("_", " ") for one in changed(source.data) if one not in _IN_THE_GRAPH]
+            if len(spec.sources) > 1:
+                notes.append(f"It trains on {name} alone, the first of {len(spec.sources)} folders.")
+            others = [
+                one.replace("_", " ")
+                for one in changed(spec.data)
+                if one not in _FOLLOWED and SETTINGS[one].changes_numbers
+            ]
             if others:
                 notes.append(f"Nodes have no {', '.join(others)}.")
             return name
     raise OptionError(
-        f"a graph finds images in the input folder alone, got {source.folder}; copy them into {folders.place('input')}"
+        f"a graph finds images in the input folder alone, got {spec.folder}; copy them into {folders.place('input')}"
     )
 
 
@@ -165,7 +166,7 @@ def _settings(record: RunRecord, folders: Folders, notes: list[str]) -> dict[str
         if name not in options or (slot.default is None and name not in record.config):
             continue
         value = record.config.get(name, options[name].default)
-        if name in ("existing_lora", "training_adapter"):
+        if name in lora_settings():
             value = NONE_LORA if not value else _lora(folders, str(value))
         elif name == "validation_share" and value is None:
             value = 0.1 if record.data.get("held_out") else 0.0
@@ -175,7 +176,7 @@ def _settings(record: RunRecord, folders: Folders, notes: list[str]) -> dict[str
     lost = [
         name.replace("_", " ")
         for name, value in record.config.items()
-        if name in options and name not in inputs and name not in _FREE and value != options[name].default
+        if name in options and name not in inputs and options[name].changes_numbers and value != options[name].default
     ]
     if lost:
         notes.append(f"Train LoRA has no input for {', '.join(lost)}, which the run had set.")

@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Any, cast
 
-from lorasmith.app.folder_source import FolderSource
 from lorasmith.app.run_images import images_in, left_out_in, thumbnail_of
 from lorasmith.app.run_page import is_own, lora_of_run, report_of, validations_of
+from lorasmith.app.run_spec import RunSpec
 from lorasmith.core.errors import LorasmithError
 from lorasmith.core.files import is_regular
 from lorasmith.core.folders import ASSETS, Folders
@@ -301,7 +301,7 @@ def _files(folder: Path) -> list[str]:
 def _dataset(folders: Folders, record: RunRecord) -> str | None:
     """The dataset that a run was trained on."""
     try:
-        path = Path(FolderSource.from_record(record.source).folder)
+        path = Path(RunSpec.from_record(record.source, {}).folder)
     except ValueError:
         return None
     roots = (folders.place("input"), folders.place("input").resolve(), ASSETS / "input")
@@ -310,7 +310,7 @@ def _dataset(folders: Folders, record: RunRecord) -> str | None:
 
 def _data_settings(record: RunRecord) -> Sequence[RunSetting]:
     try:
-        data = FolderSource.from_record(record.source).data
+        data = RunSpec.from_record(record.source, {}).data
     except ValueError:
         return ()
     return [

@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import shutil
 import threading
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from lorasmith.app.folder_source import FolderSource, changed
 from lorasmith.app.recorded_run import Rights, repeated
 from lorasmith.app.run_page import is_own, lora_of_run
+from lorasmith.app.run_spec import RunSpec
 from lorasmith.core.errors import OptionError, TrainingError
 from lorasmith.core.files import atomic_path, ensure_folder
 from lorasmith.core.folders import Folders
+from lorasmith.core.options import changed
 from lorasmith.core.safe_names import safe_name
 from lorasmith.server.api_shapes import InstalledLora
 from lorasmith.server.disk_space import disk_space
@@ -69,7 +71,7 @@ def install_run(folders: Folders, id: str, *, step: int | None = None, name: str
 
 @shaped
 def train_on_request(folders: Folders, id: str, *, steps: int) -> dict[str, Any]:
-    """The request of a job that trains on from the end of a run: a `RunFile` as JSON.
+    """The request of a job that trains on from the end of a run: a `RunSpec` as JSON.
 
     The run's record may name files below the base folder and in the model folders alone.
 
@@ -94,33 +96,20 @@ def train_on_request(folders: Folders, id: str, *, steps: int) -> dict[str, Any]
     if isinstance(before, int) and steps <= before:
         raise OptionError(f"steps must be more than the {before:,} of the run, got {steps:,}; add some")
     try:
-        mine = FolderSource.from_record(record.source)
+        mine = RunSpec.from_record(record.source, {})
         given = {
             "model": mine.model if _is_model(folders, mine.model) else None,
             "text_encoders": mine.text_encoders if all(_is_model(folders, one) for one in mine.text_encoders) else (),
             "vae": mine.vae if mine.vae and _is_model(folders, mine.vae) else None,
         }
-        source, config = repeated(record, folder / RECORD, Rights(), **given)  # type: ignore[arg-type]
+        spec = repeated(record, folder / RECORD, Rights(), **given)  # type: ignore[arg-type]
     except ValueError as error:
         raise TrainingError(
             f"{folder / RECORD} is damaged ({error}); restore it from a copy, or train again"
         ) from error
     state = RunFolder(folder).states().paths()[0].resolve()
-    return {
-        "sources": [{"path": one.path, "repeats": one.repeats, "weight": one.weight} for one in source.sources],
-        "model": source.model,
-        "text_encoders": list(source.text_encoders),
-        "vae": source.vae,
-        "name": source.name,
-        "validation": source.validation,
-        "device": source.device,
-        "settings": {
-            **changed(source.data),
-            **changed(config),
-            "steps": steps,
-            "existing_state": str(state),
-        },
-    }
+    settings = {**changed(spec.data), **changed(spec.config), "steps": steps, "existing_state": str(state)}
+    return asdict(replace(spec, settings=settings))
 
 
 def _lora_at(history: RunHistory, step: int | None) -> Path:

@@ -61,11 +61,8 @@ class Fingerprint(TypedDict, total=False):
 
 
 # Initial weights and patches cover the files; compiling affects the last bits only, like the environment.
-_UNCOMPARED = {name for name, one in options_of(TrainConfig).items() if not one.changes_numbers} | {
-    "existing_lora",
-    "existing_state",
-    "training_adapter",
-    "compile",
+_UNCOMPARED = {
+    name for name, one in options_of(TrainConfig).items() if not one.changes_numbers or one.is_path or name == "compile"
 }
 _SAMPLED = 64
 _HALVES = (torch.float16, torch.bfloat16)

@@ -14,15 +14,15 @@ from typing import Any
 
 from lorasmith.core.errors import OptionError
 from lorasmith.core.files import ensure_folder, write_atomic
+from lorasmith.core.options import options_of
 from lorasmith.core.printable import MAX_SENTENCE, printable
+from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Event, EventHandler, StepDone, Validated, Warned
 
 __all__ = ["Tracker", "tracker_for"]
 
 _PACKAGES = {"tensorboard": ("tensorboard", "TensorBoard"), "wandb": ("wandb", "Weights & Biases")}
 _PROJECT = "lorasmith"
-_PRIVATE = frozenset({"existing_lora", "existing_state", "previews", "training_adapter"})
-"""Settings that contain paths and prompts."""
 
 
 def tracker_for(name: str, folder: Path, title: str, config: Mapping[str, Any], *, on_event: EventHandler) -> Tracker:
@@ -124,7 +124,8 @@ def _wandb(folder: Path, title: str, config: Mapping[str, Any]) -> Any:
     if not remembered.exists():
         write_atomic(remembered, secrets.token_hex(8))
     number = remembered.read_text(encoding="utf-8")
-    sent = {name: value for name, value in config.items() if not (config.get("private") and name in _PRIVATE)}
+    private = {name for name, one in options_of(TrainConfig).items() if one.is_path or one.is_prompt}
+    sent = {name: value for name, value in config.items() if not (config.get("private") and name in private)}
     tracker = WandBTracker(
         _PROJECT,
         name=printable(title, limit=128),  # the server's limit

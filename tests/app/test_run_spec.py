@@ -8,21 +8,23 @@ from typing import Any
 import pytest
 
 from lorasmith.app.folder_run import prepare
-from lorasmith.app.folder_source import FolderSource, absolute
+from lorasmith.app.run_spec import RunSpec, absolute
 from lorasmith.core.errors import OptionError
-from lorasmith.data.data_config import DataConfig
 from lorasmith.data.sources import ImageSource
-from lorasmith.training.config import TrainConfig
 
 
 def test_a_source_is_written_down_and_read_again(tmp_path: Path) -> None:
-    data = DataConfig(trigger="sks", flip=True)
-    source = FolderSource.of(tmp_path / "photos", "lorasmith-tiny", data=data, validation=tmp_path / "held out")
-    record = json.loads(json.dumps(source.to_record()))
+    spec = RunSpec(
+        sources=(ImageSource(str(tmp_path / "photos")),),
+        model="lorasmith-tiny",
+        validation=str(tmp_path / "held out"),
+        settings={"trigger": "sks", "flip": True, "rank": 4, "stratified": False},
+    ).resolved()
+    record = json.loads(json.dumps(spec.to_record()))
     assert record["command"] == "train"
-    assert FolderSource.from_record(record) == source
-    assert source.name == "photos"
-    assert source.command(TrainConfig(rank=4, stratified=False)) == [
+    assert RunSpec.from_record(record, {"rank": 4, "stratified": False}) == spec
+    assert spec.name == "photos"
+    assert spec.command() == [
         "lorasmith", "train", str(tmp_path / "photos"), "--model", "lorasmith-tiny",
         "--validation", str(tmp_path / "held out"),
         "--trigger", "sks", "--flip", "--rank", "4", "--no-stratified",
@@ -31,13 +33,13 @@ def test_a_source_is_written_down_and_read_again(tmp_path: Path) -> None:
 
 def test_several_sources_are_written_down_and_typed_again(tmp_path: Path) -> None:
     first, more = ImageSource(str(tmp_path / "a")), ImageSource(str(tmp_path / "b c"), repeats=2, weight=0.5)
-    source = FolderSource.of([first, more], "lorasmith-tiny")
-    assert FolderSource.from_record(json.loads(json.dumps(source.to_record()))) == source
-    assert source.command(TrainConfig())[2:] == [
+    spec = RunSpec(sources=(first, more), model="lorasmith-tiny").resolved()
+    assert RunSpec.from_record(json.loads(json.dumps(spec.to_record())), {}) == spec
+    assert spec.command()[2:] == [
         str(tmp_path / "a"), "--model", "lorasmith-tiny", "--also", f"{tmp_path / 'b c'} repeats=2 weight=0.5",
     ]  # fmt: skip
-    reversed_ = FolderSource.of([more, first], "lorasmith-tiny")
-    argv = reversed_.command(TrainConfig())
+    reversed_ = RunSpec(sources=(more, first), model="lorasmith-tiny").resolved()
+    argv = reversed_.command()
     typed = [ImageSource.parse(text) for flag, text in itertools.pairwise(argv) if flag == "--also"]
     assert tuple(typed) == reversed_.sources and argv[2] == "--model"
 
@@ -56,12 +58,12 @@ def test_several_sources_are_written_down_and_typed_again(tmp_path: Path) -> Non
 )
 def test_a_source_that_cannot_be_repeated_is_none(record: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
-        FolderSource.from_record(record)
+        RunSpec.from_record(record, {})
 
 
 def test_a_folder_in_a_command_is_no_flag() -> None:
-    source = FolderSource(sources=(ImageSource("--optimizer=antigravity.X"),), model="m", name="cat")
-    assert source.command(TrainConfig())[2] == "./--optimizer=antigravity.X"
+    spec = RunSpec(sources=(ImageSource("--optimizer=antigravity.X"),), model="m", name="cat")
+    assert spec.command()[2] == "./--optimizer=antigravity.X"
 
 
 def test_paths_are_absolute_and_names_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,20 +75,20 @@ def test_paths_are_absolute_and_names_are_not(tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_folders_name_becomes_that_of_a_file(tmp_path: Path) -> None:
-    source = FolderSource.of(tmp_path / ("a\x1b[2J" + "x" * 240), "lorasmith-tiny")
-    assert source.name == "a__2J" + "x" * 195
+    spec = RunSpec(sources=(ImageSource(str(tmp_path / ("a\x1b[2J" + "x" * 240))),), model="m").resolved()
+    assert spec.name == "a__2J" + "x" * 195
 
 
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        *(({"name": name}, "name must be a file name without folders") for name in ("../cat", "a\\b", "", "..")),
+        *(({"name": name}, "name must be a file name without folders") for name in ("../cat", "a\\b", "..")),
         ({"name": "é" * 150}, "name must have at most [0-9]+ bytes and no control characters"),
         ({"name": "a\nb"}, "name must have at most [0-9]+ bytes and no control characters"),
     ],
 )
 def test_what_no_run_can_have_is_refused(images: Path, changes: dict[str, Any], sentence: str) -> None:
     sources = (ImageSource(str(images)),)
-    source = FolderSource(**{"sources": sources, "model": "lorasmith-tiny", "name": "cat", **changes})
+    spec = RunSpec(**{"sources": sources, "model": "lorasmith-tiny", "name": "cat", **changes})
     with pytest.raises(OptionError, match=sentence):
-        prepare(source, TrainConfig())
+        prepare(spec)

@@ -1,0 +1,129 @@
+"""What is shown of a run: a reducer of its events. Doors draw it and compute nothing."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from lorasmith.app.run_plan import ClassImageDrawn, ImageEncoded, ModelLoading
+from lorasmith.report.loss_plot import RecentLoss, recent_loss
+from lorasmith.training.events import (
+    CaptionEncoded,
+    CaptionsPlanned,
+    Drawing,
+    Event,
+    Planned,
+    Resumed,
+    RolledBack,
+    RunFinished,
+    RunStarted,
+    Shrunk,
+    StepDone,
+    Validated,
+    Warned,
+)
+from lorasmith.training.outcome import Outcome
+
+_TIMED_STEPS = 30
+"""Steps whose times are averaged for the speed."""
+
+
+class RunView:
+    """What is known of a run after the events that it has taken.
+
+    Attributes:
+        steps: planned updates, 0 before the run has started.
+        step: the last update.
+        activity: what is done instead of a step, such as `encoding captions` with (done, total); None between steps.
+        validation: the last one.
+        outcome: why the run ended; None while it goes on.
+    """
+
+    def __init__(self) -> None:
+        self.steps = self.step = 0
+        self.activity: tuple[str, int, int] | None = None
+        self.validation: Validated | None = None
+        self.outcome: Outcome | None = None
+        self._losses: list[tuple[int, float]] = []
+        self._times: deque[float] = deque(maxlen=_TIMED_STEPS)
+        self._since: float | None = None
+
+    def take(self, event: Event) -> None:
+        """Take in the next event."""
+        self.activity = _activity(event)
+        match event:
+            case RunStarted():
+                self.steps, self.outcome, self._since = event.steps, None, None
+            case Resumed():
+                self._go_back(event.step)
+            case RolledBack():
+                self._go_back(event.to_step)
+            case StepDone():
+                self._go_back(event.step - 1)
+                self.step = event.step
+                self._losses.append((event.step, event.loss))
+                # Neither the first step, which compiles and plans, nor what is between steps counts.
+                if self._since is not None:
+                    self._times.append(max(0.0, event.at - self._since))
+            case Validated():
+                self.validation = event
+            case RunFinished():
+                self.outcome = event.reason
+        if isinstance(event, StepDone) or self._since is not None:
+            self._since = event.at
+
+    @property
+    def loss(self) -> RecentLoss:
+        """The loss of the run; that of a single step mostly depends on the noise levels of its samples."""
+        return recent_loss([loss for _, loss in self._losses])
+
+    @property
+    def held_out_change(self) -> float | None:
+        """Change of the held-out loss by the LoRA, as a share of that without it; None before the first validation."""
+        return None if self.validation is None else self.validation.loss / self.validation.base_loss - 1
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """Mean of the last steps, without what was between them; None before the second one."""
+        return sum(self._times) / len(self._times) if self._times else None
+
+    @property
+    def seconds_left(self) -> float | None:
+        """None while the speed is unknown."""
+        seconds = self.seconds_per_step
+        return None if seconds is None else (self.steps - self.step) * seconds
+
+    def _go_back(self, step: int) -> None:
+        while self._losses and self._losses[-1][0] > step:
+            self._losses.pop()
+        self.step = step
+
+
+def note_of(event: Event) -> tuple[str, str] | None:
+    """The kind of note that an event is, such as `Memory`, and its sentence; None if a run's watchers need none."""
+    match event:
+        case Warned(is_remark=True):
+            return None  # for the report alone
+        case Warned() | RolledBack() | Shrunk():
+            return "Note", event.message
+        case Planned():
+            return "Memory", event.message
+        case CaptionsPlanned():
+            return "Captions", event.message
+        case Resumed():
+            return "Resumed", event.message
+    return None
+
+
+def _activity(event: Event) -> tuple[str, int, int] | None:
+    match event:
+        case ModelLoading():
+            return f"loading {event.model}", 0, 0
+        case ClassImageDrawn():
+            return "drawing the class", event.done, event.total
+        case ImageEncoded():
+            return "encoding images", event.done, event.total
+        case CaptionEncoded():
+            return "encoding captions", event.done, event.total
+        case Drawing() if event.done < event.total:
+            return "drawing previews", event.done, event.total
+    return None
