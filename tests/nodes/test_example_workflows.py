@@ -96,6 +96,7 @@ def test_the_style_example_draws_each_prompt_at_three_strengths(tmp_path: Path) 
     assert folders.find("loras", "high_contrast_2_steps_00001_.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_the_folder_example_trains_on_images_of_several_sizes(tmp_path: Path, tiny: Model) -> None:
     folder = tmp_path / "input" / "mine"
     folder.mkdir(parents=True)

@@ -72,6 +72,7 @@ def test_pictures_are_those_that_users_will_get(
     assert not same(drawn, generate(tiny, PROMPTS, seed=5, steps=3, dtype=dtype))
 
 
+@pytest.mark.slow
 def test_a_patched_model_is_the_base(make: Callable[..., Previewer], tiny: Model, saved: Path) -> None:
     patched = Lora.load(saved, tiny).applied_to(tiny.denoiser)
     previewer = Previewer(patched, PROMPTS, load=lambda path, strength: patched, sampling=HOW)

@@ -269,6 +269,7 @@ def test_x0_objective_and_timesteps_change_the_loss(run: Run, dataset: EncodedDa
     assert run(dataset, steps=1, timesteps="logit_normal").losses != plain
 
 
+@pytest.mark.slow
 def test_diffusers_applies_the_saved_lora_module_for_module(
     run: Run, dataset: EncodedDataset, tiny: Model, tmp_path: Path
 ) -> None:

@@ -37,7 +37,7 @@ def padded(parts: dict[str, Any], text: str, length: int) -> Tensor:
 @pytest.mark.parametrize("text", ["a photo of a cat", ""])
 def test_padding_is_masked_and_zero(parts: dict[str, Any], text: str) -> None:
     ours = encode_umt5(text, parts["tokenizer"], parts["text_encoder"], min_tokens=24)
-    torch.testing.assert_close(ours, padded(parts, text, 24), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours, padded(parts, text, 24), rtol=1e-4, atol=1e-5)
 
 
 def test_a_weight_moves_states_away_from_those_of_the_empty_prompt(parts: dict[str, Any]) -> None:
