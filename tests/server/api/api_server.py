@@ -103,7 +103,7 @@ async def api(base: Path, **config: Any) -> AsyncIterator[Client]:
     app.on_response_prepare.extend(preparing(context))
     app.add_routes(routes(context))
     try:
-        async with TestClient(TestServer(app), timeout=ClientTimeout(total=30)) as http:
+        async with TestClient(TestServer(app), timeout=ClientTimeout(total=300)) as http:
             yield Client(http, context)
             hub.close()
     finally:
