@@ -242,6 +242,8 @@ def _checked(
     found: Candidate, config: DataConfig, rules: CaptionRules, *, is_class: bool, clips: bool
 ) -> _Checked | str:
     """An image, read and given its captions; or why it is skipped."""
+    if found.barred:
+        return found.barred
     file = None
     try:
         opened = _usable_file(found.path, clips=clips)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lorasmith.core.errors import DataError
-from lorasmith.core.files import is_regular
+from lorasmith.core.files import entry_is_folder, entry_is_link, is_regular
 from lorasmith.core.folders import RUN_LOG, RUN_RECORD
 from lorasmith.data.captions import CAPTION_SUFFIXES, one_line
 from lorasmith.data.image_files import image_suffixes
@@ -20,6 +20,7 @@ from lorasmith.data.metadata_files import is_metadata_name
 from lorasmith.data.sources import MAX_REPEATS
 
 __all__ = [
+    "LINK",
     "NO_CLIPS",
     "REASONS",
     "SET_APART",
@@ -39,6 +40,9 @@ VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".webm", ".mkv", ".flv")
 
 NO_CLIPS = "is a video, on which models of pictures are not trained; choose a model of videos, or remove it"
 """Why a video is left out."""
+
+LINK = "is a link out of its folder, which is read with --follow-links alone"
+"""Why a file or folder is left out."""
 
 SET_APART = ("duplicates", "unused")
 """Folders in which a mended folder keeps what is not trained on; each has a file `REASONS`."""
@@ -65,12 +69,14 @@ class ListedFolder:
         links: names that are links.
         foreign: names of pictures in formats that are not read, with reasons.
         source: the source itself, links resolved.
+        follow_links: whether files outside of the source are read.
         is_inside: whether it is inside of the source when links are resolved.
     """
 
     path: str
     inside: str
     source: Path
+    follow_links: bool
     repeats: int = 1
     caption: str = ""
     images: list[str] = field(default_factory=list)
@@ -95,13 +101,24 @@ class ListedFolder:
         real = _resolved(str(self.file(name)))
         return None if real.is_relative_to(self.source) else str(real)
 
+    def refuses(self, name: str) -> bool:
+        """Whether a file or folder of it is a link that is not followed."""
+        return not self.follow_links and self.outside(name) is not None
+
     def key(self, name: str) -> str:
         """The path of a file in it relative to the source."""
         return f"{self.inside}/{name}" if self.inside else name
 
 
 def list_folders(
-    root: str, *, recursive: bool, masks: bool, mask_folder: str | None, skipped: Skipped, clips: bool = False
+    root: str,
+    *,
+    recursive: bool,
+    masks: bool,
+    mask_folder: str | None,
+    skipped: Skipped,
+    follow_links: bool,
+    clips: bool = False,
 ) -> Iterator[ListedFolder]:
     """A folder and those inside of it that are read, each one once, in natural order.
 
@@ -112,6 +129,7 @@ def list_folders(
         mask_folder: a folder that holds no images to train on, and is passed over, as those in `SET_APART` and the
             folders of runs are.
         skipped: receives folders that are not read.
+        follow_links: whether folders outside of `root` are read, and files there are not refused.
         clips: whether videos are listed among the images.
 
     Raises:
@@ -119,7 +137,7 @@ def list_folders(
     """
     seen = {_identity(root)} | ({_identity(mask_folder)} if mask_folder else set())
     source = _resolved(root)
-    ahead = [ListedFolder(root, "", source)]
+    ahead = [ListedFolder(root, "", source, follow_links)]
     while ahead:
         listed = ahead.pop()
         try:
@@ -148,13 +166,15 @@ def list_folders(
                 skipped.append((path, "is a folder inside of another one; add recursive to include it"))
             elif mask_folder and _identity(str(path)) == _identity(mask_folder):
                 continue
+            elif listed.refuses(name):
+                skipped.append((path, f"{LINK}; move the pictures here, or name it as a folder of its own"))
             elif (identity := _identity(str(path))) in seen:
                 skipped.append((path, "is a link to a folder that is read already"))
             else:
                 seen.add(identity)
                 if not repeats:
                     repeats, caption = listed.repeats, listed.caption
-                found.append(ListedFolder(str(path), listed.key(name), source, repeats, caption))
+                found.append(ListedFolder(str(path), listed.key(name), source, follow_links, repeats, caption))
         ahead += reversed(found)
 
 
@@ -197,8 +217,8 @@ def _list(listed: ListedFolder, *, masks: bool, clips: bool) -> list[str]:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            (folders if _is_folder(entry) else files).append(entry.name)
-            if entry.is_symlink():
+            (folders if entry_is_folder(entry) else files).append(entry.name)
+            if entry_is_link(entry):
                 listed.links.add(entry.name)
     pictures = []
     for name in sorted(files, key=natural_order):
@@ -227,13 +247,6 @@ def _list(listed: ListedFolder, *, masks: bool, clips: bool) -> list[str]:
 def _is_run(path: Path) -> bool:
     """Whether a folder is that of a run, whose previews are no images to train on."""
     return is_regular(path / RUN_RECORD) and is_regular(path / RUN_LOG)
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself, which is named as an unreadable image if it has the name of one
-        return False
 
 
 def _resolved(path: str) -> Path:

@@ -135,12 +135,12 @@ def _filled(draft: Path, check: Preflight, target: Path, progress: Callable[[int
         if index not in apart
     ]
     # Files that training does not read come last, so that they take no name of an image.
-    foreign = [(path, reason) for path, reason in check.skipped if not is_folder(path)]
+    foreign = [(path, reason) for path, reason in check.skipped if not _stays(path, check.folder)]
     foreign_names = [name_in(check.folder, path) for path, _ in foreign]
     convertible = [_Job(path, name, *names.place(name)) for (path, _), name in zip(foreign, foreign_names, strict=True)]
     most = int(_MOST_AREA * max(check.resolutions) ** 2)
     written: list[_Written] = []
-    reasons = {name_in(check.folder, path): reason for path, reason in check.skipped if is_folder(path)}
+    reasons = {name_in(check.folder, path): reason for path, reason in check.skipped if _stays(path, check.folder)}
     left = list(reasons)
     # Around all threads, as each file that is opened suspends warnings too.
     with (
@@ -171,6 +171,12 @@ def _filled(draft: Path, check: Preflight, target: Path, progress: Callable[[int
         {kind: done for kind, done in changes.items() if done},
         reasons,
     )
+
+
+def _stays(path: Path, original: Path) -> bool:
+    """Whether a file or folder that is not used is not copied either: folders, and links out of the original."""
+    root = original if is_folder(original) else original.parent
+    return is_folder(path) or not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
 
 
 def _write_image(job: _Job, draft: Path, most: int) -> _Written:

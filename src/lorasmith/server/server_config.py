@@ -33,6 +33,7 @@ class ServerConfig:
     Attributes:
         base: base folder, absolute.
         extra_model_paths: further folders, as in `Folders.load`.
+        follow_links: whether links out of the base folder are followed, as in `Folders`.
         host: address to listen on.
         port: 0 for a free one.
         token: that requests must carry; needed beyond loopback.
@@ -46,6 +47,7 @@ class ServerConfig:
 
     base: Path
     extra_model_paths: Path | None = None
+    follow_links: bool = False
     host: str = LOOPBACK
     port: int = 8188
     token: str | None = None
@@ -75,6 +77,7 @@ class ServerConfig:
             "type": "start",
             "base": str(self.base),
             "extra_model_paths": None if extra is None else str(extra),
+            "follow_links": self.follow_links,
             "beat_s": self.silence_s / 6,
             "log": str(self.log),
         }
@@ -83,4 +86,6 @@ class ServerConfig:
 def folders_of_child(first: Mapping[str, Any]) -> Folders:
     """The folders that `ServerConfig.first_message` names to a child process. Raises OptionError, as `Folders.load`."""
     extra = first["extra_model_paths"]
-    return Folders.load(Path(first["base"]), extra_model_paths=None if extra is None else Path(extra))
+    return Folders.load(
+        Path(first["base"]), extra_model_paths=None if extra is None else Path(extra), follow_links=first["follow_links"]
+    )
