@@ -27,7 +27,10 @@ def test_videos_come_in_natural_order_with_captions_and_repeats(tmp_path: Path) 
     ]  # fmt: skip
     assert [note for note in scan.notes if "rename it to 1_name" in note]
     assert any("latin-1" in note for note in scan.notes)
-    assert [one.path.name for one in scan_videos(tmp_path, subfolders=False, follow_links=False).videos] == ["2.MKV", "10.mp4"]
+    assert [one.path.name for one in scan_videos(tmp_path, subfolders=False, follow_links=False).videos] == [
+        "2.MKV",
+        "10.mp4",
+    ]
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="holds no videos; put some in it"):
         scan_videos(tmp_path / "empty", subfolders=True, follow_links=False)

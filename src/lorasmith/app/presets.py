@@ -26,7 +26,9 @@ MAIN_SETTINGS = ("trigger", "steps", "learning_rate", "rank", "batch_size", "res
 """Settings that are shown before all others."""
 
 _ROUND = 50  # steps are multiples of it
-_NOT_ON_A_PAGE = frozenset(("track", "existing_state", "bucket_mode", "bypass_mode", "mask_folder", "class_images"))
+_NOT_ON_A_PAGE = frozenset(
+    ("track", "existing_state", "bucket_mode", "bypass_mode", "mask_folder", "class_images", "follow_links")
+)
 """Settings that are typed on the command line or belong to graphs: a tracker, folders, and what has no effect here."""
 
 

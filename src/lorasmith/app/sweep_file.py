@@ -20,7 +20,7 @@ import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -91,8 +91,12 @@ class Sweep:
     runs: tuple[SweepRun, ...]
 
 
-def read_sweep(path: Path) -> Sweep:
+def read_sweep(path: Path, *, follow_links: bool = False) -> Sweep:
     """The sweep in a file, with every run checked.
+
+    Args:
+        path: of the file.
+        follow_links: that setting of the data, which no file can have.
 
     Raises:
         OptionError: the file cannot be read; a key, setting or value is none; there are no runs or too many; a run has
@@ -113,7 +117,7 @@ def read_sweep(path: Path) -> Sweep:
         _check_table(kind, table, found)
         varied = _of_grid(table) if kind == "grid" else _of_random(table)
         runs = tuple(
-            _run(number, name, values, found, path)
+            _run(number, name, values, found, path, follow_links)
             for number, (name, values) in enumerate(_named(varied).items(), start=1)
         )
     except OptionError as error:
@@ -139,7 +143,7 @@ def check_held_out(sweep: Sweep) -> None:
             )
 
 
-def _run(number: int, name: str, values: Values, found: Mapping[str, Any], path: Path) -> SweepRun:
+def _run(number: int, name: str, values: Values, found: Mapping[str, Any], path: Path, follow_links: bool) -> SweepRun:
     """A run by its values and those that all runs have."""
     varied = {key: value for key, value in values.items() if key != _FOLDER}
     images = {"sources": values[_FOLDER]} if _FOLDER in values else {}
@@ -147,6 +151,7 @@ def _run(number: int, name: str, values: Values, found: Mapping[str, Any], path:
     if given.model is None:
         raise OptionError('a sweep needs a model, got none; write model = "..."')
     source, config = given.source(given.model), given.train_config({})
+    source = replace(source, data=replace(source.data, follow_links=follow_links))
     _check(given, config)
     return SweepRun(number=number, name=name, settings=values, source=source, config=config)
 

@@ -278,7 +278,7 @@ class Folders:
         )
 
     def is_here(self, path: Path) -> bool:
-        """Whether an input or a saved data set is where it seems to be: in the base folder, or in a root that is a link."""
+        """Whether an input or a saved data set may be read: in the base folder or in a root, links resolved."""
         if self.follow_links:
             return True
         try:
@@ -407,8 +407,8 @@ def _entries(folder: Path) -> list[Path]:
 def _walk(root: Path, follow: Callable[[Path], bool] = lambda folder: True) -> Iterator[tuple[Path, list[str]]]:
     """Every folder from `root` down with its file names, those above first; hidden folders are skipped.
 
-    A folder is visited once. Links for which `follow` is true come last, and of what they lead to at most `_MOST_LINKED`
-    names are seen: a link may lead to a whole disk.
+    A folder is visited once. Links for which `follow` is true come last, and of what they lead to at most
+    `_MOST_LINKED` names are seen: a link may lead to a whole disk.
     """
     seen: set[tuple[int, int]] = set()
     own, linked, left = deque([root]), deque[Path](), _MOST_LINKED

@@ -117,7 +117,7 @@ def list_folders(
     masks: bool,
     mask_folder: str | None,
     skipped: Skipped,
-    follow_links: bool,
+    follow_links: bool = False,
     clips: bool = False,
 ) -> Iterator[ListedFolder]:
     """A folder and those inside of it that are read, each one once, in natural order.

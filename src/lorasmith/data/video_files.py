@@ -104,7 +104,13 @@ def scan_videos(folder: Path, *, subfolders: bool, follow_links: bool) -> VideoS
     notes: list[str] = []
     skipped: Skipped = []
     listed = list_folders(
-        str(folder), recursive=False, masks=False, mask_folder=None, skipped=skipped, follow_links=follow_links, clips=True
+        str(folder),
+        recursive=False,
+        masks=False,
+        mask_folder=None,
+        skipped=skipped,
+        follow_links=follow_links,
+        clips=True,
     )
     for place in listed if subfolders else itertools.islice(listed, 1):
         for name in place.images:
@@ -123,7 +129,9 @@ def scan_videos(folder: Path, *, subfolders: bool, follow_links: bool) -> VideoS
     notes += [f"skipped: {path.name} {reason}" for path, reason in skipped if subfolders or not is_folder(path)]
     if not found:
         known = ", ".join(suffix[1:] for suffix in VIDEO_SUFFIXES)
-        raise DataError(f"{folder} holds no videos{f' that are used: {notes[0]}' if notes else ''}; put some in it ({known})")
+        raise DataError(
+            f"{folder} holds no videos{f' that are used: {notes[0]}' if notes else ''}; put some in it ({known})"
+        )
     return VideoScan(tuple(found), tuple(notes))
 
 

@@ -87,5 +87,7 @@ def folders_of_child(first: Mapping[str, Any]) -> Folders:
     """The folders that `ServerConfig.first_message` names to a child process. Raises OptionError, as `Folders.load`."""
     extra = first["extra_model_paths"]
     return Folders.load(
-        Path(first["base"]), extra_model_paths=None if extra is None else Path(extra), follow_links=first["follow_links"]
+        Path(first["base"]),
+        extra_model_paths=None if extra is None else Path(extra),
+        follow_links=first["follow_links"],
     )

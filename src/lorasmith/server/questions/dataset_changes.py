@@ -151,7 +151,7 @@ def add_caption(folders: Folders, name: str, *, file: str, temporary: str, image
     except CaptionError as error:
         return {"skipped": error.reason}
     stem = _file_name(file).removesuffix(Path(file).suffix).casefold()
-    found = {one.name: one for one in pictures_in(folder)[0]}
+    found = {one.name: one for one in pictures_in(folders, folder)[0]}
     of = (
         found.get(image)
         if image
@@ -202,7 +202,7 @@ def set_captions(folders: Folders, name: str, captions: Mapping[str, str]) -> Ch
         OutputError: a file cannot be written.
     """
     folder = dataset_folder(folders, name, to_change=True)
-    found = {one.name: one for one in pictures_in(folder)[0]}
+    found = {one.name: one for one in pictures_in(folders, folder)[0]}
     for file, text in captions.items():
         if file not in found:
             raise UnknownFileError(f"there is no picture {file!r} in {name}; load the page again")

@@ -33,9 +33,6 @@ from lorasmith.training.runs.records import check_title
 __all__ = ["check_measurement", "check_steps", "checked_settings", "plan", "train_request"]
 
 _LORAS = ("existing_lora", "training_adapter")
-_NOT_TYPED = ("existing_state", "track", "mask_folder", "class_images")
-"""Settings that a request cannot have: files and programs that only the command line names."""
-
 _ENDLESS = 2**50
 _FEW, _MANY_EPOCHS = 5, 300
 
@@ -68,7 +65,7 @@ def plan(
     images = _images_folder(folders, dataset, folder)
     data, config = checked_settings(folders, settings or {}, trigger)
     files = ModelFiles(known_model(folders, model))
-    scanned = _scanned(str(images), repr(fingerprint(images)), data.recursive)
+    scanned = _scanned(str(images), repr(fingerprint(images)), data.recursive, data.follow_links)
     batch = config.samples_per_step
     epoch = epoch_of(scanned, batch, config.validation_share)
     found = _estimate(folders, files, config, data.resolution, card_bytes)
@@ -114,6 +111,8 @@ def train_request(
     title = safe_name(name.strip() or images.name)
     check_title(title)
     chosen = {**(settings or {}), **({"trigger": trigger} if trigger else {})}
+    if folders.follow_links:
+        chosen["follow_links"] = True
     for key in _LORAS:
         if chosen.get(key) not in (None, NONE_LORA):
             chosen[key] = str(folders.find("loras", str(chosen[key])))
@@ -158,13 +157,10 @@ def checked_settings(folders: Folders, settings: Mapping[str, Any], trigger: str
         OptionError: one is unknown, out of its range, or not for requests.
         LoraError: there is no LoRA of a name.
     """
-    for name in _NOT_TYPED:
-        if settings.get(name) not in (None, "none"):
-            raise OptionError(f"{name} is not for requests, got {settings[name]!r}; type it on the command line")
     for name in _LORAS:
         if settings.get(name) not in (None, NONE_LORA):
             folders.find("loras", str(settings[name]))
-    return split_settings({key: value for key, value in settings.items() if value is not None}, trigger)
+    return split_settings(folders, {key: value for key, value in settings.items() if value is not None}, trigger)
 
 
 def _images_folder(folders: Folders, dataset: str | None, folder: str | None) -> Path:
@@ -183,9 +179,9 @@ def _images_folder(folders: Folders, dataset: str | None, folder: str | None) ->
 
 
 @functools.lru_cache(maxsize=8)
-def _scanned(folder: str, state: str, recursive: bool) -> tuple[ImageFile, ...]:
+def _scanned(folder: str, state: str, recursive: bool, follow_links: bool) -> tuple[ImageFile, ...]:
     """The usable images of a folder as it was then."""
-    return scan_folder(folder, DataConfig(recursive=recursive)).images
+    return scan_folder(folder, DataConfig(recursive=recursive, follow_links=follow_links)).images
 
 
 def _estimate(

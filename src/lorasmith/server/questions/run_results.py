@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,9 @@ def train_on_request(folders: Folders, id: str, *, steps: int) -> dict[str, Any]
             "text_encoders": mine.text_encoders if all(_is_model(folders, one) for one in mine.text_encoders) else (),
             "vae": mine.vae if mine.vae and _is_model(folders, mine.vae) else None,
         }
-        source, config = repeated(record, folder / RECORD, Rights(), **given)  # type: ignore[arg-type]
+        # Whether links are followed is the server's to say, not the record's.
+        plain = replace(record, source={**record.source, "follow_links": False})
+        source, config = repeated(plain, folder / RECORD, Rights(), **given)  # type: ignore[arg-type]
     except ValueError as error:
         raise TrainingError(
             f"{folder / RECORD} is damaged ({error}); restore it from a copy, or train again"
@@ -116,6 +119,7 @@ def train_on_request(folders: Folders, id: str, *, steps: int) -> dict[str, Any]
         "settings": {
             **changed(source.data),
             **changed(config),
+            **({"follow_links": True} if folders.follow_links else {}),
             "steps": steps,
             "existing_state": str(state),
         },
