@@ -23,6 +23,7 @@ _STATUS = {
     "JobStateError": 409,
     "OutsideError": 403,
     "QueueFullError": 429,
+    "StaleCaptionError": 409,
     "TakenNameError": 409,
     "TooLargeError": 413,
     "TooManyError": 429,

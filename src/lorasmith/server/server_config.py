@@ -10,15 +10,12 @@ from typing import Any
 
 from lorasmith.core.folders import Folders
 
-__all__ = ["FOLDER", "LOOPBACK", "REMOVED", "TOKEN_VARIABLE", "ServerConfig", "folders_of_child"]
+__all__ = ["FOLDER", "LOOPBACK", "TOKEN_VARIABLE", "ServerConfig", "folders_of_child"]
 
 LOOPBACK = "127.0.0.1"
 
 FOLDER = Path("user", "lorasmith")
 """The server's own folder, relative to the base folder."""
-
-REMOVED = FOLDER / "removed"
-"""Where removed datasets, pictures and files of the editor's user are moved to, relative to the base folder."""
 
 TOKEN_VARIABLE = "LORASMITH_TOKEN"
 """Environment variable of the token, which child processes do not inherit."""

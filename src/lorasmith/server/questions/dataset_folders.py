@@ -1,22 +1,17 @@
 """Datasets as folders of images in `<base>/input`: where they are, their pictures and captions, what is removed.
 
 A dataset is one folder, such as `input/dog`, that `lorasmith train` takes as it is. Links are followed as `Folders` and
-`DataConfig.follow_links` say. Pictures in its inner folders are counted in notes and not shown. What is removed is
-moved to `<base>/user/lorasmith/removed`.
+`DataConfig.follow_links` say. Pictures in its inner folders are counted in notes and not shown.
 """
 
 from __future__ import annotations
 
-import shutil
-import time
 from collections.abc import Iterator
-from itertools import count
 from pathlib import Path
 
 from lorasmith.core.errors import DataError, OutputError
-from lorasmith.core.files import ensure_folder, is_folder, is_regular
+from lorasmith.core.files import is_folder, is_regular
 from lorasmith.core.folders import ASSETS, Folders
-from lorasmith.core.safe_names import safe_name
 from lorasmith.data.captions import CAPTION_SUFFIXES, CaptionError, read_caption_file
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.folder_listing import Skipped, stem_of
@@ -24,8 +19,6 @@ from lorasmith.data.folder_remarks import Remarks
 from lorasmith.data.image_files import image_suffixes
 from lorasmith.data.source_files import Candidate, candidates
 from lorasmith.data.sources import ImageSource
-from lorasmith.server.api_shapes import RemovedAnswer
-from lorasmith.server.server_config import REMOVED
 
 __all__ = [
     "UnknownFileError",
@@ -34,7 +27,6 @@ __all__ = [
     "dataset_folder",
     "is_builtin",
     "is_name",
-    "moved_away",
     "picture_of",
     "pictures_in",
     "stays_in",
@@ -148,33 +140,3 @@ def caption_of(one: Candidate) -> tuple[str, str]:
 def caption_file(one: Candidate) -> Path:
     """The caption file of a picture, which need not be there."""
     return one.folder.file(one.caption_file or f"{stem_of(one.name)}{CAPTION_SUFFIXES[0]}")
-
-
-def moved_away(folders: Folders, paths: list[Path], name: str) -> RemovedAnswer:
-    """Move files or folders of a dataset to those that were removed, each time into a folder of its own.
-
-    Args:
-        folders: of the installation.
-        paths: of the files or folders.
-        name: of the dataset, for the name of that folder.
-
-    Raises:
-        OutputError: one cannot be moved.
-    """
-    parent = ensure_folder(folders.base / REMOVED)
-    stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{safe_name(name)}"
-    for number in count(1):
-        target = parent / (stamp if number == 1 else f"{stamp}-{number}")
-        try:
-            target.mkdir()
-            break
-        except FileExistsError:
-            continue
-    try:
-        for path in paths:
-            shutil.move(path, target / path.name)
-    except OSError as error:
-        raise OutputError(
-            f"{paths[0].name} cannot be moved away ({error.strerror or error}); close programs that use it"
-        ) from error
-    return RemovedAnswer(removed=target.relative_to(folders.base).as_posix())
