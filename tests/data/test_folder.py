@@ -264,6 +264,15 @@ def test_a_folder_that_is_a_link_itself_is_read(tmp_path: Path) -> None:
     assert names(scan) == ["a.png", "alias.png"] and scan.images[0].caption == "a dog"
 
 
+def test_names_that_differ_by_case_alone_are_said(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png", "b.jpg"):  # b.txt is of both everywhere
+        add_image(tmp_path / name)
+    assert scan_folder(tmp_path).notes == ()
+    add_image(tmp_path / "A.jpg")
+    (note,) = scan_folder(tmp_path).notes
+    assert note.startswith("1 image has the name of another one but for case, such as ") and "A.jpg" in note
+
+
 def test_repeats_and_weights_of_sources(tmp_path: Path) -> None:
     add_image(tmp_path / "a" / "10_x" / "1.png", "one")
     add_image(tmp_path / "b" / "2.png", "two")

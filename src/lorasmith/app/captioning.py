@@ -78,11 +78,11 @@ def images_to_caption(
         inside = "" if recursive else ", or give --recursive for the folders inside"
         raise DataError(f"{folder} holds no images; put some in it ({known}){inside}")
     kept, sharing = [], []
-    first: dict[Path, Path] = {}
+    first: dict[str, Path] = {}  # file systems may ignore case
     for image in found:
         if not overwrite and any(os.path.lexists(image.with_suffix(suffix)) for suffix in CAPTION_SUFFIXES):
             kept.append(image)
-        elif (other := first.setdefault(_caption_file(image), image)) is not image:
+        elif (other := first.setdefault(str(_caption_file(image)).casefold(), image)) is not image:
             sharing.append((image, other))
     return ImagesToCaption(tuple(first.values()), tuple(kept), tuple(sharing), tuple(refused))
 

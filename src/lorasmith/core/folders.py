@@ -221,7 +221,8 @@ class Folders:
         """Sorted names of the saved training data sets."""
         found = set()
         for root in self._dataset_roots():
-            restore_folders(root)
+            for folder, _ in list(_walk(root, self.is_here)):
+                restore_folders(folder)
             found |= {
                 folder.relative_to(root).as_posix()
                 for folder, names in _walk(root, self.is_here)

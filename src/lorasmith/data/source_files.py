@@ -130,6 +130,7 @@ def candidates(
             yield found
         if only is None and from_files:
             _remark_orphans(folder, remarks)
+        _remark_case(folder, remarks)
         masks.leave(folder)
     metadata.finish()
     masks.finish()
@@ -285,6 +286,15 @@ def _remark_origin(folder: ListedFolder, only: _Known | None, remarks: Remarks) 
     unused = [name for stem, names in folder.captions.items() if stem in stems for name in names]
     unused += [] if only else folder.metadata
     remarks.add(Remark.ORIGIN, unused[0] if unused else "", len(unused))
+
+
+def _remark_case(folder: ListedFolder, remarks: Remarks) -> None:
+    """Say which images have one name, or one caption file, where case is ignored."""
+    first: dict[str, str] = {}
+    for name in folder.images:
+        other = first.setdefault(stem_of(name).casefold(), name)
+        if stem_of(other) != stem_of(name) or (other != name and other.casefold() == name.casefold()):
+            remarks.add(Remark.CASE, f"{other} and {name}")
 
 
 def _remark_orphans(folder: ListedFolder, remarks: Remarks) -> None:

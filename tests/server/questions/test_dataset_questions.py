@@ -321,7 +321,7 @@ def test_one_wrong_caption_writes_none(
 
 def test_a_caption_is_replaced_if_it_is_the_one_that_was_seen(folders: Folders, dog: Path) -> None:
     assert write(folders, {"1.png": "from one tab"}, _1="a dog\non grass") == 1
-    with pytest.raises(dataset_changes.StaleCaptionError, match="1.png was changed elsewhere, and nothing") as stale:
+    with pytest.raises(dataset_changes.StaleCaptionError, match=r"1\.png was changed elsewhere, and nothing") as stale:
         write(folders, {"1.png": "from another", "2.png": "new"}, _1="a dog\non grass", _2="a dog in snow")
     assert stale.value.details == {"1.png": "from one tab"}
     assert [one.caption for one in questions.dataset(folders, "dog").images][:2] == ["from one tab", "a dog in snow"]

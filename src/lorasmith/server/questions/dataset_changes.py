@@ -237,6 +237,13 @@ def set_captions(folders: Folders, name: str, captions: Mapping[str, CaptionEdit
         stale = {file: there[file][0] for file in changed if not _is_seen(captions[file], there[file][0])}
         if stale:
             raise StaleCaptionError(stale)
+        for file in changed:
+            target = caption_file(found[file])
+            if not found[file].caption_file and os.path.lexists(target):
+                raise OptionError(
+                    f"{file} has no caption file of its own, as {target.name} is there already: where case is ignored "
+                    "it may be that of another picture; rename one of them"
+                )
         on_disk = [file for file in changed if found[file].caption_file]
         keep_captions(folders.base, name, {file: there[file][0] for file in on_disk if there[file][0]})
         if away := [caption_file(found[file]) for file in on_disk if there[file][1] or not new[file]]:

@@ -54,10 +54,12 @@ def install_run(folders: Folders, id: str, *, step: int | None = None, name: str
     target = folders.base / "models" / "loras"
     stem = safe_name(name.strip().removesuffix(".safetensors") or lora.stem)
     with _INSTALLING:
+        taken = {one.name.casefold(): one for one in ensure_folder(target).iterdir()}
         for number in range(1, 10_000):
             copy = target / f"{stem if number == 1 else f'{stem}-{number}'}.safetensors"
-            if not copy.exists():
+            if (there := taken.get(copy.name.casefold())) is None:
                 break
+            copy = there
             if copy.stat().st_size == lora.stat().st_size and digest_of(copy) == digest_of(lora):
                 return InstalledLora(installed=copy.name, was_there=True)
         _copy(lora, copy)
