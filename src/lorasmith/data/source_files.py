@@ -86,7 +86,7 @@ def candidates(
     if is_saved_dataset(Path(root)):
         if cache is None:
             raise DataError(f"{root} was saved by datasets and needs a folder for its images, got none; name a cache")
-        root = str(unpacked_folder(Path(root), cache))
+        root = str(unpacked_folder(Path(root), cache, follow_links=config.follow_links))
     elif Path(root).suffix.lower() in METADATA_SUFFIXES and is_regular(Path(root)):
         only = _Known("", Path(root).name, _required(Path(root)))
         root = str(Path(root).parent)
