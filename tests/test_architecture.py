@@ -133,6 +133,7 @@ TESTED_ELSEWHERE = {
     "server/questions/dataset_check.py": "server/questions/test_dataset_questions.py",
     "server/questions/dataset_folders.py": "server/questions/test_dataset_questions.py",
     "server/questions/devices.py": "server/questions/test_question_registry.py",
+    "server/removed_files.py": "server/questions/test_dataset_questions.py",
     "server/request_parts.py": "server/test_access.py",
     "server/server_config.py": "server/test_http_server.py",
     "server/server_context.py": "server/test_http_server.py",

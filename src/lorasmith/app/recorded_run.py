@@ -119,7 +119,13 @@ def check_named_files(named: Iterable[tuple[str, str | None]], file: Path, right
 
 
 def check_links(follow_links: object, file: Path, rights: Rights) -> None:
-    """Raise OptionError if a record has links followed that lead out of the folder of images, and may not."""
+    """Raise OptionError if a record has links followed that lead out of the folder of images, and may not.
+
+    Args:
+        follow_links: that setting in the record.
+        file: where the record is.
+        rights: what it may do.
+    """
     if follow_links and not rights.files:
         raise OptionError(
             f"{file.name} reads files behind links out of the folder of images; add --as-recorded to allow that"

@@ -168,7 +168,10 @@ _GENERAL: dict[str, Any] = {
 
 
 def folders_of(base_dir: Path | None, extra_model_paths: Path | None, *, follow_links: bool = False) -> Folders:
-    """The folders that `--base-dir` and `--extra-model-paths` name; for `follow_links`, see `Folders`.
+    """The folders that flags name.
+
+    Args:
+        base_dir, extra_model_paths, follow_links: as the flags.
 
     Raises:
         OptionError: the base folder does not exist, or as `Folders.load`.

@@ -15,6 +15,7 @@ is typed.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import re
@@ -367,6 +368,7 @@ _KINDS = {"unet": "diffusion_models", "clip": "text_encoders"}
 _SUBFOLDERS = {"diffusion_models": ("diffusion_models", "unet"), "text_encoders": ("text_encoders", "clip")}
 _MOST_PARTS = 20
 _MOST_LINKED = 100_000
+_NAMES_OF_A_FOLDER = 100  # that are read in the time that opening it takes
 _ANNOTATION = re.compile(r"(?P<name>.*?)\s*\[(?P<place>input|output|temp)\]", re.DOTALL)
 
 
@@ -408,8 +410,8 @@ def _entries(folder: Path) -> list[Path]:
 def _walk(root: Path, follow: Callable[[Path], bool] = lambda folder: True) -> Iterator[tuple[Path, list[str]]]:
     """Every folder from `root` down with its file names, those above first; hidden folders are skipped.
 
-    A folder is visited once. Links for which `follow` is true come last, and of what they lead to at most
-    `_MOST_LINKED` names are seen: a link may lead to a whole disk.
+    A folder is visited once. Links for which `follow` is true come last, and only the first of what they lead to is
+    seen, `_MOST_LINKED` names in the time that these take: a link may lead to a whole disk.
     """
     seen: set[tuple[int, int]] = set()
     own, linked, left = deque([root]), deque[Path](), _MOST_LINKED
@@ -422,6 +424,7 @@ def _walk(root: Path, follow: Callable[[Path], bool] = lambda folder: True) -> I
             if (status.st_dev, status.st_ino) in seen:
                 continue
             seen.add((status.st_dev, status.st_ino))
+            left -= _NAMES_OF_A_FOLDER * (ahead is linked)
             with os.scandir(folder) as entries:
                 for entry in entries:
                     left -= ahead is linked
@@ -439,9 +442,14 @@ def _walk(root: Path, follow: Callable[[Path], bool] = lambda folder: True) -> I
             continue
         yield folder, names
     if left <= 0:
-        logging.getLogger("lorasmith").warning(
-            "links in %s lead to more than %s files, of which the others are not listed", root, f"{_MOST_LINKED:,}"
-        )
+        _warn_of_links(root)
+
+
+@functools.cache  # once for each folder
+def _warn_of_links(root: Path) -> None:
+    logging.getLogger("lorasmith").warning(
+        "links in %s lead to more files than are listed; link the folders of models alone", root
+    )
 
 
 def _models_below(root: Path, extensions: tuple[str, ...]) -> Iterator[str]:

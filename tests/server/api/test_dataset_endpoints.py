@@ -107,7 +107,7 @@ def test_a_dataset_that_a_job_needs_is_not_removed(tmp_path: Path, kind: str, st
             await client.ask("DELETE", "/datasets/dog")
         else:
             said = await client.error("DELETE", "/datasets/dog", status=409)
-            assert f"a job that is {state}; wait for its end, or cancel it first" in said
+            assert f"a job that is {state}; cancel that job first" in said
             assert (tmp_path / "input" / "dog").is_dir()
 
     with_api(tmp_path, test)

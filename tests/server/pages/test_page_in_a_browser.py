@@ -97,12 +97,12 @@ def test_a_caption_that_another_tab_has_changed_waits_for_a_choice(served: Serve
 
     field = page.get_by_label("Caption of fox_1.png")
     expected(field).to_have_value("a red fox, picture 0")
-    for mine, theirs, choice in (("mine", "theirs", "Take that"), ("again mine", "theirs, again", "Keep mine")):
+    for mine, theirs, choice in (("mine", "theirs", "Use that one"), ("again mine", "theirs, again", "Keep mine")):
         elsewhere(theirs)
         field.fill(mine)
         field.blur()
         conflict = page.locator(".conflict")
-        expected(conflict).to_contain_text("It was changed elsewhere meanwhile")
+        expected(conflict).to_contain_text("It was changed elsewhere, so your text is not stored")
         expected(conflict.locator(".there")).to_have_text(theirs)
         field.fill(f"{mine}!")  # goes on typing
         field.fill(mine)
@@ -111,7 +111,7 @@ def test_a_caption_that_another_tab_has_changed_waits_for_a_choice(served: Serve
         assert_legible(page, "conflict")
         conflict.get_by_role("button", name=choice).click()
         expected(conflict).to_have_count(0)
-        expected(field).to_have_value(theirs if choice == "Take that" else mine)
+        expected(field).to_have_value(theirs if choice == "Use that one" else mine)
     page.wait_for_timeout(300)
     assert files["fox_1.png"][1] == "again mine"
     elsewhere("theirs, a third time")

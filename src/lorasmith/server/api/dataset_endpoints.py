@@ -57,8 +57,8 @@ async def _remove(context: ServerContext, call: Call) -> Any:
     users = (job for job in context.store.unfinished(name) if uses_dataset(job, context.config.base, name))
     if (job := next(users, None)) is not None:
         raise JobStateError(
-            f"{name} is the dataset of {job.request.get('name') or 'a graph'}, a job that is {job.state}; wait for its "
-            "end, or cancel it first"
+            f"{name} is the dataset of {job.request.get('name') or 'a graph'}, a job that is {job.state}; cancel that "
+            "job first"
         )
     return await context.assistant.ask("remove_dataset", name=name)
 

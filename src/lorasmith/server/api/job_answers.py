@@ -46,7 +46,13 @@ def job_row(job: Job | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def uses_dataset(job: Job, base: Path, name: str) -> bool:
-    """Whether a job reads a dataset: it trains on it, or is a graph that reads pictures of it. Case is ignored."""
+    """Whether a job reads a dataset: it trains on it, or is a graph that reads pictures of it. Case is ignored.
+
+    Args:
+        job: the job.
+        base: base folder.
+        name: of the dataset.
+    """
     sources = job.request.get("sources") or ()
     named = [base / str(one.get("path", "")) for one in sources if isinstance(one, Mapping)]
     for node in (job.request.get("prompt") or {}).values():

@@ -83,10 +83,10 @@ function Caption({ name, caption, trigger, onCaption }) {
     <textarea id=${id} rows="2" class="caption" maxlength="4000" value=${text ?? caption} placeholder=${trigger ? `Only “${trigger}”` : "What is in the picture?"}
       onInput=${type} onBlur=${store} aria-invalid=${failed ? "true" : undefined}></textarea>
     ${other !== null && html`<div class="conflict" role="alert">
-      <p>It was changed elsewhere meanwhile, and yours is not stored. There it is now:</p>
+      <p>It was changed elsewhere, so your text is not stored. The caption is now:</p>
       <p class="there">${other || "(no caption)"}</p>
       <div class="actions"><button type="button" class="button small" onClick=${() => choose(true)}>Keep mine</button>
-        <button type="button" class="button small" onClick=${() => choose(false)}>Take that</button></div>
+        <button type="button" class="button small" onClick=${() => choose(false)}>Use that one</button></div>
     </div>`}
     ${failed && html`<p class="field-error">This caption is not stored yet. <button type="button" class="as-link" onClick=${store}>Try again</button></p>`}`;
 }
