@@ -106,6 +106,7 @@ HOSTILE_RECORDS: dict[str, tuple[str, dict[str, Any], str]] = {
         {"model": "owner/name"},
         "add --as-recorded to allow these, or give yours with {}: model owner/name",
     ),
+    "links": ("source", {"follow_links": True}, "behind links out of the folder of images; add --as-recorded"),
     "elsewhere": (
         "source",
         {"folder": "/etc"},
