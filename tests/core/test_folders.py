@@ -165,7 +165,9 @@ def test_a_place_that_is_a_link_itself_is_read(tmp_path: Path) -> None:
     put(tmp_path / "disk/a.png")
     (tmp_path / "base").mkdir()
     (tmp_path / "base/input").symlink_to(tmp_path / "disk")
+    (tmp_path / "base/output").symlink_to(tmp_path / "disk")
     folders = Folders(tmp_path / "base")
+    assert folders.find_input("a.png [output]").is_file()
     assert folders.find_input("a.png").is_file() and folders.input_files([".png"]) == ["a.png"]
     assert folders.find_input_folder("dog").is_dir() and "dog" in folders.input_folders()
 
@@ -387,8 +389,9 @@ def test_names_that_no_file_can_have_are_missing(folders: Folders, name: str) ->
     for find in (lambda: folders.find("loras", name), lambda: folders.find_input(name)):
         with pytest.raises(LorasmithError, match=r"no (file )?'"):
             find()
-    with pytest.raises(DataError, match="no folder"):
-        folders.find_input_folder(name)
+    for look in (folders.find_input_folder, folders.find_dataset):
+        with pytest.raises(DataError, match="no folder"):
+            look(name)
 
 
 @pytest.mark.parametrize("prefix", ["x" * 201, "é" * 101, "a/" * 20 + "b", "a\nb", "\ud800", "%width%" * 201])

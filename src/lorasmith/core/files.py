@@ -150,7 +150,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
 def restore_folders(parent: Path) -> None:
     """Move back what `atomic_folder` had moved out of the way in `parent` when its process was killed."""
-    for old in parent.glob(".*.tmp/old/*"):
+    for old in parent.glob(".*.tmp/old/*") if is_folder(parent) else ():
         temporary, target = old.parents[1], parent / old.name
         if temporary.name.startswith(f".{target.name[:_KEPT]}.") and not os.path.lexists(target):
             with contextlib.suppress(OSError):  # another process was faster, or the folder is read-only

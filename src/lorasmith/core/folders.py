@@ -285,7 +285,8 @@ class Folders:
             return True
         try:
             real = path.resolve()
-            roots = [one.resolve() for one in (self.base, *self._places("input"), *self._dataset_roots())]
+            own = (self.base, *map(self.place, ("input", "output", "temp")), ASSETS / "input")
+            roots = [one.resolve() for one in (*own, *self._dataset_roots())]
         except (OSError, RuntimeError):  # a circle of links
             return False
         return any(real.is_relative_to(root) for root in roots)
