@@ -22,6 +22,7 @@ from lorasmith.cli.main import main
 from lorasmith.core.errors import DataError, GraphError, LorasmithError, ModelError, OptionError
 from lorasmith.core.folders import Folders, read_extra_model_paths
 from lorasmith.data.comfyui_shards import read_comfyui_dataset
+from lorasmith.data.data_config import DataConfig
 from lorasmith.data.encoding_cache import EncodingCache, key_of
 from lorasmith.data.folder import scan_folder, scan_sources
 from lorasmith.data.saved_samples import read_samples
@@ -105,6 +106,7 @@ HOSTILE_RECORDS: dict[str, tuple[str, dict[str, Any], str]] = {
         {"model": "owner/name"},
         "add --as-recorded to allow these, or give yours with {}: model owner/name",
     ),
+    "links": ("source", {"follow_links": True}, "behind links out of the folder of images; add --as-recorded"),
     "elsewhere": (
         "source",
         {"folder": "/etc"},
@@ -216,6 +218,12 @@ def workflow(tmp_path: Path) -> None:
     for door in (folders.numbered, folders.new_dataset, folders.find_dataset):
         with pytest.raises(LorasmithError, match="must stay inside"):
             door("../../x")
+    for place in ("input/out", "datasets/out"):
+        (tmp_path / place).parent.mkdir()
+        (tmp_path / place).symlink_to(tmp_path.parent)
+    for find in (folders.find_input_folder, folders.find_dataset):
+        with pytest.raises(DataError, match="is a link out of it; copy it there, or type --follow-links"):
+            find("out")
     doubling = [
         {"id": str(key), "nodes": [{"id": place, "type": str(key + 1)} for place in range(2)], "links": []}
         for key in range(40)
@@ -245,6 +253,16 @@ def videos(tmp_path: Path) -> None:
 
 
 def captions(tmp_path: Path) -> None:
+    photos, secret = tmp_path / "photos", tmp_path / "secret.txt"
+    for name in ("1.png", "2.png", "3.png"):
+        picture(photos / name, name, (200, 0, 0))
+    secret.write_text("secret")
+    (photos / "1.txt").symlink_to(secret)
+    (photos / "2.mask.png").symlink_to(picture(tmp_path / "4.png", "secret", (0, 200, 0)))
+    (photos / "4.png").symlink_to(tmp_path / "4.png")
+    scan = scan_folder(photos, DataConfig(masks="files"))
+    assert [one.path.name for one in scan.images] == ["3.png"] and "secret" not in repr(scan.images)
+    assert all("--follow-links" in reason for _, reason in scan.skipped)
     write_run(tmp_path, [started(9)], captions=[HOSTILE])
     page = write_report(tmp_path).read_text(encoding="utf-8")
     assert "<script" not in page and "&lt;script&gt;" in page
@@ -259,6 +277,11 @@ def image_metadata(tmp_path: Path) -> None:
     scan = scan_folder(tmp_path / "photos" / "metadata.jsonl")
     assert [one.path for one in scan.images] == [tmp_path / "photos" / "1.png"]
     assert "as they name files outside of the folder" in scan.notes[0]
+    (tmp_path / "linked").mkdir()
+    shutil.copy(secret, tmp_path / "linked" / "1.png")
+    (tmp_path / "linked" / "metadata.jsonl").symlink_to(tmp_path / "photos" / "metadata.jsonl")
+    with pytest.raises(DataError, match="is a link out of its folder, which is read with --follow-links alone"):
+        scan_folder(tmp_path / "linked")
 
 
 def saved_dataset(tmp_path: Path) -> None:
@@ -322,7 +345,7 @@ LINES: dict[str, Callable[..., None] | None] = {
     "workflow": workflow,
     "saved data set (`LoadTrainingDataset`)": dataset,
     "videos": videos,
-    "images and captions": captions,
+    "images, captions, masks and metadata files": captions,
     "metadata file of images": image_metadata,
     "folder saved by `datasets`": saved_dataset,
     "`extra_model_paths.yaml`": yaml_file,
@@ -355,10 +378,11 @@ REQUESTS = {
         "server/test_access.py test_every_route_needs_the_token test_a_server_that_others_reach_needs_a_token "
         "test_secrets_are_in_no_answer_and_no_log test_wrong_tokens_are_refused_late_and_end_their_connection"
     ),
-    "training, plan or measurement": (
+    "training, plan, check or measurement": (
         "server/questions/test_plan_questions.py test_paths_and_programs_are_not_for_requests, "
         "server/api/test_job_endpoints.py test_a_folder_elsewhere_is_for_who_sits_here "
-        "test_a_folder_of_the_home_is_for_who_sits_here"
+        "test_a_folder_of_the_home_is_for_who_sits_here, "
+        "server/api/test_dataset_endpoints.py test_what_cannot_be_done_is_said"
     ),
     "graph": "test_security_page.py workflow",
     "upload of photos and captions": (
@@ -373,9 +397,18 @@ REQUESTS = {
         "server/questions/test_dataset_questions.py test_links_that_leave_are_not_followed, "
         "server/questions/test_run_questions.py test_links_out_of_a_run_are_not_followed"
     ),
-    "removal": (
+    "removal, and upload that overwrites": (
         "server/questions/test_dataset_questions.py test_what_is_removed_is_moved, "
-        "server/comfyui/test_user_files.py test_workflows_are_written_read_listed_moved_and_set_aside"
+        "server/comfyui/test_user_files.py test_workflows_are_written_read_listed_moved_and_set_aside, "
+        "server/comfyui/test_file_routes.py test_what_an_upload_replaces_is_set_aside, "
+        "server/api/test_dataset_endpoints.py test_a_dataset_that_a_job_needs_is_not_removed"
+    ),
+    "caption": (
+        "server/questions/test_dataset_questions.py test_a_caption_is_replaced_if_it_is_the_one_that_was_seen, "
+        "server/api/test_dataset_endpoints.py test_a_stale_caption_is_refused_with_the_one_that_is_there"
+    ),
+    "settings of the editor": (
+        "server/comfyui/test_user_files.py test_settings_that_cannot_be_read_are_set_aside_before_others_are_written"
     ),
     "uploaded HTML, SVG or script": (
         "server/comfyui/test_file_routes.py test_what_a_browser_would_run_is_a_download, "
@@ -423,11 +456,15 @@ def test_every_flag_is_one(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     rows = re.findall(r"^\| (`--[^|]+) \| (`[^|]+) \|", PAGE, flags=re.MULTILINE)
     of: dict[str, set[str]] = {}
     for flags, commands in rows:
-        for command in re.findall(r"`(\w+)`", commands):
+        for command in re.findall(r"`([\w ]+)`", commands):
             of.setdefault(command, set()).update(re.findall(r"--[\w-]+", flags))
-    assert of.keys() == {"resume", "reproduce", "train"}
+    assert of.keys() == {"resume", "reproduce", "train", "sweep", "data check", "data caption", "run", "serve"}
     for command, wanted in of.items():
-        monkeypatch.setattr(sys, "argv", ["lorasmith", command, "--help-all" if command == "train" else "--help"])
+        monkeypatch.setattr(
+            sys,
+            "argv",
+            ["lorasmith", *command.split(), "--help-all" if command in ("train", "data check") else "--help"],
+        )
         with pytest.raises(SystemExit):
             main()
         shown = capsys.readouterr().out

@@ -13,6 +13,7 @@ from lorasmith.app.captioning import caption_images, images_to_caption
 from lorasmith.core.errors import DataError, OutputError
 from lorasmith.data.captions import read_caption
 from lorasmith.data.folder import scan_folder
+from lorasmith.data.folder_listing import LINK
 
 
 def picture(path: Path) -> Path:
@@ -75,6 +76,20 @@ def test_two_images_of_one_name_share_no_caption(photos: Path) -> None:
     assert found.sharing == ((photos / "2.png", photos / "2.jpg"),)
     caption_images(found.images, lambda image: "x")
     assert (photos / "2.png") in images_to_caption(photos).kept
+    picture(photos / "A.jpg")  # A.txt is a.txt where case is ignored
+    assert len(images_to_caption(photos, overwrite=True).sharing) == 2
+
+
+def test_links_out_of_the_folder_are_captioned_if_that_is_typed(photos: Path, tmp_path: Path) -> None:
+    (photos / "link.png").symlink_to(picture(tmp_path / "elsewhere" / "x.png"))
+    found = images_to_caption(photos)
+    assert names(photos, found.images) == ["2.jpg", "10.png", "a.PNG", "3_dogs/1.png"]
+    assert [(path.name, reason) for path, reason in found.refused] == [("link.png", LINK)]
+    assert len(images_to_caption(photos, follow_links=True).images) == 5
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "link.png").symlink_to(tmp_path / "elsewhere" / "x.png")
+    with pytest.raises(DataError, match=r"holds no images but links: link\.png is a link out of its folder"):
+        images_to_caption(tmp_path / "links")
 
 
 def test_the_trigger_is_in_front_as_in_training(photos: Path) -> None:

@@ -110,6 +110,7 @@ def test_new_folders_are_numbered_behind_the_last(tmp_path: Path) -> None:
         (runs / name).mkdir(parents=True)
     assert new_run_folder(runs, "dog") == runs / "dog-008"
     assert new_run_folder(runs, "lora", numbering="_{:05}") == runs / "lora_00042"
+    assert new_run_folder(runs, "Dog") == runs / "Dog-008"  # which may be dog-008 where case is ignored
 
 
 def test_the_folder_of_an_unfinished_run_is_chosen_again(tiny: Model, data: EncodedDataset, tmp_path: Path) -> None:
@@ -118,6 +119,7 @@ def test_the_folder_of_an_unfinished_run_is_chosen_again(tiny: Model, data: Enco
     train(tiny, data, output=folder, on_event=audience, cancelled=audience.cancelled, **QUICK)
     fingerprint = RunFolder(folder).record().fingerprint
     assert run_folder(tmp_path, "dog")(fingerprint) == folder
+    assert run_folder(tmp_path, "Dog")(fingerprint) == tmp_path / "Dog-002"
     assert run_folder(tmp_path, "dog", fresh=True)(fingerprint) == tmp_path / "dog-002"
     assert run_folder(tmp_path, "dog")({**fingerprint, "data": "other"}) == tmp_path / "dog-002"
 

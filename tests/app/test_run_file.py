@@ -105,6 +105,12 @@ def test_code_and_trackers_are_typed(tmp_path: Path) -> None:
     assert file.trusted(optimizers=["torch.optim.NAdam"], track="wandb").config.track == "wandb"
 
 
+def test_links_are_followed_if_that_is_typed(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"may not have follow_links, .* type --follow-links"):
+        read_run_file(written(tmp_path, "follow_links = true\n"))
+    assert read_run_file(written(tmp_path, "follow_links = false\n")).settings["follow_links"] is False
+
+
 def test_a_run_without_images() -> None:
     with pytest.raises(OptionError, match="a run needs images, got no folder of them"):
         RunSpec(model="m").resolved()

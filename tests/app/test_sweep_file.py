@@ -139,6 +139,15 @@ def test_what_is_no_sweep_is_refused_in_a_sentence(tmp_path: Path, table: str, s
     assert MOST_RUNS == 1000
 
 
+def test_links_are_followed_in_all_runs_if_that_is_typed(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="may not have follow_links"):
+        read(tmp_path, "[grid]\nfollow_links = [false, true]")
+    read(tmp_path, "[grid]\nrank = [8, 16]")
+    for following in (False, True):
+        runs = read_sweep(next(tmp_path.glob("*.toml")), follow_links=following).runs
+        assert [("--follow-links" in run.source.command(run.config)) for run in runs] == [following] * 2
+
+
 def test_model_and_images_are_needed(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="a run needs a model, got none"):
         read(tmp_path, "[grid]\nrank = [8]", "sources = 'photos'\n")

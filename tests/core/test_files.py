@@ -6,7 +6,9 @@ import errno
 import os
 import socket
 import stat
+import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,7 @@ from lorasmith.core.files import (
     locked,
     open_regular,
     read_regular,
+    restore_folders,
     write_atomic,
 )
 
@@ -163,6 +166,39 @@ def test_the_old_folder_returns_if_the_new_one_cannot_take_its_place(
         (folder / "a").write_text("new")
     assert (target / "a").read_text() == "old"
     assert names(tmp_path) == ["model"]
+
+
+def test_a_folder_that_was_killed_between_its_two_moves_is_moved_back(tmp_path: Path) -> None:
+    target = tmp_path / "a model"
+    with atomic_folder(target) as folder:
+        (folder / "a").write_text("old")
+    killed = textwrap.dedent(
+        """
+        import os, sys
+        from pathlib import Path
+        from lorasmith.core.files import atomic_folder
+
+        rename = Path.rename
+        Path.rename = lambda path, to: os._exit(9) if path.name == "new" else rename(path, to)
+        with atomic_folder(Path(sys.argv[1])) as folder:
+            (folder / "a").write_text("new")
+        """
+    )
+    ended = subprocess.run([sys.executable, "-c", killed, str(target)], check=False)
+    assert ended.returncode == 9 and not target.exists()
+
+    restore_folders(tmp_path)
+    assert (target / "a").read_text() == "old" and names(tmp_path) == ["a model"]
+    restore_folders(tmp_path)
+    restore_folders(tmp_path / "gone")
+
+
+def test_what_another_name_has_now_is_not_moved_back(tmp_path: Path) -> None:
+    for place in (".model.x.tmp/old/model", "model", ".other.x.tmp/old/model", ".mine/old/y", ".a.tmp/old/y"):
+        (tmp_path / place).mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    restore_folders(tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_folder_below_a_file_is_a_sentence(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -106,6 +108,76 @@ def test_links_are_followed_and_loops_end(folders: Folders, tmp_path_factory: py
     (elsewhere / "loop").symlink_to(elsewhere)
     assert folders.files("loras") == ["disk/big.safetensors"]
     assert folders.find("loras", "disk/big.safetensors").is_file()
+
+
+def test_a_link_to_a_whole_disk_costs_what_its_first_files_cost(
+    folders: Folders, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    disk, root = tmp_path_factory.mktemp("disk"), folders.base / "models/loras"
+    for number in range(30):
+        put(disk / f"{number % 3}/{number}/x.safetensors")
+    put(root / "mine/own.safetensors")
+    (root / "a disk").symlink_to(disk)
+    assert len(folders.files("loras")) == 31 and not caplog.text
+    scanned: list[object] = []
+    scandir = os.scandir
+    monkeypatch.setattr("lorasmith.core.folders.os.scandir", lambda folder: scanned.append(folder) or scandir(folder))
+    monkeypatch.setattr("lorasmith.core.folders._MOST_LINKED", 1000)  # ten folders
+    found = folders.files("loras")
+    assert "mine/own.safetensors" in found and len(found) < 15 and len(scanned) < 25
+    assert "links in" in caplog.text and "more files than are listed" in caplog.text
+    assert folders.find("loras", "a disk/2/29/x.safetensors").is_file()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege there")
+@pytest.mark.parametrize("linked", ["file", "folder", "folder inside", "dataset"])
+def test_inputs_behind_links_out_of_the_base_are_read_only_if_that_is_typed(
+    folders: Folders, tmp_path_factory: pytest.TempPathFactory, linked: str
+) -> None:
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    put(elsewhere / "in/1.png")
+    put(elsewhere / "in/shard_0000.safetensors")
+    put(folders.base / "input/dog/1.png")
+    following = replace(folders, follow_links=True)
+    place, target, find, listed = {
+        "file": ("input/x.png", "in/1.png", Folders.find_input, lambda one: one.input_files([".png"])),
+        "folder": ("input/x.png", "in", Folders.find_input_folder, Folders.input_folders),
+        "folder inside": ("input/dog/x.png", "in", Folders.find_input_folder, Folders.input_folders),
+        "dataset": ("datasets/x.png", "in", Folders.find_dataset, Folders.datasets),
+    }[linked]
+    link = folders.base / place
+    link.parent.mkdir(exist_ok=True)
+    name = link.relative_to(folders.base / place.partition("/")[0]).as_posix()
+    link.symlink_to(elsewhere / target)
+    assert name not in listed(folders) and name in listed(following)
+    with pytest.raises(DataError, match=r"is a link out of it; copy it there, or type --follow-links"):
+        find(folders, name)
+    assert find(following, name) == link
+    inside = put(folders.base / "models/x/shard_0000.safetensors")
+    link.unlink()
+    link.symlink_to(inside if linked == "file" else inside.parent)
+    assert name in listed(folders) and find(folders, name) == link
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege there")
+def test_a_place_that_is_a_link_itself_is_read(tmp_path: Path) -> None:
+    put(tmp_path / "disk/dog/1.png")
+    put(tmp_path / "disk/a.png")
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/input").symlink_to(tmp_path / "disk")
+    (tmp_path / "base/output").symlink_to(tmp_path / "disk")
+    folders = Folders(tmp_path / "base")
+    assert folders.find_input("a.png [output]").is_file()
+    assert folders.find_input("a.png").is_file() and folders.input_files([".png"]) == ["a.png"]
+    assert folders.find_input_folder("dog").is_dir() and "dog" in folders.input_folders()
+
+
+def test_a_data_set_whose_replacement_was_killed_is_found(folders: Folders) -> None:
+    for name in ("a", "b/c"):
+        place = folders.base / "datasets" / name
+        put(place.parent / f".{place.name}.x1y2.tmp/old/{place.name}/shard_0000.safetensors")
+    assert folders.find_dataset("b/c").is_dir()
+    assert folders.datasets() == ["a", "b/c"]
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
@@ -317,8 +389,9 @@ def test_names_that_no_file_can_have_are_missing(folders: Folders, name: str) ->
     for find in (lambda: folders.find("loras", name), lambda: folders.find_input(name)):
         with pytest.raises(LorasmithError, match=r"no (file )?'"):
             find()
-    with pytest.raises(DataError, match="no folder"):
-        folders.find_input_folder(name)
+    for look in (folders.find_input_folder, folders.find_dataset):
+        with pytest.raises(DataError, match="no folder"):
+            look(name)
 
 
 @pytest.mark.parametrize("prefix", ["x" * 201, "é" * 101, "a/" * 20 + "b", "a\nb", "\ud800", "%width%" * 201])

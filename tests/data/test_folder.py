@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -164,7 +166,7 @@ def test_what_is_no_file_is_skipped_by_name(tmp_path: Path) -> None:
     (tmp_path / "1_x").mkdir()
     os.mkfifo(tmp_path / "1_x" / "pipe.png")
     (tmp_path / "zero.png").symlink_to("/dev/zero")
-    scan = scan_folder(tmp_path)
+    scan = scan_folder(tmp_path, DataConfig(follow_links=True))
 
     assert names(scan) == ["a.png"]
     assert [(path.name, reason) for path, reason in scan.skipped] == [
@@ -200,14 +202,75 @@ def test_links_to_outside_are_named(tmp_path: Path) -> None:
     (folder / "b.txt").symlink_to(elsewhere.with_suffix(".txt"))
     (folder / "a.png").symlink_to(elsewhere)
 
-    assert scan_folder(folder).notes == (f"2 files are links to outside of the folder, such as a.png to {elsewhere}",)
+    follow = DataConfig(follow_links=True)
+    assert scan_folder(folder, follow).notes == (
+        f"2 files are links to outside of the folder, such as a.png to {elsewhere}",
+    )
 
     (folder / "metadata.json").symlink_to(tmp_path / "elsewhere" / "m.json")
     (tmp_path / "elsewhere" / "m.json").write_text('{"a": {"caption": "x"}}')
     (folder / "inside").symlink_to("metadata.json")
     (folder / "more").symlink_to(elsewhere.parent)
     (folder / "c.png").symlink_to("b.png")
-    assert "5 files are links to outside" in scan_folder(folder, DataConfig(recursive=True)).notes[-1]
+    follow = replace(follow, recursive=True)
+    assert "5 files are links to outside" in scan_folder(folder, follow).notes[-1]
+
+
+LEADS_OUT = {
+    "picture": ("a.png", "a.png"),
+    "caption": ("a.txt", "a.png"),
+    "mask": ("a.mask.png", "a.png"),
+    "metadata": ("metadata.jsonl", "a.png"),
+    "folder": ("2_more", "inner.png"),
+    "mask elsewhere": ("../masks/a.png", "a.png"),
+}
+"""What is a link in the folder, and the picture that is not trained on for it."""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege there")
+@pytest.mark.parametrize("case", LEADS_OUT)
+def test_what_a_link_leads_out_to_is_read_only_if_that_is_typed(tmp_path: Path, case: str) -> None:
+    name, lost = LEADS_OUT[case]
+    secrets = tmp_path / "secrets"
+    add_image(secrets / "inner.png", "secret")
+    for secret in ("a.png", "a.mask.png"):
+        shutil.copy(secrets / "inner.png", secrets / secret)
+    (secrets / "a.txt").write_text("secret")
+    (secrets / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "secret"}')
+    folder, masks = tmp_path / "photos", tmp_path / "masks"
+    masks.mkdir()
+    add_image(folder / "b.png", "mine")
+    if case != "picture":
+        add_image(folder / "a.png")
+    target = secrets if case == "folder" else secrets / Path(name).name
+    (folder / name).symlink_to(target)
+    settings: dict[str, Any] = {"masks": "files"} if "mask" in case else {}
+    settings |= {"mask_folder": str(masks)} if case == "mask elsewhere" else {}
+
+    scan = scan_folder(folder, DataConfig(**settings))
+    assert lost not in names(scan) and "b.png" in names(scan)
+    assert "secret" not in str([vars(one) for one in scan.images])
+    assert any("--follow-links" in reason for _, reason in scan.skipped)
+    followed = scan_folder(folder, DataConfig(**settings, follow_links=True))
+    assert lost in names(followed)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege there")
+def test_a_folder_that_is_a_link_itself_is_read(tmp_path: Path) -> None:
+    add_image(tmp_path / "disk" / "a.png", "a dog")
+    (tmp_path / "disk" / "alias.png").symlink_to("a.png")
+    (tmp_path / "photos").symlink_to(tmp_path / "disk")
+    scan = scan_folder(tmp_path / "photos")
+    assert names(scan) == ["a.png", "alias.png"] and scan.images[0].caption == "a dog"
+
+
+def test_names_that_differ_by_case_alone_are_said(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png", "b.jpg"):  # b.txt is of both everywhere
+        add_image(tmp_path / name)
+    assert scan_folder(tmp_path).notes == ()
+    add_image(tmp_path / "A.jpg")
+    (note,) = scan_folder(tmp_path).notes
+    assert note.startswith("1 image has the name of another one but for case, such as ") and "A.jpg" in note
 
 
 def test_repeats_and_weights_of_sources(tmp_path: Path) -> None:

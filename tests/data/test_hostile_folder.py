@@ -20,6 +20,7 @@ from PIL import Image
 from lorasmith.data.captions import MAX_CAPTION
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.folder import FolderScan, scan_folder
+from lorasmith.data.folder_listing import LINK
 from lorasmith.data.image_files import open_image
 from tests.data.folder_cases import add_image
 
@@ -128,9 +129,8 @@ def test_what_is_no_file(folder: Path) -> None:
         "metadata.json": "cannot be read (it is a named pipe, not a file); repair or remove it",
         "loop.png": "cannot be read (Too many levels of symbolic links); replace or remove it",
         "gone.png": "does not exist; check the name",
-        "zero device.png": "cannot be read (it is a device, not a file); replace or remove it",
-        "cmyk.jpg": "is left out because its caption file cmyk.txt cannot be read (it is a device, not a file); "
-        "replace or remove it",
+        "zero device.png": f"{LINK}; copy it here",
+        "cmyk.jpg": f"is left out because its caption file cmyk.txt {LINK}; copy that file here",
         "up": "is a link to a folder that is read already",
         "2_up": "is a link to a folder that is read already",
         "apng.png": "is left out because metadata.json cannot be read (it is a named pipe, not a file); repair or "

@@ -99,6 +99,19 @@ def test_a_saved_dataset_lists_no_files_elsewhere(tmp_path: Path, name: object) 
         unpacked_folder(tmp_path, tmp_path / "cache")
 
 
+@pytest.mark.parametrize("name", ["data.arrow", "state.json"])
+def test_a_saved_dataset_has_no_files_behind_links(tmp_path: Path, name: str) -> None:
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    for file, content in (("dataset_info.json", "{}"), ("state.json", '{"_data_files": [{"filename": "data.arrow"}]}')):
+        (saved / file).write_text(content)
+    (saved / name).unlink(missing_ok=True)
+    (tmp_path / name).write_text('{"_data_files": []}')
+    (saved / name).symlink_to(tmp_path / name)
+    with pytest.raises(DataError, match="a file of it is a link out of its folder"):
+        unpacked_folder(saved, tmp_path / "cache")
+
+
 def test_a_forged_fingerprint_gives_no_other_dataset(datasets: Any, tmp_path: Path) -> None:
     for number, name in enumerate("ab"):
         made(datasets, image=rows(picture("PNG", number)), text=[name]).save_to_disk(tmp_path / name)

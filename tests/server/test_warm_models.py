@@ -25,6 +25,22 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Folders:
     return Folders(tmp_path)
 
 
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege there")
+def test_links_to_their_own_folder_are_looked_at_once(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in "abc":  # each path of 40 of these letters leads to the folder again
+        (folders.base / "models" / "vae" / name).symlink_to(".")
+    scanned: list[object] = []
+    scandir = os.scandir
+
+    def counted(path: str = ".") -> object:
+        scanned.append(path)
+        assert len(scanned) < 100
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", counted)
+    assert WarmModel().load(FILES, folders) is not None
+
+
 def test_a_model_is_kept_while_its_files_stay_the_same(folders: Folders) -> None:
     warm, base = WarmModel(), folders.base / "models"
     first = warm.load(FILES, folders)

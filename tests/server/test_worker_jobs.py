@@ -62,7 +62,11 @@ class Worker:
         self.sent: list[dict[str, Any]] = []
         self.cancel = threading.Event()
         self.cancel_if: Callable[[dict[str, Any]], bool] = lambda head: False
-        self.jobs = Jobs(self, {"base": str(base), "extra_model_paths": None, "device": "cpu"}, cancel=self.cancel)  # type: ignore[arg-type]
+        self.jobs = Jobs(
+            self,
+            {"base": str(base), "extra_model_paths": None, "follow_links": False, "device": "cpu"},
+            cancel=self.cancel,
+        )  # type: ignore[arg-type]
 
     def send(self, head: dict[str, Any], body: bytes = b"") -> None:
         json.dumps(head, allow_nan=False)

@@ -12,7 +12,7 @@ from lorasmith.core.errors import DataError
 from lorasmith.core.files import write_atomic
 from lorasmith.core.printable import sentence
 from lorasmith.data.captions import CAPTION_SUFFIXES, MAX_CAPTION, one_line, with_trigger
-from lorasmith.data.folder_listing import list_folders
+from lorasmith.data.folder_listing import LINK, Skipped, list_folders
 from lorasmith.data.image_files import ImageError, image_suffixes, open_image
 
 if TYPE_CHECKING:
@@ -29,11 +29,13 @@ class ImagesToCaption:
         images: those without a caption, or all of them if captions are replaced.
         kept: those that have a caption, which stays.
         sharing: those whose caption file would be another image's, with that image.
+        refused: links out of the folder that are not followed, with the reason.
     """
 
     images: tuple[Path, ...]
     kept: tuple[Path, ...]
     sharing: tuple[tuple[Path, Path], ...]
+    refused: tuple[tuple[Path, str], ...]
 
 
 @dataclass(frozen=True)
@@ -53,30 +55,36 @@ class Captioned:
     left: int
 
 
-def images_to_caption(folder: Path, *, overwrite: bool = False, recursive: bool = False) -> ImagesToCaption:
+def images_to_caption(
+    folder: Path, *, overwrite: bool = False, recursive: bool = False, follow_links: bool = False
+) -> ImagesToCaption:
     """The images of a folder and of its `<repeats>_<name>` folders, as training reads them.
 
     Args:
         folder: the folder.
         overwrite: whether captions are replaced.
         recursive: whether all folders inside are included.
+        follow_links: whether images outside of the folder are read that links lead to.
 
     Raises:
         DataError: it is no folder, or has no images.
     """
-    found = _images(folder, recursive)
+    refused: Skipped = []
+    found = _images(folder, recursive, follow_links, refused)
     if not found:
+        if refused:
+            raise DataError(f"{folder} holds no images but links: {refused[0][0].name} {refused[0][1]}")
         known = ", ".join(sorted(suffix[1:] for suffix in image_suffixes()))
         inside = "" if recursive else ", or give --recursive for the folders inside"
         raise DataError(f"{folder} holds no images; put some in it ({known}){inside}")
     kept, sharing = [], []
-    first: dict[Path, Path] = {}
+    first: dict[str, Path] = {}  # file systems may ignore case
     for image in found:
         if not overwrite and any(os.path.lexists(image.with_suffix(suffix)) for suffix in CAPTION_SUFFIXES):
             kept.append(image)
-        elif (other := first.setdefault(_caption_file(image), image)) is not image:
+        elif (other := first.setdefault(str(_caption_file(image)).casefold(), image)) is not image:
             sharing.append((image, other))
-    return ImagesToCaption(tuple(first.values()), tuple(kept), tuple(sharing))
+    return ImagesToCaption(tuple(first.values()), tuple(kept), tuple(sharing), tuple(refused))
 
 
 def caption_images(
@@ -137,7 +145,15 @@ def _caption_file(image: Path) -> Path:
     return image.with_suffix(CAPTION_SUFFIXES[0])
 
 
-def _images(folder: Path, recursive: bool) -> list[Path]:
-    """Images in natural order, those of inner folders last."""
-    listed = list_folders(str(folder), recursive=recursive, masks=False, mask_folder=None, skipped=[])
-    return [one.file(name) for one in listed for name in one.images]
+def _images(folder: Path, recursive: bool, follow_links: bool, refused: Skipped) -> list[Path]:
+    """Images in natural order, those of inner folders last; links that are not followed are appended to `refused`."""
+    found = []
+    for listed in list_folders(
+        str(folder), recursive=recursive, masks=False, mask_folder=None, skipped=[], follow_links=follow_links
+    ):
+        for name in listed.images:
+            if listed.refuses(name):
+                refused.append((listed.file(name), LINK))
+            else:
+                found.append(listed.file(name))
+    return found

@@ -131,7 +131,7 @@ def new_run_folder(runs: Path, title: str, *, numbering: str = "-{:03}") -> Path
         title: name of the LoRA.
         numbering: format of the number after the title.
     """
-    last = max((number for number, _ in numbered_runs(runs, title)), default=0)
+    last = max((number for number, _ in numbered_runs(runs, title, any_case=True)), default=0)
     return runs / (title + numbering.format(last + 1))
 
 

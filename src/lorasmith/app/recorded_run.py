@@ -3,8 +3,9 @@
 A record is in a LoRA or in the folder of a run, and both may be a stranger's. It chooses among known names and gives
 numbers; everything else needs the person who runs the command:
 
-- files and folders are read where they are inside the current folder or in the package. Those elsewhere, and downloads
-  from a hub, need `Rights.files` (`--as-recorded`), or other files in their place (`--model`, `--data`, ...);
+- files and folders are read where they are inside the current folder or in the package. Those elsewhere, those behind
+  links out of a folder of images, and downloads from a hub, need `Rights.files` (`--as-recorded`), or other files in
+  their place (`--model`, `--data`, ...);
 - an optimizer's import path is typed (`--allow-optimizer`), and so is a tracker (`--track`).
 
 `resume` and `reproduce` get the spec of a run from here alone; `train --config run.json` gets its arguments from
@@ -28,7 +29,7 @@ from lorasmith.training.optim.update_rules import OPTIMIZERS
 from lorasmith.training.runs.history import read_record
 from lorasmith.training.runs.records import RunRecord
 
-__all__ = ["Rights", "check_named_files", "repeated", "rights_needed"]
+__all__ = ["Rights", "check_links", "check_named_files", "repeated", "rights_needed"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +37,7 @@ class Rights:
     """What the person at the keyboard lets a record name.
 
     Attributes:
-        files: model, images and LoRAs outside the current folder, and downloads.
+        files: model, images and LoRAs outside the current folder, links out of the folder of images, and downloads.
         optimizers: import paths of optimizers.
         track: the tracker to start, if any.
     """
@@ -88,6 +89,7 @@ def repeated(
         first, *others = recorded.sources
         given["sources"] = (replace(first, path=str(data.resolve())), *others)
         kept = replace(kept, sources=tuple(others))
+    check_links(recorded.data.follow_links, file, rights)
     check_named_files(kept.named_files(), file, rights, instead="--model and --data")
     return replace(recorded, **given)
 
@@ -111,6 +113,14 @@ def check_named_files(named: Iterable[tuple[str, str | None]], file: Path, right
     )
 
 
+def check_links(follow_links: object, file: Path, rights: Rights) -> None:
+    """Raise OptionError if a record has links followed that lead out of the folder of images, and may not."""
+    if follow_links and not rights.files:
+        raise OptionError(
+            f"{file.name} reads files behind links out of the folder of images; add --as-recorded to allow that"
+        )
+
+
 def rights_needed(spec: RunSpec, run: Path | None = None) -> list[str]:
     """The arguments by which `lorasmith resume` may repeat a run that was typed.
 
@@ -121,7 +131,8 @@ def rights_needed(spec: RunSpec, run: Path | None = None) -> list[str]:
     config = spec.config
     if run is not None and isinstance(state := read_record(run).asked.get("existing_state"), str):
         spec = spec.with_settings(existing_state=state)
-    files = ["--as-recorded"] if any(_outside(spec.named_files())) else []
+    needs_files = spec.data.follow_links or any(_outside(spec.named_files()))
+    files = ["--as-recorded"] if needs_files else []
     optimizer = [] if config.optimizer in OPTIMIZERS else arguments_for({"allow_optimizer": config.optimizer})
     return [*files, *optimizer, *([] if config.track == "none" else arguments_for({"track": config.track}))]
 

@@ -14,7 +14,8 @@
     weight = 0.5
 
 The file is TOML (https://toml.io). Keys are the names of the command line's flags with underscores; paths are relative
-to the file's folder. A file chooses among names: an optimizer's import path and a tracker have to be typed.
+to the file's folder. A file chooses among names: an optimizer's import path, a tracker and `follow_links` have to be
+typed.
 
 The `run.json` of a run gives the arguments of that run; where it was, and what came of it, is ignored. It may be a
 stranger's, so what it names follows the rules of `recorded_run`.
@@ -29,7 +30,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from lorasmith.app.recorded_run import Rights, check_named_files
+from lorasmith.app.recorded_run import Rights, check_links, check_named_files
 from lorasmith.app.run_spec import SETTING_PATHS, SETTINGS, RunSpec
 from lorasmith.core.errors import OptionError
 from lorasmith.core.files import read_regular
@@ -63,6 +64,7 @@ def read_run_file(path: Path, *, typed_first: RunSpec = RunSpec(), rights: Right
         typed_over["settings"] = {key: one for key, one in found.settings.items() if key not in typed_first.settings}
         left = replace(found, **typed_over)
         check_named_files(left.named_files(), path, rights, instead="the folder of images, --model and the like")
+        check_links(left.settings.get("follow_links"), path, rights)
         return found
     return arguments_in(parsed_toml(path, content), path)
 
@@ -86,6 +88,8 @@ def arguments_in(found: Mapping[str, Any], path: Path) -> RunSpec:
             raise OptionError(
                 f"{path} has an unknown key {key!r}{nearest(str(key), known)}; known are {', '.join(known)}"
             )
+    if found.get("follow_links"):
+        raise OptionError(f"{path} may not have follow_links, as its folders may be a stranger's; type --follow-links")
     try:
         given = typed(
             {

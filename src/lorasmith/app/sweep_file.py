@@ -86,8 +86,12 @@ class Sweep:
     runs: tuple[SweepRun, ...]
 
 
-def read_sweep(path: Path) -> Sweep:
+def read_sweep(path: Path, *, follow_links: bool = False) -> Sweep:
     """The sweep in a file, with every run checked.
+
+    Args:
+        path: of the file.
+        follow_links: that setting of the data, which no file can have.
 
     Raises:
         OptionError: the file cannot be read; a key, setting or value is none; there are no runs or too many; a run has
@@ -108,7 +112,7 @@ def read_sweep(path: Path) -> Sweep:
         _check_table(kind, table, found)
         varied = _of_grid(table) if kind == "grid" else _of_random(table)
         runs = tuple(
-            _run(number, name, values, found, path)
+            _run(number, name, values, found, path, follow_links)
             for number, (name, values) in enumerate(_named(varied).items(), start=1)
         )
     except OptionError as error:
@@ -134,14 +138,14 @@ def check_held_out(sweep: Sweep) -> None:
             )
 
 
-def _run(number: int, name: str, values: Values, found: Mapping[str, Any], path: Path) -> SweepRun:
+def _run(number: int, name: str, values: Values, found: Mapping[str, Any], path: Path, follow_links: bool) -> SweepRun:
     """A run by its values and those that all runs have."""
     varied = {key: value for key, value in values.items() if key != _FOLDER}
     images = {"sources": values[_FOLDER]} if _FOLDER in values else {}
     given = arguments_in({"previews": "", **found, **varied, **images}, path)
     if given.settings.get("track", "none") != "none":
         raise OptionError(f"a sweep starts no tracker, got track {given.settings['track']!r}; leave it out")
-    spec = replace(given.trusted().resolved(), output=None)
+    spec = replace(given.trusted().with_settings(follow_links=follow_links).resolved(), output=None)
     if spec.config.validation_share == 0 and spec.validation is None:
         raise OptionError(
             "a sweep needs held-out images to rank its runs, got validation_share 0 and no validation folder; write "

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorasmith.cli.console import console, echo, print_note, print_result, progress_shown, stoppable
+from lorasmith.cli.flags import FollowLinks
 from lorasmith.core.errors import CancelledError, DataError
 from lorasmith.core.files import check_writable
 
@@ -38,6 +39,7 @@ def caption(
     trigger: Annotated[str, typer.Option(help="Phrase that is put in front of captions that lack it.")] = "",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace captions that are there.")] = False,
     recursive: Annotated[bool, typer.Option("--recursive", help="Include all folders inside.")] = False,
+    follow_links: FollowLinks = False,
     device: Annotated[
         str | None, typer.Option(help="Device to run on, such as cuda or cpu. Default: the first GPU, or the CPU.")
     ] = None,
@@ -53,7 +55,7 @@ def caption(
 
     place = chosen_device(device)
     check_writable(folder)
-    found = images_to_caption(folder, overwrite=overwrite, recursive=recursive)
+    found = images_to_caption(folder, overwrite=overwrite, recursive=recursive, follow_links=follow_links)
     _print_left_out(found)
     if not found.images:
         print_result(lambda: _plain(found, None))
@@ -75,6 +77,7 @@ def _plain(found: ImagesToCaption, done: Captioned | None) -> dict[str, Any]:
         "written": () if done is None else done.written,
         "kept": found.kept,
         "sharing": found.sharing,
+        "refused": found.refused,
         "empty": () if done is None else done.empty,
         "failed": () if done is None else done.failed,
     }
@@ -85,6 +88,8 @@ def _print_left_out(found: ImagesToCaption) -> None:
         echo(f"{len(found.kept):,} images have a caption, which is kept; --overwrite replaces it")
     for image, other in found.sharing[:_SHOWN]:
         print_note(f"{image} has the caption file of {other.name}; rename one of them", kind="skipped")
+    for image, reason in found.refused[:_SHOWN]:
+        print_note(f"{image} {reason}", kind="skipped")
 
 
 def _print_left(folder: Path, done: Captioned) -> None:

@@ -28,8 +28,8 @@ from lorasmith.training.config import TrainConfig
 __all__ = ["register"]
 
 _DATA = (
-    "trigger", "captions", "prefix", "suffix", "recursive", "resolution", "more_resolutions", "bucket_step",
-    "bucket_min", "bucket_max", "upscale", "crop", "wildcards", "caption_lines", "masks", "mask_folder",
+    "trigger", "captions", "prefix", "suffix", "recursive", "follow_links", "resolution", "more_resolutions",
+    "bucket_step", "bucket_min", "bucket_max", "upscale", "crop", "wildcards", "caption_lines", "masks", "mask_folder",
 )  # fmt: skip
 _TRAINING = ("batch_size", "grad_accumulation_steps", "validation_share")
 """Settings of images and of training that affect what is checked."""

@@ -27,6 +27,7 @@ __all__ = [
     "DataNow",
     "Device",
     "ExtraModelPaths",
+    "FollowLinks",
     "Gpus",
     "LoraFile",
     "LoraModel",
@@ -77,6 +78,12 @@ BaseDir = Annotated[
     ),
 ]
 ExtraModelPaths = Annotated[Path | None, typer.Option(help="A file in the format of ComfyUI's extra_model_paths.yaml.")]
+FollowLinks = Annotated[
+    bool,
+    typer.Option(
+        "--follow-links", help="Read files and folders that links in the folders of images and inputs lead out to."
+    ),
+]
 Device = Annotated[
     str | None, typer.Option(help="Device to train on, such as cuda or cpu. Default: the first GPU, or the CPU.")
 ]
@@ -160,8 +167,11 @@ _GENERAL: dict[str, Any] = {
 """Flags of every command, for `console.output_as`."""
 
 
-def folders_of(base_dir: Path | None, extra_model_paths: Path | None) -> Folders:
-    """The folders that `--base-dir` and `--extra-model-paths` name.
+def folders_of(base_dir: Path | None, extra_model_paths: Path | None, *, follow_links: bool = False) -> Folders:
+    """The folders that flags name.
+
+    Args:
+        base_dir, extra_model_paths, follow_links: as the flags.
 
     Raises:
         OptionError: the base folder does not exist, or as `Folders.load`.
@@ -169,7 +179,7 @@ def folders_of(base_dir: Path | None, extra_model_paths: Path | None) -> Folders
     if base_dir is not None and not is_folder(base_dir):
         what = "is no folder" if base_dir.exists() else "does not exist"
         raise OptionError(f"--base-dir must be a folder, but {base_dir} {what}; correct the path")
-    return Folders.load(base_dir or Path.cwd(), extra_model_paths=extra_model_paths)
+    return Folders.load(base_dir or Path.cwd(), extra_model_paths=extra_model_paths, follow_links=follow_links)
 
 
 def is_typed(context: typer.Context, name: str) -> bool:

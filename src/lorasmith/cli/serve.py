@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from lorasmith.cli.console import echo, print_result
-from lorasmith.cli.flags import BaseDir, ExtraModelPaths, folders_of
+from lorasmith.cli.flags import BaseDir, ExtraModelPaths, FollowLinks, folders_of
 from lorasmith.cli.together import check_alone
 from lorasmith.server.server_config import LOOPBACK, TOKEN_VARIABLE, ServerConfig
 
@@ -39,6 +39,7 @@ def serve(
         list[str] | None,
         typer.Option(metavar="NAME", help="Further name by which browsers reach it, as that of a proxy. Repeatable."),
     ] = None,
+    follow_links: FollowLinks = False,
     extra_model_paths: ExtraModelPaths = None,
 ) -> None:
     """Serve a page for training in the browser, and ComfyUI's protocol for its editor and its clients.
@@ -60,6 +61,7 @@ def serve(
         port=port,
         token=token or None,
         names=tuple(allow_host or ()),
+        follow_links=follow_links,
     )
     access_of(config)
 

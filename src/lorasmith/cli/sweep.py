@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lorasmith.cli.console import StopRequest, console, echo, heading, print_note, print_result, stoppable
-from lorasmith.cli.flags import BaseDir, ExtraModelPaths, folders_of
+from lorasmith.cli.flags import BaseDir, ExtraModelPaths, FollowLinks, folders_of
 from lorasmith.cli.together import check_alone
 from lorasmith.core.errors import OptionError
 from lorasmith.core.files import check_writable
@@ -73,6 +73,7 @@ def sweep(
     list_runs: Annotated[
         bool, typer.Option("--list", help="Start nothing: list all runs with their results, and write the page.")
     ] = False,
+    follow_links: FollowLinks = False,
     base_dir: BaseDir = None,
     extra_model_paths: ExtraModelPaths = None,
 ) -> None:
@@ -95,7 +96,7 @@ def sweep(
             f"--together trains runs in one process of this machine, got it with --launcher {launcher}; leave one out"
         )
     folders_of(base_dir, extra_model_paths)
-    found = read_sweep(file)
+    found = read_sweep(file, follow_links=follow_links)
     if only is not None and not 1 <= only <= len(found.runs):
         raise OptionError(f"--only must be the number of a run, from 1 to {len(found.runs)}, got {only}")
     folder = check_writable(sweep_folder((output or found.output or RUNS / file.stem).absolute()))
@@ -111,7 +112,8 @@ def sweep(
         raise typer.Exit(progress.exit_code)
     runs = progress.pending([found.runs[only - 1]] if only is not None else found.runs)
     if launcher is _Launcher.SLURM and runs:
-        command = [*LORASMITH, "sweep", str(file.absolute()), "--output", str(folder), *also]
+        links = ["--follow-links"] if follow_links else []
+        command = [*LORASMITH, "sweep", str(file.absolute()), "--output", str(folder), *links, *also]
         _submit(runs, folder, command, slurm_options)
         return
     heading(f"{len(runs)} of {len(found.runs)} runs", f"to do in {folder}")

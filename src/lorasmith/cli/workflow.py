@@ -19,7 +19,7 @@ from lorasmith.cli.console import (
     result_shown,
     stoppable,
 )
-from lorasmith.cli.flags import BaseDir, ExtraModelPaths, folders_of
+from lorasmith.cli.flags import BaseDir, ExtraModelPaths, FollowLinks, folders_of
 from lorasmith.cli.together import check_alone
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def run(
             help="Change an input, such as 12.steps=200 or 'Train LoRA.steps=200'. Repeatable.",
         ),
     ] = None,
+    follow_links: FollowLinks = False,
     base_dir: BaseDir = None,
     extra_model_paths: ExtraModelPaths = None,
 ) -> None:
@@ -68,7 +69,7 @@ def run(
     if str(workflow) == EXAMPLE_PREFIX:
         print_result(lambda: {"examples": examples()}, _print_examples)
         return
-    folders = folders_of(base_dir, extra_model_paths)
+    folders = folders_of(base_dir, extra_model_paths, follow_links=follow_links)
     checked = checked_workflow(workflow, folders, set_ or [])
     for warning in checked.graph.warnings:
         print_note(warning)

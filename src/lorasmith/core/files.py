@@ -22,11 +22,14 @@ __all__ = [
     "check_parents",
     "check_writable",
     "ensure_folder",
+    "entry_is_folder",
+    "entry_is_link",
     "is_folder",
     "is_regular",
     "locked",
     "open_regular",
     "read_regular",
+    "restore_folders",
     "write_atomic",
 ]
 
@@ -117,21 +120,24 @@ def atomic_path(target: Path) -> Iterator[Path]:
 def atomic_folder(target: Path) -> Iterator[Path]:
     """A new folder beside `target` that takes its place when the block ends without an exception.
 
-    Until then, and if anything fails, what stood at `target` stays; the new folder is removed then.
+    Until then, and if anything fails, what stood at `target` stays; the new folder is removed then. A process that is
+    killed between the two moves leaves it to `restore_folders`.
 
     Raises:
         OutputError: the folder cannot be made, filled or moved.
     """
     ensure_folder(target.parent)
+    restore_folders(target.parent)
     try:
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name[:_KEPT]}.", suffix=".tmp", dir=target.parent))
     except OSError as error:
         raise _explained(target, error) from error
-    fresh, old = temporary / "new", temporary / "old"
+    fresh, old = temporary / "new", temporary / "old" / target.name
     try:
         fresh.mkdir()
         yield fresh
         if target.exists():
+            old.parent.mkdir()
             target.rename(old)
         fresh.rename(target)
         _flush_folder(target.parent)
@@ -141,6 +147,16 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         if old.exists() and not target.exists():  # the second of the two moves failed
             old.rename(target)
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def restore_folders(parent: Path) -> None:
+    """Move back what `atomic_folder` had moved out of the way in `parent` when its process was killed."""
+    for old in parent.glob(".*.tmp/old/*") if is_folder(parent) else ():
+        temporary, target = old.parents[1], parent / old.name
+        if temporary.name.startswith(f".{target.name[:_KEPT]}.") and not os.path.lexists(target):
+            with contextlib.suppress(OSError):  # another process was faster, or the folder is read-only
+                old.rename(target)
+                shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_atomic(target: Path, content: bytes | str) -> None:
@@ -223,6 +239,19 @@ def is_folder(path: Path) -> bool:
         return stat.S_ISDIR(path.stat().st_mode)
     except (OSError, ValueError):
         return False
+
+
+def entry_is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry of a folder is a folder or leads to one."""
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def entry_is_link(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry of a folder is a link, or a junction of Windows."""
+    return entry.is_symlink() or bool(getattr(entry, "is_junction", bool)())  # Python 3.12
 
 
 _KEPT = 40  # characters of a name in that of its temporary file, which is longer

@@ -7,20 +7,27 @@
 An existing ComfyUI folder can be the base, and `extra_model_paths.yaml` adds folders of other programs. The package's
 own `assets/` is another root of the same layout, read-only and searched last, so that the built-in model and the demo
 pictures are always found. Names are relative to these roots, with forward slashes, and cannot leave them.
+
+Folders of models are linked to other disks all the time, so links in them are followed. Those in the folders of inputs
+and of saved data sets may come with a stranger's files: out of the base folder they are refused unless `follow_links`
+is typed.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Literal, cast
 
 from lorasmith.core.errors import DataError, LoraError, LorasmithError, ModelError, OptionError, OutputError
-from lorasmith.core.files import is_folder, is_regular, read_regular
+from lorasmith.core.files import entry_is_folder, entry_is_link, is_folder, is_regular, read_regular, restore_folders
 from lorasmith.core.printable import printable
 from lorasmith.core.registry import nearest
 
@@ -96,14 +103,16 @@ class Folders:
         base: base folder of ComfyUI's layout; need not exist.
         extra: further folders by kind (`checkpoints`, `loras`, ...), searched after the base's.
         preferred: further folders by kind, searched before the base's.
+        follow_links: whether inputs and data sets are read where links lead out of the base folder.
     """
 
     base: Path
     extra: Mapping[str, Sequence[Path]] = field(default_factory=dict, kw_only=True)
     preferred: Mapping[str, Sequence[Path]] = field(default_factory=dict, kw_only=True)
+    follow_links: bool = field(default=False, kw_only=True)
 
     @classmethod
-    def load(cls, base: Path, *, extra_model_paths: Path | None = None) -> Folders:
+    def load(cls, base: Path, *, extra_model_paths: Path | None = None, follow_links: bool = False) -> Folders:
         """Folders of `base` with what `extra_model_paths` adds; by default the file of that name in `base`, if any.
 
         Raises:
@@ -111,9 +120,9 @@ class Folders:
         """
         file = extra_model_paths or base / "extra_model_paths.yaml"
         if extra_model_paths is None and not file.is_file():
-            return cls(base)
+            return cls(base, follow_links=follow_links)
         preferred, extra = read_extra_model_paths(file)
-        return cls(base, extra=extra, preferred=preferred)
+        return cls(base, extra=extra, preferred=preferred, follow_links=follow_links)
 
     @property
     def output(self) -> Path:
@@ -165,7 +174,9 @@ class Folders:
         return sorted(
             entry.name
             for entry in _entries(self.place("input"))
-            if is_regular(entry) and entry.name.casefold().endswith(wanted)
+            if entry.name.casefold().endswith(wanted)
+            and is_regular(entry)
+            and (not entry.is_symlink() or self.is_here(entry))
         )
 
     def find_input(self, name: str) -> Path:
@@ -178,7 +189,7 @@ class Folders:
         relative = _contained(plain, "a file name", DataError)
         for root in self._places(place):
             if is_regular(root / relative):
-                return root / relative
+                return self._not_elsewhere(root / relative, name)
         known = [entry.name for entry in _entries((self.place(place) / relative).parent) if is_regular(entry)]
         raise DataError(
             f"no file {plain!r} in the {place} folder{nearest(Path(plain).name, known)}; "
@@ -188,7 +199,12 @@ class Folders:
     def input_folders(self) -> list[str]:
         """Sorted names of all folders below the input folder, the built-in data sets among them."""
         return sorted(
-            {folder.relative_to(root).as_posix() for root in self._places("input") for folder, _ in _walk(root)} - {"."}
+            {
+                folder.relative_to(root).as_posix()
+                for root in self._places("input")
+                for folder, _ in _walk(root, self.is_here)
+            }
+            - {"."}
         )
 
     def find_input_folder(self, name: str) -> Path:
@@ -196,7 +212,7 @@ class Folders:
         relative = _contained(name, "a folder name", DataError)
         for root in self._places("input"):
             if is_folder(root / relative):
-                return root / relative
+                return self._not_elsewhere(root / relative, name)
         raise DataError(
             f"no folder {name!r} in the input folder{nearest(name, self.input_folders())}; "
             f"put it into {self.place('input')} or choose one that is there"
@@ -204,16 +220,24 @@ class Folders:
 
     def datasets(self) -> list[str]:
         """Sorted names of the saved training data sets."""
-        below = [(root, *entry) for root in self._dataset_roots() for entry in _walk(root) if entry[0] != root]
-        found = {(root, folder) for root, folder, names in below for name in names if name.startswith(DATASET_SHARD)}
-        return sorted({folder.relative_to(root).as_posix() for root, folder in found})
+        found = set()
+        for root in self._dataset_roots():
+            for folder, _ in list(_walk(root, self.is_here)):
+                restore_folders(folder)
+            found |= {
+                folder.relative_to(root).as_posix()
+                for folder, names in _walk(root, self.is_here)
+                if folder != root and any(name.startswith(DATASET_SHARD) for name in names)
+            }
+        return sorted(found)
 
     def find_dataset(self, name: str) -> Path:
         """The folder of the saved data set `name`. Raises DataError when there is none."""
         relative = _contained(name, "a folder name", DataError)
         for root in self._dataset_roots():
+            restore_folders((root / relative).parent)
             if is_folder(root / relative):
-                return root / relative
+                return self._not_elsewhere(root / relative, name)
         raise DataError(
             f"no folder {name!r} in {self.base / 'datasets'}{nearest(name, self.datasets())}; choose one that is there"
         )
@@ -254,6 +278,26 @@ class Folders:
             stem=relative.name,
             counter=next_counter(folder, relative.name),
         )
+
+    def is_here(self, path: Path) -> bool:
+        """Whether an input or a saved data set may be read: in the base folder or in a root, links resolved."""
+        if self.follow_links:
+            return True
+        try:
+            real = path.resolve()
+            own = (self.base, *map(self.place, ("input", "output", "temp")), ASSETS / "input")
+            roots = [one.resolve() for one in (*own, *self._dataset_roots())]
+        except (OSError, RuntimeError):  # a circle of links
+            return False
+        return any(real.is_relative_to(root) for root in roots)
+
+    def _not_elsewhere(self, path: Path, name: str) -> Path:
+        if not self.is_here(path):
+            raise DataError(
+                f"an input must be in the base folder, but {name!r} is a link out of it; copy it there, or type "
+                "--follow-links"
+            )
+        return path
 
     def _dataset_roots(self) -> list[Path]:
         return [*self.preferred.get("datasets", ()), self.base / "datasets", *self.extra.get("datasets", ())]
@@ -324,6 +368,8 @@ def fingerprint(path: Path) -> list[list[str | int]]:
 _KINDS = {"unet": "diffusion_models", "clip": "text_encoders"}
 _SUBFOLDERS = {"diffusion_models": ("diffusion_models", "unet"), "text_encoders": ("text_encoders", "clip")}
 _MOST_PARTS = 20
+_MOST_LINKED = 100_000
+_NAMES_OF_A_FOLDER = 100  # that are read in the time that opening it takes
 _ANNOTATION = re.compile(r"(?P<name>.*?)\s*\[(?P<place>input|output|temp)\]", re.DOTALL)
 
 
@@ -362,17 +408,49 @@ def _entries(folder: Path) -> list[Path]:
     return sorted(folder.iterdir()) if is_folder(folder) else []
 
 
-def _walk(root: Path) -> Iterator[tuple[Path, list[str]]]:
-    """Every folder from `root` down with its file names; hidden folders are skipped, links followed once."""
-    seen: set[str] = set()
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:
-            subfolders.clear()
+def _walk(root: Path, follow: Callable[[Path], bool] = lambda folder: True) -> Iterator[tuple[Path, list[str]]]:
+    """Every folder from `root` down with its file names, those above first; hidden folders are skipped.
+
+    A folder is visited once. Links for which `follow` is true come last, and only the first of what they lead to is
+    seen, `_MOST_LINKED` names in the time that these take: a link may lead to a whole disk.
+    """
+    seen: set[tuple[int, int]] = set()
+    own, linked, left = deque([root]), deque[Path](), _MOST_LINKED
+    while own or (linked and left > 0):
+        ahead = own or linked
+        folder = ahead.popleft()
+        names = []
+        try:
+            status = folder.stat()
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            left -= _NAMES_OF_A_FOLDER * (ahead is linked)
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    left -= ahead is linked
+                    if not entry_is_folder(entry):
+                        names.append(entry.name)
+                    elif entry.name.startswith("."):
+                        continue
+                    elif not entry_is_link(entry):
+                        ahead.append(folder / entry.name)
+                    elif follow(folder / entry.name):
+                        linked.append(folder / entry.name)
+                    if left <= 0:
+                        break
+        except OSError:  # unreadable, or gone since
             continue
-        seen.add(real)
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        yield Path(folder), names
+        yield folder, names
+    if left <= 0:
+        _warn_of_links(root)
+
+
+@functools.cache  # once for each folder
+def _warn_of_links(root: Path) -> None:
+    logging.getLogger("lorasmith").warning(
+        "links in %s lead to more files than are listed; link the folders of models alone", root
+    )
 
 
 def _models_below(root: Path, extensions: tuple[str, ...]) -> Iterator[str]:

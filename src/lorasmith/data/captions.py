@@ -67,10 +67,14 @@ def read_caption(image: Path) -> Caption | None:
     """Caption of an image from the file of the same name ending in `.txt` or `.caption`; None without one.
 
     Raises:
-        CaptionError: as for `read_caption_file`.
+        CaptionError: the file is a link to another folder, or as for `read_caption_file`.
     """
     path = next((path for suffix in CAPTION_SUFFIXES if os.path.lexists(path := image.with_suffix(suffix))), None)
-    return None if path is None else read_caption_file(path)
+    if path is None:
+        return None
+    if os.path.dirname(os.path.realpath(path)) != os.path.realpath(path.parent):  # noqa: PTH120 - of a loop of links, too
+        raise CaptionError(path, "is a link to another folder; copy it here")
+    return read_caption_file(path)
 
 
 def read_caption_file(path: Path) -> Caption:

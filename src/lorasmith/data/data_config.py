@@ -42,6 +42,13 @@ class DataConfig:
     prefix: str = option("", group=_CAPTIONS, help="Text in front of every caption, before the trigger.")
     suffix: str = option("", group=_CAPTIONS, help="Text after every caption.")
     recursive: bool = option(False, group=_PICTURES, help="Read all folders inside the folder of images as well.")
+    follow_links: bool = option(
+        False,
+        group=_PICTURES,
+        changes_numbers=False,
+        door="typed",
+        help="Read images, captions, masks and metadata files that are links to outside of their folder.",
+    )
 
     resolution: int | None = option(
         None,

@@ -190,6 +190,7 @@ _UNUSED: dict[ReasonKind, str] = {
     "mask": "with an unusable mask",
     "metadata": "for a metadata file",
     "folder": "folders",
+    "link": "links out of the folder",
 }
 """Reasons for which files and folders are not used, after their number."""
 

@@ -262,6 +262,8 @@ def _checked(
     found: Candidate, config: DataConfig, rules: CaptionRules, *, is_class: bool, any_format: bool = False
 ) -> _Checked | Reason:
     """An image, read and given its captions; or why it is skipped."""
+    if found.barred:
+        return found.barred
     file = None
     try:
         opened = open_file(found.path, clips=found.clips, any_format=any_format)

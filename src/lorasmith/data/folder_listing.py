@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from lorasmith.core.errors import DataError
-from lorasmith.core.files import is_regular
+from lorasmith.core.files import entry_is_folder, entry_is_link, is_regular
 from lorasmith.core.folders import RUN_LOG, RUN_RECORD
 from lorasmith.data.captions import CAPTION_SUFFIXES, one_line
 from lorasmith.data.image_files import image_suffixes
@@ -22,6 +22,7 @@ from lorasmith.data.sources import MAX_REPEATS
 
 __all__ = [
     "CHANGES",
+    "LINK",
     "NO_CLIPS",
     "REASONS",
     "SET_APART",
@@ -41,7 +42,7 @@ __all__ = [
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".webm", ".mkv", ".flv")
 """File suffixes that are taken for videos, in lower case."""
 
-ReasonKind = Literal["unreadable", "format", "video", "size", "caption", "mask", "metadata", "folder"]
+ReasonKind = Literal["unreadable", "format", "video", "size", "caption", "mask", "metadata", "folder", "link"]
 
 
 class Reason(str):
@@ -59,6 +60,9 @@ NO_CLIPS = Reason(
     "is a video, on which models of pictures are not trained; choose a model of videos, or remove it", "video"
 )
 """Why a video is left out."""
+
+LINK = Reason("is a link out of its folder, which is read with --follow-links alone", "link")
+"""Why a file or folder is left out."""
 
 SET_APART = ("duplicates", "unused")
 """Folders in which a mended folder keeps what is not trained on; each has a file `REASONS`."""
@@ -88,12 +92,14 @@ class ListedFolder:
         links: names that are links.
         foreign: names of pictures in formats that are not read, with reasons.
         source: the source itself, links resolved.
+        follow_links: whether files outside of the source are read.
         is_inside: whether it is inside of the source when links are resolved.
     """
 
     path: str
     inside: str
     source: Path
+    follow_links: bool
     repeats: int = 1
     caption: str = ""
     images: list[str] = field(default_factory=list)
@@ -118,13 +124,24 @@ class ListedFolder:
         real = _resolved(str(self.file(name)))
         return None if real.is_relative_to(self.source) else str(real)
 
+    def refuses(self, name: str) -> bool:
+        """Whether a file or folder of it is a link that is not followed."""
+        return not self.follow_links and self.outside(name) is not None
+
     def key(self, name: str) -> str:
         """The path of a file in it relative to the source."""
         return f"{self.inside}/{name}" if self.inside else name
 
 
 def list_folders(
-    root: str, *, recursive: bool, masks: bool, mask_folder: str | None, skipped: Skipped, clips: bool = False
+    root: str,
+    *,
+    recursive: bool,
+    masks: bool,
+    mask_folder: str | None,
+    skipped: Skipped,
+    follow_links: bool = False,
+    clips: bool = False,
 ) -> Iterator[ListedFolder]:
     """A folder and those inside of it that are read, each one once, in natural order.
 
@@ -135,6 +152,7 @@ def list_folders(
         mask_folder: a folder that holds no images to train on, and is passed over, as those in `SET_APART` and the
             folders of runs are.
         skipped: receives folders that are not read.
+        follow_links: whether folders outside of `root` are read, and files there are not refused.
         clips: whether videos are listed among the images.
 
     Raises:
@@ -146,7 +164,7 @@ def list_folders(
 
     seen = {_identity(root)} | ({_identity(mask_folder)} if mask_folder else set())
     source = _resolved(root)
-    ahead = [ListedFolder(root, "", source)]
+    ahead = [ListedFolder(root, "", source, follow_links)]
     while ahead:
         listed = ahead.pop()
         try:
@@ -175,13 +193,15 @@ def list_folders(
                 skip(path, "is a folder inside of another one; add recursive to include it")
             elif mask_folder and _identity(str(path)) == _identity(mask_folder):
                 continue
+            elif listed.refuses(name):
+                skipped.append((path, Reason(f"{LINK}; move the pictures here, or name it as a folder of its own", "link")))
             elif (identity := _identity(str(path))) in seen:
                 skip(path, "is a link to a folder that is read already")
             else:
                 seen.add(identity)
                 if not repeats:
                     repeats, caption = listed.repeats, listed.caption
-                found.append(ListedFolder(str(path), listed.key(name), source, repeats, caption))
+                found.append(ListedFolder(str(path), listed.key(name), source, follow_links, repeats, caption))
         ahead += reversed(found)
 
 
@@ -225,8 +245,8 @@ def _list(listed: ListedFolder, *, masks: bool, clips: bool) -> list[str]:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            (folders if _is_folder(entry) else files).append(entry.name)
-            if entry.is_symlink():
+            (folders if entry_is_folder(entry) else files).append(entry.name)
+            if entry_is_link(entry):
                 listed.links.add(entry.name)
     pictures = []
     for name in sorted(files, key=natural_order):
@@ -255,13 +275,6 @@ def _list(listed: ListedFolder, *, masks: bool, clips: bool) -> list[str]:
 def _is_run(path: Path) -> bool:
     """Whether a folder is that of a run, whose previews are no images to train on."""
     return is_regular(path / RUN_RECORD) and is_regular(path / RUN_LOG)
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself, which is named as an unreadable image if it has the name of one
-        return False
 
 
 def _resolved(path: str) -> Path:

@@ -53,6 +53,11 @@ class Remark(Enum):
     MASKS_OFF = ("mask is", "masks are", "not used, such as {}; they are with masks files")
     MASK = ("mask is", "masks are", "not used, such as {}, as there is no image of the name, or another mask")
     TWICE = ("image is", "images are", "in several sources, such as {}, and counted for each")
+    CASE = (
+        "image has",
+        "images have",
+        "the name of another one but for case, such as {}; rename them, as Windows and macOS take them for one",
+    )
     LINKS = ("file is a link", "files are links", "to outside of the folder, such as {}")
 
 

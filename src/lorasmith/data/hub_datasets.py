@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import io
 import json
+import os
 import shutil
 import tempfile
 import warnings
@@ -23,6 +24,7 @@ from lorasmith.core.errors import DataError, OutputError
 from lorasmith.core.files import ensure_folder, is_folder, is_regular, locked, read_regular
 from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.core.printable import printable
+from lorasmith.data.folder_listing import LINK
 from lorasmith.data.image_files import image_suffixes
 from lorasmith.data.metadata_files import TEXT_COLUMNS
 
@@ -36,7 +38,7 @@ def is_saved_dataset(path: Path) -> bool:
     return is_regular(path / _SPLITS) or all(is_regular(path / name) for name in _PARTS)
 
 
-def unpacked_folder(path: Path, cache: Path) -> Path:
+def unpacked_folder(path: Path, cache: Path, *, follow_links: bool = False) -> Path:
     """The folder of images of a dataset that `save_to_disk` wrote; of several splits, `train`.
 
     Pictures that are not in the dataset itself, but named by it, are left out: a stranger's dataset may name any file.
@@ -44,6 +46,7 @@ def unpacked_folder(path: Path, cache: Path) -> Path:
     Args:
         path: the folder that `save_to_disk` wrote.
         cache: where folders of images are kept.
+        follow_links: whether its files may be links out of it.
 
     Raises:
         DataError: `datasets` is not installed, or the dataset cannot be read or has no images.
@@ -51,6 +54,8 @@ def unpacked_folder(path: Path, cache: Path) -> Path:
     """
     folder = _split_folder(path.resolve())
     files = [folder / name for name in (*_PARTS, *_data_files(folder))]
+    if not follow_links and any(not Path(os.path.realpath(one)).is_relative_to(path.resolve()) for one in files):
+        raise _unreadable(folder, f"a file of it {LINK}")
     if "::" in str(folder) or "://" in str(folder):  # which `datasets` takes for places in a network
         raise DataError(f"a dataset must be in a folder without :: and :// in its path, got {folder}; move it")
     datasets = _package()

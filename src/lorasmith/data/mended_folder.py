@@ -197,7 +197,11 @@ def _filled(
 ) -> Iterator[MendedFile]:
     folder, names = check.folder, _Names()
     apart = dict(_repeated(check, only))
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, _MOST_THREADS), "write images") as pool:
+    # Warnings are suspended around all threads, as each file that is opened suspends them too.
+    with (
+        warnings.catch_warnings(action="ignore"),
+        ThreadPoolExecutor(min(os.cpu_count() or 1, _MOST_THREADS), "write images") as pool,
+    ):
         refused = check.refused if "formats" in only else ()
         again = list(pool.map(lambda one: checked_again(one, config), refused))
         # Refused files come last, so that they take no name of another image.
@@ -221,10 +225,10 @@ def _filled(
     skipped = [
         _Apart(path, deeper.get(path, reason), masks.get(path)) for path, reason in check.skipped if path not in used
     ]
-    yield from _keep(draft / unused, [one for one in skipped if not is_folder(one.path)], folder, "unused")
-    for one in skipped:
-        if is_folder(one.path):
-            yield MendedFile(name_in(folder, one.path), None, ("left out",), one.reason)
+    left = [one for one in skipped if is_folder(one.path) or _leads_out(one.path, folder)]
+    yield from _keep(draft / unused, [one for one in skipped if one not in left], folder, "unused")
+    for one in left:
+        yield MendedFile(name_in(folder, one.path), None, ("left out",), one.reason)
     for path in _others(images, captioned, [*apart.values(), *skipped]):
         yield MendedFile(name_in(folder, path), None, ("left out",), "belongs to no picture here, or is not used")
 
@@ -239,6 +243,12 @@ def _repeated(check: Preflight, only: Collection[Fix]) -> Iterator[tuple[int, _A
                 shown = check.images[group.best if "look-alikes" in only else copies[index]].name
                 file = check.images[index].file
                 yield index, _Apart(file.path, f"shows what {shown} shows", file.mask)
+
+
+def _leads_out(path: Path, original: Path) -> bool:
+    """Whether a link leads out of the original, so that what is behind it is not copied as unused."""
+    root = original if is_folder(original) else original.parent
+    return not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
 
 
 def _write_image(job: _Job, draft: Path, most: int, only: Collection[Fix]) -> MendedFile:
@@ -332,7 +342,7 @@ def _keep(folder: Path, files: Sequence[_Apart], original: Path, change: Change)
         beside = {one.path.with_suffix(suffix): suffix for suffix in CAPTION_SUFFIXES}
         beside |= {one.mask: f".mask{plain_name(one.mask.suffix)}"} if one.mask else {}
         for path, suffix in beside.items():
-            if _unreadable(path) is None:
+            if _unreadable(path) is None and not _leads_out(path, original):
                 _copy(path, folder / f"{stem}{suffix}")
         lines.append(f"{target.name}: {one.reason}")
         yield MendedFile(name, f"{folder.name}/{target.name}", (change,), one.reason)

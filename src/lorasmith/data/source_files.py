@@ -9,7 +9,7 @@ from pathlib import Path
 from lorasmith.core.errors import DataError
 from lorasmith.core.files import is_folder, is_regular
 from lorasmith.data.data_config import DataConfig
-from lorasmith.data.folder_listing import ListedFolder, Reason, Skipped, list_folders, stem_of
+from lorasmith.data.folder_listing import LINK, ListedFolder, Reason, Skipped, list_folders, stem_of
 from lorasmith.data.folder_remarks import Remark, Remarks
 from lorasmith.data.hub_datasets import is_saved_dataset, unpacked_folder
 from lorasmith.data.metadata_files import (
@@ -40,6 +40,7 @@ class Candidate:
         refused: why they cannot be used, a clause; empty if they can.
         entry_first: whether they count more than the caption file.
         mask: its mask.
+        barred: why it is left out, if one of its files is a link that is not followed.
     """
 
     folder: ListedFolder
@@ -53,6 +54,7 @@ class Candidate:
     refused: str = ""
     entry_first: bool = False
     mask: Path | None = None
+    barred: Reason | None = None
 
     @property
     def path(self) -> Path:
@@ -88,7 +90,7 @@ def candidates(
     if is_saved_dataset(Path(root)):
         if cache is None:
             raise DataError(f"{root} was saved by datasets and needs a folder for its images, got none; name a cache")
-        root = str(unpacked_folder(Path(root), cache))
+        root = str(unpacked_folder(Path(root), cache, follow_links=config.follow_links))
     elif Path(root).suffix.lower() in METADATA_SUFFIXES and is_regular(Path(root)):
         only = _Known("", Path(root).name, _required(Path(root)))
         root = str(Path(root).parent)
@@ -101,6 +103,7 @@ def candidates(
         masks=config.masks == "files",
         mask_folder=config.mask_folder if config.masks == "files" else None,
         skipped=skipped,
+        follow_links=config.follow_links,
         clips=clips,
     ):
         if folder.repeats * source.repeats > MAX_REPEATS:
@@ -120,10 +123,15 @@ def candidates(
                 continue
             if not from_files:  # it only says which images there are
                 found.entry, found.refused = (), ""
-            found.mask = masks.of(folder, stem)
+            if (mask := masks.of(folder, stem)) is not None:
+                place, mask_name = mask
+                found.mask = place.file(mask_name)
+                found.barred = _barred(place, mask_name, "mask")
             if from_files and (files := folder.captions.get(stem)):
                 found.caption_file = files[0]
+                found.barred = _barred(folder, files[0], "caption file") or found.barred
                 remarks.add(Remark.SECOND_FILE, files[-1], len(files) - 1)
+            found.barred = _barred(folder, name) or found.barred
             if name not in foreign:
                 yield found
                 continue
@@ -132,6 +140,7 @@ def candidates(
                 unread.append(found)
         if only is None and from_files:
             _remark_orphans(folder, remarks)
+        _remark_case(folder, remarks)
         masks.leave(folder)
     metadata.finish()
     masks.finish()
@@ -176,6 +185,8 @@ class _MetadataFiles:
             if real := folder.outside(name):
                 self._remarks.add(Remark.LINKS, f"{name} to {real}")
             try:
+                if folder.refuses(name):
+                    raise MetadataError(LINK)
                 content: Metadata | MetadataError = read_metadata(path)
             except MetadataError as error:
                 content = error
@@ -223,7 +234,7 @@ class _Masks:
 
     def __init__(self, root: str, config: DataConfig, remarks: Remarks) -> None:
         self._on, self._remarks = config.masks == "files", remarks
-        self._elsewhere: dict[str, Path] = {}
+        self._elsewhere: dict[str, tuple[ListedFolder, str]] = {}
         self._used: set[Path] = set()
         folder = config.mask_folder if self._on else None
         if folder is not None:
@@ -233,24 +244,22 @@ class _Masks:
                 raise DataError(
                     f"mask_folder must be another folder than that of the images, got {folder}; leave it out"
                 )
-            for listed in list_folders(folder, recursive=True, masks=True, mask_folder=None, skipped=[]):
+            for listed in list_folders(
+                folder, recursive=True, masks=True, mask_folder=None, skipped=[], follow_links=config.follow_links
+            ):
                 named = [(stem_of(name), name) for name in listed.images]
                 named += [(stem, name) for stem, names in listed.masks.items() for name in names]
                 for stem, name in named:
-                    self._elsewhere.setdefault(listed.key(stem), listed.file(name))
+                    self._elsewhere.setdefault(listed.key(stem), (listed, name))
 
-    def of(self, folder: ListedFolder, stem: str) -> Path | None:
-        """The mask of an image."""
+    def of(self, folder: ListedFolder, stem: str) -> tuple[ListedFolder, str] | None:
+        """The mask of an image: its folder and its name."""
         if not self._on:
             return None
-        if beside := folder.masks.get(stem):
-            found = folder.file(beside[0])
-        else:
-            other = self._elsewhere.get(folder.key(stem)) or self._elsewhere.get(stem)
-            if other is None:
-                return None
-            found = other
-        self._used.add(found)
+        beside = folder.masks.get(stem)
+        found = (folder, beside[0]) if beside else self._elsewhere.get(folder.key(stem)) or self._elsewhere.get(stem)
+        if found is not None:
+            self._used.add(found[0].file(found[1]))
         return found
 
     def leave(self, folder: ListedFolder) -> None:
@@ -263,9 +272,17 @@ class _Masks:
 
     def finish(self) -> None:
         """Say which masks of the folder of masks were not used."""
-        for path in self._elsewhere.values():
-            if path not in self._used:
-                self._remarks.add(Remark.MASK, path.name)
+        for listed, name in self._elsewhere.values():
+            if listed.file(name) not in self._used:
+                self._remarks.add(Remark.MASK, name)
+
+
+def _barred(folder: ListedFolder, name: str, kind: str = "") -> Reason | None:
+    """Why an image is left out if a file of it is a link that is not followed."""
+    if not folder.refuses(name):
+        return None
+    clause = f"is left out because its {kind} {name} {LINK}; copy that file here" if kind else f"{LINK}; copy it here"
+    return Reason(clause, "link")
 
 
 def _required(path: Path) -> Metadata:
@@ -281,6 +298,15 @@ def _remark_origin(folder: ListedFolder, only: _Known | None, remarks: Remarks) 
     unused = [name for stem, names in folder.captions.items() if stem in stems for name in names]
     unused += [] if only else folder.metadata
     remarks.add(Remark.ORIGIN, unused[0] if unused else "", len(unused))
+
+
+def _remark_case(folder: ListedFolder, remarks: Remarks) -> None:
+    """Say which images have one name, or one caption file, where case is ignored."""
+    first: dict[str, str] = {}
+    for name in folder.images:
+        other = first.setdefault(stem_of(name).casefold(), name)
+        if stem_of(other) != stem_of(name) or (other != name and other.casefold() == name.casefold()):
+            remarks.add(Remark.CASE, f"{other} and {name}")
 
 
 def _remark_orphans(folder: ListedFolder, remarks: Remarks) -> None:

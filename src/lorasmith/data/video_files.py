@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import io
 import itertools
-import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -22,9 +21,8 @@ from torch import Tensor
 
 from lorasmith.core.errors import DataError
 from lorasmith.core.files import is_folder, open_regular
-from lorasmith.data.captions import read_caption
-from lorasmith.data.folder_listing import VIDEO_SUFFIXES, natural_order
-from lorasmith.data.sources import MAX_REPEATS
+from lorasmith.data.captions import read_caption_file
+from lorasmith.data.folder_listing import LINK, VIDEO_SUFFIXES, Reason, Skipped, list_folders, stem_of
 
 __all__ = [
     "Video",
@@ -91,34 +89,49 @@ class VideoScan:
     notes: tuple[str, ...] = field(default=())
 
 
-def scan_videos(folder: Path, *, subfolders: bool) -> VideoScan:
+def scan_videos(folder: Path, *, subfolders: bool, follow_links: bool) -> VideoScan:
     """Videos of a folder with their captions.
 
     Args:
         folder: the folder.
         subfolders: whether those named `<repeats>_<name>` are included.
+        follow_links: whether videos and captions are read that links out of the folder lead to.
 
     Raises:
         DataError: there are none, or a caption cannot be read.
     """
     found: list[VideoFile] = []
     notes: list[str] = []
-    for entry in _entries(folder):
-        if not is_folder(entry):
-            found += _video(entry, 1, notes)
-        elif subfolders:
-            named = re.fullmatch(r"([0-9]{1,9})_.*", entry.name, re.DOTALL)
-            if named is None or not 0 < int(named[1]) <= MAX_REPEATS:
-                notes.append(
-                    f"skipped: {entry.name} is a folder without repeats in its name, 1 to {MAX_REPEATS:,}; rename it "
-                    "to 1_name to include it"
-                )
+    skipped: Skipped = []
+    listed = list_folders(
+        str(folder),
+        recursive=False,
+        masks=False,
+        mask_folder=None,
+        skipped=skipped,
+        follow_links=follow_links,
+        clips=True,
+    )
+    for place in listed if subfolders else itertools.islice(listed, 1):
+        for name in place.images:
+            if Path(name).suffix.lower() not in VIDEO_SUFFIXES:
                 continue
-            for inner in _entries(entry):
-                found += _video(inner, int(named[1]), notes)
+            captions = place.captions.get(stem_of(name), [])[:1]
+            if any(map(place.refuses, (name, *captions))):
+                skipped.append((place.file(name), Reason(f"or its caption {LINK}; copy it here", "link")))
+                continue
+            caption = read_caption_file(place.file(captions[0])) if captions else None
+            if caption is not None and caption.is_latin_1:
+                notes.append(
+                    f"{caption.path.name} is not UTF-8 and was read as latin-1; check its accents or save it as UTF-8"
+                )
+            found.append(VideoFile(place.file(name), place.repeats, None if caption is None else caption.text))
+    notes += [f"skipped: {path.name} {reason}" for path, reason in skipped if subfolders or not is_folder(path)]
     if not found:
         known = ", ".join(suffix[1:] for suffix in VIDEO_SUFFIXES)
-        raise DataError(f"{folder} holds no videos; put some in it ({known})")
+        raise DataError(
+            f"{folder} holds no videos{f' that are used: {notes[0]}' if notes else ''}; put some in it ({known})"
+        )
     return VideoScan(tuple(found), tuple(notes))
 
 
@@ -222,25 +235,3 @@ def _opened(path: Path, content: bytes | None = None) -> Iterator[tuple[Any, Any
     except (av.error.FFmpegError, OSError, ValueError, EOFError) as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise DataError(f"{path} must be a video that can be read ({reason}); repair or remove it") from error
-
-
-def _video(entry: Path, repeats: int, notes: list[str]) -> list[VideoFile]:
-    """A file as a video, or nothing; appends remarks on its caption."""
-    if entry.suffix.lower() not in VIDEO_SUFFIXES:
-        return []
-    caption = read_caption(entry)
-    if caption is not None and caption.is_latin_1:
-        notes.append(f"{caption.path.name} is not UTF-8 and was read as latin-1; check its accents or save it as UTF-8")
-    return [VideoFile(entry, repeats, None if caption is None else caption.text)]
-
-
-def _entries(folder: Path) -> list[Path]:
-    """Entries of a folder except hidden ones, in natural order, subfolders last."""
-    try:
-        entries = sorted(
-            (entry for entry in folder.iterdir() if not entry.name.startswith(".")),
-            key=lambda entry: natural_order(entry.name),
-        )
-        return sorted(entries, key=is_folder)
-    except OSError as error:
-        raise DataError(f"video folder {folder} cannot be read ({error.strerror}); check it") from error

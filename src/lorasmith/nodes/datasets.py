@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lorasmith.core.errors import DataError
 from lorasmith.core.folders import fingerprint
+from lorasmith.data.data_config import DataConfig
 from lorasmith.data.encoding import encoded_pixels, encoded_texts
 from lorasmith.data.folder import FolderScan, ImageFile, scan_folder
 from lorasmith.data.image_files import open_image, to_tensor
@@ -156,7 +157,8 @@ def resolution_bucket(
 
 
 def _scanned(context: NodeContext, folder: str) -> FolderScan:
-    scan = scan_folder(context.folders.find_input_folder(folder))
+    config = DataConfig(follow_links=context.folders.follow_links)
+    scan = scan_folder(context.folders.find_input_folder(folder), config)
     for path, reason in scan.skipped:
         context.warn(f"skipped: {path.name} {reason}")
     return scan

@@ -197,7 +197,8 @@ def get_video_components(context: NodeContext, *, video: Video) -> tuple[Tensor,
 
 
 def _scanned(context: NodeContext, folder: str, *, subfolders: bool) -> VideoScan:
-    scan = scan_videos(context.folders.find_input_folder(folder), subfolders=subfolders)
+    path = context.folders.find_input_folder(folder)
+    scan = scan_videos(path, subfolders=subfolders, follow_links=context.folders.follow_links)
     for note in scan.notes:
         context.warn(note)
     return scan

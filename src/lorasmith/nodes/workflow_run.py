@@ -73,6 +73,7 @@ def run_workflow(
     changes: Mapping[str, Any] | None = None,
     base_dir: str | os.PathLike[str] | None = None,
     extra_model_paths: str | os.PathLike[str] | None = None,
+    follow_links: bool = False,
     progress: bool = True,
     on_event: Callable[[Event], object] | None = None,
     cancel: threading.Event | None = None,
@@ -85,6 +86,7 @@ def run_workflow(
             title or class that one node alone has.
         base_dir: base folder of ComfyUI's layout; the current folder if None. Results are written to its `output`.
         extra_model_paths: an `extra_model_paths.yaml`; the base folder's, if it has one, if None.
+        follow_links: whether inputs are read where links lead out of the base folder.
         progress: whether to show bars and notes.
         on_event: called with each event of the execution (`lorasmith.workflow.execution_events`).
         cancel: set it from another thread to stop; Train LoRA then returns the LoRA of the steps taken.
@@ -99,7 +101,8 @@ def run_workflow(
         OptionError: `extra_model_paths` is missing or malformed.
     """
     base = Path.cwd() if base_dir is None else Path(base_dir)
-    folders = Folders.load(base, extra_model_paths=None if extra_model_paths is None else Path(extra_model_paths))
+    extra = None if extra_model_paths is None else Path(extra_model_paths)
+    folders = Folders.load(base, extra_model_paths=extra, follow_links=follow_links)
     texts = [
         f"{place}={value if isinstance(value, str) else json.dumps(value)}" for place, value in (changes or {}).items()
     ]

@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 __all__ = [
     "CancelBody",
-    "Caption",
+    "CaptionBody",
+    "CaptionEdit",
     "Changed",
     "CheckedPicture",
     "Crop",
@@ -316,8 +317,21 @@ class Changed:
     changed: int
 
 
-Caption = dict[str, str]
-"""Captions by name of the picture; an empty one takes the caption away."""
+@dataclass(frozen=True, kw_only=True)
+class CaptionEdit:
+    """A caption to store.
+
+    Attributes:
+        caption: the text; an empty one takes the caption away.
+        seen: the caption that it replaces, as it was shown: 409 if there is another one now. Null to replace any.
+    """
+
+    caption: str
+    seen: str | None = None
+
+
+CaptionBody = dict[str, str | CaptionEdit]
+"""Captions by name of the picture."""
 
 
 @dataclass(frozen=True, kw_only=True)

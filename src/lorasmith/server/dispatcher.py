@@ -122,17 +122,21 @@ class Dispatcher:
         return False
 
     def proceed(self, id: str) -> Job:
-        """Continue a job that is paused, interrupted or cancelled, from its last run state.
+        """Continue a job that is paused, interrupted or cancelled, or one that failed, from its last run state.
 
         Raises:
             UnknownJobError: there is no such job.
-            JobStateError: it is in another state.
+            JobStateError: it is in another state, or failed without a run state.
         """
         job = self._store.get(id)
-        if job.state not in ("paused", "interrupted", "cancelled"):
+        if job.state not in ("paused", "interrupted", "cancelled", "failed"):
             raise JobStateError(
-                f"a job can be continued when it is paused, interrupted or cancelled, and this one is {job.state}"
+                "a job can be continued when it is paused, interrupted or cancelled or has failed, and this one is "
+                f"{job.state}"
             )
+        states = None if job.run is None else self._config.base / job.run / "states"
+        if job.state == "failed" and not (states and states.is_dir() and any(states.iterdir())):
+            raise JobStateError("a job that failed can be continued from a run state, and this one has none; repeat it")
         job = self._store.requeue(id)
         self._changed(job)
         self._dispatch()

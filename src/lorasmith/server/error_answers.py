@@ -31,6 +31,7 @@ _STATUS = {
     "JobStateError": 409,
     "OutsideError": 403,
     "QueueFullError": 429,
+    "StaleCaptionError": 409,
     "TakenNameError": 409,
     "SlowClientError": 408,
     "TooLargeError": 413,

@@ -57,7 +57,7 @@ async def running(config: ServerConfig) -> AsyncIterator[tuple[ServerContext, st
         StoreError: the database cannot be used.
     """
     ensure_folder(config.folder)
-    folders = Folders.load(config.base, extra_model_paths=config.extra_model_paths)
+    folders = Folders.load(config.base, extra_model_paths=config.extra_model_paths, follow_links=config.follow_links)
     note = config.folder / "server.address"
     with contextlib.ExitStack() as parts:
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 import shutil
 import sqlite3
 import time
@@ -310,6 +311,14 @@ class JobStore:
     def running(self) -> list[Job]:
         """Running jobs, the oldest first."""
         return self._select("WHERE state = 'running' ORDER BY started, sequence")
+
+    def unfinished(self, text: str) -> list[Job]:
+        """Jobs that run, wait or are to be continued, and have a text in their request, ignoring case."""
+        states = (*ACTIVE, "paused", "interrupted")
+        pattern = re.sub(r"([%_\\])", r"\\\1", json.dumps(text)[1:-1])
+        return self._select(
+            f"WHERE state IN ({_marks(states)}) AND request LIKE ? ESCAPE '\\'", (*states, f"%{pattern}%")
+        )
 
     def active(self, limit: int, offset: int = 0, states: Collection[JobState] = ACTIVE) -> list[Job]:
         """Jobs that run, the oldest first, then those that wait, the next one first, without the graphs of requests.

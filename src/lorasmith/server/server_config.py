@@ -10,15 +10,12 @@ from typing import Any
 
 from lorasmith.core.folders import Folders
 
-__all__ = ["FOLDER", "LOOPBACK", "REMOVED", "TOKEN_VARIABLE", "ServerConfig", "folders_of_child"]
+__all__ = ["FOLDER", "LOOPBACK", "TOKEN_VARIABLE", "ServerConfig", "folders_of_child"]
 
 LOOPBACK = "127.0.0.1"
 
 FOLDER = Path("user", "lorasmith")
 """The server's own folder, relative to the base folder."""
-
-REMOVED = FOLDER / "removed"
-"""Where removed datasets, pictures and files of the editor's user are moved to, relative to the base folder."""
 
 TOKEN_VARIABLE = "LORASMITH_TOKEN"
 """Environment variable of the token, which child processes do not inherit."""
@@ -33,6 +30,7 @@ class ServerConfig:
     Attributes:
         base: base folder, absolute.
         extra_model_paths: further folders, as in `Folders.load`.
+        follow_links: whether links out of the base folder are followed, as in `Folders`.
         host: address to listen on.
         port: 0 for a free one.
         token: that requests must carry; needed beyond loopback.
@@ -46,6 +44,7 @@ class ServerConfig:
 
     base: Path
     extra_model_paths: Path | None = None
+    follow_links: bool = False
     host: str = LOOPBACK
     port: int = 8188
     token: str | None = None
@@ -75,6 +74,7 @@ class ServerConfig:
             "type": "start",
             "base": str(self.base),
             "extra_model_paths": None if extra is None else str(extra),
+            "follow_links": self.follow_links,
             "beat_s": self.silence_s / 6,
             "log": str(self.log),
         }
@@ -83,4 +83,8 @@ class ServerConfig:
 def folders_of_child(first: Mapping[str, Any]) -> Folders:
     """The folders that `ServerConfig.first_message` names to a child process. Raises OptionError, as `Folders.load`."""
     extra = first["extra_model_paths"]
-    return Folders.load(Path(first["base"]), extra_model_paths=None if extra is None else Path(extra))
+    return Folders.load(
+        Path(first["base"]),
+        extra_model_paths=None if extra is None else Path(extra),
+        follow_links=first["follow_links"],
+    )

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import gc
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lorasmith.core.folders import Folders
+from lorasmith.core.folders import Folders, fingerprint
 from lorasmith.families.locating import ModelFiles, built_in_models
 from lorasmith.families.model_search import (
     ENCODER_FOLDERS,
@@ -48,7 +46,7 @@ class WarmModel:
                 torch.cuda.empty_cache()
 
 
-def _identity(files: ModelFiles, folders: Folders | None) -> list[tuple[str, int, int]]:
+def _identity(files: ModelFiles, folders: Folders | None) -> list[list[str | int]]:
     """Path, size and time of change of every file that decides what is loaded.
 
     Those among which missing parts are searched are included: a better one that is added later is found.
@@ -63,20 +61,4 @@ def _identity(files: ModelFiles, folders: Folders | None) -> list[tuple[str, int
             *(str(root) for kind in (*ENCODER_FOLDERS, *VAE_FOLDERS) for root in folders.roots(kind)),
         ]
     built_in = built_in_models()
-    return [fact for name in named for fact in _facts(built_in.get(name, Path(name)))]
-
-
-def _facts(path: Path) -> Iterator[tuple[str, int, int]]:
-    if path.is_dir():
-        for folder, _, names in sorted(os.walk(path, followlinks=True)):
-            yield from (_fact(Path(folder, name)) for name in sorted(names))
-    else:
-        yield _fact(path)
-
-
-def _fact(path: Path) -> tuple[str, int, int]:
-    try:
-        status = path.stat()
-    except OSError:  # a hub id, or a link to nothing
-        return str(path), 0, 0
-    return str(path.resolve()), status.st_size, status.st_mtime_ns
+    return [fact for name in named for fact in fingerprint(built_in.get(name, Path(name)))]

@@ -51,7 +51,7 @@ class LocalAssistant:
         try:
             found = answer(question, json.loads(json.dumps(arguments)), self._folders)
         except LorasmithError as error:
-            raise RefusedError(type(error).__name__, str(error)) from error
+            raise RefusedError(type(error).__name__, str(error), getattr(error, "details", None)) from error
         return found if isinstance(found, bytes) else json.loads(json.dumps(found, allow_nan=False))
 
 

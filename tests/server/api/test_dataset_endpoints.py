@@ -62,6 +62,64 @@ def test_a_dataset_from_its_name_to_its_end(tmp_path: Path) -> None:
     with_api(tmp_path, test)
 
 
+def test_a_stale_caption_is_refused_with_the_one_that_is_there(tmp_path: Path) -> None:
+    async def test(client: Client) -> None:
+        shutil.copytree(FOX, tmp_path / "input" / "dog")
+        at = "/datasets/dog/captions"
+        there = (await client.ask("GET", "/datasets/dog"))["images"][0]["caption"]
+        first, second = ({"caption": text, "seen": there} for text in ("one tab", "another"))
+        await client.ask("PUT", at, {"fox_1.png": first})
+        error = (await client.ask("PUT", at, {"fox_1.png": second}, status=409))["error"]
+        assert (error["kind"], error["details"]) == ("StaleCaptionError", {"fox_1.png": "one tab"})
+        await client.ask("PUT", at, {"fox_1.png": {**second, "seen": "one tab"}})
+        await client.error("PUT", at, {"fox_1.png": {"seen": "another"}}, status=400)
+
+    with_api(tmp_path, test)
+
+
+GRAPHS: dict[str, dict[str, Any]] = {
+    "its folder": {"folder": "Dog"},
+    "a folder in it": {"folder": "dog/1_x"},
+    "a picture": {"image": "dog/fox_1.png"},
+    "another folder": {"folder": "dogs"},
+    "another picture": {"image": "fox.png"},
+    "a text": {"text": "dog"},
+    "an output": {"folder": ["3", 0]},
+}
+"""Inputs of a graph's node; the first three are of the dataset."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "state"),
+    [
+        *(("train", state) for state in ("pending", "running", "paused", "interrupted", "completed")),
+        *((kind, "paused") for kind in ("inside", "dog*", *GRAPHS)),
+    ],
+)
+def test_a_dataset_that_a_job_needs_is_not_removed(tmp_path: Path, kind: str, state: Any) -> None:
+    request: dict[str, Any] = {"prompt": {"1": {"class_type": "X", "inputs": GRAPHS.get(kind)}}}
+    if kind not in GRAPHS:
+        path = {"train": "input/dog", "inside": str(tmp_path / "input/Dog/1_x"), "dog*": "input/dog*"}[kind]
+        request = {"name": "mine", "sources": [{"path": path}]}
+
+    async def test(client: Client) -> None:
+        shutil.copytree(FOX, tmp_path / "input" / "dog")
+        store = client.context.store
+        job = store.add("graph" if kind in GRAPHS else "train", request)
+        if state != "pending":
+            store.claim("worker")
+        if state not in ("pending", "running"):
+            store.finish(job.id, state)
+        if state == "completed" or kind in [*GRAPHS][3:] or kind == "dog*":
+            await client.ask("DELETE", "/datasets/dog")
+        else:
+            said = await client.error("DELETE", "/datasets/dog", status=409)
+            assert f"a job that is {state}; cancel that job first" in said
+            assert (tmp_path / "input" / "dog").is_dir()
+
+    with_api(tmp_path, test)
+
+
 def test_a_caption_follows_its_picture_to_another_name(tmp_path: Path) -> None:
     async def test(client: Client) -> None:
         await client.ask("POST", "/datasets", {"name": "dog"}, status=201)
@@ -123,6 +181,8 @@ REFUSED: dict[str, tuple[str, str, Any, int, str]] = {
     "the package": ("PUT", "/datasets/fox/captions", {"fox_1.png": "x"}, 400, "belongs to Lorasmith"),
     "a setting": ("GET", "/datasets/fox/check?resolutoin=3", None, 400, "unknown option 'resolutoin'"),
     "a number": ("GET", "/datasets/fox/check?resolution=a", None, 400, "resolution must be a number"),
+    "a folder of masks": ("GET", "/datasets/fox/check?masks=files&mask_folder=/etc", None, 400, "is not for requests"),
+    "links": ("GET", "/datasets/fox/check?follow_links=true", None, 400, "follow_links is not for requests"),
     "a model": ("GET", "/datasets/fox/check?model=gone.safetensors", None, 400, "gone.safetensors"),
 }
 

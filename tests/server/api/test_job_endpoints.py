@@ -60,6 +60,7 @@ REFUSED: dict[str, tuple[str, str, Any, int, str]] = {
     "any file": ("POST", "/jobs", {**RUN, "model": "/etc/passwd"}, 400, "there is no model"),
     "code": ("POST", "/jobs", {**RUN, "settings": {"optimizer": "os.system"}}, 400, "would run code"),
     "a tracker": ("POST", "/jobs", {**RUN, "settings": {"track": "wandb"}}, 400, "track is not for requests"),
+    "links": ("POST", "/jobs", {**RUN, "settings": {"follow_links": True}}, 400, "follow_links is not for requests"),
     "a state": ("POST", "/jobs", {**RUN, "settings": {"existing_state": "/x"}}, 400, "existing_state is not for"),
     "a lora": ("POST", "/jobs", {**RUN, "settings": {"existing_lora": "../x"}}, 400, "must stay inside its folder"),
     "a setting": ("POST", "/jobs", {**RUN, "settings": {"steps": -1}}, 400, "steps must be between"),
@@ -94,6 +95,20 @@ def test_jobs_in_another_state_are_refused(tmp_path: Path) -> None:
         await client.error("POST", f"/jobs/{job}/move", status=409)
         client.context.store.finish(job, "completed")
         await client.error("POST", f"/jobs/{job}/cancel", status=409)
+        await client.error("POST", f"/jobs/{job}/continue", status=409)
+
+
+def test_a_failed_job_is_continued_from_its_run_state(tmp_path: Path) -> None:
+    async def test(client: Client) -> None:
+        job = (await client.ask("POST", "/jobs", RUN, status=201))["id"]
+        client.context.store.claim("worker")
+        client.context.store.finish(job, "failed", error={"kind": "TrainingError", "message": "no memory"})
+        assert "has none; repeat it" in await client.error("POST", f"/jobs/{job}/continue", status=409)
+        client.context.store.set_run(job, "runs/fox-001")
+        assert "has none; repeat it" in await client.error("POST", f"/jobs/{job}/continue", status=409)
+        (tmp_path / "runs/fox-001/states/step-000010").mkdir(parents=True)
+        again = await client.ask("POST", f"/jobs/{job}/continue")
+        assert (again["state"], again["run"], again["error"]) == ("pending", "runs/fox-001", None)
 
     with_api(tmp_path, test)
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import time
 from collections.abc import AsyncIterator
@@ -175,6 +176,51 @@ def test_uploads_get_a_free_name_unless_they_are_the_same(tmp_path: Path) -> Non
             assert not any((tmp_path / "user" / "lorasmith" / "uploads").iterdir())
             listed = await server.get("/internal/files/input")
             assert {*listed} == {"a.png [input]", "a (1).png [input]"}
+
+    asyncio.run(main())
+
+
+def test_what_an_upload_replaces_is_set_aside(tmp_path: Path) -> None:
+    record = put(tmp_path / "output" / "runs" / "dog-001" / "run.json", b"a record")
+    picture = put(tmp_path / "input" / "dog" / "1.png", b"a photo")
+
+    async def main() -> None:
+        async with serving(tmp_path) as server:
+            for _ in range(2):
+                where = {"type": "output", "subfolder": "runs/dog-001", "overwrite": "true"}
+                await upload(server, "run.json", content=b"forged", **where)
+                await upload(server, "1.png", subfolder="dog", overwrite="1")
+                await upload(server, "1.png", type="temp", overwrite="1", content=os.urandom(9))
+            assert record.read_bytes() == b"forged" and picture.read_bytes() == PNG
+            removed = (tmp_path / "user" / "lorasmith" / "removed").rglob("*")
+            assert sorted(path.read_bytes() for path in removed if path.is_file()) == [b"a photo", b"a record"]
+
+    asyncio.run(main())
+
+
+def test_names_that_differ_by_case_alone_are_taken(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with serving(tmp_path) as server:
+            put(tmp_path / "input" / "Dog.PNG")
+            assert (await upload(server, "dog.png"))["name"] == "Dog.PNG"
+            assert (await upload(server, "dog.png", content=b"other"))["name"] == "dog (1).png"
+
+    asyncio.run(main())
+
+
+def test_an_upload_reaches_a_folder_on_another_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, target: Path) -> Path:
+        if path.name == "file":
+            raise OSError(errno.EXDEV, "another disk")
+        return replace(path, target)
+
+    replace = Path.replace
+    monkeypatch.setattr(Path, "replace", refuse)
+
+    async def main() -> None:
+        async with serving(tmp_path) as server:
+            await upload(server)
+            assert (tmp_path / "input" / "a.png").read_bytes() == PNG
 
     asyncio.run(main())
 

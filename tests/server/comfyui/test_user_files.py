@@ -4,13 +4,21 @@ import asyncio
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from lorasmith.server.comfyui.user_files import FIRST_SETTINGS
 from lorasmith.server.disk_space import SPARE_BYTES
 from tests.server.fake_server import serving
 
 FILE = "/userdata/workflows%2Fone.json"
+
+
+def set_aside(base: Path) -> dict[str, bytes]:
+    """What was removed or replaced, by name."""
+    found = (base / "user" / "lorasmith" / "removed").rglob("*")
+    return {path.name: path.read_bytes() for path in found if path.is_file()}
 
 
 def test_workflows_are_written_read_listed_moved_and_set_aside(tmp_path: Path) -> None:
@@ -40,8 +48,7 @@ def test_workflows_are_written_read_listed_moved_and_set_aside(tmp_path: Path) -
             await server.send("POST", f"{FILE}/move/workflows%2Fthree.json?overwrite=false", status=409)
             await server.send("DELETE", FILE, status=204)
             await server.send("DELETE", FILE, status=404)
-            removed = [path.read_bytes() for path in (tmp_path / "user" / "lorasmith" / "removed").iterdir()]
-            assert removed == [b"1"]
+            assert set_aside(tmp_path) == {"one.json": b"1"}
             listed = await server.get("/v2/userdata?path=workflows")
             assert [(one["path"], one["type"]) for one in listed] == [
                 ("workflows/sub", "directory"),
@@ -107,8 +114,54 @@ def test_settings_are_merged_and_kept(tmp_path: Path) -> None:
             await server.send("POST", "/settings/a", data=b"{", status=400)
             saved = json.loads((tmp_path / "user" / "default" / "comfy.settings.json").read_text())
             assert saved["c"] is True
-            (tmp_path / "user" / "default" / "comfy.settings.json").write_text("broken")
-            assert await server.get("/settings") == first
+
+    asyncio.run(main())
+
+
+UNREAD: dict[str, tuple[bytes, dict[str, Any]]] = {
+    "no JSON": (b'{"Comfy.Keybinding": [1], "cut o', {}),
+    "no object": (b"[1]", {}),
+    "no text": (b"\xff\xfe{", {}),
+    "with a mark": (b'\xef\xbb\xbf{"Comfy.Keybinding": [1]}', {"Comfy.Keybinding": [1]}),
+    "with NaN": (b'{"Comfy.Keybinding": [1], "x": NaN}', {"Comfy.Keybinding": [1], "x": None}),
+    "with a name twice": (b'{"Comfy.Keybinding": 2, "Comfy.Keybinding": [1]}', {"Comfy.Keybinding": [1]}),
+    "deep": (b"[" * 10**5, {}),
+    "large": (b" " * 10**7, {}),
+}
+"""Settings as another program left them, and what of them is read."""
+
+
+@pytest.mark.parametrize("case", UNREAD)
+def test_settings_that_cannot_be_read_are_set_aside_before_others_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    monkeypatch.setattr("lorasmith.server.comfyui.user_files.MAX_JSON_BYTES", 10**6)
+    content, read = UNREAD[case]
+    file = tmp_path / "user" / "default" / "comfy.settings.json"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(content)
+
+    async def main() -> None:
+        async with serving(tmp_path) as server:
+            assert await server.get("/settings") == FIRST_SETTINGS | read
+            assert file.read_bytes() == content
+            await server.post("/settings/Comfy.Locale", "en")
+            assert json.loads(file.read_text()) == FIRST_SETTINGS | read | {"Comfy.Locale": "en"}
+            await server.post("/settings/Comfy.Locale", "de")
+            assert set_aside(tmp_path) == {"comfy.settings.json": content}
+
+    asyncio.run(main())
+
+
+def test_a_file_may_be_given_its_own_name_in_other_letters(tmp_path: Path) -> None:
+    """As on a file system that ignores case, where both names are of one file; a second link stands for that here."""
+
+    async def main() -> None:
+        async with serving(tmp_path) as server:
+            await server.send("POST", FILE, data=b"1")
+            (tmp_path / "user/default/workflows/One.json").hardlink_to(tmp_path / "user/default/workflows/one.json")
+            moved = await server.send("POST", f"{FILE}/move/workflows%2FOne.json?overwrite=false")
+            assert moved == "workflows/One.json" and set_aside(tmp_path) == {}
 
     asyncio.run(main())
 

@@ -256,8 +256,13 @@ class FakeServer:
 
     async def _captions(self, request: web.Request) -> web.Response:
         files = self.datasets[request.match_info["name"]]
-        for file, caption in (await request.json()).items():
-            files[file] = (files[file][0], caption)
+        edits = await request.json()
+        if stale := {file: files[file][1] for file, one in edits.items() if one["seen"] != files[file][1]}:
+            message = f"the caption of {next(iter(stale))} was changed elsewhere, and nothing was stored"
+            error = {"kind": "StaleCaptionError", "message": message, "details": stale}
+            return web.json_response({"error": error}, status=409)
+        for file, one in edits.items():
+            files[file] = (files[file][0], one["caption"])
         return web.json_response({"changed": 1})
 
     async def _check(self, request: web.Request) -> web.Response:

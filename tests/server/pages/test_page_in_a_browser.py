@@ -87,6 +87,49 @@ def test_captions_are_edited_in_place_and_all_at_once(served: ServedPage, open_p
 
 
 @pytest.mark.slow
+def test_a_caption_that_another_tab_has_changed_waits_for_a_choice(served: ServedPage, open_page: Opener) -> None:
+    served.server.add_dataset("fox")
+    page = open_page("#/new/fox/photos")
+    files = served.server.datasets["fox"]
+
+    def elsewhere(text: str, file: str = "fox_1.png") -> None:
+        files[file] = (files[file][0], text)
+
+    field = page.get_by_label("Caption of fox_1.png")
+    expected(field).to_have_value("a red fox, picture 0")
+    for mine, theirs, choice in (("mine", "theirs", "Use that one"), ("again mine", "theirs, again", "Keep mine")):
+        elsewhere(theirs)
+        field.fill(mine)
+        field.blur()
+        conflict = page.locator(".conflict")
+        expected(conflict).to_contain_text("It was changed elsewhere, so your text is not stored")
+        expected(conflict.locator(".there")).to_have_text(theirs)
+        field.fill(f"{mine}!")  # goes on typing
+        field.fill(mine)
+        field.blur()
+        assert files["fox_1.png"][1] == theirs and field.input_value() == mine
+        assert_legible(page, "conflict")
+        conflict.get_by_role("button", name=choice).click()
+        expected(conflict).to_have_count(0)
+        expected(field).to_have_value(theirs if choice == "Use that one" else mine)
+    page.wait_for_timeout(300)
+    assert files["fox_1.png"][1] == "again mine"
+    elsewhere("theirs, a third time")
+    page.get_by_role("button", name="Find and replace in captions").click()
+    page.get_by_label("Find", exact=True).fill("mine")
+    page.get_by_label("Replace with").fill("yours")
+    replace = page.get_by_role("button", name="Replace", exact=True)
+    replace.click()
+    page.get_by_role("dialog").get_by_text("was changed elsewhere, and nothing was stored").wait_for()
+    waits(page, "In 0 captions.")  # what is there now is looked at
+    page.get_by_label("Find", exact=True).fill("theirs")
+    waits(page, "In 1 caption.")
+    replace.click()
+    waits(page, "1 caption changed.")
+    assert files["fox_1.png"][1] == "yours, a third time"
+
+
+@pytest.mark.slow
 def test_what_is_wrong_stands_on_the_picture_beside_the_crop(served: ServedPage, open_page: Opener) -> None:
     served.server.add_dataset("fox")
     page = open_page("#/new/fox/photos")

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from PIL import Image
 
 from lorasmith.core.errors import LorasmithError, OptionError, OutputError
 from lorasmith.core.folders import Folders
+from lorasmith.server.api_shapes import CaptionEdit
 from lorasmith.server.questions import dataset_changes, dataset_check
 from lorasmith.server.questions import dataset_questions as questions
 from lorasmith.server.questions.dataset_folders import UnknownFileError
@@ -38,6 +40,19 @@ def dog(folders: Folders) -> Path:
     (folder / "1.txt").write_text("a dog\non grass\n")
     (folder / "2.caption").write_text("a dog in snow")
     return folder
+
+
+def write(folders: Folders, captions: dict[str, str], **seen: str) -> int:
+    """Store captions in `dog`, having `seen` those of pictures such as `1.png`, by number."""
+    edits = {file: CaptionEdit(caption=text, seen=seen.get(f"_{file[:-4]}")) for file, text in captions.items()}
+    return dataset_changes.set_captions(folders, "dog", edits).changed
+
+
+def kept(folders: Folders) -> list[tuple[str, str]]:
+    """The captions that were replaced: picture and text."""
+    log = folders.base / "user" / "lorasmith" / "removed" / "dog-captions.jsonl"
+    lines = log.read_text().splitlines() if log.exists() else []
+    return [(one["file"], one["caption"]) for one in map(json.loads, lines)]
 
 
 def sent(tmp_path: Path, content: bytes | Image.Image, kind: str = "png") -> str:
@@ -109,7 +124,7 @@ def test_inner_folders_are_said_and_not_shown(folders: Folders, dog: Path) -> No
 def test_captions_of_a_metadata_file_are_shown_and_a_text_replaces_them(folders: Folders, dog: Path) -> None:
     (dog / "metadata.jsonl").write_text(json.dumps({"file_name": "10.png", "text": "from metadata"}) + "\n")
     assert questions.dataset(folders, "dog").images[2].caption == "from metadata"
-    assert dataset_changes.set_captions(folders, "dog", {"10.png": "mine"}).changed == 1
+    assert write(folders, {"10.png": "mine"}, _10="from metadata") == 1
     assert questions.dataset(folders, "dog").images[2].caption == "mine"
 
 
@@ -144,10 +159,28 @@ def test_links_that_leave_are_not_followed(folders: Folders, dog: Path, tmp_path
         questions.dataset(folders, "leaves")
     found = questions.dataset(folders, "dog")
     assert [one.file for one in found.images] == ["1.png", "2.png", "10.png"]
-    assert "1 pictures are links to other folders: trained on, and not shown here." in found.notes
+    assert "1 pictures are links to other folders: neither trained on nor shown here." in found.notes
+    following = replace(folders, follow_links=True)
+    assert questions.dataset(following, "leaves").images[0].file == "secret.png"
+    notes = questions.dataset(following, "dog").notes
+    assert "1 pictures are links to other folders: trained on, and not shown here." in notes
     with pytest.raises(UnknownFileError, match="is a link to somewhere else"):
         questions.picture_file(folders, "dog", "link.png")
     assert questions.picture_file(folders, "stays", "a.png") == str(folders.base.resolve() / "elsewhere" / "a.png")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need rights there")
+def test_a_caption_behind_a_link_is_neither_shown_nor_written_through(
+    folders: Folders, dog: Path, tmp_path: Path
+) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("a secret")
+    (dog / "10.txt").symlink_to(secret)
+    row = questions.dataset(folders, "dog").images[2]
+    assert row.caption == "" and "10.txt is a link out of its folder" in row.problem
+    assert "a secret" not in repr(dataset_check.check_dataset(folders, "dog", settings={"resolution": 32}))
+    assert write(folders, {"10.png": "mine"}, _10="") == 1
+    assert secret.read_text() == "a secret" and (dog / "10.txt").read_text() == "mine\n"
 
 
 def test_an_input_folder_may_be_a_link_itself(tmp_path: Path) -> None:
@@ -264,8 +297,7 @@ def test_an_uploaded_text_is_a_caption(folders: Folders, dog: Path, tmp_path: Pa
 
 
 def test_captions_are_written_and_taken_away(folders: Folders, dog: Path) -> None:
-    changes = {"1.png": "a dog\non grass", "2.png": "", "10.png": "  ten  "}
-    assert dataset_changes.set_captions(folders, "dog", changes).changed == 2
+    assert write(folders, {"1.png": "a dog\non grass", "2.png": "", "10.png": "  ten  "}) == 2
     assert [one.caption for one in questions.dataset(folders, "dog").images] == ["a dog\non grass", "", "ten"]
     assert not (dog / "2.caption").exists()
     assert len(list((folders.base / "user/lorasmith/removed").rglob("2.caption"))) == 1
@@ -283,8 +315,32 @@ def test_one_wrong_caption_writes_none(
     folders: Folders, dog: Path, captions: dict[str, str], error: type[Exception], match: str
 ) -> None:
     with pytest.raises(error, match=match):
-        dataset_changes.set_captions(folders, "dog", captions)
+        write(folders, captions)
     assert (dog / "1.txt").read_text() == "a dog\non grass\n"
+
+
+def test_a_caption_is_replaced_if_it_is_the_one_that_was_seen(folders: Folders, dog: Path) -> None:
+    assert write(folders, {"1.png": "from one tab"}, _1="a dog\non grass") == 1
+    with pytest.raises(dataset_changes.StaleCaptionError, match=r"1\.png was changed elsewhere, and nothing") as stale:
+        write(folders, {"1.png": "from another", "2.png": "new"}, _1="a dog\non grass", _2="a dog in snow")
+    assert stale.value.details == {"1.png": "from one tab"}
+    assert [one.caption for one in questions.dataset(folders, "dog").images][:2] == ["from one tab", "a dog in snow"]
+    with pytest.raises(dataset_changes.StaleCaptionError):
+        write(folders, {"1.png": ""}, _1="a dog\non grass")
+    assert write(folders, {"1.png": "from one tab"}, _1="a dog\non grass") == 0  # sent again after a lost answer
+    assert (
+        write(folders, {"1.png": "from  another "}, _1=" from one  tab\n") == 1
+    )  # white space is stored as it is read
+    assert write(folders, {"1.png": "last"}) == 1  # by a script that has seen nothing
+    assert kept(folders) == [("1.png", "a dog\non grass"), ("1.png", "from one tab"), ("1.png", "from another")]
+
+
+def test_a_caption_file_that_cannot_be_read_is_set_aside(folders: Folders, dog: Path) -> None:
+    (dog / "1.txt").write_bytes(b"zero\x00byte")
+    assert write(folders, {"1.png": "new"}, _1="") == 1
+    assert (dog / "1.txt").read_text() == "new\n"
+    (aside,) = (folders.base / "user/lorasmith/removed").rglob("1.txt")
+    assert aside.read_bytes() == b"zero\x00byte"
 
 
 def test_what_is_removed_is_moved(folders: Folders, dog: Path) -> None:
@@ -301,7 +357,7 @@ def test_the_package_stays_as_it_is(folders: Folders, tmp_path: Path) -> None:
     changes: dict[str, Any] = {
         "remove": lambda: dataset_changes.remove_dataset(folders, "fox"),
         "image": lambda: dataset_changes.remove_image(folders, "fox", "fox_1.png"),
-        "captions": lambda: dataset_changes.set_captions(folders, "fox", {"fox_1.png": "x"}),
+        "captions": lambda: dataset_changes.set_captions(folders, "fox", {"fox_1.png": CaptionEdit(caption="x")}),
         "add": lambda: dataset_changes.add_image(folders, "fox", file="x.png", temporary=sent(tmp_path, noise())),
     }
     for change in changes.values():

@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -175,9 +176,9 @@ def test_a_lora_is_copied_once_and_replaces_nothing(
 ) -> None:
     loras = base / "models" / "loras"
     loras.mkdir(parents=True)
-    (loras / "dog.safetensors").write_bytes(b"mine")
+    (loras / "Dog.safetensors").write_bytes(b"mine")  # which is dog.safetensors where case is ignored
     assert run_results.install_run(installation, RUN).installed == "dog-2.safetensors"
-    assert (loras / "dog.safetensors").read_bytes() == b"mine"
+    assert (loras / "Dog.safetensors").read_bytes() == b"mine"
     assert sha256_file(loras / "dog-2.safetensors") == sha256_file(base / RUN / "dog.safetensors")
     again = run_results.install_run(installation, RUN)
     assert (again.installed, again.was_there) == ("dog-2.safetensors", True)
@@ -192,6 +193,16 @@ def test_a_lora_is_copied_once_and_replaces_nothing(
     assert {one.installed for one in both} == {"x.safetensors", "x-2.safetensors"}
     with pytest.raises(OptionError, match="has LoRAs of the steps 2, 4, got 3"):
         run_results.install_run(installation, RUN, step=3)
+
+
+def test_links_that_a_record_follows_are_followed_if_the_server_does(installation: Folders, base: Path) -> None:
+    record = base / RUN / "run.json"
+    content = json.loads(record.read_text())
+    content["source"]["follow_links"] = True
+    record.write_text(json.dumps(content))
+    for following in (False, True):
+        found = plain(run_results.train_on_request(replace(installation, follow_links=following), RUN, steps=9))
+        assert found["settings"].get("follow_links", False) is following
 
 
 def test_training_on_is_a_request_from_the_last_state(installation: Folders, base: Path) -> None:

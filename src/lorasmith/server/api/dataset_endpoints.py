@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.core.options import Option, options_of
 from lorasmith.data.data_config import DataConfig
 from lorasmith.server.api.endpoint import Call, Endpoint, Query
+from lorasmith.server.api.job_answers import uses_dataset
 from lorasmith.server.api.uploads import add_files
 from lorasmith.server.api_shapes import (
-    Caption,
+    CaptionBody,
+    CaptionEdit,
     Changed,
     DataCheckAnswer,
     DatasetAnswer,
@@ -28,6 +31,7 @@ from lorasmith.server.api_shapes import (
 )
 from lorasmith.server.contained_files import send_file
 from lorasmith.server.disk_space import disk_space
+from lorasmith.server.jobs import JobStateError
 from lorasmith.server.server_context import ServerContext
 from lorasmith.training.config import TrainConfig
 
@@ -50,7 +54,14 @@ async def _dataset(context: ServerContext, call: Call) -> Any:
 
 
 async def _remove(context: ServerContext, call: Call) -> Any:
-    return await context.assistant.ask("remove_dataset", name=call.path("name"))
+    name = call.path("name")
+    users = (job for job in context.store.unfinished(name) if uses_dataset(job, context.config.base, name))
+    if (job := next(users, None)) is not None:
+        raise JobStateError(
+            f"{name} is the dataset of {job.request.get('name') or 'a graph'}, a job that is {job.state}; cancel that "
+            "job first"
+        )
+    return await context.assistant.ask("remove_dataset", name=name)
 
 
 async def _remove_image(context: ServerContext, call: Call) -> Any:
@@ -58,8 +69,11 @@ async def _remove_image(context: ServerContext, call: Call) -> Any:
 
 
 async def _captions(context: ServerContext, call: Call) -> Any:
-    with disk_space(context.config.base, sum(len(text.encode()) for text in call.body.values())):
-        return await context.assistant.ask("set_captions", name=call.path("name"), captions=call.body)
+    body: CaptionBody = call.body
+    edits = {file: CaptionEdit(caption=one) if isinstance(one, str) else one for file, one in body.items()}
+    captions = {file: asdict(one) for file, one in edits.items()}
+    with disk_space(context.config.base, sum(len(one.caption.encode()) for one in edits.values())):
+        return await context.assistant.ask("set_captions", name=call.path("name"), captions=captions)
 
 
 async def _image(context: ServerContext, call: Call) -> web.StreamResponse:
@@ -149,9 +163,9 @@ DATASET_ENDPOINTS = (
     Endpoint(
         method="PUT",
         path="/datasets/{name}/captions",
-        summary="Write captions by the names of their pictures; an empty one takes the caption away.",
+        summary="Store captions by the names of their pictures, where they are still those that were seen.",
         handler=_captions,
-        body=Caption,
+        body=CaptionBody,
         answer=Changed,
     ),
     Endpoint(

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 from lorasmith.server.api_shapes import JobAnswer
 from lorasmith.server.jobs import Job
 
-__all__ = ["job_answer", "job_row"]
+__all__ = ["job_answer", "job_row", "uses_dataset"]
 
 _TITLES = {"graph": "Workflow", "measure": "Measurement", "train": "Training"}
 _LARGE = ("prompt", "workflow", "extra_data")
@@ -42,6 +43,28 @@ def job_row(job: Job | Mapping[str, Any]) -> dict[str, Any]:
         facts["error"] = None if job.error is None else dict(job.error)
         facts["dataset"] = _dataset(job)
     return facts
+
+
+def uses_dataset(job: Job, base: Path, name: str) -> bool:
+    """Whether a job reads a dataset: it trains on it, or is a graph that reads pictures of it. Case is ignored.
+
+    Args:
+        job: the job.
+        base: base folder.
+        name: of the dataset.
+    """
+    sources = job.request.get("sources") or ()
+    named = [base / str(one.get("path", "")) for one in sources if isinstance(one, Mapping)]
+    for node in (job.request.get("prompt") or {}).values():
+        inputs = node.get("inputs") if isinstance(node, Mapping) else None
+        given = (inputs.get(key) for key in _OF_INPUTS) if isinstance(inputs, Mapping) else ()
+        named += [base / "input" / one for one in given if isinstance(one, str) and "\0" not in one]
+    folder = os.path.join(os.path.realpath(base / "input" / name), "").casefold()  # noqa: PTH118 - with a slash
+    return any(os.path.join(os.path.realpath(one), "").casefold().startswith(folder) for one in named)  # noqa: PTH118
+
+
+_OF_INPUTS = ("folder", "image", "file")
+"""Inputs of nodes that name files and folders of the input folder."""
 
 
 def _settings(job: Job) -> Mapping[str, Any]:

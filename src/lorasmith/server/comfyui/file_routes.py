@@ -7,12 +7,13 @@ import contextlib
 import hashlib
 import os
 import re
+import shutil
 from pathlib import Path
 
 from aiohttp import BodyPartReader, web
 
 from lorasmith.core.errors import OptionError, OutputError
-from lorasmith.core.files import ensure_folder, is_regular
+from lorasmith.core.files import atomic_path, ensure_folder, is_regular
 from lorasmith.core.folders import ASSETS, Folders
 from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.server.assistant import Assistant
@@ -20,6 +21,7 @@ from lorasmith.server.comfyui.answers import refused, table
 from lorasmith.server.contained_files import UNTRUSTED, checked_name, contained, find_contained, send_file
 from lorasmith.server.disk_space import disk_space
 from lorasmith.server.error_answers import TooLargeError
+from lorasmith.server.removed_files import set_aside
 from lorasmith.server.request_parts import MAX_UPLOAD_BYTES
 from lorasmith.server.upload_folder import blocks, form_parts, received, upload_folder
 
@@ -142,10 +144,22 @@ class FileRoutes:
             target = contained(folder, name)
             if target.is_dir():
                 return refused(400, "a folder of this name exists; rename the file")
-            if is_overwriting or not target.exists():
-                content.chmod(0o644)
-                os.replace(content, target)  # noqa: PTH105 - the name of what happens
+            await asyncio.to_thread(self._put, content, target, keep=place != "temp")
         return web.json_response({"name": name, "subfolder": subfolder, "type": place})
+
+    def _put(self, content: Path, target: Path, *, keep: bool) -> None:
+        """Move a file to its place, unless it is there; `keep`: what it replaces is set aside."""
+        if target.exists():
+            if _is_same(content, target):
+                return
+            if keep:
+                set_aside(self._folders.base, [target], target.name)
+        content.chmod(0o644)
+        try:
+            content.replace(target)
+        except OSError:  # on another disk
+            with atomic_path(target) as temporary:
+                shutil.copyfile(content, temporary)
 
     async def _list(self, request: web.Request) -> web.Response:
         place = request.match_info["place"]
@@ -191,20 +205,23 @@ async def _limited(part: BodyPartReader) -> bytes:
 
 
 def _free_name(folder: Path, name: str, content: Path) -> str:
-    """`name`, or a numbered one if a file of other content has it."""
+    """`name`, or a numbered one if a file of other content has it, in whatever case."""
     stem, dot, suffix = name.rpartition(".")
     stem, suffix = (stem, dot + suffix) if stem else (name, "")
-    digest = None
+    taken = {entry.name.casefold(): entry.name for entry in os.scandir(folder)}
     for number in range(_MOST_COPIES):
         candidate = f"{stem} ({number}){suffix}" if number else name
-        path = folder / candidate
-        if not path.is_symlink() and not path.exists():
+        if (there := taken.get(candidate.casefold())) is None:
             return candidate
-        if is_regular(path) and path.stat().st_size == content.stat().st_size:
-            digest = digest or _digest(content)
-            if _digest(path) == digest:
-                return candidate
+        if _is_same(content, folder / there):
+            return there
     raise OutputError(f"{_MOST_COPIES:,} files have the name {name!r} already; rename it")
+
+
+def _is_same(content: Path, path: Path) -> bool:
+    """Whether a file has the content of another one."""
+    is_as_long = is_regular(path) and path.stat().st_size == content.stat().st_size
+    return is_as_long and _digest(path) == _digest(content)
 
 
 def _digest(path: Path) -> bytes:

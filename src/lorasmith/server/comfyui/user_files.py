@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import json
 import os
-import time
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -19,8 +18,8 @@ from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.server.comfyui.answers import read_json, refused, table
 from lorasmith.server.contained_files import OutsideError, contained, send_file
 from lorasmith.server.disk_space import disk_space
+from lorasmith.server.removed_files import set_aside
 from lorasmith.server.request_parts import MAX_JSON_BYTES, read_body
-from lorasmith.server.server_config import REMOVED
 
 __all__ = ["FIRST_SETTINGS", "UserFiles"]
 
@@ -38,7 +37,6 @@ class UserFiles:
     def __init__(self, base: Path) -> None:
         self._base = base
         self._folder = base / "user" / "default"
-        self._removed = base / REMOVED
         self._writing = asyncio.Lock()
 
     def routes(self) -> list[web.RouteDef]:
@@ -63,10 +61,10 @@ class UserFiles:
         return web.json_response({"storage": "server", "migrated": True})
 
     async def _settings(self, request: web.Request) -> web.Response:
-        return web.json_response(await asyncio.to_thread(self._saved_settings))
+        return web.json_response((await asyncio.to_thread(self._saved_settings))[0])
 
     async def _setting(self, request: web.Request) -> web.Response:
-        saved = await asyncio.to_thread(self._saved_settings)
+        saved, _ = await asyncio.to_thread(self._saved_settings)
         return web.json_response(saved.get(request.match_info["id"]))
 
     async def _merge_settings(self, request: web.Request) -> web.Response:
@@ -78,18 +76,29 @@ class UserFiles:
         await self._save_settings({request.match_info["id"]: await read_json(request)})
         return web.Response()
 
-    def _saved_settings(self) -> dict[str, Any]:
+    def _saved_settings(self) -> tuple[dict[str, Any], bool]:
+        """The settings, and whether they are all that the file says: what cannot be read does not stop the editor."""
+        content, saved, is_all = b"{}", {}, False
         try:
-            saved = parse_foreign_json(read_regular(self._settings_file, at_most=MAX_JSON_BYTES))
-        except (OSError, ValueError):
-            saved = {}  # missing or damaged: the editor asks for the settings before anything else
-        return FIRST_SETTINGS | (saved if isinstance(saved, dict) else {})
+            with contextlib.suppress(FileNotFoundError):
+                content = read_regular(self._settings_file, at_most=MAX_JSON_BYTES)
+            saved = parse_foreign_json(content)
+            is_all = isinstance(saved, dict)
+        except OSError:  # too large, a folder, or without permission
+            pass
+        except ValueError:  # other programs write NaN, names twice and a byte order mark
+            with contextlib.suppress(ValueError, RecursionError):
+                saved = json.loads(content.decode("utf-8-sig"), parse_constant=lambda name: None)
+        return FIRST_SETTINGS | (saved if isinstance(saved, dict) else {}), is_all
 
     async def _save_settings(self, changes: dict[str, Any]) -> None:
         async with self._writing:
-            text = json.dumps(await asyncio.to_thread(self._saved_settings) | changes, indent=4)
+            saved, is_all = await asyncio.to_thread(self._saved_settings)
+            text = json.dumps(saved | changes, indent=4)
             if len(text) > MAX_JSON_BYTES:
                 raise OutputError(f"settings must have at most {MAX_JSON_BYTES:,} bytes; remove some")
+            if not is_all:
+                await asyncio.to_thread(set_aside, self._base, [self._settings_file], self._settings_file.name)
             with disk_space(self._base, len(text)):
                 await asyncio.to_thread(write_atomic, self._settings_file, text)
 
@@ -147,7 +156,7 @@ class UserFiles:
         if not is_regular(path):
             return refused(404, "no such file")
         async with self._writing:
-            await asyncio.to_thread(_set_aside, path, self._removed)
+            await asyncio.to_thread(set_aside, self._base, [path], path.name)
         return web.Response(status=204)
 
     async def _move(self, request: web.Request) -> web.Response:
@@ -155,12 +164,14 @@ class UserFiles:
         if not is_regular(source):
             return refused(404, "no such file")
         async with self._writing:
-            if request.query.get("overwrite") == "false" and target.exists():
+            # Where case is ignored, a file may be given its own name in other letters.
+            is_other = target.exists() and not target.samefile(source)
+            if request.query.get("overwrite") == "false" and is_other:
                 return refused(409, "a file of this name exists")
             if is_folder(target):
                 return refused(400, "a folder of this name exists")
-            if is_regular(target) and target != source:
-                await asyncio.to_thread(_set_aside, target, self._removed)
+            if is_other:
+                await asyncio.to_thread(set_aside, self._base, [target], target.name)
             ensure_folder(target.parent)
             await asyncio.to_thread(os.replace, source, target)
         return self._described(target, request)
@@ -215,9 +226,3 @@ def _info(path: Path, root: Path) -> dict[str, Any]:
         "modified": int(status.st_mtime * 1000),
         "created": int(status.st_ctime * 1000),
     }
-
-
-def _set_aside(path: Path, removed: Path) -> None:
-    ensure_folder(removed)
-    target = removed / f"{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**9:09}-{path.name}"
-    os.replace(path, target)  # noqa: PTH105 - the name of what happens

@@ -13,24 +13,25 @@ from lorasmith.core.errors import OptionError, OutputError
 from lorasmith.core.files import atomic_path, ensure_folder, is_regular, write_atomic
 from lorasmith.core.folders import ASSETS, Folders
 from lorasmith.core.safe_names import plain_name, safe_name
-from lorasmith.data.captions import CAPTION_SUFFIXES, MAX_CAPTION, CaptionError, read_caption_file
+from lorasmith.data.captions import CAPTION_SUFFIXES, MAX_CAPTION, CaptionError, one_line, read_caption_file
 from lorasmith.data.folder_listing import VIDEO_SUFFIXES, foreign_reason, stem_of
 from lorasmith.data.image_files import ImageError, file_digest, image_header, image_size, image_suffixes
-from lorasmith.server.api_shapes import Changed, DatasetRow, RemovedAnswer
+from lorasmith.server.api_shapes import CaptionEdit, Changed, DatasetRow, RemovedAnswer
 from lorasmith.server.disk_space import disk_space
 from lorasmith.server.questions.dataset_folders import (
     UnknownFileError,
     caption_file,
     caption_of,
     dataset_folder,
-    moved_away,
     picture_of,
     pictures_in,
 )
 from lorasmith.server.questions.shaped_questions import shaped
+from lorasmith.server.removed_files import keep_captions, set_aside
 
 __all__ = [
     "MOST_IMAGES",
+    "StaleCaptionError",
     "TakenNameError",
     "add_caption",
     "add_image",
@@ -48,12 +49,28 @@ _NO_VIDEOS = (
     "is a video, which the page does not take; run lorasmith train on its folder with a model of videos, or add it as "
     "an animated WebP file"
 )
-_NAMING = threading.Lock()
-"""Held while a free name is found and taken."""
+_CHANGING = threading.Lock()
+"""Held while datasets are changed, from looking at what is there."""
 
 
 class TakenNameError(OptionError):
     """The name of something new is taken."""
+
+
+class StaleCaptionError(OptionError):
+    """A caption is not the one that was seen before it was changed.
+
+    Attributes:
+        details: the captions that are there now, by the names of their pictures.
+    """
+
+    def __init__(self, details: dict[str, str]) -> None:
+        more = f", and {len(details) - 1:,} more were" if len(details) > 1 else ""
+        super().__init__(
+            f"the caption of {next(iter(details))} was changed elsewhere{more}, and nothing was stored; look at what "
+            "is there now, and store yours again"
+        )
+        self.details = details
 
 
 @shaped
@@ -68,7 +85,7 @@ def create_dataset(folders: Folders, name: str) -> DatasetRow:
     if not name.strip():
         raise OptionError("a dataset must have a name, got an empty one; name it after its subject")
     folder = ensure_folder(folders.place("input")) / safe_name(name.strip())
-    with _NAMING:
+    with _CHANGING:
         taken = {one.name.casefold() for one in (*folder.parent.iterdir(), *(ASSETS / "input").iterdir())}
         if folder.name.casefold() in taken:
             raise TakenNameError(f"there is a dataset {folder.name!r} already; choose another name, or add to that one")
@@ -79,7 +96,7 @@ def create_dataset(folders: Folders, name: str) -> DatasetRow:
 @shaped
 def remove_dataset(folders: Folders, name: str) -> RemovedAnswer:
     """Move a dataset away. Raises UnknownFileError, OutputError."""
-    return moved_away(folders, [dataset_folder(folders, name, to_change=True)], name)
+    return _removed(folders, [dataset_folder(folders, name, to_change=True)], name)
 
 
 @shaped
@@ -116,7 +133,7 @@ def add_image(folders: Folders, name: str, *, file: str, temporary: str) -> dict
     asked = Path(file)
     suffix = asked.suffix.lower() if asked.suffix.lower() in suffixes else suffixes[0]
     stem = safe_name(_file_name(file).removesuffix(asked.suffix))
-    with _NAMING:
+    with _CHANGING:
         names = [entry.name for entry in os.scandir(folder) if not entry.name.startswith(".")]
         pictures = [one for one in names if Path(one).suffix.lower() in image_suffixes()]
         if (same := _same_content(folder, pictures, source)) is not None:
@@ -152,19 +169,20 @@ def add_caption(folders: Folders, name: str, *, file: str, temporary: str, image
     except CaptionError as error:
         return {"skipped": error.reason}
     stem = _file_name(file).removesuffix(Path(file).suffix).casefold()
-    found = {one.name: one for one in pictures_in(folder)[0]}
-    of = (
-        found.get(image)
-        if image
-        else next((one for key, one in found.items() if stem_of(key).casefold() == stem), None)
-    )
-    if of is None:
-        return {"skipped": "has no picture of the same name; add that too"}
-    target = caption_file(of)
-    if of.caption_file and read_caption_file(target).text != caption.text:
-        return {"skipped": f"is left out, as {of.name} has another caption; change that instead"}
-    write_atomic(target, "\n".join(caption.lines) + "\n")
-    return {"added": target.name}
+    with _CHANGING:
+        found = {one.name: one for one in pictures_in(folders, folder)[0]}
+        of = (
+            found.get(image)
+            if image
+            else next((one for key, one in found.items() if stem_of(key).casefold() == stem), None)
+        )
+        if of is None:
+            return {"skipped": "has no picture of the same name; add that too"}
+        target = caption_file(of)
+        if of.caption_file and read_caption_file(target).text != caption.text:
+            return {"skipped": f"is left out, as {of.name} has another caption; change that instead"}
+        write_atomic(target, "\n".join(caption.lines) + "\n")
+        return {"added": target.name}
 
 
 @shaped
@@ -185,12 +203,13 @@ def remove_image(folders: Folders, name: str, file: str) -> RemovedAnswer:
     stem = stem_of(path.name)
     beside = [folder / f"{stem}{suffix}" for suffix in CAPTION_SUFFIXES]
     beside += [one for one in folder.glob("*.mask.*") if one.name.startswith(f"{stem}.mask.")]
-    return moved_away(folders, [path, *(one for one in beside if is_regular(one))], name)
+    with _CHANGING:
+        return _removed(folders, [path, *(one for one in beside if is_regular(one))], name)
 
 
 @shaped
-def set_captions(folders: Folders, name: str, captions: Mapping[str, str]) -> Changed:
-    """Write captions; nothing is written if one of them cannot be.
+def set_captions(folders: Folders, name: str, captions: Mapping[str, CaptionEdit]) -> Changed:
+    """Write captions; nothing is written if one of them cannot be. Those that they replace are kept.
 
     Args:
         folders: of the installation.
@@ -200,30 +219,54 @@ def set_captions(folders: Folders, name: str, captions: Mapping[str, str]) -> Ch
     Raises:
         UnknownFileError: there is no such dataset or picture.
         OptionError: a caption is too long.
+        StaleCaptionError: a caption is not the one that was seen.
         OutputError: a file cannot be written.
     """
     folder = dataset_folder(folders, name, to_change=True)
-    found = {one.name: one for one in pictures_in(folder)[0]}
-    for file, text in captions.items():
-        if file not in found:
-            raise UnknownFileError(f"there is no picture {file!r} in {name}; load the page again")
-        if len(text) > MAX_CAPTION or "\x00" in text:
+    for edit in captions.values():
+        if len(edit.caption) > MAX_CAPTION or "\x00" in edit.caption:
             raise OptionError(
-                f"a caption must be text of at most {MAX_CAPTION:,} characters, got {len(text):,}; shorten it"
+                f"a caption must be text of at most {MAX_CAPTION:,} characters, got {len(edit.caption):,}; shorten it"
             )
-    changed = 0
-    for file, text in captions.items():
-        one, target = found[file], caption_file(found[file])
-        before = caption_of(one)[0] if one.caption_file else None
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
-        if not lines and one.caption_file:
-            moved_away(folders, [target], name)
-        elif lines and before != "\n".join(lines):
-            write_atomic(target, "\n".join(lines) + "\n")
-        else:
-            continue
-        changed += 1
-    return Changed(changed=changed)
+    with _CHANGING:
+        found = {one.name: one for one in pictures_in(folders, folder)[0]}
+        if unknown := next((file for file in captions if file not in found), None):
+            raise UnknownFileError(f"there is no picture {unknown!r} in {name}; load the page again")
+        there = {file: caption_of(found[file]) for file in captions}
+        new = {file: _as_stored(edit.caption) for file, edit in captions.items()}
+        changed = [file for file in captions if new[file] != there[file][0] or there[file][1]]
+        stale = {file: there[file][0] for file in changed if not _is_seen(captions[file], there[file][0])}
+        if stale:
+            raise StaleCaptionError(stale)
+        for file in changed:
+            target = caption_file(found[file])
+            if not found[file].caption_file and os.path.lexists(target):
+                raise OptionError(
+                    f"{file} has no caption file of its own, as {target.name} is there already: where case is ignored "
+                    "it may be that of another picture; rename one of them"
+                )
+        on_disk = [file for file in changed if found[file].caption_file]
+        keep_captions(folders.base, name, {file: there[file][0] for file in on_disk if there[file][0]})
+        if away := [caption_file(found[file]) for file in on_disk if there[file][1] or not new[file]]:
+            set_aside(folders.base, away, name)
+        for file in changed:
+            if new[file]:
+                write_atomic(caption_file(found[file]), f"{new[file]}\n")
+    return Changed(changed=len(changed))
+
+
+def _as_stored(text: str) -> str:
+    """A caption as it is read again: its lines that are not blank."""
+    return "\n".join(filter(None, map(one_line, text.splitlines())))
+
+
+def _is_seen(edit: CaptionEdit, there: str) -> bool:
+    """Whether a caption may be replaced: it is the one that was seen, or nobody says what was."""
+    return edit.seen is None or _as_stored(edit.seen) == there
+
+
+def _removed(folders: Folders, paths: list[Path], name: str) -> RemovedAnswer:
+    return RemovedAnswer(removed=set_aside(folders.base, paths, name).relative_to(folders.base).as_posix())
 
 
 def _file_name(sent: str) -> str:

@@ -8,7 +8,8 @@ from typing import Any
 
 from lorasmith.app.data_check import DataCheck, check_folder
 from lorasmith.app.data_check_page import said_of
-from lorasmith.core.errors import DataError
+from lorasmith.app.run_spec import SETTINGS
+from lorasmith.core.errors import DataError, OptionError
 from lorasmith.core.folders import Folders
 from lorasmith.core.options import config_from, options_of
 from lorasmith.data.data_config import DataConfig
@@ -22,6 +23,7 @@ from lorasmith.server.questions.shaped_questions import shaped
 from lorasmith.training.config import TrainConfig, settings_from_file
 
 __all__ = ["check_dataset", "split_settings"]
+
 
 _SEVERITIES: dict[FindingKind, Severity] = {
     "unused files": "problem",
@@ -66,7 +68,7 @@ def check_dataset(
         LorasmithError: model or settings cannot be used.
     """
     folder = dataset_folder(folders, name)
-    data, training = split_settings(settings or {}, trigger)
+    data, training = split_settings(folders, settings or {}, trigger)
     try:
         checked = check_folder(
             folder,
@@ -77,7 +79,7 @@ def check_dataset(
             validation_share=training.validation_share,
         )
     except DataError as error:
-        found, skipped, notes = pictures_in(folder)
+        found, skipped, notes = pictures_in(folders, folder)
         reasons = [*skipped, *((one.path, problem) for one in found if (problem := picture_row(one).problem))]
         finding = FindingFacts(
             kind="no pictures", message=str(error), files=tuple(one.name for one in found), severity="problem"
@@ -91,19 +93,23 @@ def check_dataset(
     return _check_answer(checked)
 
 
-def split_settings(settings: Mapping[str, Any], trigger: str = "") -> tuple[DataConfig, TrainConfig]:
+def split_settings(folders: Folders, settings: Mapping[str, Any], trigger: str = "") -> tuple[DataConfig, TrainConfig]:
     """Settings by name as those of data and of training, of which they may choose among names alone.
 
     Args:
+        folders: of the installation, which decide whether links are followed.
         settings: by name.
         trigger: phrase, if it is not among them.
 
     Raises:
-        OptionError: one is unknown, or out of its range.
+        OptionError: one is unknown, out of its range, or not for requests.
     """
+    for name, value in settings.items():
+        if name in SETTINGS and SETTINGS[name].door == "typed" and value not in (None, "none", False):
+            raise OptionError(f"{name} is not for requests, got {value!r}; type it on the command line")
     own = {key: value for key, value in settings.items() if key in options_of(DataConfig)}
     others = {key: value for key, value in settings.items() if key not in own}
-    named = {"trigger": trigger} if trigger else {}
+    named = {"follow_links": folders.follow_links, **({"trigger": trigger} if trigger else {})}
     return config_from(DataConfig, {**own, **named}), settings_from_file(others)
 
 

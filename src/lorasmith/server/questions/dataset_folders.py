@@ -1,22 +1,17 @@
 """Datasets as folders of images in `<base>/input`: where they are, their pictures and captions, what is removed.
 
-A dataset is one folder, such as `input/dog`, that `lorasmith train` takes as it is. A link in `input` is followed where
-it stays below the base folder. Pictures in its inner folders are counted in notes and not shown. What is removed is
-moved to `<base>/user/lorasmith/removed`.
+A dataset is one folder, such as `input/dog`, that `lorasmith train` takes as it is. Links are followed as `Folders` and
+`DataConfig.follow_links` say. Pictures in its inner folders are counted in notes and not shown.
 """
 
 from __future__ import annotations
 
-import shutil
-import time
 from collections.abc import Iterator
-from itertools import count
 from pathlib import Path
 
 from lorasmith.core.errors import DataError, OutputError
-from lorasmith.core.files import ensure_folder, is_folder, is_regular
+from lorasmith.core.files import is_folder, is_regular
 from lorasmith.core.folders import ASSETS, Folders
-from lorasmith.core.safe_names import safe_name
 from lorasmith.data.captions import CAPTION_SUFFIXES, CaptionError, read_caption_file
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.folder_listing import Skipped, stem_of
@@ -24,8 +19,6 @@ from lorasmith.data.folder_remarks import Remarks
 from lorasmith.data.image_files import image_suffixes
 from lorasmith.data.source_files import Candidate, candidates
 from lorasmith.data.sources import ImageSource
-from lorasmith.server.api_shapes import RemovedAnswer
-from lorasmith.server.server_config import REMOVED
 
 __all__ = [
     "UnknownFileError",
@@ -33,9 +26,7 @@ __all__ = [
     "caption_of",
     "dataset_folder",
     "is_builtin",
-    "is_here",
     "is_name",
-    "moved_away",
     "picture_of",
     "pictures_in",
     "stays_in",
@@ -61,7 +52,7 @@ def dataset_folder(folders: Folders, name: str, *, to_change: bool = False) -> P
     """
     if is_name(name):
         own = folders.place("input") / name
-        if is_folder(own) and is_here(folders, own):
+        if is_folder(own) and folders.is_here(own):
             return own
         if is_folder(ASSETS / "input" / name):
             if to_change:
@@ -81,27 +72,18 @@ def is_builtin(folder: Path) -> bool:
     return folder.is_relative_to(ASSETS)
 
 
-def is_here(folders: Folders, path: Path) -> bool:
-    """Whether a path is where it seems to be: below the base folder, or below the input folder if that is a link."""
-    try:
-        real = path.resolve()
-        roots = (folders.base.resolve(), folders.place("input").resolve(), ASSETS.resolve())
-    except (OSError, RuntimeError):
-        return False
-    return any(real.is_relative_to(root) for root in roots)
-
-
 def is_name(name: str) -> bool:
     """Whether a text is a single name, so that a path made with it stays in its folder."""
     return bool(name) and not name.startswith(".") and not set(name) & set("/\\\x00:")
 
 
-def pictures_in(folder: Path) -> tuple[list[Candidate], Skipped, list[str]]:
+def pictures_in(folders: Folders, folder: Path) -> tuple[list[Candidate], Skipped, list[str]]:
     """The pictures directly in a folder, what is not used of it, and notes."""
     skipped: Skipped = []
     remarks = Remarks()
+    config = DataConfig(follow_links=folders.follow_links)
     try:
-        found = list(candidates(ImageSource(str(folder)), DataConfig(), cache=None, skipped=skipped, remarks=remarks))
+        found = list(candidates(ImageSource(str(folder)), config, cache=None, skipped=skipped, remarks=remarks))
     except DataError as error:
         return [], [], [str(error)]
     own = [one for one in found if not one.folder.inside]
@@ -116,7 +98,8 @@ def pictures_in(folder: Path) -> tuple[list[Candidate], Skipped, list[str]]:
     real = folder.resolve()
     shown = [one for one in own if stays_in(one.path, real)]
     if len(shown) < len(own):
-        notes.append(f"{len(own) - len(shown):,} pictures are links to other folders: trained on, and not shown here.")
+        use = "trained on, and not shown" if folders.follow_links else "neither trained on nor shown"
+        notes.append(f"{len(own) - len(shown):,} pictures are links to other folders: {use} here.")
     return shown, skipped, [*notes, *remarks.sentences()]
 
 
@@ -142,6 +125,8 @@ def picture_of(folder: Path, file: str) -> Path:
 
 def caption_of(one: Candidate) -> tuple[str, str]:
     """The caption of a picture, line by line, and what is wrong with it."""
+    if one.barred:
+        return "", one.barred
     if one.caption_file:
         try:
             caption = read_caption_file(one.folder.file(one.caption_file))
@@ -155,33 +140,3 @@ def caption_of(one: Candidate) -> tuple[str, str]:
 def caption_file(one: Candidate) -> Path:
     """The caption file of a picture, which need not be there."""
     return one.folder.file(one.caption_file or f"{stem_of(one.name)}{CAPTION_SUFFIXES[0]}")
-
-
-def moved_away(folders: Folders, paths: list[Path], name: str) -> RemovedAnswer:
-    """Move files or folders of a dataset to those that were removed, each time into a folder of its own.
-
-    Args:
-        folders: of the installation.
-        paths: of the files or folders.
-        name: of the dataset, for the name of that folder.
-
-    Raises:
-        OutputError: one cannot be moved.
-    """
-    parent = ensure_folder(folders.base / REMOVED)
-    stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{safe_name(name)}"
-    for number in count(1):
-        target = parent / (stamp if number == 1 else f"{stamp}-{number}")
-        try:
-            target.mkdir()
-            break
-        except FileExistsError:
-            continue
-    try:
-        for path in paths:
-            shutil.move(path, target / path.name)
-    except OSError as error:
-        raise OutputError(
-            f"{paths[0].name} cannot be moved away ({error.strerror or error}); close programs that use it"
-        ) from error
-    return RemovedAnswer(removed=target.relative_to(folders.base).as_posix())

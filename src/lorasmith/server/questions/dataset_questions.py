@@ -18,7 +18,6 @@ from lorasmith.server.questions.dataset_folders import (
     caption_of,
     dataset_folder,
     is_builtin,
-    is_here,
     picture_of,
     pictures_in,
     subfolders,
@@ -37,7 +36,7 @@ def datasets(folders: Folders) -> DatasetList:
     rows = {}
     for root in (ASSETS / "input", folders.place("input")):
         for folder in subfolders(root):
-            if is_here(folders, folder) and (row := _row(folder)) is not None:
+            if folders.is_here(folder) and (row := _row(folder)) is not None:
                 rows[folder.name] = row
     return DatasetList(datasets=tuple(sorted(rows.values(), key=lambda row: (row.builtin, row.name.casefold()))))
 
@@ -46,7 +45,7 @@ def datasets(folders: Folders) -> DatasetList:
 def dataset(folders: Folders, name: str) -> DatasetAnswer:
     """The pictures of a dataset with their captions, in natural order. Raises UnknownFileError."""
     folder = dataset_folder(folders, name)
-    found, skipped, notes = pictures_in(folder)
+    found, skipped, notes = pictures_in(folders, folder)
     return DatasetAnswer(
         name=name,
         folder=str(folder),

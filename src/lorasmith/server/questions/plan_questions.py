@@ -12,7 +12,6 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from lorasmith.app.memory_estimate import MemoryEstimate, estimate_memory
-from lorasmith.app.run_spec import SETTINGS
 from lorasmith.core.errors import DataError, OptionError
 from lorasmith.core.files import is_folder
 from lorasmith.core.folders import Folders, fingerprint
@@ -66,7 +65,7 @@ def plan(
     images = _images_folder(folders, dataset, folder)
     data, config = checked_settings(folders, settings or {}, trigger)
     files = ModelFiles(known_model(folders, model))
-    scanned = _scanned(str(images), repr(fingerprint(images)), data.recursive)
+    scanned = _scanned(str(images), repr(fingerprint(images)), data.recursive, data.follow_links)
     batch = config.samples_per_step
     epoch = epoch_of(scanned, batch, config.validation_share)
     found = _estimate(folders, files, config, data.resolution, card_bytes)
@@ -112,6 +111,8 @@ def train_request(
     title = safe_name(name.strip() or images.name)
     check_title(title)
     chosen = {**(settings or {}), **({"trigger": trigger} if trigger else {})}
+    if folders.follow_links:
+        chosen["follow_links"] = True
     for key in _loras_in(chosen):
         chosen[key] = str(folders.find("loras", str(chosen[key])))
     base = folders.base
@@ -155,12 +156,9 @@ def checked_settings(folders: Folders, settings: Mapping[str, Any], trigger: str
         OptionError: one is unknown, out of its range, or not for requests.
         LoraError: there is no LoRA of a name.
     """
-    for name, value in settings.items():
-        if name in SETTINGS and SETTINGS[name].door == "typed" and value not in (None, "none"):
-            raise OptionError(f"{name} is not for requests, got {settings[name]!r}; type it on the command line")
     for name in _loras_in(settings):
         folders.find("loras", str(settings[name]))
-    return split_settings({key: value for key, value in settings.items() if value is not None}, trigger)
+    return split_settings(folders, {key: value for key, value in settings.items() if value is not None}, trigger)
 
 
 def _loras_in(settings: Mapping[str, Any]) -> list[str]:
@@ -186,9 +184,9 @@ def _images_folder(folders: Folders, dataset: str | None, folder: str | None) ->
 
 
 @functools.lru_cache(maxsize=8)
-def _scanned(folder: str, state: str, recursive: bool) -> tuple[ImageFile, ...]:
+def _scanned(folder: str, state: str, recursive: bool, follow_links: bool) -> tuple[ImageFile, ...]:
     """The usable images of a folder as it was then."""
-    return scan_folder(folder, DataConfig(recursive=recursive)).images
+    return scan_folder(folder, DataConfig(recursive=recursive, follow_links=follow_links)).images
 
 
 def _estimate(

@@ -56,10 +56,12 @@ def install_run(folders: Folders, id: str, *, step: int | None = None, name: str
     target = folders.base / "models" / "loras"
     stem = safe_name(name.strip().removesuffix(".safetensors") or lora.stem)
     with _INSTALLING:
+        taken = {one.name.casefold(): one for one in ensure_folder(target).iterdir()}
         for number in range(1, 10_000):
             copy = target / f"{stem if number == 1 else f'{stem}-{number}'}.safetensors"
-            if not copy.exists():
+            if (there := taken.get(copy.name.casefold())) is None:
                 break
+            copy = there
             if copy.stat().st_size == lora.stat().st_size and digest_of(copy) == digest_of(lora):
                 return InstalledLora(installed=copy.name, was_there=True)
         _copy(lora, copy)
@@ -102,13 +104,16 @@ def train_on_request(folders: Folders, id: str, *, steps: int) -> dict[str, Any]
             "text_encoders": mine.text_encoders if all(_is_model(folders, one) for one in mine.text_encoders) else (),
             "vae": mine.vae if mine.vae and _is_model(folders, mine.vae) else None,
         }
-        spec = repeated(record, folder / RECORD, Rights(), **given)  # type: ignore[arg-type]
+        # Whether links are followed is the server's to say, not the record's.
+        plain = replace(record, source={**record.source, "follow_links": False})
+        spec = repeated(plain, folder / RECORD, Rights(), **given)  # type: ignore[arg-type]
     except ValueError as error:
         raise TrainingError(
             f"{folder / RECORD} is damaged ({error}); restore it from a copy, or train again"
         ) from error
     state = RunFolder(folder).states().paths()[0].resolve()
     settings = {**changed(spec.data), **changed(spec.config), "steps": steps, "existing_state": str(state)}
+    settings |= {"follow_links": True} if folders.follow_links else {}
     return asdict(replace(spec, settings=settings))
 
 

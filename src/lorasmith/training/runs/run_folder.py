@@ -285,9 +285,15 @@ def unfinished_run(parent: Path, title: str, fingerprint: Fingerprint) -> Path |
     return None
 
 
-def numbered_runs(parent: Path, title: str) -> list[tuple[int, Path]]:
-    """(number, path) of entries below `parent` whose name is the title and a number, such as `dog-001`."""
-    names = re.compile(re.escape(title) + r"[-_]([0-9]+)")
+def numbered_runs(parent: Path, title: str, *, any_case: bool = False) -> list[tuple[int, Path]]:
+    """(number, path) of entries below `parent` whose name is the title and a number, such as `dog-001`.
+
+    Args:
+        parent: the folder.
+        title: of the runs.
+        any_case: whether `Dog-001` is one for the title `dog`, as on file systems that ignore case.
+    """
+    names = re.compile(re.escape(title) + r"[-_]([0-9]+)", re.IGNORECASE if any_case else 0)
     return [(int(match[1]), path) for path in _entries(parent) if (match := names.fullmatch(path.name))]
 
 

@@ -4,10 +4,11 @@ import { connection } from "./stores.mjs";
 const ROOT = new URL("lorasmith/v1/", document.baseURI);
 
 export class ApiError extends Error {
-  constructor(kind, message, status = 0) {
+  constructor(kind, message, status = 0, details = null) {
     super(message);
     this.kind = kind;
     this.status = status;
+    this.details = details;
   }
 }
 
@@ -51,7 +52,7 @@ async function request(method, url, { body, signal }) {
   } catch {
     // Not one of the API's own errors.
   }
-  if (found?.message) throw new ApiError(found.kind ?? "error", sentence(found.message), response.status);
+  if (found?.message) throw new ApiError(found.kind ?? "error", sentence(found.message), response.status, found.details);
   throw new ApiError("error", `The server answered with an error (${response.status} ${response.statusText}).`, response.status);
 }
 

@@ -39,10 +39,15 @@ function Crop({ crop }) {
   return html`<span class="crop" title="The part that is trained" style=${{ left: share(crop.x), top: share(crop.y), width: share(crop.width), height: share(crop.height) }}></span>`;
 }
 
-/** A caption that is stored a moment after typing, and when the field is left. */
+/** Whether a caption was not stored because it is another one now than this page has shown. */
+export const isStale = (failure) => failure.kind === "StaleCaptionError";
+
+/** A caption that is stored a moment after typing, and when the field is left; one that was changed elsewhere waits for a choice. */
 function Caption({ name, caption, trigger, onCaption }) {
   const [text, setText] = useState(null); // null: as stored
   const [failed, setFailed] = useState(false);
+  const [other, setOther] = useState(null); // what was stored elsewhere meanwhile
+  const waits = useRef(false);
   const id = useId();
   const timer = useRef(0);
   const latest = useRef(null);
@@ -50,14 +55,22 @@ function Caption({ name, caption, trigger, onCaption }) {
   const store = async () => {
     clearTimeout(timer.current);
     const typed = latest.current;
-    if (typed === null || typed === caption) return;
+    if (typed === null || typed === caption || waits.current) return;
     try {
       await onCaption(typed);
       setFailed(false);
       if (latest.current === typed) setText(null);
-    } catch {
-      setFailed(true);
+    } catch (failure) {
+      waits.current = isStale(failure);
+      if (waits.current) setOther(Object.values(failure.details)[0]);
+      else setFailed(true);
     }
+  };
+  const choose = (mine) => {
+    waits.current = false;
+    setOther(null);
+    if (mine) return store();
+    setText(null);
   };
   useEffect(() => () => void store(), []);
   const type = (event) => {
@@ -69,5 +82,11 @@ function Caption({ name, caption, trigger, onCaption }) {
   return html`<label class="unseen" for=${id}>Caption of ${name}</label>
     <textarea id=${id} rows="2" class="caption" maxlength="4000" value=${text ?? caption} placeholder=${trigger ? `Only “${trigger}”` : "What is in the picture?"}
       onInput=${type} onBlur=${store} aria-invalid=${failed ? "true" : undefined}></textarea>
+    ${other !== null && html`<div class="conflict" role="alert">
+      <p>It was changed elsewhere, so your text is not stored. The caption is now:</p>
+      <p class="there">${other || "(no caption)"}</p>
+      <div class="actions"><button type="button" class="button small" onClick=${() => choose(true)}>Keep mine</button>
+        <button type="button" class="button small" onClick=${() => choose(false)}>Use that one</button></div>
+    </div>`}
     ${failed && html`<p class="field-error">This caption is not stored yet. <button type="button" class="as-link" onClick=${store}>Try again</button></p>`}`;
 }

@@ -51,6 +51,7 @@ export function JobView({ id }) {
         ${(state === "paused" || state === "interrupted") && html`<${Button} kind="primary" onClick=${() => act(job, "continue")}>Resume<//>
           <${Button} onClick=${() => act(job, "cancel", { pause: false })}>Stop here<//>`}
         ${state === "cancelled" && html`<${Button} onClick=${() => act(job, "continue")}>Continue it<//>`}
+        ${state === "failed" && job.run && html`<${Button} onClick=${() => act(job, "continue")}>Continue it<//>`}
         ${state === "failed" && html`<${Button} kind="primary" onClick=${() => act(job, "retry").then((next) => next?.id && (location.hash = link("jobs", next.id)))}>Try again<//>`}
         ${job.run && ENDED.includes(state) && html`<a class="button primary" href=${link("runs", job.run)}>See the result</a>`}
       </div>`} />

@@ -8,7 +8,7 @@ import { forget, isVideo, leftOut, upload, uploadsOf } from "../lib/uploads.mjs"
 import { count, slug } from "../lib/words.mjs";
 import { Button, Field, Loading, Notice, Problem, Question, useLoaded } from "../parts/basics.mjs";
 import { DropZone } from "../parts/drop_zone.mjs";
-import { PhotoTile } from "../parts/photo_tile.mjs";
+import { PhotoTile, isStale } from "../parts/photo_tile.mjs";
 import { Replace } from "../parts/replace.mjs";
 import { NextBar, Stepper } from "../parts/stepper.mjs";
 
@@ -28,8 +28,13 @@ export function PhotosView({ dataset }) {
   const others = useStore(leftOut)[dataset] ?? [];
   const sent = useStore(uploadsOf(dataset));
   const timer = useRef(0);
+  const seen = useRef({}); // captions as the server has them, where that is later than `found`
+  const sending = useRef(Promise.resolve());
 
-  useEffect(() => setCaptions({}), [dataset]);
+  useEffect(() => {
+    setCaptions({});
+    seen.current = {};
+  }, [dataset]);
   useEffect(() => () => clearTimeout(timer.current), []);
   const arrived = sent.filter((one) => one.state === "done").length;
   useEffect(() => {
@@ -49,22 +54,32 @@ export function PhotosView({ dataset }) {
     announcement.set(`${count(upload(dataset, files), "photo")} added.`);
   };
 
-  async function store(changed) {
-    const before = Object.fromEntries(images.filter((one) => one.file in changed).map((one) => [one.file, captionOf(one)]));
+  /** Stores captions where they are still those that this page has seen; otherwise it shows the others from then on. */
+  function store(changed) {
     setCaptions((all) => ({ ...all, ...changed }));
-    try {
-      await put(["datasets", dataset, "captions"], changed);
-    } catch (failure) {
-      say(failure.message, { mood: "bad" });
-      throw failure;
-    }
-    return before;
+    const send = async () => {
+      const before = Object.fromEntries(images.filter((one) => one.file in changed).map((one) => [one.file, seen.current[one.file] ?? one.caption ?? ""]));
+      const show = (all) => {
+        seen.current = { ...seen.current, ...all };
+        setCaptions((shown) => ({ ...shown, ...all }));
+      };
+      try {
+        await put(["datasets", dataset, "captions"], Object.fromEntries(Object.entries(before).map(([file, text]) => [file, { caption: changed[file], seen: text }])));
+        seen.current = { ...seen.current, ...changed };
+      } catch (failure) {
+        show({ ...before, ...(isStale(failure) ? failure.details : {}) });
+        if (!isStale(failure)) say(failure.message, { mood: "bad" });
+        throw failure;
+      }
+      return before;
+    };
+    return (sending.current = sending.current.then(send, send)); // one after the other: each has seen what came before
   }
 
   async function replaceAll(changed) {
     const before = await store(changed);
     const number = Object.keys(changed).length;
-    say(`${count(number, "caption")} changed.`, { undo: () => store(before).catch(() => {}) });
+    say(`${count(number, "caption")} changed.`, { undo: () => store(before).catch((failure) => isStale(failure) && say(failure.message, { mood: "bad" })) });
   }
 
   async function drop(image) {

@@ -54,7 +54,7 @@ function Watched({ run, onEnd }) {
 function Actions({ run, job, reload }) {
   const [dialog, setDialog] = useState(null);
   const close = () => setDialog(null);
-  const canContinue = job && ["paused", "interrupted", "cancelled"].includes(job.state);
+  const canContinue = job && ["paused", "interrupted", "cancelled", "failed"].includes(job.state);
   const again = () => {
     const settings = Object.fromEntries(Object.entries(run.changed).filter(([name]) => name !== "trigger"));
     writeDraft(run.dataset, { ...readDraft(run.dataset), name: run.name, trigger: run.trigger, model: run.model, isChosen: true, settings });
