@@ -285,7 +285,7 @@ class Folders:
             return True
         try:
             real = path.resolve()
-            own = (self.base, *map(self.place, ("input", "output", "temp")), ASSETS / "input")
+            own = (self.base, *self._places("input"), self.place("output"), self.place("temp"))
             roots = [one.resolve() for one in (*own, *self._dataset_roots())]
         except (OSError, RuntimeError):  # a circle of links
             return False
