@@ -47,7 +47,7 @@ class Option:
         is_path: whether a text names a file or folder.
         is_prompt: whether a text is a prompt; private runs show neither prompts nor paths.
         is_main: whether pages and help show it before the others.
-        door: `typed` if requests to a server cannot have it, as it names files or programs or lets them be read; `graph`
+        door: `typed` if requests to a server cannot have it, as it names files or lets programs start; `graph`
             if it has an effect in graphs alone.
         of_model: whether it is of the frozen model and its passes, so that runs over one model have it in common.
         of_fresh: whether it has an effect on layers without an adapter alone.

@@ -194,7 +194,9 @@ def list_folders(
             elif mask_folder and _identity(str(path)) == _identity(mask_folder):
                 continue
             elif listed.refuses(name):
-                skipped.append((path, Reason(f"{LINK}; move the pictures here, or name it as a folder of its own", "link")))
+                skipped.append(
+                    (path, Reason(f"{LINK}; move the pictures here, or name it as a folder of its own", "link"))
+                )
             elif (identity := _identity(str(path))) in seen:
                 skip(path, "is a link to a folder that is read already")
             else:
