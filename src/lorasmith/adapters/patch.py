@@ -16,7 +16,7 @@ from lorasmith.adapters.inject import Attached, adapters_attached, load_adapters
 from lorasmith.adapters.packed_layers import packable_layers
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import LoraError
-from lorasmith.core.quantization import WEIGHT_SOURCE, weight_source
+from lorasmith.core.quantization import WEIGHT_SOURCE, Packed, weight_source
 
 __all__ = ["Patch", "attachments", "cannot_merge", "patch_tensors", "patches_applied", "patches_merged"]
 
@@ -64,7 +64,7 @@ def patches_merged(
         model: what is patched.
         patches: as for `patches_applied`.
         dtype: of the patched parameters, fp32 where they are converted to another one later; their own if None.
-        unpacking: whether packed weights that are patched become plain ones inside; else they are refused.
+        unpacking: whether quantized weights that are patched become plain ones inside; else they are refused.
 
     Raises:
         LoraError: an adapter or a difference does not fit the model, or is for a packed weight.
@@ -75,9 +75,10 @@ def patches_merged(
     def unpacked(path: str) -> None:
         """Put a packed layer's weight into its parameter."""
         layer = model.get_submodule(path)
-        if weight_source(layer) is None:
+        source = weight_source(layer)
+        if source is None:
             return
-        if not unpacking:
+        if not (unpacking or (isinstance(source, Packed) and source.is_plain)):
             raise LoraError(cannot_merge(model))
         replace(layer.get_parameter("weight"), FrozenLayer(layer).weight)
         sources[layer] = layer.__dict__.pop(WEIGHT_SOURCE)

@@ -76,10 +76,10 @@ def repeated(
         OptionError: the record names more than it may, or a setting is unknown or out of its range.
     """
     recorded = FolderSource.from_record(record.source)
-    # `auto` may resolve to another format on this device, but the run must be the same.
+    # Products may be in another format on this device, but the run must be the same.
     dtype = record.fingerprint.get("config", {}).get("training_dtype", "auto")
     config = settings_from_file(
-        {**record.asked, "training_dtype": dtype}, optimizers=rights.optimizers, track=rights.track
+        {**record.asked, "training_dtype": dtype, "exact_dtype": True}, optimizers=rights.optimizers, track=rights.track
     )
     now: dict[str, Any] = {
         "model": model and absolute(model),
