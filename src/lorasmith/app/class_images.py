@@ -85,7 +85,7 @@ def _drawn(
     remembered = RememberedDigests(cache)
     key = key_of(
         model=network_digest("denoiser", base.components.denoiser, remembered),
-        text=text_encoder_digest(base, remembered=remembered),
+        text=text_encoder_digest(base, device=device, remembered=remembered),
         pictures=autoencoder_digest(base, remembered=remembered),
         guidance=base.defaults.guidance,
         sampling={name: str(value) for name, value in asdict(sampling).items()},

@@ -240,7 +240,7 @@ class TextEncoder:
         where = device or self.device or best_device()
         with contextlib.ExitStack() as stack:
             for name, module in self.encoders.modules.items():
-                stack.enter_context(placed_for_products(module, device=where, dtype=self._dtype(name, module, where)))
+                stack.enter_context(placed_for_products(module, device=where, dtype=self.dtype_on(name, where)))
                 stack.enter_context(
                     patches_applied(module, [patch for target, patch in self.patches if target == name])
                 )
@@ -260,13 +260,15 @@ class TextEncoder:
         with contextlib.ExitStack() as stack:  # does nothing inside `active()`
             for name, module in self.encoders.modules.items():
                 where = device_of(module)
-                stack.enter_context(placed_for_products(module, device=where, dtype=self._dtype(name, module, where)))
+                stack.enter_context(placed_for_products(module, device=where, dtype=self.dtype_on(name, where)))
             components = self.family.text_encoders
             texts = {name: _prompt(text if isinstance(text, str) else text.get(name, "")) for name in components}
             return self.family.encode_text(self.encoders, texts, self.encoding).to("cpu", torch.float32)
 
-    def _dtype(self, component: str, module: nn.Module, device: torch.device) -> torch.dtype:
-        return fast_dtype(ENCODERS[self.family.text_encoders[component].kind].dtype_of(module), device)
+    def dtype_on(self, component: str, device: torch.device | None = None) -> torch.dtype:
+        """The number format in which an encoder runs on `device` (its own if None)."""
+        own = ENCODERS[self.family.text_encoders[component].kind].dtype_of(self.encoders.modules[component])
+        return fast_dtype(own, device or self.device or best_device())
 
 
 @dataclass(frozen=True)
