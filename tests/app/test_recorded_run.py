@@ -49,7 +49,7 @@ def changed(record: dict[str, Any], part: str, **changes: Any) -> RunRecord:
 def test_a_record_is_repeated_with_what_has_moved(record: dict[str, Any], tmp_path: Path) -> None:
     source, config = repeated(changed(record, "asked"), FILE, Rights())
     assert (source.folder, source.model, source.name) == (str(tmp_path / "photos"), "lorasmith-tiny", "photos")
-    assert (config.steps, config.training_dtype) == (5, "fp32")
+    assert (config.steps, config.training_dtype, config.exact_dtype) == (5, "fp32", True), "products keep their format"
     source, _ = repeated(changed(record, "source", folder="/gone"), FILE, Rights(), data=Path("photos"))
     assert source.folder == str(tmp_path / "photos")
 

@@ -102,8 +102,12 @@ class Packed:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is a weight in another dtype (`as_stored`): casting it is all there is to unpacking."""
-        return self.unpack is _converted
+        """Whether it is a weight in another dtype (`as_stored`), which may be `changed`."""
+        return self.unpack is _converted or isinstance(self.unpack, _Changed)
+
+    def changed(self, change: Callable[[Tensor], Tensor]) -> Packed:
+        """The plain weight with `change` applied whenever it is unpacked, a function of the weight to a new one."""
+        return replace(self, unpack=_Changed(self.unpack, change))
 
     def fetch(self) -> Packed:
         """The weight itself, which is on its device."""
@@ -191,6 +195,15 @@ def as_stored(weight: Tensor, dtype: torch.dtype) -> Packed:
 def _converted(tensor: Tensor, *, dtype: torch.dtype) -> Tensor:
     # One function for all weights, so that equal blocks share compiled code.
     return tensor.to(dtype)
+
+
+@dataclass(frozen=True)
+class _Changed:
+    unpack: Callable[..., Tensor]
+    change: Callable[[Tensor], Tensor]
+
+    def __call__(self, *tensors: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.change(self.unpack(*tensors, dtype=dtype))
 
 
 def _scaled_int8(weight: Tensor, dtype: torch.dtype) -> Packed:
