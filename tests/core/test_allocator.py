@@ -46,3 +46,22 @@ def test_freed_memory_is_not_faulted_in_again() -> None:
 )
 def test_the_text_of_torch_is_not_passed_on(text: str, missed: str) -> None:
     assert memory_missed(RuntimeError(text)) == missed
+
+
+RELEASE = """
+import psutil, torch
+from lorasmith.core.allocator import keep_freed_memory, release_freed_memory
+keep_freed_memory()
+held = [torch.ones(4_000_000) for _ in range(8)]
+del held[:7]  # the last one stays above them
+before = psutil.Process().memory_info().rss
+release_freed_memory()
+print(before - psutil.Process().memory_info().rss)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the C library may be another")
+def test_kept_memory_can_be_returned_from_the_middle() -> None:
+    run = subprocess.run([sys.executable, "-c", RELEASE], capture_output=True, text=True, check=True)
+    assert int(run.stdout) > 6 * 16_000_000

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from lorasmith.app.run_plan import ClassImageDrawn, ImageEncoded, ModelLoading
+from lorasmith.app.run_plan import ClassImageDrawn, EncodersHashed, ImageEncoded, ModelLoading
 from lorasmith.report.loss_plot import RecentLoss, recent_loss
 from lorasmith.training.events import (
     CaptionEncoded,
@@ -120,6 +120,8 @@ def _activity(event: Event) -> tuple[str, int, int] | None:
             return f"loading {event.model}", 0, 0
         case ClassImageDrawn():
             return "drawing the class", event.done, event.total
+        case EncodersHashed():
+            return "hashing encoders", event.done, event.total
         case ImageEncoded():
             return "encoding images", event.done, event.total
         case CaptionEncoded():
