@@ -20,7 +20,7 @@ from lorasmith.training.job import Job
 from lorasmith.training.loop import Loop
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.outcome import Outcome
-from lorasmith.training.runs.lora_metadata import training_metadata
+from lorasmith.training.runs.lora_metadata import BaseHashes, training_metadata
 from lorasmith.training.runs.records import RunRecord
 from lorasmith.training.verdict import TOO_EARLY, UNJUDGED
 from lorasmith.training.watchers import ValidationWatch
@@ -130,6 +130,7 @@ class Results:
         trigger: trigger phrase for the metadata.
         record: of the run.
         folder: of the run; None to write nothing.
+        hashes: of the base model, which are in the LoRA once they are known.
     """
 
     def __init__(
@@ -141,6 +142,7 @@ class Results:
         trigger: str | None,
         record: RunRecord,
         folder: Path | None,
+        hashes: BaseHashes,
     ) -> None:
         self._job = job
         self._data = data
@@ -148,6 +150,7 @@ class Results:
         self._trigger = trigger
         self._record = record
         self._folder = folder
+        self._hashes = hashes
         self._started = time.time()
 
     def lora(self, step: int) -> Lora:
@@ -161,6 +164,7 @@ class Results:
             steps=job.steps_before + step,
             started=self._started,
             record=self._record,
+            hashes=self._hashes,
         )
         return lora_of(job, metadata)
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from lorasmith.data import remembered_digests
 from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Model
+from lorasmith.formats.hashes import autov1, sha256_file
 from lorasmith.formats.metadata import steps_of
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.job import plan_job
-from lorasmith.training.runs.lora_metadata import training_metadata
+from lorasmith.training.runs.lora_metadata import BaseHashes, training_metadata
 from lorasmith.training.runs.records import RunRecord, SampleRecord
 
 
@@ -36,7 +40,8 @@ def metadata(tiny: Model, *, steps: int = 500, data: EncodedDataset = DATA, **se
     config = TrainConfig(**(given | {"targets": "attention"} | settings))
     job = plan_job(tiny.denoiser, config, torch.device("cpu"))
     record = RunRecord(source={"command": "train"}, samples=(SampleRecord(name="not repeated"),))
-    return training_metadata(job, data, title="dog", trigger="sks dog", steps=steps, started=0.0, record=record)
+    about: dict[str, Any] = {"title": "dog", "trigger": "sks dog", "started": 0.0, "hashes": BaseHashes(None)}
+    return training_metadata(job, data, steps=steps, record=record, **about)
 
 
 def test_entries_that_other_programs_read(tiny: Model) -> None:
@@ -123,3 +128,40 @@ def test_private_metadata_has_no_caption_and_no_settings(tiny: Model) -> None:
 @pytest.mark.parametrize("steps", [0, 17, 10**6])
 def test_own_metadata_gives_the_steps(tiny: Model, steps: int) -> None:
     assert steps_of(metadata(tiny, steps=steps), "x") == steps
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Path]:
+    """Has each file that is read for its hash; files count as settled at once."""
+    calls: list[Path] = []
+
+    def counted(path: Path, *, each_block: Callable[[], object]) -> str:
+        calls.append(path)
+        return sha256_file(path, each_block=each_block)
+
+    monkeypatch.setenv("LORASMITH_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(remembered_digests, "sha256_file", counted)
+    monkeypatch.setattr(remembered_digests, "_SETTLED_NS", 0)
+    return calls
+
+
+def hashes_of(path: Path | None) -> tuple[str, str]:
+    with BaseHashes(path) as hashes:
+        hashes.wait(lambda: False)
+    return hashes.sha256, hashes.autov1
+
+
+def test_a_base_model_is_hashed_once_as_long_as_it_is_the_same_file(tmp_path: Path, hashed: list[Path]) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"weights")
+    for _ in range(3):
+        assert hashes_of(file) == (sha256_file(file), autov1(file))
+    assert hashed == [file]
+    file.write_bytes(b"others.")
+    assert hashes_of(file)[0] == sha256_file(file)
+    assert len(hashed) == 2
+
+
+def test_a_folder_a_missing_file_and_a_model_in_memory_have_no_hashes(tmp_path: Path, hashed: list[Path]) -> None:
+    assert {hashes_of(one) for one in (None, tmp_path, tmp_path / "missing")} == {("", "")}
+    assert hashed == []
