@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from lorasmith.data import remembered_digests
 from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Model
@@ -130,38 +128,14 @@ def test_own_metadata_gives_the_steps(tiny: Model, steps: int) -> None:
     assert steps_of(metadata(tiny, steps=steps), "x") == steps
 
 
-@pytest.fixture
-def hashed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Path]:
-    """Has each file that is read for its hash; files count as settled at once."""
-    calls: list[Path] = []
-
-    def counted(path: Path, *, each_block: Callable[[], object]) -> str:
-        calls.append(path)
-        return sha256_file(path, each_block=each_block)
-
-    monkeypatch.setenv("LORASMITH_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(remembered_digests, "sha256_file", counted)
-    monkeypatch.setattr(remembered_digests, "_SETTLED_NS", 0)
-    return calls
-
-
-def hashes_of(path: Path | None) -> tuple[str, str]:
-    with BaseHashes(path) as hashes:
-        hashes.wait(lambda: False)
-    return hashes.sha256, hashes.autov1
-
-
-def test_a_base_model_is_hashed_once_as_long_as_it_is_the_same_file(tmp_path: Path, hashed: list[Path]) -> None:
+def test_the_base_models_hashes_are_known_after_a_while_and_those_of_other_models_are_empty(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"weights")
-    for _ in range(3):
-        assert hashes_of(file) == (sha256_file(file), autov1(file))
-    assert hashed == [file]
-    file.write_bytes(b"others.")
-    assert hashes_of(file)[0] == sha256_file(file)
-    assert len(hashed) == 2
 
+    def hashes_of(path: Path | None) -> tuple[str, str]:
+        with BaseHashes(path) as hashes:
+            hashes.wait(lambda: False)
+        return hashes.sha256, hashes.autov1
 
-def test_a_folder_a_missing_file_and_a_model_in_memory_have_no_hashes(tmp_path: Path, hashed: list[Path]) -> None:
+    assert hashes_of(file) == (sha256_file(file), autov1(file))
     assert {hashes_of(one) for one in (None, tmp_path, tmp_path / "missing")} == {("", "")}
-    assert hashed == []
