@@ -449,8 +449,8 @@ class TrainConfig:
         group=_WATCH,
         changes_numbers=False,
         help="Prompts of previews during training, separated by |, drawn with and without the LoRA. Default: the "
-        "trigger or a caption on a folder of images, in at most a tenth of the run; none in workflows. An empty text "
-        "is none.",
+        "trigger or a caption on a folder of images, in at most a tenth of the run; none in workflows and in runs too "
+        "short for that. An empty text is none.",
     )
     preview_every: int | None = option(
         None,
