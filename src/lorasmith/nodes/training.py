@@ -18,6 +18,7 @@ from lorasmith.core.options import options_of
 from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Denoiser
+from lorasmith.nodes.part_files import check_part_files
 from lorasmith.nodes.saving import save_lora
 from lorasmith.nodes.values import (
     Latent,
@@ -50,6 +51,7 @@ from lorasmith.training.lora_handle import Lora
 from lorasmith.training.outcome import Outcome
 from lorasmith.training.train import RunOptions, TrainResult
 from lorasmith.workflow import Input, NodeContext, Output, node
+from lorasmith.workflow.graph import Graph, GraphNode
 
 __all__: list[str] = []
 
@@ -133,6 +135,19 @@ def _lora_files(folders: Folders, existing_lora: str = NONE_LORA, training_adapt
     return [fingerprint(folders.find("loras", name)) for name in names] or None
 
 
+def _check_files(graph: Graph, member: GraphNode, folders: Folders) -> None:
+    links = dict(member.links())
+    names = (member.inputs[name] for name in _LORA_FILES)
+    check_part_files(
+        graph,
+        folders,
+        model=links["model"],
+        conditioning=links["positive"],
+        latents=links["latents"],
+        loras=[folders.find("loras", name) for name in names if isinstance(name, str) and name != NONE_LORA],
+    )
+
+
 @node(
     "TrainLoraNode",
     display_name="Train LoRA",
@@ -154,6 +169,7 @@ def _lora_files(folders: Folders, existing_lora: str = NONE_LORA, training_adapt
     outputs=[Output("LORA_MODEL", "lora"), Output("LOSS_MAP", "loss_map"), Output("INT", "steps")],
     is_input_list=True,
     fingerprint=_lora_files,
+    check=_check_files,
 )
 def train_lora(
     context: NodeContext,

@@ -59,7 +59,7 @@ class Executor:
             cancel: set it from any thread to stop the run before its next node, or earlier if the node checks it.
 
         Raises:
-            NodeError: a node failed; the sentence names it.
+            NodeError: a node failed, or inputs cannot work together; the sentence names it.
             CancelledError: `cancel` was set. Finished nodes are cached for the next run.
         """
         cancel = cancel or threading.Event()
@@ -67,6 +67,10 @@ class Executor:
         self._kept = {key: self._kept[key] for key in signatures.values() if key in self._kept}
         cached = tuple(key for key in graph.nodes if signatures[key] in self._kept)
         self._on_event(ExecutionStarted(tuple(graph.nodes), cached))
+        for key, member in graph.nodes.items():
+            if member.node.check is not None and key not in cached:
+                with self._reporting(member):
+                    member.node.check(graph, member, self._folders)
         results: dict[str, NodeResult] = {}
         for key, member in graph.nodes.items():
             context = NodeContext(self._folders, key, graph.prompt, workflow, cancel, self._on_event)
