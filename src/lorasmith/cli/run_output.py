@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     from lorasmith.app.expert_runs import ExpertRuns
     from lorasmith.app.folder_run import PreparedRun
     from lorasmith.families.model_search import FoundPart
-    from lorasmith.training.config import TrainConfig
+    from lorasmith.training.config import ResolvedConfig
     from lorasmith.training.train import TrainResult
 
 __all__ = [
@@ -373,7 +373,7 @@ def _print_plan(plan: RunPlan) -> None:
     counted = [f"{count} {what}" for count, what in _counts(plan) if count]
     repeats = f" ({', '.join(counted)})" if len(counted) > 1 or per_epoch != images else ""
     sizes = ", ".join(f"{side}×{side}" for side in plan.resolutions)
-    falling = "" if config.schedule == "constant" else f" ({config.schedule})"
+    falling = "" if config.schedule == "constant" else f" ({config.schedule}, {_mean_rate(config):.2g} on average)"
     for label, text in {
         "Model": f"{plan.model} ({plan.family})",
         "Trains": plan.trained,
@@ -391,9 +391,14 @@ def _print_plan(plan: RunPlan) -> None:
                 echo(f"{'':<9}{found_line(part)}")
 
 
-def _noise_text(config: TrainConfig) -> str:
+def _mean_rate(config: ResolvedConfig) -> float:
+    """The learning rate, averaged over the run."""
+    return config.learning_rate * math.fsum(map(config.scheduled, range(config.steps))) / config.steps
+
+
+def _noise_text(config: ResolvedConfig) -> str:
     """The range of noise levels, if it is not the whole."""
-    low, high = config.min_noise or 0.0, 1.0 if config.max_noise is None else config.max_noise
+    low, high = config.noise_range
     return "" if (low, high) == WHOLE_RANGE else f" from {low:g} to {high:g}"
 
 

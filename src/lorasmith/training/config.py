@@ -21,7 +21,7 @@ from lorasmith.core.choices import (
 )
 from lorasmith.core.errors import OptionError
 from lorasmith.core.options import Option, check_options, config_from, option, options_of
-from lorasmith.training.optim.schedules import SCHEDULES
+from lorasmith.training.optim.schedules import SCHEDULES, rate_factor
 from lorasmith.training.optim.update_rules import OPTIMIZERS
 
 __all__ = [
@@ -601,6 +601,18 @@ class ResolvedConfig(TrainConfig):
     def noise_range(self) -> tuple[float, float]:
         """Noise levels of training, as diffusion time."""
         return self.min_noise, self.max_noise
+
+    def scheduled(self, step: int) -> float:
+        """Factor of all learning rates at a step of the run, counted from 0."""
+        return rate_factor(
+            step,
+            schedule=self.schedule,
+            steps=self.steps,
+            warmup_steps=self.warmup_steps,
+            final_rate=self.final_rate,
+            cycles=self.schedule_cycles,
+            power=self.schedule_power,
+        )
 
     @classmethod
     def of(cls, config: TrainConfig, **decided: Any) -> ResolvedConfig:
