@@ -35,6 +35,7 @@ from lorasmith.cli.console import (
     stoppable,
 )
 from lorasmith.cli.data_output import print_findings
+from lorasmith.core.sizes import count_text
 from lorasmith.report.loss_plot import recent_loss
 from lorasmith.training.config import WHOLE_RANGE
 from lorasmith.training.events import (
@@ -330,7 +331,7 @@ def report_result(result: TrainResult, rights: Sequence[str] = (), *, resumable:
         echo("Stopped before the first step; nothing was saved.")
         return
     if result.reason is Outcome.CANCELLED:
-        after = f"Stopped after {len(result.losses)} steps; the LoRA of those steps is saved."
+        after = f"Stopped after {count_text(len(result.losses), 'step')}; the LoRA of those steps is saved."
         echo(f"{after} To continue:" if resumable else after)
         if resumable:
             echo(f"  {resume_command(folder, rights)}")
@@ -354,7 +355,7 @@ def found_line(part: FoundPart) -> str:
 
 def _print_images(found: ImagesFound) -> None:
     scan, trigger = found.scan, found.trigger
-    heading(f"{len(scan.images)} images", f"in {found.folder}")
+    heading(count_text(len(scan.images), "image"), f"in {found.folder}")
     for path, reason in scan.skipped:
         echo(f"  skipped {path.name}: {reason}")
     for instead, count in caption_counts(scan.images, trigger).items():
@@ -379,7 +380,7 @@ def _print_plan(plan: RunPlan) -> None:
         "Trains": plan.trained,
         "Pictures": f"about {sizes} pixels, sides are multiples of {plan.pixel_multiple}",
         "Data": ", ".join(f"{name} {'on' if value is True else value}" for name, value in plan.data.items()),
-        "Steps": f"{config.steps} × {batch} = {plan.samples} samples, {per_epoch} in an epoch{repeats} "
+        "Steps": f"{config.steps} × {batch} = {count_text(plan.samples, 'sample')}, {per_epoch} in an epoch{repeats} "
         f"= {plan.epochs:.1f} epochs",
         "Learning": f"{config.optimizer}, rate {config.learning_rate:g}{falling}, "
         f"seed {config.seed}, {config.training_dtype} products, timesteps {config.timesteps}{_noise_text(config)}",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from lorasmith.app.model_run import run_folder, train_job
@@ -15,6 +16,7 @@ from lorasmith.app.run_previews import PreviewFrames
 from lorasmith.core.errors import CancelledError
 from lorasmith.core.folders import Folders, fingerprint
 from lorasmith.core.options import options_of
+from lorasmith.core.sizes import count_text
 from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Denoiser
@@ -48,6 +50,7 @@ from lorasmith.training.events import (
 )
 from lorasmith.training.job import plan_job
 from lorasmith.training.lora_handle import Lora
+from lorasmith.training.notes import OtherProgram, Remark
 from lorasmith.training.outcome import Outcome
 from lorasmith.training.train import RunOptions, TrainResult
 from lorasmith.workflow import Input, NodeContext, Output, node
@@ -194,6 +197,8 @@ def train_lora(
             "training uses each at every noise level"
         )
     job = plan_job(denoiser, config)
+    # A graph's LoRA is for ComfyUI; the report and `lorasmith inspect` have what other programs make of it.
+    job = replace(job, notes=tuple(Remark(one) if isinstance(one, OtherProgram) else one for one in job.notes))
     options = RunOptions(
         output=run_folder(context.folders.output / "runs", _TITLE, fresh=fresh, numbering="_{:05}"),
         title=_TITLE,
@@ -262,8 +267,9 @@ def _reporter(context: NodeContext, steps: int) -> EventHandler:
                 context.log(f"Step {event.step}: {event.verdict}")
             case RunStarted():
                 context.log(
-                    f"Training {event.parameters:,} parameters in {event.adapters} layers on {event.samples} images "
-                    f"for {event.steps} steps, on {event.device} in {event.dtype}; the run folder is {event.folder}."
+                    f"Training {count_text(event.parameters, 'parameter')} in {count_text(event.adapters, 'layer')} on "
+                    f"{count_text(event.samples, 'image')} for {count_text(event.steps, 'step')}, on {event.device} in "
+                    f"{event.dtype}; the run folder is {event.folder}."
                 )
 
     return report
@@ -276,8 +282,8 @@ def _keep_cancelled(context: NodeContext, result: TrainResult) -> str:
     assert result.folder is not None
     path = save_lora(context, result.lora, f"loras/{result.folder.name}_cancelled", result.steps)
     message = (
-        f"training was cancelled after {len(result.losses)} steps; their LoRA is at {path}, and running the workflow "
-        "again resumes the run"
+        f"training was cancelled after {count_text(len(result.losses), 'step')}; the LoRA is at {path}, and running "
+        "the workflow again resumes the run"
     )
     context.log(message)
     return message

@@ -14,6 +14,7 @@ from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
 from lorasmith.core.dtypes import dtype_from_name
 from lorasmith.core.files import write_atomic
 from lorasmith.core.printable import printable
+from lorasmith.core.sizes import count_text
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.report.cards import card, embedded_picture, embedded_png
 from lorasmith.training.job import Job
@@ -71,7 +72,7 @@ class TrainResult:
         from lorasmith.report.loss_plot import recent_loss
 
         recent = recent_loss(self.losses)
-        facts = [f"{self.reason} after {self.steps:,} steps"]
+        facts = [f"{self.reason} after {count_text(self.steps, 'step')}"]
         if recent.steps:
             facts.append(f"loss {recent.mean:.4f} ({recent.label})")
         if self.validations and self.base_loss:
@@ -82,7 +83,7 @@ class TrainResult:
 
     def _repr_html_(self) -> str:
         facts: dict[str, object] = {
-            "ended": f"{self.reason} after {self.steps:,} steps",
+            "ended": f"{self.reason} after {count_text(self.steps, 'step')}",
             "verdict": self.verdict,
             "LoRA": "" if self.path is None else str(self.path),
             "best LoRA": "" if self.best_path is None else str(self.best_path),

@@ -350,7 +350,8 @@ class _Run:
         rate = config.learning_rate * loop.engine.rate(loop.step)
         return (
             f"The run continues from step {loop.step} of {config.existing_state}, with the state of its optimizer; the "
-            f"learning rate is that of the {config.schedule} schedule over {config.steps} steps, {rate:.3g} here."
+            f"learning rate is that of the {config.schedule} schedule over {count_text(config.steps, 'step')}, "
+            f"{rate:.3g} here."
         )
 
     def _notes(self) -> Iterator[str]:
