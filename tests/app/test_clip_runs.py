@@ -16,8 +16,8 @@ from tiny_clips import clip_model
 from lorasmith.app.drawing import save_pictures
 from lorasmith.app.folder_run import PreparedRun, prepare, train_prepared
 from lorasmith.app.memory_estimate import estimate_of
+from lorasmith.app.model_run import train
 from lorasmith.app.run_plan import ImagesFound, ModelLoading
-from lorasmith.app.run_previews import run_previews
 from lorasmith.app.run_spec import RunSpec
 from lorasmith.core.errors import OptionError
 from lorasmith.data.sources import ImageSource
@@ -30,6 +30,7 @@ from lorasmith.sampling.generate import Sampling, generate_clips
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Event
 from tests.data.video_cases import animation, movie
+from tests.training.random_samples import of_one_size
 
 
 @pytest.fixture(scope="module")
@@ -131,12 +132,12 @@ def test_a_clip_is_drawn_and_saved_as_an_animation(model: Model, tmp_path: Path)
         generate_clips(model, "a wave", Sampling(frames=8))
 
 
-def test_a_model_of_pictures_draws_no_clips() -> None:
+def test_a_model_of_pictures_draws_no_clips(tmp_path: Path) -> None:
     tiny = load_model(BUILT_IN)
     with pytest.raises(OptionError, match=r"frames is for models of videos, got 5 for lorasmith-tiny"):
         generate_clips(tiny, "a fox", Sampling(frames=5))
     with pytest.raises(OptionError, match=r"preview_frames is for models of videos, got 5"):
-        run_previews(tiny.denoiser, TrainConfig(previews="a fox", preview_frames=5), Path("unused"), title="a")
+        train(tiny, of_one_size(tiny), output=tmp_path / "run", previews="a fox", preview_frames=5)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lorasmith.app import model_run
+from lorasmith.app import model_run, preview_budget
 from lorasmith.app.folder_run import prepare, train_prepared
 from lorasmith.app.run_plan import RunPlanned
 from lorasmith.core.adapter_state import AdapterState, AdapterWeights, ModuleRef
@@ -91,7 +91,7 @@ def test_previews_are_drawn_of_the_plain_model(
     Lora(state, tiny.names, torch.float32).save(tmp_path / "before.safetensors")
     seen: list[Any] = []
     monkeypatch.setattr(model_run, "run_previews", lambda denoiser, *_, **__: seen.append(denoiser))
-    run = prepared(images, existing_lora=str(tmp_path / "before.safetensors"))
+    run = prepared(images, existing_lora=str(tmp_path / "before.safetensors"), previews="a cat")
     assert run.job.denoiser.patches != ()
     train_prepared(run, output=tmp_path / "run")
     assert seen[0].patches == ()
@@ -106,7 +106,10 @@ def test_loras_on_the_way_are_kept_and_can_be_used(images: Path, tmp_path: Path)
     assert sha256_body(tmp_path / "run" / kept[0]) != sha256_body(tmp_path / "run" / kept[1])
 
 
-def test_previews_nobody_asked_for_are_drawn_and_give_the_lora_its_picture(images: Path, tmp_path: Path) -> None:
+def test_previews_nobody_asked_for_are_drawn_and_give_the_lora_its_picture(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preview_budget, "_SHARE", 1e6)
     train_prepared(prepared(images, previews=None, trigger="sks cat", steps=2), output=tmp_path / "run")
     found = {path.name for path in (tmp_path / "run").rglob("*.png")}
     assert {"base-1.png", "step-000002-1.png", "cat.png", "cat.preview.png"} <= found

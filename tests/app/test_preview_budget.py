@@ -1,92 +1,97 @@
-"""How much is drawn that nobody asked for: as much as fits into a tenth of the run."""
+"""How much is drawn that nobody asked for: as much as fits into a tenth of the run, counted before its first step."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from lorasmith.app.preview_budget import BudgetedPreviews, PreviewProgram, program_within
-from lorasmith.sampling.previews import PictureCost
-from lorasmith.sampling.sample import SamplingCancelledError
-from lorasmith.training.events import Event, RunStarted, StepDone, Warned
+from lorasmith.app.model_run import train_job
+from lorasmith.app.preview_budget import PreviewProgram, program_within, unasked_program
+from lorasmith.core.errors import OptionError
+from lorasmith.data.dataset import EncodedDataset, Sample
+from lorasmith.families.base import Conditioning
+from lorasmith.families.model import Model
+from lorasmith.training.config import TrainConfig
+from lorasmith.training.events import Previewed, Warned
+from lorasmith.training.job import plan_job
+from lorasmith.training.train import RunOptions
 
-WHOLE = PreviewProgram(20, (0.5, 1.0), is_final_only=False)
-COST = PictureCost(step_s=0.5, other_s=2.0)  # 12 s for a picture of 20 steps
-LORA = Path("dog.safetensors")
+WHOLE = PreviewProgram(20, (0.5, 1.0))
 
 
 @pytest.mark.parametrize(
     ("budget", "pictures", "steps", "is_final_only"),
     [
-        (72, 6, 20, False),
-        (71, 3, 20, True),
-        (35, 2, 20, True),
-        (23, 2, 12, True),
-        (15, 2, 8, True),
-        (0, 2, 8, True),
+        (264, 6, 20, False),  # 44 passes for a picture of 20 steps
+        (263, 3, 20, True),
+        (131, 2, 20, True),
+        (87, 2, 12, True),
+        (55, 2, 8, True),
     ],
 )
-def test_what_fits_into_the_time(budget: float, pictures: int, steps: int, is_final_only: bool) -> None:
-    program = program_within(budget, COST, WHOLE)
+def test_what_fits_into_a_number_of_passes(budget: float, pictures: int, steps: int, is_final_only: bool) -> None:
+    program = program_within(budget, WHOLE, each_step=2)
+    assert program is not None
     assert (program.pictures, program.sampling_steps, program.is_final_only) == (pictures, steps, is_final_only)
+    assert program.passes(2) <= budget
+
+
+def test_where_nothing_fits_nothing_is_drawn() -> None:
+    assert program_within(39, WHOLE, each_step=2) is None
+    assert program_within(39, WHOLE, each_step=1) == PreviewProgram(12, (), is_final_only=True)
 
 
 def test_fewer_sampling_steps_than_asked_for_stay_fewer() -> None:
-    assert program_within(0, COST, PreviewProgram(4, (), is_final_only=False)).sampling_steps == 4
+    assert program_within(24, PreviewProgram(4, ()), each_step=2) == PreviewProgram(4, (), is_final_only=True)
 
 
-def started(at: float = 0.0) -> RunStarted:
-    return RunStarted(steps=100, steps_before=0, samples=1, adapters=1, parameters=1, device="cpu", dtype="fp32", at=at)
+def samples(side: int) -> list[Sample]:
+    return [Sample(torch.zeros(4, side, side), Conditioning({}), "a.png")]
 
 
-def previews(run_steps: int, step_s: float, **measured: Any) -> tuple[BudgetedPreviews, list[Any]]:
-    drawn: list[Any] = []
-
-    def make(program: PreviewProgram) -> Any:
-        def draw(step: int, lora: Path, *, final: bool = False) -> list[Event]:
-            drawn.append((step, final, program))
-            return []
-
-        return draw
-
-    made = BudgetedPreviews(WHOLE, make, measured.get("measure", lambda: COST), run_steps=run_steps)
-    made.hear(started())
-    for step in range(1, 26):  # the tenth waits for a validation
-        made.hear(StepDone(step=step, loss=0.1, grad_norm=1.0, at=step_s * step + 100.0 * (step > 10)))
-    return made, drawn
+def test_the_sizes_of_latents_count_on_both_sides(tiny: Model) -> None:
+    """Latents of half the side cost a quarter, so four times the steps have the same program."""
+    side = tiny.defaults.resolution // tiny.components.latent.downscale
+    for steps in (100, 200, 400, 800, 3200):
+        config = TrainConfig(steps=steps)
+        quarter = unasked_program(replace(config, steps=4 * steps), tiny, samples(side // 2))
+        assert unasked_program(config, tiny, samples(side)) == quarter
+        assert unasked_program(replace(config, steps=steps // 4, batch_size=4), tiny, samples(side)) == quarter
 
 
-def test_a_long_run_is_drawn_over_its_steps() -> None:
-    draw, drawn = previews(run_steps=1000, step_s=1.0)
-    draw(25, LORA)
-    draw(100, LORA, final=True)
-    assert [(step, final, one.pictures) for step, final, one in drawn] == [(25, False, 6), (100, True, 6)]
-    assert not draw.is_final_only
+def test_the_program_of_a_run_is_at_most_a_tenth_of_its_passes(tiny: Model) -> None:
+    side = tiny.defaults.resolution // tiny.components.latent.downscale
+    found = {}
+    for steps in range(3, 2000, 7):
+        program = unasked_program(TrainConfig(steps=steps), tiny, samples(side))
+        found[steps] = 0 if program is None else program.passes(2)
+        assert found[steps] <= 0.1 * 2 * steps
+    assert found[3] == 0 and list(found.values()) == sorted(found.values())
+    with pytest.raises(OptionError, match="preview_strengths"):
+        unasked_program(TrainConfig(preview_strengths="much"), tiny, samples(side))
 
 
-def test_a_short_run_draws_the_finished_lora_beside_the_base_model() -> None:
-    draw, drawn = previews(run_steps=50, step_s=1.0)
-    assert not draw.is_final_only, "nothing is known before the first preview"
-    draw(25, LORA)
-    assert drawn == [] and draw.is_final_only
-    draw(50, LORA, final=True)
-    ((step, final, program),) = drawn
-    assert (step, final, program.pictures, program.sampling_steps) == (50, True, 2, 8)
-
-
-def test_a_measurement_that_is_cancelled_is_repeated_and_one_that_fails_is_a_warning() -> None:
-    def cancel() -> PictureCost:
-        raise SamplingCancelledError("stopped")
-
-    draw, drawn = previews(100, 1.0, measure=cancel)
-    assert draw(25, LORA) == [] and draw.program is None
-
-    def fail() -> PictureCost:
-        raise RuntimeError("no memory")
-
-    draw, drawn = previews(100, 1.0, measure=fail)
-    (warned,) = draw(25, LORA)
-    assert isinstance(warned, Warned) and "no preview can be drawn (RuntimeError: no memory)" in warned.message
-    assert draw(100, LORA, final=True) == [] == drawn
+@pytest.mark.parametrize(("settings", "drawn"), [({}, 0), ({"previews": "a lion", "preview_steps": 1}, 3)])
+def test_a_short_run_draws_what_was_asked_for_alone(
+    tiny: Model, captions: list[Conditioning], tmp_path: Path, settings: dict[str, Any], drawn: int
+) -> None:
+    """Three steps are worth less than a picture."""
+    events: list[object] = []
+    data = EncodedDataset((Sample(torch.randn(4, 8, 8), captions[0], "1.png"),))
+    config = TrainConfig(steps=3, rank=2, targets="attention", training_dtype="fp32", preview_every=3, **settings)
+    options = RunOptions(output=tmp_path / "run", on_event=events.append)
+    train_job(tiny.denoiser, plan_job(tiny.denoiser, config, "cpu"), data, options, unasked="a fox")
+    assert sum(isinstance(event, Previewed) for event in events) == drawn
+    told = [event.message for event in events if isinstance(event, Warned) and "previews" in event.message]
+    assert told == (
+        []
+        if drawn
+        else [
+            "No previews are drawn, as two pictures would take more than a tenth of this run; prompts in previews are "
+            "drawn in any case."
+        ]
+    )

@@ -12,12 +12,13 @@ from PIL import Image
 
 from lorasmith.app import run_previews as previewing
 from lorasmith.app.model_run import train
+from lorasmith.app.preview_budget import whole_program
 from lorasmith.app.run_previews import PreviewFrames, RunPreviews, run_previews
 from lorasmith.core.errors import ModelError, OptionError
 from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Model
 from lorasmith.sampling.generate import generate
-from lorasmith.sampling.previews import Previewer
+from lorasmith.sampling.previews import Previewer, parse_prompts
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Event, Previewed, Warned
 from lorasmith.training.lora_handle import Lora
@@ -37,13 +38,16 @@ def saved(tiny: Model, captions: list[Conditioning], tmp_path_factory: pytest.Te
     return result.path
 
 
+def previews_of(model: Model, config: TrainConfig, folder: Path, **given: Any) -> RunPreviews:
+    prompts = parse_prompts(config.previews)
+    return run_previews(model.denoiser, config, folder, prompts=prompts, program=whole_program(config), **given)
+
+
 @pytest.fixture
 def previews(tiny: Model, tmp_path: Path) -> Callable[..., RunPreviews]:
     def make(**settings: Any) -> RunPreviews:
         config = TrainConfig(**({"previews": "a lion | a bus", "preview_steps": 2, "seed": 9} | settings))
-        made = run_previews(tiny.denoiser, config, tmp_path, title="pets", device="cpu")
-        assert made is not None
-        return made
+        return previews_of(tiny, config, tmp_path, title="pets", device="cpu")
 
     return make
 
@@ -72,11 +76,6 @@ def warning(events: list[Event]) -> str:
     (event,) = events
     assert isinstance(event, Warned)
     return event.message
-
-
-def test_no_prompts_no_previews(tiny: Model, tmp_path: Path) -> None:
-    for text in (None, "", " | "):
-        assert run_previews(tiny.denoiser, TrainConfig(previews=text), tmp_path, title="x") is None
 
 
 @pytest.mark.slow
@@ -145,7 +144,7 @@ def test_interrupts_go_through(previews: Make, broken: Make, saved: Path) -> Non
 
 def test_a_cancelled_preview_is_no_failure(tiny: Model, saved: Path, tmp_path: Path) -> None:
     config = TrainConfig(previews="a lion", preview_steps=2)
-    draw = run_previews(tiny.denoiser, config, tmp_path, title="x", device="cpu", cancelled=lambda: True)
+    draw = previews_of(tiny, config, tmp_path, title="x", device="cpu", cancelled=lambda: True)
     assert draw is not None
     assert [draw(step, saved) for step in (10, 20, 30)] == [[], [], []]
 
@@ -162,7 +161,7 @@ def test_settings_are_checked_before_training(previews: Make, setting: dict[str,
 def test_a_bare_denoiser_is_refused_before_training(tiny: Model, tmp_path: Path) -> None:
     bare = replace(tiny, components=replace(tiny.components, vae=None))
     with pytest.raises(ModelError, match="needs an autoencoder for pictures"):
-        run_previews(bare.denoiser, TrainConfig(previews="a lion"), tmp_path, title="x")
+        previews_of(bare, TrainConfig(previews="a lion"), tmp_path, title="x")
 
 
 def test_previews_run_in_trainings_dtype_on_gpus_alone(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import gc
 import json
 import shutil
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from lorasmith.cli.main import main
 from lorasmith.cli.run_output import training_progress
 from lorasmith.formats.container import read_safetensors, write_safetensors
 from lorasmith.training.events import Event, EventHandler, StepDone
+from lorasmith.training.runs import lora_metadata
 from lorasmith.training.runs.history import read_history
 from lorasmith.training.runs.run_folder import RunFolder
 from tests.app.folder_cases import pictures, tensors_of, with_metadata, with_record
@@ -162,6 +166,34 @@ def test_a_second_ctrl_c_stops_at_once_and_loses_nothing(
     )
     assert lorasmith("train", images, *RUN).code == 0
     assert tensors_of(tmp_path / "runs" / "cat-001") == tensors_of(whole)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are others there")
+@pytest.mark.parametrize("at", [2, 5], ids=["between steps", "after the last step"])
+def test_a_second_ctrl_c_waits_for_no_hash_of_the_base_model(
+    lorasmith: Command, images: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    hashing = threading.Event()
+
+    def hashed(path: Path, remembered: object, *, each_block: Callable[[], object]) -> str:
+        while not hashing.wait(0.01):
+            each_block()
+        return "it was not stopped"
+
+    monkeypatch.setattr(lora_metadata, "file_sha256", hashed)
+    with interrupted(signal.SIGINT, signal.SIGINT, at=at):
+        ran = lorasmith("train", images, *RUN)
+    hashing.set()
+    assert ran.code == 130
+    assert f"stopped: interrupted; the LoRA of {at} steps is at runs/cat-001/cat.safetensors" in ran.err
+
+
+def test_an_exit_visits_no_objects_of_libraries_again(lorasmith: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter's last collection took two seconds of processor time after `stopped: interrupted`."""
+    registered: list[object] = []
+    monkeypatch.setattr(atexit, "register", lambda function, *_: registered.append(function))
+    assert lorasmith("models", "--help").code == 0
+    assert gc.freeze in registered
 
 
 @pytest.mark.slow

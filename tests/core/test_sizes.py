@@ -1,10 +1,10 @@
-"""Amounts of memory in words."""
+"""Amounts of memory, and counts of things, in words."""
 
 from __future__ import annotations
 
 import pytest
 
-from lorasmith.core.sizes import memory_text
+from lorasmith.core.sizes import count_text, memory_text
 
 
 @pytest.mark.parametrize(
@@ -13,3 +13,8 @@ from lorasmith.core.sizes import memory_text
 )
 def test_memory_in_words(size: int, text: str) -> None:
     assert memory_text(size) == text
+
+
+@pytest.mark.parametrize(("count", "text"), [(0, "0 steps"), (1, "1 step"), (2, "2 steps"), (2000, "2,000 steps")])
+def test_counts_in_words(count: int, text: str) -> None:
+    assert count_text(count, "step") == text

@@ -34,3 +34,10 @@ def test_memory_layout_and_history_do_not_count() -> None:
     assert digest_of_tensors([("a", same[0])]) == digest_of_tensors([("a", same[1])])
     assert digest_of_tensors([("a", same[0])]) == digest_of_tensors([("a", same[2].transpose(0, 1))])
     assert digest_of_tensors([("a", torch.tensor(1.5))]) != digest_of_tensors([("a", torch.tensor([1.5]))])
+
+
+def test_a_large_tensor_is_hashed_in_blocks() -> None:
+    blocks: list[None] = []
+    large = torch.zeros(40 * 2**20, dtype=torch.uint8)
+    digest_of_tensors([("a", large)], each_block=lambda: blocks.append(None))
+    assert len(blocks) == 3

@@ -8,6 +8,8 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,9 +22,10 @@ from torch import Tensor, nn
 from lorasmith.adapters.packed_layers import cast_weights, packed_layers
 from lorasmith.adapters.patch import Patch
 from lorasmith.core.adapter_state import AdapterWeights
-from lorasmith.data import encoder_digest
-from lorasmith.data.encoder_digest import RememberedDigests, autoencoder_digest, text_encoder_digest
+from lorasmith.data import encoder_digest, remembered_digests
+from lorasmith.data.encoder_digest import autoencoder_digest, text_encoder_digest
 from lorasmith.data.encoding_cache import EncodingCache
+from lorasmith.data.remembered_digests import RememberedDigests
 from lorasmith.families.base import Encoding
 from lorasmith.families.loading import load_model
 from lorasmith.families.locating import BUILT_IN, built_in_models
@@ -55,7 +58,7 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return whole(about, module, hashed)
 
     monkeypatch.setattr(encoder_digest, "_whole_digest", counted)
-    monkeypatch.setattr(encoder_digest, "_SETTLED_NS", 0)
+    monkeypatch.setattr(remembered_digests, "_SETTLED_NS", 0)
     return calls
 
 
@@ -158,7 +161,7 @@ def test_what_was_loaded_counts_and_not_what_now_has_its_name(
 def test_a_file_that_has_just_changed_is_not_remembered(
     file: Path, remembered: RememberedDigests, hashed: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(encoder_digest, "_SETTLED_NS", 60 * 10**9)
+    monkeypatch.setattr(remembered_digests, "_SETTLED_NS", 60 * 10**9)
     model = load_model(file)
     both(model, remembered)
     both(model, remembered)
@@ -320,3 +323,21 @@ def test_without_a_cache_nothing_is_remembered(file: Path, tmp_path: Path, hashe
     (tmp_path / "blocked").write_text("a file")
     blocked = RememberedDigests(EncodingCache(tmp_path / "blocked", limit_bytes=1))
     assert both(load_model(file), blocked) == both(load_model(file))
+
+
+def test_an_interruption_ends_the_hashing_of_all_tensors(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first tensor is interrupted; the others, which take for ever, are stopped between two blocks."""
+    begun = threading.Event()
+
+    def digest(named: tuple[str, Tensor], each_block: Callable[[], object]) -> str:
+        if not begun.is_set():
+            begun.set()
+            raise KeyboardInterrupt
+        for _ in range(3_000):
+            each_block()
+            time.sleep(0.01)
+        raise AssertionError("it was not stopped")
+
+    monkeypatch.setattr(encoder_digest, "_tensor_digest", digest)
+    with pytest.raises(KeyboardInterrupt):
+        autoencoder_digest(load_model(file))

@@ -158,7 +158,7 @@ def test_models_show_themselves_on_a_line_and_as_a_card(tiny: Model) -> None:
     assert "text_encoder, vae" in bare._repr_html_()
 
     denoiser = tiny.denoiser.patched(patch_for(tiny.components.denoiser, TO_Q))
-    assert repr(denoiser) == "Denoiser(lorasmith-tiny: Stable Diffusion 1.x, a LoRA on 1 modules at 0.5)"
+    assert repr(denoiser) == "Denoiser(lorasmith-tiny: Stable Diffusion 1.x, a LoRA on 1 module at 0.5)"
 
 
 def test_a_quantized_model_says_so() -> None:

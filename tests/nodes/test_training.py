@@ -104,6 +104,16 @@ def test_only_defaults_that_differ_are_said_again() -> None:
     assert {name for name in slots if name in options and slots[name].default != options[name].default} == differing
 
 
+def test_what_other_programs_leave_out_is_left_to_the_report(train: Callable[..., Any], bench: Any) -> None:
+    train(steps=1, algorithm="LoKr")
+    assert bench.messages("warning") == []
+    (started,) = (one for one in bench.messages("info") if one.startswith("Training "))
+    assert "in 7 layers on 3 images for 1 step, on cpu" in started
+    (log,) = bench.folders.output.glob("runs/*/events.jsonl")
+    remarks = [line for line in map(json.loads, log.read_text("utf-8").splitlines()) if line.get("is_remark")]
+    assert [one["message"].split()[0] for one in remarks] == ["diffusers", "sd-scripts"]
+
+
 def test_remarks_are_left_to_the_report(train: Callable[..., Any], bench: Any) -> None:
     train(targets="all", rank=16, steps=1)
     assert not [one for one in bench.messages("warning") if "sd-scripts" in one or "whose rank is capped" in one]

@@ -100,7 +100,7 @@ def at_step(step: int) -> Callable[[dict[str, Any]], bool]:
 
 def test_a_training_that_is_cancelled_continues_in_its_folder(worker: Worker) -> None:
     worker.cancel_if = at_step(1)
-    with pytest.raises(CancelledError, match="cancelled after 1 steps"):
+    with pytest.raises(CancelledError, match="cancelled after 1 step"):
         worker.run("train", TRAINING)
     assert worker.run_id == "runs/lora-001"
     assert worker.events()[:4] == ["ImagesFound", "ModelLoading", "ImagesChecked", "RunPlanned"]

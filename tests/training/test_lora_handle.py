@@ -18,6 +18,7 @@ from torch import Tensor
 from lorasmith.adapters.packed_layers import cast_weights
 from lorasmith.app import drawing
 from lorasmith.app.drawing import load_with_loras
+from lorasmith.app.preview_budget import PreviewProgram
 from lorasmith.app.run_previews import run_previews
 from lorasmith.cli.flags import split_strength
 from lorasmith.core.adapter_state import AdapterState, AdapterWeights, ModuleRef
@@ -224,10 +225,8 @@ def test_previews_and_folding_refuse_numbers_that_are_none(doors: Doors, whole: 
     save_file(with_value(whole, math.nan), doors.file)
     with pytest.raises(LoraError, match="must hold finite numbers"):
         fold_into(open_model(BUILT_IN), [(doors.file, 1.0)], doors.folder / "folded.safetensors")
-    previews = run_previews(
-        doors.tiny.denoiser, TrainConfig(previews="a cat", preview_steps=1), doors.folder, title="x"
-    )
-    assert previews is not None
+    config, program = TrainConfig(), PreviewProgram(1, ())
+    previews = run_previews(doors.tiny.denoiser, config, doors.folder, prompts=["a cat"], program=program, title="x")
     assert "must hold finite numbers" in previews(1, doors.file)[-1].message  # type: ignore[attr-defined]
 
 

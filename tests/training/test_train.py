@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,12 @@ from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Denoiser, Model
 from lorasmith.formats.container import read_safetensors
+from lorasmith.formats.hashes import autov1, sha256_file
 from lorasmith.training import engine
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.events import RunStarted, Warned
+from lorasmith.training.events import RunStarted, StepDone, Warned
 from lorasmith.training.lora_handle import Lora
+from lorasmith.training.runs import lora_metadata
 from lorasmith.training.train import TrainResult, plan_job
 from tests.covering import slow_except
 
@@ -326,3 +329,72 @@ def test_the_models_own_rate_goes_down_from_twice_its_value_and_a_given_one_stay
     assert planned(schedule="cosine") == (own, "cosine")
     assert planned(optimizer="SGD") == (own, "constant")
     assert planned(targets="attention lr=1e-3, *.ff.*") == (own, "constant")
+
+
+@pytest.fixture
+def endless_hashing(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Hashing of the base model ends only if it is stopped, which sets the event."""
+    stopped = threading.Event()
+
+    def hashed(path: Path, remembered: object, *, each_block: Callable[[], object]) -> str:
+        for _ in range(3_000):
+            try:
+                each_block()
+            except OSError:
+                stopped.set()
+                raise
+            stopped.wait(0.01)
+        return "it was not stopped"
+
+    monkeypatch.setattr(lora_metadata, "file_sha256", hashed)
+    yield stopped
+    assert stopped.wait(10)
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_run_that_is_cancelled_waits_for_no_hash(
+    run: Run, dataset: EncodedDataset, tmp_path: Path, endless_hashing: threading.Event, steps: int
+) -> None:
+    events: list[object] = []
+
+    def cancelled() -> bool:
+        return sum(isinstance(event, StepDone) for event in events) >= steps
+
+    result = run(dataset, output=tmp_path / "run", on_event=events.append, cancelled=cancelled, steps=50)
+    assert (result.reason, result.path is None) == ("cancelled", steps == 0)
+    assert "ss_new_sd_model_hash" not in result.lora.metadata
+
+
+def test_a_finished_run_waits_for_the_hash_until_it_is_cancelled(
+    run: Run, dataset: EncodedDataset, tmp_path: Path, endless_hashing: threading.Event
+) -> None:
+    asked = 0
+
+    def cancelled() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked > 5
+
+    result = run(dataset, output=tmp_path / "run", cancelled=cancelled, steps=2)
+    assert (result.reason, len(result.losses)) == ("finished", 2)
+    assert asked == 6 and "ss_new_sd_model_hash" not in result.lora.metadata
+
+
+def test_a_finished_run_has_the_hashes_of_its_base_model(run: Run, dataset: EncodedDataset, tiny: Model) -> None:
+    assert tiny.path is not None
+    metadata = run(dataset, steps=1).lora.metadata
+    assert metadata["ss_new_sd_model_hash"] == sha256_file(tiny.path)
+    assert metadata["ss_sd_model_hash"] == autov1(tiny.path)
+
+
+def test_an_interruption_after_the_last_step_says_where_the_lora_is(
+    run: Run, dataset: EncodedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(result: TrainResult, path: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TrainResult, "plot", interrupt)
+    with pytest.raises(KeyboardInterrupt) as interrupted:
+        run(dataset, output=tmp_path / "run", steps=1)
+    assert interrupted.value.__notes__[0] == f"the LoRA of 1 step is at {tmp_path / 'run' / 'lora.safetensors'}"
+    assert Lora.load(tmp_path / "run" / "lora.safetensors").steps == 1

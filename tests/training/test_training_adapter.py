@@ -62,7 +62,16 @@ def test_previews_are_drawn_without_it(
 ) -> None:
     seen: list[Any] = []
     monkeypatch.setattr(model_run, "run_previews", lambda denoiser, *_, **__: seen.append(denoiser))
-    train(tiny, dataset, output=tmp_path / "run", steps=1, rank=1, targets=LAYER, training_adapter=str(adapter))
+    train(
+        tiny,
+        dataset,
+        output=tmp_path / "run",
+        steps=1,
+        rank=1,
+        targets=LAYER,
+        training_adapter=str(adapter),
+        previews="a cat",
+    )
     assert [one.patches for one in seen] == [()]
 
 

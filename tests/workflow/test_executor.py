@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lorasmith.core.errors import CancelledError, DataError, NodeError
+from lorasmith.core.folders import Folders
 from lorasmith.workflow import Executor, Input, NodeContext, Output, node, validate
 from lorasmith.workflow.execution_events import (
     Event,
@@ -24,6 +25,7 @@ from lorasmith.workflow.execution_events import (
     NodeProgress,
     NodeStarted,
 )
+from lorasmith.workflow.graph import Graph, GraphNode
 
 ApiNode = Callable[..., dict[str, Any]]
 MANY = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
@@ -279,6 +281,26 @@ def test_a_refusal_names_the_node_and_keeps_what_was_done(
     del prompt["10"]
     runner.run(prompt)
     assert runner.toys.ran == []
+
+
+def test_a_check_of_a_node_comes_before_all_work_and_only_where_the_node_will_run(
+    runner: Runner, prompt: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner.run(prompt)
+    checked: list[str] = []
+
+    def refuse(graph: Graph, member: GraphNode, folders: Folders) -> None:
+        checked.append(member.id)
+        raise DataError("these cannot work together")
+
+    monkeypatch.setitem(vars(runner.toys.nodes["Sum"]), "check", refuse)
+    runner.run(prompt)
+    assert checked == []
+    prompt["2"]["inputs"]["offset"] = 2
+    prompt["1"]["inputs"]["value"] = 4
+    with pytest.raises(NodeError, match=r"^node 2 'Sum': these cannot work together$"):
+        runner.run(prompt)
+    assert (checked, runner.toys.ran, runner.kinds()) == (["2"], [], [ExecutionStarted, ExecutionFailed])
 
 
 def test_a_bug_keeps_its_type_and_says_where(runner: Runner, api_node: ApiNode) -> None:

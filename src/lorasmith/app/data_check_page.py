@@ -10,6 +10,7 @@ from pathlib import Path
 from lorasmith.app.command_lines import command_line, positional
 from lorasmith.app.data_check import DataCheck
 from lorasmith.core.files import write_atomic
+from lorasmith.core.sizes import count_text
 from lorasmith.data.clips import open_still
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.findings import CheckedImage, Finding, FindingKind, tags_of
@@ -104,7 +105,7 @@ def data_report(check: DataCheck, config: DataConfig, *, model: str | None = Non
 
     return DataReport(
         title=found.folder.resolve().name,
-        status="Nothing to look at" if not count else f"{count} thing{'' if count == 1 else 's'} to look at",
+        status="Nothing to look at" if not count else f"{count_text(count, 'thing')} to look at",
         mood="fair" if count else "good",
         verdict=_verdict(found, clean),
         summary=_summary(check),
@@ -134,12 +135,10 @@ def step_lines(found: Preflight) -> dict[str, str]:
     """How many steps are how many epochs, by name."""
     epoch = found.epoch
     images, total = len(found.images), epoch.samples + epoch.held_out_samples
-    counted = f"{images:,} images" + (f", {total:,} with repeats" if total != images else "")
+    counted = count_text(images, "image") + (f", {total:,} with repeats" if total != images else "")
     held = len(epoch.held_out)
-    lines = {"An epoch": f"{epoch.samples:,} samples ({counted}{f', {held:,} held out' if held else ''})"}
-    lines["Steps"] = ", ".join(
-        f"{epoch.steps(epochs):,} for {epochs} epoch{'' if epochs == 1 else 's'}" for epochs in (1, 10, 50)
-    )
+    lines = {"An epoch": f"{count_text(epoch.samples, 'sample')} ({counted}{f', {held:,} held out' if held else ''})"}
+    lines["Steps"] = ", ".join(f"{epoch.steps(epochs):,} for {count_text(epochs, 'epoch')}" for epochs in (1, 10, 50))
     lines["Steps"] += f" with batch {epoch.batch}"
     if held:
         names = ", ".join(epoch.held_out[:8]) + (f" and {held - 8:,} more" if held > 8 else "")

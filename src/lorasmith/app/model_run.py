@@ -16,7 +16,7 @@ from typing import Any, ParamSpec, Protocol, get_type_hints
 
 import torch
 
-from lorasmith.app.preview_budget import BudgetedPreviews
+from lorasmith.app.preview_budget import unasked_program, whole_program
 from lorasmith.app.progress_bars import note, run_shown
 from lorasmith.app.run_page import write_report
 from lorasmith.app.run_previews import run_previews
@@ -60,7 +60,8 @@ def train_job(
         job: the planned run; it can be run once.
         data: encoded samples.
         options: folder, events and the like; `previews`, `page` and `beside` are replaced.
-        unasked: prompt of previews where the settings have None, which then take at most a tenth of the run.
+        unasked: prompt of previews where the settings have None, which then take at most a tenth of the run, or are
+            left out.
         partner: of previews of one of two experts; see `Previewer`.
 
     Raises:
@@ -68,40 +69,45 @@ def train_job(
         LorasmithError: as `train`.
     """
     config = job.config
-    if options.output is None and parse_prompts(config.previews):
+    prompts, program = parse_prompts(config.previews), whole_program(config)
+    if options.output is None and prompts:
         raise OptionError("previews need a folder of the run, got no output; set output, such as runs/dog")
 
     if config.sidecars:
         check_sidecars(options.title, has_folder=options.output is not None)
-    budgeted: list[BudgetedPreviews] = []
+    if options.output is not None and config.previews is None and unasked:
+        if (fitting := unasked_program(config, denoiser.base, data.samples)) is not None:
+            prompts, program = (unasked,), fitting
+        else:
+            job = replace(job, notes=(*job.notes, _NO_PREVIEWS))
 
     def beside(lora: Path) -> None:
         if config.sidecars:
             write_sidecars(lora, denoiser.base.family)
 
     def previews(folder: Path) -> Draw | None:
-        draw = run_previews(
+        if not prompts:
+            return None
+        return run_previews(
             denoiser,
             config,
             folder,
+            prompts=prompts,
+            program=program,
             title=options.title,
             device=job.runtime.device,
             cancelled=options.cancelled,
             on_event=options.on_event,
-            unasked=unasked,
             partner=partner,
         )
-        if isinstance(draw, BudgetedPreviews):
-            budgeted.append(draw)
-        return draw
 
-    def hear(event: Event) -> None:
-        for one in budgeted:
-            one.hear(event)
-        options.on_event(event)
+    return run_job(job, data, replace(options, previews=previews, page=write_report, beside=beside))
 
-    given = replace(options, previews=previews, page=write_report, beside=beside, on_event=hear)
-    return run_job(job, data, given)
+
+_NO_PREVIEWS = (
+    "No previews are drawn, as two pictures would take more than a tenth of this run; prompts in previews are drawn in "
+    "any case."
+)
 
 
 def run_folder(

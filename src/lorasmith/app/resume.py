@@ -9,6 +9,7 @@ from lorasmith.app.folder_run import PreparedRun, prepare
 from lorasmith.app.recorded_run import Rights, repeated
 from lorasmith.core.errors import OptionError, OutputError, TrainingError
 from lorasmith.core.options import options_of
+from lorasmith.core.sizes import count_text
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import EventHandler, Warned
 from lorasmith.training.runs.history import RECORD
@@ -90,4 +91,6 @@ def _check_longer(run: Path, folder: RunFolder, record: RunRecord, steps: int) -
         raise OptionError(f"{run} has no run state to continue from; train again with --existing-lora and its LoRA")
     before = record.config.get("steps")
     if isinstance(before, int) and steps <= before:
-        raise OptionError(f"--steps must be more than the {before} steps of the run in {run}, got {steps}")
+        raise OptionError(
+            f"--steps must be more than the {count_text(before, 'step')} of the run in {run}, got {steps}"
+        )

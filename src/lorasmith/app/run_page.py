@@ -18,6 +18,7 @@ from lorasmith.app.run_spec import RunSpec
 from lorasmith.core.errors import LorasmithError, OptionError
 from lorasmith.core.files import write_atomic
 from lorasmith.core.options import options_of
+from lorasmith.core.sizes import count_text
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.formats.container import check_safetensors
 from lorasmith.formats.metadata import steps_of
@@ -227,7 +228,7 @@ def _trained_on(history: RunHistory) -> list[TrainedImage]:
 def _described(lora: Path) -> str:
     """Path of a LoRA with its size and steps."""
     try:
-        steps = f", {steps_of(check_safetensors(lora).metadata, lora.name):,} steps"
+        steps = f", {count_text(steps_of(check_safetensors(lora).metadata, lora.name), 'step')}"
     except LorasmithError:  # not readable; `lorasmith check` explains why
         steps = ""
     return f"{lora.resolve()} ({_size(lora.stat().st_size)}{steps})"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorasmith.training.config import TrainConfig
+from lorasmith.training.config import ResolvedConfig
 from lorasmith.training.events import Event
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class RunPlan:
     data: Mapping[str, Any] = field(default_factory=dict)
     trained: str
     parameters: int
-    config: TrainConfig
+    config: ResolvedConfig
     notes: tuple[str, ...]
     held_out: tuple[str, ...] = ()
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from lorasmith.app.lora_picture import give_picture
-from lorasmith.app.preview_budget import BudgetedPreviews, PreviewProgram
+from lorasmith.app.preview_budget import PreviewProgram
 from lorasmith.core.adapter_state import AdapterState
 from lorasmith.core.dtypes import chosen_dtype
 from lorasmith.core.errors import LorasmithError
@@ -25,7 +25,7 @@ from lorasmith.report.animations import Shot
 from lorasmith.report.contact_sheet import contact_sheet
 from lorasmith.report.preview_folder import PreviewFolder
 from lorasmith.sampling.generate import Sampling
-from lorasmith.sampling.previews import Partner, Previewer, parse_prompts, parse_strengths
+from lorasmith.sampling.previews import Partner, Previewer
 from lorasmith.sampling.sample import SamplingCancelledError
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Drawing, Event, EventHandler, Previewed, Warned
@@ -43,36 +43,32 @@ def run_previews(
     config: TrainConfig,
     folder: Path,
     *,
+    prompts: Sequence[str],
+    program: PreviewProgram,
     title: str,
     device: torch.device | str | None = None,
     cancelled: Callable[[], bool] | None = None,
     on_event: EventHandler = lambda event: None,
-    unasked: str | None = None,
     partner: Partner | None = None,
-) -> RunPreviews | BudgetedPreviews | None:
-    """Encode the prompts of `config.previews`; returns the object that draws them, None without prompts.
+) -> RunPreviews:
+    """Encode the prompts; returns the object that draws them.
 
     Args:
         denoiser: the model of the run.
         config: settings of the run.
         folder: of the run; pictures are written to `samples/` in it.
+        prompts: of the pictures.
+        program: what is drawn of them.
         title: name of the LoRA.
         device: of the run; the first GPU, or the CPU, if None.
         cancelled: called between evaluations of the network; True ends a preview.
         on_event: receives a `Drawing` before each row of pictures.
-        unasked: prompt where `config.previews` is None, of which as much is drawn as fits into a tenth of the run.
         partner: of one of two experts; see `Previewer`.
 
     Raises:
-        OptionError: there are too many prompts, or a strength is out of range.
         ModelError: the model lacks a text encoder or an autoencoder.
         LoraError: the continued LoRA cannot be read.
     """
-    is_unasked = config.previews is None and unasked is not None
-    prompts = (unasked,) if is_unasked and unasked else parse_prompts(config.previews)
-    strengths = parse_strengths(config.preview_strengths)
-    if not prompts:
-        return None
     base, device = denoiser.base, torch.device(device or best_device())
     text_encoder = base.text_encoder
     # Text encoders are not trained, but a continued LoRA may have layers for them.
@@ -81,11 +77,11 @@ def run_previews(
         denoiser,
         prompts,
         load=lambda path, strength: Lora.load(path, base).applied(denoiser, None, strength=strength).denoiser,
-        strengths=(1.0, *strengths),
+        strengths=(1.0, *program.strengths),
         encoder=lambda strength: carried.applied(None, text_encoder, strength=strength).encoder,
         sampling=Sampling(
             seed=config.seed,
-            steps=config.preview_steps,
+            steps=program.sampling_steps,
             frames=_frames(config, base),
             dtype=_sampling_dtype(denoiser, config, device),
         ),
@@ -93,22 +89,15 @@ def run_previews(
         cancelled=cancelled,
         partner=partner,
     )
-
-    def made(program: PreviewProgram) -> RunPreviews:
-        return RunPreviews(
-            previewer.with_steps(program.sampling_steps),
-            folder / "samples",
-            title=title,
-            model=base.title,
-            strengths=program.strengths,
-            on_event=on_event,
-            private=config.private,
-        )
-
-    whole = PreviewProgram(config.preview_steps, strengths, is_final_only=False)
-    if not is_unasked:
-        return made(whole)
-    return BudgetedPreviews(whole, made, previewer.cost, run_steps=config.steps)
+    return RunPreviews(
+        previewer,
+        folder / "samples",
+        title=title,
+        model=base.title,
+        program=program,
+        on_event=on_event,
+        private=config.private,
+    )
 
 
 class RunPreviews:
@@ -119,12 +108,10 @@ class RunPreviews:
         folder: for the files of `PreviewFolder`.
         title: name of the LoRA.
         model: name of the base model.
-        strengths: at which the finished LoRA is drawn.
+        program: what is drawn.
         on_event: receives a `Drawing` before each row of pictures.
         private: whether the finished LoRA gets no picture in its header.
     """
-
-    is_final_only = False
 
     def __init__(
         self,
@@ -133,7 +120,7 @@ class RunPreviews:
         *,
         title: str,
         model: str,
-        strengths: tuple[float, ...] = (),
+        program: PreviewProgram,
         on_event: EventHandler = lambda event: None,
         private: bool,
     ) -> None:
@@ -147,7 +134,7 @@ class RunPreviews:
         }
         self._previewer = previewer
         self._files = PreviewFolder(folder, previewer.prompts, title=title, sampling=made_with)
-        self._strengths = strengths
+        self.is_final_only, self._strengths = program.is_final_only, program.strengths
         self._on_event, self._private = on_event, private
         self._base_is_written = False
         self._failures = 0

@@ -17,6 +17,7 @@ from typing import Any
 from lorasmith.core.errors import OptionError
 from lorasmith.core.files import write_atomic
 from lorasmith.core.folders import RUN_RECORD
+from lorasmith.core.sizes import count_text
 from lorasmith.families.base import Family
 from lorasmith.formats.container import check_safetensors
 from lorasmith.formats.hashes import autov2, autov3, sha256_file
@@ -94,4 +95,4 @@ def _user(lora: Path, metadata: Mapping[str, str], family: Family) -> dict[str, 
 def _sentence(lora: Path, metadata: Mapping[str, str], family: Family) -> str:
     base = metadata.get("ss_sd_model_name")
     on = f" on {base}" if base else ""
-    return f"For {family.title}, trained{on} in {steps_of(metadata, lora.name):,} steps with Lorasmith."
+    return f"For {family.title}, trained{on} in {count_text(steps_of(metadata, lora.name), 'step')} with Lorasmith."

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lorasmith.cli.console import echo, heading, print_note
+from lorasmith.core.sizes import count_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,7 +40,7 @@ def print_check(check: DataCheck) -> None:
     from lorasmith.app.data_check_page import step_lines
 
     found = check.preflight
-    heading(f"{len(found.images):,} image{'' if len(found.images) == 1 else 's'}", f"in {found.folder}")
+    heading(count_text(len(found.images), "image"), f"in {found.folder}")
     assumed = ", assumed; --model or --resolution decides" if check.is_size_assumed else ""
     sides = " and ".join(f"{side}×{side}" for side in found.resolutions)
     lines = {
@@ -63,10 +64,8 @@ def print_mended(mended: MendedFolder) -> None:
     """Print what a mended folder holds, and what was changed."""
     from lorasmith.data.folder_listing import CHANGES
 
-    captions = f"with {mended.captions:,} caption{'' if mended.captions == 1 else 's'} " if mended.captions else ""
-    heading(
-        f"{mended.pictures:,} picture{'' if mended.pictures == 1 else 's'}", f"{captions}written to {mended.folder}"
-    )
+    captions = f"with {count_text(mended.captions, 'caption')} " if mended.captions else ""
+    heading(count_text(mended.pictures, "picture"), f"{captions}written to {mended.folder}")
     for change, names in mended.changes.items():
         more = f" and {len(names) - 8:,} more" if len(names) > 8 else ""
         echo(f"  {len(names):,} {change}: {', '.join(names[:8])}{more}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lorasmith.cli.console import console, echo, print_note, print_result
+from lorasmith.core.sizes import count_text
 
 if TYPE_CHECKING:
     from lorasmith.toolbox.resize import Resized
@@ -55,7 +56,7 @@ def resize(
         _print(report.modules, one_by_one=modules)
         for warning in report.warnings:
             print_note(warning)
-        echo(f"{len(report.modules)} modules keep {report.energy:.2%} of the energy in all")
+        echo(f"{count_text(len(report.modules), 'module')} kept {report.energy:.2%} of the energy in all")
         echo(report.output)
 
     print_result(lambda: {**vars(report), "energy": report.energy}, show)

@@ -36,6 +36,7 @@ from lorasmith.cli.console import (
     stoppable,
 )
 from lorasmith.cli.data_output import print_findings
+from lorasmith.core.sizes import count_text
 from lorasmith.report.loss_plot import recent_loss
 from lorasmith.training.config import WHOLE_RANGE
 from lorasmith.training.events import (
@@ -53,7 +54,7 @@ if TYPE_CHECKING:
     from lorasmith.app.expert_runs import ExpertRuns
     from lorasmith.app.folder_run import PreparedRun
     from lorasmith.families.model_search import FoundPart
-    from lorasmith.training.config import TrainConfig
+    from lorasmith.training.config import ResolvedConfig
     from lorasmith.training.train import TrainResult
 
 __all__ = [
@@ -302,7 +303,7 @@ def report_result(result: TrainResult, rights: Sequence[str] = (), *, resumable:
         echo("Stopped before the first step; nothing was saved.")
         return
     if result.reason is Outcome.CANCELLED:
-        after = f"Stopped after {len(result.losses)} steps; the LoRA of those steps is saved."
+        after = f"Stopped after {count_text(len(result.losses), 'step')}; the LoRA of those steps is saved."
         echo(f"{after} To continue:" if resumable else after)
         if resumable:
             echo(f"  {resume_command(folder, rights)}")
@@ -326,7 +327,7 @@ def found_line(part: FoundPart) -> str:
 
 def _print_images(found: ImagesFound) -> None:
     scan, trigger = found.scan, found.trigger
-    heading(f"{len(scan.images)} images", f"in {found.folder}")
+    heading(count_text(len(scan.images), "image"), f"in {found.folder}")
     for path, reason in scan.skipped:
         echo(f"  skipped {path.name}: {reason}")
     for instead, count in caption_counts(scan.images, trigger).items():
@@ -345,13 +346,13 @@ def _print_plan(plan: RunPlan) -> None:
     counted = [f"{count} {what}" for count, what in _counts(plan) if count]
     repeats = f" ({', '.join(counted)})" if len(counted) > 1 or per_epoch != images else ""
     sizes = ", ".join(f"{side}×{side}" for side in plan.resolutions)
-    falling = "" if config.schedule == "constant" else f" ({config.schedule})"
+    falling = "" if config.schedule == "constant" else f" ({config.schedule}, {_mean_rate(config):.2g} on average)"
     for label, text in {
         "Model": f"{plan.model} ({plan.family})",
         "Trains": plan.trained,
         "Pictures": f"about {sizes} pixels, sides are multiples of {plan.pixel_multiple}",
         "Data": ", ".join(f"{name} {'on' if value is True else value}" for name, value in plan.data.items()),
-        "Steps": f"{config.steps} × {batch} = {plan.samples} samples, {per_epoch} in an epoch{repeats} "
+        "Steps": f"{config.steps} × {batch} = {count_text(plan.samples, 'sample')}, {per_epoch} in an epoch{repeats} "
         f"= {plan.epochs:.1f} epochs",
         "Learning": f"{config.optimizer}, rate {config.learning_rate:g}{falling}, "
         f"seed {config.seed}, {config.training_dtype} products, timesteps {config.timesteps}{_noise_text(config)}",
@@ -363,9 +364,14 @@ def _print_plan(plan: RunPlan) -> None:
                 echo(f"{'':<9}{found_line(part)}")
 
 
-def _noise_text(config: TrainConfig) -> str:
+def _mean_rate(config: ResolvedConfig) -> float:
+    """The learning rate, averaged over the run."""
+    return config.learning_rate * math.fsum(map(config.scheduled, range(config.steps))) / config.steps
+
+
+def _noise_text(config: ResolvedConfig) -> str:
     """The range of noise levels, if it is not the whole."""
-    low, high = config.min_noise or 0.0, 1.0 if config.max_noise is None else config.max_noise
+    low, high = config.noise_range
     return "" if (low, high) == WHOLE_RANGE else f" from {low:g} to {high:g}"
 
 

@@ -16,6 +16,7 @@ from lorasmith.cli.flags import BaseDir, ExtraModelPaths, FollowLinks, folders_o
 from lorasmith.cli.together import check_alone
 from lorasmith.core.errors import OptionError
 from lorasmith.core.files import check_writable
+from lorasmith.core.sizes import count_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -116,7 +117,7 @@ def sweep(
         command = [*LORASMITH, "sweep", str(file.absolute()), "--output", str(folder), *links, *also]
         _submit(runs, folder, command, slurm_options)
         return
-    heading(f"{len(runs)} of {len(found.runs)} runs", f"to do in {folder}")
+    heading(f"{len(runs)} of {count_text(len(found.runs), 'run')}", f"to do in {folder}")
     if runs and together > 1:
         _train_together(runs, folder, models, chosen, progress, together)
     elif runs:
@@ -203,7 +204,7 @@ def _submit(runs: Sequence[SweepRun], folder: Path, command: list[str], options:
     job, script = submit_to_slurm(runs, folder, command, words)
 
     def show() -> None:
-        echo(f"Submitted {len(runs)} runs as job {job}, by {script}.")
+        echo(f"Submitted {count_text(len(runs), 'run')} as job {job}, by {script}.")
         echo("The same command with --list shows what came of them, and without it submits again what is not complete.")
 
     print_result(lambda: {"job": job, "script": script, "runs": [run.number for run in runs]}, show)

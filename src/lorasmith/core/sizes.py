@@ -1,10 +1,15 @@
-"""Amounts of memory in words."""
+"""Amounts of memory, and counts of things, in words."""
 
 from __future__ import annotations
 
-__all__ = ["memory_text"]
+__all__ = ["count_text", "memory_text"]
 
 
 def memory_text(size_bytes: int) -> str:
     """`512 MiB` or `1.5 GiB`."""
     return f"{size_bytes / 2**30:.1f} GiB" if size_bytes >= 2**30 else f"{size_bytes / 2**20:.0f} MiB"
+
+
+def count_text(count: int, noun: str) -> str:
+    """`1 step` or `2,000 steps`, for nouns with a regular plural."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

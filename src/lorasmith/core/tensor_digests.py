@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
 __all__ = ["digest_of_tensors"]
 
+_BLOCK_BYTES = 16 * 2**20
 
-def digest_of_tensors(tensors: Iterable[tuple[str, Tensor]], *, beginning: object = None) -> str:
+
+def digest_of_tensors(
+    tensors: Iterable[tuple[str, Tensor]], *, beginning: object = None, each_block: Callable[[], object] = lambda: None
+) -> str:
     """SHA-256 of tensors by name, in their order, 64 hex digits.
 
     Args:
         tensors: names and tensors.
         beginning: JSON value that the digest covers, too.
+        each_block: called before each 16 MiB of a tensor; what it raises ends the hashing.
     """
     digest = hashlib.sha256(json.dumps(beginning).encode())
     for name, tensor in tensors:
         # ASCII in JSON's escapes: any name has bytes, and what follows has the length that shape and dtype say.
         digest.update(json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode())
-        digest.update(_bytes(tensor))
+        content = _bytes(tensor)
+        for start in range(0, len(content), _BLOCK_BYTES):
+            each_block()
+            digest.update(content[start : start + _BLOCK_BYTES])
     return digest.hexdigest()
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from lorasmith.core.errors import DataError
 from lorasmith.core.printable import printable
 from lorasmith.core.random import keyed_uniform
+from lorasmith.core.sizes import count_text
 from lorasmith.data.caption_rules import CaptionRules
 from lorasmith.data.encoded_captions import EncodedCaptions
 from lorasmith.families.base import Conditioning, PictureSize
@@ -169,7 +170,8 @@ class EncodedDataset:
         shown = [f"{count} of {size}" for size, count in sizes.most_common(3)] + (["..."] if len(sizes) > 3 else [])
         of_class = sum(sample.is_class for sample in self.samples)
         facts = [
-            f"{len(self.samples)} samples" + (f" of {images} images" if images != len(self.samples) else ""),
+            count_text(len(self.samples), "sample")
+            + (f" of {count_text(images, 'image')}" if images != len(self.samples) else ""),
             f"latents {', '.join(shown)}",
             *([f"{of_class} of the class"] if of_class else []),
             *([f"{len(self.notes)} notes"] if self.notes else []),

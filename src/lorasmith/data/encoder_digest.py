@@ -15,13 +15,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import time
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,57 +28,16 @@ from torch import Tensor, nn
 
 from lorasmith.adapters.packed_layers import named_weights, packed_layers
 from lorasmith.adapters.patch import patch_tensors
-from lorasmith.core.errors import LorasmithError
-from lorasmith.core.files import read_regular, write_atomic
-from lorasmith.core.foreign_json import parse_foreign_json
-from lorasmith.core.mapped_files import FileState, file_state, place_on_file, release_pages
+from lorasmith.core.mapped_files import FileState, place_on_file, release_pages
 from lorasmith.core.tensor_digests import digest_of_tensors
-from lorasmith.data.cache_folder import ensure_private
-from lorasmith.data.cache_shards import is_digest
-from lorasmith.data.encoding_cache import DIGESTS, EncodingCache, key_of
+from lorasmith.data.encoding_cache import key_of
+from lorasmith.data.remembered_digests import RememberedDigests, are_settled
 from lorasmith.families.model import Autoencoder, Model, TextEncoder
 
-__all__ = ["ENCODING_VERSION", "RememberedDigests", "autoencoder_digest", "network_digest", "text_encoder_digest"]
+__all__ = ["ENCODING_VERSION", "autoencoder_digest", "network_digest", "text_encoder_digest"]
 
 ENCODING_VERSION = 2
 """To be raised whenever the code of Lorasmith computes other encodings from the same inputs."""
-
-
-class RememberedDigests:
-    """Digests of weights that were hashed before, in the folder of an encoding cache.
-
-    Each is a small file whose content is checked against its own digest. A file that cannot be read or written makes no
-    error: weights are hashed instead.
-
-    Args:
-        cache: whose folder it is.
-        hashed: called after each tensor of a network that is hashed, with (tensors done, total).
-    """
-
-    def __init__(self, cache: EncodingCache, hashed: Callable[[int, int], None] | None = None) -> None:
-        self.folder = cache.folder / DIGESTS
-        self.hashed = hashed
-        self._is_on = cache.limit_bytes > 0
-
-    def find(self, key: str) -> str | None:
-        """The digest that was kept under a key; None if there is none."""
-        if not self._is_on:
-            return None
-        try:
-            kept = parse_foreign_json(read_regular(self.folder / f"{key}.json", at_most=_MAX_REMEMBERED_BYTES))
-        except (OSError, ValueError):
-            return None
-        if not isinstance(kept, dict) or not is_digest(digest := kept.get("digest")):
-            return None
-        return str(digest) if kept.get("check") == key_of(key=key, digest=digest) else None
-
-    def keep(self, key: str, digest: str) -> None:
-        """Keep a digest under a key."""
-        if self._is_on:
-            text = json.dumps({"digest": digest, "check": key_of(key=key, digest=digest)})
-            with contextlib.suppress(LorasmithError, OSError):
-                ensure_private(self.folder.parent)
-                write_atomic(self.folder / f"{key}.json", text)
 
 
 def text_encoder_digest(
@@ -148,7 +106,7 @@ def network_digest(component: str, module: nn.Module, remembered: RememberedDige
     """
     about = [type(module).__qualname__, _plain(getattr(module, "config", None)), sorted(_unpackings(module).items())]
     files, hashed = _files_of(module), None if remembered is None else remembered.hashed
-    if remembered is None or not files or not _are_settled(files):
+    if remembered is None or not files or not are_settled(files):
         return _whole_digest(about, module, hashed)
     sample = digest_of_tensors(_sampled(named_weights(module)), beginning=about)
     loaders = _versions("diffusers", "transformers", "safetensors", "lorasmith")
@@ -156,14 +114,12 @@ def network_digest(component: str, module: nn.Module, remembered: RememberedDige
     if (kept := remembered.find(key)) is not None:
         return kept
     digest = _whole_digest(about, module, hashed)
-    if _are_settled(files):
+    if are_settled(files):
         remembered.keep(key, digest)
     return digest
 
 
-_MAX_REMEMBERED_BYTES = 10_000
 _SAMPLED = 64  # values at the start of a tensor: one page of its file
-_SETTLED_NS = 3 * 10**9  # after a change; file systems count time in steps of up to two seconds
 
 
 def _files_of(module: nn.Module) -> list[FileState]:
@@ -176,29 +132,29 @@ def _place(tensor: Tensor) -> tuple[FileState, int] | None:
     return None if tensor.is_inference() or tensor._version else place_on_file(tensor)
 
 
-def _are_settled(files: Iterable[FileState]) -> bool:
-    """Whether files are as they were when they were mapped, and any further change would change their times."""
-    try:
-        unchanged = all(file_state(Path(one.path)) == one for one in files)
-    except OSError:
-        return False
-    return unchanged and all(max(one.modified, one.changed) < time.time_ns() - _SETTLED_NS for one in files)
-
-
 def _whole_digest(about: object, module: nn.Module, hashed: Callable[[int, int], None] | None) -> str:
     """Digest of all tensors, several at a time."""
     # Hashing releases the interpreter's lock, so threads share the work; the result does not depend on their number.
+    stopped = threading.Event()
+
+    def go_on() -> None:
+        if stopped.is_set():
+            raise CancelledError
+
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         tensors, digests = list(named_weights(module)), list[str]()
-        for digest in pool.map(_tensor_digest, tensors):
-            digests.append(digest)
-            if hashed is not None:
-                hashed(len(digests), len(tensors))
+        try:
+            for digest in pool.map(lambda named: _tensor_digest(named, go_on), tensors):
+                digests.append(digest)
+                if hashed is not None:
+                    hashed(len(digests), len(tensors))
+        finally:
+            stopped.set()  # after Ctrl-C the pool waits for its threads, and tensors have gigabytes
     return key_of(about=about, tensors=digests)
 
 
-def _tensor_digest(named: tuple[str, Tensor]) -> str:
-    digest = digest_of_tensors([named])
+def _tensor_digest(named: tuple[str, Tensor], each_block: Callable[[], object]) -> str:
+    digest = digest_of_tensors([named], each_block=each_block)
     if _place(named[1]) is not None:  # what was changed in place would be lost
         release_pages(named[1])
     return digest

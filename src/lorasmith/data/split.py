@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from lorasmith.core.errors import DataError
+from lorasmith.core.sizes import count_text
 from lorasmith.data.dataset import EncodedDataset, Sample
 
 __all__ = ["AUTOMATIC_FROM", "Split", "held_out_names", "split"]
@@ -99,7 +100,7 @@ def _given(dataset: EncodedDataset, given: EncodedDataset) -> Split:
     trained = {_content(sample) for sample in dataset.samples}
     seen = list(dict.fromkeys(sample.name for sample in given.samples if _content(sample) in trained))
     count = len({sample.name for sample in given.samples})
-    note = f"validation uses {count} separate image{'s' if count > 1 else ''}"
+    note = f"validation uses {count_text(count, 'separate image')}"
     if seen:
         note += (
             f", but {len(seen)} of them {'is' if len(seen) == 1 else 'are'} trained on too and cannot show "

@@ -34,6 +34,9 @@ from lorasmith.families.locating import located
 from lorasmith.families.model import Model
 from lorasmith.families.part_loading import (
     autoencoder_in,
+    encoded_family,
+    encoder_kinds,
+    encoder_parts,
     encoders_in,
     part_title,
     quieten,
@@ -46,6 +49,7 @@ from lorasmith.formats.names.model_names import matches
 
 __all__ = [
     "DiffusersPipeline",
+    "check_encoders",
     "expert_in",
     "family_of",
     "load_model",
@@ -137,6 +141,37 @@ def with_parts(
     for extra in text_encoders:
         model = _with_encoders(model, located(extra))
     return model if vae is None else _with_autoencoder(model, located(vae))
+
+
+def check_encoders(model: Model, paths: Sequence[Path], clip_type: str | None) -> None:
+    """Check that text encoders that a graph loads apart from the model are the model's; headers alone are read.
+
+    Args:
+        model: the model, with its parts or without them.
+        paths: files or folders of the encoders. Further ones than the model has are accepted.
+        clip_type: as for `load_text_encoder`; None for encoders of a checkpoint.
+
+    Raises:
+        ModelError: encoders are missing, of another size, or loaded with the type of another family.
+    """
+    family = model.family
+    needed = {slot.kind: component for component, slot in family.text_encoders.items()}
+    kinds = {kind.name for path in paths for kind, _ in encoder_kinds(path)}
+    missing = [component for kind, component in needed.items() if kind not in kinds]
+    if missing and (family.needs_each_encoder or not kinds & needed.keys()):
+        for path in paths:
+            encoder_parts(path, family)
+        family.text_encoder(TextEncoders(), missing[0])
+    for path in paths:
+        for kind, shapes in encoder_kinds(path):
+            if kind.name in needed:
+                _check_width(model, needed[kind.name], path, kind.width_in(shapes))
+    if clip_type is not None and kinds == needed.keys() and (other := encoded_family(paths, clip_type)) is not family:
+        names = " and ".join(path.name for path in paths)
+        raise ModelError(
+            f"{names} must be loaded for {model.title} ({family.title}), but type {clip_type} is {other.title}; "
+            f"choose type {' or '.join(family.clip_types)}"
+        )
 
 
 def recognise(checkpoint: OriginalCheckpoint) -> Family:
@@ -418,13 +453,7 @@ def _with_encoders(model: Model, path: Path) -> Model:
     family, components = model.family, model.components
     found = encoders_in(path, family)
     for component, encoder in found.modules.items():
-        slot = family.text_encoders[component]
-        width, needed = ENCODERS[slot.kind].width(encoder), family.encoder_width(components.denoiser, component)
-        if needed is not None and width != needed:
-            raise ModelError(
-                f"{path} is the text encoder {slot.kind} of width {width}, but {model.title} ({family.title}) needs "
-                f"one of width {needed} (its file is usually called {slot.usual_file})"
-            )
+        _check_width(model, component, path, ENCODERS[family.text_encoders[component].kind].width(encoder))
     encoders = {**components.text_encoders, **found.modules}
     return replace(
         model,
@@ -435,6 +464,17 @@ def _with_encoders(model: Model, path: Path) -> Model:
         ),
         files={**model.files, **dict.fromkeys(found.modules, path)},
     )
+
+
+def _check_width(model: Model, component: str, path: Path, width: int) -> None:
+    """Raise ModelError unless a text encoder's states have the width that the denoiser needs."""
+    family, slot = model.family, model.family.text_encoders[component]
+    needed = family.encoder_width(model.components.denoiser, component)
+    if needed is not None and width != needed:
+        raise ModelError(
+            f"{path} is the text encoder {slot.kind} of width {width}, but {model.title} ({family.title}) needs one of "
+            f"width {needed} (its file is usually called {slot.usual_file})"
+        )
 
 
 def _with_autoencoder(model: Model, path: Path) -> Model:

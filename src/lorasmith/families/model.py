@@ -22,6 +22,7 @@ from lorasmith.core.dtypes import dtype_name
 from lorasmith.core.errors import DataError, OptionError
 from lorasmith.core.placement import best_device, device_of, fast_dtype
 from lorasmith.core.printable import printable
+from lorasmith.core.sizes import count_text
 from lorasmith.families.base import (
     Components,
     Conditioning,
@@ -89,7 +90,7 @@ class Model:
         dtypes = Counter(one.dtype for one in module.parameters())
         names = " and ".join(dtype_name(dtype) for dtype, _ in dtypes.most_common())
         if packed := packed_layers(module):
-            names += f", {len(packed)} layers quantized"
+            names += f", {count_text(len(packed), 'layer')} quantized"
         return (
             f"{count / 1e9:.2f} B parameters in {names}"
             if count >= 1e8
@@ -158,7 +159,7 @@ class Denoiser:
     noising: Diffusion | None = None
 
     def __repr__(self) -> str:
-        loras = [f"a LoRA on {len(one.adapters)} modules at {one.strength:g}" for one in self.patches]
+        loras = [f"a LoRA on {count_text(len(one.adapters), 'module')} at {one.strength:g}" for one in self.patches]
         facts = [self.base.family.title, *loras, *(["another noise schedule"] if self.noising else [])]
         return f"Denoiser({printable(self.base.title, limit=60)}: {', '.join(facts)})"
 

@@ -19,12 +19,17 @@ from lorasmith.families.files.original_weights import PartSource
 from lorasmith.families.known import looks_like
 from lorasmith.families.locating import located
 from lorasmith.families.model import Autoencoder, TextEncoder
-from lorasmith.families.parts.autoencoders import recognised_autoencoder
+from lorasmith.families.parts.autoencoders import AutoencoderKind, recognised_autoencoder
 from lorasmith.families.parts.encoders import EncoderKind, recognised_encoder
 from lorasmith.families.parts.tokenizers import EMBEDDED, TokenizerSource
 
 __all__ = [
+    "Part",
     "autoencoder_in",
+    "autoencoder_part",
+    "encoded_family",
+    "encoder_kinds",
+    "encoder_parts",
     "encoders_in",
     "load_autoencoder",
     "load_text_encoder",
@@ -48,7 +53,24 @@ def load_text_encoder(paths: Sequence[str | os.PathLike[str]], clip_type: str) -
     """
     quieten()
     places = [located(path) for path in paths]
-    encoders = {kind.name: (kind, shapes) for path in places for kind, shapes in _kinds_in(path)}
+    family = encoded_family(places, clip_type)
+    found = [encoders_in(path, family) for path in places]
+    modules = {name: one for part in found for name, one in part.modules.items()}
+    tokenizers = {name: one for part in found for name, one in part.tokenizers.items()}
+    in_order = {name: modules[name] for name in family.text_encoders if name in modules}
+    return TextEncoder(family, TextEncoders(in_order, tokenizers), " and ".join(path.stem for path in places))
+
+
+def encoded_family(places: Sequence[Path], clip_type: str) -> Family:
+    """The family that text encoders in files or folders encode for; headers alone are read.
+
+    Args:
+        places, clip_type: as for `load_text_encoder`.
+
+    Raises:
+        ModelError: no family has these encoders.
+    """
+    encoders = {kind.name: (kind, shapes) for path in places for kind, shapes in encoder_kinds(path)}
     kinds = set(encoders)
     fitting = [one for _, one in FAMILIES.items() if kinds <= {slot.kind for slot in one.text_encoders.values()}]
     sized = {slot.kind for one in fitting for slot in one.text_encoders.values() if slot.widths} & kinds
@@ -67,12 +89,7 @@ def load_text_encoder(paths: Sequence[str | os.PathLike[str]], clip_type: str) -
         raise ModelError(
             f"{names} must hold the text encoders of one model, but is {held}; choose the files that belong together"
         )
-    family = fitting[0]
-    found = [encoders_in(path, family) for path in places]
-    modules = {name: one for part in found for name, one in part.modules.items()}
-    tokenizers = {name: one for part in found for name, one in part.tokenizers.items()}
-    in_order = {name: modules[name] for name in family.text_encoders if name in modules}
-    return TextEncoder(family, TextEncoders(in_order, tokenizers), " and ".join(path.stem for path in places))
+    return fitting[0]
 
 
 def load_autoencoder(path: str | os.PathLike[str]) -> Autoencoder:
@@ -94,7 +111,13 @@ def load_autoencoder(path: str | os.PathLike[str]) -> Autoencoder:
 
 
 def autoencoder_in(path: Path, family: Family) -> nn.Module:
-    """The autoencoder of a family in a file or folder.
+    """The autoencoder of a family in a file or folder. Raises ModelError as `autoencoder_part`."""
+    kind, part = autoencoder_part(path, family)
+    return kind.build(part.source(family.autoencoder.settings))
+
+
+def autoencoder_part(path: Path, family: Family) -> tuple[AutoencoderKind, Part]:
+    """The autoencoder of a family in a file or folder, of which headers alone are read.
 
     Raises:
         ModelError: it holds none, or that of another family.
@@ -110,16 +133,29 @@ def autoencoder_in(path: Path, family: Family) -> nn.Module:
                 f"{path} is {_autoencoder_title(kind.name, channels)}, but {family.title} has "
                 f"{_autoencoder_title(slot.kind, slot.channels)} (its file is usually called {slot.usual_file})"
             )
-        return kind.build(part.source(slot.settings))
+        return kind, part
     raise ModelError(f"{path} must hold an autoencoder, but is {title_of(path)}; give the file {slot.usual_file}")
 
 
 def encoders_in(path: Path, family: Family) -> TextEncoders:
-    """The text encoders of a family in a file or folder. Raises ModelError if it holds none, or those of another."""
-    slots = family.text_encoders
-    prefixes = [prefix for slot in slots.values() for prefix in slot.prefixes]
+    """The text encoders of a family in a file or folder. Raises ModelError as `encoder_parts`."""
     modules: dict[str, nn.Module] = {}
     tokenizers: dict[str, Any] = {}
+    for component, (kind, part) in encoder_parts(path, family).items():
+        modules[component] = kind.build(part.source(family.text_encoders[component].settings))
+        tokenizers[component] = kind.tokenizer(modules[component], part.tokenizer)
+    return TextEncoders(modules, tokenizers)
+
+
+def encoder_parts(path: Path, family: Family) -> dict[str, tuple[EncoderKind, Part]]:
+    """The text encoders of a family in a file or folder by component name; headers alone are read.
+
+    Raises:
+        ModelError: it holds none, or those of another family.
+    """
+    slots = family.text_encoders
+    prefixes = [prefix for slot in slots.values() for prefix in slot.prefixes]
+    found: dict[str, tuple[EncoderKind, Part]] = {}
     for part in _parts(path, slots, prefixes):
         kind = recognised_encoder(part.shapes)
         if kind is None:
@@ -130,15 +166,14 @@ def encoders_in(path: Path, family: Family) -> TextEncoders:
             raise ModelError(
                 f"{path} is the text encoder {kind.name}, but {family.title} has {needed}; give one of these"
             )
-        modules[component] = kind.build(part.source(slots[component].settings))
-        tokenizers[component] = kind.tokenizer(modules[component], part.tokenizer)
-    if not modules:
+        found[component] = kind, part
+    if not found:
         needed = " or ".join(slot.usual_file for slot in slots.values())
         raise ModelError(f"{path} must hold a text encoder, but is {title_of(path)}; give the file {needed}")
-    return TextEncoders(modules, tokenizers)
+    return found
 
 
-def _kinds_in(path: Path) -> list[tuple[EncoderKind, Shapes]]:
+def encoder_kinds(path: Path) -> list[tuple[EncoderKind, Shapes]]:
     """The kinds of the text encoders that a file or folder holds, with the shapes of each."""
     slots = [slot for _, family in FAMILIES.items() for slot in family.text_encoders.values()]
     folders = [name for _, family in FAMILIES.items() for name in family.text_encoders]
@@ -187,7 +222,7 @@ def _autoencoder_title(kind: str, channels: int) -> str:
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """Tensors in a file or folder that may be one part of a model."""
 
     shapes: Shapes
@@ -195,7 +230,7 @@ class _Part:
     tokenizer: TokenizerSource
 
 
-def _parts(path: Path, subfolders: Iterable[str], prefixes: Iterable[str]) -> Iterator[_Part]:
+def _parts(path: Path, subfolders: Iterable[str], prefixes: Iterable[str]) -> Iterator[Part]:
     """Candidates in a diffusers folder under `subfolders`, or in a file without a prefix or with one of `prefixes`."""
     if path.is_dir():
         whole = pipeline_index(path) is not None
@@ -203,7 +238,7 @@ def _parts(path: Path, subfolders: Iterable[str], prefixes: Iterable[str]) -> It
             part = PartFolder(folder)
             place = folder.with_name(folder.name.replace("text_encoder", "tokenizer"))
             tokenizer = TokenizerSource(folder=place if place.is_dir() and place != folder else None)
-            yield _Part(part.shapes, lambda _, part=part: part.source(), tokenizer)  # type: ignore[misc]
+            yield Part(part.shapes, lambda _, part=part: part.source(), tokenizer)  # type: ignore[misc]
         return
     checkpoint = OriginalCheckpoint(path)
     tokenizer = tokenizer_source(checkpoint)
@@ -212,7 +247,7 @@ def _parts(path: Path, subfolders: Iterable[str], prefixes: Iterable[str]) -> It
         def source(settings: Mapping[str, Any], prefix: str = prefix) -> PartSource:
             return PartSource(str(path), checkpoint.load(prefix), settings)
 
-        yield _Part(checkpoint.shapes_under(prefix), source, tokenizer)
+        yield Part(checkpoint.shapes_under(prefix), source, tokenizer)
 
 
 def quieten() -> None:

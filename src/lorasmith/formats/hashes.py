@@ -34,10 +34,15 @@ __all__ = [
 ]
 
 
-def sha256_file(path: Path) -> str:
-    """SHA-256 of a whole file, 64 hex digits."""
+def sha256_file(path: Path, *, each_block: Callable[[], object] = lambda: None) -> str:
+    """SHA-256 of a whole file, 64 hex digits.
+
+    Args:
+        path: the file.
+        each_block: called before each MiB; what it raises ends the hashing.
+    """
     with open_regular(Path(path)) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return _rest_digest(file, each_block)
 
 
 def sha256_body(path: Path, error: type[LorasmithError] = LoraError) -> str:
@@ -102,8 +107,9 @@ def _window(pieces: Iterable[bytes], use: Callable[[bytes], None]) -> None:
         offset += len(piece)
 
 
-def _rest_digest(file: BinaryIO) -> str:
+def _rest_digest(file: BinaryIO, each_block: Callable[[], object] = lambda: None) -> str:
     digest = hashlib.sha256()
     while block := file.read(1 << 20):
+        each_block()
         digest.update(block)
     return digest.hexdigest()

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from lorasmith.core.adapter_state import DENOISER
 from lorasmith.core.placement import best_device
+from lorasmith.core.sizes import count_text
 from lorasmith.families.base import Family
 from lorasmith.families.model import Denoiser, TextEncoder
 from lorasmith.formats.names.model_names import ModelNames
@@ -75,7 +76,7 @@ def extract_and_save_lora(
     names, family, title, predicts = _model(model_diff, text_encoder_diff)
     state = extract_patches(parts, names, rank=limit, differences=bias_diff, device=best_device(), progress=progress)
     count = max(len(part.patches) for part in parts)
-    what = f"{count} LoRA{'s' if count != 1 else ''}"
+    what = count_text(count, "LoRA")
     note = f"extracted from {what} on {title}" + ("" if limit is None else f" at rank {limit}")
     metadata = extracted_metadata(family, predicts, state.adapters.values(), model=title, title="", note=note)
     lora = Lora(state.with_metadata(metadata), names)

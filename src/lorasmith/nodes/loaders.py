@@ -14,7 +14,7 @@ from lorasmith.families.model import Autoencoder, Denoiser, TextEncoder
 from lorasmith.families.part_loading import load_autoencoder, load_text_encoder
 from lorasmith.workflow import Input, NodeContext, Output, node
 
-__all__: list[str] = []
+__all__ = ["ANY_TYPE"]
 
 _WEIGHT_DTYPES = {
     "default": None,
@@ -22,7 +22,7 @@ _WEIGHT_DTYPES = {
     "fp8_e4m3fn_fast": torch.float8_e4m3fn,
     "fp8_e5m2": torch.float8_e5m2,
 }
-_ANY_TYPE = "stable_diffusion"
+ANY_TYPE = "stable_diffusion"
 """The type of text encoders that ComfyUI takes where a node has no choice."""
 
 # fmt: off
@@ -196,7 +196,7 @@ def load_vae(context: NodeContext, *, vae_name: str) -> tuple[Autoencoder]:
 
 
 def _encoders(
-    context: NodeContext, names: Sequence[str], clip_type: str = _ANY_TYPE, device: str = "default"
+    context: NodeContext, names: Sequence[str], clip_type: str = ANY_TYPE, device: str = "default"
 ) -> TextEncoder:
     """Text encoders in files of these names, for models of a type, on a device of the node's choices."""
     loaded = load_text_encoder([context.folders.find("text_encoders", name) for name in names], clip_type)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from lorasmith.core.errors import DataError
 from lorasmith.core.folders import Folders, fingerprint
+from lorasmith.core.sizes import count_text
 from lorasmith.data.comfyui_shards import is_comfyui_dataset, read_comfyui_dataset
 from lorasmith.data.saved_samples import INDEX, LatentBatch, SavedSamples, read_samples, write_samples
 from lorasmith.families.base import Conditioning
@@ -57,7 +58,7 @@ def save_training_dataset(
     shards = write_samples(
         folder, SavedSamples(batches, conditioning), shard_size=single(context, "shard_size", shard_size)
     )
-    context.log(f"{count} samples are in {folder}, in {shards} file{'s' if shards != 1 else ''}.")
+    context.log(f"{count} samples are in {folder}, in {count_text(shards, 'file')}.")
     return ()
 
 

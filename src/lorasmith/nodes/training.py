@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from lorasmith.app.model_run import run_folder, train_job
@@ -16,9 +17,11 @@ from lorasmith.app.run_view import RunView, note_of
 from lorasmith.core.errors import CancelledError
 from lorasmith.core.folders import Folders, fingerprint
 from lorasmith.core.options import options_of
+from lorasmith.core.sizes import count_text
 from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Denoiser
+from lorasmith.nodes.part_files import check_part_files
 from lorasmith.nodes.saving import save_lora
 from lorasmith.nodes.values import (
     Latent,
@@ -34,9 +37,11 @@ from lorasmith.training.config import NONE_LORA, TrainConfig, lora_settings, set
 from lorasmith.training.events import Event, EventHandler, Previewed, RunStarted, StepDone, Validated, encoded
 from lorasmith.training.job import plan_job
 from lorasmith.training.lora_handle import Lora
+from lorasmith.training.notes import OtherProgram, Remark
 from lorasmith.training.outcome import Outcome
 from lorasmith.training.train import RunOptions, TrainResult
 from lorasmith.workflow import Input, NodeContext, Output, node
+from lorasmith.workflow.graph import Graph, GraphNode
 
 __all__: list[str] = []
 
@@ -119,6 +124,19 @@ def _lora_files(folders: Folders, existing_lora: str = NONE_LORA, training_adapt
     return [fingerprint(folders.find("loras", name)) for name in names] or None
 
 
+def _check_files(graph: Graph, member: GraphNode, folders: Folders) -> None:
+    links = dict(member.links())
+    names = (member.inputs[name] for name in lora_settings())
+    check_part_files(
+        graph,
+        folders,
+        model=links["model"],
+        conditioning=links["positive"],
+        latents=links["latents"],
+        loras=[folders.find("loras", name) for name in names if isinstance(name, str) and name != NONE_LORA],
+    )
+
+
 @node(
     "TrainLoraNode",
     display_name="Train LoRA",
@@ -141,6 +159,7 @@ def _lora_files(folders: Folders, existing_lora: str = NONE_LORA, training_adapt
     outputs=[Output("LORA_MODEL", "lora"), Output("LOSS_MAP", "loss_map"), Output("INT", "steps")],
     is_input_list=True,
     fingerprint=_lora_files,
+    check=_check_files,
 )
 def train_lora(
     context: NodeContext,
@@ -165,6 +184,8 @@ def train_lora(
             "training uses each at every noise level"
         )
     job = plan_job(denoiser, config)
+    # A graph's LoRA is for ComfyUI; the report and `lorasmith inspect` have what other programs make of it.
+    job = replace(job, notes=tuple(Remark(one) if isinstance(one, OtherProgram) else one for one in job.notes))
     options = RunOptions(
         output=run_folder(context.folders.output / "runs", _TITLE, fresh=fresh, numbering="_{:05}"),
         title=_TITLE,
@@ -228,8 +249,9 @@ def _reporter(context: NodeContext, steps: int) -> EventHandler:
                 context.log(f"Step {event.step}: {event.verdict}")
             case RunStarted():
                 context.log(
-                    f"Training {event.parameters:,} parameters in {event.adapters} layers on {event.samples} images "
-                    f"for {event.steps} steps, on {event.device} in {event.dtype}; the run folder is {event.folder}."
+                    f"Training {count_text(event.parameters, 'parameter')} in {count_text(event.adapters, 'layer')} on "
+                    f"{count_text(event.samples, 'image')} for {count_text(event.steps, 'step')}, on {event.device} in "
+                    f"{event.dtype}; the run folder is {event.folder}."
                 )
         if (note := note_of(event)) is not None:
             kind, sentence = note
@@ -245,8 +267,8 @@ def _keep_cancelled(context: NodeContext, result: TrainResult) -> str:
     assert result.folder is not None
     path = save_lora(context, result.lora, f"loras/{result.folder.name}_cancelled", result.steps)
     message = (
-        f"training was cancelled after {len(result.losses)} steps; their LoRA is at {path}, and running the workflow "
-        "again resumes the run"
+        f"training was cancelled after {count_text(len(result.losses), 'step')}; the LoRA is at {path}, and running "
+        "the workflow again resumes the run"
     )
     context.log(message)
     return message

@@ -22,6 +22,7 @@ import numpy as np
 from torch import Tensor
 
 from lorasmith.core.errors import DataError, OptionError
+from lorasmith.core.sizes import count_text
 from lorasmith.families.base import Conditioning, LatentFormat
 from lorasmith.families.model import Autoencoder
 from lorasmith.workflow import NodeContext
@@ -162,7 +163,7 @@ def one_for_each(items: Sequence[T], count: int, *, name: str, of: str) -> list[
     if len(items) not in (1, count):
         raise DataError(
             f"{name} must have one {of} per image or one for all, "
-            f"got {len(items)} for {count} image{'s' if count != 1 else ''}; add or remove some"
+            f"got {len(items)} for {count_text(count, 'image')}; add or remove some"
         )
     return list(items) * count if len(items) == 1 else list(items)
 

@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from lorasmith.core.sizes import count_text
 from lorasmith.report.markup import Html, command, definitions, document, folded, section, table, tag
 
 __all__ = ["DataReport", "Shot", "SizeRow", "Trouble", "data_page"]
@@ -234,7 +235,7 @@ def _others(report: DataReport) -> list[Html]:
     if not report.others:
         return []
     count = len(report.others) + report.others_more
-    title = f"{count:,} picture{'' if count == 1 else 's'} with nothing to look at"
+    title = f"{count_text(count, 'picture')} with nothing to look at"
     return [folded(title, _gallery(report.others), _more(report.others_more))]
 
 

@@ -23,6 +23,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from lorasmith.core.files import atomic_path, open_regular, write_atomic
 from lorasmith.core.foreign_json import parse_foreign_json
+from lorasmith.core.sizes import count_text
 from lorasmith.report.animations import Clip, Shot, animation, parameters_entry
 from lorasmith.report.contact_sheet import contact_sheet
 from lorasmith.report.pictures import UNREADABLE, thinned
@@ -75,7 +76,7 @@ class PreviewFolder:
     def write_strengths_sheet(self, strengths: Sequence[float], step: int) -> Path:
         """Write `strengths.png`: rows for the base and the finished LoRA at each strength."""
         rows = {"base": "base"} | {f"strength-{strength:g}": f"strength {strength:g}" for strength in strengths}
-        return self._write_sheet("strengths.png", rows, f"{self._title} after {step} steps")
+        return self._write_sheet("strengths.png", rows, f"{self._title} after {count_text(step, 'step')}")
 
     def _write(self, stem: str, pictures: Sequence[Shot], made_with: Mapping[str, Any]) -> tuple[Path, ...]:
         paths = []

@@ -13,6 +13,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Protocol
 
+from lorasmith.core.sizes import count_text
 from lorasmith.report.curves import Curves, QuantileCurve, loss_figure, quantile_figure
 from lorasmith.report.markup import Html, command, definitions, document, folded, section, table, tag
 from lorasmith.report.pictures import PictureTable, picture, picture_table
@@ -253,7 +254,7 @@ def _loss(report: RunReport) -> list[Html]:
         )
     if len(rates) == 1 and rates != {0.0}:
         says.append(f"The learning rate was {number(rates.pop())} throughout.")
-    label = f"Training loss over {len(curves.losses):,} steps"
+    label = f"Training loss over {count_text(len(curves.losses), 'step')}"
     if curves.validations:
         step, loss = min(curves.validations, key=lambda one: one[1])
         label += f", and loss of the held-out images, which is lowest at step {step:,} with {number(loss)}"
@@ -399,7 +400,9 @@ def _settings(settings: Sequence[Setting]) -> list[Html]:
 def _captions(captions: Sequence[tuple[str, str]]) -> Html:
     if not captions:
         return Html("")
-    return folded(f"{len(captions):,} captions", table(("Image", "Caption"), captions, label="Captions", wordy=True))
+    return folded(
+        count_text(len(captions), "caption"), table(("Image", "Caption"), captions, label="Captions", wordy=True)
+    )
 
 
 def _notes(notes: Sequence[Note]) -> Html:

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import math
 import re
-import time
 from collections.abc import Callable, Sequence
-from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,31 +21,13 @@ from lorasmith.families.model import Denoiser, TextEncoder
 from lorasmith.report.animations import Shot
 from lorasmith.sampling.generate import Experts, Sampling, shots
 
-__all__ = ["Partner", "PictureCost", "Previewer", "parse_prompts", "parse_strengths"]
+__all__ = ["Partner", "Previewer", "parse_prompts", "parse_strengths"]
 
 Partner = Callable[[Denoiser, float], Experts]
 """From one of two experts, and the strength of the LoRA on it, to both; called for each row of pictures."""
 
 _MOST_PROMPTS = 64
-_PROBE_STEPS = 3
 _STRONGEST = 10.0
-
-
-@dataclass(frozen=True)
-class PictureCost:
-    """What a picture takes.
-
-    Attributes:
-        step_s: seconds of a sampling step.
-        other_s: seconds of everything else, such as placing the model and decoding.
-    """
-
-    step_s: float
-    other_s: float
-
-    def picture_s(self, steps: int) -> float:
-        """Seconds of a picture of so many sampling steps."""
-        return self.other_s + steps * self.step_s
 
 
 class Previewer:
@@ -107,39 +87,10 @@ class Previewer:
             return self._base
         return self._drawn(self._load(lora, strength), strength)
 
-    def with_steps(self, steps: int) -> Previewer:
-        """A previewer of the same prompts with another number of sampling steps."""
-        other = copy(self)
-        other.sampling, other._base = replace(self.sampling, steps=steps), None
-        return other
-
-    def cost(self) -> PictureCost:
-        """What a picture takes here, measured on a few sampling steps of the model without the LoRA.
-
-        Raises:
-            SamplingCancelledError: `cancelled` returned True.
-        """
-        probe = self.with_steps(_PROBE_STEPS)
-        times = [time.perf_counter()]
-        positives, negative = self._encoded[0.0]
-        probe._pictures(self._denoiser, 0.0, positives[:1], negative, lambda *_: times.append(time.perf_counter()))
-        step = (times[-1] - times[1]) / (_PROBE_STEPS - 1)
-        return PictureCost(step, max(0.0, time.perf_counter() - times[0] - _PROBE_STEPS * step))
-
     def _drawn(self, denoiser: Denoiser, strength: float) -> Sequence[Shot]:
-        return self._pictures(denoiser, strength, *self._encoded[strength])
-
-    def _pictures(
-        self,
-        denoiser: Denoiser,
-        strength: float,
-        positives: Sequence[Conditioning],
-        negative: Conditioning,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> Sequence[Shot]:
-        sampling, device, cancelled = self.sampling, self._device, self._cancelled
+        positives, negative = self._encoded[strength]
         drawing = denoiser if self._partner is None else self._partner(denoiser, strength)
-        return shots(drawing, positives, negative, sampling, device=device, progress=progress, cancelled=cancelled)
+        return shots(drawing, positives, negative, self.sampling, device=self._device, cancelled=self._cancelled)
 
 
 def parse_prompts(text: str | None) -> tuple[str, ...]:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorasmith.core.sizes import count_text
+
 if TYPE_CHECKING:
     from lorasmith.nodes.example_workflows import Example
 
@@ -41,7 +43,7 @@ class Template:
         needs = len(self.example.needs)
         if not needs:
             return f"{says} Runs at once, with the built in model."
-        return f"{says} Needs {needs} model file{'s' if needs > 1 else ''}, named in the loaders."
+        return f"{says} Needs {count_text(needs, 'model file')}, named in the loaders."
 
     @property
     def picture(self) -> Path:

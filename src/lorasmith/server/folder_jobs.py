@@ -19,6 +19,7 @@ from lorasmith.bench.measure import synthetic_samples
 from lorasmith.core.errors import CancelledError, LorasmithError, OptionError, OutputError
 from lorasmith.core.files import ensure_folder
 from lorasmith.core.folders import Folders
+from lorasmith.core.sizes import count_text
 from lorasmith.core.typed_json import typed
 from lorasmith.families.locating import ModelFiles
 from lorasmith.families.model_search import Completed
@@ -108,7 +109,7 @@ def train(
 
     result = train_prepared(prepared, output=output, on_event=report, cancelled=cancelled)
     if result.reason is Outcome.CANCELLED:
-        raise CancelledError(f"the job was cancelled after {len(result.losses)} steps, which are saved")
+        raise CancelledError(f"the job was cancelled after {count_text(len(result.losses), 'step')} and saved")
     return {"outputs": _found(result)}
 
 

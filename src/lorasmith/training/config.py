@@ -21,7 +21,7 @@ from lorasmith.core.choices import (
 )
 from lorasmith.core.errors import OptionError
 from lorasmith.core.options import Option, check_options, config_from, option, options_of
-from lorasmith.training.optim.schedules import SCHEDULES
+from lorasmith.training.optim.schedules import SCHEDULES, rate_factor
 from lorasmith.training.optim.update_rules import OPTIMIZERS
 
 __all__ = [
@@ -526,8 +526,8 @@ class TrainConfig:
         is_main=True,
         is_prompt=True,
         help="Prompts of previews during training, separated by |, drawn with and without the LoRA. Default: the "
-        "trigger or a caption on a folder of images, in at most a tenth of the run; none in workflows. An empty text "
-        "is none.",
+        "trigger or a caption on a folder of images, in at most a tenth of the run; none in workflows and in runs too "
+        "short for that. An empty text is none.",
     )
     preview_every: int | None = option(
         None,
@@ -681,6 +681,18 @@ class ResolvedConfig(TrainConfig):
     def noise_range(self) -> tuple[float, float]:
         """Noise levels of training, as diffusion time."""
         return self.min_noise, self.max_noise
+
+    def scheduled(self, step: int) -> float:
+        """Factor of all learning rates at a step of the run, counted from 0."""
+        return rate_factor(
+            step,
+            schedule=self.schedule,
+            steps=self.steps,
+            warmup_steps=self.warmup_steps,
+            final_rate=self.final_rate,
+            cycles=self.schedule_cycles,
+            power=self.schedule_power,
+        )
 
     @classmethod
     def of(cls, config: TrainConfig, **decided: Any) -> ResolvedConfig:

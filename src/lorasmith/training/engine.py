@@ -41,7 +41,6 @@ from lorasmith.training.memory.weight_stream import WeightStream
 from lorasmith.training.optim.flat import FlatParameters
 from lorasmith.training.optim.loss_scale import LossScale
 from lorasmith.training.optim.optimizers import GatedOptimizer, check_alike
-from lorasmith.training.optim.schedules import rate_factor
 from lorasmith.training.runtime import Runtime
 
 __all__ = ["Engine", "batch_maker", "frozen", "prediction_losses", "prepared", "sample_losses"]
@@ -219,16 +218,7 @@ class Engine:
 
     def rate(self, step: int) -> float:
         """Factor of all learning rates at a step of the run, counted from 0."""
-        config = self.config
-        return self.rate_factor * rate_factor(
-            step,
-            schedule=config.schedule,
-            steps=config.steps,
-            warmup_steps=config.warmup_steps,
-            final_rate=config.final_rate,
-            cycles=config.schedule_cycles,
-            power=config.schedule_power,
-        )
+        return self.rate_factor * self.config.scheduled(step)
 
     def gradient(self, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
         """Compute the gradient of a step into the flat buffer; may be repeated after running out of memory.

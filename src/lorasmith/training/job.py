@@ -25,6 +25,7 @@ from lorasmith.core.dtypes import chosen_dtype, dtype_name
 from lorasmith.core.errors import LoraError
 from lorasmith.core.placement import best_device, multiplies
 from lorasmith.core.processes import current
+from lorasmith.core.sizes import count_text
 from lorasmith.core.typed_json import Scalar
 from lorasmith.diffusion.schedule import check_noising
 from lorasmith.families.model import Denoiser
@@ -97,8 +98,8 @@ class Job:
         words += [name if value is True else f"{name} {value}" for name, value in chosen.items()]
         words += [rank_words(config.algorithm, config.rank)] if facts.rank_meaning else []
         words += [] if "alpha" in facts.unused else [f"alpha {config.alpha:g}"]
-        also = f" and {len(self.differences)} differences" if self.differences else ""
-        layers = f"{len(self.adapters)} layers{also}, {self.parameters:,} parameters"
+        also = f" and {count_text(len(self.differences), 'difference')}" if self.differences else ""
+        layers = f"{count_text(len(self.adapters), 'layer')}{also}, {count_text(self.parameters, 'parameter')}"
         return f"{', '.join(words)}, on {config.targets}: {layers}"
 
 
@@ -305,10 +306,11 @@ class _Existing:
     def notes(self, fresh: int) -> Iterator[str]:
         """How the file is used, in a sentence each."""
         if self.name:
-            also = f" and {len(self.differences)} differences" if self.differences else ""
+            also = f" and {count_text(len(self.differences), 'difference')}" if self.differences else ""
             yield (
-                f"Continuing {self.name} ({self.steps} steps): {len(self.adapters)} of its layers{also} keep their "
-                f"algorithm, rank and alpha, {fresh} targets get new adapters."
+                f"Continuing {self.name} ({count_text(self.steps, 'step')}): {len(self.adapters)} of its layers{also} "
+                f"keep their algorithm, rank and alpha; {count_text(fresh, 'adapter')} of other targets "
+                f"{'is' if fresh == 1 else 'are'} new."
             )
         if self.left_out:
             yield f"{self.left_out}; they are saved unchanged."

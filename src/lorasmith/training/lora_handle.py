@@ -23,6 +23,7 @@ from lorasmith.adapters.patch import Patch, cannot_merge
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
 from lorasmith.core.errors import LoraError
 from lorasmith.core.printable import printable, sentence
+from lorasmith.core.sizes import count_text
 from lorasmith.families.files.original_weights import weight_shapes
 from lorasmith.families.model import Denoiser, Model, TextEncoder
 from lorasmith.families.released import released_names
@@ -200,19 +201,23 @@ class Lora:
         whole, _ = all_assembled(self.given, stated_alphas(self.given, self.state.metadata))
         return tuple(one.adapter for one in whole.values() if one.adapter is not None)
 
+    @property
+    def _algorithms_text(self) -> list[str]:
+        return [f"{name} on {count_text(count, 'module')}" for name, count in self.algorithms.items()]
+
     def __repr__(self) -> str:
-        facts = [f"{algorithm} on {count} modules" for algorithm, count in self.algorithms.items()]
+        facts = self._algorithms_text
         if self.ranks:
             facts.append(f"rank {' and '.join(map(str, list(self.ranks)[:3]))}{', ...' if len(self.ranks) > 3 else ''}")
         facts.append(f"{self.parameters:,} parameters")
         facts.append(f"for {self.family}" if self.family else "for a model that is not known yet")
-        facts += [f"{self.steps:,} steps"] if self.steps else []
+        facts += [count_text(self.steps, "step")] if self.steps else []
         return f"Lora({printable(self.name, limit=60)}: {', '.join(facts)})"
 
     def _repr_html_(self) -> str:
         facts = {
             "family": self.family or "not known yet",
-            "algorithm": ", ".join(f"{name} on {count} modules" for name, count in self.algorithms.items()),
+            "algorithm": ", ".join(self._algorithms_text),
             "rank": ", ".join(map(str, self.ranks)),
             "parameters": f"{self.parameters:,}",
             "steps": f"{self.steps:,}" if self.steps else "",

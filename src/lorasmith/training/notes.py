@@ -17,6 +17,7 @@ from lorasmith.adapters.lora import LoraAdapter
 from lorasmith.adapters.packed_layers import packable_layers, packed_layers
 from lorasmith.adapters.targets import Plan
 from lorasmith.core import fp8_products
+from lorasmith.core.adapter_format import COMFYUI
 from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
 from lorasmith.core.options import options_of
 from lorasmith.core.quantization import packed, weight_source
@@ -28,11 +29,17 @@ from lorasmith.training.memory.compilation import compilable, units
 from lorasmith.training.memory.frozen_weights import takes_fp8_products
 from lorasmith.training.optim.update_rules import default_rate, takes_weight_decay
 
-__all__ = ["Remark", "notes_on", "notes_on_file", "notes_on_plan", "notes_on_products"]
+__all__ = ["OtherProgram", "Remark", "notes_on", "notes_on_file", "notes_on_plan", "notes_on_products"]
 
 
 class Remark(str):
     """A note that asks nothing of the user: it is for the report."""
+
+    __slots__ = ()
+
+
+class OtherProgram(str):
+    """A note on what a program other than ComfyUI does not load."""
 
     __slots__ = ()
 
@@ -91,9 +98,12 @@ def notes_on_file(
     )
     found = shortfalls(state, layout_for(PORTABLE, names, state), names, is_portable=True)
     # What one program leaves out of a LoRA is a fact about it; a LoRA that it does not load at all is another matter.
-    notes = [f"{one.sentence}." if one.is_all else Remark(f"{one.sentence}.") for one in found]
+    notes = [
+        (Remark if not one.is_all else str if one.program == COMFYUI else OtherProgram)(f"{one.sentence}.")
+        for one in found
+    ]
     if any(isinstance(adapter, OutputDora) for adapter in adapters.values()):
-        notes.append("Magnitudes per input (dora input) are the kind that ComfyUI reproduces.")
+        notes.append(Remark("Magnitudes per input (dora input) are the kind that ComfyUI reproduces."))
     return tuple(notes)
 
 

@@ -14,13 +14,14 @@ from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
 from lorasmith.core.dtypes import dtype_from_name
 from lorasmith.core.files import write_atomic
 from lorasmith.core.printable import printable
+from lorasmith.core.sizes import count_text
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.report.cards import card, embedded_picture, embedded_png
 from lorasmith.training.job import Job
 from lorasmith.training.loop import Loop
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.outcome import Outcome
-from lorasmith.training.runs.lora_metadata import training_metadata
+from lorasmith.training.runs.lora_metadata import BaseHashes, training_metadata
 from lorasmith.training.runs.records import RunRecord
 from lorasmith.training.verdict import TOO_EARLY, UNJUDGED
 from lorasmith.training.watchers import ValidationWatch
@@ -71,7 +72,7 @@ class TrainResult:
         from lorasmith.report.loss_plot import recent_loss
 
         recent = recent_loss(self.losses)
-        facts = [f"{self.reason} after {self.steps:,} steps"]
+        facts = [f"{self.reason} after {count_text(self.steps, 'step')}"]
         if recent.steps:
             facts.append(f"loss {recent.mean:.4f} ({recent.label})")
         if self.validations and self.base_loss:
@@ -82,7 +83,7 @@ class TrainResult:
 
     def _repr_html_(self) -> str:
         facts: dict[str, object] = {
-            "ended": f"{self.reason} after {self.steps:,} steps",
+            "ended": f"{self.reason} after {count_text(self.steps, 'step')}",
             "verdict": self.verdict,
             "LoRA": "" if self.path is None else str(self.path),
             "best LoRA": "" if self.best_path is None else str(self.best_path),
@@ -130,6 +131,7 @@ class Results:
         trigger: trigger phrase for the metadata.
         record: of the run.
         folder: of the run; None to write nothing.
+        hashes: of the base model, which are in the LoRA once they are known.
     """
 
     def __init__(
@@ -141,6 +143,7 @@ class Results:
         trigger: str | None,
         record: RunRecord,
         folder: Path | None,
+        hashes: BaseHashes,
     ) -> None:
         self._job = job
         self._data = data
@@ -148,6 +151,7 @@ class Results:
         self._trigger = trigger
         self._record = record
         self._folder = folder
+        self._hashes = hashes
         self._started = time.time()
 
     def lora(self, step: int) -> Lora:
@@ -161,6 +165,7 @@ class Results:
             steps=job.steps_before + step,
             started=self._started,
             record=self._record,
+            hashes=self._hashes,
         )
         return lora_of(job, metadata)
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from lorasmith.core.dtypes import dtype_from_name, dtype_name
 from lorasmith.core.errors import LorasmithError, OptionError, TrainingError
+from lorasmith.core.sizes import count_text
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.data.split import Split, split
 from lorasmith.training.captions_ahead import captions_ready
@@ -29,6 +30,7 @@ from lorasmith.training.progress import RunState
 from lorasmith.training.results import Results, TrainResult
 from lorasmith.training.runs.fingerprint import Fingerprint, differences
 from lorasmith.training.runs.longer_run import continuing
+from lorasmith.training.runs.lora_metadata import BaseHashes
 from lorasmith.training.runs.output_folder import output_folder
 from lorasmith.training.runs.records import RunRecord, check_title, run_record
 from lorasmith.training.runs.run_folder import RunFolder, check_place, claimed_run
@@ -193,6 +195,8 @@ class _Run:
         self._draw = None if folder is None else options.previews(folder.path)
         if folder is not None:
             options.begun(folder.path)
+        # Of several processes, one saves the LoRA.
+        self._hashes = BaseHashes(job.denoiser.base.path if job.runtime.processes.is_first else None)
         self._results = Results(
             job,
             parts.training,
@@ -200,6 +204,7 @@ class _Run:
             trigger=options.trigger,
             record=record,
             folder=None if folder is None else folder.path,
+            hashes=self._hashes,
         )
         self._validation: ValidationWatch | None = None
         if parts.held_out:
@@ -227,58 +232,58 @@ class _Run:
             self._announce(start)
             if start is None and loop.step:
                 self._emit(Resumed(step=loop.step, message=self._how_it_continues(loop)))
-            with self._tracked(), self._captions():
-                reason = loop.run()
+            with self._tracked(), self._captions(), self._hashes:
+                outcome = loop.run()
+                self._hashes.wait(options.cancelled)
+                reason = outcome
         except BaseException as error:
             # Save the steps taken, whatever the error is, then raise it.
             end = RunFinished(step=loop.step, reason=reason)
             self._emit(end)
-            if kept := self._salvaged(loop, end):
+            if kept := self._salvaged(loop, end, with_extras=isinstance(error, Exception)):
                 if isinstance(error, LorasmithError):
                     raise type(error)(f"{error}; {kept}") from error
                 error.add_note(kept)
             raise
-        result = self._collected(loop, reason, prefer_best=reason is Outcome.STOPPED)
-        if result.path is not None and self._draw is not None:
-            loop.engine.made_bare()
-            for event in self._draw(result.steps - job.steps_before, result.path, final=True):
-                self._emit(event)
-        if result.path is not None:
-            self._write_beside(result.path)
-        # The end is logged last: a run that is killed before it has its report is not complete, and is resumed.
+        result = self._results.collect(loop, reason, self._validation, prefer_best=reason is Outcome.STOPPED)
         end = RunFinished(step=loop.step, reason=reason)
-        self._write_report(end)
+        try:
+            if result.path is not None and self._draw is not None:
+                loop.engine.made_bare()
+                for event in self._draw(result.steps - job.steps_before, result.path, final=True):
+                    self._emit(event)
+            self._write_extras(result, end)
+        except KeyboardInterrupt as interrupt:
+            interrupt.add_note(_kept(result))
+            raise
+        # The end is logged last: a run that is killed before it has its report is not complete, and is resumed.
         self._emit(end)
         return result
 
-    def _salvaged(self, loop: Loop, end: RunFinished) -> str:
+    def _salvaged(self, loop: Loop, end: RunFinished, *, with_extras: bool) -> str:
         """Save the result of a failed run; returns a clause for its error, empty if no step was taken."""
         try:
-            result = self._collected(loop, Outcome.FAILED, prefer_best=True)
+            result = self._results.collect(loop, Outcome.FAILED, self._validation, prefer_best=True)
         except Exception as error:  # such as a full disk or a lost device; the first error is the one to raise
             return f"the LoRA could not be saved ({error})"
         if result.path is None:
             return ""
-        self._write_beside(result.path)
-        self._write_report(end)
-        return f"the LoRA of {result.steps} steps is at {result.path}"
-
-    def _collected(self, loop: Loop, reason: Outcome, *, prefer_best: bool) -> TrainResult:
-        result = self._results.collect(loop, reason, self._validation, prefer_best=prefer_best)
-        if (path := result.path) is not None and any(map(math.isfinite, result.losses)):
-            self._extra("loss plot", lambda: result.plot(path.with_name("loss.png")))
-        return result
+        if with_extras:
+            self._write_extras(result, end)
+        return _kept(result)
 
     def _emit(self, event: Event) -> None:
         for handler in self._handlers:
             handler(event)
 
-    def _write_report(self, end: RunFinished) -> None:
+    def _write_extras(self, result: TrainResult, end: RunFinished) -> None:
+        """Write what is beside the LoRA: the loss plot, sidecars, the report."""
+        if (lora := result.path) is not None:
+            if any(map(math.isfinite, result.losses)):
+                self._extra("loss plot", lambda: result.plot(lora.with_name("loss.png")))
+            self._extra("information beside it", lambda: self._options.beside(lora))
         if (folder := self._folder) is not None:
             self._extra("report", lambda: self._options.page(folder.path, end))
-
-    def _write_beside(self, lora: Path) -> None:
-        self._extra("information beside it", lambda: self._options.beside(lora))
 
     def _extra(self, what: str, make: Callable[[], object]) -> None:
         """Make an optional file, after the LoRA is saved; a failure is a warning."""
@@ -361,7 +366,8 @@ class _Run:
         rate = config.learning_rate * loop.engine.rate(loop.step)
         return (
             f"The run continues from step {loop.step} of {config.existing_state}, with the state of its optimizer; the "
-            f"learning rate is that of the {config.schedule} schedule over {config.steps} steps, {rate:.3g} here."
+            f"learning rate is that of the {config.schedule} schedule over {count_text(config.steps, 'step')}, "
+            f"{rate:.3g} here."
         )
 
     def _notes(self) -> Iterator[str]:
@@ -388,6 +394,11 @@ class _Run:
             yield "the order of sums on a GPU, as deterministic is off"
         if runtime.compile and runtime.varying_sizes:
             yield "the sizes that blocks are compiled for first"
+
+
+def _kept(result: TrainResult) -> str:
+    """Where the LoRA of a run that did not end by itself is, in a clause."""
+    return f"the LoRA of {count_text(result.steps, 'step')} is at {result.path}"
 
 
 def _continued(path: Path) -> RunState:

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorasmith.core.errors import OptionError
+from lorasmith.core.sizes import count_text
 from lorasmith.training.events import Validated
 
 __all__ = ["FEW_IMAGES", "TOO_EARLY", "UNJUDGED", "History", "interval"]
@@ -114,7 +115,7 @@ class History:
         """Interpretation of the validations, in a sentence without a full stop."""
         if not self._steps:
             return TOO_EARLY
-        few = f" (on {self.images} held-out image{'s' if self.images > 1 else ''} alone)"
+        few = f" (on {count_text(self.images, 'held-out image')} alone)"
         return self._trend() + (few if self.images < FEW_IMAGES else "")
 
     def to_json(self) -> dict[str, Any]:

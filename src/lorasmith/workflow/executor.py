@@ -63,7 +63,7 @@ class Executor:
             cancel: set it from any thread to stop the run before its next node, or earlier if the node checks it.
 
         Raises:
-            NodeError: a node failed; the sentence names it.
+            NodeError: a node failed, or inputs cannot work together; the sentence names it.
             CancelledError: `cancel` was set. Finished nodes are cached for the next run.
         """
         cancel = cancel or threading.Event()
@@ -71,10 +71,15 @@ class Executor:
         self._kept = {key: self._kept[key] for key in signatures.values() if key in self._kept}
         cached = tuple(key for key in graph.nodes if signatures[key] in self._kept)
         self._on_event(ExecutionStarted(tuple(graph.nodes), cached))
-        for member in graph.nodes.values():
-            if _PREFIX in member.node.slots:  # it saves files: tried before others take their time
+        for key, member in graph.nodes.items():  # what can be refused is refused before others take their time
+            saves = _PREFIX in member.node.slots
+            check = None if key in cached else member.node.check
+            if saves or check is not None:
                 with self._reporting(member):
-                    check_writable(self._folders.output)
+                    if saves:
+                        check_writable(self._folders.output)
+                    if check is not None:
+                        check(graph, member, self._folders)
         results: dict[str, NodeResult] = {}
         for key, member in graph.nodes.items():
             context = NodeContext(self._folders, key, graph.prompt, workflow, cancel, self._on_event)

@@ -15,6 +15,7 @@ from lorasmith.core.errors import GraphError, LorasmithError
 from lorasmith.core.folders import Folders
 from lorasmith.core.printable import sentence as shortened
 from lorasmith.core.registry import Registry, nearest
+from lorasmith.core.sizes import count_text
 from lorasmith.workflow.node import NODES, Node
 from lorasmith.workflow.order import Cycle, depth_first
 from lorasmith.workflow.prompt import Prompt, class_of, is_remark, node_label, node_title
@@ -119,7 +120,7 @@ def validate(
     """
     examination = examine(prompt, folders, nodes=nodes, targets=targets)
     if examination.faults:
-        count = f"{len(examination.faults)} fault" + ("s" if len(examination.faults) > 1 else "")
+        count = count_text(len(examination.faults), "fault")
         raise GraphError(f"this workflow cannot run, it has {count}", tuple(map(str, examination.faults)))
     return examination.graph
 

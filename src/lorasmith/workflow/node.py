@@ -24,6 +24,7 @@ from functools import cached_property
 from typing import Any, Literal, TypeAlias, TypeVar
 
 from lorasmith.core.errors import GraphError
+from lorasmith.core.folders import Folders
 from lorasmith.core.registry import Registry
 from lorasmith.workflow.execution_events import UiOutput
 from lorasmith.workflow.sockets import Input, Output
@@ -64,6 +65,8 @@ class Node:
         output_node: whether the node is an output; others run only if an output needs them.
         fingerprint: function that returns, as a JSON value, what a result depends on besides the inputs, such as a
             file's size and time. Called with the folders and those inputs that it has keywords for.
+        check: function that raises a LorasmithError where what the inputs come from cannot work together. Called with
+            the graph, the node in it and the folders, before any node runs.
         deprecated, experimental: badges.
         function: called with a NodeContext and the inputs as keywords.
     """
@@ -81,6 +84,7 @@ class Node:
     is_input_list: bool = False
     output_node: bool = False
     fingerprint: Callable[..., object] | None = None
+    check: Callable[[Any, Any, Folders], object] | None = None
     deprecated: bool = False
     experimental: bool = False
 
@@ -106,6 +110,7 @@ def node(
     is_input_list: bool = False,
     output_node: bool = False,
     fingerprint: Callable[..., object] | None = None,
+    check: Callable[[Any, Any, Folders], object] | None = None,
     deprecated: bool = False,
     experimental: bool = False,
     registry: Registry[Node] = NODES,
@@ -114,7 +119,7 @@ def node(
 
     Args:
         id, display_name, category, inputs, outputs, aliases, search_aliases, hidden, is_input_list, output_node,
-            fingerprint, deprecated, experimental: as the attributes of `Node`.
+            fingerprint, check, deprecated, experimental: as the attributes of `Node`.
         registry: where it is registered.
 
     Raises:
@@ -136,6 +141,7 @@ def node(
             is_input_list=is_input_list,
             output_node=output_node,
             fingerprint=fingerprint,
+            check=check,
             deprecated=deprecated,
             experimental=experimental,
         )

@@ -288,7 +288,7 @@ def test_an_end_in_the_middle_of_a_pass_is_that_of_all(
     assert all(isinstance(error, TrainingError) for error in found)
     if rank == 0 and fail is killed:
         return  # who writes files is gone; the same command continues from the last run state
-    assert "the LoRA of 1 steps is at" in str(found[0])
+    assert "the LoRA of 1 step is at" in str(found[0])
     (saved,) = (tmp_path / "run").glob("*.safetensors")
     assert load_file(saved)
 

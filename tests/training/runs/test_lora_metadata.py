@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,10 +13,11 @@ import torch
 from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Model
+from lorasmith.formats.hashes import autov1, sha256_file
 from lorasmith.formats.metadata import steps_of
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.job import plan_job
-from lorasmith.training.runs.lora_metadata import training_metadata
+from lorasmith.training.runs.lora_metadata import BaseHashes, training_metadata
 from lorasmith.training.runs.records import RunRecord, SampleRecord
 
 
@@ -36,7 +38,8 @@ def metadata(tiny: Model, *, steps: int = 500, data: EncodedDataset = DATA, **se
     config = TrainConfig(**(given | {"targets": "attention"} | settings))
     job = plan_job(tiny.denoiser, config, torch.device("cpu"))
     record = RunRecord(source={"command": "train"}, samples=(SampleRecord(name="not repeated"),))
-    return training_metadata(job, data, title="dog", trigger="sks dog", steps=steps, started=0.0, record=record)
+    about: dict[str, Any] = {"title": "dog", "trigger": "sks dog", "started": 0.0, "hashes": BaseHashes(None)}
+    return training_metadata(job, data, steps=steps, record=record, **about)
 
 
 def test_entries_that_other_programs_read(tiny: Model) -> None:
@@ -123,3 +126,16 @@ def test_private_metadata_has_no_caption_and_no_settings(tiny: Model) -> None:
 @pytest.mark.parametrize("steps", [0, 17, 10**6])
 def test_own_metadata_gives_the_steps(tiny: Model, steps: int) -> None:
     assert steps_of(metadata(tiny, steps=steps), "x") == steps
+
+
+def test_the_base_models_hashes_are_known_after_a_while_and_those_of_other_models_are_empty(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"weights")
+
+    def hashes_of(path: Path | None) -> tuple[str, str]:
+        with BaseHashes(path) as hashes:
+            hashes.wait(lambda: False)
+        return hashes.sha256, hashes.autov1
+
+    assert hashes_of(file) == (sha256_file(file), autov1(file))
+    assert {hashes_of(one) for one in (None, tmp_path, tmp_path / "missing")} == {("", "")}

@@ -17,7 +17,7 @@ from lorasmith.core.files import is_folder
 from lorasmith.core.folders import Folders, fingerprint
 from lorasmith.core.options import options_of
 from lorasmith.core.safe_names import safe_name
-from lorasmith.core.sizes import memory_text
+from lorasmith.core.sizes import count_text, memory_text
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.folder import ImageFile, scan_folder
 from lorasmith.data.preflight import epoch_of
@@ -237,7 +237,7 @@ def _notes(found: MemoryEstimate, images: int, epochs: float, *, is_known: bool)
         named = ", ".join(f"{key.replace('_', ' ')} {_said(one)}" for key, one in found.proposal.settings.items())
         notes.append(f"To fit into {card} it should train with {named}.")
     if images < _FEW:
-        notes.append(f"With {images} picture{'' if images == 1 else 's'} the LoRA learns those by heart; add some.")
+        notes.append(f"With {count_text(images, 'picture')} the LoRA learns those by heart; add some.")
     if epochs > _MANY_EPOCHS:
         notes.append(f"Each picture is seen {epochs:,.0f} times, which is often too much; take fewer steps.")
     if found.model == BUILT_IN:

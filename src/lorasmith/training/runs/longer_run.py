@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path, PurePath
 
 from lorasmith.core.errors import OptionError, OutputError
+from lorasmith.core.sizes import count_text
 from lorasmith.training.events import EventHandler, Warned
 from lorasmith.training.runs.fingerprint import Fingerprint, differences, state_digest
 from lorasmith.training.runs.records import RunRecord
@@ -63,8 +64,9 @@ def _check_longer(folder: RunFolder, steps: int, given: int) -> None:
     """Raise unless the complete run in a folder, of `steps`, has a state, and the one of `given` steps is longer."""
     if given <= steps:
         raise OutputError(
-            f"{folder.path} holds this run, which is complete with {steps} steps, and {given} were given; give more "
-            "steps to train on from its end, choose another output, or start fresh, which moves it aside"
+            f"{folder.path} holds this run, which is complete with {count_text(steps, 'step')}, and {given} were "
+            "given; give more steps to train on from its end, choose another output, or start fresh, which moves it "
+            "aside"
         )
     if not folder.states().paths():
         raise OptionError(

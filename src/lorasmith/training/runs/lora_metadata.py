@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
-from functools import lru_cache
 from pathlib import Path
+from typing import Self
 
 from lorasmith.adapters.algorithms import format_named
 from lorasmith.core.adapter_format import SD_SCRIPTS
 from lorasmith.core.dtypes import dtype_name
 from lorasmith.data.dataset import EncodedDataset
+from lorasmith.data.encoding_cache import default_cache
+from lorasmith.data.remembered_digests import RememberedDigests, file_sha256
 from lorasmith.families.model import Model
-from lorasmith.formats.hashes import autov1, sha256_file
+from lorasmith.formats.hashes import autov1
 from lorasmith.formats.metadata import RUN_ENTRY, tag_frequency, without_private
 from lorasmith.training.config import ResolvedConfig
 from lorasmith.training.job import Job
 from lorasmith.training.runs.records import RunRecord
 
-__all__ = ["training_metadata"]
+__all__ = ["BaseHashes", "training_metadata"]
+
+_ONE_AT_A_TIME = threading.Lock()
+"""Of runs that train together, the first hashes their base model, and the others find its digest."""
 
 _DATASET = "dataset"
 """Stands for the name of the image folder in sd-scripts' entries."""
@@ -36,6 +44,7 @@ def training_metadata(
     steps: int,
     started: float,
     record: RunRecord,
+    hashes: BaseHashes,
 ) -> dict[str, str]:
     """Header metadata of a LoRA, sorted by key.
 
@@ -46,9 +55,12 @@ def training_metadata(
         steps: updates in the LoRA, those of a continued one included.
         started: start of the run in seconds since 1970.
         record: of the run.
+        hashes: of the base model; left out where they are not known yet.
     """
     entries = {
         **_kohya(job, data, title=title, steps=steps, started=started),
+        "ss_sd_model_hash": hashes.autov1,
+        "ss_new_sd_model_hash": hashes.sha256,
         **_modelspec(job, data, title=title, trigger=trigger or ""),
         "lorasmith.steps": steps,
         "lorasmith.algorithm": job.config.algorithm.lower(),
@@ -62,6 +74,46 @@ def training_metadata(
     return without_private(metadata) if job.config.private else metadata
 
 
+class BaseHashes:
+    """Hashes of a single-file base model, computed on a thread inside its context; empty until then.
+
+    Folders have none. A file that cannot be read, or not as long as the context lasts, has none either.
+
+    Args:
+        path: of the base model.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.sha256 = self.autov1 = ""
+        self._path = path
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._hash, name="lorasmith-hashes", daemon=True)
+
+    def __enter__(self) -> Self:
+        if self._path is not None and self._path.is_file():
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
+
+    def wait(self, cancelled: Callable[[], bool]) -> None:
+        """Return when the hashes are known, or `cancelled` returns True."""
+        while self._thread.is_alive() and not cancelled():
+            self._thread.join(0.2)
+
+    def _hash(self) -> None:
+        assert self._path is not None
+        with _ONE_AT_A_TIME, contextlib.suppress(OSError):
+            sha256 = file_sha256(self._path, RememberedDigests(default_cache()), each_block=self._go_on)
+            self.autov1 = autov1(self._path)
+            self.sha256 = sha256
+
+    def _go_on(self) -> None:
+        if self._stopped.is_set():
+            raise InterruptedError  # an OSError
+
+
 def _kohya(job: Job, data: EncodedDataset, *, title: str, steps: int, started: float) -> dict[str, object]:
     config, base = job.config, job.denoiser.base
     version = base.family.kohya_version(job.denoiser.diffusion.parameterization)
@@ -73,7 +125,6 @@ def _kohya(job: Job, data: EncodedDataset, *, title: str, steps: int, started: f
     tags = _tags(data)
     buckets = Counter(_picture_sizes(base, data))
     width, height = max(buckets, key=_area)
-    sha256, short_hash = _hashes(base.path)
     dtype = dtype_name(job.runtime.dtype)
     return {
         "ss_base_model_version": version,
@@ -83,8 +134,6 @@ def _kohya(job: Job, data: EncodedDataset, *, title: str, steps: int, started: f
         "ss_network_alpha": float(config.alpha),
         "ss_network_args": {} if is_plain else {"algo": algorithm, **arguments},
         "ss_sd_model_name": base.title,
-        "ss_sd_model_hash": short_hash,
-        "ss_new_sd_model_hash": sha256,
         "ss_output_name": title,
         "ss_training_started_at": started,
         "ss_training_finished_at": time.time(),
@@ -166,18 +215,6 @@ def _tags(data: EncodedDataset) -> dict[str, int]:
 
 def _area(size: tuple[int, int]) -> int:
     return size[0] * size[1]
-
-
-def _hashes(path: Path | None) -> tuple[str, str]:
-    """SHA-256 and AutoV1 of a single-file base model; empty for folders, for which neither is defined."""
-    if path is None or not path.is_file():
-        return "", ""
-    return _file_hashes(path, path.stat().st_mtime_ns)
-
-
-@lru_cache(maxsize=8)
-def _file_hashes(path: Path, modified: int) -> tuple[str, str]:
-    return sha256_file(path), autov1(path)
 
 
 def _text(value: object) -> str:
