@@ -22,7 +22,7 @@ from torch import nn
 
 from lorasmith.app.memory_estimate import MemoryEstimate, estimate_memory
 from lorasmith.families.base import FAMILIES, Family
-from lorasmith.families.diffusers_file import original_shapes
+from lorasmith.families.loading import original_shapes
 from lorasmith.families.model_search import ModelFiles
 from lorasmith.training.config import TrainConfig
 

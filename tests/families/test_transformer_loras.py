@@ -19,7 +19,7 @@ from lorasmith.cli.main import main
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
 from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.families.model import Model
-from lorasmith.families.released import released_names
+from lorasmith.families.structure import released_names
 from lorasmith.formats.lora_file import save_lora
 from lorasmith.formats.names.model_names import matches
 from lorasmith.formats.names.recognise import guessed_family

@@ -24,8 +24,7 @@ from lorasmith.core.errors import DataError, LoraError, ModelError
 from lorasmith.core.placement import placed
 from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.families.base import FAMILIES, Conditioning
-from lorasmith.families.diffusers_file import original_shapes
-from lorasmith.families.loading import load_model
+from lorasmith.families.loading import load_model, original_shapes
 from lorasmith.families.model import Model
 from lorasmith.families.wan import Wan
 from lorasmith.formats.lora_file import save_lora

@@ -22,7 +22,7 @@ from lorasmith.core.errors import LorasmithError
 from lorasmith.families.loading import load_model
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Model
-from lorasmith.families.released import released_names
+from lorasmith.families.structure import released_names
 from lorasmith.formats.container import read_safetensors, serialised
 from lorasmith.formats.inspect import describe
 from lorasmith.formats.layouts.layout import LAYOUTS

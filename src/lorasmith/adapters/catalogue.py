@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 from lorasmith.core.options import Option
 
-__all__ = ["ALGORITHMS", "STRENGTH", "Algorithm", "rank_words"]
-
 STRENGTH = Option("strength", float, 1.0, help="Strength of the LoRA: 1 is as trained, 0 disables it.")
 """The strength at which a LoRA is applied: any finite number."""
 

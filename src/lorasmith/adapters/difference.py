@@ -16,8 +16,6 @@ from torch import Tensor, nn
 
 from lorasmith.core.errors import LoraError
 
-__all__ = ["Difference", "is_norm"]
-
 
 def is_norm(module: nn.Module) -> bool:
     """Whether a module has a one-dimensional weight of its own, by which norms scale their output."""

@@ -27,8 +27,6 @@ from lorasmith.adapters.lora import LoraAdapter, LowRank
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import LoraError
 
-__all__ = ["DoraAdapter", "InputDora", "OutputDora", "dora_from_weights"]
-
 
 class DoraAdapter(Adapter):
     """Direction from another adapter, magnitude of its own.

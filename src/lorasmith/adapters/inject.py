@@ -1,7 +1,8 @@
 """Creating adapters for targets, attaching them, and detaching them.
 
 Attaching replaces the `forward` of the targeted layer objects; no module, parameter or name of the model changes, so
-leaving the context manager restores the model exactly.
+leaving the context manager restores the model exactly. Layers of one attention that receive the same input (q, k, v)
+are computed together.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from lorasmith.adapters.difference import Difference
 from lorasmith.adapters.dora import dora_from_weights
 from lorasmith.adapters.frozen_layer import FrozenLayer, FrozenProduct, Products, is_targetable
 from lorasmith.adapters.lora import LowRank
-from lorasmith.adapters.shared_input import SharedInput
+from lorasmith.adapters.low_rank_products import linear_group
 from lorasmith.adapters.targets import Plan
 from lorasmith.adapters.variants import Variant, fresh_adapter
 from lorasmith.core.adapter_state import AdapterWeights
@@ -30,23 +31,6 @@ _SAME_INPUT = (("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_pro
 """Names of the layers of an attention, in diffusers' models, that receive the same input."""
 
 Forward = Callable[..., Tensor]
-
-__all__ = [
-    "Attached",
-    "Forward",
-    "adapters_attached",
-    "adapters_of",
-    "adapters_on",
-    "attached_forwards",
-    "create_adapters",
-    "forward_replaced",
-    "input_groups",
-    "load_adapters",
-    "load_differences",
-    "low_rank_of",
-    "on_product",
-    "restore_forward",
-]
 
 
 @dataclass(frozen=True)
@@ -330,3 +314,47 @@ def _wrapped(
     adapter: Adapter, inner: Callable[[Tensor], Tensor], layer: FrozenLayer, strength: float
 ) -> Callable[[Tensor], Tensor]:
     return lambda x: adapter.attached(inner, layer, x, strength)
+
+
+class SharedInput:
+    """Linear layers that receive the same input (q, k and v), each with a low-rank adapter: one pass for all.
+
+    The first call computes the results of the others too, which they return when called with the same input: the down
+    matrices are one product, their gradients another, and the gradient of the input is summed in place.
+
+    Args:
+        members: adapter, layer and strength of each.
+
+    Attributes:
+        is_complete: whether none of them has another adapter on top; else each is computed separately.
+    """
+
+    def __init__(self, members: Sequence[tuple[LowRank, FrozenLayer, float]]) -> None:
+        self.is_complete = True
+        self._members = members
+        self._x: Tensor | None = None
+        self._results: dict[int, Tensor] = {}
+
+    @staticmethod
+    def takes(adapter: Adapter, layer: FrozenLayer) -> bool:
+        """Whether an adapter on a layer can be a member."""
+        return type(adapter).attached is LowRank.attached and not layer.is_conv
+
+    def __call__(self, index: int, x: Tensor) -> Tensor | None:
+        """`W x + b + change` of a member; None if it must be computed separately, as with dropout."""
+        if self._x is not x or index not in self._results:
+            if not self.is_complete or any(adapter.mask is not None for adapter, _, _ in self._members):
+                return None
+            downs, ups, layers, factors = [], [], [], []
+            for adapter, layer, strength in self._members:
+                down, up, _ = adapter.factors()
+                downs.append(down)
+                ups.append(up)
+                layers.append(layer)
+                factors.append(strength * adapter.scale)
+            self._x = x
+            self._results = dict(enumerate(linear_group(x, layers, factors, *downs, *ups)))
+        result = self._results.pop(index)
+        if not self._results:
+            self._x = None
+        return result

@@ -36,8 +36,6 @@ from lorasmith.adapters.joint_products import LowRankTerm, joint_linear
 from lorasmith.adapters.lora import LowRank
 from lorasmith.core.quantization import weight_source
 
-__all__ = ["SampleRows", "SamplesMixed", "jointly_attached"]
-
 
 class SamplesMixed(Exception):  # noqa: N818 - a fact about a model, which no user sees
     """A module's input is not laid out by samples; the text says which shape it has."""

@@ -17,8 +17,6 @@ from torch import Tensor
 
 from lorasmith.adapters.frozen_layer import FrozenLayer
 
-__all__ = ["LowRankTerm", "joint_linear"]
-
 
 class LowRankTerm(NamedTuple):
     """The low-rank change of one run on one layer.

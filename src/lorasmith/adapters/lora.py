@@ -6,10 +6,10 @@
 (rank, in, kh, kw) and `up` is 1×1 (out, rank, 1, 1), as in LoCon; with a Tucker core `mid` (rank, rank, kh, kw) between
 them `down` is 1×1 too (Yeh et al. 2023, arXiv:2309.14859).
 
-In activation space neither ΔW nor W + ΔW is built: `low_rank_products` adds the low-rank product to the layer's, and
-`shared_input` computes layers with one input (q, k, v) together.
+In activation space neither ΔW nor W + ΔW is built: `low_rank_products` adds the low-rank product to the layer's, for
+layers with one input (q, k, v) together.
 
-Variants that are low-rank too share `LowRank`: `pissa` has other factors, `dropout` sets the mask, `dora` wraps.
+Variants share `LowRank`: PiSSA has other factors and dropout sets the mask (`variants`), `dora` wraps.
 """
 
 from __future__ import annotations
@@ -24,16 +24,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorasmith.adapters.adapter import ADAPTERS, Adapter
+from lorasmith.adapters.adapter import ADAPTERS, Adapter, fill_uniform, misfit, saved, squared_product, taken
 from lorasmith.adapters.frozen_layer import FrozenLayer, FrozenProduct
 from lorasmith.adapters.low_rank_products import linear_with_lora
-from lorasmith.adapters.weights import fill_uniform, misfit, saved, squared_product, taken
 from lorasmith.core.adapter_format import COMFYUI, DIFFUSERS, SD_SCRIPTS, AdapterFormat, PeftKind, Shapes
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import OptionError
 from lorasmith.core.random import keyed_generator
-
-__all__ = ["Factors", "LoraAdapter", "LowRank"]
 
 
 class Factors(NamedTuple):

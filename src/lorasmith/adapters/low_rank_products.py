@@ -15,8 +15,6 @@ from torch import Tensor
 
 from lorasmith.adapters.frozen_layer import FrozenLayer
 
-__all__ = ["linear_group", "linear_with_lora"]
-
 
 class _LinearWithLora(torch.autograd.Function):
     """`x Wᵀ + b + factor · (mask ∘ x downᵀ) upᵀ` for x (..., in), with the layer's W and b frozen."""

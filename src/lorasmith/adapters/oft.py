@@ -25,14 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters.adapter import ADAPTERS, Adapter
+from lorasmith.adapters.adapter import ADAPTERS, Adapter, misfit, saved, taken, wide
 from lorasmith.adapters.frozen_layer import FrozenLayer
-from lorasmith.adapters.weights import misfit, saved, taken, wide
 from lorasmith.core.adapter_format import AdapterFormat, PeftKind, Shapes, multiplied
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import OptionError
-
-__all__ = ["OftAdapter", "Rotation", "rotated"]
 
 _WIDTH = 16
 """Blocks are joined up to this width: products of smaller matrices cost more than they save."""

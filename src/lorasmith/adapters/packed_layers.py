@@ -17,8 +17,6 @@ from lorasmith.adapters.frozen_layer import CONVOLUTIONS, FrozenLayer, FrozenPro
 from lorasmith.core.mapped_files import release_pages
 from lorasmith.core.quantization import WEIGHT_SOURCE, Packed, WeightSource, placeholder, scaled_codes, weight_source
 
-__all__ = ["cast_weights", "give_source", "named_weights", "packable_layers", "packed_layers", "weight_source_set"]
-
 
 def packable_layers(module: nn.Module) -> list[nn.Module]:
     """Layers whose weight only their own forward uses: plain Linear layers and convolutions, in model order."""

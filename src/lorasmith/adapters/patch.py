@@ -18,8 +18,6 @@ from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import LoraError
 from lorasmith.core.quantization import WEIGHT_SOURCE, weight_source
 
-__all__ = ["Patch", "attachments", "cannot_merge", "patch_tensors", "patches_applied", "patches_merged"]
-
 
 @dataclass(frozen=True)
 class Patch:

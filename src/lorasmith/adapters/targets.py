@@ -14,8 +14,6 @@ from torch import nn
 from lorasmith.adapters.frozen_layer import FrozenLayer, is_targetable
 from lorasmith.core.errors import OptionError
 
-__all__ = ["Plan", "PlannedAdapter", "Rule", "plan_adapters"]
-
 
 @dataclass(frozen=True)
 class Rule:

@@ -44,8 +44,6 @@ from lorasmith.families.parts.wan_vae import wan_latents
 from lorasmith.formats.names.model_names import OriginalName, ProgramLimits
 from lorasmith.formats.names.recognise import DENOISER_START, Signature
 
-__all__ = ["Anima"]
-
 # ComfyUI's `supported_models.Anima` and scheduler_config.json.
 _DIFFUSION = Diffusion("flow", FlowSchedule(shift=3.0))
 _ROWS = 512  # of conditioning, at least

@@ -18,36 +18,15 @@ from torch import Tensor, nn
 
 from lorasmith.core.errors import DataError, ModelError
 from lorasmith.core.registry import Registry
-from lorasmith.families.files.empty_weights import weights_empty
-from lorasmith.families.files.original_weights import weight_shapes
+from lorasmith.families.files.original_weights import weight_shapes, weights_empty
 from lorasmith.formats.names.model_names import ModelNames, Naming, ProgramLimits
 from lorasmith.formats.names.recognise import SIGNATURES, Signature
 
 if TYPE_CHECKING:
     from lorasmith.diffusion.schedule import NoiseSchedule
     from lorasmith.families.files.checkpoint import OriginalCheckpoint
-    from lorasmith.families.files.pipeline_configs import PipelineConfigs
+    from lorasmith.families.files.pipelines import PipelineConfigs
     from lorasmith.formats.names.model_names import EncoderNames, OriginalName
-
-__all__ = [
-    "FAMILIES",
-    "AutoencoderSlot",
-    "Components",
-    "Conditioning",
-    "Defaults",
-    "Diffusion",
-    "EncoderSlot",
-    "Encoding",
-    "Expert",
-    "Family",
-    "LatentFormat",
-    "PictureSize",
-    "TargetPreset",
-    "TextEncoders",
-    "check_even",
-    "collate",
-    "register",
-]
 
 
 @dataclass(frozen=True)

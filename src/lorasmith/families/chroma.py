@@ -41,14 +41,13 @@ from lorasmith.families.parts.flux_layout import (
     image_positions,
     in_double_block,
     in_single_block,
+    packed_latents,
     rope_axes,
+    unpacked_latents,
 )
-from lorasmith.families.parts.packing import packed_latents, unpacked_latents
 from lorasmith.families.parts.t5_encoders import encode_t5
 from lorasmith.formats.names.model_names import OriginalName, ProgramLimits
 from lorasmith.formats.names.recognise import Signature
-
-__all__ = ["Chroma"]
 
 _TOKENS = 512  # ChromaPipeline's longest prompt
 # ComfyUI's shift for KSampler, which has no other setting for it; its template sets none (ModelSamplingAuraFlow at 1).

@@ -31,13 +31,11 @@ from lorasmith.families.base import (
 )
 from lorasmith.families.files.checkpoint import OriginalCheckpoint
 from lorasmith.families.files.original_weights import block_count, module_paths
-from lorasmith.families.files.pipeline_configs import PipelineConfigs
+from lorasmith.families.files.pipelines import PipelineConfigs
 from lorasmith.families.parts.language_models import hidden_states
 from lorasmith.families.parts.prompt_weights import literal_text
 from lorasmith.formats.names.model_names import OriginalName, ProgramLimits
 from lorasmith.formats.names.recognise import DENOISER_START, Signature
-
-__all__ = ["ErnieImage"]
 
 _LAYER = -2  # of the encoder's states
 _SHIFT = 3.0  # ComfyUI's `supported_models.ErnieImage` for KSampler

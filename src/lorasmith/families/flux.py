@@ -34,7 +34,7 @@ from lorasmith.families.base import (
 )
 from lorasmith.families.files.checkpoint import OriginalCheckpoint
 from lorasmith.families.files.original_weights import block_count, module_paths, norm_name
-from lorasmith.families.files.pipeline_configs import PipelineConfigs
+from lorasmith.families.files.pipelines import PipelineConfigs
 from lorasmith.families.parts import clip_layout, flux_layout
 from lorasmith.families.parts.autoencoders import FLUX_CONSTANTS
 from lorasmith.families.parts.clip_text import encode_prompt
@@ -45,14 +45,13 @@ from lorasmith.families.parts.flux_layout import (
     image_positions,
     in_double_block,
     in_single_block,
+    packed_latents,
     rope_axes,
+    unpacked_latents,
 )
-from lorasmith.families.parts.packing import packed_latents, unpacked_latents
 from lorasmith.families.parts.t5_encoders import RELEASED_PATHS, encode_t5
 from lorasmith.formats.names.model_names import EncoderNames, ModelNames, OriginalName, ProgramLimits
 from lorasmith.formats.names.recognise import Signature
-
-__all__ = ["Flux", "outputs_zeroed"]
 
 _MODULATION = ("*.norm.linear", "*.norm1.linear", "*.norm1_context.linear")
 _TARGETS = {

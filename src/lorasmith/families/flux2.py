@@ -38,8 +38,6 @@ from lorasmith.families.parts.prompt_weights import literal_text
 from lorasmith.formats.names.model_names import OriginalName, ProgramLimits
 from lorasmith.formats.names.recognise import Signature
 
-__all__ = ["Flux2"]
-
 _TOKENS = 512  # of text, which is filled with padding that the transformer sees
 _DEFAULT_GUIDANCE = 4.0  # of dev, in ComfyUI's template and in Flux2Pipeline
 # ComfyUI's `supported_models.Flux2` has this exponential shift for KSampler; Flux2Scheduler computes its own.

@@ -9,8 +9,6 @@ from pathlib import Path
 from lorasmith.core.errors import ModelError
 from lorasmith.core.folders import ASSETS, MODEL_EXTENSIONS
 
-__all__ = ["BUILT_IN", "ModelFiles", "built_in_models", "located"]
-
 BUILT_IN = "lorasmith-tiny"
 """Name of the small model in the package, for demonstrations and tests."""
 

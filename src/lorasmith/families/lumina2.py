@@ -38,8 +38,6 @@ from lorasmith.families.parts.prompt_weights import parse_weights, weighted_stat
 from lorasmith.formats.names.model_names import OriginalName, ProgramLimits
 from lorasmith.formats.names.recognise import DENOISER_START, Signature
 
-__all__ = ["Lumina2"]
-
 _WIDTH = 2304
 _LAYER = -2  # of the encoder's states
 _CAP = 50.0  # of the encoder's attention, in diffusers

@@ -23,21 +23,6 @@ from lorasmith.families.model import Model
 from lorasmith.families.parts.autoencoders import recognised_autoencoder
 from lorasmith.families.parts.encoders import ENCODERS, recognised_encoder
 
-__all__ = [
-    "ENCODER_FOLDERS",
-    "MODEL_FOLDERS",
-    "VAE_FOLDERS",
-    "Completed",
-    "FoundFile",
-    "FoundPart",
-    "best_autoencoder",
-    "best_encoder",
-    "completed",
-    "in_folders",
-    "load_completed",
-    "scanned",
-]
-
 MODEL_FOLDERS = ("checkpoints", "diffusion_models")
 ENCODER_FOLDERS = ("text_encoders",)
 VAE_FOLDERS = ("vae",)

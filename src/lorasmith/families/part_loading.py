@@ -14,26 +14,14 @@ from lorasmith.core.errors import ModelError
 from lorasmith.core.folders import pipeline_index
 from lorasmith.families.base import FAMILIES, Family, TextEncoders
 from lorasmith.families.files.checkpoint import OriginalCheckpoint, Shapes
-from lorasmith.families.files.diffusers_folder import PartFolder
 from lorasmith.families.files.original_weights import PartSource
+from lorasmith.families.files.pipelines import PartFolder
 from lorasmith.families.known import looks_like
 from lorasmith.families.locating import located
 from lorasmith.families.model import Autoencoder, TextEncoder
 from lorasmith.families.parts.autoencoders import recognised_autoencoder
 from lorasmith.families.parts.encoders import EncoderKind, recognised_encoder
 from lorasmith.families.parts.tokenizers import EMBEDDED, TokenizerSource
-
-__all__ = [
-    "autoencoder_in",
-    "encoders_in",
-    "load_autoencoder",
-    "load_text_encoder",
-    "part_title",
-    "quieten",
-    "title_of",
-    "tokenizer_folder",
-    "tokenizer_source",
-]
 
 
 def load_text_encoder(paths: Sequence[str | os.PathLike[str]], clip_type: str) -> TextEncoder:

@@ -31,16 +31,13 @@ from lorasmith.families.base import (
     register,
 )
 from lorasmith.families.files.original_weights import block_count, module_paths, norm_name
-from lorasmith.families.parts.flux_layout import rope_axes
+from lorasmith.families.parts.flux_layout import packed_latents, rope_axes, unpacked_latents
 from lorasmith.families.parts.language_models import hidden_states
-from lorasmith.families.parts.packing import packed_latents, unpacked_latents
 from lorasmith.families.parts.picture_chat import ANSWER, SYSTEM, SYSTEM_TOKENS, chat_of, seen_from
 from lorasmith.families.parts.prompt_weights import literal_text
 from lorasmith.families.parts.wan_vae import wan_latents
 from lorasmith.formats.names.model_names import OriginalName, ProgramLimits
 from lorasmith.formats.names.recognise import Signature
-
-__all__ = ["QwenImage"]
 
 _TOKENS = 512  # QwenImagePipeline's longest prompt unless it is told another
 _MU = 1.15  # ComfyUI's shift for KSampler; its template sets a linear one of 3.1

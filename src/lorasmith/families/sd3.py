@@ -43,8 +43,6 @@ from lorasmith.families.parts.t5_encoders import RELEASED_PATHS, encode_t5
 from lorasmith.formats.names.model_names import EncoderNames, OriginalName, ProgramLimits
 from lorasmith.formats.names.recognise import Signature
 
-__all__ = ["StableDiffusion3"]
-
 _HEAD_WIDTH = 64
 _CHANNELS = 16
 _CLIPS = {"text_encoder": 768, "text_encoder_2": 1280}  # width of states and of the pooled vector

@@ -24,13 +24,11 @@ from lorasmith.families.base import (
     register,
 )
 from lorasmith.families.files.checkpoint import OriginalCheckpoint
-from lorasmith.families.files.pipeline_configs import PipelineConfigs
+from lorasmith.families.files.pipelines import PipelineConfigs
 from lorasmith.families.parts import clip_layout, unet_layout
 from lorasmith.families.parts.clip_text import encode_prompt
 from lorasmith.formats.names.model_names import EncoderNames, OriginalName
 from lorasmith.formats.names.recognise import SIGNATURES, Signature
-
-__all__ = ["StableDiffusion"]
 
 _CONTEXT_WIDTH = {1: 768, 2: 1024}
 _ENCODER = {

@@ -33,13 +33,11 @@ from lorasmith.families.base import (
     register,
 )
 from lorasmith.families.files.original_weights import block_count, module_paths
-from lorasmith.families.files.pipeline_configs import PipelineConfigs
+from lorasmith.families.files.pipelines import PipelineConfigs
 from lorasmith.families.parts.umt5_encoders import encode_umt5
 from lorasmith.families.parts.wan_vae import LATENT_MEAN, LATENT_MEAN_22, LATENT_STD, LATENT_STD_22, wan_latents
 from lorasmith.formats.names.model_names import OriginalName, ProgramLimits
 from lorasmith.formats.names.recognise import DENOISER_START, Signature
-
-__all__ = ["Wan"]
 
 _TOKENS = 512  # of text
 _HEAD = 128  # width of a head in every size

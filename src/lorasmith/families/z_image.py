@@ -37,8 +37,6 @@ from lorasmith.families.parts.prompt_weights import literal_text
 from lorasmith.formats.names.model_names import OriginalName, ProgramLimits
 from lorasmith.formats.names.recognise import DENOISER_START, Signature
 
-__all__ = ["ZImage"]
-
 _HEAD_WIDTH = 128
 _LUMINA_MODULATION = "layers.0.adaLN_modulation.1.weight"  # Lumina 2 is built alike, with an activation before it
 # Shifted as in ComfyUI's `supported_models.ZImage`; scheduler_config.json of the base model has 6, of Turbo 3.

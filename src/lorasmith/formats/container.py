@@ -25,17 +25,6 @@ from lorasmith.core.files import atomic_path, is_folder, open_regular
 from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.core.mapped_files import MappedFile
 
-__all__ = [
-    "Header",
-    "TensorInfo",
-    "check_safetensors",
-    "count_non_finite",
-    "mapped_tensors",
-    "read_safetensors",
-    "serialised",
-    "write_safetensors",
-]
-
 
 class TensorInfo(NamedTuple):
     """A tensor's entry in a header: dtype in safetensors' spelling (`BF16`) and shape."""

@@ -9,22 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from lorasmith.adapters.algorithms import size_of, words_of
+from lorasmith.adapters.algorithms import format_of, size_of, words_of
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import LoraError
+from lorasmith.formats.faults import findings_of
 from lorasmith.formats.hashes import autov1, sha256_body, sha256_file
 from lorasmith.formats.layouts.layout import LAYOUTS
 from lorasmith.formats.layouts.peft_config import stated_alphas
 from lorasmith.formats.lora_file import read_lora_tensors
 from lorasmith.formats.metadata import steps_of
-from lorasmith.formats.names.prefixes import component_of
-from lorasmith.formats.names.recognise import block_of, guessed_family, kind_of
-from lorasmith.formats.names.spelling import ModuleTensors, all_assembled, grouped
-from lorasmith.formats.quality.faults import findings_of
-from lorasmith.formats.quality.norms import squared_change
-from lorasmith.formats.scales import rank_of
-
-__all__ = ["LoraSummary", "describe"]
+from lorasmith.formats.names.recognise import block_of, component_of, guessed_family, kind_of
+from lorasmith.formats.names.spelling import ModuleTensors, all_assembled, grouped, without_core
+from lorasmith.formats.scales import rank_of, scale_of
 
 
 @dataclass(frozen=True)
@@ -48,7 +44,7 @@ class LoraSummary:
         steps: optimizer updates, 0 if unknown.
         metadata: all of the header's.
         hashes: `sha256`, `autov1`, `autov2`, `autov3`.
-        findings: one sentence for each fault of the file; see `formats.quality.faults`.
+        findings: one sentence for each fault of the file; see `formats.faults`.
     """
 
     path: Path
@@ -117,6 +113,22 @@ def describe(path: Path) -> LoraSummary:
             finding.problem for finding in findings_of(tensors, metadata, None, is_model_sure=False) if finding.is_fault
         ),
     )
+
+
+def squared_change(module: ModuleTensors) -> float | None:
+    """Squared Frobenius norm of a module's change at strength 1.
+
+    None if the change depends on the weight: OFT, BOFT, GLoRA. DoRA's magnitudes, which do so too, are left out.
+    """
+    total = sum(float(tensor.float().square().sum()) for tensor in module.differences.values())
+    weights = module.adapter
+    if weights is None:
+        return total
+    squared_norm = format_of(weights).squared_norm
+    if squared_norm is None:
+        return None
+    plain = without_core(weights)
+    return total + scale_of(plain) ** 2 * squared_norm(plain.tensors)
 
 
 T = TypeVar("T", bound=Hashable)

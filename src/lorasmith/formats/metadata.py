@@ -15,8 +15,6 @@ import collections
 import re
 from collections.abc import Iterable, Mapping
 
-__all__ = ["BOUNDS", "RUN_ENTRY", "steps_of", "tag_frequency", "without_private"]
-
 BOUNDS = "lorasmith.oft_bounds"
 """Entry in which kohya's layout keeps the bounds of rotations, since its tensors have the bounds applied."""
 

@@ -12,20 +12,6 @@ from lorasmith.adapters.algorithms import format_of
 from lorasmith.core.adapter_format import multiplied
 from lorasmith.core.adapter_state import AdapterWeights
 
-__all__ = [
-    "baked",
-    "checked_scale",
-    "full_alpha",
-    "idle_alpha",
-    "loras_in",
-    "most_frequent_alpha",
-    "rank_of",
-    "scale_of",
-    "scaled_by",
-    "with_alpha",
-    "with_one_alpha",
-]
-
 T = TypeVar("T", bound=Hashable)
 
 

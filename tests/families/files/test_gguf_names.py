@@ -20,7 +20,7 @@ from lorasmith.adapters.packed_layers import packed_layers
 from lorasmith.core.errors import ModelError
 from lorasmith.core.placement import placed
 from lorasmith.families.files.checkpoint import OriginalCheckpoint
-from lorasmith.families.files.gguf_names import halves_apart, names_of
+from lorasmith.families.files.gguf import halves_apart, names_of
 from lorasmith.families.files.original_weights import PartSource
 from lorasmith.families.part_loading import load_text_encoder
 from lorasmith.families.parts.encoders import recognised_encoder

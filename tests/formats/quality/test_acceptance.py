@@ -12,8 +12,8 @@ import pytest
 
 from lorasmith.core.adapter_state import AdapterState
 from lorasmith.families.model import Model
+from lorasmith.formats.acceptance import PROGRAMS, shortfalls
 from lorasmith.formats.lora_file import PORTABLE, layout_for
-from lorasmith.formats.quality.acceptance import PROGRAMS, shortfalls
 from lorasmith.training.lora_handle import Lora
 from tests.covering import slow_except
 

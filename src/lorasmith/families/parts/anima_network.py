@@ -15,8 +15,6 @@ from diffusers import AnimaTextConditioner, CosmosTransformer3DModel
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["AnimaNetwork"]
-
 
 class AnimaNetwork(CosmosTransformer3DModel):  # type: ignore[misc]
     """The transformer, with the adapter as `text_conditioner`.

@@ -14,8 +14,6 @@ from lorasmith.families.parts.clip_text import CONTEXT_LENGTH, clip_tokenizer
 from lorasmith.families.parts.encoders import ENCODERS, EncoderKind
 from lorasmith.families.parts.tokenizers import TokenizerSource, folder_tokenizer
 
-__all__ = ["ClipEncoder"]
-
 
 class ClipEncoder(EncoderKind):
     """A text encoder of CLIP (Radford et al. 2021, arXiv:2103.00020) or OpenCLIP.

@@ -12,15 +12,6 @@ from torch import Tensor, nn
 from lorasmith.core.errors import ModelError
 from lorasmith.core.quantization import Packed, of_rows
 
-__all__ = [
-    "clip_config",
-    "depth_of",
-    "in_transformers_naming",
-    "released_paths",
-    "renamed_for",
-    "written_paths",
-]
-
 _OPENCLIP = (
     (r"^token_embedding\.weight$", "embeddings.token_embedding.weight"),
     (r"^positional_embedding$", "embeddings.position_embedding.weight"),

@@ -22,8 +22,6 @@ from lorasmith.core.placement import device_of
 from lorasmith.families.parts.prompt_weights import Token, parse_weights, weighted_states
 from lorasmith.families.parts.tokenizers import byte_characters
 
-__all__ = ["CONTEXT_LENGTH", "VOCABULARY", "clip_tokenizer", "encode_prompt", "encode_prompts", "tokenize_prompt"]
-
 CONTEXT_LENGTH = 77
 """Positions of a CLIP text encoder: begin, 75 tokens, end."""
 

@@ -15,8 +15,6 @@ from lorasmith.core.registry import Registry
 from lorasmith.families.files.original_weights import PartSource
 from lorasmith.families.parts.tokenizers import TokenizerSource
 
-__all__ = ["ENCODERS", "EncoderKind", "recognised_encoder"]
-
 
 class EncoderKind(ABC):
     """A kind of text encoder.

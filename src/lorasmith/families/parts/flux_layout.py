@@ -1,4 +1,4 @@
-"""What Flux.1, Flux.2 and Chroma share: names of blocks in the original layout, positions, masks of joint attention."""
+"""What Flux.1 and the families after it share: names of blocks, positions, masks, latents as tokens."""
 
 from __future__ import annotations
 
@@ -9,22 +9,6 @@ import torch
 from torch import Tensor
 
 from lorasmith.formats.names.model_names import OriginalName
-
-__all__ = [
-    "ATTENTION",
-    "DOUBLE_ATTENTION",
-    "DOUBLE_FEED_FORWARD",
-    "FEED_FORWARD",
-    "GUIDANCE",
-    "KEY_NORM",
-    "SINGLE_NORMS",
-    "TOP",
-    "attention_arguments",
-    "image_positions",
-    "in_double_block",
-    "in_single_block",
-    "rope_axes",
-]
 
 KEY_NORM = "double_blocks.0.img_attn.norm.key_norm"
 """A norm as wide as an attention head."""
@@ -135,3 +119,22 @@ def attention_arguments(mask: Tensor | None, pixels: int) -> dict[str, Any]:
         return {}
     picture = mask.new_ones(len(mask), pixels)
     return {"attention_mask": torch.cat((mask, picture), dim=1)[:, None, None]}
+
+
+def packed_latents(latents: Tensor) -> Tensor:
+    """(batch, channels, height, width) → (batch, height/2 · width/2, 4 · channels)."""
+    batch, channels, height, width = latents.shape
+    tokens = latents.reshape(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return tokens.reshape(batch, height // 2 * (width // 2), channels * 4)
+
+
+def unpacked_latents(tokens: Tensor, height: int, width: int) -> Tensor:
+    """The inverse of `packed_latents`.
+
+    Args:
+        tokens: (batch, height/2 · width/2, 4 · channels).
+        height, width: of the latents.
+    """
+    batch, _, features = tokens.shape
+    latents = tokens.reshape(batch, height // 2, width // 2, features // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return latents.reshape(batch, features // 4, height, width)

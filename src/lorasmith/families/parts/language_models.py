@@ -27,8 +27,6 @@ from lorasmith.families.parts.tokenizers import (
     tekken_tokenizer,
 )
 
-__all__ = ["LanguageModel", "attention_capped", "hidden_states"]
-
 _QUERY_NORM = "layers.0.self_attn.q_norm.weight"
 _AFTER_ATTENTION = "layers.0.post_attention_layernorm.weight"
 _GEMMA = "layers.0.post_feedforward_layernorm.weight"

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from lorasmith.families.base import Encoding
 
-__all__ = ["Token", "literal_text", "parse_weights", "weighted_states"]
-
 EMPHASIS = 1.1
 """Factor of a pair of brackets that names no weight."""
 

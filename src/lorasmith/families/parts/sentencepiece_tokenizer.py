@@ -13,8 +13,6 @@ from typing import Any
 from sentencepiece import SentencePieceProcessor
 from transformers import PreTrainedTokenizer
 
-__all__ = ["SentencePieceTokenizer"]
-
 
 class SentencePieceTokenizer(PreTrainedTokenizer):  # type: ignore[misc]
     """A SentencePiece model, Unigram or BPE. Special tokens in a text are text.

@@ -15,8 +15,6 @@ from lorasmith.families.parts.encoders import ENCODERS, EncoderKind
 from lorasmith.families.parts.prompt_weights import Token, parse_weights, weighted_states
 from lorasmith.families.parts.tokenizers import TokenizerSource, folder_tokenizer, t5_tokenizer
 
-__all__ = ["RELEASED_PATHS", "T5_BIAS", "T5Encoder", "built_t5", "encode_t5", "t5_tokens"]
-
 RELEASED_PATHS = tuple(
     f"encoder.block.{block}.layer.{layer}"
     for block in range(24)

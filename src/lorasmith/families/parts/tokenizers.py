@@ -26,17 +26,6 @@ from lorasmith.core.files import read_regular
 from lorasmith.core.folders import ASSETS
 from lorasmith.core.foreign_json import parse_foreign_json
 
-__all__ = [
-    "EMBEDDED",
-    "TokenizerSource",
-    "byte_characters",
-    "folder_tokenizer",
-    "qwen_tokenizer",
-    "spiece_tokenizer",
-    "t5_tokenizer",
-    "tekken_tokenizer",
-]
-
 EMBEDDED = ("spiece_model", "tekken_model")
 """Tensors of encoder files that hold a vocabulary as bytes, as ComfyUI writes them."""
 

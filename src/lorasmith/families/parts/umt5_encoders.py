@@ -20,8 +20,6 @@ from lorasmith.families.parts.prompt_weights import weighted_states
 from lorasmith.families.parts.t5_encoders import T5_BIAS, built_t5, t5_tokens
 from lorasmith.families.parts.tokenizers import TokenizerSource, folder_tokenizer, spiece_tokenizer
 
-__all__ = ["UMT5Encoder", "encode_umt5"]
-
 
 class UMT5Encoder(EncoderKind):
     """UMT5, of which video models use the XXL size."""

@@ -16,23 +16,8 @@ from lorasmith.diffusion.schedule import DiscreteSchedule
 from lorasmith.families.base import Diffusion, LatentFormat, TargetPreset
 from lorasmith.families.files.checkpoint import OriginalCheckpoint
 from lorasmith.families.files.original_weights import module_paths
-from lorasmith.families.files.pipeline_configs import PipelineConfigs
+from lorasmith.families.files.pipelines import PipelineConfigs
 from lorasmith.formats.names.model_names import OriginalName, ProgramLimits
-
-__all__ = [
-    "CROSS_ATTENTION",
-    "TARGETS",
-    "UNET_LIMITS",
-    "context_widths",
-    "diffusion_of_checkpoint",
-    "diffusion_of_pipeline",
-    "latent_format",
-    "original_unet_path",
-    "pixel_multiple",
-    "said_parameterization",
-    "unet_config",
-    "unet_table",
-]
 
 CROSS_ATTENTION = r"((down|up|input|output)_blocks_\d|(mid|middle)_block_).*attn2_(processor_)?to_[kv]$"
 """Finds a LoRA's modules whose input is the text; its width distinguishes versions."""

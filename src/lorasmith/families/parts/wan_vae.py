@@ -19,16 +19,6 @@ from lorasmith.families.files.checkpoint import Shapes
 from lorasmith.families.files.original_weights import PartSource, build
 from lorasmith.families.parts.autoencoders import AUTOENCODERS, AutoencoderKind
 
-__all__ = [
-    "LATENT_MEAN",
-    "LATENT_MEAN_22",
-    "LATENT_STD",
-    "LATENT_STD_22",
-    "Wan22Autoencoder",
-    "WanAutoencoder",
-    "wan_latents",
-]
-
 # fmt: off
 LATENT_MEAN = (
     -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,

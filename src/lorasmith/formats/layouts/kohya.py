@@ -27,7 +27,6 @@ from lorasmith.core.errors import LoraError
 from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.formats.layouts.layout import LAYOUTS, Layout, Loss
 from lorasmith.formats.metadata import BOUNDS
-from lorasmith.formats.names import prefixes
 from lorasmith.formats.names.model_names import ModelNames
 from lorasmith.formats.names.places import (
     Parts,
@@ -38,10 +37,9 @@ from lorasmith.formats.names.places import (
     read_tensors,
     unfusable,
 )
+from lorasmith.formats.names.recognise import KOHYA_ENCODER, KOHYA_PREFIXES, any_of
 from lorasmith.formats.names.spelling import KOHYA, spelled, split_key
 from lorasmith.formats.scales import checked_scale
-
-__all__ = ["KohyaLayout"]
 
 
 class KohyaLayout(Layout):
@@ -59,7 +57,7 @@ class KohyaLayout(Layout):
         if names.kohya_naming == "original":
             namings.reverse()
         bases: dict[str, Parts] = {}
-        for prefix in prefixes.KOHYA:
+        for prefix in KOHYA_PREFIXES:
             for places in namings:
                 for path, parts in places.items():
                     bases.setdefault(prefix + _flat(path), parts)
@@ -114,8 +112,8 @@ class KohyaLayout(Layout):
 
 LAYOUTS.register(KohyaLayout.name)(KohyaLayout())
 
-_WRITTEN, _UNFUSED = prefixes.KOHYA[:2]
-_PREFIX = re.compile(f"{prefixes.any_of(prefixes.KOHYA)}|{prefixes.KOHYA_ENCODER}")
+_WRITTEN, _UNFUSED = KOHYA_PREFIXES[:2]
+_PREFIX = re.compile(f"{any_of(KOHYA_PREFIXES)}|{KOHYA_ENCODER}")
 
 
 def _bounded(state: AdapterState) -> AdapterState:

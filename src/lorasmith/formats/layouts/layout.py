@@ -18,8 +18,6 @@ from lorasmith.core.registry import Registry
 from lorasmith.formats.names.model_names import ModelNames
 from lorasmith.formats.names.places import Parts
 
-__all__ = ["LAYOUTS", "Layout", "Loss", "named", "sentences"]
-
 
 @dataclass(frozen=True)
 class Loss:

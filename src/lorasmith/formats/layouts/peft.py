@@ -27,7 +27,7 @@ from lorasmith.formats.layouts.layout import LAYOUTS, Layout, Loss
 from lorasmith.formats.layouts.peft_config import configs_of, rank_fields, stated_alphas, targets, uneven_magnitudes
 from lorasmith.formats.names.model_names import ModelNames
 from lorasmith.formats.names.places import Parts, addressed, diffusers_places, encoder_paths, read_tensors
-from lorasmith.formats.names.prefixes import PEFT as PREFIX
+from lorasmith.formats.names.recognise import PEFT_PREFIX as PREFIX
 from lorasmith.formats.names.spelling import (
     PEFT,
     ModuleTensors,
@@ -36,8 +36,6 @@ from lorasmith.formats.names.spelling import (
     without_core,
 )
 from lorasmith.formats.scales import rank_of
-
-__all__ = ["PEFT_CONFIG", "PeftLayout"]
 
 PEFT_CONFIG = "adapter_config.json"
 

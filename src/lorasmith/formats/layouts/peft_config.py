@@ -28,17 +28,6 @@ from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.formats.names.spelling import grouped, scales_outputs
 from lorasmith.formats.scales import checked_scale, rank_of
 
-__all__ = [
-    "ADAPTER_METADATA",
-    "Config",
-    "configs_of",
-    "header_fields",
-    "rank_fields",
-    "stated_alphas",
-    "targets",
-    "uneven_magnitudes",
-]
-
 ADAPTER_METADATA = "lora_adapter_metadata"
 """Header entry in which diffusers keeps the fields of PEFT's LoraConfig, each after its component's name."""
 

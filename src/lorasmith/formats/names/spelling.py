@@ -19,27 +19,10 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from lorasmith.adapters.algorithms import ADAPTERS, algorithms, format_named, format_of, words_of
+from lorasmith.adapters.algorithms import algorithms, format_named, format_of, words_of
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.shape_rules import first_misfit
 from lorasmith.formats.scales import checked_scale, idle_alpha, scale_of
-
-__all__ = [
-    "KOHYA",
-    "PEFT",
-    "UNREADABLE",
-    "XLABS",
-    "ModuleTensors",
-    "Unfit",
-    "all_assembled",
-    "assembled",
-    "fits",
-    "grouped",
-    "scales_outputs",
-    "spelled",
-    "split_key",
-    "without_core",
-]
 
 
 class Suffixes(Enum):
@@ -82,7 +65,7 @@ def split_key(key: str) -> tuple[str, str] | None:
     """(base, role) of a tensor's key, or None if the suffix is unknown."""
     if match := _XLABS.fullmatch(key):
         return match[1], match[2]
-    for suffix, role in _roles(tuple(ADAPTERS)).items():
+    for suffix, role in _roles(tuple(name for name, _ in algorithms())).items():
         if key.endswith(suffix):
             return key[: -len(suffix)], role
     return None

@@ -3,12 +3,18 @@
 A test holds these rules to the recorded numbers of the matrix. `ComfyUI`, `diffusers` and `sd-scripts` (its own
 network) represent the programs built on them; LyCORIS, with which sd-scripts loads the other algorithms, reads kohya's
 layout and all of `AdapterWeights` except DoRA per input.
+
+diffusers, reading kohya's names of some families (`ProgramLimits.diffusers_one_alpha`), reads the alphas of attention
+layers, and those of all layers of a text encoder, as the most frequent alpha of that part of the model; in the portable
+form alpha is multiplied into the factors there. Tucker cores, which diffusers and sd-scripts do not read and ComfyUI
+fails to merge in a LoKr, are multiplied in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import collections
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 from lorasmith.adapters.algorithms import format_of
 from lorasmith.core.adapter_format import COMFYUI, DIFFUSERS, SD_SCRIPTS
@@ -16,9 +22,8 @@ from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights,
 from lorasmith.formats.layouts.layout import LAYOUTS, Layout, named
 from lorasmith.formats.names.model_names import ModelNames, ProgramLimits, matches
 from lorasmith.formats.names.places import unfusable
-from lorasmith.formats.quality.portable import misread_alphas
-
-__all__ = ["MISREAD_ALPHAS", "PROGRAMS", "Shortfall", "shortfalls"]
+from lorasmith.formats.names.spelling import without_core
+from lorasmith.formats.scales import loras_in, most_frequent_alpha, with_alpha
 
 
 @dataclass(frozen=True)
@@ -193,3 +198,40 @@ def _is_dora(weights: AdapterWeights | None) -> bool:
     if weights is None or DIFFUSERS not in (form := format_of(weights)).programs:
         return False
     return any(weights.tensors.keys() == whole | {"dora_scale"} for whole in form.needed)
+
+
+def made_portable(
+    state: AdapterState, names: ModelNames, alphas: Mapping[ModuleRef, float] | None = None
+) -> AdapterState:
+    """The same LoRA in the form that most programs apply.
+
+    Args:
+        state: the LoRA, or some of its modules.
+        names: its model.
+        alphas: `misread_alphas` of the whole LoRA, None if `state` is the whole.
+    """
+    wanted = misread_alphas(state, names) if alphas is None else alphas
+    adapters = {ref: without_core(weights) for ref, weights in state.adapters.items()}
+    for ref in adapters.keys() & wanted.keys():
+        adapters[ref] = with_alpha(adapters[ref], wanted[ref])
+    return replace(state, adapters=adapters)
+
+
+def misread_alphas(state: AdapterState, names: ModelNames) -> dict[ModuleRef, float]:
+    """Modules whose alpha diffusers misreads in kohya's layout → the alpha that it uses."""
+    patterns = names.limits.diffusers_one_alpha
+    if not patterns:
+        return {}
+    found: dict[ModuleRef, float] = {}
+    for component in dict.fromkeys(ref.component for ref in state.adapters):
+        common, alphas = most_frequent_alpha(
+            loras_in({ref: weights for ref, weights in state.adapters.items() if ref.component == component})
+        )
+        mistaken = {ref for ref in alphas if component != DENOISER or matches(ref.path, patterns)}
+        if len({*alphas.values()}) < 2 or not common or not mistaken:
+            continue
+        after = collections.Counter(common if ref in mistaken else alpha for ref, alpha in alphas.items())
+        # Of equally frequent ones diffusers uses the first in the file, which may be another.
+        tied = any(count == after[common] for alpha, count in after.items() if alpha != common)
+        found |= {ref: common for ref, alpha in alphas.items() if alpha != common and (tied or ref in mistaken)}
+    return found
