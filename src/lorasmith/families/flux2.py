@@ -16,27 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorasmith.diffusion.schedule import FlowSchedule, ResolutionShift
-from lorasmith.families.base import (
-    AutoencoderSlot,
-    Conditioning,
-    Defaults,
-    Diffusion,
-    EncoderSlot,
-    Encoding,
-    Family,
-    LatentFormat,
-    TargetPreset,
-    TextEncoders,
-    register,
-)
-from lorasmith.families.files.original_weights import block_count, module_paths, norm_name
+from lorasmith.families.base import *
 from lorasmith.families.parts import flux_layout
 from lorasmith.families.parts.flux_layout import attention_arguments, in_double_block
 from lorasmith.families.parts.language_models import hidden_states
 from lorasmith.families.parts.prompt_weights import literal_text
-from lorasmith.formats.names.model_names import OriginalName, ProgramLimits
-from lorasmith.formats.names.recognise import Signature
 
 _TOKENS = 512  # of text, which is filled with padding that the transformer sees
 _DEFAULT_GUIDANCE = 4.0  # of dev, in ComfyUI's template and in Flux2Pipeline
@@ -53,11 +37,9 @@ _ATTENTION = ("transformer_blocks.*.attn.to_*", "transformer_blocks.*.attn.add_*
 _SINGLE = ("single_transformer_blocks.*.attn.to_*",)
 _MLP = ("transformer_blocks.*.ff.linear_*", "transformer_blocks.*.ff_context.linear_*")
 _TARGETS = {
-    "attention": TargetPreset((*_ATTENTION, *_SINGLE)),
-    "attention+ff": TargetPreset((*_ATTENTION, *_SINGLE, *_MLP)),
-    "transformer": TargetPreset(("*transformer_blocks.*",), linear_only=True),
-    "all-linear": TargetPreset(("*",), linear_only=True),
-    "all": TargetPreset(("*",)),
+    "attention": Rule((*_ATTENTION, *_SINGLE)),
+    "attention+ff": Rule((*_ATTENTION, *_SINGLE, *_MLP)),
+    "transformer": Rule(("*transformer_blocks.*",), linear_only=True),
 }
 
 _READ_BY_KOHYA_NAMES = (
@@ -101,7 +83,9 @@ class Flux2(Family):
         is_klein: whether it has klein's encoder and no guidance input.
     """
 
-    denoiser_folder = "transformer"
+    network = "Flux2Transformer2DModel"
+    text_width = "joint_attention_dim"
+    usual_tokens = _TOKENS
     modelspec_implementation = "https://github.com/black-forest-labs/flux2"
     kohya_name = "flux2"
     limits = _LIMITS
@@ -109,7 +93,6 @@ class Flux2(Family):
     targets = _TARGETS
     autoencoder = AutoencoderSlot("flux2", channels=128, usual_file="flux2-vae.safetensors", prefixes=("vae.",))
     clip_types = ("flux2",)
-    repeatable_context = False
 
     def __init__(self, *, is_klein: bool) -> None:
         self.name = "flux2-klein" if is_klein else "flux2"
@@ -155,11 +138,6 @@ class Flux2(Family):
         is_klein = flux_layout.GUIDANCE not in shapes
         return "double_stream_modulation_img.lin.weight" in shapes and self._is_klein == is_klein
 
-    def denoiser_class(self) -> type[nn.Module]:
-        from diffusers import Flux2Transformer2DModel
-
-        return Flux2Transformer2DModel  # type: ignore[no-any-return]
-
     def denoiser_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         width, in_channels = shapes["img_in.weight"]
         head = shapes[norm_name(flux_layout.KEY_NORM, shapes)][0]
@@ -175,21 +153,15 @@ class Flux2(Family):
             "axes_dims_rope": (head // 4,) * 4,
         }
 
-    def table(self, denoiser: nn.Module) -> Mapping[str, OriginalName]:
-        config: Any = denoiser.config
-        width = config.num_attention_heads * config.attention_head_dim
+    def table(self, denoiser: Any) -> Mapping[str, OriginalName]:
+        width = denoiser.config.num_attention_heads * denoiser.config.attention_head_dim
         return {path: _original(path, width) for path in module_paths(denoiser)}
 
-    def latent_format(self, denoiser: nn.Module, vae: Any) -> LatentFormat:
-        config: Any = denoiser.config
-        return LatentFormat(config.in_channels, 16, scale=1.0)
+    def latent_format(self, denoiser: Any, vae: Any) -> LatentFormat:
+        return LatentFormat(denoiser.config.in_channels, 16, scale=1.0)
 
     def defaults(self, denoiser: nn.Module, latent: LatentFormat, diffusion: Diffusion) -> Defaults:
         return Defaults(
-            resolution=1024,
-            pixel_multiple=16,
-            learning_rate=1e-4,
-            targets="attention+ff",
             guidance=5.0 if self._is_klein else 1.0,  # klein base in ComfyUI's template; dev has an input for it
             timestep_distribution="logit_normal",  # OneTrainer's preset
         )
@@ -197,9 +169,8 @@ class Flux2(Family):
     def modelspec_architecture(self, parameterization: str) -> str:
         return "flux-2-klein" if self._is_klein else "flux-2-dev"
 
-    def encoder_width(self, denoiser: nn.Module, component: str) -> int | None:
-        config: Any = denoiser.config
-        return int(config.joint_attention_dim) // len(self._layers)
+    def encoder_width(self, denoiser: Any, component: str) -> int | None:
+        return int(denoiser.config.joint_attention_dim) // len(self._layers)
 
     def encode_text(self, encoders: TextEncoders, texts: Mapping[str, str], encoding: Encoding) -> Conditioning:
         encoder, tokenizer = self.text_encoder(encoders, "text_encoder"), encoders.tokenizers["text_encoder"]
@@ -219,10 +190,6 @@ class Flux2(Family):
             return Conditioning({"context": states.flatten(2)}, text)
         states = hidden_states(encoder, ids, self._layers).flatten(2)
         return Conditioning({"context": F.pad(states, (0, 0, missing, 0))}, text)
-
-    def conditioning_shapes(self, denoiser: nn.Module) -> Mapping[str, tuple[int, ...]]:
-        config: Any = denoiser.config
-        return {"context": (1, _TOKENS, config.joint_attention_dim)}
 
     def predict(self, denoiser: nn.Module, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         height, width = latents.shape[-2:]

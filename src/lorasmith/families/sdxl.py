@@ -16,26 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorasmith.core.errors import ModelError
-from lorasmith.families.base import (
-    AutoencoderSlot,
-    Conditioning,
-    Defaults,
-    Diffusion,
-    EncoderSlot,
-    Encoding,
-    Family,
-    LatentFormat,
-    PictureSize,
-    TextEncoders,
-    register,
-)
-from lorasmith.families.files.checkpoint import OriginalCheckpoint
-from lorasmith.families.files.pipelines import PipelineConfigs
+from lorasmith.families.base import *
 from lorasmith.families.parts import clip_layout, unet_layout
 from lorasmith.families.parts.clip_text import encode_prompts
-from lorasmith.formats.names.model_names import EncoderNames, OriginalName
-from lorasmith.formats.names.recognise import Signature
 
 _CONTEXT_WIDTH = 2048
 _HEAD_DIM = 64
@@ -54,6 +37,7 @@ class StableDiffusionXL(Family):
     name = "sdxl"
     title = "Stable Diffusion XL"
     pipeline = "StableDiffusionXLPipeline"
+    network = "UNet2DConditionModel"
     denoiser_folder = "unet"
     modelspec_implementation = "https://github.com/Stability-AI/generative-models"
     kohya_name = "sdxl_base_v1-0"
@@ -99,11 +83,6 @@ class StableDiffusionXL(Family):
         is_small = len(contexts) == 1 and max(contexts) < 768 and "label_emb.0.0.weight" in shapes
         return contexts == {_CONTEXT_WIDTH} or is_small
 
-    def denoiser_class(self) -> type[nn.Module]:
-        from diffusers import UNet2DConditionModel
-
-        return UNet2DConditionModel  # type: ignore[no-any-return]
-
     def denoiser_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         return {
             **unet_layout.unet_config(shapes, head_dim=_HEAD_DIM),
@@ -131,12 +110,10 @@ class StableDiffusionXL(Family):
     def latent_format(self, denoiser: nn.Module, vae: Any) -> LatentFormat:
         return unet_layout.latent_format(denoiser, vae, scale=self.autoencoder.settings["scaling_factor"])
 
-    def defaults(self, denoiser: nn.Module, latent: LatentFormat, diffusion: Diffusion) -> Defaults:
-        config: Any = denoiser.config
+    def defaults(self, denoiser: Any, latent: LatentFormat, diffusion: Diffusion) -> Defaults:
         return Defaults(
-            resolution=config.sample_size * latent.downscale if config.sample_size else 1024,
+            resolution=denoiser.config.sample_size * latent.downscale if denoiser.config.sample_size else 1024,
             pixel_multiple=unet_layout.pixel_multiple(denoiser, latent),
-            learning_rate=1e-4,
             targets="transformer",
             guidance=5.0,
             timestep_distribution="uniform",
@@ -171,10 +148,11 @@ class StableDiffusionXL(Family):
         sizes = torch.tensor([[*size.original, *size.crop, *size.target]])
         return replace(conditioning, tensors={**conditioning.tensors, "time_ids": sizes})
 
-    def conditioning_shapes(self, denoiser: nn.Module) -> Mapping[str, tuple[int, ...]]:
-        config: Any = denoiser.config
-        pooled = config.projection_class_embeddings_input_dim - _SIZES * config.addition_time_embed_dim
-        return {"context": (1, 77, config.cross_attention_dim), "pooled": (1, pooled)}
+    def conditioning_shapes(self, denoiser: Any) -> Mapping[str, tuple[int, ...]]:
+        pooled = (
+            denoiser.config.projection_class_embeddings_input_dim - _SIZES * denoiser.config.addition_time_embed_dim
+        )
+        return {"context": (1, 77, denoiser.config.cross_attention_dim), "pooled": (1, pooled)}
 
     def predict(self, denoiser: nn.Module, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         tensors = conditioning.tensors

@@ -15,29 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorasmith.core.errors import ModelError
-from lorasmith.diffusion.schedule import FlowSchedule, ResolutionShift
-from lorasmith.families.base import (
-    AutoencoderSlot,
-    Conditioning,
-    Defaults,
-    Diffusion,
-    EncoderSlot,
-    Encoding,
-    Expert,
-    Family,
-    LatentFormat,
-    TargetPreset,
-    TextEncoders,
-    check_even,
-    register,
-)
-from lorasmith.families.files.original_weights import block_count, module_paths
-from lorasmith.families.files.pipelines import PipelineConfigs
+from lorasmith.families.base import *
 from lorasmith.families.parts.umt5_encoders import encode_umt5
 from lorasmith.families.parts.wan_vae import LATENT_MEAN, LATENT_MEAN_22, LATENT_STD, LATENT_STD_22, wan_latents
-from lorasmith.formats.names.model_names import OriginalName, ProgramLimits
-from lorasmith.formats.names.recognise import DENOISER_START, Signature
 
 _TOKENS = 512  # of text
 _HEAD = 128  # width of a head in every size
@@ -47,11 +27,9 @@ _TIME_SCALE = 1000.0
 
 _ATTENTION = ("blocks.*.attn1.to_*", "blocks.*.attn2.to_*")
 _TARGETS = {
-    "attention": TargetPreset(_ATTENTION),
-    "attention+ff": TargetPreset((*_ATTENTION, "blocks.*.ffn.net.*")),
-    "transformer": TargetPreset(("blocks.*",), linear_only=True),
-    "all-linear": TargetPreset(("*",), linear_only=True),
-    "all": TargetPreset(("*",)),
+    "attention": Rule(_ATTENTION),
+    "attention+ff": Rule((*_ATTENTION, "blocks.*.ffn.net.*")),
+    "transformer": Rule(("blocks.*",), linear_only=True),
 }
 _TOP = {
     "patch_embedding": "patch_embedding",
@@ -116,8 +94,10 @@ class Wan(Family):
     """
 
     pipeline = "WanPipeline"
+    network = "WanTransformer3DModel"
+    text_width = "text_dim"
+    usual_tokens = _TOKENS
     draws_clips = True
-    denoiser_folder = "transformer"
     portable = "ai-toolkit"
     limits = _LIMITS
     targets = _TARGETS
@@ -194,11 +174,6 @@ class Wan(Family):
             return False
         return bool(configs.of(self.denoiser_folder)["in_channels"] == self.autoencoder.channels)
 
-    def denoiser_class(self) -> type[nn.Module]:
-        from diffusers import WanTransformer3DModel
-
-        return WanTransformer3DModel  # type: ignore[no-any-return]
-
     def denoiser_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         width, in_channels = shapes["patch_embedding.weight"][:2]
         channels = self.autoencoder.channels
@@ -231,17 +206,12 @@ class Wan(Family):
         return Defaults(
             resolution=960 if self._is_5b else 640,  # the area of 704×1280, of 480×832
             pixel_multiple=2 * self._downscale,
-            learning_rate=1e-4,
             targets="attention+ff",  # what musubi-tuner trains
             guidance=5.0,  # WanPipeline's
             timestep_distribution="shifted",
             frames=33,  # of the 81 that it was trained on, whose activations take a data centre's memory
             frame_rate=24.0 if self._is_5b else 16.0,
         )
-
-    def encoder_width(self, denoiser: nn.Module, component: str) -> int | None:
-        config: Any = denoiser.config
-        return int(config.text_dim)
 
     def encode_text(self, encoders: TextEncoders, texts: Mapping[str, str], encoding: Encoding) -> Conditioning:
         encoder, tokenizer = self.text_encoder(encoders, "text_encoder"), encoders.tokenizers["text_encoder"]
@@ -256,10 +226,6 @@ class Wan(Family):
             min_padding=encoding.min_padding.get("umt5xxl", 0),
         )
         return Conditioning({"context": context}, text)
-
-    def conditioning_shapes(self, denoiser: nn.Module) -> Mapping[str, tuple[int, ...]]:
-        config: Any = denoiser.config
-        return {"context": (1, _TOKENS, config.text_dim)}
 
     def predict(self, denoiser: nn.Module, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         check_even(latents, self.title, pixels=2 * self._downscale)

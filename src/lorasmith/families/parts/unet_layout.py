@@ -13,7 +13,7 @@ from typing import Any
 from lorasmith.core.errors import ModelError
 from lorasmith.diffusion.parameterization import PARAMETERIZATIONS
 from lorasmith.diffusion.schedule import DiscreteSchedule
-from lorasmith.families.base import Diffusion, LatentFormat, TargetPreset
+from lorasmith.families.base import Diffusion, LatentFormat, Rule
 from lorasmith.families.files.checkpoint import OriginalCheckpoint
 from lorasmith.families.files.original_weights import module_paths
 from lorasmith.families.files.pipelines import PipelineConfigs
@@ -24,11 +24,9 @@ CROSS_ATTENTION = r"((down|up|input|output)_blocks_\d|(mid|middle)_block_).*attn
 
 _ATTENTION = ("*.attn1.to_*", "*.attn2.to_*")
 TARGETS = {
-    "attention": TargetPreset(_ATTENTION),
-    "attention+ff": TargetPreset((*_ATTENTION, "*.ff.net.*")),
-    "transformer": TargetPreset((*_ATTENTION, "*.ff.net.*", "*.attentions.*.proj_in", "*.attentions.*.proj_out")),
-    "all-linear": TargetPreset(("*",), linear_only=True),
-    "all": TargetPreset(("*",)),
+    "attention": Rule(_ATTENTION),
+    "attention+ff": Rule((*_ATTENTION, "*.ff.net.*")),
+    "transformer": Rule((*_ATTENTION, "*.ff.net.*", "*.attentions.*.proj_in", "*.attentions.*.proj_out")),
 }
 """Target presets of these UNets."""
 
