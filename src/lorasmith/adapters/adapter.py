@@ -100,16 +100,7 @@ ADAPTERS: Registry[type[Adapter]] = Registry("adapter algorithm", LoraError)
 
 
 def taken(weights: AdapterWeights, needed: Iterable[str], optional: Sequence[str] = ()) -> dict[str, Tensor]:
-    """Copies of an adapter's tensors in fp32 on the CPU, by canonical name.
-
-    Args:
-        weights: the adapter.
-        needed: names that must be there.
-        optional: further names that may be.
-
-    Raises:
-        LoraError: a needed tensor is missing, one is unknown, or one is no matrix.
-    """
+    """Copies of an adapter's tensors in fp32 on the CPU, by canonical name."""
     needed = tuple(needed)
     if not set(needed) <= weights.tensors.keys() or not weights.tensors.keys() <= {*needed, *optional}:
         also = f", and may have {', '.join(optional)}" if optional else ""
@@ -127,13 +118,7 @@ def taken(weights: AdapterWeights, needed: Iterable[str], optional: Sequence[str
 
 
 def saved(adapter: nn.Module, algorithm: str, alpha: float | None) -> AdapterWeights:
-    """An adapter as data: copies in fp32 on the CPU.
-
-    Args:
-        adapter: has parameters with the canonical names.
-        algorithm: registered name.
-        alpha: numerator of the scale, None for none.
-    """
+    """An adapter as data: copies in fp32 on the CPU."""
     return AdapterWeights(algorithm, {name: _copy(p) for name, p in adapter.named_parameters()}, alpha)
 
 

@@ -52,17 +52,12 @@ class FrozenLayer:
 
     The weight may be quantized or in host memory, and is then made at each access. Callers do not keep it: a backward
     pass reads it from the layer again.
-
-    Attributes:
-        module: the layer; never modified.
-        is_conv: whether it is a convolution.
-        in_features: input features, or input channels per group times kernel size of a convolution.
-        out_features: output features or channels.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self.module = module
+        self.module = module  # the layer; never modified
         self.is_conv = isinstance(module, CONVOLUTIONS)
+        # input features, or input channels per group times kernel size of a convolution
         self.in_features = math.prod(self.shape[1:])
         self.out_features = self.shape[0]
 
@@ -217,13 +212,7 @@ _WEIGHTS_PER_PIXEL = 80_000
 
 
 def has_few_pixels(module: nn.Module, shape: Size, weight: Tensor) -> TypeGuard[nn.Conv2d]:
-    """Whether a matrix product is faster for a convolution.
-
-    Args:
-        module: any module; only plain `nn.Conv2d` on the CPU qualifies.
-        shape: of the input, (batch, channels, height, width).
-        weight: of the module, or what it is computed with.
-    """
+    """Whether a matrix product is faster for a convolution. shape: of the input, (batch, channels, height, width)."""
     if type(module) is not nn.Conv2d or weight.device.type != "cpu" or len(shape) != 4:
         return False
     if isinstance(module.padding, str) or module.groups != 1 or module.dilation != (1, 1):
@@ -236,11 +225,7 @@ def has_few_pixels(module: nn.Module, shape: Size, weight: Tensor) -> TypeGuard[
 def convolve_few_pixels(module: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.conv2d` for x (batch, in, height, width): (batch, out, height, width), channels-last.
 
-    Args:
-        module: supplies stride, padding and dilation.
-        x: input.
-        weight: (out, in, kernel height, kernel width), channels-last.
-        bias: (out,), or None.
+    weight: (out, in, kernel height, kernel width), channels-last; bias: (out,), or None.
     """
     (kernel_height, kernel_width), (down, right), (top, left) = module.kernel_size, module.stride, _padding(module)
     pixels = F.pad(x.permute(0, 2, 3, 1), (0, 0, left, left, top, top))
@@ -252,10 +237,7 @@ def convolve_few_pixels(module: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tens
 def few_pixels_gradient(module: nn.Conv2d, grad: Tensor, weight: Tensor, shape: Size) -> Tensor:
     """The few_pixels_gradient of the input, channels-last.
 
-    Args:
-        module, weight: as for `convolve_few_pixels`.
-        grad: few_pixels_gradient of the result, (batch, out, height, width).
-        shape: of the input.
+    grad: gradient of the result, (batch, out, height, width).
     """
     (down, right), (top, left) = module.stride, _padding(module)
     batch, channels, height, width = shape
@@ -288,12 +270,7 @@ def changed_product(
 ) -> Tensor:
     """`inner(x) + ΔW x`, in one product where `inner` is the frozen layer itself.
 
-    Args:
-        inner: the layer's product, or that of the adapters below.
-        layer: the layer that ΔW is for.
-        x: its input, (..., in) or (batch, in, *size).
-        build: makes ΔW from the factors.
-        factors: trained tensors, kept for the backward pass.
+    x: its input, (..., in) or (batch, in, *size).
     """
     if isinstance(inner, FrozenProduct):
         return _changed_product(layer, build, True, inner.bias, x, *factors)
@@ -301,11 +278,7 @@ def changed_product(
 
 
 def change_alone(layer: FrozenLayer, x: Tensor, build: Build, *factors: Tensor) -> Tensor:
-    """`ΔW x`.
-
-    Args:
-        layer, x, build, factors: as for `changed_product`.
-    """
+    """`ΔW x`."""
     return _changed_product(layer, build, False, None, x, *factors)
 
 

@@ -22,11 +22,7 @@ from lorasmith.core.adapter_state import AdapterWeights
 
 @ADAPTERS.register("Full")
 class FullAdapter(Adapter):
-    """Full difference.
-
-    Args:
-        diff: of the weight's shape.
-    """
+    """Full difference."""
 
     algorithm = "full"
 

@@ -34,12 +34,7 @@ _NAMES = ("a1", "a2", "b1", "b2")
 
 @ADAPTERS.register("GLoRA")
 class GloraAdapter(Adapter):
-    """Adapter of a layer's inputs and of its weight.
-
-    Args:
-        tensors: a1, a2, b1, b2, and bm if there is one.
-        alpha: numerator of the scale alpha / rank.
-    """
+    """Adapter of a layer's inputs and of its weight."""
 
     algorithm = "glora"
     transforms_input = True

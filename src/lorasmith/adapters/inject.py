@@ -35,17 +35,11 @@ Forward = Callable[..., Tensor]
 
 @dataclass(frozen=True)
 class Attached:
-    """A set of adapters on one model at one strength.
+    """A set of adapters on one model at one strength."""
 
-    Attributes:
-        adapters: by path of a Linear or convolution.
-        strength: 1 is as trained.
-        differences: by path of a norm, Linear or convolution.
-    """
-
-    adapters: Mapping[str, Adapter]
-    strength: float = 1.0
-    differences: Mapping[str, Difference] = field(default_factory=dict)
+    adapters: Mapping[str, Adapter]  # by path of a Linear or convolution
+    strength: float = 1.0  # 1 is as trained
+    differences: Mapping[str, Difference] = field(default_factory=dict)  # by path of a norm, Linear or convolution
 
 
 def create_adapters(
@@ -58,17 +52,7 @@ def create_adapters(
     zero: str,
     variant: Variant | None = None,
 ) -> dict[str, Adapter]:
-    """Fresh adapters for a plan, by module path, in fp32 on the CPU.
-
-    Args:
-        model: the model that the plan was made for.
-        plan: targets and ranks.
-        algorithm: registered adapter name.
-        alpha: of targets without an alpha of their own; None is the algorithm's default.
-        seed: key of the initial values, together with each module path.
-        zero: `up` or `down`, the factor that starts at zero.
-        variant: deviations from the plain algorithm.
-    """
+    """Fresh adapters for a plan, by module path, in fp32 on the CPU."""
     variant = variant or Variant()
     return {
         one.path: fresh_adapter(
@@ -86,11 +70,7 @@ def create_adapters(
 
 
 def load_adapters(model: nn.Module, weights: Mapping[str, AdapterWeights]) -> dict[str, Adapter]:
-    """Adapters with given tensors, by module path.
-
-    Raises:
-        LoraError: an algorithm is unknown, or the model has no such layer or one of another shape.
-    """
+    """Adapters with given tensors, by module path."""
     layers = dict(model.named_modules())
     adapters: dict[str, Adapter] = {}
     for path, one in weights.items():
@@ -160,12 +140,7 @@ def low_rank_of(forward: object) -> tuple[LowRank, FrozenLayer, float] | None:
 def on_product(forward: object, product: Callable[[Tensor], Tensor]) -> tuple[Callable[[Tensor], Tensor], bool]:
     """The adapters and differences in a layer's forward on another product than the layer's own.
 
-    Args:
-        forward: of an attached layer.
-        product: of the layer's input.
-
-    Returns:
-        The function, and whether the bias is part of that product; otherwise the function adds it.
+    Returns also whether the bias is part of that product; otherwise the function adds it.
     """
     stacked = _stacked(forward)
     if stacked is None:  # the layer itself
@@ -321,16 +296,10 @@ class SharedInput:
 
     The first call computes the results of the others too, which they return when called with the same input: the down
     matrices are one product, their gradients another, and the gradient of the input is summed in place.
-
-    Args:
-        members: adapter, layer and strength of each.
-
-    Attributes:
-        is_complete: whether none of them has another adapter on top; else each is computed separately.
     """
 
     def __init__(self, members: Sequence[tuple[LowRank, FrozenLayer, float]]) -> None:
-        self.is_complete = True
+        self.is_complete = True  # whether none of them has another adapter on top; else each is computed separately
         self._members = members
         self._x: Tensor | None = None
         self._results: dict[int, Tensor] = {}

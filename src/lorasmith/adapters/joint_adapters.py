@@ -42,16 +42,12 @@ class SamplesMixed(Exception):  # noqa: N818 - a fact about a model, which no us
 
 
 class SampleRows:
-    """Which samples of a batch are of which run, and where modules have them.
-
-    Attributes:
-        present: number of the run and of its samples, for each run that has any, in the order of the samples.
-        is_learning: whether a pass shows which dimension of a module's input is that of the samples.
-    """
+    """Which samples of a batch are of which run, and where modules have them."""
 
     def __init__(self) -> None:
+        # number of the run and of its samples, for each run that has any, in the order of the samples
         self.present: Sequence[tuple[int, int]] = ()
-        self.is_learning = False
+        self.is_learning = False  # whether a pass shows which dimension of a module's input is that of the samples
         self._axes: dict[nn.Module, set[int]] = {}
         self._first: tuple[Tensor, Tensor] | None = None
         self._parts: tuple[Tensor, tuple[Tensor, ...]] | None = None
@@ -111,13 +107,7 @@ class SampleRows:
 
 @contextlib.contextmanager
 def jointly_attached(model: nn.Module, runs: Sequence[Attached], rows: SampleRows) -> Iterator[None]:
-    """Inside the context, each sample meets the adapters and differences of its run.
-
-    Args:
-        model: the frozen model.
-        runs: what each run has attached.
-        rows: whose samples there are in a pass; with those of one run, the model is that of the run alone.
-    """
+    """Inside the context, each sample meets the adapters and differences of its run."""
     each = [attached_forwards(model, [one]) for one in runs]
     paths = dict.fromkeys(path for forwards in each for path in forwards)
     modules = {path: model.get_submodule(path) for path in paths}
@@ -138,14 +128,7 @@ def jointly_attached(model: nn.Module, runs: Sequence[Attached], rows: SampleRow
 
 
 class _JointModule:
-    """The forward of a module with adapters or differences of several runs.
-
-    Args:
-        module: the module.
-        own: the forward of each run.
-        together: computes the samples of several runs; None to compute the parts one by one.
-        rows: whose samples there are.
-    """
+    """The forward of a module with adapters or differences of several runs."""
 
     def __init__(
         self, module: nn.Module, own: Sequence[Forward], together: Callable[[Tensor], Tensor] | None, rows: SampleRows
@@ -275,11 +258,7 @@ class _OneProduct:
 
 
 class _Given:
-    """A product that is computed before.
-
-    Attributes:
-        y: the product.
-    """
+    """A product that is computed before."""
 
     y: Tensor | None = None
 

@@ -19,33 +19,19 @@ from lorasmith.adapters.frozen_layer import FrozenLayer
 
 
 class LowRankTerm(NamedTuple):
-    """The low-rank change of one run on one layer.
+    """The low-rank change of one run on one layer."""
 
-    Attributes:
-        layer: its number among the layers.
-        start, end: the run's samples, along the first dimension of the input.
-        factor: of the product.
-        down, up: (rank, in) and (out, rank).
-        mask: broadcasts to (samples, ..., rank); None for 1.
-    """
-
-    layer: int
-    start: int
+    layer: int  # index among the layers
+    start: int  # the run's samples, along the first dimension of the input
     end: int
     factor: float
-    down: Tensor
-    up: Tensor
-    mask: Tensor | None
+    down: Tensor  # (rank, in)
+    up: Tensor  # (out, rank)
+    mask: Tensor | None  # broadcasts to (samples, ..., rank); None for 1
 
 
 def joint_linear(x: Tensor, layers: Sequence[FrozenLayer], terms: Sequence[LowRankTerm]) -> tuple[Tensor, ...]:
-    """The outputs of Linear layers with one input.
-
-    Args:
-        x: (samples, ..., in).
-        layers: with W and b frozen.
-        terms: changes, of any of the runs on any of the layers.
-    """
+    """The outputs of Linear layers with one input. x: (samples, ..., in)."""
     places = [(one.layer, one.start, one.end, one.factor) for one in terms]
     tensors = [tensor for one in terms for tensor in (one.down, one.up, one.mask)]
     results: tuple[Tensor, ...] = _JointLinear.apply(x, layers, places, *tensors)  # type: ignore[no-untyped-call]

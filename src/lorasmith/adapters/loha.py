@@ -30,12 +30,7 @@ _CORES = ("hada_t1", "hada_t2")
 
 @ADAPTERS.register("LoHa")
 class LohaAdapter(Adapter):
-    """Adapter from two low-rank products.
-
-    Args:
-        tensors: the four factors, and the two cores if there are any, by canonical name.
-        alpha: numerator of the scale alpha / rank.
-    """
+    """Adapter from two low-rank products."""
 
     algorithm = "loha"
 

@@ -38,12 +38,7 @@ _WHOLE, _PARTS = ("lokr_w1", "lokr_w2"), ("lokr_w1_a", "lokr_w1_b", "lokr_w2_a",
 
 @ADAPTERS.register("LoKr")
 class LokrAdapter(Adapter):
-    """Kronecker product.
-
-    Args:
-        tensors: by canonical name; w1 and w2, each whole or in parts.
-        alpha: numerator of the scale, if a factor is a product.
-    """
+    """Kronecker product."""
 
     algorithm = "lokr"
 
@@ -316,12 +311,7 @@ def rank_in(shapes: Shapes) -> int | None:
 
 
 def peft_fields(adapters: Mapping[str, AdapterWeights], kernels: Mapping[str, int]) -> dict[str, Any]:
-    """Fields of PEFT's configuration for LoKrs.
-
-    Args:
-        adapters: by module path.
-        kernels: number of weights in each module's convolution kernel, 1 for a Linear.
-    """
+    """Fields of PEFT's configuration for LoKrs."""
     factors = [_Factors.of(weights, kernels[path]) for path, weights in adapters.items()]
     return {
         "use_effective_conv2d": any("lokr_t2" in weights.tensors for weights in adapters.values()),

@@ -34,30 +34,20 @@ from lorasmith.core.random import keyed_generator
 
 
 class Factors(NamedTuple):
-    """The matrices of a low-rank product.
+    """The matrices of a low-rank product."""
 
-    Attributes:
-        down: (inner, in) or (inner, in, *kernel).
-        up: (out, inner) or (out, inner, 1, ...).
-        mid: (inner, inner, *kernel) of a Tucker-decomposed convolution, whose down is 1×1; else None.
-    """
-
-    down: Tensor
-    up: Tensor
+    down: Tensor  # (inner, in) or (inner, in, *kernel)
+    up: Tensor  # (out, inner) or (out, inner, 1, ...)
+    # (inner, inner, *kernel) of a Tucker-decomposed convolution, whose down is 1×1; else None
     mid: Tensor | None = None
 
 
 class LowRank(Adapter):
-    """An adapter that adds `scale · up · down`; subclasses compute the factors.
-
-    Attributes:
-        alpha: numerator of the scale alpha / rank.
-        mask: factors of the inner dimension in a training step, (batch, rank); None for no dropout.
-    """
+    """An adapter that adds `scale · up · down`; subclasses compute the factors."""
 
     compiles = True
-    alpha: float
-    mask: Tensor | None = None
+    alpha: float  # numerator of the scale alpha / rank
+    mask: Tensor | None = None  # factors of the inner dimension in a training step, (batch, rank); None for no dropout
 
     @property
     @abstractmethod
@@ -126,12 +116,7 @@ class LowRank(Adapter):
 
 @ADAPTERS.register("LoRA")
 class LoraAdapter(LowRank):
-    """Low-rank adapter.
-
-    Args:
-        down, up, mid: as in `Factors`.
-        alpha: numerator of the scale alpha / rank.
-    """
+    """Low-rank adapter."""
 
     algorithm = "lora"
 

@@ -47,13 +47,7 @@ def packed_layers(module: nn.Module) -> dict[str, Packed]:
 
 
 def give_source(layer: nn.Module, source: WeightSource, *, device: torch.device, dtype: torch.dtype) -> None:
-    """Compute a layer with weights from `source`; its parameter becomes an empty placeholder.
-
-    Args:
-        layer: a Linear or convolution.
-        source: supplies the weight for each product.
-        device, dtype: of the weights that it supplies.
-    """
+    """Compute a layer with weights from `source`; its parameter becomes an empty placeholder."""
     weight = layer.get_parameter("weight")
     weight.data = placeholder(weight.shape, device, dtype)
     setattr(layer, WEIGHT_SOURCE, source)
@@ -65,11 +59,7 @@ def give_source(layer: nn.Module, source: WeightSource, *, device: torch.device,
 def weight_source_set(
     layer: nn.Module, source: WeightSource, *, device: torch.device, dtype: torch.dtype
 ) -> Iterator[None]:
-    """A layer computes with weights from `source` inside; afterwards it is restored bit for bit.
-
-    Args:
-        layer, source, device, dtype: as for `give_source`.
-    """
+    """A layer computes with weights from `source` inside; afterwards it is restored bit for bit."""
     weight, data = layer.get_parameter("weight"), layer.get_parameter("weight").data
     before = {name: layer.__dict__[name] for name in (WEIGHT_SOURCE, "forward") if name in layer.__dict__}
     try:

@@ -32,14 +32,9 @@ _RSLORA_ALPHA = 4.0  # a scale of 1 at rank 16, so that the learning rate keeps 
 
 @dataclass(frozen=True)
 class Variant:
-    """Variants, all off by default. `catalogue` lists those that each algorithm supports.
+    """Variants, all off by default. `catalogue` lists those that each algorithm supports."""
 
-    Attributes:
-        dora: `none`, `input` or `output`.
-        rslora, pissa, tucker: see above.
-    """
-
-    dora: str = "none"
+    dora: str = "none"  # `none`, `input` or `output`
     rslora: bool = False
     pissa: bool = False
     tucker: bool = False
@@ -52,14 +47,7 @@ class Variant:
         return _RSLORA_ALPHA if self.rslora else float(rank)
 
     def stored_alpha(self, algorithm: str, alpha: float | None, rank: int, asked: int) -> float:
-        """The alpha that gives a layer its scale in every program.
-
-        Args:
-            algorithm: registered name.
-            alpha: as in the settings, None for the default.
-            rank: the layer's rank.
-            asked: the rank in the settings; a capped layer keeps the scale of that rank.
-        """
+        """The alpha that gives a layer its scale in every program."""
         alpha = self.default_alpha(algorithm, asked) if alpha is None else alpha
         if words_of(algorithm).default_alpha is not None:
             return alpha
@@ -69,15 +57,7 @@ class Variant:
 def fresh_adapter(
     layer: FrozenLayer, algorithm: str, variant: Variant, *, rank: int, alpha: float, seed: int, path: str, zero: str
 ) -> Adapter:
-    """A new adapter for a layer, exactly the identity.
-
-    Args:
-        layer: the layer it is for.
-        algorithm: registered name.
-        variant: initialization, and a DoRA around it.
-        alpha: as stored (`Variant.stored_alpha`).
-        rank, seed, path, zero: as for `Adapter.create`.
-    """
+    """A new adapter for a layer, exactly the identity."""
     create = ADAPTERS[algorithm].create
     if variant.pissa:
         create = PissaAdapter.create
@@ -94,10 +74,7 @@ _ITERATIONS = 16  # as PEFT's pissa_niter_16; spectra of trained weights are fla
 class PissaAdapter(LowRank):
     """A LoRA's difference from its start.
 
-    Args:
-        start_down: (rank, in) or (rank, in, *kernel).
-        start_up: (out, rank) or (out, rank, 1, ...).
-        alpha: numerator of the scale alpha / rank.
+    start_down: (rank, in) or (rank, in, *kernel); start_up: (out, rank) or (out, rank, 1, ...).
     """
 
     algorithm = "lora"
@@ -153,13 +130,7 @@ def _principal(weight: Tensor, rank: int, *, seed: int, path: str) -> tuple[Tens
 
 
 class Dropout:
-    """Makes the masks of a set of adapters and sets them.
-
-    Args:
-        adapters: by module path. Those without a low-rank product inside are not masked.
-        rank, module: probabilities in [0, 1).
-        seed: key of the masks.
-    """
+    """Makes the masks of a set of adapters and sets them."""
 
     def __init__(self, adapters: Mapping[str, Adapter], *, rank: float, module: float, seed: int) -> None:
         self.adapters = {

@@ -77,11 +77,7 @@ _SINGLE_PARTS = {**flux_layout.SINGLE_NORMS, "attn.to_qkv_mlp_proj": "linear1", 
 
 
 class Flux2(Family):
-    """Flux.2 dev or klein.
-
-    Args:
-        is_klein: whether it has klein's encoder and no guidance input.
-    """
+    """Flux.2 dev or klein."""
 
     network = "Flux2Transformer2DModel"
     text_width = "joint_attention_dim"

@@ -113,15 +113,7 @@ def with_parts(
     text_encoders: Sequence[str | os.PathLike[str]] = (),
     vae: str | os.PathLike[str] | None = None,
 ) -> Model:
-    """The model with text encoders and an autoencoder from files of their own.
-
-    Args:
-        model: the model.
-        text_encoders, vae: as for `load_model`.
-
-    Raises:
-        ModelError: as `load_model`.
-    """
+    """The model with text encoders and an autoencoder from files of their own."""
     for extra in text_encoders:
         model = _with_encoders(model, located(extra))
     return model if vae is None else _with_autoencoder(model, located(vae))
@@ -228,13 +220,7 @@ def expert_in(path: Path) -> tuple[Path, str | None]:
 
 
 def _model_of_folder(folder: Path, part: str | None, *, title: str) -> Model:
-    """The model in a diffusers folder.
-
-    Args:
-        folder: of the model.
-        part: subfolder of the denoiser, if it is that of an expert; None for the usual one.
-        title: of the model.
-    """
+    """The model in a diffusers folder."""
     configs = PipelineConfigs.of_folder(folder)
     family = family_of(folder)
     denoiser = part or family.denoiser_folder
@@ -258,14 +244,7 @@ def _model_of_folder(folder: Path, part: str | None, *, title: str) -> Model:
 
 
 def _of_expert(family: Family, title: str, denoiser: str, has: Callable[[str], bool]) -> str:
-    """The title of a model of diffusers, with the expert that its denoiser is, where the pipeline has several.
-
-    Args:
-        family: of the model.
-        title: of the pipeline.
-        denoiser: name of the part that is the denoiser.
-        has: whether the pipeline has a part.
-    """
+    """The title of a model of diffusers, with the expert that its denoiser is, where the pipeline has several."""
     experts = {one.folder: one.name for one in family.experts if has(one.folder)}
     return f"{title} ({experts[denoiser]})" if len(experts) > 1 and denoiser in experts else title
 
@@ -318,15 +297,7 @@ def _of_pipeline(
     tokenizer: Callable[[str, EncoderKind, nn.Module], Any],
     overrides: Mapping[str, Any] = MappingProxyType({}),
 ) -> Components:
-    """Components built from the parts of a diffusers pipeline.
-
-    Args:
-        family: of the pipeline.
-        configs: of its parts.
-        sources: tensors and configuration of each part that is there.
-        tokenizer: of an encoder by component name, kind and module.
-        overrides: as for `_assembled`.
-    """
+    """Components built from the parts of a diffusers pipeline."""
     for name in (family.denoiser_folder, *family.denoiser_parts):
         if name not in sources:
             raise ModelError(f"{configs.title} must have a {name} but has none; get the model again")
@@ -440,11 +411,7 @@ _SIGNS = (
 
 
 def recognised_by_diffusers_names(shapes: Mapping[str, tuple[int, ...]]) -> tuple[Family, Shapes] | None:
-    """The family of a denoiser, and its shapes by original names; None if no family has these names.
-
-    Args:
-        shapes: of the tensors, by diffusers' names.
-    """
+    """The family of a denoiser, and its shapes by original names; None if no family has these names."""
     if not any(name.startswith(_SIGNS) for name in shapes):
         return None
     for _, family in FAMILIES.items():
@@ -462,12 +429,7 @@ def _released_table(family: Family) -> Mapping[str, OriginalName]:
 
 
 def original_shapes(table: Mapping[str, OriginalName], shapes: Mapping[str, tuple[int, ...]]) -> Shapes | None:
-    """Shapes of a denoiser's tensors by original names; None if a tensor is not in the table.
-
-    Args:
-        table: of its family (`Family.table`).
-        shapes: by diffusers' names.
-    """
+    """Shapes of a denoiser's tensors by original names; None if a tensor is not in the table."""
     original = Shapes()
     for name, shape in shapes.items():
         path, _, leaf = name.rpartition(".")

@@ -355,15 +355,8 @@ def decode_tiled(
 ) -> Tensor:
     """Pixels of latents, decoded in square tiles that are blended linearly where they overlap.
 
-    Args:
-        autoencoder: active, on its device.
-        latents: (batch, channels, [frames,] height, width), its own.
-        tile: side of a tile in latents, at least 1.
-        overlap: of neighbouring tiles in latents, less than `tile`.
-        before_tile: called before each tile with (tiles done, number of tiles).
-
-    Returns:
-        (batch, 3, frames, height, width) in [−1, 1], fp32, on the CPU. Latents of one tile are decoded as a whole.
+    (batch, 3, frames, height, width) in [−1, 1], fp32, on the CPU. Latents of one tile are decoded as a whole. latents:
+    (batch, channels, [frames,] height, width), its own.
     """
     height, width = latents.shape[-2:]
     scale = autoencoder.latent.downscale

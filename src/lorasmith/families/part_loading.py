@@ -25,15 +25,7 @@ from lorasmith.families.parts.tokenizers import EMBEDDED, TokenizerSource
 
 
 def load_text_encoder(paths: Sequence[str | os.PathLike[str]], clip_type: str) -> TextEncoder:
-    """Text encoders without a denoiser.
-
-    Args:
-        paths: files or folders, one for each encoder or one for several.
-        clip_type: ComfyUI's name of the family that they encode for, of which one encoder may serve several.
-
-    Raises:
-        ModelError: a file cannot be read or holds no text encoder, or no family has these encoders.
-    """
+    """Text encoders without a denoiser."""
     quieten()
     places = [located(path) for path in paths]
     encoders = {kind.name: (kind, shapes) for path in places for kind, shapes in _kinds_in(path)}
@@ -64,11 +56,7 @@ def load_text_encoder(paths: Sequence[str | os.PathLike[str]], clip_type: str) -
 
 
 def load_autoencoder(path: str | os.PathLike[str]) -> Autoencoder:
-    """An autoencoder without a denoiser, from a file or folder of its own or a checkpoint.
-
-    Raises:
-        ModelError: the file cannot be read or holds no autoencoder.
-    """
+    """An autoencoder without a denoiser, from a file or folder of its own or a checkpoint."""
     quieten()
     place = located(path)
     slots = [family.autoencoder for _, family in FAMILIES.items()]
@@ -82,11 +70,7 @@ def load_autoencoder(path: str | os.PathLike[str]) -> Autoencoder:
 
 
 def autoencoder_in(path: Path, family: Family) -> nn.Module:
-    """The autoencoder of a family in a file or folder.
-
-    Raises:
-        ModelError: it holds none, or that of another family.
-    """
+    """The autoencoder of a family in a file or folder."""
     slot = family.autoencoder
     for part in _parts(path, ("vae",), slot.prefixes):
         kind = recognised_autoencoder(part.shapes)

@@ -36,11 +36,7 @@ _RELEASED_OF = {
 
 
 class StableDiffusion(Family):
-    """One version of Stable Diffusion before XL.
-
-    Args:
-        version: 1 or 2.
-    """
+    """One version of Stable Diffusion before XL."""
 
     pipeline = "StableDiffusionPipeline"
     network = "UNet2DConditionModel"

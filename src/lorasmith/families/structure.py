@@ -48,14 +48,7 @@ class _Outline(OriginalCheckpoint):
 
 @cache
 def released_names(title: str) -> ModelNames | None:
-    """The name table of a family's released model.
-
-    Args:
-        title: display name of the family (`Family.title`).
-
-    Returns:
-        The table, None for unsupported families.
-    """
+    """The name table of a family's released model. None for unsupported families."""
     family = next((one for _, one in FAMILIES.items() if one.title == title), None)
     if family is None or family.released is None:
         return None

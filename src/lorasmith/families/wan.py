@@ -87,11 +87,7 @@ _FURTHER_CHANNELS = {20: "image to video", 32: "Fun control"}
 
 
 class Wan(Family):
-    """Wan 2.1 and 2.2 A14B, or 2.2 5B.
-
-    Args:
-        is_5b: whether it has the 48 channels of 2.2 5B.
-    """
+    """Wan 2.1 and 2.2 A14B, or 2.2 5B."""
 
     pipeline = "WanPipeline"
     network = "WanTransformer3DModel"

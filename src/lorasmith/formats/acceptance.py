@@ -28,19 +28,12 @@ from lorasmith.formats.scales import loras_in, most_frequent_alpha, with_alpha
 
 @dataclass(frozen=True)
 class Shortfall:
-    """Modules that one program does not apply as trained.
-
-    Attributes:
-        program: one of `PROGRAMS`.
-        modules: these modules.
-        is_all: whether they are all of the LoRA's modules.
-        reason: why, as text after the program's name and the modules.
-    """
+    """Modules that one program does not apply as trained."""
 
     program: str
     modules: tuple[ModuleRef, ...]
-    is_all: bool
-    reason: str
+    is_all: bool  # of the LoRA's
+    reason: str  # why, as text after the program's name and the modules
 
     @property
     def sentence(self) -> str:
@@ -50,14 +43,7 @@ class Shortfall:
 
 
 def shortfalls(state: AdapterState, layout: Layout, names: ModelNames, *, is_portable: bool = False) -> list[Shortfall]:
-    """Shortfalls of a LoRA in a layout, with one reason for each module and program.
-
-    Args:
-        state: the LoRA.
-        layout: the layout.
-        names: its model.
-        is_portable: whether it is written in the form of `made_portable`.
-    """
+    """Shortfalls of a LoRA in a layout, with one reason for each module and program."""
     found = []
     for program, rules in _RULES.items():
         lora = _Whole(state, layout, names, is_portable)
@@ -203,13 +189,7 @@ def _is_dora(weights: AdapterWeights | None) -> bool:
 def made_portable(
     state: AdapterState, names: ModelNames, alphas: Mapping[ModuleRef, float] | None = None
 ) -> AdapterState:
-    """The same LoRA in the form that most programs apply.
-
-    Args:
-        state: the LoRA, or some of its modules.
-        names: its model.
-        alphas: `misread_alphas` of the whole LoRA, None if `state` is the whole.
-    """
+    """The same LoRA in the form that most programs apply."""
     wanted = misread_alphas(state, names) if alphas is None else alphas
     adapters = {ref: without_core(weights) for ref, weights in state.adapters.items()}
     for ref in adapters.keys() & wanted.keys():

@@ -32,14 +32,10 @@ from lorasmith.formats.scales import full_alpha, idle_alpha, rank_of, scale_of
 
 @dataclass(frozen=True)
 class Mend:
-    """Changes of a file's tensors.
-
-    Attributes:
-        left_out: keys.
-        changed: key → function from the old tensor, or None if there was none, to the new one.
-    """
+    """Changes of a file's tensors."""
 
     left_out: frozenset[str] = frozenset()
+    # key → function from the old tensor, or None if there was none, to the new one
     changed: Mapping[str, Callable[[Tensor | None], Tensor]] = field(default_factory=dict)
 
 
@@ -60,14 +56,7 @@ def levelled(
     bases: Mapping[ModuleRef, str],
     tensors: Mapping[str, Tensor],
 ) -> Mend:
-    """Other alphas, compensated in the up matrices.
-
-    Args:
-        alphas: new alpha by module.
-        state: the LoRA.
-        bases: base in the file by module.
-        tensors: the file's, by key.
-    """
+    """Other alphas, compensated in the up matrices."""
     groups = grouped(tensors)
     changed: dict[str, Callable[[Tensor | None], Tensor]] = {}
     for ref, alpha in alphas.items():
@@ -106,19 +95,12 @@ _HUGE_SCALE = 64.0
 
 @dataclass(frozen=True)
 class Finding:
-    """A fault of a file, or a difference between programs.
+    """A fault of a file, or a difference between programs."""
 
-    Attributes:
-        problem: in one sentence without a full stop.
-        remedy: likewise.
-        is_fault: whether the file is at fault; otherwise programs read it differently.
-        mend: the repair of `--fix`, None if it has none.
-    """
-
-    problem: str
-    remedy: str
-    is_fault: bool
-    mend: Mend | None = None
+    problem: str  # in one sentence without a full stop
+    remedy: str  # likewise
+    is_fault: bool  # whether the file is at fault; otherwise programs read it differently
+    mend: Mend | None = None  # the repair of `--fix`, None if it has none
 
 
 def main_layout(keys: Sequence[str]) -> Layout:
@@ -129,14 +111,7 @@ def main_layout(keys: Sequence[str]) -> Layout:
 def findings_of(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str], names: ModelNames | None, *, is_model_sure: bool
 ) -> list[Finding]:
-    """All findings of a LoRA file.
-
-    Args:
-        tensors, metadata: the file's, from `read_lora_tensors`.
-        names: of the model that it is for, None if unknown.
-        is_model_sure: whether the user named that model; otherwise it is the released one of the file's family, from
-            which the user's model may differ.
-    """
+    """All findings of a LoRA file."""
     groups = grouped(tensors)
     if not groups:
         problem = f"none of the {len(tensors)} tensors has a name that LoRA files use"

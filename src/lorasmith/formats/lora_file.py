@@ -50,13 +50,7 @@ PORTABLE = "portable"
 
 
 def layout_for(name: str, names: ModelNames, state: AdapterState | None = None) -> Layout:
-    """The layout of a name. Raises LoraError for unknown names.
-
-    Args:
-        name: of a registered layout, or `portable`.
-        names: of the model.
-        state: the LoRA; if it does not fit the family's portable layout whole, its portable form is in kohya's.
-    """
+    """The layout of a name. Raises LoraError for unknown names."""
     if name.casefold() != PORTABLE:
         return LAYOUTS[name]
     own = LAYOUTS[names.portable]
@@ -86,32 +80,14 @@ def load_lora(path: Path, names: ModelNames) -> AdapterState:
 def lora_of_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], names: ModelNames
 ) -> AdapterState:
-    """The LoRA for a model in the tensors of a file.
-
-    Args:
-        path: the file, for messages.
-        tensors, metadata: as `read_lora_tensors` returns them.
-        names: the model's name table.
-
-    Raises:
-        LoraError: the file is not a LoRA, is damaged, or is for another model.
-    """
+    """The LoRA for a model in the tensors of a file."""
     state = state_from_tensors(tensors, metadata, names)
     _refuse_other_models(path, tensors, state, names)
     return state
 
 
 def state_from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], names: ModelNames) -> AdapterState:
-    """The LoRA in a file's tensors; those that do not fit the model are in `unknown`.
-
-    Args:
-        tensors: by key.
-        metadata: the file's.
-        names: the model's name table.
-
-    Raises:
-        LoraError: the file is damaged, or has two adapters for a module.
-    """
+    """The LoRA in a file's tensors; those that do not fit the model are in `unknown`."""
     state = AdapterState(unknown=dict(tensors), metadata=dict(metadata))
     for _, layout in LAYOUTS.items():
         found = layout.read(state.unknown, metadata, names)
@@ -166,14 +142,7 @@ def save_lora(
 
 
 def with_header(metadata: Mapping[str, str], layout: Layout, state: AdapterState, names: ModelNames) -> dict[str, str]:
-    """Metadata with a layout's entries in place of those of other layouts.
-
-    Args:
-        metadata: of a LoRA.
-        layout: the layout in which it will be written.
-        state: the LoRA.
-        names: its model's name table.
-    """
+    """Metadata with a layout's entries in place of those of other layouts."""
     own = (ADAPTER_METADATA, BOUNDS)
     return {key: value for key, value in metadata.items() if key not in own} | layout.header(state, names)
 
@@ -186,19 +155,7 @@ def write_lora(
     *,
     hashed: bool,
 ) -> None:
-    """Write a file, or a folder for layouts with text files beside the tensors.
-
-    Args:
-        path: the file or folder.
-        tensors: by key, for folders with subfolder and slash in front.
-        metadata: the header's.
-        companions: text files by path within the folder.
-        hashed: whether hashes over the content are added; hashes in the metadata are updated either way.
-
-    Raises:
-        LoraError: a tensor holds NaN or infinity.
-        OutputError: a file cannot be written.
-    """
+    """Write a file, or a folder for layouts with text files beside the tensors."""
     if companions and path.suffix == ".safetensors":
         raise OutputError(f"this layout is a folder, and {path.name} is the name of a file; give a folder's name")
     files: dict[str, dict[str, Tensor]] = {}
@@ -285,9 +242,6 @@ def read_lora_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
     Tensors are memory-mapped, so that only those that are used take memory. Keys of a text encoder's subfolder have
     its name and a slash in front.
-
-    Raises:
-        LoraError: it cannot be read, or holds adapters in a format that is not supported.
     """
     tensors, metadata = _tensors_in_folder(path) if path.is_dir() else read_safetensors(path)
     for suffix, (what, remedy) in UNREADABLE.items():
@@ -392,20 +346,7 @@ def save_streamed(
     *,
     form: Callable[[AdapterState], AdapterState] | None = None,
 ) -> None:
-    """Write a LoRA atomically, with hashes over its content, holding a few modules of it at a time.
-
-    Args:
-        path: the file, or the folder for layouts that are one.
-        state: the LoRA; `unknown` is not written.
-        names: name table of its model.
-        layout: the layout.
-        metadata: the header's, without the layout's entries.
-        form: applied to some modules at a time before they are written.
-
-    Raises:
-        LoraError: a tensor holds NaN or infinity.
-        OutputError: the file cannot be written.
-    """
+    """Write a LoRA atomically, with hashes over its content, holding a few modules of it at a time."""
     header = with_header(metadata, layout, state, names)
     companions = layout.companions(state, names)
     mapped = [tensor for weights in state.adapters.values() for tensor in weights.tensors.values()]
@@ -434,12 +375,7 @@ def spooled(folder: Path, mapped: Iterable[Tensor]) -> Iterator[Spool]:
 
 
 class Spool:
-    """Tensors on disk, memory-mapped after the last one is written.
-
-    Args:
-        path, file: the temporary file, open for writing.
-        kept: addresses of storages that are not copied, with all views of them.
-    """
+    """Tensors on disk, memory-mapped after the last one is written."""
 
     def __init__(self, path: Path, file: BinaryIO, kept: set[int]) -> None:
         self._path, self._file, self._kept = path, file, kept

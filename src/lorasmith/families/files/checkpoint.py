@@ -43,11 +43,7 @@ class TensorFile(Protocol):
 
 
 def open_tensors(*paths: Path) -> TensorFile:
-    """A file, or the shards of one.
-
-    Raises:
-        ModelError: one is missing, pickled, cut short or of no known format, or its weights are packed in none.
-    """
+    """A file, or the shards of one."""
     if len(paths) == 1:
         return GgufFile(paths[0]) if is_gguf(paths[0]) else _Safetensors(paths[0])
     return _Shards([open_tensors(path) for path in paths])
@@ -116,14 +112,7 @@ class Shapes(dict[str, tuple[int, ...]]):
 
 
 class OriginalCheckpoint:
-    """A file in the original layout, in any precision.
-
-    Args:
-        path: the file.
-
-    Raises:
-        ModelError: the file is missing, pickled, truncated or of another format.
-    """
+    """A file in the original layout, in any precision."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -176,9 +165,6 @@ class OriginalCheckpoint:
         """Tensors whose names begin with `prefix`, which is cut off.
 
         They lie on the memory-mapped file, in its dtype; quantized weights stay packed.
-
-        Raises:
-            ModelError: weights have an unsupported quantization.
         """
         names = [name for name in self.shapes if name.startswith(prefix)]
         return {name.removeprefix(prefix): one for name, one in self.file.read(names)}

@@ -56,14 +56,7 @@ def is_gguf(path: Path) -> bool:
 
 
 class GgufFile:
-    """A GGUF file, of which no tensor has been read.
-
-    Args:
-        path: the file.
-
-    Raises:
-        ModelError: the package `gguf` is missing, or the file is damaged or of an unsupported kind.
-    """
+    """A GGUF file, of which no tensor has been read."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -310,26 +303,16 @@ _UNUSED = re.compile(r"dec\.|output\.weight$|rope_freqs\.")
 
 @dataclass(frozen=True)
 class GgufNames:
-    """How the names of a file are read.
+    """How the names of a file are read."""
 
-    Attributes:
-        original: name in the file by ComfyUI's name.
-        permuted: ComfyUI's names of tensors with reordered rows, and the key of the metadata that says their heads.
-        raised: ComfyUI's names of tensors that are 1 larger in the file.
-    """
-
-    original: Mapping[str, str]
+    original: Mapping[str, str]  # name in the file by ComfyUI's name
+    # ComfyUI's names of tensors with reordered rows, and the key of the metadata that says their heads
     permuted: Mapping[str, str]
-    raised: Collection[str] = ()
+    raised: Collection[str] = ()  # ComfyUI's names of tensors that are 1 larger in the file
 
 
 def names_of(architecture: str, names: Iterable[str]) -> GgufNames:
-    """Names of a file; those of others than llama.cpp's text encoders are their own.
-
-    Args:
-        architecture: `general.architecture` of the file.
-        names: of its tensors.
-    """
+    """Names of a file; those of others than llama.cpp's text encoders are their own."""
     found = list(names)
     is_t5 = architecture in _T5_ARCHITECTURES
     if "token_embd.weight" not in found or not (is_t5 or architecture in _PREFIXES):
@@ -351,12 +334,7 @@ def names_of(architecture: str, names: Iterable[str]) -> GgufNames:
 
 
 def halves_apart(rows: Tensor, heads: int) -> Tensor:
-    """Rows of queries or keys in transformers' order.
-
-    Args:
-        rows: (heads · width, ...) in llama.cpp's order.
-        heads: number of heads, of even width.
-    """
+    """Rows of queries or keys in transformers' order. rows: (heads · width, ...) in llama.cpp's order."""
     return rows.reshape(heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
 

@@ -56,19 +56,12 @@ def norm_name(path: str, names: Collection[str]) -> str:
 
 @dataclass(frozen=True)
 class PartSource:
-    """The source of one part of a model.
+    """The source of one part of a model."""
 
-    Attributes:
-        where: the file or folder, for messages.
-        tensors: by name in the file.
-        settings: of its configuration that shapes leave open.
-        config: its full configuration, if it comes from a diffusers folder.
-    """
-
-    where: str
-    tensors: Mapping[str, Tensor | Packed]
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    config: Mapping[str, Any] | None = None
+    where: str  # the file or folder, for messages
+    tensors: Mapping[str, Tensor | Packed]  # by name in the file
+    settings: Mapping[str, Any] = field(default_factory=dict)  # of its configuration that shapes leave open
+    config: Mapping[str, Any] | None = None  # its full configuration, if it comes from a diffusers folder
 
 
 def build(
@@ -77,14 +70,6 @@ def build(
     """A model with given tensors as its parameters, uncopied; no random weights are allocated.
 
     Packed weights stay packed where their layer can compute with them (`adapters.packed_layers`).
-
-    Args:
-        make: creates the model; called on the meta device.
-        tensors: returns the state dict for the empty model.
-        where: the file or folder of the tensors, for messages.
-
-    Raises:
-        ModelError: tensors are missing, left over or of the wrong shape.
     """
     try:
         with weights_empty():
@@ -124,14 +109,6 @@ def from_original_tensors(
     """The state dict of a diffusers denoiser from original-layout tensors.
 
     Fused tensors are cut into rows and swapped halves put in order.
-
-    Args:
-        model: the empty denoiser.
-        table: diffusers path → place in the original layout.
-        tensors: by original name without prefix.
-
-    Raises:
-        ModelError: a tensor is missing, or one is not in the table.
     """
     state: dict[str, Tensor | Packed] = {}
     unused = set(tensors)

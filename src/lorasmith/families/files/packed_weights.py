@@ -61,10 +61,7 @@ _TILE = (128, 4)
 def rotated_int8(codes: Tensor, scale: Tensor, group: int) -> Packed:
     """A weight in int8 whose inputs were rotated in groups (ConvRot).
 
-    Args:
-        codes: (out, in), int8.
-        scale: (out, 1) or (1, 1), fp32.
-        group: inputs rotated together, a power of 4 that divides `in`.
+    codes: (out, in), int8; scale: (out, 1) or (1, 1), fp32.
     """
     return Packed((codes, scale), functools.partial(_from_rotated, group=group), torch.float32, codes.shape)
 
@@ -72,23 +69,16 @@ def rotated_int8(codes: Tensor, scale: Tensor, group: int) -> Packed:
 def nvfp4(codes: Tensor, blocks: Tensor, scale: Tensor, smoothing: Tensor | None = None) -> Packed:
     """A weight in nvfp4.
 
-    Args:
-        codes: (out, in / 2), uint8, the first of two in the upper half.
-        blocks: (out, in / 16), float8_e4m3fn.
-        scale: (1, 1), fp32.
-        smoothing: (1, in), fp32, by which the layer multiplies its input, and so the columns of the weight; or None.
+    codes: (out, in / 2), uint8, the first of two in the upper half; blocks: (out, in / 16), float8_e4m3fn; scale: (1,
+    1), fp32; smoothing: (1, in), fp32, by which the layer multiplies its input, and so the columns of the weight; or
+    None.
     """
     tensors = (codes, blocks, scale) if smoothing is None else (codes, blocks, scale, smoothing)
     return Packed(tensors, _from_nvfp4, torch.float32, torch.Size((len(codes), 2 * codes.shape[1])))
 
 
 def mxfp8(codes: Tensor, exponents: Tensor) -> Packed:
-    """A weight in mxfp8.
-
-    Args:
-        codes: (out, in), float8_e4m3fn.
-        exponents: (out, in / 32), uint8.
-    """
+    """A weight in mxfp8. codes: (out, in), float8_e4m3fn; exponents: (out, in / 32), uint8."""
     # As bytes: products of fp8 codes (`core.fp8_products`) take scales of rows, which these are not.
     return Packed((codes.view(torch.uint8), exponents), _from_mxfp8, torch.float32, codes.shape)
 
@@ -103,9 +93,7 @@ def untiled(scales: Tensor, rows: int, columns: int) -> Tensor:
 
     A tile has 128 rows and 4 columns; its row r is stored in place r mod 32 and there in quarter r div 32.
 
-    Args:
-        scales: as many bytes as `tiled_size` says, in any shape.
-        rows, columns: of the result.
+    scales: as many bytes as `tiled_size` says, in any shape.
     """
     height, width = -(-rows // _TILE[0]), -(-columns // _TILE[1])
     tiles = scales.reshape(height, width, 32, 4, 4).permute(0, 3, 2, 1, 4)
@@ -170,16 +158,7 @@ def scale_name(weight: str, names: Collection[str]) -> str | None:
 
 
 class PackedWeights:
-    """The weights of a safetensors file, of which some are packed.
-
-    Args:
-        file: its name, for messages.
-        tensors: by name, on the memory-mapped file.
-        metadata: of its header.
-
-    Raises:
-        ModelError: what it says about its formats cannot be read, or it has a format that is not supported.
-    """
+    """The weights of a safetensors file, of which some are packed."""
 
     def __init__(self, file: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         self._file = file
@@ -200,11 +179,7 @@ class PackedWeights:
         self.shapes = {name: self._shape(name) for name in tensors if name not in companions}
 
     def read(self, name: str) -> Tensor | Packed:
-        """A weight by name: packed, or plain in the file's dtype.
-
-        Raises:
-            ModelError: its codes and companions do not fit each other.
-        """
+        """A weight by name: packed, or plain in the file's dtype."""
         tensor = self._tensors[name]
         said = self._said(name)
         scale = scale_name(name, self._tensors)
@@ -235,30 +210,18 @@ class PackedWeights:
 
 @dataclass(frozen=True)
 class _Format:
-    """What a file says about the format of a layer.
-
-    Attributes:
-        name: of the format.
-        rotated: inputs rotated together (ConvRot); None for none.
-    """
+    """What a file says about the format of a layer."""
 
     name: str
-    rotated: int | None = None
+    rotated: int | None = None  # inputs rotated together (ConvRot); None for none
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """A packed weight in a file.
-
-    Attributes:
-        weight: its name.
-        file: name of the file, for messages.
-        tensors: of the file.
-        said: its format.
-    """
+    """A packed weight in a file."""
 
     weight: str
-    file: str
+    file: str  # for messages
     tensors: Mapping[str, Tensor]
     said: _Format
 
@@ -276,12 +239,7 @@ class _Layer:
         return self.tensors.get(f"{_stem(self.weight)}.{leaf}")
 
     def scale(self, *leaves: str, sizes: Collection[int]) -> Tensor:
-        """The first companion of these names, flat and in fp32.
-
-        Args:
-            leaves: names of the companion, of which the first is named where all are missing.
-            sizes: how many numbers it may have.
-        """
+        """The first companion of these names, flat and in fp32."""
         scale = next((one for leaf in leaves if (one := self.companion(leaf)) is not None), None)
         if scale is None:
             self.refuse(f"must have a {leaves[0]}, but has none")
@@ -292,12 +250,7 @@ class _Layer:
         return scale.float().flatten()
 
     def block_scales(self, dtype: torch.dtype, rows: int, columns: int) -> Tensor:
-        """Its scales of blocks, untiled, as bytes (rows, columns).
-
-        Args:
-            dtype: their format; files without it have bytes.
-            rows, columns: number of blocks.
-        """
+        """Its scales of blocks, untiled, as bytes (rows, columns). dtype: their format; files without it have bytes."""
         scale = self.companion(_SCALE)
         if scale is None:
             self.refuse(f"must have a {_SCALE}, but has none")

@@ -21,11 +21,7 @@ from lorasmith.families.files.original_weights import PartSource
 
 
 class PartFolder:
-    """One part of a diffusers model, read on access.
-
-    Args:
-        path: the folder, with `config.json` and weights as safetensors.
-    """
+    """One part of a diffusers model, read on access."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -53,11 +49,7 @@ class PartFolder:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The weights of one part of a diffusers folder: one file, or the shards that its index lists.
-
-    Raises:
-        ModelError: there are none as safetensors, or the index names files outside the folder.
-    """
+    """The weights of one part of a diffusers folder: one file, or the shards that its index lists."""
     for stem in ("diffusion_pytorch_model", "model"):
         index = folder / f"{stem}.safetensors.index.json"
         if index.is_file():
@@ -91,16 +83,11 @@ _TASKS = re.compile(r"(Img2Img|Inpaint)(?=Pipeline$)")
 
 @dataclass(frozen=True)
 class PipelineConfigs:
-    """Class and configurations of a pipeline.
+    """Class and configurations of a pipeline."""
 
-    Attributes:
-        title: its name in messages.
-        classes: names of its class and of those that this one derives from.
-        of: the configuration of a part (`unet`, `scheduler`). Raises ModelError if it has no such part.
-    """
-
-    title: str
-    classes: tuple[str, ...]
+    title: str  # for messages
+    classes: tuple[str, ...]  # names of its class and of those that this one derives from
+    # the configuration of a part (`unet`, `scheduler`). Raises ModelError if it has no such part.
     of: Callable[[str], Mapping[str, Any]]
 
     @classmethod
@@ -140,16 +127,7 @@ _PLAIN = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def source_of_module(module: nn.Module, title: str, part: str) -> PartSource:
-    """The tensors of a loaded module, uncopied, and its configuration.
-
-    Args:
-        module: of diffusers or transformers.
-        title: of the pipeline, for messages.
-        part: its name there.
-
-    Raises:
-        ModelError: its weights are not there (sequential offloading), are quantized, or have LoRAs on them.
-    """
+    """The tensors of a loaded module, uncopied, and its configuration."""
     module = getattr(module, "_orig_mod", module)  # of what torch.compile wraps
     if (reason := next(_obstacles(module), None)) is not None:
         raise ModelError(f"the {part} of {title} must have plain weights in memory, but {reason}")

@@ -16,16 +16,7 @@ from lorasmith.families.parts.tokenizers import TokenizerSource, folder_tokenize
 
 
 class ClipEncoder(EncoderKind):
-    """A text encoder of CLIP (Radford et al. 2021, arXiv:2103.00020) or OpenCLIP.
-
-    Args:
-        name: registered name.
-        activation: transformers' name of its feed-forward networks' activation.
-        pad_token: with which prompts are padded to 77 tokens.
-        unused_layers: last layers of the released encoder that are never used, and left out.
-        depth: layers of the released encoder, by which a file of the encoder alone is recognised.
-        is_projected: whether its pooled vector is projected.
-    """
+    """A text encoder of CLIP (Radford et al. 2021, arXiv:2103.00020) or OpenCLIP."""
 
     dtype = torch.float32
     longest = 3 * (CONTEXT_LENGTH - 2)  # chunks beyond the third are rare in the captions of released models

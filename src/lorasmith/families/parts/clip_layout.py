@@ -37,12 +37,6 @@ def in_transformers_naming(
 ) -> dict[str, Tensor | Packed]:
     """A text encoder's tensors under transformers' names, without `text_model.` in front.
 
-    Args:
-        tensors: under transformers' names or OpenCLIP's.
-        layers: how many layers are kept.
-        is_projected: whether the projection of the pooled vector, to the space shared with pictures, is kept; some
-            files contain it without need.
-
     Tables of positions and temperatures, for which transformers' models have no parameters, are left out.
     """
     if any(name.startswith("transformer.resblocks.") for name in tensors):
@@ -76,16 +70,7 @@ def _from_openclip(tensors: Mapping[str, Tensor | Packed]) -> dict[str, Tensor |
 
 
 def clip_config(tensors: Mapping[str, Tensor | Packed], *, activation: str, pad_token_id: int | None) -> dict[str, Any]:
-    """Configuration of transformers' CLIPTextModel for tensors under its names; heads are 64 channels wide.
-
-    Args:
-        tensors: by transformers' name, without `text_model.`.
-        activation: transformers' name of the feed-forward networks' activation.
-        pad_token_id: with which texts are padded; None for the end token.
-
-    Raises:
-        ModelError: tensors that determine the configuration are missing.
-    """
+    """Configuration of transformers' CLIPTextModel for tensors under its names; heads are 64 channels wide."""
     for needed in ("embeddings.token_embedding", "embeddings.position_embedding", "encoder.layers.0.mlp.fc1"):
         if f"{needed}.weight" not in tensors:
             raise ModelError(f"the checkpoint's text encoder lacks {needed}.weight; it is incomplete or was cut short")

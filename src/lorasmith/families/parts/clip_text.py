@@ -38,12 +38,7 @@ MAX_UNBROKEN = 8
 def clip_tokenizer(*, pad_token: str = "<|endoftext|>", size: int = VOCABULARY) -> Any:
     """OpenAI's CLIP tokenizer from the vocabulary in the package, without a network.
 
-    Args:
-        pad_token: `<|endoftext|>` for CLIP ViT-L (SD 1.x), `!` (id 0) for OpenCLIP (SD 2.x, SDXL's second encoder).
-        size: number of tokens, fewer than CLIP's 49408 for small models, which have the first of its merges.
-
-    Returns:
-        A `transformers.CLIPTokenizer` with `model_max_length` 77.
+    A `transformers.CLIPTokenizer` with `model_max_length` 77.
     """
     from transformers import CLIPTokenizer
 
@@ -70,17 +65,9 @@ def encode_prompt(
     Each chunk of 77 tokens is encoded separately and the contexts are joined. Where a token's weight is not 1, its
     vector is moved away from (or towards) the empty prompt's vector at the same position.
 
-    Args:
-        text: the prompt; `(word)` has weight 1.1, `(word:1.2)` weight 1.2, brackets nest, `\(` is a bracket.
-        tokenizer: CLIP tokenizer with `bos_token_id`, `eos_token_id` and `pad_token_id`.
-        model: `CLIPTextModel` or `CLIPTextModelWithProjection`.
-        skip_layers: number of last layers to leave out; more than the encoder has leaves out none, as in ComfyUI.
-        final_norm: whether the encoder's final layer norm is applied to the context.
-
-    Returns:
-        Context (1, 77 · chunks, width) and pooled vector (1, width or projection) of the first chunk, in fp32 on the
-        model's device. The pooled vector is that of the last layer even with skipped layers, and is projected if the
-        model has a projection.
+    Context (1, 77 · chunks, width) and pooled vector (1, width or projection) of the first chunk, in fp32 on the
+    model's device. The pooled vector is that of the last layer even with skipped layers, and is projected if the model
+    has a projection.
     """
     chunks = tokenize_prompt(text, tokenizer)
     weighted = any(weight != 1.0 for chunk in chunks for _, weight in chunk)
@@ -100,10 +87,6 @@ def encode_prompts(
     """Contexts, before the final norm, and pooled vectors of prompts for several encoders.
 
     The contexts have one length: shorter prompts continue with empty ones, as in ComfyUI.
-
-    Args:
-        prompts: prompt, tokenizer and model of each encoder, as in `encode_prompt`.
-        skip_layers: as in `encode_prompt`.
     """
 
     def encoded(text: str, tokenizer: Any, model: nn.Module) -> tuple[Tensor, Tensor]:

@@ -58,14 +58,7 @@ _FUSED = {
 
 
 def in_double_block(index: str, path: str, width: int, parts: Mapping[str, str]) -> OriginalName:
-    """Place of a module of a double block.
-
-    Args:
-        index: number of the block.
-        path: diffusers' path of the module in the block.
-        width: of the hidden states.
-        parts: original paths of the modules that are not fused, by diffusers' paths.
-    """
+    """Place of a module of a double block."""
     if path not in _FUSED:
         return OriginalName(f"double_blocks.{index}.{parts[path]}")
     fused, third = _FUSED[path]
@@ -78,14 +71,7 @@ _SINGLE = {**SINGLE_NORMS, "proj_out": "linear2"}
 
 
 def in_single_block(index: str, path: str, width: int, rows: int) -> OriginalName:
-    """Place of a module of a single block of Flux.1, but for its modulation.
-
-    Args:
-        index: number of the block.
-        path: diffusers' path of the module in the block.
-        width: of the hidden states.
-        rows: of the module's weight.
-    """
+    """Place of a module of a single block of Flux.1, but for its modulation."""
     if path in _SINGLE_FUSED:
         start = _SINGLE_FUSED[path] * width
         return OriginalName(f"single_blocks.{index}.linear1", rows=(start, start + rows))
@@ -98,12 +84,7 @@ def rope_axes(head: int) -> tuple[int, int, int]:
 
 
 def image_positions(rows: int, columns: int, device: torch.device) -> Tensor:
-    """(rows · columns, 3) rotary positions (0, y, x) of the image tokens.
-
-    Args:
-        rows, columns: of tokens.
-        device: of the result.
-    """
+    """(rows · columns, 3) rotary positions (0, y, x) of the image tokens."""
     y, x = torch.meshgrid(torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij")
     return torch.stack((torch.zeros_like(y), y, x), dim=-1).reshape(-1, 3).float()
 
@@ -111,9 +92,7 @@ def image_positions(rows: int, columns: int, device: torch.device) -> Tensor:
 def attention_arguments(mask: Tensor | None, pixels: int) -> dict[str, Any]:
     """diffusers' `joint_attention_kwargs`, in which text comes first, then the picture, which is not masked.
 
-    Args:
-        mask: of the text, (batch, tokens); None for none.
-        pixels: number of the picture's tokens.
+    mask: of the text, (batch, tokens); None for none.
     """
     if mask is None:
         return {}
@@ -129,12 +108,7 @@ def packed_latents(latents: Tensor) -> Tensor:
 
 
 def unpacked_latents(tokens: Tensor, height: int, width: int) -> Tensor:
-    """The inverse of `packed_latents`.
-
-    Args:
-        tokens: (batch, height/2 · width/2, 4 · channels).
-        height, width: of the latents.
-    """
+    """The inverse of `packed_latents`. tokens: (batch, height/2 · width/2, 4 · channels)."""
     batch, _, features = tokens.shape
     latents = tokens.reshape(batch, height // 2, width // 2, features // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
     return latents.reshape(batch, features // 4, height, width)

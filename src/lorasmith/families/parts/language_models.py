@@ -35,20 +35,7 @@ _MINISTRAL_WIDTH = 3072  # of the 3B model; ComfyUI tells it from Mistral Small 
 
 
 class LanguageModel(EncoderKind):
-    """A decoder-only language model.
-
-    Args:
-        name: registered name.
-        classes: transformers' names of its configuration and its model.
-        prefixes: of the language part's names in files; the first one found is cut off, the rest is left out.
-        head_width: of attention heads, if a norm of queries does not show it.
-        is_width: whether a width of its states is this kind's, where nothing else in files tells kinds apart.
-        has_output_norms: whether the outputs of attention and feed-forward networks have norms, as in Gemma 2.
-        tokenizer: makes its tokenizer for the source of a file and the rows of its embedding.
-        has_bias: whether the projections of attention have biases.
-        settings: of its configuration that shapes leave open.
-        always: settings that hold for a diffusers folder too.
-    """
+    """A decoder-only language model."""
 
     longest = 512
 
@@ -240,14 +227,7 @@ def attention_capped(encoder: Any, cap: float | None) -> Iterator[None]:
 def hidden_states(
     encoder: nn.Module, ids: Sequence[int], layers: Sequence[int], *, mask: Sequence[bool] | None = None
 ) -> Tensor:
-    """States of some layers for one prompt, (1, tokens, layers, width) in fp32.
-
-    Args:
-        encoder: a language model of transformers.
-        ids: tokens.
-        layers: numbers of states; 0 is the embedding, −1 the last layer after the final norm.
-        mask: False for tokens that no token attends to; None for none of these.
-    """
+    """States of some layers for one prompt, (1, tokens, layers, width) in fp32."""
     device = device_of(encoder)
     attention = None if mask is None else torch.tensor([list(mask)], dtype=torch.long, device=device)
     with torch.no_grad():

@@ -24,12 +24,7 @@ def chat_of(text: str) -> str:
 
 
 def seen_from(tokenizer: Any, ids: Sequence[int]) -> int:
-    """Index of the first token that the denoiser sees: after the opening of the second turn, if that is the user's.
-
-    Args:
-        tokenizer: of Qwen.
-        ids: tokens of a chat.
-    """
+    """Index of the first token that the denoiser sees: after the opening of the second turn, if that is the user's."""
     turn, *user = tokenizer(f"{_TURN}user\n").input_ids
     starts = [index for index, token in enumerate(ids) if token == turn][:2]
     start = starts[-1] if starts else 0

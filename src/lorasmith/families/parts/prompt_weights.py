@@ -42,10 +42,7 @@ def literal_text(text: str, encoding: Encoding) -> str:
 def weighted_states(states: Tensor, empty: Tensor, weights: Sequence[Sequence[float]]) -> Tensor:
     """Hidden states moved away from those of the empty prompt, or towards them.
 
-    Args:
-        states: (prompts, tokens, width).
-        empty: (1, tokens, width) of the empty prompt.
-        weights: of each token of each prompt; 1 leaves its state unchanged.
+    states: (prompts, tokens, width); empty: (1, tokens, width) of the empty prompt.
     """
     scale = states.new_tensor(weights).unsqueeze(-1)
     return torch.where(scale == 1, states, empty.lerp(states, scale))

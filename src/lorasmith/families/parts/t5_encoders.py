@@ -57,15 +57,7 @@ ENCODERS.register(T5Encoder.name)(T5Encoder())
 
 
 def built_t5(source: PartSource, make: Callable[[dict[str, Any]], nn.Module]) -> nn.Module:
-    """An encoder of T5's layout, with its embedding under both names that transformers gives it.
-
-    Args:
-        source: its tensors.
-        make: creates the model for a configuration.
-
-    Raises:
-        ModelError: tensors are missing or of the wrong shape.
-    """
+    """An encoder of T5's layout, with its embedding under both names that transformers gives it."""
     tensors = dict(source.tensors)
     embedding = tensors.get(_EMBEDDING, tensors.get(_TIED))
     if embedding is None:
@@ -91,16 +83,6 @@ def encode_t5(
     """States after the last layer for one prompt, (1, tokens, width).
 
     Without a mask padding is encoded like text. The denoiser sees the length of the result.
-
-    Args:
-        text: the prompt, with `(word:1.2)` weights.
-        tokenizer: of T5.
-        encoder: `T5EncoderModel`.
-        min_tokens: least length, filled with padding.
-        max_tokens: greatest length, to which longer prompts are cut; None to cut none.
-        min_padding: least number of padding tokens.
-        hides_padding: whether no token attends to padding.
-        empty_ends: whether the empty text, from which weights are counted, ends; else it is padding alone.
     """
     tokens = t5_tokens(text, tokenizer, min_tokens=min_tokens, max_tokens=max_tokens, min_padding=min_padding)
     rows = [[token for token, _ in tokens]]
@@ -121,13 +103,7 @@ def encode_t5(
 def t5_tokens(
     text: str, tokenizer: Any, *, min_tokens: int = 1, max_tokens: int | None = None, min_padding: int = 0
 ) -> list[Token]:
-    """The weighted tokens of one prompt, with the end and padding.
-
-    Args:
-        text: the prompt, with `(word:1.2)` weights.
-        tokenizer: of T5 or UMT5.
-        min_tokens, max_tokens, min_padding: as for `encode_t5`.
-    """
+    """The weighted tokens of one prompt, with the end and padding."""
     tokens = [
         (token, weight)
         for stretch, weight in parse_weights(text)

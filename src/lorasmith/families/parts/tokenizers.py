@@ -80,16 +80,11 @@ _TEKKEN_CONTROL = {
 
 @dataclass(frozen=True)
 class TokenizerSource:
-    """Where the tokenizer of an encoder may be.
+    """Where the tokenizer of an encoder may be."""
 
-    Attributes:
-        folder: a diffusers folder's tokenizer; None for an encoder that comes from a file.
-        file: of the encoder; None for one in a folder.
-        embedded: vocabularies in this file, uint8, by the names in `EMBEDDED`.
-    """
-
-    folder: Path | None = None
-    file: Path | None = None
+    folder: Path | None = None  # a diffusers folder's tokenizer; None for an encoder that comes from a file
+    file: Path | None = None  # of the encoder; None for one in a folder
+    # vocabularies in this file, uint8, by the names in `EMBEDDED`
     embedded: Mapping[str, Tensor] = field(default_factory=dict)
 
     def beside(self, *names: str) -> Path | None:
@@ -147,9 +142,6 @@ def tekken_tokenizer(source: TokenizerSource) -> Any:
 
     Its vocabulary is a file `tekken.json` beside the encoder's, bytes inside the encoder's file, or that of the package
     `mistral-common`.
-
-    Raises:
-        ModelError: none of these places has one, or it cannot be read.
     """
     if (beside := source.beside("tekken.json")) is not None:
         try:
@@ -175,16 +167,6 @@ def spiece_tokenizer(
     """The tokenizer of a SentencePiece model, Unigram or BPE, with SentencePiece's own ids.
 
     The model is a tensor `spiece_model` inside the encoder's file, or a file beside it.
-
-    Args:
-        source: where the tokenizer may be.
-        beside: name of the file beside the encoder's: `spiece.model` for the T5 models, `tokenizer.model` for Gemma.
-        rows: of the encoder's embedding, which has one for each token.
-        adds_bos: whether texts begin with the model's token for this.
-        adds_eos: whether they end with one.
-
-    Raises:
-        ModelError: neither place has a model, it cannot be read, or it is not this encoder's.
     """
     from lorasmith.families.parts.sentencepiece_tokenizer import SentencePieceTokenizer
 

@@ -62,14 +62,6 @@ def encode_umt5(
     """States after the last layer for one prompt, and zeros for padding, (1, tokens, width).
 
     Padding is masked in the encoder, so that only the prompt has to be encoded.
-
-    Args:
-        text: the prompt, with `(word:1.2)` weights.
-        tokenizer: of UMT5.
-        encoder: `UMT5EncoderModel`.
-        min_tokens: least length, filled with zeros.
-        max_tokens: greatest length, to which longer prompts are cut; None to cut none.
-        min_padding: least number of zeros.
     """
     tokens = t5_tokens(text, tokenizer, max_tokens=max_tokens)
     states = _states(encoder, [token for token, _ in tokens])

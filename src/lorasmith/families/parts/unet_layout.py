@@ -65,16 +65,7 @@ _MID = re.compile(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)")
 
 
 def original_unet_path(path: str, *, layers_per_block: int, up_attention: tuple[bool, ...]) -> str:
-    """Original path of a diffusers UNet module.
-
-    Args:
-        path: module path in diffusers, such as `down_blocks.1.attentions.0.proj_in`.
-        layers_per_block: the UNet's `layers_per_block`.
-        up_attention: for each up block, whether it has attention (it moves the upsampler's index).
-
-    Raises:
-        KeyError: the path is no module of such a UNet.
-    """
+    """Original path of a diffusers UNet module."""
     if path in _TOP:
         return _TOP[path]
     if match := _MID.fullmatch(path):
@@ -121,13 +112,7 @@ def pixel_multiple(unet: Any, latent: LatentFormat) -> int:
 
 
 def latent_format(unet: Any, vae: Any, *, scale: float) -> LatentFormat:
-    """The latent format of a UNet.
-
-    Args:
-        unet: diffusers' UNet2DConditionModel.
-        vae: its autoencoder; None for one of eight pixels per latent.
-        scale: scaling factor of the latents without an autoencoder.
-    """
+    """The latent format of a UNet. Without an autoencoder a latent is eight pixels."""
     downscale = 8 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
     scale = scale if vae is None else float(vae.config.scaling_factor)
     return LatentFormat(channels=unet.config.in_channels, downscale=downscale, scale=scale)
@@ -148,15 +133,7 @@ def diffusion_of_checkpoint(checkpoint: OriginalCheckpoint, parameterization: st
 
 
 def diffusion_of_pipeline(configs: PipelineConfigs, title: str) -> Diffusion:
-    """Parameterization and noise schedule of a diffusers pipeline.
-
-    Args:
-        configs: of the pipeline, its scheduler's among them.
-        title: of the family, for messages.
-
-    Raises:
-        ModelError: there is no scheduler, or one whose settings no release of the family has.
-    """
+    """Parameterization and noise schedule of a diffusers pipeline."""
     config = configs.of("scheduler")
     for key, value in {"beta_schedule": "scaled_linear", "trained_betas": None}.items():
         # diffusers' own default of the first is "linear", which no release of Stable Diffusion has.
@@ -178,15 +155,7 @@ def diffusion_of_pipeline(configs: PipelineConfigs, title: str) -> Diffusion:
 
 
 def unet_config(shapes: Mapping[str, tuple[int, ...]], *, head_dim: int | None) -> dict[str, Any]:
-    """Configuration of diffusers' UNet2DConditionModel for an original-layout UNet.
-
-    Args:
-        shapes: the UNet's tensor shapes by original name.
-        head_dim: channels per attention head, or None for Stable Diffusion 1's fixed eight heads.
-
-    Raises:
-        ModelError: tensors that fix the configuration are missing.
-    """
+    """Configuration of diffusers' UNet2DConditionModel for an original-layout UNet."""
     channels, depths, layers = _levels(shapes)
     keys = next(name for name in shapes if name.endswith("attn2.to_k.weight"))
     proj_in = shapes[keys.partition(".transformer_blocks.")[0] + ".proj_in.weight"]

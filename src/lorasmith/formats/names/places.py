@@ -81,17 +81,7 @@ def read_tensors(
     names: ModelNames,
     alphas: Mapping[str, float] | None = None,
 ) -> AdapterState:
-    """The adapters and differences in a file under one of `bases` that fit the model; the rest is `unknown`.
-
-    Args:
-        tensors: by key.
-        bases: modules of each base.
-        names: the model's.
-        alphas: by base, alphas that the file states elsewhere than in `.alpha` tensors.
-
-    Raises:
-        LoraError: two bases name the same module.
-    """
+    """The adapters and differences in a file under one of `bases` that fit the model; the rest is `unknown`."""
     state = AdapterState(unknown=dict(tensors))
     for base, keys in grouped(tensors).items():
         if base not in bases:
@@ -114,15 +104,7 @@ def addressed(
     base_of: Callable[[ModuleRef], str],
     original_base: Callable[[str], str] | None = None,
 ) -> dict[str, ModuleTensors]:
-    """Adapters and differences joined by module, under their names in a file.
-
-    Args:
-        state: the LoRA.
-        names: the model's.
-        base_of: base of a module in diffusers' naming.
-        original_base: base of a path in the original checkpoint, for the denoiser's modules that have an exact place
-            there; None to name all by `base_of`.
-    """
+    """Adapters and differences joined by module, under their names in a file."""
     refs = dict.fromkeys((*state.adapters, *state.differences))
     modules = {ref: ModuleTensors(state.adapters.get(ref), state.differences.get(ref, {})) for ref in refs}
     if original_base is None:
@@ -141,9 +123,8 @@ def in_original_naming(
 ) -> tuple[dict[str, ModuleTensors], dict[str, ModuleTensors]]:
     """The denoiser's modules, given by diffusers path, in the original checkpoint's naming.
 
-    Returns:
-        Modules by original path, and by diffusers path those without an exact place there: unlisted modules, and
-        adapters that cannot be fused.
+    Modules by original path, and by diffusers path those without an exact place there: unlisted modules, and adapters
+    that cannot be fused.
     """
     original: dict[str, ModuleTensors] = {}
     left = {path: module for path, module in modules.items() if path not in names.denoiser}
@@ -251,13 +232,8 @@ def _fused_differences(
 def split(whole: AdapterWeights, parts: Sequence[OriginalName]) -> list[AdapterWeights | None] | None:
     """Adapters of the parts of a fused module.
 
-    Args:
-        whole: adapter of the fused module.
-        parts: place of each part; a single part without rows and exchange is the module itself.
-
-    Returns:
-        One adapter for each part, None for a part that the fused adapter leaves unchanged; None instead of the list if
-        this adapter cannot be cut.
+    One adapter for each part, None for a part that the fused adapter leaves unchanged; None instead of the list if this
+    adapter cannot be cut.
     """
     if _is_plain(parts):
         return [whole]
@@ -277,17 +253,7 @@ def split(whole: AdapterWeights, parts: Sequence[OriginalName]) -> list[AdapterW
 
 
 def fused(adapters: Sequence[AdapterWeights], parts: Sequence[OriginalName], rows: int) -> AdapterWeights | None:
-    """The adapter of a fused module.
-
-    Args:
-        adapters: adapters of the parts that have one.
-        parts: place of each of these parts.
-        rows: output rows of the fused module; those outside all parts are not changed. 0 for a module that is not
-            fused.
-
-    Returns:
-        None when adapters of this kind cannot be stacked.
-    """
+    """The adapter of a fused module. None when adapters of this kind cannot be stacked."""
     if _is_plain(parts):
         return adapters[0]
     algorithm, names = adapters[0].algorithm, adapters[0].tensors.keys()
@@ -330,10 +296,7 @@ def split_rows(whole: Tensor, part: OriginalName) -> Tensor:
 def fused_rows(pieces: Sequence[Tensor], parts: Sequence[OriginalName], rows: int) -> Tensor:
     """Parts' tensors as rows of one fused tensor, zero elsewhere.
 
-    Args:
-        pieces: tensor of each part, (rows of the part, ...).
-        parts: place of each part.
-        rows: rows of the fused tensor; 0 for a module that is not fused.
+    pieces: tensor of each part, (rows of the part, ...).
     """
     ordered = [_exchanged(piece) if part.swap_halves else piece for piece, part in zip(pieces, parts, strict=True)]
     if not rows:
@@ -397,8 +360,7 @@ def _of_one_dtype(pieces: list[Tensor]) -> list[Tensor]:
 def _equally_scaled(adapters: Sequence[AdapterWeights], name: str) -> tuple[Sequence[AdapterWeights], float | None]:
     """Adapters with one alpha / rank, the ratio multiplied into tensor `name` where it differs.
 
-    Returns:
-        The adapters and that scale, None for "no alpha".
+    Returns also that scale, None for "no alpha".
     """
     scales = [scale_of(weights) for weights in adapters]
     if all(scale == scales[0] for scale in scales):
@@ -471,8 +433,7 @@ def _used(tensors: Mapping[str, Tensor], units: Mapping[str, int]) -> Tensor:
 def _separate_columns(used: Sequence[Tensor]) -> list[Tensor] | None:
     """Rank indices of each part if no two parts share a rank, else None.
 
-    Args:
-        used: by part, (rank,) whether it uses each rank.
+    used: by part, (rank,) whether it uses each rank.
     """
     if len(used) < 2 or not any(bool(part.any()) for part in used) or int(torch.stack(list(used)).sum(0).max()) > 1:
         return None

@@ -98,12 +98,7 @@ SIGNATURES: list[Signature] = []
 def guessed_family(
     shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str] = MappingProxyType({})
 ) -> str | None:
-    """Display name of the family, or None if no signature matches.
-
-    Args:
-        shapes: shape of each tensor by key.
-        metadata: of the file.
-    """
+    """Display name of the family, or None if no signature matches."""
     said = {metadata.get(key, "").partition("/")[0].casefold() for key in _ARCHITECTURE_KEYS}
     inputs = {base.replace(".", "_"): width for base, width in _input_widths(shapes).items()}
     for sign in sorted(SIGNATURES, key=lambda one: (one.order, one.width is None)):

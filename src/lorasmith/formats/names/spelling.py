@@ -37,28 +37,18 @@ KOHYA, PEFT = Suffixes
 
 @dataclass(frozen=True)
 class Unfit:
-    """Why a module's tensors make no adapter.
+    """Why a module's tensors make no adapter."""
 
-    Attributes:
-        role: of the tensor at fault.
-        problem: text that follows the tensor's name: the rule, and what the tensor is.
-    """
-
-    role: str
-    problem: str
+    role: str  # of the tensor at fault
+    problem: str  # text that follows the tensor's name: the rule, and what the tensor is
 
 
 @dataclass(frozen=True)
 class ModuleTensors:
-    """The tensors of one base.
+    """The tensors of one base."""
 
-    Attributes:
-        adapter: its adapter, if any.
-        differences: `weight` and `bias` differences.
-    """
-
-    adapter: AdapterWeights | None = None
-    differences: Mapping[str, Tensor] = field(default_factory=dict)
+    adapter: AdapterWeights | None = None  # its adapter, if any
+    differences: Mapping[str, Tensor] = field(default_factory=dict)  # `weight` and `bias` differences
 
 
 def split_key(key: str) -> tuple[str, str] | None:
@@ -95,11 +85,6 @@ def assembled(
 
     Every algorithm's tensors are held to its `AdapterFormat` here, so that no code after it has to expect others: it
     can take products and norms of what this function returns. Whether values are finite is not looked at.
-
-    Args:
-        tensors: by role. Eight-bit floats, which torch does not compute with, are widened.
-        shape: shape of the module's weight, None if unknown.
-        stated_alpha: alpha if there is no tensor of it.
     """
     rest = {role: _widened(tensor) for role, tensor in tensors.items()}
     for role, tensor in rest.items():
@@ -143,12 +128,7 @@ def _adapter_of(
 def all_assembled(
     tensors: Mapping[str, Tensor], alphas: Mapping[str, float]
 ) -> tuple[dict[str, ModuleTensors], dict[str, str]]:
-    """A file's modules by base, and what is wrong with those whose tensors make no adapter, in a clause each.
-
-    Args:
-        tensors: by key.
-        alphas: by base, alphas that the file states elsewhere than in tensors.
-    """
+    """A file's modules by base, and what is wrong with those whose tensors make no adapter, in a clause each."""
     modules: dict[str, ModuleTensors] = {}
     unfit: dict[str, str] = {}
     for base, keys in grouped(tensors).items():
@@ -239,14 +219,7 @@ def _difference_misfit(tensors: Mapping[str, Tensor], weights: AdapterWeights | 
 def spelled(
     module: ModuleTensors, suffixes: Suffixes, *, alpha: bool = True, norm_names: bool = False
 ) -> dict[str, Tensor]:
-    """One module's tensors by suffix: the inverse of `split_key` and `assembled`.
-
-    Args:
-        module: the tensors.
-        suffixes: `KOHYA` or `PEFT`.
-        alpha: whether a LoRA gets an `.alpha`; other algorithms always do, because for some it is more than a scale.
-        norm_names: whether differences of one-dimensional weights are named `w_norm` and `b_norm`.
-    """
+    """One module's tensors by suffix: the inverse of `split_key` and `assembled`."""
     result = {}
     if (weights := module.adapter) is not None:
         form = format_of(weights)
