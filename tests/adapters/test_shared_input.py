@@ -55,13 +55,13 @@ def outcome(net: Attention, adapters: dict[str, Any], *inputs: Tensor) -> list[T
 def groups(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Sizes of the groups that were computed together."""
     seen: list[int] = []
-    original: Callable[..., Any] = inject.linear_group
+    original: Callable[..., Any] = inject.linear_with_lora
 
     def counted(x: Tensor, layers: Any, *rest: Any) -> Any:
         seen.append(len(layers))
         return original(x, layers, *rest)
 
-    monkeypatch.setattr(inject, "linear_group", counted)
+    monkeypatch.setattr(inject, "linear_with_lora", counted)
     return seen
 
 

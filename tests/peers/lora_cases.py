@@ -146,7 +146,7 @@ def base_model(shape: str, folder: Path) -> tuple[Model, Path]:
 
 def example(case: Case, model: Model) -> Lora:
     """A LoRA of a kind, of random values that change the model's answer by about a tenth."""
-    preset = model.family.targets[case.targets or model.defaults.targets]
+    preset = model.family.presets[case.targets or model.defaults.targets]
     rules = (Rule(preset.include, preset.exclude, linear_only=preset.linear_only),)
     module = model.components.denoiser
     plan = plan_adapters(module, rules, rank=case.rank, capped=False)

@@ -21,7 +21,7 @@ from lorasmith.adapters.difference import Difference
 from lorasmith.adapters.dora import dora_from_weights
 from lorasmith.adapters.frozen_layer import FrozenLayer, FrozenProduct, Products, is_targetable
 from lorasmith.adapters.lora import LowRank
-from lorasmith.adapters.low_rank_products import linear_group
+from lorasmith.adapters.low_rank_products import LowRankTerm, RunTerms, linear_with_lora
 from lorasmith.adapters.targets import Plan
 from lorasmith.adapters.variants import Variant, fresh_adapter
 from lorasmith.core.adapter_state import AdapterWeights
@@ -314,15 +314,13 @@ class SharedInput:
         if self._x is not x or index not in self._results:
             if not self.is_complete or any(adapter.mask is not None for adapter, _, _ in self._members):
                 return None
-            downs, ups, layers, factors = [], [], [], []
-            for adapter, layer, strength in self._members:
+            layers, terms = [layer for _, layer, _ in self._members], []
+            for number, (adapter, _, strength) in enumerate(self._members):
                 down, up, _ = adapter.factors()
-                downs.append(down)
-                ups.append(up)
-                layers.append(layer)
-                factors.append(strength * adapter.scale)
+                terms.append(LowRankTerm(number, strength * adapter.scale, down, up, None))
             self._x = x
-            self._results = dict(enumerate(linear_group(x, layers, factors, *downs, *ups)))
+            results = linear_with_lora(x, layers, [layer.bias for layer in layers], [RunTerms(terms)])
+            self._results = dict(enumerate(results))
         result = self._results.pop(index)
         if not self._results:
             self._x = None

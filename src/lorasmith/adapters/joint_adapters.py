@@ -4,7 +4,7 @@ A layer sees the samples of all runs, one after the other. The general way cuts 
 the run alone would, and joins the results: right for every algorithm, and for differences of norms and biases.
 Where the product with the frozen weight is the same for all, it is computed once:
 
-    Linear layers with low-rank adapters    one function for all runs, and for q, k and v   (`joint_products`)
+    Linear layers with low-rank adapters    one function for all runs, and for q, k and v   (`low_rank_products`)
     other layers with such adapters, and    one product, then each run's adapters on its
     layers whose weight is packed           part of it
 
@@ -32,8 +32,8 @@ from lorasmith.adapters.inject import (
     low_rank_of,
     on_product,
 )
-from lorasmith.adapters.joint_products import LowRankTerm, joint_linear
 from lorasmith.adapters.lora import LowRank
+from lorasmith.adapters.low_rank_products import LowRankTerm, RunTerms, linear_with_lora
 from lorasmith.core.quantization import weight_source
 
 
@@ -201,25 +201,29 @@ class _JointInput:
     def __call__(self, number: int, x: Tensor) -> Tensor:
         if self._x is not x or number not in self._results:
             self._x = x
-            self._results = dict(enumerate(joint_linear(x, self._layers, self._terms(x))))
+            biases = [layer.bias for layer in self._layers]
+            self._results = dict(enumerate(linear_with_lora(x, self._layers, biases, self._runs(x))))
         result = self._results.pop(number)
         if not self._results:
             self._x = None
         return result
 
-    def _terms(self, x: Tensor) -> list[LowRankTerm]:
-        terms = []
+    def _runs(self, x: Tensor) -> list[RunTerms]:
+        runs = []
         start = 0
         for run, count in self._rows.present:
+            terms = []
             for number, (layer, adapters) in enumerate(zip(self._layers, self._adapters, strict=True)):
                 if (one := adapters[run]) is None:
                     continue
                 adapter, strength = one
                 down, up, _ = adapter.factors()
                 mask = adapter.inner_mask((count, *x.shape[1:-1], len(down)), layer)
-                terms.append(LowRankTerm(number, start, start + count, strength * adapter.scale, down, up, mask))
+                terms.append(LowRankTerm(number, strength * adapter.scale, down, up, mask))
+            if terms:
+                runs.append(RunTerms(terms, start, start + count))
             start += count
-        return terms
+        return runs
 
 
 class _Member:

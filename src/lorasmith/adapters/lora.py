@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from lorasmith.adapters.adapter import ADAPTERS, Adapter, fill_uniform, misfit, saved, squared_product, taken
 from lorasmith.adapters.frozen_layer import FrozenLayer, FrozenProduct
-from lorasmith.adapters.low_rank_products import linear_with_lora
+from lorasmith.adapters.low_rank_products import LowRankTerm, RunTerms, linear_with_lora
 from lorasmith.core.adapter_format import COMFYUI, DIFFUSERS, SD_SCRIPTS, AdapterFormat, PeftKind, Shapes
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import OptionError
@@ -92,7 +92,8 @@ class LowRank(Adapter):
         if isinstance(inner, FrozenProduct) and not layer.is_conv:
             down, up, _ = self.factors()
             mask = self.inner_mask((*x.shape[:-1], len(down)), layer)
-            return linear_with_lora(x, layer, inner.bias, down, up, strength * self.scale, mask)
+            term = LowRankTerm(0, strength * self.scale, down, up, mask)
+            return linear_with_lora(x, (layer,), (inner.bias,), (RunTerms((term,)),))[0]
         return super().attached(inner, layer, x, strength)
 
     def _masked(self, inner: Tensor, layer: FrozenLayer) -> Tensor:

@@ -221,26 +221,26 @@ class LatentFormat:
         return latents.new_tensor(value).reshape(1, -1, *(1,) * (latents.ndim - 2))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Defaults:
     """Default settings for a base model.
 
     Attributes:
-        guidance: classifier-free guidance scale for pictures.
         resolution: side of a square picture in pixels.
         pixel_multiple: widths and heights must be multiples of it.
         learning_rate: for LoRA with AdamW and alpha = rank.
         targets: name of a target preset.
+        guidance: classifier-free guidance scale for pictures.
         timestep_distribution: registered distribution that training draws from.
         frames: most frames of a clip in training, and frames of a preview; 1 for models of pictures.
         frame_rate: frames a second of clips.
     """
 
-    guidance: float
     resolution: int = 1024
     pixel_multiple: int = 16
     learning_rate: float = 1e-4
     targets: str = "attention+ff"
+    guidance: float
     timestep_distribution: str = "logit_normal"
     frames: int = 1
     frame_rate: float = 16.0

@@ -19,9 +19,8 @@ from dataclasses import dataclass, replace
 from lorasmith.adapters.algorithms import format_of
 from lorasmith.core.adapter_format import COMFYUI, DIFFUSERS, SD_SCRIPTS
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
-from lorasmith.formats.layouts.layout import LAYOUTS, Layout, named
+from lorasmith.formats.layouts.layout import Layout, named
 from lorasmith.formats.names.model_names import ModelNames, ProgramLimits, matches
-from lorasmith.formats.names.places import unfusable
 from lorasmith.formats.names.spelling import without_core
 from lorasmith.formats.scales import loras_in, most_frequent_alpha, with_alpha
 
@@ -72,9 +71,6 @@ class _Whole:
     def refs(self) -> list[ModuleRef]:
         return list(dict.fromkeys((*self.state.adapters, *self.state.differences)))
 
-    def where(self, reason: str, refs: Iterator[ModuleRef]) -> dict[ModuleRef, str]:
-        return dict.fromkeys(refs, reason)
-
     def outside(self, patterns: tuple[str, ...]) -> Iterator[ModuleRef]:
         """The denoiser's modules that no pattern matches."""
         return (ref for ref in self.refs() if ref.component == DENOISER and not matches(ref.path, patterns))
@@ -93,10 +89,7 @@ class _Whole:
         return (ref for ref, weights in self.state.adapters.items() if role in weights.tensors)
 
     def unfused(self) -> list[ModuleRef]:
-        """Modules under diffusers' names, because the layout cannot hold them as rows of a fused layer."""
-        if self.layout is not LAYOUTS["kohya"]:
-            return unfusable(self.state, self.names)
-        return [loss.module for loss in self.layout.losses(self.state, self.names) if not loss.left_out]
+        return self.layout.unfused(self.state, self.names)
 
     def unapplied(self, program: str, also: tuple[str, ...] = ()) -> Iterator[ModuleRef]:
         """Modules that have differences, or more than the tensors of an algorithm that the program knows or `also`."""
@@ -113,12 +106,12 @@ class _Whole:
 
 
 def _comfyui(lora: _Whole) -> dict[ModuleRef, str]:
-    if lora.layout is LAYOUTS["peft"]:
-        return lora.where("it loads files, not PEFT's folders", iter(lora.refs()))
+    if reason := lora.layout.refused_by.get(COMFYUI):
+        return dict.fromkeys(lora.refs(), reason)
     adapters = lora.state.adapters
-    found = lora.where(
-        "it takes DoRA's magnitudes for each output relative to the untrained weight's norm",
+    found = dict.fromkeys(
         (ref for ref in lora.having("dora_scale") if adapters[ref].tensors["dora_scale"].shape[0] > 1),
+        "it takes DoRA's magnitudes for each output relative to the untrained weight's norm",
     )
     cores_are_written = lora.layout.writes_cores and not lora.is_portable
     for ref, weights in adapters.items():
@@ -126,53 +119,53 @@ def _comfyui(lora: _Whole) -> dict[ModuleRef, str]:
         for role, lacking in form.comfyui_lacks.items():
             if role in weights.tensors and (role not in form.cores or cores_are_written):
                 found[ref] = lacking
-    if lora.layout is LAYOUTS["diffusers"]:
-        found |= lora.where("it does not know DoRA's magnitudes by PEFT's name", lora.having("dora_scale"))
-    by_diffusers_names = lora.refs() if lora.layout is LAYOUTS["diffusers"] else lora.unfused()
+    if lora.layout.has_diffusers_names:
+        found |= dict.fromkeys(lora.having("dora_scale"), "it does not know DoRA's magnitudes by PEFT's name")
+    by_diffusers_names = lora.refs() if lora.layout.has_diffusers_names else lora.unfused()
     unknown = lora.limits.unknown_to_comfyui
-    return found | lora.where(
-        "it knows these layers by other names than diffusers'",
+    return found | dict.fromkeys(
         (ref for ref in by_diffusers_names if ref.component == DENOISER and matches(ref.path, unknown)),
+        "it knows these layers by other names than diffusers'",
     )
 
 
 def _diffusers(lora: _Whole) -> dict[ModuleRef, str]:
-    if lora.layout is LAYOUTS["peft"]:
-        return lora.where("it loads its own layout, not PEFT's folders", iter(lora.refs()))
-    if lora.layout is LAYOUTS["diffusers"]:
+    if reason := lora.layout.refused_by.get(DIFFUSERS):
+        return dict.fromkeys(lora.refs(), reason)
+    if lora.layout.has_diffusers_names:
         return {}
     layout = lora.layout.name
     applies = lora.limits.diffusers_applies.get(layout)
     if applies is None:
-        return lora.where(f"it does not read {lora.layout.title}'s names of this family", iter(lora.refs()))
+        return dict.fromkeys(lora.refs(), f"it does not read {lora.layout.title}'s names of this family")
     odd = list(lora.unapplied(DIFFUSERS, also=lora.limits.diffusers_also_loads.get(layout, ())))
     others = [ref for ref in odd if not _is_dora(lora.state.adapters.get(ref)) or ref in lora.state.differences]
     if others and lora.limits.diffusers_refuses_others:
-        return lora.where("it refuses a file with anything but LoRA's factors", iter(lora.refs()))
+        return dict.fromkeys(lora.refs(), "it refuses a file with anything but LoRA's factors")
     if lora.limits.diffusers_refuses_unknown and (unknown := tuple(lora.outside(applies))):
         reason = f"it refuses a file with layers that it does not find by such names ({named(unknown)})"
-        return lora.where(reason, iter(lora.refs()))
+        return dict.fromkeys(lora.refs(), reason)
     if lacking := next(lora.lacking(), None):
         reason = f"it refuses a file that has not every linear layer of a block ({lacking} is missing)"
-        return lora.where(reason, iter(lora.refs()))
-    found = lora.where("it loads LoRA alone", iter(others))
-    found |= lora.where("it leaves out DoRA's magnitudes", (ref for ref in odd if ref not in found))
-    if lora.layout is LAYOUTS["kohya"] and not lora.is_portable:
+        return dict.fromkeys(lora.refs(), reason)
+    found = dict.fromkeys(others, "it loads LoRA alone")
+    found |= dict.fromkeys((ref for ref in odd if ref not in found), "it leaves out DoRA's magnitudes")
+    if lora.layout.alphas_misread and not lora.is_portable:
         found |= dict.fromkeys(misread_alphas(lora.state, lora.names), MISREAD_ALPHAS)
-    return found | lora.where("it does not find these layers by such names", lora.outside(applies))
+    return found | dict.fromkeys(lora.outside(applies), "it does not find these layers by such names")
 
 
 def _sd_scripts(lora: _Whole) -> dict[ModuleRef, str]:
     applies = lora.limits.sd_scripts_applies
     if applies is None:
         return {}
-    if lora.layout is not LAYOUTS["kohya"]:
-        return lora.where("it reads kohya's layout alone", iter(lora.refs()))
-    found = lora.where(
-        "its own network is LoRA without extras (LyCORIS' network loads the others)", lora.unapplied(SD_SCRIPTS)
+    if reason := lora.layout.refused_by.get(SD_SCRIPTS):
+        return dict.fromkeys(lora.refs(), reason)
+    found = dict.fromkeys(
+        lora.unapplied(SD_SCRIPTS), "its own network is LoRA without extras (LyCORIS' network loads the others)"
     )
-    found |= lora.where("it looks for the fused layers", iter(lora.unfused()))
-    return found | lora.where("it trains and loads the blocks' layers alone", lora.outside(applies))
+    found |= dict.fromkeys(lora.unfused(), "it looks for the fused layers")
+    return found | dict.fromkeys(lora.outside(applies), "it trains and loads the blocks' layers alone")
 
 
 MISREAD_ALPHAS = "it takes the alphas of attention layers and text encoders for the most frequent one"

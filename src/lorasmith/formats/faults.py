@@ -221,7 +221,7 @@ def _changes_nothing(module: ModuleTensors) -> bool:
 def _alphas(modules: Modules, groups: Groups, layout: Layout) -> Iterator[Finding]:
     adapters = {base: module.adapter for base, module in modules.items() if module.adapter}
     ranked = {base: weights for base, weights in adapters.items() if rank_of(weights)}
-    if layout.name in ("kohya", "comfy"):
+    if layout.has_alphas:
         yield from _missing_alphas(ranked, groups)
     zero = [base for base, weights in ranked.items() if weights.alpha == 0]
     if zero:
@@ -353,7 +353,7 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 def _uneven(tensors: Mapping[str, Tensor], state: AdapterState, names: ModelNames) -> Iterator[Finding]:
     """Alphas that differ where some programs expect one."""
     bases = bases_of(tensors, names)
-    wanted = misread_alphas(state, names) if main_layout(list(tensors)).name == "kohya" else {}
+    wanted = misread_alphas(state, names) if main_layout(list(tensors)).alphas_misread else {}
     if wanted:
         yield Finding(
             f"{_some([ref.path for ref in wanted], 'modules have', 'has')} another alpha than most, which diffusers "

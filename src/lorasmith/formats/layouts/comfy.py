@@ -37,6 +37,7 @@ class ComfyLayout(Layout):
 
     name = "comfy"
     title = "ComfyUI"
+    has_alphas = True
 
     def detects(self, keys: Iterable[str]) -> int:
         return sum(bool(_PREFIX.match(key) and split_key(key)) and not AI_TOOLKIT_SUFFIX.search(key) for key in keys)

@@ -65,6 +65,7 @@ class DiffusersLayout(Layout):
 
     name = "diffusers"
     title = "diffusers"
+    has_diffusers_names = True
 
     def detects(self, keys: Iterable[str]) -> int:
         return sum(bool(_PREFIX.match(key) and split_key(key)) for key in keys)

@@ -18,6 +18,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 from torch import Tensor
 
@@ -48,6 +49,9 @@ class KohyaLayout(Layout):
     name = "kohya"
     title = "kohya / sd-scripts"
     writes_cores = True
+    has_alphas = True
+    alphas_misread = True
+    refused_by: Mapping[str, str] = MappingProxyType({})
 
     def detects(self, keys: Iterable[str]) -> int:
         return sum(bool(_PREFIX.match(key) and split_key(key)) for key in keys)
@@ -104,10 +108,11 @@ class KohyaLayout(Layout):
         return {BOUNDS: json.dumps(bounds, sort_keys=True)} if bounds else {}
 
     def losses(self, state: AdapterState, names: ModelNames) -> list[Loss]:
-        if names.kohya_naming == "diffusers":
-            return []
         reason = "q, k, v cannot be fused exactly, and kohya's scripts and diffusers do not look for their names"
-        return [Loss(ref, reason, left_out=False) for ref in unfusable(_bounded(state), names)]
+        return [Loss(ref, reason, left_out=False) for ref in self.unfused(state, names)]
+
+    def unfused(self, state: AdapterState, names: ModelNames) -> list[ModuleRef]:
+        return [] if names.kohya_naming == "diffusers" else unfusable(_bounded(state), names)
 
 
 LAYOUTS.register(KohyaLayout.name)(KohyaLayout())
