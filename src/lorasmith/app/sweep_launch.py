@@ -85,7 +85,7 @@ def submit_to_slurm(
     for name in (str(output), *command):
         if printable(name, limit=len(name)) != name or (name == str(output) and not _QUOTES.isdisjoint(name)):
             raise OptionError(
-                f"with --launcher slurm, paths must have no control characters, and the output no quotes, got {name!r}; "
+                f"paths for --launcher slurm must have no control characters, and the output no quotes, got {name!r}; "
                 "rename it"
             )
     script = output / "sweep.sbatch"
