@@ -94,7 +94,9 @@ def assembled(
             )
     given = {role: rest.pop(role) for role in (*_DIFFERENCES, "up_bias") if role in rest}
     differences = {parameter: given[role] for role, parameter in _DIFFERENCES.items() if role in given}
-    if not rest and "up_bias" not in given:
+    if not rest and "up_bias" in given:
+        return Unfit("up_bias", "is a bias without the up matrix that it is added to")
+    if not rest:
         return _difference_misfit(given, None) or ModuleTensors(None, differences)
     weights = _adapter_of(rest, shape, stated_alpha)
     if isinstance(weights, Unfit):
