@@ -50,7 +50,8 @@ def changed(record: dict[str, Any], part: str, **changes: Any) -> RunRecord:
 def test_a_record_is_repeated_with_what_has_moved(record: dict[str, Any], tmp_path: Path) -> None:
     spec = repeated(changed(record, "asked"), FILE, Rights())
     assert (spec.folder, spec.model, spec.name) == (str(tmp_path / "photos"), "lorasmith-tiny", "photos")
-    assert (spec.config.steps, spec.config.training_dtype) == (5, "fp32")
+    config = spec.config
+    assert (config.steps, config.training_dtype, config.exact_dtype) == (5, "fp32", True), "products keep their format"
     spec = repeated(changed(record, "source", folder="/gone"), FILE, Rights(), data=Path("photos"))
     assert spec.folder == str(tmp_path / "photos")
 

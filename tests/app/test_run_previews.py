@@ -167,11 +167,13 @@ def test_a_bare_denoiser_is_refused_before_training(tiny: Model, tmp_path: Path)
 
 def test_previews_run_in_trainings_dtype_on_gpus_alone(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    monkeypatch.setattr(previewing, "product_dtype", lambda device: torch.bfloat16)
-    for name, expected in {"auto": torch.bfloat16, "bf16": torch.bfloat16, "fp32": torch.float32}.items():
-        assert previewing._sampling_dtype(tiny.denoiser, name, gpu) == expected
-        assert previewing._sampling_dtype(tiny.denoiser, name, cpu) == torch.float32
-    assert previewing._sampling_dtype(tiny.denoiser, "none", gpu) == torch.float32
+    ampere = {"auto": torch.bfloat16, "bf16": torch.bfloat16, "fp32": torch.float32, "none": torch.float32}
+    for capability, formats in {(8, 6): ampere, (7, 5): dict.fromkeys(ampere, torch.float32)}.items():
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, capability=capability: capability)
+        for name, expected in formats.items():
+            config = TrainConfig(training_dtype=name)
+            assert previewing._sampling_dtype(tiny.denoiser, config, gpu) == expected
+            assert previewing._sampling_dtype(tiny.denoiser, config, cpu) == torch.float32
 
 
 @pytest.mark.slow

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from lorasmith.core.placement import best_device, memory_format_for, placed, product_dtype
+from lorasmith.core.dtypes import dtype_from_name
+from lorasmith.core.placement import best_device, fast_dtype, memory_format_for, multiplies, placed
 
 CPU = torch.device("cpu")
 
@@ -92,16 +93,52 @@ def test_the_best_device_is_one_that_works() -> None:
 
 
 @pytest.mark.parametrize(
-    ("known", "expected"),
+    ("known", "limit", "formats"),
     [
-        ({"avx512_bf16": True}, torch.bfloat16),
-        ({"amx_bf16": True, "avx512_bf16": False}, torch.bfloat16),
-        ({"avx512_bw": True, "avx512_bf16": False}, torch.float32),
-        ({}, torch.float32),
+        ({"avx512_bf16": True}, "", {"bf16"}),
+        ({"amx_bf16": True, "avx512_bf16": False}, "", {"bf16"}),
+        ({"bf16": True, "fp16_arith": True}, "", {"bf16", "fp16"}),
+        ({"avx512_bw": True, "avx512_bf16": False}, "", set()),
+        ({}, "", set()),
+        ({"avx512_bf16": True, "avx512_fp16": True}, "AVX2", set()),
+        ({"avx512_bf16": True, "avx512_fp16": True}, "avx512_core", set()),
+        ({"avx512_bf16": True, "avx512_fp16": True}, "AVX512_CORE_BF16", {"bf16"}),
+        ({"avx512_bf16": True, "avx512_fp16": True}, "AVX512_CORE_AMX", {"bf16", "fp16"}),
     ],
 )
-def test_products_are_in_bf16_only_where_the_processor_has_it(
-    known: dict[str, bool], expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+def test_a_processor_multiplies_in_the_formats_of_its_instructions(
+    known: dict[str, bool], limit: str, formats: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
-    assert product_dtype(torch.device("cpu")) == expected
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    assert {name for name in ("bf16", "fp16") if multiplies(dtype_from_name(name), CPU)} == formats
+    assert multiplies(torch.float32, CPU)
+    assert fast_dtype(torch.bfloat16, CPU) == (torch.bfloat16 if "bf16" in formats else torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("capability", "formats"),
+    [((6, 1), set()), ((7, 0), {"fp16"}), ((7, 5), {"fp16"}), ((8, 0), {"bf16", "fp16"}), ((12, 0), {"bf16", "fp16"})],
+    ids=["Pascal", "Volta", "Turing", "Ampere", "Blackwell"],
+)
+def test_a_card_multiplies_in_the_formats_of_its_own_generation(
+    capability: tuple[int, int], formats: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first card of a machine may be of another generation."""
+    cards = {torch.device("cuda:0"): (8, 9), torch.device("cuda:1"): capability}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: cards[device])
+    card = torch.device("cuda:1")
+    assert {name for name in ("bf16", "fp16") if multiplies(dtype_from_name(name), card)} == formats
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert multiplies(torch.bfloat16, card)
+    assert multiplies(torch.bfloat16, torch.device("mps"))
+
+
+def test_constants_that_no_file_holds_stay_in_fp32() -> None:
+    module = nn.Module()
+    module.register_buffer("inv_freq", torch.tensor([0.1]), persistent=False)
+    module.register_buffer("positions", torch.arange(2), persistent=False)
+    module.register_buffer("mean", torch.tensor([0.1]))
+    with placed(module, device=CPU, dtype=torch.bfloat16):
+        assert torch.equal(module.inv_freq, torch.tensor([0.1]))
+        assert (module.positions.dtype, module.mean.dtype) == (torch.int64, torch.bfloat16)

@@ -27,6 +27,7 @@ from lorasmith.families.base import Encoding
 from lorasmith.families.loading import load_model
 from lorasmith.families.locating import BUILT_IN, built_in_models
 from lorasmith.families.model import Model
+from lorasmith.families.parts.encoders import ENCODERS
 from lorasmith.formats.container import read_safetensors, write_safetensors
 
 Edit = Callable[[dict[str, Tensor]], None]
@@ -49,9 +50,9 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
     whole = encoder_digest._whole_digest
 
-    def counted(about: object, module: nn.Module) -> str:
+    def counted(about: object, module: nn.Module, hashed: Any) -> str:
         calls.append(sum(one.numel() for one in module.parameters()))
-        return whole(about, module)
+        return whole(about, module, hashed)
 
     monkeypatch.setattr(encoder_digest, "_whole_digest", counted)
     monkeypatch.setattr(encoder_digest, "_SETTLED_NS", 0)
@@ -96,6 +97,30 @@ def test_another_denoiser_in_the_file_changes_nothing(
     edited(file, one_value_of(DENOISER))
     assert both(load_model(file), remembered) == before
     assert len(hashed) == 4, "the file is another, so all is hashed again"
+
+
+def test_hashing_reports_each_tensor(file: Path, remembered: RememberedDigests) -> None:
+    calls: list[tuple[int, int]] = []
+    remembered.hashed = lambda done, total: calls.append((done, total))
+    model = load_model(file)
+    autoencoder_digest(model, remembered=remembered)
+    total = len(model.components.vae.state_dict())
+    assert calls == [(done, total) for done in range(1, total + 1)]
+
+
+def test_the_format_in_which_text_encoders_run_counts(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_model(file)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    (slot,) = model.family.text_encoders.values()
+    monkeypatch.setattr(ENCODERS[slot.kind], "dtype", torch.bfloat16)
+    digests = []
+    for limit in ("", "AVX2"):
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+        digests.append(text_encoder_digest(model, device=torch.device("cpu")))
+        with model.text_encoder.active(torch.device("cpu")):
+            (encoder,) = model.components.text_encoders.values()
+            assert next(encoder.parameters()).dtype == (torch.float32 if limit else torch.bfloat16)
+    assert digests[0] != digests[1]
 
 
 def test_a_second_start_hashes_nothing(file: Path, remembered: RememberedDigests, hashed: list[int]) -> None:

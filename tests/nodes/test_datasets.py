@@ -11,6 +11,7 @@ from PIL import Image
 from lorasmith.core.errors import DataError
 from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Model
+from lorasmith.workflow.execution_events import NodeProgress
 
 Make = Callable[..., Any]
 
@@ -74,6 +75,18 @@ def test_a_dataset_takes_one_caption_for_all_or_one_each(
     assert [[one.text for one in combined] for combined in conditionings] == [[text] for text in expected]
     direct = bench.one("VAEEncode", pixels=images[1], vae=tiny.autoencoder)["samples"]
     assert torch.equal(latents[1]["samples"], direct)
+
+
+def test_a_dataset_reports_each_caption_and_each_picture(bench: Any, tiny: Model, pictures: Make) -> None:
+    """Equal ones count once, and those that are in the cache count as the others."""
+    lists = {"images": [pictures(1, seed=seed) for seed in (7, 8, 8)], "texts": ["one", "two", "one"]}
+    for _ in range(2):
+        bench.events.clear()
+        bench.call("MakeTrainingDataset", lists=lists, vae=tiny.autoencoder, clip=tiny.text_encoder)
+        told = [event for event in bench.events if isinstance(event, NodeProgress)]
+        counts = [(one.text, one.value, one.maximum) for one in told if "hashing" not in one.text]
+        captions = [("caption 1 of 2", 1, 2), ("caption 2 of 2", 2, 2)]
+        assert counts[:2] == captions and counts[2:] in ([("picture 1 of 2", 1, 2), ("picture 2 of 2", 2, 2)], [])
 
 
 def test_a_dataset_flattens_batches_and_refuses_other_counts(bench: Any, tiny: Model, pictures: Make) -> None:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from lever_cases import resolved
+from torch import nn
 
 from lorasmith.families.model import Model
-from lorasmith.training.runtime import Runtime
+from lorasmith.training.config import TrainConfig
+from lorasmith.training.job import plan_job
+from lorasmith.training.runtime import Runtime, dtype_on_device
 
 
 def runtime(tiny: Model, device: str, **settings: Any) -> Runtime:
@@ -38,3 +42,38 @@ def test_pieces_are_whole_batches_and_the_dtype_may_be_the_models_own(tiny: Mode
     assert runtime(tiny, "cpu", batch_size=7).micro_batch == 7
     assert runtime(tiny, "cpu", training_dtype="bf16").dtype == torch.bfloat16
     assert runtime(tiny, "cpu", training_dtype="none").dtype == next(tiny.components.denoiser.parameters()).dtype
+
+
+def test_the_models_own_format_may_be_one_that_a_processor_emulates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    module = nn.Linear(1, 1).half()
+    assert dtype_on_device(TrainConfig(training_dtype="none"), module, torch.device("cpu")) == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("settings", "there", "here"),
+    [
+        ({}, "bf16", "fp32"),
+        ({"training_dtype": "bf16"}, "bf16", "fp32"),
+        ({"training_dtype": "none"}, "none", "none"),  # the model is in fp32
+        ({"training_dtype": "fp32"}, "fp32", "fp32"),
+        ({"exact_dtype": True}, "bf16", "fp32"),
+        ({"training_dtype": "bf16", "exact_dtype": True}, "bf16", "bf16"),
+        ({"training_dtype": "none", "exact_dtype": True}, "none", "none"),
+    ],
+)
+def test_products_that_a_processor_would_emulate_are_in_fp32_unless_exactness_is_asked_for(
+    tiny: Model, settings: dict[str, Any], there: str, here: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu, module, config = torch.device("cpu"), tiny.components.denoiser, TrainConfig(rank=1, steps=1, **settings)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    assert dtype_on_device(config, module, cpu) == there
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert dtype_on_device(config, module, cpu) == here
+
+    job = plan_job(tiny.denoiser, config, cpu)
+    assert (job.config.training_dtype, job.requested) == (here, config)
+    said = [note for note in job.notes if "no units for" in note]
+    assert len(said) == (config.training_dtype == "bf16")
+    assert all(("emulates" in note) == config.exact_dtype for note in said)

@@ -8,14 +8,23 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from lorasmith.adapters.frozen_layer import CONVOLUTIONS, FrozenLayer, FrozenProduct, is_targetable
 from lorasmith.core.mapped_files import release_pages
-from lorasmith.core.quantization import WEIGHT_SOURCE, Packed, WeightSource, placeholder, scaled_codes, weight_source
+from lorasmith.core.placement import placed
+from lorasmith.core.quantization import (
+    WEIGHT_SOURCE,
+    Packed,
+    WeightSource,
+    as_stored,
+    placeholder,
+    scaled_codes,
+    weight_source,
+)
 
 
 def packable_layers(module: nn.Module) -> list[nn.Module]:
@@ -70,6 +79,49 @@ def weight_source_set(
         for name in (WEIGHT_SOURCE, "forward"):
             layer.__dict__.pop(name, None)
         layer.__dict__.update(before)
+
+
+@contextlib.contextmanager
+def weights_as_stored(module: nn.Module, dtype: torch.dtype, *, without: Collection[nn.Module] = ()) -> Iterator[None]:
+    """Inside the context, the layers of `layers_as_stored` cast their weight to `dtype` for each product.
+
+    The numbers are those of a model that was cast as a whole, in the memory of the stored one.
+
+    Args:
+        module: the model, before it is placed in `dtype`.
+        dtype: of products.
+        without: layers to leave unchanged.
+    """
+    with contextlib.ExitStack() as undo:
+        for layer in layers_as_stored(module, dtype):
+            if layer not in without:
+                weight = layer.get_parameter("weight").data
+                source = as_stored(weight, dtype)
+                undo.enter_context(weight_source_set(layer, source, device=weight.device, dtype=dtype))
+        yield
+
+
+@contextlib.contextmanager
+def placed_for_products(module: nn.Module, *, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Inside the context, a model is placed, its weights as stored where they are narrower than `dtype`.
+
+    Args:
+        module, device, dtype: as for `core.placement.placed`.
+    """
+    with weights_as_stored(module, dtype), placed(module, device=device, dtype=dtype):
+        yield
+
+
+SMALL_BYTES = 2**28
+"""Bytes up to which all weights are cast at once: casts would save little, and take a large share of the time."""
+
+
+def layers_as_stored(module: nn.Module, dtype: torch.dtype) -> list[nn.Module]:
+    """Layers whose weights stay in the narrower dtype of their file for products in `dtype`; none of small models."""
+    layers = [layer for layer in packable_layers(module) if weight_source(layer) is None]
+    weights = {layer: layer.get_parameter("weight") for layer in layers}
+    narrower = [one for one, weight in weights.items() if weight.dtype.itemsize < dtype.itemsize]
+    return narrower if sum(weights[one].numel() for one in narrower) * dtype.itemsize > SMALL_BYTES else []
 
 
 def named_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

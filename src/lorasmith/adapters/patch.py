@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +17,7 @@ from lorasmith.adapters.inject import Attached, adapters_attached, load_adapters
 from lorasmith.adapters.packed_layers import packable_layers
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import LoraError
-from lorasmith.core.quantization import WEIGHT_SOURCE, weight_source
+from lorasmith.core.quantization import WEIGHT_SOURCE, Packed, weight_source
 
 
 @dataclass(frozen=True)
@@ -47,35 +48,40 @@ def patches_merged(
 ) -> Iterator[None]:
     """Patches that are not applied in activation space are folded into the weights inside, in order.
 
-    Patched parameters point to new tensors; the old ones are kept and restored, so nothing is rounded.
+    Patched parameters point to new tensors; the old ones are kept and restored, so nothing is rounded. Patches of
+    weights that are cast for each product are folded in then.
 
     dtype: of the patched parameters, fp32 where they are converted to another one later; their own if None.
+    unpacking: whether quantized weights that are patched become plain ones inside; else they are refused.
     """
     originals: dict[nn.Parameter, Tensor] = {}
     sources: dict[nn.Module, object] = {}
-
-    def unpacked(path: str) -> None:
-        """Put a packed layer's weight into its parameter."""
-        layer = model.get_submodule(path)
-        if weight_source(layer) is None:
-            return
-        if not unpacking:
-            raise LoraError(cannot_merge(model))
-        replace(layer.get_parameter("weight"), FrozenLayer(layer).weight)
-        sources[layer] = layer.__dict__.pop(WEIGHT_SOURCE)
 
     def replace(parameter: nn.Parameter, value: Tensor) -> None:
         originals.setdefault(parameter, parameter.data)
         parameter.data = value.detach()
 
+    def change(path: str, name: str, how: Callable[[Tensor], Tensor]) -> None:
+        """Apply a function to a parameter."""
+        parameter, layer = _parameter(model, path, name), model.get_submodule(path)
+        source = weight_source(layer) if name == "weight" else None
+        if isinstance(source, Packed) and source.is_plain:
+            sources.setdefault(layer, source)
+            setattr(layer, WEIGHT_SOURCE, source.changed(how))
+            return
+        if source is not None:
+            if not unpacking:
+                raise LoraError(cannot_merge(model))
+            replace(parameter, FrozenLayer(layer).weight)
+            sources[layer] = layer.__dict__.pop(WEIGHT_SOURCE)
+        replace(parameter, how(parameter.to(dtype or parameter.dtype)))
+
     try:
         for patch in patches:
             if not patch.bypass:
                 for path, adapter in load_adapters(model, patch.adapters).items():
-                    weight = _parameter(model, path, "weight")
-                    unpacked(path)
-                    merged = adapter.to(weight.device).merged(weight.to(dtype or weight.dtype), patch.strength)
-                    replace(weight, merged)
+                    adapter = adapter.to(_parameter(model, path, "weight").device)
+                    change(path, "weight", functools.partial(adapter.merged, strength=patch.strength))
             beside = _weights_beside(model, patch)
             for path, changes in patch.differences.items():
                 for name, difference in changes.items():
@@ -87,11 +93,8 @@ def patches_merged(
                             f"a difference of shape {tuple(difference.shape)} does not fit {path}.{name} of shape "
                             f"{tuple(parameter.shape)}; the LoRA was made for another model"
                         )
-                    if name == "weight":
-                        unpacked(path)
                     added = difference.to(parameter.device, torch.float32)
-                    total = torch.add(parameter.float(), added, alpha=patch.strength)
-                    replace(parameter, total.to(dtype or parameter.dtype))
+                    change(path, name, functools.partial(_sum, added=added, strength=patch.strength))
         yield
     finally:
         for parameter, original in originals.items():
@@ -100,10 +103,14 @@ def patches_merged(
             setattr(layer, WEIGHT_SOURCE, source)
 
 
+def _sum(weight: Tensor, *, added: Tensor, strength: float) -> Tensor:
+    return torch.add(weight.float(), added, alpha=strength).to(weight.dtype)
+
+
 def cannot_merge(model: nn.Module) -> str:
     """The message for a LoRA that would have to be merged into quantized weights."""
     layers = packable_layers(model)
-    count = sum(weight_source(layer) is not None for layer in layers)
+    count = sum(map(_is_quantized, layers))
     return (
         f"a LoRA can be merged into plain weights only, but {count} of {len(layers)} layers of this model are "
         "quantized; set bypass on, or load the bf16 or fp16 version of the model"
@@ -138,8 +145,13 @@ def _weights_beside(model: nn.Module, patch: Patch) -> dict[str, AdapterWeights]
     return {
         path: AdapterWeights("full", {"diff": changes["weight"]})
         for path, changes in patch.differences.items()
-        if "weight" in changes and path in modules and weight_source(modules[path]) is not None
+        if "weight" in changes and path in modules and _is_quantized(modules[path])
     }
+
+
+def _is_quantized(layer: nn.Module) -> bool:
+    source = weight_source(layer)
+    return source is not None and not (isinstance(source, Packed) and source.is_plain)
 
 
 def _placed(model: nn.Module, adapters: Mapping[str, Adapter]) -> dict[str, Adapter]:

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import torch
 
+from lorasmith.adapters.packed_layers import placed_for_products
 from lorasmith.app.run_plan import ClassImageDrawn
 from lorasmith.core.errors import CancelledError
 from lorasmith.core.files import atomic_path, write_atomic
-from lorasmith.core.placement import placed, sampling_dtype
+from lorasmith.core.placement import sampling_dtype
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.encoder_digest import (
     RememberedDigests,
@@ -84,7 +85,7 @@ def _drawn(
     remembered = RememberedDigests(cache)
     key = key_of(
         model=network_digest("denoiser", base.components.denoiser, remembered),
-        text=text_encoder_digest(base, remembered=remembered),
+        text=text_encoder_digest(base, device=device, remembered=remembered),
         pictures=autoencoder_digest(base, remembered=remembered),
         guidance=base.defaults.guidance,
         sampling={name: str(value) for name, value in asdict(sampling).items()},
@@ -98,7 +99,7 @@ def _drawn(
         encoded = [base.text_encoder.encode(prompt) for prompt in prompts]
         away = base.text_encoder.encode("")
     denoiser = base.denoiser
-    with placed(denoiser.module, device=device, dtype=sampling.dtype), base.autoencoder.active(device):
+    with placed_for_products(denoiser.module, device=device, dtype=sampling.dtype), base.autoencoder.active(device):
         for done, index in enumerate(missing, start=1):
             which = index % len(prompts)
             try:

@@ -16,7 +16,7 @@ import torch
 
 from lorasmith.core.dtypes import dtype_name
 from lorasmith.core.folders import MODEL_EXTENSIONS, Folders
-from lorasmith.core.placement import product_dtype
+from lorasmith.core.placement import multiplies
 from lorasmith.core.sizes import memory_text
 from lorasmith.data.encoding_cache import default_cache
 from lorasmith.training.memory.compilation import compiler
@@ -188,7 +188,7 @@ def _device(device: torch.device, title: str, memory_bytes: int) -> DeviceFacts:
 
 def _multiplies(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether products in a format work, and are not emulated."""
-    if dtype == torch.bfloat16 and product_dtype(device) != torch.bfloat16:
+    if not multiplies(dtype, device):
         return False
     with contextlib.suppress(RuntimeError):
         one = torch.ones(8, 8, device=device, dtype=dtype)

@@ -11,6 +11,7 @@ from lorasmith.app.data_check import check_scan
 from lorasmith.app.model_run import run_folder, train_job
 from lorasmith.app.run_images import image_facts, keep_thumbnails
 from lorasmith.app.run_plan import (
+    EncodersHashed,
     ImageEncoded,
     ImagesChecked,
     ImagesFound,
@@ -32,7 +33,7 @@ from lorasmith.families.model import Model
 from lorasmith.families.model_search import Completed, load_completed
 from lorasmith.sampling.previews import Partner
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.events import EventHandler, Warned
+from lorasmith.training.events import CaptionEncoded, EventHandler, Warned
 from lorasmith.training.job import Job, plan_job
 from lorasmith.training.joint import EngineMaker
 from lorasmith.training.runs.fingerprint import Fingerprint
@@ -85,7 +86,8 @@ def prepare(
         spec: the run.
         folders: where parts that the model lacks are searched; None to search nothing.
         on_event: receives `ImagesFound`, `ModelLoading`, `ImagesChecked`, a `ClassImageDrawn` per drawn picture,
-            `RunPlanned`, an `ImageEncoded` per image, and a `Warned` for each damaged file among `folders`.
+            `RunPlanned`, an `EncodersHashed` per tensor that is hashed, a `CaptionEncoded` per caption, an
+            `ImageEncoded` per image, and a `Warned` for each damaged file among `folders`.
         cancelled: called while pictures of the class are drawn; True ends that.
         load: loads the model and the parts that it lacks.
         configured: the settings with what the model decides.
@@ -142,7 +144,15 @@ def prepare(
         return PreparedRun(spec, plan, base, job, *samples)
 
     def encoded(found: FolderScan, progress: Callable[[int, int, str], None] | None) -> EncodedDataset:
-        return encode_scan(found, base, settings, device=device, progress=progress)
+        return encode_scan(
+            found,
+            base,
+            settings,
+            device=device,
+            progress=progress,
+            caption_progress=lambda done, total: on_event(CaptionEncoded(done=done, total=total)),
+            hash_progress=lambda done, total: on_event(EncodersHashed(done=done, total=total)),
+        )
 
     data = encoded(scan, lambda done, total, name: on_event(ImageEncoded(done=done, total=total)))
     return PreparedRun(spec, plan, base, job, data, None if judged is None else encoded(judged, None))

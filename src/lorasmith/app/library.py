@@ -99,13 +99,18 @@ def load_dataset(
     """
     given = DatasetArguments(**{name: arguments.pop(name) for name in _SURROUNDINGS if name in arguments})
     bars = given.progress if isinstance(given.progress, bool) else False
-    with counted("Captions", bars) as captions, counted("Images", given.progress) as pictures:
+    with (
+        counted("Hashing", bars) as hashing,
+        counted("Captions", bars) as captions,
+        counted("Images", given.progress) as pictures,
+    ):
         data = encoding.load_dataset(
             images,
             model,
             device=given.device,
             progress=pictures,
             caption_progress=captions,
+            hash_progress=hashing,
             config=given.config,
             **arguments,
         )

@@ -25,7 +25,7 @@ from lorasmith.bench.measure import synthetic_samples
 from lorasmith.core.choices import Quantization
 from lorasmith.core.dtypes import dtype_name
 from lorasmith.core.folders import Folders
-from lorasmith.core.placement import FULL_PRECISION
+from lorasmith.core.placement import best_device, fast_dtype, full_precision
 from lorasmith.core.quantization import WEIGHT_SOURCE, weight_source
 from lorasmith.families.locating import ModelFiles
 from lorasmith.families.model import Model
@@ -36,6 +36,7 @@ from lorasmith.training.job import Job, plan_job
 from lorasmith.training.memory.frozen_weights import frozen_bytes
 from lorasmith.training.memory.memory_plan import MemoryPlan, measured_plans, optimizer_bytes
 from lorasmith.training.optim.flat import buffer_bytes
+from lorasmith.training.runtime import dtype_on_device
 
 __all__ = ["MemoryEstimate", "Proposal", "estimate_memory", "estimate_of"]
 
@@ -212,9 +213,13 @@ def estimate_of(
     Raises:
         OptionError: the settings do not fit the model.
     """
+    # A card that is not here is taken for one with all units. The run is planned on the CPU, whose units do not count.
+    card, dtype = best_device(), "bf16" if config.training_dtype == "auto" else config.training_dtype
+    if card.type == "cuda":
+        dtype = dtype_on_device(config, model.denoiser.module, card)
+    config = replace(config, training_dtype=dtype, exact_dtype=True)
     # PiSSA's factors are as large as LoRA's, but a decomposition of all weights.
-    dtype = "bf16" if config.training_dtype == "auto" else config.training_dtype
-    config = replace(config, pissa=False, training_dtype=dtype, gradient_checkpointing=False, activations="keep")
+    config = replace(config, pissa=False, gradient_checkpointing=False, activations="keep")
     side, latent = latent_side(model, resolution), model.components.latent
     model.check_clips("frames", frames)
     frames = latent.whole_frames(frames)
@@ -231,12 +236,11 @@ def estimate_of(
     weights, offloaded = frozen(offloading=False, processes=1), frozen(offloading=True, processes=1)
     sharded = frozen(offloading=False, processes=cards) if cards > 1 else {}
     unpacked = _unpacked_bytes(model.denoiser.module, products)
-    encoders = {
-        name: frozen_bytes(
-            one, kind="none", dtype=ENCODERS[family.text_encoders[name].kind].dtype_of(one), offloading=False
-        )
-        for name, one in components.text_encoders.items()
-    }
+    encoders = {}
+    for name, one in components.text_encoders.items():
+        own = ENCODERS[family.text_encoders[name].kind].dtype_of(one)
+        own = fast_dtype(own, card) if card.type == "cuda" else own
+        encoders[name] = frozen_bytes(one, kind="none", dtype=own, offloading=False)
     master = 4 * job.parameters
     trained = buffer_bytes(job.parameters, products) + optimizer_bytes(master)
     plans = _activation_plans(model, job, side, frames)
@@ -274,18 +278,18 @@ def _activation_plans(model: Model, job: Job, side: int, frames: int) -> tuple[M
 
 def _emptied(module: nn.Module, dtype: torch.dtype) -> None:
     """Move a module to the meta device, floating-point tensors in `dtype`, packed ones as plain ones."""
+    full = full_precision(module)
     for one in module.modules():
         if weight_source(one) is not None:
             del one.__dict__[WEIGHT_SOURCE]
             one.__dict__.pop("forward", None)
-        own = torch.float32 if one.__dict__.get(FULL_PRECISION) else dtype
         for name, parameter in one._parameters.items():
             if parameter is not None:
-                empty = _empty_like(parameter, own)
+                empty = _empty_like(parameter, torch.float32 if parameter in full else dtype)
                 one._parameters[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
         for name, buffer in one._buffers.items():
             if buffer is not None:
-                one._buffers[name] = _empty_like(buffer, own)
+                one._buffers[name] = _empty_like(buffer, torch.float32 if buffer in full else dtype)
 
 
 def _empty_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:

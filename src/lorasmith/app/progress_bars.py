@@ -61,6 +61,7 @@ def counted(label: str, progress: bool | Callable[..., object] | None) -> Iterat
         bar.update(done - bar.n)
         if done >= total:
             bar.close()  # here, as the next bar would be drawn below it
+            bar = None
 
     try:
         yield show

@@ -71,9 +71,9 @@ def repeated(
         OptionError: the record names more than it may, or a setting is unknown or out of its range.
     """
     recorded = RunSpec.from_record(record.source, record.asked)
-    # `auto` may resolve to another format on this device, but the run must be the same.
+    # Products may be in another format on this device, but the run must be the same.
     dtype = record.fingerprint.get("config", {}).get("training_dtype", "auto")
-    recorded = recorded.with_settings(training_dtype=dtype).trusted(
+    recorded = recorded.with_settings(training_dtype=dtype, exact_dtype=True).trusted(
         optimizers=rights.optimizers, track=rights.track, allowing="--allow-optimizer"
     )
     now: dict[str, Any] = {

@@ -20,6 +20,7 @@ __all__ = [
     "NO_CAPTION",
     "OWN_CAPTION",
     "ClassImageDrawn",
+    "EncodersHashed",
     "ImageEncoded",
     "ImagesChecked",
     "ImagesFound",
@@ -162,6 +163,18 @@ class ClassImageDrawn(Event):
 
     Attributes:
         done, total: pictures drawn so far, and all that were missing.
+    """
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodersHashed(Event):
+    """A tensor of an encoder was hashed, by which cached encodings are found.
+
+    Attributes:
+        done, total: tensors of the encoder hashed so far, and all of them.
     """
 
     done: int

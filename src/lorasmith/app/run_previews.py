@@ -19,7 +19,7 @@ from lorasmith.app.preview_budget import BudgetedPreviews, PreviewProgram
 from lorasmith.core.adapter_state import AdapterState
 from lorasmith.core.dtypes import chosen_dtype
 from lorasmith.core.errors import LorasmithError
-from lorasmith.core.placement import best_device, product_dtype
+from lorasmith.core.placement import best_device
 from lorasmith.families.model import Denoiser, Model
 from lorasmith.report.animations import Shot
 from lorasmith.report.contact_sheet import contact_sheet
@@ -30,6 +30,7 @@ from lorasmith.sampling.sample import SamplingCancelledError
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Drawing, Event, EventHandler, Previewed, Warned
 from lorasmith.training.lora_handle import Lora
+from lorasmith.training.runtime import dtype_on_device
 
 __all__ = ["PreviewFrames", "RunPreviews", "run_previews"]
 
@@ -86,7 +87,7 @@ def run_previews(
             seed=config.seed,
             steps=config.preview_steps,
             frames=_frames(config, base),
-            dtype=_sampling_dtype(denoiser, config.training_dtype, device),
+            dtype=_sampling_dtype(denoiser, config, device),
         ),
         device=device,
         cancelled=cancelled,
@@ -262,11 +263,11 @@ def _frames(config: TrainConfig, base: Model) -> int:
     return base.components.latent.whole_frames(frames)
 
 
-def _sampling_dtype(denoiser: Denoiser, training_dtype: str, device: torch.device) -> torch.dtype:
+def _sampling_dtype(denoiser: Denoiser, config: TrainConfig, device: torch.device) -> torch.dtype:
     """On GPUs training's dtype, so that a preview fits if training fits; on CPUs that of `generate`, without a copy."""
     if device.type == "cpu":
         return torch.float32
-    return product_dtype(device) if training_dtype == "auto" else chosen_dtype(training_dtype, denoiser.module)
+    return chosen_dtype(dtype_on_device(config, denoiser.module, device), denoiser.module)
 
 
 def _reason(error: Exception) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from lorasmith.app.run_plan import (
     NO_CAPTION,
     OWN_CAPTION,
     ClassImageDrawn,
+    EncodersHashed,
     ImageEncoded,
     ImagesChecked,
     ImagesFound,
@@ -80,11 +81,16 @@ def preparation_shown() -> Iterator[EventHandler]:
     Ctrl-C and SIGTERM interrupt at once, as nothing is trained yet; what was encoded and drawn is kept.
     """
     with stoppable(at_once=True), contextlib.ExitStack() as live:
-        bar: Callable[..., None] | None = None
-        drawing: Callable[..., None] | None = None
+        shown, bar = "", _unshown
+
+        def advance(what: str, done: int, total: int) -> None:
+            nonlocal shown, bar
+            if what != shown:
+                live.close()
+                shown, bar = what, live.enter_context(progress_shown(what))
+            bar(done, total)
 
         def show(event: Event) -> None:
-            nonlocal bar, drawing
             match event:
                 case ImagesFound():
                     _print_images(event)
@@ -99,16 +105,22 @@ def preparation_shown() -> Iterator[EventHandler]:
                     live.close()
                     _print_plan(event.plan)
                 case ClassImageDrawn():
-                    drawing = drawing or live.enter_context(progress_shown("Drawing the class"))
-                    drawing(event.done, event.total)
+                    advance("Drawing the class", event.done, event.total)
+                case EncodersHashed():
+                    advance("Hashing encoders", event.done, event.total)
+                case CaptionEncoded():
+                    advance("Encoding captions", event.done, event.total)
                 case ImageEncoded():
-                    bar = bar or live.enter_context(progress_shown("Encoding"))
-                    bar(event.done, event.total)
+                    advance("Encoding", event.done, event.total)
                 case Warned():
                     live.close()
                     print_note(event.message)
 
         yield show
+
+
+def _unshown(done: int, total: int) -> None:
+    """Progress before there is a bar."""
 
 
 @contextlib.contextmanager

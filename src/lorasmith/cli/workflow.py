@@ -136,7 +136,8 @@ class _Narrator:
             self._task = self._bar.add_task("", total=maximum, text="")
         assert self._task is not None
         self._bar.update(self._task, completed=value, total=maximum, text=text)
-        self._lines.report(f"      {self._title}: {value:,} of {maximum:,}{f', {text}' if text else ''}")
+        count = f"{value:,} of {maximum:,}"
+        self._lines.report(f"      {self._title}: {text if count in text else ', '.join(filter(None, (count, text)))}")
 
     def _end_bar(self) -> None:
         if self._bar is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,9 +20,11 @@ __all__ = [
     "best_device",
     "chosen_device",
     "device_of",
+    "fast_dtype",
+    "full_precision",
     "memory_format_for",
+    "multiplies",
     "placed",
-    "product_dtype",
     "reproducible",
     "sampling_dtype",
 ]
@@ -30,6 +32,20 @@ __all__ = [
 
 FULL_PRECISION = "full_precision"
 """Attribute of a module, True if its own parameters and buffers are placed in fp32 whatever the dtype of the others."""
+
+
+def full_precision(module: nn.Module) -> set[Tensor]:
+    """The tensors that are placed in fp32 whatever the dtype of the others.
+
+    They are those of modules with the mark, and buffers that no file holds: constants such as rotary frequencies, which
+    published implementations compute in fp32.
+    """
+    found: set[Tensor] = set()
+    for layer in module.modules():
+        if layer.__dict__.get(FULL_PRECISION):
+            found |= {*layer.parameters(recurse=False), *layer.buffers(recurse=False)}
+        found |= {one for name in layer._non_persistent_buffers_set if (one := layer._buffers[name]) is not None}
+    return {one for one in found if one.is_floating_point()}
 
 
 def best_device() -> torch.device:
@@ -62,19 +78,40 @@ def chosen_device(name: str | torch.device | None) -> torch.device:
     return device
 
 
-def product_dtype(device: torch.device) -> torch.dtype:
-    """bf16 where the device has instructions for it, else fp32: emulated bf16 products take three times as long."""
+def multiplies(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a device has units for products in a format; others are emulated, which takes 3 to 100 times as long."""
+    if dtype not in _FEATURES or device.type not in ("cpu", "cuda"):  # of others torch does not say
+        return True
+    features, capability, oldest = _FEATURES[dtype]
     if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # since torch 2.9
-        native = any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    return torch.bfloat16 if native else torch.float32
+        return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= capability
+    allowed = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "ALL"
+    if not any(name in allowed.upper() for name in (*oldest, "AMX", "AVX10", "ALL", "DEFAULT")):
+        return False
+    known: Mapping[str, Any] = (
+        torch.cpu.get_capabilities()
+        if hasattr(torch.cpu, "get_capabilities")  # since torch 2.9
+        else {"avx512_bf16": getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()}
+    )
+    return any(known.get(name) for name in features)
+
+
+_FEATURES: dict[torch.dtype, tuple[tuple[str, ...], tuple[int, int], tuple[str, ...]]] = {
+    torch.bfloat16: (("avx512_bf16", "amx_bf16", "bf16"), (8, 0), ("BF16", "FP16")),
+    torch.float16: (("avx512_fp16", "amx_fp16", "fp16_arith"), (7, 0), ("FP16",)),
+}
+"""Of formats that not all devices multiply in: features of processors by torch's names, the least compute capability of
+NVIDIA's GPUs, and words for such processors in oneDNN's limit of instructions."""
+
+
+def fast_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The format in which a device computes products that are wanted in `dtype`: fp32 where it would emulate them."""
+    return dtype if multiplies(dtype, device) else torch.float32
 
 
 def sampling_dtype(module: nn.Module, device: torch.device) -> torch.dtype:
-    """fp32 on CPUs, whose 16-bit products are slow or inaccurate; on GPUs the dtype of the weights."""
-    return torch.float32 if device.type == "cpu" else next(module.parameters()).dtype
+    """fp32 on CPUs, whose 16-bit products are slow or inaccurate; on GPUs the dtype of the weights, if it has units."""
+    return torch.float32 if device.type == "cpu" else fast_dtype(next(module.parameters()).dtype, device)
 
 
 def memory_format_for(module: nn.Module) -> torch.memory_format:
@@ -116,13 +153,12 @@ def placed(
     Args:
         module: the model.
         device: where it runs.
-        dtype: of its floating-point tensors; those of modules marked `FULL_PRECISION` are in fp32.
+        dtype: of its floating-point tensors; those of `full_precision` are in fp32.
         without: tensors to leave unchanged.
         layout: memory format of convolution kernels; None for that of `memory_format_for`.
     """
     others = {id(tensor) for tensor in without}
-    precise = [layer for layer in module.modules() if layer.__dict__.get(FULL_PRECISION)]
-    full = {id(one) for layer in precise for one in (*layer.parameters(recurse=False), *layer.buffers(recurse=False))}
+    full = {id(one) for one in full_precision(module)}
     layout = layout or memory_format_for(module)
     originals: list[tuple[Tensor, Tensor]] = []
     sources: list[tuple[nn.Module, Packed]] = []

@@ -37,6 +37,7 @@ __all__ = [
     "WEIGHT_SOURCE",
     "Packed",
     "WeightSource",
+    "as_stored",
     "level_pairs",
     "of_rows",
     "packed",
@@ -98,6 +99,15 @@ class Packed:
     def code(self) -> torch.dtype:
         """The number format of its codes."""
         return self.tensors[0].dtype
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is a weight in another dtype (`as_stored`), which may be `changed`."""
+        return self.unpack is _converted or isinstance(self.unpack, _Changed)
+
+    def changed(self, change: Callable[[Tensor], Tensor]) -> Packed:
+        """The plain weight with `change` applied whenever it is unpacked, a function of the weight to a new one."""
+        return replace(self, unpack=_Changed(self.unpack, change))
 
     def fetch(self) -> Packed:
         """The weight itself, which is on its device."""
@@ -176,13 +186,24 @@ def packed(weight: Tensor, kind: Quantization, dtype: torch.dtype) -> Packed:
     return PACKINGS[kind](weight.detach(), dtype)
 
 
-def _as_it_is(weight: Tensor, dtype: torch.dtype) -> Packed:
-    return Packed((weight.to(dtype),), _converted, dtype, weight.shape)
+def as_stored(weight: Tensor, dtype: torch.dtype) -> Packed:
+    """A plain weight that is cast to `dtype` where it is used, in its own dtype if that is narrower."""
+    kept = weight if weight.dtype.itemsize < dtype.itemsize else weight.to(dtype)
+    return Packed((kept,), _converted, dtype, weight.shape)
 
 
 def _converted(tensor: Tensor, *, dtype: torch.dtype) -> Tensor:
     # One function for all weights, so that equal blocks share compiled code.
     return tensor.to(dtype)
+
+
+@dataclass(frozen=True)
+class _Changed:
+    unpack: Callable[..., Tensor]
+    change: Callable[[Tensor], Tensor]
+
+    def __call__(self, *tensors: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.change(self.unpack(*tensors, dtype=dtype))
 
 
 def _scaled_int8(weight: Tensor, dtype: torch.dtype) -> Packed:
@@ -254,7 +275,7 @@ def level_pairs(levels: tuple[float, ...], device: torch.device) -> Tensor:
 
 
 PACKINGS: dict[Quantization, Callable[[Tensor, torch.dtype], Packed]] = {
-    "none": _as_it_is,
+    "none": as_stored,
     "fp8_e4m3": functools.partial(_scaled_fp8, code=torch.float8_e4m3fn, by_row=True),
     "fp8_e5m2": functools.partial(_scaled_fp8, code=torch.float8_e5m2, by_row=True),
     "fp8_e4m3_tensor": functools.partial(_scaled_fp8, code=torch.float8_e4m3fn, by_row=False),

@@ -16,7 +16,7 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
@@ -38,11 +38,10 @@ from lorasmith.data.cache_folder import ensure_private
 from lorasmith.data.cache_shards import is_digest
 from lorasmith.data.encoding_cache import DIGESTS, EncodingCache, key_of
 from lorasmith.families.model import Autoencoder, Model, TextEncoder
-from lorasmith.families.parts.encoders import ENCODERS
 
 __all__ = ["ENCODING_VERSION", "RememberedDigests", "autoencoder_digest", "network_digest", "text_encoder_digest"]
 
-ENCODING_VERSION = 1
+ENCODING_VERSION = 2
 """To be raised whenever the code of Lorasmith computes other encodings from the same inputs."""
 
 
@@ -54,10 +53,12 @@ class RememberedDigests:
 
     Args:
         cache: whose folder it is.
+        hashed: called after each tensor of a network that is hashed, with (tensors done, total).
     """
 
-    def __init__(self, cache: EncodingCache) -> None:
+    def __init__(self, cache: EncodingCache, hashed: Callable[[int, int], None] | None = None) -> None:
         self.folder = cache.folder / DIGESTS
+        self.hashed = hashed
         self._is_on = cache.limit_bytes > 0
 
     def find(self, key: str) -> str | None:
@@ -81,11 +82,14 @@ class RememberedDigests:
                 write_atomic(self.folder / f"{key}.json", text)
 
 
-def text_encoder_digest(source: Model | TextEncoder, *, remembered: RememberedDigests | None = None) -> str:
+def text_encoder_digest(
+    source: Model | TextEncoder, *, device: torch.device | None = None, remembered: RememberedDigests | None = None
+) -> str:
     """Digest of what makes conditioning of a caption, 64 hex digits; to be called outside of `active()`.
 
     Args:
         source: a model, or its text encoders with LoRAs and options of their own.
+        device: as for `TextEncoder.active`.
         remembered: where digests of weights are kept; None to hash all of them.
     """
     encoder = source.text_encoder if isinstance(source, Model) else source
@@ -96,7 +100,7 @@ def text_encoder_digest(source: Model | TextEncoder, *, remembered: RememberedDi
         patches = [patch for component, patch in encoder.patches if component == name]
         networks[name] = {
             "kind": kind,
-            "dtype": str(ENCODERS[kind].dtype_of(module)),
+            "dtype": str(encoder.dtype_on(name, device)),
             "network": network_digest(name, module, remembered),
             "patches": digest_of_tensors(patch_tensors(patches)) if patches else "",
             "tokenizer": _tokenizer_digest(encoder.encoders.tokenizers.get(name)),
@@ -143,15 +147,15 @@ def network_digest(component: str, module: nn.Module, remembered: RememberedDige
         remembered: as for `text_encoder_digest`.
     """
     about = [type(module).__qualname__, _plain(getattr(module, "config", None)), sorted(_unpackings(module).items())]
-    files = _files_of(module)
+    files, hashed = _files_of(module), None if remembered is None else remembered.hashed
     if remembered is None or not files or not _are_settled(files):
-        return _whole_digest(about, module)
+        return _whole_digest(about, module, hashed)
     sample = digest_of_tensors(_sampled(named_weights(module)), beginning=about)
     loaders = _versions("diffusers", "transformers", "safetensors", "lorasmith")
     key = key_of(component=component, files=files, sample=sample, versions=loaders)
     if (kept := remembered.find(key)) is not None:
         return kept
-    digest = _whole_digest(about, module)
+    digest = _whole_digest(about, module, hashed)
     if _are_settled(files):
         remembered.keep(key, digest)
     return digest
@@ -181,11 +185,15 @@ def _are_settled(files: Iterable[FileState]) -> bool:
     return unchanged and all(max(one.modified, one.changed) < time.time_ns() - _SETTLED_NS for one in files)
 
 
-def _whole_digest(about: object, module: nn.Module) -> str:
+def _whole_digest(about: object, module: nn.Module, hashed: Callable[[int, int], None] | None) -> str:
     """Digest of all tensors, several at a time."""
     # Hashing releases the interpreter's lock, so threads share the work; the result does not depend on their number.
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        digests = list(pool.map(_tensor_digest, named_weights(module)))
+        tensors, digests = list(named_weights(module)), list[str]()
+        for digest in pool.map(_tensor_digest, tensors):
+            digests.append(digest)
+            if hashed is not None:
+                hashed(len(digests), len(tensors))
     return key_of(about=about, tensors=digests)
 
 

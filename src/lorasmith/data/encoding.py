@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,7 @@ def load_dataset(
     device: str | torch.device | None = None,
     progress: Progress | None = None,
     caption_progress: Callable[[int, int], None] | None = None,
+    hash_progress: Callable[[int, int], None] | None = None,
     config: DataConfig | None = None,
     **settings: Any,
 ) -> EncodedDataset:
@@ -68,6 +70,7 @@ def load_dataset(
         device: where to encode; the first GPU, or the CPU, if None.
         progress: called after each image with (images done, total, name of the image).
         caption_progress: called after each caption, before the images, with (captions done, total).
+        hash_progress: called after each tensor of an encoder that is hashed for the cache, with (tensors done, total).
         config: settings of the data; those passed as keywords override them.
         **settings: those of `DataConfig` by name, such as trigger, resolution and flip.
 
@@ -85,6 +88,7 @@ def load_dataset(
         device=place,
         progress=progress,
         caption_progress=caption_progress,
+        hash_progress=hash_progress,
     )
 
 
@@ -121,12 +125,13 @@ def encode_scan(
     device: torch.device | None = None,
     progress: Progress | None = None,
     caption_progress: Callable[[int, int], None] | None = None,
+    hash_progress: Callable[[int, int], None] | None = None,
 ) -> EncodedDataset:
     """Encode scanned images, from and into the user's cache unless `config` has none.
 
     Args:
         scan: of the images; clips in it are for models of videos.
-        model, device, progress, caption_progress: as for `load_dataset`.
+        model, device, progress, caption_progress, hash_progress: as for `load_dataset`.
         config: with which they were scanned.
     """
     latent, encoder, autoencoder = model.components.latent, model.text_encoder, model.autoencoder
@@ -135,10 +140,11 @@ def encode_scan(
         scan = scan.of_pictures()
     where = device or best_device()
     cache = default_cache(config.cache_limit) if config.cache else None
+    text_digest = partial(text_encoder_digest, device=where)
     captions = EncodedCaptions(
         encoder.encode,
         ready=lambda: encoder.active(where),
-        entries=lambda: _entries(cache, text_encoder_digest, model, f"text encoders of {model.title}"),
+        entries=lambda: _entries(cache, text_digest, model, f"text encoders of {model.title}", hash_progress),
         memory_bytes=int(config.caption_memory * 2**30),
         encoder_bytes=sum(one.nbytes for part in encoder.encoders.modules.values() for one in part.parameters()),
     )
@@ -146,7 +152,7 @@ def encode_scan(
         encode=lambda pixels: latent.to_model(autoencoder.encode(pixels)),
         downscale=latent.downscale,
         ready=lambda: autoencoder.active(where),
-        entries=lambda: _entries(cache, autoencoder_digest, model, f"autoencoder of {model.title}"),
+        entries=lambda: _entries(cache, autoencoder_digest, model, f"autoencoder of {model.title}", hash_progress),
         batch_pixels=_BATCH_PIXELS if where.type == "cuda" else 0,
         # Autoencoders of frames keep the frames before in themselves, so that threads cannot share them.
         beside_pixels=_BESIDE_PIXELS if where.type == "cpu" and not latent.frames else 0,
@@ -213,59 +219,80 @@ def encode_images(
     return EncodedDataset(tuple(samples), captions, tuple(notes))
 
 
-def encoded_texts(encoder: TextEncoder, texts: Sequence[str]) -> list[Conditioning]:
+def encoded_texts(
+    encoder: TextEncoder,
+    texts: Sequence[str],
+    *,
+    progress: Callable[[int, int], None],
+    hash_progress: Callable[[int, int], None],
+) -> list[Conditioning]:
     """The conditioning of each text, from and into the user's cache; equal ones are encoded once.
 
     Args:
         encoder: with its LoRAs.
         texts: any.
+        progress: called after each different one with (texts done, total).
+        hash_progress: as for `load_dataset`.
     """
     cache = default_cache()
     captions = EncodedCaptions(
         encoder.encode,
         ready=encoder.active,
-        entries=lambda: _entries(cache, text_encoder_digest, encoder, f"text encoders of {encoder.title}"),
+        entries=lambda: _entries(
+            cache, text_encoder_digest, encoder, f"text encoders of {encoder.title}", hash_progress
+        ),
     )
-    captions.encode_ahead(texts)
+    captions.encode_ahead(texts, progress)
     return [captions[text] for text in texts]
 
 
 def encoded_pixels(
-    autoencoder: Autoencoder, pictures: Sequence[Tensor], progress: Callable[[int, int], None]
+    autoencoder: Autoencoder,
+    pictures: Sequence[Tensor],
+    *,
+    progress: Callable[[int, int], None],
+    hash_progress: Callable[[int, int], None],
 ) -> list[Tensor]:
     """The autoencoder's latents of each picture, from and into the user's cache; equal ones are encoded once.
 
     Args:
         autoencoder: what encodes.
         pictures: pixels (1, 3, [frames,] height, width) in [−1, 1].
-        progress: called before each that is encoded with (pictures done, total).
+        progress: called after each different one with (pictures done, total).
+        hash_progress: as for `load_dataset`.
     """
     keys = [key_of(pixels=digest_of_tensors([("pixels", one)])) for one in pictures]
+    different = dict(zip(keys, pictures, strict=True))
     found: dict[str, Tensor] = {}
     title = f"autoencoder of {autoencoder.title}"
-    with contextlib.ExitStack() as ready, _entries(default_cache(), autoencoder_digest, autoencoder, title) as entries:
-        missing = dict(zip(keys, pictures, strict=True))
-        for key in list(missing):
+    with (
+        contextlib.ExitStack() as ready,
+        _entries(default_cache(), autoencoder_digest, autoencoder, title, hash_progress) as entries,
+    ):
+        for key in different:
             if entries is not None and (kept := entries.get(key)) is not None:
                 found[key] = kept["latents"]
-                del missing[key]
-        if missing:
+        if missing := [key for key in different if key not in found]:
             ready.enter_context(autoencoder.active())
-        for key, picture in missing.items():
-            progress(len(found), len(found) + len(missing))
-            found[key] = autoencoder.encode(picture)
+        for key in missing:
+            found[key] = autoencoder.encode(different[key])
             if entries is not None:
                 entries.put(key, {"latents": found[key]})
+            progress(len(found), len(different))
     return [found[key] for key in keys]
 
 
 def _entries(
-    cache: EncodingCache | None, digest: Callable[..., str], source: Model | TextEncoder | Autoencoder, title: str
+    cache: EncodingCache | None,
+    digest: Callable[..., str],
+    source: Model | TextEncoder | Autoencoder,
+    title: str,
+    hashed: Callable[[int, int], None] | None,
 ) -> contextlib.AbstractContextManager[CacheEntries | None]:
     """The entries of an encoder; None without a cache."""
     if cache is None:
         return contextlib.nullcontext()
-    return cache.entries(digest(source, remembered=RememberedDigests(cache)), title=title)
+    return cache.entries(digest(source, remembered=RememberedDigests(cache, hashed)), title=title)
 
 
 def _framed(image: ImageFile, config: DataConfig, resolution: int, step: int, clips: ClipForm | None) -> FramedImage:

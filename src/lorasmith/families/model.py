@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters.packed_layers import packed_layers
+from lorasmith.adapters.packed_layers import packed_layers, placed_for_products
 from lorasmith.adapters.patch import Patch, patches_applied
 from lorasmith.core.dtypes import dtype_name
 from lorasmith.core.errors import DataError, OptionError
-from lorasmith.core.placement import best_device, device_of, placed
+from lorasmith.core.placement import best_device, device_of, fast_dtype
 from lorasmith.core.printable import printable
 from lorasmith.families.base import (
     Components,
@@ -239,7 +239,7 @@ class TextEncoder:
         where = device or self.device or best_device()
         with contextlib.ExitStack() as stack:
             for name, module in self.encoders.modules.items():
-                stack.enter_context(placed(module, device=where, dtype=self._dtype(name, module)))
+                stack.enter_context(placed_for_products(module, device=where, dtype=self.dtype_on(name, where)))
                 stack.enter_context(
                     patches_applied(module, [patch for target, patch in self.patches if target == name])
                 )
@@ -258,13 +258,16 @@ class TextEncoder:
         """
         with contextlib.ExitStack() as stack:  # does nothing inside `active()`
             for name, module in self.encoders.modules.items():
-                stack.enter_context(placed(module, device=device_of(module), dtype=self._dtype(name, module)))
+                where = device_of(module)
+                stack.enter_context(placed_for_products(module, device=where, dtype=self.dtype_on(name, where)))
             components = self.family.text_encoders
             texts = {name: _prompt(text if isinstance(text, str) else text.get(name, "")) for name in components}
             return self.family.encode_text(self.encoders, texts, self.encoding).to("cpu", torch.float32)
 
-    def _dtype(self, component: str, module: nn.Module) -> torch.dtype:
-        return ENCODERS[self.family.text_encoders[component].kind].dtype_of(module)
+    def dtype_on(self, component: str, device: torch.device | None = None) -> torch.dtype:
+        """The number format in which an encoder runs on `device` (its own if None)."""
+        own = ENCODERS[self.family.text_encoders[component].kind].dtype_of(self.encoders.modules[component])
+        return fast_dtype(own, device or self.device or best_device())
 
 
 @dataclass(frozen=True)
@@ -288,7 +291,7 @@ class Autoencoder:
 
     def active(self, device: torch.device | None = None) -> contextlib.AbstractContextManager[None]:
         """The autoencoder is on `device` (the best one if None) inside, for many pictures in a row."""
-        return placed(self.module, device=device or best_device(), dtype=torch.float32)
+        return placed_for_products(self.module, device=device or best_device(), dtype=torch.float32)
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
@@ -330,7 +333,7 @@ class Autoencoder:
     def _placed(self, tensor: Tensor) -> Iterator[Tensor]:
         """The autoencoder is in fp32 on its device inside; yields `tensor` on that device. No effect in `active()`."""
         device = device_of(self.module)
-        with placed(self.module, device=device, dtype=torch.float32):
+        with placed_for_products(self.module, device=device, dtype=torch.float32):
             yield tensor.to(device, torch.float32)
 
 

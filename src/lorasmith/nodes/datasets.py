@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -121,13 +121,18 @@ def make_training_dataset(
     pictures = list(images) if autoencoder.latent.time_downscale else flat_images(images)
     captions = one_for_each(texts or [""], len(pictures), name="texts", of="caption")
     check_encoder(encoder)
-    conditionings = encoded_texts(encoder, captions)
+    pixels = [pixels_from_image(context, one, autoencoder) for one in pictures]
 
-    def progress(done: int, total: int) -> None:
-        context.raise_if_cancelled()
-        context.progress(done, total)
+    def shown(what: str) -> Callable[[int, int], None]:
+        def progress(done: int, total: int) -> None:
+            context.raise_if_cancelled()
+            context.progress(done, total, text=f"{what} {done} of {total}")
 
-    latents = encoded_pixels(autoencoder, [pixels_from_image(context, one, autoencoder) for one in pictures], progress)
+        return progress
+
+    hashing = shown("hashing encoders, tensor")
+    conditionings = encoded_texts(encoder, captions, progress=shown("caption"), hash_progress=hashing)
+    latents = encoded_pixels(autoencoder, pixels, progress=shown("picture"), hash_progress=hashing)
     return [{"samples": one} for one in latents], [[one] for one in conditionings]
 
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lorasmith.adapters.packed_layers import placed_for_products
 from lorasmith.core.errors import CancelledError
-from lorasmith.core.placement import best_device, placed, sampling_dtype
+from lorasmith.core.placement import best_device, sampling_dtype
 from lorasmith.families.base import Conditioning, LatentFormat
 from lorasmith.families.model import Denoiser
 from lorasmith.nodes.values import Latent, check_latents, with_frames
@@ -93,7 +94,7 @@ def sampled(
 
     try:
         # Placed first and patched second: adapters are created on their layers' device.
-        with placed(model.module, device=device, dtype=dtype), model.active():
+        with placed_for_products(model.module, device=device, dtype=dtype), model.active():
             result = sample_latents(
                 model.predict,
                 schedule=model.diffusion.schedule,

@@ -150,6 +150,7 @@ def _lora_files(folders: Folders, existing_lora: str = NONE_LORA, training_adapt
             advanced=True,
             tooltip="Start from scratch instead of resuming a cancelled run.",
         ),
+        _own("exact_dtype"),  # last, as saved workflows have their values by position
     ],
     outputs=[Output("LORA_MODEL", "lora"), Output("LOSS_MAP", "loss_map"), Output("INT", "steps")],
     is_input_list=True,

@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from lorasmith.adapters.packed_layers import placed_for_products
 from lorasmith.core.errors import OptionError
-from lorasmith.core.placement import best_device, placed
+from lorasmith.core.placement import best_device
 from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Denoiser, Model, TextEncoder
 from lorasmith.report.animations import Clip, Shot
@@ -241,7 +242,7 @@ def _clips(
     done, total = 0, sampling.steps * len(positives)
     for one, some in parts:
         # Placed first and patched second: adapters are created on their layers' device.
-        with placed(one.module, device=device, dtype=sampling.dtype), one.active():
+        with placed_for_products(one.module, device=device, dtype=sampling.dtype), one.active():
             for index, positive in enumerate(positives):
                 latents[index] = sample_latents(
                     one.predict,

@@ -9,6 +9,7 @@ from typing import Any
 
 from lorasmith.app.run_plan import (
     ClassImageDrawn,
+    EncodersHashed,
     ImageEncoded,
     ImagesChecked,
     ImagesFound,
@@ -21,7 +22,8 @@ from lorasmith.training.events import CaptionEncoded, Drawing, Event, StepDone, 
 
 __all__ = ["PROGRESS", "event_json", "finite"]
 
-PROGRESS = frozenset(kind.__name__ for kind in (StepDone, ImageEncoded, ClassImageDrawn, CaptionEncoded, Drawing))
+_PREPARING = (ImageEncoded, ClassImageDrawn, EncodersHashed)
+PROGRESS = frozenset(kind.__name__ for kind in (StepDone, *_PREPARING, CaptionEncoded, Drawing))
 """Events that are replaced by newer ones for a slow reader."""
 
 _MOST_LISTED = 100
@@ -48,7 +50,7 @@ def event_json(event: Event) -> dict[str, Any]:
             body = {"model": event.model}
         case RunPlanned():
             body = _plan(event.plan)
-        case ImageEncoded() | ClassImageDrawn():
+        case ImageEncoded() | ClassImageDrawn() | EncodersHashed():
             body = {"done": event.done, "total": event.total}
         case _:
             found_json: dict[str, Any] = finite(json.loads(encoded(event)))

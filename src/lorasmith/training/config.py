@@ -27,6 +27,7 @@ from lorasmith.training.optim.update_rules import OPTIMIZERS
 __all__ = [
     "NONE_LORA",
     "WHOLE_RANGE",
+    "DtypeSetting",
     "ResolvedConfig",
     "TrainConfig",
     "cost_options",
@@ -34,6 +35,9 @@ __all__ = [
     "settings_from_file",
     "unused_settings",
 ]
+
+DtypeSetting = Literal["bf16", "fp32", "none"]
+"""Values of `training_dtype` that are resolved."""
 
 NONE_LORA = "[None]"
 """Value of `existing_lora` and `training_adapter` for no file, as in ComfyUI's list."""
@@ -353,8 +357,16 @@ class TrainConfig:
     training_dtype: Literal["auto", "bf16", "fp32", "none"] = option(
         "auto",
         group=_NUMBERS,
-        help="Number format of frozen weights and matrix products. Trained weights are always updated in fp32. auto "
-        "is bf16 where the device has bf16 products, else fp32; none keeps the format of the loaded model.",
+        help="Number format of matrix products. Trained weights are always updated in fp32. auto is bf16 where the "
+        "device has units for it, else fp32; none keeps the format of the loaded model. Products in a format that the "
+        "device would emulate are in fp32, which is faster; see exact_dtype.",
+    )
+    exact_dtype: bool = option(
+        False,
+        group=_NUMBERS,
+        changes_numbers=False,
+        help="Compute products in training_dtype even where the device has no units for it and emulates them, slowly. "
+        "A resumed run does so, as its products keep their format.",
     )
     lora_dtype: Literal["bf16", "fp32"] = option("bf16", group=_NUMBERS, help="Number format of the saved LoRA.")
     gradient_checkpointing: bool = option(
@@ -600,7 +612,7 @@ class ResolvedConfig(TrainConfig):
     timesteps: TimestepDistribution
     min_noise: float
     max_noise: float
-    training_dtype: Literal["bf16", "fp32", "none"]
+    training_dtype: DtypeSetting
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -625,6 +637,7 @@ _COSTS = (
     "optimizer_args",
     "ema_decay",
     "training_dtype",
+    "exact_dtype",
     "deterministic",
 )
 _FREE = ("existing_lora", "existing_state", "training_adapter", "bypass_mode")

@@ -19,6 +19,7 @@ from torch import Tensor
 from lorasmith.adapters.adapter import Adapter
 from lorasmith.adapters.difference import Difference
 from lorasmith.adapters.inject import Attached, adapters_attached
+from lorasmith.adapters.packed_layers import weights_as_stored
 from lorasmith.adapters.patch import attachments, patches_merged
 from lorasmith.adapters.variants import Dropout
 from lorasmith.core.errors import TrainingError
@@ -70,6 +71,8 @@ def frozen(denoiser: Denoiser, config: ResolvedConfig, runtime: Runtime) -> Iter
             weights_packed(module, kind=kind, device=device, dtype=dtype, stream=stream, without=elsewhere)
         )
         packed += [layer.get_parameter("weight") for layer in elsewhere]
+        if kind == "none" and stream is None:
+            stack.enter_context(weights_as_stored(module, dtype, without=elsewhere))
         stack.enter_context(placed(module, device=device, dtype=dtype, without=packed))
         if runtime.quantized_backward:
             stack.enter_context(fp8_products_enabled(module))

@@ -21,9 +21,9 @@ from lorasmith.adapters.patch import Patch, patches_merged
 from lorasmith.adapters.targets import Plan
 from lorasmith.adapters.variants import Variant
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights
-from lorasmith.core.dtypes import dtype_name
+from lorasmith.core.dtypes import chosen_dtype, dtype_name
 from lorasmith.core.errors import LoraError
-from lorasmith.core.placement import best_device, product_dtype
+from lorasmith.core.placement import best_device, multiplies
 from lorasmith.core.processes import current
 from lorasmith.core.typed_json import Scalar
 from lorasmith.diffusion.schedule import check_noising
@@ -36,7 +36,7 @@ from lorasmith.training.notes import notes_on, notes_on_file, notes_on_products
 from lorasmith.training.optim.optimizers import check_optimizer
 from lorasmith.training.optim.schedules import check_schedule
 from lorasmith.training.optim.update_rules import default_rate, rule_of
-from lorasmith.training.runtime import Runtime
+from lorasmith.training.runtime import Runtime, dtype_on_device
 from lorasmith.training.target_text import parse_targets, resolve_targets
 
 __all__ = ["Job", "engine_of", "fresh_differences", "plan_job", "variant_of"]
@@ -163,7 +163,7 @@ def plan_job(denoiser: Denoiser, config: TrainConfig, device: str | torch.device
         (
             *existing.notes(len(fresh.adapters)),
             *([f"{beneath}."] if beneath else []),
-            *_on_device(requested, device),
+            *_on_device(requested, denoiser.module, device),
             *notes_on_products(requested, denoiser, device),
             *notes_on(replace(requested, schedule=config.schedule), denoiser, fresh, adapters, len(differences)),
             *notes_on_file(denoiser, adapters, differences),
@@ -193,14 +193,21 @@ def _decided(denoiser: Denoiser, config: TrainConfig, device: torch.device) -> R
         timesteps=config.timesteps or defaults.timestep_distribution,
         min_noise=expert[0] if config.min_noise is None else config.min_noise,
         max_noise=expert[1] if config.max_noise is None else config.max_noise,
-        training_dtype=dtype_name(product_dtype(device)) if config.training_dtype == "auto" else config.training_dtype,
+        training_dtype=dtype_on_device(config, denoiser.module, device),
     )
 
 
-def _on_device(config: TrainConfig, device: torch.device) -> Iterator[str]:
+def _on_device(config: TrainConfig, module: nn.Module, device: torch.device) -> Iterator[str]:
     """Settings with little or no effect on this device."""
-    if config.training_dtype == "bf16" and product_dtype(device) != torch.bfloat16:
-        yield "This device has no bf16 products and emulates them, slowly; training_dtype fp32 is faster here."
+    if config.training_dtype != "auto" and not multiplies(asked := chosen_dtype(config.training_dtype, module), device):
+        name = dtype_name(asked)
+        if config.exact_dtype:
+            yield f"This device has no units for {name} products and emulates them, slowly, as exact_dtype is on."
+        else:
+            yield (
+                f"This device has no units for {name} products, so that they are in fp32, which is faster; weights "
+                "stay as stored. Turn exact_dtype on to emulate them."
+            )
     if config.activations == "host" and device.type == "cpu":
         yield "activations host has no effect on the CPU, whose memory is the host's; use lean or selective."
     if config.offloading and device.type == "cpu":

@@ -11,10 +11,25 @@ from torch import nn
 from lorasmith.core import fp8_products
 from lorasmith.core.choices import ActivationPlan
 from lorasmith.core.dtypes import chosen_dtype
+from lorasmith.core.placement import multiplies
 from lorasmith.core.processes import ALONE, Processes, current
-from lorasmith.training.config import ResolvedConfig
+from lorasmith.training.config import DtypeSetting, ResolvedConfig, TrainConfig
 
-__all__ = ["Runtime"]
+__all__ = ["Runtime", "dtype_on_device"]
+
+
+def dtype_on_device(config: TrainConfig, module: nn.Module, device: torch.device) -> DtypeSetting:
+    """`training_dtype` as a device computes products: fp32 where it would emulate the format that is set.
+
+    Args:
+        config: settings.
+        module: the frozen model, whose format `none` is.
+        device: where the run trains.
+    """
+    if config.training_dtype == "auto":
+        return "bf16" if multiplies(torch.bfloat16, device) else "fp32"
+    is_kept = config.exact_dtype or multiplies(chosen_dtype(config.training_dtype, module), device)
+    return config.training_dtype if is_kept else "fp32"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +38,7 @@ class Runtime:
 
     Attributes:
         device: where it trains.
-        dtype: of frozen weights and matrix products.
+        dtype: of matrix products.
         first_step: steps of a continued LoRA: the draw index starts there, so that it gets new noise and the rest of
             the epoch.
         learning_rates: by module path, where it differs from the configuration's.

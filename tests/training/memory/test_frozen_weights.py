@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,21 +16,28 @@ from lever_cases import CPU, one_step, planned, randomise, rounded
 from test_engine import assert_same, fingerprint, tensors
 from torch import Tensor, nn
 
+from lorasmith.adapters import packed_layers
 from lorasmith.adapters.frozen_layer import PRODUCTS, FrozenLayer, is_targetable
 from lorasmith.adapters.inject import Attached, adapters_attached
 from lorasmith.adapters.lora import LoraAdapter
 from lorasmith.adapters.packed_layers import packable_layers
+from lorasmith.adapters.patch import Patch
 from lorasmith.app.model_run import train
+from lorasmith.bench.measure import weight_bytes
 from lorasmith.core import fp8_products
 from lorasmith.core.folders import ASSETS
 from lorasmith.core.fp8_products import Fp8Products
 from lorasmith.core.quantization import PACKINGS, packed
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.data.encoding import load_dataset
+from lorasmith.families.loading import load_model
+from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Model
+from lorasmith.sampling.generate import generate
+from lorasmith.training.engine import frozen
 from lorasmith.training.events import StepDone
 from lorasmith.training.memory.activation_checkpointing import blocks_checkpointed
-from lorasmith.training.memory.frozen_weights import takes_fp8_products, weights_packed
+from lorasmith.training.memory.frozen_weights import frozen_bytes, takes_fp8_products, weights_packed
 from lorasmith.training.memory.weight_stream import WeightStream
 from lorasmith.training.train import TrainResult
 from tests.covering import slow_except
@@ -59,6 +67,44 @@ def test_offloading_changes_no_bit(tiny: Model, dataset: EncodedDataset, depth: 
         one_step(tiny, dataset, {"checkpoint_depth": depth, "offloading": True}, targets=LAYERS),
         one_step(tiny, dataset, {"checkpoint_depth": depth}, targets=LAYERS),
     )
+
+
+@pytest.mark.parametrize("changes", [{}, {"offloading": True}], ids=str)
+def test_weights_stay_in_the_format_of_their_file_and_no_bit_changes(
+    dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    """The built-in model is in fp16, and its products here are in fp32."""
+    tiny = load_model(BUILT_IN)
+    module, job, sizes = tiny.components.denoiser, planned(tiny), list[int]()
+    before, expected = fingerprint(tiny), one_step(tiny, dataset, targets=LAYERS)
+    for small in (packed_layers.SMALL_BYTES, 0):
+        monkeypatch.setattr(packed_layers, "SMALL_BYTES", small)
+        with frozen(tiny.denoiser, job.config, replace(job.runtime, **changes)):
+            sizes.append(weight_bytes(module))
+        assert_same(one_step(tiny, dataset, changes, targets=LAYERS), expected)
+    after = fingerprint(tiny)
+    assert after[:2] == before[:2]
+    if not changes:
+        assert sizes[1] < 0.55 * sizes[0]
+        whole = frozen_bytes(module, kind="none", dtype=torch.float32, offloading=False)
+        assert sizes[1] == pytest.approx(whole, rel=1e-3)
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.7])
+def test_pictures_of_a_model_whose_weights_stay_as_stored_are_the_same(
+    strength: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LoRAs are merged into the cast weights."""
+    tiny = load_model(BUILT_IN)
+    adapters = planned(tiny, targets=LAYERS).adapters
+    for number, one in enumerate(adapters.values()):
+        randomise(one, seed=number)
+    patch = Patch({path: one.to_weights() for path, one in adapters.items()}, strength=strength)
+    denoiser, settings = tiny.denoiser.patched(patch), {"steps": 2, "width": 64, "height": 64}
+    (expected,) = generate(denoiser, "a lion", **settings)
+    monkeypatch.setattr(packed_layers, "SMALL_BYTES", 0)
+    (found,) = generate(denoiser, "a lion", **settings)
+    assert found.tobytes() == expected.tobytes()
 
 
 @pytest.mark.parametrize("kind", slow_except(["fp8_e4m3", "fp8_e5m2_tensor"], "fp8_e4m3"))

@@ -17,11 +17,11 @@ import torch
 from torch import nn
 
 from lorasmith.adapters.frozen_layer import PRODUCTS, FrozenLayer
-from lorasmith.adapters.packed_layers import packable_layers, weight_source_set
+from lorasmith.adapters.packed_layers import layers_as_stored, packable_layers, weight_source_set
 from lorasmith.core.choices import Quantization
 from lorasmith.core.fp8_products import CODES, MULTIPLE, Fp8Products
 from lorasmith.core.mapped_files import release_pages
-from lorasmith.core.placement import memory_format_for
+from lorasmith.core.placement import full_precision, memory_format_for
 from lorasmith.core.quantization import Packed, WeightSource, packed, weight_source
 from lorasmith.training.memory.activation_checkpointing import blocks_at_depth
 from lorasmith.training.memory.weight_stream import StreamedWeight, WeightStream
@@ -107,15 +107,21 @@ def frozen_bytes(
         processes: over which they are sharded.
     """
     sizes: dict[nn.Module, int] = {}
+    as_stored = set(layers_as_stored(module, dtype))
     for layer in packable_layers(module):
-        source = weight_source(layer)
+        source, weight = weight_source(layer), layer.get_parameter("weight")
         if isinstance(source, Packed) and kind == "none":
             sizes[layer] = source.size_bytes
+        elif kind == "none" and (layer in as_stored or offloading or processes > 1):
+            sizes[layer] = weight.numel() * min(weight.itemsize, dtype.itemsize)
         else:
-            sizes[layer] = _packed_bytes(layer.get_parameter("weight").shape, kind, dtype)
-    weights = {id(layer.get_parameter("weight")) for layer in sizes}
-    others = [one for one in (*module.parameters(), *module.buffers()) if id(one) not in weights]
-    rest = sum(one.numel() * (dtype.itemsize if one.is_floating_point() else one.itemsize) for one in others)
+            sizes[layer] = _packed_bytes(weight.shape, kind, dtype)
+    weights, full = {layer.get_parameter("weight") for layer in sizes}, full_precision(module)
+    others = [one for one in (*module.parameters(), *module.buffers()) if one not in weights]
+    rest = sum(
+        one.numel() * ((torch.float32 if one in full else dtype) if one.is_floating_point() else one.dtype).itemsize
+        for one in others
+    )
     if offloading:
         return rest + _largest_block(module, sizes) + max(sizes.values(), default=0)
     if processes > 1:
