@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from lorasmith.app.run_file import SETTINGS
-from lorasmith.families.parts import clip_layout, vae_layout
+from lorasmith.families.parts import autoencoders, clip
 from lorasmith.formats.names.recognise import SIGNATURES
 
 PACKAGE = Path(__file__).parents[1] / "src" / "lorasmith"
@@ -38,8 +38,8 @@ BOUNDED = {
 # Patterns in tables, and how texts are held to those that are passed on by name.
 TABLES = {
     "core/options.py": lambda: [one.pattern for one in SETTINGS.values() if one.pattern],
-    "families/parts/clip_layout.py": lambda: [pattern for pattern, _ in clip_layout._OPENCLIP],
-    "families/parts/vae_layout.py": lambda: [r"decoder\.up\.(\d+)\.", *(one for one, _ in vae_layout._RENAMES)],
+    "families/parts/clip.py": lambda: [pattern for pattern, _ in clip._OPENCLIP],
+    "families/parts/autoencoders.py": lambda: [r"decoder\.up\.(\d+)\.", *(one for one, _ in autoencoders._RENAMES)],
     "formats/names/recognise.py": lambda: [one.pattern for one in SIGNATURES],
     "nodes/saving.py": lambda: [r"name_(\d+)[_.].*", r"name_\d+_steps_(\d+)_?\..+"],
 }
@@ -47,7 +47,7 @@ PASSED_ON = {
     "core/printable.py": "split",
     "data/cache_folder.py": "fullmatch",
     "data/encoding_cache.py": "fullmatch",
-    "formats/quality/faults.py": "match",
+    "formats/faults.py": "match",
 }
 
 

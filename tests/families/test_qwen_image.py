@@ -17,7 +17,7 @@ from lorasmith.families.files.original_weights import PartSource
 from lorasmith.families.loading import load_model
 from lorasmith.families.part_loading import load_text_encoder
 from lorasmith.families.parts.encoders import ENCODERS, recognised_encoder
-from lorasmith.families.parts.picture_chat import SYSTEM, SYSTEM_TOKENS, chat_of, seen_from
+from lorasmith.families.parts.language_models import SYSTEM, SYSTEM_TOKENS, chat_of, seen_from
 from lorasmith.families.parts.tokenizers import qwen_tokenizer
 
 QWEN = TINY["qwen-image"]

@@ -24,7 +24,7 @@ from tiny_parts import (
 )
 from torch import Tensor, nn
 
-from lorasmith.families.parts.clip_text import clip_tokenizer
+from lorasmith.families.parts.clip import clip_tokenizer
 from lorasmith.families.parts.tokenizers import t5_tokenizer
 
 __all__ = ["FLUX1"]

@@ -10,7 +10,7 @@ import torch
 from tiny_parts import VOCABULARY, TinyFamily, clip_names, kl, kl_names, original_tensors, randomized, t5_names
 from torch import Tensor, nn
 
-from lorasmith.families.parts.clip_text import clip_tokenizer
+from lorasmith.families.parts.clip import clip_tokenizer
 from lorasmith.families.parts.tokenizers import t5_tokenizer
 
 __all__ = ["SD3"]

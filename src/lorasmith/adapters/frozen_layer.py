@@ -235,7 +235,7 @@ def convolve_few_pixels(module: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tens
 
 
 def few_pixels_gradient(module: nn.Conv2d, grad: Tensor, weight: Tensor, shape: Size) -> Tensor:
-    """The few_pixels_gradient of the input, channels-last.
+    """The gradient of the input, channels-last.
 
     grad: gradient of the result, (batch, out, height, width).
     """

@@ -19,9 +19,9 @@ from torch.nn import functional as F
 
 from lorasmith.core.placement import device_of
 from lorasmith.families.base import *
+from lorasmith.families.parts.encoders import parse_weights
 from lorasmith.families.parts.language_models import hidden_states
-from lorasmith.families.parts.prompt_weights import parse_weights
-from lorasmith.families.parts.t5_encoders import t5_tokens
+from lorasmith.families.parts.t5 import t5_tokens
 from lorasmith.families.parts.tokenizers import t5_tokenizer
 from lorasmith.families.parts.wan_vae import wan_latents
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.families.base import *
+from lorasmith.families.parts.encoders import literal_text
 from lorasmith.families.parts.language_models import hidden_states
-from lorasmith.families.parts.prompt_weights import literal_text
 
 _LAYER = -2  # of the encoder's states
 _SHIFT = 3.0  # ComfyUI's `supported_models.ErnieImage` for KSampler

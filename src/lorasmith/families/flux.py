@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.families.base import *
-from lorasmith.families.parts import clip_layout, flux_layout
+from lorasmith.families.parts import flux_layout
 from lorasmith.families.parts.autoencoders import FLUX_CONSTANTS
-from lorasmith.families.parts.clip_text import encode_prompt
+from lorasmith.families.parts.clip import encode_prompt, released_paths
 from lorasmith.families.parts.flux_layout import (
     ATTENTION,
     FEED_FORWARD,
@@ -31,7 +31,7 @@ from lorasmith.families.parts.flux_layout import (
     rope_axes,
     unpacked_latents,
 )
-from lorasmith.families.parts.t5_encoders import RELEASED_PATHS, encode_t5
+from lorasmith.families.parts.t5 import RELEASED_PATHS, encode_t5
 
 _MODULATION = ("*.norm.linear", "*.norm1.linear", "*.norm1_context.linear")
 _TARGETS = {
@@ -144,7 +144,7 @@ class Flux(Family):
     def encoder_names(self, text_encoders: Mapping[str, nn.Module]) -> Mapping[str, EncoderNames]:
         return {
             "text_encoder": EncoderNames(
-                clip_layout.released_paths(layers=12),
+                released_paths(layers=12),
                 kohya=("lora_te1_", "lora_te_"),
                 comfyui=("clip_l", "clip_h"),
                 drops_text_model=True,

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from lorasmith.families.base import *
 from lorasmith.families.parts import flux_layout
+from lorasmith.families.parts.encoders import literal_text
 from lorasmith.families.parts.flux_layout import attention_arguments, in_double_block
 from lorasmith.families.parts.language_models import hidden_states
-from lorasmith.families.parts.prompt_weights import literal_text
 
 _TOKENS = 512  # of text, which is filled with padding that the transformer sees
 _DEFAULT_GUIDANCE = 4.0  # of dev, in ComfyUI's template and in Flux2Pipeline

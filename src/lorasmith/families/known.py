@@ -24,10 +24,9 @@ from lorasmith.families import (  # noqa: F401  (register themselves)
     z_image,
 )
 from lorasmith.families.parts import (  # noqa: F401  (register themselves)
-    clip_encoders,
+    clip,
     language_models,
-    t5_encoders,
-    umt5_encoders,
+    t5,
     wan_vae,
 )
 from lorasmith.families.parts.unet_layout import context_widths

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from lorasmith.families.base import *
 from lorasmith.families.parts.autoencoders import FLUX_CONSTANTS
+from lorasmith.families.parts.encoders import parse_weights, weighted_states
 from lorasmith.families.parts.language_models import attention_capped, hidden_states
-from lorasmith.families.parts.prompt_weights import parse_weights, weighted_states
 
 _WIDTH = 2304
 _LAYER = -2  # of the encoder's states

@@ -15,10 +15,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorasmith.families.base import *
+from lorasmith.families.parts.encoders import literal_text
 from lorasmith.families.parts.flux_layout import packed_latents, rope_axes, unpacked_latents
-from lorasmith.families.parts.language_models import hidden_states
-from lorasmith.families.parts.picture_chat import ANSWER, SYSTEM, SYSTEM_TOKENS, chat_of, seen_from
-from lorasmith.families.parts.prompt_weights import literal_text
+from lorasmith.families.parts.language_models import ANSWER, SYSTEM, SYSTEM_TOKENS, chat_of, hidden_states, seen_from
 from lorasmith.families.parts.wan_vae import wan_latents
 
 _TOKENS = 512  # QwenImagePipeline's longest prompt unless it is told another

@@ -21,9 +21,8 @@ from torch import Tensor, nn
 
 from lorasmith.core.placement import device_of
 from lorasmith.families.base import *
-from lorasmith.families.parts import clip_layout
-from lorasmith.families.parts.clip_text import CONTEXT_LENGTH, encode_prompts
-from lorasmith.families.parts.t5_encoders import RELEASED_PATHS, encode_t5
+from lorasmith.families.parts.clip import CONTEXT_LENGTH, encode_prompts, released_paths
+from lorasmith.families.parts.t5 import RELEASED_PATHS, encode_t5
 
 _HEAD_WIDTH = 64
 _CHANNELS = 16
@@ -174,10 +173,10 @@ class StableDiffusion3(Family):
     def encoder_names(self, text_encoders: Mapping[str, nn.Module]) -> Mapping[str, EncoderNames]:
         return {
             "text_encoder": EncoderNames(
-                clip_layout.released_paths(layers=12), kohya=("lora_te1_",), comfyui=("clip_l",), drops_text_model=True
+                released_paths(layers=12), kohya=("lora_te1_",), comfyui=("clip_l",), drops_text_model=True
             ),
             "text_encoder_2": EncoderNames(
-                clip_layout.released_paths(layers=32, is_projected=True), kohya=("lora_te2_",), comfyui=("clip_g",)
+                released_paths(layers=32, is_projected=True), kohya=("lora_te2_",), comfyui=("clip_g",)
             ),
             _T5: EncoderNames(RELEASED_PATHS, kohya=("lora_te3_",), comfyui=("t5xxl",)),
         }

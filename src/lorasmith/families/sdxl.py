@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.families.base import *
-from lorasmith.families.parts import clip_layout, unet_layout
-from lorasmith.families.parts.clip_text import encode_prompts
+from lorasmith.families.parts import unet_layout
+from lorasmith.families.parts.clip import encode_prompts, released_paths, written_paths
 
 _CONTEXT_WIDTH = 2048
 _HEAD_DIM = 64
@@ -121,9 +121,9 @@ class StableDiffusionXL(Family):
 
     def encoder_names(self, text_encoders: Mapping[str, nn.Module]) -> Mapping[str, EncoderNames]:
         paths = {
-            component: clip_layout.written_paths(text_encoders[component])
+            component: written_paths(text_encoders[component])
             if component in text_encoders
-            else clip_layout.released_paths(layers, is_projected=component == "text_encoder_2")
+            else released_paths(layers, is_projected=component == "text_encoder_2")
             for component, layers in _ENCODER_LAYERS.items()
         }
         return {

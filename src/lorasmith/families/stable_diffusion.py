@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorasmith.families.base import *
-from lorasmith.families.parts import clip_layout, unet_layout
-from lorasmith.families.parts.clip_text import encode_prompt
+from lorasmith.families.parts import unet_layout
+from lorasmith.families.parts.clip import encode_prompt, released_paths, written_paths
 
 _CONTEXT_WIDTH = {1: 768, 2: 1024}
 _ENCODER = {
@@ -110,9 +110,9 @@ class StableDiffusion(Family):
 
     def encoder_names(self, text_encoders: Mapping[str, nn.Module]) -> Mapping[str, EncoderNames]:
         paths = (
-            clip_layout.written_paths(text_encoders["text_encoder"])
+            written_paths(text_encoders["text_encoder"])
             if text_encoders
-            else clip_layout.released_paths(layers=_ENCODER_LAYERS[self._version])
+            else released_paths(layers=_ENCODER_LAYERS[self._version])
         )
         return {
             "text_encoder": EncoderNames(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.families.base import *
-from lorasmith.families.parts.umt5_encoders import encode_umt5
+from lorasmith.families.parts.t5 import encode_umt5
 from lorasmith.families.parts.wan_vae import LATENT_MEAN, LATENT_MEAN_22, LATENT_STD, LATENT_STD_22, wan_latents
 
 _TOKENS = 512  # of text

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from lorasmith.families.base import *
 from lorasmith.families.parts.autoencoders import FLUX_CONSTANTS
+from lorasmith.families.parts.encoders import literal_text
 from lorasmith.families.parts.language_models import hidden_states
-from lorasmith.families.parts.prompt_weights import literal_text
 
 _HEAD_WIDTH = 128
 _LUMINA_MODULATION = "layers.0.adaLN_modulation.1.weight"  # Lumina 2 is built alike, with an activation before it

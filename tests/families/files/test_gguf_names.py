@@ -25,7 +25,7 @@ from lorasmith.families.files.original_weights import PartSource
 from lorasmith.families.part_loading import load_text_encoder
 from lorasmith.families.parts.encoders import recognised_encoder
 from lorasmith.families.parts.language_models import hidden_states
-from lorasmith.families.parts.t5_encoders import encode_t5
+from lorasmith.families.parts.t5 import encode_t5
 
 Tensors = dict[str, Tensor]
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 64}

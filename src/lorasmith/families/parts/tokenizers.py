@@ -1,7 +1,7 @@
 """Tokenizers of text encoders, offline: the vocabularies of Qwen and T5 are in the package.
 
 Where several places have one, the order is: the tokenizer folder of a diffusers folder, the vocabulary in the package,
-a file beside the encoder's, the vocabulary inside the encoder's file. CLIP's is in `clip_text`. A SentencePiece model
+a file beside the encoder's, the vocabulary inside the encoder's file. CLIP's is in `clip`. A SentencePiece model
 inside the encoder's file goes before one beside it, whose name does not say for which encoder it is.
 """
 

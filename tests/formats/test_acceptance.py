@@ -17,7 +17,7 @@ from lorasmith.formats.lora_file import PORTABLE, layout_for
 from lorasmith.training.lora_handle import Lora
 from tests.covering import slow_except
 
-RECORD = json.loads((Path(__file__).parents[2] / "golden" / "load_matrix.json").read_text(encoding="utf-8"))
+RECORD = json.loads((Path(__file__).parents[1] / "golden" / "load_matrix.json").read_text(encoding="utf-8"))
 AGREEMENT = 1e-3
 ROWS = sorted({(cell["family"], cell["case"], cell["layout"]) for cell in RECORD["cells"] if "refused" not in cell})
 QUICK = ("sd1", "flux2-klein")
