@@ -400,5 +400,4 @@ LokrAdapter.format = AdapterFormat(
         unscaled=lambda tensors: max(tensors["lokr_w2"].shape[:2]),  # leaves both factors whole
         scaled="lokr_w1",
     ),
-    lycoris_size="factor",
 )
