@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -95,17 +94,15 @@ class Anima(Family):
     )
     own_diffusion = _DIFFUSION
     targets = _TARGETS
-    text_encoders = MappingProxyType(
-        {
-            "text_encoder": EncoderSlot(
-                "qwen3", "qwen_3_06b_base.safetensors", ("text_encoders.qwen3_06b.transformer.",), widths=(1024,)
-            )
-        }
-    )
+    text_encoders = {
+        "text_encoder": EncoderSlot(
+            "qwen3", "qwen_3_06b_base.safetensors", ("text_encoders.qwen3_06b.transformer.",), widths=(1024,)
+        )
+    }
     autoencoder = AutoencoderSlot("wan21", channels=16, usual_file="qwen_image_vae.safetensors", prefixes=("vae.",))
     clip_types = ("stable_diffusion",)  # ComfyUI's template; it goes by the encoder's width
     unused_tensors = ("pos_embedder.*", "accum_*", "*_extra_state")  # of Cosmos' training
-    released = MappingProxyType({"num_attention_heads": 16, **_FIXED})
+    released = {"num_attention_heads": 16, **_FIXED}
     lora_signatures = (
         Signature(title, r"(^|_)(llm_adapter|text_conditioner)_(blocks_\d|embed|out_proj|norm)"),
         Signature(title, DENOISER_START + r"blocks_\d+_" + _BLOCK_LAYERS, order=4),

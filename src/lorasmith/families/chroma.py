@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from lorasmith.families.base import *
 from lorasmith.families.parts import flux_layout
-from lorasmith.families.parts.autoencoders import FLUX_CONSTANTS
+from lorasmith.families.parts.autoencoders import FLUX_AUTOENCODER
 from lorasmith.families.parts.flux_layout import (
     ATTENTION,
     FEED_FORWARD,
@@ -66,19 +65,13 @@ class Chroma(Family):
     )
     own_diffusion = _DIFFUSION
     targets = _TARGETS
-    text_encoders = MappingProxyType(
-        {"text_encoder": EncoderSlot("t5xxl", "t5xxl_fp16.safetensors", ("text_encoders.t5xxl.transformer.",))}
-    )
-    autoencoder = AutoencoderSlot(
-        "kl",
-        channels=16,
-        usual_file="ae.safetensors",
-        prefixes=("vae.", "first_stage_model."),
-        settings=FLUX_CONSTANTS,
-    )
+    text_encoders = {
+        "text_encoder": EncoderSlot("t5xxl", "t5xxl_fp16.safetensors", ("text_encoders.t5xxl.transformer.",))
+    }
+    autoencoder = FLUX_AUTOENCODER
     clip_types = ("chroma",)
     distilled_names = ("flash",)
-    released: Mapping[str, Any] = MappingProxyType({})  # the class' own defaults
+    released: Mapping[str, Any] = {}  # the class' own defaults
     # Its blocks have the names and widths of Flux.1's.
     lora_signatures = (
         Signature(title, r"(^|_)distilled_guidance_layer_"),

@@ -8,7 +8,6 @@ tensors of the base model; LoRAs are trained on the base.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -49,25 +48,21 @@ class ErnieImage(Family):
         diffusers_applies={"ai-toolkit": ("*",)}, diffusers_refuses_others=True, sd_scripts_applies=None
     )
     targets = _TARGETS
-    text_encoders = MappingProxyType(
-        {
-            "text_encoder": EncoderSlot(
-                "ministral3_3b", "ministral-3-3b.safetensors", ("text_encoders.ministral3_3b.transformer.",)
-            )
-        }
-    )
+    text_encoders = {
+        "text_encoder": EncoderSlot(
+            "ministral3_3b", "ministral-3-3b.safetensors", ("text_encoders.ministral3_3b.transformer.",)
+        )
+    }
     autoencoder = AutoencoderSlot("flux2", channels=128, usual_file="flux2-vae.safetensors", prefixes=("vae.",))
     clip_types = ("flux2",)  # in ComfyUI's template; its encoder is recognised under any
     distilled_names = ("turbo",)
-    released = MappingProxyType(
-        {
-            "hidden_size": 4096,
-            "num_attention_heads": 32,
-            "num_layers": 36,
-            "ffn_hidden_size": 12288,
-            "text_in_dim": 3072,
-        }
-    )
+    released = {
+        "hidden_size": 4096,
+        "num_attention_heads": 32,
+        "num_layers": 36,
+        "ffn_hidden_size": 12288,
+        "text_in_dim": 3072,
+    }
     lora_signatures = (
         Signature(title, DENOISER_START + r"layers_\d+_(self_attention_|mlp_(gate_proj|up_proj|linear_fc2))"),
     )

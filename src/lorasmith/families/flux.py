@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from lorasmith.families.base import *
 from lorasmith.families.parts import flux_layout
-from lorasmith.families.parts.autoencoders import FLUX_CONSTANTS
+from lorasmith.families.parts.autoencoders import FLUX_AUTOENCODER
 from lorasmith.families.parts.clip import encode_prompt, released_paths
 from lorasmith.families.parts.flux_layout import (
     ATTENTION,
@@ -88,22 +87,14 @@ class Flux(Family):
     civitai_name = "Flux.1 D"
     a1111_version = "Flux"
     targets = _TARGETS
-    text_encoders = MappingProxyType(
-        {
-            "text_encoder": EncoderSlot("clip_l", "clip_l.safetensors", ("text_encoders.clip_l.transformer.",)),
-            "text_encoder_2": EncoderSlot("t5xxl", "t5xxl_fp16.safetensors", ("text_encoders.t5xxl.transformer.",)),
-        }
-    )
+    text_encoders = {
+        "text_encoder": EncoderSlot("clip_l", "clip_l.safetensors", ("text_encoders.clip_l.transformer.",)),
+        "text_encoder_2": EncoderSlot("t5xxl", "t5xxl_fp16.safetensors", ("text_encoders.t5xxl.transformer.",)),
+    }
     clip_types = ("flux",)
     distilled_names = ("schnell",)
-    autoencoder = AutoencoderSlot(
-        "kl",
-        channels=16,
-        usual_file="ae.safetensors",
-        prefixes=("vae.", "first_stage_model."),
-        settings=FLUX_CONSTANTS,
-    )
-    released = MappingProxyType({"guidance_embeds": True})
+    autoencoder = FLUX_AUTOENCODER
+    released = {"guidance_embeds": True}
     lora_signatures = (
         Signature(title, r"(^|_)(double|single)_blocks_\d|single_transformer_blocks_\d", order=1),
         Signature(title, r"(^|_)transformer_blocks_\d+_(ff_context|attn_add_q_proj)", 3072, order=4),

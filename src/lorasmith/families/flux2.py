@@ -9,7 +9,6 @@ tensors. The original layout fuses query, key and value of double blocks; diffus
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -105,17 +104,15 @@ class Flux2(Family):
         )
         prefixes = tuple(f"text_encoders.{one}.transformer." for one in ("qwen3_4b", "qwen3_8b", "mistral3_24b"))
         widths = (2560, 4096) if is_klein else ()
-        self.text_encoders = MappingProxyType({"text_encoder": EncoderSlot(kind, usual_file, prefixes, widths=widths)})
+        self.text_encoders = {"text_encoder": EncoderSlot(kind, usual_file, prefixes, widths=widths)}
         blocks, width, text_width = ((8, 24), 4096, 12288) if is_klein else ((8, 48), 6144, 15360)
-        self.released = MappingProxyType(
-            {
-                "num_layers": blocks[0],
-                "num_single_layers": blocks[1],
-                "num_attention_heads": width // 128,
-                "joint_attention_dim": text_width,
-                "guidance_embeds": not is_klein,
-            }
-        )
+        self.released = {
+            "num_layers": blocks[0],
+            "num_single_layers": blocks[1],
+            "num_attention_heads": width // 128,
+            "joint_attention_dim": text_width,
+            "guidance_embeds": not is_klein,
+        }
         # Flux.1 has blocks of these names and the width of klein 4B, but other inner widths.
         blocks_named = r"(^|_)(double|single)_blocks_\d|single_transformer_blocks_\d"
         own = r"double_stream_modulation|single_transformer_blocks_\d+_attn_to_qkv_mlp_proj"

@@ -7,7 +7,6 @@ Nothing is fused in the original layout. Turbo, which is distilled, has the tens
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -81,17 +80,15 @@ class Krea2(Family):
     )
     own_diffusion = _DIFFUSION
     targets = _TARGETS
-    text_encoders = MappingProxyType(
-        {
-            "text_encoder": EncoderSlot(
-                "qwen3vl", "qwen3vl_4b_bf16.safetensors", ("text_encoders.qwen3vl_4b.transformer.",)
-            )
-        }
-    )
+    text_encoders = {
+        "text_encoder": EncoderSlot(
+            "qwen3vl", "qwen3vl_4b_bf16.safetensors", ("text_encoders.qwen3vl_4b.transformer.",)
+        )
+    }
     autoencoder = AutoencoderSlot("wan21", channels=16, usual_file="qwen_image_vae.safetensors", prefixes=("vae.",))
     clip_types = ("krea2",)
     distilled_names = ("turbo",)
-    released: Mapping[str, Any] = MappingProxyType({})  # the class' own defaults
+    released: Mapping[str, Any] = {}  # the class' own defaults
     lora_signatures = (
         Signature(
             title, DENOISER_START + r"(transformer_)?blocks_\d+_(attn_(wq|gate|to_gate)|mlp_gate|ff_gate)", order=4

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from types import MappingProxyType
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorasmith.families.base import *
-from lorasmith.families.parts.autoencoders import FLUX_CONSTANTS
+from lorasmith.families.parts.autoencoders import FLUX_AUTOENCODER
 from lorasmith.families.parts.encoders import parse_weights, weighted_states
 from lorasmith.families.parts.language_models import attention_capped, hidden_states
 
@@ -81,19 +81,13 @@ class Lumina2(Family):
     )
     own_diffusion = _DIFFUSION
     targets = _TARGETS
-    text_encoders = MappingProxyType(
-        {
-            "text_encoder": EncoderSlot(
-                "gemma2", "gemma_2_2b_fp16.safetensors", ("text_encoders.gemma2_2b.transformer.",)
-            )
-        }
-    )
+    text_encoders = {
+        "text_encoder": EncoderSlot("gemma2", "gemma_2_2b_fp16.safetensors", ("text_encoders.gemma2_2b.transformer.",))
+    }
     clip_types = ("lumina2",)
-    autoencoder = AutoencoderSlot(
-        "kl", channels=16, usual_file="ae.safetensors", prefixes=("vae.",), settings=FLUX_CONSTANTS
-    )
+    autoencoder = replace(FLUX_AUTOENCODER, prefixes=("vae.",))
     unused_tensors = ("norm_final.weight",)
-    released = MappingProxyType({"cap_feat_dim": _WIDTH, "scaling_factor": 1.0})
+    released = {"cap_feat_dim": _WIDTH, "scaling_factor": 1.0}
     lora_signatures = (
         Signature(title, DENOISER_START + r"layers_\d+_(attention|attn|feed_forward)_", _WIDTH, order=5),
     )

@@ -9,7 +9,6 @@ number of them, the class of the authors counts from one further out than ComfyU
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
@@ -57,17 +56,13 @@ class QwenImage(Family):
     own_diffusion = _DIFFUSION
     civitai_name = "Qwen"
     targets = _TARGETS
-    text_encoders = MappingProxyType(
-        {
-            "text_encoder": EncoderSlot(
-                "qwen25vl", "qwen_2.5_vl_7b.safetensors", ("text_encoders.qwen25_7b.transformer.",)
-            )
-        }
-    )
+    text_encoders = {
+        "text_encoder": EncoderSlot("qwen25vl", "qwen_2.5_vl_7b.safetensors", ("text_encoders.qwen25_7b.transformer.",))
+    }
     autoencoder = AutoencoderSlot("wan21", channels=16, usual_file="qwen_image_vae.safetensors", prefixes=("vae.",))
     clip_types = ("qwen_image",)
     distilled_names = ("lightning", "distill", "turbo")
-    released: Mapping[str, Any] = MappingProxyType({})  # the class' own defaults
+    released: Mapping[str, Any] = {}  # the class' own defaults
     lora_signatures = (
         Signature(title, r"(^|_)transformer_blocks_\d+_(img_mlp|txt_mlp|img_mod|txt_mod)_", order=2),
         # Flux.1 has 19 blocks of this kind, Qwen-Image 60.

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -92,13 +91,11 @@ class StableDiffusion3(Family):
     own_diffusion = _DIFFUSION
     a1111_version = "SD3"
     targets = _TARGETS
-    text_encoders = MappingProxyType(
-        {
-            "text_encoder": EncoderSlot("clip_l", "clip_l.safetensors", ("text_encoders.clip_l.transformer.",)),
-            "text_encoder_2": EncoderSlot("clip_g", "clip_g.safetensors", ("text_encoders.clip_g.transformer.",)),
-            _T5: EncoderSlot("t5xxl", "t5xxl_fp16.safetensors", ("text_encoders.t5xxl.transformer.",)),
-        }
-    )
+    text_encoders = {
+        "text_encoder": EncoderSlot("clip_l", "clip_l.safetensors", ("text_encoders.clip_l.transformer.",)),
+        "text_encoder_2": EncoderSlot("clip_g", "clip_g.safetensors", ("text_encoders.clip_g.transformer.",)),
+        _T5: EncoderSlot("t5xxl", "t5xxl_fp16.safetensors", ("text_encoders.t5xxl.transformer.",)),
+    }
     needs_each_encoder = False
     clip_types = ("sd3",)
     distilled_names = ("turbo",)
@@ -109,16 +106,14 @@ class StableDiffusion3(Family):
         settings={"scaling_factor": 1.5305, "shift_factor": 0.0609},
     )
     # The blocks of large and the second attentions of medium, so that names of either are known.
-    released = MappingProxyType(
-        {
-            "num_layers": 38,
-            "num_attention_heads": 38,
-            "caption_projection_dim": 38 * _HEAD_WIDTH,
-            "pos_embed_max_size": 192,
-            "dual_attention_layers": tuple(range(13)),
-            "qk_norm": "rms_norm",
-        }
-    )
+    released = {
+        "num_layers": 38,
+        "num_attention_heads": 38,
+        "caption_projection_dim": 38 * _HEAD_WIDTH,
+        "pos_embed_max_size": 192,
+        "dual_attention_layers": tuple(range(13)),
+        "qk_norm": "rms_norm",
+    }
     lora_signatures = (
         Signature(title, r"(^|_)joint_blocks_\d"),
         Signature(title, r"(^|_)transformer_blocks_\d+_(ff_context|attn_add_q_proj)", order=4),

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -46,32 +45,28 @@ class StableDiffusionXL(Family):
     civitai_name = "SDXL 1.0"
     a1111_version = "SDXL"
     targets = unet_layout.TARGETS
-    text_encoders = MappingProxyType(
-        {
-            "text_encoder": EncoderSlot("clip_l", "clip_l.safetensors", ("conditioner.embedders.0.transformer.",)),
-            "text_encoder_2": EncoderSlot("clip_g", "clip_g.safetensors", ("conditioner.embedders.1.model.",)),
-        }
-    )
+    text_encoders = {
+        "text_encoder": EncoderSlot("clip_l", "clip_l.safetensors", ("conditioner.embedders.0.transformer.",)),
+        "text_encoder_2": EncoderSlot("clip_g", "clip_g.safetensors", ("conditioner.embedders.1.model.",)),
+    }
     autoencoder = AutoencoderSlot(
         "kl", channels=4, usual_file="sdxl_vae.safetensors", settings={"scaling_factor": 0.13025}
     )
     clip_types = ("sdxl",)
     repeatable_context = True
-    released = MappingProxyType(
-        {
-            "sample_size": 128,
-            "block_out_channels": (320, 640, 1280),
-            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            "transformer_layers_per_block": (1, 2, 10),
-            "attention_head_dim": (5, 10, 20),
-            "cross_attention_dim": _CONTEXT_WIDTH,
-            "use_linear_projection": True,
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": _SIZE_WIDTH,
-            "projection_class_embeddings_input_dim": 1280 + _SIZES * _SIZE_WIDTH,
-        }
-    )
+    released = {
+        "sample_size": 128,
+        "block_out_channels": (320, 640, 1280),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 10),
+        "attention_head_dim": (5, 10, 20),
+        "cross_attention_dim": _CONTEXT_WIDTH,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": _SIZE_WIDTH,
+        "projection_class_embeddings_input_dim": 1280 + _SIZES * _SIZE_WIDTH,
+    }
     lora_signatures = (
         Signature(title, unet_layout.CROSS_ATTENTION, _CONTEXT_WIDTH, order=6),
         Signature(title, r"^(lora_te2|text_encoder_2)_text_model_", order=7),

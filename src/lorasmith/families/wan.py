@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -97,13 +96,11 @@ class Wan(Family):
     portable = "ai-toolkit"
     limits = _LIMITS
     targets = _TARGETS
-    text_encoders = MappingProxyType(
-        {
-            "text_encoder": EncoderSlot(
-                "umt5xxl", "umt5_xxl_fp8_e4m3fn_scaled.safetensors", ("text_encoders.umt5xxl.transformer.",)
-            )
-        }
-    )
+    text_encoders = {
+        "text_encoder": EncoderSlot(
+            "umt5xxl", "umt5_xxl_fp8_e4m3fn_scaled.safetensors", ("text_encoders.umt5xxl.transformer.",)
+        )
+    }
     clip_types = ("wan",)
     distilled_names = ("lightx2v", "stepdistill", "causvid", "fastwan", "self_forcing", "turbo")
     predicts_by_length = True
@@ -131,15 +128,13 @@ class Wan(Family):
         )
         heads, inner, blocks = (24, 14336, 30) if is_5b else (40, 13824, 40)
         channels = self.autoencoder.channels
-        self.released = MappingProxyType(
-            {
-                "num_attention_heads": heads,
-                "ffn_dim": inner,
-                "num_layers": blocks,
-                "in_channels": channels,
-                "out_channels": channels,
-            }
-        )
+        self.released = {
+            "num_attention_heads": heads,
+            "ffn_dim": inner,
+            "num_layers": blocks,
+            "in_channels": channels,
+            "out_channels": channels,
+        }
         inputs = r"((self|cross)_attn_q|self_attn_[kvo]|attn1_to_|attn2_to_q|ffn_0|ffn_net_0)"
         layers = r"((self|cross)_attn_[qkvo]$|attn[12]_to_|ffn_[02]$|ffn_net_)"
         self.lora_signatures = (

@@ -9,14 +9,14 @@ same tensors as the base model: only names tell them apart.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorasmith.families.base import *
-from lorasmith.families.parts.autoencoders import FLUX_CONSTANTS
+from lorasmith.families.parts.autoencoders import FLUX_AUTOENCODER
 from lorasmith.families.parts.encoders import literal_text
 from lorasmith.families.parts.language_models import hidden_states
 
@@ -71,24 +71,16 @@ class ZImage(Family):
     limits = _LIMITS
     own_diffusion = _DIFFUSION
     targets = _TARGETS
-    text_encoders = MappingProxyType(
-        {
-            "text_encoder": EncoderSlot(
-                "qwen3", "qwen_3_4b.safetensors", ("text_encoders.qwen3_4b.transformer.",), widths=(2560,)
-            )
-        }
-    )
-    autoencoder = AutoencoderSlot(
-        "kl",
-        channels=16,
-        usual_file="ae.safetensors",
-        prefixes=("vae.",),
-        settings=FLUX_CONSTANTS,
-    )
+    text_encoders = {
+        "text_encoder": EncoderSlot(
+            "qwen3", "qwen_3_4b.safetensors", ("text_encoders.qwen3_4b.transformer.",), widths=(2560,)
+        )
+    }
+    autoencoder = replace(FLUX_AUTOENCODER, prefixes=("vae.",))
     clip_types = ("lumina2",)
     unused_tensors = ("norm_final.weight",)
     distilled_names = ("turbo",)
-    released: Mapping[str, Any] = MappingProxyType({})  # the class' own defaults
+    released: Mapping[str, Any] = {}  # the class' own defaults
     lora_signatures = (Signature(title, DENOISER_START + r"layers_\d+_(attention|feed_forward)_", 3840, order=5),)
 
     def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lorasmith.core.errors import ModelError
 from lorasmith.core.quantization import plain_weights
 from lorasmith.core.registry import Registry
-from lorasmith.families.base import LatentFormat
+from lorasmith.families.base import AutoencoderSlot, LatentFormat
 from lorasmith.families.files.checkpoint import Shapes
 from lorasmith.families.files.original_weights import PartSource, build
 
@@ -94,8 +94,14 @@ def _up_block(match: re.Match[str], levels: int) -> str:
     return f"decoder.up_blocks.{block}.{inside}."
 
 
-FLUX_CONSTANTS = {"scaling_factor": 0.3611, "shift_factor": 0.1159}
-"""Configuration of Flux.1's autoencoder, which Z-Image has too, beyond what shapes say."""
+FLUX_AUTOENCODER = AutoencoderSlot(
+    "kl",
+    channels=16,
+    usual_file="ae.safetensors",
+    prefixes=("vae.", "first_stage_model."),
+    settings={"scaling_factor": 0.3611, "shift_factor": 0.1159},
+)
+"""Flux.1's autoencoder, which Chroma, Lumina 2 and Z-Image have too."""
 
 LATENT_MEANS = "bn.running_mean"
 """Tensor of autoencoders that normalise their latents by statistics of their own, as Flux.2's does."""
