@@ -212,16 +212,14 @@ class _JointInput:
         runs = []
         start = 0
         for run, count in self._rows.present:
-            terms = []
             for number, (layer, adapters) in enumerate(zip(self._layers, self._adapters, strict=True)):
                 if (one := adapters[run]) is None:
                     continue
                 adapter, strength = one
                 down, up, _ = adapter.factors()
                 mask = adapter.inner_mask((count, *x.shape[1:-1], len(down)), layer)
-                terms.append(LowRankTerm(number, strength * adapter.scale, down, up, mask))
-            if terms:
-                runs.append(RunTerms(terms, start, start + count))
+                term = LowRankTerm(number, strength * adapter.scale, down, up, mask)
+                runs.append(RunTerms((term,), start, start + count))
             start += count
         return runs
 
