@@ -22,8 +22,9 @@ from tests.app.folder_cases import Audience, asked, prepared, tensors_of
 def test_preparing_reports_what_it_does_and_ends_in_a_plan(images: Path) -> None:
     audience = Audience()
     run = prepare(asked(images, batch_size=2, grad_accumulation_steps=3), on_event=audience)
-    names = ["ImagesFound", "ModelLoading", "ImagesChecked", "RunPlanned", "EncodersHashed", "CaptionEncoded"]
-    assert audience.names() == [*names, "ImageEncoded"]
+    names = [name for name in audience.names() if name != "EncodersHashed"]  # unless they are remembered
+    assert names[:4] == ["ImagesFound", "ModelLoading", "ImagesChecked", "RunPlanned"]
+    assert names[4:] == ["CaptionEncoded", "ImageEncoded"]
     assert [(one.done, one.total) for one in audience.events[-4:]] == [(1, 4), (2, 4), (3, 4), (4, 4)]  # type: ignore[attr-defined]
     plan = run.plan
     assert [event.plan for event in audience.events if isinstance(event, RunPlanned)] == [plan]

@@ -18,7 +18,9 @@ from tests.app.folder_cases import CONFIRMED, Audience, prepared, tensors_of, wi
 def test_a_run_is_prepared_again_and_continued_to_the_bit(broken: Path, whole: Path) -> None:
     audience = Audience()
     run = prepare_again(broken, rights=CONFIRMED, on_event=audience)
-    assert audience.names() == ["ImagesFound", "ModelLoading", "ImagesChecked", "RunPlanned", "ImageEncoded"]
+    names = [name for name in audience.names() if name != "EncodersHashed"]  # unless they are remembered
+    assert names[:4] == ["ImagesFound", "ModelLoading", "ImagesChecked", "RunPlanned"]
+    assert names[4:] == ["CaptionEncoded", "ImageEncoded"]
     train_prepared(run, output=broken, on_event=audience)
     assert "Resumed" in audience.names()
     assert tensors_of(broken) == tensors_of(whole)

@@ -25,3 +25,22 @@ def test_freed_memory_is_not_faulted_in_again() -> None:
 
     # Twenty tensors of 64 MB have 15,625 pages each (fewer faults where the system hands out large pages).
     assert faults("give back") > 1.5 * faults("keep")
+
+
+RELEASE = """
+import psutil, torch
+from lorasmith.core.allocator import keep_freed_memory, release_freed_memory
+keep_freed_memory()
+held = [torch.ones(4_000_000) for _ in range(8)]
+del held[:7]  # the last one stays above them
+before = psutil.Process().memory_info().rss
+release_freed_memory()
+print(before - psutil.Process().memory_info().rss)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the C library may be another")
+def test_kept_memory_can_be_returned_from_the_middle() -> None:
+    run = subprocess.run([sys.executable, "-c", RELEASE], capture_output=True, text=True, check=True)
+    assert int(run.stdout) > 6 * 16_000_000

@@ -18,7 +18,7 @@ OWN = {
     "TrainLoraNode": [
         "alpha", "targets", "objective", "timesteps", "max_grad_norm", "zero_init",
         "quantization", "activations", "compile", "schedule", "warmup_steps", "ema_decay", "validation_share",
-        "patience", "previews", "preview_every", "private", "training_adapter", "fresh",
+        "patience", "previews", "preview_every", "private", "training_adapter", "fresh", "exact_dtype",
     ],
 }
 # fmt: on

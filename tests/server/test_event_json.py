@@ -36,4 +36,4 @@ def test_events_of_preparation_are_summaries() -> None:
 
 def test_progress_are_events_of_these_names() -> None:
     assert {"StepDone", "Drawing", "CaptionEncoded"} == PROGRESS & KINDS.keys()
-    assert {"ImageEncoded", "ClassImageDrawn"} == PROGRESS - KINDS.keys()
+    assert {"ImageEncoded", "ClassImageDrawn", "EncodersHashed"} == PROGRESS - KINDS.keys()

@@ -39,7 +39,9 @@ def _print(found: Checkup) -> None:
     heading("Versions", ", ".join(f"{name} {version}" for name, version in found.versions.items()))
     for device in found.devices:
         heading("Device  ", f"{device.name}: {device.title}, {memory_text(device.memory_bytes)}")
-        echo(f"         products in {', '.join(device.products)}; compiler {device.compiler}")
+        emulated = [name for name in ("bf16", "fp16") if name not in device.products]
+        slow = f" ({' and '.join(emulated)} only emulated, so that fp32 is used instead)" if emulated else ""
+        echo(f"         products in {', '.join(device.products)}{slow}; compiler {device.compiler}")
     heading("Memory  ", f"{memory_text(found.free_memory_bytes)} of {memory_text(found.memory_bytes)} are free")
     heading("Models  ", f"in {found.base_dir}: {', '.join(f'{kind} {n}' for kind, n in found.folders.items())}")
     for folder, free in found.disks.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import sys
 
-__all__ = ["is_out_of_memory", "keep_freed_memory"]
+__all__ = ["is_out_of_memory", "keep_freed_memory", "release_freed_memory"]
 
 # Numbers of mallopt(3).
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
@@ -24,6 +24,13 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         mallopt(_MMAP_THRESHOLD, 2**30)
         mallopt(_TRIM_THRESHOLD, _LARGEST)
+
+
+def release_freed_memory() -> None:
+    """Return what is free at the moment to the system, `keep_freed_memory` or not: once, where much was freed."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
+    if trim is not None:
+        trim(0)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

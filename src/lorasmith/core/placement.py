@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorasmith.core.allocator import release_freed_memory
 from lorasmith.core.errors import OptionError
 from lorasmith.core.mapped_files import release_pages
 from lorasmith.core.processes import current
@@ -136,6 +137,10 @@ def reproducible(enabled: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
+_LARGE_BYTES = 2**28
+"""Size of copied tensors from which their memory is returned to the system afterwards."""
+
+
 @contextlib.contextmanager
 def placed(
     module: nn.Module,
@@ -191,7 +196,10 @@ def placed(
                 release_pages(original)
         yield
     finally:
+        copied_bytes = sum(tensor.nbytes for tensor, _ in originals)
         for tensor, original in originals:
             tensor.data = original
         for layer, source in sources:
             setattr(layer, WEIGHT_SOURCE, source)
+        if device.type == "cpu" and copied_bytes > _LARGE_BYTES:
+            release_freed_memory()
