@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from lorasmith.families.parts.prompt_weights import parse_weights
 from torch.optim import AdamW
 
 from lorasmith.core.errors import LorasmithError
@@ -21,6 +20,7 @@ from lorasmith.data.caption_rules import CaptionRules
 from lorasmith.data.captions import MAX_CAPTION, caption_of_file_name
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.folder import scan_folder
+from lorasmith.families.parts.encoders import parse_weights
 from lorasmith.formats.container import check_safetensors
 from lorasmith.formats.names.spelling import grouped
 from lorasmith.sampling.previews import parse_prompts

@@ -86,11 +86,6 @@ def weights_as_stored(module: nn.Module, dtype: torch.dtype, *, without: Collect
     """Inside the context, the layers of `layers_as_stored` cast their weight to `dtype` for each product.
 
     The numbers are those of a model that was cast as a whole, in the memory of the stored one.
-
-    Args:
-        module: the model, before it is placed in `dtype`.
-        dtype: of products.
-        without: layers to leave unchanged.
     """
     with contextlib.ExitStack() as undo:
         for layer in layers_as_stored(module, dtype):
@@ -103,11 +98,7 @@ def weights_as_stored(module: nn.Module, dtype: torch.dtype, *, without: Collect
 
 @contextlib.contextmanager
 def placed_for_products(module: nn.Module, *, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Inside the context, a model is placed, its weights as stored where they are narrower than `dtype`.
-
-    Args:
-        module, device, dtype: as for `core.placement.placed`.
-    """
+    """Inside the context, a model is placed, its weights as stored where they are narrower than `dtype`."""
     with weights_as_stored(module, dtype), placed(module, device=device, dtype=dtype):
         yield
 
