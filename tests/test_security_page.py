@@ -15,9 +15,13 @@ from typing import Any
 import pytest
 import torch
 
+from lorasmith.app import sweep_launch
 from lorasmith.app.command_lines import command_line
 from lorasmith.app.folder_run import train_prepared
+from lorasmith.app.run_file import read_run_file
 from lorasmith.app.run_page import report_of, write_report
+from lorasmith.app.sweep_file import read_sweep
+from lorasmith.app.sweep_launch import submit_to_slurm
 from lorasmith.cli.main import main
 from lorasmith.core.errors import DataError, GraphError, LorasmithError, ModelError, OptionError
 from lorasmith.core.folders import Folders, read_extra_model_paths
@@ -167,6 +171,24 @@ def state(tmp_path: Path, run: Path) -> None:
     copy.write_bytes(content)
     with pytest.raises(LorasmithError, match="must have the bytes that were written"):
         load_state(copy)
+
+
+def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "settings.toml"
+    path.write_text('track = "wandb"\n')
+    assert read_run_file(path).train_config({}).track == "none"
+    path.write_text('optimizer = "antigravity.X"\n')
+    with pytest.raises(OptionError, match="importing it would run code"):
+        read_run_file(path).train_config({})
+    path.write_text(
+        'model = "lorasmith-tiny"\nsources = "photos"\noutput = "a\\"\\n touch ran"\n[grid]\nrank = [1, 2]\n'
+    )
+    sweep = read_sweep(path)
+    monkeypatch.setattr(sweep_launch.shutil, "which", lambda name: name)
+    monkeypatch.setattr(sweep_launch.subprocess, "run", lambda *_, **__: pytest.fail("a name left for sbatch"))
+    assert sweep.output is not None
+    with pytest.raises(OptionError, match="must have no control characters"):
+        submit_to_slurm(sweep.runs, sweep.output, ["lorasmith"], [])
 
 
 def report(tmp_path: Path) -> None:
@@ -338,6 +360,7 @@ LINES: dict[str, Callable[..., None] | None] = {
     "LoRA": lora,
     "record in a LoRA (`reproduce`)": None,
     "record of a run as settings (`train --config run.json`)": None,
+    "settings in TOML (`train --config`, `sweep`)": settings,
     "run folder (`resume`)": state,
     "run folder (`report`)": report,
     "checkpoint or GGUF": checkpoint,

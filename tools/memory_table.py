@@ -22,7 +22,7 @@ from torch import nn
 
 from lorasmith.app.memory_estimate import MemoryEstimate, estimate_memory
 from lorasmith.families.base import FAMILIES, Family
-from lorasmith.families.diffusers_file import original_shapes
+from lorasmith.families.loading import original_shapes
 from lorasmith.families.model_search import ModelFiles
 from lorasmith.training.config import TrainConfig
 
@@ -38,20 +38,24 @@ class Row:
     """A released model.
 
     Attributes:
-        title: in the table.
         family: registered name.
         config: of the denoiser's class where it differs from the family's `released`.
         encoders: transformers' class and configuration of each text encoder.
         resolution: side of the pictures.
         prefix: of a language model's names in its file.
+        variant: title in the table, if it is not the family's.
     """
 
-    title: str
     family: str
     config: Mapping[str, Any]
     encoders: tuple[tuple[str, Mapping[str, Any]], ...]
     resolution: int = 1024
     prefix: str = "model."
+    variant: str = ""
+
+    @property
+    def title(self) -> str:
+        return self.variant or FAMILIES[self.family].title
 
 
 _QWEN = {"vocab_size": 151936, "head_dim": 128, "num_key_value_heads": 8, "num_attention_heads": 32}
@@ -92,36 +96,34 @@ _WAN_SMALL = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
 
 ROWS = (
     Row(
-        "Stable Diffusion XL",
         "sdxl",
         {},
         (("CLIPTextModel", _CLIP_L), ("CLIPTextModelWithProjection", {**_CLIP_G, "projection_dim": 1280})),
     ),
     Row(
-        "Flux.1",
         "flux1",
         {},
         (("CLIPTextModel", _CLIP_L), ("T5EncoderModel", {**_T5, "feed_forward_proj": "gated-gelu"})),
     ),
-    Row("Z-Image", "z-image", {}, (("Qwen3Model", _QWEN_4B),)),
+    Row("z-image", {}, (("Qwen3Model", _QWEN_4B),)),
     Row(
-        "Flux.2 klein 4B",
         "flux2-klein",
         {"num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24, "joint_attention_dim": 7680},
         (("Qwen3Model", _QWEN_4B),),
+        variant="Flux.2 klein 4B",
     ),
-    Row("Flux.2 klein 9B", "flux2-klein", {}, (("Qwen3Model", _QWEN_8B),)),
-    Row("Stable Diffusion 3.5 medium", "sd3", _SD3_MEDIUM, _SD3_ENCODERS),
-    Row("Stable Diffusion 3.5 large", "sd3", {"dual_attention_layers": ()}, _SD3_ENCODERS),
-    Row("Lumina 2", "lumina2", {}, ()),  # a header alone holds no vocabulary, without which Gemma 2 is not loaded
-    Row("Krea 2", "krea2", {}, (("Qwen3Model", _QWEN_4B),), prefix="model.language_model."),
-    Row("ERNIE-Image", "ernie-image", {}, (("MistralModel", _MINISTRAL_3B),)),
-    Row("Anima", "anima", {}, (("Qwen3Model", _QWEN_06B),)),
-    Row("Qwen-Image", "qwen-image", {}, (("Qwen2Model", _QWEN_25_7B),)),
-    Row("Chroma", "chroma", {}, (("T5EncoderModel", {**_T5, "feed_forward_proj": "gated-gelu"}),)),
-    Row("Wan 2.1 1.3B, 640 px", "wan", _WAN_SMALL, (("UMT5EncoderModel", _UMT5),), resolution=640),
-    Row("Wan 2.1 and 2.2 A14B, 640 px", "wan", {}, (("UMT5EncoderModel", _UMT5),), resolution=640),
-    Row("Wan 2.2 5B, 960 px", "wan22-5b", {}, (("UMT5EncoderModel", _UMT5),), resolution=960),
+    Row("flux2-klein", {}, (("Qwen3Model", _QWEN_8B),), variant="Flux.2 klein 9B"),
+    Row("sd3", _SD3_MEDIUM, _SD3_ENCODERS, variant="Stable Diffusion 3.5 medium"),
+    Row("sd3", {"dual_attention_layers": ()}, _SD3_ENCODERS, variant="Stable Diffusion 3.5 large"),
+    Row("lumina2", {}, ()),  # a header alone holds no vocabulary, without which Gemma 2 is not loaded
+    Row("krea2", {}, (("Qwen3Model", _QWEN_4B),), prefix="model.language_model."),
+    Row("ernie-image", {}, (("MistralModel", _MINISTRAL_3B),)),
+    Row("anima", {}, (("Qwen3Model", _QWEN_06B),)),
+    Row("qwen-image", {}, (("Qwen2Model", _QWEN_25_7B),)),
+    Row("chroma", {}, (("T5EncoderModel", {**_T5, "feed_forward_proj": "gated-gelu"}),)),
+    Row("wan", _WAN_SMALL, (("UMT5EncoderModel", _UMT5),), resolution=640, variant="Wan 2.1 1.3B, 640 px"),
+    Row("wan", {}, (("UMT5EncoderModel", _UMT5),), resolution=640, variant="Wan 2.1 and 2.2 A14B, 640 px"),
+    Row("wan22-5b", {}, (("UMT5EncoderModel", _UMT5),), resolution=960, variant="Wan 2.2 5B, 960 px"),
 )
 
 

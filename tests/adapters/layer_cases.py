@@ -15,7 +15,7 @@ from lorasmith.adapters.dora import InputDora, OutputDora
 from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.adapters.inject import load_adapters
 from lorasmith.adapters.lora import LoraAdapter
-from lorasmith.adapters.pissa import PissaAdapter
+from lorasmith.adapters.variants import PissaAdapter
 from lorasmith.core.adapter_state import AdapterWeights
 
 __all__ = ["KINDS", "LAYERS", "Kind", "LayerCase", "Small", "randomised", "snapshot"]

@@ -14,12 +14,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lorasmith.adapters import algorithms, catalogue
-from lorasmith.adapters.adapter import ADAPTERS, Adapter
+from lorasmith.adapters.adapter import ADAPTERS, Adapter, misfit, saved, taken, wide
 from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.adapters.inject import Attached, adapters_attached, create_adapters
 from lorasmith.adapters.patch import Patch, patches_merged
 from lorasmith.adapters.targets import Rule, plan_adapters
-from lorasmith.adapters.weights import misfit, saved, taken, wide
 from lorasmith.core.adapter_format import AdapterFormat
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
 from lorasmith.families.loading import load_model

@@ -7,8 +7,7 @@ import torch
 from layer_cases import LAYERS, LayerCase
 from torch import Tensor, nn
 
-from lorasmith.adapters.dense import change_alone, changed_product
-from lorasmith.adapters.frozen_layer import FrozenLayer, FrozenProduct
+from lorasmith.adapters.frozen_layer import FrozenLayer, FrozenProduct, change_alone, changed_product
 
 GEOMETRIES = {
     **LAYERS,

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters import few_pixels
+from lorasmith.adapters import frozen_layer
 from lorasmith.adapters.frozen_layer import FrozenLayer, FrozenProduct
 
 
 @pytest.fixture(autouse=True)
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(few_pixels, "_WEIGHTS_PER_PIXEL", 0)
+    monkeypatch.setattr(frozen_layer, "_WEIGHTS_PER_PIXEL", 0)
 
 
 def outcome(layer: nn.Conv2d, x: Tensor, *, frozen: bool) -> tuple[Tensor, Tensor]:
@@ -35,7 +35,7 @@ def test_it_is_the_convolution(kernel: int, stride: int, padding: int, bias: boo
     layer = nn.Conv2d(6, 4, kernel, stride, padding, bias=bias).to(dtype, memory_format=torch.channels_last)
     layer.requires_grad_(False)
     x = torch.randn(2, 6, 7, 8, dtype=dtype)
-    assert few_pixels.is_worthwhile(layer, x.shape, layer.weight)
+    assert frozen_layer.has_few_pixels(layer, x.shape, layer.weight)
     for found, expected in zip(outcome(layer, x, frozen=True), outcome(layer, x, frozen=False), strict=True):
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
         assert found.dtype == dtype
@@ -55,12 +55,12 @@ def test_others_stay_convolutions(layer: nn.Module) -> None:
     weight = layer.get_parameter("weight")
     if weight.ndim == 4:
         weight.data = weight.data.contiguous(memory_format=torch.channels_last)
-    assert not few_pixels.is_worthwhile(layer, torch.Size((1, 6, 8, 8)[: weight.ndim]), weight)
+    assert not frozen_layer.has_few_pixels(layer, torch.Size((1, 6, 8, 8)[: weight.ndim]), weight)
 
 
 def test_only_large_weights_on_few_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     large = nn.Conv2d(1280, 640, 3, padding=1).to(memory_format=torch.channels_last)
-    assert few_pixels.is_worthwhile(large, torch.Size((1, 1280, 8, 8)), large.weight)
-    assert not few_pixels.is_worthwhile(large, torch.Size((1, 1280, 32, 32)), large.weight)
-    assert not few_pixels.is_worthwhile(large, torch.Size((4, 1280, 8, 8)), large.weight)
+    assert frozen_layer.has_few_pixels(large, torch.Size((1, 1280, 8, 8)), large.weight)
+    assert not frozen_layer.has_few_pixels(large, torch.Size((1, 1280, 32, 32)), large.weight)
+    assert not frozen_layer.has_few_pixels(large, torch.Size((4, 1280, 8, 8)), large.weight)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorasmith.adapters.lokr_sizes import factor_shapes, factorization, rank_in
+from lorasmith.adapters.lokr import factor_shapes, factorization, rank_in
 
 
 @given(st.integers(1, 2000), st.integers(1, 300))

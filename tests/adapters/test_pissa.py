@@ -10,7 +10,7 @@ from torch import nn
 from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.adapters.inject import Attached, adapters_attached
 from lorasmith.adapters.lora import LoraAdapter
-from lorasmith.adapters.pissa import PissaAdapter
+from lorasmith.adapters.variants import PissaAdapter
 
 
 def fresh(layer: nn.Module, *, rank: int = 3, alpha: float = 2.0) -> PissaAdapter:

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters import inject, shared_input
-from lorasmith.adapters.dropout import Dropout
+from lorasmith.adapters import inject
 from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.adapters.inject import Attached, adapters_attached
 from lorasmith.adapters.lora import LoraAdapter
+from lorasmith.adapters.variants import Dropout
 
 
 class Attention(nn.Module):
@@ -55,13 +55,13 @@ def outcome(net: Attention, adapters: dict[str, Any], *inputs: Tensor) -> list[T
 def groups(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Sizes of the groups that were computed together."""
     seen: list[int] = []
-    original: Callable[..., Any] = shared_input.linear_group
+    original: Callable[..., Any] = inject.linear_with_lora
 
     def counted(x: Tensor, layers: Any, *rest: Any) -> Any:
         seen.append(len(layers))
         return original(x, layers, *rest)
 
-    monkeypatch.setattr(shared_input, "linear_group", counted)
+    monkeypatch.setattr(inject, "linear_with_lora", counted)
     return seen
 
 

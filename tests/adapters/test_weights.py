@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lorasmith.adapters.weights import taken
+from lorasmith.adapters.adapter import taken
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import LoraError
 

@@ -21,7 +21,7 @@ from lorasmith.data.folder import scan_folder
 from lorasmith.families.base import FAMILIES
 from lorasmith.families.locating import BUILT_IN, ModelFiles
 from lorasmith.families.model import Model
-from lorasmith.families.parts.clip_text import clip_tokenizer
+from lorasmith.families.parts.clip import clip_tokenizer
 from lorasmith.families.parts.tokenizers import TokenizerSource, qwen_tokenizer, spiece_tokenizer, t5_tokenizer
 from tests.data.test_preflight import add, photo
 

@@ -39,13 +39,10 @@ def test_without_sbatch_slurm_is_refused(sweep: Sweep, tmp_path: Path, monkeypat
     assert not (tmp_path / "sweep.sbatch").exists()
 
 
-def test_the_script_is_an_array_of_the_runs_left(tmp_path: Path) -> None:
-    script = slurm_script(
-        [7, 1, 2, 3, 9, 10], tmp_path / "my sweep", ["python", "-m", "lorasmith", "sweep", "a b.toml"]
-    )
+def test_the_script_is_an_array_of_the_runs_left() -> None:
+    script = slurm_script([7, 1, 2, 3, 9, 10], "my sweep", ["python", "-m", "lorasmith", "sweep", "a b.toml"])
     assert "#SBATCH --array=1-3,7,9-10\n" in script
     assert "#SBATCH --job-name=my_sweep\n" in script
-    assert f'#SBATCH --output="{tmp_path}/my sweep/logs/slurm-%A_%a.txt"\n' in script
     assert script.startswith("#!/bin/bash\n")
     assert script.endswith("exec python -m lorasmith sweep 'a b.toml' --only \"$SLURM_ARRAY_TASK_ID\"\n")
 
@@ -57,8 +54,29 @@ def test_the_array_is_submitted_with_the_options(sweep: Sweep, tmp_path: Path, m
     output = sweep_folder(tmp_path / "out")
     job, script = submit_to_slurm(sweep.runs[1:3], output, ["lorasmith", "sweep"], ["--gpus=1", "--comment=a b"])
     assert (job, script) == ("4242", output / "sweep.sbatch")
-    assert (tmp_path / "given").read_text().splitlines() == ["--parsable", "--gpus=1", "--comment=a b", str(script)]
+    assert (tmp_path / "given").read_text().splitlines() == [
+        "--parsable",
+        f"--output={output}/logs/slurm-%A_%a.txt",
+        "--gpus=1",
+        "--comment=a b",
+        str(script),
+    ]
     assert "--array=2-3\n" in script.read_text()
+
+
+@posix
+@pytest.mark.parametrize("name", ['out"\ntouch ran\n#', "out\nx", "it's", "a\x1b[2J", "a\u2028b"])
+def test_names_with_control_characters_and_quotes_leave_for_no_other_program(
+    sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    program(tmp_path / "bin", "sbatch", f"touch {tmp_path}/called")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    with pytest.raises(OptionError, match="must have no control characters, and the output no quotes"):
+        submit_to_slurm(sweep.runs, tmp_path / name, ["lorasmith"], [])
+    if name != "it's":  # a shell's quotes hold those of others
+        with pytest.raises(OptionError, match="must have no control characters"):
+            submit_to_slurm(sweep.runs, tmp_path / "out", ["lorasmith", "sweep", name], [])
+    assert {one.name for one in tmp_path.iterdir()} == {"bin", "sweep.toml"}
 
 
 @posix

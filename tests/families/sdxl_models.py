@@ -14,7 +14,7 @@ import models
 from original_models import autoencoder, clip_l, openclip, save
 from torch import Tensor
 
-from lorasmith.families.parts.clip_text import clip_tokenizer
+from lorasmith.families.parts.clip import clip_tokenizer
 
 __all__ = ["PREFIX", "diffusers_pipeline", "saved_checkpoint", "tensors"]
 

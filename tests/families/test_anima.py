@@ -119,7 +119,7 @@ def test_the_released_model_has_the_published_sizes() -> None:
     adapter = sum(size for name, size in sizes.items() if name.startswith("text_conditioner."))
     assert (sum(sizes.values()) - adapter, adapter) == (1_956_405_248, 134_663_680)
 
-    names, preset = ANIMA.table(denoiser), ANIMA.targets["attention+ff"]
+    names, preset = ANIMA.table(denoiser), ANIMA.presets["attention+ff"]
     trained = {place.path for path, place in names.items() if matches(path, preset.include)}
     layers = [f"{attention}_attn.{one}_proj" for attention in ("self", "cross") for one in ("q", "k", "v", "output")]
     expected = [f"blocks.{block}.{layer}" for block in range(28) for layer in (*layers, "mlp.layer1", "mlp.layer2")]
@@ -189,7 +189,7 @@ def lora(case: Case, *patterns: str) -> AdapterState:
 
 
 def test_a_lora_on_both_parts_is_applied_by_diffusers(case: Case, tmp_path: Path) -> None:
-    state = lora(case, *ANIMA.targets["attention+ff+adapter"].include)
+    state = lora(case, *ANIMA.presets["attention+ff+adapter"].include)
     for layout, adapter in (("portable", "diffusion_model.llm_adapter."), ("diffusers", "text_conditioner.")):
         file = tmp_path / f"{layout}.safetensors"
         save_lora(file, state, case.ours.names, layout=layout)

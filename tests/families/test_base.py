@@ -89,7 +89,7 @@ def test_a_family_is_complete(name: str) -> None:
 
     assert family.name == name
     assert family.title
-    assert {"attention", "transformer", "all"} <= set(family.targets)
+    assert {"attention", "transformer", "all"} <= set(family.presets)
     assert not family.recognises({})
     assert not family.recognises({"conv_in.weight": (4, 4, 3, 3)})
 

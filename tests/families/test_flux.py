@@ -18,8 +18,7 @@ from lorasmith.core.errors import DataError, ModelError
 from lorasmith.families.base import Conditioning
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
-from lorasmith.families.parts.flux_layout import image_positions
-from lorasmith.families.parts.packing import packed_latents, unpacked_latents
+from lorasmith.families.parts.flux_layout import image_positions, packed_latents, unpacked_latents
 from lorasmith.formats.lora_file import state_from_tensors
 from tests.covering import slow_except
 

@@ -17,7 +17,7 @@ from lorasmith.core.errors import ModelError
 from lorasmith.families import locating
 from lorasmith.families.loading import load_model
 from lorasmith.families.locating import BUILT_IN, built_in_models
-from lorasmith.families.parts.clip_text import clip_tokenizer
+from lorasmith.families.parts.clip import clip_tokenizer
 
 TENSORS = SMALLEST.unet_tensors()
 

@@ -10,7 +10,7 @@ import torch
 from original_models import save
 from safetensors.torch import load_file
 from spiece_models import spiece_model
-from tiny_lumina2 import LUMINA2, lumina2_denoiser, lumina2_names
+from tiny_lumina2 import LUMINA2
 from transformer_models import TINY
 
 from lorasmith.core.errors import ModelError
@@ -71,9 +71,10 @@ def test_encoders_of_z_image_and_lumina_are_not_mistaken(files: dict[str, Path],
 
 @pytest.mark.slow
 def test_diffusers_reads_a_file_of_the_released_width(tmp_path: Path) -> None:
-    part = lumina2_denoiser(layers=1, heads=24, kv_heads=8, head=96)
+    wide = {"num_layers": 1, "num_attention_heads": 24, "num_kv_heads": 8, "hidden_size": 24 * 96}
+    part = LUMINA2.denoiser(**wide, axes_dim_rope=(32, 32, 32))
     part.save_config(tmp_path)
-    theirs = type(part).from_single_file(lumina2_names(part), config=str(tmp_path), local_files_only=True)
+    theirs = type(part).from_single_file(LUMINA2.original(part), config=str(tmp_path), local_files_only=True)
     state = part.state_dict()
     assert theirs.state_dict().keys() == state.keys()
     assert [name for name, tensor in theirs.state_dict().items() if not torch.equal(state[name], tensor)] == []

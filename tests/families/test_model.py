@@ -131,7 +131,7 @@ def test_encoders_run_where_they_are_told_to(tiny: Model, monkeypatch: pytest.Mo
         placed.append(device)
         yield
 
-    monkeypatch.setattr(model, "placed", record)
+    monkeypatch.setattr(model, "placed_for_products", record)
     monkeypatch.setattr(model, "best_device", lambda: torch.device("cuda"))
     for encoder in (tiny.text_encoder, replace(tiny.text_encoder, device=torch.device("cpu"))):
         with encoder.active():

@@ -21,7 +21,7 @@ from lorasmith.adapters.targets import Rule, plan_adapters
 from lorasmith.families.base import FAMILIES
 from lorasmith.families.files.original_weights import module_paths, weight_shapes
 from lorasmith.families.loading import load_model  # noqa: F401 - families register themselves there
-from lorasmith.families.parts.clip_layout import released_paths, written_paths
+from lorasmith.families.parts.clip import released_paths, written_paths
 from lorasmith.families.parts.unet_layout import original_unet_path, unet_config
 from lorasmith.formats.names.model_names import ModelNames, OriginalName
 
@@ -176,7 +176,7 @@ def sd15() -> tuple[nn.Module, ModelNames]:
 def targeted(preset: str) -> set[str]:
     """Names in kohya's files of what a preset targets in Stable Diffusion 1.5."""
     model, names = sd15()
-    chosen = FAMILIES["sd1"].targets[preset]
+    chosen = FAMILIES["sd1"].presets[preset]
     plan = plan_adapters(model, [Rule(chosen.include, chosen.exclude, chosen.linear_only)], rank=4)
     by_path = dict(zip(names.denoiser, kohya(names), strict=True))
     return {by_path[one.path] for one in plan.adapters}
@@ -258,7 +258,7 @@ def test_flux_knows_its_encoders_by_the_paths_that_transformers_has() -> None:
 def test_presets_of_flux_target_what_they_say(preset: str, count: int) -> None:
     # A double block has 8 attention, 4 feed-forward and 2 modulation matrices; a single block 3, 2 and 1;
     # around them are two input layers, three embedders of two matrices, and two of the output.
-    chosen = FAMILIES["flux1"].targets[preset]
+    chosen = FAMILIES["flux1"].presets[preset]
     model = flux(models.FluxShape(128, 19, 38, 16, 8))
     plan = plan_adapters(model, [Rule(chosen.include, linear_only=chosen.linear_only)], rank=4)
 

@@ -12,12 +12,12 @@ from transformer_models import TINY
 
 from lorasmith.core.errors import DataError, ModelError
 from lorasmith.families.base import FAMILIES, Conditioning
-from lorasmith.families.files.gguf_names import names_of
+from lorasmith.families.files.gguf import names_of
 from lorasmith.families.files.original_weights import PartSource
 from lorasmith.families.loading import load_model
 from lorasmith.families.part_loading import load_text_encoder
 from lorasmith.families.parts.encoders import ENCODERS, recognised_encoder
-from lorasmith.families.parts.picture_chat import SYSTEM, SYSTEM_TOKENS, chat_of, seen_from
+from lorasmith.families.parts.language_models import SYSTEM, SYSTEM_TOKENS, chat_of, seen_from
 from lorasmith.families.parts.tokenizers import qwen_tokenizer
 
 QWEN = TINY["qwen-image"]

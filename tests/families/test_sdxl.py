@@ -308,7 +308,7 @@ def test_names_and_default_targets_are_those_of_sd_scripts(released: nn.Module) 
     names = SDXL.names(released, {})
 
     def targeted(preset: str) -> set[str]:
-        chosen = SDXL.targets[preset]
+        chosen = SDXL.presets[preset]
         plan = plan_adapters(released, [Rule(chosen.include, chosen.exclude, chosen.linear_only)], rank=4)
         return {f"lora_unet_{names.denoiser[one.path].path.replace('.', '_')}" for one in plan.adapters}
 

@@ -17,7 +17,7 @@ from lorasmith.core.errors import ModelError
 from lorasmith.families.base import Conditioning, Encoding
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
-from lorasmith.families.parts.clip_text import clip_tokenizer
+from lorasmith.families.parts.clip import clip_tokenizer
 from tests.covering import slow_except
 
 PREFIX = "model.diffusion_model."

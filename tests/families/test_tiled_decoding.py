@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lorasmith.families.base import LatentFormat
-from lorasmith.families.tiled_decoding import decode_tiled
+from lorasmith.families.model import decode_tiled
 
 
 class Enlarging:

@@ -19,7 +19,7 @@ from lorasmith.cli.main import main
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
 from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.families.model import Model
-from lorasmith.families.released import released_names
+from lorasmith.families.structure import released_names
 from lorasmith.formats.lora_file import save_lora
 from lorasmith.formats.names.model_names import matches
 from lorasmith.formats.names.recognise import guessed_family
@@ -57,7 +57,7 @@ def test_a_step_changes_adapters_alone(case: Case, four: EncodedDataset) -> None
 
     before = digests()
     result = run(model, four, steps=1, batch_size=4, learning_rate=1e-2)
-    preset = model.family.targets[model.defaults.targets]
+    preset = model.family.presets[model.defaults.targets]
     assert digests() == before
     assert result.lora.state.adapters.keys() == {
         ModuleRef(DENOISER, path)
@@ -199,7 +199,7 @@ def test_its_files_are_recognised_without_a_model(case: Case, naming: str) -> No
     family = case.ours.family
     names = released_names(family.title)
     assert names is not None
-    preset = family.targets[case.ours.defaults.targets]
+    preset = family.presets[case.ours.defaults.targets]
     keys = {}
     for path, place in names.denoiser.items():
         if matches(path, preset.include) and len(names.weight_shapes[path]) == 2:

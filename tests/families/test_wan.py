@@ -24,8 +24,7 @@ from lorasmith.core.errors import DataError, LoraError, ModelError
 from lorasmith.core.placement import placed
 from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.families.base import FAMILIES, Conditioning
-from lorasmith.families.diffusers_file import original_shapes
-from lorasmith.families.loading import load_model
+from lorasmith.families.loading import load_model, original_shapes
 from lorasmith.families.model import Model
 from lorasmith.families.wan import Wan
 from lorasmith.formats.lora_file import save_lora
@@ -350,7 +349,7 @@ def test_loras_of_the_second_expert_in_diffusers_are_read(wan: Model, tmp_path: 
 def test_kohyas_names_are_those_that_musubi_tuner_trains(wan: Model, tmp_path: Path) -> None:
     """Every matrix of a `WanAttentionBlock`, which is the default choice here too."""
     names = wan.names
-    preset = wan.family.targets[wan.defaults.targets]
+    preset = wan.family.presets[wan.defaults.targets]
     adapters = {
         ModuleRef(DENOISER, path): AdapterWeights(
             "lora", {"down": torch.ones(1, shape[1]), "up": torch.ones(shape[0], 1)}

@@ -12,39 +12,13 @@ from typing import Any
 from unittest import mock
 
 import torch
-from tiny_parts import TinyFamily, chatting, original_tensors, qwen, randomized, under, wan_names
+from tiny_parts import TinyFamily, qwen
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorasmith.families.parts.tokenizers import t5_tokenizer
 
-__all__ = ["ANIMA", "diffusers_parts"]
-
 _ADAPTER = {"source_dim": 32, "target_dim": 32, "model_dim": 32, "num_layers": 2, "num_attention_heads": 2}
-
-
-@cache
-def _anima() -> dict[str, Any]:
-    from diffusers import AutoencoderKLQwenImage
-
-    from lorasmith.families.parts.anima_network import AnimaNetwork
-
-    denoiser = AnimaNetwork(
-        num_layers=2,
-        num_attention_heads=2,
-        attention_head_dim=32,
-        text_embed_dim=32,
-        adaln_lora_dim=16,
-        rope_scale=(1.0, 4.0, 4.0),
-        extra_pos_embed_type=None,
-        text_conditioner=_ADAPTER,
-    )
-    return {
-        "transformer": randomized(denoiser),
-        "vae": randomized(AutoencoderKLQwenImage(base_dim=16)),
-        "text_encoder": randomized(qwen(2, rope_theta=1e6)),
-        "tokenizer": chatting(),
-    }
 
 
 @cache
@@ -52,7 +26,7 @@ def diffusers_parts() -> dict[str, Any]:
     """The pipeline's parts, made of diffusers' classes alone. Nothing may change them."""
     from diffusers import AnimaTextConditioner, CosmosTransformer3DModel
 
-    parts = dict(_anima())
+    parts = dict(ANIMA.parts())
     ours = parts["transformer"].state_dict()
     settings = {**parts["transformer"].config, "in_channels": 16, "concat_padding_mask": True}
     transformer, adapter = CosmosTransformer3DModel.from_config(settings), AnimaTextConditioner(**_ADAPTER)
@@ -116,16 +90,19 @@ def _drawn(pipeline: Any, arguments: Mapping[str, Any], guidance: float) -> Any:
 
 
 ANIMA = _Modular(
-    _anima,
-    "AnimaModularPipeline",
+    "anima",
+    "anima-base-v1.0.safetensors",
     {
-        "transformer": (
-            "diffusion_models/anima-base-v1.0.safetensors",
-            lambda one: original_tensors("anima", one),
-        ),
-        "vae": ("vae/qwen_image_vae.safetensors", wan_names),
-        "text_encoder": ("text_encoders/qwen_3_06b_base.safetensors", under("model.")),
+        "num_layers": 2,
+        "num_attention_heads": 2,
+        "attention_head_dim": 32,
+        "text_embed_dim": 32,
+        "adaln_lora_dim": 16,
+        "rope_scale": (1.0, 4.0, 4.0),
+        "extra_pos_embed_type": None,
+        "text_conditioner": _ADAPTER,
     },
+    {"text_encoder": lambda: qwen(2, rope_theta=1e6)},
     conditioning=_conditioning,
     call=_call,
     drawn=_drawn,

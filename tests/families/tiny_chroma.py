@@ -3,70 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 from typing import Any
 from unittest import mock
 
 import torch
-from tiny_parts import (
-    TinyFamily,
-    grid_positions,
-    image_patches,
-    kl,
-    kl_names,
-    latents_of_patches,
-    original_tensors,
-    randomized,
-    t5_names,
-)
+from tiny_parts import TinyFamily, grid_positions, image_patches, latents_of_patches, t5
 from torch import Tensor, nn
 
-from lorasmith.families.parts.tokenizers import t5_tokenizer
 
-__all__ = ["CHROMA", "chroma_denoiser", "chroma_names"]
-
-
-def chroma_denoiser(*, heads: int, head: int, axes: tuple[int, int, int]) -> nn.Module:
-    """One block of either kind.
-
-    Args:
-        heads, head: number of attention heads and their width.
-        axes: of rotary positions, which add up to `head`.
-    """
-    from diffusers import ChromaTransformer2DModel
-
-    denoiser = ChromaTransformer2DModel(
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=head,
-        num_attention_heads=heads,
-        joint_attention_dim=32,
-        axes_dims_rope=axes,
-        approximator_hidden_dim=64,
-        approximator_layers=2,
-    )
-    return randomized(denoiser)
-
-
-@cache
-def _chroma() -> dict[str, Any]:
-    from transformers import T5Config, T5EncoderModel
-
-    t5 = T5Config(
-        vocab_size=32128, d_model=32, d_ff=64, d_kv=8, num_heads=4, num_layers=2, feed_forward_proj="gated-gelu"
-    )
-    return {
-        "transformer": chroma_denoiser(heads=2, head=32, axes=(4, 14, 14)),
-        "vae": randomized(kl(16)),
-        "text_encoder": randomized(T5EncoderModel(t5)),
-        "tokenizer": t5_tokenizer(),
-    }
-
-
-def chroma_names(denoiser: nn.Module) -> dict[str, Tensor]:
+def _names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The released file says `scale` for the weights of all norms."""
     norms = (".query_norm.weight", ".key_norm.weight")
-    tensors = original_tensors("chroma", denoiser)
     return {
         f"{name.removesuffix('weight')}scale" if name.endswith(norms) or ".norms." in name else name: one
         for name, one in tensors.items()
@@ -105,13 +52,20 @@ def _drawn(pipeline: Any, arguments: Mapping[str, Any], guidance: float) -> Any:
 
 
 CHROMA = TinyFamily(
-    _chroma,
-    "ChromaPipeline",
+    "chroma",
+    "Chroma1-HD.safetensors",
     {
-        "transformer": ("diffusion_models/Chroma1-HD.safetensors", chroma_names),
-        "vae": ("vae/ae.safetensors", kl_names),
-        "text_encoder": ("text_encoders/t5xxl_fp16.safetensors", t5_names),
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "attention_head_dim": 32,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 32,
+        "axes_dims_rope": (4, 14, 14),
+        "approximator_hidden_dim": 64,
+        "approximator_layers": 2,
     },
+    {"text_encoder": t5},
+    named=_names,
     conditioning=_conditioning,
     call=_call,
     drawn=_drawn,

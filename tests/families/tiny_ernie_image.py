@@ -6,18 +6,16 @@ Its encoder is as wide as the released one, since files of Ministral and Mistral
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache, partial
+from functools import partial
 from typing import Any
 from unittest import mock
 
 import torch
 from tiny_flux2 import tekken_file
-from tiny_parts import TinyFamily, kl_names, original_tensors, randomized, under
+from tiny_parts import TinyFamily, mistral, under
 from torch import Tensor, nn
 
 from lorasmith.families.parts.tokenizers import TokenizerSource, tekken_tokenizer
-
-__all__ = ["ERNIE_IMAGE", "WIDTH"]
 
 WIDTH = 3072
 _CONTROL = 32  # tokens
@@ -34,45 +32,6 @@ def _tokenizer() -> Any:
     tokenizer = tekken_tokenizer(TokenizerSource(embedded={"tekken_model": _vocabulary()}))
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return tokenizer
-
-
-@cache
-def _ernie() -> dict[str, Any]:
-    from diffusers import AutoencoderKLFlux2, ErnieImageTransformer2DModel
-    from transformers import MistralConfig, MistralModel
-
-    denoiser = ErnieImageTransformer2DModel(
-        hidden_size=64,
-        num_attention_heads=2,
-        num_layers=2,
-        ffn_hidden_size=96,
-        text_in_dim=WIDTH,
-        rope_axes_dim=(8, 12, 12),
-    )
-    vae = AutoencoderKLFlux2(
-        block_out_channels=(32,) * 4,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=1,
-    )
-    ministral = MistralConfig(
-        vocab_size=_CONTROL + 258,
-        hidden_size=WIDTH,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        head_dim=128,
-        rope_theta=1e6,
-        rms_norm_eps=1e-5,
-        sliding_window=None,
-    )
-    return {
-        "transformer": randomized(denoiser),
-        "vae": randomized(vae),
-        "text_encoder": randomized(MistralModel(ministral)),
-        "tokenizer": _tokenizer(),
-    }
 
 
 def _conditioning(pipeline: Any, text: str) -> dict[str, Tensor]:
@@ -100,19 +59,19 @@ def _drawn(pipeline: Any, arguments: Mapping[str, Any], guidance: float) -> Any:
 
 
 ERNIE_IMAGE = TinyFamily(
-    _ernie,
-    "ErnieImagePipeline",
+    "ernie-image",
+    "ernie-image.safetensors",
     {
-        "transformer": (
-            "diffusion_models/ernie-image.safetensors",
-            lambda one: original_tensors("ernie-image", one),
-        ),
-        "vae": ("vae/flux2-vae.safetensors", kl_names),
-        "text_encoder": (
-            "text_encoders/ministral-3-3b.safetensors",
-            lambda one: {**under("model.")(one), "tekken_model": _vocabulary()},
-        ),
+        "hidden_size": 64,
+        "num_attention_heads": 2,
+        "num_layers": 2,
+        "ffn_hidden_size": 96,
+        "text_in_dim": WIDTH,
+        "rope_axes_dim": (8, 12, 12),
     },
+    {"text_encoder": lambda: mistral(_CONTROL + 258, WIDTH, 3, 1e6)},
+    tokenizer=_tokenizer,
+    encoder_names=lambda encoder: {**under("model.")(encoder), "tekken_model": _vocabulary()},
     conditioning=_conditioning,
     call=_call,
     drawn=_drawn,

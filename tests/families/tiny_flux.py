@@ -3,74 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 from typing import Any
 
 import torch
 from original_models import clip_l_shapes
-from tiny_parts import (
-    VOCABULARY,
-    TinyFamily,
-    clip_names,
-    grid_positions,
-    image_patches,
-    kl,
-    kl_names,
-    latents_of_patches,
-    original_tensors,
-    randomized,
-    scaled,
-    t5_names,
-)
+from tiny_parts import VOCABULARY, TinyFamily, clip, grid_positions, image_patches, latents_of_patches, scaled, t5
 from torch import Tensor, nn
 
-from lorasmith.families.parts.clip_text import clip_tokenizer
-from lorasmith.families.parts.tokenizers import t5_tokenizer
 
-__all__ = ["FLUX1"]
+def _clip_l() -> nn.Module:
+    from transformers import CLIPTextModel
 
-
-@cache
-def _flux() -> dict[str, Any]:
-    from diffusers import FluxTransformer2DModel
-    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
-
-    denoiser = FluxTransformer2DModel(
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=32,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        pooled_projection_dim=64,
-        guidance_embeds=True,
-        axes_dims_rope=(4, 14, 14),
-    )
-    clip = CLIPTextConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=256,
-        num_attention_heads=1,
-        num_hidden_layers=12,
-        hidden_act="quick_gelu",
-        projection_dim=64,
-        bos_token_id=VOCABULARY - 2,
-        eos_token_id=VOCABULARY - 1,
-        pad_token_id=VOCABULARY - 1,
-    )
-    t5 = T5Config(
-        vocab_size=32128, d_model=32, d_ff=64, d_kv=8, num_heads=4, num_layers=2, feed_forward_proj="gated-gelu"
-    )
-    assert {name.removeprefix("text_model.") for name in CLIPTextModel(clip).state_dict()} == set(
-        clip_l_shapes(12, VOCABULARY, 64)
-    )
-    return {
-        "transformer": randomized(denoiser),
-        "vae": randomized(kl(16)),
-        "text_encoder": randomized(CLIPTextModel(clip)),
-        "text_encoder_2": randomized(T5EncoderModel(t5)),
-        "tokenizer": clip_tokenizer(),
-        "tokenizer_2": t5_tokenizer(),
-    }
+    encoder: nn.Module = CLIPTextModel(clip(12, 64, 256))
+    names = {name.removeprefix("text_model.") for name in encoder.state_dict()}
+    assert names == set(clip_l_shapes(12, VOCABULARY, 64))
+    return encoder
 
 
 def _conditioning(pipeline: Any, text: str) -> dict[str, Tensor]:
@@ -100,17 +47,20 @@ def _drawn(pipeline: Any, arguments: Mapping[str, Any], guidance: float) -> Any:
 
 
 FLUX1 = TinyFamily(
-    _flux,
-    "FluxPipeline",
+    "flux1",
+    "flux1-dev.safetensors",
     {
-        "transformer": (
-            "diffusion_models/flux1-dev.safetensors",
-            lambda one: scaled(original_tensors("flux1", one)),
-        ),
-        "vae": ("vae/ae.safetensors", kl_names),
-        "text_encoder": ("text_encoders/clip_l.safetensors", clip_names),
-        "text_encoder_2": ("text_encoders/t5xxl_fp16.safetensors", t5_names),
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "attention_head_dim": 32,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 32,
+        "pooled_projection_dim": 64,
+        "guidance_embeds": True,
+        "axes_dims_rope": (4, 14, 14),
     },
+    {"text_encoder": _clip_l, "text_encoder_2": t5},
+    named=scaled,
     conditioning=_conditioning,
     call=_call,
     drawn=_drawn,

@@ -5,59 +5,13 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Mapping
-from functools import cache
 from typing import Any
 
 import torch
-from tiny_parts import (
-    TinyFamily,
-    chatting,
-    grid_positions,
-    kl_names,
-    original_tensors,
-    qwen,
-    randomized,
-    scaled,
-    under,
-)
+from tiny_parts import TinyFamily, grid_positions, mistral, qwen, scaled, under
 from torch import Tensor, nn
 
 from lorasmith.families.parts.tokenizers import TokenizerSource, tekken_tokenizer
-
-__all__ = ["DEV", "KLEIN", "tekken_file"]
-
-
-def _flux2_denoiser(*, has_guidance: bool) -> nn.Module:
-    from diffusers import Flux2Transformer2DModel
-
-    denoiser = Flux2Transformer2DModel(
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=32,
-        num_attention_heads=2,
-        joint_attention_dim=96,
-        guidance_embeds=has_guidance,
-        axes_dims_rope=(8, 8, 8, 8),
-    )
-    return randomized(denoiser)
-
-
-@cache
-def _klein() -> dict[str, Any]:
-    from diffusers import AutoencoderKLFlux2
-
-    vae = AutoencoderKLFlux2(
-        block_out_channels=(32,) * 4,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=1,
-    )
-    return {
-        "transformer": _flux2_denoiser(has_guidance=False),
-        "vae": randomized(vae),
-        "text_encoder": randomized(qwen(28, rope_theta=1e6)),
-        "tokenizer": chatting(),
-    }
 
 
 def tekken_file(control: int = 1000) -> bytes:
@@ -99,30 +53,6 @@ class _MistralProcessor:
         return {"input_ids": torch.tensor(rows), "attention_mask": torch.tensor(masks)}
 
 
-@cache
-def _dev() -> dict[str, Any]:
-    from transformers import MistralConfig, MistralModel
-
-    mistral = MistralConfig(
-        vocab_size=1258,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=31,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        head_dim=128,
-        rope_theta=1e9,
-        rms_norm_eps=1e-5,
-        sliding_window=None,
-    )
-    return {
-        "transformer": _flux2_denoiser(has_guidance=True),
-        "vae": _klein()["vae"],
-        "text_encoder": randomized(MistralModel(mistral)),
-        "tokenizer": _MistralProcessor(),
-    }
-
-
 def _mistral_names(encoder: nn.Module) -> dict[str, Tensor]:
     vocabulary = torch.frombuffer(bytearray(tekken_file()), dtype=torch.uint8)
     return {**under("model.")(encoder), "tekken_model": vocabulary}
@@ -147,33 +77,34 @@ def _drawn_with_guidance(pipeline: Any, arguments: Mapping[str, Any], guidance: 
     return pipeline(**arguments, guidance_scale=4.0).images[0]
 
 
+_SIZES = {
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "attention_head_dim": 32,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 96,
+    "axes_dims_rope": (8, 8, 8, 8),
+}
+
 KLEIN = TinyFamily(
-    _klein,
-    "Flux2KleinPipeline",
-    {
-        "transformer": (
-            "diffusion_models/flux-2-klein-base-4b.safetensors",
-            lambda one: scaled(original_tensors("flux2-klein", one)),
-        ),
-        "vae": ("vae/flux2-vae.safetensors", kl_names),
-        "text_encoder": ("text_encoders/qwen_3_4b.safetensors", under("model.")),
-    },
+    "flux2-klein",
+    "flux-2-klein-base-4b.safetensors",
+    {**_SIZES, "guidance_embeds": False},
+    {"text_encoder": lambda: qwen(28, rope_theta=1e6)},
+    named=scaled,
     conditioning=_conditioning,
     call=_call,
     unlearnt=0.5,  # 64 of 128 channels
 )
 
 DEV = TinyFamily(
-    _dev,
-    "Flux2Pipeline",
-    {
-        "transformer": (
-            "diffusion_models/flux2_dev_fp8mixed.safetensors",
-            lambda one: scaled(original_tensors("flux2", one)),
-        ),
-        "vae": ("vae/flux2-vae.safetensors", kl_names),
-        "text_encoder": ("text_encoders/mistral_3_small_flux2_bf16.safetensors", _mistral_names),
-    },
+    "flux2",
+    "flux2_dev_fp8mixed.safetensors",
+    {**_SIZES, "guidance_embeds": True},
+    {"text_encoder": lambda: mistral(1258, 32, 31, 1e9)},
+    tokenizer=_MistralProcessor,
+    encoder_names=_mistral_names,
+    named=scaled,
     conditioning=_conditioning,
     call=_call,
     is_slow=True,  # klein is heavier, and has the same blocks

@@ -4,58 +4,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from functools import cache
 from typing import Any
 from unittest import mock
 
 import torch
 from tiny_parts import (
     TinyFamily,
-    chatting,
     grid_positions,
     image_patches,
     latents_of_patches,
-    original_tensors,
     qwen,
-    randomized,
-    under,
-    wan_names,
 )
 from torch import Tensor, nn
-
-__all__ = ["KREA2"]
 
 
 def _krea_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     norm = re.compile(r"(qnorm|knorm|prenorm|postnorm|txtmlp\.0|last\.norm)\.weight$")
     flat = {name: one.flatten() if name.endswith(".mod.lin") else one for name, one in tensors.items()}
     return {norm.sub(r"\1.scale", name): one for name, one in flat.items()}
-
-
-@cache
-def _krea() -> dict[str, Any]:
-    from diffusers import AutoencoderKLQwenImage, Krea2Transformer2DModel
-
-    denoiser = Krea2Transformer2DModel(
-        num_layers=2,
-        attention_head_dim=32,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        intermediate_size=96,
-        text_hidden_dim=32,
-        text_num_attention_heads=2,
-        text_num_key_value_heads=2,
-        text_intermediate_size=48,
-        num_layerwise_text_blocks=1,
-        num_refiner_text_blocks=1,
-        axes_dims_rope=(8, 12, 12),
-    )
-    return {
-        "transformer": randomized(denoiser),
-        "vae": randomized(AutoencoderKLQwenImage(base_dim=16)),
-        "text_encoder": randomized(qwen(36, rope_theta=5e6)),
-        "tokenizer": chatting(),
-    }
 
 
 def _text_only(pipeline: Any) -> Any:
@@ -90,16 +56,24 @@ def _drawn(pipeline: Any, arguments: Mapping[str, Any], guidance: float) -> Any:
 
 
 KREA2 = TinyFamily(
-    _krea,
-    "Krea2Pipeline",
+    "krea2",
+    "krea2_raw.safetensors",
     {
-        "transformer": (
-            "diffusion_models/krea2_raw.safetensors",
-            lambda one: _krea_names(original_tensors("krea2", one)),
-        ),
-        "vae": ("vae/qwen_image_vae.safetensors", wan_names),
-        "text_encoder": ("text_encoders/qwen3vl_4b_bf16.safetensors", under("model.language_model.")),
+        "num_layers": 2,
+        "attention_head_dim": 32,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "intermediate_size": 96,
+        "text_hidden_dim": 32,
+        "text_num_attention_heads": 2,
+        "text_num_key_value_heads": 2,
+        "text_intermediate_size": 48,
+        "num_layerwise_text_blocks": 1,
+        "num_refiner_text_blocks": 1,
+        "axes_dims_rope": (8, 12, 12),
     },
+    {"text_encoder": lambda: qwen(36, rope_theta=5e6)},
+    named=_krea_names,
     conditioning=_conditioning,
     call=_call,
     drawn=_drawn,

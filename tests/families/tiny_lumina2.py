@@ -3,45 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 from typing import Any
 
 import torch
 from sentencepiece import SentencePieceProcessor
 from spiece_models import spiece_model
-from tiny_parts import TinyFamily, kl, kl_names, original_tensors, randomized
+from tiny_parts import TinyFamily
 from torch import Tensor, nn
-
-__all__ = ["LUMINA2", "lumina2_denoiser", "lumina2_names"]
-
-
-def lumina2_denoiser(*, layers: int, heads: int, kv_heads: int, head: int) -> Any:
-    """One block of either refiner.
-
-    Args:
-        layers: number of blocks of text and picture together.
-        heads, kv_heads: number of heads of queries, and of keys and values.
-        head: width of a head.
-    """
-    from diffusers import Lumina2Transformer2DModel
-
-    denoiser = Lumina2Transformer2DModel(
-        hidden_size=heads * head,
-        num_layers=layers,
-        num_refiner_layers=1,
-        num_attention_heads=heads,
-        num_kv_heads=kv_heads,
-        axes_dim_rope=(head // 3,) * 3,
-        axes_lens=(1536, 512, 512),
-        multiple_of=128,
-        cap_feat_dim=32,
-    )
-    return randomized(denoiser)
-
-
-def lumina2_names(denoiser: Any) -> dict[str, Tensor]:
-    """The released file has a norm that nothing uses."""
-    return original_tensors("lumina2", denoiser) | {"norm_final.weight": torch.ones(denoiser.config.hidden_size)}
 
 
 def _tokenizer() -> Any:
@@ -56,11 +24,10 @@ def _tokenizer() -> Any:
     return GemmaTokenizer(pieces, generate_merges(pieces, scores), add_bos_token=True, **special)
 
 
-@cache
-def _lumina2() -> dict[str, Any]:
+def _gemma() -> nn.Module:
     from transformers import Gemma2Config, Gemma2Model
 
-    encoder = Gemma2Model(
+    return Gemma2Model(
         Gemma2Config(
             vocab_size=320,
             hidden_size=32,
@@ -72,12 +39,6 @@ def _lumina2() -> dict[str, Any]:
             attn_implementation="eager",
         )
     )
-    return {
-        "transformer": lumina2_denoiser(layers=2, heads=4, kv_heads=2, head=24),
-        "vae": randomized(kl(16)),
-        "text_encoder": randomized(encoder),
-        "tokenizer": _tokenizer(),
-    }
 
 
 def _conditioning(pipeline: Any, text: str) -> dict[str, Tensor]:
@@ -105,16 +66,25 @@ def _with_vocabulary(encoder: nn.Module) -> dict[str, Tensor]:
 
 
 LUMINA2 = TinyFamily(
-    _lumina2,
-    "Lumina2Pipeline",
+    "lumina2",
+    "lumina_2_model_bf16.safetensors",
     {
-        "transformer": (
-            "diffusion_models/lumina_2_model_bf16.safetensors",
-            lumina2_names,
-        ),
-        "vae": ("vae/ae.safetensors", kl_names),
-        "text_encoder": ("text_encoders/gemma_2_2b_fp16.safetensors", _with_vocabulary),
+        "hidden_size": 96,
+        "num_layers": 2,
+        "num_refiner_layers": 1,
+        "num_attention_heads": 4,
+        "num_kv_heads": 2,
+        "axes_dim_rope": (8, 8, 8),
+        "axes_lens": (1536, 512, 512),
+        "multiple_of": 128,
+        "cap_feat_dim": 32,
     },
+    {"text_encoder": _gemma},
+    network="Lumina2Transformer2DModel",
+    # The released file has a norm that nothing uses.
+    named=lambda tensors: tensors | {"norm_final.weight": torch.ones(len(tensors["x_embedder.weight"]))},
+    tokenizer=_tokenizer,
+    encoder_names=_with_vocabulary,
     conditioning=_conditioning,
     call=_call,
     drawn=_drawn,

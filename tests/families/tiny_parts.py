@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,31 +18,12 @@ import models
 import torch
 from torch import Tensor, nn
 
-from lorasmith.families.base import FAMILIES
+from lorasmith.families.base import FAMILIES, AutoencoderSlot, Family
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
-from lorasmith.families.parts.tokenizers import qwen_tokenizer
+from lorasmith.families.parts.clip import clip_tokenizer
+from lorasmith.families.parts.tokenizers import qwen_tokenizer, t5_tokenizer
 from tests.families.original_models import save
-
-__all__ = [
-    "CHAT",
-    "VOCABULARY",
-    "TinyFamily",
-    "chatting",
-    "clip_names",
-    "grid_positions",
-    "image_patches",
-    "kl",
-    "kl_names",
-    "latents_of_patches",
-    "original_tensors",
-    "qwen",
-    "randomized",
-    "scaled",
-    "t5_names",
-    "under",
-    "wan_names",
-]
 
 CHAT = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -85,14 +67,20 @@ def _drawn(pipeline: Any, arguments: Mapping[str, Any], guidance: float) -> Any:
 
 @dataclass(frozen=True)
 class TinyFamily:
-    """A family, small.
+    """A family, small: sizes of its denoiser and its encoders, everything else from the family's own tables.
 
     Attributes:
-        parts: makes diffusers' parts by their names in its pipeline (`transformer`, `vae`, `text_encoder`, ...).
-        pipeline: name of diffusers' pipeline.
-        files: name of the file of each part, and how its tensors are named there.
+        name: registered name of the family.
+        file: of the denoiser.
+        sizes: settings of the denoiser's class.
+        encoders: makes each text encoder, by component.
         conditioning: of a prompt, by the pipeline: what our `Conditioning` holds, without padding that a mask hides.
         call: a prediction for latents, conditioning and noise level, by the denoiser's own call.
+        network: class of the denoiser in diffusers, where the family's own is not that.
+        named: the denoiser's tensors as in its file, from those in the original layout.
+        vae, vae_names: makes another autoencoder than that of the kind, and names its tensors as its file does.
+        tokenizer, encoder_names: the same for the one encoder of a kind that has none below.
+        further: settings of the pipeline.
         dressed: the parts as the pipeline takes them, if it has other classes.
         drawn: a picture by the pipeline: noise as `latents`, `sigmas`, sizes and the prompt are given, and guidance.
         reads_weights: whether `(word:1.3)` is syntax for it, as it is in no pipeline.
@@ -103,11 +91,19 @@ class TinyFamily:
         is_slow: whether its tests with the mark `slow_by_family` are slow: those in which it brings nothing new.
     """
 
-    parts: Callable[[], dict[str, Any]]
-    pipeline: str
-    files: Mapping[str, tuple[str, Callable[[nn.Module], dict[str, Tensor]]]]
+    name: str
+    file: str
+    sizes: Mapping[str, Any]
+    encoders: Mapping[str, Callable[[], nn.Module]]
     conditioning: Callable[[Any, str], dict[str, Tensor]]
     call: Callable[[Any, Tensor, Mapping[str, Tensor], Tensor], Tensor]
+    network: str = ""
+    named: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict
+    vae: Callable[[AutoencoderSlot], nn.Module] | None = None
+    vae_names: Callable[[nn.Module], dict[str, Tensor]] | None = None
+    tokenizer: Callable[[], Any] | None = None
+    encoder_names: Callable[[nn.Module], dict[str, Tensor]] | None = None
+    further: Mapping[str, Any] = field(default_factory=dict)
     dressed: Callable[[dict[str, Any]], dict[str, Any]] = dict
     drawn: Callable[[Any, Mapping[str, Any], float], Any] = _drawn
     reads_weights: bool = False
@@ -116,6 +112,54 @@ class TinyFamily:
     has_released_widths: bool = False
     left_out: Mapping[str, str] = field(default_factory=dict)
     is_slow: bool = False
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.name]
+
+    @property
+    def pipeline(self) -> str:
+        """Name of diffusers' pipeline."""
+        return self.family.pipeline
+
+    def denoiser(self, **changes: Any) -> Any:
+        """The denoiser, with some sizes changed."""
+        import diffusers
+
+        kind = getattr(diffusers, self.network) if self.network else self.family.denoiser_class()
+        return randomized(kind(**{**self.sizes, **changes}))
+
+    def parts(self) -> dict[str, Any]:
+        """diffusers' parts by their names in its pipeline (`transformer`, `vae`, `text_encoder`, ...), made once."""
+        return self._parts
+
+    @cached_property
+    def _parts(self) -> dict[str, Any]:
+        slot = self.family.autoencoder
+        parts = {"transformer": self.denoiser(), "vae": randomized((self.vae or _AUTOENCODERS[slot.kind][0])(slot))}
+        for component, make in self.encoders.items():
+            kind = self.family.text_encoders[component].kind
+            parts[component] = randomized(make())
+            parts[component.replace("text_encoder", "tokenizer")] = (self.tokenizer or _ENCODERS[kind][0])()
+        return {**parts, **self.further}
+
+    @property
+    def files(self) -> dict[str, tuple[str, Callable[[nn.Module], dict[str, Tensor]]]]:
+        """Name of the file of each part, and how its tensors are named there."""
+        slot = self.family.autoencoder
+        names = {
+            "transformer": (f"diffusion_models/{self.file}", self.original),
+            "vae": (f"vae/{slot.usual_file}", self.vae_names or _AUTOENCODERS[slot.kind][1]),
+        }
+        for component in self.encoders:
+            encoder = self.family.text_encoders[component]
+            file = f"text_encoders/{encoder.usual_file.partition(' ')[0]}"
+            names[component] = file, self.encoder_names or _ENCODERS[encoder.kind][1]
+        return names
+
+    def original(self, denoiser: nn.Module) -> dict[str, Tensor]:
+        """A denoiser's tensors as in its file."""
+        return self.named(original_tensors(self.name, denoiser))
 
     def saved(self, folder: Path, dtype: torch.dtype | None = None) -> dict[str, Path]:
         """Each part in a file of its usual name, in ComfyUI's folders."""
@@ -131,7 +175,7 @@ class TinyFamily:
 
     def denoiser_tensors(self) -> dict[str, Tensor]:
         """The denoiser's tensors as in its file."""
-        return self.files["transformer"][1](self.parts()["transformer"])
+        return self.original(self.parts()["transformer"])
 
     def loaded(self, files: Mapping[str, Path]) -> Model:
         """The model in those files."""
@@ -251,6 +295,74 @@ def qwen(layers: int, **settings: Any) -> nn.Module:
     )
 
 
+def clip(layers: int, width: int, inner: int, *, activation: str = "quick_gelu", pad: int = VOCABULARY - 1) -> Any:
+    """Configuration of a CLIP; those of OpenCLIP pad with token 0."""
+    from transformers import CLIPTextConfig
+
+    return CLIPTextConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_attention_heads=1,
+        num_hidden_layers=layers,
+        hidden_act=activation,
+        projection_dim=width,
+        bos_token_id=VOCABULARY - 2,
+        eos_token_id=VOCABULARY - 1,
+        pad_token_id=pad,
+    )
+
+
+def t5(width: int = 32) -> nn.Module:
+    from transformers import T5Config, T5EncoderModel
+
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=32128, d_model=width, d_ff=64, d_kv=8, num_heads=4, num_layers=2, feed_forward_proj="gated-gelu"
+        )
+    )
+
+
+def mistral(vocabulary: int, width: int, layers: int, rope_theta: float) -> nn.Module:
+    from transformers import MistralConfig, MistralModel
+
+    return MistralModel(
+        MistralConfig(
+            vocab_size=vocabulary,
+            hidden_size=width,
+            intermediate_size=48,
+            num_hidden_layers=layers,
+            num_attention_heads=1,
+            num_key_value_heads=1,
+            head_dim=128,
+            rope_theta=rope_theta,
+            rms_norm_eps=1e-5,
+            sliding_window=None,
+        )
+    )
+
+
+def _kl_of(slot: AutoencoderSlot) -> nn.Module:
+    return kl(slot.channels, scale=slot.settings["scaling_factor"], shift=slot.settings["shift_factor"])
+
+
+def _wan21(_slot: AutoencoderSlot) -> nn.Module:
+    from diffusers import AutoencoderKLQwenImage
+
+    return AutoencoderKLQwenImage(base_dim=16)
+
+
+def _flux2(_slot: AutoencoderSlot) -> nn.Module:
+    from diffusers import AutoencoderKLFlux2
+
+    return AutoencoderKLFlux2(
+        block_out_channels=(32,) * 4,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+    )
+
+
 def chatting() -> Any:
     tokenizer = qwen_tokenizer()
     tokenizer.chat_template = CHAT
@@ -275,3 +387,17 @@ def grid_positions(axes: int, rows: int, columns: int) -> Tensor:
     """Positions (0, y, x, 0, ...) of the tokens of a picture."""
     grid = torch.cartesian_prod(*(torch.arange(float(size)) for size in (1, rows, columns)))
     return torch.cat((grid, torch.zeros(len(grid), axes - 3)), dim=1)
+
+
+_AUTOENCODERS = {"kl": (_kl_of, kl_names), "wan21": (_wan21, wan_names), "flux2": (_flux2, kl_names)}
+"""Makes an autoencoder of a kind, and names its tensors as files do."""
+
+_ENCODERS: dict[str, tuple[Callable[[], Any], Callable[[nn.Module], dict[str, Tensor]]]] = {
+    "clip_l": (clip_tokenizer, clip_names),
+    "clip_g": (lambda: clip_tokenizer(pad_token="!"), lambda encoder: dict(encoder.state_dict())),
+    "t5xxl": (t5_tokenizer, t5_names),
+    "qwen3": (chatting, under("model.")),
+    "qwen25vl": (chatting, under("model.")),
+    "qwen3vl": (chatting, under("model.language_model.")),
+}
+"""Makes the tokenizer of an encoder of a kind, and names its tensors as files do."""

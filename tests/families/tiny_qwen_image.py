@@ -3,50 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 from typing import Any
 from unittest import mock
 
 import torch
 from tiny_parts import (
     TinyFamily,
-    chatting,
     image_patches,
     latents_of_patches,
-    randomized,
-    under,
-    wan_names,
 )
 from torch import Tensor, nn
 
-__all__ = ["QWEN_IMAGE"]
 
-
-@cache
-def _qwen_image() -> dict[str, Any]:
-    from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
+def _qwen25() -> nn.Module:
     from transformers import Qwen2Config, Qwen2Model
 
-    denoiser = QwenImageTransformer2DModel(
-        num_layers=2, attention_head_dim=32, num_attention_heads=2, joint_attention_dim=32, axes_dims_rope=(4, 14, 14)
+    return Qwen2Model(
+        Qwen2Config(
+            vocab_size=151936,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=128,
+            rope_theta=1e6,
+            rms_norm_eps=1e-6,
+        )
     )
-    encoder = Qwen2Config(
-        vocab_size=151936,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=128,
-        rope_theta=1e6,
-        rms_norm_eps=1e-6,
-    )
-    return {
-        "transformer": randomized(denoiser),
-        "vae": randomized(AutoencoderKLQwenImage(base_dim=16)),
-        "text_encoder": randomized(Qwen2Model(encoder)),
-        "tokenizer": chatting(),
-    }
 
 
 def _conditioning(pipeline: Any, text: str) -> dict[str, Tensor]:
@@ -81,13 +65,16 @@ def _drawn(pipeline: Any, arguments: Mapping[str, Any], guidance: float) -> Any:
 
 
 QWEN_IMAGE = TinyFamily(
-    _qwen_image,
-    "QwenImagePipeline",
+    "qwen-image",
+    "qwen_image_bf16.safetensors",
     {
-        "transformer": ("diffusion_models/qwen_image_bf16.safetensors", lambda one: dict(one.state_dict())),
-        "vae": ("vae/qwen_image_vae.safetensors", wan_names),
-        "text_encoder": ("text_encoders/qwen_2.5_vl_7b.safetensors", under("model.")),
+        "num_layers": 2,
+        "attention_head_dim": 32,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 32,
+        "axes_dims_rope": (4, 14, 14),
     },
+    {"text_encoder": _qwen25},
     conditioning=_conditioning,
     call=_call,
     drawn=_drawn,

@@ -3,73 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 from typing import Any
 
 import torch
-from tiny_parts import VOCABULARY, TinyFamily, clip_names, kl, kl_names, original_tensors, randomized, t5_names
+from tiny_parts import TinyFamily, clip, clip_names, t5
 from torch import Tensor, nn
-
-from lorasmith.families.parts.clip_text import clip_tokenizer
-from lorasmith.families.parts.tokenizers import t5_tokenizer
-
-__all__ = ["SD3"]
 
 _CLIP_WIDTH = 32
 
 
-def _clip(layers: int, activation: str, pad: int) -> Any:
-    from transformers import CLIPTextConfig
+def _clip_l() -> nn.Module:
+    from transformers import CLIPTextModel
 
-    return CLIPTextConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=_CLIP_WIDTH,
-        intermediate_size=_CLIP_WIDTH,
-        num_attention_heads=1,
-        num_hidden_layers=layers,
-        hidden_act=activation,
-        projection_dim=_CLIP_WIDTH,
-        bos_token_id=VOCABULARY - 2,
-        eos_token_id=VOCABULARY - 1,
-        pad_token_id=pad,
-    )
+    return CLIPTextModel(clip(12, _CLIP_WIDTH, _CLIP_WIDTH))
 
 
-@cache
-def _sd3() -> dict[str, Any]:
-    from diffusers import SD3Transformer2DModel
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+def _clip_g() -> nn.Module:
+    from transformers import CLIPTextModelWithProjection
 
-    denoiser = SD3Transformer2DModel(
-        num_layers=2,
-        attention_head_dim=64,
-        num_attention_heads=2,
-        joint_attention_dim=2 * _CLIP_WIDTH,
-        caption_projection_dim=128,
-        pooled_projection_dim=2 * _CLIP_WIDTH,
-        pos_embed_max_size=24,
-        dual_attention_layers=(0,),
-        qk_norm="rms_norm",
-    )
-    t5 = T5Config(
-        vocab_size=32128,
-        d_model=2 * _CLIP_WIDTH,
-        d_ff=64,
-        d_kv=8,
-        num_heads=4,
-        num_layers=2,
-        feed_forward_proj="gated-gelu",
-    )
-    return {
-        "transformer": randomized(denoiser),
-        "vae": randomized(kl(16, scale=1.5305, shift=0.0609)),
-        "text_encoder": randomized(CLIPTextModel(_clip(12, "quick_gelu", VOCABULARY - 1))),
-        "text_encoder_2": randomized(CLIPTextModelWithProjection(_clip(32, "gelu", 0))),
-        "text_encoder_3": randomized(T5EncoderModel(t5)),
-        "tokenizer": clip_tokenizer(),
-        "tokenizer_2": clip_tokenizer(pad_token="!"),
-        "tokenizer_3": t5_tokenizer(),
-    }
+    return CLIPTextModelWithProjection(clip(32, _CLIP_WIDTH, _CLIP_WIDTH, activation="gelu", pad=0))
 
 
 def _dressed(parts: dict[str, Any]) -> dict[str, Any]:
@@ -92,23 +44,22 @@ def _call(denoiser: nn.Module, latents: Tensor, given: Mapping[str, Tensor], tim
     return prediction
 
 
-def _projected_names(encoder: nn.Module) -> dict[str, Tensor]:
-    return dict(encoder.state_dict())
-
-
 SD3 = TinyFamily(
-    _sd3,
-    "StableDiffusion3Pipeline",
+    "sd3",
+    "sd3.5_medium.safetensors",
     {
-        "transformer": (
-            "diffusion_models/sd3.5_medium.safetensors",
-            lambda one: original_tensors("sd3", one),
-        ),
-        "vae": ("vae/sd3_vae.safetensors", kl_names),
-        "text_encoder": ("text_encoders/clip_l.safetensors", clip_names),
-        "text_encoder_2": ("text_encoders/clip_g.safetensors", _projected_names),
-        "text_encoder_3": ("text_encoders/t5xxl_fp16.safetensors", t5_names),
+        "num_layers": 2,
+        "attention_head_dim": 64,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 2 * _CLIP_WIDTH,
+        "caption_projection_dim": 128,
+        "pooled_projection_dim": 2 * _CLIP_WIDTH,
+        "pos_embed_max_size": 24,
+        "dual_attention_layers": (0,),
+        "qk_norm": "rms_norm",
     },
+    {"text_encoder": _clip_l, "text_encoder_2": _clip_g, "text_encoder_3": lambda: t5(2 * _CLIP_WIDTH)},
+    network="SD3Transformer2DModel",
     conditioning=_conditioning,
     call=_call,
     dressed=_dressed,

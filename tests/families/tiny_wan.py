@@ -12,56 +12,54 @@ from unittest import mock
 import torch
 from sentencepiece import SentencePieceProcessor
 from spiece_models import spiece_model
-from tiny_parts import TinyFamily, original_tensors, randomized, t5_names, wan_names
+from tiny_parts import TinyFamily, t5_names, wan_names
 from torch import Tensor, nn
 
+from lorasmith.families.base import AutoencoderSlot
 from lorasmith.families.parts.wan_vae import LATENT_MEAN_22, LATENT_STD_22
 
-__all__ = ["WAN", "WAN_5B", "frames_of"]
+
+def _sizes(channels: int) -> dict[str, Any]:
+    return {
+        "num_attention_heads": max(1, channels // 24),  # of 128 each; together more than a patch has numbers
+        "in_channels": channels,
+        "out_channels": channels,
+        "text_dim": 32,
+        "ffn_dim": 96,
+        "num_layers": 2,
+    }
 
 
-def _denoiser(channels: int) -> nn.Module:
-    from diffusers import WanTransformer3DModel
+@cache
+def _umt5() -> nn.Module:
+    from transformers import UMT5Config, UMT5EncoderModel
 
-    return randomized(
-        WanTransformer3DModel(
-            num_attention_heads=max(1, channels // 24),  # of 128 each; together more than a patch has numbers
-            in_channels=channels,
-            out_channels=channels,
-            text_dim=32,
-            ffn_dim=96,
-            num_layers=2,
+    return UMT5EncoderModel(
+        UMT5Config(
+            vocab_size=64, d_model=32, d_ff=64, d_kv=8, num_heads=4, num_layers=2, feed_forward_proj="gated-gelu"
         )
     )
 
 
 @cache
-def _text() -> dict[str, Any]:
-    from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
+def _tokenizer() -> Any:
+    from transformers import T5Tokenizer
 
-    config = UMT5Config(
-        vocab_size=64, d_model=32, d_ff=64, d_kv=8, num_heads=4, num_layers=2, feed_forward_proj="gated-gelu"
-    )
     pieces = SentencePieceProcessor(model_proto=spiece_model("unigram"))
     vocabulary = [(pieces.id_to_piece(id_), pieces.get_score(id_)) for id_ in range(pieces.get_piece_size())]
-    return {
-        "text_encoder": randomized(UMT5EncoderModel(config)),
-        "tokenizer": T5Tokenizer(vocab=vocabulary, extra_ids=0),
-    }
+    return T5Tokenizer(vocab=vocabulary, extra_ids=0)
 
 
-@cache
-def _wan() -> dict[str, Any]:
+def _wan21(_slot: AutoencoderSlot) -> nn.Module:
     from diffusers import AutoencoderKLWan
 
-    return {"transformer": _denoiser(16), "vae": randomized(AutoencoderKLWan(base_dim=16)), **_text()}
+    return AutoencoderKLWan(base_dim=16)
 
 
-@cache
-def _wan_5b() -> dict[str, Any]:
+def _wan22(_slot: AutoencoderSlot) -> nn.Module:
     from diffusers import AutoencoderKLWan
 
-    vae = AutoencoderKLWan(
+    return AutoencoderKLWan(
         base_dim=16,
         decoder_base_dim=16,
         z_dim=48,
@@ -73,7 +71,6 @@ def _wan_5b() -> dict[str, Any]:
         patch_size=2,
         scale_factor_spatial=16,
     )
-    return {"transformer": _denoiser(48), "vae": randomized(vae), **_text(), "expand_timesteps": True}
 
 
 def _umt5_names(encoder: nn.Module) -> dict[str, Tensor]:
@@ -122,16 +119,13 @@ def _drawn(pipeline: Any, arguments: Mapping[str, Any], guidance: float) -> Any:
 
 
 WAN = TinyFamily(
-    _wan,
-    "WanPipeline",
-    {
-        "transformer": (
-            "diffusion_models/wan2.1_t2v_1.3B_fp16.safetensors",
-            lambda one: original_tensors("wan", one),
-        ),
-        "vae": ("vae/wan_2.1_vae.safetensors", wan_names),
-        "text_encoder": ("text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors", _umt5_names),
-    },
+    "wan",
+    "wan2.1_t2v_1.3B_fp16.safetensors",
+    _sizes(16),
+    {"text_encoder": _umt5},
+    tokenizer=_tokenizer,
+    encoder_names=_umt5_names,
+    vae=_wan21,
     conditioning=_conditioning,
     call=_call,
     drawn=_drawn,
@@ -140,16 +134,15 @@ WAN = TinyFamily(
 )
 
 WAN_5B = TinyFamily(
-    _wan_5b,
-    "WanPipeline",
-    {
-        "transformer": (
-            "diffusion_models/wan2.2_ti2v_5B_fp16.safetensors",
-            lambda one: original_tensors("wan22-5b", one),
-        ),
-        "vae": ("vae/wan2.2_vae.safetensors", _wan22_names),
-        "text_encoder": ("text_encoders/umt5_xxl_fp8_e4m3fn_scaled.safetensors", _umt5_names),
-    },
+    "wan22-5b",
+    "wan2.2_ti2v_5B_fp16.safetensors",
+    _sizes(48),
+    {"text_encoder": _umt5},
+    tokenizer=_tokenizer,
+    encoder_names=_umt5_names,
+    vae=_wan22,
+    vae_names=_wan22_names,
+    further={"expand_timesteps": True},
     conditioning=_conditioning,
     call=_call,
     drawn=_drawn,

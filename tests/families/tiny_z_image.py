@@ -3,36 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 from typing import Any
 
 import torch
-from tiny_parts import TinyFamily, chatting, kl, kl_names, original_tensors, qwen, randomized, under
+from tiny_parts import TinyFamily, qwen
 from torch import Tensor, nn
-
-__all__ = ["Z_IMAGE"]
-
-
-@cache
-def _z_image() -> dict[str, Any]:
-    from diffusers import ZImageTransformer2DModel
-
-    denoiser = ZImageTransformer2DModel(
-        dim=64,
-        n_heads=2,
-        n_kv_heads=2,
-        n_layers=2,
-        n_refiner_layers=1,
-        cap_feat_dim=32,
-        axes_dims=[8, 12, 12],
-        axes_lens=[1536, 512, 512],
-    )
-    return {
-        "transformer": randomized(denoiser),
-        "vae": randomized(kl(16)),
-        "text_encoder": randomized(qwen(3, rope_theta=1e6)),
-        "tokenizer": chatting(),
-    }
 
 
 def _conditioning(pipeline: Any, text: str) -> dict[str, Tensor]:
@@ -50,16 +25,20 @@ def _drawn(pipeline: Any, arguments: Mapping[str, Any], guidance: float) -> Any:
 
 
 Z_IMAGE = TinyFamily(
-    _z_image,
-    "ZImagePipeline",
+    "z-image",
+    "z_image_bf16.safetensors",
     {
-        "transformer": (
-            "diffusion_models/z_image_bf16.safetensors",
-            lambda one: original_tensors("z-image", one) | {"norm_final.weight": torch.ones(64)},
-        ),
-        "vae": ("vae/ae.safetensors", kl_names),
-        "text_encoder": ("text_encoders/qwen_3_4b.safetensors", under("model.")),
+        "dim": 64,
+        "n_heads": 2,
+        "n_kv_heads": 2,
+        "n_layers": 2,
+        "n_refiner_layers": 1,
+        "cap_feat_dim": 32,
+        "axes_dims": [8, 12, 12],
+        "axes_lens": [1536, 512, 512],
     },
+    {"text_encoder": lambda: qwen(3, rope_theta=1e6)},
+    named=lambda tensors: tensors | {"norm_final.weight": torch.ones(64)},
     conditioning=_conditioning,
     call=_call,
     drawn=_drawn,

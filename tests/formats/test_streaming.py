@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from lorasmith.core.errors import LoraError, OutputError
-from lorasmith.formats import streaming
+from lorasmith.formats import lora_file as streaming
 from lorasmith.formats.layouts.layout import LAYOUTS
-from lorasmith.formats.lora_file import load_lora, save_lora
-from lorasmith.formats.streaming import save_streamed, spooled
+from lorasmith.formats.lora_file import load_lora, save_lora, save_streamed, spooled
 
 
 def written(folder: Path) -> dict[str, bytes]:

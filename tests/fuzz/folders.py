@@ -17,7 +17,7 @@ from lorasmith.data.caption_rules import CaptionRules
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.folder import scan_folder
 from lorasmith.data.image_files import open_image
-from lorasmith.families.parts.prompt_weights import parse_weights
+from lorasmith.families.parts.encoders import parse_weights
 from lorasmith.sampling.previews import parse_prompts
 from tests.fuzz.engine import Door, FaultError, command, printed
 from tests.fuzz.mutators import damaged_bytes, damaged_json, json_bytes, nasty_text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tests.fuzz import caches, checkpoints, datasets, folders, ggufs, graphs, loras, records
+from tests.fuzz import caches, checkpoints, datasets, folders, ggufs, graphs, loras, pictures, records, texts
 from tests.fuzz.engine import Kind, run_case
 
 __all__ = ["KINDS", "cases", "prepare"]
@@ -12,14 +12,18 @@ __all__ = ["KINDS", "cases", "prepare"]
 KINDS: dict[str, Kind] = {
     one.name: one
     for one in (
-        Kind("lora", 39, loras.doors),
+        Kind("lora", 31, loras.doors),
+        Kind("unfit", 4, loras.unfit_doors),
         Kind("checkpoint", 10, checkpoints.doors),
         Kind("gguf", 8, ggufs.doors),
-        Kind("graph", 16, graphs.doors),
+        Kind("graph", 13, graphs.doors),
         Kind("record", 5, records.doors),
-        Kind("folder", 15, folders.doors),
+        Kind("folder", 13, folders.doors),
         Kind("cache", 2, caches.doors),
         Kind("dataset", 5, datasets.doors),
+        Kind("json", 2, texts.json_doors),
+        Kind("name", 4, texts.name_doors),
+        Kind("picture", 3, pictures.doors),
     )
 }
 

@@ -22,11 +22,12 @@ from lorasmith.core.errors import LorasmithError
 from lorasmith.families.loading import load_model
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Model
-from lorasmith.families.released import released_names
+from lorasmith.families.structure import released_names
 from lorasmith.formats.container import read_safetensors, serialised
 from lorasmith.formats.inspect import describe
 from lorasmith.formats.layouts.layout import LAYOUTS
 from lorasmith.formats.lora_file import save_lora
+from lorasmith.formats.names import spelling
 from lorasmith.formats.names.model_names import ModelNames
 from lorasmith.toolbox import check, convert, lora_files, resize
 from lorasmith.toolbox.compare import compare
@@ -35,7 +36,7 @@ from lorasmith.training.lora_handle import Lora
 from tests.fuzz.engine import Door, FaultError, command, printed
 from tests.fuzz.mutators import damaged_bytes, damaged_json, damaged_safetensors, json_bytes, nasty_text
 
-__all__ = ["built_in", "doors", "files"]
+__all__ = ["built_in", "doors", "files", "unfit_doors"]
 
 _BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
 _LAYERS: dict[str, Callable[[], nn.Module]] = {
@@ -88,6 +89,25 @@ def doors(rng: random.Random, folder: Path) -> Sequence[Door]:
     if rng.random() < 0.6:
         found.append(("apply", functools.partial(_applied, rng, path, tensors if is_whole else None)))
     return found
+
+
+def unfit_doors(rng: random.Random, folder: Path) -> Sequence[Door]:
+    """Tensors of any algorithm that need not fit one another, of modules of the model and of none."""
+    suffixes = list(spelling._roles(tuple(ADAPTERS)))
+    sizes = (0, 1, 2, 4, 32, 320)
+    tensors = {}
+    for base in rng.sample(("lora_unet_conv_in", "lora_unet_nobody", "unet.conv_in", "lora_te_x", "zz", ""), k=2):
+        for suffix in rng.sample(suffixes, rng.choice((1, 1, 2, 3, 4))):
+            shape = [rng.choice(sizes) for _ in range(rng.choice((0, 1, 2, 2, 3, 4)))]
+            tensors[f"{base}{suffix}"] = torch.ones(shape, dtype=rng.choice((torch.float32, torch.bfloat16)))
+    path = folder / "lora.safetensors"
+    path.write_bytes(b"".join(serialised(tensors, {})))
+    tools = {name: one for name, one in _tools(rng, path, folder).items() if name in ("inspect", "check", "convert")}
+    name = rng.choice(list(tools) or ["inspect"])
+    return [
+        (name, functools.partial(_among_few, tools.get(name, lambda: str(describe(path)) and None))),
+        ("apply", functools.partial(_applied, rng, path, tensors)),
+    ]
 
 
 def _among_few(tool: Callable[[], str | None]) -> str | None:

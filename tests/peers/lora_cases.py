@@ -14,8 +14,8 @@ import models
 import torch
 from safetensors.torch import save_file
 from text_encoders import WIDTH
-from tiny_chroma import chroma_denoiser, chroma_names
-from tiny_lumina2 import lumina2_denoiser, lumina2_names
+from tiny_chroma import CHROMA
+from tiny_lumina2 import LUMINA2
 from torch import Tensor
 from trained_models import TRAINED, Trained
 
@@ -55,12 +55,22 @@ FLUX_WIDE = models.FluxShape(3072, 1, 1, 64, 32)
 """One block of either kind at Flux.1's real width, which diffusers' reader of kohya's names takes for granted."""
 
 CHROMA_WIDE = Trained(
-    lambda: chroma_names(chroma_denoiser(heads=24, head=128, axes=(16, 56, 56))), TRAINED["chroma"].channels, 32
+    lambda: CHROMA.original(
+        CHROMA.denoiser(num_attention_heads=24, attention_head_dim=128, axes_dims_rope=(16, 56, 56))
+    ),
+    TRAINED["chroma"].channels,
+    32,
 )
 """The same of Chroma."""
 
 LUMINA2_WIDE = Trained(
-    lambda: lumina2_names(lumina2_denoiser(layers=1, heads=24, kv_heads=8, head=96)), TRAINED["lumina2"].channels, 32
+    lambda: LUMINA2.original(
+        LUMINA2.denoiser(
+            num_layers=1, num_attention_heads=24, num_kv_heads=8, hidden_size=24 * 96, axes_dim_rope=(32, 32, 32)
+        )
+    ),
+    TRAINED["lumina2"].channels,
+    32,
 )
 """One block of each kind of Lumina 2 at its real width."""
 
@@ -146,7 +156,7 @@ def base_model(shape: str, folder: Path) -> tuple[Model, Path]:
 
 def example(case: Case, model: Model) -> Lora:
     """A LoRA of a kind, of random values that change the model's answer by about a tenth."""
-    preset = model.family.targets[case.targets or model.defaults.targets]
+    preset = model.family.presets[case.targets or model.defaults.targets]
     rules = (Rule(preset.include, preset.exclude, linear_only=preset.linear_only),)
     module = model.components.denoiser
     plan = plan_adapters(module, rules, rank=case.rank, capped=False)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
 from lorasmith.core.errors import LoraError, OutputError
 from lorasmith.families.model import Model
-from lorasmith.families.released import released_names
+from lorasmith.families.structure import released_names
 from lorasmith.formats.hashes import sha256_body
 from lorasmith.formats.lora_file import load_lora, save_lora
 from lorasmith.toolbox.check import check_lora, fix_lora

@@ -15,7 +15,7 @@ from torch import Tensor
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
 from lorasmith.core.errors import LoraError, OutputError
 from lorasmith.families.model import Model
-from lorasmith.families.released import released_names
+from lorasmith.families.structure import released_names
 from lorasmith.formats.container import read_safetensors
 from lorasmith.formats.hashes import sha256_body
 from lorasmith.formats.layouts.layout import LAYOUTS

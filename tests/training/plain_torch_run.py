@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorasmith.adapters.targets import Rule
 from lorasmith.app.model_run import train
 from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.diffusion.schedule import FlowSchedule
-from lorasmith.families.base import Components, Conditioning, Defaults, Family, LatentFormat, TargetPreset
+from lorasmith.families.base import Components, Conditioning, Defaults, Family, LatentFormat
 from lorasmith.families.model import Model
 from lorasmith.formats.names.model_names import ModelNames, OriginalName
 from lorasmith.training.lora_handle import Lora
@@ -71,7 +72,7 @@ class Plain(Family):
     name = "plain"
     title = "Hand-made"
     modelspec_implementation = "tests"
-    targets: Mapping[str, TargetPreset] = {"all": TargetPreset(("*",))}
+    targets: Mapping[str, Rule] = {}
     repeatable_context = True
 
     def names(self, denoiser: nn.Module, text_encoders: Mapping[str, nn.Module]) -> ModelNames:

@@ -28,7 +28,7 @@ from lorasmith.families.loading import load_model
 from lorasmith.families.locating import BUILT_IN, ModelFiles
 from lorasmith.families.model import Model
 from lorasmith.families.model_search import Completed
-from lorasmith.families.released import released_names
+from lorasmith.families.structure import released_names
 from lorasmith.formats.layouts.layout import LAYOUTS
 from lorasmith.nodes import load_nodes
 from lorasmith.sampling.generate import generate

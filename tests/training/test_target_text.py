@@ -10,12 +10,11 @@ from hypothesis import strategies as st
 
 from lorasmith.adapters.targets import Plan, Rule
 from lorasmith.core.errors import OptionError
-from lorasmith.families.base import TargetPreset
 from lorasmith.families.model import Model
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.target_text import parse_targets, resolve_targets
 
-PRESETS = {"attention": TargetPreset(("*.to_*",)), "linear": TargetPreset(("*",), ("*.x",), linear_only=True)}
+PRESETS = {"attention": Rule(("*.to_*",)), "linear": Rule(("*",), ("*.x",), linear_only=True)}
 ATTENTION = Rule(("*.to_*",), name="attention")
 
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import CLIPTextModel
 
 from lorasmith.families.files.checkpoint import ARCHITECTURE
-from lorasmith.families.parts.clip_text import clip_tokenizer
-from lorasmith.families.parts.vae_layout import diffusers_vae
+from lorasmith.families.parts.autoencoders import diffusers_vae
+from lorasmith.families.parts.clip import clip_tokenizer
 from lorasmith.families.stable_diffusion import StableDiffusion
 from lorasmith.formats.container import write_safetensors
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.core.files import atomic_path
-from lorasmith.core.placement import product_dtype
+from lorasmith.core.placement import multiplies
 
 __all__ = ["Run", "autocast", "step_random"]
 
@@ -112,7 +112,7 @@ class Run(Generic[M]):
 @contextlib.contextmanager
 def autocast(device: torch.device) -> Iterator[None]:
     """bf16 products where the hardware has them."""
-    with torch.autocast(device.type, torch.bfloat16, enabled=product_dtype(device) == torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16, enabled=multiplies(torch.bfloat16, device)):
         yield
 
 

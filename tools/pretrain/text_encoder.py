@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from lorasmith.families.parts.clip_text import clip_tokenizer
+from lorasmith.families.parts.clip import clip_tokenizer
 from tools.pretrain.data import BACKGROUNDS, CONCEPTS, HELD_OUT_SUBJECTS, STYLES, Icons, caption
 from tools.pretrain.loop import Run, autocast, step_random
 

@@ -1,4 +1,4 @@
-"""The adapter contract: what is trained, for one layer.
+"""The adapter contract: what is trained, for one layer; and what its implementations share.
 
 For a frozen layer `W x + b` an adapter computes
 
@@ -16,10 +16,12 @@ Adding an algorithm is one module that subclasses `Adapter`, declares the format
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from lorasmith.adapters.frozen_layer import FrozenLayer
@@ -27,8 +29,6 @@ from lorasmith.core.adapter_format import AdapterFormat
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import LoraError
 from lorasmith.core.registry import Registry
-
-__all__ = ["ADAPTERS", "Adapter"]
 
 
 class Adapter(nn.Module, ABC):
@@ -97,3 +97,57 @@ class Adapter(nn.Module, ABC):
 
 
 ADAPTERS: Registry[type[Adapter]] = Registry("adapter algorithm", LoraError)
+
+
+def taken(weights: AdapterWeights, needed: Iterable[str], optional: Sequence[str] = ()) -> dict[str, Tensor]:
+    """Copies of an adapter's tensors in fp32 on the CPU, by canonical name."""
+    needed = tuple(needed)
+    if not set(needed) <= weights.tensors.keys() or not weights.tensors.keys() <= {*needed, *optional}:
+        also = f", and may have {', '.join(optional)}" if optional else ""
+        raise LoraError(
+            f"an adapter of the kind {weights.algorithm} needs {', '.join(needed)}{also}; "
+            f"this one has {', '.join(weights.tensors) or 'nothing'}; get a complete file"
+        )
+    for name, tensor in weights.tensors.items():
+        if tensor.ndim < 2 or not tensor.numel():
+            raise LoraError(
+                f"{name} of an adapter of the kind {weights.algorithm} must be a matrix, got shape "
+                f"{tuple(tensor.shape)}; get an intact file"
+            )
+    return {name: _copy(tensor) for name, tensor in weights.tensors.items()}
+
+
+def saved(adapter: nn.Module, algorithm: str, alpha: float | None) -> AdapterWeights:
+    """An adapter as data: copies in fp32 on the CPU."""
+    return AdapterWeights(algorithm, {name: _copy(p) for name, p in adapter.named_parameters()}, alpha)
+
+
+def misfit(weights: AdapterWeights, layer: FrozenLayer) -> LoraError:
+    """The error for tensors whose shapes do not fit a layer."""
+    shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in weights.tensors.items())
+    return LoraError(
+        f"an adapter of the kind {weights.algorithm} with {shapes} does not fit a layer with weight "
+        f"{tuple(layer.shape)}; it was made for another model"
+    )
+
+
+def fill_uniform(tensor: Tensor, generator: torch.Generator) -> None:
+    """kaiming_uniform(a=√5), the default of torch's own layers, which is uniform within 1/√fan_in."""
+    bound = 1 / math.sqrt(tensor[0].numel())
+    tensor.uniform_(-bound, bound, generator=generator)
+
+
+def squared_product(up: Tensor, down: Tensor) -> float:
+    """Squared Frobenius norm of up (out, rank, ...) · down (rank, in, ...), from two rank × rank products."""
+    up, down = up.flatten(1).float(), down.flatten(1).float()
+    # Rounding can leave a zero norm a little below zero.
+    return max(float(((up.T @ up) * (down @ down.T)).sum()), 0.0)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In fp32 at least."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float32, copy=True)

@@ -10,8 +10,6 @@ from lorasmith.adapters.catalogue import ALGORITHMS, Algorithm
 from lorasmith.core.adapter_format import AdapterFormat
 from lorasmith.core.adapter_state import AdapterWeights
 
-__all__ = ["ADAPTERS", "algorithms", "format_named", "format_of", "size_of", "title_of", "words_of"]
-
 for _name in ALGORITHMS:
     import_module(f"lorasmith.adapters.{_name.casefold()}")  # the module of an algorithm has its name
 

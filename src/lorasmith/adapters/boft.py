@@ -21,15 +21,12 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lorasmith.adapters.adapter import ADAPTERS
+from lorasmith.adapters.adapter import ADAPTERS, misfit, taken
 from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.adapters.oft import OftAdapter, Rotation, rotated
-from lorasmith.adapters.weights import misfit, taken
 from lorasmith.core.adapter_format import Shapes
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import OptionError
-
-__all__ = ["BoftAdapter"]
 
 
 @ADAPTERS.register("BOFT")

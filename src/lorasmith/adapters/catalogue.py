@@ -11,33 +11,24 @@ from dataclasses import dataclass
 
 from lorasmith.core.options import Option
 
-__all__ = ["ALGORITHMS", "STRENGTH", "Algorithm", "rank_words"]
-
 STRENGTH = Option("strength", float, 1.0, help="Strength of the LoRA: 1 is as trained, 0 disables it.")
 """The strength at which a LoRA is applied: any finite number."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Algorithm:
-    """An algorithm, for help texts and defaults.
+    """An algorithm, for help texts and defaults."""
 
-    Attributes:
-        summary: one sentence.
-        rank_meaning: what the setting `rank` is here: `rank`, `factor`, `block size`, or `` for nothing.
-        default_alpha: default of alpha; None is the rank, for adapters that are scaled by alpha / rank.
-        variants: settings of `TrainConfig` that this algorithm supports and not every other does.
-        unused: settings of `TrainConfig` that have no effect on this algorithm.
-        with_dora: its name with DoRA's magnitudes, where that is not `X with DoRA`.
-        learning_rate_factor: factor of the model's learning rate for LoRA when none is given, at which it learns about
-            as much in as many steps as LoRA does (`benchmarks/learning_rates.py`).
-    """
-
-    summary: str
-    rank_meaning: str = "rank"
+    summary: str  # one sentence
+    rank_meaning: str = "rank"  # what the setting `rank` is here: `rank`, `factor`, `block size`, or `` for nothing
+    # default of alpha; None is the rank, for adapters that are scaled by alpha / rank
     default_alpha: float | None = None
+    # settings of `TrainConfig` that this algorithm supports and not every other does
     variants: frozenset[str] = frozenset()
-    unused: frozenset[str] = frozenset()
-    with_dora: str = ""
+    unused: frozenset[str] = frozenset()  # settings of `TrainConfig` that have no effect on this algorithm
+    with_dora: str = ""  # its name with DoRA's magnitudes, where that is not `X with DoRA`
+    # factor of the model's learning rate for LoRA when none is given, at which it learns about as much in as many
+    # steps as LoRA does (`benchmarks/learning_rates.py`)
     learning_rate_factor: float = 1.0
 
 
@@ -87,12 +78,7 @@ ALGORITHMS: Mapping[str, Algorithm] = {
 
 
 def rank_words(algorithm: str, rank: int | None = None) -> str:
-    """An algorithm's `rank` for messages: `rank 8`, `factor 8`, `block size 8`; empty where it has none.
-
-    Args:
-        algorithm: registered name in any case.
-        rank: the number; None for the word alone.
-    """
+    """An algorithm's `rank` for messages: `rank 8`, `factor 8`, `block size 8`; empty where it has none."""
     folded = {name.casefold(): facts for name, facts in ALGORITHMS.items()}
     meaning = folded[algorithm.casefold()].rank_meaning
     return meaning if rank is None or not meaning else f"{meaning} {rank}"

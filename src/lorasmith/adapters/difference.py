@@ -16,8 +16,6 @@ from torch import Tensor, nn
 
 from lorasmith.core.errors import LoraError
 
-__all__ = ["Difference", "is_norm"]
-
 
 def is_norm(module: nn.Module) -> bool:
     """Whether a module has a one-dimensional weight of its own, by which norms scale their output."""
@@ -26,11 +24,7 @@ def is_norm(module: nn.Module) -> bool:
 
 
 class Difference(nn.Module):
-    """Additive differences of one module's parameters.
-
-    Args:
-        differences: `weight` of a norm, `bias` of a norm or of a Linear or convolution.
-    """
+    """Additive differences of one module's parameters."""
 
     def __init__(self, differences: Mapping[str, Tensor]) -> None:
         super().__init__()

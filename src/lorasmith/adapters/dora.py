@@ -27,15 +27,11 @@ from lorasmith.adapters.lora import LoraAdapter, LowRank
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import LoraError
 
-__all__ = ["DoraAdapter", "InputDora", "OutputDora", "dora_from_weights"]
-
 
 class DoraAdapter(Adapter):
     """Direction from another adapter, magnitude of its own.
 
-    Args:
-        inner: the adapter that changes the direction; it only adds to the weight (h of the contract).
-        start: magnitudes at the start, (out, 1, ...) or (1, in, ...), fp32.
+    start: magnitudes at the start, (out, 1, ...) or (1, in, ...), fp32.
     """
 
     algorithm = "dora"
@@ -131,11 +127,7 @@ class InputDora(DoraAdapter):
 
 
 def dora_from_weights(weights: AdapterWeights, layer: FrozenLayer) -> DoraAdapter:
-    """The adapter of tensors with a `dora_scale`, on the axis given by its shape.
-
-    Raises:
-        LoraError: the scale does not fit the layer, or the algorithm has no DoRA.
-    """
+    """The adapter of tensors with a `dora_scale`, on the axis given by its shape."""
     if "dora" not in words_of(weights.algorithm).variants:
         takers = ", ".join(name for name, facts in ALGORITHMS.items() if "dora" in facts.variants)
         raise LoraError(

@@ -1,23 +1,27 @@
 """The frozen layer that an adapter is for, and the products with its weight.
 
 The weight may be quantized or in host memory; it is then made for each product and not kept. Adapters multiply with it
-through `FrozenLayer` alone.
+through `FrozenLayer` alone. Two kinds of products are special:
+
+    few pixels     oneDNN, torch's engine for convolutions on the CPU, reorders the weight in every call. Where it is
+                   large and the picture small (the innermost levels of a UNet), that takes up to eight times as long
+                   as the products. A matrix product of unfolded pixels costs next to nothing more there.
+    dense changes  y = (W + ΔW) x + b with ΔW = build(factors) of the weight's size (LoHa, full differences). ΔW exists
+                   during a product alone: the backward pass rebuilds it. Half precision would round a small ΔW away
+                   in the sum with W, so there the two products are computed separately.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 
-from lorasmith.adapters import few_pixels
 from lorasmith.core.quantization import Packed, WeightSource, weight_source
-
-__all__ = ["CONVOLUTIONS", "PRODUCTS", "FrozenLayer", "FrozenProduct", "Products", "is_targetable"]
 
 PRODUCTS = "products"
 """Attribute of a Linear layer with a packed weight whose products are not the ordinary ones: a `Products`."""
@@ -48,17 +52,12 @@ class FrozenLayer:
 
     The weight may be quantized or in host memory, and is then made at each access. Callers do not keep it: a backward
     pass reads it from the layer again.
-
-    Attributes:
-        module: the layer; never modified.
-        is_conv: whether it is a convolution.
-        in_features: input features, or input channels per group times kernel size of a convolution.
-        out_features: output features or channels.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self.module = module
+        self.module = module  # the layer; never modified
         self.is_conv = isinstance(module, CONVOLUTIONS)
+        # input features, or input channels per group times kernel size of a convolution
         self.in_features = math.prod(self.shape[1:])
         self.out_features = self.shape[0]
 
@@ -172,8 +171,8 @@ class _Product(torch.autograd.Function):
         if not layer.is_conv:
             return layer.times(x, bias)
         weight = layer.weight
-        if few_pixels.is_worthwhile(layer.module, x.shape, weight):
-            return few_pixels.convolve(layer.module, x, weight, bias)
+        if has_few_pixels(layer.module, x.shape, weight):
+            return convolve_few_pixels(layer.module, x, weight, bias)
         return layer.product_with(weight, x, bias)
 
     @staticmethod
@@ -182,8 +181,8 @@ class _Product(torch.autograd.Function):
         if not layer.is_conv:
             return None, layer.grad_times(grad), None
         weight = layer.weight
-        if few_pixels.is_worthwhile(layer.module, ctx.shape, weight):
-            return None, few_pixels.gradient(layer.module, grad, weight, ctx.shape), None
+        if has_few_pixels(layer.module, ctx.shape, weight):
+            return None, few_pixels_gradient(layer.module, grad, weight, ctx.shape), None
         x = grad.new_empty(()).expand(ctx.shape)  # only its shape counts
         _, grad_x = layer.product_gradients(grad, weight, x, of_weight=False, of_input=True)
         return None, grad_x, None
@@ -206,3 +205,124 @@ class FrozenProduct:
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._layer.product(x, bias=self._with_bias)
+
+
+_WEIGHTS_PER_PIXEL = 80_000
+"""Numbers in the weight for each output pixel of the batch from which a matrix product was faster (bf16 and fp32)."""
+
+
+def has_few_pixels(module: nn.Module, shape: Size, weight: Tensor) -> TypeGuard[nn.Conv2d]:
+    """Whether a matrix product is faster for a convolution. shape: of the input, (batch, channels, height, width)."""
+    if type(module) is not nn.Conv2d or weight.device.type != "cpu" or len(shape) != 4:
+        return False
+    if isinstance(module.padding, str) or module.groups != 1 or module.dilation != (1, 1):
+        return False
+    pixels = shape[0] * shape[2] * shape[3] // (module.stride[0] * module.stride[1])
+    enough = weight.numel() >= _WEIGHTS_PER_PIXEL * pixels
+    return enough and weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def convolve_few_pixels(module: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.conv2d` for x (batch, in, height, width): (batch, out, height, width), channels-last.
+
+    weight: (out, in, kernel height, kernel width), channels-last; bias: (out,), or None.
+    """
+    (kernel_height, kernel_width), (down, right), (top, left) = module.kernel_size, module.stride, _padding(module)
+    pixels = F.pad(x.permute(0, 2, 3, 1), (0, 0, left, left, top, top))
+    patches = pixels.unfold(1, kernel_height, down).unfold(2, kernel_width, right).permute(0, 1, 2, 4, 5, 3)
+    y = F.linear(patches.flatten(3), _matrix(weight), bias)
+    return y.permute(0, 3, 1, 2)
+
+
+def few_pixels_gradient(module: nn.Conv2d, grad: Tensor, weight: Tensor, shape: Size) -> Tensor:
+    """The gradient of the input, channels-last.
+
+    grad: gradient of the result, (batch, out, height, width).
+    """
+    (down, right), (top, left) = module.stride, _padding(module)
+    batch, channels, height, width = shape
+    rows, columns = grad.shape[2:]
+    patches = (grad.permute(0, 2, 3, 1) @ _matrix(weight)).view(batch, rows, columns, *module.kernel_size, channels)
+    # Summed up in fp32, as within a convolution.
+    padded = torch.zeros(batch, height + 2 * top, width + 2 * left, channels)
+    for i in range(module.kernel_size[0]):
+        for j in range(module.kernel_size[1]):
+            padded[:, i : i + down * rows : down, j : j + right * columns : right] += patches[:, :, :, i, j]
+    return padded[:, top : top + height, left : left + width].to(grad.dtype).permute(0, 3, 1, 2)
+
+
+def _padding(module: nn.Conv2d) -> tuple[int, ...]:
+    assert not isinstance(module.padding, str)
+    return module.padding
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    """A channels-last weight as (out, kernel · in); a view."""
+    return weight.permute(0, 2, 3, 1).flatten(1)
+
+
+Build = Callable[..., Tensor]
+"""From factors to ΔW, in the shape of the weight; differentiable."""
+
+
+def changed_product(
+    inner: Callable[[Tensor], Tensor], layer: FrozenLayer, x: Tensor, build: Build, *factors: Tensor
+) -> Tensor:
+    """`inner(x) + ΔW x`, in one product where `inner` is the frozen layer itself.
+
+    x: its input, (..., in) or (batch, in, *size).
+    """
+    if isinstance(inner, FrozenProduct):
+        return _changed_product(layer, build, True, inner.bias, x, *factors)
+    return inner(x) + change_alone(layer, x, build, *factors)
+
+
+def change_alone(layer: FrozenLayer, x: Tensor, build: Build, *factors: Tensor) -> Tensor:
+    """`ΔW x`."""
+    return _changed_product(layer, build, False, None, x, *factors)
+
+
+class _ChangedProduct(torch.autograd.Function):
+    """`ΔW x`, and `W x + b` with it if it is `on_top` of the layer."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        layer: FrozenLayer,
+        build: Build,
+        on_top: bool,
+        bias: Tensor | None,
+        x: Tensor,
+        *factors: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(x, *factors)
+        ctx.layer, ctx.build, ctx.on_top = layer, build, on_top
+        change = build(*factors)
+        if not on_top:
+            return layer.product_with(change, x)
+        weight = layer.weight
+        if weight.element_size() < 4:
+            return layer.product_with(weight, x, bias).add_(layer.product_with(change, x))
+        return layer.product_with(weight + change, x, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, *factors = ctx.saved_tensors
+        of_input, of_factors = ctx.needs_input_grad[4], ctx.needs_input_grad[5:]
+        leaves = [factor.detach().requires_grad_(needed) for factor, needed in zip(factors, of_factors, strict=True)]
+        with torch.enable_grad():
+            change = ctx.build(*leaves)
+        total = ctx.layer.weight + change.detach() if ctx.on_top else change.detach()
+        grad_change, grad_x = ctx.layer.product_gradients(
+            grads[0], total, x, of_weight=any(of_factors), of_input=of_input
+        )
+        found: dict[int, Tensor] = {}
+        if grad_change is not None:
+            trained = [number for number, needed in enumerate(of_factors) if needed]
+            wanted = [leaves[number] for number in trained]
+            gradients = torch.autograd.grad(change, wanted, grad_change.reshape(change.shape))
+            found = dict(zip(trained, gradients, strict=True))
+        return None, None, None, None, grad_x, *map(found.get, range(len(leaves)))
+
+
+_changed_product: Callable[..., Tensor] = _ChangedProduct.apply

@@ -3,7 +3,7 @@
     W' = W + diff
 
 Files call it `diff`; there is no rank and no alpha. Every program that knows it adds strength · diff. The parameter is
-as large as the weight, in memory and on disk; nothing else is kept for the backward pass (see `dense`).
+as large as the weight, in memory and on disk; nothing else is kept for the backward pass.
 """
 
 from __future__ import annotations
@@ -14,23 +14,15 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters.adapter import ADAPTERS, Adapter
-from lorasmith.adapters.dense import change_alone, changed_product
-from lorasmith.adapters.frozen_layer import FrozenLayer
-from lorasmith.adapters.weights import misfit, saved, taken, wide
+from lorasmith.adapters.adapter import ADAPTERS, Adapter, misfit, saved, taken, wide
+from lorasmith.adapters.frozen_layer import FrozenLayer, change_alone, changed_product
 from lorasmith.core.adapter_format import AdapterFormat
 from lorasmith.core.adapter_state import AdapterWeights
-
-__all__ = ["FullAdapter"]
 
 
 @ADAPTERS.register("Full")
 class FullAdapter(Adapter):
-    """Full difference.
-
-    Args:
-        diff: of the weight's shape.
-    """
+    """Full difference."""
 
     algorithm = "full"
 

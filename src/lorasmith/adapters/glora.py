@@ -21,14 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorasmith.adapters.adapter import ADAPTERS, Adapter
+from lorasmith.adapters.adapter import ADAPTERS, Adapter, fill_uniform, misfit, saved, taken, wide
 from lorasmith.adapters.frozen_layer import FrozenLayer
-from lorasmith.adapters.weights import fill_uniform, misfit, saved, taken, wide
 from lorasmith.core.adapter_format import AdapterFormat
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.random import keyed_generator
-
-__all__ = ["GloraAdapter"]
 
 T = TypeVar("T")
 
@@ -37,12 +34,7 @@ _NAMES = ("a1", "a2", "b1", "b2")
 
 @ADAPTERS.register("GLoRA")
 class GloraAdapter(Adapter):
-    """Adapter of a layer's inputs and of its weight.
-
-    Args:
-        tensors: a1, a2, b1, b2, and bm if there is one.
-        alpha: numerator of the scale alpha / rank.
-    """
+    """Adapter of a layer's inputs and of its weight."""
 
     algorithm = "glora"
     transforms_input = True

@@ -1,7 +1,8 @@
 """Creating adapters for targets, attaching them, and detaching them.
 
 Attaching replaces the `forward` of the targeted layer objects; no module, parameter or name of the model changes, so
-leaving the context manager restores the model exactly.
+leaving the context manager restores the model exactly. Layers of one attention that receive the same input (q, k, v)
+are computed together.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from lorasmith.adapters.difference import Difference
 from lorasmith.adapters.dora import dora_from_weights
 from lorasmith.adapters.frozen_layer import FrozenLayer, FrozenProduct, Products, is_targetable
 from lorasmith.adapters.lora import LowRank
-from lorasmith.adapters.shared_input import SharedInput
+from lorasmith.adapters.low_rank_products import LowRankTerm, RunTerms, linear_with_lora
 from lorasmith.adapters.targets import Plan
 from lorasmith.adapters.variants import Variant, fresh_adapter
 from lorasmith.core.adapter_state import AdapterWeights
@@ -31,37 +32,14 @@ _SAME_INPUT = (("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_pro
 
 Forward = Callable[..., Tensor]
 
-__all__ = [
-    "Attached",
-    "Forward",
-    "adapters_attached",
-    "adapters_of",
-    "adapters_on",
-    "attached_forwards",
-    "create_adapters",
-    "forward_replaced",
-    "input_groups",
-    "load_adapters",
-    "load_differences",
-    "low_rank_of",
-    "on_product",
-    "restore_forward",
-]
-
 
 @dataclass(frozen=True)
 class Attached:
-    """A set of adapters on one model at one strength.
+    """A set of adapters on one model at one strength."""
 
-    Attributes:
-        adapters: by path of a Linear or convolution.
-        strength: 1 is as trained.
-        differences: by path of a norm, Linear or convolution.
-    """
-
-    adapters: Mapping[str, Adapter]
-    strength: float = 1.0
-    differences: Mapping[str, Difference] = field(default_factory=dict)
+    adapters: Mapping[str, Adapter]  # by path of a Linear or convolution
+    strength: float = 1.0  # 1 is as trained
+    differences: Mapping[str, Difference] = field(default_factory=dict)  # by path of a norm, Linear or convolution
 
 
 def create_adapters(
@@ -74,17 +52,7 @@ def create_adapters(
     zero: str,
     variant: Variant | None = None,
 ) -> dict[str, Adapter]:
-    """Fresh adapters for a plan, by module path, in fp32 on the CPU.
-
-    Args:
-        model: the model that the plan was made for.
-        plan: targets and ranks.
-        algorithm: registered adapter name.
-        alpha: of targets without an alpha of their own; None is the algorithm's default.
-        seed: key of the initial values, together with each module path.
-        zero: `up` or `down`, the factor that starts at zero.
-        variant: deviations from the plain algorithm.
-    """
+    """Fresh adapters for a plan, by module path, in fp32 on the CPU."""
     variant = variant or Variant()
     return {
         one.path: fresh_adapter(
@@ -102,11 +70,7 @@ def create_adapters(
 
 
 def load_adapters(model: nn.Module, weights: Mapping[str, AdapterWeights]) -> dict[str, Adapter]:
-    """Adapters with given tensors, by module path.
-
-    Raises:
-        LoraError: an algorithm is unknown, or the model has no such layer or one of another shape.
-    """
+    """Adapters with given tensors, by module path."""
     layers = dict(model.named_modules())
     adapters: dict[str, Adapter] = {}
     for path, one in weights.items():
@@ -176,12 +140,7 @@ def low_rank_of(forward: object) -> tuple[LowRank, FrozenLayer, float] | None:
 def on_product(forward: object, product: Callable[[Tensor], Tensor]) -> tuple[Callable[[Tensor], Tensor], bool]:
     """The adapters and differences in a layer's forward on another product than the layer's own.
 
-    Args:
-        forward: of an attached layer.
-        product: of the layer's input.
-
-    Returns:
-        The function, and whether the bias is part of that product; otherwise the function adds it.
+    Returns also whether the bias is part of that product; otherwise the function adds it.
     """
     stacked = _stacked(forward)
     if stacked is None:  # the layer itself
@@ -330,3 +289,39 @@ def _wrapped(
     adapter: Adapter, inner: Callable[[Tensor], Tensor], layer: FrozenLayer, strength: float
 ) -> Callable[[Tensor], Tensor]:
     return lambda x: adapter.attached(inner, layer, x, strength)
+
+
+class SharedInput:
+    """Linear layers that receive the same input (q, k and v), each with a low-rank adapter: one pass for all.
+
+    The first call computes the results of the others too, which they return when called with the same input: the down
+    matrices are one product, their gradients another, and the gradient of the input is summed in place.
+    """
+
+    def __init__(self, members: Sequence[tuple[LowRank, FrozenLayer, float]]) -> None:
+        self.is_complete = True  # whether none of them has another adapter on top; else each is computed separately
+        self._members = members
+        self._x: Tensor | None = None
+        self._results: dict[int, Tensor] = {}
+
+    @staticmethod
+    def takes(adapter: Adapter, layer: FrozenLayer) -> bool:
+        """Whether an adapter on a layer can be a member."""
+        return type(adapter).attached is LowRank.attached and not layer.is_conv
+
+    def __call__(self, index: int, x: Tensor) -> Tensor | None:
+        """`W x + b + change` of a member; None if it must be computed separately, as with dropout."""
+        if self._x is not x or index not in self._results:
+            if not self.is_complete or any(adapter.mask is not None for adapter, _, _ in self._members):
+                return None
+            layers, terms = [layer for _, layer, _ in self._members], []
+            for number, (adapter, _, strength) in enumerate(self._members):
+                down, up, _ = adapter.factors()
+                terms.append(LowRankTerm(number, strength * adapter.scale, down, up, None))
+            self._x = x
+            results = linear_with_lora(x, layers, [layer.bias for layer in layers], [RunTerms(terms)])
+            self._results = dict(enumerate(results))
+        result = self._results.pop(index)
+        if not self._results:
+            self._x = None
+        return result

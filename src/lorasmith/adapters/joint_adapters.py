@@ -4,7 +4,7 @@ A layer sees the samples of all runs, one after the other. The general way cuts 
 the run alone would, and joins the results: right for every algorithm, and for differences of norms and biases.
 Where the product with the frozen weight is the same for all, it is computed once:
 
-    Linear layers with low-rank adapters    one function for all runs, and for q, k and v   (`joint_products`)
+    Linear layers with low-rank adapters    one function for all runs, and for q, k and v   (`low_rank_products`)
     other layers with such adapters, and    one product, then each run's adapters on its
     layers whose weight is packed           part of it
 
@@ -32,11 +32,9 @@ from lorasmith.adapters.inject import (
     low_rank_of,
     on_product,
 )
-from lorasmith.adapters.joint_products import LowRankTerm, joint_linear
 from lorasmith.adapters.lora import LowRank
+from lorasmith.adapters.low_rank_products import LowRankTerm, RunTerms, linear_with_lora
 from lorasmith.core.quantization import weight_source
-
-__all__ = ["SampleRows", "SamplesMixed", "jointly_attached"]
 
 
 class SamplesMixed(Exception):  # noqa: N818 - a fact about a model, which no user sees
@@ -44,16 +42,12 @@ class SamplesMixed(Exception):  # noqa: N818 - a fact about a model, which no us
 
 
 class SampleRows:
-    """Which samples of a batch are of which run, and where modules have them.
-
-    Attributes:
-        present: number of the run and of its samples, for each run that has any, in the order of the samples.
-        is_learning: whether a pass shows which dimension of a module's input is that of the samples.
-    """
+    """Which samples of a batch are of which run, and where modules have them."""
 
     def __init__(self) -> None:
+        # number of the run and of its samples, for each run that has any, in the order of the samples
         self.present: Sequence[tuple[int, int]] = ()
-        self.is_learning = False
+        self.is_learning = False  # whether a pass shows which dimension of a module's input is that of the samples
         self._axes: dict[nn.Module, set[int]] = {}
         self._first: tuple[Tensor, Tensor] | None = None
         self._parts: tuple[Tensor, tuple[Tensor, ...]] | None = None
@@ -113,13 +107,7 @@ class SampleRows:
 
 @contextlib.contextmanager
 def jointly_attached(model: nn.Module, runs: Sequence[Attached], rows: SampleRows) -> Iterator[None]:
-    """Inside the context, each sample meets the adapters and differences of its run.
-
-    Args:
-        model: the frozen model.
-        runs: what each run has attached.
-        rows: whose samples there are in a pass; with those of one run, the model is that of the run alone.
-    """
+    """Inside the context, each sample meets the adapters and differences of its run."""
     each = [attached_forwards(model, [one]) for one in runs]
     paths = dict.fromkeys(path for forwards in each for path in forwards)
     modules = {path: model.get_submodule(path) for path in paths}
@@ -140,14 +128,7 @@ def jointly_attached(model: nn.Module, runs: Sequence[Attached], rows: SampleRow
 
 
 class _JointModule:
-    """The forward of a module with adapters or differences of several runs.
-
-    Args:
-        module: the module.
-        own: the forward of each run.
-        together: computes the samples of several runs; None to compute the parts one by one.
-        rows: whose samples there are.
-    """
+    """The forward of a module with adapters or differences of several runs."""
 
     def __init__(
         self, module: nn.Module, own: Sequence[Forward], together: Callable[[Tensor], Tensor] | None, rows: SampleRows
@@ -220,14 +201,15 @@ class _JointInput:
     def __call__(self, number: int, x: Tensor) -> Tensor:
         if self._x is not x or number not in self._results:
             self._x = x
-            self._results = dict(enumerate(joint_linear(x, self._layers, self._terms(x))))
+            biases = [layer.bias for layer in self._layers]
+            self._results = dict(enumerate(linear_with_lora(x, self._layers, biases, self._runs(x))))
         result = self._results.pop(number)
         if not self._results:
             self._x = None
         return result
 
-    def _terms(self, x: Tensor) -> list[LowRankTerm]:
-        terms = []
+    def _runs(self, x: Tensor) -> list[RunTerms]:
+        runs = []
         start = 0
         for run, count in self._rows.present:
             for number, (layer, adapters) in enumerate(zip(self._layers, self._adapters, strict=True)):
@@ -236,9 +218,10 @@ class _JointInput:
                 adapter, strength = one
                 down, up, _ = adapter.factors()
                 mask = adapter.inner_mask((count, *x.shape[1:-1], len(down)), layer)
-                terms.append(LowRankTerm(number, start, start + count, strength * adapter.scale, down, up, mask))
+                term = LowRankTerm(number, strength * adapter.scale, down, up, mask)
+                runs.append(RunTerms((term,), start, start + count))
             start += count
-        return terms
+        return runs
 
 
 class _Member:
@@ -277,11 +260,7 @@ class _OneProduct:
 
 
 class _Given:
-    """A product that is computed before.
-
-    Attributes:
-        y: the product.
-    """
+    """A product that is computed before."""
 
     y: Tensor | None = None
 

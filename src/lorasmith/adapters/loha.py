@@ -7,7 +7,7 @@ models Yeh et al. 2023, arXiv:2309.14859).
 cores `hada_t*` (rank, rank, kh, kw) the factors are (rank, out) and (rank, in), and each product is
 Σ_ij t[i, j, ...] a[i, out] b[j, in]. ΔW has up to rank² as its rank, from 2 · rank · (in + out) parameters.
 
-An entry-by-entry product has no form in activation space: ΔW is built for each product (`dense`).
+An entry-by-entry product has no form in activation space: ΔW is built for each product (`changed_product`).
 """
 
 from __future__ import annotations
@@ -18,15 +18,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters.adapter import ADAPTERS, Adapter
-from lorasmith.adapters.dense import change_alone, changed_product
-from lorasmith.adapters.frozen_layer import FrozenLayer
-from lorasmith.adapters.weights import misfit, saved, taken, wide
+from lorasmith.adapters.adapter import ADAPTERS, Adapter, misfit, saved, taken, wide
+from lorasmith.adapters.frozen_layer import FrozenLayer, change_alone, changed_product
 from lorasmith.core.adapter_format import AdapterFormat, PeftKind, Shapes, Tensors
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.random import keyed_generator
-
-__all__ = ["LohaAdapter"]
 
 _FACTORS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 _CORES = ("hada_t1", "hada_t2")
@@ -34,12 +30,7 @@ _CORES = ("hada_t1", "hada_t2")
 
 @ADAPTERS.register("LoHa")
 class LohaAdapter(Adapter):
-    """Adapter from two low-rank products.
-
-    Args:
-        tensors: the four factors, and the two cores if there are any, by canonical name.
-        alpha: numerator of the scale alpha / rank.
-    """
+    """Adapter from two low-rank products."""
 
     algorithm = "loha"
 

@@ -6,10 +6,10 @@
 (rank, in, kh, kw) and `up` is 1×1 (out, rank, 1, 1), as in LoCon; with a Tucker core `mid` (rank, rank, kh, kw) between
 them `down` is 1×1 too (Yeh et al. 2023, arXiv:2309.14859).
 
-In activation space neither ΔW nor W + ΔW is built: `low_rank_products` adds the low-rank product to the layer's, and
-`shared_input` computes layers with one input (q, k, v) together.
+In activation space neither ΔW nor W + ΔW is built: `low_rank_products` adds the low-rank product to the layer's, for
+layers with one input (q, k, v) together.
 
-Variants that are low-rank too share `LowRank`: `pissa` has other factors, `dropout` sets the mask, `dora` wraps.
+Variants share `LowRank`: PiSSA has other factors and dropout sets the mask (`variants`), `dora` wraps.
 """
 
 from __future__ import annotations
@@ -24,43 +24,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorasmith.adapters.adapter import ADAPTERS, Adapter
+from lorasmith.adapters.adapter import ADAPTERS, Adapter, fill_uniform, misfit, saved, squared_product, taken
 from lorasmith.adapters.frozen_layer import FrozenLayer, FrozenProduct
-from lorasmith.adapters.low_rank_products import linear_with_lora
-from lorasmith.adapters.weights import fill_uniform, misfit, saved, squared_product, taken
+from lorasmith.adapters.low_rank_products import LowRankTerm, RunTerms, linear_with_lora
 from lorasmith.core.adapter_format import COMFYUI, DIFFUSERS, SD_SCRIPTS, AdapterFormat, PeftKind, Shapes
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import OptionError
 from lorasmith.core.random import keyed_generator
 
-__all__ = ["Factors", "LoraAdapter", "LowRank"]
-
 
 class Factors(NamedTuple):
-    """The matrices of a low-rank product.
+    """The matrices of a low-rank product."""
 
-    Attributes:
-        down: (inner, in) or (inner, in, *kernel).
-        up: (out, inner) or (out, inner, 1, ...).
-        mid: (inner, inner, *kernel) of a Tucker-decomposed convolution, whose down is 1×1; else None.
-    """
-
-    down: Tensor
-    up: Tensor
+    down: Tensor  # (inner, in) or (inner, in, *kernel)
+    up: Tensor  # (out, inner) or (out, inner, 1, ...)
+    # (inner, inner, *kernel) of a Tucker-decomposed convolution, whose down is 1×1; else None
     mid: Tensor | None = None
 
 
 class LowRank(Adapter):
-    """An adapter that adds `scale · up · down`; subclasses compute the factors.
-
-    Attributes:
-        alpha: numerator of the scale alpha / rank.
-        mask: factors of the inner dimension in a training step, (batch, rank); None for no dropout.
-    """
+    """An adapter that adds `scale · up · down`; subclasses compute the factors."""
 
     compiles = True
-    alpha: float
-    mask: Tensor | None = None
+    alpha: float  # numerator of the scale alpha / rank
+    mask: Tensor | None = None  # factors of the inner dimension in a training step, (batch, rank); None for no dropout
 
     @property
     @abstractmethod
@@ -105,7 +92,8 @@ class LowRank(Adapter):
         if isinstance(inner, FrozenProduct) and not layer.is_conv:
             down, up, _ = self.factors()
             mask = self.inner_mask((*x.shape[:-1], len(down)), layer)
-            return linear_with_lora(x, layer, inner.bias, down, up, strength * self.scale, mask)
+            term = LowRankTerm(0, strength * self.scale, down, up, mask)
+            return linear_with_lora(x, (layer,), (inner.bias,), (RunTerms((term,)),))[0]
         return super().attached(inner, layer, x, strength)
 
     def _masked(self, inner: Tensor, layer: FrozenLayer) -> Tensor:
@@ -129,12 +117,7 @@ class LowRank(Adapter):
 
 @ADAPTERS.register("LoRA")
 class LoraAdapter(LowRank):
-    """Low-rank adapter.
-
-    Args:
-        down, up, mid: as in `Factors`.
-        alpha: numerator of the scale alpha / rank.
-    """
+    """Low-rank adapter."""
 
     algorithm = "lora"
 

@@ -25,14 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters.adapter import ADAPTERS, Adapter
+from lorasmith.adapters.adapter import ADAPTERS, Adapter, misfit, saved, taken, wide
 from lorasmith.adapters.frozen_layer import FrozenLayer
-from lorasmith.adapters.weights import misfit, saved, taken, wide
 from lorasmith.core.adapter_format import AdapterFormat, PeftKind, Shapes, multiplied
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import OptionError
-
-__all__ = ["OftAdapter", "Rotation", "rotated"]
 
 _WIDTH = 16
 """Blocks are joined up to this width: products of smaller matrices cost more than they save."""
@@ -41,10 +38,7 @@ _WIDTH = 16
 class Rotation(Adapter):
     """Rotates the outputs of a layer by blocks; subclasses define how.
 
-    Args:
-        blocks: (..., blocks, block size, block size).
-        alpha: constraint, 0 for none.
-        rescale: (out, 1, ...) or None.
+    blocks: (..., blocks, block size, block size); rescale: (out, 1, ...) or None.
     """
 
     transforms_output = True
@@ -117,23 +111,14 @@ def constrained(blocks: Tensor, constraint: float) -> Tensor:
 def rotated(y: Tensor, blocks: Tensor, strength: float) -> Tensor:
     """`y + strength · y (R − I)`.
 
-    Args:
-        y: outputs (..., channels).
-        blocks: B of R, (blocks, block size, block size), blocks · block size = channels.
-        strength: 1 is the whole rotation.
+    y: outputs (..., channels); blocks: B of R, (blocks, block size, block size), blocks · block size = channels.
     """
     result: Tensor = _rotate(y, blocks, strength)
     return result
 
 
 def rescaled(y: Tensor, rescale: Tensor | None, strength: float) -> Tensor:
-    """Rescaled outputs.
-
-    Args:
-        y: outputs (..., channels).
-        rescale: factors (channels, 1, ...), or None for y itself.
-        strength: interpolates the factors from 1.
-    """
+    """Rescaled outputs. y: outputs (..., channels); rescale: factors (channels, 1, ...), or None for y itself."""
     return y if rescale is None else y * (1 + strength * (rescale.flatten() - 1)).to(y)
 
 

@@ -26,19 +26,6 @@ from lorasmith.core.quantization import (
     weight_source,
 )
 
-__all__ = [
-    "SMALL_BYTES",
-    "cast_weights",
-    "give_source",
-    "layers_as_stored",
-    "named_weights",
-    "packable_layers",
-    "packed_layers",
-    "placed_for_products",
-    "weight_source_set",
-    "weights_as_stored",
-]
-
 
 def packable_layers(module: nn.Module) -> list[nn.Module]:
     """Layers whose weight only their own forward uses: plain Linear layers and convolutions, in model order."""
@@ -69,13 +56,7 @@ def packed_layers(module: nn.Module) -> dict[str, Packed]:
 
 
 def give_source(layer: nn.Module, source: WeightSource, *, device: torch.device, dtype: torch.dtype) -> None:
-    """Compute a layer with weights from `source`; its parameter becomes an empty placeholder.
-
-    Args:
-        layer: a Linear or convolution.
-        source: supplies the weight for each product.
-        device, dtype: of the weights that it supplies.
-    """
+    """Compute a layer with weights from `source`; its parameter becomes an empty placeholder."""
     weight = layer.get_parameter("weight")
     weight.data = placeholder(weight.shape, device, dtype)
     setattr(layer, WEIGHT_SOURCE, source)
@@ -87,11 +68,7 @@ def give_source(layer: nn.Module, source: WeightSource, *, device: torch.device,
 def weight_source_set(
     layer: nn.Module, source: WeightSource, *, device: torch.device, dtype: torch.dtype
 ) -> Iterator[None]:
-    """A layer computes with weights from `source` inside; afterwards it is restored bit for bit.
-
-    Args:
-        layer, source, device, dtype: as for `give_source`.
-    """
+    """A layer computes with weights from `source` inside; afterwards it is restored bit for bit."""
     weight, data = layer.get_parameter("weight"), layer.get_parameter("weight").data
     before = {name: layer.__dict__[name] for name in (WEIGHT_SOURCE, "forward") if name in layer.__dict__}
     try:
@@ -109,11 +86,6 @@ def weights_as_stored(module: nn.Module, dtype: torch.dtype, *, without: Collect
     """Inside the context, the layers of `layers_as_stored` cast their weight to `dtype` for each product.
 
     The numbers are those of a model that was cast as a whole, in the memory of the stored one.
-
-    Args:
-        module: the model, before it is placed in `dtype`.
-        dtype: of products.
-        without: layers to leave unchanged.
     """
     with contextlib.ExitStack() as undo:
         for layer in layers_as_stored(module, dtype):
@@ -126,11 +98,7 @@ def weights_as_stored(module: nn.Module, dtype: torch.dtype, *, without: Collect
 
 @contextlib.contextmanager
 def placed_for_products(module: nn.Module, *, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Inside the context, a model is placed, its weights as stored where they are narrower than `dtype`.
-
-    Args:
-        module, device, dtype: as for `core.placement.placed`.
-    """
+    """Inside the context, a model is placed, its weights as stored where they are narrower than `dtype`."""
     with weights_as_stored(module, dtype), placed(module, device=device, dtype=dtype):
         yield
 

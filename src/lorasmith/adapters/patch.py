@@ -19,28 +19,17 @@ from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import LoraError
 from lorasmith.core.quantization import WEIGHT_SOURCE, Packed, weight_source
 
-__all__ = ["Patch", "attachments", "cannot_merge", "patch_tensors", "patches_applied", "patches_merged"]
-
 
 @dataclass(frozen=True)
 class Patch:
-    """One LoRA on one model.
+    """One LoRA on one model."""
 
-    Attributes:
-        adapters: adapter of each module path.
-        differences: additive differences by module path and parameter name; they are folded in even with `bypass`,
-            except those of weights that are packed.
-        strength: 1 is the LoRA as trained.
-        bypass: run adapters in activation space instead of folding them into the weights.
-
-    Raises:
-        OptionError: the strength is not a finite number.
-    """
-
-    adapters: Mapping[str, AdapterWeights]
+    adapters: Mapping[str, AdapterWeights]  # adapter of each module path
+    # additive differences by module path and parameter name; they are folded in even with `bypass`, except those of
+    # weights that are packed
     differences: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
-    strength: float = 1.0
-    bypass: bool = False
+    strength: float = 1.0  # 1 is the LoRA as trained
+    bypass: bool = False  # run adapters in activation space instead of folding them into the weights
 
     def __post_init__(self) -> None:
         STRENGTH.check(self.strength)
@@ -62,14 +51,8 @@ def patches_merged(
     Patched parameters point to new tensors; the old ones are kept and restored, so nothing is rounded. Patches of
     weights that are cast for each product are folded in then.
 
-    Args:
-        model: what is patched.
-        patches: as for `patches_applied`.
-        dtype: of the patched parameters, fp32 where they are converted to another one later; their own if None.
-        unpacking: whether quantized weights that are patched become plain ones inside; else they are refused.
-
-    Raises:
-        LoraError: an adapter or a difference does not fit the model, or is for a packed weight.
+    dtype: of the patched parameters, fp32 where they are converted to another one later; their own if None.
+    unpacking: whether quantized weights that are patched become plain ones inside; else they are refused.
     """
     originals: dict[nn.Parameter, Tensor] = {}
     sources: dict[nn.Module, object] = {}

@@ -14,28 +14,18 @@ from torch import nn
 from lorasmith.adapters.frozen_layer import FrozenLayer, is_targetable
 from lorasmith.core.errors import OptionError
 
-__all__ = ["Plan", "PlannedAdapter", "Rule", "plan_adapters"]
-
 
 @dataclass(frozen=True)
 class Rule:
-    """A choice of layers, and their settings.
+    """A choice of layers, and their settings."""
 
-    Attributes:
-        include: patterns on module paths as `fnmatch` reads them, where `*` crosses dots.
-        exclude: patterns on module paths that this rule leaves out.
-        linear_only: leave convolutions out.
-        rank, alpha, learning_rate: None leaves it to an earlier rule that matches too, or to the run.
-        name: for errors.
-    """
-
-    include: tuple[str, ...]
-    exclude: tuple[str, ...] = ()
+    include: tuple[str, ...]  # patterns on module paths as `fnmatch` reads them, where `*` crosses dots
+    exclude: tuple[str, ...] = ()  # patterns on module paths that this rule leaves out
     linear_only: bool = False
-    rank: int | None = None
+    rank: int | None = None  # None leaves it to an earlier rule that matches too, or to the run
     alpha: float | None = None
     learning_rate: float | None = None
-    name: str = ""
+    name: str = ""  # for errors
 
     def matches(self, path: str, module: nn.Module) -> bool:
         """Whether a layer that can carry an adapter is chosen."""
@@ -46,34 +36,21 @@ class Rule:
 
 @dataclass(frozen=True)
 class PlannedAdapter:
-    """One layer that will get a fresh adapter.
-
-    Attributes:
-        path: module path.
-        rank: its rank, at most the layer's smaller side for algorithms of low rank.
-        asked: the rank in the settings.
-        alpha: its own alpha, None for the run's.
-        learning_rate: its own, None for the run's.
-    """
+    """One layer that will get a fresh adapter."""
 
     path: str
-    rank: int
-    asked: int
-    alpha: float | None = None
-    learning_rate: float | None = None
+    rank: int  # its rank, at most the layer's smaller side for algorithms of low rank
+    asked: int  # the rank in the settings
+    alpha: float | None = None  # None for the run's
+    learning_rate: float | None = None  # None for the run's
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Which layers get an adapter.
+    """Which layers get an adapter."""
 
-    Attributes:
-        adapters: in the model's order.
-        idle: names of exclusions that match nothing.
-    """
-
-    adapters: tuple[PlannedAdapter, ...]
-    idle: tuple[str, ...] = ()
+    adapters: tuple[PlannedAdapter, ...]  # in the model's order
+    idle: tuple[str, ...] = ()  # names of exclusions that match nothing
 
     @property
     def capped(self) -> tuple[PlannedAdapter, ...]:
@@ -84,18 +61,7 @@ class Plan:
 def plan_adapters(
     model: nn.Module, rules: Sequence[Rule], *, exclude: Sequence[Rule] = (), rank: int, capped: bool = True
 ) -> Plan:
-    """Targets of a model.
-
-    Args:
-        model: the model.
-        rules: a layer is a target if any of them matches; settings of later rules override.
-        exclude: layers that are left out even if `rules` match.
-        rank: of targets whose rules have none.
-        capped: whether ranks are limited to each layer's smaller side, the largest rank of a change.
-
-    Raises:
-        OptionError: a rule matches no layer, or all that it matches are excluded.
-    """
+    """Targets of a model."""
     layers = {path: module for path, module in model.named_modules() if is_targetable(module)}
     kept = {path: module for path, module in layers.items() if not any(rule.matches(path, module) for rule in exclude)}
     matching = {path: [rule for rule in rules if rule.matches(path, module)] for path, module in kept.items()}

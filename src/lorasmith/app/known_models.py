@@ -7,7 +7,7 @@ from typing import Any
 
 from lorasmith.families import loading  # noqa: F401  registers the families
 from lorasmith.families.base import FAMILIES, Defaults, Family
-from lorasmith.families.files.pipeline_configs import PipelineConfigs
+from lorasmith.families.files.pipelines import PipelineConfigs
 
 __all__ = ["KnownModel", "KnownPart", "known_models"]
 

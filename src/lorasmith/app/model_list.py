@@ -9,7 +9,6 @@ from pathlib import Path
 from lorasmith.core.errors import ModelError
 from lorasmith.core.folders import Folders
 from lorasmith.families.base import Family
-from lorasmith.families.files.structure import load_structure
 from lorasmith.families.model_search import (
     ENCODER_FOLDERS,
     MODEL_FOLDERS,
@@ -20,6 +19,7 @@ from lorasmith.families.model_search import (
     best_encoder,
     scanned,
 )
+from lorasmith.families.structure import load_structure
 
 __all__ = ["ListedFile", "ListedModel", "ListedPart", "ModelList", "list_models"]
 

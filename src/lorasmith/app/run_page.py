@@ -288,11 +288,14 @@ def _ledger(history: RunHistory) -> tuple[QuantileCurve | None, list[ImageRecord
     names = [one.name for one in history.record.samples]
     curve, images = Ledger(names, bins=_QUANTILES), Ledger(names)
     has_draws = False
-    for step in history.steps():
-        draws = [draw for draw in step.draws if 0 <= draw[0] < len(names) and 0 <= draw[1] <= 1]
+    for step, logged in history.draws():
+        draws = [draw for draw in logged if 0 <= draw[0] < len(names) and 0 <= draw[1] <= 1]
         has_draws = has_draws or bool(draws)
         for ledger in (curve, images):
-            ledger.add(step.step, draws)
+            ledger.add(step, draws)
+    steps = history.steps()
+    for ledger in (curve, images):
+        ledger.add(steps[-1].step + 1 if steps else 0, ())  # leaves out what was rolled back at the end
     return (curve.curve(), images.images(held_out_fall=_fall(validations_of(history)))) if has_draws else (None, [])
 
 

@@ -22,10 +22,12 @@ from lorasmith.app.sweep_file import SweepRun
 from lorasmith.app.sweep_run import LOGS, RunEnd, RunProcess, run_all
 from lorasmith.core.errors import OptionError, TrainingError
 from lorasmith.core.files import write_atomic
+from lorasmith.core.printable import printable
 
 __all__ = ["run_on_ray", "run_one", "slurm_script", "submit_to_slurm"]
 
 _WAIT_S = 1.0
+_QUOTES = frozenset("\"'")
 _STOPPED = 130  # as for Ctrl-C
 _SAVE_S = 120  # before a time limit, for the last step and its run state
 
@@ -73,17 +75,29 @@ def submit_to_slurm(
         The number of the job, and the script.
 
     Raises:
-        OptionError: there is no sbatch.
+        OptionError: there is no sbatch, or a path has characters that no shell and no sbatch should see.
         TrainingError: sbatch refused the job.
     """
     if shutil.which("sbatch") is None:
         raise OptionError(
             "--launcher slurm needs the program sbatch, which is not on PATH; run this on a login node of the cluster"
         )
+    for name in (str(output), *command):
+        if printable(name, limit=len(name)) != name or (name == str(output) and not _QUOTES.isdisjoint(name)):
+            raise OptionError(
+                f"paths for --launcher slurm must have no control characters, and the output no quotes, got {name!r}; "
+                "rename it"
+            )
     script = output / "sweep.sbatch"
-    write_atomic(script, slurm_script([run.number for run in runs], output, command))
+    write_atomic(script, slurm_script([run.number for run in runs], output.name, command))
+    # An argument, never a line of the script: the output may be named by a stranger's file.
+    log = str(output / LOGS / "slurm-%A_%a.txt") if "%" not in str(output) else "/dev/null"
     ran = subprocess.run(
-        ["sbatch", "--parsable", *options, str(script)], capture_output=True, text=True, errors="replace", check=False
+        ["sbatch", "--parsable", f"--output={log}", *options, str(script)],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
     )
     if ran.returncode:
         said = " ".join(ran.stderr.split()) or f"exit code {ran.returncode}"
@@ -93,23 +107,21 @@ def submit_to_slurm(
     return ran.stdout.strip().partition(";")[0], script
 
 
-def slurm_script(numbers: Sequence[int], output: Path, command: Sequence[str]) -> str:
+def slurm_script(numbers: Sequence[int], name: str, command: Sequence[str]) -> str:
     """The script of an array of jobs, one for each number of a run.
 
     A task that is preempted or near its time limit is asked to stop, and saves.
 
     Args:
         numbers: of the runs.
-        output: folder of the sweep.
+        name: of the sweep.
         command: of the sweep, without `--only`.
     """
-    log = str(output / LOGS / "slurm-%A_%a.txt") if "%" not in str(output) else "/dev/null"
     return "\n".join(
         (
             "#!/bin/bash",
-            f"#SBATCH --job-name={re.sub(r'[^A-Za-z0-9_.-]', '_', output.name)}",
+            f"#SBATCH --job-name={re.sub(r'[^A-Za-z0-9_.-]', '_', name)}",
             f"#SBATCH --array={_ranges(numbers)}",
-            f'#SBATCH --output="{log}"',
             "#SBATCH --requeue",
             f"#SBATCH --signal=B:TERM@{_SAVE_S}",
             f'exec {shlex.join(command)} --only "$SLURM_ARRAY_TASK_ID"',

@@ -12,7 +12,7 @@ from lorasmith.cli.console import console, echo, print_note, print_result
 from lorasmith.cli.flags import LoraFile, LoraModel
 
 if TYPE_CHECKING:
-    from lorasmith.formats.quality.faults import Finding
+    from lorasmith.formats.faults import Finding
     from lorasmith.toolbox.check import Checked
 
 __all__ = ["register"]

@@ -66,8 +66,7 @@ def _print(modules: Iterable[Resized], *, one_by_one: bool) -> None:
     """Ranks and kept energy by block, or by module."""
     from rich.table import Table
 
-    from lorasmith.formats.names.prefixes import component_of
-    from lorasmith.formats.names.recognise import block_of
+    from lorasmith.formats.names.recognise import block_of, component_of
 
     groups: dict[str, list[Resized]] = {}
     for one in modules:

@@ -89,7 +89,6 @@ class AdapterFormat:
         comfyui_lacks: role → what ComfyUI does instead of applying it.
         comfyui_needs_alpha: whether ComfyUI ignores an adapter without alpha.
         peft: its counterpart in PEFT.
-        lycoris_size: argument of LyCORIS' network for `rank`, if it is not a rank.
     """
 
     suffixes: Mapping[str, str]
@@ -117,7 +116,6 @@ class AdapterFormat:
     comfyui_lacks: Mapping[str, str] = field(default_factory=dict)
     comfyui_needs_alpha: bool = False
     peft: PeftKind | None = None
-    lycoris_size: str = ""
 
     def shape_of(self, weights: AdapterWeights) -> tuple[int, ...]:
         """`weight_shape` of an adapter."""

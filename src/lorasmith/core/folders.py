@@ -24,7 +24,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Literal, cast
+from typing import Literal, get_args
 
 from lorasmith.core.errors import DataError, LoraError, LorasmithError, ModelError, OptionError, OutputError
 from lorasmith.core.files import entry_is_folder, entry_is_link, is_folder, is_regular, read_regular, restore_folders
@@ -36,10 +36,12 @@ __all__ = [
     "DATASET_SHARD",
     "MAX_STEM_BYTES",
     "MODEL_EXTENSIONS",
+    "PLACES",
     "RUN_LOG",
     "RUN_RECORD",
     "Folders",
     "NumberedFiles",
+    "annotated",
     "file_stem",
     "fingerprint",
     "next_counter",
@@ -66,6 +68,7 @@ _INDEXES = frozenset({"model_index.json", "modular_model_index.json"})
 """Files by which a folder of a diffusers pipeline is recognised; the second one is that of modular pipelines."""
 
 Place = Literal["input", "output", "temp"]
+PLACES: tuple[Place, ...] = get_args(Place)
 
 
 @dataclass(frozen=True)
@@ -185,7 +188,8 @@ class Folders:
         Raises:
             DataError: there is none, or the name leaves the folder.
         """
-        plain, place = _annotated(name)
+        plain, named = annotated(name)
+        place = named or "input"
         relative = _contained(plain, "a file name", DataError)
         for root in self._places(place):
             if is_regular(root / relative):
@@ -346,6 +350,12 @@ def read_extra_model_paths(file: Path) -> tuple[dict[str, list[Path]], dict[str,
     return preferred, extra
 
 
+def annotated(name: str) -> tuple[str, Place | None]:
+    """`cat.png [temp]` → (`cat.png`, `temp`); the place is None if the name has none."""
+    place = next((one for one in PLACES if name.endswith(f"[{one}]")), None)
+    return (name, None) if place is None else (name[: -len(place) - 2].rstrip(), place)
+
+
 def file_stem(name: str) -> str:
     """`name`, usually of a folder, as the start of new files' names: as long as these may be, and printable."""
     if printable(name, limit=len(name)) != name:
@@ -370,15 +380,6 @@ _SUBFOLDERS = {"diffusion_models": ("diffusion_models", "unet"), "text_encoders"
 _MOST_PARTS = 20
 _MOST_LINKED = 100_000
 _NAMES_OF_A_FOLDER = 100  # that are read in the time that opening it takes
-_ANNOTATION = re.compile(r"(?P<name>.*?)\s*\[(?P<place>input|output|temp)\]", re.DOTALL)
-
-
-def _annotated(name: str) -> tuple[str, Place]:
-    """`cat.png [temp]` → (`cat.png`, `temp`)."""
-    match = _ANNOTATION.fullmatch(name)
-    if match is None:
-        return name, "input"
-    return match["name"], cast(Place, match["place"])
 
 
 def _contained(name: str, what: str, error: type[LorasmithError]) -> PurePosixPath:

@@ -51,7 +51,8 @@ def parse_foreign_json(text: str | bytes, *, finite: bool = True) -> Any:
 
 _MAX_VALUES = 2_000_000  # ten times those of the header of a large model; up to 200 bytes each in memory
 _TOO_DEEP = f"has lists or objects nested deeper than {MAX_DEPTH}"
-_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+# A string without its end matches, too, and nothing is tried twice: each character is read once, whatever the text.
+_STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 

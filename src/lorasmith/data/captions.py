@@ -115,7 +115,8 @@ def caption_of_file_name(stem: str) -> str:
     return ""
 
 
-_NUMBER_AT_END = re.compile(r"(?:^|[ .#-]+)(?:[0-9]+|\([0-9]+\))$")
+# It looks behind so that a run of blanks is tried at its start alone.
+_NUMBER_AT_END = re.compile(r"(?:^|(?<![ .#-])[ .#-]+)(?:[0-9]+|\([0-9]+\))$")
 
 
 def has_trigger(text: str, trigger: str) -> bool:

@@ -10,41 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorasmith.core.errors import ModelError
 from lorasmith.core.placement import device_of
-from lorasmith.diffusion.schedule import FlowSchedule
-from lorasmith.families.base import (
-    AutoencoderSlot,
-    Conditioning,
-    Defaults,
-    Diffusion,
-    EncoderSlot,
-    Encoding,
-    Family,
-    LatentFormat,
-    TargetPreset,
-    TextEncoders,
-    check_even,
-    collate,
-    register,
-)
-from lorasmith.families.files.original_weights import block_count, module_paths
+from lorasmith.families.base import *
+from lorasmith.families.parts.encoders import parse_weights
 from lorasmith.families.parts.language_models import hidden_states
-from lorasmith.families.parts.prompt_weights import parse_weights
-from lorasmith.families.parts.t5_encoders import t5_tokens
+from lorasmith.families.parts.t5 import t5_tokens
 from lorasmith.families.parts.tokenizers import t5_tokenizer
 from lorasmith.families.parts.wan_vae import wan_latents
-from lorasmith.formats.names.model_names import OriginalName, ProgramLimits
-from lorasmith.formats.names.recognise import DENOISER_START, Signature
-
-__all__ = ["Anima"]
 
 # ComfyUI's `supported_models.Anima` and scheduler_config.json.
 _DIFFUSION = Diffusion("flow", FlowSchedule(shift=3.0))
@@ -60,12 +38,10 @@ _ATTENTION = ("transformer_blocks.*.attn[12].to_*",)
 _FEED_FORWARD = ("transformer_blocks.*.ff.net.*",)
 _IN_ADAPTER = (f"{_ADAPTER}.blocks.*_proj", f"{_ADAPTER}.blocks.*.mlp.*")
 _TARGETS = {
-    "attention": TargetPreset(_ATTENTION),
-    "attention+ff": TargetPreset((*_ATTENTION, *_FEED_FORWARD)),
-    "attention+ff+adapter": TargetPreset((*_ATTENTION, *_FEED_FORWARD, *_IN_ADAPTER), linear_only=True),
-    "transformer": TargetPreset(("transformer_blocks.*",), linear_only=True),
-    "all-linear": TargetPreset(("*",), linear_only=True),
-    "all": TargetPreset(("*",)),
+    "attention": Rule(_ATTENTION),
+    "attention+ff": Rule((*_ATTENTION, *_FEED_FORWARD)),
+    "attention+ff+adapter": Rule((*_ATTENTION, *_FEED_FORWARD, *_IN_ADAPTER), linear_only=True),
+    "transformer": Rule(("transformer_blocks.*",), linear_only=True),
 }
 _IN_SD_SCRIPTS = (  # all but the adapter's last layer
     *("transformer_blocks.*", f"{_ADAPTER}.blocks.*", "patch_embed.*", "time_embed.*", "norm_out.*", "proj_out"),
@@ -103,7 +79,8 @@ class Anima(Family):
     name = "anima"
     title = "Anima"
     pipeline = "AnimaModularPipeline"
-    denoiser_folder = "transformer"
+    network = "lorasmith.families.parts.anima_network.AnimaNetwork"
+    needs_diffusers = "0.39"
     denoiser_parts = (_ADAPTER,)
     modelspec_implementation = "https://huggingface.co/circlestone-labs/Anima"
     kohya_name = "anima"
@@ -117,18 +94,15 @@ class Anima(Family):
     )
     own_diffusion = _DIFFUSION
     targets = _TARGETS
-    text_encoders = MappingProxyType(
-        {
-            "text_encoder": EncoderSlot(
-                "qwen3", "qwen_3_06b_base.safetensors", ("text_encoders.qwen3_06b.transformer.",), widths=(1024,)
-            )
-        }
-    )
+    text_encoders = {
+        "text_encoder": EncoderSlot(
+            "qwen3", "qwen_3_06b_base.safetensors", ("text_encoders.qwen3_06b.transformer.",), widths=(1024,)
+        )
+    }
     autoencoder = AutoencoderSlot("wan21", channels=16, usual_file="qwen_image_vae.safetensors", prefixes=("vae.",))
     clip_types = ("stable_diffusion",)  # ComfyUI's template; it goes by the encoder's width
-    repeatable_context = False
     unused_tensors = ("pos_embedder.*", "accum_*", "*_extra_state")  # of Cosmos' training
-    released = MappingProxyType({"num_attention_heads": 16, **_FIXED})
+    released = {"num_attention_heads": 16, **_FIXED}
     lora_signatures = (
         Signature(title, r"(^|_)(llm_adapter|text_conditioner)_(blocks_\d|embed|out_proj|norm)"),
         Signature(title, DENOISER_START + r"blocks_\d+_" + _BLOCK_LAYERS, order=4),
@@ -138,13 +112,6 @@ class Anima(Family):
 
     def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         return "llm_adapter.blocks.0.cross_attn.q_proj.weight" in shapes and "blocks.0.mlp.layer1.weight" in shapes
-
-    def denoiser_class(self) -> type[nn.Module]:
-        try:
-            from lorasmith.families.parts.anima_network import AnimaNetwork
-        except ImportError as error:
-            raise ModelError(f"{self.title} needs diffusers 0.39 or newer; run: pip install -U diffusers") from error
-        return AnimaNetwork
 
     def denoiser_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         width, patch = shapes["x_embedder.proj.1.weight"]
@@ -176,11 +143,8 @@ class Anima(Family):
 
     def defaults(self, denoiser: nn.Module, latent: LatentFormat, diffusion: Diffusion) -> Defaults:
         return Defaults(
-            resolution=1024,
-            pixel_multiple=16,
             learning_rate=1e-4,  # sd-scripts' example
             # As OneTrainer and sd-scripts, which leave the adapter out: it is less stable, and wants lower rates.
-            targets="attention+ff",
             guidance=4.0,  # AnimaModularPipeline's and ComfyUI's template
             timestep_distribution="logit_normal",  # OneTrainer's preset, and sd-scripts' `sigmoid`
         )
@@ -224,9 +188,8 @@ class Anima(Family):
             conditionings = [_filled(one, max(counts)) for one in conditionings]
         return collate(conditionings, repeatable=False)
 
-    def conditioning_shapes(self, denoiser: nn.Module) -> Mapping[str, tuple[int, ...]]:
-        config: Any = denoiser.config
-        return {"context": (1, _ROWS, config.text_embed_dim)}
+    def conditioning_shapes(self, denoiser: Any) -> Mapping[str, tuple[int, ...]]:
+        return {"context": (1, _ROWS, denoiser.config.text_embed_dim)}
 
     def predict(self, denoiser: nn.Module, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         check_even(latents, self.title)

@@ -11,42 +11,55 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from importlib import import_module
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lorasmith.adapters.targets import Rule
 from lorasmith.core.errors import DataError, ModelError
 from lorasmith.core.registry import Registry
-from lorasmith.families.files.empty_weights import weights_empty
-from lorasmith.families.files.original_weights import weight_shapes
-from lorasmith.formats.names.model_names import ModelNames, Naming, ProgramLimits
-from lorasmith.formats.names.recognise import SIGNATURES, Signature
-
-if TYPE_CHECKING:
-    from lorasmith.diffusion.schedule import NoiseSchedule
-    from lorasmith.families.files.checkpoint import OriginalCheckpoint
-    from lorasmith.families.files.pipeline_configs import PipelineConfigs
-    from lorasmith.formats.names.model_names import EncoderNames, OriginalName
+from lorasmith.diffusion.schedule import FlowSchedule, NoiseSchedule, ResolutionShift
+from lorasmith.families.files.checkpoint import OriginalCheckpoint
+from lorasmith.families.files.original_weights import block_count, module_paths, norm_name, weight_shapes, weights_empty
+from lorasmith.families.files.pipelines import PipelineConfigs
+from lorasmith.formats.names.model_names import EncoderNames, ModelNames, Naming, OriginalName, ProgramLimits
+from lorasmith.formats.names.recognise import DENOISER_START, SIGNATURES, Signature
 
 __all__ = [
-    "FAMILIES",
+    "DENOISER_START",
+    "SIGNATURES",
     "AutoencoderSlot",
-    "Components",
     "Conditioning",
+    "DataError",
     "Defaults",
     "Diffusion",
+    "EncoderNames",
     "EncoderSlot",
     "Encoding",
     "Expert",
     "Family",
+    "FlowSchedule",
     "LatentFormat",
+    "ModelError",
+    "ModelNames",
+    "OriginalCheckpoint",
+    "OriginalName",
     "PictureSize",
-    "TargetPreset",
+    "PipelineConfigs",
+    "ProgramLimits",
+    "ResolutionShift",
+    "Rule",
+    "Signature",
     "TextEncoders",
+    "block_count",
     "check_even",
     "collate",
+    "module_paths",
+    "norm_name",
     "register",
+    "weight_shapes",
 ]
 
 
@@ -208,21 +221,7 @@ class LatentFormat:
         return latents.new_tensor(value).reshape(1, -1, *(1,) * (latents.ndim - 2))
 
 
-@dataclass(frozen=True)
-class TargetPreset:
-    """A named choice of modules.
-
-    Attributes:
-        include, exclude: patterns matched against the whole module path (`fnmatch`, so `*` crosses dots).
-        linear_only: leave convolutions out.
-    """
-
-    include: tuple[str, ...]
-    exclude: tuple[str, ...] = ()
-    linear_only: bool = False
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Defaults:
     """Default settings for a base model.
 
@@ -237,12 +236,12 @@ class Defaults:
         frame_rate: frames a second of clips.
     """
 
-    resolution: int
-    pixel_multiple: int
-    learning_rate: float
-    targets: str
+    resolution: int = 1024
+    pixel_multiple: int = 16
+    learning_rate: float = 1e-4
+    targets: str = "attention+ff"
     guidance: float
-    timestep_distribution: str
+    timestep_distribution: str = "logit_normal"
     frames: int = 1
     frame_rate: float = 16.0
 
@@ -326,6 +325,10 @@ class AutoencoderSlot:
     prefixes: tuple[str, ...] = ("first_stage_model.", "vae.")
     settings: Mapping[str, Any] = field(default_factory=dict)
 
+    def latents(self, channels: int) -> LatentFormat:
+        """The format of a denoiser that takes latents of these channels, by the constants in `settings`."""
+        return LatentFormat(channels, 8, scale=self.settings["scaling_factor"], shift=self.settings["shift_factor"])
+
 
 @dataclass(frozen=True)
 class Expert:
@@ -394,6 +397,10 @@ class Family(ABC):
         name: registered name, such as `sd1`.
         title: display name.
         pipeline: class of the diffusers pipeline whose folders hold it.
+        network: class of the denoiser, in diffusers or by its full name.
+        needs_diffusers: version of diffusers that first has it, if older ones are supported by others.
+        text_width: setting of the denoiser's configuration with the width of its text, if every encoder has this width.
+        usual_tokens: of a prompt.
         draws_clips: whether that pipeline's results are clips, not pictures.
         denoiser_folder: subfolder of the denoiser there, and the prefix of its LoRA keys in PEFT's naming.
         denoiser_parts: further parts of that pipeline which our denoiser holds, as submodules of the same name.
@@ -404,7 +411,7 @@ class Family(ABC):
         own_diffusion: how its denoisers are trained, where that is one way.
         civitai_name: Civitai's name of its base model; None where the family is of several there.
         a1111_version: A1111's and Forge's name of it in a LoRA's user metadata.
-        targets: target presets by name.
+        targets: its own target presets by name; see `presets`.
         text_encoders: its text encoders by component name, in the order of the pipeline's.
         needs_each_encoder: whether it cannot do without one of them.
         autoencoder: its autoencoder.
@@ -423,8 +430,12 @@ class Family(ABC):
     name: str
     title: str
     pipeline: str
+    network: str
+    needs_diffusers: str = ""
+    text_width: str = ""
+    usual_tokens: int = 64
     draws_clips: bool = False
-    denoiser_folder: str
+    denoiser_folder: str = "transformer"
     denoiser_parts: tuple[str, ...] = ()
     modelspec_implementation: str
     kohya_name: str = ""
@@ -436,13 +447,13 @@ class Family(ABC):
     own_diffusion: Diffusion | None = None
     civitai_name: str | None = None
     a1111_version: str = "Unknown"
-    targets: Mapping[str, TargetPreset]
+    targets: Mapping[str, Rule]
     text_encoders: Mapping[str, EncoderSlot]
     needs_each_encoder: bool = True
     predicts_by_length: bool = False
     autoencoder: AutoencoderSlot
     clip_types: tuple[str, ...]
-    repeatable_context: bool
+    repeatable_context: bool = False
     unused_tensors: tuple[str, ...] = ()
     distilled_names: tuple[str, ...] = ()
     experts: tuple[Expert, ...] = ()
@@ -457,9 +468,23 @@ class Family(ABC):
         """Whether a diffusers pipeline, in a folder or in memory, is of this family."""
         return self.pipeline in configs.classes
 
-    @abstractmethod
+    @property
+    def presets(self) -> Mapping[str, Rule]:
+        """Target presets by name: the family's own, `all-linear` and `all`."""
+        return {**self.targets, "all-linear": Rule(("*",), linear_only=True), "all": Rule(("*",))}
+
     def denoiser_class(self) -> type[nn.Module]:
-        """The class of the denoiser in diffusers, imported when this is called."""
+        """The class of the denoiser, imported when this is called. Raises ModelError if diffusers is too old."""
+        module, _, name = self.network.rpartition(".")
+        try:
+            found: type[nn.Module] = getattr(import_module(module or "diffusers"), name)
+        except (ImportError, AttributeError) as error:
+            if not self.needs_diffusers:
+                raise
+            raise ModelError(
+                f"{self.title} needs diffusers {self.needs_diffusers} or newer; run: pip install -U diffusers"
+            ) from error
+        return found
 
     @abstractmethod
     def denoiser_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
@@ -531,7 +556,7 @@ class Family(ABC):
 
     def encoder_width(self, denoiser: nn.Module, component: str) -> int | None:
         """Width of the states that a text encoder must have for the denoiser; None if every width fits."""
-        return None
+        return int(getattr(denoiser.config, self.text_width)) if self.text_width else None
 
     @abstractmethod
     def encode_text(self, encoders: TextEncoders, texts: Mapping[str, str], encoding: Encoding) -> Conditioning:
@@ -554,9 +579,9 @@ class Family(ABC):
         """The conditioning with a picture's size, if the denoiser is conditioned on it; else unchanged."""
         return conditioning
 
-    @abstractmethod
     def conditioning_shapes(self, denoiser: nn.Module) -> Mapping[str, tuple[int, ...]]:
         """Shapes of the conditioning tensors that `predict` needs, for a batch of 1 and a prompt of usual length."""
+        return {"context": (1, self.usual_tokens, int(getattr(denoiser.config, self.text_width)))}
 
     @abstractmethod
     def predict(self, denoiser: nn.Module, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:

@@ -10,45 +10,25 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorasmith.core.errors import ModelError
-from lorasmith.diffusion.schedule import FlowSchedule
-from lorasmith.families.base import (
-    AutoencoderSlot,
-    Conditioning,
-    Defaults,
-    Diffusion,
-    EncoderSlot,
-    Encoding,
-    Family,
-    LatentFormat,
-    TargetPreset,
-    TextEncoders,
-    check_even,
-    register,
-)
-from lorasmith.families.files.original_weights import block_count, module_paths, norm_name
+from lorasmith.families.base import *
 from lorasmith.families.parts import flux_layout
-from lorasmith.families.parts.autoencoders import FLUX_CONSTANTS
+from lorasmith.families.parts.autoencoders import FLUX_AUTOENCODER
 from lorasmith.families.parts.flux_layout import (
     ATTENTION,
     FEED_FORWARD,
     image_positions,
     in_double_block,
     in_single_block,
+    packed_latents,
     rope_axes,
+    unpacked_latents,
 )
-from lorasmith.families.parts.packing import packed_latents, unpacked_latents
-from lorasmith.families.parts.t5_encoders import encode_t5
-from lorasmith.formats.names.model_names import OriginalName, ProgramLimits
-from lorasmith.formats.names.recognise import Signature
-
-__all__ = ["Chroma"]
+from lorasmith.families.parts.t5 import encode_t5
 
 _TOKENS = 512  # ChromaPipeline's longest prompt
 # ComfyUI's shift for KSampler, which has no other setting for it; its template sets none (ModelSamplingAuraFlow at 1).
@@ -56,11 +36,9 @@ _DIFFUSION = Diffusion("flow", FlowSchedule.exponential(1.15))
 _APPROXIMATOR = "distilled_guidance_layer."
 
 _TARGETS = {
-    "attention": TargetPreset(ATTENTION),
-    "attention+ff": TargetPreset((*ATTENTION, *FEED_FORWARD)),
-    "transformer": TargetPreset(("*transformer_blocks.*",), linear_only=True),
-    "all-linear": TargetPreset(("*",), linear_only=True),
-    "all": TargetPreset(("*",)),
+    "attention": Rule(ATTENTION),
+    "attention+ff": Rule((*ATTENTION, *FEED_FORWARD)),
+    "transformer": Rule(("*transformer_blocks.*",), linear_only=True),
 }
 _IN_BLOCKS = ("transformer_blocks.*", "single_transformer_blocks.*")
 _TOP = {path: name for path, name in flux_layout.TOP.items() if path != "norm_out.linear"}
@@ -75,7 +53,8 @@ class Chroma(Family):
     name = "chroma"
     title = "Chroma"
     pipeline = "ChromaPipeline"
-    denoiser_folder = "transformer"
+    network = "ChromaTransformer2DModel"
+    text_width = "joint_attention_dim"
     modelspec_implementation = "https://huggingface.co/lodestones/Chroma"
     kohya_name = "chroma"
     modelspec_name = "chroma"
@@ -86,20 +65,13 @@ class Chroma(Family):
     )
     own_diffusion = _DIFFUSION
     targets = _TARGETS
-    text_encoders = MappingProxyType(
-        {"text_encoder": EncoderSlot("t5xxl", "t5xxl_fp16.safetensors", ("text_encoders.t5xxl.transformer.",))}
-    )
-    autoencoder = AutoencoderSlot(
-        "kl",
-        channels=16,
-        usual_file="ae.safetensors",
-        prefixes=("vae.", "first_stage_model."),
-        settings=FLUX_CONSTANTS,
-    )
+    text_encoders = {
+        "text_encoder": EncoderSlot("t5xxl", "t5xxl_fp16.safetensors", ("text_encoders.t5xxl.transformer.",))
+    }
+    autoencoder = FLUX_AUTOENCODER
     clip_types = ("chroma",)
-    repeatable_context = False
     distilled_names = ("flash",)
-    released: Mapping[str, Any] = MappingProxyType({})  # the class' own defaults
+    released: Mapping[str, Any] = {}  # the class' own defaults
     # Its blocks have the names and widths of Flux.1's.
     lora_signatures = (
         Signature(title, r"(^|_)distilled_guidance_layer_"),
@@ -111,11 +83,9 @@ class Chroma(Family):
         return has_blocks and any(name.startswith(_APPROXIMATOR) for name in shapes)
 
     def denoiser_class(self) -> type[nn.Module]:
-        from diffusers import ChromaTransformer2DModel
-
         # The class itself takes one of diffusers' modules from a place that it has left.
         warnings.filterwarnings("ignore", message="`FluxPosEmbed` is deprecated", category=FutureWarning)
-        return ChromaTransformer2DModel  # type: ignore[no-any-return]
+        return super().denoiser_class()
 
     def denoiser_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         head = shapes[norm_name(flux_layout.KEY_NORM, shapes)][0]
@@ -139,31 +109,18 @@ class Chroma(Family):
             "approximator_layers": block_count(shapes, f"{_APPROXIMATOR}layers."),
         }
 
-    def table(self, denoiser: nn.Module) -> Mapping[str, OriginalName]:
-        config: Any = denoiser.config
-        width = config.num_attention_heads * config.attention_head_dim
+    def table(self, denoiser: Any) -> Mapping[str, OriginalName]:
+        width = denoiser.config.num_attention_heads * denoiser.config.attention_head_dim
         return {path: _original(path, width, denoiser) for path in module_paths(denoiser)}
 
-    def latent_format(self, denoiser: nn.Module, vae: Any) -> LatentFormat:
-        config: Any = denoiser.config
-        constants = self.autoencoder.settings
-        return LatentFormat(
-            config.in_channels // 4, 8, scale=constants["scaling_factor"], shift=constants["shift_factor"]
-        )
+    def latent_format(self, denoiser: Any, vae: Any) -> LatentFormat:
+        return self.autoencoder.latents(denoiser.config.in_channels // 4)
 
     def defaults(self, denoiser: nn.Module, latent: LatentFormat, diffusion: Diffusion) -> Defaults:
         return Defaults(
-            resolution=1024,
-            pixel_multiple=16,
-            learning_rate=1e-4,
-            targets="attention+ff",
             guidance=3.5,  # ComfyUI's template
             timestep_distribution="logit_normal",  # ai-toolkit's and sd-scripts' `sigmoid`
         )
-
-    def encoder_width(self, denoiser: nn.Module, component: str) -> int | None:
-        config: Any = denoiser.config
-        return int(config.joint_attention_dim)
 
     def encode_text(self, encoders: TextEncoders, texts: Mapping[str, str], encoding: Encoding) -> Conditioning:
         encoder, tokenizer = self.text_encoder(encoders, "text_encoder"), encoders.tokenizers["text_encoder"]
@@ -180,10 +137,6 @@ class Chroma(Family):
             empty_ends=False,
         )
         return Conditioning({"context": context}, text)
-
-    def conditioning_shapes(self, denoiser: nn.Module) -> Mapping[str, tuple[int, ...]]:
-        config: Any = denoiser.config
-        return {"context": (1, 64, config.joint_attention_dim)}
 
     def predict(self, denoiser: nn.Module, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         check_even(latents, self.title)

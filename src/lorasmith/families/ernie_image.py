@@ -8,36 +8,14 @@ tensors of the base model; LoRAs are trained on the base.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorasmith.core.errors import ModelError
-from lorasmith.diffusion.schedule import FlowSchedule, ResolutionShift
-from lorasmith.families.base import (
-    AutoencoderSlot,
-    Conditioning,
-    Defaults,
-    Diffusion,
-    EncoderSlot,
-    Encoding,
-    Family,
-    LatentFormat,
-    TargetPreset,
-    TextEncoders,
-    register,
-)
-from lorasmith.families.files.checkpoint import OriginalCheckpoint
-from lorasmith.families.files.original_weights import block_count, module_paths
-from lorasmith.families.files.pipeline_configs import PipelineConfigs
+from lorasmith.families.base import *
+from lorasmith.families.parts.encoders import literal_text
 from lorasmith.families.parts.language_models import hidden_states
-from lorasmith.families.parts.prompt_weights import literal_text
-from lorasmith.formats.names.model_names import OriginalName, ProgramLimits
-from lorasmith.formats.names.recognise import DENOISER_START, Signature
-
-__all__ = ["ErnieImage"]
 
 _LAYER = -2  # of the encoder's states
 _SHIFT = 3.0  # ComfyUI's `supported_models.ErnieImage` for KSampler
@@ -47,11 +25,9 @@ _RESOLUTION_SHIFT = ResolutionShift(patch=1)
 
 _ATTENTION = ("layers.*.self_attention.to_*",)
 _TARGETS = {
-    "attention": TargetPreset(_ATTENTION),
-    "attention+ff": TargetPreset((*_ATTENTION, "layers.*.mlp.*")),
-    "transformer": TargetPreset(("layers.*",), linear_only=True),
-    "all-linear": TargetPreset(("*",), linear_only=True),
-    "all": TargetPreset(("*",)),
+    "attention": Rule(_ATTENTION),
+    "attention+ff": Rule((*_ATTENTION, "layers.*.mlp.*")),
+    "transformer": Rule(("layers.*",), linear_only=True),
 }
 
 
@@ -61,7 +37,9 @@ class ErnieImage(Family):
     name = "ernie-image"
     title = "ERNIE-Image"
     pipeline = "ErnieImagePipeline"
-    denoiser_folder = "transformer"
+    network = "ErnieImageTransformer2DModel"
+    text_width = "text_in_dim"
+    needs_diffusers = "0.38"
     modelspec_implementation = "https://github.com/baidu/ERNIE-Image"
     kohya_name = "ernie_image"
     modelspec_name = "ernie-image"
@@ -70,39 +48,27 @@ class ErnieImage(Family):
         diffusers_applies={"ai-toolkit": ("*",)}, diffusers_refuses_others=True, sd_scripts_applies=None
     )
     targets = _TARGETS
-    text_encoders = MappingProxyType(
-        {
-            "text_encoder": EncoderSlot(
-                "ministral3_3b", "ministral-3-3b.safetensors", ("text_encoders.ministral3_3b.transformer.",)
-            )
-        }
-    )
+    text_encoders = {
+        "text_encoder": EncoderSlot(
+            "ministral3_3b", "ministral-3-3b.safetensors", ("text_encoders.ministral3_3b.transformer.",)
+        )
+    }
     autoencoder = AutoencoderSlot("flux2", channels=128, usual_file="flux2-vae.safetensors", prefixes=("vae.",))
     clip_types = ("flux2",)  # in ComfyUI's template; its encoder is recognised under any
-    repeatable_context = False
     distilled_names = ("turbo",)
-    released = MappingProxyType(
-        {
-            "hidden_size": 4096,
-            "num_attention_heads": 32,
-            "num_layers": 36,
-            "ffn_hidden_size": 12288,
-            "text_in_dim": 3072,
-        }
-    )
+    released = {
+        "hidden_size": 4096,
+        "num_attention_heads": 32,
+        "num_layers": 36,
+        "ffn_hidden_size": 12288,
+        "text_in_dim": 3072,
+    }
     lora_signatures = (
         Signature(title, DENOISER_START + r"layers_\d+_(self_attention_|mlp_(gate_proj|up_proj|linear_fc2))"),
     )
 
     def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         return "layers.0.mlp.linear_fc2.weight" in shapes and "x_embedder.proj.weight" in shapes
-
-    def denoiser_class(self) -> type[nn.Module]:
-        try:
-            from diffusers import ErnieImageTransformer2DModel
-        except ImportError as error:
-            raise ModelError(f"{self.title} needs diffusers 0.38 or newer; run: pip install -U diffusers") from error
-        return ErnieImageTransformer2DModel  # type: ignore[no-any-return]
 
     def denoiser_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         width, channels, patch, _ = shapes["x_embedder.proj.weight"]
@@ -131,23 +97,15 @@ class ErnieImage(Family):
         # The pipeline leaves the shift to its scheduler: 4 for the base model and 1 for Turbo, as other programs quote.
         return _flow(float(configs.of("scheduler").get("shift", _SHIFT)))
 
-    def latent_format(self, denoiser: nn.Module, vae: Any) -> LatentFormat:
-        config: Any = denoiser.config
-        return LatentFormat(config.in_channels, 16, scale=1.0)
+    def latent_format(self, denoiser: Any, vae: Any) -> LatentFormat:
+        return LatentFormat(denoiser.config.in_channels, 16, scale=1.0)
 
     def defaults(self, denoiser: nn.Module, latent: LatentFormat, diffusion: Diffusion) -> Defaults:
         return Defaults(
-            resolution=1024,
-            pixel_multiple=16,
-            learning_rate=1e-4,
             targets="attention+ff",  # OneTrainer's preset: self_attention and mlp
             guidance=4.0,  # ErnieImagePipeline and ComfyUI's template
             timestep_distribution="logit_normal",  # OneTrainer's preset
         )
-
-    def encoder_width(self, denoiser: nn.Module, component: str) -> int | None:
-        config: Any = denoiser.config
-        return int(config.text_in_dim)
 
     def encode_text(self, encoders: TextEncoders, texts: Mapping[str, str], encoding: Encoding) -> Conditioning:
         # No template, no padding and no limit, in ComfyUI and in diffusers.
@@ -155,10 +113,6 @@ class ErnieImage(Family):
         text = texts["text_encoder"]
         ids = [tokenizer.bos_token_id, *tokenizer(literal_text(text, encoding), add_special_tokens=False).input_ids]
         return Conditioning({"context": hidden_states(encoder, ids, (_LAYER,)).squeeze(2)}, text)
-
-    def conditioning_shapes(self, denoiser: nn.Module) -> Mapping[str, tuple[int, ...]]:
-        config: Any = denoiser.config
-        return {"context": (1, 64, config.text_in_dim)}
 
     def predict(self, denoiser: nn.Module, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         context, mask = conditioning.tensors["context"], conditioning.mask

@@ -10,34 +10,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorasmith.core.errors import ModelError
-from lorasmith.diffusion.schedule import FlowSchedule
-from lorasmith.families.base import (
-    AutoencoderSlot,
-    Conditioning,
-    Defaults,
-    Diffusion,
-    EncoderSlot,
-    Encoding,
-    Family,
-    LatentFormat,
-    TargetPreset,
-    TextEncoders,
-    check_even,
-    register,
-)
-from lorasmith.families.files.checkpoint import OriginalCheckpoint
-from lorasmith.families.files.original_weights import block_count, module_paths, norm_name
-from lorasmith.families.files.pipeline_configs import PipelineConfigs
-from lorasmith.families.parts import clip_layout, flux_layout
-from lorasmith.families.parts.autoencoders import FLUX_CONSTANTS
-from lorasmith.families.parts.clip_text import encode_prompt
+from lorasmith.families.base import *
+from lorasmith.families.parts import flux_layout
+from lorasmith.families.parts.autoencoders import FLUX_AUTOENCODER
+from lorasmith.families.parts.clip import encode_prompt, released_paths
 from lorasmith.families.parts.flux_layout import (
     ATTENTION,
     FEED_FORWARD,
@@ -45,22 +26,17 @@ from lorasmith.families.parts.flux_layout import (
     image_positions,
     in_double_block,
     in_single_block,
+    packed_latents,
     rope_axes,
+    unpacked_latents,
 )
-from lorasmith.families.parts.packing import packed_latents, unpacked_latents
-from lorasmith.families.parts.t5_encoders import RELEASED_PATHS, encode_t5
-from lorasmith.formats.names.model_names import EncoderNames, ModelNames, OriginalName, ProgramLimits
-from lorasmith.formats.names.recognise import Signature
-
-__all__ = ["Flux", "outputs_zeroed"]
+from lorasmith.families.parts.t5 import RELEASED_PATHS, encode_t5
 
 _MODULATION = ("*.norm.linear", "*.norm1.linear", "*.norm1_context.linear")
 _TARGETS = {
-    "attention": TargetPreset(ATTENTION),
-    "attention+ff": TargetPreset((*ATTENTION, *FEED_FORWARD)),
-    "transformer": TargetPreset((*ATTENTION, *FEED_FORWARD, *_MODULATION)),
-    "all-linear": TargetPreset(("*",), linear_only=True),
-    "all": TargetPreset(("*",)),
+    "attention": Rule(ATTENTION),
+    "attention+ff": Rule((*ATTENTION, *FEED_FORWARD)),
+    "transformer": Rule((*ATTENTION, *FEED_FORWARD, *_MODULATION)),
 }
 _DEFAULT_GUIDANCE = 3.5
 _MU = 1.15  # ComfyUI's shift for KSampler, and that of the resolution 1024×1024
@@ -100,7 +76,7 @@ class Flux(Family):
     name = "flux1"
     title = "Flux.1"
     pipeline = "FluxPipeline"
-    denoiser_folder = "transformer"
+    network = "FluxTransformer2DModel"
     modelspec_implementation = "https://github.com/black-forest-labs/flux"
     kohya_name = "flux1"
     modelspec_name = "flux-1-dev"
@@ -111,23 +87,14 @@ class Flux(Family):
     civitai_name = "Flux.1 D"
     a1111_version = "Flux"
     targets = _TARGETS
-    text_encoders = MappingProxyType(
-        {
-            "text_encoder": EncoderSlot("clip_l", "clip_l.safetensors", ("text_encoders.clip_l.transformer.",)),
-            "text_encoder_2": EncoderSlot("t5xxl", "t5xxl_fp16.safetensors", ("text_encoders.t5xxl.transformer.",)),
-        }
-    )
+    text_encoders = {
+        "text_encoder": EncoderSlot("clip_l", "clip_l.safetensors", ("text_encoders.clip_l.transformer.",)),
+        "text_encoder_2": EncoderSlot("t5xxl", "t5xxl_fp16.safetensors", ("text_encoders.t5xxl.transformer.",)),
+    }
     clip_types = ("flux",)
     distilled_names = ("schnell",)
-    autoencoder = AutoencoderSlot(
-        "kl",
-        channels=16,
-        usual_file="ae.safetensors",
-        prefixes=("vae.", "first_stage_model."),
-        settings=FLUX_CONSTANTS,
-    )
-    repeatable_context = False
-    released = MappingProxyType({"guidance_embeds": True})
+    autoencoder = FLUX_AUTOENCODER
+    released = {"guidance_embeds": True}
     lora_signatures = (
         Signature(title, r"(^|_)(double|single)_blocks_\d|single_transformer_blocks_\d", order=1),
         Signature(title, r"(^|_)transformer_blocks_\d+_(ff_context|attn_add_q_proj)", 3072, order=4),
@@ -140,17 +107,11 @@ class Flux(Family):
         # Flux.2 shares its modulation between blocks; Chroma replaces it by an approximator.
         return not any(name.startswith(("double_stream_modulation_img", "distilled_guidance_layer")) for name in shapes)
 
-    def denoiser_class(self) -> type[nn.Module]:
-        from diffusers import FluxTransformer2DModel
-
-        return FluxTransformer2DModel  # type: ignore[no-any-return]
-
     def denoiser_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         return _config(shapes)
 
-    def table(self, denoiser: nn.Module) -> Mapping[str, OriginalName]:
-        config: Any = denoiser.config
-        hidden = config.num_attention_heads * config.attention_head_dim
+    def table(self, denoiser: Any) -> Mapping[str, OriginalName]:
+        hidden = denoiser.config.num_attention_heads * denoiser.config.attention_head_dim
         return {path: _original(path, hidden, denoiser) for path in module_paths(denoiser)}
 
     def diffusion(self, checkpoint: OriginalCheckpoint) -> Diffusion:
@@ -159,24 +120,12 @@ class Flux(Family):
     def diffusion_of_pipeline(self, configs: PipelineConfigs) -> Diffusion:
         return _diffusion(has_guidance=bool(configs.of(self.denoiser_folder).get("guidance_embeds", False)))
 
-    def latent_format(self, denoiser: nn.Module, vae: Any) -> LatentFormat:
-        config: Any = denoiser.config
-        constants = self.autoencoder.settings
-        return LatentFormat(
-            channels=config.in_channels // 4,
-            downscale=8,
-            scale=constants["scaling_factor"],
-            shift=constants["shift_factor"],
-        )
+    def latent_format(self, denoiser: Any, vae: Any) -> LatentFormat:
+        return self.autoencoder.latents(denoiser.config.in_channels // 4)
 
     def defaults(self, denoiser: nn.Module, latent: LatentFormat, diffusion: Diffusion) -> Defaults:
         return Defaults(
-            resolution=1024,
-            pixel_multiple=16,
-            learning_rate=1e-4,
-            targets="attention+ff",
             guidance=1.0,  # Flux.1 is distilled: its guidance is an input, not a second pass
-            timestep_distribution="logit_normal",
         )
 
     def names(self, denoiser: nn.Module, text_encoders: Mapping[str, nn.Module]) -> ModelNames:
@@ -186,7 +135,7 @@ class Flux(Family):
     def encoder_names(self, text_encoders: Mapping[str, nn.Module]) -> Mapping[str, EncoderNames]:
         return {
             "text_encoder": EncoderNames(
-                clip_layout.released_paths(layers=12),
+                released_paths(layers=12),
                 kohya=("lora_te1_", "lora_te_"),
                 comfyui=("clip_l", "clip_h"),
                 drops_text_model=True,
@@ -195,8 +144,8 @@ class Flux(Family):
             "text_encoder_2": EncoderNames(RELEASED_PATHS, kohya=("lora_te3_", "lora_te2_"), comfyui=("t5xxl",)),
         }
 
-    def encoder_width(self, denoiser: nn.Module, component: str) -> int | None:
-        config: Any = denoiser.config
+    def encoder_width(self, denoiser: Any, component: str) -> int | None:
+        config = denoiser.config
         return int(config.pooled_projection_dim if component == "text_encoder" else config.joint_attention_dim)
 
     def encode_text(self, encoders: TextEncoders, texts: Mapping[str, str], encoding: Encoding) -> Conditioning:
@@ -214,20 +163,19 @@ class Flux(Family):
         )
         return Conditioning({"context": context, "pooled": pooled}, texts["text_encoder_2"])
 
-    def conditioning_shapes(self, denoiser: nn.Module) -> Mapping[str, tuple[int, ...]]:
-        config: Any = denoiser.config
+    def conditioning_shapes(self, denoiser: Any) -> Mapping[str, tuple[int, ...]]:
+        config = denoiser.config
         return {"context": (1, 512, config.joint_attention_dim), "pooled": (1, config.pooled_projection_dim)}
 
-    def predict(self, denoiser: nn.Module, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
+    def predict(self, denoiser: Any, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         check_even(latents, self.title)
         height, width = latents.shape[-2:]
         context = conditioning.tensors["context"]
-        config: Any = denoiser.config
         guidance = None
-        if config.guidance_embeds:  # schnell has no such input
+        if denoiser.config.guidance_embeds:  # schnell has no such input
             given = conditioning.tensors.get("guidance")
             guidance = latents.new_full((len(latents),), _DEFAULT_GUIDANCE) if given is None else given
-        left_out = config.guidance_embeds and "no_guidance" in conditioning.tensors
+        left_out = denoiser.config.guidance_embeds and "no_guidance" in conditioning.tensors
         embeddings: Any = denoiser.time_text_embed
         with outputs_zeroed(embeddings.guidance_embedder) if left_out else contextlib.nullcontext():
             prediction = denoiser(

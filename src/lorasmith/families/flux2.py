@@ -9,36 +9,17 @@ tensors. The original layout fuses query, key and value of double blocks; diffus
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorasmith.diffusion.schedule import FlowSchedule, ResolutionShift
-from lorasmith.families.base import (
-    AutoencoderSlot,
-    Conditioning,
-    Defaults,
-    Diffusion,
-    EncoderSlot,
-    Encoding,
-    Family,
-    LatentFormat,
-    TargetPreset,
-    TextEncoders,
-    register,
-)
-from lorasmith.families.files.original_weights import block_count, module_paths, norm_name
+from lorasmith.families.base import *
 from lorasmith.families.parts import flux_layout
+from lorasmith.families.parts.encoders import literal_text
 from lorasmith.families.parts.flux_layout import attention_arguments, in_double_block
 from lorasmith.families.parts.language_models import hidden_states
-from lorasmith.families.parts.prompt_weights import literal_text
-from lorasmith.formats.names.model_names import OriginalName, ProgramLimits
-from lorasmith.formats.names.recognise import Signature
-
-__all__ = ["Flux2"]
 
 _TOKENS = 512  # of text, which is filled with padding that the transformer sees
 _DEFAULT_GUIDANCE = 4.0  # of dev, in ComfyUI's template and in Flux2Pipeline
@@ -55,11 +36,9 @@ _ATTENTION = ("transformer_blocks.*.attn.to_*", "transformer_blocks.*.attn.add_*
 _SINGLE = ("single_transformer_blocks.*.attn.to_*",)
 _MLP = ("transformer_blocks.*.ff.linear_*", "transformer_blocks.*.ff_context.linear_*")
 _TARGETS = {
-    "attention": TargetPreset((*_ATTENTION, *_SINGLE)),
-    "attention+ff": TargetPreset((*_ATTENTION, *_SINGLE, *_MLP)),
-    "transformer": TargetPreset(("*transformer_blocks.*",), linear_only=True),
-    "all-linear": TargetPreset(("*",), linear_only=True),
-    "all": TargetPreset(("*",)),
+    "attention": Rule((*_ATTENTION, *_SINGLE)),
+    "attention+ff": Rule((*_ATTENTION, *_SINGLE, *_MLP)),
+    "transformer": Rule(("*transformer_blocks.*",), linear_only=True),
 }
 
 _READ_BY_KOHYA_NAMES = (
@@ -97,13 +76,11 @@ _SINGLE_PARTS = {**flux_layout.SINGLE_NORMS, "attn.to_qkv_mlp_proj": "linear1", 
 
 
 class Flux2(Family):
-    """Flux.2 dev or klein.
+    """Flux.2 dev or klein."""
 
-    Args:
-        is_klein: whether it has klein's encoder and no guidance input.
-    """
-
-    denoiser_folder = "transformer"
+    network = "Flux2Transformer2DModel"
+    text_width = "joint_attention_dim"
+    usual_tokens = _TOKENS
     modelspec_implementation = "https://github.com/black-forest-labs/flux2"
     kohya_name = "flux2"
     limits = _LIMITS
@@ -111,7 +88,6 @@ class Flux2(Family):
     targets = _TARGETS
     autoencoder = AutoencoderSlot("flux2", channels=128, usual_file="flux2-vae.safetensors", prefixes=("vae.",))
     clip_types = ("flux2",)
-    repeatable_context = False
 
     def __init__(self, *, is_klein: bool) -> None:
         self.name = "flux2-klein" if is_klein else "flux2"
@@ -128,17 +104,15 @@ class Flux2(Family):
         )
         prefixes = tuple(f"text_encoders.{one}.transformer." for one in ("qwen3_4b", "qwen3_8b", "mistral3_24b"))
         widths = (2560, 4096) if is_klein else ()
-        self.text_encoders = MappingProxyType({"text_encoder": EncoderSlot(kind, usual_file, prefixes, widths=widths)})
+        self.text_encoders = {"text_encoder": EncoderSlot(kind, usual_file, prefixes, widths=widths)}
         blocks, width, text_width = ((8, 24), 4096, 12288) if is_klein else ((8, 48), 6144, 15360)
-        self.released = MappingProxyType(
-            {
-                "num_layers": blocks[0],
-                "num_single_layers": blocks[1],
-                "num_attention_heads": width // 128,
-                "joint_attention_dim": text_width,
-                "guidance_embeds": not is_klein,
-            }
-        )
+        self.released = {
+            "num_layers": blocks[0],
+            "num_single_layers": blocks[1],
+            "num_attention_heads": width // 128,
+            "joint_attention_dim": text_width,
+            "guidance_embeds": not is_klein,
+        }
         # Flux.1 has blocks of these names and the width of klein 4B, but other inner widths.
         blocks_named = r"(^|_)(double|single)_blocks_\d|single_transformer_blocks_\d"
         own = r"double_stream_modulation|single_transformer_blocks_\d+_attn_to_qkv_mlp_proj"
@@ -157,11 +131,6 @@ class Flux2(Family):
         is_klein = flux_layout.GUIDANCE not in shapes
         return "double_stream_modulation_img.lin.weight" in shapes and self._is_klein == is_klein
 
-    def denoiser_class(self) -> type[nn.Module]:
-        from diffusers import Flux2Transformer2DModel
-
-        return Flux2Transformer2DModel  # type: ignore[no-any-return]
-
     def denoiser_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         width, in_channels = shapes["img_in.weight"]
         head = shapes[norm_name(flux_layout.KEY_NORM, shapes)][0]
@@ -177,21 +146,15 @@ class Flux2(Family):
             "axes_dims_rope": (head // 4,) * 4,
         }
 
-    def table(self, denoiser: nn.Module) -> Mapping[str, OriginalName]:
-        config: Any = denoiser.config
-        width = config.num_attention_heads * config.attention_head_dim
+    def table(self, denoiser: Any) -> Mapping[str, OriginalName]:
+        width = denoiser.config.num_attention_heads * denoiser.config.attention_head_dim
         return {path: _original(path, width) for path in module_paths(denoiser)}
 
-    def latent_format(self, denoiser: nn.Module, vae: Any) -> LatentFormat:
-        config: Any = denoiser.config
-        return LatentFormat(config.in_channels, 16, scale=1.0)
+    def latent_format(self, denoiser: Any, vae: Any) -> LatentFormat:
+        return LatentFormat(denoiser.config.in_channels, 16, scale=1.0)
 
     def defaults(self, denoiser: nn.Module, latent: LatentFormat, diffusion: Diffusion) -> Defaults:
         return Defaults(
-            resolution=1024,
-            pixel_multiple=16,
-            learning_rate=1e-4,
-            targets="attention+ff",
             guidance=5.0 if self._is_klein else 1.0,  # klein base in ComfyUI's template; dev has an input for it
             timestep_distribution="logit_normal",  # OneTrainer's preset
         )
@@ -199,9 +162,8 @@ class Flux2(Family):
     def modelspec_architecture(self, parameterization: str) -> str:
         return "flux-2-klein" if self._is_klein else "flux-2-dev"
 
-    def encoder_width(self, denoiser: nn.Module, component: str) -> int | None:
-        config: Any = denoiser.config
-        return int(config.joint_attention_dim) // len(self._layers)
+    def encoder_width(self, denoiser: Any, component: str) -> int | None:
+        return int(denoiser.config.joint_attention_dim) // len(self._layers)
 
     def encode_text(self, encoders: TextEncoders, texts: Mapping[str, str], encoding: Encoding) -> Conditioning:
         encoder, tokenizer = self.text_encoder(encoders, "text_encoder"), encoders.tokenizers["text_encoder"]
@@ -221,10 +183,6 @@ class Flux2(Family):
             return Conditioning({"context": states.flatten(2)}, text)
         states = hidden_states(encoder, ids, self._layers).flatten(2)
         return Conditioning({"context": F.pad(states, (0, 0, missing, 0))}, text)
-
-    def conditioning_shapes(self, denoiser: nn.Module) -> Mapping[str, tuple[int, ...]]:
-        config: Any = denoiser.config
-        return {"context": (1, _TOKENS, config.joint_attention_dim)}
 
     def predict(self, denoiser: nn.Module, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         height, width = latents.shape[-2:]

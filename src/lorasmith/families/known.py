@@ -24,17 +24,13 @@ from lorasmith.families import (  # noqa: F401  (register themselves)
     z_image,
 )
 from lorasmith.families.parts import (  # noqa: F401  (register themselves)
-    clip_encoders,
-    flux2_vae,
+    clip,
     language_models,
-    t5_encoders,
-    umt5_encoders,
+    t5,
     wan_vae,
 )
 from lorasmith.families.parts.unet_layout import context_widths
 from lorasmith.formats.names.recognise import DENOISER_START, SIGNATURES, Signature
-
-__all__ = ["looks_like"]
 
 _PART = "one part of a diffusers model (give the folder that has its model_index.json instead)"
 # What a denoiser's tensor names begin with → architecture.

@@ -7,38 +7,16 @@ Nothing is fused in the original layout. Turbo, which is distilled, has the tens
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorasmith.core.errors import ModelError
-from lorasmith.diffusion.schedule import FlowSchedule, ResolutionShift
-from lorasmith.families.base import (
-    AutoencoderSlot,
-    Conditioning,
-    Defaults,
-    Diffusion,
-    EncoderSlot,
-    Encoding,
-    Family,
-    LatentFormat,
-    TargetPreset,
-    TextEncoders,
-    check_even,
-    register,
-)
-from lorasmith.families.files.original_weights import block_count, module_paths, norm_name
-from lorasmith.families.parts.language_models import hidden_states
-from lorasmith.families.parts.packing import packed_latents, unpacked_latents
-from lorasmith.families.parts.picture_chat import ANSWER, SYSTEM, SYSTEM_TOKENS, chat_of, seen_from
-from lorasmith.families.parts.prompt_weights import literal_text
+from lorasmith.families.base import *
+from lorasmith.families.parts.encoders import literal_text
+from lorasmith.families.parts.flux_layout import packed_latents, unpacked_latents
+from lorasmith.families.parts.language_models import ANSWER, SYSTEM, SYSTEM_TOKENS, chat_of, hidden_states, seen_from
 from lorasmith.families.parts.wan_vae import wan_latents
-from lorasmith.formats.names.model_names import OriginalName, ProgramLimits
-from lorasmith.formats.names.recognise import DENOISER_START, Signature
-
-__all__ = ["Krea2"]
 
 _LAYERS = tuple(range(2, 36, 3))  # of the encoder's states
 _MU = 1.15  # ComfyUI's shift for KSampler
@@ -47,11 +25,9 @@ _DIFFUSION = Diffusion("flow", FlowSchedule.exponential(_MU, resolution_shift=_R
 
 _ATTENTION = ("transformer_blocks.*.attn.to_*",)
 _TARGETS = {
-    "attention": TargetPreset(_ATTENTION),
-    "attention+ff": TargetPreset((*_ATTENTION, "transformer_blocks.*.ff.*")),
-    "transformer": TargetPreset(("transformer_blocks.*",), linear_only=True),
-    "all-linear": TargetPreset(("*",), linear_only=True),
-    "all": TargetPreset(("*",)),
+    "attention": Rule(_ATTENTION),
+    "attention+ff": Rule((*_ATTENTION, "transformer_blocks.*.ff.*")),
+    "transformer": Rule(("transformer_blocks.*",), linear_only=True),
 }
 _TOP = {
     "img_in": "first",
@@ -92,7 +68,9 @@ class Krea2(Family):
     name = "krea2"
     title = "Krea 2"
     pipeline = "Krea2Pipeline"
-    denoiser_folder = "transformer"
+    network = "Krea2Transformer2DModel"
+    text_width = "text_hidden_dim"
+    needs_diffusers = "0.39"
     modelspec_implementation = "https://github.com/krea-ai/krea-2"
     kohya_name = "krea2"
     modelspec_name = "krea-2"
@@ -102,18 +80,15 @@ class Krea2(Family):
     )
     own_diffusion = _DIFFUSION
     targets = _TARGETS
-    text_encoders = MappingProxyType(
-        {
-            "text_encoder": EncoderSlot(
-                "qwen3vl", "qwen3vl_4b_bf16.safetensors", ("text_encoders.qwen3vl_4b.transformer.",)
-            )
-        }
-    )
+    text_encoders = {
+        "text_encoder": EncoderSlot(
+            "qwen3vl", "qwen3vl_4b_bf16.safetensors", ("text_encoders.qwen3vl_4b.transformer.",)
+        )
+    }
     autoencoder = AutoencoderSlot("wan21", channels=16, usual_file="qwen_image_vae.safetensors", prefixes=("vae.",))
     clip_types = ("krea2",)
-    repeatable_context = False
     distilled_names = ("turbo",)
-    released: Mapping[str, Any] = MappingProxyType({})  # the class' own defaults
+    released: Mapping[str, Any] = {}  # the class' own defaults
     lora_signatures = (
         Signature(
             title, DENOISER_START + r"(transformer_)?blocks_\d+_(attn_(wq|gate|to_gate)|mlp_gate|ff_gate)", order=4
@@ -123,13 +98,6 @@ class Krea2(Family):
 
     def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         return "txtfusion.projector.weight" in shapes and "blocks.0.attn.gate.weight" in shapes
-
-    def denoiser_class(self) -> type[nn.Module]:
-        try:
-            from diffusers import Krea2Transformer2DModel
-        except ImportError as error:
-            raise ModelError(f"{self.title} needs diffusers 0.39 or newer; run: pip install -U diffusers") from error
-        return Krea2Transformer2DModel  # type: ignore[no-any-return]
 
     def denoiser_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         head = shapes[norm_name("blocks.0.attn.qknorm.qnorm", shapes)][0]
@@ -162,17 +130,10 @@ class Krea2(Family):
 
     def defaults(self, denoiser: nn.Module, latent: LatentFormat, diffusion: Diffusion) -> Defaults:
         return Defaults(
-            resolution=1024,
-            pixel_multiple=16,
-            learning_rate=1e-4,
             targets="attention+ff",  # OneTrainer's preset: attn and ff
             guidance=5.5,  # 4.5 in Krea2Pipeline, which counts from the conditional prediction
             timestep_distribution="logit_normal",  # OneTrainer's preset
         )
-
-    def encoder_width(self, denoiser: nn.Module, component: str) -> int | None:
-        config: Any = denoiser.config
-        return int(config.text_hidden_dim)
 
     def encode_text(self, encoders: TextEncoders, texts: Mapping[str, str], encoding: Encoding) -> Conditioning:
         encoder, tokenizer = self.text_encoder(encoders, "text_encoder"), encoders.tokenizers["text_encoder"]
@@ -184,16 +145,14 @@ class Krea2(Family):
             ids = [*tokenizer(SYSTEM + text).input_ids[: 512 + SYSTEM_TOKENS - len(answer)], *answer]
         return Conditioning({"context": hidden_states(encoder, ids, _LAYERS)[:, start:].flatten(2)}, text)
 
-    def conditioning_shapes(self, denoiser: nn.Module) -> Mapping[str, tuple[int, ...]]:
-        config: Any = denoiser.config
-        return {"context": (1, 64, config.num_text_layers * config.text_hidden_dim)}
+    def conditioning_shapes(self, denoiser: Any) -> Mapping[str, tuple[int, ...]]:
+        return {"context": (1, 64, denoiser.config.num_text_layers * denoiser.config.text_hidden_dim)}
 
-    def predict(self, denoiser: nn.Module, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
+    def predict(self, denoiser: Any, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         check_even(latents, self.title)
         height, width = latents.shape[-2:]
-        config: Any = denoiser.config
         context = conditioning.tensors["context"]
-        context = context.reshape(*context.shape[:2], config.num_text_layers, config.text_hidden_dim)
+        context = context.reshape(*context.shape[:2], denoiser.config.num_text_layers, denoiser.config.text_hidden_dim)
         grid = (torch.arange(side // 2, device=latents.device) for side in (height, width))
         positions = torch.cartesian_prod(torch.zeros(1, device=latents.device, dtype=torch.long), *grid)
         prediction = denoiser(

@@ -2,7 +2,8 @@
 
 A model is parts: a denoiser, text encoders, an autoencoder. Each comes from a checkpoint that holds several of them, a
 file of its own or a diffusers folder, and is recognised by its tensors. Weights stay on the memory-mapped files, in
-their dtype, until they are placed on a device.
+their dtype, until they are placed on a device. A single file may have diffusers' names, as ComfyUI's loaders take it:
+a family's table of its released model gives each tensor its original name.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -23,12 +25,9 @@ from lorasmith.core.errors import ModelError
 from lorasmith.core.folders import pipeline_index
 from lorasmith.core.placement import FULL_PRECISION
 from lorasmith.families.base import FAMILIES, Components, Diffusion, Family, TextEncoders
-from lorasmith.families.diffusers_file import recognised_by_diffusers_names
 from lorasmith.families.files.checkpoint import LORA_MARKS, OriginalCheckpoint, Shapes
-from lorasmith.families.files.diffusers_folder import PartFolder, read_json
-from lorasmith.families.files.loaded_modules import source_of_module
 from lorasmith.families.files.original_weights import PartSource, build, from_original_tensors
-from lorasmith.families.files.pipeline_configs import PipelineConfigs
+from lorasmith.families.files.pipelines import PartFolder, PipelineConfigs, read_json, source_of_module
 from lorasmith.families.known import looks_like
 from lorasmith.families.locating import located
 from lorasmith.families.model import Model
@@ -45,19 +44,7 @@ from lorasmith.families.part_loading import (
 )
 from lorasmith.families.parts.autoencoders import AUTOENCODERS
 from lorasmith.families.parts.encoders import ENCODERS, EncoderKind
-from lorasmith.formats.names.model_names import matches
-
-__all__ = [
-    "DiffusersPipeline",
-    "check_encoders",
-    "expert_in",
-    "family_of",
-    "load_model",
-    "model_of_checkpoint",
-    "model_of_pipeline",
-    "recognise",
-    "with_parts",
-]
+from lorasmith.formats.names.model_names import OriginalName, matches
 
 _SETTINGS = "lorasmith.json"  # in a diffusers folder: fields of `Defaults`
 _LARGEST_SETTING = 65_536
@@ -129,15 +116,7 @@ def with_parts(
     text_encoders: Sequence[str | os.PathLike[str]] = (),
     vae: str | os.PathLike[str] | None = None,
 ) -> Model:
-    """The model with text encoders and an autoencoder from files of their own.
-
-    Args:
-        model: the model.
-        text_encoders, vae: as for `load_model`.
-
-    Raises:
-        ModelError: as `load_model`.
-    """
+    """The model with text encoders and an autoencoder from files of their own."""
     for extra in text_encoders:
         model = _with_encoders(model, located(extra))
     return model if vae is None else _with_autoencoder(model, located(vae))
@@ -275,13 +254,7 @@ def expert_in(path: Path) -> tuple[Path, str | None]:
 
 
 def _model_of_folder(folder: Path, part: str | None, *, title: str) -> Model:
-    """The model in a diffusers folder.
-
-    Args:
-        folder: of the model.
-        part: subfolder of the denoiser, if it is that of an expert; None for the usual one.
-        title: of the model.
-    """
+    """The model in a diffusers folder."""
     configs = PipelineConfigs.of_folder(folder)
     family = family_of(folder)
     denoiser = part or family.denoiser_folder
@@ -305,14 +278,7 @@ def _model_of_folder(folder: Path, part: str | None, *, title: str) -> Model:
 
 
 def _of_expert(family: Family, title: str, denoiser: str, has: Callable[[str], bool]) -> str:
-    """The title of a model of diffusers, with the expert that its denoiser is, where the pipeline has several.
-
-    Args:
-        family: of the model.
-        title: of the pipeline.
-        denoiser: name of the part that is the denoiser.
-        has: whether the pipeline has a part.
-    """
+    """The title of a model of diffusers, with the expert that its denoiser is, where the pipeline has several."""
     experts = {one.folder: one.name for one in family.experts if has(one.folder)}
     return f"{title} ({experts[denoiser]})" if len(experts) > 1 and denoiser in experts else title
 
@@ -365,15 +331,7 @@ def _of_pipeline(
     tokenizer: Callable[[str, EncoderKind, nn.Module], Any],
     overrides: Mapping[str, Any] = MappingProxyType({}),
 ) -> Components:
-    """Components built from the parts of a diffusers pipeline.
-
-    Args:
-        family: of the pipeline.
-        configs: of its parts.
-        sources: tensors and configuration of each part that is there.
-        tokenizer: of an encoder by component name, kind and module.
-        overrides: as for `_assembled`.
-    """
+    """Components built from the parts of a diffusers pipeline."""
     for name in (family.denoiser_folder, *family.denoiser_parts):
         if name not in sources:
             raise ModelError(f"{configs.title} must have a {name} but has none; get the model again")
@@ -483,3 +441,41 @@ def _with_autoencoder(model: Model, path: Path) -> Model:
     latent = model.family.latent_format(model.components.denoiser, vae)
     components = replace(model.components, vae=vae, latent=latent)
     return replace(model, components=components, files={**model.files, "vae": path})
+
+
+_SIGNS = (
+    *("transformer_blocks.", "single_transformer_blocks.", "all_x_embedder.", "down_blocks."),
+    *("time_caption_embed.", "condition_embedder."),
+)
+
+
+def recognised_by_diffusers_names(shapes: Mapping[str, tuple[int, ...]]) -> tuple[Family, Shapes] | None:
+    """The family of a denoiser, and its shapes by original names; None if no family has these names."""
+    if not any(name.startswith(_SIGNS) for name in shapes):
+        return None
+    for _, family in FAMILIES.items():
+        if family.released is None:
+            continue
+        original = original_shapes(_released_table(family), shapes)
+        if original is not None and family.recognises(original):
+            return family, original
+    return None
+
+
+@cache
+def _released_table(family: Family) -> Mapping[str, OriginalName]:
+    return family.table(family.released_denoiser())
+
+
+def original_shapes(table: Mapping[str, OriginalName], shapes: Mapping[str, tuple[int, ...]]) -> Shapes | None:
+    """Shapes of a denoiser's tensors by original names; None if a tensor is not in the table."""
+    original = Shapes()
+    for name, shape in shapes.items():
+        path, _, leaf = name.rpartition(".")
+        place = table.get(path)
+        if place is None:
+            return None
+        key = place.tensor(leaf)
+        rows = original[key][0] if key in original else 0
+        original[key] = (rows + shape[0], *shape[1:])
+    return original

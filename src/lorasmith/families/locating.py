@@ -9,25 +9,17 @@ from pathlib import Path
 from lorasmith.core.errors import ModelError
 from lorasmith.core.folders import ASSETS, MODEL_EXTENSIONS
 
-__all__ = ["BUILT_IN", "ModelFiles", "built_in_models", "located"]
-
 BUILT_IN = "lorasmith-tiny"
 """Name of the small model in the package, for demonstrations and tests."""
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """The files of a model, as in `load_model`.
+    """The files of a model, as in `load_model`."""
 
-    Attributes:
-        model: file, folder, hub id or built-in name of the denoiser or of the whole model.
-        text_encoders: files or folders of text encoders.
-        vae: file or folder of the autoencoder.
-    """
-
-    model: str
-    text_encoders: tuple[str, ...] = ()
-    vae: str | None = None
+    model: str  # file, folder, hub id or built-in name of the denoiser or of the whole model
+    text_encoders: tuple[str, ...] = ()  # files or folders of text encoders
+    vae: str | None = None  # file or folder of the autoencoder
 
 
 _CHECKPOINTS = ASSETS / "models" / "checkpoints"

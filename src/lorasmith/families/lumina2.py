@@ -10,35 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from types import MappingProxyType
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorasmith.diffusion.schedule import FlowSchedule
-from lorasmith.families.base import (
-    AutoencoderSlot,
-    Conditioning,
-    Defaults,
-    Diffusion,
-    EncoderSlot,
-    Encoding,
-    Family,
-    LatentFormat,
-    TargetPreset,
-    TextEncoders,
-    check_even,
-    register,
-)
-from lorasmith.families.files.original_weights import block_count, module_paths, weight_shapes
-from lorasmith.families.parts.autoencoders import FLUX_CONSTANTS
+from lorasmith.families.base import *
+from lorasmith.families.parts.autoencoders import FLUX_AUTOENCODER
+from lorasmith.families.parts.encoders import parse_weights, weighted_states
 from lorasmith.families.parts.language_models import attention_capped, hidden_states
-from lorasmith.families.parts.prompt_weights import parse_weights, weighted_states
-from lorasmith.formats.names.model_names import OriginalName, ProgramLimits
-from lorasmith.formats.names.recognise import DENOISER_START, Signature
-
-__all__ = ["Lumina2"]
 
 _WIDTH = 2304
 _LAYER = -2  # of the encoder's states
@@ -50,11 +31,9 @@ _DIFFUSION = Diffusion("flow", FlowSchedule(shift=6.0))
 _BLOCKS = ("layers.", "noise_refiner.", "context_refiner.")
 _ATTENTION = ("layers.*.attn.to_*",)
 _TARGETS = {
-    "attention": TargetPreset(_ATTENTION),
-    "attention+ff": TargetPreset((*_ATTENTION, "layers.*.feed_forward.*")),
-    "transformer": TargetPreset(("layers.*",), linear_only=True),
-    "all-linear": TargetPreset(("*",), linear_only=True),
-    "all": TargetPreset(("*",)),
+    "attention": Rule(_ATTENTION),
+    "attention+ff": Rule((*_ATTENTION, "layers.*.feed_forward.*")),
+    "transformer": Rule(("layers.*",), linear_only=True),
 }
 _TOP = {
     "x_embedder": "x_embedder",
@@ -87,7 +66,8 @@ class Lumina2(Family):
     name = "lumina2"
     title = "Lumina 2"
     pipeline = "Lumina2Pipeline"
-    denoiser_folder = "transformer"
+    network = "lorasmith.families.parts.masked_transformers.HostMaskedLumina2"
+    text_width = "cap_feat_dim"
     modelspec_implementation = "https://github.com/Alpha-VLLM/Lumina-Image-2.0"
     kohya_name = "lumina2"
     modelspec_name = "lumina-2"
@@ -101,20 +81,13 @@ class Lumina2(Family):
     )
     own_diffusion = _DIFFUSION
     targets = _TARGETS
-    text_encoders = MappingProxyType(
-        {
-            "text_encoder": EncoderSlot(
-                "gemma2", "gemma_2_2b_fp16.safetensors", ("text_encoders.gemma2_2b.transformer.",)
-            )
-        }
-    )
+    text_encoders = {
+        "text_encoder": EncoderSlot("gemma2", "gemma_2_2b_fp16.safetensors", ("text_encoders.gemma2_2b.transformer.",))
+    }
     clip_types = ("lumina2",)
-    autoencoder = AutoencoderSlot(
-        "kl", channels=16, usual_file="ae.safetensors", prefixes=("vae.",), settings=FLUX_CONSTANTS
-    )
-    repeatable_context = False
+    autoencoder = replace(FLUX_AUTOENCODER, prefixes=("vae.",))
     unused_tensors = ("norm_final.weight",)
-    released = MappingProxyType({"cap_feat_dim": _WIDTH, "scaling_factor": 1.0})
+    released = {"cap_feat_dim": _WIDTH, "scaling_factor": 1.0}
     lora_signatures = (
         Signature(title, DENOISER_START + r"layers_\d+_(attention|attn|feed_forward)_", _WIDTH, order=5),
     )
@@ -126,11 +99,6 @@ class Lumina2(Family):
             "cap_embedder.1.weight",
         )
         return all(name in shapes for name in needed)
-
-    def denoiser_class(self) -> type[nn.Module]:
-        from lorasmith.families.parts.masked_transformers import HostMaskedLumina2
-
-        return HostMaskedLumina2  # type: ignore[no-any-return]
 
     def denoiser_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         width, text_width = shapes["cap_embedder.1.weight"]
@@ -153,25 +121,16 @@ class Lumina2(Family):
         shapes = weight_shapes(denoiser)
         return {path: _original(path, shapes) for path in module_paths(denoiser)}
 
-    def latent_format(self, denoiser: nn.Module, vae: Any) -> LatentFormat:
-        config: Any = denoiser.config
-        constants = self.autoencoder.settings
-        return LatentFormat(config.in_channels, 8, scale=constants["scaling_factor"], shift=constants["shift_factor"])
+    def latent_format(self, denoiser: Any, vae: Any) -> LatentFormat:
+        return self.autoencoder.latents(denoiser.config.in_channels)
 
     def defaults(self, denoiser: nn.Module, latent: LatentFormat, diffusion: Diffusion) -> Defaults:
         return Defaults(
-            resolution=1024,
-            pixel_multiple=16,
-            learning_rate=1e-4,
             # Whole blocks, with modulation, as sd-scripts trains them; diffusers reads no others by ComfyUI's names.
             targets="transformer",
             guidance=4.0,  # ComfyUI's template
             timestep_distribution="uniform",  # diffusers' script and sd-scripts, which shift by 6
         )
-
-    def encoder_width(self, denoiser: nn.Module, component: str) -> int | None:
-        config: Any = denoiser.config
-        return int(config.cap_feat_dim)
 
     def encode_text(self, encoders: TextEncoders, texts: Mapping[str, str], encoding: Encoding) -> Conditioning:
         encoder, text = self.text_encoder(encoders, "text_encoder"), texts["text_encoder"]
@@ -191,10 +150,6 @@ class Lumina2(Family):
                 empty = hidden_states(encoder, row, [_LAYER], mask=mask).flatten(2)
                 states = weighted_states(states, empty, [[weight for _, weight in tokens]])
         return Conditioning({"context": states}, text)
-
-    def conditioning_shapes(self, denoiser: nn.Module) -> Mapping[str, tuple[int, ...]]:
-        config: Any = denoiser.config
-        return {"context": (1, 64, config.cap_feat_dim)}
 
     def predict(self, denoiser: nn.Module, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         check_even(latents, self.title)

@@ -23,21 +23,6 @@ from lorasmith.families.model import Model
 from lorasmith.families.parts.autoencoders import recognised_autoencoder
 from lorasmith.families.parts.encoders import ENCODERS, recognised_encoder
 
-__all__ = [
-    "ENCODER_FOLDERS",
-    "MODEL_FOLDERS",
-    "VAE_FOLDERS",
-    "Completed",
-    "FoundFile",
-    "FoundPart",
-    "best_autoencoder",
-    "best_encoder",
-    "completed",
-    "in_folders",
-    "load_completed",
-    "scanned",
-]
-
 MODEL_FOLDERS = ("checkpoints", "diffusion_models")
 ENCODER_FOLDERS = ("text_encoders",)
 VAE_FOLDERS = ("vae",)
@@ -49,33 +34,19 @@ _UNREADABLE = (ModelError, ArithmeticError, LookupError, OSError, TypeError, Val
 
 @dataclass(frozen=True)
 class FoundFile:
-    """A file in the model folders; at most one of `family`, `encoder` and `autoencoder` is set.
+    """A file in the model folders; at most one of `family`, `encoder` and `autoencoder` is set."""
 
-    Attributes:
-        path: the file, or a diffusers folder.
-        place: its folder, relative to the base folder if it is in it.
-        size_bytes: its size.
-        precision: number format of most of its weights, such as `bf16` or `Q4_K`; empty for folders.
-        bits: mean size of a number.
-        family: of its denoiser.
-        parts: the components besides the denoiser that it holds.
-        encoder: kind of the text encoder that it is.
-        autoencoder: kind and channels of the autoencoder that it is.
-        fault: why it is none of these, in a sentence; empty if it is one.
-        is_damaged: whether it cannot be read at all.
-    """
-
-    path: Path
-    place: str
+    path: Path  # the file, or a diffusers folder
+    place: str  # its folder, relative to the base folder if it is in it
     size_bytes: int = 0
-    precision: str = ""
-    bits: float = 0.0
-    family: Family | None = None
-    parts: frozenset[str] = frozenset()
-    encoder: str | None = None
-    autoencoder: tuple[str, int] | None = None
-    fault: str = ""
-    is_damaged: bool = False
+    precision: str = ""  # number format of most of its weights, such as `bf16` or `Q4_K`; empty for folders
+    bits: float = 0.0  # mean size of a number
+    family: Family | None = None  # of its denoiser
+    parts: frozenset[str] = frozenset()  # the components besides the denoiser that it holds
+    encoder: str | None = None  # kind of the text encoder that it is
+    autoencoder: tuple[str, int] | None = None  # kind and channels of the autoencoder that it is
+    fault: str = ""  # why it is none of these, in a sentence; empty if it is one
+    is_damaged: bool = False  # whether it cannot be read at all
 
     @cached_property
     def width(self) -> int | None:
@@ -90,18 +61,12 @@ class FoundFile:
 
 @dataclass(frozen=True)
 class FoundPart:
-    """A part that a model lacked, and the file that it is taken from.
-
-    Attributes:
-        component: name of the part.
-        path, place: of the file, as in `FoundFile`.
-        choices: number of files that fit.
-    """
+    """A part that a model lacked, and the file that it is taken from."""
 
     component: str
-    path: Path
+    path: Path  # of the file, as in `FoundFile`
     place: str
-    choices: int
+    choices: int  # number of files that fit
 
     @property
     def title(self) -> str:
@@ -111,31 +76,16 @@ class FoundPart:
 
 @dataclass(frozen=True)
 class Completed:
-    """A model with the parts found for it.
-
-    Attributes:
-        model: the model.
-        files: where all its parts come from.
-        found: the parts that were found.
-        notes: files that could not be read, one sentence each.
-    """
+    """A model with the parts found for it."""
 
     model: Model
-    files: ModelFiles
+    files: ModelFiles  # where all its parts come from
     found: tuple[FoundPart, ...] = ()
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()  # files that could not be read, one sentence each
 
 
 def load_completed(files: ModelFiles, folders: Folders | None = None) -> Completed:
-    """Load a model, and the parts that it lacks from `folders`.
-
-    Args:
-        files: paths, or names of files in `folders`.
-        folders: where to search; None to search nothing.
-
-    Raises:
-        ModelError: as `load_model`. Parts that are found nowhere are left out.
-    """
+    """Load a model, and the parts that it lacks from `folders`."""
     if folders is None:
         return Completed(load_model(files.model, text_encoders=files.text_encoders, vae=files.vae), files)
     files = ModelFiles(
@@ -148,13 +98,7 @@ def load_completed(files: ModelFiles, folders: Folders | None = None) -> Complet
 
 
 def in_folders(source: str, folders: Folders, kinds: Sequence[str]) -> str:
-    """The path of a model that is named relative to folders of `kinds`; the source itself if it is no such name.
-
-    Args:
-        source: as in `load_model`; existing paths and built-in models come first.
-        folders: where to search.
-        kinds: of folders.
-    """
+    """The path of a model that is named relative to folders of `kinds`; the source itself if it is no such name."""
     if Path(source).exists() or source in built_in_models():
         return source
     for kind in kinds:
@@ -166,13 +110,7 @@ def in_folders(source: str, folders: Folders, kinds: Sequence[str]) -> str:
 
 
 def completed(model: Model, files: ModelFiles, folders: Folders) -> Completed:
-    """The model with the text encoders and the autoencoder that it lacks, as far as `folders` has files that fit.
-
-    Args:
-        model: as loaded from `files`.
-        files: where its parts come from.
-        folders: where to search. Only headers are read, and only if a part is missing.
-    """
+    """The model with the text encoders and the autoencoder that it lacks, as far as `folders` has files that fit."""
     family, components = model.family, model.components
     encoders = [name for name in family.text_encoders if name not in components.text_encoders]
     kinds = [*(ENCODER_FOLDERS if encoders else ()), *(VAE_FOLDERS if components.vae is None else ())]
@@ -200,14 +138,7 @@ def completed(model: Model, files: ModelFiles, folders: Folders) -> Completed:
 
 
 def best_encoder(files: Sequence[FoundFile], component: str, slot: EncoderSlot, width: int | None) -> FoundPart | None:
-    """The file to take for a text encoder; None if none fits.
-
-    Args:
-        files: all candidates.
-        component: name of the part.
-        slot: of the family.
-        width: that its states must have; None if every width fits.
-    """
+    """The file to take for a text encoder; None if none fits."""
     fitting = [one for one in files if one.encoder == slot.kind and (width is None or one.width == width)]
     return _preferred(fitting, component, slot.usual_file)
 

@@ -14,8 +14,8 @@ from lorasmith.core.errors import ModelError
 from lorasmith.core.folders import pipeline_index
 from lorasmith.families.base import FAMILIES, Family, TextEncoders
 from lorasmith.families.files.checkpoint import OriginalCheckpoint, Shapes
-from lorasmith.families.files.diffusers_folder import PartFolder
 from lorasmith.families.files.original_weights import PartSource
+from lorasmith.families.files.pipelines import PartFolder
 from lorasmith.families.known import looks_like
 from lorasmith.families.locating import located
 from lorasmith.families.model import Autoencoder, TextEncoder
@@ -23,34 +23,9 @@ from lorasmith.families.parts.autoencoders import AutoencoderKind, recognised_au
 from lorasmith.families.parts.encoders import EncoderKind, recognised_encoder
 from lorasmith.families.parts.tokenizers import EMBEDDED, TokenizerSource
 
-__all__ = [
-    "Part",
-    "autoencoder_in",
-    "autoencoder_part",
-    "encoded_family",
-    "encoder_kinds",
-    "encoder_parts",
-    "encoders_in",
-    "load_autoencoder",
-    "load_text_encoder",
-    "part_title",
-    "quieten",
-    "title_of",
-    "tokenizer_folder",
-    "tokenizer_source",
-]
-
 
 def load_text_encoder(paths: Sequence[str | os.PathLike[str]], clip_type: str) -> TextEncoder:
-    """Text encoders without a denoiser.
-
-    Args:
-        paths: files or folders, one for each encoder or one for several.
-        clip_type: ComfyUI's name of the family that they encode for, of which one encoder may serve several.
-
-    Raises:
-        ModelError: a file cannot be read or holds no text encoder, or no family has these encoders.
-    """
+    """Text encoders without a denoiser."""
     quieten()
     places = [located(path) for path in paths]
     family = encoded_family(places, clip_type)
@@ -93,11 +68,7 @@ def encoded_family(places: Sequence[Path], clip_type: str) -> Family:
 
 
 def load_autoencoder(path: str | os.PathLike[str]) -> Autoencoder:
-    """An autoencoder without a denoiser, from a file or folder of its own or a checkpoint.
-
-    Raises:
-        ModelError: the file cannot be read or holds no autoencoder.
-    """
+    """An autoencoder without a denoiser, from a file or folder of its own or a checkpoint."""
     quieten()
     place = located(path)
     slots = [family.autoencoder for _, family in FAMILIES.items()]
@@ -119,8 +90,7 @@ def autoencoder_in(path: Path, family: Family) -> nn.Module:
 def autoencoder_part(path: Path, family: Family) -> tuple[AutoencoderKind, Part]:
     """The autoencoder of a family in a file or folder, of which headers alone are read.
 
-    Raises:
-        ModelError: it holds none, or that of another family.
+    Raises ModelError if it holds none, or that of another family.
     """
     slot = family.autoencoder
     for part in _parts(path, ("vae",), slot.prefixes):

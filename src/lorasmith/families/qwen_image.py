@@ -9,38 +9,15 @@ number of them, the class of the authors counts from one further out than ComfyU
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
 
-from lorasmith.core.errors import DataError, ModelError
-from lorasmith.diffusion.schedule import FlowSchedule, ResolutionShift
-from lorasmith.families.base import (
-    AutoencoderSlot,
-    Conditioning,
-    Defaults,
-    Diffusion,
-    EncoderSlot,
-    Encoding,
-    Family,
-    LatentFormat,
-    TargetPreset,
-    TextEncoders,
-    check_even,
-    register,
-)
-from lorasmith.families.files.original_weights import block_count, module_paths, norm_name
-from lorasmith.families.parts.flux_layout import rope_axes
-from lorasmith.families.parts.language_models import hidden_states
-from lorasmith.families.parts.packing import packed_latents, unpacked_latents
-from lorasmith.families.parts.picture_chat import ANSWER, SYSTEM, SYSTEM_TOKENS, chat_of, seen_from
-from lorasmith.families.parts.prompt_weights import literal_text
+from lorasmith.families.base import *
+from lorasmith.families.parts.encoders import literal_text
+from lorasmith.families.parts.flux_layout import packed_latents, rope_axes, unpacked_latents
+from lorasmith.families.parts.language_models import ANSWER, SYSTEM, SYSTEM_TOKENS, chat_of, hidden_states, seen_from
 from lorasmith.families.parts.wan_vae import wan_latents
-from lorasmith.formats.names.model_names import OriginalName, ProgramLimits
-from lorasmith.formats.names.recognise import Signature
-
-__all__ = ["QwenImage"]
 
 _TOKENS = 512  # QwenImagePipeline's longest prompt unless it is told another
 _MU = 1.15  # ComfyUI's shift for KSampler; its template sets a linear one of 3.1
@@ -51,11 +28,9 @@ _DIFFUSION = Diffusion("flow", FlowSchedule.exponential(_MU, resolution_shift=_R
 _ATTENTION = ("transformer_blocks.*.attn.to_*", "transformer_blocks.*.attn.add_*_proj")
 _MLP = ("transformer_blocks.*.img_mlp.net.*", "transformer_blocks.*.txt_mlp.net.*")
 _TARGETS = {
-    "attention": TargetPreset(_ATTENTION),
-    "attention+ff": TargetPreset((*_ATTENTION, *_MLP)),
-    "transformer": TargetPreset(("transformer_blocks.*",), linear_only=True),
-    "all-linear": TargetPreset(("*",), linear_only=True),
-    "all": TargetPreset(("*",)),
+    "attention": Rule(_ATTENTION),
+    "attention+ff": Rule((*_ATTENTION, *_MLP)),
+    "transformer": Rule(("transformer_blocks.*",), linear_only=True),
 }
 # Tensors that other models of this architecture have besides → what these are.
 _VARIANTS = {
@@ -72,7 +47,7 @@ class QwenImage(Family):
     name = "qwen-image"
     title = "Qwen-Image"
     pipeline = "QwenImagePipeline"
-    denoiser_folder = "transformer"
+    text_width = "joint_attention_dim"
     modelspec_implementation = "https://github.com/QwenLM/Qwen-Image"
     kohya_name = "qwen_image"
     modelspec_name = "Qwen-Image"
@@ -81,18 +56,13 @@ class QwenImage(Family):
     own_diffusion = _DIFFUSION
     civitai_name = "Qwen"
     targets = _TARGETS
-    text_encoders = MappingProxyType(
-        {
-            "text_encoder": EncoderSlot(
-                "qwen25vl", "qwen_2.5_vl_7b.safetensors", ("text_encoders.qwen25_7b.transformer.",)
-            )
-        }
-    )
+    text_encoders = {
+        "text_encoder": EncoderSlot("qwen25vl", "qwen_2.5_vl_7b.safetensors", ("text_encoders.qwen25_7b.transformer.",))
+    }
     autoencoder = AutoencoderSlot("wan21", channels=16, usual_file="qwen_image_vae.safetensors", prefixes=("vae.",))
     clip_types = ("qwen_image",)
-    repeatable_context = False
     distilled_names = ("lightning", "distill", "turbo")
-    released: Mapping[str, Any] = MappingProxyType({})  # the class' own defaults
+    released: Mapping[str, Any] = {}  # the class' own defaults
     lora_signatures = (
         Signature(title, r"(^|_)transformer_blocks_\d+_(img_mlp|txt_mlp|img_mod|txt_mod)_", order=2),
         # Flux.1 has 19 blocks of this kind, Qwen-Image 60.
@@ -141,17 +111,12 @@ class QwenImage(Family):
 
     def defaults(self, denoiser: nn.Module, latent: LatentFormat, diffusion: Diffusion) -> Defaults:
         return Defaults(
-            resolution=1024,
             pixel_multiple=32,  # an even number of tokens on each side
             learning_rate=1e-4,  # ai-toolkit's; musubi-tuner's guide has 5e-5, OneTrainer's preset 3e-4
             targets="attention+ff",  # musubi-tuner: all of the blocks but the modulation
             guidance=4.0,  # QwenImagePipeline and ComfyUI's template
             timestep_distribution="logit_normal",  # OneTrainer's preset
         )
-
-    def encoder_width(self, denoiser: nn.Module, component: str) -> int | None:
-        config: Any = denoiser.config
-        return int(config.joint_attention_dim)
 
     def encode_text(self, encoders: TextEncoders, texts: Mapping[str, str], encoding: Encoding) -> Conditioning:
         encoder, tokenizer = self.text_encoder(encoders, "text_encoder"), encoders.tokenizers["text_encoder"]
@@ -161,10 +126,6 @@ class QwenImage(Family):
         if encoding.lengths == "diffusers":
             ids, start = tokenizer(f"{SYSTEM}{text}{ANSWER}").input_ids[: SYSTEM_TOKENS + _TOKENS], SYSTEM_TOKENS
         return Conditioning({"context": hidden_states(encoder, ids, [-1])[:, start:].flatten(2)}, text)
-
-    def conditioning_shapes(self, denoiser: nn.Module) -> Mapping[str, tuple[int, ...]]:
-        config: Any = denoiser.config
-        return {"context": (1, 64, config.joint_attention_dim)}
 
     def predict(self, denoiser: nn.Module, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         check_even(latents, self.title)

@@ -12,38 +12,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorasmith.core.errors import DataError, ModelError
 from lorasmith.core.placement import device_of
-from lorasmith.diffusion.schedule import FlowSchedule
-from lorasmith.families.base import (
-    AutoencoderSlot,
-    Conditioning,
-    Defaults,
-    Diffusion,
-    EncoderSlot,
-    Encoding,
-    Family,
-    LatentFormat,
-    TargetPreset,
-    TextEncoders,
-    check_even,
-    register,
-)
-from lorasmith.families.files.original_weights import block_count, module_paths
-from lorasmith.families.parts import clip_layout
-from lorasmith.families.parts.clip_text import CONTEXT_LENGTH, encode_prompts
-from lorasmith.families.parts.t5_encoders import RELEASED_PATHS, encode_t5
-from lorasmith.formats.names.model_names import EncoderNames, OriginalName, ProgramLimits
-from lorasmith.formats.names.recognise import Signature
-
-__all__ = ["StableDiffusion3"]
+from lorasmith.families.base import *
+from lorasmith.families.parts.clip import CONTEXT_LENGTH, encode_prompts, released_paths
+from lorasmith.families.parts.t5 import RELEASED_PATHS, encode_t5
 
 _HEAD_WIDTH = 64
 _CHANNELS = 16
@@ -59,11 +37,9 @@ _ATTENTION = (
 )
 _MLP = ("transformer_blocks.*.ff.net.*", "transformer_blocks.*.ff_context.net.*")
 _TARGETS = {
-    "attention": TargetPreset(_ATTENTION),
-    "attention+ff": TargetPreset((*_ATTENTION, *_MLP)),
-    "transformer": TargetPreset(("transformer_blocks.*",), linear_only=True),
-    "all-linear": TargetPreset(("*",), linear_only=True),
-    "all": TargetPreset(("*",)),
+    "attention": Rule(_ATTENTION),
+    "attention+ff": Rule((*_ATTENTION, *_MLP)),
+    "transformer": Rule(("transformer_blocks.*",), linear_only=True),
 }
 _TOP = {
     "pos_embed.proj": "x_embedder.proj",
@@ -106,7 +82,7 @@ class StableDiffusion3(Family):
     name = "sd3"
     title = "Stable Diffusion 3.5"
     pipeline = "StableDiffusion3Pipeline"
-    denoiser_folder = "transformer"
+    network = "lorasmith.families.parts.masked_transformers.MaskedSD3Transformer"
     modelspec_implementation = "https://github.com/Stability-AI/sd3.5"
     kohya_name = "sd3"
     modelspec_name = "stable-diffusion-3-5"
@@ -115,13 +91,11 @@ class StableDiffusion3(Family):
     own_diffusion = _DIFFUSION
     a1111_version = "SD3"
     targets = _TARGETS
-    text_encoders = MappingProxyType(
-        {
-            "text_encoder": EncoderSlot("clip_l", "clip_l.safetensors", ("text_encoders.clip_l.transformer.",)),
-            "text_encoder_2": EncoderSlot("clip_g", "clip_g.safetensors", ("text_encoders.clip_g.transformer.",)),
-            _T5: EncoderSlot("t5xxl", "t5xxl_fp16.safetensors", ("text_encoders.t5xxl.transformer.",)),
-        }
-    )
+    text_encoders = {
+        "text_encoder": EncoderSlot("clip_l", "clip_l.safetensors", ("text_encoders.clip_l.transformer.",)),
+        "text_encoder_2": EncoderSlot("clip_g", "clip_g.safetensors", ("text_encoders.clip_g.transformer.",)),
+        _T5: EncoderSlot("t5xxl", "t5xxl_fp16.safetensors", ("text_encoders.t5xxl.transformer.",)),
+    }
     needs_each_encoder = False
     clip_types = ("sd3",)
     distilled_names = ("turbo",)
@@ -131,18 +105,15 @@ class StableDiffusion3(Family):
         usual_file="sd3_vae.safetensors",
         settings={"scaling_factor": 1.5305, "shift_factor": 0.0609},
     )
-    repeatable_context = False
     # The blocks of large and the second attentions of medium, so that names of either are known.
-    released = MappingProxyType(
-        {
-            "num_layers": 38,
-            "num_attention_heads": 38,
-            "caption_projection_dim": 38 * _HEAD_WIDTH,
-            "pos_embed_max_size": 192,
-            "dual_attention_layers": tuple(range(13)),
-            "qk_norm": "rms_norm",
-        }
-    )
+    released = {
+        "num_layers": 38,
+        "num_attention_heads": 38,
+        "caption_projection_dim": 38 * _HEAD_WIDTH,
+        "pos_embed_max_size": 192,
+        "dual_attention_layers": tuple(range(13)),
+        "qk_norm": "rms_norm",
+    }
     lora_signatures = (
         Signature(title, r"(^|_)joint_blocks_\d"),
         Signature(title, r"(^|_)transformer_blocks_\d+_(ff_context|attn_add_q_proj)", order=4),
@@ -150,11 +121,6 @@ class StableDiffusion3(Family):
 
     def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         return "joint_blocks.0.context_block.attn.qkv.weight" in shapes and "x_embedder.proj.weight" in shapes
-
-    def denoiser_class(self) -> type[nn.Module]:
-        from lorasmith.families.parts.masked_transformers import MaskedSD3Transformer
-
-        return MaskedSD3Transformer  # type: ignore[no-any-return]
 
     def denoiser_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         width, channels, patch, _ = shapes["x_embedder.proj.weight"]
@@ -183,23 +149,17 @@ class StableDiffusion3(Family):
             "qk_norm": "rms_norm" if norm in shapes else None,
         }
 
-    def table(self, denoiser: nn.Module) -> Mapping[str, OriginalName]:
-        config: Any = denoiser.config
-        width = config.num_attention_heads * config.attention_head_dim
-        table = {path: _original(path, width, config.num_layers - 1) for path in module_paths(denoiser)}
+    def table(self, denoiser: Any) -> Mapping[str, OriginalName]:
+        width = denoiser.config.num_attention_heads * denoiser.config.attention_head_dim
+        table = {path: _original(path, width, denoiser.config.num_layers - 1) for path in module_paths(denoiser)}
         # A buffer, which files hold.
         return {**table, "pos_embed": OriginalName("", parameters={"pos_embed": "pos_embed"})}
 
-    def latent_format(self, denoiser: nn.Module, vae: Any) -> LatentFormat:
-        config: Any = denoiser.config
-        constants = self.autoencoder.settings
-        return LatentFormat(config.in_channels, 8, scale=constants["scaling_factor"], shift=constants["shift_factor"])
+    def latent_format(self, denoiser: Any, vae: Any) -> LatentFormat:
+        return self.autoencoder.latents(denoiser.config.in_channels)
 
     def defaults(self, denoiser: nn.Module, latent: LatentFormat, diffusion: Diffusion) -> Defaults:
         return Defaults(
-            resolution=1024,
-            pixel_multiple=16,
-            learning_rate=1e-4,
             targets="attention+ff",  # sd-scripts' layers but the modulation
             guidance=4.0,  # ComfyUI's template
             timestep_distribution="logit_normal",  # the paper's, diffusers' script's and OneTrainer's preset
@@ -208,17 +168,16 @@ class StableDiffusion3(Family):
     def encoder_names(self, text_encoders: Mapping[str, nn.Module]) -> Mapping[str, EncoderNames]:
         return {
             "text_encoder": EncoderNames(
-                clip_layout.released_paths(layers=12), kohya=("lora_te1_",), comfyui=("clip_l",), drops_text_model=True
+                released_paths(layers=12), kohya=("lora_te1_",), comfyui=("clip_l",), drops_text_model=True
             ),
             "text_encoder_2": EncoderNames(
-                clip_layout.released_paths(layers=32, is_projected=True), kohya=("lora_te2_",), comfyui=("clip_g",)
+                released_paths(layers=32, is_projected=True), kohya=("lora_te2_",), comfyui=("clip_g",)
             ),
             _T5: EncoderNames(RELEASED_PATHS, kohya=("lora_te3_",), comfyui=("t5xxl",)),
         }
 
-    def encoder_width(self, denoiser: nn.Module, component: str) -> int | None:
-        config: Any = denoiser.config
-        return int(config.joint_attention_dim) if component == _T5 else None
+    def encoder_width(self, denoiser: Any, component: str) -> int | None:
+        return int(denoiser.config.joint_attention_dim) if component == _T5 else None
 
     def encode_text(self, encoders: TextEncoders, texts: Mapping[str, str], encoding: Encoding) -> Conditioning:
         self.check_encoders(encoders)
@@ -229,23 +188,24 @@ class StableDiffusion3(Family):
         there = [part for part in parts if part is not None] or [pooled.new_zeros(1, CONTEXT_LENGTH, width)]
         return Conditioning({"context": torch.cat(there, dim=1), "pooled": pooled}, texts["text_encoder"])
 
-    def conditioning_shapes(self, denoiser: nn.Module) -> Mapping[str, tuple[int, ...]]:
-        config: Any = denoiser.config
+    def conditioning_shapes(self, denoiser: Any) -> Mapping[str, tuple[int, ...]]:
         tokens = CONTEXT_LENGTH + _T5_TOKENS["comfyui"]
-        return {"context": (1, tokens, config.joint_attention_dim), "pooled": (1, config.pooled_projection_dim)}
+        return {
+            "context": (1, tokens, denoiser.config.joint_attention_dim),
+            "pooled": (1, denoiser.config.pooled_projection_dim),
+        }
 
-    def predict(self, denoiser: nn.Module, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
+    def predict(self, denoiser: Any, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         check_even(latents, self.title)
-        config: Any = denoiser.config
         height, width = latents.shape[-2:]
-        if max(height, width) > (largest := config.pos_embed_max_size * config.patch_size):
+        if max(height, width) > (largest := denoiser.config.pos_embed_max_size * denoiser.config.patch_size):
             raise DataError(
                 f"this model has positions for pictures of up to {8 * largest} pixels a side, got {8 * height}×"
                 f"{8 * width}; choose a smaller size"
             )
         arguments = None
         if (mask := conditioning.mask) is not None:  # tokens of the picture come first
-            picture = mask.new_ones(len(mask), height * width // config.patch_size**2)
+            picture = mask.new_ones(len(mask), height * width // denoiser.config.patch_size**2)
             arguments = {"attention_mask": torch.cat((picture, mask), dim=1)[:, None, None]}
         prediction: Tensor = denoiser(
             hidden_states=latents,

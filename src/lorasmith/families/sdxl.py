@@ -10,34 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorasmith.core.errors import ModelError
-from lorasmith.families.base import (
-    AutoencoderSlot,
-    Conditioning,
-    Defaults,
-    Diffusion,
-    EncoderSlot,
-    Encoding,
-    Family,
-    LatentFormat,
-    PictureSize,
-    TextEncoders,
-    register,
-)
-from lorasmith.families.files.checkpoint import OriginalCheckpoint
-from lorasmith.families.files.pipeline_configs import PipelineConfigs
-from lorasmith.families.parts import clip_layout, unet_layout
-from lorasmith.families.parts.clip_text import encode_prompts
-from lorasmith.formats.names.model_names import EncoderNames, OriginalName
-from lorasmith.formats.names.recognise import Signature
-
-__all__ = ["StableDiffusionXL"]
+from lorasmith.families.base import *
+from lorasmith.families.parts import unet_layout
+from lorasmith.families.parts.clip import encode_prompts, released_paths, written_paths
 
 _CONTEXT_WIDTH = 2048
 _HEAD_DIM = 64
@@ -56,6 +36,7 @@ class StableDiffusionXL(Family):
     name = "sdxl"
     title = "Stable Diffusion XL"
     pipeline = "StableDiffusionXLPipeline"
+    network = "UNet2DConditionModel"
     denoiser_folder = "unet"
     modelspec_implementation = "https://github.com/Stability-AI/generative-models"
     kohya_name = "sdxl_base_v1-0"
@@ -64,32 +45,28 @@ class StableDiffusionXL(Family):
     civitai_name = "SDXL 1.0"
     a1111_version = "SDXL"
     targets = unet_layout.TARGETS
-    text_encoders = MappingProxyType(
-        {
-            "text_encoder": EncoderSlot("clip_l", "clip_l.safetensors", ("conditioner.embedders.0.transformer.",)),
-            "text_encoder_2": EncoderSlot("clip_g", "clip_g.safetensors", ("conditioner.embedders.1.model.",)),
-        }
-    )
+    text_encoders = {
+        "text_encoder": EncoderSlot("clip_l", "clip_l.safetensors", ("conditioner.embedders.0.transformer.",)),
+        "text_encoder_2": EncoderSlot("clip_g", "clip_g.safetensors", ("conditioner.embedders.1.model.",)),
+    }
     autoencoder = AutoencoderSlot(
         "kl", channels=4, usual_file="sdxl_vae.safetensors", settings={"scaling_factor": 0.13025}
     )
     clip_types = ("sdxl",)
     repeatable_context = True
-    released = MappingProxyType(
-        {
-            "sample_size": 128,
-            "block_out_channels": (320, 640, 1280),
-            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            "transformer_layers_per_block": (1, 2, 10),
-            "attention_head_dim": (5, 10, 20),
-            "cross_attention_dim": _CONTEXT_WIDTH,
-            "use_linear_projection": True,
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": _SIZE_WIDTH,
-            "projection_class_embeddings_input_dim": 1280 + _SIZES * _SIZE_WIDTH,
-        }
-    )
+    released = {
+        "sample_size": 128,
+        "block_out_channels": (320, 640, 1280),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 10),
+        "attention_head_dim": (5, 10, 20),
+        "cross_attention_dim": _CONTEXT_WIDTH,
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": _SIZE_WIDTH,
+        "projection_class_embeddings_input_dim": 1280 + _SIZES * _SIZE_WIDTH,
+    }
     lora_signatures = (
         Signature(title, unet_layout.CROSS_ATTENTION, _CONTEXT_WIDTH, order=6),
         Signature(title, r"^(lora_te2|text_encoder_2)_text_model_", order=7),
@@ -100,11 +77,6 @@ class StableDiffusionXL(Family):
         # Small models of this architecture have narrower contexts than any release.
         is_small = len(contexts) == 1 and max(contexts) < 768 and "label_emb.0.0.weight" in shapes
         return contexts == {_CONTEXT_WIDTH} or is_small
-
-    def denoiser_class(self) -> type[nn.Module]:
-        from diffusers import UNet2DConditionModel
-
-        return UNet2DConditionModel  # type: ignore[no-any-return]
 
     def denoiser_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         return {
@@ -133,12 +105,10 @@ class StableDiffusionXL(Family):
     def latent_format(self, denoiser: nn.Module, vae: Any) -> LatentFormat:
         return unet_layout.latent_format(denoiser, vae, scale=self.autoencoder.settings["scaling_factor"])
 
-    def defaults(self, denoiser: nn.Module, latent: LatentFormat, diffusion: Diffusion) -> Defaults:
-        config: Any = denoiser.config
+    def defaults(self, denoiser: Any, latent: LatentFormat, diffusion: Diffusion) -> Defaults:
         return Defaults(
-            resolution=config.sample_size * latent.downscale if config.sample_size else 1024,
+            resolution=denoiser.config.sample_size * latent.downscale if denoiser.config.sample_size else 1024,
             pixel_multiple=unet_layout.pixel_multiple(denoiser, latent),
-            learning_rate=1e-4,
             targets="transformer",
             guidance=5.0,
             timestep_distribution="uniform",
@@ -146,9 +116,9 @@ class StableDiffusionXL(Family):
 
     def encoder_names(self, text_encoders: Mapping[str, nn.Module]) -> Mapping[str, EncoderNames]:
         paths = {
-            component: clip_layout.written_paths(text_encoders[component])
+            component: written_paths(text_encoders[component])
             if component in text_encoders
-            else clip_layout.released_paths(layers, is_projected=component == "text_encoder_2")
+            else released_paths(layers, is_projected=component == "text_encoder_2")
             for component, layers in _ENCODER_LAYERS.items()
         }
         return {
@@ -173,10 +143,11 @@ class StableDiffusionXL(Family):
         sizes = torch.tensor([[*size.original, *size.crop, *size.target]])
         return replace(conditioning, tensors={**conditioning.tensors, "time_ids": sizes})
 
-    def conditioning_shapes(self, denoiser: nn.Module) -> Mapping[str, tuple[int, ...]]:
-        config: Any = denoiser.config
-        pooled = config.projection_class_embeddings_input_dim - _SIZES * config.addition_time_embed_dim
-        return {"context": (1, 77, config.cross_attention_dim), "pooled": (1, pooled)}
+    def conditioning_shapes(self, denoiser: Any) -> Mapping[str, tuple[int, ...]]:
+        pooled = (
+            denoiser.config.projection_class_embeddings_input_dim - _SIZES * denoiser.config.addition_time_embed_dim
+        )
+        return {"context": (1, 77, denoiser.config.cross_attention_dim), "pooled": (1, pooled)}
 
     def predict(self, denoiser: nn.Module, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         tensors = conditioning.tensors

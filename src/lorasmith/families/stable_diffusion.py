@@ -11,26 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lorasmith.families.base import (
-    AutoencoderSlot,
-    Conditioning,
-    Defaults,
-    Diffusion,
-    EncoderSlot,
-    Encoding,
-    Family,
-    LatentFormat,
-    TextEncoders,
-    register,
-)
-from lorasmith.families.files.checkpoint import OriginalCheckpoint
-from lorasmith.families.files.pipeline_configs import PipelineConfigs
-from lorasmith.families.parts import clip_layout, unet_layout
-from lorasmith.families.parts.clip_text import encode_prompt
-from lorasmith.formats.names.model_names import EncoderNames, OriginalName
-from lorasmith.formats.names.recognise import SIGNATURES, Signature
-
-__all__ = ["StableDiffusion"]
+from lorasmith.families.base import *
+from lorasmith.families.parts import unet_layout
+from lorasmith.families.parts.clip import encode_prompt, released_paths, written_paths
 
 _CONTEXT_WIDTH = {1: 768, 2: 1024}
 _ENCODER = {
@@ -53,13 +36,10 @@ _RELEASED_OF = {
 
 
 class StableDiffusion(Family):
-    """One version of Stable Diffusion before XL.
-
-    Args:
-        version: 1 or 2.
-    """
+    """One version of Stable Diffusion before XL."""
 
     pipeline = "StableDiffusionPipeline"
+    network = "UNet2DConditionModel"
     denoiser_folder = "unet"
     modelspec_implementation = "diffusers"
     kohya_naming = "diffusers"
@@ -93,11 +73,6 @@ class StableDiffusion(Family):
             return False
         return bool(configs.of("unet").get("cross_attention_dim") == 1024) == (self._version == 2)
 
-    def denoiser_class(self) -> type[nn.Module]:
-        from diffusers import UNet2DConditionModel
-
-        return UNet2DConditionModel  # type: ignore[no-any-return]
-
     def denoiser_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         return unet_layout.unet_config(shapes, head_dim=None if self._version == 1 else 64)
 
@@ -113,15 +88,13 @@ class StableDiffusion(Family):
     def latent_format(self, denoiser: nn.Module, vae: Any) -> LatentFormat:
         return unet_layout.latent_format(denoiser, vae, scale=self.autoencoder.settings["scaling_factor"])
 
-    def defaults(self, denoiser: nn.Module, latent: LatentFormat, diffusion: Diffusion) -> Defaults:
-        config: Any = denoiser.config
-        resolution = config.sample_size * latent.downscale if config.sample_size else 512
-        if self._version == 2 and diffusion.parameterization == "v" and not config.sample_size:
+    def defaults(self, denoiser: Any, latent: LatentFormat, diffusion: Diffusion) -> Defaults:
+        resolution = denoiser.config.sample_size * latent.downscale if denoiser.config.sample_size else 512
+        if self._version == 2 and diffusion.parameterization == "v" and not denoiser.config.sample_size:
             resolution = 768  # that of the v-prediction release; checkpoints do not state it
         return Defaults(
             resolution=resolution,
             pixel_multiple=unet_layout.pixel_multiple(denoiser, latent),
-            learning_rate=1e-4,
             targets="transformer",
             guidance=7.5,
             timestep_distribution="uniform",
@@ -137,9 +110,9 @@ class StableDiffusion(Family):
 
     def encoder_names(self, text_encoders: Mapping[str, nn.Module]) -> Mapping[str, EncoderNames]:
         paths = (
-            clip_layout.written_paths(text_encoders["text_encoder"])
+            written_paths(text_encoders["text_encoder"])
             if text_encoders
-            else clip_layout.released_paths(layers=_ENCODER_LAYERS[self._version])
+            else released_paths(layers=_ENCODER_LAYERS[self._version])
         )
         return {
             "text_encoder": EncoderNames(
@@ -157,9 +130,8 @@ class StableDiffusion(Family):
         context, pooled = encode_prompt(text, encoders.tokenizers["text_encoder"], encoder, skip_layers=skip)
         return Conditioning({"context": context, "pooled": pooled}, text)
 
-    def conditioning_shapes(self, denoiser: nn.Module) -> Mapping[str, tuple[int, ...]]:
-        config: Any = denoiser.config
-        return {"context": (1, 77, config.cross_attention_dim)}
+    def conditioning_shapes(self, denoiser: Any) -> Mapping[str, tuple[int, ...]]:
+        return {"context": (1, 77, denoiser.config.cross_attention_dim)}
 
     def predict(self, denoiser: nn.Module, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         prediction: Tensor = denoiser(

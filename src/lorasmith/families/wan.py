@@ -9,37 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorasmith.core.errors import ModelError
-from lorasmith.diffusion.schedule import FlowSchedule, ResolutionShift
-from lorasmith.families.base import (
-    AutoencoderSlot,
-    Conditioning,
-    Defaults,
-    Diffusion,
-    EncoderSlot,
-    Encoding,
-    Expert,
-    Family,
-    LatentFormat,
-    TargetPreset,
-    TextEncoders,
-    check_even,
-    register,
-)
-from lorasmith.families.files.original_weights import block_count, module_paths
-from lorasmith.families.files.pipeline_configs import PipelineConfigs
-from lorasmith.families.parts.umt5_encoders import encode_umt5
+from lorasmith.families.base import *
+from lorasmith.families.parts.t5 import encode_umt5
 from lorasmith.families.parts.wan_vae import LATENT_MEAN, LATENT_MEAN_22, LATENT_STD, LATENT_STD_22, wan_latents
-from lorasmith.formats.names.model_names import OriginalName, ProgramLimits
-from lorasmith.formats.names.recognise import DENOISER_START, Signature
-
-__all__ = ["Wan"]
 
 _TOKENS = 512  # of text
 _HEAD = 128  # width of a head in every size
@@ -49,11 +26,9 @@ _TIME_SCALE = 1000.0
 
 _ATTENTION = ("blocks.*.attn1.to_*", "blocks.*.attn2.to_*")
 _TARGETS = {
-    "attention": TargetPreset(_ATTENTION),
-    "attention+ff": TargetPreset((*_ATTENTION, "blocks.*.ffn.net.*")),
-    "transformer": TargetPreset(("blocks.*",), linear_only=True),
-    "all-linear": TargetPreset(("*",), linear_only=True),
-    "all": TargetPreset(("*",)),
+    "attention": Rule(_ATTENTION),
+    "attention+ff": Rule((*_ATTENTION, "blocks.*.ffn.net.*")),
+    "transformer": Rule(("blocks.*",), linear_only=True),
 }
 _TOP = {
     "patch_embedding": "patch_embedding",
@@ -111,25 +86,21 @@ _FURTHER_CHANNELS = {20: "image to video", 32: "Fun control"}
 
 
 class Wan(Family):
-    """Wan 2.1 and 2.2 A14B, or 2.2 5B.
-
-    Args:
-        is_5b: whether it has the 48 channels of 2.2 5B.
-    """
+    """Wan 2.1 and 2.2 A14B, or 2.2 5B."""
 
     pipeline = "WanPipeline"
+    network = "WanTransformer3DModel"
+    text_width = "text_dim"
+    usual_tokens = _TOKENS
     draws_clips = True
-    denoiser_folder = "transformer"
     portable = "ai-toolkit"
     limits = _LIMITS
     targets = _TARGETS
-    text_encoders = MappingProxyType(
-        {
-            "text_encoder": EncoderSlot(
-                "umt5xxl", "umt5_xxl_fp8_e4m3fn_scaled.safetensors", ("text_encoders.umt5xxl.transformer.",)
-            )
-        }
-    )
+    text_encoders = {
+        "text_encoder": EncoderSlot(
+            "umt5xxl", "umt5_xxl_fp8_e4m3fn_scaled.safetensors", ("text_encoders.umt5xxl.transformer.",)
+        )
+    }
     clip_types = ("wan",)
     distilled_names = ("lightx2v", "stepdistill", "causvid", "fastwan", "self_forcing", "turbo")
     predicts_by_length = True
@@ -157,15 +128,13 @@ class Wan(Family):
         )
         heads, inner, blocks = (24, 14336, 30) if is_5b else (40, 13824, 40)
         channels = self.autoencoder.channels
-        self.released = MappingProxyType(
-            {
-                "num_attention_heads": heads,
-                "ffn_dim": inner,
-                "num_layers": blocks,
-                "in_channels": channels,
-                "out_channels": channels,
-            }
-        )
+        self.released = {
+            "num_attention_heads": heads,
+            "ffn_dim": inner,
+            "num_layers": blocks,
+            "in_channels": channels,
+            "out_channels": channels,
+        }
         inputs = r"((self|cross)_attn_q|self_attn_[kvo]|attn1_to_|attn2_to_q|ffn_0|ffn_net_0)"
         layers = r"((self|cross)_attn_[qkvo]$|attn[12]_to_|ffn_[02]$|ffn_net_)"
         self.lora_signatures = (
@@ -195,11 +164,6 @@ class Wan(Family):
                 )
             return False
         return bool(configs.of(self.denoiser_folder)["in_channels"] == self.autoencoder.channels)
-
-    def denoiser_class(self) -> type[nn.Module]:
-        from diffusers import WanTransformer3DModel
-
-        return WanTransformer3DModel  # type: ignore[no-any-return]
 
     def denoiser_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         width, in_channels = shapes["patch_embedding.weight"][:2]
@@ -233,17 +197,12 @@ class Wan(Family):
         return Defaults(
             resolution=960 if self._is_5b else 640,  # the area of 704×1280, of 480×832
             pixel_multiple=2 * self._downscale,
-            learning_rate=1e-4,
             targets="attention+ff",  # what musubi-tuner trains
             guidance=5.0,  # WanPipeline's
             timestep_distribution="shifted",
             frames=33,  # of the 81 that it was trained on, whose activations take a data centre's memory
             frame_rate=24.0 if self._is_5b else 16.0,
         )
-
-    def encoder_width(self, denoiser: nn.Module, component: str) -> int | None:
-        config: Any = denoiser.config
-        return int(config.text_dim)
 
     def encode_text(self, encoders: TextEncoders, texts: Mapping[str, str], encoding: Encoding) -> Conditioning:
         encoder, tokenizer = self.text_encoder(encoders, "text_encoder"), encoders.tokenizers["text_encoder"]
@@ -258,10 +217,6 @@ class Wan(Family):
             min_padding=encoding.min_padding.get("umt5xxl", 0),
         )
         return Conditioning({"context": context}, text)
-
-    def conditioning_shapes(self, denoiser: nn.Module) -> Mapping[str, tuple[int, ...]]:
-        config: Any = denoiser.config
-        return {"context": (1, _TOKENS, config.text_dim)}
 
     def predict(self, denoiser: nn.Module, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         check_even(latents, self.title, pixels=2 * self._downscale)

@@ -9,35 +9,16 @@ same tensors as the base model: only names tell them apart.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorasmith.diffusion.schedule import FlowSchedule
-from lorasmith.families.base import (
-    AutoencoderSlot,
-    Conditioning,
-    Defaults,
-    Diffusion,
-    EncoderSlot,
-    Encoding,
-    Family,
-    LatentFormat,
-    TargetPreset,
-    TextEncoders,
-    check_even,
-    register,
-)
-from lorasmith.families.files.original_weights import block_count, module_paths
-from lorasmith.families.parts.autoencoders import FLUX_CONSTANTS
+from lorasmith.families.base import *
+from lorasmith.families.parts.autoencoders import FLUX_AUTOENCODER
+from lorasmith.families.parts.encoders import literal_text
 from lorasmith.families.parts.language_models import hidden_states
-from lorasmith.families.parts.prompt_weights import literal_text
-from lorasmith.formats.names.model_names import OriginalName, ProgramLimits
-from lorasmith.formats.names.recognise import DENOISER_START, Signature
-
-__all__ = ["ZImage"]
 
 _HEAD_WIDTH = 128
 _LUMINA_MODULATION = "layers.0.adaLN_modulation.1.weight"  # Lumina 2 is built alike, with an activation before it
@@ -48,11 +29,9 @@ _LAYER = -2  # of the encoder's states
 
 _ATTENTION = ("layers.*.attention.to_*",)
 _TARGETS = {
-    "attention": TargetPreset(_ATTENTION),
-    "attention+ff": TargetPreset((*_ATTENTION, "layers.*.feed_forward.w*")),
-    "transformer": TargetPreset(("layers.*",), linear_only=True),
-    "all-linear": TargetPreset(("*",), linear_only=True),
-    "all": TargetPreset(("*",)),
+    "attention": Rule(_ATTENTION),
+    "attention+ff": Rule((*_ATTENTION, "layers.*.feed_forward.w*")),
+    "transformer": Rule(("layers.*",), linear_only=True),
 }
 _NAMED_ALIKE = (  # in diffusers and in the original, but for layers of attention
     *("*.feed_forward.*", "*.attention.to_out.0", "*.adaLN_modulation.0", "cap_embedder.*", "t_embedder.*"),
@@ -82,7 +61,8 @@ class ZImage(Family):
     name = "z-image"
     title = "Z-Image"
     pipeline = "ZImagePipeline"
-    denoiser_folder = "transformer"
+    network = "ZImageTransformer2DModel"
+    text_width = "cap_feat_dim"
     modelspec_implementation = "https://github.com/Tongyi-MAI/Z-Image"
     kohya_name = "zimage"
     modelspec_name = "z-image"
@@ -91,36 +71,22 @@ class ZImage(Family):
     limits = _LIMITS
     own_diffusion = _DIFFUSION
     targets = _TARGETS
-    text_encoders = MappingProxyType(
-        {
-            "text_encoder": EncoderSlot(
-                "qwen3", "qwen_3_4b.safetensors", ("text_encoders.qwen3_4b.transformer.",), widths=(2560,)
-            )
-        }
-    )
-    autoencoder = AutoencoderSlot(
-        "kl",
-        channels=16,
-        usual_file="ae.safetensors",
-        prefixes=("vae.",),
-        settings=FLUX_CONSTANTS,
-    )
+    text_encoders = {
+        "text_encoder": EncoderSlot(
+            "qwen3", "qwen_3_4b.safetensors", ("text_encoders.qwen3_4b.transformer.",), widths=(2560,)
+        )
+    }
+    autoencoder = replace(FLUX_AUTOENCODER, prefixes=("vae.",))
     clip_types = ("lumina2",)
-    repeatable_context = False
     unused_tensors = ("norm_final.weight",)
     distilled_names = ("turbo",)
-    released: Mapping[str, Any] = MappingProxyType({})  # the class' own defaults
+    released: Mapping[str, Any] = {}  # the class' own defaults
     lora_signatures = (Signature(title, DENOISER_START + r"layers_\d+_(attention|feed_forward)_", 3840, order=5),)
 
     def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         if "noise_refiner.0.attention.k_norm.weight" not in shapes or "cap_embedder.1.weight" not in shapes:
             return False
         return _LUMINA_MODULATION not in shapes
-
-    def denoiser_class(self) -> type[nn.Module]:
-        from diffusers import ZImageTransformer2DModel
-
-        return ZImageTransformer2DModel  # type: ignore[no-any-return]
 
     def denoiser_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         width, text_width = shapes["cap_embedder.1.weight"]
@@ -139,29 +105,18 @@ class ZImage(Family):
             "axes_lens": [1536, 512, 512],
         }
 
-    def table(self, denoiser: nn.Module) -> Mapping[str, OriginalName]:
-        config: Any = denoiser.config
-        return {path: _original(path, config.dim) for path in module_paths(denoiser)}
+    def table(self, denoiser: Any) -> Mapping[str, OriginalName]:
+        return {path: _original(path, denoiser.config.dim) for path in module_paths(denoiser)}
 
-    def latent_format(self, denoiser: nn.Module, vae: Any) -> LatentFormat:
-        config: Any = denoiser.config
-        constants = self.autoencoder.settings
-        return LatentFormat(config.in_channels, 8, scale=constants["scaling_factor"], shift=constants["shift_factor"])
+    def latent_format(self, denoiser: Any, vae: Any) -> LatentFormat:
+        return self.autoencoder.latents(denoiser.config.in_channels)
 
     def defaults(self, denoiser: nn.Module, latent: LatentFormat, diffusion: Diffusion) -> Defaults:
         return Defaults(
-            resolution=1024,
-            pixel_multiple=16,
-            learning_rate=1e-4,
             # The layers alone, as in ai-toolkit and musubi-tuner (which excludes refiners and modulation).
-            targets="attention+ff",
             guidance=4.0,  # ComfyUI's template of the base model
             timestep_distribution="logit_normal",  # OneTrainer's preset
         )
-
-    def encoder_width(self, denoiser: nn.Module, component: str) -> int | None:
-        config: Any = denoiser.config
-        return int(config.cap_feat_dim)
 
     def encode_text(self, encoders: TextEncoders, texts: Mapping[str, str], encoding: Encoding) -> Conditioning:
         encoder, text = self.text_encoder(encoders, "text_encoder"), texts["text_encoder"]
@@ -170,10 +125,6 @@ class ZImage(Family):
         if encoding.lengths == "diffusers":
             ids = ids[:512]
         return Conditioning({"context": hidden_states(encoder, ids, [_LAYER]).flatten(2)}, text)
-
-    def conditioning_shapes(self, denoiser: nn.Module) -> Mapping[str, tuple[int, ...]]:
-        config: Any = denoiser.config
-        return {"context": (1, 64, config.cap_feat_dim)}
 
     def predict(self, denoiser: nn.Module, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         check_even(latents, self.title)

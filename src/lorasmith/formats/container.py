@@ -25,17 +25,6 @@ from lorasmith.core.files import atomic_path, is_folder, open_regular
 from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.core.mapped_files import MappedFile
 
-__all__ = [
-    "Header",
-    "TensorInfo",
-    "check_safetensors",
-    "count_non_finite",
-    "mapped_tensors",
-    "read_safetensors",
-    "serialised",
-    "write_safetensors",
-]
-
 
 class TensorInfo(NamedTuple):
     """A tensor's entry in a header: dtype in safetensors' spelling (`BF16`) and shape."""
@@ -45,30 +34,17 @@ class TensorInfo(NamedTuple):
 
 
 class Header(NamedTuple):
-    """A checked header.
+    """A checked header."""
 
-    Attributes:
-        tensors: in the order of the file's body.
-        metadata: the `__metadata__` entry.
-        body_start: offset of the first tensor byte in the file.
-    """
-
-    tensors: dict[str, TensorInfo]
+    tensors: dict[str, TensorInfo]  # in the order of the file's body
     metadata: dict[str, str]
-    body_start: int
+    body_start: int  # offset of the first tensor byte in the file
 
 
 def check_safetensors(path: Path, error: type[LorasmithError] = LoraError) -> Header:
     """The header of a safetensors file, after checking that the file is complete and well formed.
 
     No tensor is read, so the check takes milliseconds for any size of the file.
-
-    Args:
-        path: the file.
-        error: class of the raised errors, so that base models and LoRA files share these checks.
-
-    Raises:
-        error: the file is missing, a folder, pickled, of another format, cut short, or its header is malformed.
     """
     path = Path(path)
     if is_folder(path):
@@ -133,17 +109,7 @@ def count_non_finite(tensor: Tensor) -> int:
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file atomically; the same content always gives the same bytes.
-
-    Args:
-        path: the file.
-        tensors: by key, on any device.
-        metadata: the header's, text by name.
-
-    Raises:
-        LoraError: a tensor holds NaN or infinity; nothing is written then.
-        OutputError: the file cannot be written.
-    """
+    """Write a safetensors file atomically; the same content always gives the same bytes."""
     _refuse_non_finite(tensors)
     with atomic_path(Path(path)) as temporary, temporary.open("wb") as file:
         for chunk in serialised(tensors, metadata or {}):

@@ -22,17 +22,6 @@ from lorasmith.core.errors import LoraError, LorasmithError
 from lorasmith.core.files import open_regular
 from lorasmith.formats.container import check_safetensors, serialised
 
-__all__ = [
-    "autov1",
-    "autov2",
-    "autov3",
-    "sha256_body",
-    "sha256_file",
-    "sshs_hashes",
-    "sshs_legacy_hash",
-    "sshs_model_hash",
-]
-
 
 def sha256_file(path: Path, *, each_block: Callable[[], object] = lambda: None) -> str:
     """SHA-256 of a whole file, 64 hex digits.

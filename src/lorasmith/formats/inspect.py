@@ -9,77 +9,52 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from lorasmith.adapters.algorithms import size_of, words_of
+from lorasmith.adapters.algorithms import format_of, size_of, words_of
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import LoraError
+from lorasmith.formats.faults import findings_of
 from lorasmith.formats.hashes import autov1, sha256_body, sha256_file
 from lorasmith.formats.layouts.layout import LAYOUTS
 from lorasmith.formats.layouts.peft_config import stated_alphas
 from lorasmith.formats.lora_file import read_lora_tensors
 from lorasmith.formats.metadata import steps_of
-from lorasmith.formats.names.prefixes import component_of
-from lorasmith.formats.names.recognise import block_of, guessed_family, kind_of
-from lorasmith.formats.names.spelling import ModuleTensors, all_assembled, grouped
-from lorasmith.formats.quality.faults import findings_of
-from lorasmith.formats.quality.norms import squared_change
-from lorasmith.formats.scales import rank_of
-
-__all__ = ["LoraSummary", "describe"]
+from lorasmith.formats.names.recognise import block_of, component_of, guessed_family, kind_of
+from lorasmith.formats.names.spelling import ModuleTensors, all_assembled, grouped, without_core
+from lorasmith.formats.scales import rank_of, scale_of
 
 
 @dataclass(frozen=True)
 class LoraSummary:
-    """A LoRA file at a glance.
-
-    Attributes:
-        path, size_bytes: the file.
-        layouts: number of keys by the layout that detects them.
-        family: title of the family recognised by names and shapes, or None.
-        components: number of modules by component (`denoiser`, `text_encoder`, ...).
-        layers: number of modules by kind of layer (`attn1_to_q`, `ff_net_2`), in the file's spelling.
-        algorithms: number of modules by algorithm; `difference` for those with differences alone.
-        magnitudes: number of modules with DoRA's magnitudes, by axis (`output`, `input`).
-        ranks, alphas: number of modules by rank and by alpha (None: the file states none).
-        factors, block_sizes: number of modules by LoKr's factor and by OFT's or BOFT's block size.
-        tensors, parameters: counts; alphas are no parameters.
-        dtypes: number of tensors by dtype, as `bfloat16`.
-        norms: Frobenius norm of the weight change at strength 1 by block. OFT, BOFT and GLoRA, whose change depends on
-            the weight, and DoRA's magnitudes are left out.
-        steps: optimizer updates, 0 if unknown.
-        metadata: all of the header's.
-        hashes: `sha256`, `autov1`, `autov2`, `autov3`.
-        findings: one sentence for each fault of the file; see `formats.quality.faults`.
-    """
+    """A LoRA file at a glance."""
 
     path: Path
     size_bytes: int
-    layouts: Mapping[str, int]
-    family: str | None
-    components: Mapping[str, int]
-    layers: Mapping[str, int]
-    algorithms: Mapping[str, int]
-    magnitudes: Mapping[str, int]
-    ranks: Mapping[int, int]
-    factors: Mapping[int, int]
-    block_sizes: Mapping[int, int]
-    alphas: Mapping[float | None, int]
+    layouts: Mapping[str, int]  # number of keys by the layout that detects them
+    family: str | None  # title of the family recognised by names and shapes, or None
+    components: Mapping[str, int]  # number of modules by component (`denoiser`, `text_encoder`, ...)
+    layers: Mapping[str, int]  # number of modules by kind of layer (`attn1_to_q`, `ff_net_2`), in the file's spelling
+    algorithms: Mapping[str, int]  # number of modules by algorithm; `difference` for those with differences alone
+    magnitudes: Mapping[str, int]  # number of modules with DoRA's magnitudes, by axis (`output`, `input`)
+    ranks: Mapping[int, int]  # number of modules by rank
+    factors: Mapping[int, int]  # number of modules by LoKr's factor
+    block_sizes: Mapping[int, int]  # number of modules by OFT's or BOFT's block size
+    alphas: Mapping[float | None, int]  # number of modules by alpha (None: the file states none)
     tensors: int
-    parameters: int
-    dtypes: Mapping[str, int]
+    parameters: int  # without alphas
+    dtypes: Mapping[str, int]  # number of tensors by dtype, as `bfloat16`
+    # Frobenius norm of the weight change at strength 1 by block. OFT, BOFT and GLoRA, whose change depends on the
+    # weight, and DoRA's magnitudes are left out.
     norms: Mapping[str, float]
-    steps: int
-    metadata: Mapping[str, str]
-    hashes: Mapping[str, str]
-    findings: tuple[str, ...]
+    steps: int  # optimizer updates, 0 if unknown
+    metadata: Mapping[str, str]  # all of the header's
+    hashes: Mapping[str, str]  # `sha256`, `autov1`, `autov2`, `autov3`
+    findings: tuple[str, ...]  # one sentence for each fault of the file; see `formats.faults`
 
 
 def describe(path: Path) -> LoraSummary:
     """Summary of a LoRA file, or of a PEFT or diffusers folder.
 
     Tensors are memory-mapped, and read one module at a time.
-
-    Raises:
-        LoraError: it cannot be read, or none of its tensors has a name that LoRA files use.
     """
     path = Path(path)
     tensors, metadata = read_lora_tensors(path)
@@ -117,6 +92,22 @@ def describe(path: Path) -> LoraSummary:
             finding.problem for finding in findings_of(tensors, metadata, None, is_model_sure=False) if finding.is_fault
         ),
     )
+
+
+def squared_change(module: ModuleTensors) -> float | None:
+    """Squared Frobenius norm of a module's change at strength 1.
+
+    None if the change depends on the weight: OFT, BOFT, GLoRA. DoRA's magnitudes, which do so too, are left out.
+    """
+    total = sum(float(tensor.float().square().sum()) for tensor in module.differences.values())
+    weights = module.adapter
+    if weights is None:
+        return total
+    squared_norm = format_of(weights).squared_norm
+    if squared_norm is None:
+        return None
+    plain = without_core(weights)
+    return total + scale_of(plain) ** 2 * squared_norm(plain.tensors)
 
 
 T = TypeVar("T", bound=Hashable)

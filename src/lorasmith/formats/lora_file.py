@@ -3,6 +3,10 @@
 Loading is decided tensor by tensor, because real files mix conventions: each layout reads the tensors that it
 recognises and leaves the rest to the next. Tensors that none recognises stay in the state's `unknown` and are written
 back unchanged. A file for another model is refused.
+
+A LoRA close to the size of memory is written a few modules at a time (`save_streamed`). Read from a file, it is
+memory-mapped; tensors that a layout computes from it (fused rows, factors with alpha multiplied in) go to a temporary
+file beside the target and are mapped from there, because the writer needs all tensors in order.
 """
 
 from __future__ import annotations
@@ -17,11 +21,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# The layouts register themselves when they are imported, and read in this order.
 from lorasmith.formats.layouts import kohya, comfy, diffusers, peft, ai_toolkit  # isort: skip  # noqa: F401
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from typing import BinaryIO
+
 from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
 from lorasmith.core.errors import LoraError, OutputError
-from lorasmith.core.files import is_regular, read_regular, write_atomic
+from lorasmith.core.files import ensure_folder, is_regular, read_regular, write_atomic
+from lorasmith.formats.acceptance import made_portable
 from lorasmith.formats.container import count_non_finite, read_safetensors, write_safetensors
 from lorasmith.formats.hashes import sshs_hashes
 from lorasmith.formats.layouts.layout import LAYOUTS, Layout, sentences
@@ -29,27 +38,11 @@ from lorasmith.formats.layouts.peft import PEFT_CONFIG
 from lorasmith.formats.layouts.peft_config import ADAPTER_METADATA, header_fields
 from lorasmith.formats.metadata import BOUNDS
 from lorasmith.formats.names.model_names import ModelNames
-from lorasmith.formats.names.prefixes import PEFT, component_of
-from lorasmith.formats.names.recognise import guessed_family
+from lorasmith.formats.names.recognise import PEFT_PREFIX, component_of, guessed_family
 from lorasmith.formats.names.spelling import UNREADABLE, ModuleTensors, all_assembled, assembled, grouped
-from lorasmith.formats.quality.portable import made_portable
 
-__all__ = [
-    "PORTABLE",
-    "Reason",
-    "Unapplied",
-    "layout_for",
-    "load_lora",
-    "lora_of_tensors",
-    "read_lora_tensors",
-    "refuse_non_finite",
-    "save_lora",
-    "state_from_tensors",
-    "unapplied",
-    "with_header",
-    "without",
-    "write_lora",
-]
+# The layouts register themselves when they are imported, and read in this order.
+
 
 _HOLDS_ALL = "kohya"  # every kind of adapter, and differences of norms and biases
 PORTABLE = "portable"
@@ -57,13 +50,7 @@ PORTABLE = "portable"
 
 
 def layout_for(name: str, names: ModelNames, state: AdapterState | None = None) -> Layout:
-    """The layout of a name. Raises LoraError for unknown names.
-
-    Args:
-        name: of a registered layout, or `portable`.
-        names: of the model.
-        state: the LoRA; if it does not fit the family's portable layout whole, its portable form is in kohya's.
-    """
+    """The layout of a name. Raises LoraError for unknown names."""
     if name.casefold() != PORTABLE:
         return LAYOUTS[name]
     own = LAYOUTS[names.portable]
@@ -93,32 +80,14 @@ def load_lora(path: Path, names: ModelNames) -> AdapterState:
 def lora_of_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], names: ModelNames
 ) -> AdapterState:
-    """The LoRA for a model in the tensors of a file.
-
-    Args:
-        path: the file, for messages.
-        tensors, metadata: as `read_lora_tensors` returns them.
-        names: the model's name table.
-
-    Raises:
-        LoraError: the file is not a LoRA, is damaged, or is for another model.
-    """
+    """The LoRA for a model in the tensors of a file."""
     state = state_from_tensors(tensors, metadata, names)
     _refuse_other_models(path, tensors, state, names)
     return state
 
 
 def state_from_tensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], names: ModelNames) -> AdapterState:
-    """The LoRA in a file's tensors; those that do not fit the model are in `unknown`.
-
-    Args:
-        tensors: by key.
-        metadata: the file's.
-        names: the model's name table.
-
-    Raises:
-        LoraError: the file is damaged, or has two adapters for a module.
-    """
+    """The LoRA in a file's tensors; those that do not fit the model are in `unknown`."""
     state = AdapterState(unknown=dict(tensors), metadata=dict(metadata))
     for _, layout in LAYOUTS.items():
         found = layout.read(state.unknown, metadata, names)
@@ -173,14 +142,7 @@ def save_lora(
 
 
 def with_header(metadata: Mapping[str, str], layout: Layout, state: AdapterState, names: ModelNames) -> dict[str, str]:
-    """Metadata with a layout's entries in place of those of other layouts.
-
-    Args:
-        metadata: of a LoRA.
-        layout: the layout in which it will be written.
-        state: the LoRA.
-        names: its model's name table.
-    """
+    """Metadata with a layout's entries in place of those of other layouts."""
     own = (ADAPTER_METADATA, BOUNDS)
     return {key: value for key, value in metadata.items() if key not in own} | layout.header(state, names)
 
@@ -193,19 +155,7 @@ def write_lora(
     *,
     hashed: bool,
 ) -> None:
-    """Write a file, or a folder for layouts with text files beside the tensors.
-
-    Args:
-        path: the file or folder.
-        tensors: by key, for folders with subfolder and slash in front.
-        metadata: the header's.
-        companions: text files by path within the folder.
-        hashed: whether hashes over the content are added; hashes in the metadata are updated either way.
-
-    Raises:
-        LoraError: a tensor holds NaN or infinity.
-        OutputError: a file cannot be written.
-    """
+    """Write a file, or a folder for layouts with text files beside the tensors."""
     if companions and path.suffix == ".safetensors":
         raise OutputError(f"this layout is a folder, and {path.name} is the name of a file; give a folder's name")
     files: dict[str, dict[str, Tensor]] = {}
@@ -292,9 +242,6 @@ def read_lora_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
     Tensors are memory-mapped, so that only those that are used take memory. Keys of a text encoder's subfolder have
     its name and a slash in front.
-
-    Raises:
-        LoraError: it cannot be read, or holds adapters in a format that is not supported.
     """
     tensors, metadata = _tensors_in_folder(path) if path.is_dir() else read_safetensors(path)
     for suffix, (what, remedy) in UNREADABLE.items():
@@ -317,7 +264,7 @@ def _tensors_in_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         metadata = header | metadata
         if is_regular(config := folder / PEFT_CONFIG):
             try:
-                fields |= header_fields(read_regular(config).decode("utf-8", "replace"), prefix + PEFT)
+                fields |= header_fields(read_regular(config).decode("utf-8", "replace"), prefix + PEFT_PREFIX)
             except OSError as error:
                 raise LoraError(f"{config} cannot be read ({error.strerror}); get the folder again") from error
     if not tensors:
@@ -385,3 +332,101 @@ def _cast(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     cast = tensor.to(dtype)
     is_rounded_scalar = tensor.ndim == 0 and bool(cast.float() != tensor.float())
     return tensor.to(torch.float32) if is_rounded_scalar else cast
+
+
+_PIECE_BYTES = 1 << 26  # computed at a time before they are written
+
+
+def save_streamed(
+    path: Path,
+    state: AdapterState,
+    names: ModelNames,
+    layout: Layout,
+    metadata: Mapping[str, str],
+    *,
+    form: Callable[[AdapterState], AdapterState] | None = None,
+) -> None:
+    """Write a LoRA atomically, with hashes over its content, holding a few modules of it at a time."""
+    header = with_header(metadata, layout, state, names)
+    companions = layout.companions(state, names)
+    mapped = [tensor for weights in state.adapters.values() for tensor in weights.tensors.values()]
+    mapped += [tensor for parameters in state.differences.values() for tensor in parameters.values()]
+    with spooled(path.parent, mapped) as spool:
+        for piece in _pieces(state, names):
+            spool.add(layout.write(piece if form is None else form(piece), names))
+        write_lora(path, spool.tensors(), header, companions, hashed=True)
+
+
+@contextlib.contextmanager
+def spooled(folder: Path, mapped: Iterable[Tensor]) -> Iterator[Spool]:
+    """A temporary file in `folder` for computed tensors; `mapped` are on disk already."""
+    ensure_folder(folder)
+    try:
+        handle, name = tempfile.mkstemp(prefix=".lora.", suffix=".spool", dir=folder)
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be written to ({error.strerror}); check its permissions") from error
+    try:
+        with open(handle, "wb") as file:  # noqa: PTH123 - an open file has no path to open it by
+            yield Spool(Path(name), file, {tensor.untyped_storage().data_ptr() for tensor in mapped})
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be written to ({error.strerror}); free some space and try again") from error
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+class Spool:
+    """Tensors on disk, memory-mapped after the last one is written."""
+
+    def __init__(self, path: Path, file: BinaryIO, kept: set[int]) -> None:
+        self._path, self._file, self._kept = path, file, kept
+        self._there: dict[str, Tensor] = {}
+        self._written: dict[str, tuple[int, torch.dtype, torch.Size]] = {}
+
+    def add(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write tensors, by key; one of a key that was written before takes its place."""
+        for key, tensor in tensors.items():
+            self._there.pop(key, None)
+            self._written.pop(key, None)
+            if not tensor.numel() or tensor.untyped_storage().data_ptr() in self._kept:
+                self._there[key] = tensor
+                continue
+            start = self._file.seek(-self._file.tell() % _ALIGNMENT, 1)
+            self._file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            self._written[key] = (start, tensor.dtype, tensor.shape)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors, written ones mapped from the file."""
+        self._file.flush()
+        if not self._written:
+            return self._there
+        size = self._file.tell()
+        whole = torch.from_file(str(self._path), shared=False, size=size, dtype=torch.uint8)
+        found = dict(self._there)
+        for key, (start, dtype, shape) in self._written.items():
+            raw = whole[start : start + shape.numel() * dtype.itemsize]
+            found[key] = raw.view(dtype).reshape(shape)
+        return found
+
+
+_ALIGNMENT = 64
+
+
+def _pieces(state: AdapterState, names: ModelNames) -> Iterator[AdapterState]:
+    """A LoRA in parts of bounded size, modules that an original checkpoint fuses staying together."""
+    groups: dict[tuple[str, str], list[ModuleRef]] = {}
+    for ref in dict.fromkeys((*state.adapters, *state.differences)):
+        place = names.denoiser.get(ref.path) if ref.component == DENOISER else None
+        groups.setdefault((ref.component, ref.path if place is None else place.path), []).append(ref)
+    piece, size = AdapterState(), 0
+    for refs in groups.values():
+        for ref in refs:
+            if ref in state.adapters:
+                piece.adapters[ref] = state.adapters[ref]
+                size += sum(tensor.nbytes for tensor in state.adapters[ref].tensors.values())
+            if ref in state.differences:
+                piece.differences[ref] = state.differences[ref]
+                size += sum(tensor.nbytes for tensor in state.differences[ref].values())
+        if size >= _PIECE_BYTES:
+            yield piece
+            piece, size = AdapterState(), 0
+    yield piece

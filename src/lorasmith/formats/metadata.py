@@ -15,8 +15,6 @@ import collections
 import re
 from collections.abc import Iterable, Mapping
 
-__all__ = ["BOUNDS", "RUN_ENTRY", "steps_of", "tag_frequency", "without_private"]
-
 BOUNDS = "lorasmith.oft_bounds"
 """Entry in which kohya's layout keeps the bounds of rotations, since its tensors have the bounds applied."""
 
@@ -33,15 +31,7 @@ def tag_frequency(captions: Iterable[str]) -> dict[str, int]:
 
 
 def steps_of(metadata: Mapping[str, str], file_name: str) -> int:
-    """Optimizer updates that went into a LoRA.
-
-    Args:
-        metadata: the file's, with `lorasmith.steps` or `ss_steps`.
-        file_name: read when the metadata has neither: ComfyUI writes `name_500_steps_00001_.safetensors`.
-
-    Returns:
-        The number, 0 if unknown.
-    """
+    """Optimizer updates that went into a LoRA, 0 if unknown."""
     for key in ("lorasmith.steps", "ss_steps"):
         if re.fullmatch(r"\d{1,9}", metadata.get(key, "")):
             return int(metadata[key])

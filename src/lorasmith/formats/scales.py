@@ -12,20 +12,6 @@ from lorasmith.adapters.algorithms import format_of
 from lorasmith.core.adapter_format import multiplied
 from lorasmith.core.adapter_state import AdapterWeights
 
-__all__ = [
-    "baked",
-    "checked_scale",
-    "full_alpha",
-    "idle_alpha",
-    "loras_in",
-    "most_frequent_alpha",
-    "rank_of",
-    "scale_of",
-    "scaled_by",
-    "with_alpha",
-    "with_one_alpha",
-]
-
 T = TypeVar("T", bound=Hashable)
 
 
@@ -33,9 +19,6 @@ def checked_scale(value: object) -> float:
     """A number of a file that scales an adapter: alpha, rank or bound. Every such number passes here.
 
     Its bounds are wide, and narrow enough for products of a few such numbers to be finite in fp32's exponents.
-
-    Raises:
-        ValueError: it is no number, not finite, or too large or small; the message is the rule, as text after "must".
     """
     number = math.nan
     if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST:

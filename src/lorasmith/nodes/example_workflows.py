@@ -26,6 +26,7 @@ class Example:
 
     Attributes:
         name: what follows `example:`.
+        card: its title in the editor.
         title: what the graph trains, in a line.
         path: the file in API format.
         editor_path: the same graph in the editor's format.
@@ -33,6 +34,7 @@ class Example:
     """
 
     name: str
+    card: str
     title: str
     path: Path
     editor_path: Path
@@ -41,7 +43,7 @@ class Example:
 
 def examples() -> list[Example]:
     """Every example, those that need no other file first."""
-    return [_example(name, title) for name, title in _TITLES.items()]
+    return [_example(name) for name in _TITLES]
 
 
 def example_named(name: str) -> Example:
@@ -54,36 +56,38 @@ def example_named(name: str) -> Example:
         raise GraphError(
             f"no example {name!r}{nearest(name, _TITLES)}; give {EXAMPLE_PREFIX} and one of {', '.join(_TITLES)}"
         )
-    return _example(name, _TITLES[name])
+    return _example(name)
 
 
-def _example(name: str, title: str) -> Example:
+def _example(name: str) -> Example:
     path = _FOLDER / f"{name}.json"
     values = [value for member in json.loads(path.read_text("utf-8")).values() for value in member["inputs"].values()]
     files = [value for value in values if isinstance(value, str) and value.endswith(MODEL_EXTENSIONS)]
     needs = tuple(file for file in files if file not in Folders(ASSETS).files("checkpoints"))
-    return Example(name, title, path, _FOLDER / f"{name}.ui.json", needs)
+    return Example(name, *_TITLES[name], path, _FOLDER / f"{name}.ui.json", needs)
 
 
 _FOLDER = ASSETS / "examples"
+_ON_A_FOLDER = " on a folder of images and texts"
 _TITLES = {
-    "single_subject": "a subject from six pictures, as in ComfyUI's training guide",
-    "style": "a drawing style from sixteen pictures, shown at three strengths",
-    "folder": "a folder of images of any sizes, in buckets",
-    "continue": "a LoRA further, from a saved file that Train LoRA names as existing_lora",
-    "strengths": "a subject, and draws it at four strengths of the LoRA",
-    "sd15": "Stable Diffusion 1.5 on a folder of images and texts",
-    "sdxl": "Stable Diffusion XL on a folder of images and texts",
-    "flux1": "Flux.1 dev on a folder of images and texts",
-    "flux2_klein": "Flux.2 klein on a folder of images and texts",
-    "z_image": "Z-Image on a folder of images and texts",
-    "ernie_image": "ERNIE-Image on a folder of images and texts",
-    "sd35": "Stable Diffusion 3.5 medium on a folder of images and texts",
-    "lumina2": "Lumina 2 on a folder of images and texts",
-    "chroma": "Chroma on a folder of images and texts",
-    "qwen_image": "Qwen-Image on a folder of images and texts",
-    "krea2": "Krea 2 on a folder of images and texts",
-    "anima": "Anima on a folder of images and texts",
-    "wan": "Wan 2.1 on a folder of images and texts",
-    "wan22_5b": "Wan 2.2 5B on a folder of images and texts",
+    "single_subject": ("Single subject", "a subject from six pictures, as in ComfyUI's training guide"),
+    "style": ("Style", "a drawing style from sixteen pictures, shown at three strengths"),
+    "folder": ("Folder of any sizes", "a folder of images of any sizes, in buckets"),
+    "continue": ("Continue a LoRA", "a LoRA further, from a saved file that Train LoRA names as existing_lora"),
+    "strengths": ("Compare strengths", "a subject, and draws it at four strengths of the LoRA"),
+    "sd15": ("Stable Diffusion 1.5", "Stable Diffusion 1.5" + _ON_A_FOLDER),
+    "sdxl": ("Stable Diffusion XL", "Stable Diffusion XL" + _ON_A_FOLDER),
+    "flux1": ("Flux.1", "Flux.1 dev" + _ON_A_FOLDER),
+    "flux2_klein": ("Flux.2 klein", "Flux.2 klein" + _ON_A_FOLDER),
+    "z_image": ("Z-Image", "Z-Image" + _ON_A_FOLDER),
+    "ernie_image": ("ERNIE-Image", "ERNIE-Image" + _ON_A_FOLDER),
+    "sd35": ("Stable Diffusion 3.5", "Stable Diffusion 3.5 medium" + _ON_A_FOLDER),
+    "lumina2": ("Lumina 2", "Lumina 2" + _ON_A_FOLDER),
+    "chroma": ("Chroma", "Chroma" + _ON_A_FOLDER),
+    "qwen_image": ("Qwen-Image", "Qwen-Image" + _ON_A_FOLDER),
+    "krea2": ("Krea 2", "Krea 2" + _ON_A_FOLDER),
+    "anima": ("Anima", "Anima" + _ON_A_FOLDER),
+    "wan": ("Wan 2.1", "Wan 2.1" + _ON_A_FOLDER),
+    "wan22_5b": ("Wan 2.2 5B", "Wan 2.2 5B" + _ON_A_FOLDER),
 }
+"""On the card of an example, and what its graph trains."""

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from lorasmith.core.errors import DataError
-from lorasmith.families.model import Autoencoder
-from lorasmith.families.tiled_decoding import decode_tiled
+from lorasmith.families.model import Autoencoder, decode_tiled
 from lorasmith.nodes.images import resized
 from lorasmith.nodes.values import (
     Latent,

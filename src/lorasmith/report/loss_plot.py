@@ -56,7 +56,7 @@ def recent_loss(losses: Sequence[float]) -> RecentLoss:
     """The mean of the last tenth of the losses, of ten at least. Those of skipped steps do not count."""
     finite = [loss for loss in losses if math.isfinite(loss)]
     last = finite[-_recent_steps(len(finite)) :] if finite else []
-    return RecentLoss(math.fsum(last) / len(last) if last else math.nan, len(last))
+    return RecentLoss(_mean(sum(map(_exact, last)), len(last)) if last else math.nan, len(last))
 
 
 def _recent_steps(steps: int) -> int:
@@ -66,8 +66,22 @@ def _recent_steps(steps: int) -> int:
 def trailing_means(losses: Sequence[float]) -> list[float]:
     """The mean of each loss and those before it, as many as `recent_loss` takes: the last one is that number."""
     span = _recent_steps(len(losses))
-    parts = (losses[max(0, end - span) : end] for end in range(1, len(losses) + 1))
-    return [math.fsum(part) / len(part) for part in parts]
+    exact = list(map(_exact, losses))
+    means, total = [], 0
+    for index, loss in enumerate(exact):
+        total += loss - (exact[index - span] if index >= span else 0)
+        means.append(_mean(total, min(index + 1, span)))
+    return means
+
+
+def _exact(loss: float) -> int:
+    """A finite loss in units of 2^-1074, of which every float is a multiple: such sums lose nothing to a huge loss."""
+    numerator, denominator = loss.as_integer_ratio()
+    return numerator << (1075 - denominator.bit_length())
+
+
+def _mean(total: int, count: int) -> float:
+    return total / (count << 1074)
 
 
 def plot_losses(

@@ -55,7 +55,7 @@ def templates() -> dict[str, Template]:
     """Every template by name, those that need no other file first."""
     from lorasmith.nodes.example_workflows import examples  # not before the page is there
 
-    return {one.name: Template(one.name, _TITLES.get(one.name, one.title), one) for one in examples()}
+    return {one.name: Template(one.name, one.card, one) for one in examples()}
 
 
 def index() -> list[dict[str, Any]]:
@@ -102,26 +102,3 @@ def _card(one: Template) -> dict[str, Any]:
         "tags": ["LoRA", "Training"],
         "openSource": True,
     }
-
-
-_TITLES = {
-    "single_subject": "Single subject",
-    "style": "Style",
-    "folder": "Folder of any sizes",
-    "continue": "Continue a LoRA",
-    "strengths": "Compare strengths",
-    "sd15": "Stable Diffusion 1.5",
-    "sdxl": "Stable Diffusion XL",
-    "flux1": "Flux.1",
-    "flux2_klein": "Flux.2 klein",
-    "z_image": "Z-Image",
-    "ernie_image": "ERNIE-Image",
-    "sd35": "Stable Diffusion 3.5",
-    "lumina2": "Lumina 2",
-    "chroma": "Chroma",
-    "qwen_image": "Qwen-Image",
-    "krea2": "Krea 2",
-    "anima": "Anima",
-    "wan": "Wan 2.1",
-    "wan22_5b": "Wan 2.2 5B",
-}

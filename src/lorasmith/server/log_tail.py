@@ -14,14 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from lorasmith.core.files import open_regular
+from lorasmith.training.runs.history import MOST_LINE_BYTES
 
 __all__ = ["LogTail", "LoggedEvent", "end_of_log"]
 
 _BLOCK = 2**20
 """Bytes that are read at a time."""
-
-MOST_LINE_BYTES = 2**22
-"""A longer line is no event of ours, and skipped."""
 
 
 @dataclass(frozen=True)

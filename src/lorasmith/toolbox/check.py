@@ -10,16 +10,14 @@ from pathlib import Path
 from torch import Tensor
 
 from lorasmith.core.errors import LoraError
-from lorasmith.families.released import released_names
+from lorasmith.families.structure import released_names
 from lorasmith.formats.container import write_safetensors
+from lorasmith.formats.faults import Finding, Mend, findings_of, main_layout
 from lorasmith.formats.hashes import sshs_hashes
-from lorasmith.formats.lora_file import read_lora_tensors
+from lorasmith.formats.lora_file import Spool, read_lora_tensors, spooled
 from lorasmith.formats.names.model_names import ModelNames
 from lorasmith.formats.names.recognise import guessed_family
 from lorasmith.formats.names.spelling import grouped
-from lorasmith.formats.quality.faults import Finding, findings_of, main_layout
-from lorasmith.formats.quality.mending import Mend
-from lorasmith.formats.streaming import Spool, spooled
 from lorasmith.toolbox.model_files import open_model
 from lorasmith.toolbox.writing import free_target
 

@@ -20,7 +20,7 @@ from lorasmith.adapters.algorithms import title_of
 from lorasmith.core.adapter_state import ModuleRef
 from lorasmith.core.errors import LoraError, ModelError
 from lorasmith.core.folders import pipeline_index
-from lorasmith.families.files.diffusers_folder import weight_files
+from lorasmith.families.files.pipelines import weight_files
 from lorasmith.families.locating import built_in_models
 from lorasmith.formats.container import check_safetensors, read_safetensors
 from lorasmith.formats.names.recognise import block_of

@@ -16,13 +16,15 @@ from torch import Tensor
 
 from lorasmith.core.adapter_state import AdapterState
 from lorasmith.core.errors import LoraError
-from lorasmith.families.released import released_names
+from lorasmith.families.structure import released_names
+from lorasmith.formats.acceptance import made_portable, misread_alphas, shortfalls
 from lorasmith.formats.layouts.layout import sentences
 from lorasmith.formats.lora_file import (
     PORTABLE,
     layout_for,
     load_lora,
     read_lora_tensors,
+    save_streamed,
     state_from_tensors,
     unapplied,
     without,
@@ -30,9 +32,6 @@ from lorasmith.formats.lora_file import (
 from lorasmith.formats.metadata import without_private
 from lorasmith.formats.names.model_names import ModelNames
 from lorasmith.formats.names.recognise import guessed_family
-from lorasmith.formats.quality.acceptance import shortfalls
-from lorasmith.formats.quality.portable import made_portable, misread_alphas
-from lorasmith.formats.streaming import save_streamed
 from lorasmith.toolbox.model_files import open_model
 from lorasmith.toolbox.writing import free_target
 

@@ -17,15 +17,14 @@ from torch import Tensor
 
 from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
 from lorasmith.core.errors import LoraError
-from lorasmith.families.released import released_names
+from lorasmith.families.structure import released_names
 from lorasmith.formats.container import write_safetensors
 from lorasmith.formats.hashes import sshs_hashes
 from lorasmith.formats.layouts.layout import LAYOUTS
 from lorasmith.formats.layouts.peft_config import ADAPTER_METADATA, stated_alphas
 from lorasmith.formats.lora_file import lora_of_tensors, read_lora_tensors, refuse_non_finite, save_lora
 from lorasmith.formats.names.model_names import ModelNames
-from lorasmith.formats.names.prefixes import component_of, without_prefix
-from lorasmith.formats.names.recognise import guessed_family
+from lorasmith.formats.names.recognise import component_of, guessed_family, without_prefix
 from lorasmith.formats.names.spelling import (
     KOHYA,
     PEFT,

@@ -23,11 +23,10 @@ from lorasmith.core.errors import LorasmithError, ModelError
 from lorasmith.core.quantization import Packed
 from lorasmith.families.base import Family
 from lorasmith.families.files.checkpoint import OriginalCheckpoint
-from lorasmith.families.files.diffusers_folder import read_json, weight_files
-from lorasmith.families.files.empty_weights import weights_empty
 from lorasmith.families.files.gguf import is_gguf
+from lorasmith.families.files.original_weights import weights_empty
 from lorasmith.families.files.packed_weights import scale_name
-from lorasmith.families.files.pipeline_configs import PipelineConfigs
+from lorasmith.families.files.pipelines import PipelineConfigs, read_json, weight_files
 from lorasmith.families.loading import expert_in, family_of, model_of_checkpoint
 from lorasmith.families.locating import built_in_models
 from lorasmith.formats.container import check_safetensors, read_safetensors

@@ -22,7 +22,7 @@ from torch import Tensor
 from lorasmith.adapters.algorithms import title_of
 from lorasmith.core.adapter_state import AdapterWeights, ModuleRef
 from lorasmith.core.errors import LoraError, OptionError
-from lorasmith.families.released import released_names
+from lorasmith.families.structure import released_names
 from lorasmith.formats.container import write_safetensors
 from lorasmith.formats.hashes import sshs_hashes
 from lorasmith.formats.layouts.peft_config import ADAPTER_METADATA

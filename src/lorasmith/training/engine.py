@@ -18,10 +18,10 @@ from torch import Tensor
 
 from lorasmith.adapters.adapter import Adapter
 from lorasmith.adapters.difference import Difference
-from lorasmith.adapters.dropout import Dropout
 from lorasmith.adapters.inject import Attached, adapters_attached
 from lorasmith.adapters.packed_layers import weights_as_stored
 from lorasmith.adapters.patch import attachments, patches_merged
+from lorasmith.adapters.variants import Dropout
 from lorasmith.core.errors import TrainingError
 from lorasmith.core.placement import memory_format_for, placed, reproducible
 from lorasmith.data.dataset import Sample

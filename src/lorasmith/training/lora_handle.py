@@ -26,7 +26,7 @@ from lorasmith.core.printable import printable, sentence
 from lorasmith.core.sizes import count_text
 from lorasmith.families.files.original_weights import weight_shapes
 from lorasmith.families.model import Denoiser, Model, TextEncoder
-from lorasmith.families.released import released_names
+from lorasmith.families.structure import released_names
 from lorasmith.formats.layouts.peft_config import stated_alphas
 from lorasmith.formats.lora_file import (
     PORTABLE,

@@ -10,20 +10,20 @@ import torch
 from lorasmith.adapters.adapter import ADAPTERS, Adapter
 from lorasmith.adapters.difference import Difference
 from lorasmith.adapters.dora import OutputDora
-from lorasmith.adapters.dropout import Dropout
 from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.adapters.full import FullAdapter
 from lorasmith.adapters.lora import LoraAdapter
 from lorasmith.adapters.packed_layers import packable_layers, packed_layers
 from lorasmith.adapters.targets import Plan
+from lorasmith.adapters.variants import Dropout
 from lorasmith.core import fp8_products
 from lorasmith.core.adapter_format import COMFYUI
 from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
 from lorasmith.core.options import options_of
 from lorasmith.core.quantization import packed, weight_source
 from lorasmith.families.model import Denoiser
+from lorasmith.formats.acceptance import shortfalls
 from lorasmith.formats.lora_file import PORTABLE, layout_for
-from lorasmith.formats.quality.acceptance import shortfalls
 from lorasmith.training.config import TrainConfig, unused_settings
 from lorasmith.training.memory.compilation import compilable, units
 from lorasmith.training.memory.frozen_weights import takes_fp8_products

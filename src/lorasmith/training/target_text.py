@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from lorasmith.adapters.catalogue import ALGORITHMS
@@ -21,7 +22,6 @@ from lorasmith.adapters.targets import Plan, Rule, plan_adapters
 from lorasmith.core.errors import OptionError
 from lorasmith.core.options import options_of
 from lorasmith.core.registry import nearest
-from lorasmith.families.base import TargetPreset
 from lorasmith.families.model import Denoiser
 from lorasmith.training.config import TrainConfig
 
@@ -32,7 +32,7 @@ _DECLARED = options_of(TrainConfig)
 _MOST_ENTRIES, _LONGEST_ENTRY = 500, 500  # each is matched with each layer, and long patterns take long to compile
 
 
-def parse_targets(text: str, presets: Mapping[str, TargetPreset]) -> tuple[list[Rule], list[Rule]]:
+def parse_targets(text: str, presets: Mapping[str, Rule]) -> tuple[list[Rule], list[Rule]]:
     """Rules and exclusions.
 
     Args:
@@ -64,7 +64,7 @@ def parse_targets(text: str, presets: Mapping[str, TargetPreset]) -> tuple[list[
 
 def resolve_targets(denoiser: Denoiser, config: TrainConfig) -> Plan:
     """The layers that `config.targets` or the model's own preset match. Raises OptionError."""
-    presets = denoiser.base.family.targets
+    presets = denoiser.base.family.presets
     text = config.targets or denoiser.base.defaults.targets
     rules, exclusions = parse_targets(text, presets)
     capped = ALGORITHMS[config.algorithm].rank_meaning == "rank"
@@ -75,9 +75,9 @@ def resolve_targets(denoiser: Denoiser, config: TrainConfig) -> Plan:
         raise OptionError(f"{error}{hint}; use one of {', '.join(presets)}, or patterns such as *.attn2.*") from None
 
 
-def _rule(name: str, presets: Mapping[str, TargetPreset], settings: Mapping[str, Any]) -> Rule:
-    preset = presets.get(name.casefold(), TargetPreset((name,)))
-    return Rule(preset.include, preset.exclude, preset.linear_only, name=name, **settings)
+def _rule(name: str, presets: Mapping[str, Rule], settings: Mapping[str, Any]) -> Rule:
+    preset = presets.get(name.casefold(), Rule((name,)))
+    return replace(preset, name=name, **settings)
 
 
 def _settings(words: list[str]) -> dict[str, Any]:

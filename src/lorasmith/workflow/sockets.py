@@ -230,6 +230,6 @@ def _members(union: str) -> list[str]:
 
 _MAX_SHOWN, _LONGEST_NUMBER = 12, 40
 _WHOLE = re.compile(r"[+-]?[0-9]+")
-_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+_NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _WRITTEN = {"true": True, "false": False, "none": False}
 """Truth values as text, which some editors write."""

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import nn
 
-from lorasmith.families.files.empty_weights import weights_empty
+from lorasmith.families.files.original_weights import weights_empty
 
 
 class Layer(nn.Module):

@@ -17,9 +17,8 @@ from torch import Tensor
 
 from lorasmith.core.fp8_products import CODES
 from lorasmith.core.quantization import Packed
-from lorasmith.families.files.packed_formats import tiled_size, untiled
-from lorasmith.families.files.packed_weights import PackedWeights
-from lorasmith.families.files.tensor_files import open_tensors
+from lorasmith.families.files.checkpoint import open_tensors
+from lorasmith.families.files.packed_weights import PackedWeights, tiled_size, untiled
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "comfy_kitchen_weights.safetensors"
 KITCHEN = ("fp8_e4m3", "int8", "int8_rows", "convrot_4", "convrot_16", "convrot_64", "convrot_256", "nvfp4", "mxfp8")

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from lorasmith.families.loading import load_model
 from lorasmith.families.locating import BUILT_IN
-from lorasmith.families.parts.clip_text import clip_tokenizer, encode_prompt, tokenize_prompt
-from lorasmith.families.parts.prompt_weights import parse_weights
+from lorasmith.families.parts.clip import clip_tokenizer, encode_prompt, tokenize_prompt
+from lorasmith.families.parts.encoders import parse_weights
 
 GOLDEN = json.loads(Path(__file__).with_name("golden").joinpath("clip_text.json").read_text(encoding="utf-8"))
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorasmith.families.base import Encoding
-from lorasmith.families.parts.prompt_weights import literal_text, parse_weights, weighted_states
+from lorasmith.families.parts.encoders import literal_text, parse_weights, weighted_states
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,8 @@ from __future__ import annotations
 import torch
 
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
+from lorasmith.formats.acceptance import shortfalls
 from lorasmith.formats.layouts.comfy import ComfyLayout
-from lorasmith.formats.quality.acceptance import shortfalls
 
 LAYOUT = ComfyLayout()
 TO_Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"

@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+import itertools
 import re
 
 import pytest
 import torch
 
+from lorasmith.adapters.algorithms import ADAPTERS
+from lorasmith.formats.names import spelling
 from lorasmith.formats.names.spelling import (
     KOHYA,
     PEFT,
     ModuleTensors,
     Unfit,
+    all_assembled,
     assembled,
     fits,
     grouped,
@@ -162,6 +166,7 @@ UNFIT = {
     "differences of two sizes": ({"w_norm": ONE(3), "b_norm": ONE(4)}, "b_norm", "of 3 outputs"),
     "a difference of another layer": ({**LORA, "diff": ONE(6, 5)}, "diff", "of 6 outputs"),
     "a norm's difference beside a LoRA": ({**LORA, "w_norm": ONE(6)}, "w_norm", "of 6 outputs"),
+    "a bias of PEFT's alone": ({"up_bias": ONE(())}, "up_bias", "without the up matrix"),
     "a bias of PEFT's of another size": ({**LORA, "up_bias": ONE(5)}, "up_bias", "of 6 outputs"),
     "a weight larger than any": ({"down": ONE(1, 30_000), "up": ONE(30_000, 1)}, "down", "larger than any"),
 }
@@ -175,6 +180,16 @@ def test_what_makes_no_adapter_is_refused_with_tensor_shape_and_rule(case: str) 
     assert isinstance(found, Unfit)
     assert found.role == role
     assert re.search(problem, found.problem), found.problem
+
+
+def test_of_any_two_tensors_one_is_named_or_they_make_an_adapter() -> None:
+    suffixes = {role: suffix for suffix, role in spelling._roles(tuple(ADAPTERS)).items()}
+    for pair in itertools.product(suffixes.values(), repeat=2):
+        for shapes in itertools.product([(), (2,), (2, 2), (2, 2, 2)], repeat=2):
+            keys = {f"x{suffix}": torch.ones(shape) for suffix, shape in zip(pair, shapes, strict=True)}
+            modules, unfit = all_assembled(keys, {})
+            assert modules.keys() | unfit.keys() == {"x"}
+            assert all(sentence.partition(" ")[0] in keys for sentence in unfit.values())
 
 
 @pytest.mark.parametrize("tensors", [LORA, TUCKER, LOHA, LOKR, GLORA, BOFT])

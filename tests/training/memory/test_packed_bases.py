@@ -68,7 +68,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture(scope="module", params=["int8 by row", "int8 with ConvRot", "nvfp4 with factors", "mxfp8"])
 def pair_of_kind(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    """The same of the other formats of `families.files.packed_formats`."""
+    """The same of the other formats of `families.files.packed_weights`."""
     return make_pair(tmp_path_factory.mktemp("pair"), request.param)
 
 

@@ -1,23 +1,28 @@
-"""Models built on the tensors of files; missing and unknown tensors are refused."""
+"""Models built on the tensors of files; missing and unknown tensors are refused.
+
+Modules are made without weights: parameters are on the meta device, and no time is spent on random numbers for them.
+This concerns the calling thread alone: a server reads the structure of one model while another thread creates adapters.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import re
-from collections.abc import Callable, Collection, Mapping
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
 
 from lorasmith.adapters.packed_layers import give_source, packable_layers
 from lorasmith.core.errors import LorasmithError, ModelError
 from lorasmith.core.quantization import Packed, of_rows, placeholder
-from lorasmith.families.files.empty_weights import weights_empty
 from lorasmith.formats.names.model_names import OriginalName
-
-__all__ = ["PartSource", "block_count", "build", "from_original_tensors", "module_paths", "norm_name", "weight_shapes"]
 
 _NORM_SCALE = "scale"  # Black Forest Labs' name of the weight of an RMS norm
 
@@ -51,19 +56,12 @@ def norm_name(path: str, names: Collection[str]) -> str:
 
 @dataclass(frozen=True)
 class PartSource:
-    """The source of one part of a model.
+    """The source of one part of a model."""
 
-    Attributes:
-        where: the file or folder, for messages.
-        tensors: by name in the file.
-        settings: of its configuration that shapes leave open.
-        config: its full configuration, if it comes from a diffusers folder.
-    """
-
-    where: str
-    tensors: Mapping[str, Tensor | Packed]
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    config: Mapping[str, Any] | None = None
+    where: str  # the file or folder, for messages
+    tensors: Mapping[str, Tensor | Packed]  # by name in the file
+    settings: Mapping[str, Any] = field(default_factory=dict)  # of its configuration that shapes leave open
+    config: Mapping[str, Any] | None = None  # its full configuration, if it comes from a diffusers folder
 
 
 def build(
@@ -72,14 +70,6 @@ def build(
     """A model with given tensors as its parameters, uncopied; no random weights are allocated.
 
     Packed weights stay packed where their layer can compute with them (`adapters.packed_layers`).
-
-    Args:
-        make: creates the model; called on the meta device.
-        tensors: returns the state dict for the empty model.
-        where: the file or folder of the tensors, for messages.
-
-    Raises:
-        ModelError: tensors are missing, left over or of the wrong shape.
     """
     try:
         with weights_empty():
@@ -119,14 +109,6 @@ def from_original_tensors(
     """The state dict of a diffusers denoiser from original-layout tensors.
 
     Fused tensors are cut into rows and swapped halves put in order.
-
-    Args:
-        model: the empty denoiser.
-        table: diffusers path → place in the original layout.
-        tensors: by original name without prefix.
-
-    Raises:
-        ModelError: a tensor is missing, or one is not in the table.
     """
     state: dict[str, Tensor | Packed] = {}
     unused = set(tensors)
@@ -158,3 +140,52 @@ def from_original_tensors(
 def _tensor(given: Tensor | Packed) -> Tensor:
     """The tensor of a parameter: a plain weight, or a packed one's placeholder."""
     return placeholder(given.shape, given.tensors[0].device, given.dtype) if isinstance(given, Packed) else given
+
+
+@contextlib.contextmanager
+def weights_empty() -> Iterator[None]:
+    """Modules that are created inside have their parameters on the meta device; buffers keep their values."""
+    depth = getattr(_thread, "depth", 0)
+    _thread.depth = depth + 1
+    try:
+        with _InitializationSkipped():
+            yield
+    finally:
+        _thread.depth = depth
+
+
+def _emptied(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+    """The parameter to register instead; None for no other."""
+    if parameter is None or parameter.is_meta or not getattr(_thread, "depth", 0):
+        return None
+    empty = type(parameter)(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+    empty.__dict__.update(parameter.__dict__)
+    return empty
+
+
+_thread = threading.local()
+
+# Once and for good: to take it away would break threads that register parameters just then.
+register_module_parameter_registration_hook(cast(Callable[..., None], _emptied))
+
+
+class _InitializationSkipped(TorchFunctionMode):
+    """Initializers do nothing to tensors on the meta device; they would take most of the time of text encoders."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        given: Mapping[str, Any] = kwargs or {}
+        if func.__name__ in _INITIALIZERS:
+            target = args[0] if args else given.get("tensor")
+            if isinstance(target, Tensor) and target.is_meta:
+                return target
+        return func(*args, **given)
+
+
+# Of torch.Tensor and torch.nn.init.
+_INITIALIZERS = frozenset(
+    f"{name}_"
+    for name in ("normal", "uniform", "trunc_normal", "kaiming_uniform", "kaiming_normal", "xavier_uniform",
+                 "xavier_normal", "zero", "zeros", "ones", "fill", "constant")
+)  # fmt: skip

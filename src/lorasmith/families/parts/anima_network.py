@@ -15,19 +15,12 @@ from diffusers import AnimaTextConditioner, CosmosTransformer3DModel
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["AnimaNetwork"]
-
 
 class AnimaNetwork(CosmosTransformer3DModel):  # type: ignore[misc]
     """The transformer, with the adapter as `text_conditioner`.
 
     The mask of padding, zeros for whole pictures, is a channel of the latents here: diffusers scales it with
     torchvision. So `config.in_channels` is one more than the latents have.
-
-    Args:
-        text_conditioner: configuration of `AnimaTextConditioner`, as far as it is not the released one.
-        in_channels: channels of the latents.
-        settings: others of `CosmosTransformer3DModel`.
     """
 
     def __init__(
@@ -52,13 +45,10 @@ class AnimaNetwork(CosmosTransformer3DModel):  # type: ignore[misc]
     ) -> Tensor:
         """The velocity, of the shape of `latents`.
 
-        Args:
-            latents: (batch, channels, frames, height, width).
-            time: (batch,) noise levels.
-            states: (batch, tokens, width) of the text encoder; the conditioning itself without `ids`.
-            ids: (batch, T5 tokens), −1 for none, which only the end of a row may be.
-            weights: (batch, T5 tokens) factors of the rows that the adapter makes of `ids`; None for 1.
-            mask: bool (batch, tokens), False for states to ignore; None where no row of `states` or `ids` is filled up.
+        latents: (batch, channels, frames, height, width); time: (batch,) noise levels; states: (batch, tokens, width)
+        of the text encoder; the conditioning itself without `ids`; ids: (batch, T5 tokens), −1 for none, which only the
+        end of a row may be; weights: (batch, T5 tokens) factors of the rows that the adapter makes of `ids`; None for
+        1; mask: bool (batch, tokens), False for states to ignore; None where no row of `states` or `ids` is filled up.
         """
         context, attended = states, mask
         if ids is not None:

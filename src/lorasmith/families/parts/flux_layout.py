@@ -1,4 +1,4 @@
-"""What Flux.1, Flux.2 and Chroma share: names of blocks in the original layout, positions, masks of joint attention."""
+"""What Flux.1 and the families after it share: names of blocks, positions, masks, latents as tokens."""
 
 from __future__ import annotations
 
@@ -9,22 +9,6 @@ import torch
 from torch import Tensor
 
 from lorasmith.formats.names.model_names import OriginalName
-
-__all__ = [
-    "ATTENTION",
-    "DOUBLE_ATTENTION",
-    "DOUBLE_FEED_FORWARD",
-    "FEED_FORWARD",
-    "GUIDANCE",
-    "KEY_NORM",
-    "SINGLE_NORMS",
-    "TOP",
-    "attention_arguments",
-    "image_positions",
-    "in_double_block",
-    "in_single_block",
-    "rope_axes",
-]
 
 KEY_NORM = "double_blocks.0.img_attn.norm.key_norm"
 """A norm as wide as an attention head."""
@@ -74,14 +58,7 @@ _FUSED = {
 
 
 def in_double_block(index: str, path: str, width: int, parts: Mapping[str, str]) -> OriginalName:
-    """Place of a module of a double block.
-
-    Args:
-        index: number of the block.
-        path: diffusers' path of the module in the block.
-        width: of the hidden states.
-        parts: original paths of the modules that are not fused, by diffusers' paths.
-    """
+    """Place of a module of a double block."""
     if path not in _FUSED:
         return OriginalName(f"double_blocks.{index}.{parts[path]}")
     fused, third = _FUSED[path]
@@ -94,14 +71,7 @@ _SINGLE = {**SINGLE_NORMS, "proj_out": "linear2"}
 
 
 def in_single_block(index: str, path: str, width: int, rows: int) -> OriginalName:
-    """Place of a module of a single block of Flux.1, but for its modulation.
-
-    Args:
-        index: number of the block.
-        path: diffusers' path of the module in the block.
-        width: of the hidden states.
-        rows: of the module's weight.
-    """
+    """Place of a module of a single block of Flux.1, but for its modulation."""
     if path in _SINGLE_FUSED:
         start = _SINGLE_FUSED[path] * width
         return OriginalName(f"single_blocks.{index}.linear1", rows=(start, start + rows))
@@ -114,12 +84,7 @@ def rope_axes(head: int) -> tuple[int, int, int]:
 
 
 def image_positions(rows: int, columns: int, device: torch.device) -> Tensor:
-    """(rows · columns, 3) rotary positions (0, y, x) of the image tokens.
-
-    Args:
-        rows, columns: of tokens.
-        device: of the result.
-    """
+    """(rows · columns, 3) rotary positions (0, y, x) of the image tokens."""
     y, x = torch.meshgrid(torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij")
     return torch.stack((torch.zeros_like(y), y, x), dim=-1).reshape(-1, 3).float()
 
@@ -127,11 +92,23 @@ def image_positions(rows: int, columns: int, device: torch.device) -> Tensor:
 def attention_arguments(mask: Tensor | None, pixels: int) -> dict[str, Any]:
     """diffusers' `joint_attention_kwargs`, in which text comes first, then the picture, which is not masked.
 
-    Args:
-        mask: of the text, (batch, tokens); None for none.
-        pixels: number of the picture's tokens.
+    mask: of the text, (batch, tokens); None for none.
     """
     if mask is None:
         return {}
     picture = mask.new_ones(len(mask), pixels)
     return {"attention_mask": torch.cat((mask, picture), dim=1)[:, None, None]}
+
+
+def packed_latents(latents: Tensor) -> Tensor:
+    """(batch, channels, height, width) → (batch, height/2 · width/2, 4 · channels)."""
+    batch, channels, height, width = latents.shape
+    tokens = latents.reshape(batch, channels, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return tokens.reshape(batch, height // 2 * (width // 2), channels * 4)
+
+
+def unpacked_latents(tokens: Tensor, height: int, width: int) -> Tensor:
+    """The inverse of `packed_latents`. tokens: (batch, height/2 · width/2, 4 · channels)."""
+    batch, _, features = tokens.shape
+    latents = tokens.reshape(batch, height // 2, width // 2, features // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return latents.reshape(batch, features // 4, height, width)

@@ -27,8 +27,6 @@ from lorasmith.families.parts.tokenizers import (
     tekken_tokenizer,
 )
 
-__all__ = ["LanguageModel", "attention_capped", "hidden_states"]
-
 _QUERY_NORM = "layers.0.self_attn.q_norm.weight"
 _AFTER_ATTENTION = "layers.0.post_attention_layernorm.weight"
 _GEMMA = "layers.0.post_feedforward_layernorm.weight"
@@ -37,20 +35,7 @@ _MINISTRAL_WIDTH = 3072  # of the 3B model; ComfyUI tells it from Mistral Small 
 
 
 class LanguageModel(EncoderKind):
-    """A decoder-only language model.
-
-    Args:
-        name: registered name.
-        classes: transformers' names of its configuration and its model.
-        prefixes: of the language part's names in files; the first one found is cut off, the rest is left out.
-        head_width: of attention heads, if a norm of queries does not show it.
-        is_width: whether a width of its states is this kind's, where nothing else in files tells kinds apart.
-        has_output_norms: whether the outputs of attention and feed-forward networks have norms, as in Gemma 2.
-        tokenizer: makes its tokenizer for the source of a file and the rows of its embedding.
-        has_bias: whether the projections of attention have biases.
-        settings: of its configuration that shapes leave open.
-        always: settings that hold for a diffusers folder too.
-    """
+    """A decoder-only language model."""
 
     longest = 512
 
@@ -242,14 +227,7 @@ def attention_capped(encoder: Any, cap: float | None) -> Iterator[None]:
 def hidden_states(
     encoder: nn.Module, ids: Sequence[int], layers: Sequence[int], *, mask: Sequence[bool] | None = None
 ) -> Tensor:
-    """States of some layers for one prompt, (1, tokens, layers, width) in fp32.
-
-    Args:
-        encoder: a language model of transformers.
-        ids: tokens.
-        layers: numbers of states; 0 is the embedding, −1 the last layer after the final norm.
-        mask: False for tokens that no token attends to; None for none of these.
-    """
+    """States of some layers for one prompt, (1, tokens, layers, width) in fp32."""
     device = device_of(encoder)
     attention = None if mask is None else torch.tensor([list(mask)], dtype=torch.long, device=device)
     with torch.no_grad():
@@ -257,3 +235,27 @@ def hidden_states(
             input_ids=torch.tensor([list(ids)], device=device), attention_mask=attention, output_hidden_states=True
         ).hidden_states
     return torch.stack([states[layer] for layer in layers], dim=2).float()
+
+
+SYSTEM = (
+    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
+    "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n"
+)
+SYSTEM_TOKENS = 34
+"""Length of `SYSTEM`."""
+ANSWER = "<|im_end|>\n<|im_start|>assistant\n"
+_TURN = "<|im_start|>"
+
+
+def chat_of(text: str) -> str:
+    """The chat of a prompt; one that begins with a turn is a whole chat already, as in ComfyUI."""
+    return text if text.startswith(_TURN) else f"{SYSTEM}{text}{ANSWER}"
+
+
+def seen_from(tokenizer: Any, ids: Sequence[int]) -> int:
+    """Index of the first token that the denoiser sees: after the opening of the second turn, if that is the user's."""
+    turn, *user = tokenizer(f"{_TURN}user\n").input_ids
+    starts = [index for index, token in enumerate(ids) if token == turn][:2]
+    start = starts[-1] if starts else 0
+    opened = start + 1 + len(user)
+    return opened if len(ids) > opened and list(ids[start + 1 : opened]) == user else start

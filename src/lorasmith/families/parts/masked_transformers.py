@@ -16,8 +16,6 @@ from diffusers import Lumina2Transformer2DModel, SD3Transformer2DModel
 from diffusers.models.transformers.transformer_lumina2 import Lumina2AttnProcessor2_0
 from torch import Tensor
 
-__all__ = ["HostMaskedLumina2", "MaskedSD3Transformer"]
-
 
 class MaskedSD3Transformer(SD3Transformer2DModel):  # type: ignore[misc]
     """SD3Transformer2DModel whose `joint_attention_kwargs` may hold an `attention_mask`.

@@ -13,21 +13,9 @@ from typing import Any
 from sentencepiece import SentencePieceProcessor
 from transformers import PreTrainedTokenizer
 
-__all__ = ["SentencePieceTokenizer"]
-
 
 class SentencePieceTokenizer(PreTrainedTokenizer):  # type: ignore[misc]
-    """A SentencePiece model, Unigram or BPE. Special tokens in a text are text.
-
-    Args:
-        model: content of a `.model` file.
-        adds_bos: whether a text begins with the model's token for this, unless `add_special_tokens=False`.
-        adds_eos: whether it ends with one.
-
-    Raises:
-        ValueError: the model has no padding token, or not the tokens that are added.
-        RuntimeError: SentencePiece cannot read the model.
-    """
+    """A SentencePiece model, Unigram or BPE. Special tokens in a text are text."""
 
     model_input_names = ("input_ids", "attention_mask")
 

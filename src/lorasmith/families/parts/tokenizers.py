@@ -1,7 +1,7 @@
 """Tokenizers of text encoders, offline: the vocabularies of Qwen and T5 are in the package.
 
 Where several places have one, the order is: the tokenizer folder of a diffusers folder, the vocabulary in the package,
-a file beside the encoder's, the vocabulary inside the encoder's file. CLIP's is in `clip_text`. A SentencePiece model
+a file beside the encoder's, the vocabulary inside the encoder's file. CLIP's is in `clip`. A SentencePiece model
 inside the encoder's file goes before one beside it, whose name does not say for which encoder it is.
 """
 
@@ -25,17 +25,6 @@ from lorasmith.core.errors import ModelError
 from lorasmith.core.files import read_regular
 from lorasmith.core.folders import ASSETS
 from lorasmith.core.foreign_json import parse_foreign_json
-
-__all__ = [
-    "EMBEDDED",
-    "TokenizerSource",
-    "byte_characters",
-    "folder_tokenizer",
-    "qwen_tokenizer",
-    "spiece_tokenizer",
-    "t5_tokenizer",
-    "tekken_tokenizer",
-]
 
 EMBEDDED = ("spiece_model", "tekken_model")
 """Tensors of encoder files that hold a vocabulary as bytes, as ComfyUI writes them."""
@@ -91,16 +80,11 @@ _TEKKEN_CONTROL = {
 
 @dataclass(frozen=True)
 class TokenizerSource:
-    """Where the tokenizer of an encoder may be.
+    """Where the tokenizer of an encoder may be."""
 
-    Attributes:
-        folder: a diffusers folder's tokenizer; None for an encoder that comes from a file.
-        file: of the encoder; None for one in a folder.
-        embedded: vocabularies in this file, uint8, by the names in `EMBEDDED`.
-    """
-
-    folder: Path | None = None
-    file: Path | None = None
+    folder: Path | None = None  # a diffusers folder's tokenizer; None for an encoder that comes from a file
+    file: Path | None = None  # of the encoder; None for one in a folder
+    # vocabularies in this file, uint8, by the names in `EMBEDDED`
     embedded: Mapping[str, Tensor] = field(default_factory=dict)
 
     def beside(self, *names: str) -> Path | None:
@@ -158,9 +142,6 @@ def tekken_tokenizer(source: TokenizerSource) -> Any:
 
     Its vocabulary is a file `tekken.json` beside the encoder's, bytes inside the encoder's file, or that of the package
     `mistral-common`.
-
-    Raises:
-        ModelError: none of these places has one, or it cannot be read.
     """
     if (beside := source.beside("tekken.json")) is not None:
         try:
@@ -186,16 +167,6 @@ def spiece_tokenizer(
     """The tokenizer of a SentencePiece model, Unigram or BPE, with SentencePiece's own ids.
 
     The model is a tensor `spiece_model` inside the encoder's file, or a file beside it.
-
-    Args:
-        source: where the tokenizer may be.
-        beside: name of the file beside the encoder's: `spiece.model` for the T5 models, `tokenizer.model` for Gemma.
-        rows: of the encoder's embedding, which has one for each token.
-        adds_bos: whether texts begin with the model's token for this.
-        adds_eos: whether they end with one.
-
-    Raises:
-        ModelError: neither place has a model, it cannot be read, or it is not this encoder's.
     """
     from lorasmith.families.parts.sentencepiece_tokenizer import SentencePieceTokenizer
 

@@ -13,37 +13,20 @@ from typing import Any
 from lorasmith.core.errors import ModelError
 from lorasmith.diffusion.parameterization import PARAMETERIZATIONS
 from lorasmith.diffusion.schedule import DiscreteSchedule
-from lorasmith.families.base import Diffusion, LatentFormat, TargetPreset
+from lorasmith.families.base import Diffusion, LatentFormat, Rule
 from lorasmith.families.files.checkpoint import OriginalCheckpoint
 from lorasmith.families.files.original_weights import module_paths
-from lorasmith.families.files.pipeline_configs import PipelineConfigs
+from lorasmith.families.files.pipelines import PipelineConfigs
 from lorasmith.formats.names.model_names import OriginalName, ProgramLimits
-
-__all__ = [
-    "CROSS_ATTENTION",
-    "TARGETS",
-    "UNET_LIMITS",
-    "context_widths",
-    "diffusion_of_checkpoint",
-    "diffusion_of_pipeline",
-    "latent_format",
-    "original_unet_path",
-    "pixel_multiple",
-    "said_parameterization",
-    "unet_config",
-    "unet_table",
-]
 
 CROSS_ATTENTION = r"((down|up|input|output)_blocks_\d|(mid|middle)_block_).*attn2_(processor_)?to_[kv]$"
 """Finds a LoRA's modules whose input is the text; its width distinguishes versions."""
 
 _ATTENTION = ("*.attn1.to_*", "*.attn2.to_*")
 TARGETS = {
-    "attention": TargetPreset(_ATTENTION),
-    "attention+ff": TargetPreset((*_ATTENTION, "*.ff.net.*")),
-    "transformer": TargetPreset((*_ATTENTION, "*.ff.net.*", "*.attentions.*.proj_in", "*.attentions.*.proj_out")),
-    "all-linear": TargetPreset(("*",), linear_only=True),
-    "all": TargetPreset(("*",)),
+    "attention": Rule(_ATTENTION),
+    "attention+ff": Rule((*_ATTENTION, "*.ff.net.*")),
+    "transformer": Rule((*_ATTENTION, "*.ff.net.*", "*.attentions.*.proj_in", "*.attentions.*.proj_out")),
 }
 """Target presets of these UNets."""
 
@@ -82,16 +65,7 @@ _MID = re.compile(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)")
 
 
 def original_unet_path(path: str, *, layers_per_block: int, up_attention: tuple[bool, ...]) -> str:
-    """Original path of a diffusers UNet module.
-
-    Args:
-        path: module path in diffusers, such as `down_blocks.1.attentions.0.proj_in`.
-        layers_per_block: the UNet's `layers_per_block`.
-        up_attention: for each up block, whether it has attention (it moves the upsampler's index).
-
-    Raises:
-        KeyError: the path is no module of such a UNet.
-    """
+    """Original path of a diffusers UNet module."""
     if path in _TOP:
         return _TOP[path]
     if match := _MID.fullmatch(path):
@@ -138,13 +112,7 @@ def pixel_multiple(unet: Any, latent: LatentFormat) -> int:
 
 
 def latent_format(unet: Any, vae: Any, *, scale: float) -> LatentFormat:
-    """The latent format of a UNet.
-
-    Args:
-        unet: diffusers' UNet2DConditionModel.
-        vae: its autoencoder; None for one of eight pixels per latent.
-        scale: scaling factor of the latents without an autoencoder.
-    """
+    """The latent format of a UNet. Without an autoencoder a latent is eight pixels."""
     downscale = 8 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
     scale = scale if vae is None else float(vae.config.scaling_factor)
     return LatentFormat(channels=unet.config.in_channels, downscale=downscale, scale=scale)
@@ -165,15 +133,7 @@ def diffusion_of_checkpoint(checkpoint: OriginalCheckpoint, parameterization: st
 
 
 def diffusion_of_pipeline(configs: PipelineConfigs, title: str) -> Diffusion:
-    """Parameterization and noise schedule of a diffusers pipeline.
-
-    Args:
-        configs: of the pipeline, its scheduler's among them.
-        title: of the family, for messages.
-
-    Raises:
-        ModelError: there is no scheduler, or one whose settings no release of the family has.
-    """
+    """Parameterization and noise schedule of a diffusers pipeline."""
     config = configs.of("scheduler")
     for key, value in {"beta_schedule": "scaled_linear", "trained_betas": None}.items():
         # diffusers' own default of the first is "linear", which no release of Stable Diffusion has.
@@ -195,15 +155,7 @@ def diffusion_of_pipeline(configs: PipelineConfigs, title: str) -> Diffusion:
 
 
 def unet_config(shapes: Mapping[str, tuple[int, ...]], *, head_dim: int | None) -> dict[str, Any]:
-    """Configuration of diffusers' UNet2DConditionModel for an original-layout UNet.
-
-    Args:
-        shapes: the UNet's tensor shapes by original name.
-        head_dim: channels per attention head, or None for Stable Diffusion 1's fixed eight heads.
-
-    Raises:
-        ModelError: tensors that fix the configuration are missing.
-    """
+    """Configuration of diffusers' UNet2DConditionModel for an original-layout UNet."""
     channels, depths, layers = _levels(shapes)
     keys = next(name for name in shapes if name.endswith("attn2.to_k.weight"))
     proj_in = shapes[keys.partition(".transformer_blocks.")[0] + ".proj_in.weight"]

@@ -19,16 +19,6 @@ from lorasmith.families.files.checkpoint import Shapes
 from lorasmith.families.files.original_weights import PartSource, build
 from lorasmith.families.parts.autoencoders import AUTOENCODERS, AutoencoderKind
 
-__all__ = [
-    "LATENT_MEAN",
-    "LATENT_MEAN_22",
-    "LATENT_STD",
-    "LATENT_STD_22",
-    "Wan22Autoencoder",
-    "WanAutoencoder",
-    "wan_latents",
-]
-
 # fmt: off
 LATENT_MEAN = (
     -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
@@ -64,13 +54,7 @@ def wan_latents(
     downscale: int = 8,
     time_downscale: int = 0,
 ) -> LatentFormat:
-    """The format in which denoisers take these latents: each channel with mean 0 and deviation 1.
-
-    Args:
-        mean, deviation: by channel; those of Wan 2.1 by default.
-        downscale: pixels per latent.
-        time_downscale: frames per latent after the first; 0 for models of pictures.
-    """
+    """The format in which denoisers take these latents: each channel with mean 0 and deviation 1."""
     scale = tuple(1 / one for one in deviation)
     return LatentFormat(len(mean), downscale, scale, shift=mean, frames=True, time_downscale=time_downscale)
 
@@ -176,12 +160,7 @@ def _config_22(shapes: Shapes) -> dict[str, Any]:
 
 
 def _diffusers_name(name: str, *, is_deeper: bool = False) -> str:
-    """diffusers' name of an original tensor; its own names are unchanged.
-
-    Args:
-        name: the tensor.
-        is_deeper: whether blocks hold their layers under a number of their own, as in Wan 2.2.
-    """
+    """diffusers' name of an original tensor; its own names are unchanged."""
     side, _, rest = name.partition(".")
     if side in ("conv1", "conv2"):
         return f"{'quant_conv' if side == 'conv1' else 'post_quant_conv'}.{rest}"

@@ -16,15 +16,13 @@ from lorasmith.adapters.algorithms import format_of
 from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
 from lorasmith.formats.layouts.comfy import AI_TOOLKIT_SUFFIX, comfyui_bases
 from lorasmith.formats.layouts.layout import LAYOUTS, Layout
-from lorasmith.formats.names import prefixes
 from lorasmith.formats.names.model_names import ModelNames
 from lorasmith.formats.names.places import Parts, addressed, read_tensors
+from lorasmith.formats.names.recognise import COMFYUI_PREFIXES
 from lorasmith.formats.names.spelling import KOHYA, PEFT, ModuleTensors, spelled, without_core
 from lorasmith.formats.scales import baked
 
-__all__ = ["AiToolkitLayout"]
-
-_PREFIX = prefixes.COMFYUI[0]
+_PREFIX = COMFYUI_PREFIXES[0]
 
 
 class AiToolkitLayout(Layout):
@@ -34,7 +32,7 @@ class AiToolkitLayout(Layout):
     title = "ai-toolkit"
 
     def detects(self, keys: Iterable[str]) -> int:
-        return sum(key.startswith(prefixes.COMFYUI) and bool(AI_TOOLKIT_SUFFIX.search(key)) for key in keys)
+        return sum(key.startswith(COMFYUI_PREFIXES) and bool(AI_TOOLKIT_SUFFIX.search(key)) for key in keys)
 
     def bases(self, names: ModelNames) -> Mapping[str, Parts]:
         return comfyui_bases(names)

@@ -18,7 +18,6 @@ from torch import Tensor
 from lorasmith.adapters.algorithms import format_of
 from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
 from lorasmith.formats.layouts.layout import LAYOUTS, Layout
-from lorasmith.formats.names import prefixes
 from lorasmith.formats.names.model_names import ModelNames
 from lorasmith.formats.names.places import (
     Parts,
@@ -29,9 +28,8 @@ from lorasmith.formats.names.places import (
     original_places,
     read_tensors,
 )
+from lorasmith.formats.names.recognise import COMFYUI_ENCODER, COMFYUI_PREFIXES, any_of
 from lorasmith.formats.names.spelling import KOHYA, ModuleTensors, spelled, split_key, without_core
-
-__all__ = ["AI_TOOLKIT_SUFFIX", "ComfyLayout", "comfyui_bases"]
 
 
 class ComfyLayout(Layout):
@@ -39,6 +37,7 @@ class ComfyLayout(Layout):
 
     name = "comfy"
     title = "ComfyUI"
+    has_alphas = True
 
     def detects(self, keys: Iterable[str]) -> int:
         return sum(bool(_PREFIX.match(key) and split_key(key)) and not AI_TOOLKIT_SUFFIX.search(key) for key in keys)
@@ -72,9 +71,9 @@ LAYOUTS.register(ComfyLayout.name)(ComfyLayout())
 
 
 def comfyui_bases(names: ModelNames) -> dict[str, Parts]:
-    """Every name of a model's modules that begins with one of ComfyUI's prefixes."""
+    """Every name of a model's modules that begins with one of ComfyUI's"""
     places = {**alias_places(names), **diffusers_places(names), **original_places(names)}
-    bases = {prefix + path: parts for prefix in prefixes.COMFYUI for path, parts in places.items()}
+    bases = {prefix + path: parts for prefix in COMFYUI_PREFIXES for path, parts in places.items()}
     for component in names.text_encoders:
         for kind in names.text_encoders[component].comfyui:
             prefix = f"text_encoders.{kind}.transformer."
@@ -85,11 +84,11 @@ def comfyui_bases(names: ModelNames) -> dict[str, Parts]:
 AI_TOOLKIT_SUFFIX = re.compile(r"\.lora_[AB]\.weight$")
 """What distinguishes ai-toolkit's files, which begin with the same prefix."""
 
-_PREFIX = re.compile(f"{prefixes.any_of(prefixes.COMFYUI)}|{prefixes.COMFYUI_ENCODER}")
+_PREFIX = re.compile(f"{any_of(COMFYUI_PREFIXES)}|{COMFYUI_ENCODER}")
 
 
 def _original_base(path: str) -> str:
-    return prefixes.COMFYUI[0] + path
+    return COMFYUI_PREFIXES[0] + path
 
 
 def _plain(module: ModuleTensors) -> ModuleTensors:

@@ -30,7 +30,6 @@ from lorasmith.formats.layouts.peft_config import (
     targets,
     uneven_magnitudes,
 )
-from lorasmith.formats.names import prefixes
 from lorasmith.formats.names.model_names import ModelNames
 from lorasmith.formats.names.places import (
     Parts,
@@ -41,6 +40,13 @@ from lorasmith.formats.names.places import (
     original_places,
     read_tensors,
 )
+from lorasmith.formats.names.recognise import (
+    DIFFUSERS_ENCODER,
+    DIFFUSERS_EXPERTS,
+    DIFFUSERS_PARTS,
+    DIFFUSERS_PREFIXES,
+    any_of,
+)
 from lorasmith.formats.names.spelling import (
     PEFT,
     ModuleTensors,
@@ -49,8 +55,6 @@ from lorasmith.formats.names.spelling import (
     without_core,
 )
 from lorasmith.formats.scales import baked, loras_in
-
-__all__ = ["DiffusersLayout"]
 
 
 class DiffusersLayout(Layout):
@@ -61,6 +65,7 @@ class DiffusersLayout(Layout):
 
     name = "diffusers"
     title = "diffusers"
+    has_diffusers_names = True
 
     def detects(self, keys: Iterable[str]) -> int:
         return sum(bool(_PREFIX.match(key) and split_key(key)) for key in keys)
@@ -69,14 +74,14 @@ class DiffusersLayout(Layout):
         bases: dict[str, Parts] = {}
         for path, parts in {**alias_places(names), **original_places(names), **diffusers_places(names)}.items():
             for spelling in _spellings(path):
-                bases |= {prefix + spelling: parts for prefix in (*prefixes.DIFFUSERS, "")}
+                bases |= {prefix + spelling: parts for prefix in (*DIFFUSERS_PREFIXES, "")}
         for component in names.text_encoders:
             bases |= {f"{component}.{path}": parts for path, parts in encoder_paths(names, component)}
         return bases
 
     def read(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], names: ModelNames) -> AdapterState:
         """Raises LoraError when the header's `lora_adapter_metadata` is malformed, or the file is of two experts."""
-        experts = [one for one in prefixes.DIFFUSERS_EXPERTS if any(key.startswith(one) for key in tensors)]
+        experts = [one for one in DIFFUSERS_EXPERTS if any(key.startswith(one) for key in tensors)]
         if len(experts) > 1:
             raise LoraError(
                 f"a LoRA file is for one denoiser, and this one has keys for {' and '.join(sorted(experts))}, the two "
@@ -132,7 +137,7 @@ class DiffusersLayout(Layout):
 LAYOUTS.register(DiffusersLayout.name)(DiffusersLayout())
 
 _PREFIX = re.compile(
-    f"{prefixes.any_of((*prefixes.DIFFUSERS, *prefixes.DIFFUSERS_PARTS))}|{prefixes.DIFFUSERS_ENCODER}|"
+    f"{any_of((*DIFFUSERS_PREFIXES, *DIFFUSERS_PARTS))}|{DIFFUSERS_ENCODER}|"
     r"(single_)?transformer_blocks\.|"
     r"(down|mid|up|double|single|joint)_blocks?\."
 )

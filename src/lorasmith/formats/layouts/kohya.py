@@ -18,6 +18,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 from torch import Tensor
 
@@ -27,7 +28,6 @@ from lorasmith.core.errors import LoraError
 from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.formats.layouts.layout import LAYOUTS, Layout, Loss
 from lorasmith.formats.metadata import BOUNDS
-from lorasmith.formats.names import prefixes
 from lorasmith.formats.names.model_names import ModelNames
 from lorasmith.formats.names.places import (
     Parts,
@@ -38,10 +38,9 @@ from lorasmith.formats.names.places import (
     read_tensors,
     unfusable,
 )
+from lorasmith.formats.names.recognise import KOHYA_ENCODER, KOHYA_PREFIXES, any_of
 from lorasmith.formats.names.spelling import KOHYA, spelled, split_key
 from lorasmith.formats.scales import checked_scale
-
-__all__ = ["KohyaLayout"]
 
 
 class KohyaLayout(Layout):
@@ -50,6 +49,9 @@ class KohyaLayout(Layout):
     name = "kohya"
     title = "kohya / sd-scripts"
     writes_cores = True
+    has_alphas = True
+    alphas_misread = True
+    refused_by: Mapping[str, str] = MappingProxyType({})
 
     def detects(self, keys: Iterable[str]) -> int:
         return sum(bool(_PREFIX.match(key) and split_key(key)) for key in keys)
@@ -59,7 +61,7 @@ class KohyaLayout(Layout):
         if names.kohya_naming == "original":
             namings.reverse()
         bases: dict[str, Parts] = {}
-        for prefix in prefixes.KOHYA:
+        for prefix in KOHYA_PREFIXES:
             for places in namings:
                 for path, parts in places.items():
                     bases.setdefault(prefix + _flat(path), parts)
@@ -106,16 +108,17 @@ class KohyaLayout(Layout):
         return {BOUNDS: json.dumps(bounds, sort_keys=True)} if bounds else {}
 
     def losses(self, state: AdapterState, names: ModelNames) -> list[Loss]:
-        if names.kohya_naming == "diffusers":
-            return []
         reason = "q, k, v cannot be fused exactly, and kohya's scripts and diffusers do not look for their names"
-        return [Loss(ref, reason, left_out=False) for ref in unfusable(_bounded(state), names)]
+        return [Loss(ref, reason, left_out=False) for ref in self.unfused(state, names)]
+
+    def unfused(self, state: AdapterState, names: ModelNames) -> list[ModuleRef]:
+        return [] if names.kohya_naming == "diffusers" else unfusable(_bounded(state), names)
 
 
 LAYOUTS.register(KohyaLayout.name)(KohyaLayout())
 
-_WRITTEN, _UNFUSED = prefixes.KOHYA[:2]
-_PREFIX = re.compile(f"{prefixes.any_of(prefixes.KOHYA)}|{prefixes.KOHYA_ENCODER}")
+_WRITTEN, _UNFUSED = KOHYA_PREFIXES[:2]
+_PREFIX = re.compile(f"{any_of(KOHYA_PREFIXES)}|{KOHYA_ENCODER}")
 
 
 def _bounded(state: AdapterState) -> AdapterState:

@@ -9,16 +9,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from torch import Tensor
 
+from lorasmith.core.adapter_format import SD_SCRIPTS
 from lorasmith.core.adapter_state import AdapterState, ModuleRef
 from lorasmith.core.errors import LoraError
 from lorasmith.core.registry import Registry
 from lorasmith.formats.names.model_names import ModelNames
-from lorasmith.formats.names.places import Parts
-
-__all__ = ["LAYOUTS", "Layout", "Loss", "named", "sentences"]
+from lorasmith.formats.names.places import Parts, unfusable
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,20 @@ class Layout(ABC):
         title: display name.
         writes_cores: whether Tucker cores of all algorithms are written; else they are multiplied in.
         in_folder: whether it is a folder of files; keys then begin with the subfolder's name and a slash.
+        has_alphas: whether a LoRA of it has `.alpha` tensors.
+        has_diffusers_names: whether modules and tensors have the names of diffusers and PEFT.
+        alphas_misread: whether diffusers reads several alphas as one (`ProgramLimits.diffusers_one_alpha`).
+        refused_by: programs that do not open it → why.
     """
 
     name: str
     title: str
     writes_cores: bool = False
     in_folder: bool = False
+    has_alphas: bool = False
+    has_diffusers_names: bool = False
+    alphas_misread: bool = False
+    refused_by: Mapping[str, str] = MappingProxyType({SD_SCRIPTS: "it reads kohya's layout alone"})
 
     @abstractmethod
     def detects(self, keys: Iterable[str]) -> int:
@@ -97,6 +105,10 @@ class Layout(ABC):
     def losses(self, state: AdapterState, names: ModelNames) -> list[Loss]:
         """What the layout, or its own programs, would not keep of a state."""
         return []
+
+    def unfused(self, state: AdapterState, names: ModelNames) -> list[ModuleRef]:
+        """Modules under diffusers' names, because they cannot be rows of the original's fused layer."""
+        return unfusable(state, names)
 
     def companions(self, state: AdapterState, names: ModelNames) -> dict[str, str]:
         """Text files beside the tensors in a layout's folder, by path within it."""

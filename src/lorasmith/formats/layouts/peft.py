@@ -16,18 +16,19 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from importlib.metadata import version
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
 
 from lorasmith.adapters.algorithms import format_of
-from lorasmith.core.adapter_format import multiplied
+from lorasmith.core.adapter_format import COMFYUI, DIFFUSERS, multiplied
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
 from lorasmith.formats.layouts.layout import LAYOUTS, Layout, Loss
 from lorasmith.formats.layouts.peft_config import configs_of, rank_fields, stated_alphas, targets, uneven_magnitudes
 from lorasmith.formats.names.model_names import ModelNames
 from lorasmith.formats.names.places import Parts, addressed, diffusers_places, encoder_paths, read_tensors
-from lorasmith.formats.names.prefixes import PEFT as PREFIX
+from lorasmith.formats.names.recognise import PEFT_PREFIX as PREFIX
 from lorasmith.formats.names.spelling import (
     PEFT,
     ModuleTensors,
@@ -36,8 +37,6 @@ from lorasmith.formats.names.spelling import (
     without_core,
 )
 from lorasmith.formats.scales import rank_of
-
-__all__ = ["PEFT_CONFIG", "PeftLayout"]
 
 PEFT_CONFIG = "adapter_config.json"
 
@@ -48,6 +47,14 @@ class PeftLayout(Layout):
     name = "peft"
     title = "PEFT"
     in_folder = True
+    has_diffusers_names = True
+    refused_by = MappingProxyType(
+        {
+            **Layout.refused_by,
+            COMFYUI: "it loads files, not PEFT's folders",
+            DIFFUSERS: "it loads its own layout, not PEFT's folders",
+        }
+    )
 
     def detects(self, keys: Iterable[str]) -> int:
         return sum(key.rpartition("/")[2].startswith(PREFIX) and split_key(key) is not None for key in keys)

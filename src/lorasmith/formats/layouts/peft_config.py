@@ -28,17 +28,6 @@ from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.formats.names.spelling import grouped, scales_outputs
 from lorasmith.formats.scales import checked_scale, rank_of
 
-__all__ = [
-    "ADAPTER_METADATA",
-    "Config",
-    "configs_of",
-    "header_fields",
-    "rank_fields",
-    "stated_alphas",
-    "targets",
-    "uneven_magnitudes",
-]
-
 ADAPTER_METADATA = "lora_adapter_metadata"
 """Header entry in which diffusers keeps the fields of PEFT's LoraConfig, each after its component's name."""
 
@@ -59,32 +48,22 @@ _MOST_CHOICES = 100_000
 
 
 class _Expression(NamedTuple):
-    """A pattern that is a regular expression.
+    """A pattern that is a regular expression."""
 
-    Attributes:
-        place: among the patterns.
-        pattern, value: as in `_Patterns`.
-        choices, repetitions: bounds of the time to match it, for a path of length n choices · n^repetitions.
-    """
-
-    place: int
+    place: int  # among the patterns
     pattern: re.Pattern[str]
     value: float
-    choices: int
+    choices: int  # the time to match a path of length n is at most choices · n^repetitions
     repetitions: int
 
 
 @dataclass(frozen=True)
 class _Patterns:
-    """Values by pattern, of which the first that matches a path counts.
+    """Values by pattern, of which the first that matches a path counts."""
 
-    Attributes:
-        ends: place and value by path, or end of a path after a dot; those after a caret stand for the whole path.
-        expressions: all other patterns.
-    """
-
+    # place and value by path, or end of a path after a dot; those after a caret stand for the whole path
     ends: Mapping[str, tuple[int, float]]
-    expressions: tuple[_Expression, ...]
+    expressions: tuple[_Expression, ...]  # all other patterns
 
     def value(self, path: str, otherwise: float) -> float:
         """The value of a path, `otherwise` if no pattern matches it."""
@@ -110,19 +89,13 @@ class _Patterns:
 
 @dataclass(frozen=True)
 class Config:
-    """The fields of a configuration that decide the scale.
+    """The fields of a configuration that decide the scale."""
 
-    Attributes:
-        rank, alpha: of modules that no pattern matches.
-        rank_pattern, alpha_pattern: values by the end of a path.
-        rank_stabilized: whether the scale is alpha / √rank.
-    """
-
-    rank: float
+    rank: float  # of modules that no pattern matches
     alpha: float
-    rank_pattern: _Patterns
+    rank_pattern: _Patterns  # values by the end of a path
     alpha_pattern: _Patterns
-    rank_stabilized: bool
+    rank_stabilized: bool  # whether the scale is alpha / √rank
 
     def rank_of(self, path: str) -> float:
         """The rank of a module."""
@@ -135,11 +108,7 @@ class Config:
 
 
 def configs_of(metadata: Mapping[str, str]) -> Mapping[str, Config]:
-    """Configurations by prefix of their keys, longest last: `unet.`, or empty where diffusers saved a single model.
-
-    Raises:
-        LoraError: the header's entry is malformed.
-    """
+    """Configurations by prefix of their keys, longest last: `unet.`, or empty where diffusers saved a single model."""
     return _parsed(metadata[ADAPTER_METADATA]) if ADAPTER_METADATA in metadata else {}
 
 
@@ -157,11 +126,7 @@ def stated_alphas(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) ->
 
 
 def header_fields(config: str, prefix: str) -> dict[str, Any]:
-    """The fields of an `adapter_config.json`, with the prefix of its tensors' keys.
-
-    Raises:
-        LoraError: it is not a supported configuration.
-    """
+    """The fields of an `adapter_config.json`, with the prefix of its tensors' keys."""
     try:
         fields = parse_foreign_json(config)
         kind, start = fields.get("peft_type", "LORA"), fields.get("init_lora_weights")
@@ -188,12 +153,7 @@ def header_fields(config: str, prefix: str) -> dict[str, Any]:
 
 
 def rank_fields(adapters: Mapping[str, AdapterWeights], *, alpha_is_rank: bool = False) -> dict[str, Any]:
-    """`r`, `lora_alpha` and their patterns for adapters by module path.
-
-    Args:
-        adapters: with their alphas; those without a rank have a scale of 1.
-        alpha_is_rank: whether alpha / rank has been multiplied into the factors.
-    """
+    """`r`, `lora_alpha` and their patterns for adapters by module path."""
     ranks = {path: _rank(weights) for path, weights in adapters.items()}
     alphas = {
         path: ranks[path] if alpha_is_rank or weights.alpha is None or rank_of(weights) is None else weights.alpha
@@ -298,15 +258,7 @@ def _checked_rank(value: object) -> float:
 
 
 def _compiled(pattern: Any, checked: Callable[[object], float]) -> _Patterns:
-    """A pattern's entries, matched as PEFT does.
-
-    Args:
-        pattern: the field's value.
-        checked: function that raises ValueError for numbers that are not allowed.
-
-    Raises:
-        ValueError: an entry could take exponential time to match, or there are too many.
-    """
+    """A pattern's entries, matched as PEFT does."""
     ends: dict[str, tuple[int, float]] = {}
     expressions: list[_Expression] = []
     for place, (key, value) in enumerate(dict(pattern or {}).items()):

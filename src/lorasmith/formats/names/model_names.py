@@ -13,8 +13,6 @@ from typing import Literal, TypeAlias
 
 from lorasmith.core.adapter_state import DENOISER
 
-__all__ = ["EncoderNames", "ModelNames", "Naming", "OriginalName", "ProgramLimits", "matches"]
-
 Naming: TypeAlias = Literal["diffusers", "original"]
 """Whose names modules have."""
 

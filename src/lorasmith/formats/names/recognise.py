@@ -1,4 +1,4 @@
-"""The model family of a LoRA, recognised by names, shapes and metadata, without a model."""
+"""Names of modules in LoRA files: their prefixes by layout, and what they tell without a model, such as the family."""
 
 from __future__ import annotations
 
@@ -8,10 +8,64 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from lorasmith.adapters.algorithms import algorithms
-from lorasmith.formats.names.prefixes import FLAT
+from lorasmith.core.adapter_state import DENOISER
 from lorasmith.formats.names.spelling import grouped
 
-__all__ = ["DENOISER_START", "SIGNATURES", "Signature", "block_of", "guessed_family", "kind_of"]
+KOHYA_PREFIXES = ("lora_unet_", "lycoris_", "lora_transformer_", "oft_unet_")
+"""kohya's scripts (written), LyCORIS' wrapper, OneTrainer, and the OFT of sd-scripts for UNets."""
+
+COMFYUI_PREFIXES = ("diffusion_model.", "model.diffusion_model.")
+DIFFUSERS_EXPERTS = ("transformer_2.", "transformer.")
+"""Of the experts of a model of two; without dots, the first begins with the second."""
+
+DIFFUSERS_PREFIXES = ("unet.", *DIFFUSERS_EXPERTS)
+
+DIFFUSERS_PARTS = ("text_conditioner.",)
+"""Of parts beside the denoiser in a pipeline that are submodules of ours (`Family.denoiser_parts`)."""
+
+PEFT_PREFIX = "base_model.model."
+"""For a text encoder in a subfolder, the folder's name and a slash precede it."""
+
+KOHYA_ENCODER, COMFYUI_ENCODER, DIFFUSERS_ENCODER = (
+    r"lora_te(?P<kohya>\d*)_",
+    r"text_encoders\.(?P<comfyui>\w+)\.transformer\.",
+    r"text_encoder(_(?P<diffusers>\d+))?\.",
+)
+"""Regular expressions for the prefixes of text encoders."""
+
+
+def any_of(prefixes: tuple[str, ...]) -> str:
+    """A regular expression for any of some prefixes."""
+    return "|".join(map(re.escape, prefixes))
+
+
+_PREFIXES = (*KOHYA_PREFIXES, *COMFYUI_PREFIXES, *DIFFUSERS_PREFIXES)
+FLAT = any_of(tuple(prefix.replace(".", "_") for prefix in (*_PREFIXES, PEFT_PREFIX)))
+"""Regular expression for the denoiser's prefixes with underscores for dots."""
+
+_ENCODER = re.compile("|".join((KOHYA_ENCODER, COMFYUI_ENCODER, DIFFUSERS_ENCODER)))
+_ANY = re.compile(rf"{any_of(_PREFIXES)}|(\w+/)?{re.escape(PEFT_PREFIX)}|{_ENCODER.pattern}")
+
+
+def component_of(base: str) -> str:
+    """`denoiser`, `text_encoder`, `text_encoder_2`, ..., by the prefix of a base."""
+    folder, slash, _ = base.partition("/")
+    if slash:
+        return folder
+    if (match := _ENCODER.match(base)) is None:
+        return DENOISER
+    # ComfyUI names the kind of an encoder; these two are numbers two and three wherever others are beside them.
+    numbers = {"clip_g": "2", "t5": "3"}
+    kind = match["comfyui"] or ""
+    number = match["kohya"] or match["diffusers"] or next((n for k, n in numbers.items() if kind.startswith(k)), "")
+    return "text_encoder" if number in ("", "1") else f"text_encoder_{number}"
+
+
+def without_prefix(base: str) -> str:
+    """A base without its prefix: a module's path in a layout's spelling."""
+    match = _ANY.match(base)
+    return base if match is None else base[match.end() :]
+
 
 DENOISER_START = rf"^({FLAT})?"
 """Optional prefix of a denoiser's first module name, for signatures that match its beginning."""
@@ -44,12 +98,7 @@ SIGNATURES: list[Signature] = []
 def guessed_family(
     shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str] = MappingProxyType({})
 ) -> str | None:
-    """Display name of the family, or None if no signature matches.
-
-    Args:
-        shapes: shape of each tensor by key.
-        metadata: of the file.
-    """
+    """Display name of the family, or None if no signature matches."""
     said = {metadata.get(key, "").partition("/")[0].casefold() for key in _ARCHITECTURE_KEYS}
     inputs = {base.replace(".", "_"): width for base, width in _input_widths(shapes).items()}
     for sign in sorted(SIGNATURES, key=lambda one: (one.order, one.width is None)):

@@ -19,27 +19,10 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from lorasmith.adapters.algorithms import ADAPTERS, algorithms, format_named, format_of, words_of
+from lorasmith.adapters.algorithms import algorithms, format_named, format_of, words_of
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.shape_rules import first_misfit
 from lorasmith.formats.scales import checked_scale, idle_alpha, scale_of
-
-__all__ = [
-    "KOHYA",
-    "PEFT",
-    "UNREADABLE",
-    "XLABS",
-    "ModuleTensors",
-    "Unfit",
-    "all_assembled",
-    "assembled",
-    "fits",
-    "grouped",
-    "scales_outputs",
-    "spelled",
-    "split_key",
-    "without_core",
-]
 
 
 class Suffixes(Enum):
@@ -54,35 +37,25 @@ KOHYA, PEFT = Suffixes
 
 @dataclass(frozen=True)
 class Unfit:
-    """Why a module's tensors make no adapter.
+    """Why a module's tensors make no adapter."""
 
-    Attributes:
-        role: of the tensor at fault.
-        problem: text that follows the tensor's name: the rule, and what the tensor is.
-    """
-
-    role: str
-    problem: str
+    role: str  # of the tensor at fault
+    problem: str  # text that follows the tensor's name: the rule, and what the tensor is
 
 
 @dataclass(frozen=True)
 class ModuleTensors:
-    """The tensors of one base.
+    """The tensors of one base."""
 
-    Attributes:
-        adapter: its adapter, if any.
-        differences: `weight` and `bias` differences.
-    """
-
-    adapter: AdapterWeights | None = None
-    differences: Mapping[str, Tensor] = field(default_factory=dict)
+    adapter: AdapterWeights | None = None  # its adapter, if any
+    differences: Mapping[str, Tensor] = field(default_factory=dict)  # `weight` and `bias` differences
 
 
 def split_key(key: str) -> tuple[str, str] | None:
     """(base, role) of a tensor's key, or None if the suffix is unknown."""
     if match := _XLABS.fullmatch(key):
         return match[1], match[2]
-    for suffix, role in _roles(tuple(ADAPTERS)).items():
+    for suffix, role in _roles(tuple(name for name, _ in algorithms())).items():
         if key.endswith(suffix):
             return key[: -len(suffix)], role
     return None
@@ -112,11 +85,6 @@ def assembled(
 
     Every algorithm's tensors are held to its `AdapterFormat` here, so that no code after it has to expect others: it
     can take products and norms of what this function returns. Whether values are finite is not looked at.
-
-    Args:
-        tensors: by role. Eight-bit floats, which torch does not compute with, are widened.
-        shape: shape of the module's weight, None if unknown.
-        stated_alpha: alpha if there is no tensor of it.
     """
     rest = {role: _widened(tensor) for role, tensor in tensors.items()}
     for role, tensor in rest.items():
@@ -126,7 +94,9 @@ def assembled(
             )
     given = {role: rest.pop(role) for role in (*_DIFFERENCES, "up_bias") if role in rest}
     differences = {parameter: given[role] for role, parameter in _DIFFERENCES.items() if role in given}
-    if not rest and "up_bias" not in given:
+    if not rest and "up_bias" in given:
+        return Unfit("up_bias", "is a bias without the up matrix that it is added to")
+    if not rest:
         return _difference_misfit(given, None) or ModuleTensors(None, differences)
     weights = _adapter_of(rest, shape, stated_alpha)
     if isinstance(weights, Unfit):
@@ -160,12 +130,7 @@ def _adapter_of(
 def all_assembled(
     tensors: Mapping[str, Tensor], alphas: Mapping[str, float]
 ) -> tuple[dict[str, ModuleTensors], dict[str, str]]:
-    """A file's modules by base, and what is wrong with those whose tensors make no adapter, in a clause each.
-
-    Args:
-        tensors: by key.
-        alphas: by base, alphas that the file states elsewhere than in tensors.
-    """
+    """A file's modules by base, and what is wrong with those whose tensors make no adapter, in a clause each."""
     modules: dict[str, ModuleTensors] = {}
     unfit: dict[str, str] = {}
     for base, keys in grouped(tensors).items():
@@ -256,14 +221,7 @@ def _difference_misfit(tensors: Mapping[str, Tensor], weights: AdapterWeights | 
 def spelled(
     module: ModuleTensors, suffixes: Suffixes, *, alpha: bool = True, norm_names: bool = False
 ) -> dict[str, Tensor]:
-    """One module's tensors by suffix: the inverse of `split_key` and `assembled`.
-
-    Args:
-        module: the tensors.
-        suffixes: `KOHYA` or `PEFT`.
-        alpha: whether a LoRA gets an `.alpha`; other algorithms always do, because for some it is more than a scale.
-        norm_names: whether differences of one-dimensional weights are named `w_norm` and `b_norm`.
-    """
+    """One module's tensors by suffix: the inverse of `split_key` and `assembled`."""
     result = {}
     if (weights := module.adapter) is not None:
         form = format_of(weights)

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import hashlib
 import os
-import re
 import shutil
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from aiohttp import BodyPartReader, web
 
 from lorasmith.core.errors import OptionError, OutputError
 from lorasmith.core.files import atomic_path, ensure_folder, is_regular
-from lorasmith.core.folders import ASSETS, Folders
+from lorasmith.core.folders import ASSETS, PLACES, Folders, annotated
 from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.server.assistant import Assistant
 from lorasmith.server.comfyui.answers import refused, table
@@ -27,8 +26,6 @@ from lorasmith.server.upload_folder import blocks, form_parts, received, upload_
 
 __all__ = ["FileRoutes", "place_folders"]
 
-_PLACES = ("input", "output", "temp")
-_ANNOTATED = re.compile(r"(.*)\[(input|output|temp)\]", re.DOTALL)
 _MOST_FIELDS, _LONGEST_FIELD = 20, 20_000
 _MOST_COPIES = 10_000
 
@@ -85,13 +82,12 @@ class FileRoutes:
 
     def _existing(self, name: str, subfolder: str, place: str | None) -> Path | None:
         """The file that a reference names; None if there is none. Raises OutsideError and OptionError."""
-        if (match := _ANNOTATED.fullmatch(name)) is not None:
-            name, place = match[1].rstrip(), match[2]
+        name, named = annotated(name)
         if not name:
             raise OptionError("filename must name a file, got none")
         if name.startswith(("/", "\\")) or ".." in name.replace("\\", "/").split("/"):
             raise OptionError("filename must stay inside its folder; use a relative name")
-        return find_contained(place_folders(self._folders, _place(place, "output")), subfolder, name)
+        return find_contained(place_folders(self._folders, _place(named or place, "output")), subfolder, name)
 
     async def _upload(self, request: web.Request) -> web.Response:
         with upload_folder(self._folders.base) as folder:
@@ -163,8 +159,8 @@ class FileRoutes:
 
     async def _list(self, request: web.Request) -> web.Response:
         place = request.match_info["place"]
-        if place not in _PLACES:
-            return refused(400, f"a folder must be {', '.join(_PLACES)}, got {place[:40]!r}")
+        if place not in PLACES:
+            return refused(400, f"a folder must be {', '.join(PLACES)}, got {place[:40]!r}")
         found = await asyncio.to_thread(_newest_first, self._folders.base / place)
         return web.json_response([f"{name} [{place}]" for name in found])
 
@@ -181,8 +177,8 @@ class _Form:
 def _place(name: str | None, default: str) -> str:
     if name is None or name == "":
         return default
-    if name not in _PLACES:
-        raise OptionError(f"type must be one of {', '.join(_PLACES)}, got {name[:40]!r}")
+    if name not in PLACES:
+        raise OptionError(f"type must be one of {', '.join(PLACES)}, got {name[:40]!r}")
     return name
 
 

@@ -13,8 +13,8 @@ from lorasmith.core.options import changed, options_of
 from lorasmith.data.crops import pixel_step
 from lorasmith.families import known  # noqa: F401  (its families register themselves)
 from lorasmith.families.base import FAMILIES
-from lorasmith.families.files.structure import load_structure
 from lorasmith.families.locating import built_in_models
+from lorasmith.families.structure import load_structure
 from lorasmith.nodes import load_nodes
 from lorasmith.training.config import NONE_LORA, TrainConfig, lora_settings
 from lorasmith.training.runs.records import RunRecord

@@ -1,24 +1,41 @@
 """Reader of run folders: `run.json` as a typed record, `events.jsonl` as typed events.
 
-A killed run may end in an incomplete line, and a full disk leaves gaps; unreadable lines are counted and skipped.
+A killed run may end in an incomplete line, and a full disk leaves gaps; unreadable lines are counted and skipped. A log
+is read line by line: it may have gigabytes, most of them draws, which are not kept.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 from lorasmith.core.errors import OptionError, TrainingError
-from lorasmith.core.files import read_regular
+from lorasmith.core.files import open_regular, read_regular
 from lorasmith.core.folders import RUN_LOG, RUN_RECORD
 from lorasmith.training.events import Event, RolledBack, RunFinished, RunStarted, StepDone, decoded
 from lorasmith.training.outcome import Outcome
 from lorasmith.training.runs.records import RunRecord, parsed_record
 
-__all__ = ["EVENTS", "RECORD", "RunHistory", "read_history", "read_record"]
+__all__ = [
+    "EVENTS",
+    "MOST_LINE_BYTES",
+    "RECORD",
+    "RunHistory",
+    "logged",
+    "logged_outcome",
+    "read_history",
+    "read_record",
+]
 
 RECORD, EVENTS = RUN_RECORD, RUN_LOG
+
+MOST_LINE_BYTES = 2**22
+"""A longer line of a log is no event of ours, and skipped."""
+
+_MOST_EVENTS = 2_000_000
+"""Those that are kept: of the longest run there are some hundred thousand."""
 
 _E = TypeVar("_E", bound=Event)
 
@@ -30,7 +47,7 @@ class RunHistory:
     Attributes:
         folder: of the run.
         record: content of `run.json`.
-        events: all events in order; a resumed run has several starts.
+        events: all events in order, steps without their draws; a resumed run has several starts.
         unreadable: number of skipped lines of `events.jsonl`.
     """
 
@@ -55,11 +72,16 @@ class RunHistory:
                 last = min(last, event.to_step)
         return [taken[step] for step in sorted(taken) if step <= last]
 
+    def draws(self) -> Iterator[tuple[int, Sequence[tuple[int, float, float]]]]:
+        """Step and `StepDone.draws`, read from the log again; steps that were taken twice come twice."""
+        for _, event in logged(self.folder):
+            if isinstance(event, StepDone):
+                yield event.step, event.draws
+
     @property
     def outcome(self) -> Outcome | None:
         """Why the run ended; None if it was killed or is running."""
-        ends = [event for event in self.events if isinstance(event, (RunStarted, RunFinished))]
-        return ends[-1].reason if ends and isinstance(ends[-1], RunFinished) else None
+        return _outcome(self.events)
 
     def seconds(self) -> float:
         """Training time in seconds, without pauses before resumptions."""
@@ -78,12 +100,44 @@ def read_history(folder: Path) -> RunHistory:
     record = read_record(folder)
     events: list[Event] = []
     unreadable = 0
-    for line in _lines(folder / EVENTS):
-        try:
-            events.append(decoded(line))
-        except ValueError:
+    for _, event in logged(folder):
+        if event is None or len(events) == _MOST_EVENTS:
             unreadable += 1
+        else:
+            events.append(replace(event, draws=()) if isinstance(event, StepDone) else event)
     return RunHistory(folder, record, tuple(events), unreadable)
+
+
+def logged(folder: Path, *, only: bytes = b"") -> Iterator[tuple[bytes, Event | None]]:
+    """The lines of a run's log that are not blank, each with its event; None if it is unreadable.
+
+    Args:
+        folder: of the run.
+        only: which each line has that is not left out.
+
+    Raises:
+        TrainingError: the file cannot be read.
+    """
+    for line in _lines(folder / EVENTS):
+        if not line.strip() or only not in line:
+            continue
+        try:
+            yield line, decoded(line.decode(errors="replace"))
+        except ValueError:
+            yield line, None
+
+
+def logged_outcome(folder: Path) -> Outcome | None:
+    """Why the run in a folder ended, as `RunHistory.outcome`, without reading the rest of its log."""
+    return _outcome(event for _, event in logged(folder, only=b"Run"))
+
+
+def _outcome(events: Iterable[Event | None]) -> Outcome | None:
+    last = None
+    for event in events:
+        if isinstance(event, RunStarted | RunFinished):
+            last = event
+    return last.reason if isinstance(last, RunFinished) else None
 
 
 def read_record(folder: Path) -> RunRecord:
@@ -104,11 +158,16 @@ def read_record(folder: Path) -> RunRecord:
         ) from error
 
 
-def _lines(path: Path) -> list[str]:
+def _lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file, of those that are too long the start alone."""
     try:
-        text = read_regular(path).decode(errors="replace")
+        with open_regular(path) as file:
+            while line := file.readline(MOST_LINE_BYTES):
+                rest = line
+                while len(rest) == MOST_LINE_BYTES and not rest.endswith(b"\n"):
+                    rest = file.readline(MOST_LINE_BYTES)
+                yield line
     except FileNotFoundError:
-        return []
+        return
     except OSError as error:
         raise TrainingError(f"{path} cannot be read ({error.strerror}); check its permissions") from error
-    return [line for line in text.split("\n") if line.strip()]

@@ -141,9 +141,9 @@ class Ledger:
         early = logs - _expected(logs[:third], bins[:third], self._bins)[bins]
         late = logs - _expected(logs[-third:], bins[-third:], self._bins)[bins]
         usual = float(early[-third:].mean()) if held_out_fall is None else math.log(max(held_out_fall, _TINY))
-        return [
-            _record(name, early[image == index], late[image == index], usual) for index, name in enumerate(self._images)
-        ]
+        order = np.argsort(image, kind="stable")
+        of_each = np.split(order, np.cumsum(np.bincount(image, minlength=len(self._images)))[:-1])
+        return [_record(name, early[own], late[own], usual) for name, own in zip(self._images, of_each, strict=True)]
 
     def _bin(self) -> NDArray[np.int64]:
         return np.minimum((np.array(self._quantile) * self._bins).astype(np.int64), self._bins - 1)

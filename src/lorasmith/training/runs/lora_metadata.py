@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
 
-from lorasmith.adapters.algorithms import format_named
+from lorasmith.adapters.algorithms import format_named, words_of
 from lorasmith.core.adapter_format import SD_SCRIPTS
 from lorasmith.core.dtypes import dtype_name
 from lorasmith.data.dataset import EncodedDataset
@@ -198,8 +198,8 @@ def _lycoris_arguments(config: ResolvedConfig) -> dict[str, object]:
         "rs_lora": config.rslora,
         "use_tucker": config.tucker,
     }
-    size = format_named(config.algorithm).lycoris_size
-    return {**{name: value for name, value in arguments.items() if value}, **({size: config.rank} if size else {})}
+    size = {"factor": config.rank} if words_of(config.algorithm).rank_meaning == "factor" else {}
+    return {**{name: value for name, value in arguments.items() if value}, **size}
 
 
 def _picture_sizes(base: Model, data: EncodedDataset) -> list[tuple[int, int]]:

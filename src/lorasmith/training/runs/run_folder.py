@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lorasmith.core.errors import LorasmithError, OutputError
-from lorasmith.core.files import check_writable, ensure_folder, locked, write_atomic
+from lorasmith.core.files import atomic_path, check_writable, ensure_folder, locked, write_atomic
 from lorasmith.core.sizes import memory_text
 from lorasmith.training.events import Event, EventHandler, RolledBack, RunFinished, StepDone, Warned, encoded
 from lorasmith.training.outcome import Outcome
 from lorasmith.training.progress import RunState
 from lorasmith.training.runs.fingerprint import Fingerprint, differences
-from lorasmith.training.runs.history import EVENTS, RECORD, read_history, read_record
+from lorasmith.training.runs.history import EVENTS, RECORD, logged, logged_outcome, read_record
 from lorasmith.training.runs.records import RunRecord
 from lorasmith.training.runs.run_states import RunStates, free_bytes
 
@@ -55,7 +55,7 @@ class RunFolder:
 
     def outcome(self) -> Outcome | None:
         """Why the run ended; None if it was killed, is running, or there is none."""
-        return read_history(self.path).outcome if self.exists else None
+        return logged_outcome(self.path) if self.exists else None
 
     @property
     def is_done(self) -> bool:
@@ -135,13 +135,12 @@ class RunFolder:
 
     def rewind(self, step: int) -> None:
         """Truncate the log after a step, to resume from there."""
-        kept: list[Event] = []
-        for event in read_history(self.path).events:
-            if isinstance(event, StepDone | RolledBack) and event.step > step:
-                break
-            if not isinstance(event, RunFinished):
-                kept.append(event)
-        write_atomic(self.path / EVENTS, "".join(f"{encoded(event)}\n" for event in kept))
+        with atomic_path(self.path / EVENTS) as temporary, temporary.open("wb") as file:
+            for line, event in logged(self.path):
+                if isinstance(event, StepDone | RolledBack) and event.step > step:
+                    break
+                if event is not None and not isinstance(event, RunFinished):
+                    file.write(line.rstrip() + b"\n")
 
     def __call__(self, event: Event) -> None:
         """Append an event. A full disk costs log entries, not the run."""

@@ -1,20 +1,26 @@
-"""A model's structure without its weights, for commands that need names and shapes alone."""
+"""Models without weights, for commands that need names and shapes alone: of a file, and as released.
+
+Released architectures, which most LoRAs are for, are built on the meta device from the published settings, which takes
+a second and no memory for weights; so files of different layouts can be matched without a model.
+"""
 
 from __future__ import annotations
 
 import os
+from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lorasmith.core.quantization import Packed
+from lorasmith.families import loading  # noqa: F401  registers the families
+from lorasmith.families.base import FAMILIES
 from lorasmith.families.files.checkpoint import OriginalCheckpoint, Shapes
 from lorasmith.families.loading import load_model, model_of_checkpoint
 from lorasmith.families.locating import built_in_models
 from lorasmith.families.model import Model
-
-__all__ = ["load_structure"]
+from lorasmith.formats.names.model_names import ModelNames
 
 
 def load_structure(source: str | os.PathLike[str]) -> Model:
@@ -38,3 +44,12 @@ class _Outline(OriginalCheckpoint):
             name: torch.empty(shape, device="meta") if len(shape) > 1 else self.vector(f"{prefix}{name}")
             for name, shape in self.shapes_under(prefix).items()
         }
+
+
+@cache
+def released_names(title: str) -> ModelNames | None:
+    """The name table of a family's released model. None for unsupported families."""
+    family = next((one for _, one in FAMILIES.items() if one.title == title), None)
+    if family is None or family.released is None:
+        return None
+    return family.names(family.released_denoiser(), {})

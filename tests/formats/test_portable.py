@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
-from lorasmith.formats.quality.portable import made_portable, misread_alphas
+from lorasmith.formats.acceptance import made_portable, misread_alphas
 
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
 ATTENTION = [f"{BLOCK}.attn{i}.to_{part}" for i in (1, 2) for part in "qkv"]

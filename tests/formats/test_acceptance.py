@@ -12,12 +12,12 @@ import pytest
 
 from lorasmith.core.adapter_state import AdapterState
 from lorasmith.families.model import Model
+from lorasmith.formats.acceptance import PROGRAMS, shortfalls
 from lorasmith.formats.lora_file import PORTABLE, layout_for
-from lorasmith.formats.quality.acceptance import PROGRAMS, shortfalls
 from lorasmith.training.lora_handle import Lora
 from tests.covering import slow_except
 
-RECORD = json.loads((Path(__file__).parents[2] / "golden" / "load_matrix.json").read_text(encoding="utf-8"))
+RECORD = json.loads((Path(__file__).parents[1] / "golden" / "load_matrix.json").read_text(encoding="utf-8"))
 AGREEMENT = 1e-3
 ROWS = sorted({(cell["family"], cell["case"], cell["layout"]) for cell in RECORD["cells"] if "refused" not in cell})
 QUICK = ("sd1", "flux2-klein")

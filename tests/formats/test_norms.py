@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from lorasmith.core.adapter_state import AdapterWeights
+from lorasmith.formats.inspect import squared_change
 from lorasmith.formats.names.spelling import ModuleTensors
-from lorasmith.formats.quality.norms import squared_change
 
 
 @pytest.mark.parametrize("shape", [(700, 8), (16, 8, 3, 3)], ids=["linear", "conv"])

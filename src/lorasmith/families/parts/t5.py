@@ -1,4 +1,8 @@
-"""The text encoder of T5 v1.1 (Raffel et al. 2020, arXiv:1910.10683), and prompts encoded with it."""
+"""The text encoders of T5 v1.1 (Raffel et al. 2020, arXiv:1910.10683) and UMT5 (Chung et al. 2023, arXiv:2304.09151).
+
+UMT5 has T5's layout with biases by relative position in every block, and a larger vocabulary, which the package does
+not have: ComfyUI's files of the encoder hold it.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +10,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorasmith.core.errors import ModelError
 from lorasmith.core.placement import device_of
 from lorasmith.families.files.original_weights import PartSource, block_count, build
-from lorasmith.families.parts.encoders import ENCODERS, EncoderKind
-from lorasmith.families.parts.prompt_weights import Token, parse_weights, weighted_states
-from lorasmith.families.parts.tokenizers import TokenizerSource, folder_tokenizer, t5_tokenizer
-
-__all__ = ["RELEASED_PATHS", "T5_BIAS", "T5Encoder", "built_t5", "encode_t5", "t5_tokens"]
+from lorasmith.families.parts.encoders import ENCODERS, EncoderKind, Token, parse_weights, weighted_states
+from lorasmith.families.parts.tokenizers import TokenizerSource, folder_tokenizer, spiece_tokenizer, t5_tokenizer
 
 RELEASED_PATHS = tuple(
     f"encoder.block.{block}.layer.{layer}"
@@ -59,15 +61,7 @@ ENCODERS.register(T5Encoder.name)(T5Encoder())
 
 
 def built_t5(source: PartSource, make: Callable[[dict[str, Any]], nn.Module]) -> nn.Module:
-    """An encoder of T5's layout, with its embedding under both names that transformers gives it.
-
-    Args:
-        source: its tensors.
-        make: creates the model for a configuration.
-
-    Raises:
-        ModelError: tensors are missing or of the wrong shape.
-    """
+    """An encoder of T5's layout, with its embedding under both names that transformers gives it."""
     tensors = dict(source.tensors)
     embedding = tensors.get(_EMBEDDING, tensors.get(_TIED))
     if embedding is None:
@@ -93,16 +87,6 @@ def encode_t5(
     """States after the last layer for one prompt, (1, tokens, width).
 
     Without a mask padding is encoded like text. The denoiser sees the length of the result.
-
-    Args:
-        text: the prompt, with `(word:1.2)` weights.
-        tokenizer: of T5.
-        encoder: `T5EncoderModel`.
-        min_tokens: least length, filled with padding.
-        max_tokens: greatest length, to which longer prompts are cut; None to cut none.
-        min_padding: least number of padding tokens.
-        hides_padding: whether no token attends to padding.
-        empty_ends: whether the empty text, from which weights are counted, ends; else it is padding alone.
     """
     tokens = t5_tokens(text, tokenizer, min_tokens=min_tokens, max_tokens=max_tokens, min_padding=min_padding)
     rows = [[token for token, _ in tokens]]
@@ -123,13 +107,7 @@ def encode_t5(
 def t5_tokens(
     text: str, tokenizer: Any, *, min_tokens: int = 1, max_tokens: int | None = None, min_padding: int = 0
 ) -> list[Token]:
-    """The weighted tokens of one prompt, with the end and padding.
-
-    Args:
-        text: the prompt, with `(word:1.2)` weights.
-        tokenizer: of T5 or UMT5.
-        min_tokens, max_tokens, min_padding: as for `encode_t5`.
-    """
+    """The weighted tokens of one prompt, with the end and padding."""
     tokens = [
         (token, weight)
         for stretch, weight in parse_weights(text)
@@ -155,3 +133,62 @@ def _config(tensors: Mapping[str, Any]) -> dict[str, Any]:
         "feed_forward_proj": "gated-gelu",
         "tie_word_embeddings": False,
     }
+
+
+class UMT5Encoder(EncoderKind):
+    """UMT5, of which video models use the XXL size."""
+
+    name = "umt5xxl"
+    longest = 512
+
+    def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        return T5_BIAS.format(1) in shapes
+
+    def width(self, encoder: Any) -> int:
+        return int(encoder.config.d_model)
+
+    def build(self, source: PartSource) -> nn.Module:
+        from transformers import UMT5Config, UMT5EncoderModel
+
+        # A file with its vocabulary has it among the tensors.
+        tensors = {name: one for name, one in source.tensors.items() if name != "spiece_model"}
+        part = PartSource(source.where, tensors, source.settings, source.config)
+        return built_t5(part, lambda config: UMT5EncoderModel(UMT5Config(**config)))
+
+    def tokenizer(self, encoder: Any, source: TokenizerSource) -> Any:
+        if source.folder is not None:
+            return folder_tokenizer(source.folder)
+        return spiece_tokenizer(source, beside="spiece.model", rows=encoder.config.vocab_size, adds_eos=True)
+
+
+ENCODERS.register(UMT5Encoder.name)(UMT5Encoder())
+
+
+def encode_umt5(
+    text: str,
+    tokenizer: Any,
+    encoder: nn.Module,
+    *,
+    min_tokens: int = 1,
+    max_tokens: int | None = None,
+    min_padding: int = 0,
+) -> Tensor:
+    """States after the last layer for one prompt, and zeros for padding, (1, tokens, width).
+
+    Padding is masked in the encoder, so that only the prompt has to be encoded.
+    """
+    tokens = t5_tokens(text, tokenizer, max_tokens=max_tokens)
+    states = _states(encoder, [token for token, _ in tokens])
+    weights = [weight for _, weight in tokens]
+    if any(weight != 1.0 for weight in weights):
+        # The empty prompt is the end alone; the rest of it is padding.
+        empty = F.pad(_states(encoder, [tokenizer.eos_token_id]), (0, 0, 0, len(tokens) - 1))
+        states = weighted_states(states, empty, [weights])
+    return F.pad(states, (0, 0, 0, max(min_padding, min_tokens - len(tokens))))
+
+
+@torch.no_grad()
+def _states(encoder: nn.Module, tokens: list[int]) -> Tensor:
+    """(1, tokens, width) in fp32."""
+    states: Tensor = encoder(input_ids=torch.tensor([tokens], device=device_of(encoder))).last_hidden_state
+    return states.float()

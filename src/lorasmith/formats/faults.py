@@ -2,20 +2,24 @@
 
 A finding is about the file alone (values that are not numbers, halves of adapters, odd alphas) or about the file and a
 model's names (modules that the model lacks, layers that programs leave out). Each has a remedy; `Mend` applies it in
-the file's own spelling, so that it needs no model and changes nothing else.
+the file's own spelling, so that it needs no model and changes nothing else. New tensors are made when they are written,
+one at a time, so that repairing a large file takes little memory.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from lorasmith.adapters.algorithms import format_of, title_of
+from lorasmith.core.adapter_format import multiplied
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
 from lorasmith.core.errors import LoraError
+from lorasmith.formats.acceptance import MISREAD_ALPHAS, misread_alphas, shortfalls
 from lorasmith.formats.container import count_non_finite
 from lorasmith.formats.hashes import sshs_model_hash
 from lorasmith.formats.layouts.layout import LAYOUTS, Layout
@@ -23,31 +27,80 @@ from lorasmith.formats.layouts.peft_config import stated_alphas
 from lorasmith.formats.lora_file import state_from_tensors
 from lorasmith.formats.names.model_names import ModelNames
 from lorasmith.formats.names.spelling import XLABS, ModuleTensors, all_assembled, grouped, split_key
-from lorasmith.formats.quality.acceptance import MISREAD_ALPHAS, shortfalls
-from lorasmith.formats.quality.mending import Mend, bases_of, levelled, scalar
-from lorasmith.formats.quality.portable import misread_alphas
 from lorasmith.formats.scales import full_alpha, idle_alpha, rank_of, scale_of
 
-__all__ = ["Finding", "findings_of", "main_layout"]
+
+@dataclass(frozen=True)
+class Mend:
+    """Changes of a file's tensors."""
+
+    left_out: frozenset[str] = frozenset()
+    # key → function from the old tensor, or None if there was none, to the new one
+    changed: Mapping[str, Callable[[Tensor | None], Tensor]] = field(default_factory=dict)
+
+
+def bases_of(tensors: Mapping[str, Tensor], names: ModelNames) -> dict[ModuleRef, str]:
+    """The file's base of each module that is not fused with others."""
+    groups = grouped(tensors)
+    return {
+        parts[0].module: base
+        for _, layout in LAYOUTS.items()
+        for base, parts in layout.bases(names).items()
+        if base in groups and len(parts) == 1
+    }
+
+
+def levelled(
+    alphas: Mapping[ModuleRef, float],
+    state: AdapterState,
+    bases: Mapping[ModuleRef, str],
+    tensors: Mapping[str, Tensor],
+) -> Mend:
+    """Other alphas, compensated in the up matrices."""
+    groups = grouped(tensors)
+    changed: dict[str, Callable[[Tensor | None], Tensor]] = {}
+    for ref, alpha in alphas.items():
+        weights, keys = state.adapters[ref], groups[bases[ref]]
+        if not format_of(weights).is_low_rank or "alpha" not in keys:
+            continue
+        now = full_alpha(weights) if weights.alpha is None else weights.alpha
+        changed[keys["alpha"]] = scalar(alpha)
+        changed[keys["up"]] = _times(now / alpha)
+    return Mend(changed=changed)
+
+
+def scalar(value: float) -> Callable[[Tensor | None], Tensor]:
+    """A function that makes a scalar of this value, in the dtype of the old one if that holds it exactly."""
+
+    def make(old: Tensor | None) -> Tensor:
+        exact = torch.tensor(value)
+        if old is None:
+            return exact
+        same = exact.to(old.dtype)
+        return same if float(same) == value else exact
+
+    return make
+
+
+def _times(factor: float) -> Callable[[Tensor | None], Tensor]:
+    def make(old: Tensor | None) -> Tensor:
+        assert old is not None
+        return multiplied(old, factor)
+
+    return make
+
 
 _HUGE_SCALE = 64.0
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A fault of a file, or a difference between programs.
+    """A fault of a file, or a difference between programs."""
 
-    Attributes:
-        problem: in one sentence without a full stop.
-        remedy: likewise.
-        is_fault: whether the file is at fault; otherwise programs read it differently.
-        mend: the repair of `--fix`, None if it has none.
-    """
-
-    problem: str
-    remedy: str
-    is_fault: bool
-    mend: Mend | None = None
+    problem: str  # in one sentence without a full stop
+    remedy: str  # likewise
+    is_fault: bool  # whether the file is at fault; otherwise programs read it differently
+    mend: Mend | None = None  # the repair of `--fix`, None if it has none
 
 
 def main_layout(keys: Sequence[str]) -> Layout:
@@ -58,14 +111,7 @@ def main_layout(keys: Sequence[str]) -> Layout:
 def findings_of(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str], names: ModelNames | None, *, is_model_sure: bool
 ) -> list[Finding]:
-    """All findings of a LoRA file.
-
-    Args:
-        tensors, metadata: the file's, from `read_lora_tensors`.
-        names: of the model that it is for, None if unknown.
-        is_model_sure: whether the user named that model; otherwise it is the released one of the file's family, from
-            which the user's model may differ.
-    """
+    """All findings of a LoRA file."""
     groups = grouped(tensors)
     if not groups:
         problem = f"none of the {len(tensors)} tensors has a name that LoRA files use"
@@ -175,7 +221,7 @@ def _changes_nothing(module: ModuleTensors) -> bool:
 def _alphas(modules: Modules, groups: Groups, layout: Layout) -> Iterator[Finding]:
     adapters = {base: module.adapter for base, module in modules.items() if module.adapter}
     ranked = {base: weights for base, weights in adapters.items() if rank_of(weights)}
-    if layout.name in ("kohya", "comfy"):
+    if layout.has_alphas:
         yield from _missing_alphas(ranked, groups)
     zero = [base for base, weights in ranked.items() if weights.alpha == 0]
     if zero:
@@ -307,7 +353,7 @@ _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 def _uneven(tensors: Mapping[str, Tensor], state: AdapterState, names: ModelNames) -> Iterator[Finding]:
     """Alphas that differ where some programs expect one."""
     bases = bases_of(tensors, names)
-    wanted = misread_alphas(state, names) if main_layout(list(tensors)).name == "kohya" else {}
+    wanted = misread_alphas(state, names) if main_layout(list(tensors)).alphas_misread else {}
     if wanted:
         yield Finding(
             f"{_some([ref.path for ref in wanted], 'modules have', 'has')} another alpha than most, which diffusers "

@@ -1,0 +1,228 @@
+"""Nothing that reads text of strangers takes more than linear time, n log n at most."""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import copy
+import importlib
+import itertools
+import math
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from re import _constants, _parser  # type: ignore[attr-defined]
+from typing import Any
+
+import pytest
+
+from lorasmith.app.run_file import SETTINGS
+from lorasmith.families.parts import autoencoders, clip
+from lorasmith.formats.names.recognise import SIGNATURES
+
+PACKAGE = Path(__file__).parents[1] / "src" / "lorasmith"
+_METHODS = frozenset(("search", "match", "fullmatch", "split", "sub", "subn", "findall", "finditer", "compile"))
+_SIZES = (8, 16, 20, 64, 512, 16384)
+_SLOW_S = 0.02
+
+
+# Those that no text of a stranger's choice reaches, or whose time has another bound.
+BOUNDED = {
+    ("report/curves.py", "<metadata>"): "matplotlib wrote the text",
+    ("report/curves.py", "<svg "): "matplotlib wrote the text",
+    ("server/api/api_document.py", "w+)[^}]*"): "paths of our own endpoints",
+    ("formats/layouts/peft_config.py", "{key}"): "a stranger's own pattern: `_Patterns.refuse_slow` bounds its time",
+}
+# Patterns in tables, and how texts are held to those that are passed on by name.
+TABLES = {
+    "core/options.py": lambda: [one.pattern for one in SETTINGS.values() if one.pattern],
+    "families/parts/clip.py": lambda: [pattern for pattern, _ in clip._OPENCLIP],
+    "families/parts/autoencoders.py": lambda: [r"decoder\.up\.(\d+)\.", *(one for one, _ in autoencoders._RENAMES)],
+    "formats/names/recognise.py": lambda: [one.pattern for one in SIGNATURES],
+    "nodes/saving.py": lambda: [r"name_(\d+)[_.].*", r"name_\d+_steps_(\d+)_?\..+"],
+}
+PASSED_ON = {
+    "core/printable.py": "split",
+    "data/cache_folder.py": "fullmatch",
+    "data/encoding_cache.py": "fullmatch",
+    "formats/faults.py": "match",
+}
+
+
+def test_every_regular_expression_is_linear_on_texts_of_its_own_pieces() -> None:
+    slow = []
+    for use in uses():
+        if any(use.file == file and part in use.source for file, part in BOUNDED):
+            continue
+        patterns = [use.pattern] if use.pattern else map(re.compile, TABLES[use.file]())
+        methods = use.methods or {PASSED_ON[use.file]}
+        for pattern, method in itertools.product(patterns, methods):
+            for text, make in hostile_texts(pattern):
+                if exponent(lambda n: held(pattern, method, make(n))) > 1.5:  # noqa: B023 - called at once
+                    slow.append(f"{use.file}: {method} of {pattern.pattern} on {text}")
+                    break
+    assert slow == []
+
+
+@pytest.mark.parametrize("pattern", [r'"[^"\\]*(?:\\.[^"\\]*)*"', r".*?\s*\[(a|b)\]", r"(a+)+b", r"(.*)(.*)c"])
+def test_what_is_slow_is_found(pattern: str) -> None:
+    held_to = re.compile(pattern)
+    assert any(exponent(lambda n: held_to.sub("", make(n))) > 1.5 for _, make in hostile_texts(held_to))  # noqa: B023
+
+
+def exponent(run: Callable[[int], object], sizes: tuple[int, ...] = _SIZES) -> float:
+    """The k of n^k for the processor time of `run(n)`, 0 where it is too short to tell.
+
+    Sizes grow until one takes long: what is exponential ends after the first ones.
+    """
+    for before, size in itertools.pairwise(sizes):
+        if _seconds(run, size) > _SLOW_S:
+            slow = min(_seconds(run, size) for _ in range(2))
+            if slow > _SLOW_S:
+                quick = max(1e-6, min(_seconds(run, before) for _ in range(3)))
+                return math.log(slow / quick) / math.log(size / before)
+    return 0.0
+
+
+def _seconds(run: Callable[[int], object], size: int) -> float:
+    started = time.process_time()
+    run(size)
+    return time.process_time() - started
+
+
+@dataclass(frozen=True)
+class Use:
+    """A regular expression in the code.
+
+    Attributes:
+        file: it stands in.
+        source: the expression that gives the pattern.
+        pattern: it, None if it depends on what the code is called with.
+        methods: how texts are held to it; none if it is passed on by name.
+    """
+
+    file: str
+    source: str
+    pattern: re.Pattern[str] | None
+    methods: frozenset[str]
+
+
+def held(pattern: re.Pattern[str], method: str, text: str) -> None:
+    """Hold a text to a pattern."""
+    if method in ("sub", "subn"):
+        pattern.sub("", text)
+    elif method == "finditer":
+        sum(1 for _ in pattern.finditer(text))
+    else:
+        getattr(pattern, method)(text)
+
+
+def uses() -> Iterator[Use]:
+    """Every regular expression of the package."""
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))}
+    for path, tree in trees.items():
+        names = {id(one.value): ast.unparse(one.targets[0]) for one in ast.walk(tree) if isinstance(one, ast.Assign)}
+        used = [(ast.unparse(one.value), one.attr) for one in ast.walk(tree) if isinstance(one, ast.Attribute)]
+        for node in ast.walk(tree):
+            method = ast.unparse(node.func).removeprefix("re.") if isinstance(node, ast.Call) else ""
+            if method not in _METHODS or "re." not in ast.unparse(node.func):
+                continue
+            found = {method} if method != "compile" else {one for name, one in used if name == names.get(id(node))}
+            yield Use(
+                path.relative_to(PACKAGE).as_posix(),
+                ast.unparse(node.args[0]),
+                _pattern(path, node),
+                frozenset(found & _METHODS - {"compile"}),
+            )
+
+
+def _pattern(path: Path, call: ast.Call) -> re.Pattern[str] | None:
+    """The pattern of a call, with a word for what the code is called with; None if that is all of it."""
+    module = vars(importlib.import_module(".".join(("lorasmith", *path.relative_to(PACKAGE).with_suffix("").parts))))
+
+    class Filled(ast.NodeTransformer):
+        def visit(self, node: ast.AST) -> ast.AST:
+            called = node.func if isinstance(node, ast.Call) else node
+            if isinstance(called, ast.Attribute | ast.Name):
+                root = ast.unparse(called).split(".")[0].split("[")[0].strip("'")
+                if root not in module and root not in vars(builtins) and root.isidentifier():
+                    return ast.Constant("name")
+            return self.generic_visit(node)
+
+    filled = Filled().visit(copy.deepcopy(call.args[0]))
+    if isinstance(filled, ast.Constant) and not isinstance(call.args[0], ast.Constant):
+        return None
+    flags = [one for one in (*call.args[1:], *(key.value for key in call.keywords)) if "re." in ast.unparse(one)]
+    return re.compile(*(eval(ast.unparse(one), dict(module)) for one in (filled, *flags[:1])))
+
+
+def hostile_texts(pattern: re.Pattern[str]) -> Iterator[tuple[str, Callable[[int], str]]]:
+    """Ways to make texts of a size: what the pattern consists of, repeated, begun and not ended, in pairs."""
+    parsed = _parser.parse(pattern.pattern, pattern.flags)
+    atoms = list(dict.fromkeys((*_atoms(parsed), " ", "\n")))[:8]
+    sample = _sample(parsed)
+    for start in {sample[: round(k * len(sample) / 6)]: None for k in range(7)}:
+        for atom in atoms:
+            yield f"{start!r} + {atom!r} × n", lambda n, s=start, a=atom: s + a * n + "\0"
+        if start:
+            yield f"{start!r} × n", lambda n, s=start: s * (n // len(s) + 1) + "\0"
+    for one, other in itertools.permutations(atoms[:5], 2):
+        yield f"{one + other!r} × n", lambda n, s=one + other: s * (n // 2) + "\0"
+    for atom in atoms:
+        yield f"{atom!r} × n, which may match", lambda n, a=atom: a * n
+
+
+def _atoms(parsed: Any) -> Iterator[str]:
+    """Characters that the pattern has, one at least for each of its classes."""
+    for code, value in parsed:
+        if code in (_constants.LITERAL, _constants.NOT_LITERAL):
+            yield chr(value)
+        elif code is _constants.IN:
+            yield from _of_class(value)
+        elif code in (_constants.MAX_REPEAT, _constants.MIN_REPEAT, _constants.POSSESSIVE_REPEAT):
+            yield from _atoms(value[2])
+        elif code is _constants.BRANCH:
+            for branch in value[1]:
+                yield from _atoms(branch)
+        elif code is _constants.SUBPATTERN:
+            yield from _atoms(value[3])
+        elif code in (_constants.ASSERT, _constants.ASSERT_NOT):
+            yield from _atoms(value[1])
+
+
+_CATEGORIES = {
+    _constants.CATEGORY_DIGIT: "1", _constants.CATEGORY_SPACE: " ", _constants.CATEGORY_WORD: "b",
+    _constants.CATEGORY_NOT_DIGIT: "d", _constants.CATEGORY_NOT_SPACE: "s", _constants.CATEGORY_NOT_WORD: "-",
+}  # fmt: skip
+
+
+def _of_class(members: Any) -> Iterator[str]:
+    for code, value in members:
+        if code is _constants.LITERAL:
+            yield chr(value)
+        elif code is _constants.RANGE:
+            yield chr(value[0])
+        elif code is _constants.CATEGORY:
+            yield _CATEGORIES[value]
+
+
+def _sample(parsed: Any) -> str:
+    """A text that the pattern matches, or nearly."""
+    parts = []
+    for code, value in parsed:
+        if code is _constants.LITERAL:
+            parts.append(chr(value))
+        elif code in (_constants.NOT_LITERAL, _constants.ANY):
+            parts.append("x")
+        elif code is _constants.IN:
+            negated = value[0][0] is _constants.NEGATE
+            parts.append("x" if negated else next(_of_class(value)))
+        elif code in (_constants.MAX_REPEAT, _constants.MIN_REPEAT, _constants.POSSESSIVE_REPEAT):
+            parts.append(_sample(value[2]) * max(1, min(value[0], 64)))
+        elif code is _constants.BRANCH:
+            parts.append(_sample(value[1][0]))
+        elif code is _constants.SUBPATTERN:
+            parts.append(_sample(value[3]))
+    return "".join(parts)
