@@ -11,16 +11,31 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from re import _constants, _parser  # type: ignore[attr-defined]
 from typing import Any
 
 import pytest
+from torch.optim import AdamW
 
 from lorasmith.app.run_file import SETTINGS
+from lorasmith.core import foreign_json
+from lorasmith.core.errors import LorasmithError
+from lorasmith.core.folders import annotated
+from lorasmith.core.foreign_json import parse_foreign_json
+from lorasmith.core.printable import sentence
+from lorasmith.core.safe_names import safe_name
+from lorasmith.data.wildcards import Choices
 from lorasmith.families.parts import autoencoders, clip
+from lorasmith.families.parts.encoders import parse_weights
 from lorasmith.formats.names.recognise import SIGNATURES
+from lorasmith.formats.names.spelling import split_key
+from lorasmith.report.loss_plot import trailing_means
+from lorasmith.sampling.previews import parse_prompts
+from lorasmith.training.optim import update_rules
+from lorasmith.training.target_text import parse_targets
 
 PACKAGE = Path(__file__).parents[1] / "src" / "lorasmith"
 _METHODS = frozenset(("search", "match", "fullmatch", "split", "sub", "subn", "findall", "finditer", "compile"))
@@ -63,6 +78,60 @@ def test_every_regular_expression_is_linear_on_texts_of_its_own_pieces() -> None
                 if exponent(lambda n: held(pattern, method, make(n))) > 1.5:  # noqa: B023 - called at once
                     slow.append(f"{use.file}: {method} of {pattern.pattern} on {text}")
                     break
+    assert slow == []
+
+
+READERS: dict[str, Callable[[str], object]] = {
+    "place in a name": annotated,
+    "new name": safe_name,
+    "weights of a prompt": parse_weights,
+    "prompts": parse_prompts,
+    "targets": lambda text: parse_targets(text, {}),
+    "arguments of an optimizer": lambda text: update_rules._parsed(text, "AdamW", AdamW),
+    "sentence": sentence,
+    "wildcards": lambda text: Choices(text).count(100),
+    "tensor's name": split_key,
+    "JSON": parse_foreign_json,
+    "losses": lambda text: trailing_means([float(ord(one)) for one in text]),
+}
+PIECES = (
+    " ",
+    "[",
+    "]",
+    " [input]",
+    "(",
+    ")",
+    "(a:",
+    "{",
+    "{a|",
+    "|",
+    "}",
+    "\\",
+    "/",
+    "a/",
+    "'",
+    '"',
+    '\\"',
+    '\\",',
+    " 1",
+    "a=",
+    ",",
+)
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_what_takes_text_apart_is_linear_on_repeated_pieces(reader: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(foreign_json, "_MAX_VALUES", 1)  # so that a short text is counted
+
+    def read(text: str) -> None:
+        with suppress(LorasmithError, ValueError):
+            READERS[reader](text)
+
+    slow = [
+        piece
+        for piece in PIECES
+        if exponent(lambda n: read('"' + piece * n + "\0"), (500, 4000, 32_000)) > 1.6  # noqa: B023 - called at once
+    ]
     assert slow == []
 
 

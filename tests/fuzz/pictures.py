@@ -28,7 +28,9 @@ def doors(rng: random.Random, folder: Path) -> Sequence[Door]:
     images = folder / "images"
     images.mkdir()
     for number in range(rng.choice((1, 2, 4))):
-        picture = Image.effect_noise((24, 20), 40 + number).convert(rng.choice(("RGB", "RGB", "L", "RGBA", "P")))
+        picture = Image.frombytes("RGB", (24, 20), rng.randbytes(24 * 20 * 3)).convert(
+            rng.choice(("RGB", "RGB", "L", "RGBA", "P"))
+        )
         _save(picture, images / f"{number}{rng.choice(('.png', '.png', '.webp'))}")
         if rng.random() < 0.8:
             (images / f"{number}{rng.choice(('.txt', '.txt', '.caption'))}").write_bytes(_caption(rng))

@@ -47,23 +47,12 @@ def check_safetensors(path: Path, error: type[LorasmithError] = LoraError) -> He
     No tensor is read, so the check takes milliseconds for any size of the file.
     """
     path = Path(path)
-    if is_folder(path):
-        raise error(f"{path} must be a safetensors file but is a folder; name the file inside it")
-    try:
-        with open_regular(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            start = file.read(_LENGTH_BYTES + 1)
-            _refuse_other_formats(path, start, error)
-            text = _header_text(path, file, start, size, error)
-    except FileNotFoundError:
-        raise error(f"{path} does not exist; check the spelling and the folder") from None
-    except OSError as problem:
-        raise error(f"{path} cannot be read ({problem.strerror}); check its permissions") from problem
+    text, size = header_text(path, error)
     try:
         tensors, metadata, body_size = _parsed(text)
     except ValueError as problem:
         raise error(f"{path} has a damaged safetensors header ({problem}); get the file again") from None
-    body_start = _LENGTH_BYTES + len(text)
+    body_start = LENGTH_BYTES + len(text)
     if size != body_start + body_size:
         what = "is cut short" if size < body_start + body_size else "has bytes after its last tensor"
         raise error(
@@ -71,6 +60,26 @@ def check_safetensors(path: Path, error: type[LorasmithError] = LoraError) -> He
             "download or copy it again"
         )
     return Header(tensors, metadata, body_start)
+
+
+def header_text(path: Path, error: type[LorasmithError] = LoraError) -> tuple[bytes, int]:
+    """The JSON of a safetensors file's header, not parsed, and the file's size in bytes.
+
+    Raises:
+        error: as for `check_safetensors`, but for a malformed header.
+    """
+    if is_folder(path):
+        raise error(f"{path} must be a safetensors file but is a folder; name the file inside it")
+    try:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            start = file.read(LENGTH_BYTES + 1)
+            _refuse_other_formats(path, start, error)
+            return _header_text(path, file, start, size, error), size
+    except FileNotFoundError:
+        raise error(f"{path} does not exist; check the spelling and the folder") from None
+    except OSError as problem:
+        raise error(f"{path} cannot be read ({problem.strerror}); check its permissions") from problem
 
 
 def read_safetensors(path: Path, error: type[LorasmithError] = LoraError) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -135,12 +144,12 @@ def serialised(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> It
     # that a finished run can save its LoRA.
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
     text += b" " * (-len(text) % _ALIGNMENT)
-    yield len(text).to_bytes(_LENGTH_BYTES, "little") + text
+    yield len(text).to_bytes(LENGTH_BYTES, "little") + text
     for _, tensor in ordered:
         yield _tensor_bytes(tensor)
 
 
-_LENGTH_BYTES = 8
+LENGTH_BYTES = 8
 _ALIGNMENT = 8
 _MAX_HEADER_BYTES = 100_000_000  # the reference reader's own limit
 # Each ten times what the largest models have; what comes after the header's check need not be fast or safe beyond them.
@@ -188,9 +197,9 @@ _OTHER_FORMATS = {
 
 
 def _refuse_other_formats(path: Path, start: bytes, error: type[LorasmithError]) -> None:
-    if len(start) <= _LENGTH_BYTES:
+    if len(start) <= LENGTH_BYTES:
         raise error(f"{path} is not a safetensors file: it has only {len(start)} bytes; download or copy it again")
-    if start[_LENGTH_BYTES:] == b"{":
+    if start[LENGTH_BYTES:] == b"{":
         return  # a header of 128 bytes, say, begins with a pickle's first byte
     for magic, sentence in _OTHER_FORMATS.items():
         if start.startswith(magic):
@@ -200,7 +209,7 @@ def _refuse_other_formats(path: Path, start: bytes, error: type[LorasmithError])
 
 def _header_text(path: Path, file: BinaryIO, start: bytes, size: int, error: type[LorasmithError]) -> bytes:
     """The header's JSON; `start` is the part of the file that has been read."""
-    length = int.from_bytes(start[:_LENGTH_BYTES], "little")
+    length = int.from_bytes(start[:LENGTH_BYTES], "little")
     if length > _MAX_HEADER_BYTES:
         raise error(
             f"{path} announces a header of {length:,} bytes, more than the {_MAX_HEADER_BYTES:,} a safetensors file "
@@ -208,12 +217,12 @@ def _header_text(path: Path, file: BinaryIO, start: bytes, size: int, error: typ
         )
     if length < len(b"{}"):
         raise error(f"{path} announces a header of {length} bytes, which is none; get the file again")
-    if _LENGTH_BYTES + length > size:
+    if LENGTH_BYTES + length > size:
         raise error(
-            f"{path} is cut short inside its header: {_LENGTH_BYTES + length:,} bytes are announced, the file has "
+            f"{path} is cut short inside its header: {LENGTH_BYTES + length:,} bytes are announced, the file has "
             f"{size:,}; download or copy it again"
         )
-    return start[_LENGTH_BYTES:] + file.read(length - 1)
+    return start[LENGTH_BYTES:] + file.read(length - 1)
 
 
 def _parsed(text: bytes) -> tuple[dict[str, TensorInfo], dict[str, str], int]:

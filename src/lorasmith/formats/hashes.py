@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lorasmith.core.errors import LoraError, LorasmithError
 from lorasmith.core.files import open_regular
-from lorasmith.formats.container import check_safetensors, serialised
+from lorasmith.formats.container import LENGTH_BYTES, header_text, serialised
 
 
 def sha256_file(path: Path, *, each_block: Callable[[], object] = lambda: None) -> str:
@@ -36,9 +36,9 @@ def sha256_file(path: Path, *, each_block: Callable[[], object] = lambda: None) 
 
 def sha256_body(path: Path, error: type[LorasmithError] = LoraError) -> str:
     """SHA-256 of a safetensors file without its header, 64 hex digits. Raises `error` for other files."""
-    start = check_safetensors(path, error).body_start
+    text, _ = header_text(Path(path), error)
     with open_regular(Path(path)) as file:
-        file.seek(start)
+        file.seek(LENGTH_BYTES + len(text))
         return _rest_digest(file)
 
 

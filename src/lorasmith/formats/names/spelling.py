@@ -53,20 +53,22 @@ class ModuleTensors:
 
 def split_key(key: str) -> tuple[str, str] | None:
     """(base, role) of a tensor's key, or None if the suffix is unknown."""
-    if match := _XLABS.fullmatch(key):
+    if ".processor." in key and (match := _XLABS.fullmatch(key)):
         return match[1], match[2]
-    for suffix, role in _roles(tuple(name for name, _ in algorithms())).items():
-        if key.endswith(suffix):
+    roles, lengths = _roles(tuple(name for name, _ in algorithms()))
+    for length in lengths:  # the longest first, as it may end with a shorter one
+        if (role := roles.get(suffix := key[-length:])) is not None:
             return key[: -len(suffix)], role
     return None
 
 
 @functools.cache
-def _roles(names: tuple[str, ...]) -> dict[str, str]:
-    """Role by suffix for the algorithms of these names, a suffix before shorter ones that it ends with."""
+def _roles(names: tuple[str, ...]) -> tuple[dict[str, str], list[int]]:
+    """Role by suffix for the algorithms of these names, and the suffixes' lengths, the longest first."""
     formats = [format_named(name) for name in names]
     roles = {suffix: role for one in formats for role, suffix in (*one.suffixes.items(), *one.peft_suffixes.items())}
-    return dict(sorted((roles | _OTHER_ROLES).items(), key=lambda item: len(item[0]), reverse=True))
+    roles |= _OTHER_ROLES
+    return roles, sorted(set(map(len, roles)), reverse=True)
 
 
 def grouped(keys: Iterable[str]) -> dict[str, dict[str, str]]:

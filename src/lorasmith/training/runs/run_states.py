@@ -21,7 +21,13 @@ from typing import Any
 
 from lorasmith.core.errors import LorasmithError, OutputError
 from lorasmith.core.foreign_json import parse_foreign_json
-from lorasmith.formats.container import check_safetensors, read_safetensors, serialised, write_safetensors
+from lorasmith.formats.container import (
+    check_safetensors,
+    header_text,
+    read_safetensors,
+    serialised,
+    write_safetensors,
+)
 from lorasmith.training.events import StateSaved, Warned
 from lorasmith.training.loop import Loop, Watcher
 from lorasmith.training.progress import RunState
@@ -162,7 +168,8 @@ def save_state(path: Path, state: RunState) -> None:
 
 def is_state(path: Path) -> bool:
     """Whether a file is a run state, whole or not. Raises OutputError if it is no safetensors file."""
-    return _KEY in check_safetensors(path, OutputError).metadata
+    is_named = _KEY.encode() in header_text(path, OutputError)[0]  # so that only headers that name it are parsed
+    return is_named and _KEY in check_safetensors(path, OutputError).metadata
 
 
 def load_state(path: Path) -> RunState:
