@@ -145,7 +145,7 @@ def test_links_are_followed_in_all_runs_if_that_is_typed(tmp_path: Path) -> None
     read(tmp_path, "[grid]\nrank = [8, 16]")
     for following in (False, True):
         runs = read_sweep(next(tmp_path.glob("*.toml")), follow_links=following).runs
-        assert [("--follow-links" in run.source.command(run.config)) for run in runs] == [following] * 2
+        assert [("--follow-links" in run.spec.command()) for run in runs] == [following] * 2
 
 
 def test_model_and_images_are_needed(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def test_resize_shows_blocks_or_modules(lorasmith: Command, files: Path) -> None
     ran = lorasmith("resize", "style.safetensors", "--rank", 2)
     assert ran.code == 0, ran.err
     assert re.search(r"denoiser\.mid_block +8 +2 +\d+\.\d\d%", ran.out), ran.out
-    assert re.search(r"modules keep \d+\.\d\d% of the energy in all", ran.out)
+    assert re.search(r"modules kept \d+\.\d\d% of the energy in all", ran.out)
     assert "style-rank2.safetensors" in ran.out
     ran = lorasmith("resize", "style.safetensors", "--energy", 0.8, "--modules")
     assert "lora_unet_mid_block_attentions_0_proj_in" in ran.out

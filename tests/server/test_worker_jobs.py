@@ -152,7 +152,7 @@ def test_a_job_can_be_cancelled_before_it_trains(worker: Worker) -> None:
     ("request_", "sentence"),
     [
         ({"sources": 3}, "sources must be a list"),
-        ({"sources": [{"path": "input/fox"}]}, "a training needs a model"),
+        ({"sources": [{"path": "input/fox"}]}, "a run needs a model"),
         ({"model": "lorasmith-tiny"}, "a run needs images"),
         (TRAINING | {"settings": {"optimizer": "os.system"}}, "importing it would run code"),
         (TRAINING | {"sources": [{"path": "nowhere"}]}, "nowhere"),

@@ -356,7 +356,7 @@ def test_settings_for_fresh_targets_say_so_when_there_are_none(quick: Run, tmp_p
         pissa=True,
         on_event=lambda e: notes.append(e.message) if isinstance(e, Warned) else None,
     )
-    assert notes[1] == "pissa, rank have no effect: every target continues existing_lora with its own values."
+    assert notes[1] == "rank, pissa have no effect: every target continues existing_lora with its own values."
 
 
 def test_the_plain_run_has_no_notes(quick: Run) -> None:
