@@ -21,7 +21,7 @@ import pytest
 from torch.optim import AdamW
 
 from lorasmith.app.run_file import SETTINGS
-from lorasmith.core import foreign_json
+from lorasmith.core import foreign_json, processes
 from lorasmith.core.errors import LorasmithError
 from lorasmith.core.folders import annotated
 from lorasmith.core.foreign_json import parse_foreign_json
@@ -53,6 +53,7 @@ BOUNDED = {
 # Patterns in tables, and how texts are held to those that are passed on by name.
 TABLES = {
     "core/options.py": lambda: [one.pattern for one in SETTINGS.values() if one.pattern],
+    "core/processes.py": lambda: list(processes._REASONS),
     "families/parts/clip.py": lambda: [pattern for pattern, _ in clip._OPENCLIP],
     "families/parts/autoencoders.py": lambda: [r"decoder\.up\.(\d+)\.", *(one for one, _ in autoencoders._RENAMES)],
     "formats/names/recognise.py": lambda: [one.pattern for one in SIGNATURES],

@@ -176,10 +176,10 @@ def state(tmp_path: Path, run: Path) -> None:
 def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "settings.toml"
     path.write_text('track = "wandb"\n')
-    assert read_run_file(path).train_config({}).track == "none"
+    assert read_run_file(path).trusted().config.track == "none"
     path.write_text('optimizer = "antigravity.X"\n')
     with pytest.raises(OptionError, match="importing it would run code"):
-        read_run_file(path).train_config({})
+        read_run_file(path).trusted()
     path.write_text(
         'model = "lorasmith-tiny"\nsources = "photos"\noutput = "a\\"\\n touch ran"\n[grid]\nrank = [1, 2]\n'
     )
