@@ -23,8 +23,6 @@ import psutil
 
 from lorasmith.core.folders import ASSETS
 
-__all__ = ["PICTURES", "STEPS", "Side", "in_turn", "ratio", "training", "wait_for_steps"]
-
 PICTURES = "fox"
 """Example pictures that are trained on."""
 

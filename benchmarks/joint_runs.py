@@ -38,7 +38,8 @@ from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Event, StepDone
 from lorasmith.training.job import Job, plan_job
 from lorasmith.training.joint import EngineMaker, train_jointly
-from lorasmith.training.train import RunOptions, TrainResult
+from lorasmith.training.results import TrainResult
+from lorasmith.training.train import RunOptions
 
 _WARMUP = 2
 _MIB = 2**20

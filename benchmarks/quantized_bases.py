@@ -30,7 +30,7 @@ from lorasmith.families.loading import load_model
 from lorasmith.families.model import Denoiser, Model
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import batch_maker, frozen, sample_losses
-from lorasmith.training.train import plan_job
+from lorasmith.training.job import plan_job
 
 
 @dataclass(frozen=True)

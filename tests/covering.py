@@ -17,8 +17,6 @@ from typing import Any
 
 import pytest
 
-__all__ = ["Axis", "cases", "covering", "slow_except"]
-
 Axis = Mapping[str, Any] | Iterable[Any]
 
 

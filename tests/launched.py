@@ -6,8 +6,6 @@ import os
 import socket
 import sys
 
-__all__ = ["environment", "free_port"]
-
 
 def environment(**more: str) -> dict[str, str]:
     """Of a process that imports what the tests import, on one thread.

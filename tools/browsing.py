@@ -16,8 +16,6 @@ from typing import Any
 
 import lorasmith
 
-__all__ = ["FLAGS", "Served", "chromium", "drop", "opened_browser", "served"]
-
 FLAGS = (
     "--no-sandbox",
     "--disable-gpu",

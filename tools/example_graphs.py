@@ -17,8 +17,6 @@ from typing import Any
 from lorasmith.core.folders import ASSETS
 from lorasmith.nodes import load_nodes
 
-__all__ = ["EXAMPLES", "GRAPHS", "as_editor", "written"]
-
 EXAMPLES = ASSETS / "examples"
 COLUMN, ROW, GAP = 420, 28, 80
 PANEL = 200  # of the loss curve that our extension of the editor draws on Train LoRA

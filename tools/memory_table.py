@@ -26,8 +26,6 @@ from lorasmith.families.loading import original_shapes
 from lorasmith.families.model_search import ModelFiles
 from lorasmith.training.config import TrainConfig
 
-__all__ = ["ROWS", "Row", "estimates", "header_only"]
-
 CARDS = (8, 12, 16, 24)
 _SPELLED = {torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3"}
 Shapes = dict[str, tuple[int, ...]]

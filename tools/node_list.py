@@ -12,8 +12,6 @@ from pathlib import Path
 from lorasmith.nodes import load_nodes
 from lorasmith.workflow.node_reference import nodes_by_category
 
-__all__ = ["PAGE", "written"]
-
 PAGE = Path(__file__).parents[1] / "docs" / "comfyui.md"
 START, END = "<!-- nodes: written by tools/node_list.py -->\n", "<!-- end of nodes -->\n"
 

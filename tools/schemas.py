@@ -17,8 +17,6 @@ from lorasmith.server.api.api_routes import ENDPOINTS
 from lorasmith.training.events import EVENTS_VERSION, KINDS
 from lorasmith.training.runs.records import RunRecord
 
-__all__ = ["FOLDER", "schemas"]
-
 FOLDER = Path(__file__).parents[1] / "docs" / "schemas"
 
 

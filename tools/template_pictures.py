@@ -19,8 +19,6 @@ from lorasmith.core.folders import ASSETS
 from lorasmith.nodes.workflow_run import run_workflow
 from lorasmith.server.editor_templates import PICTURES, Template, templates
 
-__all__ = ["card", "named_card"]
-
 EDGE, BAND = 320, 34
 INK, PAPER, BAND_COLOUR = "white", "#f4f1ec", "#1f2a37"
 

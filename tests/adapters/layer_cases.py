@@ -18,8 +18,6 @@ from lorasmith.adapters.lora import LoraAdapter
 from lorasmith.adapters.variants import PissaAdapter
 from lorasmith.core.adapter_state import AdapterWeights
 
-__all__ = ["KINDS", "LAYERS", "Kind", "LayerCase", "Small", "randomised", "snapshot"]
-
 
 @dataclass(frozen=True)
 class LayerCase:

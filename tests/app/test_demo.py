@@ -11,7 +11,7 @@ from lorasmith.core.adapter_state import AdapterState
 from lorasmith.families.model import Model
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.outcome import Outcome
-from lorasmith.training.train import TrainResult
+from lorasmith.training.results import TrainResult
 
 
 def test_it_trains_on_the_pictures_of_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

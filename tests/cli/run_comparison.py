@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-__all__ = ["assert_same_tensors", "events_of", "files_of"]
-
 
 def files_of(run: Path) -> set[str]:
     """The files of a run, as paths in its folder."""

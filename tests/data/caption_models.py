@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["MODELS", "WORDS", "adapter_elsewhere", "code_of_its_own", "pickled_weights"]
-
 WORDS = ("a", "cat", "dog", "red", "apple", "on", "mat", "of", "the", "picture")
 
 

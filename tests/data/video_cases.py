@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-__all__ = ["animation", "movie"]
-
 _CODECS = {".flv": "flv", ".webm": "libvpx"}
 
 

@@ -17,20 +17,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = [
-    "SD1",
-    "SD2",
-    "SMALLEST",
-    "TinyModel",
-    "autoencoder",
-    "autoencoder_shapes",
-    "clip_l",
-    "clip_l_shapes",
-    "openclip",
-    "openclip_shapes",
-    "save",
-]
-
 VOCABULARY = 49408
 TEXT_WIDTH = 64
 TEXT_LAYERS = 2

@@ -16,8 +16,6 @@ from torch import Tensor
 
 from lorasmith.families.parts.clip import clip_tokenizer
 
-__all__ = ["PREFIX", "diffusers_pipeline", "saved_checkpoint", "tensors"]
-
 PREFIX = "model.diffusion_model."
 VOCABULARY = 2000
 _VAE_WIDTHS = (32, 32, 32, 32)

@@ -7,8 +7,6 @@ from functools import cache
 
 from sentencepiece import SentencePieceTrainer
 
-__all__ = ["MODELS", "spiece_model"]
-
 _SENTENCES = ("a photo of a cat sitting on the mat", "hello world, it's 123 things", "the quick brown fox (jumps:1.2)")
 _IDS = {"pad_id": 0, "eos_id": 1}
 

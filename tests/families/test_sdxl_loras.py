@@ -23,7 +23,7 @@ from lorasmith.families.model import Model
 from lorasmith.formats.lora_file import save_lora
 from lorasmith.formats.names.recognise import guessed_family
 from lorasmith.training.lora_handle import Lora
-from lorasmith.training.train import TrainResult
+from lorasmith.training.results import TrainResult
 
 
 @pytest.fixture(scope="module")

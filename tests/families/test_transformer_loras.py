@@ -24,7 +24,7 @@ from lorasmith.formats.lora_file import save_lora
 from lorasmith.formats.names.model_names import matches
 from lorasmith.formats.names.recognise import guessed_family
 from lorasmith.training.lora_handle import Lora
-from lorasmith.training.train import TrainResult
+from lorasmith.training.results import TrainResult
 from tests.covering import slow_except
 
 CAPTIONS = ("a fox", "a bus", "a penguin on a pink background, " * 20, "")

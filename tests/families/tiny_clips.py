@@ -11,8 +11,6 @@ from tiny_wan import WAN
 from lorasmith.families.model import Model
 from tests.families.original_models import save
 
-__all__ = ["clip_model", "expert_files", "small"]
-
 
 def small(model: Model) -> Model:
     """The model with defaults for small pictures and short clips."""

@@ -21,8 +21,6 @@ from tiny_z_image import Z_IMAGE
 
 from lorasmith.families.model import Model
 
-__all__ = ["TINY", "Case"]
-
 
 @dataclass(frozen=True)
 class Case:

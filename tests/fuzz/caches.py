@@ -18,8 +18,6 @@ from lorasmith.data.remembered_digests import RememberedDigests
 from tests.fuzz.engine import Door, FaultError, command, printed
 from tests.fuzz.mutators import damaged_bytes, damaged_safetensors
 
-__all__ = ["doors", "made"]
-
 _ENCODER, _OTHER = key_of(encoder=1), key_of(encoder=2)
 _DIGEST = key_of(weights=1)
 _SHARD = f"{1:020}-{'0' * 16}.safetensors"

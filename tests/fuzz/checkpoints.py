@@ -24,8 +24,6 @@ from lorasmith.toolbox.model_files import open_model
 from tests.fuzz.engine import Door
 from tests.fuzz.mutators import damaged_bytes, damaged_json, json_bytes, nasty_text
 
-__all__ = ["doors", "parts"]
-
 
 @dataclass(frozen=True)
 class _Part:

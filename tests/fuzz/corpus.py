@@ -7,8 +7,6 @@ from pathlib import Path
 
 from tests.fuzz.engine import Finding
 
-__all__ = ["CORPUS", "remember", "remembered"]
-
 CORPUS = Path(__file__).with_name("corpus.txt")
 
 

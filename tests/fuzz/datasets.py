@@ -24,8 +24,6 @@ from lorasmith.workflow.execution_events import Event, NodeMessage
 from tests.fuzz.engine import Door, FaultError, printed
 from tests.fuzz.mutators import damaged_bytes, nasty_text, placed_json
 
-__all__ = ["doors", "files"]
-
 _NAMES = ("shard_0000.safetensors", "shard_0009.safetensors", "shard_0001.pkl", "../x", "index.json", "")
 
 

@@ -35,8 +35,6 @@ import lorasmith
 from lorasmith.core.errors import GraphError, LorasmithError
 from tests.fuzz.mutators import CANARY
 
-__all__ = ["Door", "FaultError", "Finding", "Kind", "command", "printed", "run_case"]
-
 _GET_COMMAND = typer.main.get_command
 _PACKAGE = str(Path(lorasmith.__file__).parent)
 

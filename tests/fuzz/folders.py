@@ -22,8 +22,6 @@ from lorasmith.sampling.previews import parse_prompts
 from tests.fuzz.engine import Door, FaultError, command, printed
 from tests.fuzz.mutators import damaged_bytes, damaged_json, json_bytes, nasty_text
 
-__all__ = ["doors"]
-
 _SUFFIXES = (".png", ".jpg", ".webp", ".gif", ".bmp", ".tiff", ".txt", ".caption", ".PNG", "", ".safetensors")
 
 

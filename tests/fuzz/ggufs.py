@@ -20,8 +20,6 @@ from tests.fuzz.engine import Door
 from tests.fuzz.mutators import damaged_bytes
 from tests.peers.gguf_files import write
 
-__all__ = ["doors", "files"]
-
 
 def doors(rng: random.Random, folder: Path) -> Sequence[Door]:
     """A damaged file, of which every weight is read."""

@@ -22,8 +22,6 @@ from tests.fuzz.engine import Door, FaultError, command, printed
 from tests.fuzz.mutators import damaged_bytes, damaged_json, json_bytes, nasty_text
 from tests.workflow.editor_cases import CASES
 
-__all__ = ["doors"]
-
 _EXAMPLES = ASSETS / "examples"
 _STRINGS = {
     "1": {"class_type": "PrimitiveString", "inputs": {"value": "a"}, "_meta": {"title": "Text"}},

@@ -7,8 +7,6 @@ import torch
 from tests.fuzz import caches, checkpoints, datasets, folders, ggufs, graphs, loras, pictures, records, texts
 from tests.fuzz.engine import Kind, run_case
 
-__all__ = ["KINDS", "cases", "prepare"]
-
 KINDS: dict[str, Kind] = {
     one.name: one
     for one in (

@@ -36,8 +36,6 @@ from lorasmith.training.lora_handle import Lora
 from tests.fuzz.engine import Door, FaultError, command, printed
 from tests.fuzz.mutators import damaged_bytes, damaged_json, damaged_safetensors, json_bytes, nasty_text
 
-__all__ = ["built_in", "doors", "files", "unfit_doors"]
-
 _BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
 _LAYERS: dict[str, Callable[[], nn.Module]] = {
     f"{_BLOCK}.attn1.to_q": lambda: nn.Linear(320, 320, bias=False),

@@ -8,8 +8,6 @@ import random
 from collections.abc import Callable, MutableMapping, MutableSequence
 from typing import Any
 
-__all__ = ["CANARY", "damaged_bytes", "damaged_json", "damaged_safetensors", "json_bytes", "nasty_text", "placed_json"]
-
 CANARY = "lorasmith_fuzz_canary"
 """Name of a module that a file must never get imported."""
 

@@ -17,8 +17,6 @@ from lorasmith.data.preflight import preflight
 from tests.fuzz.engine import Door, FaultError, printed
 from tests.fuzz.mutators import damaged_bytes, nasty_text
 
-__all__ = ["doors"]
-
 _CONFIG = DataConfig(masks="files", captions="files", resolution=32)
 _SHAPES = ((24, 20), (24, 20), (20, 24), (1, 1), (24, 21), (48, 40), (2000, 1))
 

@@ -15,8 +15,6 @@ from pathlib import Path
 from tests.fuzz.engine import Finding, run_case
 from tests.fuzz.kinds import KINDS, prepare
 
-__all__ = ["Result", "results"]
-
 Case = tuple[str, int]
 Result = tuple[str, float, list[Finding]]
 """Kind, processor time in seconds, findings."""

@@ -31,8 +31,6 @@ from tests.fuzz.engine import Door, command
 from tests.fuzz.loras import built_in
 from tests.fuzz.mutators import CANARY, damaged_json, json_bytes, placed_json
 
-__all__ = ["doors", "recorded"]
-
 
 def doors(rng: random.Random, folder: Path) -> Sequence[Door]:
     """A damaged record, from which a run is repeated or resumed, or a report is made."""

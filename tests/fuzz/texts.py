@@ -32,8 +32,6 @@ from tests.fuzz.engine import Door
 from tests.fuzz.mutators import nasty_text
 from tests.training.run_cases import write_run
 
-__all__ = ["json_doors", "name_doors"]
-
 _LENGTHS = (3, 50, 2000, 30_000, 300_000)
 _UNCLOSED = (
     '"',

@@ -26,8 +26,6 @@ from safetensors import safe_open
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["boot", "denoise", "load_model", "version"]
-
 
 def boot(checkout: Path, device: str = "cpu") -> None:
     """Make `comfy` importable, on the CPU or the first GPU, with torch's own attention."""

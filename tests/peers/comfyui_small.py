@@ -36,8 +36,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-__all__ = ["load_autoencoder", "load_encoders", "taken_small"]
-
 _CLIP, _T5 = "text_model.encoder.layers.", "encoder.block."
 _GEMMA_HEAD = 256
 _CHROMA_ROWS = 344  # of modulation, for 19 and 38 blocks

@@ -7,20 +7,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = [
-    "FRAMES",
-    "FRAME_CASES",
-    "IMAGE_CASES",
-    "ORDER_CASES",
-    "REBATCH",
-    "TEXT_CASES",
-    "Case",
-    "alike",
-    "numbered",
-    "picture",
-    "samples",
-]
-
 
 class Case(NamedTuple):
     """A node, how its pictures are made, and its other inputs."""

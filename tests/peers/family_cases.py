@@ -13,21 +13,6 @@ from torch import Tensor
 from lorasmith.families.model import Model
 from lorasmith.training.lora_handle import Lora
 
-__all__ = [
-    "EMPTIED",
-    "FRAMES",
-    "PERCENTS",
-    "PROMPTS",
-    "SIGMA",
-    "SIZE",
-    "STEPS",
-    "SUBSETS",
-    "lora",
-    "noisy",
-    "numbers",
-    "picture",
-]
-
 PROMPTS = {"short": "a fox", "empty": "", "long": "a (red:1.3) fox in the [tall] grass, 日本語 " * 30}
 """Prompts: weights are syntax for Flux.1 alone. The long one is longer than any padding."""
 

@@ -10,8 +10,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["CONTEXT", "SHAPE", "save_flux_files", "t5"]
-
 CONTEXT = 32
 _POOLED = 64  # width of the tiny CLIP-L
 _VAE_WIDTHS = (32, 32, 32, 32)

@@ -10,8 +10,6 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
-__all__ = ["write"]
-
 
 def write(
     path: Path,

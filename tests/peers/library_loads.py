@@ -33,8 +33,6 @@ from lorasmith.families.model import Model
 from lorasmith.formats.names.model_names import matches
 from lorasmith.training.lora_handle import Lora
 
-__all__ = ["LOADERS", "Inputs"]
-
 Inputs = Mapping[str, Tensor]
 
 

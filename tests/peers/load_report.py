@@ -27,8 +27,6 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-__all__ = ["Loaded", "base_of", "one_line", "parser", "report", "run"]
-
 _SUFFIXES = (
     ".lora_up.weight", ".lora_down.weight", ".lora_mid.weight", ".lora_A.weight", ".lora_B.weight",
     ".lora.up.weight", ".lora.down.weight", ".a1.weight", ".a2.weight", ".b1.weight", ".b2.weight",

@@ -29,19 +29,6 @@ from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
 from lorasmith.training.lora_handle import Lora
 
-__all__ = [
-    "CASES",
-    "FLUX_WIDE",
-    "IN_SD_SCRIPTS",
-    "SHAPES",
-    "TRANSFORMERS",
-    "Case",
-    "answer",
-    "base_model",
-    "example",
-    "inputs",
-]
-
 TRANSFORMERS = (
     *("z-image", "flux2-klein", "krea2", "ernie-image", "anima", "sd3", "lumina2", "qwen-image", "chroma", "wan"),
     "wan22-5b",

@@ -21,30 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = [
-    "FLUX_SMALL",
-    "FLUX_TINY",
-    "SD1_FULL",
-    "SD1_TINY",
-    "SDXL_FULL",
-    "SDXL_NARROW",
-    "SDXL_SMALL",
-    "SDXL_TINY",
-    "SIZE_WIDTH",
-    "FluxShape",
-    "UNetShape",
-    "checkpoint",
-    "diffusers_config",
-    "digest",
-    "fingerprint",
-    "fresh_start",
-    "random_start",
-    "seeded",
-    "tiny_flux_checkpoint",
-    "tiny_sd1_checkpoint",
-    "weight",
-]
-
 Shapes = Iterator[tuple[str, tuple[int, ...]]]
 
 SIZE_WIDTH = 256

@@ -14,8 +14,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["GROUP", "KINDS", "ROUNDING", "described", "pack", "write"]
-
 GROUP = 16
 """Inputs that `convrot` rotates together."""
 

@@ -14,8 +14,6 @@ import types
 from pathlib import Path
 from typing import Any
 
-__all__ = ["boot"]
-
 
 def boot(checkout: Path) -> Any:
     """The module `networks.lora` of a checkout."""

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from torch import nn
 
-__all__ = ["LAYERS", "WIDTH", "behind_text_model", "text_encoder", "text_encoders"]
-
 WIDTH = 64
 
 LAYERS = {"sd1": {"text_encoder": 12}, "sdxl": {"text_encoder": 12, "text_encoder_2": 32}}

@@ -12,8 +12,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformer_models import TINY
 
-__all__ = ["TRAINED", "Trained"]
-
 TOKENS = 8
 VOCABULARY = 64  # as many of T5's tokens as Anima's adapter knows here
 GUIDANCE = 3.5

@@ -32,8 +32,6 @@ from tests.peers import models
 if TYPE_CHECKING:
     from lorasmith.data.dataset import EncodedDataset
 
-__all__ = ["CASES", "Outcome"]
-
 _CAPTIONS = ("a cat", "a dog on a blue background", "", "(a bus:1.3)", "a lion", "a penguin, " * 20, "a tree", "a key")
 _SIZES = ((64, 64), (96, 64), (64, 64), (64, 96))
 _BASE: dict[str, Any] = {"rank": 4, "learning_rate": 2e-3, "seed": 3, "lora_dtype": "fp32", "validation_share": 0.0}

@@ -26,8 +26,6 @@ from torch import Tensor
 
 from tests.regression.cases import CASES, Outcome
 
-__all__ = ["BASE", "compare", "difference", "has_commit"]
-
 BASE = "0feef2d"
 """The commit before the redesign of the package. It is moved forward when numbers change on purpose."""
 

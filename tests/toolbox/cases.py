@@ -13,8 +13,6 @@ from lorasmith.families.model import Model
 from lorasmith.formats.lora_file import save_lora
 from lorasmith.formats.names.model_names import ModelNames
 
-__all__ = ["ATTENTION", "difference_of", "lora_state", "random_weights", "saved", "shapes_of", "weight_change"]
-
 ATTENTION = ("attn1.to_q", "attn2.to_k", "conv1", "proj_in")
 """Ends of the paths that most tests change: matrices of two widths, convolutions of both sizes."""
 

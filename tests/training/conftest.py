@@ -12,7 +12,7 @@ from lorasmith.app.model_run import train
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.model import Model
 from lorasmith.training.memory import activations, host_memory
-from lorasmith.training.train import TrainResult
+from lorasmith.training.results import TrainResult
 from tests.training.random_samples import of_one_size, of_several_sizes
 
 

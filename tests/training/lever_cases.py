@@ -24,8 +24,8 @@ from lorasmith.families.model import Model
 from lorasmith.training import engine
 from lorasmith.training.config import ResolvedConfig, TrainConfig
 from lorasmith.training.engine import prepared, sample_losses
+from lorasmith.training.job import Job, plan_job
 from lorasmith.training.runtime import Runtime
-from lorasmith.training.train import Job, plan_job
 
 CPU = torch.device("cpu")
 

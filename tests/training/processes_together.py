@@ -15,8 +15,6 @@ import torch
 from lorasmith.core.launch_environment import LaunchedProcess
 from lorasmith.core.processes import Processes, joined
 
-__all__ = ["outcomes_together", "processes_together"]
-
 T = TypeVar("T")
 
 

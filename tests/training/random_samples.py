@@ -7,8 +7,6 @@ import torch
 from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.families.model import Model
 
-__all__ = ["of_one_size", "of_several_sizes"]
-
 CAPTIONS = ("a cat", "a dog", "a red apple, noto style", "", "a lion", "(a bus:1.3) on a blue background")
 
 

@@ -20,7 +20,7 @@ from lorasmith.training import captions_ahead
 from lorasmith.training.batches import sample_index
 from lorasmith.training.captions_ahead import drawn_captions
 from lorasmith.training.events import CaptionEncoded, CaptionsPlanned, Event
-from lorasmith.training.train import TrainResult
+from lorasmith.training.results import TrainResult
 
 VARIED: dict[str, Any] = {
     "trigger": "sks",

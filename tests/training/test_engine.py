@@ -18,8 +18,9 @@ from lorasmith.training import engine
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import prepared, sample_losses
 from lorasmith.training.events import RunFinished, StepDone
+from lorasmith.training.job import plan_job
 from lorasmith.training.lora_handle import Lora
-from lorasmith.training.train import TrainResult, plan_job
+from lorasmith.training.results import TrainResult
 from tests.covering import slow_except
 
 Run = Callable[..., TrainResult]

@@ -30,13 +30,13 @@ from lorasmith.sampling.generate import generate
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import batch_maker
 from lorasmith.training.events import Event, Previewed, RolledBack, StepDone, Warned
-from lorasmith.training.job import engine_of
+from lorasmith.training.job import engine_of, plan_job
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.mailbox import Mailbox
 from lorasmith.training.memory.compilation import compiler
 from lorasmith.training.optim.loss_scale import LossScale
 from lorasmith.training.optim.update_rules import OPTIMIZERS
-from lorasmith.training.train import TrainResult, plan_job
+from lorasmith.training.results import TrainResult
 
 DEVICE = torch.device(os.environ.get("LORASMITH_GPU_TESTS", "cuda"))
 

@@ -29,7 +29,8 @@ from lorasmith.training.events import Event, RolledBack, Shrunk, StepDone, Warne
 from lorasmith.training.job import Job, plan_job
 from lorasmith.training.joint import EngineMaker, StopOfAll, check_alike, check_captions, train_jointly
 from lorasmith.training.outcome import Outcome
-from lorasmith.training.train import RunOptions, TrainResult, run_job
+from lorasmith.training.results import TrainResult
+from lorasmith.training.train import RunOptions, run_job
 from lorasmith.training.verdict import History
 from tests.training.together_cases import ALIKE, weights
 

@@ -12,7 +12,7 @@ from lorasmith.families.model import Denoiser, Model
 from lorasmith.sampling.generate import generate
 from lorasmith.training import engine
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.train import plan_job
+from lorasmith.training.job import plan_job
 from tools.pretrain.data import UNTAUGHT
 from tools.pretrain.judge import Judge, colourless
 

@@ -31,9 +31,9 @@ from lorasmith.training.job import engine_of, plan_job
 from lorasmith.training.loop import Loop
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.progress import RunState
+from lorasmith.training.results import TrainResult
 from lorasmith.training.runs import run_states
 from lorasmith.training.runs.run_folder import RunFolder, unfinished_run
-from lorasmith.training.train import TrainResult
 from lorasmith.training.verdict import History
 from tests.covering import slow_except
 from tests.training.run_cases import damaged

@@ -19,7 +19,8 @@ from lorasmith.families.base import Expert
 from lorasmith.families.model import Model
 from lorasmith.training import engine
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.train import TrainResult, plan_job
+from lorasmith.training.job import plan_job
+from lorasmith.training.results import TrainResult
 from lorasmith.training.watchers import ValidationWatch
 
 Run = Callable[..., TrainResult]

@@ -21,7 +21,8 @@ from lorasmith.training.engine import Engine
 from lorasmith.training.events import Event, Shrunk, StepDone, Validated
 from lorasmith.training.mailbox import Mailbox
 from lorasmith.training.outcome import Outcome
-from lorasmith.training.train import RunOptions, TrainResult
+from lorasmith.training.results import TrainResult
+from lorasmith.training.train import RunOptions
 from tests.covering import slow_except
 from tests.training import together_cases
 from tests.training.threads_together import ThreadTogether, run_together

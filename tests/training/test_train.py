@@ -24,9 +24,10 @@ from lorasmith.formats.hashes import autov1, sha256_file
 from lorasmith.training import engine
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import RunStarted, StepDone, Warned
+from lorasmith.training.job import plan_job
 from lorasmith.training.lora_handle import Lora
+from lorasmith.training.results import TrainResult
 from lorasmith.training.runs import lora_metadata
-from lorasmith.training.train import TrainResult, plan_job
 from tests.covering import slow_except
 
 Run = Callable[..., TrainResult]

@@ -21,8 +21,8 @@ from lorasmith.training.config import NONE_LORA, TrainConfig
 from lorasmith.training.events import Resumed
 from lorasmith.training.job import plan_job
 from lorasmith.training.lora_handle import Lora
+from lorasmith.training.results import TrainResult
 from lorasmith.training.runs.fingerprint import differences, fingerprint
-from lorasmith.training.train import TrainResult
 
 Run = Callable[..., TrainResult]
 LAYER = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"

@@ -12,8 +12,6 @@ from torch import Tensor
 from lorasmith.core.errors import LorasmithError
 from lorasmith.core.processes import Processes
 
-__all__ = ["ThreadTogether", "run_together"]
-
 T = TypeVar("T")
 
 

@@ -30,11 +30,9 @@ from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Model
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.job import Job, plan_job
-from lorasmith.training.train import TrainResult
+from lorasmith.training.results import TrainResult
 from tests.data.video_cases import animation
 from tests.training.random_samples import of_one_size, of_several_sizes
-
-__all__ = ["ALIKE", "CASES", "SETTINGS", "Case", "Materials", "assert_alike", "planned", "weights"]
 
 ALIKE: dict[str, Any] = {
     "steps": 3,

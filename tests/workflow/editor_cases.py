@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["CASES", "TEXT", "graph", "instance", "joined", "made", "shown", "subgraph"]
-
 TYPES = {
     "PrimitiveString": ["STRING"],
     "PrimitiveInt": ["INT"],

@@ -23,8 +23,6 @@ from tools.pretrain.data import BACKGROUNDS, HELD_OUT_STYLE, ICON_SIZES, Icons, 
 from tools.pretrain.loop import Run, autocast, step_random
 from tools.pretrain.optimizer import optimizers_for
 
-__all__ = ["SCALING_FACTOR", "fold_statistics", "train_autoencoder"]
-
 SCALING_FACTOR = 0.18215  # Stable Diffusion 1.x's own
 KL_WEIGHT = 1e-3
 BATCH = 8

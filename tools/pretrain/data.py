@@ -22,19 +22,6 @@ from torch import Tensor
 if TYPE_CHECKING:
     from tools.pretrain.icons import IconSets
 
-__all__ = [
-    "BACKGROUNDS",
-    "CONCEPTS",
-    "HELD_OUT_STYLE",
-    "HELD_OUT_SUBJECTS",
-    "STYLES",
-    "UNTAUGHT",
-    "Icons",
-    "caption",
-    "on_background",
-    "render_icons",
-]
-
 EDGE = 64  # pixels of a picture
 ICON_SIZES = (62, 56, 50)  # an icon is drawn this large, in the middle
 

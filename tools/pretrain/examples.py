@@ -10,8 +10,6 @@ from PIL import Image
 from tools.pretrain.data import BACKGROUNDS, HELD_OUT_STYLE
 from tools.pretrain.icons import IconSets
 
-__all__ = ["render_examples"]
-
 EDGE = 256
 MARGIN = 4  # an icon fills 248 of 256 pixels
 MAX_BYTES = 15_000

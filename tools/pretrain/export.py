@@ -23,8 +23,6 @@ from lorasmith.families.parts.clip import clip_tokenizer
 from lorasmith.families.stable_diffusion import StableDiffusion
 from lorasmith.formats.container import write_safetensors
 
-__all__ = ["original_tensors", "pipeline", "save"]
-
 DEFAULTS = {"learning_rate": 7e-4, "targets": "all", "guidance": 3.0}
 
 

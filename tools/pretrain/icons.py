@@ -10,8 +10,6 @@ from typing import Any
 import resvg_py
 from PIL import Image
 
-__all__ = ["IconSets"]
-
 
 class IconSets:
     """Icon sets that npm installed (`@iconify-json/...`), loaded as they are asked for.

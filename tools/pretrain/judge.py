@@ -22,8 +22,6 @@ from torch import Tensor, nn
 from lorasmith.data.image_files import to_tensor
 from tools.pretrain.data import CONCEPTS, HELD_OUT_STYLE, HELD_OUT_SUBJECTS, OTHER_SETS, STYLES
 
-__all__ = ["Judge", "colourless"]
-
 WEIGHTS = Path(__file__).with_name("judge.safetensors")
 SUBJECTS = (*CONCEPTS, *HELD_OUT_SUBJECTS)
 SETS = (*STYLES, *OTHER_SETS, HELD_OUT_STYLE)

@@ -15,8 +15,6 @@ from tools.pretrain.data import BACKGROUNDS, HELD_OUT_STYLE, ICON_SIZES, Icons
 from tools.pretrain.judge import SETS, SUBJECTS, WEIGHTS, Judge
 from tools.pretrain.loop import step_random
 
-__all__ = ["train_judge"]
-
 BATCH = 64
 POOL = 8192  # pictures, half of them through the autoencoder, that the batches are drawn from
 

@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from lorasmith.core.files import atomic_path
 from lorasmith.core.placement import multiplies
 
-__all__ = ["Run", "autocast", "step_random"]
-
 SAVE_EVERY_S = 120.0
 
 M = TypeVar("M", bound=nn.Module)

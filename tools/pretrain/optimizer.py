@@ -12,8 +12,6 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Muon", "optimizers_for"]
-
 
 class Muon(torch.optim.Optimizer):
     """Muon with updates scaled to AdamW's usual size (Liu et al. 2025, arXiv:2502.16982), so that its rates carry over.

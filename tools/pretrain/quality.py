@@ -29,8 +29,6 @@ from lorasmith.sampling.generate import generate
 from tools.pretrain.data import BACKGROUNDS, CONCEPTS, STYLES, UNTAUGHT, short_name, with_article
 from tools.pretrain.judge import Judge, colourless
 
-__all__ = ["Question", "held_out_noise_loss", "measure", "questions"]
-
 SEEDS = (1, 2, 3)
 STYLE_FOLDER = ASSETS / "input" / "high-contrast"
 

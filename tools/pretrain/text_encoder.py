@@ -24,8 +24,6 @@ from lorasmith.families.parts.clip import clip_tokenizer
 from tools.pretrain.data import BACKGROUNDS, CONCEPTS, HELD_OUT_SUBJECTS, STYLES, Icons, caption
 from tools.pretrain.loop import Run, autocast, step_random
 
-__all__ = ["encode", "train_text_encoder"]
-
 BATCH = 64
 SHORT, FULL = 24, 77  # tokens; captions are short, and the padding after them says the same at any length
 TOKENS = 8192

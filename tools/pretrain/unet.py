@@ -25,8 +25,6 @@ from tools.pretrain.loop import Run, autocast, step_random
 from tools.pretrain.optimizer import optimizers_for
 from tools.pretrain.text_encoder import SHORT, encode
 
-__all__ = ["Latents", "encode_pictures", "train_unet"]
-
 BATCH = 32
 WHITE_VARIANTS = 6
 UNCAPTIONED = 0.1  # share of samples without a caption, for classifier-free guidance

@@ -18,8 +18,6 @@ from lorasmith.data.image_files import ImageError, image_suffixes, open_image
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["Captioned", "ImagesToCaption", "caption_images", "images_to_caption"]
-
 
 @dataclass(frozen=True)
 class ImagesToCaption:

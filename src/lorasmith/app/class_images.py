@@ -29,8 +29,6 @@ from lorasmith.sampling.generate import Sampling, pictures
 from lorasmith.sampling.sample import SamplingCancelledError
 from lorasmith.training.events import EventHandler
 
-__all__ = ["class_scan"]
-
 
 def class_scan(
     config: DataConfig,

@@ -15,8 +15,6 @@ from typing import Any
 
 from lorasmith.core.printable import printable
 
-__all__ = ["arguments_for", "command_line", "flag", "generate_command", "negated_flag", "positional", "resume_command"]
-
 
 def command_line(arguments: Sequence[object], *, windows: bool = os.name == "nt") -> str:
     """A command line with all arguments quoted.

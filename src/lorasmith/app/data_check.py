@@ -20,8 +20,6 @@ from lorasmith.families.model import Model
 from lorasmith.families.model_search import load_completed
 from lorasmith.families.parts.encoders import ENCODERS
 
-__all__ = ["DataCheck", "check_folder", "check_scan", "plain", "token_counter"]
-
 _MULTIPLE = 16  # step of sides where no model decides it: that of most families
 
 

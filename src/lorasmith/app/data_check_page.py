@@ -19,8 +19,6 @@ from lorasmith.data.preflight import Preflight, name_in
 from lorasmith.report.data_page import DataReport, Shot, SizeRow, Trouble, data_page
 from lorasmith.report.pictures import picture_uri
 
-__all__ = ["data_report", "said_of", "write_data_page"]
-
 _SHOWN, _OTHERS, _GROUPS = 24, 48, 12  # pictures of a finding, pictures without one, groups of look-alikes
 _EDGE = 288  # pixels of a picture on the page
 _WHOLE = 0.97  # share from which a crop is not drawn

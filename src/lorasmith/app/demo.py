@@ -15,9 +15,7 @@ from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Model
 from lorasmith.report.contact_sheet import contact_sheet
 from lorasmith.sampling.generate import generate
-from lorasmith.training.train import TrainResult
-
-__all__ = ["before_and_after", "demo_folder", "demo_spec"]
+from lorasmith.training.results import TrainResult
 
 _EXAMPLES = ASSETS / "input" / "high-contrast"
 _PROMPTS = (

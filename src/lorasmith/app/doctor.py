@@ -24,8 +24,6 @@ from lorasmith.data.encoding_cache import default_cache
 from lorasmith.training.memory.compilation import compiler
 from lorasmith.training.runs.run_states import free_bytes
 
-__all__ = ["Checkup", "DeviceFacts", "Extra", "Problem", "check_up"]
-
 _PACKAGE = "lorasmith"
 _LITTLE_DISK, _LITTLE_MEMORY = 5 * 2**30, 6 * 2**30
 _KINDS = ("checkpoints", "diffusion_models", "text_encoders", "vae", "loras")

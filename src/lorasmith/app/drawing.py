@@ -21,8 +21,6 @@ from lorasmith.report.animations import Clip, Shot, animation, parameters_entry
 from lorasmith.sampling.generate import Experts
 from lorasmith.training.lora_handle import Lora
 
-__all__ = ["EXPERTS", "LoadedModel", "expert_named", "experts_of", "load_with_loras", "save_pictures", "with_loras"]
-
 EXPERTS = ("high_noise", "low_noise")
 """Two experts of a model in the order of sampling, by the names that families and files have for them."""
 

@@ -31,12 +31,10 @@ from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import EventHandler, Warned
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.outcome import Outcome
+from lorasmith.training.results import TrainResult
 from lorasmith.training.runs.fingerprint import Fingerprint, differences
 from lorasmith.training.runs.output_folder import output_folder
 from lorasmith.training.runs.run_folder import RunFolder, numbered_runs
-from lorasmith.training.train import TrainResult
-
-__all__ = ["ExpertRuns"]
 
 
 class _CompleteError(LorasmithError):

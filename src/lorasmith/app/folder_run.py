@@ -38,12 +38,11 @@ from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import CaptionEncoded, EventHandler, Warned
 from lorasmith.training.job import Job, plan_job
 from lorasmith.training.joint import EngineMaker
+from lorasmith.training.results import TrainResult
 from lorasmith.training.runs.fingerprint import Fingerprint
 from lorasmith.training.runs.records import check_title
 from lorasmith.training.runs.run_folder import check_place
-from lorasmith.training.train import RunOptions, TrainResult, run_bytes
-
-__all__ = ["PreparedRun", "prepare", "train_prepared"]
+from lorasmith.training.train import RunOptions, run_bytes
 
 _SHOWN = ("trigger", "resolution", "more_resolutions", "bucket_step")
 """Settings of the data that a plan has in other words."""

@@ -9,8 +9,6 @@ from lorasmith.families import loading  # noqa: F401  registers the families
 from lorasmith.families.base import FAMILIES, Defaults, Family
 from lorasmith.families.files.pipelines import PipelineConfigs
 
-__all__ = ["KnownModel", "KnownPart", "known_models"]
-
 _SCHEDULER = {"beta_schedule": "scaled_linear"}
 """What releases of Stable Diffusion say of their noise schedule; other families ask for nothing."""
 

@@ -28,8 +28,6 @@ from lorasmith.sampling import generate as sampling
 from lorasmith.sampling.generate import Sampling
 from lorasmith.training.lora_handle import Lora
 
-__all__ = ["DatasetArguments", "LoraStrengths", "generate", "load_dataset"]
-
 P = ParamSpec("P")
 _Lora = str | os.PathLike[str] | Lora
 LoraStrengths = (

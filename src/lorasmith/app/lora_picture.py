@@ -16,8 +16,6 @@ from PIL import Image
 from lorasmith.core.files import atomic_path
 from lorasmith.formats.container import read_safetensors, write_safetensors
 
-__all__ = ["THUMBNAIL", "give_picture"]
-
 THUMBNAIL = "modelspec.thumbnail"
 _EDGE, _QUALITY = 256, 85
 

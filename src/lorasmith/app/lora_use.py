@@ -9,8 +9,6 @@ from lorasmith.families import known  # noqa: F401  (its families register thems
 from lorasmith.families.base import FAMILIES
 from lorasmith.families.locating import BUILT_IN
 
-__all__ = ["LoraUse", "use_of"]
-
 
 @dataclass(frozen=True)
 class LoraUse:

@@ -38,8 +38,6 @@ from lorasmith.training.memory.memory_plan import MemoryPlan, measured_plans, op
 from lorasmith.training.optim.flat import buffer_bytes
 from lorasmith.training.runtime import dtype_on_device
 
-__all__ = ["MemoryEstimate", "Proposal", "estimate_memory", "estimate_of"]
-
 _KINDS: tuple[Quantization, ...] = ("none", "int8", "nf4")
 """Quantizations that are proposed; those in fp8 take the memory of int8, and change the weights more."""
 

@@ -21,8 +21,6 @@ from lorasmith.families.model_search import (
 )
 from lorasmith.families.structure import load_structure
 
-__all__ = ["ListedFile", "ListedModel", "ListedPart", "ModelList", "list_models"]
-
 
 @dataclass(frozen=True)
 class ListedFile:

@@ -32,14 +32,13 @@ from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Event, EventHandler, RolledBack, Shrunk, Warned
 from lorasmith.training.job import Job, plan_job
 from lorasmith.training.joint import EngineMaker, StopOfAll, check_captions, train_jointly
+from lorasmith.training.results import TrainResult
 from lorasmith.training.runs.fingerprint import Fingerprint
 from lorasmith.training.runs.history import RECORD
 from lorasmith.training.runs.output_folder import output_folder
 from lorasmith.training.runs.run_folder import numbered_runs, unfinished_run
-from lorasmith.training.train import RunOptions, TrainResult, run_job
+from lorasmith.training.train import RunOptions, run_job
 from lorasmith.training.watchers import Draw
-
-__all__ = ["TrainArguments", "new_run_folder", "run_folder", "shown_signature", "train", "train_job", "train_together"]
 
 P = ParamSpec("P")
 

@@ -15,8 +15,6 @@ from lorasmith.core.options import Option, options_of
 from lorasmith.data.data_config import DataConfig
 from lorasmith.training.config import TrainConfig
 
-__all__ = ["PRESETS", "USUAL_IMAGES", "Preset", "PresetName", "setting_groups"]
-
 PresetName = Literal["quick", "balanced", "thorough"]
 
 USUAL_IMAGES = 20

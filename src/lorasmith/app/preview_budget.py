@@ -17,8 +17,6 @@ from lorasmith.families.model import Model
 from lorasmith.sampling.previews import parse_strengths
 from lorasmith.training.config import TrainConfig
 
-__all__ = ["PreviewProgram", "program_within", "unasked_program", "whole_program"]
-
 _SHARE = 0.1
 """Of the training steps, for all previews."""
 

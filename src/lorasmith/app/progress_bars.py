@@ -15,8 +15,6 @@ from lorasmith.app.run_view import RunView, note_of
 from lorasmith.core.printable import printable
 from lorasmith.training.events import Event, EventHandler, RunStarted, StepDone
 
-__all__ = ["counted", "note", "run_shown"]
-
 
 def note(sentence: str) -> None:
     """Write a sentence, made printable, above the bars."""

@@ -29,8 +29,6 @@ from lorasmith.training.optim.update_rules import OPTIMIZERS
 from lorasmith.training.runs.history import read_record
 from lorasmith.training.runs.records import RunRecord
 
-__all__ = ["Rights", "check_links", "check_named_files", "repeated", "rights_needed"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Rights:

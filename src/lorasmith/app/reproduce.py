@@ -14,12 +14,11 @@ from lorasmith.formats.container import check_safetensors
 from lorasmith.formats.hashes import sha256_body
 from lorasmith.formats.metadata import RUN_ENTRY, steps_of
 from lorasmith.training.events import Event, EventHandler
+from lorasmith.training.results import TrainResult
 from lorasmith.training.runs.fingerprint import Fingerprint, differences, environment
 from lorasmith.training.runs.records import RunRecord, parsed_record
 from lorasmith.training.runs.run_folder import RunFolder, check_verifiable
-from lorasmith.training.train import RunOptions, TrainResult
-
-__all__ = ["Differs", "Reproduced", "Reproduction", "prepare_reproduction", "reproduce"]
+from lorasmith.training.train import RunOptions
 
 
 @dataclass(frozen=True, kw_only=True)

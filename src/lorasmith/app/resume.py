@@ -16,8 +16,6 @@ from lorasmith.training.runs.history import RECORD
 from lorasmith.training.runs.records import RunRecord
 from lorasmith.training.runs.run_folder import RunFolder
 
-__all__ = ["prepare_again"]
-
 
 def prepare_again(
     run: Path,

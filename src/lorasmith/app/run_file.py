@@ -41,8 +41,6 @@ from lorasmith.data.data_config import DataConfig
 from lorasmith.training.config import NONE_LORA, TrainConfig
 from lorasmith.training.runs.records import parsed_record
 
-__all__ = ["arguments_in", "parsed_toml", "read_run_file"]
-
 _MOST_BYTES = 2**20
 
 

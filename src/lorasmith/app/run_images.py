@@ -20,8 +20,6 @@ from lorasmith.core.typed_json import typed
 from lorasmith.data.clips import open_still
 from lorasmith.data.image_files import ImageError
 
-__all__ = ["LeftOut", "RunImage", "image_facts", "images_in", "keep_thumbnails", "left_out_in", "thumbnail_of"]
-
 _THUMBNAILS = 60
 """Images of which a small version is kept: reading takes a moment for each."""
 

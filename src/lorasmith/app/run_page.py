@@ -44,17 +44,6 @@ from lorasmith.training.runs.history import RunHistory, read_history
 from lorasmith.training.runs.ledger import ImageRecord, Ledger, QuantileCurve
 from lorasmith.training.runs.records import RunRecord
 
-__all__ = [
-    "best_lora_of_run",
-    "duration",
-    "is_own",
-    "lora_of_run",
-    "previews_of",
-    "report_of",
-    "validations_of",
-    "write_report",
-]
-
 _ENDS: dict[Outcome | None, tuple[str, str]] = {  # status and its colour
     Outcome.FINISHED: ("Finished", "good"),
     Outcome.STOPPED: ("Stopped early", "good"),

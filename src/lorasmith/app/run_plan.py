@@ -16,22 +16,6 @@ if TYPE_CHECKING:
     from lorasmith.data.folder import FolderScan, ImageFile
     from lorasmith.families.model_search import FoundPart
 
-__all__ = [
-    "NO_CAPTION",
-    "OWN_CAPTION",
-    "ClassImageDrawn",
-    "EncodersHashed",
-    "ImageEncoded",
-    "ImagesChecked",
-    "ImagesFound",
-    "ModelLoading",
-    "RunPlan",
-    "RunPlanned",
-    "caption_counts",
-    "captions_used",
-]
-
-
 OWN_CAPTION, NO_CAPTION = "a caption of its own", "none"
 
 

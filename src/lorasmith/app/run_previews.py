@@ -32,8 +32,6 @@ from lorasmith.training.events import Drawing, Event, EventHandler, Previewed, W
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.runtime import dtype_on_device
 
-__all__ = ["PreviewFrames", "RunPreviews", "run_previews"]
-
 _MOST_FAILURES = 2
 """Consecutive failures after which a run draws no more previews."""
 

@@ -23,8 +23,6 @@ from lorasmith.data.sources import ImageSource
 from lorasmith.families.locating import ModelFiles
 from lorasmith.training.config import NONE_LORA, TrainConfig, names_alone
 
-__all__ = ["SETTINGS", "SETTING_PATHS", "RunSpec", "absolute"]
-
 SETTINGS = {**options_of(DataConfig), **options_of(TrainConfig)}
 """Declarations of all settings of a run, by name."""
 

@@ -23,8 +23,6 @@ from lorasmith.formats.container import check_safetensors
 from lorasmith.formats.hashes import autov2, autov3, sha256_file
 from lorasmith.formats.metadata import steps_of
 
-__all__ = ["check_sidecars", "write_sidecars"]
-
 _CIVITAI, _USER = ".civitai.info", ".json"
 _HASHES = {"SHA256": sha256_file, "AutoV2": autov2, "AutoV3": autov3}
 

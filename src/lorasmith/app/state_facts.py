@@ -11,8 +11,6 @@ from lorasmith.core.errors import LorasmithError
 from lorasmith.training.runs.run_folder import RunFolder
 from lorasmith.training.runs.run_states import is_state, load_state
 
-__all__ = ["StateFacts", "facts_of_state"]
-
 
 @dataclass(frozen=True)
 class StateFacts:

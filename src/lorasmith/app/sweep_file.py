@@ -38,8 +38,6 @@ from lorasmith.data.folder import scan_sources
 from lorasmith.data.preflight import epoch_of
 from lorasmith.data.split import AUTOMATIC_FROM
 
-__all__ = ["MOST_RUNS", "Sweep", "SweepRun", "check_held_out", "read_sweep"]
-
 MOST_RUNS = 1000
 """Runs of a sweep, and tasks of an array that Slurm takes by default."""
 

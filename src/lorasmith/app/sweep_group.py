@@ -49,9 +49,7 @@ from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Event, StepDone
 from lorasmith.training.joint import SHARED_SETTINGS, EngineMaker, StopOfAll, check_captions, train_jointly
 from lorasmith.training.outcome import Outcome
-from lorasmith.training.train import TrainResult
-
-__all__ = ["GroupProcess", "grouped", "main", "train_group"]
+from lorasmith.training.results import TrainResult
 
 _COMMAND = (sys.executable, "-P", "-m", "lorasmith.app.sweep_group")  # no file of the current folder is a module
 _STOPPED = 128 + signal.SIGTERM

@@ -24,8 +24,6 @@ from lorasmith.core.errors import OptionError, TrainingError
 from lorasmith.core.files import write_atomic
 from lorasmith.core.printable import printable
 
-__all__ = ["run_on_ray", "run_one", "slurm_script", "submit_to_slurm"]
-
 _WAIT_S = 1.0
 _QUOTES = frozenset("\"'")
 _STOPPED = 130  # as for Ctrl-C

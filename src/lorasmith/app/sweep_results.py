@@ -37,8 +37,6 @@ from lorasmith.training.outcome import Outcome
 from lorasmith.training.runs.history import RunHistory, read_history
 from lorasmith.training.runs.run_folder import RunFolder
 
-__all__ = ["RunState", "SweepEntry", "SweepRecord", "result_of", "sweep_record", "write_results"]
-
 RunState = Literal["complete", "failed", "stopped", "running", "waiting"]
 
 _VERSION = 1

@@ -33,25 +33,6 @@ from lorasmith.core.launch_environment import VISIBLE_GPUS, gpu_variable
 from lorasmith.core.placement import chosen_device
 from lorasmith.core.typed_json import typed
 
-__all__ = [
-    "LOGS",
-    "LORASMITH",
-    "RunEnd",
-    "RunProcess",
-    "Started",
-    "end_of",
-    "error_of_process",
-    "forget_end",
-    "keep_end",
-    "log_of",
-    "process_started",
-    "run_all",
-    "stop_process",
-    "sweep_devices",
-    "sweep_folder",
-    "train_command",
-]
-
 LORASMITH = (sys.executable, "-P", "-m", "lorasmith")  # no file of the current folder is a module
 """The command, as this process was started."""
 

@@ -32,8 +32,6 @@ from lorasmith.training.job import Job, engine_of
 from lorasmith.training.memory.memory_plan import MemoryPlan, plan_for
 from lorasmith.training.runtime import Runtime
 
-__all__ = ["latent_side", "measured"]
-
 _WARMUP = 2
 _ENOUGH_S = 6.0
 """Total seconds of steps and passes if their number is not given."""

@@ -16,8 +16,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-__all__ = ["Counter"]
-
 _flops: Callable[..., int] = sdpa_flop_count
 _backward_flops: Callable[..., int] = sdpa_backward_flop_count
 _aten = torch.ops.aten

@@ -20,8 +20,6 @@ from lorasmith.bench.measure import Counts, Parts, Spread, Steps
 from lorasmith.bench.profiling import Profile
 from lorasmith.training.memory.memory_plan import MemoryPlan
 
-__all__ = ["Measured", "Rates", "Share", "device_memory", "limits", "measured_rates", "shares"]
-
 _LONG_ENOUGH_S = 0.02
 _PINNED_BYTES = 2**26
 

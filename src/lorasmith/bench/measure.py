@@ -31,23 +31,6 @@ from lorasmith.training.job import Job, engine_of
 from lorasmith.training.loop import Loop, Watcher
 from lorasmith.training.memory.weight_stream import StreamedWeight, WeightStream
 
-__all__ = [
-    "Counts",
-    "Parts",
-    "Spread",
-    "Steps",
-    "counted",
-    "frozen_floor",
-    "frozen_pass",
-    "measured_parts",
-    "measured_steps",
-    "pass_seconds",
-    "step_seconds",
-    "synthetic_samples",
-    "training_steps",
-    "weight_bytes",
-]
-
 Clock = Callable[[], float]
 
 _PART_STEPS = 2

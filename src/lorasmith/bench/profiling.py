@@ -11,8 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-__all__ = ["Profile", "profiled"]
-
 _PRODUCT = re.compile(r"aten::_?(add|b|badd|scaled_)?b?mm\b|convolution|attention|aten::(linear|_slow_conv|_conv)")
 _MOST = 8
 _QUIET = "6"  # log level of the profiler's library, which otherwise reports every start and stop on standard error

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from lorasmith.bench.measure import Counts, Spread
     from lorasmith.training.job import Job
 
-__all__ = ["register"]
-
 
 def register(app: typer.Typer) -> None:
     """Add the command."""

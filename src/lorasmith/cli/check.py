@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from lorasmith.formats.faults import Finding
     from lorasmith.toolbox.check import Checked
 
-__all__ = ["register"]
-
 
 def register(app: typer.Typer) -> None:
     """Add the command."""

@@ -46,29 +46,6 @@ from rich.text import Text
 from lorasmith.core.errors import CancelledError, GraphError, LorasmithError, OptionError
 from lorasmith.core.printable import printable
 
-__all__ = [
-    "PROGRESS_VARIABLE",
-    "ProgressLines",
-    "StopRequest",
-    "StoppedError",
-    "console",
-    "echo",
-    "end_with",
-    "errors",
-    "heading",
-    "name_output",
-    "other_output_made_printable",
-    "output_as",
-    "print_error",
-    "print_json_error",
-    "print_note",
-    "print_result",
-    "progress_bar",
-    "progress_shown",
-    "result_shown",
-    "stoppable",
-]
-
 PROGRESS_VARIABLE = "LORASMITH_PROGRESS_SECONDS"
 """Environment variable: seconds between lines about progress where no bar is drawn."""
 

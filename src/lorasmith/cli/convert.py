@@ -13,8 +13,6 @@ from lorasmith.cli.flags import LoraFile, LoraModel
 if TYPE_CHECKING:
     from lorasmith.toolbox.convert import Converted
 
-__all__ = ["register"]
-
 
 def register(app: typer.Typer) -> None:
     """Add the command."""

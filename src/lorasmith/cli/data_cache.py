@@ -14,8 +14,6 @@ from lorasmith.core.sizes import memory_text
 if TYPE_CHECKING:
     from lorasmith.data.encoding_cache import EncoderSummary
 
-__all__ = ["register"]
-
 OlderThan = Annotated[
     float | None,
     typer.Option(

@@ -15,8 +15,6 @@ from lorasmith.core.files import check_writable
 if TYPE_CHECKING:
     from lorasmith.app.captioning import Captioned, ImagesToCaption
 
-__all__ = ["register"]
-
 _SHOWN = 20
 
 

@@ -25,8 +25,6 @@ from lorasmith.core.options import options_of
 from lorasmith.data.data_config import DataConfig
 from lorasmith.training.config import TrainConfig
 
-__all__ = ["register"]
-
 _DATA = (
     "trigger", "captions", "prefix", "suffix", "recursive", "follow_links", "resolution", "more_resolutions",
     "bucket_step", "bucket_min", "bucket_max", "upscale", "crop", "wildcards", "caption_lines", "masks", "mask_folder",

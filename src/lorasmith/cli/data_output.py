@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from lorasmith.data.mended_folder import MendedFolder
     from lorasmith.data.preflight import Preflight
 
-__all__ = ["print_check", "print_findings", "print_mended"]
-
 _SIZES = 6
 
 

@@ -12,8 +12,6 @@ from lorasmith.cli.run_output import plain_result, preparation_shown, report_res
 from lorasmith.cli.together import check_alone
 from lorasmith.training.outcome import Outcome
 
-__all__ = ["register"]
-
 
 def register(app: typer.Typer) -> None:
     """Add the command."""

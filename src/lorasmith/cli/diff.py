@@ -16,8 +16,6 @@ from lorasmith.core.errors import LorasmithError
 if TYPE_CHECKING:
     from lorasmith.toolbox.compare import Comparison, Pair
 
-__all__ = ["register"]
-
 _SHOWN = 5  # entries of a list
 _LONGEST = 60  # characters of a metadata value
 

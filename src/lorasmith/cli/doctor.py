@@ -13,8 +13,6 @@ from lorasmith.core.sizes import memory_text
 if TYPE_CHECKING:
     from lorasmith.app.doctor import Checkup
 
-__all__ = ["register"]
-
 
 def register(app: typer.Typer) -> None:
     """Add the command."""

@@ -12,8 +12,6 @@ from lorasmith.cli.console import console, echo, print_result, progress_shown
 if TYPE_CHECKING:
     from lorasmith.toolbox.extract import ExtractReport
 
-__all__ = ["register"]
-
 
 def register(app: typer.Typer) -> None:
     """Add the command."""

@@ -18,34 +18,6 @@ from lorasmith.core.files import is_folder
 from lorasmith.core.folders import Folders
 from lorasmith.core.options import Option
 
-__all__ = [
-    "AllowOptimizer",
-    "AnyBaseModel",
-    "AsRecorded",
-    "BaseDir",
-    "BaseModel",
-    "DataNow",
-    "Device",
-    "ExtraModelPaths",
-    "FollowLinks",
-    "Gpus",
-    "LoraFile",
-    "LoraModel",
-    "ModelNow",
-    "RunOutput",
-    "TextEncoderFiles",
-    "TextEncodersNow",
-    "TrackNow",
-    "VaeFile",
-    "VaeNow",
-    "Verify",
-    "folders_of",
-    "is_typed",
-    "split_strength",
-    "with_flags",
-    "with_general_flags",
-]
-
 _BASE_MODEL = typer.Option(
     help="Base model: a .safetensors or .gguf file, a diffusers folder, a hub id, or lorasmith-tiny."
 )

@@ -13,8 +13,6 @@ from lorasmith.cli.run_output import found_line
 from lorasmith.core.errors import OptionError
 from lorasmith.core.files import check_writable
 
-__all__ = ["register"]
-
 
 def register(app: typer.Typer) -> None:
     """Add the command."""

@@ -14,8 +14,6 @@ from typer.core import TyperCommand, TyperGroup
 
 from lorasmith.cli.console import echo
 
-__all__ = ["OUTPUT", "HelpCommand", "HelpGroup", "with_first", "with_readable_help"]
-
 OUTPUT = "Output"
 """Group of the options that all commands have."""
 

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from lorasmith.app.state_facts import StateFacts
     from lorasmith.formats.inspect import LoraSummary
 
-__all__ = ["register"]
-
 _LONGEST = 160  # characters of a metadata value that are shown
 
 

@@ -43,8 +43,6 @@ from lorasmith.cli.help import HelpGroup, with_readable_help
 from lorasmith.core.allocator import keep_freed_memory
 from lorasmith.core.printable import printable
 
-__all__ = ["app", "main"]
-
 
 class _Commands(HelpGroup):
     """The commands. Complaints about arguments (names of files, mostly) are printable, and JSON if that is asked."""

@@ -15,8 +15,6 @@ from lorasmith.core.errors import OptionError
 if TYPE_CHECKING:
     from lorasmith.toolbox.merge import MergeReport
 
-__all__ = ["register"]
-
 
 def register(app: typer.Typer) -> None:
     """Add the command."""

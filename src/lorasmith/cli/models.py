@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from lorasmith.app.known_models import KnownModel
     from lorasmith.app.model_list import ListedFile, ListedModel, ModelList
 
-__all__ = ["register"]
-
 
 def register(app: typer.Typer) -> None:
     """Add the command."""

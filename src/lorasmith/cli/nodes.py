@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from lorasmith.core.folders import Folders
     from lorasmith.workflow.node import Node
 
-__all__ = ["register"]
-
 
 def register(app: typer.Typer) -> None:
     """Add the command."""

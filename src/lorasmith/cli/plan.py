@@ -24,8 +24,6 @@ from lorasmith.training.config import TrainConfig, cost_options
 if TYPE_CHECKING:
     from lorasmith.app.memory_estimate import MemoryEstimate
 
-__all__ = ["register"]
-
 _LEFT = (
     "batch_size", "algorithm", "rank", "targets", "differences", "dora", "tucker", "training_dtype"
 )  # fmt: skip

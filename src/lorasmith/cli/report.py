@@ -9,8 +9,6 @@ import typer
 
 from lorasmith.cli.console import heading, print_result
 
-__all__ = ["register"]
-
 
 def register(app: typer.Typer) -> None:
     """Add the command."""

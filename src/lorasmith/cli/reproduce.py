@@ -25,8 +25,6 @@ from lorasmith.cli.together import check_alone
 if TYPE_CHECKING:
     from lorasmith.app.reproduce import Reproduced
 
-__all__ = ["register"]
-
 
 def register(app: typer.Typer) -> None:
     """Add the command."""

@@ -14,8 +14,6 @@ from lorasmith.core.sizes import count_text
 if TYPE_CHECKING:
     from lorasmith.toolbox.resize import Resized
 
-__all__ = ["register"]
-
 
 def register(app: typer.Typer) -> None:
     """Add the command."""

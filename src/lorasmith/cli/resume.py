@@ -11,8 +11,6 @@ from lorasmith.cli.flags import AllowOptimizer, AsRecorded, DataNow, ModelNow, T
 from lorasmith.cli.run_output import preparation_shown, train_and_report
 from lorasmith.cli.together import together
 
-__all__ = ["register"]
-
 
 def register(app: typer.Typer) -> None:
     """Add the command."""

@@ -55,17 +55,7 @@ if TYPE_CHECKING:
     from lorasmith.app.folder_run import PreparedRun
     from lorasmith.families.model_search import FoundPart
     from lorasmith.training.config import ResolvedConfig
-    from lorasmith.training.train import TrainResult
-
-__all__ = [
-    "found_line",
-    "plain_result",
-    "preparation_shown",
-    "report_result",
-    "train_and_report",
-    "train_experts_and_report",
-    "training_shown",
-]
+    from lorasmith.training.results import TrainResult
 
 
 @contextlib.contextmanager

@@ -11,8 +11,6 @@ from lorasmith.cli.flags import BaseDir, ExtraModelPaths, FollowLinks, folders_o
 from lorasmith.cli.together import check_alone
 from lorasmith.server.server_config import LOOPBACK, TOKEN_VARIABLE, ServerConfig
 
-__all__ = ["register"]
-
 
 def register(app: typer.Typer) -> None:
     """Add the command."""

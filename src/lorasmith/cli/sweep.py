@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from lorasmith.app.sweep_results import SweepEntry, SweepRecord
     from lorasmith.app.sweep_run import RunEnd
 
-__all__ = ["register"]
-
 
 class _Launcher(StrEnum):
     """Where the processes of the runs are started."""

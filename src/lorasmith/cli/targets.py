@@ -15,8 +15,6 @@ from lorasmith.training.config import TrainConfig
 if TYPE_CHECKING:
     from lorasmith.training.targets_summary import TargetGroup, TargetSummary
 
-__all__ = ["register"]
-
 _NAMES = ("targets", "algorithm", "rank", "alpha", "differences", "dora", "pissa", "tucker", "lora_dtype")
 
 

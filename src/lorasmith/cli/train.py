@@ -34,8 +34,6 @@ from lorasmith.data.sources import ImageSource
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.training.config import TrainConfig
 
-__all__ = ["register"]
-
 
 def _main(config: type) -> list[str]:
     return [name for name, one in options_of(config).items() if one.is_main]

@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from lorasmith.core.folders import Folders
     from lorasmith.workflow.execution_events import Event, UiOutput
 
-__all__ = ["register"]
-
 
 def register(app: typer.Typer) -> None:
     """Add the command."""

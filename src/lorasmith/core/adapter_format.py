@@ -14,8 +14,6 @@ from torch import Tensor
 
 from lorasmith.core.adapter_state import AdapterWeights
 
-__all__ = ["COMFYUI", "DIFFUSERS", "SD_SCRIPTS", "AdapterFormat", "PeftKind", "Shapes", "Tensors", "multiplied"]
-
 COMFYUI, DIFFUSERS, SD_SCRIPTS = "ComfyUI", "diffusers", "sd-scripts"
 """Programs whose loaders `docs/load-matrix.md` measures; of sd-scripts its own network, not LyCORIS'."""
 

@@ -12,8 +12,6 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["DENOISER", "AdapterState", "AdapterWeights", "ModuleRef"]
-
 DENOISER = "denoiser"
 """Component name of the network that is trained (UNet or transformer)."""
 

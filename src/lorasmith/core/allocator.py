@@ -6,8 +6,6 @@ import ctypes
 import re
 import sys
 
-__all__ = ["is_out_of_memory", "keep_freed_memory", "memory_missed", "release_freed_memory"]
-
 # Numbers of mallopt(3).
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 _LARGEST = 2**31 - 1

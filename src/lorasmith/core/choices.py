@@ -9,17 +9,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-__all__ = [
-    "ActivationPlan",
-    "Activations",
-    "Fix",
-    "LossFunction",
-    "LossWeighting",
-    "Objective",
-    "Quantization",
-    "TimestepDistribution",
-]
-
 Activations = Literal["keep", "lean", "selective", "host"]
 """How activations are kept until the backward pass; see `training.memory.activations`."""
 

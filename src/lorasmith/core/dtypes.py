@@ -7,8 +7,6 @@ from torch import nn
 
 from lorasmith.core.errors import OptionError
 
-__all__ = ["chosen_dtype", "dtype_from_name", "dtype_name"]
-
 _NAMES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _SPELLINGS = {**_NAMES, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

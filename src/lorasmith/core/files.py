@@ -15,24 +15,6 @@ from pathlib import Path
 
 from lorasmith.core.errors import OutputError
 
-__all__ = [
-    "MAX_TEXT_BYTES",
-    "atomic_folder",
-    "atomic_path",
-    "check_parents",
-    "check_writable",
-    "ensure_folder",
-    "entry_is_folder",
-    "entry_is_link",
-    "is_folder",
-    "is_regular",
-    "locked",
-    "open_regular",
-    "read_regular",
-    "restore_folders",
-    "write_atomic",
-]
-
 MAX_TEXT_BYTES = 256 * 2**20
 """Size limit of text files that are read whole: graphs, records, captions. The longest of them have some megabytes."""
 

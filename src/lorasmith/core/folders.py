@@ -31,24 +31,6 @@ from lorasmith.core.files import entry_is_folder, entry_is_link, is_folder, is_r
 from lorasmith.core.printable import printable
 from lorasmith.core.registry import nearest
 
-__all__ = [
-    "ASSETS",
-    "DATASET_SHARD",
-    "MAX_STEM_BYTES",
-    "MODEL_EXTENSIONS",
-    "PLACES",
-    "RUN_LOG",
-    "RUN_RECORD",
-    "Folders",
-    "NumberedFiles",
-    "annotated",
-    "file_stem",
-    "fingerprint",
-    "next_counter",
-    "pipeline_index",
-    "read_extra_model_paths",
-]
-
 ASSETS = Path(__file__).parents[1] / "assets"
 """The built-in root, laid out like a base folder."""
 

@@ -12,8 +12,6 @@ import math
 import re
 from typing import Any
 
-__all__ = ["MAX_DEPTH", "parse_foreign_json"]
-
 MAX_DEPTH = 100
 """Lists and objects inside one another, at most: far below where recursive code over the value would fail."""
 

@@ -23,8 +23,6 @@ from torch import Tensor
 
 from lorasmith.core.quantization import Packed
 
-__all__ = ["CODES", "MULTIPLE", "Fp8Products", "has_fp8_products"]
-
 CODES = (torch.float8_e4m3fn, torch.float8_e5m2)
 """Number formats of the weights."""
 

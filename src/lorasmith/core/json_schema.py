@@ -14,8 +14,6 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import Any, Literal
 
-__all__ = ["DIALECT", "json_schema"]
-
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 _PLAIN: dict[Any, dict[str, Any]] = {

@@ -16,8 +16,6 @@ from dataclasses import dataclass
 
 from lorasmith.core.errors import OptionError
 
-__all__ = ["VISIBLE_GPUS", "LaunchedProcess", "gpu_variable", "launched_process"]
-
 _PORT = 29500
 """Of the first process where the launcher names none, as torchrun's."""
 

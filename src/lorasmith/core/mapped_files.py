@@ -22,8 +22,6 @@ from torch import Tensor
 
 from lorasmith.core.files import open_regular
 
-__all__ = ["FileState", "MappedFile", "file_state", "may_stay_mapped", "place_on_file", "release_pages"]
-
 
 class FileState(NamedTuple):
     """What the system says of a file: if this is equal at two times, so is its content.

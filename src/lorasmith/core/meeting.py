@@ -26,8 +26,6 @@ from lorasmith.core.launch_environment import LaunchedProcess
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
-__all__ = ["INTERFACE", "interface_towards_others", "opened_store", "store_of_this_start"]
-
 INTERFACE = "GLOO_SOCKET_IFNAME"
 """Variable of the network interface that gloo listens at."""
 

@@ -26,8 +26,6 @@ from typing import Any, Literal
 from lorasmith.core.errors import OptionError
 from lorasmith.core.registry import nearest
 
-__all__ = ["Option", "changed", "check_options", "config_from", "option", "options_of"]
-
 
 @dataclass(frozen=True)
 class Option:

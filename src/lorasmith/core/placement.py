@@ -16,21 +16,6 @@ from lorasmith.core.mapped_files import release_pages
 from lorasmith.core.processes import current
 from lorasmith.core.quantization import WEIGHT_SOURCE, Packed, placeholder, weight_source
 
-__all__ = [
-    "FULL_PRECISION",
-    "best_device",
-    "chosen_device",
-    "device_of",
-    "fast_dtype",
-    "full_precision",
-    "memory_format_for",
-    "multiplies",
-    "placed",
-    "reproducible",
-    "sampling_dtype",
-]
-
-
 FULL_PRECISION = "full_precision"
 """Attribute of a module, True if its own parameters and buffers are placed in fp32 whatever the dtype of the others."""
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 import json
 import re
 
-__all__ = ["MAX_SENTENCE", "printable", "sentence"]
-
 MAX_SENTENCE = 300
 """Characters of an error message."""
 

@@ -22,8 +22,6 @@ from lorasmith.core.launch_environment import LaunchedProcess
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
-__all__ = ["ALONE", "Processes", "current", "joined"]
-
 T = TypeVar("T")
 
 _FAULT = "fault"

@@ -30,23 +30,6 @@ from torch import Tensor, nn
 
 from lorasmith.core.choices import Quantization
 
-__all__ = [
-    "BLOCK",
-    "NF4_LEVELS",
-    "PACKINGS",
-    "WEIGHT_SOURCE",
-    "Packed",
-    "WeightSource",
-    "as_stored",
-    "level_pairs",
-    "of_rows",
-    "packed",
-    "placeholder",
-    "plain_weights",
-    "scaled_codes",
-    "weight_source",
-]
-
 WEIGHT_SOURCE = "weight_source"
 """Attribute of a layer whose weight is not in its parameter: a `WeightSource`."""
 

@@ -11,8 +11,6 @@ import hashlib
 import torch
 from torch import Tensor
 
-__all__ = ["keyed_generator", "keyed_normal", "keyed_permutation", "keyed_uniform"]
-
 
 def keyed_generator(seed: int, purpose: str, index: int | str = 0) -> torch.Generator:
     """A CPU generator seeded by (seed, purpose, index).

@@ -9,8 +9,6 @@ from typing import Generic, TypeVar
 
 from lorasmith.core.errors import LorasmithError, OptionError
 
-__all__ = ["Registry", "nearest"]
-
 T = TypeVar("T")
 
 _MOST_COMPARED, _LONGEST = 1000, 200

@@ -7,8 +7,6 @@ import unicodedata
 
 from lorasmith.core.folders import file_stem
 
-__all__ = ["is_reserved", "plain_name", "safe_name"]
-
 _RESERVED = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[\d¹²³])", re.IGNORECASE)
 
 

@@ -14,8 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-__all__ = ["first_misfit"]
-
 _MORE = "..."
 _MOST_FURTHER = 3
 

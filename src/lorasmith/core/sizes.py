@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["count_text", "memory_text"]
-
 
 def memory_text(size_bytes: int) -> str:
     """`512 MiB` or `1.5 GiB`."""

@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
-__all__ = ["digest_of_tensors"]
-
 _BLOCK_BYTES = 16 * 2**20
 
 

@@ -16,8 +16,6 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import Any, Literal, TypeVar
 
-__all__ = ["Scalar", "typed"]
-
 Scalar = bool | int | float | str | None
 """A setting or another single value."""
 

@@ -11,8 +11,6 @@ from bisect import bisect_left
 
 from lorasmith.core.errors import DataError
 
-__all__ = ["bucket_size"]
-
 
 def bucket_size(
     width: int,

@@ -15,8 +15,6 @@ from pathlib import Path
 
 from lorasmith.core.files import ensure_folder
 
-__all__ = ["ensure_private", "named_files", "remove_leftovers", "removed", "stat_of", "system_cache"]
-
 _LEFT_SECONDS = 3600
 """Age at which a temporary file is one that a killed process left."""
 

@@ -26,8 +26,6 @@ from lorasmith.core.mapped_files import MappedFile, may_stay_mapped
 from lorasmith.core.tensor_digests import digest_of_tensors
 from lorasmith.formats.container import Header, check_safetensors, mapped_tensors, serialised
 
-__all__ = ["Shard", "check_entry", "is_digest", "read_shard", "write_shard"]
-
 _KEY = "lorasmith.encodings"
 _FORMAT = 1
 _MAX_TITLE = 200

@@ -27,8 +27,6 @@ from lorasmith.data.captions import has_trigger, one_line, starts_with_trigger, 
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.wildcards import Choices
 
-__all__ = ["CaptionRules"]
-
 _MOST_CHARACTERS = 20_000_000  # of all texts that `possible` returns
 _PUNCTUATION = ",.;:!?"  # suffixes that begin with it follow without a blank
 

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     Captioner = Callable[[Image.Image], str]
     Factory = Callable[[str, torch.device], Captioner]
 
-__all__ = ["GROUP", "captioner_names", "load_captioner"]
-
 GROUP = "lorasmith.captioners"
 """Group of the entry points of captioners."""
 

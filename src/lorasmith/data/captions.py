@@ -11,20 +11,6 @@ from pathlib import Path
 from lorasmith.core.errors import DataError
 from lorasmith.core.files import read_regular
 
-__all__ = [
-    "CAPTION_SUFFIXES",
-    "MAX_CAPTION",
-    "Caption",
-    "CaptionError",
-    "caption_of_file_name",
-    "has_trigger",
-    "one_line",
-    "read_caption",
-    "read_caption_file",
-    "starts_with_trigger",
-    "with_trigger",
-]
-
 CAPTION_SUFFIXES = (".txt", ".caption")
 """Suffixes of caption files, the preferred one first."""
 

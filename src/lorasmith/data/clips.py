@@ -19,8 +19,6 @@ from lorasmith.data.image_files import ImageError, image_size, open_animation, o
 from lorasmith.data.video_files import decoded_frames, frame_rate
 from lorasmith.families.base import LatentFormat
 
-__all__ = ["COUNTED_FRAMES", "ClipForm", "OpenedFile", "clip_frames", "is_video", "open_file", "open_still"]
-
 COUNTED_FRAMES = 1000
 """Frames that are read of a file to count them; no run trains on more of one."""
 

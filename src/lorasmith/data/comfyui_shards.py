@@ -26,8 +26,6 @@ from lorasmith.core.folders import DATASET_SHARD
 from lorasmith.data.saved_samples import LatentBatch, SavedSamples, inside
 from lorasmith.families.base import Conditioning
 
-__all__ = ["is_comfyui_dataset", "read_comfyui_dataset"]
-
 _ALLOWED = re.compile(
     r"torch\._utils _rebuild_tensor_v2|collections OrderedDict|torch (Float|Half|BFloat16|Double|Long|Int|Bool)Storage"
 )

@@ -20,8 +20,6 @@ from lorasmith.data.buckets import bucket_size
 from lorasmith.data.data_config import DataConfig
 from lorasmith.families.base import PictureSize
 
-__all__ = ["Framing", "centre_of", "framings", "pixel_step"]
-
 _VARIANTS_SEED = 0  # a constant; see above
 
 

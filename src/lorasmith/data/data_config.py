@@ -11,8 +11,6 @@ from typing import Literal
 from lorasmith.core.errors import OptionError
 from lorasmith.core.options import check_options, option, options_of
 
-__all__ = ["LARGEST_SIDE", "CaptionOrigin", "Crop", "DataConfig", "Masks"]
-
 LARGEST_SIDE = 4096
 """Pixels of a picture's side; a picture of this size takes gigabytes to encode."""
 

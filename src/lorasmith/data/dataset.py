@@ -21,8 +21,6 @@ from lorasmith.data.caption_rules import CaptionRules
 from lorasmith.data.encoded_captions import EncodedCaptions
 from lorasmith.families.base import Conditioning, PictureSize
 
-__all__ = ["EncodedDataset", "Picture", "Sample", "Variants", "check_latents", "places_of"]
-
 
 @dataclass(frozen=True)
 class Picture:

@@ -17,8 +17,6 @@ from torch import Tensor
 from lorasmith.data.encoding_cache import CacheEntries, key_of
 from lorasmith.families.base import Conditioning
 
-__all__ = ["EncodedCaptions"]
-
 _TENSOR, _MASK = "tensor.", "mask"
 
 

@@ -34,8 +34,6 @@ from lorasmith.data.encoding_cache import key_of
 from lorasmith.data.remembered_digests import RememberedDigests, are_settled
 from lorasmith.families.model import Autoencoder, Model, TextEncoder
 
-__all__ = ["ENCODING_VERSION", "autoencoder_digest", "network_digest", "text_encoder_digest"]
-
 ENCODING_VERSION = 2
 """To be raised whenever the code of Lorasmith computes other encodings from the same inputs."""
 

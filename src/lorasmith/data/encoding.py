@@ -34,16 +34,6 @@ from lorasmith.data.sources import ImageSource
 from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Autoencoder, Model, TextEncoder
 
-__all__ = [
-    "clip_form",
-    "datasets_folder",
-    "encode_images",
-    "encode_scan",
-    "encoded_pixels",
-    "encoded_texts",
-    "load_dataset",
-]
-
 _BATCH_PIXELS = 4 * 1024**2
 """Pixels of a batch on a GPU. On the CPU a batch is not faster, and changes the last bits of its pictures."""
 

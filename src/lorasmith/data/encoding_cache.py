@@ -33,8 +33,6 @@ from lorasmith.data.cache_folder import ensure_private, named_files, remove_left
 from lorasmith.data.cache_shards import Shard, check_entry, is_digest, read_shard, write_shard
 from lorasmith.data.data_config import DataConfig
 
-__all__ = ["CacheEntries", "Cleared", "EncoderSummary", "EncodingCache", "default_cache", "key_of"]
-
 FOLDER_VARIABLE = "LORASMITH_CACHE_DIR"
 """Environment variable with the folder of the user's cache."""
 

@@ -18,8 +18,6 @@ from lorasmith.data.folder import ImageFile
 from lorasmith.data.folder_listing import Reason, ReasonKind, reader_install
 from lorasmith.data.picture_quality import PictureQuality
 
-__all__ = ["CheckedImage", "Finding", "FindingKind", "LookAlikes", "TokenLimit", "found_in", "tags_of"]
-
 FindingKind = Literal[
     "unused files",
     "empty pictures",

@@ -31,20 +31,7 @@ from lorasmith.data.folder_listing import NO_CLIPS, Reason, Skipped, name_withou
 from lorasmith.data.folder_remarks import Remark, Remarks
 from lorasmith.data.image_files import ImageError, file_digest, image_size, image_suffixes
 from lorasmith.data.source_files import Candidate, candidates
-from lorasmith.data.sources import MAX_REPEATS, ImageSource
-
-__all__ = [
-    "MAX_ASPECT",
-    "MAX_REPEATS",
-    "MIN_EDGE",
-    "CaptionSource",
-    "FolderScan",
-    "ImageFile",
-    "checked_again",
-    "has_videos",
-    "scan_folder",
-    "scan_sources",
-]
+from lorasmith.data.sources import ImageSource
 
 MIN_EDGE = 16
 """Minimum of an image's shorter edge in pixels."""

@@ -20,25 +20,6 @@ from lorasmith.data.image_files import image_suffixes
 from lorasmith.data.metadata_files import is_metadata_name
 from lorasmith.data.sources import MAX_REPEATS
 
-__all__ = [
-    "CHANGES",
-    "LINK",
-    "NO_CLIPS",
-    "REASONS",
-    "SET_APART",
-    "VIDEO_SUFFIXES",
-    "ListedFolder",
-    "Reason",
-    "ReasonKind",
-    "Skipped",
-    "foreign_reason",
-    "list_folders",
-    "name_without_repeats",
-    "natural_order",
-    "reader_install",
-    "stem_of",
-]
-
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".webm", ".mkv", ".flv")
 """File suffixes that are taken for videos, in lower case."""
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from enum import Enum
 
-__all__ = ["Remark", "Remarks"]
-
 
 class Remark(Enum):
     """A kind of remark: the start of its sentence for one and for several, and the rest of it."""

@@ -20,8 +20,6 @@ from lorasmith.data.data_config import DataConfig
 from lorasmith.data.folder import ImageFile
 from lorasmith.data.image_files import ImageError, open_layers, read_image, to_tensor
 
-__all__ = ["FramedPicture", "framed", "mask_of", "place_weights"]
-
 
 @dataclass(frozen=True)
 class FramedPicture:

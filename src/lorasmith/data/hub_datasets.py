@@ -28,8 +28,6 @@ from lorasmith.data.folder_listing import LINK
 from lorasmith.data.image_files import image_suffixes
 from lorasmith.data.metadata_files import TEXT_COLUMNS
 
-__all__ = ["dataset_folder", "is_saved_dataset", "unpacked_folder"]
-
 _LAYOUT = 1  # raised with changes of the folders that are written
 
 

@@ -25,25 +25,6 @@ from lorasmith.core.errors import DataError
 from lorasmith.core.files import open_regular
 from lorasmith.formats.hashes import sha256_file
 
-__all__ = [
-    "ImageError",
-    "ImageHeader",
-    "file_digest",
-    "header_size",
-    "image_header",
-    "image_size",
-    "image_suffixes",
-    "one_at_a_time",
-    "open_animation",
-    "open_frames",
-    "open_image",
-    "open_layers",
-    "open_original",
-    "open_reduced",
-    "read_image",
-    "to_tensor",
-]
-
 
 class ImageError(DataError):
     """One image file cannot be used.

@@ -40,8 +40,6 @@ from lorasmith.data.image_files import ImageHeader, image_header, open_original
 from lorasmith.data.metadata_files import is_metadata_name
 from lorasmith.data.preflight import Preflight, name_in
 
-__all__ = ["Change", "MendedFile", "MendedFolder", "check_target", "write_mended"]
-
 Change = Literal["reduced", "turned upright", "converted", "renamed", "set apart", "unused", "left out"]
 
 _MOST_AREA = 2.0  # of the square that pictures are scaled to

@@ -29,16 +29,6 @@ from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.core.printable import printable
 from lorasmith.data.captions import MAX_CAPTION, one_line
 
-__all__ = [
-    "MAX_CAPTIONS",
-    "METADATA_SUFFIXES",
-    "Metadata",
-    "MetadataError",
-    "is_metadata_name",
-    "preferred_metadata",
-    "read_metadata",
-]
-
 MAX_CAPTIONS = 100
 """Captions of one image."""
 

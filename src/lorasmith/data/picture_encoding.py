@@ -29,8 +29,6 @@ from lorasmith.data.framed_pictures import FramedPicture, framed
 from lorasmith.data.image_files import file_digest
 from lorasmith.families.base import Conditioning, PictureSize
 
-__all__ = ["EncodedFraming", "FramedImage", "PictureEncoder", "Progress", "encode_pictures"]
-
 Progress = Callable[[int, int, str, int], None]
 """Receives images done, all images, the name of the last one, and how many were in the cache."""
 

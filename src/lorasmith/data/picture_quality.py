@@ -21,8 +21,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageChops, ImageFilter, ImageStat
 
-__all__ = ["BLURRED", "MEASURED_EDGE", "PictureQuality", "look_alikes", "measured"]
-
 MEASURED_EDGE = 512
 """Longest edge in pixels at which pictures are measured; larger ones are reduced to it."""
 

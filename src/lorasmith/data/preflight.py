@@ -29,17 +29,6 @@ from lorasmith.data.picture_quality import MEASURED_EDGE, PictureQuality, look_a
 from lorasmith.data.source_files import Candidate
 from lorasmith.data.split import held_out_names
 
-__all__ = [
-    "Bucket",
-    "Epoch",
-    "Preflight",
-    "epoch_of",
-    "name_in",
-    "plain_framings",
-    "preflight",
-    "usual_resolution",
-]
-
 _USUAL = (1024, 768, 512, 256)
 _FILLED = 0.75  # share of the images that a resolution must not enlarge
 _MOST_THREADS, _AHEAD = 8, 256

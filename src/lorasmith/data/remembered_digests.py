@@ -20,8 +20,6 @@ from lorasmith.data.cache_shards import is_digest
 from lorasmith.data.encoding_cache import DIGESTS, EncodingCache, key_of
 from lorasmith.formats.hashes import sha256_file
 
-__all__ = ["RememberedDigests", "are_settled", "file_sha256"]
-
 
 class RememberedDigests:
     """Digests of weights that were hashed before, in the folder of an encoding cache.

@@ -30,8 +30,6 @@ from lorasmith.core.typed_json import typed
 from lorasmith.families.base import Conditioning
 from lorasmith.formats.container import count_non_finite, read_safetensors, serialised
 
-__all__ = ["INDEX", "LatentBatch", "SavedSamples", "inside", "read_samples", "write_samples"]
-
 INDEX = "index.json"
 """Name of the index; ComfyUI's data sets have none of this name."""
 

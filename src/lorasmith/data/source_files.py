@@ -21,8 +21,6 @@ from lorasmith.data.metadata_files import (
 )
 from lorasmith.data.sources import MAX_REPEATS, ImageSource
 
-__all__ = ["Candidate", "candidates"]
-
 
 @dataclass(slots=True)
 class Candidate:

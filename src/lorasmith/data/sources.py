@@ -8,8 +8,6 @@ from lorasmith.core.errors import OptionError
 from lorasmith.core.options import check_options, option, options_of
 from lorasmith.core.registry import nearest
 
-__all__ = ["MAX_REPEATS", "ImageSource"]
-
 MAX_REPEATS = 10_000
 """Maximum number of an image's occurrences in an epoch."""
 

@@ -16,8 +16,6 @@ from lorasmith.core.errors import DataError
 from lorasmith.core.sizes import count_text
 from lorasmith.data.dataset import EncodedDataset, Sample
 
-__all__ = ["AUTOMATIC_FROM", "Split", "held_out_names", "split"]
-
 AUTOMATIC_FROM = 12
 """Number of distinct images from which a tenth is held out by default; with fewer, each matters more in training."""
 

@@ -21,8 +21,6 @@ from lorasmith.families.part_loading import quieten
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["transformers_captioner"]
-
 REQUEST = "Describe this image in one sentence."
 """What chat models are asked."""
 

@@ -24,17 +24,6 @@ from lorasmith.core.files import is_folder, open_regular
 from lorasmith.data.captions import read_caption_file
 from lorasmith.data.folder_listing import LINK, VIDEO_SUFFIXES, Reason, Skipped, list_folders, stem_of
 
-__all__ = [
-    "Video",
-    "VideoFile",
-    "VideoScan",
-    "decoded_frames",
-    "frame_rate",
-    "open_video",
-    "read_frames",
-    "scan_videos",
-]
-
 _FORMATS = "avi,flv,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2"
 """FFmpeg's names of the containers."""
 _MOST_FRAMES = 10_000_000

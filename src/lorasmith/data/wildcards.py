@@ -14,8 +14,6 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
-__all__ = ["Choices"]
-
 V = TypeVar("V")
 
 

@@ -12,8 +12,6 @@ from lorasmith.core.registry import Registry
 from lorasmith.diffusion.parameterization import PARAMETERIZATIONS
 from lorasmith.diffusion.schedule import NoiseLevel
 
-__all__ = ["LOSSES", "diffusion_loss"]
-
 Elementwise = Callable[[Tensor, Tensor], Tensor]
 
 LOSSES: Registry[Elementwise] = Registry("loss function")

@@ -16,8 +16,6 @@ from torch import Tensor
 from lorasmith.core.registry import Registry
 from lorasmith.diffusion.schedule import NoiseLevel, per_sample
 
-__all__ = ["PARAMETERIZATIONS", "Parameterization"]
-
 
 class Parameterization(ABC):
     """One kind of prediction."""

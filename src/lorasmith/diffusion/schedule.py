@@ -21,18 +21,6 @@ from torch import Tensor
 
 from lorasmith.core.errors import OptionError
 
-__all__ = [
-    "EXPONENTIAL_STEPS",
-    "DiscreteSchedule",
-    "FlowSchedule",
-    "NoiseLevel",
-    "NoiseSchedule",
-    "ResolutionShift",
-    "check_noising",
-    "per_sample",
-    "shifted",
-]
-
 
 @dataclass(frozen=True)
 class ResolutionShift:

@@ -17,15 +17,6 @@ from lorasmith.core.random import keyed_generator, keyed_uniform
 from lorasmith.core.registry import Registry
 from lorasmith.diffusion.schedule import NoiseSchedule, shifted
 
-__all__ = [
-    "TIMESTEP_DISTRIBUTIONS",
-    "QuantileMap",
-    "quantile_map",
-    "quantile_range",
-    "range_limited",
-    "uniform_numbers",
-]
-
 QuantileMap = Callable[[Tensor, tuple[int, int]], Tensor]
 """Uniform numbers (batch,) and (height, width) of the latents → quantiles (batch,)."""
 

@@ -23,8 +23,6 @@ from lorasmith.core.registry import Registry
 from lorasmith.diffusion.parameterization import PARAMETERIZATIONS
 from lorasmith.diffusion.schedule import NoiseLevel
 
-__all__ = ["WEIGHTINGS", "loss_weights"]
-
 Weighting = Callable[[NoiseLevel, Tensor, float], Tensor]
 
 WEIGHTINGS: Registry[Weighting] = Registry("loss weighting")

@@ -7,8 +7,6 @@ from importlib import import_module
 from lorasmith.core.registry import Registry
 from lorasmith.workflow import NODES, Node
 
-__all__ = ["load_nodes"]
-
 _MODULES = (
     "conditioning",
     "custom_sampling",

@@ -11,8 +11,6 @@ from lorasmith.core.errors import DataError
 from lorasmith.families.base import Conditioning
 from lorasmith.workflow import Input, NodeContext, Output, node
 
-__all__: list[str] = []
-
 _ENCODED = ("context", "pooled")
 """Tensors that encode the prompt; others, such as guidance, are settings."""
 

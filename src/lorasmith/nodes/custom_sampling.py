@@ -12,8 +12,6 @@ from lorasmith.nodes.values import Latent
 from lorasmith.sampling.sigmas import flux2_sigmas, sigmas_for
 from lorasmith.workflow import Input, NodeContext, Output, node
 
-__all__: list[str] = []
-
 _RESULTS = (
     Output("LATENT", "output"),
     Output("LATENT", "denoised_output", tooltip="The clean latents that the last step predicted."),

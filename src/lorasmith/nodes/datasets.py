@@ -29,8 +29,6 @@ from lorasmith.nodes.values import (
 )
 from lorasmith.workflow import Input, NodeContext, Output, node
 
-__all__: list[str] = []
-
 T = TypeVar("T")
 
 _FOLDER = Input("folder", "COMBO", options=lambda folders: folders.input_folders(), tooltip="In the input folder.")

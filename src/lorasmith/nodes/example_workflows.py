@@ -14,8 +14,6 @@ from lorasmith.core.errors import GraphError
 from lorasmith.core.folders import ASSETS, MODEL_EXTENSIONS, Folders
 from lorasmith.core.registry import nearest
 
-__all__ = ["EXAMPLE_PREFIX", "Example", "example_named", "examples"]
-
 EXAMPLE_PREFIX = "example:"
 """Start of what names an example instead of a file."""
 

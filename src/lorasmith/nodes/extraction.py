@@ -16,8 +16,6 @@ from lorasmith.toolbox.extract_patches import PatchedPart, extract_patches
 from lorasmith.training.lora_handle import Lora
 from lorasmith.workflow import Input, NodeContext, NodeOutput, node
 
-__all__: list[str] = []
-
 
 @node(
     "LoraSave",

@@ -12,8 +12,6 @@ from lorasmith.nodes.images import resized
 from lorasmith.nodes.values import check_pixels, flat_images, numpy_draws, one_for_each, shuffled, single
 from lorasmith.workflow import Input, NodeContext, Output, node
 
-__all__: list[str] = []
-
 _IMAGES = Input("images", "IMAGE")
 _OUTPUT = Output("IMAGE", "images")
 _LIST = Output("IMAGE", "images", is_list=True)

@@ -14,8 +14,6 @@ from lorasmith.core.folders import Folders, fingerprint
 from lorasmith.data.image_files import image_suffixes, open_frames
 from lorasmith.workflow import Input, NodeContext, Output, node
 
-__all__ = ["known_input", "resized"]
-
 _CHANNELS = ("red", "green", "blue")
 _METHODS = ("nearest-exact", "bilinear", "area", "bicubic", "lanczos")
 

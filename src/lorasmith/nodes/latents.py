@@ -21,8 +21,6 @@ from lorasmith.nodes.values import (
 )
 from lorasmith.workflow import Input, NodeContext, Output, node
 
-__all__: list[str] = []
-
 _TEMPORAL = "No effect: frames are decoded one after the other."
 
 

@@ -14,8 +14,6 @@ from lorasmith.families.model import Autoencoder, Denoiser, TextEncoder
 from lorasmith.families.part_loading import load_autoencoder, load_text_encoder
 from lorasmith.workflow import Input, NodeContext, Output, node
 
-__all__ = ["ANY_TYPE"]
-
 _WEIGHT_DTYPES = {
     "default": None,
     "fp8_e4m3fn": torch.float8_e4m3fn,

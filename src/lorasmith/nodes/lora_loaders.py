@@ -10,8 +10,6 @@ from lorasmith.families.model import Denoiser, TextEncoder
 from lorasmith.training.lora_handle import Lora
 from lorasmith.workflow import Input, NodeContext, Output, node
 
-__all__: list[str] = []
-
 
 def _strength(name: str, *, step: float | None = None) -> Input:
     return Input.from_option(STRENGTH, name=name, min=-100.0, max=100.0, step=step)

@@ -10,8 +10,6 @@ from lorasmith.families.base import Diffusion
 from lorasmith.families.model import Denoiser
 from lorasmith.workflow import Input, NodeContext, Output, node
 
-__all__: list[str] = []
-
 _STEPS = 1000
 """Timesteps of networks that were made for discrete ones."""
 _PREDICTIONS = {"eps": "epsilon", "v_prediction": "v", "lcm": "epsilon"}

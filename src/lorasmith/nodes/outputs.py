@@ -23,8 +23,6 @@ from lorasmith.training.lora_handle import Lora
 from lorasmith.workflow import ANY, Input, NodeContext, NodeOutput, Output, node
 from lorasmith.workflow.node import Hidden
 
-__all__: list[str] = []
-
 _GRAPH: tuple[Hidden, ...] = ("prompt", "extra_pnginfo")
 
 

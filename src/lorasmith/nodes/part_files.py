@@ -20,8 +20,6 @@ from lorasmith.training.lora_handle import Lora
 from lorasmith.workflow.graph import Graph, Link
 from lorasmith.workflow.sockets import ANY, MATCH
 
-__all__ = ["check_part_files"]
-
 _LOADERS = {
     "CheckpointLoaderSimple": ("checkpoints", ("ckpt_name",)),
     "UNETLoader": ("diffusion_models", ("unet_name",)),

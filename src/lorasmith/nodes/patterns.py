@@ -13,8 +13,6 @@ from typing import Any
 from lorasmith.core.errors import OptionError
 from lorasmith.workflow import Input, NodeContext, Output, node
 
-__all__: list[str] = []
-
 _SECONDS = 10.0
 """How long a pattern may take."""
 _BYTES = 1 << 30

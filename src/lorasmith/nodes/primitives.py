@@ -7,8 +7,6 @@ from typing import Any
 
 from lorasmith.workflow import MATCH, Grow, Input, NodeContext, Output, node
 
-__all__: list[str] = []
-
 _CATEGORY = "utilities/primitive"
 _LIMIT = 2**63 - 1
 

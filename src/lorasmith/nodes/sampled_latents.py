@@ -17,8 +17,6 @@ from lorasmith.nodes.values import Latent, check_latents, with_frames
 from lorasmith.sampling.sample import SamplingCancelledError, prepare_noise, sample_latents
 from lorasmith.workflow import NodeContext
 
-__all__ = ["Guider", "Noise", "sampled"]
-
 
 @dataclass(frozen=True)
 class Guider:

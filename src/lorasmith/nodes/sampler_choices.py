@@ -12,8 +12,6 @@ from lorasmith.sampling.samplers import SAMPLERS
 from lorasmith.sampling.sigmas import SIGMA_SCHEDULES
 from lorasmith.workflow import Input
 
-__all__ = ["CFG", "DENOISE", "SAMPLER_NAME", "SCHEDULER", "STEPS", "seed_input"]
-
 # fmt: off
 _SAMPLERS = (
     "euler", "euler_cfg_pp", "euler_ancestral", "euler_ancestral_cfg_pp", "heun", "heunpp2", "exp_heun_2_x0",

@@ -10,8 +10,6 @@ from lorasmith.nodes.values import Latent
 from lorasmith.sampling.sigmas import sigmas_for
 from lorasmith.workflow import Input, NodeContext, Output, node
 
-__all__: list[str] = []
-
 
 @node(
     "KSampler",

@@ -13,8 +13,6 @@ from lorasmith.families.base import Conditioning
 from lorasmith.nodes.values import Latent, single
 from lorasmith.workflow import Input, NodeContext, Output, node
 
-__all__: list[str] = []
-
 
 def _checked_name(name: str, folders: Folders) -> str:
     """The name of a new data set, which is checked before any node runs. Raises OutputError."""

@@ -20,16 +20,6 @@ from lorasmith.report.animations import Clip, animation
 from lorasmith.training.lora_handle import Lora
 from lorasmith.workflow import NodeContext, NodeOutput
 
-__all__ = [
-    "checked_prefix",
-    "graph_metadata",
-    "save_animation",
-    "save_image_set",
-    "save_images",
-    "save_lora",
-    "shown_lora",
-]
-
 
 def graph_metadata(context: NodeContext) -> dict[str, str]:
     """The running workflow as the metadata entries that ComfyUI reads: `prompt` and `workflow`."""

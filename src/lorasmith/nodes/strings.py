@@ -11,8 +11,6 @@ from typing import Any
 from lorasmith.core.errors import OptionError
 from lorasmith.workflow import ANY, Grow, Input, NodeContext, Output, node
 
-__all__: list[str] = []
-
 _STRING = Input("string", "STRING", multiline=True)
 _CASES = {"UPPERCASE": str.upper, "lowercase": str.lower, "Capitalize": str.capitalize, "Title Case": str.title}
 _TRIMS = {"Both": str.strip, "Left": str.lstrip, "Right": str.rstrip}

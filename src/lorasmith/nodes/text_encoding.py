@@ -12,8 +12,6 @@ from lorasmith.families.base import Conditioning, PictureSize
 from lorasmith.families.model import TextEncoder
 from lorasmith.workflow import Input, NodeContext, Output, node
 
-__all__ = ["check_encoder"]
-
 _T5_KINDS = ("t5xxl", "umt5xxl")
 _LUMINA_PROMPTS = {
     "superior": (

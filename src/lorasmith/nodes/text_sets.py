@@ -5,8 +5,6 @@ from __future__ import annotations
 from lorasmith.core.errors import OptionError
 from lorasmith.workflow import Input, NodeContext, Output, node
 
-__all__: list[str] = []
-
 _TEXTS = Input("texts", "STRING", multiline=False)
 _OUTPUT = Output("STRING", "texts")
 _LONGEST = 1_000_000

@@ -39,11 +39,10 @@ from lorasmith.training.job import plan_job
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.notes import OtherProgram, Remark
 from lorasmith.training.outcome import Outcome
-from lorasmith.training.train import RunOptions, TrainResult
+from lorasmith.training.results import TrainResult
+from lorasmith.training.train import RunOptions
 from lorasmith.workflow import Input, NodeContext, Output, node
 from lorasmith.workflow.graph import Graph, GraphNode
-
-__all__: list[str] = []
 
 _OPTIONS = options_of(TrainConfig)
 _AUTO = "auto"

@@ -27,23 +27,6 @@ from lorasmith.families.base import Conditioning, LatentFormat
 from lorasmith.families.model import Autoencoder
 from lorasmith.workflow import NodeContext
 
-__all__ = [
-    "Latent",
-    "LossMap",
-    "check_latents",
-    "check_pixels",
-    "flat_conditionings",
-    "flat_images",
-    "flat_latents",
-    "image_from_pixels",
-    "numpy_draws",
-    "one_for_each",
-    "pixels_from_image",
-    "shuffled",
-    "single",
-    "with_frames",
-]
-
 T = TypeVar("T")
 
 _MOST_PIXELS = 2**27

@@ -11,8 +11,6 @@ from lorasmith.data.video_files import Video, VideoFile, VideoScan, open_video, 
 from lorasmith.nodes.values import check_pixels, numpy_draws, one_for_each, shuffled, single
 from lorasmith.workflow import Input, NodeContext, Output, node
 
-__all__: list[str] = []
-
 _FOLDER = Input("folder", "COMBO", options=lambda folders: folders.input_folders(), tooltip="In the input folder.")
 _VIDEO = Input("video", "VIDEO")
 _VIDEOS = Input("videos", "VIDEO")

@@ -17,8 +17,6 @@ from lorasmith.nodes.example_workflows import EXAMPLE_PREFIX, example_named
 from lorasmith.workflow.node import NODES, Node
 from lorasmith.workflow.workflow_text import Workflow, carried_workflow, parse_workflow
 
-__all__ = ["read_workflow"]
-
 
 def read_workflow(path: str | os.PathLike[str], *, nodes: Registry[Node] = NODES) -> Workflow:
     """The workflow in a file of any kind that has one.

@@ -21,8 +21,6 @@ from lorasmith.workflow.executor import Executor
 from lorasmith.workflow.graph import Graph, validate
 from lorasmith.workflow.prompt import apply_overrides
 
-__all__ = ["CheckedWorkflow", "WorkflowResult", "checked_workflow", "run_workflow", "shown_file"]
-
 
 @dataclass(frozen=True)
 class CheckedWorkflow:

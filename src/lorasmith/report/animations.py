@@ -8,8 +8,6 @@ from dataclasses import dataclass
 
 from PIL import ExifTags, Image
 
-__all__ = ["Clip", "Shot", "animation", "parameters_entry"]
-
 _USER_COMMENT = "UNICODE\0".encode("ascii")
 
 

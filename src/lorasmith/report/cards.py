@@ -9,8 +9,6 @@ from pathlib import Path
 from lorasmith.report.markup import Html, tag
 from lorasmith.report.pictures import data_uri
 
-__all__ = ["card", "embedded_picture", "embedded_png"]
-
 _FRAME = "border:1px solid #8884;border-radius:8px;padding:.75em 1em;display:inline-block;max-width:60em"
 _NAME = "text-align:left;font-weight:normal;opacity:.7;padding:.1em 1em .1em 0;vertical-align:top"
 _VALUE = "text-align:left;padding:.1em 0;overflow-wrap:anywhere"

@@ -9,8 +9,6 @@ from PIL import Image, ImageOps
 
 from lorasmith.report.text import load_font, text_image
 
-__all__ = ["contact_sheet"]
-
 _INK, _FAINT, _FRAME = "#1f2933", "#52606d", "#d9dee3"
 _GAP, _MARGIN = 8, 24
 _ROW_LABEL_WIDTH = 150

@@ -16,8 +16,6 @@ from typing import Any, Protocol
 from lorasmith.report.loss_plot import GRID, HELD_OUT, RAW, SMOOTH, TEXT, draw_losses, smoothed, style_axes
 from lorasmith.report.markup import Html, tag
 
-__all__ = ["Curves", "QuantileCurve", "comparison_figure", "loss_figure", "quantile_figure"]
-
 _FAULT = "#b4232f"
 _FEW = 20  # maximum number of points drawn as dots
 _VARIABLES = {

@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from lorasmith.core.sizes import count_text
 from lorasmith.report.markup import Html, command, definitions, document, folded, section, table, tag
 
-__all__ = ["DataReport", "Shot", "SizeRow", "Trouble", "data_page"]
-
 _FIGURE = 40  # pixels of the longer side of a size, drawn
 
 

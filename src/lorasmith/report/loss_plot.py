@@ -14,21 +14,6 @@ from typing import Any
 from lorasmith.core.errors import OutputError
 from lorasmith.core.printable import printable
 
-__all__ = [
-    "GRID",
-    "HELD_OUT",
-    "RAW",
-    "SMOOTH",
-    "TEXT",
-    "RecentLoss",
-    "draw_losses",
-    "plot_losses",
-    "recent_loss",
-    "smoothed",
-    "style_axes",
-    "trailing_means",
-]
-
 RAW, SMOOTH, HELD_OUT, GRID, TEXT = "#9ab8d8", "#1f5fa8", "#c2570c", "#e4e8ec", "#3e4c59"
 _LOG_RATIO = 20
 _RECENT_SHARE, _RECENT_LEAST = 10, 10

@@ -9,8 +9,6 @@ from importlib.resources import files
 
 from lorasmith.core.printable import printable
 
-__all__ = ["Html", "command", "definitions", "document", "folded", "section", "table", "tag"]
-
 _VOID = frozenset({"br", "col", "hr", "img", "meta"})
 
 

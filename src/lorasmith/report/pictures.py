@@ -16,8 +16,6 @@ from lorasmith.core.files import open_regular
 from lorasmith.report.animations import Clip, animation
 from lorasmith.report.markup import Html, tag
 
-__all__ = ["UNREADABLE", "PictureTable", "data_uri", "picture", "picture_table", "picture_uri", "thinned"]
-
 UNREADABLE = (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError)
 """What opening a picture raises that is missing, damaged or no file; most of it by Pillow."""
 

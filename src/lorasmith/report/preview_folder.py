@@ -28,8 +28,6 @@ from lorasmith.report.animations import Clip, Shot, animation, parameters_entry
 from lorasmith.report.contact_sheet import contact_sheet
 from lorasmith.report.pictures import UNREADABLE, thinned
 
-__all__ = ["PreviewFolder"]
-
 _ENTRY = "lorasmith.preview"  # not `prompt`, which ComfyUI reads as a graph
 _TAG = int(ExifTags.Base.ImageDescription)  # the same in the EXIF data of clips
 _MOST_ROWS = 24

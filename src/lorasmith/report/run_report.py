@@ -18,20 +18,6 @@ from lorasmith.report.curves import Curves, QuantileCurve, loss_figure, quantile
 from lorasmith.report.markup import Html, command, definitions, document, folded, section, table, tag
 from lorasmith.report.pictures import PictureTable, picture, picture_table
 
-__all__ = [
-    "UNJUDGED",
-    "ImageRecord",
-    "Note",
-    "RunReport",
-    "Setting",
-    "TrainedImage",
-    "ValidationRow",
-    "change",
-    "number",
-    "plain",
-    "run_report",
-]
-
 STANDINGS = ("never fit", "memorised")
 """Standings of images that need attention, worst first."""
 

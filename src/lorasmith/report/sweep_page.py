@@ -14,8 +14,6 @@ from lorasmith.report.markup import Html, document, section, table, tag
 from lorasmith.report.pictures import PictureTable, picture_table
 from lorasmith.report.run_report import change, number, plain
 
-__all__ = ["ApartRun", "RankedRun", "SweepReport", "sweep_report"]
-
 _MOODS = {"failed": "bad", "stopped": "fair", "complete": "fair", "running": "good", "waiting": "fair"}
 
 

@@ -9,8 +9,6 @@ from PIL import Image, ImageDraw, ImageFont
 
 from lorasmith.core.printable import printable
 
-__all__ = ["load_font", "text_image", "wrapped"]
-
 _LINE_SPACING = 4
 
 

@@ -18,8 +18,6 @@ from lorasmith.report.animations import Clip, Shot
 from lorasmith.sampling.sample import prepare_noise, sample_latents
 from lorasmith.sampling.sigmas import sigmas_for
 
-__all__ = ["Experts", "Sampling", "generate", "generate_clips", "pictures", "shots", "to_images"]
-
 
 @dataclass(frozen=True)
 class Experts:

@@ -12,8 +12,6 @@ from torch import Tensor
 from lorasmith.core.errors import OptionError
 from lorasmith.families.base import Conditioning, collate
 
-__all__ = ["Predict", "guided"]
-
 Predict = Callable[[Tensor, Tensor, Conditioning], Tensor]
 """(noisy latents (batch, ...), time (batch,), conditioning of that batch) → prediction in the latents' shape."""
 

@@ -21,8 +21,6 @@ from lorasmith.families.model import Denoiser, TextEncoder
 from lorasmith.report.animations import Shot
 from lorasmith.sampling.generate import Experts, Sampling, shots
 
-__all__ = ["Partner", "Previewer", "parse_prompts", "parse_strengths"]
-
 Partner = Callable[[Denoiser, float], Experts]
 """From one of two experts, and the strength of the LoRA on it, to both; called for each row of pictures."""
 

@@ -19,8 +19,6 @@ from lorasmith.families.base import Conditioning
 from lorasmith.sampling.guidance import Predict, guided
 from lorasmith.sampling.samplers import SAMPLERS
 
-__all__ = ["SamplingCancelledError", "SamplingError", "prepare_noise", "sample_latents"]
-
 
 class SamplingError(LorasmithError):
     """Sampling gave numbers of which no picture can be made."""

@@ -24,8 +24,6 @@ from torch import Tensor
 from lorasmith.core.registry import Registry
 from lorasmith.diffusion.schedule import NoiseSchedule
 
-__all__ = ["SAMPLERS", "Denoise", "Progress", "Sampler", "Solver", "StepNoise"]
-
 Denoise = Callable[[Tensor, float], Tensor]
 """(state, sigma) → the predicted clean sample."""
 

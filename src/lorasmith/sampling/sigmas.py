@@ -18,8 +18,6 @@ from lorasmith.core.registry import Registry
 from lorasmith.diffusion.schedule import NoiseSchedule, shifted
 from lorasmith.sampling.samplers import SAMPLERS
 
-__all__ = ["SIGMA_SCHEDULES", "SigmaSchedule", "beta_quantiles", "flux2_sigmas", "sigmas_for"]
-
 SigmaSchedule = Callable[[NoiseSchedule, int], Tensor]
 """(schedule, steps) → sigmas (steps + 1,)."""
 

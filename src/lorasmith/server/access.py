@@ -30,18 +30,6 @@ from lorasmith.server.request_parts import in_time
 from lorasmith.server.server_config import ServerConfig
 from lorasmith.server.server_context import ServerContext
 
-__all__ = [
-    "CONTENT_POLICY",
-    "LEAST_TOKEN",
-    "WRONG_TOKEN_DELAY_S",
-    "Access",
-    "access_of",
-    "is_loopback",
-    "middlewares",
-    "preparing",
-    "routes",
-]
-
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 CONTENT_POLICY = (

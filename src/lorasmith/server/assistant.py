@@ -11,8 +11,6 @@ from lorasmith.core.errors import LorasmithError
 from lorasmith.server.child_process import ChildProcess, RestartPause
 from lorasmith.server.server_config import ServerConfig
 
-__all__ = ["Assistant", "RefusedError", "UnavailableError"]
-
 
 class RefusedError(LorasmithError):
     """The assistant refused a question.

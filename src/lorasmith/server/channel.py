@@ -19,8 +19,6 @@ import threading
 from collections.abc import Mapping
 from typing import Any, BinaryIO, TypeAlias
 
-__all__ = ["AsyncChannel", "BlockingChannel", "BrokenChannelError", "Message", "channel_of_child"]
-
 Message: TypeAlias = tuple[dict[str, Any], bytes]
 """A JSON object, and bytes beside it, which may be empty."""
 

@@ -15,8 +15,6 @@ from typing import Any
 from lorasmith.server.channel import AsyncChannel, BrokenChannelError
 from lorasmith.server.server_config import TOKEN_VARIABLE
 
-__all__ = ["ChildProcess", "RestartPause"]
-
 _LONGEST_LINE = 64 * 2**10
 
 

@@ -14,8 +14,6 @@ import sys
 
 from aiohttp import web
 
-__all__ = ["KEEPALIVE_S", "MOST_CONNECTIONS", "MOST_PER_ADDRESS", "Connections", "most_connections"]
-
 MOST_CONNECTIONS = 512
 """At once."""
 MOST_PER_ADDRESS = 256

@@ -21,17 +21,6 @@ from lorasmith.core.files import is_regular
 from lorasmith.core.folders import MAX_STEM_BYTES
 from lorasmith.core.safe_names import is_reserved
 
-__all__ = [
-    "UNTRUSTED",
-    "BadNameError",
-    "OutsideError",
-    "checked_name",
-    "contained",
-    "find_contained",
-    "send_file",
-]
-
-
 UNTRUSTED = "default-src 'none'; sandbox"
 """Content policy of answers that hold data of others."""
 

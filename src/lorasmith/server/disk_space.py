@@ -9,8 +9,6 @@ from pathlib import Path
 
 from lorasmith.core.errors import OutputError
 
-__all__ = ["SPARE_BYTES", "DiskFullError", "disk_space"]
-
 SPARE_BYTES = 2**30
 """Of the disk that requests leave free."""
 

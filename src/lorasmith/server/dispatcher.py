@@ -17,8 +17,6 @@ from lorasmith.server.log_book import LogBook
 from lorasmith.server.server_config import ServerConfig
 from lorasmith.server.worker_link import WorkerLink
 
-__all__ = ["Dispatcher"]
-
 _STOPPED = "the server was stopped while the job was running; continue it"
 
 _AGAIN_S = 5.0

@@ -17,8 +17,6 @@ from lorasmith.server.comfyui.editor_files import editor_package, send_editor_fi
 from lorasmith.server.contained_files import OutsideError, find_contained
 from lorasmith.server.server_context import ServerContext
 
-__all__ = ["EditorPages", "routes"]
-
 INSTALL = 'pip install "lorasmith[editor]"'
 
 

@@ -16,8 +16,6 @@ from lorasmith.core.sizes import count_text
 if TYPE_CHECKING:
     from lorasmith.nodes.example_workflows import Example
 
-__all__ = ["PICTURES", "Template", "index", "template_file", "templates"]
-
 PICTURES = Path(__file__).parent / "editor" / "templates"
 """The folder of the pictures."""
 

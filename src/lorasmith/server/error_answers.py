@@ -14,16 +14,6 @@ from lorasmith.server.assistant import RefusedError
 from lorasmith.server.jobs import StoreError
 from lorasmith.server.server_context import CONTEXT
 
-__all__ = [
-    "SlowClientError",
-    "TooLargeError",
-    "TooManyError",
-    "error_answer",
-    "error_response",
-    "errors_answered",
-    "status_of",
-]
-
 _STATUS = {
     "DiskFullError": 507,
     "DuplicateJobError": 409,

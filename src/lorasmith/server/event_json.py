@@ -20,8 +20,6 @@ from lorasmith.app.run_plan import (
 )
 from lorasmith.training.events import CaptionEncoded, Drawing, Event, StepDone, encoded
 
-__all__ = ["PROGRESS", "event_json", "finite"]
-
 _PREPARING = (ImageEncoded, ClassImageDrawn, EncodersHashed)
 PROGRESS = frozenset(kind.__name__ for kind in (StepDone, *_PREPARING, CaptionEncoded, Drawing))
 """Events that are replaced by newer ones for a slow reader."""

@@ -29,13 +29,11 @@ from lorasmith.server.measurements import measurement_subject
 from lorasmith.training.events import Event, Validated
 from lorasmith.training.job import plan_job
 from lorasmith.training.outcome import Outcome
+from lorasmith.training.results import TrainResult
 from lorasmith.training.runs.fingerprint import Fingerprint, differences
 from lorasmith.training.runs.history import read_history
 from lorasmith.training.runs.run_folder import RunFolder
-from lorasmith.training.train import TrainResult
 from lorasmith.training.verdict import UNJUDGED
-
-__all__ = ["measure", "train"]
 
 _STEPS = 8
 """Timed steps of a measurement."""

@@ -6,8 +6,6 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["error_entry", "graph_end", "history_message"]
-
 
 def error_entry(kind: str, message: str, details: str = "", **extra_info: Any) -> dict[str, Any]:
     """An error in the protocol's form.

@@ -16,8 +16,6 @@ from lorasmith.workflow import execution_events as events
 from lorasmith.workflow.executor import Executor
 from lorasmith.workflow.graph import Graph, validate
 
-__all__ = ["GraphJob"]
-
 _LINES = 20
 """Entries of a traceback that are kept."""
 

@@ -28,8 +28,6 @@ from lorasmith.server.request_parts import MAX_JSON_BYTES
 from lorasmith.server.server_config import ServerConfig
 from lorasmith.server.server_context import CONTEXT, ServerContext
 
-__all__ = ["make_app", "running", "serve"]
-
 _TABLES: tuple[ModuleType, ...] = (access, api, comfyui, page_routes, editor_routes)
 """Modules with `routes(context)`, and perhaps `middlewares(context)`, outermost first.
 

@@ -8,8 +8,6 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
-__all__ = ["Hub", "Notice", "NoticeKind", "Subscription"]
-
 NoticeKind: TypeAlias = Literal["job", "queue", "graph", "training", "log"]
 
 MOST_WAITING = 1_000

@@ -10,8 +10,6 @@ from typing import Any
 from lorasmith.server.channel import BlockingChannel
 from lorasmith.server.event_json import PROGRESS, finite
 
-__all__ = ["JobReporter"]
-
 
 class JobReporter:
     """Sends what one job reports to the server. A server that has gone ends nothing here; the job is cancelled then.

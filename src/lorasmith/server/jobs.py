@@ -23,26 +23,6 @@ from lorasmith.core.errors import LorasmithError
 from lorasmith.core.files import ensure_folder
 from lorasmith.server.disk_space import disk_space
 
-__all__ = [
-    "ACTIVE",
-    "ENDED",
-    "MOST_ENDED",
-    "MOST_ENDED_BYTES",
-    "MOST_PENDING",
-    "MOST_WAITING_BYTES",
-    "STATES",
-    "DuplicateJobError",
-    "Job",
-    "JobKind",
-    "JobLine",
-    "JobState",
-    "JobStateError",
-    "JobStore",
-    "QueueFullError",
-    "StoreError",
-    "UnknownJobError",
-]
-
 JobKind: TypeAlias = Literal["graph", "train", "measure"]
 JobState: TypeAlias = Literal["pending", "running", "completed", "failed", "cancelled", "paused", "interrupted"]
 STATES: tuple[JobState, ...] = get_args(JobState)

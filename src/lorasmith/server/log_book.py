@@ -16,8 +16,6 @@ from lorasmith.core.files import ensure_folder
 from lorasmith.core.printable import printable
 from lorasmith.server.hub import Hub, Notice
 
-__all__ = ["LogBook"]
-
 _REMEMBERED = 500
 _LONGEST = 4_000
 _MOST_BYTES = 10 * 2**20

@@ -16,8 +16,6 @@ from typing import Any
 from lorasmith.core.files import open_regular
 from lorasmith.training.runs.history import MOST_LINE_BYTES
 
-__all__ = ["LogTail", "LoggedEvent", "end_of_log"]
-
 _BLOCK = 2**20
 """Bytes that are read at a time."""
 

@@ -8,8 +8,6 @@ from typing import Any
 
 from lorasmith.training.config import cost_options
 
-__all__ = ["measurement_subject"]
-
 
 def measurement_subject(model: str, settings: Mapping[str, Any], device: str) -> str:
     """The key of a measurement in `JobStore`; settings that change no step's cost are not part of it.

@@ -19,8 +19,6 @@ from aiohttp import web
 if TYPE_CHECKING:
     from lorasmith.server.server_context import ServerContext
 
-__all__ = ["PAGE_POLICY", "page_files", "routes"]
-
 PAGE_POLICY = "; ".join(
     (
         "default-src 'none'",

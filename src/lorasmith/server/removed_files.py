@@ -14,8 +14,6 @@ from lorasmith.core.files import ensure_folder
 from lorasmith.core.safe_names import safe_name
 from lorasmith.server.server_config import FOLDER
 
-__all__ = ["keep_captions", "set_aside"]
-
 _REMOVED = FOLDER / "removed"
 
 

@@ -12,17 +12,6 @@ from aiohttp import web
 from lorasmith.core.errors import OptionError
 from lorasmith.server.error_answers import SlowClientError, TooLargeError, TooManyError
 
-__all__ = [
-    "MAX_JSON_BYTES",
-    "MAX_UPLOAD_BYTES",
-    "apart",
-    "in_time",
-    "number_in",
-    "read_body",
-    "send",
-    "send_json_pieces",
-]
-
 MAX_JSON_BYTES = 16 * 2**20
 """Size limit in bytes of bodies that are read whole: prompts, settings, captions, saved workflows."""
 

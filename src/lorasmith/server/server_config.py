@@ -10,8 +10,6 @@ from typing import Any
 
 from lorasmith.core.folders import Folders
 
-__all__ = ["FOLDER", "LOOPBACK", "TOKEN_VARIABLE", "ServerConfig", "folders_of_child"]
-
 LOOPBACK = "127.0.0.1"
 
 FOLDER = Path("user", "lorasmith")

@@ -14,8 +14,6 @@ from lorasmith.server.jobs import JobStore
 from lorasmith.server.log_book import LogBook
 from lorasmith.server.server_config import ServerConfig
 
-__all__ = ["CONTEXT", "ServerContext"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class ServerContext:

@@ -22,8 +22,6 @@ from lorasmith.server.error_answers import TooLargeError, TooManyError
 from lorasmith.server.request_parts import in_time
 from lorasmith.server.server_config import FOLDER
 
-__all__ = ["MOST_UPLOADS", "blocks", "form_parts", "received", "upload_folder"]
-
 MOST_UPLOADS = 16
 """Requests at once."""
 

@@ -19,8 +19,6 @@ from lorasmith.families.model_search import (
     load_completed,
 )
 
-__all__ = ["WarmModel"]
-
 
 class WarmModel:
     """At most one model. Training leaves it as it was, so that it serves any number of runs."""

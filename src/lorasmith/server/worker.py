@@ -22,8 +22,6 @@ from lorasmith.core.errors import CancelledError, LorasmithError, OutputError
 from lorasmith.core.files import locked
 from lorasmith.server.channel import BlockingChannel, channel_of_child
 
-__all__ = ["main"]
-
 _LOCK_PAUSE_S = 0.1
 _MARGIN_S = 5.0
 _MODULE = "lorasmith.server.worker"

@@ -20,8 +20,6 @@ from lorasmith.server.job_reporter import JobReporter
 from lorasmith.server.server_config import folders_of_child
 from lorasmith.server.warm_models import WarmModel
 
-__all__ = ["Jobs"]
-
 
 class Jobs:
     """Runs jobs one after another.

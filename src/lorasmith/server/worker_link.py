@@ -12,8 +12,6 @@ from lorasmith.server.child_process import ChildProcess, RestartPause
 from lorasmith.server.jobs import Job
 from lorasmith.server.server_config import ServerConfig
 
-__all__ = ["WorkerLink", "WorkerState"]
-
 WorkerState: TypeAlias = Literal["starting", "waiting", "loading", "ready", "busy", "gone"]
 """`waiting`: for the worker of a server that has ended, which still saves. `loading`: it imports torch. `gone`: its
 process has ended and is started again."""

@@ -20,19 +20,6 @@ from lorasmith.formats.names.spelling import ModuleTensors, without_core
 from lorasmith.formats.scales import scale_of
 from lorasmith.toolbox.lowrank import Change, Truncated, stacked
 
-__all__ = [
-    "added",
-    "added_by",
-    "as_lora",
-    "factors_of",
-    "is_additive",
-    "is_low_rank",
-    "is_plain_lora",
-    "layer_like",
-    "merged_weight",
-    "weight_shape",
-]
-
 
 def is_low_rank(weights: AdapterWeights) -> bool:
     """Whether the change is scale · up · down, with or without magnitudes."""

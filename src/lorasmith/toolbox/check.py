@@ -21,8 +21,6 @@ from lorasmith.formats.names.spelling import grouped
 from lorasmith.toolbox.model_files import open_model
 from lorasmith.toolbox.writing import free_target
 
-__all__ = ["Checked", "check_lora", "fix_lora"]
-
 
 @dataclass(frozen=True)
 class Checked:

@@ -31,8 +31,6 @@ from lorasmith.toolbox.lora_files import LoraFile, read_together
 from lorasmith.toolbox.lowrank import Change, stacked
 from lorasmith.toolbox.model_files import ModelFiles, Parameter, open_model
 
-__all__ = ["Comparison", "Pair", "compare"]
-
 _NOTHING = torch.zeros(())
 
 

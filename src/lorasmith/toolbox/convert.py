@@ -35,8 +35,6 @@ from lorasmith.formats.names.recognise import guessed_family
 from lorasmith.toolbox.model_files import open_model
 from lorasmith.toolbox.writing import free_target
 
-__all__ = ["Converted", "convert_lora"]
-
 
 @dataclass(frozen=True)
 class Converted:

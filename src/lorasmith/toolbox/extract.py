@@ -28,8 +28,6 @@ from lorasmith.toolbox.model_files import ModelFiles, Parameter
 from lorasmith.toolbox.resize import check_bounds
 from lorasmith.toolbox.writing import HISTORY, file_target, free_target, rank_entries
 
-__all__ = ["ExtractReport", "by_tensor", "cut_down", "extract", "extracted_metadata"]
-
 Groups = dict[str, list[tuple[ModuleRef, OriginalName]]]
 """Modules by tensor of the original checkpoint, each with its place in the tensor."""
 

@@ -24,8 +24,6 @@ from lorasmith.toolbox.changes import added_by, is_additive, layer_like, merged_
 from lorasmith.toolbox.extract import by_tensor, cut_down
 from lorasmith.toolbox.lowrank import stacked
 
-__all__ = ["PatchedPart", "extract_patches"]
-
 
 @dataclass(frozen=True)
 class PatchedPart:

@@ -26,8 +26,6 @@ from lorasmith.toolbox.merge import Part
 from lorasmith.toolbox.model_files import ModelFiles, Parameter
 from lorasmith.toolbox.writing import file_target, folder_target, free_target, noted, rewritten
 
-__all__ = ["FoldReport", "fold_into"]
-
 
 @dataclass(frozen=True)
 class FoldReport:

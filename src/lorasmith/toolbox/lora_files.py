@@ -39,8 +39,6 @@ from lorasmith.formats.scales import scale_of, scaled_by, with_one_alpha
 from lorasmith.toolbox.changes import is_plain_lora
 from lorasmith.toolbox.writing import rank_entries
 
-__all__ = ["LoraFile", "flat_shapes", "read_lora", "read_together", "refuse_folder", "save_alike", "spelled_like"]
-
 
 @dataclass(frozen=True)
 class LoraFile:

@@ -16,8 +16,6 @@ from torch import Tensor
 from lorasmith.core.errors import LoraError
 from lorasmith.core.random import keyed_normal
 
-__all__ = ["Change", "Truncated", "share", "stacked"]
-
 _OVERSAMPLING = 16
 _POWER_ITERATIONS = 4
 _ROUNDING = 1e-9  # share of the energy that is ignored, so that rounding does not add a singular value

@@ -36,8 +36,6 @@ from lorasmith.toolbox.lowrank import Change, Truncated, share, stacked
 from lorasmith.toolbox.model_files import ModelFiles, Parameter
 from lorasmith.toolbox.writing import file_target, noted
 
-__all__ = ["MergeReport", "merge_loras"]
-
 _NOTHING = torch.zeros(())
 
 Part = tuple[ModuleTensors, float]

@@ -32,8 +32,6 @@ from lorasmith.families.locating import built_in_models
 from lorasmith.formats.container import check_safetensors, read_safetensors
 from lorasmith.formats.names.model_names import ModelNames
 
-__all__ = ["ModelFiles", "Parameter", "Place", "open_model"]
-
 
 @dataclass(frozen=True)
 class Parameter:

@@ -34,8 +34,6 @@ from lorasmith.toolbox.lora_files import LoraFile, flat_shapes, read_lora, refus
 from lorasmith.toolbox.lowrank import share
 from lorasmith.toolbox.writing import file_target, noted, rank_entries
 
-__all__ = ["ResizeReport", "Resized", "resize"]
-
 
 @dataclass(frozen=True)
 class Resized:

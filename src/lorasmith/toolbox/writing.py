@@ -19,8 +19,6 @@ from lorasmith.formats.container import check_safetensors, read_safetensors
 from lorasmith.formats.metadata import RUN_ENTRY
 from lorasmith.formats.scales import rank_of
 
-__all__ = ["HISTORY", "file_target", "folder_target", "free_target", "noted", "rank_entries", "rewritten"]
-
 HISTORY = "lorasmith.history"
 """Header entry to which each tool adds a line about its operation."""
 

@@ -24,8 +24,6 @@ from lorasmith.families.base import Conditioning
 from lorasmith.training.config import ResolvedConfig
 from lorasmith.training.runtime import Runtime
 
-__all__ = ["Batch", "BatchMaker", "kind_of", "no_masks", "prefetched", "sample_index", "shares"]
-
 
 @dataclass(frozen=True)
 class Batch:

@@ -12,8 +12,6 @@ from lorasmith.data.dataset import EncodedDataset, Sample, Variants
 from lorasmith.training.batches import sample_index
 from lorasmith.training.events import CaptionsPlanned, EventHandler
 
-__all__ = ["captions_ready", "drawn_captions"]
-
 _MOST_DRAWS = 50_000
 """Draws whose captions are listed one by one, in some seconds."""
 

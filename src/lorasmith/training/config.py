@@ -24,19 +24,6 @@ from lorasmith.core.options import Option, check_options, config_from, option, o
 from lorasmith.training.optim.schedules import SCHEDULES, rate_factor
 from lorasmith.training.optim.update_rules import OPTIMIZERS
 
-__all__ = [
-    "NONE_LORA",
-    "WHOLE_RANGE",
-    "DtypeSetting",
-    "ResolvedConfig",
-    "TrainConfig",
-    "cost_options",
-    "lora_settings",
-    "names_alone",
-    "settings_from_file",
-    "unused_settings",
-]
-
 DtypeSetting = Literal["bf16", "fp32", "none"]
 """Values of `training_dtype` that are resolved."""
 

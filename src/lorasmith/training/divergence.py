@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-__all__ = ["exploded"]
-
 _FACTOR = 10.0
 _LAG = 10
 _WINDOW = 100

@@ -43,8 +43,6 @@ from lorasmith.training.optim.loss_scale import LossScale
 from lorasmith.training.optim.optimizers import GatedOptimizer, check_alike
 from lorasmith.training.runtime import Runtime
 
-__all__ = ["Engine", "batch_maker", "frozen", "prediction_losses", "prepared", "sample_losses"]
-
 
 @contextlib.contextmanager
 def frozen(denoiser: Denoiser, config: ResolvedConfig, runtime: Runtime) -> Iterator[None]:

@@ -14,29 +14,6 @@ from lorasmith.core.printable import printable
 from lorasmith.core.typed_json import typed
 from lorasmith.training.outcome import Outcome
 
-__all__ = [
-    "EVENTS_VERSION",
-    "KINDS",
-    "CaptionEncoded",
-    "CaptionsPlanned",
-    "Drawing",
-    "Event",
-    "EventHandler",
-    "Planned",
-    "Previewed",
-    "Resumed",
-    "RolledBack",
-    "RunFinished",
-    "RunStarted",
-    "Shrunk",
-    "StateSaved",
-    "StepDone",
-    "Validated",
-    "Warned",
-    "decoded",
-    "encoded",
-]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Event:

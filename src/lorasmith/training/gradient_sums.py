@@ -20,8 +20,6 @@ from torch import Tensor
 from lorasmith.core.processes import Processes
 from lorasmith.training.optim.flat import FlatParameters
 
-__all__ = ["BUCKET_NUMBERS", "GradientSums"]
-
 BUCKET_NUMBERS = 4 * 1024**2
 """Least numbers of a bucket: 16 MiB, enough for the speed of a link and little enough to overlap."""
 

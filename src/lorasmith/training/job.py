@@ -40,8 +40,6 @@ from lorasmith.training.optim.update_rules import default_rate, rule_of
 from lorasmith.training.runtime import Runtime, dtype_on_device
 from lorasmith.training.target_text import parse_targets, resolve_targets
 
-__all__ = ["Job", "engine_of", "fresh_differences", "plan_job", "variant_of"]
-
 
 @dataclass(frozen=True)
 class Job:

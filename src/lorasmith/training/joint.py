@@ -42,8 +42,6 @@ from lorasmith.training.recovery import StepRepeated
 from lorasmith.training.runtime import Runtime
 from lorasmith.training.shared_model import SharedModel
 
-__all__ = ["SHARED_SETTINGS", "EngineMaker", "StopOfAll", "check_alike", "check_captions", "train_jointly"]
-
 T = TypeVar("T")
 EngineMaker = Callable[[Job], Engine]
 

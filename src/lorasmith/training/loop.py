@@ -34,8 +34,6 @@ from lorasmith.training.progress import Progress, RunState, StateNumbers
 from lorasmith.training.recovery import CompileFailed, Diverged, OutOfMemory, Recovery, StepFault
 from lorasmith.training.runtime import Runtime
 
-__all__ = ["Loop", "Watcher"]
-
 _SNAPSHOT_STEPS = 25
 """Steps between snapshots: the most that a rollback can cost."""
 

@@ -47,8 +47,6 @@ from lorasmith.formats.names.spelling import ModuleTensors, all_assembled, fits,
 from lorasmith.formats.scales import rank_of
 from lorasmith.report.cards import card
 
-__all__ = ["Applied", "Lora"]
-
 D = TypeVar("D", Denoiser, None)
 E = TypeVar("E", TextEncoder, None)
 

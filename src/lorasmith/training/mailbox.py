@@ -7,8 +7,6 @@ from collections import deque
 import torch
 from torch import Tensor
 
-__all__ = ["Mailbox"]
-
 
 class Mailbox:
     """Transfers small tensors by step, and returns them in order once they have arrived.

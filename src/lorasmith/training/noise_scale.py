@@ -16,8 +16,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["NoiseScale", "noise_terms"]
-
 
 def noise_terms(small_sq: float, big_sq: float, *, small: float, big: float) -> tuple[float, float]:
     """Unbiased estimates of |G|² and tr(Σ); single ones are very noisy, and either may come out negative.

@@ -29,8 +29,6 @@ from lorasmith.training.memory.compilation import compilable, units
 from lorasmith.training.memory.frozen_weights import takes_fp8_products
 from lorasmith.training.optim.update_rules import default_rate, takes_weight_decay
 
-__all__ = ["OtherProgram", "Remark", "notes_on", "notes_on_file", "notes_on_plan", "notes_on_products"]
-
 
 class Remark(str):
     """A note that asks nothing of the user: it is for the report."""

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from lorasmith.core.typed_json import typed
 
-__all__ = ["Progress", "RunState", "StateNumbers"]
-
 
 @dataclass(frozen=True)
 class RunState:

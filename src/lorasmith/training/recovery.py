@@ -19,8 +19,6 @@ from lorasmith.training.engine import Engine
 from lorasmith.training.events import EventHandler, RolledBack, Shrunk, Warned
 from lorasmith.training.progress import Progress, RunState
 
-__all__ = ["CompileFailed", "Diverged", "OutOfMemory", "Recovery", "StepFault", "StepRepeated"]
-
 
 class StepFault(Exception):  # noqa: N818 - faults of a step, which never leave the loop
     """A step that failed; handled by `Recovery`."""

@@ -26,8 +26,6 @@ from lorasmith.training.runs.records import RunRecord
 from lorasmith.training.verdict import TOO_EARLY, UNJUDGED
 from lorasmith.training.watchers import ValidationWatch
 
-__all__ = ["Results", "TrainResult", "lora_of"]
-
 
 @dataclass(frozen=True, repr=False)
 class TrainResult:

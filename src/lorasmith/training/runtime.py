@@ -15,8 +15,6 @@ from lorasmith.core.placement import multiplies
 from lorasmith.core.processes import ALONE, Processes, current
 from lorasmith.training.config import DtypeSetting, ResolvedConfig, TrainConfig
 
-__all__ = ["Runtime", "dtype_on_device"]
-
 
 def dtype_on_device(config: TrainConfig, module: nn.Module, device: torch.device) -> DtypeSetting:
     """`training_dtype` as a device computes products: fp32 where it would emulate the format that is set.

@@ -20,8 +20,6 @@ from lorasmith.training.job import Job
 from lorasmith.training.memory.activation_checkpointing import blocks_checkpointed
 from lorasmith.training.memory.activations import activations_reduced
 
-__all__ = ["SharedModel"]
-
 _FRUGAL: Sequence[ActivationPlan] = ("keep", "lean", "selective", "host")
 """How activations are kept, by the memory that is left."""
 

@@ -25,8 +25,6 @@ from lorasmith.core.registry import nearest
 from lorasmith.families.model import Denoiser
 from lorasmith.training.config import TrainConfig
 
-__all__ = ["parse_targets", "resolve_targets"]
-
 _SETTINGS = {"rank": "rank", "alpha": "alpha", "lr": "learning_rate"}
 _DECLARED = options_of(TrainConfig)
 _MOST_ENTRIES, _LONGEST_ENTRY = 500, 500  # each is matched with each layer, and long patterns take long to compile

@@ -19,8 +19,6 @@ from lorasmith.training.job import fresh_differences, variant_of
 from lorasmith.training.notes import notes_on_plan
 from lorasmith.training.target_text import resolve_targets
 
-__all__ = ["TargetGroup", "TargetSummary", "summarise_targets"]
-
 _HEADER_BYTES = 130  # per tensor of a safetensors file: its name, dtype, shape and offset
 
 

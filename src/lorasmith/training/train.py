@@ -21,7 +21,7 @@ from lorasmith.data.split import Split, split
 from lorasmith.training.captions_ahead import captions_ready
 from lorasmith.training.engine import Engine
 from lorasmith.training.events import CaptionEncoded, Event, EventHandler, Resumed, RunFinished, RunStarted, Warned
-from lorasmith.training.job import Job, engine_of, plan_job
+from lorasmith.training.job import Job, engine_of
 from lorasmith.training.loop import Loop, Watcher
 from lorasmith.training.memory.compilation import sizes_vary
 from lorasmith.training.notes import Remark
@@ -36,8 +36,6 @@ from lorasmith.training.runs.records import RunRecord, check_title, run_record
 from lorasmith.training.runs.run_folder import RunFolder, check_place, claimed_run
 from lorasmith.training.runs.run_states import SPARE_BYTES, StateSaver, free_bytes, load_state
 from lorasmith.training.watchers import PREVIEWS, Draw, LoraWatch, PreviewWatch, ValidationWatch
-
-__all__ = ["Job", "RunOptions", "TrainResult", "plan_job", "run_bytes", "run_job"]
 
 _STATE_BYTES = 16
 """Bytes of a run state per trained parameter: fp32 weights, their average, and two moments of the optimizer."""

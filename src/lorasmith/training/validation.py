@@ -23,8 +23,6 @@ from lorasmith.diffusion.timesteps import quantile_range
 from lorasmith.families.model import Denoiser
 from lorasmith.training.config import WHOLE_RANGE
 
-__all__ = ["Validator"]
-
 _SEED = 0  # a constant, so that runs with different seeds can be compared
 
 

@@ -23,8 +23,6 @@ from lorasmith.core.errors import OptionError
 from lorasmith.core.sizes import count_text
 from lorasmith.training.events import Validated
 
-__all__ = ["FEW_IMAGES", "TOO_EARLY", "UNJUDGED", "History", "interval"]
-
 FEW_IMAGES = 5
 """Below this many held-out images the interval is over pairs of image and noise level."""
 

@@ -22,8 +22,6 @@ from lorasmith.training.runtime import Runtime
 from lorasmith.training.validation import Validator
 from lorasmith.training.verdict import History
 
-__all__ = ["Draw", "LoraWatch", "PreviewWatch", "ValidationWatch"]
-
 _VALIDATIONS = 10
 PREVIEWS = 4
 """Default number of validations or previews in a run."""

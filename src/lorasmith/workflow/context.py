@@ -11,8 +11,6 @@ from lorasmith.core.errors import CancelledError
 from lorasmith.core.folders import Folders
 from lorasmith.workflow.execution_events import Event, NodeMessage, NodeProgress, NodeReport
 
-__all__ = ["NodeContext", "ignore"]
-
 
 def ignore(event: Event) -> None:
     """An event callback that does nothing."""

@@ -34,8 +34,6 @@ from lorasmith.workflow.prompt import NOTES
 from lorasmith.workflow.sockets import ANY
 from lorasmith.workflow.subgraphs import PRIMITIVE, Hosts, HostValues
 
-__all__ = ["prompt_of_editor"]
-
 
 def prompt_of_editor(
     content: Mapping[str, Any], *, nodes: Registry[Node] = NODES, names: WidgetNames | None = None

@@ -16,19 +16,6 @@ from typing import Any, NamedTuple
 from lorasmith.core.errors import GraphError
 from lorasmith.core.printable import printable
 
-__all__ = [
-    "BYPASSED",
-    "MUTED",
-    "SAVE_AGAIN",
-    "Boundary",
-    "EditorGraph",
-    "EditorInput",
-    "EditorLink",
-    "EditorNode",
-    "is_editor_format",
-    "read_editor_graph",
-]
-
 MUTED, BYPASSED = 2, 4
 """Modes of nodes that do not run; a bypassed one passes its inputs on."""
 SAVE_AGAIN = "save the workflow again in ComfyUI"

@@ -16,8 +16,6 @@ from lorasmith.workflow.editor_graph import EditorNode
 from lorasmith.workflow.node import NODES, Node
 from lorasmith.workflow.sockets import SCALARS, Input
 
-__all__ = ["SEEDS", "WidgetNames", "is_control", "named_values", "names_in", "without_missing_controls"]
-
 WidgetNames: TypeAlias = Callable[[str, Sequence[Any]], "Sequence[str | None] | None"]
 """Names of a class's values by position, given the class and the values; None in place of a name for a value of the
 editor's own, and None in place of the list for an unknown class."""

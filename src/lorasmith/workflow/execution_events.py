@@ -6,21 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-__all__ = [
-    "Event",
-    "ExecutionCancelled",
-    "ExecutionFailed",
-    "ExecutionFinished",
-    "ExecutionStarted",
-    "NodeCached",
-    "NodeFinished",
-    "NodeMessage",
-    "NodeProgress",
-    "NodeReport",
-    "NodeStarted",
-    "UiOutput",
-]
-
 UiOutput: TypeAlias = Mapping[str, Sequence[Any]]
 """Output of a node for user interfaces, by kind: `{"images": [{filename, subfolder, type}, ...]}`; may be empty."""
 

@@ -33,8 +33,6 @@ from lorasmith.workflow.execution_events import (
 from lorasmith.workflow.graph import Graph, GraphNode, Link
 from lorasmith.workflow.mapping import NodeResult, call_node
 
-__all__ = ["Executor"]
-
 _PREFIX = "filename_prefix"
 """Input of every node that saves files in the output folder."""
 

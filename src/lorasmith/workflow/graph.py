@@ -21,8 +21,6 @@ from lorasmith.workflow.order import Cycle, depth_first
 from lorasmith.workflow.prompt import Prompt, class_of, is_remark, node_label, node_title
 from lorasmith.workflow.sockets import ANY, MATCH, Input, types_match
 
-__all__ = ["MOST_NODES", "Examination", "Finding", "Graph", "GraphNode", "Link", "examine", "validate"]
-
 
 @dataclass(frozen=True)
 class Link:

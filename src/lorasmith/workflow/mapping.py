@@ -16,8 +16,6 @@ from lorasmith.workflow.context import NodeContext
 from lorasmith.workflow.execution_events import UiOutput
 from lorasmith.workflow.node import Node, NodeOutput
 
-__all__ = ["NodeResult", "call_node"]
-
 
 @dataclass(frozen=True)
 class NodeResult:

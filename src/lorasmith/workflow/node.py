@@ -29,8 +29,6 @@ from lorasmith.core.registry import Registry
 from lorasmith.workflow.execution_events import UiOutput
 from lorasmith.workflow.sockets import Input, Output
 
-__all__ = ["NODES", "Hidden", "Node", "NodeOutput", "node"]
-
 Hidden: TypeAlias = Literal["prompt", "extra_pnginfo", "unique_id"]
 
 

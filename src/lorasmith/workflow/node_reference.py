@@ -10,8 +10,6 @@ from lorasmith.core.registry import Registry, nearest
 from lorasmith.workflow.node import Node
 from lorasmith.workflow.sockets import Input
 
-__all__ = ["badges", "find_node", "input_facts", "nodes_by_category"]
-
 
 def nodes_by_category(nodes: Registry[Node]) -> Iterator[tuple[str, list[Node]]]:
     """The nodes of each category, both in alphabetical order; without those that are deprecated."""

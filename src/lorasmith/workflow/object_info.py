@@ -9,8 +9,6 @@ from lorasmith.core.folders import Folders
 from lorasmith.workflow.node import Node
 from lorasmith.workflow.sockets import MATCH, Input
 
-__all__ = ["object_info"]
-
 
 def object_info(node: Node, folders: Folders) -> dict[str, Any]:
     """The definition of `node` as JSON values, with the current choices of the folders."""

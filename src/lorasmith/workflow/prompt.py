@@ -16,8 +16,6 @@ from lorasmith.core.printable import printable
 from lorasmith.core.registry import Registry, nearest
 from lorasmith.workflow.node import NODES, Node
 
-__all__ = ["NOTES", "Prompt", "apply_overrides", "class_of", "is_remark", "node_label", "node_title"]
-
 Prompt: TypeAlias = Mapping[str, Any]
 """Nodes by id, as in the file."""
 

@@ -17,8 +17,6 @@ from lorasmith.core.folders import Folders
 from lorasmith.core.options import Option
 from lorasmith.core.registry import nearest
 
-__all__ = ["ANY", "MATCH", "SCALARS", "Grow", "Input", "Output", "types_match"]
-
 ANY = "*"
 """Matches every type."""
 

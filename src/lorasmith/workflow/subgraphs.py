@@ -19,8 +19,6 @@ from typing import Any, NamedTuple
 from lorasmith.workflow.editor_graph import EditorGraph, EditorInput, EditorNode
 from lorasmith.workflow.editor_widgets import WidgetNames, named_values
 
-__all__ = ["PRIMITIVE", "HostValues", "Hosts"]
-
 PRIMITIVE = "PrimitiveNode"
 """Class of the editor's nodes that hold the value of other nodes' widgets."""
 

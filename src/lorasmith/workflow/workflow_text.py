@@ -12,8 +12,6 @@ from lorasmith.workflow.editor_format import prompt_of_editor
 from lorasmith.workflow.editor_graph import is_editor_format
 from lorasmith.workflow.node import NODES, Node
 
-__all__ = ["Workflow", "carried_workflow", "parse_prompt", "parse_workflow"]
-
 
 class Workflow(NamedTuple):
     """A workflow: the prompt that runs, and the editor's JSON of the same graph if the file has it."""

@@ -39,7 +39,7 @@ from lorasmith.training.events import StepDone
 from lorasmith.training.memory.activation_checkpointing import blocks_checkpointed
 from lorasmith.training.memory.frozen_weights import frozen_bytes, takes_fp8_products, weights_packed
 from lorasmith.training.memory.weight_stream import WeightStream
-from lorasmith.training.train import TrainResult
+from lorasmith.training.results import TrainResult
 from tests.covering import slow_except
 
 QUANTIZED = [kind for kind in PACKINGS if kind != "none" and not kind.endswith("_tensor")]

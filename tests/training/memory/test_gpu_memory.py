@@ -20,7 +20,7 @@ from lorasmith.training.events import Event, Planned, Shrunk
 from lorasmith.training.memory import activations
 from lorasmith.training.memory.frozen_weights import weights_packed
 from lorasmith.training.memory.weight_stream import WeightStream
-from lorasmith.training.train import TrainResult
+from lorasmith.training.results import TrainResult
 
 pytestmark = [
     pytest.mark.gpu,

@@ -20,7 +20,7 @@ from lorasmith.training.engine import prepared
 from lorasmith.training.events import Planned, Warned
 from lorasmith.training.memory import memory_plan
 from lorasmith.training.memory.memory_plan import MemoryPlan, chosen_plan, free_memory, plan_for
-from lorasmith.training.train import TrainResult
+from lorasmith.training.results import TrainResult
 
 Run = Callable[..., TrainResult]
 

@@ -23,8 +23,9 @@ from lorasmith.families.loading import load_model
 from lorasmith.families.model import Denoiser, Model
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Warned
+from lorasmith.training.job import plan_job
+from lorasmith.training.results import TrainResult
 from lorasmith.training.runs.fingerprint import fingerprint
-from lorasmith.training.train import TrainResult, plan_job
 from tests.covering import slow_except
 
 Pair = tuple[Model, Model]

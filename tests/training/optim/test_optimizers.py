@@ -17,7 +17,7 @@ from lorasmith.data.dataset import EncodedDataset
 from lorasmith.training.optim.flat import FlatParameters
 from lorasmith.training.optim.optimizers import GatedOptimizer, check_optimizer
 from lorasmith.training.optim.update_rules import OPTIMIZERS
-from lorasmith.training.train import TrainResult
+from lorasmith.training.results import TrainResult
 
 PATHS = [
     "torch.optim.Adagrad",

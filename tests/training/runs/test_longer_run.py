@@ -14,9 +14,9 @@ from lorasmith.core.errors import LorasmithError, OutputError
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.formats.hashes import sha256_body
 from lorasmith.training.events import Event, Resumed, StepDone, Warned
+from lorasmith.training.results import TrainResult
 from lorasmith.training.runs.history import read_history
 from lorasmith.training.runs.run_folder import RunFolder
-from lorasmith.training.train import TrainResult
 
 Run = Callable[..., TrainResult]
 

@@ -11,8 +11,6 @@ from lorasmith.core.json_schema import DIALECT, json_schema
 from lorasmith.server.api.endpoint import PREFIX, Endpoint
 from lorasmith.server.api_shapes import ErrorAnswer
 
-__all__ = ["API_VERSION", "api_document", "plain_path"]
-
 API_VERSION = "1"
 """Of the paths and types; what is added keeps it."""
 

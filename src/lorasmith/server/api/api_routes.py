@@ -16,8 +16,6 @@ from lorasmith.server.api.server_endpoints import SERVER_ENDPOINTS
 from lorasmith.server.error_answers import error_response
 from lorasmith.server.server_context import ServerContext
 
-__all__ = ["ENDPOINTS", "routes"]
-
 
 async def _document(context: ServerContext, call: Call) -> dict[str, Any]:
     return api_document(ENDPOINTS)

@@ -35,8 +35,6 @@ from lorasmith.server.jobs import JobStateError
 from lorasmith.server.server_context import ServerContext
 from lorasmith.training.config import TrainConfig
 
-__all__ = ["DATASET_ENDPOINTS"]
-
 _OPTIONS = {**options_of(DataConfig), **options_of(TrainConfig)}
 _WIDTH = 2048
 

@@ -21,8 +21,6 @@ from lorasmith.core.typed_json import typed
 from lorasmith.server.request_parts import apart, number_in, read_body
 from lorasmith.server.server_context import ServerContext
 
-__all__ = ["PREFIX", "Call", "Endpoint", "Query", "json_response", "route_of"]
-
 PREFIX = "/lorasmith/v1"
 
 T = TypeVar("T")

@@ -27,8 +27,6 @@ from lorasmith.server.request_parts import send
 from lorasmith.server.server_context import ServerContext
 from lorasmith.training.events import KINDS
 
-__all__ = ["MOST_STREAMS", "all_events", "job_events", "run_events"]
-
 MOST_STREAMS = 64
 """Streams at once."""
 

@@ -11,8 +11,6 @@ from typing import Any
 from lorasmith.server.api_shapes import JobAnswer
 from lorasmith.server.jobs import Job
 
-__all__ = ["job_answer", "job_row", "uses_dataset"]
-
 _TITLES = {"graph": "Workflow", "measure": "Measurement", "train": "Training"}
 _LARGE = ("prompt", "workflow", "extra_data")
 """Parts of a graph's request that lists leave out."""

@@ -30,8 +30,6 @@ from lorasmith.server.jobs import ACTIVE, ENDED, STATES, Job, JobState, JobState
 from lorasmith.server.measurements import measurement_subject
 from lorasmith.server.server_context import ServerContext
 
-__all__ = ["JOB_ENDPOINTS"]
-
 _MOST_LISTED = 500
 
 

@@ -14,8 +14,6 @@ from lorasmith.server.api_shapes import InstallBody, InstalledLora, JobAnswer, R
 from lorasmith.server.contained_files import UNTRUSTED, send_file
 from lorasmith.server.server_context import ServerContext
 
-__all__ = ["RUN_ENDPOINTS"]
-
 
 def _jobs(context: ServerContext) -> dict[str, str]:
     """The jobs that run now, by the id of their run."""

@@ -22,8 +22,6 @@ from lorasmith.server.api_shapes import (
 )
 from lorasmith.server.server_context import ServerContext
 
-__all__ = ["SERVER_ENDPOINTS", "settings_answer"]
-
 _TYPES: dict[type, SettingType] = {int: "integer", float: "number", str: "text", bool: "boolean"}
 
 

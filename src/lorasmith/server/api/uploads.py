@@ -21,8 +21,6 @@ from lorasmith.server.error_answers import TooLargeError
 from lorasmith.server.server_context import ServerContext
 from lorasmith.server.upload_folder import form_parts, received, upload_folder
 
-__all__ = ["MOST_FILES", "MOST_FILE_BYTES", "MOST_REQUEST_BYTES", "add_files"]
-
 MOST_FILE_BYTES = 100 * 2**20
 """Of a picture."""
 MOST_TEXT_BYTES = 80_000

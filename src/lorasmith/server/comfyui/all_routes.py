@@ -19,8 +19,6 @@ from lorasmith.server.comfyui.websocket import Sockets, features
 from lorasmith.server.request_parts import MAX_UPLOAD_BYTES
 from lorasmith.server.server_context import ServerContext
 
-__all__ = ["PREFIXES", "routes"]
-
 PREFIXES = ("", "/api", "/editor", "/editor/api")
 """Starts of the addresses of each route."""
 

@@ -13,8 +13,6 @@ from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.server.error_answers import status_of
 from lorasmith.server.request_parts import apart, read_body
 
-__all__ = ["answering", "read_json", "refused", "table"]
-
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 

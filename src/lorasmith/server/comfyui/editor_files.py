@@ -20,8 +20,6 @@ from lorasmith.server.comfyui.answers import refused, table
 from lorasmith.server.contained_files import find_contained
 from lorasmith.server.editor_templates import template_file
 
-__all__ = ["EDITOR_POLICY", "EditorFiles", "editor_package", "send_editor_file"]
-
 EDITOR_POLICY = "; ".join(
     (
         "default-src 'self'",

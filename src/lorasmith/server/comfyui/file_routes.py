@@ -24,8 +24,6 @@ from lorasmith.server.removed_files import set_aside
 from lorasmith.server.request_parts import MAX_UPLOAD_BYTES
 from lorasmith.server.upload_folder import blocks, form_parts, received, upload_folder
 
-__all__ = ["FileRoutes", "place_folders"]
-
 _MOST_FIELDS, _LONGEST_FIELD = 20, 20_000
 _MOST_COPIES = 10_000
 

@@ -11,18 +11,6 @@ from typing import Any
 
 from lorasmith.server.jobs import Job, JobState
 
-__all__ = [
-    "JOB_STATUSES",
-    "STATES_OF_STATUS",
-    "ending_message",
-    "history_entry",
-    "history_messages",
-    "job_detail",
-    "job_summary",
-    "milliseconds",
-    "queue_entry",
-]
-
 STATES_OF_STATUS: Mapping[str, tuple[JobState, ...]] = {
     "pending": ("pending",),
     "in_progress": ("running",),

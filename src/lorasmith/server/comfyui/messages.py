@@ -19,19 +19,6 @@ from lorasmith.server.comfyui.job_views import ending_message, milliseconds
 from lorasmith.server.hub import Notice
 from lorasmith.server.jobs import ENDED, Job
 
-__all__ = [
-    "Client",
-    "Frame",
-    "JobProgress",
-    "Progress",
-    "ending_frames",
-    "final_frames",
-    "frames_of",
-    "log_entry",
-    "message",
-    "queue_info",
-]
-
 Frame: TypeAlias = str | bytes
 """A message as it is sent: JSON text, or a binary frame."""
 

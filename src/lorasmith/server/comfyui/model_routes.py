@@ -13,8 +13,6 @@ from lorasmith.server.assistant import Assistant, RefusedError
 from lorasmith.server.comfyui.answers import refused, table
 from lorasmith.server.contained_files import find_contained, send_file
 
-__all__ = ["MODEL_KINDS", "ModelRoutes"]
-
 MODEL_KINDS = ("checkpoints", "diffusion_models", "embeddings", "loras", "text_encoders", "vae")
 """Kinds of models whose folders are listed even where they are missing."""
 _OLDER_NAMES = ("unet", "clip")

@@ -8,8 +8,6 @@ from lorasmith.workflow.node import Node
 from lorasmith.workflow.node_reference import badges, input_facts
 from lorasmith.workflow.sockets import Input
 
-__all__ = ["node_page"]
-
 
 def node_page(node: Node) -> str:
     """The page about a node."""

@@ -20,8 +20,6 @@ from lorasmith.workflow.node import Node
 from lorasmith.workflow.object_info import object_info
 from lorasmith.workflow.prompt import Prompt, class_of, is_remark, node_title
 
-__all__ = ["PromptAnswer", "answer_to"]
-
 
 @dataclass(frozen=True)
 class PromptAnswer:

@@ -19,8 +19,6 @@ from lorasmith.server.graph_ends import error_entry
 from lorasmith.server.jobs import DuplicateJobError, QueueFullError
 from lorasmith.server.server_context import ServerContext
 
-__all__ = ["PromptRoutes"]
-
 
 class PromptRoutes:
     """The routes.

@@ -21,8 +21,6 @@ from lorasmith.server.jobs import ENDED, JobLine, JobStore
 from lorasmith.server.request_parts import number_in, send_json_pieces
 from lorasmith.server.server_context import ServerContext
 
-__all__ = ["QueueRoutes"]
-
 
 class QueueRoutes:
     """The routes. Args: `context` of the server."""

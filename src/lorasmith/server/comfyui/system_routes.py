@@ -16,8 +16,6 @@ from lorasmith.server.comfyui.websocket import Sockets, features
 from lorasmith.server.request_parts import MAX_UPLOAD_BYTES
 from lorasmith.server.server_context import ServerContext
 
-__all__ = ["PROTOCOL_VERSION", "SystemRoutes"]
-
 PROTOCOL_VERSION = "0.33.0"
 """The ComfyUI release whose protocol this is, as clients read it from `/system_stats`."""
 

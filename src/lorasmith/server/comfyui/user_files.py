@@ -21,8 +21,6 @@ from lorasmith.server.disk_space import disk_space
 from lorasmith.server.removed_files import set_aside
 from lorasmith.server.request_parts import MAX_JSON_BYTES, read_body
 
-__all__ = ["FIRST_SETTINGS", "UserFiles"]
-
 FIRST_SETTINGS: dict[str, Any] = {"Comfy.Notification.ShowVersionUpdates": False}
 """Settings of the editor until its user changes them: it does not ask another server for its own updates."""
 

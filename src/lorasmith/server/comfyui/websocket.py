@@ -26,8 +26,6 @@ from lorasmith.server.hub import Notice, Subscription
 from lorasmith.server.jobs import ENDED, StoreError, UnknownJobError
 from lorasmith.server.server_context import ServerContext
 
-__all__ = ["FEATURES", "Sockets", "features"]
-
 MOST_SOCKETS = 128
 """Connections at the same time: fewer than one address may have, so that it can send requests, too."""
 _MOST_MESSAGE = 2**16

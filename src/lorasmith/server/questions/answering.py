@@ -13,8 +13,6 @@ from lorasmith.core.errors import LorasmithError
 from lorasmith.server.channel import BlockingChannel, channel_of_child
 from lorasmith.server.server_config import folders_of_child
 
-__all__ = ["main"]
-
 _THREADS = 4
 
 

@@ -29,19 +29,6 @@ from lorasmith.server.questions.dataset_folders import (
 from lorasmith.server.questions.shaped_questions import shaped
 from lorasmith.server.removed_files import keep_captions, set_aside
 
-__all__ = [
-    "MOST_IMAGES",
-    "StaleCaptionError",
-    "TakenNameError",
-    "add_caption",
-    "add_image",
-    "check_changes",
-    "create_dataset",
-    "remove_dataset",
-    "remove_image",
-    "set_captions",
-]
-
 MOST_IMAGES = 2000
 """Pictures of a dataset that the page fills."""
 

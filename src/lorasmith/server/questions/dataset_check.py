@@ -22,9 +22,6 @@ from lorasmith.server.questions.dataset_questions import picture_row
 from lorasmith.server.questions.shaped_questions import shaped
 from lorasmith.training.config import TrainConfig, settings_from_file
 
-__all__ = ["check_dataset", "split_settings"]
-
-
 _SEVERITIES: dict[FindingKind, Severity] = {
     "unused files": "problem",
     "empty pictures": "problem",

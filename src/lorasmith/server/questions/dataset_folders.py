@@ -20,19 +20,6 @@ from lorasmith.data.image_files import image_suffixes
 from lorasmith.data.source_files import Candidate, candidates
 from lorasmith.data.sources import ImageSource
 
-__all__ = [
-    "UnknownFileError",
-    "caption_file",
-    "caption_of",
-    "dataset_folder",
-    "is_builtin",
-    "is_name",
-    "picture_of",
-    "pictures_in",
-    "stays_in",
-    "subfolders",
-]
-
 
 class UnknownFileError(DataError):
     """There is no such dataset, picture or run."""

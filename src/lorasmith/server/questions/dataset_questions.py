@@ -24,8 +24,6 @@ from lorasmith.server.questions.dataset_folders import (
 )
 from lorasmith.server.questions.shaped_questions import shaped
 
-__all__ = ["MOST_THUMBNAIL", "dataset", "datasets", "picture_file", "picture_row", "thumbnail"]
-
 MOST_THUMBNAIL = 2048
 """Pixels of a small version's longest edge."""
 

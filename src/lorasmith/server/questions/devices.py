@@ -7,8 +7,6 @@ from typing import Any
 from lorasmith.core.folders import Folders
 from lorasmith.server.questions.question_registry import question
 
-__all__ = ["devices"]
-
 
 @question
 def devices(folders: Folders) -> list[dict[str, Any]]:

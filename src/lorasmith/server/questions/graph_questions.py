@@ -20,16 +20,6 @@ from lorasmith.workflow.editor_format import prompt_of_editor
 from lorasmith.workflow.node import Node
 from lorasmith.workflow.object_info import object_info as definition
 
-__all__ = [
-    "check_prompt",
-    "encoded_picture",
-    "file_metadata",
-    "masked_picture",
-    "node_documentation",
-    "object_info",
-    "prompt_of_workflow",
-]
-
 _MOST_PIXELS = 64_000_000
 """Of a picture that is encoded again, which has about 20 bytes of memory for each."""
 

@@ -14,8 +14,6 @@ from lorasmith.families.model_search import ENCODER_FOLDERS, MODEL_FOLDERS, VAE_
 from lorasmith.server.api_shapes import MissingPart, ModelListAnswer, ModelRow, OtherFile
 from lorasmith.server.questions.shaped_questions import shaped
 
-__all__ = ["known_model", "model_name", "models"]
-
 _KINDS = (*MODEL_FOLDERS, *ENCODER_FOLDERS, *VAE_FOLDERS)
 
 

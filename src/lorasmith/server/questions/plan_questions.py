@@ -31,8 +31,6 @@ from lorasmith.server.questions.shaped_questions import shaped
 from lorasmith.training.config import NONE_LORA, TrainConfig, lora_settings
 from lorasmith.training.runs.records import check_title
 
-__all__ = ["check_measurement", "check_steps", "checked_settings", "plan", "train_request"]
-
 _ENDLESS = 2**50
 _FEW, _MANY_EPOCHS = 5, 300
 

@@ -14,8 +14,6 @@ from lorasmith.core.folders import Folders
 from lorasmith.core.registry import Registry
 from lorasmith.core.typed_json import typed
 
-__all__ = ["QUESTIONS", "answer", "load_questions", "question"]
-
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 QUESTIONS: Registry[Callable[..., Any]] = Registry("question")

@@ -28,16 +28,6 @@ from lorasmith.training.runs.history import RECORD, RunHistory
 from lorasmith.training.runs.records import RunRecord
 from lorasmith.training.runs.run_folder import RunFolder
 
-__all__ = [
-    "PLACES",
-    "all_runs",
-    "digest_of",
-    "is_trainable_on",
-    "run_folder_of",
-    "saves_of",
-    "stamp_of",
-]
-
 PLACES = ("runs", "output/runs")
 """Parents of runs, relative to the base folder."""
 

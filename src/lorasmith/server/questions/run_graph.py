@@ -19,8 +19,6 @@ from lorasmith.nodes import load_nodes
 from lorasmith.training.config import NONE_LORA, TrainConfig, lora_settings
 from lorasmith.training.runs.records import RunRecord
 
-__all__ = ["graph_of_run"]
-
 Graph = dict[str, dict[str, Any]]
 
 _TRAIN = "TrainLoraNode"

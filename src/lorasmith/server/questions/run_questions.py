@@ -50,15 +50,6 @@ from lorasmith.training.runs.history import EVENTS, RECORD, RunHistory, read_his
 from lorasmith.training.runs.records import RunRecord
 from lorasmith.training.runs.run_folder import RunFolder
 
-__all__ = [
-    "run",
-    "run_file",
-    "run_graph",
-    "run_log",
-    "run_page",
-    "runs",
-]
-
 _POINTS, _FILES = 2000, 2000
 
 

@@ -25,12 +25,6 @@ from lorasmith.server.questions.shaped_questions import shaped
 from lorasmith.training.runs.history import RECORD, RunHistory, read_history
 from lorasmith.training.runs.run_folder import RunFolder
 
-__all__ = [
-    "install_run",
-    "train_on_request",
-]
-
-
 _INSTALLING = threading.Lock()
 """Held while a free name is found and taken."""
 

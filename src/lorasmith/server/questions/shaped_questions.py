@@ -10,8 +10,6 @@ from typing import Any, TypeVar
 from lorasmith.server.event_json import finite
 from lorasmith.server.questions.question_registry import QUESTIONS
 
-__all__ = ["plain", "shaped"]
-
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 

@@ -15,8 +15,6 @@ from typing import Any
 import torch.utils.checkpoint
 from torch import nn
 
-__all__ = ["blocks_at_depth", "blocks_checkpointed"]
-
 
 def blocks_at_depth(model: nn.Module, depth: int) -> list[nn.Module]:
     """The blocks that are recomputed at a depth (1 is outermost)."""

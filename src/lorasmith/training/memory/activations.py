@@ -29,8 +29,6 @@ from lorasmith.adapters.packed_layers import packable_layers
 from lorasmith.core.choices import ActivationPlan
 from lorasmith.training.memory.host_memory import HostMemory
 
-__all__ = ["Recipe", "Recipes", "activations_packed", "activations_reduced", "held_by", "recipes_recorded"]
-
 _SMALL = 1 << 16
 """Size in bytes below which a tensor is kept."""
 

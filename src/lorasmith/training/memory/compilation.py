@@ -31,8 +31,6 @@ from lorasmith.core.quantization import weight_source
 from lorasmith.data.dataset import Sample
 from lorasmith.training.memory.activation_checkpointing import blocks_at_depth
 
-__all__ = ["BACKEND", "blocks_compiled", "compilable", "compiler", "sizes_vary", "units"]
-
 BACKEND = "inductor"
 """Backend of torch.compile, one of `torch.compiler.list_backends()`."""
 

@@ -26,8 +26,6 @@ from lorasmith.core.quantization import Packed, WeightSource, packed, weight_sou
 from lorasmith.training.memory.activation_checkpointing import blocks_at_depth
 from lorasmith.training.memory.weight_stream import StreamedWeight, WeightStream
 
-__all__ = ["fp8_products_enabled", "frozen_bytes", "packed_weight", "takes_fp8_products", "weights_packed"]
-
 
 @contextlib.contextmanager
 def weights_packed(

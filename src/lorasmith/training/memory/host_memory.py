@@ -14,8 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-__all__ = ["HostMemory"]
-
 _WORTH_MOVING = 1 << 20
 """Size in bytes from which memory is offloaded."""
 

@@ -39,16 +39,6 @@ from lorasmith.training.memory.activation_checkpointing import blocks_at_depth
 from lorasmith.training.memory.activations import Recipe, activations_reduced, held_by, recipes_recorded
 from lorasmith.training.runtime import Runtime
 
-__all__ = [
-    "MemoryPlan",
-    "chosen_plan",
-    "free_memory",
-    "measured_plans",
-    "optimizer_bytes",
-    "plan_activations",
-    "plan_for",
-]
-
 _DEPTHS = 5
 _SHARE = 0.9  # of free memory; the rest is for fragmentation and other programs
 _TRANSIENT = 6  # times the largest saved tensor: temporary memory of a product and its gradients

@@ -37,8 +37,6 @@ from lorasmith.core.quantization import Packed
 from lorasmith.training.memory.activation_checkpointing import blocks_at_depth
 from lorasmith.training.memory.frozen_weights import packed_weight
 
-__all__ = ["ShardedWeight", "ending_together", "weights_sharded"]
-
 _ALIGNED = 64
 """Bytes that the start of each tensor is a multiple of, as kernels want it."""
 

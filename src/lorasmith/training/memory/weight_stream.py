@@ -17,8 +17,6 @@ from torch import Tensor
 
 from lorasmith.core.quantization import Packed
 
-__all__ = ["Resident", "StreamedWeight", "WeightStream"]
-
 
 class _Sent(NamedTuple):
     """Tensors being copied to the device; `arrived` is None if there is nothing to wait for."""

@@ -21,8 +21,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FlatParameters", "ParameterGroup", "buffer_bytes"]
-
 _ALIGNMENT = 32  # elements: two cache lines of fp32, so that views start aligned in any dtype
 _GROUP_ALIGNMENT = 256  # elements: a block of 8-bit optimizer state, which keeps incomplete blocks in fp32
 

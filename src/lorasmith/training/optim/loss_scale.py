@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["LossScale"]
-
 
 class LossScale:
     """Dynamic loss scaling for fp16 (Micikevicius et al. 2018, arXiv:1710.03740), kept on the device.

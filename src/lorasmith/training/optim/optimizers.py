@@ -21,8 +21,6 @@ from lorasmith.core.errors import OptionError, TrainingError
 from lorasmith.training.optim.flat import ParameterGroup
 from lorasmith.training.optim.update_rules import build_optimizer, one_line, rule_of
 
-__all__ = ["GatedOptimizer", "check_alike", "check_optimizer"]
-
 _SET_EACH_STEP = ("params", "lr")
 
 

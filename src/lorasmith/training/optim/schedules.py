@@ -12,8 +12,6 @@ from collections.abc import Callable
 from lorasmith.core.errors import OptionError
 from lorasmith.core.registry import Registry
 
-__all__ = ["SCHEDULES", "check_schedule", "rate_factor"]
-
 Shape = Callable[[float, int, float], float]
 
 SCHEDULES: Registry[Shape] = Registry("schedule")

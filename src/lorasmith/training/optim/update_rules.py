@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
     from lorasmith.training.optim.flat import ParameterGroup
 
-__all__ = ["OPTIMIZERS", "UpdateRule", "build_optimizer", "default_rate", "one_line", "rule_of", "takes_weight_decay"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateRule:

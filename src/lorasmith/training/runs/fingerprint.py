@@ -36,8 +36,6 @@ from lorasmith.training.optim.update_rules import rule_of
 if TYPE_CHECKING:
     from lorasmith.training.job import Job
 
-__all__ = ["Fingerprint", "differences", "environment", "file_digests", "fingerprint", "state_digest", "versions"]
-
 
 class Fingerprint(TypedDict, total=False):
     """What a run's numbers depend on.

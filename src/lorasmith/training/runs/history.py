@@ -18,17 +18,6 @@ from lorasmith.training.events import Event, RolledBack, RunFinished, RunStarted
 from lorasmith.training.outcome import Outcome
 from lorasmith.training.runs.records import RunRecord, parsed_record
 
-__all__ = [
-    "EVENTS",
-    "MOST_LINE_BYTES",
-    "RECORD",
-    "RunHistory",
-    "logged",
-    "logged_outcome",
-    "read_history",
-    "read_record",
-]
-
 RECORD, EVENTS = RUN_RECORD, RUN_LOG
 
 MOST_LINE_BYTES = 2**22

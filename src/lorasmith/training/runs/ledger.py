@@ -18,8 +18,6 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["MIN_LOOKS", "ImageRecord", "Ledger", "QuantileCurve", "Standing"]
-
 MIN_LOOKS = 12
 """Draws of an image, four in each third, below which it is not judged."""
 

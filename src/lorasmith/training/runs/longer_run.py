@@ -19,8 +19,6 @@ from lorasmith.training.runs.records import RunRecord
 from lorasmith.training.runs.run_folder import RunFolder, check_verifiable
 from lorasmith.training.runs.run_states import load_state
 
-__all__ = ["continuing"]
-
 _STATE = "existing_state"
 
 

@@ -26,8 +26,6 @@ from lorasmith.training.config import ResolvedConfig
 from lorasmith.training.job import Job
 from lorasmith.training.runs.records import RunRecord
 
-__all__ = ["BaseHashes", "training_metadata"]
-
 _ONE_AT_A_TIME = threading.Lock()
 """Of runs that train together, the first hashes their base model, and the others find its digest."""
 

@@ -8,8 +8,6 @@ from lorasmith.core.errors import OutputError
 from lorasmith.core.files import check_parents
 from lorasmith.training.runs.history import RECORD
 
-__all__ = ["output_folder"]
-
 _SYSTEM_FILES = frozenset({"thumbs.db", "desktop.ini"})
 """Files that Windows puts into folders; those of other systems are hidden by a dot in front."""
 

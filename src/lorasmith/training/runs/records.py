@@ -23,8 +23,6 @@ from lorasmith.data.split import Split
 from lorasmith.training.job import Job
 from lorasmith.training.runs.fingerprint import Fingerprint, environment, file_digests, fingerprint
 
-__all__ = ["RECORD_VERSION", "ModelRecord", "RunRecord", "SampleRecord", "check_title", "parsed_record", "run_record"]
-
 _REPEATED = ("source", "asked", "fingerprint", "environment", "environments")
 """Fields from which a run can be reproduced, and which its LoRA stores."""
 

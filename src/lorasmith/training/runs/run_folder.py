@@ -29,8 +29,6 @@ from lorasmith.training.runs.history import EVENTS, RECORD, logged, logged_outco
 from lorasmith.training.runs.records import RunRecord
 from lorasmith.training.runs.run_states import RunStates, free_bytes
 
-__all__ = ["RunFolder", "check_place", "check_verifiable", "claimed_run", "numbered_runs", "unfinished_run"]
-
 
 class RunFolder:
     """A run's records; called with an event, it appends to the log.

@@ -32,8 +32,6 @@ from lorasmith.training.events import StateSaved, Warned
 from lorasmith.training.loop import Loop, Watcher
 from lorasmith.training.progress import RunState
 
-__all__ = ["SPARE_BYTES", "RunStates", "StateSaver", "free_bytes", "is_state", "load_state", "save_state"]
-
 _KEY, _DIGEST = "lorasmith.run_state", "lorasmith.digest"
 _UNSIGNED = "0" * 64
 _FORMAT = 2

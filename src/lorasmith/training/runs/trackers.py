@@ -19,8 +19,6 @@ from lorasmith.core.printable import MAX_SENTENCE, printable
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Event, EventHandler, StepDone, Validated, Warned
 
-__all__ = ["Tracker", "tracker_for"]
-
 _PACKAGES = {"tensorboard": ("tensorboard", "TensorBoard"), "wandb": ("wandb", "Weights & Biases")}
 _PROJECT = "lorasmith"
 
