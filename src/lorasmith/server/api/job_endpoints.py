@@ -119,10 +119,8 @@ def _answer(context: ServerContext, job: Job) -> Mapping[str, Any]:
 
 
 def _folder(context: ServerContext, body: DatasetSource) -> str | None:
-    """The folder of a request as it is opened; if the server is reachable from other machines, below its base folder.
-
-    Raises:
-        OptionError: it is elsewhere.
+    """The folder of a request, expanded. Raises OptionError if the server is reachable from other machines and the
+    folder is outside its base folder.
     """
     config = context.config
     if body.folder is None:
