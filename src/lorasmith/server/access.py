@@ -90,7 +90,7 @@ def is_loopback(address: str) -> bool:
 
 
 def access_of(config: ServerConfig) -> Access:
-    """Access rules from settings. Raises OptionError if other machines may connect without a token, or it is too short."""
+    """The rules of a server. Raises OptionError if it listens beyond loopback without a token, or the token is short."""
     if not config.token and not is_loopback(config.host):
         raise OptionError(
             f"--listen {config.host} would let everyone in that network train here; give a secret with --token, or "

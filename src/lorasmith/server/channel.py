@@ -121,9 +121,7 @@ class BlockingChannel:
 
 
 def channel_of_child() -> BlockingChannel:
-    """The channel of this child process, on its stdin and stdout. Call it first: both are redirected, and later prints,
-    also from C libraries, go to stderr.
-    """
+    """The channel on stdin and stdout. Call it first: later prints, also those of C libraries, go to stderr."""
     incoming, outgoing = os.dup(0), os.dup(1)
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)

@@ -62,9 +62,7 @@ def find_contained(folders: Iterable[Path], *names: str) -> Path | None:
 
 
 def checked_name(name: str) -> str:
-    """The last part of a sent file name. Raises BadNameError if it is empty, hidden, too long, reserved, or not
-    portable.
-    """
+    """The last part of a sent file name. Raises BadNameError if it is empty, hidden, too long or not portable."""
     last = name.replace("\\", "/").rpartition("/")[2].strip()
     stem = last.partition(".")[0]
     bad = not last or last.startswith(".") or last.endswith((".", " ")) or len(last.encode(errors="replace")) > 250
@@ -74,9 +72,7 @@ def checked_name(name: str) -> str:
 
 
 def send_file(path: Path, *, name: str | None = None, cache: str = "no-cache") -> web.FileResponse:
-    """A response with a file from `contained`; `name` is the one that the browser shows. aiohttp handles ranges and
-    conditional requests.
-    """
+    """A response with a file from `contained`. aiohttp handles ranges and conditional requests."""
     kind = mimetypes.guess_type(path.name)[0] or ""
     inline = kind in _SHOWN
     shown = name or path.name

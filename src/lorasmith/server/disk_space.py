@@ -20,9 +20,7 @@ class DiskFullError(OutputError):
 
 @contextlib.contextmanager
 def disk_space(folder: Path, size: int = 0) -> Iterator[None]:
-    """Reserve `size` bytes on the disk of an existing folder. Raises DiskFullError if less than `SPARE_BYTES` would
-    remain, concurrent reservations included.
-    """
+    """Reserve bytes on the disk of a folder. Raises DiskFullError if less than `SPARE_BYTES` would remain."""
     if shutil.disk_usage(folder).free - sum(_promised.values()) - size < SPARE_BYTES:
         least = f"{SPARE_BYTES // 2**30} GiB"
         raise DiskFullError(f"less than {least} of the disk of {folder} would be left; free some space")

@@ -24,9 +24,7 @@ _AGAIN_S = 5.0
 
 
 class Dispatcher:
-    """Queues, starts, stops and continues jobs. Methods that change jobs raise StoreError, without any change, if the
-    database cannot be written.
-    """
+    """Queues, starts, stops and continues jobs. Raises StoreError, without any change, if the database fails."""
 
     def __init__(self, config: ServerConfig, store: JobStore, hub: Hub, assistant: Assistant, log: LogBook) -> None:
         self._config = config
@@ -150,7 +148,7 @@ class Dispatcher:
         return any(stopped)
 
     def free(self, *, unload_models: bool = False, free_memory: bool = False) -> None:
-        """Ask the workers to release models, or with `free_memory` also cached results of nodes."""
+        """Ask the workers to release what they cache for the next job."""
         for worker in self._workers:
             worker.free(models=unload_models, memory=free_memory)
 

@@ -26,9 +26,7 @@ def routes(context: ServerContext) -> list[web.RouteDef]:
 
 
 class EditorPages:
-    """The routes. Without the editor's `package`, a page says that it is missing; `style` is the user's style sheet, if
-    it exists.
-    """
+    """The routes. Without `package`, a page says that the editor is missing; `style` need not exist."""
 
     def __init__(self, package: Path | None, style: Path) -> None:
         self._package, self._style_sheet = package, style

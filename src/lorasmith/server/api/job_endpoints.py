@@ -119,9 +119,7 @@ def _answer(context: ServerContext, job: Job) -> Mapping[str, Any]:
 
 
 def _folder(context: ServerContext, body: DatasetSource) -> str | None:
-    """The folder of a request, expanded. Raises OptionError if the server is reachable from other machines and the
-    folder is outside its base folder.
-    """
+    """The expanded folder of a request. Raises OptionError if it must be in the base folder, and is not."""
     config = context.config
     if body.folder is None:
         return None

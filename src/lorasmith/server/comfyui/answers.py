@@ -40,9 +40,7 @@ def table(routes: list[tuple[str, str, Handler]]) -> list[web.RouteDef]:
 
 
 async def read_json(request: web.Request, *, kind: type | None = None, empty: Any = ...) -> Any:
-    """The JSON value of a request, regardless of its Content-Type. Raises OptionError if it is not JSON or not a
-    `kind`. An empty body has the value `empty`; by default it is refused.
-    """
+    """The JSON of a request, whatever its Content-Type; `empty` for an empty body, if allowed. Raises OptionError."""
     body = await read_body(request)
     if not body.strip() and empty is not ...:
         return empty

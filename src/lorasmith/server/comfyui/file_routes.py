@@ -120,9 +120,7 @@ class FileRoutes:
         return _Form(values, file, name)
 
     async def _store(self, form: _Form, content: Path) -> web.Response:
-        """Move an uploaded file to its place; it is renamed unless the existing file is identical or may be
-        overwritten.
-        """
+        """Move an upload to its place, renamed unless the existing file is identical or may be overwritten."""
         place = _place(form.values.get("type"), "input")
         subfolder = form.values.get("subfolder", "").replace("\\", "/").strip("/")
         folder = contained(self._folders.base / place, subfolder, to_write=True)

@@ -149,7 +149,7 @@ def _workflow(job: Job) -> Any:
 
 
 def _outputs_summary(outputs: Mapping[str, Any]) -> tuple[int, int, dict[str, Any] | None]:
-    """Number of outputs, number of those that can be previewed, and the preview: saved pictures before temporary ones."""
+    """Number of outputs, number of those with a preview, and the preview: saved pictures before temporary ones."""
     files = list(_files(outputs))
     shown = [(node, kind, item) for node, kind, item in files if kind in _SHOWN_KINDS]
     saved = [one for one in shown if one[2].get("type") == "output"]

@@ -108,9 +108,7 @@ def queue_info(counts: Mapping[str, int]) -> dict[str, Any]:
 
 
 def frames_of(notice: Notice, client: Client, progress: Progress) -> Iterator[Frame]:
-    """The messages of a notice for a client, except the end of a job (`ending_frames`). `progress` has observed the
-    notice.
-    """
+    """The messages of a notice, which `progress` has observed; the end of a job is in `ending_frames`."""
     if notice.kind == "queue":
         yield message("status", {"status": queue_info(notice.data)})
     elif notice.kind == "log":

@@ -34,9 +34,7 @@ class PromptAnswer:
 def answer_to(
     prompt: Prompt, folders: Folders, *, nodes: Registry[Node], targets: Collection[str] | None = None
 ) -> PromptAnswer:
-    """Check a prompt. `targets` are the ids of the output nodes to run, None for all; `folders` has the choices of file
-    inputs.
-    """
+    """Check a prompt. `targets` are the ids of the output nodes to run, None for all."""
     try:
         examination = examine(prompt, folders, nodes=nodes, targets=targets)
     except LorasmithError as error:
