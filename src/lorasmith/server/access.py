@@ -37,8 +37,7 @@ CONTENT_POLICY = (
 """Default `Content-Security-Policy`: no scripts, and nothing is loaded."""
 
 LEAST_TOKEN = 12  # characters
-WRONG_TOKEN_DELAY_S = 1.0
-"""Seconds until a wrong token is refused; the connection is closed then."""
+WRONG_TOKEN_DELAY_S = 1.0  # seconds until a wrong token is refused; the connection is closed then
 
 _MOST_LOGIN_BYTES = 10_000
 
@@ -90,7 +89,7 @@ def is_loopback(address: str) -> bool:
 
 
 def access_of(config: ServerConfig) -> Access:
-    """The rules of a server. Raises OptionError if it listens beyond loopback without a token, or the token is short."""
+    """The rules of a server. Raises OptionError if it listens beyond loopback without a token, or with a short one."""
     if not config.token and not is_loopback(config.host):
         raise OptionError(
             f"--listen {config.host} would let everyone in that network train here; give a secret with --token, or "

@@ -21,8 +21,7 @@ from typing import Any, BinaryIO, TypeAlias
 
 Message: TypeAlias = tuple[dict[str, Any], bytes]  # a JSON object, and bytes, which may be empty
 
-MOST_JSON_BYTES, MOST_BODY_BYTES = 512 * 2**20, 2**30
-"""Longer messages are bugs."""
+MOST_JSON_BYTES, MOST_BODY_BYTES = 512 * 2**20, 2**30  # longer messages are bugs
 
 _LENGTHS = struct.Struct(">II")
 

@@ -35,8 +35,7 @@ class RestartPause:
 
 
 class ChildProcess:
-    """A process with a channel on its stdin and stdout. It is killed after `silence_s` seconds without a message.
-
+    """A process with a channel on its stdin and stdout, killed after `silence_s` seconds without a message.
     `on_message` is called in the event loop with each message except heartbeats, `on_line` with each line of stderr,
     and `on_end` once, with the reason as a clause, unless the process could not be started.
     """

@@ -15,8 +15,7 @@ import sys
 from aiohttp import web
 
 MOST_CONNECTIONS = 512  # at once
-MOST_PER_ADDRESS = 256
-"""At once from one address; all clients of a proxy have the same one."""
+MOST_PER_ADDRESS = 256  # at once from one address; all clients of a proxy have the same one
 KEEPALIVE_S = 75.0
 """Seconds between two requests of a connection, the headers of the second included; the default of many proxies."""
 

@@ -33,9 +33,8 @@ class BadNameError(LorasmithError):
 
 
 def contained(folder: Path, *names: str, to_write: bool = False) -> Path:
-    """The resolved path of `names` below `folder`, which need not exist. Raises OutsideError for absolute names, `..`,
-    drives, streams, zero bytes and links that lead out, and BadNameError for device names of Windows (on Windows, or if
-    `to_write`).
+    """The resolved path of `names` below `folder`, which need not exist. Raises OutsideError if a name is invalid or
+    leads out of the folder, and BadNameError for device names of Windows (on Windows, or if `to_write`).
     """
     parts = [part for name in names for part in PurePosixPath(name.replace("\\", "/")).parts]
     refused = "\0" in "".join(parts) or any(part in ("..", "/") or ":" in part for part in parts)

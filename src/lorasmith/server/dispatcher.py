@@ -19,8 +19,7 @@ from lorasmith.server.worker_link import WorkerLink
 
 _STOPPED = "the server was stopped while the job was running; continue it"
 
-_AGAIN_S = 5.0
-"""Seconds between attempts to record the end of a job on a full disk."""
+_AGAIN_S = 5.0  # seconds between attempts to record the end of a job on a full disk
 
 
 class Dispatcher:
@@ -79,10 +78,8 @@ class Dispatcher:
         return self._store.get(job.id)
 
     def cancel(self, id: str, *, pause: bool = False) -> bool:
-        """Stop a waiting or running job, or give up a paused or interrupted one; returns whether there is one.
-
-        A running job saves its run and ends some time later; a second cancel after `patience_s` kills its worker. With
-        `pause`, the job becomes paused instead of cancelled.
+        """Stop a waiting or running job, or give up a paused or interrupted one; returns whether there is one. A
+        running job saves its run and ends later; a second cancel after `patience_s` kills its worker.
         """
         job = self._store.find(id)
         if job is None:

@@ -49,11 +49,10 @@ def train(
     cancelled: Callable[[], bool],
     load: Load,
 ) -> dict[str, Any]:
-    """Train on folders of images, in a run folder below `runs/` of the base folder.
-
-    `request` is a `RunSpec` as JSON with paths relative to the base folder; as in files, import paths of optimizers are
-    refused and trackers are not started. `before` is the run folder of an earlier attempt of this job. Raises
-    CancelledError, with the run saved if it has begun, and errors of `prepare` and `train_prepared`.
+    """Train on folders of images, in a run folder below `runs/` of the base folder. `request` is a `RunSpec` as JSON
+    with paths relative to the base folder; as in files, import paths of optimizers are refused and trackers are not
+    started. `before` is the run folder of an earlier attempt. Raises CancelledError, with the run saved if it has
+    begun, and as `prepare` and `train_prepared`.
     """
     if before is not None and RunFolder(before).is_done:  # it completed, but the server did not receive its end
         return {"outputs": _found_before(before)}
@@ -165,11 +164,9 @@ def measure(
     cancelled: Callable[[], bool],
     load: Load,
 ) -> dict[str, Any]:
-    """Measure the seconds per step and the peak memory of a training.
-
-    `request` is `{model, settings, text_encoders, vae}` as in a `RunSpec`; `cancelled` is checked between stages, and
-    the reporter receives a `Measuring` event for each. Raises CancelledError, OptionError for a bad request, and errors
-    of loading the model.
+    """Measure the seconds per step and the peak memory of a training, with a `Measuring` event for each stage.
+    `request` is `{model, settings, text_encoders, vae}` as in a `RunSpec`. Raises CancelledError, OptionError for a bad
+    request, and errors of loading the model.
     """
     given = _typed(request)
     if not given.model:

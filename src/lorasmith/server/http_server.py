@@ -47,9 +47,8 @@ def make_app(context: ServerContext) -> web.Application:
 
 @contextlib.asynccontextmanager
 async def running(config: ServerConfig) -> AsyncIterator[tuple[ServerContext, str]]:
-    """Run the server inside the context; yields its parts and its address. On exit, running jobs are saved. Raises
-    OutputError if the base folder is in use or not writable, OptionError for a bad address, port or token, and
-    StoreError.
+    """Run the server inside the context; yields its parts and its address. Raises OutputError if the base folder is in
+    use or not writable, OptionError for a bad address, port or token, and StoreError.
     """
     ensure_folder(config.folder)
     folders = Folders.load(config.base, extra_model_paths=config.extra_model_paths, follow_links=config.follow_links)
@@ -133,7 +132,6 @@ async def _kill_when(hurry: asyncio.Event, dispatcher: Dispatcher) -> None:
 
 
 async def _listening(connections: Connections, config: ServerConfig) -> tuple[asyncio.Server, str]:
-    """Listen; returns the listener and its address."""
     try:
         listener = await asyncio.get_running_loop().create_server(connections, config.host, config.port, backlog=128)
     except OSError as error:

@@ -10,11 +10,9 @@ from typing import Any, Literal, TypeAlias
 
 NoticeKind: TypeAlias = Literal["job", "queue", "graph", "training", "log"]
 
-MOST_WAITING = 1_000
-"""Unread notices after which a subscription is cut off."""
+MOST_WAITING = 1_000  # unread notices after which a subscription is cut off
 
-_SLOW = 50
-"""Unread notices after which droppable ones are replaced by newer ones."""
+_SLOW = 50  # unread notices after which droppable ones are replaced by newer ones
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +147,6 @@ class Hub:
         return subscription
 
     def close(self) -> None:
-        """End all subscriptions."""
         self._is_closed = True
         for one in tuple(self._subscriptions):
             one.close()

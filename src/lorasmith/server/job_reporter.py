@@ -20,13 +20,11 @@ class JobReporter:
         self._run = ""
 
     def notice(self, kind: str, data: Mapping[str, Any], *, droppable: bool = False, picture: bytes = b"") -> None:
-        """Send a `hub.Notice` with an encoded picture."""
         head = {"type": "notice", "kind": kind, "data": finite(data), "droppable": droppable}
         with contextlib.suppress(OSError):
             self._channel.send(head, picture)
 
     def run(self, folder: Path) -> None:
-        """Send the id of the job's run."""
         folder = folder.resolve()
         is_inside = folder.is_relative_to(self._base)
         run = folder.relative_to(self._base).as_posix() if is_inside else folder.as_posix()
@@ -36,7 +34,6 @@ class JobReporter:
                 self._channel.send({"type": "run", "run": run})
 
     def training(self, event: Mapping[str, Any]) -> None:
-        """Send an event from `event_json`."""
         if event["event"] == "RunStarted" and event["folder"]:
             self.run(Path(event["folder"]))
         self.notice("training", event, droppable=event["event"] in PROGRESS)

@@ -31,8 +31,7 @@ ENDED: tuple[JobState, ...] = tuple(state for state in STATES if state not in AC
 """States of jobs that are neither queued nor running."""
 
 MOST_PENDING = 10_000  # waiting jobs
-MOST_ENDED = 2_000
-"""Ended jobs that are kept, the newest; paused and interrupted ones are always kept, to be continued."""
+MOST_ENDED = 2_000  # ended jobs that are kept, the newest; paused and interrupted ones are always kept, to be continued
 
 MOST_WAITING_BYTES = MOST_ENDED_BYTES = 256 * 2**20
 """Of the requests of jobs that wait or can be continued, and of all data of ended ones."""
@@ -210,10 +209,8 @@ class JobStore:
         front: bool = False,
         number: float | None = None,
     ) -> Job:
-        """Queue a new job.
-
-        `id` is a UUID in lower case, None for a new one. `front` puts it before all others, by a negative number;
-        `number` sets its place. Raises QueueFullError, DiskFullError and DuplicateJobError.
+        """Queue a new job. `id` is a UUID in lower case, None for a new one. `front` puts it before all others, by a
+        negative number. Raises QueueFullError, DiskFullError and DuplicateJobError.
         """
         id, text = id or str(uuid.uuid4()), json.dumps(request)
         with disk_space(self._path.parent, len(text)), self._writing() as database:

@@ -12,8 +12,7 @@ from aiohttp import web
 from lorasmith.core.errors import OptionError
 from lorasmith.server.error_answers import SlowClientError, TooLargeError, TooManyError
 
-MAX_JSON_BYTES = 16 * 2**20
-"""Of bodies that are read whole: prompts, settings, captions, saved workflows."""
+MAX_JSON_BYTES = 16 * 2**20  # of bodies that are read whole: prompts, settings, captions, saved workflows
 
 MAX_UPLOAD_BYTES = 512 * 2**20  # of one file
 

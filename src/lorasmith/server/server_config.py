@@ -12,11 +12,9 @@ from lorasmith.core.folders import Folders
 
 LOOPBACK = "127.0.0.1"
 
-FOLDER = Path("user", "lorasmith")
-"""The server's own folder, relative to the base folder."""
+FOLDER = Path("user", "lorasmith")  # the server's own folder, relative to the base folder
 
-TOKEN_VARIABLE = "LORASMITH_TOKEN"
-"""Environment variable of the token; child processes do not inherit it."""
+TOKEN_VARIABLE = "LORASMITH_TOKEN"  # environment variable of the token; child processes do not inherit it
 
 _PYTHON = (sys.executable, "-P")  # children run in the base folder, whose files must not be imported
 
@@ -45,7 +43,6 @@ class ServerConfig:
 
     @property
     def log(self) -> Path:
-        """The log of the child processes."""
         return self.folder / "server.log"
 
     @property

@@ -36,7 +36,6 @@ class WarmModel:
         return self._kept
 
     def release(self) -> None:
-        """Drop the model and free its memory."""
         if self._kept is not None:
             self._kept = self._identity = None
             gc.collect()

@@ -78,7 +78,6 @@ class Jobs:
             self._release_graphs()
 
     def device(self) -> dict[str, Any]:
-        """Memory of the device in bytes."""
         if self._device.type != "cuda":
             memory = psutil.virtual_memory()
             return {"memory_bytes": memory.total, "free_bytes": memory.available}

@@ -111,7 +111,6 @@ class WorkerLink:
             self._child.send({"type": "free", "models": models, "memory": memory})
 
     def kill(self) -> None:
-        """Kill the process."""
         if self._child is not None:
             self._child.kill("the server was ended at once")
 

@@ -11,8 +11,7 @@ from lorasmith.core.json_schema import DIALECT, json_schema
 from lorasmith.server.api.endpoint import PREFIX, Endpoint
 from lorasmith.server.api_shapes import ErrorAnswer
 
-API_VERSION = "1"
-"""Additions keep it; incompatible changes increase it."""
+API_VERSION = "1"  # additions keep it; incompatible changes increase it
 
 _KINDS = {"string": {"type": "string"}, "integer": {"type": "integer"}, "boolean": {"type": "boolean"}}
 

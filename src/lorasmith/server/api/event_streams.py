@@ -91,8 +91,6 @@ async def run_events(context: ServerContext, call: Call) -> web.StreamResponse:
 
 
 class _Stream:
-    """An open stream."""
-
     def __init__(self, request: web.Request, response: web.StreamResponse) -> None:
         self.response = response
         self._request = request

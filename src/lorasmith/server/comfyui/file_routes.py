@@ -102,7 +102,6 @@ class FileRoutes:
             return await self._store(form, masked)
 
     async def _received(self, request: web.Request, folder: Path) -> _Form:
-        """The fields of a form, its file written into `folder`."""
         values: dict[str, str] = {}
         file: Path | None = None
         name = ""
@@ -206,7 +205,6 @@ def _free_name(folder: Path, name: str, content: Path) -> str:
 
 
 def _is_same(content: Path, path: Path) -> bool:
-    """Whether two files have the same content."""
     is_as_long = is_regular(path) and path.stat().st_size == content.stat().st_size
     return is_as_long and _digest(path) == _digest(content)
 

@@ -57,7 +57,6 @@ class Progress:
         self._jobs: dict[str, JobProgress] = {}
 
     def observe(self, notice: Notice) -> None:
-        """Update from a notice."""
         if notice.job_id is None:
             return
         if notice.kind == "job":
@@ -216,8 +215,7 @@ def _names(job_id: str, node: str) -> dict[str, Any]:
     }
 
 
-TRAINING = "lorasmith.training"
-"""Type of messages about training events, an addition to the protocol."""
+TRAINING = "lorasmith.training"  # type of messages about training events, an addition to the protocol
 TERMINAL_SIZE = {"cols": 120, "rows": 40}  # in which the editor shows the log
 _FOR_ALL = frozenset({"NodeStarted", "NodeProgress", "NodeFinished"})
 """Events of jobs without a client that are sent to all clients."""

@@ -16,8 +16,7 @@ from lorasmith.server.comfyui.websocket import Sockets, features
 from lorasmith.server.request_parts import MAX_UPLOAD_BYTES
 from lorasmith.server.server_context import ServerContext
 
-PROTOCOL_VERSION = "0.33.0"
-"""The ComfyUI release of this protocol, reported by `/system_stats`."""
+PROTOCOL_VERSION = "0.33.0"  # the ComfyUI release of this protocol, reported by `/system_stats`
 
 
 class SystemRoutes:

@@ -26,8 +26,7 @@ from lorasmith.server.hub import Notice, Subscription
 from lorasmith.server.jobs import ENDED, StoreError, UnknownJobError
 from lorasmith.server.server_context import ServerContext
 
-MOST_SOCKETS = 128
-"""Connections at once: fewer than one address may have, so that requests remain possible."""
+MOST_SOCKETS = 128  # connections at once: fewer than one address may have, so that requests remain possible
 _MOST_MESSAGE = 2**16
 _HEARTBEAT_S = 30.0
 _SEND_TIMEOUT_S = 30.0
@@ -54,7 +53,6 @@ class Sockets:
         self._observing = context.hub.subscribe(wants=self._observe)
 
     async def connect(self, request: web.Request) -> web.StreamResponse:
-        """The handler of `/ws`."""
         if len(self._connections) >= MOST_SOCKETS:
             raise web.HTTPServiceUnavailable(text=f"at most {MOST_SOCKETS} clients can be connected; close one")
         socket = web.WebSocketResponse(heartbeat=_HEARTBEAT_S, max_msg_size=_MOST_MESSAGE, compress=False)
@@ -137,7 +135,6 @@ class Sockets:
                 yield message("executing", {"node": running, "display_node": running, "prompt_id": job.id})
 
     def queue_info(self) -> dict[str, Any]:
-        """The number of waiting and running jobs, as in `/prompt`."""
         return queue_info(self._context.store.queue_counts())
 
     def _frames(self, notice: Notice, client: Client) -> Iterator[Frame]:
@@ -169,7 +166,6 @@ class _Connection:
 
 
 def _concerns(notice: Notice, client: Client) -> bool:
-    """Whether a notice becomes messages for a client."""
     if notice.kind == "log":
         return client.reads_log
     return notice.kind == "queue" or notice.client_id in (None, client.id)

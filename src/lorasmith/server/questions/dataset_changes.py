@@ -35,8 +35,7 @@ _NO_VIDEOS = (
     "is a video, which the page does not take; run lorasmith train on its folder with a model of videos, or add it as "
     "an animated WebP file"
 )
-_CHANGING = threading.Lock()
-"""Held from reading a dataset until its change is complete."""
+_CHANGING = threading.Lock()  # held from reading a dataset until its change is complete
 
 
 class TakenNameError(OptionError):
@@ -83,11 +82,9 @@ def remove_dataset(folders: Folders, name: str) -> RemovedAnswer:
 
 @shaped
 def add_image(folders: Folders, name: str, *, file: str, temporary: str) -> dict[str, str]:
-    """Move an uploaded picture from `temporary` into a dataset, renamed if its name is taken. The format is detected
-    from the content.
-
-    Returns `added` with its name, or `skipped` with the reason, and for a duplicate `same`, the existing picture.
-    Raises UnknownFileError and OutputError.
+    """Move an uploaded picture from `temporary` into a dataset, renamed if its name is taken. Returns `added` with its
+    name, or `skipped` with the reason, and for a duplicate `same`, the existing picture. Raises UnknownFileError and
+    OutputError.
     """
     folder, source = dataset_folder(folders, name, to_change=True), Path(temporary)
     suffix = Path(file).suffix.lower()
@@ -117,11 +114,8 @@ def add_image(folders: Folders, name: str, *, file: str, temporary: str) -> dict
 
 @shaped
 def add_caption(folders: Folders, name: str, *, file: str, temporary: str, image: str = "") -> dict[str, str]:
-    """Keep an uploaded text in `temporary` as the caption of a picture: `image`, or the one with the same stem as
-    `file`.
-
-    Returns `added` with the name of the caption file, or `skipped` with the reason. Raises UnknownFileError and
-    OutputError.
+    """Keep an uploaded text as the caption of `image`, or of the picture with the stem of `file`. Returns `added` with
+    the name of the caption file, or `skipped` with the reason. Raises UnknownFileError and OutputError.
     """
     folder = dataset_folder(folders, name, to_change=True)
     try:

@@ -20,8 +20,7 @@ from lorasmith.workflow.editor_format import prompt_of_editor
 from lorasmith.workflow.node import Node
 from lorasmith.workflow.object_info import object_info as definition
 
-_MOST_PIXELS = 64_000_000
-"""Of a picture that is re-encoded, which takes about 20 bytes of memory per pixel."""
+_MOST_PIXELS = 64_000_000  # of a picture that is re-encoded, which takes about 20 bytes of memory per pixel
 
 
 @question

@@ -46,9 +46,8 @@ def plan(
     settings: Mapping[str, Any] | None = None,
     card_bytes: int | None = None,
 ) -> PlanAnswer:
-    """The plan of a run and its memory, without loading weights. The images are in a `dataset` or a `folder`;
-    `card_bytes` is the device's memory, None if unknown. Raises UnknownFileError, and LorasmithErrors for images, model
-    or settings.
+    """The plan of a run on a `dataset` or a `folder`, without loading weights. `card_bytes` is the device's memory,
+    None if unknown. Raises UnknownFileError, and LorasmithErrors for images, model or settings.
     """
     images = _images_folder(folders, dataset, folder)
     data, config = checked_settings(folders, settings or {}, trigger)
@@ -125,7 +124,6 @@ def checked_settings(folders: Folders, settings: Mapping[str, Any], trigger: str
 
 
 def _loras_in(settings: Mapping[str, Any]) -> list[str]:
-    """Names of the settings that select a LoRA."""
     return [name for name in lora_settings() if settings.get(name) not in (None, NONE_LORA)]
 
 

@@ -28,8 +28,7 @@ from lorasmith.training.runs.history import RECORD, RunHistory
 from lorasmith.training.runs.records import RunRecord
 from lorasmith.training.runs.run_folder import RunFolder
 
-PLACES = ("runs", "output/runs")
-"""Parents of runs, relative to the base folder."""
+PLACES = ("runs", "output/runs")  # parents of runs, relative to the base folder
 
 
 def run_folder_of(folders: Folders, id: str, *, is_begun: bool = True) -> Path:

@@ -23,8 +23,7 @@ Graph = dict[str, dict[str, Any]]
 
 _TRAIN = "TrainLoraNode"
 _ENCODER_LOADERS = {1: "CLIPLoader", 2: "DualCLIPLoader", 3: "TripleCLIPLoader", 4: "QuadrupleCLIPLoader"}
-_FOLLOWED = ("trigger", "resolution")
-"""Data settings that the graph can represent."""
+_FOLLOWED = ("trigger", "resolution")  # data settings that the graph can represent
 
 
 def graph_of_run(record: RunRecord, folders: Folders) -> tuple[Graph, list[str]]:

@@ -132,7 +132,7 @@ def run(folders: Folders, id: str, *, jobs: Mapping[str, str] | None = None) -> 
 
 @shaped
 def run_file(folders: Folders, id: str, path: str) -> str:
-    """The path of a file of a run, given relative to its folder; links out of it are refused. Raises UnknownFileError."""
+    """The path of a file in a run folder; links out of it are refused. Raises UnknownFileError."""
     folder = run_folder_of(folders, id)
     found = folder / path
     if not all(map(is_name, path.split("/"))) or not is_regular(found) or not is_own(found, folder):
@@ -142,7 +142,7 @@ def run_file(folders: Folders, id: str, path: str) -> str:
 
 @shaped
 def run_log(folders: Folders, id: str, *, is_begun: bool = True) -> str:
-    """The path of a run's events, which need not exist yet; `is_begun` as in `run_folder_of`. Raises UnknownFileError."""
+    """The path of a run's events, which need not exist yet; `is_begun` as in `run_folder_of`."""
     return str(run_folder_of(folders, id, is_begun=is_begun).resolve() / EVENTS)
 
 
@@ -272,7 +272,6 @@ def _data_settings(record: RunRecord) -> Sequence[RunSetting]:
 
 
 def _changed(record: RunRecord) -> dict[str, Any]:
-    """The given settings that differ from their defaults."""
     known = options_of(TrainConfig)
     asked = {name: one for name, one in record.asked.items() if name in known and one != known[name].default}
     data = {one.name: one.value for one in _data_settings(record) if one.value != one.default}

@@ -25,8 +25,7 @@ from lorasmith.server.questions.shaped_questions import shaped
 from lorasmith.training.runs.history import RECORD, RunHistory, read_history
 from lorasmith.training.runs.run_folder import RunFolder
 
-_INSTALLING = threading.Lock()
-"""Held while a free name is found and used."""
+_INSTALLING = threading.Lock()  # held while a free name is found and used
 
 
 @shaped
@@ -57,11 +56,9 @@ def install_run(folders: Folders, id: str, *, step: int | None = None, name: str
 
 @shaped
 def train_on_request(folders: Folders, id: str, *, steps: int) -> dict[str, Any]:
-    """The request of a job that continues a complete run up to `steps` steps in total: a `RunSpec` as JSON.
-
-    The run's record is untrusted: it may name only files below the base folder and in the model folders. Raises
-    UnknownFileError, and OptionError if the run is incomplete, has no run state, was not on a folder, or names other
-    files.
+    """The request of a job that continues a complete run up to `steps` steps in total: a `RunSpec` as JSON. The run's
+    record is untrusted: it may name only files below the base folder and in the model folders. Raises UnknownFileError,
+    and OptionError if the run is incomplete or cannot be continued here.
     """
     check_steps(steps)
     folder = run_folder_of(folders, id)
