@@ -23,7 +23,7 @@ _AGAIN_S = 5.0  # seconds between attempts to record the end of a job on a full 
 
 
 class Dispatcher:
-    """Queues, starts, stops and continues jobs. Raises StoreError, without any change, if the database fails."""
+    """Queues, starts, stops and continues jobs. Methods raise StoreError, without any change, if the database fails."""
 
     def __init__(self, config: ServerConfig, store: JobStore, hub: Hub, assistant: Assistant, log: LogBook) -> None:
         self._config = config

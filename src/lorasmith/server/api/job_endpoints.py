@@ -119,7 +119,7 @@ def _answer(context: ServerContext, job: Job) -> Mapping[str, Any]:
 
 
 def _folder(context: ServerContext, body: DatasetSource) -> str | None:
-    """The expanded folder of a request. Raises OptionError if it must be in the base folder, and is not."""
+    """The expanded folder of a request. On a server that others reach, it must be in the base folder (OptionError)."""
     config = context.config
     if body.folder is None:
         return None

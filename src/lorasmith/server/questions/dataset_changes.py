@@ -195,7 +195,7 @@ def _as_stored(text: str) -> str:
 
 
 def _is_seen(edit: CaptionEdit, there: str) -> bool:
-    """Whether a caption may be replaced: it is the one that the client read, or the client did not say."""
+    """Whether a caption may be replaced: the client read this one, or did not send what it read."""
     return edit.seen is None or _as_stored(edit.seen) == there
 
 
