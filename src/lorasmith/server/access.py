@@ -1,12 +1,11 @@
-"""Who may ask the server for what: names of hosts, origins, the token; and the headers that every answer carries.
+"""Access control: host names, origins, the token, and the security headers of every response.
 
-A page of another site can send requests to a server on this machine, and a name of its own can be made to point here
-(DNS rebinding). So a request must name this server in `Host`, and one from a page must come from a page of ours
-(`Origin`, `Sec-Fetch-Site`), unless it opens a page here. Programs that are no browsers send neither header and are not
-asked for one. Without a token the
-server is reachable from this machine alone; with one, every request shows it: as a bearer token, as the password of
-basic authentication, in a cookie, or once in the address (`?token=`), which is then exchanged for the cookie. The
-cookie holds a digest, so that the token stays out of the browser's storage.
+A page of another site can send requests to a server on this machine, and a foreign name can be made to resolve to it
+(DNS rebinding). So `Host` must name this server, and a request from a page must come from a page of this server
+(`Origin`, `Sec-Fetch-Site`), unless it navigates to one. Clients other than browsers send neither header and need none.
+Without a token only this machine reaches the server; with one, every request carries it: as a bearer token, as the
+password of basic authentication, in a cookie, or once in the address (`?token=`), which is exchanged for the cookie.
+The cookie holds a digest, so that the token stays out of the browser's storage.
 """
 
 from __future__ import annotations
@@ -35,29 +34,21 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 CONTENT_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
 )
-"""Of every answer that has no policy of its own: no scripts, and nothing is loaded."""
+"""Default `Content-Security-Policy`: no scripts, and nothing is loaded."""
 
-LEAST_TOKEN = 12
-"""Characters of a token."""
-WRONG_TOKEN_DELAY_S = 1.0
-"""Seconds until a wrong token is refused, on a connection that ends then."""
+LEAST_TOKEN = 12  # characters
+WRONG_TOKEN_DELAY_S = 1.0  # seconds until a wrong token is refused; the connection is closed then
 
 _MOST_LOGIN_BYTES = 10_000
 
 
 @dataclass(frozen=True)
 class Access:
-    """Rules of one server.
+    """Who may send requests to a server."""
 
-    Attributes:
-        token: that every request must show; None for none.
-        listen: the address that the server listens on.
-        names: further host names that it is reached by.
-    """
-
-    token: str | None = None
-    listen: str = "127.0.0.1"
-    names: frozenset[str] = frozenset()
+    token: str | None = None  # None: no token is required
+    listen: str = "127.0.0.1"  # address that the server listens on
+    names: frozenset[str] = frozenset()  # further host names, such as that of a proxy
 
     def knows_host(self, header: str | None) -> bool:
         """Whether a `Host` header names this server. Its port may differ, as forwarded ports do."""
@@ -71,7 +62,7 @@ class Access:
         return _is_address(name) or name in _machine_names()  # an address cannot be rebound, a name can
 
     def shows_token(self, request: web.Request) -> bool | None:
-        """Whether the request shows the token, or none is needed; None if it shows nothing."""
+        """Whether the request carries the token, or none is required; None if it carries none."""
         if self.token is None:
             return True
         shown = [
@@ -84,12 +75,11 @@ class Access:
 
     @property
     def cookie(self) -> str:
-        """The value of the cookie that stands for the token."""
         return hmac.new((self.token or "").encode(), b"lorasmith session", hashlib.sha256).hexdigest()
 
 
 def is_loopback(address: str) -> bool:
-    """Whether an address is reached from this machine alone."""
+    """Whether only this machine can reach an address."""
     if address.casefold() in _LOOPBACK:
         return True
     try:
@@ -99,7 +89,7 @@ def is_loopback(address: str) -> bool:
 
 
 def access_of(config: ServerConfig) -> Access:
-    """The rules of a server with these settings. Raises OptionError for one that others reach without a good token."""
+    """The rules of a server. Raises OptionError if it listens beyond loopback without a token, or with a short one."""
     if not config.token and not is_loopback(config.host):
         raise OptionError(
             f"--listen {config.host} would let everyone in that network train here; give a secret with --token, or "
@@ -114,18 +104,18 @@ def access_of(config: ServerConfig) -> Access:
 
 
 def middlewares(context: ServerContext) -> list[Any]:
-    """The middleware that holds every request to the rules."""
+    """Middleware that refuses requests without access."""
     return [_guard(access_of(context.config))]
 
 
 def routes(context: ServerContext) -> list[web.RouteDef]:
-    """The route of the form that browsers are shown without a token."""
+    """The route of the login form."""
     access = access_of(context.config)
     return [web.post(_LOGIN, _login(access))] if access.token is not None else []
 
 
 def preparing(context: ServerContext) -> list[Any]:
-    """What adds the headers of safety to every answer that has none of its own."""
+    """Handler that adds the security headers to responses that have none."""
     return [_add_headers]
 
 
@@ -152,7 +142,7 @@ def _guard(access: Access) -> Callable[[web.Request, Handler], Awaitable[web.Str
 
 
 def _refusal(request: web.Request, access: Access) -> web.Response | None:
-    """The answer to a request that is not served; None for one that is."""
+    """The response to a request without access; None if it has access."""
     if not access.knows_host(request.headers.get("Host")):
         return error_response(403, "host", "this server is not known by that name; use its address or localhost")
     if (_changes_something(request) or not _opens_a_page(request)) and not _is_from_here(request):
@@ -171,10 +161,8 @@ def _refusal(request: web.Request, access: Access) -> web.Response | None:
 
 
 def _login(access: Access) -> Handler:
-    """The answer to the form that browsers are shown without a token."""
-
     async def login(request: web.Request) -> web.StreamResponse:
-        # Whoever asks here has shown nothing yet: a form as browsers send it, and no files.
+        # The client is not authenticated yet: only a short form without files is read.
         is_form = request.content_type == "application/x-www-form-urlencoded"
         is_short = request.content_length is not None and request.content_length <= _MOST_LOGIN_BYTES
         token = str((await in_time(request.post())).get("token", "")) if is_form and is_short else ""
@@ -195,7 +183,7 @@ def _changes_something(request: web.Request) -> bool:
 
 
 def _opens_a_page(request: web.Request) -> bool:
-    """Whether a browser shows the answer as a page, which whoever sent it here cannot read."""
+    """Whether this is a navigation; the page that started it cannot read the response."""
     return request.headers.get("Sec-Fetch-Mode") == "navigate"
 
 
@@ -243,7 +231,7 @@ def _machine_names() -> frozenset[str]:
 
 
 def _from_header(header: str) -> str | None:
-    """The token in an `Authorization` header: a bearer token, or the password of basic authentication."""
+    """The token of bearer authentication, or the password of basic authentication."""
     scheme, _, value = header.strip().partition(" ")
     if scheme.casefold() == "bearer":
         return value.strip()
@@ -256,13 +244,13 @@ def _from_header(header: str) -> str | None:
 
 
 def _same(text: str, secret: str) -> bool:
-    """Whether two texts are equal, in a time that does not depend on where they differ."""
+    """Equality in constant time."""
     ours, theirs = (hashlib.sha256(one.encode(errors="surrogateescape")).digest() for one in (secret, text))
     return hmac.compare_digest(ours, theirs)
 
 
 def _with_cookie(request: web.Request, response: web.StreamResponse, access: Access) -> web.StreamResponse:
-    """`response` with the cookie, or for a page the way to the same page without the token in its address."""
+    """`response` with the cookie; for a page, a redirect to its address without the token."""
     if request.method == "GET" and "text/html" in request.headers.get("Accept", ""):
         clean = request.rel_url.without_query_params("token")
         response = web.Response(status=303, headers={"Location": str(clean)})
@@ -271,7 +259,7 @@ def _with_cookie(request: web.Request, response: web.StreamResponse, access: Acc
 
 
 def _set_cookie(request: web.Request, response: web.StreamResponse, access: Access) -> None:
-    secure = "https" in (request.scheme, request.headers.get("X-Forwarded-Proto"))  # that of a proxy in front
+    secure = "https" in (request.scheme, request.headers.get("X-Forwarded-Proto"))  # set by a proxy
     response.set_cookie(_COOKIE, access.cookie, path="/", httponly=True, samesite="Strict", secure=secure)
 
 

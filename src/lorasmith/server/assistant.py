@@ -13,12 +13,8 @@ from lorasmith.server.server_config import ServerConfig
 
 
 class RefusedError(LorasmithError):
-    """The assistant refused a question.
-
-    Attributes:
-        kind: class of the error there, such as `OptionError`; `InternalError` for a bug.
-        message: the sentence.
-        details: JSON values, such as a list of findings; None if there are none.
+    """A question raised an error in the assistant: the error's class name as `kind` (`InternalError` for a bug), its
+    message, and JSON `details`, such as findings.
     """
 
     def __init__(self, kind: str, message: str, details: Any = None) -> None:
@@ -33,12 +29,7 @@ class UnavailableError(LorasmithError):
 
 
 class Assistant:
-    """Asks the assistant process, which is started again whenever it ends.
-
-    Args:
-        config: of the server.
-        on_line: called with each line of its log.
-    """
+    """The assistant process, restarted whenever it ends; `on_line` receives each line of its log."""
 
     def __init__(self, config: ServerConfig, *, on_line: Callable[[str], None] = lambda line: None) -> None:
         self._config = config
@@ -53,7 +44,7 @@ class Assistant:
 
     @property
     def is_ready(self) -> bool:
-        """Whether it answers; questions before that wait."""
+        """Questions wait until it is."""
         return self._ready.is_set()
 
     async def start(self) -> None:
@@ -72,7 +63,7 @@ class Assistant:
             child.send({**head, "number": number})
 
     async def stop(self) -> None:
-        """End the process; open questions fail."""
+        """Stop the process; open questions fail."""
         self._is_stopping = True
         if self._restart is not None:
             self._restart.cancel()
@@ -81,15 +72,8 @@ class Assistant:
             await self._child.close(grace_s=2)
 
     async def ask(self, question: str, **arguments: Any) -> Any:
-        """The answer to a question: a JSON value, or bytes.
-
-        Args:
-            question: name of a function in `server.questions`.
-            **arguments: JSON values.
-
-        Raises:
-            RefusedError: the function raised an error, there is none of this name, or it does not take the arguments.
-            UnavailableError: the process ended twice while it answered, or the server stops.
+        """Call a function of `server.questions` with JSON arguments; returns a JSON value, or bytes. Raises
+        RefusedError if the call fails, and UnavailableError if the process ends twice during it or the server stops.
         """
         if self._is_stopping:
             raise UnavailableError("the server is stopping; start it again")
@@ -110,7 +94,7 @@ class Assistant:
             self._ready.set()
             return
         _, answer, _ = self._open.get(head["number"], (None, None, 0))
-        if answer is None or answer.done():  # whoever asked has gone
+        if answer is None or answer.done():  # the caller was cancelled
             return
         if (error := head.get("error")) is not None:
             answer.set_exception(RefusedError(error["kind"], error["message"], error.get("details")))
@@ -128,7 +112,7 @@ class Assistant:
             if failures or not was_ready:
                 self._fail(answer, f"the server's assistant ended ({why}); try again, the log is {self._config.log}")
                 self._open.pop(number)
-            else:  # asked once more
+            else:  # retried once
                 self._open[number] = head, answer, failures + 1
         self._restart = asyncio.create_task(self._start_again())
 

@@ -1,11 +1,11 @@
-"""Messages between the server and its child processes: a JSON object and optional bytes, each with its length in front.
+"""Messages between the server and its child processes: a JSON object and optional bytes, length-prefixed.
 
     4 bytes  length of the JSON, big-endian
     4 bytes  length of the bytes
     JSON, bytes
 
-The server reads and writes with asyncio, a child with blocking calls. A child talks on its original standard input and
-output; what its code prints goes to standard error.
+The server uses asyncio, a child blocking calls. A child uses its original stdin and stdout; what its code prints goes
+to stderr.
 """
 
 from __future__ import annotations
@@ -19,17 +19,15 @@ import threading
 from collections.abc import Mapping
 from typing import Any, BinaryIO, TypeAlias
 
-Message: TypeAlias = tuple[dict[str, Any], bytes]
-"""A JSON object, and bytes beside it, which may be empty."""
+Message: TypeAlias = tuple[dict[str, Any], bytes]  # a JSON object, and bytes, which may be empty
 
-MOST_JSON_BYTES, MOST_BODY_BYTES = 512 * 2**20, 2**30
-"""Limits of a message; a longer one is a bug, or not ours."""
+MOST_JSON_BYTES, MOST_BODY_BYTES = 512 * 2**20, 2**30  # longer messages are bugs
 
 _LENGTHS = struct.Struct(">II")
 
 
 class BrokenChannelError(Exception):
-    """What arrived is no message."""
+    """The received bytes are not a message."""
 
 
 def packed(head: Mapping[str, Any], body: bytes = b"") -> bytes:
@@ -58,19 +56,14 @@ def _head(text: bytes) -> dict[str, Any]:
 
 
 class AsyncChannel:
-    """The server's end.
-
-    Args:
-        reader: of the child's output.
-        writer: to the child's input.
-    """
+    """The server's end: reads a child's stdout and writes to its stdin."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
         self._writer = writer
 
     async def receive(self) -> Message | None:
-        """The next message; None after the last one, or if the child ended within one. Raises BrokenChannelError."""
+        """The next message; None at the end, even within a message. Raises BrokenChannelError."""
         try:
             head, body = _lengths(await self._reader.readexactly(_LENGTHS.size))
             return _head(await self._reader.readexactly(head)), await self._reader.readexactly(body)
@@ -78,22 +71,18 @@ class AsyncChannel:
             return None
 
     def send(self, head: Mapping[str, Any], body: bytes = b"") -> None:
-        """Queue a message. One to a child that has ended is lost; whoever reads learns of the end."""
+        """Queue a message; it is lost if the child has ended, which the reader detects."""
         if not self._writer.is_closing():
             self._writer.write(packed(head, body))
 
     def close(self) -> None:
-        """Close the child's input, which asks it to end."""
+        """Close the child's stdin, which asks it to exit."""
         if not self._writer.is_closing():
             self._writer.close()
 
 
 class BlockingChannel:
-    """A child's end. Any thread may send.
-
-    Args:
-        incoming, outgoing: binary streams.
-    """
+    """A child's end. `send` is thread-safe."""
 
     def __init__(self, incoming: BinaryIO, outgoing: BinaryIO) -> None:
         self._incoming = incoming
@@ -101,7 +90,7 @@ class BlockingChannel:
         self._lock = threading.Lock()
 
     def receive(self) -> Message | None:
-        """The next message; None after the last one. Raises BrokenChannelError."""
+        """The next message; None at the end. Raises BrokenChannelError."""
         prefix = self._exactly(_LENGTHS.size)
         if prefix is None:
             return None
@@ -110,7 +99,7 @@ class BlockingChannel:
         return None if text is None or content is None else (_head(text), content)
 
     def send(self, head: Mapping[str, Any], body: bytes = b"") -> None:
-        """Send a message. Raises OSError if the server has gone."""
+        """Raises OSError if the server has closed the channel."""
         content = packed(head, body)
         with self._lock:
             self._outgoing.write(content)
@@ -131,10 +120,7 @@ class BlockingChannel:
 
 
 def channel_of_child() -> BlockingChannel:
-    """The channel of this child process on its standard input and output, from which both are detached.
-
-    To be called first: what is printed afterwards, by libraries in C too, goes to standard error.
-    """
+    """The channel on stdin and stdout. Call it first: later prints, also those of C libraries, go to stderr."""
     incoming, outgoing = os.dup(0), os.dup(1)
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)

@@ -1,4 +1,4 @@
-"""A child process of the server: its channel, its log, its signs of life, and its end."""
+"""A child process of the server: its channel, its log, its heartbeats, and its end."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LONGEST_LINE = 64 * 2**10
 
 
 class RestartPause:
-    """Seconds before a process is started again: they double until it gets ready."""
+    """Exponential backoff between restarts of a process."""
 
     FIRST_S, LONGEST_S = 0.2, 60.0
 
@@ -27,29 +27,17 @@ class RestartPause:
         self._seconds = self.FIRST_S
 
     def reset(self) -> None:
-        """Begin with the shortest one: the process got ready."""
         self._seconds = self.FIRST_S
 
     async def wait(self) -> None:
-        """Wait for the pause, and make the next one longer."""
         await asyncio.sleep(self._seconds)
         self._seconds = min(self.LONGEST_S, 2 * self._seconds)
 
 
 class ChildProcess:
-    """A process that talks over its standard input and output.
-
-    Args:
-        command: its command line.
-        cwd: its current folder.
-        silence_s: seconds without a message after which it is killed.
-        on_message: called with each message but `beat`, in the event loop.
-        on_line: called with each line of its standard error.
-        on_end: called once when it has ended, with the reason as a clause; not if it could not be started.
-        environment: variables besides the server's.
-
-    Attributes:
-        heard: time of the last message, of `time.monotonic`.
+    """A process with a channel on its stdin and stdout, killed after `silence_s` seconds without a message.
+    `on_message` is called in the event loop with each message except heartbeats, `on_line` with each line of stderr,
+    and `on_end` once, with the reason as a clause, unless the process could not be started.
     """
 
     def __init__(
@@ -77,8 +65,8 @@ class ChildProcess:
         self.heard = time.monotonic()
 
     async def start(self, first: Mapping[str, Any]) -> None:
-        """Start it and send its first message. Raises OSError if it cannot be started."""
-        # A session of its own: Ctrl-C in the terminal is for the server, which then asks its children to end.
+        """Start the process and send its first message. Raises OSError."""
+        # Its own session: Ctrl-C in the terminal reaches only the server, which then asks its children to exit.
         apart: dict[str, Any] = {"start_new_session": True}
         if sys.platform == "win32":
             apart = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
@@ -104,27 +92,22 @@ class ChildProcess:
 
     @property
     def pid(self) -> int | None:
-        """Of the process, if it was started."""
         return None if self._process is None else self._process.pid
 
     def send(self, head: Mapping[str, Any], body: bytes = b"") -> None:
-        """Send a message; one to a process that has ended is lost."""
+        """Send a message; it is lost if the process has ended."""
         if self._channel is not None:
             self._channel.send(head, body)
 
     def kill(self, why: str) -> None:
-        """End it at once.
-
-        Args:
-            why: reason as a clause, for `on_end`.
-        """
+        """Kill the process; `why` is the reason for `on_end`."""
         if self._process is not None and self._process.returncode is None:
             self._why = self._why or why
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
 
     async def close(self, grace_s: float) -> None:
-        """Ask it to end by closing its input, wait, and kill it after `grace_s` seconds."""
+        """Ask the process to exit by closing its stdin; kill it after `grace_s` seconds."""
         if self._process is None or self._channel is None:
             return
         self._channel.close()
@@ -154,7 +137,7 @@ class ChildProcess:
                 self.kill("it closed its output without ending")
             code = await ending
             self._tasks[2].cancel()
-            await asyncio.wait([self._tasks[1]], timeout=1)  # its last words
+            await asyncio.wait([self._tasks[1]], timeout=1)  # the rest of its stderr
             self._tasks[1].cancel()
             self._on_end(self._why or _reason(code))
 
@@ -166,7 +149,7 @@ class ChildProcess:
                 continue
             if not line:
                 return
-            # Bars that are drawn over again end in carriage returns; their last state is enough.
+            # Progress bars are redrawn with carriage returns; keep the last state.
             if text := line.decode(errors="backslashreplace").rstrip().rpartition("\r")[2]:
                 self._on_line(text)
 
@@ -176,14 +159,14 @@ class ChildProcess:
             before = time.monotonic()
             await asyncio.sleep(pause)
             now = time.monotonic()
-            if now - before > 2 * pause + 1:  # the server itself was stopped: a child had no chance to be heard
+            if now - before > 2 * pause + 1:  # the server itself was suspended
                 self.heard = now
             elif now - self.heard > self._silence_s:
                 self.kill(f"it gave no sign of life for {self._silence_s:g} seconds")
 
 
 def _inherited() -> dict[str, str]:
-    """The server's variables without its secret; the paths of modules do not depend on the current folder."""
+    """The server's environment without its token; module paths do not depend on the current folder."""
     found = {name: value for name, value in os.environ.items() if name != TOKEN_VARIABLE}
     if paths := found.get("PYTHONPATH"):
         found["PYTHONPATH"] = os.pathsep.join(str(Path(path).absolute()) for path in paths.split(os.pathsep))

@@ -1,8 +1,8 @@
-"""Connections to the server: how many there are, and how long one may be silent.
+"""Limits of connections: how many there are, and how long one may be idle.
 
-aiohttp has no limit of connections. So each one is kept here until the headers of its first request have arrived, and
-is aiohttp's then. Where the limit is reached, the oldest one without a request makes room for a new one: silent clients
-keep nobody out.
+aiohttp has no such limit. So a connection is kept here until the headers of its first request have arrived, and is
+passed to aiohttp then. At the limit, the oldest connection without a request is closed for a new one, so that idle
+clients block nobody.
 """
 
 from __future__ import annotations
@@ -14,28 +14,26 @@ import sys
 
 from aiohttp import web
 
-MOST_CONNECTIONS = 512
-"""At once."""
-MOST_PER_ADDRESS = 256
-"""At once, from one address; a proxy's clients have one."""
+MOST_CONNECTIONS = 512  # at once
+MOST_PER_ADDRESS = 256  # at once from one address; all clients of a proxy have the same one
 KEEPALIVE_S = 75.0
-"""Seconds between two requests of a connection, the headers of the second included; that many proxies expect."""
+"""Seconds between two requests of a connection, the headers of the second included; the default of many proxies."""
 
 _HEADER_TIMEOUT_S = 15.0
 _UNREAD_TIMEOUT_S = 300.0
 _MOST_HEADER_BYTES = 2**16
-_OTHER_FILES = 64  # open ones of the process besides connections, and files that are sent
+_OTHER_FILES = 64  # open files other than connections and files being sent
 
 
 def most_connections() -> int:
-    """The limit of connections: `MOST_CONNECTIONS`, or fewer if the system allows the process fewer open files."""
+    """`MOST_CONNECTIONS`, or fewer if the limit of open files is lower."""
     if sys.platform == "win32":
         return MOST_CONNECTIONS
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     soft, hard = (sys.maxsize if one == resource.RLIM_INFINITY else one for one in (soft, hard))
-    wanted = 2 * MOST_CONNECTIONS + _OTHER_FILES  # each may be sent a file
+    wanted = 2 * MOST_CONNECTIONS + _OTHER_FILES  # each may be receiving a file
     if soft < wanted:
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(
@@ -46,17 +44,11 @@ def most_connections() -> int:
 
 
 class Connections:
-    """The protocol factory of a listening socket.
-
-    Args:
-        server: aiohttp's, which connections are passed to.
-        most: connections at once.
-        most_per_address: connections at once from one address.
-    """
+    """The protocol factory of a listening socket; `server` is aiohttp's, which takes over the connections."""
 
     def __init__(self, server: web.Server, *, most: int, most_per_address: int = MOST_PER_ADDRESS) -> None:
         self.server = server
-        self.waiting: dict[_Waiting, None] = {}  # those without a request, the oldest first
+        self.waiting: dict[_Waiting, None] = {}  # without a request, oldest first
         self._most = most
         self._most_per_address = most_per_address
 
@@ -64,12 +56,12 @@ class Connections:
         return _Waiting(self)
 
     def close(self) -> None:
-        """End the connections without a request."""
+        """Close the connections without a request."""
         for one in list(self.waiting):
             one.end()
 
     def has_room(self, address: str) -> bool:
-        """Whether there may be another connection from an address, after ending the oldest silent one if need be."""
+        """Whether an address may open a connection, after closing the oldest idle one if necessary."""
         for most, of in ((self._most_per_address, address), (self._most, None)):
             silent = [one for one in self.waiting if of in (None, one.address)]
             busy = sum(of in (None, (one.peername or ("",))[0]) for one in self.server.connections)
@@ -92,7 +84,7 @@ class _Waiting(asyncio.Protocol):
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
         self.address = (transport.get_extra_info("peername") or ("",))[0]
-        if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux: a client that does not read is gone after that time
+        if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux: drops clients that do not read
             opened = transport.get_extra_info("socket")
             opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(_UNREAD_TIMEOUT_S * 1000))
         if not self._connections.has_room(self.address):
@@ -106,7 +98,7 @@ class _Waiting(asyncio.Protocol):
             return
         start = max(0, len(self._received) - 3)
         self._received += data
-        is_http = 65 <= self._received[0] <= 90  # aiohttp answers at once to what is none, such as TLS
+        is_http = 65 <= self._received[0] <= 90  # aiohttp answers anything else, such as TLS, at once
         if is_http and self._received.find(b"\r\n\r\n", start) < 0:
             if len(self._received) > _MOST_HEADER_BYTES:
                 self._refuse("431 Request Header Fields Too Large")
@@ -121,7 +113,6 @@ class _Waiting(asyncio.Protocol):
         self._leave()
 
     def end(self) -> None:
-        """Close the connection."""
         self._leave()
         self._transport.abort()
 

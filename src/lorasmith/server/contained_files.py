@@ -1,7 +1,7 @@
-"""Files that requests name: found within a folder by their real path, sent so that a browser runs none of them.
+"""Files named in requests: resolved within a folder, and sent so that a browser runs none of them.
 
-A folder itself may be a link (an input folder on another disk); a link inside it that leads out of it is refused, as
-its name does not say where it leads. What a browser would run or render as a page is sent as a download.
+A folder itself may be a link (an input folder on another disk); a link inside it that leads out of it is refused. Files
+that a browser would run or render as a page are sent as downloads.
 """
 
 from __future__ import annotations
@@ -21,24 +21,20 @@ from lorasmith.core.files import is_regular
 from lorasmith.core.folders import MAX_STEM_BYTES
 from lorasmith.core.safe_names import is_reserved
 
-UNTRUSTED = "default-src 'none'; sandbox"
-"""Content policy of answers that hold data of others."""
+UNTRUSTED = "default-src 'none'; sandbox"  # content policy of responses with untrusted data
 
 
 class OutsideError(LorasmithError):
-    """A name leaves its folder, or no file can have it."""
+    """A path leads out of its folder, or is invalid."""
 
 
 class BadNameError(LorasmithError):
-    """A new file cannot have a name."""
+    """A name is not allowed for a new file."""
 
 
 def contained(folder: Path, *names: str, to_write: bool = False) -> Path:
-    """The real path of `names` below `folder`; it need not exist.
-
-    Raises:
-        OutsideError: a name is absolute, has `..`, a drive, a stream or a zero byte, or a link leads out of the folder.
-        BadNameError: it is `to_write`, or this is Windows, and Windows has a device of one of the names.
+    """The resolved path of `names` below `folder`, which need not exist. Raises OutsideError if a name is invalid or
+    leads out of the folder, and BadNameError for device names of Windows (on Windows, or if `to_write`).
     """
     parts = [part for name in names for part in PurePosixPath(name.replace("\\", "/")).parts]
     refused = "\0" in "".join(parts) or any(part in ("..", "/") or ":" in part for part in parts)
@@ -59,17 +55,13 @@ def contained(folder: Path, *names: str, to_write: bool = False) -> Path:
 
 
 def find_contained(folders: Iterable[Path], *names: str) -> Path | None:
-    """The first regular file of `names` below one of `folders`; None if there is none. Raises OutsideError."""
+    """The first regular file of `names` below one of `folders`, or None. Raises OutsideError."""
     found = (contained(folder, *names) for folder in folders)
     return next((path for path in found if is_regular(path)), None)
 
 
 def checked_name(name: str) -> str:
-    """The last part of a file's name from elsewhere.
-
-    Raises:
-        BadNameError: the name is empty, hidden, too long, reserved or has characters that not every system takes.
-    """
+    """The last part of a sent file name. Raises BadNameError if it is empty, hidden, too long or not portable."""
     last = name.replace("\\", "/").rpartition("/")[2].strip()
     stem = last.partition(".")[0]
     bad = not last or last.startswith(".") or last.endswith((".", " ")) or len(last.encode(errors="replace")) > 250
@@ -79,13 +71,7 @@ def checked_name(name: str) -> str:
 
 
 def send_file(path: Path, *, name: str | None = None, cache: str = "no-cache") -> web.FileResponse:
-    """The answer that sends a file; ranges, conditions and large files are aiohttp's.
-
-    Args:
-        path: the file, from `contained`.
-        name: of the file in the browser; by default its own.
-        cache: value of `Cache-Control`.
-    """
+    """A response with a file from `contained`. aiohttp handles ranges and conditional requests."""
     kind = mimetypes.guess_type(path.name)[0] or ""
     inline = kind in _SHOWN
     shown = name or path.name
@@ -110,10 +96,10 @@ _SHOWN = frozenset(
         *("audio/mpeg", "audio/flac", "audio/x-flac", "audio/ogg", "audio/wav", "audio/x-wav", "audio/mp4"),
     )
 )
-"""Types that a browser shows and never runs; SVG is a page."""
+"""Types that a browser shows and never runs; SVG can contain scripts."""
 _NOT_IN_NAMES = re.compile(r'[\x00-\x1f\x7f<>:"/\\|?*\ud800-\udfff\u202a-\u202e\u2066-\u2069]')
 
-for _suffix, _kind in {  # which tables of systems lack
+for _suffix, _kind in {  # missing in some systems' tables
     ".avif": "image/avif",
     ".heic": "image/heic",
     ".heif": "image/heif",

@@ -1,4 +1,4 @@
-"""The last GiB of the disk, which no request fills: what has no room on a full disk are run states and the database."""
+"""Reserved disk space: requests leave 1 GiB free for run states and the database."""
 
 from __future__ import annotations
 
@@ -10,22 +10,17 @@ from pathlib import Path
 from lorasmith.core.errors import OutputError
 
 SPARE_BYTES = 2**30
-"""Of the disk that requests leave free."""
 
-_promised: dict[object, int] = {}  # bytes that are being written, which the system does not count yet
+_promised: dict[object, int] = {}  # reservations of writes in progress
 
 
 class DiskFullError(OutputError):
-    """A request would leave too little of the disk."""
+    """A request would leave too little free disk space."""
 
 
 @contextlib.contextmanager
 def disk_space(folder: Path, size: int = 0) -> Iterator[None]:
-    """Inside the context, `size` bytes may be written to the disk of a folder, which exists.
-
-    Raises:
-        DiskFullError: less than `SPARE_BYTES` would be left, with what others write now.
-    """
+    """Reserve bytes on the disk of a folder. Raises DiskFullError if less than `SPARE_BYTES` would remain."""
     if shutil.disk_usage(folder).free - sum(_promised.values()) - size < SPARE_BYTES:
         least = f"{SPARE_BYTES // 2**30} GiB"
         raise DiskFullError(f"less than {least} of the disk of {folder} would be left; free some space")

@@ -1,4 +1,4 @@
-"""The queue at work: jobs go to workers, what workers report goes to the hub and the database."""
+"""Runs the queue: sends jobs to workers, and their reports to the hub and the database."""
 
 from __future__ import annotations
 
@@ -19,22 +19,11 @@ from lorasmith.server.worker_link import WorkerLink
 
 _STOPPED = "the server was stopped while the job was running; continue it"
 
-_AGAIN_S = 5.0
-"""Seconds between attempts to record the end of a job on a full disk."""
+_AGAIN_S = 5.0  # seconds between attempts to record the end of a job on a full disk
 
 
 class Dispatcher:
-    """Queues, starts, stops and continues jobs.
-
-    Every method that changes jobs raises StoreError if the database cannot be written; nothing is changed then.
-
-    Args:
-        config: of the server.
-        store: of the jobs.
-        hub: receives notices.
-        assistant: asked for the devices.
-        log: receives the lines of workers.
-    """
+    """Queues, starts, stops and continues jobs. Methods raise StoreError, without any change, if the database fails."""
 
     def __init__(self, config: ServerConfig, store: JobStore, hub: Hub, assistant: Assistant, log: LogBook) -> None:
         self._config = config
@@ -43,18 +32,18 @@ class Dispatcher:
         self._assistant = assistant
         self._log = log
         self._workers: list[WorkerLink] = []
-        self._stops: dict[str, JobState] = {}  # by job: the state that it will have instead of being cancelled
+        self._stops: dict[str, JobState] = {}  # by job: the state that replaces "cancelled"
         self._unrecorded: dict[str, dict[str, Any]] = {}
         self._recording: asyncio.Task[None] | None = None
         self._starting: asyncio.Task[None] | None = None
         self._is_stopping = False
 
     async def start(self) -> None:
-        """Start the workers, in the background, as soon as the devices are known."""
+        """Start the workers in the background, as soon as the devices are known."""
         self._starting = asyncio.create_task(self._start_workers())
 
     async def stop(self) -> None:
-        """Stop the running jobs, which save their runs and become interrupted, and end the workers."""
+        """Stop the running jobs, which save their runs and become interrupted, and the workers."""
         self._is_stopping = True
         if self._starting is not None:
             self._starting.cancel()
@@ -68,7 +57,7 @@ class Dispatcher:
             self._recording.cancel()
 
     def kill(self) -> None:
-        """End the workers at once; a job that runs is interrupted."""
+        """Kill the workers; a running job becomes interrupted."""
         for worker in self._workers:
             worker.kill()
 
@@ -82,24 +71,15 @@ class Dispatcher:
         front: bool = False,
         number: float | None = None,
     ) -> Job:
-        """Queue a job. Raises QueueFullError, DuplicateJobError and StoreError.
-
-        Args:
-            kind, request, id, client_id, front, number: as for `JobStore.add`.
-        """
+        """Queue a job, as `JobStore.add`. Raises QueueFullError, DuplicateJobError and StoreError."""
         job = self._store.add(kind, request, id=id, client_id=client_id, front=front, number=number)
         self._changed(job)
         self._dispatch()
         return self._store.get(job.id)
 
     def cancel(self, id: str, *, pause: bool = False) -> bool:
-        """Stop a job that waits or runs, or give up one that is paused or interrupted; whether there is one.
-
-        A running job saves its run and ends some time later; a second cancel after `patience_s` kills its worker.
-
-        Args:
-            id: of the job.
-            pause: the job is to be continued later.
+        """Stop a waiting or running job, or give up a paused or interrupted one; returns whether there is one. A
+        running job saves its run and ends later; a second cancel after `patience_s` kills its worker.
         """
         job = self._store.find(id)
         if job is None:
@@ -120,11 +100,8 @@ class Dispatcher:
         return False
 
     def proceed(self, id: str) -> Job:
-        """Continue a job that is paused, interrupted or cancelled, or one that failed, from its last run state.
-
-        Raises:
-            UnknownJobError: there is no such job.
-            JobStateError: it is in another state, or failed without a run state.
+        """Continue a job that is paused, interrupted or cancelled, or one that failed, from its last run state. Raises
+        UnknownJobError, and JobStateError in other states or without a run state.
         """
         job = self._store.get(id)
         if job.state not in ("paused", "interrupted", "cancelled", "failed"):
@@ -148,18 +125,13 @@ class Dispatcher:
         return self.submit(job.kind, job.request, client_id=job.client_id)
 
     def move(self, id: str, front: bool) -> Job:
-        """Move a waiting job to the front or the end. Raises UnknownJobError and JobStateError.
-
-        Args:
-            id: of the job.
-            front: whether to the front.
-        """
+        """Move a waiting job to the front or the end. Raises UnknownJobError and JobStateError."""
         job = self._store.move(id, front)
         self._changed(job)
         return job
 
     def remove(self, ids: Sequence[str]) -> list[str]:
-        """Remove jobs that do not run from queue and history; returns the ids of those that were removed."""
+        """Remove jobs that are not running from queue and history; returns the removed ids."""
         removed = self._store.remove(ids)
         for id in removed:
             self._hub.publish(Notice(kind="job", job_id=id, data={"id": id, "removed": True}, droppable=True))
@@ -167,23 +139,18 @@ class Dispatcher:
         return removed
 
     def interrupt(self) -> bool:
-        """Cancel every running job; whether there is one."""
+        """Cancel every running job; returns whether there is one."""
         running = [one.job.id for one in self._workers if one.job is not None]
         stopped = [self.cancel(id) for id in running]
         return any(stopped)
 
     def free(self, *, unload_models: bool = False, free_memory: bool = False) -> None:
-        """Have the workers release models, or everything that they keep for the next job.
-
-        Args:
-            unload_models: the models.
-            free_memory: results of nodes, too.
-        """
+        """Ask the workers to release what they cache for the next job."""
         for worker in self._workers:
             worker.free(models=unload_models, memory=free_memory)
 
     def devices(self) -> list[dict[str, Any]]:
-        """The devices: `{name, title, memory_bytes, free_bytes, state, job}` each, as far as it is known."""
+        """`{name, title, memory_bytes, free_bytes, state, job}` of each device, as far as known."""
         return [
             {
                 **{key: value for key, value in worker.device.items() if key != "visible"},
@@ -194,7 +161,7 @@ class Dispatcher:
         ]
 
     def worker_pids(self) -> list[int]:
-        """Process ids of the workers, for tests."""
+        """Used by tests."""
         return [worker.pid for worker in self._workers if worker.pid is not None]
 
     async def _start_workers(self) -> None:
@@ -224,8 +191,7 @@ class Dispatcher:
         await asyncio.gather(*(worker.start() for worker in self._workers))
 
     def _dispatch(self) -> None:
-        """Give waiting jobs to workers that are ready."""
-        # A worker of a server that was killed may still save the run that one of the jobs is to continue.
+        # A worker left by a killed server may still be saving the run that one of the jobs continues.
         if self._is_stopping or not all(worker.has_lock for worker in self._workers):
             return
         for worker in self._workers:
@@ -266,12 +232,11 @@ class Dispatcher:
         )
 
     def _end(self, job: Job, head: Mapping[str, Any]) -> None:
-        """The end of a job as its worker reports it."""
         state: JobState = head["state"]
         stop = self._stops.pop(job.id, None)
         error = head.get("error")
         if state == "cancelled":
-            state = stop or "interrupted"  # nobody asked: the worker was told to end
+            state = stop or "interrupted"  # not requested: the worker is stopping
             error = {"kind": "Interrupted", "message": _STOPPED} if state == "interrupted" else None
         if head.get("found") is not None:
             with self._logged():
@@ -288,7 +253,7 @@ class Dispatcher:
         )
 
     def _lost(self, job: Job, why: str) -> None:
-        """The end of a job whose worker has ended."""
+        """Ends a job whose worker has ended."""
         state = self._stops.pop(job.id, "interrupted")
         message = f"the worker ended while the job was running: {why}; continue the job, the log is {self._config.log}"
         error = {"kind": "WorkerEnded", "message": message} if state == "interrupted" else None
@@ -299,7 +264,7 @@ class Dispatcher:
         )
 
     def _record(self, job: Job, end: dict[str, Any], last: Mapping[str, Any] | None) -> None:
-        """Record the end of a job, later if the disk is full; then the last notice about it is published."""
+        """Record the end of a job, later if the disk is full; then publish its last notice."""
         try:
             job = self._store.finish(job.id, **end)
         except StoreError as error:
@@ -329,7 +294,7 @@ class Dispatcher:
 
     @contextlib.contextmanager
     def _logged(self) -> Iterator[None]:
-        """What the database refuses inside is logged; the job goes on."""
+        """Log StoreErrors; the job continues."""
         try:
             yield
         except StoreError as error:

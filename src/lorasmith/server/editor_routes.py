@@ -1,8 +1,8 @@
-"""ComfyUI's editor at `/editor/`: the static files of the package `comfyui-frontend-package`, where it is installed.
+"""ComfyUI's editor at `/editor/`: the static files of the package `comfyui-frontend-package`, if it is installed.
 
-The editor takes the folder of its own address as the start of all others, so the protocol is served below `/editor` too
-(`comfyui/all_routes.py`), and the editor's extensions, templates and node help with it (`comfyui/editor_files.py`). The
-package is under GPL-3.0: nothing of it is in this one, and it is served as it is.
+The editor prefixes all addresses with its own folder, so the protocol is served below `/editor` too
+(`comfyui/all_routes.py`), as are the editor's extensions, templates and node help (`comfyui/editor_files.py`). The
+package is GPL-3.0: it is served unmodified, and Lorasmith contains no part of it.
 """
 
 from __future__ import annotations
@@ -26,25 +26,19 @@ def routes(context: ServerContext) -> list[web.RouteDef]:
 
 
 class EditorPages:
-    """The routes.
-
-    Args:
-        package: folder of the editor's static files; None where it is not installed, and a page says so.
-        style: the user's own style sheet, which need not exist.
-    """
+    """The routes. Without `package`, a page says that the editor is missing; `style` need not exist."""
 
     def __init__(self, package: Path | None, style: Path) -> None:
         self._package, self._style_sheet = package, style
 
     def routes(self) -> list[web.RouteDef]:
-        """All routes; what the protocol has below `/editor` is more specific than the last one."""
         return [
             web.get("/editor", self._redirect),
             web.get("/editor/", self._page),
-            # The page links both, and browsers log an error about a style sheet that is missing.
+            # The page links both, and browsers log an error if a style sheet is missing.
             web.get("/editor/user.css", self._style),
             web.get("/editor/api/userdata/user.css", self._style),
-            # The editor asks for these pictures at the root, whatever its own address is.
+            # The editor requests these pictures at the root, regardless of its own address.
             web.get("/assets/images/favicon_progress_16x16/{name}", self._progress_icon),
             web.get("/assets/favicon.ico", self._icon),
             web.get("/favicon.ico", self._icon),
@@ -52,8 +46,7 @@ class EditorPages:
         ]
 
     async def _redirect(self, request: web.Request) -> web.Response:
-        """The editor must be in a folder, as its addresses are relative."""
-        location = request.rel_url.with_path("/editor/", keep_query=True)  # still encoded: a line break stays none
+        location = request.rel_url.with_path("/editor/", keep_query=True)  # still encoded: safe in a header
         return web.Response(status=307, headers={"Location": str(location)})
 
     async def _page(self, request: web.Request) -> web.StreamResponse:

@@ -1,4 +1,4 @@
-"""The example workflows as templates of ComfyUI's editor: an index, a graph each, and a small picture each.
+"""The example workflows as templates of ComfyUI's editor: an index, and a graph and a thumbnail each.
 
 The editor reads `templates/index.json`, opens `templates/<name>.json` and shows `templates/<name>-1.webp`. Graphs are
 the package's examples (`nodes/example_workflows.py`); `tools/template_pictures.py` draws the pictures.
@@ -17,18 +17,11 @@ if TYPE_CHECKING:
     from lorasmith.nodes.example_workflows import Example
 
 PICTURES = Path(__file__).parent / "editor" / "templates"
-"""The folder of the pictures."""
 
 
 @dataclass(frozen=True)
 class Template:
-    """A template.
-
-    Attributes:
-        name: of the example.
-        title: on its card.
-        example: its graph.
-    """
+    """An example workflow with the title on its card."""
 
     name: str
     title: str
@@ -36,7 +29,7 @@ class Template:
 
     @property
     def description(self) -> str:
-        """One or two sentences, without the names of files: the editor shows hyphens and underscores as spaces."""
+        """One or two sentences without file names: the editor shows hyphens and underscores as spaces."""
         says = f"Trains {self.example.title}." if not self.example.title[0].isupper() else f"{self.example.title}."
         needs = len(self.example.needs)
         if not needs:
@@ -45,19 +38,18 @@ class Template:
 
     @property
     def picture(self) -> Path:
-        """The picture of its card."""
         return PICTURES / f"{self.name}-1.webp"
 
 
 def templates() -> dict[str, Template]:
     """Every template by name, those that need no other file first."""
-    from lorasmith.nodes.example_workflows import examples  # not before the page is there
+    from lorasmith.nodes.example_workflows import examples  # imported late, to start fast
 
     return {one.name: Template(one.name, one.card, one) for one in examples()}
 
 
 def index() -> list[dict[str, Any]]:
-    """The editor's list of templates, in two groups: those that run at once, and one for each model family."""
+    """The editor's list of templates, in two groups: those that need no other file first."""
     listed = templates().values()
     groups = {
         "Start here": [one for one in listed if not one.example.needs],
@@ -77,10 +69,10 @@ def index() -> list[dict[str, Any]]:
 
 
 def template_file(name: str) -> Path | str | None:
-    """What the editor fetches as `templates/<name>`: a file, or JSON text; None if there is none."""
+    """The file `templates/<name>`: a path, or JSON text; None if there is none."""
     if name == "index.json":
         return json.dumps(index())
-    if name == "index_logo.json":  # logos of model makers, of which there are none
+    if name == "index_logo.json":  # logos of model makers; none here
         return "{}"
     known = templates()
     if (stem := name.removesuffix("-1.webp")) != name and stem in known:

@@ -1,4 +1,4 @@
-"""Errors as answers to requests: a status, and `{"error": {"kind", "message", "details"}}`."""
+"""Errors as responses: a status, and `{"error": {"kind", "message", "details"}}`."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ _STATUS = {
     "UnknownFileError": 404,
     "UnknownJobError": 404,
 }
-"""By kind, whether it was raised here or by the assistant; all others are about the request, 400."""
+"""By kind, raised here or by the assistant; all others are 400."""
 
 
 class TooManyError(LorasmithError):
-    """There are too many streams or uploads at once."""
+    """Too many streams or uploads at once."""
 
 
 class TooLargeError(LorasmithError):
-    """A body is too large."""
+    """A request body is too large."""
 
 
 class SlowClientError(LorasmithError):
@@ -55,20 +55,13 @@ def status_of(error: LorasmithError) -> int:
 
 
 def error_answer(error: LorasmithError) -> web.Response:
-    """The answer to a request that failed."""
+    """The response for an error."""
     details = error.details if isinstance(error, RefusedError) else None
     return error_response(status_of(error), _kind(error), str(error), details)
 
 
 def error_response(status: int, kind: str, message: str, details: object = None) -> web.Response:
-    """An error in the form of all answers but those of ComfyUI's protocol.
-
-    Args:
-        status: of the answer.
-        kind: of the error.
-        message: a sentence.
-        details: JSON values, such as findings.
-    """
+    """An error response, in the form of all routes except ComfyUI's; `details` are JSON values."""
     text = json.dumps({"error": {"kind": kind, "message": message, "details": details}})
     return web.json_response(text=text, status=status, headers={"Cache-Control": "no-store"})
 
@@ -77,19 +70,19 @@ def error_response(status: int, kind: str, message: str, details: object = None)
 async def errors_answered(
     request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
 ) -> web.StreamResponse:
-    """Middleware: what a handler raises becomes an answer; a bug is logged, and its answer names the log."""
+    """Middleware: exceptions become responses; a bug is logged, and its response names the log."""
     try:
         return await handler(request)
     except LorasmithError as error:
         return error_answer(error)
-    except (web.HTTPException, ConnectionError):  # answers of aiohttp's; whoever asked has gone
+    except (web.HTTPException, ConnectionError):  # responses of aiohttp; client disconnected
         raise
     except Exception as error:
-        if request.writer.output_size:  # an answer has begun: only its end can say that it is not whole
+        if request.writer.output_size:  # headers are sent: closing the connection marks the response as incomplete
             raise
         context = request.app[CONTEXT]
         context.log.add("server", f"{request.method} {request.path} failed\n{traceback.format_exc()}")
-        log = context.config.log.relative_to(context.config.base).as_posix()  # whoever asks may have no token
+        log = context.config.log.relative_to(context.config.base).as_posix()  # the client may be unauthenticated
         message = f"the server failed ({type(error).__name__}); the reason is in {log} of its base folder"
         return error_response(500, "InternalError", message)
 

@@ -1,4 +1,4 @@
-"""Events of training and of its preparation as JSON for readers; those of preparation are summarised."""
+"""Events of training and of its preparation as JSON; those of preparation are summarised."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from lorasmith.training.events import CaptionEncoded, Drawing, Event, StepDone, 
 
 _PREPARING = (ImageEncoded, ClassImageDrawn, EncodersHashed)
 PROGRESS = frozenset(kind.__name__ for kind in (StepDone, *_PREPARING, CaptionEncoded, Drawing))
-"""Events that are replaced by newer ones for a slow reader."""
+"""Events that newer ones replace for a slow reader."""
 
 _MOST_LISTED = 100
 
 
 def event_json(event: Event) -> dict[str, Any]:
-    """An event: `{"event": its class, "at": seconds, ...}`. Numbers that JSON lacks are null."""
+    """An event: `{"event": its class, "at": seconds, ...}`. NaN and infinity become null."""
     head = {"event": type(event).__name__, "at": event.at}
     match event:
         case ImagesFound():
@@ -60,7 +60,7 @@ def event_json(event: Event) -> dict[str, Any]:
 
 
 def finite(value: Any) -> Any:
-    """JSON values in which NaN and infinity are null."""
+    """JSON values with NaN and infinity replaced by null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

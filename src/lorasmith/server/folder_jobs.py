@@ -1,4 +1,4 @@
-"""Trainings on folders of images, and measurements of their settings, as jobs."""
+"""Jobs that train on folders of images, or measure the cost of settings."""
 
 from __future__ import annotations
 
@@ -35,8 +35,7 @@ from lorasmith.training.runs.history import read_history
 from lorasmith.training.runs.run_folder import RunFolder
 from lorasmith.training.verdict import UNJUDGED
 
-_STEPS = 8
-"""Timed steps of a measurement."""
+_STEPS = 8  # timed steps of a measurement
 
 Load = Callable[[ModelFiles, Folders | None], Completed]
 
@@ -50,22 +49,12 @@ def train(
     cancelled: Callable[[], bool],
     load: Load,
 ) -> dict[str, Any]:
-    """Train on folders of images, in a folder below `runs/` of the base folder.
-
-    Args:
-        request: a `RunSpec` as JSON; paths are relative to the base folder. As in a file, an optimizer's import path is
-            refused, and a tracker is not started.
-        folders: of models; their base folder has the runs.
-        before: folder of the run that an earlier attempt of this job began.
-        reporter: of the job.
-        cancelled: whether the job is to stop.
-        load: loads the model.
-
-    Raises:
-        CancelledError: it was cancelled; the run is saved, if it had begun.
-        LorasmithError: as `prepare` and `train_prepared`.
+    """Train on folders of images, in a run folder below `runs/` of the base folder. `request` is a `RunSpec` as JSON
+    with paths relative to the base folder; as in files, import paths of optimizers are refused and trackers are not
+    started. `before` is the run folder of an earlier attempt. Raises CancelledError, with the run saved if it has
+    begun, and as `prepare` and `train_prepared`.
     """
-    if before is not None and RunFolder(before).is_done:  # its end did not reach the server
+    if before is not None and RunFolder(before).is_done:  # it completed, but the server did not receive its end
         return {"outputs": _found_before(before)}
     given = _typed(request)
     if given.low_noise_model is not None:
@@ -73,7 +62,7 @@ def train(
             f"a job trains one model, got low_noise_model {given.low_noise_model}; send a job for each expert, or run "
             "lorasmith train --low-noise-model"
         )
-    # Each worker sees one GPU, whatever its number is.
+    # Each worker sees a single GPU.
     spec = replace(given.trusted(), device=given.device if given.device == "cpu" else None)
 
     def report(event: Event) -> None:
@@ -102,7 +91,7 @@ def train(
             if before is not None and is_same
             else _claimed(folders.base / "runs", prepared.spec.name, fingerprint)
         )
-        reporter.run(folder)  # known before the first step: a run that completes is never trained a second time
+        reporter.run(folder)  # reported before the first step, so that a complete run is never trained again
         return folder
 
     result = train_prepared(prepared, output=output, on_event=report, cancelled=cancelled)
@@ -119,7 +108,7 @@ def _typed(request: Mapping[str, Any]) -> RunSpec:
 
 
 def _is_same(folder: Path, fingerprint: Fingerprint) -> bool:
-    """Whether the run that was begun in a folder is the one with this fingerprint, and can be continued."""
+    """Whether a folder holds an unfinished run with this fingerprint that can be continued."""
     run = RunFolder(folder)
     with contextlib.suppress(LorasmithError):
         return run.exists and not differences(run.record().fingerprint, fingerprint) and not run.is_busy
@@ -127,7 +116,7 @@ def _is_same(folder: Path, fingerprint: Fingerprint) -> bool:
 
 
 def _claimed(runs: Path, title: str, fingerprint: Fingerprint) -> Path:
-    """The folder that holds a run unfinished, or a new one, made here: workers may begin runs of one name at once."""
+    """The folder of an unfinished run, or a new one, created here, since workers may begin runs of one name at once."""
     chosen = run_folder(runs, title)
     while True:
         folder = chosen(fingerprint)
@@ -155,7 +144,7 @@ def _found(result: TrainResult) -> dict[str, Any]:
 
 
 def _found_before(folder: Path) -> dict[str, Any]:
-    """What a complete run found, from its folder."""
+    """The outputs of a complete run, read from its folder."""
     history = read_history(folder)
     lora = folder / f"{history.record.title}.safetensors"
     return {
@@ -175,20 +164,9 @@ def measure(
     cancelled: Callable[[], bool],
     load: Load,
 ) -> dict[str, Any]:
-    """Measure the seconds of a step and the peak memory of a training with some settings.
-
-    Args:
-        request: `{model, settings, text_encoders, vae}` as in a `RunSpec`.
-        folders: of models.
-        device: where to measure.
-        reporter: of the job; receives an event `Measuring` for each stage.
-        cancelled: whether the job is to stop, looked at between two stages.
-        load: loads the model.
-
-    Raises:
-        CancelledError: it was cancelled.
-        OptionError: the request is malformed, or a setting is out of range.
-        LorasmithError: the model cannot be loaded, or settings do not fit it.
+    """Measure the seconds per step and the peak memory of a training, with a `Measuring` event for each stage.
+    `request` is `{model, settings, text_encoders, vae}` as in a `RunSpec`. Raises CancelledError, OptionError for a bad
+    request, and errors of loading the model.
     """
     given = _typed(request)
     if not given.model:

@@ -1,4 +1,4 @@
-"""How a graph is refused or ends for ComfyUI's clients: an error, the last event, the last message in the history."""
+"""How the refusal or end of a graph is reported to ComfyUI's clients: error, last event, last history message."""
 
 from __future__ import annotations
 
@@ -8,14 +8,7 @@ from typing import Any
 
 
 def error_entry(kind: str, message: str, details: str = "", **extra_info: Any) -> dict[str, Any]:
-    """An error in the protocol's form.
-
-    Args:
-        kind: its name in the protocol.
-        message: one sentence.
-        details: what it is about.
-        **extra_info: facts for programs.
-    """
+    """An error in the protocol's form: its kind there, a sentence, its context, and facts for programs."""
     return {"type": kind, "message": message, "details": details, "extra_info": extra_info}
 
 
@@ -32,13 +25,8 @@ def graph_end(
     node_type: str = "",
     executed: Sequence[str] = (),
 ) -> tuple[dict[str, Any], list[Any]]:
-    """The notice with which a graph ends that did not complete, as `{"kind", "data"}`, and its message.
-
-    Args:
-        job_id: of the job.
-        error: `{kind, message, traceback}` of a failure; None if it was cancelled.
-        node_id, node_type: of the node at which it ended; empty if it was none.
-        executed: nodes that were executed before.
+    """The last notice, `{"kind", "data"}`, and the history message of a graph that did not complete. `error` is `{kind,
+    message, traceback}`, or None if cancelled; `executed` are the nodes that had finished.
     """
     node = {"node_id": node_id, "node_type": node_type, "executed": list(executed)}
     if error is None:

@@ -1,4 +1,4 @@
-"""Graphs as jobs: the executor, whose results are kept between them, and what a history says of them."""
+"""Graphs as jobs: one executor, which caches results between them, and the messages of their histories."""
 
 from __future__ import annotations
 
@@ -16,16 +16,11 @@ from lorasmith.workflow import execution_events as events
 from lorasmith.workflow.executor import Executor
 from lorasmith.workflow.graph import Graph, validate
 
-_LINES = 20
-"""Entries of a traceback that are kept."""
+_LINES = 20  # entries of a traceback that are kept
 
 
 class GraphJob:
-    """Runs graphs one after another, with one executor.
-
-    Args:
-        folders: of models, inputs and outputs.
-    """
+    """Runs graphs one after another, with one executor."""
 
     def __init__(self, folders: Folders) -> None:
         self.folders = folders
@@ -46,18 +41,8 @@ class GraphJob:
     def run(
         self, id: str, request: Mapping[str, Any], *, reporter: JobReporter, cancel: threading.Event
     ) -> dict[str, Any]:
-        """Run a graph; returns `outputs`, `messages` and `last`, the notice with which it ends.
-
-        Args:
-            id: of the job.
-            request: of the job.
-            reporter: of the job.
-            cancel: set to stop it.
-
-        Raises:
-            GraphError: the prompt is malformed.
-            NodeError: a node failed.
-            CancelledError: `cancel` was set.
+        """Run a graph; returns `outputs`, `messages` and `last`, the notice of its end. Raises GraphError for a
+        malformed prompt, NodeError, or CancelledError after `cancel` is set.
         """
         self._begin(id, reporter)
         targets = request.get("outputs_to_execute") or request.get("targets") or None
@@ -74,7 +59,7 @@ class GraphJob:
         }
 
     def rest(self, end: Mapping[str, Any]) -> dict[str, Any]:
-        """What a graph that did not complete leaves; `end` has its `state` and `error`, to which the node is added."""
+        """Outputs and messages of a graph that did not complete; adds the node to `end["error"]`."""
         error = end["error"]
         if end["state"] == "failed":
             error = {**error, **self._failure}
@@ -124,7 +109,7 @@ class GraphJob:
         self._reporter.notice("graph", data)
 
     def _end(self, event: events.ExecutionFinished | events.ExecutionFailed | events.ExecutionCancelled) -> None:
-        """Keep how it ended: the last event is sent with the end of the job, so that its history is there before."""
+        """Keep the last event, which is sent with the end of the job, after its history is stored."""
         if isinstance(event, events.ExecutionFinished):
             return
         member = None if self._graph is None else self._graph.nodes.get(event.node_id)

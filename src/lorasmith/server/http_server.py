@@ -1,4 +1,4 @@
-"""The HTTP server: one application of several tables of routes, and its life from start to stop."""
+"""The HTTP server: one application of several route tables, started and stopped."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from lorasmith.server.server_config import ServerConfig
 from lorasmith.server.server_context import CONTEXT, ServerContext
 
 _TABLES: tuple[ModuleType, ...] = (access, api, comfyui, page_routes, editor_routes)
-"""Modules with `routes(context)`, and perhaps `middlewares(context)`, outermost first.
+"""Modules with `routes(context)`, and optionally `middlewares(context)`, outermost first.
 
-`preparing(context)` gives handlers of `on_response_prepare`, which see every answer, streams and errors included.
+`preparing(context)` returns handlers of `on_response_prepare`, called for every response, streams and errors included.
 """
 
 
 def make_app(context: ServerContext) -> web.Application:
-    """The application: all routes and middlewares, on the parts of a server, which may be fakes."""
+    """The application with all routes and middlewares; tests pass fakes in the context."""
     middlewares = [one for table in _TABLES for one in getattr(table, "middlewares", _none)(context)]
     app = web.Application(middlewares=[errors_answered, *middlewares], client_max_size=MAX_JSON_BYTES)
     app.on_response_prepare.extend(one for table in _TABLES for one in getattr(table, "preparing", _none)(context))
@@ -47,12 +47,8 @@ def make_app(context: ServerContext) -> web.Application:
 
 @contextlib.asynccontextmanager
 async def running(config: ServerConfig) -> AsyncIterator[tuple[ServerContext, str]]:
-    """Inside the context, the server runs; yields its parts and its address. At the end it is stopped, jobs are saved.
-
-    Raises:
-        OutputError: another server has the base folder, or it cannot be written.
-        OptionError: the port is taken, there is no such address, or one beyond loopback has no token.
-        StoreError: the database cannot be used.
+    """Run the server inside the context; yields its parts and its address. Raises OutputError if the base folder is in
+    use or not writable, OptionError for a bad address, port or token, and StoreError.
     """
     ensure_folder(config.folder)
     folders = Folders.load(config.base, extra_model_paths=config.extra_model_paths, follow_links=config.follow_links)
@@ -111,16 +107,8 @@ def serve(
     started: Callable[[str], object] = lambda address: None,
     stopping: Callable[[int], object] = lambda running: None,
 ) -> None:
-    """Serve until Ctrl-C or SIGTERM; running jobs are stopped and saved then, or ended at once by a second one.
-
-    Args:
-        config: of the server.
-        started: called with the address, when it listens.
-        stopping: called with the number of running jobs, when it was asked to stop.
-
-    Raises:
-        CancelledError: it was ended at once.
-        LorasmithError: as `running`.
+    """Serve until Ctrl-C or SIGTERM, then save and stop running jobs; a second signal kills them (CancelledError).
+    `started` receives the address, `stopping` the number of running jobs. Raises also as `running`.
     """
 
     async def main() -> None:
@@ -144,7 +132,6 @@ async def _kill_when(hurry: asyncio.Event, dispatcher: Dispatcher) -> None:
 
 
 async def _listening(connections: Connections, config: ServerConfig) -> tuple[asyncio.Server, str]:
-    """Listen; returns the listener and the address."""
     try:
         listener = await asyncio.get_running_loop().create_server(connections, config.host, config.port, backlog=128)
     except OSError as error:
@@ -174,7 +161,7 @@ def _taken(config: ServerConfig) -> str:
 
 @contextlib.contextmanager
 def _signals(stop: asyncio.Event, hurry: asyncio.Event) -> Iterator[None]:
-    """Ctrl-C, SIGTERM and the end of the terminal set the first event, and then the second."""
+    """Ctrl-C, SIGTERM and SIGHUP set `stop`, and the second time `hurry`."""
     loop = asyncio.get_running_loop()
 
     def ask(number: int, frame: object) -> None:
@@ -183,7 +170,7 @@ def _signals(stop: asyncio.Event, hurry: asyncio.Event) -> Iterator[None]:
     numbers: list[signal.Signals] = [signal.SIGINT, signal.SIGTERM]
     if sys.platform == "win32":
         numbers.append(signal.SIGBREAK)
-    elif signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # the terminal is closed, and nohup was not asked for
+    elif signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # terminal closed, without nohup
         numbers.append(signal.SIGHUP)
     previous = {number: signal.signal(number, ask) for number in numbers}
     try:

@@ -1,4 +1,4 @@
-"""Notices from jobs to whoever listens: sockets, event streams, tests."""
+"""Publishes notices from jobs to subscribers: sockets and event streams."""
 
 from __future__ import annotations
 
@@ -10,54 +10,39 @@ from typing import Any, Literal, TypeAlias
 
 NoticeKind: TypeAlias = Literal["job", "queue", "graph", "training", "log"]
 
-MOST_WAITING = 1_000
-"""Notices that wait for a reader; one that leaves more unread is cut off."""
+MOST_WAITING = 1_000  # unread notices after which a subscription is cut off
 
-_SLOW = 50
-"""Unread notices from which a reader is slow: droppable ones are replaced by newer ones."""
+_SLOW = 50  # unread notices after which droppable ones are replaced by newer ones
 
 
 @dataclass(frozen=True, kw_only=True)
 class Notice:
-    """Something that happened.
+    """A change of a job, the queue or the log.
 
-    Attributes:
-        kind: `job`: its state changed, `data` is its summary. `queue`: `{"pending": n, "running": n}`. `graph`: an
-            event of `workflow.execution_events`, whose class is `data["event"]`. `training`: an event of training or of
-            its preparation, likewise, with `node_id` inside graphs. `log`: a line, `{"t": ISO time, "m": text}`.
-        job_id: of the job, if it is about one.
-        data: JSON values.
-        binary: an encoded picture (JPEG or PNG), such as a preview.
-        client_id: of the client that submitted the job.
-        droppable: whether a newer one replaces it, such as progress.
+    `job`: its state changed, `data` is its summary. `queue`: `{"pending": n, "running": n}`. `graph`: an event of
+    `workflow.execution_events`, whose class is `data["event"]`. `training`: an event of training or of its preparation,
+    likewise, with `node_id` inside graphs. `log`: a line, `{"t": ISO time, "m": text}`.
     """
 
     kind: NoticeKind
-    data: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)  # JSON values
     job_id: str | None = None
-    binary: bytes | None = None
-    client_id: str | None = None
-    droppable: bool = False
+    binary: bytes | None = None  # JPEG or PNG, such as a preview
+    client_id: str | None = None  # that submitted the job
+    droppable: bool = False  # a newer one may replace it, such as progress
 
     @property
     def subject(self) -> tuple[Any, ...] | None:
-        """What a droppable notice is about; one of the same subject replaces it. None: it is never replaced."""
+        """A droppable notice is replaced by one with the same subject; None: never."""
         if not self.droppable or self.kind == "log":
             return None
-        has_picture = self.binary is not None  # a preview is not replaced by a mere number
+        has_picture = self.binary is not None  # a number must not replace a preview
         return self.kind, self.job_id, self.data.get("event"), self.data.get("node_id"), has_picture
 
 
 class Subscription:
-    """Notices for one reader, as an asynchronous iterator; it ends when it is closed or cut off.
-
-    Args:
-        wants: whether a notice is for this reader.
-        most: notices that wait for it at most.
-        on_close: called once, with the subscription.
-
-    Attributes:
-        cut_off: whether it has ended because its reader was too slow.
+    """Notices for one reader, as an asynchronous iterator. It ends when it is closed, or with `cut_off` after `most`
+    unread notices. `on_close` is called once.
     """
 
     def __init__(
@@ -76,7 +61,7 @@ class Subscription:
         self.cut_off = False
 
     def put(self, notice: Notice) -> None:
-        """Add a notice, if it is for this reader."""
+        """Add a notice if `wants` accepts it."""
         if self._is_closed or not self._wants(notice):
             return
         if len(self._waiting) >= _SLOW and notice.subject is not None:
@@ -90,7 +75,7 @@ class Subscription:
         self._arrived.set()
 
     def close(self) -> None:
-        """End the subscription; notices that wait are still read."""
+        """End the subscription; queued notices can still be read."""
         if not self._is_closed:
             self._is_closed = True
             self._arrived.set()
@@ -117,7 +102,7 @@ class Subscription:
         self.close()
 
     def _remove(self, match: Callable[[Notice], bool]) -> bool:
-        """Remove the oldest waiting notice that matches; whether there was one."""
+        """Remove the oldest queued notice that matches; returns whether there was one."""
         for place, one in enumerate(self._waiting):
             if match(one):
                 del self._waiting[place]
@@ -126,14 +111,14 @@ class Subscription:
 
 
 class Hub:
-    """Passes notices to all subscriptions. Used from the event loop's thread alone."""
+    """Passes notices to all subscriptions. Use it in the event loop's thread only."""
 
     def __init__(self) -> None:
         self._subscriptions: list[Subscription] = []
         self._is_closed = False
 
     def publish(self, notice: Notice) -> None:
-        """Pass a notice on. It never waits."""
+        """Never blocks."""
         for one in tuple(self._subscriptions):
             one.put(notice)
 
@@ -145,14 +130,7 @@ class Hub:
         wants: Callable[[Notice], bool] = lambda notice: True,
         most: int = MOST_WAITING,
     ) -> Subscription:
-        """A subscription from now on; close it, or use it as a context manager.
-
-        Args:
-            kinds: of notices; None for all.
-            job_id: only notices about this job.
-            wants: whether a notice is wanted, besides.
-            most: notices that wait for the reader at most.
-        """
+        """A subscription to some kinds of notices (None: all), optionally of one job; close it after use."""
 
         def all_wanted(notice: Notice) -> bool:
             return (
@@ -169,7 +147,6 @@ class Hub:
         return subscription
 
     def close(self) -> None:
-        """End all subscriptions."""
         self._is_closed = True
         for one in tuple(self._subscriptions):
             one.close()

@@ -1,7 +1,7 @@
-"""Jobs in SQLite: the queue and its history, which survive the end of every process.
+"""The queue of jobs and its history in SQLite, which survive crashes.
 
 `<base>/user/lorasmith/jobs.sqlite3` (WAL). Only the server opens it, from the thread of its event loop; each call is
-one short transaction, on the disk when it returns.
+one short transaction, durable when it returns.
 """
 
 from __future__ import annotations
@@ -30,15 +30,13 @@ ACTIVE: tuple[JobState, ...] = ("running", "pending")
 ENDED: tuple[JobState, ...] = tuple(state for state in STATES if state not in ACTIVE)
 """States of jobs that are neither queued nor running."""
 
-MOST_PENDING = 10_000
-"""Jobs that wait at most."""
-MOST_ENDED = 2_000
-"""Ended jobs that are kept; the oldest go. Those that are paused or interrupted stay, as they are to be continued."""
+MOST_PENDING = 10_000  # waiting jobs
+MOST_ENDED = 2_000  # ended jobs that are kept, the newest; paused and interrupted ones are always kept, to be continued
 
 MOST_WAITING_BYTES = MOST_ENDED_BYTES = 256 * 2**20
-"""Of the requests of jobs that wait or can be continued, and of all that is kept of those that have ended."""
+"""Of the requests of jobs that wait or can be continued, and of all data of ended ones."""
 
-_SMALL_BYTES = 2**16  # requests of which even `MOST_PENDING` are not too large
+_SMALL_BYTES = 2**16  # smaller requests are queued even beyond `MOST_WAITING_BYTES`
 _REMOVABLE: tuple[JobState, ...] = ("completed", "failed", "cancelled")
 _VERSION = 1
 _DISK = (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN)
@@ -46,7 +44,7 @@ _LEAST_FREE = 128 * 2**10  # SQLite reports a full disk as such only where a wri
 
 
 class StoreError(LorasmithError):
-    """The database cannot be read or written. `is_full`: because the disk is full."""
+    """The database cannot be read or written; `is_full` if the disk is full."""
 
     def __init__(self, message: object, *, is_full: bool = False) -> None:
         super().__init__(message)
@@ -54,15 +52,15 @@ class StoreError(LorasmithError):
 
 
 class QueueFullError(LorasmithError):
-    """Too many jobs wait."""
+    """Too many waiting jobs, or too large ones."""
 
 
 class DuplicateJobError(LorasmithError):
-    """There is a job with this id."""
+    """A job with this id exists."""
 
 
 class UnknownJobError(LorasmithError):
-    """There is no job with this id."""
+    """No job has this id."""
 
 
 class JobStateError(LorasmithError):
@@ -71,38 +69,24 @@ class JobStateError(LorasmithError):
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A job.
+    """A job. Times are in seconds since the epoch; `started` and `ended` are of the last attempt."""
 
-    Attributes:
-        id: a UUID in lower case.
-        kind: `graph`, `train` or `measure`.
-        state: `interrupted` is that of a job whose worker or server ended; such a job, a paused and a cancelled one
-            can be continued.
-        number: place in the queue, lowest first.
-        request: what is to be done, by kind: `{prompt, extra_data, targets, outputs_to_execute, workflow}`, or a
-            `RunSpec`, or `{model, settings, ...}`.
-        client_id: of the client that submitted it.
-        created, started, ended: seconds since the epoch; the last two are those of the last attempt.
-        outputs: output of nodes for user interfaces, by node; of other jobs what they found.
-        messages: `[event, data]` each, as in ComfyUI's history.
-        error: `{kind, message, ...}` of a job that failed or was interrupted.
-        run: id of its run: the folder relative to the base folder.
-        attempts: number of times that it was started.
-    """
-
-    id: str
+    id: str  # a UUID in lower case
     kind: JobKind
+    # `interrupted`: its worker or server ended; like `paused` and `cancelled`, it can be continued
     state: JobState = "pending"
-    number: float = 0.0
+    number: float = 0.0  # place in the queue, lowest first
+    # `{prompt, extra_data, targets, outputs_to_execute, workflow}`, a `RunSpec`, or `{model, settings, ...}`, by kind
     request: Mapping[str, Any] = field(default_factory=dict)
     client_id: str | None = None
     created: float = 0.0
     started: float | None = None
     ended: float | None = None
+    # of graphs, by node, for user interfaces; of other jobs, their results
     outputs: Mapping[str, Any] = field(default_factory=dict)
-    messages: Sequence[Sequence[Any]] = ()
-    error: Mapping[str, Any] | None = None
-    run: str | None = None
+    messages: Sequence[Sequence[Any]] = ()  # `[event, data]` each, as in ComfyUI's history
+    error: Mapping[str, Any] | None = None  # `{kind, message, ...}` of a job that failed or was interrupted
+    run: str | None = None  # id of its run: the folder relative to the base folder
     attempts: int = 0
 
     def summary(self) -> dict[str, Any]:
@@ -125,7 +109,7 @@ class Job:
 
 
 class JobLine(NamedTuple):
-    """What a list needs of a job: no request, no outputs. Attributes as those of `Job`."""
+    """A job in lists, without request and outputs."""
 
     id: str
     kind: JobKind
@@ -170,18 +154,13 @@ _COLUMNS = (
 _LISTED_COLUMNS = _COLUMNS.replace(
     "request,", "json_remove(request, '$.prompt', '$.workflow', '$.extra_data') AS request,"
 )
-"""In lists, without the graphs of requests, which may have megabytes each."""
+"""Without the graphs of requests, which may have megabytes each."""
 _JSON = ("request", "outputs", "messages", "error")
 
 
 class JobStore:
-    """The jobs. Every method raises StoreError if the database cannot be read or written.
-
-    Opening it makes `interrupted` what a server that has ended left `running`.
-
-    Args:
-        path: the database; made if it is missing.
-        most_pending, most_ended: limits of the queue and of the history.
+    """The jobs in the database at `path`. Every method raises StoreError if it cannot be read or written. Opening it
+    marks jobs left `running` by an earlier server as `interrupted`.
     """
 
     def __init__(self, path: Path, *, most_pending: int = MOST_PENDING, most_ended: int = MOST_ENDED) -> None:
@@ -218,7 +197,6 @@ class JobStore:
             )
 
     def close(self) -> None:
-        """Close the database."""
         self._database.close()
 
     def add(
@@ -231,20 +209,8 @@ class JobStore:
         front: bool = False,
         number: float | None = None,
     ) -> Job:
-        """Queue a new job.
-
-        Args:
-            kind: of the job.
-            request: JSON values.
-            id: a UUID in lower case; None for a new one.
-            client_id: of the client.
-            front: before all others, by a negative number.
-            number: place in the queue, instead of the next one.
-
-        Raises:
-            QueueFullError: too many jobs wait, or too large ones.
-            DiskFullError: the disk is nearly full.
-            DuplicateJobError: there is a job with this id.
+        """Queue a new job. `id` is a UUID in lower case, None for a new one. `front` puts it before all others, by a
+        negative number. Raises QueueFullError, DiskFullError and DuplicateJobError.
         """
         id, text = id or str(uuid.uuid4()), json.dumps(request)
         with disk_space(self._path.parent, len(text)), self._writing() as database:
@@ -274,12 +240,11 @@ class JobStore:
         return self.get(id)
 
     def find(self, id: str) -> Job | None:
-        """The job with this id, or None."""
         found = self._select("WHERE id = ?", (id,))
         return found[0] if found else None
 
     def get(self, id: str) -> Job:
-        """The job with this id. Raises UnknownJobError."""
+        """Raises UnknownJobError."""
         if (found := self.find(id)) is None:
             raise UnknownJobError(f"there is no job {id}; it may have been removed")
         return found
@@ -289,11 +254,11 @@ class JobStore:
         return self._select("WHERE state = 'pending' ORDER BY number, sequence")
 
     def running(self) -> list[Job]:
-        """Running jobs, the oldest first."""
+        """Running jobs, oldest first."""
         return self._select("WHERE state = 'running' ORDER BY started, sequence")
 
     def unfinished(self, text: str) -> list[Job]:
-        """Jobs that run, wait or are to be continued, and have a text in their request, ignoring case."""
+        """Running, waiting and resumable jobs whose request contains a text, ignoring case."""
         states = (*ACTIVE, "paused", "interrupted")
         pattern = re.sub(r"([%_\\])", r"\\\1", json.dumps(text)[1:-1])
         return self._select(
@@ -301,12 +266,7 @@ class JobStore:
         )
 
     def active(self, limit: int, offset: int = 0, states: Collection[JobState] = ACTIVE) -> list[Job]:
-        """Jobs that run, the oldest first, then those that wait, the next one first, without the graphs of requests.
-
-        Args:
-            limit, offset: which of them.
-            states: of the jobs.
-        """
+        """Running jobs, oldest first, then waiting ones in queue order, without the graphs of requests."""
         return self._select(
             f"WHERE state IN ({_marks(states)}) ORDER BY state = 'pending', "
             "CASE state WHEN 'running' THEN started ELSE number END, sequence LIMIT ? OFFSET ?",
@@ -317,13 +277,7 @@ class JobStore:
     def ended(
         self, limit: int | None = None, offset: int = 0, states: Collection[JobState] = ENDED, *, newest: bool = True
     ) -> list[Job]:
-        """Ended jobs, without the graphs of their requests.
-
-        Args:
-            limit, offset: which of them.
-            states: of the jobs.
-            newest: whether the last to end comes first, or the first.
-        """
+        """Ended jobs, without the graphs of their requests, sorted by end, newest or oldest first."""
         order = "DESC" if newest else "ASC"
         return self._select(
             f"WHERE state IN ({_marks(states)}) ORDER BY ended {order}, sequence {order} LIMIT ? OFFSET ?",
@@ -332,7 +286,7 @@ class JobStore:
         )
 
     def lines(self, states: Collection[JobState]) -> list[JobLine]:
-        """All jobs in some states in the order of the queue, without reading what may be large."""
+        """All jobs in some states in queue order, without reading large columns."""
         with self._explained():
             fields, wanted = ", ".join(JobLine._fields), _marks(states)
             rows = self._database.execute(
@@ -341,22 +295,18 @@ class JobStore:
         return [JobLine(*row) for row in rows]
 
     def counts(self) -> dict[JobState, int]:
-        """Number of jobs by state; all states are there."""
+        """Number of jobs by state, zeros included."""
         with self._explained():
             found = dict(self._database.execute("SELECT state, count(*) FROM jobs GROUP BY state").fetchall())
         return {state: found.get(state, 0) for state in STATES}
 
     def queue_counts(self) -> dict[str, int]:
-        """The numbers of jobs that run and that wait, by state."""
+        """Numbers of running and waiting jobs."""
         counts = self.counts()
         return {state: counts[state] for state in ACTIVE}
 
     def claim(self, worker: str) -> Job | None:
-        """Start the next waiting job; None if there is none. No two calls return the same one.
-
-        Args:
-            worker: name of the worker, for reading the database by hand.
-        """
+        """Start the next waiting job, atomically; None if there is none. `worker` is recorded for debugging."""
         with self._writing() as database:
             found = database.execute(
                 "SELECT id FROM jobs WHERE state = 'pending' ORDER BY number, sequence LIMIT 1"
@@ -379,16 +329,7 @@ class JobStore:
         error: Mapping[str, Any] | None = None,
         messages: Sequence[Sequence[Any]] = (),
     ) -> Job:
-        """End a job.
-
-        Args:
-            id: of the job.
-            state: one of `ENDED`.
-            outputs, error, messages: of the job.
-
-        Raises:
-            UnknownJobError: it was removed.
-        """
+        """End a job in a state of `ENDED`. Raises UnknownJobError if it was removed."""
         with self._writing() as database:
             database.execute(
                 "UPDATE jobs SET state = ?, ended = ?, outputs = ?, error = ?, messages = ? WHERE id = ?",
@@ -411,7 +352,6 @@ class JobStore:
         return self.get(id)
 
     def set_run(self, id: str, run: str) -> None:
-        """Note the run of a job."""
         with self._writing() as database:
             database.execute("UPDATE jobs SET run = ? WHERE id = ?", (run, id))
 
@@ -425,12 +365,7 @@ class JobStore:
         return self.get(id)
 
     def move(self, id: str, front: bool) -> Job:
-        """Move a waiting job to the front or the end of the queue. Raises UnknownJobError and JobStateError.
-
-        Args:
-            id: of the job.
-            front: whether to the front.
-        """
+        """Move a waiting job to the front or the end. Raises UnknownJobError and JobStateError."""
         with self._writing() as database:
             job = self.get(id)
             if job.state != "pending":
@@ -443,7 +378,7 @@ class JobStore:
         return self.get(id)
 
     def remove(self, ids: Collection[str]) -> list[str]:
-        """Remove jobs that do not run; returns the ids of those that were removed."""
+        """Remove jobs that are not running; returns the removed ids."""
         removed = []
         with self._writing() as database:
             for id in ids:
@@ -452,12 +387,7 @@ class JobStore:
         return removed
 
     def set_measurement(self, subject: str, found: Mapping[str, Any]) -> None:
-        """Keep what a measurement found, with its time as `measured`.
-
-        Args:
-            subject: what was measured.
-            found: JSON values.
-        """
+        """Store the values of a measurement, with its time as `measured`."""
         with self._writing() as database:
             database.execute(
                 "INSERT OR REPLACE INTO measurements (subject, found, measured) VALUES (?, ?, ?)",
@@ -465,7 +395,7 @@ class JobStore:
             )
 
     def measurement(self, subject: str) -> dict[str, Any] | None:
-        """What the last measurement of a subject found; None if there was none."""
+        """The values of the last measurement of a subject, or None."""
         with self._explained():
             row = self._database.execute(
                 "SELECT found, measured FROM measurements WHERE subject = ?", (subject,)
@@ -492,7 +422,7 @@ class JobStore:
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:
-        """SQLite's errors become sentences."""
+        """Converts SQLite's errors to StoreErrors."""
         try:
             yield
         except sqlite3.Error as error:

@@ -1,4 +1,4 @@
-"""What child processes and packages say: the last lines in memory, all of them in a file, each to whoever listens."""
+"""The log of child processes and packages: last lines in memory, all of them in a file, each published as a notice."""
 
 from __future__ import annotations
 
@@ -22,14 +22,8 @@ _MOST_BYTES = 10 * 2**20
 
 
 class LogBook:
-    """The log of a server.
-
-    Args:
-        path: the file; when it is 10 MiB long, it becomes `<name>.1`. None for no file.
-        hub: receives each line as a notice of kind `log`.
-
-    Attributes:
-        entries: the last lines, each `{"t": ISO time, "m": text}`.
+    """The log of a server; `entries` are the last lines, each `{"t": ISO time, "m": text}`. At 10 MiB the file at
+    `path` (None for none) is renamed to `<name>.1`. The hub receives each line as a `log` notice.
     """
 
     def __init__(self, path: Path | None, hub: Hub) -> None:
@@ -41,9 +35,8 @@ class LogBook:
 
     @contextlib.contextmanager
     def receiving(self, *packages: str) -> Iterator[None]:
-        """Inside the context, log records of packages become lines here, whose file has a limit, and are not printed.
-
-        For the event loop's thread. What a client does wrong, such as malformed requests, is left out.
+        """Inside the context, log records of packages are added here instead of printed, except errors of clients, such
+        as malformed requests. Use it in the event loop's thread.
         """
         loop = asyncio.get_running_loop()
         handler = _Handler(lambda text: loop.call_soon_threadsafe(self.add, "server", text))
@@ -59,12 +52,7 @@ class LogBook:
                 one.propagate = True
 
     def add(self, source: str, text: str) -> None:
-        """Add the lines of a text.
-
-        Args:
-            source: name of the process.
-            text: the lines.
-        """
+        """Add the lines of a text; `source` is the name of the process."""
         for line in text.splitlines():
             self._add(source, line)
 

@@ -1,7 +1,7 @@
-"""The events of a run as its log grows: complete lines from a place on, and what is at the end of the log.
+"""Follows a run's log: its complete lines after a place, as events.
 
-A place is `<file>-<offset>`, where `file` is the number that the file system has for it. A resumed run writes its log
-again without the events that it repeats: that is another file, which is read from its start.
+A place is `<file>-<offset>`, where `file` is the inode. A resumed run rewrites its log without the events that it
+repeats: that is another file, which is read from its start.
 """
 
 from __future__ import annotations
@@ -16,27 +16,20 @@ from typing import Any
 from lorasmith.core.files import open_regular
 from lorasmith.training.runs.history import MOST_LINE_BYTES
 
-_BLOCK = 2**20
-"""Bytes that are read at a time."""
+_BLOCK = 2**20  # bytes read at a time
 
 
 @dataclass(frozen=True)
 class LoggedEvent:
-    """An event: the place behind it, and its JSON object, in which numbers are finite."""
+    """An event: the place after it, and its JSON object with finite numbers."""
 
     place: str
     data: dict[str, Any]
 
 
 class LogTail:
-    """Reads the events of a run that were not read yet.
-
-    Args:
-        path: the log; it need not be there yet.
-        after: place behind which to begin; the start of the log if it is empty, or of another file.
-
-    Attributes:
-        begins_again: whether the last `read` began at the start, as the log is another file than before.
+    """Reads new events from a log, which need not exist yet, after a place (from the start if empty or of another
+    file). `begins_again`: the last `read` began at the start because the file was replaced.
     """
 
     def __init__(self, path: Path, after: str = "") -> None:
@@ -48,7 +41,7 @@ class LogTail:
         self.begins_again = False
 
     def read(self) -> list[LoggedEvent]:
-        """The events of complete lines in the next block; none if there are no more, or if the file cannot be read."""
+        """The events of complete lines in the next block; none at the end, or if the file cannot be read."""
         self.begins_again = False
         try:
             with open_regular(self._path) as file:
@@ -75,7 +68,7 @@ class LogTail:
 
 
 def end_of_log(path: Path) -> str:
-    """The place at the end of a log; empty if it is not there."""
+    """The place at the end of a log; empty if it does not exist."""
     try:
         status = path.stat()
     except OSError:

@@ -1,4 +1,4 @@
-"""What a measurement of a training is about: the settings on which the cost of a step depends."""
+"""The subject of a measurement: the settings on which the cost of a step depends."""
 
 from __future__ import annotations
 
@@ -10,12 +10,8 @@ from lorasmith.training.config import cost_options
 
 
 def measurement_subject(model: str, settings: Mapping[str, Any], device: str) -> str:
-    """The key of a measurement in `JobStore`; settings that change no step's cost are not part of it.
-
-    Args:
-        model: as training receives it.
-        settings: of training and data, by name; those that are missing have their defaults.
-        device: type of the device, such as `cuda`.
+    """The key of a measurement in `JobStore`; leaves out settings that do not affect the cost of a step. `settings` are
+    those of training and data, `device` is a type such as `cuda`.
     """
     relevant = {**{name: one.default for name, one in cost_options().items()}, "resolution": None}
     chosen = {name: settings.get(name, default) for name, default in relevant.items()}

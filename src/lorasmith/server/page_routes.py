@@ -1,8 +1,8 @@
-"""The page at `/`: its files, which the package holds, served as they are.
+"""The page at `/`: static files of the package.
 
-`pages/` holds an HTML file, style sheets, ES modules without a build step and vendored libraries with their licences.
-Every file that exists at start is served below `/pages/`, and nothing else is: names in requests are looked up in a
-table. The style sheet of reports is among them, since the page shares its design.
+`pages/` holds an HTML file, style sheets, ES modules without a build step, and vendored libraries with their licences.
+Only files that exist at start are served, below `/pages/`: requested names are looked up in a table. The style sheet of
+reports is included, since the page shares its design.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ PAGE_POLICY = "; ".join(
         "frame-ancestors 'none'",
     )
 )
-"""What the page may load: its own files and the API. Previews of photos that are not sent yet are `blob:` URLs."""
+"""The page may load its own files and the API, and `blob:` URLs of photos before upload."""
 
 _PAGES = Path(__file__).parent / "pages"
 _SHARED = {"report.css": Path(__file__).parents[1] / "report" / "report.css"}
-_TYPES = {  # the operating system's table may say otherwise, and browsers refuse modules of another type
+_TYPES = {  # the operating system's table may differ, and browsers refuse modules of another type
     ".css": "text/css",
     ".html": "text/html",
     ".mjs": "text/javascript",
@@ -47,13 +47,7 @@ _INDEX = "index.html"
 
 @dataclass(frozen=True)
 class PageFile:
-    """A file of the page.
-
-    Attributes:
-        content: its bytes.
-        type: its media type.
-        digest: of the content, for caches.
-    """
+    """A file of the page; `type` is its media type, `digest` its ETag."""
 
     content: bytes
     type: str
@@ -67,7 +61,7 @@ def routes(context: ServerContext) -> list[web.RouteDef]:
 
 @functools.cache
 def page_files() -> Mapping[str, PageFile]:
-    """The files by the name under which they are served, relative to `/pages/`; all are small."""
+    """The files by served name, relative to `/pages/`; all are small."""
     own = {path.relative_to(_PAGES).as_posix(): path for path in _PAGES.rglob("*") if path.suffix in _TYPES}
     return {name: _read(path) for name, path in {**own, **_SHARED}.items()}
 
@@ -78,7 +72,7 @@ def _read(path: Path) -> PageFile:
 
 
 async def _index(request: web.Request) -> web.Response:
-    # Never stored: it names the files of this version.
+    # Not cached: it names the files of this version.
     return _answer(request, page_files()[_INDEX], cache="no-store")
 
 
@@ -90,7 +84,7 @@ async def _file(request: web.Request) -> web.Response:
 
 
 def _answer(request: web.Request, file: PageFile, *, cache: str) -> web.Response:
-    """The file, or that the browser's copy is current."""
+    """The file, or 304 if the browser's copy is current."""
     headers = {
         "Cache-Control": cache,
         "Content-Security-Policy": PAGE_POLICY,

@@ -1,4 +1,4 @@
-"""What the server removes or replaces is kept in `<base>/user/lorasmith/removed`: nothing is deleted."""
+"""Files that the server removes or replaces are moved to `<base>/user/lorasmith/removed`, never deleted."""
 
 from __future__ import annotations
 
@@ -18,19 +18,7 @@ _REMOVED = FOLDER / "removed"
 
 
 def set_aside(base: Path, paths: Iterable[Path], name: str) -> Path:
-    """Move files or folders to a new folder among the removed ones, also from another disk.
-
-    Args:
-        base: base folder.
-        paths: of the files or folders.
-        name: what they belong to, for the name of that folder.
-
-    Returns:
-        That folder.
-
-    Raises:
-        OutputError: one cannot be moved.
-    """
+    """Move files or folders to a new folder among the removed ones, and return it. Raises OutputError."""
     parent = ensure_folder(base / _REMOVED)
     stamp = f"{time.strftime('%Y%m%d-%H%M%S')}-{safe_name(name)}"
     for number in count(1):
@@ -51,13 +39,7 @@ def set_aside(base: Path, paths: Iterable[Path], name: str) -> Path:
 
 
 def keep_captions(base: Path, dataset: str, captions: Mapping[str, str]) -> None:
-    """Append captions that are replaced to one file for each dataset, as a page stores them while they are typed.
-
-    Args:
-        base: base folder.
-        dataset: its name.
-        captions: by the names of their pictures.
-    """
+    """Append replaced captions, by picture, to one file for each dataset, as a page saves while the user types."""
     at = time.strftime("%Y-%m-%dT%H:%M:%S")
     lines = [json.dumps({"at": at, "file": file, "caption": text}) for file, text in captions.items()]
     with (ensure_folder(base / _REMOVED) / f"{safe_name(dataset)}-captions.jsonl").open("a") as log:

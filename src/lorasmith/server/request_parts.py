@@ -1,4 +1,4 @@
-"""What is read of requests and sent in pieces, within limits of size and time."""
+"""Reading requests and sending responses in pieces, with limits of size and time."""
 
 from __future__ import annotations
 
@@ -12,24 +12,22 @@ from aiohttp import web
 from lorasmith.core.errors import OptionError
 from lorasmith.server.error_answers import SlowClientError, TooLargeError, TooManyError
 
-MAX_JSON_BYTES = 16 * 2**20
-"""Size limit in bytes of bodies that are read whole: prompts, settings, captions, saved workflows."""
+MAX_JSON_BYTES = 16 * 2**20  # of bodies that are read whole: prompts, settings, captions, saved workflows
 
-MAX_UPLOAD_BYTES = 512 * 2**20
-"""Size limit in bytes of one uploaded file."""
+MAX_UPLOAD_BYTES = 512 * 2**20  # of one file
 
 IDLE_TIMEOUT_S = 60.0
-"""Seconds after which a client is cut off that sends nothing of its body, or reads nothing of an answer in pieces."""
+"""Seconds without progress in reading a body or sending pieces, after which the client is disconnected."""
 
 _MOST_BODIES_BYTES = 256 * 2**20
 _SMALL_BYTES = 2**16
-_bodies: dict[object, int] = {}  # sizes of those that are being read
+_bodies: dict[object, int] = {}  # sizes of bodies being read
 
 T = TypeVar("T")
 
 
 async def in_time(reading: Awaitable[T]) -> T:
-    """What a client sends next. Raises SlowClientError if nothing arrives for `IDLE_TIMEOUT_S`."""
+    """Await the client's next data. Raises SlowClientError after `IDLE_TIMEOUT_S`."""
     try:
         async with asyncio.timeout(IDLE_TIMEOUT_S):
             return await reading
@@ -38,13 +36,7 @@ async def in_time(reading: Awaitable[T]) -> T:
 
 
 async def read_body(request: web.Request, *, at_most: int = MAX_JSON_BYTES) -> bytes:
-    """The body of a request.
-
-    Raises:
-        TooLargeError: it has more than `at_most` bytes.
-        TooManyError: too many large bodies are read at once.
-        SlowClientError: it stops arriving.
-    """
+    """The body of a request. Raises TooLargeError, TooManyError (too many large bodies) and SlowClientError."""
     content, size, key = bytearray(), request.content_length or 0, object()
     try:
         while size <= at_most and (chunk := await in_time(request.content.readany())):
@@ -61,23 +53,23 @@ async def read_body(request: web.Request, *, at_most: int = MAX_JSON_BYTES) -> b
 
 
 async def apart(size: int, function: Callable[..., T], *arguments: Any) -> T:
-    """`function(*arguments)`, outside of the event loop unless the `size` in bytes of what it reads is small."""
+    """`function(*arguments)`, in a thread unless the input has a small `size` in bytes."""
     return function(*arguments) if size <= _SMALL_BYTES else await asyncio.to_thread(function, *arguments)
 
 
 async def send(request: web.Request, response: web.StreamResponse, data: bytes) -> None:
-    """Send a piece of an answer. Raises ConnectionResetError if the client has gone, or does not read."""
+    """Send a part of a response. Raises ConnectionResetError if the client has disconnected, or does not read."""
     try:
         async with asyncio.timeout(IDLE_TIMEOUT_S):
             await response.write(data)
     except TimeoutError:
         if request.transport is not None:
-            request.transport.abort()  # the end of the answer would wait, too
+            request.transport.abort()  # closing the response would block, too
         raise ConnectionResetError("the client does not read") from None
 
 
 async def send_json_pieces(request: web.Request, pieces: Iterable[str]) -> web.StreamResponse:
-    """An answer whose JSON text is made piece by piece while it is sent, so that it is never in memory as a whole."""
+    """Stream JSON text as it is generated, so that it is never in memory as a whole."""
     response = web.StreamResponse(headers={"Content-Type": "application/json; charset=utf-8"})
     await response.prepare(request)
     waiting = bytearray()
@@ -94,17 +86,7 @@ async def send_json_pieces(request: web.Request, pieces: Iterable[str]) -> web.S
 def number_in(
     request: web.Request, name: str, *, default: int | None = None, at_least: int = 0, at_most: int = 10**12
 ) -> int | None:
-    """A whole number in the query of a request.
-
-    Args:
-        request: the request.
-        name: in the query.
-        default: where it is missing.
-        at_least, at_most: its range.
-
-    Raises:
-        OptionError: it is no whole number, or out of its range.
-    """
+    """An integer in the query of a request. Raises OptionError if it is malformed or out of range."""
     text = request.query.get(name, "")
     if not text:
         return default

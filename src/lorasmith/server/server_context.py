@@ -1,4 +1,4 @@
-"""What the functions that answer requests have at hand."""
+"""The parts of a running server, for request handlers."""
 
 from __future__ import annotations
 
@@ -17,26 +17,15 @@ from lorasmith.server.server_config import ServerConfig
 
 @dataclass(frozen=True, kw_only=True)
 class ServerContext:
-    """The parts of a running server.
-
-    Attributes:
-        config: its settings.
-        folders: of models, inputs and outputs.
-        store: jobs, read directly; they are changed by the dispatcher.
-        dispatcher: queues, starts and stops jobs.
-        hub: what jobs report.
-        assistant: answers what needs torch, numpy, PIL, `app` or `nodes`.
-        log: lines of the child processes.
-    """
+    """The parts of a running server."""
 
     config: ServerConfig
     folders: Folders
-    store: JobStore
+    store: JobStore  # read only; the dispatcher changes jobs
     dispatcher: Dispatcher
     hub: Hub
-    assistant: Assistant
-    log: LogBook
+    assistant: Assistant  # answers what needs torch, numpy, PIL, `app` or `nodes`
+    log: LogBook  # lines of the child processes
 
 
 CONTEXT: web.AppKey[ServerContext] = web.AppKey("context", ServerContext)
-"""Where an application keeps its context."""

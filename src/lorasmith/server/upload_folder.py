@@ -1,7 +1,4 @@
-"""Uploads: the files of a form as they arrive, and where they are until they are checked and moved.
-
-That is `<base>/user/lorasmith/uploads`, on the disk of the base folder.
-"""
+"""Uploads: the files of a form, streamed to `<base>/user/lorasmith/uploads` until they are checked and moved."""
 
 from __future__ import annotations
 
@@ -22,8 +19,7 @@ from lorasmith.server.error_answers import TooLargeError, TooManyError
 from lorasmith.server.request_parts import in_time
 from lorasmith.server.server_config import FOLDER
 
-MOST_UPLOADS = 16
-"""Requests at once."""
+MOST_UPLOADS = 16  # requests at once
 
 _BLOCK = 2**18
 _OLD_S = 24 * 3600
@@ -34,13 +30,7 @@ T = TypeVar("T")
 
 @contextlib.contextmanager
 def upload_folder(base: Path) -> Iterator[Path]:
-    """A folder for the files of a request; it is removed afterwards.
-
-    Raises:
-        TooManyError: there are too many uploads at once.
-        DiskFullError: the disk is nearly full.
-        OutputError: it cannot be written.
-    """
+    """A temporary folder for the files of a request. Raises TooManyError, DiskFullError and OutputError."""
     if len(_open) >= MOST_UPLOADS:
         raise TooManyError(f"there must be at most {MOST_UPLOADS} uploads at once; wait for the others")
     key = object()
@@ -53,12 +43,7 @@ def upload_folder(base: Path) -> Iterator[Path]:
 
 
 async def form_parts(request: web.Request) -> AsyncIterator[BodyPartReader]:
-    """The parts of a form, each to be read before the next one.
-
-    Raises:
-        OptionError: the body is no complete form, or has a form within the form.
-        SlowClientError: it stops arriving.
-    """
+    """The parts of a form, to be read in order. Raises OptionError if it is malformed, and SlowClientError."""
     if not request.content_type.startswith("multipart/"):
         raise OptionError("files are sent as multipart/form-data; send them as a form")
     reader = await _of_form(request.multipart())
@@ -75,11 +60,8 @@ async def blocks(part: BodyPartReader) -> AsyncIterator[bytes]:
 
 
 async def received(part: BodyPartReader, path: Path, *, at_most: int, read_at_most: int) -> int:
-    """Write a part to disk, as far as `at_most` bytes, and return the size of all of it.
-
-    Raises:
-        TooLargeError: more than `read_at_most` bytes arrived.
-        OutputError: the file cannot be written, or would leave too little of the disk.
+    """Write at most `at_most` bytes of a part to disk, and return its full size. Raises TooLargeError beyond
+    `read_at_most` bytes, and OutputError if it cannot be written or would fill the disk.
     """
     size = 0
     try:
@@ -101,7 +83,7 @@ async def received(part: BodyPartReader, path: Path, *, at_most: int, read_at_mo
 async def _of_form(reading: Awaitable[T]) -> T:
     try:
         return await in_time(reading)
-    except (ValueError, AssertionError, ClientError, HttpProcessingError) as error:  # aiohttp's for what is no form
+    except (ValueError, AssertionError, ClientError, HttpProcessingError) as error:  # aiohttp: malformed forms
         raise OptionError("the body of the request is no complete form; send it again") from error
 
 
@@ -109,7 +91,7 @@ def _new_folder(parent: Path) -> tempfile.TemporaryDirectory[str]:
     try:
         parent.mkdir(parents=True, exist_ok=True)
         with disk_space(parent):
-            for left in parent.iterdir():  # by a server that was killed
+            for left in parent.iterdir():  # left by a killed server
                 if left.stat().st_mtime < time.time() - _OLD_S:
                     shutil.rmtree(left, ignore_errors=True)
             return tempfile.TemporaryDirectory(dir=parent, ignore_cleanup_errors=True)

@@ -1,4 +1,4 @@
-"""The model of the last training on a folder, kept for the next one on the same files."""
+"""Keeps the model of the last training on a folder, for the next one on the same files."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from lorasmith.families.model_search import (
 
 
 class WarmModel:
-    """At most one model. Training leaves it as it was, so that it serves any number of runs."""
+    """At most one model. Training restores it, so that any number of runs can use it."""
 
     def __init__(self) -> None:
         self._kept: Completed | None = None
         self._identity: Any = None
 
     def load(self, files: ModelFiles, folders: Folders | None) -> Completed:
-        """As `load_completed`; the model that is kept, if it comes from the same files, unchanged."""
+        """As `load_completed`; returns the kept model if its files are the same and unchanged."""
         identity = (files, _identity(files, folders))
         if self._kept is None or self._identity != identity:
             self.release()
@@ -36,7 +36,6 @@ class WarmModel:
         return self._kept
 
     def release(self) -> None:
-        """Forget the model, and free its memory."""
         if self._kept is not None:
             self._kept = self._identity = None
             gc.collect()
@@ -45,9 +44,8 @@ class WarmModel:
 
 
 def _identity(files: ModelFiles, folders: Folders | None) -> list[list[str | int]]:
-    """Path, size and time of change of every file that decides what is loaded.
-
-    Those among which missing parts are searched are included: a better one that is added later is found.
+    """Path, size and time of change of every file that decides what is loaded, including candidates for missing parts,
+    so that a better one that is added later is found.
     """
     if folders is None:
         named = [files.model, *files.text_encoders, *([files.vae] if files.vae else [])]

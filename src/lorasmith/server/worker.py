@@ -1,7 +1,7 @@
 """The worker process: `python -m lorasmith.server.worker`, started by the server. It runs one job at a time.
 
-One thread receives messages, another gives signs of life, the main one works. When the server goes, the job is stopped
-as by a cancel, so that its run is saved, and the process ends.
+One thread receives messages, another sends heartbeats, the main thread works. If the server exits, the job is
+cancelled, so that its run is saved, and the process ends.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main() -> None:
         if is_alone:
             channel.send({"type": "loading"})
             _work(channel, start, inbox)
-    # Not by the interpreter's own end, which would wait for threads of libraries.
+    # The interpreter's normal exit would wait for threads of libraries.
     sys.stderr.flush()
     os._exit(0)
 
@@ -59,7 +59,7 @@ def _work(channel: BlockingChannel, start: dict[str, Any], inbox: _Inbox) -> Non
             continue
         end = _ended(jobs, message, start)
         broken = jobs.is_broken() if end["state"] == "failed" else False
-        with contextlib.suppress(OSError):  # the server has gone
+        with contextlib.suppress(OSError):  # the server has exited
             channel.send({"type": "ended", "id": message["id"], "device": {} if broken else jobs.device(), **end})
         if broken:
             logging.getLogger("lorasmith").error("the device is not usable any more; the worker is replaced")
@@ -67,7 +67,7 @@ def _work(channel: BlockingChannel, start: dict[str, Any], inbox: _Inbox) -> Non
 
 
 def _ended(jobs: Any, message: dict[str, Any], start: dict[str, Any]) -> dict[str, Any]:
-    """Run a job, whatever it raises."""
+    """Run a job and return its end message, whatever it raises."""
     from lorasmith.core.allocator import is_out_of_memory
 
     try:
@@ -94,12 +94,8 @@ def _lines(error: BaseException) -> list[str]:
 
 
 class _Inbox:
-    """Messages of the server: jobs wait in order, a cancel takes effect at once.
-
-    Args:
-        channel: to the server.
-        grace_s: seconds that a job has to end when the server has gone.
-        overdue: called when it has not.
+    """Messages of the server: jobs are queued, a cancel takes effect at once. `overdue` is called if the job has not
+    ended `grace_s` seconds after the server exited.
     """
 
     def __init__(self, channel: BlockingChannel, *, grace_s: float, overdue: Callable[[], object]) -> None:
@@ -113,12 +109,12 @@ class _Inbox:
         threading.Thread(target=self._receive, daemon=True).start()
 
     def next(self) -> dict[str, Any] | None:
-        """The next job or request; None when the server has gone."""
+        """The next job or request; None after the server has exited."""
         message = self._waiting.get()
         return None if self.is_closed else message
 
     def close(self) -> None:
-        """The server has gone: stop the job, and end the process even if the job does not."""
+        """The server has exited: stop the job, and end the process even if the job does not."""
         if not self.is_closed:
             self.is_closed = True
             self.cancel.set()
@@ -144,7 +140,6 @@ class _Inbox:
 
 
 def _beat(channel: BlockingChannel, seconds: float, inbox: _Inbox) -> None:
-    """A sign of life, from time to time."""
     while True:
         try:
             channel.send({"type": "beat"})
@@ -156,9 +151,8 @@ def _beat(channel: BlockingChannel, seconds: float, inbox: _Inbox) -> None:
 
 @contextlib.contextmanager
 def _alone(lock: Path, channel: BlockingChannel, inbox: _Inbox, *, grace_s: float) -> Iterator[bool]:
-    """Inside the context, no other worker of this folder and number runs; yields False if the server went before.
-
-    That of a server that has ended saves its run and ends; one that does not, within its grace, is ended.
+    """Inside the context, no other worker of this folder and number runs; yields False if the server exits first. Waits
+    for a worker of an earlier server to save its run, and kills it after its grace.
     """
     note, since, said = lock.with_suffix(".pid"), time.monotonic(), False
     while not inbox.is_closed:
@@ -184,7 +178,7 @@ def _alone(lock: Path, channel: BlockingChannel, inbox: _Inbox, *, grace_s: floa
 
 
 def _end_other(note: Path) -> None:
-    """Kill the worker whose process id is in a file, if it still is one."""
+    """Kill the process whose id is in a file, if it is a worker."""
     import psutil
 
     with contextlib.suppress(OSError, ValueError, psutil.Error):

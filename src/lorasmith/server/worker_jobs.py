@@ -1,4 +1,4 @@
-"""Jobs in the worker process: graphs, trainings on folders, measurements; with what is kept for the next one."""
+"""Jobs in the worker process: graphs, trainings on folders, measurements; and what is cached between them."""
 
 from __future__ import annotations
 
@@ -22,13 +22,7 @@ from lorasmith.server.warm_models import WarmModel
 
 
 class Jobs:
-    """Runs jobs one after another.
-
-    Args:
-        channel: to the server.
-        start: the server's first message.
-        cancel: set when the job is to stop.
-    """
+    """Runs jobs one after another. `start` is the server's first message; `cancel` is set to stop a job."""
 
     def __init__(self, channel: BlockingChannel, start: Mapping[str, Any], *, cancel: threading.Event) -> None:
         self._base = Path(start["base"]).resolve()
@@ -41,12 +35,7 @@ class Jobs:
         self._finished: Callable[[Mapping[str, Any]], dict[str, Any]] = _nothing
 
     def run(self, message: Mapping[str, Any]) -> dict[str, Any]:
-        """Run a job; returns `outputs`, `messages` and the like.
-
-        Raises:
-            CancelledError: it was cancelled, and has saved its run.
-            LorasmithError: it failed.
-        """
+        """Run a job; returns `outputs`, `messages` and others. Raises CancelledError, with its run saved."""
         self._finished = _nothing
         request, folders = message["request"], folders_of_child(self._start)
         reporter = JobReporter(self._channel, self._base)
@@ -79,22 +68,16 @@ class Jobs:
         )
 
     def rest(self, end: Mapping[str, Any]) -> dict[str, Any]:
-        """What a job that did not complete leaves: outputs of the nodes before, and its messages."""
+        """Outputs and messages of a job that did not complete."""
         return self._finished(end)
 
     def free(self, *, models: bool, memory: bool) -> None:
-        """Release what is kept for the next job.
-
-        Args:
-            models: models.
-            memory: results of nodes, which hold their models.
-        """
+        """Release cached models and results of nodes."""
         if models or memory:
             self._model.release()
             self._release_graphs()
 
     def device(self) -> dict[str, Any]:
-        """Memory of the device, in bytes."""
         if self._device.type != "cuda":
             memory = psutil.virtual_memory()
             return {"memory_bytes": memory.total, "free_bytes": memory.available}
@@ -107,7 +90,7 @@ class Jobs:
         }
 
     def is_broken(self) -> bool:
-        """Whether the device cannot be used any more in this process, as after an illegal memory access."""
+        """Whether the device is unusable in this process, as after an illegal memory access."""
         try:
             return float(torch.ones(2, device=self._device).sum()) != 2.0
         except (RuntimeError, MemoryError):

@@ -1,4 +1,4 @@
-"""The server's side of one worker: its process, started again when it ends, and the job that it runs."""
+"""The server's side of one worker: its process, restarted when it ends, and its job."""
 
 from __future__ import annotations
 
@@ -13,25 +13,14 @@ from lorasmith.server.jobs import Job
 from lorasmith.server.server_config import ServerConfig
 
 WorkerState: TypeAlias = Literal["starting", "waiting", "loading", "ready", "busy", "gone"]
-"""`waiting`: for the worker of a server that has ended, which still saves. `loading`: it imports torch. `gone`: its
-process has ended and is started again."""
+"""`waiting`: for the worker of an earlier server, which is still saving. `loading`: importing torch. `gone`: the
+process has ended and is being restarted.
+"""
 
 
 class WorkerLink:
-    """One worker.
-
-    Args:
-        config: of the server.
-        number: of the worker; its lock file has it in its name.
-        device: `{name, title, memory_bytes}`.
-        on_line: called with each line of its log.
-        on_message: called with its messages about jobs.
-        on_change: called when its state has changed.
-        on_lost: called with the job that was running and a reason, when its process has ended.
-
-    Attributes:
-        job: the job that it runs.
-        state: of the worker.
+    """One worker and the job that it runs; `number` is part of its lock file's name. `on_message` receives its messages
+    about jobs, `on_lost` the job and a reason if the process ends during one.
     """
 
     def __init__(
@@ -62,12 +51,10 @@ class WorkerLink:
 
     @property
     def name(self) -> str:
-        """For the database and the log."""
         return f"worker {self._number} ({self.device['name']})"
 
     @property
     def pid(self) -> int | None:
-        """Of its process."""
         return None if self._child is None else self._child.pid
 
     @property
@@ -76,7 +63,7 @@ class WorkerLink:
         return self.state not in ("starting", "waiting")
 
     async def start(self) -> None:
-        """Start its process; it is ready some seconds later."""
+        """Start the process; it is ready some seconds later."""
         config, name = self._config, str(self.device["name"])
         self.state = "starting"
         visible = {VISIBLE_GPUS: self.device["visible"]} if "visible" in self.device else {}
@@ -102,14 +89,13 @@ class WorkerLink:
             self._on_end(f"it cannot be started, {error}")
 
     def run(self, job: Job) -> None:
-        """Start a job."""
         assert self._child is not None
         self.job, self.state, self._asked_at = job, "busy", None
         request = {"id": job.id, "kind": job.kind, "request": job.request, "run": job.run}
         self._child.send({"type": "job", **request})
 
     def cancel(self) -> None:
-        """Request that it stops its job and saves; a second request after `patience_s` seconds kills it."""
+        """Ask the worker to stop its job and save; a second call after `patience_s` seconds kills it."""
         if self._child is None or self.job is None:
             return
         now = time.monotonic()
@@ -120,22 +106,21 @@ class WorkerLink:
             self._child.kill("it did not stop when its job was cancelled")
 
     def free(self, *, models: bool, memory: bool) -> None:
-        """Ask it to release what it keeps for the next job, when it has time."""
+        """Ask the worker to release cached models or memory when it is idle."""
         if self._child is not None:
             self._child.send({"type": "free", "models": models, "memory": memory})
 
     def kill(self) -> None:
-        """End its process at once."""
         if self._child is not None:
             self._child.kill("the server was ended at once")
 
     async def stop(self) -> None:
-        """End its process; a job that runs is stopped and saved."""
+        """Stop the process; a running job is saved."""
         self._is_stopping = True
         if self._restart is not None:
             self._restart.cancel()
         if self._child is not None:
-            # The worker ends itself after the grace; a moment later it is helped.
+            # The worker exits by itself after the grace; then it is killed.
             await self._child.close(self._config.grace_s + 2)
 
     def _hear(self, head: dict[str, Any], body: bytes) -> None:

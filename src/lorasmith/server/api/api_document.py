@@ -1,4 +1,4 @@
-"""The OpenAPI document, made from the endpoints and the types of their bodies and answers."""
+"""The OpenAPI document, made from the endpoints and their request and response types."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from lorasmith.core.json_schema import DIALECT, json_schema
 from lorasmith.server.api.endpoint import PREFIX, Endpoint
 from lorasmith.server.api_shapes import ErrorAnswer
 
-API_VERSION = "1"
-"""Of the paths and types; what is added keeps it."""
+API_VERSION = "1"  # additions keep it; incompatible changes increase it
 
 _KINDS = {"string": {"type": "string"}, "integer": {"type": "integer"}, "boolean": {"type": "boolean"}}
 
 
 def api_document(endpoints: Iterable[Endpoint]) -> dict[str, Any]:
-    """The document of some endpoints."""
+    """The OpenAPI document of some endpoints."""
     named: dict[str, Any] = {ErrorAnswer.__name__: json_schema(ErrorAnswer)}
     paths: dict[str, dict[str, Any]] = {}
     for one in endpoints:
@@ -38,7 +37,7 @@ def api_document(endpoints: Iterable[Endpoint]) -> dict[str, Any]:
 
 
 def plain_path(endpoint: Endpoint) -> str:
-    """The path of an endpoint, without patterns."""
+    """The path of an endpoint without patterns."""
     return re.sub(r"\{(\w+)[^}]*\}", r"{\1}", endpoint.path)
 
 

@@ -28,11 +28,10 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     *RUN_ENDPOINTS,
     Endpoint(method="GET", path="/openapi.json", summary="This document.", handler=_document, answer=dict[str, Any]),
 )
-"""Every route below `PREFIX`."""
 
 
 def routes(context: ServerContext) -> list[web.RouteDef]:
-    """The routes of the API; what is no endpoint is answered like everything else that is not there."""
+    """The routes of the API; any other path below its prefix is a 404."""
     return [*(route_of(one, context) for one in ENDPOINTS), web.route("*", f"{PREFIX}/{{rest:.*}}", _unknown)]
 
 

@@ -75,7 +75,7 @@ async def _captions(context: ServerContext, call: Call) -> Any:
 
 
 async def _image(context: ServerContext, call: Call) -> web.StreamResponse:
-    """The picture itself, or a small version, which is made again only when the file has changed."""
+    """The picture, or a thumbnail, which is made again only when the file has changed."""
     name, file = call.path("name"), call.path("file")
     width = call.number("width", 0, most=_WIDTH)
     path = Path(await context.assistant.ask("picture_file", name=name, file=file))
@@ -100,9 +100,9 @@ async def _check(context: ServerContext, call: Call) -> Any:
 
 
 def _value(name: str, text: str) -> Any:
-    """A setting in an address as a value of its type. Raises OptionError."""
+    """A setting in a query, converted to its type. Raises OptionError."""
     option: Option | None = _OPTIONS.get(name)
-    if option is None or option.type is str:  # an unknown name is refused with its neighbours by whoever reads it
+    if option is None or option.type is str:  # an unknown name is refused later, with suggestions
         return text
     try:
         return parse_foreign_json(text)

@@ -1,7 +1,7 @@
 """One declaration per route of the API: method, path, body, answer and query, from which routes and document are made.
 
-A handler is an async function of the server's context and a `Call`; it returns a type of `shapes`, a JSON value, or a
-response of its own. Errors are answered by `error_answers`.
+A handler is an async function of the server's context and a `Call`; it returns a type of `api_shapes`, a JSON value, or
+a response. `error_answers` turns its exceptions into responses.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Query:
-    """A parameter of an address: its name, type and meaning."""
+    """A query parameter."""
 
     name: str
     help: str
@@ -37,26 +37,19 @@ class Query:
 
 @dataclass(frozen=True)
 class Call:
-    """A request to an endpoint.
-
-    Attributes:
-        request: as aiohttp has it.
-        body: in the type that the endpoint declares; None if it declares none.
-    """
+    """A request to an endpoint; `body` has the type that the endpoint declares."""
 
     request: web.Request
     body: Any = None
 
     def path(self, name: str) -> str:
-        """A part of the path, decoded."""
         return self.request.match_info[name]
 
     def text(self, name: str, default: str = "") -> str:
-        """A parameter of the address."""
         return self.request.query.get(name, default)
 
     def number(self, name: str, default: int, *, least: int = 0, most: int = 2**31) -> int:
-        """A whole number of the address. Raises OptionError."""
+        """An integer of the query. Raises OptionError."""
         found = number_in(self.request, name, at_least=least, at_most=most)
         return default if found is None else found
 
@@ -66,30 +59,18 @@ Handler = Callable[[ServerContext, Call], Awaitable[Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class Endpoint:
-    """A route of the API.
-
-    Attributes:
-        method, path: below `PREFIX`; `{name}` stands for a part, with slashes only if it is written `{name:.+}`.
-        summary: what it does, in a sentence.
-        handler: see above.
-        body: type of the JSON body; None for none.
-        answer: type of the JSON answer; None for something else, which `content` names.
-        status: of an answer.
-        query: parameters of the address.
-        content: media type of an answer or a body that is no JSON.
-        upload: whether the body is multipart/form-data.
-    """
+    """A route of the API."""
 
     method: Literal["GET", "POST", "PUT", "DELETE"]
-    path: str
+    path: str  # below `PREFIX`; `{name}` matches one segment, `{name:.+}` also slashes
     summary: str
     handler: Handler
-    body: Any = None
-    answer: Any = None
+    body: Any = None  # type of the JSON body
+    answer: Any = None  # type of the JSON response; None: another media type, `content`
     status: int = 200
     query: Sequence[Query] = ()
-    content: str = ""
-    upload: bool = False
+    content: str = ""  # media type of a body or response that is not JSON
+    upload: bool = False  # the body is multipart/form-data
 
 
 def route_of(endpoint: Endpoint, context: ServerContext) -> web.RouteDef:
@@ -100,18 +81,13 @@ def route_of(endpoint: Endpoint, context: ServerContext) -> web.RouteDef:
         answer = await endpoint.handler(context, Call(request, body))
         return answer if isinstance(answer, web.StreamResponse) else json_response(answer, endpoint.status)
 
-    # A stream without a body would never be noticed to have no reader.
+    # A HEAD request would leave a stream open that nobody reads.
     more = {"allow_head": False} if endpoint.content == "text/event-stream" else {}
     return web.route(endpoint.method, PREFIX + endpoint.path, handle, **more)
 
 
 def json_response(value: Any, status: int = 200) -> web.Response:
-    """An answer in JSON, which no cache keeps.
-
-    Args:
-        value: a type of `shapes`, or JSON values.
-        status: of the answer.
-    """
+    """A JSON response that is never cached. `value` is a type of `api_shapes`, or JSON values."""
     plain = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
     text = json.dumps(plain, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return web.Response(
@@ -124,7 +100,7 @@ def json_response(value: Any, status: int = 200) -> web.Response:
 
 
 async def _body(request: web.Request, kind: Any) -> Any:
-    """The JSON body in a type, in which unknown names are refused. Raises OptionError."""
+    """The JSON body as a `kind`; unknown names raise OptionError."""
     content = await read_body(request)
     try:
         return await apart(len(content), _typed_body, content, kind)

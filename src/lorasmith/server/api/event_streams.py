@@ -1,8 +1,7 @@
-"""Streams of events (text/event-stream): all jobs, one job, and the events of a run as its log grows.
+"""Server-sent events (text/event-stream): all jobs, one job, and the events of a run as its log grows.
 
-Events of a run have an id, the place in its log, so that a reader that was cut off continues with `Last-Event-ID` (or
-`?after=`). Streams do not end by themselves; a silent one sends a comment from time to time, by which a reader that has
-gone is noticed.
+The id of a run's event is its place in the log, so that a reader reconnects with `Last-Event-ID` (or `?after=`).
+Streams do not end by themselves; an idle one sends a comment as heartbeat, which detects closed connections.
 """
 
 from __future__ import annotations
@@ -27,18 +26,16 @@ from lorasmith.server.request_parts import send
 from lorasmith.server.server_context import ServerContext
 from lorasmith.training.events import KINDS
 
-MOST_STREAMS = 64
-"""Streams at once."""
+MOST_STREAMS = 64  # open at once
 
 _POLL_S, _BEAT_S, _RETRY_MS = 0.4, 15.0, 2000
 _FIRST_JOBS = 100
-_NOT_LOGGED = frozenset(("Drawing", "CaptionEncoded"))
-"""Events of training that are not in its log."""
+_NOT_LOGGED = frozenset(("Drawing", "CaptionEncoded"))  # events of training that are not in its log
 _open: set[object] = set()
 
 
 async def all_events(context: ServerContext, call: Call) -> web.StreamResponse:
-    """`queue` and `job` events: those that wait and run at first, then every change."""
+    """`queue` and `job` events: first the waiting and running jobs, then every change."""
     with context.hub.subscribe(kinds=("job", "queue")) as notices:
         async with _stream(call.request) as stream:
             await stream.send("queue", context.store.queue_counts())
@@ -55,8 +52,9 @@ async def all_events(context: ServerContext, call: Call) -> web.StreamResponse:
 
 
 async def job_events(context: ServerContext, call: Call) -> web.StreamResponse:
-    """`job`: the job, at first and at each change. `preparation`: what happens before the first step. `training`: the
-    run's events as in its log, with ids, and those that are not logged. `graph`: events of a graph's nodes."""
+    """`job`: the job, at first and at each change. `preparation`: events before the first step. `training`: the run's
+    events, with the ids of its log, and those that are not logged. `graph`: events of a graph's nodes.
+    """
     id = call.path("id")
     job = context.store.get(id)
     with context.hub.subscribe(job_id=id, kinds=("job", "training", "graph")) as notices:
@@ -81,9 +79,9 @@ async def job_events(context: ServerContext, call: Call) -> web.StreamResponse:
 
 
 async def run_events(context: ServerContext, call: Call) -> web.StreamResponse:
-    """`training`: the run's events as in its log, with ids. `reset`: the log begins again, forget what was sent."""
+    """`training`: the run's events, with the ids of its log. `reset`: the log was started again; discard all events."""
     tail = await _tail(context, call.path("id"), call)
-    with context.hub.subscribe(kinds=()) as notices:  # of which there are none: it ends with the server
+    with context.hub.subscribe(kinds=()) as notices:  # none arrive; the subscription ends with the server
         async with _stream(call.request) as stream:
             await _send_log(stream, tail)
             async for _ in _each(notices, pause_s=_POLL_S):
@@ -93,13 +91,6 @@ async def run_events(context: ServerContext, call: Call) -> web.StreamResponse:
 
 
 class _Stream:
-    """An open stream.
-
-    Args:
-        request: whose answer it is.
-        response: prepared.
-    """
-
     def __init__(self, request: web.Request, response: web.StreamResponse) -> None:
         self.response = response
         self._request = request
@@ -107,7 +98,7 @@ class _Stream:
         self._sent = asyncio.get_running_loop().time()
 
     async def send(self, event: str, data: Any, *, id: str = "") -> None:
-        """Send an event, and wait until its reader has room for more."""
+        """Send an event; waits while the reader's buffer is full."""
         text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, allow_nan=False)
         lines = [f"event: {event}", *([f"id: {id}"] if id else []), *(f"data: {line}" for line in _LINES.split(text))]
         await self._write("\n".join(lines) + "\n\n")
@@ -128,7 +119,7 @@ _LINES = re.compile(r"\r\n|\r|\n")
 
 @contextlib.asynccontextmanager
 async def _stream(request: web.Request) -> AsyncIterator[_Stream]:
-    """A stream that ends quietly when its reader goes. Raises TooManyError."""
+    """A stream that ends without an error when its reader disconnects. Raises TooManyError."""
     if len(_open) >= MOST_STREAMS:
         raise TooManyError(f"there must be at most {MOST_STREAMS} streams of events at once; close other pages")
     key = object()
@@ -143,7 +134,7 @@ async def _stream(request: web.Request) -> AsyncIterator[_Stream]:
         )
         await response.prepare(request)
         stream = _Stream(request, response)
-        with contextlib.suppress(ConnectionResetError):  # the reader has gone, or does not read
+        with contextlib.suppress(ConnectionResetError):  # the reader has disconnected, or does not read
             try:
                 yield stream
             except LorasmithError as error:  # too late for an answer with a status
@@ -154,7 +145,7 @@ async def _stream(request: web.Request) -> AsyncIterator[_Stream]:
 
 
 async def _each(notices: Subscription, *, pause_s: float = _BEAT_S) -> AsyncIterator[Notice | None]:
-    """The notices as they come; None after a pause without any. It ends with the subscription."""
+    """Notices as they arrive; None after a pause without any. Ends with the subscription."""
     while True:
         notice = None
         with contextlib.suppress(TimeoutError):
@@ -167,7 +158,7 @@ async def _each(notices: Subscription, *, pause_s: float = _BEAT_S) -> AsyncIter
 
 
 async def _tail(context: ServerContext, run: str | None, call: Call, *, is_begun: bool = True) -> LogTail | None:
-    """The log of a run, behind the event that the reader had last; None without a run."""
+    """The log of a run, after the last event that the reader received; None without a run."""
     if not run:
         return None
     path = await context.assistant.ask("run_log", id=run, is_begun=is_begun)
@@ -175,7 +166,6 @@ async def _tail(context: ServerContext, run: str | None, call: Call, *, is_begun
 
 
 async def _send_log(stream: _Stream, tail: LogTail | None) -> None:
-    """Send what is new in a log."""
     while tail is not None and (events := tail.read()):
         if tail.begins_again:
             await stream.send("reset", {})
@@ -184,7 +174,7 @@ async def _send_log(stream: _Stream, tail: LogTail | None) -> None:
 
 
 async def _send_notice(stream: _Stream, notice: Notice, *, is_tailed: bool) -> None:
-    """Send an event of training or of its preparation, unless it is in the log that is sent as well."""
+    """Send an event of training or preparation, unless it is read from the log."""
     name = str(notice.data.get("event"))
     if name not in KINDS:
         await stream.send("preparation", notice.data)

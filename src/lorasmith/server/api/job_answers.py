@@ -1,4 +1,4 @@
-"""Jobs as the API shows them."""
+"""Jobs as JSON of the API."""
 
 from __future__ import annotations
 
@@ -12,17 +12,11 @@ from lorasmith.server.api_shapes import JobAnswer
 from lorasmith.server.jobs import Job
 
 _TITLES = {"graph": "Workflow", "measure": "Measurement", "train": "Training"}
-_LARGE = ("prompt", "workflow", "extra_data")
-"""Parts of a graph's request that lists leave out."""
+_LARGE = ("prompt", "workflow", "extra_data")  # left out of lists
 
 
 def job_answer(job: Job, *, with_graph: bool = True) -> dict[str, Any]:
-    """A job as JSON values.
-
-    Args:
-        job: the job.
-        with_graph: whether the request of a graph is there as a whole.
-    """
+    """A job as JSON values; without `with_graph`, a graph's request lacks its large parts."""
     facts = job_row(job)
     request = {key: value for key, value in job.request.items() if with_graph or key not in _LARGE}
     more = {"dataset": facts["dataset"], "trigger": _settings(job).get("trigger", "")} if job.kind == "train" else {}
@@ -31,11 +25,11 @@ def job_answer(job: Job, *, with_graph: bool = True) -> dict[str, Any]:
 
 
 def job_row(job: Job | Mapping[str, Any]) -> dict[str, Any]:
-    """A job without its request and outputs; of a notice about one, what that says."""
+    """A job without its request and outputs, also from the data of a notice."""
     found = job.summary() if isinstance(job, Job) else job
     if found.get("removed"):
         return dict(found)
-    facts = {name: value for name, value in found.items() if name != "client_id"}  # which is that of ComfyUI's protocol
+    facts = {name: value for name, value in found.items() if name != "client_id"}  # part of ComfyUI's protocol only
     facts["title"] = facts["name"] or _TITLES.get(str(facts["kind"]), "Job")
     if isinstance(job, Job):
         facts["error"] = None if job.error is None else dict(job.error)
@@ -44,13 +38,7 @@ def job_row(job: Job | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def uses_dataset(job: Job, base: Path, name: str) -> bool:
-    """Whether a job reads a dataset: it trains on it, or is a graph that reads pictures of it. Case is ignored.
-
-    Args:
-        job: the job.
-        base: base folder.
-        name: of the dataset.
-    """
+    """Whether a job trains on a dataset, or is a graph that reads its pictures. Ignores case."""
     sources = job.request.get("sources") or ()
     named = [base / str(one.get("path", "")) for one in sources if isinstance(one, Mapping)]
     for node in (job.request.get("prompt") or {}).values():
@@ -61,8 +49,7 @@ def uses_dataset(job: Job, base: Path, name: str) -> bool:
     return any(os.path.join(os.path.realpath(one), "").casefold().startswith(folder) for one in named)  # noqa: PTH118
 
 
-_OF_INPUTS = ("folder", "image", "file")
-"""Inputs of nodes that name files and folders of the input folder."""
+_OF_INPUTS = ("folder", "image", "file")  # inputs of nodes that name files in the input folder
 
 
 def _settings(job: Job) -> Mapping[str, Any]:
@@ -71,7 +58,7 @@ def _settings(job: Job) -> Mapping[str, Any]:
 
 
 def _dataset(job: Job) -> str | None:
-    """The dataset of a training: the folder in `input`, or the one of the package."""
+    """The dataset of a training: the folder in `input`, or the built-in one."""
     sources = job.request.get("sources")
     if not isinstance(sources, list | tuple) or not sources or not isinstance(sources[0], Mapping):
         return None

@@ -119,11 +119,7 @@ def _answer(context: ServerContext, job: Job) -> Mapping[str, Any]:
 
 
 def _folder(context: ServerContext, body: DatasetSource) -> str | None:
-    """The folder of a request as it is opened; if the server is reachable from other machines, below its base folder.
-
-    Raises:
-        OptionError: it is elsewhere.
-    """
+    """The expanded folder of a request. On a server that others reach, it must be in the base folder (OptionError)."""
     config = context.config
     if body.folder is None:
         return None

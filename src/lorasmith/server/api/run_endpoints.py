@@ -1,4 +1,4 @@
-"""Endpoints about runs: what was trained, and what is made of it."""
+"""Endpoints about runs: their records, files and results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lorasmith.server.server_context import ServerContext
 
 
 def _jobs(context: ServerContext) -> dict[str, str]:
-    """The jobs that run now, by the id of their run."""
+    """Ids of the running jobs by run."""
     return {job.run: job.id for job in context.store.running() if job.run}
 
 
@@ -34,7 +34,7 @@ async def _file(context: ServerContext, call: Call) -> web.StreamResponse:
 
 async def _report(context: ServerContext, call: Call) -> web.StreamResponse:
     page = await context.assistant.ask("run_page", id=call.path("id"))
-    # A page of ours about data of others: no scripts, no network, and an origin of its own.
+    # The page shows untrusted data: no scripts, no network, and an opaque origin.
     headers = {
         "Cache-Control": "no-store",
         "Content-Security-Policy": f"{UNTRUSTED}; style-src 'unsafe-inline'; img-src data:",

@@ -1,4 +1,4 @@
-"""Endpoints about the server: its state, settings, models, and the document of the API."""
+"""Endpoints about the server: its state, settings, models, and the OpenAPI document."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _TYPES: dict[type, SettingType] = {int: "integer", float: "number", str: "text",
 
 
 def settings_answer(images: int | None = None) -> SettingsAnswer:
-    """Every setting that a page offers, and the presets for a number of images."""
+    """Every setting of the page, and the presets for a number of images."""
     return SettingsAnswer(
         groups=tuple(
             SettingGroup(title=title, settings=tuple(map(_setting, options)))

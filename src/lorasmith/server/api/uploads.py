@@ -1,8 +1,7 @@
-"""Uploads: files of a multipart body, streamed to disk one by one and handed to the assistant, which checks them.
+"""Uploads: files of a multipart body, streamed to disk one by one, then checked by the assistant.
 
-Nothing but pictures and captions is kept, and no name of a sender is used before the assistant has made it safe. A text
-belongs to the picture that was sent beside it with the same stem, whatever that is called now, or else to the one that
-is there.
+Only pictures and captions are kept, and a sent name is not used until the assistant has sanitised it. A caption belongs
+to the picture with the same stem in the same request, whatever that is renamed to, or else to the one in the dataset.
 """
 
 from __future__ import annotations
@@ -21,33 +20,22 @@ from lorasmith.server.error_answers import TooLargeError
 from lorasmith.server.server_context import ServerContext
 from lorasmith.server.upload_folder import form_parts, received, upload_folder
 
-MOST_FILE_BYTES = 100 * 2**20
-"""Of a picture."""
-MOST_TEXT_BYTES = 80_000
-"""Of a caption."""
-MOST_REQUEST_BYTES = 20 * 2**30
-"""Of all files of a request."""
-MOST_FILES = 4000
-"""Of a request, captions included."""
+MOST_FILE_BYTES = 100 * 2**20  # of a picture
+MOST_TEXT_BYTES = 80_000  # of a caption
+MOST_REQUEST_BYTES = 20 * 2**30  # of all files of a request
+MOST_FILES = 4000  # of a request, captions included
 _TEXTS = (".txt", ".caption")
 
 
 @dataclass
 class _Received:
-    """What has become of the files so far.
-
-    Attributes:
-        added: names of new files.
-        skipped: files that were not kept.
-        renamed: names of new files by those that they were sent under.
-        pictures: name in the dataset by the stem that a picture was sent under, in lower case.
-        texts: captions, which wait for all pictures: their names and where they are.
-    """
+    """The files received so far."""
 
     added: list[str] = field(default_factory=list)
     skipped: list[SkippedFile] = field(default_factory=list)
-    renamed: dict[str, str] = field(default_factory=dict)
-    pictures: dict[str, str] = field(default_factory=dict)
+    renamed: dict[str, str] = field(default_factory=dict)  # new names by the names as sent
+    pictures: dict[str, str] = field(default_factory=dict)  # names in the dataset by sent stem in lower case
+    # names and paths of captions, which wait for all pictures
     texts: list[tuple[str, Path]] = field(default_factory=list)
 
 
@@ -88,7 +76,7 @@ def _note(received: _Received, sent: str, answer: dict[str, str]) -> None:
 
 
 async def _asked(context: ServerContext, question: str, **arguments: Any) -> dict[str, str]:
-    """The answer, or the reason for which one file is not kept; what concerns the dataset ends the request."""
+    """The answer, or the reason why one file is skipped; errors of the whole dataset are raised."""
     try:
         answer: dict[str, str] = await context.assistant.ask(question, **arguments)
     except RefusedError as error:
@@ -99,7 +87,7 @@ async def _asked(context: ServerContext, question: str, **arguments: Any) -> dic
 
 
 async def _files(request: web.Request, folder: Path) -> AsyncIterator[tuple[str, Path, str]]:
-    """Each file of a form: the name that was sent, where it is, and why it is not kept (empty if it may be)."""
+    """Each file of a form: its sent name, its path, and why it is skipped (empty if it is not)."""
     count, left = 0, MOST_REQUEST_BYTES
     async for part in form_parts(request):
         if not part.filename:

@@ -1,4 +1,4 @@
-"""ComfyUI's protocol: routes and messages that its clients and its editor use."""
+"""ComfyUI's protocol: the routes and messages of its clients and its editor."""
 
 from lorasmith.server.comfyui.all_routes import routes
 

@@ -1,7 +1,6 @@
-"""All routes of the protocol, at every address where clients look for them.
+"""All routes of the protocol, below every prefix that clients use.
 
-Clients use them with and without the prefix `/api`; the editor, which is below `/editor`, takes its own folder as the
-start of all addresses.
+Clients use them with and without `/api`; the editor, served at `/editor`, prefixes all addresses with its own folder.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from lorasmith.server.request_parts import MAX_UPLOAD_BYTES
 from lorasmith.server.server_context import ServerContext
 
 PREFIXES = ("", "/api", "/editor", "/editor/api")
-"""Starts of the addresses of each route."""
 
 
 def routes(context: ServerContext) -> list[web.RouteDef]:

@@ -1,4 +1,4 @@
-"""What the protocol's routes share: reading of bodies, and errors as answers of one sentence."""
+"""Helpers of the protocol's routes: reading bodies, and errors as one-sentence responses."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def refused(status: int, message: str) -> web.Response:
-    """An error as the protocol's routes give it."""
+    """An error response of the protocol."""
     return web.json_response({"error": message}, status=status)
 
 
 def answering(handler: Handler) -> Handler:
-    """`handler` with the errors of users as answers."""
+    """Wraps a handler so that its LorasmithErrors become responses."""
 
     @functools.wraps(handler)
     async def answer(request: web.Request) -> web.StreamResponse:
@@ -35,21 +35,12 @@ def answering(handler: Handler) -> Handler:
 
 
 def table(routes: list[tuple[str, str, Handler]]) -> list[web.RouteDef]:
-    """Routes as (method, path, handler), each with `answering`."""
+    """Routes from (method, path, handler), each handler wrapped by `answering`."""
     return [web.route(method, path, answering(handler)) for method, path, handler in routes]
 
 
 async def read_json(request: web.Request, *, kind: type | None = None, empty: Any = ...) -> Any:
-    """The JSON value of a request, whatever its Content-Type says.
-
-    Args:
-        request: the request.
-        kind: type that the value must have.
-        empty: value of an empty body, which is refused by default.
-
-    Raises:
-        OptionError: it is not JSON, or not of that kind.
-    """
+    """The JSON of a request, whatever its Content-Type; `empty` for an empty body, if allowed. Raises OptionError."""
     body = await read_body(request)
     if not body.strip() and empty is not ...:
         return empty

@@ -1,8 +1,7 @@
-"""Files that editors fetch beside their own: extensions, templates, documentation of nodes.
+"""Files that the editor fetches besides its own: extensions, templates, documentation of nodes.
 
-Our extension is in `server/editor/extensions/`; those of the package with ComfyUI's editor are listed after it, where
-it is installed. Templates are the example workflows (`server/editor_templates.py`), and documentation is made from the
-declarations of nodes.
+Extensions are Lorasmith's own, in `server/editor/extensions/`, and those of the installed editor package. Templates are
+the example workflows (`server/editor_templates.py`); documentation is made from node declarations.
 """
 
 from __future__ import annotations
@@ -36,14 +35,13 @@ EDITOR_POLICY = "; ".join(
         "form-action 'self'",
     )
 )
-"""What ComfyUI's editor may load: nothing from elsewhere. It compiles code, and has scripts in its page."""
+"""Content policy of ComfyUI's editor, which compiles code and has inline scripts: nothing from other origins."""
 
 OUR_FILES = Path(__file__).parents[1] / "editor"
-"""The folder of our own extensions."""
 
 
 def editor_package() -> Path | None:
-    """The static files of ComfyUI's editor; None where its package is not installed. It is not imported."""
+    """The folder of the editor's static files, found without importing its package; None if it is not installed."""
     found = importlib.util.find_spec("comfyui_frontend_package")
     if found is None or not found.submodule_search_locations:
         return None
@@ -52,32 +50,20 @@ def editor_package() -> Path | None:
 
 
 def send_editor_file(path: Path, *, cache: str = "no-cache") -> web.FileResponse:
-    """The answer that sends a file of the installation, which unlike those of users may be a script or a page.
-
-    Args:
-        path: the file.
-        cache: value of `Cache-Control`.
-    """
+    """A response with a file of the installation, which is trusted: it may be a script or a page."""
     kind = _TYPES.get(path.suffix) or mimetypes.guess_type(path.name)[0] or "application/octet-stream"
     headers = {"Content-Type": kind, "Cache-Control": cache, "Content-Security-Policy": EDITOR_POLICY}
     return web.FileResponse(path, headers=headers)
 
 
 class EditorFiles:
-    """The routes.
-
-    Args:
-        assistant: makes the documentation of nodes.
-        ours: folder of our files.
-        package: static files of ComfyUI's editor, if it is installed.
-    """
+    """The routes; `assistant` makes the documentation of nodes."""
 
     def __init__(self, assistant: Assistant, *, ours: Path = OUR_FILES, package: Path | None = None) -> None:
         self._assistant = assistant
         self._roots = [ours, *([package] if package is not None else [])]
 
     def routes(self) -> list[web.RouteDef]:
-        """All routes."""
         return table(
             [
                 ("GET", "/extensions", self._extensions),
@@ -107,7 +93,7 @@ class EditorFiles:
 
     async def _documentation(self, request: web.Request) -> web.Response:
         if request.match_info["locale"] != "en":
-            return refused(404, "the documentation is in English")  # which editors then ask for
+            return refused(404, "the documentation is in English")  # the fallback that editors request
         text = await self._assistant.ask("node_documentation", node=request.match_info["node"])
         if text is None:
             return refused(404, "there is no such node")
@@ -129,4 +115,4 @@ _TYPES = {
     ".webp": "image/webp",
     ".woff2": "font/woff2",
 }
-"""Of files that browsers refuse under another type, which systems' tables may give them."""
+"""Browsers refuse these files under other types, which the system's table may give them."""

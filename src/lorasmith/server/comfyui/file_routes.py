@@ -1,4 +1,4 @@
-"""Pictures and other files of the input, output and temp folders: shown and uploaded."""
+"""Pictures and other files of the input, output and temp folders: viewing and uploading."""
 
 from __future__ import annotations
 
@@ -29,18 +29,12 @@ _MOST_COPIES = 10_000
 
 
 def place_folders(folders: Folders, place: str) -> list[Path]:
-    """The folders that a place's files are searched in; the input folder has the built-in pictures too."""
+    """The folders in which a place's files are searched; `input` includes the built-in pictures."""
     return [folders.base / place, *([ASSETS / "input"] if place == "input" else [])]
 
 
 class FileRoutes:
-    """The routes.
-
-    Args:
-        folders: of the files.
-        assistant: reads and writes pictures.
-        most_bytes: size limit of an upload.
-    """
+    """The routes; `assistant` reads and writes pictures, and an upload has at most `most_bytes`."""
 
     def __init__(self, folders: Folders, assistant: Assistant, *, most_bytes: int = MAX_UPLOAD_BYTES) -> None:
         self._folders = folders
@@ -49,7 +43,6 @@ class FileRoutes:
         self._naming = asyncio.Lock()
 
     def routes(self) -> list[web.RouteDef]:
-        """All routes."""
         return table(
             [
                 ("GET", "/view", self._view),
@@ -79,7 +72,7 @@ class FileRoutes:
         return web.Response(body=content, content_type=f"image/{kind}", headers=headers)
 
     def _existing(self, name: str, subfolder: str, place: str | None) -> Path | None:
-        """The file that a reference names; None if there is none. Raises OutsideError and OptionError."""
+        """The file of a reference, or None. Raises OutsideError and OptionError."""
         name, named = annotated(name)
         if not name:
             raise OptionError("filename must name a file, got none")
@@ -109,7 +102,6 @@ class FileRoutes:
             return await self._store(form, masked)
 
     async def _received(self, request: web.Request, folder: Path) -> _Form:
-        """The fields of a form, its file written into `folder`."""
         values: dict[str, str] = {}
         file: Path | None = None
         name = ""
@@ -127,7 +119,7 @@ class FileRoutes:
         return _Form(values, file, name)
 
     async def _store(self, form: _Form, content: Path) -> web.Response:
-        """Move an uploaded file to its place, under a free name unless it is the same file or may replace it."""
+        """Move an upload to its place, renamed unless the existing file is identical or may be overwritten."""
         place = _place(form.values.get("type"), "input")
         subfolder = form.values.get("subfolder", "").replace("\\", "/").strip("/")
         folder = contained(self._folders.base / place, subfolder, to_write=True)
@@ -142,7 +134,7 @@ class FileRoutes:
         return web.json_response({"name": name, "subfolder": subfolder, "type": place})
 
     def _put(self, content: Path, target: Path, *, keep: bool) -> None:
-        """Move a file to its place, unless it is there; `keep`: what it replaces is set aside."""
+        """Move a file to its place, unless it is there; with `keep`, the file that it replaces is set aside."""
         if target.exists():
             if _is_same(content, target):
                 return
@@ -164,7 +156,7 @@ class FileRoutes:
 
 
 class _Form:
-    """A form with a file: its values by name, where the file was written, and its name."""
+    """A form: its values by name, and the path and name of its file."""
 
     def __init__(self, values: dict[str, str], file: Path, name: str) -> None:
         self.values = values
@@ -181,7 +173,7 @@ def _place(name: str | None, default: str) -> str:
 
 
 def _preview(text: str | None, channel: str) -> tuple[str, int]:
-    """Format and quality of `webp;90`; a picture of one channel is PNG unless it is a preview."""
+    """Format and quality of `webp;90`; one channel is PNG unless a preview is requested."""
     if text is None:
         return "png", 90
     kind, _, quality = text.partition(";")
@@ -199,7 +191,7 @@ async def _limited(part: BodyPartReader) -> bytes:
 
 
 def _free_name(folder: Path, name: str, content: Path) -> str:
-    """`name`, or a numbered one if a file of other content has it, in whatever case."""
+    """`name`, numbered if a file with other content has it, ignoring case."""
     stem, dot, suffix = name.rpartition(".")
     stem, suffix = (stem, dot + suffix) if stem else (name, "")
     taken = {entry.name.casefold(): entry.name for entry in os.scandir(folder)}
@@ -213,7 +205,6 @@ def _free_name(folder: Path, name: str, content: Path) -> str:
 
 
 def _is_same(content: Path, path: Path) -> bool:
-    """Whether a file has the content of another one."""
     is_as_long = is_regular(path) and path.stat().st_size == content.stat().st_size
     return is_as_long and _digest(path) == _digest(content)
 
@@ -228,7 +219,7 @@ def _newest_first(folder: Path) -> list[str]:
         return []
     found = []
     for entry in os.scandir(folder):
-        with contextlib.suppress(OSError):  # a link to itself, or a file that has gone since
+        with contextlib.suppress(OSError):  # a link to itself, or a deleted file
             if not entry.name.startswith(".") and entry.is_file():
                 found.append((-entry.stat().st_mtime, entry.name))
     return [name for _, name in sorted(found)]

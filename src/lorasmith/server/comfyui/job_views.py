@@ -1,7 +1,7 @@
 """Jobs as ComfyUI's clients see them: entries of the queue, of the history, and of `/api/jobs`.
 
-Jobs of training on folders, which the protocol does not know, are entries with an empty prompt, as they too occupy the
-device. A job that was paused or interrupted is shown as cancelled: the protocol has no word for one that can continue.
+Trainings on folders, unknown to the protocol, are listed with an empty prompt, since they occupy the device too. Paused
+and interrupted jobs are shown as cancelled: the protocol has no state for jobs that can be continued.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ STATES_OF_STATUS: Mapping[str, tuple[JobState, ...]] = {
     "failed": ("failed",),
     "cancelled": ("cancelled", "paused", "interrupted"),
 }
-"""The states of jobs by the protocol's status."""
+"""Job states by the protocol's status."""
 
 JOB_STATUSES = {state: status for status, states in STATES_OF_STATUS.items() for state in states}
-"""The protocol's status by state."""
 
 
 def queue_entry(job: Job) -> list[Any]:
@@ -40,12 +39,12 @@ def history_entry(job: Job) -> dict[str, Any]:
 
 
 def node_names(node_id: str) -> dict[str, Any]:
-    """A node's ids, which differ in ComfyUI for nodes that others create while running."""
+    """A node's ids, which differ in ComfyUI only for nodes created during execution."""
     return {"node_id": node_id, "display_node": node_id, "parent_node": None, "real_node_id": node_id}
 
 
 def job_summary(job: Job) -> dict[str, Any]:
-    """A job as in the list of `/api/jobs`, without keys that have no value."""
+    """A job as listed by `/api/jobs`, without null values."""
     count, previewable, preview = _outputs_summary(job.outputs)
     ended = job.state not in ("pending", "running")
     workflow = _workflow(job)
@@ -66,7 +65,7 @@ def job_summary(job: Job) -> dict[str, Any]:
 
 
 def job_detail(job: Job) -> dict[str, Any]:
-    """A job as `/api/jobs/{id}` gives it."""
+    """A job as returned by `/api/jobs/{id}`."""
     summary = job_summary(job)
     if job.state in ("pending", "running"):
         return summary
@@ -75,7 +74,7 @@ def job_detail(job: Job) -> dict[str, Any]:
 
 
 def history_messages(job: Job) -> list[list[Any]]:
-    """The messages of a job's history: those that were recorded, else those that its times and its state say."""
+    """The recorded messages of a job; without any, messages made from its times and state."""
     messages = [list(one) for one in job.messages]
     if not messages and job.started is not None:
         messages.append(["execution_start", {"prompt_id": job.id, "timestamp": milliseconds(job.started)}])
@@ -85,7 +84,7 @@ def history_messages(job: Job) -> list[list[Any]]:
 
 
 def ending_message(job: Job) -> tuple[str, dict[str, Any]] | None:
-    """Name and data of the message that ends a job; None for one that has not ended."""
+    """Name and data of the message that ends a job; None if it has not ended."""
     name = _ENDINGS.get(job.state)
     recorded = next((data for event, data in reversed(job.messages) if event == name), None)
     if name is not None and recorded is not None:
@@ -104,7 +103,7 @@ def ending_message(job: Job) -> tuple[str, dict[str, Any]] | None:
 
 
 def milliseconds(seconds: float | None) -> int | None:
-    """A time in the protocol's unit."""
+    """Seconds to milliseconds."""
     return None if seconds is None else int(seconds * 1000)
 
 
@@ -150,7 +149,7 @@ def _workflow(job: Job) -> Any:
 
 
 def _outputs_summary(outputs: Mapping[str, Any]) -> tuple[int, int, dict[str, Any] | None]:
-    """Number of outputs, of those that can be shown, and the one to show: saved pictures before temporary ones."""
+    """Number of outputs, number of those with a preview, and the preview: saved pictures before temporary ones."""
     files = list(_files(outputs))
     shown = [(node, kind, item) for node, kind, item in files if kind in _SHOWN_KINDS]
     saved = [one for one in shown if one[2].get("type") == "output"]

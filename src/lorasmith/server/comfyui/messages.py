@@ -1,9 +1,9 @@
 """Notices of the server as messages of ComfyUI's WebSocket.
 
-A message is a JSON object `{type, data}` or a binary frame, which begins with its kind as a 32-bit big-endian number:
+A message is a JSON object `{type, data}` or a binary frame, which begins with its type as a 32-bit big-endian number:
 1, a picture; 3, a line of text for the running node; 4, a picture with metadata. Messages about a job go to the client
 that submitted it; progress of a job without a client goes to all. Simple clients take every binary frame for a result,
-so only those that have sent their feature flags get any.
+so only clients that have sent feature flags receive any.
 """
 
 from __future__ import annotations
@@ -19,27 +19,19 @@ from lorasmith.server.comfyui.job_views import ending_message, milliseconds
 from lorasmith.server.hub import Notice
 from lorasmith.server.jobs import ENDED, Job
 
-Frame: TypeAlias = str | bytes
-"""A message as it is sent: JSON text, or a binary frame."""
+Frame: TypeAlias = str | bytes  # JSON text, or a binary frame
 
 
 @dataclass
 class Client:
-    """A client of the WebSocket.
-
-    Attributes:
-        id: of its session.
-        flags: its feature flags; None until it has sent them.
-        reads_log: whether it has subscribed to the log.
-    """
+    """A client of the WebSocket."""
 
     id: str
-    flags: Mapping[str, Any] | None = None
-    reads_log: bool = False
+    flags: Mapping[str, Any] | None = None  # feature flags; None until received
+    reads_log: bool = False  # subscribed to the log
 
     @property
     def takes_binary(self) -> bool:
-        """Whether binary frames may be sent."""
         return self.flags is not None
 
     @property
@@ -50,30 +42,21 @@ class Client:
 
 @dataclass
 class JobProgress:
-    """Progress of a running graph.
+    """Progress of a running graph."""
 
-    Attributes:
-        nodes: value, maximum and state of each node that has started, in the protocol's form.
-        running: id of the running node.
-        has_previews: whether its client wants previews.
-    """
-
+    # value, maximum and state by node, in the protocol's form
     nodes: dict[str, dict[str, Any]] = field(default_factory=dict)
-    running: str | None = None
-    has_previews: bool = True
+    running: str | None = None  # id of a node
+    has_previews: bool = True  # whether its client wants previews
 
 
 class Progress:
-    """Progress of graphs by job, from their notices.
-
-    Those of the last jobs are kept, as clients may read of a job when it has ended.
-    """
+    """Progress of graphs by job. Kept for the last jobs after their end, as clients may still read it."""
 
     def __init__(self) -> None:
         self._jobs: dict[str, JobProgress] = {}
 
     def observe(self, notice: Notice) -> None:
-        """Keep what a notice says."""
         if notice.job_id is None:
             return
         if notice.kind == "job":
@@ -84,7 +67,6 @@ class Progress:
             self._observe_event(notice.job_id, notice.data)
 
     def of(self, job_id: str) -> JobProgress:
-        """The progress of a job."""
         return self._jobs.get(job_id) or JobProgress()
 
     def _observe_event(self, job_id: str, data: Mapping[str, Any]) -> None:
@@ -105,12 +87,12 @@ class Progress:
             job.nodes[node] = _node_state(job_id, node, most, most, "finished")
             if job.running == node:
                 job.running = None
-        while len(job.nodes) > _MOST_STATES:  # the oldest; a graph of thousands of nodes would send each of them often
+        while len(job.nodes) > _MOST_STATES:  # drop the oldest: every message repeats all of them
             del job.nodes[next(iter(job.nodes))]
 
 
 def log_entry(line: Mapping[str, Any]) -> dict[str, Any]:
-    """A line of the log as clients write it into a terminal."""
+    """A line of the log in the protocol's form."""
     return {"t": line["t"], "m": f"{line['m']}\n"}
 
 
@@ -120,18 +102,12 @@ def message(kind: str, data: Mapping[str, Any]) -> str:
 
 
 def queue_info(counts: Mapping[str, int]) -> dict[str, Any]:
-    """What `/prompt` and `status` say of the queue, from the numbers of jobs that run and that wait."""
+    """The queue's state in `/prompt` and `status`, from the numbers of running and pending jobs."""
     return {"exec_info": {"queue_remaining": sum(counts.values())}}
 
 
 def frames_of(notice: Notice, client: Client, progress: Progress) -> Iterator[Frame]:
-    """What a notice is for a client, except the end of a job (`ending_frames`).
-
-    Args:
-        notice: of the hub.
-        client: who gets it.
-        progress: has observed the notice.
-    """
+    """The messages of a notice, which `progress` has observed; the end of a job is in `ending_frames`."""
     if notice.kind == "queue":
         yield message("status", {"status": queue_info(notice.data)})
     elif notice.kind == "log":
@@ -145,7 +121,7 @@ def frames_of(notice: Notice, client: Client, progress: Progress) -> Iterator[Fr
 
 
 def ending_frames(job: Job, client: Client) -> Iterator[Frame]:
-    """What the end of a job is for a client; its history must have been written before."""
+    """The messages that end a job; its history must be stored first."""
     ending = ending_message(job)
     if ending is None or job.started is None or job.kind != "graph":
         return
@@ -155,13 +131,12 @@ def ending_frames(job: Job, client: Client) -> Iterator[Frame]:
 
 
 def final_frames(job: Job, client: Client) -> Iterator[Frame]:
-    """The last message of a job, which follows its end and the queue's new length."""
+    """The last message of a job, sent after the queue's new length."""
     if job.client_id == client.id and job.started is not None and job.kind == "graph":
         yield message("executing", {"node": None, "prompt_id": job.id})
 
 
 def _graph_frames(notice: Notice, job_id: str, client: Client, progress: Progress) -> Iterator[Frame]:
-    """An event of an executor."""
     data, event, is_own = notice.data, notice.data.get("event"), notice.client_id == client.id
     node = str(data.get("node_id", ""))
     if not is_own and (notice.client_id is not None or event not in _FOR_ALL):
@@ -200,24 +175,18 @@ def _progress_frames(notice: Notice, job_id: str, node: str, client: Client, pro
 
 
 def picture_frame(picture: bytes) -> bytes:
-    """A frame of kind 1: the picture's type (1 JPEG, 2 PNG) and the picture."""
+    """A frame of type 1: the picture's format (1 JPEG, 2 PNG) and the picture."""
     return struct.pack(">II", 1, 2 if picture.startswith(_PNG) else 1) + picture
 
 
 def text_frame(node: str, text: str) -> bytes:
-    """A frame of kind 3: a line of text that is shown under a node."""
+    """A frame of type 3: a line of text that is shown under a node."""
     name = node.encode()
     return struct.pack(">II", 3, len(name)) + name + text.encode(errors="replace")
 
 
 def metadata_frame(job_id: str, node: str, picture: bytes) -> bytes:
-    """A frame of kind 4: metadata as JSON, and the picture.
-
-    Args:
-        job_id: of the running job.
-        node: id of the running node.
-        picture: JPEG or PNG.
-    """
+    """A frame of type 4: metadata as JSON, and a JPEG or PNG."""
     kind = "image/png" if picture.startswith(_PNG) else "image/jpeg"
     text = json.dumps({**_names(job_id, node), "image_type": kind}).encode()
     return struct.pack(">II", 4, len(text)) + text + picture
@@ -236,7 +205,7 @@ def _node_state(job_id: str, node: str, value: float, most: float, state: str) -
 
 
 def _names(job_id: str, node: str) -> dict[str, Any]:
-    """The ids of a node, which differ in ComfyUI for nodes that others create while running."""
+    """A node's ids, which differ in ComfyUI only for nodes created during execution."""
     return {
         "node_id": node,
         "prompt_id": job_id,
@@ -246,11 +215,9 @@ def _names(job_id: str, node: str) -> dict[str, Any]:
     }
 
 
-TRAINING = "lorasmith.training"
-"""Type of the messages about events of a training, which the protocol does not know."""
-TERMINAL_SIZE = {"cols": 120, "rows": 40}
-"""Of the terminal in which the editor shows the log."""
+TRAINING = "lorasmith.training"  # type of messages about training events, an addition to the protocol
+TERMINAL_SIZE = {"cols": 120, "rows": 40}  # in which the editor shows the log
 _FOR_ALL = frozenset({"NodeStarted", "NodeProgress", "NodeFinished"})
-"""Events of jobs without a client that all clients get, as progress."""
+"""Events of jobs without a client that are sent to all clients."""
 _MOST_STATES, _MOST_JOBS = 256, 16
 _PNG = b"\x89PNG"

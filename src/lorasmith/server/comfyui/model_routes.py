@@ -14,25 +14,19 @@ from lorasmith.server.comfyui.answers import refused, table
 from lorasmith.server.contained_files import find_contained, send_file
 
 MODEL_KINDS = ("checkpoints", "diffusion_models", "embeddings", "loras", "text_encoders", "vae")
-"""Kinds of models whose folders are listed even where they are missing."""
+"""Kinds that are listed even if their folders are missing."""
 _OLDER_NAMES = ("unet", "clip")
 _PICTURES = (".preview.png", ".png", ".jpg", ".jpeg", ".webp")
 
 
 class ModelRoutes:
-    """The routes.
-
-    Args:
-        folders: of the models.
-        assistant: reads headers of files.
-    """
+    """The routes; `assistant` reads file headers."""
 
     def __init__(self, folders: Folders, assistant: Assistant) -> None:
         self._folders = folders
         self._assistant = assistant
 
     def routes(self) -> list[web.RouteDef]:
-        """All routes."""
         return table(
             [
                 ("GET", "/models", self._list_kinds),
@@ -46,7 +40,7 @@ class ModelRoutes:
         )
 
     def kinds(self) -> list[str]:
-        """All kinds: those that are always listed, those with a folder of their own, and further ones."""
+        """`MODEL_KINDS`, kinds with a folder, and those of extra model paths."""
         own = self._folders.base / "models"
         there = [entry.name for entry in own.iterdir() if entry.is_dir()] if own.is_dir() else []
         named = {*MODEL_KINDS, *there, *self._folders.extra, *self._folders.preferred} - {*_OLDER_NAMES, "configs"}

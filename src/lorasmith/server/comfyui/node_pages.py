@@ -1,4 +1,4 @@
-"""Pages about nodes in markdown, made from their declarations, for the help panel of editors."""
+"""Pages about nodes in markdown, made from their declarations, for the editor's help panel."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What a ComfyUI server answers to a prompt: which outputs run, and what is wrong with the others.
+"""A ComfyUI server's response to a prompt: which outputs run, and the faults of the others.
 
-An output runs if no node that it needs has a fault. If at least one does, the answer is a success that names the faults
-of the others; if none does, or a node that an output needs is of an unknown class, the prompt is refused.
+An output runs if no node that it depends on has a fault. If at least one runs, the response is a success that lists the
+faults of the others; if none runs, or a node that an output depends on has an unknown class, the prompt is refused.
 """
 
 from __future__ import annotations
@@ -23,32 +23,18 @@ from lorasmith.workflow.prompt import Prompt, class_of, is_remark, node_title
 
 @dataclass(frozen=True)
 class PromptAnswer:
-    """The result of checking a prompt for a client.
+    """The result of checking a prompt; errors are in the protocol's form."""
 
-    Attributes:
-        outputs: ids of the output nodes that run; empty if the prompt is refused.
-        error: why the prompt is refused, in the protocol's form; None if it runs.
-        node_errors: faults by node id, in the protocol's form.
-        warnings: sentences about what is ignored.
-    """
-
-    outputs: tuple[str, ...]
-    error: dict[str, Any] | None = None
-    node_errors: dict[str, Any] = field(default_factory=dict)
-    warnings: tuple[str, ...] = ()
+    outputs: tuple[str, ...]  # ids of the output nodes that run; empty if the prompt is refused
+    error: dict[str, Any] | None = None  # why the prompt is refused; None if it runs
+    node_errors: dict[str, Any] = field(default_factory=dict)  # by node id
+    warnings: tuple[str, ...] = ()  # sentences about what is ignored
 
 
 def answer_to(
     prompt: Prompt, folders: Folders, *, nodes: Registry[Node], targets: Collection[str] | None = None
 ) -> PromptAnswer:
-    """Check a prompt.
-
-    Args:
-        prompt: nodes by id.
-        folders: for the choices of file inputs.
-        nodes: registered nodes.
-        targets: ids of the output nodes that the client asks for; None for all.
-    """
+    """Check a prompt. `targets` are the ids of the output nodes to run, None for all."""
     try:
         examination = examine(prompt, folders, nodes=nodes, targets=targets)
     except LorasmithError as error:
@@ -87,7 +73,7 @@ def _refusal(
 
 
 def _left_out(prompt: Prompt, faults: Sequence[Finding], nodes: Registry[Node]) -> dict[str, Any]:
-    """Entries of nodes of unknown classes that no known output needs; they may be outputs, and do not run."""
+    """Errors of nodes of unknown classes on which no known output depends; they may be outputs, and do not run."""
     needed = {one.node_id for one in faults}
     found = {}
     for key, member in prompt.items():
@@ -146,7 +132,7 @@ def _input_config(node: Node, name: str, folders: Folders) -> list[Any] | None:
 
 
 def _bounded(value: Any) -> Any:
-    """A value as it may stand in an answer: long texts and large structures are shortened."""
+    """A value for a response: long texts and large structures are shortened."""
     if isinstance(value, (int, float)) or value is None:
         return value
     text = value if isinstance(value, str) else repr(value)[: _LONGEST + 1]
@@ -154,7 +140,7 @@ def _bounded(value: Any) -> Any:
 
 
 def _users(prompt: Prompt) -> dict[str, list[str]]:
-    """The nodes that each node is linked to, by ids in the prompt."""
+    """By node, the nodes that it is linked to."""
     users: dict[str, list[str]] = {}
     for key, member in prompt.items():
         for source in _sources(member):
@@ -170,7 +156,7 @@ def _sources(member: Any) -> Iterator[str]:
 
 
 def _reached(start: Collection[str], users: Mapping[str, Sequence[str]]) -> set[str]:
-    """`start` and every node that depends on one of them."""
+    """`start` and every node that depends on it."""
     reached, waiting = set(start), deque(start)
     while waiting:
         for user in users.get(waiting.popleft(), ()):

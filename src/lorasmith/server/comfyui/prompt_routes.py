@@ -1,7 +1,7 @@
 """Prompts: definitions of nodes, checking and queueing of graphs.
 
-`POST /prompt` takes more than ComfyUI's: with `{"workflow": {...}}` in place of `prompt`, or a `prompt` in the editor's
-format, the file that the editor saves is converted first. `POST /workflow/convert` only converts it.
+An addition to ComfyUI's `POST /prompt`: `{"workflow": {...}}` in place of `prompt`, or a `prompt` in the format in
+which the editor saves files, is converted first. `POST /workflow/convert` only converts it.
 """
 
 from __future__ import annotations
@@ -21,19 +21,13 @@ from lorasmith.server.server_context import ServerContext
 
 
 class PromptRoutes:
-    """The routes.
-
-    Args:
-        context: of the server.
-        sockets: for the length of the queue.
-    """
+    """The routes; `sockets` has the length of the queue."""
 
     def __init__(self, context: ServerContext, sockets: Sockets) -> None:
         self._context = context
         self._sockets = sockets
 
     def routes(self) -> list[web.RouteDef]:
-        """All routes."""
         return table(
             [
                 ("GET", "/object_info", self._definitions),
@@ -58,7 +52,7 @@ class PromptRoutes:
         return web.json_response(await self._prompt_of(inner if isinstance(inner, dict) else workflow))
 
     async def _queue_prompt(self, request: web.Request) -> web.Response:
-        from lorasmith.workflow.editor_graph import is_editor_format  # not before the page is there
+        from lorasmith.workflow.editor_graph import is_editor_format  # imported late, to start fast
 
         body = await read_json(request, kind=dict)
         fault = _fault_of(body)
@@ -121,7 +115,7 @@ class PromptRoutes:
 
 
 def _fault_of(body: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What is wrong with a request to queue a prompt, before the prompt itself is checked."""
+    """The error of a malformed request; the prompt itself is checked later."""
     prompt, workflow, id, number = (body.get(key) for key in ("prompt", "workflow", "prompt_id", "number"))
     if not isinstance(prompt, dict) and (prompt is not None or not isinstance(workflow, dict)):
         return error_entry("no_prompt", "a request must have a prompt, an object of nodes; add one")
@@ -156,4 +150,4 @@ def _refusal(
 
 _UUID_LENGTH = 36
 _SECRETS = ("auth_token_comfy_org", "api_key_comfy_org")
-"""Keys to services of others, which the editor sends along; they are not kept."""
+"""Keys of other services, which the editor sends; they are not stored."""

@@ -1,7 +1,7 @@
 """The queue, the history and `/jobs`.
 
-Trainings that the page has queued are listed too, as they occupy the device, and can be cancelled by their id.
-`clear` leaves them alone: a client that clears its queue does not mean the work of another.
+Trainings queued by the page are listed too, as they occupy the device, and can be cancelled by id. `clear` does not
+affect them, since a client means its own jobs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lorasmith.server.server_context import ServerContext
 
 
 class QueueRoutes:
-    """The routes. Args: `context` of the server."""
+    """The routes."""
 
     def __init__(self, context: ServerContext) -> None:
         self._store = context.store
@@ -31,7 +31,6 @@ class QueueRoutes:
         self._dispatcher = context.dispatcher
 
     def routes(self) -> list[web.RouteDef]:
-        """All routes."""
         return table(
             [
                 ("GET", "/queue", self._queue),
@@ -57,7 +56,7 @@ class QueueRoutes:
         body = await read_json(request, kind=dict)
         ids, is_all = set(_ids_in(body)), bool(body.get("clear"))
         waiting = [one for one in self._store.lines(["pending"]) if one.id in ids or (is_all and one.kind == "graph")]
-        # A graph leaves no entry, as in ComfyUI; all of them at once, as there may be thousands.
+        # Graphs leave no history entry, as in ComfyUI; all are removed in one call, as there may be thousands.
         self._dispatcher.remove([one.id for one in waiting if one.kind == "graph"])
         for one in waiting:
             if one.kind != "graph":
@@ -76,7 +75,7 @@ class QueueRoutes:
         return await send_json_pieces(request, chain(["{"], _separated(entries), ["}"]))
 
     def _ended_graphs(self) -> list[JobLine]:
-        """Ended graphs, the oldest first."""
+        """Oldest first."""
         lines = [line for line in self._store.lines(ENDED) if line.kind == "graph"]
         return sorted(lines, key=lambda line: line.ended or 0.0)
 
@@ -115,7 +114,7 @@ class QueueRoutes:
         return web.json_response({"jobs": jobs, "pagination": page})
 
     def _summary(self, line: JobLine) -> dict[str, Any]:
-        """A job of the list; empty if it was removed since."""
+        """A job of the list; empty if it has been removed."""
         job = self._store.find(line.id)
         return {} if job is None else job_summary(job)
 
@@ -167,11 +166,7 @@ def _ids_in(body: dict[str, Any]) -> list[str]:
 
 
 class _Entries:
-    """Entries of the queue as JSON text, kept for as long as they fit: clients read all of them at every change.
-
-    Args:
-        store: of the jobs.
-    """
+    """A cache of queue entries as JSON text, limited in size: clients read all of them at every change."""
 
     def __init__(self, store: JobStore) -> None:
         self._store = store
@@ -179,8 +174,8 @@ class _Entries:
         self._size = 0
 
     def texts(self, lines: Sequence[JobLine]) -> Iterator[str]:
-        """The entries of jobs, with commas between them; those that were removed since are left out."""
-        # What follows the number, which changes when a job is moved, never changes.
+        """The entries of jobs, separated by commas; removed jobs are skipped."""
+        # Moving a job changes only its number; the rest of its entry is constant.
         return _separated(f"[{json.dumps(line.number)}, {rest}" for line in lines if (rest := self._rest(line.id)))
 
     def _rest(self, id: str) -> str:

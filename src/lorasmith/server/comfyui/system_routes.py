@@ -1,4 +1,4 @@
-"""What clients ask about the server itself, and what editors fetch although this server has none of it."""
+"""Information about the server, and stubs for what editors fetch and this server does not have."""
 
 from __future__ import annotations
 
@@ -16,18 +16,11 @@ from lorasmith.server.comfyui.websocket import Sockets, features
 from lorasmith.server.request_parts import MAX_UPLOAD_BYTES
 from lorasmith.server.server_context import ServerContext
 
-PROTOCOL_VERSION = "0.33.0"
-"""The ComfyUI release whose protocol this is, as clients read it from `/system_stats`."""
+PROTOCOL_VERSION = "0.33.0"  # the ComfyUI release of this protocol, reported by `/system_stats`
 
 
 class SystemRoutes:
-    """The routes.
-
-    Args:
-        context: of the server.
-        sockets: for subscriptions to the log.
-        models: for the folders of models.
-    """
+    """The routes; `sockets` has the subscriptions to the log, `models` the model folders."""
 
     def __init__(self, context: ServerContext, sockets: Sockets, models: ModelRoutes) -> None:
         self._context = context
@@ -35,7 +28,6 @@ class SystemRoutes:
         self._models = models
 
     def routes(self) -> list[web.RouteDef]:
-        """All routes."""
         empty = ("/i18n", "/workflow_templates", "/global_subgraphs", "/node_replacements")
         return table(
             [
@@ -65,7 +57,7 @@ class SystemRoutes:
             "embedded_python": False,
             "argv": [os.path.basename(sys.argv[0])],  # noqa: PTH119 - arguments may hold the token
         }
-        # Until the workers have started: clients take the first device without asking whether there is one.
+        # Before the workers have started: clients use the first device without checking that there is one.
         unknown = {"name": "cpu", "title": "CPU", "memory_bytes": memory.total, "free_bytes": memory.available}
         found = self._context.dispatcher.devices() or [unknown]
         devices = [_device(one, index) for index, one in enumerate(found)]

@@ -1,4 +1,4 @@
-"""The editor's files of its user: saved workflows, settings, its style sheet, below `<base>/user/default`."""
+"""The editor's user files: saved workflows, settings, style sheet, below `<base>/user/default`."""
 
 from __future__ import annotations
 
@@ -22,15 +22,11 @@ from lorasmith.server.removed_files import set_aside
 from lorasmith.server.request_parts import MAX_JSON_BYTES, read_body
 
 FIRST_SETTINGS: dict[str, Any] = {"Comfy.Notification.ShowVersionUpdates": False}
-"""Settings of the editor until its user changes them: it does not ask another server for its own updates."""
+"""Defaults of the editor's settings; it does not check for its own updates."""
 
 
 class UserFiles:
-    """Routes on the files of one user.
-
-    Args:
-        base: base folder; the files are in `user/default` below it.
-    """
+    """Routes for the user's files."""
 
     def __init__(self, base: Path) -> None:
         self._base = base
@@ -38,7 +34,6 @@ class UserFiles:
         self._writing = asyncio.Lock()
 
     def routes(self) -> list[web.RouteDef]:
-        """All routes."""
         return table(
             [
                 ("GET", "/users", self._users),
@@ -75,7 +70,7 @@ class UserFiles:
         return web.Response()
 
     def _saved_settings(self) -> tuple[dict[str, Any], bool]:
-        """The settings, and whether they are all that the file says: what cannot be read does not stop the editor."""
+        """The settings, and whether the file was read completely; an unreadable file does not stop the editor."""
         content, saved, is_all = b"{}", {}, False
         try:
             with contextlib.suppress(FileNotFoundError):
@@ -84,7 +79,7 @@ class UserFiles:
             is_all = isinstance(saved, dict)
         except OSError:  # too large, a folder, or without permission
             pass
-        except ValueError:  # other programs write NaN, names twice and a byte order mark
+        except ValueError:  # other programs write NaN, duplicate keys and a byte order mark
             with contextlib.suppress(ValueError, RecursionError):
                 saved = json.loads(content.decode("utf-8-sig"), parse_constant=lambda name: None)
         return FIRST_SETTINGS | (saved if isinstance(saved, dict) else {}), is_all
@@ -162,7 +157,7 @@ class UserFiles:
         if not is_regular(source):
             return refused(404, "no such file")
         async with self._writing:
-            # Where case is ignored, a file may be given its own name in other letters.
+            # On case-insensitive file systems, a rename may change only the case.
             is_other = target.exists() and not target.samefile(source)
             if request.query.get("overwrite") == "false" and is_other:
                 return refused(409, "a file of this name exists")
@@ -175,7 +170,7 @@ class UserFiles:
         return self._described(target, request)
 
     def _path(self, request: web.Request, name: str, *, to_write: bool = False) -> Path:
-        """The file that a part of the address names; some clients encode it twice."""
+        """The file named in the address; some clients encode it twice."""
         path = contained(self._folder, unquote(request.match_info[name]), to_write=to_write)
         if path == self._folder.resolve():
             raise OutsideError("a file must be named")
@@ -192,7 +187,7 @@ _MOST_FILES = 20_000
 
 
 def _files_below(folder: Path, recurse: bool) -> list[Path]:
-    """The regular files of a folder, links that lead out of it left out."""
+    """The regular files of a folder, except links that lead out of it."""
     found: list[Path] = []
     for path in sorted(folder.rglob("*") if recurse else folder.iterdir()):
         with contextlib.suppress(OutsideError, OSError):

@@ -1,4 +1,4 @@
-"""The WebSocket: one connection for each client id, from which the client learns what its jobs do."""
+"""The WebSocket: one connection per client id, which reports the progress of its jobs."""
 
 from __future__ import annotations
 
@@ -26,15 +26,14 @@ from lorasmith.server.hub import Notice, Subscription
 from lorasmith.server.jobs import ENDED, StoreError, UnknownJobError
 from lorasmith.server.server_context import ServerContext
 
-MOST_SOCKETS = 128
-"""Connections at the same time: fewer than one address may have, so that it can send requests, too."""
+MOST_SOCKETS = 128  # connections at once: fewer than one address may have, so that requests remain possible
 _MOST_MESSAGE = 2**16
 _HEARTBEAT_S = 30.0
 _SEND_TIMEOUT_S = 30.0
 _CLOSE_TIMEOUT_S = 1.0
 
 FEATURES: dict[str, Any] = {"supports_preview_metadata": True, "node_replacements": False, "assets": False}
-"""What this server supports, by the protocol's names."""
+"""Feature flags, by the protocol's names."""
 
 
 def features(max_upload_bytes: int) -> dict[str, Any]:
@@ -43,23 +42,17 @@ def features(max_upload_bytes: int) -> dict[str, Any]:
 
 
 class Sockets:
-    """All connections, and what a client that connects now must learn of the past.
-
-    Args:
-        context: of the server.
-        flags: feature flags of the server.
-    """
+    """All connections, and the progress of jobs for clients that connect later."""
 
     def __init__(self, context: ServerContext, flags: dict[str, Any]) -> None:
         self._context = context
         self._flags = flags
         self._progress = Progress()
         self._connections: dict[str, _Connection] = {}
-        # Called while a notice is published, before any connection reads it; nothing waits in this subscription.
+        # `_observe` runs while a notice is published, before connections read it; this subscription stays empty.
         self._observing = context.hub.subscribe(wants=self._observe)
 
     async def connect(self, request: web.Request) -> web.StreamResponse:
-        """The handler of `/ws`."""
         if len(self._connections) >= MOST_SOCKETS:
             raise web.HTTPServiceUnavailable(text=f"at most {MOST_SOCKETS} clients can be connected; close one")
         socket = web.WebSocketResponse(heartbeat=_HEARTBEAT_S, max_msg_size=_MOST_MESSAGE, compress=False)
@@ -82,7 +75,7 @@ class Sockets:
         return socket
 
     def subscribe_to_log(self, client_id: str, enabled: bool) -> bool:
-        """Send the log's lines to a client, or do so no longer; whether the client is connected."""
+        """Start or stop sending the log's lines to a client; returns whether it is connected."""
         connection = self._connections.get(client_id)
         if connection is not None:
             connection.client.reads_log = enabled
@@ -95,14 +88,14 @@ class Sockets:
         self._progress.observe(notice)
         if notice.job_id is not None and notice.data.get("event") == "ExecutionStarted":
             job = None
-            with contextlib.suppress(StoreError):  # a preview too many, instead of a worker that is ended for a bug
+            with contextlib.suppress(StoreError):  # an extra preview is better than a failure
                 job = self._context.store.find(notice.job_id)
             extra = {} if job is None else job.request.get("extra_data") or {}
             self._progress.of(notice.job_id).has_previews = extra.get("preview_method") != "none"
         return False
 
     async def _receive_all(self, connection: _Connection) -> None:
-        """Read the flags of the client, its first message in JSON; nothing else that it sends has a meaning."""
+        """Read the client's feature flags, its first JSON message; all others are ignored."""
         is_first = True
         async for received in connection.socket:
             if not is_first or received.type is not aiohttp.WSMsgType.TEXT:
@@ -119,18 +112,18 @@ class Sockets:
                     await _send(connection.socket, message("feature_flags", self._flags))
 
     async def _send_all(self, connection: _Connection) -> None:
-        """Send what the client must know of the present, then every notice."""
+        """Send the current state, then every notice."""
         try:
             for frame in self._greeting(connection.client):
                 await _send(connection.socket, frame)
             async for notice in connection.subscription:
                 for frame in self._frames(notice, connection.client):
                     await _send(connection.socket, frame)
-            # The client has connected again, has left too much unread, or the server ends.
+            # The client has reconnected or was too slow, or the server stops.
             async with asyncio.timeout(_CLOSE_TIMEOUT_S):
                 await connection.socket.close(code=aiohttp.WSCloseCode.GOING_AWAY)
         except (ConnectionError, TimeoutError, aiohttp.ClientError, StoreError):
-            # One that does not read would not answer a closing frame either; this ends the receiving side.
+            # A client that does not read would not answer a close frame either; this ends the receiving side.
             if connection.transport is not None:
                 connection.transport.abort()
 
@@ -142,7 +135,6 @@ class Sockets:
                 yield message("executing", {"node": running, "display_node": running, "prompt_id": job.id})
 
     def queue_info(self) -> dict[str, Any]:
-        """The number of jobs that wait or run, as `/prompt` gives it."""
         return queue_info(self._context.store.queue_counts())
 
     def _frames(self, notice: Notice, client: Client) -> Iterator[Frame]:
@@ -152,7 +144,7 @@ class Sockets:
             try:
                 job = self._context.store.get(notice.job_id)
             except UnknownJobError:
-                return  # removed since
+                return  # removed meanwhile
             yield from ending_frames(job, client)
             if job.client_id == client.id:
                 yield message("status", {"status": self.queue_info()})
@@ -160,15 +152,6 @@ class Sockets:
 
 
 class _Connection:
-    """A client's connection.
-
-    Attributes:
-        socket: the WebSocket.
-        client: whose it is.
-        subscription: notices that are to be sent.
-        transport: below the socket.
-    """
-
     def __init__(
         self,
         socket: web.WebSocketResponse,
@@ -183,14 +166,13 @@ class _Connection:
 
 
 def _concerns(notice: Notice, client: Client) -> bool:
-    """Whether a notice is turned into messages for a client at all."""
     if notice.kind == "log":
         return client.reads_log
     return notice.kind == "queue" or notice.client_id in (None, client.id)
 
 
 async def _send(socket: web.WebSocketResponse, frame: Frame) -> None:
-    """Send a frame. Raises TimeoutError if the client does not read."""
+    """Raises TimeoutError if the client does not read."""
     async with asyncio.timeout(_SEND_TIMEOUT_S):
         if isinstance(frame, str):
             await socket.send_str(frame)

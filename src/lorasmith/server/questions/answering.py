@@ -31,7 +31,7 @@ def main() -> None:
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="question") as threads:
         while (message := channel.receive()) is not None:
             threads.submit(_reply, channel, message[0], start)
-        # Nobody reads the answers to what is still open.
+        # The answers to open questions would not be read.
         threads.shutdown(wait=False, cancel_futures=True)
         os._exit(0)
 
@@ -61,12 +61,12 @@ def _refuse(channel: BlockingChannel, number: int, kind: str, message: str, deta
     error = {"kind": kind, "message": message, "details": details}
     try:
         channel.send({"type": "answer", "number": number, "error": error})
-    except OSError:  # the server has gone
+    except OSError:  # the server has exited
         os._exit(0)
 
 
 def _beat(channel: BlockingChannel, seconds: float) -> None:
-    """A sign of life, from time to time; the process ends when nobody receives it."""
+    """Send heartbeats; the process exits when the server has."""
     pause = threading.Event()
     while True:
         try:

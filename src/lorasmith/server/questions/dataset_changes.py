@@ -1,4 +1,4 @@
-"""Changes of datasets: new ones, pictures and captions that are added, what is taken away."""
+"""Changes of datasets: creating and removing them, their pictures and captions."""
 
 from __future__ import annotations
 
@@ -29,27 +29,21 @@ from lorasmith.server.questions.dataset_folders import (
 from lorasmith.server.questions.shaped_questions import shaped
 from lorasmith.server.removed_files import keep_captions, set_aside
 
-MOST_IMAGES = 2000
-"""Pictures of a dataset that the page fills."""
+MOST_IMAGES = 2000  # in a dataset filled by the page
 
 _NO_VIDEOS = (
     "is a video, which the page does not take; run lorasmith train on its folder with a model of videos, or add it as "
     "an animated WebP file"
 )
-_CHANGING = threading.Lock()
-"""Held while datasets are changed, from looking at what is there."""
+_CHANGING = threading.Lock()  # held from reading a dataset until its change is complete
 
 
 class TakenNameError(OptionError):
-    """The name of something new is taken."""
+    """A new name is already in use."""
 
 
 class StaleCaptionError(OptionError):
-    """A caption is not the one that was seen before it was changed.
-
-    Attributes:
-        details: the captions that are there now, by the names of their pictures.
-    """
+    """A caption changed after it was read; `details` has the current captions by picture."""
 
     def __init__(self, details: dict[str, str]) -> None:
         more = f", and {len(details) - 1:,} more were" if len(details) > 1 else ""
@@ -68,7 +62,7 @@ def check_changes(folders: Folders, name: str) -> bool:
 
 @shaped
 def create_dataset(folders: Folders, name: str) -> DatasetRow:
-    """Make a new dataset, with a name that every system has folders for. Raises OptionError if it is taken."""
+    """Create a dataset; its name must be a portable folder name. Raises OptionError if it is taken."""
     if not name.strip():
         raise OptionError("a dataset must have a name, got an empty one; name it after its subject")
     folder = ensure_folder(folders.place("input")) / safe_name(name.strip())
@@ -82,29 +76,15 @@ def create_dataset(folders: Folders, name: str) -> DatasetRow:
 
 @shaped
 def remove_dataset(folders: Folders, name: str) -> RemovedAnswer:
-    """Move a dataset away. Raises UnknownFileError, OutputError."""
+    """Move a dataset to the removed files. Raises UnknownFileError, OutputError."""
     return _removed(folders, [dataset_folder(folders, name, to_change=True)], name)
 
 
 @shaped
 def add_image(folders: Folders, name: str, *, file: str, temporary: str) -> dict[str, str]:
-    """Move an uploaded picture into a dataset.
-
-    The format is recognised by the content; what is already there stays as it is, and a picture of the same name gets
-    another one.
-
-    Args:
-        folders: of the installation.
-        name: of the dataset.
-        file: name under which it was sent.
-        temporary: where it is; the file is moved or left.
-
-    Returns:
-        `added` with its name, or `skipped` with the reason; of a copy also `same`, the name of the picture there.
-
-    Raises:
-        UnknownFileError: there is no such dataset.
-        OutputError: the file cannot be moved.
+    """Move an uploaded picture from `temporary` into a dataset, renamed if its name is taken. Returns `added` with its
+    name, or `skipped` with the reason, and for a duplicate `same`, the existing picture. Raises UnknownFileError and
+    OutputError.
     """
     folder, source = dataset_folder(folders, name, to_change=True), Path(temporary)
     suffix = Path(file).suffix.lower()
@@ -113,7 +93,7 @@ def add_image(folders: Folders, name: str, *, file: str, temporary: str) -> dict
     if reason := foreign_reason(suffix):
         return {"skipped": reason}
     try:
-        image_size(source)  # reads all of it
+        image_size(source)  # decodes the whole picture
         suffixes = image_header(source).suffixes
     except ImageError as error:
         return {"skipped": error.reason}
@@ -134,21 +114,8 @@ def add_image(folders: Folders, name: str, *, file: str, temporary: str) -> dict
 
 @shaped
 def add_caption(folders: Folders, name: str, *, file: str, temporary: str, image: str = "") -> dict[str, str]:
-    """Keep an uploaded text as the caption of a picture.
-
-    Args:
-        folders: of the installation.
-        name: of the dataset.
-        file: name under which it was sent.
-        temporary: where it is.
-        image: name of the picture, if it was sent beside it; else that with the same stem.
-
-    Returns:
-        `added` with the name of the caption file, or `skipped` with the reason.
-
-    Raises:
-        UnknownFileError: there is no such dataset.
-        OutputError: the caption cannot be written.
+    """Keep an uploaded text as the caption of `image`, or of the picture with the stem of `file`. Returns `added` with
+    the name of the caption file, or `skipped` with the reason. Raises UnknownFileError and OutputError.
     """
     folder = dataset_folder(folders, name, to_change=True)
     try:
@@ -174,17 +141,7 @@ def add_caption(folders: Folders, name: str, *, file: str, temporary: str, image
 
 @shaped
 def remove_image(folders: Folders, name: str, file: str) -> RemovedAnswer:
-    """Move a picture, its caption and its mask away.
-
-    Args:
-        folders: of the installation.
-        name: of the dataset.
-        file: of the picture.
-
-    Raises:
-        UnknownFileError: there is no such dataset or picture.
-        OutputError: they cannot be moved.
-    """
+    """Move a picture, its caption and its mask to the removed files. Raises UnknownFileError and OutputError."""
     folder = dataset_folder(folders, name, to_change=True)
     path = picture_of(folder, file)
     stem = stem_of(path.name)
@@ -196,18 +153,8 @@ def remove_image(folders: Folders, name: str, file: str) -> RemovedAnswer:
 
 @shaped
 def set_captions(folders: Folders, name: str, captions: Mapping[str, CaptionEdit]) -> Changed:
-    """Write captions; nothing is written if one of them cannot be. Those that they replace are kept.
-
-    Args:
-        folders: of the installation.
-        name: of the dataset.
-        captions: by the names of their pictures; an empty one takes the caption away.
-
-    Raises:
-        UnknownFileError: there is no such dataset or picture.
-        OptionError: a caption is too long.
-        StaleCaptionError: a caption is not the one that was seen.
-        OutputError: a file cannot be written.
+    """Write captions by picture, all or none; an empty string deletes the caption. Replaced captions are kept. Raises
+    UnknownFileError, OptionError for a long caption, StaleCaptionError and OutputError.
     """
     folder = dataset_folder(folders, name, to_change=True)
     for edit in captions.values():
@@ -243,12 +190,12 @@ def set_captions(folders: Folders, name: str, captions: Mapping[str, CaptionEdit
 
 
 def _as_stored(text: str) -> str:
-    """A caption as it is read again: its lines that are not blank."""
+    """A caption without its blank lines, as it will be read."""
     return "\n".join(filter(None, map(one_line, text.splitlines())))
 
 
 def _is_seen(edit: CaptionEdit, there: str) -> bool:
-    """Whether a caption may be replaced: it is the one that was seen, or nobody says what was."""
+    """Whether a caption may be replaced: the client read this one, or did not send what it read."""
     return edit.seen is None or _as_stored(edit.seen) == there
 
 
@@ -257,12 +204,12 @@ def _removed(folders: Folders, paths: list[Path], name: str) -> RemovedAnswer:
 
 
 def _file_name(sent: str) -> str:
-    """The name in what a browser sends as one, which may be a path."""
+    """The name in a sent file name, which may be a path."""
     return sent.replace("\\", "/").rpartition("/")[2]
 
 
 def _free_stem(wanted: str, pictures: list[str]) -> str:
-    """A stem that no picture has, in any case: two pictures with one stem would share their caption."""
+    """A stem that no picture has, ignoring case: pictures with the same stem would share a caption."""
     taken = {stem_of(one).casefold() for one in pictures}
     stems = (wanted if number == 1 else f"{wanted}-{number}" for number in count(1))
     return next(stem for stem in stems if stem.casefold() not in taken)
@@ -279,7 +226,7 @@ def _same_content(folder: Path, pictures: list[str], source: Path) -> str | None
 
 
 def _move(source: Path, target: Path) -> None:
-    """Move a file to where none is, also to another disk. Raises OutputError."""
+    """Move a file to a free path, also on another disk. Raises OutputError."""
     try:
         if target.exists():
             raise OutputError(f"{target.name} is there already; send it under another name")

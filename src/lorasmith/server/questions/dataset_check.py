@@ -1,4 +1,4 @@
-"""The check of a dataset, in the words of the page."""
+"""The check of a dataset, worded for the page."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _SEVERITIES: dict[FindingKind, Severity] = {
     "shared tags": "remark",
 }
 
-_REMEDIES: dict[FindingKind, str] = {  # where that of the command line names a flag
+_REMEDIES: dict[FindingKind, str] = {  # where the command line's remedy names a flag
     "unused files": "replace or remove what cannot be used",
     "tiny pictures": "use larger pictures, or a lower resolution",
     "enlarged pictures": "use larger pictures, or a lower resolution",
@@ -51,18 +51,8 @@ def check_dataset(
     trigger: str = "",
     settings: Mapping[str, Any] | None = None,
 ) -> DataCheckAnswer:
-    """A dataset, checked.
-
-    Args:
-        folders: of the installation.
-        name: of the dataset.
-        model: whose sizes and tokenizer count; None for usual sizes.
-        trigger: phrase in front of captions that lack it.
-        settings: of data and training, by name; those of training decide how much is held out.
-
-    Raises:
-        UnknownFileError: there is no such dataset.
-        LorasmithError: model or settings cannot be used.
+    """Check a dataset with the sizes and tokenizer of a model (None: common sizes) and settings of data and training.
+    Raises UnknownFileError, and LorasmithErrors for the model or settings.
     """
     folder = dataset_folder(folders, name)
     data, training = split_settings(folders, settings or {}, trigger)
@@ -91,15 +81,8 @@ def check_dataset(
 
 
 def split_settings(folders: Folders, settings: Mapping[str, Any], trigger: str = "") -> tuple[DataConfig, TrainConfig]:
-    """Settings by name as those of data and of training, of which they may choose among names alone.
-
-    Args:
-        folders: of the installation, which decide whether links are followed.
-        settings: by name.
-        trigger: phrase, if it is not among them.
-
-    Raises:
-        OptionError: one is unknown, out of its range, or not for requests.
+    """Settings by name as data and training configs; a choice is limited to registered names. Raises OptionError if one
+    is unknown, out of range, or not allowed in requests.
     """
     for name, value in settings.items():
         if name in SETTINGS and SETTINGS[name].door == "typed" and value not in (None, "none", False):

@@ -1,7 +1,7 @@
-"""Datasets as folders of images in `<base>/input`: where they are, their pictures and captions, what is removed.
+"""Datasets as folders of images in `<base>/input`: their paths, pictures, captions and skipped files.
 
-A dataset is one folder, such as `input/dog`, that `lorasmith train` takes as it is. Links are followed as `Folders` and
-`DataConfig.follow_links` say. Pictures in its inner folders are counted in notes and not shown.
+A dataset is one folder, such as `input/dog`, which `lorasmith train` accepts as well. Links are followed as `Folders`
+and `DataConfig.follow_links` allow. Pictures in its subfolders are counted in notes and not shown.
 """
 
 from __future__ import annotations
@@ -22,21 +22,11 @@ from lorasmith.data.sources import ImageSource
 
 
 class UnknownFileError(DataError):
-    """There is no such dataset, picture or run."""
+    """No such dataset, picture or run."""
 
 
 def dataset_folder(folders: Folders, name: str, *, to_change: bool = False) -> Path:
-    """The folder of a dataset.
-
-    Args:
-        folders: of the installation.
-        name: of the dataset.
-        to_change: whether it will be changed, so that it must not be one of the package's.
-
-    Raises:
-        UnknownFileError: there is none, or a link leads out of the base folder.
-        OutputError: it belongs to the package.
-    """
+    """The folder of a dataset. Raises UnknownFileError, and OutputError for a built-in one `to_change`."""
     if is_name(name):
         own = folders.place("input") / name
         if is_folder(own) and folders.is_here(own):
@@ -49,7 +39,7 @@ def dataset_folder(folders: Folders, name: str, *, to_change: bool = False) -> P
 
 
 def subfolders(root: Path) -> Iterator[Path]:
-    """The folders in a folder, without hidden ones."""
+    """The folders in a folder, except hidden ones."""
     if is_folder(root):
         yield from (one for one in root.iterdir() if not one.name.startswith(".") and is_folder(one))
 
@@ -60,12 +50,12 @@ def is_builtin(folder: Path) -> bool:
 
 
 def is_name(name: str) -> bool:
-    """Whether a text is a single name, so that a path made with it stays in its folder."""
+    """Whether a text is a single path segment."""
     return bool(name) and not name.startswith(".") and not set(name) & set("/\\\x00:")
 
 
 def pictures_in(folders: Folders, folder: Path) -> tuple[list[Candidate], Skipped, list[str]]:
-    """The pictures directly in a folder, what is not used of it, and notes."""
+    """The pictures directly in a folder, its skipped files, and notes."""
     skipped: Skipped = []
     remarks = Remarks()
     config = DataConfig(follow_links=folders.follow_links)
@@ -99,7 +89,7 @@ def stays_in(path: Path, real: Path) -> bool:
 
 
 def picture_of(folder: Path, file: str) -> Path:
-    """A picture of a dataset. Raises UnknownFileError."""
+    """Raises UnknownFileError."""
     path = folder / file
     if not is_name(file) or path.suffix.lower() not in image_suffixes() or not is_regular(path):
         raise UnknownFileError(f"there is no picture {file!r} in {folder.name}; load the page again")
@@ -111,7 +101,7 @@ def picture_of(folder: Path, file: str) -> Path:
 
 
 def caption_of(one: Candidate) -> tuple[str, str]:
-    """The caption of a picture, line by line, and what is wrong with it."""
+    """The caption of a picture, line by line, and its fault."""
     if one.barred:
         return "", one.barred
     if one.caption_file:
@@ -125,5 +115,5 @@ def caption_of(one: Candidate) -> tuple[str, str]:
 
 
 def caption_file(one: Candidate) -> Path:
-    """The caption file of a picture, which need not be there."""
+    """The path of a picture's caption file, which need not exist."""
     return one.folder.file(one.caption_file or f"{stem_of(one.name)}{CAPTION_SUFFIXES[0]}")

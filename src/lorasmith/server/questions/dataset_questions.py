@@ -1,4 +1,4 @@
-"""Questions about datasets: their list, what they hold, and pictures of them."""
+"""Questions about datasets: their list, contents, and pictures."""
 
 from __future__ import annotations
 
@@ -24,13 +24,12 @@ from lorasmith.server.questions.dataset_folders import (
 )
 from lorasmith.server.questions.shaped_questions import shaped
 
-MOST_THUMBNAIL = 2048
-"""Pixels of a small version's longest edge."""
+MOST_THUMBNAIL = 2048  # pixels of the longest edge
 
 
 @shaped
 def datasets(folders: Folders) -> DatasetList:
-    """All datasets by name: folders with pictures, and empty ones that are to be filled."""
+    """All datasets by name: folders with pictures, and empty ones."""
     rows = {}
     for root in (ASSETS / "input", folders.place("input")):
         for folder in subfolders(root):
@@ -56,18 +55,7 @@ def dataset(folders: Folders, name: str) -> DatasetAnswer:
 
 @shaped
 def thumbnail(folders: Folders, name: str, file: str, width: int = 256) -> bytes:
-    """A small version of a picture as WebP, upright.
-
-    Args:
-        folders: of the installation.
-        name: of the dataset.
-        file: of the picture.
-        width: pixels of its longest edge, at most.
-
-    Raises:
-        UnknownFileError: there is none.
-        ImageError: it cannot be read.
-    """
+    """A picture as WebP, upright, its longest edge at most `width` pixels. Raises UnknownFileError and ImageError."""
     path = picture_of(dataset_folder(folders, name), file)
     buffer = io.BytesIO()
     open_reduced(path, max(16, min(width, MOST_THUMBNAIL))).save(buffer, format="webp", quality=82, method=2)
@@ -76,21 +64,12 @@ def thumbnail(folders: Folders, name: str, file: str, width: int = 256) -> bytes
 
 @shaped
 def picture_file(folders: Folders, name: str, file: str) -> str:
-    """The path of a picture.
-
-    Args:
-        folders: of the installation.
-        name: of the dataset.
-        file: of the picture.
-
-    Raises:
-        UnknownFileError: there is no such dataset or picture.
-    """
+    """The path of a picture. Raises UnknownFileError."""
     return str(picture_of(dataset_folder(folders, name), file).resolve())
 
 
 def _row(folder: Path) -> DatasetRow | None:
-    """A folder as a dataset; None if it holds other things alone."""
+    """A folder as a dataset; None if it has only other files."""
     try:
         listed = next(list_folders(str(folder), recursive=False, masks=False, mask_folder=None, skipped=[]))
         is_empty = not listed.images and not any(folder.iterdir())
@@ -111,7 +90,7 @@ def _row(folder: Path) -> DatasetRow | None:
 
 
 def _inner(folder: Path) -> list[ListedFolder]:
-    """Folders inside of a dataset whose pictures are trained on as well."""
+    """Subfolders of a dataset whose pictures are trained on as well."""
     try:
         return list(list_folders(str(folder), recursive=False, masks=False, mask_folder=None, skipped=[]))[1:]
     except DataError:
@@ -119,7 +98,7 @@ def _inner(folder: Path) -> list[ListedFolder]:
 
 
 def picture_row(one: Candidate) -> PictureRow:
-    """A picture as the page shows it, with what is wrong with it."""
+    """A picture as the page shows it, with its faults."""
     path, problem = one.path, ""
     width = height = None
     try:
@@ -144,5 +123,5 @@ def picture_row(one: Candidate) -> PictureRow:
 
 @functools.lru_cache(maxsize=20_000)
 def _size_of(path: str, modified: int, size: int) -> tuple[int, int]:
-    """Width and height of a file as it was then. An ImageError is not remembered."""
+    """Width and height in pixels, cached by file state. An ImageError is not cached."""
     return header_size(Path(path))

@@ -1,4 +1,4 @@
-"""The devices of this machine, one worker each."""
+"""The devices of this machine; each gets one worker."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from lorasmith.server.questions.question_registry import question
 
 @question
 def devices(folders: Folders) -> list[dict[str, Any]]:
-    """Every GPU, or else the processor: `{name, title, memory_bytes}` each. No memory of a GPU is taken."""
+    """All GPUs, or else the CPU: `{name, title, memory_bytes}` each. Uses no GPU memory."""
     import psutil
     import torch
 
-    # Counted by the driver's own library, without a context on the device.
+    # Counted through the driver's library, without creating a context on the device.
     count = torch.cuda.device_count()
     if count:
         return [

@@ -1,4 +1,4 @@
-"""Questions about nodes, prompts, and the files that graphs use."""
+"""Questions about nodes, prompts, and files used by graphs."""
 
 from __future__ import annotations
 
@@ -20,13 +20,12 @@ from lorasmith.workflow.editor_format import prompt_of_editor
 from lorasmith.workflow.node import Node
 from lorasmith.workflow.object_info import object_info as definition
 
-_MOST_PIXELS = 64_000_000
-"""Of a picture that is encoded again, which has about 20 bytes of memory for each."""
+_MOST_PIXELS = 64_000_000  # of a picture that is re-encoded, which takes about 20 bytes of memory per pixel
 
 
 @question
 def object_info(folders: Folders, *, node: str | None = None) -> bytes:
-    """Definitions of all nodes, or of one, by class; empty for an unknown class. As JSON text."""
+    """JSON text with the definitions of all nodes, or of one, by class; empty for an unknown class."""
     known = _nodes()
     one_or_none = [known[node]] if node is not None and node in known else []
     found = [one for _, one in known.items()] if node is None else one_or_none
@@ -35,13 +34,7 @@ def object_info(folders: Folders, *, node: str | None = None) -> bytes:
 
 @question
 def check_prompt(folders: Folders, *, prompt: dict[str, Any], targets: list[str] | None = None) -> dict[str, Any]:
-    """Check a prompt: `{outputs, error, node_errors, warnings}`, as `PromptAnswer` has them.
-
-    Args:
-        folders: for the choices of file inputs.
-        prompt: nodes by id.
-        targets: ids of the output nodes to run; None for all.
-    """
+    """Check a prompt: `{outputs, error, node_errors, warnings}`, as `PromptAnswer`. `targets` as in `answer_to`."""
     answer = answer_to(prompt, folders, nodes=_nodes(), targets=targets)
     return {
         "outputs": list(answer.outputs),
@@ -66,13 +59,7 @@ def node_documentation(folders: Folders, *, node: str) -> str | None:
 
 @question
 def file_metadata(folders: Folders, *, kind: str, name: str) -> dict[str, str] | None:
-    """The metadata in the header of a model file; None if it has none. Raises ModelError.
-
-    Args:
-        folders: that are searched.
-        kind: of the model, such as `loras`.
-        name: of the file, relative to the folders of its kind.
-    """
+    """The metadata in the header of a model file of a kind such as `loras`; None if it has none. Raises ModelError."""
     from lorasmith.formats.container import check_safetensors
 
     return check_safetensors(folders.find(kind, name), ModelError).metadata or None
@@ -87,15 +74,7 @@ def encoded_picture(
     format: Literal["png", "webp", "jpeg"] = "png",
     quality: int = 90,
 ) -> bytes:
-    """A picture, or one of its channels, in a format.
-
-    Args:
-        folders: unused.
-        path: of the file.
-        channel: `a` for the transparency alone, `rgb` for the colours under it.
-        format: of the result.
-        quality: from 1 to 100.
-    """
+    """A picture, or its alpha (`a`) or the colours under it (`rgb`), in a format with a quality from 1 to 100."""
     with _pixels(Path(path)) as image:
         if channel == "a":
             image = _transparency(image)
@@ -106,13 +85,7 @@ def encoded_picture(
 
 @question
 def masked_picture(folders: Folders, *, original: str, mask: str) -> bytes:
-    """A picture with the transparency of another one, as PNG with the first one's metadata.
-
-    Args:
-        folders: unused.
-        original: path of the picture.
-        mask: path of the one with the transparency, of the same size.
-    """
+    """A picture with the alpha of `mask`, which has the same size, as PNG with the picture's metadata."""
     from PIL.PngImagePlugin import PngInfo
 
     from lorasmith.data.image_files import header_size, open_original
@@ -135,11 +108,7 @@ def masked_picture(folders: Folders, *, original: str, mask: str) -> bytes:
 
 @contextlib.contextmanager
 def _pixels(path: Path) -> Iterator[Any]:
-    """The picture of a file with its transparency; inside the context, it is the only large one that is open.
-
-    Raises:
-        DataError: it is no picture, or too large.
-    """
+    """The picture of a file with its alpha; only one large picture is open at a time. Raises DataError."""
     from lorasmith.data.image_files import header_size, one_at_a_time, open_original
 
     size = header_size(path)

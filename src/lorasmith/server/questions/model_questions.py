@@ -1,4 +1,4 @@
-"""Questions about the models in the model folders, and the names by which runs choose them."""
+"""Questions about the models in the model folders, and the names by which runs select them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _KINDS = (*MODEL_FOLDERS, *ENCODER_FOLDERS, *VAE_FOLDERS)
 
 @shaped
 def models(folders: Folders) -> ModelListAnswer:
-    """The models in the model folders, those of the package last, and what else is there."""
+    """The models in the model folders, built-in ones last, and the other files there."""
     found = _listed(folders)
     rows = [_row(folders, one) for one in found.models]
     return ModelListAnswer(
@@ -29,11 +29,7 @@ def models(folders: Folders) -> ModelListAnswer:
 
 
 def known_model(folders: Folders, name: str) -> str:
-    """The model that a request names: one in the model folders or in the package, and no other path or download.
-
-    Raises:
-        ModelError: there is none of this name.
-    """
+    """The model of a request, in the model folders or built in. Raises ModelError for other paths and downloads."""
     if name in built_in_models():
         return name
     for kind in MODEL_FOLDERS:
@@ -48,13 +44,7 @@ def known_model(folders: Folders, name: str) -> str:
 
 
 def model_name(folders: Folders, path: Path, kinds: tuple[str, ...] = MODEL_FOLDERS) -> str:
-    """The name by which a run finds a file; its path if no name leads to it.
-
-    Args:
-        folders: of the installation.
-        path: of the file.
-        kinds: of folders that are searched for such names, in order.
-    """
+    """The name by which a run finds a file in folders of `kinds`, in order; its path if there is none."""
     for name, built_in in built_in_models().items():
         if built_in == path:
             return name
@@ -73,13 +63,13 @@ def _is_in_folders(folders: Folders, path: Path) -> bool:
 
 
 def _listed(folders: Folders) -> ModelList:
-    """The list, made again when a file has changed."""
+    """The list, cached until a file changes."""
     roots = sorted({root for kind in _KINDS for root in folders.roots(kind) if root.is_dir()})
     return _listed_once(_Hashable(folders), repr([fingerprint(root) for root in roots]))
 
 
 class _Hashable:
-    """Folders as a key of a cache: equal where they search the same places."""
+    """Folders as a cache key: equal if they search the same places."""
 
     def __init__(self, folders: Folders) -> None:
         self.folders = folders

@@ -1,6 +1,6 @@
 """Questions about a run before it starts: its plan, and the request of its job.
 
-A request names datasets and models by name; settings choose among known names, and LoRAs among those in `models/loras`.
+A request selects datasets and models by name; settings select among registered names, and LoRAs in `models/loras`.
 """
 
 from __future__ import annotations
@@ -46,19 +46,8 @@ def plan(
     settings: Mapping[str, Any] | None = None,
     card_bytes: int | None = None,
 ) -> PlanAnswer:
-    """What a run would do, and need. No weight is loaded.
-
-    Args:
-        folders: of the installation.
-        model: its name.
-        dataset, folder: of the images, one of the two.
-        trigger: phrase in front of captions that lack it.
-        settings: of data and training, by name.
-        card_bytes: memory of the device; None if it is unknown.
-
-    Raises:
-        UnknownFileError: there is no such dataset.
-        LorasmithError: images, model or settings cannot be used.
+    """The plan of a run on a `dataset` or a `folder`, without loading weights. `card_bytes` is the device's memory,
+    None if unknown. Raises UnknownFileError, and LorasmithErrors for images, model or settings.
     """
     images = _images_folder(folders, dataset, folder)
     data, config = checked_settings(folders, settings or {}, trigger)
@@ -94,16 +83,7 @@ def train_request(
     trigger: str = "",
     settings: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The request of a job that trains: a `RunSpec` as JSON, which is checked as far as that takes no time.
-
-    Args:
-        folders: of the installation.
-        model, dataset, folder, trigger, settings: as for `plan`.
-        name: of the LoRA; that of the folder if it is empty.
-
-    Raises:
-        LorasmithError: as `plan`.
-    """
+    """The request of a training job: a `RunSpec` as JSON, with cheap checks only. Raises as `plan`."""
     images = _images_folder(folders, dataset, folder)
     checked_settings(folders, settings or {}, trigger)
     title = safe_name(name.strip() or images.name)
@@ -124,15 +104,7 @@ def train_request(
 
 @shaped
 def check_measurement(folders: Folders, *, model: str, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The request of a job that measures a step on a model.
-
-    Args:
-        folders: of the installation.
-        model, settings: as for `plan`.
-
-    Raises:
-        LorasmithError: as `plan`.
-    """
+    """The request of a job that measures a training step. Raises as `plan`."""
     checked_settings(folders, settings or {}, "")
     return {"model": known_model(folders, model), "settings": dict(settings or {})}
 
@@ -143,16 +115,8 @@ def check_steps(steps: int) -> None:
 
 
 def checked_settings(folders: Folders, settings: Mapping[str, Any], trigger: str) -> tuple[DataConfig, TrainConfig]:
-    """Settings of data and training that a request may have.
-
-    Args:
-        folders: where LoRAs are that settings name.
-        settings: by name.
-        trigger: phrase in front of captions that lack it.
-
-    Raises:
-        OptionError: one is unknown, out of its range, or not for requests.
-        LoraError: there is no LoRA of a name.
+    """Data and training configs from the settings of a request. Raises OptionError if one is unknown, out of range, or
+    not allowed in requests, and LoraError for an unknown LoRA.
     """
     for name in _loras_in(settings):
         folders.find("loras", str(settings[name]))
@@ -160,19 +124,18 @@ def checked_settings(folders: Folders, settings: Mapping[str, Any], trigger: str
 
 
 def _loras_in(settings: Mapping[str, Any]) -> list[str]:
-    """Names of the settings that are LoRAs, where there is one."""
     return [name for name in lora_settings() if settings.get(name) not in (None, NONE_LORA)]
 
 
 def _images_folder(folders: Folders, dataset: str | None, folder: str | None) -> Path:
-    """The folder of the images, one of a dataset or any other one that is named by its path."""
+    """The folder of the images: a dataset, or any folder given by its path."""
     if (dataset is None) == (folder is None):
         raise OptionError("a run needs images, in a dataset or in a folder; name one of the two")
     if dataset is not None:
         found = dataset_folder(folders, dataset)
     else:
         found = folders.base / (folder or "")
-        # Windows would open a connection to the server that such a name begins with, whichever slashes it has.
+        # Windows would connect to the server in a UNC path, with slashes or backslashes.
         is_share = PureWindowsPath(folder or "").drive.startswith("\\\\") and not found.is_relative_to(folders.base)
         if is_share or not is_folder(found):
             raise DataError(f"there is no folder {folder!r} on this computer; check its path")
@@ -183,23 +146,23 @@ def _images_folder(folders: Folders, dataset: str | None, folder: str | None) ->
 
 @functools.lru_cache(maxsize=8)
 def _scanned(folder: str, state: str, recursive: bool, follow_links: bool) -> tuple[ImageFile, ...]:
-    """The usable images of a folder as it was then."""
+    """The usable images of a folder, cached by its state."""
     return scan_folder(folder, DataConfig(recursive=recursive, follow_links=follow_links)).images
 
 
 def _estimate(
     folders: Folders, files: ModelFiles, config: TrainConfig, resolution: int | None, card_bytes: int | None
 ) -> MemoryEstimate:
-    # Neither changes what a step needs, and LoRAs that are named are not looked at.
+    # These do not change the memory of a step.
     plain = replace(config, steps=500, seed=0, existing_lora=None, training_adapter=None, previews=None)
     path = Path(in_folders(files.model, folders, MODEL_FOLDERS))
     state = repr(fingerprint(path)) if path.exists() else ""
     found = _estimated(_Named(folders), files, plain, resolution, state)
-    return replace(found, card_bytes=card_bytes or _ENDLESS)  # the proposal alone depends on it
+    return replace(found, card_bytes=card_bytes or _ENDLESS)  # only the proposal depends on it
 
 
 class _Named:
-    """Folders as a key of a cache, by their base."""
+    """Folders as a cache key, by their base."""
 
     def __init__(self, folders: Folders) -> None:
         self.folders = folders

@@ -18,7 +18,8 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 QUESTIONS: Registry[Callable[..., Any]] = Registry("question")
 """The functions by name. Each takes `Folders`, then keyword arguments of the types of `core.typed_json`, and returns a
-JSON value or bytes. A LorasmithError that it raises reaches the asker; its `findings` or `details` do, too."""
+JSON value or bytes. Its LorasmithErrors reach the server, with their `findings` or `details`.
+"""
 
 
 def question(function: _F) -> _F:
@@ -28,7 +29,7 @@ def question(function: _F) -> _F:
 
 
 def load_questions() -> Registry[Callable[..., Any]]:
-    """Register all questions: every module beside this one is imported."""
+    """Import every module of this package, which registers all questions."""
     import lorasmith.server.questions as package
 
     for module in pkgutil.iter_modules(package.__path__):
@@ -38,17 +39,7 @@ def load_questions() -> Registry[Callable[..., Any]]:
 
 
 def answer(name: str, arguments: Mapping[str, Any], folders: Folders) -> Any:
-    """The answer to a question.
-
-    Args:
-        name: of the question.
-        arguments: JSON values by name.
-        folders: passed to the function.
-
-    Raises:
-        OptionError: an argument is unknown, missing or of another type.
-        LorasmithError: there is no such question, or as the function.
-    """
+    """Call a question with JSON arguments. Raises OptionError for a bad argument, and as the function."""
     function = QUESTIONS[name]
     hints = typing.get_type_hints(function)
     _, *parameters = inspect.signature(function).parameters.values()

@@ -1,7 +1,7 @@
-"""Runs as folders below the base folder: where they are, and the LoRAs in them.
+"""Runs as folders below the base folder: their paths, and the LoRAs in them.
 
 Runs are in `<base>/runs` (of the page and the command line) and in `<base>/output/runs` (of graphs). A run's id is its
-folder relative to the base folder, such as `runs/dog-001`. Those of two experts of a model are in one folder, such as
+folder relative to the base folder, such as `runs/dog-001`. Runs of two experts of a model share a folder, such as
 `runs/dog-001/high_noise`.
 """
 
@@ -28,21 +28,11 @@ from lorasmith.training.runs.history import RECORD, RunHistory
 from lorasmith.training.runs.records import RunRecord
 from lorasmith.training.runs.run_folder import RunFolder
 
-PLACES = ("runs", "output/runs")
-"""Parents of runs, relative to the base folder."""
+PLACES = ("runs", "output/runs")  # parents of runs, relative to the base folder
 
 
 def run_folder_of(folders: Folders, id: str, *, is_begun: bool = True) -> Path:
-    """The folder of a run.
-
-    Args:
-        folders: of the installation.
-        id: of the run.
-        is_begun: whether its record must be there; a worker names a run before that.
-
-    Raises:
-        UnknownFileError: there is none, or a link leads out of the base folder.
-    """
+    """The folder of a run; unless `is_begun`, its record need not exist yet. Raises UnknownFileError."""
     place, _, name = id.rpartition("/")
     names: tuple[str, ...] = (name,)
     if name in EXPERTS and place not in PLACES:
@@ -70,7 +60,7 @@ def all_runs(folders: Folders) -> Iterator[tuple[str, Path]]:
 
 
 def saves_of(folder: Path, record: RunRecord) -> Iterator[SavedLora]:
-    """The LoRAs in the folder of a run by their steps."""
+    """The saved LoRAs of a run, ordered by step."""
     own = re.compile(rf"{re.escape(record.title)}(-best|-step\d+)?")
     found = []
     for path in folder.glob("*.safetensors"):
@@ -81,7 +71,7 @@ def saves_of(folder: Path, record: RunRecord) -> Iterator[SavedLora]:
 
 
 def is_trainable_on(history: RunHistory) -> bool:
-    """Whether a longer run can begin at the end of a run."""
+    """Whether a longer run can continue from the end of a run."""
     is_complete = history.outcome is not None and history.outcome.is_final
     return (
         is_complete
@@ -91,7 +81,7 @@ def is_trainable_on(history: RunHistory) -> bool:
 
 
 def stamp_of(path: Path) -> tuple[int, int]:
-    """Time of change and size of a file, by which what was read of it is kept; zeros if it is not there."""
+    """Time of change and size of a file, as a cache key; zeros if it does not exist."""
     try:
         status = path.stat()
     except OSError:
@@ -100,7 +90,7 @@ def stamp_of(path: Path) -> tuple[int, int]:
 
 
 def digest_of(path: Path) -> str:
-    """SHA-256 of a file, computed again when it has changed."""
+    """SHA-256 of a file, cached until it changes."""
     return _digest_once(str(path), stamp_of(path))
 
 

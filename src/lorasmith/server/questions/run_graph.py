@@ -1,4 +1,4 @@
-"""The graph that does the same as a run: that of the run itself, or one made from a run on a folder of images."""
+"""The graph equivalent to a run: that of the run itself, or one made from a run on a folder of images."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lorasmith.core.errors import ModelError, OptionError
 from lorasmith.core.folders import Folders
 from lorasmith.core.options import changed, options_of
 from lorasmith.data.crops import pixel_step
-from lorasmith.families import known  # noqa: F401  (its families register themselves)
+from lorasmith.families import known  # noqa: F401  (registers the families)
 from lorasmith.families.base import FAMILIES
 from lorasmith.families.locating import built_in_models
 from lorasmith.families.structure import load_structure
@@ -23,20 +23,12 @@ Graph = dict[str, dict[str, Any]]
 
 _TRAIN = "TrainLoraNode"
 _ENCODER_LOADERS = {1: "CLIPLoader", 2: "DualCLIPLoader", 3: "TripleCLIPLoader", 4: "QuadrupleCLIPLoader"}
-_FOLLOWED = ("trigger", "resolution")
-"""Settings of data that the graph follows."""
+_FOLLOWED = ("trigger", "resolution")  # data settings that the graph can represent
 
 
 def graph_of_run(record: RunRecord, folders: Folders) -> tuple[Graph, list[str]]:
-    """A graph in API format, and what it does otherwise than the run, one sentence each.
-
-    Args:
-        record: of the run.
-        folders: in which the graph's nodes look for images and models.
-
-    Raises:
-        OptionError: the run was made by a script, its images are not in the input folder, or its model is in no model
-            folder, so that no node finds it.
+    """A graph in API format, and its differences from the run, one sentence each. Raises OptionError if the run was
+    made by a script, or its images or model are outside the input and model folders.
     """
     prompt = record.source.get("prompt")
     if record.source.get("command") == "run" and isinstance(prompt, dict):
@@ -123,7 +115,7 @@ def _required(folders: Folders, kind: str, path: str) -> str:
 
 
 def _name(folders: Folders, kind: str, path: Path) -> str | None:
-    """The name of a file for a node that loads `kind`; None if it is not in these folders."""
+    """The name of a file for a node that loads `kind`; None if it is outside its folders."""
     for root in folders.roots(kind):
         for given, within in ((path, root), (path.resolve(), root.resolve())):
             if given.is_relative_to(within):
@@ -137,7 +129,7 @@ def _name(folders: Folders, kind: str, path: Path) -> str | None:
 
 
 def _images(spec: RunSpec, folders: Folders, notes: list[str]) -> str:
-    """The folder of images by its name below the input folder."""
+    """The name of the images' folder below the input folder."""
     path = Path(spec.folder).resolve()
     for name in folders.input_folders():
         if folders.find_input_folder(name).resolve() == path:
@@ -157,7 +149,7 @@ def _images(spec: RunSpec, folders: Folders, notes: list[str]) -> str:
 
 
 def _settings(record: RunRecord, folders: Folders, notes: list[str]) -> dict[str, Any]:
-    """Inputs of Train LoRA with the settings of the run, all given, as the node's defaults are others."""
+    """Inputs of Train LoRA, all explicit, as the node's defaults differ from the run's."""
     declared, options = load_nodes()[_TRAIN].slots, options_of(TrainConfig)
     inputs: dict[str, Any] = {}
     for name, slot in declared.items():

@@ -1,4 +1,4 @@
-"""Questions about runs: their list, and one run with all that its report says."""
+"""Questions about runs: their list, and one run with its report."""
 
 from __future__ import annotations
 
@@ -55,12 +55,7 @@ _POINTS, _FILES = 2000, 2000
 
 @shaped
 def runs(folders: Folders, *, jobs: Mapping[str, str] | None = None) -> RunList:
-    """All runs, the newest first.
-
-    Args:
-        folders: of the installation.
-        jobs: the jobs that run now, by the id of their run.
-    """
+    """All runs, newest first; `jobs` are the running jobs by run id."""
     rows, damaged = [], []
     for id, folder in all_runs(folders):
         try:
@@ -73,19 +68,9 @@ def runs(folders: Folders, *, jobs: Mapping[str, str] | None = None) -> RunList:
 
 @shaped
 def run(folders: Folders, id: str, *, jobs: Mapping[str, str] | None = None) -> RunAnswer:
-    """A run with all that its report says.
-
-    Args:
-        folders: of the installation.
-        id: of the run.
-        jobs: the jobs that run now, by the id of their run.
-
-    Raises:
-        UnknownFileError: there is no such run.
-        TrainingError: its record cannot be read.
-    """
+    """A run with the data of its report; `jobs` as in `runs`. Raises UnknownFileError and TrainingError."""
     folder = run_folder_of(folders, id)
-    last_event = end_of_log(folder / EVENTS)  # before it is read, so that no event is left out
+    last_event = end_of_log(folder / EVENTS)  # before reading the log, so that no event is missed
     history = read_history(folder)
     report, record = report_of(history), history.record
     row = _row(id, folder, jobs or {})
@@ -147,16 +132,7 @@ def run(folders: Folders, id: str, *, jobs: Mapping[str, str] | None = None) -> 
 
 @shaped
 def run_file(folders: Folders, id: str, path: str) -> str:
-    """The path of a file of a run; links that leave its folder are not followed.
-
-    Args:
-        folders: of the installation.
-        id: of the run.
-        path: in its folder, with slashes.
-
-    Raises:
-        UnknownFileError: there is no such run or file.
-    """
+    """The path of a file in a run folder; links out of it are refused. Raises UnknownFileError."""
     folder = run_folder_of(folders, id)
     found = folder / path
     if not all(map(is_name, path.split("/"))) or not is_regular(found) or not is_own(found, folder):
@@ -166,33 +142,19 @@ def run_file(folders: Folders, id: str, path: str) -> str:
 
 @shaped
 def run_log(folders: Folders, id: str, *, is_begun: bool = True) -> str:
-    """The path of a run's events, which need not be there yet.
-
-    Args:
-        folders: of the installation.
-        id: of the run.
-        is_begun: whether the run must have written its record.
-
-    Raises:
-        UnknownFileError: there is no such run.
-    """
+    """The path of a run's events, which need not exist yet; `is_begun` as in `run_folder_of`."""
     return str(run_folder_of(folders, id, is_begun=is_begun).resolve() / EVENTS)
 
 
 @shaped
 def run_page(folders: Folders, id: str) -> bytes:
-    """The report of a run as HTML, made again from its records: what stands in its folder may be a stranger's."""
+    """The report of a run as HTML, made again from its records: the one in its folder is untrusted."""
     return run_report(report_of(read_history(run_folder_of(folders, id)))).encode("utf-8", "backslashreplace")
 
 
 @shaped
 def run_graph(folders: Folders, id: str) -> dict[str, Any]:
-    """`prompt`: the graph in API format that does the same as a run; `notes`: where it does not.
-
-    Raises:
-        UnknownFileError: there is no such run.
-        LorasmithError: there is no such graph; the message says why.
-    """
+    """`prompt`: the equivalent graph in API format; `notes`: differences. Raises UnknownFileError, OptionError."""
     prompt, notes = graph_of_run(read_record(run_folder_of(folders, id)), folders)
     return {"prompt": prompt, "notes": notes}
 
@@ -211,7 +173,7 @@ _FACTS = ("name", "started", "seconds", "step", "steps", "model", "family", "los
 
 @functools.lru_cache(maxsize=2000)
 def _facts(folder: str, record_stamp: tuple[int, int], events_stamp: tuple[int, int]) -> dict[str, Any]:
-    """What a list says of a run, as its files were then."""
+    """The row of a run in the list, cached by file state."""
     history = read_history(Path(folder))
     record, steps = history.record, history.steps()
     recent = recent_loss([one.loss for one in steps])
@@ -241,7 +203,7 @@ def _cover(folder: Path, facts: Mapping[str, Any]) -> str | None:
 
 
 def _previews(history: RunHistory) -> Iterator[PreviewFacts]:
-    """The pictures of the last preview of each step and strength, as far as they are there."""
+    """The existing pictures of the last preview of each step and strength."""
     shots = {(event.step, event.strength): event for event in history.of(Previewed)}
     for _, event in sorted(shots.items()):
         for prompt, path in zip(event.prompts, event.paths, strict=False):
@@ -278,7 +240,7 @@ def _installed(folders: Folders, lora: Path) -> str | None:
 
 
 def _files(folder: Path) -> list[str]:
-    """Paths of the files in the folder of a run, without hidden ones and those that links lead to."""
+    """Paths of the files in a run folder, except hidden and linked ones."""
     found = []
     for parent, inner, names in os.walk(folder):
         inner[:] = sorted(one for one in inner if not one.startswith("."))
@@ -290,7 +252,6 @@ def _files(folder: Path) -> list[str]:
 
 
 def _dataset(folders: Folders, record: RunRecord) -> str | None:
-    """The dataset that a run was trained on."""
     try:
         path = Path(RunSpec.from_record(record.source, {}).folder)
     except ValueError:
@@ -311,7 +272,6 @@ def _data_settings(record: RunRecord) -> Sequence[RunSetting]:
 
 
 def _changed(record: RunRecord) -> dict[str, Any]:
-    """The settings that were asked for and differ from their defaults."""
     known = options_of(TrainConfig)
     asked = {name: one for name, one in record.asked.items() if name in known and one != known[name].default}
     data = {one.name: one.value for one in _data_settings(record) if one.value != one.default}

@@ -1,4 +1,4 @@
-"""What is made of a run: a LoRA for other programs, and a longer run."""
+"""Results of a run: an installed LoRA, and a longer run."""
 
 from __future__ import annotations
 
@@ -25,24 +25,13 @@ from lorasmith.server.questions.shaped_questions import shaped
 from lorasmith.training.runs.history import RECORD, RunHistory, read_history
 from lorasmith.training.runs.run_folder import RunFolder
 
-_INSTALLING = threading.Lock()
-"""Held while a free name is found and taken."""
+_INSTALLING = threading.Lock()  # held while a free name is found and used
 
 
 @shaped
 def install_run(folders: Folders, id: str, *, step: int | None = None, name: str = "") -> InstalledLora:
-    """Copy a LoRA of a run into `models/loras`, where other programs look for it; nothing there is replaced.
-
-    Args:
-        folders: of the installation.
-        id: of the run.
-        step: after which it was saved; None for the LoRA of the run.
-        name: of the copy; that of the LoRA if it is empty.
-
-    Raises:
-        UnknownFileError: there is no such run.
-        OptionError: no LoRA was saved, or none of this step.
-        OutputError: the copy cannot be written.
+    """Copy a LoRA of a run, saved at `step` (None: the final one), into `models/loras`, where other programs find it;
+    existing files are not replaced. Raises UnknownFileError, OptionError if there is no such LoRA, and OutputError.
     """
     folder = run_folder_of(folders, id)
     history = read_history(folder)
@@ -67,18 +56,9 @@ def install_run(folders: Folders, id: str, *, step: int | None = None, name: str
 
 @shaped
 def train_on_request(folders: Folders, id: str, *, steps: int) -> dict[str, Any]:
-    """The request of a job that trains on from the end of a run: a `RunSpec` as JSON.
-
-    The run's record may name files below the base folder and in the model folders alone.
-
-    Args:
-        folders: of the installation.
-        id: of the run.
-        steps: of the longer run, those of the run included.
-
-    Raises:
-        UnknownFileError: there is no such run.
-        OptionError: it is not complete, has no run state, was not on a folder, or names more than it may.
+    """The request of a job that continues a complete run up to `steps` steps in total: a `RunSpec` as JSON. The run's
+    record is untrusted: it may name only files below the base folder and in the model folders. Raises UnknownFileError,
+    and OptionError if the run is incomplete or cannot be continued here.
     """
     check_steps(steps)
     folder = run_folder_of(folders, id)
@@ -98,7 +78,7 @@ def train_on_request(folders: Folders, id: str, *, steps: int) -> dict[str, Any]
             "text_encoders": mine.text_encoders if all(_is_model(folders, one) for one in mine.text_encoders) else (),
             "vae": mine.vae if mine.vae and _is_model(folders, mine.vae) else None,
         }
-        # Whether links are followed is the server's to say, not the record's.
+        # Whether links are followed is a setting of the server, not of the record.
         plain = replace(record, source={**record.source, "follow_links": False})
         spec = repeated(plain, folder / RECORD, Rights(), **given)  # type: ignore[arg-type]
     except ValueError as error:
@@ -131,7 +111,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _is_model(folders: Folders, path: str) -> bool:
-    """Whether a path is in one of the model folders, so that a record may name it."""
+    """Whether a path is in a model folder, so that a record may name it."""
     kinds = ("checkpoints", "diffusion_models", "text_encoders", "vae")
     plain = Path(os.path.normpath(path))
     return any(plain.is_relative_to(root) for kind in kinds for root in folders.roots(kind) if root.is_absolute())

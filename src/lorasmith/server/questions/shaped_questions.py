@@ -1,4 +1,4 @@
-"""Questions whose answers are the API's types, sent as JSON values."""
+"""Questions whose answers are types of the API, sent as JSON values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def shaped(function: _F) -> _F:
-    """Decorator: registers a function as the question of its name, which answers `plain` of its result."""
+    """Decorator: registers a function as a question, its result converted by `plain`."""
 
     @functools.wraps(function)
     def asked(*args: Any, **kwargs: Any) -> Any:
@@ -25,7 +25,7 @@ def shaped(function: _F) -> _F:
 
 
 def plain(value: Any) -> Any:
-    """A type of the API as JSON values; bytes and JSON values stay what they are, numbers become finite."""
+    """A type of the API as JSON values with finite numbers; bytes are unchanged."""
     if isinstance(value, bytes):
         return value
     return finite(asdict(value) if is_dataclass(value) and not isinstance(value, type) else value)
