@@ -1,8 +1,8 @@
 """Pictures of the subject's class for prior preservation: those of a folder, or drawn by the base model.
 
 Prior preservation is that of DreamBooth (Ruiz et al. 2022, arXiv:2208.12242): the run also trains on what the base
-model draws for the class, so that it does not turn every dog into the subject. Drawn pictures are kept in the user's
-cache and drawn once for a model, prompts and size; an interrupted start continues with the next picture.
+model draws for the class, so that it does not turn every dog into the subject. Drawn pictures are cached by model,
+prompts and size; an interrupted start continues with the next picture.
 """
 
 from __future__ import annotations
@@ -38,18 +38,9 @@ def class_scan(
     on_event: EventHandler,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> FolderScan | None:
-    """The pictures of the class; None where no class is set.
+    """The pictures of the class, missing ones drawn with a `ClassImageDrawn` each; None where no class is set.
 
-    Args:
-        config: class_images, class_prompt, class_count and prior_weight; resolution of those that are drawn.
-        base: draws them.
-        device: where it draws.
-        on_event: receives a `ClassImageDrawn` per picture.
-        cancelled: called while it draws; True ends it.
-
-    Raises:
-        DataError: the folder cannot be used.
-        CancelledError: `cancelled` returned True.
+    Raises CancelledError if `cancelled` returns True meanwhile, and DataError if the folder cannot be used.
     """
     prompts = config.class_prompts
     if config.class_images is None and not prompts:

@@ -21,15 +21,10 @@ _EDGE, _QUALITY = 256, 85
 
 
 def give_picture(lora: Path, picture: Path, *, private: bool) -> None:
-    """Write the picture of a LoRA into its header and beside it. Tensors and their hashes stay the same.
+    """Write the picture of a LoRA into its header and beside it; of a WebP clip, the first frame. Tensors and hashes
+    stay.
 
-    Args:
-        lora: the file.
-        picture: a PNG file; of the WebP file of a clip, the first picture is taken.
-        private: whether the LoRA keeps nothing of its run: there is no picture in it, and no prompt in those beside it.
-
-    Raises:
-        OutputError, LoraError, OSError: a file cannot be read or written.
+    A `private` LoRA gets no picture in its header, and the files beside it no prompt.
     """
     with Image.open(picture) as opened:
         opened.load()

@@ -1,4 +1,4 @@
-"""What came of a sweep, read from its folder: a ranking, `sweep.json` and `sweep.html`.
+"""Results of a sweep, read from its folder: a ranking, `sweep.json` and `sweep.html`.
 
 Held-out images are chosen by their names and judged with the same noise whatever a run's settings and seed are, so runs
 on the same images are compared pair by pair: by their lowest held-out loss. Where images, captions or sizes differ, the
@@ -100,7 +100,7 @@ class SweepRecord:
 
 
 def result_of(run: SweepRun, output: Path) -> SweepEntry:
-    """What came of one run so far, without its place."""
+    """The result of one run so far, without its place."""
     entry = SweepEntry(number=run.number, name=run.name, state="waiting", settings=dict(run.settings))
     end = end_of(output, run)
     failed = None if end is None or not end.error else replace(entry, state="failed", error=end.error)
@@ -158,7 +158,7 @@ def _is_of(run: SweepRun, history: RunHistory) -> bool:
 
 
 def _identity(spec: RunSpec) -> dict[str, Any]:
-    """What makes a run another one. Of paths the name counts: photos and model may have been moved."""
+    """What makes two runs different. Of paths the name counts: photos and model may have been moved."""
     settings = {
         name: value
         for name, value in {**vars(spec.data), **vars(spec.config)}.items()
@@ -173,7 +173,7 @@ def _identity(spec: RunSpec) -> dict[str, Any]:
 
 
 def _measured(entry: SweepEntry, history: RunHistory) -> SweepEntry:
-    """The entry with what the run's folder says."""
+    """The entry with the results in the run's folder."""
     steps = history.steps()
     entry = replace(entry, steps=steps[-1].step if steps else 0, seconds=history.seconds())
     validations = [one for one in validations_of(history) if math.isfinite(one.loss)]

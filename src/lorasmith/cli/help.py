@@ -14,11 +14,9 @@ from typer.core import TyperCommand, TyperGroup
 
 from lorasmith.cli.console import echo
 
-OUTPUT = "Output"
-"""Group of the options that all commands have."""
+OUTPUT = "Output"  # group of the options that all commands have
 
-_MANY = 20
-"""Options from which a command has `--help-all`."""
+_MANY = 20  # options from which a command has `--help-all`
 
 _NAMES = 28  # columns of names and their values; longer ones have a line of their own
 _SUMMARY = 400  # characters of a command's summary in a list

@@ -16,8 +16,7 @@ from lorasmith.cli.console import StoppedError, name_output, output_silenced
 from lorasmith.core.errors import LorasmithError, OptionError, TrainingError
 from lorasmith.core.launch_environment import VISIBLE_GPUS, gpu_variable, launched_process
 
-_RESTARTS = 3
-"""How often the processes of one machine are started again after one of them died."""
+_RESTARTS = 3  # how often the processes of one machine are started again after one of them died
 
 
 @contextlib.contextmanager
