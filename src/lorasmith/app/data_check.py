@@ -42,8 +42,7 @@ def check_folder(
     validation_share: float | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> DataCheck:
-    """Scan and check a folder of images, or a metadata file; for a model if `files` are given, whose weights are not
-    read.
+    """Scan and check a folder of images or a metadata file; `files` are those of the model, whose weights are not read.
 
     `folders` are searched for parts that the model lacks, and `progress` receives (images done, all images).
     """

@@ -46,8 +46,7 @@ def demo_folder() -> Path:
 def before_and_after(
     model: Model, result: TrainResult, *, seed: int, progress: Callable[[int, int], None] | None = None
 ) -> Path:
-    """Draw subjects that were not trained at several strengths of the LoRA; returns the sheet, a PNG in the run's
-    folder.
+    """Draw subjects that were not trained at several strengths; returns the sheet, a PNG in the run's folder.
 
     `progress` receives (sampling steps done, total).
     """

@@ -54,7 +54,7 @@ def load_with_loras(
 
 
 def experts_of(noisy: Denoiser, clean: Denoiser) -> Experts:
-    """Both experts of a model, each with its LoRAs. OptionError if the files are not those of two experts."""
+    """Both experts, each with its LoRAs. OptionError if the family has no experts, or a file's name says otherwise."""
     boundary = 0.0
     for denoiser, name in zip((noisy, clean), EXPERTS, strict=True):
         expert = expert_named(denoiser.base, name)

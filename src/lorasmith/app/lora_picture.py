@@ -21,10 +21,10 @@ _EDGE, _QUALITY = 256, 85
 
 
 def give_picture(lora: Path, picture: Path, *, private: bool) -> None:
-    """Write the picture of a LoRA into its header and beside it; of a WebP clip, the first frame. Tensors and hashes
-    stay.
+    """Write the picture of a LoRA into its header and beside it. Tensors and their hashes stay the same.
 
-    A `private` LoRA gets no picture in its header, and the files beside it no prompt.
+    Of a clip's WebP file, the first frame is used. A `private` LoRA gets no picture in its header, and the files beside
+    it no prompt.
     """
     with Image.open(picture) as opened:
         opened.load()

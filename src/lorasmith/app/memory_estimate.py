@@ -101,7 +101,7 @@ class MemoryEstimate:
     trained_bytes: int  # trained weights, gradients and optimizer state
     plans: tuple[MemoryPlan, ...]  # ways to keep activations, cheapest first, with their memory
     text_encoders: Mapping[str, int]  # bytes of each, used while captions are encoded
-    missing: Mapping[str, str]  # text encoders neither given nor found: file to get
+    missing: Mapping[str, str]  # file to get for each text encoder neither given nor found
     unpacked_bytes: int  # the largest quantized weight while it is unpacked
 
     @cached_property
@@ -161,8 +161,8 @@ def estimate_of(
     frames: int = 1,
     cards: int = 1,
 ) -> MemoryEstimate:
-    """Estimate a run on a loaded model. Moves its denoiser to the meta device; only weights that DoRA starts from are
-    read.
+    """Estimate a run on a loaded model, whose denoiser is moved to the meta device. Only DoRA reads weights before
+    that.
 
     How weights and activations are kept is proposed, not read from the settings. The side `resolution` is in pixels,
     the model's own if None. `cards` is the number of cards of `card_bytes` that train together.
@@ -252,8 +252,7 @@ def _empty_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 @contextlib.contextmanager
 def _autocast_on_meta() -> Iterator[None]:
-    """Inside, `torch.autocast` accepts the meta device, for which some denoisers disable it, and treats it as the CPU.
-    """
+    """Inside, `torch.autocast` treats the meta device as the CPU; some denoisers disable it for their input device."""
     original = torch.autocast.__init__
 
     def known(self: torch.autocast, device_type: str, *args: Any, **settings: Any) -> None:

@@ -65,8 +65,7 @@ def unasked_program(config: TrainConfig, base: Model, samples: Sequence[Sample])
 
 
 def program_within(budget: float, whole: PreviewProgram, *, each_step: int) -> PreviewProgram | None:
-    """The first program of at most `budget` forward passes, `each_step` of them per sampling step; None if none fits.
-    """
+    """The first program within `budget` forward passes, `each_step` of them per sampling step; None if none fits."""
     return next((one for one in _smaller_and_smaller(whole) if one.passes(each_step) <= budget), None)
 
 

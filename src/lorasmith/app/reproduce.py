@@ -63,8 +63,7 @@ def prepare_reproduction(
     dry_run: bool = False,
     on_event: EventHandler = lambda event: None,
 ) -> Reproduction:
-    """Prepare the run that made a LoRA, with the arguments that are given in place of the record's
-    (`recorded_run.repeated`).
+    """Prepare the run that made a LoRA; arguments replace those of its record (`recorded_run.repeated`).
 
     Raises OptionError if the file has no record of a run on a folder of images, or it names more than `rights`, and
     OutputError if `output` contains a run.
@@ -99,8 +98,7 @@ def reproduce(
     on_event: EventHandler = RunOptions.on_event,
     cancelled: Callable[[], bool] = RunOptions.cancelled,
 ) -> Reproduced:
-    """Repeat the run and compare the result, unless there is a decisive difference; emits a `Differs` for each
-    difference.
+    """Repeat the run and compare the result, unless there is a decisive difference; emits a `Differs` for each.
 
     `dry_run` only compares the inputs. `verify` compares every byte of the base model's files; OutputError if the LoRA
     has no digests of them.

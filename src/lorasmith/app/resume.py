@@ -29,8 +29,7 @@ def prepare_again(
     steps: int | None = None,
     on_event: EventHandler = lambda event: None,
 ) -> PreparedRun:
-    """Prepare the run in a folder, with the arguments that are given in place of the record's
-    (`recorded_run.repeated`).
+    """Prepare the run in a folder; arguments replace those of its record (`recorded_run.repeated`).
 
     `steps` is for a longer run that starts from the end of this one, which has to be complete. A `Warned` says if the
     run starts from the beginning, or its tracker is not started. Raises OptionError if the run was not on a folder of

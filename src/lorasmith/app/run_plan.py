@@ -134,4 +134,4 @@ class ImageEncoded(Event):
 
     done: int
     total: int
-    cached: int = 0  # images of all that were in the cache
+    cached: int = 0  # number of all images that were in the cache

@@ -29,7 +29,7 @@ _TIMED_STEPS = 30  # steps whose times are averaged for the speed
 class RunView:
     """The state of a run after the events that `take` has received.
 
-    `activity` is work between steps, such as `encoding captions` with (done, total); `steps` is 0 before the start.
+    `activity` is the work between steps, such as `encoding captions` with (done, total). `steps` is 0 before the start.
     """
 
     def __init__(self) -> None:

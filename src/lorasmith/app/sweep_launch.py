@@ -116,10 +116,9 @@ def run_on_ray(
     on_end: Callable[[SweepRun, RunEnd], None] = lambda run, end: None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Run each of the runs as a task of a Ray cluster, with a GPU each if it has any; OptionError if Ray is not
-    installed.
+    """Run each of the runs as a task of a Ray cluster, with a GPU each if it has any. `output` is absolute.
 
-    `output` is absolute. If `cancelled` returns True, all tasks stop and their runs save.
+    If `cancelled` returns True, all tasks stop and their runs save. OptionError if Ray is not installed.
     """
     if importlib.util.find_spec("ray") is None:
         raise OptionError(

@@ -59,7 +59,7 @@ class Started(Protocol):
         """How it ended; None while it runs."""
 
     def stop(self) -> None:
-        """End it after its step, saved; the second call, at once."""
+        """Ask it to end after its step and save; the second call ends it at once."""
 
 
 def sweep_folder(output: Path) -> Path:
