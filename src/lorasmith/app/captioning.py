@@ -85,7 +85,7 @@ def caption_images(
             caption = _caption(image, captioner)
         except ImageError as error:
             failed.append((image, error.reason))
-        except Exception as error:  # of the captioner, which is other people's code
+        except Exception as error:  # of the captioner, which is third-party code
             failed.append((image, sentence(f"makes the captioner fail ({type(error).__name__}: {error})")))
         else:
             if caption:

@@ -46,7 +46,7 @@ def class_scan(
     if config.class_images is None and not prompts:
         return None
     folder = Path(config.class_images or _drawn(prompts, config, base, device, on_event, cancelled))
-    # The subject's masks are not those of the class.
+    # Masks are of the subject, not of the class.
     plain = replace(config, captions="files", masks="none", mask_folder=None, crop="center")
     scan = scan_sources([ImageSource(str(folder))], plain, is_class=True)
     images = scan.images if config.class_images else scan.images[: config.class_count]
@@ -99,7 +99,7 @@ def _drawn(
             except SamplingCancelledError:
                 raise CancelledError("stopped while pictures of the class were drawn; those drawn are kept") from None
             path = _picture(folder, index)
-            write_atomic(path.with_suffix(".txt"), prompts[which])  # before the picture, whose existence is the mark
+            write_atomic(path.with_suffix(".txt"), prompts[which])  # first: an existing picture counts as complete
             with atomic_path(path) as temporary:
                 picture.save(temporary, format="png")
             on_event(ClassImageDrawn(done=done, total=len(missing)))

@@ -27,7 +27,7 @@ _PROMPTS = (
     "a panda",
     "a cactus",
     "a light bulb",
-)  # none of these subjects is among the training pictures
+)  # subjects that the training pictures do not show
 _STRENGTHS = (0.0, 0.5, 1.0)
 
 

@@ -222,7 +222,7 @@ def _full_disks(disks: dict[str, int]) -> list[Problem]:
 
 
 def _no_models(found: dict[str, int], base: Path) -> list[Problem]:
-    if any(found[kind] > 1 for kind in ("checkpoints", "diffusion_models")):  # one is built in
+    if any(found[kind] > 1 for kind in ("checkpoints", "diffusion_models")):  # one is the built-in model
         return []
     return [
         Problem(

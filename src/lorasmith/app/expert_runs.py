@@ -72,7 +72,7 @@ class ExpertRuns:
         cancelled: Callable[[], bool] = lambda: False,
     ) -> PreparedRun:
         """The run of an expert (`drawing.EXPERTS`), ready to start; that of high noise has to come first."""
-        _freed()  # the expert before this one
+        _freed()  # of the previous expert
         prepared = prepare(
             replace(self._specs[expert], name=f"{self._name}_{expert}"),
             place=RUNS if self._folder is None else self._folder / expert,
@@ -201,7 +201,7 @@ def _unfinished(name: str, expert: str, fingerprint: Fingerprint) -> Iterator[Pa
 def _holds(folder: Path, fingerprint: Fingerprint) -> bool:
     try:
         return RunFolder(folder).exists and not differences(RunFolder(folder).record().fingerprint, fingerprint)
-    except LorasmithError:  # another one, or damaged: it is refused where it would be used
+    except LorasmithError:  # of another model, or damaged: refused where it is used
         return False
 
 

@@ -96,7 +96,7 @@ def prepare(
         return found
 
     judged_sources = () if spec.validation is None else (ImageSource(spec.validation),)
-    # A model of pictures has videos left out, unread; otherwise images are checked before the model takes its time.
+    # Image models skip videos unread: if there are any, the model is loaded first, otherwise after the images.
     loaded = load_model() if has_videos((*spec.sources, *judged_sources), settings, cache=datasets_folder()) else None
     clips = loaded is None or clip_form(loaded.model, settings) is not None
     scan = scan_sources(spec.sources, settings, cache=datasets_folder(), clips=clips)

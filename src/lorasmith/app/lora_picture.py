@@ -36,7 +36,7 @@ def give_picture(lora: Path, picture: Path, *, private: bool) -> None:
     if private:
         return
     tensors, metadata = read_safetensors(lora)
-    # Copies: the file is replaced while its tensors lie on it.
+    # Copies, as the tensors are mapped from the file that is replaced.
     copies = {name: tensor.clone() for name, tensor in tensors.items()}
     del tensors
     write_safetensors(lora, copies, {**metadata, THUMBNAIL: _data_url(pixels)})

@@ -40,7 +40,7 @@ def use_of(lora: Path, *, trigger: str, prompt: str, model: str, model_title: st
             ),
             **(
                 {}
-                if model == BUILT_IN  # which is no model that diffusers can get
+                if model == BUILT_IN  # which diffusers cannot load
                 else {
                     "diffusers": (
                         "In Python, with the packages diffusers and peft:",

@@ -128,7 +128,7 @@ class MemoryEstimate:
         for way, kind, sizes in (*ways, *(("offloading", kind, self.offloaded) for kind in self.offloaded)):
             size = sizes[kind]
             if kind != "none" and size >= sizes["none"]:
-                continue  # the checkpoint is quantized as far already
+                continue  # the checkpoint is already quantized to that size
             held = _DRIVER_BYTES + size + self.trained_bytes + (self.unpacked_bytes if kind != "none" else 0)
             for plan in self.plans:
                 fitted = plan.within(self.card_bytes - held)
@@ -161,18 +161,17 @@ def estimate_of(
     frames: int = 1,
     cards: int = 1,
 ) -> MemoryEstimate:
-    """Estimate a run on a loaded model, whose denoiser is moved to the meta device. Only DoRA reads weights before
-    that.
+    """Estimate a run on a loaded model, whose denoiser is moved to the meta device. Only DoRA reads its weights.
 
     How weights and activations are kept is proposed, not read from the settings. The side `resolution` is in pixels,
     the model's own if None. `cards` is the number of cards of `card_bytes` that train together.
     """
-    # A card that is not here is taken for one with all units. The run is planned on the CPU, whose units do not count.
+    # An absent card is assumed to support all dtypes; those of the CPU, on which the run is planned, do not count.
     card, dtype = best_device(), "bf16" if config.training_dtype == "auto" else config.training_dtype
     if card.type == "cuda":
         dtype = dtype_on_device(config, model.denoiser.module, card)
     config = replace(config, training_dtype=dtype, exact_dtype=True)
-    # PiSSA's factors are as large as LoRA's, but a decomposition of all weights.
+    # PiSSA's factors are as large as LoRA's, but computing them decomposes all weights.
     config = replace(config, pissa=False, gradient_checkpointing=False, activations="keep")
     side, latent = latent_side(model, resolution), model.components.latent
     model.check_clips("frames", frames)

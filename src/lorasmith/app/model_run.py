@@ -104,9 +104,7 @@ _NO_PREVIEWS = (
 def run_folder(
     runs: Path, title: str, *, fresh: bool = False, numbering: str = "-{:03}"
 ) -> Callable[[Fingerprint], Path]:
-    """A function from a run's fingerprint to its folder: the one that holds it unfinished (unless `fresh`) or a new
-    one.
-    """
+    """A function from a run's fingerprint to its folder: one with it unfinished, unless `fresh`, or a new one."""
 
     def chosen(fingerprint: Fingerprint) -> Path:
         before = None if fresh else unfinished_run(runs, title, fingerprint)

@@ -55,7 +55,7 @@ def repeated(
     Raises ValueError if the run was not on a folder of images, and OptionError if the record names more than `rights`.
     """
     recorded = RunSpec.from_record(record.source, record.asked)
-    # Products may be in another format on this device, but the run must be the same.
+    # The default dtype of this device may differ, but the run must be the same.
     dtype = record.fingerprint.get("config", {}).get("training_dtype", "auto")
     recorded = recorded.with_settings(training_dtype=dtype, exact_dtype=True).trusted(
         optimizers=rights.optimizers, track=rights.track, allowing="--allow-optimizer"
@@ -120,12 +120,12 @@ def _is_here(path: str) -> bool:
     """Whether a path can be read without a confirmation. A hub id cannot, and is not looked up."""
     if path in built_in_models():
         return True
-    roots = [one for one in (Path.cwd(), ASSETS.resolve()) if one != one.parent]  # the root holds everything
+    roots = [one for one in (Path.cwd(), ASSETS.resolve()) if one != one.parent]  # the root contains everything
     if not Path(path).is_absolute() or not _is_inside(Path(os.path.normpath(path)), roots):
         return False
-    try:  # links lead out; followed only where the path is inside to begin with, as others may be on a network
+    try:  # links may lead out; paths outside are not resolved, as they may be on a network
         return _is_inside(Path(path).resolve(), roots)
-    except (OSError, RuntimeError, ValueError):  # a circle of links, or what no file can be called
+    except (OSError, RuntimeError, ValueError):  # a symlink loop, or not a valid file name
         return False
 
 

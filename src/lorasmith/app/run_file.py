@@ -125,7 +125,7 @@ def _absolute(given: RunSpec, folder: Path) -> RunSpec:
     def inside(path: str) -> str:
         return str(folder / path)
 
-    def file(path: str) -> str:  # a hub id or a built-in name is no path
+    def file(path: str) -> str:  # a hub id or a built-in name is not a path
         return inside(path) if (folder / path).exists() else path
 
     settings = {

@@ -310,7 +310,7 @@ def previews_of(history: RunHistory) -> tuple[PictureTable | None, PictureTable 
     over_time = [(f"step {step:,}", paths) for step, strength, paths in adapted if strength == usual[0][0]]
     before_after = PictureTable(prompts, base + final, "Pictures of the base model and with the LoRA, by prompt")
     if len(over_time) < 2:
-        return before_after, None  # it would be the same pictures again
+        return before_after, None  # the second table would have the same pictures
     about = f"Pictures by step and prompt, with the LoRA at {usual[0][0]:g}"
     return before_after, PictureTable(prompts, base + thinned(over_time, _MOST_STEPS), about)
 

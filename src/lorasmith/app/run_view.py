@@ -54,7 +54,7 @@ class RunView:
                 self._go_back(event.step - 1)
                 self.step = event.step
                 self._losses.append((event.step, event.loss))
-                # Neither the first step, which compiles and plans, nor what is between steps counts.
+                # Excludes the first step, which compiles and plans, and the time between steps.
                 if self._since is not None:
                     self._times.append(max(0.0, event.at - self._since))
             case Validated():
@@ -95,7 +95,7 @@ def note_of(event: Event) -> tuple[str, str] | None:
     """The kind of an event's note, such as `Memory`, and its sentence; None if it is not shown as one."""
     match event:
         case Warned(is_remark=True):
-            return None  # for the report alone
+            return None  # only in the report
         case Warned() | RolledBack() | Shrunk():
             return "Note", event.message
         case Planned():

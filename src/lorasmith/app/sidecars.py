@@ -42,7 +42,7 @@ def write_sidecars(lora: Path, family: Family) -> tuple[Path, ...]:
     written = []
     for suffix, content in contents.items():
         target = lora.with_name(lora.stem + suffix)
-        write_atomic(target, json.dumps(content, indent=2) + "\n")  # ASCII, as some readers take the system's encoding
+        write_atomic(target, json.dumps(content, indent=2) + "\n")  # ASCII, as some readers use the system's encoding
         written.append(target)
     return tuple(written)
 

@@ -39,7 +39,7 @@ def facts_of_state(path: Path) -> StateFacts | None:
     try:
         if not path.is_file() or not is_state(path):
             return None
-    except LorasmithError:  # what it is then is for others to say
+    except LorasmithError:  # unreadable; those who read it as a LoRA report that
         return None
     state = load_state(path)
     config = state.numbers.get("config")

@@ -51,7 +51,7 @@ from lorasmith.training.joint import SHARED_SETTINGS, EngineMaker, StopOfAll, ch
 from lorasmith.training.outcome import Outcome
 from lorasmith.training.results import TrainResult
 
-_COMMAND = (sys.executable, "-P", "-m", "lorasmith.app.sweep_group")  # no file of the current folder is a module
+_COMMAND = (sys.executable, "-P", "-m", "lorasmith.app.sweep_group")  # -P: not from the current folder
 _STOPPED = 128 + signal.SIGTERM
 _BETWEEN_LINES_S = 30.0
 _OF_THE_MODEL = (*SHARED_SETTINGS, *(name for name, one in options_of(TrainConfig).items() if one.is_path), "strict")
@@ -183,7 +183,7 @@ def _end_kept(run: SweepRun, output: Path, log: _RunLog) -> Iterator[None]:
     except LorasmithError as error:
         log.write(f"error: {error}")
         keep_end(output, run, RunEnd(exit_code=1, error=str(error)))
-    except Exception as error:  # a bug, which its run alone shall suffer from
+    except Exception as error:  # a bug ends only this run
         log.write(traceback.format_exc())
         keep_end(output, run, RunEnd(exit_code=1, error=f"{type(error).__name__}: {error}"))
 

@@ -73,7 +73,7 @@ def submit_to_slurm(
             )
     script = output / "sweep.sbatch"
     write_atomic(script, slurm_script([run.number for run in runs], output.name, command))
-    # An argument, never a line of the script: the output may be named by a stranger's file.
+    # An argument, never a line of the script: the output may be named by an untrusted file.
     log = str(output / LOGS / "slurm-%A_%a.txt") if "%" not in str(output) else "/dev/null"
     ran = subprocess.run(
         ["sbatch", "--parsable", f"--output={log}", *options, str(script)],

@@ -41,7 +41,7 @@ RunState = Literal["complete", "failed", "stopped", "running", "waiting"]
 
 _VERSION = 1
 _WITH_PICTURES = 12  # the first runs, to limit the size of the page
-_UNCOMPARED = frozenset({"existing_state"})  # which a longer run has in its record alone
+_UNCOMPARED = frozenset({"existing_state"})  # which only the record of a longer run has
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +106,7 @@ def result_of(run: SweepRun, output: Path) -> SweepEntry:
     failed = None if end is None or not end.error else replace(entry, state="failed", error=end.error)
     try:
         history = read_history(output / run.name)
-    except OptionError:  # no run is there
+    except OptionError:  # there is no run
         return failed or entry
     except LorasmithError as error:
         return failed or replace(entry, state="failed", error=str(error))
@@ -114,7 +114,7 @@ def result_of(run: SweepRun, output: Path) -> SweepEntry:
     if outcome is not None and outcome.is_final:
         if _is_of(run, history):
             return _measured(replace(entry, state="complete"), history)
-        return failed or entry  # its process says what differs
+        return failed or entry  # its error says what differs
     if RunFolder(history.folder).is_busy:
         return _measured(replace(entry, state="running"), history)
     if end is None and outcome is Outcome.FAILED:  # else it was interrupted at once, and its end says so

@@ -33,7 +33,7 @@ from lorasmith.core.launch_environment import VISIBLE_GPUS, gpu_variable
 from lorasmith.core.placement import chosen_device
 from lorasmith.core.typed_json import typed
 
-LORASMITH = (sys.executable, "-P", "-m", "lorasmith")  # no file of the current folder is a module
+LORASMITH = (sys.executable, "-P", "-m", "lorasmith")  # -P: modules are not imported from the current folder
 """The command, as this process was started."""
 
 LOGS = "logs"  # folder of a sweep for what its runs print; a run has another name, as a hyphen is in each
@@ -187,7 +187,7 @@ def process_started(
             stdout=stdout,
             stderr=errors,
             env=environment,
-            # Ctrl-C of the terminal reaches this process alone, which passes it on once.
+            # The terminal's Ctrl-C reaches only this process, which forwards it once.
             start_new_session=True,
         )
 

@@ -170,7 +170,7 @@ def output_as(*, as_json: bool = False, quiet: bool = False, log_file: Path | No
                 _output.log = _LogFile(log_file)
                 stack.callback(_output.log.close)
                 stack.enter_context(_others_logged(_output.log))
-            # Inside of the log, too.
+            # Errors are appended to the log, too.
             with _ending_with_a_sentence():
                 yield
     finally:
@@ -190,7 +190,7 @@ def _ending_with_a_sentence() -> Iterator[None]:
     except KeyboardInterrupt:
         end_with(CancelledError("interrupted"), 128 + signal.SIGINT, kind="stopped")
     except Exception as error:
-        if not hasattr(error, "exit_code"):  # a bug: not typer.Exit, nor a complaint about arguments
+        if not hasattr(error, "exit_code"):  # a bug: neither typer.Exit nor a usage error
             print_json_error("InternalError", f"{type(error).__name__}: {error}", 1)
             if _output.log is not None:
                 _output.log.add_text(printable(traceback.format_exc(), limit=sys.maxsize, keep="\n"))
@@ -327,7 +327,7 @@ def other_output_made_printable() -> None:
     warnings.formatwarning = lambda message, category, *_: (
         f"{_output.source}{category.__name__}: {printable(message)}\n"
     )
-    for name in ("matplotlib", "torchvision"):  # about fonts, caches and codecs, of which a run needs none
+    for name in ("matplotlib", "torchvision"):  # about fonts, caches and codecs, which runs do not need
         logging.getLogger(name).setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", module=rf"{name}(\.|$)")
 

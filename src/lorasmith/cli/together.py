@@ -72,7 +72,7 @@ def started_on_gpus(gpus: str | None) -> bool:
 
     numbers = _numbers(gpus, torch.cuda.device_count())
     os.environ[VISIBLE_GPUS] = ",".join(map(gpu_variable, numbers))
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)  # what it warns of is told by the processes
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)  # the processes print these themselves
     config = LaunchConfig(
         run_id="lorasmith",
         min_nodes=1,
