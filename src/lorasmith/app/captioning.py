@@ -21,52 +21,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ImagesToCaption:
-    """The images of a folder.
+    """The images of a folder, by what captioning does with them."""
 
-    Attributes:
-        images: those without a caption, or all of them if captions are replaced.
-        kept: those that have a caption, which stays.
-        sharing: those whose caption file would be another image's, with that image.
-        refused: links out of the folder that are not followed, with the reason.
-    """
-
-    images: tuple[Path, ...]
-    kept: tuple[Path, ...]
-    sharing: tuple[tuple[Path, Path], ...]
-    refused: tuple[tuple[Path, str], ...]
+    images: tuple[Path, ...]  # without a caption, or all of them if captions are replaced
+    kept: tuple[Path, ...]  # have a caption, which stays
+    sharing: tuple[tuple[Path, Path], ...]  # (image, other image whose caption file would be the same)
+    refused: tuple[tuple[Path, str], ...]  # (link out of the folder that is not followed, reason)
 
 
 @dataclass(frozen=True)
 class Captioned:
-    """What was written.
+    """The result of `caption_images`."""
 
-    Attributes:
-        written: caption files.
-        empty: images of which the captioner said nothing.
-        failed: images that could not be read, or that the captioner failed on, with the reason.
-        left: number of images that were not reached.
-    """
-
-    written: tuple[Path, ...]
-    empty: tuple[Path, ...]
-    failed: tuple[tuple[Path, str], ...]
-    left: int
+    written: tuple[Path, ...]  # caption files
+    empty: tuple[Path, ...]  # images for which the captioner returned nothing
+    failed: tuple[tuple[Path, str], ...]  # (image, why it could not be read or captioned)
+    left: int  # number of images not reached
 
 
 def images_to_caption(
     folder: Path, *, overwrite: bool = False, recursive: bool = False, follow_links: bool = False
 ) -> ImagesToCaption:
-    """The images of a folder and of its `<repeats>_<name>` folders, as training reads them.
-
-    Args:
-        folder: the folder.
-        overwrite: whether captions are replaced.
-        recursive: whether all folders inside are included.
-        follow_links: whether images outside of the folder are read that links lead to.
-
-    Raises:
-        DataError: it is no folder, or has no images.
-    """
+    """The images of a folder and of its `<repeats>_<name>` folders, as training reads them; DataError if none."""
     refused: Skipped = []
     found = _images(folder, recursive, follow_links, refused)
     if not found:
@@ -93,17 +69,9 @@ def caption_images(
     progress: Callable[[int, int, str], None] | None = None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> Captioned:
-    """Write a caption file beside each image, atomically, as soon as there is a caption.
+    """Write a caption file beside each image, atomically, as soon as there is a caption; OutputError if that fails.
 
-    Args:
-        images: the images.
-        captioner: from a picture to its caption.
-        trigger: put in front of captions that lack it.
-        progress: called after each image with (images done, total, name of the image).
-        cancelled: whether to stop before the next image.
-
-    Raises:
-        OutputError: a caption cannot be written.
+    `trigger` is put in front of captions that lack it. `progress` receives (images done, total, name of the image).
     """
     written: list[Path] = []
     empty: list[Path] = []
@@ -117,7 +85,7 @@ def caption_images(
             caption = _caption(image, captioner)
         except ImageError as error:
             failed.append((image, error.reason))
-        except Exception as error:  # of the captioner, which is other people's code
+        except Exception as error:  # of the captioner, which is third-party code
             failed.append((image, sentence(f"makes the captioner fail ({type(error).__name__}: {error})")))
         else:
             if caption:

@@ -1,8 +1,8 @@
 """Pictures of the subject's class for prior preservation: those of a folder, or drawn by the base model.
 
 Prior preservation is that of DreamBooth (Ruiz et al. 2022, arXiv:2208.12242): the run also trains on what the base
-model draws for the class, so that it does not turn every dog into the subject. Drawn pictures are kept in the user's
-cache and drawn once for a model, prompts and size; an interrupted start continues with the next picture.
+model draws for the class, so that it does not turn every dog into the subject. Drawn pictures are cached by model,
+prompts and size; an interrupted start continues with the next picture.
 """
 
 from __future__ import annotations
@@ -38,24 +38,15 @@ def class_scan(
     on_event: EventHandler,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> FolderScan | None:
-    """The pictures of the class; None where no class is set.
+    """The pictures of the class, missing ones drawn with a `ClassImageDrawn` each; None where no class is set.
 
-    Args:
-        config: class_images, class_prompt, class_count and prior_weight; resolution of those that are drawn.
-        base: draws them.
-        device: where it draws.
-        on_event: receives a `ClassImageDrawn` per picture.
-        cancelled: called while it draws; True ends it.
-
-    Raises:
-        DataError: the folder cannot be used.
-        CancelledError: `cancelled` returned True.
+    Raises CancelledError if `cancelled` returns True meanwhile, and DataError if the folder cannot be used.
     """
     prompts = config.class_prompts
     if config.class_images is None and not prompts:
         return None
     folder = Path(config.class_images or _drawn(prompts, config, base, device, on_event, cancelled))
-    # The subject's masks are not those of the class.
+    # Masks are of the subject, not of the class.
     plain = replace(config, captions="files", masks="none", mask_folder=None, crop="center")
     scan = scan_sources([ImageSource(str(folder))], plain, is_class=True)
     images = scan.images if config.class_images else scan.images[: config.class_count]
@@ -108,7 +99,7 @@ def _drawn(
             except SamplingCancelledError:
                 raise CancelledError("stopped while pictures of the class were drawn; those drawn are kept") from None
             path = _picture(folder, index)
-            write_atomic(path.with_suffix(".txt"), prompts[which])  # before the picture, whose existence is the mark
+            write_atomic(path.with_suffix(".txt"), prompts[which])  # first: an existing picture counts as complete
             with atomic_path(path) as temporary:
                 picture.save(temporary, format="png")
             on_event(ClassImageDrawn(done=done, total=len(missing)))

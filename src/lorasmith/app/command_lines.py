@@ -1,6 +1,6 @@
 """Command lines to copy, for the console and the report: to repeat a run, resume it, or use its LoRA.
 
-What is copied into a shell is one command, whatever is in it: captions, paths and names may be a stranger's.
+Captions, paths and names are untrusted; whatever they contain, what is copied into a shell stays one command.
 """
 
 from __future__ import annotations
@@ -17,20 +17,16 @@ from lorasmith.core.printable import printable
 
 
 def command_line(arguments: Sequence[object], *, windows: bool = os.name == "nt") -> str:
-    """A command line with all arguments quoted.
+    """A command line with all arguments quoted, for the shells of Windows or for POSIX shells.
 
     Control characters, which can act on a terminal when pasted, become escapes.
-
-    Args:
-        arguments: program and arguments.
-        windows: whether it is for the shells of Windows.
     """
     quote = _quoted_on_windows if windows else shlex.quote
     return " ".join(quote(printable(one, limit=sys.maxsize, keep="\n")) for one in arguments)
 
 
 def _quoted_on_windows(text: str) -> str:
-    """An argument for cmd.exe and PowerShell, which agree on no way to write the characters replaced here."""
+    """An argument for cmd.exe and PowerShell, which have no common way to write the characters replaced here."""
     if re.fullmatch(r"[\w.:=/\\+-]+", text, flags=re.ASCII):
         return text
     plain = re.sub(r"[\"“”„%!$`\n]", "_", text)
@@ -40,25 +36,18 @@ def _quoted_on_windows(text: str) -> str:
 def generate_command(
     model: object, lora: Path, prompt: str, *, text_encoders: Sequence[str] = (), vae: str | None = None
 ) -> str:
-    """The command that draws a picture with a LoRA.
-
-    Args:
-        model: path, hub id or name of the base model.
-        lora: the file.
-        prompt: of the picture.
-        text_encoders, vae: files of the model's parts.
-    """
+    """The command that draws a picture with a LoRA; `model` is a path, a hub id or a built-in name."""
     parts = arguments_for({"text_encoder": text_encoders, **({"vae": vae} if vae else {})})
     return command_line(["lorasmith", "generate", "--model", model, *parts, "--lora", lora, "--prompt", prompt])
 
 
 def resume_command(run: Path, rights: Sequence[str] = ()) -> str:
-    """The command that resumes the run in a folder, with arguments that let its record name files and more."""
+    """The command that resumes the run in a folder, with the flags of the rights that it needs (`rights_needed`)."""
     return command_line(["lorasmith", "resume", positional(run), *rights])
 
 
 def positional(argument: object) -> str:
-    """A path as an argument that is no flag, whatever its name."""
+    """A path as an argument that is not taken for a flag, whatever its name."""
     return f"./{argument}" if str(argument).startswith("-") else str(argument)
 
 

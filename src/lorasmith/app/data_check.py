@@ -25,17 +25,11 @@ _MULTIPLE = 16  # step of sides where no model decides it: that of most families
 
 @dataclass(frozen=True, kw_only=True)
 class DataCheck:
-    """A checked folder and what it was checked for.
-
-    Attributes:
-        preflight: facts and findings.
-        model: title of the model; None without one.
-        is_size_assumed: whether the resolution is a guess, from the images, as neither model nor setting decides it.
-    """
+    """The result of checking a folder."""
 
     preflight: Preflight
-    model: str | None
-    is_size_assumed: bool
+    model: str | None  # title of the model; None without one
+    is_size_assumed: bool  # the resolution is guessed from the images
 
 
 def check_folder(
@@ -48,19 +42,9 @@ def check_folder(
     validation_share: float | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> DataCheck:
-    """Scan and check a folder.
+    """Scan and check a folder of images or a metadata file; `files` are those of the model, whose weights are not read.
 
-    Args:
-        folder: of images, or a metadata file that lists them.
-        config: settings of the data.
-        files: of the model to train; its weights are not read.
-        folders: where parts that the model lacks are searched; None to search nothing.
-        batch: samples of a step.
-        validation_share: of the images held out, as for `split`.
-        progress: called with (images done, all images).
-
-    Raises:
-        LorasmithError: folder, images, model or settings cannot be used.
+    `folders` are searched for parts that the model lacks, and `progress` receives (images done, all images).
     """
     model = None if files is None else load_completed(files, folders).model
     scan = scan_folder(folder, config, clips=model is None or clip_form(model, config) is not None)
@@ -80,16 +64,7 @@ def check_scan(
     validation_share: float | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> DataCheck:
-    """Check a scanned folder.
-
-    Args:
-        scan: of the folder.
-        model: to train; None for usual sizes.
-        config, folder, batch, validation_share, progress: as for `check_folder`.
-
-    Raises:
-        LorasmithError: as `check_folder`.
-    """
+    """Check a scanned folder, with usual sizes if there is no model; see `check_folder`."""
     tokenize, limit = token_counter(model) if model is not None else (None, None)
     found = preflight(
         scan,
@@ -111,7 +86,7 @@ def check_scan(
 
 
 def token_counter(model: Model) -> tuple[Callable[[str], int], TokenLimit] | tuple[None, None]:
-    """How the model counts the tokens of a caption, and how many it was made for; None without a text encoder.
+    """How the model counts the tokens of a caption, and its limit; (None, None) without a text encoder.
 
     Of several encoders the one that reads the longest captions counts.
     """
@@ -130,7 +105,7 @@ def token_counter(model: Model) -> tuple[Callable[[str], int], TokenLimit] | tup
 
 
 def plain(check: DataCheck) -> dict[str, Any]:
-    """A checked folder as JSON values."""
+    """The check as JSON values."""
     found = check.preflight
     return {
         "folder": str(found.folder),

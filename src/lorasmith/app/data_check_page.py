@@ -1,4 +1,4 @@
-"""The page about a checked folder, with pictures read again for it."""
+"""The page about a checked folder. Its pictures are read from the folder again."""
 
 from __future__ import annotations
 
@@ -56,26 +56,12 @@ _REMARKS: dict[FindingKind, str] = {
 
 
 def write_data_page(check: DataCheck, target: Path, config: DataConfig, *, model: str | None = None) -> None:
-    """Write the page.
-
-    Args:
-        check: the checked folder.
-        target: the file, which is replaced.
-        config: settings of the data, for the command that trains.
-        model: as it was named on the command line.
-
-    Raises:
-        OutputError: the file cannot be written.
-    """
+    """Write the page; OutputError if that fails. `model` is as on the command line, for the command that trains."""
     write_atomic(target, data_page(data_report(check, config, model=model)))
 
 
 def data_report(check: DataCheck, config: DataConfig, *, model: str | None = None) -> DataReport:
-    """The content of the page.
-
-    Args:
-        check, config, model: as for `write_data_page`.
-    """
+    """The content of the page; see `write_data_page`."""
     found = check.preflight
     count = len(found.findings)
     clean = [index for index in range(len(found.images)) if not found.findings_of(index)]
@@ -130,7 +116,7 @@ def said_of(found: Preflight, index: int) -> tuple[list[str], list[str]]:
 
 
 def step_lines(found: Preflight) -> dict[str, str]:
-    """How many steps are how many epochs, by name."""
+    """Lines about the epoch, steps and held-out images, by title."""
     epoch = found.epoch
     images, total = len(found.images), epoch.samples + epoch.held_out_samples
     counted = count_text(images, "image") + (f", {total:,} with repeats" if total != images else "")
@@ -145,7 +131,7 @@ def step_lines(found: Preflight) -> dict[str, str]:
 
 
 def _pictures(found: Preflight, indices: Sequence[int]) -> dict[int, tuple[str, int, int] | None]:
-    """Small versions of some images as data URIs; None where one can no longer be read."""
+    """Small versions of images as data URIs, with their sizes; None where an image can no longer be read."""
 
     def read(index: int) -> tuple[str, int, int] | None:
         try:
@@ -158,7 +144,7 @@ def _pictures(found: Preflight, indices: Sequence[int]) -> dict[int, tuple[str, 
 
 
 def _groups(found: Preflight, finding: Finding) -> tuple[list[tuple[int, ...]], int]:
-    """The pictures to show of a finding, and the number of the others."""
+    """The groups of pictures to show of a finding, and the number of pictures left out."""
     if finding.kind not in _GROUPED:
         return ([finding.images[:_SHOWN]] if finding.images else []), max(0, len(finding.images) - _SHOWN)
     named = set(finding.images)

@@ -27,18 +27,12 @@ _PROMPTS = (
     "a panda",
     "a cactus",
     "a light bulb",
-)  # none of these subjects is among the training pictures
+)  # subjects that the training pictures do not show
 _STRENGTHS = (0.0, 0.5, 1.0)
 
 
 def demo_spec(*, steps: int, seed: int, device: str | None) -> RunSpec:
-    """The demo's run.
-
-    Args:
-        steps: number of updates.
-        seed: of the run.
-        device: where to train; the first GPU, or the CPU, if None.
-    """
+    """The demo's run, on the first GPU, or the CPU, if `device` is None."""
     settings = {"steps": steps, "batch_size": 8, "rank": 8, "seed": seed, "validation_share": 0.0, "previews": ""}
     sources = (ImageSource(str(_EXAMPLES)),)
     return RunSpec(sources=sources, model=BUILT_IN, device=device, settings=settings)
@@ -52,16 +46,9 @@ def demo_folder() -> Path:
 def before_and_after(
     model: Model, result: TrainResult, *, seed: int, progress: Callable[[int, int], None] | None = None
 ) -> Path:
-    """Draw subjects that were not trained at several strengths of the LoRA, on one contact sheet.
+    """Draw subjects that were not trained at several strengths; returns the sheet, a PNG in the run's folder.
 
-    Args:
-        model: the base model.
-        result: of a run with a folder.
-        seed: of the pictures.
-        progress: called with (sampling steps done, total).
-
-    Returns:
-        The sheet, a PNG in the run's folder.
+    `progress` receives (sampling steps done, total).
     """
     assert result.folder is not None
     rows = []

@@ -1,4 +1,4 @@
-"""What this machine and this installation can do, and what to do about what they cannot."""
+"""What this machine and this installation can do, and remedies for what they cannot."""
 
 from __future__ import annotations
 
@@ -39,31 +39,18 @@ _OTHER_CACHE = (
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceFacts:
-    """A device to train on.
+    """A device to train on."""
 
-    Attributes:
-        name: of the device as `--device` takes it.
-        title: of the hardware.
-        memory_bytes: in all.
-        products: number formats in which it multiplies matrices; those that it only emulates are left out.
-        compiler: of `--compile`, `none` without one.
-    """
-
-    name: str
-    title: str
+    name: str  # as `--device` takes it
+    title: str  # of the hardware
     memory_bytes: int
-    products: tuple[str, ...]
-    compiler: str
+    products: tuple[str, ...]  # formats in which it multiplies matrices without emulation
+    compiler: str  # of `--compile`; `none` without one
 
 
 @dataclass(frozen=True, kw_only=True)
 class Extra:
-    """Optional packages.
-
-    Attributes:
-        name: of the extra, as in `pip install "lorasmith[NAME]"`.
-        present, missing: its packages.
-    """
+    """An optional dependency group, the NAME of `pip install "lorasmith[NAME]"`, and its packages."""
 
     name: str
     present: tuple[str, ...]
@@ -72,52 +59,31 @@ class Extra:
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """Something that will be in the way, and what to do about it.
-
-    Attributes:
-        problem, remedy: in words.
-        is_fault: whether something is wrong with machine or installation, not only with the folder that was looked at.
-    """
+    """A problem of this machine, this installation or the base folder, and its remedy, in words."""
 
     problem: str
     remedy: str
-    is_fault: bool = True
+    is_fault: bool = True  # wrong with machine or installation, not only with the folder
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkup:
-    """What was found.
+    """The result of `check_up`."""
 
-    Attributes:
-        versions: of Python and packages, by name; `missing` for a package that is required and not there.
-        devices: where runs can train, the default one first.
-        memory_bytes, free_memory_bytes: of the machine.
-        folders: number of model files by kind of folder, in the base folder and what it includes.
-        base_dir: the base folder.
-        cache: folder of cached encodings.
-        disks: free bytes by folder that is written to, and can be.
-        extras: optional packages.
-        problems: what will be in the way.
-    """
-
-    versions: dict[str, str]
-    devices: tuple[DeviceFacts, ...]
-    memory_bytes: int
+    versions: dict[str, str]  # of Python and packages; `missing` for a required package that is not installed
+    devices: tuple[DeviceFacts, ...]  # the default one first
+    memory_bytes: int  # of the machine
     free_memory_bytes: int
     base_dir: str
-    folders: dict[str, int]
-    cache: str
-    disks: dict[str, int]
+    folders: dict[str, int]  # number of model files by kind of folder, included folders counted
+    cache: str  # folder of cached encodings
+    disks: dict[str, int]  # free bytes, by folder that runs write to
     extras: tuple[Extra, ...]
     problems: tuple[Problem, ...]
 
 
 def check_up(folders: Folders) -> Checkup:
-    """Look at versions, devices, memory, disks, folders and optional packages.
-
-    Args:
-        folders: the base folder.
-    """
+    """Check versions, devices, memory, disks, model folders and optional packages."""
     required, extras = _packages()
     versions = {"python": platform.python_version(), _PACKAGE: _version(_PACKAGE)}
     versions |= {name: _version(name) for name in required}
@@ -151,7 +117,7 @@ def check_up(folders: Folders) -> Checkup:
 
 
 def _packages() -> tuple[list[str], tuple[Extra, ...]]:
-    """Required packages, and the extras but that of developers; the installation itself says which these are."""
+    """Required packages, and the extras without the developers'; from the metadata of the installation."""
     required: list[str] = []
     optional: dict[str, list[str]] = {}
     for one in requires(_PACKAGE) or []:
@@ -196,7 +162,7 @@ def _device(device: torch.device, title: str, memory_bytes: int) -> DeviceFacts:
 
 
 def _multiplies(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether products in a format work, and are not emulated."""
+    """Whether matrix products in a format work and are not emulated."""
     if not multiplies(dtype, device):
         return False
     with contextlib.suppress(RuntimeError):
@@ -256,7 +222,7 @@ def _full_disks(disks: dict[str, int]) -> list[Problem]:
 
 
 def _no_models(found: dict[str, int], base: Path) -> list[Problem]:
-    if any(found[kind] > 1 for kind in ("checkpoints", "diffusion_models")):  # one is built in
+    if any(found[kind] > 1 for kind in ("checkpoints", "diffusion_models")):  # one is the built-in model
         return []
     return [
         Problem(

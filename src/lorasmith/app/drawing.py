@@ -27,20 +27,13 @@ EXPERTS = ("high_noise", "low_noise")
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model with LoRAs applied.
+    """A model with LoRAs applied to its denoiser and text encoders."""
 
-    Attributes:
-        title: of the base model.
-        denoiser, text_encoder: with the LoRAs.
-        found: its parts that were found in the model folders.
-        notes: files there that could not be read, and parts of LoRAs that do not apply.
-    """
-
-    title: str
+    title: str  # of the base model
     denoiser: Denoiser
     text_encoder: TextEncoder
-    found: tuple[FoundPart, ...] = ()
-    notes: tuple[str, ...] = ()
+    found: tuple[FoundPart, ...] = ()  # parts found in the model folders
+    notes: tuple[str, ...] = ()  # files there that cannot be read, and parts of LoRAs that do not apply
 
 
 def load_with_loras(
@@ -50,16 +43,9 @@ def load_with_loras(
     *,
     strict: bool = False,
 ) -> LoadedModel:
-    """Load a model and apply LoRA files, each at its strength, to denoiser and text encoders.
+    """Load a model and apply LoRA files at their strengths; parts that the model lacks are searched in `folders`.
 
-    Args:
-        files: of the model.
-        loras: files and strengths.
-        folders: where parts that the model lacks are searched; None to search nothing.
-        strict: whether a LoRA of which a part does not apply is refused.
-
-    Raises:
-        LorasmithError: a file cannot be read, or a LoRA does not fit the model.
+    With `strict`, a LoRA is refused if part of it does not apply; otherwise that is one of the notes.
     """
     loaded = load_completed(files, folders)
     base = loaded.model
@@ -68,14 +54,7 @@ def load_with_loras(
 
 
 def experts_of(noisy: Denoiser, clean: Denoiser) -> Experts:
-    """Both experts of a model, each with its LoRAs.
-
-    Args:
-        noisy, clean: the experts, of one family.
-
-    Raises:
-        OptionError: the family has no experts, or files are named after another one.
-    """
+    """Both experts, each with its LoRAs. OptionError if the family has no experts, or a file's name says otherwise."""
     boundary = 0.0
     for denoiser, name in zip((noisy, clean), EXPERTS, strict=True):
         expert = expert_named(denoiser.base, name)
@@ -84,15 +63,7 @@ def experts_of(noisy: Denoiser, clean: Denoiser) -> Experts:
 
 
 def expert_named(base: Model, name: str) -> Expert:
-    """An expert of a model's family.
-
-    Args:
-        base: the model that is to be this expert.
-        name: one of `EXPERTS`.
-
-    Raises:
-        OptionError: the family has no such expert, or the file's name says that the model is another one.
-    """
+    """`base` as one of `EXPERTS`; OptionError if the family has no such expert, or the file's name says otherwise."""
     found = next((one for one in base.family.experts if one.name == name), None)
     if found is None:
         raise OptionError(
@@ -113,15 +84,9 @@ def with_loras(
     *,
     strict: bool = False,
 ) -> tuple[Denoiser, TextEncoder]:
-    """A denoiser and text encoders with LoRAs on top, with a Python warning about parts that do not apply.
+    """A denoiser and text encoders with LoRAs applied at their strengths.
 
-    Args:
-        denoiser, encoder: of one model.
-        loras: files or LoRAs, and strengths.
-        strict: whether a LoRA of which a part does not apply is refused.
-
-    Raises:
-        LorasmithError: a file cannot be read, or a LoRA does not fit the model.
+    A LoRA of which a part does not apply is refused with `strict`, else there is a Python warning.
     """
     denoiser, encoder, notes = _with_loras(denoiser, encoder, loras, strict=strict)
     for note in notes:
@@ -146,13 +111,9 @@ def _with_loras(
 
 
 def save_pictures(images: Sequence[Shot], prompts: Sequence[str], folder: Path, *, made_with: str) -> list[Path]:
-    """Write pictures as numbered PNG files with their parameters, clips as animated WebP files; none is overwritten.
+    """Write numbered PNG files with their parameters, and clips as animated WebP files; none is overwritten.
 
-    Args:
-        images: the pictures and clips.
-        prompts: one per picture.
-        folder: of the files; created if missing.
-        made_with: the `parameters` entry below the prompt, in A1111's format.
+    `made_with` is the `parameters` entry below the prompt, in A1111's format.
     """
     paths, first = [], next_counter(folder, "lorasmith")
     for number, (image, prompt) in enumerate(zip(images, prompts, strict=True), start=first):

@@ -38,21 +38,14 @@ from lorasmith.training.runs.run_folder import RunFolder, numbered_runs
 
 
 class _CompleteError(LorasmithError):
-    """The run of an expert is complete in its folder; of several processes, all are told."""
+    """The run of an expert is complete in its folder; raised in every process of the run."""
 
 
 class ExpertRuns:
     """The runs of both experts.
 
-    Args:
-        spec: both of them. Its name is the start of the LoRAs' names; encoders and autoencoder serve both; without an
-            output, the folder is the one under `runs/` that holds these runs unfinished, or a new one.
-        folders: where parts that the model lacks are searched; None to search nothing.
-        fresh: do not continue unfinished runs.
-        load: loads a model and the parts that it lacks.
-
-    Raises:
-        OptionError: settings are for one expert.
+    The name in `spec` is the start of both LoRAs' names. Without an output, the folder is the one under `runs/` that
+    holds these runs unfinished (not if `fresh`), or a new one.
     """
 
     def __init__(
@@ -78,16 +71,8 @@ class ExpertRuns:
         on_event: EventHandler = lambda event: None,
         cancelled: Callable[[], bool] = lambda: False,
     ) -> PreparedRun:
-        """The run of an expert, ready to start; that of the high noise comes first.
-
-        Args:
-            expert: one of `drawing.EXPERTS`.
-            on_event, cancelled: as for `folder_run.prepare`.
-
-        Raises:
-            LorasmithError: as `folder_run.prepare`; OptionError if the model is not this expert.
-        """
-        _freed()  # the expert before this one
+        """The run of an expert (`drawing.EXPERTS`), ready to start; that of high noise has to come first."""
+        _freed()  # of the previous expert
         prepared = prepare(
             replace(self._specs[expert], name=f"{self._name}_{expert}"),
             place=RUNS if self._folder is None else self._folder / expert,
@@ -114,16 +99,7 @@ class ExpertRuns:
         on_event: EventHandler = lambda event: None,
         cancelled: Callable[[], bool] = lambda: False,
     ) -> TrainResult | None:
-        """Train a prepared expert; None if its run is complete already.
-
-        Args:
-            prepared: from `prepare`.
-            expert: its name.
-            verify, until, on_event, cancelled: as for `folder_run.train_prepared`.
-
-        Raises:
-            LorasmithError: as `folder_run.train_prepared`.
-        """
+        """Train a prepared expert; None if its run is complete already."""
         try:
             return train_prepared(
                 prepared,
@@ -140,7 +116,7 @@ class ExpertRuns:
             return None
 
     def lora(self, expert: str) -> Path | None:
-        """The LoRA of an expert, None before it is trained."""
+        """The LoRA of an expert; None before it is trained."""
         if self._folder is None:
             return None
         path = self._folder / expert / f"{self._name}_{expert}.safetensors"
@@ -153,13 +129,7 @@ class ExpertRuns:
         cancelled: Callable[[], bool] = lambda: False,
         until: int | None = None,
     ) -> list[TrainResult]:
-        """Train both, the second one unless the first was cancelled.
-
-        Args:
-            on_event: receives the events of preparing and training.
-            cancelled: called between steps; True ends the run and saves its result.
-            until: step after which each run ends.
-        """
+        """Train both, unless the first run is cancelled."""
         results = []
         for expert in EXPERTS:
             result = self.train(
@@ -171,7 +141,7 @@ class ExpertRuns:
         return results
 
     def _place(self, expert: str, fingerprint: Fingerprint) -> Path:
-        """The folder of an expert's run. Raises _CompleteError if that is complete there."""
+        """The folder of an expert's run. Raises _CompleteError if that run is complete."""
         if self._folder is None:
             unfinished = () if self._fresh else _unfinished(self._name, expert, fingerprint)
             self._folder = next(iter(unfinished), None) or new_run_folder(RUNS, self._name)
@@ -203,7 +173,6 @@ def _as_expert(config: TrainConfig, base: Model, expert: str) -> TrainConfig:
 
 
 def _check(spec: RunSpec) -> None:
-    """Raise OptionError for settings that make no sense for two experts."""
     for name in ("min_noise", "max_noise", "existing_lora", "existing_state"):
         if (value := getattr(spec.config, name)) is not None:
             raise OptionError(f"{name} is for a run on one expert, got {value} with low_noise_model; leave one out")
@@ -215,14 +184,14 @@ def _check(spec: RunSpec) -> None:
 
 
 def _own(output: Path, name: str) -> Path:
-    """The output, or the folder in it where it holds files of others."""
+    """The output, or the folder in it where it holds other files."""
     if any(RunFolder(output / expert).exists for expert in EXPERTS):
         return output
     return output_folder(output, name)
 
 
 def _unfinished(name: str, expert: str, fingerprint: Fingerprint) -> Iterator[Path]:
-    """Folders that hold this run of an expert and are not complete, the newest first."""
+    """Folders that hold this expert's run unfinished, the newest first."""
     for _, path in sorted(numbered_runs(RUNS, name), reverse=True):
         done = all(RunFolder(path / one).is_done for one in EXPERTS)
         if not done and _holds(path / expert, fingerprint) and not RunFolder(path / expert).is_busy:
@@ -230,15 +199,14 @@ def _unfinished(name: str, expert: str, fingerprint: Fingerprint) -> Iterator[Pa
 
 
 def _holds(folder: Path, fingerprint: Fingerprint) -> bool:
-    """Whether a folder holds a run."""
     try:
         return RunFolder(folder).exists and not differences(RunFolder(folder).record().fingerprint, fingerprint)
-    except LorasmithError:  # another one, or damaged: it is refused where it would be used
+    except LorasmithError:  # of another model, or damaged: refused where it is used
         return False
 
 
 def _freed() -> None:
-    """Give back the memory of a model that is not used any more."""
+    """Free the memory of a model that is no longer used."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -47,29 +47,19 @@ from lorasmith.training.train import RunOptions, run_bytes
 _SHOWN = ("trigger", "resolution", "more_resolutions", "bucket_step")
 """Settings of the data that a plan has in other words."""
 
-RUNS = Path("runs")
-"""Default parent folder of runs."""
+RUNS = Path("runs")  # default parent folder of runs
 
 
 @dataclass(frozen=True)
 class PreparedRun:
-    """A run ready to start.
+    """A run ready to start."""
 
-    Attributes:
-        spec: the run, with the files of all parts of the model.
-        plan: summary for display.
-        base: the model.
-        job: the planned run.
-        data: the training samples.
-        validation: held-out samples, None to hold out a share of `data`.
-    """
-
-    spec: RunSpec
+    spec: RunSpec  # with the files of all parts of the model
     plan: RunPlan
     base: Model
     job: Job
     data: EncodedDataset
-    validation: EncodedDataset | None
+    validation: EncodedDataset | None  # held-out samples; None to hold out a share of `data`
 
 
 def prepare(
@@ -85,20 +75,10 @@ def prepare(
 ) -> PreparedRun:
     """Scan the images, load the model (first, if there are videos), plan the run, and encode.
 
-    Args:
-        spec: the run.
-        place: folder that the run will be in or below, tried before anything is loaded; None to try none.
-        folders: where parts that the model lacks are searched; None to search nothing.
-        on_event: receives `ImagesFound`, `ModelLoading`, `ImagesChecked`, a `ClassImageDrawn` per drawn picture,
-            `RunPlanned`, an `EncodersHashed` per tensor that is hashed, a `CaptionEncoded` per caption, an
-            `ImageEncoded` per image, and a `Warned` for each damaged file among `folders`.
-        cancelled: called while pictures of the class are drawn; True ends that.
-        load: loads the model and the parts that it lacks.
-        configured: the settings with what the model decides.
-        samples: training and held-out samples that the same encoders made of these images; None to encode them.
-
-    Raises:
-        LorasmithError: images, model, settings or device cannot be used, or the run cannot be written.
+    `place`, the folder that the run will be in or below, is tried before anything is loaded. `samples` are training and
+    held-out samples that the same encoders made of these images, which are then not encoded. `configured` adds to the
+    settings what the model decides. Events are those of `run_plan`, `CaptionEncoded`, and a `Warned` for each damaged
+    file among `folders`; `cancelled` is called while pictures of the class are drawn.
     """
     spec = spec.resolved()
     check_title(spec.name)
@@ -116,7 +96,7 @@ def prepare(
         return found
 
     judged_sources = () if spec.validation is None else (ImageSource(spec.validation),)
-    # A model of pictures has videos left out, unread; otherwise images are checked before the model takes its time.
+    # Image models skip videos unread: if there are any, the model is loaded first, otherwise after the images.
     loaded = load_model() if has_videos((*spec.sources, *judged_sources), settings, cache=datasets_folder()) else None
     clips = loaded is None or clip_form(loaded.model, settings) is not None
     scan = scan_sources(spec.sources, settings, cache=datasets_folder(), clips=clips)
@@ -184,20 +164,9 @@ def train_prepared(
 ) -> TrainResult:
     """Train a prepared run, with previews of its prompt where its settings have None.
 
-    Args:
-        prepared: the run.
-        output: folder of the run, or a function from the run's fingerprint to it; None for the folder under `runs/`
-            that holds this run unfinished, or a new one.
-        fresh: do not continue an unfinished run.
-        verify: compare and record every byte of the base model's files.
-        until: step after which the run ends; None for all steps.
-        on_event: receives training events.
-        cancelled: called between steps; True ends the run and saves the result.
-        partner: of previews of one of two experts; see `Previewer`.
-        engine: makes the engine, of one of several runs that train together.
-
-    Raises:
-        LorasmithError: as `model_run.train`.
+    Without an `output` the folder is the one under `runs/` that holds this run unfinished, or a new one; with `fresh`
+    no run is continued. `verify` compares and records every byte of the base model's files. `until` is the step after
+    which the run ends. Errors are those of `model_run.train`.
     """
     spec = prepared.spec
     options = RunOptions(

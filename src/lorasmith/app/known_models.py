@@ -23,29 +23,17 @@ class KnownPart:
 
 @dataclass(frozen=True)
 class KnownModel:
-    """A model family, by its released denoiser.
+    """A model family, by its released denoiser."""
 
-    Attributes:
-        name: registered name of the family.
-        title: display name.
-        parameters: of the denoiser.
-        text_encoders: in the order of the pipeline's.
-        autoencoder: that of its latents.
-        defaults: settings that training starts from.
-        lora_layout: in which its LoRAs are written.
-        distilled_names: parts of file names of variants that are not to be trained on.
-        clip_types: its names in ComfyUI's nodes that load text encoders.
-    """
-
-    name: str
+    name: str  # registered name of the family
     title: str
-    parameters: int
-    text_encoders: tuple[KnownPart, ...]
+    parameters: int  # of the denoiser
+    text_encoders: tuple[KnownPart, ...]  # in the order of the pipeline
     autoencoder: KnownPart
-    defaults: Defaults
-    lora_layout: str
-    distilled_names: tuple[str, ...]
-    clip_types: tuple[str, ...]
+    defaults: Defaults  # settings that training starts from
+    lora_layout: str  # in which its LoRAs are written
+    distilled_names: tuple[str, ...]  # parts of file names of distilled variants, not to be trained on
+    clip_types: tuple[str, ...]  # its names in ComfyUI's nodes that load text encoders
 
 
 def known_models() -> list[KnownModel]:

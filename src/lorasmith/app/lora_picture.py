@@ -23,13 +23,8 @@ _EDGE, _QUALITY = 256, 85
 def give_picture(lora: Path, picture: Path, *, private: bool) -> None:
     """Write the picture of a LoRA into its header and beside it. Tensors and their hashes stay the same.
 
-    Args:
-        lora: the file.
-        picture: a PNG file; of the WebP file of a clip, the first picture is taken.
-        private: whether the LoRA keeps nothing of its run: there is no picture in it, and no prompt in those beside it.
-
-    Raises:
-        OutputError, LoraError, OSError: a file cannot be read or written.
+    Of a clip's WebP file, the first frame is used. A `private` LoRA gets no picture in its header, and the files beside
+    it no prompt.
     """
     with Image.open(picture) as opened:
         opened.load()
@@ -41,7 +36,7 @@ def give_picture(lora: Path, picture: Path, *, private: bool) -> None:
     if private:
         return
     tensors, metadata = read_safetensors(lora)
-    # Copies: the file is replaced while its tensors lie on it.
+    # Copies, as the tensors are mapped from the file that is replaced.
     copies = {name: tensor.clone() for name, tensor in tensors.items()}
     del tensors
     write_safetensors(lora, copies, {**metadata, THUMBNAIL: _data_url(pixels)})

@@ -12,27 +12,14 @@ from lorasmith.families.locating import BUILT_IN
 
 @dataclass(frozen=True)
 class LoraUse:
-    """What to know to use a LoRA.
+    """How to use a LoRA."""
 
-    Attributes:
-        facts: file, trigger and strength, by name.
-        programs: by program what to do, and text to copy.
-    """
-
-    facts: dict[str, str]
-    programs: dict[str, tuple[str, str]]
+    facts: dict[str, str]  # file, trigger and strength, by name
+    programs: dict[str, tuple[str, str]]  # by program, what to do and text to copy
 
 
 def use_of(lora: Path, *, trigger: str, prompt: str, model: str, model_title: str, family: str) -> LoraUse:
-    """How to use a LoRA.
-
-    Args:
-        lora: the file.
-        trigger: its trigger phrase; empty if there is none.
-        prompt: an example.
-        model: path or hub id of the base model.
-        model_title, family: names of the base model and of its family.
-    """
+    """How to use a LoRA, with an example prompt. `trigger` may be empty; `model` is a path or hub id."""
     stem = lora.stem
     return LoraUse(
         {
@@ -53,7 +40,7 @@ def use_of(lora: Path, *, trigger: str, prompt: str, model: str, model_title: st
             ),
             **(
                 {}
-                if model == BUILT_IN  # which is no model that diffusers can get
+                if model == BUILT_IN  # which diffusers cannot load
                 else {
                     "diffusers": (
                         "In Python, with the packages diffusers and peft:",
@@ -66,7 +53,7 @@ def use_of(lora: Path, *, trigger: str, prompt: str, model: str, model_title: st
 
 
 def _diffusers(lora: Path, stem: str, prompt: str, model: str, family: str) -> str:
-    """Code to copy. Values are literals, whatever is in them."""
+    """Code to copy. Values are untrusted and written as literals."""
     import diffusers
 
     found = [one for name, one in FAMILIES.items() if name == family]
@@ -95,5 +82,5 @@ def _diffusers(lora: Path, stem: str, prompt: str, model: str, family: str) -> s
 
 
 def _name(stem: str) -> str:
-    """A name that PEFT takes for an adapter: one without dots."""
+    """An adapter name that PEFT accepts: one without dots."""
     return "".join(letter if letter.isalnum() or letter in "_-" else "_" for letter in stem) or "lora"

@@ -1,4 +1,4 @@
-"""What a run needs on a card of a given memory, without loading weights, and the cheapest settings that fit.
+"""The memory that a run needs, without loading weights, and the cheapest settings that fit a card.
 
 A forward pass on the meta device counts the activations as `activations auto` does (`memory_plan`). Settings that
 change no numbers come first, then quantization, then offloading, which is the slowest.
@@ -43,27 +43,19 @@ _KINDS: tuple[Quantization, ...] = ("none", "int8", "nf4")
 
 _META = torch.device("meta")
 
-_DRIVER_BYTES = 512 * 2**20
-"""Memory of a card that the driver and its libraries take in each process."""
+_DRIVER_BYTES = 512 * 2**20  # memory of a card that the driver and its libraries take in each process
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """Settings, and the memory that a step needs with them.
-
-    Attributes:
-        quantization, offloading, sharding: as in `TrainConfig`.
-        plan: how activations are kept, with their memory and what is left for them.
-        weights_bytes: frozen weights on the card.
-        needed_bytes: everything on the card at the peak of a step.
-    """
+    """Settings of a run, and the memory that a step needs with them."""
 
     quantization: Quantization
     offloading: bool
     sharding: bool
-    plan: MemoryPlan
-    weights_bytes: int
-    needed_bytes: int
+    plan: MemoryPlan  # how activations are kept, with their memory and what is left for them
+    weights_bytes: int  # frozen weights on the card
+    needed_bytes: int  # everything on the card at the peak of a step
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -85,52 +77,32 @@ class Proposal:
 
     @property
     def short_bytes(self) -> int:
-        """By how much it misses; 0 if it fits."""
+        """The memory that is missing on the card; 0 if it fits."""
         return max(0, self.plan.needed_bytes - self.plan.budget_bytes)
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryEstimate:
-    """What a run needs.
+    """The memory that a run needs. Mappings by quantization are bytes of frozen weights on one card."""
 
-    Attributes:
-        model, family: titles of the base model and its family.
-        found: its parts that were found in the model folders.
-        pixels: side of the square pictures.
-        frames: of clips; 1 for pictures.
-        batch_size: images per forward pass.
-        dtype: of matrix products.
-        trained: algorithm, targets and parameter count in one line.
-        parameters: number of trained parameters.
-        card_bytes: memory of the card.
-        weights: bytes of the frozen weights on the card by quantization; `none` is the model's own format.
-        offloaded: the same with offloading.
-        sharded: the same with each card's part of them; empty for one card.
-        trained_bytes: trained weights, gradients and optimizer state.
-        plans: ways to keep activations, cheapest first, with what they need above the weights.
-        text_encoders: bytes of each text encoder while captions are encoded, before training.
-        missing: text encoders that are neither given nor found, with the name of the file to get.
-        unpacked_bytes: the largest quantized weight while it is unpacked.
-    """
-
-    model: str
-    family: str
-    found: tuple[FoundPart, ...]
-    pixels: int
-    frames: int
-    batch_size: int
-    dtype: str
-    trained: str
-    parameters: int
+    model: str  # title
+    family: str  # title
+    found: tuple[FoundPart, ...]  # parts found in the model folders
+    pixels: int  # side of the square pictures
+    frames: int  # of clips; 1 for pictures
+    batch_size: int  # images per forward pass
+    dtype: str  # of matrix products
+    trained: str  # algorithm, targets and parameter count in one line
+    parameters: int  # number of trained parameters
     card_bytes: int
-    weights: Mapping[Quantization, int]
-    offloaded: Mapping[Quantization, int]
-    sharded: Mapping[Quantization, int]
-    trained_bytes: int
-    plans: tuple[MemoryPlan, ...]
-    text_encoders: Mapping[str, int]
-    missing: Mapping[str, str]
-    unpacked_bytes: int
+    weights: Mapping[Quantization, int]  # `none` is the model's own format
+    offloaded: Mapping[Quantization, int]  # with offloading
+    sharded: Mapping[Quantization, int]  # with sharding; empty for one card
+    trained_bytes: int  # trained weights, gradients and optimizer state
+    plans: tuple[MemoryPlan, ...]  # ways to keep activations, cheapest first, with their memory
+    text_encoders: Mapping[str, int]  # bytes of each, used while captions are encoded
+    missing: Mapping[str, str]  # file to get for each text encoder neither given nor found
+    unpacked_bytes: int  # the largest quantized weight while it is unpacked
 
     @cached_property
     def proposal(self) -> Proposal:
@@ -156,7 +128,7 @@ class MemoryEstimate:
         for way, kind, sizes in (*ways, *(("offloading", kind, self.offloaded) for kind in self.offloaded)):
             size = sizes[kind]
             if kind != "none" and size >= sizes["none"]:
-                continue  # the checkpoint is quantized as far already
+                continue  # the checkpoint is already quantized to that size
             held = _DRIVER_BYTES + size + self.trained_bytes + (self.unpacked_bytes if kind != "none" else 0)
             for plan in self.plans:
                 fitted = plan.within(self.card_bytes - held)
@@ -174,20 +146,7 @@ def estimate_memory(
     cards: int = 1,
     folders: Folders | None = None,
 ) -> MemoryEstimate:
-    """Estimate a run on a model from files; see `estimate_of`.
-
-    Args:
-        files: of the model.
-        config: settings; how weights and activations are kept is proposed, not read.
-        card_bytes: memory of the card.
-        resolution: side of the square pictures in pixels; the model's own if None.
-        frames: of clips; 1 for pictures.
-        cards: of that memory, which train together.
-        folders: where parts that the model lacks are searched.
-
-    Raises:
-        LorasmithError: the model cannot be read, or the settings do not fit it.
-    """
+    """Estimate a run on a model from files; see `estimate_of`. `folders` are searched for parts that it lacks."""
     loaded = load_completed(files, folders)
     found = estimate_of(loaded.model, config, card_bytes=card_bytes, resolution=resolution, frames=frames, cards=cards)
     return replace(found, found=loaded.found)
@@ -202,21 +161,17 @@ def estimate_of(
     frames: int = 1,
     cards: int = 1,
 ) -> MemoryEstimate:
-    """Estimate a run on a loaded model, whose denoiser loses its weights.
+    """Estimate a run on a loaded model, whose denoiser is moved to the meta device. Only DoRA reads its weights.
 
-    Args:
-        model: as loaded; no weight of it is read, except those that DoRA starts from.
-        config, card_bytes, resolution, frames, cards: as for `estimate_memory`.
-
-    Raises:
-        OptionError: the settings do not fit the model.
+    How weights and activations are kept is proposed, not read from the settings. The side `resolution` is in pixels,
+    the model's own if None. `cards` is the number of cards of `card_bytes` that train together.
     """
-    # A card that is not here is taken for one with all units. The run is planned on the CPU, whose units do not count.
+    # An absent card is assumed to support all dtypes; those of the CPU, on which the run is planned, do not count.
     card, dtype = best_device(), "bf16" if config.training_dtype == "auto" else config.training_dtype
     if card.type == "cuda":
         dtype = dtype_on_device(config, model.denoiser.module, card)
     config = replace(config, training_dtype=dtype, exact_dtype=True)
-    # PiSSA's factors are as large as LoRA's, but a decomposition of all weights.
+    # PiSSA's factors are as large as LoRA's, but computing them decomposes all weights.
     config = replace(config, pissa=False, gradient_checkpointing=False, activations="keep")
     side, latent = latent_side(model, resolution), model.components.latent
     model.check_clips("frames", frames)
@@ -265,7 +220,7 @@ def estimate_of(
 
 
 def _activation_plans(model: Model, job: Job, side: int, frames: int) -> tuple[MemoryPlan, ...]:
-    """Every way to keep activations, measured on tensors without memory."""
+    """Every way to keep activations, measured on the meta device."""
     samples = synthetic_samples(model, 1, side, side, frames=frames)
     runtime, module = replace(job.runtime, device=_META), model.denoiser.module
     for one in (module, *job.adapters.values(), *job.differences.values()):
@@ -296,10 +251,7 @@ def _empty_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 @contextlib.contextmanager
 def _autocast_on_meta() -> Iterator[None]:
-    """`torch.autocast` takes the meta device for the CPU inside, instead of refusing it.
-
-    Some denoisers disable it for the device of their inputs.
-    """
+    """Inside, `torch.autocast` treats the meta device as the CPU; some denoisers disable it for their input device."""
     original = torch.autocast.__init__
 
     def known(self: torch.autocast, device_type: str, *args: Any, **settings: Any) -> None:
@@ -335,6 +287,6 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | No
 
 
 def _unpacked_bytes(module: nn.Module, dtype: torch.dtype) -> int:
-    """Bytes of the largest weight while it is unpacked: in fp32 and in the dtype of products."""
+    """Bytes of the largest quantized weight while it is unpacked: in fp32 and in the dtype of products."""
     largest = max((layer.get_parameter("weight").numel() for layer in packable_layers(module)), default=0)
     return largest * (4 + dtype.itemsize)

@@ -24,85 +24,56 @@ from lorasmith.families.structure import load_structure
 
 @dataclass(frozen=True)
 class ListedFile:
-    """A file that is no denoiser, or that is not recognised.
-
-    Attributes:
-        path: the file.
-        place: its folder, relative to the base folder if it is in it.
-        what: what it is, or why it is not recognised.
-        size_bytes: its size.
-        precision: number format of most of its weights; empty if not recognised.
-    """
+    """A file that is not a denoiser, or that is not recognised."""
 
     path: Path
-    place: str
-    what: str
+    place: str  # its folder, relative to the base folder if inside
+    what: str  # what it is, or why it is not recognised
     size_bytes: int
-    precision: str = ""
+    precision: str = ""  # number format of most weights; empty if not recognised
 
 
 @dataclass(frozen=True)
 class ListedPart:
-    """A part of a model.
+    """A part of a model."""
 
-    Attributes:
-        component: its name, such as `text_encoder_2`.
-        kind: registered kind of encoder or autoencoder.
-        path: of the file that would be taken, the model's own if it holds the part; None if there is none.
-        usual_file: common name of the file to get.
-    """
-
-    component: str
-    kind: str
-    path: Path | None
-    usual_file: str
+    component: str  # such as `text_encoder_2`
+    kind: str  # registered kind of encoder or autoencoder
+    path: Path | None  # of the file that would be used, which may be the model's own
+    usual_file: str  # common name of the file to get
 
 
 @dataclass(frozen=True)
 class ListedModel:
-    """A denoiser, alone or in a full checkpoint.
-
-    Attributes:
-        path, place, size_bytes, precision: as in `ListedFile`.
-        family: title of its family.
-        parts: of the model, with the files that they would be taken from.
-    """
+    """A denoiser, alone or in a full checkpoint; fields are those of `ListedFile`."""
 
     path: Path
     place: str
     size_bytes: int
     precision: str
-    family: str
+    family: str  # title of its family
     parts: tuple[ListedPart, ...]
 
     @property
     def is_whole(self) -> bool:
-        """Whether all its parts are there."""
         return all(part.path is not None for part in self.parts)
 
     @property
     def missing(self) -> tuple[ListedPart, ...]:
-        """The parts that are not there."""
         return tuple(part for part in self.parts if part.path is None)
 
 
 @dataclass(frozen=True)
 class ModelList:
-    """What is in the model folders.
+    """The files in the model folders."""
 
-    Attributes:
-        models: by family, then by name.
-        unused: text encoders and autoencoders that fit none of these models.
-        unknown: files that are not recognised or cannot be read.
-    """
-
-    models: tuple[ListedModel, ...]
-    unused: tuple[ListedFile, ...]
-    unknown: tuple[ListedFile, ...]
+    models: tuple[ListedModel, ...]  # by family, then by name
+    unused: tuple[ListedFile, ...]  # text encoders and autoencoders that fit none of these models
+    unknown: tuple[ListedFile, ...]  # not recognised, or cannot be read
 
 
 def list_models(folders: Folders) -> ModelList:
-    """The models in `folders`. Only headers, and of denoisers without encoders their vectors, are read."""
+    """The models in `folders`. Only headers are read, and the vectors of denoisers without encoders."""
     files = list(scanned(folders, (*MODEL_FOLDERS, *ENCODER_FOLDERS, *VAE_FOLDERS)))
     models, unknown = [], [_unknown(one, one.fault) for one in files if one.fault]
     used: set[Path] = set()
@@ -125,7 +96,7 @@ def list_models(folders: Folders) -> ModelList:
 
 
 def _listed(file: FoundFile, family: Family, files: Sequence[FoundFile]) -> tuple[ListedModel, set[Path]]:
-    """A model with its parts, and all files that fit it. Raises ModelError if the model is of no supported variant."""
+    """A model with its parts, and all files that fit it. ModelError if the model is an unsupported variant."""
     lacking = [name for name in family.text_encoders if name not in file.parts]
     widths: dict[str, int | None] = {}
     if lacking:

@@ -52,20 +52,12 @@ def train_job(
     unasked: str | None = None,
     partner: Partner | None = None,
 ) -> TrainResult:
-    """Train a job, with the previews of its settings and the report in the run's folder.
+    """Train a job, which can be run once, with the previews of its settings and the report in the run's folder.
 
-    Args:
-        denoiser: of the job; previews load the LoRA onto it as users do.
-        job: the planned run; it can be run once.
-        data: encoded samples.
-        options: folder, events and the like; `previews`, `page` and `beside` are replaced.
-        unasked: prompt of previews where the settings have None, which then take at most a tenth of the run, or are
-            left out.
-        partner: of previews of one of two experts; see `Previewer`.
-
-    Raises:
-        OptionError: previews or sidecars are set but there is no output folder, or sidecars would replace the record.
-        LorasmithError: as `train`.
+    `unasked` is the prompt of previews where the settings have None, which then take at most a tenth of the run, or are
+    left out. `partner` is that of `Previewer`, for one of two experts. `previews`, `page` and `beside` of `options` are
+    replaced. Raises OptionError if previews or sidecars are set without an output folder, or sidecars would replace the
+    record.
     """
     config = job.config
     prompts, program = parse_prompts(config.previews), whole_program(config)
@@ -112,14 +104,7 @@ _NO_PREVIEWS = (
 def run_folder(
     runs: Path, title: str, *, fresh: bool = False, numbering: str = "-{:03}"
 ) -> Callable[[Fingerprint], Path]:
-    """A function from a run's fingerprint to its folder: the one that holds it unfinished, or a new one.
-
-    Args:
-        runs: parent of all runs of a door.
-        title: name of the LoRA.
-        fresh: never continue an unfinished run.
-        numbering: format of the number after the title in the name of a new folder.
-    """
+    """A function from a run's fingerprint to its folder: one with it unfinished, unless `fresh`, or a new one."""
 
     def chosen(fingerprint: Fingerprint) -> Path:
         before = None if fresh else unfinished_run(runs, title, fingerprint)
@@ -129,13 +114,7 @@ def run_folder(
 
 
 def new_run_folder(runs: Path, title: str, *, numbering: str = "-{:03}") -> Path:
-    """A new folder, numbered after the highest existing one with that title; runs are never overwritten.
-
-    Args:
-        runs: parent of the runs.
-        title: name of the LoRA.
-        numbering: format of the number after the title.
-    """
+    """A new folder, numbered after the highest existing one with that title; runs are never overwritten."""
     last = max((number for number, _ in numbered_runs(runs, title, any_case=True)), default=0)
     return runs / (title + numbering.format(last + 1))
 
@@ -147,16 +126,15 @@ class TrainArguments(TrainConfig):
     Attributes:
         config: base settings; those passed as keywords override them.
         output: folder of the run, or None to write nothing. If it holds the same run (settings, model, data),
-            unfinished, that run is resumed bit-identically; a complete one with fewer steps is moved aside, and the
-            run trains on from its end. If it holds other files, the run is in a subfolder with its title.
+            unfinished, that run is resumed bit-identically; a complete one with fewer steps is moved aside and
+            continued from its end. If it holds other files, the run is in a subfolder with its title.
         title: name of the LoRA, and of its file in `output`.
         trigger: trigger phrase, for the metadata.
         device: where to train; the first GPU, or the CPU, if None.
         validation: held-out images, instead of a share of the data.
         fresh: move an existing run in `output` aside, and start from scratch.
         progress: show a bar and the run's notes on standard error; False shows nothing.
-        on_event: receives all events; without it and without progress, what goes wrong is logged (`logging`, by the
-            name lorasmith).
+        on_event: receives all events; without it and without progress, warnings are logged (logger `lorasmith`).
         cancelled: called between steps; True ends the run and saves the result.
     """
 
@@ -177,12 +155,7 @@ _SURROUNDINGS = [field.name for field in fields(TrainArguments) if "option" not 
 
 
 def shown_signature(function: Callable[..., Any], arguments: Any) -> Any:
-    """The function, whose `**arguments` are shown as the fields of their dataclass; those that are no options first.
-
-    Args:
-        function: with some parameters of its own.
-        arguments: the dataclass.
-    """
+    """The function with the fields of the dataclass in place of `**arguments` in its signature, non-options first."""
     plain, hints = inspect.signature(function, eval_str=True), get_type_hints(arguments)
     first = [one for one in plain.parameters.values() if one.kind is not one.VAR_KEYWORD]
     others = [one.replace(annotation=hints[one.name]) for one in inspect.signature(arguments).parameters.values()]
@@ -245,18 +218,18 @@ def train_together(
 ) -> list[TrainResult | Exception]:
     """Train several LoRAs at once over one model, which is held in memory once.
 
-    Each is the one that `train` gives, to rounding. Rates, ranks, seeds, algorithms, targets, optimizers, batch sizes,
-    steps and data may differ; settings of the model and of memory are those of all.
+    Each result equals that of `train`, to rounding. Rates, ranks, seeds, algorithms, targets, optimizers, batch sizes,
+    steps and data may differ; settings of the model and of memory are shared by all.
 
     Args:
         model: as for `train`.
         data: encoded samples.
         runs: the arguments of each run as for `train`, such as `{"rank": 8, "output": "runs/8"}`; `data` are samples of
             its own.
-        **arguments: those that all runs have. No bars are shown.
+        **arguments: shared by all runs. No bars are shown.
 
     Returns:
-        The result of each run, or the error that ended it, which ends no other.
+        The result of each run, or the error that ended it; other runs continue.
 
     Raises:
         OptionError: as `train`, or the runs cannot train together.
@@ -281,7 +254,7 @@ def _with_engine(
 
 
 def _planned(model: Model | Denoiser, arguments: Mapping[str, Any]) -> tuple[TrainArguments, Denoiser, Job]:
-    """The arguments of `train` that are no settings, the model's handle, and the job of the settings."""
+    """The arguments of `train` that are not settings, the model's handle, and the job of the settings."""
     given = TrainArguments(**{name: value for name, value in arguments.items() if name in _SURROUNDINGS})
     settings = {name: value for name, value in arguments.items() if name not in _SURROUNDINGS}
     config = config_from(TrainConfig, {**(asdict(given.config) if given.config else {}), **settings})
@@ -320,6 +293,6 @@ def _to_both(first: EventHandler, second: EventHandler) -> EventHandler:
 
 
 def _logged(event: Event) -> None:
-    """Log what goes wrong in a run that nobody watches, such as a preview that cannot be drawn."""
+    """Log the warnings of a run without a watcher, such as a preview that cannot be drawn."""
     if isinstance(event, RolledBack | Shrunk) or (isinstance(event, Warned) and not event.is_remark):
         logging.getLogger("lorasmith").warning(event.message)

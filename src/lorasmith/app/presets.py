@@ -1,8 +1,8 @@
-"""The three choices that somebody gets who asks for no settings: quick, balanced, thorough.
+"""The three choices for users who set nothing: quick, balanced, thorough.
 
 They are declared here alone, for the page and the documents. Steps follow the number of images: each is seen about as
-often, within bounds below which nothing is learnt and above which few pictures are learnt by heart. All else that a
-choice does not set has its default, which model and algorithm decide.
+often, within bounds below which nothing is learnt and above which a LoRA overfits to few pictures. Everything else has
+its default, which model and algorithm decide.
 """
 
 from __future__ import annotations
@@ -17,32 +17,22 @@ from lorasmith.training.config import TrainConfig
 
 PresetName = Literal["quick", "balanced", "thorough"]
 
-USUAL_IMAGES = 20
-"""Images for which the steps of a preset are given where their number is unknown."""
+USUAL_IMAGES = 20  # images for which the steps of a preset are given where their number is unknown
 
 _ROUND = 50  # steps are multiples of it
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
-    """A choice of settings.
-
-    Attributes:
-        name: of the choice.
-        title: in words.
-        summary: what it trades, in a sentence.
-        steps_per_image: how often each image is seen.
-        least_steps, most_steps: bounds of the steps.
-        settings: all others that it sets.
-    """
+    """A choice of settings."""
 
     name: PresetName
-    title: str
-    summary: str
-    steps_per_image: int
+    title: str  # in words
+    summary: str  # its trade-off, in a sentence
+    steps_per_image: int  # how often each image is seen
     least_steps: int
     most_steps: int
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)  # all others that it sets
 
     def settings_for(self, images: int | None = None) -> dict[str, Any]:
         """All settings for a number of images; that of `USUAL_IMAGES` if it is unknown."""
@@ -88,7 +78,7 @@ PRESETS: dict[PresetName, Preset] = {
 
 
 def setting_groups() -> dict[str, list[Option]]:
-    """Every setting that a page offers, by its heading: data first, then training, in the order of declaration."""
+    """Every setting that a page offers, by heading: data first, then training, in the order of declaration."""
     groups: dict[str, list[Option]] = {}
     for config in (DataConfig, TrainConfig):
         for declared in options_of(config).values():

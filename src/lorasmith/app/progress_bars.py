@@ -23,12 +23,7 @@ def note(sentence: str) -> None:
 
 @contextlib.contextmanager
 def counted(label: str, progress: bool | Callable[..., object] | None) -> Iterator[Callable[..., None] | None]:
-    """Inside the context, the yielded function shows (done, total, ...) as a bar; None if nothing is to be shown.
-
-    Args:
-        label: what is done.
-        progress: True for a bar, a function that is called instead, False or None for neither.
-    """
+    """Yield a function that shows (done, total, ...) as a bar, or calls `progress`; None if nothing is to be shown."""
     if callable(progress):
         given = progress
         yield lambda *counts: void(given(*counts))

@@ -1,12 +1,12 @@
 """Repeating a recorded run, and what its record may name.
 
-A record is in a LoRA or in the folder of a run, and both may be a stranger's. It chooses among known names and gives
-numbers; everything else needs the person who runs the command:
+A record is in a LoRA or in the folder of a run, and both are untrusted. A record chooses among known names and gives
+numbers; everything else needs a flag from the person who runs the command:
 
 - files and folders are read where they are inside the current folder or in the package. Those elsewhere, those behind
   links out of a folder of images, and downloads from a hub, need `Rights.files` (`--as-recorded`), or other files in
   their place (`--model`, `--data`, ...);
-- an optimizer's import path is typed (`--allow-optimizer`), and so is a tracker (`--track`).
+- an optimizer's import path has to be typed (`--allow-optimizer`), and so does a tracker (`--track`).
 
 `resume` and `reproduce` get the spec of a run from here alone; `train --config run.json` gets its arguments from
 `run_file`, by the same rules.
@@ -32,17 +32,11 @@ from lorasmith.training.runs.records import RunRecord
 
 @dataclass(frozen=True, kw_only=True)
 class Rights:
-    """What the person at the keyboard lets a record name.
+    """What the person at the keyboard lets a record name."""
 
-    Attributes:
-        files: model, images and LoRAs outside the current folder, links out of the folder of images, and downloads.
-        optimizers: import paths of optimizers.
-        track: the tracker to start, if any.
-    """
-
-    files: bool = False
-    optimizers: tuple[str, ...] = ()
-    track: str | None = None
+    files: bool = False  # outside the current folder or behind links out of the images, and downloads
+    optimizers: tuple[str, ...] = ()  # import paths
+    track: str | None = None  # the tracker to start, if any
 
 
 def repeated(
@@ -56,21 +50,12 @@ def repeated(
     data: Path | None = None,
     device: str | None = None,
 ) -> RunSpec:
-    """An earlier run, to prepare it again.
+    """The spec of a recorded run, with the arguments that are given in place of the record's. `file` is for messages.
 
-    Args:
-        record: of the run.
-        file: where the record is, for messages.
-        rights: what it may name.
-        model, text_encoders, vae, data, device: files of the base model and its parts, folder of images and device, if
-            they replace the run's.
-
-    Raises:
-        ValueError: the run was not on a folder of images.
-        OptionError: the record names more than it may, or a setting is unknown or out of its range.
+    Raises ValueError if the run was not on a folder of images, and OptionError if the record names more than `rights`.
     """
     recorded = RunSpec.from_record(record.source, record.asked)
-    # Products may be in another format on this device, but the run must be the same.
+    # The default dtype of this device may differ, but the run must be the same.
     dtype = record.fingerprint.get("config", {}).get("training_dtype", "auto")
     recorded = recorded.with_settings(training_dtype=dtype, exact_dtype=True).trusted(
         optimizers=rights.optimizers, track=rights.track, allowing="--allow-optimizer"
@@ -93,14 +78,7 @@ def repeated(
 
 
 def check_named_files(named: Iterable[tuple[str, str | None]], file: Path, rights: Rights, *, instead: str) -> None:
-    """Raise OptionError if a record names files that it may not.
-
-    Args:
-        named: what each file is, and its path.
-        file: where the record is.
-        rights: what it may name.
-        instead: the arguments that give other files, for the message.
-    """
+    """Raise OptionError if a record names files, (what, path), that it may not; `instead` lists flags to use."""
     if rights.files or not (outside := list(_outside(named))):
         return
     shown = "; ".join(f"{what} {path}" for what, path in outside[:2])
@@ -112,7 +90,7 @@ def check_named_files(named: Iterable[tuple[str, str | None]], file: Path, right
 
 
 def check_links(follow_links: object, file: Path, rights: Rights) -> None:
-    """Raise OptionError if a record has links followed that lead out of the folder of images, and may not."""
+    """Raise OptionError if a record follows links out of the folder of images, and may not."""
     if follow_links and not rights.files:
         raise OptionError(
             f"{file.name} reads files behind links out of the folder of images; add --as-recorded to allow that"
@@ -120,11 +98,9 @@ def check_links(follow_links: object, file: Path, rights: Rights) -> None:
 
 
 def rights_needed(spec: RunSpec, run: Path | None = None) -> list[str]:
-    """The arguments by which `lorasmith resume` may repeat a run that was typed.
+    """The flags that `lorasmith resume` needs to repeat a run that was typed.
 
-    Args:
-        spec: of the run.
-        run: its folder, None without one; the run may have started from a state that is only in its record.
+    With its folder, the state that the run started from counts too, as it may be in the record alone.
     """
     config = spec.config
     if run is not None and isinstance(state := read_record(run).asked.get("existing_state"), str):
@@ -141,15 +117,15 @@ def _outside(named: Iterable[tuple[str, str | None]]) -> Iterator[tuple[str, str
 
 
 def _is_here(path: str) -> bool:
-    """Whether a path can be read without a confirmation. A hub id is no such path, and is not looked up."""
+    """Whether a path can be read without a confirmation. A hub id cannot, and is not looked up."""
     if path in built_in_models():
         return True
-    roots = [one for one in (Path.cwd(), ASSETS.resolve()) if one != one.parent]  # the root holds everything
+    roots = [one for one in (Path.cwd(), ASSETS.resolve()) if one != one.parent]  # the root contains everything
     if not Path(path).is_absolute() or not _is_inside(Path(os.path.normpath(path)), roots):
         return False
-    try:  # links lead out; followed only where the path is inside to begin with, as others may be on a network
+    try:  # links may lead out; paths outside are not resolved, as they may be on a network
         return _is_inside(Path(path).resolve(), roots)
-    except (OSError, RuntimeError, ValueError):  # a circle of links, or what no file can be called
+    except (OSError, RuntimeError, ValueError):  # a symlink loop, or not a valid file name
         return False
 
 

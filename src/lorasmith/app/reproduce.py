@@ -23,51 +23,31 @@ from lorasmith.training.train import RunOptions
 
 @dataclass(frozen=True, kw_only=True)
 class Differs(Event):
-    """An input or the environment differs from the original run.
+    """An input or the environment differs from the original run."""
 
-    Attributes:
-        what: the difference, with both values.
-        is_decisive: whether it affects more than the last bits of the result.
-    """
-
-    what: str
-    is_decisive: bool
+    what: str  # the difference, with both values
+    is_decisive: bool  # affects more than the last bits of the result
 
 
 @dataclass(frozen=True)
 class Reproduction:
-    """A prepared repetition of the run of a LoRA.
-
-    Attributes:
-        lora: the file.
-        before: its record of the original run.
-        prepared: the new run.
-        steps: step of the LoRA, after which training ends.
-        output: folder of the new run; None for one under `runs/`.
-    """
+    """A prepared repetition of the run of a LoRA."""
 
     lora: Path
-    before: RunRecord
-    prepared: PreparedRun
-    steps: int
-    output: Path | None
+    before: RunRecord  # the LoRA's record of the original run
+    prepared: PreparedRun  # the new run
+    steps: int  # step of the LoRA, after which training ends
+    output: Path | None  # folder of the new run; None for one under `runs/`
 
 
 @dataclass(frozen=True)
 class Reproduced:
-    """The result of a reproduction.
+    """The result of a reproduction."""
 
-    Attributes:
-        differs: decisive differences; if there are any, nothing was trained.
-        result: of the new run, if it was trained.
-        is_complete: whether it reached the LoRA's step, so that both can be compared.
-        is_same: whether the tensors are bit-identical.
-    """
-
-    differs: tuple[str, ...] = ()
+    differs: tuple[str, ...] = ()  # decisive differences; if there are any, nothing was trained
     result: TrainResult | None = None
-    is_complete: bool = False
-    is_same: bool = False
+    is_complete: bool = False  # reached the LoRA's step, so that both can be compared
+    is_same: bool = False  # the tensors are bit-identical
 
 
 def prepare_reproduction(
@@ -83,21 +63,10 @@ def prepare_reproduction(
     dry_run: bool = False,
     on_event: EventHandler = lambda event: None,
 ) -> Reproduction:
-    """Prepare the run that made a LoRA.
+    """Prepare the run that made a LoRA; arguments replace those of its record (`recorded_run.repeated`).
 
-    Args:
-        lora: the file.
-        rights: what its record may name.
-        model, text_encoders, vae, data, device: as for `recorded_run.repeated`.
-        output: folder of the new run.
-        dry_run: whether nothing will be written.
-        on_event: receives the events of `prepare`.
-
-    Raises:
-        OptionError: the file has no record of its run, the run was not on a folder of images, or its record names more
-            than it may.
-        OutputError: `output` contains a run.
-        LorasmithError: as `prepare`.
+    Raises OptionError if the file has no record of a run on a folder of images, or it names more than `rights`, and
+    OutputError if `output` contains a run.
     """
     metadata = check_safetensors(lora).metadata
     before = _record_of(lora, metadata)
@@ -129,18 +98,10 @@ def reproduce(
     on_event: EventHandler = RunOptions.on_event,
     cancelled: Callable[[], bool] = RunOptions.cancelled,
 ) -> Reproduced:
-    """Repeat the run and compare the result, unless there is a decisive difference.
+    """Repeat the run and compare the result, unless there is a decisive difference; emits a `Differs` for each.
 
-    Args:
-        again: the prepared run.
-        dry_run: only compare the inputs; train nothing.
-        verify: compare every byte of the base model's files.
-        on_event: receives a `Differs` for each difference, and training events.
-        cancelled: called between steps; True ends the run without a comparison.
-
-    Raises:
-        OutputError: `verify` is set, and the LoRA has no digests of whole files.
-        LorasmithError: as `train_prepared`.
+    `dry_run` only compares the inputs. `verify` compares every byte of the base model's files; OutputError if the LoRA
+    has no digests of them.
     """
 
     def folder(fingerprint: Fingerprint) -> Path:
@@ -177,7 +138,7 @@ class _Settled(Exception):  # noqa: N818  (nothing went wrong)
 
 
 def _record_of(lora: Path, metadata: Mapping[str, str]) -> RunRecord:
-    """The record in a LoRA's metadata. Raises OptionError if there is none of a run on a folder of images."""
+    """The record in a LoRA's metadata. OptionError if there is none of a run on a folder of images."""
     try:
         record = parsed_record(metadata[RUN_ENTRY])
     except (KeyError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Preparing an interrupted run on a folder again; `train_prepared` with its folder as output resumes it."""
+"""Preparing an interrupted run on a folder to continue; `train_prepared` with its folder as output resumes it."""
 
 from __future__ import annotations
 
@@ -29,20 +29,12 @@ def prepare_again(
     steps: int | None = None,
     on_event: EventHandler = lambda event: None,
 ) -> PreparedRun:
-    """Prepare the run in a folder.
+    """Prepare the run in a folder; arguments replace those of its record (`recorded_run.repeated`).
 
-    Args:
-        run: the folder.
-        rights: what its record may name.
-        model, text_encoders, vae, data, device: as for `recorded_run.repeated`.
-        steps: of a longer run that starts from the end of this one, which is complete.
-        on_event: receives the events of `prepare`, and a `Warned` if the run starts from the beginning or a tracker
-            that it names is not started.
-
-    Raises:
-        OptionError: the run was not on a folder of images, or its record names more than it may.
-        OutputError: the run is complete, another process trains in the folder, or there is no run in it.
-        LorasmithError: as `prepare`.
+    `steps` is for a longer run that starts from the end of this one, which has to be complete. A `Warned` says if the
+    run starts from the beginning, or its tracker is not started. Raises OptionError if the run was not on a folder of
+    images or its record names more than `rights`, and OutputError if there is no run, it is complete, or another
+    process trains it.
     """
     folder = RunFolder(run)
     record = folder.record()

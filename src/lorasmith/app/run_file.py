@@ -15,10 +15,8 @@
 
 The file is TOML (https://toml.io). Keys are the names of the command line's flags with underscores; paths are relative
 to the file's folder. A file chooses among names: an optimizer's import path, a tracker and `follow_links` have to be
-typed.
-
-The `run.json` of a run gives the arguments of that run; where it was, and what came of it, is ignored. It may be a
-stranger's, so what it names follows the rules of `recorded_run`.
+typed. The `run.json` of a run gives the arguments of that run; it is untrusted, so what it names follows the rules of
+`recorded_run`. Its output and results are ignored.
 """
 
 from __future__ import annotations
@@ -45,10 +43,9 @@ _MOST_BYTES = 2**20
 
 
 def read_run_file(path: Path, *, typed_first: RunSpec = RunSpec(), rights: Rights = Rights()) -> RunSpec:  # noqa: B008 - immutable
-    """What a file says of a run, with absolute paths: settings in TOML, or the record of a run in JSON.
+    """The run in a file, with absolute paths. Of a record, files that `typed_first` replaces may be anywhere.
 
-    Of a record, files that `typed_first` replaces may be anywhere. Raises OptionError if the file cannot be read or has
-    an unknown key or a value of another type, or if a record names more than it may.
+    OptionError if the file cannot be read, has an unknown key or a value of another type, or names more than `rights`.
     """
     try:
         content = read_regular(path)
@@ -68,7 +65,7 @@ def read_run_file(path: Path, *, typed_first: RunSpec = RunSpec(), rights: Right
 
 
 def parsed_toml(path: Path, content: bytes) -> dict[str, Any]:
-    """The content of a file of settings as TOML values. Raises OptionError if it is too large, or no TOML."""
+    """A file of settings as TOML values. OptionError if it is too large, or not TOML."""
     try:
         if len(content) > _MOST_BYTES:
             raise ValueError(f"it has more than {_MOST_BYTES:,} bytes")
@@ -78,7 +75,7 @@ def parsed_toml(path: Path, content: bytes) -> dict[str, Any]:
 
 
 def arguments_in(found: Mapping[str, Any], path: Path) -> RunSpec:
-    """What the values in a file of settings say of a run, with absolute paths. Raises OptionError."""
+    """The run that the values in a file of settings describe, with absolute paths. Raises OptionError."""
     own = [one.name for one in fields(RunSpec) if one.name != "settings"]
     for key in found:
         if key not in own and key not in SETTINGS:
@@ -125,12 +122,10 @@ def _of_record(path: Path, content: bytes) -> RunSpec:
 
 
 def _absolute(given: RunSpec, folder: Path) -> RunSpec:
-    """The arguments with their paths relative to a folder made absolute."""
-
     def inside(path: str) -> str:
         return str(folder / path)
 
-    def file(path: str) -> str:  # a hub id or a built-in name is no path
+    def file(path: str) -> str:  # a hub id or a built-in name is not a path
         return inside(path) if (folder / path).exists() else path
 
     settings = {
@@ -151,5 +146,5 @@ def _absolute(given: RunSpec, folder: Path) -> RunSpec:
 
 
 def _listed(value: Any) -> list[Any]:
-    """A list of values, of which there may be none or a single one without a list."""
+    """A list of values, which may be missing or a single value."""
     return value if isinstance(value, list) else [] if value is None else [value]

@@ -1,8 +1,8 @@
-"""The images of a run in its folder: what is recorded of each, and small versions of them for the report.
+"""The images of a run in its folder: their record, and small versions of them for the report.
 
     thumbnails/0001.webp     the first image, and so on
 
-A report shows these files alone, never those that a record names: it may be a stranger's.
+A report shows these files alone, never those that a record names, which is untrusted.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from lorasmith.core.typed_json import typed
 from lorasmith.data.clips import open_still
 from lorasmith.data.image_files import ImageError
 
-_THUMBNAILS = 60
-"""Images of which a small version is kept: reading takes a moment for each."""
+_THUMBNAILS = 60  # images of which a small version is kept: reading takes a moment for each
 
 _RECORDED = 2000
 _EDGE, _QUALITY = 192, 80
@@ -30,19 +29,12 @@ _Kind = TypeVar("_Kind")
 
 @dataclass(frozen=True, kw_only=True)
 class RunImage:
-    """An image of a run.
-
-    Attributes:
-        name: of the file.
-        caption: for the text encoder.
-        use: `trained`, `held out` or `class`.
-        repeats: number of its occurrences in an epoch.
-    """
+    """An image of a run."""
 
     name: str
-    caption: str = ""
-    use: str = "trained"
-    repeats: int = 1
+    caption: str = ""  # for the text encoder
+    use: str = "trained"  # `trained`, `held out` or `class`
+    repeats: int = 1  # number of its occurrences in an epoch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +46,7 @@ class LeftOut:
 
 
 def image_facts(plan: RunPlan) -> dict[str, Any]:
-    """What a run records of its images, JSON values by name."""
+    """The images of a run as JSON values by name, for its record."""
     images = [
         RunImage(
             name=image.name,
@@ -94,7 +86,7 @@ def _listed(values: object, kind: type[_Kind]) -> tuple[_Kind, ...]:
 def keep_thumbnails(folder: Path, plan: RunPlan) -> None:
     """Write small versions of the first images into the folder of a run, unless they are there.
 
-    An image that cannot be read has none, and a full disk ends it: they are for the report alone.
+    As they are for the report alone, an unreadable image is skipped, and a full disk ends the loop.
     """
     missing = [
         (image.path, path)
@@ -122,5 +114,5 @@ def keep_thumbnails(folder: Path, plan: RunPlan) -> None:
 
 
 def thumbnail_of(folder: Path, index: int) -> Path:
-    """The small version of the image with this index."""
+    """Path of the small version of the image with this index."""
     return folder / "thumbnails" / f"{index + 1:04}.webp"

@@ -56,16 +56,9 @@ _MOST_STEPS, _MOST_PROMPTS = 10, 12  # of pictures on the page, to limit its siz
 
 
 def write_report(folder: Path, end: RunFinished | None = None) -> Path:
-    """Write `report.html` into the folder of a run, which may still be running.
+    """Write `report.html` into the folder of a run, which may still be running; `end` if that is not logged yet.
 
-    Args:
-        folder: of the run.
-        end: its end, if that is not logged yet.
-
-    Raises:
-        OptionError: there is no run in the folder.
-        TrainingError: its `run.json` cannot be read.
-        OutputError: the file cannot be written.
+    OptionError if there is no run in the folder, TrainingError if its record cannot be read, OutputError on writing.
     """
     target = folder / "report.html"
     history = read_history(folder)
@@ -202,7 +195,6 @@ def _use(history: RunHistory, lora: Path) -> LoraUse:
 
 
 def _trained_on(history: RunHistory) -> list[TrainedImage]:
-    """The images of the run, with the small versions in its folder."""
     shown = []
     for index, image in enumerate(images_in(history.record.data)):
         small = thumbnail_of(history.folder, index)
@@ -215,7 +207,6 @@ def _trained_on(history: RunHistory) -> list[TrainedImage]:
 
 
 def _described(lora: Path) -> str:
-    """Path of a LoRA with its size and steps."""
     try:
         steps = f", {count_text(steps_of(check_safetensors(lora).metadata, lora.name), 'step')}"
     except LorasmithError:  # not readable; `lorasmith check` explains why
@@ -224,7 +215,7 @@ def _described(lora: Path) -> str:
 
 
 def _commands(history: RunHistory, lora: Path | None) -> dict[str, str]:
-    """Commands to copy. They are made here from the record's settings, and none is copied from the record."""
+    """Commands to copy, made from the record's settings; no text of the record is copied as a command."""
     record, folder = history.record, history.folder.resolve()
     try:
         spec = RunSpec.from_record(record.source, record.asked).trusted()
@@ -319,13 +310,13 @@ def previews_of(history: RunHistory) -> tuple[PictureTable | None, PictureTable 
     over_time = [(f"step {step:,}", paths) for step, strength, paths in adapted if strength == usual[0][0]]
     before_after = PictureTable(prompts, base + final, "Pictures of the base model and with the LoRA, by prompt")
     if len(over_time) < 2:
-        return before_after, None  # it would be the same pictures again
+        return before_after, None  # the second table would have the same pictures
     about = f"Pictures by step and prompt, with the LoRA at {usual[0][0]:g}"
     return before_after, PictureTable(prompts, base + thinned(over_time, _MOST_STEPS), about)
 
 
 def is_own(path: Path, folder: Path) -> bool:
-    """Whether there is such a file in the folder of a run itself, not where a link in it leads."""
+    """Whether the file is in the folder of a run itself, not where a link in it leads."""
     return path.is_file() and path.resolve().is_relative_to(folder.resolve())
 
 
@@ -358,7 +349,7 @@ def _data(record: RunRecord) -> dict[str, str]:
 
 
 def _training_images(record: RunRecord) -> str:
-    """Their number, and that of the samples in an epoch where some are repeated."""
+    """Number of images, and of samples in an epoch if some are repeated."""
     images = _distinct(record)
     repeated = f" ({len(record.samples):,} samples in an epoch)" if images != len(record.samples) else ""
     return f"{images:,}{repeated}"

@@ -1,4 +1,4 @@
-"""The plan of a run on a folder as data, and the events of preparing it; doors show both."""
+"""The plan of a run on a folder as data, and the events of preparing it; commands and server show both."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OWN_CAPTION, NO_CAPTION = "a caption of its own", "none"
 
 
 def caption_counts(images: Sequence[ImageFile], trigger: str) -> dict[str, int]:
-    """Number of images by what their caption is: `OWN_CAPTION`, `NO_CAPTION`, or in words what is used instead."""
+    """Number of images by the kind of caption: `OWN_CAPTION`, `NO_CAPTION`, or in words the text used instead."""
     counts: Counter[str] = Counter()
     for image in images:
         match image.caption_source:
@@ -38,59 +38,42 @@ def caption_counts(images: Sequence[ImageFile], trigger: str) -> dict[str, int]:
 
 
 def captions_used(images: Sequence[ImageFile], trigger: str) -> str:
-    """What the captions of images are, in words and with numbers."""
+    """`caption_counts` in words."""
     counts = caption_counts(images, trigger)
     return ", ".join(f"{what.rstrip(',')} for {count:,} of {len(images):,} images" for what, count in counts.items())
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunPlan:
-    """Summary of a prepared run.
-
-    Attributes:
-        folder: of the images.
-        scan: the images, those of the subject's class included.
-        held_out: names of the images that are held out for validation.
-        trigger: phrase put in front of captions that lack it.
-        model, family: titles of the base model and of its family.
-        found: its parts that were found in the model folders.
-        resolutions: sides in pixels of the squares whose area pictures are scaled to.
-        pixel_multiple: their sides are multiples of it.
-        data: further settings of the data that have not their default values.
-        trained: algorithm, targets and parameter count in one line.
-        parameters: number of trained parameters.
-        config: settings, all resolved.
-        notes: remarks for the user, one sentence each.
-    """
+    """Summary of a prepared run."""
 
     folder: Path
-    scan: FolderScan
-    trigger: str
-    model: str
-    family: str
-    found: tuple[FoundPart, ...] = ()
-    resolutions: tuple[int, ...]
-    pixel_multiple: int
-    data: Mapping[str, Any] = field(default_factory=dict)
-    trained: str
-    parameters: int
+    scan: FolderScan  # images of the subject's class included
+    trigger: str  # phrase put in front of captions that lack it
+    model: str  # title
+    family: str  # title
+    found: tuple[FoundPart, ...] = ()  # parts found in the model folders
+    resolutions: tuple[int, ...]  # sides in pixels of squares; pictures are scaled to their areas
+    pixel_multiple: int  # of the sides of pictures
+    data: Mapping[str, Any] = field(default_factory=dict)  # further settings of the data that are not defaults
+    trained: str  # algorithm, targets and parameter count in one line
+    parameters: int  # number of trained parameters
     config: ResolvedConfig
-    notes: tuple[str, ...]
-    held_out: tuple[str, ...] = ()
+    notes: tuple[str, ...]  # for the user, one sentence each
+    held_out: tuple[str, ...] = ()  # names of the images held out for validation
 
     @property
     def samples(self) -> int:
-        """Number of samples in all steps."""
+        """In all steps."""
         return self.config.steps * self.config.samples_per_step
 
     @property
     def samples_per_epoch(self) -> int:
-        """Number of samples in an epoch, repeats included and held-out images left out."""
+        """Repeats included, held-out images left out."""
         return sum(one.repeats for one in self.scan.images if one.is_class or one.name not in self.held_out)
 
     @property
     def epochs(self) -> float:
-        """Number of epochs."""
         return self.samples / self.samples_per_epoch
 
     @property
@@ -101,11 +84,7 @@ class RunPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class ImagesFound(Event):
-    """The folder of images was scanned.
-
-    Attributes:
-        folder, scan, trigger: as in `RunPlan`.
-    """
+    """The folder of images was scanned."""
 
     folder: Path
     scan: FolderScan
@@ -114,24 +93,16 @@ class ImagesFound(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class ImagesChecked(Event):
-    """The images were checked, before any is encoded.
-
-    Attributes:
-        check: what was found.
-    """
+    """The images were checked, before any is encoded."""
 
     check: DataCheck
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelLoading(Event):
-    """The base model is being loaded.
+    """The base model is being loaded."""
 
-    Attributes:
-        model: its file, folder, hub id or name.
-    """
-
-    model: str
+    model: str  # file, folder, hub id or built-in name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,11 +114,7 @@ class RunPlanned(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class ClassImageDrawn(Event):
-    """The base model has drawn a picture of the subject's class.
-
-    Attributes:
-        done, total: pictures drawn so far, and all that were missing.
-    """
+    """The base model has drawn one of the `total` missing pictures of the subject's class."""
 
     done: int
     total: int
@@ -155,11 +122,7 @@ class ClassImageDrawn(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class EncodersHashed(Event):
-    """A tensor of an encoder was hashed, by which cached encodings are found.
-
-    Attributes:
-        done, total: tensors of the encoder hashed so far, and all of them.
-    """
+    """A tensor of an encoder was hashed, for the keys of cached encodings; `total` is per encoder."""
 
     done: int
     total: int
@@ -167,13 +130,8 @@ class EncodersHashed(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class ImageEncoded(Event):
-    """An image and its caption were encoded.
-
-    Attributes:
-        done, total: images encoded so far, and all images.
-        cached: those of all that were in the cache.
-    """
+    """An image and its caption were encoded."""
 
     done: int
     total: int
-    cached: int = 0
+    cached: int = 0  # number of all images that were in the cache

@@ -32,8 +32,7 @@ from lorasmith.training.events import Drawing, Event, EventHandler, Previewed, W
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.runtime import dtype_on_device
 
-_MOST_FAILURES = 2
-"""Consecutive failures after which a run draws no more previews."""
+_MOST_FAILURES = 2  # consecutive failures after which a run draws no more previews
 
 
 def run_previews(
@@ -49,23 +48,10 @@ def run_previews(
     on_event: EventHandler = lambda event: None,
     partner: Partner | None = None,
 ) -> RunPreviews:
-    """Encode the prompts; returns the object that draws them.
+    """Encode the prompts; returns the object that draws them into `samples/` in the folder of the run.
 
-    Args:
-        denoiser: the model of the run.
-        config: settings of the run.
-        folder: of the run; pictures are written to `samples/` in it.
-        prompts: of the pictures.
-        program: what is drawn of them.
-        title: name of the LoRA.
-        device: of the run; the first GPU, or the CPU, if None.
-        cancelled: called between evaluations of the network; True ends a preview.
-        on_event: receives a `Drawing` before each row of pictures.
-        partner: of one of two experts; see `Previewer`.
-
-    Raises:
-        ModelError: the model lacks a text encoder or an autoencoder.
-        LoraError: the continued LoRA cannot be read.
+    A `Drawing` is emitted before each row of pictures; `cancelled` is called between evaluations of the network.
+    ModelError if the model lacks a text encoder or an autoencoder.
     """
     base, device = denoiser.base, torch.device(device or best_device())
     text_encoder = base.text_encoder
@@ -101,14 +87,7 @@ def run_previews(
 class RunPreviews:
     """Draws previews of a saved LoRA, writes pictures and contact sheets, and returns events.
 
-    Args:
-        previewer: draws the pictures.
-        folder: for the files of `PreviewFolder`.
-        title: name of the LoRA.
-        model: name of the base model.
-        program: what is drawn.
-        on_event: receives a `Drawing` before each row of pictures.
-        private: whether the finished LoRA gets no picture in its header.
+    If `private`, the finished LoRA gets no picture in its header.
     """
 
     def __init__(
@@ -138,11 +117,10 @@ class RunPreviews:
         self._failures = 0
 
     def __call__(self, step: int, lora: Path, *, final: bool = False) -> list[Event]:
-        """Draw the LoRA saved at `lora` after `step` updates, without adapters attached to the model.
+        """Draw the LoRA saved at `lora` after `step` updates, without the adapters attached to the model.
 
-        Returns:
-            A `Previewed` per row of pictures, at first also for the base model, and a `Warned` on failure. After the
-            second consecutive failure nothing is drawn. A cancelled preview returns the rows drawn so far.
+        Returns a `Previewed` per row, the first time also for the base model, and a `Warned` on failure; after the
+        second consecutive failure nothing is drawn. A cancelled preview returns the rows drawn so far.
         """
         events: list[Event] = []
         if self._failures == _MOST_FAILURES:
@@ -206,9 +184,7 @@ class RunPreviews:
 class PreviewFrames:
     """A run's newest previews as one small picture for user interfaces: the base model's above those of the step.
 
-    Args:
-        columns: number of prompts shown, the first ones.
-        cell: longest edge of a picture in pixels.
+    The first `columns` prompts are shown; `cell` is the longest edge of a picture in pixels.
     """
 
     def __init__(self, *, columns: int = 4, cell: int = 192) -> None:
@@ -241,7 +217,7 @@ class PreviewFrames:
 
 
 def _frames(config: TrainConfig, base: Model) -> int:
-    """Frames of a preview. Raises OptionError where the model makes pictures."""
+    """Frames of a preview. OptionError if there are several and the model makes pictures."""
     if (frames := config.preview_frames) is None:
         return base.defaults.frames
     base.check_clips("preview_frames", frames)
@@ -256,7 +232,6 @@ def _sampling_dtype(denoiser: Denoiser, config: TrainConfig, device: torch.devic
 
 
 def _reason(error: Exception) -> str:
-    """A short description of an error."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return "out of memory"
     text = next(iter(str(error).splitlines()), "").strip()

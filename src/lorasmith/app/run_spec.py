@@ -1,4 +1,4 @@
-"""What a run on images is: images, model, settings, name and place.
+"""The spec of a run on images: images, model, settings, name and place.
 
 Command line, file of settings, row of a sweep, request of the page and record of a run are parsed into a `RunSpec`, and
 written from one. Nothing here imports torch.
@@ -23,11 +23,9 @@ from lorasmith.data.sources import ImageSource
 from lorasmith.families.locating import ModelFiles
 from lorasmith.training.config import NONE_LORA, TrainConfig, names_alone
 
-SETTINGS = {**options_of(DataConfig), **options_of(TrainConfig)}
-"""Declarations of all settings of a run, by name."""
+SETTINGS = {**options_of(DataConfig), **options_of(TrainConfig)}  # declarations of all settings of a run, by name
 
-SETTING_PATHS = tuple(name for name, declared in SETTINGS.items() if declared.is_path)
-"""Names of those that are paths."""
+SETTING_PATHS = tuple(name for name, declared in SETTINGS.items() if declared.is_path)  # names of those that are paths
 
 _RECORDED = ("sources", "model", "name", "validation", "device", "text_encoders", "vae")
 """What a record's `source` holds besides settings of data; the first three always."""
@@ -35,40 +33,28 @@ _RECORDED = ("sources", "model", "name", "validation", "device", "text_encoders"
 
 @dataclass(frozen=True, kw_only=True)
 class RunSpec:
-    """A run on images. What is missing may be completed by another spec, or has its default.
+    """A run on images. What is missing may be completed by another spec, or has its default."""
 
-    Attributes:
-        sources: of the images; the run is named after the first one.
-        model: base model: a path, a hub id or a built-in name.
-        low_noise_model: second expert of a model of two, if both are trained.
-        text_encoders, vae: files of the model's parts.
-        name: of the LoRA; that of the first folder if empty.
-        output: folder of the run.
-        validation: folder of held-out images.
-        device: where to train; None for the first GPU, or the CPU.
-        settings: of data and training, by name.
-    """
-
-    sources: tuple[ImageSource, ...] = ()
-    model: str = ""
-    low_noise_model: str | None = None
+    sources: tuple[ImageSource, ...] = ()  # the run is named after the first one
+    model: str = ""  # base model: path, hub id or built-in name
+    low_noise_model: str | None = None  # second expert of a model of two, if both are trained
     text_encoders: tuple[str, ...] = ()
     vae: str | None = None
-    name: str = ""
-    output: str | None = None
-    validation: str | None = None
-    device: str | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    name: str = ""  # of the LoRA; that of the first folder if empty
+    output: str | None = None  # folder of the run
+    validation: str | None = None  # folder of held-out images
+    device: str | None = None  # the first GPU, or the CPU, if None
+    settings: Mapping[str, Any] = field(default_factory=dict)  # of data and training, by name
 
     @cached_property
     def data(self) -> DataConfig:
-        """The settings of data. Raises OptionError if one is out of its range."""
+        """The settings of data. OptionError if one is out of its range."""
         config: DataConfig = config_from(DataConfig, self._settings_of(DataConfig))
         return config
 
     @cached_property
     def config(self) -> TrainConfig:
-        """The settings of training. Raises OptionError if one is unknown or out of its range."""
+        """The settings of training. OptionError if one is unknown or out of its range."""
         others = {name: value for name, value in self.settings.items() if name not in options_of(DataConfig)}
         config: TrainConfig = config_from(TrainConfig, others)
         return config
@@ -80,7 +66,6 @@ class RunSpec:
 
     @property
     def files(self) -> ModelFiles:
-        """The files of the model."""
         return ModelFiles(self.model, self.text_encoders, self.vae)
 
     def with_files(self, files: ModelFiles) -> RunSpec:
@@ -93,7 +78,6 @@ class RunSpec:
         )
 
     def with_settings(self, **settings: Any) -> RunSpec:
-        """The spec with settings added or replaced."""
         return replace(self, settings={**self.settings, **settings})
 
     def completed(self, other: RunSpec) -> RunSpec:
@@ -109,7 +93,7 @@ class RunSpec:
         return replace(self, settings=settings)
 
     def resolved(self) -> RunSpec:
-        """The spec with a name and absolute paths. Raises OptionError without images or model."""
+        """The spec with a name and absolute paths. OptionError without images or model."""
         if not self.sources:
             raise OptionError("a run needs images, got no folder of them; type it, or name it in --config")
         if not self.model:
@@ -124,7 +108,7 @@ class RunSpec:
         )
 
     def named_files(self) -> Iterator[tuple[str, str | None]]:
-        """What each file is that the spec names, and its path."""
+        """(what it is, path) of each file that the spec names."""
         yield "model", self.model
         yield "second expert", self.low_noise_model
         yield from (("text encoder", one) for one in self.text_encoders)
@@ -150,14 +134,9 @@ class RunSpec:
 
     @classmethod
     def from_record(cls, source: Mapping[str, Any], asked: Mapping[str, Any]) -> RunSpec:
-        """The spec in a record of a run.
+        """The spec in a record of `lorasmith train`, from its `source` and its settings of training, `asked`.
 
-        Args:
-            source: the record's source, of `lorasmith train`.
-            asked: the record's settings of training.
-
-        Raises:
-            ValueError: the source is of another command, damaged, or lacks images, model or name.
+        ValueError if the source is of another command, damaged, or lacks images, model or name.
         """
         if source.get("command") != "train":
             raise ValueError("source.command must be train")
@@ -175,7 +154,7 @@ class RunSpec:
         return spec.with_settings(**asked)
 
     def to_record(self) -> dict[str, Any]:
-        """The source of the run's record as JSON values; settings of training stand elsewhere in a record."""
+        """The source of the run's record as JSON values; settings of training are elsewhere in a record."""
         own = {name: getattr(self, name) for name in _RECORDED}
         if self.sources == (ImageSource(self.folder),):
             own = {"folder": self.folder, **{name: value for name, value in own.items() if name != "sources"}}
@@ -187,7 +166,6 @@ class RunSpec:
         return {name: value for name, value in self.settings.items() if name in options_of(config)}
 
     def _path_of(self, name: str) -> str | None:
-        """The path in a setting, if it is one."""
         value = self.settings.get(name) if name in SETTING_PATHS else None
         return None if value in (None, NONE_LORA) else str(value)
 

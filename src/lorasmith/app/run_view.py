@@ -1,4 +1,4 @@
-"""What is shown of a run: a reducer of its events. Doors draw it and compute nothing."""
+"""What is shown of a run: a reducer of its events. What draws it computes nothing."""
 
 from __future__ import annotations
 
@@ -23,19 +23,13 @@ from lorasmith.training.events import (
 )
 from lorasmith.training.outcome import Outcome
 
-_TIMED_STEPS = 30
-"""Steps whose times are averaged for the speed."""
+_TIMED_STEPS = 30  # steps whose times are averaged for the speed
 
 
 class RunView:
-    """What is known of a run after the events that it has taken.
+    """The state of a run after the events that `take` has received.
 
-    Attributes:
-        steps: planned updates, 0 before the run has started.
-        step: the last update.
-        activity: what is done instead of a step, such as `encoding captions` with (done, total); None between steps.
-        validation: the last one.
-        outcome: why the run ended; None while it goes on.
+    `activity` is the work between steps, such as `encoding captions` with (done, total). `steps` is 0 before the start.
     """
 
     def __init__(self) -> None:
@@ -48,7 +42,6 @@ class RunView:
         self._since: float | None = None
 
     def take(self, event: Event) -> None:
-        """Take in the next event."""
         self.activity = _activity(event)
         match event:
             case RunStarted():
@@ -61,7 +54,7 @@ class RunView:
                 self._go_back(event.step - 1)
                 self.step = event.step
                 self._losses.append((event.step, event.loss))
-                # Neither the first step, which compiles and plans, nor what is between steps counts.
+                # Excludes the first step, which compiles and plans, and the time between steps.
                 if self._since is not None:
                     self._times.append(max(0.0, event.at - self._since))
             case Validated():
@@ -73,7 +66,7 @@ class RunView:
 
     @property
     def loss(self) -> RecentLoss:
-        """The loss of the run; that of a single step mostly depends on the noise levels of its samples."""
+        """The loss of recent steps; that of a single one mostly depends on the noise levels of its samples."""
         return recent_loss([loss for _, loss in self._losses])
 
     @property
@@ -83,7 +76,7 @@ class RunView:
 
     @property
     def seconds_per_step(self) -> float | None:
-        """Mean of the last steps, without what was between them; None before the second one."""
+        """Mean of the last steps, without the time between them; None before the second one."""
         return sum(self._times) / len(self._times) if self._times else None
 
     @property
@@ -99,10 +92,10 @@ class RunView:
 
 
 def note_of(event: Event) -> tuple[str, str] | None:
-    """The kind of note that an event is, such as `Memory`, and its sentence; None if a run's watchers need none."""
+    """The kind of an event's note, such as `Memory`, and its sentence; None if it is not shown as one."""
     match event:
         case Warned(is_remark=True):
-            return None  # for the report alone
+            return None  # only in the report
         case Warned() | RolledBack() | Shrunk():
             return "Note", event.message
         case Planned():

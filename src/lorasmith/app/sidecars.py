@@ -1,4 +1,4 @@
-"""Files beside a LoRA from which model browsers read what it is, as its header says it.
+"""Metadata files beside a LoRA for model browsers, written from its header.
 
 NAME.civitai.info    Civitai's description of a model version, without ids: Civitai Helper, ComfyUI's LoRA Manager
 NAME.json            user metadata of A1111 and Forge
@@ -36,22 +36,13 @@ def check_sidecars(title: str, *, has_folder: bool) -> None:
 
 
 def write_sidecars(lora: Path, family: Family) -> tuple[Path, ...]:
-    """Write both files; returns their paths. They are replaced, and belong to this file: its hashes are in them.
-
-    Args:
-        lora: a LoRA in a safetensors file.
-        family: of its model.
-
-    Raises:
-        LoraError: it cannot be read.
-        OutputError, OSError: a file cannot be written.
-    """
+    """Write or replace both files, which hold the LoRA's hashes; returns their paths. LoraError if it is unreadable."""
     metadata = check_safetensors(lora).metadata
     contents = {_CIVITAI: _civitai(lora, metadata, family), _USER: _user(lora, metadata, family)}
     written = []
     for suffix, content in contents.items():
         target = lora.with_name(lora.stem + suffix)
-        write_atomic(target, json.dumps(content, indent=2) + "\n")  # ASCII, as some readers take the system's encoding
+        write_atomic(target, json.dumps(content, indent=2) + "\n")  # ASCII, as some readers use the system's encoding
         written.append(target)
     return tuple(written)
 

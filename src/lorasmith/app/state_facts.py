@@ -1,4 +1,4 @@
-"""What the state of a run is, for somebody who takes it for a LoRA."""
+"""Facts of a run state, for users who open it as a LoRA."""
 
 from __future__ import annotations
 
@@ -14,21 +14,13 @@ from lorasmith.training.runs.run_states import is_state, load_state
 
 @dataclass(frozen=True)
 class StateFacts:
-    """A run state.
-
-    Attributes:
-        path: the file.
-        step: updates taken.
-        steps: of the run; None if that is unknown.
-        lora: the LoRA of its run; None if there is none.
-        command: continues the run, and saves a LoRA when it ends or is stopped; None if there is nothing to continue.
-    """
+    """A run state."""
 
     path: Path
-    step: int
-    steps: int | None
-    lora: Path | None
-    command: str | None
+    step: int  # updates taken
+    steps: int | None  # of the run; None if unknown
+    lora: Path | None  # the LoRA of its run, if any
+    command: str | None  # continues the run and saves a LoRA; None if there is nothing to continue
 
     @property
     def sentences(self) -> tuple[str, ...]:
@@ -43,15 +35,11 @@ class StateFacts:
 
 
 def facts_of_state(path: Path) -> StateFacts | None:
-    """What a run state is; None if the file is something else.
-
-    Raises:
-        OutputError: the state is damaged.
-    """
+    """The facts of a run state; None if the file is something else. OutputError if the state is damaged."""
     try:
         if not path.is_file() or not is_state(path):
             return None
-    except LorasmithError:  # what it is then is for others to say
+    except LorasmithError:  # unreadable; those who read it as a LoRA report that
         return None
     state = load_state(path)
     config = state.numbers.get("config")

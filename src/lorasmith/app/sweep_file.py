@@ -38,62 +38,41 @@ from lorasmith.data.folder import scan_sources
 from lorasmith.data.preflight import epoch_of
 from lorasmith.data.split import AUTOMATIC_FROM
 
-MOST_RUNS = 1000
-"""Runs of a sweep, and tasks of an array that Slurm takes by default."""
+MOST_RUNS = 1000  # runs of a sweep, and tasks of an array that Slurm takes by default
 
 _FOLDER = "folder"
 _TABLES = ("grid", "random")
 _LONGEST_NAME = 100
 _DRAWS = 20  # attempts for each run of [random], as equal ones are drawn again
 
-Values = Mapping[str, Scalar]
-"""The values of one run, by setting."""
+Values = Mapping[str, Scalar]  # the values of one run, by setting
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepRun:
-    """One run of a sweep.
+    """One run of a sweep."""
 
-    Attributes:
-        number: from 1.
-        name: of its folder.
-        settings: what the sweep varies, in the order of the file.
-        spec: the run.
-    """
-
-    number: int
-    name: str
-    settings: Values
+    number: int  # from 1
+    name: str  # of its folder
+    settings: Values  # the varied ones, in the order of the file
     spec: RunSpec
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """A sweep.
-
-    Attributes:
-        file: that it was read from.
-        output: folder of the sweep that the file names, absolute.
-        device: that the file names.
-        runs: in the order in which they are started.
-    """
+    """The content of a sweep's file."""
 
     file: Path
-    output: Path | None
+    output: Path | None  # folder of the sweep, absolute
     device: str | None
-    runs: tuple[SweepRun, ...]
+    runs: tuple[SweepRun, ...]  # in the order in which they are started
 
 
 def read_sweep(path: Path, *, follow_links: bool = False) -> Sweep:
-    """The sweep in a file, with every run checked.
+    """The sweep in a file, with every run checked. `follow_links` is that setting of the data, which no file can have.
 
-    Args:
-        path: of the file.
-        follow_links: that setting of the data, which no file can have.
-
-    Raises:
-        OptionError: the file cannot be read; a key, setting or value is none; there are no runs or too many; a run has
-            no model, no images, or none that are held out.
+    OptionError if the file cannot be read, has an unknown key, setting or value, no runs or too many, or a run without
+    model, images or held-out images.
     """
     try:
         content = read_regular(path)
@@ -119,7 +98,7 @@ def read_sweep(path: Path, *, follow_links: bool = False) -> Sweep:
 
 
 def check_held_out(sweep: Sweep) -> None:
-    """Raise OptionError if a run would hold out no image by default, as there are too few; DataError without images."""
+    """Raise OptionError if a run has too few images to hold any out by default; DataError without images."""
     seen = set()
     for run in sweep.runs:
         spec = run.spec
@@ -137,7 +116,6 @@ def check_held_out(sweep: Sweep) -> None:
 
 
 def _run(number: int, name: str, values: Values, found: Mapping[str, Any], path: Path, follow_links: bool) -> SweepRun:
-    """A run by its values and those that all runs have."""
     varied = {key: value for key, value in values.items() if key != _FOLDER}
     images = {"sources": values[_FOLDER]} if _FOLDER in values else {}
     given = arguments_in({"previews": "", **found, **varied, **images}, path)
@@ -153,7 +131,7 @@ def _run(number: int, name: str, values: Values, found: Mapping[str, Any], path:
 
 
 def _check_table(kind: str, table: Any, found: Mapping[str, Any]) -> None:
-    """Raise OptionError unless the table varies at least one known setting, which stands nowhere else."""
+    """Raise OptionError unless the table varies at least one known setting, which is nowhere else in the file."""
     if not isinstance(table, dict) or not _settings_in(kind, table):
         raise OptionError(f"[{kind}] must have a setting to vary, got none; write rank = [8, 16]")
     for name in _settings_in(kind, table):
@@ -211,7 +189,7 @@ def _check_count(count: int, remedy: str) -> None:
 
 
 def _listed(place: str, name: str, values: Any) -> list[Scalar]:
-    """The values of a list, each in the type and range of the setting, and different."""
+    """The values of a list, checked to be different, and each in the type and range of the setting."""
     if not isinstance(values, list) or not values:
         raise OptionError(f"{place} must be a list of values such as {name} = [...], got {values!r}; list at least one")
     checked = [_checked(name, one) for one in values]
@@ -254,7 +232,7 @@ def _range(place: str, name: str, given: Mapping[str, Any]) -> _Range:
 
 
 def _drawn(given: _Range | Sequence[Scalar], uniform: float) -> Scalar:
-    """The value at a place in [0, 1). Numbers of a range have three digits, all of which are in the run's name."""
+    """The value at a position in [0, 1). Numbers of a range have three digits, all of which are in the run's name."""
     if not isinstance(given, _Range):
         return given[int(uniform * len(given))]
     if given.log:
@@ -268,7 +246,7 @@ def _drawn(given: _Range | Sequence[Scalar], uniform: float) -> Scalar:
 
 
 def _named(varied: Sequence[Values]) -> dict[str, Values]:
-    """The values of each run by its name. Of several with equal names, the later ones have a digest in theirs."""
+    """The values of each run by its name. Of several with equal names, the later ones get a digest in theirs."""
     named: dict[str, Values] = {}
     taken: set[str] = set()  # some file systems ignore case
     for values in varied:

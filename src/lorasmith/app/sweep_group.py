@@ -1,9 +1,9 @@
 """Runs of a sweep that train together over one model, in one process (`training.joint`).
 
 Folder, log and end of each run are where a process of its own would leave them (`sweep_run`), so results, resuming and
-`lorasmith resume` are the same. The process is this module; it reads which runs on standard input:
+`lorasmith resume` are the same. The process is this module; it reads its runs as JSON from standard input:
 
-    {"runs": [{"name": ..., "source": ..., "config": ...}, ...], "output": ..., "device": ..., ...}
+    {"runs": [{"name": ..., "spec": ...}, ...], "output": ..., "device": ..., ...}
 """
 
 from __future__ import annotations
@@ -51,19 +51,14 @@ from lorasmith.training.joint import SHARED_SETTINGS, EngineMaker, StopOfAll, ch
 from lorasmith.training.outcome import Outcome
 from lorasmith.training.results import TrainResult
 
-_COMMAND = (sys.executable, "-P", "-m", "lorasmith.app.sweep_group")  # no file of the current folder is a module
+_COMMAND = (sys.executable, "-P", "-m", "lorasmith.app.sweep_group")  # -P: not from the current folder
 _STOPPED = 128 + signal.SIGTERM
 _BETWEEN_LINES_S = 30.0
 _OF_THE_MODEL = (*SHARED_SETTINGS, *(name for name, one in options_of(TrainConfig).items() if one.is_path), "strict")
 
 
 def grouped(runs: Sequence[SweepRun], most: int) -> list[tuple[SweepRun, ...]]:
-    """The runs in groups that can train together, in their order; those that cannot are groups of one.
-
-    Args:
-        runs: of a sweep.
-        most: runs of a group.
-    """
+    """The runs in groups of at most `most` that can train together, in their order; the others are groups of one."""
     groups: list[tuple[SweepRun, ...]] = []
     filling: dict[object, int] = {}
     for run in runs:
@@ -78,22 +73,14 @@ def grouped(runs: Sequence[SweepRun], most: int) -> list[tuple[SweepRun, ...]]:
 
 
 def _model_of(run: SweepRun) -> tuple[object, ...]:
-    """What runs must have in common to train over one model."""
+    """The settings that runs must share to train over one model."""
     return run.spec.files, *(getattr(run.spec.config, name) for name in _OF_THE_MODEL)
 
 
 class GroupProcess:
-    """Several runs of a sweep in one process, started at once.
+    """A group of runs in one process, started at once; `on_end` is called for each run that has ended.
 
-    Args:
-        runs: a group of `grouped`.
-        output: folder of the sweep.
-        device: as `sweep_devices` gives it.
-        folders: arguments that say where models are, `base_dir` and `extra_model_paths`.
-        on_end: called for each run that has ended.
-
-    Raises:
-        OutputError: the files beside the runs cannot be written.
+    `device` is one of `sweep_devices`, `folders` the flags that say where models are, and errors those of `RunProcess`.
     """
 
     def __init__(
@@ -129,7 +116,7 @@ class GroupProcess:
             raise OutputError(f"runs cannot be started ({error.strerror or error}); check {output}") from error
 
     def poll(self) -> RunEnd | None:
-        """How the process ended; None while it runs. Ends of runs are told as they are found."""
+        """How the process ended; None while it runs. Reports runs that have ended since the last call."""
         code = self._process.poll()
         for run in list(self._left):
             end = end_of(self._output, run)
@@ -143,7 +130,6 @@ class GroupProcess:
         return None if code is None else RunEnd(exit_code=code)
 
     def stop(self) -> None:
-        """Ask it to end after its step and save; the second time, at once."""
         self._is_stopping = True
         stop_process(self._process)
 
@@ -151,16 +137,9 @@ class GroupProcess:
 def train_group(
     runs: Sequence[SweepRun], output: Path, *, folders: Folders | None, cancelled: Callable[[], bool]
 ) -> None:
-    """Train runs of a sweep together, and write how each ended.
+    """Train runs of a sweep together on the device of their specs, and write how each ended.
 
-    Args:
-        runs: those that train together, on the device of their sources.
-        output: folder of the sweep.
-        folders: where parts that the model lacks are searched.
-        cancelled: called between steps; True ends all runs after the same step, and they save.
-
-    Raises:
-        KeyboardInterrupt: all runs were interrupted, and have saved.
+    If `cancelled` returns True, all runs end after the same step and save; they have saved too on KeyboardInterrupt.
     """
     logs = {run.name: _RunLog(log_of(output, run)) for run in runs}
     ready: list[tuple[SweepRun, PreparedRun]] = []
@@ -195,7 +174,7 @@ def train_group(
 
 @contextlib.contextmanager
 def _end_kept(run: SweepRun, output: Path, log: _RunLog) -> Iterator[None]:
-    """An error inside the context ends a run: it is written, and the others go on."""
+    """An error inside the context ends one run, whose end is written; the others continue."""
     try:
         yield
     except KeyboardInterrupt:
@@ -204,13 +183,13 @@ def _end_kept(run: SweepRun, output: Path, log: _RunLog) -> Iterator[None]:
     except LorasmithError as error:
         log.write(f"error: {error}")
         keep_end(output, run, RunEnd(exit_code=1, error=str(error)))
-    except Exception as error:  # a bug, which its run alone shall suffer from
+    except Exception as error:  # a bug ends only this run
         log.write(traceback.format_exc())
         keep_end(output, run, RunEnd(exit_code=1, error=f"{type(error).__name__}: {error}"))
 
 
 class _Shared:
-    """What the runs of a group load and encode once."""
+    """Model and encodings that the runs of a group share."""
 
     def __init__(self, output: Path, folders: Folders | None) -> None:
         self._output, self._folders = output, folders
@@ -218,7 +197,6 @@ class _Shared:
         self._samples: dict[object, tuple[EncodedDataset, EncodedDataset | None]] = {}
 
     def prepared(self, run: SweepRun, on_event: Callable[[Event], None]) -> PreparedRun:
-        """A run, ready to begin."""
         key = (run.spec.sources, run.spec.data, run.spec.validation)
         one = prepare(
             run.spec,
@@ -238,14 +216,13 @@ class _Shared:
 
 
 class _RunLog:
-    """What a run says, appended to its log in lines: its messages, and now and then its step."""
+    """The log of a run: its messages, and its step from time to time."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._last = 0.0
 
     def __call__(self, event: Event) -> None:
-        """Hear an event."""
         if isinstance(event, StepDone):
             if time.monotonic() - self._last >= _BETWEEN_LINES_S:
                 self._last = time.monotonic()
@@ -254,13 +231,13 @@ class _RunLog:
             self.write(str(message))
 
     def write(self, text: str) -> None:
-        """Append lines; a full disk costs the log alone."""
+        """Append lines; on a full disk they are dropped."""
         with contextlib.suppress(OSError), self._path.open("a", encoding="utf-8") as file:
             file.write(f"{printable(text, limit=sys.maxsize, keep=chr(10))}\n")
 
 
 def main() -> None:
-    """Train the runs that standard input names. SIGTERM and Ctrl-C stop them after their step, the second at once."""
+    """Train the runs in standard input. SIGTERM and Ctrl-C stop them after their step, the second at once."""
     keep_freed_memory()
     stop = threading.Event()
 

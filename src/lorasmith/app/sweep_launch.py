@@ -38,14 +38,9 @@ def run_one(
     device: str | None = None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> RunEnd:
-    """Run one run of a sweep to its end, in a process of its own.
+    """Run one run of a sweep to its end, in a process of its own; if `cancelled` returns True, the run stops and saves.
 
-    Args:
-        run: the run.
-        output: folder of the sweep.
-        also: further arguments of `lorasmith train`.
-        device: where to train; None for the first GPU that is visible, or the CPU.
-        cancelled: called on the way; True stops the run, which saves.
+    `also` are further arguments of `lorasmith train`. Without a device it is the first GPU that is visible, or the CPU.
     """
     ends: list[RunEnd] = []
     run_all(
@@ -61,20 +56,10 @@ def run_one(
 def submit_to_slurm(
     runs: Sequence[SweepRun], output: Path, command: Sequence[str], options: Sequence[str]
 ) -> tuple[str, Path]:
-    """Submit runs as an array of jobs.
+    """Submit runs as an array of jobs with these options of sbatch; returns the job's number, and the script.
 
-    Args:
-        runs: those to run.
-        output: folder of the sweep, where the script is written.
-        command: the command of the sweep, to which each task adds `--only` and its number.
-        options: arguments of sbatch.
-
-    Returns:
-        The number of the job, and the script.
-
-    Raises:
-        OptionError: there is no sbatch, or a path has characters that no shell and no sbatch should see.
-        TrainingError: sbatch refused the job.
+    `command` is that of the sweep, to which each task adds `--only` and its number. OptionError if there is no sbatch
+    or a path has characters that are not safe in a script, TrainingError if sbatch refused the job.
     """
     if shutil.which("sbatch") is None:
         raise OptionError(
@@ -88,7 +73,7 @@ def submit_to_slurm(
             )
     script = output / "sweep.sbatch"
     write_atomic(script, slurm_script([run.number for run in runs], output.name, command))
-    # An argument, never a line of the script: the output may be named by a stranger's file.
+    # An argument, never a line of the script: the output may be named by an untrusted file.
     log = str(output / LOGS / "slurm-%A_%a.txt") if "%" not in str(output) else "/dev/null"
     ran = subprocess.run(
         ["sbatch", "--parsable", f"--output={log}", *options, str(script)],
@@ -106,14 +91,9 @@ def submit_to_slurm(
 
 
 def slurm_script(numbers: Sequence[int], name: str, command: Sequence[str]) -> str:
-    """The script of an array of jobs, one for each number of a run.
+    """The script of an array of jobs, one for each number of a run. `command` is that of the sweep, without `--only`.
 
-    A task that is preempted or near its time limit is asked to stop, and saves.
-
-    Args:
-        numbers: of the runs.
-        name: of the sweep.
-        command: of the sweep, without `--only`.
+    A task that is preempted or near its time limit receives a signal to stop, and saves.
     """
     return "\n".join(
         (
@@ -136,17 +116,9 @@ def run_on_ray(
     on_end: Callable[[SweepRun, RunEnd], None] = lambda run, end: None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Run each of the runs as a task of a Ray cluster, with a GPU each if it has any.
+    """Run each of the runs as a task of a Ray cluster, with a GPU each if it has any. `output` is absolute.
 
-    Args:
-        runs: those to run.
-        output: folder of the sweep, absolute.
-        also: further arguments of `lorasmith train`.
-        on_end: called for each run that has ended.
-        cancelled: called between; True stops all tasks, whose runs save.
-
-    Raises:
-        OptionError: Ray is not installed.
+    If `cancelled` returns True, all tasks stop and their runs save. OptionError if Ray is not installed.
     """
     if importlib.util.find_spec("ray") is None:
         raise OptionError(
@@ -184,7 +156,6 @@ def run_on_ray(
 
 
 def _end(ray: Any, reference: Any) -> RunEnd:
-    """How a task ended."""
     try:
         end: RunEnd = ray.get(reference)
     except ray.exceptions.TaskCancelledError:

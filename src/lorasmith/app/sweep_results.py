@@ -1,4 +1,4 @@
-"""What came of a sweep, read from its folder: a ranking, `sweep.json` and `sweep.html`.
+"""Results of a sweep, read from its folder: a ranking, `sweep.json` and `sweep.html`.
 
 Held-out images are chosen by their names and judged with the same noise whatever a run's settings and seed are, so runs
 on the same images are compared pair by pair: by their lowest held-out loss. Where images, captions or sizes differ, the
@@ -41,7 +41,7 @@ RunState = Literal["complete", "failed", "stopped", "running", "waiting"]
 
 _VERSION = 1
 _WITH_PICTURES = 12  # the first runs, to limit the size of the page
-_UNCOMPARED = frozenset({"existing_state"})  # which a longer run has in its record alone
+_UNCOMPARED = frozenset({"existing_state"})  # which only the record of a longer run has
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,13 +100,13 @@ class SweepRecord:
 
 
 def result_of(run: SweepRun, output: Path) -> SweepEntry:
-    """What came of one run so far, without its place."""
+    """The result of one run so far, without its place."""
     entry = SweepEntry(number=run.number, name=run.name, state="waiting", settings=dict(run.settings))
     end = end_of(output, run)
     failed = None if end is None or not end.error else replace(entry, state="failed", error=end.error)
     try:
         history = read_history(output / run.name)
-    except OptionError:  # no run is there
+    except OptionError:  # there is no run
         return failed or entry
     except LorasmithError as error:
         return failed or replace(entry, state="failed", error=str(error))
@@ -114,7 +114,7 @@ def result_of(run: SweepRun, output: Path) -> SweepEntry:
     if outcome is not None and outcome.is_final:
         if _is_of(run, history):
             return _measured(replace(entry, state="complete"), history)
-        return failed or entry  # its process says what differs
+        return failed or entry  # its error says what differs
     if RunFolder(history.folder).is_busy:
         return _measured(replace(entry, state="running"), history)
     if end is None and outcome is Outcome.FAILED:  # else it was interrupted at once, and its end says so
@@ -158,7 +158,7 @@ def _is_of(run: SweepRun, history: RunHistory) -> bool:
 
 
 def _identity(spec: RunSpec) -> dict[str, Any]:
-    """What makes a run another one. Of paths the name counts: photos and model may have been moved."""
+    """What makes two runs different. Of paths the name counts: photos and model may have been moved."""
     settings = {
         name: value
         for name, value in {**vars(spec.data), **vars(spec.config)}.items()
@@ -173,7 +173,7 @@ def _identity(spec: RunSpec) -> dict[str, Any]:
 
 
 def _measured(entry: SweepEntry, history: RunHistory) -> SweepEntry:
-    """The entry with what the run's folder says."""
+    """The entry with the results in the run's folder."""
     steps = history.steps()
     entry = replace(entry, steps=steps[-1].step if steps else 0, seconds=history.seconds())
     validations = [one for one in validations_of(history) if math.isfinite(one.loss)]

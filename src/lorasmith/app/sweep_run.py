@@ -1,11 +1,11 @@
 """The runs of a sweep as processes: each is `lorasmith train` in a folder of its own, one at a time on each device.
 
     OUTPUT/NAME/            the run
-    OUTPUT/logs/NAME.txt    what it printed
+    OUTPUT/logs/NAME.txt    its output
     OUTPUT/logs/NAME.json   how its process ended (`RunEnd`)
 
-A process that crashes ends its run alone, and however the sweep ends, what is known of a run is in its files: nothing
-is written by two processes. Results are read from there (`sweep_results`).
+A process that crashes ends its run alone. However the sweep ends, the state of a run is in its files, none of which is
+written by two processes; results are read from there (`sweep_results`).
 """
 
 from __future__ import annotations
@@ -33,14 +33,12 @@ from lorasmith.core.launch_environment import VISIBLE_GPUS, gpu_variable
 from lorasmith.core.placement import chosen_device
 from lorasmith.core.typed_json import typed
 
-LORASMITH = (sys.executable, "-P", "-m", "lorasmith")  # no file of the current folder is a module
+LORASMITH = (sys.executable, "-P", "-m", "lorasmith")  # -P: modules are not imported from the current folder
 """The command, as this process was started."""
 
-LOGS = "logs"
-"""Folder of a sweep for what its runs print; a run has another name, as a hyphen is in each."""
+LOGS = "logs"  # folder of a sweep for what its runs print; a run has another name, as a hyphen is in each
 
-Work = TypeVar("Work")
-"""A run, or several that train together."""
+Work = TypeVar("Work")  # a run, or several that train together
 
 _POLL_S = 0.1
 _TAIL_BYTES = 4000
@@ -48,15 +46,10 @@ _TAIL_BYTES = 4000
 
 @dataclass(frozen=True, kw_only=True)
 class RunEnd:
-    """How the process of a run ended.
+    """How the process of a run ended."""
 
-    Attributes:
-        exit_code: 0 for a complete run; negative for the signal that killed it.
-        error: what went wrong, in a sentence; empty for a run that is complete or was stopped.
-    """
-
-    exit_code: int
-    error: str = ""
+    exit_code: int  # 0 for a complete run; negative for the signal that killed it
+    error: str = ""  # a sentence; empty for a run that is complete or was stopped
 
 
 class Started(Protocol):
@@ -66,11 +59,11 @@ class Started(Protocol):
         """How it ended; None while it runs."""
 
     def stop(self) -> None:
-        """Ask it to end after its step and save; the second time, at once."""
+        """Ask it to end after its step and save; the second call ends it at once."""
 
 
 def sweep_folder(output: Path) -> Path:
-    """The folder of a sweep, created. Raises OutputError if it is a run's, or cannot be made."""
+    """The folder of a sweep, created. OutputError if it is a run's, or cannot be made."""
     if (output / "run.json").exists():
         raise OutputError(f"output must be a folder for runs, but {output} holds a run itself; choose another")
     ensure_folder(output)
@@ -79,7 +72,7 @@ def sweep_folder(output: Path) -> Path:
 
 
 def log_of(output: Path, run: SweepRun) -> Path:
-    """The file with what a run printed."""
+    """The file with the output of a run."""
     return output / LOGS / f"{run.name}.txt"
 
 
@@ -92,30 +85,12 @@ def end_of(output: Path, run: SweepRun) -> RunEnd | None:
 
 
 def keep_end(output: Path, run: SweepRun, end: RunEnd) -> None:
-    """Write how a run ended.
-
-    Args:
-        output: folder of the sweep.
-        run: the run.
-        end: how it ended.
-
-    Raises:
-        OutputError: it cannot be written.
-    """
+    """Write how a run ended. Raises OutputError."""
     write_atomic(_end_file(output, run), json.dumps(asdict(end)) + "\n")
 
 
 def forget_end(output: Path, run: SweepRun, arguments: Sequence[str]) -> None:
-    """Begin a run again: its last end is forgotten, and its log has its command.
-
-    Args:
-        output: folder of the sweep.
-        run: the run.
-        arguments: of its command.
-
-    Raises:
-        OSError: they cannot be written.
-    """
+    """Delete a run's last end and write the command of its next start to its log. Raises OSError."""
     _end_file(output, run).unlink(missing_ok=True)
     with log_of(output, run).open("ab") as log:
         log.write(f"$ {command_line(['lorasmith', *arguments])}\n".encode())
@@ -124,10 +99,7 @@ def forget_end(output: Path, run: SweepRun, arguments: Sequence[str]) -> None:
 def sweep_devices(given: str | None) -> tuple[str, ...]:
     """The devices to train on: those named, separated by commas, else all GPUs, or the CPU.
 
-    Nothing is kept on a GPU: the processes of the runs alone use it.
-
-    Raises:
-        OptionError: a device is not here, or is named twice.
+    Allocates nothing on a GPU. OptionError if a device does not exist or is named twice.
     """
     import torch
 
@@ -148,30 +120,16 @@ def sweep_devices(given: str | None) -> tuple[str, ...]:
 
 
 def train_command(run: SweepRun, output: Path, *, device: str | None = None, also: Sequence[str] = ()) -> list[str]:
-    """The arguments of `lorasmith` for a run of a sweep.
-
-    Args:
-        run: the run.
-        output: folder of the sweep.
-        device: where to train; a GPU is chosen by the process' environment instead.
-        also: further arguments.
-    """
+    """The arguments of `lorasmith` for a run of a sweep. A GPU is chosen by the environment of the process instead."""
     named = None if device is None or device.startswith("cuda") else device
     _, *arguments = replace(run.spec, device=named).command()
     return [*arguments, "--output", str(output / run.name), *also]
 
 
 class RunProcess:
-    """A run of a sweep in a process of its own, started at once.
+    """A run of a sweep in a process of its own, started at once. OutputError if the files beside it cannot be written.
 
-    Args:
-        run: the run.
-        output: folder of the sweep.
-        device: as `sweep_devices` gives it; None for the first GPU that the process sees, or the CPU.
-        also: further arguments of the command.
-
-    Raises:
-        OutputError: the files beside the run cannot be written.
+    `device` is as `sweep_devices` returns it; None for the first GPU that the process sees, or the CPU.
     """
 
     def __init__(self, run: SweepRun, output: Path, device: str | None = None, also: Sequence[str] = ()) -> None:
@@ -191,7 +149,7 @@ class RunProcess:
             ) from error
 
     def poll(self) -> RunEnd | None:
-        """How it ended, which is written beside it; None while it runs."""
+        """How it ended, which is also written beside it; None while it runs."""
         code = self._process.poll()
         if code is None:
             return None
@@ -205,7 +163,6 @@ class RunProcess:
         return self._end
 
     def stop(self) -> None:
-        """Ask it to end after its step and save; the second time, at once."""
         self._is_stopping = True
         stop_process(self._process)
 
@@ -219,17 +176,7 @@ class RunProcess:
 def process_started(
     command: Sequence[str], device: str | None, *, log: Path, stdout: IO[bytes] | int, stdin: int = subprocess.DEVNULL
 ) -> subprocess.Popen[bytes]:
-    """A process that sees one device, and prints to a log.
-
-    Args:
-        command: of the process.
-        device: as `sweep_devices` gives it; None for all.
-        log: file that standard error is appended to.
-        stdout, stdin: as for `subprocess.Popen`.
-
-    Raises:
-        OSError: it cannot be started.
-    """
+    """A process that sees one device, all if None, with standard error appended to the log. Raises OSError."""
     environment = dict(os.environ)
     if device is not None and device.startswith("cuda:"):
         environment[VISIBLE_GPUS] = gpu_variable(int(device.removeprefix("cuda:")))
@@ -240,24 +187,19 @@ def process_started(
             stdout=stdout,
             stderr=errors,
             env=environment,
-            # Ctrl-C of the terminal reaches this process alone, which passes it on once.
+            # The terminal's Ctrl-C reaches only this process, which forwards it once.
             start_new_session=True,
         )
 
 
 def stop_process(process: subprocess.Popen[bytes]) -> None:
-    """Ask a process to end after its step and save; the second time, at once."""
+    """Signal a process to end after its step and save; the second time, at once."""
     if sys.platform != "win32":  # where Ctrl-C reaches every process of a console
         process.terminate()  # not SIGINT, which Ray's workers and shells in the background block or ignore
 
 
 def error_of_process(code: int, log: Path) -> str:
-    """What is known of a process that ended without a sentence of its own.
-
-    Args:
-        code: exit code, or minus the number of the signal.
-        log: what it printed.
-    """
+    """An error sentence for a process that printed none; `code` is its exit code, or minus the signal's number."""
     what = f"exit code {code}"
     if code < 0:
         with contextlib.suppress(ValueError):
@@ -275,16 +217,11 @@ def run_all(
     on_end: Callable[[Work, RunEnd], None] = lambda run, end: None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Run each of the runs, or groups of runs, one at a time on each device.
+    """Run each of the runs, or groups of runs, one at a time on each device, in their order.
 
-    Args:
-        runs: in the order in which they are started.
-        devices: where to train.
-        start: starts a run on a device.
-        on_start: called for each run that was started.
-        on_end: called for each run that has ended, when its device has the next one.
-        cancelled: called between; True stops the runs, which save, and starts no others. An exception, such as
-            KeyboardInterrupt, does too; if that happens after `cancelled`, the runs end at once.
+    `on_end` is called when the run's device has the next one. If `cancelled` returns True, or on an exception such as
+    KeyboardInterrupt, the runs stop and save, and no others start; an exception after `cancelled` ends the runs at
+    once.
     """
     waiting = deque(runs)
     running: dict[str | None, tuple[Work, Started]] = {}

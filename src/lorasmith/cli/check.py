@@ -71,7 +71,6 @@ def _print_finding(finding: Finding) -> None:
 
 
 def _plain(checked: Checked) -> dict[str, object]:
-    """The findings as JSON values."""
     findings = [
         {"problem": one.problem, "remedy": one.remedy, "is_fault": one.is_fault, "can_be_mended": one.mend is not None}
         for one in checked.findings

@@ -1,10 +1,10 @@
 """Shared by commands: the console, results and errors as text or JSON, progress, and handling of Ctrl-C.
 
-What commands print comes mostly from others' files. The console takes text literally (no markup, no `:emoji:`) and
-shows control characters as escapes, whatever is printed by whichever way.
+What commands print comes mostly from files that are untrusted. The console takes text literally (no markup, no
+`:emoji:`) and shows control characters as escapes, by whichever method it is printed.
 
-A command prints its result with `print_result`; everything else it prints is on the way there. `output_as` makes
-`--json`, `--quiet` and `--log-file` of this difference, so that no command asks for them.
+A command prints its result with `print_result`; all other output is progress. `output_as` derives `--json`, `--quiet`
+and `--log-file` from this difference, so that no command handles them.
 """
 
 from __future__ import annotations
@@ -69,13 +69,12 @@ class _LiteralConsole(Console):
             yield Segment(shown, piece.style, piece.control)
 
     def print(self, *objects: Any, **settings: Any) -> None:
-        """Print, and append the same to the log file."""
         super().print(*objects, **settings)
         if _output.log is not None:
             _output.log.add(*objects, **settings)
 
     def status(self, status: RenderableType, **settings: Any) -> Status:
-        """A spinner with text, which rich would take for markup; where none can be drawn it has no effect."""
+        """A spinner with literal text, which rich would parse as markup; it has no effect where none can be drawn."""
         shown = self.render_str(status) if isinstance(status, str) else status
         if _output.log is not None:
             _output.log.add(shown)
@@ -85,20 +84,17 @@ class _LiteralConsole(Console):
 
     @property
     def draws(self) -> bool:
-        """Whether spinners and bars can be drawn. FORCE_COLOR makes no terminal of a file."""
+        """Whether spinners and bars can be drawn; in a file they cannot, whatever FORCE_COLOR says."""
         return self.is_terminal and not self.is_dumb_terminal and self.file.isatty()
 
     def on_standard_error(self, is_asked: bool) -> None:
-        """Print on standard error, or again on standard output, in the colours that the stream has."""
+        """Print on standard error, or on standard output if False, in the colours that the stream supports."""
         self.stderr = is_asked
         self._color_system = self._detect_color_system()
 
 
 class _LogFile:
-    """A file that what is printed is appended to: as plain text, each line with its time.
-
-    A write that fails ends the log, not the work.
-    """
+    """A file for output as plain text, each line with its time. A failed write ends the log, not the work."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -110,7 +106,7 @@ class _LogFile:
         self._lock = threading.Lock()
 
     def add(self, *objects: Any, **settings: Any) -> None:
-        """Append what `Console.print` prints of these."""
+        """Append the output of `Console.print` for these arguments."""
         plain = _LiteralConsole(file=(text := io.StringIO()), width=_LOG_WIDTH, color_system=None, force_terminal=False)
         super(_LiteralConsole, plain).print(*objects, **settings)
         self.add_text(text.getvalue())
@@ -134,7 +130,6 @@ class _LogFile:
                 super(_LiteralConsole, errors).print(f"--log-file {self._path} is not written further: {error}")
 
     def close(self) -> None:
-        """Close the file."""
         file, self._file = self._file, None
         if file is not None:
             with contextlib.suppress(OSError):
@@ -143,19 +138,12 @@ class _LogFile:
 
 @dataclasses.dataclass
 class _Output:
-    """How the running command prints.
+    """How the running command prints."""
 
-    Attributes:
-        as_json: whether its result is JSON on standard output.
-        log: where everything is appended, if anywhere.
-        is_complete: whether the JSON document is printed.
-        source: which of several processes prints, in front of lines of errors and logs.
-    """
-
-    as_json: bool = False
+    as_json: bool = False  # its result is JSON on standard output
     log: _LogFile | None = None
-    is_complete: bool = False
-    source: str = ""
+    is_complete: bool = False  # the JSON document is printed
+    source: str = ""  # prefix of lines of errors and logs: which of several processes prints
 
 
 _output = _Output()
@@ -165,15 +153,12 @@ errors = _LiteralConsole(stderr=True)
 
 @contextlib.contextmanager
 def output_as(*, as_json: bool = False, quiet: bool = False, log_file: Path | None = None) -> Iterator[None]:
-    """Inside the context, commands print in this way; errors are printed, and end the command with their exit code.
+    """Inside the context, commands print in this way; errors and Ctrl-C end the command with their exit code
+    (typer.Exit).
 
-    Args:
-        as_json: the result, or an error, is one JSON document on standard output; the rest is on standard error.
-        quiet: the rest is not printed, but appended to `log_file` all the same.
-        log_file: everything printed is appended to it, with warnings and log records of other packages.
-
-    Raises:
-        typer.Exit: for each LorasmithError, and for Ctrl-C.
+    With `as_json`, the result, or an error, is one JSON document on standard output, and the rest is on standard error.
+    `quiet` prints the result alone. `log_file` gets everything all the same, and warnings and log records of other
+    packages.
     """
     before = vars(_output).copy(), console.quiet
     _output.as_json, _output.is_complete, console.quiet = as_json, False, quiet
@@ -185,7 +170,7 @@ def output_as(*, as_json: bool = False, quiet: bool = False, log_file: Path | No
                 _output.log = _LogFile(log_file)
                 stack.callback(_output.log.close)
                 stack.enter_context(_others_logged(_output.log))
-            # Inside of the log, too.
+            # Errors are appended to the log, too.
             with _ending_with_a_sentence():
                 yield
     finally:
@@ -205,7 +190,7 @@ def _ending_with_a_sentence() -> Iterator[None]:
     except KeyboardInterrupt:
         end_with(CancelledError("interrupted"), 128 + signal.SIGINT, kind="stopped")
     except Exception as error:
-        if not hasattr(error, "exit_code"):  # a bug: not typer.Exit, nor a complaint about arguments
+        if not hasattr(error, "exit_code"):  # a bug: neither typer.Exit nor a usage error
             print_json_error("InternalError", f"{type(error).__name__}: {error}", 1)
             if _output.log is not None:
                 _output.log.add_text(printable(traceback.format_exc(), limit=sys.maxsize, keep="\n"))
@@ -214,7 +199,7 @@ def _ending_with_a_sentence() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _others_logged(log: _LogFile) -> Iterator[None]:
-    """Inside the context, warnings and log records of other packages are appended too; what is shown stays the same."""
+    """Inside the context, warnings and log records of other packages are also appended to the log."""
 
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
@@ -249,13 +234,13 @@ def result_shown() -> Iterator[None]:
 
 
 def name_output(source: str) -> None:
-    """Until the command ends, its errors, warnings and log lines begin with a text."""
+    """Prefix errors, warnings and log lines with a text until the command ends."""
     _output.source = f"[{source}] "
 
 
 @contextlib.contextmanager
 def output_silenced() -> Iterator[None]:
-    """Inside the context, errors alone are printed."""
+    """Inside the context, only errors are printed."""
     was, console.quiet = console.quiet, True
     try:
         with Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
@@ -265,12 +250,9 @@ def output_silenced() -> Iterator[None]:
 
 
 def print_result(document: Callable[[], object], text: Callable[[], object] = lambda: None) -> None:
-    """Print the result of the command: as a JSON document on standard output, or as text.
+    """Print the result of the command: `document()` as JSON on standard output, or `text()`, which prints it.
 
-    Args:
-        document: returns what `json` takes, and besides it dataclasses, enums and paths; numbers that are not finite
-            become null.
-        text: prints the result.
+    The document may contain dataclasses, enums and paths; non-finite numbers become null.
     """
     with result_shown():
         if _output.as_json:
@@ -280,13 +262,10 @@ def print_result(document: Callable[[], object], text: Callable[[], object] = la
 
 
 def print_json_error(kind: str, message: str, code: int, **more: object) -> None:
-    """Print an error in place of the result, if that would be JSON; the sentence on standard error is beside it.
+    """Print an error as the JSON document, if the result would be JSON, besides its sentence on standard error.
 
-    Args:
-        kind: class of the error in `core.errors`, `UsageError` for a wrong command line, `InternalError` for a bug.
-        message: the sentence.
-        code: exit code.
-        more: fields that errors of this kind have besides.
+    `kind` is its class in `core.errors`, `UsageError` for a wrong command line, or `InternalError` for a bug; `more`
+    are fields that errors of this kind have.
     """
     if _output.as_json and not _output.is_complete:
         with result_shown():
@@ -294,16 +273,7 @@ def print_json_error(kind: str, message: str, code: int, **more: object) -> None
 
 
 def end_with(error: LorasmithError, code: int = 1, *, kind: str = "error") -> NoReturn:
-    """Print an error and end the command.
-
-    Args:
-        error: what happened.
-        code: exit code.
-        kind: label of the sentence.
-
-    Raises:
-        typer.Exit: always.
-    """
+    """Print an error, labelled `kind`, and end the command by typer.Exit."""
     name = next(one.__name__ for one in type(error).__mro__ if one.__module__ == LorasmithError.__module__)
     findings = {"findings": error.findings} if isinstance(error, GraphError) else {}
     print_json_error(name, str(error).split("\n", 1)[0], code, **findings)
@@ -339,9 +309,9 @@ def _plain(value: Any) -> Any:
 
 
 def other_output_made_printable() -> None:
-    """From here on, also what other packages print is: their warnings and log records.
+    """From here on, warnings and log records of other packages are printable.
 
-    Characters that the terminal's encoding lacks become escapes, too.
+    Characters that the encoding of a standard stream lacks become escapes, too.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -357,7 +327,7 @@ def other_output_made_printable() -> None:
     warnings.formatwarning = lambda message, category, *_: (
         f"{_output.source}{category.__name__}: {printable(message)}\n"
     )
-    for name in ("matplotlib", "torchvision"):  # about fonts, caches and codecs, of which a run needs none
+    for name in ("matplotlib", "torchvision"):  # about fonts, caches and codecs, which runs do not need
         logging.getLogger(name).setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", module=rf"{name}(\.|$)")
 
@@ -368,19 +338,12 @@ def echo(text: object = "") -> None:
 
 
 def heading(text: str, then: object = "") -> None:
-    """Print text in bold, and more on the same line that is not."""
+    """Print text in bold, then more on the same line in plain."""
     console.print(Text.assemble((printable(text), "bold"), f" {printable(then)}" if then else ""), soft_wrap=True)
 
 
 def print_note(sentence: str, *, kind: str = "Note", colour: str = "yellow", indent: int = 0) -> None:
-    """Print a labelled sentence in one piece, so that no progress bar interferes.
-
-    Args:
-        sentence: the text.
-        kind: its label.
-        colour: of the label.
-        indent: number of blanks in front.
-    """
+    """Print a labelled sentence in one piece, so that no progress bar interferes; `indent` is in blanks."""
     console.print(Text.assemble(" " * indent, (f"{kind}:", colour), f" {printable(sentence)}"), soft_wrap=True)
 
 
@@ -393,14 +356,9 @@ def print_error(sentence: str, *, kind: str) -> None:
 
 
 class StoppedError(CancelledError):
-    """A signal ended the command.
+    """A signal ended the command; the message says what was saved.
 
-    Args:
-        message: what was saved, in a sentence.
-        number: of the signal.
-
-    Attributes:
-        exit_code: 128 and the number, as shells have it: 130 for Ctrl-C, 143 for SIGTERM.
+    `exit_code` is 128 and the signal's number, as in shells: 130 for Ctrl-C, 143 for SIGTERM.
     """
 
     def __init__(self, message: object, number: int) -> None:
@@ -421,13 +379,10 @@ class StopRequest(threading.Event):
 
 @contextlib.contextmanager
 def stoppable(*, at_once: bool = False) -> Iterator[StopRequest]:
-    """Inside the context, the first Ctrl-C or SIGTERM sets the yielded event; a second one interrupts at once.
+    """Inside, the first Ctrl-C or SIGTERM sets the yielded event; the second one, or the first if `at_once`,
+    interrupts.
 
-    Args:
-        at_once: whether the first one interrupts.
-
-    Raises:
-        StoppedError: the work was interrupted or cancelled. The sentence says what was saved.
+    Raises StoppedError if the work was interrupted or cancelled; the message says what was saved.
     """
     stop = StopRequest()
 
@@ -473,10 +428,7 @@ def progress_shown(what: str) -> Iterator[Callable[..., None]]:
 
 
 def progress_bar(*columns: ProgressColumn) -> Progress:
-    """A progress bar on the shared console: first column, bar, counts, other columns, times.
-
-    It is not shown where the console cannot draw.
-    """
+    """A progress bar on the shared console, if it can draw: first column, bar, counts, other columns, times."""
     return Progress(
         columns[0],
         BarColumn(),
@@ -491,11 +443,7 @@ def progress_bar(*columns: ProgressColumn) -> Progress:
 
 
 class ProgressLines:
-    """Lines about progress, at most one in so many seconds: on the console where it draws no bar, and in the log file.
-
-    Args:
-        clock: of seconds.
-    """
+    """Rate-limited lines about progress: on the console where it draws no bar, and in the log file."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -504,13 +452,13 @@ class ProgressLines:
         self._waiting: str | None = None
 
     def report(self, line: str) -> None:
-        """Print the line if one is due; else it waits, in place of the one that waits."""
+        """Print the line if one is due; else keep it as the pending line."""
         self._waiting = line
         if self._clock() - self._last >= self._every:
             self.end()
 
     def end(self) -> None:
-        """Print the line that waits, if any."""
+        """Print the pending line, if any."""
         line, self._waiting, self._last = self._waiting, None, self._clock()
         if line is None:
             return
@@ -521,7 +469,7 @@ class ProgressLines:
 
 
 def _seconds_between_lines() -> float:
-    """Raises OptionError unless the environment variable is a positive number, or missing."""
+    """OptionError if the environment variable is set to anything but a positive number."""
     given = os.environ.get(PROGRESS_VARIABLE) or "30"
     try:
         seconds = float(given)

@@ -70,7 +70,6 @@ def caption(
 
 
 def _plain(found: ImagesToCaption, done: Captioned | None) -> dict[str, Any]:
-    """The result as JSON has it."""
     return {
         "written": () if done is None else done.written,
         "kept": found.kept,

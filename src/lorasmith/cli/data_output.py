@@ -19,13 +19,7 @@ _SIZES = 6
 
 
 def print_findings(findings: Sequence[Finding], *, most: int | None = None, indent: int = 0) -> None:
-    """Print what to look at, a line each.
-
-    Args:
-        findings: the gravest first.
-        most: number of lines; None for all.
-        indent: blanks in front.
-    """
+    """Print at most `most` findings, a line each with `indent` blanks in front; they are sorted, the gravest first."""
     shown = findings if most is None or len(findings) <= most else findings[: most - 1]
     for finding in shown:
         print_note(f"{finding.sentence}.", kind="Look at", indent=indent)

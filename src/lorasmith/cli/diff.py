@@ -57,7 +57,7 @@ def diff(
 
 
 def _plain(found: Comparison) -> dict[str, Any]:
-    """The comparison as JSON has it, where infinite distances become null."""
+    """Infinite distances become null."""
 
     def numbers(pair: Pair) -> dict[str, Any]:
         return {"name": pair.name, "distance": pair.distance, "cosine": pair.cosine}

@@ -140,14 +140,7 @@ _GENERAL: dict[str, Any] = {
 
 
 def folders_of(base_dir: Path | None, extra_model_paths: Path | None, *, follow_links: bool = False) -> Folders:
-    """The folders that flags name.
-
-    Args:
-        base_dir, extra_model_paths, follow_links: as the flags.
-
-    Raises:
-        OptionError: the base folder does not exist, or as `Folders.load`.
-    """
+    """The folders that flags name. OptionError if the base folder does not exist, or as `Folders.load`."""
     if base_dir is not None and not is_folder(base_dir):
         what = "is no folder" if base_dir.exists() else "does not exist"
         raise OptionError(f"--base-dir must be a folder, but {base_dir} {what}; correct the path")
@@ -155,7 +148,7 @@ def folders_of(base_dir: Path | None, extra_model_paths: Path | None, *, follow_
 
 
 def is_typed(context: typer.Context, name: str) -> bool:
-    """Whether an argument was typed or set by its environment variable, and has not its default."""
+    """Whether an argument was typed or set by its environment variable, rather than its default."""
     source = context.get_parameter_source(name)
     return source is not None and source.name not in ("DEFAULT", "DEFAULT_MAP")
 
@@ -165,10 +158,7 @@ def with_flags(
 ) -> Callable[..., None]:
     """`command` with a flag for each option in place of `**settings`.
 
-    Args:
-        command: takes its own parameters and `**settings`, the options by name.
-        options: declarations by name.
-        aliases: additional flags by option name, such as `{"training_dtype": "--dtype"}`.
+    `aliases` are additional flags by option name, such as `{"training_dtype": "--dtype"}`.
     """
     own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
     flags = [_parameter(one, (aliases or {}).get(name)) for name, one in options.items()]
@@ -180,7 +170,7 @@ def with_flags(
 
 
 def with_general_flags(app: typer.Typer) -> None:
-    """Give all commands of a group, and of the groups in it, the flags about output."""
+    """Add the flags about output to all commands of a group, and of the groups in it."""
     for info in app.registered_commands:
         assert info.callback is not None
         info.callback = _with_output(info.callback)
@@ -207,7 +197,7 @@ def _with_output(command: Callable[..., None]) -> Callable[..., None]:
 def _declared(
     run: Callable[..., None], command: Callable[..., None], parameters: Sequence[inspect.Parameter]
 ) -> Callable[..., None]:
-    """`run`, which typer takes for a command with these parameters and the description of another."""
+    """`run` with the signature and description that typer reads."""
     run.__doc__ = command.__doc__
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -217,8 +207,7 @@ def _declared(
 def split_strength(text: str) -> tuple[Path, float]:
     """`my.safetensors:0.8` → path and strength; strength 1 where none is given.
 
-    Raises:
-        OptionError: the text after the last colon is not a finite number (the colon of a drive letter aside).
+    OptionError if the text after the last colon is not a finite number (the colon of a drive letter aside).
     """
     path, colon, strength = text.rpartition(":")
     if not colon or len(path) <= 1 or strength.endswith((".safetensors", "/", "\\")):
@@ -247,7 +236,6 @@ def _parameter(option: Option, alias: str | None) -> inspect.Parameter:
 
 
 def _described(option: Option) -> str:
-    """The option's help with its choices or range."""
     if option.choices:
         return f"{option.help} One of {', '.join(option.choices)}."
     if option.min is not None and option.max is not None and option.max < 2**32:

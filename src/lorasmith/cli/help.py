@@ -14,24 +14,18 @@ from typer.core import TyperCommand, TyperGroup
 
 from lorasmith.cli.console import echo
 
-OUTPUT = "Output"
-"""Group of the options that all commands have."""
+OUTPUT = "Output"  # group of the options that all commands have
 
-_MANY = 20
-"""Options from which a command has `--help-all`."""
+_MANY = 20  # options from which a command has `--help-all`
 
 _NAMES = 28  # columns of names and their values; longer ones have a line of their own
 _SUMMARY = 400  # characters of a command's summary in a list
 
 
 class HelpCommand(TyperCommand):
-    """A command whose help is plain text.
+    """A command whose help is plain text."""
 
-    Attributes:
-        first: names of the options that `--help` shows of many, in this order; if empty, those that are in no group.
-    """
-
-    first: tuple[str, ...] = ()
+    first: tuple[str, ...] = ()  # the options, in order, that `--help` shows of many; if empty, those in no group
     _shows_all = False
 
     def get_params(self, ctx: Any) -> list[Any]:
@@ -41,11 +35,9 @@ class HelpCommand(TyperCommand):
         return params if len(params) <= _MANY or about is None else [*params, _help_all(about, self)]
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Write the help."""
         super(TyperCommand, self).format_help(ctx, formatter)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write arguments and options, by their groups."""
         params = self.get_params(ctx)
         is_short = len(params) > _MANY and not self._shows_all
         if is_short:
@@ -61,7 +53,6 @@ class HelpCommand(TyperCommand):
                 formatter.write_dl(groups[group], col_max=_NAMES)
 
     def _first_of(self, params: list[Any]) -> list[Any]:
-        """The arguments, the options that come first, and those about help."""
         kept = {param.name: param for param in params}
         arguments = [param for param in params if param.param_type_name == "argument"]
         if self.first:
@@ -76,11 +67,9 @@ class HelpGroup(TyperGroup):
     """A group of commands whose help is plain text, with their whole summaries."""
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Write the help."""
         super(TyperGroup, self).format_help(ctx, formatter)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write the options and the commands."""
         records = [record for param in self.get_params(ctx) if (record := param.get_help_record(ctx)) is not None]
         with formatter.section("Options"):
             formatter.write_dl(records, col_max=_NAMES)
@@ -95,7 +84,7 @@ def with_first(*options: str) -> type[HelpCommand]:
 
 
 def with_readable_help(app: typer.Typer) -> None:
-    """Have all commands of a group show their help in this way."""
+    """Give all commands of a group plain-text help."""
     for command in app.registered_commands:
         if command.cls is None or not issubclass(command.cls, HelpCommand):
             command.cls = HelpCommand

@@ -45,10 +45,9 @@ from lorasmith.core.printable import printable
 
 
 class _Commands(HelpGroup):
-    """The commands. Complaints about arguments (names of files, mostly) are printable, and JSON if that is asked."""
+    """The commands. Errors about arguments (file names, mostly) are made printable, and are JSON with --json."""
 
     def make_context(self, info_name: Any, args: list[str], *others: Any, **keywords: Any) -> Any:
-        """The context of the group."""
         as_json = "--json" in args[: args.index("--") if "--" in args else None]
         with _complaints_printable(as_json=as_json):
             context = super().make_context(info_name, args, *others, **keywords)
@@ -56,7 +55,6 @@ class _Commands(HelpGroup):
         return context
 
     def invoke(self, ctx: Any) -> Any:
-        """Parse a command's arguments and run it."""
         with _complaints_printable(as_json=ctx.meta[_AS_JSON]):
             return super().invoke(ctx)
 
@@ -141,7 +139,7 @@ for group in (app, data):
 
 
 def main() -> None:
-    """Entry point. Commands print a LorasmithError as one sentence (`output_as`), and so they end when interrupted."""
+    """Entry point. `output_as` prints a LorasmithError as one sentence and handles interrupts."""
     keep_freed_memory()
     other_output_made_printable()
     # Without it, the interpreter's last collection visits a million objects of torch: most of the time of an exit.

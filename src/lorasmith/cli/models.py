@@ -68,7 +68,6 @@ def _stem(usual_file: str) -> str:
 
 
 def _plain(found: ModelList) -> dict[str, object]:
-    """The list as JSON has it."""
     whole = [{**dataclasses.asdict(one), "is_whole": one.is_whole} for one in found.models]
     return {**dataclasses.asdict(found), "models": whole}
 

@@ -82,7 +82,7 @@ def _print_node(node: Node, folders: Folders) -> None:
 
 
 def _choices(one: Any, folders: Folders) -> list[str]:
-    """The choices, the first of long lists (of files) only."""
+    """The choices; of long lists (of files) only the first ones."""
     choices = one.choices(folders)
     more = [f"{len(choices) - _MOST:,} more"] if len(choices) > _MOST else []
     return [*itertools.islice(choices, _MOST), *more]

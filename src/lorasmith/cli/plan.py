@@ -82,7 +82,6 @@ def plan(
 
 
 def _plain(found: MemoryEstimate) -> dict[str, Any]:
-    """The estimate as JSON has it."""
     proposal = {**dataclasses.asdict(found.proposal), "settings": found.proposal.settings}
     return {
         **dataclasses.asdict(found),

@@ -92,7 +92,7 @@ def reproduce(
 
 
 def _plain(found: Reproduced) -> dict[str, Any]:
-    """The result as JSON has it; `same` is null if nothing was trained or training stopped early."""
+    """As JSON, where `same` is null if nothing was trained or training stopped early."""
     return {
         "differs": found.differs,
         "same": found.is_same if found.is_complete else None,

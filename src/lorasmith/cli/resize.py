@@ -61,7 +61,6 @@ def resize(
 
 
 def _print(modules: Iterable[Resized], *, one_by_one: bool) -> None:
-    """Ranks and kept energy by block, or by module."""
     from rich.table import Table
 
     from lorasmith.formats.names.recognise import block_of, component_of

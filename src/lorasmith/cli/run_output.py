@@ -62,7 +62,7 @@ if TYPE_CHECKING:
 def preparation_shown() -> Iterator[EventHandler]:
     """Inside the context, the yielded handler prints the events of preparing a run, with a bar for encoding.
 
-    Ctrl-C and SIGTERM interrupt at once, as nothing is trained yet; what was encoded and drawn is kept.
+    Ctrl-C and SIGTERM interrupt at once, as nothing is trained yet; encodings and drawn pictures are kept.
     """
     with stoppable(at_once=True), contextlib.ExitStack() as live:
         shown, bar = "", _unshown
@@ -110,7 +110,7 @@ def _unshown(done: int, total: int, more: str = "") -> None:
 
 @contextlib.contextmanager
 def training_shown() -> Iterator[tuple[EventHandler, StopRequest]]:
-    """Yields a handler that prints training events with a progress bar, and whether Ctrl-C was pressed."""
+    """Yield a handler that prints training events with a progress bar, and the request that Ctrl-C sets."""
     with stoppable() as stop, training_progress() as show:
         yield show, stop
 
@@ -167,14 +167,7 @@ def _clock_text(seconds: float) -> str:
 
 
 def train_and_report(prepared: PreparedRun, *, output: Path | None, fresh: bool = False, verify: bool = False) -> None:
-    """Train, and print where the results are and how to use the LoRA.
-
-    Args:
-        prepared: the run.
-        output: folder of the run; None for one under `runs/`.
-        fresh: do not continue an unfinished run.
-        verify: compare and record every byte of the base model's files.
-    """
+    """Train (`folder_run.train_prepared`), and print where the results are and how to use the LoRA."""
     from lorasmith.app.folder_run import train_prepared
     from lorasmith.app.recorded_run import rights_needed
 
@@ -199,12 +192,7 @@ def train_and_report(prepared: PreparedRun, *, output: Path | None, fresh: bool 
 
 
 def train_experts_and_report(runs: ExpertRuns, *, verify: bool = False) -> None:
-    """Train both experts of a model, and print where their results are and how to use the LoRAs.
-
-    Args:
-        runs: of both.
-        verify: compare and record every byte of the base model's files.
-    """
+    """Train both experts of a model, and print where their results are and how to use the LoRAs."""
     from lorasmith.app.drawing import EXPERTS
 
     results: dict[str, TrainResult | None] = {}
@@ -249,7 +237,7 @@ _TITLES = {
 
 
 def plain_result(result: TrainResult, **files: Path) -> dict[str, Any]:
-    """How a run ended, its files and further ones, as JSON has it."""
+    """How a run ended, its files and further ones, as JSON values."""
     recent = recent_loss(result.losses)
     return {
         "run": result.folder,
@@ -265,7 +253,7 @@ def plain_result(result: TrainResult, **files: Path) -> dict[str, Any]:
 
 
 def _files(result: TrainResult) -> dict[str, Path]:
-    """The files of a run that are there, by the keys of `_TITLES`."""
+    """The existing files of a run, by the keys of `_TITLES`."""
     if result.folder is None:
         return {}
     samples = result.folder / "samples"
@@ -281,13 +269,7 @@ def _files(result: TrainResult) -> dict[str, Path]:
 
 
 def report_result(result: TrainResult, rights: Sequence[str] = (), *, resumable: bool = True) -> None:
-    """Print how a run ended, and its files.
-
-    Args:
-        result: of the run.
-        rights: arguments with which `resume` may continue it.
-        resumable: whether the command for that is printed.
-    """
+    """Print how a run ended, its files and, if `resumable`, the command that resumes it, with the flags in `rights`."""
     folder = result.folder
     if folder is None:
         echo("Stopped before the first step; nothing was saved.")
@@ -310,7 +292,7 @@ def report_result(result: TrainResult, rights: Sequence[str] = (), *, resumable:
 
 
 def found_line(part: FoundPart) -> str:
-    """A part that was found in the model folders, in a line."""
+    """A part found in the model folders, on one line."""
     others = f", one of {part.choices} that fit" if part.choices > 1 else ""
     return f"{part.title}: {part.path.name} (found in {part.place}{others})"
 
@@ -360,13 +342,13 @@ def _mean_rate(config: ResolvedConfig) -> float:
 
 
 def _noise_text(config: ResolvedConfig) -> str:
-    """The range of noise levels, if it is not the whole."""
+    """The range of noise levels, if it is restricted."""
     low, high = config.noise_range
     return "" if (low, high) == WHOLE_RANGE else f" from {low:g} to {high:g}"
 
 
 def _counts(plan: RunPlan) -> Iterator[tuple[int, str]]:
-    """What makes the samples of an epoch."""
+    """Counts of what makes the samples of an epoch."""
     own = [image for image in plan.scan.images if not image.is_class]
     yield len(own), "images" + (" × repeats" if any(image.repeats > 1 for image in own) else "")
     yield len(plan.held_out), "held out"

@@ -99,7 +99,7 @@ def sweep(
     if only is not None and not 1 <= only <= len(found.runs):
         raise OptionError(f"--only must be the number of a run, from 1 to {len(found.runs)}, got {only}")
     chosen = sweep_devices(devices or found.device) if launcher is _Launcher.LOCAL and not list_runs else ()
-    if only is None and not list_runs:  # those were checked when the sweep was started
+    if only is None and not list_runs:  # otherwise checked when the sweep was started
         check_held_out(found)
     folder = check_writable(sweep_folder((output or found.output or RUNS / file.stem).absolute()))
     where = {"base_dir": base_dir, "extra_model_paths": extra_model_paths}
@@ -127,7 +127,7 @@ def sweep(
 def _train(
     runs: Sequence[SweepRun], folder: Path, also: list[str], devices: Sequence[str] | None, progress: _Progress
 ) -> None:
-    """Run all; `devices` is None on Ray."""
+    """`devices` is None on Ray."""
     from lorasmith.app.sweep_launch import run_on_ray
     from lorasmith.app.sweep_run import RunProcess, run_all
 
@@ -153,7 +153,7 @@ def _train_together(
     progress: _Progress,
     most: int,
 ) -> None:
-    """Run all in groups, each over one model in one process; runs that can share none are alone."""
+    """Train in groups, each over one model in one process; runs that cannot share a model are groups of one."""
     from lorasmith.app.command_lines import arguments_for
     from lorasmith.app.sweep_group import GroupProcess, grouped
     from lorasmith.app.sweep_run import RunProcess, Started, run_all
@@ -209,12 +209,7 @@ def _submit(runs: Sequence[SweepRun], folder: Path, command: list[str], options:
 
 
 class _Progress:
-    """Prints what happens to the runs, and keeps `sweep.json` and the page up to date.
-
-    Args:
-        sweep: the sweep.
-        folder: of the sweep.
-    """
+    """Prints the progress of the runs, and keeps `sweep.json` and the page up to date."""
 
     def __init__(self, sweep: Sweep, folder: Path) -> None:
         from lorasmith.app.sweep_results import result_of
@@ -226,7 +221,7 @@ class _Progress:
             self._entries = {run.number: result_of(run, folder) for run in sweep.runs}
 
     def pending(self, runs: Sequence[SweepRun]) -> list[SweepRun]:
-        """Those of the runs that are neither complete nor running in another process, which is said."""
+        """The runs that are neither complete nor running in another process; prints a note about the latter."""
         states = {run.number: self._entries[run.number].state for run in runs}
         for run in runs:
             if states[run.number] == "running":
@@ -236,12 +231,10 @@ class _Progress:
         return found
 
     def started(self, run: SweepRun, device: str | None) -> None:
-        """A run was started."""
         echo(f"Started   {run.name} on {device}")
         self._entries[run.number] = replace(self._entries[run.number], state="running", error="")
 
     def ended(self, run: SweepRun, end: RunEnd) -> None:
-        """A run has ended."""
         from lorasmith.app.sweep_results import result_of
 
         entry = self._entries[run.number] = result_of(run, self._folder)
@@ -252,14 +245,13 @@ class _Progress:
         self.record()
 
     def record(self) -> tuple[SweepRecord, Path]:
-        """The results so far, as they are written; and the page."""
+        """Write the results so far; returns them and the page."""
         from lorasmith.app.sweep_results import sweep_record, write_results
 
         record = sweep_record(self._sweep, self._entries.values())
         return record, write_results(record, self._folder)
 
     def print_all(self) -> None:
-        """Write and print the results."""
         record, page = self.record()
         print_result(
             lambda: {"folder": self._folder, "page": page, **vars(record)}, lambda: _print(record, self._folder, page)
@@ -267,7 +259,7 @@ class _Progress:
 
     @property
     def exit_code(self) -> int:
-        """1 if a run failed, of those that this command is about."""
+        """1 if one of this command's runs failed."""
         return int(any(self._entries[number].state == "failed" for number in self._about))
 
 

@@ -16,15 +16,14 @@ from lorasmith.cli.console import StoppedError, name_output, output_silenced
 from lorasmith.core.errors import LorasmithError, OptionError, TrainingError
 from lorasmith.core.launch_environment import VISIBLE_GPUS, gpu_variable, launched_process
 
-_RESTARTS = 3
-"""How often the processes of one machine are started again after one of them died."""
+_RESTARTS = 3  # how often the processes of one machine are started again after one of them died
 
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Inside the context, this process trains with those that were launched with it; the first one alone prints.
+    """Inside the context, this process trains with those that were launched with it; only rank 0 prints.
 
-    Of an error that reaches several of them, one prints the sentence, whichever it is.
+    An error that reaches several processes is printed by one of them.
     """
     launched = launched_process()
     if launched is None:
@@ -56,15 +55,10 @@ def check_alone(command: str) -> None:
 
 
 def started_on_gpus(gpus: str | None) -> bool:
-    """Run the command in one process for each GPU, and wait; False in those processes, and without GPUs named.
+    """Run the command in one process per GPU, `all` or their numbers with commas, and wait; False in those processes,
+    and if None.
 
-    Args:
-        gpus: `all`, or their numbers with commas; None for this process alone.
-
-    Raises:
-        OptionError: there is no such GPU.
-        TrainingError: a process ended with an error, which it has printed.
-        StoppedError: Ctrl-C or SIGTERM ended them.
+    Raises TrainingError if a process ended with an error, which it has printed, and StoppedError on Ctrl-C or SIGTERM.
     """
     if launched_process() is not None:
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch is imported later; its warnings are stack traces
@@ -78,7 +72,7 @@ def started_on_gpus(gpus: str | None) -> bool:
 
     numbers = _numbers(gpus, torch.cuda.device_count())
     os.environ[VISIBLE_GPUS] = ",".join(map(gpu_variable, numbers))
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)  # what it warns of is told by the processes
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.ERROR)  # the processes print these themselves
     config = LaunchConfig(
         run_id="lorasmith",
         min_nodes=1,

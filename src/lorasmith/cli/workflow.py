@@ -85,12 +85,7 @@ def _print_examples() -> None:
 
 
 class _Narrator:
-    """Prints an executor's events.
-
-    Attributes:
-        outputs: files and texts of each node that has any, by its id.
-        notes: warnings of nodes.
-    """
+    """Prints an executor's events."""
 
     def __init__(self, folders: Folders) -> None:
         self.outputs: dict[str, list[str]] = {}
