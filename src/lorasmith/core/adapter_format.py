@@ -15,13 +15,11 @@ from torch import Tensor
 from lorasmith.core.adapter_state import AdapterWeights
 
 COMFYUI, DIFFUSERS, SD_SCRIPTS = "ComfyUI", "diffusers", "sd-scripts"
-"""Programs whose loaders `docs/load-matrix.md` measures; of sd-scripts its own network, not LyCORIS'."""
+"""Programs whose loaders `docs/load-matrix.md` measures; sd-scripts is its own network, not LyCORIS."""
 
-Tensors = Mapping[str, Tensor]
-"""By role."""
+Tensors = Mapping[str, Tensor]  # by role
 
-Shapes = Mapping[str, Sequence[int]]
-"""Shapes of tensors by role."""
+Shapes = Mapping[str, Sequence[int]]  # by role
 
 
 def _nothing(adapters: Mapping[str, AdapterWeights], kernels: Mapping[str, int]) -> dict[str, Any]:

@@ -32,25 +32,25 @@ class Option:
     """The declaration of one setting.
 
     Attributes:
-        name: snake_case, the same in every door.
+        name: snake_case, the same in the library, CLI, nodes and server.
         type: `int`, `float`, `str` or `bool`.
-        default: default value; None means "resolved at run time", and then None is accepted too.
+        default: None means "resolved at run time", and is then accepted as a value.
         help: one or two sentences, with the unit if there is one.
         min, max: inclusive bounds of a number.
         step: granularity offered by editors; values between steps are accepted.
         choices: allowed values of a string, matched ignoring case.
-        pattern: regular expression that values besides the choices must match; empty allows none.
+        pattern: regular expression of values allowed besides the choices; empty allows none.
         group: heading in the help.
         changes_numbers: whether it can affect computed numbers.
         is_path: whether a text names a file or folder.
         is_prompt: whether a text is a prompt; private runs show neither prompts nor paths.
         is_main: whether pages and help show it before the others.
-        door: `typed` if requests to a server cannot have it, as it names files or lets programs start; `graph`
-            if it has an effect in graphs alone.
-        of_model: whether it is of the frozen model and its passes, so that runs over one model have it in common.
-        of_fresh: whether it has an effect on layers without an adapter alone.
+        door: `typed` if requests to a server cannot set it, as it names files or starts programs; `graph` if it has an
+            effect in graphs only.
+        of_model: whether it concerns the frozen model and its passes, and is shared by runs over one model.
+        of_fresh: whether it has an effect only on layers without an adapter.
         costs: whether it affects the cost of a step.
-        short: name in names of runs, if it is another.
+        short: abbreviation in names of runs.
     """
 
     name: str
@@ -74,7 +74,7 @@ class Option:
     short: str = ""
 
     def check(self, value: Any) -> Any:
-        """`value` in the option's own type. Raises OptionError when the type or the range does not fit."""
+        """`value` in the option's own type. Raises OptionError if the type or the range does not fit."""
         if value is None and self.default is None:
             return None
         value = self._typed(value)
@@ -114,11 +114,7 @@ class Option:
 
 
 def option(default: Any, *, help: str, **details: Any) -> Any:
-    """A dataclass field that declares an `Option`; name, type and (of a `Literal`) choices are those of the field.
-
-    Args:
-        default, help, details: as the attributes of `Option`.
-    """
+    """A dataclass field that declares an `Option`; name, type and (of a `Literal`) choices are those of the field."""
     return dataclasses.field(default=default, metadata={"option": {"help": help, **details}})
 
 
@@ -140,7 +136,7 @@ def _options_of(config: type) -> Mapping[str, Option]:
 
 
 def check_options(config: Any) -> None:
-    """`__post_init__` of configuration dataclasses: checks and normalises every field."""
+    """`__post_init__` of configuration dataclasses: checks and normalises every field. Raises OptionError."""
     for name, declared in options_of(type(config)).items():
         value = getattr(config, name)
         if isinstance(value, str) and len(value) > _LONGEST:
@@ -149,7 +145,7 @@ def check_options(config: Any) -> None:
 
 
 def config_from(config: type, values: Mapping[str, Any]) -> Any:
-    """An instance of `config` from a mapping. Unknown keys are refused with the nearest known name."""
+    """An instance of `config` from a mapping. Raises OptionError for unknown keys, with the nearest known name."""
     known = options_of(config)
     for key in values:
         if key not in known:
@@ -158,13 +154,13 @@ def config_from(config: type, values: Mapping[str, Any]) -> Any:
 
 
 def changed(config: Any) -> dict[str, Any]:
-    """The options of a configuration that have not their default values."""
+    """The options of a configuration that differ from their defaults."""
     values = {name: getattr(config, name) for name in options_of(type(config))}
     return {name: value for name, value in values.items() if value != options_of(type(config))[name].default}
 
 
 _LONGEST = 20_000
-"""Characters of a setting: more than is of use, and few enough for every pattern and parser that reads it."""
+"""Maximum characters of a setting, few enough for every pattern and parser that reads it."""
 
 
 def _declared(name: str, annotation: Any, default: Any, details: Mapping[str, Any]) -> Option:
