@@ -16,8 +16,7 @@ from pathlib import Path
 from lorasmith.core.errors import OutputError
 
 MAX_TEXT_BYTES = 256 * 2**20
-"""Size limit of text files that are read whole (graphs, records, captions), of which the longest have some megabytes.
-"""
+"""Size limit of text files that are read whole (graphs, records, captions), the longest of which have some MB."""
 
 
 def open_regular(path: Path) -> BufferedReader:

@@ -17,8 +17,7 @@ from lorasmith.core.processes import current
 from lorasmith.core.quantization import WEIGHT_SOURCE, Packed, placeholder, weight_source
 
 FULL_PRECISION = "full_precision"
-"""Attribute of a module: if True, its own parameters and buffers are placed in fp32 whatever the dtype of the others.
-"""
+"""Attribute of a module: if True, its own parameters and buffers are in fp32 whatever the dtype of the others."""
 
 
 _ALIGNMENT = 64

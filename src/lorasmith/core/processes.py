@@ -283,7 +283,7 @@ def _gpu_of(local_rank: int, count: int) -> int | None:
 
 
 def _check_gpus(found: Sequence[str | None]) -> None:
-    """Raise OptionError if processes share a GPU (`found` holds UUIDs, None without one), which NCCL does not support."""
+    """Raise OptionError if processes share a GPU (`found` holds UUIDs, None without one), which NCCL cannot."""
     for rank, one in enumerate(found):
         if one is not None and one in found[:rank]:
             raise OptionError(

@@ -217,7 +217,7 @@ def _from_levels(codes: Tensor, scale: Tensor, *, shape: torch.Size, order: list
 
 @functools.cache
 def level_pairs(levels: tuple[float, ...], device: torch.device) -> Tensor:
-    """The two numbers of each byte of two 4-bit codes, (256, 2) fp32, the upper half's first; `levels` has 16 by code."""
+    """The two numbers of each byte of two 4-bit codes, (256, 2) fp32, the upper half's first; `levels` is by code."""
     numbers = torch.tensor(levels, device=device)
     return torch.cartesian_prod(numbers, numbers)
 

@@ -19,7 +19,7 @@ _MOST_FURTHER = 3
 
 
 def first_misfit(shapes: Mapping[str, Sequence[int]], rules: Mapping[str, str]) -> tuple[str, str] | None:
-    """The first tensor that breaks its rule, and the rule: `(out, rank, 1...) with rank 4`; None if all follow theirs."""
+    """The first tensor that breaks its rule, and the rule: `(out, rank, 1...) with rank 4`; None if there is none."""
     known: dict[str, tuple[int, ...]] = {}
     for name, rule in rules.items():
         before = dict(known)
