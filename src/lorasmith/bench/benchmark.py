@@ -37,9 +37,7 @@ _ENOUGH_S = 6.0  # total seconds of steps and passes if their number is not give
 
 
 def latent_side(model: Model, resolution: int | None) -> int:
-    """Side of the latents of square pictures; None is the model's own resolution. Raises OptionError if it does not
-    fit.
-    """
+    """Side of the latents of square pictures of a resolution, None for the model's own. Raises OptionError."""
     side, multiple = resolution or model.defaults.resolution, model.defaults.pixel_multiple
     if side < multiple or side % multiple:
         nearest = max(multiple, round(side / multiple) * multiple)

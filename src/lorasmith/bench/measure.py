@@ -214,11 +214,11 @@ def measured_steps(
     clock: Clock = time.perf_counter,
     on_event: EventHandler = lambda event: None,
 ) -> Steps:
-    """Steps of the training loop after the warm-up (at least 1, as the first batches are not prefetched), from end to
-    end.
+    """Steps of the training loop after the warm-up (at least 1, as the first batches are not prefetched).
 
-    A GPU is not synchronized between steps: the times are those of its events, and waiting is wall time of the host.
-    `on_event` receives the run's events, such as a `Shrunk` if memory runs out.
+    Each is timed from the end of the one before. A GPU is not synchronized between steps: the times are those of its
+    events, and waiting is wall time of the host. `on_event` receives the run's events, such as a `Shrunk` if memory
+    runs out.
     """
     ends = _Ends(job.runtime.device, clock)
     engine = engine_of(job)

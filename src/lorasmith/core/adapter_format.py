@@ -38,7 +38,7 @@ class PeftKind:
         fields: additional fields of the configuration, from adapters and kernel sizes by module path.
         misfits: why PEFT cannot combine some adapters with the others, by module path; arguments as for `fields`.
         unscaled: rank in the configuration for an adapter without a rank.
-        scaled: role of the tensor that absorbs the scale which PEFT, unlike others, applies to such an adapter.
+        scaled: role of the tensor that absorbs the scale, which PEFT, unlike others, applies to such an adapter.
     """
 
     name: str

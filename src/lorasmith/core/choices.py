@@ -1,7 +1,6 @@
-"""Literal types of choices that several rooms share; `option` reads a setting's choices from its annotation.
+"""Literal types of choices that several rooms share, without torch, to keep the command line's help fast.
 
-Does not import torch, to keep the command line's help fast. Extensible choices (algorithms, optimizers, schedules) are
-read from their registries.
+Extensible choices (algorithms, optimizers, schedules) are read from their registries.
 """
 
 from __future__ import annotations

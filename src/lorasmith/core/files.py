@@ -59,10 +59,7 @@ def is_regular(path: Path) -> bool:
 
 @contextlib.contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
-    """A temporary path in `target`'s folder that replaces `target` (fsync, then `os.replace`) unless the block raises.
-
-    Raises OutputError if the folder or the file cannot be written.
-    """
+    """A temporary path that replaces `target` (fsync, then `os.replace`) on success. Raises OutputError."""
     ensure_folder(target.parent)
     try:
         handle, name = tempfile.mkstemp(prefix=f".{target.name[:_KEPT]}.", suffix=".tmp", dir=target.parent)
@@ -168,10 +165,7 @@ def check_writable(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def locked(path: Path, owned: str) -> Iterator[None]:
-    """Hold a lock on a file, which the system releases however the process ends; the file is not removed.
-
-    Raises OutputError, starting with `owned` if another process holds the lock.
-    """
+    """Hold a lock on a file, released however the process ends. Raises OutputError, starting with `owned`, if taken."""
     try:
         file = path.open("a")
     except OSError as error:

@@ -85,9 +85,7 @@ class Folders:
 
     @classmethod
     def load(cls, base: Path, *, extra_model_paths: Path | None = None, follow_links: bool = False) -> Folders:
-        """Folders of `base` and of `extra_model_paths` (default: the file of that name in `base`, if any). Raises
-        OptionError.
-        """
+        """Folders of `base` and of `extra_model_paths` (default: that file in `base`, if any). Raises OptionError."""
         file = extra_model_paths or base / "extra_model_paths.yaml"
         if extra_model_paths is None and not file.is_file():
             return cls(base, follow_links=follow_links)
@@ -96,7 +94,6 @@ class Folders:
 
     @property
     def output(self) -> Path:
-        """The folder of outputs."""
         return self.base / "output"
 
     def roots(self, kind: str) -> list[Path]:
@@ -119,9 +116,7 @@ class Folders:
         return sorted({name for root in self.roots(kind) for name in _models_below(root, wanted)})
 
     def find(self, kind: str, name: str) -> Path:
-        """The file or diffusers folder `name` of `kind`. Raises LoraError or ModelError if missing or outside the
-        folders.
-        """
+        """The file or diffusers folder `name` of `kind`. Raises LoraError or ModelError if missing or outside."""
         error = LoraError if _KINDS.get(kind, kind) == "loras" else ModelError
         relative = _contained(name, f"a name among {kind}", error)
         for root in self.roots(kind):
@@ -133,7 +128,6 @@ class Folders:
         )
 
     def place(self, place: Place) -> Path:
-        """The folder of `input`, `output` or `temp`."""
         return self.base / place
 
     def input_files(self, extensions: Iterable[str]) -> list[str]:
@@ -148,10 +142,7 @@ class Folders:
         )
 
     def find_input(self, name: str) -> Path:
-        """The file `name` of the input folder, or of the one in brackets: `cat.png [output]`, `cat.png [temp]`.
-
-        Raises DataError if it is missing or outside the folder.
-        """
+        """The file `name` of the input folder, or of another, as in `cat.png [temp]`. Raises DataError."""
         plain, named = annotated(name)
         place = named or "input"
         relative = _contained(plain, "a file name", DataError)
@@ -362,8 +353,7 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _walk(root: Path, follow: Callable[[Path], bool] = lambda folder: True) -> Iterator[tuple[Path, list[str]]]:
-    """Every folder from `root` down with its file names, breadth first; hidden folders are skipped, each is visited
-    once.
+    """Every folder from `root` down with its file names, breadth first, each once; hidden folders are skipped.
 
     Links for which `follow` is true come last, up to `_MOST_LINKED` names in all: a link may lead to a whole disk.
     """

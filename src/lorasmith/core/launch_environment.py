@@ -38,7 +38,6 @@ class LaunchedProcess:
 
     @property
     def address(self) -> str:
-        """Host and port of rank 0."""
         return f"{self.host}:{self.port}"
 
     @property
@@ -48,10 +47,7 @@ class LaunchedProcess:
 
 
 def launched_process(environment: Mapping[str, str] = os.environ) -> LaunchedProcess | None:
-    """This process among those launched with it; None if it was started alone.
-
-    Raises OptionError if a variable of the launcher is missing or not a number.
-    """
+    """This process among those launched with it; None if started alone. Raises OptionError for invalid variables."""
     if "RANK" in environment and "WORLD_SIZE" in environment:
         return LaunchedProcess(
             rank=_number(environment, "RANK"),

@@ -45,8 +45,7 @@ _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" e
 class MappedFile:
     """A memory-mapped file whose bytes are accessible as tensors, which keep the mapping alive.
 
-    The file must not be modified while tensors use it; replacing it is harmless. Raises OSError, or ValueError if it is
-    empty.
+    The file must not be modified while tensors use it; replacing it is harmless. Raises OSError, ValueError if empty.
     """
 
     def __init__(self, path: Path) -> None:
@@ -100,10 +99,7 @@ def may_stay_mapped() -> bool:
 
 
 def release_pages(tensor: Tensor) -> None:
-    """Release the pages of a tensor on a `MappedFile`; they are read again on the next access.
-
-    No effect on other tensors, and on systems without `madvise`.
-    """
+    """Release the pages of a tensor on a `MappedFile` until the next access, on systems with `madvise`."""
     if (mapping := _mapping_of(tensor)) is not None:
         _release(mapping, tensor)
 

@@ -88,9 +88,9 @@ def store_of_this_start(store: Store, launched: LaunchedProcess, timeout: timede
 
 @contextlib.contextmanager
 def interface_towards_others(store: Store, launched: LaunchedProcess) -> Iterator[str]:
-    """Inside the context, gloo listens where the other processes reach this one, unless the user sets an interface.
+    """Inside the context, gloo listens where others reach this process, unless the user sets an interface.
 
-    Yields the name of the interface; empty if none was found and gloo decides.
+    Yields the interface's name; empty if none was found and gloo decides.
     """
     given = os.environ.get(INTERFACE)
     if given:

@@ -29,49 +29,28 @@ from lorasmith.core.registry import nearest
 
 @dataclass(frozen=True)
 class Option:
-    """The declaration of one setting.
+    """The declaration of one setting."""
 
-    Attributes:
-        name: snake_case, the same in the library, CLI, nodes and server.
-        type: `int`, `float`, `str` or `bool`.
-        default: None means "resolved at run time", and is then accepted as a value.
-        help: one or two sentences, with the unit if there is one.
-        min, max: inclusive bounds of a number.
-        step: granularity offered by editors; values between steps are accepted.
-        choices: allowed values of a string, matched ignoring case.
-        pattern: regular expression of values allowed besides the choices; empty allows none.
-        group: heading in the help.
-        changes_numbers: whether it can affect computed numbers.
-        is_path: whether a text names a file or folder.
-        is_prompt: whether a text is a prompt; private runs show neither prompts nor paths.
-        is_main: whether pages and help show it before the others.
-        door: `typed` if requests to a server cannot set it, as it names files or starts programs; `graph` if it has an
-            effect in graphs only.
-        of_model: whether it concerns the frozen model and its passes, and is shared by runs over one model.
-        of_fresh: whether it has an effect only on layers without an adapter.
-        costs: whether it affects the cost of a step.
-        short: abbreviation in names of runs.
-    """
-
-    name: str
-    type: type
-    default: Any
-    help: str
-    min: float | None = None
+    name: str  # snake_case, the same in the library, CLI, nodes and server
+    type: type  # `int`, `float`, `str` or `bool`
+    default: Any  # None means "resolved at run time", and is then accepted as a value
+    help: str  # one or two sentences, with the unit if there is one
+    min: float | None = None  # inclusive, as is `max`
     max: float | None = None
-    step: float | None = None
-    choices: tuple[str, ...] = ()
-    pattern: str = ""
-    group: str = ""
-    changes_numbers: bool = True
-    is_path: bool = False
-    is_prompt: bool = False
-    is_main: bool = False
+    step: float | None = None  # granularity offered by editors; values between steps are accepted
+    choices: tuple[str, ...] = ()  # of a string, matched ignoring case
+    pattern: str = ""  # regular expression of values allowed besides the choices
+    group: str = ""  # heading in the help
+    changes_numbers: bool = True  # can affect computed numbers
+    is_path: bool = False  # the text names a file or folder
+    is_prompt: bool = False  # private runs show neither prompts nor paths
+    is_main: bool = False  # pages and help show it before the others
+    # "typed": refused in requests to a server, as it names files or starts programs; "graph": only graphs use it
     door: Literal["any", "typed", "graph"] = "any"
-    of_model: bool = False
-    of_fresh: bool = False
-    costs: bool = False
-    short: str = ""
+    of_model: bool = False  # concerns the frozen model and its passes, and is shared by runs over one model
+    of_fresh: bool = False  # has an effect only on layers without an adapter
+    costs: bool = False  # affects the cost of a step
+    short: str = ""  # abbreviation in names of runs
 
     def check(self, value: Any) -> Any:
         """`value` in the option's own type. Raises OptionError if the type or the range does not fit."""

@@ -67,7 +67,6 @@ class Packed:
 
     @property
     def size_bytes(self) -> int:
-        """Size of all tensors."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors)
 
     @property

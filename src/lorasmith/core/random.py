@@ -1,7 +1,7 @@
 """Keyed random numbers: every value is a function of (seed, purpose, index), independent of earlier draws.
 
-Noise is therefore the same on a CPU and a GPU, for batch 4 and four accumulated batches of 1, for any number of
-processes, and in a resumed run.
+Noise is thus the same on a CPU and a GPU, for batch 4 and four accumulated batches of 1, for any number of processes,
+and in a resumed run.
 """
 
 from __future__ import annotations

@@ -116,8 +116,7 @@ def draw_losses(
     validations: Sequence[tuple[int, float]] = (),
     base_loss: float | None = None,
 ) -> None:
-    """Draw the loss of each step and their mean over the last steps, and validations (step, loss) with the lowest
-    marked.
+    """Draw the loss of each step, their mean over the last steps, and validations (step, loss) with the lowest marked.
 
     The raw line has gaps at NaN and infinite losses, that of the means does not; at least one must be finite. The axis
     is logarithmic if the mean spans more than a factor of 20. `base_loss` is of the held-out images without the LoRA.

@@ -76,7 +76,7 @@ class Note:
 
     kind: str
     message: str
-    step: int | None = None
+    step: int | None = None  # None if it belongs to no step
 
 
 @dataclass(frozen=True)

@@ -35,9 +35,7 @@ def text_image(text: str, font: ImageFont.FreeTypeFont, width: int, *, colour: s
 
 
 def wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, *, max_lines: int) -> list[str]:
-    """`text` in lines of at most `width` pixels; words that do not fit are broken, and text beyond `max_lines` is
-    elided.
-    """
+    """`text` in lines of at most `width` pixels; long words are broken, and text beyond `max_lines` is elided."""
     lines: list[str] = []
     rest = printable(" ".join(text.split()))
     while rest:

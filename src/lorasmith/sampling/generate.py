@@ -46,14 +46,14 @@ _BORDER = 1e-4  # of the network's time: a step at the boundary itself is the fi
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How pictures are sampled."""
+    """How pictures are sampled; names of `sampler` and `scheduler` are those of KSampler."""
 
     seed: int = 0
     steps: int = 20
     cfg: float | None = None  # guidance scale; None for the model's own
-    sampler: str = "euler"  # names as in KSampler
+    sampler: str = "euler"
     scheduler: str = "normal"
-    width: int | None = None  # in pixels; None for the model's resolution
+    width: int | None = None  # in pixels, as is `height`; None for the model's resolution
     height: int | None = None
     # of the denoiser's weights and products; bf16 needs half the memory and changes pictures slightly
     dtype: torch.dtype = torch.float32

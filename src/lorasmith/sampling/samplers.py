@@ -124,8 +124,9 @@ def heun(
 def dpmpp_2m(
     denoise: Denoise, x: Tensor, sigmas: Tensor, *, schedule: NoiseSchedule, noise: StepNoise, callback: Progress
 ) -> Tensor:
-    """DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095, algorithm 2) in `lambda = −log sigma`; last step of first
-    order.
+    """DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095, algorithm 2) in `lambda = −log sigma`.
+
+    The last step is of first order and ends at the clean sample.
     """
     previous: Tensor | None = None
     last_width = 0.0
@@ -194,8 +195,7 @@ def uni_pc(
     callback: Progress,
     b: Callable[[float], float] = lambda h: h,
 ) -> Tensor:
-    """UniPC of order 3 (Zhao et al. 2023, arXiv:2302.04867) in `lambda = −log sigma`; `b` is the paper's B(h), up to
-    its sign.
+    """UniPC of order 3 (Zhao et al. 2023, arXiv:2302.04867) in `lambda = −log sigma`; `b` is the paper's ±B(h).
 
     The corrector reuses the evaluation at the predicted point, so a step needs one evaluation. The order increases from
     1 at the start and decreases to 1 at the end; the last step is not corrected.

@@ -71,8 +71,7 @@ def as_lora(cut: Truncated, shape: tuple[int, ...], alpha: float) -> AdapterWeig
 
 
 def merged_weight(module: ModuleTensors, layer: nn.Module, weight: Tensor, strength: float) -> Tensor:
-    """`weight` with adapter and difference folded in, in the weight's dtype; fp32 avoids rounding between several
-    modules.
+    """`weight` with adapter and difference folded in, in its dtype; fp32 avoids rounding between several modules.
 
     `layer` gives kind and geometry. Raises LoraError if the adapter does not fit it, or its algorithm is unknown.
     """

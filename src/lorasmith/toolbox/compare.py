@@ -82,7 +82,7 @@ class Comparison:
         return _sum("all", self.pairs)
 
     def is_same(self, *, tolerance: float = 0.0, weights_only: bool = False) -> bool:
-        """Whether the files are equal, with distances up to `tolerance`; `weights_only` ignores settings and metadata."""
+        """Whether the files are equal up to a distance of `tolerance`; `weights_only` ignores settings and metadata."""
         if self.only_first or self.only_second or not all(pair.distance <= tolerance for pair in self.pairs):
             return False
         return weights_only or not (self.settings or self.metadata)

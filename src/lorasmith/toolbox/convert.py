@@ -58,8 +58,7 @@ def convert_lora(
     private: bool = False,
     overwrite: bool = False,
 ) -> Converted:
-    """Convert a LoRA file or folder in any known layout `to` another, or to `portable`, the one that most programs
-    read.
+    """Convert a LoRA file or folder `to` another layout, or to `portable`, the one that most programs read.
 
     Only names are read from `model`; None uses the released model of the family. With `lossy`, modules that cannot be
     converted exactly are approximated or left out. `private` leaves paths, prompts, captions and workflow out of the

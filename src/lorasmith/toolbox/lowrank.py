@@ -31,8 +31,8 @@ def share(kept: float, total: float) -> float:
 class Truncated:
     """An approximation up · down of a matrix, in fp32."""
 
-    up: Tensor  # (out, rank), each column of length √σ
-    down: Tensor  # (rank, in), each row of length √σ
+    up: Tensor  # (out, rank), each column of norm √σ
+    down: Tensor  # (rank, in), each row of norm √σ
     kept: float  # sum of its squared singular values
     total: float  # sum of all squared singular values
 

@@ -91,8 +91,7 @@ class ModelFiles:
 
 
 def open_model(source: str | os.PathLike[str]) -> ModelFiles:
-    """The files of a single-file checkpoint, a diffusers folder, an expert's subfolder in one, or a built-in model by
-    name.
+    """The files of a single-file checkpoint, a diffusers folder, an expert's folder in one, or a built-in model.
 
     Raises ModelError if it cannot be found, read or recognised.
     """
