@@ -114,7 +114,6 @@ class AdapterFormat:
     peft: PeftKind | None = None
 
     def shape_of(self, weights: AdapterWeights) -> tuple[int, ...]:
-        """`weight_shape` of an adapter."""
         return self.weight_shape({role: tensor.shape for role, tensor in weights.tensors.items()})
 
 

@@ -57,5 +57,4 @@ class AdapterState:
     metadata: dict[str, str] = field(default_factory=dict)
 
     def with_metadata(self, extra: Mapping[str, str]) -> AdapterState:
-        """A copy whose metadata has `extra` added on top."""
         return replace(self, metadata={**self.metadata, **extra})

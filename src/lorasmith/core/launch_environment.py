@@ -91,6 +91,5 @@ def _slurm_port(environment: Mapping[str, str]) -> int:
 
 
 def _first_host(nodes: str) -> str:
-    """The first host of Slurm's list of nodes, such as `gpu[03-05,7],login1`."""
     match = re.match(r"([^\[,]+)(?:\[([^\],-]+))?", nodes)
     return nodes if match is None else match[1] + (match[2] or "")

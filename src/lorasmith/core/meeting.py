@@ -114,7 +114,6 @@ def interface_towards_others(store: Store, launched: LaunchedProcess) -> Iterato
 
 
 def _read(store: Store, key: str) -> str:
-    """A value; empty if not set yet."""
     return store.get(key).decode() if store.check([key]) else ""
 
 

@@ -53,7 +53,7 @@ class Option:
     short: str = ""  # abbreviation in names of runs
 
     def check(self, value: Any) -> Any:
-        """`value` in the option's own type. Raises OptionError if the type or the range does not fit."""
+        """`value` in the option's own type. Raises OptionError if type or range does not fit."""
         if value is None and self.default is None:
             return None
         value = self._typed(value)

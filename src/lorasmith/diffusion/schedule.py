@@ -100,7 +100,7 @@ class NoiseSchedule(ABC):
 
     @abstractmethod
     def timestep(self, sigma: Tensor) -> Tensor:
-        """Timesteps of sampler sigmas, the inverse of `sigma`."""
+        """Timesteps of sampler sigmas, in the schedule's own units."""
 
     @abstractmethod
     def sigma_at(self, progress: float) -> float:

@@ -163,7 +163,6 @@ def _legend(axes: Any, columns: int | None = None) -> None:
 
 
 def _figure(name: str, draw: Callable[[Any], None], *, label: str) -> Html:
-    """The figure for both widths."""
     shapes = {"wide": (9.0, 4.4), "narrow": (4.6, 4.4)}
     return tag(
         "div", [tag("div", _svg(draw, f"{name}-{kind}", size, label), class_=kind) for kind, size in shapes.items()]

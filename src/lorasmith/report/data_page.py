@@ -33,7 +33,7 @@ class Shot:
 
 @dataclass(frozen=True, kw_only=True)
 class Trouble:
-    """A problem."""
+    """A problem of the data, with the pictures concerned."""
 
     title: str  # in a few words
     problem: str  # in a sentence, as is `remedy`
@@ -180,7 +180,6 @@ def _sizes(report: DataReport) -> list[Html]:
 
 
 def _outline(row: SizeRow) -> Html:
-    """A rectangle of the same shape."""
     factor = _FIGURE / max(row.width, row.height)
     shape = f"width:{row.width * factor:.0f}px;height:{row.height * factor:.0f}px"
     return tag("span", tag("span", style=shape, class_="outline"), class_="outlined")

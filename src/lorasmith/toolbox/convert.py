@@ -93,7 +93,6 @@ def convert_lora(
 
 
 def _loaded(source: Path, model: str | os.PathLike[str] | None) -> tuple[AdapterState, ModelNames]:
-    """A LoRA and its name table."""
     if model is not None:
         names = open_model(model).names
         return load_lora(source, names), names

@@ -45,7 +45,6 @@ class ExtractReport:
 
     @property
     def captured(self) -> float:
-        """Share of the squared difference that the LoRA has."""
         return share(self.kept, self.total)
 
 

@@ -144,7 +144,6 @@ def _refuse_misfits(
 
 
 def _touches(module: ModuleTensors, name: str) -> bool:
-    """Whether a module's tensors change its weight or its bias."""
     return name in module.differences or (name == "weight" and module.adapter is not None)
 
 

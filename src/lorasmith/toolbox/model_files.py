@@ -70,7 +70,6 @@ class ModelFiles:
         return self.family.diffusion_of_pipeline(PipelineConfigs.of_folder(self.path)).parameterization
 
     def files(self) -> set[Path]:
-        """The files with the parameters."""
         return {place.file for place in self.places.values()}
 
     def read(self, parameter: Parameter) -> Tensor:
