@@ -33,16 +33,11 @@ from lorasmith.training.memory.memory_plan import MemoryPlan, plan_for
 from lorasmith.training.runtime import Runtime
 
 _WARMUP = 2
-_ENOUGH_S = 6.0
-"""Total seconds of steps and passes if their number is not given."""
+_ENOUGH_S = 6.0  # total seconds of steps and passes if their number is not given
 
 
 def latent_side(model: Model, resolution: int | None) -> int:
-    """Side of the latents of square pictures; None is the model's own resolution.
-
-    Raises:
-        OptionError: the model does not support that size.
-    """
+    """Side of the latents of square pictures of a resolution, None for the model's own. Raises OptionError."""
     side, multiple = resolution or model.defaults.resolution, model.defaults.pixel_multiple
     if side < multiple or side % multiple:
         nearest = max(multiple, round(side / multiple) * multiple)
@@ -60,12 +55,9 @@ def measured(
 ) -> Measured:
     """Measure a job's steps. The model is restored afterwards; the job's adapters are trained a little.
 
-    Args:
-        job: the planned run; its number of steps is not used.
-        samples: training samples; the floor uses one batch of them.
-        steps: number of timed steps and passes; None for as many as take some seconds, at least three.
-        floor: whether to measure the frozen model too.
-        on_stage: called with the name of each stage, such as `steps`.
+    `steps` is the number of timed steps and passes, by default as many as take some seconds; the job's own is not used.
+    With `floor` the frozen model is measured too, on one batch. `on_stage` receives the name of each stage, such as
+    `steps`.
     """
     config, device = job.config, job.runtime.device
     plan = None
@@ -113,7 +105,6 @@ def measured(
 
 
 def _plan(job: Job, samples: Sequence[Sample]) -> MemoryPlan:
-    """The activation plan that a run with these settings would select."""
     found: list[MemoryPlan] = []
 
     def planned() -> Runtime:
@@ -129,12 +120,7 @@ def _plan(job: Job, samples: Sequence[Sample]) -> MemoryPlan:
 
 
 class _Floor:
-    """Timed passes of the frozen model.
-
-    Attributes:
-        passes, forwards: seconds of all measured passes.
-        counts: of a pass; None before the first, or if memory is too small for the unquantized model.
-    """
+    """Timed passes of the frozen model. `counts` is None before the first, or if memory is too small unquantized."""
 
     def __init__(self, job: Job, samples: Sequence[Sample]) -> None:
         self._job = job

@@ -1,7 +1,6 @@
 """Counter of torch operations: their number, FLOPs, live bytes, and bytes copied to the device.
 
-The numbers are deterministic and do not depend on the load of the machine. Memory inside kernels (scratch memory, their
-own copies) is not counted.
+The numbers are deterministic. Memory inside kernels (scratch memory, their own copies) is not counted.
 """
 
 from __future__ import annotations
@@ -40,16 +39,9 @@ _FLOPS: dict[Any, Callable[..., int]] = {
 class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts operations inside its context, which may be entered repeatedly; frees are also counted outside.
 
-    Args:
-        device: whose memory is counted.
-
-    Attributes:
-        operations: number of operations, views excluded.
-        flops: of products and attention; a multiplication and an addition are two.
-        live: bytes allocated inside and not yet freed.
-        peak: the highest `live`.
-        held: the highest `live` at the start of a backward pass: the saved activations.
-        sent: bytes copied to the device.
+    `operations` exclude views; `flops` are of products and attention, a multiplication and an addition being two.
+    `live` are bytes of `device` allocated inside and not yet freed, `peak` the highest of these, `held` the highest at
+    the start of a backward pass (the saved activations). `sent` are bytes copied to the device.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -26,62 +26,40 @@ _PINNED_BYTES = 2**26
 
 @dataclass(frozen=True)
 class Rates:
-    """Measured rates of a device.
+    """Measured rates of a device."""
 
-    Attributes:
-        products: FLOP/s of a large matrix product in the training dtype.
-        copies: bytes/s from pinned host memory; None on the CPU.
-    """
-
-    products: float
-    copies: float | None
+    products: float  # FLOP/s of a large matrix product in the training dtype
+    copies: float | None  # bytes/s from pinned host memory; None on the CPU
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Measurements of a step and of the floor.
+    """Measurements of a step and of the floor (None if that does not fit into memory); memory in bytes."""
 
-    Attributes:
-        plan: the selected activation plan, None unless activations is auto.
-        step: seconds of a step.
-        waited: seconds in which each of these steps waited for its batches.
-        images: images per step.
-        parts, counts, profile: of the step.
-        floor, floor_counts: of the frozen model's forward and backward pass; None if it does not fit into memory.
-        forward: of its forward pass alone; None if it does not fit.
-        passes: batches per step (gradient accumulation).
-        weights: bytes of the frozen weights on the device.
-        above: peak bytes of a step, above the frozen weights.
-        peak: peak bytes of the process on the device.
-        memory: bytes of the device's memory; None if unknown.
-        rates: of the device.
-    """
-
-    plan: MemoryPlan | None
-    step: Spread
-    waited: Spread
-    images: int
+    plan: MemoryPlan | None  # None unless activations is auto
+    step: Spread  # seconds
+    waited: Spread  # seconds of each step's wait for its batches
+    images: int  # per step
     parts: Parts
     counts: Counts
     profile: Profile
-    floor: Spread | None
+    floor: Spread | None  # the frozen model's forward and backward pass
     floor_counts: Counts | None
-    forward: Spread | None
-    passes: int
-    weights: int
-    above: int
-    peak: int
-    memory: int | None
+    forward: Spread | None  # the frozen model's forward pass alone
+    passes: int  # batches per step (gradient accumulation)
+    weights: int  # the frozen weights on the device
+    above: int  # peak of a step, above the frozen weights
+    peak: int  # of the process on the device
+    memory: int | None  # of the device; None if unknown
     rates: Rates
 
     @property
     def images_per_hour(self) -> float:
-        """Throughput at the median step."""
         return 3600 * self.images / self.step.median
 
     @property
     def waiting(self) -> float:
-        """Share of the steps' time in which they waited for batches, 0 to 1."""
+        """Share of the steps' time spent waiting for batches, 0 to 1."""
         return Steps(self.step, self.waited).waiting
 
     @property
@@ -105,17 +83,11 @@ class Measured:
 
 @dataclass(frozen=True)
 class Share:
-    """A part of a step's time.
-
-    Attributes:
-        name: of the part.
-        of_step: 0 to 1.
-        words: explanation and remedy.
-    """
+    """A part of a step's time."""
 
     name: str
-    of_step: float
-    words: str
+    of_step: float  # 0 to 1
+    words: str  # explanation and remedy
 
 
 def measured_rates(device: torch.device, dtype: torch.dtype) -> Rates:
@@ -165,7 +137,6 @@ def _on_products(measured: Measured) -> str:
 
 
 def _on_parts(measured: Measured) -> Iterator[str]:
-    """Sentences about other parts that take a considerable share."""
     step, parts, counts, rates = measured.step.median, measured.parts, measured.counts, measured.rates
     if measured.waiting > 0.05:
         yield (

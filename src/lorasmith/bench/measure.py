@@ -1,8 +1,7 @@
 """Measurement of a training step: its time compared with the floor, its parts, memory and FLOPs.
 
 The floor is one forward and one backward pass to the latents of the frozen diffusers model; no trainer that needs
-gradients of all layers can be faster. Inputs are random, as they do not affect the cost. `limits` interprets the
-numbers.
+gradients of all layers can be faster. Inputs are random, as they do not affect the cost.
 """
 
 from __future__ import annotations
@@ -33,8 +32,7 @@ from lorasmith.training.memory.weight_stream import StreamedWeight, WeightStream
 
 Clock = Callable[[], float]
 
-_PART_STEPS = 2
-"""Number of steps whose parts are timed, after one warm-up step."""
+_PART_STEPS = 2  # steps whose parts are timed, after one warm-up step
 
 
 @dataclass(frozen=True)
@@ -45,87 +43,58 @@ class Spread:
 
     @property
     def median(self) -> float:
-        """The median."""
         return statistics.median(self.seconds)
 
     @property
     def low(self) -> float:
-        """The fastest."""
         return min(self.seconds)
 
     @property
     def high(self) -> float:
-        """The slowest."""
         return max(self.seconds)
 
 
 @dataclass(frozen=True)
 class Steps:
-    """Steps of the training loop.
-
-    Attributes:
-        seconds: of each.
-        waited: seconds of these in which the loop waited for the step's batches, which another thread makes.
-    """
+    """Seconds of each step of the training loop, and of its wait for batches, which another thread makes."""
 
     seconds: Spread
     waited: Spread
 
     @property
     def waiting(self) -> float:
-        """Share of the time in which the loop waited, 0 to 1."""
+        """Share of the time spent waiting, 0 to 1."""
         return min(1.0, sum(self.waited.seconds) / sum(self.seconds.seconds))
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Counts of one step or pass; see `Counter`.
-
-    Attributes:
-        flops, operations: per step or pass.
-        sent: bytes copied to the device.
-        held: bytes of activations saved for the backward pass.
-        peak: peak bytes above the frozen weights.
-        state: bytes kept between steps: trained weights, gradients, optimizer state.
-    """
+    """Counts of one step or pass, memory in bytes; see `Counter`."""
 
     flops: int
     operations: int
-    sent: int
-    held: int
-    peak: int
-    state: int
+    sent: int  # copied to the device
+    held: int  # activations saved for the backward pass
+    peak: int  # above the frozen weights
+    state: int  # kept between steps: trained weights, gradients, optimizer state
 
 
 @dataclass(frozen=True)
 class Parts:
-    """Median seconds of the parts of a step, each synchronized.
+    """Median seconds of the parts of a step, each synchronized."""
 
-    Attributes:
-        making: making a step's batches, on another thread.
-        gradient: forward and backward pass.
-        update: clipping, optimizer, publishing.
-        busy: processor seconds per second and thread, on a CPU; None on other devices.
-    """
-
-    making: float
-    gradient: float
-    update: float
-    busy: float | None
+    making: float  # its batches, on another thread
+    gradient: float  # forward and backward pass
+    update: float  # clipping, optimizer, publishing
+    busy: float | None  # CPU seconds per second and thread; None on other devices
 
 
 def synthetic_samples(
     model: Model, count: int, height: int, width: int, *, frames: int = 1, tokens: int | None = None, seed: int = 0
 ) -> tuple[Sample, ...]:
-    """Samples with random latents and conditioning.
+    """Samples with random latents and conditioning in a model's shapes; `height`, `width` are of the latents.
 
-    Args:
-        model: whose shapes they have.
-        count: number of samples.
-        height, width: of the latents.
-        frames: of clips; 1 for pictures.
-        tokens: length of the context; None for the family's usual one.
-        seed: of the random numbers.
+    `frames` is 1 for pictures; `tokens` is the length of the context, None for the family's usual one.
     """
     generator = torch.Generator().manual_seed(seed)
     shapes = dict(model.family.conditioning_shapes(model.components.denoiser))
@@ -151,15 +120,7 @@ def frozen_pass(
     dtype: torch.dtype,
     backward: bool = True,
 ) -> Callable[[], None]:
-    """A function that runs one forward and backward pass of a frozen module to the latents.
-
-    Args:
-        denoiser: whose family calls the module.
-        module: the frozen module, on `device` in `dtype`.
-        samples: of one batch.
-        device, dtype: of the inputs.
-        backward: False for the forward pass alone.
-    """
+    """A function that runs a forward (and backward) pass to the latents of a frozen module on `device` in `dtype`."""
     latents = torch.stack([sample.latents for sample in samples]).to(device, dtype)
     conditioning = denoiser.base.family.join([sample.conditioning for sample in samples]).to(device, dtype)
     schedule = denoiser.diffusion.schedule
@@ -179,14 +140,7 @@ def frozen_pass(
 def frozen_floor(
     denoiser: Denoiser, samples: Sequence[Sample], *, device: torch.device, dtype: torch.dtype, backward: bool = True
 ) -> Iterator[Callable[[], None]]:
-    """Inside the context, the model's own module is contiguous on the device; yields a function that runs one pass.
-
-    Args:
-        denoiser: the model.
-        samples: of one batch.
-        device, dtype: where and in which number format it runs.
-        backward: False for the forward pass alone.
-    """
+    """Inside the context, the model's own module is contiguous on the device; yields a function that runs one pass."""
     module = denoiser.module
     with placed(module, device=device, dtype=dtype, layout=torch.contiguous_format):
         yield frozen_pass(denoiser, module, samples, device=device, dtype=dtype, backward=backward)
@@ -194,12 +148,9 @@ def frozen_floor(
 
 @contextlib.contextmanager
 def training_steps(job: Job, samples: Sequence[Sample], counter: Counter | None = None) -> Iterator[Callable[[], None]]:
-    """Inside the context, the model is prepared for a run's steps; yields a function that takes the next one.
+    """Inside the context, the model is prepared for a run's steps; yields a function that runs the next one.
 
-    Args:
-        job: the planned run.
-        samples: the training samples.
-        counter: counts the creation of trained weights and optimizer state, but not of the frozen weights.
+    `counter` counts the creation of trained weights and optimizer state, but not of the frozen weights.
     """
     with counter or contextlib.nullcontext():
         engine = engine_of(job)
@@ -220,13 +171,7 @@ def training_steps(job: Job, samples: Sequence[Sample], counter: Counter | None 
 def counted(
     steps: Callable[[Counter], contextlib.AbstractContextManager[Callable[[], None]]], device: torch.device
 ) -> Counts:
-    """Counts of the second step; the first allocates the optimizer's state.
-
-    Args:
-        steps: context manager that yields a function that takes one step, such as `training_steps`; receives the
-            counter.
-        device: where it runs.
-    """
+    """Counts of the second step, as the first allocates the optimizer's state; `steps` is like `training_steps`."""
     counter = Counter(device)
     with steps(counter) as once, torch.compiler.set_stance("force_eager"):
         with counter:
@@ -246,16 +191,10 @@ def pass_seconds(
     warmup: int = 0,
     clock: Clock = time.perf_counter,
 ) -> Spread:
-    """Seconds of each of `steps` calls.
+    """Seconds of each of `steps` calls after `warmup` ones.
 
-    A GPU is not synchronized between calls, as in `step_seconds`, so that a slow host affects both equally.
-
-    Args:
-        once: the work.
-        steps: number of timed calls.
-        device: where it runs.
-        warmup: calls before the timed ones.
-        clock: of the CPU; on a GPU its events are used.
+    A GPU is not synchronized between calls, as in `step_seconds`, so that a slow host affects both equally; its events
+    are the clock.
     """
     for _ in range(warmup):
         once()
@@ -275,15 +214,11 @@ def measured_steps(
     clock: Clock = time.perf_counter,
     on_event: EventHandler = lambda event: None,
 ) -> Steps:
-    """Steps of the training loop after the warm-up, each from the end of the one before to its own.
+    """Steps of the training loop after the warm-up (at least 1, as the first batches are not prefetched).
 
-    A GPU is not synchronized between steps; the times are those of its events, and waiting is that of the host.
-
-    Args:
-        job, samples: of the run.
-        warmup: number of first steps that are not counted; at least 1, as nothing makes the first batches ahead.
-        clock: of the CPU; waiting is always wall time.
-        on_event: receives the run's events, such as a `Shrunk` if memory runs out.
+    Each is timed from the end of the one before. A GPU is not synchronized between steps: the times are those of its
+    events, and waiting is wall time of the host. `on_event` receives the run's events, such as a `Shrunk` if memory
+    runs out.
     """
     ends = _Ends(job.runtime.device, clock)
     engine = engine_of(job)
@@ -303,11 +238,7 @@ def step_seconds(
     clock: Clock = time.perf_counter,
     on_event: EventHandler = lambda event: None,
 ) -> Spread:
-    """Seconds of each step of the training loop.
-
-    Args:
-        job, samples, warmup, clock, on_event: as for `measured_steps`.
-    """
+    """Seconds of each step of the training loop, as `measured_steps`."""
     return measured_steps(job, samples, warmup=warmup, clock=clock, on_event=on_event).seconds
 
 
@@ -345,7 +276,7 @@ def measured_parts(job: Job, samples: Sequence[Sample]) -> Parts:
 
 
 def weight_bytes(module: nn.Module) -> int:
-    """Bytes of a denoiser's frozen weights on the device in its current state, quantized or offloaded."""
+    """Bytes of a denoiser's frozen weights on the device, as quantized or offloaded at present."""
     total = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(module)}.values())
     streams: dict[int, WeightStream] = {}
     for layer in module.modules():
@@ -358,8 +289,6 @@ def weight_bytes(module: nn.Module) -> int:
 
 
 class _Ends(Watcher):
-    """Records the end times of steps."""
-
     def __init__(self, device: torch.device, clock: Clock) -> None:
         self._device = device
         self._clock = clock
@@ -379,7 +308,6 @@ class _Ends(Watcher):
             self._ends.append(self._clock())
 
     def differences(self) -> tuple[float, ...]:
-        """Seconds between consecutive ends."""
         _wait_for(self._device)
         pairs = itertools.pairwise(self._ends)
         if self._device.type == "cuda":

@@ -18,23 +18,16 @@ _QUIET = "6"  # log level of the profiler's library, which otherwise reports eve
 
 @dataclass(frozen=True)
 class Profile:
-    """Seconds of one step or pass, profiling overhead included.
-
-    Attributes:
-        whole: from start to end.
-        products: in matrix products, convolutions and attention.
-        others: in other operations.
-        longest: the longest operations, by name.
-    """
+    """Seconds of one step or pass, profiling overhead included."""
 
     whole: float
-    products: float
-    others: float
-    longest: Mapping[str, float]
+    products: float  # matrix products, convolutions and attention
+    others: float  # other operations
+    longest: Mapping[str, float]  # the longest operations, by name
 
     @property
     def between(self) -> float:
-        """Time without a running operation: Python and launching operations, on a GPU waiting for the host."""
+        """Time without a running operation: Python, launching operations, and on a GPU waiting for the host."""
         return max(0.0, self.whole - self.products - self.others)
 
 

@@ -15,13 +15,11 @@ from torch import Tensor
 from lorasmith.core.adapter_state import AdapterWeights
 
 COMFYUI, DIFFUSERS, SD_SCRIPTS = "ComfyUI", "diffusers", "sd-scripts"
-"""Programs whose loaders `docs/load-matrix.md` measures; of sd-scripts its own network, not LyCORIS'."""
+"""Programs whose loaders `docs/load-matrix.md` measures; sd-scripts is its own network, not LyCORIS."""
 
-Tensors = Mapping[str, Tensor]
-"""By role."""
+Tensors = Mapping[str, Tensor]  # by role
 
-Shapes = Mapping[str, Sequence[int]]
-"""Shapes of tensors by role."""
+Shapes = Mapping[str, Sequence[int]]  # by role
 
 
 def _nothing(adapters: Mapping[str, AdapterWeights], kernels: Mapping[str, int]) -> dict[str, Any]:
@@ -40,7 +38,7 @@ class PeftKind:
         fields: additional fields of the configuration, from adapters and kernel sizes by module path.
         misfits: why PEFT cannot combine some adapters with the others, by module path; arguments as for `fields`.
         unscaled: rank in the configuration for an adapter without a rank.
-        scaled: role of the tensor that absorbs the scale which PEFT, unlike others, applies to such an adapter.
+        scaled: role of the tensor that absorbs the scale, which PEFT, unlike others, applies to such an adapter.
     """
 
     name: str
@@ -116,7 +114,6 @@ class AdapterFormat:
     peft: PeftKind | None = None
 
     def shape_of(self, weights: AdapterWeights) -> tuple[int, ...]:
-        """`weight_shape` of an adapter."""
         return self.weight_shape({role: tensor.shape for role, tensor in weights.tensors.items()})
 
 

@@ -1,7 +1,6 @@
-"""The interface between adapters and LoRA files: tensors by module, under canonical names independent of layouts.
+"""The interface between adapters and LoRA files: tensors by module, under names independent of layouts.
 
-Adapters read and write `AdapterWeights`; layouts convert whole files to and from `AdapterState`. Neither imports the
-other.
+Adapters read and write `AdapterWeights`; layouts convert whole files to and from `AdapterState`.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 DENOISER = "denoiser"
-"""Component name of the network that is trained (UNet or transformer)."""
+"""Component name of the trained network (UNet or transformer)."""
 
 
 class ModuleRef(NamedTuple):
@@ -49,7 +48,7 @@ class AdapterState:
         differences: full additive differences of a module's parameters, by parameter name (`weight`, `bias`): the
             norm and bias differences of LyCORIS and ComfyUI (`diff`, `diff_b`, `w_norm`, `b_norm`).
         unknown: tensors that no layout could attribute, by their key in the file; kept unchanged.
-        metadata: text by key, as in a safetensors header.
+        metadata: as in a safetensors header.
     """
 
     adapters: dict[ModuleRef, AdapterWeights] = field(default_factory=dict)
@@ -58,5 +57,4 @@ class AdapterState:
     metadata: dict[str, str] = field(default_factory=dict)
 
     def with_metadata(self, extra: Mapping[str, str]) -> AdapterState:
-        """A copy whose metadata has `extra` added on top."""
         return replace(self, metadata={**self.metadata, **extra})

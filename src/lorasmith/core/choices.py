@@ -1,8 +1,6 @@
-"""Literal types of choices that several rooms share.
+"""Literal types of choices that several rooms share, without torch, to keep the command line's help fast.
 
-`TrainConfig` annotates its settings with them, and `option` reads the choices from the annotation. The module does not
-import torch, to keep the command line's help fast. Extensible choices (algorithms, optimizers, schedules) are read from
-their registries instead.
+Extensible choices (algorithms, optimizers, schedules) are read from their registries.
 """
 
 from __future__ import annotations
@@ -16,7 +14,7 @@ ActivationPlan = Literal[Activations, "auto"]
 """One of these, or the fastest that fits by measurement."""
 
 Fix = Literal["sizes", "rotation", "formats", "copies", "look-alikes"]
-"""What a copy of a folder of images can be free of; see `data.mended_folder`."""
+"""Problems that a repaired copy of a folder of images can be free of; see `data.mended_folder`."""
 
 LossFunction = Literal["MSE", "L1", "Huber", "SmoothL1"]
 """Distance between prediction and target; see `diffusion.losses`."""
@@ -25,7 +23,7 @@ LossWeighting = Literal["none", "min_snr", "soft_min_snr"]
 """Weight of a noise level in the loss; see `diffusion.weightings`."""
 
 Objective = Literal["native", "x0"]
-"""What the loss compares: what the model predicts, or the clean sample."""
+"""What the loss compares: the model's native prediction, or the clean sample."""
 
 Quantization = Literal["none", "fp8_e4m3", "fp8_e5m2", "fp8_e4m3_tensor", "fp8_e5m2_tensor", "int8", "nf4"]
 """How frozen weights are stored; see `core.quantization`."""

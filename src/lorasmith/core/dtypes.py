@@ -1,4 +1,4 @@
-"""Names for number formats, as nodes and the command line spell them."""
+"""Names of dtypes in nodes and on the command line."""
 
 from __future__ import annotations
 
@@ -25,9 +25,5 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def chosen_dtype(name: str, module: nn.Module) -> torch.dtype:
-    """The dtype that a setting selects for a model: `none` is that of the model's first parameter.
-
-    Raises:
-        OptionError: as `dtype_from_name`.
-    """
+    """The dtype that a setting selects for a model, `none` being that of its first parameter. Raises OptionError."""
     return next(module.parameters()).dtype if name == "none" else dtype_from_name(name)

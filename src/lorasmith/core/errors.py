@@ -69,7 +69,7 @@ class DataError(LorasmithError):
 class GraphError(LorasmithError):
     """A workflow is malformed; `findings` holds one sentence per fault, each naming node id and title.
 
-    The message has a line for each of the first findings.
+    The message lists the first findings, one per line.
     """
 
     def __init__(self, message: object, findings: tuple[str, ...] = ()) -> None:

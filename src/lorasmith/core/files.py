@@ -1,4 +1,4 @@
-"""Opening of files that others made, atomic writing, and lock files."""
+"""Opening untrusted files, atomic writing, and lock files."""
 
 from __future__ import annotations
 
@@ -16,17 +16,14 @@ from pathlib import Path
 from lorasmith.core.errors import OutputError
 
 MAX_TEXT_BYTES = 256 * 2**20
-"""Size limit of text files that are read whole: graphs, records, captions. The longest of them have some megabytes."""
+"""Size limit of text files that are read whole (graphs, records, captions), the longest of which have some MB."""
 
 
 def open_regular(path: Path) -> BufferedReader:
-    """A file that somebody else made, opened for reading.
+    """An untrusted file, opened for reading; raises OSError, whose `strerror` says why.
 
-    Pipes, sockets and devices are refused: opening or reading them can block for ever. A name that no file can have
+    Pipes, sockets and devices are refused, as opening or reading them can block for ever; a name that no file can have
     is refused like a missing file.
-
-    Raises:
-        OSError: `path` cannot be opened or is not a regular file; `strerror` says why.
     """
     try:
         _refuse_irregular(path.stat())  # before opening, which already has effects on some devices
@@ -44,15 +41,7 @@ def open_regular(path: Path) -> BufferedReader:
 
 
 def read_regular(path: Path, *, at_most: int = MAX_TEXT_BYTES) -> bytes:
-    """The content of a file that somebody else made.
-
-    Args:
-        path: the file.
-        at_most: size limit in bytes.
-
-    Raises:
-        OSError: as for `open_regular`, or the file is larger than `at_most`.
-    """
+    """The content of an untrusted file; raises OSError as `open_regular`, or if it has more than `at_most` bytes."""
     with open_regular(path) as file:
         content = file.read(at_most + 1)
     if len(content) > at_most:
@@ -61,7 +50,7 @@ def read_regular(path: Path, *, at_most: int = MAX_TEXT_BYTES) -> bytes:
 
 
 def is_regular(path: Path) -> bool:
-    """Whether `path` is a regular file; False where nothing can have this name, or it cannot be looked up."""
+    """Whether `path` is a regular file; False if the name is invalid or cannot be looked up."""
     try:
         return stat.S_ISREG(path.stat().st_mode)
     except (OSError, ValueError):
@@ -70,13 +59,7 @@ def is_regular(path: Path) -> bool:
 
 @contextlib.contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
-    """A temporary path in `target`'s folder that replaces `target` when the block ends without an exception.
-
-    The file is flushed to disk first (fsync, then `os.replace`), and removed if the block raises.
-
-    Raises:
-        OutputError: the folder cannot be made, the disk is full, or the target cannot be written.
-    """
+    """A temporary path that replaces `target` (fsync, then `os.replace`) on success. Raises OutputError."""
     ensure_folder(target.parent)
     try:
         handle, name = tempfile.mkstemp(prefix=f".{target.name[:_KEPT]}.", suffix=".tmp", dir=target.parent)
@@ -100,13 +83,10 @@ def atomic_path(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """A new folder beside `target` that takes its place when the block ends without an exception.
+    """A new folder beside `target` that replaces `target` when the block ends without an exception.
 
-    Until then, and if anything fails, what stood at `target` stays; the new folder is removed then. A process that is
-    killed between the two moves leaves it to `restore_folders`.
-
-    Raises:
-        OutputError: the folder cannot be made, filled or moved.
+    Until then, and on failure, the old folder stays. If the process is killed between the two moves, `restore_folders`
+    puts it back. Raises OutputError.
     """
     ensure_folder(target.parent)
     restore_folders(target.parent)
@@ -132,7 +112,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
 
 def restore_folders(parent: Path) -> None:
-    """Move back what `atomic_folder` had moved out of the way in `parent` when its process was killed."""
+    """Move back the folders that `atomic_folder` had moved away in `parent` when its process was killed."""
     for old in parent.glob(".*.tmp/old/*") if is_folder(parent) else ():
         temporary, target = old.parents[1], parent / old.name
         if temporary.name.startswith(f".{target.name[:_KEPT]}.") and not os.path.lexists(target):
@@ -142,10 +122,7 @@ def restore_folders(parent: Path) -> None:
 
 
 def write_atomic(target: Path, content: bytes | str) -> None:
-    """Write `content` to `target` atomically. Raises OutputError.
-
-    Text becomes UTF-8, which has no lone surrogates; in their place are escapes that JSON has too.
-    """
+    """Write `content` atomically, text as UTF-8 with lone surrogates as JSON's escapes. Raises OutputError."""
     with atomic_path(target) as temporary:
         temporary.write_bytes(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
 
@@ -172,11 +149,7 @@ def check_parents(folder: Path) -> None:
 
 
 def check_writable(folder: Path) -> Path:
-    """`folder`, which need not exist, after trying to write a file there or where it will be made.
-
-    Raises:
-        OutputError: the folder is a file, a file is in the way, or nothing can be written there.
-    """
+    """`folder`, after trying to write a file there, or where it will be created. Raises OutputError."""
     check_parents(folder)
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} must be a folder but is a file; move it away or choose another output")
@@ -192,15 +165,7 @@ def check_writable(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def locked(path: Path, owned: str) -> Iterator[None]:
-    """Hold a lock on a file, which the system releases however the process ends.
-
-    Args:
-        path: the file; it is not removed.
-        owned: start of the error message if another process holds the lock.
-
-    Raises:
-        OutputError: another process holds it, or the file cannot be written.
-    """
+    """Hold a lock on a file, released however the process ends. Raises OutputError, starting with `owned`, if taken."""
     try:
         file = path.open("a")
     except OSError as error:
@@ -224,7 +189,7 @@ def is_folder(path: Path) -> bool:
 
 
 def entry_is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry of a folder is a folder or leads to one."""
+    """Whether an entry is a folder or a link to one."""
     try:
         return entry.is_dir()
     except OSError:  # a link to itself
@@ -232,7 +197,7 @@ def entry_is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def entry_is_link(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry of a folder is a link, or a junction of Windows."""
+    """Whether an entry is a link, or a junction of Windows."""
     return entry.is_symlink() or bool(getattr(entry, "is_junction", bool)())  # Python 3.12
 
 
@@ -269,7 +234,7 @@ def _lock(descriptor: int) -> None:
 
 
 def _flush_folder(folder: Path) -> None:
-    """Flush a folder's entries to disk, where system (not Windows) and file system support it."""
+    """Flush a folder's entries to disk, where the file system supports it."""
     if sys.platform != "win32":
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -5,12 +5,11 @@
     <base>/datasets                     saved training data sets, each a folder of shards
 
 An existing ComfyUI folder can be the base, and `extra_model_paths.yaml` adds folders of other programs. The package's
-own `assets/` is another root of the same layout, read-only and searched last, so that the built-in model and the demo
-pictures are always found. Names are relative to these roots, with forward slashes, and cannot leave them.
+own `assets/` is another root of the same layout, read-only and searched last. Names are relative to these roots, with
+forward slashes, and cannot leave them.
 
-Folders of models are linked to other disks all the time, so links in them are followed. Those in the folders of inputs
-and of saved data sets may come with a stranger's files: out of the base folder they are refused unless `follow_links`
-is typed.
+Links in folders of models are followed, as these are often on other disks. Inputs and saved data sets are untrusted:
+links out of the base folder are refused there without `follow_links`.
 """
 
 from __future__ import annotations
@@ -38,16 +37,16 @@ MODEL_EXTENSIONS = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin", ".gg
 """Extensions of model files in lists. Pickled kinds are included so that loading one explains why it is refused."""
 
 MAX_STEM_BYTES = 200
-"""Limit of what users name files by, as systems allow 255 bytes and we add numbers and suffixes."""
+"""Limit for names that users choose; systems allow 255 bytes, and numbers and suffixes are added."""
 
 DATASET_SHARD = "shard_"
-"""Start of the names of a saved data set's files, by which its folder is recognised."""
+"""Prefix of a saved data set's files, by which its folder is recognised."""
 
 RUN_RECORD, RUN_LOG = "run.json", "events.jsonl"
-"""Files in the folder of a run, by which it is recognised: its record, and its events."""
+"""Files by which a run's folder is recognised: its record and its events."""
 
 _INDEXES = frozenset({"model_index.json", "modular_model_index.json"})
-"""Files by which a folder of a diffusers pipeline is recognised; the second one is that of modular pipelines."""
+"""Files by which the folder of a diffusers pipeline is recognised; the second is that of modular pipelines."""
 
 Place = Literal["input", "output", "temp"]
 PLACES: tuple[Place, ...] = get_args(Place)
@@ -55,21 +54,13 @@ PLACES: tuple[Place, ...] = get_args(Place)
 
 @dataclass(frozen=True)
 class NumberedFiles:
-    """Free names `<stem>_<counter>_<suffix>` for new files.
+    """Free names `<stem>_<counter>_<suffix>` for new files."""
 
-    Attributes:
-        folder: of the files; not created yet.
-        subfolder: `folder` relative to its place, with forward slashes, empty for the place itself.
-        place: `output`, `temp` or `input`, as in the server's `/view`.
-        stem: file name up to the counter.
-        counter: first free number.
-    """
-
-    folder: Path
-    subfolder: str
+    folder: Path  # not created yet
+    subfolder: str  # `folder` relative to its place, with forward slashes, empty for the place itself
     place: Place
     stem: str
-    counter: int
+    counter: int  # first free number
 
     def path(self, suffix: str, offset: int = 0) -> Path:
         """The file with the counter plus `offset`, such as `stem_00001_.png`."""
@@ -82,27 +73,19 @@ class NumberedFiles:
 
 @dataclass(frozen=True)
 class Folders:
-    """The folders of one installation.
+    """The folders of one installation."""
 
-    Attributes:
-        base: base folder of ComfyUI's layout; need not exist.
-        extra: further folders by kind (`checkpoints`, `loras`, ...), searched after the base's.
-        preferred: further folders by kind, searched before the base's.
-        follow_links: whether inputs and data sets are read where links lead out of the base folder.
-    """
-
-    base: Path
+    base: Path  # base folder of ComfyUI's layout; need not exist
+    # by kind (`checkpoints`, `loras`, ...), searched after the base's
     extra: Mapping[str, Sequence[Path]] = field(default_factory=dict, kw_only=True)
+    # by kind, searched before the base's
     preferred: Mapping[str, Sequence[Path]] = field(default_factory=dict, kw_only=True)
+    # read inputs and data sets through links out of the base folder
     follow_links: bool = field(default=False, kw_only=True)
 
     @classmethod
     def load(cls, base: Path, *, extra_model_paths: Path | None = None, follow_links: bool = False) -> Folders:
-        """Folders of `base` with what `extra_model_paths` adds; by default the file of that name in `base`, if any.
-
-        Raises:
-            OptionError: the file is missing or malformed.
-        """
+        """Folders of `base` and of `extra_model_paths` (default: that file in `base`, if any). Raises OptionError."""
         file = extra_model_paths or base / "extra_model_paths.yaml"
         if extra_model_paths is None and not file.is_file():
             return cls(base, follow_links=follow_links)
@@ -111,7 +94,6 @@ class Folders:
 
     @property
     def output(self) -> Path:
-        """The folder of results."""
         return self.base / "output"
 
     def roots(self, kind: str) -> list[Path]:
@@ -134,11 +116,7 @@ class Folders:
         return sorted({name for root in self.roots(kind) for name in _models_below(root, wanted)})
 
     def find(self, kind: str, name: str) -> Path:
-        """The file or diffusers folder `name` of `kind`.
-
-        Raises:
-            LoraError, ModelError: there is none, or the name leaves the folders.
-        """
+        """The file or diffusers folder `name` of `kind`. Raises LoraError or ModelError if missing or outside."""
         error = LoraError if _KINDS.get(kind, kind) == "loras" else ModelError
         relative = _contained(name, f"a name among {kind}", error)
         for root in self.roots(kind):
@@ -150,7 +128,6 @@ class Folders:
         )
 
     def place(self, place: Place) -> Path:
-        """The folder of `input`, `output` or `temp`."""
         return self.base / place
 
     def input_files(self, extensions: Iterable[str]) -> list[str]:
@@ -165,11 +142,7 @@ class Folders:
         )
 
     def find_input(self, name: str) -> Path:
-        """The file `name` of the input folder, or of the one it names: `cat.png [output]`, `cat.png [temp]`.
-
-        Raises:
-            DataError: there is none, or the name leaves the folder.
-        """
+        """The file `name` of the input folder, or of another, as in `cat.png [temp]`. Raises DataError."""
         plain, named = annotated(name)
         place = named or "input"
         relative = _contained(plain, "a file name", DataError)
@@ -183,7 +156,7 @@ class Folders:
         )
 
     def input_folders(self) -> list[str]:
-        """Sorted names of all folders below the input folder, the built-in data sets among them."""
+        """Sorted names of all folders below the input folder, including the built-in data sets."""
         return sorted(
             {
                 folder.relative_to(root).as_posix()
@@ -194,7 +167,7 @@ class Folders:
         )
 
     def find_input_folder(self, name: str) -> Path:
-        """The folder `name` below the input folder. Raises DataError when there is none."""
+        """The folder `name` below the input folder. Raises DataError if missing."""
         relative = _contained(name, "a folder name", DataError)
         for root in self._places("input"):
             if is_folder(root / relative):
@@ -218,7 +191,7 @@ class Folders:
         return sorted(found)
 
     def find_dataset(self, name: str) -> Path:
-        """The folder of the saved data set `name`. Raises DataError when there is none."""
+        """The folder of the saved data set `name`. Raises DataError if missing."""
         relative = _contained(name, "a folder name", DataError)
         for root in self._dataset_roots():
             restore_folders((root / relative).parent)
@@ -229,7 +202,7 @@ class Folders:
         )
 
     def new_dataset(self, name: str) -> Path:
-        """The folder for a data set `name`; it may exist. Raises OutputError for names that no folder can have."""
+        """The folder for a data set `name`, which may exist. Raises OutputError for invalid names."""
         return self.base / "datasets" / _for_new_file(name, "a folder name")
 
     def numbered(
@@ -241,17 +214,11 @@ class Folders:
         height: int = 0,
         now: time.struct_time | None = None,
     ) -> NumberedFiles:
-        """Free names for new files under `prefix`, numbered after the highest existing counter.
+        """Free names for new files under `prefix` (subfolders and stem), numbered after the highest existing counter.
 
-        Args:
-            prefix: subfolders and stem; `%year%`, `%month%`, `%day%`, `%hour%`, `%minute%`, `%second%`, `%width%`
-                and `%height%` are replaced.
-            place: folder that the prefix is relative to.
-            width, height: of the picture in pixels.
-            now: local time for the tokens; None for the current time.
-
-        Raises:
-            OutputError: the prefix is empty or leaves the folder, or the name is too long for a file system.
+        `%year%`, `%month%`, `%day%`, `%hour%`, `%minute%`, `%second%`, `%width%` and `%height%` are replaced: local
+        time, and the picture's size in pixels. Raises OutputError if the prefix is empty, too long or leaves the
+        folder.
         """
         filled = _fill_tokens(prefix, width, height, now or time.localtime())
         relative = _for_new_file(filled, "a file name prefix")
@@ -266,7 +233,7 @@ class Folders:
         )
 
     def is_here(self, path: Path) -> bool:
-        """Whether an input or a saved data set may be read: in the base folder or in a root, links resolved."""
+        """Whether an input or saved data set may be read: in the base folder or in a root, links resolved."""
         if self.follow_links:
             return True
         try:
@@ -296,10 +263,7 @@ def read_extra_model_paths(file: Path) -> tuple[dict[str, list[Path]], dict[str,
     """Folders by kind in an `extra_model_paths.yaml`: those to search before the base's, and those after.
 
     The file holds named sections; each maps kinds to one or more lines of paths, relative to the section's `base_path`
-    (or to the file). `is_default: true` puts a section's folders first.
-
-    Raises:
-        OptionError: the file cannot be read or is malformed.
+    (or to the file). `is_default: true` puts a section's folders first. Raises OptionError.
     """
     import yaml
 
@@ -339,19 +303,19 @@ def annotated(name: str) -> tuple[str, Place | None]:
 
 
 def file_stem(name: str) -> str:
-    """`name`, usually of a folder, as the start of new files' names: as long as these may be, and printable."""
+    """`name` as a printable start of new files' names, of at most `MAX_STEM_BYTES`."""
     if printable(name, limit=len(name)) != name:
         name = re.sub(r"\W", "_", name.encode(errors="replace").decode())
     return name.encode()[:MAX_STEM_BYTES].decode(errors="ignore") or "_"
 
 
 def pipeline_index(folder: Path) -> Path | None:
-    """The file that names a diffusers pipeline and its parts; None if the folder holds no pipeline."""
+    """The index file of a diffusers pipeline; None if the folder holds none."""
     return next((path for name in sorted(_INDEXES) if is_regular(path := folder / name)), None)
 
 
 def fingerprint(path: Path) -> list[list[str | int]]:
-    """Sizes and modification times of a file, or of each file below a folder, to detect changes."""
+    """Path, size and modification time (ns) of a file, or of each file below a folder, to detect changes."""
     files = [path] if is_regular(path) else sorted(folder / name for folder, names in _walk(path) for name in names)
     stats = [(file, file.stat()) for file in files if is_regular(file)]
     return [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in stats]
@@ -365,10 +329,7 @@ _NAMES_OF_A_FOLDER = 100  # that are read in the time that opening it takes
 
 
 def _contained(name: str, what: str, error: type[LorasmithError]) -> PurePosixPath:
-    """`name` as a relative path that cannot leave the folder it is joined to.
-
-    Only the text is checked: links to folders on other disks are allowed.
-    """
+    """`name` as a relative path that cannot leave its folder. Only the text is checked: links are allowed."""
     relative = PurePosixPath(name.replace("\\", "/"))
     absolute = relative.is_absolute() or bool(PureWindowsPath(name).drive)
     if absolute or ".." in relative.parts or not relative.parts or "\0" in name:
@@ -377,7 +338,7 @@ def _contained(name: str, what: str, error: type[LorasmithError]) -> PurePosixPa
 
 
 def _for_new_file(name: str, what: str) -> PurePosixPath:
-    """`name` as a relative path that a file system takes."""
+    """`name` as a relative path that file systems accept."""
     relative = _contained(name, what, OutputError)
     if len(relative.parts) > _MOST_PARTS or any(file_stem(part) != part for part in relative.parts):
         raise OutputError(
@@ -392,10 +353,9 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _walk(root: Path, follow: Callable[[Path], bool] = lambda folder: True) -> Iterator[tuple[Path, list[str]]]:
-    """Every folder from `root` down with its file names, those above first; hidden folders are skipped.
+    """Every folder from `root` down with its file names, breadth first, each once; hidden folders are skipped.
 
-    A folder is visited once. Links for which `follow` is true come last, and only the first of what they lead to is
-    seen, `_MOST_LINKED` names in the time that these take: a link may lead to a whole disk.
+    Links for which `follow` is true come last, up to `_MOST_LINKED` names in all: a link may lead to a whole disk.
     """
     seen: set[tuple[int, int]] = set()
     own, linked, left = deque([root]), deque[Path](), _MOST_LINKED

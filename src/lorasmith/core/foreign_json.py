@@ -1,8 +1,8 @@
-"""JSON that a stranger wrote: headers and metadata of files, configurations, records of runs, workflows.
+"""Untrusted JSON: headers and metadata of files, configurations, records of runs, workflows.
 
 `json.loads` accepts more than JSON (NaN, lone surrogates, repeated names), raises more than ValueError
-(RecursionError), and builds whatever fits into memory. What passes here is plain data that can be walked, compared,
-printed and written again: finite numbers, text that UTF-8 holds, bounded depth and size.
+(RecursionError), and builds whatever fits into memory. What passes here is plain data: finite numbers, valid UTF-8,
+bounded depth and size.
 """
 
 from __future__ import annotations
@@ -13,20 +13,16 @@ import re
 from typing import Any
 
 MAX_DEPTH = 100
-"""Lists and objects inside one another, at most: far below where recursive code over the value would fail."""
+"""Maximum nesting of lists and objects, far below where recursive code would fail."""
 
 
 def parse_foreign_json(text: str | bytes, *, finite: bool = True) -> Any:
-    """Value of a JSON text, in time and memory proportional to its length.
+    """The value of a JSON text, in time and memory proportional to its length.
 
-    Args:
-        text: the text, in UTF-8 if it is bytes.
-        finite: whether NaN and infinities are refused; diffusers' own configurations hold infinities.
-
-    Raises:
-        ValueError: it is not JSON, is nested deeper than `MAX_DEPTH`, has more than two million values, repeats a name
-            in an object, or holds a number that is not finite, an integer beyond 64 bits or half of a surrogate pair.
-            The message is the rule that it breaks, as a clause without a subject: "is not valid JSON".
+    Raises ValueError if it is not JSON in UTF-8, is nested deeper than `MAX_DEPTH`, has more than two million values,
+    repeats a name in an object, or holds an integer beyond 64 bits, half of a surrogate pair, or (if `finite`) a number
+    that is not finite, which diffusers' configurations do. The message is a clause without a subject: "is not valid
+    JSON".
     """
     try:
         text = text if isinstance(text, str) else str(text, "utf-8")
@@ -55,7 +51,7 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def _count(text: str) -> int:
-    """At least the number of values."""
+    """An upper bound of the number of values."""
     return text.count(",") + text.count("[") + text.count("{")
 
 

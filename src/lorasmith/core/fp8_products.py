@@ -8,9 +8,9 @@ In the backward product s is along the summed dimension, so it is multiplied int
 range more than precision, so they are in e5m2 (Micikevicius et al. 2022, arXiv:2209.05433), unless the weight is:
 hardware has no product of e5m2 with e5m2.
 
-`torch._scaled_mm` takes the second matrix in column order and sizes that are multiples of 16; the backward product
-therefore makes a temporary copy of the codes. Support of scales per row depends on GPU and version (often only with
-results in bf16), so it is tried once; without it the product is computed without scales and multiplied afterwards.
+`torch._scaled_mm` needs the second matrix in column order and sizes that are multiples of 16, so the backward product
+makes a temporary copy of the codes. Support of scales per row depends on GPU and version (often only with results in
+bf16), so it is tried once; without it the scales are multiplied afterwards.
 """
 
 from __future__ import annotations
@@ -23,15 +23,13 @@ from torch import Tensor
 
 from lorasmith.core.quantization import Packed
 
-CODES = (torch.float8_e4m3fn, torch.float8_e5m2)
-"""Number formats of the weights."""
+CODES = (torch.float8_e4m3fn, torch.float8_e5m2)  # dtypes of the weights
 
-MULTIPLE = 16
-"""Sizes of a weight must be multiples of it."""
+MULTIPLE = 16  # of which a weight's sizes must be multiples
 
 
 def has_fp8_products(device: torch.device) -> bool:
-    """Whether a device has products in fp8: NVIDIA GPUs of compute capability 8.9 (Ada) or later."""
+    """Whether a device multiplies in fp8: NVIDIA GPUs of compute capability 8.9 (Ada) or later."""
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
 
 

@@ -1,6 +1,6 @@
-"""JSON schemas (draft 2020-12) of declared types: the values that `typed_json.typed` reads, described for others.
+"""JSON schemas (draft 2020-12) of the types that `typed_json.typed` reads.
 
-Descriptions are those of the `Attributes` in the docstrings of dataclasses and of typed dictionaries.
+Descriptions are taken from the `Attributes` in the docstrings of dataclasses and typed dictionaries.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _PLAIN: dict[Any, dict[str, Any]] = {
 
 
 def json_schema(kind: Any) -> dict[str, Any]:
-    """The schema of a type's values; fields with a default may be missing, and further ones are allowed."""
+    """The schema of a type's values; fields with a default may be missing, and unknown ones are allowed."""
     if kind in _PLAIN:
         return dict(_PLAIN[kind])
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
@@ -71,7 +71,7 @@ def _required(kind: Any) -> list[str]:
 
 
 def _descriptions(kind: Any) -> dict[str, str]:
-    """What the `Attributes` of a type's docstring, and of those that it derives from, say of each name."""
+    """Descriptions by name from the `Attributes` in the docstrings of a type and its bases."""
     found: dict[str, str] = {}
     for one in reversed(kind.__mro__):
         _, _, section = inspect.cleandoc(one.__doc__ or "").partition("Attributes:\n")

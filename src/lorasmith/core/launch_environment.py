@@ -1,4 +1,4 @@
-"""What the environment of a process says of its place: which of several it is, and which GPUs it sees.
+"""A process's rank and visible GPUs, from the environment variables of launchers.
 
 torchrun, accelerate launch, Ray Train, Kubernetes' training operators    RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR,
                                                                          MASTER_PORT
@@ -16,51 +16,38 @@ from dataclasses import dataclass
 
 from lorasmith.core.errors import OptionError
 
-_PORT = 29500
-"""Of the first process where the launcher names none, as torchrun's."""
+_PORT = 29500  # of rank 0 if the launcher sets none, as torchrun's
 
 _SLURM_PORTS = range(20_000, 29_000)
-"""Ports among which those of Slurm's jobs are, so that two jobs on a node have two; below those that systems give."""
+"""Ports for Slurm's jobs, so that two jobs on a node differ; below the ephemeral ports."""
 
 VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
-"""Variable of the GPUs that a process sees; it counts them from 0."""
+"""Variable with the GPUs that a process sees; it counts them from 0."""
 
 
 @dataclass(frozen=True)
 class LaunchedProcess:
-    """One of several processes.
-
-    Attributes:
-        rank, size: as in `core.processes.Processes`.
-        local_rank: number of this process among those of its machine.
-        host, port: where the first process is reached.
-        is_elastic: whether an elastic agent keeps the store where they meet.
-    """
+    """One of several processes that were launched together."""
 
     rank: int
     size: int
-    local_rank: int
-    host: str
+    local_rank: int  # on its machine
+    host: str  # of rank 0, as is `port`
     port: int
-    is_elastic: bool = False
+    is_elastic: bool = False  # an elastic agent keeps the rendezvous store
 
     @property
     def address(self) -> str:
-        """Host and port."""
         return f"{self.host}:{self.port}"
 
     @property
     def meeting_point(self) -> str:
-        """torch's URL of it; that of the environment where an elastic agent keeps the store."""
+        """torch's rendezvous URL; `env://` if an elastic agent keeps the store."""
         return "env://" if self.is_elastic else f"tcp://{self.address}"
 
 
 def launched_process(environment: Mapping[str, str] = os.environ) -> LaunchedProcess | None:
-    """This process among those that were launched with it; None if it was started alone.
-
-    Raises:
-        OptionError: a variable of the launcher is missing or no number.
-    """
+    """This process among those launched with it; None if started alone. Raises OptionError for invalid variables."""
     if "RANK" in environment and "WORLD_SIZE" in environment:
         return LaunchedProcess(
             rank=_number(environment, "RANK"),
@@ -83,7 +70,7 @@ def launched_process(environment: Mapping[str, str] = os.environ) -> LaunchedPro
 
 
 def gpu_variable(index: int, environment: Mapping[str, str] = os.environ) -> str:
-    """The value of `VISIBLE_GPUS` with which a child process sees one GPU of those that this process sees."""
+    """The value of `VISIBLE_GPUS` for a child process that sees only GPU `index` of this process."""
     visible = [one for one in environment.get(VISIBLE_GPUS, "").split(",") if one.strip()]
     return visible[index] if index < len(visible) else str(index)
 
@@ -104,6 +91,5 @@ def _slurm_port(environment: Mapping[str, str]) -> int:
 
 
 def _first_host(nodes: str) -> str:
-    """The first of Slurm's list of nodes, such as `gpu[03-05,7],login1`."""
     match = re.match(r"([^\[,]+)(?:\[([^\],-]+))?", nodes)
     return nodes if match is None else match[1] + (match[2] or "")

@@ -1,7 +1,7 @@
 """Tensors on memory-mapped files: read from disk on first access, and releasable afterwards.
 
 A model of 24 GB is loaded in a second and uses no memory until its weights are placed on a device. Pages that were read
-are resident until the system evicts them; `release_pages` returns them once a copy exists.
+stay resident until the system evicts them, or `release_pages` does once a copy exists.
 """
 
 from __future__ import annotations
@@ -24,24 +24,17 @@ from lorasmith.core.files import open_regular
 
 
 class FileState(NamedTuple):
-    """What the system says of a file: if this is equal at two times, so is its content.
+    """A file's identity; if it is equal at two times, so is the content."""
 
-    Attributes:
-        path: absolute, with links resolved.
-        size: in bytes.
-        modified, changed: times of the last change of the content and of the file's entry, in ns.
-        inode: number by which the file system knows it, 0 where it has none.
-    """
-
-    path: str
-    size: int
-    modified: int
-    changed: int
-    inode: int
+    path: str  # absolute, with links resolved
+    size: int  # in bytes
+    modified: int  # mtime in ns
+    changed: int  # ctime in ns
+    inode: int  # 0 where the file system has none
 
 
 def file_state(path: Path) -> FileState:
-    """The state of a file now. Raises OSError."""
+    """The current state of a file. Raises OSError."""
     return _state(path, path.stat())
 
 
@@ -50,13 +43,9 @@ _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" e
 
 
 class MappedFile:
-    """A memory-mapped file whose bytes are accessible as tensors. Tensors keep the mapping alive.
+    """A memory-mapped file whose bytes are accessible as tensors, which keep the mapping alive.
 
-    Args:
-        path: the file; it must not be modified while tensors use it (replacing it by another file is harmless).
-
-    Raises:
-        OSError, ValueError: the file cannot be opened, or is empty.
+    The file must not be modified while tensors use it; replacing it is harmless. Raises OSError, ValueError if empty.
     """
 
     def __init__(self, path: Path) -> None:
@@ -68,13 +57,7 @@ class MappedFile:
         _remember(self._mapping)
 
     def tensor(self, offset: int, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
-        """The tensor at an offset in the file; nothing is read yet.
-
-        Args:
-            offset: in bytes.
-            dtype: of the tensor.
-            shape: of the tensor.
-        """
+        """The tensor at an offset in bytes; nothing is read yet."""
         count = torch.Size(shape).numel()
         if not count:
             return torch.empty(tuple(shape), dtype=dtype)
@@ -84,13 +67,13 @@ class MappedFile:
         return raw.clone().view(dtype).reshape(tuple(shape))
 
     def release_pages(self, tensor: Tensor) -> None:
-        """`release_pages` for a tensor that lies on this file."""
+        """As `release_pages`, for tensors on this file only."""
         if tensor.numel() and self._mapping.start <= tensor.data_ptr() < self._mapping.stop:
             _release(self._mapping, tensor)
 
 
 def place_on_file(tensor: Tensor) -> tuple[FileState, int] | None:
-    """The file that a tensor lies on, as it was when it was mapped, and the offset in bytes; None for others."""
+    """The file that a tensor lies on, as it was when mapped, and the offset in bytes; None for other tensors."""
     mapping = _mapping_of(tensor)
     return None if mapping is None else (mapping.file, tensor.data_ptr() - mapping.start)
 
@@ -98,8 +81,8 @@ def place_on_file(tensor: Tensor) -> tuple[FileState, int] | None:
 def may_stay_mapped() -> bool:
     """Whether the process can hold one more mapping.
 
-    Before Python 3.13 each mapping occupies a file descriptor. The process's own limit of these is raised, as far as
-    the system allows it, before half of it is mappings.
+    Before Python 3.13 each mapping occupies a file descriptor. The process's soft limit of these is raised before half
+    of it is mappings.
     """
     if not _USES_DESCRIPTOR:
         return True
@@ -116,10 +99,7 @@ def may_stay_mapped() -> bool:
 
 
 def release_pages(tensor: Tensor) -> None:
-    """Release the pages of a tensor on a `MappedFile`; they are read again on the next access.
-
-    Does nothing for other tensors, and on systems without `madvise`.
-    """
+    """Release the pages of a tensor on a `MappedFile` until the next access, on systems with `madvise`."""
     if (mapping := _mapping_of(tensor)) is not None:
         _release(mapping, tensor)
 
@@ -128,7 +108,7 @@ _USES_DESCRIPTOR = sys.platform != "win32" and sys.version_info < (3, 13)
 
 
 def _mapped(descriptor: int) -> mmap.mmap:
-    """A file, mapped copy-on-write, as torch has no read-only tensors."""
+    """A file mapped copy-on-write, as torch has no read-only tensors."""
     if sys.platform == "win32":
         return mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
     others: dict[str, Any] = {} if _USES_DESCRIPTOR else {"trackfd": False}
@@ -146,8 +126,7 @@ class _Mapping:
     memory: weakref.ref[mmap.mmap]
 
 
-_STARTS: list[int] = []
-"""Start addresses of all mappings with live tensors, sorted."""
+_STARTS: list[int] = []  # start addresses of all mappings with live tensors, sorted
 
 _MAPPINGS: dict[int, _Mapping] = {}
 
@@ -166,7 +145,6 @@ def _forget(start: int) -> None:
 
 
 def _mapping_of(tensor: Tensor) -> _Mapping | None:
-    """The mapping that a tensor lies on."""
     if tensor.device.type != "cpu" or not tensor.numel():
         return None
     start = tensor.data_ptr()

@@ -1,11 +1,10 @@
-"""Where the processes of a run find each other: a store that outlives them, and the network between their machines.
+"""Rendezvous of a run's processes: a store that outlives them, and the network interface between their machines.
 
-An elastic agent keeps its store when it starts processes again, with the addresses of the dead ones in it, and counts
-restarts differently on each machine. So the first process gives each start a name of its own, and hands it to those
-that are there now.
+An elastic agent keeps its store when it restarts processes, with the addresses of dead ones in it, and counts restarts
+differently on each machine. So rank 0 names each start, and passes the name to the processes that exist now.
 
 gloo listens at the address of the machine's name. On many machines that is 127.0.1.1, which no other machine reaches,
-so each process takes the network interface that leads to the others.
+so each process selects the network interface that leads to the others.
 """
 
 from __future__ import annotations
@@ -26,22 +25,16 @@ from lorasmith.core.launch_environment import LaunchedProcess
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
-INTERFACE = "GLOO_SOCKET_IFNAME"
-"""Variable of the network interface that gloo listens at."""
+INTERFACE = "GLOO_SOCKET_IFNAME"  # the network interface that gloo listens on
 
 _POLL_S = 0.02
 
 
 def opened_store(launched: LaunchedProcess, timeout: timedelta) -> Store:
-    """The store at which launched processes meet.
+    """The rendezvous store of launched processes.
 
-    Args:
-        launched: this process.
-        timeout: for it to be there.
-
-    Raises:
-        RuntimeError, ValueError: it cannot be reached, or its port is taken.
-        TimeoutError: what listens there does not answer, for which torch would wait without end.
+    Raises RuntimeError or ValueError if it is unreachable or its port is taken, and TimeoutError if the listener does
+    not answer, for which torch would wait for ever.
     """
     from torch.distributed.rendezvous import rendezvous
 
@@ -69,16 +62,9 @@ def opened_store(launched: LaunchedProcess, timeout: timedelta) -> Store:
 def store_of_this_start(store: Store, launched: LaunchedProcess, timeout: timedelta) -> Store:
     """The part of a store that belongs to this start of the processes, empty at first.
 
-    A process says a word that is new each time; the first one answers it with its own, which names the start. It reads
-    again until all have confirmed that: what it found may be the word of a process that is dead.
-
-    Args:
-        store: of all starts.
-        launched: this process.
-        timeout: for all to be there.
-
-    Raises:
-        TimeoutError: a process has not come.
+    A process writes a new random token; rank 0 answers with it and its own, which names the start. Both read again
+    until all have confirmed the name, as a value found may be that of a dead process. Raises TimeoutError if a process
+    is missing.
     """
     from torch.distributed.distributed_c10d import PrefixStore
 
@@ -102,14 +88,9 @@ def store_of_this_start(store: Store, launched: LaunchedProcess, timeout: timede
 
 @contextlib.contextmanager
 def interface_towards_others(store: Store, launched: LaunchedProcess) -> Iterator[str]:
-    """Inside the context, gloo listens where the other processes reach this one, unless the user names an interface.
+    """Inside the context, gloo listens where others reach this process, unless the user sets an interface.
 
-    Args:
-        store: of this start of the processes.
-        launched: this process.
-
-    Yields:
-        The name of the interface; empty if none was found, where gloo decides.
+    Yields the interface's name; empty if none was found and gloo decides.
     """
     given = os.environ.get(INTERFACE)
     if given:
@@ -133,7 +114,6 @@ def interface_towards_others(store: Store, launched: LaunchedProcess) -> Iterato
 
 
 def _read(store: Store, key: str) -> str:
-    """A value; empty if there is none yet."""
     return store.get(key).decode() if store.check([key]) else ""
 
 
@@ -144,7 +124,7 @@ def _pause(until: float, what: str) -> None:
 
 
 def _address_towards(host: str) -> str:
-    """The address of this machine from which packets go to a host; empty if there is no way to it."""
+    """The local address from which packets go to a host; empty if there is no route."""
     with contextlib.suppress(OSError):
         for family, kind, protocol, _, address in socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM):
             with contextlib.suppress(OSError), socket.socket(family, kind, protocol) as way:

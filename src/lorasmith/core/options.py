@@ -29,52 +29,31 @@ from lorasmith.core.registry import nearest
 
 @dataclass(frozen=True)
 class Option:
-    """The declaration of one setting.
+    """The declaration of one setting."""
 
-    Attributes:
-        name: snake_case, the same in every door.
-        type: `int`, `float`, `str` or `bool`.
-        default: default value; None means "resolved at run time", and then None is accepted too.
-        help: one or two sentences, with the unit if there is one.
-        min, max: inclusive bounds of a number.
-        step: granularity offered by editors; values between steps are accepted.
-        choices: allowed values of a string, matched ignoring case.
-        pattern: regular expression that values besides the choices must match; empty allows none.
-        group: heading in the help.
-        changes_numbers: whether it can affect computed numbers.
-        is_path: whether a text names a file or folder.
-        is_prompt: whether a text is a prompt; private runs show neither prompts nor paths.
-        is_main: whether pages and help show it before the others.
-        door: `typed` if requests to a server cannot have it, as it names files or lets programs start; `graph`
-            if it has an effect in graphs alone.
-        of_model: whether it is of the frozen model and its passes, so that runs over one model have it in common.
-        of_fresh: whether it has an effect on layers without an adapter alone.
-        costs: whether it affects the cost of a step.
-        short: name in names of runs, if it is another.
-    """
-
-    name: str
-    type: type
-    default: Any
-    help: str
-    min: float | None = None
+    name: str  # snake_case, the same in the library, CLI, nodes and server
+    type: type  # `int`, `float`, `str` or `bool`
+    default: Any  # None means "resolved at run time", and is then accepted as a value
+    help: str  # one or two sentences, with the unit if there is one
+    min: float | None = None  # inclusive, as is `max`
     max: float | None = None
-    step: float | None = None
-    choices: tuple[str, ...] = ()
-    pattern: str = ""
-    group: str = ""
-    changes_numbers: bool = True
-    is_path: bool = False
-    is_prompt: bool = False
-    is_main: bool = False
+    step: float | None = None  # granularity offered by editors; values between steps are accepted
+    choices: tuple[str, ...] = ()  # of a string, matched ignoring case
+    pattern: str = ""  # regular expression of values allowed besides the choices
+    group: str = ""  # heading in the help
+    changes_numbers: bool = True  # can affect computed numbers
+    is_path: bool = False  # the text names a file or folder
+    is_prompt: bool = False  # private runs show neither prompts nor paths
+    is_main: bool = False  # pages and help show it before the others
+    # "typed": refused in requests to a server, as it names files or starts programs; "graph": only graphs use it
     door: Literal["any", "typed", "graph"] = "any"
-    of_model: bool = False
-    of_fresh: bool = False
-    costs: bool = False
-    short: str = ""
+    of_model: bool = False  # concerns the frozen model and its passes, and is shared by runs over one model
+    of_fresh: bool = False  # has an effect only on layers without an adapter
+    costs: bool = False  # affects the cost of a step
+    short: str = ""  # abbreviation in names of runs
 
     def check(self, value: Any) -> Any:
-        """`value` in the option's own type. Raises OptionError when the type or the range does not fit."""
+        """`value` in the option's own type. Raises OptionError if type or range does not fit."""
         if value is None and self.default is None:
             return None
         value = self._typed(value)
@@ -114,11 +93,7 @@ class Option:
 
 
 def option(default: Any, *, help: str, **details: Any) -> Any:
-    """A dataclass field that declares an `Option`; name, type and (of a `Literal`) choices are those of the field.
-
-    Args:
-        default, help, details: as the attributes of `Option`.
-    """
+    """A dataclass field that declares an `Option`; name, type and (of a `Literal`) choices are those of the field."""
     return dataclasses.field(default=default, metadata={"option": {"help": help, **details}})
 
 
@@ -140,7 +115,7 @@ def _options_of(config: type) -> Mapping[str, Option]:
 
 
 def check_options(config: Any) -> None:
-    """`__post_init__` of configuration dataclasses: checks and normalises every field."""
+    """`__post_init__` of configuration dataclasses: checks and normalises every field. Raises OptionError."""
     for name, declared in options_of(type(config)).items():
         value = getattr(config, name)
         if isinstance(value, str) and len(value) > _LONGEST:
@@ -149,7 +124,7 @@ def check_options(config: Any) -> None:
 
 
 def config_from(config: type, values: Mapping[str, Any]) -> Any:
-    """An instance of `config` from a mapping. Unknown keys are refused with the nearest known name."""
+    """An instance of `config` from a mapping. Raises OptionError for unknown keys, with the nearest known name."""
     known = options_of(config)
     for key in values:
         if key not in known:
@@ -158,13 +133,13 @@ def config_from(config: type, values: Mapping[str, Any]) -> Any:
 
 
 def changed(config: Any) -> dict[str, Any]:
-    """The options of a configuration that have not their default values."""
+    """The options of a configuration that differ from their defaults."""
     values = {name: getattr(config, name) for name in options_of(type(config))}
     return {name: value for name, value in values.items() if value != options_of(type(config))[name].default}
 
 
 _LONGEST = 20_000
-"""Characters of a setting: more than is of use, and few enough for every pattern and parser that reads it."""
+"""Maximum characters of a setting, few enough for every pattern and parser that reads it."""
 
 
 def _declared(name: str, annotation: Any, default: Any, details: Mapping[str, Any]) -> Option:

@@ -1,4 +1,4 @@
-"""Devices and number formats, and placing a model on them inside a context."""
+"""Devices and dtypes, and placing a model on them inside a context."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from lorasmith.core.processes import current
 from lorasmith.core.quantization import WEIGHT_SOURCE, Packed, placeholder, weight_source
 
 FULL_PRECISION = "full_precision"
-"""Attribute of a module, True if its own parameters and buffers are placed in fp32 whatever the dtype of the others."""
+"""Attribute of a module: if True, its own parameters and buffers are in fp32 whatever the dtype of the others."""
 
 
 _ALIGNMENT = 64
-"""Bytes by which torch aligns what it allocates; tensors on memory-mapped files lie where the file's header ends."""
+"""Bytes by which torch aligns allocations; tensors on memory-mapped files start where the file's header ends."""
 
 
 def full_precision(module: nn.Module) -> set[Tensor]:
     """The tensors that are placed in fp32 whatever the dtype of the others.
 
-    They are those of modules with the mark, and buffers that no file holds: constants such as rotary frequencies, which
+    They are those of modules with the mark, and non-persistent buffers: constants such as rotary frequencies, which
     published implementations compute in fp32.
     """
     found: set[Tensor] = set()
@@ -39,23 +39,19 @@ def full_precision(module: nn.Module) -> set[Tensor]:
 
 
 def best_device() -> torch.device:
-    """The first CUDA device, or the CPU; of several processes on a machine, each has a CUDA device of its own."""
+    """The first CUDA device, or the CPU; with several processes on a machine, each has its own CUDA device."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda") if current().size == 1 else torch.device("cuda", current().gpu)
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """The device of a module that is on one."""
+    """The device of a module's first parameter."""
     return next(module.parameters()).device
 
 
 def chosen_device(name: str | torch.device | None) -> torch.device:
-    """A device by its name, such as `cuda:1`; the first CUDA device, or the CPU, if None.
-
-    Raises:
-        OptionError: there is no such device here.
-    """
+    """A device by its name, such as `cuda:1`; None for `best_device`. Raises OptionError if it does not exist here."""
     if name is None:
         return best_device()
     try:
@@ -69,7 +65,7 @@ def chosen_device(name: str | torch.device | None) -> torch.device:
 
 
 def multiplies(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a device has units for products in a format; others are emulated, which takes 3 to 100 times as long."""
+    """Whether a device multiplies natively in a dtype; otherwise it emulates, which takes 3 to 100 times as long."""
     if dtype not in _FEATURES or device.type not in ("cpu", "cuda"):  # of others torch does not say
         return True
     features, capability, oldest = _FEATURES[dtype]
@@ -90,17 +86,18 @@ _FEATURES: dict[torch.dtype, tuple[tuple[str, ...], tuple[int, int], tuple[str, 
     torch.bfloat16: (("avx512_bf16", "amx_bf16", "bf16"), (8, 0), ("BF16", "FP16")),
     torch.float16: (("avx512_fp16", "amx_fp16", "fp16_arith"), (7, 0), ("FP16",)),
 }
-"""Of formats that not all devices multiply in: features of processors by torch's names, the least compute capability of
-NVIDIA's GPUs, and words for such processors in oneDNN's limit of instructions."""
+"""For dtypes that not all devices multiply in: CPU features by torch's names, the least compute capability of NVIDIA
+GPUs, and names of such CPUs in oneDNN's ISA limit.
+"""
 
 
 def fast_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The format in which a device computes products that are wanted in `dtype`: fp32 where it would emulate them."""
+    """`dtype`, or fp32 where the device would emulate products in it."""
     return dtype if multiplies(dtype, device) else torch.float32
 
 
 def sampling_dtype(module: nn.Module, device: torch.device) -> torch.dtype:
-    """fp32 on CPUs, whose 16-bit products are slow or inaccurate; on GPUs the dtype of the weights, if it has units."""
+    """fp32 on CPUs, whose 16-bit products are slow or inaccurate; on GPUs `fast_dtype` of the weights."""
     return torch.float32 if device.type == "cpu" else fast_dtype(next(module.parameters()).dtype, device)
 
 
@@ -112,7 +109,7 @@ def memory_format_for(module: nn.Module) -> torch.memory_format:
 
 @contextlib.contextmanager
 def reproducible(enabled: bool) -> Iterator[None]:
-    """Inside the context, torch uses only deterministic kernels, if `enabled`; then its setting is restored."""
+    """Inside the context, torch uses only deterministic kernels, if `enabled`."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     if not enabled:
         yield
@@ -126,8 +123,7 @@ def reproducible(enabled: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
-_LARGE_BYTES = 2**28
-"""Size of copied tensors from which their memory is returned to the system afterwards."""
+_LARGE_BYTES = 2**28  # of copied tensors from which their memory is returned to the system
 
 
 @contextlib.contextmanager
@@ -139,18 +135,13 @@ def placed(
     without: Iterable[Tensor] = (),
     layout: torch.memory_format | None = None,
 ) -> Iterator[None]:
-    """Inside the context, the floating-point tensors of `module` are on `device` in `dtype`; then they are restored.
+    """Inside the context, the floating-point tensors of `module` are on `device` in `dtype`.
 
-    The tensors are replaced by converted copies, and the originals put back bit for bit. A model that is already there
-    is not copied, except for fp32 tensors on the CPU whose address is not a multiple of 64, on which the last bits of
-    products would depend. Packed weights stay packed: their codes are moved to `device`, and unpacked to `dtype`.
-
-    Args:
-        module: the model.
-        device: where it runs.
-        dtype: of its floating-point tensors; those of `full_precision` are in fp32.
-        without: tensors to leave unchanged.
-        layout: memory format of convolution kernels; None for that of `memory_format_for`.
+    Tensors are replaced by converted copies, and the originals restored bit for bit; those in `without` are left alone,
+    and those of `full_precision` are in fp32. A tensor already there is not copied, except in fp32 on the CPU at an
+    address that is not a multiple of 64, on which the last bits of products would depend. Packed weights stay packed:
+    their codes are moved to `device`, and unpack to `dtype`. `layout` is the memory format of convolution kernels; None
+    for that of `memory_format_for`.
     """
     others = {id(tensor) for tensor in without}
     full = {id(one) for one in full_precision(module)}

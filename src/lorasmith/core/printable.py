@@ -1,8 +1,8 @@
-"""Text from strangers, made fit to print: names of files and tensors, metadata, captions, titles, messages of packages.
+r"""Untrusted text made fit to print: names of files and tensors, metadata, captions, titles, messages of packages.
 
-A terminal obeys control characters (they move the cursor, set the title, write the clipboard), and direction marks show
-a name in another order than it has. Both are replaced by JSON's escapes (`\\u001b`), so that JSON stays JSON. Joiners,
-which several scripts and emoji are written with, are kept.
+Terminals obey control characters (they move the cursor, set the title, write the clipboard), and direction marks
+reorder a name on screen. Both are replaced by JSON's escapes (`\\u001b`), so that JSON stays JSON. Joiners, which
+several scripts and emoji need, are kept.
 """
 
 from __future__ import annotations
@@ -10,17 +10,13 @@ from __future__ import annotations
 import json
 import re
 
-MAX_SENTENCE = 300
-"""Characters of an error message."""
+MAX_SENTENCE = 300  # characters of an error message
 
 
 def printable(text: object, *, limit: int = 10_000, keep: str = "") -> str:
-    """`text` on one line, without characters that a terminal obeys.
+    """`text` on one line, without characters that a terminal obeys, except those in `keep` (such as line breaks).
 
-    Args:
-        text: of any origin and length; other objects are converted.
-        limit: maximum number of characters; the middle of longer text is replaced by an ellipsis.
-        keep: control characters that stay as they are, such as the line breaks of a page.
+    Longer than `limit` characters, its middle is replaced by an ellipsis.
     """
 
     def escaped(match: re.Match[str]) -> str:
@@ -33,8 +29,8 @@ def printable(text: object, *, limit: int = 10_000, keep: str = "") -> str:
 def sentence(text: object, *, limit: int = MAX_SENTENCE) -> str:
     """A message on one line of at most `limit` characters.
 
-    The longest words (paths, names) and quotations lose their middle first, no more of it than is needed; then the
-    sentence itself does, as the rule stands at its start and the remedy at its end.
+    The longest words (paths, names) and quotations lose their middle first, then the sentence itself does, as the rule
+    is at its start and the remedy at its end.
     """
     shown = printable(text, limit=20 * limit)
     for longest in range(limit, 40, -10):
@@ -59,7 +55,7 @@ _QUOTATION = re.compile(r"('[^']+'|\"[^\"]+\")")
 
 
 def _shortened(text: str, limit: int) -> str:
-    """`text`, or its start and its end, which says more of a path."""
+    """`text`, or its start and (longer, as it says more of a path) its end."""
     if len(text) <= limit:
         return text
     end = (limit - 1) * 3 // 5

@@ -1,7 +1,7 @@
-"""The processes that train one run together: how many there are, which this one is, and what they tell each other.
+"""The processes that train one run together, and their collective operations.
 
-One process alone has every operation too, and none of them does anything. `current` is what the process belongs to;
-`joined` makes it one of several, on torch.distributed, whose package is imported then.
+With a single process every operation is a no-op. `current` is the group that this process belongs to; `joined` makes it
+one of several, on torch.distributed, whose package is imported then.
 """
 
 from __future__ import annotations
@@ -24,20 +24,17 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_FAULT = "fault"
-"""Key of what a process reports, before its rank, in the store of a start of the processes."""
+_FAULT = "fault"  # prefix, before the rank, of failure reasons in the store of a start
 
-_ERRORS = "errors"
-"""Key of the number of errors there."""
+_ERRORS = "errors"  # number of errors, in the same store
 
 _ENDED = "lorasmith/ended"
-"""Key of whether the run has ended with an error, which would come again, in the store of all starts."""
+"""Key in the store of all starts: the run has ended with an error, which would recur."""
 
-_MEETING = timedelta(minutes=5)
-"""How long a process waits for the others at the start."""
+_MEETING = timedelta(minutes=5)  # how long a process waits for the others at the start
 
 _PATIENCE = timedelta(hours=2)
-"""How long a process waits for the others: the first one draws previews and saves while they wait."""
+"""How long a process waits for the others later: rank 0 draws previews and saves while they wait."""
 
 
 class _OtherEndedError(TrainingError):
@@ -47,52 +44,46 @@ class _OtherEndedError(TrainingError):
 
 
 class Processes:
-    """The processes of a run, seen from one of them; this base class is one process alone.
-
-    Attributes:
-        rank: number of this process, from 0.
-        size: number of processes.
-        gpu: number of the GPU that this process trains on, if there are any, among those that it sees.
-    """
+    """The processes of a run, seen from one of them; this base class is a single process."""
 
     rank = 0
     size = 1
-    gpu = 0
+    gpu = 0  # index of this process's GPU, if any, among those that it sees
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that writes files and speaks."""
+        """Whether this is rank 0, which writes files and prints."""
         return self.rank == 0
 
     def summing(self, tensor: Tensor) -> Callable[[], object]:
-        """Begin to add a tensor up over all processes, in place; the result is there after calling what is returned.
+        """Start an in-place all-reduce (sum) of a tensor; calling the result waits for it.
 
-        Every process must begin the same sums in the same order. The result has the same bits in all of them.
+        Every process must start the same sums in the same order. The result has the same bits in all of them.
         """
         return lambda: None
 
     def summed(self, numbers: Sequence[int]) -> list[int]:
-        """The sum of each whole number over all processes, without waiting for the device."""
+        """The sum of each integer over all processes, without waiting for the device."""
         return list(numbers)
 
     def gathered(self, value: T) -> list[T]:
-        """The value of each process, in the order of their ranks."""
+        """The value of each process, by rank."""
         return [value]
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """What the first process makes; its LorasmithError is raised in all of them."""
+        """The value that `make` returns on rank 0; its LorasmithError is raised in all processes."""
         return make()
 
     def report(self, fault: str) -> None:
-        """Leave word of why this process ends the run, for the others to find: they may wait for it in a sum."""
+        """Publish this process's failure reason for the others, which may be waiting for it in a sum."""
 
     @property
     def reported(self) -> str:
-        """Why another process has ended the run, empty if none has."""
+        """The failure reason of another process, empty if there is none."""
         return ""
 
     def lost(self, error: BaseException) -> TrainingError:
-        """The error to raise where a sum or the like failed because another process has ended."""
+        """The error to raise if a collective operation failed because another process has ended."""
         if reported := self.reported:
             return _OtherEndedError(
                 f"all processes of a run must go on together, but another one has ended ({reported}); the same command "
@@ -105,7 +96,7 @@ class Processes:
 
     @contextlib.contextmanager
     def first_alone(self) -> Iterator[None]:
-        """The first process goes through the context, then all others at once: they find what it has made."""
+        """Rank 0 enters the context first, then the rest, which find what it has made."""
         if not self.is_first:
             self.gathered(None)
         yield
@@ -117,7 +108,7 @@ ALONE = Processes()
 
 
 class _Joined(Processes):
-    """Several processes on torch.distributed: sums of tensors on their device, all else on the host."""
+    """Several processes on torch.distributed: tensors are summed on their device, all else on the host."""
 
     def __init__(self, launched: LaunchedProcess, gpu: int, store: Store, starts: Store) -> None:
         self.rank = launched.rank
@@ -169,7 +160,7 @@ class _Joined(Processes):
         return made[0]  # type: ignore[no-any-return]
 
     def is_printed_elsewhere(self, error: LorasmithError) -> bool:
-        """Whether another process prints an error, or the same; called for each error that ends this process."""
+        """Whether another process prints this or the same error; call it for each error that ends this process."""
         if error is self._of_first:
             return True
         try:
@@ -210,11 +201,10 @@ _REASONS = {
     r"unreachable|no route": "no network leads there",
     r"address already in use": "the port is in use",
 }
-"""What torch, gloo and NCCL write of a failure, among places in their sources, advice and jokes; and in our words."""
+"""Failure messages of torch, gloo and NCCL (regular expressions) in our words."""
 
 
 def _reason(error: BaseException) -> str:
-    """Why processes cannot reach each other."""
     found = (reason for text, reason in _REASONS.items() if re.search(text, str(error), re.IGNORECASE))
     return next(found, type(error).__name__)
 
@@ -223,20 +213,16 @@ _joined: list[Processes] = []
 
 
 def current() -> Processes:
-    """The processes that this one belongs to; one alone outside of `joined`."""
+    """The processes that this one belongs to; `ALONE` outside of `joined`."""
     return _joined[-1] if _joined else ALONE
 
 
 @contextlib.contextmanager
 def joined(launched: LaunchedProcess | None) -> Iterator[Processes]:
-    """Inside the context, this process is one of those that were launched together.
+    """Inside the context, this process is one of those launched together; None for a single process.
 
-    Args:
-        launched: from `launched_process`; None for a process of its own.
-
-    Raises:
-        TrainingError: the others cannot be reached.
-        LorasmithError: what is raised inside; `is_printed_elsewhere` says whether another process prints it.
+    Raises TrainingError if the others cannot be reached. A LorasmithError raised inside has `is_printed_elsewhere` set
+    if another process prints it.
     """
     if launched is None or launched.size == 1:
         yield ALONE
@@ -292,16 +278,12 @@ def joined(launched: LaunchedProcess | None) -> Iterator[Processes]:
 
 
 def _gpu_of(local_rank: int, count: int) -> int | None:
-    """The GPU of a process, by its number on its machine and how many it sees: all of them, or its own alone."""
+    """The GPU of a process; it sees all GPUs of its machine, or only its own."""
     return local_rank % count if count else None
 
 
 def _check_gpus(found: Sequence[str | None]) -> None:
-    """Raise an error if processes share a GPU, which NCCL cannot.
-
-    Args:
-        found: identity of each process's GPU, None without one.
-    """
+    """Raise OptionError if processes share a GPU (`found` holds UUIDs, None without one), which NCCL cannot."""
     for rank, one in enumerate(found):
         if one is not None and one in found[:rank]:
             raise OptionError(
@@ -311,7 +293,7 @@ def _check_gpus(found: Sequence[str | None]) -> None:
 
 
 def _ended_before() -> TrainingError:
-    """The error of a process that an elastic agent starts after the run has ended with one."""
+    """The error of a process that an elastic agent restarts after the run has ended with one."""
     error = TrainingError("the run has ended with the error above; the same command continues it")
     error.is_printed_elsewhere = True
     return error

@@ -33,8 +33,7 @@ from lorasmith.core.choices import Quantization
 WEIGHT_SOURCE = "weight_source"
 """Attribute of a layer whose weight is not in its parameter: a `WeightSource`."""
 
-BLOCK = 64
-"""Numbers that share a scale in nf4."""
+BLOCK = 64  # numbers that share a scale in nf4
 
 NF4_LEVELS = (
     -1.0,
@@ -59,28 +58,20 @@ NF4_LEVELS = (
 
 @dataclass(frozen=True)
 class Packed:
-    """A packed weight.
+    """A packed weight."""
 
-    Attributes:
-        tensors: the codes, then scales and the like.
-        unpack: function from those tensors, on any device, and `dtype` to the weight.
-        dtype: of the unpacked weight.
-        shape: of the weight.
-    """
-
-    tensors: tuple[Tensor, ...]
-    unpack: Callable[..., Tensor]
-    dtype: torch.dtype
+    tensors: tuple[Tensor, ...]  # the codes, then scales and the like
+    unpack: Callable[..., Tensor]  # from those tensors, on any device, and `dtype` to the weight
+    dtype: torch.dtype  # of the unpacked weight
     shape: torch.Size
 
     @property
     def size_bytes(self) -> int:
-        """Size of all tensors in bytes."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors)
 
     @property
     def code(self) -> torch.dtype:
-        """The number format of its codes."""
+        """dtype of the codes."""
         return self.tensors[0].dtype
 
     @property
@@ -89,11 +80,11 @@ class Packed:
         return self.unpack is _converted or isinstance(self.unpack, _Changed)
 
     def changed(self, change: Callable[[Tensor], Tensor]) -> Packed:
-        """The plain weight with `change` applied whenever it is unpacked, a function of the weight to a new one."""
+        """The plain weight with `change`, from a weight to a new one, applied whenever it is unpacked."""
         return replace(self, unpack=_Changed(self.unpack, change))
 
     def fetch(self) -> Packed:
-        """The weight itself, which is on its device."""
+        """Itself, as it is on its device."""
         return self
 
     def weight(self) -> Tensor:
@@ -103,13 +94,7 @@ class Packed:
     def to(
         self, device: torch.device, dtype: torch.dtype, memory_format: torch.memory_format = torch.preserve_format
     ) -> Packed:
-        """The packed weight on `device`, unpacking to `dtype`.
-
-        Args:
-            device: of the tensors.
-            dtype: of the unpacked weight.
-            memory_format: of codes in the shape of a convolution's weight.
-        """
+        """The packed weight on `device`, unpacking to `dtype`; `memory_format` applies to 4-D codes."""
         formats = (memory_format if tensor.ndim == 4 else torch.preserve_format for tensor in self.tensors)
         moved = (one.to(device, memory_format=wanted) for one, wanted in zip(self.tensors, formats, strict=True))
         return replace(self, tensors=tuple(moved), dtype=dtype)
@@ -128,7 +113,7 @@ def of_rows(tensor: Tensor | Packed, choose: Callable[[Tensor], Tensor]) -> Tens
 
 
 def plain_weights(tensors: Mapping[str, Tensor | Packed]) -> dict[str, Tensor]:
-    """The tensors with packed weights unpacked."""
+    """The tensors, packed weights unpacked."""
     return {name: one.weight() if isinstance(one, Packed) else one for name, one in tensors.items()}
 
 
@@ -137,7 +122,7 @@ class WeightSource(Protocol):
 
     @property
     def code(self) -> torch.dtype:
-        """The number format of its codes."""
+        """dtype of the codes."""
 
     def fetch(self) -> Packed:
         """The packed weight on the device where it is used, for one use."""
@@ -150,27 +135,17 @@ def weight_source(module: nn.Module) -> WeightSource | None:
 
 
 def placeholder(shape: torch.Size, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """An expanded NaN in place of a packed weight, which shows wherever the parameter is read by mistake.
-
-    Args:
-        shape, device, dtype: of the weight.
-    """
+    """An expanded NaN in place of a packed weight, which shows wherever the parameter is read by mistake."""
     return torch.full((), torch.nan, device=device, dtype=dtype).expand(shape)
 
 
 def packed(weight: Tensor, kind: Quantization, dtype: torch.dtype) -> Packed:
-    """Pack a weight.
-
-    Args:
-        weight: (out, ...); the unpacked weight has the same memory format.
-        kind: name in `PACKINGS`.
-        dtype: of the unpacked weight.
-    """
+    """Pack a weight (out, ...) by a method of `PACKINGS`; it unpacks to `dtype` in the same memory format."""
     return PACKINGS[kind](weight.detach(), dtype)
 
 
 def as_stored(weight: Tensor, dtype: torch.dtype) -> Packed:
-    """A plain weight that is cast to `dtype` where it is used, in its own dtype if that is narrower."""
+    """A plain weight that is cast to `dtype` where it is used, stored in its own dtype if that is narrower."""
     kept = weight if weight.dtype.itemsize < dtype.itemsize else weight.to(dtype)
     return Packed((kept,), _converted, dtype, weight.shape)
 
@@ -200,13 +175,7 @@ def _scaled_fp8(weight: Tensor, dtype: torch.dtype, *, code: torch.dtype, by_row
 
 
 def scaled_codes(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Packed:
-    """The packed weight `codes · scale`.
-
-    Args:
-        codes: (out, ...).
-        scale: (out, 1, ...) or (1, 1, ...), fp32.
-        dtype: of the unpacked weight.
-    """
+    """The packed weight `codes · scale`: codes (out, ...), scale (out, 1, ...) or (1, 1, ...) in fp32."""
     return Packed((codes, scale), _from_scaled, dtype, codes.shape)
 
 
@@ -247,12 +216,7 @@ def _from_levels(codes: Tensor, scale: Tensor, *, shape: torch.Size, order: list
 
 @functools.cache
 def level_pairs(levels: tuple[float, ...], device: torch.device) -> Tensor:
-    """The two numbers of each byte of two 4-bit codes, (256, 2) fp32: the upper half's first.
-
-    Args:
-        levels: the 16 numbers by code.
-        device: of the result.
-    """
+    """The two numbers of each byte of two 4-bit codes, (256, 2) fp32, the upper half's first; `levels` is by code."""
     numbers = torch.tensor(levels, device=device)
     return torch.cartesian_prod(numbers, numbers)
 
@@ -266,4 +230,4 @@ PACKINGS: dict[Quantization, Callable[[Tensor, torch.dtype], Packed]] = {
     "int8": _scaled_int8,
     "nf4": _normal_float,
 }
-"""Packing functions by name of the setting `quantization`."""
+"""By name of the setting `quantization`."""

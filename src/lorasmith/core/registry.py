@@ -1,4 +1,4 @@
-"""Registries by name with suggestions for misspelt names, for adapters, layouts, families, samplers and nodes."""
+"""Registries of adapters, layouts, families, samplers and nodes by name, with suggestions for misspelt names."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MOST_COMPARED, _LONGEST = 1000, 200
 def nearest(name: str, known: Iterable[str]) -> str:
     """`" (did you mean 'x'?)"` for the known name closest to `name`, or an empty string if none is close.
 
-    The names of a file may be many or long: only the first thousand are compared, and only a name of usual length.
+    Only the first thousand names of usual length are compared, as a file's may be many or long.
     """
     if len(name) > _LONGEST:
         return ""

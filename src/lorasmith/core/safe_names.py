@@ -1,4 +1,4 @@
-"""Names for new files and folders that every system has: Windows, macOS and Linux."""
+"""Names for new files and folders that are valid on Windows, macOS and Linux."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ _RESERVED = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[\d¹²³])"
 
 
 def is_reserved(name: str) -> bool:
-    """Whether Windows has no files of this name, whatever its suffix is."""
+    """Whether Windows reserves the name, whatever its suffix."""
     return _RESERVED.fullmatch(name.partition(".")[0].rstrip()) is not None
 
 
 def plain_name(name: str) -> str:
-    """A name or suffix in characters that every system has files for; it may be empty."""
+    """A name or suffix in characters that are valid on every system; may be empty."""
     return re.sub(r"[^\w .,()&+=@#-]", "_", file_stem(unicodedata.normalize("NFC", name))).rstrip(" .")
 
 
 def safe_name(name: str) -> str:
-    """A name that every system has files for: no control characters, and none with a meaning in paths or shells.
+    """A file name that is valid on every system, without characters that have a meaning in paths or shells.
 
     Letters of all scripts are kept, in the composed form (NFC), so that names from different systems are equal.
     """

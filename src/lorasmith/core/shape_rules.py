@@ -1,12 +1,12 @@
-"""Rules of shapes, by which algorithms say which tensors make an adapter.
+"""Rules of shapes, by which algorithms declare which tensors make an adapter.
 
 A rule names the dimensions of a tensor, and the rules of one adapter share their names:
 
     {"down": "rank in kernel...", "up": "out rank 1..."}
 
-A name stands for the same size wherever it occurs, `a*b` for the product of two names that occurred before, a number
-for itself. The last word may end in three dots: it stands for up to three further dimensions, which is what a kernel
-has, `1...` for dimensions of size 1. No dimension may be of size 0.
+A name has the same size wherever it occurs, `a*b` is the product of two names that occurred before, a number is itself.
+A last word that ends in three dots stands for up to three further dimensions; `1...` for dimensions of size 1. No
+dimension may be of size 0.
 """
 
 from __future__ import annotations
@@ -19,15 +19,7 @@ _MOST_FURTHER = 3
 
 
 def first_misfit(shapes: Mapping[str, Sequence[int]], rules: Mapping[str, str]) -> tuple[str, str] | None:
-    """The first tensor that breaks its rule, or None if all follow theirs.
-
-    Args:
-        shapes: by name of the tensor; those of all names that `rules` has.
-        rules: by name of the tensor.
-
-    Returns:
-        The tensor's name, and its rule in words: `(out, rank, 1...) with rank 4`.
-    """
+    """The first tensor that breaks its rule, and the rule: `(out, rank, 1...) with rank 4`; None if there is none."""
     known: dict[str, tuple[int, ...]] = {}
     for name, rule in rules.items():
         before = dict(known)

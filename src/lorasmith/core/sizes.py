@@ -1,4 +1,4 @@
-"""Amounts of memory, and counts of things, in words."""
+"""Sizes and counts as text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Digests of tensors: of their names, shapes, dtypes and bytes, whatever device and memory layout they have."""
+"""Digests of tensors' names, shapes, dtypes and bytes, independent of device and memory layout."""
 
 from __future__ import annotations
 
@@ -15,12 +15,9 @@ _BLOCK_BYTES = 16 * 2**20
 def digest_of_tensors(
     tensors: Iterable[tuple[str, Tensor]], *, beginning: object = None, each_block: Callable[[], object] = lambda: None
 ) -> str:
-    """SHA-256 of tensors by name, in their order, 64 hex digits.
+    """SHA-256 (hex) of named tensors in their order, and of the JSON value `beginning`.
 
-    Args:
-        tensors: names and tensors.
-        beginning: JSON value that the digest covers, too.
-        each_block: called before each 16 MiB of a tensor; what it raises ends the hashing.
+    `each_block` is called before each 16 MiB of a tensor; an exception that it raises ends the hashing.
     """
     digest = hashlib.sha256(json.dumps(beginning).encode())
     for name, tensor in tensors:

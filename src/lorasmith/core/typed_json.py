@@ -1,9 +1,8 @@
 """JSON values in declared types: one codec for records of runs, run states and events.
 
-A type is what annotations of a dataclass may say: `bool`, `int` (of 64 bits), `float`, `str`, `None`, literals, enums,
-`Any`, unions, lists, tuples, mappings by text, dataclasses and typed dictionaries. Values keep their meaning, so that
-writing and reading gives an equal object. What is missing has the field's default; unknown fields, from later versions,
-are left out of dataclasses and kept in typed dictionaries.
+Types are `bool`, `int` (of 64 bits), `float`, `str`, `None`, literals, enums, `Any`, unions, lists, tuples, mappings by
+text, dataclasses and typed dictionaries. Writing and reading gives an equal object. Missing fields get their defaults;
+unknown fields, from later versions, are dropped by dataclasses and kept in typed dictionaries.
 """
 
 from __future__ import annotations
@@ -16,8 +15,7 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import Any, Literal, TypeVar
 
-Scalar = bool | int | float | str | None
-"""A setting or another single value."""
+Scalar = bool | int | float | str | None  # a setting or another single value
 
 _T = TypeVar("_T")
 _KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
@@ -30,16 +28,7 @@ _KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
 
 
 def typed(value: Any, kind: type[_T], place: str = "") -> _T:
-    """A parsed JSON value in a type.
-
-    Args:
-        value: as a JSON parser returns it.
-        kind: the type, see above.
-        place: where the value stands, for the message.
-
-    Raises:
-        ValueError: it is of another type, or a field without a default is missing; the message says where.
-    """
+    """A parsed JSON value in a type; raises ValueError with the location, `place` being that of `value`."""
     found: _T = _typed(value, kind, place)
     return found
 

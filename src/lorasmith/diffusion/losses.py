@@ -35,18 +35,9 @@ def diffusion_loss(
 ) -> Tensor:
     """Loss of each sample, shape (batch,), without the weight of its noise level (`weightings`).
 
-    With MSE the `x0` objective equals the native one times sigma²/alpha² (epsilon) or sigma² (v and flow): it increases
-    the weight of the noisy end by the noise-to-signal ratio.
-
-    Args:
-        prediction: the network's output, any float dtype, (batch, ...).
-        clean, noise, noised: fp32, the same shape.
-        level: noise levels of `noised`.
-        parameterization: registered name.
-        objective: `native` compares predictions; `x0` compares clean samples, as in ComfyUI's trainer.
-        loss_function: distance of the two.
-        places: weights of the loss by place, fp32, of a shape that broadcasts to that of `clean`; None for 1
-            everywhere. A weight of 0 leaves a place without gradient.
+    With MSE the `x0` objective (as in ComfyUI's trainer) equals the native one times sigma²/alpha² (epsilon) or sigma²
+    (v and flow). `prediction` (batch, ...) is of any float dtype; `clean`, `noise`, `noised` are fp32 of that shape.
+    `places` are fp32 weights that broadcast to it; a place of weight 0 has no gradient.
     """
     kind = PARAMETERIZATIONS[parameterization]
     prediction = prediction.float()

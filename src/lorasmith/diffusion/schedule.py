@@ -2,12 +2,11 @@
 
 Every schedule noises as `x_t = alpha · x0 + sigma · noise`. Two kinds exist:
 
-- `DiscreteSchedule` (Ho et al. 2020, arXiv:2006.11239): 1000 variance-preserving steps, `alpha² + sigma² = 1`.
-- `FlowSchedule` (rectified flow, Esser et al. 2024, arXiv:2403.03206): `alpha = 1 − sigma`.
+- `DiscreteSchedule` (Ho et al. 2020, arXiv:2006.11239): 1000 variance-preserving steps, `alpha² + sigma² = 1`. -
+`FlowSchedule` (rectified flow, Esser et al. 2024, arXiv:2403.03206): `alpha = 1 − sigma`.
 
-Samplers work on one number per step, called sigma in k-diffusion (Karras et al. 2022, arXiv:2206.00364): for a discrete
-schedule the noise-to-signal ratio `sigma/alpha` of the variance-exploding form `x = x0 + sigma · noise`, for a flow the
-flow's own sigma. It is called `ratio` here where it differs from the coefficient.
+Samplers use one number per step, sigma in k-diffusion (Karras et al. 2022, arXiv:2206.00364): for a discrete schedule
+the noise-to-signal ratio `sigma/alpha` of the variance-exploding form `x = x0 + sigma · noise`, for a flow its sigma.
 """
 
 from __future__ import annotations
@@ -24,26 +23,20 @@ from lorasmith.core.errors import OptionError
 
 @dataclass(frozen=True)
 class ResolutionShift:
-    """A shift by the size of a picture: exp(mu), with mu linear in the number of patches of the latents.
+    """A shift by picture size: exp(mu), with mu linear in the number of patches of the latents.
 
     Larger pictures need more noise for the same uncertainty (Esser et al. 2024, section 5.3.2).
-
-    Attributes:
-        mu: at each of `patches`.
-        patches: two numbers of patches.
-        patch: side of a patch in latents.
     """
 
-    mu: tuple[float, float] = (0.5, 1.15)
-    patches: tuple[int, int] = (256, 4096)
-    patch: int = 2
+    mu: tuple[float, float] = (0.5, 1.15)  # at each of `patches`
+    patches: tuple[int, int] = (256, 4096)  # two numbers of patches
+    patch: int = 2  # side of a patch in latents
 
     def __call__(self, height: int, width: int) -> float:
         """The shift for latents of a height and width."""
         return self.of_patches((height // self.patch) * (width // self.patch))
 
     def of_patches(self, count: float) -> float:
-        """The shift for a number of patches."""
         (low, high), (few, many) = self.mu, self.patches
         return math.exp(low + (high - low) * (count - few) / (many - few))
 
@@ -56,17 +49,11 @@ _FAINTEST = 2.0**-24  # replaces a signal power of zero in ratios
 
 @dataclass(frozen=True)
 class NoiseLevel:
-    """Noise levels of samples; every field has shape (batch,) and dtype fp32.
+    """Noise levels of samples; every field has shape (batch,) and dtype fp32."""
 
-    Attributes:
-        alpha: weight of the clean sample.
-        sigma: weight of the noise.
-        time: input of the family's `predict`: the step index 0..999 of a discrete schedule, sigma of a flow times its
-            `time_scale`.
-    """
-
-    alpha: Tensor
-    sigma: Tensor
+    alpha: Tensor  # weight of the clean sample
+    sigma: Tensor  # weight of the noise
+    # input of the family's `predict`: step index 0..999 of a discrete schedule, sigma · `time_scale` of a flow
     time: Tensor
 
     def noised(self, clean: Tensor, noise: Tensor) -> Tensor:
@@ -74,7 +61,7 @@ class NoiseLevel:
         return per_sample(self.alpha, clean) * clean + per_sample(self.sigma, clean) * noise
 
     def to(self, device: torch.device | str) -> NoiseLevel:
-        """The same levels on `device`, copied asynchronously."""
+        """The levels on `device`, copied asynchronously."""
         return NoiseLevel(*(t.to(device, non_blocking=True) for t in (self.alpha, self.sigma, self.time)))
 
 
@@ -84,7 +71,7 @@ class NoiseSchedule(ABC):
     Attributes:
         sigmas: (N,) the table of sampler sigmas, ascending.
         shift: by which `at` moves quantiles towards the noisy end; 1 is none.
-        resolution_shift: the shift by the size of a picture, for runs that use one.
+        resolution_shift: the shift by picture size, for runs that use one.
     """
 
     sigmas: Tensor
@@ -97,7 +84,7 @@ class NoiseSchedule(ABC):
 
     @abstractmethod
     def quantile(self, time: float) -> float:
-        """The quantile whose level is at a share of diffusion time: 0 is clean, 1 noise. The inverse of `at`."""
+        """The inverse of `at`: the quantile at a share of diffusion time, 0 for clean to 1 for noise."""
 
     @abstractmethod
     def zero_terminal(self) -> NoiseSchedule:
@@ -109,11 +96,11 @@ class NoiseSchedule(ABC):
 
     @abstractmethod
     def sigma(self, timestep: Tensor) -> Tensor:
-        """Sampler sigmas of (fractional) timesteps, in the schedule's own units."""
+        """Sampler sigmas of (fractional) timesteps, which are in the schedule's own units."""
 
     @abstractmethod
     def timestep(self, sigma: Tensor) -> Tensor:
-        """Timesteps, in the schedule's own units, of sampler sigmas."""
+        """Timesteps of sampler sigmas, in the schedule's own units."""
 
     @abstractmethod
     def sigma_at(self, progress: float) -> float:
@@ -136,8 +123,8 @@ class DiscreteSchedule(NoiseSchedule):
     """Variance-preserving steps given by the running product of their signal powers.
 
     Args:
-        alphas_cumprod: (N,) descending, the `alphas_cumprod` of diffusers' schedulers; for a last value of 0 the
-            sampler sigma is 4096 instead of infinite.
+        alphas_cumprod: (N,) descending, as in diffusers' schedulers; for a last value of 0 the sampler sigma is 4096
+            instead of infinite.
         stride: steps of the network's time per entry; entry i is at time `stride · (i + 1) − 1`.
     """
 
@@ -164,7 +151,7 @@ class DiscreteSchedule(NoiseSchedule):
         return DiscreteSchedule(signal**2, self.stride)
 
     def every(self, stride: int) -> DiscreteSchedule:
-        """The last of each `stride` steps, as the schedule of a model that was distilled to these."""
+        """The last of each `stride` steps: the schedule of a model distilled to these."""
         return DiscreteSchedule(self._alphas_cumprod[stride - 1 :: stride], self.stride * stride)
 
     def at(self, quantile: Tensor) -> NoiseLevel:
@@ -172,7 +159,6 @@ class DiscreteSchedule(NoiseSchedule):
         return NoiseLevel(self._signal[index], self._noise[index], self._time(index.to(torch.float32)))
 
     def quantile(self, time: float) -> float:
-        """The share of the steps."""
         return time
 
     def at_sigma(self, sigma: Tensor) -> NoiseLevel:
@@ -199,11 +185,9 @@ class DiscreteSchedule(NoiseSchedule):
         return 0.0 if progress >= 1 else self.sigma(torch.tensor((1 - progress) * last)).item()
 
     def _time(self, index: Tensor) -> Tensor:
-        """Time of entries of the table."""
         return (index + 1) * self.stride - 1
 
     def model_input(self, x: Tensor, level: NoiseLevel) -> Tensor:
-        """`x` scaled back to unit variance."""
         return x * per_sample(level.alpha, x)
 
     def signal(self, sigma: float) -> float:
@@ -211,10 +195,7 @@ class DiscreteSchedule(NoiseSchedule):
         return 1.0
 
     def initial(self, noise: Tensor, latents: Tensor, sigma: float) -> Tensor:
-        """At the top of the table noise is scaled to `sqrt(1 + sigma²)`, so that the network's input is unit noise.
-
-        ComfyUI does the same; with `sigma` the first input would have slightly less than unit variance.
-        """
+        """At the top of the table noise is scaled to `sqrt(1 + sigma²)`: unit noise for the network, as in ComfyUI."""
         if sigma >= self.sigmas[-1].item() * (1 - 1e-5):
             sigma = math.sqrt(1 + sigma**2)
         return latents + noise * sigma
@@ -255,7 +236,6 @@ class FlowSchedule(NoiseSchedule):
         return self.at_sigma(shifted(quantile.to(torch.float32), self.shift))
 
     def quantile(self, time: float) -> float:
-        """That of sigma before the shift."""
         return time / (self.shift - (self.shift - 1) * time)
 
     def at_sigma(self, sigma: Tensor) -> NoiseLevel:
@@ -276,7 +256,6 @@ class FlowSchedule(NoiseSchedule):
         return 0.0 if progress >= 1 else self.sigma(torch.tensor(1 - progress)).item()
 
     def model_input(self, x: Tensor, level: NoiseLevel) -> Tensor:
-        """`x`, unchanged."""
         return x
 
     def signal(self, sigma: float) -> float:
@@ -287,13 +266,7 @@ class FlowSchedule(NoiseSchedule):
 
 
 def check_noising(schedule: NoiseSchedule, parameterization: str, *, zero_terminal_snr: bool) -> None:
-    """Raise OptionError if zero_terminal_snr does not apply to a model.
-
-    Args:
-        schedule: the model's noise schedule.
-        parameterization: registered name.
-        zero_terminal_snr: the setting.
-    """
+    """Raise OptionError if zero_terminal_snr does not apply to a model."""
     if not zero_terminal_snr:
         return
     rule = "zero_terminal_snr is for v-prediction models with discrete timesteps"

@@ -1,7 +1,7 @@
-"""Diffusion time in training: uniform numbers for draws, and pure maps from them to quantiles of the schedule.
+"""Diffusion time in training: pure maps from uniform numbers to quantiles of the schedule.
 
-Based on uniform numbers, every distribution is keyed (one number per draw), can be stratified and does not depend on
-the device. A quantile of 0 is the cleanest end of the schedule, 1 the noisiest.
+Every distribution is thus keyed (one number per draw), can be stratified and does not depend on the device. A quantile
+of 0 is the cleanest end of the schedule, 1 the noisiest.
 """
 
 from __future__ import annotations
@@ -40,17 +40,12 @@ def _logit_normal(u: Tensor) -> Tensor:
 
 
 def uniform_numbers(draws: Sequence[int], *, seed: int, stratified: bool) -> Tensor:
-    """Numbers in [0, 1] of global draw indices, (len(draws),) fp32.
+    """Numbers in [0, 1] of global draw indices, (len(draws),) fp32, independent unless `stratified`.
 
     Stratified ones are a scrambled van der Corput sequence (Owen 1995): of 2^k consecutive draws from a multiple of
-    2^k on, one falls into each of 2^k equal parts of the range, uniformly in it (k up to 10). Each number is uniform
-    over seeds; steps of any size cover the range, as do consecutive small steps that momentum averages. The order of
-    images is random in each epoch, so that no image keeps to a part of the range.
-
-    Args:
-        draws: global draw indices.
-        seed: of the run.
-        stratified: False for independent numbers.
+    2^k, one falls into each of 2^k equal parts of the range, uniformly (k up to 10). Each number is uniform over seeds,
+    and steps of any size cover the range. The order of images is random in each epoch, so no image stays in a part of
+    the range.
     """
     numbers = [keyed_uniform(seed, "timestep", draw) for draw in draws]
     if stratified:
@@ -62,13 +57,8 @@ def quantile_map(distribution: TimestepDistribution, shift: float | None, schedu
     """The map from uniform numbers to quantiles of a schedule.
 
     `shift` is the total shift of diffusion time: a flow's levels are `shifted(distribution(u), shift)`, without its own
-    shift in addition (kohya's `discrete_flow_shift`, diffusers' `shift`). Discrete schedules have no shift of their
-    own; there it shifts the step index.
-
-    Args:
-        distribution: of diffusion time.
-        shift: None for one by the size of the picture with `shifted`, for the schedule's own with the others.
-        schedule: of the quantiles.
+    shift in addition (kohya's `discrete_flow_shift`, diffusers' `shift`); on discrete schedules it shifts the step
+    index. None is the shift by picture size for `shifted`, the schedule's own for other distributions.
     """
     time = TIMESTEP_DISTRIBUTIONS[distribution]
     by_size = shift is None and distribution == "shifted"
@@ -82,23 +72,15 @@ def quantile_map(distribution: TimestepDistribution, shift: float | None, schedu
 
 
 def quantile_range(schedule: NoiseSchedule, low: float, high: float) -> tuple[float, float]:
-    """Quantiles of a schedule between which the levels of a range of diffusion time lie.
-
-    Args:
-        schedule: of the quantiles.
-        low, high: shares of diffusion time, from 0 for clean to 1 for noise.
-    """
+    """The quantiles of a range of diffusion time, 0 for clean to 1 for noise."""
     return schedule.quantile(low), schedule.quantile(high)
 
 
 def range_limited(quantiles: QuantileMap, low: float, high: float) -> QuantileMap:
-    """A map to the same distribution under the condition that quantiles lie in a range.
+    """The same distribution under the condition that quantiles lie between `low` and `high`.
 
-    Two ranges that share the schedule are thus trained with the same density as by one run on the whole.
-
-    Args:
-        quantiles: the whole distribution, ascending in its uniform number.
-        low, high: quantiles.
+    Two ranges that share a schedule are thus trained with the same density as by one run on the whole. `quantiles` must
+    ascend in its uniform number.
     """
 
     @functools.lru_cache(maxsize=4096)

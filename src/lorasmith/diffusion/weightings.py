@@ -2,7 +2,7 @@
 
 They are defined for the squared error of the clean sample, as in the papers. `scale` converts them to the objective:
 the clean error per error of the prediction, 1 if clean samples are compared. With MSE a weighted run is therefore the
-same for both objectives, except with `none`, which does not change the loss.
+same for both objectives, except with `none`.
 
     min_snr        min(SNR, gamma)                (Hang et al. 2023, arXiv:2303.09556)
     soft_min_snr   SNR · gamma / (SNR + gamma)    (Crowson et al. 2024, arXiv:2401.11605, with sigma_data² = 1/gamma)
@@ -49,15 +49,7 @@ def _soft_min_snr(level: NoiseLevel, scale: Tensor, gamma: float) -> Tensor:
 def loss_weights(
     level: NoiseLevel, *, weighting: LossWeighting, gamma: float, parameterization: str, objective: Objective
 ) -> Tensor:
-    """Factor of each sample's loss, shape (batch,).
-
-    Args:
-        level: noise levels of the samples.
-        weighting: registered name.
-        gamma: signal-to-noise ratio at which the weights saturate.
-        parameterization: registered name.
-        objective: `native` or `x0`, as in the loss.
-    """
+    """Factor of each sample's loss, (batch,); weights saturate at the signal-to-noise ratio `gamma`."""
     compares_clean = objective == "x0"
     scale = torch.ones_like(level.sigma) if compares_clean else PARAMETERIZATIONS[parameterization].clean_scale(level)
     return WEIGHTINGS[weighting](level, scale, gamma)

@@ -13,15 +13,10 @@ _USER_COMMENT = "UNICODE\0".encode("ascii")
 
 @dataclass(frozen=True)
 class Clip:
-    """Pictures in time.
-
-    Attributes:
-        frames: RGB pictures of one size, at least one.
-        rate: frames a second.
-    """
+    """Frames of a video: RGB pictures of one size, at least one."""
 
     frames: tuple[Image.Image, ...]
-    rate: float
+    rate: float  # frames per second
 
     @property
     def size(self) -> tuple[int, int]:
@@ -29,21 +24,15 @@ class Clip:
         return self.frames[0].size
 
 
-Shot = Image.Image | Clip
-"""What a model draws of a prompt."""
+Shot = Image.Image | Clip  # a sample of a prompt
 
 
 def animation(
     clip: Clip, entries: Mapping[int, str | bytes], *, lossless: bool = False, quality: int = 90, method: int = 4
 ) -> bytes:
-    """A clip as a WebP file, which repeats without end.
+    """A clip as an endlessly repeating WebP file with EXIF data by tag (see `parameters_entry`).
 
-    Args:
-        clip: the clip.
-        entries: EXIF data by tag; see `parameters_entry`.
-        lossless: whether pixels are kept as they are.
-        quality: of the compression, 0 to 100; without loss the effort.
-        method: effort of the compression, 0 to 6.
+    `quality` is 0 to 100, if lossless the effort; `method` is the effort of the compression, 0 to 6.
     """
     exif = Image.Exif()
     inner = exif.get_ifd(ExifTags.IFD.Exif)
@@ -66,5 +55,5 @@ def animation(
 
 
 def parameters_entry(text: str) -> tuple[int, bytes]:
-    """Tag and value of the parameters of a picture, where A1111 and model browsers look for them in WebP files."""
+    """Tag and value of a picture's parameters, where A1111 and model browsers look for them in WebP files."""
     return int(ExifTags.Base.UserComment), _USER_COMMENT + text.encode("utf-16-be")

@@ -16,13 +16,7 @@ _LONGEST = 960  # pixels of a picture's longer edge
 
 
 def card(title: str, facts: Mapping[str, object], *children: object) -> str:
-    """A card as HTML for `_repr_html_`.
-
-    Args:
-        title: escaped.
-        facts: names and values, escaped unless they are `Html`; empty ones are left out.
-        children: what follows, such as pictures.
-    """
+    """A card as HTML for `_repr_html_`; text is escaped unless it is `Html`, and empty facts are left out."""
     rows = [
         tag("tr", tag("th", name, scope="row", style=_NAME), tag("td", value, style=_VALUE))
         for name, value in facts.items()
@@ -37,7 +31,7 @@ def embedded_png(png: bytes, alt: str) -> Html:
 
 
 def embedded_picture(path: Path, alt: str) -> Html:
-    """A picture file, scaled down, as an element; empty if there is none or it cannot be read."""
+    """A picture file, scaled down, as an element; empty if it is missing or unreadable."""
     found = data_uri(path, _LONGEST)
     return Html("") if found is None else _shown(found[0], alt)
 

@@ -26,14 +26,8 @@ def contact_sheet(
     """One RGB picture with rows of pictures and labels.
 
     Pictures keep their aspect ratio and are scaled by the same factor: an integer if the largest is small, a reduction
-    if it is large. Long labels are wrapped, then truncated.
-
-    Args:
-        rows: pictures of any mode and size, at least one; rows may differ in length, and None is an empty cell.
-        row_labels: one per row, or none.
-        column_labels: one per column of the longest row, or none.
-        title: heading of the sheet.
-        min_cell, max_cell: bounds of the longest edge of all pictures in pixels.
+    if it is large, so that the longest edge is between `min_cell` and `max_cell` pixels. Rows may differ in length;
+    None is an empty cell. Labels are one for each row or column, or none; long ones are wrapped, then truncated.
     """
     assert len(row_labels) in (0, len(rows))
     assert len(column_labels) in (0, max(len(row) for row in rows))

@@ -32,34 +32,24 @@ _DISTINCT = (*_RAMP, "#9467bd", "#8c6d4f", "#d1689e")
 
 @dataclass(frozen=True)
 class Curves:
-    """Measurements of a run's steps.
+    """Measurements of a run's steps."""
 
-    Attributes:
-        losses, rates: one per step from step 1; NaN if unknown.
-        validations: step and loss of each validation.
-        base_loss: of the held-out images without the LoRA.
-        faults: steps that diverged and were rolled back.
-    """
-
-    losses: Sequence[float]
-    rates: Sequence[float] = ()
-    validations: Sequence[tuple[int, float]] = ()
-    base_loss: float | None = None
-    faults: Sequence[int] = ()
+    losses: Sequence[float]  # one per step from step 1, NaN if unknown
+    rates: Sequence[float] = ()  # as `losses`
+    validations: Sequence[tuple[int, float]] = ()  # step and loss
+    base_loss: float | None = None  # of the held-out images without the LoRA
+    faults: Sequence[int] = ()  # steps that diverged and were rolled back
 
     @property
     def rate_varies(self) -> bool:
-        """Whether the learning rate is not constant."""
         return len({rate for rate in self.rates if math.isfinite(rate)}) > 1
 
 
 class QuantileCurve(Protocol):
     """Training loss by noise level over time.
 
-    Attributes:
-        bins: edges of the bins in quantiles of the noise level, one more than there are bins: 0 is clean, 1 is noise.
-        steps: a step of each averaged interval.
-        losses: mean loss of each interval and bin, None without draws.
+    `bins` are edges in quantiles of the noise level, 0 for clean to 1 for noise, one more than there are bins. `losses`
+    has the mean of each averaged interval and bin, None without draws; `steps` has a step of each interval.
     """
 
     @property
@@ -126,10 +116,8 @@ def quantile_figure(curve: QuantileCurve, *, label: str) -> Html:
 def comparison_figure(curves: Sequence[tuple[str, Sequence[tuple[int, float]]]], *, label: str) -> Html:
     """Held-out losses of several runs, in percent of the base model's.
 
-    Args:
-        curves: name, and step and value of each validation, of each run, the best first; only the first eight have a
-            colour and a name.
-        label: the text alternative.
+    `curves` has name, and step and value of each validation, the best run first; only the first eight have a colour and
+    a name.
     """
 
     def draw(figure: Any) -> None:
@@ -169,14 +157,12 @@ def _plain_ticks(axes: Any) -> None:
 
 
 def _legend(axes: Any, columns: int | None = None) -> None:
-    """Add a legend above the plot, where it covers no curve."""
     columns = columns or (5 if axes.figure.get_figwidth() > 6 else 2)
     place = {"loc": "lower left", "bbox_to_anchor": (0, 1.01), "borderaxespad": 0}
     axes.legend(ncols=columns, fontsize=9, frameon=False, labelcolor=TEXT, **place)
 
 
 def _figure(name: str, draw: Callable[[Any], None], *, label: str) -> Html:
-    """The figure for both widths; `label` is the text alternative."""
     shapes = {"wide": (9.0, 4.4), "narrow": (4.6, 4.4)}
     return tag(
         "div", [tag("div", _svg(draw, f"{name}-{kind}", size, label), class_=kind) for kind, size in shapes.items()]

@@ -1,4 +1,4 @@
-"""The page about a folder of images: what to look at before training, with the pictures concerned.
+"""The page about a folder of images: problems to fix before training, with the pictures concerned.
 
 Self-contained like the report of a run: no scripts, no network, embedded pictures. Its input is plain data, which
 `app.data_check_page` collects.
@@ -18,104 +18,61 @@ _FIGURE = 40  # pixels of the longer side of a size, drawn
 
 @dataclass(frozen=True, kw_only=True)
 class Shot:
-    """A picture with what there is to say of it.
-
-    Attributes:
-        name: of the file.
-        about: its sizes, in a line.
-        caption: for the text encoder; empty for none.
-        marks: what is wrong with the picture, in a word or two each.
-        is_kept: whether it is the one to keep of several.
-        remarks: what is wrong with the caption.
-        crop: the part that is trained, as shares of width and height: left, top, right, bottom; None for all of it.
-        picture: data URI, width and height; None if it could not be read.
-    """
+    """A picture with remarks."""
 
     name: str
-    about: str
+    about: str  # its sizes, in a line
     caption: str = ""
-    marks: Sequence[str] = ()
-    is_kept: bool = False
-    remarks: Sequence[str] = ()
+    marks: Sequence[str] = ()  # problems of the picture, in a word or two each
+    is_kept: bool = False  # the one to keep of several
+    remarks: Sequence[str] = ()  # problems of the caption
+    # the trained part as shares of width and height: left, top, right, bottom
     crop: tuple[float, float, float, float] | None = None
-    picture: tuple[str, int, int] | None = None
+    picture: tuple[str, int, int] | None = None  # data URI, width and height; None if unreadable
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trouble:
-    """Something to look at.
+    """A problem of the data, with the pictures concerned."""
 
-    Attributes:
-        title: in a few words.
-        problem, remedy: in a sentence each.
-        groups: the pictures concerned; those that resemble each other are a group.
-        is_grouped: whether the groups are set apart from each other.
-        more: number of pictures that are not shown.
-        files: name and reason of files without a picture.
-    """
-
-    title: str
-    problem: str
+    title: str  # in a few words
+    problem: str  # in a sentence, as is `remedy`
     remedy: str
-    groups: Sequence[Sequence[Shot]] = ()
-    is_grouped: bool = False
-    more: int = 0
-    files: Sequence[tuple[str, str]] = ()
+    groups: Sequence[Sequence[Shot]] = ()  # pictures that resemble each other are a group
+    is_grouped: bool = False  # whether the groups are set apart from each other
+    more: int = 0  # number of pictures that are not shown
+    files: Sequence[tuple[str, str]] = ()  # name and reason of files without a picture
 
 
 @dataclass(frozen=True)
 class SizeRow:
-    """A size in training.
-
-    Attributes:
-        width, height: in pixels.
-        images: number of images of this size.
-        samples: the same, repeats included.
-    """
+    """A size in training, in pixels."""
 
     width: int
     height: int
     images: int
-    samples: int
+    samples: int  # with repeats
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataReport:
-    """Content of the page.
+    """Content of the page."""
 
-    Attributes:
-        title: name of the folder.
-        status: result in a word or two.
-        mood: `good` or `fair`, for the colour of the status.
-        verdict: result in a sentence.
-        summary: folder, model and sizes, in a line.
-        facts: the most important numbers.
-        troubles: what to look at, the gravest first.
-        commands: purpose and command line.
-        sizes: sizes in training, the most frequent first.
-        sizes_are: what sizes follow from, in a sentence.
-        steps: names and values of the arithmetic of steps.
-        captions: names and values on captions.
-        others: pictures of which there is nothing to say.
-        others_more: number of these that are not shown.
-        notes: remarks, one sentence each.
-    """
-
-    title: str
-    status: str
-    mood: str
-    verdict: str
-    summary: str
+    title: str  # name of the folder
+    status: str  # in a word or two
+    mood: str  # `good` or `fair`, for the colour of the status
+    verdict: str  # in a sentence
+    summary: str  # folder, model and sizes, in a line
     facts: Mapping[str, str] = field(default_factory=dict)
-    troubles: Sequence[Trouble] = ()
-    commands: Mapping[str, str] = field(default_factory=dict)
-    sizes: Sequence[SizeRow] = ()
-    sizes_are: str = ""
-    steps: Mapping[str, str] = field(default_factory=dict)
+    troubles: Sequence[Trouble] = ()  # the gravest first
+    commands: Mapping[str, str] = field(default_factory=dict)  # command line by purpose
+    sizes: Sequence[SizeRow] = ()  # the most frequent first
+    sizes_are: str = ""  # how sizes are chosen, in a sentence
+    steps: Mapping[str, str] = field(default_factory=dict)  # arithmetic of the number of steps
     captions: Mapping[str, str] = field(default_factory=dict)
-    others: Sequence[Shot] = ()
-    others_more: int = 0
-    notes: Sequence[str] = ()
+    others: Sequence[Shot] = ()  # pictures without problems
+    others_more: int = 0  # number of these that are not shown
+    notes: Sequence[str] = ()  # one sentence each
 
 
 def data_page(report: DataReport) -> str:
@@ -223,7 +180,6 @@ def _sizes(report: DataReport) -> list[Html]:
 
 
 def _outline(row: SizeRow) -> Html:
-    """A rectangle of the same shape."""
     factor = _FIGURE / max(row.width, row.height)
     shape = f"width:{row.width * factor:.0f}px;height:{row.height * factor:.0f}px"
     return tag("span", tag("span", style=shape, class_="outline"), class_="outlined")
@@ -242,7 +198,7 @@ def _more(count: int) -> Html | None:
 
 
 def _with_flags(text: str) -> list[object]:
-    """Text whose flags of commands are not broken at their hyphens."""
+    """Text in which command flags do not break at their hyphens."""
     parts = re.split(r"(--[\w-]+)", text)
     return [tag("code", part, class_="flag") if number % 2 else part for number, part in enumerate(parts)]
 

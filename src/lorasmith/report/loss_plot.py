@@ -1,6 +1,6 @@
 """The loss plot of a run: the loss of each step, and their mean over the last ones.
 
-`recent_loss` is the one number that stands for a run's training loss, in the terminal, the report and the plots.
+`recent_loss` is the one number for a run's training loss in the terminal, the report and the plots.
 """
 
 from __future__ import annotations
@@ -21,24 +21,18 @@ _RECENT_SHARE, _RECENT_LEAST = 10, 10
 
 @dataclass(frozen=True)
 class RecentLoss:
-    """The training loss at the end of a run.
+    """The training loss at the end of a run."""
 
-    Attributes:
-        mean: of the last steps; NaN without a finite loss.
-        steps: their number.
-    """
-
-    mean: float
+    mean: float  # of the last `steps`; NaN without a finite loss
     steps: int
 
     @property
     def label(self) -> str:
-        """What the number is, in words."""
         return "training loss" if self.steps == 1 else f"training loss, mean of the last {self.steps:,} steps"
 
 
 def recent_loss(losses: Sequence[float]) -> RecentLoss:
-    """The mean of the last tenth of the losses, of ten at least. Those of skipped steps do not count."""
+    """The mean of the last tenth of the finite losses, of ten at least."""
     finite = [loss for loss in losses if math.isfinite(loss)]
     last = finite[-_recent_steps(len(finite)) :] if finite else []
     return RecentLoss(_mean(sum(map(_exact, last)), len(last)) if last else math.nan, len(last))
@@ -49,7 +43,7 @@ def _recent_steps(steps: int) -> int:
 
 
 def trailing_means(losses: Sequence[float]) -> list[float]:
-    """The mean of each loss and those before it, as many as `recent_loss` takes: the last one is that number."""
+    """The mean of each loss and those before it, over as many as in `recent_loss`, which the last one equals."""
     span = _recent_steps(len(losses))
     exact = list(map(_exact, losses))
     means, total = [], 0
@@ -77,19 +71,9 @@ def plot_losses(
     base_loss: float | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> bytes:
-    """A PNG picture of a run's losses.
+    """A PNG picture of a run's losses; see `draw_losses`. Raises OutputError if no loss is finite.
 
-    NaN and infinite losses are gaps. The axis is logarithmic when the mean loss spans more than a factor of 20.
-
-    Args:
-        losses: one per step from step 1.
-        title: heading, as literal text.
-        validations: step and loss of each validation.
-        base_loss: loss of the held-out images without the LoRA.
-        metadata: text entries of the PNG file, by keyword (such as ComfyUI's `prompt` and `workflow`).
-
-    Raises:
-        OutputError: there is no finite loss.
+    `title` is literal text; `metadata` are the PNG's text entries (such as ComfyUI's `prompt` and `workflow`).
     """
     # The object API, without pyplot: no global state, so that a server's threads can draw at the same time.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -132,16 +116,10 @@ def draw_losses(
     validations: Sequence[tuple[int, float]] = (),
     base_loss: float | None = None,
 ) -> None:
-    """Draw each loss and their mean over the last steps, and validations with the lowest one marked.
+    """Draw the loss of each step, their mean over the last steps, and validations (step, loss) with the lowest marked.
 
-    The raw line has gaps at NaN and infinite losses, that of the means does not. The axis is logarithmic if the mean
-    loss spans more than a factor of 20.
-
-    Args:
-        axes: of matplotlib.
-        losses: one per step from step 1; at least one is finite.
-        validations: step and loss of each validation.
-        base_loss: loss of the held-out images without the LoRA.
+    The raw line has gaps at NaN and infinite losses, that of the means does not; at least one must be finite. The axis
+    is logarithmic if the mean spans more than a factor of 20. `base_loss` is of the held-out images without the LoRA.
     """
     finite_steps = [step for step, loss in enumerate(losses, 1) if math.isfinite(loss)]
     finite = [losses[step - 1] for step in finite_steps]

@@ -13,7 +13,7 @@ _VOID = frozenset({"br", "col", "hr", "img", "meta"})
 
 
 class Html(str):
-    """Text that is markup and is not escaped."""
+    """Markup, which is not escaped."""
 
     __slots__ = ()
 
@@ -50,12 +50,8 @@ def table(
 ) -> Html:
     """A table that scrolls horizontally if it does not fit; the first cell of a row is its heading.
 
-    Args:
-        columns: headings.
-        rows: cells, one per column.
-        label: accessible name of the table.
-        numbers: indices of right-aligned columns.
-        wordy: whether cells are sentences, which are stacked on narrow screens.
+    `label` is its accessible name, `numbers` are indices of right-aligned columns; cells of `wordy` ones are sentences,
+    which are stacked on narrow screens.
     """
     sides = ["number" if index in set(numbers) else None for index in range(len(columns))]
     head = [tag("th", text, scope="col", class_=side) for text, side in zip(columns, sides, strict=True)]
@@ -109,7 +105,7 @@ def document(title: str, *children: object) -> str:
 
 
 def _escaped(text: object) -> str:
-    """Text that is neither markup nor, where the page is shown or its source is printed, a control character."""
+    """Text without markup and without control characters, which a terminal that prints the source would obey."""
     return html.escape(printable(text, limit=sys.maxsize, keep="\n\t"))
 
 

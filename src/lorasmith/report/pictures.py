@@ -17,7 +17,7 @@ from lorasmith.report.animations import Clip, animation
 from lorasmith.report.markup import Html, tag
 
 UNREADABLE = (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError)
-"""What opening a picture raises that is missing, damaged or no file; most of it by Pillow."""
+"""Errors of opening a picture that is missing, damaged or not a file, mostly by Pillow."""
 
 _Item = TypeVar("_Item")
 _LARGE, _SMALL, _SHEET = 320, 208, 1600  # longest edge in pixels
@@ -29,17 +29,11 @@ _MOST_FRAMES = 257
 
 @dataclass(frozen=True)
 class PictureTable:
-    """Pictures in labelled rows and columns.
+    """Pictures in labelled rows and columns."""
 
-    Attributes:
-        columns: headings, such as prompts; none for a contact sheet, which includes its labels.
-        rows: label and pictures of each row, one per column; None for a missing one.
-        about: accessible name of the table.
-    """
-
-    columns: Sequence[str]
-    rows: Sequence[tuple[str, Sequence[Path | None]]]
-    about: str
+    columns: Sequence[str]  # headings, such as prompts; none for a contact sheet, which includes its labels
+    rows: Sequence[tuple[str, Sequence[Path | None]]]  # label and pictures, one per column; None for a missing one
+    about: str  # accessible name
 
 
 def picture_table(pictures: PictureTable) -> Html:
@@ -107,14 +101,7 @@ def thinned(items: Sequence[_Item], most: int) -> list[_Item]:
 
 
 def picture(path: Path | None, alt: str, longest: int, class_: str | None = None) -> Html:
-    """A picture as an element, or a note that there is none.
-
-    Args:
-        path: the file.
-        alt: alternative text.
-        longest: its longest edge in pixels, at most.
-        class_: of the element.
-    """
+    """A picture as an element, its longest edge at most `longest` pixels, or a note that there is none."""
     found = None if path is None else data_uri(path, longest)
     if found is None:
         return tag("span", "no picture", class_="missing")

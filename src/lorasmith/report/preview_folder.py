@@ -36,14 +36,10 @@ _CELLS = 64, 384
 
 
 class PreviewFolder:
-    """Writes pictures and contact sheets.
+    """Writes pictures and contact sheets; the folder is created with the first picture.
 
-    Args:
-        folder: of the files; created with the first picture.
-        prompts: one per picture of a row.
-        title: name of the LoRA, for headings.
-        sampling: parameters of all pictures for their metadata: JSON values by A1111's names (`Steps`, `Seed`, `Model`,
-            ...).
+    `prompts` has one per picture of a row. `sampling` are parameters of all pictures for their metadata: JSON values by
+    A1111's names (`Steps`, `Seed`, `Model`, ...).
     """
 
     def __init__(self, folder: Path, prompts: Sequence[str], *, title: str, sampling: Mapping[str, Any]) -> None:
@@ -61,7 +57,6 @@ class PreviewFolder:
         return self._write(f"step-{step:06}", pictures, {"LoRA": lora, "Step": step, "Strength": 1.0})
 
     def write_strength(self, pictures: Sequence[Shot], strength: float, step: int, lora: str) -> tuple[Path, ...]:
-        """Write the pictures with the finished LoRA at a strength."""
         return self._write(f"strength-{strength:g}", pictures, {"LoRA": lora, "Step": step, "Strength": strength})
 
     def write_steps_sheet(self) -> Path:
@@ -121,7 +116,7 @@ class PreviewFolder:
 
 
 def _opened(path: Path, expected: Mapping[str, Any], size: int) -> Image.Image | None:
-    """A small copy of a picture, of a clip its first one; None if missing, unreadable or of other parameters."""
+    """A small copy of a picture or of a clip's first frame; None if missing, unreadable or of other parameters."""
     try:
         with open_regular(path) as file, Image.open(file) as picture:
             entry = picture.getexif()[_TAG] if picture.format == "WEBP" else picture.info[_ENTRY]

@@ -18,11 +18,9 @@ from lorasmith.report.curves import Curves, QuantileCurve, loss_figure, quantile
 from lorasmith.report.markup import Html, command, definitions, document, folded, section, table, tag
 from lorasmith.report.pictures import PictureTable, picture, picture_table
 
-STANDINGS = ("never fit", "memorised")
-"""Standings of images that need attention, worst first."""
+STANDINGS = ("never fit", "memorised")  # of images that need attention, worst first
 
-UNJUDGED = "too few looks"
-"""Standing of an image that cannot be judged."""
+UNJUDGED = "too few looks"  # standing of an image that cannot be judged
 
 _IMAGES_SHOWN = 20
 _SHOTS = 24  # images that are shown unfolded
@@ -30,16 +28,10 @@ _SHOT_EDGE = 192  # of their pictures, in pixels
 
 
 class ImageRecord(Protocol):
-    """Training losses of one image.
+    """Training losses of one image; levels are losses relative to the average at the same noise levels.
 
-    Levels are losses relative to the average at the same noise levels.
-
-    Attributes:
-        name: of the image.
-        looks: number of its draws.
-        first, last: its level early and late, relative to all images early in the run.
-        relative: its level late in the run, relative to all images then.
-        standing: interpretation, in a word or two.
+    `looks` is its number of draws. `first` and `last` are levels early and late in the run, relative to all images
+    early; `relative` is the late one relative to all images then. `standing` is an interpretation in a word or two.
     """
 
     @property
@@ -58,118 +50,72 @@ class ImageRecord(Protocol):
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting of the run.
-
-    Attributes:
-        name: as on the command line.
-        value: in the run.
-        default: default value; None is resolved by the run.
-        help: its meaning.
-        group: heading.
-    """
+    """One setting of the run."""
 
     name: str
     value: object
-    default: object = None
+    default: object = None  # None is resolved by the run
     help: str = ""
-    group: str = ""
+    group: str = ""  # heading
 
 
 @dataclass(frozen=True)
 class ValidationRow:
-    """One validation.
-
-    Attributes:
-        step: updates taken.
-        loss, base_loss: with and without the LoRA.
-        low, high: 95 % confidence interval of loss − base_loss.
-    """
+    """A validation after `step` updates."""
 
     step: int
     loss: float
-    base_loss: float
-    low: float
+    base_loss: float  # without the LoRA
+    low: float  # of the 95 % confidence interval of loss − base_loss, as is `high`
     high: float
 
 
 @dataclass(frozen=True)
 class Note:
-    """A remark on the run, in a sentence; `step` is None if it belongs to none."""
+    """A remark on the run, in a sentence."""
 
     kind: str
     message: str
-    step: int | None = None
+    step: int | None = None  # None if it belongs to no step
 
 
 @dataclass(frozen=True)
 class TrainedImage:
-    """An image of the run.
-
-    Attributes:
-        name: of the file.
-        caption: for the text encoder.
-        marks: what is special about it, in a word or two each.
-        picture: a small version; None if there is none.
-    """
+    """An image of the run."""
 
     name: str
     caption: str
-    marks: tuple[str, ...] = ()
-    picture: Path | None = None
+    marks: tuple[str, ...] = ()  # special properties, in a word or two each
+    picture: Path | None = None  # a small version
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunReport:
-    """Content of the page.
-
-    Attributes:
-        title: name of the run.
-        status: how the run ended, in a word or two.
-        mood: `good`, `fair` or `bad`, for the colour of the status.
-        verdict: interpretation of the run, in a sentence.
-        summary: algorithm, model, date and device, in a line.
-        facts: the most important numbers.
-        files: results with their paths.
-        commands: purpose and command line.
-        curves: losses and rates.
-        validations: all validations.
-        quantiles: training loss by noise level.
-        before_after: pictures of base model and finished LoRA.
-        progress: previews over the steps.
-        images: the losses of the training images.
-        trained_on: the images with their captions.
-        left_out: name and reason of each file that was not used.
-        use: what to know to use the LoRA, by name.
-        programs: by program what to do, and text to copy.
-        settings: all settings.
-        captions: name and caption of every sample.
-        data, environment: names and values.
-        notes: warnings, rollbacks and the like.
-    """
+    """Content of the page."""
 
     title: str
-    status: str
-    mood: str
-    verdict: str
-    summary: str
+    status: str  # how the run ended, in a word or two
+    mood: str  # `good`, `fair` or `bad`, for the colour of the status
+    verdict: str  # interpretation, in a sentence
+    summary: str  # algorithm, model, date and device, in a line
     facts: Mapping[str, str] = field(default_factory=dict)
-    files: Mapping[str, str] = field(default_factory=dict)
-    commands: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)  # paths of results
+    commands: Mapping[str, str] = field(default_factory=dict)  # command line by purpose
     curves: Curves = field(default_factory=lambda: Curves(losses=()))
     validations: Sequence[ValidationRow] = ()
-    quantiles: QuantileCurve | None = None
-    before_after: PictureTable | None = None
-    progress: PictureTable | None = None
-    images: Sequence[ImageRecord] = ()
+    quantiles: QuantileCurve | None = None  # training loss by noise level
+    before_after: PictureTable | None = None  # base model and finished LoRA
+    progress: PictureTable | None = None  # previews over the steps
+    images: Sequence[ImageRecord] = ()  # losses of the training images
     trained_on: Sequence[TrainedImage] = ()
-    left_out: Sequence[tuple[str, str]] = ()
-    use: Mapping[str, str] = field(default_factory=dict)
-    programs: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    left_out: Sequence[tuple[str, str]] = ()  # name and reason of each file that was not used
+    use: Mapping[str, str] = field(default_factory=dict)  # facts for using the LoRA
+    programs: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # by program, an instruction and text to copy
     settings: Sequence[Setting] = ()
     data: Mapping[str, str] = field(default_factory=dict)
-    captions: Sequence[tuple[str, str]] = ()
+    captions: Sequence[tuple[str, str]] = ()  # name and caption of every sample
     environment: Mapping[str, str] = field(default_factory=dict)
-    notes: Sequence[Note] = ()
+    notes: Sequence[Note] = ()  # warnings, rollbacks and the like
 
 
 def run_report(report: RunReport) -> str:
@@ -198,7 +144,7 @@ def number(value: float) -> str:
 
 
 def change(value: float, base: float) -> str:
-    """A value relative to another in percent, with its sign; a dash if that is unknown."""
+    """The signed change of a value relative to another in percent; a dash if unknown."""
     if not (math.isfinite(value) and base > 0):
         return "–"
     return f"{100 * (value / base - 1):+.1f} %".replace("-", "−")

@@ -19,33 +19,22 @@ _MOODS = {"failed": "bad", "stopped": "fair", "complete": "fair", "running": "go
 
 @dataclass(frozen=True, kw_only=True)
 class RankedRun:
-    """A complete run.
+    """A complete run."""
 
-    Attributes:
-        name: of its folder.
-        settings: values of what the sweep varies, in the order of `SweepReport.varied`.
-        loss, best_step: lowest held-out loss and its step.
-        base_loss: of the same images without the LoRA; NaN if unknown.
-        time: of training, in words.
-        lora: path of its file.
-        link: of its report, None without one.
-        validations: step and loss of each validation.
-    """
-
-    name: str
-    settings: Sequence[object]
-    loss: float
-    base_loss: float
+    name: str  # of its folder
+    settings: Sequence[object]  # values of `SweepReport.varied`
+    loss: float  # the lowest held-out loss
+    base_loss: float  # of the same images without the LoRA; NaN if unknown
     best_step: int
-    time: str
-    lora: str
-    link: str | None = None
-    validations: Sequence[tuple[int, float]] = ()
+    time: str  # of training, as text
+    lora: str  # path
+    link: str | None = None  # to its report
+    validations: Sequence[tuple[int, float]] = ()  # step and loss
 
 
 @dataclass(frozen=True)
 class ApartRun:
-    """A run that is not ranked: its state in a word, the steps that it took, and the error of a failed one."""
+    """A run that is not ranked: its state in a word, its number of steps, and the error of a failed one."""
 
     name: str
     state: str
@@ -55,28 +44,17 @@ class ApartRun:
 
 @dataclass(frozen=True, kw_only=True)
 class SweepReport:
-    """Content of the page.
-
-    Attributes:
-        title: name of the sweep.
-        summary: its file and the states of its runs, in a line.
-        verdict: the best run, in a sentence.
-        comparable: whether all runs were judged by the same held-out images.
-        varied: names of the settings that differ.
-        ranked: complete runs, the best first.
-        apart: all others.
-        pictures: of the runs, side by side.
-        sheets: pictures of each run apart, by its name, where they show different things.
-    """
+    """Content of the page."""
 
     title: str
-    summary: str
-    verdict: str
-    comparable: bool = True
-    varied: Sequence[str] = ()
-    ranked: Sequence[RankedRun] = ()
-    apart: Sequence[ApartRun] = ()
-    pictures: PictureTable | None = None
+    summary: str  # its file and the states of its runs, in a line
+    verdict: str  # the best run, in a sentence
+    comparable: bool = True  # all runs have the same held-out images
+    varied: Sequence[str] = ()  # names of the settings that differ
+    ranked: Sequence[RankedRun] = ()  # complete runs, the best first
+    apart: Sequence[ApartRun] = ()  # all others
+    pictures: PictureTable | None = None  # of the runs, side by side
+    # pictures by name of the run, if the runs show different things
     sheets: Sequence[tuple[str, PictureTable]] = field(default=())
 
 

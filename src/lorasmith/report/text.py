@@ -22,15 +22,7 @@ def load_font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
 
 
 def text_image(text: str, font: ImageFont.FreeTypeFont, width: int, *, colour: str, max_lines: int) -> Image.Image:
-    """`text` wrapped to `width`, as an RGB picture on white of its size.
-
-    Args:
-        text: the label.
-        font: of the text.
-        width: maximum width in pixels.
-        colour: of the text.
-        max_lines: maximum number of lines.
-    """
+    """`text` wrapped to at most `width` pixels, as an RGB picture on white that fits it."""
     lines = wrapped(text, font, width, max_lines=max_lines)
     ascent, descent = font.getmetrics()
     line_height = ascent + descent + _LINE_SPACING
@@ -43,14 +35,7 @@ def text_image(text: str, font: ImageFont.FreeTypeFont, width: int, *, colour: s
 
 
 def wrapped(text: str, font: ImageFont.FreeTypeFont, width: int, *, max_lines: int) -> list[str]:
-    """`text` in lines; words that do not fit are broken, and text beyond the last line is replaced by an ellipsis.
-
-    Args:
-        text: the label.
-        font: of the text.
-        width: maximum width in pixels.
-        max_lines: maximum number of lines.
-    """
+    """`text` in lines of at most `width` pixels; long words are broken, and text beyond `max_lines` is elided."""
     lines: list[str] = []
     rest = printable(" ".join(text.split()))
     while rest:

@@ -21,25 +21,19 @@ from lorasmith.sampling.sigmas import sigmas_for
 
 @dataclass(frozen=True)
 class Experts:
-    """Two denoisers of one model that share the way from noise to a picture.
-
-    Attributes:
-        noisy: draws the first part.
-        clean: draws the rest; of the same kind.
-        boundary: diffusion time, 1 for noise, from which down `clean` draws.
-    """
+    """Two denoisers of one model: `noisy` draws the first part of the way from noise, `clean` the rest."""
 
     noisy: Denoiser
     clean: Denoiser
-    boundary: float
+    boundary: float  # diffusion time, 1 for noise, below which `clean` draws
 
     @property
     def base(self) -> Model:
-        """The model whose encoders and autoencoder are used: the first one that came with an autoencoder."""
+        """The model whose encoders and autoencoder are used: the first one loaded with an autoencoder."""
         return self.clean.base if self.noisy.base.components.vae is None else self.noisy.base
 
     def parts(self, sigmas: Tensor) -> list[tuple[Denoiser, Tensor]]:
-        """Each denoiser with the sigmas of its steps, those without steps left out."""
+        """Each denoiser with the sigmas of its steps; one without steps is left out."""
         schedule = self.noisy.diffusion.schedule
         border = schedule.at(torch.tensor([schedule.quantile(self.boundary)]))
         first = int((schedule.at_sigma(sigmas[:-1]).time >= border.time - _BORDER).sum())
@@ -52,29 +46,19 @@ _BORDER = 1e-4  # of the network's time: a step at the boundary itself is the fi
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How pictures are sampled.
-
-    Attributes:
-        seed: of the noise.
-        steps: sampling steps.
-        cfg: guidance scale; the model's own if None.
-        sampler, scheduler: names as in KSampler.
-        width, height: in pixels; the model's resolution if None.
-        dtype: of the denoiser's weights and products; bf16 needs half of the memory and changes pictures slightly.
-        frames: of a clip; 1 for pictures.
-        frame_rate: frames a second at which a clip is shown; the model's own if None.
-    """
+    """How pictures are sampled; names of `sampler` and `scheduler` are those of KSampler."""
 
     seed: int = 0
     steps: int = 20
-    cfg: float | None = None
+    cfg: float | None = None  # guidance scale; None for the model's own
     sampler: str = "euler"
     scheduler: str = "normal"
-    width: int | None = None
+    width: int | None = None  # in pixels, as is `height`; None for the model's resolution
     height: int | None = None
+    # of the denoiser's weights and products; bf16 needs half the memory and changes pictures slightly
     dtype: torch.dtype = torch.float32
-    frames: int = 1
-    frame_rate: float | None = None
+    frames: int = 1  # of a clip; 1 for pictures
+    frame_rate: float | None = None  # frames per second for display; None for the model's own
 
 
 def generate(
@@ -95,22 +79,12 @@ def generate(
     progress: Callable[[int, int], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> list[Image.Image]:
-    """Generate one picture per prompt, all from noise of the same seed.
+    """Generate one picture per prompt (`(word:1.2)` weights included), all from noise of the same seed.
 
-    Args:
-        model: the model, or its denoiser with LoRAs applied.
-        prompts: one or more prompts, `(word:1.2)` weights included.
-        text_encoder: text encoders with LoRAs applied; the model's if None.
-        negative: negative prompt.
-        seed, steps, cfg, sampler, scheduler, width, height, dtype: as in `Sampling`.
-        device: where to sample; the first GPU, or the CPU, if None.
-        progress: called with (steps done, total) of all prompts together.
-        cancelled: called between evaluations of the network; True ends sampling.
-
-    Raises:
-        OptionError: a size does not fit the model, or a name is unknown.
-        ModelError: the model lacks a text encoder or an autoencoder.
-        SamplingCancelledError: `cancelled` returned True.
+    `model` is a model, or its denoiser with LoRAs applied, as may be `text_encoder`; other settings are those of
+    `Sampling`. `progress` receives (steps done, total) of all prompts together; `cancelled` is called before each
+    evaluation of the network. Raises OptionError for a size or name that does not fit, ModelError if the model lacks a
+    text encoder or an autoencoder, and SamplingCancelledError.
     """
     denoiser = model if isinstance(model, Denoiser) else model.denoiser
     positives, away = _encoded(denoiser, prompts, negative, text_encoder, device)
@@ -138,15 +112,9 @@ def generate_clips(
     progress: Callable[[int, int], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> list[Clip]:
-    """Generate one clip per prompt with a model of videos, all from noise of the same seed.
+    """Generate one clip per prompt with a video model, all from noise of the same seed.
 
-    Args:
-        model: the model, its denoiser with LoRAs applied, or both of two experts.
-        prompts, text_encoder, negative, device, progress, cancelled: as for `generate`.
-        sampling: number of frames, size, steps and the like.
-
-    Raises:
-        OptionError, ModelError, SamplingCancelledError: as `generate`; also for a number of frames that does not fit.
+    Arguments and errors are as for `generate`; OptionError also for a number of frames that does not fit.
     """
     denoiser = model.denoiser if isinstance(model, Model) else model
     positives, away = _encoded(denoiser, prompts, negative, text_encoder, device)
@@ -163,14 +131,7 @@ def shots(
     progress: Callable[[int, int], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> Sequence[Shot]:
-    """Generate one picture per encoded prompt, or one clip where `sampling` has several frames.
-
-    Args:
-        denoiser, positives, negative, sampling, device, progress, cancelled: as for `pictures`.
-
-    Raises:
-        OptionError, SamplingCancelledError: as `pictures`.
-    """
+    """Generate one picture per encoded prompt, or one clip if `sampling` has several frames; see `pictures`."""
     if sampling.frames == 1:
         return pictures(denoiser, positives, negative, sampling, device=device, progress=progress, cancelled=cancelled)
     return _clips(denoiser, positives, negative, sampling, device=device, progress=progress, cancelled=cancelled)
@@ -186,19 +147,9 @@ def pictures(
     progress: Callable[[int, int], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> list[Image.Image]:
-    """Generate one picture per encoded prompt.
+    """Generate one picture per encoded prompt, with LoRAs as applied to `denoiser`.
 
-    Args:
-        denoiser: the model, with or without LoRAs applied, or both of two experts.
-        positives: the encoded prompts.
-        negative: the encoded negative prompt.
-        sampling: seed, steps and the like, for one frame.
-        device: where to sample; the first GPU, or the CPU, if None.
-        progress, cancelled: as for `generate`.
-
-    Raises:
-        OptionError: a size does not fit the model, or a name is unknown.
-        SamplingCancelledError: `cancelled` returned True.
+    Arguments and errors are as for `generate`.
     """
     clips = _clips(denoiser, positives, negative, sampling, device=device, progress=progress, cancelled=cancelled)
     return [clip.frames[0] for clip in clips]
@@ -211,7 +162,6 @@ def _encoded(
     text_encoder: TextEncoder | None,
     device: torch.device | None,
 ) -> tuple[list[Conditioning], Conditioning]:
-    """Conditionings of prompts, and of the negative prompt."""
     encoder = text_encoder or denoiser.base.text_encoder
     with encoder.active(device):
         positives = [encoder.encode(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]

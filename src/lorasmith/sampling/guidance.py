@@ -27,23 +27,14 @@ def guided(
 ) -> Callable[[Tensor, Tensor, float], tuple[Tensor, float]]:
     """The guided prediction `negative + cfg · (positive − negative)` as a function of (latents, time, sigma).
 
-    Several conditionings of one side are averaged. Those of weight 0 are not computed: with `cfg` 1 the negative is not
-    used. Conditionings of equal tensor shapes run as one batch, others separately: repeating a shorter context is
-    correct for cross-attention, but not for joint attention to text and image.
+    Several conditionings of one side are averaged, shorter batches repeated to `batch`. Those of weight 0 are not
+    computed: with `cfg` 1 `negative` may be empty. Conditionings of equal tensor shapes run as one batch, others
+    separately: repeating a shorter context is correct for cross-attention, but not for joint attention to text and
+    image.
 
     The function returns the prediction, and the weight of the sides that it lacks because the spans of all of their
-    conditionings exclude the sigma; ComfyUI takes 0 as the clean sample of such a side.
-
-    Args:
-        predict: the network.
-        positive: at least one conditioning, of any batch size; shorter ones are repeated to `batch`.
-        negative: the same; may be empty when `cfg` is 1.
-        cfg: guidance scale.
-        batch: number of latents.
-        sigma_at: sampler sigma at a part of sampling, for conditionings with a span.
-
-    Raises:
-        OptionError: a side with non-zero weight has no conditioning.
+    conditionings (by `sigma_at`) exclude the sigma; ComfyUI takes 0 as the clean sample of such a side. Raises
+    OptionError if a side with non-zero weight has no conditioning.
     """
     sides = (_side("positive", positive, cfg, batch), _side("negative", negative, 1 - cfg, batch))
     joined: dict[Hashable, list[_Forward]] = {}
@@ -66,10 +57,8 @@ def guided(
     return prediction
 
 
-_Side = tuple[float, list[Conditioning]]
-"""Weight of a side and its conditionings, none if the weight is 0."""
-_Forward = tuple[list[float], Conditioning]
-"""Weights of the prompts in a batch, and the batch."""
+_Side = tuple[float, list[Conditioning]]  # weight and conditionings of a side, none if the weight is 0
+_Forward = tuple[list[float], Conditioning]  # weights of the prompts in a batch, and the batch
 
 
 def _side(side: str, conditionings: Sequence[Conditioning], weight: float, batch: int) -> _Side:
@@ -83,7 +72,7 @@ def _side(side: str, conditionings: Sequence[Conditioning], weight: float, batch
 
 
 def _forwards(sides: Sequence[_Side], active: Sequence[Sequence[bool]]) -> list[_Forward]:
-    """The batches of the active conditionings; those of a side share its weight."""
+    """The batches of the active conditionings, which share the weight of their side."""
     groups: dict[Hashable, list[tuple[float, Conditioning]]] = {}
     for (weight, conditionings), chosen in zip(sides, active, strict=True):
         for conditioning in (one for one, is_active in zip(conditionings, chosen, strict=True) if is_active):

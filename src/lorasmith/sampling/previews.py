@@ -1,8 +1,7 @@
 """Previews of a LoRA in training, drawn from its saved file as users will draw pictures.
 
 Prompts are encoded once, before training. A preview loads the file onto the same base model, samples from the same
-noise as every other preview, and decodes with the autoencoder. The function that loads a LoRA is a parameter, as it is
-in `training`; files are written by `report.preview_folder`.
+noise as every other preview, and decodes. Files are written by `report.preview_folder`.
 """
 
 from __future__ import annotations
@@ -31,19 +30,9 @@ _STRONGEST = 10.0
 class Previewer:
     """Draws the same prompts from the same noise, with and without a LoRA.
 
-    Args:
-        denoiser: the model of the run, with its own LoRAs.
-        prompts: one per picture.
-        load: (path, strength) → the denoiser with that LoRA on top.
-        strengths: all strengths that will be drawn, besides 0.
-        encoder: strength → the text encoder, for LoRAs with layers for it; the model's own if None.
-        sampling: size, steps and the like.
-        device: as for `generate`.
-        cancelled: called between evaluations of the network; True ends a preview.
-        partner: draws with both experts of a model that has two; None for a model of one denoiser.
-
-    Raises:
-        ModelError: the model lacks a text encoder or an autoencoder.
+    `denoiser` has the run's own LoRAs, and `load` (path, strength) returns it with another on top. `strengths` are
+    those that will be drawn, besides 0; `encoder` maps a strength to the text encoder, for LoRAs with layers for it.
+    `partner` is for models with two experts. Raises ModelError if the model lacks a text encoder or an autoencoder.
     """
 
     def __init__(
@@ -71,13 +60,8 @@ class Previewer:
     def draw(self, lora: Path | None, strength: float = 1.0) -> Sequence[Shot]:
         """Draw a picture or a clip of each prompt, without side effects on the model or the global random state.
 
-        Args:
-            lora: the saved file; None for the model without it.
-            strength: of the LoRA, one of `strengths`; 0 is the model without it, which is drawn only once.
-
-        Raises:
-            LorasmithError: the file cannot be read or does not fit.
-            SamplingCancelledError: `cancelled` returned True.
+        Without a file or at strength 0 it is the model without the LoRA, drawn only once. Raises LorasmithError if the
+        file does not fit, and SamplingCancelledError.
         """
         if lora is None or strength == 0:
             if self._base is None:
@@ -92,11 +76,7 @@ class Previewer:
 
 
 def parse_prompts(text: str | None) -> tuple[str, ...]:
-    """The prompts in a text, separated by | or line breaks; empty ones are dropped.
-
-    Raises:
-        OptionError: there are more than 64.
-    """
+    """The prompts in a text, separated by | or line breaks, without empty ones. Raises OptionError if more than 64."""
     prompts = tuple(filter(None, (part.strip() for part in re.split(r"[|\n\r]", text or ""))))
     if len(prompts) > _MOST_PROMPTS:
         raise OptionError(f"previews must be at most {_MOST_PROMPTS} prompts, got {len(prompts)}; leave some out")
@@ -104,10 +84,9 @@ def parse_prompts(text: str | None) -> tuple[str, ...]:
 
 
 def parse_strengths(text: str) -> tuple[float, ...]:
-    """The distinct strengths in a text such as `0.5,1`, ascending; 0 is dropped, as the base is always drawn.
+    """The distinct strengths in a text such as `0.5,1`, ascending, without 0, as the base is always drawn.
 
-    Raises:
-        OptionError: a strength is not a number, or beyond ±10.
+    Raises OptionError if one is not a number, or beyond ±10.
     """
     strengths = set()
     for part in filter(None, (part.strip() for part in text.split(","))):

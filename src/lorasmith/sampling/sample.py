@@ -21,7 +21,7 @@ from lorasmith.sampling.samplers import SAMPLERS
 
 
 class SamplingError(LorasmithError):
-    """Sampling gave numbers of which no picture can be made."""
+    """The sampled latents are not finite."""
 
 
 class SamplingCancelledError(CancelledError):
@@ -29,12 +29,7 @@ class SamplingCancelledError(CancelledError):
 
 
 def prepare_noise(seed: int, shape: Sequence[int]) -> Tensor:
-    """Standard normal fp32 noise on the CPU, from one generator for the whole batch.
-
-    Args:
-        seed: any integer in [0, 2^64).
-        shape: (batch, channels, [frames,] height, width).
-    """
+    """Standard normal fp32 noise on the CPU, from one generator for the whole batch; seed in [0, 2^64)."""
     return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
 
 
@@ -55,32 +50,15 @@ def sample_latents(
     callback: Callable[[int, int, Tensor], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> Tensor:
-    """Sample latents for prompts.
+    """Sample latents (batch, channels, [frames,] height, width) for prompts, in fp32 on the device of `latents`.
 
-    Args:
-        predict: the network; called with latents and conditionings in `dtype` on the latents' device.
-        schedule, parameterization: of the network, as in `Components`.
-        positive: positive conditionings; several are averaged, short batches repeated.
-        negative: negative conditionings; not used if `cfg` is 1.
-        latents: (batch, channels, [frames,] height, width) to start from, scaled for the denoiser; zeros for text to
-            image.
-        noise: initial noise of the same shape, from `prepare_noise`.
-        sigmas: sigmas of the steps, from `sigmas_for`, or some of them; without a step the latents are returned
-            unchanged.
-        sampler: registered name.
-        cfg: guidance scale; 1 is none.
-        seed: of the noise that some samplers add between steps.
-        dtype: of the network.
-        callback: called once per step with (step, number of steps, predicted clean latents).
-        cancelled: called before each evaluation of the network; True ends sampling.
+    `latents` to start from are scaled for the denoiser, zeros for text to image; `noise` has their shape, and `seed` is
+    of the noise that some samplers add between steps. Without a step in `sigmas` (from `sigmas_for`, or some of them)
+    they are returned unchanged. `predict` gets latents and conditionings in `dtype`; the latter as for `guided`.
+    `callback` receives (step, number of steps, predicted clean latents); `cancelled` is called before each evaluation
+    of the network.
 
-    Returns:
-        (batch, channels, [frames,] height, width) in fp32 on the latents' device.
-
-    Raises:
-        OptionError: an unknown sampler or parameterization, or a missing conditioning.
-        SamplingError: the result holds NaN or infinity.
-        SamplingCancelledError: `cancelled` returned True.
+    Raises OptionError, SamplingError if the result holds NaN or infinity, and SamplingCancelledError.
     """
     solve = SAMPLERS[sampler].solve
     to_clean = PARAMETERIZATIONS[parameterization].clean

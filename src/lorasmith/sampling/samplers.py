@@ -1,9 +1,8 @@
 """Solvers of the reverse diffusion, named as ComfyUI's samplers.
 
 A sampler's state is `x = signal(sigma) · x0 + sigma · noise` with the noise schedule's `signal`: 1 for a discrete
-schedule in its variance-exploding form, `1 − sigma` for a flow. For both the probability-flow ODE is
-`dx/dsigma = (x − x0(x, sigma)) / sigma`, so that deterministic solvers work for both; those that add noise use
-`signal`.
+schedule in its variance-exploding form, `1 − sigma` for a flow. For both the probability-flow ODE is `dx/dsigma = (x −
+x0(x, sigma)) / sigma`, so deterministic solvers work for both; those that add noise use `signal`.
 
 Sigmas are Python floats: coefficients are computed in double precision on the host, and no step synchronizes with the
 device.
@@ -24,14 +23,11 @@ from torch import Tensor
 from lorasmith.core.registry import Registry
 from lorasmith.diffusion.schedule import NoiseSchedule
 
-Denoise = Callable[[Tensor, float], Tensor]
-"""(state, sigma) → the predicted clean sample."""
+Denoise = Callable[[Tensor, float], Tensor]  # (state, sigma) → the predicted clean sample
 
-StepNoise = Callable[[int], Tensor]
-"""step → standard normal values of the state's shape, on its device."""
+StepNoise = Callable[[int], Tensor]  # step → standard normal values of the state's shape, on its device
 
-Progress = Callable[[int, Tensor], None]
-"""(step, predicted clean sample) → None; called once per step."""
+Progress = Callable[[int, Tensor], None]  # (step, predicted clean sample), once per step
 
 
 class Solver(Protocol):
@@ -76,10 +72,9 @@ class Sampler:
 SAMPLERS: Registry[Sampler] = Registry("sampler")
 
 FLOW_START = 1 - 1e-4
-"""Start time of a flow for solvers in log signal-to-noise ratio, which is 0 at time 1."""
+"""Start time of a flow for solvers in log signal-to-noise ratio, which is −∞ at time 1."""
 
-UNIPC_LAST_SIGMA = 0.001
-"""Last sigma of UniPC instead of 0, which its step size cannot reach."""
+UNIPC_LAST_SIGMA = 0.001  # instead of 0, which its step size cannot reach
 
 
 def euler(
@@ -200,14 +195,10 @@ def uni_pc(
     callback: Progress,
     b: Callable[[float], float] = lambda h: h,
 ) -> Tensor:
-    """UniPC of order 3 (Zhao et al. 2023, arXiv:2302.04867) in `lambda = −log sigma`.
+    """UniPC of order 3 (Zhao et al. 2023, arXiv:2302.04867) in `lambda = −log sigma`; `b` is the paper's ±B(h).
 
-    The corrector reuses the evaluation at the predicted point, so that a step needs one evaluation. The order increases
-    from 1 at the start and decreases to 1 at the end; the last step is not corrected.
-
-    Args:
-        denoise, x, sigmas, schedule, noise, callback: as for every sampler.
-        b: the paper's B(h), up to its sign.
+    The corrector reuses the evaluation at the predicted point, so a step needs one evaluation. The order increases from
+    1 at the start and decreases to 1 at the end; the last step is not corrected.
     """
     levels = sigmas.tolist()
     levels[-1] = levels[-1] or UNIPC_LAST_SIGMA
@@ -267,13 +258,10 @@ SAMPLERS.register("uni_pc_bh2")(
 
 
 class _UniPCUpdate:
-    """One UniPC step, in the paper's notation for data prediction.
+    """One UniPC step to `sigma`, in the paper's notation for data prediction.
 
-    Args:
-        x: state at the newest known level.
-        known: (sigma, clean sample) of the last `order` evaluations, oldest first.
-        sigma: level to step to.
-        b: B(h).
+    `x` is the state at the newest level; `known` has (sigma, clean sample) of the last `order` evaluations, oldest
+    first.
     """
 
     def __init__(self, x: Tensor, known: list[tuple[float, Tensor]], sigma: float, b: Callable[[float], float]) -> None:

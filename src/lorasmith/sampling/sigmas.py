@@ -29,32 +29,19 @@ KARRAS_RHO = 7.0
 BETA_SHAPE = 0.6
 """Both parameters of the beta distribution of `beta`; below 1 its density is highest at the ends."""
 
-LINEAR_PART = 0.025
-"""Part of the noise that `linear_quadratic` removes in its even half."""
+LINEAR_PART = 0.025  # part of the noise that `linear_quadratic` removes in its even half
 
-FULL_DENOISE = 0.9999
-"""Values of `denoise` from which on it counts as 1."""
+FULL_DENOISE = 0.9999  # values of `denoise` from which it counts as 1
 
 
 def sigmas_for(
     schedule: NoiseSchedule, scheduler: str, steps: int, *, denoise: float = 1.0, sampler: str = "euler"
 ) -> Tensor:
-    """Sigmas of one sampling run, as ComfyUI's KSampler chooses them.
+    """Sigmas of one sampling run as in ComfyUI's KSampler: (steps + 1,) descending, ending in 0; empty for `denoise` 0.
 
-    Args:
-        schedule: the model's noise schedule.
-        scheduler: registered name.
-        steps: steps to take, at least 1.
-        denoise: part of the schedule to use. Below 1 the sigmas of `steps / denoise` steps are computed and the last
-            `steps` of them used; 0 for none.
-        sampler: registered name of the sampler; some skip the level before 0.
-
-    Returns:
-        (steps + 1,) descending, ending in 0; empty for `denoise` 0. Shorter if the schedule's table has fewer entries,
-        or a little longer for `ddim_uniform`, which steps evenly through the table.
-
-    Raises:
-        OptionError: an unknown scheduler or sampler.
+    With `denoise` below 1 they are the last `steps` of `steps / denoise` steps. There are fewer if the schedule's table
+    is shorter, and a few more for `ddim_uniform`, which steps evenly through the table. Raises OptionError for unknown
+    names.
     """
     levels = SIGMA_SCHEDULES[scheduler]
     discards = SAMPLERS[sampler].discards_penultimate_sigma
@@ -116,7 +103,7 @@ def beta(schedule: NoiseSchedule, steps: int) -> Tensor:
 
 @SIGMA_SCHEDULES.register("linear_quadratic")
 def linear_quadratic(schedule: NoiseSchedule, steps: int) -> Tensor:
-    """Half of the steps through the noisiest fortieth, evenly, then quadratic to 0, as of Mochi and Movie Gen."""
+    """Half of the steps through the noisiest fortieth, evenly, then quadratic to 0, as in Mochi and Movie Gen."""
     linear = steps // 2
     if linear == 0:
         return _down_to_zero(schedule.sigmas[-1:].clone())
@@ -139,15 +126,7 @@ def kl_optimal(schedule: NoiseSchedule, steps: int) -> Tensor:
 
 
 def flux2_sigmas(steps: int, patches: int) -> Tensor:
-    """Sigmas of Flux.2, whose shift depends on the number of steps as well as on the size of the picture.
-
-    Args:
-        steps: steps to take.
-        patches: number of patches of 16×16 px.
-
-    Returns:
-        (steps + 1,) from 1 down to 0.
-    """
+    """Sigmas of Flux.2, (steps + 1,) from 1 to 0; their shift depends on `steps` and on the patches of 16×16 px."""
     many_steps = 0.00016927 * patches + 0.45666666  # at 200 steps
     few_steps = 8.73809524e-05 * patches + 1.89833333  # at 10 steps
     slope = (many_steps - few_steps) / 190
@@ -163,12 +142,7 @@ def ddim_uniform(schedule: NoiseSchedule, steps: int) -> Tensor:
 
 
 def beta_quantiles(probabilities: NDArray[np.float64], shape: float) -> NDArray[np.float64]:
-    """Quantiles of the symmetric beta distribution, by bisection.
-
-    Args:
-        probabilities: in [0, 1].
-        shape: both of its parameters, greater than 0.
-    """
+    """Quantiles of the symmetric beta distribution with both parameters `shape` > 0, by bisection."""
     low, high = np.zeros_like(probabilities), np.ones_like(probabilities)
     for _ in range(60):
         middle = (low + high) / 2

@@ -1,8 +1,7 @@
-"""The change of a weight by an adapter, as a matrix.
+"""The change of a weight by an adapter, as a matrix (out, in · kernel) with rows in memory order.
 
 LoRA, LoHa, LoKr and full differences add a ΔW that depends on their tensors alone. DoRA scales the sum with W, and OFT,
-BOFT and GLoRA transform W, so that their change depends on the weight. The formulas are the adapters'
-(`Adapter.merged`). A matrix is (out, in · kernel), rows of the weight in memory order.
+BOFT and GLoRA transform W, so their change depends on the weight. The formulas are those of `Adapter.merged`.
 """
 
 from __future__ import annotations
@@ -43,11 +42,9 @@ def factors_of(weights: AdapterWeights) -> Change:
 
 
 def added_by(module: ModuleTensors, shape: tuple[int, ...] | None = None) -> Change:
-    """The sum of a module's changes of its weight at strength 1.
+    """The sum of a module's additive changes of its weight at strength 1.
 
-    Args:
-        module: an additive adapter, a full difference of the weight, or both.
-        shape: the weight's; None to derive it from the tensors.
+    `shape` is the weight's; None derives it from the tensors.
     """
     changes = []
     if (weights := module.adapter) is not None:
@@ -64,13 +61,7 @@ def added_by(module: ModuleTensors, shape: tuple[int, ...] | None = None) -> Cha
 
 
 def as_lora(cut: Truncated, shape: tuple[int, ...], alpha: float) -> AdapterWeights:
-    """A truncated matrix as a LoRA.
-
-    Args:
-        cut: the matrix, (out, in · kernel).
-        shape: of the weight, (out, in, *kernel).
-        alpha: of the LoRA.
-    """
+    """A truncated matrix (out, in · kernel) as a LoRA for a weight of `shape` (out, in, *kernel)."""
     point = (1,) * (len(shape) - 2)
     tensors = {
         "down": cut.down.reshape(cut.rank, *shape[1:]).contiguous(),
@@ -80,16 +71,9 @@ def as_lora(cut: Truncated, shape: tuple[int, ...], alpha: float) -> AdapterWeig
 
 
 def merged_weight(module: ModuleTensors, layer: nn.Module, weight: Tensor, strength: float) -> Tensor:
-    """`weight` with adapter and difference folded in, in the weight's dtype.
+    """`weight` with adapter and difference folded in, in its dtype; fp32 avoids rounding between several modules.
 
-    Args:
-        module: tensors of the module.
-        layer: the layer, for its kind and geometry.
-        weight: its weight, in fp32 if several modules are folded in without rounding between them.
-        strength: 1 is the adapter as trained.
-
-    Raises:
-        LoraError: the adapter does not fit the layer, or its algorithm is unknown.
+    `layer` gives kind and geometry. Raises LoraError if the adapter does not fit it, or its algorithm is unknown.
     """
     if module.adapter is not None:
         adapter = load_adapters(nn.ModuleDict({"layer": layer}), {"layer": module.adapter})["layer"]
@@ -102,13 +86,7 @@ def merged_weight(module: ModuleTensors, layer: nn.Module, weight: Tensor, stren
 def added(tensor: Tensor, difference: Tensor, strength: float) -> Tensor:
     """`tensor + strength · difference`, computed in fp32, in the tensor's dtype.
 
-    Args:
-        tensor: any shape.
-        difference: as many elements as `tensor`.
-        strength: 1 is the difference as trained.
-
-    Raises:
-        LoraError: it has another number of elements.
+    Raises LoraError if the numbers of elements differ.
     """
     if difference.numel() != tensor.numel():
         raise LoraError(

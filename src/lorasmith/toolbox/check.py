@@ -24,27 +24,16 @@ from lorasmith.toolbox.writing import free_target
 
 @dataclass(frozen=True)
 class Checked:
-    """The findings of a LoRA file.
-
-    Attributes:
-        path: the file or folder.
-        layout: title of the layout of most of its keys.
-        family: title of the recognised family, or None.
-        compared_with: the model whose names it was compared with, or None.
-        modules: number of modules.
-        findings: faults first.
-        names: of that model.
-        is_model_sure: whether the user named it.
-    """
+    """The findings of a LoRA file."""
 
     path: Path
-    layout: str
-    family: str | None
-    compared_with: str | None
-    modules: int
-    findings: tuple[Finding, ...]
-    names: ModelNames | None = field(repr=False)
-    is_model_sure: bool
+    layout: str  # title of the layout of most keys
+    family: str | None  # title, None if not recognised
+    compared_with: str | None  # the model whose names were used
+    modules: int  # number of modules
+    findings: tuple[Finding, ...]  # faults first
+    names: ModelNames | None = field(repr=False)  # of the model in `compared_with`
+    is_model_sure: bool  # the user named the model
 
     @property
     def is_fine(self) -> bool:
@@ -53,16 +42,10 @@ class Checked:
 
 
 def check_lora(path: str | os.PathLike[str], model: str | os.PathLike[str] | None = None) -> Checked:
-    """Check a LoRA for faults.
+    """Check a LoRA file or folder for faults.
 
-    Args:
-        path: a LoRA file or folder.
-        model: the model that it is for, of which names are read and no weights. None compares it with the released
-            model of its family, if that is known.
-
-    Raises:
-        LoraError: it cannot be read at all.
-        ModelError: the model cannot be read.
+    Only names are read from `model`; None compares with the released model of the family, if known. Raises LoraError or
+    ModelError if a file cannot be read at all.
     """
     source = Path(path)
     tensors, metadata = read_lora_tensors(source)
@@ -83,19 +66,9 @@ def check_lora(path: str | os.PathLike[str], model: str | os.PathLike[str] | Non
 
 
 def fix_lora(checked: Checked, output: str | os.PathLike[str], *, overwrite: bool = False) -> int:
-    """Write a file with every repairable fault repaired, those included that only a repair brings to light.
+    """Write a file with every repairable fault repaired, including those that repairs reveal; returns their number.
 
-    Args:
-        checked: result of `check_lora`.
-        output: the new file.
-        overwrite: whether a file at `output` is replaced.
-
-    Returns:
-        Number of repaired findings.
-
-    Raises:
-        LoraError: it is a folder, nothing can be repaired, or nothing would be left.
-        OutputError: `output` exists, or cannot be written.
+    Raises LoraError if it is a folder, nothing can be repaired, or nothing would be left; OutputError.
     """
     if checked.path.is_dir():
         raise LoraError(

@@ -2,7 +2,7 @@
 
 LoRAs are compared by their changes of each weight, independent of layout, rank and alpha. Changes that depend on the
 weight (DoRA, OFT, BOFT, GLoRA) are compared through the model's weights if a model is given, else by their tensors.
-Distances are relative to the first file's: ‖A − B‖ / ‖A‖.
+Distances are relative to the first file: ‖A − B‖ / ‖A‖.
 """
 
 from __future__ import annotations
@@ -36,20 +36,13 @@ _NOTHING = torch.zeros(())
 
 @dataclass(frozen=True)
 class Pair:
-    """The difference of two matrices or tensors, or its sum over a block.
+    """The difference of two matrices or tensors, or its sum over a block."""
 
-    Attributes:
-        name: module, tensor or block.
-        first, second: squared Frobenius norms.
-        apart: squared norm of the difference.
-        inner: sum of the products of corresponding entries.
-    """
-
-    name: str
-    first: float
-    second: float
-    apart: float
-    inner: float
+    name: str  # module, tensor or block
+    first: float  # squared Frobenius norm
+    second: float  # squared Frobenius norm
+    apart: float  # squared norm of the difference
+    inner: float  # inner product
 
     @property
     def distance(self) -> float:
@@ -67,25 +60,16 @@ class Pair:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Differences of two files.
+    """Differences of two files."""
 
-    Attributes:
-        kind: `LoRA` or `checkpoint`.
-        pairs: of each module (LoRA) or tensor (checkpoint) that both have.
-        only_first, only_second: modules or tensors that one of them lacks.
-        settings: module or tensor → descriptions in the first and in the second, if they differ: algorithm, rank and
-            alpha, or shape and dtype.
-        metadata: header entries that differ, None for a missing one.
-        by_tensors: number of modules whose change depends on a model that was not given, compared by their tensors.
-    """
-
-    kind: str
-    pairs: Sequence[Pair]
+    kind: str  # `LoRA` or `checkpoint`
+    pairs: Sequence[Pair]  # of each module (LoRA) or tensor (checkpoint) in both
     only_first: Sequence[str]
     only_second: Sequence[str]
+    # descriptions by module or tensor that differ: algorithm, rank and alpha, or shape and dtype
     settings: Mapping[str, tuple[str, str]]
-    metadata: Mapping[str, tuple[str | None, str | None]]
-    by_tensors: int = 0
+    metadata: Mapping[str, tuple[str | None, str | None]]  # header entries that differ, None for a missing one
+    by_tensors: int = 0  # modules compared by tensors, as their change depends on a model that was not given
 
     def blocks(self) -> list[Pair]:
         """The pairs summed by block of the model."""
@@ -95,30 +79,19 @@ class Comparison:
         return [_sum(name, pairs) for name, pairs in blocks.items()]
 
     def overall(self) -> Pair:
-        """All pairs, summed."""
         return _sum("all", self.pairs)
 
     def is_same(self, *, tolerance: float = 0.0, weights_only: bool = False) -> bool:
-        """Whether the files are equal.
-
-        Args:
-            tolerance: distance up to which a module or tensor counts as equal.
-            weights_only: whether settings and metadata may differ.
-        """
+        """Whether the files are equal up to a distance of `tolerance`; `weights_only` ignores settings and metadata."""
         if self.only_first or self.only_second or not all(pair.distance <= tolerance for pair in self.pairs):
             return False
         return weights_only or not (self.settings or self.metadata)
 
 
 def compare(first: Path, second: Path, *, model: ModelFiles | None = None) -> Comparison:
-    """Compare two LoRAs or two checkpoints.
+    """Compare two LoRAs or two checkpoints: files, folders, or names of built-in models.
 
-    Args:
-        first, second: files, folders, or names of built-in models.
-        model: the model that two LoRAs are for.
-
-    Raises:
-        LoraError, ModelError: one cannot be read, or they are of different kinds or families.
+    Raises LoraError or ModelError if one cannot be read, or they are of different kinds or families.
     """
     kinds = [_is_lora(path) for path in (first, second)]
     if kinds[0] != kinds[1]:
@@ -177,7 +150,6 @@ def _block(name: str) -> str:
 
 
 def _described(module: ModuleTensors) -> str:
-    """Algorithm, rank and alpha, as text."""
     words = [f"difference of {name}" for name in sorted(module.differences)]
     if (weights := module.adapter) is not None:
         rank = rank_of(weights)
@@ -299,8 +271,7 @@ def _compare_checkpoints(first: Path, second: Path) -> Comparison:
     )
 
 
-Readers = dict[str, Callable[[], Tensor]]
-"""Name → function that reads the tensor."""
+Readers = dict[str, Callable[[], Tensor]]  # name → function that reads the tensor
 
 
 def _stored(path: Path) -> Readers:

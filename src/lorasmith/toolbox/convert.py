@@ -1,8 +1,8 @@
 """A LoRA file from one layout into another.
 
-Both layouts use one name table: that of the model if one is given, else that of the released model of the family
-recognised by the file's names and shapes. Conversions keep every change; one that the target cannot hold, or that its
-programs would read differently, is refused unless `lossy` is set.
+Both layouts use one name table: that of the given model, else that of the released model of the family recognised by
+the file's names and shapes. Conversions keep every change; one that the target cannot hold, or that its programs would
+read differently, is refused unless `lossy` is set.
 """
 
 from __future__ import annotations
@@ -38,23 +38,14 @@ from lorasmith.toolbox.writing import free_target
 
 @dataclass(frozen=True)
 class Converted:
-    """The result of a conversion.
-
-    Attributes:
-        path: the new file or folder.
-        layout: title of its layout.
-        family: title or name of the family whose names were used.
-        modules: number of modules in it.
-        losses: with `lossy`, one sentence for each kind of loss.
-        notes: one sentence for each program that does not apply all of the new file, though nothing was lost.
-    """
+    """The result of a conversion."""
 
     path: Path
-    layout: str
-    family: str
-    modules: int
-    losses: tuple[str, ...]
-    notes: tuple[str, ...]
+    layout: str  # title
+    family: str  # title or name of the family whose names were used
+    modules: int  # number of modules
+    losses: tuple[str, ...]  # with `lossy`, a sentence per kind of loss
+    notes: tuple[str, ...]  # a sentence per program that does not apply all of the new file, though nothing was lost
 
 
 def convert_lora(
@@ -67,22 +58,11 @@ def convert_lora(
     private: bool = False,
     overwrite: bool = False,
 ) -> Converted:
-    """Convert a LoRA.
+    """Convert a LoRA file or folder `to` another layout, or to `portable`, the one that most programs read.
 
-    Args:
-        path: a LoRA file or folder, in any known layout.
-        to: name of a layout, or `portable` for the one that most programs read completely.
-        output: the new file; a new folder for `peft`.
-        model: model that the LoRA is for: a checkpoint, a diffusers folder or a built-in name, of which names are read
-            and no weights. None uses the released model of the family.
-        lossy: whether modules that cannot be converted exactly are converted as far as possible, or left out.
-        private: whether paths, prompts, captions and workflow are left out of the metadata.
-        overwrite: whether a file at `output` is replaced.
-
-    Raises:
-        LoraError: the file cannot be read, is for another model, or cannot be converted exactly.
-        ModelError: the model cannot be read.
-        OutputError: `output` exists, or cannot be written.
+    Only names are read from `model`; None uses the released model of the family. With `lossy`, modules that cannot be
+    converted exactly are approximated or left out. `private` leaves paths, prompts, captions and workflow out of the
+    metadata. Raises LoraError, also if it cannot be converted exactly, ModelError and OutputError.
     """
     source, target = Path(path), free_target(Path(output), overwrite=overwrite)
     state, names = _loaded(source, model)
@@ -113,7 +93,6 @@ def convert_lora(
 
 
 def _loaded(source: Path, model: str | os.PathLike[str] | None) -> tuple[AdapterState, ModelNames]:
-    """A LoRA and its name table: that of its model, or of the released model of its family."""
     if model is not None:
         names = open_model(model).names
         return load_lora(source, names), names

@@ -1,8 +1,8 @@
 """A LoRA from the difference of two checkpoints of one family.
 
-The difference of each Linear layer's and convolution's weights is approximated by a product of the rank; one tensor of
-the original checkpoint (the fused projections of transformers) is one matrix, so that the rank is that of the file.
-Norms and biases can be included as full differences. Both models are read parameter by parameter.
+The difference of each Linear layer's and convolution's weights is approximated by a low-rank product; one tensor of the
+original checkpoint (the fused projections of transformers) is one matrix, so the rank is that of the file. Norms and
+biases can be included as full differences. Both models are read parameter by parameter.
 """
 
 from __future__ import annotations
@@ -34,26 +34,17 @@ Groups = dict[str, list[tuple[ModuleRef, OriginalName]]]
 
 @dataclass(frozen=True)
 class ExtractReport:
-    """The result of an extraction.
-
-    Attributes:
-        output: the new file.
-        ranks: by module of the original checkpoint.
-        unchanged: number of layers that are the same in both.
-        kept, total: squared norm of the difference in the LoRA and in all, norms and biases included.
-        left_out: number of parameters that differ and have no place in the LoRA.
-    """
+    """The result of an extraction."""
 
     output: Path
-    ranks: Mapping[str, int]
-    unchanged: int
-    kept: float
-    total: float
-    left_out: int
+    ranks: Mapping[str, int]  # by module of the original checkpoint
+    unchanged: int  # number of layers that are equal in both
+    kept: float  # squared norm of the difference in the LoRA
+    total: float  # squared norm of the difference, including norms and biases
+    left_out: int  # number of parameters that differ and have no place in the LoRA
 
     @property
     def captured(self) -> float:
-        """Share of the squared difference that the LoRA has."""
         return share(self.kept, self.total)
 
 
@@ -71,25 +62,14 @@ def extract(
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> ExtractReport:
-    """Write the LoRA that brings one model as close to another as its rank allows.
+    """Write the LoRA of at most `rank` that brings one model as close as possible to another.
 
-    Args:
-        base, tuned: the models, single files or diffusers folders.
-        output: the new file.
-        rank: rank at most.
-        energy: share of each difference's squared singular values to keep, above 0 and at most 1.
-        differences: whether norms and biases are included as full differences.
-        layout: name of a registered layout, or `portable`.
-        dtype: of the file, None for fp32.
-        device: where decompositions are computed.
-        overwrite: whether a file of that name may be replaced.
-        progress: called with (layers done, layers in all).
+    `energy` in (0, 1] is the share of each difference's squared singular values to keep. `differences` includes norms
+    and biases as full differences. `layout` is a registered name or `portable`. `progress` receives (layers done,
+    total).
 
-    Raises:
-        ModelError: the models are of different architectures.
-        LoraError: they do not differ in anything that a LoRA can hold, or the layout is unknown.
-        OptionError: a bound is out of its range.
-        OutputError: the file exists, is not named as a file, or cannot be written.
+    Raises ModelError if the architectures differ, LoraError if nothing differs that a LoRA can hold, OptionError and
+    OutputError.
     """
     check_bounds(rank, energy)
     in_folder = layout_for(layout, base.names).in_folder
@@ -120,8 +100,6 @@ def extract(
 
 @dataclass
 class _Tally:
-    """Counts so far."""
-
     ranks: dict[str, int] = field(default_factory=dict)
     unchanged: int = 0
     kept: float = 0.0
@@ -140,7 +118,7 @@ def _groups(base: ModelFiles, tuned: ModelFiles) -> Groups:
 
 
 def by_tensor(modules: Iterable[ModuleRef], names: ModelNames) -> Groups:
-    """Modules by the tensor of the original checkpoint that has their weight, those of no name left out."""
+    """Modules by the tensor of the original checkpoint that has their weight; those without a name are left out."""
     groups: Groups = {}
     for ref in modules:
         if ref.component == DENOISER and ref.path in names.denoiser:
@@ -160,15 +138,9 @@ def cut_down(
     energy: float | None = None,
     device: torch.device | str = "cpu",
 ) -> tuple[dict[ModuleRef, AdapterWeights], Truncated]:
-    """The LoRA of one tensor of the original checkpoint, by module, and its approximation.
+    """The LoRA by module of one tensor of the original checkpoint, and its approximation.
 
-    Args:
-        name: of the tensor.
-        group: the modules with a part of it, and the parts.
-        pieces: difference of each module's weight.
-        rank: rank at most.
-        energy: share of the squared singular values to keep.
-        device: where the decomposition is computed.
+    `pieces` are the differences of the weights in `group`; `energy` is the share of squared singular values to keep.
     """
     places = [place for _, place in group]
     whole = fused_rows(pieces, places, max(place.rows[1] if place.rows else 0 for place in places))
@@ -246,15 +218,7 @@ def _refuse_unlike(base: ModelFiles, tuned: ModelFiles) -> None:
 def extracted_metadata(
     family: Family, predicts: str, adapters: Iterable[AdapterWeights], *, model: str, title: str, note: str
 ) -> dict[str, str]:
-    """Metadata of an extracted LoRA.
-
-    Args:
-        family: of the model.
-        predicts: its parameterization.
-        adapters: of the LoRA.
-        model, title: names of the model and the LoRA.
-        note: how it was made.
-    """
+    """Metadata of an extracted LoRA; `predicts` is the parameterization, `note` describes how it was made."""
     version = family.kohya_version(predicts)
     return {
         "ss_base_model_version": version,

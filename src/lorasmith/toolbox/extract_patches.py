@@ -1,7 +1,7 @@
-"""A LoRA of what several LoRAs on a model change: one file in place of them, of a rank or in full.
+"""A LoRA of the combined change of several LoRAs on a model, of a given rank or in full.
 
-Changes that depend on the LoRAs alone are added up exactly; those that depend on the weight (DoRA, OFT, BOFT, GLoRA)
-are computed on it, in the order in which the LoRAs are applied. Nothing is applied to the model for that.
+Changes that depend on the LoRAs alone are added exactly; those that depend on the weight (DoRA, OFT, BOFT, GLoRA) are
+computed on it, in the order in which the LoRAs are applied. The model is not modified.
 """
 
 from __future__ import annotations
@@ -27,17 +27,11 @@ from lorasmith.toolbox.lowrank import stacked
 
 @dataclass(frozen=True)
 class PatchedPart:
-    """A network with LoRAs.
+    """A network with LoRAs."""
 
-    Attributes:
-        component: its name, `denoiser` or that of a text encoder.
-        module: the network without them.
-        patches: the LoRAs in their order.
-    """
-
-    component: str
-    module: nn.Module
-    patches: Sequence[Patch]
+    component: str  # `denoiser` or a text encoder
+    module: nn.Module  # without the LoRAs
+    patches: Sequence[Patch]  # in order of application
 
     @cached_property
     def paths(self) -> list[str]:
@@ -46,7 +40,7 @@ class PatchedPart:
         return list(dict.fromkeys(changed))
 
     def changes_of(self, path: str) -> Sequence[tuple[ModuleTensors, float]]:
-        """Tensors for a module and strength, by patch."""
+        """A module's tensors and strength, by patch."""
         found = ((ModuleTensors(one.adapters.get(path), one.differences.get(path, {})), one) for one in self.patches)
         return [(module, patch.strength) for module, patch in found if module.adapter or module.differences]
 
@@ -60,18 +54,10 @@ def extract_patches(
     device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> AdapterState:
-    """The LoRA that brings a model as close as its rank allows to the model with its LoRAs.
+    """The LoRA of at most `rank` that brings a model as close as possible to the model with its LoRAs.
 
-    Args:
-        parts: networks of the model.
-        names: the model's name table.
-        rank: rank at most; None for full differences of the weights.
-        differences: whether changes of norms, embeddings and biases are included, as full differences.
-        device: where decompositions are computed.
-        progress: called with (layers done, layers in all).
-
-    Raises:
-        LoraError: nothing changes.
+    With a rank of None it has full differences of the weights. `differences` includes changes of norms, embeddings and
+    biases in full. `progress` receives (layers done, total). Raises LoraError if nothing changes.
     """
     by_component = {part.component: part for part in parts}
     paths = {_as_written(ModuleRef(part.component, path), names): path for part in parts for path in part.paths}
@@ -101,7 +87,7 @@ def extract_patches(
 
 
 def _with_neighbours(layers: Iterable[ModuleRef], names: ModelNames) -> list[ModuleRef]:
-    """The layers, and those whose weight is in a tensor with that of one of them, in the order of the model."""
+    """The layers, and those that share a tensor with one of them, in the order of the model."""
     touched = by_tensor(layers, names)
     in_denoiser = {place.path for group in touched.values() for ref, place in group if ref.component == DENOISER}
     neighbours = [ModuleRef(DENOISER, path) for path, place in names.denoiser.items() if place.path in in_denoiser]
@@ -109,7 +95,7 @@ def _with_neighbours(layers: Iterable[ModuleRef], names: ModelNames) -> list[Mod
 
 
 def _weight_change(part: PatchedPart, path: str) -> Tensor:
-    """What the LoRAs add to a layer's weight, in fp32 and its shape."""
+    """The LoRAs' change of a layer's weight, in fp32 and its shape."""
     layer = part.module.get_submodule(path)
     frozen = FrozenLayer(layer)
     changes = part.changes_of(path)
@@ -126,7 +112,7 @@ def _weight_change(part: PatchedPart, path: str) -> Tensor:
 
 
 def _other_changes(part: PatchedPart, path: str, *, weight: bool) -> dict[str, Tensor]:
-    """Differences of a module's parameters summed over the LoRAs, that of the weight on request."""
+    """Differences of a module's parameters summed over the LoRAs, with that of the weight on request."""
     sums: dict[str, Tensor] = {}
     for module, strength in part.changes_of(path):
         for name, difference in module.differences.items():
@@ -136,6 +122,6 @@ def _other_changes(part: PatchedPart, path: str, *, weight: bool) -> dict[str, T
 
 
 def _as_written(ref: ModuleRef, names: ModelNames) -> ModuleRef:
-    """A module by its path in files, where a CLIP's begin with `text_model.` whatever transformers calls it."""
+    """A module by its path in files, where CLIP's start with `text_model.` in any version of transformers."""
     is_known = ref.component == DENOISER or ref.path in names.paths(ref.component)
     return ref if is_known else ModuleRef(ref.component, f"text_model.{ref.path}")

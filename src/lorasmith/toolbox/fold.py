@@ -29,36 +29,21 @@ from lorasmith.toolbox.writing import file_target, folder_target, free_target, n
 
 @dataclass(frozen=True)
 class FoldReport:
-    """The result of folding.
-
-    Attributes:
-        output: the new checkpoint or folder.
-        modules: number of the model's modules that changed.
-        left_out: by LoRA, modules or keys of it that do not belong to the model.
-        skipped: files of the folder that were not copied because they hold weights without the LoRAs.
-    """
+    """The result of folding."""
 
     output: Path
-    modules: int
-    left_out: Mapping[Path, Sequence[str]]
-    skipped: Sequence[str] = ()
+    modules: int  # number of modules that changed
+    left_out: Mapping[Path, Sequence[str]]  # by LoRA, its modules or keys that do not belong to the model
+    skipped: Sequence[str] = ()  # files of the folder that were not copied because they hold weights without the LoRAs
 
 
 def fold_into(
     model: ModelFiles, loras: Sequence[tuple[Path, float]], output: Path, *, overwrite: bool = False
 ) -> FoldReport:
-    """Write a copy of a model with LoRAs folded in: a single file if the model is one, else a diffusers folder.
+    """Write a copy of a model with LoRAs (path, strength) folded in: a single file if the model is one, else a folder.
 
-    Args:
-        model: the model.
-        loras: LoRA files or folders in any layout, with the strength of each.
-        output: the new file or folder.
-        overwrite: whether a file or folder at `output` may be replaced.
-
-    Raises:
-        LoraError: a LoRA cannot be read, is for another model, or makes weights too large for the model's dtype.
-        ModelError: the model is damaged.
-        OutputError: `output` exists, or cannot be written.
+    Raises LoraError if a LoRA is for another model or makes weights too large for the model's dtype, ModelError and
+    OutputError.
     """
     (file_target if model.path.is_file() else free_target)(output, overwrite=overwrite)
     files = [(read_lora(Path(path), model.names), strength) for path, strength in loras]
@@ -87,7 +72,7 @@ Changed = Callable[[Tensor], Tensor]
 
 
 def _changes(model: ModelFiles, parts: Mapping[ModuleRef, Sequence[Part]]) -> dict[Path, dict[str, Changed]]:
-    """The function that makes the new value of each tensor that changes, by file and name."""
+    """The function from old to new value of each tensor that changes, by file and name."""
     inside: dict[tuple[Path, str], list[Parameter]] = {}
     for parameter, place in model.places.items():
         if any(_touches(module, parameter.name) for module, _ in parts.get(parameter.module, ())):
@@ -159,7 +144,6 @@ def _refuse_misfits(
 
 
 def _touches(module: ModuleTensors, name: str) -> bool:
-    """Whether a module's tensors change its weight or its bias."""
     return name in module.differences or (name == "weight" and module.adapter is not None)
 
 

@@ -1,8 +1,8 @@
 """LoRA files by module, under the file's names or a model's.
 
-Files of one layout name the same module alike, so that they are compared and merged in their spelling, without a model
-and for every family. Files of different layouts are matched by the paths of a model: one that is given, or the released
-one of the recognised family (`released`).
+Files of one layout name the same module alike, so they are compared and merged in their spelling, without a model and
+for every family. Files of different layouts are matched by the paths of a model: a given one, or the released one of
+the recognised family (`released`).
 """
 
 from __future__ import annotations
@@ -42,40 +42,23 @@ from lorasmith.toolbox.writing import rank_entries
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A LoRA file.
-
-    Attributes:
-        path: the file or folder.
-        layout: registered name of the layout of most of its keys.
-        family: title of the recognised family, or None.
-        tensors: by key.
-        modules: tensors of each module.
-        names: the model's names by which modules are identified, None for the file's own spelling.
-        bases: base in the file by module, for the file's own spelling; else empty.
-        unknown: tensors outside complete adapters and differences, or that do not fit the model.
-        metadata: its header's.
-    """
+    """A LoRA file or folder."""
 
     path: Path
-    layout: str
-    family: str | None
+    layout: str  # registered name of the layout of most keys
+    family: str | None  # title, None if not recognised
     tensors: Mapping[str, Tensor]
     modules: Mapping[ModuleRef, ModuleTensors]
-    names: ModelNames | None
-    bases: Mapping[ModuleRef, str]
-    unknown: Mapping[str, Tensor]
+    names: ModelNames | None  # of the model by which modules are identified; None for the file's own spelling
+    bases: Mapping[ModuleRef, str]  # base in the file by module, for the file's own spelling; else empty
+    unknown: Mapping[str, Tensor]  # tensors outside complete adapters and differences, or that do not fit the model
     metadata: Mapping[str, str]
 
 
 def read_lora(path: Path, names: ModelNames | None = None) -> LoraFile:
-    """A LoRA file or folder, in any layout.
+    """A LoRA file or folder in any layout, its modules identified by `names`, or None for the file's own spelling.
 
-    Args:
-        path: the file or folder.
-        names: a model's names, which then identify its modules; None for the file's own spelling.
-
-    Raises:
-        LoraError: it cannot be read, is no LoRA, is one for another model than `names`, or holds NaN or infinity.
+    Raises LoraError if it cannot be read, is not a LoRA, is for another model than `names`, or holds NaN or infinity.
     """
     path = Path(path)
     tensors, metadata = read_lora_tensors(path)
@@ -113,15 +96,9 @@ def read_together(
 ) -> list[LoraFile]:
     """LoRA files in any layouts, with their modules under common names.
 
-    Args:
-        paths: the files.
-        names: the names of their model; None uses the files' own spelling if they share it, and the released model of
-            their family if they do not.
-        one_layout: whether they will be written as one file in the layout of the first, so that their own spelling must
-            be that of one layout.
-
-    Raises:
-        LoraError: one cannot be read, they are for different families, or modules cannot be matched.
+    Without `names` these are the files' own spelling if they share it, else those of the released model of their
+    family. `one_layout` requires a shared spelling in one layout, to write one file in the layout of the first. Raises
+    LoraError if they are for different families, or modules cannot be matched.
     """
     files = [read_lora(path, names) for path in paths]
     if one_layout:
@@ -163,18 +140,10 @@ def save_alike(
     *,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write a LoRA atomically, in the layout of the first of the files whose modules it has.
+    """Write modules of `files` (read together) as a LoRA, atomically and in the layout of the first.
 
-    Args:
-        path: the file.
-        files: files that were read together.
-        modules: tensors of each module.
-        metadata: the header's; rank, alpha and hashes over the content are added.
-        dtype: of the file, None to keep each tensor's own.
-
-    Raises:
-        LoraError: a tensor holds NaN or infinity.
-        OutputError: the file cannot be written.
+    Rank, alpha and hashes over the content are added to `metadata`; a dtype of None keeps each tensor's own. Raises
+    LoraError for NaN or infinity, and OutputError.
     """
     first = files[0]
     adapters = {ref: module.adapter for ref, module in modules.items() if module.adapter is not None}
@@ -210,14 +179,7 @@ def refuse_folder(file: LoraFile) -> None:
 
 
 def spelled_like(layout: str, base: str, module: ModuleTensors, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """A module's tensors by key in a layout; alpha is multiplied in if the layout has no tensor for it.
-
-    Args:
-        layout: registered name.
-        base: the module's base in that layout.
-        module: its tensors.
-        dtype: of the result, None to keep each tensor's own.
-    """
+    """A module's tensors by key under `base` in a layout; alpha is multiplied in if the layout has no tensor for it."""
     base = _without_processor(base)
     adapter = module.adapter
     peft = layout == "diffusers"
@@ -242,12 +204,12 @@ def flat_shapes(names: ModelNames) -> dict[ModuleRef, tuple[int, ...]]:
 
 
 def _without_processor(base: str) -> str:
-    """A path without the part that diffusers' former attention processors with LoRAs added to it."""
+    """A path without the part that diffusers' former attention processors added to it."""
     return base.replace(".processor.to_out", ".to_out.0").replace(".processor.to_", ".to_")
 
 
 def _flat(base: str) -> ModuleRef:
-    """A module in a file's spelling, without what differs between layouts that use the same paths."""
+    """A module in a file's spelling, without the differences between layouts that use the same paths."""
     path = without_prefix(_without_processor(base)).replace(".", "_")
     return ModuleRef(component_of(base), path.removeprefix("text_model_"))
 

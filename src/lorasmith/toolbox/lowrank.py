@@ -1,9 +1,9 @@
 """Low-rank matrices: sums, norms, and the best approximation of a given rank, without building full matrices.
 
-The best approximation of rank r in the Frobenius norm is the singular value decomposition cut off after r values
-(Eckart and Young 1936). Of a product up · down it is found through QR decompositions of the two factors and an SVD of
-their rank-sized core; of a large matrix through a random projection with power iterations (Halko, Martinsson and Tropp
-2009, arXiv:0909.4061). The kept energy is the share of the squared singular values.
+The best approximation of rank r in the Frobenius norm is the singular value decomposition truncated to r values (Eckart
+and Young 1936). For a product up · down it is found through QR decompositions of the two factors and an SVD of their
+rank-sized core; for a large matrix through a random projection with power iterations (Halko, Martinsson and Tropp 2009,
+arXiv:0909.4061). The kept energy is the share of the squared singular values.
 """
 
 from __future__ import annotations
@@ -23,29 +23,21 @@ _ALWAYS_EXACT = 256  # smaller side up to which a full decomposition is fast
 
 
 def share(kept: float, total: float) -> float:
-    """Share of the squared singular values that is kept, 0 to 1; 1 where there are none."""
+    """Share of the squared singular values that is kept, 0 to 1; 1 if there are none."""
     return min(kept / total, 1.0) if total else 1.0
 
 
 @dataclass(frozen=True)
 class Truncated:
-    """An approximation up · down of a matrix.
+    """An approximation up · down of a matrix, in fp32."""
 
-    Attributes:
-        up: (out, rank) in fp32, each column √σ long.
-        down: (rank, in) in fp32, each row √σ long.
-        kept: sum of the squared singular values that it has.
-        total: sum of all squared singular values.
-    """
-
-    up: Tensor
-    down: Tensor
-    kept: float
-    total: float
+    up: Tensor  # (out, rank), each column of norm √σ
+    down: Tensor  # (rank, in), each row of norm √σ
+    kept: float  # sum of its squared singular values
+    total: float  # sum of all squared singular values
 
     @property
     def rank(self) -> int:
-        """Inner dimension."""
         return self.down.shape[0]
 
     @property
@@ -56,15 +48,10 @@ class Truncated:
 
 @dataclass(frozen=True)
 class Change:
-    """A matrix up · down + dense; either part may be missing.
+    """A matrix up · down + dense; either part may be missing."""
 
-    Attributes:
-        factors: up (out, rank) and down (rank, in), or None.
-        dense: (out, in), or None.
-    """
-
-    factors: tuple[Tensor, Tensor] | None = None
-    dense: Tensor | None = None
+    factors: tuple[Tensor, Tensor] | None = None  # up (out, rank) and down (rank, in)
+    dense: Tensor | None = None  # (out, in)
 
     @property
     def is_nothing(self) -> bool:
@@ -80,7 +67,6 @@ class Change:
         return self.dense.shape[0], self.dense.shape[1]
 
     def times(self, factor: float) -> Change:
-        """The matrix times a number."""
         factors = None if self.factors is None else (self.factors[0] * factor, self.factors[1])
         return Change(factors, None if self.dense is None else self.dense * factor)
 
@@ -104,15 +90,10 @@ class Change:
         return float(((up.double().T @ other_up.double()) * (down.double() @ other_down.double().T)).sum())
 
     def truncated(self, *, rank: int | None = None, energy: float | None = None, key: str = "") -> Truncated:
-        """The best approximation of a rank, or of the least rank that keeps a share of the energy, or both.
+        """The best approximation of at most `rank`, or of the least rank that keeps the share `energy`, or both.
 
-        Args:
-            rank: rank at most; None for no bound.
-            energy: share of the squared singular values to keep, 0 to 1; less is kept if `rank` limits it.
-            key: seeds the random projection of large matrices, such as the module's path.
-
-        Raises:
-            LoraError: the squares of a dense matrix are beyond fp32.
+        `key` seeds the random projection of large matrices. Raises LoraError if the squares of a dense matrix exceed
+        fp32.
         """
         if self.factors is not None and self.dense is None:
             u, s, vh = _svd_of_product(*self.factors)
@@ -163,7 +144,7 @@ def _svd_of_product(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _svd_of_matrix(matrix: Tensor, rank: int | None, key: str) -> tuple[Tensor, Tensor, Tensor]:
-    """U, σ, Vᵀ of a matrix in fp32: all of them, or the first `rank` and a few where the matrix is large."""
+    """U, σ, Vᵀ of a matrix in fp32: all of them, or the first `rank` and a few if the matrix is large."""
     smaller = min(matrix.shape)
     sought = smaller if rank is None else rank + _OVERSAMPLING
     if smaller <= max(_ALWAYS_EXACT, 4 * sought):

@@ -1,9 +1,9 @@
 """Several LoRAs in one, each at a strength.
 
-LoRAs add up exactly: their factors are stacked along the rank, with strength · alpha / rank multiplied in where it
-differs between them. A stack can be truncated to a rank by singular value decomposition. Algorithms whose change is not
-up · down (LoHa, LoKr, full differences) need the truncation, and those whose change depends on the weight (DoRA, OFT,
-BOFT, GLoRA) need the weight for it.
+LoRAs add up exactly: their factors are stacked along the rank, with strength · alpha / rank multiplied in if it differs
+between them. A stack can be truncated to a rank by singular value decomposition. Algorithms whose change is not up ·
+down (LoHa, LoKr, full differences) need the truncation, and those whose change depends on the weight (DoRA, OFT, BOFT,
+GLoRA) also need the weight.
 """
 
 from __future__ import annotations
@@ -38,26 +38,18 @@ from lorasmith.toolbox.writing import file_target, noted
 
 _NOTHING = torch.zeros(())
 
-Part = tuple[ModuleTensors, float]
-"""A file's tensors for a module, and its strength."""
+Part = tuple[ModuleTensors, float]  # a file's tensors for a module, and its strength
 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """The result of a merge.
-
-    Attributes:
-        output: the new file.
-        modules: number of modules in it.
-        ranks: number of modules by rank.
-        energy: share of the squared singular values kept in truncation; None if nothing was truncated.
-        left_out: by file, modules or keys of it that do not belong to the model and are not in the new file.
-    """
+    """The result of a merge."""
 
     output: Path
-    modules: int
-    ranks: Mapping[int, int]
-    energy: float | None
+    modules: int  # number of modules
+    ranks: Mapping[int, int]  # number of modules by rank
+    energy: float | None  # share of the squared singular values kept in truncation; None if nothing was truncated
+    # by file, modules or keys that do not belong to the model and are not in the new file
     left_out: Mapping[Path, Sequence[str]]
 
 
@@ -70,21 +62,11 @@ def merge_loras(
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
 ) -> MergeReport:
-    """Merge LoRA files into one, in the layout of the first.
+    """Merge LoRAs (path, strength) into one file in the layout of the first, truncated to `rank` if given.
 
-    Args:
-        loras: files or folders, with the strength of each.
-        output: the new file.
-        rank: rank at most; None keeps everything.
-        model: the model that they are for. It is needed where layouts differ that do not say which modules are the
-            same, and for algorithms whose change depends on the weights.
-        dtype: of the new file; None keeps that of the files, or uses fp32 where it would round.
-        overwrite: whether a file of that name may be replaced.
-
-    Raises:
-        LoraError: a file cannot be read, they are for different models, or they cannot be stacked and `rank` is None.
-        OptionError: the rank is below 1.
-        OutputError: the file exists, is not named as a file, or cannot be written.
+    `model` is needed if the layouts do not determine which modules are the same, and for algorithms whose change
+    depends on the weights. A dtype of None keeps that of the files, or uses fp32 where it would round. Raises LoraError
+    if they are for different models, or cannot be stacked and `rank` is None; OptionError and OutputError.
     """
     if rank is not None and rank < 1:
         raise OptionError(f"a rank must be at least 1, got {rank}")
@@ -159,7 +141,6 @@ def _joined(pieces: Sequence[Tensor], dimension: int) -> Tensor:
 
 
 def _summed(parts: Sequence[Part]) -> dict[str, Tensor]:
-    """Full differences, weighted and added."""
     result: dict[str, Tensor] = {}
     for module, strength in parts:
         for name, difference in module.differences.items():

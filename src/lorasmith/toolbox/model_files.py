@@ -1,8 +1,8 @@
 """A base model's files: the file, tensor and rows of each parameter, which is read on request.
 
 Single files in the original layout fuse and rename the parameters of diffusers' modules. The source of each parameter
-is found by letting the family convert the checkpoint once with row numbers in place of weights: the numbers in a
-module's parameter identify the tensor and its rows. No weights are read for that.
+is found without reading weights: the family converts the checkpoint once with row numbers in place of weights, which
+then identify the tensor and its rows.
 """
 
 from __future__ import annotations
@@ -43,49 +43,33 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Place:
-    """The source of a parameter.
-
-    Attributes:
-        file: the safetensors file.
-        tensor: name of the tensor there.
-        rows: rows of the tensor, a slice if they are consecutive, None for all of them in order.
-        shape: the parameter's, which may differ from the rows' in dimensions of size 1.
-    """
+    """The source of a parameter in a safetensors file."""
 
     file: Path
     tensor: str
-    rows: slice | Tensor | None
-    shape: tuple[int, ...]
+    rows: slice | Tensor | None  # of the tensor, a slice if they are consecutive, None for all of them in order
+    shape: tuple[int, ...]  # the parameter's, which may differ from the rows' in dimensions of size 1
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A base model's files; no weights are held in memory.
+    """A base model's files; no weights are held in memory."""
 
-    Attributes:
-        path: the checkpoint, or the diffusers folder.
-        family: its architecture.
-        names: two-way name table.
-        modules: layers without weights, for their kind and geometry.
-        places: source of each parameter of these modules.
-    """
-
-    path: Path
+    path: Path  # the checkpoint or the diffusers folder
     family: Family
     names: ModelNames
-    modules: Mapping[ModuleRef, nn.Module]
-    places: Mapping[Parameter, Place]
+    modules: Mapping[ModuleRef, nn.Module]  # layers without weights, for their kind and geometry
+    places: Mapping[Parameter, Place]  # source of each parameter of `modules`
     _open: dict[Path, Mapping[str, Tensor]] = field(default_factory=dict, repr=False)
 
     @cached_property
     def parameterization(self) -> str:
-        """`epsilon`, `v` or `flow`: what the model predicts."""
+        """`epsilon`, `v` or `flow`."""
         if self.path.is_file():
             return self.family.diffusion(OriginalCheckpoint(self.path)).parameterization
         return self.family.diffusion_of_pipeline(PipelineConfigs.of_folder(self.path)).parameterization
 
     def files(self) -> set[Path]:
-        """The files with the parameters."""
         return {place.file for place in self.places.values()}
 
     def read(self, parameter: Parameter) -> Tensor:
@@ -106,14 +90,9 @@ class ModelFiles:
 
 
 def open_model(source: str | os.PathLike[str]) -> ModelFiles:
-    """The files of a base model.
+    """The files of a single-file checkpoint, a diffusers folder, an expert's folder in one, or a built-in model.
 
-    Args:
-        source: a single-file checkpoint in the original layout, a diffusers folder, the subfolder of an expert in one,
-            or the name of a built-in model.
-
-    Raises:
-        ModelError: it cannot be found, read or recognised.
+    Raises ModelError if it cannot be found, read or recognised.
     """
     path = built_in_models().get(str(source), Path(source))
     if is_gguf(path):
@@ -217,13 +196,7 @@ def _folder(folder: Path) -> ModelFiles:
 
 
 def _components(folder: Path, family: Family, main: str) -> dict[str, dict[str, str]]:
-    """The parts of a diffusers folder that LoRAs are for: component → subfolder → prefix of its tensors' names.
-
-    Args:
-        folder: of the model.
-        family: its architecture.
-        main: subfolder of the denoiser.
-    """
+    """The parts of a diffusers folder that LoRAs are for: component → subfolder → prefix of its tensors' names."""
     for name in (main, *family.denoiser_parts):
         if not (folder / name / "config.json").is_file():
             raise ModelError(f"{folder} must hold a folder {name} but does not; it is incomplete")
@@ -235,10 +208,7 @@ def _components(folder: Path, family: Family, main: str) -> dict[str, dict[str, 
 def _without_weights(folder: Path, family: Family, subfolders: Sequence[str]) -> nn.Module:
     """A part of a diffusers folder, from its configuration, on the meta device.
 
-    Args:
-        folder: the whole model.
-        family: its architecture.
-        subfolders: one, or those of a denoiser with `Family.denoiser_parts`.
+    `subfolders` are one, or those of a denoiser with `Family.denoiser_parts`.
     """
     import diffusers
     import transformers

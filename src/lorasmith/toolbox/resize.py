@@ -1,11 +1,10 @@
 """The best approximation of a LoRA by smaller ranks.
 
 Each module's up · down is truncated to its largest singular values, a convolution's with its kernel flattened and a
-Tucker core multiplied in. The scale alpha / rank of each module stays, so that training can continue at the same
-learning rate; a DoRA's magnitudes stay, too. LoHa, LoKr and full differences become LoRAs with a scale of 1. In kohya's
-layout alphas that differ afterwards are made equal, which scales factors instead (see `with_one_alpha`).
-
-Files are resized in their own spelling, without a model.
+Tucker core multiplied in. The scale alpha / rank of each module is kept, so that training can continue at the same
+learning rate, and so are a DoRA's magnitudes. LoHa, LoKr and full differences become LoRAs with a scale of 1. In
+kohya's layout alphas that differ afterwards are made equal by scaling factors (see `with_one_alpha`). Files are resized
+in their own spelling, without a model.
 """
 
 from __future__ import annotations
@@ -37,22 +36,14 @@ from lorasmith.toolbox.writing import file_target, noted, rank_entries
 
 @dataclass(frozen=True)
 class Resized:
-    """One module.
+    """One module."""
 
-    Attributes:
-        name: in the file's spelling.
-        algorithm: display name of the algorithm before.
-        before: rank before, None if it was no LoRA.
-        after: rank after.
-        kept, total: squared singular values kept and in all, of the change at strength 1.
-    """
-
-    name: str
-    algorithm: str
-    before: int | None
-    after: int
-    kept: float
-    total: float
+    name: str  # in the file's spelling
+    algorithm: str  # display name of the algorithm before
+    before: int | None  # rank before, None if it was not a LoRA
+    after: int  # rank after
+    kept: float  # squared singular values kept, of the change at strength 1
+    total: float  # all squared singular values
 
     @property
     def energy(self) -> float:
@@ -62,17 +53,11 @@ class Resized:
 
 @dataclass(frozen=True)
 class ResizeReport:
-    """The result of resizing.
-
-    Attributes:
-        output: the new file.
-        modules: every module with a rank after resizing.
-        warnings: one sentence for each kind of approximation or assumption.
-    """
+    """The result of resizing."""
 
     output: Path
-    modules: Sequence[Resized]
-    warnings: Sequence[str]
+    modules: Sequence[Resized]  # those with a rank after resizing
+    warnings: Sequence[str]  # one sentence for each kind of approximation or assumption
 
     @property
     def energy(self) -> float:
@@ -89,20 +74,12 @@ def resize(
     names: ModelNames | None = None,
     overwrite: bool = False,
 ) -> ResizeReport:
-    """Write a copy of a LoRA with smaller ranks, in the same layout and dtype.
+    """Write a copy of a LoRA with ranks of at most `rank`, in the same layout and dtype.
 
-    Args:
-        path: a LoRA file or folder, in any layout.
-        output: the new file.
-        rank: rank at most.
-        energy: share of each module's squared singular values to keep, above 0 and at most 1; ranks then differ.
-        names: names of the model, for LoHa and LoKr on convolutions, whose tensors do not determine the kernel.
-        overwrite: whether a file of that name may be replaced.
-
-    Raises:
-        LoraError: the file cannot be read, a module's change has no rank, or every rank is small enough already.
-        OptionError: neither bound is given, or one is out of its range.
-        OutputError: the file exists, is not named as a file, or cannot be written.
+    `energy` in (0, 1] is the share of each module's squared singular values to keep; ranks then differ. `names` of the
+    model are for LoHa and LoKr on convolutions, whose tensors do not determine the kernel. Raises LoraError if a
+    module's change has no rank, or every rank is small enough already; OptionError if neither bound is given, and
+    OutputError.
     """
     check_bounds(rank, energy)
     file_target(output, overwrite=overwrite)
@@ -167,7 +144,6 @@ def _smaller(
     rank: int | None,
     energy: float | None,
 ) -> tuple[AdapterWeights, Resized]:
-    """A module's LoRA of a smaller rank, and its report."""
     weights, name = module.adapter, file.bases[ref]
     if weights is None or not is_low_rank(weights) or _has_full_difference(module):
         change = added_by(module, shape)

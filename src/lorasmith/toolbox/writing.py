@@ -19,12 +19,11 @@ from lorasmith.formats.container import check_safetensors, read_safetensors
 from lorasmith.formats.metadata import RUN_ENTRY
 from lorasmith.formats.scales import rank_of
 
-HISTORY = "lorasmith.history"
-"""Header entry to which each tool adds a line about its operation."""
+HISTORY = "lorasmith.history"  # header entry to which each tool adds a line
 
 
 def free_target(path: Path, *, overwrite: bool = False) -> Path:
-    """`path`, before any work for it. Raises OutputError if it may not be overwritten or cannot be written."""
+    """`path`, checked before any work. Raises OutputError if it may not be overwritten or cannot be written."""
     if path.exists() and not overwrite:
         raise OutputError(f"{path} exists already; choose another name with --output, or add --overwrite")
     check_writable(path.parent)
@@ -39,7 +38,7 @@ def file_target(path: Path, *, overwrite: bool = False) -> Path:
 
 
 def folder_target(target: Path) -> Path:
-    """`target`, for a diffusers model. Raises OutputError if it is something other than one."""
+    """`target`, for a diffusers model. Raises OutputError if another kind of file or folder exists there."""
     if target.exists() and pipeline_index(target) is None:
         raise OutputError(f"{target} is no diffusers model, and only one is replaced by another; choose another output")
     return target
@@ -48,17 +47,10 @@ def folder_target(target: Path) -> Path:
 def rewritten(
     source: Path, target: Path, changes: Mapping[str, Callable[[Tensor], Tensor]], metadata: Mapping[str, str]
 ) -> None:
-    """A copy of a safetensors file with some tensors changed, made one tensor at a time.
+    """Copy a safetensors file atomically with some tensors changed, one at a time; others are copied byte by byte.
 
-    Args:
-        source: the file; its other tensors are copied byte by byte, in the same places.
-        target: the copy, written atomically.
-        changes: tensor name → function from the old value to the new one, of the same shape and dtype.
-        metadata: the copy's.
-
-    Raises:
-        ModelError: the source is damaged.
-        OutputError: the target cannot be written.
+    `changes` maps names to functions from the old value to a new one of the same shape and dtype. Raises ModelError if
+    the source is damaged, and OutputError.
     """
     body = check_safetensors(source, ModelError).body_start
     tensors, _ = read_safetensors(source, ModelError)
