@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from lorasmith.core.errors import OutputError
-from lorasmith.report.loss_plot import plot_losses, recent_loss, smoothed
+from lorasmith.report.loss_plot import RecentLosses, plot_losses, recent_loss, smoothed
 
 pytestmark = pytest.mark.usefixtures("figures_drawn")
 
@@ -145,3 +145,12 @@ def test_held_out_losses_are_drawn_with_the_best_of_them(axes) -> None:
 @pytest.mark.parametrize(("validations", "base"), [([(1, NAN)], NAN), ([(1, INF)], INF), ([], 0.5), ([(0, 0.3)], None)])
 def test_held_out_losses_that_say_nothing(validations: list[tuple[int, float]], base: float | None) -> None:
     assert plot_losses([0.3], validations=validations, base_loss=base).startswith(b"\x89PNG")
+
+
+def test_losses_that_come_in_one_by_one_have_the_same_mean() -> None:
+    losses = [1e300, math.nan, *(1 / number for number in range(1, 300)), math.inf, -1e-300]
+    coming = RecentLosses()
+    for count, loss in enumerate(losses, 1):
+        coming.add(loss)
+        assert coming.recent == recent_loss(losses[:count])
+    assert math.isnan(RecentLosses().recent.mean)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 
 from lorasmith.app.run_plan import ClassImageDrawn, EncodersHashed, ImageEncoded, ModelLoading
-from lorasmith.report.loss_plot import RecentLoss, recent_loss
+from lorasmith.report.loss_plot import RecentLoss, RecentLosses
 from lorasmith.training.events import (
     CaptionEncoded,
     CaptionsPlanned,
@@ -37,7 +37,8 @@ class RunView:
         self.activity: tuple[str, int, int] | None = None
         self.validation: Validated | None = None
         self.outcome: Outcome | None = None
-        self._losses: list[tuple[int, float]] = []
+        self._losses = RecentLosses()
+        self._taken: list[tuple[int, float]] = []  # steps and losses
         self._times: deque[float] = deque(maxlen=_TIMED_STEPS)
         self._since: float | None = None
 
@@ -53,7 +54,8 @@ class RunView:
             case StepDone():
                 self._go_back(event.step - 1)
                 self.step = event.step
-                self._losses.append((event.step, event.loss))
+                self._taken.append((event.step, event.loss))
+                self._losses.add(event.loss)
                 # Excludes the first step, which compiles and plans, and the time between steps.
                 if self._since is not None:
                     self._times.append(max(0.0, event.at - self._since))
@@ -67,7 +69,7 @@ class RunView:
     @property
     def loss(self) -> RecentLoss:
         """The loss of recent steps; that of a single one mostly depends on the noise levels of its samples."""
-        return recent_loss([loss for _, loss in self._losses])
+        return self._losses.recent
 
     @property
     def held_out_change(self) -> float | None:
@@ -86,9 +88,12 @@ class RunView:
         return None if seconds is None else (self.steps - self.step) * seconds
 
     def _go_back(self, step: int) -> None:
-        while self._losses and self._losses[-1][0] > step:
-            self._losses.pop()
         self.step = step
+        if self._taken and self._taken[-1][0] > step:
+            self._taken = [one for one in self._taken if one[0] <= step]
+            self._losses = RecentLosses()
+            for _, loss in self._taken:
+                self._losses.add(loss)
 
 
 def note_of(event: Event) -> tuple[str, str] | None:

@@ -38,6 +38,30 @@ def recent_loss(losses: Sequence[float]) -> RecentLoss:
     return RecentLoss(_mean(sum(map(_exact, last)), len(last)) if last else math.nan, len(last))
 
 
+class RecentLosses:
+    """The losses of a run as they come in; `recent` is what `recent_loss` gives for them, in constant time."""
+
+    def __init__(self) -> None:
+        self._losses: list[float] = []
+        self._first, self._total = 0, 0  # of those that `recent` is the mean of
+
+    def add(self, loss: float) -> None:
+        """Add the next one; those that are not finite do not count."""
+        if not math.isfinite(loss):
+            return
+        self._losses.append(loss)
+        self._total += _exact(loss)
+        if len(self._losses) - self._first > _recent_steps(len(self._losses)):
+            self._total -= _exact(self._losses[self._first])
+            self._first += 1
+
+    @property
+    def recent(self) -> RecentLoss:
+        """The mean of the last tenth."""
+        count = len(self._losses) - self._first
+        return RecentLoss(_mean(self._total, count) if count else math.nan, count)
+
+
 def _recent_steps(steps: int) -> int:
     return min(steps, max(_RECENT_LEAST, steps // _RECENT_SHARE))
 
