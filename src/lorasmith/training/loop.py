@@ -73,19 +73,8 @@ class Watcher:
 class Loop:
     """A run, between two of its steps.
 
-    Args:
-        engine: weights, optimizer and model.
-        samples: the training samples.
-        on_event: receives a `StepDone` per step, delayed but in order, and all other events.
-        cancelled: called between steps; True ends the run.
-        watchers: called between steps, in this order.
-        until: step after which the run is cancelled; None for no limit.
-
-    Attributes:
-        engine: as passed.
-        emit: `on_event`.
-        outcome: why the run ended; None while it runs.
-        waited_s: seconds that each step waited for its batches, so far.
+    `on_event` receives a `StepDone` per step, delayed but in order, and all other events. `cancelled` and `watchers`
+    are called between steps. The run is cancelled after step `until`.
     """
 
     def __init__(
@@ -100,8 +89,8 @@ class Loop:
     ) -> None:
         self.engine = engine
         self.emit = on_event
-        self.outcome: Outcome | None = None
-        self.waited_s: list[float] = []
+        self.outcome: Outcome | None = None  # None while it runs
+        self.waited_s: list[float] = []  # seconds that each step waited for its batches
         self._progress = Progress()
         self._recovery = Recovery(engine, self._progress, on_event)
         self._samples = samples
@@ -117,7 +106,6 @@ class Loop:
 
     @property
     def steps(self) -> int:
-        """Planned updates."""
         return self.engine.config.steps
 
     @property
@@ -131,11 +119,8 @@ class Loop:
         return self._progress.losses
 
     def run(self) -> Outcome:
-        """Take the remaining steps.
-
-        Raises:
-            TrainingError: the run diverged more often than `max_rollbacks`, or memory is too small for one sample.
-        """
+        """Take the remaining steps. Raises TrainingError after too many rollbacks, or if memory is too small for one
+        sample."""
         device = self.engine.runtime.device
         if self._recovery.good is None:
             self._recovery.good = self._snapshot()
@@ -193,9 +178,7 @@ class Loop:
     def load(self, state: RunState) -> None:
         """Restore what `state` returned.
 
-        Raises:
-            LoraError: it belongs to other adapters.
-            TrainingError: it is not what a run of these settings saves.
+        Raises LoraError if it belongs to other adapters, TrainingError if it is not a state of a run of these settings.
         """
         try:
             self._load(state, StateNumbers.of(state, self.steps))
@@ -235,11 +218,7 @@ class Loop:
                 watcher.load(parts[watcher.name], state.numbers[watcher.name])
 
     def _take_steps(self) -> list[Watcher]:
-        """Take steps until the run ends or watchers need the bare model; returns those watchers.
-
-        Raises:
-            StepFault: a step failed.
-        """
+        """Take steps until the run ends or watchers need the bare model; returns those watchers. Raises StepFault."""
         engine = self.engine
         maker = batch_maker(engine.denoiser, self._samples, engine.config, engine.runtime, engine.dropout)
         first = engine.runtime.first_step
@@ -254,7 +233,7 @@ class Loop:
         return []
 
     def _faults_shared(self) -> contextlib.AbstractContextManager[None]:
-        """Where weights are sharded, an error in one process ends the run in all."""
+        """Inside the context, an error in one process ends the run in all, if weights are sharded."""
         runtime = self.engine.runtime
         return ending_together(runtime.processes, agreed=StepFault) if runtime.sharding else contextlib.nullcontext()
 
@@ -295,7 +274,7 @@ class Loop:
     def _agreed(
         self, batches: Sequence[Batch], own: tuple[Tensor, Tensor] | None, fault: StepFault | None
     ) -> tuple[tuple[Tensor, Tensor] | None, StepFault | None]:
-        """The gradient over all processes, and the fault of any of them: all repeat the step, or none."""
+        """The gradient over all processes. Raises the fault of any of them in all, so that all repeat the step."""
         engine, processes = self.engine, self.engine.runtime.processes
         if processes.size == 1:
             return own, fault
@@ -328,11 +307,7 @@ class Loop:
         return [watcher for watcher in due if watcher.needs_bare_model]
 
     def _collect(self, *, wait: bool = False, before: int | None = None) -> None:
-        """Process the results that have arrived from the device. Raises Diverged if a step diverged.
-
-        Args:
-            wait, before: as for `Mailbox.collect`.
-        """
+        """Process the results that have arrived from the device, as `Mailbox.collect`. Raises Diverged."""
         for step, (sound, norm, first, *losses) in self._mailbox.collect(wait=wait, before=before):
             taken = self._taken.pop(step)
             self.losses.append(math.fsum(losses) / len(losses))
@@ -355,7 +330,7 @@ class Loop:
             )
 
     def _settle(self) -> None:
-        """Take in the numbers of the last steps, which an error may have left on their way."""
+        """Process the results still in transit after an error."""
         if not self._torn:
             with contextlib.suppress(Exception):  # that error is the one to raise
                 self._collect(wait=True)
@@ -367,7 +342,6 @@ class Loop:
                 watcher.begin(self.engine)
 
     def _planned(self) -> Runtime:
-        """The runtime with `activations` resolved by measurement."""
         if self.engine.runtime.activations == "auto":
             self.emit(plan_activations(self.engine, self._samples))
         return self.engine.runtime
@@ -378,21 +352,16 @@ class Loop:
 
 @dataclass(frozen=True)
 class _Taken:
-    """A step whose results have not arrived yet; holds no tensors.
-
-    Attributes:
-        names, indices, quantiles: of its samples.
-        first: samples of its first batch.
-    """
+    """A step whose results have not arrived yet; holds no tensors, so that none is kept alive."""
 
     names: tuple[str, ...]
     indices: tuple[int, ...]
     quantiles: tuple[float, ...]
-    first: int
+    first: int  # samples of its first batch
 
     @classmethod
     def of(cls, batches: Sequence[Batch], drawn: Sequence[tuple[str, int, float]] | None) -> _Taken:
-        """The step of these batches, which have the draws of this process; of several, `drawn` has those of all."""
+        """The step of these batches; `drawn` has the draws of all processes, if there are several."""
         if drawn is None:
             facts = [zip(batch.names, batch.indices, batch.quantiles, strict=True) for batch in batches]
             drawn = list(itertools.chain(*facts))

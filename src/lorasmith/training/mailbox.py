@@ -9,11 +9,7 @@ from torch import Tensor
 
 
 class Mailbox:
-    """Transfers small tensors by step, and returns them in order once they have arrived.
-
-    On the CPU they are available at once. On a GPU they are copied to pinned memory asynchronously, with an event for
-    the end of the copy.
-    """
+    """Transfers small tensors by step, and returns them in order: from a GPU asynchronously through pinned memory."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -33,9 +29,7 @@ class Mailbox:
     def collect(self, *, wait: bool = False, before: int | None = None) -> list[tuple[int, list[float]]]:
         """(step, values) of what has arrived since the last call.
 
-        Args:
-            wait: wait for everything posted.
-            before: wait for the steps before this one, and leave the others; None for no such limit.
+        Waits for all steps if `wait` is set; waits for the steps below `before`, if that is set, and leaves the others.
         """
         ready = []
         while self._waiting:

@@ -18,11 +18,9 @@ from typing import Any
 
 
 def noise_terms(small_sq: float, big_sq: float, *, small: float, big: float) -> tuple[float, float]:
-    """Unbiased estimates of |G|² and tr(Σ); single ones are very noisy, and either may come out negative.
+    """Unbiased estimates of |G|² and tr(Σ); single ones are very noisy, and either may be negative.
 
-    Args:
-        small_sq, big_sq: squared length of the mean gradient over `small` and over `big` samples.
-        small, big: samples, `small` < `big`.
+    `small_sq` and `big_sq` are squared norms of the mean gradient over `small` and over `big` samples, `small` < `big`.
     """
     true_sq = (big * big_sq - small * small_sq) / (big - small)
     variance = (small_sq - big_sq) / (1 / small - 1 / big)
@@ -30,12 +28,9 @@ def noise_terms(small_sq: float, big_sq: float, *, small: float, big: float) -> 
 
 
 class NoiseScale:
-    """Follows the noise scale over a run: moving averages of both terms, and their ratio.
+    """The noise scale over a run: the ratio of moving averages of both terms.
 
-    The ratio of averages is used, never the average of ratios, which is biased (appendix A.1).
-
-    Args:
-        decay: share of the averages that stays at each step.
+    The average of ratios would be biased (appendix A.1).
     """
 
     def __init__(self, decay: float = 0.99) -> None:
@@ -60,12 +55,10 @@ class NoiseScale:
         return self._variance / self._true_sq
 
     def to_json(self) -> dict[str, Any]:
-        """The state, for a run state."""
         return {"decay": self._decay, "true_sq": self._true_sq, "variance": self._variance}
 
     @classmethod
     def from_json(cls, state: Mapping[str, Any]) -> NoiseScale:
-        """The instance whose `to_json` returned `state`."""
         scale = cls(state["decay"])
         scale._true_sq, scale._variance = state["true_sq"], state["variance"]
         return scale

@@ -37,21 +37,12 @@ def weights_packed(
     stream: WeightStream | None = None,
     without: Iterable[nn.Module] = (),
 ) -> Iterator[list[nn.Parameter]]:
-    """Inside the context, the frozen weights of `module` are packed; afterwards the originals are restored bit for bit.
+    """Inside the context, the frozen weights of `module` are packed; yields those parameters, which `placed` must skip.
 
-    The parameters have shape, device and dtype of the weight but are an expanded single NaN inside the context, which
-    shows wherever something reads them without `FrozenLayer`.
-
-    Args:
-        module: the frozen model.
-        kind: packing; `none` keeps the values, and weights that are packed in the model as they are.
-        device: where products are computed.
-        dtype: of unpacked weights.
-        stream: keeps packed weights in host memory and prefetches one block ahead; None keeps them on the device.
-        without: layers to leave unchanged.
-
-    Yields:
-        The packed parameters, which `placed` must skip; empty if there is nothing to pack.
+    Unpacked weights have `dtype`. `stream` keeps packed weights in host memory and prefetches one block ahead; None
+    keeps them on the device. Layers in `without` are unchanged, as are weights already packed in the model if `kind` is
+    `none`. The parameters keep shape, device and dtype but are an expanded single NaN, which reveals code that reads
+    them without `FrozenLayer`. Afterwards the originals are restored bit for bit.
     """
     others = set(without)
     packable = packable_layers(module) if kind != "none" or stream is not None else []
@@ -74,12 +65,10 @@ def weights_packed(
 def packed_weight(
     layer: nn.Module, kind: Quantization, device: torch.device, dtype: torch.dtype, layout: torch.memory_format
 ) -> Packed:
-    """A layer's weight packed as `kind`; a weight packed otherwise is unpacked first, unless `kind` is `none`.
+    """The weight of a Linear or convolution packed as `kind`; one packed otherwise is first unpacked, unless `kind` is
+    `none`.
 
-    Args:
-        layer: a Linear or convolution.
-        kind, device, dtype: as for `weights_packed`; with `none` it stays where it is.
-        layout: memory format of kernels.
+    With `none` it stays on its device. `layout` is the memory format of convolution kernels.
     """
     source = weight_source(layer)
     if isinstance(source, Packed) and kind == "none":
@@ -96,14 +85,7 @@ def packed_weight(
 def frozen_bytes(
     module: nn.Module, *, kind: Quantization, dtype: torch.dtype, offloading: bool, processes: int = 1
 ) -> int:
-    """Bytes of a model's frozen weights on the device during a run; its tensors may be on the meta device.
-
-    Args:
-        module: the frozen model.
-        kind, dtype: as for `weights_packed`.
-        offloading: whether packed weights are kept in host memory.
-        processes: over which they are sharded.
-    """
+    """Bytes of a model's frozen weights on each device during a run; its tensors may be on the meta device."""
     sizes: dict[nn.Module, int] = {}
     as_stored = set(layers_as_stored(module, dtype))
     for layer in packable_layers(module):
@@ -150,17 +132,15 @@ def takes_fp8_products(layer: nn.Module, code: torch.dtype | None) -> bool:
 
 @functools.cache
 def _packed_bytes(shape: torch.Size, kind: Quantization, dtype: torch.dtype) -> int:
-    """Bytes of a packed weight of a shape, packed without memory."""
+    """Bytes of a packed weight of a shape, computed on the meta device."""
     return packed(torch.empty(shape, device="meta"), kind, dtype).size_bytes
 
 
 def _largest_block(module: nn.Module, sizes: Mapping[nn.Module, int]) -> int:
-    """Bytes of the largest outermost block, given those of its layers."""
     return max(_block_bytes(module, sizes), default=0)
 
 
 def _block_bytes(module: nn.Module, sizes: Mapping[nn.Module, int]) -> list[int]:
-    """Bytes of the outermost blocks, given those of their layers."""
     return [sum(sizes.get(one, 0) for one in block.modules()) for block in blocks_at_depth(module, 1)]
 
 

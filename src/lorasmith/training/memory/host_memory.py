@@ -90,7 +90,7 @@ class _OnHost:
         memory.record_stream(stream)
 
     def send(self) -> None:
-        """Start the copy back to the device, unless started."""
+        """Start the copy back to the device, unless it has started."""
         if self._back is not None:
             return
         if self._stream is None:
@@ -101,7 +101,6 @@ class _OnHost:
             self._arrived = self._stream.record_event()
 
     def take(self) -> Tensor:
-        """The storage on its device."""
         self.send()
         back = self._back
         assert back is not None
