@@ -31,14 +31,9 @@ _MOST_ENTRIES, _LONGEST_ENTRY = 500, 500  # each is matched with each layer, and
 
 
 def parse_targets(text: str, presets: Mapping[str, Rule]) -> tuple[list[Rule], list[Rule]]:
-    """Rules and exclusions.
+    """Rules and exclusions; if there are only exclusions, the rule matches all layers.
 
-    Args:
-        text: see above. With exclusions alone, all other layers are targets.
-        presets: by name.
-
-    Raises:
-        OptionError: an entry is malformed, or a setting is unknown or out of its range.
+    Raises OptionError if an entry is malformed, or a setting is unknown or out of its range.
     """
     rules, exclusions = [], []
     entries = [part.strip() for part in re.split(r"[,;\n]", text) if part.strip()]

@@ -51,6 +51,7 @@ def units(model: nn.Module) -> list[nn.Module]:
 
 
 def compilable(adapters: Sequence[Adapter]) -> bool:
+    """Whether torch can compile a block with these adapters."""
     return all(part.compiles for one in adapters for part in one.modules() if isinstance(part, Adapter))
 
 

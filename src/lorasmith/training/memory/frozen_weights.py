@@ -65,10 +65,9 @@ def weights_packed(
 def packed_weight(
     layer: nn.Module, kind: Quantization, device: torch.device, dtype: torch.dtype, layout: torch.memory_format
 ) -> Packed:
-    """The weight of a Linear or convolution packed as `kind`; one packed otherwise is first unpacked, unless `kind` is
-    `none`.
+    """The weight of a Linear or convolution packed as `kind`; with `none` it stays on its device, packed as it is.
 
-    With `none` it stays on its device. `layout` is the memory format of convolution kernels.
+    A weight packed in another way is unpacked first. `layout` is the memory format of convolution kernels.
     """
     source = weight_source(layer)
     if isinstance(source, Packed) and kind == "none":

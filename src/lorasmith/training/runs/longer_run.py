@@ -1,9 +1,9 @@
-"""A complete run that is given again with more steps: the longer run starts from its end, in the same folder.
+"""A complete run that is started again with more steps: the longer run starts from its end, in the same folder.
 
     out/          the longer run; its record names the run state below as `existing_state`
-    out-old-1/    the shorter one, moved aside whole
+    out-old-1/    the whole folder of the shorter one
 
-The longer run, interrupted and given again, is the same run although only its record has that setting.
+If the longer run is interrupted and started again, it is resumed, although only its record has that setting.
 """
 
 from __future__ import annotations
@@ -25,18 +25,10 @@ _STATE = "existing_state"
 def continuing(folder: RunFolder, record: RunRecord, on_event: EventHandler) -> RunRecord:
     """The record of a run as it starts in a folder that holds a run: from the end of that one, if it is shorter.
 
-    Args:
-        folder: of the run that is there; moved aside if the longer one starts from its end.
-        record: of the run that was given.
-        on_event: receives a `Warned` for the folder moved aside.
-
-    Returns:
-        `record`, with the run state that the run starts from; as it is, if the folder holds another run.
-
-    Raises:
-        OutputError: the run in the folder is complete and not shorter, its state cannot be read, the folder cannot be
-            moved, or another process trains in it.
-        OptionError: it has no run state.
+    Returns `record` with the run state to start from, and moves the shorter run's folder aside with a `Warned`;
+    `record` is unchanged if the folder holds another run. Raises OutputError if the run there is complete and not
+    shorter, its state cannot be read, the folder cannot be moved, or another process trains in it; OptionError if it
+    has no run state.
     """
     if record.config.get(_STATE) is not None:  # which names what to start from
         return record
@@ -59,7 +51,7 @@ def continuing(folder: RunFolder, record: RunRecord, on_event: EventHandler) -> 
 
 
 def _check_longer(folder: RunFolder, steps: int, given: int) -> None:
-    """Raise unless the complete run in a folder, of `steps`, has a state, and the one of `given` steps is longer."""
+    """Raise unless the complete run in a folder has a state, and fewer `steps` than `given`."""
     if given <= steps:
         raise OutputError(
             f"{folder.path} holds this run, which is complete with {count_text(steps, 'step')}, and {given} were "
@@ -74,7 +66,7 @@ def _check_longer(folder: RunFolder, steps: int, given: int) -> None:
 
 
 def _with_its_state(folder: RunFolder, before: RunRecord, record: RunRecord) -> RunRecord:
-    """The record with the state that the run in the folder started from, if that is what it did."""
+    """The record with the state that the run in the folder started from, if it started from one."""
     path = before.config.get(_STATE)
     if not isinstance(path, str):
         return record
@@ -104,6 +96,6 @@ def _starting(record: RunRecord, path: Path, initial: str) -> RunRecord:
 
 
 def _without_length(fingerprint: Fingerprint) -> Fingerprint:
-    """A fingerprint without the steps of the run, and the run state that it started from."""
+    """A fingerprint without the number of steps and the run state that it started from."""
     config = {name: value for name, value in fingerprint.get("config", {}).items() if name != "steps"}
     return {**fingerprint, "config": config, "initial": fingerprint.get("initial", "").partition("+")[0]}

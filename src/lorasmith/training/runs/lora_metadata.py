@@ -46,14 +46,7 @@ def training_metadata(
 ) -> dict[str, str]:
     """Header metadata of a LoRA, sorted by key.
 
-    Args:
-        job: the run.
-        data: the training samples.
-        title, trigger: name and trigger phrase of the LoRA.
-        steps: updates in the LoRA, those of a continued one included.
-        started: start of the run in seconds since 1970.
-        record: of the run.
-        hashes: of the base model; left out where they are not known yet.
+    `steps` include those of a continued LoRA; `started` is in seconds since 1970; unknown `hashes` are left out.
     """
     entries = {
         **_kohya(job, data, title=title, steps=steps, started=started),
@@ -75,10 +68,7 @@ def training_metadata(
 class BaseHashes:
     """Hashes of a single-file base model, computed on a thread inside its context; empty until then.
 
-    Folders have none. A file that cannot be read, or not as long as the context lasts, has none either.
-
-    Args:
-        path: of the base model.
+    Folders have none, nor have files that become unreadable. Leaving the context cancels hashing.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -216,7 +206,7 @@ def _area(size: tuple[int, int]) -> int:
 
 
 def _text(value: object) -> str:
-    """A value as metadata spells it: numbers and true or false as Python prints them, structures as JSON."""
+    """A value as text: numbers and booleans as Python prints them, structures as JSON."""
     if isinstance(value, (str, int, float)):
         return str(value)
     return json.dumps(value, ensure_ascii=False, sort_keys=False)

@@ -1,4 +1,4 @@
-"""Which folder a run uses of the output that was named: no file in it is replaced or removed but those of runs."""
+"""The folder of a run within the named output: only files of runs are replaced or removed."""
 
 from __future__ import annotations
 
@@ -13,14 +13,10 @@ _SYSTEM_FILES = frozenset({"thumbs.db", "desktop.ini"})
 
 
 def output_folder(output: Path, title: str) -> Path:
-    """The folder of a run: the output itself, or the subfolder named after the run where others' files are in it.
+    """The folder of a run: `output`, which need not exist, or a subfolder `title` if it holds files that are not a
+    run's.
 
-    Args:
-        output: as it was named; it need not exist.
-        title: name of the LoRA.
-
-    Raises:
-        OutputError: the output is a file, is named like a LoRA or cannot be read, or the subfolder cannot be used.
+    Raises OutputError if the output is a file, is named like a LoRA or cannot be read, or the subfolder cannot be used.
     """
     if output.suffix.lower() == ".safetensors" and not output.is_dir():
         raise OutputError(
@@ -43,7 +39,7 @@ def output_folder(output: Path, title: str) -> Path:
 
 
 def _is_of_others(folder: Path) -> bool:
-    """Whether a folder holds files and no run. Raises OutputError if it is a file or cannot be read."""
+    """Whether a folder holds files but no run. Raises OutputError if it is a file or cannot be read."""
     if not folder.exists():
         check_parents(folder)
         return False

@@ -1,7 +1,7 @@
 """Records of runs: the content of `run.json`, and of the entry about its run in a LoRA.
 
-Both are written and read here alone. A record may be damaged, of another version or a stranger's, so it is checked as
-a whole before anything in it is used; what a record may name is decided in `app.recorded_run`.
+Both are written and read only here. A record may be damaged, untrusted or of another version, so it is validated as a
+whole before anything in it is used; `app.recorded_run` restricts what it may name.
 """
 
 from __future__ import annotations
@@ -117,16 +117,17 @@ class RunRecord:
         return self.environments or (self.environment,)
 
     def to_text(self) -> str:
-        """The content of `run.json`."""
+        """Content of `run.json`."""
         return _json(asdict(self), indent=2)
 
     def to_entry(self) -> str:
-        """The entry of the run in its LoRA."""
+        """The run's entry in the metadata of its LoRA."""
         return _json({name: value for name in _REPEATED if (value := getattr(self, name))}, sort_keys=True)
 
 
 def parsed_record(text: str | bytes) -> RunRecord:
-    """The record in `run.json` or in a LoRA. Raises ValueError, with a clause that says what is wrong and where."""
+    """The record in `run.json` or in a LoRA. Raises ValueError, whose message is a clause with what is wrong and
+    where."""
     return typed(parse_foreign_json(text), RunRecord)
 
 
@@ -141,16 +142,8 @@ def run_record(
 ) -> RunRecord:
     """The record of a planned run.
 
-    Args:
-        job: the planned run.
-        parts: training and held-out samples.
-        title: name of the LoRA.
-        source: JSON values from which the run can be repeated.
-        facts: more on the images, for readers.
-        verify: whether the fingerprint covers every byte of the base model's files.
-
-    Raises:
-        ModelError: `verify` is set, and a file of the base model cannot be read.
+    `source` are JSON values from which the run can be repeated, `facts` more on the images, for readers. With `verify`,
+    the fingerprint covers every byte of the base model's files. Raises ModelError if one cannot be read.
     """
     base = job.denoiser.base
     held_out = parts.held_out.samples if parts.held_out else ()
@@ -187,7 +180,7 @@ def run_record(
 
 
 def check_title(name: str) -> None:
-    """Raise OptionError unless a LoRA's name can be that of a file in any folder."""
+    """Raise OptionError unless a LoRA's name is a valid file name on all platforms."""
     if not name.strip(". ") or any(letter in name for letter in ("/\\:" if os.name == "nt" else "/\\")):
         raise OptionError(f"name must be a file name without folders, got {name!r}; give folders as the output")
     if file_stem(name) != name:
@@ -197,7 +190,7 @@ def check_title(name: str) -> None:
 
 
 def _json(value: object, **options: Any) -> str:
-    """JSON in which bytes of paths that are no text are question marks, as no reader takes them."""
+    """JSON in which undecodable bytes of paths are question marks, as readers refuse them."""
     return json.dumps(value, ensure_ascii=False, **options).encode("utf-8", "replace").decode()
 
 
