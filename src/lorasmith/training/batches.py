@@ -190,8 +190,7 @@ def _padding(batch: Batch) -> Batch:
 
 
 def shares(costs: Sequence[float], processes: int) -> list[list[int]]:
-    """Indices of a step's draws for each process, in order; the most expensive first, each to the least loaded
-    process."""
+    """Indices of a step's draws for each process, in order; the most expensive first, each to the least loaded."""
     found: list[list[int]] = [[] for _ in range(processes)]
     loads = [0.0] * processes
     for place in sorted(range(len(costs)), key=lambda one: -costs[one]):

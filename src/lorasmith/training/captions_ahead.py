@@ -14,17 +14,14 @@ from lorasmith.training.batches import sample_index
 from lorasmith.training.events import CaptionsPlanned, EventHandler
 
 _MOST_DRAWS = 50_000
-"""Draws whose captions are listed one by one, in some seconds."""
+"""Draws up to which their captions are listed one by one, in some seconds."""
 
 
 @contextlib.contextmanager
 def captions_ready(
     data: EncodedDataset, draws: range, *, seed: int, on_event: EventHandler, progress: Callable[[int, int], None]
 ) -> Iterator[None]:
-    """Inside the context, the conditionings of all drawn captions are cached, or their text encoder is loaded.
-
-    `progress` is called with (captions done, total) after each caption that is encoded before training.
-    """
+    """Inside the context, all drawn captions are encoded (calls `progress(done, total)`), or the encoder is loaded."""
     captions, varied = data.captions, _varied(data.samples)
     if captions is None or not varied:
         yield

@@ -25,10 +25,10 @@ from lorasmith.training.optim.schedules import SCHEDULES, rate_factor
 from lorasmith.training.optim.update_rules import OPTIMIZERS
 
 DtypeSetting = Literal["bf16", "fp32", "none"]
-"""Values of `training_dtype` that are resolved."""
+"""Resolved values of `training_dtype`."""
 
 NONE_LORA = "[None]"
-"""Value of settings that name a LoRA for no file, as in ComfyUI's list."""
+"""Value of LoRA file settings for no file, as in ComfyUI's list."""
 
 _WHAT, _HOW, _MEMORY, _NUMBERS = "LoRA and targets", "Training", "Memory", "Precision and reproducibility"
 _SPEED = "Speed"
@@ -64,9 +64,9 @@ def names_alone(
 ) -> dict[str, Any]:
     """Settings from a file, such as a graph or a run record, restricted to registered names.
 
-    Importing an optimizer runs code and a tracker uploads numbers, so both must be typed by the user: only the import
-    paths in `optimizers` are accepted, and the tracker is `track`, whatever the file says. `allowing` is the flag that
-    error messages name. Raises OptionError for another optimizer.
+    Importing an optimizer runs code and a tracker uploads numbers, so the user must type both: `optimizers` are the
+    import paths that are accepted (otherwise OptionError), `track` replaces the file's, and messages name the flag
+    `allowing`.
     """
     name = values.get("optimizer")
     if name is not None and name not in OPTIMIZERS and name not in optimizers:

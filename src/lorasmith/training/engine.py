@@ -1,8 +1,8 @@
 """The training step: updates adapters on a frozen denoiser from batches of samples.
 
-The engine uses a denoiser as a module and a predict function, so it also trains models that another program loaded.
-No step synchronizes with the device: losses reach the host late, and a flag on the device has by then kept non-finite
-ones out of the weights. The loop is in `loop`.
+The engine needs only a module and its predict function, so it also trains models that another program loaded. No step
+synchronizes with the device: losses reach the host late, and a flag on the device keeps non-finite ones out of the
+weights.
 """
 
 from __future__ import annotations
@@ -46,8 +46,7 @@ from lorasmith.training.runtime import Runtime
 
 @contextlib.contextmanager
 def frozen(denoiser: Denoiser, config: ResolvedConfig, runtime: Runtime) -> Iterator[None]:
-    """Inside the context, the model is on the device in the training dtype: patched, quantized, offloaded or
-    sharded."""
+    """Inside the context, the model is ready on its device: patched, cast, quantized, offloaded or sharded."""
     module = denoiser.module
     with contextlib.ExitStack() as stack:
         stack.enter_context(reproducible(config.deterministic))
@@ -196,7 +195,7 @@ class Engine:
         for index, batch in enumerate(batches):
             is_last, is_only = index == len(batches) - 1, len(batches) == 1
             with (
-                # Until the backward pass is over, which may compute blocks again.
+                # Until the backward pass ends, as it may recompute blocks.
                 self.dropout.masks_applied(batch.masks),
                 sums.during_backward(norm=is_only) if sums and is_last else contextlib.nullcontext(),
             ):
@@ -204,7 +203,7 @@ class Engine:
                 torch.autograd.backward(self.summed_loss(loss, batch, per_step))
             if not (sums and is_last):
                 flat.collect()
-            if batch.names:  # others pad the passes of a process, see `BatchMaker.step`
+            if batch.names:  # without names it is padding, see `BatchMaker.step`
                 losses.append(loss.detach())
             if first is None and not is_only:
                 first = torch.linalg.vector_norm(flat.grad)

@@ -265,7 +265,7 @@ KINDS: dict[str, type[Event]] = {kind.__name__: kind for kind in Event.__subclas
 """The events of a run by name."""
 
 EVENTS_VERSION = 1
-"""Of the lines of `events.jsonl`. It is raised when an older reader would take a line for something else."""
+"""Version of the lines of `events.jsonl`, raised when older readers would misread them."""
 
 
 def encoded(event: Event) -> str:

@@ -39,8 +39,7 @@ class GradientSums:
 
     @contextlib.contextmanager
     def during_backward(self, *, norm: bool) -> Iterator[None]:
-        """Inside the context, the last backward pass of a step, buckets are reduced as they fill; `norm` enables
-        `own_norm`."""
+        """Inside the context, the last backward pass of a step, buckets are reduced once their gradients are there."""
         self._wants_norm, self._squares = norm, []
         self._left = [0] * len(self._buckets)
         for bucket in self._bucket_of.values():
@@ -67,7 +66,7 @@ class GradientSums:
 
     @property
     def own_norm(self) -> Tensor:
-        """Norm of this process's own gradient, before the sums replaced it."""
+        """Norm of this process's own gradient before the sums, if `during_backward` had `norm` set."""
         return torch.stack(self._squares).sum().sqrt()
 
     def _arrived(self, bucket: int, _: Tensor) -> None:

@@ -204,10 +204,7 @@ def _default_rate(denoiser: Denoiser, config: TrainConfig, algorithm: str) -> fl
 
 
 def _anneals(config: TrainConfig) -> bool:
-    """Whether the rate decays from twice the model's own, as it does if neither rate nor schedule are set.
-
-    On the built-in model that reaches a lower loss, in half of the time (docs/lab-log.md).
-    """
+    """Whether the rate decays from twice the model's own, for lower loss in half of the time (docs/lab-log.md)."""
     chosen = config.learning_rate is not None or config.schedule is not None or "lr=" in (config.targets or "")
     return not chosen and rule_of(config.optimizer).anneals
 

@@ -281,7 +281,7 @@ class _Coordinator:
                 with model.rows.learnt(present):
                     denoiser.predict(noised, time, conditioning)
         with contextlib.ExitStack() as stack:
-            # Until the backward pass is over, which may compute blocks again.
+            # Until the backward pass ends, as it may recompute blocks.
             stack.enter_context(model.rows.set(present))
             for share, batch in parts:
                 stack.enter_context(share.engine.dropout.masks_applied(batch.masks))
@@ -300,8 +300,7 @@ class _Coordinator:
 
 
 class _Share:
-    """A run's part of a step: `place` among the attached adapters, `pending` batch indices, losses of the computed
-    ones."""
+    """A run's part of a step: `place` among attached adapters, `pending` batch indices, losses of the computed ones."""
 
     def __init__(self, place: int, participant: _Participant[Any]) -> None:
         assert participant.engine is not None and participant.batches is not None
@@ -314,8 +313,7 @@ class _Share:
         self.engine.flat.zero()
 
     def next(self, kind: object) -> int | None:
-        """Index of a batch of a kind. The step's first batch is computed first, as the norm of its gradient is
-        needed."""
+        """Index of a batch of a kind; the step's first batch comes first, as the norm of its gradient is needed."""
         found = self.pending if self._order else self.pending[:1]
         return next((index for index in found if _kind(self.batches[index]) == kind), None)
 

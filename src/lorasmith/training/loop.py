@@ -102,7 +102,7 @@ class Loop:
         self._taken: dict[int, _Taken] = {}
         self._begun = False
         self._torn = False
-        self._is_cancelled = False  # of several processes, as all of them know
+        self._is_cancelled = False  # the same in all processes
 
     @property
     def steps(self) -> int:
@@ -119,8 +119,7 @@ class Loop:
         return self._progress.losses
 
     def run(self) -> Outcome:
-        """Take the remaining steps. Raises TrainingError after too many rollbacks, or if memory is too small for one
-        sample."""
+        """Take the remaining steps. Raises TrainingError after too many rollbacks, or if one sample exceeds memory."""
         device = self.engine.runtime.device
         if self._recovery.good is None:
             self._recovery.good = self._snapshot()
@@ -176,14 +175,11 @@ class Loop:
         return RunState(self.step, tensors, numbers)
 
     def load(self, state: RunState) -> None:
-        """Restore what `state` returned.
-
-        Raises LoraError if it belongs to other adapters, TrainingError if it is not a state of a run of these settings.
-        """
+        """Restore what `state` returned. Raises LoraError for other adapters, TrainingError for other settings."""
         try:
             self._load(state, StateNumbers.of(state, self.steps))
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            # Its bytes are those that were written, so another version wrote it, or a stranger.
+            # The digest matched, so another version wrote it, or it is untrusted.
             raise TrainingError(
                 f"a run state must be one that a run of these settings saved, but the state of step {state.step} is "
                 f"not ({type(error).__name__}: {error}); start fresh"
@@ -246,7 +242,7 @@ class Loop:
         own: tuple[Tensor, Tensor] | None = None
         fault: StepFault | None = None
         try:
-            # The next step's batch is put on the device beside this one's work, so memory may run out there as well.
+            # The next step's batch is copied to the device while this one runs, so memory may run out there as well.
             began = time.perf_counter()
             _, batches = next(coming)
             self.waited_s.append(time.perf_counter() - began)
@@ -291,8 +287,8 @@ class Loop:
 
     def _between(self) -> list[Watcher]:
         """Run the due watchers; returns those that need the bare model. Raises Diverged."""
-        # Of several processes, all read the numbers of the same steps, whenever these reach each host: all roll back
-        # after the same step. The device has the next step by then.
+        # All processes read the results of the same steps, whenever these arrive, so that all roll back after the same
+        # step. The device already has the next step.
         self._collect(before=None if self.engine.runtime.processes.size == 1 else self.step - 1)
         due = [watcher for watcher in self._watchers if watcher.due(self)]
         is_snapshot_due = self.step % _SNAPSHOT_STEPS == 0

@@ -53,10 +53,7 @@ E = TypeVar("E", TextEncoder, None)
 
 @dataclass(frozen=True)
 class Applied(Generic[D, E]):
-    """Handles with a LoRA on top.
-
-    `note` says in a sentence which parts of the LoRA do not apply and why; empty if all apply.
-    """
+    """Handles with a LoRA on top; `note` is a sentence on the parts that do not apply, empty if all do."""
 
     denoiser: D
     encoder: E

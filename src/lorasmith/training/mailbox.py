@@ -23,14 +23,11 @@ class Mailbox:
         landed = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
         landed.copy_(values.detach(), non_blocking=True)
         arrived = torch.Event(self._device)
-        arrived.record(torch.cuda.current_stream(self._device))  # not that of whichever device is current
+        arrived.record(torch.cuda.current_stream(self._device))  # not that of the current device
         self._waiting.append((step, landed, arrived))
 
     def collect(self, *, wait: bool = False, before: int | None = None) -> list[tuple[int, list[float]]]:
-        """(step, values) of what has arrived since the last call.
-
-        Waits for all steps if `wait` is set; waits for the steps below `before`, if that is set, and leaves the others.
-        """
+        """(step, values) that have arrived since the last call; can wait for all, or for the steps below `before`."""
         ready = []
         while self._waiting:
             step, values, arrived = self._waiting[0]

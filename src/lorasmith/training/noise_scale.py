@@ -1,14 +1,11 @@
-"""The gradient noise scale: the batch size up to which a larger batch still makes steps better in proportion; pure.
+"""The gradient noise scale: the batch size above which larger batches bring diminishing returns; pure functions.
 
-McCandlish et al. 2018, "An Empirical Model of Large-Batch Training", arXiv:1812.06162, appendix A.1. The squared length
+McCandlish et al. 2018, "An Empirical Model of Large-Batch Training", arXiv:1812.06162, appendix A.1. The squared norm
 of a gradient averaged over b samples is expected to be |G|² + tr(Σ) / b, where G is the true gradient and Σ the
-covariance of a single sample's. Two batch sizes give two equations, and the simple noise scale is tr(Σ) / |G|². Far
-below it a step is mostly noise and twice the batch is worth nearly twice the steps; far above it a larger batch is
-wasted.
+covariance of a single sample's. Two batch sizes give two equations, and the simple noise scale is tr(Σ) / |G|².
 
-Both sizes are available only where a step accumulates over at least two micro-batches: the first of them is the small
-one, the step the big one. Stratified noise levels make a step's gradient less noisy than independent draws; the
-estimate is of the remaining noise.
+Both sizes are available only if a step accumulates over at least two micro-batches: the first of them is the small one,
+the step the big one. Stratified noise levels reduce the noise; the estimate is of the remaining noise.
 """
 
 from __future__ import annotations
@@ -28,10 +25,7 @@ def noise_terms(small_sq: float, big_sq: float, *, small: float, big: float) -> 
 
 
 class NoiseScale:
-    """The noise scale over a run: the ratio of moving averages of both terms.
-
-    The average of ratios would be biased (appendix A.1).
-    """
+    """The noise scale: the ratio of moving averages of both terms, as an average of ratios would be biased (A.1)."""
 
     def __init__(self, decay: float = 0.99) -> None:
         self._decay = decay

@@ -56,11 +56,7 @@ _SCHEDULES_WITH: dict[str, Callable[[str], bool]] = {
 def notes_on(
     config: TrainConfig, denoiser: Denoiser, plan: Plan, adapters: Mapping[str, Adapter], differences: int
 ) -> tuple[str, ...]:
-    """Remarks on a planned run, one sentence each.
-
-    `config` is as requested, with open settings; `adapters` include those of a continued LoRA, `plan` only new ones;
-    `differences` is the number of modules whose differences are trained.
-    """
+    """Remarks on a planned run, one sentence each; `config` is as requested, `differences` counts modules."""
     return (
         *_on_base(config, denoiser),
         *_on_experts(config, denoiser),
@@ -85,7 +81,7 @@ def notes_on_file(
         | {ModuleRef(DENOISER, path): one.to_tensors() for path, one in differences.items()},
     )
     found = shortfalls(state, layout_for(PORTABLE, names, state), names, is_portable=True)
-    # What one program leaves out of a LoRA is a fact about it; a LoRA that it does not load at all is another matter.
+    # Parts that a program ignores are a remark; a LoRA that it does not load at all is a warning.
     notes = [
         (Remark if not one.is_all else str if one.program == COMFYUI else OtherProgram)(f"{one.sentence}.")
         for one in found

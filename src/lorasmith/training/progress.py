@@ -65,8 +65,7 @@ class NoiseNumbers:
 
 @dataclass(frozen=True, kw_only=True)
 class StateNumbers:
-    """The numbers of a run state, as `Loop.state` writes them; watchers check their own. Raises ValueError out of
-    range."""
+    """The numbers of a run state, as `Loop.state` writes them. Raises ValueError if one is out of range."""
 
     engine: EngineNumbers
     losses: tuple[float | None, ...]
@@ -85,10 +84,7 @@ class StateNumbers:
 
     @classmethod
     def of(cls, state: RunState, steps: int) -> StateNumbers:
-        """The numbers of a state of a run of `steps`.
-
-        Raises ValueError if one is missing, of another type, out of range or contradicts the step.
-        """
+        """The numbers of a state. Raises ValueError if one is missing, of another type, or contradicts the step."""
         numbers = typed(state.numbers, cls)
         if not 0 <= state.step == len(numbers.losses) <= steps:
             raise ValueError(f"step must be the number of losses and at most {steps}, got {state.step}")

@@ -120,10 +120,7 @@ def lora_of(job: Job, metadata: Mapping[str, str] = MappingProxyType({})) -> Lor
 
 
 class Results:
-    """Makes and saves LoRAs from a job's adapters.
-
-    `folder` is None to write no files. `hashes` of the base model enter the LoRA's metadata once they are computed.
-    """
+    """Makes and saves LoRAs from a job's adapters; writes no files if `folder` is None."""
 
     def __init__(
         self,
@@ -134,7 +131,7 @@ class Results:
         trigger: str | None,
         record: RunRecord,
         folder: Path | None,
-        hashes: BaseHashes,
+        hashes: BaseHashes,  # in the metadata once they are computed
     ) -> None:
         self._job = job
         self._data = data
@@ -176,10 +173,7 @@ class Results:
     def collect(
         self, loop: Loop, reason: Outcome, validation: ValidationWatch | None, *, prefer_best: bool
     ) -> TrainResult:
-        """Release the weights from the engine of an ended loop, and save them.
-
-        `prefer_best` selects the best weights on the held-out images instead of the last ones.
-        """
+        """Release the weights of an ended loop, the best on held-out images if `prefer_best`, and save them."""
         best = None if validation is None else validation.best
         history = None if validation is None or best is None else validation.history
         values = best if prefer_best else None

@@ -21,7 +21,7 @@ from lorasmith.training.memory.activation_checkpointing import blocks_checkpoint
 from lorasmith.training.memory.activations import activations_reduced
 
 _FRUGAL: Sequence[ActivationPlan] = ("keep", "lean", "selective", "host")
-"""How activations are kept, by the memory that is left."""
+"""Activation plans by memory, the most demanding first."""
 
 
 class SharedModel:
@@ -49,7 +49,7 @@ class SharedModel:
             self._is_frozen = True
 
     def attach(self, engines: Sequence[Engine], *, reduced: bool = True) -> None:
-        """Attach the adapters of runs; if `reduced`, activations are kept as in the run with the least memory for them."""
+        """Attach the adapters of runs; if `reduced`, activations are kept as in the run with least memory for them."""
         module = self._job.denoiser.module
         activations: ActivationPlan = "keep"
         depth = 0

@@ -1,7 +1,6 @@
 """A whole run: its folder, resuming, and saving the result however the run ends.
 
-Planning is in `job`, steps in `loop`, callbacks between steps in `watchers`, and results in `results`; `app.model_run`
-adds previews and the report.
+Planning is in `job`, steps in `loop`, callbacks between steps in `watchers`, and results in `results`.
 """
 
 from __future__ import annotations
@@ -103,7 +102,7 @@ def run_job(job: Job, data: EncodedDataset, options: RunOptions) -> TrainResult:
     with contextlib.ExitStack() as stack:
         folder, start = None, None
         if options.output is not None:
-            # The folder is the first process's alone; the others learn from it how the run starts.
+            # Only rank 0 uses the folder, and broadcasts how the run starts.
             def begin() -> tuple[RunRecord, RunState | None]:
                 nonlocal folder
                 folder, found, state = stack.enter_context(_opened(record, options, run_bytes(job)))
@@ -170,7 +169,7 @@ class _Run:
         self._draw = None if folder is None else options.previews(folder.path)
         if folder is not None:
             options.begun(folder.path)
-        # Of several processes, one saves the LoRA.
+        # Only rank 0 saves the LoRA.
         self._hashes = BaseHashes(job.denoiser.base.path if job.runtime.processes.is_first else None)
         self._results = Results(
             job,

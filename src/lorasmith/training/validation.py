@@ -29,13 +29,13 @@ _SEED = 0  # a constant, so that runs with different seeds can be compared
 class Validator:
     """Computes the loss of held-out images on the denoiser in its current state.
 
-    Noise levels are stratified: each image has one level in each of `draws` equal parts of the range, at its own
-    offset, so that all images together cover it finely. Noise is drawn again at each call: that is cheap beside a
-    forward pass, and storing it would take `draws` times the memory of the latents. Repeated samples are evaluated
-    once.
+    Noise levels are stratified: each image has one level in each of `draws` equal parts of `noise_range` (diffusion
+    time), at its own offset, so that all images together cover it finely. Noise is drawn again at each call: that is
+    cheap beside a forward pass, and storing it would take `draws` times the memory of the latents. Repeated samples are
+    evaluated once.
 
-    `batch_size` affects speed, memory and the last bits. `processes` share the batches, and each gets all losses;
-    `equal_passes` makes them make equally many, as required with sharded weights. `noise_range` is in diffusion time.
+    `processes` share the batches, and each gets all losses; `equal_passes` makes them run equally many, as required
+    with sharded weights.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Validator:
         lengths_apart = equal_passes and denoiser.base.family.predicts_by_length
         batches = _grouped(self._samples, draws, batch_size, lengths_apart=lengths_apart)
         self._batches = batches[processes.rank :: processes.size]
-        # Batches of others, whose losses are not used.
+        # Batches of other processes; their losses are discarded.
         missing = -(-len(batches) // processes.size) - len(self._batches)
         self._padding = batches[:missing] if equal_passes else []
 

@@ -46,7 +46,7 @@ Array = NDArray[np.float64]
 class History:
     """The validations of a run so far; `base` are losses of the base model, (images, draws).
 
-    Raises OptionError for one image at one noise level, which is too little to estimate an error.
+    Raises OptionError for a single loss, too little to estimate an error.
     """
 
     def __init__(self, base: Sequence[Sequence[float]]) -> None:
@@ -55,7 +55,7 @@ class History:
         self._base = self._units(self._base_table)
         self._steps: list[int] = []
         self._tables: list[Array] = []  # (images, draws) each
-        self._curve: list[Array] = []  # the same by what counts as one observation
+        self._curve: list[Array] = []  # the same by observation
         if len(self._base) < 2:
             raise OptionError(
                 "validation needs two images or two noise levels at least, got one of each; raise validation_draws"

@@ -7,8 +7,7 @@
     host        as `keep`, but large tensors are offloaded to host memory
 
 `lean` and `selective` are activation checkpointing (Chen et al. 2016, arXiv:1604.06174) of single results instead of
-blocks: attention and all other products are kept, only results that the backward pass needs are recomputed, and all
-numbers are bit-identical. They depend on functions and layers, not on the model.
+blocks: attention and other products are kept, and all numbers are bit-identical.
 """
 
 from __future__ import annotations
@@ -62,8 +61,7 @@ def activations_reduced(module: nn.Module, kind: ActivationPlan) -> Iterator[Non
 
 @contextlib.contextmanager
 def activations_packed(kind: ActivationPlan, module: nn.Module) -> Iterator[None]:
-    """Inside the context, a forward pass of `module` saves activations by `kind`; the backward pass may follow
-    outside."""
+    """Inside the context, forward passes of `module` save activations by `kind`; run the backward pass later."""
     assert kind != "auto", "activations auto is resolved before the first step"
     if kind == "keep" or not torch.is_grad_enabled():
         yield

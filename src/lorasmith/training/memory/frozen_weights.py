@@ -1,10 +1,9 @@
 """Frozen weights during training: quantized, offloaded to host memory, or both.
 
-The weights of Linear layers and convolutions are nearly all of a denoiser. Each is kept packed (`core.quantization`),
-on the device or in host memory (`weight_stream`), and unpacked by `FrozenLayer` for the forward pass and again for the
-backward pass, so that no weight is a saved tensor. That holds for layers with and without an adapter. Everything else
-(norms, biases, embeddings) is left to `core.placement.placed`, and so are weights that are packed in the model already,
-unless `kind` differs or they are offloaded.
+The weights of Linear layers and convolutions, nearly all of a denoiser, are kept packed (`core.quantization`), on the
+device or in host memory (`weight_stream`). `FrozenLayer` unpacks each for the forward pass and again for the backward
+pass, so that no weight is a saved tensor, with or without an adapter. Other parameters are left to
+`core.placement.placed`, as are weights already packed in the model, unless `kind` differs or they are offloaded.
 """
 
 from __future__ import annotations
@@ -39,10 +38,9 @@ def weights_packed(
 ) -> Iterator[list[nn.Parameter]]:
     """Inside the context, the frozen weights of `module` are packed; yields those parameters, which `placed` must skip.
 
-    Unpacked weights have `dtype`. `stream` keeps packed weights in host memory and prefetches one block ahead; None
-    keeps them on the device. Layers in `without` are unchanged, as are weights already packed in the model if `kind` is
-    `none`. The parameters keep shape, device and dtype but are an expanded single NaN, which reveals code that reads
-    them without `FrozenLayer`. Afterwards the originals are restored bit for bit.
+    Packed weights stay on the device, or in host memory with a `stream`, and are unpacked to `dtype`. Kind `none`
+    leaves weights as they are in the model. The parameters keep shape, device and dtype but are an expanded single NaN,
+    which reveals code that reads them without `FrozenLayer`. Afterwards the originals are restored bit for bit.
     """
     others = set(without)
     packable = packable_layers(module) if kind != "none" or stream is not None else []
@@ -105,7 +103,7 @@ def frozen_bytes(
         return rest + _largest_block(module, sizes) + max(sizes.values(), default=0)
     if processes > 1:
         blocks = _block_bytes(module, sizes)
-        # A part of all blocks, and whole the block in use and the next one, beside what the latter is gathered into.
+        # A shard of all blocks, and three whole blocks: the one in use, the next one, and its gather buffer.
         return rest + sum(sizes.values()) - sum(blocks) + -(-sum(blocks) // processes) + 3 * max(blocks, default=0)
     return rest + sum(sizes.values())
 

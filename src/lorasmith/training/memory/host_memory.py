@@ -1,7 +1,6 @@
 """Offloading of activations to host memory between the forward and the backward pass.
 
-Copies run on a separate stream, concurrently with computation, and are prefetched in the opposite order, that of the
-backward pass.
+Copies run on a separate stream, and are prefetched in the order of the backward pass.
 """
 
 from __future__ import annotations

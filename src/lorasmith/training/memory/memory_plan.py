@@ -1,8 +1,8 @@
 """Selection of the activation plan by measurement: the cheapest plan that fits the memory budget.
 
-A probe runs the forward pass of a step on the largest picture, once per plan, and frees each saved tensor as soon as
-its size is recorded, so that it fits where training would not. Sizes per block in the first run give the memory of
-activation checkpointing at each depth. The plans, cheapest first:
+A probe runs the forward pass of a step on the largest picture, once per plan, and frees each saved tensor once its size
+is recorded, so that it fits where training would not. Sizes per block in the first run give the memory of activation
+checkpointing at each depth. The plans, cheapest first:
 
     keep        nothing is recomputed
     lean        cheap results are recomputed                                     see `activations`
@@ -102,7 +102,7 @@ def measured_plans(
     Forward passes run inside of `within()`, such as a mode of fake tensors.
     """
     largest = max((one for sample in samples for one in sample.sizes()), key=lambda sample: sample.latents.numel())
-    # Of a step's samples, each of several processes has its share, in batches of at most the batch size.
+    # Each process has its share of a step's samples, in batches of at most the batch size.
     share = -(-config.samples_per_step // runtime.processes.size)
     one_batch = replace(config, batch_size=min(config.batch_size, share), grad_accumulation_steps=1)
     batch = batch_maker(denoiser, [largest], one_batch, replace(runtime, processes=ALONE)).step(0)[0]
@@ -132,7 +132,7 @@ def plan_for(engine: Engine, samples: Sequence[Sample]) -> MemoryPlan:
     """The plan of a prepared engine for the free memory of its device; see `chosen_plan`."""
     runtime = engine.runtime
     optimizer = optimizer_bytes(engine.flat.master.nbytes)  # its state is allocated in the first step
-    # One plan for all processes, as weights that are sharded are gathered in the same order by all.
+    # One plan for all processes, as sharded weights are gathered in the same order by all.
     free = min(runtime.processes.gathered(free_memory(runtime.device, runtime.memory_budget)))
     free = int(runtime.memory_share * free) - optimizer
     return chosen_plan(engine.denoiser, samples, engine.config, runtime, free)

@@ -38,20 +38,19 @@ from lorasmith.training.memory.activation_checkpointing import blocks_at_depth
 from lorasmith.training.memory.frozen_weights import packed_weight
 
 _ALIGNED = 64
-"""Bytes that the start of each tensor is a multiple of, as kernels want it."""
+"""Alignment of tensors in bytes, as kernels require."""
 
 _ASKED_S = 1.0
-"""Seconds between two looks for an error of another process, where waiting for it does not end by itself."""
+"""Seconds between two checks for errors of other processes."""
 
 
 @contextlib.contextmanager
 def weights_sharded(
     module: nn.Module, *, kind: Quantization, device: torch.device, dtype: torch.dtype, processes: Processes
 ) -> Iterator[list[nn.Module]]:
-    """Inside the context, this process holds its shard of the weights in blocks; yields the layers concerned.
+    """Inside the context, this process holds a shard of the weights in blocks, with at least two processes.
 
-    `weights_packed` and `placed` must skip these layers. `processes` are at least two. The model is restored
-    afterwards.
+    Yields the layers concerned, which `weights_packed` and `placed` must skip.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -63,7 +62,7 @@ def weights_sharded(
     copies: list[nn.Module] = []
     with contextlib.ExitStack() as undo:
         undo.enter_context(warnings.catch_warnings())
-        # Of a sum in place into a block's output, which no denoiser makes: each family is compared with and without.
+        # About in-place sums into a block's output, which no denoiser has; tests compare each family with and without.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
         for block in blocks_at_depth(module, 1):
             layers = [layer for layer in block.modules() if layer in packable and layer not in sharded]
@@ -74,7 +73,7 @@ def weights_sharded(
             bytes_of.join()
             one = _copied(block)
             whole = one._parameters, one._buffers, one._modules
-            # FSDP2 sees the bytes alone, and the model never sees them.
+            # FSDP2 sees only the bytes, and the model never does.
             one._parameters, one._buffers, one._modules = {}, {}, {"bytes": bytes_of}
             fully_shard(one, mesh=mesh)
             one._parameters, one._buffers, one._modules = whole

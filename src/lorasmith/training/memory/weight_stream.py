@@ -1,8 +1,8 @@
 """Offloaded weights: kept in host memory and copied to the device when they are used.
 
-They never change, so they are copied one way and freed after use. The next weight is predicted from the last two:
-layers run in the same order in every pass, forward, backward, and block by block where activations are recomputed. One
-block of the model is prefetched on a separate stream while the device computes. A wrong prediction costs one transfer.
+They never change, so they are copied one way and freed after use. The next weight is predicted from the last two, as
+layers run in the same order in every pass. One block of the model is prefetched on a separate stream while the device
+computes. A wrong prediction costs one transfer.
 """
 
 from __future__ import annotations

@@ -40,18 +40,15 @@ def buffer_bytes(numbers: int, dtype: torch.dtype) -> int:
 
 
 class FlatParameters:
-    """Moves fp32 parameters into flat buffers until `release`.
-
-    `dtype` is that of the forward pass. Parameters of one learning rate in `rates` (0 if missing) form a group.
-    """
+    """fp32 parameters moved into flat buffers until `release`; those of one learning rate form a group."""
 
     def __init__(
         self,
         parameters: Mapping[str, nn.Parameter],
         *,
         device: torch.device,
-        dtype: torch.dtype,
-        rates: Mapping[str, float] | None = None,
+        dtype: torch.dtype,  # of the forward pass
+        rates: Mapping[str, float] | None = None,  # by name, 0 if missing
     ) -> None:
         members: dict[float, dict[str, nn.Parameter]] = {}
         for name, parameter in parameters.items():
@@ -106,7 +103,7 @@ class FlatParameters:
     def buckets(self, numbers: int) -> tuple[list[tuple[int, int]], dict[str, int]]:
         """The buffer cut at borders of parameters into parts of at least `numbers` elements, except the last.
 
-        Returns start and end of each part, and the index of the part of each parameter by name.
+        Returns start and end of each part, and the index of each parameter's part by name.
         """
         starts, bucket_of = [0], {}
         for name, offset in self._offsets.items():

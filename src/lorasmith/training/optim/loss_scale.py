@@ -7,8 +7,7 @@ from torch import Tensor
 
 
 class LossScale:
-    """Dynamic loss scaling for fp16 (Micikevicius et al. 2018, arXiv:1710.03740), kept on the device; a constant 1 if
-    not enabled."""
+    """Dynamic loss scaling for fp16 (Micikevicius et al. 2018, arXiv:1710.03740), on the device; 1 if not enabled."""
 
     _FIRST = 2.0**13
     _GROWTH_STEPS = 500

@@ -25,8 +25,7 @@ _SET_EACH_STEP = ("params", "lr")
 
 
 class GatedOptimizer:
-    """An optimizer whose step takes effect only if a flag on the device is set; arguments are those of
-    `build_optimizer`."""
+    """An optimizer whose step takes effect only if a flag on the device is set; arguments as for `build_optimizer`."""
 
     def __init__(
         self, name: str, groups: Sequence[ParameterGroup], *, weight_decay: float, arguments: str | None = None
@@ -49,8 +48,7 @@ class GatedOptimizer:
 
     @torch.no_grad()
     def step(self, proceed: Tensor, factor: float = 1.0) -> None:
-        """Update the buffers if `proceed` (0-d bool on the device) is true, at `factor` times the rates. May overwrite
-        gradients."""
+        """Update the buffers if `proceed` (0-d bool on the device) is set, at `factor` times the learning rates."""
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             _set_rate(group, rate * factor)
         if self._waits:
@@ -78,10 +76,7 @@ class GatedOptimizer:
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-        """Restore what `state` returned; buffers are not changed, gradients are zeroed.
-
-        Raises TrainingError if the state belongs to another optimizer or to other parameters.
-        """
+        """Restore what `state` returned, without the buffers, and zero gradients. Raises TrainingError."""
         self._reset()
         if not numbers["started"]:
             return
@@ -107,8 +102,7 @@ class GatedOptimizer:
 
     @contextlib.contextmanager
     def evaluation_weights(self) -> Iterator[None]:
-        """Inside the context, the buffers hold the weights for evaluation and saving (averages for schedule-free
-        optimizers)."""
+        """Inside the context, buffers hold the weights to evaluate and save: averages, for schedule-free optimizers."""
         if not self._turns:
             yield
             return
@@ -202,11 +196,7 @@ def check_optimizer(
     rates: Collection[float] = (1e-3,),
     device: torch.device | None = None,
 ) -> None:
-    """Raise OptionError unless an optimizer takes steps on a small matrix and resumes exactly from its saved state.
-
-    `rates` are learning rates of the groups. `device` (the CPU if None) is where it will run, as some optimizers
-    support only certain devices.
-    """
+    """Raise OptionError unless an optimizer works on a small matrix of `device`, and resumes exactly from its state."""
     device = device or torch.device("cpu")
     first, second = ([_small_group(rate, device) for rate in rates] for _ in range(2))
     one = GatedOptimizer(name, first, weight_decay=weight_decay, arguments=arguments)

@@ -115,8 +115,7 @@ def _file_digest(path: Path) -> str:
 def differences(
     before: Mapping[str, Any], now: Mapping[str, Any], *, of: tuple[str, str] = ("then", "now")
 ) -> list[str]:
-    """Differences of two fingerprints or environments as phrases; empty if they are equal. `of` are words for the
-    two."""
+    """Differences of two fingerprints or environments as phrases; `of` are words for the two sides."""
     words = {
         "base": "the base model",
         "files": "the base model",
@@ -203,7 +202,7 @@ def _sampled(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tenso
         places = torch.linspace(0, max(0, flat.numel() - 1), min(_SAMPLED, flat.numel()), dtype=torch.float64)
         values = flat[places.long().to(flat.device)]
         yield f"{name} {list(tensor.shape)}", values.float() if values.dtype in _HALVES else values
-        release_pages(flat)  # where it lies on a file, one value has brought in the pages around it
+        release_pages(flat)  # of a memory-mapped file: reading a value loads the pages around it
 
 
 def _data_tensors(data: EncodedDataset) -> Iterator[tuple[str, Tensor]]:

@@ -21,10 +21,10 @@ from lorasmith.training.runs.records import RunRecord, parsed_record
 RECORD, EVENTS = RUN_RECORD, RUN_LOG
 
 MOST_LINE_BYTES = 2**22
-"""A longer line of a log is no event of ours, and skipped."""
+"""Longer lines of a log are skipped: no event is that long."""
 
 _MOST_EVENTS = 2_000_000
-"""Those that are kept: of the longest run there are some hundred thousand."""
+"""Events that are kept; the longest run has some hundred thousand."""
 
 _E = TypeVar("_E", bound=Event)
 
@@ -90,8 +90,7 @@ def read_history(folder: Path) -> RunHistory:
 
 
 def logged(folder: Path, *, only: bytes = b"") -> Iterator[tuple[bytes, Event | None]]:
-    """Each non-blank line of a run's log that contains `only`, with its event, None if unreadable. Raises
-    TrainingError."""
+    """Lines of a run's log that contain `only`, each with its event, None if unreadable. Raises TrainingError."""
     for line in _lines(folder / EVENTS):
         if not line.strip() or only not in line:
             continue
@@ -115,10 +114,7 @@ def _outcome(events: Iterable[Event | None]) -> Outcome | None:
 
 
 def read_record(folder: Path) -> RunRecord:
-    """Content of a run's `run.json`.
-
-    Raises OptionError if there is no run in the folder, TrainingError if the file cannot be read or is damaged.
-    """
+    """Content of `run.json`. Raises OptionError if there is no run, TrainingError if it is unreadable or damaged."""
     path = folder / RECORD
     if not path.is_file():
         raise OptionError(f"a run folder must contain run.json, got {folder}; name one such as runs/photos-001")

@@ -30,16 +30,14 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """Training losses of one image, its repeats and mirrored copies included.
-
-    Levels are relative to all images; `first` and `last`, of the image's first and last third of draws, to those in the
-    run's first third, NaN without draws; `relative` is the level in the last third relative to the run's last third.
-    """
+    """Training losses of one image, its repeats and mirrored copies included."""
 
     name: str
     looks: int  # number of its draws
+    # Levels in the first and last third of its draws, relative to all images in the run's first third; may be NaN.
     first: float
     last: float
+    # Level in the last third, relative to all images in the run's last third.
     relative: float
     standing: Standing  # see `Ledger.images`
 
@@ -54,11 +52,7 @@ class QuantileCurve:
 
 
 class Ledger:
-    """Every draw of a run.
-
-    `names` are of the samples, by dataset index; samples of one name are one image. Losses are compared within `bins`
-    equal parts of diffusion time.
-    """
+    """Every draw of a run, by image name and in `bins` equal parts of diffusion time."""
 
     def __init__(self, names: Sequence[str], *, bins: int = 10) -> None:
         self._images = list(dict.fromkeys(names))
@@ -69,8 +63,7 @@ class Ledger:
         self._quantile, self._loss = array("d"), array("d")
 
     def add(self, step: int, draws: Iterable[Sequence[float]]) -> None:
-        """Add a step's draws (dataset index, quantile, loss), replacing all from that step on; non-finite losses are
-        ignored."""
+        """Add a step's draws (dataset index, quantile, loss), replacing all from that step on."""
         while self._step and self._step[-1] >= step:
             for column in (self._step, self._image, self._quantile, self._loss):
                 column.pop()
@@ -108,8 +101,8 @@ class Ledger:
 
         - *too few looks*: fewer than `MIN_LOOKS`.
         - *memorised*: its level fell by a factor of `_FAR` (1.5) more than that of the held-out images, whose loss late
-        in the run divided by that early is `held_out_fall`. Without them, more than that of all images, which cannot
-        show that all are memorised equally.
+          in the run divided by that early is `held_out_fall`. Without them, more than that of all images, which cannot
+          show that all are memorised equally.
         - *never fit*: it stays above 1.5 times the level of the others. It is harder, or the caption does not match.
         - *still learning*: its level fell from the second to the last third of its draws.
         - *learnt*: it fell from the first third to the last, and no longer falls.

@@ -23,12 +23,11 @@ _STATE = "existing_state"
 
 
 def continuing(folder: RunFolder, record: RunRecord, on_event: EventHandler) -> RunRecord:
-    """The record of a run as it starts in a folder that holds a run: from the end of that one, if it is shorter.
+    """The record of a run in a folder that holds a run: starting from the end of that one, if it is shorter.
 
-    Returns `record` with the run state to start from, and moves the shorter run's folder aside with a `Warned`;
-    `record` is unchanged if the folder holds another run. Raises OutputError if the run there is complete and not
-    shorter, its state cannot be read, the folder cannot be moved, or another process trains in it; OptionError if it
-    has no run state.
+    The shorter run's folder is moved aside, with a `Warned`. If the folder holds another run, `record` is unchanged.
+    Raises OutputError if the run there is complete and not shorter, unreadable, immovable or in use, OptionError
+    without a run state.
     """
     if record.config.get(_STATE) is not None:  # which names what to start from
         return record
@@ -70,7 +69,7 @@ def _with_its_state(folder: RunFolder, before: RunRecord, record: RunRecord) -> 
     path = before.config.get(_STATE)
     if not isinstance(path, str):
         return record
-    # Beside the folder, wherever it was moved with it: a record may be a stranger's, and its paths are not opened.
+    # Looked up beside the folder, as both may have been moved; paths of an untrusted record are not opened.
     parts = PurePath(path).parts[-3:]
     if len(parts) < 3 or ".." in parts:
         return record

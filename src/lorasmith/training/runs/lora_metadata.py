@@ -27,7 +27,7 @@ from lorasmith.training.job import Job
 from lorasmith.training.runs.records import RunRecord
 
 _ONE_AT_A_TIME = threading.Lock()
-"""Of runs that train together, the first hashes their base model, and the others find its digest."""
+"""Of runs that train together, the first hashes the base model; the others reuse its digest."""
 
 _DATASET = "dataset"
 """Stands for the name of the image folder in sd-scripts' entries."""
@@ -40,14 +40,11 @@ def training_metadata(
     title: str,
     trigger: str | None,
     steps: int,
-    started: float,
+    started: float,  # seconds since 1970
     record: RunRecord,
-    hashes: BaseHashes,
+    hashes: BaseHashes,  # left out until they are known
 ) -> dict[str, str]:
-    """Header metadata of a LoRA, sorted by key.
-
-    `steps` include those of a continued LoRA; `started` is in seconds since 1970; unknown `hashes` are left out.
-    """
+    """Header metadata of a LoRA, sorted by key; `steps` include those of a continued LoRA."""
     entries = {
         **_kohya(job, data, title=title, steps=steps, started=started),
         "ss_sd_model_hash": hashes.autov1,
@@ -66,10 +63,7 @@ def training_metadata(
 
 
 class BaseHashes:
-    """Hashes of a single-file base model, computed on a thread inside its context; empty until then.
-
-    Folders have none, nor have files that become unreadable. Leaving the context cancels hashing.
-    """
+    """Hashes of a single-file base model, computed on a thread inside its context; empty until they are known."""
 
     def __init__(self, path: Path | None) -> None:
         self.sha256 = self.autov1 = ""

@@ -32,7 +32,7 @@ _ELSEWHERE = ("command", "model", "name", "vae", "device")
 _MOST_STEPS = 10**9
 
 RECORD_VERSION = 1
-"""Of `run.json`."""
+"""Version of the format of `run.json`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,8 +126,7 @@ class RunRecord:
 
 
 def parsed_record(text: str | bytes) -> RunRecord:
-    """The record in `run.json` or in a LoRA. Raises ValueError, whose message is a clause with what is wrong and
-    where."""
+    """The record in `run.json` or in a LoRA. Raises ValueError with a clause that says what is wrong and where."""
     return typed(parse_foreign_json(text), RunRecord)
 
 
@@ -136,15 +135,11 @@ def run_record(
     parts: Split,
     *,
     title: str,
-    source: Mapping[str, Any],
-    facts: Mapping[str, Any] = MappingProxyType({}),
-    verify: bool = False,
+    source: Mapping[str, Any],  # JSON values from which the run can be repeated
+    facts: Mapping[str, Any] = MappingProxyType({}),  # more on the images, for readers
+    verify: bool = False,  # digest every byte of the base model's files
 ) -> RunRecord:
-    """The record of a planned run.
-
-    `source` are JSON values from which the run can be repeated, `facts` more on the images, for readers. With `verify`,
-    the fingerprint covers every byte of the base model's files. Raises ModelError if one cannot be read.
-    """
+    """The record of a planned run. Raises ModelError if a file of the base model cannot be read for `verify`."""
     base = job.denoiser.base
     held_out = parts.held_out.samples if parts.held_out else ()
     taken = fingerprint(job, parts.training, parts.held_out)

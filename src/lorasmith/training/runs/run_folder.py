@@ -61,8 +61,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def claimed(self) -> Iterator[None]:
-        """Inside the context, this process owns the folder, which is created. Raises OutputError if another process
-        does."""
+        """Inside the context, this process owns the folder. Raises OutputError if another one does."""
         ensure_folder(self.path)
         with self._locked():
             self._tidy()
@@ -188,10 +187,7 @@ class RunFolder:
 
 
 def check_place(place: Path, size_bytes: int = 0) -> None:
-    """Raise OutputError unless a run of `size_bytes` can be in a folder, which need not exist, or below it.
-
-    The folder must be writable, without another process that trains in it, on a disk with enough free space.
-    """
+    """Raise OutputError unless a folder is writable, not in use and has `size_bytes` free; it need not exist."""
     check_writable(place)
     folder = RunFolder(place)
     there = 0
@@ -211,9 +207,8 @@ def claimed_run(
 ) -> Iterator[tuple[RunFolder, RunState | None]]:
     """Inside the context, this process owns the folder of a run; yields it with the run state to resume from, or None.
 
-    `record` has the run's fingerprint. `fresh` moves an existing run aside. `on_event` receives a `Warned` for a moved
-    folder and for each unreadable run state. Raises OutputError if the folder holds another run, a complete one, or one
-    that another process is training.
+    `fresh` moves an existing run aside. `on_event` receives a `Warned` for that and for each unreadable run state.
+    Raises OutputError if the folder holds another or complete run, or another process trains in it.
     """
     folder = RunFolder(path)
     if fresh and folder.exists:
@@ -233,8 +228,7 @@ def claimed_run(
 
 
 def check_verifiable(before: RunRecord, now: Fingerprint, file: Path) -> None:
-    """Raise OutputError if file digests are to be compared with a record that has none; `file` is named in the
-    message."""
+    """Raise OutputError if file digests are to be compared with a record that has none; `file` is for the message."""
     if now.get("files") and not before.fingerprint.get("files"):
         raise OutputError(
             f"{file} has no digests of the base model's whole files, as its run was started without --verify; leave "

@@ -2,9 +2,9 @@
 
     states/step-000100.safetensors     tensors by part (engine/, snapshot/, ...), numbers as JSON in the header
 
-A state is written atomically, and older ones are removed only afterwards. A full disk causes a warning and fewer
-states, never the end of a run. Each file carries the SHA-256 of its bytes (with zeros in place of the digest), which is
-verified before anything in it is used: one flipped bit makes it unreadable, and the run resumes from the state before.
+A state is written atomically, and older ones are removed afterwards. A full disk causes a warning and fewer states,
+never the end of a run. Each file carries the SHA-256 of its bytes (with zeros in place of the digest), which is
+verified before use: a corrupt state is unreadable, and the run resumes from the state before.
 """
 
 from __future__ import annotations
@@ -40,10 +40,7 @@ SPARE_BYTES = 64 * 2**20
 
 
 class RunStates:
-    """The run states in a folder, which is created with the first one; the newest `keep` are kept.
-
-    `config` is stored in each file for reference.
-    """
+    """The run states in a folder, which is created with the first one; the newest `keep` are kept."""
 
     def __init__(self, folder: Path, *, keep: int, config: Mapping[str, Any] | None = None) -> None:
         self.folder = folder
@@ -56,9 +53,9 @@ class RunStates:
         return sorted(found, key=lambda path: int(path.stem.removeprefix("step-")), reverse=True)
 
     def newest(self, on_skipped: Callable[[str], None] = lambda sentence: None) -> RunState | None:
-        """The newest readable state, None if there are none. Raises OutputError if none can be read.
+        """The newest readable state, None if there are none; unreadable ones are reported and renamed.
 
-        Unreadable ones are reported to `on_skipped` and renamed, so that they no longer count as states.
+        Raises OutputError if there are states, but none can be read.
         """
         unreadable: list[tuple[Path, LorasmithError]] = []
         for path in self.paths():
@@ -97,16 +94,13 @@ class RunStates:
 
 
 class StateSaver(Watcher):
-    """Saves the state of a run by steps and by minutes (0 disables either), and when it ends.
-
-    `before` is called before each save, to flush other files that resuming reads.
-    """
+    """Saves the state of a run by steps and by minutes (0 disables either), and when it ends."""
 
     def __init__(
         self, states: RunStates, *, every: int, minutes: float, before: Callable[[], None] = lambda: None
     ) -> None:
         self._states = states
-        self._before = before
+        self._before = before  # flushes other files that resuming reads
         self._every = every
         self._seconds = minutes * 60
         self._last_step = -1

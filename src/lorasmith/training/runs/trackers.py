@@ -24,11 +24,7 @@ _PROJECT = "lorasmith"
 
 
 def tracker_for(name: str, folder: Path, title: str, config: Mapping[str, Any], *, on_event: EventHandler) -> Tracker:
-    """Start the tracker `tensorboard` or `wandb` for a run, which logs `config` for comparison.
-
-    Raises OptionError if its package is not installed or it does not start, OutputError if the folder cannot be
-    written.
-    """
+    """Start a tracker, `tensorboard` or `wandb`. Raises OptionError if it does not start, and OutputError."""
     package, spoken = _PACKAGES[name]
     if importlib.util.find_spec(package) is None:
         raise OptionError(
@@ -45,8 +41,7 @@ def tracker_for(name: str, folder: Path, title: str, config: Mapping[str, Any], 
 
 
 class Tracker:
-    """An event handler that logs losses and rates; made by `tracker_for`. If it fails, `on_event` receives a
-    `Warned`."""
+    """An event handler that logs losses and rates; if it fails, `on_event` receives a `Warned`."""
 
     def __init__(self, tracker: Any, spoken: str, on_event: EventHandler) -> None:
         self._tracker = tracker
