@@ -121,7 +121,6 @@ class BatchMaker:
         return batches
 
     def _groups(self, draws: Sequence[int]) -> list[dict[int, Sample]]:
-        """Draws of one process with their samples, grouped by batch."""
         size = self.runtime.micro_batch
         found: list[dict[int, Sample]] = []
         for start in range(0, len(draws), size):

@@ -657,7 +657,6 @@ class ResolvedConfig(TrainConfig):
 
     @property
     def noise_range(self) -> tuple[float, float]:
-        """Least and greatest noise level of training, as diffusion time."""
         return self.min_noise, self.max_noise
 
     def scheduled(self, step: int) -> float:

@@ -178,7 +178,6 @@ class Engine:
         self.runtime = replace(self.runtime, **runtime)
 
     def rate(self, step: int) -> float:
-        """Factor of all learning rates at a step of the run, counted from 0."""
         return self.rate_factor * self.config.scheduled(step)
 
     def gradient(self, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:

@@ -311,7 +311,7 @@ def _checked_draws(value: Any) -> tuple[tuple[int, float, float], ...]:
 
 
 def _readable(value: Any) -> Any:
-    """A JSON value whose text is printable, since whoever reads events prints them."""
+    """A JSON value whose text is printable, as readers of events print it."""
     if isinstance(value, dict):
         return {name: _readable(one) for name, one in value.items()}
     if isinstance(value, list):

@@ -57,7 +57,6 @@ class GradientSums:
                 hook.remove()
 
     def finish(self) -> None:
-        """Reduce the remaining buckets, and wait for all."""
         while self._next >= 0:
             self._begin()
         for wait in self._waiting:

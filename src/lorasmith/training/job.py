@@ -67,7 +67,6 @@ class Job:
 
     @property
     def parameters(self) -> int:
-        """Number of trained parameters."""
         trained: list[nn.Module] = [*self.adapters.values(), *self.differences.values()]
         return sum(parameter.numel() for one in trained for parameter in one.parameters())
 

@@ -222,7 +222,6 @@ class _Coordinator:
         return results
 
     def _answer(self, asking: Sequence[_Participant[Any]]) -> None:
-        """Compute the gradients of runs, together where possible."""
         self._model.attach([participant.engine for participant in asking if participant.engine is not None])
         failure: Exception | None = None
         if len(asking) > 1 and not self._is_apart:
@@ -256,7 +255,6 @@ class _Coordinator:
             return error.with_traceback(None) if is_out_of_memory(error) else error
 
     def _compute(self, asking: Sequence[_Participant[Any]]) -> None:
-        """The gradients of runs, in passes of batches that fit together."""
         shares = [_Share(place, participant) for place, participant in enumerate(asking)]
         while pending := [share for share in shares if share.pending]:
             kind = _kind(pending[0].batches[pending[0].pending[0]])
@@ -376,7 +374,6 @@ class _JointEngine(Engine):
 
 
 def _kind(batch: Batch) -> object:
-    """Key that batches of one pass share."""
     return batch.clean.shape[1:], kind_of(batch.conditioning)
 
 

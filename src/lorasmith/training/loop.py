@@ -142,7 +142,6 @@ class Loop:
         return self.outcome
 
     def stop(self) -> None:
-        """End the run after this step (early stopping)."""
         self.outcome = Outcome.STOPPED
 
     @property

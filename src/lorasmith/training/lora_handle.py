@@ -275,9 +275,14 @@ class Lora:
         bypass: bool | None = None,
         strict: bool = False,
     ) -> Denoiser:
-        """The denoiser with this LoRA on top, with a Python warning about parts that do not apply.
+        """The denoiser with this LoRA on top, as by `applied`, with a Python warning about parts that do not apply.
 
-        Arguments and errors are those of `applied`.
+        Args:
+            denoiser: what it is applied to.
+            strength, bypass, strict: as for `applied`.
+
+        Raises:
+            LoraError, OptionError: as `applied`.
         """
         applied = self.applied(denoiser, None, strength=strength, bypass=bypass, strict=strict)
         if applied.note:
@@ -285,9 +290,14 @@ class Lora:
         return applied.denoiser
 
     def applied_to_text(self, encoder: TextEncoder, *, strength: float = 1.0, strict: bool = False) -> TextEncoder:
-        """The text encoders with this LoRA on top, with a Python warning about parts that do not apply.
+        """The text encoders with this LoRA, as by `applied`, with a Python warning about parts that do not apply.
 
-        Arguments and errors are those of `applied`.
+        Args:
+            encoder: what it is applied to.
+            strength, strict: as for `applied`.
+
+        Raises:
+            LoraError, OptionError: as `applied`.
         """
         applied = self.applied(None, encoder, strength=strength, strict=strict)
         if applied.note:

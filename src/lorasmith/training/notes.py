@@ -206,7 +206,6 @@ def _on_learning(config: TrainConfig) -> Iterator[str]:
 
 
 def _on_experts(config: TrainConfig, denoiser: Denoiser) -> Iterator[str]:
-    """The noise levels that an expert is trained on."""
     base = denoiser.base
     named = base.named_expert
     chosen = config.min_noise is not None or config.max_noise is not None

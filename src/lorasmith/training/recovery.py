@@ -119,7 +119,6 @@ class Recovery:
         )
 
     def _roll_back(self, fault: Diverged) -> None:
-        """Skip a step and continue after it from the last snapshot, at half the learning rate."""
         engine, progress, good = self._engine, self._progress, self.good
         assert good is not None  # there is one before the first step
         fruitless = fault.step + 1 == engine.config.steps and not any(map(math.isfinite, progress.losses))

@@ -143,7 +143,6 @@ class Results:
         self._started = time.time()
 
     def lora(self, step: int) -> Lora:
-        """The LoRA in the adapters, with the metadata of a step."""
         job = self._job
         metadata = training_metadata(
             job,

@@ -56,7 +56,6 @@ class Runtime:
         learning_rates: Mapping[str, float] | None = None,
         varying_sizes: bool = False,
     ) -> Runtime:
-        """The effective settings for a model on a device."""
         on_cpu = device.type == "cpu"
         # torch.compile selects the kept activations itself, and host memory is the CPU's own.
         is_idle = config.compile or (config.activations == "host" and on_cpu)

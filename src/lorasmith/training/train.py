@@ -133,7 +133,6 @@ def _opened(
 
 
 def _check_together(job: Job, record: RunRecord) -> None:
-    """Raise an error in all processes of a run if they cannot train it together."""
     processes, config = job.runtime.processes, job.config
     found = processes.gathered({"versions": record.environment["versions"], **record.fingerprint})
 
@@ -155,8 +154,6 @@ def _check_together(job: Job, record: RunRecord) -> None:
 
 
 class _Run:
-    """One run: training, and saving its results however it ends."""
-
     def __init__(
         self, job: Job, parts: Split, options: RunOptions, record: RunRecord, folder: RunFolder | None
     ) -> None:
@@ -358,7 +355,6 @@ class _Run:
             )
 
     def _inexact(self, folder: RunFolder) -> Iterator[str]:
-        """Reasons why the rest of a run may not be bit-identical."""
         found = (word for before in folder.record().all_environments for word in differences(before, self._environment))
         yield from dict.fromkeys(found)
         runtime = self._job.runtime
@@ -369,7 +365,6 @@ class _Run:
 
 
 def _kept(result: TrainResult) -> str:
-    """A clause that says where the LoRA of a cancelled or failed run is."""
     return f"the LoRA of {count_text(result.steps, 'step')} is at {result.path}"
 
 

@@ -86,7 +86,6 @@ class History:
 
     @property
     def losses(self) -> list[tuple[int, float]]:
-        """Step and mean loss of each validation."""
         return [(step, float(mean)) for step, mean in zip(self._steps, self._means(), strict=True)]
 
     @property
@@ -96,7 +95,6 @@ class History:
 
     @property
     def since_best(self) -> int:
-        """Number of validations after the best one."""
         return len(self._steps) - 1 - self._best
 
     def should_stop(self, patience: int) -> bool:

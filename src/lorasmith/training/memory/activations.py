@@ -1,6 +1,6 @@
 """Plans for the activations that a forward pass keeps for the backward pass.
 
-    keep        what autograd saves, except inputs of frozen convolutions, whose gradient needs the weight alone
+    keep        what autograd saves, except inputs of frozen convolutions, whose gradient needs only the weight
     lean        also, cheap results (norms, activation functions, products with a scale, concatenations) are recomputed
                 from tensors that are kept anyway
     selective   also, outputs of Linear layers that widen their input fourfold or more, as in feed-forward networks
@@ -167,7 +167,6 @@ class Recipes:
             setattr(result, _RECIPE, (result._version, Recipe(function, leaves, spec)))
 
     def pack(self, tensor: Tensor) -> Tensor | Recipe:
-        """The tensor or its recipe, to save for the backward pass."""
         recipe = _recipe_of(tensor)
         if recipe is None:
             self._kept.add(_storage(tensor))
@@ -183,8 +182,6 @@ class Recipes:
 
 
 class _Recorder(TorchFunctionMode):
-    """Records recipes of the results of cheap functions."""
-
     def __init__(self, recipes: Recipes) -> None:
         super().__init__()
         self._recipes = recipes

@@ -76,7 +76,7 @@ def compiler(device: torch.device) -> str:
 
 @contextlib.contextmanager
 def blocks_compiled(model: nn.Module, enabled: bool, *, varying_sizes: bool = False) -> Iterator[None]:
-    """Inside the context, blocks of `model` run compiled, if `enabled`; adapters and checkpointing must be in place.
+    """Inside the context, blocks of `model`, adapters and checkpointing in place, run compiled, if `enabled`.
 
     `varying_sizes` compiles once for all sizes of latents, a little slower, instead of once per size.
     """
@@ -126,10 +126,7 @@ class _Compiled:
 
 @functools.cache
 def _caller(kind: object) -> types.FunctionType:
-    """A function that calls its first argument, one per kind of block.
-
-    torch caches compiled code by code object, so blocks of a kind share one cache entry, also after a preview.
-    """
+    """A function that calls its first argument, one per kind of block, as torch caches compiled code by code object."""
 
     def call(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return forward(*args, **kwargs)
@@ -138,7 +135,6 @@ def _caller(kind: object) -> types.FunctionType:
 
 
 def _kind(block: nn.Module) -> object:
-    """Key of blocks that can share compiled code."""
     parts = tuple((path, type(part), tuple(map(type, adapters_on(part)))) for path, part in block.named_modules())
     return parts, tuple(parameter.shape for parameter in block.parameters())
 

@@ -89,7 +89,6 @@ class _OnHost:
         memory.record_stream(stream)
 
     def send(self) -> None:
-        """Start the copy back to the device, unless it has started."""
         if self._back is not None:
             return
         if self._stream is None:

@@ -188,7 +188,6 @@ class _Probe:
 
     @property
     def largest(self) -> int:
-        """Bytes of the largest saved tensor."""
         return max((self._sizes[one] for one in self._kept), default=0)
 
     def checkpointed(self, depth: int) -> int:

@@ -136,12 +136,10 @@ class _Bytes(nn.Module):
         self._size = 0
 
     def add(self, weight: Packed) -> ShardedWeight:
-        """Add a weight; returns its source."""
         self._taken += weight.tensors
         return ShardedWeight(self, [self._added(one) for one in weight.tensors], weight)
 
     def join(self) -> None:
-        """Create the parameter from the added weights."""
         self.whole = nn.Parameter(torch.cat(self._pieces), requires_grad=False)
         for tensor in self._taken:
             release_pages(tensor)

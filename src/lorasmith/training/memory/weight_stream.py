@@ -33,7 +33,6 @@ class Resident:
         self.peak = 0
 
     def count(self, tensor: Tensor) -> None:
-        """Count a tensor until it is freed."""
         size = tensor.numel() * tensor.element_size()
         self.now += size
         self.peak = max(self.peak, self.now)
@@ -97,7 +96,6 @@ class WeightStream:
         self._last = (-1, -1)
 
     def _foreseen(self) -> list[int]:
-        """The predicted next weights, up to `ahead_bytes`."""
         found: list[int] = []
         last, free = self._last, self.ahead_bytes
         while (one := self._following.get(last)) is not None and one not in found:

@@ -80,7 +80,6 @@ class FlatParameters:
         self.publish()
 
     def view(self, buffer: Tensor, name: str) -> Tensor:
-        """A parameter's part of a flat buffer, in the parameter's shape."""
         parameter = self._parameters[name]
         start = self._offsets[name]
         return buffer[start : start + parameter.numel()].view(parameter.shape)
@@ -113,13 +112,11 @@ class FlatParameters:
         return list(zip(starts, [*starts[1:], len(self.master)], strict=True)), bucket_of
 
     def publish(self) -> None:
-        """Copy the master weights to the compute buffer."""
         if self._compute is not self.master:
             self._compute.copy_(self.master)
 
     @property
     def parameters(self) -> Mapping[str, nn.Parameter]:
-        """Parameters by name, in the order of the buffer."""
         return self._parameters
 
     @property

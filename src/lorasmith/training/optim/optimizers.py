@@ -139,7 +139,6 @@ class GatedOptimizer:
         self._set_groups([{}] * len(self._fresh))
 
     def _make_state(self) -> None:
-        """Create the optimizer's state, by a step that is undone."""
         before = [flat.clone() for flat in self._flats]
         for flat in self._flats:
             if flat.grad is not None:
@@ -239,7 +238,6 @@ def _trial_steps(optimizer: GatedOptimizer, groups: Sequence[ParameterGroup], st
 
 
 def _kept(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a parameter group that belong to the state."""
     return {key: value for key, value in group.items() if key not in _SET_EACH_STEP}
 
 

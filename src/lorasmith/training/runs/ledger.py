@@ -160,12 +160,10 @@ def _level(logs: Array) -> float:
 
 
 def _above(values: Array, bound: float) -> bool:
-    """Whether the mean is significantly above a bound."""
     return bool(values.mean() - bound > _CLEAR * values.std(ddof=1) / math.sqrt(len(values)))
 
 
 def _below(values: Array, others: Array) -> bool:
-    """Whether the mean is significantly below that of others."""
     error = math.hypot(
         values.std(ddof=1) / math.sqrt(len(values)),
         others.std(ddof=1) / math.sqrt(len(others)),

@@ -84,7 +84,6 @@ def _with_its_state(folder: RunFolder, before: RunRecord, record: RunRecord) -> 
 
 
 def _from_state(record: RunRecord, path: Path) -> RunRecord:
-    """The record with a run state that the run starts from. Raises OutputError if it cannot be read."""
     return _starting(record, path, record.fingerprint.get("initial", "") + state_digest(path))
 
 

@@ -173,7 +173,6 @@ def _modelspec(job: Job, data: EncodedDataset, *, title: str, trigger: str) -> d
 
 
 def _lycoris_arguments(config: ResolvedConfig) -> dict[str, object]:
-    """Arguments of LyCORIS' network beside algorithm, rank and alpha."""
     arguments = {
         "dora_wd": config.dora != "none",
         "wd_on_output": config.dora == "output",

@@ -13,10 +13,7 @@ _SYSTEM_FILES = frozenset({"thumbs.db", "desktop.ini"})
 
 
 def output_folder(output: Path, title: str) -> Path:
-    """The folder of a run: `output` (which need not exist), or a subfolder `title` beside files that are not a run's.
-
-    Raises OutputError if the output is a file, is named like a LoRA or cannot be read, or the subfolder cannot be used.
-    """
+    """The folder of a run: `output`, or a subfolder `title` beside files that are not a run's. Raises OutputError."""
     if output.suffix.lower() == ".safetensors" and not output.is_dir():
         raise OutputError(
             f"output must be the folder of the run, got the file {output}; give {output.with_suffix('')} as output, "

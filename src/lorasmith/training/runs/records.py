@@ -117,11 +117,9 @@ class RunRecord:
         return self.environments or (self.environment,)
 
     def to_text(self) -> str:
-        """Content of `run.json`."""
         return _json(asdict(self), indent=2)
 
     def to_entry(self) -> str:
-        """The run's entry in the metadata of its LoRA."""
         return _json({name: value for name in _REPEATED if (value := getattr(self, name))}, sort_keys=True)
 
 

@@ -52,7 +52,6 @@ class RunFolder:
 
     @property
     def is_done(self) -> bool:
-        """Whether its run is complete and cannot be resumed."""
         outcome = self.outcome()
         return outcome is not None and outcome.is_final
 
@@ -91,7 +90,6 @@ class RunFolder:
             self.begin(replace(record, environments=(*known, dict(environment))))
 
     def begin(self, record: RunRecord) -> None:
-        """Write `run.json`. Raises OutputError."""
         write_atomic(self.path / RECORD, record.to_text())
 
     def check_continues(self, record: RunRecord) -> None:
