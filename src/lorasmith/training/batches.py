@@ -1,9 +1,9 @@
 """Samples, noise levels and noise of a step, all functions of the seed and the draw index.
 
-A step takes batch_size × grad_accumulation_steps consecutive draws of the epochs' permutations, so batches cross the
-ends of epochs and every image is drawn once before any is drawn twice. Draws of equal latent size share a forward pass,
-each with its own conditioning. Micro-batches of any size have the same draws in the same order. Processes that train
-together take shares of these draws that are about equal work.
+A step takes batch_size × grad_accumulation_steps consecutive draws of the epochs' permutations: batches may span two
+epochs, and every image is drawn once before any is drawn twice. Draws of equal latent size share a forward pass, each
+with its own conditioning. Micro-batches of any size have the same draws in the same order. Processes that train
+together take shares of these draws of about equal cost.
 """
 
 from __future__ import annotations
@@ -27,43 +27,24 @@ from lorasmith.training.runtime import Runtime
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples of one forward pass.
+    """Samples of one forward pass."""
 
-    Attributes:
-        clean, noise, noised: fp32 (batch, channels, [frames,] height, width).
-        level: their noise levels.
-        conditioning: one batch.
-        names: the samples' names.
-        masks: of dropout, one row per sample; None without dropout.
-        draws: global draw indices.
-        indices: of the samples in the dataset.
-        quantiles: of the noise levels on the model's schedule, 0 is clean, 1 noisy.
-        places: weights of the loss by place, fp32, broadcasting to `clean`; None for 1 everywhere.
-        weights: of the samples in the gradient, fp32 (batch,); None for 1 each.
-    """
-
-    clean: Tensor
+    clean: Tensor  # fp32 (batch, channels, [frames,] height, width), as `noise` and `noised`
     noise: Tensor
     noised: Tensor
     level: NoiseLevel
     conditioning: Conditioning
     names: tuple[str, ...]
-    masks: Tensor | None = None
-    draws: tuple[int, ...] = ()
-    indices: tuple[int, ...] = ()
-    quantiles: tuple[float, ...] = ()
-    places: Tensor | None = None
-    weights: Tensor | None = None
+    masks: Tensor | None = None  # of rank and module dropout, one row per sample
+    draws: tuple[int, ...] = ()  # global draw indices
+    indices: tuple[int, ...] = ()  # of the samples in the dataset
+    quantiles: tuple[float, ...] = ()  # of the noise levels on the model's schedule: 0 is clean, 1 is noise
+    places: Tensor | None = None  # weights of the loss by pixel, fp32, broadcasting to `clean`; None for 1
+    weights: Tensor | None = None  # of the samples in the gradient, fp32 (batch,); None for 1
 
 
 def sample_index(draw: int, count: int, seed: int) -> int:
-    """Index of the sample that a draw takes: every sample once per epoch, in a new order each time.
-
-    Args:
-        draw: global index of the draw.
-        count: number of samples.
-        seed: of the run.
-    """
+    """Index of the sample of a global draw index: every sample once per epoch, in a new order each time."""
     epoch, position = divmod(draw, count)
     return _order(count, seed, epoch)[position]
 
@@ -74,57 +55,44 @@ def _order(count: int, seed: int, epoch: int) -> list[int]:
 
 
 def kind_of(conditioning: Conditioning) -> object:
-    """Key that conditionings of one batch share: tensors and shapes of a sample, except the context's length."""
+    """Key that conditionings of one batch share: their tensors' names and shapes, except the length of the context."""
     return frozenset(
         (key, tensor.shape[2 if key == "context" else 1 :]) for key, tensor in conditioning.tensors.items()
     )
 
 
 def no_masks(draws: Sequence[int]) -> Tensor | None:
-    """The masks of runs without dropout: None."""
+    """Masks without dropout: None."""
     return None
 
 
 @dataclass(frozen=True)
 class BatchMaker:
-    """Makes the batches of any step.
-
-    Attributes:
-        samples: the dataset.
-        schedule: the noise schedule of training.
-        quantiles: maps uniform numbers to quantiles of it.
-        join: joins several samples' conditionings into one batch; see `Family.join`.
-        memory_format: of the denoiser's inputs.
-        config, runtime: of the run.
-        masks: dropout masks of draw indices, one row each.
-        lengths_apart: whether contexts of different length get batches of their own.
-    """
+    """Makes the batches of any step."""
 
     samples: Sequence[Sample]
     schedule: NoiseSchedule
-    quantiles: QuantileMap
-    join: Callable[[Sequence[Conditioning]], Conditioning]
+    quantiles: QuantileMap  # maps uniform numbers to quantiles of `schedule`
+    join: Callable[[Sequence[Conditioning]], Conditioning]  # see `Family.join`
     memory_format: torch.memory_format
     config: ResolvedConfig
     runtime: Runtime
-    masks: Callable[[Sequence[int]], Tensor | None] = no_masks
-    lengths_apart: bool = False
+    masks: Callable[[Sequence[int]], Tensor | None] = no_masks  # draw indices → dropout masks, one row each
+    lengths_apart: bool = False  # whether contexts of different length are in separate batches
 
     @property
     def per_step(self) -> int:
-        """Draws per step."""
         return self.config.samples_per_step
 
     def index(self, draw: int) -> int:
-        """Dataset index of a global draw index."""
         return sample_index(draw, len(self.samples), self.config.seed)
 
     def sample(self, draw: int) -> Sample:
-        """The sample of a global draw index, with what is drawn of its picture and caption."""
+        """The sample of a global draw index, with the picture and caption variants drawn for it."""
         return self.samples[self.index(draw)].drawn(self.config.seed, draw)
 
     def drawn(self, step: int) -> list[tuple[str, int, float]] | None:
-        """Name, dataset index and quantile of each draw of a step over several processes; None in one alone."""
+        """Name, dataset index and quantile of each draw of a step, those of all processes; None in a single process."""
         if self.runtime.processes.size == 1:
             return None
         found = []
@@ -136,10 +104,9 @@ class BatchMaker:
         return found
 
     def step(self, step: int) -> list[Batch]:
-        """The batches of a step (counted from 0), one or more per micro-batch; of several processes, this one's.
+        """This process's batches of a step (counted from 0), one or more per micro-batch.
 
-        With sharded weights all processes have as many; those that are added have no names and no draws, and weights
-        of 0.
+        With sharded weights all processes have equally many: padding batches have no names or draws, and weights of 0.
         """
         draws: Sequence[int] = range(step * self.per_step, (step + 1) * self.per_step)
         processes = self.runtime.processes
@@ -154,7 +121,6 @@ class BatchMaker:
         return batches
 
     def _groups(self, draws: Sequence[int]) -> list[dict[int, Sample]]:
-        """Draws of one process with their samples, in the groups that are batches."""
         size = self.runtime.micro_batch
         found: list[dict[int, Sample]] = []
         for start in range(0, len(draws), size):
@@ -210,7 +176,7 @@ class BatchMaker:
 
 
 def _padding(batch: Batch) -> Batch:
-    """A batch for a pass that changes no gradient and has no draws."""
+    """A batch for a pass that does not change the gradient."""
     # Of the same shapes, so that nothing is compiled for it.
     return replace(
         batch,
@@ -223,12 +189,7 @@ def _padding(batch: Batch) -> Batch:
 
 
 def shares(costs: Sequence[float], processes: int) -> list[list[int]]:
-    """Places of a step's draws for each process, in order: the longest first, each to the one with least so far.
-
-    Args:
-        costs: of the draws.
-        processes: how many there are.
-    """
+    """Indices of a step's draws for each process, in order; the most expensive first, each to the least loaded."""
     found: list[list[int]] = [[] for _ in range(processes)]
     loads = [0.0] * processes
     for place in sorted(range(len(costs)), key=lambda one: -costs[one]):

@@ -1,4 +1,5 @@
-"""The captions that a run draws, encoded before its first step; or text encoders that stay where these are too many."""
+"""Encodes the captions that a run draws before its first step, or keeps the text encoders loaded if there are too
+many."""
 
 from __future__ import annotations
 
@@ -13,22 +14,14 @@ from lorasmith.training.batches import sample_index
 from lorasmith.training.events import CaptionsPlanned, EventHandler
 
 _MOST_DRAWS = 50_000
-"""Draws whose captions are listed one by one, in some seconds."""
+"""Draws up to which their captions are listed one by one, in some seconds."""
 
 
 @contextlib.contextmanager
 def captions_ready(
     data: EncodedDataset, draws: range, *, seed: int, on_event: EventHandler, progress: Callable[[int, int], None]
 ) -> Iterator[None]:
-    """Inside the context, the conditioning of each drawn caption is at hand, or its text encoder is.
-
-    Args:
-        data: the training samples.
-        draws: of the run.
-        seed: of the run.
-        on_event: receives a `CaptionsPlanned` where there are captions to encode.
-        progress: called after each caption that is encoded before training, with (captions done, total).
-    """
+    """Inside the context, all drawn captions are encoded (calls `progress(done, total)`), or the encoder is loaded."""
     captions, varied = data.captions, _varied(data.samples)
     if captions is None or not varied:
         yield
@@ -60,14 +53,7 @@ def captions_ready(
 
 
 def drawn_captions(samples: Sequence[Sample], draws: range, *, seed: int, most: int) -> list[str] | None:
-    """The captions of a run's draws; of a very long run, all that are possible. None for more than `most`.
-
-    Args:
-        samples: the training samples.
-        draws: of the run.
-        seed: of the run.
-        most: number of captions.
-    """
+    """The captions of a run's draws; of a very long run, all possible ones. None if there are more than `most`."""
     found: dict[str, None] = {}
     if len(draws) <= _MOST_DRAWS:
         for draw in draws:
@@ -86,5 +72,5 @@ def drawn_captions(samples: Sequence[Sample], draws: range, *, seed: int, most: 
 
 
 def _varied(samples: Sequence[Sample]) -> list[Variants]:
-    """What is drawn of each distinct sample that varies."""
+    """The variants of each distinct sample that has some."""
     return [one.variants for one in {id(one): one for one in samples}.values() if one.variants is not None]

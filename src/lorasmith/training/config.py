@@ -25,10 +25,10 @@ from lorasmith.training.optim.schedules import SCHEDULES, rate_factor
 from lorasmith.training.optim.update_rules import OPTIMIZERS
 
 DtypeSetting = Literal["bf16", "fp32", "none"]
-"""Values of `training_dtype` that are resolved."""
+"""Resolved values of `training_dtype`."""
 
 NONE_LORA = "[None]"
-"""Value of settings that name a LoRA for no file, as in ComfyUI's list."""
+"""Value of LoRA file settings for no file, as in ComfyUI's list."""
 
 _WHAT, _HOW, _MEMORY, _NUMBERS = "LoRA and targets", "Training", "Memory", "Precision and reproducibility"
 _SPEED = "Speed"
@@ -44,13 +44,13 @@ def _needed_packages() -> str:
 
 
 def unused_settings(algorithm: str) -> frozenset[str]:
-    """Settings that have no effect with an algorithm, named in any case; empty for unknown algorithms."""
+    """Settings that have no effect with an algorithm, whose name may be in any case; empty for unknown algorithms."""
     folded = {name.casefold(): facts.unused for name, facts in ALGORITHMS.items()}
     return folded.get(algorithm.casefold(), frozenset())
 
 
 def settings_from_file(values: Mapping[str, Any]) -> TrainConfig:
-    """Settings that a file holds, such as a graph. Raises OptionError as `names_alone` and `config_from`."""
+    """Settings from a file, such as a graph. Raises OptionError as `names_alone` and `config_from`."""
     config: TrainConfig = config_from(TrainConfig, names_alone(values))
     return config
 
@@ -62,19 +62,11 @@ def names_alone(
     track: str | None = None,
     allowing: str = "--allow-optimizer",
 ) -> dict[str, Any]:
-    """Settings that a file holds, such as a graph or the record of a run, which choose among known names alone.
+    """Settings from a file, such as a graph or a run record, restricted to registered names.
 
-    Importing an optimizer runs the code of its module, and a tracker sends numbers away, so both have to be typed by
-    the person who runs the command.
-
-    Args:
-        values: the settings by name; the tracker in them is ignored.
-        optimizers: import paths that were typed.
-        track: tracker that was typed, if any.
-        allowing: the flag by which an import path is typed.
-
-    Raises:
-        OptionError: the optimizer is neither a known name nor among `optimizers`.
+    Importing an optimizer runs code and a tracker uploads numbers, so the user must type both: `optimizers` are the
+    import paths that are accepted (otherwise OptionError), `track` replaces the file's, and messages name the flag
+    `allowing`.
     """
     name = values.get("optimizer")
     if name is not None and name not in OPTIMIZERS and name not in optimizers:
@@ -627,7 +619,6 @@ class TrainConfig:
             raise OptionError(f"min_noise must be below max_noise, got {least:g} and {greatest:g}; swap them")
 
     def is_default(self, name: str) -> bool:
-        """Whether a setting has its default value."""
         return bool(getattr(self, name) == options_of(type(self))[name].default)
 
     @property
@@ -666,7 +657,6 @@ class ResolvedConfig(TrainConfig):
 
     @property
     def noise_range(self) -> tuple[float, float]:
-        """Noise levels of training, as diffusion time."""
         return self.min_noise, self.max_noise
 
     def scheduled(self, step: int) -> float:
@@ -683,7 +673,6 @@ class ResolvedConfig(TrainConfig):
 
     @classmethod
     def of(cls, config: TrainConfig, **decided: Any) -> ResolvedConfig:
-        """`config` with the values in `decided` replacing the open ones."""
         return cls(**{**vars(config), **decided})
 
 
@@ -693,5 +682,5 @@ def lora_settings() -> tuple[str, ...]:
 
 
 def cost_options() -> dict[str, Option]:
-    """The options of a run that affect the cost of a step."""
+    """The options that affect time or memory of a step."""
     return {name: one for name, one in options_of(TrainConfig).items() if one.costs}

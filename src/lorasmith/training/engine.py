@@ -1,8 +1,8 @@
 """The training step: updates adapters on a frozen denoiser from batches of samples.
 
-The engine uses a denoiser as a module and a predict function, so it also trains models that another program loaded.
-No step synchronizes with the device: losses reach the host late, and a flag on the device has by then kept non-finite
-ones out of the weights. The loop is in `loop`.
+The engine needs only a module and its predict function, so it also trains models that another program loaded. No step
+synchronizes with the device: losses reach the host late, and a flag on the device keeps non-finite ones out of the
+weights.
 """
 
 from __future__ import annotations
@@ -46,13 +46,7 @@ from lorasmith.training.runtime import Runtime
 
 @contextlib.contextmanager
 def frozen(denoiser: Denoiser, config: ResolvedConfig, runtime: Runtime) -> Iterator[None]:
-    """Patches merged and weights placed on the device in the training dtype, quantized, offloaded or sharded if set.
-
-    Args:
-        denoiser: the model, with its patches.
-        config: settings, for `quantization` and `deterministic`.
-        runtime: device, dtype, `offloading` and `sharding`.
-    """
+    """Inside the context, the model is ready on its device: patched, cast, quantized, offloaded or sharded."""
     module = denoiser.module
     with contextlib.ExitStack() as stack:
         stack.enter_context(reproducible(config.deterministic))
@@ -88,15 +82,10 @@ def prepared(
     first: Callable[[], None] = lambda: None,
     planned: Callable[[], Runtime] | None = None,
 ) -> Iterator[None]:
-    """The denoiser ready for steps: frozen, adapters attached, blocks checkpointed and compiled.
+    """Inside the context, the denoiser is ready for steps: frozen, adapters attached, blocks checkpointed and compiled.
 
-    Args:
-        denoiser: the frozen model, with its patches.
-        adapters, differences: trained modules, by module path.
-        config: settings.
-        runtime: device, dtype and memory measures.
-        first: called with the denoiser frozen, before adapters are attached.
-        planned: called with adapters attached; returns the runtime with `activations` resolved by measurement.
+    `first` is called with the denoiser frozen, before adapters are attached; `planned` with adapters attached, and
+    returns the runtime with `activations` resolved by measurement.
     """
     module = denoiser.module
     trained = Attached(adapters, differences=differences or {})
@@ -115,28 +104,14 @@ def prepared(
 
 
 def sample_losses(denoiser: Denoiser, batch: Batch, config: ResolvedConfig, runtime: Runtime) -> Tensor:
-    """Loss of each sample, (batch,) fp32, differentiable in the adapters' parameters.
-
-    Args:
-        denoiser: the model, with adapters attached.
-        batch: samples on the runtime's device.
-        config: objective, loss function and weighting.
-        runtime: dtype of the forward pass, and how activations are kept.
-    """
+    """Loss of each sample, (batch,) fp32, differentiable in the parameters of the attached adapters."""
     with activations_packed(runtime.activations, denoiser.module):
         prediction = denoiser.predict(batch.noised.to(runtime.dtype), batch.level.time, batch.conditioning)
     return prediction_losses(prediction, batch, config, denoiser.diffusion.parameterization)
 
 
 def prediction_losses(prediction: Tensor, batch: Batch, config: ResolvedConfig, parameterization: str) -> Tensor:
-    """Loss of each sample, (batch,) fp32, of what the denoiser predicted.
-
-    Args:
-        prediction: of the shape of the latents.
-        batch: the samples.
-        config: objective, loss function and weighting.
-        parameterization: of the prediction.
-    """
+    """Loss of each sample, (batch,) fp32, from a prediction of the latents' shape."""
     losses = diffusion_loss(
         prediction,
         clean=batch.clean,
@@ -158,20 +133,10 @@ def prediction_losses(prediction: Tensor, batch: Batch, config: ResolvedConfig, 
 
 
 class Engine:
-    """A denoiser with adapters and the state of training: weights, their average, the optimizer, the loss scale.
+    """A denoiser with fp32 adapters and the training state: weights, their average, optimizer and loss scale.
 
-    Args:
-        denoiser: the frozen model, with its patches.
-        adapters: by module path, fp32. Their parameters are views of a flat buffer until `release`.
-        config: settings.
-        runtime: device, dtype and memory measures.
-        differences: trained differences of norms and biases, by module path.
-
-    Attributes:
-        config: as passed.
-        runtime: as passed, with the changes of `change`.
-        rate_factor: factor of the learning rate besides the schedule.
-        trained: adapters and differences.
+    Trained parameters are views of a flat buffer until `release`. `runtime` changes with `change`; `rate_factor`
+    multiplies the scheduled learning rate.
     """
 
     def __init__(
@@ -206,25 +171,20 @@ class Engine:
     def prepared(
         self, first: Callable[[], None] = lambda: None, planned: Callable[[], Runtime] | None = None
     ) -> contextlib.AbstractContextManager[None]:
-        """See the function `prepared`."""
         adapters, differences = self.trained.adapters, self.trained.differences
         return prepared(self.denoiser, adapters, self.config, self.runtime, differences, first=first, planned=planned)
 
     def change(self, **runtime: Any) -> None:
-        """Replace fields of the runtime."""
         self.runtime = replace(self.runtime, **runtime)
 
     def rate(self, step: int) -> float:
-        """Factor of all learning rates at a step of the run, counted from 0."""
         return self.rate_factor * self.config.scheduled(step)
 
     def gradient(self, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
         """Compute the gradient of a step into the flat buffer; may be repeated after running out of memory.
 
-        Of several processes, each computes that of its own samples, and `summed` follows in all of them.
-
-        Returns:
-            The samples' losses, (samples,) fp32, and the norm of the first batch's gradient (0 with a single batch).
+        Returns the losses, (samples,) fp32, and the norm of the first batch's gradient (0 with a single batch). With
+        several processes, this covers the process's own samples, and `summed` must follow in all of them.
         """
         flat, sums = self.flat, self._sums
         flat.zero()
@@ -234,7 +194,7 @@ class Engine:
         for index, batch in enumerate(batches):
             is_last, is_only = index == len(batches) - 1, len(batches) == 1
             with (
-                # Until the backward pass is over, which may compute blocks again.
+                # Until the backward pass ends, as it may recompute blocks.
                 self.dropout.masks_applied(batch.masks),
                 sums.during_backward(norm=is_only) if sums and is_last else contextlib.nullcontext(),
             ):
@@ -242,36 +202,25 @@ class Engine:
                 torch.autograd.backward(self.summed_loss(loss, batch, per_step))
             if not (sums and is_last):
                 flat.collect()
-            if batch.names:  # others pad the passes of a process, see `BatchMaker.step`
+            if batch.names:  # without names it is padding, see `BatchMaker.step`
                 losses.append(loss.detach())
             if first is None and not is_only:
                 first = torch.linalg.vector_norm(flat.grad)
         return torch.cat(losses), torch.zeros_like(self._scale.scale) if first is None else first
 
     def summed_loss(self, losses: Tensor, batch: Batch, per_step: int) -> Tensor:
-        """What the backward pass of a batch starts from: a scalar.
-
-        Args:
-            losses: of the samples, (batch,).
-            batch: the samples.
-            per_step: samples of the step.
-        """
+        """The scalar that a batch's backward pass starts from; `per_step` is the number of samples of the step."""
         total = losses.sum() if batch.weights is None else losses @ batch.weights
         return total * (self._scale.scale / per_step)
 
     def made_bare(self) -> None:
-        """Called before something uses the bare model, outside of `prepared`, where it is bare already."""
+        """Called outside of `prepared`, before something uses the bare model."""
 
     def summed(self, batches: Sequence[Batch], own: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
-        """Sum the gradient over all processes, each of which calls this once in every step.
+        """Sum the gradient over all processes, each of which calls this once per step.
 
-        Args:
-            batches: of this process.
-            own: what `gradient` returned; None if it failed here.
-
-        Returns:
-            What `gradient` returns in one process alone: the losses of all samples in the order of their draws, and the
-            norm of the first process's first batch.
+        `own` is the result of `gradient`, None if it failed here. Returns what `gradient` returns in a single process:
+        the losses of all samples in draw order, and the norm of the first process's first batch.
         """
         sums, processes = self._sums, self.runtime.processes
         if sums is None:
@@ -301,15 +250,10 @@ class Engine:
             )
 
     def update(self, step: int, losses: Tensor, first: Tensor) -> Tensor:
-        """One optimizer update from the gradient, gated on the device.
+        """One optimizer update from the results of `gradient`, gated on the device.
 
-        Args:
-            step: of the run, counted from 0.
-            losses, first: what `gradient` returned.
-
-        Returns:
-            fp32 on the device: `(sound, gradient norm, norm of the first batch's gradient, losses …)`. From the first
-            step with a non-finite loss or gradient, `sound` is 0 and the weights do not change until `load`.
+        Returns fp32 on the device: `(sound, gradient norm, norm of the first batch's gradient, losses …)`. From the
+        first step with a non-finite loss or gradient, `sound` is 0 and the weights do not change until `load`.
         """
         grad, config = self.flat.grad, self.config
         if self._scale.enabled:
@@ -394,15 +338,7 @@ def batch_maker(
     runtime: Runtime,
     dropout: Dropout | None = None,
 ) -> BatchMaker:
-    """The `BatchMaker` of a run.
-
-    Args:
-        denoiser: whose schedule, family and memory format the batches follow.
-        samples: the training samples.
-        config: settings.
-        runtime: device, dtype and size of micro-batches.
-        dropout: of the adapters, for the masks of rank and module dropout.
-    """
+    """The `BatchMaker` of a run; `dropout` provides the masks of rank and module dropout."""
     schedule = denoiser.diffusion.schedule
     if config.zero_terminal_snr:
         schedule = schedule.zero_terminal()
@@ -425,7 +361,7 @@ def batch_maker(
 def _trained(
     adapters: Mapping[str, Adapter], differences: Mapping[str, Difference]
 ) -> Iterator[tuple[str, str, torch.nn.Parameter]]:
-    """Module path, full name and parameter of everything that is trained."""
+    """Module path, full name and parameter of every trained parameter."""
     for path, adapter in adapters.items():
         yield from ((path, f"{path}.{name}", parameter) for name, parameter in adapter.named_parameters())
     for path, one in differences.items():

@@ -265,7 +265,7 @@ KINDS: dict[str, type[Event]] = {kind.__name__: kind for kind in Event.__subclas
 """The events of a run by name."""
 
 EVENTS_VERSION = 1
-"""Of the lines of `events.jsonl`. It is raised when an older reader would take a line for something else."""
+"""Version of the lines of `events.jsonl`, raised when older readers would misread them."""
 
 
 def encoded(event: Event) -> str:
@@ -311,7 +311,7 @@ def _checked_draws(value: Any) -> tuple[tuple[int, float, float], ...]:
 
 
 def _readable(value: Any) -> Any:
-    """A JSON value whose text is printable, since whoever reads events prints them."""
+    """A JSON value whose text is printable, as readers of events print it."""
     if isinstance(value, dict):
         return {name: _readable(one) for name, one in value.items()}
     if isinstance(value, list):

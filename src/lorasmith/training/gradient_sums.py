@@ -2,10 +2,10 @@
 
     bytes per step and process    4 · parameters · 2 (N − 1) / N, and 4 (samples of the step + 1)
 
-The flat buffer is cut into buckets at parameters' borders. A bucket is begun as soon as all its gradients are there in
-the last backward pass, from the end of the buffer to its start, about the order in which a backward pass gets there
-(Li et al. 2020, arXiv:2006.15704). Every process begins the same buckets in the same order, whatever happens in it: one
-that ran out of memory sends what it has, and says so.
+The flat buffer is cut into buckets at parameters' borders. In the last backward pass, a bucket's reduction starts once
+all its gradients are there, from the end of the buffer to its start, about the order of a backward pass (Li et al.
+2020, arXiv:2006.15704). Every process reduces the same buckets in the same order; one that ran out of memory sends what
+it has and reports the failure.
 """
 
 from __future__ import annotations
@@ -25,13 +25,7 @@ BUCKET_NUMBERS = 4 * 1024**2
 
 
 class GradientSums:
-    """Sums the gradient of `flat` over processes.
-
-    Args:
-        flat: the parameters.
-        processes: that train together, more than one.
-        bucket_numbers: least numbers of a bucket.
-    """
+    """Sums the gradient of `flat` over at least two processes."""
 
     def __init__(self, flat: FlatParameters, processes: Processes, bucket_numbers: int = BUCKET_NUMBERS) -> None:
         self._flat = flat
@@ -45,11 +39,7 @@ class GradientSums:
 
     @contextlib.contextmanager
     def during_backward(self, *, norm: bool) -> Iterator[None]:
-        """Buckets are begun inside the context, which is the last backward pass of a step.
-
-        Args:
-            norm: whether `own_norm` is asked for afterwards.
-        """
+        """Inside the context, the last backward pass of a step, buckets are reduced once their gradients are there."""
         self._wants_norm, self._squares = norm, []
         self._left = [0] * len(self._buckets)
         for bucket in self._bucket_of.values():
@@ -67,7 +57,6 @@ class GradientSums:
                 hook.remove()
 
     def finish(self) -> None:
-        """Begin what was not begun, and wait for all."""
         while self._next >= 0:
             self._begin()
         for wait in self._waiting:
@@ -76,7 +65,7 @@ class GradientSums:
 
     @property
     def own_norm(self) -> Tensor:
-        """Norm of this process's own gradient, which the sums have replaced."""
+        """Norm of this process's own gradient before the sums, if `during_backward` had `norm` set."""
         return torch.stack(self._squares).sum().sqrt()
 
     def _arrived(self, bucket: int, _: Tensor) -> None:

@@ -43,27 +43,16 @@ from lorasmith.training.target_text import parse_targets, resolve_targets
 
 @dataclass(frozen=True)
 class Job:
-    """A planned run.
-
-    Attributes:
-        config: settings, all resolved.
-        requested: settings as passed to `plan_job`, some of them open.
-        runtime: device, dtype and memory measures.
-        adapters: trained adapters, by module path.
-        denoiser: the frozen model, with its LoRAs and the training adapter.
-        differences: trained differences of norms and biases, by module path.
-        carried: parts of a continued LoRA that are not trained and are saved unchanged.
-        notes: remarks for the user, one sentence each.
-    """
+    """A planned run."""
 
     config: ResolvedConfig
-    requested: TrainConfig
+    requested: TrainConfig  # as passed to `plan_job`, some settings open
     runtime: Runtime
-    adapters: dict[str, Adapter]
-    denoiser: Denoiser
+    adapters: dict[str, Adapter]  # trained, by module path, as `differences`
+    denoiser: Denoiser  # frozen, with its LoRAs and the training adapter
     differences: dict[str, Difference] = field(default_factory=dict)
-    carried: AdapterState = field(default_factory=AdapterState)
-    notes: tuple[str, ...] = ()
+    carried: AdapterState = field(default_factory=AdapterState)  # parts of a continued LoRA that are saved untrained
+    notes: tuple[str, ...] = ()  # remarks for the user, one sentence each
 
     @property
     def steps_before(self) -> int:
@@ -78,12 +67,10 @@ class Job:
 
     @property
     def parameters(self) -> int:
-        """Number of trained parameters."""
         trained: list[nn.Module] = [*self.adapters.values(), *self.differences.values()]
         return sum(parameter.numel() for one in trained for parameter in one.parameters())
 
     def starting_from(self, state: Scalar) -> Job:
-        """The job with the path of a run state as its `existing_state`, None for none."""
         changes: dict[str, Any] = {"existing_state": state}
         return replace(self, config=replace(self.config, **changes), requested=replace(self.requested, **changes))
 
@@ -107,15 +94,9 @@ def variant_of(config: TrainConfig) -> Variant:
 
 
 def plan_job(denoiser: Denoiser, config: TrainConfig, device: str | torch.device | None = None) -> Job:
-    """Decide everything about a run that does not depend on the data.
+    """Decide everything about a run that does not depend on the data; `device` None is the first GPU, or the CPU.
 
-    Args:
-        denoiser: the model to train on.
-        config: settings, some of them open.
-        device: where to train; the first GPU, or the CPU, if None.
-
-    Raises:
-        OptionError, LoraError: the settings or an existing LoRA do not fit the model.
+    Raises OptionError or LoraError if the settings or an existing LoRA do not fit the model.
     """
     device = torch.device(device or best_device())
     diffusion = denoiser.diffusion
@@ -171,12 +152,11 @@ def plan_job(denoiser: Denoiser, config: TrainConfig, device: str | torch.device
 
 
 def engine_of(job: Job) -> Engine:
-    """An engine that trains a job's adapters."""
+    """The engine that trains a job."""
     return Engine(job.denoiser, job.adapters, job.config, job.runtime, job.differences)
 
 
 def _decided(denoiser: Denoiser, config: TrainConfig, device: torch.device) -> ResolvedConfig:
-    """The settings, with open ones resolved from model and algorithm."""
     defaults, expert = denoiser.base.defaults, WHOLE_RANGE
     if (named := denoiser.base.named_expert) is not None and config.min_noise is None and config.max_noise is None:
         expert = named.noise_range
@@ -197,7 +177,7 @@ def _decided(denoiser: Denoiser, config: TrainConfig, device: torch.device) -> R
 
 
 def _on_device(config: TrainConfig, module: nn.Module, device: torch.device) -> Iterator[str]:
-    """Settings with little or no effect on this device."""
+    """Notes on settings with little or no effect on this device."""
     if config.training_dtype != "auto" and not multiplies(asked := chosen_dtype(config.training_dtype, module), device):
         name = dtype_name(asked)
         if config.exact_dtype:
@@ -223,11 +203,7 @@ def _default_rate(denoiser: Denoiser, config: TrainConfig, algorithm: str) -> fl
 
 
 def _anneals(config: TrainConfig) -> bool:
-    """Whether the rate decays from twice the model's own, which it does if neither rate nor schedule are set.
-
-    On the built-in model that reaches a lower loss, in half of the time (docs/lab-log.md). A rate that is set stays
-    constant, as in other trainers.
-    """
+    """Whether the rate decays from twice the model's own, for lower loss in half of the time (docs/lab-log.md)."""
     chosen = config.learning_rate is not None or config.schedule is not None or "lr=" in (config.targets or "")
     return not chosen and rule_of(config.optimizer).anneals
 
@@ -249,13 +225,7 @@ def _distinct_rates(config: ResolvedConfig, adapters: Mapping[str, Adapter], rat
 
 
 def fresh_differences(denoiser: Denoiser, plan: Plan, config: TrainConfig) -> dict[str, Difference]:
-    """Zero differences for the norms and biases that `config.differences` selects, by module path.
-
-    Args:
-        denoiser: the model.
-        plan: target layers, whose biases are selected.
-        config: settings.
-    """
+    """Zero differences for the norms and biases that `config.differences` selects, by module path."""
     wanted = {}
     if "norms" in config.differences:
         _, exclusions = parse_targets(config.targets or "", denoiser.base.family.targets)
@@ -271,10 +241,7 @@ def fresh_differences(denoiser: Denoiser, plan: Plan, config: TrainConfig) -> di
 
 
 def _with_adapter(denoiser: Denoiser, path: Path, *, strict: bool) -> tuple[Denoiser, str]:
-    """The denoiser with a training adapter applied, and the note on parts that do not apply.
-
-    Raises LoraError if it does not fit or has no layers for it.
-    """
+    """The denoiser with a training adapter applied, and a note on parts that do not apply. Raises LoraError."""
     adapter = Lora.load(path, denoiser.base)
     if not any(ref.component == DENOISER for ref in (*adapter.state.adapters, *adapter.state.differences)):
         raise LoraError(
@@ -297,12 +264,10 @@ class _Existing:
     left_out: str = ""
 
     def below(self, denoiser: Denoiser) -> Denoiser:
-        """The denoiser with the untrained parts applied."""
         carried = {ref.path: one for ref, one in self.carried.differences.items() if ref.component == DENOISER}
         return denoiser.patched(Patch({}, carried)) if carried else denoiser
 
     def notes(self, fresh: int) -> Iterator[str]:
-        """How the file is used, in a sentence each."""
         if self.name:
             also = f" and {count_text(len(self.differences), 'difference')}" if self.differences else ""
             yield (

@@ -1,15 +1,15 @@
 """Several runs over one frozen model: its weights are held once, and the runs' batches pass through it together.
 
-Each run is an ordinary one (`train.run_job`) in a thread of its own, with its own engine, folder, events, validation,
-run states and recovery. Of all threads one works at a time, in the order of the runs: a run works until it asks for
-its gradient, then the next one; when all have asked, the calling thread computes all gradients, in passes of the
-batches that fit together, and every run takes its own. Runs that end leave, whatever ended them.
+Each run is an ordinary one (`train.run_job`) in its own thread, with its own engine, folder, events, validation, run
+states and recovery. Only one thread works at a time, in the order of the runs: each works until it requests its
+gradient; when all have, the calling thread computes all gradients, in passes of the batches that fit together, and each
+run receives its own. A run that ends, for whatever reason, leaves the group.
 
-What the model has attached (`shared_model`) follows from who works: nothing while a run draws previews or is loaded,
-the adapters of a run while it is validated, those of all runs in their common passes. So a run's weights and losses are
-those that it has alone, to the rounding of sums.
+What is attached to the model (`shared_model`) depends on the working run: nothing while it draws previews or is loaded,
+its adapters while it is validated, those of all runs in common passes. A run's weights and losses are therefore those
+that it has alone, up to rounding of sums.
 
-Where a common pass cannot be (memory, a model that mixes its samples), each run has passes of its own, still over one
+Where a common pass is impossible (memory, a model that mixes its samples), each run has its own passes, still over one
 model. A run's own recovery comes after that.
 """
 
@@ -49,11 +49,7 @@ SHARED_SETTINGS = tuple(name for name, declared in options_of(TrainConfig).items
 
 
 def check_alike(jobs: Sequence[Job]) -> None:
-    """Raise OptionError if jobs cannot train together over one model.
-
-    Args:
-        jobs: planned on handles of one model.
-    """
+    """Raise OptionError if jobs, planned on handles of one model, cannot train together over it."""
     first, *others = jobs
     if others and first.config.compile | any(job.config.compile for job in others):
         raise OptionError("runs that train together cannot be compiled, got compile on; leave it out, or train apart")
@@ -84,12 +80,7 @@ def check_alike(jobs: Sequence[Job]) -> None:
 
 
 def check_captions(job: Job, data: EncodedDataset) -> None:
-    """Raise OptionError for captions whose text encoder must stay while a run trains; other runs would share it.
-
-    Args:
-        job: the planned run.
-        data: its samples.
-    """
+    """Raise OptionError if the captions need their text encoder during training, as all runs would share it."""
     captions = data.captions
     if captions is None or all(sample.variants is None for sample in data.samples):
         return
@@ -101,42 +92,29 @@ def check_captions(job: Job, data: EncodedDataset) -> None:
 
 
 class StopOfAll:
-    """Ends all runs after the same step, so that they continue as they were.
-
-    Args:
-        cancelled: whether they are to end.
-    """
+    """Ends all runs after the same step, so that they can be resumed together."""
 
     def __init__(self, cancelled: Callable[[], bool]) -> None:
         self._cancelled = cancelled
         self._is_set = False
 
     def look(self) -> None:
-        """Decide on the step that follows."""
+        """Read `cancelled`, for the step that follows."""
         self._is_set = self._is_set or self._cancelled()
 
     def is_set(self) -> bool:
-        """Whether runs are to end, the same for all of them from one step to the next."""
+        """Whether runs are to end; the same for all of them within a step."""
         return self._is_set
 
 
 def train_jointly(
     jobs: Sequence[Job], works: Sequence[Callable[[EngineMaker], T]], *, each_round: Callable[[], None] = lambda: None
 ) -> list[T | Exception]:
-    """Train jobs together over one model.
+    """Train jobs that `check_alike` accepts together over one model; each can be run once.
 
-    Args:
-        jobs: that `check_alike` accepts; each can be run once.
-        works: of each job, the function that trains it with `run_job`, with the engine of the given maker. It is called
-            in a thread of its own, and never works beside another.
-        each_round: called before the runs go on to their next step.
-
-    Returns:
-        What each function returned, or the error that ended it.
-
-    Raises:
-        OptionError: as `check_alike`.
-        KeyboardInterrupt: it was raised here; all functions have received it first.
+    `works` are the functions that train each job with `run_job` and the engine of the given maker; each is called in
+    its own thread, and no two work at once. `each_round` is called before each common step. Returns what each function
+    returned, or the error that ended it. KeyboardInterrupt is raised in all functions first.
     """
     check_alike(jobs)
     return _Coordinator(jobs, works).held(each_round)
@@ -147,21 +125,16 @@ def _beneath(job: Job) -> str:
 
 
 class _Participant(Generic[T]):
-    """One of the runs: its thread, and what it asks for.
-
-    Attributes:
-        number: of the run.
-        engine: of the run, from its start on.
-        batches: of the gradient that it asks for; None if it waits for the others at the start.
-        answer: the gradient, as `Engine.gradient` returns it, or the error to raise.
-        ended: what its work returned, or the error that ended it, as the only element of a list.
-    """
+    """One of the runs: its thread, and its pending request."""
 
     def __init__(self, number: int, work: Callable[[EngineMaker], T], model: SharedModel, runs: int) -> None:
         self.number = number
-        self.engine: _JointEngine | None = None
+        self.engine: _JointEngine | None = None  # from its start on
+        # of the requested gradient; None while it waits for the others at the start
         self.batches: Sequence[Batch] | None = None
+        # as `Engine.gradient` returns it, or the error to raise
         self.answer: tuple[Tensor, Tensor] | Exception | None = None
+        # What its work returned, or the error that ended it, as the only element.
         self.ended: list[T | BaseException] = []
         self._model, self._runs = model, runs
         self._work = work
@@ -179,7 +152,7 @@ class _Participant(Generic[T]):
         self._back.acquire()
 
     def interrupt(self) -> None:
-        """Raise KeyboardInterrupt in the run, where it waits, and wait for its end."""
+        """Raise KeyboardInterrupt in the waiting run, and wait for its end."""
         self._is_interrupted = True
         while not self.ended:
             self.resume()
@@ -220,8 +193,6 @@ class _Participant(Generic[T]):
 
 
 class _Coordinator:
-    """The runs that train together, led by the calling thread."""
-
     def __init__(self, jobs: Sequence[Job], works: Sequence[Callable[[EngineMaker], Any]]) -> None:
         self._model = SharedModel(jobs[0])
         self._participants = [_Participant(number, work, self._model, len(jobs)) for number, work in enumerate(works)]
@@ -229,7 +200,7 @@ class _Coordinator:
         self._is_apart = False
 
     def held(self, each_round: Callable[[], None]) -> list[Any]:
-        """Lead all runs to their ends; the function is called before each step."""
+        """Run all to their ends; `each_round` is called before each step."""
         live = list(self._participants)
         try:
             with torch.cuda.device(self._device) if self._device.type == "cuda" else contextlib.nullcontext():
@@ -251,7 +222,6 @@ class _Coordinator:
         return results
 
     def _answer(self, asking: Sequence[_Participant[Any]]) -> None:
-        """Compute the gradients of runs, together where that can be."""
         self._model.attach([participant.engine for participant in asking if participant.engine is not None])
         failure: Exception | None = None
         if len(asking) > 1 and not self._is_apart:
@@ -276,7 +246,7 @@ class _Coordinator:
             participant.answer = StepRepeated(f"{reason}: the step is repeated, with a pass for each run from here on.")
 
     def _alone(self, participant: _Participant[Any], place: int) -> tuple[Tensor, Tensor] | Exception:
-        """The gradient of one run in passes of its own, or its error."""
+        """The gradient of one run in its own passes, or its error."""
         assert participant.engine is not None and participant.batches is not None
         try:
             with self._model.rows.set([(place, 1)]):
@@ -285,7 +255,6 @@ class _Coordinator:
             return error.with_traceback(None) if is_out_of_memory(error) else error
 
     def _compute(self, asking: Sequence[_Participant[Any]]) -> None:
-        """The gradients of runs in passes of batches that fit together."""
         shares = [_Share(place, participant) for place, participant in enumerate(asking)]
         while pending := [share for share in shares if share.pending]:
             kind = _kind(pending[0].batches[pending[0].pending[0]])
@@ -295,7 +264,6 @@ class _Coordinator:
             participant.answer = share.gradient
 
     def _pass(self, parts: Sequence[tuple[_Share, Batch]]) -> None:
-        """Forward and backward pass of one batch of each run."""
         denoiser, model = parts[0][0].engine.denoiser, self._model
         counts = [len(batch.names) for _, batch in parts]
         present = [(share.place, count) for (share, _), count in zip(parts, counts, strict=True)]
@@ -311,7 +279,7 @@ class _Coordinator:
                 with model.rows.learnt(present):
                     denoiser.predict(noised, time, conditioning)
         with contextlib.ExitStack() as stack:
-            # Until the backward pass is over, which may compute blocks again.
+            # Until the backward pass ends, as it may recompute blocks.
             stack.enter_context(model.rows.set(present))
             for share, batch in parts:
                 stack.enter_context(share.engine.dropout.masks_applied(batch.masks))
@@ -330,16 +298,7 @@ class _Coordinator:
 
 
 class _Share:
-    """A run's part of a step.
-
-    Attributes:
-        place: of its adapters among those that are attached.
-        engine: of the run.
-        batches: of its step.
-        pending: numbers of those that are not computed.
-        samples: of the step.
-        losses: of the batches that are computed.
-    """
+    """A run's part of a step: `place` among attached adapters, `pending` batch indices, losses of the computed ones."""
 
     def __init__(self, place: int, participant: _Participant[Any]) -> None:
         assert participant.engine is not None and participant.batches is not None
@@ -352,18 +311,17 @@ class _Share:
         self.engine.flat.zero()
 
     def next(self, kind: object) -> int | None:
-        """Number of a batch of a kind; the first one of the step comes first, as its gradient is measured."""
+        """Index of a batch of a kind; the step's first batch comes first, as the norm of its gradient is needed."""
         found = self.pending if self._order else self.pending[:1]
         return next((index for index in found if _kind(self.batches[index]) == kind), None)
 
     def take(self, index: int) -> Batch:
-        """The batch, which is computed next."""
         self.pending.remove(index)
         self._order.append(index)
         return self.batches[index]
 
     def collect(self) -> None:
-        """Add up the gradient of the batch that was taken last."""
+        """Add the gradient of the batch that was taken last."""
         flat = self.engine.flat
         flat.collect()
         if self._first is None and len(self.batches) > 1:
@@ -371,15 +329,12 @@ class _Share:
 
     @property
     def gradient(self) -> tuple[Tensor, Tensor]:
-        """What `Engine.gradient` returns."""
         computed = dict(zip(self._order, self.losses, strict=True))
         losses = torch.cat([computed[index] for index in range(len(self.batches))])
         return losses, losses.new_zeros(()) if self._first is None else self._first
 
 
 class _JointEngine(Engine):
-    """The engine of one of the runs."""
-
     def __init__(self, job: Job, participant: _Participant[Any], model: SharedModel, *, share: float) -> None:
         super().__init__(job.denoiser, job.adapters, job.config, job.runtime, job.differences)
         self.change(memory_share=share)
@@ -419,12 +374,11 @@ class _JointEngine(Engine):
 
 
 def _kind(batch: Batch) -> object:
-    """Key that batches of one pass share."""
     return batch.clean.shape[1:], kind_of(batch.conditioning)
 
 
 def _why_apart(error: Exception, runs: int) -> str:
-    """Why runs have passes of their own from here on; empty for an error that may be a run's own."""
+    """Why runs have separate passes from now on; empty for an error that may be a run's own."""
     if is_out_of_memory(error):
         return f"Memory is too small for a step of {runs} runs at once ({memory_missed(error)})"
     if isinstance(error, SamplesMixed):

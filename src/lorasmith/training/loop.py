@@ -73,19 +73,8 @@ class Watcher:
 class Loop:
     """A run, between two of its steps.
 
-    Args:
-        engine: weights, optimizer and model.
-        samples: the training samples.
-        on_event: receives a `StepDone` per step, delayed but in order, and all other events.
-        cancelled: called between steps; True ends the run.
-        watchers: called between steps, in this order.
-        until: step after which the run is cancelled; None for no limit.
-
-    Attributes:
-        engine: as passed.
-        emit: `on_event`.
-        outcome: why the run ended; None while it runs.
-        waited_s: seconds that each step waited for its batches, so far.
+    `on_event` receives a `StepDone` per step, delayed but in order, and all other events. `cancelled` and `watchers`
+    are called between steps. The run is cancelled after step `until`.
     """
 
     def __init__(
@@ -100,8 +89,8 @@ class Loop:
     ) -> None:
         self.engine = engine
         self.emit = on_event
-        self.outcome: Outcome | None = None
-        self.waited_s: list[float] = []
+        self.outcome: Outcome | None = None  # None while it runs
+        self.waited_s: list[float] = []  # seconds that each step waited for its batches
         self._progress = Progress()
         self._recovery = Recovery(engine, self._progress, on_event)
         self._samples = samples
@@ -113,11 +102,10 @@ class Loop:
         self._taken: dict[int, _Taken] = {}
         self._begun = False
         self._torn = False
-        self._is_cancelled = False  # of several processes, as all of them know
+        self._is_cancelled = False  # the same in all processes
 
     @property
     def steps(self) -> int:
-        """Planned updates."""
         return self.engine.config.steps
 
     @property
@@ -131,11 +119,7 @@ class Loop:
         return self._progress.losses
 
     def run(self) -> Outcome:
-        """Take the remaining steps.
-
-        Raises:
-            TrainingError: the run diverged more often than `max_rollbacks`, or memory is too small for one sample.
-        """
+        """Take the remaining steps. Raises TrainingError after too many rollbacks, or if one sample exceeds memory."""
         device = self.engine.runtime.device
         if self._recovery.good is None:
             self._recovery.good = self._snapshot()
@@ -158,7 +142,6 @@ class Loop:
         return self.outcome
 
     def stop(self) -> None:
-        """End the run after this step (early stopping)."""
         self.outcome = Outcome.STOPPED
 
     @property
@@ -191,16 +174,11 @@ class Loop:
         return RunState(self.step, tensors, numbers)
 
     def load(self, state: RunState) -> None:
-        """Restore what `state` returned.
-
-        Raises:
-            LoraError: it belongs to other adapters.
-            TrainingError: it is not what a run of these settings saves.
-        """
+        """Restore what `state` returned. Raises LoraError for other adapters, TrainingError for other settings."""
         try:
             self._load(state, StateNumbers.of(state, self.steps))
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            # Its bytes are those that were written, so another version wrote it, or a stranger.
+            # The digest matched, so another version wrote it, or it is untrusted.
             raise TrainingError(
                 f"a run state must be one that a run of these settings saved, but the state of step {state.step} is "
                 f"not ({type(error).__name__}: {error}); start fresh"
@@ -235,11 +213,7 @@ class Loop:
                 watcher.load(parts[watcher.name], state.numbers[watcher.name])
 
     def _take_steps(self) -> list[Watcher]:
-        """Take steps until the run ends or watchers need the bare model; returns those watchers.
-
-        Raises:
-            StepFault: a step failed.
-        """
+        """Take steps until the run ends or watchers need the bare model; returns those watchers. Raises StepFault."""
         engine = self.engine
         maker = batch_maker(engine.denoiser, self._samples, engine.config, engine.runtime, engine.dropout)
         first = engine.runtime.first_step
@@ -254,7 +228,7 @@ class Loop:
         return []
 
     def _faults_shared(self) -> contextlib.AbstractContextManager[None]:
-        """Where weights are sharded, an error in one process ends the run in all."""
+        """Inside the context, an error in one process ends the run in all, if weights are sharded."""
         runtime = self.engine.runtime
         return ending_together(runtime.processes, agreed=StepFault) if runtime.sharding else contextlib.nullcontext()
 
@@ -267,7 +241,7 @@ class Loop:
         own: tuple[Tensor, Tensor] | None = None
         fault: StepFault | None = None
         try:
-            # The next step's batch is put on the device beside this one's work, so memory may run out there as well.
+            # The next step's batch is copied to the device while this one runs, so memory may run out there as well.
             began = time.perf_counter()
             _, batches = next(coming)
             self.waited_s.append(time.perf_counter() - began)
@@ -295,7 +269,7 @@ class Loop:
     def _agreed(
         self, batches: Sequence[Batch], own: tuple[Tensor, Tensor] | None, fault: StepFault | None
     ) -> tuple[tuple[Tensor, Tensor] | None, StepFault | None]:
-        """The gradient over all processes, and the fault of any of them: all repeat the step, or none."""
+        """The gradient over all processes. Raises the fault of any of them in all, so that all repeat the step."""
         engine, processes = self.engine, self.engine.runtime.processes
         if processes.size == 1:
             return own, fault
@@ -312,8 +286,8 @@ class Loop:
 
     def _between(self) -> list[Watcher]:
         """Run the due watchers; returns those that need the bare model. Raises Diverged."""
-        # Of several processes, all read the numbers of the same steps, whenever these reach each host: all roll back
-        # after the same step. The device has the next step by then.
+        # All processes read the results of the same steps, whenever these arrive, so that all roll back after the same
+        # step. The device already has the next step.
         self._collect(before=None if self.engine.runtime.processes.size == 1 else self.step - 1)
         due = [watcher for watcher in self._watchers if watcher.due(self)]
         is_snapshot_due = self.step % _SNAPSHOT_STEPS == 0
@@ -328,11 +302,7 @@ class Loop:
         return [watcher for watcher in due if watcher.needs_bare_model]
 
     def _collect(self, *, wait: bool = False, before: int | None = None) -> None:
-        """Process the results that have arrived from the device. Raises Diverged if a step diverged.
-
-        Args:
-            wait, before: as for `Mailbox.collect`.
-        """
+        """Process the results that have arrived from the device, as `Mailbox.collect`. Raises Diverged."""
         for step, (sound, norm, first, *losses) in self._mailbox.collect(wait=wait, before=before):
             taken = self._taken.pop(step)
             self.losses.append(math.fsum(losses) / len(losses))
@@ -355,7 +325,7 @@ class Loop:
             )
 
     def _settle(self) -> None:
-        """Take in the numbers of the last steps, which an error may have left on their way."""
+        """Process the results still in transit after an error."""
         if not self._torn:
             with contextlib.suppress(Exception):  # that error is the one to raise
                 self._collect(wait=True)
@@ -367,7 +337,6 @@ class Loop:
                 watcher.begin(self.engine)
 
     def _planned(self) -> Runtime:
-        """The runtime with `activations` resolved by measurement."""
         if self.engine.runtime.activations == "auto":
             self.emit(plan_activations(self.engine, self._samples))
         return self.engine.runtime
@@ -378,21 +347,16 @@ class Loop:
 
 @dataclass(frozen=True)
 class _Taken:
-    """A step whose results have not arrived yet; holds no tensors.
-
-    Attributes:
-        names, indices, quantiles: of its samples.
-        first: samples of its first batch.
-    """
+    """A step whose results have not arrived yet; holds no tensors, so that none is kept alive."""
 
     names: tuple[str, ...]
     indices: tuple[int, ...]
     quantiles: tuple[float, ...]
-    first: int
+    first: int  # samples of its first batch
 
     @classmethod
     def of(cls, batches: Sequence[Batch], drawn: Sequence[tuple[str, int, float]] | None) -> _Taken:
-        """The step of these batches, which have the draws of this process; of several, `drawn` has those of all."""
+        """The step of these batches; `drawn` has the draws of all processes, if there are several."""
         if drawn is None:
             facts = [zip(batch.names, batch.indices, batch.quantiles, strict=True) for batch in batches]
             drawn = list(itertools.chain(*facts))

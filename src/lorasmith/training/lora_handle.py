@@ -1,7 +1,7 @@
-"""A LoRA in memory, from training or from a file (ComfyUI's LORA_MODEL), and how every door applies one.
+"""A LoRA in memory, from training or from a file (ComfyUI's LORA_MODEL), and how it is applied.
 
-No part of a file is left out in silence: `Lora.applied` says which do not apply, and each door shows that sentence (a
-note, a node's warning, a Python warning) or refuses the file where the user asks for that.
+No part of a file is ignored silently: `Lora.applied` returns which parts do not apply, and callers show that sentence
+(a note, a node's warning, a Python warning) or refuse the file if the user asks for that.
 """
 
 from __future__ import annotations
@@ -53,12 +53,7 @@ E = TypeVar("E", TextEncoder, None)
 
 @dataclass(frozen=True)
 class Applied(Generic[D, E]):
-    """Handles with a LoRA on top.
-
-    Attributes:
-        denoiser, encoder: as given, with the LoRA.
-        note: which parts of the LoRA they do not take, and why, in a sentence; empty if they take all of it.
-    """
+    """Handles with a LoRA on top; `note` is a sentence on the parts that do not apply, empty if all do."""
 
     denoiser: D
     encoder: E
@@ -71,12 +66,12 @@ class Lora:
 
     Attributes:
         state: tensors and metadata.
-        names: name table of its model; of a LoRA that was loaded without one, that of the released model of its family,
-            and empty where that is not known.
+        names: name table of its model; if loaded without one, that of the released model of its family, and empty if
+            that is unknown.
         dtype: number format of the saved file, None to keep each tensor's own.
         private: whether a graph that saves it leaves the workflow out of the file.
-        name: in messages.
-        given: tensors of the file by key, of a LoRA that was loaded without its model; None for others.
+        name: used in messages.
+        given: tensors of the file by key, if it was loaded without its model; otherwise None.
     """
 
     state: AdapterState
@@ -91,14 +86,14 @@ class Lora:
         """Load a LoRA file or folder in any known layout.
 
         Tensors stay on the memory-mapped file. Without a model, the LoRA can be inspected, applied to a model later,
-        and saved in another layout if it is for the released model of a family that is known here.
+        and saved in another layout if it is for the released model of a known family.
 
         Args:
             path: a safetensors file, or a folder of PEFT or diffusers.
-            model: the model that it is for, or its names; None to find out when it is applied.
+            model: the model that it is for, or its names; None to detect it when it is applied.
 
         Raises:
-            LoraError: it cannot be read, is no LoRA, holds NaN or infinity, or is for another model.
+            LoraError: it cannot be read, is not a LoRA, holds NaN or infinity, or is for another model.
         """
         path = Path(path)
         if model is not None:
@@ -116,7 +111,7 @@ class Lora:
         return cls(state, assumed or _UNKNOWN, name=path.name, given=tensors)
 
     def for_model(self, model: Model | ModelNames) -> Lora:
-        """It with the names of a model; one that has them already stays as it is.
+        """This LoRA with the names of a model; unchanged if it has them already.
 
         Raises:
             LoraError: it was loaded without a model, and is for another one.
@@ -160,12 +155,11 @@ class Lora:
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """Its metadata, text by key."""
         return self.state.metadata
 
     @property
     def steps(self) -> int:
-        """Optimizer updates that went into it, 0 if unknown."""
+        """Optimizer updates that it was trained for, 0 if unknown."""
         return steps_of(self.state.metadata, self.name)
 
     @property
@@ -185,7 +179,7 @@ class Lora:
 
     @property
     def parameters(self) -> int:
-        """Number of its values, differences of norms and biases included."""
+        """Number of parameters, differences of norms and biases included."""
         if self.given is not None:
             return sum(one.numel() for key, one in self.given.items() if not key.endswith(".alpha"))
         tensors = [one for adapter in self._adapters for one in adapter.tensors.values()]
@@ -233,16 +227,15 @@ class Lora:
         bypass: bool | None = None,
         strict: bool = False,
     ) -> Applied[D, E]:
-        """The handles with this LoRA on top. A handle at strength 0 stays as it is.
+        """The handles with this LoRA on top; a handle is unchanged at strength 0.
 
         Args:
-            denoiser: what its denoiser's part is applied to; None leaves that part to another call.
-            encoder: what its text encoders' part is applied to; None leaves that part to another call.
+            denoiser, encoder: what the two parts are applied to; None leaves a part to another call.
             strength: factor of the weight change; 1 is as trained.
-            text_strength: the factor of the text encoders; `strength` if None.
+            text_strength: factor for the text encoders; `strength` if None.
             bypass: whether it runs beside the denoiser's weights instead of being merged into them; None merges it
                 unless one of those weights is packed.
-            strict: whether a LoRA of which a part does not apply is refused.
+            strict: whether to refuse a LoRA of which a part does not apply.
 
         Raises:
             LoraError: the LoRA belongs to another model, would have to be merged into packed weights, or is refused.
@@ -297,7 +290,7 @@ class Lora:
         return applied.denoiser
 
     def applied_to_text(self, encoder: TextEncoder, *, strength: float = 1.0, strict: bool = False) -> TextEncoder:
-        """The text encoders with this LoRA on top, if it has layers for them, as by `applied`.
+        """The text encoders with this LoRA, as by `applied`, with a Python warning about parts that do not apply.
 
         Args:
             encoder: what it is applied to.
@@ -313,7 +306,7 @@ class Lora:
 
     @cached_property
     def _left_over(self) -> Sequence[Unapplied]:
-        """Parts of the file that the model for which it was loaded has no use for."""
+        """Parts of the file that the model for which it was loaded does not use."""
         return unapplied(self.state, self.names) if self.state.unknown else ()
 
     @property
@@ -321,7 +314,7 @@ class Lora:
         return tuple(dict.fromkeys((*self.state.adapters, *self.state.differences)))
 
     def _all_elsewhere(self, *, for_denoiser: bool) -> Iterator[Unapplied]:
-        """Every module, if all are for the denoiser, or none is."""
+        """All modules if they are all for the denoiser, otherwise none."""
         if all((ref.component == DENOISER) is for_denoiser for ref in self._modules):
             reason = Reason.DENOISER if for_denoiser else Reason.TEXT
             yield from (Unapplied(ref.path, ref.component, reason) for ref in self._modules)
@@ -350,7 +343,7 @@ class Lora:
         return encoder, left
 
     def _check_fits(self, base: Model) -> None:
-        """Refuse a model whose adapted layers are not those of the model that this LoRA was made for."""
+        """Raise LoraError unless the model's adapted layers are those that this LoRA was made for."""
         ours, theirs = self.names, base.names
         if ours is theirs:
             return
@@ -372,7 +365,7 @@ class Lora:
         )
 
     def _sentence(self, left: Sequence[Unapplied], title: str) -> str:
-        """What is left out, by reason: counts, first names and the first reason's remedy."""
+        """The parts that do not apply, by reason: counts, first names and the first reason's remedy."""
         by_reason: dict[Reason, list[str]] = {}
         for part in left:
             by_reason.setdefault(part.reason, []).append(part.name)
@@ -411,7 +404,7 @@ def _as_loaded(patch: Patch, present: Mapping[str, object]) -> Patch:
 
 
 def _fitting(patch: Patch, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Patch, dict[str, Reason]]:
-    """The part of a patch that fits weights of these shapes, and why the other module paths do not."""
+    """The part of a patch that fits weights of these shapes, and the reason for each other module path."""
     misfits = {}
     for path in dict.fromkeys((*patch.adapters, *patch.differences)):
         tensors = ModuleTensors(patch.adapters.get(path), patch.differences.get(path, {}))

@@ -9,11 +9,7 @@ from torch import Tensor
 
 
 class Mailbox:
-    """Transfers small tensors by step, and returns them in order once they have arrived.
-
-    On the CPU they are available at once. On a GPU they are copied to pinned memory asynchronously, with an event for
-    the end of the copy.
-    """
+    """Transfers small tensors by step, and returns them in order: from a GPU asynchronously through pinned memory."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -27,16 +23,11 @@ class Mailbox:
         landed = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
         landed.copy_(values.detach(), non_blocking=True)
         arrived = torch.Event(self._device)
-        arrived.record(torch.cuda.current_stream(self._device))  # not that of whichever device is current
+        arrived.record(torch.cuda.current_stream(self._device))  # not that of the current device
         self._waiting.append((step, landed, arrived))
 
     def collect(self, *, wait: bool = False, before: int | None = None) -> list[tuple[int, list[float]]]:
-        """(step, values) of what has arrived since the last call.
-
-        Args:
-            wait: wait for everything posted.
-            before: wait for the steps before this one, and leave the others; None for no such limit.
-        """
+        """(step, values) that have arrived since the last call; can wait for all, or for the steps below `before`."""
         ready = []
         while self._waiting:
             step, values, arrived = self._waiting[0]

@@ -1,14 +1,11 @@
-"""The gradient noise scale: the batch size up to which a larger batch still makes steps better in proportion; pure.
+"""The gradient noise scale: the batch size above which larger batches bring diminishing returns; pure functions.
 
-McCandlish et al. 2018, "An Empirical Model of Large-Batch Training", arXiv:1812.06162, appendix A.1. The squared length
+McCandlish et al. 2018, "An Empirical Model of Large-Batch Training", arXiv:1812.06162, appendix A.1. The squared norm
 of a gradient averaged over b samples is expected to be |G|² + tr(Σ) / b, where G is the true gradient and Σ the
-covariance of a single sample's. Two batch sizes give two equations, and the simple noise scale is tr(Σ) / |G|². Far
-below it a step is mostly noise and twice the batch is worth nearly twice the steps; far above it a larger batch is
-wasted.
+covariance of a single sample's. Two batch sizes give two equations, and the simple noise scale is tr(Σ) / |G|².
 
-Both sizes are available only where a step accumulates over at least two micro-batches: the first of them is the small
-one, the step the big one. Stratified noise levels make a step's gradient less noisy than independent draws; the
-estimate is of the remaining noise.
+Both sizes are available only if a step accumulates over at least two micro-batches: the first of them is the small one,
+the step the big one. Stratified noise levels reduce the noise; the estimate is of the remaining noise.
 """
 
 from __future__ import annotations
@@ -18,11 +15,9 @@ from typing import Any
 
 
 def noise_terms(small_sq: float, big_sq: float, *, small: float, big: float) -> tuple[float, float]:
-    """Unbiased estimates of |G|² and tr(Σ); single ones are very noisy, and either may come out negative.
+    """Unbiased estimates of |G|² and tr(Σ); single ones are very noisy, and either may be negative.
 
-    Args:
-        small_sq, big_sq: squared length of the mean gradient over `small` and over `big` samples.
-        small, big: samples, `small` < `big`.
+    `small_sq` and `big_sq` are squared norms of the mean gradient over `small` and over `big` samples, `small` < `big`.
     """
     true_sq = (big * big_sq - small * small_sq) / (big - small)
     variance = (small_sq - big_sq) / (1 / small - 1 / big)
@@ -30,13 +25,7 @@ def noise_terms(small_sq: float, big_sq: float, *, small: float, big: float) -> 
 
 
 class NoiseScale:
-    """Follows the noise scale over a run: moving averages of both terms, and their ratio.
-
-    The ratio of averages is used, never the average of ratios, which is biased (appendix A.1).
-
-    Args:
-        decay: share of the averages that stays at each step.
-    """
+    """The noise scale: the ratio of moving averages of both terms, as an average of ratios would be biased (A.1)."""
 
     def __init__(self, decay: float = 0.99) -> None:
         self._decay = decay
@@ -60,12 +49,10 @@ class NoiseScale:
         return self._variance / self._true_sq
 
     def to_json(self) -> dict[str, Any]:
-        """The state, for a run state."""
         return {"decay": self._decay, "true_sq": self._true_sq, "variance": self._variance}
 
     @classmethod
     def from_json(cls, state: Mapping[str, Any]) -> NoiseScale:
-        """The instance whose `to_json` returned `state`."""
         scale = cls(state["decay"])
         scale._true_sq, scale._variance = state["true_sq"], state["variance"]
         return scale

@@ -31,7 +31,7 @@ from lorasmith.training.optim.update_rules import default_rate, takes_weight_dec
 
 
 class Remark(str):
-    """A note that asks nothing of the user: it is for the report."""
+    """A note for the report only: the user need not do anything."""
 
     __slots__ = ()
 
@@ -56,15 +56,7 @@ _SCHEDULES_WITH: dict[str, Callable[[str], bool]] = {
 def notes_on(
     config: TrainConfig, denoiser: Denoiser, plan: Plan, adapters: Mapping[str, Adapter], differences: int
 ) -> tuple[str, ...]:
-    """Remarks on a planned run, one sentence each.
-
-    Args:
-        config: as requested, open settings included.
-        denoiser: the model.
-        plan: layers with new adapters.
-        adapters: all trained adapters by module path, continued ones included.
-        differences: number of modules whose differences are trained.
-    """
+    """Remarks on a planned run, one sentence each; `config` is as requested, `differences` counts modules."""
     return (
         *_on_base(config, denoiser),
         *_on_experts(config, denoiser),
@@ -80,13 +72,7 @@ def notes_on(
 def notes_on_file(
     denoiser: Denoiser, adapters: Mapping[str, Adapter], differences: Mapping[str, Difference]
 ) -> tuple[str, ...]:
-    """One sentence for each program that will not apply all of the LoRA in the default layout.
-
-    Args:
-        denoiser: the model.
-        adapters: trained adapters, by module path.
-        differences: trained differences of norms and biases, by module path.
-    """
+    """One sentence for each program that will not apply all of the LoRA in the default layout."""
     names = denoiser.base.names
     whole = {path: adapter.diff.detach() for path, adapter in adapters.items() if isinstance(adapter, FullAdapter)}
     state = AdapterState(
@@ -95,7 +81,7 @@ def notes_on_file(
         | {ModuleRef(DENOISER, path): one.to_tensors() for path, one in differences.items()},
     )
     found = shortfalls(state, layout_for(PORTABLE, names, state), names, is_portable=True)
-    # What one program leaves out of a LoRA is a fact about it; a LoRA that it does not load at all is another matter.
+    # Parts that a program ignores are a remark; a LoRA that it does not load at all is a warning.
     notes = [
         (Remark if not one.is_all else str if one.program == COMFYUI else OtherProgram)(f"{one.sentence}.")
         for one in found
@@ -119,13 +105,7 @@ def notes_on_plan(plan: Plan) -> tuple[str, ...]:
 
 
 def notes_on_products(config: TrainConfig, denoiser: Denoiser, device: torch.device) -> tuple[str, ...]:
-    """Share of the layers that quantized_backward applies to, if it is set.
-
-    Args:
-        config: as requested.
-        denoiser: the model.
-        device: where it trains.
-    """
+    """A note on how many layers quantized_backward applies to, if it is set but not for all."""
     if not config.quantized_backward:
         return ()
     own = None if config.quantization == "none" else packed(torch.zeros(1, 1), config.quantization, torch.float32).code
@@ -150,13 +130,13 @@ def notes_on_products(config: TrainConfig, denoiser: Denoiser, device: torch.dev
 
 
 def _code_in_model(layer: torch.nn.Module) -> torch.dtype | None:
-    """The number format of a layer's codes; None where its weight is not packed."""
+    """Dtype of a layer's codes; None if its weight is not packed."""
     source = weight_source(layer)
     return None if source is None else source.code
 
 
 def _on_base(config: TrainConfig, denoiser: Denoiser) -> Iterator[str]:
-    """Bases that need more than a LoRA, by their name."""
+    """A warning about base models whose title names a distilled variant."""
     title, family = denoiser.base.title, denoiser.base.family
     marks = [mark for mark in family.distilled_names if mark.casefold() in title.casefold()]
     if marks and config.training_adapter is None:
@@ -167,7 +147,6 @@ def _on_base(config: TrainConfig, denoiser: Denoiser) -> Iterator[str]:
 
 
 def _on_settings(config: TrainConfig) -> Iterator[str]:
-    """Settings without effect in combination with others."""
     if config.bucket_mode:
         yield "bucket_mode has no effect here: sizes are mixed correctly with and without it."
     if config.bypass_mode:
@@ -212,7 +191,7 @@ def _on_quantization(config: TrainConfig, denoiser: Denoiser) -> Iterator[str]:
 
 
 def _on_learning(config: TrainConfig) -> Iterator[str]:
-    """Settings of optimizer and schedule without effect, or with an unusual one, in combination with others."""
+    """Settings of optimizer and schedule without effect or with unusual values."""
     if not config.is_default("weight_decay") and not takes_weight_decay(config.optimizer):
         yield f"weight_decay {config.weight_decay:g} has no effect with {config.optimizer}, which has none here."
     usual = default_rate(config.optimizer)
@@ -227,7 +206,6 @@ def _on_learning(config: TrainConfig) -> Iterator[str]:
 
 
 def _on_experts(config: TrainConfig, denoiser: Denoiser) -> Iterator[str]:
-    """The part of the noise levels that an expert is trained on."""
     base = denoiser.base
     named = base.named_expert
     chosen = config.min_noise is not None or config.max_noise is not None
@@ -281,7 +259,6 @@ def _on_targets(
 
 
 def _on_compiling(config: TrainConfig, denoiser: Denoiser, adapters: Mapping[str, Adapter]) -> Iterator[str]:
-    """Blocks that are not compiled."""
     if not config.compile:
         return
     module = denoiser.module

@@ -1,4 +1,4 @@
-"""Why a run ended: one enum for events, run folders, reports and doors."""
+"""Why a run ended: one enum for events, run folders and reports."""
 
 from __future__ import annotations
 

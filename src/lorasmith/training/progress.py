@@ -13,31 +13,19 @@ from lorasmith.core.typed_json import typed
 
 @dataclass(frozen=True)
 class RunState:
-    """Everything that a run needs to resume bit-identically.
+    """Everything that a run needs to resume bit-identically."""
 
-    Attributes:
-        step: updates taken.
-        tensors: by name.
-        numbers: the remaining state, as JSON values.
-    """
-
-    step: int
+    step: int  # updates taken
     tensors: Mapping[str, Tensor]
-    numbers: Mapping[str, Any]
+    numbers: Mapping[str, Any]  # the remaining state, as JSON values
 
 
 @dataclass
 class Progress:
-    """Steps taken so far.
+    """Progress of a run."""
 
-    Attributes:
-        step: updates taken, skipped ones included.
-        losses: of each update, NaN if it was skipped.
-        rollbacks: number of rollbacks.
-    """
-
-    step: int = 0
-    losses: list[float] = field(default_factory=list)
+    step: int = 0  # updates taken, skipped ones included
+    losses: list[float] = field(default_factory=list)  # of each update, NaN if it was skipped
     rollbacks: int = 0
 
 
@@ -77,11 +65,7 @@ class NoiseNumbers:
 
 @dataclass(frozen=True, kw_only=True)
 class StateNumbers:
-    """The numbers of a run state, as `Loop.state` writes them; those of watchers are checked by these.
-
-    Raises:
-        ValueError: a number is out of range.
-    """
+    """The numbers of a run state, as `Loop.state` writes them. Raises ValueError if one is out of range."""
 
     engine: EngineNumbers
     losses: tuple[float | None, ...]
@@ -100,15 +84,7 @@ class StateNumbers:
 
     @classmethod
     def of(cls, state: RunState, steps: int) -> StateNumbers:
-        """The numbers of a state.
-
-        Args:
-            state: as it was read.
-            steps: of the whole run.
-
-        Raises:
-            ValueError: one is missing, of another type, out of range or contradicts the step.
-        """
+        """The numbers of a state. Raises ValueError if one is missing, of another type, or contradicts the step."""
         numbers = typed(state.numbers, cls)
         if not 0 <= state.step == len(numbers.losses) <= steps:
             raise ValueError(f"step must be the number of losses and at most {steps}, got {state.step}")

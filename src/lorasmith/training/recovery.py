@@ -1,9 +1,9 @@
 """Recovery from failed steps: smaller micro-batches, no compiling, or a rollback to the last snapshot.
 
-A step that runs out of memory is repeated in smaller micro-batches of the same draws, one whose compiled code fails
+A step that runs out of memory is repeated in smaller micro-batches of the same draws; one whose compiled code fails,
 without compiling. A step with a non-finite loss or gradient, or an exploding loss, is skipped: the run restores its
 last snapshot, halves the learning rate and continues with the draws after that step. All decisions are functions of the
-step and its past, so that a resumed run takes the same ones.
+step and its past, so that a resumed run makes the same ones.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class StepFault(Exception):  # noqa: N818 - faults of a step, which never leave 
 
 
 class StepRepeated(StepFault):
-    """A step that is repeated in another way, which the text says."""
+    """A step is repeated in another way, described by the message."""
 
 
 class OutOfMemory(StepFault):
@@ -44,19 +44,12 @@ class CompileFailed(StepFault):
 
 @dataclass(eq=False)
 class Diverged(StepFault):
-    """A step's loss or gradient is not finite, or its loss exploded.
+    """A step's loss or gradient is not finite, or its loss exploded."""
 
-    Attributes:
-        step: counted from 0.
-        loss: of the step.
-        images: names of its samples.
-        updated: whether it updated the weights: loss and gradient were finite.
-    """
-
-    step: int
+    step: int  # counted from 0
     loss: float
-    images: tuple[str, ...]
-    updated: bool
+    images: tuple[str, ...]  # names of the samples
+    updated: bool  # whether it updated the weights: loss and gradient were finite
 
     def __str__(self) -> str:
         what = f"the loss exploded to {self.loss:.3g}" if self.updated else "loss or gradient became NaN or infinite"
@@ -64,19 +57,10 @@ class Diverged(StepFault):
 
 
 class Recovery:
-    """Changes engine and progress so that a run continues after a fault.
-
-    Args:
-        engine: of the run.
-        progress: of the run.
-        on_event: receives an event for each recovery.
-
-    Attributes:
-        good: the last snapshot, set before the first step.
-        compile_failed: whether compiling was disabled.
-    """
+    """Changes engine and progress so that a run continues after a fault."""
 
     def __init__(self, engine: Engine, progress: Progress, on_event: EventHandler) -> None:
+        # The last snapshot, set before the first step.
         self.good: RunState | None = None
         self.compile_failed = False
         self._engine = engine
@@ -104,12 +88,11 @@ class Recovery:
                 raise fault
 
     def stop_compiling(self) -> None:
-        """Disable compiling from here on."""
         self.compile_failed = True
         self._engine.change(compile=False)
 
     def _shrink(self, fault: OutOfMemory) -> None:
-        """Halve the micro-batch from here on, and at 1 enable activation checkpointing."""
+        """Halve the micro-batch, or at 1 enable activation checkpointing, for the rest of the run."""
         engine, step = self._engine, self._progress.step + 1
         if engine.runtime.micro_batch > 1:
             engine.change(micro_batch=-(-engine.runtime.micro_batch // 2))
@@ -136,7 +119,6 @@ class Recovery:
         )
 
     def _roll_back(self, fault: Diverged) -> None:
-        """Skip a step and continue after it from the last snapshot, at half the learning rate."""
         engine, progress, good = self._engine, self._progress, self.good
         assert good is not None  # there is one before the first step
         fruitless = fault.step + 1 == engine.config.steps and not any(map(math.isfinite, progress.losses))

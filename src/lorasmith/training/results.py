@@ -37,7 +37,7 @@ class TrainResult:
         losses: loss of each step, those before a resumption included; NaN for a skipped step.
         steps: all steps, those of a continued LoRA included.
         reason: why the run ended.
-        validations: steps and losses on the held-out images.
+        validations: (step, loss) on the held-out images.
         base_loss: loss of the base model on the held-out images, None if none are held out.
         verdict: interpretation of the validations, in a sentence.
         folder: the run's folder, None without output.
@@ -102,7 +102,7 @@ class TrainResult:
 
 
 def lora_of(job: Job, metadata: Mapping[str, str] = MappingProxyType({})) -> Lora:
-    """The LoRA in a job's adapters as they are, on the CPU after `Engine.release` or inside of `Engine.exported`."""
+    """The LoRA in a job's adapters, on the CPU after `Engine.release` or inside of `Engine.exported`."""
     trained = {ModuleRef(DENOISER, path): adapter.to_weights() for path, adapter in job.adapters.items()}
     changes = {ref: dict(tensors) for ref, tensors in job.carried.differences.items()}
     for path, one in job.differences.items():
@@ -120,17 +120,7 @@ def lora_of(job: Job, metadata: Mapping[str, str] = MappingProxyType({})) -> Lor
 
 
 class Results:
-    """Makes and saves LoRAs from a job's adapters.
-
-    Args:
-        job: the planned run.
-        data: the training samples.
-        title: name of the LoRA and of its file.
-        trigger: trigger phrase for the metadata.
-        record: of the run.
-        folder: of the run; None to write nothing.
-        hashes: of the base model, which are in the LoRA once they are known.
-    """
+    """Makes and saves LoRAs from a job's adapters; writes no files if `folder` is None."""
 
     def __init__(
         self,
@@ -141,7 +131,7 @@ class Results:
         trigger: str | None,
         record: RunRecord,
         folder: Path | None,
-        hashes: BaseHashes,
+        hashes: BaseHashes,  # in the metadata once they are computed
     ) -> None:
         self._job = job
         self._data = data
@@ -153,7 +143,6 @@ class Results:
         self._started = time.time()
 
     def lora(self, step: int) -> Lora:
-        """The LoRA in the adapters, with the metadata of a step."""
         job = self._job
         metadata = training_metadata(
             job,
@@ -168,16 +157,14 @@ class Results:
         return lora_of(job, metadata)
 
     def save(self, loop: Loop, path: Path) -> None:
-        """Save the LoRA in the adapters."""
         self.lora(loop.step).save(path)
 
     def path_at(self, step: int) -> Path:
-        """The file of the LoRA of a step of a run with a folder, numbered as sd-scripts does it."""
+        """File of the LoRA of a step, numbered as in sd-scripts; the run must have a folder."""
         assert self._folder is not None
         return self._path(self._folder, f"-step{self._job.steps_before + step:08}")
 
     def save_best(self, loop: Loop) -> None:
-        """Save the LoRA at this step as the best one so far."""
         if self._folder is not None:
             with loop.engine.exported():
                 self.save(loop, self._path(self._folder, "-best"))
@@ -185,14 +172,7 @@ class Results:
     def collect(
         self, loop: Loop, reason: Outcome, validation: ValidationWatch | None, *, prefer_best: bool
     ) -> TrainResult:
-        """Release the weights from the engine, and save them.
-
-        Args:
-            loop: after its end.
-            reason: why it ended.
-            validation: of the run, if images are held out.
-            prefer_best: use the best weights on those images instead of the last ones.
-        """
+        """Release the weights of an ended loop, the best on held-out images if `prefer_best`, and save them."""
         best = None if validation is None else validation.best
         history = None if validation is None or best is None else validation.history
         values = best if prefer_best else None

@@ -17,13 +17,7 @@ from lorasmith.training.config import DtypeSetting, ResolvedConfig, TrainConfig
 
 
 def dtype_on_device(config: TrainConfig, module: nn.Module, device: torch.device) -> DtypeSetting:
-    """`training_dtype` as a device computes products: fp32 where it would emulate the format that is set.
-
-    Args:
-        config: settings.
-        module: the frozen model, whose format `none` is.
-        device: where the run trains.
-    """
+    """`training_dtype` on a device: fp32 if the device would emulate the format that is set."""
     if config.training_dtype == "auto":
         return "bf16" if multiplies(torch.bfloat16, device) else "fp32"
     is_kept = config.exact_dtype or multiplies(chosen_dtype(config.training_dtype, module), device)
@@ -32,42 +26,24 @@ def dtype_on_device(config: TrainConfig, module: nn.Module, device: torch.device
 
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
-    """How a run executes on its device; fields named like settings hold their effective value.
-
-    Attributes:
-        device: where it trains.
-        dtype: of matrix products.
-        first_step: steps of a continued LoRA: the draw index starts there, so that it gets new noise and the rest of
-            the epoch.
-        learning_rates: by module path, where it differs from the configuration's.
-        varying_sizes: whether samples differ in size, so that compiled code must not depend on it.
-        micro_batch: images per forward pass; lowered if memory is too small for `batch_size`.
-        checkpoint_depth: of activation checkpointing, 0 for none.
-        activations: how the others are kept; `auto` is resolved before the first step.
-        memory_budget: device memory in bytes that `auto` may use, weights included; None for all free memory.
-        offloading: whether frozen weights are kept in host memory.
-        sharding: whether each process keeps its part of the frozen weights.
-        quantized_backward: whether products with fp8 weights are in fp8.
-        compile: whether blocks are compiled, unless weights are offloaded.
-        processes: those that train the run together.
-        memory_share: part of the free memory that `auto` may use.
-    """
+    """How a run executes on its device; fields named like settings hold their effective value."""
 
     device: torch.device
-    dtype: torch.dtype
+    dtype: torch.dtype  # of matrix products
+    # Steps of a continued LoRA: draws start there, so that it gets new noise and the rest of the epoch.
     first_step: int
-    learning_rates: Mapping[str, float]
-    varying_sizes: bool
-    micro_batch: int
-    checkpoint_depth: int
-    activations: ActivationPlan
-    memory_budget: int | None
+    learning_rates: Mapping[str, float]  # by module path, where not the configuration's
+    varying_sizes: bool  # of samples, so that compiled code must not depend on them
+    micro_batch: int  # images per forward pass; lowered if memory is too small for `batch_size`
+    checkpoint_depth: int  # of activation checkpointing, 0 for none
+    activations: ActivationPlan  # how the others are kept; `auto` is resolved before the first step
+    memory_budget: int | None  # device memory in bytes, weights included; None for all free memory
     offloading: bool
     sharding: bool
     quantized_backward: bool
     compile: bool
     processes: Processes = ALONE
-    memory_share: float = 1.0
+    memory_share: float = 1.0  # part of the free memory that `auto` may use
 
     @classmethod
     def of(
@@ -80,13 +56,6 @@ class Runtime:
         learning_rates: Mapping[str, float] | None = None,
         varying_sizes: bool = False,
     ) -> Runtime:
-        """The effective settings for a model on a device.
-
-        Args:
-            config: the settings.
-            module: the frozen model.
-            device, first_step, learning_rates, varying_sizes: as the attributes.
-        """
         on_cpu = device.type == "cpu"
         # torch.compile selects the kept activations itself, and host memory is the CPU's own.
         is_idle = config.compile or (config.activations == "host" and on_cpu)

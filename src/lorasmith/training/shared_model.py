@@ -2,9 +2,9 @@
 
     bare        as it was loaded: for previews, and for runs that are planned
     frozen      weights placed, and quantized or offloaded: for losses of the base model
-    attached    adapters of one run or of several on the frozen model, activations kept as they say
+    attached    adapters of one run or of several on the frozen model, activations kept as set for them
 
-Every state is made of the one before it, and only when it is asked for.
+Each state is made from the one before it, when it is needed.
 """
 
 from __future__ import annotations
@@ -21,47 +21,35 @@ from lorasmith.training.memory.activation_checkpointing import blocks_checkpoint
 from lorasmith.training.memory.activations import activations_reduced
 
 _FRUGAL: Sequence[ActivationPlan] = ("keep", "lean", "selective", "host")
-"""How activations are kept, by the memory that is left."""
+"""Activation plans by memory, the most demanding first."""
 
 
 class SharedModel:
-    """The model of all runs, and what is made of it now.
-
-    Attributes:
-        rows: whose samples there are in a pass.
-        dtype: of passes.
-        activations: how they are kept in passes.
-    """
+    """The model of all runs in its current state."""
 
     def __init__(self, job: Job) -> None:
-        self.rows = SampleRows()
-        self.dtype = job.runtime.dtype
-        self.activations: ActivationPlan = "keep"
+        self.rows = SampleRows()  # the runs' samples in a pass
+        self.dtype = job.runtime.dtype  # of passes
+        self.activations: ActivationPlan = "keep"  # how they are kept in passes
         self._job = job
         self._frozen, self._attached = contextlib.ExitStack(), contextlib.ExitStack()
         self._is_frozen = False
         self._state: object = None
 
     def bare(self) -> None:
-        """Restore it."""
         self._detach()
         self._frozen.close()
         self._is_frozen = False
 
     def freeze(self) -> None:
-        """Place its weights as the runs train with them, with nothing attached."""
+        """Place the weights as the runs train with them, with nothing attached."""
         self._detach()
         if not self._is_frozen:
             self._frozen.enter_context(frozen(self._job.denoiser, self._job.config, self._job.runtime))
             self._is_frozen = True
 
     def attach(self, engines: Sequence[Engine], *, reduced: bool = True) -> None:
-        """Attach the adapters of runs.
-
-        Args:
-            engines: of the runs.
-            reduced: whether activations are kept as the runs say, by the one that has the least memory for them.
-        """
+        """Attach the adapters of runs; if `reduced`, activations are kept as in the run with least memory for them."""
         module = self._job.denoiser.module
         activations: ActivationPlan = "keep"
         depth = 0

@@ -6,8 +6,8 @@
     attention, !*.to_out.*                               ! excludes
 
 Entries are separated by commas, semicolons or line ends. A layer that matches several entries gets the settings of all,
-later ones taking precedence; exclusions apply wherever they stand. Settings are `rank`, `alpha` and `lr`, in the ranges
-of the run's own.
+later ones taking precedence; exclusions apply in any position. Settings are `rank`, `alpha` and `lr`, in the ranges of
+the run's own.
 """
 
 from __future__ import annotations
@@ -31,15 +31,7 @@ _MOST_ENTRIES, _LONGEST_ENTRY = 500, 500  # each is matched with each layer, and
 
 
 def parse_targets(text: str, presets: Mapping[str, Rule]) -> tuple[list[Rule], list[Rule]]:
-    """Rules and exclusions.
-
-    Args:
-        text: see above. With exclusions alone, all other layers are targets.
-        presets: by name.
-
-    Raises:
-        OptionError: an entry is malformed, or a setting is unknown or out of its range.
-    """
+    """Rules, all layers if there are only exclusions, and exclusions. Raises OptionError if an entry is malformed."""
     rules, exclusions = [], []
     entries = [part.strip() for part in re.split(r"[,;\n]", text) if part.strip()]
     if len(entries) > _MOST_ENTRIES or any(len(entry) > _LONGEST_ENTRY for entry in entries):

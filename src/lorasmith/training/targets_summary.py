@@ -24,47 +24,28 @@ _HEADER_BYTES = 130  # per tensor of a safetensors file: its name, dtype, shape 
 
 @dataclass(frozen=True)
 class TargetGroup:
-    """Layers of one kind: the same place in repeated blocks, and the same settings.
+    """Layers of one kind: the same place in repeated blocks, and the same settings."""
 
-    Attributes:
-        name: their module paths, with `*` for repeated parts.
-        layer: `Linear`, `Conv2d 3×3`, or the class of a norm.
-        count: number of layers.
-        ranks: lowest and highest.
-        alpha, learning_rate: their own, None for the run's.
-        parameters: number of trained parameters of all layers.
-    """
-
-    name: str
-    layer: str
+    name: str  # their module paths, with `*` for repeated parts
+    layer: str  # `Linear`, `Conv2d 3×3`, or the class of a norm
     count: int
-    ranks: tuple[int, int]
-    alpha: float | None
+    ranks: tuple[int, int]  # lowest and highest
+    alpha: float | None  # None for the run's, as `learning_rate`
     learning_rate: float | None
-    parameters: int
+    parameters: int  # number of trained parameters of all layers
 
 
 @dataclass(frozen=True)
 class TargetSummary:
-    """A choice of targets.
+    """A choice of targets."""
 
-    Attributes:
-        targets: the choice as text.
-        groups: in the model's order; differences of norms and biases come last.
-        layers: number of trained layers.
-        targetable: number of layers that can be trained.
-        parameters: number of trained parameters.
-        size_bytes: of the file, to a few percent.
-        notes: remarks for the user, one sentence each.
-    """
-
-    targets: str
-    groups: tuple[TargetGroup, ...]
-    layers: int
-    targetable: int
-    parameters: int
-    size_bytes: int
-    notes: tuple[str, ...]
+    targets: str  # as text
+    groups: tuple[TargetGroup, ...]  # in the model's order; differences of norms and biases come last
+    layers: int  # number of trained layers
+    targetable: int  # number of layers that can be trained
+    parameters: int  # number of trained parameters
+    size_bytes: int  # of the file, to a few percent
+    notes: tuple[str, ...]  # remarks for the user, one sentence each
 
 
 def summarise_targets(denoiser: Denoiser, config: TrainConfig) -> TargetSummary:

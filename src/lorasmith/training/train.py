@@ -1,7 +1,6 @@
 """A whole run: its folder, resuming, and saving the result however the run ends.
 
-Planning is in `job`, steps in `loop`, callbacks between steps in `watchers`, and results in `results`; `app.model_run`
-adds previews and the report.
+Planning is in `job`, steps in `loop`, callbacks between steps in `watchers`, and results in `results`.
 """
 
 from __future__ import annotations
@@ -46,47 +45,30 @@ _PIXEL_BYTES = 2
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """Everything that a run receives besides job and data.
+    """Everything that a run receives besides job and data. Raises OptionError for a title that is not a file name.
 
-    Attributes:
-        output: folder of the run, or a function from the run's fingerprint to it; None to write nothing. A folder that
-            holds the same run, interrupted, is continued; if it is complete with fewer steps, it is moved aside, and
-            the run starts from its end. In a folder with files of others, a subfolder with the title is used.
-        fresh: move an existing run aside instead of continuing it.
-        title: name of the LoRA, and of its file in `output`.
-        trigger: trigger phrase, for the metadata.
-        validation: held-out images, instead of a share of the data.
-        previews: returns the function that draws previews into a folder of a run, or None for no previews.
-        begun: called with the folder of the run before its first step.
-        page: writes the report of a run that ends with an event into its folder.
-        beside: writes files beside the finished LoRA.
-        source: JSON values from which the run can be repeated, such as paths.
-        facts: what is recorded about the images for readers, JSON values by name.
-        verify: whether every byte of the base model's files is compared with the run that is continued, and recorded.
-        on_event: receives all events.
-        cancelled: called between steps; True ends the run and saves the result.
-        until: step after which the run is cancelled; None for no limit.
-        engine: makes the engine of a job.
-
-    Raises:
-        OptionError: the title cannot be the name of a file.
+    `output` is the run's folder or a function from its fingerprint to it; None writes no files. The same run in it is
+    resumed; if that is complete with fewer steps, it is moved aside and the run starts from its end. A subfolder named
+    `title` is used if there are files that are not a run's.
     """
 
     output: Path | Callable[[Fingerprint], Path] | None = None
-    fresh: bool = False
-    title: str = "lora"
-    trigger: str | None = None
-    validation: EncodedDataset | None = None
+    fresh: bool = False  # move an existing run aside instead of resuming it
+    title: str = "lora"  # name of the LoRA, and of its file in `output`
+    trigger: str | None = None  # for the metadata
+    validation: EncodedDataset | None = None  # held-out images, instead of a share of the data
+    # from the run's folder to the function that draws previews
     previews: Callable[[Path], Draw | None] = lambda folder: None
-    begun: Callable[[Path], object] = lambda folder: None
-    page: Callable[[Path, RunFinished], object] = lambda folder, end: None
-    beside: Callable[[Path], object] = lambda lora: None
+    begun: Callable[[Path], object] = lambda folder: None  # called with the run's folder before the first step
+    page: Callable[[Path, RunFinished], object] = lambda folder, end: None  # writes the report into the run's folder
+    beside: Callable[[Path], object] = lambda lora: None  # writes files beside the finished LoRA
+    # JSON values from which the run can be repeated, such as paths
     source: Mapping[str, Any] = field(default_factory=dict)
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    verify: bool = False
+    facts: Mapping[str, Any] = field(default_factory=dict)  # recorded about the images, JSON values by name
+    verify: bool = False  # compare and record every byte of the base model's files
     on_event: EventHandler = lambda event: None
-    cancelled: Callable[[], bool] = lambda: False
-    until: int | None = None
+    cancelled: Callable[[], bool] = lambda: False  # called between steps; True ends the run and saves the result
+    until: int | None = None  # step after which the run is cancelled
     engine: Callable[[Job], Engine] = engine_of
 
     def __post_init__(self) -> None:
@@ -94,7 +76,7 @@ class RunOptions:
 
 
 def run_bytes(job: Job) -> int:
-    """Bytes that a run writes, about: its LoRAs, previews, a run state beside the one before, and what is small."""
+    """Approximate bytes that a run writes: LoRAs, previews, two run states, and small files."""
     config = job.config
     loras = 1 + (config.steps // config.save_every if config.save_every else 0)
     lora_bytes = job.parameters * dtype_from_name(config.lora_dtype).itemsize
@@ -106,14 +88,8 @@ def run_bytes(job: Job) -> int:
 def run_job(job: Job, data: EncodedDataset, options: RunOptions) -> TrainResult:
     """Train a job on the device that it was planned for. A job can be run once.
 
-    Args:
-        job: from `plan_job`.
-        data: encoded samples.
-        options: folder, events, previews and the like.
-
-    Raises:
-        LorasmithError: the data do not fit, or the loss became non-finite. If steps were taken and there is an output
-            folder, their LoRA is saved and the message names the file.
+    Raises LorasmithError if the data do not fit or the loss became non-finite. If steps were taken and there is an
+    output folder, their LoRA is saved and the message names the file.
     """
     job.denoiser.check_conditionings({id(one.conditioning): one.conditioning for one in data.samples}.values())
     parts = split(data, share=job.config.validation_share, given=options.validation)
@@ -126,7 +102,7 @@ def run_job(job: Job, data: EncodedDataset, options: RunOptions) -> TrainResult:
     with contextlib.ExitStack() as stack:
         folder, start = None, None
         if options.output is not None:
-            # The folder is the first process's alone; the others learn from it how the run starts.
+            # Only rank 0 uses the folder, and broadcasts how the run starts.
             def begin() -> tuple[RunRecord, RunState | None]:
                 nonlocal folder
                 folder, found, state = stack.enter_context(_opened(record, options, run_bytes(job)))
@@ -141,7 +117,7 @@ def run_job(job: Job, data: EncodedDataset, options: RunOptions) -> TrainResult:
 def _opened(
     record: RunRecord, options: RunOptions, size_bytes: int
 ) -> Iterator[tuple[RunFolder, RunRecord, RunState | None]]:
-    """Inside the context, a run has its folder; yields it with the record as it is there, and the state to resume."""
+    """Inside the context, a run has its folder; yields it with its final record, and the state to resume."""
     assert options.output is not None
     named = options.output if isinstance(options.output, Path) else options.output(record.fingerprint)
     path = output_folder(named, options.title)
@@ -157,7 +133,6 @@ def _opened(
 
 
 def _check_together(job: Job, record: RunRecord) -> None:
-    """Raise an error in all processes of a run if they cannot train it together."""
     processes, config = job.runtime.processes, job.config
     found = processes.gathered({"versions": record.environment["versions"], **record.fingerprint})
 
@@ -179,8 +154,6 @@ def _check_together(job: Job, record: RunRecord) -> None:
 
 
 class _Run:
-    """One run: training, and saving its results however it ends."""
-
     def __init__(
         self, job: Job, parts: Split, options: RunOptions, record: RunRecord, folder: RunFolder | None
     ) -> None:
@@ -193,7 +166,7 @@ class _Run:
         self._draw = None if folder is None else options.previews(folder.path)
         if folder is not None:
             options.begun(folder.path)
-        # Of several processes, one saves the LoRA.
+        # Only rank 0 saves the LoRA.
         self._hashes = BaseHashes(job.denoiser.base.path if job.runtime.processes.is_first else None)
         self._results = Results(
             job,
@@ -211,7 +184,6 @@ class _Run:
             )
 
     def train(self, start: RunState | None) -> TrainResult:
-        """Train from the beginning, or from a run state."""
         job, options = self._job, self._options
         loop = Loop(
             options.engine(job),
@@ -275,7 +247,7 @@ class _Run:
             handler(event)
 
     def _write_extras(self, result: TrainResult, end: RunFinished) -> None:
-        """Write what is beside the LoRA: the loss plot, sidecars, the report."""
+        """Write the files beside the LoRA: loss plot, sidecars, report."""
         if (lora := result.path) is not None:
             if any(map(math.isfinite, result.losses)):
                 self._extra("loss plot", lambda: result.plot(lora.with_name("loss.png")))
@@ -291,7 +263,6 @@ class _Run:
             self._emit(Warned(message=f"The LoRA is saved, but the {what} is not: {error}"))
 
     def _captions(self) -> contextlib.AbstractContextManager[None]:
-        """The captions that the run draws are encoded, or their encoder is at hand."""
         return captions_ready(
             self._parts.training,
             self._job.draws,
@@ -302,7 +273,7 @@ class _Run:
 
     @contextlib.contextmanager
     def _tracked(self) -> Iterator[None]:
-        """Events are logged to a tracker, if `track` is set."""
+        """Inside the context, events are logged to a tracker, if `track` is set."""
         config, title = self._job.config, self._options.title
         if config.track == "none" or self._folder is None:
             yield
@@ -315,7 +286,7 @@ class _Run:
             yield
 
     def _watchers(self) -> list[Watcher]:
-        """Watchers in the order of their calls: validation comes before the run state that includes it."""
+        """Watchers in the order of their calls: validation precedes the run state that includes it."""
         config, folder = self._job.config, self._folder
         watchers: list[Watcher] = [self._validation] if self._validation else []
         if folder is not None:
@@ -384,7 +355,6 @@ class _Run:
             )
 
     def _inexact(self, folder: RunFolder) -> Iterator[str]:
-        """Reasons why the rest of a run may not be bit-identical."""
         found = (word for before in folder.record().all_environments for word in differences(before, self._environment))
         yield from dict.fromkeys(found)
         runtime = self._job.runtime
@@ -395,11 +365,10 @@ class _Run:
 
 
 def _kept(result: TrainResult) -> str:
-    """Where the LoRA of a run that did not end by itself is, in a clause."""
     return f"the LoRA of {count_text(result.steps, 'step')} is at {result.path}"
 
 
 def _continued(path: Path) -> RunState:
-    """The state of a finished run, to train on from it, also where validation had ended it."""
+    """The state of a finished run, changed so that it can be trained on, also if validation had stopped it."""
     state = load_state(path)
     return replace(state, numbers={**state.numbers, "stopped": False})

@@ -1,7 +1,7 @@
 """Loss on held-out images, always with the same noise and noise levels.
 
 All random numbers are keyed by a constant and the image's name, and the loss is unweighted MSE of the native objective,
-whatever the run trains with; an image with a mask is judged where it counts. The losses of two steps, or of two runs
+whatever the run's settings, restricted to the mask of an image that has one. The losses of two steps, or of two runs
 with different settings, can therefore be compared pair by pair.
 """
 
@@ -29,23 +29,13 @@ _SEED = 0  # a constant, so that runs with different seeds can be compared
 class Validator:
     """Computes the loss of held-out images on the denoiser in its current state.
 
-    Noise levels are stratified: each image has one level in each of `draws` equal parts of the range, at its own
-    offset, so that all images together cover it finely. Noise is drawn again at each call: that is cheap beside a
-    forward pass, and storing it would take `draws` times the memory of the latents.
+    Noise levels are stratified: each image has one level in each of `draws` equal parts of `noise_range` (diffusion
+    time), at its own offset, so that all images together cover it finely. Noise is drawn again at each call: that is
+    cheap beside a forward pass, and storing it would take `draws` times the memory of the latents. Repeated samples are
+    evaluated once.
 
-    Args:
-        denoiser: the model.
-        samples: the held-out ones; repeated samples are evaluated once.
-        draws: noise levels per image.
-        batch_size: images per forward pass, where shapes agree. Affects speed and memory (and the last bits).
-        device, dtype: of the denoiser.
-        processes: that share the batches; each gets all losses.
-        equal_passes: whether every process must make as many passes, as where frozen weights are sharded.
-        noise_range: part of diffusion time that is judged.
-
-    Attributes:
-        names: of the images, one per row of the result.
-        quantiles: (images, draws) fp32, quantile of the noise level of each loss: 0 is clean, 1 is noise.
+    `processes` share the batches, and each gets all losses; `equal_passes` makes them run equally many, as required
+    with sharded weights.
     """
 
     def __init__(
@@ -66,28 +56,26 @@ class Validator:
         self._keys = _distinct([sample.name for sample in self._samples])
         self._device, self._dtype = device, dtype
         self._memory_format = memory_format_for(denoiser.module)
-        self.names = tuple(sample.name for sample in self._samples)
+        self.names = tuple(sample.name for sample in self._samples)  # of the images, one per row of the result
         offsets = torch.tensor([keyed_uniform(_SEED, "validation timestep", key) for key in self._keys])
         low, high = quantile_range(denoiser.diffusion.schedule, *noise_range)
+        # (images, draws) fp32, of the noise level of each loss: 0 is clean, 1 is noise.
         self.quantiles = low + (high - low) * (torch.arange(draws) + offsets[:, None]) / draws
         self._processes = processes
         self._equal_passes = equal_passes
         lengths_apart = equal_passes and denoiser.base.family.predicts_by_length
         batches = _grouped(self._samples, draws, batch_size, lengths_apart=lengths_apart)
         self._batches = batches[processes.rank :: processes.size]
-        # Batches of others, whose losses are not used.
+        # Batches of other processes; their losses are discarded.
         missing = -(-len(batches) // processes.size) - len(self._batches)
         self._padding = batches[:missing] if equal_passes else []
 
     @torch.no_grad()
     def __call__(self) -> Tensor:
-        """Losses (images, draws), fp32 on the CPU.
+        """Losses (images, draws), fp32 on the CPU. Raises TrainingError if one is not finite.
 
-        The caller has placed the denoiser on the device, attached adapters and disabled dropout. Without adapters
-        attached, these are the losses of the base model.
-
-        Raises:
-            TrainingError: a loss is not finite.
+        The caller has placed the denoiser on the device, attached adapters and disabled dropout. Without adapters,
+        these are the losses of the base model.
         """
         losses = torch.zeros(self.quantiles.shape)
         measured = self._measured()
@@ -147,7 +135,7 @@ class Validator:
 
 
 def _distinct(names: Sequence[str]) -> list[str]:
-    """Keys of random numbers: the names, numbered where they repeat."""
+    """Keys of random numbers: the names, numbered if they repeat."""
     seen: dict[str, int] = {}
     keys = []
     for name in names:

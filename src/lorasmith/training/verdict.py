@@ -44,13 +44,9 @@ Array = NDArray[np.float64]
 
 
 class History:
-    """The validations of a run so far.
+    """The validations of a run so far; `base` are losses of the base model, (images, draws).
 
-    Args:
-        base: losses of the base model, (images, draws).
-
-    Raises:
-        OptionError: there is one image at one noise level, too little to estimate an error.
+    Raises OptionError for a single loss, too little to estimate an error.
     """
 
     def __init__(self, base: Sequence[Sequence[float]]) -> None:
@@ -59,7 +55,7 @@ class History:
         self._base = self._units(self._base_table)
         self._steps: list[int] = []
         self._tables: list[Array] = []  # (images, draws) each
-        self._curve: list[Array] = []  # the same by what counts as one observation
+        self._curve: list[Array] = []  # the same by observation
         if len(self._base) < 2:
             raise OptionError(
                 "validation needs two images or two noise levels at least, got one of each; raise validation_draws"
@@ -86,12 +82,10 @@ class History:
 
     @property
     def base_loss(self) -> float:
-        """Mean loss of the base model."""
         return float(self._base.mean())
 
     @property
     def losses(self) -> list[tuple[int, float]]:
-        """Step and mean loss of each validation."""
         return [(step, float(mean)) for step, mean in zip(self._steps, self._means(), strict=True)]
 
     @property
@@ -101,7 +95,6 @@ class History:
 
     @property
     def since_best(self) -> int:
-        """Validations after the best one."""
         return len(self._steps) - 1 - self._best
 
     def should_stop(self, patience: int) -> bool:
@@ -117,7 +110,6 @@ class History:
         return self._trend() + (few if self.images < FEW_IMAGES else "")
 
     def to_json(self) -> dict[str, Any]:
-        """The state, for a run state."""
         return {
             "base": self._base_table.tolist(),
             "validations": [[step, table.tolist()] for step, table in zip(self._steps, self._tables, strict=True)],
@@ -125,7 +117,6 @@ class History:
 
     @classmethod
     def from_json(cls, state: Mapping[str, Any]) -> History:
-        """The instance whose `to_json` returned `state`."""
         history = cls(state["base"])
         for step, losses in state["validations"]:
             history._append(step, losses)
@@ -223,8 +214,8 @@ def _t_quantile(freedom: int) -> float:
 def _jitter(means: Array) -> float:
     """Standard deviation of a curve about its trend, from the median size of its second differences.
 
-    Of independent noise with deviation s these have deviation √6·s, and half of them are below 0.6745 times that. 0 for
-    fewer than four values.
+    For independent noise with deviation s these have deviation √6·s, and half of them are below 0.6745 times that. 0
+    for fewer than four values.
     """
     if len(means) < 4:
         return 0.0

@@ -1,4 +1,4 @@
-"""Watchers for validation and previews; that for run states is in `runs.run_states`."""
+"""Watchers for validation, LoRA files and previews; the one for run states is in `runs.run_states`."""
 
 from __future__ import annotations
 
@@ -28,18 +28,7 @@ PREVIEWS = 4
 
 
 class ValidationWatch(Watcher):
-    """Evaluates the held-out images, keeps the best weights, and stops early.
-
-    Args:
-        denoiser: the model.
-        samples: the held-out ones.
-        config, runtime: of the run.
-        on_best: called with the loop when the weights are the best so far.
-
-    Attributes:
-        history: all validations, None before the first step.
-        best: flat fp32 buffer of the best weights, on the CPU.
-    """
+    """Evaluates the held-out images, keeps the best weights, and stops early; `on_best` is called for each new best."""
 
     name = "validation"
 
@@ -51,7 +40,9 @@ class ValidationWatch(Watcher):
         runtime: Runtime,
         on_best: Callable[[Loop], None] = lambda loop: None,
     ) -> None:
+        # All validations, None before the first step.
         self.history: History | None = None
+        # Flat fp32 buffer of the best weights, on the CPU.
         self.best: Tensor | None = None
         self._every = config.validate_every or max(1, config.steps // _VALIDATIONS)
         self._patience = config.patience
@@ -120,13 +111,7 @@ class ValidationWatch(Watcher):
 
 
 class LoraWatch(Watcher):
-    """Saves the LoRA at intervals, to be used and kept.
-
-    Args:
-        save: saves the LoRA in the adapters to a path.
-        path: from a step to the file.
-        every: interval in steps.
-    """
+    """Saves the LoRA every `every` steps to a permanent file."""
 
     def __init__(self, save: Callable[[Loop, Path], None], path: Callable[[int], Path], *, every: int) -> None:
         self._save, self._path, self._every = save, path, every
@@ -147,21 +132,14 @@ class Draw(Protocol):
 
     @property
     def is_final_only(self) -> bool:
-        """Whether the finished LoRA alone is drawn from here on."""
+        """Whether only the finished LoRA is drawn from now on."""
         ...
 
     def __call__(self, step: int, lora: Path, *, final: bool) -> Sequence[Event]: ...
 
 
 class PreviewWatch(Watcher):
-    """Draws previews from the LoRA as it would be saved.
-
-    Args:
-        draw: draws the pictures.
-        save: saves the LoRA in the adapters to a path.
-        path: of the temporary file; it is removed afterwards.
-        config: of the run.
-    """
+    """Draws previews from the LoRA as it would be saved, in a temporary file at `path`."""
 
     needs_bare_model = True  # a preview loads the file onto the unmodified model, as users do
 

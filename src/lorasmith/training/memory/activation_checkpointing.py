@@ -1,8 +1,8 @@
 """Activation checkpointing (Chen et al. 2016, arXiv:1604.06174) of the repeated blocks of a model, by depth.
 
-Depth 1 recomputes the outermost repeated blocks: least memory. Each further depth is one level inside; beyond the
-nesting it is the deepest blocks. Recomputation is non-reentrant, so blocks whose inputs need no gradient are covered
-too, and loss and gradients are the same with and without.
+Depth 1 recomputes the outermost repeated blocks, which needs least memory. Each further depth is one nesting level
+inside, down to the innermost blocks. Recomputation is non-reentrant, so blocks whose inputs need no gradient are
+covered too; loss and gradients do not change.
 """
 
 from __future__ import annotations

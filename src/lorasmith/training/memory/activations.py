@@ -1,14 +1,13 @@
 """Plans for the activations that a forward pass keeps for the backward pass.
 
-    keep        what autograd saves, except inputs of frozen convolutions, whose gradient needs the weight alone
+    keep        what autograd saves, except inputs of frozen convolutions, whose gradient needs only the weight
     lean        also, cheap results (norms, activation functions, products with a scale, concatenations) are recomputed
                 from tensors that are kept anyway
     selective   also, outputs of Linear layers that widen their input fourfold or more, as in feed-forward networks
     host        as `keep`, but large tensors are offloaded to host memory
 
 `lean` and `selective` are activation checkpointing (Chen et al. 2016, arXiv:1604.06174) of single results instead of
-blocks: attention and all other products are kept, only results that the backward pass needs are recomputed, and all
-numbers are bit-identical. They depend on functions and layers, not on the model.
+blocks: attention and other products are kept, and all numbers are bit-identical.
 """
 
 from __future__ import annotations
@@ -62,7 +61,7 @@ def activations_reduced(module: nn.Module, kind: ActivationPlan) -> Iterator[Non
 
 @contextlib.contextmanager
 def activations_packed(kind: ActivationPlan, module: nn.Module) -> Iterator[None]:
-    """A forward pass of `module` inside the context saves activations as `kind` says; run the backward pass later."""
+    """Inside the context, forward passes of `module` save activations by `kind`; run the backward pass later."""
     assert kind != "auto", "activations auto is resolved before the first step"
     if kind == "keep" or not torch.is_grad_enabled():
         yield
@@ -79,7 +78,7 @@ def activations_packed(kind: ActivationPlan, module: nn.Module) -> Iterator[None
 
 @contextlib.contextmanager
 def recipes_recorded() -> Iterator[Recipes]:
-    """A forward pass inside the context records recipes of its cheap results, for `Recipes.pack`."""
+    """Inside the context, a forward pass records recipes of its cheap results, for `Recipes.pack`."""
     recipes = Recipes()
     before, Recipes.active = Recipes.active, recipes
     try:
@@ -103,16 +102,13 @@ class Recipe:
     """How to recompute a tensor: a function and its arguments, whose tensors may be recipes themselves.
 
     The function is called once; its result is kept until every `reserve` is matched by a `take`.
-
-    Attributes:
-        leaves: the arguments, nested ones and keywords included.
     """
 
     __slots__ = ("_function", "_spec", "_uses", "_value", "_versions", "leaves")
 
     def __init__(self, function: Callable[..., Any], leaves: list[Any], spec: Any) -> None:
         self._function = function
-        self.leaves = leaves
+        self.leaves = leaves  # nested arguments and keywords included
         self._spec = spec
         self._versions = [one._version if isinstance(one, Tensor) else 0 for one in leaves]
         self._uses = 0
@@ -127,7 +123,6 @@ class Recipe:
         self._uses += 1
 
     def take(self) -> Tensor:
-        """The tensor, recomputed on the first call."""
         value = self._recomputed() if self._value is None else self._value
         self._uses -= 1
         self._value = value if self._uses > 0 else None
@@ -145,25 +140,15 @@ class Recipe:
 
 
 class Recipes:
-    """The saved tensors of a forward pass: unchanged, or replaced by recipes.
+    """The saved tensors of a forward pass: unchanged, or replaced by recipes."""
 
-    Attributes:
-        active: the instance of the current forward pass.
-    """
-
-    active: ClassVar[Recipes | None] = None
+    active: ClassVar[Recipes | None] = None  # of the current forward pass
 
     def __init__(self) -> None:
         self._kept: set[int] = set()
 
     def write(self, result: Tensor, function: Callable[..., Any], args: Any, kwargs: Any) -> None:
-        """Record `function` as the recipe of `result`, if its arguments need less memory than the result.
-
-        Args:
-            result: what the function returned.
-            function: recomputes it.
-            args, kwargs: arguments of the function.
-        """
+        """Record `function` as the recipe of `result`, if its arguments need less memory than the result."""
         if result.nbytes < _SMALL or any(result is one for one in args):
             return
         leaves, spec = tree_flatten((args, kwargs))
@@ -182,7 +167,6 @@ class Recipes:
             setattr(result, _RECIPE, (result._version, Recipe(function, leaves, spec)))
 
     def pack(self, tensor: Tensor) -> Tensor | Recipe:
-        """The tensor or its recipe, to save for the backward pass."""
         recipe = _recipe_of(tensor)
         if recipe is None:
             self._kept.add(_storage(tensor))
@@ -191,7 +175,6 @@ class Recipes:
         return recipe
 
     def unpack(self, packed: Tensor | Recipe) -> Tensor:
-        """The saved tensor, recomputed if it is a recipe."""
         if isinstance(packed, Tensor):
             return packed
         with torch.no_grad():
@@ -199,8 +182,6 @@ class Recipes:
 
 
 class _Recorder(TorchFunctionMode):
-    """Records recipes of the results of cheap functions."""
-
     def __init__(self, recipes: Recipes) -> None:
         super().__init__()
         self._recipes = recipes
@@ -232,7 +213,7 @@ def _part(func: Callable[..., Any], index: int, *args: Any, **kwargs: Any) -> Te
 
 
 def _recipe_of(tensor: Tensor) -> Recipe | None:
-    """The recipe of a tensor, if there is one and the tensor was not modified since."""
+    """The recipe of a tensor, unless the tensor was modified since."""
     found = tensor.__dict__.get(_RECIPE)
     return found[1] if found is not None and found[0] == tensor._version else None
 

@@ -3,10 +3,10 @@
 Compiling is the outermost wrapper (after adapters and activation checkpointing), and only passes with a gradient run
 compiled: held-out images are evaluated with the same code as on the base model. torch compiles a block on first use, in
 the forward pass and again in the backward pass, so missing prerequisites (a compiler, triton, support for an operation)
-show there; the loop then repeats the step without compiling.
+cause errors there; the loop then repeats the step without compiling.
 
 Not compiled are blocks with adapters that torch cannot capture in one graph (`Adapter.compiles`), and all blocks when
-weights are offloaded, which runs on the host between any two layers.
+weights are offloaded, which runs host code between layers.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ _VARIANTS = 256
 def units(model: nn.Module) -> list[nn.Module]:
     """The blocks that are compiled separately.
 
-    These are the outermost repeated blocks or, where those are stages that differ from each other and hold lists of
-    blocks themselves (as in a UNet), the blocks of the stages.
+    These are the outermost repeated blocks or, if those differ from each other and hold lists of blocks themselves (the
+    stages of a UNet), the blocks inside.
     """
     found: list[nn.Module] = []
     for block in blocks_at_depth(model, 1):
@@ -51,7 +51,7 @@ def units(model: nn.Module) -> list[nn.Module]:
 
 
 def compilable(adapters: Sequence[Adapter]) -> bool:
-    """Whether a block with these adapters can be compiled."""
+    """Whether torch can compile a block with these adapters."""
     return all(part.compiles for one in adapters for part in one.modules() if isinstance(part, Adapter))
 
 
@@ -76,12 +76,9 @@ def compiler(device: torch.device) -> str:
 
 @contextlib.contextmanager
 def blocks_compiled(model: nn.Module, enabled: bool, *, varying_sizes: bool = False) -> Iterator[None]:
-    """Inside the context, blocks of `model` run compiled.
+    """Inside the context, blocks of `model`, adapters and checkpointing in place, run compiled, if `enabled`.
 
-    Args:
-        model: with adapters and activation checkpointing in place.
-        enabled: False does nothing.
-        varying_sizes: compile once for all sizes of latents, a little slower, instead of once per size.
+    `varying_sizes` compiles once for all sizes of latents, a little slower, instead of once per size.
     """
     if not enabled:
         yield
@@ -105,7 +102,7 @@ def blocks_compiled(model: nn.Module, enabled: bool, *, varying_sizes: bool = Fa
 
 
 def _limits(config: object) -> dict[str, int]:
-    """torch's limits on compiled variants, by their names from 2.7 on and before."""
+    """torch's limits on compiled variants; names differ before and from 2.7."""
     name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
     return {name: _VARIANTS, f"accumulated_{name}": 16 * _VARIANTS}
 
@@ -129,11 +126,7 @@ class _Compiled:
 
 @functools.cache
 def _caller(kind: object) -> types.FunctionType:
-    """A function that calls its first argument, one per kind of block.
-
-    torch caches compiled code by code object. Blocks of a kind thus share one cache entry, apart from other kinds, also
-    after a preview.
-    """
+    """A function that calls its first argument, one per kind of block, as torch caches compiled code by code object."""
 
     def call(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return forward(*args, **kwargs)
@@ -142,7 +135,6 @@ def _caller(kind: object) -> types.FunctionType:
 
 
 def _kind(block: nn.Module) -> object:
-    """A key, equal for blocks that can share compiled code."""
     parts = tuple((path, type(part), tuple(map(type, adapters_on(part)))) for path, part in block.named_modules())
     return parts, tuple(parameter.shape for parameter in block.parameters())
 

@@ -1,10 +1,9 @@
 """Frozen weights during training: quantized, offloaded to host memory, or both.
 
-The weights of Linear layers and convolutions are nearly all of a denoiser. Each is kept packed (`core.quantization`),
-on the device or in host memory (`weight_stream`), and unpacked by `FrozenLayer` for the forward pass and again for the
-backward pass, so that no weight is a saved tensor. That holds for layers with and without an adapter. Everything else
-(norms, biases, embeddings) is left to `core.placement.placed`, and so are weights that are packed in the model already,
-unless `kind` differs or they are offloaded.
+The weights of Linear layers and convolutions, nearly all of a denoiser, are kept packed (`core.quantization`), on the
+device or in host memory (`weight_stream`). `FrozenLayer` unpacks each for the forward pass and again for the backward
+pass, so that no weight is a saved tensor, with or without an adapter. Other parameters are left to
+`core.placement.placed`, as are weights already packed in the model, unless `kind` differs or they are offloaded.
 """
 
 from __future__ import annotations
@@ -37,21 +36,11 @@ def weights_packed(
     stream: WeightStream | None = None,
     without: Iterable[nn.Module] = (),
 ) -> Iterator[list[nn.Parameter]]:
-    """Inside the context, the frozen weights of `module` are packed; afterwards the originals are restored bit for bit.
+    """Inside the context, the frozen weights of `module` are packed; yields those parameters, which `placed` must skip.
 
-    The parameters have shape, device and dtype of the weight but are an expanded single NaN inside the context, which
-    shows wherever something reads them without `FrozenLayer`.
-
-    Args:
-        module: the frozen model.
-        kind: packing; `none` keeps the values, and weights that are packed in the model as they are.
-        device: where products are computed.
-        dtype: of unpacked weights.
-        stream: keeps packed weights in host memory and prefetches one block ahead; None keeps them on the device.
-        without: layers to leave unchanged.
-
-    Yields:
-        The packed parameters, which `placed` must skip; empty if there is nothing to pack.
+    Packed weights stay on the device, or in host memory with a `stream`, and are unpacked to `dtype`. Kind `none`
+    leaves weights as they are in the model. The parameters keep shape, device and dtype but are an expanded single NaN,
+    which reveals code that reads them without `FrozenLayer`. Afterwards the originals are restored bit for bit.
     """
     others = set(without)
     packable = packable_layers(module) if kind != "none" or stream is not None else []
@@ -74,12 +63,9 @@ def weights_packed(
 def packed_weight(
     layer: nn.Module, kind: Quantization, device: torch.device, dtype: torch.dtype, layout: torch.memory_format
 ) -> Packed:
-    """A layer's weight packed as `kind`; a weight packed otherwise is unpacked first, unless `kind` is `none`.
+    """The weight of a Linear or convolution packed as `kind`; with `none` it stays on its device, packed as it is.
 
-    Args:
-        layer: a Linear or convolution.
-        kind, device, dtype: as for `weights_packed`; with `none` it stays where it is.
-        layout: memory format of kernels.
+    A weight packed in another way is unpacked first. `layout` is the memory format of convolution kernels.
     """
     source = weight_source(layer)
     if isinstance(source, Packed) and kind == "none":
@@ -96,14 +82,7 @@ def packed_weight(
 def frozen_bytes(
     module: nn.Module, *, kind: Quantization, dtype: torch.dtype, offloading: bool, processes: int = 1
 ) -> int:
-    """Bytes of a model's frozen weights on the device during a run; its tensors may be on the meta device.
-
-    Args:
-        module: the frozen model.
-        kind, dtype: as for `weights_packed`.
-        offloading: whether packed weights are kept in host memory.
-        processes: over which they are sharded.
-    """
+    """Bytes of a model's frozen weights on each device during a run; its tensors may be on the meta device."""
     sizes: dict[nn.Module, int] = {}
     as_stored = set(layers_as_stored(module, dtype))
     for layer in packable_layers(module):
@@ -124,7 +103,7 @@ def frozen_bytes(
         return rest + _largest_block(module, sizes) + max(sizes.values(), default=0)
     if processes > 1:
         blocks = _block_bytes(module, sizes)
-        # A part of all blocks, and whole the block in use and the next one, beside what the latter is gathered into.
+        # A shard of all blocks, and three whole blocks: the one in use, the next one, and its gather buffer.
         return rest + sum(sizes.values()) - sum(blocks) + -(-sum(blocks) // processes) + 3 * max(blocks, default=0)
     return rest + sum(sizes.values())
 
@@ -150,17 +129,15 @@ def takes_fp8_products(layer: nn.Module, code: torch.dtype | None) -> bool:
 
 @functools.cache
 def _packed_bytes(shape: torch.Size, kind: Quantization, dtype: torch.dtype) -> int:
-    """Bytes of a packed weight of a shape, packed without memory."""
+    """Bytes of a packed weight of a shape, computed on the meta device."""
     return packed(torch.empty(shape, device="meta"), kind, dtype).size_bytes
 
 
 def _largest_block(module: nn.Module, sizes: Mapping[nn.Module, int]) -> int:
-    """Bytes of the largest outermost block, given those of its layers."""
     return max(_block_bytes(module, sizes), default=0)
 
 
 def _block_bytes(module: nn.Module, sizes: Mapping[nn.Module, int]) -> list[int]:
-    """Bytes of the outermost blocks, given those of their layers."""
     return [sum(sizes.get(one, 0) for one in block.modules()) for block in blocks_at_depth(module, 1)]
 
 

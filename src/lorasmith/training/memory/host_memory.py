@@ -1,7 +1,6 @@
 """Offloading of activations to host memory between the forward and the backward pass.
 
-Copies run on a separate stream, concurrently with computation, and are prefetched in the opposite order, that of the
-backward pass.
+Copies run on a separate stream, and are prefetched in the order of the backward pass.
 """
 
 from __future__ import annotations
@@ -90,7 +89,6 @@ class _OnHost:
         memory.record_stream(stream)
 
     def send(self) -> None:
-        """Start the copy back to the device, unless started."""
         if self._back is not None:
             return
         if self._stream is None:
@@ -101,7 +99,6 @@ class _OnHost:
             self._arrived = self._stream.record_event()
 
     def take(self) -> Tensor:
-        """The storage on its device."""
         self.send()
         back = self._back
         assert back is not None

@@ -1,8 +1,8 @@
 """Selection of the activation plan by measurement: the cheapest plan that fits the memory budget.
 
-A probe runs the forward pass of a step on the largest picture, once per plan, and frees each saved tensor as soon as
-its size is recorded, so that it fits where training would not. Sizes per block in the first run give the memory of
-activation checkpointing at each depth. The plans, cheapest first:
+A probe runs the forward pass of a step on the largest picture, once per plan, and frees each saved tensor once its size
+is recorded, so that it fits where training would not. Sizes per block in the first run give the memory of activation
+checkpointing at each depth. The plans, cheapest first:
 
     keep        nothing is recomputed
     lean        cheap results are recomputed                                     see `activations`
@@ -46,26 +46,19 @@ _TRANSIENT = 6  # times the largest saved tensor: temporary memory of a product 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """A way to keep activations, with its memory.
-
-    Attributes:
-        activations, checkpoint_depth: as in `Runtime`.
-        needed_bytes: estimated peak of a step above weights and optimizer state.
-        budget_bytes: available memory.
-    """
+    """A way to keep activations, with its memory in bytes."""
 
     activations: Activations
     checkpoint_depth: int
-    needed_bytes: int
-    budget_bytes: int
+    needed_bytes: int  # estimated peak of a step above weights and optimizer state
+    budget_bytes: int  # available for it
 
     @property
     def fits(self) -> bool:
-        """Whether the estimate is within the budget."""
         return self.needed_bytes <= self.budget_bytes
 
     def within(self, budget_bytes: int) -> MemoryPlan:
-        """The same plan for another amount of memory above what is allocated before a step."""
+        """The plan with another budget, above what is allocated before a step."""
         return replace(self, budget_bytes=int(_SHARE * budget_bytes))
 
     def __str__(self) -> str:
@@ -85,11 +78,7 @@ class MemoryPlan:
 def chosen_plan(
     denoiser: Denoiser, samples: Sequence[Sample], config: ResolvedConfig, runtime: Runtime, budget_bytes: int
 ) -> MemoryPlan:
-    """The cheapest plan that fits, or the one that needs the least memory.
-
-    Args:
-        denoiser, samples, config, runtime, budget_bytes: as for `measured_plans`.
-    """
+    """The cheapest plan that fits, otherwise the one that needs least memory; arguments as for `measured_plans`."""
     plans = []
     for plan in measured_plans(denoiser, samples, config, runtime, budget_bytes):
         if plan.fits:
@@ -107,17 +96,13 @@ def measured_plans(
     *,
     within: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext,
 ) -> Iterator[MemoryPlan]:
-    """All plans, cheapest first; each is measured when the iterator reaches it.
+    """All plans, cheapest first; each is measured on the largest sample when the iterator reaches it.
 
-    Args:
-        denoiser: frozen, with the adapters attached and nothing else.
-        samples: of the run; the largest is measured.
-        config, runtime: of the run.
-        budget_bytes: memory for a step above what is allocated now.
-        within: the context of forward passes, such as one of tensors without memory.
+    `denoiser` is frozen with only the adapters attached. `budget_bytes` is for a step, above what is allocated now.
+    Forward passes run inside of `within()`, such as a mode of fake tensors.
     """
     largest = max((one for sample in samples for one in sample.sizes()), key=lambda sample: sample.latents.numel())
-    # Of a step's samples, each of several processes has its share, in batches of at most the batch size.
+    # Each process has its share of a step's samples, in batches of at most the batch size.
     share = -(-config.samples_per_step // runtime.processes.size)
     one_batch = replace(config, batch_size=min(config.batch_size, share), grad_accumulation_steps=1)
     batch = batch_maker(denoiser, [largest], one_batch, replace(runtime, processes=ALONE)).step(0)[0]
@@ -147,24 +132,19 @@ def plan_for(engine: Engine, samples: Sequence[Sample]) -> MemoryPlan:
     """The plan of a prepared engine for the free memory of its device; see `chosen_plan`."""
     runtime = engine.runtime
     optimizer = optimizer_bytes(engine.flat.master.nbytes)  # its state is allocated in the first step
-    # One plan for all processes, as weights that are sharded are gathered in the same order by all.
+    # One plan for all processes, as sharded weights are gathered in the same order by all.
     free = min(runtime.processes.gathered(free_memory(runtime.device, runtime.memory_budget)))
     free = int(runtime.memory_share * free) - optimizer
     return chosen_plan(engine.denoiser, samples, engine.config, runtime, free)
 
 
 def optimizer_bytes(master_bytes: int) -> int:
-    """Bytes of the optimizer's state for a master buffer of that size: the two moments of AdamW, or less."""
+    """Bytes of the optimizer's state for a master buffer of that size: at most the two moments of AdamW."""
     return 2 * master_bytes
 
 
 def free_memory(device: torch.device, limit_bytes: int | None = None) -> int:
-    """Free memory of a device in bytes.
-
-    Args:
-        device: a CUDA device or the CPU.
-        limit_bytes: limit of the whole process; None for the device's own.
-    """
+    """Free memory in bytes of a CUDA device or the CPU; `limit_bytes` limits what the whole process may use."""
     if device.type == "cuda":
         taken = torch.cuda.memory_allocated(device)
         free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - taken
@@ -175,7 +155,6 @@ def free_memory(device: torch.device, limit_bytes: int | None = None) -> int:
 
 
 def _plans(module: nn.Module, run: Callable[[], Tensor], budget_bytes: int) -> Iterator[MemoryPlan]:
-    """Plans, cheapest first; each is measured when the iterator reaches it."""
     probe = _Probe(module)
     with probe.blocks_tracked(), activations_reduced(module, "keep"), probe.saved_counted():
         run()
@@ -205,16 +184,14 @@ class _Probe:
 
     @property
     def total(self) -> int:
-        """Bytes of all saved tensors."""
         return self._bytes(self._kept)
 
     @property
     def largest(self) -> int:
-        """Bytes of the largest saved tensor."""
         return max((self._sizes[one] for one in self._kept), default=0)
 
     def checkpointed(self, depth: int) -> int:
-        """Bytes kept with blocks at a depth recomputed, at the peak: while the largest block is."""
+        """Peak bytes with blocks at a depth recomputed, which is while the largest block is."""
         inside = self._inside[depth - 1]
         outside = inside[-1]
         largest = max((self._bytes(kept - outside) for block, kept in inside.items() if block >= 0), default=0)
@@ -222,7 +199,7 @@ class _Probe:
 
     @contextlib.contextmanager
     def saved_counted(self, pack: Callable[[Tensor], Tensor | Recipe] = lambda tensor: tensor) -> Iterator[None]:
-        """Inside the context, tensors saved by a forward pass are counted and freed; no backward pass can follow."""
+        """Inside the context, tensors saved by a forward pass are counted and freed; no backward pass may follow."""
 
         def count(tensor: Tensor) -> None:
             for one in held_by(pack(tensor)):
@@ -234,7 +211,7 @@ class _Probe:
 
     @contextlib.contextmanager
     def blocks_tracked(self) -> Iterator[None]:
-        """Inside the context, saved tensors are attributed to blocks; a block's inputs count as outside of it."""
+        """Inside the context, saved tensors are attributed to blocks, whose inputs count as outside of them."""
         with contextlib.ExitStack() as undo:
             for level in range(_DEPTHS):
                 for number, block in enumerate(blocks_at_depth(self._module, level + 1)):

@@ -1,15 +1,15 @@
 """Frozen weights sharded over the processes of a run, by FSDP2 (Zhao et al. 2023, arXiv:2304.11277).
 
-Each process keeps 1/N of the weights of every outermost block. A block's parts are gathered before its forward pass
-and again before its backward pass, one block ahead where the device allows it, and freed after either.
+Each process keeps 1/N of the weights of every outermost block. A block is gathered before its forward pass and again
+before its backward pass, one block ahead if the device allows it, and freed after either.
 
-FSDP2 changes a module for good and takes contiguous parameters alone, so no module of the model is given to it. A block
-is replaced in its parent by a copy of itself that shares its parts. The packed weights of its layers (plain ones
-included) are the bytes of one parameter of that copy, and each layer has a `WeightSource` of views of them. What is
-neither the weight of a Linear layer nor of a convolution, and what is outside of blocks, is kept whole by all.
+FSDP2 changes a module permanently and requires contiguous parameters, so it never receives a module of the model. A
+block is replaced in its parent by a copy that shares its submodules. The packed weights of its layers (plain ones
+included) are the bytes of one parameter of that copy, and each layer has a `WeightSource` of views of them. Other
+parameters, and everything outside of blocks, are replicated.
 
-Gathering is a sum of all processes in a pass, so every process makes the same passes (`batches`, `validation`), and one
-that fails in the middle of a pass cannot be waited for: `ending_together` ends the run in all of them.
+Gathering is a collective operation, so every process makes the same passes (`batches`, `validation`). If one fails in
+the middle of a pass, the others cannot continue: `ending_together` ends the run in all of them.
 """
 
 from __future__ import annotations
@@ -38,25 +38,19 @@ from lorasmith.training.memory.activation_checkpointing import blocks_at_depth
 from lorasmith.training.memory.frozen_weights import packed_weight
 
 _ALIGNED = 64
-"""Bytes that the start of each tensor is a multiple of, as kernels want it."""
+"""Alignment of tensors in bytes, as kernels require."""
 
 _ASKED_S = 1.0
-"""Seconds between two looks for an error of another process, where waiting for it does not end by itself."""
+"""Seconds between two checks for errors of other processes."""
 
 
 @contextlib.contextmanager
 def weights_sharded(
     module: nn.Module, *, kind: Quantization, device: torch.device, dtype: torch.dtype, processes: Processes
 ) -> Iterator[list[nn.Module]]:
-    """Inside the context, this process holds its part of the weights in blocks; then the model is as it was.
+    """Inside the context, this process holds a shard of the weights in blocks, with at least two processes.
 
-    Args:
-        module: the frozen model.
-        kind, device, dtype: as for `weights_packed`.
-        processes: that share the weights, more than one.
-
-    Yields:
-        The layers whose weights are sharded, which `weights_packed` and `placed` must leave alone.
+    Yields the layers concerned, which `weights_packed` and `placed` must skip.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -68,7 +62,7 @@ def weights_sharded(
     copies: list[nn.Module] = []
     with contextlib.ExitStack() as undo:
         undo.enter_context(warnings.catch_warnings())
-        # Of a sum in place into a block's output, which no denoiser makes: each family is compared with and without.
+        # About in-place sums into a block's output, which no denoiser has; tests compare each family with and without.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
         for block in blocks_at_depth(module, 1):
             layers = [layer for layer in block.modules() if layer in packable and layer not in sharded]
@@ -79,7 +73,7 @@ def weights_sharded(
             bytes_of.join()
             one = _copied(block)
             whole = one._parameters, one._buffers, one._modules
-            # FSDP2 sees the bytes alone, and the model never sees them.
+            # FSDP2 sees only the bytes, and the model never does.
             one._parameters, one._buffers, one._modules = {}, {}, {"bytes": bytes_of}
             fully_shard(one, mesh=mesh)
             one._parameters, one._buffers, one._modules = whole
@@ -99,12 +93,8 @@ def weights_sharded(
 def ending_together(processes: Processes, *, agreed: type[Exception]) -> Iterator[None]:
     """Inside the context, an error in one process ends the run in all, each with one sentence.
 
-    Args:
-        processes: of the run.
-        agreed: errors that all processes raise together, and go on after.
-
-    Raises:
-        TrainingError: memory ran out, blocks cannot be compiled, or another process has ended.
+    Errors of the type `agreed` are raised by all processes together and pass through. Raises TrainingError if memory
+    ran out, blocks cannot be compiled, or another process has ended.
     """
     try:
         yield
@@ -121,34 +111,22 @@ def ending_together(processes: Processes, *, agreed: type[Exception]) -> Iterato
 
 @dataclass(frozen=True, eq=False)
 class _Place:
-    """Where a tensor is in the bytes of a block.
-
-    Attributes:
-        start, stop: in bytes.
-        dtype: of the tensor.
-        laid: its shape with the dimensions in the order of memory.
-        order: the place of each of its dimensions in `laid`.
-    """
+    """Where a tensor is in the bytes of a block, `start` to `stop`."""
 
     start: int
     stop: int
     dtype: torch.dtype
-    laid: tuple[int, ...]
-    order: tuple[int, ...]
+    laid: tuple[int, ...]  # its shape with the dimensions in memory order
+    order: tuple[int, ...]  # index in `laid` of each of its dimensions
 
     def view(self, whole: Tensor) -> Tensor:
-        """The tensor, in the bytes of the block."""
         return whole[self.start : self.stop].view(self.dtype).view(self.laid).permute(self.order)
 
 
 class _Bytes(nn.Module):
-    """The packed weights of a block, the bytes of one parameter.
+    """The packed weights of a block, as the bytes of one parameter."""
 
-    Attributes:
-        whole: the parameter, (bytes,) uint8; FSDP2 puts the process's part in its place between passes.
-    """
-
-    whole: nn.Parameter
+    whole: nn.Parameter  # (bytes,) uint8; FSDP2 replaces it by this process's shard between passes
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -158,12 +136,10 @@ class _Bytes(nn.Module):
         self._size = 0
 
     def add(self, weight: Packed) -> ShardedWeight:
-        """Take a weight in; returns its source."""
         self._taken += weight.tensors
         return ShardedWeight(self, [self._added(one) for one in weight.tensors], weight)
 
     def join(self) -> None:
-        """Make the parameter, once all weights are in."""
         self.whole = nn.Parameter(torch.cat(self._pieces), requires_grad=False)
         for tensor in self._taken:
             release_pages(tensor)
@@ -182,13 +158,7 @@ class _Bytes(nn.Module):
 
 
 class ShardedWeight:
-    """A layer's weight source in the bytes of its block, which are there in the passes of the block.
-
-    Args:
-        block: the bytes.
-        places: of the packed weight's tensors.
-        weight: the packed weight; its tensors are not kept.
-    """
+    """A layer's weight source in the bytes of its block, available during the block's passes."""
 
     def __init__(self, block: _Bytes, places: Sequence[_Place], weight: Packed) -> None:
         self.code = weight.code
@@ -199,22 +169,21 @@ class ShardedWeight:
         self._shape = weight.shape
 
     def fetch(self) -> Packed:
-        """The packed weight on the device."""
         whole = self._block.whole
         tensors = tuple([place.view(whole) for place in self._places])
         return Packed(tensors, self._unpack, self._dtype, self._shape)
 
 
 class _Root(nn.Module):
-    """Root of the sharded blocks, so that they share streams and know their order."""
+    """Root of the sharded blocks, so that they share streams and their order is known."""
 
     def forward(self, run: Callable[[], None]) -> None:
-        """Call the denoiser's own forward; its output is none of FSDP2's business."""
+        """Call the denoiser's own forward, whose output FSDP2 need not see."""
         run()
 
 
 def _copied(block: nn.Module) -> nn.Module:
-    """A copy of a module with tables of its own but the same parts."""
+    """A copy of a module that shares its parameters, buffers and submodules, in tables of its own."""
     one = copy.copy(block)
     for name, value in vars(nn.Module()).items():
         if isinstance(value, dict | set):
@@ -224,7 +193,7 @@ def _copied(block: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def _replaced(model: nn.Module, block: nn.Module, by: nn.Module) -> Iterator[None]:
-    """Inside the context, another module stands wherever `block` stands in the model."""
+    """Inside the context, `by` replaces `block` everywhere in the model."""
     places = [
         (parent._modules, name)
         for parent in model.modules()
@@ -242,7 +211,7 @@ def _replaced(model: nn.Module, block: nn.Module, by: nn.Module) -> Iterator[Non
 
 @contextlib.contextmanager
 def _run_by(module: nn.Module, root: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[None]:
-    """Inside the context, the forward of `module` runs inside that of `root`, to which the blocks belong."""
+    """Inside the context, the forward of `module` runs inside that of `root`, which gets the blocks as children."""
     root.add_module("blocks", nn.ModuleList(blocks))
     own, forward = module.__dict__.get("forward"), module.forward
 
@@ -259,7 +228,7 @@ def _run_by(module: nn.Module, root: nn.Module, blocks: Sequence[nn.Module]) -> 
 
 
 def _explained(error: BaseException, processes: Processes) -> BaseException:
-    """The sentence of an error in one process of a sharded run, or the error itself."""
+    """An error in one process of a sharded run as a sentence for the user, or the error itself."""
     if isinstance(error, LorasmithError) or not isinstance(error, Exception):
         return error
     if is_out_of_memory(error):
@@ -286,9 +255,9 @@ def _first_line(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _aborted_with_others(processes: Processes, device: torch.device) -> Iterator[None]:
-    """Inside the context, waiting for a process that has reported its end is given up.
+    """Inside the context, collectives are aborted once another process has reported an error.
 
-    Over TCP it ends with the other's connection; a GPU would wait for ever.
+    Over TCP they fail when the other's connection closes; on a GPU they would wait forever.
     """
     if device.type != "cuda":
         yield

@@ -1,8 +1,8 @@
 """Offloaded weights: kept in host memory and copied to the device when they are used.
 
-They never change, so they are copied one way and freed after use. The next weight is predicted from the last two:
-layers run in the same order in every pass, forward, backward, and block by block where activations are recomputed. One
-block of the model is prefetched on a separate stream while the device computes. A wrong prediction costs one transfer.
+They never change, so they are copied one way and freed after use. The next weight is predicted from the last two, as
+layers run in the same order in every pass. One block of the model is prefetched on a separate stream while the device
+computes. A wrong prediction costs one transfer.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from lorasmith.core.quantization import Packed
 
 
 class _Sent(NamedTuple):
-    """Tensors being copied to the device; `arrived` is None if there is nothing to wait for."""
+    """Tensors being copied to the device; `arrived` is None if the copy is done."""
 
     tensors: tuple[Tensor, ...]
     arrived: torch.cuda.Event | None
@@ -33,7 +33,6 @@ class Resident:
         self.peak = 0
 
     def count(self, tensor: Tensor) -> None:
-        """Count a tensor until it is freed."""
         size = tensor.numel() * tensor.element_size()
         self.now += size
         self.peak = max(self.peak, self.now)
@@ -44,19 +43,11 @@ class Resident:
 
 
 class WeightStream:
-    """Packed weights in host memory, pinned for a GPU.
-
-    Args:
-        device: where they are used. On the CPU they are copied too, for tests.
-
-    Attributes:
-        ahead_bytes: size of the prefetched weights.
-        resident: size of the weights on the device; at most `ahead_bytes` and the weight in use.
-    """
+    """Packed weights in host memory, pinned for a GPU. On the CPU they are copied too, for tests."""
 
     def __init__(self, device: torch.device) -> None:
-        self.ahead_bytes = 0
-        self.resident = Resident()
+        self.ahead_bytes = 0  # size of the prefetched weights
+        self.resident = Resident()  # weights on the device: at most `ahead_bytes` and the weight in use
         self._device = device
         self._weights: list[Packed] = []
         self._coming: dict[int, _Sent] = {}
@@ -75,11 +66,10 @@ class WeightStream:
         return len(self._weights) - 1
 
     def on_host(self, number: int) -> Packed:
-        """A packed weight in host memory."""
         return self._weights[number]
 
     def fetch(self, number: int) -> Packed:
-        """A packed weight on the device; it is freed with the caller's last reference."""
+        """A packed weight on the device, freed with the caller's last reference."""
         self._settle()
         before = self._last
         self._following[before] = number
@@ -99,7 +89,6 @@ class WeightStream:
         return replace(self._weights[number], tensors=sent.tensors)
 
     def clear(self) -> None:
-        """Release all memory, on the device and on the host."""
         self._weights.clear()
         self._coming.clear()
         self._in_flight.clear()
@@ -107,7 +96,6 @@ class WeightStream:
         self._last = (-1, -1)
 
     def _foreseen(self) -> list[int]:
-        """The predicted next weights, up to `ahead_bytes`."""
         found: list[int] = []
         last, free = self._last, self.ahead_bytes
         while (one := self._following.get(last)) is not None and one not in found:
@@ -131,7 +119,7 @@ class WeightStream:
         return _Sent(tensors, arrived)
 
     def _settle(self) -> None:
-        """Keep the host from running ahead of a GPU: a used weight is freed only when its product is done."""
+        """Keep the host from running ahead of a GPU, as a used weight is freed only when its product is done."""
         if not self._on_gpu or self._last[1] < 0:
             return
         size = self._weights[self._last[1]].size_bytes
@@ -149,9 +137,7 @@ class StreamedWeight:
 
     @property
     def code(self) -> torch.dtype:
-        """The number format of its codes."""
         return self.stream.on_host(self.number).code
 
     def fetch(self) -> Packed:
-        """The packed weight on the device."""
         return self.stream.fetch(self.number)

@@ -7,7 +7,7 @@
 Parameters of one group are contiguous, so that an element-wise optimizer gets one tensor per group. They are separate
 autograd leaves: slicing one big leaf would cost a full-size gradient per layer. In half precision autograd accumulates
 into a second buffer of that dtype, which is added to `grad` after each micro-batch; in fp32 it accumulates into `grad`
-itself, and compute and master are the same memory.
+itself, and compute and master share memory.
 
 The master is fp32 because at learning rate 1e-4 most AdamW updates are below half a unit in the last place of bf16.
 """
@@ -27,44 +27,28 @@ _GROUP_ALIGNMENT = 256  # elements: a block of 8-bit optimizer state, which keep
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters of one learning rate, in the two forms that optimizers take.
+    """Parameters of one learning rate, in the two forms that optimizers accept."""
 
-    Attributes:
-        flat: part of the master buffer, (n,), with its gradient.
-        views: the parameters in it, in their own shapes, each with its gradient, sharing its memory.
-        rate: learning rate.
-    """
-
-    flat: Tensor
-    views: tuple[Tensor, ...]
+    flat: Tensor  # part of the master buffer, (n,), with its gradient
+    views: tuple[Tensor, ...]  # of the same memory, in the parameters' shapes, each with its gradient
     rate: float
 
 
 def buffer_bytes(numbers: int, dtype: torch.dtype) -> int:
-    """Bytes of the buffers for that many parameters, trained with products in `dtype`."""
+    """Bytes of the buffers for that many parameters and products in `dtype`."""
     return numbers * (8 if dtype == torch.float32 else 8 + 2 * dtype.itemsize)
 
 
 class FlatParameters:
-    """Moves parameters into flat buffers until `release`.
-
-    Args:
-        parameters: by name; fp32.
-        device: of the buffers.
-        dtype: of the forward pass.
-        rates: learning rate by name, 0 for missing names; parameters of one rate form a group.
-
-    Attributes:
-        groups: the parameters by learning rate.
-    """
+    """fp32 parameters moved into flat buffers until `release`; those of one learning rate form a group."""
 
     def __init__(
         self,
         parameters: Mapping[str, nn.Parameter],
         *,
         device: torch.device,
-        dtype: torch.dtype,
-        rates: Mapping[str, float] | None = None,
+        dtype: torch.dtype,  # of the forward pass
+        rates: Mapping[str, float] | None = None,  # by name, 0 if missing
     ) -> None:
         members: dict[float, dict[str, nn.Parameter]] = {}
         for name, parameter in parameters.items():
@@ -96,7 +80,6 @@ class FlatParameters:
         self.publish()
 
     def view(self, buffer: Tensor, name: str) -> Tensor:
-        """A parameter's part of a flat buffer, in the parameter's shape."""
         parameter = self._parameters[name]
         start = self._offsets[name]
         return buffer[start : start + parameter.numel()].view(parameter.shape)
@@ -108,11 +91,7 @@ class FlatParameters:
             self._compute_grad.zero_()
 
     def collect(self, start: int = 0, end: int | None = None) -> Tensor:
-        """Add the gradients of a micro-batch to `grad`; returns that part of it.
-
-        Args:
-            start, end: part of the buffer; all of it by default.
-        """
+        """Add the gradients of a micro-batch to `grad`, or to its part from `start` to `end`; returns that part."""
         summed = self.grad[start:end]
         if self._compute_grad is not self.grad:
             own = self._compute_grad[start:end]
@@ -121,13 +100,9 @@ class FlatParameters:
         return summed
 
     def buckets(self, numbers: int) -> tuple[list[tuple[int, int]], dict[str, int]]:
-        """The buffer cut into parts at borders of parameters.
+        """The buffer cut at borders of parameters into parts of at least `numbers` elements, except the last.
 
-        Args:
-            numbers: least numbers of a part; the last one has what is left.
-
-        Returns:
-            Start and end of each part, and the part of each parameter by its name.
+        Returns start and end of each part, and the index of each parameter's part by name.
         """
         starts, bucket_of = [0], {}
         for name, offset in self._offsets.items():
@@ -137,13 +112,11 @@ class FlatParameters:
         return list(zip(starts, [*starts[1:], len(self.master)], strict=True)), bucket_of
 
     def publish(self) -> None:
-        """Copy the master weights to the compute buffer."""
         if self._compute is not self.master:
             self._compute.copy_(self.master)
 
     @property
     def parameters(self) -> Mapping[str, nn.Parameter]:
-        """The parameters by name, in the order of the buffer."""
         return self._parameters
 
     @property
@@ -173,7 +146,6 @@ class FlatParameters:
             parameter.data = self.view(self.master, name).to("cpu", copy=True)
 
     def _leaf(self, name: str) -> Tensor:
-        """A parameter in the master buffer with its gradient."""
         leaf = self.view(self.master, name)
         leaf.grad = self.view(self.grad, name)
         return leaf

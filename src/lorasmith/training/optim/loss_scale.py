@@ -7,12 +7,7 @@ from torch import Tensor
 
 
 class LossScale:
-    """Dynamic loss scaling for fp16 (Micikevicius et al. 2018, arXiv:1710.03740), kept on the device.
-
-    Args:
-        device: of the scale.
-        enabled: False for a constant 1.
-    """
+    """Dynamic loss scaling for fp16 (Micikevicius et al. 2018, arXiv:1710.03740), on the device; 1 if not enabled."""
 
     _FIRST = 2.0**13
     _GROWTH_STEPS = 500
@@ -24,7 +19,6 @@ class LossScale:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """The state, by name."""
         return {"loss_scale": self.scale, "calm_steps": self._calm}
 
     def update(self, finite: Tensor) -> None:

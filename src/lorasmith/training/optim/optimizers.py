@@ -25,17 +25,7 @@ _SET_EACH_STEP = ("params", "lr")
 
 
 class GatedOptimizer:
-    """An optimizer whose step takes effect only if a flag on the device is set.
-
-    Args:
-        name: registered optimizer, or the import path of an optimizer class.
-        groups: the parameters with their gradients and learning rates.
-        weight_decay: for optimizers that take it.
-        arguments: further ones, such as `betas=(0.9,0.99) eps=1e-7`.
-
-    Raises:
-        OptionError: the optimizer is unknown, not installed, or refuses its arguments.
-    """
+    """An optimizer whose step takes effect only if a flag on the device is set; arguments as for `build_optimizer`."""
 
     def __init__(
         self, name: str, groups: Sequence[ParameterGroup], *, weight_decay: float, arguments: str | None = None
@@ -58,12 +48,7 @@ class GatedOptimizer:
 
     @torch.no_grad()
     def step(self, proceed: Tensor, factor: float = 1.0) -> None:
-        """Update the buffers if `proceed` is true. Gradients may be overwritten.
-
-        Args:
-            proceed: 0-d bool on the buffers' device.
-            factor: factor of every group's learning rate.
-        """
+        """Update the buffers if `proceed` (0-d bool on the device) is set, at `factor` times the learning rates."""
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             _set_rate(group, rate * factor)
         if self._waits:
@@ -79,9 +64,9 @@ class GatedOptimizer:
                 tensor.copy_(torch.where(proceed, tensor, old))
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The state besides the buffers: tensors by name, and JSON values.
+        """The state besides the buffers: tensors by name, and JSON values. Do not call within `evaluation_weights`.
 
-        The tensors are not copies: the next step modifies them. Must not be called within `evaluation_weights`.
+        The tensors are not copies: the next step modifies them.
         """
         changed = [
             {key: value for key, value in _kept(group).items() if key not in fresh or value != fresh[key]}
@@ -91,11 +76,7 @@ class GatedOptimizer:
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
-        """Restore what `state` returned. Buffers are not changed; gradients are zeroed.
-
-        Raises:
-            TrainingError: the state belongs to another optimizer or to other parameters.
-        """
+        """Restore what `state` returned, without the buffers, and zero gradients. Raises TrainingError."""
         self._reset()
         if not numbers["started"]:
             return
@@ -121,10 +102,7 @@ class GatedOptimizer:
 
     @contextlib.contextmanager
     def evaluation_weights(self) -> Iterator[None]:
-        """Inside the context, the buffers hold the weights for evaluation and saving; afterwards exactly those before.
-
-        For schedule-free optimizers these are the averaged weights; for others nothing changes.
-        """
+        """Inside the context, buffers hold the weights to evaluate and save: averages, for schedule-free optimizers."""
         if not self._turns:
             yield
             return
@@ -153,7 +131,6 @@ class GatedOptimizer:
         self._waits = elsewhere or counts or any(self.state()[1]["groups"])
 
     def _reset(self) -> None:
-        """Restore the state after construction."""
         self._started, self._waits = False, True
         self._optimizer.state.clear()
         for parameter, made in zip(self._parameters, self._made, strict=True):
@@ -162,7 +139,6 @@ class GatedOptimizer:
         self._set_groups([{}] * len(self._fresh))
 
     def _make_state(self) -> None:
-        """Create the optimizer's state, by a step that is undone."""
         before = [flat.clone() for flat in self._flats]
         for flat in self._flats:
             if flat.grad is not None:
@@ -172,7 +148,7 @@ class GatedOptimizer:
             flat.copy_(old)
 
     def _tensors(self) -> dict[str, Tensor]:
-        """All tensors of the state by name, tensor subclasses as their components, in a fixed order."""
+        """Tensors of the state by name in a fixed order, tensor subclasses as their components."""
         return {
             name: plain
             for index, parameter in enumerate(self._parameters)
@@ -182,7 +158,6 @@ class GatedOptimizer:
         }
 
     def _numbers(self) -> dict[str, Any]:
-        """The numbers in the state, by name."""
         return {
             f"{index}.{key}": value
             for index, parameter in enumerate(self._parameters)
@@ -191,7 +166,7 @@ class GatedOptimizer:
         }
 
     def _place(self, name: str) -> tuple[dict[str, Any], str, bool]:
-        """A parameter's state, the key in it, and whether the name is of the whole value (or of a component)."""
+        """A parameter's state, the key in it, and whether the name is that of the whole value or of a component."""
         index, key, *parts = name.split(".")
         return self._optimizer.state[self._parameters[int(index)]], key, not parts
 
@@ -203,7 +178,7 @@ class GatedOptimizer:
 
 
 def check_alike(stored: Tensor, own: Tensor) -> None:
-    """Raise TrainingError if a stored tensor has another shape or dtype than the one that it is to restore."""
+    """Raise TrainingError if a stored tensor differs in shape or dtype from the one that it is to restore."""
     if (stored.shape, stored.dtype) != (own.shape, own.dtype):
         raise TrainingError(
             f"a stored tensor must have shape {tuple(own.shape)} in {own.dtype}, got {tuple(stored.shape)} in "
@@ -220,16 +195,7 @@ def check_optimizer(
     rates: Collection[float] = (1e-3,),
     device: torch.device | None = None,
 ) -> None:
-    """Try an optimizer on a small matrix: it must take steps and continue exactly from its saved state.
-
-    Args:
-        name, weight_decay, arguments: as for `GatedOptimizer`.
-        rates: learning rates of the groups.
-        device: where it will run, as some optimizers support certain devices only; the CPU if None.
-
-    Raises:
-        OptionError: it is unknown, not installed, refuses its arguments, or fails.
-    """
+    """Raise OptionError unless an optimizer works on a small matrix of `device`, and resumes exactly from its state."""
     device = device or torch.device("cpu")
     first, second = ([_small_group(rate, device) for rate in rates] for _ in range(2))
     one = GatedOptimizer(name, first, weight_decay=weight_decay, arguments=arguments)
@@ -272,7 +238,6 @@ def _trial_steps(optimizer: GatedOptimizer, groups: Sequence[ParameterGroup], st
 
 
 def _kept(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of a parameter group that belong to the state."""
     return {key: value for key, value in group.items() if key not in _SET_EACH_STEP}
 
 

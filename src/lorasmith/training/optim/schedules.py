@@ -63,14 +63,8 @@ def rate_factor(
 ) -> float:
     """Factor of the learning rate at a step, in [0, 1].
 
-    Args:
-        step: 0-based; steps past the end have the rate of the end.
-        schedule: registered name.
-        steps: length of the run, warm-up included.
-        warmup_steps: the factor of the n-th of them is n / warmup_steps.
-        final_rate: factor at the end of the schedule.
-        cycles: of cosine_restarts.
-        power: exponent of polynomial.
+    Steps are counted from 0; past the end the rate stays constant. `steps` includes the warm-up, in which the factor of
+    the n-th step is n / `warmup_steps`. `cycles` is for cosine_restarts, `power` for polynomial.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps

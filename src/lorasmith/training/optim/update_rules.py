@@ -1,8 +1,8 @@
 """Registry of optimizers: import path, package, properties, and the text syntax of their arguments.
 
-The optimizers are those of torch, transformers and small packages; any optimizer class can be named by its import path.
-Running them is in `optimizers.py`. torch is imported on the first look-up, not with this module, from which the
-settings read the names.
+They are those of torch, transformers and small packages; any optimizer class can be named by its import path.
+`optimizers.py` runs them. torch is imported on the first look-up, not with this module, from which the settings read
+the names.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class UpdateRule:
         settings: arguments whose defaults here differ from the class's.
         elementwise: whether updates do not depend on parameter shapes, so that it can run on a flat buffer.
         decays: whether it takes the setting weight_decay.
-        own_rate: default learning rate, where the model's does not suit it.
+        own_rate: default learning rate, if the model's does not suit it.
         anneals: whether a linear decay to zero was measured to suit it.
         eager_on_cpu: whether to disable its own compiling on a CPU, which takes half a minute and a C++ compiler.
     """
@@ -101,14 +101,8 @@ def build_optimizer(
 ) -> Optimizer:
     """The optimizer over the groups' flat buffers or, if it is not element-wise, over their views.
 
-    Args:
-        name: registered name, or the import path of an optimizer class.
-        groups: the parameters with their gradients and learning rates.
-        weight_decay: for optimizers that take it.
-        arguments: further ones, such as `betas=(0.9,0.99) eps=1e-7`.
-
-    Raises:
-        OptionError: it is unknown, not installed, or refuses its arguments.
+    `name` is registered or the import path of an optimizer class; `arguments` are text such as `betas=(0.9,0.99)
+    eps=1e-7`. Raises OptionError if it is unknown, not installed, or refuses its arguments.
     """
     rule = rule_of(name)
     kind = _class_of(name, rule)
@@ -162,7 +156,6 @@ def _is_optimizer(thing: Any) -> bool:
 
 
 def _parameters(kind: type[Optimizer]) -> frozenset[str]:
-    """Names of the arguments of an optimizer class, besides the parameters."""
     return frozenset(inspect.signature(kind).parameters) - {"params"}
 
 
@@ -172,7 +165,7 @@ _PAIR = re.compile(r"(?:^|(?<=[\s,]))([A-Za-z_]\w*)\s*=")  # in linear time, wha
 
 
 def _parsed(arguments: str | None, name: str, kind: type[Optimizer]) -> dict[str, Any]:
-    """`betas=(0.9, 0.99) eps=1e-7` as a mapping; values are Python literals, separators blanks or commas."""
+    """`betas=(0.9, 0.99) eps=1e-7` as a mapping; values are Python literals, separators spaces or commas."""
     before, *pairs = _PAIR.split(arguments or "")
     if before := before.strip(_SEPARATORS):
         raise OptionError(
@@ -198,5 +191,5 @@ def _parsed(arguments: str | None, name: str, kind: type[Optimizer]) -> dict[str
 
 
 def one_line(error: Exception) -> str:
-    """Another package's error on one line."""
+    """Another package's error message on one line."""
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__

@@ -67,13 +67,7 @@ _HALVES = (torch.float16, torch.bfloat16)
 
 
 def fingerprint(job: Job, data: EncodedDataset, held_out: EncodedDataset | None) -> Fingerprint:
-    """The fingerprint for `run.json`, without `files`.
-
-    Args:
-        job: the planned run.
-        data: the training samples.
-        held_out: the held-out samples, None without validation.
-    """
+    """The fingerprint for `run.json`, without `files`."""
     config = {name: value for name, value in asdict(job.config).items() if name not in _UNCOMPARED}
     trained = [*job.adapters.items(), *job.differences.items()]
     initial = ((f"{path}.{name}", t) for path, one in trained for name, t in one.state_dict().items())
@@ -103,11 +97,7 @@ def state_digest(path: Path) -> str:
 
 
 def file_digests(files: Mapping[str, Path]) -> dict[str, str]:
-    """SHA-256 of whole files by part of the base model; of a folder, those of the weights in it.
-
-    Raises:
-        ModelError: a file cannot be read.
-    """
+    """SHA-256 of whole files by part of the base model; for a folder, of the weights in it. Raises ModelError."""
     try:
         of_paths = {path: _file_digest(path) for path in dict.fromkeys(files.values())}
     except OSError as error:
@@ -125,13 +115,7 @@ def _file_digest(path: Path) -> str:
 def differences(
     before: Mapping[str, Any], now: Mapping[str, Any], *, of: tuple[str, str] = ("then", "now")
 ) -> list[str]:
-    """Differences of two fingerprints or environments as phrases; empty if they are equal.
-
-    Args:
-        before: the first.
-        now: the second.
-        of: words behind the values of each.
-    """
+    """Differences of two fingerprints or environments as phrases; `of` are words for the two sides."""
     words = {
         "base": "the base model",
         "files": "the base model",
@@ -160,7 +144,7 @@ def differences(
 
 
 def _differing_parts(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """The parts of the base model that differ, or the base model where all do."""
+    """The parts of the base model that differ, or "the base model" if all do."""
     parts = dict.fromkeys([*before, *now])
     differing = [part for part in parts if before.get(part) != now.get(part)]
     return ["the base model"] if len(differing) == len(parts) else [f"the base model's {part}" for part in differing]
@@ -180,13 +164,7 @@ def versions(optimizer: str) -> dict[str, str]:
 
 
 def environment(device: torch.device, optimizer: str, *, compile: bool) -> dict[str, Any]:
-    """The environment that affects the last bits of a run's numbers, for `run.json`.
-
-    Args:
-        device: where the run trains.
-        optimizer: name of the optimizer.
-        compile: whether blocks are compiled.
-    """
+    """The environment that affects the last bits of a run's numbers, for `run.json`."""
     return {
         **({"compiled_by": compiler(device)} if compile else {}),
         "versions": versions(optimizer),
@@ -215,16 +193,16 @@ def _completed(config: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _sampled(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Evenly spaced values of each tensor, enough to distinguish models without hashing gigabytes.
+    """Evenly spaced values of each tensor: enough to distinguish models without hashing gigabytes.
 
-    16-bit values are widened: a file's weights are the same model in fp32.
+    16-bit values are widened, so that a model loaded in fp32 equals its 16-bit file.
     """
     for name, tensor in tensors:
         flat = tensor.detach().reshape(-1)
         places = torch.linspace(0, max(0, flat.numel() - 1), min(_SAMPLED, flat.numel()), dtype=torch.float64)
         values = flat[places.long().to(flat.device)]
         yield f"{name} {list(tensor.shape)}", values.float() if values.dtype in _HALVES else values
-        release_pages(flat)  # where it lies on a file, one value has brought in the pages around it
+        release_pages(flat)  # of a memory-mapped file: reading a value loads the pages around it
 
 
 def _data_tensors(data: EncodedDataset) -> Iterator[tuple[str, Tensor]]:

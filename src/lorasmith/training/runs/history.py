@@ -1,7 +1,7 @@
 """Reader of run folders: `run.json` as a typed record, `events.jsonl` as typed events.
 
 A killed run may end in an incomplete line, and a full disk leaves gaps; unreadable lines are counted and skipped. A log
-is read line by line: it may have gigabytes, most of them draws, which are not kept.
+is read line by line: it may have gigabytes, mostly draws, which are not kept.
 """
 
 from __future__ import annotations
@@ -21,32 +21,24 @@ from lorasmith.training.runs.records import RunRecord, parsed_record
 RECORD, EVENTS = RUN_RECORD, RUN_LOG
 
 MOST_LINE_BYTES = 2**22
-"""A longer line of a log is no event of ours, and skipped."""
+"""Longer lines of a log are skipped: no event is that long."""
 
 _MOST_EVENTS = 2_000_000
-"""Those that are kept: of the longest run there are some hundred thousand."""
+"""Events that are kept; the longest run has some hundred thousand."""
 
 _E = TypeVar("_E", bound=Event)
 
 
 @dataclass(frozen=True)
 class RunHistory:
-    """The record and events of a run.
-
-    Attributes:
-        folder: of the run.
-        record: content of `run.json`.
-        events: all events in order, steps without their draws; a resumed run has several starts.
-        unreadable: number of skipped lines of `events.jsonl`.
-    """
+    """The record and events of a run."""
 
     folder: Path
     record: RunRecord
-    events: tuple[Event, ...]
-    unreadable: int
+    events: tuple[Event, ...]  # in order, steps without their draws; a resumed run has several starts
+    unreadable: int  # number of skipped lines of `events.jsonl`
 
     def of(self, kind: type[_E]) -> list[_E]:
-        """The events of one kind."""
         return [event for event in self.events if isinstance(event, kind)]
 
     def steps(self) -> list[StepDone]:
@@ -62,7 +54,7 @@ class RunHistory:
         return [taken[step] for step in sorted(taken) if step <= last]
 
     def draws(self) -> Iterator[tuple[int, Sequence[tuple[int, float, float]]]]:
-        """Step and `StepDone.draws`, read from the log again; steps that were taken twice come twice."""
+        """Step and `StepDone.draws`, read from the log again; repeated steps occur twice."""
         for _, event in logged(self.folder):
             if isinstance(event, StepDone):
                 yield event.step, event.draws
@@ -85,7 +77,7 @@ class RunHistory:
 
 
 def read_history(folder: Path) -> RunHistory:
-    """The history of the run in `folder`. Raises OptionError and TrainingError, as `read_record` does."""
+    """The history of the run in `folder`. Raises OptionError and TrainingError, as `read_record`."""
     record = read_record(folder)
     events: list[Event] = []
     unreadable = 0
@@ -98,15 +90,7 @@ def read_history(folder: Path) -> RunHistory:
 
 
 def logged(folder: Path, *, only: bytes = b"") -> Iterator[tuple[bytes, Event | None]]:
-    """The lines of a run's log that are not blank, each with its event; None if it is unreadable.
-
-    Args:
-        folder: of the run.
-        only: which each line has that is not left out.
-
-    Raises:
-        TrainingError: the file cannot be read.
-    """
+    """Lines of a run's log that contain `only`, each with its event, None if unreadable. Raises TrainingError."""
     for line in _lines(folder / EVENTS):
         if not line.strip() or only not in line:
             continue
@@ -117,7 +101,7 @@ def logged(folder: Path, *, only: bytes = b"") -> Iterator[tuple[bytes, Event | 
 
 
 def logged_outcome(folder: Path) -> Outcome | None:
-    """Why the run in a folder ended, as `RunHistory.outcome`, without reading the rest of its log."""
+    """Why the run in a folder ended, as `RunHistory.outcome`, without reading its whole log."""
     return _outcome(event for _, event in logged(folder, only=b"Run"))
 
 
@@ -130,12 +114,7 @@ def _outcome(events: Iterable[Event | None]) -> Outcome | None:
 
 
 def read_record(folder: Path) -> RunRecord:
-    """Content of a run's `run.json`.
-
-    Raises:
-        OptionError: there is no run in the folder.
-        TrainingError: the file cannot be read, or is damaged.
-    """
+    """Content of `run.json`. Raises OptionError if there is no run, TrainingError if it is unreadable or damaged."""
     path = folder / RECORD
     if not path.is_file():
         raise OptionError(f"a run folder must contain run.json, got {folder}; name one such as runs/photos-001")
@@ -148,7 +127,7 @@ def read_record(folder: Path) -> RunRecord:
 
 
 def _lines(path: Path) -> Iterator[bytes]:
-    """The lines of a file, of those that are too long the start alone."""
+    """The lines of a file; only the start of those that are too long."""
     try:
         with open_regular(path) as file:
             while line := file.readline(MOST_LINE_BYTES):

@@ -30,47 +30,29 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """Training losses of one image, its repeats and mirrored copies included.
-
-    Attributes:
-        name: of the image.
-        looks: number of its draws.
-        first, last: its level in the first and the last third of its draws, relative to all images in the first third
-            of the run; NaN without draws.
-        relative: its level in the last third relative to all images in the last third of the run.
-        standing: see `Ledger.images`.
-    """
+    """Training losses of one image, its repeats and mirrored copies included."""
 
     name: str
-    looks: int
+    looks: int  # number of its draws
+    # Levels in the first and last third of its draws, relative to all images in the run's first third; may be NaN.
     first: float
     last: float
+    # Level in the last third, relative to all images in the run's last third.
     relative: float
-    standing: Standing
+    standing: Standing  # see `Ledger.images`
 
 
 @dataclass(frozen=True)
 class QuantileCurve:
-    """Training loss by noise level over time.
+    """Training loss by noise level over time."""
 
-    Attributes:
-        bins: edges of the bins in quantiles of diffusion time, one more than there are bins: 0 is clean, 1 is noise.
-        steps: last step of each averaged interval.
-        losses: mean loss of each interval and bin, None without draws.
-    """
-
-    bins: tuple[float, ...]
-    steps: tuple[int, ...]
-    losses: tuple[tuple[float | None, ...], ...]
+    bins: tuple[float, ...]  # edges in quantiles of diffusion time, one more than bins: 0 is clean, 1 is noise
+    steps: tuple[int, ...]  # last step of each averaged interval
+    losses: tuple[tuple[float | None, ...], ...]  # mean by interval and bin, None without draws
 
 
 class Ledger:
-    """Every draw of a run.
-
-    Args:
-        names: of the samples, by dataset index. Samples of one name are one image.
-        bins: number of equal parts of diffusion time within which losses are compared.
-    """
+    """Every draw of a run, by image name and in `bins` equal parts of diffusion time."""
 
     def __init__(self, names: Sequence[str], *, bins: int = 10) -> None:
         self._images = list(dict.fromkeys(names))
@@ -81,10 +63,7 @@ class Ledger:
         self._quantile, self._loss = array("d"), array("d")
 
     def add(self, step: int, draws: Iterable[Sequence[float]]) -> None:
-        """Add a step's draws (dataset index, quantile, loss), replacing all from that step on.
-
-        Draws without a finite loss are ignored.
-        """
+        """Add a step's draws (dataset index, quantile, loss), replacing all from that step on."""
         while self._step and self._step[-1] >= step:
             for column in (self._step, self._image, self._quantile, self._loss):
                 column.pop()
@@ -121,16 +100,13 @@ class Ledger:
         first of these that holds:
 
         - *too few looks*: fewer than `MIN_LOOKS`.
-        - *memorised*: its level fell by a factor of `_FAR` (1.5) more than that of comparable pictures. These are the
-          held-out images if there are any, otherwise all images, which cannot show that all are memorised equally.
-        - *never fit*: it stays above 1.5 times the level of the others. It is harder, or picture and caption do not
-          belong together.
+        - *memorised*: its level fell by a factor of `_FAR` (1.5) more than that of the held-out images, whose loss late
+          in the run divided by that early is `held_out_fall`. Without them, more than that of all images, which cannot
+          show that all are memorised equally.
+        - *never fit*: it stays above 1.5 times the level of the others. It is harder, or the caption does not match.
         - *still learning*: its level fell from the second to the last third of its draws.
         - *learnt*: it fell from the first third to the last, and no longer falls.
         - *unchanged*: none of these; few draws at a low learning rate cannot show a change.
-
-        Args:
-            held_out_fall: loss of the held-out images late in the run divided by that early in the run.
         """
         if not self._step:
             return [ImageRecord(name, 0, math.nan, math.nan, math.nan, "too few looks") for name in self._images]
@@ -159,13 +135,7 @@ def _expected(logs: Array, bins: NDArray[np.int64], count: int) -> Array:
 
 
 def _record(name: str, early: Array, late: Array, usual_fall: float) -> ImageRecord:
-    """An image's record from its log losses.
-
-    Args:
-        name: of the image.
-        early, late: relative to all images early and late in the run.
-        usual_fall: expected decrease.
-    """
+    """An image's record from its log losses relative to all images early and late in the run."""
     looks = len(early)
     if not looks:
         return ImageRecord(name, 0, math.nan, math.nan, math.nan, "too few looks")
@@ -190,12 +160,10 @@ def _level(logs: Array) -> float:
 
 
 def _above(values: Array, bound: float) -> bool:
-    """Whether the mean is significantly above a bound."""
     return bool(values.mean() - bound > _CLEAR * values.std(ddof=1) / math.sqrt(len(values)))
 
 
 def _below(values: Array, others: Array) -> bool:
-    """Whether the mean is significantly below that of others."""
     error = math.hypot(
         values.std(ddof=1) / math.sqrt(len(values)),
         others.std(ddof=1) / math.sqrt(len(others)),

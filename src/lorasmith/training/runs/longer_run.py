@@ -1,9 +1,9 @@
-"""A complete run that is given again with more steps: the longer run starts from its end, in the same folder.
+"""A complete run that is started again with more steps: the longer run starts from its end, in the same folder.
 
     out/          the longer run; its record names the run state below as `existing_state`
-    out-old-1/    the shorter one, moved aside whole
+    out-old-1/    the whole folder of the shorter one
 
-The longer run, interrupted and given again, is the same run although only its record has that setting.
+If the longer run is interrupted and started again, it is resumed, although only its record has that setting.
 """
 
 from __future__ import annotations
@@ -23,20 +23,11 @@ _STATE = "existing_state"
 
 
 def continuing(folder: RunFolder, record: RunRecord, on_event: EventHandler) -> RunRecord:
-    """The record of a run as it starts in a folder that holds a run: from the end of that one, if it is shorter.
+    """The record of a run in a folder that holds a run: starting from the end of that one, if it is shorter.
 
-    Args:
-        folder: of the run that is there; moved aside if the longer one starts from its end.
-        record: of the run that was given.
-        on_event: receives a `Warned` for the folder moved aside.
-
-    Returns:
-        `record`, with the run state that the run starts from; as it is, if the folder holds another run.
-
-    Raises:
-        OutputError: the run in the folder is complete and not shorter, its state cannot be read, the folder cannot be
-            moved, or another process trains in it.
-        OptionError: it has no run state.
+    The shorter run's folder is moved aside, with a `Warned`. If the folder holds another run, `record` is unchanged.
+    Raises OutputError if the run there is complete and not shorter, unreadable, immovable or in use, OptionError
+    without a run state.
     """
     if record.config.get(_STATE) is not None:  # which names what to start from
         return record
@@ -59,7 +50,7 @@ def continuing(folder: RunFolder, record: RunRecord, on_event: EventHandler) -> 
 
 
 def _check_longer(folder: RunFolder, steps: int, given: int) -> None:
-    """Raise unless the complete run in a folder, of `steps`, has a state, and the one of `given` steps is longer."""
+    """Raise unless the complete run in a folder has a state, and fewer `steps` than `given`."""
     if given <= steps:
         raise OutputError(
             f"{folder.path} holds this run, which is complete with {count_text(steps, 'step')}, and {given} were "
@@ -74,11 +65,11 @@ def _check_longer(folder: RunFolder, steps: int, given: int) -> None:
 
 
 def _with_its_state(folder: RunFolder, before: RunRecord, record: RunRecord) -> RunRecord:
-    """The record with the state that the run in the folder started from, if that is what it did."""
+    """The record with the state that the run in the folder started from, if it started from one."""
     path = before.config.get(_STATE)
     if not isinstance(path, str):
         return record
-    # Beside the folder, wherever it was moved with it: a record may be a stranger's, and its paths are not opened.
+    # Looked up beside the folder, as both may have been moved; paths of an untrusted record are not opened.
     parts = PurePath(path).parts[-3:]
     if len(parts) < 3 or ".." in parts:
         return record
@@ -93,7 +84,6 @@ def _with_its_state(folder: RunFolder, before: RunRecord, record: RunRecord) -> 
 
 
 def _from_state(record: RunRecord, path: Path) -> RunRecord:
-    """The record with a run state that the run starts from. Raises OutputError if it cannot be read."""
     return _starting(record, path, record.fingerprint.get("initial", "") + state_digest(path))
 
 
@@ -104,6 +94,6 @@ def _starting(record: RunRecord, path: Path, initial: str) -> RunRecord:
 
 
 def _without_length(fingerprint: Fingerprint) -> Fingerprint:
-    """A fingerprint without the steps of the run, and the run state that it started from."""
+    """A fingerprint without the number of steps and the run state that it started from."""
     config = {name: value for name, value in fingerprint.get("config", {}).items() if name != "steps"}
     return {**fingerprint, "config": config, "initial": fingerprint.get("initial", "").partition("+")[0]}

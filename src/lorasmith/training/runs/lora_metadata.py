@@ -27,7 +27,7 @@ from lorasmith.training.job import Job
 from lorasmith.training.runs.records import RunRecord
 
 _ONE_AT_A_TIME = threading.Lock()
-"""Of runs that train together, the first hashes their base model, and the others find its digest."""
+"""Of runs that train together, the first hashes the base model; the others reuse its digest."""
 
 _DATASET = "dataset"
 """Stands for the name of the image folder in sd-scripts' entries."""
@@ -40,21 +40,11 @@ def training_metadata(
     title: str,
     trigger: str | None,
     steps: int,
-    started: float,
+    started: float,  # seconds since 1970
     record: RunRecord,
-    hashes: BaseHashes,
+    hashes: BaseHashes,  # left out until they are known
 ) -> dict[str, str]:
-    """Header metadata of a LoRA, sorted by key.
-
-    Args:
-        job: the run.
-        data: the training samples.
-        title, trigger: name and trigger phrase of the LoRA.
-        steps: updates in the LoRA, those of a continued one included.
-        started: start of the run in seconds since 1970.
-        record: of the run.
-        hashes: of the base model; left out where they are not known yet.
-    """
+    """Header metadata of a LoRA, sorted by key; `steps` include those of a continued LoRA."""
     entries = {
         **_kohya(job, data, title=title, steps=steps, started=started),
         "ss_sd_model_hash": hashes.autov1,
@@ -73,13 +63,7 @@ def training_metadata(
 
 
 class BaseHashes:
-    """Hashes of a single-file base model, computed on a thread inside its context; empty until then.
-
-    Folders have none. A file that cannot be read, or not as long as the context lasts, has none either.
-
-    Args:
-        path: of the base model.
-    """
+    """Hashes of a single-file base model, computed on a thread inside its context; empty until they are known."""
 
     def __init__(self, path: Path | None) -> None:
         self.sha256 = self.autov1 = ""
@@ -189,7 +173,6 @@ def _modelspec(job: Job, data: EncodedDataset, *, title: str, trigger: str) -> d
 
 
 def _lycoris_arguments(config: ResolvedConfig) -> dict[str, object]:
-    """Arguments of LyCORIS' network beside algorithm, rank and alpha."""
     arguments = {
         "dora_wd": config.dora != "none",
         "wd_on_output": config.dora == "output",
@@ -216,7 +199,7 @@ def _area(size: tuple[int, int]) -> int:
 
 
 def _text(value: object) -> str:
-    """A value as metadata spells it: numbers and true or false as Python prints them, structures as JSON."""
+    """A value as text: numbers and booleans as Python prints them, structures as JSON."""
     if isinstance(value, (str, int, float)):
         return str(value)
     return json.dumps(value, ensure_ascii=False, sort_keys=False)

@@ -1,4 +1,4 @@
-"""Which folder a run uses of the output that was named: no file in it is replaced or removed but those of runs."""
+"""The folder of a run within the named output: only files of runs are replaced or removed."""
 
 from __future__ import annotations
 
@@ -13,15 +13,7 @@ _SYSTEM_FILES = frozenset({"thumbs.db", "desktop.ini"})
 
 
 def output_folder(output: Path, title: str) -> Path:
-    """The folder of a run: the output itself, or the subfolder named after the run where others' files are in it.
-
-    Args:
-        output: as it was named; it need not exist.
-        title: name of the LoRA.
-
-    Raises:
-        OutputError: the output is a file, is named like a LoRA or cannot be read, or the subfolder cannot be used.
-    """
+    """The folder of a run: `output`, or a subfolder `title` beside files that are not a run's. Raises OutputError."""
     if output.suffix.lower() == ".safetensors" and not output.is_dir():
         raise OutputError(
             f"output must be the folder of the run, got the file {output}; give {output.with_suffix('')} as output, "
@@ -43,7 +35,7 @@ def output_folder(output: Path, title: str) -> Path:
 
 
 def _is_of_others(folder: Path) -> bool:
-    """Whether a folder holds files and no run. Raises OutputError if it is a file or cannot be read."""
+    """Whether a folder holds files but no run. Raises OutputError if it is a file or cannot be read."""
     if not folder.exists():
         check_parents(folder)
         return False

@@ -1,7 +1,7 @@
 """Records of runs: the content of `run.json`, and of the entry about its run in a LoRA.
 
-Both are written and read here alone. A record may be damaged, of another version or a stranger's, so it is checked as
-a whole before anything in it is used; what a record may name is decided in `app.recorded_run`.
+Both are written and read only here. A record may be damaged, untrusted or of another version, so it is validated as a
+whole before anything in it is used; `app.recorded_run` restricts what it may name.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _ELSEWHERE = ("command", "model", "name", "vae", "device")
 _MOST_STEPS = 10**9
 
 RECORD_VERSION = 1
-"""Of `run.json`."""
+"""Version of the format of `run.json`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,16 +117,14 @@ class RunRecord:
         return self.environments or (self.environment,)
 
     def to_text(self) -> str:
-        """The content of `run.json`."""
         return _json(asdict(self), indent=2)
 
     def to_entry(self) -> str:
-        """The entry of the run in its LoRA."""
         return _json({name: value for name in _REPEATED if (value := getattr(self, name))}, sort_keys=True)
 
 
 def parsed_record(text: str | bytes) -> RunRecord:
-    """The record in `run.json` or in a LoRA. Raises ValueError, with a clause that says what is wrong and where."""
+    """The record in `run.json` or in a LoRA. Raises ValueError with a clause that says what is wrong and where."""
     return typed(parse_foreign_json(text), RunRecord)
 
 
@@ -135,23 +133,11 @@ def run_record(
     parts: Split,
     *,
     title: str,
-    source: Mapping[str, Any],
-    facts: Mapping[str, Any] = MappingProxyType({}),
-    verify: bool = False,
+    source: Mapping[str, Any],  # JSON values from which the run can be repeated
+    facts: Mapping[str, Any] = MappingProxyType({}),  # more on the images, for readers
+    verify: bool = False,  # digest every byte of the base model's files
 ) -> RunRecord:
-    """The record of a planned run.
-
-    Args:
-        job: the planned run.
-        parts: training and held-out samples.
-        title: name of the LoRA.
-        source: JSON values from which the run can be repeated.
-        facts: more on the images, for readers.
-        verify: whether the fingerprint covers every byte of the base model's files.
-
-    Raises:
-        ModelError: `verify` is set, and a file of the base model cannot be read.
-    """
+    """The record of a planned run. Raises ModelError if a file of the base model cannot be read for `verify`."""
     base = job.denoiser.base
     held_out = parts.held_out.samples if parts.held_out else ()
     taken = fingerprint(job, parts.training, parts.held_out)
@@ -187,7 +173,7 @@ def run_record(
 
 
 def check_title(name: str) -> None:
-    """Raise OptionError unless a LoRA's name can be that of a file in any folder."""
+    """Raise OptionError unless a LoRA's name is a valid file name on all platforms."""
     if not name.strip(". ") or any(letter in name for letter in ("/\\:" if os.name == "nt" else "/\\")):
         raise OptionError(f"name must be a file name without folders, got {name!r}; give folders as the output")
     if file_stem(name) != name:
@@ -197,7 +183,7 @@ def check_title(name: str) -> None:
 
 
 def _json(value: object, **options: Any) -> str:
-    """JSON in which bytes of paths that are no text are question marks, as no reader takes them."""
+    """JSON in which undecodable bytes of paths are question marks, as readers refuse them."""
     return json.dumps(value, ensure_ascii=False, **options).encode("utf-8", "replace").decode()
 
 

@@ -31,11 +31,7 @@ from lorasmith.training.runs.run_states import RunStates, free_bytes
 
 
 class RunFolder:
-    """A run's records; called with an event, it appends to the log.
-
-    Args:
-        path: the folder.
-    """
+    """A run's records; called with an event, it appends to the log."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -44,30 +40,27 @@ class RunFolder:
 
     @property
     def exists(self) -> bool:
-        """Whether there is a run in the folder."""
         return (self.path / RECORD).is_file()
 
     def record(self) -> RunRecord:
-        """Content of `run.json`. Raises OptionError and TrainingError, as `read_record` does."""
+        """Content of `run.json`. Raises OptionError and TrainingError, as `read_record`."""
         return read_record(self.path)
 
     def outcome(self) -> Outcome | None:
-        """Why the run ended; None if it was killed, is running, or there is none."""
+        """Why the run ended; None if it was killed, is running, or does not exist."""
         return logged_outcome(self.path) if self.exists else None
 
     @property
     def is_done(self) -> bool:
-        """Whether its run is complete and cannot be resumed."""
         outcome = self.outcome()
         return outcome is not None and outcome.is_final
 
     def states(self, keep: int = 1, config: Mapping[str, Any] | None = None) -> RunStates:
-        """Its run states."""
         return RunStates(self.path / "states", keep=keep, config=config)
 
     @contextlib.contextmanager
     def claimed(self) -> Iterator[None]:
-        """Inside the context, this process owns the folder (created). Raises OutputError if another one does."""
+        """Inside the context, this process owns the folder. Raises OutputError if another one does."""
         ensure_folder(self.path)
         with self._locked():
             self._tidy()
@@ -77,7 +70,7 @@ class RunFolder:
                 self.close()
 
     def check_free(self) -> None:
-        """Raise OutputError if another process is training in it, or it cannot be written."""
+        """Raise OutputError if another process trains in it, or it cannot be written."""
         with self._locked():
             pass
 
@@ -97,11 +90,10 @@ class RunFolder:
             self.begin(replace(record, environments=(*known, dict(environment))))
 
     def begin(self, record: RunRecord) -> None:
-        """Write `run.json`. Raises OutputError."""
         write_atomic(self.path / RECORD, record.to_text())
 
     def check_continues(self, record: RunRecord) -> None:
-        """Raise OutputError if the run in this folder is another one, complete, or cannot be verified as asked."""
+        """Raise OutputError if the run in this folder is another one, complete, or cannot be verified as requested."""
         before = self.record()
         check_verifiable(before, record.fingerprint, self.path)
         if found := differences(before.fingerprint, record.fingerprint):
@@ -152,13 +144,12 @@ class RunFolder:
             self._broken = True
 
     def flush(self) -> None:
-        """Flush the log to disk."""
         if self._log is not None:
             with contextlib.suppress(OSError):
                 os.fsync(self._log.fileno())
 
     def _tidy(self) -> None:
-        """Remove temporary files of a killed process; where there is no run, those of its record alone."""
+        """Remove temporary files of a killed process; without a run, only those of `run.json`."""
         if not self.exists:
             for path in self.path.glob(f".{RECORD}.*.tmp"):
                 path.unlink(missing_ok=True)
@@ -178,7 +169,7 @@ class RunFolder:
         return locked(self.path / ".lock", f"{self.path} is in use by a run in another process")
 
     def _check_entries(self) -> None:
-        """Raise OutputError if a stranger's folder would have this process write elsewhere, or wait for a pipe."""
+        """Raise OutputError if entries of an untrusted folder would redirect writes or block reads (links, pipes)."""
         for path in [*_entries(self.path), *_entries(self.path / "states"), *_entries(self.path / "samples")]:
             mode = path.lstat().st_mode
             if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
@@ -187,7 +178,6 @@ class RunFolder:
                 )
 
     def close(self) -> None:
-        """Close the log."""
         if self._log is not None:
             with contextlib.suppress(OSError):
                 self._log.close()
@@ -195,15 +185,7 @@ class RunFolder:
 
 
 def check_place(place: Path, size_bytes: int = 0) -> None:
-    """Check that a run can be in a folder or below it, before time is spent on it.
-
-    Args:
-        place: the folder, which need not exist.
-        size_bytes: that the run will write.
-
-    Raises:
-        OutputError: it cannot be written, another process trains in it, or its disk has less room.
-    """
+    """Raise OutputError unless a folder is writable, not in use and has `size_bytes` free; it need not exist."""
     check_writable(place)
     folder = RunFolder(place)
     there = 0
@@ -223,14 +205,8 @@ def claimed_run(
 ) -> Iterator[tuple[RunFolder, RunState | None]]:
     """Inside the context, this process owns the folder of a run; yields it with the run state to resume from, or None.
 
-    Args:
-        path: the folder.
-        record: content of its `run.json`, with the run's fingerprint.
-        fresh: move an existing run aside.
-        on_event: receives a `Warned` for the folder moved aside and for each unreadable run state.
-
-    Raises:
-        OutputError: the folder holds another run, a complete one, or one that another process is training.
+    `fresh` moves an existing run aside. `on_event` receives a `Warned` for that and for each unreadable run state.
+    Raises OutputError if the folder holds another or complete run, or another process trains in it.
     """
     folder = RunFolder(path)
     if fresh and folder.exists:
@@ -250,13 +226,7 @@ def claimed_run(
 
 
 def check_verifiable(before: RunRecord, now: Fingerprint, file: Path) -> None:
-    """Raise OutputError if whole files are to be compared with a run that has no digests of them.
-
-    Args:
-        before: record of that run.
-        now: fingerprint of the run that is prepared.
-        file: where the record is, for the message.
-    """
+    """Raise OutputError if file digests are to be compared with a record that has none; `file` is for the message."""
     if now.get("files") and not before.fingerprint.get("files"):
         raise OutputError(
             f"{file} has no digests of the base model's whole files, as its run was started without --verify; leave "
@@ -265,13 +235,7 @@ def check_verifiable(before: RunRecord, now: Fingerprint, file: Path) -> None:
 
 
 def unfinished_run(parent: Path, title: str, fingerprint: Fingerprint) -> Path | None:
-    """The newest folder below `parent` that holds this run, unfinished and not in use; None if there is none.
-
-    Args:
-        parent: parent of run folders.
-        title: start of the folders' names, before their number.
-        fingerprint: of the run.
-    """
+    """The newest folder below `parent`, named after `title`, that holds this run, unfinished and not in use."""
     for _, path in sorted(numbered_runs(parent, title), reverse=True):
         folder = RunFolder(path)
         if not folder.exists or not folder.states().paths() or folder.is_busy:
@@ -285,10 +249,7 @@ def unfinished_run(parent: Path, title: str, fingerprint: Fingerprint) -> Path |
 def numbered_runs(parent: Path, title: str, *, any_case: bool = False) -> list[tuple[int, Path]]:
     """(number, path) of entries below `parent` whose name is the title and a number, such as `dog-001`.
 
-    Args:
-        parent: the folder.
-        title: of the runs.
-        any_case: whether `Dog-001` is one for the title `dog`, as on file systems that ignore case.
+    `any_case` also accepts `Dog-001` for the title `dog`, as on file systems that ignore case.
     """
     names = re.compile(re.escape(title) + r"[-_]([0-9]+)", re.IGNORECASE if any_case else 0)
     return [(int(match[1]), path) for path in _entries(parent) if (match := names.fullmatch(path.name))]

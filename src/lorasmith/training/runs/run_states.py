@@ -2,9 +2,9 @@
 
     states/step-000100.safetensors     tensors by part (engine/, snapshot/, ...), numbers as JSON in the header
 
-A state is written atomically, and older ones are removed only afterwards. A full disk causes a warning and fewer
-states, never the end of a run. Each file carries the SHA-256 of its bytes (with zeros in place of the digest), which is
-verified before anything in it is used: one flipped bit makes it unreadable, and the run resumes from the state before.
+A state is written atomically, and older ones are removed afterwards. A full disk causes a warning and fewer states,
+never the end of a run. Each file carries the SHA-256 of its bytes (with zeros in place of the digest), which is
+verified before use: a corrupt state is unreadable, and the run resumes from the state before.
 """
 
 from __future__ import annotations
@@ -40,13 +40,7 @@ SPARE_BYTES = 64 * 2**20
 
 
 class RunStates:
-    """The run states in a folder.
-
-    Args:
-        folder: of the states; created with the first one.
-        keep: number of states to keep.
-        config: settings of the run, stored in each file for reference.
-    """
+    """The run states in a folder, which is created with the first one; the newest `keep` are kept."""
 
     def __init__(self, folder: Path, *, keep: int, config: Mapping[str, Any] | None = None) -> None:
         self.folder = folder
@@ -59,12 +53,9 @@ class RunStates:
         return sorted(found, key=lambda path: int(path.stem.removeprefix("step-")), reverse=True)
 
     def newest(self, on_skipped: Callable[[str], None] = lambda sentence: None) -> RunState | None:
-        """The newest readable state, None if there are none.
+        """The newest readable state, None if there are none; unreadable ones are reported and renamed.
 
-        Unreadable ones are reported to `on_skipped` and renamed, so that they do not count as states any more.
-
-        Raises:
-            OutputError: there are states, but none can be read.
+        Raises OutputError if there are states, but none can be read.
         """
         unreadable: list[tuple[Path, LorasmithError]] = []
         for path in self.paths():
@@ -82,11 +73,7 @@ class RunStates:
         return None
 
     def save(self, state: RunState) -> Path:
-        """Write a state, then remove those beyond the number kept.
-
-        Raises:
-            OutputError: the disk is full, or the file cannot be written.
-        """
+        """Write a state, then remove those beyond the number kept. Raises OutputError, also if the disk is full."""
         path = self.folder / f"step-{state.step:06}.safetensors"
         size = sum(tensor.numel() * tensor.element_size() for tensor in state.tensors.values())
         needed = 2 * size + SPARE_BYTES  # the LoRA at the end is smaller than a state
@@ -107,20 +94,13 @@ class RunStates:
 
 
 class StateSaver(Watcher):
-    """Saves the state of a run by steps and by minutes, and whenever it ends.
-
-    Args:
-        states: of the run.
-        every: interval in steps, 0 for none by steps.
-        minutes: interval in minutes, 0 for none by time.
-        before: called before each save, to flush the files that resuming reads too.
-    """
+    """Saves the state of a run by steps and by minutes (0 disables either), and when it ends."""
 
     def __init__(
         self, states: RunStates, *, every: int, minutes: float, before: Callable[[], None] = lambda: None
     ) -> None:
         self._states = states
-        self._before = before
+        self._before = before  # flushes other files that resuming reads
         self._every = every
         self._seconds = minutes * 60
         self._last_step = -1
@@ -165,17 +145,13 @@ def save_state(path: Path, state: RunState) -> None:
 
 
 def is_state(path: Path) -> bool:
-    """Whether a file is a run state, whole or not. Raises OutputError if it is no safetensors file."""
+    """Whether a file is a run state, even if damaged. Raises OutputError if it is not a safetensors file."""
     is_named = _KEY.encode() in header_text(path, OutputError)[0]  # so that only headers that name it are parsed
     return is_named and _KEY in check_safetensors(path, OutputError).metadata
 
 
 def load_state(path: Path) -> RunState:
-    """Read a state.
-
-    Raises:
-        OutputError: it is missing, damaged, or no run state.
-    """
+    """Read a state. Raises OutputError if it is missing, damaged, or not a run state."""
     header = check_safetensors(path, OutputError)
     if (text := header.metadata.get(_KEY)) is None:
         raise OutputError(f"{path} must be a run state but is another kind of file; name the folder of a run")
@@ -197,7 +173,7 @@ def load_state(path: Path) -> RunState:
 
 
 def _unsigned(path: Path, body_start: int, digest: str) -> Iterator[bytes]:
-    """The bytes of a state as they were before its digest was filled in."""
+    """The bytes of a state before its digest was filled in."""
     with path.open("rb") as file:
         yield file.read(body_start).replace(digest.encode(), _UNSIGNED.encode(), 1)
         while block := file.read(1 << 20):
@@ -212,6 +188,6 @@ def _sha256(pieces: Iterable[bytes]) -> str:
 
 
 def free_bytes(folder: Path) -> int:
-    """Free space in bytes of a folder's disk; the folder need not exist."""
+    """Free space in bytes on the disk of a folder, which need not exist."""
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     return shutil.disk_usage(existing).free

@@ -24,19 +24,7 @@ _PROJECT = "lorasmith"
 
 
 def tracker_for(name: str, folder: Path, title: str, config: Mapping[str, Any], *, on_event: EventHandler) -> Tracker:
-    """Start a tracker.
-
-    Args:
-        name: `tensorboard` or `wandb`.
-        folder: of the run.
-        title: name of the run.
-        config: settings of the run, logged for comparison.
-        on_event: receives a `Warned` if the tracker fails.
-
-    Raises:
-        OptionError: the tracker's package is not installed, or it does not start.
-        OutputError: the folder cannot be written.
-    """
+    """Start a tracker, `tensorboard` or `wandb`. Raises OptionError if it does not start, and OutputError."""
     package, spoken = _PACKAGES[name]
     if importlib.util.find_spec(package) is None:
         raise OptionError(
@@ -53,13 +41,7 @@ def tracker_for(name: str, folder: Path, title: str, config: Mapping[str, Any], 
 
 
 class Tracker:
-    """An event handler that logs losses and rates; made by `tracker_for`.
-
-    Args:
-        tracker: accelerate's, started.
-        spoken: its name in warnings.
-        on_event: receives a `Warned` if it fails.
-    """
+    """An event handler that logs losses and rates; if it fails, `on_event` receives a `Warned`."""
 
     def __init__(self, tracker: Any, spoken: str, on_event: EventHandler) -> None:
         self._tracker = tracker
@@ -67,7 +49,6 @@ class Tracker:
         self._emit = on_event
 
     def __call__(self, event: Event) -> None:
-        """Log the numbers of steps and validations."""
         if isinstance(event, StepDone):
             numbers = {
                 "train/loss": event.loss,
@@ -90,7 +71,7 @@ class Tracker:
             self._guarded(self._tracker.log, numbers, step=step)
 
     def _guarded(self, call: Any, *args: Any, **kwargs: Any) -> None:
-        """Call the tracker; after the first failure, which is a warning, it is disabled."""
+        """Call the tracker; after its first failure, reported as a warning, it is disabled."""
         try:
             call(*args, **kwargs)
         except Exception as error:  # a full disk, a lost network, a bug in the package: the run continues
