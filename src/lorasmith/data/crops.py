@@ -45,7 +45,7 @@ class Framing:
         return framed
 
     def mask_applied(self, mask: Image.Image, of: tuple[int, int], size: tuple[int, int]) -> Image.Image:
-        """The framed part of a mask (mode L, any resolution) at the latents' `size`, each pixel the mean of its area."""
+        """The framed part of a mask (mode L, any resolution) at the latents' `size`, each pixel its area's mean."""
         return self._resized(mask, of, size, Image.Resampling.BOX)
 
     @property
@@ -55,7 +55,7 @@ class Framing:
         return max(self.width / (right - left), self.height / (bottom - top))
 
     def picture_size(self, width: int, height: int) -> PictureSize:
-        """SDXL's size and crop conditions for a picture of width × height px, which is mirrored before it is cropped."""
+        """SDXL's size and crop conditions for a picture of width × height px, mirrored before it is cropped."""
         left, top, right, bottom = self.box
         beside = width - right if self.is_mirrored else left
         return PictureSize(
@@ -114,7 +114,7 @@ def framings(
 
 
 def pixel_step(config: DataConfig, multiple: int) -> int:
-    """The step of buckets: the configured one, or the model's `multiple`, of which it must be a multiple (DataError)."""
+    """The step of buckets: the configured one, which must be a multiple of the model's (DataError), or the model's."""
     step = config.bucket_step or multiple
     if step % multiple:
         raise DataError(f"bucket_step must be a multiple of {multiple} for this model, got {step}; use {multiple}")

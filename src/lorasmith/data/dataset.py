@@ -163,7 +163,7 @@ def places_of(samples: Sequence[Sample]) -> Tensor | None:
 
 
 def check_latents(latents: Tensor, *, like: Tensor, name: str) -> None:
-    """Raise DataError for one picture's latents that differ from `like` in channels or frames axis, or are not finite."""
+    """Raise DataError for one picture's latents that are not finite, or differ from `like` in channels or rank."""
     shape = tuple(latents.shape)
     frames = "frames, " if like.ndim == 4 else ""
     if len(shape) not in (3, 4) or len(shape) != like.ndim or shape[0] != len(like):

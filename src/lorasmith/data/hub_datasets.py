@@ -1,4 +1,4 @@
-"""Datasets of the package `datasets` as folders of images: each picture's bytes as they are, and a `metadata.jsonl`.
+"""Datasets of the package `datasets` as folders of images: each picture's bytes unchanged, and a `metadata.jsonl`.
 
 A dataset has a column of images, and its captions in a column `text`, `caption` or `prompt`, as text or lists of text.
 Its folder is written once, and found again by the dataset's fingerprint.
@@ -37,18 +37,11 @@ def is_saved_dataset(path: Path) -> bool:
 
 
 def unpacked_folder(path: Path, cache: Path, *, follow_links: bool = False) -> Path:
-    """The folder of images of a dataset that `save_to_disk` wrote; of several splits, `train`.
+    """The folder of images, in `cache`, of a dataset that `save_to_disk` wrote; of several splits, `train`.
 
-    Pictures that are not in the dataset itself, but named by it, are left out: a stranger's dataset may name any file.
-
-    Args:
-        path: the folder that `save_to_disk` wrote.
-        cache: where folders of images are kept.
-        follow_links: whether its files may be links out of it.
-
-    Raises:
-        DataError: `datasets` is not installed, or the dataset cannot be read or has no images.
-        OutputError: the images cannot be written.
+    Pictures that the dataset references by path are left out: an untrusted dataset may reference any file. DataError if
+    `datasets` is not installed, or the dataset cannot be read or has no images; OutputError if images cannot be
+    written.
     """
     folder = _split_folder(path.resolve())
     files = [folder / name for name in (*_PARTS, *_data_files(folder))]
@@ -67,15 +60,9 @@ def unpacked_folder(path: Path, cache: Path, *, follow_links: bool = False) -> P
 
 
 def dataset_folder(dataset: object, cache: Path) -> Path:
-    """The folder of images of a `datasets.Dataset` object, for an `ImageSource`.
+    """The folder of images, in `cache`, of a `datasets.Dataset` object with a column of images.
 
-    Args:
-        dataset: with a column of images, and one of captions if there are any.
-        cache: where folders of images are kept.
-
-    Raises:
-        DataError: it is no such dataset, or a picture of it cannot be read.
-        OutputError: the images cannot be written.
+    DataError if it is not such a dataset, or a picture cannot be read; OutputError if images cannot be written.
     """
     if not isinstance(dataset, _package().Dataset):
         raise DataError(f"a dataset must be a datasets.Dataset, got {type(dataset).__name__}; choose a split of it")
@@ -110,7 +97,7 @@ def _data_files(folder: Path) -> list[str]:
 
 
 def _names(file: Path, listed: Callable[[Any], list[str]]) -> list[str]:
-    """Names that a file of a dataset lists. Raises DataError if one leads to elsewhere."""
+    """Files that a dataset's JSON file lists. Raises DataError if one is outside its folder."""
     try:
         names = listed(parse_foreign_json(read_regular(file)))
         if not all(Path(name).name == name != ".." for name in names):
@@ -125,7 +112,7 @@ def _unreadable(folder: Path, reason: str) -> DataError:
 
 
 def _written(dataset: Any, cache: Path, key: object, *, outside: bool) -> Path:
-    """The folder of a dataset in the cache, complete or not there."""
+    """The folder of a dataset in the cache, written completely or not at all."""
     image, text = _columns(dataset)
     identity = json.dumps([_LAYOUT, dataset._fingerprint, image, text, key])
     target = cache / f"dataset-{hashlib.sha256(identity.encode('utf-8', 'replace')).hexdigest()[:24]}"
@@ -162,7 +149,7 @@ def _columns(dataset: Any) -> tuple[str, str | None]:
 
 
 def _write(dataset: Any, image: str, text: str | None, folder: Path, *, outside: bool) -> None:
-    """Write pictures, and `metadata.jsonl` last. Pictures without bytes are read only if they may be outside."""
+    """Write pictures, then `metadata.jsonl`. Pictures that are paths are read only if `outside`."""
     datasets = _package()
     rows = dataset.select_columns([image, *([text] if text else [])]).with_format(None)
     rows = rows.cast_column(image, datasets.Image(decode=False))
@@ -180,7 +167,7 @@ def _write(dataset: Any, image: str, text: str | None, folder: Path, *, outside:
 
 
 def _content(picture: Any, *, outside: bool) -> bytes | None:
-    """The bytes of a picture; None without any."""
+    """The bytes of a picture; None if it has none."""
     if (content := picture.get("bytes")) is not None:
         return bytes(content)
     if not outside or not picture.get("path"):
@@ -192,7 +179,7 @@ def _content(picture: Any, *, outside: bool) -> bytes | None:
 
 
 def _suffix(content: bytes) -> str:
-    """The suffix of a picture's format; PNG's for what is none, which the scan then names."""
+    """The suffix of a picture's format; `.png` for invalid pictures, which the scan then reports."""
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(content)) as picture:
             suffix = f".{(picture.format or '').lower()}"
