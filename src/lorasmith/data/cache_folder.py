@@ -15,8 +15,7 @@ from pathlib import Path
 
 from lorasmith.core.files import ensure_folder
 
-_LEFT_SECONDS = 3600
-"""Age at which a temporary file is one that a killed process left."""
+_LEFT_SECONDS = 3600  # age from which a temporary file is a leftover of a killed process
 
 _TEMPORARY_NAME = re.compile(r"\..+\.tmp")  # as `core.files.atomic_path` calls them
 
@@ -57,7 +56,7 @@ def stat_of(entry: os.DirEntry[str]) -> os.stat_result | None:
 
 
 def removed(path: Path) -> bool:
-    """Remove a file; whether it is gone."""
+    """Whether the file, if it existed, was removed."""
     try:
         path.unlink(missing_ok=True)
     except OSError:

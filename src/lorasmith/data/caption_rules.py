@@ -112,7 +112,6 @@ class CaptionRules:
         return frozenset(texts) if len(texts) <= limit else None
 
     def varies(self, captions: Sequence[str]) -> bool:
-        """Whether a draw may differ from `plain`."""
         return self.possible(captions, 1) != frozenset((self.plain(captions),))
 
     def _tags(self, text: str) -> tuple[list[str], list[str]]:

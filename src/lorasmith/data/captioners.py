@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     Captioner = Callable[[Image.Image], str]
     Factory = Callable[[str, torch.device], Captioner]
 
-GROUP = "lorasmith.captioners"
-"""Group of the entry points of captioners."""
+GROUP = "lorasmith.captioners"  # of entry points
 
 _OWN = "transformers"
 

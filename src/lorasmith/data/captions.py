@@ -11,11 +11,9 @@ from pathlib import Path
 from lorasmith.core.errors import DataError
 from lorasmith.core.files import read_regular
 
-CAPTION_SUFFIXES = (".txt", ".caption")
-"""Suffixes of caption files, the preferred one first."""
+CAPTION_SUFFIXES = (".txt", ".caption")  # suffixes of caption files, the preferred one first
 
-MAX_CAPTION = 20_000
-"""Characters of a caption: a text encoder reads at most some hundred of its words."""
+MAX_CAPTION = 20_000  # characters of a caption: a text encoder reads at most some hundred of its words
 
 
 class CaptionError(DataError):
@@ -38,10 +36,7 @@ class Caption:
 
 
 def read_caption(image: Path) -> Caption | None:
-    """Caption of an image from its `.txt` or `.caption` file; None without one.
-
-    CaptionError if the file is a link to another folder, or as for `read_caption_file`.
-    """
+    """Caption of an image from its `.txt` or `.caption` file; None without one. Raises CaptionError."""
     path = next((path for suffix in CAPTION_SUFFIXES if os.path.lexists(path := image.with_suffix(suffix))), None)
     if path is None:
         return None
@@ -51,11 +46,7 @@ def read_caption(image: Path) -> Caption | None:
 
 
 def read_caption_file(path: Path) -> Caption:
-    """The content of a caption file: UTF-8 with or without byte order mark, UTF-16 with one, else latin-1, which never
-    fails.
-
-    CaptionError if it cannot be read, holds zero bytes, or has more than `MAX_CAPTION` characters.
-    """
+    """The content of a caption file: UTF-8, UTF-16 with byte order mark, or else latin-1. Raises CaptionError."""
     try:
         content = read_regular(path, at_most=4 * MAX_CAPTION)
     except OSError as error:

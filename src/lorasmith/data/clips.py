@@ -19,8 +19,7 @@ from lorasmith.data.image_files import ImageError, image_size, open_animation, o
 from lorasmith.data.video_files import decoded_frames, frame_rate
 from lorasmith.families.base import LatentFormat
 
-COUNTED_FRAMES = 1000
-"""Frames that are read of a file to count them; no run trains on more of one."""
+COUNTED_FRAMES = 1000  # frames read to count those of a file; no run trains on more of one
 
 _ANIMATED = (".webp", ".gif")
 
@@ -43,9 +42,7 @@ class ClipForm:
     latent: LatentFormat
 
     def numbers(self, frames: int, rate: float) -> tuple[int, ...]:
-        """Indices of the trained frames in a file of `frames` frames at `rate` per second, evenly spaced in time from
-        its start.
-        """
+        """The trained frames of a file of `frames` at `rate` per second: evenly spaced in time from its start."""
         count = self.latent.whole_frames(min(self.most, self.available(frames, rate)))
         return tuple(min(frames - 1, int(number * rate / self.rate + _ROUNDING)) for number in range(count))
 
@@ -83,10 +80,7 @@ def open_file(path: Path, *, clips: bool, any_format: bool = False) -> OpenedFil
 
 
 def clip_frames(path: Path, content: bytes, numbers: Sequence[int]) -> Iterator[Image.Image]:
-    """Frames of a clip as upright RGB pictures, one after the other.
-
-    `numbers` ascend and may repeat. ImageError if the file cannot be read or has fewer frames.
-    """
+    """Frames (ascending `numbers`, which may repeat) of a clip as upright RGB pictures. Raises ImageError."""
     wanted = set(numbers)
     found = (
         _video_frames(path, content, wanted)

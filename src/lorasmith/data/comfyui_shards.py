@@ -29,14 +29,13 @@ from lorasmith.families.base import Conditioning
 _ALLOWED = re.compile(
     r"torch\._utils _rebuild_tensor_v2|collections OrderedDict|torch (Float|Half|BFloat16|Double|Long|Int|Bool)Storage"
 )
-"""Module and name of what a shard may refer to: tensors, and the empty dictionary of hooks that each has."""
+"""Globals that a shard's pickle may name: tensors, and the empty dictionary of hooks that each has."""
 
 _MOST_PICKLE_BYTES = 64 * 2**20
 _MOST_CONDITIONINGS = 100_000
 _IDS, _WEIGHTS = "t5xxl_ids", "t5xxl_weights"
 """Options of a prompt's T5 tokens, without a batch, which a denoiser with a text adapter reads."""
-_VOCABULARY = 32128
-"""Numbers of T5's tokens."""
+_VOCABULARY = 32128  # T5 token ids
 _OPTIONS = frozenset({"pooled_output", "guidance", "attention_mask", "start_percent", "end_percent", _IDS, _WEIGHTS})
 _LATENT_KEYS = frozenset({"samples", "downscale_ratio_spacial"})
 _AGAIN = "save it again with ComfyUI, or get it again"
@@ -116,7 +115,7 @@ def _check_pickle(path: Path) -> None:
             )
         if "PUT" in opcode.name and "TUPLE" in before:
             tuples.add(argument)
-        # Tuples of the same tuple twice, some dozen levels deep, take for ever to hash. No pickler makes them.
+        # Tuples of the same tuple twice, a few dozen levels deep, take forever to hash. No pickler writes them.
         if opcode.name == "DUP" or ("GET" in opcode.name and argument in tuples):
             raise DataError(f"{path} must be a pickle as torch writes it, and repeats a tuple; {_AGAIN}")
         before = opcode.name
@@ -125,7 +124,7 @@ def _check_pickle(path: Path) -> None:
 _REFUSED = frozenset({
     "GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4", "FROZENSET", "MEMOIZE",
 })  # fmt: skip
-"""Opcodes by which a pickle refers to functions and classes, and those of protocols that torch does not write."""
+"""Opcodes that import functions and classes, and those of protocols that torch does not write."""
 
 
 @dataclass

@@ -11,8 +11,7 @@ from typing import Literal
 from lorasmith.core.errors import OptionError
 from lorasmith.core.options import check_options, option, options_of
 
-LARGEST_SIDE = 4096
-"""Pixels of a picture's side; a picture of this size takes gigabytes to encode."""
+LARGEST_SIDE = 4096  # pixels of a picture's side; a picture of this size takes gigabytes to encode
 
 CaptionOrigin = Literal["files", "filename", "folder", "none"]
 Crop = Literal["center", "random", "mask"]

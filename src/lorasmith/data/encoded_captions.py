@@ -45,7 +45,7 @@ class EncodedCaptions:
         self._known: dict[str, Conditioning] = {}
         self._lock = threading.Lock()
         self.encoded = 0
-        """Number of captions that were encoded, and not found in the cache."""
+        """Number of captions that were encoded instead of read from the cache."""
 
     def __getitem__(self, caption: str) -> Conditioning:
         """The conditioning of a caption; encoded now, and not kept, unless it was encoded ahead."""
@@ -76,7 +76,6 @@ class EncodedCaptions:
                     progress(done, len(missing))
 
     def missing(self, captions: Collection[str]) -> list[str]:
-        """The distinct captions that are not encoded yet."""
         return [one for one in dict.fromkeys(captions) if one not in self._known]
 
     @property
@@ -91,7 +90,6 @@ class EncodedCaptions:
 
     @contextlib.contextmanager
     def staying(self) -> Iterator[None]:
-        """Context in which the encoder stays on its device."""
         with self._ready():
             yield
 
@@ -102,7 +100,6 @@ def _tensors(conditioning: Conditioning) -> dict[str, Tensor]:
 
 
 def _conditioning(caption: str, tensors: Mapping[str, Tensor] | None) -> Conditioning | None:
-    """The conditioning in a cache entry."""
     if tensors is None:
         return None
     named = {name.removeprefix(_TENSOR): one for name, one in tensors.items() if name.startswith(_TENSOR)}

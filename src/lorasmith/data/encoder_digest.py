@@ -33,8 +33,7 @@ from lorasmith.data.encoding_cache import key_of
 from lorasmith.data.remembered_digests import RememberedDigests, are_settled
 from lorasmith.families.model import Autoencoder, Model, TextEncoder
 
-ENCODING_VERSION = 2
-"""To be raised whenever the code of Lorasmith computes other encodings from the same inputs."""
+ENCODING_VERSION = 2  # raise it when Lorasmith computes other encodings from the same inputs
 
 
 def text_encoder_digest(
@@ -117,7 +116,6 @@ def _place(tensor: Tensor) -> tuple[FileState, int] | None:
 
 
 def _whole_digest(about: object, module: nn.Module, hashed: Callable[[int, int], None] | None) -> str:
-    """Digest of all tensors, hashed in parallel."""
     # Hashing releases the interpreter's lock, so threads share the work; the result does not depend on their number.
     stopped = threading.Event()
 
@@ -139,7 +137,7 @@ def _whole_digest(about: object, module: nn.Module, hashed: Callable[[int, int],
 
 def _tensor_digest(named: tuple[str, Tensor], each_block: Callable[[], object]) -> str:
     digest = digest_of_tensors([named], each_block=each_block)
-    if _place(named[1]) is not None:  # what was changed in place would be lost
+    if _place(named[1]) is not None:  # changes in place would be lost
         release_pages(named[1])
     return digest
 
@@ -158,7 +156,6 @@ def _sampled(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tenso
 
 
 def _unpackings(module: nn.Module) -> dict[str, str]:
-    """How each packed weight is unpacked, by path."""
     found = {}
     for path, weight in packed_layers(module).items():
         unpack: Any = weight.unpack
@@ -169,7 +166,7 @@ def _unpackings(module: nn.Module) -> dict[str, str]:
 
 
 def _plain(config: Any) -> Any:
-    """A network's configuration as JSON, without where it came from."""
+    """A network's configuration as JSON, without its origin."""
     if config is None:
         return None
     fields = config.to_dict() if hasattr(config, "to_dict") else dict(config)
@@ -186,7 +183,6 @@ _ORIGIN = ("transformers_version", "torch_dtype", "dtype", "architectures")
 
 
 def _tokenizer_digest(tokenizer: Any) -> str:
-    """Digest of a tokenizer's vocabulary and rules."""
     if tokenizer is None:
         return ""
     backend = getattr(tokenizer, "backend_tokenizer", None)

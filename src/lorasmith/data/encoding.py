@@ -167,12 +167,10 @@ def encode_images(
     progress: Progress | None = None,
     caption_progress: Callable[[int, int], None] | None = None,
 ) -> EncodedDataset:
-    """Encode the plain caption of each image, then its framings.
+    """Encode the plain caption of each image, then its framings; further captions are encoded when the run is known.
 
-    Captions come first, so that text encoders can be released before images are encoded. Further captions that a run
-    draws are encoded when the run is known. `resolution` is the model's, for a `config` without one; sides are
-    multiples of `multiple`. ImageError if an image can no longer be read; DataError if the settings do not fit the
-    model, a mask cannot be used, or latents are not finite.
+    Captions come first, so that text encoders can be released. `resolution` is the model's, for a `config` without one;
+    sides are multiples of `multiple`. Raises ImageError or DataError.
     """
     step = pixel_step(config, multiple)
     processes = current()

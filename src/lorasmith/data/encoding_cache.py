@@ -33,23 +33,18 @@ from lorasmith.data.cache_folder import ensure_private, named_files, remove_left
 from lorasmith.data.cache_shards import Shard, check_entry, is_digest, read_shard, write_shard
 from lorasmith.data.data_config import DataConfig
 
-FOLDER_VARIABLE = "LORASMITH_CACHE_DIR"
-"""Environment variable with the folder of the user's cache."""
+FOLDER_VARIABLE = "LORASMITH_CACHE_DIR"  # of the user's cache
 
-DIGESTS = "digests"
-"""Folder of remembered digests of weights."""
+DIGESTS = "digests"  # folder of remembered digests of weights
 
-SHARD_BYTES = 16 * 2**20
-"""Size of a shard's tensors at which it is written."""
+SHARD_BYTES = 16 * 2**20  # pending bytes at which a shard is written
 
 SHARD_SECONDS = 5.0
-"""Time after which a shard is written, however small: what a killed process loses at most, one encoding aside."""
+"""Time after which a shard is written, however small: the most that a killed process loses, one encoding aside."""
 
-_USE_SECONDS = 60
-"""How exactly the time of a shard's last use is kept."""
+_USE_SECONDS = 60  # resolution of the time of last use
 
-_SIZE_SECONDS = 60
-"""How often the size of the whole folder is looked up."""
+_SIZE_SECONDS = 60  # between looks at the size of the whole folder
 
 _SHARD_NAME = re.compile(r"\d{20}-[0-9a-f]{16}\.safetensors")
 _DIGEST_NAME = re.compile(r"[0-9a-f]{64}\.json")
@@ -278,7 +273,7 @@ class CacheEntries:
             shard = places[-1]
             try:
                 tensors = shard.read(key)
-            except OSError:  # another process has removed it, or it cannot be read any more
+            except OSError:  # removed by another process, or unreadable
                 places.pop()
             except ValueError as error:
                 places.pop()

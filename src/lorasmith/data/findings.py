@@ -106,7 +106,6 @@ class Finding:
 
     @property
     def sentence(self) -> str:
-        """Problem, examples and remedy, without a full stop."""
         return f"{self.problem}{': ' if self.examples else ''}{self.examples}; {self.remedy}"
 
 
@@ -152,7 +151,7 @@ _UNUSED: dict[ReasonKind, str] = {
     "folder": "folders",
     "link": "links out of the folder",
 }
-"""Reasons for which files and folders are not used, after their number."""
+"""Why files and folders are not used, a clause after their number."""
 
 
 def _unused(skipped: Sequence[tuple[str, Reason]]) -> Iterator[Finding]:
@@ -244,7 +243,7 @@ def _repeated(images: Sequence[CheckedImage], alike: Sequence[LookAlikes]) -> It
 def _captions(images: Sequence[CheckedImage], missing: Sequence[Path], trigger: str) -> Iterator[Finding]:
     paths = set(missing)
     empty = _those(images, lambda one: one.file.path in paths and one.has_empty_caption)
-    # A trigger or the name of a folder is a caption.
+    # A trigger or a folder name counts as a caption.
     lacking = _those(
         images,
         lambda one: one.file.path in paths and one.file.caption_source == "none" and not one.has_empty_caption,
@@ -310,7 +309,7 @@ def _shared_tags(images: Sequence[CheckedImage], trigger: str) -> Iterator[Findi
     if len(written) < max(_SHARED_FROM, len(subjects)):
         return
     everywhere = set.intersection(*({tag.casefold() for tag in tags} for tags in written))
-    # The trigger is what the LoRA is called by, and a first tag that all share names its subject.
+    # The trigger invokes the LoRA, and a first tag that all share names its subject.
     named = one_line(trigger).casefold()
     first = {next((tag for tag in map(str.casefold, tags) if tag != named), "") for tags in written}
     everywhere -= {named, *(first if len(first) == 1 else ())}

@@ -33,11 +33,9 @@ from lorasmith.data.image_files import ImageError, file_digest, image_size, imag
 from lorasmith.data.source_files import Candidate, candidates
 from lorasmith.data.sources import ImageSource
 
-MIN_EDGE = 16
-"""Minimum of an image's shorter edge in pixels."""
+MIN_EDGE = 16  # of the shorter edge, in pixels
 
-MAX_ASPECT = 8
-"""Maximum ratio of an image's longer to its shorter edge, beyond which a crop or bucket keeps too little."""
+MAX_ASPECT = 8  # longer to shorter edge; beyond that a crop or bucket keeps too little
 
 CaptionSource = Literal["file", "metadata", "filename", "trigger", "folder", "class", "none"]
 
@@ -87,9 +85,7 @@ class FolderScan:
         return f"FolderScan({', '.join(shown)})"
 
     def of_pictures(self) -> FolderScan:
-        """The scan for image models: without videos, animations as their first picture. DataError if only videos are
-        left.
-        """
+        """The scan without videos, animations as their first picture. DataError if only videos are left."""
         images = tuple(replace(one, frames=0, rate=0.0) for one in self.images if not is_video(one.path))
         videos = [one.path for one in self.images if is_video(one.path)]
         if not images:
@@ -177,8 +173,6 @@ def has_videos(sources: Sequence[ImageSource], config: DataConfig, *, cache: Pat
 
 @dataclass(frozen=True, slots=True)
 class _Checked:
-    """A usable image."""
-
     image: ImageFile
     is_missing: bool  # it has no caption and should have one
     is_latin_1: bool  # its caption file was read as latin-1
@@ -188,7 +182,7 @@ class _Checked:
 def _checked(
     found: Candidate, config: DataConfig, rules: CaptionRules, *, is_class: bool, any_format: bool = False
 ) -> _Checked | Reason:
-    """An image, read and with its captions; or why it is skipped."""
+    """An image with its captions; or why it is skipped."""
     if found.barred:
         return found.barred
     file = None
@@ -247,7 +241,7 @@ _MISSING: dict[CaptionOrigin, frozenset[CaptionSource]] = {
     "folder": frozenset(("trigger", "none")),
     "none": frozenset(),
 }
-"""What a caption is where there should be one and is none."""
+"""Caption sources that count as missing, by setting."""
 
 
 def _captions(
@@ -322,7 +316,6 @@ def _remark_links(image: Candidate, remarks: Remarks) -> None:
 
 
 def _remark_repetition(found: Sequence[Candidate], remarks: Remarks) -> None:
-    """Report images that are in more than one source."""
     seen: set[tuple[str, str]] = set()
     real: dict[str, str] = {}
     for one in found:

@@ -46,15 +46,13 @@ LINK = Reason("is a link out of its folder, which is read with --follow-links al
 """Why a file or folder is left out."""
 
 SET_APART = ("duplicates", "unused")
-"""Folders in which a mended folder keeps what is not trained on; each has a file `REASONS`."""
+"""Folders in a mended folder that are not trained on; each has a file `REASONS`."""
 
 REASONS = "REASONS.txt"
 
-CHANGES = "CHANGES.txt"
-"""The file in a mended folder that says what was done to each file."""
+CHANGES = "CHANGES.txt"  # in a mended folder: what was done to each file
 
-Skipped = list[tuple[Path, Reason]]
-"""Files and folders that are not used, each with reason and remedy."""
+Skipped = list[tuple[Path, Reason]]  # unused files and folders, with reason and remedy
 
 
 @dataclass(slots=True)

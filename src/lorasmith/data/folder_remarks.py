@@ -72,7 +72,6 @@ class Remarks:
             self._found[kind] = (before + count, first)
 
     def sentences(self) -> tuple[str, ...]:
-        """One for each kind that occurred, in the order of declaration."""
         return tuple(_sentence(kind, *self._found[kind]) for kind in Remark if kind in self._found)
 
 

@@ -47,22 +47,21 @@ def unpacked_folder(path: Path, cache: Path, *, follow_links: bool = False) -> P
     files = [folder / name for name in (*_PARTS, *_data_files(folder))]
     if not follow_links and any(not Path(os.path.realpath(one)).is_relative_to(path.resolve()) for one in files):
         raise _unreadable(folder, f"a file of it {LINK}")
-    if "::" in str(folder) or "://" in str(folder):  # which `datasets` takes for places in a network
+    if "::" in str(folder) or "://" in str(folder):  # URLs to `datasets`
         raise DataError(f"a dataset must be in a folder without :: and :// in its path, got {folder}; move it")
     datasets = _package()
     try:
         loaded = datasets.load_from_disk(str(folder), keep_in_memory=False)
-        # A forged fingerprint must not give the images of another dataset, so the files count as well.
+        # A forged fingerprint must not select the images of another dataset, so the files count as well.
         state = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    except Exception as error:  # of any kind, from a package that reads a stranger's files
+    except Exception as error:  # of any kind, as the files are untrusted
         raise _unreadable(folder, printable(error, limit=100)) from error
     return _written(loaded, cache, state, outside=False)
 
 
 def dataset_folder(dataset: object, cache: Path) -> Path:
-    """The folder of images, in `cache`, of a `datasets.Dataset` object with a column of images.
-
-    DataError if it is not such a dataset, or a picture cannot be read; OutputError if images cannot be written.
+    """The folder of images, in `cache`, of a `datasets.Dataset` with a column of images. Raises DataError or
+    OutputError.
     """
     if not isinstance(dataset, _package().Dataset):
         raise DataError(f"a dataset must be a datasets.Dataset, got {type(dataset).__name__}; choose a split of it")
@@ -81,7 +80,6 @@ def _package() -> Any:
 
 
 def _split_folder(folder: Path) -> Path:
-    """The folder of a split, if there are several."""
     if not is_regular(folder / _SPLITS):
         return folder
     splits = _names(folder / _SPLITS, lambda content: content["splits"])
@@ -137,7 +135,6 @@ def _written(dataset: Any, cache: Path, key: object, *, outside: bool) -> Path:
 
 
 def _columns(dataset: Any) -> tuple[str, str | None]:
-    """The columns of images and of captions."""
     datasets = _package()
     features = dict(dataset.features or {})
     images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
@@ -157,7 +154,7 @@ def _write(dataset: Any, image: str, text: str | None, folder: Path, *, outside:
     lines = []
     for number, row in enumerate(rows):
         content = _content(row[image] or {}, outside=outside)
-        if content is None:  # an entry without an image, which the scan names
+        if content is None:  # an entry without an image, which the scan reports
             name = f"row {number} without a picture"
         else:
             name = f"{number:0{digits}}{_suffix(content)}"
@@ -167,7 +164,6 @@ def _write(dataset: Any, image: str, text: str | None, folder: Path, *, outside:
 
 
 def _content(picture: Any, *, outside: bool) -> bytes | None:
-    """The bytes of a picture; None if it has none."""
     if (content := picture.get("bytes")) is not None:
         return bytes(content)
     if not outside or not picture.get("path"):
@@ -183,6 +179,6 @@ def _suffix(content: bytes) -> str:
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(content)) as picture:
             suffix = f".{(picture.format or '').lower()}"
-    except Exception:  # whatever a reader of Pillow raises for damaged bytes
+    except Exception:  # Pillow's readers raise anything for damaged bytes
         return ".png"
     return suffix if suffix in image_suffixes() else ".png"

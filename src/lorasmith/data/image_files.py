@@ -197,7 +197,7 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 _LARGE_PIXELS = 2**24
 _LARGE = threading.Lock()
-"""Held while a large picture is read, of which threads would otherwise keep several in memory at a time."""
+"""Held while a large picture is read, so that threads do not keep several in memory."""
 
 
 def one_at_a_time(size: tuple[int, int]) -> contextlib.AbstractContextManager[object]:
@@ -218,15 +218,13 @@ _FORMATS = {
 }
 
 _CONVERTED = ("JPEG2000", "TGA", "PSD", "PPM", "PCX", "QOI", "DDS", "SGI", "ICO")
-"""Formats that are read to be converted; none of their readers starts another program."""
+"""Formats read for conversion only; none of their readers starts another program."""
 
 _MOST_BYTES = 2**30
 
-_SHOWN = 100
-"""Milliseconds for which browsers show a frame without a duration."""
+_SHOWN = 100  # milliseconds that browsers show a frame without a duration
 
-_GAP = 3
-"""How many times as large as needed a JPEG file is decoded at least."""
+_GAP = 3  # a JPEG file is decoded at least at this multiple of the size needed
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

@@ -68,12 +68,10 @@ class MendedFolder:
 
     @property
     def pictures(self) -> int:
-        """Number of training images."""
         return sum(not one.reason for one in self.files)
 
     @property
     def captions(self) -> int:
-        """Number of caption files."""
         return sum(one.has_caption for one in self.files)
 
     @property
@@ -93,8 +91,6 @@ _CHANGES: tuple[Change, ...] = get_args(Change)
 
 @dataclass(frozen=True)
 class _Job:
-    """A picture and its destination."""
-
     image: ImageFile
     name: str  # path relative to the original folder
     folder: Path  # relative to the copy
@@ -169,7 +165,7 @@ def _filled(
     ):
         refused = check.refused if "formats" in only else ()
         again = list(pool.map(lambda one: checked_again(one, config), refused))
-        # Refused files come last, so that they take no name of another image.
+        # Refused files come last, so that they take no other image's name.
         images = [one.file for index, one in enumerate(check.images) if index not in apart]
         images += [one for one in again if isinstance(one, ImageFile)]
         named = [(one, name_in(folder, one.path)) for one in images]
@@ -184,7 +180,7 @@ def _filled(
     duplicates, unused = SET_APART
     yield from _keep(draft / duplicates, [apart[index] for index in sorted(apart)], folder, "set apart")
     used, masks = {one.path for one in images}, {one.path: one.mask for one in check.refused}
-    # Of a picture in a format that is not read, its caption or its mask may be what is in the way.
+    # A picture in an unreadable format may also be refused for its caption or its mask.
     found = {one.path: why for one, why in zip(refused, again, strict=True) if isinstance(why, Reason)}
     deeper = {path: why for path, why in found.items() if why.kind != "unreadable"}
     skipped = [
@@ -217,7 +213,6 @@ def _leads_out(path: Path, original: Path) -> bool:
 
 
 def _write_image(job: _Job, draft: Path, most: int, only: Collection[Fix]) -> MendedFile:
-    """Write a picture with its caption and mask, changed as far as needed."""
     image, folder = job.image, ensure_folder(draft / job.folder)
     changes: list[Change] = []
     if is_video(image.path):
@@ -248,10 +243,9 @@ def _write_image(job: _Job, draft: Path, most: int, only: Collection[Fix]) -> Me
 
 
 def _changes(header: ImageHeader, image: ImageFile, most: int, only: Collection[Fix]) -> Iterator[Change]:
-    """The changes that a picture needs."""
     if not header.suffixes:
         yield "converted"
-    elif header.is_animated:  # of which one picture would be left
+    elif header.is_animated:  # all but one picture would be lost
         return
     elif "formats" in only and header.mode not in _PLAIN_MODES:
         yield "converted"
@@ -262,7 +256,6 @@ def _changes(header: ImageHeader, image: ImageFile, most: int, only: Collection[
 
 
 def _reduced(picture: Image.Image, most: int) -> Image.Image:
-    """The picture with at most `most` pixels."""
     area = picture.width * picture.height
     if area <= most:
         return picture
@@ -284,7 +277,7 @@ def _write_caption(image: ImageFile, stem: Path) -> bool:
     if not text:
         try:
             caption = read_caption(image.path)
-        except DataError:  # of a file that is not used: it is listed among those that are left out
+        except DataError:  # of an unused file, which is listed as left out
             caption = None
         text = caption.text if caption is not None else ""
     if text:

@@ -29,8 +29,7 @@ from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.core.printable import printable
 from lorasmith.data.captions import MAX_CAPTION, one_line
 
-MAX_CAPTIONS = 100
-"""Captions of one image."""
+MAX_CAPTIONS = 100  # of one image
 
 TEXT_COLUMNS = ("text", "caption", "prompt")
 NAME_COLUMNS = ("file_name", "image_path")
@@ -95,8 +94,7 @@ def read_metadata(path: Path) -> Metadata:
         raise MetadataError(str(error)) from error
 
 
-Row = tuple[str, Any]
-"""The name of an image and its captions: a text, a list of them, or None."""
+Row = tuple[str, Any]  # name of an image, and its captions: a text, a list of them, or None
 
 
 def _collected(rows: Iterable[Row], folders: Sequence[Path]) -> Metadata:
@@ -201,7 +199,6 @@ def _parquet_rows(content: bytes) -> Iterator[Row]:
 
 
 def _columns(columns: Iterable[str]) -> tuple[str, str]:
-    """The columns of names and of captions."""
     known = list(columns)
     if NAME_COLUMNS[0] not in known:
         raise MetadataError("has no column file_name", damaged=False)
@@ -228,4 +225,3 @@ _READERS: Mapping[str, Callable[[bytes], Iterator[Row]]] = {
 }
 
 METADATA_SUFFIXES = frozenset(_READERS)
-"""Suffixes of metadata files."""

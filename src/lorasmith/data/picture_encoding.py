@@ -30,16 +30,13 @@ from lorasmith.data.image_files import file_digest
 from lorasmith.families.base import Conditioning, PictureSize
 
 Progress = Callable[[int, int, str, int], None]
-"""Receives images done, all images, the name of the last one, and how many were in the cache."""
+"""Receives images done, all images, the name of the last one, and the number found in the cache."""
 
-_READERS = 2
-"""Threads that read: decoding is faster than any autoencoder, which needs the other cores."""
+_READERS = 2  # threads; decoding is faster than any autoencoder, which needs the other cores
 
-_AHEAD = 8
-"""Images that are read ahead."""
+_AHEAD = 8  # images read ahead
 
-_CLIPS_AHEAD = 2
-"""The same for clips, which take 100 MB and more each."""
+_CLIPS_AHEAD = 2  # of clips, which take 100 MB and more each
 
 _LATENTS, _INSIDE = "latents", "inside"
 
@@ -166,8 +163,6 @@ class _Counter:
 
 @dataclass(frozen=True)
 class _Waiting:
-    """A framing that was read."""
-
     work: _Work
     index: int
     picture: FramedPicture
@@ -265,7 +260,6 @@ class _Beside:
             yield self._first()
 
     def rest(self) -> Iterator[tuple[Sequence[_Waiting], Tensor]]:
-        """Wait for all."""
         while self._running:
             yield self._first()
 

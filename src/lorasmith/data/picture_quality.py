@@ -21,8 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageChops, ImageFilter, ImageStat
 
-MEASURED_EDGE = 512
-"""Longest edge in pixels at which pictures are measured; larger ones are reduced to it."""
+MEASURED_EDGE = 512  # longer edge in pixels; larger pictures are reduced before measuring
 
 BLURRED = 0.6
 """Blur from which a picture counts as blurred.
@@ -126,7 +125,6 @@ def _blur(grey: Image.Image) -> float | None:
 
 
 def _greatest_step(grey: Image.Image) -> int:
-    """The greatest difference of neighbouring pixels."""
     if min(grey.size) < 2:
         return 255
     return max(int(_differences(grey, *step).getextrema()[1]) for step in ((1, 0), (0, 1)))  # type: ignore[arg-type]
@@ -166,7 +164,7 @@ def _perceptual_hash(grey: NDArray[np.float64]) -> int:
 
 @cache
 def _cosines() -> NDArray[np.float64]:
-    """The first rows of the cosine transform of `_HASHED` values."""
+    """The first rows of the discrete cosine transform."""
     row, column = np.arange(_FREQUENCIES)[:, None], np.arange(_HASHED)[None]
     return np.cos(np.pi * (column + 0.5) * row / _HASHED)
 

@@ -54,7 +54,7 @@ class Epoch:
     batch: int  # samples per step
 
     def steps(self, epochs: float) -> int:
-        """Steps of a number of epochs, rounded up."""
+        """Rounded up."""
         return -int(-epochs * self.samples // self.batch)
 
     def epochs(self, steps: int) -> float:
@@ -81,11 +81,9 @@ class Preflight:
 
     @property
     def captioned(self) -> int:
-        """Number of images with a caption of their own."""
         return sum(one.is_captioned for one in self.images)
 
     def findings_of(self, index: int) -> list[FindingKind]:
-        """The kinds of findings about an image."""
         return [finding.kind for finding in self.findings if index in finding.images]
 
 
@@ -147,10 +145,7 @@ def preflight(
 
 
 def plain_framings(image: ImageFile, config: DataConfig, *, resolution: int, step: int) -> tuple[Framing, ...]:
-    """The plain framing of an image at each resolution; `resolution` is the model's, for a `config` without one.
-
-    DataError if the bucket limits exclude a resolution; ImageError if a mask that the crop follows cannot be read.
-    """
+    """The plain framing at each resolution (`resolution` is the default). Raises DataError or ImageError."""
     mask = mask_of(image, config) if config.crop == "mask" else None
     return framings(
         image.width,
@@ -238,7 +233,7 @@ def _has_caption_file(image: Path) -> bool:
     """Whether there is an empty caption file."""
     try:
         caption = read_caption(image)
-    except DataError:  # where caption files are not used, they may be anything
+    except DataError:  # unused caption files may hold anything
         return False
     return caption is not None and not caption.text
 

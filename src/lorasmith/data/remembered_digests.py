@@ -1,6 +1,6 @@
 """Digests of weights and of whole files, kept by the files' path, size and times.
 
-encodings/digests/<key>.json        the digest, and a check of both
+encodings/digests/<key>.json        the digest, and a checksum
 """
 
 from __future__ import annotations
@@ -22,10 +22,9 @@ from lorasmith.formats.hashes import sha256_file
 
 
 class RememberedDigests:
-    """Digests of weights that were hashed before, in the folder of an encoding cache.
+    """Digests of weights, in the folder of an encoding cache; files that cannot be read or written are ignored.
 
-    Each is a small file with a checksum. A file that cannot be read or written is ignored, and weights are hashed
-    instead. `hashed` is called after each tensor that is hashed, with (tensors done, total).
+    `hashed` is called after each tensor that is hashed, with (tensors done, total).
     """
 
     def __init__(self, cache: EncodingCache, hashed: Callable[[int, int], None] | None = None) -> None:

@@ -30,16 +30,14 @@ from lorasmith.core.typed_json import typed
 from lorasmith.families.base import Conditioning
 from lorasmith.formats.container import count_non_finite, read_safetensors, serialised
 
-INDEX = "index.json"
-"""Name of the index; ComfyUI's data sets have none of this name."""
+INDEX = "index.json"  # which ComfyUI's data sets lack
 
 _FORMAT = "lorasmith.training_dataset"
 _VERSION = 1
-_MOST_TENSORS = 50_000
-"""In a shard; a safetensors file may have twice as many."""
+_MOST_TENSORS = 50_000  # in a shard; a safetensors file may have twice as many
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _OWN_FILES = re.compile(rf"{re.escape(INDEX)}|metadata\.json|{DATASET_SHARD}\d+\.(safetensors|pkl)")
-"""Names of the files of a saved data set, ours or ComfyUI's: a folder with others is not replaced by one."""
+"""Files of a saved data set, ours or ComfyUI's: a folder with other files is not overwritten."""
 
 
 class LatentBatch(NamedTuple):
@@ -61,7 +59,6 @@ class SavedSamples:
 
     @property
     def flat(self) -> list[Conditioning]:
-        """All conditionings in order."""
         return [one for combined in self.conditioning for one in combined]
 
     @property
@@ -157,8 +154,6 @@ _AGAIN = "get the data set again, or save it again"
 
 @dataclass(frozen=True)
 class _Prompt:
-    """A conditioning in the index."""
-
     text: str | None
     span: tuple[float, float]
 

@@ -95,7 +95,7 @@ def candidates(
             if not metadata.give(found):
                 remarks.add(Remark.UNNAMED, name, int(name not in foreign))
                 continue
-            if not from_files:  # it only says which images there are
+            if not from_files:  # it only selects images
                 found.entry, found.refused = (), ""
             if (mask := masks.of(folder, stem)) is not None:
                 place, mask_name = mask
@@ -122,8 +122,6 @@ def candidates(
 
 @dataclass(slots=True)
 class _Known:
-    """A metadata file."""
-
     inside: str  # folder relative to the source
     name: str
     content: Metadata | MetadataError  # or why it cannot be read
@@ -187,7 +185,6 @@ class _MetadataFiles:
         return self._only is None or bool(image.metadata)
 
     def finish(self) -> None:
-        """Report unused entries."""
         for known in self._known.values():
             if isinstance(known.content, Metadata):
                 missing = [*(known.content.captions.keys() | known.content.refused.keys()) - known.used]
@@ -230,7 +227,6 @@ class _Masks:
         return found
 
     def leave(self, folder: ListedFolder) -> None:
-        """Report unused masks of a folder."""
         kind = Remark.MASK if self._on else Remark.MASKS_OFF
         for names in folder.masks.values():
             for name in names:
@@ -238,7 +234,6 @@ class _Masks:
                     self._remarks.add(kind, name)
 
     def finish(self) -> None:
-        """Report unused masks of the mask folder."""
         for listed, name in self._elsewhere.values():
             if listed.file(name) not in self._used:
                 self._remarks.add(Remark.MASK, name)

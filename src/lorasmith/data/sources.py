@@ -8,8 +8,7 @@ from lorasmith.core.errors import OptionError
 from lorasmith.core.options import check_options, option, options_of
 from lorasmith.core.registry import nearest
 
-MAX_REPEATS = 10_000
-"""Maximum number of an image's occurrences in an epoch."""
+MAX_REPEATS = 10_000  # of an image in an epoch
 
 
 @dataclass(frozen=True)
@@ -43,13 +42,11 @@ class ImageSource:
 
     @classmethod
     def parse(cls, text: str) -> ImageSource:
-        """A source in one text: a path, followed by optional settings such as `repeats=2 weight=0.5`.
+        """A source in one text: a path, followed by optional settings such as `repeats=2 weight=0.5`. Raises
+        OptionError.
 
         >>> ImageSource.parse("my photos repeats=2")
         ImageSource(path='my photos', repeats=2, weight=1.0)
-
-        Raises:
-            OptionError: the path is missing, or a setting is unknown or out of its range.
         """
         declared = options_of(cls)
         settings: dict[str, object] = {}

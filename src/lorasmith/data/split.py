@@ -1,8 +1,8 @@
 """Selection of held-out images for validation.
 
-An image is identified by its name: repeats, mirrored copies, and files of one name in several subfolders are held out
-together. The selection is a function of the names, not of the run's seed, so that two runs on the same folder have the
-same held-out images; adding or removing an image changes at most one or two others.
+Images are identified by name: repeats, mirrored copies, and files of one name in several subfolders are held out
+together. The selection depends on the names, not on the run's seed, so that two runs on the same folder have the same
+held-out images; adding or removing an image changes at most one or two others.
 """
 
 from __future__ import annotations

@@ -21,8 +21,7 @@ from lorasmith.families.part_loading import quieten
 if TYPE_CHECKING:
     from PIL import Image
 
-REQUEST = "Describe this image in one sentence."
-"""What chat models are asked."""
+REQUEST = "Describe this image in one sentence."  # prompt of chat models
 
 _MAX_NEW_TOKENS = 128
 _TASK = "<DETAILED_CAPTION>"  # of Florence-2
@@ -30,10 +29,10 @@ _PRIVATE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False
 
 
 def transformers_captioner(model: str, device: torch.device) -> Callable[[Image.Image], str]:
-    """A captioner on a model of transformers, a folder or the id of a model in the hub's cache.
+    """A captioner on a model of transformers (a folder, or an id in the hub's cache), in fp32 on a CPU, else in its own
+    dtype.
 
-    It runs in fp32 on a CPU, in the dtype of its weights elsewhere. ModelError if the model is missing, is not an
-    image-to-text model, or would need code of its own.
+    ModelError if the model is missing, is not an image-to-text model, or would need code of its own.
     """
     quieten()
     folder = _folder_of(model)
@@ -42,7 +41,7 @@ def transformers_captioner(model: str, device: torch.device) -> Callable[[Image.
     try:
         network = _network(folder, device)
         prepare = _processor(folder)
-    except Exception as error:  # transformers raises whatever a folder of strangers leads to
+    except Exception as error:  # untrusted folders may make transformers raise anything
         reason = one_line(str(error)) or type(error).__name__
         if "trust_remote_code" in reason:
             reason = "it needs code that its folder brings along, which is never run"

@@ -24,12 +24,10 @@ from lorasmith.core.files import is_folder, open_regular
 from lorasmith.data.captions import read_caption_file
 from lorasmith.data.folder_listing import LINK, VIDEO_SUFFIXES, Reason, Skipped, list_folders, stem_of
 
-_FORMATS = "avi,flv,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2"
-"""FFmpeg's names of the containers."""
-_MOST_FRAMES = 10_000_000
-"""Of a file: four days at 30 frames a second."""
+_FORMATS = "avi,flv,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2"  # FFmpeg's names
+_MOST_FRAMES = 10_000_000  # of a file: four days at 30 frames a second
 _COLOUR_SPACES = {18: "HDR", 16: "HDR PQ"}
-"""Names in ComfyUI by number of the transfer function (ITU-T H.273); sRGB for all others."""
+"""ComfyUI's names by transfer function (ITU-T H.273); sRGB for all others."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,6 @@ class Video:
         return replace(self, frames=[self.frames[place] for place in places])
 
     def part(self, start: int, length: int) -> Video:
-        """`length` consecutive frames."""
         return replace(self, frames=self.frames[start : start + length])
 
 
@@ -70,9 +67,8 @@ class VideoScan:
 
 
 def scan_videos(folder: Path, *, subfolders: bool, follow_links: bool) -> VideoScan:
-    """Videos of a folder with their captions; `subfolders` includes those named `<repeats>_<name>`.
-
-    `follow_links` reads links out of the folder. DataError if there are no videos, or a caption cannot be read.
+    """Videos of a folder, and with `subfolders` of those named `<repeats>_<name>`, with their captions. Raises
+    DataError.
     """
     found: list[VideoFile] = []
     notes: list[str] = []
@@ -110,10 +106,7 @@ def scan_videos(folder: Path, *, subfolders: bool, follow_links: bool) -> VideoS
 
 
 def open_video(path: Path) -> Video:
-    """All frames of a file, without decoding them where the file states their number.
-
-    DataError if PyAV is not installed, or the file is not a video.
-    """
+    """All frames of a file, decoded only if the file does not state their number. DataError if it is not a video."""
     with _opened(path) as (container, stream):
         width, height = stream.codec_context.width, stream.codec_context.height
         decoded = itertools.islice(container.decode(stream), _MOST_FRAMES + 1)

@@ -11,8 +11,7 @@ from lorasmith.core.errors import DataError
 from lorasmith.families.base import Conditioning
 from lorasmith.workflow import Input, NodeContext, Output, node
 
-_ENCODED = ("context", "pooled")
-"""Tensors that encode the prompt; others, such as guidance, are settings."""
+_ENCODED = ("context", "pooled")  # tensors that encode the prompt; others, such as guidance, are settings
 
 
 @node(

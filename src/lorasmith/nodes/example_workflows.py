@@ -14,8 +14,7 @@ from lorasmith.core.errors import GraphError
 from lorasmith.core.folders import ASSETS, MODEL_EXTENSIONS, Folders
 from lorasmith.core.registry import nearest
 
-EXAMPLE_PREFIX = "example:"
-"""Start of what names an example instead of a file."""
+EXAMPLE_PREFIX = "example:"  # start of what names an example instead of a file
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,7 @@ _IMAGES = Input("images", "IMAGE")
 _OUTPUT = Output("IMAGE", "images")
 _LIST = Output("IMAGE", "images", is_list=True)
 _SEED = Input("seed", "INT", default=0, min=0, max=2**64 - 1, tooltip="The same seed gives the same result.")
-_LUMA = (19595, 38470, 7471)
-"""Weights of red, green and blue in a grey value, in units of 2⁻¹⁶, as Pillow has them."""
+_LUMA = (19595, 38470, 7471)  # weights of red, green and blue in a grey value, in units of 2⁻¹⁶, as Pillow has them
 
 
 def _edge(name: str, default: int) -> Input:

@@ -20,8 +20,7 @@ _WEIGHT_DTYPES = {
     "fp8_e4m3fn_fast": torch.float8_e4m3fn,
     "fp8_e5m2": torch.float8_e5m2,
 }
-ANY_TYPE = "stable_diffusion"
-"""The type of text encoders that ComfyUI takes where a node has no choice."""
+ANY_TYPE = "stable_diffusion"  # the type of text encoders that ComfyUI takes where a node has no choice
 
 # fmt: off
 _TYPES = (

@@ -10,11 +10,9 @@ from lorasmith.families.base import Diffusion
 from lorasmith.families.model import Denoiser
 from lorasmith.workflow import Input, NodeContext, Output, node
 
-_STEPS = 1000
-"""Timesteps of networks that were made for discrete ones."""
+_STEPS = 1000  # timesteps of networks that were made for discrete ones
 _PREDICTIONS = {"eps": "epsilon", "v_prediction": "v", "lcm": "epsilon"}
-_DISTILLED_STEPS = 50
-"""Timesteps of latent consistency models."""
+_DISTILLED_STEPS = 50  # timesteps of latent consistency models
 
 
 def _shift(default: float) -> Input:

@@ -13,10 +13,8 @@ from typing import Any
 from lorasmith.core.errors import OptionError
 from lorasmith.workflow import Input, NodeContext, Output, node
 
-_SECONDS = 10.0
-"""How long a pattern may take."""
-_BYTES = 1 << 30
-"""Memory of its process, where the system can limit it."""
+_SECONDS = 10.0  # how long a pattern may take
+_BYTES = 1 << 30  # memory of its process, where the system can limit it
 
 # Matches are [whole, first group, ...]; standard input is {"pattern", "text", "flags", "replace", "count"}.
 _PROGRAM = f"""

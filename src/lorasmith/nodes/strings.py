@@ -19,8 +19,7 @@ _COMPARISONS: Mapping[str, Callable[[str, str], bool]] = {
     "Ends With": str.endswith,
     "Equal": operator.eq,
 }
-_LONGEST = 1_000_000
-"""Characters of a formatted value."""
+_LONGEST = 1_000_000  # characters of a formatted value
 
 
 def _case_sensitive() -> Input:

@@ -45,10 +45,8 @@ from lorasmith.workflow import Input, NodeContext, Output, node
 from lorasmith.workflow.graph import Graph, GraphNode
 
 _OPTIONS = options_of(TrainConfig)
-_AUTO = "auto"
-"""Choice of an option for the model's default."""
-_TITLE = "lora"
-"""Title of every LoRA that a graph trains; SaveLoRA sets the file name."""
+_AUTO = "auto"  # choice of an option for the model's default
+_TITLE = "lora"  # title of every LoRA that a graph trains; SaveLoRA sets the file name
 
 
 def _setting(name: str, **overrides: Any) -> Input:

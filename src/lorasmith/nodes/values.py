@@ -29,8 +29,7 @@ from lorasmith.workflow import NodeContext
 
 T = TypeVar("T")
 
-_MOST_PIXELS = 2**27
-"""Of the pictures of one output: 1.6 GB as fp32."""
+_MOST_PIXELS = 2**27  # of the pictures of one output: 1.6 GB as fp32
 
 
 class Latent(TypedDict):

@@ -16,10 +16,8 @@ from typing import Any, NamedTuple
 from lorasmith.core.errors import GraphError
 from lorasmith.core.printable import printable
 
-MUTED, BYPASSED = 2, 4
-"""Modes of nodes that do not run; a bypassed one passes its inputs on."""
-SAVE_AGAIN = "save the workflow again in ComfyUI"
-"""The remedy for malformed files."""
+MUTED, BYPASSED = 2, 4  # modes of nodes that do not run; a bypassed one passes its inputs on
+SAVE_AGAIN = "save the workflow again in ComfyUI"  # the remedy for malformed files
 
 
 class EditorLink(NamedTuple):

@@ -33,8 +33,7 @@ from lorasmith.workflow.execution_events import (
 from lorasmith.workflow.graph import Graph, GraphNode, Link
 from lorasmith.workflow.mapping import NodeResult, call_node
 
-_PREFIX = "filename_prefix"
-"""Input of every node that saves files in the output folder."""
+_PREFIX = "filename_prefix"  # input of every node that saves files in the output folder
 
 
 class Executor:

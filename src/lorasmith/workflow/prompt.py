@@ -16,8 +16,7 @@ from lorasmith.core.printable import printable
 from lorasmith.core.registry import Registry, nearest
 from lorasmith.workflow.node import NODES, Node
 
-Prompt: TypeAlias = Mapping[str, Any]
-"""Nodes by id, as in the file."""
+Prompt: TypeAlias = Mapping[str, Any]  # nodes by id, as in the file
 
 
 def apply_overrides(prompt: Prompt, overrides: Iterable[str], *, nodes: Registry[Node] = NODES) -> dict[str, Any]:
@@ -124,5 +123,4 @@ def _read_value(text: str, wants_text: bool) -> Any:
 
 
 _LONGEST_TITLE, _LISTED = 80, 50
-NOTES = ("Note", "MarkdownNote")
-"""Classes of notes in editors."""
+NOTES = ("Note", "MarkdownNote")  # classes of notes in editors

@@ -17,11 +17,9 @@ from lorasmith.core.folders import Folders
 from lorasmith.core.options import Option
 from lorasmith.core.registry import nearest
 
-ANY = "*"
-"""Matches every type."""
+ANY = "*"  # matches every type
 
-MATCH = "COMFY_MATCHTYPE_V3"
-"""Any type, but the same for all such sockets of a node."""
+MATCH = "COMFY_MATCHTYPE_V3"  # any type, but the same for all such sockets of a node
 
 SCALARS: Mapping[str, type] = {"INT": int, "FLOAT": float, "STRING": str, "BOOLEAN": bool, "COMBO": str}
 """Types that can be values in a workflow file."""
@@ -229,5 +227,4 @@ def _members(union: str) -> list[str]:
 _MAX_SHOWN, _LONGEST_NUMBER = 12, 40
 _WHOLE = re.compile(r"[+-]?[0-9]+")
 _NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
-_WRITTEN = {"true": True, "false": False, "none": False}
-"""Truth values as text, which some editors write."""
+_WRITTEN = {"true": True, "false": False, "none": False}  # truth values as text, which some editors write

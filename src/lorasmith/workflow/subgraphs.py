@@ -19,8 +19,7 @@ from typing import Any, NamedTuple
 from lorasmith.workflow.editor_graph import EditorGraph, EditorInput, EditorNode
 from lorasmith.workflow.editor_widgets import WidgetNames, named_values
 
-PRIMITIVE = "PrimitiveNode"
-"""Class of the editor's nodes that hold the value of other nodes' widgets."""
+PRIMITIVE = "PrimitiveNode"  # class of the editor's nodes that hold the value of other nodes' widgets
 
 
 @dataclass
