@@ -56,7 +56,7 @@ def stat_of(entry: os.DirEntry[str]) -> os.stat_result | None:
 
 
 def removed(path: Path) -> bool:
-    """Whether the file, if it existed, was removed."""
+    """Remove a file; whether it is gone."""
     try:
         path.unlink(missing_ok=True)
     except OSError:

@@ -41,7 +41,6 @@ class NodeContext:
         return self.cancel.is_set()
 
     def raise_if_cancelled(self) -> None:
-        """Raise CancelledError if the run was cancelled."""
         if self.cancelled():
             raise CancelledError("the run was cancelled")
 
@@ -54,7 +53,7 @@ class NodeContext:
         self.report(NodeReport(self.node_id, kind, data))
 
     def log(self, text: str) -> None:
-        """Report information in one line."""
+        """Report an information in one line."""
         self.report(NodeMessage(self.node_id, "info", text))
 
     def warn(self, text: str) -> None:

@@ -1,8 +1,8 @@
 """Executor of checked graphs: runs the nodes that outputs need, in dependency order, and reuses unchanged results.
 
 A node's outputs are cached under a signature of its class, its values, the state of its files and the signatures of the
-nodes it is linked to. Only the last run's outputs are kept, and those that the next run does not need are released
-before it starts, so that a replaced model frees its memory first.
+nodes it is linked to. Only the last run's outputs are kept; those that the next run does not need are released before
+it starts, so that a replaced model frees its memory first.
 """
 
 from __future__ import annotations
@@ -37,12 +37,7 @@ _PREFIX = "filename_prefix"  # input of every node that saves files in the outpu
 
 
 class Executor:
-    """Runs graphs one after another, and caches outputs between runs.
-
-    Args:
-        folders: passed to the nodes.
-        on_event: called with each `Event`, in the executing thread.
-    """
+    """Runs graphs one after another, caching outputs; `on_event` is called in the executing thread."""
 
     def __init__(self, folders: Folders, *, on_event: Callable[[Event], None] = ignore) -> None:
         self._folders = folders
