@@ -119,7 +119,7 @@ def flux_disable_guidance(context: NodeContext, *, conditioning: list[Conditioni
 
 
 def _with(conditioning: Conditioning, name: str, value: Tensor) -> Conditioning:
-    """The conditioning with another setting of guidance."""
+    """The conditioning with one guidance setting replaced."""
     kept = {key: tensor for key, tensor in conditioning.tensors.items() if key not in ("guidance", "no_guidance")}
     return replace(conditioning, tensors={**kept, name: value})
 

@@ -53,7 +53,7 @@ class NodeContext:
         self.report(NodeReport(self.node_id, kind, data))
 
     def log(self, text: str) -> None:
-        """Report an information in one line."""
+        """Report information in one line."""
         self.report(NodeMessage(self.node_id, "info", text))
 
     def warn(self, text: str) -> None:

@@ -17,7 +17,7 @@ from lorasmith.core.errors import GraphError
 from lorasmith.core.printable import printable
 
 MUTED, BYPASSED = 2, 4  # modes of nodes that do not run; a bypassed one passes its inputs on
-SAVE_AGAIN = "save the workflow again in ComfyUI"  # the remedy for malformed files
+SAVE_AGAIN = "save the workflow again in ComfyUI"  # remedy for malformed files
 
 
 class EditorLink(NamedTuple):

@@ -117,4 +117,4 @@ def _read_value(text: str, wants_text: bool) -> Any:
 
 
 _LONGEST_TITLE, _LISTED = 80, 50
-NOTES = ("Note", "MarkdownNote")  # classes of notes in editors
+NOTES = ("Note", "MarkdownNote")  # classes

@@ -22,7 +22,7 @@ ANY = "*"  # matches every type
 MATCH = "COMFY_MATCHTYPE_V3"  # any type, but the same for all such sockets of a node
 
 SCALARS: Mapping[str, type] = {"INT": int, "FLOAT": float, "STRING": str, "BOOLEAN": bool, "COMBO": str}
-"""Types that can be values in a workflow file."""
+"""Types whose values a workflow file may contain."""
 
 Options: TypeAlias = Sequence[str] | Callable[[Folders], Sequence[str]]
 
@@ -220,4 +220,4 @@ def _members(union: str) -> list[str]:
 _MAX_SHOWN, _LONGEST_NUMBER = 12, 40
 _WHOLE = re.compile(r"[+-]?[0-9]+")
 _NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
-_WRITTEN = {"true": True, "false": False, "none": False}  # truth values as text, which some editors write
+_WRITTEN = {"true": True, "false": False, "none": False}  # booleans that some editors write as text

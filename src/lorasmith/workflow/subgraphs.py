@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from lorasmith.workflow.editor_graph import EditorGraph, EditorInput, EditorNode
 from lorasmith.workflow.editor_widgets import WidgetNames, named_values
 
-PRIMITIVE = "PrimitiveNode"  # class of the editor's nodes that hold the value of other nodes' widgets
+PRIMITIVE = "PrimitiveNode"  # the editor's class of nodes with the value of other nodes' widgets
 
 
 @dataclass
@@ -100,7 +100,7 @@ class Hosts:
         node = subgraph.nodes.get(node_id)
         if node_id == "-1":
             found.inputs[widget] = value
-        elif node is not None and not widget.startswith("$$"):  # which are previews
+        elif node is not None and not widget.startswith("$$"):  # those are previews
             name = self._widget_of(subgraph, node, widget, within)
             outer = self._sources_of(subgraph).inputs.get(_Source(node_id, name or ""))
             if outer is not None:

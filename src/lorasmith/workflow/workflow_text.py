@@ -54,7 +54,7 @@ def carried_workflow(entries: Mapping[str, str], *, nodes: Registry[Node] = NODE
     try:
         kept = None if editor is None else parse_foreign_json(editor)
     except ValueError:
-        kept = None  # it is only written into the files of this run
+        kept = None  # only written into the files of this run
     return Workflow(found.prompt, found.editor or (kept if is_editor_format(kept) else None))
 
 
