@@ -198,9 +198,7 @@ def encoded_texts(
     progress: Callable[[int, int], None],
     hash_progress: Callable[[int, int], None],
 ) -> list[Conditioning]:
-    """The conditioning of each text, through the user's cache; equal texts are encoded, and counted by `progress`,
-    once.
-    """
+    """The conditioning of each text, through the user's cache; `progress` counts distinct texts, each encoded once."""
     cache = default_cache()
     captions = EncodedCaptions(
         encoder.encode,

@@ -91,8 +91,7 @@ class EncodingCache:
 
     @contextlib.contextmanager
     def entries(self, encoder: str, *, title: str = "") -> Iterator[CacheEntries]:
-        """Context with the entries of one encoder, by its digest; new ones are on disk when it exits, also by an
-        exception.
+        """Context with the entries of one encoder, by its digest; new ones are on disk when it exits, also on errors.
 
         `title` is the encoder's name, for people who list the cache.
         """
@@ -333,9 +332,7 @@ def key_of(**values: object) -> str:
 
 
 def default_cache(limit_gib: float = DataConfig.cache_limit) -> EncodingCache:
-    """The user's cache: `$LORASMITH_CACHE_DIR`, or lorasmith in the system's cache folder; disabled for users without a
-    home.
-    """
+    """The user's cache in `$LORASMITH_CACHE_DIR` or the system's cache folder; disabled without a home folder."""
     limit_bytes = int(limit_gib * 2**30)
     if given := os.environ.get(FOLDER_VARIABLE, ""):
         return EncodingCache(Path(given) / "encodings", limit_bytes=limit_bytes)

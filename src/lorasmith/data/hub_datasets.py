@@ -60,9 +60,7 @@ def unpacked_folder(path: Path, cache: Path, *, follow_links: bool = False) -> P
 
 
 def dataset_folder(dataset: object, cache: Path) -> Path:
-    """The folder of images, in `cache`, of a `datasets.Dataset` with a column of images. Raises DataError or
-    OutputError.
-    """
+    """The folder, in `cache`, of a `datasets.Dataset` with a column of images. Raises DataError or OutputError."""
     if not isinstance(dataset, _package().Dataset):
         raise DataError(f"a dataset must be a datasets.Dataset, got {type(dataset).__name__}; choose a split of it")
     return _written(dataset, cache, [], outside=True)

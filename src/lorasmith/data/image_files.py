@@ -177,8 +177,7 @@ def image_header(path: Path, *, any_format: bool = False) -> ImageHeader:
 
 
 def open_original(path: Path, *, any_format: bool = False) -> tuple[Image.Image, bytes | None]:
-    """The picture to be saved again, upright, and its colour profile: RGB, or RGBA if it is transparent. Raises
-    ImageError.
+    """The picture to be saved again, upright, RGB (RGBA if transparent), and its colour profile. Raises ImageError.
 
     `any_format` also reads formats that training does not, such as TGA or JPEG 2000.
     """

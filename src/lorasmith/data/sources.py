@@ -42,8 +42,7 @@ class ImageSource:
 
     @classmethod
     def parse(cls, text: str) -> ImageSource:
-        """A source in one text: a path, followed by optional settings such as `repeats=2 weight=0.5`. Raises
-        OptionError.
+        """A source in one text: a path and optional settings such as `repeats=2 weight=0.5`. Raises OptionError.
 
         >>> ImageSource.parse("my photos repeats=2")
         ImageSource(path='my photos', repeats=2, weight=1.0)

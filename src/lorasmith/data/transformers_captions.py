@@ -29,7 +29,7 @@ _PRIVATE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False
 
 
 def transformers_captioner(model: str, device: torch.device) -> Callable[[Image.Image], str]:
-    """A captioner on a model of transformers (a folder, or an id in the hub's cache), in fp32 on a CPU, else in its own
+    """A captioner on a transformers model (a folder, or an id in the hub's cache), in fp32 on a CPU, else in its own
     dtype.
 
     ModelError if the model is missing, is not an image-to-text model, or would need code of its own.

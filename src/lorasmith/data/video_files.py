@@ -67,9 +67,7 @@ class VideoScan:
 
 
 def scan_videos(folder: Path, *, subfolders: bool, follow_links: bool) -> VideoScan:
-    """Videos of a folder, and with `subfolders` of those named `<repeats>_<name>`, with their captions. Raises
-    DataError.
-    """
+    """Videos, with captions, of a folder and (`subfolders`) those named `<repeats>_<name>`. Raises DataError."""
     found: list[VideoFile] = []
     notes: list[str] = []
     skipped: Skipped = []
@@ -145,8 +143,7 @@ def read_frames(video: Video, progress: Callable[[int, int], None] = lambda done
 
 
 def decoded_frames(path: Path, wanted: Collection[int], *, content: bytes | None = None) -> Iterator[np.ndarray]:
-    """The wanted frames of a file, by index, upright, uint8 (height, width, 3), in order; those after its end are
-    omitted.
+    """The wanted frames of a file, by index, upright, uint8 (height, width, 3), in order; omits those after its end.
 
     Raises DataError as `open_video`, and for a damaged file.
     """

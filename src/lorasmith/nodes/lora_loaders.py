@@ -149,9 +149,7 @@ def _on_both(
     *,
     bypass: bool | None = None,
 ) -> tuple[Denoiser, TextEncoder]:
-    """The model and the text encoders with a LoRA file, run beside the weights with `bypass`, else merged where
-    possible.
-    """
+    """Model and text encoders with a LoRA file, run beside the weights with `bypass`, else merged where possible."""
     if not strength_model and not strength_clip:
         return model, clip
     # The text encoders may be of another file than the model, with other modules.

@@ -76,8 +76,8 @@ def save_image_set(
     *,
     overwrite: bool,
 ) -> Path:
-    """Write images (1, height, width, 3) of any sizes as PNG files, each with a text file of its name if there are
-    `texts`.
+    """Write images (1, height, width, 3) of any sizes as PNG files, each with a text file of its name if `texts` is
+    given.
 
     Returns the folder. With `overwrite` names are `<prefix>_<index>`, counted from 0, and replace existing files; else
     `<prefix>_<number>_<index>`, with numbers after the highest existing one. Raises OutputError.

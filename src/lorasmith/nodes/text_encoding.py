@@ -207,9 +207,7 @@ def _encoded(clip: TextEncoder, text: str | Mapping[str, str]) -> Conditioning:
 
 
 def _encoded_by_kind(clip: TextEncoder, texts: Mapping[str, str], *, needed: tuple[str, ...]) -> Conditioning:
-    """A prompt's conditioning from one text per kind of encoder, unknown kinds ignored. ModelError if a `needed` kind
-    is missing.
-    """
+    """Conditioning of one text per encoder kind, unknown kinds ignored. ModelError if a `needed` kind is missing."""
     kinds = {component: slot.kind for component, slot in clip.family.text_encoders.items()}
     if lacking := [kind for kind in needed if kind not in kinds.values()]:
         raise ModelError(

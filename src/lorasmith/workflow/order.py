@@ -9,9 +9,7 @@ _SHOWN = 4
 
 
 class Cycle(NamedTuple):
-    """Nodes of which each needs the next one, and the last the first; in the middle of a long cycle, nodes are left
-    out.
-    """
+    """Nodes of which each needs the next one, and the last the first; the middle of a long cycle is left out."""
 
     start: tuple[str, ...]  # its first nodes
     left_out: int = 0

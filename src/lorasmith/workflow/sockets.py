@@ -148,8 +148,8 @@ class Input:
         return tuple(kind for kind in _members(self.type) if kind in SCALARS)
 
     def check(self, value: Any, folders: Folders) -> Any:
-        """A workflow file's value in the declared type and spelling. LorasmithError if it does not fit, or must be
-        linked.
+        """A workflow file's value in the declared type and spelling. LorasmithError if it does not fit or must be a
+        link.
         """
         if self.type in (ANY, MATCH):
             return value

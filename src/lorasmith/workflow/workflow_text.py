@@ -21,9 +21,7 @@ class Workflow(NamedTuple):
 
 
 def parse_workflow(text: str | bytes, *, nodes: Registry[Node] = NODES) -> Workflow:
-    """The workflow in JSON text of either format, or in the `{"prompt": {...}}` wrapper of API clients. Raises
-    GraphError.
-    """
+    """The workflow in JSON of either format, or in API clients' `{"prompt": {...}}` wrapper. Raises GraphError."""
     try:
         content = parse_foreign_json(text.removeprefix(b"\xef\xbb\xbf") if isinstance(text, bytes) else text)
     except ValueError as error:
