@@ -121,7 +121,7 @@ def flat_conditionings(conditionings: Sequence[Sequence[Conditioning]]) -> list[
 
 
 def one_for_each(items: Sequence[T], count: int, *, name: str, of: str) -> list[T]:
-    """`count` items: those passed, or a single one repeated. DataError, naming the input and `of`, for any other count."""
+    """`count` items: those passed, or a single one repeated. DataError, naming input and `of`, for other counts."""
     if len(items) not in (1, count):
         raise DataError(
             f"{name} must have one {of} per image or one for all, "
@@ -141,7 +141,7 @@ def shuffled(items: Sequence[T], seed: int) -> list[T]:
 
 
 def single(context: NodeContext, name: str, values: Sequence[T]) -> T:
-    """The value of a scalar input in a node that receives lists; warns of further values. DataError for an empty list."""
+    """The value of a scalar input in a node that receives lists; warns of further ones. DataError for an empty list."""
     if not values:
         raise DataError(f"{name} must receive a value, got an empty list; check the node it is linked to")
     if len(values) > 1:
