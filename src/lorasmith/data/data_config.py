@@ -224,7 +224,7 @@ class DataConfig:
             raise OptionError("crop mask needs masks, got masks none; choose masks alpha or files")
         if self.masks != "none" and not self.mask_inside and not self.mask_outside:
             raise OptionError("mask_inside or mask_outside must be above 0, got 0 for both; raise one of them")
-        self.all_resolutions(1)  # raises for what is no number
+        self.all_resolutions(1)  # raises for text that is not a number
 
     def all_resolutions(self, default: int) -> tuple[int, ...]:
         """Resolutions in pixels, `resolution` (or `default`) first."""

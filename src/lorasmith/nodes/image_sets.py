@@ -83,7 +83,7 @@ def random_crop(context: NodeContext, *, images: Tensor, width: int, height: int
     rows, columns = images.shape[1:3]
     draws = numpy_draws(seed)
     left, top = (
-        int(draws.randint(0, room + 1)) if room > 0 else 0  # in ComfyUI nothing is drawn where there is no choice
+        int(draws.randint(0, room + 1)) if room > 0 else 0  # ComfyUI draws nothing where there is no choice
         for room in (columns - width, rows - height)
     )
     return (_cut(images, left, top, width, height),)

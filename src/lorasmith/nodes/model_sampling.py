@@ -115,8 +115,7 @@ def _time_scale(model: Denoiser) -> float:
 
 
 def _check_time(context: NodeContext, model: Denoiser, name: str, other: str, *, time_scale: float) -> None:
-    """Warn if ComfyUI's node `name` would pass the network a time of another scale; `other` is the one to use instead.
-    """
+    """Warn if ComfyUI's node `name` would pass the network a time of another scale, and name `other` instead."""
     if (needed := _time_scale(model)) != time_scale:
         context.warn(
             f"{name} counts time up to {time_scale:g} in ComfyUI, but the network of {model.base.title} up to "
