@@ -19,7 +19,7 @@ from lorasmith.workflow.workflow_text import Workflow, carried_workflow, parse_w
 
 
 def read_workflow(path: str | os.PathLike[str], *, nodes: Registry[Node] = NODES) -> Workflow:
-    """The workflow in a JSON file (either format), a PNG, a safetensors LoRA, or `example:<name>`. Raises GraphError."""
+    """The workflow in a JSON file (either format), a PNG, a LoRA, or `example:<name>`. Raises GraphError."""
     name = os.fspath(path)
     if name.startswith(EXAMPLE_PREFIX):
         # In the editor's format, so that files which the graph saves can be opened there.
