@@ -22,22 +22,14 @@ def bucket_size(
     smallest: int | None = None,
     largest: int | None = None,
 ) -> tuple[int, int]:
-    """Width and height of the bucket for a picture of `width` × `height` px.
+    """Width and height of the bucket for a picture of `width` × `height` px, multiples of `multiple`.
 
-    Both are multiples of `multiple`. Their product is at most that of the square bucket (`resolution` rounded down to a
-    multiple) and more than half of it. Of all such buckets it is the one that crops least: the one with the smallest
-    |log(a/b)| of the two aspects, as scaling to cover keeps min(a/b, b/a) of the picture's area.
-
-    Args:
-        width, height: of the picture, at least 1.
-        resolution: edge of the square bucket in pixels.
-        multiple: both edges are multiples of it; the family's `pixel_multiple` or a multiple of that.
-        upscale: False allows only buckets that fit inside the picture, so that it is not enlarged; if there is none,
-            the bucket is the picture's own size rounded down. An edge below `multiple` is enlarged nevertheless.
-        smallest, largest: bounds of an edge in pixels; None for none. `smallest` gives way to `upscale` False.
-
-    Raises:
-        DataError: the resolution is below `multiple`, or outside of the bounds.
+    Their product is at most that of the square bucket (`resolution` rounded down to a multiple) and more than half of
+    it. Of all such buckets it is the one that crops least: the one with the smallest |log(a/b)| of the two aspects, as
+    scaling to cover keeps min(a/b, b/a) of the picture's area. Without `upscale` the bucket fits inside the picture or,
+    if there is none, is the picture's size rounded down; an edge below `multiple` is still enlarged. `smallest` and
+    `largest` bound an edge in pixels; `smallest` yields to `upscale=False`. A resolution below `multiple` or out of
+    bounds is a DataError.
     """
     if resolution < multiple:
         raise DataError(f"resolution must be at least {multiple} for this model, got {resolution}; raise it")

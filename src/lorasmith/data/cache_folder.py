@@ -1,7 +1,7 @@
-"""Folders of the encoding cache as the system has them: where they are, files in them, and removing these.
+"""Folders of the encoding cache on disk: where they are, their files, and removing these.
 
-Only files with names that the cache gives are looked at; links are not followed. What is not there, or cannot be
-removed, makes no error, as other processes work on the same folders.
+Only files with the cache's own names are used; links are not followed. A file that is missing or cannot be removed is
+not an error, as other processes work on the same folders.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from pathlib import Path
 
 from lorasmith.core.files import ensure_folder
 
-_LEFT_SECONDS = 3600
-"""Age at which a temporary file is one that a killed process left."""
+_LEFT_SECONDS = 3600  # age from which a temporary file is a leftover of a killed process
 
 _TEMPORARY_NAME = re.compile(r"\..+\.tmp")  # as `core.files.atomic_path` calls them
 
@@ -32,14 +31,14 @@ def system_cache() -> Path:
 
 
 def ensure_private(folder: Path) -> None:
-    """Create a folder that others cannot read, as latents can be decoded to pictures."""
+    """Create a folder that only its owner can read, as latents can be decoded to pictures."""
     ensure_folder(folder.parent)
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)
 
 
 def named_files(folder: Path, name: re.Pattern[str]) -> list[os.DirEntry[str]]:
-    """The files of a folder with such names, sorted by name; links and other kinds of entries are left out."""
+    """Regular files whose names match, sorted by name."""
     try:
         with os.scandir(folder) as entries:
             found = [one for one in entries if name.fullmatch(one.name) and one.is_file(follow_symlinks=False)]
@@ -49,7 +48,7 @@ def named_files(folder: Path, name: re.Pattern[str]) -> list[os.DirEntry[str]]:
 
 
 def stat_of(entry: os.DirEntry[str]) -> os.stat_result | None:
-    """What the system says of a file; None if it is gone."""
+    """The entry's stat; None if the file is gone."""
     try:
         return entry.stat(follow_symlinks=False)
     except OSError:
@@ -66,7 +65,7 @@ def removed(path: Path) -> bool:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove temporary files of processes that were killed while they wrote."""
+    """Remove temporary files of processes that were killed while writing."""
     for file in named_files(folder, _TEMPORARY_NAME):
         stat = stat_of(file)
         if stat is not None and time.time() - stat.st_mtime > _LEFT_SECONDS:

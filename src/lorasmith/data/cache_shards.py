@@ -1,11 +1,11 @@
-"""Shards of the encoding cache: safetensors files with some entries each, verified entry by entry.
+"""Shards of the encoding cache: safetensors files with several entries each, verified entry by entry.
 
     <key>/<name>                    tensors of an entry
     __metadata__: lorasmith.encodings = {"format": 1, "encoder": ..., "title": ..., "entries": {<key>: <digest>}}
 
 An entry's digest is the SHA-256 of its encoder, its key, and the names, shapes, dtypes and bytes of its tensors. It is
-verified each time that the entry is read, so a damaged entry is never used, and the others of its shard still are. The
-file is a stranger's to the reader: names in it are compared, never opened, and nothing in it is run.
+verified on every read, so a damaged entry is never used, and the others of its shard still are. The file is untrusted:
+names in it are compared, never opened, and nothing in it is executed.
 """
 
 from __future__ import annotations
@@ -34,29 +34,19 @@ _NAME = re.compile(r"[\w.\-]{1,100}", re.ASCII)
 
 @dataclass
 class Shard:
-    """The entries of a file, of which only the header has been read.
-
-    Attributes:
-        path: the file.
-        encoder: digest of what encoded.
-        title: name of what encoded, for people.
-        digests: of the entries, by key.
-        header: of the file.
-    """
+    """A file of entries, of which only the header has been read."""
 
     path: Path
-    encoder: str
-    title: str
-    digests: Mapping[str, str]
+    encoder: str  # digest
+    title: str  # the encoder's name, for people
+    digests: Mapping[str, str]  # by entry key
     header: Header
     _mapped: tuple[MappedFile, dict[str, dict[str, Tensor]]] | None = field(default=None, repr=False)
 
     def read(self, key: str) -> dict[str, Tensor]:
-        """The tensors of an entry, on the memory-mapped file; copies where the system allows no more mappings.
+        """The tensors of an entry, memory-mapped, or copied where the system allows no more mappings.
 
-        Raises:
-            OSError: the file cannot be opened.
-            ValueError: the entry is damaged.
+        OSError if the file cannot be opened, ValueError if the entry is damaged.
         """
         file, entries = self._mapped or self._opened()
         tensors = entries.get(key, {})
@@ -84,17 +74,7 @@ def is_digest(text: object) -> bool:
 
 
 def write_shard(path: Path, encoder: str, title: str, entries: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Write a shard atomically.
-
-    Args:
-        path: the file.
-        encoder: digest of what encodes.
-        title: name of it.
-        entries: tensors by name, by key.
-
-    Raises:
-        OutputError: the file cannot be written.
-    """
+    """Write a shard atomically; `entries` are tensors by name, by key. Raises OutputError."""
     digests = {key: _digest(encoder, key, tensors) for key, tensors in entries.items()}
     about = {"format": _FORMAT, "encoder": encoder, "title": title[:_MAX_TITLE], "entries": digests}
     tensors = {f"{key}/{name}": tensor for key, one in entries.items() for name, tensor in one.items()}
@@ -104,11 +84,7 @@ def write_shard(path: Path, encoder: str, title: str, entries: Mapping[str, Mapp
 
 
 def read_shard(path: Path) -> Shard | None:
-    """A shard, after checking its header; None for one of another version.
-
-    Raises:
-        DataError: the file is missing, damaged or no shard.
-    """
+    """A shard whose header is valid; None for another version. Raises DataError if it is missing or damaged."""
     header = check_safetensors(path, DataError)
     try:
         about = parse_foreign_json(header.metadata.get(_KEY, "null"))
@@ -120,7 +96,7 @@ def read_shard(path: Path) -> Shard | None:
 
 
 def check_entry(key: str, tensors: Mapping[str, Tensor]) -> None:
-    """Raise ValueError for a key or names of tensors that a shard cannot hold."""
+    """Raise ValueError for a key or tensor names that a shard cannot hold."""
     if not is_digest(key):
         raise ValueError(f"the key of a cached encoding must be 64 hexadecimal digits, got {key!r}")
     if wrong := [name for name in tensors if not _NAME.fullmatch(name)]:

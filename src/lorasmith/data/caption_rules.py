@@ -1,14 +1,14 @@
-"""From the captions of an image to the text that a draw of it is trained with.
+"""From the captions of an image to the text that a draw is trained with.
 
     1. one of the captions is chosen
     2. wildcards: {a|b} becomes a or b
-    3. tags, which commas separate, are shuffled and left out, except the first `keep_tags`
-    4. prefix, trigger (where the text lacks it) and suffix are put around
-    5. the whole text is left out (`caption_dropout`)
+    3. tags, which commas separate, are shuffled and dropped, except the first `keep_tags`
+    4. prefix, trigger (where the text lacks it) and suffix are added
+    5. the whole text is dropped (`caption_dropout`)
 
-A trigger in front of a caption, whether it stands there or is put there, is one tag, whatever commas it has: it counts
-as one of `keep_tags`, and is neither shuffled nor left out even where these are 0. Prefix and suffix are put around the
-text as they are, after shuffling.
+A trigger in front of a caption, its own or an added one, is one tag, whatever commas it has: it counts as one of
+`keep_tags`, and is neither shuffled nor dropped even where these are 0. Prefix and suffix are added verbatim, after
+shuffling.
 
 sd-scripts does the same with `shuffle_caption`, `keep_tokens`, `caption_tag_dropout_rate` and `caption_dropout_rate`,
 except that it shuffles prefix and suffix with the tags.
@@ -46,7 +46,7 @@ class CaptionRules:
 
     @classmethod
     def of(cls, config: DataConfig, *, is_class: bool = False) -> CaptionRules:
-        """The rules of a configuration. Images of the class have no trigger, which is the subject's."""
+        """Rules from a configuration; images of the class get no trigger, which is the subject's."""
         return cls(
             trigger="" if is_class else one_line(config.trigger),
             prefix=one_line(config.prefix),
@@ -59,7 +59,7 @@ class CaptionRules:
         )
 
     def plain(self, captions: Sequence[str]) -> str:
-        """The text without anything drawn: of the first caption, with first alternatives and all tags in order."""
+        """The text without randomness: the first caption, first alternatives, all tags in order."""
         text = captions[0] if captions else ""
         if self.wildcards:
             text = one_line(Choices(text).resolved(itertools.repeat(0.0)))
@@ -67,13 +67,7 @@ class CaptionRules:
         return self._around(kept, others)
 
     def drawn(self, captions: Sequence[str], seed: int, draw: int) -> str:
-        """The text of a draw.
-
-        Args:
-            captions: of the image; none is an empty one.
-            seed: the run's.
-            draw: index of the draw in the whole run.
-        """
+        """The text of a draw, whose index counts over the whole run."""
         if self.caption_dropout and keyed_uniform(seed, "caption dropout", draw) < self.caption_dropout:
             return ""
         text = captions[0] if captions else ""
@@ -90,15 +84,7 @@ class CaptionRules:
         return self._around(kept, others)
 
     def possible(self, captions: Sequence[str], limit: int) -> frozenset[str] | None:
-        """Every text that can be drawn.
-
-        Args:
-            captions: of the image.
-            limit: number of texts from which they are not listed.
-
-        Returns:
-            The texts; None where there may be more than `limit`, or more than 20 million characters of them.
-        """
+        """Every text that can be drawn; None if there may be more than `limit` texts or 20 million characters."""
         if self.caption_dropout >= 1:
             return frozenset(("",))
         # Counted before anything is listed, as a caption of some hundred characters can have billions of texts.
@@ -126,11 +112,10 @@ class CaptionRules:
         return frozenset(texts) if len(texts) <= limit else None
 
     def varies(self, captions: Sequence[str]) -> bool:
-        """Whether a draw may have another text than `plain`."""
         return self.possible(captions, 1) != frozenset((self.plain(captions),))
 
     def _tags(self, text: str) -> tuple[list[str], list[str]]:
-        """The tags of a text that stay, and those that are drawn; without drawing, the text as a whole."""
+        """Tags that stay, and tags that are shuffled and dropped; without either, the text as a whole."""
         if not self.shuffle_tags and not self.tag_dropout:
             return [text] if text else [], []
         in_front = starts_with_trigger(text, self.trigger)
@@ -141,7 +126,6 @@ class CaptionRules:
         return tags[:kept], tags[kept:]
 
     def _around(self, kept: list[str], others: list[str]) -> str:
-        """The text of tags, with prefix, trigger and suffix."""
         text, prefix, suffix = ", ".join(kept + others), self.prefix, self.suffix
         if self._lacks_trigger():
             text = with_trigger(text, self.trigger)
@@ -154,11 +138,11 @@ class CaptionRules:
         return result
 
     def _lacks_trigger(self) -> bool:
-        """Whether there is a trigger that neither prefix nor suffix has."""
+        """Whether there is a trigger that neither prefix nor suffix contains."""
         return bool(self.trigger) and not has_trigger(f"{self.prefix}, {self.suffix}", self.trigger)
 
     def _orders(self, tags: int, limit: int) -> int:
-        """The number of ways to leave out and shuffle tags, or `limit` + 1 where there are more."""
+        """The number of ways to drop and shuffle tags, capped at `limit` + 1."""
         if self.tag_dropout >= 1:
             return 1
         total = 0

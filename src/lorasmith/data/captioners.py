@@ -4,8 +4,8 @@ A package adds one by an entry point in the group `lorasmith.captioners`, whose 
 
     def load(model: str, device: torch.device) -> Callable[[PIL.Image.Image], str]
 
-`model` is what the user typed behind the name and a colon, maybe nothing. The picture is upright RGB. The captioner
-that comes with Lorasmith is `transformers` (`transformers_captions`); a model's folder or hub id alone means it, too.
+`model` is the text after the name and a colon, possibly empty. The picture is upright RGB. Lorasmith's own captioner is
+`transformers` (`transformers_captions`), which a model's folder or hub id alone selects too.
 """
 
 from __future__ import annotations
@@ -24,27 +24,20 @@ if TYPE_CHECKING:
     Captioner = Callable[[Image.Image], str]
     Factory = Callable[[str, torch.device], Captioner]
 
-GROUP = "lorasmith.captioners"
-"""Group of the entry points of captioners."""
+GROUP = "lorasmith.captioners"  # of entry points
 
 _OWN = "transformers"
 
 
 def captioner_names() -> list[str]:
-    """Names of the captioners that are installed."""
+    """Names of the installed captioners."""
     return sorted({_OWN, *_installed()})
 
 
 def load_captioner(wanted: str, device: torch.device) -> Captioner:
-    """A captioner, ready for use.
+    """A captioner by `NAME`, `NAME:ARGUMENT`, or the folder or hub id of a transformers model.
 
-    Args:
-        wanted: `NAME`, `NAME:ARGUMENT`, or a model of transformers: its folder or its id on the hub.
-        device: where it runs.
-
-    Raises:
-        OptionError: there is none of this name.
-        ModelError: it cannot be loaded.
+    OptionError for an unknown name, ModelError if it cannot be loaded.
     """
     name, _, argument = wanted.partition(":")
     plug_ins = _installed()

@@ -11,20 +11,13 @@ from pathlib import Path
 from lorasmith.core.errors import DataError
 from lorasmith.core.files import read_regular
 
-CAPTION_SUFFIXES = (".txt", ".caption")
-"""Suffixes of caption files, the preferred one first."""
+CAPTION_SUFFIXES = (".txt", ".caption")  # suffixes of caption files, the preferred one first
 
-MAX_CAPTION = 20_000
-"""Characters of a caption: a text encoder reads at most some hundred of its words."""
+MAX_CAPTION = 20_000  # characters of a caption: a text encoder reads at most some hundred of its words
 
 
 class CaptionError(DataError):
-    """A caption file cannot be used.
-
-    Attributes:
-        path: the file.
-        reason: the sentence without the file, for lists.
-    """
+    """A caption file cannot be used; `reason` is the message without `path`, for lists."""
 
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(f"caption file {path} {reason}")
@@ -34,27 +27,16 @@ class CaptionError(DataError):
 
 @dataclass(frozen=True)
 class Caption:
-    """The content of a caption file.
+    """The content of a caption file."""
 
-    Attributes:
-        text: on one line, each run of white space a single blank; may be empty.
-        path: the file.
-        lines: each line that is not blank, its white space like that of `text`.
-        is_latin_1: whether it is not UTF-8 and was read as latin-1.
-    """
-
-    text: str
+    text: str  # on one line, white space collapsed; may be empty
     path: Path
-    lines: tuple[str, ...] = ()
-    is_latin_1: bool = False
+    lines: tuple[str, ...] = ()  # those that are not blank, white space collapsed
+    is_latin_1: bool = False  # not UTF-8, so read as latin-1
 
 
 def read_caption(image: Path) -> Caption | None:
-    """Caption of an image from the file of the same name ending in `.txt` or `.caption`; None without one.
-
-    Raises:
-        CaptionError: the file is a link to another folder, or as for `read_caption_file`.
-    """
+    """Caption of an image from its `.txt` or `.caption` file; None without one. Raises CaptionError."""
     path = next((path for suffix in CAPTION_SUFFIXES if os.path.lexists(path := image.with_suffix(suffix))), None)
     if path is None:
         return None
@@ -64,14 +46,7 @@ def read_caption(image: Path) -> Caption | None:
 
 
 def read_caption_file(path: Path) -> Caption:
-    """The content of a caption file.
-
-    Text is UTF-8, with or without byte order mark, or UTF-16 with one. Anything else is read as latin-1, which always
-    succeeds but may be wrong.
-
-    Raises:
-        CaptionError: the file cannot be read, holds zero bytes, or has more than `MAX_CAPTION` characters.
-    """
+    """The content of a caption file: UTF-8, UTF-16 with byte order mark, or else latin-1. Raises CaptionError."""
     try:
         content = read_regular(path, at_most=4 * MAX_CAPTION)
     except OSError as error:
@@ -86,7 +61,7 @@ def read_caption_file(path: Path) -> Caption:
 
 
 def caption_of_file_name(stem: str) -> str:
-    """A caption from the name of an image without its suffix: underscores are blanks, numbers at the end are left out.
+    """A caption from an image's file name: underscores become blanks, trailing numbers are dropped.
 
     >>> caption_of_file_name("sks_dog_0012"), caption_of_file_name("a red car (3)"), caption_of_file_name("0001")
     ('sks dog', 'a red car', '')
@@ -106,12 +81,12 @@ _NUMBER_AT_END = re.compile(r"(?:^|(?<![ .#-])[ .#-]+)(?:[0-9]+|\([0-9]+\))$")
 
 
 def has_trigger(text: str, trigger: str) -> bool:
-    """Whether a text contains a trigger, both on one line, as whole words, ignoring case; no text has an empty one."""
+    """Whether a text contains a trigger as whole words, ignoring case; False for an empty one. Both are on one line."""
     return bool(trigger) and bool(re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", text, re.IGNORECASE))
 
 
 def starts_with_trigger(text: str, trigger: str) -> bool:
-    """Whether the first tag of a text is the trigger, which may have commas."""
+    """Whether a text begins with the trigger (which may have commas) as its first tag."""
     return bool(trigger) and bool(re.match(rf"{re.escape(trigger)} *(?:,|$)", text, re.IGNORECASE))
 
 
@@ -128,12 +103,12 @@ def with_trigger(caption: str, trigger: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """`text` with each run of white space a single blank, and without lone surrogates, which are no text."""
+    """`text` with white space collapsed and lone surrogates removed."""
     return " ".join(text.encode("utf-8", "replace").decode().split())
 
 
 def _decoded(content: bytes) -> tuple[str, bool]:
-    """Text of a caption file, and whether it is latin-1 for want of a better encoding."""
+    """The text, and whether it was decoded as latin-1."""
     try:
         if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             return content.decode("utf-16"), False

@@ -1,7 +1,7 @@
 """Clips: files of several pictures in time, videos and animations, and which of their frames are trained.
 
 Animated WebP and GIF files are read with Pillow, videos with PyAV (`video_files.py`). A clip is sampled from its start
-at the frames a second of the model, so motion has the speed that the model knows.
+at the model's frame rate, so motion has the speed that the model was trained on.
 """
 
 from __future__ import annotations
@@ -19,53 +19,35 @@ from lorasmith.data.image_files import ImageError, image_size, open_animation, o
 from lorasmith.data.video_files import decoded_frames, frame_rate
 from lorasmith.families.base import LatentFormat
 
-COUNTED_FRAMES = 1000
-"""Frames that are read of a file to count them; no run trains on more of one."""
+COUNTED_FRAMES = 1000  # frames read to count those of a file; no run trains on more of one
 
 _ANIMATED = (".webp", ".gif")
 
 
 class OpenedFile(NamedTuple):
-    """An image file or a clip, read once.
-
-    Attributes:
-        width, height: of the upright picture in pixels.
-        frames: of the file, at most `COUNTED_FRAMES`; 0 for a picture.
-        rate: frames a second; 0 for a picture.
-    """
+    """Size (upright, in pixels) and frames of an image file or a clip."""
 
     width: int
     height: int
-    frames: int = 0
-    rate: float = 0.0
+    frames: int = 0  # at most `COUNTED_FRAMES`; 0 for a picture
+    rate: float = 0.0  # frames per second; 0 for a picture
 
 
 @dataclass(frozen=True)
 class ClipForm:
-    """How a model takes clips.
+    """The clips that a model accepts."""
 
-    Attributes:
-        most: frames at most.
-        rate: frames a second.
-        latent: form of its latents.
-    """
-
-    most: int
-    rate: float
+    most: int  # frames at most
+    rate: float  # frames per second
     latent: LatentFormat
 
     def numbers(self, frames: int, rate: float) -> tuple[int, ...]:
-        """The frames of a file that are trained, by their number from 0: those shown at even times from its start.
-
-        Args:
-            frames: of the file.
-            rate: its frames a second.
-        """
+        """The trained frames of a file of `frames` at `rate` per second: evenly spaced in time from its start."""
         count = self.latent.whole_frames(min(self.most, self.available(frames, rate)))
         return tuple(min(frames - 1, int(number * rate / self.rate + _ROUNDING)) for number in range(count))
 
     def available(self, frames: int, rate: float) -> int:
-        """Frames that the whole of a file has at the model's rate."""
+        """Frames of the whole file at the model's rate."""
         return max(1, int(frames * self.rate / rate + _ROUNDING))
 
 
@@ -73,21 +55,12 @@ _ROUNDING = 1e-6  # 16 of 10 frames a second are 1.6 of each, despite rounding
 
 
 def is_video(path: Path) -> bool:
-    """Whether a file has the name of a video, which Pillow does not read."""
+    """Whether a file has a video suffix, which Pillow does not read."""
     return path.suffix.lower() in VIDEO_SUFFIXES
 
 
 def open_file(path: Path, *, clips: bool, any_format: bool = False) -> OpenedFile:
-    """Size and frames of an image file or a clip, after reading it.
-
-    Args:
-        path: the file.
-        clips: whether animations are clips; else they are their first picture.
-        any_format: as for `open_original`.
-
-    Raises:
-        ImageError: the file cannot be used.
-    """
+    """Size and frames of an image file or a clip, read whole; without `clips`, animations are their first picture."""
     if is_video(path):
         count, size = 0, (0, 0)
         for picture in _video_frames(path, None, range(COUNTED_FRAMES)):
@@ -107,16 +80,7 @@ def open_file(path: Path, *, clips: bool, any_format: bool = False) -> OpenedFil
 
 
 def clip_frames(path: Path, content: bytes, numbers: Sequence[int]) -> Iterator[Image.Image]:
-    """Frames of a clip as upright RGB pictures, one after the other.
-
-    Args:
-        path: the file.
-        content: its bytes.
-        numbers: ascending; one may occur several times.
-
-    Raises:
-        ImageError: the file cannot be read, or ends before.
-    """
+    """Frames (ascending `numbers`, which may repeat) of a clip as upright RGB pictures. Raises ImageError."""
     wanted = set(numbers)
     found = (
         _video_frames(path, content, wanted)
@@ -132,15 +96,7 @@ def clip_frames(path: Path, content: bytes, numbers: Sequence[int]) -> Iterator[
 
 
 def open_still(path: Path, longest: int, *, grey: bool = False) -> Image.Image:
-    """The picture of a file, of a clip its first one, reduced to be looked at or measured.
-
-    Args:
-        path: the file.
-        longest, grey: as for `open_reduced`.
-
-    Raises:
-        ImageError: the file cannot be read.
-    """
+    """The picture of a file (the first one of a clip), reduced as by `open_reduced`. Raises ImageError."""
     if not is_video(path):
         return open_reduced(path, longest, grey=grey)
     picture = next(iter(_video_frames(path, None, (0,))), None)
@@ -151,7 +107,7 @@ def open_still(path: Path, longest: int, *, grey: bool = False) -> Image.Image:
 
 
 def _video_frames(path: Path, content: bytes | None, wanted: Sequence[int] | set[int]) -> Iterator[Image.Image]:
-    """Some frames of a video in their order, upright; those after its end are missing."""
+    """The wanted frames in order, upright; those after the end are omitted."""
     try:
         for frame in decoded_frames(path, wanted, content=content):
             yield Image.fromarray(frame)

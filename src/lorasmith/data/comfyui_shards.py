@@ -4,8 +4,8 @@ A shard is a torch file (a zip archive) with `latents`, a list of `{"samples": t
 lists of pairs `[context, {"pooled_output": tensor, ...}]`.
 
 Pickles can run code. torch reads these with `weights_only`, which runs none, and memory-mapped, where no tensor reaches
-beyond the file. Even this reader calls more functions than a data set needs, some of which allocate what a file asks
-for, so the names in a pickle are looked at before, and only those of tensors pass.
+beyond the file. Even this reader calls more functions than a dataset needs, some of which allocate what a file asks
+for, so the names in a pickle are checked first, and only those of tensors pass.
 """
 
 from __future__ import annotations
@@ -29,14 +29,13 @@ from lorasmith.families.base import Conditioning
 _ALLOWED = re.compile(
     r"torch\._utils _rebuild_tensor_v2|collections OrderedDict|torch (Float|Half|BFloat16|Double|Long|Int|Bool)Storage"
 )
-"""Module and name of what a shard may refer to: tensors, and the empty dictionary of hooks that each has."""
+"""Globals that a shard's pickle may name: tensors, and the empty dictionary of hooks that each has."""
 
 _MOST_PICKLE_BYTES = 64 * 2**20
 _MOST_CONDITIONINGS = 100_000
 _IDS, _WEIGHTS = "t5xxl_ids", "t5xxl_weights"
 """Options of a prompt's T5 tokens, without a batch, which a denoiser with a text adapter reads."""
-_VOCABULARY = 32128
-"""Numbers of T5's tokens."""
+_VOCABULARY = 32128  # T5 token ids
 _OPTIONS = frozenset({"pooled_output", "guidance", "attention_mask", "start_percent", "end_percent", _IDS, _WEIGHTS})
 _LATENT_KEYS = frozenset({"samples", "downscale_ratio_spacial"})
 _AGAIN = "save it again with ComfyUI, or get it again"
@@ -48,10 +47,9 @@ def is_comfyui_dataset(folder: Path) -> bool:
 
 
 def read_comfyui_dataset(folder: Path) -> tuple[SavedSamples, list[str]]:
-    """The samples in a folder that ComfyUI wrote, and the names of what has no meaning here and is left out.
+    """The samples in a folder that ComfyUI wrote, and the names of entries that were ignored.
 
-    Raises:
-        DataError: a shard is damaged, holds anything but tensors and plain values, or these are no samples.
+    DataError if a shard is damaged, holds anything but tensors and plain values, or the samples are invalid.
     """
     latents: list[LatentBatch] = []
     conditioning: list[list[Conditioning]] = []
@@ -70,7 +68,7 @@ _LISTS = ("latents", "conditioning")
 
 
 def _shards(folder: Path) -> list[str]:
-    """Names of the pickled shards in their order."""
+    """Names of the pickled shards, sorted."""
     pattern = re.compile(rf"{DATASET_SHARD}(\d+)\.pkl")
     try:
         found = [(int(match[1]), one.name) for one in folder.iterdir() if (match := pattern.fullmatch(one.name))]
@@ -95,11 +93,9 @@ def _unpickled(path: Path) -> Any:
 
 
 def _check_pickle(path: Path) -> None:
-    """Refuse a shard that is no torch file, or whose pickle refers to more than tensors.
+    """Raise DataError for a shard that is not a torch file, or whose pickle refers to more than tensors.
 
-    Raises:
-        DataError: it does.
-        Exception: anything that reading damaged archives and pickles leads to.
+    Damaged archives and pickles may raise any other exception.
     """
     with open_regular(path) as file, zipfile.ZipFile(file) as archive:
         pickles = [one for one in archive.infolist() if one.filename.rpartition("/")[2] == "data.pkl"]
@@ -119,7 +115,7 @@ def _check_pickle(path: Path) -> None:
             )
         if "PUT" in opcode.name and "TUPLE" in before:
             tuples.add(argument)
-        # Tuples of the same tuple twice, some dozen levels deep, take for ever to hash. No pickler makes them.
+        # Tuples of the same tuple twice, a few dozen levels deep, take forever to hash. No pickler writes them.
         if opcode.name == "DUP" or ("GET" in opcode.name and argument in tuples):
             raise DataError(f"{path} must be a pickle as torch writes it, and repeats a tuple; {_AGAIN}")
         before = opcode.name
@@ -128,28 +124,17 @@ def _check_pickle(path: Path) -> None:
 _REFUSED = frozenset({
     "GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4", "FROZENSET", "MEMOIZE",
 })  # fmt: skip
-"""Opcodes by which a pickle refers to functions and classes, and those of protocols that torch does not write."""
+"""Opcodes that import functions and classes, and those of protocols that torch does not write."""
 
 
 @dataclass
 class _Shard:
-    """One file.
-
-    Attributes:
-        path: the file.
-        lists: `latents` and `conditioning`.
-        ignored: names of what has no meaning here.
-        converted: conditionings by the identity of their pair.
-        budget: bytes that further tensors may have: views of one storage are together no larger than the file.
-        tensors: those used, by their identity.
-    """
-
     path: Path
-    lists: dict[str, list[Any]]
-    budget: int
-    ignored: dict[str, None] = field(default_factory=dict)
-    converted: dict[int, Conditioning] = field(default_factory=dict)
-    tensors: dict[int, Tensor] = field(default_factory=dict)
+    lists: dict[str, list[Any]]  # `latents` and `conditioning`
+    budget: int  # bytes left for tensors: views of one storage are together no larger than the file
+    ignored: dict[str, None] = field(default_factory=dict)  # names of unsupported options
+    converted: dict[int, Conditioning] = field(default_factory=dict)  # by the id of their pair
+    tensors: dict[int, Tensor] = field(default_factory=dict)  # those used, by id
 
     @classmethod
     def read(cls, path: Path) -> _Shard:
@@ -159,7 +144,6 @@ class _Shard:
         return cls(path, shard, path.stat().st_size)
 
     def latents(self) -> list[LatentBatch]:
-        """The batches of latents."""
         batches = []
         for found in self.lists["latents"]:
             if not isinstance(found, dict):
@@ -171,7 +155,6 @@ class _Shard:
         return batches
 
     def conditionings(self) -> list[list[Conditioning]]:
-        """The lists of conditionings."""
         entries = self.lists["conditioning"]
         if not all(isinstance(one, list) for one in entries):
             raise DataError(f"{self.path} must hold lists of conditionings, and does not; {_AGAIN}")
@@ -206,7 +189,7 @@ class _Shard:
         return Conditioning(tensors, mask=mask, span=span)
 
     def _tokens(self, options: dict[Any, Any], batch: int) -> dict[str, Tensor]:
-        """A prompt's T5 tokens and their weights, the same for each prompt of a batch."""
+        """T5 token ids and weights, the same for each prompt of a batch."""
         ids = self._tensor(options[_IDS], _IDS)
         weights = torch.ones(ids.shape) if (given := options.get(_WEIGHTS)) is None else self._tensor(given, _WEIGHTS)
         are_tokens = ids.dtype in (torch.int32, torch.int64) and ids.ndim == 1 and ids.numel() > 0

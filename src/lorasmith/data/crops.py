@@ -1,8 +1,8 @@
 """Framings of a picture: which part of it is trained, at which size, and how it is varied.
 
-The first framing is the plain picture: its bucket at the first resolution, the centre of it (or the part around its
-mask), neither mirrored nor jittered. The others are variants, one of which is drawn each time. Variants are functions
-of the picture's name, not of the run's seed, so that their encodings can be kept and shared between runs.
+The first framing is the plain picture: its bucket at the first resolution, cropped around the centre (or its mask),
+neither mirrored nor jittered. The others are variants, one of which is drawn each time. Variants are functions of the
+picture's name, not of the run's seed, so that their encodings can be cached and shared between runs.
 """
 
 from __future__ import annotations
@@ -25,27 +25,18 @@ _VARIANTS_SEED = 0  # a constant; see above
 
 @dataclass(frozen=True)
 class Framing:
-    """One way in which a picture is trained.
-
-    Attributes:
-        width, height: of the result in pixels.
-        box: the part of the upright picture that is kept: left, top, right and bottom in its pixels.
-        is_mirrored: whether it is flipped left to right.
-        colours: factors of brightness, contrast and saturation.
-    """
+    """One way in which a picture is trained, at `width` × `height` px."""
 
     width: int
     height: int
-    box: tuple[float, float, float, float]
-    is_mirrored: bool = False
-    colours: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    box: tuple[float, float, float, float]  # kept part of the upright picture, in its pixels: left, top, right, bottom
+    is_mirrored: bool = False  # left to right
+    colours: tuple[float, float, float] = (1.0, 1.0, 1.0)  # factors of brightness, contrast and saturation
 
     def applied(self, picture: Image.Image, of: tuple[int, int]) -> Image.Image:
-        """The framed RGB picture: Lanczos with antialiasing, of the kept part alone.
+        """The framed RGB picture, the kept part scaled by Lanczos with antialiasing.
 
-        Args:
-            picture: upright; may have been reduced when it was read.
-            of: its full width and height, in whose pixels the box is.
+        `picture` is upright and may be reduced; `of` is its full width and height, in whose pixels the box is.
         """
         framed = self._resized(picture, of, (self.width, self.height), Image.Resampling.LANCZOS)
         enhancers = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
@@ -54,23 +45,17 @@ class Framing:
         return framed
 
     def mask_applied(self, mask: Image.Image, of: tuple[int, int], size: tuple[int, int]) -> Image.Image:
-        """The framed part of a mask (mode L), each pixel the mean of what it covers.
-
-        Args:
-            mask: of the whole picture, in any resolution.
-            of: width and height of the picture.
-            size: width and height of the result, those of the latents.
-        """
+        """The framed part of a mask (mode L, any resolution) at the latents' `size`, each pixel its area's mean."""
         return self._resized(mask, of, size, Image.Resampling.BOX)
 
     @property
     def scale(self) -> float:
-        """Pixels of the result per pixel of the picture, the larger one of the two directions."""
+        """Pixels of the result per pixel of the picture, the larger of both directions."""
         left, top, right, bottom = self.box
         return max(self.width / (right - left), self.height / (bottom - top))
 
     def picture_size(self, width: int, height: int) -> PictureSize:
-        """Sizes and crop as conditions, for a picture of width × height px; mirrored before it is cropped."""
+        """SDXL's size and crop conditions for a picture of width × height px, mirrored before it is cropped."""
         left, top, right, bottom = self.box
         beside = width - right if self.is_mirrored else left
         return PictureSize(
@@ -99,18 +84,11 @@ def framings(
     name: str,
     centre: tuple[float, float] = (0.5, 0.5),
 ) -> tuple[Framing, ...]:
-    """Every framing of a picture, the plain one first.
+    """Every framing of an upright picture, the plain one first.
 
-    Args:
-        width, height: of the upright picture in pixels.
-        config: resolutions, buckets, crop and variants.
-        resolution: the model's, where `config` has none.
-        multiple: sides of buckets are multiples of it; see `pixel_step`.
-        name: of the picture, the key of its variants.
-        centre: what the crop is centred on, as shares of width and height.
-
-    Raises:
-        DataError: the resolution is below `multiple`, or the limits of buckets exclude it.
+    `resolution` is the model's, for a `config` without one; sides are multiples of `multiple` (`pixel_step`); the
+    variants are seeded by `name`; `centre` of the crop is in shares of width and height. DataError if `resolution` is
+    below `multiple` or outside the bucket limits.
     """
     found: list[Framing] = []
     for side in config.all_resolutions(resolution):
@@ -136,7 +114,7 @@ def framings(
 
 
 def pixel_step(config: DataConfig, multiple: int) -> int:
-    """The step of buckets: the configured one, or the model's `multiple`. Raises DataError if the model excludes it."""
+    """The step of buckets: the configured one, which must be a multiple of the model's (DataError), or the model's."""
     step = config.bucket_step or multiple
     if step % multiple:
         raise DataError(f"bucket_step must be a multiple of {multiple} for this model, got {step}; use {multiple}")
@@ -144,7 +122,7 @@ def pixel_step(config: DataConfig, multiple: int) -> int:
 
 
 def centre_of(mask: Image.Image) -> tuple[float, float]:
-    """The middle of what is inside of a mask, as shares of its width and height; the centre for an empty mask."""
+    """The centre of the white area of a mask, in shares of width and height; (0.5, 0.5) if it is empty."""
     inside = np.asarray(mask) > 127
     sides = []
     for axis in (0, 1):
@@ -164,7 +142,7 @@ def _box(
     centre: tuple[float, float],
     uniform: partial[float] | None,
 ) -> tuple[float, float, float, float]:
-    """The part of a picture that is scaled to a bucket; `uniform` gives the random numbers of a variant."""
+    """The part of a picture that is scaled to a bucket; `uniform` supplies a variant's random numbers."""
     width, height = picture
     kept = (min(width, height * bucket[0] / bucket[1]), min(height, width * bucket[1] / bucket[0]))
     starts = [min(max(c * side - k / 2, 0.0), side - k) for c, side, k in zip(centre, picture, kept, strict=True)]

@@ -1,6 +1,6 @@
 """Every setting of training data, declared once: command line, library, configuration files and pages derive from here.
 
-Nothing of it needs a model: resolutions and steps that are open are the model's.
+Nothing here needs a model: resolutions and steps that are not set are the model's.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from typing import Literal
 from lorasmith.core.errors import OptionError
 from lorasmith.core.options import check_options, option, options_of
 
-LARGEST_SIDE = 4096
-"""Pixels of a picture's side; a picture of this size takes gigabytes to encode."""
+LARGEST_SIDE = 4096  # pixels of a picture's side; a picture of this size takes gigabytes to encode
 
 CaptionOrigin = Literal["files", "filename", "folder", "none"]
 Crop = Literal["center", "random", "mask"]
@@ -24,7 +23,7 @@ _MASKS, _PRIOR, _CACHE = "Masks", "Prior preservation", "Cached encodings"
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """How images and captions become samples. Raises OptionError for values of the wrong type or out of range."""
+    """Settings of images and captions. Raises OptionError for values of the wrong type or out of range."""
 
     trigger: str = option(
         "",
@@ -225,10 +224,10 @@ class DataConfig:
             raise OptionError("crop mask needs masks, got masks none; choose masks alpha or files")
         if self.masks != "none" and not self.mask_inside and not self.mask_outside:
             raise OptionError("mask_inside or mask_outside must be above 0, got 0 for both; raise one of them")
-        self.all_resolutions(1)  # raises for what is no number
+        self.all_resolutions(1)  # raises for text that is not a number
 
     def all_resolutions(self, default: int) -> tuple[int, ...]:
-        """Each resolution in pixels, that of `resolution` (or `default`) first."""
+        """Resolutions in pixels, `resolution` (or `default`) first."""
         found = [self.resolution or default]
         for text in filter(None, map(str.strip, self.more_resolutions.split(","))):
             if not text.isdecimal() or not 1 <= int(text) <= LARGEST_SIDE:
@@ -241,16 +240,14 @@ class DataConfig:
 
     @property
     def class_prompts(self) -> tuple[str, ...]:
-        """The captions of the subject's class."""
         return tuple(filter(None, (" ".join(part.split()) for part in (self.class_prompt or "").split("|"))))
 
     @property
     def varies_pictures(self) -> bool:
-        """Whether `picture_variants` applies."""
+        """Whether `picture_variants` has an effect."""
         return self.crop == "random" or self.crop_jitter > 0 or self.colour_jitter > 0
 
     def is_default(self, name: str) -> bool:
-        """Whether a setting has its default value."""
         return bool(getattr(self, name) == options_of(type(self))[name].default)
 
 

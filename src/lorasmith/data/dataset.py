@@ -1,7 +1,7 @@
-"""Encoded samples, and what is drawn of them.
+"""Encoded samples, and how they are drawn.
 
 A sample has its plain picture and caption. Where it varies, each draw takes one of its encoded pictures and one of its
-captions, both functions of the run's seed and the draw's index, as everything else of a draw is.
+captions, both functions of the run's seed and the draw's index, like everything else that is random in a draw.
 """
 
 from __future__ import annotations
@@ -24,13 +24,7 @@ from lorasmith.families.base import Conditioning, PictureSize
 
 @dataclass(frozen=True)
 class Picture:
-    """One framing of an image, encoded.
-
-    Attributes:
-        latents: as of `Sample`.
-        size: how the picture got its size.
-        places: as of `Sample`.
-    """
+    """One framing of an image, encoded; `latents` and `places` as of `Sample`."""
 
     latents: Tensor
     size: PictureSize
@@ -39,28 +33,18 @@ class Picture:
 
 @dataclass(frozen=True)
 class Variants:
-    """What is drawn of a sample.
+    """The pictures and captions among which a sample's draws choose."""
 
-    Attributes:
-        pictures: the framings of its image, at least one.
-        captions: as their source has them; empty for no caption.
-        rules: by which a caption's text is drawn.
-        encoded: conditionings of all captions.
-        sized: adds a picture's sizes to the conditioning of its caption.
-    """
-
-    pictures: tuple[Picture, ...]
-    captions: tuple[str, ...]
+    pictures: tuple[Picture, ...]  # at least one
+    captions: tuple[str, ...]  # verbatim; empty for no caption
     rules: CaptionRules
-    encoded: EncodedCaptions
-    sized: Callable[[Conditioning, PictureSize], Conditioning]
+    encoded: EncodedCaptions  # conditionings of all captions
+    sized: Callable[[Conditioning, PictureSize], Conditioning]  # adds a picture's sizes to its caption's conditioning
 
     def caption(self, seed: int, draw: int) -> str:
-        """The caption of a draw."""
         return self.rules.drawn(self.captions, seed, draw)
 
     def picture(self, seed: int, draw: int) -> Picture:
-        """The picture of a draw."""
         if len(self.pictures) == 1:
             return self.pictures[0]
         return self.pictures[int(keyed_uniform(seed, "picture", draw) * len(self.pictures))]
@@ -74,12 +58,11 @@ class Sample:
         latents: fp32 (channels, [frames,] height, width) on the CPU, scaled for the denoiser (`LatentFormat.to_model`).
         conditioning: input of the denoiser, batch of 1.
         name: for messages, usually the file name.
-        digest: hash of the inputs from which latents and conditioning were made, if known; their own last bits depend
-            on the device.
-        weight: of its loss in the gradient.
+        digest: hash of the inputs of latents and conditioning, if known; the encodings' last bits depend on the device.
+        weight: factor of its loss.
         places: weights of its loss by place, fp32 (height, width) of the latents; None for 1 everywhere.
         is_class: whether it shows the subject's class, for prior preservation; such samples are never held out.
-        variants: what is drawn of it; None where each draw is the same.
+        variants: its pictures and captions to draw from; None if every draw is the same.
     """
 
     latents: Tensor
@@ -101,12 +84,7 @@ class Sample:
         return f"Sample({printable(self.name, limit=60)}: {', '.join(facts)})"
 
     def drawn(self, seed: int, draw: int) -> Sample:
-        """The sample of a draw, with nothing left to draw.
-
-        Args:
-            seed: of the run.
-            draw: global index of the draw.
-        """
+        """The sample of a draw (`draw` is its global index), without variants."""
         if (variants := self.variants) is None:
             return self
         picture = variants.picture(seed, draw)
@@ -114,15 +92,11 @@ class Sample:
         return self._with(picture, conditioning)
 
     def latents_drawn(self, seed: int, draw: int) -> Tensor:
-        """The latents of a draw; its caption, which may have to be encoded, is left alone.
-
-        Args:
-            seed, draw: as for `drawn`.
-        """
+        """The latents of a draw; unlike `drawn`, never encodes its caption."""
         return self.latents if self.variants is None else self.variants.picture(seed, draw).latents
 
     def sizes(self) -> Iterator[Sample]:
-        """The sample with each of its pictures; all of them have the plain caption."""
+        """The sample with each of its pictures, all with the plain caption."""
         if (variants := self.variants) is None:
             yield self
             return
@@ -135,11 +109,11 @@ class Sample:
 
 @dataclass(frozen=True, repr=False)
 class EncodedDataset:
-    """The samples of a run, in which a sample with repeats occurs repeatedly.
+    """The samples of a run; a sample with repeats occurs repeatedly.
 
     Attributes:
         samples: in order.
-        captions: conditionings of the captions that are drawn; None where none are.
+        captions: conditionings of captions that vary; None if none do.
         notes: remarks for the user, one sentence each.
 
     Raises:
@@ -178,7 +152,7 @@ class EncodedDataset:
 
 
 def places_of(samples: Sequence[Sample]) -> Tensor | None:
-    """The `places` of samples of equal size as (batch, 1, [1,] height, width); None where none of them has any."""
+    """The `places` of samples of equal size as (batch, 1, [1,] height, width); None if none has any."""
     if all(sample.places is None for sample in samples):
         return None
     shape = (*(1,) * (samples[0].latents.ndim - 2), *samples[0].latents.shape[-2:])
@@ -189,13 +163,7 @@ def places_of(samples: Sequence[Sample]) -> Tensor | None:
 
 
 def check_latents(latents: Tensor, *, like: Tensor, name: str) -> None:
-    """Raise DataError for latents of another form, or with NaN or infinity.
-
-    Args:
-        latents: of one picture.
-        like: latents of the same form, but of any size.
-        name: of the picture.
-    """
+    """Raise DataError for one picture's latents that are not finite, or differ from `like` in channels or rank."""
     shape = tuple(latents.shape)
     frames = "frames, " if like.ndim == 4 else ""
     if len(shape) not in (3, 4) or len(shape) != like.ndim or shape[0] != len(like):

@@ -1,8 +1,8 @@
-"""Conditionings of captions: encoded when they are first needed, or all of them ahead of a run.
+"""Conditionings of captions, encoded on demand or all ahead of a run.
 
-What a run can draw is finite where its captions have few variants, and at most one caption per draw otherwise, so most
-runs encode every caption ahead and need no text encoder while they train. Where the conditionings would take more than
-a given amount of memory, the text encoder stays, and each caption is encoded when it is drawn. Both give the same run.
+A run draws finitely many texts where its captions have few variants, and at most one per draw otherwise, so most runs
+encode every caption ahead and need no text encoder while they train. Where the conditionings would exceed a given
+amount of memory, the text encoder stays loaded, and captions are encoded when they are drawn. Both give the same run.
 """
 
 from __future__ import annotations
@@ -23,12 +23,9 @@ _TENSOR, _MASK = "tensor.", "mask"
 class EncodedCaptions:
     """Captions and their conditionings (batch of 1, on the CPU).
 
-    Args:
-        encode: conditioning of a caption; called inside `ready`.
-        ready: context in which the encoder is where it runs, for many captions in a row.
-        entries: context with the encoder's entries of the cache, or None without one.
-        memory_bytes: most that the conditionings of a run may take.
-        encoder_bytes: memory of the encoder.
+    `encode` is called inside `ready`, a context in which the encoder is on its device. `entries` is a context with the
+    encoder's cache entries, or None. `memory_bytes` is the most that a run's conditionings may take; `encoder_bytes` is
+    the encoder's memory.
     """
 
     def __init__(
@@ -48,7 +45,7 @@ class EncodedCaptions:
         self._known: dict[str, Conditioning] = {}
         self._lock = threading.Lock()
         self.encoded = 0
-        """Number of captions that were encoded, and not found in the cache."""
+        """Number of captions that were encoded instead of read from the cache."""
 
     def __getitem__(self, caption: str) -> Conditioning:
         """The conditioning of a caption; encoded now, and not kept, unless it was encoded ahead."""
@@ -58,12 +55,7 @@ class EncodedCaptions:
             return self._encode(caption)
 
     def encode_ahead(self, captions: Collection[str], progress: Callable[[int, int], None] | None = None) -> None:
-        """Encode captions, and keep their conditionings.
-
-        Args:
-            captions: in the order in which they are encoded.
-            progress: called after each with (captions done, total).
-        """
+        """Encode captions in order and keep them; `progress` receives (captions done, total)."""
         if not (missing := self.missing(captions)):
             return
         with self._entries() as entries, contextlib.ExitStack() as encoder:
@@ -84,7 +76,6 @@ class EncodedCaptions:
                     progress(done, len(missing))
 
     def missing(self, captions: Collection[str]) -> list[str]:
-        """The distinct captions that are not encoded yet."""
         return [one for one in dict.fromkeys(captions) if one not in self._known]
 
     @property
@@ -94,12 +85,11 @@ class EncodedCaptions:
 
     @property
     def most(self) -> int:
-        """Number of captions whose conditionings are estimated to fit `memory_bytes`."""
+        """Estimated number of captions whose conditionings fit in `memory_bytes`."""
         return self.memory_bytes // max(1, self.bytes_each)
 
     @contextlib.contextmanager
     def staying(self) -> Iterator[None]:
-        """The encoder stays where it runs."""
         with self._ready():
             yield
 
@@ -110,7 +100,6 @@ def _tensors(conditioning: Conditioning) -> dict[str, Tensor]:
 
 
 def _conditioning(caption: str, tensors: Mapping[str, Tensor] | None) -> Conditioning | None:
-    """The conditioning in an entry of the cache."""
     if tensors is None:
         return None
     named = {name.removeprefix(_TENSOR): one for name, one in tensors.items() if name.startswith(_TENSOR)}

@@ -1,13 +1,12 @@
-"""Digests of what encodes: two encoders with equal digests make the same latents, or the same conditioning.
+"""Digests of encoders: two with equal digests compute the same latents, or the same conditioning.
 
 A digest covers the tensors of every network (packed weights by their codes) and of the LoRAs on it, its configuration
-and tokenizer, the number format that it runs in, the options of encoding, and the versions of the code that computes.
-Device and thread number, which change the last bits, are not covered.
+and tokenizer, its dtype, the options of encoding, and the versions of the code that computes. Device and thread number,
+which change the last bits, are not covered.
 
-Hashing reads all weights. For networks whose tensors lie on files the digest is remembered, by where on which files
-they lie, the state of these files when they were mapped (path, size, times, inode) and a few values of each tensor.
-Tensors in memory are hashed, and so are those on a file that were changed in place: no change in memory is taken for
-the file.
+Hashing reads all weights. For networks on memory-mapped files the digest is remembered under the files' state when they
+were mapped (path, size, times, inode), the tensors' offsets and a few values of each. Tensors in memory are always
+hashed, and so are mapped ones that were changed in place.
 """
 
 from __future__ import annotations
@@ -34,19 +33,16 @@ from lorasmith.data.encoding_cache import key_of
 from lorasmith.data.remembered_digests import RememberedDigests, are_settled
 from lorasmith.families.model import Autoencoder, Model, TextEncoder
 
-ENCODING_VERSION = 2
-"""To be raised whenever the code of Lorasmith computes other encodings from the same inputs."""
+ENCODING_VERSION = 2  # raise it when Lorasmith computes other encodings from the same inputs
 
 
 def text_encoder_digest(
     source: Model | TextEncoder, *, device: torch.device | None = None, remembered: RememberedDigests | None = None
 ) -> str:
-    """Digest of what makes conditioning of a caption, 64 hex digits; to be called outside of `active()`.
+    """Digest of everything that determines a caption's conditioning, 64 hex digits; call it outside of `active()`.
 
-    Args:
-        source: a model, or its text encoders with LoRAs and options of their own.
-        device: as for `TextEncoder.active`.
-        remembered: where digests of weights are kept; None to hash all of them.
+    `source` is a model, or text encoders with LoRAs and options of their own. Without `remembered` all weights are
+    hashed.
     """
     encoder = source.text_encoder if isinstance(source, Model) else source
     family = encoder.family
@@ -71,14 +67,9 @@ def text_encoder_digest(
 
 
 def autoencoder_digest(source: Model | Autoencoder, *, remembered: RememberedDigests | None = None) -> str:
-    """Digest of what makes latents of pixels, 64 hex digits; to be called outside of `active()`.
+    """Digest of everything that determines an image's latents, 64 hex digits; call it outside of `active()`.
 
-    Args:
-        source: a model, whose scale and shift of latents count, or an autoencoder alone.
-        remembered: as for `text_encoder_digest`.
-
-    Raises:
-        ModelError: the model came without an autoencoder.
+    `source` is a model, whose scale and shift of latents count, or an autoencoder. ModelError if the model has none.
     """
     if isinstance(source, Model):
         autoencoder, latent = source.autoencoder, source.components.latent
@@ -95,13 +86,7 @@ def autoencoder_digest(source: Model | Autoencoder, *, remembered: RememberedDig
 
 
 def network_digest(component: str, module: nn.Module, remembered: RememberedDigests | None) -> str:
-    """Digest of a network: its class, configuration and tensors, 64 hex digits.
-
-    Args:
-        component: its name in the model.
-        module: the network.
-        remembered: as for `text_encoder_digest`.
-    """
+    """Digest of a network's class, configuration and tensors, 64 hex digits; `component` is its name in the model."""
     about = [type(module).__qualname__, _plain(getattr(module, "config", None)), sorted(_unpackings(module).items())]
     files, hashed = _files_of(module), None if remembered is None else remembered.hashed
     if remembered is None or not files or not are_settled(files):
@@ -121,17 +106,16 @@ _SAMPLED = 64  # values at the start of a tensor: one page of its file
 
 
 def _files_of(module: nn.Module) -> list[FileState]:
-    """The files that tensors of a network lie on, as they were when they were mapped."""
+    """The files that the network's tensors are mapped from, as they were then."""
     return sorted({place[0] for _, tensor in named_weights(module) if (place := _place(tensor)) is not None})
 
 
 def _place(tensor: Tensor) -> tuple[FileState, int] | None:
-    """Where a tensor lies on a file, None for one in memory or changed in place, which its version says."""
+    """File and offset of a mapped tensor; None for one in memory or changed in place (by its version counter)."""
     return None if tensor.is_inference() or tensor._version else place_on_file(tensor)
 
 
 def _whole_digest(about: object, module: nn.Module, hashed: Callable[[int, int], None] | None) -> str:
-    """Digest of all tensors, several at a time."""
     # Hashing releases the interpreter's lock, so threads share the work; the result does not depend on their number.
     stopped = threading.Event()
 
@@ -153,13 +137,13 @@ def _whole_digest(about: object, module: nn.Module, hashed: Callable[[int, int],
 
 def _tensor_digest(named: tuple[str, Tensor], each_block: Callable[[], object]) -> str:
     digest = digest_of_tensors([named], each_block=each_block)
-    if _place(named[1]) is not None:  # what was changed in place would be lost
+    if _place(named[1]) is not None:  # changes in place would be lost
         release_pages(named[1])
     return digest
 
 
 def _sampled(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Place and first values of tensors on files, and the whole of others."""
+    """Place and first values of tensors on files; other tensors whole."""
     for name, tensor in tensors:
         if (place := _place(tensor)) is None:
             yield name, tensor
@@ -172,7 +156,6 @@ def _sampled(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tenso
 
 
 def _unpackings(module: nn.Module) -> dict[str, str]:
-    """How each packed weight is unpacked, by path."""
     found = {}
     for path, weight in packed_layers(module).items():
         unpack: Any = weight.unpack
@@ -183,7 +166,7 @@ def _unpackings(module: nn.Module) -> dict[str, str]:
 
 
 def _plain(config: Any) -> Any:
-    """A network's configuration as JSON, without what says where it came from."""
+    """A network's configuration as JSON, without its origin."""
     if config is None:
         return None
     fields = config.to_dict() if hasattr(config, "to_dict") else dict(config)
@@ -192,7 +175,7 @@ def _plain(config: Any) -> Any:
 
 
 def _text(value: object) -> object:
-    """What JSON has no value for, the same in each process."""
+    """A process-independent text for values that JSON lacks."""
     return sorted(map(str, value)) if isinstance(value, set | frozenset) else str(value)
 
 
@@ -200,7 +183,6 @@ _ORIGIN = ("transformers_version", "torch_dtype", "dtype", "architectures")
 
 
 def _tokenizer_digest(tokenizer: Any) -> str:
-    """Digest of a tokenizer's vocabulary and rules."""
     if tokenizer is None:
         return ""
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -218,7 +200,7 @@ _TOKENIZER_SETTINGS = ("special_tokens_map", "model_max_length", "padding_side",
 
 
 def _versions(*packages: str) -> Mapping[str, str]:
-    """Versions that encodings depend on: ours, torch's major and minor, and those of packages."""
+    """Versions that encodings depend on: ours, torch's major and minor, those of packages."""
     found = {"encoding": str(ENCODING_VERSION), "torch": ".".join(torch.__version__.split(".")[:2])}
     for name in packages:
         with contextlib.suppress(PackageNotFoundError):

@@ -62,12 +62,12 @@ def load_dataset(
         progress: called after each image with (images done, total, name of the image).
         caption_progress: called after each caption, before the images, with (captions done, total).
         hash_progress: called after each tensor of an encoder that is hashed for the cache, with (tensors done, total).
-        config: settings of the data; those passed as keywords override them.
+        config: settings of the data, overridden by keywords.
         **settings: those of `DataConfig` by name, such as trigger, resolution and flip.
 
     Raises:
         DataError: the folder or its images cannot be used.
-        OptionError: a setting is unknown or out of range, or there is no such device.
+        OptionError: a setting is unknown or out of range, or the device does not exist.
     """
     place = chosen_device(device)
     whole: DataConfig = config_from(DataConfig, {**(asdict(config) if config else {}), **settings})
@@ -84,7 +84,7 @@ def load_dataset(
 
 
 def clip_form(model: Model, config: DataConfig) -> ClipForm | None:
-    """How a model takes clips, None for a model of pictures. Raises OptionError for settings that it has no use for."""
+    """The clips that a model accepts, None for an image model. Raises OptionError for settings that it cannot use."""
     latent, defaults = model.components.latent, model.defaults
     if latent.time_downscale:
         return ClipForm(config.frames or defaults.frames, config.frame_rate or defaults.frame_rate, latent)
@@ -95,12 +95,11 @@ def clip_form(model: Model, config: DataConfig) -> ClipForm | None:
 
 
 def datasets_folder() -> Path:
-    """Where the images of datasets are kept that `datasets` saved."""
+    """Where images of `datasets` datasets are unpacked."""
     return default_cache().folder.parent / "datasets"
 
 
 def _sources(images: object) -> list[ImageSource]:
-    """The images of `load_dataset`."""
     if isinstance(images, (str, os.PathLike)):
         return [ImageSource(os.fspath(images))]
     if isinstance(images, (list, tuple)):
@@ -118,14 +117,7 @@ def encode_scan(
     caption_progress: Callable[[int, int], None] | None = None,
     hash_progress: Callable[[int, int], None] | None = None,
 ) -> EncodedDataset:
-    """Encode scanned images, from and into the user's cache unless `config` has none.
-
-    Args:
-        scan: of the images; clips in it are for models of videos.
-        model, device, caption_progress, hash_progress: as for `load_dataset`.
-        progress: called after each image.
-        config: with which they were scanned.
-    """
+    """Encode scanned images through the user's cache, if `config` has one; other arguments as for `load_dataset`."""
     latent, encoder, autoencoder = model.components.latent, model.text_encoder, model.autoencoder
     clips = clip_form(model, config)
     if clips is None and any(image.frames for image in scan.images):
@@ -175,22 +167,10 @@ def encode_images(
     progress: Progress | None = None,
     caption_progress: Callable[[int, int], None] | None = None,
 ) -> EncodedDataset:
-    """Encode the plain caption of each image, then its framings.
+    """Encode the plain caption of each image, then its framings; further captions are encoded when the run is known.
 
-    Captions come first, so that text encoders can be released before images are encoded. Further captions that a run
-    draws are encoded when the run is known.
-
-    Args:
-        scan: of the images.
-        config: framings, masks and captions.
-        captions, pictures: what encodes.
-        resolution: the model's, where `config` has none.
-        multiple: sides of pictures are multiples of it.
-        progress, caption_progress: as for `encode_scan`.
-
-    Raises:
-        ImageError: an image can no longer be read.
-        DataError: the settings exclude the model, a mask cannot be used, or an image's latents are not finite.
+    Captions come first, so that text encoders can be released. `resolution` is the model's, for a `config` without one;
+    sides are multiples of `multiple`. Raises ImageError or DataError.
     """
     step = pixel_step(config, multiple)
     processes = current()
@@ -218,14 +198,7 @@ def encoded_texts(
     progress: Callable[[int, int], None],
     hash_progress: Callable[[int, int], None],
 ) -> list[Conditioning]:
-    """The conditioning of each text, from and into the user's cache; equal ones are encoded once.
-
-    Args:
-        encoder: with its LoRAs.
-        texts: any.
-        progress: called after each different one with (texts done, total).
-        hash_progress: as for `load_dataset`.
-    """
+    """The conditioning of each text, through the user's cache; `progress` counts distinct texts, each encoded once."""
     cache = default_cache()
     captions = EncodedCaptions(
         encoder.encode,
@@ -245,14 +218,7 @@ def encoded_pixels(
     progress: Callable[[int, int], None],
     hash_progress: Callable[[int, int], None],
 ) -> list[Tensor]:
-    """The autoencoder's latents of each picture, from and into the user's cache; equal ones are encoded once.
-
-    Args:
-        autoencoder: what encodes.
-        pictures: pixels (1, 3, [frames,] height, width) in [−1, 1].
-        progress: called after each different one with (pictures done, total).
-        hash_progress: as for `load_dataset`.
-    """
+    """Latents of each picture, pixels (1, 3, [frames,] height, width) in [−1, 1]; otherwise as `encoded_texts`."""
     keys = [key_of(pixels=digest_of_tensors([("pixels", one)])) for one in pictures]
     different = dict(zip(keys, pictures, strict=True))
     found: dict[str, Tensor] = {}
@@ -281,7 +247,7 @@ def _entries(
     title: str,
     hashed: Callable[[int, int], None] | None,
 ) -> contextlib.AbstractContextManager[CacheEntries | None]:
-    """The entries of an encoder; None without a cache."""
+    """The cache entries of an encoder; None without a cache."""
     if cache is None:
         return contextlib.nullcontext()
     return cache.entries(digest(source, remembered=RememberedDigests(cache, hashed)), title=title)
@@ -303,7 +269,7 @@ def _framed(image: ImageFile, config: DataConfig, resolution: int, step: int, cl
 
 
 def _clips_in_part(images: Sequence[FramedImage], clips: ClipForm) -> Iterator[str]:
-    """Which clips are not trained to their end, in a sentence."""
+    """Notes on clips that are longer than the model's frames."""
     parts = [
         (one.image.name, len(one.numbers), all_of_it)
         for one in images
@@ -326,7 +292,7 @@ def _sample(
     pictures: PictureEncoder,
     notes: list[str],
 ) -> Sample:
-    """The sample of an image; appends to `notes` what a person should know of it."""
+    """The sample of an image; appends notes for the user to `notes`."""
     image, name = framed.image, framed.image.name
     found = []
     for framing, one in zip(framed.framings, encoded, strict=True):
@@ -354,7 +320,7 @@ def _sample(
 
 
 def _digest(framed: FramedImage, rules: CaptionRules, config: DataConfig) -> str:
-    """Hash of everything that a sample is made of, the model aside."""
+    """Hash of everything that a sample is made of except the model."""
     image, masks = framed.image, (config.mask_inside, config.mask_outside, config.mask_normalize)
     return key_of(
         pictures=framed.keys(),

@@ -1,13 +1,13 @@
-"""The encoding cache: what autoencoders and text encoders computed, on disk.
+"""The encoding cache: outputs of autoencoders and text encoders, on disk.
 
     encodings/<digest of the encoder>/<time>-<random>.safetensors      shards, see `cache_shards`
     encodings/digests/<digest>.json                                    digests of weights, see `encoder_digest`
 
-Entries are found by content: the encoder's digest and a key made of everything else that the result depends on. So
-nothing in the cache becomes stale; what changes has another digest. Processes share a folder without locks: files are
-written atomically under names that never occur twice, and two that encode the same leave duplicates.
+Entries are found by content: the encoder's digest and a key of everything else that the result depends on, so nothing
+in the cache becomes stale. Processes share a folder without locks: files are written atomically under unique names, and
+two processes that encode the same input leave duplicates.
 
-Names that are not as above belong to somebody else: they are neither read nor removed, and links are not followed.
+Files with other names are neither read nor removed, and links are not followed.
 """
 
 from __future__ import annotations
@@ -33,23 +33,18 @@ from lorasmith.data.cache_folder import ensure_private, named_files, remove_left
 from lorasmith.data.cache_shards import Shard, check_entry, is_digest, read_shard, write_shard
 from lorasmith.data.data_config import DataConfig
 
-FOLDER_VARIABLE = "LORASMITH_CACHE_DIR"
-"""Environment variable with the folder of the user's cache."""
+FOLDER_VARIABLE = "LORASMITH_CACHE_DIR"  # of the user's cache
 
-DIGESTS = "digests"
-"""Folder of remembered digests of weights."""
+DIGESTS = "digests"  # folder of remembered digests of weights
 
-SHARD_BYTES = 16 * 2**20
-"""Size of a shard's tensors at which it is written."""
+SHARD_BYTES = 16 * 2**20  # pending bytes at which a shard is written
 
 SHARD_SECONDS = 5.0
-"""Time after which a shard is written, however small: what a killed process loses at most, one encoding aside."""
+"""Time after which a shard is written, however small: the most that a killed process loses, one encoding aside."""
 
-_USE_SECONDS = 60
-"""How exactly the time of a shard's last use is kept."""
+_USE_SECONDS = 60  # resolution of the time of last use
 
-_SIZE_SECONDS = 60
-"""How often the size of the whole folder is looked up."""
+_SIZE_SECONDS = 60  # between looks at the size of the whole folder
 
 _SHARD_NAME = re.compile(r"\d{20}-[0-9a-f]{16}\.safetensors")
 _DIGEST_NAME = re.compile(r"[0-9a-f]{64}\.json")
@@ -57,47 +52,29 @@ _DIGEST_NAME = re.compile(r"[0-9a-f]{64}\.json")
 
 @dataclass(frozen=True)
 class EncoderSummary:
-    """What the cache holds of one encoder.
+    """Cache entries of one encoder."""
 
-    Attributes:
-        encoder: its digest.
-        title: its name when the newest entries were made.
-        entries: number of encodings.
-        size_bytes: of its files.
-        last_used: in seconds since 1970, to a minute.
-        unreadable: number of files that are damaged or of another version.
-    """
-
-    encoder: str
-    title: str
+    encoder: str  # digest
+    title: str  # as of the newest entries
     entries: int
     size_bytes: int
-    last_used: float
-    unreadable: int = 0
+    last_used: float  # seconds since 1970, to a minute
+    unreadable: int = 0  # files that are damaged or of another version
 
 
 @dataclass(frozen=True)
 class Cleared:
-    """What was removed.
-
-    Attributes:
-        files: number of files with encodings.
-        size_bytes: of these.
-    """
+    """Number and total size of the removed files."""
 
     files: int
     size_bytes: int
 
 
 class EncodingCache:
-    """A folder of encodings.
+    """A folder of encodings, created with the first one.
 
-    What goes wrong with the disk is a sentence in `notes`, once, and the work continues without the cache.
-
-    Args:
-        folder: of the encodings; created with the first one.
-        limit_bytes: size above which the least recently used files are removed, except those that this object has used;
-            0 for a cache that holds nothing.
+    Disk errors are reported in `notes`, once, and encoding continues without the cache. Above `limit_bytes` the least
+    recently used files are removed, except those that this object has used; 0 stores nothing.
     """
 
     def __init__(self, folder: Path, *, limit_bytes: int) -> None:
@@ -114,11 +91,9 @@ class EncodingCache:
 
     @contextlib.contextmanager
     def entries(self, encoder: str, *, title: str = "") -> Iterator[CacheEntries]:
-        """The entries of one encoder; what was put is on disk when the context ends, however it ends.
+        """Context with the entries of one encoder, by its digest; new ones are on disk when it exits, also on errors.
 
-        Args:
-            encoder: digest of what encodes: weights, kind, dtype, version of the code.
-            title: its name, for people who list the cache.
+        `title` is the encoder's name, for people who list the cache.
         """
         if not is_digest(encoder):
             raise ValueError(f"the digest of an encoder must be 64 hexadecimal digits, got {encoder!r}")
@@ -132,7 +107,7 @@ class EncodingCache:
             self._keep_limit()
 
     def summary(self) -> list[EncoderSummary]:
-        """What the cache holds, the encoder used last first."""
+        """Every encoder in the cache, the most recently used first."""
         found = []
         for folder in self._folders():
             files = list(named_files(folder, _SHARD_NAME))
@@ -156,10 +131,7 @@ class EncodingCache:
         return sorted(found, key=lambda one: -one.last_used)
 
     def clear(self, *, unused_days: float = 0.0) -> Cleared:
-        """Remove what was not used for a number of days, everything by default.
-
-        Files that the system does not let go of (on Windows those in use) stay.
-        """
+        """Remove files not used for a number of days, all by default; files in use on Windows stay."""
         before = time.time() - unused_days * 86400
         files = size = 0
         for folder in self._folders():
@@ -178,7 +150,6 @@ class EncodingCache:
         return Cleared(files, size)
 
     def _folders(self) -> list[Path]:
-        """The folders of encoders."""
         try:
             with os.scandir(self.folder) as entries:
                 return sorted(
@@ -205,7 +176,7 @@ class EncodingCache:
         return shards
 
     def _write(self, encoder: str, title: str, entries: Mapping[str, Mapping[str, Tensor]]) -> Shard | None:
-        """A new shard, after which the limit is kept; None if it cannot be written."""
+        """Write a shard, then enforce the limit; None if it cannot be written."""
         folder = self.folder / encoder
         if not self._can_write or folder.is_symlink():
             return None
@@ -237,7 +208,7 @@ class EncodingCache:
     def _keep_limit(self) -> None:
         """Remove the least recently used shards beyond the limit, except those that this object has used.
 
-        Those of encoders whose entries are open stay until then: some of them will still be read.
+        Encoders whose entries are open are skipped: some of theirs will still be read.
         """
         if not self._written:
             return
@@ -269,10 +240,9 @@ class EncodingCache:
 
 
 class CacheEntries:
-    """The entries of one encoder, from `EncodingCache.entries`; for one thread.
+    """The entries of one encoder, from `EncodingCache.entries`; not thread-safe.
 
-    Attributes:
-        hits, misses: calls of `get` that found an entry, or none.
+    `hits` and `misses` count calls of `get`.
     """
 
     def __init__(self, cache: EncodingCache, encoder: str, title: str) -> None:
@@ -289,14 +259,11 @@ class CacheEntries:
             self._add(shard)
 
     def __len__(self) -> int:
-        """Number of keys with an entry, of which some may turn out to be damaged."""
+        """Number of keys with an entry, some of which may turn out to be damaged."""
         return len(self._places.keys() | self._waiting.keys())
 
     def get(self, key: str) -> Mapping[str, Tensor] | None:
-        """The tensors of an entry, memory-mapped; None if there is none, or none that is undamaged.
-
-        They are for reading: a tensor that was changed in place counts as damaged the next time.
-        """
+        """The tensors of an entry, memory-mapped and not to be changed in place; None if it is missing or damaged."""
         if (waiting := self._waiting.get(key)) is not None:
             self.hits += 1
             return {name: tensor.clone() for name, tensor in waiting.items()}
@@ -305,7 +272,7 @@ class CacheEntries:
             shard = places[-1]
             try:
                 tensors = shard.read(key)
-            except OSError:  # another process has removed it, or it cannot be read any more
+            except OSError:  # removed by another process, or unreadable
                 places.pop()
             except ValueError as error:
                 places.pop()
@@ -319,16 +286,10 @@ class CacheEntries:
         return None
 
     def put(self, key: str, tensors: Mapping[str, Tensor]) -> None:
-        """Add an entry, in place of one with this key.
+        """Add or replace an entry, copying its tensors (from any device); `key` is from `key_of`.
 
-        It is written with others, once `SHARD_BYTES` or `SHARD_SECONDS` are collected or the context ends.
-
-        Args:
-            key: from `key_of`.
-            tensors: by name, on any device; copied.
-
-        Raises:
-            ValueError: the key is no digest, or a name is not made of letters, digits, `_`, `.` and `-`.
+        It is written with others, after `SHARD_BYTES` or `SHARD_SECONDS` or when the context exits. ValueError for a
+        key that is not a digest, or names with other characters than letters, digits, `_`, `.` and `-`.
         """
         check_entry(key, tensors)
         if not self._waiting:
@@ -342,7 +303,7 @@ class CacheEntries:
             self.flush()
 
     def flush(self) -> None:
-        """Write what was put."""
+        """Write pending entries."""
         waiting, self._waiting, self._waiting_bytes = self._waiting, {}, 0
         if waiting and (shard := self._cache._write(self._encoder, self._title, waiting)) is not None:
             self._touched[shard.path] = time.time()
@@ -362,20 +323,16 @@ class CacheEntries:
 
 
 def key_of(**values: object) -> str:
-    """SHA-256 of values as canonical JSON, 64 hex digits.
+    """SHA-256 of keyword values as canonical JSON, 64 hex digits.
 
-    Values are what JSON has (text, numbers, lists, objects by text); tuples count as lists. Others raise TypeError, and
-    numbers that are not finite ValueError.
+    Tuples count as lists. TypeError for values that JSON lacks, ValueError for numbers that are not finite.
     """
     text = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def default_cache(limit_gib: float = DataConfig.cache_limit) -> EncodingCache:
-    """The user's cache: in `$LORASMITH_CACHE_DIR`, or lorasmith in the system's folder for caches.
-
-    Without either, as the user has no home, it holds nothing.
-    """
+    """The user's cache in `$LORASMITH_CACHE_DIR` or the system's cache folder; disabled without a home folder."""
     limit_bytes = int(limit_gib * 2**30)
     if given := os.environ.get(FOLDER_VARIABLE, ""):
         return EncodingCache(Path(given) / "encodings", limit_bytes=limit_bytes)

@@ -1,7 +1,7 @@
-"""What to look at in a folder of images before training on it: each finding with its pictures and a remedy.
+"""What to check in a folder of images before training on it: each finding with its pictures and a remedy.
 
-The rules take facts about the pictures and read no file. They are silent about what is usual: captions of a subject
-that begin alike, pictures that are reduced, a few pixels that a crop takes.
+The rules take facts about the pictures and read no files. They ignore what is usual: captions of a subject that begin
+alike, pictures that are reduced, a few pixels that a crop removes.
 """
 
 from __future__ import annotations
@@ -44,12 +44,7 @@ _SHARED_FROM = 4
 
 @dataclass(frozen=True)
 class TokenLimit:
-    """What a model's text encoder reads of a caption.
-
-    Attributes:
-        encoder: name of the model and its encoder, for sentences.
-        longest: number of tokens that it was made for.
-    """
+    """Longest caption in tokens that a model's text encoder was trained with; `encoder` names both in messages."""
 
     encoder: str
     longest: int
@@ -57,29 +52,17 @@ class TokenLimit:
 
 @dataclass(frozen=True)
 class CheckedImage:
-    """An image and what was found out about it.
-
-    Attributes:
-        file: the image.
-        name: its path relative to the folder, with slashes.
-        bucket: width and height at which it is trained.
-        crop: the part of it that is trained: left, top, right and bottom in pixels of the upright picture.
-        scale: factor by which that part is enlarged, at the largest size of several.
-        largest: width and height of that size.
-        quality: what was measured of its pixels.
-        has_empty_caption: whether it has a caption file that is empty.
-        tokens: of its caption, if a tokenizer was given.
-    """
+    """An image and what was measured of it."""
 
     file: ImageFile
-    name: str
-    bucket: tuple[int, int]
-    crop: tuple[float, float, float, float]
-    scale: float
-    largest: tuple[int, int]
+    name: str  # path relative to the folder, with slashes
+    bucket: tuple[int, int]  # width, height at which it is trained
+    crop: tuple[float, float, float, float]  # trained part, in pixels of the upright picture: left, top, right, bottom
+    scale: float  # enlargement of that part at its largest size
+    largest: tuple[int, int]  # that size: width, height
     quality: PictureQuality
-    has_empty_caption: bool = False
-    tokens: int | None = None
+    has_empty_caption: bool = False  # its caption file is empty
+    tokens: int | None = None  # of its caption, if a tokenizer was passed
 
     @property
     def kept(self) -> float:
@@ -89,28 +72,21 @@ class CheckedImage:
 
     @property
     def is_captioned(self) -> bool:
-        """Whether somebody wrote a caption for it."""
+        """Whether it has a caption of its own."""
         return self.file.caption_source in ("file", "metadata")
 
     @property
     def size(self) -> str:
-        """Width and height of the picture in words."""
         return _size((self.file.width, self.file.height))
 
 
 @dataclass(frozen=True)
 class LookAlikes:
-    """Pictures of which one would do.
+    """Near-duplicates, as indices of images."""
 
-    Attributes:
-        best: index of the one to keep: sharp, the largest, with a caption if there is one.
-        others: indices of the others, ascending.
-        copies: those of the others whose files have the content of another one of the group, each with that one.
-    """
-
-    best: int
-    others: tuple[int, ...]
-    copies: tuple[tuple[int, int], ...] = ()
+    best: int  # the one to keep: sharp, large, captioned
+    others: tuple[int, ...]  # ascending
+    copies: tuple[tuple[int, int], ...] = ()  # each of `others` with the content of another member, and that member
 
     @property
     def members(self) -> tuple[int, ...]:
@@ -120,25 +96,16 @@ class LookAlikes:
 
 @dataclass(frozen=True)
 class Finding:
-    """Something to look at.
-
-    Attributes:
-        kind: what it is.
-        problem: a sentence without its full stop.
-        examples: names of the first images or files concerned, with a detail of each.
-        remedy: what to do, in the imperative.
-        images: indices of the images concerned; empty if it concerns none alone.
-    """
+    """A possible problem of a data set."""
 
     kind: FindingKind
-    problem: str
-    examples: str
-    remedy: str
-    images: tuple[int, ...] = ()
+    problem: str  # a sentence without its full stop
+    examples: str  # names of the first images or files concerned, with details
+    remedy: str  # in the imperative
+    images: tuple[int, ...] = ()  # indices; empty if no single image is concerned
 
     @property
     def sentence(self) -> str:
-        """Problem, examples and remedy, without a full stop."""
         return f"{self.problem}{': ' if self.examples else ''}{self.examples}; {self.remedy}"
 
 
@@ -152,16 +119,10 @@ def found_in(
     trigger: str = "",
     upscale: bool = True,
 ) -> tuple[Finding, ...]:
-    """The findings about the images of a folder, the gravest kinds first.
+    """The findings about the images of a folder, the most serious kinds first.
 
-    Args:
-        images: all images.
-        skipped: name and reason of each file that is not used.
-        missing: images without a caption of their own.
-        alike: groups of pictures of which one would do.
-        limit: of captions, where their tokens were counted.
-        trigger: phrase in front of captions that lack it.
-        upscale: whether small pictures are enlarged.
+    `skipped` has names and reasons, `missing` the images without a caption of their own; `limit` is given where tokens
+    were counted.
     """
     return (
         *_unused(skipped),
@@ -175,7 +136,7 @@ def found_in(
 
 
 def tags_of(caption: str) -> list[str]:
-    """The parts of a caption between commas, without empty ones."""
+    """The comma-separated parts of a caption, without empty ones."""
     return [tag for part in caption.split(",") if (tag := one_line(part))]
 
 
@@ -190,7 +151,7 @@ _UNUSED: dict[ReasonKind, str] = {
     "folder": "folders",
     "link": "links out of the folder",
 }
-"""Reasons for which files and folders are not used, after their number."""
+"""Why files and folders are not used, a clause after their number."""
 
 
 def _unused(skipped: Sequence[tuple[str, Reason]]) -> Iterator[Finding]:
@@ -282,7 +243,7 @@ def _repeated(images: Sequence[CheckedImage], alike: Sequence[LookAlikes]) -> It
 def _captions(images: Sequence[CheckedImage], missing: Sequence[Path], trigger: str) -> Iterator[Finding]:
     paths = set(missing)
     empty = _those(images, lambda one: one.file.path in paths and one.has_empty_caption)
-    # A trigger or the name of a folder is a caption.
+    # A trigger or a folder name counts as a caption.
     lacking = _those(
         images,
         lambda one: one.file.path in paths and one.file.caption_source == "none" and not one.has_empty_caption,
@@ -348,7 +309,7 @@ def _shared_tags(images: Sequence[CheckedImage], trigger: str) -> Iterator[Findi
     if len(written) < max(_SHARED_FROM, len(subjects)):
         return
     everywhere = set.intersection(*({tag.casefold() for tag in tags} for tags in written))
-    # The trigger is what the LoRA is called by, and a first tag that all share names its subject.
+    # The trigger invokes the LoRA, and a first tag that all share names its subject.
     named = one_line(trigger).casefold()
     first = {next((tag for tag in map(str.casefold, tags) if tag != named), "") for tags in written}
     everywhere -= {named, *(first if len(first) == 1 else ())}
@@ -363,7 +324,6 @@ def _shared_tags(images: Sequence[CheckedImage], trigger: str) -> Iterator[Findi
 
 
 def _those(images: Sequence[CheckedImage], are: Callable[[CheckedImage], bool]) -> tuple[int, ...]:
-    """Indices of the images that are so."""
     return tuple(index for index, one in enumerate(images) if are(one))
 
 
@@ -388,7 +348,7 @@ def _listed(
 
 
 def _joined(texts: Sequence[str], *, of: int | None = None) -> str:
-    """Some of the texts, separated by commas, and the number of the others."""
+    """The first texts, comma-separated, and the number of the others."""
     total = len(texts) if of is None else of
     shown = _LISTED if total > _LISTED + 1 else total  # "and 1 more" is as long as a name
     more = total - shown

@@ -9,7 +9,7 @@
                           caption if there is neither a caption file nor a trigger
 
 Hidden files and folders are ignored, and so is everything that is not an image; other folders are listed as skipped, or
-read as well with `recursive`. `folder_listing.py` knows what is where, this module what becomes of it.
+read as well with `recursive`. `folder_listing.py` lists the files, this module checks and combines them.
 """
 
 from __future__ import annotations
@@ -33,71 +33,46 @@ from lorasmith.data.image_files import ImageError, file_digest, image_size, imag
 from lorasmith.data.source_files import Candidate, candidates
 from lorasmith.data.sources import ImageSource
 
-MIN_EDGE = 16
-"""Minimum of an image's shorter edge in pixels."""
+MIN_EDGE = 16  # of the shorter edge, in pixels
 
-MAX_ASPECT = 8
-"""Maximum ratio of an image's longer to its shorter edge, beyond which a crop or bucket keeps too little."""
+MAX_ASPECT = 8  # longer to shorter edge; beyond that a crop or bucket keeps too little
 
 CaptionSource = Literal["file", "metadata", "filename", "trigger", "folder", "class", "none"]
 
 
 @dataclass(frozen=True)
 class ImageFile:
-    """An image that can be trained on.
-
-    Attributes:
-        path: the file.
-        width, height: of the upright picture, in pixels.
-        caption: for the text encoder, trigger included, without what is drawn; may be empty.
-        caption_source: origin of the caption, the trigger aside.
-        repeats: number of its occurrences in an epoch.
-        captions: each caption as its source has it, of which one is drawn; empty for none.
-        weight: of its loss.
-        mask: file of its mask, where `masks` is files and there is one.
-        is_class: whether it shows the subject's class, for prior preservation.
-        digest: SHA-256 of the file when it was scanned; empty if unknown.
-        frames: of a clip; 0 for a picture.
-        rate: its frames a second; 0 for a picture.
-    """
+    """An image or clip that can be trained on, `width` × `height` px when upright."""
 
     path: Path
     width: int
     height: int
-    caption: str
-    caption_source: CaptionSource
-    repeats: int = 1
-    captions: tuple[str, ...] = ()
-    weight: float = 1.0
-    mask: Path | None = None
-    is_class: bool = False
-    digest: str = ""
-    frames: int = 0
-    rate: float = 0.0
+    caption: str  # for the text encoder, with the trigger, without randomness; may be empty
+    caption_source: CaptionSource  # the trigger aside
+    repeats: int = 1  # occurrences in an epoch
+    captions: tuple[str, ...] = ()  # verbatim, one of which is drawn; empty for none
+    weight: float = 1.0  # of its loss
+    mask: Path | None = None  # with masks files only
+    is_class: bool = False  # shows the subject's class, for prior preservation
+    digest: str = ""  # SHA-256 when it was scanned; empty if unknown
+    frames: int = 0  # of a clip; 0 for a picture
+    rate: float = 0.0  # frames per second of a clip; 0 for a picture
 
     @property
     def name(self) -> str:
-        """The file's name as text: bytes of it that are none are question marks."""
+        """The file's name as text; undecodable bytes are question marks."""
         return self.path.name.encode("utf-8", "replace").decode()
 
 
 @dataclass(frozen=True, repr=False)
 class FolderScan:
-    """The content of a folder, or of several sources.
+    """The content of a folder, or of several sources."""
 
-    Attributes:
-        images: usable images in natural order (`2.png` before `10.png`), those of subfolders last.
-        skipped: unused files and folders, with reason and remedy.
-        missing_captions: usable images for which there should be a caption and is none, or an empty one.
-        notes: other remarks for the user, one sentence each.
-        refused: the image files among `skipped`.
-    """
-
-    images: tuple[ImageFile, ...]
-    skipped: tuple[tuple[Path, Reason], ...]
-    missing_captions: tuple[Path, ...]
-    notes: tuple[str, ...]
-    refused: tuple[Candidate, ...] = field(default=(), compare=False)
+    images: tuple[ImageFile, ...]  # in natural order (`2.png` before `10.png`), those of subfolders last
+    skipped: tuple[tuple[Path, Reason], ...]  # unused files and folders, with reason and remedy
+    missing_captions: tuple[Path, ...]  # usable images that should have a caption and have none, or an empty one
+    notes: tuple[str, ...]  # other remarks for the user, one sentence each
+    refused: tuple[Candidate, ...] = field(default=(), compare=False)  # the image files among `skipped`
 
     def __repr__(self) -> str:
         counts = {
@@ -110,11 +85,7 @@ class FolderScan:
         return f"FolderScan({', '.join(shown)})"
 
     def of_pictures(self) -> FolderScan:
-        """The scan for a model of pictures: videos are left out, animations are their first picture.
-
-        Raises:
-            DataError: only videos are left.
-        """
+        """The scan without videos, animations as their first picture. DataError if only videos are left."""
         images = tuple(replace(one, frames=0, rate=0.0) for one in self.images if not is_video(one.path))
         videos = [one.path for one in self.images if is_video(one.path)]
         if not images:
@@ -125,15 +96,7 @@ class FolderScan:
 
 
 def scan_folder(path: str | os.PathLike[str], config: DataConfig | None = None, *, clips: bool = False) -> FolderScan:
-    """Scan a folder, or another path that an `ImageSource` has.
-
-    Args:
-        path: the folder.
-        config, clips: as for `scan_sources`.
-
-    Raises:
-        DataError: as `scan_sources`.
-    """
+    """Scan a single `ImageSource` path; see `scan_sources`."""
     return scan_sources([ImageSource(os.fspath(path))], config, clips=clips)
 
 
@@ -145,20 +108,12 @@ def scan_sources(
     cache: Path | None = None,
     clips: bool = False,
 ) -> FolderScan:
-    """Scan sources of images; every image file is read once to check it, none is kept in memory.
+    """Scan sources of images in order; every image file is read once to check it, none is kept in memory.
 
-    An image that cannot be used is skipped with the reason, also where that is its caption or its mask.
-
-    Args:
-        sources: in this order.
-        config: settings.
-        is_class: whether they show the subject's class. Such images have no trigger; those without a caption of their
-            own have `class_prompt`.
-        cache: folder for the images of datasets that `datasets` saved.
-        clips: whether videos and animations are clips; else videos are skipped, and animations are their first picture.
-
-    Raises:
-        DataError: a source is missing or cannot be read, or there is no usable image.
+    An image that cannot be used, or whose caption or mask cannot, is skipped with the reason. With `is_class` the
+    images show the subject's class: they have no trigger, and those without a caption have `class_prompt`. `cache` is
+    the folder for the images of saved `datasets`. Without `clips`, videos are skipped and animations are their first
+    picture. DataError if a source is missing or cannot be read, or there is no usable image.
     """
     config = config or DataConfig()
     rules = CaptionRules.of(config, is_class=is_class)
@@ -202,25 +157,13 @@ def scan_sources(
 
 
 def checked_again(refused: Candidate, config: DataConfig) -> ImageFile | Reason:
-    """An image that a scan refused, if nothing but its file's format was in the way; else the reason.
-
-    Args:
-        refused: of the scan.
-        config: with which it was scanned.
-    """
+    """An image that a scan refused only for its file format; else the reason why it was refused."""
     checked = _checked(refused, config, CaptionRules.of(config, is_class=False), is_class=False, any_format=True)
     return checked if isinstance(checked, Reason) else checked.image
 
 
 def has_videos(sources: Sequence[ImageSource], config: DataConfig, *, cache: Path | None = None) -> bool:
-    """Whether there are videos in sources, by their names alone.
-
-    Args:
-        sources, config, cache: as for `scan_sources`.
-
-    Raises:
-        DataError: a source is missing or cannot be read.
-    """
+    """Whether sources contain videos, by file name only. Raises DataError for a source that cannot be read."""
     return any(
         is_video(one.path)
         for source in sources
@@ -230,25 +173,16 @@ def has_videos(sources: Sequence[ImageSource], config: DataConfig, *, cache: Pat
 
 @dataclass(frozen=True, slots=True)
 class _Checked:
-    """A usable image.
-
-    Attributes:
-        image: the image.
-        is_missing: whether it has no caption where there should be one.
-        is_latin_1: whether its caption file is read as latin-1.
-        differs: whether caption file and metadata file differ.
-    """
-
     image: ImageFile
-    is_missing: bool
-    is_latin_1: bool
-    differs: bool
+    is_missing: bool  # it has no caption and should have one
+    is_latin_1: bool  # its caption file was read as latin-1
+    differs: bool  # caption file and metadata file differ
 
 
 def _checked(
     found: Candidate, config: DataConfig, rules: CaptionRules, *, is_class: bool, any_format: bool = False
 ) -> _Checked | Reason:
-    """An image, read and given its captions; or why it is skipped."""
+    """An image with its captions; or why it is skipped."""
     if found.barred:
         return found.barred
     file = None
@@ -307,13 +241,13 @@ _MISSING: dict[CaptionOrigin, frozenset[CaptionSource]] = {
     "folder": frozenset(("trigger", "none")),
     "none": frozenset(),
 }
-"""What a caption is where there should be one and is none."""
+"""Caption sources that count as missing, by setting."""
 
 
 def _captions(
     found: Candidate, own: tuple[str, ...], origin: CaptionSource, config: DataConfig, is_class: bool
 ) -> tuple[tuple[str, ...], CaptionSource]:
-    """The captions of an image and their origin, given those in files, and theirs."""
+    """The captions of an image and their origin; `own` are those in files, from `origin`."""
     folder = found.folder
     match config.captions:
         case "files" if own:
@@ -344,7 +278,7 @@ def _size_fault(width: int, height: int) -> str:
 
 
 def _mask_fault(mask: Path, width: int, height: int) -> str:
-    """Why a mask cannot be used: it cannot be read, or has another shape than the picture, so is of another one."""
+    """Why a mask cannot be used: it cannot be read, or its aspect is not the picture's. Empty if it can."""
     try:
         across, down = image_size(mask)
     except ImageError as error:
@@ -361,9 +295,9 @@ T = TypeVar("T")
 
 
 def _each(items: Sequence[Candidate], function: Callable[[Candidate], T]) -> Iterator[T]:
-    """`function` of each item in order, computed by several threads: Pillow decodes without Python's lock.
+    """`function` of each item in order, in threads: Pillow decodes without the GIL.
 
-    Few items are ahead, so that an interrupted scan ends soon.
+    Few items are submitted ahead, so that an interrupted scan ends soon.
     """
     image_suffixes()  # Pillow's readers are registered before several threads ask for them
     workers = max(1, min(4, os.cpu_count() or 1))
@@ -374,7 +308,7 @@ def _each(items: Sequence[Candidate], function: Callable[[Candidate], T]) -> Ite
 
 
 def _remark_links(image: Candidate, remarks: Remarks) -> None:
-    """Say which files are read from elsewhere: links are usual, but a stranger's file may be one as well."""
+    """Report files read from outside the folder: links are usual, but may also come with an untrusted folder."""
     mask = image.mask.name if image.mask and str(image.mask.parent) == image.folder.path else None
     for name in filter(None, (image.name, image.caption_file, mask)):
         if real := image.folder.outside(name):
@@ -382,7 +316,6 @@ def _remark_links(image: Candidate, remarks: Remarks) -> None:
 
 
 def _remark_repetition(found: Sequence[Candidate], remarks: Remarks) -> None:
-    """Say which images are in more than one source."""
     seen: set[tuple[str, str]] = set()
     real: dict[str, str] = {}
     for one in found:

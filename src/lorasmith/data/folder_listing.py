@@ -1,4 +1,4 @@
-"""What a folder of images holds, by name alone: images, caption files, masks and metadata files of each folder.
+"""What a folder of images holds, by name only: images, caption files, masks and metadata files of each folder.
 
 Names stay text until an image is used: listing 100,000 of them takes about a second.
 """
@@ -46,71 +46,52 @@ LINK = Reason("is a link out of its folder, which is read with --follow-links al
 """Why a file or folder is left out."""
 
 SET_APART = ("duplicates", "unused")
-"""Folders in which a mended folder keeps what is not trained on; each has a file `REASONS`."""
+"""Folders in a mended folder that are not trained on; each has a file `REASONS`."""
 
 REASONS = "REASONS.txt"
 
-CHANGES = "CHANGES.txt"
-"""The file in a mended folder that says what was done to each file."""
+CHANGES = "CHANGES.txt"  # in a mended folder: what was done to each file
 
-Skipped = list[tuple[Path, Reason]]
-"""Files and folders that are not used, each with reason and remedy."""
+Skipped = list[tuple[Path, Reason]]  # unused files and folders, with reason and remedy
 
 
 @dataclass(slots=True)
 class ListedFolder:
-    """The names in a folder.
+    """The names in a folder."""
 
-    Attributes:
-        path: the folder, as the caller named it or inside of that.
-        inside: its path relative to the source, with slashes; empty for the source itself.
-        repeats: of the nearest folder that gives them in its name.
-        caption: the rest of that name; empty without one.
-        images: names of image files in natural order, without masks.
-        captions: stem → caption files, the preferred one first.
-        masks: stem → names of masks (`stem.mask.png`).
-        metadata: names of metadata files.
-        links: names that are links.
-        foreign: names of pictures in formats that are not read, with reasons.
-        source: the source itself, links resolved.
-        follow_links: whether files outside of the source are read.
-        is_inside: whether it is inside of the source when links are resolved.
-    """
-
-    path: str
-    inside: str
-    source: Path
+    path: str  # as the caller named it, or a folder inside
+    inside: str  # path relative to the source, with slashes; empty for the source itself
+    source: Path  # with links resolved
     follow_links: bool
-    repeats: int = 1
-    caption: str = ""
-    images: list[str] = field(default_factory=list)
-    captions: dict[str, list[str]] = field(default_factory=dict)
-    masks: dict[str, list[str]] = field(default_factory=dict)
+    repeats: int = 1  # from the name of the nearest folder that has them
+    caption: str = ""  # the rest of that name
+    images: list[str] = field(default_factory=list)  # in natural order, without masks
+    captions: dict[str, list[str]] = field(default_factory=dict)  # by stem, the preferred file first
+    masks: dict[str, list[str]] = field(default_factory=dict)  # `stem.mask.png`, by stem
     metadata: list[str] = field(default_factory=list)
-    links: set[str] = field(default_factory=set)
-    foreign: Skipped = field(default_factory=list)
-    is_inside: bool = field(init=False)
+    links: set[str] = field(default_factory=set)  # names that are links
+    foreign: Skipped = field(default_factory=list)  # pictures in formats that are not read
+    is_inside: bool = field(init=False)  # inside the source when links are resolved
 
     def __post_init__(self) -> None:
         self.is_inside = _resolved(self.path).is_relative_to(self.source)
 
     def file(self, name: str) -> Path:
-        """The path of a file in it."""
         return Path(self.path, name)
 
     def outside(self, name: str) -> str | None:
-        """Where a file of it is, if that is outside of the source because of a link."""
+        """The resolved path of a file that a link leads out of the source; else None."""
         if name not in self.links and self.is_inside:
             return None
         real = _resolved(str(self.file(name)))
         return None if real.is_relative_to(self.source) else str(real)
 
     def refuses(self, name: str) -> bool:
-        """Whether a file or folder of it is a link that is not followed."""
+        """Whether a name is a link out of the source that is not followed."""
         return not self.follow_links and self.outside(name) is not None
 
     def key(self, name: str) -> str:
-        """The path of a file in it relative to the source."""
+        """The path of a file relative to the source."""
         return f"{self.inside}/{name}" if self.inside else name
 
 
@@ -124,20 +105,12 @@ def list_folders(
     follow_links: bool = False,
     clips: bool = False,
 ) -> Iterator[ListedFolder]:
-    """A folder and those inside of it that are read, each one once, in natural order.
+    """A folder and the folders inside it that are read, each once, in natural order.
 
-    Args:
-        root: the folder.
-        recursive: whether all folders are read, instead of only those named `<repeats>_<name>` in `root`.
-        masks: whether `*.mask.*` are masks also where there is no picture for them.
-        mask_folder: a folder that holds no images to train on, and is passed over, as those in `SET_APART` and the
-            folders of runs are.
-        skipped: receives folders that are not read.
-        follow_links: whether folders outside of `root` are read, and files there are not refused.
-        clips: whether videos are listed among the images.
-
-    Raises:
-        DataError: `root` is missing, is a file, or cannot be read.
+    Without `recursive` those are the folders in `root` named `<repeats>_<name>`. `mask_folder`, the folders in
+    `SET_APART` and those of runs are omitted. With `masks`, `*.mask.*` are masks even without a picture of that name.
+    With `follow_links` folders and files outside `root` are read; with `clips` videos are among the images. `skipped`
+    receives folders that are not read. DataError if `root` is missing, is a file, or cannot be read.
     """
 
     def skip(folder: Path, reason: str) -> None:
@@ -189,7 +162,7 @@ def list_folders(
 
 
 def foreign_reason(suffix: str) -> Reason | None:
-    """Why a picture with this suffix, in lower case with its dot, is not read; None if it is, or is no picture."""
+    """Why pictures with this suffix (lower case, with dot) are not read; None if they are, or it is not a picture's."""
     if suffix in VIDEO_SUFFIXES:
         return NO_CLIPS
     if suffix not in _FOREIGN_SUFFIXES or suffix in image_suffixes():
@@ -200,18 +173,18 @@ def foreign_reason(suffix: str) -> Reason | None:
 
 
 def reader_install(suffix: str) -> str:
-    """The command after which pictures with this suffix are read; empty if there is none, or they are read already."""
+    """The command that installs a reader for this suffix; empty if there is none or it is installed."""
     missing = suffix in _HEIC_SUFFIXES and suffix not in image_suffixes()
     return 'pip install "lorasmith[heic]"' if missing else ""
 
 
 def name_without_repeats(name: str) -> str:
-    """The name of a folder, without the number that kohya's folders begin with."""
+    """The name of a folder without kohya's leading number."""
     return (_repeats(name) or (0, one_line(name)))[1]
 
 
 def stem_of(name: str) -> str:
-    """The name of a file without its suffix, as `Path.stem`, which takes ten times as long."""
+    """The name of a file without its suffix; ten times faster than `Path.stem`."""
     return name.rpartition(".")[0] or name
 
 
@@ -220,7 +193,7 @@ def _suffix(name: str) -> str:
 
 
 def _list(listed: ListedFolder, *, masks: bool, clips: bool) -> list[str]:
-    """Fill in the names of a folder; those of its subfolders are returned. Hidden ones are left out."""
+    """Fill in the names of a folder and return those of its subfolders. Hidden ones are omitted."""
     readable = image_suffixes() | (set(VIDEO_SUFFIXES) if clips else set())
     folders: list[str] = []
     files: list[str] = []
@@ -256,7 +229,7 @@ def _list(listed: ListedFolder, *, masks: bool, clips: bool) -> list[str]:
 
 
 def _is_run(path: Path) -> bool:
-    """Whether a folder is that of a run, whose previews are no images to train on."""
+    """Whether a folder is a run's, whose previews are not training images."""
     return is_regular(path / RUN_RECORD) and is_regular(path / RUN_LOG)
 
 
@@ -268,7 +241,7 @@ def _resolved(path: str) -> Path:
 
 
 def _identity(path: str) -> tuple[int, int] | str:
-    """What a folder is, however it is named."""
+    """Identifies a folder, whatever path leads to it."""
     try:
         status = Path(path).stat()
     except (OSError, ValueError):
@@ -283,7 +256,7 @@ def _repeats(name: str) -> tuple[int, str] | None:
 
 
 def natural_order(name: str) -> tuple[list[str | int], str]:
-    """Sort key with digits as numbers; the plain name breaks ties such as `1.png` and `01.png`."""
+    """Sort key that compares digits as numbers; the name itself breaks ties such as `1.png` and `01.png`."""
     pieces: list[str | int] = [*_DIGITS.split(name.casefold())]  # every second one is a number
     pieces[1::2] = map(int, pieces[1::2])
     return pieces, name

@@ -1,4 +1,4 @@
-"""What a scan says besides its images: remarks of one kind in one sentence, with their number and an example."""
+"""Remarks of a scan: those of one kind in one sentence, with their number and an example."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import Enum
 
 
 class Remark(Enum):
-    """A kind of remark: the start of its sentence for one and for several, and the rest of it."""
+    """A kind of remark: the start of its sentence in singular and plural, and the rest of it."""
 
     LATIN_1 = (
         "caption file is",
@@ -66,19 +66,12 @@ class Remarks:
         self._found: dict[Remark, tuple[int, str]] = {}
 
     def add(self, kind: Remark, example: str, count: int = 1) -> None:
-        """Count remarks of a kind, whose first example is kept.
-
-        Args:
-            kind: the kind.
-            example: what stands in its sentence.
-            count: number of remarks; none for 0.
-        """
+        """Count remarks of a kind, of which the first example is kept."""
         if count:
             before, first = self._found.get(kind, (0, example))
             self._found[kind] = (before + count, first)
 
     def sentences(self) -> tuple[str, ...]:
-        """One for each kind that there is, in the order of their declaration."""
         return tuple(_sentence(kind, *self._found[kind]) for kind in Remark if kind in self._found)
 
 

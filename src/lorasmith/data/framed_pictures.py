@@ -1,6 +1,6 @@
 """One image file or clip as the pixels and masks of its framings.
 
-The file is read once: its digest, its pixels and its transparency are of the same bytes.
+The file is read once, so digest, pixels and transparency are of the same bytes.
 """
 
 from __future__ import annotations
@@ -23,15 +23,10 @@ from lorasmith.data.image_files import ImageError, open_layers, read_image, to_t
 
 @dataclass(frozen=True)
 class FramedPicture:
-    """A framing of an image file.
+    """A framing of an image file as tensors."""
 
-    Attributes:
-        pixels: fp32 (3, [frames,] height, width) in [−1, 1].
-        inside: fp32 (height, width) of the latents in [0, 1], how much of each is inside of the mask; None without one.
-    """
-
-    pixels: Tensor
-    inside: Tensor | None
+    pixels: Tensor  # fp32 (3, [frames,] height, width) in [−1, 1]
+    inside: Tensor | None  # fp32 (height, width) of the latents: share of each inside the mask
 
 
 def framed(
@@ -43,18 +38,9 @@ def framed(
     downscale: int,
     numbers: Sequence[int] = (),
 ) -> list[FramedPicture]:
-    """The framings of an image file.
+    """The framings of an image file; `downscale` is pixels per latent, `numbers` are the frames of a clip.
 
-    Args:
-        image: as it was scanned.
-        digest: SHA-256 of the file when its framings were chosen.
-        framings: of its size.
-        config: says where its mask is.
-        downscale: pixels per latent.
-        numbers: of the frames of a clip; none for a picture.
-
-    Raises:
-        ImageError: the file or its mask can no longer be read, or the file has changed since it was scanned.
+    ImageError if the file or its mask can no longer be read, or the file's SHA-256 is not `digest`.
     """
     content = read_image(image.path)
     if hashlib.sha256(content).hexdigest() != digest:
@@ -82,10 +68,7 @@ def framed(
 
 
 def mask_of(image: ImageFile, config: DataConfig) -> Image.Image | None:
-    """The mask of an image in mode L, white inside; None without one, and for the transparency of a clip.
-
-    Raises ImageError if a file cannot be read.
-    """
+    """The mask in mode L, white inside; None without one, and for a clip's transparency. Raises ImageError."""
     if config.masks == "alpha":
         return None if image.frames else open_layers(image.path)[1]
     if image.mask is None:
@@ -98,11 +81,9 @@ def mask_of(image: ImageFile, config: DataConfig) -> Image.Image | None:
 
 
 def place_weights(inside: Tensor | None, config: DataConfig) -> Tensor | None:
-    """Weights of the loss by place, fp32 (height, width); None for 1 everywhere, and where all of them would be 0.
+    """Weights of the loss by place, fp32 (height, width); None for 1 everywhere, or if all of them would be 0.
 
-    Args:
-        inside: how much of each place is inside of the mask, in [0, 1].
-        config: weights inside and outside, and whether they are divided by their mean.
+    `inside` is the share of each place inside the mask.
     """
     if inside is None:
         return None

@@ -1,4 +1,4 @@
-"""Datasets of the package `datasets` as folders of images: each picture's bytes as they are, and a `metadata.jsonl`.
+"""Datasets of the package `datasets` as folders of images: each picture's bytes unchanged, and a `metadata.jsonl`.
 
 A dataset has a column of images, and its captions in a column `text`, `caption` or `prompt`, as text or lists of text.
 Its folder is written once, and found again by the dataset's fingerprint.
@@ -37,46 +37,30 @@ def is_saved_dataset(path: Path) -> bool:
 
 
 def unpacked_folder(path: Path, cache: Path, *, follow_links: bool = False) -> Path:
-    """The folder of images of a dataset that `save_to_disk` wrote; of several splits, `train`.
+    """The folder of images, in `cache`, of a dataset that `save_to_disk` wrote; of several splits, `train`.
 
-    Pictures that are not in the dataset itself, but named by it, are left out: a stranger's dataset may name any file.
-
-    Args:
-        path: the folder that `save_to_disk` wrote.
-        cache: where folders of images are kept.
-        follow_links: whether its files may be links out of it.
-
-    Raises:
-        DataError: `datasets` is not installed, or the dataset cannot be read or has no images.
-        OutputError: the images cannot be written.
+    Pictures that the dataset references by path are left out: an untrusted dataset may reference any file. DataError if
+    `datasets` is not installed, or the dataset cannot be read or has no images; OutputError if images cannot be
+    written.
     """
     folder = _split_folder(path.resolve())
     files = [folder / name for name in (*_PARTS, *_data_files(folder))]
     if not follow_links and any(not Path(os.path.realpath(one)).is_relative_to(path.resolve()) for one in files):
         raise _unreadable(folder, f"a file of it {LINK}")
-    if "::" in str(folder) or "://" in str(folder):  # which `datasets` takes for places in a network
+    if "::" in str(folder) or "://" in str(folder):  # URLs to `datasets`
         raise DataError(f"a dataset must be in a folder without :: and :// in its path, got {folder}; move it")
     datasets = _package()
     try:
         loaded = datasets.load_from_disk(str(folder), keep_in_memory=False)
-        # A forged fingerprint must not give the images of another dataset, so the files count as well.
+        # A forged fingerprint must not select the images of another dataset, so the files count as well.
         state = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    except Exception as error:  # of any kind, from a package that reads a stranger's files
+    except Exception as error:  # of any kind, as the files are untrusted
         raise _unreadable(folder, printable(error, limit=100)) from error
     return _written(loaded, cache, state, outside=False)
 
 
 def dataset_folder(dataset: object, cache: Path) -> Path:
-    """The folder of images of a `datasets.Dataset` object, for an `ImageSource`.
-
-    Args:
-        dataset: with a column of images, and one of captions if there are any.
-        cache: where folders of images are kept.
-
-    Raises:
-        DataError: it is no such dataset, or a picture of it cannot be read.
-        OutputError: the images cannot be written.
-    """
+    """The folder, in `cache`, of a `datasets.Dataset` with a column of images. Raises DataError or OutputError."""
     if not isinstance(dataset, _package().Dataset):
         raise DataError(f"a dataset must be a datasets.Dataset, got {type(dataset).__name__}; choose a split of it")
     return _written(dataset, cache, [], outside=True)
@@ -94,7 +78,6 @@ def _package() -> Any:
 
 
 def _split_folder(folder: Path) -> Path:
-    """The folder of a split, if there are several."""
     if not is_regular(folder / _SPLITS):
         return folder
     splits = _names(folder / _SPLITS, lambda content: content["splits"])
@@ -110,7 +93,7 @@ def _data_files(folder: Path) -> list[str]:
 
 
 def _names(file: Path, listed: Callable[[Any], list[str]]) -> list[str]:
-    """Names that a file of a dataset lists. Raises DataError if one leads to elsewhere."""
+    """Files that a dataset's JSON file lists. Raises DataError if one is outside its folder."""
     try:
         names = listed(parse_foreign_json(read_regular(file)))
         if not all(Path(name).name == name != ".." for name in names):
@@ -125,7 +108,7 @@ def _unreadable(folder: Path, reason: str) -> DataError:
 
 
 def _written(dataset: Any, cache: Path, key: object, *, outside: bool) -> Path:
-    """The folder of a dataset in the cache, complete or not there."""
+    """The folder of a dataset in the cache, written completely or not at all."""
     image, text = _columns(dataset)
     identity = json.dumps([_LAYOUT, dataset._fingerprint, image, text, key])
     target = cache / f"dataset-{hashlib.sha256(identity.encode('utf-8', 'replace')).hexdigest()[:24]}"
@@ -150,7 +133,6 @@ def _written(dataset: Any, cache: Path, key: object, *, outside: bool) -> Path:
 
 
 def _columns(dataset: Any) -> tuple[str, str | None]:
-    """The columns of images and of captions."""
     datasets = _package()
     features = dict(dataset.features or {})
     images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
@@ -162,7 +144,7 @@ def _columns(dataset: Any) -> tuple[str, str | None]:
 
 
 def _write(dataset: Any, image: str, text: str | None, folder: Path, *, outside: bool) -> None:
-    """Write pictures, and `metadata.jsonl` last. Pictures without bytes are read only if they may be outside."""
+    """Write pictures, then `metadata.jsonl`. Pictures that are paths are read only if `outside`."""
     datasets = _package()
     rows = dataset.select_columns([image, *([text] if text else [])]).with_format(None)
     rows = rows.cast_column(image, datasets.Image(decode=False))
@@ -170,7 +152,7 @@ def _write(dataset: Any, image: str, text: str | None, folder: Path, *, outside:
     lines = []
     for number, row in enumerate(rows):
         content = _content(row[image] or {}, outside=outside)
-        if content is None:  # an entry without an image, which the scan names
+        if content is None:  # an entry without an image, which the scan reports
             name = f"row {number} without a picture"
         else:
             name = f"{number:0{digits}}{_suffix(content)}"
@@ -180,7 +162,6 @@ def _write(dataset: Any, image: str, text: str | None, folder: Path, *, outside:
 
 
 def _content(picture: Any, *, outside: bool) -> bytes | None:
-    """The bytes of a picture; None without any."""
     if (content := picture.get("bytes")) is not None:
         return bytes(content)
     if not outside or not picture.get("path"):
@@ -192,10 +173,10 @@ def _content(picture: Any, *, outside: bool) -> bytes | None:
 
 
 def _suffix(content: bytes) -> str:
-    """The suffix of a picture's format; PNG's for what is none, which the scan then names."""
+    """The suffix of a picture's format; `.png` for invalid pictures, which the scan then reports."""
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(content)) as picture:
             suffix = f".{(picture.format or '').lower()}"
-    except Exception:  # whatever a reader of Pillow raises for damaged bytes
+    except Exception:  # Pillow's readers raise anything for damaged bytes
         return ".png"
     return suffix if suffix in image_suffixes() else ".png"

@@ -27,12 +27,7 @@ from lorasmith.formats.hashes import sha256_file
 
 
 class ImageError(DataError):
-    """One image file cannot be used.
-
-    Attributes:
-        path: the file.
-        reason: the sentence without the file name, for lists.
-    """
+    """One image file cannot be used; `reason` is the message without the file name, for lists."""
 
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(f"{path} {reason}")
@@ -42,21 +37,13 @@ class ImageError(DataError):
 
 @dataclass(frozen=True)
 class ImageHeader:
-    """What a file says of its picture.
+    """A picture's format and mode, from the file's header."""
 
-    Attributes:
-        format: Pillow's name of the file format.
-        suffixes: usual suffixes of its files, the preferred one first; none of a format that training does not read.
-        mode: Pillow's name of the number format.
-        is_upright: whether the picture is stored as it is shown.
-        is_animated: whether it is one of several in the file.
-    """
-
-    format: str
-    suffixes: tuple[str, ...]
-    mode: str
-    is_upright: bool
-    is_animated: bool = False
+    format: str  # Pillow's name
+    suffixes: tuple[str, ...]  # the preferred one first; empty for a format that training does not read
+    mode: str  # Pillow's name of the pixel format
+    is_upright: bool  # stored as it is shown
+    is_animated: bool = False  # first of several in the file
 
 
 def image_suffixes() -> frozenset[str]:
@@ -68,10 +55,8 @@ def open_image(path: Path) -> Image.Image:
     """The picture in a file: rotated as in its EXIF data, transparency on white, 8-bit RGB.
 
     Of an animation, the first frame. 16-bit, 32-bit and floating-point greys are scaled to 8 bits. The format is
-    recognised by the content, not by the file's name.
-
-    Raises:
-        ImageError: the file is missing, empty, damaged, not an image, a single pixel, or too large.
+    recognised by the content, not by the file's name. ImageError if the file is missing, empty, damaged, not an image,
+    a single pixel, or too large.
     """
     return open_layers(path)[0]
 
@@ -81,14 +66,9 @@ def open_layers(
 ) -> tuple[Image.Image, Image.Image | None]:
     """The picture in a file as by `open_image`, and its opacity in mode L, None where it is opaque.
 
-    Args:
-        path: the file.
-        content: its bytes, if they were read already.
-        scale: at which the picture is needed. A JPEG file is decoded at a half, a quarter or an eighth of its size
-            where that is at least three times as large as needed: the difference is not seen, and it takes less time.
-
-    Raises:
-        ImageError: as `open_image`.
+    `content` are the file's bytes, if already read. `scale` is that at which the picture is needed: a JPEG file is
+    decoded at a half, a quarter or an eighth of its size where that is at least three times as large as needed, which
+    takes less time and is not visible. Raises ImageError.
     """
     with _opened(path, content) as image:
         if image.format == "JPEG" and scale < 1:
@@ -101,17 +81,9 @@ def open_layers(
 
 
 def open_reduced(path: Path, longest: int, *, grey: bool = False) -> Image.Image:
-    """The picture of `open_image`, reduced to be looked at or measured.
+    """The picture of `open_image`, reduced to at most `longest` px; in mode L if `grey`. Raises ImageError.
 
     JPEG files are decoded at a fraction of their size where that suffices, which is several times faster.
-
-    Args:
-        path: the file.
-        longest: greatest longer edge in pixels.
-        grey: return mode L instead of RGB, which is faster to decode.
-
-    Raises:
-        ImageError: as `open_image`.
     """
     with _opened(path) as image, one_at_a_time(image.size):
         if image.format == "JPEG":
@@ -130,10 +102,7 @@ def open_frames(path: Path) -> list[tuple[Image.Image, Image.Image | None]]:
     """The frames of a file (one, unless it is animated), upright, as RGB and alpha (mode L, None where opaque).
 
     Colours are those under the transparency, for separate use of both. Frames of another size than the first are
-    skipped.
-
-    Raises:
-        ImageError: as `open_image`.
+    skipped. Raises ImageError.
     """
     frames: list[tuple[Image.Image, Image.Image | None]] = []
     with _opened(path) as image:
@@ -147,15 +116,7 @@ def open_frames(path: Path) -> list[tuple[Image.Image, Image.Image | None]]:
 
 
 def open_animation(path: Path, content: bytes | None = None) -> Iterator[tuple[Image.Image, float]]:
-    """The frames of a file one after the other, as by `open_image`, with the milliseconds for which each is shown.
-
-    Args:
-        path: the file.
-        content: its bytes, if they were read already.
-
-    Raises:
-        ImageError: as `open_image`.
-    """
+    """Frames of a file one after the other, as by `open_image`, with the milliseconds each is shown."""
     with _opened(path, content) as image:
         for frame in ImageSequence.Iterator(image):
             frame.load()
@@ -186,16 +147,9 @@ def file_digest(path: Path) -> str:
 
 
 def image_size(path: Path, *, any_format: bool = False) -> tuple[int, int]:
-    """Width and height of the upright picture, after reading the whole file.
+    """Width and height of the upright picture, after reading the whole file. Raises ImageError.
 
     JPEG files are decoded at an eighth of their size, which still reads every byte and is much faster.
-
-    Args:
-        path: the file.
-        any_format: as for `open_original`.
-
-    Raises:
-        ImageError: as `open_image`.
     """
     with _opened(path, any_format=any_format) as image:
         width, height = image.size
@@ -208,18 +162,14 @@ def image_size(path: Path, *, any_format: bool = False) -> tuple[int, int]:
 
 
 def header_size(path: Path) -> tuple[int, int]:
-    """Width and height of the upright picture as the file's header has them. Raises ImageError as `open_image`."""
+    """Width and height of the upright picture, from the file's header. Raises ImageError."""
     with _opened(path) as image:
         width, height = image.size
         return (height, width) if _orientation(image) in _SIDEWAYS else (width, height)
 
 
 def image_header(path: Path, *, any_format: bool = False) -> ImageHeader:
-    """What a file says of its picture, before that is decoded; `any_format` as for `open_original`.
-
-    Raises:
-        ImageError: as `open_image`.
-    """
+    """The picture's header, without decoding the picture. Raises ImageError."""
     with _opened(path, any_format=any_format) as image:
         known = "JPEG" if image.format == "MPO" else str(image.format)  # a JPEG file with a second picture, of phones
         is_animated = known != "JPEG" and getattr(image, "n_frames", 1) > 1
@@ -227,14 +177,9 @@ def image_header(path: Path, *, any_format: bool = False) -> ImageHeader:
 
 
 def open_original(path: Path, *, any_format: bool = False) -> tuple[Image.Image, bytes | None]:
-    """The picture in a file to be saved again, upright, with its colour profile: RGB, or RGBA if it is transparent.
+    """The picture to be saved again, upright, RGB (RGBA if transparent), and its colour profile. Raises ImageError.
 
-    Args:
-        path: the file.
-        any_format: read formats as well that training does not read, such as TGA or JPEG 2000.
-
-    Raises:
-        ImageError: as `open_image`.
+    `any_format` also reads formats that training does not, such as TGA or JPEG 2000.
     """
     with _opened(path, any_format=any_format) as image:
         image.load()
@@ -251,11 +196,11 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 _LARGE_PIXELS = 2**24
 _LARGE = threading.Lock()
-"""Held while a large picture is read, of which threads would otherwise keep several in memory at a time."""
+"""Held while a large picture is read, so that threads do not keep several in memory."""
 
 
 def one_at_a_time(size: tuple[int, int]) -> contextlib.AbstractContextManager[object]:
-    """Inside, no other thread reads a large picture, if one of this size is."""
+    """A lock for reading a large picture; no lock for a small `size`."""
     return _LARGE if math.prod(size) > _LARGE_PIXELS else contextlib.nullcontext()
 
 
@@ -272,15 +217,13 @@ _FORMATS = {
 }
 
 _CONVERTED = ("JPEG2000", "TGA", "PSD", "PPM", "PCX", "QOI", "DDS", "SGI", "ICO")
-"""Formats that are read to be converted; none of their readers starts another program."""
+"""Formats read for conversion only; none of their readers starts another program."""
 
 _MOST_BYTES = 2**30
 
-_SHOWN = 100
-"""Milliseconds for which browsers show a frame without a duration."""
+_SHOWN = 100  # milliseconds that browsers show a frame without a duration
 
-_GAP = 3
-"""How many times as large as needed a JPEG file is decoded at least."""
+_GAP = 3  # a JPEG file is decoded at least at this multiple of the size needed
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -305,7 +248,7 @@ def _readable_formats() -> list[str]:
 
 @functools.cache
 def _register_heif() -> None:
-    """Have Pillow read HEIC and HEIF, where its plug-in is installed (`lorasmith[heic]`)."""
+    """Register Pillow's plug-in for HEIC and HEIF, if installed (`lorasmith[heic]`)."""
     with contextlib.suppress(ImportError):
         pillow_heif = importlib.import_module("pillow_heif")
         pillow_heif.register_heif_opener(thumbnails=False)
@@ -313,7 +256,7 @@ def _register_heif() -> None:
 
 @contextlib.contextmanager
 def _opened(path: Path, content: bytes | None = None, *, any_format: bool = False) -> Iterator[Image.Image]:
-    """The file as a lazy Pillow image; its errors inside the block become an ImageError."""
+    """The file as a lazy Pillow image; errors of Pillow inside the block become ImageError."""
     try:
         # Pillow warns of unusual metadata, which training does not read, and of sizes well below its limit.
         with (
@@ -352,7 +295,6 @@ def _no_image(path: Path, content: bytes | None) -> str:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation, 1 where there is none."""
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except _DAMAGE:
@@ -370,7 +312,7 @@ def _turned(image: Image.Image, orientation: int) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """The picture, scaled to mode L if its mode has more than 8 bits per pixel of grey."""
+    """The picture, scaled to mode L if it is grey with more than 8 bits per pixel."""
     if image.mode.startswith("I;16"):
         return _scaled_grey(image, white_levels=(0xFFFF,))
     if image.mode == "I":

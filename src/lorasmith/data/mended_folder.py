@@ -1,14 +1,14 @@
-"""A folder of images written again without the faults that can be mended; the original is only read.
+"""A mended copy of a folder of images; the original is only read.
 
     fixed/
       1.jpg, 1.txt        upright, in 8 bits, no larger than training needs; the caption in UTF-8
       10_sks dog/         folders with repeats are kept
-      duplicates/         copies and look-alikes of others, as they were
-      unused/             files that training refuses, as they were, with caption and mask; REASONS.txt says why
-      CHANGES.txt         what was done to each file, and what is not here
+      duplicates/         copies and look-alikes of others, unchanged
+      unused/             files that training refuses, unchanged, with caption and mask; REASONS.txt says why
+      CHANGES.txt         what was done to each file, and what was left out
 
 Files that need no change are copied byte for byte. What training refuses for its caption, its mask or its size is
-refused here too: only a file whose format was in the way becomes a picture to train on.
+refused here too: of refused files, only those in unreadable formats are converted to training images.
 """
 
 from __future__ import annotations
@@ -50,54 +50,39 @@ _MOST_THREADS = 8
 
 @dataclass(frozen=True)
 class MendedFile:
-    """A file of the original.
+    """A file of the original and its copy."""
 
-    Attributes:
-        name: in the original.
-        target: in the new folder; None if it is not there.
-        changes: what was done, nothing for a picture that was copied.
-        reason: why it is not among the pictures; empty if it is.
-        has_caption: whether a caption file was written beside it.
-    """
-
-    name: str
-    target: str | None
-    changes: tuple[Change, ...] = ()
-    reason: str = ""
-    has_caption: bool = False
+    name: str  # in the original
+    target: str | None  # in the copy; None if left out
+    changes: tuple[Change, ...] = ()  # empty for a picture that was copied
+    reason: str = ""  # why it is not among the pictures; empty if it is
+    has_caption: bool = False  # a caption file was written beside it
 
 
 @dataclass(frozen=True)
 class MendedFolder:
-    """What was written.
-
-    Attributes:
-        folder: the new folder.
-        files: pictures first, then files that are not among them.
-    """
+    """The mended copy."""
 
     folder: Path
-    files: tuple[MendedFile, ...]
+    files: tuple[MendedFile, ...]  # pictures first, then the others
 
     @property
     def pictures(self) -> int:
-        """Number of pictures to train on."""
         return sum(not one.reason for one in self.files)
 
     @property
     def captions(self) -> int:
-        """Number of caption files beside them."""
         return sum(one.has_caption for one in self.files)
 
     @property
     def changes(self) -> Mapping[Change, tuple[str, ...]]:
-        """Names of the files by what was done; those of the new folder, where they are there."""
+        """Names of the files by change; those of the copy, or else of the original."""
         found = {kind: tuple(one.target or one.name for one in self.files if kind in one.changes) for kind in _CHANGES}
         return {kind: names for kind, names in found.items() if names}
 
     @property
     def reasons(self) -> Mapping[str, str]:
-        """Name in the old folder and reason of each file that is not among the pictures."""
+        """Name in the original and reason of each file that is not among the pictures."""
         return {one.name: one.reason for one in self.files if one.reason}
 
 
@@ -106,24 +91,15 @@ _CHANGES: tuple[Change, ...] = get_args(Change)
 
 @dataclass(frozen=True)
 class _Job:
-    """A picture and where it goes.
-
-    Attributes:
-        image: the picture.
-        name: its path relative to the original folder.
-        folder: relative to the new one.
-        stem: new name without suffix.
-    """
-
     image: ImageFile
-    name: str
-    folder: Path
-    stem: str
+    name: str  # path relative to the original folder
+    folder: Path  # relative to the copy
+    stem: str  # new name without suffix
 
 
 @dataclass(frozen=True)
 class _Apart:
-    """A file that is kept, and not trained on."""
+    """A file that is copied, but not trained on."""
 
     path: Path
     reason: str
@@ -138,19 +114,11 @@ def write_mended(
     only: Collection[Fix] = get_args(Fix),
     progress: Callable[[int, int], None] | None = None,
 ) -> MendedFolder:
-    """Write a mended copy of a checked folder. The folder appears when it is complete.
+    """Write a mended copy of a checked folder, which appears when it is complete.
 
-    Args:
-        check: of the original.
-        config: with which it was checked.
-        target: the new folder; an existing one must be empty.
-        only: what is mended; names and the encoding of captions always are.
-        progress: called with (images done, all images).
-
-    Raises:
-        OptionError: the target holds something, is a file or is inside of the original.
-        ImageError: an image can no longer be read.
-        OutputError: the target cannot be written.
+    `only` are the faults to mend; names and caption encodings always are. `progress` receives (images done, all
+    images). OptionError if the target is a file, not empty or inside the original; ImageError if an image can no longer
+    be read; OutputError if the target cannot be written.
     """
     check_target(target, check.folder)
     ensure_folder(target.parent)
@@ -173,12 +141,7 @@ def write_mended(
 
 
 def check_target(target: Path, original: Path) -> None:
-    """Check that a mended copy of a folder can be written, before the folder is.
-
-    Raises:
-        OptionError: the target holds something, is a file or is inside of the original.
-        OutputError: it cannot be written.
-    """
+    """Check before a long check that `write_mended` could write to `target`. Raises OptionError or OutputError."""
     if target.resolve().is_relative_to(original.resolve()):
         raise OptionError(f"the mended folder must be outside of the original, got {target}; choose another")
     if target.exists() and (not is_folder(target) or any(target.iterdir())):
@@ -202,7 +165,7 @@ def _filled(
     ):
         refused = check.refused if "formats" in only else ()
         again = list(pool.map(lambda one: checked_again(one, config), refused))
-        # Refused files come last, so that they take no name of another image.
+        # Refused files come last, so that they take no other image's name.
         images = [one.file for index, one in enumerate(check.images) if index not in apart]
         images += [one for one in again if isinstance(one, ImageFile)]
         named = [(one, name_in(folder, one.path)) for one in images]
@@ -217,7 +180,7 @@ def _filled(
     duplicates, unused = SET_APART
     yield from _keep(draft / duplicates, [apart[index] for index in sorted(apart)], folder, "set apart")
     used, masks = {one.path for one in images}, {one.path: one.mask for one in check.refused}
-    # Of a picture in a format that is not read, its caption or its mask may be what is in the way.
+    # A picture in an unreadable format may also be refused for its caption or its mask.
     found = {one.path: why for one, why in zip(refused, again, strict=True) if isinstance(why, Reason)}
     deeper = {path: why for path, why in found.items() if why.kind != "unreadable"}
     skipped = [
@@ -244,13 +207,12 @@ def _repeated(check: Preflight, only: Collection[Fix]) -> Iterator[tuple[int, _A
 
 
 def _leads_out(path: Path, original: Path) -> bool:
-    """Whether a link leads out of the original, so that what is behind it is not copied as unused."""
+    """Whether a link leads out of the original; its target must not be copied as unused."""
     root = original if is_folder(original) else original.parent
     return not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root))
 
 
 def _write_image(job: _Job, draft: Path, most: int, only: Collection[Fix]) -> MendedFile:
-    """Write a picture with its caption and mask, changed as far as needed."""
     image, folder = job.image, ensure_folder(draft / job.folder)
     changes: list[Change] = []
     if is_video(image.path):
@@ -281,10 +243,9 @@ def _write_image(job: _Job, draft: Path, most: int, only: Collection[Fix]) -> Me
 
 
 def _changes(header: ImageHeader, image: ImageFile, most: int, only: Collection[Fix]) -> Iterator[Change]:
-    """What a picture needs."""
     if not header.suffixes:
         yield "converted"
-    elif header.is_animated:  # of which one picture would be left
+    elif header.is_animated:  # all but one picture would be lost
         return
     elif "formats" in only and header.mode not in _PLAIN_MODES:
         yield "converted"
@@ -295,7 +256,6 @@ def _changes(header: ImageHeader, image: ImageFile, most: int, only: Collection[
 
 
 def _reduced(picture: Image.Image, most: int) -> Image.Image:
-    """The picture with at most `most` pixels."""
     area = picture.width * picture.height
     if area <= most:
         return picture
@@ -312,12 +272,12 @@ def _save(picture: Image.Image, target: Path, profile: bytes | None) -> None:
 
 
 def _write_caption(image: ImageFile, stem: Path) -> bool:
-    """Write the captions as UTF-8, also those that this check does not use; whether there are any."""
+    """Write the captions as UTF-8, also those that this check ignores; whether there are any."""
     text = "\n".join(image.captions)
     if not text:
         try:
             caption = read_caption(image.path)
-        except DataError:  # of a file that is not used: it is listed among those that are left out
+        except DataError:  # of an unused file, which is listed as left out
             caption = None
         text = caption.text if caption is not None else ""
     if text:
@@ -326,7 +286,7 @@ def _write_caption(image: ImageFile, stem: Path) -> bool:
 
 
 def _keep(folder: Path, files: Sequence[_Apart], original: Path, change: Change) -> Iterator[MendedFile]:
-    """Copy files as they are with captions and masks, and write why they are here."""
+    """Copy files unchanged with captions and masks, and write the reasons."""
     names, lines = _Names(), []
     for one in files:
         name = name_in(original, one.path)
@@ -349,7 +309,7 @@ def _keep(folder: Path, files: Sequence[_Apart], original: Path, change: Change)
 
 
 def _others(images: Sequence[ImageFile], captioned: Sequence[ImageFile], apart: Sequence[_Apart]) -> Iterator[Path]:
-    """Files beside the images that are not in the new folder: without a picture, or not used."""
+    """Files beside the images that are not in the copy: without a picture, or unused."""
     kept = {path for one in images for path in (one.path, one.mask)}
     kept |= {path for one in apart for path in (one.path, one.mask)}
     for one in apart:
@@ -397,13 +357,13 @@ def _copy(source: Path, target: Path) -> None:
 
 
 class _Names:
-    """Names in the new folder: safe, and different from each other even without their suffix and in any case."""
+    """Unique safe names in the copy: different even without suffix and ignoring case."""
 
     def __init__(self) -> None:
         self._taken = {Path(name).stem.casefold() for name in (*SET_APART, REASONS, CHANGES)}
 
     def place(self, name: str) -> tuple[Path, str]:
-        """Folder and stem for a file of this name, relative to the new folder."""
+        """Folder and stem for a file of this name, relative to the copy."""
         *folders, file = name.split("/")
         folder = Path(*map(safe_name, folders))
         stem = wanted = safe_name(Path(file).stem)

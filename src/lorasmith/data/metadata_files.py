@@ -5,10 +5,10 @@
     metadata.csv                 file_name,text
     metadata.parquet             the columns file_name and text; needs pyarrow
 
-Names are paths relative to the file's folder, with or without suffix; an absolute path inside of that folder is one
-too. The text is in `text`, `caption` or `prompt`; a list of texts, or several lines for an image, are several captions.
-kohya's JSON lines name images by `image_path`, and his tags are put behind the caption, separated by a comma. Nothing
-that such a file names is opened: captions are looked up by the names of images that were found.
+Names are paths relative to the file's folder, or absolute paths inside it, with or without suffix. The text is in
+`text`, `caption` or `prompt`; a list of texts, or several lines for an image, are several captions. kohya's JSON lines
+name images by `image_path`, and his tags are appended to the caption after a comma. Files named in it are never opened:
+captions are looked up by the names of images that were found.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.core.printable import printable
 from lorasmith.data.captions import MAX_CAPTION, one_line
 
-MAX_CAPTIONS = 100
-"""Captions of one image."""
+MAX_CAPTIONS = 100  # of one image
 
 TEXT_COLUMNS = ("text", "caption", "prompt")
 NAME_COLUMNS = ("file_name", "image_path")
@@ -39,8 +38,7 @@ NAME_COLUMNS = ("file_name", "image_path")
 class MetadataError(ValueError):
     """A metadata file cannot be used; the message is a clause without the file.
 
-    Attributes:
-        damaged: whether it may hold captions all the same.
+    `damaged` is True if it may contain captions all the same.
     """
 
     def __init__(self, reason: str, *, damaged: bool = True) -> None:
@@ -50,20 +48,14 @@ class MetadataError(ValueError):
 
 @dataclass(frozen=True)
 class Metadata:
-    """The captions of a metadata file.
-
-    Attributes:
-        captions: by the image's path relative to the file's folder, with or without suffix, in Unicode's NFC.
-        refused: as `captions`, for images whose captions cannot be used: why.
-        outside: names of files that are not in the folder.
-    """
+    """The captions of a metadata file, by image path relative to its folder, with or without suffix, in NFC."""
 
     captions: dict[str, tuple[str, ...]] = field(default_factory=dict)
-    refused: dict[str, str] = field(default_factory=dict)
-    outside: list[str] = field(default_factory=list)
+    refused: dict[str, str] = field(default_factory=dict)  # why an image's captions cannot be used
+    outside: list[str] = field(default_factory=list)  # names of files outside the folder
 
     def entry(self, key: str) -> str | None:
-        """The name under which an image of this path stands in the file; None if it does not."""
+        """The key of an image of this path in the file; None if it has none."""
         key = unicodedata.normalize("NFC", key)  # some systems store names in other forms than they are typed
         for name in (key, posixpath.splitext(key)[0]):
             if name in self.captions or name in self.refused:
@@ -72,12 +64,12 @@ class Metadata:
 
 
 def is_metadata_name(name: str) -> bool:
-    """Whether a file of this name is expected to hold captions."""
+    """Whether a file of this name is expected to contain captions."""
     return name in _HUGGING_FACE or name == "metadata.json" or bool(re.fullmatch(r"meta_.*\.json", name))
 
 
 def preferred_metadata(names: Iterable[str]) -> str:
-    """The one of a folder's metadata files that is read: Hugging Face's, then kohya's last (meta_cap, …, meta_lat)."""
+    """The metadata file of a folder that is read: Hugging Face's, then kohya's last (meta_cap, …, meta_lat)."""
 
     def place(name: str) -> tuple[int, str]:
         order = (*_HUGGING_FACE, "metadata.json")
@@ -88,11 +80,7 @@ def preferred_metadata(names: Iterable[str]) -> str:
 
 
 def read_metadata(path: Path) -> Metadata:
-    """The captions in a metadata file, told apart by its suffix: `.json`, `.jsonl`, `.csv` or `.parquet`.
-
-    Raises:
-        MetadataError: it cannot be read, or has another content.
-    """
+    """The captions in a `.json`, `.jsonl`, `.csv` or `.parquet` file. Raises MetadataError."""
     try:
         content = read_regular(path)
     except OSError as error:
@@ -106,8 +94,7 @@ def read_metadata(path: Path) -> Metadata:
         raise MetadataError(str(error)) from error
 
 
-Row = tuple[str, Any]
-"""The name of an image and its captions: a text, a list of them, or None."""
+Row = tuple[str, Any]  # name of an image, and its captions: a text, a list of them, or None
 
 
 def _collected(rows: Iterable[Row], folders: Sequence[Path]) -> Metadata:
@@ -132,7 +119,7 @@ def _collected(rows: Iterable[Row], folders: Sequence[Path]) -> Metadata:
 
 
 def _inside(name: str, folders: Sequence[Path]) -> str | None:
-    """A path of a file, relative to the folder, which is named in several ways; None if it leads out of it."""
+    """A file's path relative to its folder, which is given under several paths; None if it is outside."""
     path = unicodedata.normalize("NFC", posixpath.normpath(name.replace("\\", "/")))
     for folder in folders:
         base = f"{unicodedata.normalize('NFC', folder.as_posix()).rstrip('/')}/"
@@ -151,7 +138,7 @@ def _json_rows(content: bytes) -> Iterator[Row]:
 
 
 def _kohya(entry: Mapping[str, Any]) -> Any:
-    """Captions of an entry, its tags behind each."""
+    """Captions of an entry, its tags appended to each."""
     text = next((entry[column] for column in ("caption", *TEXT_COLUMNS) if entry.get(column)), None)
     tags = entry.get("tags")
     tags = ", ".join(tags) if isinstance(tags, list) and all(isinstance(tag, str) for tag in tags) else tags
@@ -212,7 +199,6 @@ def _parquet_rows(content: bytes) -> Iterator[Row]:
 
 
 def _columns(columns: Iterable[str]) -> tuple[str, str]:
-    """The columns of names and of captions."""
     known = list(columns)
     if NAME_COLUMNS[0] not in known:
         raise MetadataError("has no column file_name", damaged=False)
@@ -239,4 +225,3 @@ _READERS: Mapping[str, Callable[[bytes], Iterator[Row]]] = {
 }
 
 METADATA_SUFFIXES = frozenset(_READERS)
-"""Suffixes of metadata files."""

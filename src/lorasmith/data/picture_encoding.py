@@ -1,9 +1,9 @@
-"""Framings of images as latents: from the cache where they are, read by threads and encoded where they are not.
+"""Framings of images as latents: from the cache, or read by threads and encoded.
 
 Files are read, cropped and scaled ahead of the autoencoder. Pictures of one size share a batch up to a number of
-pixels; with 0 they are encoded one by one, which makes the bits of each independent of its neighbours. On a CPU several
-are encoded at a time, each on its share of the cores: cores that share a picture wait for each other after every layer.
-The share, on which the last bits depend, follows from the picture's size alone.
+pixels; with 0 they are encoded one by one, which makes the bits of each independent of the others. On a CPU several are
+encoded at a time, each on its share of the cores: cores that share a picture wait for each other after every layer. The
+share, on which the last bits depend, is a function of the picture's size only.
 """
 
 from __future__ import annotations
@@ -30,75 +30,54 @@ from lorasmith.data.image_files import file_digest
 from lorasmith.families.base import Conditioning, PictureSize
 
 Progress = Callable[[int, int, str, int], None]
-"""Receives images done, all images, the name of the last one, and how many were in the cache."""
+"""Receives images done, all images, the name of the last one, and the number found in the cache."""
 
-_READERS = 2
-"""Threads that read: decoding is faster than any autoencoder, which needs the other cores."""
+_READERS = 2  # threads; decoding is faster than any autoencoder, which needs the other cores
 
-_AHEAD = 8
-"""Images that are read ahead."""
+_AHEAD = 8  # images read ahead
 
-_CLIPS_AHEAD = 2
-"""The same for clips, which take 100 MB and more each."""
+_CLIPS_AHEAD = 2  # of clips, which take 100 MB and more each
 
 _LATENTS, _INSIDE = "latents", "inside"
 
 
 @dataclass(frozen=True, kw_only=True)
 class PictureEncoder:
-    """What encodes pictures.
+    """An autoencoder and how it is to be used."""
 
-    Attributes:
-        encode: pixels (batch, 3, [frames,] height, width) in [−1, 1] → latents (batch, C, [frames,] h, w), scaled for
-            the denoiser.
-        downscale: pixels per latent.
-        ready: context in which the encoder is where it runs, for many pictures in a row.
-        entries: context with the encoder's entries of the cache, or None without one.
-        batch_pixels: most pixels of a batch.
-        beside_pixels: most pixels of pictures that are encoded at a time, on a share of the CPU's threads each; 0 for
-            one after the other on all threads. `encode` is called from several threads then.
-        sized: adds a picture's sizes to the conditioning of its caption.
-        clips: how the model takes clips; None where it is of pictures.
-    """
-
+    # pixels (batch, 3, [frames,] height, width) in [−1, 1] → latents (batch, C, [frames,] h, w), scaled for the
+    # denoiser
     encode: Callable[[Tensor], Tensor]
-    downscale: int
+    downscale: int  # pixels per latent
+    # context in which the encoder is on its device
     ready: Callable[[], contextlib.AbstractContextManager[object]] = contextlib.nullcontext
+    # context with the encoder's cache entries, or None without a cache
     entries: Callable[[], contextlib.AbstractContextManager[CacheEntries | None]] = contextlib.nullcontext
-    batch_pixels: int = 0
+    batch_pixels: int = 0  # most pixels of a batch
+    # most pixels that the CPU encodes at a time, on a share of its threads per picture, with `encode` called from
+    # several threads; 0 for one after the other on all threads
     beside_pixels: int = 0
+    # adds a picture's sizes to the conditioning of its caption
     sized: Callable[[Conditioning, PictureSize], Conditioning] = lambda conditioning, size: conditioning
-    clips: ClipForm | None = None
+    clips: ClipForm | None = None  # that the model accepts; None for image models
 
 
 @dataclass(frozen=True)
 class EncodedFraming:
-    """A framing as latents.
+    """A framing as latents."""
 
-    Attributes:
-        latents: fp32 (C, [frames,] h, w) on the CPU.
-        inside: fp32 (h, w) in [0, 1], how much of each latent is inside of the mask; None without one.
-    """
-
-    latents: Tensor
-    inside: Tensor | None
+    latents: Tensor  # fp32 (C, [frames,] h, w) on the CPU
+    inside: Tensor | None  # fp32 (h, w): share of each latent inside the mask
 
 
 @dataclass(frozen=True)
 class FramedImage:
-    """An image with its framings.
-
-    Attributes:
-        image: the scanned file.
-        framings: of it, the plain one first.
-        digest: SHA-256 of the file, and that of its mask, `alpha` for its own transparency, or nothing.
-        numbers: of the frames of a clip that are trained; none for a picture.
-    """
+    """An image with its framings, the plain one first."""
 
     image: ImageFile
     framings: tuple[Framing, ...]
-    digest: tuple[str, str]
-    numbers: tuple[int, ...] = ()
+    digest: tuple[str, str]  # SHA-256 of the file and of its mask, which is `alpha` for transparency, empty for none
+    numbers: tuple[int, ...] = ()  # frames of a clip that are trained
 
     @classmethod
     def of(
@@ -109,7 +88,7 @@ class FramedImage:
         return cls(image, tuple(framings), (image.digest or file_digest(image.path), mask), numbers)
 
     def keys(self) -> list[str]:
-        """Keys of the framings in the cache."""
+        """Cache keys of the framings."""
         clip = {"frames": self.numbers} if self.numbers else {}
         return [
             key_of(
@@ -131,17 +110,9 @@ def encode_pictures(
     config: DataConfig,
     progress: Progress | None = None,
 ) -> list[list[EncodedFraming]]:
-    """The framings of each image, in order.
+    """The encoded framings of each image, in order.
 
-    Args:
-        images: with their framings.
-        encoder: what encodes.
-        config: says where masks are.
-        progress: called after each image.
-
-    Raises:
-        ImageError: an image or its mask can no longer be read.
-        DataError: an image's latents are not finite.
+    ImageError if an image or its mask can no longer be read; DataError if latents are not finite.
     """
     with torch.no_grad(), encoder.entries() as entries, contextlib.ExitStack() as ready:
         work = [_Work(one, entries) for one in images]
@@ -192,8 +163,6 @@ class _Counter:
 
 @dataclass(frozen=True)
 class _Waiting:
-    """A framing that was read."""
-
     work: _Work
     index: int
     picture: FramedPicture
@@ -226,7 +195,7 @@ def _read_ahead(
 
 
 def _batches(read: Generator[tuple[_Work, list[FramedPicture]]], batch_pixels: int) -> Generator[Sequence[_Waiting]]:
-    """Pictures of one size, together up to a number of pixels; at least one."""
+    """Consecutive pictures of one size with at most `batch_pixels` together; at least one."""
     waiting: dict[tuple[int, ...], list[_Waiting]] = {}
     with contextlib.closing(read):
         for one, pictures in read:
@@ -263,18 +232,15 @@ def _encoded(
 
 
 def _share(pixels: int, beside_pixels: int, threads: int) -> int:
-    """Threads for a picture, so that at most `beside_pixels` are encoded at a time; all for one that is too large."""
+    """Threads for a picture, so that at most `beside_pixels` are encoded at a time; all for a larger one."""
     at_a_time = max(1, min(threads, beside_pixels // pixels))
     return -(-threads // at_a_time)
 
 
 class _Beside:
-    """Batches that are encoded side by side. Only one may be open, as MKL's number of threads is the process's.
+    """Encodes batches concurrently, each on `share` of the caller's `threads`.
 
-    Args:
-        encoder: what encodes.
-        threads: of the caller.
-        share: threads of a batch.
+    Only one may be open, as MKL's number of threads is process-wide.
     """
 
     def __init__(self, encoder: PictureEncoder, threads: int, share: int) -> None:
@@ -288,18 +254,17 @@ class _Beside:
         self._running: deque[tuple[Sequence[_Waiting], Future[Tensor]]] = deque()
 
     def add(self, batch: Sequence[_Waiting]) -> Iterator[tuple[Sequence[_Waiting], Tensor]]:
-        """Encode a batch; returns what is finished, where enough are under way."""
+        """Submit a batch; returns finished ones once enough are running."""
         self._running.append((batch, self._pool.submit(_latents, batch, self._encoder)))
         while len(self._running) > 2 * self._at_a_time:
             yield self._first()
 
     def rest(self) -> Iterator[tuple[Sequence[_Waiting], Tensor]]:
-        """Wait for all."""
         while self._running:
             yield self._first()
 
     def close(self) -> None:
-        """End the threads; what has not begun is left out."""
+        """End the threads; batches that have not started are cancelled."""
         self._pool.shutdown(cancel_futures=True)
         torch.set_num_threads(self._threads)
 
@@ -317,7 +282,7 @@ class _Beside:
 
 @torch.no_grad()
 def _latents(batch: Sequence[_Waiting], encoder: PictureEncoder) -> Tensor:
-    """The latents of pictures of one size, fp32 on the CPU; encoded in halves where memory runs out."""
+    """The latents of pictures of one size, fp32 on the CPU; encoded in halves when out of memory."""
     try:
         return encoder.encode(torch.stack([one.picture.pixels for one in batch])).to("cpu", torch.float32)
     except (RuntimeError, MemoryError) as error:
@@ -329,7 +294,7 @@ def _latents(batch: Sequence[_Waiting], encoder: PictureEncoder) -> Tensor:
 
 
 def _keep(one: _Waiting, latents: Tensor, entries: CacheEntries | None) -> None:
-    """Keep the latents of a framing, also in the cache. Raises DataError if they are not finite."""
+    """Store the latents of a framing, also in the cache. Raises DataError if they are not finite."""
     check_latents(latents, like=latents, name=one.work.framed.image.name)
     inside = one.picture.inside
     one.work.found[one.index] = EncodedFraming(latents.clone(), inside)

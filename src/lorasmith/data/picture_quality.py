@@ -1,9 +1,9 @@
-"""What pixels say of a picture's use for training: whether it is blurred, shows anything, or nearly equals another one.
+"""Picture quality from pixels: whether a picture is blurred, shows anything, or nearly equals another one.
 
-Sharpness is judged as by Crete et al. 2007 (SPIE 6492, "The blur effect"): blurring a picture once more removes most of
-the differences between neighbouring pixels if it was sharp, and few if it was blurred. In contrast to the variance of
-the Laplacian that depends on neither contrast nor subject. It is taken by tiles and the sharpest count, so that a sharp
-subject before a blurred background is sharp.
+Sharpness is measured as by Crete et al. 2007 (SPIE 6492, "The blur effect"): blurring a picture again removes most of
+the differences between neighbouring pixels if it was sharp, and few if it was blurred. Unlike the variance of the
+Laplacian it depends on neither contrast nor subject. It is measured by tiles, of which the sharpest count, so that a
+sharp subject before a blurred background is sharp.
 
 Pictures are compared by perceptual hashes (signs of the lowest frequencies of their cosine transform), and candidates
 by their small grey copies.
@@ -21,8 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageChops, ImageFilter, ImageStat
 
-MEASURED_EDGE = 512
-"""Longest edge in pixels at which pictures are measured; larger ones are reduced to it."""
+MEASURED_EDGE = 512  # longer edge in pixels; larger pictures are reduced before measuring
 
 BLURRED = 0.6
 """Blur from which a picture counts as blurred.
@@ -45,28 +44,20 @@ _ROWS = 512  # of hashes compared at a time
 
 @dataclass(frozen=True)
 class PictureQuality:
-    """What was measured of a picture.
+    """Measurements of a picture."""
 
-    Attributes:
-        blur: 0 is sharp, 1 is blurred; None if it cannot be judged.
-        is_empty: whether it shows one colour.
-        hash: 64 bits that similar pictures share, mostly.
-        small: grey copy of 16×16 pixels, row by row.
-    """
-
-    blur: float | None
-    is_empty: bool
-    hash: int
-    small: bytes
+    blur: float | None  # from 0, sharp, to 1, blurred; None if there is too little contrast
+    is_empty: bool  # of one colour
+    hash: int  # 64 bits, most of which similar pictures share
+    small: bytes  # grey copy of 16×16 pixels, row by row
 
     @property
     def is_blurred(self) -> bool:
-        """Whether nothing in it is sharp."""
         return self.blur is not None and self.blur >= BLURRED
 
 
 def measured(picture: Image.Image) -> PictureQuality:
-    """The quality of a picture of any mode and size, reduced to `MEASURED_EDGE` where it is larger."""
+    """The quality of a picture of any mode and size, reduced to `MEASURED_EDGE` if it is larger."""
     grey = picture.convert("L")
     grey.thumbnail((MEASURED_EDGE, MEASURED_EDGE), Image.Resampling.HAMMING)
     small = np.asarray(grey.resize((_HASHED, _HASHED), Image.Resampling.BOX), dtype=np.float64)
@@ -81,10 +72,10 @@ def measured(picture: Image.Image) -> PictureQuality:
 
 
 def look_alikes(qualities: Sequence[PictureQuality]) -> list[list[int]]:
-    """Groups of pictures that look alike, as ascending indices; pictures that resemble no other are left out.
+    """Groups of similar pictures, as ascending indices; pictures without similar ones are omitted.
 
-    Copies that were scaled, stretched, recompressed or brightened are alike; mirrored ones are not, and cropped ones
-    only where little is gone. Empty pictures resemble none.
+    Copies that were scaled, stretched, recompressed or brightened are similar; mirrored ones are not, and cropped ones
+    only where little was removed. Empty pictures match none.
     """
     kept = [index for index, one in enumerate(qualities) if not one.is_empty]
     if len(kept) < 2:
@@ -116,7 +107,7 @@ def look_alikes(qualities: Sequence[PictureQuality]) -> list[list[int]]:
 
 
 def _blur(grey: Image.Image) -> float | None:
-    """Blur of the sharpest tiles; None where no tile has enough contrast."""
+    """Blur of the sharpest tiles; None if no tile has enough contrast."""
     if min(grey.size) < 2:
         return None
     means = []
@@ -134,7 +125,6 @@ def _blur(grey: Image.Image) -> float | None:
 
 
 def _greatest_step(grey: Image.Image) -> int:
-    """The greatest difference of neighbouring pixels."""
     if min(grey.size) < 2:
         return 255
     return max(int(_differences(grey, *step).getextrema()[1]) for step in ((1, 0), (0, 1)))  # type: ignore[arg-type]
@@ -148,7 +138,7 @@ def _differences(grey: Image.Image, step_x: int, step_y: int) -> Image.Image:
 
 
 def _tile_means(grey: Image.Image) -> NDArray[Any]:
-    """Mean of each tile of a picture, which has at most 4×4."""
+    """Mean of each of at most 4×4 tiles."""
     levels = np.asarray(grey).astype(np.float32)
     rows, columns = (_averages(length) for length in levels.shape)
     return rows @ levels @ columns.T
@@ -165,7 +155,7 @@ def _averages(length: int) -> NDArray[np.float32]:
 
 
 def _perceptual_hash(grey: NDArray[np.float64]) -> int:
-    """64 bits: which of the lowest frequencies are above their median, the mean brightness aside."""
+    """64 bits: which of the lowest frequencies are above their median, without the mean brightness."""
     cosines = _cosines()
     frequencies = (cosines @ grey @ cosines.T).ravel()
     frequencies[0] = 0.0
@@ -174,13 +164,13 @@ def _perceptual_hash(grey: NDArray[np.float64]) -> int:
 
 @cache
 def _cosines() -> NDArray[np.float64]:
-    """The first rows of the cosine transform of `_HASHED` values."""
+    """The first rows of the discrete cosine transform."""
     row, column = np.arange(_FREQUENCIES)[:, None], np.arange(_HASHED)[None]
     return np.cos(np.pi * (column + 0.5) * row / _HASHED)
 
 
 def _standardised(small: bytes) -> NDArray[np.float32]:
-    """The small copy with mean 0 and length 1, whose products are correlations."""
+    """The small copy with mean 0 and norm 1, so that products are correlations."""
     levels = np.frombuffer(small, dtype=np.uint8).astype(np.float32)
     levels = levels - levels.mean(dtype=np.float32)
     length = float(np.linalg.norm(levels))

@@ -1,7 +1,7 @@
-"""A folder of images checked before training on it: facts about each image, and what to look at.
+"""A folder of images checked before training on it: facts about each image, and findings.
 
-Images are read once, reduced, by several threads; the result does not depend on how many. What is kept of an image are
-some hundred bytes.
+Images are read once, reduced, by several threads, whose number does not change the result. About a hundred bytes are
+kept per image.
 """
 
 from __future__ import annotations
@@ -36,13 +36,7 @@ _MOST_THREADS, _AHEAD = 8, 256
 
 @dataclass(frozen=True)
 class Bucket:
-    """A size at which pictures are trained.
-
-    Attributes:
-        width, height: in pixels.
-        images: number of images of this size.
-        samples: the same, repeats included.
-    """
+    """A training size in pixels, and its numbers of images and of samples (repeats included)."""
 
     width: int
     height: int
@@ -52,70 +46,44 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Epoch:
-    """The samples that training draws.
+    """The samples of an epoch, repeats included."""
 
-    Attributes:
-        samples: in an epoch, repeats included, without those that are held out.
-        held_out: names of the images that are held out for validation.
-        held_out_samples: how often these would have occurred.
-        batch: samples of a step.
-    """
-
-    samples: int
-    held_out: tuple[str, ...]
-    held_out_samples: int
-    batch: int
+    samples: int  # without held-out ones
+    held_out: tuple[str, ...]  # names of images held out for validation
+    held_out_samples: int  # their number, repeats included
+    batch: int  # samples per step
 
     def steps(self, epochs: float) -> int:
-        """Steps of a number of epochs, rounded up."""
+        """Rounded up."""
         return -int(-epochs * self.samples // self.batch)
 
     def epochs(self, steps: int) -> float:
-        """Epochs of a number of steps."""
         return steps * self.batch / self.samples
 
 
 @dataclass(frozen=True, kw_only=True)
 class Preflight:
-    """A checked folder.
-
-    Attributes:
-        folder: of the images.
-        resolutions: sides in pixels of the squares whose area pictures are scaled to, the first one decisive here.
-        multiple: sides are multiples of it.
-        trigger: phrase in front of captions that lack it.
-        images: facts about each usable image, in the order of the scan.
-        skipped: each file or folder that is not used, with reason and remedy.
-        notes: other remarks of the scan.
-        buckets: sizes in training at the first resolution, the most frequent first.
-        alike: groups of pictures of which one would do.
-        epoch: samples of an epoch.
-        limit: what the text encoder reads of a caption; None where tokens were not counted.
-        findings: what to look at, the gravest kinds first.
-        refused: the image files among `skipped`.
-    """
+    """A checked folder."""
 
     folder: Path
-    resolutions: tuple[int, ...]
-    multiple: int
-    trigger: str
-    images: tuple[CheckedImage, ...]
-    skipped: tuple[tuple[Path, Reason], ...]
-    notes: tuple[str, ...]
-    buckets: tuple[Bucket, ...]
+    resolutions: tuple[int, ...]  # in pixels; the first one decides sizes here
+    multiple: int  # of which sides are multiples
+    trigger: str  # prepended to captions that lack it
+    images: tuple[CheckedImage, ...]  # in the order of the scan
+    skipped: tuple[tuple[Path, Reason], ...]  # files and folders with reason and remedy
+    notes: tuple[str, ...]  # other remarks of the scan
+    buckets: tuple[Bucket, ...]  # at the first resolution, the most frequent first
     alike: tuple[LookAlikes, ...]
     epoch: Epoch
-    limit: TokenLimit | None
-    findings: tuple[Finding, ...]
-    refused: tuple[Candidate, ...] = ()
+    limit: TokenLimit | None  # None where tokens were not counted
+    findings: tuple[Finding, ...]  # the most serious kinds first
+    refused: tuple[Candidate, ...] = ()  # the image files among `skipped`
 
     @property
     def captioned(self) -> int:
-        """Number of images with a caption of their own."""
         return sum(one.is_captioned for one in self.images)
 
     def findings_of(self, index: int) -> list[FindingKind]:
-        """The kinds of findings about an image."""
         return [finding.kind for finding in self.findings if index in finding.images]
 
 
@@ -135,22 +103,10 @@ def preflight(
 ) -> Preflight:
     """Check a scanned folder.
 
-    Args:
-        scan: of the folder.
-        config: settings of the data.
-        folder: that was scanned.
-        resolution: the model's own, if the configuration leaves it open.
-        multiple: least step of sides in pixels, the model's.
-        tokenize: number of tokens of a caption, by the model's tokenizer; None to count none.
-        limit: what the model reads of a caption.
-        batch: samples of a step.
-        validation_share: of the images held out, as for `split`.
-        progress: called with (images done, all images).
-        threads: that read images; None for as many as there are processors, at most 8.
-
-    Raises:
-        ImageError: an image can no longer be read.
-        DataError: the resolution is below `multiple`.
+    `resolution` is the model's, for a `config` without one; sides are multiples of at least `multiple`. `tokenize`
+    counts a caption's tokens. `validation_share` is held out as by `split`. `progress` receives (images done, all
+    images). `threads` read images; None for one per processor, at most 8. ImageError if an image can no longer be read;
+    DataError if the resolution is below `multiple`.
     """
     resolutions = config.all_resolutions(resolution)
     step = pixel_step(config, multiple)
@@ -189,18 +145,7 @@ def preflight(
 
 
 def plain_framings(image: ImageFile, config: DataConfig, *, resolution: int, step: int) -> tuple[Framing, ...]:
-    """How an image is trained where it is not varied, at each resolution.
-
-    Args:
-        image: the image.
-        config: resolutions, buckets, crop and masks.
-        resolution: the model's, where `config` has none.
-        step: sides are multiples of it.
-
-    Raises:
-        DataError: the limits of buckets exclude a resolution.
-        ImageError: a mask that the crop follows can no longer be read.
-    """
+    """The plain framing at each resolution (`resolution` is the default). Raises DataError or ImageError."""
     mask = mask_of(image, config) if config.crop == "mask" else None
     return framings(
         image.width,
@@ -214,13 +159,7 @@ def plain_framings(image: ImageFile, config: DataConfig, *, resolution: int, ste
 
 
 def epoch_of(images: Sequence[ImageFile], batch: int, validation_share: float | None) -> Epoch:
-    """The samples of an epoch.
-
-    Args:
-        images: all of them; those of the subject's class are not counted.
-        batch: samples of a step.
-        validation_share: of the images held out, as for `split`.
-    """
+    """The samples of an epoch; images of the subject's class are not counted."""
     subjects = [image for image in images if not image.is_class]
     names = list(dict.fromkeys(image.name for image in subjects))
     chosen = held_out_names(names, validation_share)
@@ -230,12 +169,12 @@ def epoch_of(images: Sequence[ImageFile], batch: int, validation_share: float | 
 
 
 def name_in(folder: Path, path: Path) -> str:
-    """A file's path relative to the folder, with slashes; of a file elsewhere its name."""
+    """A file's path relative to the folder, with slashes; its name if it is elsewhere."""
     return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name
 
 
 def usual_resolution(images: Sequence[ImageFile]) -> int:
-    """The largest usual resolution that most of the images fill, where no model decides it."""
+    """The largest usual resolution that most of the images fill, for use without a model."""
     areas = [image.width * image.height for image in images]
     fitting = (side for side in _USUAL if sum(area >= side**2 for area in areas) >= _FILLED * len(areas))
     return next(fitting, _USUAL[-1])
@@ -247,7 +186,7 @@ def _measured(
     threads: int | None,
     progress: Callable[[int, int], None] | None,
 ) -> Iterable[PictureQuality]:
-    """The quality of each image at the largest of its sizes in training, as what is sharp there is sharp enough."""
+    """The quality of each image, measured at its largest training size."""
 
     def measure(image: ImageFile, sizes: Sequence[Framing]) -> PictureQuality:
         longest = max(max(one.width, one.height) for one in sizes)
@@ -285,16 +224,16 @@ def _checked(
 
 
 def _tokens(tokenize: Callable[[str], int], config: DataConfig, image: ImageFile) -> int:
-    """Tokens of the longest of an image's captions, with what is put around it."""
+    """Tokens of an image's longest caption, prefix, trigger and suffix included."""
     rules = CaptionRules.of(config, is_class=image.is_class)
     return max(tokenize(rules.plain([caption])) for caption in image.captions or ("",))
 
 
 def _has_caption_file(image: Path) -> bool:
-    """Whether there is a caption file that says nothing."""
+    """Whether there is an empty caption file."""
     try:
         caption = read_caption(image)
-    except DataError:  # where caption files are not used, they may be anything
+    except DataError:  # unused caption files may hold anything
         return False
     return caption is not None and not caption.text
 
@@ -312,7 +251,7 @@ def _compared(images: Sequence[CheckedImage], qualities: Sequence[PictureQuality
 
 
 def _worth(image: CheckedImage) -> tuple[bool, int, bool, int]:
-    """By which the best of pictures that look alike is chosen: sharp, large, captioned, little compressed."""
+    """Rank among look-alikes: sharp, large, captioned, little compressed."""
     file = image.file
     return not image.quality.is_blurred, file.width * file.height, image.is_captioned, file.path.stat().st_size
 

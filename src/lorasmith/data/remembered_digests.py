@@ -1,6 +1,6 @@
-"""Digests of weights and of whole files that were hashed before, kept by what the system says of the files.
+"""Digests of weights and of whole files, kept by the files' path, size and times.
 
-encodings/digests/<key>.json        the digest, and a check of both
+encodings/digests/<key>.json        the digest, and a checksum
 """
 
 from __future__ import annotations
@@ -22,14 +22,9 @@ from lorasmith.formats.hashes import sha256_file
 
 
 class RememberedDigests:
-    """Digests of weights that were hashed before, in the folder of an encoding cache.
+    """Digests of weights, in the folder of an encoding cache; files that cannot be read or written are ignored.
 
-    Each is a small file whose content is checked against its own digest. A file that cannot be read or written makes no
-    error: weights are hashed instead.
-
-    Args:
-        cache: whose folder it is.
-        hashed: called after each tensor of a network that is hashed, with (tensors done, total).
+    `hashed` is called after each tensor that is hashed, with (tensors done, total).
     """
 
     def __init__(self, cache: EncodingCache, hashed: Callable[[int, int], None] | None = None) -> None:
@@ -38,7 +33,6 @@ class RememberedDigests:
         self._is_on = cache.limit_bytes > 0
 
     def find(self, key: str) -> str | None:
-        """The digest that was kept under a key; None if there is none."""
         if not self._is_on:
             return None
         try:
@@ -50,7 +44,6 @@ class RememberedDigests:
         return str(digest) if kept.get("check") == key_of(key=key, digest=digest) else None
 
     def keep(self, key: str, digest: str) -> None:
-        """Keep a digest under a key."""
         if self._is_on:
             text = json.dumps({"digest": digest, "check": key_of(key=key, digest=digest)})
             with contextlib.suppress(LorasmithError, OSError):
@@ -59,13 +52,7 @@ class RememberedDigests:
 
 
 def file_sha256(path: Path, remembered: RememberedDigests, *, each_block: Callable[[], object]) -> str:
-    """SHA-256 of a file, 64 hex digits, which is read only if it changed since it was hashed last.
-
-    Args:
-        path: the file.
-        remembered: where its digest is kept.
-        each_block: as for `sha256_file`.
-    """
+    """SHA-256 of a file, 64 hex digits; the file is read only if it changed since it was last hashed."""
     state = file_state(path)
     key = key_of(what="file", file=state)
     if are_settled([state]) and (kept := remembered.find(key)) is not None:
@@ -77,7 +64,7 @@ def file_sha256(path: Path, remembered: RememberedDigests, *, each_block: Callab
 
 
 def are_settled(files: Iterable[FileState]) -> bool:
-    """Whether files are as they were when they were mapped, and any further change would change their times."""
+    """Whether files are unchanged since they were mapped, and any further change would change their times."""
     try:
         unchanged = all(file_state(Path(one.path)) == one for one in files)
     except OSError:

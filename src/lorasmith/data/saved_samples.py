@@ -3,9 +3,9 @@
     index.json                 the order of everything, texts and spans
     shard_0000.safetensors     latent.0, latent.1, ..., prompt.0.tensors.context, prompt.0.mask, ...
 
-Each latent is a tensor of its own, and a conditioning that several samples share is stored once. What is read equals
-what was written bit for bit, with its lists and batches. Both may be a stranger's, so everything is checked: ComfyUI's
-shards (`comfyui_shards.py`) by the same rules.
+Each latent is a tensor of its own, and a conditioning that several samples share is stored once. Reading returns what
+was written bit for bit, with its lists and batches. The files are untrusted, so everything is checked: ComfyUI's shards
+(`comfyui_shards.py`) by the same rules.
 """
 
 from __future__ import annotations
@@ -30,37 +30,28 @@ from lorasmith.core.typed_json import typed
 from lorasmith.families.base import Conditioning
 from lorasmith.formats.container import count_non_finite, read_safetensors, serialised
 
-INDEX = "index.json"
-"""Name of the index; ComfyUI's data sets have none of this name."""
+INDEX = "index.json"  # which ComfyUI's data sets lack
 
 _FORMAT = "lorasmith.training_dataset"
 _VERSION = 1
-_MOST_TENSORS = 50_000
-"""In a shard; a safetensors file may have twice as many."""
+_MOST_TENSORS = 50_000  # in a shard; a safetensors file may have twice as many
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _OWN_FILES = re.compile(rf"{re.escape(INDEX)}|metadata\.json|{DATASET_SHARD}\d+\.(safetensors|pkl)")
-"""Names of the files of a saved data set, ours or ComfyUI's: a folder with others is not replaced by one."""
+"""Files of a saved data set, ours or ComfyUI's: a folder with other files is not overwritten."""
 
 
 class LatentBatch(NamedTuple):
-    """Latents of one size.
+    """Latents of one size."""
 
-    Attributes:
-        samples: (batch, channels, [frames,] height, width), not scaled for a denoiser.
-        downscale: pixels per latent where that is known.
-    """
-
-    samples: Tensor
-    downscale: int | None = None
+    samples: Tensor  # (batch, channels, [frames,] height, width), not scaled for a denoiser
+    downscale: int | None = None  # pixels per latent, if known
 
 
 @dataclass(frozen=True)
 class SavedSamples:
     """Latents and their conditionings, in lists as nodes pass them.
 
-    Attributes:
-        latents: batches.
-        conditioning: lists of conditionings; all of them together are one for each latent, or one for all.
+    There is one conditioning for each latent, or one for all.
     """
 
     latents: Sequence[LatentBatch]
@@ -68,20 +59,15 @@ class SavedSamples:
 
     @property
     def flat(self) -> list[Conditioning]:
-        """All conditionings in order."""
         return [one for combined in self.conditioning for one in combined]
 
     @property
     def distinct(self) -> list[Conditioning]:
-        """The conditionings, those that several latents share once."""
+        """The conditionings, shared ones once."""
         return list({id(one): one for one in self.flat}.values())
 
     def check(self, place: str) -> None:
-        """Raise DataError unless numbers, shapes, dtypes and values are those of samples.
-
-        Args:
-            place: start of the message, such as the folder.
-        """
+        """Raise DataError for counts, shapes, dtypes or values that samples cannot have; `place` starts the message."""
         latents = sum(len(batch.samples) for batch in self.latents if batch.samples.ndim)
         prompts = self.flat
         if not latents:
@@ -98,19 +84,10 @@ class SavedSamples:
 
 
 def write_samples(folder: Path, samples: SavedSamples, *, shard_size: int) -> int:
-    """Write samples to a folder, in place of a data set that is there.
+    """Write samples to a folder, atomically replacing a data set that is there; returns the number of shards.
 
-    Args:
-        folder: of the data set; it appears with everything in it, and until then the old one stays.
-        samples: what is written.
-        shard_size: samples in a shard, at most.
-
-    Returns:
-        Number of shards.
-
-    Raises:
-        DataError: these are no samples: numbers do not match, or values are not finite.
-        OutputError: the folder holds other files, or cannot be written.
+    `shard_size` is the most samples of a shard. DataError if counts do not match or values are not finite; OutputError
+    if the folder holds other files, or cannot be written.
     """
     samples.check("a data set")
     _refuse_other_content(folder)
@@ -135,11 +112,7 @@ def write_samples(folder: Path, samples: SavedSamples, *, shard_size: int) -> in
 
 
 def read_samples(folder: Path) -> SavedSamples:
-    """The samples in a folder that `write_samples` wrote; tensors lie on the memory-mapped files.
-
-    Raises:
-        DataError: a file is missing, damaged or contradicts the index, or these are no samples.
-    """
+    """Samples from `write_samples`, memory-mapped. DataError if a file is missing, damaged or contradicts the index."""
     index = _index(folder)
     if len(set(index.shards)) < len(index.shards):
         raise DataError(f"{folder / INDEX} must name each shard once; {_AGAIN}")
@@ -168,7 +141,7 @@ def read_samples(folder: Path) -> SavedSamples:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """The file of a data set. Raises DataError for names of no shard, and links that leave the folder."""
+    """A data set's shard file. DataError for other names, and links that leave the folder."""
     if not _OWN_FILES.fullmatch(name):
         raise DataError(f"{folder} must name its shards {DATASET_SHARD}0000 and so on, got {name!r}; {_AGAIN}")
     if (folder / name).is_symlink() and not (folder / name).resolve().is_relative_to(folder.resolve()):
@@ -181,8 +154,6 @@ _AGAIN = "get the data set again, or save it again"
 
 @dataclass(frozen=True)
 class _Prompt:
-    """What the index holds of a conditioning."""
-
     text: str | None
     span: tuple[float, float]
 
@@ -216,7 +187,7 @@ def _index(folder: Path) -> _Index:
 
 
 def _shards(samples: SavedSamples, numbers: Mapping[int, int], shard_size: int) -> Iterator[dict[str, Tensor]]:
-    """Tensors of each shard by name; a conditioning is in the shard of the first latent that it belongs to."""
+    """Tensors of each shard by name; a conditioning is in the shard of the first latent that uses it."""
     prompts = samples.flat
     written: set[int] = set()
     shard: dict[str, Tensor] = {}
@@ -238,7 +209,7 @@ def _tensors_of(prompt: Conditioning, number: int) -> dict[str, Tensor]:
 
 
 def _storable(text: str | None) -> str | None:
-    """A text without lone surrogates, which UTF-8 does not have."""
+    """A text without lone surrogates, which UTF-8 cannot encode."""
     return None if text is None else text.encode("utf-8", "replace").decode()
 
 
@@ -256,7 +227,7 @@ def _refuse_other_content(folder: Path) -> None:
 
 
 def _ranges(index: _Index, tensors: Iterable[str], folder: Path) -> list[range]:
-    """Numbers of the latents of each batch."""
+    """Indices of the latents of each batch."""
     counts = [count for count, _ in index.latents]
     held = sum(name.startswith("latent.") for name in tensors)
     if sum(counts) != held or any(count < 1 for count in counts):

@@ -1,4 +1,4 @@
-"""The image files of a source, each with its caption file, its entry in a metadata file and its mask; all by name."""
+"""The image files of a source, each with its caption file, metadata entry and mask; all by name."""
 
 from __future__ import annotations
 
@@ -24,39 +24,23 @@ from lorasmith.data.sources import MAX_REPEATS, ImageSource
 
 @dataclass(slots=True)
 class Candidate:
-    """An image file, not opened yet.
-
-    Attributes:
-        folder: where it is.
-        name: of the file.
-        repeats: number of its occurrences in an epoch.
-        weight: of its loss.
-        clips: whether animations are clips.
-        caption_file: name of its caption file, where such files are read.
-        metadata: name of the metadata file that has an entry for it, or that cannot be read.
-        entry: its captions in there.
-        refused: why they cannot be used, a clause; empty if they can.
-        entry_first: whether they count more than the caption file.
-        mask: its mask.
-        barred: why it is left out, if one of its files is a link that is not followed.
-    """
+    """An image file, not opened yet."""
 
     folder: ListedFolder
     name: str
-    repeats: int
-    weight: float
-    clips: bool = False
-    caption_file: str | None = None
-    metadata: str = ""
-    entry: tuple[str, ...] = ()
-    refused: str = ""
-    entry_first: bool = False
+    repeats: int  # occurrences in an epoch
+    weight: float  # of its loss
+    clips: bool = False  # animations are clips
+    caption_file: str | None = None  # None where such files are not used
+    metadata: str = ""  # name of the metadata file with its entry, or that cannot be read
+    entry: tuple[str, ...] = ()  # captions in the metadata file
+    refused: str = ""  # why `entry` cannot be used, a clause; empty if it can
+    entry_first: bool = False  # `entry` precedes the caption file
     mask: Path | None = None
-    barred: Reason | None = None
+    barred: Reason | None = None  # why it is skipped, if one of its files is a link that is not followed
 
     @property
     def path(self) -> Path:
-        """The file."""
         return self.folder.file(self.name)
 
 
@@ -72,17 +56,9 @@ def candidates(
 ) -> Iterator[Candidate]:
     """The image files of a source in natural order, those of inner folders last.
 
-    Args:
-        source: the source.
-        config: settings.
-        cache: folder for the images of datasets that `datasets` saved; None if there is no such folder.
-        skipped: receives files and folders that are not used.
-        remarks: receives what else is to be said.
-        unread: receives pictures in formats that are not read.
-        clips: whether videos are among them.
-
-    Raises:
-        DataError: the source is missing or cannot be read.
+    `cache` is the folder for images of saved `datasets`. `skipped` receives files and folders that are not used,
+    `unread` pictures in formats that are not read. With `clips`, videos are included. DataError if the source cannot be
+    read.
     """
     root, only = source.path, None
     if is_saved_dataset(Path(root)):
@@ -119,7 +95,7 @@ def candidates(
             if not metadata.give(found):
                 remarks.add(Remark.UNNAMED, name, int(name not in foreign))
                 continue
-            if not from_files:  # it only says which images there are
+            if not from_files:  # it only selects images
                 found.entry, found.refused = (), ""
             if (mask := masks.of(folder, stem)) is not None:
                 place, mask_name = mask
@@ -146,23 +122,14 @@ def candidates(
 
 @dataclass(slots=True)
 class _Known:
-    """A metadata file.
-
-    Attributes:
-        inside: its folder, relative to the source.
-        name: of the file.
-        content: what it says, or why it says nothing.
-        used: names of entries with an image.
-    """
-
-    inside: str
+    inside: str  # folder relative to the source
     name: str
-    content: Metadata | MetadataError
-    used: set[str] = field(default_factory=set)
+    content: Metadata | MetadataError  # or why it cannot be read
+    used: set[str] = field(default_factory=set)  # keys of entries with an image
 
 
 class _MetadataFiles:
-    """The metadata files of a source; the nearest one above an image counts."""
+    """The metadata files of a source, of which the nearest above an image is used."""
 
     def __init__(self, only: _Known | None, skipped: Skipped, remarks: Remarks) -> None:
         self._only, self._skipped, self._remarks = only, skipped, remarks
@@ -170,7 +137,7 @@ class _MetadataFiles:
         self._above: list[_Known] = [only] if only else []
 
     def enter(self, folder: ListedFolder) -> None:
-        """Read the file of a folder, unless there is one for the whole source."""
+        """Read a folder's file, unless one file covers the whole source."""
         if self._only:
             return
         if folder.metadata:
@@ -199,7 +166,7 @@ class _MetadataFiles:
             inside = inside.rpartition("/")[0]
 
     def give(self, image: Candidate) -> bool:
-        """Add what a metadata file says of an image; False if it is none of those that the source names."""
+        """Add an image's metadata; False if a source that is a metadata file does not name it."""
         for known in self._above:
             content = known.content
             if isinstance(content, MetadataError):
@@ -218,7 +185,6 @@ class _MetadataFiles:
         return self._only is None or bool(image.metadata)
 
     def finish(self) -> None:
-        """Say which entries were not used."""
         for known in self._known.values():
             if isinstance(known.content, Metadata):
                 missing = [*(known.content.captions.keys() | known.content.refused.keys()) - known.used]
@@ -251,7 +217,7 @@ class _Masks:
                     self._elsewhere.setdefault(listed.key(stem), (listed, name))
 
     def of(self, folder: ListedFolder, stem: str) -> tuple[ListedFolder, str] | None:
-        """The mask of an image: its folder and its name."""
+        """Folder and name of an image's mask."""
         if not self._on:
             return None
         beside = folder.masks.get(stem)
@@ -261,7 +227,6 @@ class _Masks:
         return found
 
     def leave(self, folder: ListedFolder) -> None:
-        """Say which masks of a folder were not used."""
         kind = Remark.MASK if self._on else Remark.MASKS_OFF
         for names in folder.masks.values():
             for name in names:
@@ -269,14 +234,13 @@ class _Masks:
                     self._remarks.add(kind, name)
 
     def finish(self) -> None:
-        """Say which masks of the folder of masks were not used."""
         for listed, name in self._elsewhere.values():
             if listed.file(name) not in self._used:
                 self._remarks.add(Remark.MASK, name)
 
 
 def _barred(folder: ListedFolder, name: str, kind: str = "") -> Reason | None:
-    """Why an image is left out if a file of it is a link that is not followed."""
+    """Why an image is skipped if a file of it is a link that is not followed."""
     if not folder.refuses(name):
         return None
     clause = f"is left out because its {kind} {name} {LINK}; copy that file here" if kind else f"{LINK}; copy it here"
@@ -291,7 +255,7 @@ def _required(path: Path) -> Metadata:
 
 
 def _remark_origin(folder: ListedFolder, only: _Known | None, remarks: Remarks) -> None:
-    """Say which files would give captions."""
+    """Report files with captions that are not used."""
     stems = {stem_of(name) for name in folder.images}
     unused = [name for stem, names in folder.captions.items() if stem in stems for name in names]
     unused += [] if only else folder.metadata
@@ -299,7 +263,7 @@ def _remark_origin(folder: ListedFolder, only: _Known | None, remarks: Remarks) 
 
 
 def _remark_case(folder: ListedFolder, remarks: Remarks) -> None:
-    """Say which images have one name, or one caption file, where case is ignored."""
+    """Report images whose names, or caption files, differ in case only."""
     first: dict[str, str] = {}
     for name in folder.images:
         other = first.setdefault(stem_of(name).casefold(), name)
@@ -308,7 +272,7 @@ def _remark_case(folder: ListedFolder, remarks: Remarks) -> None:
 
 
 def _remark_orphans(folder: ListedFolder, remarks: Remarks) -> None:
-    """Say which caption files have no image; a picture in another format is one that is named already."""
+    """Report caption files without an image, unless a picture in another format was reported already."""
     stems = {stem_of(name) for name in folder.images}
     stems.update(path.stem for path, _ in folder.foreign)
     for stem, names in folder.captions.items():

@@ -1,4 +1,4 @@
-"""Where images come from: a folder, a metadata file, or a folder saved by `datasets`, with its share in a run."""
+"""Sources of images: a folder, a metadata file, or a folder saved by `datasets`, with repeats and loss weight."""
 
 from __future__ import annotations
 
@@ -8,18 +8,17 @@ from lorasmith.core.errors import OptionError
 from lorasmith.core.options import check_options, option, options_of
 from lorasmith.core.registry import nearest
 
-MAX_REPEATS = 10_000
-"""Maximum number of an image's occurrences in an epoch."""
+MAX_REPEATS = 10_000  # of an image in an epoch
 
 
 @dataclass(frozen=True)
 class ImageSource:
-    """One of the places that the images of a run come from.
+    """One of the sources of a run's images.
 
     Attributes:
         path: a folder of images; a metadata file, for the images that it names; or a folder that `save_to_disk` of
             `datasets` wrote.
-        repeats: number of occurrences of each image in an epoch; multiplies those that folder names give.
+        repeats: occurrences of each image in an epoch; multiplies those of folder names.
         weight: of the loss of its images.
 
     Raises:
@@ -43,13 +42,10 @@ class ImageSource:
 
     @classmethod
     def parse(cls, text: str) -> ImageSource:
-        """A source in one text: a path, and behind it optional settings such as `repeats=2 weight=0.5`.
+        """A source in one text: a path and optional settings such as `repeats=2 weight=0.5`. Raises OptionError.
 
         >>> ImageSource.parse("my photos repeats=2")
         ImageSource(path='my photos', repeats=2, weight=1.0)
-
-        Raises:
-            OptionError: the path is missing, or a setting is unknown or out of its range.
         """
         declared = options_of(cls)
         settings: dict[str, object] = {}

@@ -1,8 +1,8 @@
 """Selection of held-out images for validation.
 
-An image is identified by its name: repeats, mirrored copies, and files of one name in several subfolders are held out
-together. The selection is a function of the names, not of the run's seed, so that two runs on the same folder have the
-same held-out images; adding or removing an image changes at most one or two others.
+Images are identified by name: repeats, mirrored copies, and files of one name in several subfolders are held out
+together. The selection depends on the names, not on the run's seed, so that two runs on the same folder have the same
+held-out images; adding or removing an image changes at most one or two others.
 """
 
 from __future__ import annotations
@@ -25,32 +25,20 @@ _NAMED = 8  # maximum number of names in a sentence
 
 @dataclass(frozen=True)
 class Split:
-    """A dataset in two parts.
-
-    Attributes:
-        training: the training samples.
-        held_out: the held-out samples, None if there are none.
-        note: a remark for the user, in a sentence.
-        is_note_grave: whether the user should do something about it.
-    """
+    """A dataset split into training and held-out samples."""
 
     training: EncodedDataset
     held_out: EncodedDataset | None
-    note: str
-    is_note_grave: bool = False
+    note: str  # a sentence for the user
+    is_note_grave: bool = False  # the user should act on it
 
 
 def split(dataset: EncodedDataset, *, share: float | None = None, given: EncodedDataset | None = None) -> Split:
-    """Hold images out of a dataset, or use separate ones.
+    """Hold out a share of a dataset's distinct images, or use the `given` separate ones.
 
-    Args:
-        dataset: all samples.
-        share: of the distinct images, in [0, 1); rounded up, but never all of them. 0 for none; None for a tenth from
-            `AUTOMATIC_FROM` images on and none below.
-        given: separate held-out images; nothing is then taken from `dataset`.
-
-    Raises:
-        DataError: there is only one image to hold a share out of, or the given images' latents have other channels.
+    `share` is in [0, 1), rounded up, but never all images; None for a tenth from `AUTOMATIC_FROM` images on and none
+    below. DataError if there is only one image to hold a share out of, or the given images' latents have other
+    channels.
     """
     if given is not None:
         return _given(dataset, given)
@@ -79,7 +67,7 @@ def split(dataset: EncodedDataset, *, share: float | None = None, given: Encoded
 
 
 def held_out_names(names: Sequence[str], share: float | None = None) -> frozenset[str]:
-    """The names of the images that `split` holds out of images with these distinct names; none of a single one."""
+    """The names that `split` holds out of these distinct names; none of a single one."""
     if share is None:
         share = _AUTOMATIC_SHARE if len(names) >= AUTOMATIC_FROM else 0.0
     if not share or len(names) < 2:
@@ -108,7 +96,7 @@ def _given(dataset: EncodedDataset, given: EncodedDataset) -> Split:
 
 
 def _place(name: str) -> bytes:
-    """Pseudorandom sort key of an image for holding out, a function of its name."""
+    """Pseudorandom sort key of an image, a function of its name."""
     return hashlib.blake2b(f"held out/{name}".encode(), digest_size=8).digest()
 
 

@@ -1,8 +1,8 @@
 """Captions from image-to-text models of transformers: BLIP, BLIP-2, GIT, ViT-GPT2, Florence-2, chat models with vision.
 
-Models come from a folder or from the hub's cache on this computer. A stranger's folder runs no code: its own classes
-are not loaded (`trust_remote_code` is off), weights are safetensors, and references to adapters or kernels elsewhere
-are not followed.
+Models come from a folder or from the hub's cache on this computer. Untrusted folders run no code: custom classes are
+not loaded (`trust_remote_code` is off), weights are safetensors, and references to adapters or kernels elsewhere are
+not followed.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from lorasmith.families.part_loading import quieten
 if TYPE_CHECKING:
     from PIL import Image
 
-REQUEST = "Describe this image in one sentence."
-"""What chat models are asked."""
+REQUEST = "Describe this image in one sentence."  # prompt of chat models
 
 _MAX_NEW_TOKENS = 128
 _TASK = "<DETAILED_CAPTION>"  # of Florence-2
@@ -30,14 +29,10 @@ _PRIVATE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False
 
 
 def transformers_captioner(model: str, device: torch.device) -> Callable[[Image.Image], str]:
-    """A captioner on a model of transformers.
+    """A captioner on a transformers model (a folder, or an id in the hub's cache), in fp32 on a CPU, else in its own
+    dtype.
 
-    Args:
-        model: a folder, or the id of a model in the hub's cache.
-        device: where it runs; in fp32 on a CPU, in the dtype of its weights elsewhere.
-
-    Raises:
-        ModelError: the model is not there, is none that makes text of images, or would need code of its own.
+    ModelError if the model is missing, is not an image-to-text model, or would need code of its own.
     """
     quieten()
     folder = _folder_of(model)
@@ -46,7 +41,7 @@ def transformers_captioner(model: str, device: torch.device) -> Callable[[Image.
     try:
         network = _network(folder, device)
         prepare = _processor(folder)
-    except Exception as error:  # transformers raises whatever a folder of strangers leads to
+    except Exception as error:  # untrusted folders may make transformers raise anything
         reason = one_line(str(error)) or type(error).__name__
         if "trust_remote_code" in reason:
             reason = "it needs code that its folder brings along, which is never run"
@@ -58,14 +53,6 @@ def transformers_captioner(model: str, device: torch.device) -> Callable[[Image.
 
 
 class _Captioner:
-    """A loaded model.
-
-    Args:
-        network: the model.
-        processor: makes its inputs and its text.
-        device: of the network.
-    """
-
     def __init__(self, network: Any, processor: Any, device: torch.device) -> None:
         self._network = network
         self._processor = processor
@@ -110,12 +97,7 @@ class _Captioner:
 
 
 class _ImageAndTokenizer:
-    """The two halves of a processor, for models that have none: pairs of a vision encoder and a text decoder.
-
-    Args:
-        images: makes inputs of pictures.
-        tokenizer: makes text of tokens.
-    """
+    """A processor for pairs of a vision encoder and a text decoder, which have none."""
 
     def __init__(self, images: Any, tokenizer: Any) -> None:
         self.images = images
@@ -123,7 +105,7 @@ class _ImageAndTokenizer:
 
 
 def _folder_of(model: str) -> Path:
-    """The folder of a model, of which the hub's cache has several."""
+    """The folder of a model, of which the hub's cache may have several."""
     if model and Path(model).is_dir():
         return Path(model)
     if re.fullmatch(r"[\w.\-]+/[\w.\-]+", model) and not Path(model).exists():
@@ -161,7 +143,7 @@ def _network(folder: Path, device: torch.device) -> Any:
 
 
 def _choose_attention(config: Any, attention: str) -> None:
-    """Set how a configuration, and those inside it, compute attention: files may name kernels to be downloaded."""
+    """Set the attention of a configuration and those inside it: files may name kernels to download."""
     from transformers import PretrainedConfig
 
     values = vars(config)

@@ -1,7 +1,7 @@
-"""Reading video files with PyAV (an optional package): which frames there are, and some of them as pictures.
+"""Reading video files with PyAV (an optional package): frames, and some of them as pictures.
 
-A video is a choice of frames of a file; nothing is decoded until the pictures are needed. Files may be a stranger's:
-only containers of videos are opened, none of the formats in which a file names others to play.
+A `Video` is a selection of a file's frames; nothing is decoded until the pictures are needed. Files are untrusted: only
+containers of videos are opened, not the formats in which a file references others.
 """
 
 from __future__ import annotations
@@ -24,46 +24,34 @@ from lorasmith.core.files import is_folder, open_regular
 from lorasmith.data.captions import read_caption_file
 from lorasmith.data.folder_listing import LINK, VIDEO_SUFFIXES, Reason, Skipped, list_folders, stem_of
 
-_FORMATS = "avi,flv,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2"
-"""FFmpeg's names of the containers."""
-_MOST_FRAMES = 10_000_000
-"""Of a file: four days at 30 frames a second."""
+_FORMATS = "avi,flv,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2"  # FFmpeg's names
+_MOST_FRAMES = 10_000_000  # of a file: four days at 30 frames a second
 _COLOUR_SPACES = {18: "HDR", 16: "HDR PQ"}
-"""Names in ComfyUI by number of the transfer function (ITU-T H.273); sRGB for all others."""
+"""ComfyUI's names by transfer function (ITU-T H.273); sRGB for all others."""
 
 
 @dataclass(frozen=True)
 class Video:
-    """Frames of a file.
-
-    Attributes:
-        path: the file.
-        frames: their numbers in the file, in order of presentation.
-        rate: frames a second of the file.
-        width, height: of a frame as stored, before it is turned upright.
-        bit_depth: bits of a colour in the file; pictures have 8.
-        colour_space: `sRGB`, `HDR` or `HDR PQ`.
-    """
+    """Frames of a file."""
 
     path: Path
-    frames: Sequence[int]
-    rate: Fraction
-    width: int
+    frames: Sequence[int]  # indices in the file, in order of presentation
+    rate: Fraction  # frames per second of the file
+    width: int  # of a frame as stored, before rotation
     height: int
-    bit_depth: int
-    colour_space: str
+    bit_depth: int  # in the file; pictures have 8
+    colour_space: str  # `sRGB`, `HDR` or `HDR PQ`
 
     def only(self, places: Sequence[int]) -> Video:
-        """The frames at some places among these."""
+        """The frames at these positions."""
         return replace(self, frames=[self.frames[place] for place in places])
 
     def part(self, start: int, length: int) -> Video:
-        """`length` frames in a row."""
         return replace(self, frames=self.frames[start : start + length])
 
 
 class VideoFile(NamedTuple):
-    """A video in a folder: its occurrences in an epoch, and its caption, None without a file of that name."""
+    """A video in a folder, its occurrences in an epoch, and its caption, None without a caption file."""
 
     path: Path
     repeats: int
@@ -72,23 +60,14 @@ class VideoFile(NamedTuple):
 
 @dataclass(frozen=True)
 class VideoScan:
-    """The videos of a folder in natural order, and remarks for the user."""
+    """The videos of a folder in natural order, and notes for the user."""
 
     videos: tuple[VideoFile, ...]
     notes: tuple[str, ...] = field(default=())
 
 
 def scan_videos(folder: Path, *, subfolders: bool, follow_links: bool) -> VideoScan:
-    """Videos of a folder with their captions.
-
-    Args:
-        folder: the folder.
-        subfolders: whether those named `<repeats>_<name>` are included.
-        follow_links: whether videos and captions are read that links out of the folder lead to.
-
-    Raises:
-        DataError: there are none, or a caption cannot be read.
-    """
+    """Videos, with captions, of a folder and (`subfolders`) those named `<repeats>_<name>`. Raises DataError."""
     found: list[VideoFile] = []
     notes: list[str] = []
     skipped: Skipped = []
@@ -125,11 +104,7 @@ def scan_videos(folder: Path, *, subfolders: bool, follow_links: bool) -> VideoS
 
 
 def open_video(path: Path) -> Video:
-    """All frames of a file, without decoding them where the file knows their number.
-
-    Raises:
-        DataError: PyAV is not installed, or the file is no video.
-    """
+    """All frames of a file, decoded only if the file does not state their number. DataError if it is not a video."""
     with _opened(path) as (container, stream):
         width, height = stream.codec_context.width, stream.codec_context.height
         decoded = itertools.islice(container.decode(stream), _MOST_FRAMES + 1)
@@ -148,14 +123,10 @@ def open_video(path: Path) -> Video:
 
 
 def read_frames(video: Video, progress: Callable[[int, int], None] = lambda done, total: None) -> Tensor:
-    """The frames as pictures (frames, height, width, 3) in [0, 1], upright.
+    """The frames of a video (at least one) as pictures (frames, height, width, 3) in [0, 1], upright.
 
-    Args:
-        video: at least one frame.
-        progress: called with (frames read, frames in all).
-
-    Raises:
-        DataError: PyAV is not installed, the file is damaged, or a frame is missing or of another size.
+    `progress` receives (frames read, all frames). DataError if PyAV is not installed, the file is damaged, or a frame
+    is missing or of another size.
     """
     wanted, read = set(video.frames), dict[int, Tensor]()
     for number, frame in zip(sorted(wanted), decoded_frames(video.path, wanted), strict=False):
@@ -172,15 +143,9 @@ def read_frames(video: Video, progress: Callable[[int, int], None] = lambda done
 
 
 def decoded_frames(path: Path, wanted: Collection[int], *, content: bytes | None = None) -> Iterator[np.ndarray]:
-    """Some frames of a file, upright, uint8 (height, width, 3), in their order; those after its end are missing.
+    """The wanted frames of a file, by index, upright, uint8 (height, width, 3), in order; omits those after its end.
 
-    Args:
-        path: the file.
-        wanted: their numbers from 0.
-        content: bytes of the file, if they were read already.
-
-    Raises:
-        DataError: PyAV is not installed, or the file is no video or damaged.
+    Raises DataError as `open_video`, and for a damaged file.
     """
     left = len(wanted)
     with _opened(path, content) as (container, stream):
@@ -193,7 +158,7 @@ def decoded_frames(path: Path, wanted: Collection[int], *, content: bytes | None
 
 
 def frame_rate(path: Path) -> float:
-    """Frames a second of a file. Raises DataError as `open_video`."""
+    """Frames per second of a file. Raises DataError as `open_video`."""
     with _opened(path) as (_, stream):
         return float(_rate(stream))
 
@@ -204,7 +169,7 @@ def _rate(stream: Any) -> Fraction:
 
 @contextlib.contextmanager
 def _opened(path: Path, content: bytes | None = None) -> Iterator[tuple[Any, Any]]:
-    """Container and video stream of a file; PyAV's errors inside the block become a DataError."""
+    """Container and video stream of a file; PyAV's errors inside the block become DataError."""
     try:
         import av
     except ImportError as error:

@@ -4,8 +4,8 @@
     a {{dark|light} red|blue} ball    three: each alternative of a group is as likely as its others
     a ball{, on a beach|}         an alternative may be empty
 
-A `|` outside of braces, braces without `|`, and braces that do not pair are text. Nothing here recurses, as a caption
-may nest thousands of braces.
+A `|` outside of braces, braces without `|`, and unpaired braces are text. Nothing here recurses, as a caption may nest
+thousands of braces.
 """
 
 from __future__ import annotations
@@ -18,11 +18,7 @@ V = TypeVar("V")
 
 
 class Choices:
-    """The choices of a text.
-
-    Attributes:
-        groups: number of pairs of braces with alternatives.
-    """
+    """The choices of a text; `groups` is the number of pairs of braces with alternatives."""
 
     def __init__(self, text: str) -> None:
         self._text = text
@@ -30,12 +26,12 @@ class Choices:
         self.groups = sum(text[place] == "{" for place in self._places)
 
     def resolved(self, numbers: Iterable[float]) -> str:
-        """The text with an alternative of each group, chosen by a number in [0, 1) for each group."""
+        """The text with an alternative of each group, chosen by a number in [0, 1) per group."""
         given = iter(numbers)
         return self._folded(str, "".join, lambda texts: texts[int(next(given) * len(texts))])
 
     def count(self, limit: int) -> int:
-        """The number of ways to choose, or `limit` + 1 where there are more. Equal texts count separately."""
+        """The number of ways to choose, capped at `limit` + 1. Equal texts count separately."""
         return self._folded(
             lambda text: 1,
             lambda counts: _product(counts, limit),
@@ -43,7 +39,7 @@ class Choices:
         )
 
     def expansions(self) -> frozenset[str]:
-        """Every text; time and memory are those of `count` texts, so ask that before."""
+        """Every text; check `count` first, as time and memory are proportional to it."""
         return self._folded(
             lambda text: frozenset((text,)),
             lambda sets: frozenset(map("".join, itertools.product(*sets))),
@@ -56,7 +52,7 @@ class Choices:
         joined: Callable[[Sequence[V]], V],
         either: Callable[[Sequence[V]], V],
     ) -> V:
-        """The value of the text, from the inside out, given those of its literal parts, of sequences and of groups."""
+        """Evaluate the text from the inside out, given the values of literals, sequences and groups."""
         text, start = self._text, 0
         outer: list[tuple[list[V], list[V]]] = []
         alternatives: list[V] = []
@@ -81,7 +77,7 @@ class Choices:
 
 
 def _places(text: str) -> list[int]:
-    """Where the braces of groups and the bars between their alternatives are, in order."""
+    """Positions of the braces of groups and of the bars between their alternatives, in order."""
     found: list[int] = []
     open_groups: list[list[int]] = []  # places of an opening brace and of the bars after it
     for place, character in enumerate(text):

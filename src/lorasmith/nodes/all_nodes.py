@@ -32,7 +32,7 @@ _MODULES = (
 
 
 def load_nodes() -> Registry[Node]:
-    """Register all nodes. The modules are imported by this call, as they import torch and the model code."""
+    """Register all nodes. The modules are imported here, as they import torch and the model code."""
     for name in _MODULES:
         import_module(f"lorasmith.nodes.{name}")
     return NODES

@@ -11,8 +11,7 @@ from lorasmith.core.errors import DataError
 from lorasmith.families.base import Conditioning
 from lorasmith.workflow import Input, NodeContext, Output, node
 
-_ENCODED = ("context", "pooled")
-"""Tensors that encode the prompt; others, such as guidance, are settings."""
+_ENCODED = ("context", "pooled")  # tensors that encode the prompt; others, such as guidance, are settings
 
 
 @node(
@@ -120,7 +119,7 @@ def flux_disable_guidance(context: NodeContext, *, conditioning: list[Conditioni
 
 
 def _with(conditioning: Conditioning, name: str, value: Tensor) -> Conditioning:
-    """The conditioning with another setting of guidance."""
+    """The conditioning with one guidance setting replaced."""
     kept = {key: tensor for key, tensor in conditioning.tensors.items() if key not in ("guidance", "no_guidance")}
     return replace(conditioning, tensors={**kept, name: value})
 

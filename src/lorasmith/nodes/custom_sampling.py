@@ -16,8 +16,7 @@ _RESULTS = (
     Output("LATENT", "output"),
     Output("LATENT", "denoised_output", tooltip="The clean latents that the last step predicted."),
 )
-_PATCH = 16
-"""Pixels of a patch of Flux.2 in each direction."""
+_PATCH = 16  # pixels of a Flux.2 patch in each direction
 
 
 @node(

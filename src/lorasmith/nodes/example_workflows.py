@@ -1,6 +1,6 @@
-"""The example workflows of the package, which `example:<name>` stands for wherever a workflow file is read.
+"""The example workflows of the package, named `example:<name>` wherever a workflow file is read.
 
-Each is a file in API format (`assets/examples/<name>.json`) and the same graph as the editor keeps it (`.ui.json`).
+Each is a file in API format (`assets/examples/<name>.json`) and the same graph in the editor's (`.ui.json`).
 `tools/example_graphs.py` writes those that are alike.
 """
 
@@ -14,42 +14,28 @@ from lorasmith.core.errors import GraphError
 from lorasmith.core.folders import ASSETS, MODEL_EXTENSIONS, Folders
 from lorasmith.core.registry import nearest
 
-EXAMPLE_PREFIX = "example:"
-"""Start of what names an example instead of a file."""
+EXAMPLE_PREFIX = "example:"  # of names of examples, instead of files
 
 
 @dataclass(frozen=True)
 class Example:
-    """An example workflow.
+    """An example workflow."""
 
-    Attributes:
-        name: what follows `example:`.
-        card: its title in the editor.
-        title: what the graph trains, in a line.
-        path: the file in API format.
-        editor_path: the same graph in the editor's format.
-        needs: names of the model files that it loads and the package does not have.
-    """
-
-    name: str
-    card: str
-    title: str
-    path: Path
-    editor_path: Path
-    needs: tuple[str, ...]
+    name: str  # after `example:`
+    card: str  # its title in the editor
+    title: str  # what the graph trains, in a line
+    path: Path  # in API format
+    editor_path: Path  # the same graph in the editor's format
+    needs: tuple[str, ...]  # names of model files that it loads and the package lacks
 
 
 def examples() -> list[Example]:
-    """Every example, those that need no other file first."""
+    """Every example, those that need no other files first."""
     return [_example(name) for name in _TITLES]
 
 
 def example_named(name: str) -> Example:
-    """The example `name`.
-
-    Raises:
-        GraphError: there is none.
-    """
+    """The example `name`. Raises GraphError if there is none."""
     if name not in _TITLES:
         raise GraphError(
             f"no example {name!r}{nearest(name, _TITLES)}; give {EXAMPLE_PREFIX} and one of {', '.join(_TITLES)}"
@@ -88,4 +74,4 @@ _TITLES = {
     "wan": ("Wan 2.1", "Wan 2.1" + _ON_A_FOLDER),
     "wan22_5b": ("Wan 2.2 5B", "Wan 2.2 5B" + _ON_A_FOLDER),
 }
-"""On the card of an example, and what its graph trains."""
+"""Title in the editor, and what the graph trains."""

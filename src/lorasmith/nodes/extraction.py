@@ -1,4 +1,4 @@
-"""Extract and Save Lora: one LoRA file of what the LoRAs on a model change."""
+"""Extract and Save Lora: one LoRA file of the changes that the LoRAs on a model make."""
 
 from __future__ import annotations
 

@@ -16,8 +16,7 @@ _IMAGES = Input("images", "IMAGE")
 _OUTPUT = Output("IMAGE", "images")
 _LIST = Output("IMAGE", "images", is_list=True)
 _SEED = Input("seed", "INT", default=0, min=0, max=2**64 - 1, tooltip="The same seed gives the same result.")
-_LUMA = (19595, 38470, 7471)
-"""Weights of red, green and blue in a grey value, in units of 2⁻¹⁶, as Pillow has them."""
+_LUMA = (19595, 38470, 7471)  # weights of red, green and blue in grey, in units of 2⁻¹⁶, as in Pillow
 
 
 def _edge(name: str, default: int) -> Input:
@@ -84,7 +83,7 @@ def random_crop(context: NodeContext, *, images: Tensor, width: int, height: int
     rows, columns = images.shape[1:3]
     draws = numpy_draws(seed)
     left, top = (
-        int(draws.randint(0, room + 1)) if room > 0 else 0  # in ComfyUI nothing is drawn where there is no choice
+        int(draws.randint(0, room + 1)) if room > 0 else 0  # ComfyUI draws nothing where there is no choice
         for room in (columns - width, rows - height)
     )
     return (_cut(images, left, top, width, height),)
@@ -256,7 +255,7 @@ def merge_image_lists(context: NodeContext, *, images: list[Tensor]) -> tuple[li
 
 
 def _with_edge(images: Tensor, edge: int, which: Callable[[int, int], int]) -> Tensor:
-    """IMAGE of which the shorter or longer edge has a length; the other is rounded down, as in ComfyUI."""
+    """IMAGE scaled to a shorter or longer edge; the other edge is rounded down, as in ComfyUI."""
     count, rows, columns, _ = images.shape
     factor = edge / which(columns, rows)
     # The edge itself is not computed, which could round it down.
@@ -274,8 +273,8 @@ def _cut(images: Tensor, left: int, top: int, width: int, height: int) -> Tensor
 
 
 def _brighter_places(picture: Tensor) -> Tensor:
-    """64 signs of an image (1, height, width, 3): 1 where the image at 8×8 px is brighter than its average, else −1."""
+    """64 signs of an image (1, height, width, 3): 1 where the image at 8×8 px is brighter than its mean, else −1."""
     small = (_scaled(picture, 8, 8) * 255).round().long()
-    # In integers as Pillow computes greys, so that the bits are ComfyUI's.
+    # In integers as in Pillow, so that the bits are ComfyUI's.
     grey = (small @ torch.tensor(_LUMA) + 2**15) // 2**16
     return torch.where(grey.flatten() * 64 > grey.sum(), 1.0, -1.0)

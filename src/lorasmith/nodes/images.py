@@ -19,13 +19,9 @@ _METHODS = ("nearest-exact", "bilinear", "area", "bicubic", "lanczos")
 
 
 def resized(pictures: Tensor, width: int, height: int, *, method: str, crop: bool) -> Tensor:
-    """Pictures or latents (batch, channels, height, width) at another size.
+    """Pictures or latents (batch, channels, height, width) at another size, by a method of Upscale Image.
 
-    Args:
-        pictures: values in [0, 1] for `lanczos`, which goes through 8 bits as in ComfyUI; any values otherwise.
-        width, height: of the result.
-        method: a method of Upscale Image.
-        crop: crop the edges to keep the proportions, instead of stretching.
+    `lanczos` needs values in [0, 1], as it uses 8 bits as in ComfyUI. `crop` keeps proportions instead of stretching.
     """
     if crop:
         pictures = _cropped(pictures, width / height)
@@ -190,7 +186,6 @@ def image_batch(context: NodeContext, *, image1: Tensor, image2: Tensor) -> tupl
 
 
 def _scaled(image: Tensor, width: int, height: int, method: str, *, crop: bool = False) -> Tensor:
-    """IMAGE at another size; see `resized`."""
     return resized(image.movedim(-1, 1), width, height, method=method, crop=crop).movedim(1, -1).contiguous()
 
 

@@ -97,7 +97,7 @@ def vae_decode_tiled(
 
 
 def _size(width: int, height: int, step: int = 16) -> list[Input]:
-    """Inputs of a picture's size, with these defaults."""
+    """Inputs of a picture's size."""
     return [
         Input(name, "INT", default=side, min=16, max=16384, step=step, tooltip="In pixels.")
         for name, side in {"width": width, "height": height}.items()

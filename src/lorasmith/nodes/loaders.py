@@ -20,8 +20,7 @@ _WEIGHT_DTYPES = {
     "fp8_e4m3fn_fast": torch.float8_e4m3fn,
     "fp8_e5m2": torch.float8_e5m2,
 }
-ANY_TYPE = "stable_diffusion"
-"""The type of text encoders that ComfyUI takes where a node has no choice."""
+ANY_TYPE = "stable_diffusion"  # ComfyUI's type of text encoders for nodes without a choice
 
 # fmt: off
 _TYPES = (
@@ -37,7 +36,7 @@ _DUAL_TYPES = (
 
 
 def _any(name: str, folders: Folders) -> str:
-    """Accept every name, as ComfyUI does: unknown ones have the effect of the default."""
+    """Accept every name, as ComfyUI does: unknown ones act like the default."""
     return name.casefold()
 
 
@@ -196,6 +195,6 @@ def load_vae(context: NodeContext, *, vae_name: str) -> tuple[Autoencoder]:
 def _encoders(
     context: NodeContext, names: Sequence[str], clip_type: str = ANY_TYPE, device: str = "default"
 ) -> TextEncoder:
-    """Text encoders in files of these names, for models of a type, on a device of the node's choices."""
+    """Text encoders from files, for models of a type, on a device of the node's choices."""
     loaded = load_text_encoder([context.folders.find("text_encoders", name) for name in names], clip_type)
     return replace(loaded, device=torch.device("cpu")) if device == "cpu" else loaded

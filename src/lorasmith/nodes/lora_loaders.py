@@ -130,7 +130,7 @@ def lora_model_loader(
 def _on_model(
     context: NodeContext, model: Denoiser, name: str, strength: float, *, bypass: bool | None = None
 ) -> Denoiser:
-    """The model with a LoRA file, merged where that is possible unless `bypass`."""
+    """The model with a LoRA file, merged where possible unless `bypass`."""
     if not strength:
         return model
     lora = Lora.load(context.folders.find("loras", name), model.base)
@@ -149,12 +149,7 @@ def _on_both(
     *,
     bypass: bool | None = None,
 ) -> tuple[Denoiser, TextEncoder]:
-    """The model and the text encoders with a LoRA file.
-
-    Args:
-        context, model, clip, name, strength_model, strength_clip: of the node.
-        bypass: run it beside the model's weights; None merges it where that is possible.
-    """
+    """Model and text encoders with a LoRA file, run beside the weights with `bypass`, else merged where possible."""
     if not strength_model and not strength_clip:
         return model, clip
     # The text encoders may be of another file than the model, with other modules.

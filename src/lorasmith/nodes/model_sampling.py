@@ -10,11 +10,9 @@ from lorasmith.families.base import Diffusion
 from lorasmith.families.model import Denoiser
 from lorasmith.workflow import Input, NodeContext, Output, node
 
-_STEPS = 1000
-"""Timesteps of networks that were made for discrete ones."""
+_STEPS = 1000  # timesteps of networks with discrete ones
 _PREDICTIONS = {"eps": "epsilon", "v_prediction": "v", "lcm": "epsilon"}
-_DISTILLED_STEPS = 50
-"""Timesteps of latent consistency models."""
+_DISTILLED_STEPS = 50  # timesteps of latent consistency models
 
 
 def _shift(default: float) -> Input:
@@ -111,20 +109,13 @@ def model_sampling_discrete(context: NodeContext, *, model: Denoiser, sampling: 
 
 
 def _time_scale(model: Denoiser) -> float:
-    """What the network calls the end of time: the number of its discrete steps, or the scale of its own flow."""
+    """The network's unit of time: its number of discrete steps, or the scale of its own flow."""
     own = model.base.components.schedule
     return own.time_scale if isinstance(own, FlowSchedule) else float(_STEPS)
 
 
 def _check_time(context: NodeContext, model: Denoiser, name: str, other: str, *, time_scale: float) -> None:
-    """Warn about a node that would pass a time of another scale to the network in ComfyUI.
-
-    Args:
-        context: of the node.
-        model: the model.
-        name, other: of the node, and of the one for such models.
-        time_scale: of ComfyUI's node.
-    """
+    """Warn if ComfyUI's node `name` would pass the network a time of another scale, and name `other` instead."""
     if (needed := _time_scale(model)) != time_scale:
         context.warn(
             f"{name} counts time up to {time_scale:g} in ComfyUI, but the network of {model.base.title} up to "
@@ -135,17 +126,7 @@ def _check_time(context: NodeContext, model: Denoiser, name: str, other: str, *,
 def _as_flow(
     model: Denoiser, shift: float, *, table: int = _STEPS, resolution_shift: ResolutionShift | None = None
 ) -> Denoiser:
-    """The model as a flow, in the network's own unit of time.
-
-    Args:
-        model: the model.
-        shift: of its schedule.
-        table: entries of the sigma table.
-        resolution_shift: None for that of its own schedule.
-
-    Raises:
-        OptionError: the shift is 0.
-    """
+    """The model as a flow in the network's own unit of time, `table` sigmas long. OptionError for a shift of 0."""
     if shift <= 0:
         raise OptionError(f"shift must be greater than 0, got {shift:g}; 1 is none")
     by_size = resolution_shift or model.base.components.schedule.resolution_shift

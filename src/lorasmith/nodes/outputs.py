@@ -263,7 +263,7 @@ def _save_set(
 
 
 def _as_text(value: object) -> str:
-    """A value as JSON, or in Python's words where it has no JSON."""
+    """A value as JSON, or as Python prints it where JSON lacks it."""
     if isinstance(value, (bool, int, float)):
         return str(value)
     try:

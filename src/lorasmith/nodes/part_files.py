@@ -1,8 +1,8 @@
-"""Whether the files that a graph trains with belong together, from their headers, before anything is encoded.
+"""Checks from file headers, before anything is encoded, that the files that a graph trains with belong together.
 
-Links are followed up to the nodes that load: those of the model, of the text encoders that made the conditioning, and
-of the autoencoder that made the latents. What cannot be followed (a file's name that another node makes, a choice among
-several models) is checked by the node that uses it.
+Links are followed to the nodes that load: those of the model, of the text encoders that made the conditioning, and of
+the autoencoder that made the latents. What cannot be followed (a file name from another node, a choice among several
+models) is checked by the node that uses it.
 """
 
 from __future__ import annotations
@@ -43,16 +43,9 @@ class _Loaded:
 def check_part_files(
     graph: Graph, folders: Folders, *, model: Link, conditioning: Link, latents: Link, loras: Sequence[Path]
 ) -> None:
-    """Check that a model is trained on encodings of its own encoders, and continues LoRAs of its own.
+    """Check that a model is trained on its own encoders' encodings, and continues LoRAs of its own.
 
-    Args:
-        graph: of the links.
-        folders: of the files.
-        model, conditioning, latents: the inputs of training.
-        loras: files.
-
-    Raises:
-        ModelError, LoraError: a file is for another model.
+    ModelError or LoraError if a file is for another model.
     """
     base = _loaded(graph, model, "MODEL", folders)
     if base is None:
@@ -75,7 +68,7 @@ def check_part_files(
 
 
 def _loaded(graph: Graph, link: Link, wanted: str, folders: Folders) -> _Loaded | None:
-    """What the node loads from which a model or a part of it comes; None where that is not known yet."""
+    """The files of the node that a model or a part of it comes from; None if unknown until it runs."""
     while (member := graph.nodes[link.node_id]).node.id not in _LOADERS:
         onward = [one for _, one in member.links() if _type(graph, one) in (wanted, ANY, MATCH)]
         if len(onward) != 1:
@@ -90,7 +83,7 @@ def _loaded(graph: Graph, link: Link, wanted: str, folders: Folders) -> _Loaded 
 
 
 def _makers(graph: Graph, link: Link, carried: str, wanted: str) -> Iterator[Link]:
-    """The links of type `wanted` with which nodes make what comes through a link of type `carried`."""
+    """The links of type `wanted` into the nodes that make what comes through a link of type `carried`."""
     waiting, seen = [link], {link}
     while waiting:
         for _, one in graph.nodes[waiting.pop().node_id].links():

@@ -1,6 +1,6 @@
 """Nodes for regular expressions.
 
-A pattern of a stranger's graph may take forever on some text, so that it runs in a process of its own, for a time.
+A pattern of an untrusted graph may take forever on some text, so it runs in a process with a time limit.
 """
 
 from __future__ import annotations
@@ -13,10 +13,8 @@ from typing import Any
 from lorasmith.core.errors import OptionError
 from lorasmith.workflow import Input, NodeContext, Output, node
 
-_SECONDS = 10.0
-"""How long a pattern may take."""
-_BYTES = 1 << 30
-"""Memory of its process, where the system can limit it."""
+_SECONDS = 10.0  # time limit of a pattern
+_BYTES = 1 << 30  # memory limit of its process, where the system has limits
 
 # Matches are [whole, first group, ...]; standard input is {"pattern", "text", "flags", "replace", "count"}.
 _PROGRAM = f"""
@@ -153,12 +151,7 @@ def _flags(case_insensitive: bool, multiline: bool, dotall: bool) -> int:
 
 
 def _matches(context: NodeContext, text: str, pattern: str, flags: int) -> list[list[str | None]]:
-    """All matches, each with its groups; none, with a warning, if the pattern is malformed.
-
-    Args:
-        context: of the node.
-        text, pattern, flags: as for `re.finditer`.
-    """
+    """All matches, each with its groups; none, with a warning, if the pattern is malformed."""
     answer = _run(text, pattern, flags)
     if "fault" in answer:
         context.warn(f"regex_pattern {pattern!r} matches nothing: {answer['fault']}")
@@ -168,14 +161,7 @@ def _matches(context: NodeContext, text: str, pattern: str, flags: int) -> list[
 
 
 def _run(text: str, pattern: str, flags: int, replace: str | None = None, count: int = 0) -> dict[str, Any]:
-    """The answer of `_PROGRAM`.
-
-    Args:
-        text, pattern, flags, replace, count: of the job.
-
-    Raises:
-        OptionError: it took too long.
-    """
+    """The answer of `_PROGRAM`. Raises OptionError if it took too long."""
     job = {"pattern": pattern, "text": text, "flags": flags, "replace": replace, "count": count}
     try:
         done = subprocess.run(

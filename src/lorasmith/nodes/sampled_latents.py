@@ -1,4 +1,4 @@
-"""Sampling as all sampling nodes do it: latents fitted to the model, checked conditionings, and progress."""
+"""Sampling for all sampling nodes: latents fitted to the model, checked conditionings, and progress."""
 
 from __future__ import annotations
 
@@ -20,18 +20,12 @@ from lorasmith.workflow import NodeContext
 
 @dataclass(frozen=True)
 class Guider:
-    """A model with the prompts that guide it (ComfyUI's GUIDER).
-
-    Attributes:
-        model: the denoiser.
-        positive, negative: prompts; the negative ones are not used if `cfg` is 1.
-        cfg: guidance scale.
-    """
+    """A model with the prompts that guide it (ComfyUI's GUIDER)."""
 
     model: Denoiser
     positive: Sequence[Conditioning]
-    negative: Sequence[Conditioning] = ()
-    cfg: float = 1.0
+    negative: Sequence[Conditioning] = ()  # unused if `cfg` is 1
+    cfg: float = 1.0  # guidance scale
 
     def check(self) -> None:
         """Raise DataError for prompts of another model's text encoders."""
@@ -40,40 +34,22 @@ class Guider:
 
 @dataclass(frozen=True)
 class Noise:
-    """Initial noise (ComfyUI's NOISE).
-
-    Attributes:
-        seed: of this noise, and of that which samplers add between steps.
-        is_empty: whether it is zeros.
-    """
+    """Initial noise (ComfyUI's NOISE); `seed` is also that of the noise which samplers add between steps."""
 
     seed: int
-    is_empty: bool = False
+    is_empty: bool = False  # zeros
 
     def of_shape(self, shape: Sequence[int]) -> Tensor:
-        """The noise for latents of a shape."""
         return torch.zeros(tuple(shape)) if self.is_empty else prepare_noise(self.seed, shape)
 
 
 def sampled(
     context: NodeContext, guider: Guider, latent: Latent, noise: Noise, *, sampler: str, sigmas: Tensor
 ) -> tuple[Latent, Latent]:
-    """Sample latents.
+    """Sample latents; returns them, and the clean ones that the last step predicted, both unscaled.
 
-    Args:
-        context: of the node, for progress and cancellation.
-        guider: model and prompts.
-        latent: to start from; empty ones get the channels and size of the model's latents.
-        noise: initial noise.
-        sampler: registered name.
-        sigmas: of the steps; with fewer than two the latents are returned as they are.
-
-    Returns:
-        The latents, and the clean ones that the last step predicted, both unscaled.
-
-    Raises:
-        DataError: latents or prompts are from another model.
-        CancelledError: the run was cancelled.
+    Empty latents get the channels and size of the model's. With fewer than two `sigmas` the latents are returned as
+    they are. DataError if latents or prompts are from another model; CancelledError if the run was cancelled.
     """
     model = guider.model
     form = model.base.components.latent

@@ -1,4 +1,4 @@
-"""Inputs of sampling nodes: ComfyUI's lists of samplers and schedulers, of which those that are here are accepted."""
+"""Inputs of sampling nodes: ComfyUI's lists of samplers and schedulers, of which registered ones are accepted."""
 
 from __future__ import annotations
 

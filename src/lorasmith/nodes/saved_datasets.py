@@ -15,7 +15,7 @@ from lorasmith.workflow import Input, NodeContext, Output, node
 
 
 def _checked_name(name: str, folders: Folders) -> str:
-    """The name of a new data set, which is checked before any node runs. Raises OutputError."""
+    """The name of a new data set, checked before any node runs. Raises OutputError."""
     folders.new_dataset(name)
     return name
 

@@ -28,7 +28,7 @@ def graph_metadata(context: NodeContext) -> dict[str, str]:
 
 
 def checked_prefix(prefix: str, folders: Folders) -> str:
-    """The prefix of new files, which is checked before any node runs. Raises OutputError, as `Folders.numbered`."""
+    """The prefix of new files, checked before any node runs. Raises OutputError."""
     folders.numbered(prefix)
     return prefix
 
@@ -36,19 +36,9 @@ def checked_prefix(prefix: str, folders: Folders) -> str:
 def save_images(
     context: NodeContext, images: Tensor, prefix: str, *, place: Literal["output", "temp"]
 ) -> list[dict[str, str]]:
-    """Write an IMAGE as PNG files.
+    """Write an IMAGE as PNG files; returns a reference to each for user interfaces. Raises OutputError.
 
-    Args:
-        context: of the saving node.
-        images: (batch, height, width, 3) in [0, 1].
-        prefix: subfolders and name, with tokens such as %year%.
-        place: folder to write to.
-
-    Returns:
-        A reference to each file for user interfaces.
-
-    Raises:
-        OutputError: a file cannot be written.
+    `prefix` is subfolders and name, with tokens such as %year%.
     """
     entries = PngInfo()
     for key, text in graph_metadata(context).items():
@@ -66,21 +56,7 @@ def save_images(
 def save_animation(
     context: NodeContext, images: Tensor, prefix: str, *, rate: float, lossless: bool, quality: int, method: int
 ) -> dict[str, str]:
-    """Write an IMAGE as the frames of one animated WebP file.
-
-    Args:
-        context: of the saving node.
-        images: (frames, height, width, 3) in [0, 1].
-        prefix: subfolders and name, with tokens such as %year%.
-        rate: frames a second.
-        lossless, quality, method: as for `animation`.
-
-    Returns:
-        A reference to the file for user interfaces.
-
-    Raises:
-        OutputError: the file cannot be written.
-    """
+    """Write an IMAGE as one animated WebP file of `rate` frames per second; otherwise as `save_images`."""
     height, width = images.shape[1:3]
     files = context.folders.numbered(prefix, place="output", width=width, height=height)
     # The workflow is where ComfyUI's editor looks for it in WebP files.
@@ -100,21 +76,11 @@ def save_image_set(
     *,
     overwrite: bool,
 ) -> Path:
-    """Write single images as PNG files, each with a text file of its name.
+    """Write images (1, height, width, 3) of any sizes as PNG files, each with a text file of its name if `texts` is
+    given.
 
-    Args:
-        context: of the saving node.
-        images: (1, height, width, 3) each, in [0, 1], of any sizes.
-        texts: one per image, or None for no text files.
-        prefix: subfolders and name, with tokens such as %year%.
-        overwrite: whether names are `<prefix>_<index>`, counted from 0, and replace files that are there; else they
-            are `<prefix>_<number>_<index>`, with the numbers after the highest one there.
-
-    Returns:
-        The folder.
-
-    Raises:
-        OutputError: a file cannot be written.
+    Returns the folder. With `overwrite` names are `<prefix>_<index>`, counted from 0, and replace existing files; else
+    `<prefix>_<number>_<index>`, with numbers after the highest existing one. Raises OutputError.
     """
     files = context.folders.numbered(prefix)
     number = None if overwrite else _after(files, rf"{re.escape(files.stem)}_(\d+)[_.].*")
@@ -134,17 +100,7 @@ def save_lora(context: NodeContext, lora: Lora, prefix: str, steps: int | None =
 
     The counter follows the highest one under the prefix, whatever the steps in the names, so that nothing is
     overwritten and names sort by age. The workflow is added to its metadata, unless the LoRA was trained with
-    `private`.
-
-    Args:
-        context: of the saving node.
-        lora: the LoRA.
-        prefix: subfolders and name, with tokens such as %year%.
-        steps: for the name; None to omit them.
-
-    Raises:
-        OutputError: the file cannot be written.
-        LoraError: the LoRA contains NaN or infinity.
+    `private`. OutputError if it cannot be written; LoraError if the LoRA contains NaN or infinity.
     """
     files = context.folders.numbered(prefix)
     stem = files.stem if steps is None else f"{files.stem}_{steps}_steps"
@@ -154,7 +110,7 @@ def save_lora(context: NodeContext, lora: Lora, prefix: str, steps: int | None =
 
 
 def shown_lora(context: NodeContext, path: Path) -> NodeOutput:
-    """No outputs, and a saved LoRA as what the node shows."""
+    """No outputs, and a saved LoRA for the node to show."""
     subfolder = path.parent.relative_to(context.folders.output).as_posix()
     reference = {"filename": path.name, "subfolder": "" if subfolder == "." else subfolder, "type": "output"}
     return NodeOutput((), {"loras": [reference]})

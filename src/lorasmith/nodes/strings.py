@@ -19,8 +19,7 @@ _COMPARISONS: Mapping[str, Callable[[str, str], bool]] = {
     "Ends With": str.endswith,
     "Equal": operator.eq,
 }
-_LONGEST = 1_000_000
-"""Characters of a formatted value."""
+_LONGEST = 1_000_000  # most characters of a formatted value
 
 
 def _case_sensitive() -> Input:
@@ -189,7 +188,7 @@ def json_extract_string(context: NodeContext, *, json_string: str, key: str) -> 
 
 
 class _Formatter(letters.Formatter):
-    """`str.format` for formats of strangers: without access to attributes, and with bounded widths."""
+    """`str.format` for untrusted formats: without access to attributes, and with bounded widths."""
 
     def get_field(self, field_name: str, args: Any, kwargs: Any) -> Any:
         if "." in field_name or "[" in field_name:

@@ -23,7 +23,7 @@ _LUMINA_PROMPTS = {
         "alignment based on textual prompts."
     ),
 }
-"""What Lumina 2 was trained to read before a prompt."""
+"""Prefixes of prompts that Lumina 2 was trained with."""
 
 
 def check_encoder(clip: TextEncoder) -> None:
@@ -207,16 +207,7 @@ def _encoded(clip: TextEncoder, text: str | Mapping[str, str]) -> Conditioning:
 
 
 def _encoded_by_kind(clip: TextEncoder, texts: Mapping[str, str], *, needed: tuple[str, ...]) -> Conditioning:
-    """One conditioning of a prompt for each kind of text encoder.
-
-    Args:
-        clip: the text encoders.
-        texts: by kind; those of kinds that the model lacks are ignored.
-        needed: kinds that the model must have.
-
-    Raises:
-        ModelError: it has others.
-    """
+    """Conditioning of one text per encoder kind, unknown kinds ignored. ModelError if a `needed` kind is missing."""
     kinds = {component: slot.kind for component, slot in clip.family.text_encoders.items()}
     if lacking := [kind for kind in needed if kind not in kinds.values()]:
         raise ModelError(

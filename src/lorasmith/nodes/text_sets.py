@@ -7,8 +7,7 @@ from lorasmith.workflow import Input, NodeContext, Output, node
 
 _TEXTS = Input("texts", "STRING", multiline=False)
 _OUTPUT = Output("STRING", "texts")
-_LONGEST = 1_000_000
-"""Characters of a result: texts that are doubled by node after node would fill any memory."""
+_LONGEST = 1_000_000  # most characters of a result, as nodes that double texts could fill any memory
 
 
 def _text(name: str, tooltip: str) -> Input:

@@ -45,10 +45,8 @@ from lorasmith.workflow import Input, NodeContext, Output, node
 from lorasmith.workflow.graph import Graph, GraphNode
 
 _OPTIONS = options_of(TrainConfig)
-_AUTO = "auto"
-"""Choice of an option for the model's default."""
-_TITLE = "lora"
-"""Title of every LoRA that a graph trains; SaveLoRA sets the file name."""
+_AUTO = "auto"  # choice of an option for the model's default
+_TITLE = "lora"  # title of every LoRA that a graph trains; SaveLoRA sets the file name
 
 
 def _setting(name: str, **overrides: Any) -> Input:
@@ -56,7 +54,7 @@ def _setting(name: str, **overrides: Any) -> Input:
 
 
 def _own(name: str, **overrides: Any) -> Input:
-    """A setting that ComfyUI's node does not have. Editors keep most of them out of sight, as they are many."""
+    """A setting that ComfyUI's node does not have; most are advanced, as there are many."""
     return _setting(name, optional=True, **{"advanced": True, **overrides})
 
 
@@ -233,7 +231,7 @@ def _dataset(
 
 
 def _reporter(context: NodeContext, steps: int) -> EventHandler:
-    """A handler that forwards training events to a node's progress, log and warnings, and as they are in the log."""
+    """A handler that forwards training events to a node's progress, log and warnings, and as reports."""
     frames, view = PreviewFrames(), RunView()
 
     def report(event: Event) -> None:

@@ -29,8 +29,7 @@ from lorasmith.workflow import NodeContext
 
 T = TypeVar("T")
 
-_MOST_PIXELS = 2**27
-"""Of the pictures of one output: 1.6 GB as fp32."""
+_MOST_PIXELS = 2**27  # of all pictures of one output: 1.6 GB as fp32
 
 
 class Latent(TypedDict):
@@ -50,15 +49,7 @@ def pixels_from_image(context: NodeContext, image: Tensor, autoencoder: Autoenco
     """IMAGE as input of the autoencoder: (batch, 3, height, width) in [−1, 1], cropped to whole latents.
 
     A batch of several is one clip for an autoencoder of clips, (1, 3, frames, height, width), as in ComfyUI. Frames
-    after the last whole latent are left out, with a warning.
-
-    Args:
-        context: of the node.
-        image: (batch, height, width, 3) in [0, 1].
-        autoencoder: what encodes.
-
-    Raises:
-        DataError: the picture is smaller than one latent.
+    after the last whole latent are dropped, with a warning. DataError if the picture is smaller than one latent.
     """
     multiple = autoencoder.latent.downscale
     height, width = image.shape[1:3]
@@ -81,7 +72,7 @@ def pixels_from_image(context: NodeContext, image: Tensor, autoencoder: Autoenco
 
 
 def image_from_pixels(pixels: Tensor) -> Tensor:
-    """IMAGE of pixels (batch, 3, [frames,] height, width) in [−1, 1]; frames of clips are one after the other."""
+    """IMAGE of pixels (batch, 3, [frames,] height, width) in [−1, 1]; frames of clips become a batch."""
     return (pixels.movedim(1, -1).reshape(-1, *pixels.shape[-2:], 3) / 2 + 0.5).clamp(0, 1).contiguous()
 
 
@@ -101,12 +92,7 @@ def check_latents(samples: Tensor, form: LatentFormat) -> None:
 
 
 def check_pixels(count: int, width: int, height: int) -> None:
-    """Raise OptionError for pictures that would take too much memory.
-
-    Args:
-        count: number of pictures of this size.
-        width, height: of each in pixels.
-    """
+    """Raise OptionError for `count` pictures of a size in pixels that would take too much memory."""
     if count * width * height > _MOST_PIXELS:
         raise OptionError(
             f"the pictures of one output must have at most {_MOST_PIXELS:,} pixels together, got {count:,} of "
@@ -115,7 +101,7 @@ def check_pixels(count: int, width: int, height: int) -> None:
 
 
 def with_frames(samples: Tensor, form: LatentFormat) -> Tensor:
-    """Latents with a time axis of one frame if the model's have one, and they lack it."""
+    """Latents with a time axis of one frame added if the model's have one and they lack it."""
     return samples.unsqueeze(2) if form.frames and samples.ndim == 4 else samples
 
 
@@ -135,14 +121,7 @@ def flat_conditionings(conditionings: Sequence[Sequence[Conditioning]]) -> list[
 
 
 def one_for_each(items: Sequence[T], count: int, *, name: str, of: str) -> list[T]:
-    """`count` items: those passed, or a single one repeated. Raises DataError for any other count.
-
-    Args:
-        items: at least one.
-        count: number of pictures.
-        name: of the input.
-        of: noun for an item.
-    """
+    """`count` items: those passed, or a single one repeated. DataError, naming input and `of`, for other counts."""
     if len(items) not in (1, count):
         raise DataError(
             f"{name} must have one {of} per image or one for all, "
@@ -162,16 +141,7 @@ def shuffled(items: Sequence[T], seed: int) -> list[T]:
 
 
 def single(context: NodeContext, name: str, values: Sequence[T]) -> T:
-    """The value of a scalar input in a node that receives lists, with a warning for further values.
-
-    Args:
-        context: of the node.
-        name: of the input.
-        values: the received list.
-
-    Raises:
-        DataError: the list is empty.
-    """
+    """The value of a scalar input in a node that receives lists; warns of further ones. DataError for an empty list."""
     if not values:
         raise DataError(f"{name} must receive a value, got an empty list; check the node it is linked to")
     if len(values) > 1:
@@ -180,5 +150,4 @@ def single(context: NodeContext, name: str, values: Sequence[T]) -> T:
 
 
 def _singles(batch: Tensor) -> list[Tensor]:
-    """Batches of size 1."""
     return [batch[index : index + 1] for index in range(len(batch))]

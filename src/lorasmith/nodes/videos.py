@@ -1,4 +1,4 @@
-"""Nodes for videos: folders of them, and choices of their frames. Frames are read when pictures are made of them."""
+"""Nodes for videos: folders of them, and choices of their frames, which are read when pictures are made of them."""
 
 from __future__ import annotations
 

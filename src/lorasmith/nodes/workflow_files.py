@@ -1,4 +1,4 @@
-"""Workflows from files: JSON, pictures and LoRAs that a graph saved, which carry it, and the examples."""
+"""Workflows from files: JSON, pictures and LoRAs with a workflow in their metadata, and the examples."""
 
 from __future__ import annotations
 
@@ -19,18 +19,10 @@ from lorasmith.workflow.workflow_text import Workflow, carried_workflow, parse_w
 
 
 def read_workflow(path: str | os.PathLike[str], *, nodes: Registry[Node] = NODES) -> Workflow:
-    """The workflow in a file of any kind that has one.
-
-    Args:
-        path: JSON in API format or the editor's, a PNG, a LoRA in safetensors, or `example:<name>`.
-        nodes: registered nodes.
-
-    Raises:
-        GraphError: the file cannot be read, has no workflow, or one that is malformed, or there is no such example.
-    """
+    """The workflow in a JSON file (either format), a PNG, a LoRA, or `example:<name>`. Raises GraphError."""
     name = os.fspath(path)
     if name.startswith(EXAMPLE_PREFIX):
-        # In the editor's format, so that what the graph saves can be opened there.
+        # In the editor's format, so that files which the graph saves can be opened there.
         path = example_named(name.removeprefix(EXAMPLE_PREFIX)).editor_path
     path = Path(path)
     try:
@@ -52,7 +44,7 @@ def _carried(entries: Mapping[str, str], path: Path, nodes: Registry[Node]) -> W
 
 
 def _png_entries(content: bytes, path: Path) -> dict[str, str]:
-    """Text chunks of a PNG, without its pixels."""
+    """Text chunks of a PNG, without decoding its pixels."""
     try:
         with Image.open(io.BytesIO(content), formats=["PNG"]) as picture:
             return {str(key): str(text) for key, text in picture.info.items() if isinstance(text, str)}

@@ -32,10 +32,10 @@ class CheckedWorkflow:
 
 @dataclass(frozen=True)
 class WorkflowResult:
-    """What a workflow made.
+    """The results of a workflow.
 
     Attributes:
-        files: the files that its nodes saved, in their order.
+        files: the files that its nodes saved, in order.
         outputs: by node id, a tuple of items for each output of the node.
     """
 
@@ -43,21 +43,15 @@ class WorkflowResult:
     outputs: Mapping[str, tuple[tuple[Any, ...], ...]]
 
     def __repr__(self) -> str:
-        # Items of outputs are models and tensors, whose own text fills pages.
+        # Outputs are models and tensors, whose repr fills pages.
         files = ", ".join(printable(str(file), limit=160) for file in self.files) or "none"
         return f"WorkflowResult(outputs of {len(self.outputs)} nodes, files: {files})"
 
 
 def checked_workflow(workflow: str | os.PathLike[str], folders: Folders, changes: Sequence[str]) -> CheckedWorkflow:
-    """The workflow in a file, checked as a whole.
+    """The workflow in a file or `example:<name>`, with `changes` as for `apply_overrides`, checked as a whole.
 
-    Args:
-        workflow: a file, or `example:<name>`.
-        folders: where its nodes find models and pictures.
-        changes: as `apply_overrides` takes them.
-
-    Raises:
-        GraphError: the file has no workflow, or one that cannot run.
+    GraphError if the file has no workflow, or one that cannot run.
     """
     nodes = load_nodes()
     read = read_workflow(workflow, nodes=nodes)
@@ -79,7 +73,7 @@ def run_workflow(
     """Run a ComfyUI workflow.
 
     Args:
-        workflow: JSON as ComfyUI's editor saves or exports it, a PNG or LoRA that carries one, or `example:<name>`.
+        workflow: JSON as ComfyUI's editor saves or exports it, a PNG or LoRA that contains one, or `example:<name>`.
         changes: values of inputs by `<node>.<input>`, such as `{"Train LoRA.steps": 200}`; the node is an id, or a
             title or class that one node alone has.
         base_dir: base folder of ComfyUI's layout; the current folder if None. Results are written to its `output`.
@@ -93,7 +87,7 @@ def run_workflow(
         The saved files, and the outputs of the nodes.
 
     Raises:
-        GraphError: there is no such example, the file has no workflow, or one that cannot run.
+        GraphError: the example does not exist, or the file has no workflow or one that cannot run.
         NodeError: a node failed; the sentence names it.
         CancelledError: `cancel` was set.
         OptionError: `extra_model_paths` is missing or malformed.
@@ -121,7 +115,7 @@ def run_workflow(
 
 
 def shown_file(item: Any, folders: Folders) -> Path | None:
-    """The file that an item of a node's output for user interfaces refers to, if it does."""
+    """The file that an item of a node's output for user interfaces refers to, if any."""
     if not (isinstance(item, dict) and "filename" in item):
         return None
     return Path(folders.place(item["type"]), item["subfolder"], item["filename"])
@@ -129,7 +123,7 @@ def shown_file(item: Any, folders: Folders) -> Path | None:
 
 @contextlib.contextmanager
 def _events_shown(progress: bool) -> Iterator[Callable[[Event], None]]:
-    """Inside the context, the yielded handler shows a bar for each node that counts its steps, and warnings."""
+    """Context with an event handler that shows warnings, and a bar for each node that counts its steps."""
     title, bar = "", None
     with contextlib.ExitStack() as bars:
 

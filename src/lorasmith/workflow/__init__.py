@@ -1,4 +1,4 @@
-"""Node graphs: declaration, parsing, validation, execution. Knows nothing of training."""
+"""Node graphs: declaration, parsing, validation, execution. Independent of training."""
 
 from lorasmith.workflow.context import NodeContext
 from lorasmith.workflow.executor import Executor

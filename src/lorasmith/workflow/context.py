@@ -41,7 +41,6 @@ class NodeContext:
         return self.cancel.is_set()
 
     def raise_if_cancelled(self) -> None:
-        """Raise CancelledError if the run was cancelled."""
         if self.cancelled():
             raise CancelledError("the run was cancelled")
 

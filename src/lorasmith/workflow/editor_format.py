@@ -1,18 +1,18 @@
 """From the editor's format of workflow files to the prompt that runs.
 
-What ComfyUI's editor does when it queues a graph: values of widgets get their names, links are followed through
-reroutes, bypassed nodes and the boundaries of subgraphs, subgraphs are replaced by their nodes (whose ids become
-`<id of the instance>:<id in the subgraph>`), muted and bypassed nodes, notes and primitive nodes are left out. A
-bypassed node passes on the input of the output's number if its type fits, else the first of that type. Values that
-are lists are wrapped as `{"__value__": [...]}`.
+This does what ComfyUI's editor does to queue a graph: values of widgets get their names, links are followed through
+reroutes, bypassed nodes and the boundaries of subgraphs, subgraphs are replaced by their nodes (with ids `<id of the
+instance>:<id in the subgraph>`), and muted and bypassed nodes, notes and primitive nodes are left out. A bypassed node
+passes on the input with the output's number if its type fits, else the first of that type. Values that are lists are
+wrapped as `{"__value__": [...]}`.
 
 Three things differ from the editor (1.58): a muted or bypassed instance inside a subgraph does not run, as elsewhere;
-ids in subgraphs stay those of the file, while the editor gives new ones to nodes whose id also occurs outside; and what
-a file lacks is left out of the prompt, whose checks know the defaults. As in the editor, a primitive node sets the
+ids in subgraphs stay those of the file, while the editor renames nodes whose id also occurs outside; and values missing
+from a file are left out of the prompt, whose checks know the defaults. As in the editor, a primitive node sets the
 widgets that are linked to it directly, not those behind a reroute or inside a subgraph. Files without the editor's own
 widgets after seeds, values by name, and values of unknown nodes are read too, as far as their names are known.
 
-Files are a stranger's: numbers of nodes, depth of subgraphs, work and text are bounded.
+Files are untrusted: numbers of nodes, depth of subgraphs, work and text are bounded.
 """
 
 from __future__ import annotations
@@ -38,42 +38,27 @@ from lorasmith.workflow.subgraphs import PRIMITIVE, Hosts, HostValues
 def prompt_of_editor(
     content: Mapping[str, Any], *, nodes: Registry[Node] = NODES, names: WidgetNames | None = None
 ) -> dict[str, Any]:
-    """The prompt of a graph in the editor's format.
+    """The prompt of a graph in the editor's format; `names` of each class's widgets are by default those of `nodes`.
 
-    Values of nodes of unknown classes that cannot be named are left out; `examine` reports the nodes.
-
-    Args:
-        content: JSON of the file.
-        nodes: registered nodes, for the names of their widgets.
-        names: of the widgets of each class, in place of `nodes`.
-
-    Raises:
-        GraphError: nodes are malformed or share an id, a subgraph contains itself, or the graph is larger than any
-            workflow.
+    Values of unknown classes that cannot be named are left out; `examine` reports the nodes. GraphError if nodes are
+    malformed or share an id, a subgraph contains itself, or the graph is larger than any workflow.
     """
     return _Conversion(read_editor_graph(content), names or names_in(nodes)).prompt()
 
 
 @dataclass(frozen=True, eq=False)
 class _Scope:
-    """A graph at one place: the file's, or a subgraph for one of its instances.
-
-    Attributes:
-        graph: its nodes and links.
-        path: what ids in it begin with.
-        parent, host: the scope and the node that it stands for; None for the file's graph.
-        set: what the instance sets.
-    """
+    """A graph at one place: the file's, or a subgraph for one of its instances."""
 
     graph: EditorGraph
-    path: str = ""
-    parent: _Scope | None = None
-    host: EditorNode | None = None
-    set: HostValues = field(default_factory=HostValues)
+    path: str = ""  # prefix of its ids
+    parent: _Scope | None = None  # of the instance; None for the file's graph
+    host: EditorNode | None = None  # the instance in `parent`
+    set: HostValues = field(default_factory=HostValues)  # by the instance
 
 
 class _Input(NamedTuple):
-    """A place on the way of a link: an input of a node, on the way to an input of type `type`."""
+    """A step along a link: an input of a node, on the way to an input of type `type`."""
 
     scope: _Scope
     node: EditorNode
@@ -82,7 +67,7 @@ class _Input(NamedTuple):
 
 
 class _Output(NamedTuple):
-    """A place on the way of a link: an output of a node."""
+    """A step along a link: an output of a node."""
 
     scope: _Scope
     node_id: str
@@ -91,15 +76,13 @@ class _Output(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """The end of a link's way: a link or a value as a prompt has them; `is_there` is False for nothing."""
+    """The end of a link: a link or a value of a prompt; `is_there` is False for neither."""
 
     value: Any = None
     is_there: bool = True
 
 
 class _Conversion:
-    """One conversion."""
-
     def __init__(self, graph: EditorGraph, names: WidgetNames) -> None:
         _check_nesting(graph)
         self._names = names
@@ -119,7 +102,7 @@ class _Conversion:
         return prompt
 
     def _running(self) -> Iterator[tuple[_Scope, EditorNode]]:
-        """The nodes that run, those of a subgraph in the place of its instance."""
+        """The nodes that run, those of a subgraph in place of its instance."""
         count, weight = 0, 0
         stack = [(self._root, iter(self._root.graph.nodes.values()))]
         while stack:
@@ -163,9 +146,9 @@ class _Conversion:
         return inputs
 
     def _held(self, scope: _Scope, node: EditorNode, number: int) -> _Found | None:
-        """The value of the primitive node that an input is linked to, if it is linked to one.
+        """The value of the primitive node that an input is directly linked to, if any.
 
-        The editor writes it into the widget in the input's place; links to it by way of others have no effect.
+        The editor writes it into the widget in the input's place; links to it through other nodes have no effect.
         """
         socket = node.inputs[number]
         link = scope.graph.links.get(socket.link or "")
@@ -181,7 +164,7 @@ class _Conversion:
         return known if known is not None else [one.widget for one in node.inputs if one.widget is not None]
 
     def _end(self, place: _Input | _Output) -> _Found:
-        """What the way of a link from `place` ends at; each place is left once."""
+        """The end of the link from `place`; each place is visited once."""
         way: dict[_Input | _Output, None] = {}
         following: _Input | _Output | _Found = place
         while not isinstance(following, _Found):
@@ -202,7 +185,7 @@ class _Conversion:
             raise GraphError("links of a workflow must lead through two million nodes at most, got more; cut it")
 
     def _before(self, place: _Input) -> _Input | _Output | _Found:
-        """What an input is linked to."""
+        """The place, or value, that an input is linked to."""
         scope, node, number, kind = place
         key = node.inputs[number].link
         link = scope.graph.links.get(key) if key is not None else None
@@ -213,7 +196,7 @@ class _Conversion:
         return self._outside(scope, link.origin_slot)
 
     def _outside(self, scope: _Scope, number: int) -> _Input | _Found:
-        """The way out of a subgraph by its input of a number."""
+        """Out of a subgraph through one of its inputs."""
         if scope.parent is None or scope.host is None or number >= len(scope.graph.inputs):
             return _NOTHING
         name = scope.graph.inputs[number].name
@@ -226,7 +209,7 @@ class _Conversion:
         return _NOTHING if value is None else _Found(_wrapped(value))
 
     def _through(self, place: _Output) -> _Input | _Output | _Found:
-        """What an output passes on; the link to it, if its node runs."""
+        """The place that an output passes on; the link to it, if its node runs."""
         scope, node_id, number, kind = place
         node = scope.graph.nodes.get(node_id)
         if node is None or node.mode == MUTED:
@@ -242,7 +225,7 @@ class _Conversion:
         return _NOTHING if node.type in _NOT_RUN else _Found([scope.path + node_id, number])
 
     def _inside(self, scope: _Scope, number: int, kind: str) -> _Input | _Output | _Found:
-        """The way into a subgraph by its output of a number."""
+        """Into a subgraph through one of its outputs."""
         if number >= len(scope.graph.outputs):
             return _NOTHING
         for key in scope.graph.outputs[number].links:
@@ -255,7 +238,7 @@ class _Conversion:
 
 
 def _check_nesting(graph: EditorGraph) -> None:
-    """Refuse subgraphs in themselves, and those deep in one another, before anything is computed of them."""
+    """Refuse subgraphs that contain themselves or are nested too deep, before anything is computed of them."""
     needs = {
         key: [node.type for node in one.nodes.values() if node.type in graph.definitions]
         for key, one in (*graph.definitions.items(), ("", graph))

@@ -1,8 +1,8 @@
-"""Graphs as ComfyUI's editor keeps them: nodes, links and subgraphs of a workflow file, as typed objects.
+"""Graphs in the format of ComfyUI's editor: nodes, links and subgraphs of a workflow file, as typed objects.
 
 The editor writes links as lists (version 0.4) or as objects (version 1, and in every subgraph), values of widgets by
 position or by name, and inputs with the id of their link. Definitions of subgraphs are listed once in the file; a node
-whose type is the id of a definition is an instance of it. `editor_format` makes a prompt of these.
+whose type is the id of a definition is an instance of it. `editor_format` converts these to a prompt.
 """
 
 from __future__ import annotations
@@ -16,10 +16,8 @@ from typing import Any, NamedTuple
 from lorasmith.core.errors import GraphError
 from lorasmith.core.printable import printable
 
-MUTED, BYPASSED = 2, 4
-"""Modes of nodes that do not run; a bypassed one passes its inputs on."""
-SAVE_AGAIN = "save the workflow again in ComfyUI"
-"""The remedy for malformed files."""
+MUTED, BYPASSED = 2, 4  # modes of nodes that do not run; a bypassed one passes its inputs on
+SAVE_AGAIN = "save the workflow again in ComfyUI"  # remedy for malformed files
 
 
 class EditorLink(NamedTuple):
@@ -41,7 +39,7 @@ class EditorInput(NamedTuple):
 
 
 class Boundary(NamedTuple):
-    """An input or output of a subgraph as a whole; `links` are ids of links inside the subgraph."""
+    """An input or output of a whole subgraph; `links` are ids of links inside it."""
 
     name: str
     links: tuple[str, ...]
@@ -49,31 +47,22 @@ class Boundary(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class EditorNode:
-    """A node of an editor's graph.
+    """A node of an editor's graph."""
 
-    Attributes:
-        id: unique in its graph.
-        type: class of the node, or id of a subgraph.
-        title: that a user gave it; empty for none.
-        mode: 0 for a node that runs, `MUTED` or `BYPASSED`.
-        inputs: sockets.
-        outputs: types of the outputs.
-        values: of its widgets by position, or by name, or None where the file has none.
-        named: values by name beside those by position, which the editor does not read where it has both.
-        proxies: of an instance of a subgraph in older files: (id of the inner node, its widget, id of a node within
-            it or empty), one for each value.
-        set_aside: of an instance of a subgraph: values by input that the editor could not place otherwise.
-    """
-
-    id: str
-    type: str
-    title: str = ""
-    mode: int = 0
+    id: str  # unique in its graph
+    type: str  # class of the node, or id of a subgraph
+    title: str = ""  # set by a user; empty for none
+    mode: int = 0  # 0 for a node that runs, `MUTED` or `BYPASSED`
     inputs: tuple[EditorInput, ...] = ()
-    outputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()  # types
+    # of its widgets, by position or by name; None if the file has none
     values: list[Any] | dict[str, Any] | None = None
+    # values by name beside those by position, which the editor then ignores
     named: Mapping[str, Any] = field(default_factory=dict)
+    # of a subgraph's instance in older files, one per value: (id of the inner node, its widget, id of a node within it
+    # or empty)
     proxies: tuple[tuple[str, str, str], ...] = ()
+    # of a subgraph's instance: values by input that the editor could not place otherwise
     set_aside: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -83,7 +72,7 @@ class EditorNode:
 
     @cached_property
     def weight(self) -> int:
-        """Characters that the node contributes to a prompt, about."""
+        """Approximate number of characters that the node adds to a prompt."""
         return len(self.id) + len(self.title) + len(json.dumps([self.values, self.named]))
 
     @cached_property
@@ -99,28 +88,20 @@ class EditorNode:
 
 @dataclass(frozen=True, eq=False)
 class EditorGraph:
-    """A graph, or the definition of a subgraph.
+    """A graph, or the definition of a subgraph."""
 
-    Attributes:
-        nodes: by id.
-        links: by id.
-        name: of a subgraph.
-        inputs, outputs: of a subgraph; empty for the graph of the file.
-        source, sink: ids under which links name the subgraph's inputs and outputs.
-        definitions: subgraphs by id; the same for all graphs of a file.
-    """
-
-    nodes: Mapping[str, EditorNode]
-    links: Mapping[str, EditorLink]
-    name: str = ""
-    inputs: tuple[Boundary, ...] = ()
-    outputs: tuple[Boundary, ...] = ()
-    source: str = ""
-    sink: str = ""
+    nodes: Mapping[str, EditorNode]  # by id
+    links: Mapping[str, EditorLink]  # by id
+    name: str = ""  # of a subgraph
+    inputs: tuple[Boundary, ...] = ()  # of a subgraph
+    outputs: tuple[Boundary, ...] = ()  # of a subgraph
+    source: str = ""  # id by which links name the subgraph's inputs
+    sink: str = ""  # id by which links name the subgraph's outputs
+    # subgraphs by id, the same for all graphs of a file
     definitions: Mapping[str, EditorGraph] = field(default_factory=dict)
 
     def definition_of(self, node: EditorNode) -> EditorGraph | None:
-        """The subgraph of which a node is an instance, if it is."""
+        """The subgraph that a node is an instance of, if any."""
         return self.definitions.get(node.type)
 
 
@@ -130,12 +111,9 @@ def is_editor_format(content: object) -> bool:
 
 
 def read_editor_graph(content: Mapping[str, Any]) -> EditorGraph:
-    """The graph in a file's JSON.
+    """The graph in a file's JSON, without malformed links and sockets and links to nowhere.
 
-    Links and sockets of other shapes than the editor's are left out, as links to nowhere are.
-
-    Raises:
-        GraphError: a node or a subgraph is not an object with an id, or two have the same.
+    GraphError if a node or a subgraph is not an object with an id, or two have the same.
     """
     definitions: dict[str, EditorGraph] = {}
     for given in _definitions(content):
@@ -147,7 +125,7 @@ def read_editor_graph(content: Mapping[str, Any]) -> EditorGraph:
 
 
 def _definitions(content: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Definitions in a file, those inside other definitions included."""
+    """Definitions in a file, including those inside other definitions."""
     found = [content]
     while found:
         inner = found.pop().get("definitions")
@@ -238,7 +216,7 @@ def _name(given: Any) -> str:
 
 
 def _keys(given: Any) -> tuple[str, ...]:
-    """Ids of the links that an input or output of a subgraph lists."""
+    """Ids of the links of a subgraph's input or output."""
     listed = _list(given, "linkIds") if isinstance(given, dict) else []
     return tuple(key for key in map(_key, listed) if key is not None)
 
@@ -267,7 +245,7 @@ def _list(given: Mapping[str, Any], name: str) -> list[Any]:
 
 
 def _key(value: Any) -> str | None:
-    """An id as text; None if it is none."""
+    """An id as text; None if it is not an id."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return str(value) if isinstance(value, (int, str)) and not isinstance(value, bool) and value != "" else None

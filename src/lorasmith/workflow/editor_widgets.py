@@ -1,9 +1,9 @@
-"""Names of the values that ComfyUI's editor keeps of a node's widgets.
+"""Names of the widget values of a node in ComfyUI's editor.
 
 Values are listed by position, without names, in the order of the node's declaration: required inputs, then optional
-ones. Between them stand values of widgets that the editor adds by itself, of which the one after a seed (what happens
-to it after a run) matters for the count. Inputs that are sockets only have no widget, although older files keep a
-value for them.
+ones. Between them are values of widgets that the editor adds itself, of which the one after a seed (its change after
+each run) matters for the count. Inputs that are sockets only have no widget, although older files keep a value for
+them.
 """
 
 from __future__ import annotations
@@ -43,10 +43,9 @@ def names_in(nodes: Registry[Node] = NODES) -> WidgetNames:
 
 
 def named_values(node: EditorNode, names: WidgetNames) -> dict[str, Any] | None:
-    """Values of a node's widgets by name; None if it has values whose names are unknown.
+    """A node's widget values by name; None if it has values whose names are unknown.
 
-    Of a node of an unknown class, names are those of the widgets that it has inputs for, if these are as many as there
-    are values.
+    For an unknown class, names are those of its widget inputs, if there are as many as values.
     """
     if isinstance(node.values, dict):
         return dict(node.values)
@@ -65,17 +64,12 @@ def named_values(node: EditorNode, names: WidgetNames) -> dict[str, Any] | None:
 
 
 def is_control(value: object) -> bool:
-    """Whether a value is that of a widget that changes a seed after each run; early files have a truth value."""
+    """Whether a value is that of a widget that changes a seed after each run; early files have a boolean."""
     return value is None or isinstance(value, bool) or value in _CONTROLS
 
 
 def without_missing_controls(names: Sequence[str | None], values: Sequence[Any]) -> list[str | None]:
-    """The names without controls that a file does not have, as programs other than the editor write none.
-
-    Args:
-        names: by position, with None for each control.
-        values: of the file.
-    """
+    """`names` without the controls (None) for which there are no `values`: only the editor writes them."""
     kept: list[str | None] = []
     for name in names:
         place = len(kept)

@@ -1,4 +1,4 @@
-"""Events of an executor, the source of progress bars, logs and the server's messages."""
+"""Events of an executor, for progress bars, logs and the server's messages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ UiOutput: TypeAlias = Mapping[str, Sequence[Any]]
 
 @dataclass(frozen=True)
 class ExecutionStarted:
-    """First event of a run: the needed nodes in order of execution, and those whose outputs are reused."""
+    """First event of a run: the needed nodes in order of execution, and those with reused outputs."""
 
     order: tuple[str, ...]
     cached: tuple[str, ...]
@@ -36,18 +36,13 @@ class NodeStarted:
 
 @dataclass(frozen=True)
 class NodeProgress:
-    """A running node has done `value` of `maximum` steps.
-
-    Attributes:
-        text: one short line about the step, such as a loss; may be empty.
-        preview: encoded picture (JPEG or PNG) of the work so far, if there is one.
-    """
+    """A running node has done `value` of `maximum` steps."""
 
     node_id: str
     value: int
     maximum: int
-    text: str = ""
-    preview: bytes | None = None
+    text: str = ""  # one short line, such as a loss; may be empty
+    preview: bytes | None = None  # JPEG or PNG of the current result
 
 
 @dataclass(frozen=True)
@@ -61,13 +56,7 @@ class NodeMessage:
 
 @dataclass(frozen=True)
 class NodeReport:
-    """What a running node reports for programs, besides its messages and progress for people.
-
-    Attributes:
-        node_id: of the node.
-        kind: of the report; `training` is an event of a run.
-        data: JSON values.
-    """
+    """A report of a running node for programs, as JSON values; of `kind` `training` it is an event of a run."""
 
     node_id: str
     kind: str

@@ -1,8 +1,8 @@
 """Executor of checked graphs: runs the nodes that outputs need, in dependency order, and reuses unchanged results.
 
 A node's outputs are cached under a signature of its class, its values, the state of its files and the signatures of the
-nodes it is linked to. Only the last run's outputs are kept, and those that the next run does not need are released
-before it starts, so that a replaced model frees its memory first.
+nodes it is linked to. Only the last run's outputs are kept; those that the next run does not need are released before
+it starts, so that a replaced model frees its memory first.
 """
 
 from __future__ import annotations
@@ -33,17 +33,11 @@ from lorasmith.workflow.execution_events import (
 from lorasmith.workflow.graph import Graph, GraphNode, Link
 from lorasmith.workflow.mapping import NodeResult, call_node
 
-_PREFIX = "filename_prefix"
-"""Input of every node that saves files in the output folder."""
+_PREFIX = "filename_prefix"  # input of nodes that save files in the output folder
 
 
 class Executor:
-    """Runs graphs one after another, and caches outputs between runs.
-
-    Args:
-        folders: passed to the nodes.
-        on_event: called with each `Event`, in the executing thread.
-    """
+    """Runs graphs one after another, caching outputs; `on_event` is called in the executing thread."""
 
     def __init__(self, folders: Folders, *, on_event: Callable[[Event], None] = ignore) -> None:
         self._folders = folders
@@ -55,21 +49,16 @@ class Executor:
     ) -> dict[str, NodeResult]:
         """Run `graph` and return each node's outputs by node id.
 
-        Args:
-            graph: from `validate`.
-            workflow: the editor's JSON of the same graph, for nodes that write it into their files.
-            cancel: set it from any thread to stop the run before its next node, or earlier if the node checks it.
-
-        Raises:
-            NodeError: a node failed, or inputs cannot work together; the sentence names it.
-            CancelledError: `cancel` was set. Finished nodes are cached for the next run.
+        `workflow` is the editor's JSON of the same graph, for saved files. Set `cancel` from any thread to stop before
+        the next node, or earlier if the node checks it: CancelledError, with finished nodes cached for the next run.
+        NodeError if a node failed, or inputs cannot work together.
         """
         cancel = cancel or threading.Event()
         signatures = self._signatures(graph)
         self._kept = {key: self._kept[key] for key in signatures.values() if key in self._kept}
         cached = tuple(key for key in graph.nodes if signatures[key] in self._kept)
         self._on_event(ExecutionStarted(tuple(graph.nodes), cached))
-        for key, member in graph.nodes.items():  # what can be refused is refused before others take their time
+        for key, member in graph.nodes.items():  # refuse before any node runs
             saves = _PREFIX in member.node.slots
             check = None if key in cached else member.node.check
             if saves or check is not None:

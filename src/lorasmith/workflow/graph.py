@@ -1,8 +1,8 @@
 """Validation of whole prompts: all faults at once, and a graph for the executor.
 
 Faults in nodes that no output needs are warnings, as such nodes never run; so are unknown inputs, and required inputs
-that are missing but have a default. Notes of editors, keys that begin with an underscore and values that are no nodes
-are passed over.
+that are missing but have a default. Notes of editors, keys that begin with an underscore and values that are not nodes
+are ignored.
 """
 
 from __future__ import annotations
@@ -32,19 +32,12 @@ class Link:
 
 @dataclass(frozen=True)
 class GraphNode:
-    """A node of a checked graph.
+    """A node of a checked graph."""
 
-    Attributes:
-        id: key in the prompt.
-        title: in the file, or the node's display name.
-        node: its declaration.
-        inputs: checked links and typed values by the prompt's key, with declared defaults for missing optional inputs
-            and without unknown inputs.
-    """
-
-    id: str
-    title: str
+    id: str  # key in the prompt
+    title: str  # from the file, or the node's display name
     node: Node
+    # checked links and typed values by the prompt's key, with declared defaults, without unknown inputs
     inputs: Mapping[str, Any]
 
     @property
@@ -61,35 +54,21 @@ class GraphNode:
 
 @dataclass(frozen=True)
 class Graph:
-    """A checked graph.
+    """A checked graph."""
 
-    Attributes:
-        nodes: the nodes that outputs need, in order of execution.
-        outputs: ids of the output nodes.
-        prompt: the source of the graph.
-        warnings: the first ignored faults, one sentence each, and the number of the others.
-    """
-
-    nodes: Mapping[str, GraphNode]
-    outputs: tuple[str, ...]
+    nodes: Mapping[str, GraphNode]  # those that outputs need, in order of execution
+    outputs: tuple[str, ...]  # ids of the output nodes
     prompt: Prompt
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()  # the first ignored faults, one sentence each, and the number of the others
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One fault of a prompt.
+    """One fault of a prompt."""
 
-    Attributes:
-        kind: name of the fault in a ComfyUI server's response (`required_input_missing`, ...).
-        label: name of the node in messages; empty for the graph itself.
-        sentence: rule, value and remedy.
-        node_id, input_name: location of the fault, None if it has none.
-    """
-
-    kind: str
-    label: str
-    sentence: str
+    kind: str  # as in a ComfyUI server's response (`required_input_missing`, ...)
+    label: str  # name of the node in messages; empty for the graph itself
+    sentence: str  # rule, value and remedy
     node_id: str | None = None
     input_name: str | None = None
 
@@ -108,14 +87,7 @@ class Examination:
 def validate(
     prompt: Prompt, folders: Folders, *, nodes: Registry[Node] = NODES, targets: Collection[str] | None = None
 ) -> Graph:
-    """The graph of a prompt.
-
-    Args:
-        prompt, folders, nodes, targets: as for `examine`.
-
-    Raises:
-        GraphError: there are faults; the message lists all of them.
-    """
+    """The graph of a prompt, arguments as for `examine`. Raises GraphError that lists all faults."""
     examination = examine(prompt, folders, nodes=nodes, targets=targets)
     if examination.faults:
         count = count_text(len(examination.faults), "fault")
@@ -126,16 +98,9 @@ def validate(
 def examine(
     prompt: Prompt, folders: Folders, *, nodes: Registry[Node] = NODES, targets: Collection[str] | None = None
 ) -> Examination:
-    """Check a whole prompt.
+    """Check a whole prompt for the output nodes `targets`, all by default; `folders` have the choices of file inputs.
 
-    Args:
-        prompt: nodes by id, from `parse_workflow`.
-        folders: for the choices of file inputs.
-        nodes: registered nodes.
-        targets: ids of the output nodes to run; None for all.
-
-    Raises:
-        GraphError: the prompt has more nodes than any workflow.
+    GraphError if the prompt has more nodes than any workflow.
     """
     members = {str(key): member for key, member in prompt.items() if not is_remark(str(key), member)}
     if len(members) > MOST_NODES:
@@ -166,7 +131,7 @@ def examine(
 class _Checker:
     """Collects the faults of one prompt.
 
-    Of a prompt with very many, each node's first one, without suggestions: comparing names takes long.
+    Of very many, only each node's first one, without suggestions, as comparing names is slow.
     """
 
     prompt: Prompt
@@ -189,7 +154,7 @@ class _Checker:
 
     @property
     def is_crowded(self) -> bool:
-        """Whether more has been found than is listed."""
+        """Whether more was found than is listed."""
         return len(self.findings) + len(self.warnings) > 2 * _LISTED
 
     def _label(self, node_id: str | None) -> str:
@@ -244,7 +209,7 @@ class _Checker:
     def _output_type(self, link: Link, drafts: Mapping[str, GraphNode]) -> str:
         """The type of a link; for a MATCH output, the type that the node's inputs receive.
 
-        Links are looked up once each, as a chain of such nodes would otherwise be followed from each of them.
+        Memoized, as a chain of such nodes would otherwise be followed from each of them.
         """
         followed: dict[Link, None] = {}
         found = ANY

@@ -19,24 +19,17 @@ from lorasmith.workflow.node import Node, NodeOutput
 
 @dataclass(frozen=True)
 class NodeResult:
-    """The result of a node: the items of each output, and its output for user interfaces."""
+    """The items of each output of a node, and its output for user interfaces."""
 
     outputs: tuple[tuple[Any, ...], ...]
     ui: UiOutput
 
 
 def call_node(node: Node, lists: Mapping[str, Sequence[Any]], context: NodeContext) -> NodeResult:
-    """Call the function of `node` once per item of its inputs.
+    """Call the function of `node` once per item of its inputs; `lists` are by key in the workflow file.
 
-    Args:
-        node: the node.
-        lists: the items of each input, by key in the workflow file.
-        context: first argument of the function.
-
-    Raises:
-        CancelledError: the run was cancelled between two calls.
-        DataError: an input received an empty list although the node takes single items, or an output is a list of more
-            than 100,000: nodes that each double a list make any number.
+    CancelledError if the run was cancelled between two calls. DataError if an input that takes single items received an
+    empty list, or an output is a list of more than 100,000: a few nodes that each double a list make any number.
     """
     returned = []
     for keywords in _calls(node, lists):

@@ -62,9 +62,9 @@ class Node:
         is_input_list: whether the function is called once with lists of all inputs, instead of once per item.
         output_node: whether the node is an output; others run only if an output needs them.
         fingerprint: function that returns, as a JSON value, what a result depends on besides the inputs, such as a
-            file's size and time. Called with the folders and those inputs that it has keywords for.
-        check: function that raises a LorasmithError where what the inputs come from cannot work together. Called with
-            the graph, the node in it and the folders, before any node runs.
+            file's size and time. Called with the folders and the inputs that it has keywords for.
+        check: function that raises a LorasmithError if the sources of the inputs cannot work together. Called with the
+            graph, the node in it and the folders, before any node runs.
         deprecated, experimental: badges.
         function: called with a NodeContext and the inputs as keywords.
     """

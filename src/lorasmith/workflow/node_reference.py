@@ -1,4 +1,4 @@
-"""Nodes for readers: by category, found by name, and the facts of their inputs."""
+"""The node reference: nodes by category or name, and the facts of their inputs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lorasmith.workflow.sockets import Input
 
 
 def nodes_by_category(nodes: Registry[Node]) -> Iterator[tuple[str, list[Node]]]:
-    """The nodes of each category, both in alphabetical order; without those that are deprecated."""
+    """The nodes of each category, both in alphabetical order, without deprecated ones."""
     ordered = sorted(
         (node for _, node in nodes.items() if not node.deprecated), key=lambda node: (node.category, node.id.casefold())
     )
@@ -21,11 +21,7 @@ def nodes_by_category(nodes: Registry[Node]) -> Iterator[tuple[str, list[Node]]]
 
 
 def find_node(name: str, nodes: Registry[Node]) -> Node:
-    """The node of a class, an older name of one, or a title that one node alone has; letter case is ignored.
-
-    Raises:
-        GraphError: there is none, or there are several.
-    """
+    """The node of a class, alias or unique title, ignoring case. GraphError if there is none, or several."""
     if (name := name.strip()) in nodes:
         return nodes[name]
     titled = [node for _, node in nodes.items() if node.display_name.casefold() == name.casefold()]
@@ -39,12 +35,7 @@ def find_node(name: str, nodes: Registry[Node]) -> Node:
 
 
 def input_facts(one: Input, choices: Sequence[str] = ()) -> list[str]:
-    """Type, default, range and choices of an input, in a few words each.
-
-    Args:
-        one: the input.
-        choices: of a COMBO, as they should be listed.
-    """
+    """Type, default, range and choices (of a COMBO) of an input, a few words each."""
     facts = ["any type" if one.type == "*" else "choice" if one.type == "COMBO" else one.type]
     if one.grow is not None:
         facts.append(f"repeated {one.grow.min} to {len(one.grow.suffixes)} times")
@@ -61,7 +52,7 @@ def input_facts(one: Input, choices: Sequence[str] = ()) -> list[str]:
 
 
 def badges(node: Node) -> list[str]:
-    """What is said of a node as a whole."""
+    """Properties of a node as a whole, such as deprecated."""
     said = {"output": node.output_node, "experimental": node.experimental, "deprecated": node.deprecated}
     return [name for name, is_so in said.items() if is_so]
 

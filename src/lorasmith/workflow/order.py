@@ -9,31 +9,19 @@ _SHOWN = 4
 
 
 class Cycle(NamedTuple):
-    """Nodes of which each needs the next one, and the last the first.
+    """Nodes of which each needs the next one, and the last the first; the middle of a long cycle is left out."""
 
-    Attributes:
-        start: its first nodes.
-        left_out: number of nodes after these that are not listed.
-        end: its last nodes, empty in short cycles.
-    """
-
-    start: tuple[str, ...]
+    start: tuple[str, ...]  # its first nodes
     left_out: int = 0
-    end: tuple[str, ...] = ()
+    end: tuple[str, ...] = ()  # its last nodes, empty in short cycles
 
 
 def depth_first(goals: Iterable[str], needs: Mapping[str, Sequence[str]]) -> tuple[tuple[str, ...], tuple[Cycle, ...]]:
-    """Dependencies of `goals` in order of execution, and cycles, in time proportional to nodes and needs.
+    """Dependencies of `goals`, goals included, once each in order of execution; and cycles. Takes linear time.
 
-    The branch of one goal is completed before the next, in the order of `goals` and `needs`. Implemented with an
-    explicit stack, as workflows may be deeper than Python's recursion limit.
-
-    Args:
-        goals: nodes to start from.
-        needs: direct dependencies of each node; those without an entry of their own are ignored.
-
-    Returns:
-        Every node that a goal depends on, goals included, once each; and each cycle.
+    The branch of one goal is completed before the next, in the order of `goals` and `needs`, which has the direct
+    dependencies of each node; those without an entry of their own are ignored. Iterative, as workflows may be deeper
+    than Python's recursion limit.
     """
     order: dict[str, None] = {}
     cycles: list[Cycle] = []

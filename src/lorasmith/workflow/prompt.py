@@ -1,4 +1,4 @@
-"""Prompts, as workflow files in API format hold them, and overrides from `--set`.
+"""Prompts in the API format of workflow files, and overrides from `--set`.
 
 A prompt is a JSON object of nodes by id: `{"3": {"class_type": "KSampler", "inputs": {...}, "_meta": {"title": ...}}}`.
 An input is a value, or a link `["4", 0]` to output 0 of node 4. `graph` checks the content.
@@ -16,21 +16,14 @@ from lorasmith.core.printable import printable
 from lorasmith.core.registry import Registry, nearest
 from lorasmith.workflow.node import NODES, Node
 
-Prompt: TypeAlias = Mapping[str, Any]
-"""Nodes by id, as in the file."""
+Prompt: TypeAlias = Mapping[str, Any]  # nodes by id, as in the file
 
 
 def apply_overrides(prompt: Prompt, overrides: Iterable[str], *, nodes: Registry[Node] = NODES) -> dict[str, Any]:
-    """A copy of `prompt` with changed inputs.
+    """A copy of `prompt` with changed inputs, each `<node>.<input>=<value>`, such as `12.steps=200`.
 
-    Args:
-        prompt: of a workflow.
-        overrides: each `<node>.<input>=<value>`, such as `12.steps=200`. The node is an id, or a title or class that
-            one node alone has. The value is parsed as JSON if that fits the input, otherwise it is text.
-        nodes: registered nodes, for their inputs.
-
-    Raises:
-        GraphError: an override is malformed, or names an unknown node or input.
+    The node is an id, or a title or class that one node alone has. The value is parsed as JSON if that fits the input,
+    otherwise it is text. GraphError if an override is malformed, or names an unknown node or input.
     """
     changed = copy.deepcopy({str(key): member for key, member in prompt.items()})
     for override in overrides:
@@ -47,7 +40,7 @@ def apply_overrides(prompt: Prompt, overrides: Iterable[str], *, nodes: Registry
 
 
 def _addressed(prompt: Prompt, address: str, override: str, nodes: Registry[Node]) -> tuple[str, str]:
-    """Id of the node and name of the input in an address; titles and inputs may have dots."""
+    """Id of the node and name of the input in an address; titles and inputs may contain dots."""
     parts = [(address[:place], address[place + 1 :]) for place, one in enumerate(address) if one == "."]
     parts = [(node, name) for node, name in parts if node and name]
     for node, name in parts:
@@ -71,7 +64,7 @@ def _addressed(prompt: Prompt, address: str, override: str, nodes: Registry[Node
 
 
 def is_remark(key: str, member: Any) -> bool:
-    """Whether a value in a prompt is no node: a note, or what a program or a reader added beside the nodes."""
+    """Whether a value in a prompt is not a node: a note, or an addition beside the nodes."""
     if not isinstance(member, dict):
         return True
     kind = member.get("class_type")
@@ -91,7 +84,7 @@ def node_label(node_id: str, title: str) -> str:
 
 
 def node_title(member: Any, nodes: Registry[Node] = NODES) -> str:
-    """The title of a prompt's node in the file, or its display name, or its class; printable."""
+    """The node's title in the file, or its display name, or its class; printable."""
     if not isinstance(member, dict):
         return ""
     meta, node = member.get("_meta"), class_of(member, nodes)
@@ -124,5 +117,4 @@ def _read_value(text: str, wants_text: bool) -> Any:
 
 
 _LONGEST_TITLE, _LISTED = 80, 50
-NOTES = ("Note", "MarkdownNote")
-"""Classes of notes in editors."""
+NOTES = ("Note", "MarkdownNote")  # classes

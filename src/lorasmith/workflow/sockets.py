@@ -17,14 +17,12 @@ from lorasmith.core.folders import Folders
 from lorasmith.core.options import Option
 from lorasmith.core.registry import nearest
 
-ANY = "*"
-"""Matches every type."""
+ANY = "*"  # matches every type
 
-MATCH = "COMFY_MATCHTYPE_V3"
-"""Any type, but the same for all such sockets of a node."""
+MATCH = "COMFY_MATCHTYPE_V3"  # any type, but the same for all such sockets of a node
 
 SCALARS: Mapping[str, type] = {"INT": int, "FLOAT": float, "STRING": str, "BOOLEAN": bool, "COMBO": str}
-"""Types that can be values in a workflow file."""
+"""Types whose values a workflow file may contain."""
 
 Options: TypeAlias = Sequence[str] | Callable[[Folders], Sequence[str]]
 
@@ -33,7 +31,7 @@ Options: TypeAlias = Sequence[str] | Callable[[Folders], Sequence[str]]
 class Grow:
     """An input that repeats: `<name>.<prefix>0`, `<name>.<prefix>1`, ... between `min` and `max` times.
 
-    With `names` the repetitions are called `<name>.<one of the names>` instead, and are as many as these.
+    With `names` the repetitions are `<name>.<one of the names>` instead, one for each.
     """
 
     prefix: str
@@ -67,7 +65,6 @@ class Output:
 
     @property
     def label(self) -> str:
-        """The name, or the type where there is no name."""
         return self.name or self.type
 
 
@@ -78,7 +75,7 @@ class Input:
     Attributes:
         name: key in the workflow file and keyword of the node function.
         type: socket type.
-        optional: whether a workflow may omit it; the declared default, or that of the function, is then used.
+        optional: whether a workflow may omit it; the default is then the declared one, or the function's.
         default: initial value in editors; None for none.
         min, max, step: inclusive bounds and granularity of numbers.
         options: choices of a COMBO, fixed or a function of the folders.
@@ -113,10 +110,7 @@ class Input:
 
     @classmethod
     def from_option(cls, option: Option, **overrides: Any) -> Input:
-        """The input for an `Option`; `overrides` replace attributes.
-
-        An option without a default (resolved at run time) becomes an optional input.
-        """
+        """The input for an `Option`, optional if that has no default; `overrides` replace attributes."""
         kind = "COMBO" if option.choices else next(name for name, known in SCALARS.items() if known is option.type)
         declared = cls(
             option.name,
@@ -151,14 +145,11 @@ class Input:
 
     @property
     def scalar_types(self) -> tuple[str, ...]:
-        """The scalar types among the input's types."""
         return tuple(kind for kind in _members(self.type) if kind in SCALARS)
 
     def check(self, value: Any, folders: Folders) -> Any:
-        """Check a workflow file's value; returns it in the declared type, choices in their declared spelling.
-
-        Raises:
-            LorasmithError: type, range or choice does not fit, or the input must be linked.
+        """A workflow file's value in the declared type and spelling. LorasmithError if it does not fit or must be a
+        link.
         """
         if self.type in (ANY, MATCH):
             return value
@@ -173,7 +164,7 @@ class Input:
         return self._check_as(last, value, folders)
 
     def check_linked(self, value: Any, folders: Folders) -> Any:
-        """Check a linked value: scalars like those of `check`, objects are not checked."""
+        """Check a linked value: scalars as by `check`, objects not at all."""
         only_scalars = len(self.scalar_types) == len(_members(self.type))
         return self.check(value, folders) if only_scalars else value
 
@@ -216,7 +207,7 @@ def types_match(received: str, wanted: str) -> bool:
 
 
 def _number(text: str) -> int | float | str:
-    """The number in a text; the text if it is none, or none that could be an input."""
+    """The number in a text; the text itself if it is not a number, or not one that could be an input."""
     if len(text) > _LONGEST_NUMBER or not _NUMBER.fullmatch(text.strip()):
         return text
     return int(text) if _WHOLE.fullmatch(text.strip()) else float(text)
@@ -229,5 +220,4 @@ def _members(union: str) -> list[str]:
 _MAX_SHOWN, _LONGEST_NUMBER = 12, 40
 _WHOLE = re.compile(r"[+-]?[0-9]+")
 _NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
-_WRITTEN = {"true": True, "false": False, "none": False}
-"""Truth values as text, which some editors write."""
+_WRITTEN = {"true": True, "false": False, "none": False}  # booleans that some editors write as text

@@ -1,13 +1,13 @@
 """Values that an instance of a subgraph sets on widgets inside it.
 
-The instance's value wins over the inner node's (in ComfyUI's editor 1.58, whose rules these are): an inner input that
-is linked to an input of its subgraph takes what that is linked to outside; without such a link, it takes the
-instance's value of that input; only an input that nothing was set for leaves the inner node its own value.
+The instance's value takes precedence over the inner node's (by the rules of ComfyUI's editor 1.58): an inner input that
+is linked to an input of its subgraph gets what that is linked to outside; without such a link, the instance's value of
+that input; the inner node's own value is used only for an input that the instance does not set.
 
-Files have an instance's values in one of two forms. Newer ones list one value for each input that stands for a widget,
-in the order of the definition's inputs. Older ones list them in the order of the property `proxyWidgets`, of which
-each entry names an inner node and a widget of it, whether or not an input of the subgraph leads there; the editor
-first reads the list as if it were of the newer form, then sets what `proxyWidgets` names.
+Files have an instance's values in one of two forms. Newer ones list one value for each input that represents a widget,
+in the order of the definition's inputs. Older ones list them in the order of the property `proxyWidgets`, of which each
+entry names an inner node and a widget of it, whether or not an input of the subgraph leads there; the editor first
+reads the list as if it were of the newer form, then sets what `proxyWidgets` names.
 """
 
 from __future__ import annotations
@@ -19,26 +19,21 @@ from typing import Any, NamedTuple
 from lorasmith.workflow.editor_graph import EditorGraph, EditorInput, EditorNode
 from lorasmith.workflow.editor_widgets import WidgetNames, named_values
 
-PRIMITIVE = "PrimitiveNode"
-"""Class of the editor's nodes that hold the value of other nodes' widgets."""
+PRIMITIVE = "PrimitiveNode"  # the editor's class of nodes with the value of other nodes' widgets
 
 
 @dataclass
 class HostValues:
-    """What an instance sets.
+    """Values that an instance sets."""
 
-    Attributes:
-        inputs: values by input of the subgraph.
-        inner: by id of an inner node, values by widget, where no input of the subgraph leads to the widget. Of an inner
-            instance it is the name of its input; of a primitive node, empty.
-    """
-
-    inputs: dict[str, Any] = field(default_factory=dict)
+    inputs: dict[str, Any] = field(default_factory=dict)  # by input of the subgraph
+    # by id of an inner node and widget, where no input of the subgraph leads to the widget; of an inner instance by the
+    # name of its input, of a primitive node by an empty one
     inner: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 class _Source(NamedTuple):
-    """The widget inside a subgraph that an input stands for: of a node, or the input of an inner instance."""
+    """The widget inside a subgraph that an input represents: of a node, or the input of an inner instance."""
 
     node_id: str
     widget: str
@@ -46,14 +41,13 @@ class _Source(NamedTuple):
 
 @dataclass
 class _Sources:
-    """What the inputs of a subgraph stand for: by input, and the first input by source and by name of the widget."""
+    """The widgets of a subgraph's inputs: by input, and the first input by source and by name of the widget."""
 
     of: dict[str, _Source | None] = field(default_factory=dict)
     inputs: dict[_Source, str] = field(default_factory=dict)
     named: dict[str, str] = field(default_factory=dict)
 
     def add(self, name: str, source: _Source | None) -> None:
-        """Add an input."""
         if name in self.of:
             return
         self.of[name] = source
@@ -64,11 +58,7 @@ class _Sources:
 
 
 class Hosts:
-    """The values of all instances of a file, each computed once.
-
-    Args:
-        names: names of the widgets of each class.
-    """
+    """The values of all instances of a file, each computed once; `names` are those of each class's widgets."""
 
     def __init__(self, names: WidgetNames) -> None:
         self._names = names
@@ -110,7 +100,7 @@ class Hosts:
         node = subgraph.nodes.get(node_id)
         if node_id == "-1":
             found.inputs[widget] = value
-        elif node is not None and not widget.startswith("$$"):  # which are previews
+        elif node is not None and not widget.startswith("$$"):  # those are previews
             name = self._widget_of(subgraph, node, widget, within)
             outer = self._sources_of(subgraph).inputs.get(_Source(node_id, name or ""))
             if outer is not None:
@@ -119,7 +109,7 @@ class Hosts:
                 found.inner.setdefault(node_id, {})[name] = value
 
     def _widget_of(self, subgraph: EditorGraph, node: EditorNode, widget: str, within: str) -> str | None:
-        """Where an entry's value belongs in an inner node, as `HostValues.inner` has it."""
+        """The key of an entry's value in `HostValues.inner`."""
         if node.type == PRIMITIVE:
             return ""
         short = _without_prefixes(widget, within)
@@ -146,7 +136,7 @@ class Hosts:
         return self._sources[subgraph]
 
     def _source(self, subgraph: EditorGraph, links: tuple[str, ...]) -> _Source | None:
-        """What an input stands for, the first of its links that leads to a widget; None for a socket only."""
+        """The widget of an input, by the first of its links that leads to one; None for a socket only."""
         for key in links:
             link = subgraph.links.get(key)
             node = subgraph.nodes.get(link.target) if link is not None else None

@@ -1,4 +1,4 @@
-"""Workflows in the texts of files: in API format, or as ComfyUI's editor keeps them, alone or in metadata."""
+"""Workflows in text: in API format or the editor's, alone or in metadata."""
 
 from __future__ import annotations
 
@@ -14,22 +14,14 @@ from lorasmith.workflow.node import NODES, Node
 
 
 class Workflow(NamedTuple):
-    """A workflow: the prompt that runs, and the editor's JSON of the same graph if the file has it."""
+    """The prompt that runs, and the editor's JSON of the same graph if the file has it."""
 
     prompt: dict[str, Any]
     editor: dict[str, Any] | None = None
 
 
 def parse_workflow(text: str | bytes, *, nodes: Registry[Node] = NODES) -> Workflow:
-    """The workflow in a text, in either format, also in the `{"prompt": {...}}` wrapper of API clients.
-
-    Args:
-        text: JSON.
-        nodes: registered nodes, for the names of values in the editor's format.
-
-    Raises:
-        GraphError: the text is not JSON, or no workflow.
-    """
+    """The workflow in JSON of either format, or in API clients' `{"prompt": {...}}` wrapper. Raises GraphError."""
     try:
         content = parse_foreign_json(text.removeprefix(b"\xef\xbb\xbf") if isinstance(text, bytes) else text)
     except ValueError as error:
@@ -51,14 +43,7 @@ def parse_prompt(text: str | bytes, *, nodes: Registry[Node] = NODES) -> dict[st
 def carried_workflow(entries: Mapping[str, str], *, nodes: Registry[Node] = NODES) -> Workflow | None:
     """The workflow in the metadata of a picture or LoRA, under ComfyUI's names; None if there is none.
 
-    The prompt is what ran; the editor's JSON is converted only where there is no prompt.
-
-    Args:
-        entries: the metadata.
-        nodes: registered nodes.
-
-    Raises:
-        GraphError: an entry of these names is no workflow.
+    The prompt is what ran; the editor's JSON is converted only where there is no prompt. GraphError if it is malformed.
     """
     prompt, editor = (entries.get(name) for name in ("prompt", "workflow"))
     if prompt is None:
@@ -67,7 +52,7 @@ def carried_workflow(entries: Mapping[str, str], *, nodes: Registry[Node] = NODE
     try:
         kept = None if editor is None else parse_foreign_json(editor)
     except ValueError:
-        kept = None  # it is only written into the files of this run
+        kept = None  # only written into the files of this run
     return Workflow(found.prompt, found.editor or (kept if is_editor_format(kept) else None))
 
 
