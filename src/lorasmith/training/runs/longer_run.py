@@ -28,7 +28,7 @@ def continuing(folder: RunFolder, record: RunRecord, on_event: EventHandler) -> 
     """The record of a run as it starts in a folder that holds a run: from the end of that one, if it is shorter.
 
     Args:
-        folder: of the run that is there; moved aside if the longer one starts from its end.
+        folder: of the run that is there, claimed; moved aside if the longer one starts from its end.
         record: of the run that was given.
         on_event: receives a `Warned` for the folder moved aside.
 
@@ -36,8 +36,8 @@ def continuing(folder: RunFolder, record: RunRecord, on_event: EventHandler) -> 
         `record`, with the run state that the run starts from; as it is, if the folder holds another run.
 
     Raises:
-        OutputError: the run in the folder is complete and not shorter, its state cannot be read, the folder cannot be
-            moved, or another process trains in it.
+        OutputError: the run in the folder is complete and not shorter, its state cannot be read, or the folder
+            cannot be moved.
         OptionError: it has no run state.
     """
     if record.config.get(_STATE) is not None:  # which names what to start from
@@ -52,7 +52,6 @@ def continuing(folder: RunFolder, record: RunRecord, on_event: EventHandler) -> 
         return _with_its_state(folder, before, record)
     _check_longer(folder, steps, given)
     check_verifiable(before, record.fingerprint, folder.path)
-    folder.check_free()
     newest = folder.states().paths()[0]
     load_state(newest)  # a damaged one is refused before anything is moved
     aside = folder.move_aside()

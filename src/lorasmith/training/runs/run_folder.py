@@ -29,7 +29,7 @@ from lorasmith.training.runs.history import EVENTS, RECORD, logged, logged_outco
 from lorasmith.training.runs.records import RunRecord
 from lorasmith.training.runs.run_states import RunStates, free_bytes
 
-__all__ = ["RunFolder", "check_place", "check_verifiable", "claimed_run", "numbered_runs", "unfinished_run"]
+__all__ = ["RunFolder", "check_room", "check_verifiable", "claimed_run", "numbered_runs", "unfinished_run"]
 
 
 class RunFolder:
@@ -43,6 +43,7 @@ class RunFolder:
         self.path = path
         self._log: TextIO | None = None
         self._broken = False
+        self._claim: contextlib.ExitStack | None = None
 
     @property
     def exists(self) -> bool:
@@ -67,16 +68,46 @@ class RunFolder:
         """Its run states."""
         return RunStates(self.path / "states", keep=keep, config=config)
 
+    def claim(self) -> None:
+        """Own the folder (created) until `release`, or the end of this process; nothing if it is owned.
+
+        Raises:
+            OutputError: another run in this or another process owns it, or it cannot be written.
+        """
+        if self._claim is None:
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(self._owned())
+                self._claim = stack.pop_all()
+
+    def release(self) -> None:
+        """Close the log and end `claim`; a folder that was made for it and is empty is removed."""
+        self.close()
+        if self._claim is not None:
+            self._claim.close()
+            self._claim = None
+
     @contextlib.contextmanager
     def claimed(self) -> Iterator[None]:
-        """Inside the context, this process owns the folder (created). Raises OutputError if another one does."""
-        ensure_folder(self.path)
-        with self._locked():
+        """Inside the context, this process owns the folder. Raises OutputError as `claim`."""
+        self.claim()
+        try:
             self._tidy()
-            try:
+            yield
+        finally:
+            self.release()
+
+    @contextlib.contextmanager
+    def _owned(self) -> Iterator[None]:
+        check_writable(self.path)
+        made = [one for one in (self.path, *self.path.parents) if not one.exists()]
+        ensure_folder(self.path)
+        try:
+            with self._locked():
                 yield
-            finally:
-                self.close()
+        finally:
+            with contextlib.suppress(OSError):  # something was written
+                for folder in made:
+                    folder.rmdir()
 
     def check_free(self) -> None:
         """Raise OutputError if another process is training in it, or it cannot be written."""
@@ -124,6 +155,8 @@ class RunFolder:
         number = 1
         while (target := self.path.with_name(f"{self.path.name}-old-{number}")).exists():
             number += 1
+        is_claimed = self._claim is not None
+        self.release()  # Windows cannot rename a folder with an open file
         try:
             self.path.rename(target)
         except OSError as error:
@@ -131,6 +164,8 @@ class RunFolder:
                 f"{self.path} cannot be renamed to {target.name} ({error.strerror or error}); close programs that use "
                 "its files, or choose another output"
             ) from error
+        if is_claimed:
+            self.claim()
         return target
 
     def rewind(self, step: int) -> None:
@@ -196,22 +231,14 @@ class RunFolder:
             self._log = None
 
 
-def check_place(place: Path, size_bytes: int = 0) -> None:
-    """Check that a run can be in a folder or below it, before time is spent on it.
+def check_room(place: Path, size_bytes: int) -> None:
+    """Raise OutputError if the disk of a folder, which need not exist, has no room for a run.
 
     Args:
-        place: the folder, which need not exist.
+        place: the folder of the run, or one above.
         size_bytes: that the run will write.
-
-    Raises:
-        OutputError: it cannot be written, another process trains in it, or its disk has less room.
     """
-    check_writable(place)
-    folder = RunFolder(place)
-    there = 0
-    if folder.exists:
-        folder.check_free()
-        there = sum(path.stat().st_size for path in folder.states().paths())  # which the new ones replace
+    there = sum(path.stat().st_size for path in RunFolder(place).states().paths())  # which the new ones replace
     if (free := free_bytes(place) + there) < size_bytes:
         raise OutputError(
             f"the run writes {memory_text(size_bytes)} to {place}, whose disk has {memory_text(free)} free; free some "
@@ -221,12 +248,12 @@ def check_place(place: Path, size_bytes: int = 0) -> None:
 
 @contextlib.contextmanager
 def claimed_run(
-    path: Path, record: RunRecord, *, fresh: bool, on_event: EventHandler = lambda event: None
-) -> Iterator[tuple[RunFolder, RunState | None]]:
-    """Inside the context, this process owns the folder of a run; yields it with the run state to resume from, or None.
+    folder: RunFolder, record: RunRecord, *, fresh: bool, on_event: EventHandler = lambda event: None
+) -> Iterator[RunState | None]:
+    """Inside the context, this process owns the folder of a run; yields the run state to resume from, or None.
 
     Args:
-        path: the folder.
+        folder: of the run, which may be claimed already.
         record: content of its `run.json`, with the run's fingerprint.
         fresh: move an existing run aside.
         on_event: receives a `Warned` for the folder moved aside and for each unreadable run state.
@@ -234,12 +261,10 @@ def claimed_run(
     Raises:
         OutputError: the folder holds another run, a complete one, or one that another process is training.
     """
-    folder = RunFolder(path)
-    if fresh and folder.exists:
-        folder.check_free()  # not `claimed`: Windows cannot rename a folder with an open file
-        aside = folder.move_aside()
-        on_event(Warned(message=f"The previous run in {path} was moved to {aside}."))
     with folder.claimed():
+        if fresh and folder.exists:
+            aside = folder.move_aside()
+            on_event(Warned(message=f"The previous run in {folder.path} was moved to {aside}."))
         state = None
         if folder.exists:
             folder.check_continues(record)
@@ -248,7 +273,7 @@ def claimed_run(
             folder.note_environment(record.environment)
         else:
             folder.begin(record)
-        yield folder, state
+        yield state
 
 
 def check_verifiable(before: RunRecord, now: Fingerprint, file: Path) -> None:
