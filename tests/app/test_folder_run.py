@@ -11,12 +11,14 @@ import torch
 
 from lorasmith.app import model_run, preview_budget
 from lorasmith.app.folder_run import prepare, train_prepared
+from lorasmith.app.model_run import run_folder
 from lorasmith.app.run_plan import RunPlanned
 from lorasmith.core.adapter_state import AdapterState, AdapterWeights, ModuleRef
-from lorasmith.core.errors import OutputError
+from lorasmith.core.errors import DataError, OutputError
 from lorasmith.families.model import Model
 from lorasmith.formats.container import check_safetensors
 from lorasmith.formats.hashes import sha256_body
+from lorasmith.training.events import Event, RunStarted
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.runs.run_folder import RunFolder
 from tests.app.folder_cases import Audience, asked, prepared, tensors_of
@@ -44,18 +46,63 @@ def test_a_run_that_cannot_be_written_is_refused_before_the_model_is_loaded(
     audience, run = Audience(), tmp_path / "run"
     run.touch()
     with pytest.raises(OutputError, match="must be a folder but is a file"):
-        prepare(asked(images), place=run, on_event=audience)
+        prepare(asked(images), output=run, on_event=audience)
     run.unlink()
     (run / "states").mkdir(parents=True)
     (run / "run.json").write_text("{}")
     with RunFolder(run).claimed(), pytest.raises(OutputError, match="in use by a run in another process"):
-        prepare(asked(images), place=run, on_event=audience)
+        prepare(asked(images), output=run, on_event=audience)
     assert audience.names() == []
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=10 * 2**20))
     with pytest.raises(OutputError, match=r"the run writes 6\d MiB to .*new, whose disk has 10 MiB free; free some"):
-        prepare(asked(images), place=tmp_path / "new", on_event=audience)
+        prepare(asked(images), output=tmp_path / "new", on_event=audience)
     assert "ImageEncoded" not in audience.names() and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("others", [False, True])
+def test_a_second_run_on_a_folder_is_refused_while_the_first_one_prepares(
+    images: Path, tmp_path: Path, others: bool
+) -> None:
+    second, output = Audience(), tmp_path / "runs" / "cat"
+    if others:
+        output.mkdir(parents=True)
+        (output / "notes.txt").touch()
+    before = sorted(tmp_path.rglob("*"))
+
+    def meanwhile(event: Event) -> None:
+        with pytest.raises(OutputError, match="in use by a run in another process; wait for it, or choose another"):
+            prepare(asked(images), output=output, on_event=second)
+        raise DataError("the first one ends")
+
+    with pytest.raises(DataError, match="the first one ends"):
+        prepare(asked(images), output=output, on_event=meanwhile)
+    assert second.names() == [] and sorted(tmp_path.rglob("*")) == before
+
+    first = prepare(asked(images), output=output)
+    with pytest.raises(OutputError, match="in use by a run in another process"):
+        prepare(asked(images), output=output, on_event=second)
+    result = train_prepared(first, output=output)
+    assert result.folder == (output / "cat" if others else output)
+    assert second.names() == [] and not (result.folder / ".lock").exists()
+    again = train_prepared(prepare(asked(images), output=output), output=output, fresh=True)
+    assert again.folder == result.folder and result.folder.with_name("cat-old-1").is_dir()
+
+
+def test_of_two_runs_that_choose_one_folder_the_second_chooses_again(images: Path) -> None:
+    first, second = prepared(images, steps=1), prepared(images, steps=1)
+    folders: list[Path | None] = []
+
+    def meanwhile(event: Event) -> None:
+        if not folders and isinstance(event, RunStarted):
+            folders.append(None)
+            taken = iter([Path("runs/cat-001")])
+            choose = run_folder(Path("runs"), "cat")
+            result = train_prepared(second, output=lambda fingerprint: next(taken, None) or choose(fingerprint))
+            folders[0] = result.folder
+
+    assert train_prepared(first, on_event=meanwhile).folder == Path("runs/cat-001")
+    assert folders == [Path("runs/cat-002")]
 
 
 def test_training_reports_through_events_and_stops_when_asked(images: Path, tmp_path: Path) -> None:

@@ -307,6 +307,26 @@ def test_a_lock_is_held_by_one_and_let_go(tmp_path: Path) -> None:
         pass
     with locked(tmp_path / ".lock", "it is taken"):
         pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_on_a_file_that_was_removed_meanwhile_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, lock, calls = tmp_path / ".lock", files._lock, []
+
+    def late(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) == 1:
+            path.unlink()  # by the process before, between opening and locking
+        lock(descriptor)
+
+    monkeypatch.setattr(files, "_lock", late)
+    with (
+        locked(path, "it is taken"),
+        pytest.raises(OutputError, match="it is taken"),
+        locked(path, "it is taken"),
+    ):
+        pass
+    assert len(calls) == 3
 
 
 @pytest.mark.parametrize("error", [errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS])

@@ -221,7 +221,6 @@ def test_each_run_has_a_folder_of_its_own(train: Make, bench: Any) -> None:
         "loss.png",
         "report.html",
         "states",
-        ".lock",
     }
     assert json.loads((runs[0] / "run.json").read_text("utf-8"))["samples"][2]["caption"] == "a green tree"
 

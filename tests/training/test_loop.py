@@ -414,7 +414,7 @@ def test_other_errors_are_not_taken_for_scarce_memory(
 def test_a_full_disk_costs_checkpoints_and_not_the_run(
     run: Run, dataset: EncodedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorasmith.training.train.check_place", lambda *_: None)  # it fills up later
+    monkeypatch.setattr("lorasmith.training.train.check_room", lambda *_: None)  # it fills up later
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(run_states.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     audience = Audience()
@@ -646,7 +646,7 @@ def test_little_room_on_the_disk_is_said_at_the_start(
     with pytest.raises(OutputError, match=r"the run writes 6\d MiB to .*whose disk has 0 MiB free"):
         run(dataset, steps=1, output=tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    monkeypatch.setattr("lorasmith.training.train.check_place", lambda *_: None)  # enough for two states
+    monkeypatch.setattr("lorasmith.training.train.check_room", lambda *_: None)  # enough for two states
     audience = Audience()
     run(dataset, steps=1, output=tmp_path, on_event=audience)
     assert "are free on the disk, and 3 run states may take" in audience.of(Warned)[0].message

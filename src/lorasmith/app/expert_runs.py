@@ -62,6 +62,7 @@ class ExpertRuns:
         self._name, self._folders, self._load, self._fresh = spec.name, folders, load, fresh
         self._specs = {EXPERTS[0]: spec, EXPERTS[1]: replace(spec, model=spec.low_noise_model)}
         self._folder = None if spec.output is None else _own(Path(spec.output), spec.name)
+        self._is_chosen = self._folder is None
         self._samples: tuple[EncodedDataset, EncodedDataset | None] | None = None
 
     def prepare(
@@ -75,7 +76,8 @@ class ExpertRuns:
         _freed()  # of the previous expert
         prepared = prepare(
             replace(self._specs[expert], name=f"{self._name}_{expert}"),
-            place=RUNS if self._folder is None else self._folder / expert,
+            output=self._folder and self._folder / expert,
+            runs=RUNS,
             folders=self._folders,
             on_event=on_event,
             cancelled=cancelled,
@@ -142,7 +144,7 @@ class ExpertRuns:
 
     def _place(self, expert: str, fingerprint: Fingerprint) -> Path:
         """The folder of an expert's run. Raises _CompleteError if that run is complete."""
-        if self._folder is None:
+        if self._folder is None or (self._is_chosen and expert == EXPERTS[0]):  # again, if another run was faster
             unfinished = () if self._fresh else _unfinished(self._name, expert, fingerprint)
             self._folder = next(iter(unfinished), None) or new_run_folder(RUNS, self._name)
         folder = self._folder / expert

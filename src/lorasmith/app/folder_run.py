@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from lorasmith.app.run_plan import (
     RunPlanned,
 )
 from lorasmith.app.run_spec import RunSpec
+from lorasmith.core.files import check_writable
 from lorasmith.core.folders import Folders
 from lorasmith.core.options import changed
 from lorasmith.core.placement import chosen_device
@@ -40,8 +42,9 @@ from lorasmith.training.job import Job, plan_job
 from lorasmith.training.joint import EngineMaker
 from lorasmith.training.results import TrainResult
 from lorasmith.training.runs.fingerprint import Fingerprint
+from lorasmith.training.runs.output_folder import output_folder
 from lorasmith.training.runs.records import check_title
-from lorasmith.training.runs.run_folder import check_place
+from lorasmith.training.runs.run_folder import RunFolder, check_room
 from lorasmith.training.train import RunOptions, run_bytes
 
 _SHOWN = ("trigger", "resolution", "more_resolutions", "bucket_step")
@@ -60,12 +63,14 @@ class PreparedRun:
     job: Job
     data: EncodedDataset
     validation: EncodedDataset | None  # held-out samples; None to hold out a share of `data`
+    claim: RunFolder | None = None  # folder of the run, claimed until it is trained; None if it is chosen then
 
 
 def prepare(
     spec: RunSpec,
     *,
-    place: Path | None = None,
+    output: Path | None = None,
+    runs: Path | None = None,
     folders: Folders | None = None,
     on_event: EventHandler = lambda event: None,
     cancelled: Callable[[], bool] = lambda: False,
@@ -75,79 +80,90 @@ def prepare(
 ) -> PreparedRun:
     """Scan the images, load the model (first, if there are videos), plan the run, and encode.
 
-    `place`, the folder that the run will be in or below, is tried before anything is loaded. `samples` are training and
-    held-out samples that the same encoders made of these images, which are then not encoded. `configured` adds to the
-    settings what the model decides. Events are those of `run_plan`, `CaptionEncoded`, and a `Warned` for each damaged
-    file among `folders`; `cancelled` is called while pictures of the class are drawn.
+    `output`, the folder of the run or one that it is in under its name, is claimed before anything is loaded; without
+    one, `runs` is tried, in which the folder is chosen when training begins. `samples` are training and held-out
+    samples that the same encoders made of these images, which are then not encoded. `configured` adds to the settings
+    what the model decides. Events are those of `run_plan`, `CaptionEncoded`, and a `Warned` for each damaged file among
+    `folders`; `cancelled` is called while pictures of the class are drawn.
     """
     spec = spec.resolved()
     check_title(spec.name)
     processes = current()
-    if place is not None:
-        processes.from_first(lambda: check_place(place))
-    device, settings, config = chosen_device(spec.device), spec.data, spec.config
-    folder = Path(spec.folder)
+    claim = None if output is None else RunFolder(output_folder(output, spec.name))
+    place = runs if claim is None else claim.path
+    with contextlib.ExitStack() as undo:
+        if claim is not None:
+            undo.callback(claim.release)
+            processes.from_first(claim.claim)
+        elif runs is not None:
+            processes.from_first(lambda: check_writable(runs))
+        device, settings, config = chosen_device(spec.device), spec.data, spec.config
+        folder = Path(spec.folder)
 
-    def load_model() -> Completed:
-        on_event(ModelLoading(model=spec.model))
-        found = load(spec.files, folders)
-        for note in found.notes:
-            on_event(Warned(message=note))
-        return found
+        def load_model() -> Completed:
+            on_event(ModelLoading(model=spec.model))
+            found = load(spec.files, folders)
+            for note in found.notes:
+                on_event(Warned(message=note))
+            return found
 
-    judged_sources = () if spec.validation is None else (ImageSource(spec.validation),)
-    # Image models skip videos unread: if there are any, the model is loaded first, otherwise after the images.
-    loaded = load_model() if has_videos((*spec.sources, *judged_sources), settings, cache=datasets_folder()) else None
-    clips = loaded is None or clip_form(loaded.model, settings) is not None
-    scan = scan_sources(spec.sources, settings, cache=datasets_folder(), clips=clips)
-    on_event(ImagesFound(folder=folder, scan=scan, trigger=settings.trigger))
-    judged = scan_sources(judged_sources, settings, clips=clips) if judged_sources else None
-    loaded = loaded or load_model()
-    base = loaded.model
-    base.family.check_parts(base.components, text=True, images=True)
-    if clip_form(base, settings) is None:
-        scan, judged = scan.of_pictures(), judged and judged.of_pictures()
-    if loaded.files != spec.files:
-        spec = spec.with_files(loaded.files)
-    config = configured(config, base)
-    job = plan_job(base.denoiser, config, device)
-    if place is not None:
-        processes.from_first(lambda: check_place(place, run_bytes(job)))
-    check = check_scan(
-        scan,
-        settings,
-        folder=folder,
-        model=base,
-        batch=config.samples_per_step,
-        validation_share=config.validation_share if judged is None else 0.0,
-    )
-    on_event(ImagesChecked(check=check))
-    with processes.first_alone():
-        prior = class_scan(settings, base, device=device, on_event=on_event, cancelled=cancelled)
-    if prior is not None:
-        scan = replace(scan, images=(*scan.images, *prior.images))
-    plan = _plan(spec, scan, loaded, job, check.preflight.epoch.held_out)
-    on_event(RunPlanned(plan=plan))
-
-    if samples is not None:
-        return PreparedRun(spec, plan, base, job, *samples)
-
-    def encoded(found: FolderScan, progress: Progress | None) -> EncodedDataset:
-        return encode_scan(
-            found,
-            base,
+        judged_sources = () if spec.validation is None else (ImageSource(spec.validation),)
+        # A model of pictures has videos left out, unread; otherwise images are checked before the model takes its time.
+        videos = has_videos((*spec.sources, *judged_sources), settings, cache=datasets_folder())
+        loaded = load_model() if videos else None
+        clips = loaded is None or clip_form(loaded.model, settings) is not None
+        scan = scan_sources(spec.sources, settings, cache=datasets_folder(), clips=clips)
+        on_event(ImagesFound(folder=folder, scan=scan, trigger=settings.trigger))
+        judged = scan_sources(judged_sources, settings, clips=clips) if judged_sources else None
+        loaded = loaded or load_model()
+        base = loaded.model
+        base.family.check_parts(base.components, text=True, images=True)
+        if clip_form(base, settings) is None:
+            scan, judged = scan.of_pictures(), judged and judged.of_pictures()
+        if loaded.files != spec.files:
+            spec = spec.with_files(loaded.files)
+        config = configured(config, base)
+        job = plan_job(base.denoiser, config, device)
+        if place is not None:
+            processes.from_first(lambda: check_room(place, run_bytes(job)))
+        check = check_scan(
+            scan,
             settings,
-            device=device,
-            progress=progress,
-            caption_progress=lambda done, total: on_event(CaptionEncoded(done=done, total=total)),
-            hash_progress=lambda done, total: on_event(EncodersHashed(done=done, total=total)),
+            folder=folder,
+            model=base,
+            batch=config.samples_per_step,
+            validation_share=config.validation_share if judged is None else 0.0,
         )
+        on_event(ImagesChecked(check=check))
+        with processes.first_alone():
+            prior = class_scan(settings, base, device=device, on_event=on_event, cancelled=cancelled)
+        if prior is not None:
+            scan = replace(scan, images=(*scan.images, *prior.images))
+        plan = _plan(spec, scan, loaded, job, check.preflight.epoch.held_out)
+        on_event(RunPlanned(plan=plan))
 
-    def tell(done: int, total: int, name: str, cached: int) -> None:
-        on_event(ImageEncoded(done=done, total=total, cached=cached))
+        if samples is not None:
+            undo.pop_all()
+            return PreparedRun(spec, plan, base, job, *samples, claim)
 
-    data = encoded(scan, tell)
-    return PreparedRun(spec, plan, base, job, data, None if judged is None else encoded(judged, None))
+        def encoded(found: FolderScan, progress: Progress | None) -> EncodedDataset:
+            return encode_scan(
+                found,
+                base,
+                settings,
+                device=device,
+                progress=progress,
+                caption_progress=lambda done, total: on_event(CaptionEncoded(done=done, total=total)),
+                hash_progress=lambda done, total: on_event(EncodersHashed(done=done, total=total)),
+            )
+
+        def tell(done: int, total: int, name: str, cached: int) -> None:
+            on_event(ImageEncoded(done=done, total=total, cached=cached))
+
+        data = encoded(scan, tell)
+        judged_data = None if judged is None else encoded(judged, None)
+        undo.pop_all()
+        return PreparedRun(spec, plan, base, job, data, judged_data, claim)
 
 
 def train_prepared(
@@ -171,6 +187,7 @@ def train_prepared(
     spec = prepared.spec
     options = RunOptions(
         output=output or run_folder(RUNS, spec.name, fresh=fresh),
+        claim=prepared.claim,
         fresh=fresh,
         title=spec.name,
         trigger=spec.data.trigger or None,

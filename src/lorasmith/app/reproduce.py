@@ -79,8 +79,9 @@ def prepare_reproduction(
     except ValueError as error:
         raise _without_record(lora, error) from error
     # Previews and early stopping change no tensor of a run that ends at a given step.
-    place = None if dry_run else output or RUNS
-    prepared = prepare(spec.with_settings(previews="", patience=0), place=place, on_event=on_event)
+    spec = spec.with_settings(previews="", patience=0)
+    place, runs = (None, None) if dry_run else (output, RUNS)
+    prepared = prepare(spec, output=place, runs=runs, on_event=on_event)
     steps = steps_of(metadata, lora.name) - prepared.job.steps_before
     if not 0 < steps <= spec.config.steps:
         raise OptionError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from lorasmith.app.folder_run import PreparedRun, prepare
+from lorasmith.app.folder_run import RUNS, PreparedRun, prepare
 from lorasmith.app.recorded_run import Rights, repeated
 from lorasmith.core.errors import OptionError, OutputError, TrainingError
 from lorasmith.core.options import options_of
@@ -47,7 +47,6 @@ def prepare_again(
             f"the run in {run} is complete and cannot be resumed; to train on from its end, give the steps of "
             "the longer run with --steps"
         )
-    folder.check_free()
     try:
         spec = repeated(
             record,
@@ -64,7 +63,7 @@ def prepare_again(
     if steps is not None:
         # Not the path of the record: the folder may have been moved.
         spec = spec.with_settings(steps=steps, existing_state=str(folder.states().paths()[0].resolve()))
-    prepared = prepare(spec, place=run, on_event=on_event)
+    prepared = prepare(spec, output=run if steps is None else None, runs=RUNS, on_event=on_event)
     tracker = record.asked.get("track")
     if spec.config.is_default("track") and tracker in options_of(TrainConfig)["track"].choices[1:]:
         on_event(Warned(message=f"The tracker {tracker} of this run is not started; --track {tracker} starts it."))

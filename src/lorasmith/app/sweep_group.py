@@ -200,7 +200,7 @@ class _Shared:
         key = (run.spec.sources, run.spec.data, run.spec.validation)
         one = prepare(
             run.spec,
-            place=self._output / run.name,
+            output=self._output / run.name,
             folders=self._folders,
             on_event=on_event,
             load=self._loaded,

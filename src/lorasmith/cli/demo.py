@@ -30,7 +30,7 @@ def demo(
     """
     check_alone("demo")
     from lorasmith.app.demo import before_and_after, demo_folder, demo_spec
-    from lorasmith.app.folder_run import prepare, train_prepared
+    from lorasmith.app.folder_run import RUNS, prepare, train_prepared
     from lorasmith.families.locating import BUILT_IN
 
     echo(f"Lorasmith comes with a small model, {BUILT_IN}, that draws coloured emoji.")
@@ -38,10 +38,12 @@ def demo(
     echo("pictures, and then draws subjects that are not among them.")
     echo()
     with preparation_shown() as show:
-        place = output or demo_folder()
-        prepared = prepare(demo_spec(steps=steps, seed=seed, device=device), place=place, on_event=show)
+        spec = demo_spec(steps=steps, seed=seed, device=device)
+        prepared = prepare(spec, output=output, runs=RUNS, on_event=show)
     with training_shown() as (show, stop):
-        result = train_prepared(prepared, output=place, fresh=True, on_event=show, cancelled=stop.is_set)
+        result = train_prepared(
+            prepared, output=output or (lambda _: demo_folder()), fresh=True, on_event=show, cancelled=stop.is_set
+        )
     if result.reason is Outcome.CANCELLED:
         print_result(lambda: plain_result(result), lambda: report_result(result))
     stop.exit_if_set()

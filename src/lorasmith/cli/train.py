@@ -111,7 +111,6 @@ def train(
     from lorasmith.app.recorded_run import Rights
     from lorasmith.app.run_file import read_run_file
     from lorasmith.app.run_spec import RunSpec
-    from lorasmith.training.runs.output_folder import output_folder
 
     typed = RunSpec(
         sources=tuple(map(ImageSource.parse, [*([] if folder is None else [str(folder)]), *(also or ())])),
@@ -145,10 +144,9 @@ def train(
         with together():
             train_experts_and_report(runs, verify=verify)
         return
-    place = RUNS if output_path is None else output_folder(output_path, spec.name)
     with together():
         with preparation_shown() as show:
-            prepared = prepare(spec, place=place, folders=folders, on_event=show)
+            prepared = prepare(spec, output=output_path, runs=RUNS, folders=folders, on_event=show)
         train_and_report(prepared, output=output_path, fresh=fresh, verify=verify)
 
 

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from io import BufferedReader
 from pathlib import Path
+from typing import IO, Any
 
 from lorasmith.core.errors import OutputError
 
@@ -165,19 +166,34 @@ def check_writable(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def locked(path: Path, owned: str) -> Iterator[None]:
-    """Hold a lock on a file, released however the process ends. Raises OutputError, starting with `owned`, if taken."""
-    try:
-        file = path.open("a")
-    except OSError as error:
-        raise _explained(path, error) from error
-    with file:
+    """Hold a lock on a file, released however the process ends; the file is removed afterwards.
+
+    Raises OutputError, starting with `owned`, if it is taken.
+    """
+    with contextlib.ExitStack() as opened:
+        for _ in range(10):  # more often only where files have no numbers
+            opened.close()
+            try:
+                file = opened.enter_context(path.open("a"))
+            except OSError as error:
+                raise _explained(path, error) from error
+            try:
+                _lock(file.fileno())
+            except OSError as error:
+                if error.errno in _BUSY:
+                    raise OutputError(f"{owned}; wait for it, or choose another output") from error
+                # Any other error means that the file system has no locks; the run continues without.
+            if _is_open(file, path):  # and was not removed by the process that had locked it
+                break
         try:
-            _lock(file.fileno())
-        except OSError as error:
-            if error.errno in _BUSY:
-                raise OutputError(f"{owned}; wait for it, or choose another output") from error
-            # Any other error means that the file system has no locks; the run continues without.
-        yield
+            yield
+        finally:
+            is_ours = _is_open(file, path)
+            if sys.platform == "win32":  # it removes no open file, and so none that another process has opened since
+                opened.close()
+            if is_ours:
+                with contextlib.suppress(OSError):
+                    path.unlink()
 
 
 def is_folder(path: Path) -> bool:
@@ -231,6 +247,14 @@ def _lock(descriptor: int) -> None:
         import fcntl
 
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _is_open(file: IO[Any], path: Path) -> bool:
+    """Whether an open file is the one at a path."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except OSError:
+        return False
 
 
 def _flush_folder(folder: Path) -> None:

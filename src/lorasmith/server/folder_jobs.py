@@ -75,7 +75,7 @@ def train(
 
     prepared = prepare(
         spec,
-        place=folders.base / "runs",
+        runs=folders.base / "runs",
         folders=folders,
         on_event=report_or_stop,
         cancelled=cancelled,

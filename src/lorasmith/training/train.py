@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasmith.core.dtypes import dtype_from_name, dtype_name
-from lorasmith.core.errors import LorasmithError, OptionError, TrainingError
+from lorasmith.core.errors import LorasmithError, OptionError, OutputError, TrainingError
 from lorasmith.core.sizes import count_text
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.data.split import Split, split
@@ -32,7 +32,7 @@ from lorasmith.training.runs.longer_run import continuing
 from lorasmith.training.runs.lora_metadata import BaseHashes
 from lorasmith.training.runs.output_folder import output_folder
 from lorasmith.training.runs.records import RunRecord, check_title, run_record
-from lorasmith.training.runs.run_folder import RunFolder, check_place, claimed_run
+from lorasmith.training.runs.run_folder import RunFolder, check_room, claimed_run
 from lorasmith.training.runs.run_states import SPARE_BYTES, StateSaver, free_bytes, load_state
 from lorasmith.training.watchers import PREVIEWS, Draw, LoraWatch, PreviewWatch, ValidationWatch
 
@@ -53,6 +53,7 @@ class RunOptions:
     """
 
     output: Path | Callable[[Fingerprint], Path] | None = None
+    claim: RunFolder | None = None  # the folder, if it is claimed already; it is released in the end
     fresh: bool = False  # move an existing run aside instead of resuming it
     title: str = "lora"  # name of the LoRA, and of its file in `output`
     trigger: str | None = None  # for the metadata
@@ -91,15 +92,21 @@ def run_job(job: Job, data: EncodedDataset, options: RunOptions) -> TrainResult:
     Raises LorasmithError if the data do not fit or the loss became non-finite. If steps were taken and there is an
     output folder, their LoRA is saved and the message names the file.
     """
-    job.denoiser.check_conditionings({id(one.conditioning): one.conditioning for one in data.samples}.values())
-    parts = split(data, share=job.config.validation_share, given=options.validation)
-    job = replace(job, runtime=replace(job.runtime, varying_sizes=sizes_vary(parts.training.samples)))
-    record = run_record(
-        job, parts, title=options.title, source=options.source, facts=options.facts, verify=options.verify
-    )
     processes = job.runtime.processes
-    _check_together(job, record)
     with contextlib.ExitStack() as stack:
+        if options.claim is None and isinstance(output := options.output, Path):
+            claim = RunFolder(output_folder(output, options.title))
+            processes.from_first(claim.claim)
+            options = replace(options, claim=claim)
+        if options.claim is not None:
+            stack.callback(options.claim.release)
+        job.denoiser.check_conditionings({id(one.conditioning): one.conditioning for one in data.samples}.values())
+        parts = split(data, share=job.config.validation_share, given=options.validation)
+        job = replace(job, runtime=replace(job.runtime, varying_sizes=sizes_vary(parts.training.samples)))
+        record = run_record(
+            job, parts, title=options.title, source=options.source, facts=options.facts, verify=options.verify
+        )
+        _check_together(job, record)
         folder, start = None, None
         if options.output is not None:
             # Only rank 0 uses the folder, and broadcasts how the run starts.
@@ -117,19 +124,36 @@ def run_job(job: Job, data: EncodedDataset, options: RunOptions) -> TrainResult:
 def _opened(
     record: RunRecord, options: RunOptions, size_bytes: int
 ) -> Iterator[tuple[RunFolder, RunRecord, RunState | None]]:
-    """Inside the context, a run has its folder; yields it with its final record, and the state to resume."""
-    assert options.output is not None
-    named = options.output if isinstance(options.output, Path) else options.output(record.fingerprint)
-    path = output_folder(named, options.title)
-    check_place(path, size_bytes)
+    """Inside the context, a run has its folder; yields it with the record as it is there, and the state to resume."""
+    folder = _claimed(options, record.fingerprint)
+    with folder.claimed():
+        check_room(folder.path, size_bytes)
+        if folder.exists and not options.fresh:
+            record = continuing(folder, record, options.on_event)
+        with claimed_run(folder, record, fresh=options.fresh, on_event=options.on_event) as start:
+            before = folder.record()
+            whole: Fingerprint = {**before.fingerprint, **record.fingerprint}  # digests of whole files are kept
+            yield folder, replace(record, environments=before.environments, fingerprint=whole), start
+
+
+def _claimed(options: RunOptions, fingerprint: Fingerprint) -> RunFolder:
+    """The folder of a run, claimed; one that is chosen is chosen again if another run was faster."""
+    output, before = options.output, None
+    assert output is not None
+    while True:
+        named = output if isinstance(output, Path) else output(fingerprint)
+        path = output_folder(named, options.title)
+        folder = options.claim if options.claim is not None and options.claim.path == path else RunFolder(path)
+        try:
+            folder.claim()
+            break
+        except OutputError:
+            if path == before:
+                raise
+            before = path
     if path != named:
         options.on_event(Warned(message=f"{named} has files that are not a run's; the run is in {path}."))
-    if RunFolder(path).exists and not options.fresh:
-        record = continuing(RunFolder(path), record, options.on_event)
-    with claimed_run(path, record, fresh=options.fresh, on_event=options.on_event) as (folder, start):
-        before = folder.record()
-        whole: Fingerprint = {**before.fingerprint, **record.fingerprint}  # digests of whole files are kept
-        yield folder, replace(record, environments=before.environments, fingerprint=whole), start
+    return folder
 
 
 def _check_together(job: Job, record: RunRecord) -> None:

@@ -56,8 +56,8 @@ def test_a_folder_is_moved_aside_with_no_file_in_it_open(tmp_path: Path, monkeyp
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", unless_open)
-    with claimed_run(path, record(), fresh=True, on_event=told.append) as (folder, state):
-        assert (folder.path, state) == (path, None)
+    with claimed_run(RunFolder(path), record(), fresh=True, on_event=told.append) as state:
+        assert state is None
     assert isinstance(told[0], Warned) and "was moved to" in told[0].message
     assert (tmp_path / "run-old-1" / "states").is_dir()
 
@@ -67,7 +67,7 @@ def test_a_folder_that_is_trained_in_is_not_moved(tmp_path: Path) -> None:
     with (
         RunFolder(path).claimed(),
         pytest.raises(OutputError, match="in use by a run in another process"),
-        claimed_run(path, record(), fresh=True),
+        claimed_run(RunFolder(path), record(), fresh=True),
     ):
         pass
     assert [entry.name for entry in tmp_path.iterdir()] == ["run"]
@@ -109,7 +109,7 @@ def test_the_newest_of_a_title_is_the_one_with_the_largest_number(tmp_path: Path
 def test_every_environment_that_a_run_went_on_in_is_kept_once(tmp_path: Path) -> None:
     path = tmp_path / "run"
     for environment in (HERE, THERE, HERE):
-        with claimed_run(path, record(environment), fresh=False) as (folder, _):
+        with claimed_run(folder := RunFolder(path), record(environment), fresh=False):
             pass
     assert folder.record().all_environments == (HERE, THERE)
     assert folder.record().environment == HERE
@@ -136,7 +136,7 @@ def test_a_folder_that_leads_elsewhere_is_not_used(tmp_path: Path, name: str) ->
     if name == "states":
         (path / "states").rename(elsewhere)
     (path / name).symlink_to(elsewhere)
-    with pytest.raises(OutputError, match="is a link or a pipe"), claimed_run(path, record(), fresh=False):
+    with pytest.raises(OutputError, match="is a link or a pipe"), claimed_run(RunFolder(path), record(), fresh=False):
         pass
     assert not elsewhere.is_file()
     (path / name).unlink()

@@ -25,9 +25,9 @@ _STATE = "existing_state"
 def continuing(folder: RunFolder, record: RunRecord, on_event: EventHandler) -> RunRecord:
     """The record of a run in a folder that holds a run: starting from the end of that one, if it is shorter.
 
-    The shorter run's folder is moved aside, with a `Warned`. If the folder holds another run, `record` is unchanged.
-    Raises OutputError if the run there is complete and not shorter, unreadable, immovable or in use, OptionError
-    without a run state.
+    The shorter run's folder, which is claimed, is moved aside, with a `Warned`. If the folder holds another run,
+    `record` is unchanged. Raises OutputError if the run there is complete and not shorter, unreadable or immovable,
+    OptionError without a run state.
     """
     if record.config.get(_STATE) is not None:  # which names what to start from
         return record
@@ -41,7 +41,6 @@ def continuing(folder: RunFolder, record: RunRecord, on_event: EventHandler) -> 
         return _with_its_state(folder, before, record)
     _check_longer(folder, steps, given)
     check_verifiable(before, record.fingerprint, folder.path)
-    folder.check_free()
     newest = folder.states().paths()[0]
     load_state(newest)  # a damaged one is refused before anything is moved
     aside = folder.move_aside()

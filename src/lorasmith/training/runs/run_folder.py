@@ -37,6 +37,7 @@ class RunFolder:
         self.path = path
         self._log: TextIO | None = None
         self._broken = False
+        self._claim: contextlib.ExitStack | None = None
 
     @property
     def exists(self) -> bool:
@@ -58,16 +59,46 @@ class RunFolder:
     def states(self, keep: int = 1, config: Mapping[str, Any] | None = None) -> RunStates:
         return RunStates(self.path / "states", keep=keep, config=config)
 
+    def claim(self) -> None:
+        """Own the folder (created) until `release`, or the end of this process; nothing if it is owned.
+
+        Raises:
+            OutputError: another run in this or another process owns it, or it cannot be written.
+        """
+        if self._claim is None:
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(self._owned())
+                self._claim = stack.pop_all()
+
+    def release(self) -> None:
+        """Close the log and end `claim`; a folder that was made for it and is empty is removed."""
+        self.close()
+        if self._claim is not None:
+            self._claim.close()
+            self._claim = None
+
     @contextlib.contextmanager
     def claimed(self) -> Iterator[None]:
-        """Inside the context, this process owns the folder. Raises OutputError if another one does."""
-        ensure_folder(self.path)
-        with self._locked():
+        """Inside the context, this process owns the folder. Raises OutputError as `claim`."""
+        self.claim()
+        try:
             self._tidy()
-            try:
+            yield
+        finally:
+            self.release()
+
+    @contextlib.contextmanager
+    def _owned(self) -> Iterator[None]:
+        check_writable(self.path)
+        made = [one for one in (self.path, *self.path.parents) if not one.exists()]
+        ensure_folder(self.path)
+        try:
+            with self._locked():
                 yield
-            finally:
-                self.close()
+        finally:
+            with contextlib.suppress(OSError):  # something was written
+                for folder in made:
+                    folder.rmdir()
 
     def check_free(self) -> None:
         """Raise OutputError if another process trains in it, or it cannot be written."""
@@ -114,6 +145,8 @@ class RunFolder:
         number = 1
         while (target := self.path.with_name(f"{self.path.name}-old-{number}")).exists():
             number += 1
+        is_claimed = self._claim is not None
+        self.release()  # Windows cannot rename a folder with an open file
         try:
             self.path.rename(target)
         except OSError as error:
@@ -121,6 +154,8 @@ class RunFolder:
                 f"{self.path} cannot be renamed to {target.name} ({error.strerror or error}); close programs that use "
                 "its files, or choose another output"
             ) from error
+        if is_claimed:
+            self.claim()
         return target
 
     def rewind(self, step: int) -> None:
@@ -184,14 +219,9 @@ class RunFolder:
             self._log = None
 
 
-def check_place(place: Path, size_bytes: int = 0) -> None:
-    """Raise OutputError unless a folder is writable, not in use and has `size_bytes` free; it need not exist."""
-    check_writable(place)
-    folder = RunFolder(place)
-    there = 0
-    if folder.exists:
-        folder.check_free()
-        there = sum(path.stat().st_size for path in folder.states().paths())  # which the new ones replace
+def check_room(place: Path, size_bytes: int) -> None:
+    """Raise OutputError if the disk of a run's folder, or of one above it, has less than `size_bytes` free."""
+    there = sum(path.stat().st_size for path in RunFolder(place).states().paths())  # which the new ones replace
     if (free := free_bytes(place) + there) < size_bytes:
         raise OutputError(
             f"the run writes {memory_text(size_bytes)} to {place}, whose disk has {memory_text(free)} free; free some "
@@ -201,19 +231,17 @@ def check_place(place: Path, size_bytes: int = 0) -> None:
 
 @contextlib.contextmanager
 def claimed_run(
-    path: Path, record: RunRecord, *, fresh: bool, on_event: EventHandler = lambda event: None
-) -> Iterator[tuple[RunFolder, RunState | None]]:
-    """Inside the context, this process owns the folder of a run; yields it with the run state to resume from, or None.
+    folder: RunFolder, record: RunRecord, *, fresh: bool, on_event: EventHandler = lambda event: None
+) -> Iterator[RunState | None]:
+    """Inside the context, this process owns the folder of a run; yields the run state to resume from, or None.
 
     `fresh` moves an existing run aside. `on_event` receives a `Warned` for that and for each unreadable run state.
     Raises OutputError if the folder holds another or complete run, or another process trains in it.
     """
-    folder = RunFolder(path)
-    if fresh and folder.exists:
-        folder.check_free()  # not `claimed`: Windows cannot rename a folder with an open file
-        aside = folder.move_aside()
-        on_event(Warned(message=f"The previous run in {path} was moved to {aside}."))
     with folder.claimed():
+        if fresh and folder.exists:
+            aside = folder.move_aside()
+            on_event(Warned(message=f"The previous run in {folder.path} was moved to {aside}."))
         state = None
         if folder.exists:
             folder.check_continues(record)
@@ -222,7 +250,7 @@ def claimed_run(
             folder.note_environment(record.environment)
         else:
             folder.begin(record)
-        yield folder, state
+        yield state
 
 
 def check_verifiable(before: RunRecord, now: Fingerprint, file: Path) -> None:
