@@ -112,8 +112,9 @@ def _tensors(conditioning: Conditioning) -> dict[str, Tensor]:
 
 
 def _conditioning(caption: str, tensors: Mapping[str, Tensor] | None) -> Conditioning | None:
-    """The conditioning in an entry of the cache."""
-    if tensors is None:
-        return None
+    """The conditioning in an entry of the cache; None without an entry, or for a forged one without tensors."""
+    tensors = tensors or {}
     named = {name.removeprefix(_TENSOR): one for name, one in tensors.items() if name.startswith(_TENSOR)}
+    if not named:
+        return None
     return Conditioning(named, text=caption, mask=tensors.get(_MASK))
