@@ -7,6 +7,7 @@ import pickle
 import re
 import shlex
 import shutil
+import struct
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -45,6 +46,7 @@ from lorasmith.training.runs.run_states import load_state
 from lorasmith.workflow import parse_workflow
 from tests.app.folder_cases import pictures, prepared, with_metadata, with_record
 from tests.data.caption_models import MODELS, adapter_elsewhere, code_of_its_own, pickled_weights
+from tests.data.video_cases import movie
 from tests.training.run_cases import HOSTILE, picture, previewed, started, write_run
 
 PAGE = (Path(__file__).parents[1] / "docs" / "security.md").read_text(encoding="utf-8")
@@ -215,6 +217,10 @@ def checkpoint(tmp_path: Path) -> None:
     torch.save({"a": Ran()}, tmp_path / "m.pt")
     with pytest.raises(ModelError, match="pickled"):
         load_model(tmp_path / "m.pt")
+    size = struct.pack("<Q1sI2QIQ", 1, b"t", 2, 2**33, 2**31, 0, 0)
+    (tmp_path / "m.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 1, 0) + size)
+    with pytest.raises(ModelError, match="its tensors end at byte"):
+        load_model(tmp_path / "m.gguf")
 
 
 def diffusers_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,6 +278,11 @@ def videos(tmp_path: Path) -> None:
     (tmp_path / "a.mp4").write_text("#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\n/etc/passwd\n#EXT-X-ENDLIST\n")
     with pytest.raises(DataError, match="must be a video that can be read"):
         open_video(tmp_path / "a.mp4")
+    content = movie(tmp_path / "b.avi", 3).read_bytes()
+    at = content.index(b"strh") + 40
+    (tmp_path / "b.avi").write_bytes(content[:at] + (9_999_999).to_bytes(4, "little") + content[at + 4 :])
+    with pytest.raises(DataError, match="must have 1 to 10,000,000 frames, got 9,999,999"):
+        open_video(tmp_path / "b.avi")
 
 
 def captions(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from lorasmith.data.encoded_captions import EncodedCaptions
+from lorasmith.data.encoded_captions import EncodedCaptions, _conditioning
 from lorasmith.data.encoding_cache import CacheEntries, EncodingCache
 from lorasmith.families.base import Conditioning
 
@@ -78,3 +78,8 @@ def test_conditionings_come_back_from_the_cache_without_an_encoder(tmp_path: Pat
         assert one.mask is not None and other.mask is not None and torch.equal(one.mask, other.mask)
     after.encode_ahead(["a", "new"])
     assert second.texts == ["new"]
+
+
+def test_a_forged_entry_without_tensors_of_a_conditioning_is_none() -> None:
+    assert _conditioning("a dog", {"other": torch.zeros(1)}) is None
+    assert _conditioning("a dog", {}) is None

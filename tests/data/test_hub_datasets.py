@@ -121,6 +121,37 @@ def test_a_forged_fingerprint_gives_no_other_dataset(datasets: Any, tmp_path: Pa
     assert [scan.images[0].caption for scan in scans] == ["a", "b"]
 
 
+def test_a_small_file_does_not_fill_the_disk(datasets: Any, tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    made(datasets, image=rows(bytes(2**20))).save_to_disk(tmp_path / "saved")
+    (file,) = (tmp_path / "saved").glob("*.arrow")
+    table = arrow.ipc.open_stream(file.read_bytes()).read_all()
+    with arrow.ipc.new_stream(file, table.schema, options=arrow.ipc.IpcWriteOptions(compression="zstd")) as stream:
+        stream.write_table(table)
+    with pytest.raises(DataError, match="more bytes of pictures than its files"):
+        unpacked_folder(tmp_path / "saved", tmp_path / "cache")
+    assert [one.suffix for one in (tmp_path / "cache").iterdir()] == [".lock"]
+
+
+def test_damage_that_its_rows_show_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Package:
+        """Stands for `datasets`, whose rows raise what pyarrow does for offsets that lead nowhere."""
+
+        @staticmethod
+        def load_from_disk(folder: str, keep_in_memory: bool) -> Any:
+            return Package()
+
+        @property
+        def features(self) -> Any:
+            raise SystemError("Negative size passed to PyBytes_FromStringAndSize")
+
+    (tmp_path / "dataset_info.json").write_text("{}")
+    (tmp_path / "state.json").write_text('{"_data_files": []}')
+    monkeypatch.setitem(sys.modules, "datasets", Package)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=r"cannot be read \(Negative size"):
+        unpacked_folder(tmp_path, tmp_path / "cache")
+
+
 def test_splits(datasets: Any, tmp_path: Path) -> None:
     one, two = (made(datasets, image=rows(picture("PNG", n)), text=[str(n)]) for n in (1, 2))
     datasets.DatasetDict({"test": one, "train": two}).save_to_disk(tmp_path / "both")

@@ -38,3 +38,13 @@ def test_a_file_is_hashed_once_as_long_as_it_is_the_same(tmp_path: Path, monkeyp
     monkeypatch.setattr(remembered_digests, "_SETTLED_NS", 60 * 10**9)
     assert digest() == digest()
     assert len(hashed) == 4, "a file that has just changed may change again within the clock's steps"
+
+
+def test_digests_behind_links_are_not_read(tmp_path: Path) -> None:
+    remembered = RememberedDigests(EncodingCache(tmp_path / "cache", limit_bytes=1))
+    remembered.keep("a" * 64, "b" * 64)
+    assert remembered.find("a" * 64) == "b" * 64
+    file = remembered.folder / f"{'a' * 64}.json"
+    file.rename(tmp_path / "elsewhere.json")
+    file.symlink_to(tmp_path / "elsewhere.json")
+    assert remembered.find("a" * 64) is None

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from lorasmith.core.errors import DataError
+from lorasmith.data import video_files
 from lorasmith.data.video_files import VIDEO_SUFFIXES, open_video, read_frames, scan_videos
 from tests.data.video_cases import movie
 
@@ -88,6 +89,26 @@ def test_a_cut_video_is_a_sentence(tmp_path: Path, size: int) -> None:
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(DataError, match=r"must be a video that can be read|must have 1 to"):
         open_video(path)
+
+
+def test_frames_that_would_fill_the_memory_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = movie(tmp_path / "a.mp4", 3)
+    monkeypatch.setattr(video_files, "_MOST_PIXELS", 32 * 16 - 1)
+    with pytest.raises(DataError, match="must have frames of at most 511 pixels; scale it down"):
+        open_video(path)
+
+
+@pytest.mark.parametrize("count", [0, 9_999_999])
+def test_a_number_of_frames_that_the_file_cannot_hold_is_refused(tmp_path: Path, count: int) -> None:
+    content = movie(tmp_path / "a.avi", 3).read_bytes()
+    if count:
+        at = content.index(b"strh") + 40
+        content = content[:at] + count.to_bytes(4, "little") + content[at + 4 :]
+    else:  # packets without a picture
+        content = content[: content.index(b"movi") + 4] + b"00dc\0\0\0\0" * 100
+    (tmp_path / "b.avi").write_bytes(content)
+    with pytest.raises(DataError, match=r"must have 1 to 10,000,000 frames, got"):
+        open_video(tmp_path / "b.avi")
 
 
 def test_what_is_no_file_is_a_sentence(tmp_path: Path) -> None:

@@ -39,7 +39,24 @@ def doors(rng: random.Random, folder: Path) -> Sequence[Door]:
         found.append(("recognise", lambda: str(OriginalCheckpoint(path).shapes)[:0]))
     else:
         found.append(("list", lambda: _recognised(path, "").fault))
-    return found
+    announcing = folder / "announcing.gguf"
+    announcing.write_bytes(_announcing(rng))
+    return [*found, ("announced", functools.partial(_read, announcing))]
+
+
+def _announcing(rng: random.Random) -> bytes:
+    """A well-formed header whose array is long, or whose tensors have the sizes, types and places of nobody's."""
+    inside, element = rng.choice(((0, b"\0"), (5, bytes(4)), (8, bytes(8)), (9, struct.pack("<IQ", 0, 0))))
+    count = rng.choice((0, 1, 3, 100_000))
+    entry = struct.pack("<Q1sIIQ", 1, b"k", 9, inside, count) + element * count
+    tensors = []
+    for number in range(rng.choice((1, 2, 500))):
+        sizes = [rng.choice((0, 1, 32, 33, 2**31, 2**33 + 1, 2**63)) for _ in range(rng.choice((0, 1, 2, 8)))]
+        name = rng.choice((b"img_in.weight", b"\x1b[31m", b"%d" % number))
+        place = rng.choice((0, 32, 2**40, 2**64 - 64))
+        about = struct.pack(f"<I{len(sizes)}QIQ", len(sizes), *sizes, rng.choice((0, 1, 4, 8, 19, 24, 999)), place)
+        tensors.append(struct.pack("<Q", len(name)) + name + about)
+    return b"GGUF" + struct.pack("<IQQ", 3, len(tensors), 1) + entry + b"".join(tensors) + bytes(9_000)
 
 
 def _read(path: Path) -> None:

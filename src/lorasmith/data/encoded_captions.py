@@ -100,7 +100,8 @@ def _tensors(conditioning: Conditioning) -> dict[str, Tensor]:
 
 
 def _conditioning(caption: str, tensors: Mapping[str, Tensor] | None) -> Conditioning | None:
-    if tensors is None:
-        return None
+    tensors = tensors or {}
     named = {name.removeprefix(_TENSOR): one for name, one in tensors.items() if name.startswith(_TENSOR)}
+    if not named:
+        return None
     return Conditioning(named, text=caption, mask=tensors.get(_MASK))

@@ -228,7 +228,7 @@ def encoded_pixels(
         _entries(default_cache(), autoencoder_digest, autoencoder, title, hash_progress) as entries,
     ):
         for key in different:
-            if entries is not None and (kept := entries.get(key)) is not None:
+            if entries is not None and "latents" in (kept := entries.get(key) or {}):
                 found[key] = kept["latents"]
         if missing := [key for key in different if key not in found]:
             ready.enter_context(autoencoder.active())

@@ -20,7 +20,7 @@ from typing import Any
 
 from PIL import Image
 
-from lorasmith.core.errors import DataError, OutputError
+from lorasmith.core.errors import DataError, LorasmithError, OutputError
 from lorasmith.core.files import ensure_folder, is_folder, is_regular, locked, read_regular
 from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.core.printable import printable
@@ -54,16 +54,18 @@ def unpacked_folder(path: Path, cache: Path, *, follow_links: bool = False) -> P
         loaded = datasets.load_from_disk(str(folder), keep_in_memory=False)
         # A forged fingerprint must not select the images of another dataset, so the files count as well.
         state = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    except Exception as error:  # of any kind, as the files are untrusted
+        return _written(loaded, cache, state, at_most=sum(size for _, size, _ in state))
+    except LorasmithError:
+        raise
+    except Exception as error:  # of any kind, as the files are untrusted, rows included
         raise _unreadable(folder, printable(error, limit=100)) from error
-    return _written(loaded, cache, state, outside=False)
 
 
 def dataset_folder(dataset: object, cache: Path) -> Path:
     """The folder, in `cache`, of a `datasets.Dataset` with a column of images. Raises DataError or OutputError."""
     if not isinstance(dataset, _package().Dataset):
         raise DataError(f"a dataset must be a datasets.Dataset, got {type(dataset).__name__}; choose a split of it")
-    return _written(dataset, cache, [], outside=True)
+    return _written(dataset, cache, [], at_most=None)
 
 
 _SPLITS = "dataset_dict.json"
@@ -107,7 +109,7 @@ def _unreadable(folder: Path, reason: str) -> DataError:
     return DataError(f"dataset {folder} cannot be read ({reason}); save it again with save_to_disk")
 
 
-def _written(dataset: Any, cache: Path, key: object, *, outside: bool) -> Path:
+def _written(dataset: Any, cache: Path, key: object, *, at_most: int | None) -> Path:
     """The folder of a dataset in the cache, written completely or not at all."""
     image, text = _columns(dataset)
     identity = json.dumps([_LAYOUT, dataset._fingerprint, image, text, key])
@@ -120,7 +122,7 @@ def _written(dataset: Any, cache: Path, key: object, *, outside: bool) -> Path:
             return target
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=cache))
         try:
-            _write(dataset, image, text, temporary, outside=outside)
+            _write(dataset, image, text, temporary, at_most=at_most)
             temporary.chmod(0o755)
             temporary.rename(target)
         except OSError as error:
@@ -143,15 +145,23 @@ def _columns(dataset: Any) -> tuple[str, str | None]:
     return "image" if "image" in images else images[0], text
 
 
-def _write(dataset: Any, image: str, text: str | None, folder: Path, *, outside: bool) -> None:
-    """Write pictures, then `metadata.jsonl`. Pictures that are paths are read only if `outside`."""
+def _write(dataset: Any, image: str, text: str | None, folder: Path, *, at_most: int | None) -> None:
+    """Write pictures, then `metadata.jsonl`.
+
+    `at_most` is the size in bytes of the files, which hold all pictures and do not compress them; None for the caller's
+    own dataset, whose pictures may be files elsewhere.
+    """
     datasets = _package()
     rows = dataset.select_columns([image, *([text] if text else [])]).with_format(None)
     rows = rows.cast_column(image, datasets.Image(decode=False))
     digits = len(str(len(rows)))
     lines = []
+    written = 0
     for number, row in enumerate(rows):
-        content = _content(row[image] or {}, outside=outside)
+        content = _content(row[image] or {}, outside=at_most is None)
+        written += len(content or b"")
+        if at_most is not None and written > at_most:
+            raise ValueError("it has more bytes of pictures than its files")
         if content is None:  # an entry without an image, which the scan reports
             name = f"row {number} without a picture"
         else:

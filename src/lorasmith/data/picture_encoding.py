@@ -140,7 +140,7 @@ class _Work:
         self.keys = framed.keys() if entries is not None else []
         self.found: dict[int, EncodedFraming] = {}
         for index, key in enumerate(self.keys):
-            if entries is not None and (tensors := entries.get(key)) is not None:
+            if entries is not None and (tensors := entries.get(key)) and _LATENTS in tensors:
                 self.found[index] = EncodedFraming(tensors[_LATENTS], tensors.get(_INSIDE))
         self.missing = [index for index in range(len(framed.framings)) if index not in self.found]
 

@@ -33,10 +33,11 @@ class RememberedDigests:
         self._is_on = cache.limit_bytes > 0
 
     def find(self, key: str) -> str | None:
-        if not self._is_on:
+        path = self.folder / f"{key}.json"
+        if not self._is_on or path.is_symlink():
             return None
         try:
-            kept = parse_foreign_json(read_regular(self.folder / f"{key}.json", at_most=_MAX_REMEMBERED_BYTES))
+            kept = parse_foreign_json(read_regular(path, at_most=_MAX_REMEMBERED_BYTES))
         except (OSError, ValueError):
             return None
         if not isinstance(kept, dict) or not is_digest(digest := kept.get("digest")):

@@ -26,6 +26,7 @@ from lorasmith.data.folder_listing import LINK, VIDEO_SUFFIXES, Reason, Skipped,
 
 _FORMATS = "avi,flv,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2"  # FFmpeg's names
 _MOST_FRAMES = 10_000_000  # of a file: four days at 30 frames a second
+_MOST_PIXELS = 2**26  # of a frame: twice those of 8K video; a small file may announce frames that fill the memory
 _COLOUR_SPACES = {18: "HDR", 16: "HDR PQ"}
 """ComfyUI's names by transfer function (ITU-T H.273); sRGB for all others."""
 
@@ -109,8 +110,11 @@ def open_video(path: Path) -> Video:
         width, height = stream.codec_context.width, stream.codec_context.height
         decoded = itertools.islice(container.decode(stream), _MOST_FRAMES + 1)
         count = stream.frames if stream.frames > 0 else sum(1 for _ in decoded)
-        if not 0 < count <= _MOST_FRAMES or width < 1 or height < 1:
-            raise DataError(f"{path} must have 1 to {_MOST_FRAMES:,} frames, got {count:,}; cut it into pieces")
+        # A header may announce any number, but a frame takes a byte of the file.
+        if not 0 < count <= min(_MOST_FRAMES, path.stat().st_size) or stream.format is None:
+            raise DataError(
+                f"{path} must have 1 to {_MOST_FRAMES:,} frames, got {count:,}; cut it into pieces or repair it"
+            )
         return Video(
             path,
             range(count),
@@ -185,7 +189,13 @@ def _opened(path: Path, content: bytes | None = None) -> Iterator[tuple[Any, Any
         ):
             if not container.streams.video or container.streams.video[0].codec_context is None:
                 raise DataError(f"{path} must be a video, but has no pictures that can be read; convert or remove it")
-            yield container, container.streams.video[0]
+            stream = container.streams.video[0]
+            if stream.codec_context.width * stream.codec_context.height > _MOST_PIXELS:
+                raise DataError(
+                    f"{path} must have frames of at most {_MOST_PIXELS:,} pixels; scale it down or remove it"
+                )
+            stream.codec_context.options = {"max_pixels": str(_MOST_PIXELS)}  # for frames that become larger
+            yield container, stream
     except (av.error.FFmpegError, OSError, ValueError, EOFError) as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise DataError(f"{path} must be a video that can be read ({reason}); repair or remove it") from error

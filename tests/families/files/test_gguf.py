@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import builtins
 import json
+import struct
+import tracemalloc
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.adapters.packed_layers import packable_layers, packed_layers
 from lorasmith.core.errors import ModelError
 from lorasmith.core.placement import placed
-from lorasmith.families.files.gguf import GgufFile
+from lorasmith.families.files.gguf import GgufFile, names_of
 from lorasmith.families.loading import load_model
 from lorasmith.families.structure import load_structure
 from lorasmith.toolbox.model_files import open_model
@@ -192,20 +194,57 @@ def header(entry: bytes = b"", *, tensors: int = 0, entries: int = 1, tail: byte
 
 
 ARRAY = (9).to_bytes(4, "little")
-BYTES = bytes(4) + (4_096).to_bytes(8, "little") + bytes(4_096)
-ONE, MANY = (1).to_bytes(8, "little"), (2**40).to_bytes(8, "little")
+TEXTS = ARRAY + (8).to_bytes(4, "little")
+ONE, TWO, MANY = (count.to_bytes(8, "little") for count in (1, 2, 2**40))
+SHAPE = b"comfy.gguf.orig_shape.t"
+
+
+def tensor(*sizes: int, kind: int = 0, offset: int = 0) -> bytes:
+    """The entry of a tensor named `t`, with sizes in the file's order."""
+    shape = b"".join(size.to_bytes(8, "little") for size in sizes)
+    return (
+        ONE
+        + b"t"
+        + len(sizes).to_bytes(4, "little")
+        + shape
+        + kind.to_bytes(4, "little")
+        + offset.to_bytes(8, "little")
+    )
+
+
+def shaped(value: bytes) -> bytes:
+    """A file of one tensor of 32 numbers, whose shape the metadata says."""
+    entry = len(SHAPE).to_bytes(8, "little") + SHAPE + value
+    content = header(tensors=1, tail=entry + tensor(8, 4))
+    return content + bytes(-len(content) % 32 + 128)
+
 
 HEADERS = {
     "deep arrays": (header(ARRAY + (ARRAY + ONE) * 5_000), "nested too deeply"),
     "a large array": (header(ARRAY + ARRAY + MANY), "more than 4,000,000 elements"),
     "arrays that are large together": (
-        header(ARRAY + ARRAY + (5_000).to_bytes(8, "little") + BYTES * 1_000),
+        header(ARRAY + ARRAY + TWO + TEXTS[4:] + ONE + bytes(8) + TEXTS[4:] + (3_999_999).to_bytes(8, "little")),
         "more than 4,000,000 elements",
     ),
     "many entries": (header(entries=100_001), "more than the 100,000"),
     "many tensors": (header(entries=0, tensors=2**40), "more than the 100,000"),
     "many dimensions": (
         header(entries=0, tensors=1, tail=ONE + b"t" + (1_000).to_bytes(4, "little") + bytes(9_000)), "1,000 dimensions"
+    ),
+    "sizes that overflow": (header(entries=0, tensors=1, tail=tensor(2**33 + 1, 2**31)), "tensors end at byte"),
+    "an offset beyond the file": (header(entries=0, tensors=1, tail=tensor(8, offset=2**63)), "tensors end at byte"),
+    "an offset that wraps": (header(entries=0, tensors=1, tail=tensor(8, offset=2**64 - 64)), "tensors end at byte"),
+    "half a block": (header(entries=0, tensors=1, tail=tensor(33, kind=8)), r"type Q8_0 has the shape \(33,\)"),
+    "a size of nothing": (header(entries=0, tensors=1, tail=tensor(0, 8)), r"has the shape \(8, 0\)"),
+    "an unknown type": (header(entries=0, tensors=1, tail=tensor(8, kind=999)), "type 999 of a tensor is not known"),
+    "a tensor twice": (header(entries=0, tensors=2, tail=2 * tensor(8)) + bytes(99), "has a tensor twice"),
+    "tensors on one another": (
+        header(entries=0, tensors=2, tail=tensor(8) + tensor(8).replace(b"t", b"u")) + bytes(99), "tensors overlap"
+    ),
+    "infinite sizes": (shaped(ARRAY + (6).to_bytes(4, "little") + ONE + b"\0\0\x80\x7f"), r"its shape \(\) says"),
+    "negative sizes": (
+        shaped(ARRAY + struct.pack("<IQii", 5, 2, -4, -8)),
+        r"its shape \(-4, -8\) says",
     ),
 }  # fmt: skip
 
@@ -216,6 +255,22 @@ def test_headers_without_bounds_are_refused(tmp_path: Path, case: str) -> None:
     (tmp_path / "x.gguf").write_bytes(content)
     with pytest.raises(ModelError, match=said):
         GgufFile(tmp_path / "x.gguf")
+
+
+def test_a_vocabulary_is_passed_over_without_an_object_for_each_element(tmp_path: Path) -> None:
+    elements = ARRAY + bytes(4) + (3_900_000).to_bytes(8, "little") + bytes(3_900_000)
+    (tmp_path / "x.gguf").write_bytes(header(elements) + bytes(32))
+    tracemalloc.start()
+    try:
+        assert not GgufFile(tmp_path / "x.gguf").shapes
+        assert tracemalloc.get_traced_memory()[1] < 10 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_weight_by_two_names_is_refused() -> None:
+    with pytest.raises(ModelError, match="must not have a weight by two names"):
+        names_of("qwen3", ["token_embd.weight", "model.embed_tokens.weight"])
 
 
 @pytest.mark.slow

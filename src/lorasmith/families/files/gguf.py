@@ -1,7 +1,7 @@
 """GGUF files of denoisers and text encoders, as they are published for ComfyUI: weights in blocks of a few bits.
 
-Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, read by the package `gguf`. diffusers' functions
-(`diffusers.quantizers.gguf`) dequantize blocks on the device of the codes. A row of a matrix is a whole
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; the package `gguf` has its types, and diffusers'
+functions (`diffusers.quantizers.gguf`) dequantize blocks on the device of the codes. A row of a matrix is a whole
 number of blocks. Where it is not, writers store the numbers in rows of 256 and the shape in the metadata:
 
     comfy.gguf.orig_shape.NAME     array of integers
@@ -17,12 +17,13 @@ from __future__ import annotations
 
 import functools
 import math
+import mmap
 import re
 import struct
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,19 +32,22 @@ from lorasmith.core.dtypes import dtype_name
 from lorasmith.core.errors import ModelError
 from lorasmith.core.files import open_regular
 from lorasmith.core.mapped_files import MappedFile
+from lorasmith.core.printable import printable
 from lorasmith.core.quantization import Packed, of_rows
 
 _MAGIC = b"GGUF"
 _SHAPE = "comfy.gguf.orig_shape."
 _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 _TEXT, _ARRAY = 8, 9
-_SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-"""Types of values in the header, and the bytes of those of fixed size."""
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_INTEGERS = (0, 1, 2, 3, 4, 5, 10, 11)
+"""Types of values in the header, those of fixed size with their code in `struct`."""
 
 _MOST_ELEMENTS = 4_000_000
-"""Elements of all arrays: those of the largest vocabularies are a million."""
+"""Texts and arrays in all arrays: the largest vocabularies are a million."""
 
 _MOST_ENTRIES, _MOST_DIMENSIONS, _DEEPEST_ARRAY = 100_000, 8, 2
+_ALIGNMENT = "general.alignment"
 
 
 def is_gguf(path: Path) -> bool:
@@ -60,25 +64,19 @@ class GgufFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        reader = _reader(path)
+        header = _header(path)
         self._file = MappedFile(path)
-        stored = {one.name: one for one in reader.tensors}
-        try:
-            self.metadata: Mapping[str, str] = dict(_texts(reader))
-            names = names_of(self.metadata.get("general.architecture", ""), stored)
-            self._tensors = {name: stored[original] for name, original in names.original.items()}
-            self.shapes: Mapping[str, tuple[int, ...]] = {
-                name: _shape(path, reader, one) for name, one in self._tensors.items()
-            }
-            self.stored: Mapping[str, tuple[str, int]] = {
-                name: (_format(one.tensor_type.name), int(one.n_bytes)) for name, one in self._tensors.items()
-            }
-            self._raised = names.raised
-            self._heads = {
-                name: _heads(path, reader, key, self.shapes[name][0]) for name, key in names.permuted.items()
-            }
-        except (IndexError, ValueError) as error:  # UnicodeDecodeError is one
-            raise ModelError(f"{path} has damaged GGUF metadata ({error}); get the file again") from error
+        self.metadata: Mapping[str, str] = header.texts
+        names = names_of(header.texts.get("general.architecture", ""), header.tensors)
+        self._tensors = {name: header.tensors[original] for name, original in names.original.items()}
+        self.shapes: Mapping[str, tuple[int, ...]] = {
+            name: _shape(path, original, header) for name, original in names.original.items()
+        }
+        self.stored: Mapping[str, tuple[str, int]] = {
+            name: (_format(one.kind), one.size_bytes) for name, one in self._tensors.items()
+        }
+        self._raised = names.raised
+        self._heads = {name: _heads(path, header, key, self.shapes[name]) for name, key in names.permuted.items()}
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor | Packed]]:
         """Tensors by name, in the file's dtype; those in blocks stay packed."""
@@ -91,10 +89,11 @@ class GgufFile:
 
     def _tensor(self, name: str) -> Tensor | Packed:
         one = self._tensors[name]
-        kind = one.tensor_type.name
-        if kind in _PLAIN:
-            return self._file.tensor(int(one.data_offset), _PLAIN[kind], self.shapes[name])
-        packed = self._packed(name, kind, self._file.tensor(int(one.data_offset), torch.uint8, one.data.shape))
+        if one.kind in _PLAIN:
+            return self._file.tensor(one.offset, _PLAIN[one.kind], self.shapes[name])
+        rows = math.prod(one.shape[:-1])
+        codes = self._file.tensor(one.offset, torch.uint8, (rows, one.size_bytes // rows))
+        packed = self._packed(name, one.kind, codes)
         return packed if len(packed.shape) > 1 else packed.weight()
 
     def _packed(self, name: str, kind: str, codes: Tensor) -> Packed:
@@ -106,7 +105,7 @@ class GgufFile:
             )
         shape = torch.Size(self.shapes[name])
         unpack = functools.partial(_from_blocks, kind=kind, inside=tuple(shape[1:]))
-        return Packed((codes.reshape(-1, codes.shape[-1]),), unpack, torch.float32, shape)
+        return Packed((codes,), unpack, torch.float32, shape)
 
 
 def _format(kind: str) -> str:
@@ -129,103 +128,155 @@ def _decoders() -> dict[str, tuple[Callable[..., Tensor], int, int]]:
     return {kind.name: (decode, *GGML_QUANT_SIZES[kind]) for kind, decode in dequantize_functions.items()}
 
 
-def _reader(path: Path) -> Any:
+class _Stored(NamedTuple):
+    """A tensor in the file: name of its type, shape in torch's order, and its place."""
+
+    kind: str
+    shape: tuple[int, ...]
+    offset: int
+    size_bytes: int
+
+
+class _Header(NamedTuple):
+    """What is used of a header: text entries, integers and short lists of them (empty for others), and tensors."""
+
+    texts: dict[str, str]
+    integers: dict[str, tuple[int, ...]]
+    tensors: dict[str, _Stored]
+
+
+def _header(path: Path) -> _Header:
     try:
-        from gguf import GGUFReader
+        import gguf
     except ImportError as error:
         raise ModelError(
             f"{path} is a GGUF file, which needs the package gguf; install it with: pip install gguf"
         ) from error
+    types = {
+        int(kind): (kind.name, *gguf.GGML_QUANT_SIZES[kind])
+        for kind in gguf.GGMLQuantizationType
+        if kind in gguf.GGML_QUANT_SIZES
+    }
     try:
-        _check_lengths(path)
-        return GGUFReader(path)
-    except (
-        ArithmeticError,
-        AttributeError,
-        IndexError,
-        KeyError,
-        MemoryError,
-        OSError,
-        TypeError,
-        ValueError,
-    ) as error:
-        # Any error of the package's parser: a wrong version, a type without a name, sizes beyond the file's end.
-        reason = " ".join(str(error).split())[:200]
+        with open_regular(path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _Reader(data).header(types)
+    except (OSError, ValueError) as error:
         raise ModelError(
-            f"{path} cannot be read as a GGUF file ({reason}); it is cut short, damaged or of a newer kind, so get it "
-            "again or use another version of the model"
+            f"{path} cannot be read as a GGUF file ({printable(error, limit=200)}); it is cut short, damaged or of a "
+            "newer kind, so get it again or use another version of the model"
         ) from error
 
 
-def _check_lengths(path: Path) -> None:
-    """Raises ValueError if a count or length in the header exceeds the file or a bound, which the package ignores.
+class _Reader:
+    """Reads the header of a file. Every count and length is checked before it is used; raises ValueError.
 
-    Scalars have the sizes of `_SCALARS`, a text its length before it, an array type and count of its elements.
+    The package's own reader makes two arrays of each element of an array, which takes a minute for a large vocabulary.
     """
-    size, elements = path.stat().st_size, 0
-    with open_regular(path) as file:
 
-        def number(code: str) -> int:
-            data = file.read(struct.calcsize(code))
-            if len(data) < struct.calcsize(code):
-                raise ValueError("it ends within its header")
-            return int(struct.unpack(code, data)[0])
+    def __init__(self, data: mmap.mmap) -> None:
+        self._data = data
+        self._at = 0
+        self._elements = 0
 
-        def skip(length: int) -> None:
-            if length > size - file.tell():
-                raise ValueError(f"a length of {length:,} bytes is more than the file has left")
-            file.seek(length, 1)
-
-        def skip_value(kind: int, depth: int = 0) -> None:
-            nonlocal elements
-            if depth > _DEEPEST_ARRAY:
-                raise ValueError("arrays are nested too deeply")
-            if kind == _TEXT:
-                skip(number("<Q"))
-            elif kind == _ARRAY:
-                inside, count = number("<I"), number("<Q")
-                elements += count
-                if elements > _MOST_ELEMENTS:
-                    raise ValueError(f"its arrays have more than {_MOST_ELEMENTS:,} elements")
-                if inside in _SCALARS:
-                    skip(count * _SCALARS[inside])
-                    return
-                for _ in range(count):
-                    skip_value(inside, depth + 1)
-            elif kind in _SCALARS:
-                skip(_SCALARS[kind])
-            else:
-                raise ValueError(f"type {kind} is not known")
-
-        skip(len(_MAGIC))
-        version, tensors, entries = number("<I"), number("<Q"), number("<Q")
+    def header(self, types: Mapping[int, tuple[str, int, int]]) -> _Header:
+        """The header. types: number → name, elements and bytes of a block."""
+        found = _Header({}, {}, {})
+        self._skip(len(_MAGIC))
+        version, tensors, entries = self._number("I"), self._number("Q"), self._number("Q")
         if version not in (2, 3):
             raise ValueError(f"version {version} is not known")
         if max(tensors, entries) > _MOST_ENTRIES:
             raise ValueError(f"{max(tensors, entries):,} entries are more than the {_MOST_ENTRIES:,} of any model")
+        names = set()
         for _ in range(entries):
-            skip_value(_TEXT)
-            skip_value(number("<I"))
+            names.add(name := self._text())
+            value = self._value(self._number("I"))
+            if isinstance(value, str):
+                found.texts[name] = value
+            found.integers[name] = value if isinstance(value, tuple) else ()
+        if len(names) < entries:
+            raise ValueError("it has an entry twice")
         for _ in range(tensors):
-            skip_value(_TEXT)
-            if (dimensions := number("<I")) > _MOST_DIMENSIONS:
-                raise ValueError(f"a tensor has {dimensions:,} dimensions")
-            skip(8 * dimensions + 12)  # with type and place
+            name = self._text()
+            found.tensors[name] = self._tensor(types)
+        if len(found.tensors) < tensors:
+            raise ValueError("it has a tensor twice")
+        alignment = sum(found.integers.get(_ALIGNMENT, (32,)))
+        if alignment < 1 or alignment & (alignment - 1):
+            raise ValueError(f"its alignment is {alignment}, which is no power of two")
+        start = -(-self._at // alignment) * alignment
+        placed = {name: one._replace(offset=start + one.offset) for name, one in found.tensors.items()}
+        end = start
+        for one in sorted(placed.values(), key=lambda one: one.offset):
+            if one.offset < end:
+                raise ValueError("its tensors overlap")
+            end = one.offset + one.size_bytes
+        if end > len(self._data):
+            raise ValueError(f"its tensors end at byte {end:,}, and it has {len(self._data):,}")
+        return found._replace(tensors=placed)
+
+    def _tensor(self, types: Mapping[int, tuple[str, int, int]]) -> _Stored:
+        if (dimensions := self._number("I")) > _MOST_DIMENSIONS:
+            raise ValueError(f"a tensor has {dimensions:,} dimensions")
+        shape = tuple(self._number("Q") for _ in range(dimensions))[::-1]
+        kind, offset = self._number("I"), self._number("Q")
+        if kind not in types:
+            raise ValueError(f"type {kind} of a tensor is not known")
+        name, block, block_bytes = types[kind]
+        if 0 in shape or (shape[-1] if shape else 1) % block:
+            raise ValueError(f"a tensor of type {name} has the shape {shape}")
+        return _Stored(name, shape, offset, math.prod(shape) // block * block_bytes)
+
+    def _value(self, kind: int, depth: int = 0) -> str | tuple[int, ...] | None:
+        """A text, an integer or a list of at most `_MOST_DIMENSIONS` integers; None for others, which are skipped."""
+        if kind == _TEXT:
+            return self._text()
+        if kind in _SCALARS:
+            return self._scalars(kind, 1)
+        if kind != _ARRAY:
+            raise ValueError(f"type {kind} is not known")
+        inside, count = self._number("I"), self._number("Q")
+        if depth == _DEEPEST_ARRAY and inside == _ARRAY:
+            raise ValueError("arrays are nested too deeply")
+        if inside in _SCALARS:
+            return self._scalars(inside, count)
+        self._elements += count
+        if self._elements > _MOST_ELEMENTS:
+            raise ValueError(f"its arrays have more than {_MOST_ELEMENTS:,} elements")
+        for _ in range(count):
+            if inside == _TEXT:
+                self._skip(self._number("Q"))
+            else:
+                self._value(inside, depth + 1)
+        return None
+
+    def _scalars(self, kind: int, count: int) -> tuple[int, ...] | None:
+        code = f"<{count if kind in _INTEGERS and count <= _MOST_DIMENSIONS else 0}{_SCALARS[kind]}"
+        start = self._skip(count * struct.calcsize(f"<{_SCALARS[kind]}"))
+        return struct.unpack_from(code, self._data, start) or None
+
+    def _text(self) -> str:
+        length = self._number("Q")
+        start = self._skip(length)
+        return str(self._data[start : start + length], "utf-8")
+
+    def _number(self, code: str) -> int:
+        number: int = struct.unpack_from(f"<{code}", self._data, self._skip(struct.calcsize(f"<{code}")))[0]
+        return number
+
+    def _skip(self, length: int) -> int:
+        """Moves beyond a number of bytes, and returns where they start."""
+        start = self._at
+        if length > len(self._data) - start:
+            raise ValueError(f"a length of {length:,} bytes is more than the file has left")
+        self._at += length
+        return start
 
 
-def _texts(reader: Any) -> Iterator[tuple[str, str]]:
-    """Text entries of the metadata."""
-    from gguf import GGUFValueType
-
-    for name, entry in reader.fields.items():
-        if list(entry.types) == [GGUFValueType.STRING]:
-            yield name, bytes(entry.parts[entry.data[0]]).decode("utf-8")
-
-
-def _heads(path: Path, reader: Any, key: str, rows: int) -> int:
+def _heads(path: Path, header: _Header, key: str, shape: tuple[int, ...]) -> int:
     """A number of attention heads, of even width, from the metadata; grouped keys have their own."""
-    entry = reader.fields.get(key) or reader.fields.get(key.removesuffix("_kv"))
-    heads = 0 if entry is None else int(entry.parts[entry.data[0]][0])
+    heads, *_ = header.integers.get(key) or header.integers.get(key.removesuffix("_kv")) or (0,)
+    rows = shape[0] if shape else 1
     if heads < 1 or rows % (2 * heads):
         raise ModelError(
             f"{path} must say in {key} how many heads its {rows} rows are, but says {heads}; the file was damaged or "
@@ -234,18 +285,13 @@ def _heads(path: Path, reader: Any, key: str, rows: int) -> int:
     return heads
 
 
-def _shape(path: Path, reader: Any, tensor: Any) -> tuple[int, ...]:
-    """A tensor's shape in torch's order, which is the reverse of the file's."""
-    shape = tuple(int(size) for size in reversed(tensor.shape))
-    if 0 in shape:
-        raise ValueError(f"{tensor.name} has no numbers")
-    entry = reader.fields.get(f"{_SHAPE}{tensor.name}")
-    if entry is None:
-        return shape
-    said = tuple(int(entry.parts[place][0]) for place in entry.data)
-    if math.prod(said) != math.prod(shape):
+def _shape(path: Path, name: str, header: _Header) -> tuple[int, ...]:
+    """A tensor's shape: that in the metadata, if there is one."""
+    shape = header.tensors[name].shape
+    said = header.integers.get(f"{_SHAPE}{name}", shape)
+    if min(said, default=1) < 1 or math.prod(said) != math.prod(shape):
         raise ModelError(
-            f"{tensor.name} of {path} must have as many numbers as its shape {said} says, but has {math.prod(shape)}; "
+            f"{name} of {path} must have as many numbers as its shape {said} says, but has {math.prod(shape)}; "
             "the file was damaged or edited, so get it again"
         )
     return said
@@ -322,6 +368,8 @@ def names_of(architecture: str, names: Iterable[str]) -> GgufNames:
         for name in found
         if not _UNUSED.match(name)
     }
+    if len(original) < sum(not _UNUSED.match(name) for name in found):
+        raise ModelError(f"a GGUF file of {architecture} must not have a weight by two names; get it again")
     heads = {".q_proj.": "attention.head_count", ".k_proj.": "attention.head_count_kv"}
     permuted = {
         name: f"{architecture}.{key}"
