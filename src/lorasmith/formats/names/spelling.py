@@ -19,8 +19,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from lorasmith.adapters.adapter import ADAPTERS
-from lorasmith.adapters.algorithms import format_named, format_of, words_of
+from lorasmith.adapters.algorithms import algorithm_names, format_named, format_of, words_of
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.shape_rules import first_misfit
 from lorasmith.formats.scales import checked_scale, idle_alpha, scale_of
@@ -56,7 +55,7 @@ def split_key(key: str) -> tuple[str, str] | None:
     """(base, role) of a tensor's key, or None if the suffix is unknown."""
     if ".processor." in key and (match := _XLABS.fullmatch(key)):
         return match[1], match[2]
-    roles, lengths = _roles(tuple(ADAPTERS), key[-1:])
+    roles, lengths = _roles(algorithm_names(), key[-1:])
     for length in lengths:  # the longest first, as it may end with a shorter one
         if (role := roles.get(suffix := key[-length:])) is not None:
             return key[: -len(suffix)], role
@@ -116,7 +115,7 @@ def _adapter_of(
     alpha = tensors.pop("alpha", None)
     if "magnitude" in tensors:
         tensors["dora_scale"] = tensors.pop("magnitude").reshape(-1)
-    algorithm = _algorithm_of(tuple((role, tuple(one.shape)) for role, one in tensors.items()), tuple(ADAPTERS))
+    algorithm = _algorithm_of(tuple((role, tuple(one.shape)) for role, one in tensors.items()), algorithm_names())
     if isinstance(algorithm, Unfit):
         return algorithm
     try:
