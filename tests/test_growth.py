@@ -7,8 +7,10 @@ import builtins
 import copy
 import importlib
 import itertools
+import json
 import math
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -18,6 +20,7 @@ from re import _constants, _parser  # type: ignore[attr-defined]
 from typing import Any
 
 import pytest
+import torch
 from torch.optim import AdamW
 
 from lorasmith.app.run_file import SETTINGS
@@ -30,12 +33,20 @@ from lorasmith.core.safe_names import safe_name
 from lorasmith.data.wildcards import Choices
 from lorasmith.families.parts import autoencoders, clip
 from lorasmith.families.parts.encoders import parse_weights
+from lorasmith.formats.container import write_safetensors
+from lorasmith.formats.inspect import describe
 from lorasmith.formats.names.recognise import SIGNATURES
 from lorasmith.formats.names.spelling import split_key
+from lorasmith.nodes import load_nodes
+from lorasmith.nodes.strings import _Formatter
 from lorasmith.report.loss_plot import trailing_means
 from lorasmith.sampling.previews import parse_prompts
+from lorasmith.toolbox.check import check_lora
 from lorasmith.training.optim import update_rules
 from lorasmith.training.target_text import parse_targets
+from lorasmith.workflow import apply_overrides, parse_prompt
+from lorasmith.workflow.subgraphs import _without_prefixes
+from tests.workflow.editor_cases import TEXT, graph, instance, joined, made, shown, subgraph
 
 PACKAGE = Path(__file__).parents[1] / "src" / "lorasmith"
 _METHODS = frozenset(("search", "match", "fullmatch", "split", "sub", "subn", "findall", "finditer", "compile"))
@@ -93,9 +104,14 @@ READERS: dict[str, Callable[[str], object]] = {
     "wildcards": lambda text: Choices(text).count(100),
     "tensor's name": split_key,
     "JSON": parse_foreign_json,
+    "widget's name": lambda text: _without_prefixes(text[:-1] * 8, ""),
+    "value of an override": lambda text: apply_overrides({"1": {"inputs": {"a": 1}}}, [f"1.a={text}"]),
+    "workflow": parse_prompt,
+    "format of a text": lambda text: _Formatter().vformat(text, (), {"a": "b"}),
     "losses": lambda text: trailing_means([float(ord(one)) for one in text]),
 }
 PIECES = (
+    "1:",
     " ",
     "[",
     "]",
@@ -130,10 +146,80 @@ def test_what_takes_text_apart_is_linear_on_repeated_pieces(reader: str, monkeyp
 
     slow = [
         piece
-        for piece in PIECES
-        if exponent(lambda n: read('"' + piece * n + "\0"), (500, 4000, 32_000)) > 1.6  # noqa: B023 - called at once
+        for piece, start in itertools.product(PIECES, ('"', ""))
+        if exponent(lambda n: read(start + piece * n + "\0"), (500, 4000, 32_000)) > 1.6  # noqa: B023 - called at once
     ]
     assert slow == []
+
+
+def _instances(n: int, proxies: int = 0) -> dict[str, Any]:
+    one = instance(9, 1)
+    one["properties"]["proxyWidgets"] = [["1", "1:" * 50 + "string_a"]] * proxies
+    one["widgets_values"] = ["a"] * proxies
+    nodes = [{**one, "id": key} for key in range(10, 10 + n)]
+    return graph(nodes, [], subgraphs=[subgraph(1, [joined(1)], [], [])])
+
+
+def _of_inputs(n: int) -> dict[str, Any]:
+    inner = [joined(key, string_a=key) for key in range(n)]
+    links: list[list[Any]] = [[key, -10, key, key, 0, TEXT] for key in range(n)]
+    names = [f"text {key}" for key in range(n)]
+    return graph([instance(9, 1)], [], subgraphs=[subgraph(1, inner, links, names)])
+
+
+def _chain(n: int, kind: str, **more: Any) -> dict[str, Any]:
+    nodes = [made(key, kind, **more, model=key - 1) for key in range(1, n)]
+    links: list[list[Any]] = [[key, key, 0, key + 1, 0, "*"] for key in range(n)]
+    return graph([joined(0), *nodes, *(shown(n + key, n - 1) for key in range(n))], links)
+
+
+GRAPHS: dict[str, Callable[[int], dict[str, Any]]] = {
+    "instances of a subgraph": _instances,
+    "values of an instance": lambda n: _instances(1, n),
+    "inputs of a subgraph": _of_inputs,
+    "reroutes": lambda n: _chain(n, "Reroute"),
+    "bypassed nodes": lambda n: _chain(n, "LoraModelLoader", mode=4),
+}
+
+
+@pytest.mark.parametrize("kind", GRAPHS)
+def test_a_graph_of_the_editor_is_converted_in_linear_time(kind: str) -> None:
+    graphs = {n: json.dumps(GRAPHS[kind](n)) for n in (50, 400, 3200)}
+    nodes = load_nodes()
+    assert exponent(lambda n: parse_prompt(graphs[n], nodes=nodes), tuple(graphs)) < 1.6
+
+
+def _calls(run: Callable[[], object]) -> int:
+    """Functions that a run calls, those of C included."""
+    count = 0
+
+    def profile(frame: object, event: str, argument: object) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(profile)
+    try:
+        with suppress(LorasmithError):
+            run()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+@pytest.mark.parametrize("read", [describe, check_lora])
+@pytest.mark.parametrize("name", ["lora_unet_x{}.lora_{}.weight", "diffusion_model.x.{}.lora_{}.weight", "x{}.{}"])
+def test_a_tensor_of_a_strangers_lora_takes_a_few_hundred_calls(
+    read: Callable[[Path], object], name: str, tmp_path: Path
+) -> None:
+    load_nodes()  # every family is registered, whatever ran before
+    shapes = {"down": (1, 2), "up": (2, 1)}
+    files = {n: tmp_path / f"{n}.safetensors" for n in (50, 150)}
+    for n, file in files.items():
+        named = {name.format(key, role): torch.ones(shape) for key in range(n) for role, shape in shapes.items()}
+        write_safetensors(file, named)
+    _calls(lambda: read(files[50]))  # which imports and caches
+    calls = {n: _calls(lambda: read(file)) for n, file in files.items()}  # noqa: B023 - called at once
+    assert (calls[150] - calls[50]) / 200 < 300
 
 
 @pytest.mark.parametrize("pattern", [r'"[^"\\]*(?:\\.[^"\\]*)*"', r".*?\s*\[(a|b)\]", r"(a+)+b", r"(.*)(.*)c"])
@@ -225,7 +311,8 @@ def _pattern(path: Path, call: ast.Call) -> re.Pattern[str] | None:
     if isinstance(filled, ast.Constant) and not isinstance(call.args[0], ast.Constant):
         return None
     flags = [one for one in (*call.args[1:], *(key.value for key in call.keywords)) if "re." in ast.unparse(one)]
-    return re.compile(*(eval(ast.unparse(one), dict(module)) for one in (filled, *flags[:1])))
+    flags = [Filled().visit(copy.deepcopy(one)) for one in flags[:1]]
+    return re.compile(*(eval(ast.unparse(one), dict(module)) for one in (filled, *flags)))
 
 
 def hostile_texts(pattern: re.Pattern[str]) -> Iterator[tuple[str, Callable[[int], str]]]:

@@ -19,7 +19,7 @@ from lorasmith.core.errors import ModelError
 from lorasmith.core.placement import placed
 from lorasmith.families.base import FAMILIES, Conditioning
 from lorasmith.families.loading import load_model
-from lorasmith.families.part_loading import load_text_encoder
+from lorasmith.families.part_loading import load_autoencoder, load_text_encoder
 from lorasmith.families.parts.autoencoders import AUTOENCODERS
 from lorasmith.families.parts.encoders import ENCODERS
 from tests.covering import slow_except
@@ -253,3 +253,21 @@ def test_packed_unets_are_the_weights_they_stand_for(
         with placed(model.components.denoiser, device=torch.device("cpu"), dtype=torch.float32):
             predictions.append(model.denoiser.predict(latents, torch.tensor([400.0]), prompt))
     torch.testing.assert_close(*predictions, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [
+        ("vae", "encoder.down.0.block.99999999.x"),
+        ("vae", "decoder.up.99999999.block.0.x"),
+        ("vae", f"decoder.up.{'9' * 900}.block.0.x"),
+        ("clip_l", f"text_model.encoder.layers.{'9' * 900}.x"),
+        ("clip_l", "text_model.encoder.layers.99999999.x"),
+    ],
+)
+def test_a_number_in_a_name_makes_no_model_of_that_many_blocks(
+    part: str, name: str, files: dict[str, Path], tmp_path: Path
+) -> None:
+    file = save(tmp_path / "x.safetensors", {**load_file(files[part]), name: torch.ones(1)})
+    with pytest.raises(ModelError, match="does not fit its architecture"):
+        load_autoencoder(file) if part == "vae" else load_text_encoder([file], "stable_diffusion")

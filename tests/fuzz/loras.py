@@ -91,7 +91,7 @@ def doors(rng: random.Random, folder: Path) -> Sequence[Door]:
 
 def unfit_doors(rng: random.Random, folder: Path) -> Sequence[Door]:
     """Tensors of any algorithm that need not fit one another, of modules of the model and of none."""
-    suffixes = list(spelling._roles(tuple(ADAPTERS))[0])
+    suffixes = list(spelling._roles(tuple(ADAPTERS), "")[0])
     sizes = (0, 1, 2, 4, 32)  # a tensor of four has 4 MB at most
     tensors = {}
     for base in rng.sample(("lora_unet_conv_in", "lora_unet_nobody", "unet.conv_in", "lora_te_x", "zz", ""), k=2):

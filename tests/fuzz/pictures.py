@@ -42,8 +42,13 @@ def _mended(images: Path, target: Path) -> str:
     said = _said(before)
     if before.images:
         check = preflight(before, _CONFIG, folder=images, resolution=32, multiple=8, threads=1)
-        write_mended(check, target)
+        write_mended(check, _CONFIG, target)
         after = scan_folder(target, _CONFIG)
+        refused = {path.stem for path, reason in before.skipped if reason.kind in ("caption", "mask", "size")}
+        if back := refused & {image.path.stem for image in after.images}:
+            raise FaultError("a picture that was refused is trained on once mended", min(back))
+        if lost := refused - {path.stem for path in (target / "unused").glob("*")}:
+            raise FaultError("a picture that was refused is not kept in unused", min(lost))
         if after.skipped:
             raise FaultError("a mended folder has files that cannot be used", after.skipped[0])
         said += _said(after)

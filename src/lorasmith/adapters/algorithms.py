@@ -19,6 +19,11 @@ def algorithms() -> Iterator[tuple[str, AdapterFormat]]:
     return ((name.casefold(), adapter.format) for name, adapter in ADAPTERS.items())
 
 
+def algorithm_names() -> tuple[str, ...]:
+    """Registered names of every algorithm: a key for caches, which programs that register more invalidate."""
+    return tuple(ADAPTERS)
+
+
 def format_named(algorithm: str) -> AdapterFormat:
     """The format of an algorithm. Raises LoraError for unknown names."""
     return ADAPTERS[algorithm].format

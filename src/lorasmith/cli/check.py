@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -37,6 +38,7 @@ def check(
     """
     from lorasmith.toolbox.check import check_lora, fix_lora
 
+    gc.freeze()  # as in `inspect`
     with console.status("Checking"):
         checked = check_lora(file, model)
         mended = None if fix is None else fix_lora(checked, fix, overwrite=overwrite)

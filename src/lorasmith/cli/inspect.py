@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ def inspect(file: LoraFile) -> None:
     from lorasmith.app.state_facts import facts_of_state
     from lorasmith.formats.inspect import describe
 
+    gc.freeze()  # a collection, of which 50,000 tensors cause several, visits a million objects of torch
     if (state := facts_of_state(file)) is not None:
         print_result(lambda: state, lambda: _print_sentences(state))
         return

@@ -110,10 +110,12 @@ def mapped_tensors(file: MappedFile, header: Header) -> dict[str, Tensor]:
 
 def count_non_finite(tensor: Tensor) -> int:
     """Number of values that are NaN, infinite or, in fp64, larger than fp32 holds."""
-    if not tensor.is_floating_point():
+    if not tensor.is_floating_point() or not tensor.numel():
         return 0
     # Eight-bit floats have no isfinite of their own.
     values = tensor.float() if tensor.element_size() in (1, 8) else tensor
+    if all(map(math.isfinite, map(float, torch.aminmax(values)))):  # a tenth of the time of counting
+        return 0
     return int((~torch.isfinite(values)).sum())
 
 
@@ -262,7 +264,7 @@ def _placed(name: str, entry: Any) -> tuple[int, int, TensorInfo]:
         raise ValueError(f"tensor {_short(name)} has no proper shape and place")
     if len(shape) > _MAX_DIMENSIONS:
         raise ValueError(f"tensor {_short(name)} has {len(shape):,} dimensions, and {_MAX_DIMENSIONS} are the most")
-    if math.prod(size for size in shape if size) > _MAX_NUMBERS:
+    if math.prod(filter(None, shape)) > _MAX_NUMBERS:
         raise ValueError(f"tensor {_short(name)} has a shape of more numbers than any file holds")
     start, end = offsets
     if end - start != math.prod(shape) * _SIZE[spelling]:
@@ -276,7 +278,11 @@ def _short(name: str) -> str:
 
 def _naturals(values: Any) -> TypeGuard[list[int]]:
     """Whether `values` is a list of non-negative integers of at most 63 bits."""
-    return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
+    return (
+        isinstance(values, list)
+        and set(map(type, values)) <= {int}
+        and (not values or (min(values) >= 0 and max(values) < 2**63))
+    )
 
 
 def _refuse_non_finite(tensors: Mapping[str, Tensor]) -> None:

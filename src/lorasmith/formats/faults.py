@@ -26,7 +26,7 @@ from lorasmith.formats.layouts.layout import LAYOUTS, Layout
 from lorasmith.formats.layouts.peft_config import stated_alphas
 from lorasmith.formats.lora_file import state_from_tensors
 from lorasmith.formats.names.model_names import ModelNames
-from lorasmith.formats.names.spelling import XLABS, ModuleTensors, all_assembled, grouped, split_key
+from lorasmith.formats.names.spelling import XLABS, ModuleTensors, all_assembled, grouped
 from lorasmith.formats.scales import full_alpha, idle_alpha, rank_of, scale_of
 
 
@@ -116,16 +116,8 @@ def findings_of(
     if not groups:
         problem = f"none of the {len(tensors)} tensors has a name that LoRA files use"
         return [Finding(problem, "use a LoRA file; a base model goes to --model", True)]
-    modules, unfit = all_assembled(tensors, stated_alphas(tensors, metadata))
-    found = [
-        *_numbers(tensors, groups),
-        *_strangers(tensors),
-        *_rare_names(groups),
-        *_unfit(unfit, groups),
-        *_idle(modules, groups),
-        *_alphas(modules, groups, main_layout(list(tensors))),
-        *_hash(tensors, metadata),
-    ]
+    modules, unfit = all_assembled(tensors, groups, stated_alphas(tensors, groups, metadata))
+    found = findings_in_file(tensors, metadata, groups, modules, unfit, main_layout(list(tensors)))
     if names is None:
         return found
     return [*found, *_on_model(tensors, metadata, names, modules.keys(), is_model_sure)]
@@ -133,6 +125,26 @@ def findings_of(
 
 Groups = Mapping[str, Mapping[str, str]]
 Modules = Mapping[str, ModuleTensors]
+
+
+def findings_in_file(
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    groups: Groups,
+    modules: Modules,
+    unfit: Mapping[str, str],
+    layout: Layout,
+) -> list[Finding]:
+    """Findings that need no model, from tensors that were `grouped` and `all_assembled`."""
+    return [
+        *_numbers(tensors, groups),
+        *_strangers(tensors, groups),
+        *_rare_names(groups),
+        *_unfit(unfit, groups),
+        *_idle(modules, groups),
+        *_alphas(modules, groups, layout),
+        *_hash(tensors, metadata),
+    ]
 
 
 def _numbers(tensors: Mapping[str, Tensor], groups: Groups) -> Iterator[Finding]:
@@ -150,8 +162,9 @@ def _numbers(tensors: Mapping[str, Tensor], groups: Groups) -> Iterator[Finding]
         )
 
 
-def _strangers(tensors: Mapping[str, Tensor]) -> Iterator[Finding]:
-    unknown = [key for key in tensors if split_key(key) is None]
+def _strangers(tensors: Mapping[str, Tensor], groups: Groups) -> Iterator[Finding]:
+    known = {key for keys in groups.values() for key in keys.values()}
+    unknown = [key for key in tensors if key not in known]
     if unknown:
         yield Finding(
             f"{_some(unknown, 'tensors have', 'has')} no name that LoRA files use, so that programs ignore "

@@ -12,7 +12,7 @@ from typing import TypeVar
 from lorasmith.adapters.algorithms import format_of, size_of, words_of
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import LoraError
-from lorasmith.formats.faults import findings_of
+from lorasmith.formats.faults import findings_in_file
 from lorasmith.formats.hashes import autov1, sha256_body, sha256_file
 from lorasmith.formats.layouts.layout import LAYOUTS
 from lorasmith.formats.layouts.peft_config import stated_alphas
@@ -61,13 +61,15 @@ def describe(path: Path) -> LoraSummary:
     groups = grouped(tensors)
     if not groups:
         raise LoraError(f"{path} is not a LoRA: none of its {len(tensors)} tensors has a name that LoRA files use")
-    whole, _ = all_assembled(tensors, stated_alphas(tensors, metadata))
+    whole, unfit = all_assembled(tensors, groups, stated_alphas(tensors, groups, metadata))
     adapters = {base: module.adapter for base, module in whole.items() if module.adapter is not None}
+    layouts = {name: layout.detects(tensors) for name, layout in LAYOUTS.items()}
+    main_layout = LAYOUTS[max(layouts, key=lambda name: layouts[name])]
     files = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]
     return LoraSummary(
         path=path,
         size_bytes=sum(file.stat().st_size for file in files),
-        layouts={name: count for name, layout in LAYOUTS.items() if (count := layout.detects(tensors))},
+        layouts={name: count for name, count in layouts.items() if count},
         family=guessed_family({key: tuple(tensor.shape) for key, tensor in tensors.items()}, metadata),
         components=_counted(component_of(base) for base in groups),
         layers=_counted(kind_of(base) for base in groups),
@@ -89,7 +91,9 @@ def describe(path: Path) -> LoraSummary:
         metadata=metadata,
         hashes=_hashes(files[0]) if len(files) == 1 else {},
         findings=tuple(
-            finding.problem for finding in findings_of(tensors, metadata, None, is_model_sure=False) if finding.is_fault
+            finding.problem
+            for finding in findings_in_file(tensors, metadata, groups, whole, unfit, main_layout)
+            if finding.is_fault
         ),
     )
 

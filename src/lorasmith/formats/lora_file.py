@@ -304,7 +304,7 @@ def _refuse_other_models(path: Path, tensors: Mapping[str, Tensor], state: Adapt
     family = guessed_family({key: tuple(tensor.shape) for key, tensor in tensors.items()}, state.metadata)
     looks = f"looks like a LoRA for {family}" if family else "is a LoRA for another kind of model"
     if not state.adapters and not state.differences:
-        if unfit := all_assembled(tensors, {})[1]:
+        if unfit := all_assembled(tensors, groups, {})[1]:
             raise LoraError(
                 f"{path} has no module that can be applied: {next(iter(unfit.values()))}; get the file again"
             )

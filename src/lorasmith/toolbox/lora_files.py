@@ -74,7 +74,7 @@ def read_lora(path: Path, names: ModelNames | None = None) -> LoraFile:
         refs = dict.fromkeys((*state.adapters, *state.differences))
         found = {ref: ModuleTensors(state.adapters.get(ref), state.differences.get(ref, {})) for ref in refs}
         return LoraFile(path, layout, family, tensors, found, names, {}, state.unknown, state.metadata)
-    by_base, _ = all_assembled(tensors, stated_alphas(tensors, metadata))
+    by_base, _ = all_assembled(tensors, groups, stated_alphas(tensors, groups, metadata))
     modules: dict[ModuleRef, ModuleTensors] = {}
     bases: dict[ModuleRef, str] = {}
     unknown = dict(tensors)

@@ -190,7 +190,8 @@ class Lora:
     def _adapters(self) -> Sequence[AdapterWeights]:
         if self.given is None:
             return tuple(self.state.adapters.values())
-        whole, _ = all_assembled(self.given, stated_alphas(self.given, self.state.metadata))
+        groups = grouped(self.given)
+        whole, _ = all_assembled(self.given, groups, stated_alphas(self.given, groups, self.state.metadata))
         return tuple(one.adapter for one in whole.values() if one.adapter is not None)
 
     @property

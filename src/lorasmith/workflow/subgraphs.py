@@ -160,9 +160,8 @@ class Hosts:
 
 def _without_prefixes(widget: str, within: str) -> tuple[str, str]:
     """A widget's name without the ids of inner nodes before it, as in `4: 7: text`, and the last of these ids."""
-    while match := _PREFIX.fullmatch(widget):
-        within, widget = match[1], match[2]
-    return widget, within
+    match = _PREFIXES.fullmatch(widget)
+    return (match[2], match[1]) if match else (widget, within)
 
 
-_PREFIX = re.compile(r"\s*(\d+)\s*:\s*(.+)", re.DOTALL)
+_PREFIXES = re.compile(r"(?:\s*+(\d++)\s*+:(?=.))++\s*(.+)", re.DOTALL)

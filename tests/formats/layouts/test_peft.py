@@ -18,6 +18,7 @@ from lorasmith.formats.layouts.layout import LAYOUTS
 from lorasmith.formats.layouts.peft_config import stated_alphas
 from lorasmith.formats.lora_file import load_lora, save_lora
 from lorasmith.formats.names.model_names import OriginalName
+from lorasmith.formats.names.spelling import grouped
 
 TO_Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 TO_K = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
@@ -259,7 +260,7 @@ def test_thousands_of_patterns_take_a_moment() -> None:
     tensors = {f"{name}.lora_A.weight": torch.ones(4, 1) for name in names}
     before = time.process_time()
 
-    alphas = stated_alphas(tensors, {"lora_adapter_metadata": json.dumps(fields)})
+    alphas = stated_alphas(tensors, grouped(tensors), {"lora_adapter_metadata": json.dumps(fields)})
 
     assert time.process_time() - before < 2
     assert list(alphas.values()) == list(range(1, 5_001))

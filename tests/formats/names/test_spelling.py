@@ -183,11 +183,11 @@ def test_what_makes_no_adapter_is_refused_with_tensor_shape_and_rule(case: str) 
 
 
 def test_of_any_two_tensors_one_is_named_or_they_make_an_adapter() -> None:
-    suffixes = {role: suffix for suffix, role in spelling._roles(tuple(ADAPTERS))[0].items()}
+    suffixes = {role: suffix for suffix, role in spelling._roles(tuple(ADAPTERS), "")[0].items()}
     for pair in itertools.product(suffixes.values(), repeat=2):
         for shapes in itertools.product([(), (2,), (2, 2), (2, 2, 2)], repeat=2):
             keys = {f"x{suffix}": torch.ones(shape) for suffix, shape in zip(pair, shapes, strict=True)}
-            modules, unfit = all_assembled(keys, {})
+            modules, unfit = all_assembled(keys, grouped(keys), {})
             assert modules.keys() | unfit.keys() == {"x"}
             assert all(sentence.partition(" ")[0] in keys for sentence in unfit.values())
 

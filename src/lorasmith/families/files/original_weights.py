@@ -10,7 +10,7 @@ import contextlib
 import operator
 import re
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -44,8 +44,16 @@ def weight_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 def block_count(tensors: Collection[str], stem: str) -> int:
     """Number of blocks whose tensors' names begin with `stem` and a number, such as `layers.` for `layers.3.norm`."""
-    numbers = (int(match[1]) for name in tensors if (match := re.match(rf"{re.escape(stem)}(\d+)\.", name)))
-    return 1 + max(numbers, default=-1)
+    return numbered(tensors, re.escape(stem))
+
+
+def numbered(names: Iterable[str], start: str) -> int:
+    """One more than the highest number after this regular expression at the start of names; 0 if there is none.
+
+    Numbers have three digits at most, so that a file of few tensors builds no model of millions of blocks.
+    """
+    pattern = re.compile(rf"{start}(\d{{1,3}})\.")
+    return 1 + max((int(match[1]) for name in names if (match := pattern.match(name))), default=-1)
 
 
 def norm_name(path: str, names: Collection[str]) -> str:

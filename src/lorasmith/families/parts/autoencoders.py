@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from lorasmith.core.quantization import plain_weights
 from lorasmith.core.registry import Registry
 from lorasmith.families.base import AutoencoderSlot, LatentFormat
 from lorasmith.families.files.checkpoint import Shapes
-from lorasmith.families.files.original_weights import PartSource, build
+from lorasmith.families.files.original_weights import PartSource, block_count, build
 
 _RENAMES = (
     (r"^(encoder|decoder)\.norm_out\.", r"\1.conv_norm_out."),
@@ -35,12 +35,12 @@ _RENAMES = (
     (r"^encoder\.down\.(\d+)\.downsample\.", r"encoder.down_blocks.\1.downsamplers.0."),
 )
 _PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
-_UP = re.compile(r"^decoder\.up\.(\d+)\.(block|upsample)\.(?:(\d+)\.)?")
+_UP = re.compile(r"^decoder\.up\.(\d{1,3})\.(block|upsample)\.(?:(\d+)\.)?")
 
 
 def vae_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     """Configuration of diffusers' AutoencoderKL for tensors under its names, as far as shapes determine it."""
-    levels = _counted(r"encoder\.down_blocks\.(\d+)\.", shapes)
+    levels = block_count(shapes, "encoder.down_blocks.") or 1
     return {
         "in_channels": shapes["encoder.conv_in.weight"][1],
         "out_channels": shapes["decoder.conv_out.weight"][0],
@@ -48,7 +48,7 @@ def vae_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         "block_out_channels": tuple(
             shapes[f"encoder.down_blocks.{level}.resnets.0.conv2.weight"][0] for level in range(levels)
         ),
-        "layers_per_block": _counted(r"encoder\.down_blocks\.0\.resnets\.(\d+)\.", shapes),
+        "layers_per_block": block_count(shapes, "encoder.down_blocks.0.resnets."),
         "down_block_types": ("DownEncoderBlock2D",) * levels,
         "up_block_types": ("UpDecoderBlock2D",) * levels,
         "norm_num_groups": 32,
@@ -59,7 +59,7 @@ def vae_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
 
 def decoder_widths(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
     """Channels of the decoder's levels, the finest first; autoencoders may have a smaller decoder."""
-    levels = _counted(r"decoder\.up_blocks\.(\d+)\.", shapes)
+    levels = block_count(shapes, "decoder.up_blocks.") or 1
     return tuple(shapes[f"decoder.up_blocks.{level}.resnets.0.conv2.weight"][0] for level in reversed(range(levels)))
 
 
@@ -68,7 +68,7 @@ def diffusers_vae(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Tensors under these names already are kept. Tensors of its training (losses, counters of averages) are left out.
     """
-    levels = _counted(r"decoder\.up\.(\d+)\.", tensors)
+    levels = block_count(tensors, "decoder.up.")
     converted = {}
     for name, tensor in tensors.items():
         if not name.startswith(_PARTS):
@@ -80,11 +80,6 @@ def diffusers_vae(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             tensor = tensor[:, :, 0, 0]
         converted[new] = tensor
     return converted
-
-
-def _counted(pattern: str, names: Iterable[str]) -> int:
-    """One more than the highest number that `pattern` finds at the start of a name; 1 when it finds none."""
-    return 1 + max((int(match[1]) for name in names if (match := re.match(pattern, name))), default=0)
 
 
 def _up_block(match: re.Match[str], levels: int) -> str:

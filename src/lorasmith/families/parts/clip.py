@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lorasmith.core.errors import ModelError
 from lorasmith.core.placement import device_of
 from lorasmith.core.quantization import Packed, of_rows
-from lorasmith.families.files.original_weights import PartSource, build
+from lorasmith.families.files.original_weights import PartSource, build, numbered
 from lorasmith.families.parts.encoders import ENCODERS, EncoderKind, Token, parse_weights, weighted_states
 from lorasmith.families.parts.tokenizers import TokenizerSource, byte_characters, folder_tokenizer
 
@@ -38,13 +38,12 @@ _OPENCLIP = (
     (r"^transformer\.resblocks\.(\d+)\.attn\.out_proj\.", r"encoder.layers.\1.self_attn.out_proj."),
 )
 _PROJECTION = "text_projection.weight"
-_LAYER = re.compile(r"(?:text_model\.)?(?:encoder\.layers|transformer\.resblocks)\.(\d+)\.")
 _FUSED = re.compile(r"^transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)$")
 
 
 def depth_of(names: Iterable[str]) -> int:
     """Layers of a CLIP text encoder with tensors of these names, in either naming; 0 where it is none."""
-    return 1 + max((int(match[1]) for name in names if (match := _LAYER.match(name))), default=-1)
+    return numbered(names, r"(?:text_model\.)?(?:encoder\.layers|transformer\.resblocks)\.")
 
 
 def in_transformers_naming(

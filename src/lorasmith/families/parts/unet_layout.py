@@ -15,7 +15,7 @@ from lorasmith.diffusion.parameterization import PARAMETERIZATIONS
 from lorasmith.diffusion.schedule import DiscreteSchedule
 from lorasmith.families.base import Diffusion, LatentFormat, Rule
 from lorasmith.families.files.checkpoint import OriginalCheckpoint
-from lorasmith.families.files.original_weights import module_paths
+from lorasmith.families.files.original_weights import block_count, module_paths
 from lorasmith.families.files.pipelines import PipelineConfigs
 from lorasmith.formats.names.model_names import OriginalName, ProgramLimits
 
@@ -190,7 +190,7 @@ def _levels(shapes: Mapping[str, tuple[int, ...]]) -> tuple[list[int], list[int]
             width = shapes[f"input_blocks.{block}.0.out_layers.3.weight"][0]
             if fresh:
                 channels.append(width)
-                depths.append(_depth(shapes, f"input_blocks.{block}.1.transformer_blocks."))
+                depths.append(block_count(shapes, f"input_blocks.{block}.1.transformer_blocks."))
                 counts.append(0)
                 fresh = False
             counts[-1] += 1
@@ -198,11 +198,6 @@ def _levels(shapes: Mapping[str, tuple[int, ...]]) -> tuple[list[int], list[int]
     if not channels:
         raise ModelError("the checkpoint lacks input_blocks.1.0.in_layers.0.weight; it is incomplete or was cut short")
     return channels, depths, counts[0]
-
-
-def _depth(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> int:
-    numbers = (int(name.removeprefix(prefix).partition(".")[0]) for name in shapes if name.startswith(prefix))
-    return 1 + max(numbers, default=-1)
 
 
 def _inside(kind: str, rest: str) -> str:

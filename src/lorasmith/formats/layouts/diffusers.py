@@ -50,6 +50,7 @@ from lorasmith.formats.names.recognise import (
 from lorasmith.formats.names.spelling import (
     PEFT,
     ModuleTensors,
+    grouped,
     spelled,
     split_key,
     without_core,
@@ -87,7 +88,7 @@ class DiffusersLayout(Layout):
                 f"a LoRA file is for one denoiser, and this one has keys for {' and '.join(sorted(experts))}, the two "
                 "experts of a model; save the keys of each in a file of its own"
             )
-        return read_tensors(tensors, self.bases(names), names, stated_alphas(tensors, metadata))
+        return read_tensors(tensors, self.bases(names), names, stated_alphas(tensors, grouped(tensors), metadata))
 
     def write(self, state: AdapterState, names: ModelNames) -> dict[str, Tensor]:
         def base_of(ref: ModuleRef) -> str:

@@ -32,6 +32,7 @@ from lorasmith.formats.names.recognise import PEFT_PREFIX as PREFIX
 from lorasmith.formats.names.spelling import (
     PEFT,
     ModuleTensors,
+    grouped,
     spelled,
     split_key,
     without_core,
@@ -68,7 +69,7 @@ class PeftLayout(Layout):
         return bases
 
     def read(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], names: ModelNames) -> AdapterState:
-        state = read_tensors(tensors, self.bases(names), names, stated_alphas(tensors, metadata))
+        state = read_tensors(tensors, self.bases(names), names, stated_alphas(tensors, grouped(tensors), metadata))
         configs = configs_of(metadata)
         for ref, weights in state.adapters.items():
             config, kind = configs.get(_folder(ref.component) + PREFIX), format_of(weights).peft

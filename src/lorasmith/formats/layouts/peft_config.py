@@ -25,7 +25,7 @@ from lorasmith.adapters.algorithms import algorithms, format_of
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import LoraError
 from lorasmith.core.foreign_json import parse_foreign_json
-from lorasmith.formats.names.spelling import grouped, scales_outputs
+from lorasmith.formats.names.spelling import scales_outputs
 from lorasmith.formats.scales import checked_scale, rank_of
 
 ADAPTER_METADATA = "lora_adapter_metadata"
@@ -112,11 +112,13 @@ def configs_of(metadata: Mapping[str, str]) -> Mapping[str, Config]:
     return _parsed(metadata[ADAPTER_METADATA]) if ADAPTER_METADATA in metadata else {}
 
 
-def stated_alphas(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, float]:
-    """Alphas by base, from the header. Raises LoraError when its entry is malformed."""
+def stated_alphas(
+    tensors: Mapping[str, Tensor], groups: Mapping[str, Mapping[str, str]], metadata: Mapping[str, str]
+) -> dict[str, float]:
+    """Alphas of `grouped` tensors by base, from the header. Raises LoraError when its entry is malformed."""
     alphas = {}
     for prefix, config in configs_of(metadata).items():
-        bases = {base: keys for base, keys in grouped(tensors).items() if base.startswith(prefix)}
+        bases = {base: keys for base, keys in groups.items() if base.startswith(prefix)}
         config.alpha_pattern.refuse_slow(bases)
         for base, keys in bases.items():
             if "alpha" not in keys:

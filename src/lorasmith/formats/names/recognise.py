@@ -104,7 +104,8 @@ def guessed_family(
     for sign in sorted(SIGNATURES, key=lambda one: (one.order, one.width is None)):
         if sign.architecture is not None and sign.architecture not in said:
             continue
-        if any(re.search(sign.pattern, base) and sign.width in (None, width) for base, width in inputs.items()):
+        pattern = re.compile(sign.pattern)
+        if any(sign.width in (None, width) and pattern.search(base) for base, width in inputs.items()):
             return sign.title
     return None
 

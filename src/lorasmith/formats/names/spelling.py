@@ -12,14 +12,14 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
 import torch
 from torch import Tensor
 
-from lorasmith.adapters.algorithms import algorithms, format_named, format_of, words_of
+from lorasmith.adapters.algorithms import algorithm_names, format_named, format_of, words_of
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.shape_rules import first_misfit
 from lorasmith.formats.scales import checked_scale, idle_alpha, scale_of
@@ -55,19 +55,19 @@ def split_key(key: str) -> tuple[str, str] | None:
     """(base, role) of a tensor's key, or None if the suffix is unknown."""
     if ".processor." in key and (match := _XLABS.fullmatch(key)):
         return match[1], match[2]
-    roles, lengths = _roles(tuple(name for name, _ in algorithms()))
+    roles, lengths = _roles(algorithm_names(), key[-1:])
     for length in lengths:  # the longest first, as it may end with a shorter one
         if (role := roles.get(suffix := key[-length:])) is not None:
             return key[: -len(suffix)], role
     return None
 
 
-@functools.cache
-def _roles(names: tuple[str, ...]) -> tuple[dict[str, str], list[int]]:
-    """Role by suffix for the algorithms of these names, and the suffixes' lengths, the longest first."""
+@functools.lru_cache
+def _roles(names: tuple[str, ...], end: str) -> tuple[dict[str, str], list[int]]:
+    """Role by suffix, of those with this last letter, and the suffixes' lengths, the longest first."""
     formats = [format_named(name) for name in names]
     roles = {suffix: role for one in formats for role, suffix in (*one.suffixes.items(), *one.peft_suffixes.items())}
-    roles |= _OTHER_ROLES
+    roles = {suffix: role for suffix, role in (roles | _OTHER_ROLES).items() if suffix.endswith(end)}
     return roles, sorted(set(map(len, roles)), reverse=True)
 
 
@@ -115,7 +115,7 @@ def _adapter_of(
     alpha = tensors.pop("alpha", None)
     if "magnitude" in tensors:
         tensors["dora_scale"] = tensors.pop("magnitude").reshape(-1)
-    algorithm = _algorithm_of(tensors)
+    algorithm = _algorithm_of(tuple((role, tuple(one.shape)) for role, one in tensors.items()), algorithm_names())
     if isinstance(algorithm, Unfit):
         return algorithm
     try:
@@ -130,12 +130,12 @@ def _adapter_of(
 
 
 def all_assembled(
-    tensors: Mapping[str, Tensor], alphas: Mapping[str, float]
+    tensors: Mapping[str, Tensor], groups: Mapping[str, Mapping[str, str]], alphas: Mapping[str, float]
 ) -> tuple[dict[str, ModuleTensors], dict[str, str]]:
-    """A file's modules by base, and what is wrong with those whose tensors make no adapter, in a clause each."""
+    """The modules of `grouped` tensors by base, and what is wrong with those that make no adapter, in a clause each."""
     modules: dict[str, ModuleTensors] = {}
     unfit: dict[str, str] = {}
-    for base, keys in grouped(tensors).items():
+    for base, keys in groups.items():
         module = assembled({role: tensors[key] for role, key in keys.items()}, None, alphas.get(base))
         if isinstance(module, Unfit):
             role = module.role if module.role in keys else "magnitude"  # PEFT's name of dora_scale
@@ -158,33 +158,35 @@ _IN_FP16 = (torch.float8_e4m3fn, torch.float8_e5m2)
 """Eight-bit floats of which fp16 holds all values."""
 
 
-def _algorithm_of(tensors: Mapping[str, Tensor]) -> str | Unfit:
-    """The algorithm whose adapter has these tensors."""
-    shapes = {role: tuple(tensor.shape) for role, tensor in tensors.items()}
+@functools.lru_cache(maxsize=1024)  # most modules of a file have the shapes of others
+def _algorithm_of(tensors: tuple[tuple[str, tuple[int, ...]], ...], names: tuple[str, ...]) -> str | Unfit:
+    """The algorithm, among those of these names, whose adapter has tensors of these roles and shapes."""
+    shapes = dict(tensors)
     roles = shapes.keys() - {"dora_scale"}
     misfit = None
-    for name, form in algorithms():
+    for name in names:
+        form = format_named(name)
         for rules in form.rules:
             if rules.keys() != roles:
                 continue
             found = first_misfit(shapes, rules)
             if found is None:
                 role, further = next(iter(rules)), form.further_rule(shapes)
-                return Unfit(role, f"must {further}, and has the shape {shapes[role]}") if further else name
+                return Unfit(role, f"must {further}, and has the shape {shapes[role]}") if further else name.casefold()
             role, rule = found
             misfit = misfit or Unfit(role, f"must have the shape {rule}, and has the shape {shapes[role]}")
-    return misfit or _incomplete(tensors)
+    return misfit or _incomplete(shapes, names)
 
 
-def _incomplete(tensors: Mapping[str, Tensor]) -> Unfit:
+def _incomplete(shapes: Mapping[str, tuple[int, ...]], names: Sequence[str]) -> Unfit:
     """What is wrong with tensors of which no algorithm has exactly these."""
-    roles = tensors.keys() - {"dora_scale"}
-    for _, form in algorithms():
-        for rules in form.rules:
+    roles = shapes.keys() - {"dora_scale"}
+    for name in names:
+        for rules in format_named(name).rules:
             if roles and roles < rules.keys():
                 lacking = " and ".join(role for role in rules if role not in roles)
                 return Unfit(min(roles), f"is part of an adapter whose {lacking} is missing")
-    return Unfit(next(iter(tensors), "alpha"), "is beside tensors with which it makes no adapter")
+    return Unfit(next(iter(shapes), "alpha"), "is beside tensors with which it makes no adapter")
 
 
 def _magnitude_misfit(weights: AdapterWeights) -> Unfit | None:
