@@ -17,9 +17,8 @@ from lorasmith.core import choices
 from lorasmith.core.errors import OptionError
 from lorasmith.core.options import options_of
 from lorasmith.core.quantization import PACKINGS
-from lorasmith.diffusion.losses import LOSSES
+from lorasmith.diffusion.losses import LOSSES, WEIGHTINGS
 from lorasmith.diffusion.timesteps import TIMESTEP_DISTRIBUTIONS
-from lorasmith.diffusion.weightings import WEIGHTINGS
 from lorasmith.training.config import ResolvedConfig, TrainConfig
 
 SETTINGS = options_of(TrainConfig)
@@ -33,7 +32,7 @@ OTHER_CONCEPTS = {
     "app.drawing.with_loras": "LoRAs of pictures",
     "app.library.generate": "steps of a sampler, the seed and the LoRAs of a picture",
     "cli.convert.convert": "a file's metadata",
-    "core.adapter_format.PeftKind": "the name of a field",
+    "core.adapter_state.PeftKind": "the name of a field",
     "cli.demo.demo": "the demo's own run",
     "cli.extract.extract": "the size of a LoRA made of two checkpoints",
     "cli.generate.generate": "steps of a sampler, the seed and the LoRAs of a picture",

@@ -9,7 +9,7 @@ import typer
 
 from lorasmith.cli.console import console, echo, print_result
 from lorasmith.cli.help import HelpGroup, with_readable_help
-from lorasmith.core.sizes import memory_text
+from lorasmith.core.printable import memory_text
 
 if TYPE_CHECKING:
     from lorasmith.data.encoding_cache import EncoderSummary

@@ -42,7 +42,7 @@ def extract(
 
     Linear layers and convolutions of the denoiser and the text encoders are compared, one at a time.
     """
-    from lorasmith.core.dtypes import dtype_from_name
+    from lorasmith.core.placement import dtype_from_name
     from lorasmith.toolbox.extract import extract as run
     from lorasmith.toolbox.model_files import open_model
 

@@ -46,7 +46,7 @@ def merge(
 
     Without --rank the merged LoRA is the exact sum of its parts: their ranks add up.
     """
-    from lorasmith.core.dtypes import dtype_from_name
+    from lorasmith.core.placement import dtype_from_name
 
     parts = [split_strength(text) for text in loras]
     if into is not None:

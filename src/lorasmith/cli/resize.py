@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lorasmith.cli.console import console, echo, print_note, print_result
-from lorasmith.core.sizes import count_text
+from lorasmith.core.printable import count_text
 
 if TYPE_CHECKING:
     from lorasmith.toolbox.resize import Resized

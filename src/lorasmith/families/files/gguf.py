@@ -27,10 +27,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorasmith.core.dtypes import dtype_name
 from lorasmith.core.errors import ModelError
 from lorasmith.core.files import open_regular
 from lorasmith.core.mapped_files import MappedFile
+from lorasmith.core.placement import dtype_name
 from lorasmith.core.quantization import Packed, of_rows
 
 _MAGIC = b"GGUF"
