@@ -22,7 +22,7 @@ from benchmarks.sides import MIB, let_go
 from benchmarks.step_time import add_common, begin
 from lorasmith.bench.measure import counted, pass_seconds, synthetic_samples, training_steps, weight_bytes
 from lorasmith.core.allocator import is_out_of_memory
-from lorasmith.core.dtypes import dtype_from_name
+from lorasmith.core.placement import dtype_from_name
 from lorasmith.families.model import Model
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.job import plan_job

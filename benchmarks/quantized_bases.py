@@ -21,8 +21,8 @@ from benchmarks.bases import machine
 from benchmarks.results import Results, add_json
 from lorasmith.adapters.packed_layers import packable_layers
 from lorasmith.app.model_run import train
-from lorasmith.core.dtypes import dtype_from_name
 from lorasmith.core.folders import ASSETS
+from lorasmith.core.placement import dtype_from_name
 from lorasmith.core.quantization import PACKINGS, packed
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.data.encoding import load_dataset

@@ -28,8 +28,7 @@ from benchmarks.results import Results
 from benchmarks.sides import MIB, Found, Ours, Work, compared
 from benchmarks.step_time import add_common, begin
 from lorasmith.bench.measure import synthetic_samples, training_steps, weight_bytes
-from lorasmith.core.dtypes import dtype_from_name
-from lorasmith.core.placement import placed
+from lorasmith.core.placement import dtype_from_name, placed
 from lorasmith.training import engine
 from lorasmith.training.memory.weight_stream import WeightStream
 

@@ -34,9 +34,8 @@ from benchmarks.sides import MIB, Frozen, Ours, Peft, Side, Work, compared, resi
 from lorasmith.adapters.catalogue import ALGORITHMS
 from lorasmith.bench.measure import synthetic_samples
 from lorasmith.core.allocator import keep_freed_memory
-from lorasmith.core.dtypes import dtype_from_name
 from lorasmith.core.options import options_of
-from lorasmith.core.placement import placed
+from lorasmith.core.placement import dtype_from_name, placed
 from lorasmith.training.config import TrainConfig
 
 VARIANTS: dict[str, dict[str, str]] = {name: {"algorithm": name} for name in ALGORITHMS} | {

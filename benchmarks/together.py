@@ -46,9 +46,8 @@ from benchmarks.bases import MODELS, machine
 from benchmarks.hosts import Host, hosts, missing
 from benchmarks.results import Results, add_json
 from lorasmith.bench.measure import synthetic_samples
-from lorasmith.core.dtypes import dtype_from_name
-from lorasmith.core.launch_environment import launched_process
-from lorasmith.core.placement import placed
+from lorasmith.core.launched import launched_process
+from lorasmith.core.placement import dtype_from_name, placed
 from lorasmith.core.processes import ALONE, Processes, joined
 from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Model

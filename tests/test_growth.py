@@ -26,10 +26,9 @@ from torch.optim import AdamW
 from lorasmith.app.run_file import SETTINGS
 from lorasmith.core import foreign_json, processes
 from lorasmith.core.errors import LorasmithError
-from lorasmith.core.folders import annotated
+from lorasmith.core.folders import annotated, safe_name
 from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.core.printable import sentence
-from lorasmith.core.safe_names import safe_name
 from lorasmith.data.wildcards import Choices
 from lorasmith.families.parts import autoencoders, clip
 from lorasmith.families.parts.encoders import parse_weights

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasmith.app.sweep_results import SweepRecord
-from lorasmith.core.json_schema import DIALECT, json_schema
+from lorasmith.core.typed_json import DIALECT, json_schema
 from lorasmith.server.api.api_document import api_document
 from lorasmith.server.api.api_routes import ENDPOINTS
 from lorasmith.training.events import EVENTS_VERSION, KINDS

@@ -24,7 +24,7 @@ from comfyui_train import MB, MODELS, TOKENS, Meter
 from safetensors.torch import save_file
 
 from lorasmith.core.allocator import keep_freed_memory
-from lorasmith.core.dtypes import dtype_from_name
+from lorasmith.core.placement import dtype_from_name
 from lorasmith.data.dataset import Sample
 from lorasmith.families.base import Conditioning
 from lorasmith.families.loading import load_model

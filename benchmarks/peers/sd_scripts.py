@@ -35,8 +35,7 @@ from benchmarks.sides import Frozen, Once, Ours, Side, Work, compared, textbook_
 from lorasmith.bench.counting import Counter
 from lorasmith.bench.measure import synthetic_samples
 from lorasmith.core.allocator import keep_freed_memory
-from lorasmith.core.dtypes import dtype_from_name
-from lorasmith.core.placement import placed
+from lorasmith.core.placement import dtype_from_name, placed
 
 
 class SdScripts(Side):

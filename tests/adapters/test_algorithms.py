@@ -19,8 +19,7 @@ from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.adapters.inject import Attached, adapters_attached, create_adapters
 from lorasmith.adapters.patch import Patch, patches_merged
 from lorasmith.adapters.targets import Rule, plan_adapters
-from lorasmith.core.adapter_format import AdapterFormat
-from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
+from lorasmith.core.adapter_state import DENOISER, AdapterFormat, AdapterState, AdapterWeights, ModuleRef
 from lorasmith.families.loading import load_model
 from lorasmith.families.locating import built_in_models
 from lorasmith.families.model import Model

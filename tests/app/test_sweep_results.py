@@ -9,8 +9,7 @@ from PIL import Image
 
 from lorasmith.app.sweep_file import Sweep
 from lorasmith.app.sweep_results import SweepRecord, result_of, sweep_record, write_results
-from lorasmith.core.json_schema import json_schema
-from lorasmith.core.typed_json import typed
+from lorasmith.core.typed_json import json_schema, typed
 from lorasmith.training.outcome import Outcome
 from lorasmith.training.runs.run_folder import RunFolder
 from tests.app.sweep_cases import ended_with, left_by, sweep_of

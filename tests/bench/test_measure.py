@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from lorasmith.bench.benchmark import latent_side, measured
-from lorasmith.bench.counting import Counter
+from lorasmith.bench.counting import Counter, Profile, profiled
 from lorasmith.bench.limits import Measured, Rates, limits, measured_rates, shares
 from lorasmith.bench.measure import (
     Counts,
@@ -32,7 +32,6 @@ from lorasmith.bench.measure import (
     training_steps,
     weight_bytes,
 )
-from lorasmith.bench.profiling import Profile, profiled
 from lorasmith.core.errors import OptionError
 from lorasmith.families.model import Model
 from lorasmith.training.batches import Batch, BatchMaker

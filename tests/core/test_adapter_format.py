@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lorasmith.core.adapter_format import multiplied
+from lorasmith.core.adapter_state import multiplied
 
 
 @pytest.mark.parametrize(("factor", "dtype"), [(1.0, torch.bfloat16), (0.25, torch.bfloat16), (3.1, torch.float32)])

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lorasmith.core.dtypes import chosen_dtype, dtype_from_name, dtype_name
 from lorasmith.core.errors import OptionError
+from lorasmith.core.placement import chosen_dtype, dtype_from_name, dtype_name
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypedDict
 
 import pytest
 
-from lorasmith.core.json_schema import json_schema
+from lorasmith.core.typed_json import json_schema
 
 
 class Colour(StrEnum):

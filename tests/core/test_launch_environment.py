@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from lorasmith.core.errors import OptionError
-from lorasmith.core.launch_environment import LaunchedProcess, gpu_variable, launched_process
+from lorasmith.core.launched import LaunchedProcess, gpu_variable, launched_process
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "host0", "MASTER_PORT": "1234"}
 SLURM = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1"}

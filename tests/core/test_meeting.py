@@ -10,8 +10,13 @@ from datetime import timedelta
 import pytest
 from torch.distributed import HashStore
 
-from lorasmith.core.launch_environment import LaunchedProcess
-from lorasmith.core.meeting import INTERFACE, interface_towards_others, opened_store, store_of_this_start
+from lorasmith.core.launched import (
+    INTERFACE,
+    LaunchedProcess,
+    interface_towards_others,
+    opened_store,
+    store_of_this_start,
+)
 
 SOON = timedelta(seconds=20)
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lorasmith.core.dtypes import dtype_from_name
-from lorasmith.core.placement import best_device, fast_dtype, memory_format_for, multiplies, placed
+from lorasmith.core.placement import best_device, dtype_from_name, fast_dtype, memory_format_for, multiplies, placed
 
 CPU = torch.device("cpu")
 

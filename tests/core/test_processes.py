@@ -13,14 +13,14 @@ import pytest
 
 import lorasmith
 from lorasmith.core.errors import OptionError, TrainingError
-from lorasmith.core.launch_environment import LaunchedProcess
+from lorasmith.core.launched import LaunchedProcess
 from lorasmith.core.processes import ALONE, Processes, _check_gpus, _gpu_of, current, joined
 from tests.launched import environment, free_port
 
 SCRIPT = """
 import sys, torch
 from lorasmith.core.errors import OptionError
-from lorasmith.core.launch_environment import LaunchedProcess
+from lorasmith.core.launched import LaunchedProcess
 from lorasmith.core.processes import current, joined
 
 rank, port = int(sys.argv[1]), int(sys.argv[2])

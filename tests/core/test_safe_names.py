@@ -4,8 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorasmith.core.folders import MAX_STEM_BYTES
-from lorasmith.core.safe_names import safe_name
+from lorasmith.core.folders import MAX_STEM_BYTES, safe_name
 
 NAMES = {
     "dog": "dog",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lorasmith.core.shape_rules import first_misfit
+from lorasmith.core.adapter_state import first_misfit
 
 RULES = {
     "one": "1",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lorasmith.core.sizes import count_text, memory_text
+from lorasmith.core.printable import count_text, memory_text
 
 
 @pytest.mark.parametrize(

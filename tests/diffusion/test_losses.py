@@ -11,8 +11,7 @@ from torch import Tensor
 
 from lorasmith.core.errors import OptionError
 from lorasmith.diffusion.losses import LOSSES, diffusion_loss
-from lorasmith.diffusion.parameterization import PARAMETERIZATIONS
-from lorasmith.diffusion.schedule import DiscreteSchedule, FlowSchedule, NoiseSchedule
+from lorasmith.diffusion.schedule import PARAMETERIZATIONS, DiscreteSchedule, FlowSchedule, NoiseSchedule
 
 SD = DiscreteSchedule.scaled_linear()
 OBJECTIVES = ("native", "x0")

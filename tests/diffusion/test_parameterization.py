@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorasmith.core.errors import OptionError
-from lorasmith.diffusion.parameterization import PARAMETERIZATIONS
-from lorasmith.diffusion.schedule import DiscreteSchedule, FlowSchedule, NoiseLevel, NoiseSchedule
+from lorasmith.diffusion.schedule import PARAMETERIZATIONS, DiscreteSchedule, FlowSchedule, NoiseLevel, NoiseSchedule
 
 SD = DiscreteSchedule.scaled_linear()
 FLOW = FlowSchedule(3.0)

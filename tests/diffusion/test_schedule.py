@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorasmith.core.errors import OptionError
-from lorasmith.diffusion.parameterization import PARAMETERIZATIONS
 from lorasmith.diffusion.schedule import (
+    PARAMETERIZATIONS,
     DiscreteSchedule,
     FlowSchedule,
     NoiseLevel,

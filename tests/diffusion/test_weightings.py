@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 from lorasmith.core.errors import OptionError
-from lorasmith.diffusion.losses import diffusion_loss
-from lorasmith.diffusion.parameterization import PARAMETERIZATIONS
-from lorasmith.diffusion.schedule import DiscreteSchedule, FlowSchedule, NoiseLevel, NoiseSchedule
-from lorasmith.diffusion.weightings import WEIGHTINGS, loss_weights
+from lorasmith.diffusion.losses import WEIGHTINGS, diffusion_loss, loss_weights
+from lorasmith.diffusion.schedule import PARAMETERIZATIONS, DiscreteSchedule, FlowSchedule, NoiseLevel, NoiseSchedule
 
 SD = DiscreteSchedule.scaled_linear()
 STEPS = torch.tensor([0, 10, 100, 250, 500, 777, 999])

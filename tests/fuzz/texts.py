@@ -12,10 +12,9 @@ from pathlib import Path
 from torch.optim import AdamW
 
 from lorasmith.core.errors import LorasmithError
-from lorasmith.core.folders import Folders
+from lorasmith.core.folders import Folders, safe_name
 from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.core.printable import sentence
-from lorasmith.core.safe_names import safe_name
 from lorasmith.data.caption_rules import CaptionRules
 from lorasmith.data.captions import MAX_CAPTION, caption_of_file_name
 from lorasmith.data.data_config import DataConfig

@@ -6,7 +6,7 @@ import io
 
 from PIL import ExifTags, Image
 
-from lorasmith.report.animations import Clip, animation, parameters_entry
+from lorasmith.report.pictures import Clip, animation, parameters_entry
 
 
 def clip(frames: int = 3, size: tuple[int, int] = (32, 16), rate: float = 8.0) -> Clip:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from lorasmith.report.cards import card, embedded_picture, embedded_png
+from lorasmith.report.pictures import card, embedded_picture, embedded_png
 from tests.training.run_cases import HOSTILE
 
 

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorasmith.core.printable import printable
-from lorasmith.report.text import load_font, text_image, wrapped
+from lorasmith.report.contact_sheet import load_font, text_image, wrapped
 
 FONT = load_font(14)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lorasmith.core.errors import OptionError
 from lorasmith.families.base import Conditioning
-from lorasmith.sampling.guidance import guided
+from lorasmith.sampling.sample import guided
 
 
 def prompt(*values: float, tokens: int = 1) -> Conditioning:

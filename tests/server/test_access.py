@@ -14,8 +14,8 @@ import pytest
 from yarl import URL
 
 from lorasmith.core.errors import OptionError
+from lorasmith.core.folders import is_reserved
 from lorasmith.core.foreign_json import parse_foreign_json
-from lorasmith.core.safe_names import is_reserved
 from lorasmith.server import access, request_parts
 from lorasmith.server.access import Access, access_of, is_loopback
 from lorasmith.server.request_parts import MAX_JSON_BYTES, read_body

@@ -12,7 +12,7 @@ from torch import Tensor
 from lorasmith.adapters.patch import Patch, patches_applied
 from lorasmith.core.adapter_state import DENOISER, AdapterState
 from lorasmith.families.model import Model
-from lorasmith.toolbox.extract_patches import PatchedPart, extract_patches
+from lorasmith.toolbox.extract import PatchedPart, extract_patches
 
 
 def patch_of(state: AdapterState, strength: float = 1.0) -> Patch:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lorasmith.toolbox.lowrank import Change, stacked
+from lorasmith.toolbox.changes import Change, stacked
 
 
 def normal(*shape: int, seed: int) -> Tensor:

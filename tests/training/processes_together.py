@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from lorasmith.core.launch_environment import LaunchedProcess
+from lorasmith.core.launched import LaunchedProcess
 from lorasmith.core.processes import Processes, joined
 
 T = TypeVar("T")

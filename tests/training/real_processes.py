@@ -17,7 +17,7 @@ import torch
 from matplotlib.figure import Figure
 
 from lorasmith.app.model_run import train_job
-from lorasmith.core.launch_environment import LaunchedProcess
+from lorasmith.core.launched import LaunchedProcess
 from lorasmith.core.processes import current, joined
 from lorasmith.training.events import Event, StepDone, Validated
 from lorasmith.training.train import RunOptions

@@ -17,9 +17,8 @@ from lorasmith.core import choices
 from lorasmith.core.errors import OptionError
 from lorasmith.core.options import options_of
 from lorasmith.core.quantization import PACKINGS
-from lorasmith.diffusion.losses import LOSSES
+from lorasmith.diffusion.losses import LOSSES, WEIGHTINGS
 from lorasmith.diffusion.timesteps import TIMESTEP_DISTRIBUTIONS
-from lorasmith.diffusion.weightings import WEIGHTINGS
 from lorasmith.training.config import ResolvedConfig, TrainConfig
 
 SETTINGS = options_of(TrainConfig)
@@ -32,10 +31,10 @@ OTHER_CONCEPTS = {
     "app.drawing.load_with_loras": "LoRAs of pictures",
     "app.drawing.with_loras": "LoRAs of pictures",
     "app.library.generate": "steps of a sampler, the seed and the LoRAs of a picture",
-    "cli.convert.convert": "a file's metadata",
-    "core.adapter_format.PeftKind": "the name of a field",
-    "cli.demo.demo": "the demo's own run",
-    "cli.extract.extract": "the size of a LoRA made of two checkpoints",
+    "cli.lora_files.convert": "a file's metadata",
+    "core.adapter_state.PeftKind": "the name of a field",
+    "cli.train.demo": "the demo's own run",
+    "cli.lora_changes.extract": "the size of a LoRA made of two checkpoints",
     "cli.generate.generate": "steps of a sampler, the seed and the LoRAs of a picture",
     "diffusion.schedule.DiscreteSchedule.scaled_linear": "the length of a noise schedule",
     "diffusion.schedule.FlowSchedule": "the length of a noise schedule",

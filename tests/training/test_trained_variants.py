@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lorasmith.adapters.catalogue import ALGORITHMS
-from lorasmith.core.dtypes import dtype_from_name
+from lorasmith.core.placement import dtype_from_name
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.model import Model
 from lorasmith.training import engine

@@ -25,8 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.adapters.frozen_layer import FrozenLayer
-from lorasmith.core.adapter_format import AdapterFormat
-from lorasmith.core.adapter_state import AdapterWeights
+from lorasmith.core.adapter_state import AdapterFormat, AdapterWeights
 from lorasmith.core.errors import LoraError
 from lorasmith.core.registry import Registry
 

@@ -7,8 +7,7 @@ from importlib import import_module
 
 from lorasmith.adapters.adapter import ADAPTERS
 from lorasmith.adapters.catalogue import ALGORITHMS, Algorithm
-from lorasmith.core.adapter_format import AdapterFormat
-from lorasmith.core.adapter_state import AdapterWeights
+from lorasmith.core.adapter_state import AdapterFormat, AdapterWeights
 
 for _name in ALGORITHMS:
     import_module(f"lorasmith.adapters.{_name.casefold()}")  # the module of an algorithm has its name

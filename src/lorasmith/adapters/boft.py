@@ -24,8 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from lorasmith.adapters.adapter import ADAPTERS, misfit, taken
 from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.adapters.oft import OftAdapter, Rotation, rotated
-from lorasmith.core.adapter_format import Shapes
-from lorasmith.core.adapter_state import AdapterWeights
+from lorasmith.core.adapter_state import AdapterWeights, Shapes
 from lorasmith.core.errors import OptionError
 
 

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from lorasmith.adapters.adapter import ADAPTERS, Adapter, misfit, saved, taken, wide
 from lorasmith.adapters.frozen_layer import FrozenLayer, change_alone, changed_product
-from lorasmith.core.adapter_format import AdapterFormat
-from lorasmith.core.adapter_state import AdapterWeights
+from lorasmith.core.adapter_state import AdapterFormat, AdapterWeights
 
 
 @ADAPTERS.register("Full")

@@ -23,8 +23,7 @@ from torch import Tensor, nn
 
 from lorasmith.adapters.adapter import ADAPTERS, Adapter, fill_uniform, misfit, saved, taken, wide
 from lorasmith.adapters.frozen_layer import FrozenLayer
-from lorasmith.core.adapter_format import AdapterFormat
-from lorasmith.core.adapter_state import AdapterWeights
+from lorasmith.core.adapter_state import AdapterFormat, AdapterWeights
 from lorasmith.core.random import keyed_generator
 
 T = TypeVar("T")

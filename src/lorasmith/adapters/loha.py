@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from lorasmith.adapters.adapter import ADAPTERS, Adapter, misfit, saved, taken, wide
 from lorasmith.adapters.frozen_layer import FrozenLayer, change_alone, changed_product
-from lorasmith.core.adapter_format import AdapterFormat, PeftKind, Shapes, Tensors
-from lorasmith.core.adapter_state import AdapterWeights
+from lorasmith.core.adapter_state import AdapterFormat, AdapterWeights, PeftKind, Shapes, Tensors
 from lorasmith.core.random import keyed_generator
 
 _FACTORS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")

@@ -29,8 +29,7 @@ from torch import Tensor, nn
 
 from lorasmith.adapters.adapter import ADAPTERS, Adapter, fill_uniform, misfit, saved, squared_product, taken, wide
 from lorasmith.adapters.frozen_layer import FrozenLayer, FrozenProduct, change_alone
-from lorasmith.core.adapter_format import AdapterFormat, PeftKind, Shapes, Tensors
-from lorasmith.core.adapter_state import AdapterWeights
+from lorasmith.core.adapter_state import AdapterFormat, AdapterWeights, PeftKind, Shapes, Tensors
 from lorasmith.core.random import keyed_generator
 
 _WHOLE, _PARTS = ("lokr_w1", "lokr_w2"), ("lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b")

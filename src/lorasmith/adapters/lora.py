@@ -27,8 +27,7 @@ from torch import Tensor, nn
 from lorasmith.adapters.adapter import ADAPTERS, Adapter, fill_uniform, misfit, saved, squared_product, taken
 from lorasmith.adapters.frozen_layer import FrozenLayer, FrozenProduct
 from lorasmith.adapters.low_rank_products import LowRankTerm, RunTerms, linear_with_lora
-from lorasmith.core.adapter_format import COMFYUI, DIFFUSERS, SD_SCRIPTS, AdapterFormat, PeftKind, Shapes
-from lorasmith.core.adapter_state import AdapterWeights
+from lorasmith.core.adapter_state import COMFYUI, DIFFUSERS, SD_SCRIPTS, AdapterFormat, AdapterWeights, PeftKind, Shapes
 from lorasmith.core.errors import OptionError
 from lorasmith.core.random import keyed_generator
 

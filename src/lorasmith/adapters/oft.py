@@ -27,8 +27,7 @@ from torch import Tensor, nn
 
 from lorasmith.adapters.adapter import ADAPTERS, Adapter, misfit, saved, taken, wide
 from lorasmith.adapters.frozen_layer import FrozenLayer
-from lorasmith.core.adapter_format import AdapterFormat, PeftKind, Shapes, multiplied
-from lorasmith.core.adapter_state import AdapterWeights
+from lorasmith.core.adapter_state import AdapterFormat, AdapterWeights, PeftKind, Shapes, multiplied
 from lorasmith.core.errors import OptionError
 
 _WIDTH = 16

@@ -10,7 +10,7 @@ from pathlib import Path
 from lorasmith.app.command_lines import command_line, positional
 from lorasmith.app.data_check import DataCheck
 from lorasmith.core.files import write_atomic
-from lorasmith.core.sizes import count_text
+from lorasmith.core.printable import count_text
 from lorasmith.data.clips import open_still
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.findings import CheckedImage, Finding, FindingKind, tags_of

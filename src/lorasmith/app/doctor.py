@@ -14,12 +14,11 @@ from shutil import which
 import psutil
 import torch
 
-from lorasmith.core.dtypes import dtype_name
 from lorasmith.core.errors import OutputError
 from lorasmith.core.files import check_writable
 from lorasmith.core.folders import MODEL_EXTENSIONS, Folders
-from lorasmith.core.placement import multiplies
-from lorasmith.core.sizes import memory_text
+from lorasmith.core.placement import dtype_name, multiplies
+from lorasmith.core.printable import memory_text
 from lorasmith.data.encoding_cache import default_cache
 from lorasmith.training.memory.compilation import compiler
 from lorasmith.training.runs.run_states import free_bytes

@@ -17,7 +17,7 @@ from lorasmith.families.base import Expert
 from lorasmith.families.locating import ModelFiles
 from lorasmith.families.model import Denoiser, Model, TextEncoder
 from lorasmith.families.model_search import FoundPart, load_completed
-from lorasmith.report.animations import Clip, Shot, animation, parameters_entry
+from lorasmith.report.pictures import Clip, Shot, animation, parameters_entry
 from lorasmith.sampling.generate import Experts
 from lorasmith.training.lora_handle import Lora
 

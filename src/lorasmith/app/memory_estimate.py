@@ -23,9 +23,8 @@ from lorasmith.app.command_lines import arguments_for
 from lorasmith.bench.benchmark import latent_side
 from lorasmith.bench.measure import synthetic_samples
 from lorasmith.core.choices import Quantization
-from lorasmith.core.dtypes import dtype_name
 from lorasmith.core.folders import Folders
-from lorasmith.core.placement import best_device, fast_dtype, full_precision
+from lorasmith.core.placement import best_device, dtype_name, fast_dtype, full_precision
 from lorasmith.core.quantization import WEIGHT_SOURCE, weight_source
 from lorasmith.families.locating import ModelFiles
 from lorasmith.families.model import Model

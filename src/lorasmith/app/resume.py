@@ -9,7 +9,7 @@ from lorasmith.app.folder_run import RUNS, PreparedRun, prepare
 from lorasmith.app.recorded_run import Rights, repeated
 from lorasmith.core.errors import OptionError, OutputError, TrainingError
 from lorasmith.core.options import options_of
-from lorasmith.core.sizes import count_text
+from lorasmith.core.printable import count_text
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import EventHandler, Warned
 from lorasmith.training.runs.history import RECORD

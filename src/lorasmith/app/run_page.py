@@ -18,7 +18,7 @@ from lorasmith.app.run_spec import RunSpec
 from lorasmith.core.errors import LorasmithError, OptionError
 from lorasmith.core.files import write_atomic
 from lorasmith.core.options import options_of
-from lorasmith.core.sizes import count_text
+from lorasmith.core.printable import count_text
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.formats.container import check_safetensors
 from lorasmith.formats.metadata import steps_of

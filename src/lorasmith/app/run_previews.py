@@ -17,12 +17,11 @@ from PIL import Image
 from lorasmith.app.lora_picture import give_picture
 from lorasmith.app.preview_budget import PreviewProgram
 from lorasmith.core.adapter_state import AdapterState
-from lorasmith.core.dtypes import chosen_dtype
 from lorasmith.core.errors import LorasmithError
-from lorasmith.core.placement import best_device
+from lorasmith.core.placement import best_device, chosen_dtype
 from lorasmith.families.model import Denoiser, Model
-from lorasmith.report.animations import Shot
 from lorasmith.report.contact_sheet import contact_sheet
+from lorasmith.report.pictures import Shot
 from lorasmith.report.preview_folder import PreviewFolder
 from lorasmith.sampling.generate import Sampling
 from lorasmith.sampling.previews import Partner, Previewer

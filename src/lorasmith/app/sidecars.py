@@ -17,7 +17,7 @@ from typing import Any
 from lorasmith.core.errors import OptionError
 from lorasmith.core.files import write_atomic
 from lorasmith.core.folders import RUN_RECORD
-from lorasmith.core.sizes import count_text
+from lorasmith.core.printable import count_text
 from lorasmith.families.base import Family
 from lorasmith.formats.container import check_safetensors
 from lorasmith.formats.hashes import autov2, autov3, sha256_file

@@ -29,9 +29,9 @@ from lorasmith.app.run_file import arguments_in, parsed_toml
 from lorasmith.app.run_spec import SETTING_PATHS, SETTINGS, RunSpec
 from lorasmith.core.errors import OptionError
 from lorasmith.core.files import read_regular
+from lorasmith.core.folders import safe_name
 from lorasmith.core.random import keyed_uniform
 from lorasmith.core.registry import nearest
-from lorasmith.core.safe_names import safe_name
 from lorasmith.core.typed_json import Scalar
 from lorasmith.data.encoding import datasets_folder
 from lorasmith.data.folder import scan_sources

@@ -29,7 +29,7 @@ from lorasmith.app.sweep_file import SweepRun
 from lorasmith.core.errors import OptionError, OutputError
 from lorasmith.core.files import ensure_folder, read_regular, write_atomic
 from lorasmith.core.foreign_json import parse_foreign_json
-from lorasmith.core.launch_environment import VISIBLE_GPUS, gpu_variable
+from lorasmith.core.launched import VISIBLE_GPUS, gpu_variable
 from lorasmith.core.placement import chosen_device
 from lorasmith.core.typed_json import typed
 

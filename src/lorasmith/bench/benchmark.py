@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import torch
 
+from lorasmith.bench.counting import profiled
 from lorasmith.bench.limits import Measured, device_memory, measured_rates
 from lorasmith.bench.measure import (
     Counts,
@@ -22,7 +23,6 @@ from lorasmith.bench.measure import (
     training_steps,
     weight_bytes,
 )
-from lorasmith.bench.profiling import profiled
 from lorasmith.core.allocator import is_out_of_memory
 from lorasmith.core.errors import OptionError
 from lorasmith.data.dataset import Sample

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
+from lorasmith.bench.counting import Profile
 from lorasmith.bench.measure import Counts, Parts, Spread, Steps
-from lorasmith.bench.profiling import Profile
 from lorasmith.training.memory.memory_plan import MemoryPlan
 
 _LONG_ENOUGH_S = 0.02

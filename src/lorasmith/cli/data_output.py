@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lorasmith.cli.console import echo, heading, print_note
-from lorasmith.core.sizes import count_text
+from lorasmith.core.printable import count_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

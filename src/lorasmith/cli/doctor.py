@@ -8,7 +8,7 @@ import typer
 
 from lorasmith.cli.console import console, echo, heading, print_note, print_result
 from lorasmith.cli.flags import BaseDir, ExtraModelPaths, folders_of
-from lorasmith.core.sizes import memory_text
+from lorasmith.core.printable import memory_text
 
 if TYPE_CHECKING:
     from lorasmith.app.doctor import Checkup

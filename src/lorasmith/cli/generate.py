@@ -69,7 +69,7 @@ def generate(
 ) -> None:
     """Generate pictures from prompts, or with --frames clips, as animated WebP files."""
     from lorasmith.app.drawing import experts_of, load_with_loras, save_pictures
-    from lorasmith.core.dtypes import dtype_from_name
+    from lorasmith.core.placement import dtype_from_name
     from lorasmith.families.locating import ModelFiles
     from lorasmith.families.model import Denoiser
     from lorasmith.sampling.generate import Experts, Sampling, generate_clips

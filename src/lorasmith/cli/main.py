@@ -12,25 +12,14 @@ import typer
 
 from lorasmith.cli import (
     bench,
-    check,
-    convert,
-    data_cache,
-    data_caption,
-    data_check,
-    demo,
-    diff,
+    data,
     doctor,
-    extract,
     generate,
-    inspect,
-    merge,
+    lora_changes,
+    lora_files,
     models,
-    nodes,
     plan,
-    report,
-    reproduce,
-    resize,
-    resume,
+    recorded_runs,
     serve,
     sweep,
     targets,
@@ -38,8 +27,7 @@ from lorasmith.cli import (
     workflow,
 )
 from lorasmith.cli.console import echo, other_output_made_printable, output_as, print_json_error
-from lorasmith.cli.flags import with_general_flags
-from lorasmith.cli.help import HelpGroup, with_readable_help
+from lorasmith.cli.flags import HelpGroup, with_general_flags, with_readable_help
 from lorasmith.core.allocator import keep_freed_memory
 from lorasmith.core.printable import printable
 
@@ -103,39 +91,22 @@ def _common(
     pass
 
 
-demo.register(app)
 train.register(app)
 sweep.register(app)
-resume.register(app)
-reproduce.register(app)
-report.register(app)
+recorded_runs.register(app)
 targets.register(app)
 models.register(app)
 plan.register(app)
 workflow.register(app)
-nodes.register(app)
 generate.register(app)
-inspect.register(app)
-check.register(app)
-convert.register(app)
-merge.register(app)
-resize.register(app)
-extract.register(app)
-diff.register(app)
+lora_files.register(app)
+lora_changes.register(app)
 bench.register(app)
 doctor.register(app)
 serve.register(app)
-
-data = typer.Typer(
-    cls=HelpGroup, help="Images and captions before training: checked, captioned, encoded.", no_args_is_help=True
-)
-app.add_typer(data, name="data")
-data_caption.register(data)
-data_cache.register(data)
-data_check.register(data)
+data.register(app)
 with_general_flags(app)
-for group in (app, data):
-    with_readable_help(group)
+with_readable_help(app)
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from lorasmith.cli.flags import (
     with_flags,
 )
 from lorasmith.cli.run_output import found_line
-from lorasmith.core.sizes import memory_text
+from lorasmith.core.printable import memory_text
 from lorasmith.training.config import TrainConfig, cost_options
 
 if TYPE_CHECKING:

@@ -36,7 +36,7 @@ from lorasmith.cli.console import (
     stoppable,
 )
 from lorasmith.cli.data_output import print_findings
-from lorasmith.core.sizes import count_text
+from lorasmith.core.printable import count_text
 from lorasmith.report.loss_plot import recent_loss
 from lorasmith.training.config import WHOLE_RANGE
 from lorasmith.training.events import (

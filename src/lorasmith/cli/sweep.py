@@ -16,7 +16,7 @@ from lorasmith.cli.flags import BaseDir, ExtraModelPaths, FollowLinks, folders_o
 from lorasmith.cli.together import check_alone
 from lorasmith.core.errors import OptionError
 from lorasmith.core.files import check_writable
-from lorasmith.core.sizes import count_text
+from lorasmith.core.printable import count_text
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -14,7 +14,7 @@ import typer
 
 from lorasmith.cli.console import StoppedError, name_output, output_silenced
 from lorasmith.core.errors import LorasmithError, OptionError, TrainingError
-from lorasmith.core.launch_environment import VISIBLE_GPUS, gpu_variable, launched_process
+from lorasmith.core.launched import VISIBLE_GPUS, gpu_variable, launched_process
 
 _RESTARTS = 3  # how often the processes of one machine are started again after one of them died
 

@@ -20,7 +20,7 @@ LossFunction = Literal["MSE", "L1", "Huber", "SmoothL1"]
 """Distance between prediction and target; see `diffusion.losses`."""
 
 LossWeighting = Literal["none", "min_snr", "soft_min_snr"]
-"""Weight of a noise level in the loss; see `diffusion.weightings`."""
+"""Weight of a noise level in the loss; see `diffusion.losses`."""
 
 Objective = Literal["native", "x0"]
 """What the loss compares: the model's native prediction, or the clean sample."""

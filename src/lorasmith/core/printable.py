@@ -1,4 +1,4 @@
-r"""Untrusted text made fit to print: names of files and tensors, metadata, captions, titles, messages of packages.
+r"""Text fit to print: amounts, and text of strangers (names of files and tensors, metadata, captions, messages).
 
 Terminals obey control characters (they move the cursor, set the title, write the clipboard), and direction marks
 reorder a name on screen. Both are replaced by JSON's escapes (`\\u001b`), so that JSON stays JSON. Joiners, which
@@ -60,3 +60,13 @@ def _shortened(text: str, limit: int) -> str:
         return text
     end = (limit - 1) * 3 // 5
     return f"{text[: limit - 1 - end]}…{text[len(text) - end :]}"
+
+
+def memory_text(size_bytes: int) -> str:
+    """`512 MiB` or `1.5 GiB`."""
+    return f"{size_bytes / 2**30:.1f} GiB" if size_bytes >= 2**30 else f"{size_bytes / 2**20:.0f} MiB"
+
+
+def count_text(count: int, noun: str) -> str:
+    """`1 step` or `2,000 steps`, for nouns with a regular plural."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

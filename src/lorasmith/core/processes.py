@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lorasmith.core.errors import CancelledError, LorasmithError, OptionError, TrainingError
-from lorasmith.core.launch_environment import LaunchedProcess
+from lorasmith.core.launched import LaunchedProcess
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
@@ -231,7 +231,7 @@ def joined(launched: LaunchedProcess | None) -> Iterator[Processes]:
     from torch.distributed import distributed_c10d
     from torch.distributed.distributed_c10d import PrefixStore
 
-    from lorasmith.core.meeting import INTERFACE, interface_towards_others, opened_store, store_of_this_start
+    from lorasmith.core.launched import INTERFACE, interface_towards_others, opened_store, store_of_this_start
 
     gpu = _gpu_of(launched.local_rank, torch.cuda.device_count())
     if gpu is not None:

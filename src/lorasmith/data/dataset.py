@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from lorasmith.core.errors import DataError
-from lorasmith.core.printable import printable
+from lorasmith.core.printable import count_text, printable
 from lorasmith.core.random import keyed_uniform
-from lorasmith.core.sizes import count_text
 from lorasmith.data.caption_rules import CaptionRules
 from lorasmith.data.encoded_captions import EncodedCaptions
 from lorasmith.families.base import Conditioning, PictureSize

@@ -30,7 +30,7 @@ from PIL import Image
 from lorasmith.core.choices import Fix
 from lorasmith.core.errors import DataError, OptionError, OutputError
 from lorasmith.core.files import check_writable, ensure_folder, is_folder, open_regular
-from lorasmith.core.safe_names import plain_name, safe_name
+from lorasmith.core.folders import plain_name, safe_name
 from lorasmith.data.captions import CAPTION_SUFFIXES, read_caption
 from lorasmith.data.clips import is_video
 from lorasmith.data.data_config import DataConfig

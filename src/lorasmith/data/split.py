@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from lorasmith.core.errors import DataError
-from lorasmith.core.sizes import count_text
+from lorasmith.core.printable import count_text
 from lorasmith.data.dataset import EncodedDataset, Sample
 
 AUTOMATIC_FROM = 12

@@ -1,16 +1,28 @@
-"""Training losses: (batch, ...) prediction and target in fp32 → (batch,) mean per sample."""
+"""Training losses, and the weights of noise levels in them.
+
+Losses map (batch, ...) prediction and target in fp32 to the (batch,) mean per sample. Weights are pure functions of the
+level, the kind of prediction and gamma, defined for the squared error of the clean sample, as in the papers. `scale`
+converts them to the objective: the clean error per error of the prediction, 1 if clean samples are compared. With MSE a
+weighted run is therefore the same for both objectives, except with `none`.
+
+    min_snr        min(SNR, gamma)                (Hang et al. 2023, arXiv:2303.09556)
+    soft_min_snr   SNR · gamma / (SNR + gamma)    (Crowson et al. 2024, arXiv:2401.11605, with sigma_data² = 1/gamma)
+
+SNR is alpha²/sigma². On predictions, min_snr is the familiar min(SNR, gamma)/SNR of epsilon and min(SNR, gamma)/(SNR+1)
+of v; of a flow it is min(alpha², gamma · sigma²), most where alpha = √gamma · sigma and none at both ends.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorasmith.core.choices import LossFunction, Objective
+from lorasmith.core.choices import LossFunction, LossWeighting, Objective
 from lorasmith.core.registry import Registry
-from lorasmith.diffusion.parameterization import PARAMETERIZATIONS
-from lorasmith.diffusion.schedule import NoiseLevel
+from lorasmith.diffusion.schedule import PARAMETERIZATIONS, NoiseLevel
 
 Elementwise = Callable[[Tensor, Tensor], Tensor]
 
@@ -33,7 +45,7 @@ def diffusion_loss(
     loss_function: LossFunction,
     places: Tensor | None = None,
 ) -> Tensor:
-    """Loss of each sample, shape (batch,), without the weight of its noise level (`weightings`).
+    """Loss of each sample, shape (batch,), without the weight of its noise level (`loss_weights`).
 
     With MSE the `x0` objective (as in ComfyUI's trainer) equals the native one times sigma²/alpha² (epsilon) or sigma²
     (v and flow). `prediction` (batch, ...) is of any float dtype; `clean`, `noise`, `noised` are fp32 of that shape.
@@ -47,3 +59,35 @@ def diffusion_loss(
         target = kind.target(clean, noise, level)
     distance = LOSSES[loss_function](prediction, target)
     return (distance if places is None else distance * places).flatten(1).mean(1)
+
+
+Weighting = Callable[[NoiseLevel, Tensor, float], Tensor]
+
+WEIGHTINGS: Registry[Weighting] = Registry("loss weighting")
+
+
+@WEIGHTINGS.register("none")
+def _none(level: NoiseLevel, scale: Tensor, gamma: float) -> Tensor:
+    return torch.ones_like(level.sigma)
+
+
+# Both avoid the SNR itself, which is infinite at a flow's clean end.
+@WEIGHTINGS.register("min_snr")
+def _min_snr(level: NoiseLevel, scale: Tensor, gamma: float) -> Tensor:
+    signal = level.alpha**2
+    return scale * signal / torch.maximum(level.sigma**2, signal / gamma)
+
+
+@WEIGHTINGS.register("soft_min_snr")
+def _soft_min_snr(level: NoiseLevel, scale: Tensor, gamma: float) -> Tensor:
+    signal = level.alpha**2
+    return scale * signal / (level.sigma**2 + signal / gamma)
+
+
+def loss_weights(
+    level: NoiseLevel, *, weighting: LossWeighting, gamma: float, parameterization: str, objective: Objective
+) -> Tensor:
+    """Factor of each sample's loss, (batch,); weights saturate at the signal-to-noise ratio `gamma`."""
+    compares_clean = objective == "x0"
+    scale = torch.ones_like(level.sigma) if compares_clean else PARAMETERIZATIONS[parameterization].clean_scale(level)
+    return WEIGHTINGS[weighting](level, scale, gamma)

@@ -1,12 +1,18 @@
-"""Noise schedules: weights of signal and noise over diffusion time.
+"""Noise schedules: weights of signal and noise over diffusion time; and parameterizations: what a network predicts.
 
 Every schedule noises as `x_t = alpha · x0 + sigma · noise`. Two kinds exist:
 
-- `DiscreteSchedule` (Ho et al. 2020, arXiv:2006.11239): 1000 variance-preserving steps, `alpha² + sigma² = 1`. -
-`FlowSchedule` (rectified flow, Esser et al. 2024, arXiv:2403.03206): `alpha = 1 − sigma`.
+- `DiscreteSchedule` (Ho et al. 2020, arXiv:2006.11239): 1000 variance-preserving steps, `alpha² + sigma² = 1`.
+- `FlowSchedule` (rectified flow, Esser et al. 2024, arXiv:2403.03206): `alpha = 1 − sigma`.
 
 Samplers use one number per step, sigma in k-diffusion (Karras et al. 2022, arXiv:2206.00364): for a discrete schedule
 the noise-to-signal ratio `sigma/alpha` of the variance-exploding form `x = x0 + sigma · noise`, for a flow its sigma.
+
+Predictions, and their relation to the clean sample; tensors are (batch, ...) in fp32, levels those of the noised one:
+
+    epsilon   the noise                                        (Ho et al. 2020)
+    v         alpha · noise − sigma · x0                       (Salimans & Ho 2022, arXiv:2202.00512)
+    flow      noise − x0                                       (Liu et al. 2022, arXiv:2209.03003)
 """
 
 from __future__ import annotations
@@ -19,6 +25,7 @@ import torch
 from torch import Tensor
 
 from lorasmith.core.errors import OptionError
+from lorasmith.core.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -287,3 +294,60 @@ def shifted(time: Tensor, shift: float) -> Tensor:
 def per_sample(values: Tensor, x: Tensor) -> Tensor:
     """`values` (batch,) on x's device, reshaped to broadcast over x."""
     return values.to(x.device).reshape(-1, *(1,) * (x.ndim - 1))
+
+
+class Parameterization(ABC):
+    """One kind of prediction."""
+
+    @abstractmethod
+    def target(self, clean: Tensor, noise: Tensor, level: NoiseLevel) -> Tensor:
+        """The target of the prediction."""
+
+    @abstractmethod
+    def clean(self, prediction: Tensor, noised: Tensor, level: NoiseLevel) -> Tensor:
+        """The clean sample that a prediction implies for `noised = alpha·x0 + sigma·noise`."""
+
+    @abstractmethod
+    def clean_scale(self, level: NoiseLevel) -> Tensor:
+        """(batch,) squared error of the clean sample per squared error of the prediction."""
+
+
+PARAMETERIZATIONS: Registry[Parameterization] = Registry("parameterization")
+
+
+class _Epsilon(Parameterization):
+    def target(self, clean: Tensor, noise: Tensor, level: NoiseLevel) -> Tensor:
+        return noise
+
+    def clean(self, prediction: Tensor, noised: Tensor, level: NoiseLevel) -> Tensor:
+        return (noised - per_sample(level.sigma, noised) * prediction) / per_sample(level.alpha, noised)
+
+    def clean_scale(self, level: NoiseLevel) -> Tensor:
+        return (level.sigma / level.alpha) ** 2
+
+
+class _V(Parameterization):
+    def target(self, clean: Tensor, noise: Tensor, level: NoiseLevel) -> Tensor:
+        return per_sample(level.alpha, clean) * noise - per_sample(level.sigma, clean) * clean
+
+    def clean(self, prediction: Tensor, noised: Tensor, level: NoiseLevel) -> Tensor:
+        return per_sample(level.alpha, noised) * noised - per_sample(level.sigma, noised) * prediction
+
+    def clean_scale(self, level: NoiseLevel) -> Tensor:
+        return level.sigma**2
+
+
+class _Flow(Parameterization):
+    def target(self, clean: Tensor, noise: Tensor, level: NoiseLevel) -> Tensor:
+        return noise - clean
+
+    def clean(self, prediction: Tensor, noised: Tensor, level: NoiseLevel) -> Tensor:
+        return noised - per_sample(level.sigma, noised) * prediction
+
+    def clean_scale(self, level: NoiseLevel) -> Tensor:
+        return level.sigma**2
+
+
+PARAMETERIZATIONS.register("epsilon", "eps")(_Epsilon())
+PARAMETERIZATIONS.register("v", "v_prediction")(_V())
+PARAMETERIZATIONS.register("flow")(_Flow())

@@ -19,11 +19,9 @@ from torch import Tensor, nn
 
 from lorasmith.adapters.packed_layers import packed_layers, placed_for_products
 from lorasmith.adapters.patch import Patch, patches_applied
-from lorasmith.core.dtypes import dtype_name
 from lorasmith.core.errors import DataError, OptionError
-from lorasmith.core.placement import best_device, device_of, fast_dtype
-from lorasmith.core.printable import printable
-from lorasmith.core.sizes import count_text
+from lorasmith.core.placement import best_device, device_of, dtype_name, fast_dtype
+from lorasmith.core.printable import count_text, printable
 from lorasmith.families.base import (
     Components,
     Conditioning,
@@ -38,7 +36,7 @@ from lorasmith.families.base import (
 from lorasmith.families.parts.autoencoders import AUTOENCODERS
 from lorasmith.families.parts.encoders import ENCODERS
 from lorasmith.formats.names.model_names import ModelNames
-from lorasmith.report.cards import card
+from lorasmith.report.pictures import card
 
 MAX_PROMPT = 20_000
 """Characters of a prompt."""

@@ -17,8 +17,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from lorasmith.adapters.algorithms import format_of
-from lorasmith.core.adapter_format import COMFYUI, DIFFUSERS, SD_SCRIPTS
-from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
+from lorasmith.core.adapter_state import (
+    COMFYUI,
+    DENOISER,
+    DIFFUSERS,
+    SD_SCRIPTS,
+    AdapterState,
+    AdapterWeights,
+    ModuleRef,
+)
 from lorasmith.formats.layouts.layout import Layout, named
 from lorasmith.formats.names.model_names import ModelNames, ProgramLimits, matches
 from lorasmith.formats.names.spelling import without_core

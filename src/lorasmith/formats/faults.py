@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from lorasmith.adapters.algorithms import format_of, title_of
-from lorasmith.core.adapter_format import multiplied
-from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
+from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef, multiplied
 from lorasmith.core.errors import LoraError
 from lorasmith.formats.acceptance import MISREAD_ALPHAS, misread_alphas, shortfalls
 from lorasmith.formats.container import count_non_finite

@@ -9,8 +9,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from lorasmith.adapters.algorithms import format_of
-from lorasmith.core.adapter_format import multiplied
-from lorasmith.core.adapter_state import AdapterWeights
+from lorasmith.core.adapter_state import AdapterWeights, multiplied
 
 T = TypeVar("T", bound=Hashable)
 

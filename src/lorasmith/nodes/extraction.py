@@ -6,13 +6,12 @@ from dataclasses import replace
 
 from lorasmith.core.adapter_state import DENOISER
 from lorasmith.core.placement import best_device
-from lorasmith.core.sizes import count_text
+from lorasmith.core.printable import count_text
 from lorasmith.families.base import Family
 from lorasmith.families.model import Denoiser, TextEncoder
 from lorasmith.formats.names.model_names import ModelNames
 from lorasmith.nodes.saving import checked_prefix, save_lora, shown_lora
-from lorasmith.toolbox.extract import extracted_metadata
-from lorasmith.toolbox.extract_patches import PatchedPart, extract_patches
+from lorasmith.toolbox.extract import PatchedPart, extract_patches, extracted_metadata
 from lorasmith.training.lora_handle import Lora
 from lorasmith.workflow import Input, NodeContext, NodeOutput, node
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from lorasmith.core.errors import DataError
 from lorasmith.core.folders import Folders, fingerprint
-from lorasmith.core.sizes import count_text
+from lorasmith.core.printable import count_text
 from lorasmith.data.comfyui_shards import is_comfyui_dataset, read_comfyui_dataset
 from lorasmith.data.saved_samples import INDEX, LatentBatch, SavedSamples, read_samples, write_samples
 from lorasmith.families.base import Conditioning

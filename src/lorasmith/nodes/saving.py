@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lorasmith.core.files import write_atomic
 from lorasmith.core.folders import Folders, NumberedFiles
-from lorasmith.report.animations import Clip, animation
+from lorasmith.report.pictures import Clip, animation
 from lorasmith.training.lora_handle import Lora
 from lorasmith.workflow import NodeContext, NodeOutput
 

@@ -17,7 +17,7 @@ from lorasmith.app.run_view import RunView, note_of
 from lorasmith.core.errors import CancelledError
 from lorasmith.core.folders import Folders, fingerprint
 from lorasmith.core.options import options_of
-from lorasmith.core.sizes import count_text
+from lorasmith.core.printable import count_text
 from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Denoiser

@@ -22,7 +22,7 @@ import numpy as np
 from torch import Tensor
 
 from lorasmith.core.errors import DataError, OptionError
-from lorasmith.core.sizes import count_text
+from lorasmith.core.printable import count_text
 from lorasmith.families.base import Conditioning, LatentFormat
 from lorasmith.families.model import Autoencoder
 from lorasmith.workflow import NodeContext

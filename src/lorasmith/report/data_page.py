@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from lorasmith.core.sizes import count_text
+from lorasmith.core.printable import count_text
 from lorasmith.report.markup import Html, command, definitions, document, folded, section, table, tag
 
 _FIGURE = 40  # pixels of the longer side of a size, drawn

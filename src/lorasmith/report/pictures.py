@@ -1,20 +1,74 @@
-"""Pictures embedded in the page: scaled down, compressed, as data URIs."""
+"""Pictures embedded in pages and notebooks: scaled down, compressed, as data URIs; clips as animated WebP files.
+
+Browsers show these files as pictures; their text is in EXIF data. Notebooks show cards of models, LoRAs and results:
+text is escaped, and styles are inline.
+"""
 
 from __future__ import annotations
 
 import base64
 import io
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from PIL import Image, ImageSequence
+from PIL import ExifTags, Image, ImageSequence
 
 from lorasmith.core.files import open_regular
-from lorasmith.report.animations import Clip, animation
 from lorasmith.report.markup import Html, tag
+
+_USER_COMMENT = "UNICODE\0".encode("ascii")
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Frames of a video: RGB pictures of one size, at least one."""
+
+    frames: tuple[Image.Image, ...]
+    rate: float  # frames per second
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels."""
+        return self.frames[0].size
+
+
+Shot = Image.Image | Clip  # a sample of a prompt
+
+
+def animation(
+    clip: Clip, entries: Mapping[int, str | bytes], *, lossless: bool = False, quality: int = 90, method: int = 4
+) -> bytes:
+    """A clip as an endlessly repeating WebP file with EXIF data by tag (see `parameters_entry`).
+
+    `quality` is 0 to 100, if lossless the effort; `method` is the effort of the compression, 0 to 6.
+    """
+    exif = Image.Exif()
+    inner = exif.get_ifd(ExifTags.IFD.Exif)
+    for key, value in entries.items():
+        (inner if key == ExifTags.Base.UserComment else exif)[key] = value
+    buffer = io.BytesIO()
+    clip.frames[0].save(
+        buffer,
+        format="webp",
+        save_all=True,
+        append_images=clip.frames[1:],
+        duration=int(1000 / clip.rate),
+        loop=0,
+        exif=exif,
+        lossless=lossless,
+        quality=quality,
+        method=method,
+    )
+    return buffer.getvalue()
+
+
+def parameters_entry(text: str) -> tuple[int, bytes]:
+    """Tag and value of a picture's parameters, where A1111 and model browsers look for them in WebP files."""
+    return int(ExifTags.Base.UserComment), _USER_COMMENT + text.encode("utf-16-be")
+
 
 UNREADABLE = (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError)
 """Errors of opening a picture that is missing, damaged or not a file, mostly by Pillow."""
@@ -107,3 +161,34 @@ def picture(path: Path | None, alt: str, longest: int, class_: str | None = None
         return tag("span", "no picture", class_="missing")
     uri, width, height = found
     return tag("img", src=uri, alt=alt, width=width, height=height, class_=class_)
+
+
+_FRAME = "border:1px solid #8884;border-radius:8px;padding:.75em 1em;display:inline-block;max-width:60em"
+_NAME = "text-align:left;font-weight:normal;opacity:.7;padding:.1em 1em .1em 0;vertical-align:top"
+_VALUE = "text-align:left;padding:.1em 0;overflow-wrap:anywhere"
+_LONGEST = 960  # pixels of a picture's longer edge
+
+
+def card(title: str, facts: Mapping[str, object], *children: object) -> str:
+    """A card as HTML for `_repr_html_`; text is escaped unless it is `Html`, and empty facts are left out."""
+    rows = [
+        tag("tr", tag("th", name, scope="row", style=_NAME), tag("td", value, style=_VALUE))
+        for name, value in facts.items()
+        if value not in (None, "")
+    ]
+    return tag("div", tag("strong", title), tag("table", rows), *children, style=_FRAME)
+
+
+def embedded_png(png: bytes, alt: str) -> Html:
+    """A PNG picture as an element; `alt` is its text alternative."""
+    return _shown(f"data:image/png;base64,{base64.b64encode(png).decode()}", alt)
+
+
+def embedded_picture(path: Path, alt: str) -> Html:
+    """A picture file, scaled down, as an element; empty if it is missing or unreadable."""
+    found = data_uri(path, _LONGEST)
+    return Html("") if found is None else _shown(found[0], alt)
+
+
+def _shown(uri: str, alt: str) -> Html:
+    return tag("img", src=uri, alt=alt, style="display:block;max-width:100%;margin-top:.75em")

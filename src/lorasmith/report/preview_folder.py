@@ -23,10 +23,9 @@ from PIL.PngImagePlugin import PngInfo
 
 from lorasmith.core.files import atomic_path, open_regular, write_atomic
 from lorasmith.core.foreign_json import parse_foreign_json
-from lorasmith.core.sizes import count_text
-from lorasmith.report.animations import Clip, Shot, animation, parameters_entry
+from lorasmith.core.printable import count_text
 from lorasmith.report.contact_sheet import contact_sheet
-from lorasmith.report.pictures import UNREADABLE, thinned
+from lorasmith.report.pictures import UNREADABLE, Clip, Shot, animation, parameters_entry, thinned
 
 _ENTRY = "lorasmith.preview"  # not `prompt`, which ComfyUI reads as a graph
 _TAG = int(ExifTags.Base.ImageDescription)  # the same in the EXIF data of clips

@@ -13,7 +13,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Protocol
 
-from lorasmith.core.sizes import count_text
+from lorasmith.core.printable import count_text
 from lorasmith.report.curves import Curves, QuantileCurve, loss_figure, quantile_figure
 from lorasmith.report.markup import Html, command, definitions, document, folded, section, table, tag
 from lorasmith.report.pictures import PictureTable, picture, picture_table

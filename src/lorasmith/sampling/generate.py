@@ -14,7 +14,7 @@ from lorasmith.core.errors import OptionError
 from lorasmith.core.placement import best_device
 from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Denoiser, Model, TextEncoder
-from lorasmith.report.animations import Clip, Shot
+from lorasmith.report.pictures import Clip, Shot
 from lorasmith.sampling.sample import prepare_noise, sample_latents
 from lorasmith.sampling.sigmas import sigmas_for
 

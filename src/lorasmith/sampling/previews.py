@@ -17,7 +17,7 @@ import torch
 from lorasmith.core.errors import OptionError
 from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Denoiser, TextEncoder
-from lorasmith.report.animations import Shot
+from lorasmith.report.pictures import Shot
 from lorasmith.sampling.generate import Experts, Sampling, shots
 
 Partner = Callable[[Denoiser, float], Experts]

@@ -18,8 +18,7 @@ from aiohttp import web
 
 from lorasmith.core.errors import LorasmithError
 from lorasmith.core.files import is_regular
-from lorasmith.core.folders import MAX_STEM_BYTES
-from lorasmith.core.safe_names import is_reserved
+from lorasmith.core.folders import MAX_STEM_BYTES, is_reserved
 
 UNTRUSTED = "default-src 'none'; sandbox"  # content policy of responses with untrusted data
 

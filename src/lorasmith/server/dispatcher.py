@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lorasmith.core.errors import LorasmithError
-from lorasmith.core.launch_environment import gpu_variable
+from lorasmith.core.launched import gpu_variable
 from lorasmith.server.assistant import Assistant
 from lorasmith.server.graph_ends import graph_end
 from lorasmith.server.hub import Hub, Notice

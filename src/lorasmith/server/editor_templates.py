@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorasmith.core.sizes import count_text
+from lorasmith.core.printable import count_text
 
 if TYPE_CHECKING:
     from lorasmith.nodes.example_workflows import Example

@@ -19,7 +19,7 @@ from lorasmith.bench.measure import synthetic_samples
 from lorasmith.core.errors import CancelledError, LorasmithError, OptionError, OutputError
 from lorasmith.core.files import ensure_folder
 from lorasmith.core.folders import Folders
-from lorasmith.core.sizes import count_text
+from lorasmith.core.printable import count_text
 from lorasmith.core.typed_json import typed
 from lorasmith.families.locating import ModelFiles
 from lorasmith.families.model_search import Completed

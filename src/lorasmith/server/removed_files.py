@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lorasmith.core.errors import OutputError
 from lorasmith.core.files import ensure_folder
-from lorasmith.core.safe_names import safe_name
+from lorasmith.core.folders import safe_name
 from lorasmith.server.server_config import FOLDER
 
 _REMOVED = FOLDER / "removed"

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeAlias
 
-from lorasmith.core.launch_environment import VISIBLE_GPUS
+from lorasmith.core.launched import VISIBLE_GPUS
 from lorasmith.server.child_process import ChildProcess, RestartPause
 from lorasmith.server.jobs import Job
 from lorasmith.server.server_config import ServerConfig

@@ -1,12 +1,19 @@
-"""The change of a weight by an adapter, as a matrix (out, in · kernel) with rows in memory order.
+"""The change of a weight by an adapter, as a matrix (out, in · kernel) with rows in memory order, often of low rank.
 
 LoRA, LoHa, LoKr and full differences add a ΔW that depends on their tensors alone. DoRA scales the sum with W, and OFT,
 BOFT and GLoRA transform W, so their change depends on the weight. The formulas are those of `Adapter.merged`.
+
+Sums, norms and the best approximation of a given rank do without full matrices. That of rank r in the Frobenius norm is
+the singular value decomposition truncated to r values (Eckart and Young 1936). For a product up · down it is found
+through QR decompositions of the two factors and an SVD of their rank-sized core; for a large matrix through a random
+projection with power iterations (Halko, Martinsson and Tropp 2009, arXiv:0909.4061). The kept energy is the share of
+the squared singular values.
 """
 
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +22,160 @@ from lorasmith.adapters.algorithms import format_of
 from lorasmith.adapters.inject import load_adapters
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import LoraError
+from lorasmith.core.random import keyed_normal
 from lorasmith.formats.names.spelling import ModuleTensors, without_core
 from lorasmith.formats.scales import scale_of
-from lorasmith.toolbox.lowrank import Change, Truncated, stacked
+
+_OVERSAMPLING = 16
+_POWER_ITERATIONS = 4
+_ROUNDING = 1e-9  # share of the energy that is ignored, so that rounding does not add a singular value
+_ALWAYS_EXACT = 256  # smaller side up to which a full decomposition is fast
+
+
+def share(kept: float, total: float) -> float:
+    """Share of the squared singular values that is kept, 0 to 1; 1 if there are none."""
+    return min(kept / total, 1.0) if total else 1.0
+
+
+@dataclass(frozen=True)
+class Truncated:
+    """An approximation up · down of a matrix, in fp32."""
+
+    up: Tensor  # (out, rank), each column of norm √σ
+    down: Tensor  # (rank, in), each row of norm √σ
+    kept: float  # sum of its squared singular values
+    total: float  # sum of all squared singular values
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+    @property
+    def energy(self) -> float:
+        """Share of the squared singular values that is kept, 0 to 1; 1 for a matrix of zeros."""
+        return share(self.kept, self.total)
+
+
+@dataclass(frozen=True)
+class Change:
+    """A matrix up · down + dense; either part may be missing."""
+
+    factors: tuple[Tensor, Tensor] | None = None  # up (out, rank) and down (rank, in)
+    dense: Tensor | None = None  # (out, in)
+
+    @property
+    def is_nothing(self) -> bool:
+        """Whether both parts are missing; the shape is then unknown."""
+        return self.factors is None and self.dense is None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        if self.factors is not None:
+            return self.factors[0].shape[0], self.factors[1].shape[1]
+        assert self.dense is not None, "a change of nothing has no shape"
+        return self.dense.shape[0], self.dense.shape[1]
+
+    def times(self, factor: float) -> Change:
+        factors = None if self.factors is None else (self.factors[0] * factor, self.factors[1])
+        return Change(factors, None if self.dense is None else self.dense * factor)
+
+    def matrix(self) -> Tensor:
+        """The whole matrix (out, in) in fp32."""
+        whole = torch.zeros(self.shape) if self.dense is None else self.dense.float()
+        return whole if self.factors is None else whole + self.factors[0].float() @ self.factors[1].float()
+
+    def norm(self) -> float:
+        """Frobenius norm, to rounding in fp64 for a product."""
+        if self.factors is None or self.dense is not None:
+            return float(torch.linalg.matrix_norm(self.matrix().double()))
+        up, down = self.factors
+        return float(torch.linalg.matrix_norm(_triangle(up) @ _triangle(down.T).T))
+
+    def inner(self, other: Change) -> float:
+        """Sum of the products of corresponding entries."""
+        if self.factors is None or other.factors is None or self.dense is not None or other.dense is not None:
+            return float((self.matrix().double() * other.matrix().double()).sum())
+        (up, down), (other_up, other_down) = self.factors, other.factors
+        return float(((up.double().T @ other_up.double()) * (down.double() @ other_down.double().T)).sum())
+
+    def truncated(self, *, rank: int | None = None, energy: float | None = None, key: str = "") -> Truncated:
+        """The best approximation of at most `rank`, or of the least rank that keeps the share `energy`, or both.
+
+        `key` seeds the random projection of large matrices. Raises LoraError if the squares of a dense matrix exceed
+        fp32.
+        """
+        if self.factors is not None and self.dense is None:
+            u, s, vh = _svd_of_product(*self.factors)
+            measured, slack = s, _ROUNDING
+        else:
+            matrix = self.matrix()
+            if not torch.isfinite(matrix.square().sum()):  # a decomposition computes with squares
+                raise LoraError(
+                    f"the squares of the change of {key or 'a module'} must be within the numbers of fp32, and "
+                    "are not; lower the strength or get the file again"
+                )
+            u, s, vh = _svd_of_matrix(matrix, rank, key)
+            # The energy of values that were not computed follows from the norm, with the precision of fp32.
+            measured, slack = (s, _ROUNDING) if len(s) == min(matrix.shape) else (matrix, 1e-6)
+        total = float(measured.double().square().sum())
+        count = _rank_for(s, total, rank, None if energy is None else energy - slack)
+        root = s[:count].sqrt()
+        return Truncated(
+            up=(u[:, :count] * root).float().cpu(),
+            down=(root[:, None] * vh[:count]).float().cpu(),
+            kept=float(s[:count].double().square().sum()),
+            total=total,
+        )
+
+
+def stacked(*changes: Change) -> Change:
+    """The sum of matrices of equal shape: products are stacked along the rank, which is exact."""
+    factors = [change.factors for change in changes if change.factors is not None]
+    dense = [change.dense.float() for change in changes if change.dense is not None]
+    ups, downs = [up.float() for up, _ in factors], [down.float() for _, down in factors]
+    return Change(
+        (torch.cat(ups, dim=1), torch.cat(downs)) if factors else None, torch.stack(dense).sum(0) if dense else None
+    )
+
+
+def _triangle(matrix: Tensor) -> Tensor:
+    """R of the QR decomposition in fp64: it has the matrix's norms and inner products, on the smaller side alone."""
+    triangle: Tensor = torch.linalg.qr(matrix.double(), mode="r").R
+    return triangle
+
+
+def _svd_of_product(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U (out, k), σ (k,), Vᵀ (k, in) of up · down in fp64, k at most the rank."""
+    left, left_core = torch.linalg.qr(up.double())
+    right, right_core = torch.linalg.qr(down.double().T)
+    u, s, vh = torch.linalg.svd(left_core @ right_core.T, full_matrices=False)
+    return left @ u, s, vh @ right.T
+
+
+def _svd_of_matrix(matrix: Tensor, rank: int | None, key: str) -> tuple[Tensor, Tensor, Tensor]:
+    """U, σ, Vᵀ of a matrix in fp32: all of them, or the first `rank` and a few if the matrix is large."""
+    smaller = min(matrix.shape)
+    sought = smaller if rank is None else rank + _OVERSAMPLING
+    if smaller <= max(_ALWAYS_EXACT, 4 * sought):
+        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+        return u, s, vh
+    probe = keyed_normal((matrix.shape[1], sought), 0, "svd", key).to(matrix.device)
+    basis = torch.linalg.qr(matrix @ probe).Q
+    for _ in range(_POWER_ITERATIONS):
+        # Orthogonalized after each product, or rounding would leave the largest values alone.
+        basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis).Q).Q
+    u, s, vh = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
+    return basis @ u, s, vh
+
+
+def _rank_for(singular: Tensor, total: float, rank: int | None, energy: float | None) -> int:
+    count = len(singular) if rank is None else min(rank, len(singular))
+    if energy is not None and total:
+        kept = singular.double().square().cumsum(0) / total
+        enough = int((kept < energy).sum()) + 1
+        count = min(count, enough)
+    return max(1, count)
 
 
 def is_low_rank(weights: AdapterWeights) -> bool:

@@ -26,9 +26,8 @@ from lorasmith.formats.container import check_safetensors, read_safetensors
 from lorasmith.formats.names.recognise import block_of
 from lorasmith.formats.names.spelling import ModuleTensors, grouped
 from lorasmith.formats.scales import rank_of
-from lorasmith.toolbox.changes import added_by, is_additive, layer_like, merged_weight
+from lorasmith.toolbox.changes import Change, added_by, is_additive, layer_like, merged_weight, stacked
 from lorasmith.toolbox.lora_files import LoraFile, read_together
-from lorasmith.toolbox.lowrank import Change, stacked
 from lorasmith.toolbox.model_files import ModelFiles, Parameter, open_model
 
 _NOTHING = torch.zeros(())

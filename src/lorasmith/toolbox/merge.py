@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from lorasmith.adapters.algorithms import title_of
-from lorasmith.core.adapter_format import multiplied
-from lorasmith.core.adapter_state import DENOISER, AdapterWeights, ModuleRef
+from lorasmith.core.adapter_state import DENOISER, AdapterWeights, ModuleRef, multiplied
 from lorasmith.core.errors import LoraError, OptionError
 from lorasmith.formats.names.spelling import ModuleTensors, without_core
 from lorasmith.formats.scales import rank_of, scale_of, scaled_by
 from lorasmith.toolbox.changes import (
+    Change,
+    Truncated,
     added,
     added_by,
     as_lora,
@@ -29,10 +30,11 @@ from lorasmith.toolbox.changes import (
     is_plain_lora,
     layer_like,
     merged_weight,
+    share,
+    stacked,
     weight_shape,
 )
 from lorasmith.toolbox.lora_files import LoraFile, read_together, save_alike
-from lorasmith.toolbox.lowrank import Change, Truncated, share, stacked
 from lorasmith.toolbox.model_files import ModelFiles, Parameter
 from lorasmith.toolbox.writing import file_target, noted
 

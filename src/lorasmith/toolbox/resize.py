@@ -28,9 +28,8 @@ from lorasmith.formats.layouts.peft_config import ADAPTER_METADATA
 from lorasmith.formats.names.model_names import ModelNames
 from lorasmith.formats.names.spelling import ModuleTensors, grouped
 from lorasmith.formats.scales import scale_of, scaled_by, with_one_alpha
-from lorasmith.toolbox.changes import added_by, as_lora, factors_of, is_additive, is_low_rank, weight_shape
+from lorasmith.toolbox.changes import added_by, as_lora, factors_of, is_additive, is_low_rank, share, weight_shape
 from lorasmith.toolbox.lora_files import LoraFile, flat_shapes, read_lora, refuse_folder, spelled_like
-from lorasmith.toolbox.lowrank import share
 from lorasmith.toolbox.writing import file_target, noted, rank_entries
 
 

@@ -7,8 +7,8 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+from lorasmith.core.printable import memory_text
 from lorasmith.core.processes import current
-from lorasmith.core.sizes import memory_text
 from lorasmith.data.dataset import EncodedDataset, Sample, Variants
 from lorasmith.training.batches import sample_index
 from lorasmith.training.events import CaptionsPlanned, EventHandler

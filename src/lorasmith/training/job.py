@@ -21,11 +21,10 @@ from lorasmith.adapters.patch import Patch, patches_merged
 from lorasmith.adapters.targets import Plan
 from lorasmith.adapters.variants import Variant
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights
-from lorasmith.core.dtypes import chosen_dtype, dtype_name
 from lorasmith.core.errors import LoraError
-from lorasmith.core.placement import best_device, multiplies
+from lorasmith.core.placement import best_device, chosen_dtype, dtype_name, multiplies
+from lorasmith.core.printable import count_text
 from lorasmith.core.processes import current
-from lorasmith.core.sizes import count_text
 from lorasmith.core.typed_json import Scalar
 from lorasmith.diffusion.schedule import check_noising
 from lorasmith.families.model import Denoiser

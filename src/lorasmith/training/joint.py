@@ -29,7 +29,7 @@ from lorasmith.adapters.patch import patch_tensors
 from lorasmith.core.allocator import is_out_of_memory, memory_missed
 from lorasmith.core.errors import OptionError
 from lorasmith.core.options import options_of
-from lorasmith.core.sizes import memory_text
+from lorasmith.core.printable import memory_text
 from lorasmith.core.tensor_digests import digest_of_tensors
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.training.batches import Batch, kind_of

@@ -22,8 +22,7 @@ from lorasmith.adapters.packed_layers import packed_layers
 from lorasmith.adapters.patch import Patch, cannot_merge
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
 from lorasmith.core.errors import LoraError
-from lorasmith.core.printable import printable, sentence
-from lorasmith.core.sizes import count_text
+from lorasmith.core.printable import count_text, printable, sentence
 from lorasmith.families.files.original_weights import weight_shapes
 from lorasmith.families.model import Denoiser, Model, TextEncoder
 from lorasmith.families.structure import released_names
@@ -45,7 +44,7 @@ from lorasmith.formats.names.model_names import ModelNames
 from lorasmith.formats.names.recognise import guessed_family
 from lorasmith.formats.names.spelling import ModuleTensors, all_assembled, fits, grouped
 from lorasmith.formats.scales import rank_of
-from lorasmith.report.cards import card
+from lorasmith.report.pictures import card
 
 D = TypeVar("D", Denoiser, None)
 E = TypeVar("E", TextEncoder, None)

@@ -17,8 +17,7 @@ from lorasmith.adapters.packed_layers import packable_layers, packed_layers
 from lorasmith.adapters.targets import Plan
 from lorasmith.adapters.variants import Dropout
 from lorasmith.core import fp8_products
-from lorasmith.core.adapter_format import COMFYUI
-from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
+from lorasmith.core.adapter_state import COMFYUI, DENOISER, AdapterState, ModuleRef
 from lorasmith.core.options import options_of
 from lorasmith.core.quantization import packed, weight_source
 from lorasmith.families.model import Denoiser

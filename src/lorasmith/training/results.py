@@ -11,12 +11,11 @@ from types import MappingProxyType
 
 from lorasmith.adapters.algorithms import format_of
 from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
-from lorasmith.core.dtypes import dtype_from_name
 from lorasmith.core.files import write_atomic
-from lorasmith.core.printable import printable
-from lorasmith.core.sizes import count_text
+from lorasmith.core.placement import dtype_from_name
+from lorasmith.core.printable import count_text, printable
 from lorasmith.data.dataset import EncodedDataset
-from lorasmith.report.cards import card, embedded_picture, embedded_png
+from lorasmith.report.pictures import card, embedded_picture, embedded_png
 from lorasmith.training.job import Job
 from lorasmith.training.loop import Loop
 from lorasmith.training.lora_handle import Lora

@@ -10,8 +10,7 @@ from torch import nn
 
 from lorasmith.core import fp8_products
 from lorasmith.core.choices import ActivationPlan
-from lorasmith.core.dtypes import chosen_dtype
-from lorasmith.core.placement import multiplies
+from lorasmith.core.placement import chosen_dtype, multiplies
 from lorasmith.core.processes import ALONE, Processes, current
 from lorasmith.training.config import DtypeSetting, ResolvedConfig, TrainConfig
 

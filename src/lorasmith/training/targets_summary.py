@@ -11,7 +11,7 @@ from torch import nn
 from lorasmith.adapters.frozen_layer import CONVOLUTIONS, is_targetable
 from lorasmith.adapters.inject import create_adapters
 from lorasmith.adapters.targets import Plan, PlannedAdapter
-from lorasmith.core.dtypes import dtype_from_name
+from lorasmith.core.placement import dtype_from_name
 from lorasmith.families.model import Denoiser
 from lorasmith.formats.names.spelling import without_core
 from lorasmith.training.config import TrainConfig

@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lorasmith.core.dtypes import dtype_from_name, dtype_name
 from lorasmith.core.errors import LorasmithError, OptionError, OutputError, TrainingError
-from lorasmith.core.sizes import count_text
+from lorasmith.core.placement import dtype_from_name, dtype_name
+from lorasmith.core.printable import count_text
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.data.split import Split, split
 from lorasmith.training.captions_ahead import captions_ready

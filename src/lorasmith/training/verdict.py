@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lorasmith.core.errors import OptionError
-from lorasmith.core.sizes import count_text
+from lorasmith.core.printable import count_text
 from lorasmith.training.events import Validated
 
 FEW_IMAGES = 5

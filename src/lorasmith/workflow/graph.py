@@ -13,9 +13,9 @@ from typing import Any
 
 from lorasmith.core.errors import GraphError, LorasmithError
 from lorasmith.core.folders import Folders
+from lorasmith.core.printable import count_text
 from lorasmith.core.printable import sentence as shortened
 from lorasmith.core.registry import Registry, nearest
-from lorasmith.core.sizes import count_text
 from lorasmith.workflow.node import NODES, Node
 from lorasmith.workflow.order import Cycle, depth_first
 from lorasmith.workflow.prompt import Prompt, class_of, is_remark, node_label, node_title

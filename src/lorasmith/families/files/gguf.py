@@ -28,10 +28,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lorasmith.core.dtypes import dtype_name
 from lorasmith.core.errors import ModelError
 from lorasmith.core.files import open_regular
 from lorasmith.core.mapped_files import MappedFile
+from lorasmith.core.placement import dtype_name
 from lorasmith.core.printable import printable
 from lorasmith.core.quantization import Packed, of_rows
 

@@ -39,10 +39,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorasmith.core.dtypes import dtype_name
 from lorasmith.core.errors import ModelError
 from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.core.fp8_products import CODES
+from lorasmith.core.placement import dtype_name
 from lorasmith.core.quantization import Packed, level_pairs, scaled_codes
 
 NVFP4_BLOCK = 16

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorasmith.core.dtypes import dtype_name
 from lorasmith.core.errors import ModelError
 from lorasmith.core.files import read_regular
 from lorasmith.core.folders import ASSETS
 from lorasmith.core.foreign_json import parse_foreign_json
+from lorasmith.core.placement import dtype_name
 
 EMBEDDED = ("spiece_model", "tekken_model")
 """Tensors of encoder files that hold a vocabulary as bytes, as ComfyUI writes them."""

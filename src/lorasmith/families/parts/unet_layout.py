@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lorasmith.core.errors import ModelError
-from lorasmith.diffusion.parameterization import PARAMETERIZATIONS
-from lorasmith.diffusion.schedule import DiscreteSchedule
+from lorasmith.diffusion.schedule import PARAMETERIZATIONS, DiscreteSchedule
 from lorasmith.families.base import Diffusion, LatentFormat, Rule
 from lorasmith.families.files.checkpoint import OriginalCheckpoint
 from lorasmith.families.files.original_weights import block_count, module_paths

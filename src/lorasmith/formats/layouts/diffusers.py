@@ -19,8 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from lorasmith.adapters.algorithms import format_of
-from lorasmith.core.adapter_format import DIFFUSERS
-from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
+from lorasmith.core.adapter_state import DENOISER, DIFFUSERS, AdapterState, AdapterWeights, ModuleRef
 from lorasmith.core.errors import LoraError
 from lorasmith.formats.layouts.layout import LAYOUTS, Layout, Loss
 from lorasmith.formats.layouts.peft_config import (

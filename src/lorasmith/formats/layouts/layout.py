@@ -13,8 +13,7 @@ from types import MappingProxyType
 
 from torch import Tensor
 
-from lorasmith.core.adapter_format import SD_SCRIPTS
-from lorasmith.core.adapter_state import AdapterState, ModuleRef
+from lorasmith.core.adapter_state import SD_SCRIPTS, AdapterState, ModuleRef
 from lorasmith.core.errors import LoraError
 from lorasmith.core.registry import Registry
 from lorasmith.formats.names.model_names import ModelNames

@@ -22,8 +22,15 @@ from typing import Any
 from torch import Tensor
 
 from lorasmith.adapters.algorithms import format_of
-from lorasmith.core.adapter_format import COMFYUI, DIFFUSERS, multiplied
-from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
+from lorasmith.core.adapter_state import (
+    COMFYUI,
+    DENOISER,
+    DIFFUSERS,
+    AdapterState,
+    AdapterWeights,
+    ModuleRef,
+    multiplied,
+)
 from lorasmith.formats.layouts.layout import LAYOUTS, Layout, Loss
 from lorasmith.formats.layouts.peft_config import configs_of, rank_fields, stated_alphas, targets, uneven_magnitudes
 from lorasmith.formats.names.model_names import ModelNames

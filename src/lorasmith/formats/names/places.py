@@ -27,8 +27,7 @@ import torch
 from torch import Tensor
 
 from lorasmith.adapters.algorithms import format_of
-from lorasmith.core.adapter_format import multiplied
-from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
+from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef, multiplied
 from lorasmith.core.errors import LoraError
 from lorasmith.formats.names.model_names import ModelNames, OriginalName
 from lorasmith.formats.names.spelling import ModuleTensors, Unfit, assembled, fits, grouped

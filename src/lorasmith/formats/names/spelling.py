@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from lorasmith.adapters.algorithms import algorithm_names, format_named, format_of, words_of
-from lorasmith.core.adapter_state import AdapterWeights
-from lorasmith.core.shape_rules import first_misfit
+from lorasmith.core.adapter_state import AdapterWeights, first_misfit
 from lorasmith.formats.scales import checked_scale, idle_alpha, scale_of
 
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from lorasmith.core.json_schema import DIALECT, json_schema
+from lorasmith.core.typed_json import DIALECT, json_schema
 from lorasmith.server.api.endpoint import PREFIX, Endpoint
 from lorasmith.server.api_shapes import ErrorAnswer
 

@@ -11,8 +11,7 @@ from pathlib import Path
 
 from lorasmith.core.errors import OptionError, OutputError
 from lorasmith.core.files import atomic_path, ensure_folder, is_regular, write_atomic
-from lorasmith.core.folders import ASSETS, Folders
-from lorasmith.core.safe_names import plain_name, safe_name
+from lorasmith.core.folders import ASSETS, Folders, plain_name, safe_name
 from lorasmith.data.captions import CAPTION_SUFFIXES, MAX_CAPTION, CaptionError, one_line, read_caption_file
 from lorasmith.data.folder_listing import VIDEO_SUFFIXES, foreign_reason, stem_of
 from lorasmith.data.image_files import ImageError, file_digest, image_header, image_size, image_suffixes

@@ -14,10 +14,9 @@ from typing import Any
 from lorasmith.app.memory_estimate import MemoryEstimate, estimate_memory
 from lorasmith.core.errors import DataError, OptionError
 from lorasmith.core.files import is_folder
-from lorasmith.core.folders import Folders, fingerprint
+from lorasmith.core.folders import Folders, fingerprint, safe_name
 from lorasmith.core.options import options_of
-from lorasmith.core.safe_names import safe_name
-from lorasmith.core.sizes import count_text, memory_text
+from lorasmith.core.printable import count_text, memory_text
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.folder import ImageFile, scan_folder
 from lorasmith.data.preflight import epoch_of

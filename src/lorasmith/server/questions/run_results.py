@@ -14,9 +14,8 @@ from lorasmith.app.run_page import is_own, lora_of_run
 from lorasmith.app.run_spec import RunSpec
 from lorasmith.core.errors import OptionError, TrainingError
 from lorasmith.core.files import atomic_path, ensure_folder
-from lorasmith.core.folders import Folders
+from lorasmith.core.folders import Folders, safe_name
 from lorasmith.core.options import changed
-from lorasmith.core.safe_names import safe_name
 from lorasmith.server.api_shapes import InstalledLora
 from lorasmith.server.disk_space import disk_space
 from lorasmith.server.questions.plan_questions import check_steps

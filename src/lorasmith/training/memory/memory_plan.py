@@ -28,8 +28,8 @@ from torch.utils._pytree import tree_leaves
 from lorasmith.adapters.inject import restore_forward
 from lorasmith.core.allocator import is_out_of_memory
 from lorasmith.core.choices import Activations
+from lorasmith.core.printable import memory_text
 from lorasmith.core.processes import ALONE
-from lorasmith.core.sizes import memory_text
 from lorasmith.data.dataset import Sample
 from lorasmith.families.model import Denoiser
 from lorasmith.training.config import ResolvedConfig

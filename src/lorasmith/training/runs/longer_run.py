@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path, PurePath
 
 from lorasmith.core.errors import OptionError, OutputError
-from lorasmith.core.sizes import count_text
+from lorasmith.core.printable import count_text
 from lorasmith.training.events import EventHandler, Warned
 from lorasmith.training.runs.fingerprint import Fingerprint, differences, state_digest
 from lorasmith.training.runs.records import RunRecord

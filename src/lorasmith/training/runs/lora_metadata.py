@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Self
 
 from lorasmith.adapters.algorithms import format_named, words_of
-from lorasmith.core.adapter_format import SD_SCRIPTS
-from lorasmith.core.dtypes import dtype_name
+from lorasmith.core.adapter_state import SD_SCRIPTS
+from lorasmith.core.placement import dtype_name
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.data.encoding_cache import default_cache
 from lorasmith.data.remembered_digests import RememberedDigests, file_sha256

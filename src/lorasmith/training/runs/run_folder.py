@@ -20,7 +20,7 @@ from typing import Any, TextIO
 
 from lorasmith.core.errors import LorasmithError, OutputError
 from lorasmith.core.files import atomic_path, check_writable, ensure_folder, locked, write_atomic
-from lorasmith.core.sizes import memory_text
+from lorasmith.core.printable import memory_text
 from lorasmith.training.events import Event, EventHandler, RolledBack, RunFinished, StepDone, Warned, encoded
 from lorasmith.training.outcome import Outcome
 from lorasmith.training.progress import RunState

@@ -1,4 +1,4 @@
-"""`lorasmith reproduce`: repeat the run that made a LoRA."""
+"""`lorasmith resume`, `reproduce` and `report`: a run again, from its folder or its LoRA."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorasmith.cli.console import echo, print_note, print_result, result_shown
+from lorasmith.cli.console import echo, heading, print_note, print_result, result_shown
 from lorasmith.cli.flags import (
     AllowOptimizer,
     AsRecorded,
@@ -19,16 +19,63 @@ from lorasmith.cli.flags import (
     VaeNow,
     Verify,
 )
-from lorasmith.cli.run_output import plain_result, preparation_shown, report_result, training_shown
-from lorasmith.cli.together import check_alone
+from lorasmith.cli.run_output import plain_result, preparation_shown, report_result, train_and_report, training_shown
+from lorasmith.cli.together import check_alone, together
 
 if TYPE_CHECKING:
     from lorasmith.app.reproduce import Reproduced
 
 
 def register(app: typer.Typer) -> None:
-    """Add the command."""
+    """Add the commands."""
+    app.command("resume")(resume)
     app.command("reproduce")(reproduce)
+    app.command("report")(report)
+
+
+def resume(
+    run: Annotated[Path, typer.Argument(help="Folder of the run, such as runs/dog-001.")],
+    model: ModelNow = None,
+    text_encoder: TextEncodersNow = None,
+    vae: VaeNow = None,
+    data: DataNow = None,
+    device: Annotated[
+        str | None, typer.Option(help="Device to train on, such as cuda or cpu. Default: that of the run.")
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Train on from the end of this run, which is complete, up to so many steps, in a folder of its own."
+        ),
+    ] = None,
+    as_recorded: AsRecorded = False,
+    allow_optimizer: AllowOptimizer = None,
+    track: TrackNow = None,
+    verify: Verify = False,
+) -> None:
+    """Continue a run that was stopped or killed, from its last run state.
+
+    With the same versions, device and number of threads the result is bit-identical to that of an uninterrupted run;
+    differences are reported. Other images, other settings or another base model are refused.
+    """
+    from lorasmith.app.recorded_run import Rights
+    from lorasmith.app.resume import prepare_again
+
+    rights = Rights(files=as_recorded, optimizers=tuple(allow_optimizer or ()), track=track)
+    with together():
+        with preparation_shown() as show:
+            prepared = prepare_again(
+                run,
+                rights=rights,
+                model=model,
+                text_encoders=text_encoder or (),
+                vae=vae,
+                data=data,
+                device=device,
+                steps=steps,
+                on_event=show,
+            )
+        train_and_report(prepared, output=run if steps is None else None, verify=verify)
 
 
 def reproduce(
@@ -84,14 +131,14 @@ def reproduce(
                 show(event)
 
         found = app.reproduce(again, dry_run=dry_run, verify=verify, on_event=show_or_note, cancelled=stop.is_set)
-    print_result(lambda: _plain(found), lambda: _print(found, lora))
+    print_result(lambda: _plain_reproduced(found), lambda: _print_reproduced(found, lora))
     if found.result is not None:
         stop.exit_if_set()
     if found.differs or (found.result is not None and not found.is_same):
         raise typer.Exit(1)
 
 
-def _plain(found: Reproduced) -> dict[str, Any]:
+def _plain_reproduced(found: Reproduced) -> dict[str, Any]:
     """As JSON, where `same` is null if nothing was trained or training stopped early."""
     return {
         "differs": found.differs,
@@ -100,7 +147,7 @@ def _plain(found: Reproduced) -> dict[str, Any]:
     }
 
 
-def _print(found: Reproduced, lora: Path) -> None:
+def _print_reproduced(found: Reproduced, lora: Path) -> None:
     if found.differs:
         return  # each was printed when it was found
     if found.result is None:
@@ -111,3 +158,17 @@ def _print(found: Reproduced, lora: Path) -> None:
         same = "bit-identical" if found.is_same else "not the same"
         echo()
         echo(f"The tensors of {found.result.path} and {lora} are {same}.")
+
+
+def report(
+    run: Annotated[Path, typer.Argument(help="Folder of a run, such as runs/photos-001; it may still be running.")],
+) -> None:
+    """Write report.html into the folder of a run: losses, results, and commands to repeat it.
+
+    The report is one self-contained file. Every run writes it at its end; this command writes it for a run that is
+    still running or was killed.
+    """
+    from lorasmith.app.run_page import write_report
+
+    path = write_report(run)
+    print_result(lambda: {"report": path}, lambda: heading("Report", path))
