@@ -20,7 +20,7 @@ from lorasmith.formats.hashes import sha256_file
 from lorasmith.server.questions import run_questions as questions
 from lorasmith.server.questions import run_results
 from lorasmith.server.questions.dataset_folders import UnknownFileError
-from lorasmith.server.questions.shaped_questions import plain
+from lorasmith.server.questions.question_registry import plain
 from lorasmith.training.events import RunFinished, encoded
 from lorasmith.training.runs.history import read_history
 from lorasmith.training.runs.run_folder import RunFolder

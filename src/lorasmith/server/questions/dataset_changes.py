@@ -26,7 +26,7 @@ from lorasmith.server.questions.dataset_folders import (
     picture_of,
     pictures_in,
 )
-from lorasmith.server.questions.shaped_questions import shaped
+from lorasmith.server.questions.question_registry import shaped
 from lorasmith.server.removed_files import keep_captions, set_aside
 
 MOST_IMAGES = 2000  # in a dataset filled by the page

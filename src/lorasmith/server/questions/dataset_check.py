@@ -19,7 +19,7 @@ from lorasmith.families.locating import ModelFiles
 from lorasmith.server.api_shapes import CheckedPicture, Crop, DataCheckAnswer, FindingFacts, Severity, SkippedFile
 from lorasmith.server.questions.dataset_folders import dataset_folder, pictures_in
 from lorasmith.server.questions.dataset_questions import picture_row
-from lorasmith.server.questions.shaped_questions import shaped
+from lorasmith.server.questions.question_registry import shaped
 from lorasmith.training.config import TrainConfig, settings_from_file
 
 _SEVERITIES: dict[FindingKind, Severity] = {

@@ -22,7 +22,7 @@ from lorasmith.server.questions.dataset_folders import (
     pictures_in,
     subfolders,
 )
-from lorasmith.server.questions.shaped_questions import shaped
+from lorasmith.server.questions.question_registry import shaped
 
 MOST_THUMBNAIL = 2048  # pixels of the longest edge
 

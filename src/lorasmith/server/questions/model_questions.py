@@ -12,7 +12,7 @@ from lorasmith.core.folders import ASSETS, Folders, fingerprint
 from lorasmith.families.locating import built_in_models
 from lorasmith.families.model_search import ENCODER_FOLDERS, MODEL_FOLDERS, VAE_FOLDERS, in_folders
 from lorasmith.server.api_shapes import MissingPart, ModelListAnswer, ModelRow, OtherFile
-from lorasmith.server.questions.shaped_questions import shaped
+from lorasmith.server.questions.question_registry import shaped
 
 _KINDS = (*MODEL_FOLDERS, *ENCODER_FOLDERS, *VAE_FOLDERS)
 

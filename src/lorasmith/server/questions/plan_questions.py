@@ -27,7 +27,7 @@ from lorasmith.server.api_shapes import PlanAnswer
 from lorasmith.server.questions.dataset_check import split_settings
 from lorasmith.server.questions.dataset_folders import dataset_folder
 from lorasmith.server.questions.model_questions import known_model
-from lorasmith.server.questions.shaped_questions import shaped
+from lorasmith.server.questions.question_registry import shaped
 from lorasmith.training.config import NONE_LORA, TrainConfig, lora_settings
 from lorasmith.training.runs.records import check_title
 

@@ -34,6 +34,7 @@ from lorasmith.server.api_shapes import (
 )
 from lorasmith.server.log_tail import end_of_log
 from lorasmith.server.questions.dataset_folders import UnknownFileError, is_name
+from lorasmith.server.questions.question_registry import shaped
 from lorasmith.server.questions.run_folders import (
     all_runs,
     digest_of,
@@ -43,7 +44,6 @@ from lorasmith.server.questions.run_folders import (
     stamp_of,
 )
 from lorasmith.server.questions.run_graph import graph_of_run
-from lorasmith.server.questions.shaped_questions import shaped
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Previewed, RunStarted
 from lorasmith.training.runs.history import EVENTS, RECORD, RunHistory, read_history, read_record

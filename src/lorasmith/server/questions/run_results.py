@@ -20,8 +20,8 @@ from lorasmith.core.safe_names import safe_name
 from lorasmith.server.api_shapes import InstalledLora
 from lorasmith.server.disk_space import disk_space
 from lorasmith.server.questions.plan_questions import check_steps
+from lorasmith.server.questions.question_registry import shaped
 from lorasmith.server.questions.run_folders import digest_of, is_trainable_on, run_folder_of, saves_of
-from lorasmith.server.questions.shaped_questions import shaped
 from lorasmith.training.runs.history import RECORD, RunHistory, read_history
 from lorasmith.training.runs.run_folder import RunFolder
 
