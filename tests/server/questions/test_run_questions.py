@@ -19,7 +19,7 @@ from lorasmith.core.typed_json import typed
 from lorasmith.formats.hashes import sha256_file
 from lorasmith.server.questions import run_questions as questions
 from lorasmith.server.questions import run_results
-from lorasmith.server.questions.dataset_folders import UnknownFileError
+from lorasmith.server.questions.dataset_questions import UnknownFileError
 from lorasmith.server.questions.question_registry import plain
 from lorasmith.training.events import RunFinished, encoded
 from lorasmith.training.runs.history import read_history

@@ -18,7 +18,7 @@ from lorasmith.data.folder_listing import VIDEO_SUFFIXES, foreign_reason, stem_o
 from lorasmith.data.image_files import ImageError, file_digest, image_header, image_size, image_suffixes
 from lorasmith.server.api_shapes import CaptionEdit, Changed, DatasetRow, RemovedAnswer
 from lorasmith.server.disk_space import disk_space
-from lorasmith.server.questions.dataset_folders import (
+from lorasmith.server.questions.dataset_questions import (
     UnknownFileError,
     caption_file,
     caption_of,

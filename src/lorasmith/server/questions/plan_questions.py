@@ -24,8 +24,7 @@ from lorasmith.data.preflight import epoch_of
 from lorasmith.families.locating import BUILT_IN, ModelFiles
 from lorasmith.families.model_search import MODEL_FOLDERS, in_folders
 from lorasmith.server.api_shapes import PlanAnswer
-from lorasmith.server.questions.dataset_check import split_settings
-from lorasmith.server.questions.dataset_folders import dataset_folder
+from lorasmith.server.questions.dataset_questions import dataset_folder, split_settings
 from lorasmith.server.questions.model_questions import known_model
 from lorasmith.server.questions.question_registry import shaped
 from lorasmith.training.config import NONE_LORA, TrainConfig, lora_settings

@@ -23,7 +23,7 @@ from lorasmith.formats.container import check_safetensors
 from lorasmith.formats.hashes import sha256_file
 from lorasmith.formats.metadata import steps_of
 from lorasmith.server.api_shapes import SavedLora
-from lorasmith.server.questions.dataset_folders import UnknownFileError, is_name
+from lorasmith.server.questions.dataset_questions import UnknownFileError, is_name
 from lorasmith.training.runs.history import RECORD, RunHistory
 from lorasmith.training.runs.records import RunRecord
 from lorasmith.training.runs.run_folder import RunFolder

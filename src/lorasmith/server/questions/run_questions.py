@@ -33,7 +33,7 @@ from lorasmith.server.api_shapes import (
     ValidationFacts,
 )
 from lorasmith.server.log_tail import end_of_log
-from lorasmith.server.questions.dataset_folders import UnknownFileError, is_name
+from lorasmith.server.questions.dataset_questions import UnknownFileError, is_name
 from lorasmith.server.questions.question_registry import shaped
 from lorasmith.server.questions.run_folders import (
     all_runs,
