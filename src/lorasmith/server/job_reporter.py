@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lorasmith.server.channel import BlockingChannel
+from lorasmith.server.child_process import BlockingChannel
 from lorasmith.server.event_json import PROGRESS, finite
 
 

@@ -13,7 +13,7 @@ import torch
 
 from lorasmith.core.errors import CancelledError
 from lorasmith.core.placement import best_device
-from lorasmith.server.channel import BlockingChannel
+from lorasmith.server.child_process import BlockingChannel
 from lorasmith.server.folder_jobs import measure, train
 from lorasmith.server.graph_jobs import GraphJob
 from lorasmith.server.job_reporter import JobReporter
