@@ -21,9 +21,8 @@ from lorasmith.server.assistant import Assistant
 from lorasmith.server.connections import KEEPALIVE_S, Connections, most_connections
 from lorasmith.server.dispatcher import Dispatcher
 from lorasmith.server.error_answers import errors_answered
-from lorasmith.server.hub import Hub
+from lorasmith.server.hub import Hub, LogBook
 from lorasmith.server.jobs import JobStore
-from lorasmith.server.log_book import LogBook
 from lorasmith.server.request_parts import MAX_JSON_BYTES
 from lorasmith.server.server_config import ServerConfig
 from lorasmith.server.server_context import CONTEXT, ServerContext

@@ -9,9 +9,8 @@ from aiohttp import web
 from lorasmith.core.folders import Folders
 from lorasmith.server.assistant import Assistant
 from lorasmith.server.dispatcher import Dispatcher
-from lorasmith.server.hub import Hub
+from lorasmith.server.hub import Hub, LogBook
 from lorasmith.server.jobs import JobStore
-from lorasmith.server.log_book import LogBook
 from lorasmith.server.server_config import ServerConfig
 
 
