@@ -15,8 +15,8 @@ from lorasmith.core.errors import LorasmithError
 from lorasmith.core.launch_environment import VISIBLE_GPUS, gpu_variable
 from lorasmith.server.assistant import Assistant
 from lorasmith.server.child_process import ChildProcess, RestartPause
-from lorasmith.server.graph_ends import graph_end
 from lorasmith.server.hub import Hub, LogBook, Notice
+from lorasmith.server.job_reporter import graph_end
 from lorasmith.server.jobs import Job, JobKind, JobState, JobStateError, JobStore, StoreError
 from lorasmith.server.server_config import ServerConfig
 

@@ -23,8 +23,7 @@ from lorasmith.core.sizes import count_text
 from lorasmith.core.typed_json import typed
 from lorasmith.families.locating import ModelFiles
 from lorasmith.families.model_search import Completed
-from lorasmith.server.event_json import event_json
-from lorasmith.server.job_reporter import JobReporter
+from lorasmith.server.job_reporter import JobReporter, event_json
 from lorasmith.server.measurements import measurement_subject
 from lorasmith.training.events import Event, Validated
 from lorasmith.training.job import plan_job

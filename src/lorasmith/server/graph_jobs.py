@@ -10,8 +10,7 @@ from typing import Any
 
 from lorasmith.core.folders import Folders
 from lorasmith.nodes import load_nodes
-from lorasmith.server.graph_ends import graph_end, history_message
-from lorasmith.server.job_reporter import JobReporter
+from lorasmith.server.job_reporter import JobReporter, graph_end, history_message
 from lorasmith.workflow import execution_events as events
 from lorasmith.workflow.executor import Executor
 from lorasmith.workflow.graph import Graph, validate

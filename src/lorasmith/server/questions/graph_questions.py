@@ -21,7 +21,7 @@ from typing import Any, Literal
 from lorasmith.core.errors import DataError, LorasmithError, ModelError
 from lorasmith.core.folders import Folders
 from lorasmith.core.registry import Registry
-from lorasmith.server.graph_ends import error_entry
+from lorasmith.server.job_reporter import error_entry
 from lorasmith.server.questions.question_registry import question
 from lorasmith.workflow.editor_format import prompt_of_editor
 from lorasmith.workflow.graph import Examination, Finding, examine

@@ -15,7 +15,7 @@ from lorasmith.core.errors import OptionError
 from lorasmith.core.folders import Folders
 from lorasmith.core.registry import Registry
 from lorasmith.core.typed_json import typed
-from lorasmith.server.event_json import finite
+from lorasmith.server.job_reporter import finite
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
