@@ -16,7 +16,7 @@ import torch
 from lorasmith.core.errors import CancelledError, LorasmithError, NodeError, OptionError
 from lorasmith.core.folders import ASSETS
 from lorasmith.server import worker_jobs
-from lorasmith.server.measurements import measurement_subject
+from lorasmith.server.jobs import measurement_subject
 from lorasmith.server.worker_jobs import Jobs
 from tests.training.crash import outcome
 

@@ -42,7 +42,7 @@ from lorasmith.families.model_search import (
 from lorasmith.nodes import load_nodes
 from lorasmith.server.child_process import BlockingChannel
 from lorasmith.server.job_reporter import JobReporter, event_json, graph_end, history_message
-from lorasmith.server.measurements import measurement_subject
+from lorasmith.server.jobs import measurement_subject
 from lorasmith.server.server_config import folders_of_child
 from lorasmith.training.events import Event, Validated
 from lorasmith.training.job import plan_job
