@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from lorasmith.core.errors import LorasmithError
 from lorasmith.core.files import ensure_folder
-from lorasmith.server.disk_space import disk_space
+from lorasmith.server.server_disk import disk_space
 from lorasmith.training.config import cost_options
 
 JobKind: TypeAlias = Literal["graph", "train", "measure"]

@@ -14,10 +14,10 @@ from aiohttp import BodyPartReader, ClientError, web
 from aiohttp.http import HttpProcessingError
 
 from lorasmith.core.errors import OptionError, OutputError
-from lorasmith.server.disk_space import disk_space
 from lorasmith.server.error_answers import TooLargeError, TooManyError
 from lorasmith.server.request_parts import in_time
 from lorasmith.server.server_config import FOLDER
+from lorasmith.server.server_disk import disk_space
 
 MOST_UPLOADS = 16  # requests at once
 

@@ -30,9 +30,9 @@ from lorasmith.server.api_shapes import (
     UploadAnswer,
 )
 from lorasmith.server.contained_files import send_file
-from lorasmith.server.disk_space import disk_space
 from lorasmith.server.jobs import JobStateError
 from lorasmith.server.server_context import ServerContext
+from lorasmith.server.server_disk import disk_space
 from lorasmith.training.config import TrainConfig
 
 _OPTIONS = {**options_of(DataConfig), **options_of(TrainConfig)}

@@ -27,10 +27,10 @@ from lorasmith.families.locating import built_in_models
 from lorasmith.families.structure import load_structure
 from lorasmith.nodes import load_nodes
 from lorasmith.server.api_shapes import InstalledLora
-from lorasmith.server.disk_space import disk_space
 from lorasmith.server.questions.plan_questions import check_steps
 from lorasmith.server.questions.question_registry import shaped
 from lorasmith.server.questions.run_questions import digest_of, is_trainable_on, run_folder_of, saves_of
+from lorasmith.server.server_disk import disk_space
 from lorasmith.training.config import NONE_LORA, TrainConfig, lora_settings
 from lorasmith.training.runs.history import RECORD, RunHistory, read_history, read_record
 from lorasmith.training.runs.records import RunRecord
