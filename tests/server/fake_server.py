@@ -25,8 +25,8 @@ from lorasmith.server.http_server import make_app
 from lorasmith.server.hub import Hub, LogBook, Notice
 from lorasmith.server.jobs import Job, JobState, JobStore
 from lorasmith.server.questions.graph_questions import answer_to
+from lorasmith.server.request_handling import ServerContext
 from lorasmith.server.server_config import ServerConfig
-from lorasmith.server.server_context import ServerContext
 from lorasmith.workflow import Input, Node, NodeContext, Output, node, object_info
 from lorasmith.workflow.editor_format import prompt_of_editor
 

@@ -15,8 +15,8 @@ from lorasmith.server.assistant import Assistant
 from lorasmith.server.dispatcher import Dispatcher
 from lorasmith.server.hub import Hub, LogBook
 from lorasmith.server.jobs import Job, JobStore
+from lorasmith.server.request_handling import ServerContext
 from lorasmith.server.server_config import ServerConfig
-from lorasmith.server.server_context import ServerContext
 
 HERE = Path(__file__).parent
 CPU = {"name": "cpu", "title": "CPU", "memory_bytes": 1}

@@ -15,7 +15,7 @@ from aiohttp import web
 from lorasmith.core.files import is_regular
 from lorasmith.server.comfyui.editor_files import editor_package, send_editor_file
 from lorasmith.server.contained_files import OutsideError, find_contained
-from lorasmith.server.server_context import ServerContext
+from lorasmith.server.request_handling import ServerContext
 
 INSTALL = 'pip install "lorasmith[editor]"'
 

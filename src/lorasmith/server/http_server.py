@@ -20,12 +20,10 @@ from lorasmith.server import access, api, comfyui, editor_routes, page_routes
 from lorasmith.server.assistant import Assistant
 from lorasmith.server.connections import KEEPALIVE_S, Connections, most_connections
 from lorasmith.server.dispatcher import Dispatcher
-from lorasmith.server.error_answers import errors_answered
 from lorasmith.server.hub import Hub, LogBook
 from lorasmith.server.jobs import JobStore
-from lorasmith.server.request_parts import MAX_JSON_BYTES
+from lorasmith.server.request_handling import CONTEXT, MAX_JSON_BYTES, ServerContext, errors_answered
 from lorasmith.server.server_config import ServerConfig
-from lorasmith.server.server_context import CONTEXT, ServerContext
 
 _TABLES: tuple[ModuleType, ...] = (access, api, comfyui, page_routes, editor_routes)
 """Modules with `routes(context)`, and optionally `middlewares(context)`, outermost first.

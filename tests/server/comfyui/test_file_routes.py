@@ -269,7 +269,7 @@ def test_uploads_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     async def main() -> None:
         async with serving(tmp_path) as server:
             with monkeypatch.context() as patch:
-                patch.setattr("lorasmith.server.upload_folder.MOST_UPLOADS", 0)
+                patch.setattr("lorasmith.server.request_handling.MOST_UPLOADS", 0)
                 await upload(server, status=429)
             handler = next(one for one in server.app.router.routes() if one.resource.canonical == "/upload/image")
             handler.handler.__wrapped__.__self__._most_bytes = 1000

@@ -13,8 +13,7 @@ from lorasmith.server.api.endpoint import PREFIX, Call, Endpoint, route_of
 from lorasmith.server.api.job_endpoints import JOB_ENDPOINTS
 from lorasmith.server.api.run_endpoints import RUN_ENDPOINTS
 from lorasmith.server.api.server_endpoints import SERVER_ENDPOINTS
-from lorasmith.server.error_answers import error_response
-from lorasmith.server.server_context import ServerContext
+from lorasmith.server.request_handling import ServerContext, error_response
 
 
 async def _document(context: ServerContext, call: Call) -> dict[str, Any]:

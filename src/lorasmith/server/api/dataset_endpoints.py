@@ -31,7 +31,7 @@ from lorasmith.server.api_shapes import (
 )
 from lorasmith.server.contained_files import send_file
 from lorasmith.server.jobs import JobStateError
-from lorasmith.server.server_context import ServerContext
+from lorasmith.server.request_handling import ServerContext
 from lorasmith.server.server_disk import disk_space
 from lorasmith.training.config import TrainConfig
 

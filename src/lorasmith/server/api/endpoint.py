@@ -1,7 +1,7 @@
 """One declaration per route of the API: method, path, body, answer and query, from which routes and document are made.
 
 A handler is an async function of the server's context and a `Call`; it returns a type of `api_shapes`, a JSON value, or
-a response. `error_answers` turns its exceptions into responses.
+a response. `request_handling` turns its exceptions into responses.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from lorasmith.core.errors import OptionError
 from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.core.registry import nearest
 from lorasmith.core.typed_json import typed
-from lorasmith.server.request_parts import apart, number_in, read_body
-from lorasmith.server.server_context import ServerContext
+from lorasmith.server.request_handling import ServerContext, apart, number_in, read_body
 
 PREFIX = "/lorasmith/v1"
 

@@ -20,7 +20,7 @@ from lorasmith.server.api_shapes import (
     SettingType,
     StatusAnswer,
 )
-from lorasmith.server.server_context import ServerContext
+from lorasmith.server.request_handling import ServerContext
 
 _TYPES: dict[type, SettingType] = {int: "integer", float: "number", str: "text", bool: "boolean"}
 

@@ -16,9 +16,7 @@ from aiohttp import web
 from lorasmith.server.api.endpoint import Call
 from lorasmith.server.api_shapes import SkippedFile, UploadAnswer
 from lorasmith.server.assistant import RefusedError
-from lorasmith.server.error_answers import TooLargeError
-from lorasmith.server.server_context import ServerContext
-from lorasmith.server.upload_folder import form_parts, received, upload_folder
+from lorasmith.server.request_handling import ServerContext, TooLargeError, form_parts, received, upload_folder
 
 MOST_FILE_BYTES = 100 * 2**20  # of a picture
 MOST_TEXT_BYTES = 80_000  # of a caption

@@ -15,8 +15,7 @@ from lorasmith.server.comfyui.queue_routes import QueueRoutes
 from lorasmith.server.comfyui.system_routes import SystemRoutes
 from lorasmith.server.comfyui.user_files import UserFiles
 from lorasmith.server.comfyui.websocket import Sockets, features
-from lorasmith.server.request_parts import MAX_UPLOAD_BYTES
-from lorasmith.server.server_context import ServerContext
+from lorasmith.server.request_handling import MAX_UPLOAD_BYTES, ServerContext
 
 PREFIXES = ("", "/api", "/editor", "/editor/api")
 

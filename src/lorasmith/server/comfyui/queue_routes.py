@@ -18,8 +18,7 @@ from lorasmith.core.errors import OptionError
 from lorasmith.server.comfyui.answers import read_json, refused, table
 from lorasmith.server.comfyui.job_views import STATES_OF_STATUS, history_entry, job_detail, job_summary, queue_entry
 from lorasmith.server.jobs import ENDED, JobLine, JobStore
-from lorasmith.server.request_parts import number_in, send_json_pieces
-from lorasmith.server.server_context import ServerContext
+from lorasmith.server.request_handling import ServerContext, number_in, send_json_pieces
 
 
 class QueueRoutes:

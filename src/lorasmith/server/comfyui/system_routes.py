@@ -13,8 +13,7 @@ from lorasmith.server.comfyui.answers import read_json, refused, table
 from lorasmith.server.comfyui.messages import TERMINAL_SIZE, log_entry
 from lorasmith.server.comfyui.model_routes import ModelRoutes
 from lorasmith.server.comfyui.websocket import Sockets, features
-from lorasmith.server.request_parts import MAX_UPLOAD_BYTES
-from lorasmith.server.server_context import ServerContext
+from lorasmith.server.request_handling import MAX_UPLOAD_BYTES, ServerContext
 
 PROTOCOL_VERSION = "0.33.0"  # the ComfyUI release of this protocol, reported by `/system_stats`
 

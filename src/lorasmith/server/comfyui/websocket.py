@@ -24,7 +24,7 @@ from lorasmith.server.comfyui.messages import (
 )
 from lorasmith.server.hub import Notice, Subscription
 from lorasmith.server.jobs import ENDED, StoreError, UnknownJobError
-from lorasmith.server.server_context import ServerContext
+from lorasmith.server.request_handling import ServerContext
 
 MOST_SOCKETS = 128  # connections at once: fewer than one address may have, so that requests remain possible
 _MOST_MESSAGE = 2**16
