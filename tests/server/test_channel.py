@@ -66,7 +66,7 @@ channel = channel_of_child()
 print("printed")
 os.write(1, b"written")
 assert sys.stdin.read() == "" and subprocess.run(["cat"], capture_output=True).stdout == b""
-child_process.send(child_process.receive()[0])
+channel.send(channel.receive()[0])
 """
     done = subprocess.run(
         [sys.executable, "-c", code], input=packed({"n": 1}), capture_output=True, check=True, timeout=30
