@@ -16,8 +16,9 @@ from aiohttp import web
 from lorasmith.core.errors import CancelledError, OptionError, OutputError
 from lorasmith.core.files import ensure_folder, locked
 from lorasmith.core.folders import Folders
-from lorasmith.server import access, api, comfyui, editor_routes, page_routes
+from lorasmith.server import access, api, comfyui, page_routes
 from lorasmith.server.assistant import Assistant
+from lorasmith.server.comfyui import editor_files
 from lorasmith.server.connections import KEEPALIVE_S, Connections, most_connections
 from lorasmith.server.dispatcher import Dispatcher
 from lorasmith.server.hub import Hub, LogBook
@@ -25,7 +26,7 @@ from lorasmith.server.jobs import JobStore
 from lorasmith.server.request_handling import CONTEXT, MAX_JSON_BYTES, ServerContext, errors_answered
 from lorasmith.server.server_config import ServerConfig
 
-_TABLES: tuple[ModuleType, ...] = (access, api, comfyui, page_routes, editor_routes)
+_TABLES: tuple[ModuleType, ...] = (access, api, comfyui, page_routes, editor_files)
 """Modules with `routes(context)`, and optionally `middlewares(context)`, outermost first.
 
 `preparing(context)` returns handlers of `on_response_prepare`, called for every response, streams and errors included.

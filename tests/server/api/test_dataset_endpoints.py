@@ -11,7 +11,7 @@ from PIL import Image
 
 from lorasmith.core.folders import ASSETS
 from lorasmith.server import request_handling, server_disk
-from lorasmith.server.api import uploads
+from lorasmith.server.api import dataset_endpoints
 from lorasmith.server.assistant import RefusedError, UnavailableError
 from lorasmith.server.request_handling import read_body
 from tests.server.api.api_server import AT, Client, made_up, refusals_of, with_api
@@ -233,7 +233,7 @@ LIMITS: dict[str, tuple[str, int, int, str]] = {
 def test_uploads_have_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     name, limit, status, message = LIMITS[case]
     monkeypatch.setattr(
-        next(one for one in (uploads, request_handling, server_disk) if hasattr(one, name)), name, limit
+        next(one for one in (dataset_endpoints, request_handling, server_disk) if hasattr(one, name)), name, limit
     )
 
     async def test(client: Client) -> None:
