@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from lorasmith.core.folders import ASSETS
 from lorasmith.nodes.workflow_run import run_workflow
-from lorasmith.server.editor_templates import PICTURES, Template, templates
+from lorasmith.server.comfyui.editor_files import PICTURES, Template, templates
 
 EDGE, BAND = 320, 34
 INK, PAPER, BAND_COLOUR = "white", "#f4f1ec", "#1f2a37"

@@ -20,14 +20,13 @@ from lorasmith.core.errors import GraphError
 from lorasmith.core.folders import Folders
 from lorasmith.core.registry import Registry
 from lorasmith.server.assistant import RefusedError
-from lorasmith.server.comfyui.prompt_answers import answer_to
 from lorasmith.server.dispatcher import Dispatcher
 from lorasmith.server.http_server import make_app
-from lorasmith.server.hub import Hub, Notice
+from lorasmith.server.hub import Hub, LogBook, Notice
 from lorasmith.server.jobs import Job, JobState, JobStore
-from lorasmith.server.log_book import LogBook
+from lorasmith.server.questions.graph_questions import answer_to
+from lorasmith.server.request_handling import ServerContext
 from lorasmith.server.server_config import ServerConfig
-from lorasmith.server.server_context import ServerContext
 from lorasmith.workflow import Input, Node, NodeContext, Output, node, object_info
 from lorasmith.workflow.editor_format import prompt_of_editor
 

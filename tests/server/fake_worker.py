@@ -8,7 +8,7 @@ import threading
 import time
 from typing import Any
 
-from lorasmith.server.channel import channel_of_child
+from lorasmith.server.child_process import channel_of_child
 
 
 def main() -> None:

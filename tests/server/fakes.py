@@ -13,11 +13,10 @@ from typing import Any
 from lorasmith.core.folders import Folders
 from lorasmith.server.assistant import Assistant
 from lorasmith.server.dispatcher import Dispatcher
-from lorasmith.server.hub import Hub
+from lorasmith.server.hub import Hub, LogBook
 from lorasmith.server.jobs import Job, JobStore
-from lorasmith.server.log_book import LogBook
+from lorasmith.server.request_handling import ServerContext
 from lorasmith.server.server_config import ServerConfig
-from lorasmith.server.server_context import ServerContext
 
 HERE = Path(__file__).parent
 CPU = {"name": "cpu", "title": "CPU", "memory_bytes": 1}

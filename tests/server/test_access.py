@@ -16,9 +16,9 @@ from yarl import URL
 from lorasmith.core.errors import OptionError
 from lorasmith.core.folders import is_reserved
 from lorasmith.core.foreign_json import parse_foreign_json
-from lorasmith.server import access, request_parts
+from lorasmith.server import access, request_handling
 from lorasmith.server.access import Access, access_of, is_loopback
-from lorasmith.server.request_parts import MAX_JSON_BYTES, read_body
+from lorasmith.server.request_handling import MAX_JSON_BYTES, read_body
 from lorasmith.server.server_config import ServerConfig
 from tests.server.fake_server import GOOD, Played, serving
 from tests.server.fakes import until
@@ -332,7 +332,7 @@ def test_wrong_tokens_are_refused_late_and_end_their_connection(
 
 
 def test_a_body_that_stops_arriving_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(request_parts, "IDLE_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(request_handling, "IDLE_TIMEOUT_S", 0.1)
     part = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\n\r\nabc'
     form = "multipart/form-data; boundary=x"
     cases = [
@@ -361,7 +361,7 @@ def test_a_body_that_stops_arriving_is_cut_off(tmp_path: Path, monkeypatch: pyte
 
 
 def test_an_upload_that_moves_may_take_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(request_parts, "IDLE_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(request_handling, "IDLE_TIMEOUT_S", 0.5)
 
     async def slowly() -> AsyncIterator[bytes]:
         yield b'{"a": 1'
@@ -398,7 +398,7 @@ def test_large_bodies_are_parsed_outside_of_the_event_loop(tmp_path: Path, monke
 
 
 def test_bodies_that_are_read_have_a_limit_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(request_parts, "_MOST_BODIES_BYTES", 1500)
+    monkeypatch.setattr(request_handling, "_MOST_BODIES_BYTES", 1500)
 
     async def main() -> None:
         async with serving(tmp_path) as server:
@@ -410,17 +410,17 @@ def test_bodies_that_are_read_have_a_limit_together(tmp_path: Path, monkeypatch:
                 yield b"}"
 
             waiting = asyncio.create_task(status_of(server, "POST", "/settings", data=half()))
-            await until(lambda: sum(request_parts._bodies.values()) > 1000)
+            await until(lambda: sum(request_handling._bodies.values()) > 1000)
             assert await status_of(server, "POST", "/settings", data=b"{" + b" " * 600 + b"}") == 429
             first.set()
-            assert await waiting == 200 and not request_parts._bodies
+            assert await waiting == 200 and not request_handling._bodies
             assert await status_of(server, "POST", "/settings", data=b"{" + b" " * 600 + b"}") == 200
 
     asyncio.run(main())
 
 
 def test_a_client_that_does_not_read_an_answer_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(request_parts, "IDLE_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(request_handling, "IDLE_TIMEOUT_S", 0.01)
     ended: list[None] = []
 
     class Unread:
@@ -429,7 +429,7 @@ def test_a_client_that_does_not_read_an_answer_is_cut_off(monkeypatch: pytest.Mo
 
     request = SimpleNamespace(transport=SimpleNamespace(abort=lambda: ended.append(None)))
     with pytest.raises(ConnectionResetError):
-        asyncio.run(request_parts.send(request, Unread(), b"x"))  # type: ignore[arg-type]
+        asyncio.run(request_handling.send(request, Unread(), b"x"))  # type: ignore[arg-type]
     assert ended == [None]
 
 

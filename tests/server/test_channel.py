@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from lorasmith.server import channel
-from lorasmith.server.channel import AsyncChannel, BlockingChannel, BrokenChannelError, packed
+from lorasmith.server import child_process
+from lorasmith.server.child_process import AsyncChannel, BlockingChannel, BrokenChannelError, packed
 
 MESSAGES = [({"type": "a", "text": "ü\n"}, b""), ({}, b"\x00\xff" * 1000), ({"n": [1, 2.5, None]}, b"x")]
 
@@ -53,7 +53,7 @@ def test_what_is_no_message_is_named(content: bytes) -> None:
 
 
 def test_messages_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(channel, "MOST_JSON_BYTES", 10)
+    monkeypatch.setattr(child_process, "MOST_JSON_BYTES", 10)
     with pytest.raises(ValueError, match="at most 10 bytes"):
         packed({"text": "longer than ten"})
 
@@ -61,7 +61,7 @@ def test_messages_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_a_child_prints_is_no_message() -> None:
     code = """
 import os, subprocess, sys
-from lorasmith.server.channel import channel_of_child
+from lorasmith.server.child_process import channel_of_child
 channel = channel_of_child()
 print("printed")
 os.write(1, b"written")

@@ -17,7 +17,7 @@ SOURCE = Path(lorasmith.__file__).parents[1]
 
 CODE = """
 import sys, time
-from lorasmith.server.channel import channel_of_child
+from lorasmith.server.child_process import channel_of_child
 channel = channel_of_child()
 first, _ = channel.receive()
 print("a line\\n" + "x" * 200_000 + "\\n50 %\\r100 %", file=sys.stderr)
@@ -83,7 +83,7 @@ def test_environment_and_folder_are_its_own(tmp_path: Path, monkeypatch: pytest.
         made = ChildProcess(
             (
                 *(sys.executable, "-P", "-c"),
-                "import os; from lorasmith.server.channel import channel_of_child as c; c().send({'type': 'x', "
+                "import os; from lorasmith.server.child_process import channel_of_child as c; c().send({'type': 'x', "
                 "'cwd': os.getcwd(), 'variable': os.environ['GIVEN'], 'secret': os.environ.get('LORASMITH_TOKEN')})",
             ),
             cwd=tmp_path,

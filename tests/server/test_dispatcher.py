@@ -13,7 +13,7 @@ import pytest
 
 from lorasmith.server.hub import Notice, Subscription
 from lorasmith.server.jobs import Job, JobStateError, UnknownJobError
-from lorasmith.server.server_context import ServerContext
+from lorasmith.server.request_handling import ServerContext
 from tests.server.fakes import CPU, dispatching, ended, fake_context, is_alive, until
 
 

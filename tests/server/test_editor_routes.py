@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from yarl import URL
 
-from lorasmith.server import editor_routes
+from lorasmith.server.comfyui import editor_files
 from lorasmith.server.comfyui.editor_files import EDITOR_POLICY
 from tests.server.fake_server import serving
 
@@ -50,7 +50,7 @@ def answers(base: Path, *paths: str | URL) -> list[tuple[int, str, str, dict[str
 def test_the_packages_files_are_served_as_they_are(
     package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(editor_routes, "editor_package", lambda: package)
+    monkeypatch.setattr(editor_files, "editor_package", lambda: package)
     page, script, font, styles, icon = answers(
         tmp_path / "base",
         "/editor/",
@@ -70,7 +70,7 @@ def test_the_packages_files_are_served_as_they_are(
 def test_the_page_is_in_a_folder_and_the_protocol_below_it(
     package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(editor_routes, "editor_package", lambda: package)
+    monkeypatch.setattr(editor_files, "editor_package", lambda: package)
     redirect, encoded, protocol, unknown = answers(
         tmp_path / "base",
         "/editor?template=style",
@@ -90,7 +90,7 @@ def test_the_page_is_in_a_folder_and_the_protocol_below_it(
 def test_nothing_outside_the_package_is_served(
     path: str, package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(editor_routes, "editor_package", lambda: package)
+    monkeypatch.setattr(editor_files, "editor_package", lambda: package)
     ((status, _, text, _),) = answers(tmp_path / "base", f"/editor/{path}")
     assert (status, "secret" in text) == (404, False)
 
@@ -105,7 +105,7 @@ def test_the_users_style_sheet_is_served_or_an_empty_one(tmp_path: Path) -> None
 
 
 def test_without_the_package_a_page_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(editor_routes, "editor_package", lambda: None)
+    monkeypatch.setattr(editor_files, "editor_package", lambda: None)
     page, file = answers(tmp_path, "/editor/", "/editor/assets/index-1.js")
     assert page[:2] == (200, "text/html")
     assert "install it with <code>pip install &quot;lorasmith[editor]&quot;</code>" in page[2]

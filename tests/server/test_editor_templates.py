@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from lorasmith.nodes.example_workflows import examples
-from lorasmith.server.editor_templates import PICTURES, Template, index, template_file, templates
+from lorasmith.server.comfyui.editor_files import PICTURES, Template, index, template_file, templates
 
 TEMPLATES = list(templates().values())
 

@@ -10,7 +10,7 @@ from lorasmith.app.run_plan import ImageEncoded, ImagesFound, ModelLoading
 from lorasmith.core.folders import ASSETS
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.folder import scan_folder
-from lorasmith.server.event_json import PROGRESS, event_json, finite
+from lorasmith.server.job_reporter import PROGRESS, event_json, finite
 from lorasmith.training.events import KINDS, RunFinished, StepDone
 from lorasmith.training.outcome import Outcome
 

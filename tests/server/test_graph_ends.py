@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lorasmith.server.graph_ends import graph_end
+from lorasmith.server.job_reporter import graph_end
 
 
 def test_a_failure_has_the_fields_of_comfyui() -> None:

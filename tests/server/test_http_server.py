@@ -19,10 +19,9 @@ from aiohttp.test_utils import TestClient, TestServer
 from lorasmith.core.errors import OptionError, OutputError
 from lorasmith.server.assistant import RefusedError, UnavailableError
 from lorasmith.server.contained_files import OutsideError
-from lorasmith.server.error_answers import TooLargeError, TooManyError
 from lorasmith.server.http_server import make_app, running
 from lorasmith.server.jobs import JobStateError, JobStore, QueueFullError, StoreError, UnknownJobError
-from lorasmith.server.server_context import CONTEXT, ServerContext
+from lorasmith.server.request_handling import CONTEXT, ServerContext, TooLargeError, TooManyError
 from tests.server.fakes import ended, fake_config, fake_context
 
 HEAVY = ("torch", "numpy", "PIL", "diffusers", "transformers", "safetensors", "matplotlib", "typer", "rich")
@@ -173,7 +172,7 @@ from pathlib import Path
 sys.path.insert(0, {str(Path(__file__).parents[2])!r})
 from tests.server.fakes import fake_config
 from lorasmith.server.contained_files import OutsideError
-from lorasmith.server.error_answers import TooLargeError, TooManyError
+from lorasmith.server.request_handling import TooLargeError, TooManyError
 from lorasmith.server.http_server import serve
 
 say = lambda what: print(what, flush=True)

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from lorasmith.server import disk_space
+from lorasmith.server import server_disk
 from lorasmith.server.jobs import (
     STATES,
     DuplicateJobError,
@@ -241,8 +241,8 @@ def test_lists_have_no_graphs(store: JobStore) -> None:
 
 
 def test_a_job_leaves_the_last_of_the_disk(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=disk_space.SPARE_BYTES + 1000))
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=server_disk.SPARE_BYTES + 1000))
     job = store.add("train", {"name": "x" * 900})
-    with pytest.raises(disk_space.DiskFullError, match="less than 1 GiB of the disk"):
+    with pytest.raises(server_disk.DiskFullError, match="less than 1 GiB of the disk"):
         store.add("train", {"name": "x" * 1000})
     store.finish(job.id, "completed")  # what happens to jobs is always recorded

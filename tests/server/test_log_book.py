@@ -9,13 +9,11 @@ from pathlib import Path
 import pytest
 from aiohttp.http_exceptions import BadHttpMessage
 
-from lorasmith.server import log_book
-from lorasmith.server.hub import Hub
-from lorasmith.server.log_book import LogBook
+from lorasmith.server.hub import Hub, LogBook
 
 
 def test_lines_are_remembered_written_and_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(log_book, "_MOST_BYTES", 2_000)
+    monkeypatch.setattr("lorasmith.server.hub._MOST_BYTES", 2_000)
     hub, path = Hub(), tmp_path / "user" / "server.log"
     log = LogBook(path, hub)
     with hub.subscribe(kinds={"log"}) as lines:

@@ -16,7 +16,7 @@ import pytest
 from lorasmith.core.errors import CancelledError, DataError
 from lorasmith.core.files import locked
 from lorasmith.server import worker
-from lorasmith.server.channel import BlockingChannel
+from lorasmith.server.child_process import BlockingChannel
 
 START = {"log": "the.log", "grace_s": 60.0, "beat_s": 60.0}
 

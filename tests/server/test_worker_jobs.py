@@ -15,8 +15,8 @@ import torch
 
 from lorasmith.core.errors import CancelledError, LorasmithError, NodeError, OptionError
 from lorasmith.core.folders import ASSETS
-from lorasmith.server import folder_jobs
-from lorasmith.server.measurements import measurement_subject
+from lorasmith.server import worker_jobs
+from lorasmith.server.jobs import measurement_subject
 from lorasmith.server.worker_jobs import Jobs
 from tests.training.crash import outcome
 
@@ -122,7 +122,7 @@ def test_a_training_that_is_cancelled_continues_in_its_folder(worker: Worker) ->
 
 def test_workers_that_begin_runs_of_one_name_at_once_have_a_folder_each(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as threads:
-        found = list(threads.map(lambda _: folder_jobs._claimed(tmp_path / "runs", "lora", {}), range(24)))
+        found = list(threads.map(lambda _: worker_jobs._claimed(tmp_path / "runs", "lora", {}), range(24)))
     assert sorted(path.name for path in found) == [f"lora-{number:03}" for number in range(1, 25)]
 
 
@@ -207,7 +207,7 @@ def test_a_graph_that_is_cancelled_or_malformed_ends_for_its_clients(worker: Wor
 
 @pytest.mark.slow
 def test_a_measurement_is_kept_by_what_it_measures(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorasmith.server.folder_jobs._STEPS", 2)
+    monkeypatch.setattr("lorasmith.server.worker_jobs._STEPS", 2)
     settings = {"rank": 2, "targets": "attention", "steps": 77, "resolution": 64}
     found = worker.run("measure", {"model": "lorasmith-tiny", "settings": settings})
     values = found["outputs"]

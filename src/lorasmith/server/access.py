@@ -24,10 +24,8 @@ from urllib.parse import urlsplit
 from aiohttp import web
 
 from lorasmith.core.errors import OptionError
-from lorasmith.server.error_answers import error_response
-from lorasmith.server.request_parts import in_time
+from lorasmith.server.request_handling import ServerContext, error_response, in_time
 from lorasmith.server.server_config import ServerConfig
-from lorasmith.server.server_context import ServerContext
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 

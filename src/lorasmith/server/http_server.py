@@ -16,19 +16,17 @@ from aiohttp import web
 from lorasmith.core.errors import CancelledError, OptionError, OutputError
 from lorasmith.core.files import ensure_folder, locked
 from lorasmith.core.folders import Folders
-from lorasmith.server import access, api, comfyui, editor_routes, page_routes
+from lorasmith.server import access, api, comfyui, page_routes
 from lorasmith.server.assistant import Assistant
+from lorasmith.server.comfyui import editor_files
 from lorasmith.server.connections import KEEPALIVE_S, Connections, most_connections
 from lorasmith.server.dispatcher import Dispatcher
-from lorasmith.server.error_answers import errors_answered
-from lorasmith.server.hub import Hub
+from lorasmith.server.hub import Hub, LogBook
 from lorasmith.server.jobs import JobStore
-from lorasmith.server.log_book import LogBook
-from lorasmith.server.request_parts import MAX_JSON_BYTES
+from lorasmith.server.request_handling import CONTEXT, MAX_JSON_BYTES, ServerContext, errors_answered
 from lorasmith.server.server_config import ServerConfig
-from lorasmith.server.server_context import CONTEXT, ServerContext
 
-_TABLES: tuple[ModuleType, ...] = (access, api, comfyui, page_routes, editor_routes)
+_TABLES: tuple[ModuleType, ...] = (access, api, comfyui, page_routes, editor_files)
 """Modules with `routes(context)`, and optionally `middlewares(context)`, outermost first.
 
 `preparing(context)` returns handlers of `on_response_prepare`, called for every response, streams and errors included.

@@ -1,4 +1,4 @@
-"""The queue of jobs and its history in SQLite, which survive crashes.
+"""The queue of jobs, its history and what was measured, in SQLite, which survive crashes.
 
 `<base>/user/lorasmith/jobs.sqlite3` (WAL). Only the server opens it, from the thread of its event loop; each call is
 one short transaction, durable when it returns.
@@ -21,7 +21,8 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from lorasmith.core.errors import LorasmithError
 from lorasmith.core.files import ensure_folder
-from lorasmith.server.disk_space import disk_space
+from lorasmith.server.server_disk import disk_space
+from lorasmith.training.config import cost_options
 
 JobKind: TypeAlias = Literal["graph", "train", "measure"]
 JobState: TypeAlias = Literal["pending", "running", "completed", "failed", "cancelled", "paused", "interrupted"]
@@ -459,3 +460,12 @@ def _explained(path: Path, error: sqlite3.Error) -> StoreError:
     if primary in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         return StoreError(f"{path} is in use by another program; close it")
     return StoreError(f"{path} cannot be used ({error}), nothing was changed; check the disk")
+
+
+def measurement_subject(model: str, settings: Mapping[str, Any], device: str) -> str:
+    """The key of a measurement in `JobStore`; leaves out settings that do not affect the cost of a step. `settings` are
+    those of training and data, `device` is a type such as `cuda`.
+    """
+    relevant = {**{name: one.default for name, one in cost_options().items()}, "resolution": None}
+    chosen = {name: settings.get(name, default) for name, default in relevant.items()}
+    return json.dumps({"model": model, "settings": chosen, "device": device.partition(":")[0]}, sort_keys=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasmith.core.files import open_regular
-from lorasmith.training.runs.history import MOST_LINE_BYTES
+from lorasmith.training.events import MOST_LINE_BYTES
 
 _BLOCK = 2**20  # bytes read at a time
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 if TYPE_CHECKING:
-    from lorasmith.server.server_context import ServerContext
+    from lorasmith.server.request_handling import ServerContext
 
 PAGE_POLICY = "; ".join(
     (

@@ -20,7 +20,7 @@ from typing import Any
 
 from lorasmith.core.errors import CancelledError, LorasmithError, OutputError
 from lorasmith.core.files import locked
-from lorasmith.server.channel import BlockingChannel, channel_of_child
+from lorasmith.server.child_process import BlockingChannel, channel_of_child
 
 _LOCK_PAUSE_S = 0.1
 _MARGIN_S = 5.0

@@ -1,24 +1,60 @@
-"""Jobs in the worker process: graphs, trainings on folders, measurements; and what is cached between them."""
+"""Jobs in the worker process: graphs, trainings on folders, measurements; and what is kept between them.
+
+One executor of graphs caches results between them. The model of the last training on a folder is kept for the next one
+on the same files.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import threading
+import time
+import traceback
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
-from lorasmith.core.errors import CancelledError
+from lorasmith.app.folder_run import prepare, train_prepared
+from lorasmith.app.model_run import run_folder
+from lorasmith.app.run_spec import RunSpec
+from lorasmith.bench.benchmark import latent_side, measured
+from lorasmith.bench.measure import synthetic_samples
+from lorasmith.core.errors import CancelledError, LorasmithError, OptionError, OutputError
+from lorasmith.core.files import ensure_folder
+from lorasmith.core.folders import Folders, fingerprint
 from lorasmith.core.placement import best_device
-from lorasmith.server.channel import BlockingChannel
-from lorasmith.server.folder_jobs import measure, train
-from lorasmith.server.graph_jobs import GraphJob
-from lorasmith.server.job_reporter import JobReporter
+from lorasmith.core.printable import count_text
+from lorasmith.core.typed_json import typed
+from lorasmith.families.locating import ModelFiles, built_in_models
+from lorasmith.families.model_search import (
+    ENCODER_FOLDERS,
+    MODEL_FOLDERS,
+    VAE_FOLDERS,
+    Completed,
+    in_folders,
+    load_completed,
+)
+from lorasmith.nodes import load_nodes
+from lorasmith.server.child_process import BlockingChannel
+from lorasmith.server.job_reporter import JobReporter, event_json, graph_end, history_message
+from lorasmith.server.jobs import measurement_subject
 from lorasmith.server.server_config import folders_of_child
-from lorasmith.server.warm_models import WarmModel
+from lorasmith.training.events import Event, Validated
+from lorasmith.training.job import plan_job
+from lorasmith.training.outcome import Outcome
+from lorasmith.training.results import TrainResult
+from lorasmith.training.runs.fingerprint import Fingerprint, differences
+from lorasmith.training.runs.history import read_history
+from lorasmith.training.runs.run_folder import RunFolder
+from lorasmith.training.verdict import UNJUDGED
+from lorasmith.workflow import execution_events as events
+from lorasmith.workflow.executor import Executor
+from lorasmith.workflow.graph import Graph, validate
 
 
 class Jobs:
@@ -105,3 +141,309 @@ class Jobs:
 
 def _nothing(end: Mapping[str, Any]) -> dict[str, Any]:
     return {}
+
+
+_LINES = 20  # entries of a traceback that are kept
+
+
+class GraphJob:
+    """Runs graphs one after another, with one executor."""
+
+    def __init__(self, folders: Folders) -> None:
+        self.folders = folders
+        self._nodes = load_nodes()
+        self._executor = Executor(folders, on_event=self._hear)
+        self._begin("", None)
+
+    def _begin(self, id: str, reporter: JobReporter | None) -> None:
+        self._id = id
+        self._reporter = reporter
+        self._graph: Graph | None = None
+        self._outputs: dict[str, Any] = {}
+        self._messages: list[list[Any]] = []
+        self._executed: list[str] = []
+        self._node: dict[str, str] = {}
+        self._failure: dict[str, Any] = {}
+
+    def run(
+        self, id: str, request: Mapping[str, Any], *, reporter: JobReporter, cancel: threading.Event
+    ) -> dict[str, Any]:
+        """Run a graph; returns `outputs`, `messages` and `last`, the notice of its end. Raises GraphError for a
+        malformed prompt, NodeError, or CancelledError after `cancel` is set.
+        """
+        self._begin(id, reporter)
+        targets = request.get("outputs_to_execute") or request.get("targets") or None
+        self._graph = validate(request["prompt"], self.folders, nodes=self._nodes, targets=targets)
+        workflow = request.get("workflow")
+        if workflow is None:
+            pnginfo = (request.get("extra_data") or {}).get("extra_pnginfo") or {}
+            workflow = pnginfo.get("workflow") if isinstance(pnginfo, dict) else None
+        self._executor.run(self._graph, workflow=workflow if isinstance(workflow, dict) else None, cancel=cancel)
+        return {
+            "outputs": self._outputs,
+            "messages": [*self._messages, history_message(id, "execution_success")],
+            "last": {"kind": "graph", "data": {"event": "ExecutionFinished"}},
+        }
+
+    def rest(self, end: Mapping[str, Any]) -> dict[str, Any]:
+        """Outputs and messages of a graph that did not complete; adds the node to `end["error"]`."""
+        error = end["error"]
+        if end["state"] == "failed":
+            error = {**error, **self._failure}
+        last, message = graph_end(
+            self._id, error if end["state"] == "failed" else None, **self._node, executed=self._executed
+        )
+        return {
+            "outputs": self._outputs,
+            "messages": [*self._messages, message],
+            "last": last,
+            "error": {**self._node, **error},
+        }
+
+    def _hear(self, event: events.Event) -> None:
+        assert self._reporter is not None
+        if isinstance(event, events.NodeReport):
+            self._reporter.training({**event.data, "node_id": event.node_id})
+            return
+        data: dict[str, Any] = {"event": type(event).__name__}
+        match event:
+            case events.ExecutionStarted():
+                self._messages = [
+                    history_message(self._id, "execution_start"),
+                    history_message(self._id, "execution_cached", nodes=list(event.cached)),
+                ]
+                data |= {"order": list(event.order), "cached": list(event.cached)}
+            case events.NodeProgress():
+                data |= {
+                    "node_id": event.node_id,
+                    "value": event.value,
+                    "maximum": event.maximum,
+                    "text": event.text,
+                }
+                self._reporter.notice("graph", data, droppable=True, picture=event.preview or b"")
+                return
+            case events.NodeCached() | events.NodeFinished():
+                self._executed.append(event.node_id)
+                ui = {kind: list(items) for kind, items in event.ui.items()}
+                if ui:
+                    self._outputs[event.node_id] = ui
+                data |= {"node_id": event.node_id, "ui": ui}
+            case events.ExecutionFinished() | events.ExecutionFailed() | events.ExecutionCancelled():
+                self._end(event)
+                return
+            case _:
+                data |= asdict(event)
+        self._reporter.notice("graph", data)
+
+    def _end(self, event: events.ExecutionFinished | events.ExecutionFailed | events.ExecutionCancelled) -> None:
+        """Keep the last event, which is sent with the end of the job, after its history is stored."""
+        if isinstance(event, events.ExecutionFinished):
+            return
+        member = None if self._graph is None else self._graph.nodes.get(event.node_id)
+        self._node = {"node_id": event.node_id, "node_type": "" if member is None else member.node.id}
+        if isinstance(event, events.ExecutionFailed):
+            cause = event.error.__cause__ or event.error
+            self._failure = {"title": event.title, "traceback": traceback.format_exception(cause)[-_LINES:]}
+
+
+_STEPS = 8  # timed steps of a measurement
+
+Load = Callable[[ModelFiles, Folders | None], Completed]
+
+
+def train(
+    request: Mapping[str, Any],
+    folders: Folders,
+    *,
+    before: Path | None,
+    reporter: JobReporter,
+    cancelled: Callable[[], bool],
+    load: Load,
+) -> dict[str, Any]:
+    """Train on folders of images, in a run folder below `runs/` of the base folder. `request` is a `RunSpec` as JSON
+    with paths relative to the base folder; as in files, import paths of optimizers are refused and trackers are not
+    started. `before` is the run folder of an earlier attempt. Raises CancelledError, with the run saved if it has
+    begun, and as `prepare` and `train_prepared`.
+    """
+    if before is not None and RunFolder(before).is_done:  # it completed, but the server did not receive its end
+        return {"outputs": _found_before(before)}
+    given = _typed(request)
+    if given.low_noise_model is not None:
+        raise OptionError(
+            f"a job trains one model, got low_noise_model {given.low_noise_model}; send a job for each expert, or run "
+            "lorasmith train --low-noise-model"
+        )
+    # Each worker sees a single GPU.
+    spec = replace(given.trusted(), device=given.device if given.device == "cpu" else None)
+
+    def report(event: Event) -> None:
+        reporter.training(event_json(event))
+
+    def report_or_stop(event: Event) -> None:
+        report(event)
+        if cancelled():
+            raise CancelledError("the job was cancelled before its first step; what was encoded is kept")
+
+    prepared = prepare(
+        spec,
+        runs=folders.base / "runs",
+        folders=folders,
+        on_event=report_or_stop,
+        cancelled=cancelled,
+        load=load,
+    )
+    if cancelled():
+        raise CancelledError("the job was cancelled before its first step; what was encoded is kept")
+
+    def output(fingerprint: Fingerprint) -> Path:
+        is_same = before is not None and _is_same(before, fingerprint)
+        folder = (
+            before
+            if before is not None and is_same
+            else _claimed(folders.base / "runs", prepared.spec.name, fingerprint)
+        )
+        reporter.run(folder)  # reported before the first step, so that a complete run is never trained again
+        return folder
+
+    result = train_prepared(prepared, output=output, on_event=report, cancelled=cancelled)
+    if result.reason is Outcome.CANCELLED:
+        raise CancelledError(f"the job was cancelled after {count_text(len(result.losses), 'step')} and saved")
+    return {"outputs": _found(result)}
+
+
+def _typed(request: Mapping[str, Any]) -> RunSpec:
+    try:
+        return typed(request, RunSpec)
+    except ValueError as error:
+        raise OptionError(f"{error}; correct the request") from error
+
+
+def _is_same(folder: Path, fingerprint: Fingerprint) -> bool:
+    """Whether a folder holds an unfinished run with this fingerprint that can be continued."""
+    run = RunFolder(folder)
+    with contextlib.suppress(LorasmithError):
+        return run.exists and not differences(run.record().fingerprint, fingerprint) and not run.is_busy
+    return False
+
+
+def _claimed(runs: Path, title: str, fingerprint: Fingerprint) -> Path:
+    """The folder of an unfinished run, or a new one, created here, since workers may begin runs of one name at once."""
+    chosen = run_folder(runs, title)
+    while True:
+        folder = chosen(fingerprint)
+        if RunFolder(folder).exists:
+            return folder
+        ensure_folder(runs)
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise OutputError(
+                f"{folder} cannot be made ({error.strerror}); check the disk and its permissions"
+            ) from error
+        return folder
+
+
+def _found(result: TrainResult) -> dict[str, Any]:
+    return {
+        "steps": result.steps,
+        "lora": None if result.path is None else result.path.name,
+        "verdict": result.verdict,
+        "reason": result.reason.value,
+    }
+
+
+def _found_before(folder: Path) -> dict[str, Any]:
+    """The outputs of a complete run, read from its folder."""
+    history = read_history(folder)
+    lora = folder / f"{history.record.title}.safetensors"
+    return {
+        "steps": len(history.steps()),
+        "lora": lora.name if lora.is_file() else None,
+        "verdict": next((one.verdict for one in reversed(history.of(Validated))), UNJUDGED),
+        "reason": None if history.outcome is None else history.outcome.value,
+    }
+
+
+def measure(
+    request: Mapping[str, Any],
+    folders: Folders,
+    *,
+    device: torch.device,
+    reporter: JobReporter,
+    cancelled: Callable[[], bool],
+    load: Load,
+) -> dict[str, Any]:
+    """Measure the seconds per step and the peak memory of a training, with a `Measuring` event for each stage.
+    `request` is `{model, settings, text_encoders, vae}` as in a `RunSpec`. Raises CancelledError, OptionError for a bad
+    request, and errors of loading the model.
+    """
+    given = _typed(request)
+    if not given.model:
+        raise OptionError("a measurement needs a model, got none; name one")
+    base = load(given.files, folders).model
+    config = given.trusted().config
+    side = latent_side(base, given.data.resolution)
+    job = plan_job(base.denoiser, config, device)
+    samples = synthetic_samples(base, config.samples_per_step, side, side)
+
+    def begin(stage: str) -> None:
+        if cancelled():
+            raise CancelledError("the measurement was cancelled")
+        reporter.training({"event": "Measuring", "at": time.time(), "stage": stage})
+
+    begin("the model")
+    found = measured(job, samples, steps=_STEPS, floor=False, on_stage=begin)
+    values = {
+        "seconds_per_step": found.step.median,
+        "seconds_low": found.step.low,
+        "seconds_high": found.step.high,
+        "memory_bytes": found.peak,
+        "resolution": side * base.components.latent.downscale,
+        "at": time.time(),
+    }
+    return {
+        "outputs": values,
+        "found": {"subject": measurement_subject(given.model, given.settings, str(device)), "values": values},
+    }
+
+
+class WarmModel:
+    """At most one model. Training restores it, so that any number of runs can use it."""
+
+    def __init__(self) -> None:
+        self._kept: Completed | None = None
+        self._identity: Any = None
+
+    def load(self, files: ModelFiles, folders: Folders | None) -> Completed:
+        """As `load_completed`; returns the kept model if its files are the same and unchanged."""
+        identity = (files, _identity(files, folders))
+        if self._kept is None or self._identity != identity:
+            self.release()
+            self._kept, self._identity = load_completed(files, folders), identity
+        return self._kept
+
+    def release(self) -> None:
+        if self._kept is not None:
+            self._kept = self._identity = None
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+
+def _identity(files: ModelFiles, folders: Folders | None) -> list[list[str | int]]:
+    """Path, size and time of change of every file that decides what is loaded, including candidates for missing parts,
+    so that a better one that is added later is found.
+    """
+    if folders is None:
+        named = [files.model, *files.text_encoders, *([files.vae] if files.vae else [])]
+    else:
+        named = [
+            in_folders(files.model, folders, MODEL_FOLDERS),
+            *(in_folders(one, folders, ENCODER_FOLDERS) for one in files.text_encoders),
+            *([in_folders(files.vae, folders, VAE_FOLDERS)] if files.vae else []),
+            *(str(root) for kind in (*ENCODER_FOLDERS, *VAE_FOLDERS) for root in folders.roots(kind)),
+        ]
+    built_in = built_in_models()
+    return [fact for name in named for fact in fingerprint(built_in.get(name, Path(name)))]

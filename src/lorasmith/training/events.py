@@ -264,6 +264,9 @@ EventHandler = Callable[[Event], None]
 KINDS: dict[str, type[Event]] = {kind.__name__: kind for kind in Event.__subclasses__()}
 """The events of a run by name."""
 
+MOST_LINE_BYTES = 2**22
+"""Longer lines of a log are skipped: no event is that long."""
+
 EVENTS_VERSION = 1
 """Version of the lines of `events.jsonl`, raised when older readers would misread them."""
 

@@ -18,12 +18,10 @@ from lorasmith.server.access import preparing
 from lorasmith.server.api import routes
 from lorasmith.server.assistant import Assistant, RefusedError
 from lorasmith.server.dispatcher import Dispatcher
-from lorasmith.server.error_answers import errors_answered
-from lorasmith.server.hub import Hub
+from lorasmith.server.hub import Hub, LogBook
 from lorasmith.server.jobs import JobStore
-from lorasmith.server.log_book import LogBook
+from lorasmith.server.request_handling import CONTEXT, ServerContext, errors_answered
 from lorasmith.server.server_config import ServerConfig
-from lorasmith.server.server_context import CONTEXT, ServerContext
 
 AT = "/lorasmith/v1"
 

@@ -16,10 +16,9 @@ from yarl import URL
 
 from lorasmith.core.options import options_of
 from lorasmith.data.data_config import DataConfig
-from lorasmith.server.api.api_document import api_document, plain_path
 from lorasmith.server.api.api_routes import ENDPOINTS, routes
-from lorasmith.server.api.endpoint import PREFIX
-from lorasmith.server.server_context import ServerContext
+from lorasmith.server.api.endpoint import PREFIX, api_document, plain_path
+from lorasmith.server.request_handling import ServerContext
 from lorasmith.training.config import TrainConfig
 from tests.server.api.api_server import AT, Client, api, with_api
 

@@ -10,10 +10,10 @@ from aiohttp import FormData
 from PIL import Image
 
 from lorasmith.core.folders import ASSETS
-from lorasmith.server import disk_space, upload_folder
-from lorasmith.server.api import uploads
+from lorasmith.server import request_handling, server_disk
+from lorasmith.server.api import dataset_endpoints
 from lorasmith.server.assistant import RefusedError, UnavailableError
-from lorasmith.server.request_parts import read_body
+from lorasmith.server.request_handling import read_body
 from tests.server.api.api_server import AT, Client, made_up, refusals_of, with_api
 
 FOX = ASSETS / "input" / "fox"
@@ -232,7 +232,9 @@ LIMITS: dict[str, tuple[str, int, int, str]] = {
 @pytest.mark.parametrize("case", LIMITS)
 def test_uploads_have_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     name, limit, status, message = LIMITS[case]
-    monkeypatch.setattr(next(one for one in (uploads, upload_folder, disk_space) if hasattr(one, name)), name, limit)
+    monkeypatch.setattr(
+        next(one for one in (dataset_endpoints, request_handling, server_disk) if hasattr(one, name)), name, limit
+    )
 
     async def test(client: Client) -> None:
         await client.ask("POST", "/datasets", {"name": "dog"}, status=201)
@@ -300,7 +302,7 @@ def test_captions_leave_the_last_of_the_disk(tmp_path: Path, monkeypatch: pytest
 
     async def test(client: Client) -> None:
         await client.ask("PUT", "/datasets/dog/captions", {"fox_1.png": "before"})
-        monkeypatch.setattr(disk_space, "SPARE_BYTES", 2**60)
+        monkeypatch.setattr(server_disk, "SPARE_BYTES", 2**60)
         await client.error("PUT", "/datasets/dog/captions", {"fox_1.png": "after"}, status=507)
         await client.ask("DELETE", "/datasets/dog/images/fox_1.png")
 

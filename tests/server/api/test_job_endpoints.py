@@ -9,7 +9,7 @@ from lorasmith.app.run_spec import RunSpec
 from lorasmith.core.typed_json import typed
 from lorasmith.server import jobs
 from lorasmith.server.hub import Notice
-from lorasmith.server.measurements import measurement_subject
+from lorasmith.server.jobs import measurement_subject
 from tests.server.api.api_server import AT, Client, api, events, made_up, refusals_of, with_api
 
 RUN = {"model": "lorasmith-tiny", "dataset": "fox", "trigger": "a fox", "settings": {"steps": 50}}

@@ -14,7 +14,7 @@ import pytest
 
 from lorasmith.core.folders import Folders
 from lorasmith.server.comfyui.file_routes import FileRoutes
-from lorasmith.server.disk_space import SPARE_BYTES
+from lorasmith.server.server_disk import SPARE_BYTES
 from tests.server.fake_server import Played, serving
 from tests.server.fakes import until
 
@@ -269,7 +269,7 @@ def test_uploads_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     async def main() -> None:
         async with serving(tmp_path) as server:
             with monkeypatch.context() as patch:
-                patch.setattr("lorasmith.server.upload_folder.MOST_UPLOADS", 0)
+                patch.setattr("lorasmith.server.request_handling.MOST_UPLOADS", 0)
                 await upload(server, status=429)
             handler = next(one for one in server.app.router.routes() if one.resource.canonical == "/upload/image")
             handler.handler.__wrapped__.__self__._most_bytes = 1000
@@ -346,7 +346,7 @@ def test_uploads_that_arrive_together_leave_the_last_of_the_disk(
         return SimpleNamespace(free=SPARE_BYTES + room - used)
 
     least: list[int] = []
-    monkeypatch.setattr("lorasmith.server.disk_space.shutil.disk_usage", usage)
+    monkeypatch.setattr("lorasmith.server.server_disk.shutil.disk_usage", usage)
     both = asyncio.Event()
 
     async def content() -> AsyncIterator[bytes]:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from lorasmith.server.comfyui.job_views import (
+from lorasmith.server.comfyui.queue_routes import (
     JOB_STATUSES,
     ending_message,
     history_entry,

@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from lorasmith.server.comfyui.messages import Client, Progress, ending_frames, final_frames, frames_of
+from lorasmith.server.comfyui.websocket import Client, Progress, ending_frames, final_frames, frames_of
 from lorasmith.server.hub import Notice
 from lorasmith.server.jobs import Job
 

@@ -4,7 +4,7 @@ import asyncio
 from pathlib import Path
 
 from lorasmith.server.assistant import RefusedError
-from lorasmith.server.comfyui.model_routes import MODEL_KINDS
+from lorasmith.server.comfyui.all_routes import MODEL_KINDS
 from tests.server.fake_server import serving
 
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from lorasmith.server.comfyui.node_pages import node_page
+from lorasmith.server.questions.graph_questions import node_page
 from lorasmith.workflow import Input, NodeContext, Output, node
 from tests.server.fake_server import TOYS
 

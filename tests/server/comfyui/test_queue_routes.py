@@ -206,7 +206,7 @@ def test_interrupt_and_free_take_empty_bodies_and_unknown_ids(tmp_path: Path) ->
 
 
 def test_history_is_sent_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorasmith.server.request_parts._SMALL_BYTES", 100)
+    monkeypatch.setattr("lorasmith.server.request_handling._SMALL_BYTES", 100)
     steps: list[str] = []
     written = web.StreamResponse.write
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lorasmith.server.comfyui.user_files import FIRST_SETTINGS
-from lorasmith.server.disk_space import SPARE_BYTES
+from lorasmith.server.server_disk import SPARE_BYTES
 from tests.server.fake_server import serving
 
 FILE = "/userdata/workflows%2Fone.json"
@@ -202,7 +202,7 @@ def test_names_of_devices_are_refused(tmp_path: Path) -> None:
 
 def test_files_and_settings_leave_the_last_of_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     free = SimpleNamespace(free=SPARE_BYTES + 1000)
-    monkeypatch.setattr("lorasmith.server.disk_space.shutil.disk_usage", lambda folder: free)
+    monkeypatch.setattr("lorasmith.server.server_disk.shutil.disk_usage", lambda folder: free)
 
     async def main() -> None:
         async with serving(tmp_path) as server:

@@ -15,9 +15,9 @@ from PIL import Image
 from lorasmith.core.errors import LorasmithError, OptionError, OutputError
 from lorasmith.core.folders import Folders
 from lorasmith.server.api_shapes import CaptionEdit
-from lorasmith.server.questions import dataset_changes, dataset_check
+from lorasmith.server.questions import dataset_changes, dataset_questions
 from lorasmith.server.questions import dataset_questions as questions
-from lorasmith.server.questions.dataset_folders import UnknownFileError
+from lorasmith.server.questions.dataset_questions import UnknownFileError
 
 
 def noise(size: tuple[int, int] = (48, 40), seed: int = 0) -> Image.Image:
@@ -178,7 +178,7 @@ def test_a_caption_behind_a_link_is_neither_shown_nor_written_through(
     (dog / "10.txt").symlink_to(secret)
     row = questions.dataset(folders, "dog").images[2]
     assert row.caption == "" and "10.txt is a link out of its folder" in row.problem
-    assert "a secret" not in repr(dataset_check.check_dataset(folders, "dog", settings={"resolution": 32}))
+    assert "a secret" not in repr(dataset_questions.check_dataset(folders, "dog", settings={"resolution": 32}))
     assert write(folders, {"10.png": "mine"}, _10="") == 1
     assert secret.read_text() == "a secret" and (dog / "10.txt").read_text() == "mine\n"
 
@@ -369,7 +369,7 @@ def test_a_check_says_what_is_wrong_with_each_picture(folders: Folders, dog: Pat
     noise((300, 60)).save(dog / "wide.png")
     (dog / "broken.png").write_bytes(b"x")
     square = {"resolution": 32, "bucket_min": 32, "bucket_max": 32, "batch_size": 2}
-    found = dataset_check.check_dataset(folders, "dog", model="lorasmith-tiny", settings=square)
+    found = dataset_questions.check_dataset(folders, "dog", model="lorasmith-tiny", settings=square)
     kinds = {one.kind: one for one in found.findings}
     assert kinds["cut pictures"].files == ("wide.png",) and kinds["cut pictures"].severity == "warning"
     assert kinds["missing captions"].files == ("10.png", "wide.png")
@@ -385,18 +385,18 @@ def test_a_check_says_what_is_wrong_with_each_picture(folders: Folders, dog: Pat
 
 def test_a_trigger_stands_in_for_captions(folders: Folders, dog: Path) -> None:
     assert "missing captions" not in {
-        one.kind for one in dataset_check.check_dataset(folders, "dog", trigger="sks dog").findings
+        one.kind for one in dataset_questions.check_dataset(folders, "dog", trigger="sks dog").findings
     }
 
 
 def test_a_dataset_without_usable_pictures_is_a_finding(folders: Folders) -> None:
     dataset_changes.create_dataset(folders, "new")
-    empty = dataset_check.check_dataset(folders, "new")
+    empty = dataset_questions.check_dataset(folders, "new")
     assert empty.findings == () and empty.images == {}
     (folders.place("input") / "new" / "a.png").write_bytes(b"x")
-    (finding,) = dataset_check.check_dataset(folders, "new").findings
+    (finding,) = dataset_questions.check_dataset(folders, "new").findings
     assert finding.severity == "problem" and "holds no usable image" in finding.message
-    assert dataset_check.check_dataset(folders, "new").skipped[0].file == "a.png"
+    assert dataset_questions.check_dataset(folders, "new").skipped[0].file == "a.png"
 
 
 @pytest.mark.parametrize(
@@ -409,4 +409,4 @@ def test_a_dataset_without_usable_pictures_is_a_finding(folders: Folders) -> Non
 )
 def test_settings_are_checked(folders: Folders, dog: Path, settings: dict[str, Any], match: str) -> None:
     with pytest.raises(OptionError, match=match):
-        dataset_check.check_dataset(folders, "dog", settings=settings)
+        dataset_questions.check_dataset(folders, "dog", settings=settings)

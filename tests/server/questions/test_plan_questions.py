@@ -9,8 +9,7 @@ from PIL import Image
 from lorasmith.core.errors import DataError, LorasmithError, ModelError, OptionError
 from lorasmith.core.folders import ASSETS, Folders
 from lorasmith.families.locating import built_in_models
-from lorasmith.server.questions.model_questions import known_model, model_name, models
-from lorasmith.server.questions.plan_questions import plan, train_request
+from lorasmith.server.questions.plan_questions import known_model, model_name, models, plan, train_request
 
 TINY = built_in_models()["lorasmith-tiny"]
 

@@ -9,7 +9,7 @@ import pytest
 from lorasmith.core.errors import LorasmithError
 from lorasmith.core.folders import Folders
 from lorasmith.nodes import load_nodes
-from lorasmith.server.questions.run_questions import run_graph
+from lorasmith.server.questions.run_results import run_graph
 from lorasmith.workflow.graph import validate
 from tests.server.questions.test_run_questions import RUN, changed_record
 

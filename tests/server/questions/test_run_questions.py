@@ -19,8 +19,8 @@ from lorasmith.core.typed_json import typed
 from lorasmith.formats.hashes import sha256_file
 from lorasmith.server.questions import run_questions as questions
 from lorasmith.server.questions import run_results
-from lorasmith.server.questions.dataset_folders import UnknownFileError
-from lorasmith.server.questions.shaped_questions import plain
+from lorasmith.server.questions.dataset_questions import UnknownFileError
+from lorasmith.server.questions.question_registry import plain
 from lorasmith.training.events import RunFinished, encoded
 from lorasmith.training.runs.history import read_history
 from lorasmith.training.runs.run_folder import RunFolder
@@ -137,7 +137,7 @@ def test_a_run_says_what_its_report_says(installation: Folders, base: Path) -> N
     ["", "runs", "runs/", "runs/..", "../runs/dog-001", "runs/../runs/dog-001", "runs/.x", "input/dog", "runs/gone"],
 )
 def test_what_is_no_run_is_unknown(installation: Folders, id: str) -> None:
-    for ask in (questions.run, questions.run_page, questions.run_graph, run_results.install_run):
+    for ask in (questions.run, questions.run_page, run_results.run_graph, run_results.install_run):
         with pytest.raises(UnknownFileError, match="there is no run"):
             ask(installation, id)
 

@@ -14,9 +14,18 @@ from hypothesis import strategies as st
 
 from lorasmith.core.errors import OptionError, TrainingError
 from lorasmith.core.files import read_regular
-from lorasmith.training.events import RolledBack, RunFinished, RunStarted, StepDone, Warned, decoded, encoded
+from lorasmith.training.events import (
+    MOST_LINE_BYTES,
+    RolledBack,
+    RunFinished,
+    RunStarted,
+    StepDone,
+    Warned,
+    decoded,
+    encoded,
+)
 from lorasmith.training.outcome import Outcome
-from lorasmith.training.runs.history import MOST_LINE_BYTES, read_history
+from lorasmith.training.runs.history import read_history
 from lorasmith.training.runs.run_folder import RunFolder
 from tests.training.run_cases import BEGIN, started, steps_done, whole_run, write_run
 

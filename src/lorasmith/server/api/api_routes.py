@@ -1,20 +1,119 @@
-"""All endpoints of the API, as routes."""
+"""All endpoints of the API as routes; those about the server: its state, settings, models, and the OpenAPI document."""
 
 from __future__ import annotations
 
+import shutil
+from importlib.metadata import version
 from typing import Any
 
 from aiohttp import web
 
+from lorasmith.app.presets import PRESETS, setting_groups
+from lorasmith.core.options import Option
 from lorasmith.core.printable import sentence
-from lorasmith.server.api.api_document import api_document
 from lorasmith.server.api.dataset_endpoints import DATASET_ENDPOINTS
-from lorasmith.server.api.endpoint import PREFIX, Call, Endpoint, route_of
+from lorasmith.server.api.endpoint import PREFIX, Call, Endpoint, Query, api_document, route_of
 from lorasmith.server.api.job_endpoints import JOB_ENDPOINTS
 from lorasmith.server.api.run_endpoints import RUN_ENDPOINTS
-from lorasmith.server.api.server_endpoints import SERVER_ENDPOINTS
-from lorasmith.server.error_answers import error_response
-from lorasmith.server.server_context import ServerContext
+from lorasmith.server.api_shapes import (
+    DeviceFacts,
+    ModelListAnswer,
+    PresetAnswer,
+    QueueCounts,
+    SettingAnswer,
+    SettingGroup,
+    SettingsAnswer,
+    SettingType,
+    StatusAnswer,
+)
+from lorasmith.server.request_handling import ServerContext, error_response
+
+_TYPES: dict[type, SettingType] = {int: "integer", float: "number", str: "text", bool: "boolean"}
+
+
+def settings_answer(images: int | None = None) -> SettingsAnswer:
+    """Every setting of the page, and the presets for a number of images."""
+    return SettingsAnswer(
+        groups=tuple(
+            SettingGroup(title=title, settings=tuple(map(_setting, options)))
+            for title, options in setting_groups().items()
+        ),
+        presets=tuple(
+            PresetAnswer(
+                name=one.name,
+                title=one.title,
+                summary=one.summary,
+                settings=one.settings_for(images),
+                steps_per_image=one.steps_per_image,
+                least_steps=one.least_steps,
+                most_steps=one.most_steps,
+            )
+            for one in PRESETS.values()
+        ),
+    )
+
+
+async def _settings(context: ServerContext, call: Call) -> SettingsAnswer:
+    images = call.number("images", 0)
+    return settings_answer(images or None)
+
+
+async def _status(context: ServerContext, call: Call) -> StatusAnswer:
+    return StatusAnswer(
+        version=version("lorasmith"),
+        ready=context.assistant.is_ready,
+        base_dir=str(context.config.base),
+        devices=tuple(
+            DeviceFacts(
+                name=str(one.get("name", "")),
+                title=str(one.get("title", "")),
+                memory_bytes=one.get("memory_bytes"),
+                free_bytes=one.get("free_bytes"),
+            )
+            for one in context.dispatcher.devices()
+        ),
+        queue=QueueCounts(**context.store.queue_counts()),
+        disk_free_bytes=shutil.disk_usage(context.config.base).free,
+    )
+
+
+async def _models(context: ServerContext, call: Call) -> Any:
+    return await context.assistant.ask("models")
+
+
+def _setting(one: Option) -> SettingAnswer:
+    return SettingAnswer(
+        name=one.name,
+        label=one.name.replace("_", " ").capitalize(),
+        type=_TYPES[one.type],
+        default=one.default,
+        help=one.help,
+        min=one.min,
+        max=one.max,
+        step=one.step,
+        choices=one.choices,
+        main=one.is_main,
+    )
+
+
+SERVER_ENDPOINTS = (
+    Endpoint(method="GET", path="/status", summary="The state of the server.", handler=_status, answer=StatusAnswer),
+    Endpoint(
+        method="GET",
+        path="/settings",
+        summary="Every setting that a page offers, and the three choices for who asks for none.",
+        handler=_settings,
+        query=(Query("images", "Number of images, which the steps of the choices follow.", "integer"),),
+        answer=SettingsAnswer,
+    ),
+    Endpoint(
+        method="GET",
+        path="/models",
+        summary="The models in the model folders.",
+        handler=_models,
+        answer=ModelListAnswer,
+    ),
+)
 
 
 async def _document(context: ServerContext, call: Call) -> dict[str, Any]:

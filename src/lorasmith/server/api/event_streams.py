@@ -19,11 +19,9 @@ from aiohttp import web
 from lorasmith.core.errors import LorasmithError
 from lorasmith.server.api.endpoint import Call
 from lorasmith.server.api.job_answers import job_answer, job_row
-from lorasmith.server.error_answers import TooManyError
 from lorasmith.server.hub import Notice, Subscription
 from lorasmith.server.log_tail import LogTail
-from lorasmith.server.request_parts import send
-from lorasmith.server.server_context import ServerContext
+from lorasmith.server.request_handling import ServerContext, TooManyError, send
 from lorasmith.training.events import KINDS
 
 MOST_STREAMS = 64  # open at once

@@ -26,9 +26,8 @@ from lorasmith.server.api_shapes import (
     RemovedJob,
 )
 from lorasmith.server.contained_files import OutsideError, contained
-from lorasmith.server.jobs import ACTIVE, ENDED, STATES, Job, JobState, JobStateError
-from lorasmith.server.measurements import measurement_subject
-from lorasmith.server.server_context import ServerContext
+from lorasmith.server.jobs import ACTIVE, ENDED, STATES, Job, JobState, JobStateError, measurement_subject
+from lorasmith.server.request_handling import ServerContext
 
 _MOST_LISTED = 500
 

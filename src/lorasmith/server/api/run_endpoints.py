@@ -12,7 +12,7 @@ from lorasmith.server.api.event_streams import run_events
 from lorasmith.server.api.job_answers import job_answer
 from lorasmith.server.api_shapes import InstallBody, InstalledLora, JobAnswer, RunAnswer, RunList, TrainOnBody
 from lorasmith.server.contained_files import UNTRUSTED, send_file
-from lorasmith.server.server_context import ServerContext
+from lorasmith.server.request_handling import ServerContext
 
 
 def _jobs(context: ServerContext) -> dict[str, str]:

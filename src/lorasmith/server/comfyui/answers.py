@@ -10,8 +10,7 @@ from aiohttp import web
 
 from lorasmith.core.errors import LorasmithError, OptionError
 from lorasmith.core.foreign_json import parse_foreign_json
-from lorasmith.server.error_answers import status_of
-from lorasmith.server.request_parts import apart, read_body
+from lorasmith.server.request_handling import apart, read_body, status_of
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 

@@ -1,23 +1,36 @@
-"""Files that the editor fetches besides its own: extensions, templates, documentation of nodes.
+"""ComfyUI's editor at `/editor/`: the files of the package `comfyui-frontend-package`, if it is installed, and others.
 
-Extensions are Lorasmith's own, in `server/editor/extensions/`, and those of the installed editor package. Templates are
-the example workflows (`server/editor_templates.py`); documentation is made from node declarations.
+The editor prefixes all addresses with its own folder, so the protocol is served below `/editor` too
+(`comfyui/all_routes.py`). The package is GPL-3.0: it is served unmodified, and Lorasmith contains no part of it.
+
+Extensions are Lorasmith's own, in `server/editor/extensions/`, and those of the installed editor package. Documentation
+is made from node declarations. Templates are the package's examples (`nodes/example_workflows.py`): the editor reads
+`templates/index.json`, opens `templates/<name>.json` and shows `templates/<name>-1.webp`, which
+`tools/template_pictures.py` draws.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import mimetypes
+from dataclasses import dataclass
+from html import escape
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from aiohttp import web
 
 from lorasmith.core.files import is_regular
+from lorasmith.core.printable import count_text
 from lorasmith.server.assistant import Assistant
 from lorasmith.server.comfyui.answers import refused, table
-from lorasmith.server.contained_files import find_contained
-from lorasmith.server.editor_templates import template_file
+from lorasmith.server.contained_files import OutsideError, find_contained
+from lorasmith.server.request_handling import ServerContext
+
+if TYPE_CHECKING:
+    from lorasmith.nodes.example_workflows import Example
 
 EDITOR_POLICY = "; ".join(
     (
@@ -116,3 +129,158 @@ _TYPES = {
     ".woff2": "font/woff2",
 }
 """Browsers refuse these files under other types, which the system's table may give them."""
+
+
+INSTALL = 'pip install "lorasmith[editor]"'
+
+
+def routes(context: ServerContext) -> list[web.RouteDef]:
+    """The routes of the editor's own files."""
+    return EditorPages(editor_package(), context.folders.base / "user" / "default" / "user.css").routes()
+
+
+class EditorPages:
+    """The routes. Without `package`, a page says that the editor is missing; `style` need not exist."""
+
+    def __init__(self, package: Path | None, style: Path) -> None:
+        self._package, self._style_sheet = package, style
+
+    def routes(self) -> list[web.RouteDef]:
+        return [
+            web.get("/editor", self._redirect),
+            web.get("/editor/", self._page),
+            # The page links both, and browsers log an error if a style sheet is missing.
+            web.get("/editor/user.css", self._style),
+            web.get("/editor/api/userdata/user.css", self._style),
+            # The editor requests these pictures at the root, regardless of its own address.
+            web.get("/assets/images/favicon_progress_16x16/{name}", self._progress_icon),
+            web.get("/assets/favicon.ico", self._icon),
+            web.get("/favicon.ico", self._icon),
+            web.get("/editor/{path:.+}", self._file),
+        ]
+
+    async def _redirect(self, request: web.Request) -> web.Response:
+        location = request.rel_url.with_path("/editor/", keep_query=True)  # still encoded: safe in a header
+        return web.Response(status=307, headers={"Location": str(location)})
+
+    async def _page(self, request: web.Request) -> web.StreamResponse:
+        if self._package is None:
+            return web.Response(text=_MISSING_PAGE, content_type="text/html", headers={"Cache-Control": "no-store"})
+        return send_editor_file(self._package / "index.html", cache="no-store")
+
+    async def _file(self, request: web.Request) -> web.StreamResponse:
+        return self._send(request.match_info["path"])
+
+    async def _style(self, request: web.Request) -> web.StreamResponse:
+        if self._style_sheet.is_symlink() or not is_regular(self._style_sheet):
+            return web.Response(text="", content_type="text/css")
+        return send_editor_file(self._style_sheet)
+
+    async def _progress_icon(self, request: web.Request) -> web.StreamResponse:
+        return self._send(f"assets/images/favicon_progress_16x16/{request.match_info['name']}")
+
+    async def _icon(self, request: web.Request) -> web.StreamResponse:
+        return self._send("assets/favicon.ico")
+
+    def _send(self, name: str) -> web.StreamResponse:
+        try:
+            path = find_contained([self._package], name) if self._package is not None else None
+        except OutsideError:
+            path = None
+        if path is None:
+            return web.Response(status=404, text="there is no such file\n")
+        return send_editor_file(path)
+
+
+_MISSING_PAGE = f"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Lorasmith: editor</title>
+<style>
+  :root {{ color-scheme: light dark; font: 17px/1.6 system-ui, sans-serif }}
+  body {{ max-width: 40rem; margin: 20vh auto; padding: 0 1rem }}
+  code {{ background: #7f7f7f33; padding: 0.1em 0.4em; border-radius: 4px; white-space: nowrap }}
+</style>
+<p>To use ComfyUI's graph editor here, install it with <code>{escape(INSTALL)}</code> and restart the server.</p>
+<p><a href="/">Back to Lorasmith</a></p>
+</html>
+"""
+
+
+PICTURES = Path(__file__).parents[1] / "editor" / "templates"
+
+
+@dataclass(frozen=True)
+class Template:
+    """An example workflow with the title on its card."""
+
+    name: str
+    title: str
+    example: Example
+
+    @property
+    def description(self) -> str:
+        """One or two sentences without file names: the editor shows hyphens and underscores as spaces."""
+        says = f"Trains {self.example.title}." if not self.example.title[0].isupper() else f"{self.example.title}."
+        needs = len(self.example.needs)
+        if not needs:
+            return f"{says} Runs at once, with the built in model."
+        return f"{says} Needs {count_text(needs, 'model file')}, named in the loaders."
+
+    @property
+    def picture(self) -> Path:
+        return PICTURES / f"{self.name}-1.webp"
+
+
+def templates() -> dict[str, Template]:
+    """Every template by name, those that need no other file first."""
+    from lorasmith.nodes.example_workflows import examples  # imported late, to start fast
+
+    return {one.name: Template(one.name, one.card, one) for one in examples()}
+
+
+def index() -> list[dict[str, Any]]:
+    """The editor's list of templates, in two groups: those that need no other file first."""
+    listed = templates().values()
+    groups = {
+        "Start here": [one for one in listed if not one.example.needs],
+        "Models": [one for one in listed if one.example.needs],
+    }
+    return [
+        {
+            "moduleName": "default",
+            "type": "image",
+            "category": "Lorasmith",
+            "title": title,
+            "isEssential": title == "Start here",
+            "templates": [_card(one) for one in members],
+        }
+        for title, members in groups.items()
+    ]
+
+
+def template_file(name: str) -> Path | str | None:
+    """The file `templates/<name>`: a path, or JSON text; None if there is none."""
+    if name == "index.json":
+        return json.dumps(index())
+    if name == "index_logo.json":  # logos of model makers; none here
+        return "{}"
+    known = templates()
+    if (stem := name.removesuffix("-1.webp")) != name and stem in known:
+        return known[stem].picture
+    if (stem := name.removesuffix(".json")) != name and stem in known:
+        return known[stem].example.editor_path
+    return None
+
+
+def _card(one: Template) -> dict[str, Any]:
+    return {
+        "name": one.name,
+        "title": one.title,
+        "mediaType": "image",
+        "mediaSubtype": "webp",
+        "description": one.description,
+        "tags": ["LoRA", "Training"],
+        "openSource": True,
+    }

@@ -18,11 +18,15 @@ from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.server.assistant import Assistant
 from lorasmith.server.comfyui.answers import refused, table
 from lorasmith.server.contained_files import UNTRUSTED, checked_name, contained, find_contained, send_file
-from lorasmith.server.disk_space import disk_space
-from lorasmith.server.error_answers import TooLargeError
-from lorasmith.server.removed_files import set_aside
-from lorasmith.server.request_parts import MAX_UPLOAD_BYTES
-from lorasmith.server.upload_folder import blocks, form_parts, received, upload_folder
+from lorasmith.server.request_handling import (
+    MAX_UPLOAD_BYTES,
+    TooLargeError,
+    blocks,
+    form_parts,
+    received,
+    upload_folder,
+)
+from lorasmith.server.server_disk import disk_space, set_aside
 
 _MOST_FIELDS, _LONGEST_FIELD = 20, 20_000
 _MOST_COPIES = 10_000

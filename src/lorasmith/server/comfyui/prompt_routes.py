@@ -15,9 +15,9 @@ from aiohttp import web
 from lorasmith.server.assistant import RefusedError
 from lorasmith.server.comfyui.answers import read_json, table
 from lorasmith.server.comfyui.websocket import Sockets
-from lorasmith.server.graph_ends import error_entry
+from lorasmith.server.job_reporter import error_entry
 from lorasmith.server.jobs import DuplicateJobError, QueueFullError
-from lorasmith.server.server_context import ServerContext
+from lorasmith.server.request_handling import ServerContext
 
 
 class PromptRoutes:

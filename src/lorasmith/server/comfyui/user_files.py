@@ -17,9 +17,8 @@ from lorasmith.core.files import ensure_folder, is_folder, is_regular, read_regu
 from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.server.comfyui.answers import read_json, refused, table
 from lorasmith.server.contained_files import OutsideError, contained, send_file
-from lorasmith.server.disk_space import disk_space
-from lorasmith.server.removed_files import set_aside
-from lorasmith.server.request_parts import MAX_JSON_BYTES, read_body
+from lorasmith.server.request_handling import MAX_JSON_BYTES, read_body
+from lorasmith.server.server_disk import disk_space, set_aside
 
 FIRST_SETTINGS: dict[str, Any] = {"Comfy.Notification.ShowVersionUpdates": False}
 """Defaults of the editor's settings; it does not check for its own updates."""

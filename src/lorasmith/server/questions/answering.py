@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from lorasmith.core.errors import LorasmithError
-from lorasmith.server.channel import BlockingChannel, channel_of_child
+from lorasmith.server.child_process import BlockingChannel, channel_of_child
 from lorasmith.server.server_config import folders_of_child
 
 _THREADS = 4

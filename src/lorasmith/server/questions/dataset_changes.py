@@ -16,8 +16,7 @@ from lorasmith.data.captions import CAPTION_SUFFIXES, MAX_CAPTION, CaptionError,
 from lorasmith.data.folder_listing import VIDEO_SUFFIXES, foreign_reason, stem_of
 from lorasmith.data.image_files import ImageError, file_digest, image_header, image_size, image_suffixes
 from lorasmith.server.api_shapes import CaptionEdit, Changed, DatasetRow, RemovedAnswer
-from lorasmith.server.disk_space import disk_space
-from lorasmith.server.questions.dataset_folders import (
+from lorasmith.server.questions.dataset_questions import (
     UnknownFileError,
     caption_file,
     caption_of,
@@ -25,8 +24,8 @@ from lorasmith.server.questions.dataset_folders import (
     picture_of,
     pictures_in,
 )
-from lorasmith.server.questions.shaped_questions import shaped
-from lorasmith.server.removed_files import keep_captions, set_aside
+from lorasmith.server.questions.question_registry import shaped
+from lorasmith.server.server_disk import disk_space, keep_captions, set_aside
 
 MOST_IMAGES = 2000  # in a dataset filled by the page
 

@@ -1,28 +1,50 @@
-"""Questions about datasets: their list, contents, and pictures."""
+"""Questions about datasets: their list, contents and pictures, and the check of one, worded for the page.
+
+A dataset is one folder of images in `<base>/input`, such as `input/dog`, which `lorasmith train` accepts as well. Links
+are followed as `Folders` and `DataConfig.follow_links` allow. Pictures in its subfolders are counted in notes and not
+shown.
+"""
 
 from __future__ import annotations
 
 import functools
 import io
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from lorasmith.core.errors import DataError
-from lorasmith.core.files import is_regular
+from lorasmith.app.data_check import DataCheck, check_folder
+from lorasmith.app.data_check_page import said_of
+from lorasmith.app.run_spec import SETTINGS
+from lorasmith.core.errors import DataError, OptionError, OutputError
+from lorasmith.core.files import is_folder, is_regular
 from lorasmith.core.folders import ASSETS, Folders
-from lorasmith.data.folder_listing import ListedFolder, list_folders, stem_of
-from lorasmith.data.image_files import ImageError, header_size, open_reduced
+from lorasmith.core.options import config_from, options_of
+from lorasmith.data.captions import CAPTION_SUFFIXES, CaptionError, read_caption_file
+from lorasmith.data.data_config import DataConfig
+from lorasmith.data.findings import Finding, FindingKind
+from lorasmith.data.folder_listing import ListedFolder, Skipped, list_folders, stem_of
+from lorasmith.data.folder_remarks import Remarks
+from lorasmith.data.image_files import ImageError, header_size, image_suffixes, open_reduced
 from lorasmith.data.preflight import name_in
-from lorasmith.data.source_files import Candidate
-from lorasmith.server.api_shapes import DatasetAnswer, DatasetList, DatasetRow, PictureRow, SkippedFile
-from lorasmith.server.questions.dataset_folders import (
-    caption_of,
-    dataset_folder,
-    is_builtin,
-    picture_of,
-    pictures_in,
-    subfolders,
+from lorasmith.data.source_files import Candidate, candidates
+from lorasmith.data.sources import ImageSource
+from lorasmith.families.locating import ModelFiles
+from lorasmith.server.api_shapes import (
+    CheckedPicture,
+    Crop,
+    DataCheckAnswer,
+    DatasetAnswer,
+    DatasetList,
+    DatasetRow,
+    FindingFacts,
+    PictureRow,
+    Severity,
+    SkippedFile,
 )
-from lorasmith.server.questions.shaped_questions import shaped
+from lorasmith.server.questions.question_registry import shaped
+from lorasmith.training.config import TrainConfig, settings_from_file
 
 MOST_THUMBNAIL = 2048  # pixels of the longest edge
 
@@ -125,3 +147,211 @@ def picture_row(one: Candidate) -> PictureRow:
 def _size_of(path: str, modified: int, size: int) -> tuple[int, int]:
     """Width and height in pixels, cached by file state. An ImageError is not cached."""
     return header_size(Path(path))
+
+
+class UnknownFileError(DataError):
+    """No such dataset, picture or run."""
+
+
+def dataset_folder(folders: Folders, name: str, *, to_change: bool = False) -> Path:
+    """The folder of a dataset. Raises UnknownFileError, and OutputError for a built-in one `to_change`."""
+    if is_name(name):
+        own = folders.place("input") / name
+        if is_folder(own) and folders.is_here(own):
+            return own
+        if is_folder(ASSETS / "input" / name):
+            if to_change:
+                raise OutputError(f"{name} belongs to Lorasmith and stays as it is; make a dataset of your own")
+            return ASSETS / "input" / name
+    raise UnknownFileError(f"there is no dataset {name!r}; choose one of the list, or make it")
+
+
+def subfolders(root: Path) -> Iterator[Path]:
+    """The folders in a folder, except hidden ones."""
+    if is_folder(root):
+        yield from (one for one in root.iterdir() if not one.name.startswith(".") and is_folder(one))
+
+
+def is_builtin(folder: Path) -> bool:
+    """Whether a dataset belongs to the package."""
+    return folder.is_relative_to(ASSETS)
+
+
+def is_name(name: str) -> bool:
+    """Whether a text is a single path segment."""
+    return bool(name) and not name.startswith(".") and not set(name) & set("/\\\x00:")
+
+
+def pictures_in(folders: Folders, folder: Path) -> tuple[list[Candidate], Skipped, list[str]]:
+    """The pictures directly in a folder, its skipped files, and notes."""
+    skipped: Skipped = []
+    remarks = Remarks()
+    config = DataConfig(follow_links=folders.follow_links)
+    try:
+        found = list(candidates(ImageSource(str(folder)), config, cache=None, skipped=skipped, remarks=remarks))
+    except DataError as error:
+        return [], [], [str(error)]
+    own = [one for one in found if not one.folder.inside]
+    inner = {one.folder.inside: 0 for one in found if one.folder.inside}
+    for one in found:
+        if one.folder.inside:
+            inner[one.folder.inside] += 1
+    notes = [
+        f"{number:,} pictures in the folder {inside} are trained on as well, and not shown here."
+        for inside, number in inner.items()
+    ]
+    real = folder.resolve()
+    shown = [one for one in own if stays_in(one.path, real)]
+    if len(shown) < len(own):
+        use = "trained on, and not shown" if folders.follow_links else "neither trained on nor shown"
+        notes.append(f"{len(own) - len(shown):,} pictures are links to other folders: {use} here.")
+    return shown, skipped, [*notes, *remarks.sentences()]
+
+
+def stays_in(path: Path, real: Path) -> bool:
+    """Whether a file is inside of a folder when links are resolved."""
+    try:
+        return path.resolve().is_relative_to(real)
+    except (OSError, RuntimeError):
+        return False
+
+
+def picture_of(folder: Path, file: str) -> Path:
+    """Raises UnknownFileError."""
+    path = folder / file
+    if not is_name(file) or path.suffix.lower() not in image_suffixes() or not is_regular(path):
+        raise UnknownFileError(f"there is no picture {file!r} in {folder.name}; load the page again")
+    if not stays_in(path, folder.resolve()):
+        raise UnknownFileError(
+            f"{file} in {folder.name} is a link to somewhere else and is not shown; copy the picture"
+        )
+    return path
+
+
+def caption_of(one: Candidate) -> tuple[str, str]:
+    """The caption of a picture, line by line, and its fault."""
+    if one.barred:
+        return "", one.barred
+    if one.caption_file:
+        try:
+            caption = read_caption_file(one.folder.file(one.caption_file))
+        except CaptionError as error:
+            return "", f"has a caption file {error.path.name} that {error.reason}"
+        if caption.text:
+            return "\n".join(caption.lines), ""
+    return "\n".join(one.entry), ""
+
+
+def caption_file(one: Candidate) -> Path:
+    """The path of a picture's caption file, which need not exist."""
+    return one.folder.file(one.caption_file or f"{stem_of(one.name)}{CAPTION_SUFFIXES[0]}")
+
+
+_SEVERITIES: dict[FindingKind, Severity] = {
+    "unused files": "problem",
+    "empty pictures": "problem",
+    "tiny pictures": "problem",
+    "missing captions": "problem",
+    "shared tags": "remark",
+}
+
+_REMEDIES: dict[FindingKind, str] = {  # where the command line's remedy names a flag
+    "unused files": "replace or remove what cannot be used",
+    "tiny pictures": "use larger pictures, or a lower resolution",
+    "enlarged pictures": "use larger pictures, or a lower resolution",
+    "cut pictures": "crop them yourself to what matters",
+    "copies": "remove all but one of each",
+    "look-alikes": "remove all but one of each, as a picture that is there twice is learnt twice",
+    "missing captions": "write captions, or give a trigger word that names the subject",
+    "empty captions": "write the captions",
+}
+
+
+@shaped
+def check_dataset(
+    folders: Folders,
+    name: str,
+    *,
+    model: str | None = None,
+    trigger: str = "",
+    settings: Mapping[str, Any] | None = None,
+) -> DataCheckAnswer:
+    """Check a dataset with the sizes and tokenizer of a model (None: common sizes) and settings of data and training.
+    Raises UnknownFileError, and LorasmithErrors for the model or settings.
+    """
+    folder = dataset_folder(folders, name)
+    data, training = split_settings(folders, settings or {}, trigger)
+    try:
+        checked = check_folder(
+            folder,
+            data,
+            files=None if model is None else ModelFiles(model),
+            folders=folders,
+            batch=training.samples_per_step,
+            validation_share=training.validation_share,
+        )
+    except DataError as error:
+        found, skipped, notes = pictures_in(folders, folder)
+        reasons = [*skipped, *((one.path, problem) for one in found if (problem := picture_row(one).problem))]
+        finding = FindingFacts(
+            kind="no pictures", message=str(error), files=tuple(one.name for one in found), severity="problem"
+        )
+        return DataCheckAnswer(
+            findings=(finding,) if found or skipped else (),
+            images={},
+            skipped=tuple(SkippedFile(file=name_in(folder, path), reason=reason) for path, reason in reasons),
+            notes=tuple(notes),
+        )
+    return _check_answer(checked)
+
+
+def split_settings(folders: Folders, settings: Mapping[str, Any], trigger: str = "") -> tuple[DataConfig, TrainConfig]:
+    """Settings by name as data and training configs; a choice is limited to registered names. Raises OptionError if one
+    is unknown, out of range, or not allowed in requests.
+    """
+    for name, value in settings.items():
+        if name in SETTINGS and SETTINGS[name].door == "typed" and value not in (None, "none", False):
+            raise OptionError(f"{name} is not for requests, got {value!r}; type it on the command line")
+    own = {key: value for key, value in settings.items() if key in options_of(DataConfig)}
+    others = {key: value for key, value in settings.items() if key not in own}
+    named = {"follow_links": folders.follow_links, **({"trigger": trigger} if trigger else {})}
+    return config_from(DataConfig, {**own, **named}), settings_from_file(others)
+
+
+def _check_answer(checked: DataCheck) -> DataCheckAnswer:
+    found = checked.preflight
+    return DataCheckAnswer(
+        findings=tuple(_finding(one, [image.name for image in found.images]) for one in found.findings),
+        images={
+            one.name: CheckedPicture(
+                problems=tuple(text for said in said_of(found, index) for text in said),
+                crop=_crop(one.crop, one.file.width, one.file.height),
+                trained=one.bucket,
+                tokens=one.tokens,
+            )
+            for index, one in enumerate(found.images)
+        },
+        skipped=tuple(SkippedFile(file=name_in(found.folder, path), reason=reason) for path, reason in found.skipped),
+        notes=found.notes,
+        resolutions=found.resolutions,
+        assumed=checked.is_size_assumed,
+        held_out=found.epoch.held_out,
+        samples_per_epoch=found.epoch.samples,
+    )
+
+
+def _finding(one: Finding, names: list[str]) -> FindingFacts:
+    said = replace(one, remedy=_REMEDIES.get(one.kind, one.remedy)).sentence
+    return FindingFacts(
+        kind=one.kind,
+        message=f"{said[:1].upper()}{said[1:]}.",
+        files=tuple(names[index] for index in one.images),
+        severity=_SEVERITIES.get(one.kind, "warning"),
+    )
+
+
+def _crop(box: tuple[float, float, float, float], width: int, height: int) -> Crop:
+    left, top, right, bottom = box
+    shares = (left / width, top / height, (right - left) / width, (bottom - top) / height)
+    x, y, across, down = (round(one, 5) for one in shares)
+    return Crop(x=x, y=y, width=across, height=down)

@@ -1,4 +1,4 @@
-"""Questions about a run before it starts: its plan, and the request of its job.
+"""Questions about a run before it starts: its plan, the request of its job, and the models and devices of this machine.
 
 A request selects datasets and models by name; settings select among registered names, and LoRAs in `models/loras`.
 """
@@ -6,27 +6,27 @@ A request selects datasets and models by name; settings select among registered 
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from lorasmith.app.memory_estimate import MemoryEstimate, estimate_memory
-from lorasmith.core.errors import DataError, OptionError
+from lorasmith.app.model_list import ListedFile, ListedModel, ModelList, list_models
+from lorasmith.core.errors import DataError, ModelError, OptionError
 from lorasmith.core.files import is_folder
-from lorasmith.core.folders import Folders, fingerprint, safe_name
+from lorasmith.core.folders import ASSETS, Folders, fingerprint, safe_name
 from lorasmith.core.options import options_of
 from lorasmith.core.printable import count_text, memory_text
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.folder import ImageFile, scan_folder
 from lorasmith.data.preflight import epoch_of
-from lorasmith.families.locating import BUILT_IN, ModelFiles
-from lorasmith.families.model_search import MODEL_FOLDERS, in_folders
-from lorasmith.server.api_shapes import PlanAnswer
-from lorasmith.server.questions.dataset_check import split_settings
-from lorasmith.server.questions.dataset_folders import dataset_folder
-from lorasmith.server.questions.model_questions import known_model
-from lorasmith.server.questions.shaped_questions import shaped
+from lorasmith.families.locating import BUILT_IN, ModelFiles, built_in_models
+from lorasmith.families.model_search import ENCODER_FOLDERS, MODEL_FOLDERS, VAE_FOLDERS, in_folders
+from lorasmith.server.api_shapes import MissingPart, ModelListAnswer, ModelRow, OtherFile, PlanAnswer
+from lorasmith.server.questions.dataset_questions import dataset_folder, split_settings
+from lorasmith.server.questions.question_registry import question, shaped
 from lorasmith.training.config import NONE_LORA, TrainConfig, lora_settings
 from lorasmith.training.runs.records import check_title
 
@@ -207,3 +207,114 @@ def _notes(found: MemoryEstimate, images: int, epochs: float, *, is_known: bool)
 
 def _said(value: object) -> str:
     return "on" if value is True else str(value)
+
+
+_KINDS = (*MODEL_FOLDERS, *ENCODER_FOLDERS, *VAE_FOLDERS)
+
+
+@shaped
+def models(folders: Folders) -> ModelListAnswer:
+    """The models in the model folders, built-in ones last, and the other files there."""
+    found = _listed(folders)
+    rows = [_row(folders, one) for one in found.models]
+    return ModelListAnswer(
+        models=tuple(sorted(rows, key=lambda row: row.builtin)),
+        other=tuple(map(_other, (*found.unused, *found.unknown))),
+    )
+
+
+def known_model(folders: Folders, name: str) -> str:
+    """The model of a request, in the model folders or built in. Raises ModelError for other paths and downloads."""
+    if name in built_in_models():
+        return name
+    for kind in MODEL_FOLDERS:
+        try:
+            folders.find(kind, name)
+        except ModelError:
+            continue
+        return name
+    if Path(name).is_absolute() and _is_in_folders(folders, Path(name)):
+        return name
+    raise ModelError(f"there is no model {name!r} in the model folders; choose one of the list")
+
+
+def model_name(folders: Folders, path: Path, kinds: tuple[str, ...] = MODEL_FOLDERS) -> str:
+    """The name by which a run finds a file in folders of `kinds`, in order; its path if there is none."""
+    for name, built_in in built_in_models().items():
+        if built_in == path:
+            return name
+    for kind in kinds:
+        for root in folders.roots(kind):
+            if path.is_relative_to(root):
+                name = path.relative_to(root).as_posix()
+                if in_folders(name, folders, kinds) == str(path):
+                    return name
+    return str(path)
+
+
+def _is_in_folders(folders: Folders, path: Path) -> bool:
+    plain = Path(os.path.normpath(path))
+    return any(plain.is_relative_to(root) for kind in MODEL_FOLDERS for root in folders.roots(kind)) and plain.exists()
+
+
+def _listed(folders: Folders) -> ModelList:
+    """The list, cached until a file changes."""
+    roots = sorted({root for kind in _KINDS for root in folders.roots(kind) if root.is_dir()})
+    return _listed_once(_Hashable(folders), repr([fingerprint(root) for root in roots]))
+
+
+class _Hashable:
+    """Folders as a cache key: equal if they search the same places."""
+
+    def __init__(self, folders: Folders) -> None:
+        self.folders = folders
+        self._key = repr((folders.base, [folders.roots(kind) for kind in _KINDS]))
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Hashable) and self._key == other._key
+
+
+@functools.lru_cache(maxsize=4)
+def _listed_once(folders: _Hashable, state: str) -> ModelList:
+    return list_models(folders.folders)
+
+
+def _row(folders: Folders, one: ListedModel) -> ModelRow:
+    return ModelRow(
+        name=model_name(folders, one.path),
+        title=one.path.stem if one.path.is_file() else one.path.name,
+        family=one.family,
+        place=one.place,
+        size_bytes=one.size_bytes,
+        precision=one.precision,
+        builtin=one.path.is_relative_to(ASSETS),
+        ready=one.is_whole,
+        missing=tuple(MissingPart(part=part.component, usual_file=part.usual_file) for part in one.missing),
+    )
+
+
+def _other(one: ListedFile) -> OtherFile:
+    return OtherFile(name=one.path.name, place=one.place, what=one.what, size_bytes=one.size_bytes)
+
+
+@question
+def devices(folders: Folders) -> list[dict[str, Any]]:
+    """All GPUs, or else the CPU: `{name, title, memory_bytes}` each. Uses no GPU memory."""
+    import psutil
+    import torch
+
+    # Counted through the driver's library, without creating a context on the device.
+    count = torch.cuda.device_count()
+    if count:
+        return [
+            {
+                "name": f"cuda:{index}",
+                "title": torch.cuda.get_device_name(index),
+                "memory_bytes": torch.cuda.get_device_properties(index).total_memory,
+            }
+            for index in range(count)
+        ]
+    return [{"name": "cpu", "title": "CPU", "memory_bytes": psutil.virtual_memory().total}]

@@ -1,18 +1,21 @@
-"""Registration of questions, and calls by name with arguments from JSON."""
+"""Registration of questions, whose answers may be types of the API, and calls by name with arguments from JSON."""
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import pkgutil
 import typing
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, is_dataclass
 from typing import Any, TypeVar
 
 from lorasmith.core.errors import OptionError
 from lorasmith.core.folders import Folders
 from lorasmith.core.registry import Registry
 from lorasmith.core.typed_json import typed
+from lorasmith.server.job_reporter import finite
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -54,3 +57,21 @@ def answer(name: str, arguments: Mapping[str, Any], folders: Folders) -> Any:
     except ValueError as error:
         raise OptionError(f"{error}; correct it") from error
     return function(folders, **given)
+
+
+def shaped(function: _F) -> _F:
+    """Decorator: registers a function as a question, its result converted by `plain`."""
+
+    @functools.wraps(function)
+    def asked(*args: Any, **kwargs: Any) -> Any:
+        return plain(function(*args, **kwargs))
+
+    QUESTIONS.register(function.__name__)(asked)
+    return function
+
+
+def plain(value: Any) -> Any:
+    """A type of the API as JSON values with finite numbers; bytes are unchanged."""
+    if isinstance(value, bytes):
+        return value
+    return finite(asdict(value) if is_dataclass(value) and not isinstance(value, type) else value)

@@ -1,14 +1,22 @@
-"""Questions about runs: their list, and one run with its report."""
+"""Questions about runs: their list, one run with its report, and their folders with the LoRAs in them.
+
+Runs are in `<base>/runs` (of the page and the command line) and in `<base>/output/runs` (of graphs). A run's id is its
+folder relative to the base folder, such as `runs/dog-001`. Runs of two experts of a model share a folder, such as
+`runs/dog-001/high_noise`.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Any, cast
 
+from lorasmith.app.drawing import EXPERTS
 from lorasmith.app.run_images import images_in, left_out_in, thumbnail_of
 from lorasmith.app.run_page import is_own, lora_of_run, report_of, validations_of
 from lorasmith.app.run_spec import RunSpec
@@ -16,6 +24,9 @@ from lorasmith.core.errors import LorasmithError
 from lorasmith.core.files import is_regular
 from lorasmith.core.folders import ASSETS, Folders
 from lorasmith.core.options import options_of
+from lorasmith.formats.container import check_safetensors
+from lorasmith.formats.hashes import sha256_file
+from lorasmith.formats.metadata import steps_of
 from lorasmith.report.loss_plot import recent_loss, trailing_means
 from lorasmith.report.pictures import thinned
 from lorasmith.report.run_report import UNJUDGED, RunReport, run_report
@@ -29,24 +40,16 @@ from lorasmith.server.api_shapes import (
     RunRow,
     RunSetting,
     RunState,
+    SavedLora,
     SkippedFile,
     ValidationFacts,
 )
 from lorasmith.server.log_tail import end_of_log
-from lorasmith.server.questions.dataset_folders import UnknownFileError, is_name
-from lorasmith.server.questions.run_folders import (
-    all_runs,
-    digest_of,
-    is_trainable_on,
-    run_folder_of,
-    saves_of,
-    stamp_of,
-)
-from lorasmith.server.questions.run_graph import graph_of_run
-from lorasmith.server.questions.shaped_questions import shaped
+from lorasmith.server.questions.dataset_questions import UnknownFileError, is_name
+from lorasmith.server.questions.question_registry import shaped
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Previewed, RunStarted
-from lorasmith.training.runs.history import EVENTS, RECORD, RunHistory, read_history, read_record
+from lorasmith.training.runs.history import EVENTS, RECORD, RunHistory, read_history
 from lorasmith.training.runs.records import RunRecord
 from lorasmith.training.runs.run_folder import RunFolder
 
@@ -150,13 +153,6 @@ def run_log(folders: Folders, id: str, *, is_begun: bool = True) -> str:
 def run_page(folders: Folders, id: str) -> bytes:
     """The report of a run as HTML, made again from its records: the one in its folder is untrusted."""
     return run_report(report_of(read_history(run_folder_of(folders, id)))).encode("utf-8", "backslashreplace")
-
-
-@shaped
-def run_graph(folders: Folders, id: str) -> dict[str, Any]:
-    """`prompt`: the equivalent graph in API format; `notes`: differences. Raises UnknownFileError, OptionError."""
-    prompt, notes = graph_of_run(read_record(run_folder_of(folders, id)), folders)
-    return {"prompt": prompt, "notes": notes}
 
 
 def _row(id: str, folder: Path, jobs: Mapping[str, str]) -> RunRow:
@@ -284,3 +280,83 @@ def _text(value: object) -> str:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+PLACES = ("runs", "output/runs")  # parents of runs, relative to the base folder
+
+
+def run_folder_of(folders: Folders, id: str, *, is_begun: bool = True) -> Path:
+    """The folder of a run; unless `is_begun`, its record need not exist yet. Raises UnknownFileError."""
+    place, _, name = id.rpartition("/")
+    names: tuple[str, ...] = (name,)
+    if name in EXPERTS and place not in PLACES:
+        place, _, outer = place.rpartition("/")
+        names = (outer, name)
+    folder = folders.base.joinpath(place, *names)
+    if place in PLACES and all(map(is_name, names)):
+        base = folders.base.resolve()
+        roots = (base, (folders.base / place).resolve())
+        if (is_regular(folder / RECORD) or not is_begun) and any(
+            folder.resolve().is_relative_to(root) for root in roots
+        ):
+            return folder
+    raise UnknownFileError(f"there is no run {id!r}; choose one of the list")
+
+
+def all_runs(folders: Folders) -> Iterator[tuple[str, Path]]:
+    """Every run's id and folder."""
+    for place in PLACES:
+        parent = folders.base / place
+        names = sorted(entry.name for entry in os.scandir(parent)) if parent.is_dir() else []
+        for id in (f"{place}/{name}{inner}" for name in names for inner in ("", *(f"/{one}" for one in EXPERTS))):
+            with contextlib.suppress(UnknownFileError):
+                yield id, run_folder_of(folders, id)
+
+
+def saves_of(folder: Path, record: RunRecord) -> Iterator[SavedLora]:
+    """The saved LoRAs of a run, ordered by step."""
+    own = re.compile(rf"{re.escape(record.title)}(-best|-step\d+)?")
+    found = []
+    for path in folder.glob("*.safetensors"):
+        match = own.fullmatch(path.stem)
+        if match and is_own(path, folder) and (step := _steps(str(path), stamp_of(path))) is not None:
+            found.append(SavedLora(step=step, file=path.name, bytes=path.stat().st_size, best=match[1] == "-best"))
+    yield from sorted(found, key=lambda one: (one.step, one.file))
+
+
+def is_trainable_on(history: RunHistory) -> bool:
+    """Whether a longer run can continue from the end of a run."""
+    is_complete = history.outcome is not None and history.outcome.is_final
+    return (
+        is_complete
+        and history.record.source.get("command") == "train"
+        and bool(RunFolder(history.folder).states().paths())
+    )
+
+
+def stamp_of(path: Path) -> tuple[int, int]:
+    """Time of change and size of a file, as a cache key; zeros if it does not exist."""
+    try:
+        status = path.stat()
+    except OSError:
+        return 0, 0
+    return status.st_mtime_ns, status.st_size
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file, cached until it changes."""
+    return _digest_once(str(path), stamp_of(path))
+
+
+@functools.lru_cache(maxsize=5000)
+def _steps(path: str, stamp: tuple[int, int]) -> int | None:
+    """Steps of a LoRA; None if it cannot be read."""
+    try:
+        return steps_of(check_safetensors(Path(path)).metadata, Path(path).name)
+    except LorasmithError:
+        return None
+
+
+@functools.lru_cache(maxsize=1000)
+def _digest_once(path: str, stamp: tuple[int, int]) -> str:
+    return sha256_file(Path(path))

@@ -14,14 +14,11 @@ from typing import TypeVar
 from lorasmith.core.errors import OptionError, TrainingError
 from lorasmith.core.files import open_regular, read_regular
 from lorasmith.core.folders import RUN_LOG, RUN_RECORD
-from lorasmith.training.events import Event, RolledBack, RunFinished, RunStarted, StepDone, decoded
+from lorasmith.training.events import MOST_LINE_BYTES, Event, RolledBack, RunFinished, RunStarted, StepDone, decoded
 from lorasmith.training.outcome import Outcome
 from lorasmith.training.runs.records import RunRecord, parsed_record
 
 RECORD, EVENTS = RUN_RECORD, RUN_LOG
-
-MOST_LINE_BYTES = 2**22
-"""Longer lines of a log are skipped: no event is that long."""
 
 _MOST_EVENTS = 2_000_000
 """Events that are kept; the longest run has some hundred thousand."""

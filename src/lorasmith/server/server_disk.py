@@ -1,11 +1,15 @@
-"""Files that the server removes or replaces are moved to `<base>/user/lorasmith/removed`, never deleted."""
+"""The disk of the server: requests leave 1 GiB free for run states and the database, and delete nothing.
+
+Files that are removed or replaced are moved to `<base>/user/lorasmith/removed`.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import count
 from pathlib import Path
 
@@ -13,6 +17,29 @@ from lorasmith.core.errors import OutputError
 from lorasmith.core.files import ensure_folder
 from lorasmith.core.folders import safe_name
 from lorasmith.server.server_config import FOLDER
+
+SPARE_BYTES = 2**30
+
+_promised: dict[object, int] = {}  # reservations of writes in progress
+
+
+class DiskFullError(OutputError):
+    """A request would leave too little free disk space."""
+
+
+@contextlib.contextmanager
+def disk_space(folder: Path, size: int = 0) -> Iterator[None]:
+    """Reserve bytes on the disk of a folder. Raises DiskFullError if less than `SPARE_BYTES` would remain."""
+    if shutil.disk_usage(folder).free - sum(_promised.values()) - size < SPARE_BYTES:
+        least = f"{SPARE_BYTES // 2**30} GiB"
+        raise DiskFullError(f"less than {least} of the disk of {folder} would be left; free some space")
+    key = object()
+    _promised[key] = size
+    try:
+        yield
+    finally:
+        del _promised[key]
+
 
 _REMOVED = FOLDER / "removed"
 
