@@ -126,6 +126,17 @@ def nested_tuples(levels: int) -> bytes:
     ) + b"K\x01u."  # fmt: skip
 
 
+def packed_version(path: Path) -> None:
+    """A torch file with an entry that is a thousand times smaller than what it unpacks to."""
+    torch.save(shard(), path)
+    with zipfile.ZipFile(path) as old:
+        entries = {entry.filename: old.read(entry) for entry in old.infolist()}
+    with zipfile.ZipFile(path, "w") as new:
+        for name, content in entries.items():
+            packed = name.endswith("/version")
+            new.writestr(name, b"3" * 2**20 if packed else content, zipfile.ZIP_DEFLATED if packed else None)
+
+
 HALF = torch.ones(1, 4, 2, 2)
 STRANGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "code": (refused(Ran()), "refers to 'sys.exit', which could run code"),
@@ -137,6 +148,9 @@ STRANGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (raw(b""), "cannot be read"),
     "compressed": (raw(with_pickle(b"\x80\x02]." * 9, zipfile.ZIP_DEFLATED)), "must be one torch file"),
     "nested tuples": (raw(with_pickle(nested_tuples(60))), "repeats a tuple"),
+    "deep tuples": (raw(with_pickle(b"\x80\x02})" + b"\x85" * 200_000 + b"K\x01s.")), "nest at most 10 tuples"),
+    "more lists than tensors have": (raw(with_pickle(b"\x80\x02(" + b"]" * 300_000 + b"t.")), "pickle is too long for"),
+    "a packed entry": (packed_version, "must be one torch file"),
     "a list": (refused([1]), "must hold lists"),
     "no conditioning": (refused({"latents": []}), "must hold lists"),
     "nothing": (refused(shard([], [])), "at least one latent"),

@@ -586,6 +586,36 @@ def test_a_state_that_no_run_of_these_settings_saved_is_refused_in_a_sentence(
     loop.load(state)
 
 
+FORGED: dict[str, tuple[str, dict[str, Any]]] = {
+    "another kind of setting": ("Adam", {"betas": 0.9}),
+    "a setting with other tensors": ("Adam", {"amsgrad": True}),
+    "no counter": ("ScheduleFree", {"k": None}),
+    "a counter to divide by": ("ScheduleFree", {"k": -1}),
+    "another mode": ("ScheduleFree", {"train_mode": False}),
+    "a rate beyond numbers": ("ScheduleFree", {"rate_factor": 1e308}),
+}
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_forged_numbers_of_an_optimizer_are_refused_before_a_step(
+    tiny: Model, dataset: EncodedDataset, name: str
+) -> None:
+    optimizer, forged = FORGED[name]
+    config = TrainConfig(steps=3, rank=2, targets="mid_block.*", training_dtype="fp32", optimizer=optimizer)
+    made = Loop(engine_of(plan_job(tiny.denoiser, config, "cpu")), dataset.samples, until=2)
+    made.run()
+    state = made.state()
+    numbers = json.loads(json.dumps(state.numbers))
+    changed = numbers["engine"] if "rate_factor" in forged else numbers["engine"]["optimizer"]["groups"][0]
+    changed.update(forged)
+    loop = Loop(engine_of(plan_job(tiny.denoiser, config, "cpu")), dataset.samples)
+    with pytest.raises(TrainingError, match="start fresh"):
+        loop.load(RunState(state.step, state.tensors, numbers))
+    assert loop.step == 0  # so that no LoRA is saved of it
+    loop.load(state)
+    assert loop.run() == "finished"
+
+
 @pytest.mark.slow
 def test_memory_that_runs_out_while_a_batch_is_made_is_handled_too(
     run: Run, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch

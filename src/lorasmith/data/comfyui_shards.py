@@ -10,6 +10,7 @@ for, so the names in a pickle are checked first, and only those of tensors pass.
 
 from __future__ import annotations
 
+import os
 import pickletools
 import re
 import zipfile
@@ -32,6 +33,9 @@ _ALLOWED = re.compile(
 """Globals that a shard's pickle may name: tensors, and the empty dictionary of hooks that each has."""
 
 _MOST_PICKLE_BYTES = 64 * 2**20
+_SPARE_OPCODES, _BYTES_PER_OPCODE = 100_000, 16
+"""A latent has some 40 opcodes, and at least 512 bytes. Each opcode may make an object of a hundred bytes."""
+_DEEPEST_TUPLE = 10  # that of a tensor has 2
 _MOST_CONDITIONINGS = 100_000
 _IDS, _WEIGHTS = "t5xxl_ids", "t5xxl_weights"
 """Options of a prompt's T5 tokens, without a batch, which a denoiser with a text adapter reads."""
@@ -98,27 +102,45 @@ def _check_pickle(path: Path) -> None:
     Damaged archives and pickles may raise any other exception.
     """
     with open_regular(path) as file, zipfile.ZipFile(file) as archive:
-        pickles = [one for one in archive.infolist() if one.filename.rpartition("/")[2] == "data.pkl"]
-        if len(pickles) != 1 or pickles[0].file_size > _MOST_PICKLE_BYTES or pickles[0].compress_type:
+        entries = archive.infolist()
+        pickles = [one for one in entries if one.filename.rpartition("/")[2] == "data.pkl"]
+        is_packed = any(one.compress_type or one.file_size != one.compress_size for one in entries)
+        if len(pickles) != 1 or pickles[0].file_size > _MOST_PICKLE_BYTES or is_packed:
             raise DataError(f"{path} must be one torch file, and is not; {_AGAIN}")
         content = archive.read(pickles[0])
-    before = ""
-    tuples = set()
-    for opcode, argument, _ in pickletools.genops(content):
-        if opcode.name == "GLOBAL" and _ALLOWED.fullmatch(str(argument)):
-            continue
-        if opcode.name in _REFUSED:
-            shown = str(argument).replace(" ", ".") if opcode.name == "GLOBAL" else opcode.name
+        beside = os.fstat(file.fileno()).st_size - len(content)
+    most = _SPARE_OPCODES + beside // _BYTES_PER_OPCODE
+    nesting: list[int] = []  # for each value on the stack: 0, or how many tuples are nested in that tuple, itself too
+    marks: list[int] = []
+    memo: dict[Any, int] = {}
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(content)):
+        if count == most:
+            raise DataError(
+                f"{path} must hold tensors, but its pickle is too long for {beside:,} bytes of them; {_AGAIN}"
+            )
+        name = opcode.name
+        if name in _REFUSED and not (name == "GLOBAL" and _ALLOWED.fullmatch(str(argument))):
+            shown = str(argument).replace(" ", ".") if name == "GLOBAL" else name
             raise DataError(
                 f"{path} must hold tensors and plain values alone, but refers to {shown!r}, which could run code; "
                 "it is not read"
             )
-        if "PUT" in opcode.name and "TUPLE" in before:
-            tuples.add(argument)
         # Tuples of the same tuple twice, a few dozen levels deep, take forever to hash. No pickler writes them.
-        if opcode.name == "DUP" or ("GET" in opcode.name and argument in tuples):
+        if name == "DUP" or ("GET" in name and memo[argument]):
             raise DataError(f"{path} must be a pickle as torch writes it, and repeats a tuple; {_AGAIN}")
-        before = opcode.name
+        if "PUT" in name:
+            memo[argument] = nesting[-1]
+        elif name == "MARK":
+            marks.append(len(nesting))
+        else:
+            below = opcode.stack_before
+            marked = pickletools.markobject in below
+            start = marks.pop() if marked else len(nesting) - len(below)
+            level = 1 + max(nesting[start:], default=0) if "TUPLE" in name else 0
+            if level > _DEEPEST_TUPLE:  # hashing one of many levels overflows the stack of the process
+                raise DataError(f"{path} must nest at most {_DEEPEST_TUPLE} tuples, and nests more; {_AGAIN}")
+            del nesting[start - (below.index(pickletools.markobject) if marked else 0) :]
+            nesting += [level] * len(opcode.stack_after)
 
 
 _REFUSED = frozenset({

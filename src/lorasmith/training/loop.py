@@ -192,11 +192,6 @@ class Loop:
         for key, tensor in state.tensors.items():
             part, _, name = key.partition("/")
             parts[part][name] = tensor
-        self._progress.step = state.step
-        self._progress.losses[:] = [math.nan if loss is None else loss for loss in numbers.losses]
-        self._progress.rollbacks = numbers.rollbacks
-        if numbers.stopped:
-            self.stop()  # all that is left is to save the result
         self._noise = NoiseScale.from_json(asdict(numbers.noise_scale))
         if (kept := numbers.snapshot) is not None:
             snapshot = RunState(kept.step, parts["snapshot"], asdict(kept.engine))
@@ -211,6 +206,12 @@ class Loop:
         for watcher in self._watchers:
             if watcher.name:
                 watcher.load(parts[watcher.name], state.numbers[watcher.name])
+        # Last, as a run that ends in an error saves the LoRA of its steps, of which a refused state leaves none.
+        self._progress.step = state.step
+        self._progress.losses[:] = [math.nan if loss is None else loss for loss in numbers.losses]
+        self._progress.rollbacks = numbers.rollbacks
+        if numbers.stopped:
+            self.stop()  # all that is left is to save the result
 
     def _take_steps(self) -> list[Watcher]:
         """Take steps until the run ends or watchers need the bare model; returns those watchers. Raises StepFault."""

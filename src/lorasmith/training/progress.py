@@ -45,6 +45,10 @@ class EngineNumbers:
     optimizer: OptimizerNumbers
     rate_factor: float
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.rate_factor <= 1:
+            raise ValueError(f"rate_factor must be from 0 to 1, got {self.rate_factor}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class SnapshotNumbers:

@@ -103,7 +103,8 @@ class ValidationWatch(Watcher):
         if "base" in tensors:
             steps = typed(numbers["steps"], list[int])
             shape = self._losses.quantiles.shape
-            if any(tensors[name].shape[-2:] != shape for name in ("base", "tables") if name in tensors):
+            shapes = {"base": shape, "tables": (len(steps), *shape)}
+            if any(tensors[name].shape != wanted for name, wanted in shapes.items() if name in tensors):
                 raise ValueError(f"validations must have losses for {shape[0]} images at {shape[1]} noise levels")
             tables = tensors["tables"].tolist() if "tables" in tensors else []
             validations = list(zip(steps, tables, strict=True))

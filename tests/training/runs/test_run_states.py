@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from lorasmith.core.errors import OutputError
+from lorasmith.formats import container
 from lorasmith.formats.container import read_safetensors, write_safetensors
 from lorasmith.training.progress import RunState
 from lorasmith.training.runs import run_states
@@ -98,3 +100,27 @@ def test_a_state_of_another_version_is_said_so(tmp_path: Path, monkeypatch: pyte
 def test_numbers_that_json_does_not_have_are_refused_when_they_are_saved(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="must have finite numbers"):
         save_state(tmp_path / "s.safetensors", state(1, growth=float("inf")))
+
+
+@pytest.mark.parametrize("forged", [state(True), RunState(7, {"engine/master": torch.tensor([1.0, torch.nan])}, {})])
+def test_what_no_run_saves_is_passed_over_also_with_a_right_digest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forged: RunState
+) -> None:
+    states, said = RunStates(tmp_path, keep=3), list[str]()
+    states.save(state(2))
+    with monkeypatch.context() as patch:
+        patch.setattr(container, "_refuse_non_finite", lambda tensors: None)
+        save_state(tmp_path / "step-000007.safetensors", forged)
+    found = states.newest(said.append)
+    assert found is not None and found.step == 2 and len(said) == 1
+
+
+def test_folders_and_links_to_nothing_are_no_states(tmp_path: Path) -> None:
+    states = RunStates(tmp_path, keep=2)
+    (tmp_path / "step-000009.safetensors").mkdir()
+    loop = tmp_path / "step-000008.safetensors"
+    with contextlib.suppress(OSError):  # Windows without the right to make links
+        loop.symlink_to(loop)
+    for step in (1, 2, 3):
+        states.save(state(step))
+    assert [path.stem for path in states.paths()] == ["step-000003", "step-000002"]

@@ -81,6 +81,18 @@ class GatedOptimizer:
         if not numbers["started"]:
             return
         self._make_state()
+        self._restore(tensors, numbers)
+        try:
+            self._make_state()  # a trial step: a forged number fails here, and not in the run
+        except Exception as error:  # optimizers raise any kind
+            raise TrainingError(
+                f"the stored numbers of the optimizer must let it take a step, but it fails ({one_line(error)}); "
+                "start fresh"
+            ) from error
+        self._restore(tensors, numbers)
+        self._start()
+
+    def _restore(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         if self._tensors().keys() != tensors.keys() or self._numbers().keys() != numbers["parameters"].keys():
             raise TrainingError(
                 "the stored state of the optimizer must be of the same optimizer and layers, but has other tensors; "
@@ -98,7 +110,6 @@ class GatedOptimizer:
             state, key, _ = self._place(name)
             state[key] = number
         self._set_groups(numbers["groups"])
-        self._start()
 
     @contextlib.contextmanager
     def evaluation_weights(self) -> Iterator[None]:

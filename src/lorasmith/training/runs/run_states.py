@@ -20,9 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from lorasmith.core.errors import LorasmithError, OutputError
+from lorasmith.core.files import is_regular
 from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.formats.container import (
     check_safetensors,
+    count_non_finite,
     header_text,
     read_safetensors,
     serialised,
@@ -49,7 +51,8 @@ class RunStates:
 
     def paths(self) -> list[Path]:
         """The files, newest first."""
-        found = [path for path in self.folder.glob("step-*.safetensors") if re.fullmatch(r"step-\d+", path.stem)]
+        named = (path for path in self.folder.glob("step-*.safetensors") if re.fullmatch(r"step-\d+", path.stem))
+        found = filter(is_regular, named)
         return sorted(found, key=lambda path: int(path.stem.removeprefix("step-")), reverse=True)
 
     def newest(self, on_skipped: Callable[[str], None] = lambda sentence: None) -> RunState | None:
@@ -161,13 +164,15 @@ def load_state(path: Path) -> RunState:
     try:
         numbers = parse_foreign_json(text)
         is_known = isinstance(numbers, dict) and numbers.pop("format", None) == _FORMAT
-        if not is_known or not isinstance(step := numbers.pop("step", None), int):
+        if not is_known or type(step := numbers.pop("step", None)) is not int:
             raise ValueError("is of another format")
     except ValueError as error:
         raise OutputError(
             f"{path} was written by another version of Lorasmith (its header {error}); use that"
         ) from None
     tensors, _ = read_safetensors(path, OutputError)
+    if name := next((name for name, tensor in tensors.items() if count_non_finite(tensor)), None):
+        raise OutputError(f"{path} must have finite numbers, but {name} has NaN or infinity; get the folder again")
     # Copies: the file may be removed while its tensors are in use.
     return RunState(step, {name: tensor.clone() for name, tensor in tensors.items()}, numbers)
 
