@@ -24,6 +24,7 @@ from lorasmith.training.config import ResolvedConfig, TrainConfig
 SETTINGS = options_of(TrainConfig)
 
 OTHER_CONCEPTS = {
+    "families.base.Defaults": "of a model, where the setting is open",
     "adapters.variants.Variant": "the plain algorithm, whatever a run's settings are",
     "app.sweep_results.SweepEntry": "steps that a run has made so far",
     "report.sweep_page.ApartRun": "steps that a run has made so far",

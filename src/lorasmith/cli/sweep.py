@@ -99,9 +99,10 @@ def sweep(
     if only is not None and not 1 <= only <= len(found.runs):
         raise OptionError(f"--only must be the number of a run, from 1 to {len(found.runs)}, got {only}")
     chosen = sweep_devices(devices or found.device) if launcher is _Launcher.LOCAL and not list_runs else ()
-    folder = check_writable(sweep_folder((output or found.output or RUNS / file.stem).absolute()))
+    place = check_writable((output or found.output or RUNS / file.stem).absolute())
     if only is None and not list_runs:  # otherwise checked when the sweep was started
         check_held_out(found)
+    folder = sweep_folder(place)
     where = {"base_dir": base_dir, "extra_model_paths": extra_model_paths}
     models = {name: path.absolute() for name, path in where.items() if path is not None}
     also = arguments_for(models)
