@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
 from lorasmith.data import image_files
 from lorasmith.data.image_files import (
@@ -351,3 +351,13 @@ def test_heic_is_read_where_the_plug_in_is_installed(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     image_files._register_heif.cache_clear()
     assert ".png" in image_suffixes()
+
+
+def test_what_is_too_long_to_train_on_is_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (900, 100)).save(tmp_path / "long.png")
+    Image.new("RGB", (800, 100)).save(tmp_path / "usable.png")
+    decoded: list[tuple[int, int]] = []
+    load = ImageFile.ImageFile.load
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: (decoded.append(self.size), load(self))[1])
+    assert (image_size(tmp_path / "long.png"), decoded) == ((900, 100), [])
+    assert image_size(tmp_path / "usable.png") == (800, 100) and decoded

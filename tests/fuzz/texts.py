@@ -138,10 +138,15 @@ def name_doors(rng: random.Random, folder: Path) -> Sequence[Door]:
         "sentence": lambda: sentence(text),
         "file name": lambda: caption_of_file_name(text[:300]),
         "tensors": lambda: grouped([text[:2000], f"{text[:2000]}.lora_A.weight"]),
-        "json": lambda: parse_foreign_json(json.dumps(text.replace("\0", ""))),
+        "json": lambda: _parsed(json.dumps(text.replace("\0", ""))),
         "caption": lambda: rules.possible((text[:MAX_CAPTION],), 100),
     }
     return [(name, functools.partial(_refused_or_read, readers[name])) for name in rng.sample(list(readers), 3)]
+
+
+def _parsed(text: str) -> None:
+    with suppress(ValueError):
+        parse_foreign_json(text)
 
 
 def _refused_or_read(reader: Callable[[], object]) -> None:

@@ -29,13 +29,12 @@ from lorasmith.data.clips import is_video, open_file
 from lorasmith.data.data_config import CaptionOrigin, DataConfig
 from lorasmith.data.folder_listing import NO_CLIPS, Reason, Skipped, name_without_repeats, stem_of
 from lorasmith.data.folder_remarks import Remark, Remarks
-from lorasmith.data.image_files import ImageError, file_digest, image_size, image_suffixes
+from lorasmith.data.image_files import MAX_ASPECT, ImageError, file_digest, image_size, image_suffixes
 from lorasmith.data.source_files import Candidate, candidates
 from lorasmith.data.sources import ImageSource
 
 MIN_EDGE = 16  # of the shorter edge, in pixels
 
-MAX_ASPECT = 8  # longer to shorter edge; beyond that a crop or bucket keeps too little
 
 CaptionSource = Literal["file", "metadata", "filename", "trigger", "folder", "class", "none"]
 

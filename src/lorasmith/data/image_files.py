@@ -146,15 +146,21 @@ def file_digest(path: Path) -> str:
         raise ImageError(path, f"cannot be read ({error.strerror}); replace or remove it") from None
 
 
+MAX_ASPECT = 8  # longer to shorter edge of what is trained on; beyond that a crop or bucket keeps too little
+
+
 def image_size(path: Path, *, any_format: bool = False) -> tuple[int, int]:
     """Width and height of the upright picture, after reading the whole file. Raises ImageError.
 
-    JPEG files are decoded at an eighth of their size, which still reads every byte and is much faster.
+    JPEG files are decoded at an eighth of their size, which still reads every byte and is much faster. What is longer
+    than `MAX_ASPECT`, and so refused, is not decoded: a small file may announce sides of millions of pixels.
     """
     with _opened(path, any_format=any_format) as image:
         width, height = image.size
         if image.format == "JPEG":
             image.draft("RGB", (1, 1))
+        if max(width, height) > MAX_ASPECT * min(width, height):
+            return width, height
         with one_at_a_time(image.size):
             image.load()
         # Read after loading: for TIFF, Pillow has then rotated size and pixels itself, and removed the entry.
