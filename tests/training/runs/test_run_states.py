@@ -108,6 +108,7 @@ def test_what_no_run_saves_is_passed_over_also_with_a_right_digest(
 ) -> None:
     states, said = RunStates(tmp_path, keep=3), list[str]()
     states.save(state(2))
+    (tmp_path / "step-000007.unreadable" / "inside").mkdir(parents=True)  # in the way of its new name
     with monkeypatch.context() as patch:
         patch.setattr(container, "_refuse_non_finite", lambda tensors: None)
         save_state(tmp_path / "step-000007.safetensors", forged)

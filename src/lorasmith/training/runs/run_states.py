@@ -9,6 +9,7 @@ verified before use: a corrupt state is unreadable, and the run resumes from the
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -69,7 +70,8 @@ class RunStates:
                 continue
             for other, reason in unreadable:
                 on_skipped(f"A run state is skipped: {reason}.")
-                other.rename(other.with_suffix(".unreadable"))
+                with contextlib.suppress(OSError):  # something has that name; it is skipped again
+                    other.rename(other.with_suffix(".unreadable"))
             return state
         if unreadable:
             raise OutputError(f"no state of this run can be read ({unreadable[0][1]}); start fresh")
