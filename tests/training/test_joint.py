@@ -434,7 +434,7 @@ def test_one_run_is_that_of_an_engine_of_its_own(flux: Model, flux_data: Encoded
     ("settings", "sentence"),
     [
         ({"quantization": "nf4"}, "must have the same quantization, got 'none' and 'nf4'; make them equal, or train"),
-        ({"training_dtype": "bf16"}, "must have the same training_dtype, got 'fp32' and 'bf16'"),
+        ({"training_dtype": "bf16", "exact_dtype": True}, "must have the same training_dtype, got 'fp32' and 'bf16'"),
         ({"gradient_checkpointing": True}, "must have the same gradient_checkpointing, got False and True"),
         ({"activations": "lean"}, "must have the same activations"),
         ({"deterministic": True}, "must have the same deterministic"),

@@ -18,7 +18,7 @@ from lorasmith.training.shared_model import SharedModel
 
 
 def engine(model: Model, **settings: Any) -> tuple[Engine, SharedModel]:
-    fields = {"steps": 1, "rank": 2, "targets": "attention", "training_dtype": "bf16", **settings}
+    fields = {"steps": 1, "rank": 2, "targets": "attention", "training_dtype": "bf16", "exact_dtype": True, **settings}
     job = plan_job(model.denoiser, config_from(TrainConfig, fields), torch.device("cpu"))
     return engine_of(job), SharedModel(job)
 
