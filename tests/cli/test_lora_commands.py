@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lorasmith.cli import lora_files
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
 from lorasmith.families.model import Model
 from lorasmith.formats.layouts.layout import LAYOUTS
@@ -196,3 +197,8 @@ def test_what_is_wrong_is_said_in_a_sentence(lorasmith: Command, dog: Path, tmp_
     assert "Traceback" not in ran.err + ran.out
     assert len(ran.err.strip().splitlines()) == 1
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_long_lists_of_a_file_end_in_their_number() -> None:
+    assert lora_files._counts({"kohya": 192}) == "kohya × 192"
+    assert lora_files._counts(dict.fromkeys(range(1600), 1)).endswith("499 × 1, and 1,100 more")

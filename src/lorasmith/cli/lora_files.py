@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from lorasmith.toolbox.check import Checked
     from lorasmith.toolbox.convert import Converted
 
+_MOST_ROWS = 500  # of a table
 _LONGEST = 160  # characters of a metadata value that are shown
 
 
@@ -94,14 +96,17 @@ def _print_section(title: str, entries: Mapping[str, str]) -> None:
     echo()
     heading(title)
     table = Table.grid(padding=(0, 2))
-    for key, value in entries.items():
+    for key, value in itertools.islice(entries.items(), _MOST_ROWS):
         table.add_row(f"  {key}", value if len(value) <= _LONGEST else f"{value[:_LONGEST]} …")
     console.print(table)
+    if len(entries) > _MOST_ROWS:
+        echo(f"  and {len(entries) - _MOST_ROWS:,} more; --json has all")
 
 
 def _counts(counted: Mapping[Any, int]) -> str:
     """`kohya: 192` or, of several, `16: 180, 8: 12`."""
-    return ", ".join(f"{name} × {count}" for name, count in counted.items()) or "none"
+    shown = ", ".join(f"{name} × {count}" for name, count in itertools.islice(counted.items(), _MOST_ROWS)) or "none"
+    return shown if len(counted) <= _MOST_ROWS else f"{shown}, and {len(counted) - _MOST_ROWS:,} more"
 
 
 def check(
