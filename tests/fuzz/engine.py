@@ -33,6 +33,7 @@ import typer.main
 
 import lorasmith
 from lorasmith.core.errors import GraphError, LorasmithError
+from lorasmith.data.encoding_cache import FOLDER_VARIABLE
 from tests.fuzz.mutators import CANARY
 
 _GET_COMMAND = typer.main.get_command
@@ -177,7 +178,8 @@ def _judged(door: Callable[[], str | None], folder: Path, size: int) -> Iterator
     said: str | None = None
     try:
         temporary = patch.object(tempfile, "tempdir", str(folder))
-        with _watched(folder) as seen, temporary, warnings.catch_warnings():
+        cache = patch.dict(os.environ, {FOLDER_VARIABLE: str(folder / ".cache")})  # a case may have its encodings kept
+        with _watched(folder) as seen, temporary, cache, warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
                 said = door()
