@@ -61,6 +61,12 @@ def test_a_source_that_cannot_be_repeated_is_none(record: dict[str, Any], senten
         RunSpec.from_record(record, {})
 
 
+def test_settings_of_data_stand_in_the_source_of_a_record_alone() -> None:
+    source = {"command": "train", "folder": "/a", "model": "m", "name": "cat", "follow_links": False}
+    with pytest.raises(ValueError, match=r"asked\.follow_links is a setting of data"):
+        RunSpec.from_record(source, {"follow_links": True})
+
+
 def test_a_folder_in_a_command_is_no_flag() -> None:
     spec = RunSpec(sources=(ImageSource("--optimizer=antigravity.X"),), model="m", name="cat")
     assert spec.command()[2] == "./--optimizer=antigravity.X"

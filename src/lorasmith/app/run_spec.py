@@ -49,7 +49,8 @@ class RunSpec:
     @cached_property
     def data(self) -> DataConfig:
         """The settings of data. OptionError if one is out of its range."""
-        config: DataConfig = config_from(DataConfig, self._settings_of(DataConfig))
+        own = {name: value for name, value in self.settings.items() if name in options_of(DataConfig)}
+        config: DataConfig = config_from(DataConfig, own)
         return config
 
     @cached_property
@@ -145,6 +146,8 @@ class RunSpec:
             given = {"sources": [{"path": source["folder"]}], **given}
         if missing := next((name for name in _RECORDED[:3] if name not in given), None):
             raise ValueError(f"source.{missing} is missing")
+        if stray := next((name for name in asked if name in options_of(DataConfig)), None):
+            raise ValueError(f"asked.{stray} is a setting of data, which belongs in source")
         try:
             spec = typed(given, cls, "source")
             spec = spec.with_settings(**{name: source[name] for name in options_of(DataConfig) if name in source})
@@ -161,9 +164,6 @@ class RunSpec:
         else:
             own["sources"] = [vars(one) for one in self.sources]
         return {"command": "train", **own, **changed(self.data)}
-
-    def _settings_of(self, config: type) -> dict[str, Any]:
-        return {name: value for name, value in self.settings.items() if name in options_of(config)}
 
     def _path_of(self, name: str) -> str | None:
         value = self.settings.get(name) if name in SETTING_PATHS else None
