@@ -36,7 +36,6 @@ from torch import nn
 from benchmarks.bases import machine
 from benchmarks.results import Results, add_json
 from benchmarks.sides import MIB, status_bytes
-from lorasmith.app.data_check import check_scan
 from lorasmith.bench.measure import measured_parts, measured_steps
 from lorasmith.core.allocator import keep_freed_memory
 from lorasmith.data.buckets import bucket_size
@@ -49,6 +48,7 @@ from lorasmith.data.source_files import candidates
 from lorasmith.data.sources import ImageSource
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
+from lorasmith.runs.data_check import check_scan
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.job import plan_job
 

@@ -28,12 +28,12 @@ from safetensors.torch import save_file
 
 from benchmarks.bases import MODELS, machine
 from benchmarks.results import Results, add_json
-from lorasmith.app.model_run import train_job
 from lorasmith.bench.measure import synthetic_samples
 from lorasmith.core.allocator import keep_freed_memory
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
+from lorasmith.runs.model_run import train_job
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Event, StepDone
 from lorasmith.training.job import Job, plan_job

@@ -26,12 +26,12 @@ from torch import Tensor
 
 from benchmarks.bases import clock_of, machine
 from benchmarks.results import Results, add_json
-from lorasmith.app.model_run import train
 from lorasmith.core.folders import ASSETS
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.data.encoding import load_dataset
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
+from lorasmith.runs.model_run import train
 from lorasmith.training.events import Event, StepDone, Validated
 
 Curve = list[tuple[float, float]]

@@ -29,7 +29,6 @@ from benchmarks.bases import clock_of, machine
 from benchmarks.results import Results, add_json
 from benchmarks.step_time import VARIANTS
 from lorasmith.adapters.catalogue import ALGORITHMS
-from lorasmith.app.model_run import train
 from lorasmith.core.allocator import keep_freed_memory
 from lorasmith.core.errors import TrainingError
 from lorasmith.core.folders import ASSETS
@@ -38,6 +37,7 @@ from lorasmith.data.encoding import load_dataset
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Denoiser, Model
 from lorasmith.report.contact_sheet import contact_sheet
+from lorasmith.runs.model_run import train
 from lorasmith.sampling.generate import generate
 from lorasmith.training.lora_handle import Lora
 from tools.pretrain.data import UNTAUGHT, with_article

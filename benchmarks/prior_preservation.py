@@ -19,13 +19,13 @@ from typing import Any
 
 from PIL import Image
 
-from lorasmith.app.folder_run import prepare, train_prepared
-from lorasmith.app.run_spec import RunSpec
 from lorasmith.core.folders import ASSETS
 from lorasmith.data.sources import ImageSource
 from lorasmith.families.loading import load_model
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Denoiser
+from lorasmith.runs.folder_run import prepare, train_prepared
+from lorasmith.runs.spec import RunSpec
 from lorasmith.sampling.generate import generate
 from tools.pretrain.judge import Judge
 

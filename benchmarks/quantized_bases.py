@@ -20,7 +20,6 @@ import torch
 from benchmarks.bases import machine
 from benchmarks.results import Results, add_json
 from lorasmith.adapters.packed_layers import packable_layers
-from lorasmith.app.model_run import train
 from lorasmith.core.folders import ASSETS
 from lorasmith.core.placement import dtype_from_name
 from lorasmith.core.quantization import PACKINGS, packed
@@ -28,6 +27,7 @@ from lorasmith.data.dataset import EncodedDataset
 from lorasmith.data.encoding import load_dataset
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Denoiser, Model
+from lorasmith.runs.model_run import train
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import batch_maker, frozen, sample_losses
 from lorasmith.training.job import plan_job

@@ -18,7 +18,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # room → rooms whose modules it may import, besides its own.
 BELOW_FAMILIES = {"adapters", "formats", "diffusion", "report", "core"}
 BELOW_TRAINING = {"data", "families", *BELOW_FAMILIES}
-BELOW_APP = {"training", "sampling", "bench", "toolbox", *BELOW_TRAINING}
+BELOW_RUNS = {"training", "sampling", "bench", "toolbox", *BELOW_TRAINING}
 ALLOWED: dict[str, set[str]] = {
     "core": set(),
     "adapters": {"core"},
@@ -31,10 +31,10 @@ ALLOWED: dict[str, set[str]] = {
     "training": BELOW_TRAINING,
     "sampling": {"families", *BELOW_FAMILIES},
     "bench": {"training", *BELOW_TRAINING},
-    "app": BELOW_APP,
+    "runs": BELOW_RUNS,
     "workflow": {"core"},
-    "nodes": {"app", "workflow", *BELOW_APP},
-    "server": {"nodes", "app", "workflow", *BELOW_APP},
+    "nodes": {"runs", "workflow", *BELOW_RUNS},
+    "server": {"nodes", "runs", "workflow", *BELOW_RUNS},
 }
 DOORS = {"cli"}  # may import every room
 

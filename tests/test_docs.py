@@ -13,27 +13,6 @@ from lorasmith.cli.main import app
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-MODULES = sorted(
-    path.relative_to(ROOT / "src" / "lorasmith")
-    for path in (ROOT / "src" / "lorasmith").rglob("*.py")
-    if path.name != "__init__.py"
-)
-
-
-def test_every_module_has_a_line_in_the_tree_and_every_line_a_module() -> None:
-    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    tree = page.split("    src/lorasmith/\n")[1].split("      assets/")[0]
-    found: list[Path] = []
-    folders: list[str] = []
-    for line in tree.splitlines():
-        match = re.fullmatch(r"( {6,})(\w+/|\w+\.py) +\S.*", line)
-        assert match is not None, line
-        del folders[(len(match[1]) - 6) // 2 :]
-        if match[2].endswith("/"):
-            folders.append(match[2])
-        else:
-            found.append(Path(*folders, match[2]))
-    assert sorted(found) == MODULES
 
 
 def test_every_command_is_in_the_table() -> None:

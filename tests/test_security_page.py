@@ -16,13 +16,6 @@ from typing import Any
 import pytest
 import torch
 
-from lorasmith.app import sweep_launch
-from lorasmith.app.command_lines import command_line
-from lorasmith.app.folder_run import train_prepared
-from lorasmith.app.run_file import read_run_file
-from lorasmith.app.run_page import report_of, write_report
-from lorasmith.app.sweep_file import read_sweep
-from lorasmith.app.sweep_launch import submit_to_slurm
 from lorasmith.cli.main import main
 from lorasmith.core.errors import DataError, GraphError, LorasmithError, ModelError, OptionError
 from lorasmith.core.folders import Folders, read_extra_model_paths
@@ -39,14 +32,21 @@ from lorasmith.families.model import Model
 from lorasmith.families.parts.tokenizers import folder_tokenizer
 from lorasmith.formats.lora_file import load_lora
 from lorasmith.nodes import load_nodes
+from lorasmith.runs import sweep_launch
+from lorasmith.runs.command_lines import command_line
+from lorasmith.runs.folder_run import train_prepared
+from lorasmith.runs.run_file import read_run_file
+from lorasmith.runs.run_page import report_of, write_report
+from lorasmith.runs.sweep_file import read_sweep
+from lorasmith.runs.sweep_launch import submit_to_slurm
 from lorasmith.training.events import RunFinished
 from lorasmith.training.outcome import Outcome
-from lorasmith.training.runs.history import read_history
-from lorasmith.training.runs.run_states import load_state
+from lorasmith.training.storage.history import read_history
+from lorasmith.training.storage.run_states import load_state
 from lorasmith.workflow import parse_workflow
-from tests.app.folder_cases import pictures, prepared, with_metadata, with_record
 from tests.data.caption_models import MODELS, adapter_elsewhere, code_of_its_own, pickled_weights
 from tests.data.video_cases import movie
+from tests.runs.folder_cases import pictures, prepared, with_metadata, with_record
 from tests.training.run_cases import HOSTILE, picture, previewed, started, write_run
 
 PAGE = (Path(__file__).parents[1] / "docs" / "security.md").read_text(encoding="utf-8")
@@ -87,7 +87,7 @@ def here(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(run.parent, tmp_path / "work")
     monkeypatch.chdir(tmp_path / "work")
     monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
-    monkeypatch.setattr("lorasmith.training.runs.trackers.tracker_for", unreachable)
+    monkeypatch.setattr("lorasmith.training.storage.trackers.tracker_for", unreachable)
     with_record(tmp_path / "work" / "run", source={"folder": str(tmp_path / "work" / "photos")})
     with_metadata(
         tmp_path / "work" / "run" / "cat.safetensors",

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorasmith.app.memory_estimate import MemoryEstimate, estimate_memory
 from lorasmith.families.base import FAMILIES, Family
 from lorasmith.families.loading import original_shapes
 from lorasmith.families.model_search import ModelFiles
+from lorasmith.runs.memory_estimate import MemoryEstimate, estimate_memory
 from lorasmith.training.config import TrainConfig
 
 CARDS = (8, 12, 16, 24)

@@ -92,7 +92,7 @@ MUTATIONS = (
         "min(index, len(items) - 1)",
         "index % len(items)",
     ),
-    # nodes, app, cli
+    # nodes, runs, cli
     Mutation(
         'return ({"samples": torch.zeros(batch_size, 4, height // 8, width // 8), "downscale_ratio_spacial": 8},)',
         "height // 8, width // 8",

@@ -10,12 +10,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lorasmith.app.sweep_results import SweepRecord
 from lorasmith.core.typed_json import DIALECT, json_schema
+from lorasmith.runs.sweep_results import SweepRecord
 from lorasmith.server.api.api_routes import ENDPOINTS
 from lorasmith.server.api.endpoint import api_document
 from lorasmith.training.events import EVENTS_VERSION, KINDS
-from lorasmith.training.runs.records import RunRecord
+from lorasmith.training.storage.records import RunRecord
 
 FOLDER = Path(__file__).parents[1] / "docs" / "schemas"
 

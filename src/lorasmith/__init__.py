@@ -29,8 +29,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lorasmith.app.library import generate, load_dataset
-    from lorasmith.app.model_run import train, train_together
     from lorasmith.core import errors
     from lorasmith.core.errors import LorasmithError
     from lorasmith.data.data_config import DataConfig
@@ -39,6 +37,8 @@ if TYPE_CHECKING:
     from lorasmith.families.loading import load_model
     from lorasmith.families.model import Denoiser, Model
     from lorasmith.nodes.workflow_run import run_workflow
+    from lorasmith.runs.library import generate, load_dataset
+    from lorasmith.runs.model_run import train, train_together
     from lorasmith.training import events
     from lorasmith.training.config import TrainConfig
     from lorasmith.training.lora_handle import Lora
@@ -79,12 +79,12 @@ _HOMES = {
     "Sample": "data.dataset",
     "TrainConfig": "training.config",
     "TrainResult": "training.results",
-    "generate": "app.library",
-    "load_dataset": "app.library",
+    "generate": "runs.library",
+    "load_dataset": "runs.library",
     "load_model": "families.loading",
     "run_workflow": "nodes.workflow_run",
-    "train": "app.model_run",
-    "train_together": "app.model_run",
+    "train": "runs.model_run",
+    "train_together": "runs.model_run",
 }
 _MODULES = {"errors": "core.errors", "events": "training.events"}
 

@@ -31,7 +31,7 @@ import psutil
 from PIL import Image
 
 from benchmarks.hosts import Host, hosts
-from lorasmith.training.runs.run_folder import RunFolder
+from lorasmith.training.storage.run_folder import RunFolder
 from tests.cli.host_runs import assert_alike, events_of, started, torchrun, training
 
 KINDS = ("process", "host", "host that comes back", "agent", "meeting host", "meeting agent")

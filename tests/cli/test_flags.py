@@ -9,14 +9,14 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from lorasmith.app import folder_run
-from lorasmith.app.run_spec import RunSpec
 from lorasmith.cli import train as train_command
 from lorasmith.cli.flags import folders_of
 from lorasmith.core.errors import OptionError
 from lorasmith.core.options import options_of
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.sources import ImageSource
+from lorasmith.runs import folder_run
+from lorasmith.runs.spec import RunSpec
 from lorasmith.training.config import TrainConfig
 
 OPTIONS = {**options_of(TrainConfig), **options_of(DataConfig)}

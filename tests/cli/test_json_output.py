@@ -16,9 +16,9 @@ from lorasmith.cli.main import app
 from lorasmith.core.folders import ASSETS
 from lorasmith.families.locating import built_in_models
 from lorasmith.families.model import Model
-from tests.app.sweep_cases import sweep_of
 from tests.cli.conftest import Ran
 from tests.cli.test_help import LEAVES
+from tests.runs.sweep_cases import sweep_of
 from tests.toolbox import cases
 from tests.training.run_cases import whole_run
 

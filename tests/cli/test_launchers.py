@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.app.sweep_cases import sweep_of
 from tests.cli.run_comparison import assert_same_tensors
 from tests.launched import environment, free_port
+from tests.runs.sweep_cases import sweep_of
 
 pytestmark = [
     pytest.mark.slow,

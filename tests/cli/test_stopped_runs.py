@@ -16,17 +16,17 @@ from typing import Any
 
 import pytest
 
-from lorasmith.app.run_plan import ImageEncoded, ImagesChecked, ModelLoading
 from lorasmith.cli import run_output
 from lorasmith.cli import train as train_command
 from lorasmith.cli.main import main
 from lorasmith.cli.run_output import training_progress
 from lorasmith.formats.container import read_safetensors, write_safetensors
+from lorasmith.runs.run_plan import ImageEncoded, ImagesChecked, ModelLoading
 from lorasmith.training.events import Event, EventHandler, StepDone
-from lorasmith.training.runs import lora_metadata
-from lorasmith.training.runs.history import read_history
-from lorasmith.training.runs.run_folder import RunFolder
-from tests.app.folder_cases import pictures, tensors_of, with_metadata, with_record
+from lorasmith.training.storage import lora_metadata
+from lorasmith.training.storage.history import read_history
+from lorasmith.training.storage.run_folder import RunFolder
+from tests.runs.folder_cases import pictures, tensors_of, with_metadata, with_record
 
 Command = Callable[..., Any]
 Interrupt = Callable[..., contextlib.AbstractContextManager[None]]

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from lorasmith.app.sweep_file import Sweep
-from tests.app.folder_cases import pictures, tensors_of
-from tests.app.sweep_cases import ended_with, left_by, sweep_of
+from lorasmith.runs.sweep_file import Sweep
+from tests.runs.folder_cases import pictures, tensors_of
+from tests.runs.sweep_cases import ended_with, left_by, sweep_of
 
 Command = Callable[..., Any]
 

@@ -31,13 +31,13 @@ with joined(LaunchedProcess(rank, 2, rank, "127.0.0.1", port)) as together:
     assert tensor.tolist() == [3.0, 3.0, 3.0]
     assert together.summed([rank, 1]) == [1, 2]
     assert together.gathered({"rank": rank}) == [{"rank": 0}, {"rank": 1}]
-    assert together.from_first(lambda: f"of {rank}") == "of 0"
+    assert together.broadcast_from_rank0(lambda: f"of {rank}") == "of 0"
 
     def refuse():
         raise OptionError("a sentence")
 
     try:
-        together.from_first(refuse)
+        together.broadcast_from_rank0(refuse)
     except OptionError as error:
         print(f"{rank}: {error}")
     if rank == 1:
@@ -50,11 +50,11 @@ with joined(LaunchedProcess(rank, 2, rank, "127.0.0.1", port)) as together:
 
 
 def test_alone_nothing_is_waited_for() -> None:
-    with joined(None) as processes, processes.first_alone():
+    with joined(None) as processes, processes.rank0_first():
         assert processes is current() is ALONE
         assert processes.summed([2, 3]) == [2, 3]
         assert processes.gathered("a") == ["a"]
-        assert processes.from_first(lambda: 7) == 7
+        assert processes.broadcast_from_rank0(lambda: 7) == 7
 
 
 def test_processes_take_the_gpus_that_they_see() -> None:
@@ -160,7 +160,7 @@ finally:
 
 @pytest.mark.slow
 def test_a_run_in_one_process_imports_nothing_for_several(tmp_path: Path) -> None:
-    from tests.app.folder_cases import pictures
+    from tests.runs.folder_cases import pictures
 
     pictures(tmp_path / "photos", 2)
     arguments = ["photos", "--model", "lorasmith-tiny", "--steps", "1", "--batch-size", "2", "--no-previews"]

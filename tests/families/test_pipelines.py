@@ -14,13 +14,13 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import Tensor, nn
 from transformer_models import Case
 
-from lorasmith.app.model_run import train
 from lorasmith.core.errors import ModelError
 from lorasmith.core.folders import ASSETS
 from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.families.loading import load_model
 from lorasmith.families.locating import BUILT_IN, built_in_models
 from lorasmith.families.model import Model
+from lorasmith.runs.model_run import train
 from lorasmith.sampling.generate import generate
 
 

@@ -14,7 +14,6 @@ from PIL import Image
 from sdxl_models import diffusers_pipeline
 from torch import Tensor
 
-from lorasmith.app.model_run import train
 from lorasmith.cli.main import main
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
 from lorasmith.data.dataset import EncodedDataset, Sample
@@ -22,6 +21,7 @@ from lorasmith.families.base import Conditioning, PictureSize
 from lorasmith.families.model import Model
 from lorasmith.formats.lora_file import save_lora
 from lorasmith.formats.names.recognise import guessed_family
+from lorasmith.runs.model_run import train
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.results import TrainResult
 

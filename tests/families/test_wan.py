@@ -17,8 +17,6 @@ from safetensors.torch import load_file
 from tiny_parts import TinyFamily, randomized
 from torch import Tensor
 
-from lorasmith.app.drawing import experts_of
-from lorasmith.app.model_run import train
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
 from lorasmith.core.errors import DataError, LoraError, ModelError
 from lorasmith.core.placement import placed
@@ -30,6 +28,8 @@ from lorasmith.families.wan import Wan
 from lorasmith.formats.lora_file import save_lora
 from lorasmith.formats.names.model_names import matches
 from lorasmith.formats.names.recognise import guessed_family
+from lorasmith.runs.drawing import experts_of
+from lorasmith.runs.model_run import train
 from lorasmith.sampling.generate import to_images
 from lorasmith.sampling.sample import prepare_noise, sample_latents
 from lorasmith.sampling.sigmas import sigmas_for

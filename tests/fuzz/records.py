@@ -17,15 +17,15 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from lorasmith.app import folder_run
-from lorasmith.app.folder_run import prepare, train_prepared
-from lorasmith.app.resume import prepare_again
-from lorasmith.app.run_spec import RunSpec
 from lorasmith.data.sources import ImageSource
 from lorasmith.families.locating import BUILT_IN, ModelFiles
 from lorasmith.families.model_search import Completed, load_completed
 from lorasmith.formats.container import read_safetensors, serialised
 from lorasmith.formats.metadata import RUN_ENTRY
+from lorasmith.runs import folder_run
+from lorasmith.runs.folder_run import prepare, train_prepared
+from lorasmith.runs.resume import prepare_again
+from lorasmith.runs.spec import RunSpec
 from tests.conftest import save_blank
 from tests.fuzz.engine import Door, command
 from tests.fuzz.loras import built_in

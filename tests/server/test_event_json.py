@@ -6,10 +6,10 @@ import json
 import math
 from pathlib import Path
 
-from lorasmith.app.run_plan import ImageEncoded, ImagesFound, ModelLoading
 from lorasmith.core.folders import ASSETS
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.folder import scan_folder
+from lorasmith.runs.run_plan import ImageEncoded, ImagesFound, ModelLoading
 from lorasmith.server.job_reporter import PROGRESS, event_json, finite
 from lorasmith.training.events import KINDS, RunFinished, StepDone
 from lorasmith.training.outcome import Outcome

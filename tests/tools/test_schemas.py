@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from lorasmith.app.model_run import train
 from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Model
+from lorasmith.runs.model_run import train
 from tools.schemas import FOLDER, schemas
 
 TYPES: dict[str, Any] = {

@@ -33,7 +33,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorasmith.app.model_run import train
 from lorasmith.core.errors import LorasmithError
 from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.families.loading import load_model
@@ -41,9 +40,10 @@ from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Model
 from lorasmith.formats import container
 from lorasmith.formats.container import read_safetensors
+from lorasmith.runs.model_run import train
 from lorasmith.training.events import Event, Resumed, StepDone, Warned
-from lorasmith.training.runs.run_folder import RunFolder
-from lorasmith.training.runs.run_states import load_state
+from lorasmith.training.storage.run_folder import RunFolder
+from lorasmith.training.storage.run_states import load_state
 
 _BASE: dict[str, Any] = {
     "steps": 10,

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
-from lorasmith.app.model_run import train_job
 from lorasmith.core.launched import LaunchedProcess
 from lorasmith.core.processes import current, joined
+from lorasmith.runs.model_run import train_job
 from lorasmith.training.events import Event, StepDone, Validated
 from lorasmith.training.train import RunOptions
 from tests.conftest import save_blank

@@ -18,7 +18,6 @@ import torch
 from test_loop import Audience, poison, same, saved
 
 from lorasmith.adapters.catalogue import ALGORITHMS
-from lorasmith.app.model_run import train, train_together
 from lorasmith.core.errors import OptionError
 from lorasmith.core.fp8_products import Fp8Products, has_fp8_products
 from lorasmith.core.quantization import PACKINGS, packed
@@ -26,6 +25,7 @@ from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.loading import load_model
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Model
+from lorasmith.runs.model_run import train, train_together
 from lorasmith.sampling.generate import generate
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import batch_maker

@@ -15,13 +15,13 @@ from torch import Tensor
 from transformer_models import TINY, Case
 
 from lorasmith.adapters.patch import Patch
-from lorasmith.app.model_run import train_job
 from lorasmith.core.errors import OptionError, TrainingError
 from lorasmith.core.options import config_from
 from lorasmith.data.caption_rules import CaptionRules
 from lorasmith.data.dataset import EncodedDataset, Sample, Variants
 from lorasmith.data.encoded_captions import EncodedCaptions
 from lorasmith.families.model import Model
+from lorasmith.runs.model_run import train_job
 from lorasmith.training import joint
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import Engine

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lorasmith.app.model_run import train
 from lorasmith.core.folders import ASSETS
 from lorasmith.data.encoding import load_dataset
 from lorasmith.families.model import Denoiser, Model
+from lorasmith.runs.model_run import train
 from lorasmith.sampling.generate import generate
 from lorasmith.training import engine
 from lorasmith.training.config import TrainConfig

@@ -16,12 +16,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorasmith.app import model_run
 from lorasmith.core import files
 from lorasmith.core.errors import LorasmithError, OutputError, TrainingError
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.model import Denoiser, Model
 from lorasmith.formats.container import read_safetensors
+from lorasmith.runs import model_run
 from lorasmith.training import engine
 from lorasmith.training.batches import Batch, BatchMaker
 from lorasmith.training.config import TrainConfig
@@ -32,8 +32,8 @@ from lorasmith.training.loop import Loop
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.progress import RunState
 from lorasmith.training.results import TrainResult
-from lorasmith.training.runs import run_states
-from lorasmith.training.runs.run_folder import RunFolder, unfinished_run
+from lorasmith.training.storage import run_states
+from lorasmith.training.storage.run_folder import RunFolder, unfinished_run
 from lorasmith.training.verdict import History
 from tests.covering import slow_except
 from tests.training.run_cases import damaged

@@ -16,10 +16,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lorasmith.adapters.packed_layers import cast_weights
-from lorasmith.app import drawing
-from lorasmith.app.drawing import load_with_loras
-from lorasmith.app.preview_budget import PreviewProgram
-from lorasmith.app.run_previews import run_previews
 from lorasmith.cli.flags import split_strength
 from lorasmith.core.adapter_state import AdapterState, AdapterWeights, ModuleRef
 from lorasmith.core.errors import LoraError, LorasmithError, OptionError
@@ -31,6 +27,10 @@ from lorasmith.families.model_search import Completed
 from lorasmith.families.structure import released_names
 from lorasmith.formats.layouts.layout import LAYOUTS
 from lorasmith.nodes import load_nodes
+from lorasmith.runs import drawing
+from lorasmith.runs.drawing import load_with_loras
+from lorasmith.runs.preview_budget import PreviewProgram
+from lorasmith.runs.run_previews import run_previews
 from lorasmith.sampling.generate import generate
 from lorasmith.sampling.sample import SamplingError
 from lorasmith.toolbox.fold import fold_into

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lorasmith.app.model_run import train
 from lorasmith.core.folders import ASSETS
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.data.encoding import load_dataset
 from lorasmith.data.split import split
 from lorasmith.families.model import Model
+from lorasmith.runs.model_run import train
 from lorasmith.training.events import Event, Validated
 from lorasmith.training.validation import Validator
 

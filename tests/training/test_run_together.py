@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorasmith.app.model_run import train_job
 from lorasmith.core.errors import OptionError, TrainingError
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.loading import load_model
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Model
+from lorasmith.runs.model_run import train_job
 from lorasmith.training import engine as engines
 from lorasmith.training.engine import Engine
 from lorasmith.training.events import Event, Shrunk, StepDone, Validated

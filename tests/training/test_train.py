@@ -27,7 +27,7 @@ from lorasmith.training.events import RunStarted, StepDone, Warned
 from lorasmith.training.job import plan_job
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.results import TrainResult
-from lorasmith.training.runs import lora_metadata
+from lorasmith.training.storage import lora_metadata
 from tests.covering import slow_except
 
 Run = Callable[..., TrainResult]

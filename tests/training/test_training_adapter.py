@@ -11,18 +11,18 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lorasmith.app import model_run
-from lorasmith.app.model_run import train
 from lorasmith.core.adapter_state import AdapterState, AdapterWeights, ModuleRef
 from lorasmith.core.errors import LoraError
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.model import Model
+from lorasmith.runs import model_run
+from lorasmith.runs.model_run import train
 from lorasmith.training.config import NONE_LORA, TrainConfig
 from lorasmith.training.events import Resumed
 from lorasmith.training.job import plan_job
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.results import TrainResult
-from lorasmith.training.runs.fingerprint import differences, fingerprint
+from lorasmith.training.storage.fingerprint import differences, fingerprint
 
 Run = Callable[..., TrainResult]
 LAYER = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"

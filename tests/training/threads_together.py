@@ -60,7 +60,7 @@ class ThreadTogether(Processes):
     def gathered(self, value: T) -> list[T]:
         return self._meeting.exchanged(self.rank, "gathered", value)
 
-    def from_first(self, make: Callable[[], T]) -> T:
+    def broadcast_from_rank0(self, make: Callable[[], T]) -> T:
         made: Any = None
         if self.is_first:
             try:

@@ -19,7 +19,6 @@ from tiny_wan import WAN
 from tiny_z_image import Z_IMAGE
 from torch import Tensor
 
-from lorasmith.app.model_run import train
 from lorasmith.core.options import config_from
 from lorasmith.core.processes import Processes
 from lorasmith.data.dataset import EncodedDataset
@@ -28,6 +27,7 @@ from lorasmith.data.sources import ImageSource
 from lorasmith.families.loading import load_model
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Model
+from lorasmith.runs.model_run import train
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.job import Job, plan_job
 from lorasmith.training.results import TrainResult

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lorasmith.app.model_run import train
 from lorasmith.core.folders import ASSETS
 from lorasmith.core.random import keyed_normal
 from lorasmith.data.dataset import Sample
@@ -25,6 +24,7 @@ from lorasmith.diffusion.losses import diffusion_loss
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Denoiser
 from lorasmith.report.contact_sheet import contact_sheet
+from lorasmith.runs.model_run import train
 from lorasmith.sampling.generate import generate
 from tools.pretrain.data import BACKGROUNDS, CONCEPTS, STYLES, UNTAUGHT, short_name, with_article
 from tools.pretrain.judge import Judge, colourless

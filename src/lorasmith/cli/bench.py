@@ -81,7 +81,7 @@ def _everything(found: Measured, job: Job, model: str, pixels: int, device: str)
     import torch
 
     from lorasmith.bench.limits import limits, shares
-    from lorasmith.training.runs.fingerprint import environment
+    from lorasmith.training.storage.fingerprint import environment
 
     return {
         "model": model,

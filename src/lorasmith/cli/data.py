@@ -31,8 +31,8 @@ from lorasmith.data.data_config import DataConfig
 from lorasmith.training.config import TrainConfig
 
 if TYPE_CHECKING:
-    from lorasmith.app.captioning import Captioned, ImagesToCaption
     from lorasmith.data.encoding_cache import EncoderSummary
+    from lorasmith.runs.captioning import Captioned, ImagesToCaption
 
 
 def register(app: typer.Typer) -> None:
@@ -80,9 +80,9 @@ def caption(
     Models are read from this computer, without code of their own. Ctrl-C keeps what is written; the same command
     captions the rest.
     """
-    from lorasmith.app.captioning import caption_images, images_to_caption
     from lorasmith.core.placement import chosen_device
     from lorasmith.data.captioners import load_captioner
+    from lorasmith.runs.captioning import caption_images, images_to_caption
 
     place = chosen_device(device)
     check_writable(folder)
@@ -243,10 +243,10 @@ def check(
     and tags that all share; counts sizes and steps. With --model the sizes and the tokenizer are the model's. The exit
     status is 1 if there is something to look at.
     """
-    from lorasmith.app.data_check import check_folder, plain
-    from lorasmith.app.data_check_page import write_data_page
     from lorasmith.data.mended_folder import check_target, write_mended
     from lorasmith.families.locating import ModelFiles
+    from lorasmith.runs.data_check import check_folder, plain
+    from lorasmith.runs.data_check_page import write_data_page
 
     if fix is not None:
         check_target(fix, folder if is_folder(folder) else folder.parent)

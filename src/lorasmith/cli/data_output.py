@@ -10,10 +10,10 @@ from lorasmith.core.printable import count_text
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lorasmith.app.data_check import DataCheck
     from lorasmith.data.findings import Finding
     from lorasmith.data.mended_folder import MendedFolder
     from lorasmith.data.preflight import Preflight
+    from lorasmith.runs.data_check import DataCheck
 
 _SIZES = 6
 
@@ -29,7 +29,7 @@ def print_findings(findings: Sequence[Finding], *, most: int | None = None, inde
 
 def print_check(check: DataCheck) -> None:
     """Print a checked folder: images, sizes, steps, and what to look at."""
-    from lorasmith.app.data_check_page import step_lines
+    from lorasmith.runs.data_check_page import step_lines
 
     found = check.preflight
     heading(count_text(len(found.images), "image"), f"in {found.folder}")

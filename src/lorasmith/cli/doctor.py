@@ -11,7 +11,7 @@ from lorasmith.cli.flags import BaseDir, ExtraModelPaths, folders_of
 from lorasmith.core.printable import memory_text
 
 if TYPE_CHECKING:
-    from lorasmith.app.doctor import Checkup
+    from lorasmith.runs.doctor import Checkup
 
 
 def register(app: typer.Typer) -> None:
@@ -24,7 +24,7 @@ def doctor(base_dir: BaseDir = None, extra_model_paths: ExtraModelPaths = None) 
 
     The exit status is 1 if something is wrong with machine or installation.
     """
-    from lorasmith.app.doctor import check_up
+    from lorasmith.runs.doctor import check_up
 
     with console.status("Looking"):
         found = check_up(folders_of(base_dir, extra_model_paths))

@@ -17,12 +17,12 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from lorasmith.adapters.catalogue import STRENGTH
-from lorasmith.app.command_lines import flag, negated_flag
 from lorasmith.cli.console import echo, output_as
 from lorasmith.core.errors import OptionError
 from lorasmith.core.files import is_folder
 from lorasmith.core.folders import Folders
 from lorasmith.core.options import Option
+from lorasmith.runs.command_lines import flag, negated_flag
 
 OUTPUT = "Output"  # group of the options that all commands have
 

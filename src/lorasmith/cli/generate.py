@@ -68,10 +68,10 @@ def generate(
     extra_model_paths: ExtraModelPaths = None,
 ) -> None:
     """Generate pictures from prompts, or with --frames clips, as animated WebP files."""
-    from lorasmith.app.drawing import experts_of, load_with_loras, save_pictures
     from lorasmith.core.placement import dtype_from_name
     from lorasmith.families.locating import ModelFiles
     from lorasmith.families.model import Denoiser
+    from lorasmith.runs.drawing import experts_of, load_with_loras, save_pictures
     from lorasmith.sampling.generate import Experts, Sampling, generate_clips
 
     check_writable(output)

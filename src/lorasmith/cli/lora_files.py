@@ -15,9 +15,9 @@ from lorasmith.cli.console import console, echo, heading, print_note, print_resu
 from lorasmith.cli.flags import LoraFile, LoraModel
 
 if TYPE_CHECKING:
-    from lorasmith.app.state_facts import StateFacts
     from lorasmith.formats.faults import Finding
     from lorasmith.formats.inspect import LoraSummary
+    from lorasmith.runs.state_facts import StateFacts
     from lorasmith.toolbox.check import Checked
     from lorasmith.toolbox.convert import Converted
 
@@ -34,8 +34,8 @@ def register(app: typer.Typer) -> None:
 
 def inspect(file: LoraFile) -> None:
     """Show the content of a LoRA file: layout, family, algorithm, ranks, norms, metadata, hashes and faults."""
-    from lorasmith.app.state_facts import facts_of_state
     from lorasmith.formats.inspect import describe
+    from lorasmith.runs.state_facts import facts_of_state
 
     gc.freeze()  # a collection, of which 50,000 tensors cause several, visits a million objects of torch
     if (state := facts_of_state(file)) is not None:

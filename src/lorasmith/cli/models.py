@@ -13,8 +13,8 @@ from lorasmith.cli.console import console, echo, heading, print_result
 from lorasmith.cli.flags import BaseDir, ExtraModelPaths, folders_of
 
 if TYPE_CHECKING:
-    from lorasmith.app.known_models import KnownModel
-    from lorasmith.app.model_list import ListedFile, ListedModel, ModelList
+    from lorasmith.runs.known_models import KnownModel
+    from lorasmith.runs.model_list import ListedFile, ListedModel, ModelList
 
 
 def register(app: typer.Typer) -> None:
@@ -37,7 +37,7 @@ def models(
     if known:
         _print_known()
         return
-    from lorasmith.app.model_list import list_models
+    from lorasmith.runs.model_list import list_models
 
     with console.status("Reading headers"):
         found = list_models(folders_of(base_dir, extra_model_paths))
@@ -45,7 +45,7 @@ def models(
 
 
 def _print_known() -> None:
-    from lorasmith.app.known_models import known_models
+    from lorasmith.runs.known_models import known_models
 
     with console.status("Reading the families"):
         families = known_models()

@@ -22,7 +22,7 @@ from lorasmith.core.printable import memory_text
 from lorasmith.training.config import TrainConfig, cost_options
 
 if TYPE_CHECKING:
-    from lorasmith.app.memory_estimate import MemoryEstimate
+    from lorasmith.runs.memory_estimate import MemoryEstimate
 
 _LEFT = (
     "batch_size", "algorithm", "rank", "targets", "differences", "dora", "tucker", "training_dtype"
@@ -62,8 +62,8 @@ def plan(
     numbers are proposed first (of several cards, sharding is one), then quantization, then offloading. The exit status
     is 1 if training or the text encoders do not fit.
     """
-    from lorasmith.app.memory_estimate import estimate_memory
     from lorasmith.families.locating import ModelFiles
+    from lorasmith.runs.memory_estimate import estimate_memory
 
     files = ModelFiles(model, tuple(text_encoder or ()), vae)
     with console.status(f"Estimating {model}"):

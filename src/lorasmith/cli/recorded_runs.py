@@ -23,7 +23,7 @@ from lorasmith.cli.run_output import plain_result, preparation_shown, report_res
 from lorasmith.cli.together import check_alone, together
 
 if TYPE_CHECKING:
-    from lorasmith.app.reproduce import Reproduced
+    from lorasmith.runs.reproduce import Reproduced
 
 
 def register(app: typer.Typer) -> None:
@@ -58,8 +58,8 @@ def resume(
     With the same versions, device and number of threads the result is bit-identical to that of an uninterrupted run;
     differences are reported. Other images, other settings or another base model are refused.
     """
-    from lorasmith.app.recorded_run import Rights
-    from lorasmith.app.resume import prepare_again
+    from lorasmith.runs.recorded_run import Rights
+    from lorasmith.runs.resume import prepare_again
 
     rights = Rights(files=as_recorded, optimizers=tuple(allow_optimizer or ()), track=track)
     with together():
@@ -100,8 +100,8 @@ def reproduce(
     it and reports whether the tensors are equal. The exit status is 1 if the inputs or the result differ.
     """
     check_alone("reproduce")
-    from lorasmith.app import reproduce as app
-    from lorasmith.app.recorded_run import Rights
+    from lorasmith.runs import reproduce as app
+    from lorasmith.runs.recorded_run import Rights
     from lorasmith.training.events import Event
 
     with preparation_shown() as show:
@@ -168,7 +168,7 @@ def report(
     The report is one self-contained file. Every run writes it at its end; this command writes it for a run that is
     still running or was killed.
     """
-    from lorasmith.app.run_page import write_report
+    from lorasmith.runs.run_page import write_report
 
     path = write_report(run)
     print_result(lambda: {"report": path}, lambda: heading("Report", path))

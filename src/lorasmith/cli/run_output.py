@@ -10,20 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from lorasmith.app.command_lines import arguments_for, command_line, generate_command, resume_command
-from lorasmith.app.run_plan import (
-    NO_CAPTION,
-    OWN_CAPTION,
-    ClassImageDrawn,
-    EncodersHashed,
-    ImageEncoded,
-    ImagesChecked,
-    ImagesFound,
-    ModelLoading,
-    RunPlan,
-    RunPlanned,
-    caption_counts,
-)
 from lorasmith.cli.console import (
     ProgressLines,
     StopRequest,
@@ -38,6 +24,20 @@ from lorasmith.cli.console import (
 from lorasmith.cli.data_output import print_findings
 from lorasmith.core.printable import count_text
 from lorasmith.report.loss_plot import recent_loss
+from lorasmith.runs.command_lines import arguments_for, command_line, generate_command, resume_command
+from lorasmith.runs.run_plan import (
+    NO_CAPTION,
+    OWN_CAPTION,
+    ClassImageDrawn,
+    EncodersHashed,
+    ImageEncoded,
+    ImagesChecked,
+    ImagesFound,
+    ModelLoading,
+    RunPlan,
+    RunPlanned,
+    caption_counts,
+)
 from lorasmith.training.config import WHOLE_RANGE
 from lorasmith.training.events import (
     CaptionEncoded,
@@ -51,9 +51,9 @@ from lorasmith.training.events import (
 from lorasmith.training.outcome import Outcome
 
 if TYPE_CHECKING:
-    from lorasmith.app.expert_runs import ExpertRuns
-    from lorasmith.app.folder_run import PreparedRun
     from lorasmith.families.model_search import FoundPart
+    from lorasmith.runs.expert_runs import ExpertRuns
+    from lorasmith.runs.folder_run import PreparedRun
     from lorasmith.training.config import ResolvedConfig
     from lorasmith.training.results import TrainResult
 
@@ -118,7 +118,7 @@ def training_shown() -> Iterator[tuple[EventHandler, StopRequest]]:
 @contextlib.contextmanager
 def training_progress() -> Iterator[EventHandler]:
     """Inside the context, the yielded handler shows training events: loss, speed and time left in a bar or lines."""
-    from lorasmith.app.run_view import RunView, note_of
+    from lorasmith.runs.view import RunView, note_of
 
     lines = ProgressLines()
     bar = BarColumn(bar_width=max(6, min(40, console.width - 75)))  # the numbers need the rest of a narrow window
@@ -168,8 +168,8 @@ def _clock_text(seconds: float) -> str:
 
 def train_and_report(prepared: PreparedRun, *, output: Path | None, fresh: bool = False, verify: bool = False) -> None:
     """Train (`folder_run.train_prepared`), and print where the results are and how to use the LoRA."""
-    from lorasmith.app.folder_run import train_prepared
-    from lorasmith.app.recorded_run import rights_needed
+    from lorasmith.runs.folder_run import train_prepared
+    from lorasmith.runs.recorded_run import rights_needed
 
     with training_shown() as (show, stop):
         result = train_prepared(
@@ -193,7 +193,7 @@ def train_and_report(prepared: PreparedRun, *, output: Path | None, fresh: bool 
 
 def train_experts_and_report(runs: ExpertRuns, *, verify: bool = False) -> None:
     """Train both experts of a model, and print where their results are and how to use the LoRAs."""
-    from lorasmith.app.drawing import EXPERTS
+    from lorasmith.runs.drawing import EXPERTS
 
     results: dict[str, TrainResult | None] = {}
     models: list[object] = []

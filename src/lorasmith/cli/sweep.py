@@ -21,9 +21,9 @@ from lorasmith.core.printable import count_text
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from lorasmith.app.sweep_file import Sweep, SweepRun
-    from lorasmith.app.sweep_results import SweepEntry, SweepRecord
-    from lorasmith.app.sweep_run import RunEnd
+    from lorasmith.runs.sweep_file import Sweep, SweepRun
+    from lorasmith.runs.sweep_results import SweepEntry, SweepRecord
+    from lorasmith.runs.sweep_run import RunEnd
 
 
 class _Launcher(StrEnum):
@@ -83,10 +83,10 @@ def sweep(
     written to sweep.json and the page sweep.html. The exit code is 1 if a run failed.
     """
     check_alone("sweep")
-    from lorasmith.app.command_lines import arguments_for
-    from lorasmith.app.folder_run import RUNS
-    from lorasmith.app.sweep_file import check_held_out, read_sweep
-    from lorasmith.app.sweep_run import LORASMITH, sweep_devices, sweep_folder
+    from lorasmith.runs.command_lines import arguments_for
+    from lorasmith.runs.folder_run import RUNS
+    from lorasmith.runs.sweep_file import check_held_out, read_sweep
+    from lorasmith.runs.sweep_run import LORASMITH, sweep_devices, sweep_folder
 
     if launcher is not _Launcher.LOCAL and (devices is not None or only is not None):
         raise OptionError(f"--launcher {launcher} decides where all runs are; leave --devices and --only out")
@@ -129,8 +129,8 @@ def _train(
     runs: Sequence[SweepRun], folder: Path, also: list[str], devices: Sequence[str] | None, progress: _Progress
 ) -> None:
     """`devices` is None on Ray."""
-    from lorasmith.app.sweep_launch import run_on_ray
-    from lorasmith.app.sweep_run import RunProcess, run_all
+    from lorasmith.runs.sweep_launch import run_on_ray
+    from lorasmith.runs.sweep_run import RunProcess, run_all
 
     with _stopped_runs_shown(progress) as stop:
         if devices is None:
@@ -155,9 +155,9 @@ def _train_together(
     most: int,
 ) -> None:
     """Train in groups, each over one model in one process; runs that cannot share a model are groups of one."""
-    from lorasmith.app.command_lines import arguments_for
-    from lorasmith.app.sweep_group import GroupProcess, grouped
-    from lorasmith.app.sweep_run import RunProcess, Started, run_all
+    from lorasmith.runs.command_lines import arguments_for
+    from lorasmith.runs.sweep_group import GroupProcess, grouped
+    from lorasmith.runs.sweep_run import RunProcess, Started, run_all
 
     def start(group: tuple[SweepRun, ...], device: str | None) -> Started:
         if len(group) == 1:
@@ -194,7 +194,7 @@ def _stopped_runs_shown(progress: _Progress) -> Iterator[StopRequest]:
 def _submit(runs: Sequence[SweepRun], folder: Path, command: list[str], options: str) -> None:
     import shlex
 
-    from lorasmith.app.sweep_launch import submit_to_slurm
+    from lorasmith.runs.sweep_launch import submit_to_slurm
 
     try:
         words = shlex.split(options)
@@ -213,7 +213,7 @@ class _Progress:
     """Prints the progress of the runs, and keeps `sweep.json` and the page up to date."""
 
     def __init__(self, sweep: Sweep, folder: Path) -> None:
-        from lorasmith.app.sweep_results import result_of
+        from lorasmith.runs.sweep_results import result_of
 
         self._sweep, self._folder = sweep, folder
         self._about = [run.number for run in sweep.runs]
@@ -236,7 +236,7 @@ class _Progress:
         self._entries[run.number] = replace(self._entries[run.number], state="running", error="")
 
     def ended(self, run: SweepRun, end: RunEnd) -> None:
-        from lorasmith.app.sweep_results import result_of
+        from lorasmith.runs.sweep_results import result_of
 
         entry = self._entries[run.number] = result_of(run, self._folder)
         if entry.state == "waiting":  # cancelled before it was started
@@ -247,7 +247,7 @@ class _Progress:
 
     def record(self) -> tuple[SweepRecord, Path]:
         """Write the results so far; returns them and the page."""
-        from lorasmith.app.sweep_results import sweep_record, write_results
+        from lorasmith.runs.sweep_results import sweep_record, write_results
 
         record = sweep_record(self._sweep, self._entries.values())
         return record, write_results(record, self._folder)
@@ -296,8 +296,8 @@ def _table(ranked: list[SweepEntry], folder: Path) -> Table:
 
     from rich.table import Table
 
-    from lorasmith.app.run_page import duration
     from lorasmith.report.run_report import change, number
+    from lorasmith.runs.run_page import duration
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in ("", "Held-out loss", "Change", "Best step", "Time"):

@@ -116,10 +116,10 @@ def train(
     """
     if started_on_gpus(gpus):
         return
-    from lorasmith.app.folder_run import RUNS, prepare
-    from lorasmith.app.recorded_run import Rights
-    from lorasmith.app.run_file import read_run_file
-    from lorasmith.app.run_spec import RunSpec
+    from lorasmith.runs.folder_run import RUNS, prepare
+    from lorasmith.runs.recorded_run import Rights
+    from lorasmith.runs.run_file import read_run_file
+    from lorasmith.runs.spec import RunSpec
 
     typed = RunSpec(
         sources=tuple(map(ImageSource.parse, [*([] if folder is None else [str(folder)]), *(also or ())])),
@@ -147,7 +147,7 @@ def train(
     spec = given.trusted(optimizers=[code] if code else [], track=typed.settings.get("track")).resolved()
     output_path = None if spec.output is None else Path(spec.output)
     if spec.low_noise_model is not None:
-        from lorasmith.app.expert_runs import ExpertRuns
+        from lorasmith.runs.expert_runs import ExpertRuns
 
         runs = ExpertRuns(spec, folders=folders, fresh=fresh)
         with together():
@@ -180,9 +180,9 @@ def demo(
     Takes about two minutes on two processor cores and needs no network.
     """
     check_alone("demo")
-    from lorasmith.app.demo import before_and_after, demo_folder, demo_spec
-    from lorasmith.app.folder_run import RUNS, prepare, train_prepared
     from lorasmith.families.locating import BUILT_IN
+    from lorasmith.runs.demo import before_and_after, demo_folder, demo_spec
+    from lorasmith.runs.folder_run import RUNS, prepare, train_prepared
 
     echo(f"Lorasmith comes with a small model, {BUILT_IN}, that draws coloured emoji.")
     echo("It was not trained on black line art. This trains the style from sixteen")

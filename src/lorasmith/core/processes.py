@@ -70,7 +70,7 @@ class Processes:
         """The value of each process, by rank."""
         return [value]
 
-    def from_first(self, make: Callable[[], T]) -> T:
+    def broadcast_from_rank0(self, make: Callable[[], T]) -> T:
         """The value that `make` returns on rank 0; its LorasmithError is raised in all processes."""
         return make()
 
@@ -95,7 +95,7 @@ class Processes:
         )
 
     @contextlib.contextmanager
-    def first_alone(self) -> Iterator[None]:
+    def rank0_first(self) -> Iterator[None]:
         """Rank 0 enters the context first, then the rest, which find what it has made."""
         if not self.is_first:
             self.gathered(None)
@@ -143,7 +143,7 @@ class _Joined(Processes):
             distributed.all_gather_object(found, value)
         return found
 
-    def from_first(self, make: Callable[[], T]) -> T:
+    def broadcast_from_rank0(self, make: Callable[[], T]) -> T:
         from torch import distributed
 
         made: list[Any] = [None, None]

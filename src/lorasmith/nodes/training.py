@@ -11,9 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from lorasmith.app.model_run import run_folder, train_job
-from lorasmith.app.run_previews import PreviewFrames
-from lorasmith.app.run_view import RunView, note_of
 from lorasmith.core.errors import CancelledError
 from lorasmith.core.folders import Folders, fingerprint
 from lorasmith.core.options import options_of
@@ -33,6 +30,9 @@ from lorasmith.nodes.values import (
     single,
     with_frames,
 )
+from lorasmith.runs.model_run import run_folder, train_job
+from lorasmith.runs.run_previews import PreviewFrames
+from lorasmith.runs.view import RunView, note_of
 from lorasmith.training.config import NONE_LORA, TrainConfig, lora_settings, settings_from_file, unused_settings
 from lorasmith.training.events import Event, EventHandler, Previewed, RunStarted, StepDone, Validated, encoded
 from lorasmith.training.job import plan_job

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorasmith.app.progress_bars import counted, note
 from lorasmith.core.folders import Folders
 from lorasmith.core.printable import printable
 from lorasmith.nodes.all_nodes import load_nodes
 from lorasmith.nodes.workflow_files import read_workflow
+from lorasmith.runs.progress_bars import counted, note
 from lorasmith.workflow.execution_events import Event, NodeMessage, NodeProgress, NodeStarted
 from lorasmith.workflow.executor import Executor
 from lorasmith.workflow.graph import Graph, validate

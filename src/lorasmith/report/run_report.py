@@ -1,7 +1,7 @@
 """The report of a run: one HTML page with losses, pictures, settings, and commands to repeat the run.
 
 The page is self-contained: no scripts, no network, embedded pictures and curves. Its input is plain data, which
-`app.run_page` collects from the folder of a run.
+`runs.run_page` collects from the folder of a run.
 """
 
 from __future__ import annotations

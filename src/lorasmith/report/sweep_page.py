@@ -1,7 +1,7 @@
 """The page about a sweep: its runs ranked, their held-out losses in one figure, and their pictures side by side.
 
 Self-contained like the report of a run (`run_report`), to which it links. Its input is plain data, which
-`app.sweep_results` collects.
+`runs.sweep_results` collects.
 """
 
 from __future__ import annotations

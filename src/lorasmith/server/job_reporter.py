@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lorasmith.app.run_plan import (
+from lorasmith.runs.run_plan import (
     ClassImageDrawn,
     EncodersHashed,
     ImageEncoded,

@@ -42,7 +42,7 @@ class ServerContext:
     store: JobStore  # read only; the dispatcher changes jobs
     dispatcher: Dispatcher
     hub: Hub
-    assistant: Assistant  # answers what needs torch, numpy, PIL, `app` or `nodes`
+    assistant: Assistant  # answers what needs torch, numpy, PIL, `runs` or `nodes`
     log: LogBook  # lines of the child processes
 
 

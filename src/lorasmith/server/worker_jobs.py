@@ -19,9 +19,6 @@ from typing import Any
 import psutil
 import torch
 
-from lorasmith.app.folder_run import prepare, train_prepared
-from lorasmith.app.model_run import run_folder
-from lorasmith.app.run_spec import RunSpec
 from lorasmith.bench.benchmark import latent_side, measured
 from lorasmith.bench.measure import synthetic_samples
 from lorasmith.core.errors import CancelledError, LorasmithError, OptionError, OutputError
@@ -40,6 +37,9 @@ from lorasmith.families.model_search import (
     load_completed,
 )
 from lorasmith.nodes import load_nodes
+from lorasmith.runs.folder_run import prepare, train_prepared
+from lorasmith.runs.model_run import run_folder
+from lorasmith.runs.spec import RunSpec
 from lorasmith.server.child_process import BlockingChannel
 from lorasmith.server.job_reporter import JobReporter, event_json, graph_end, history_message
 from lorasmith.server.jobs import measurement_subject
@@ -48,9 +48,9 @@ from lorasmith.training.events import Event, Validated
 from lorasmith.training.job import plan_job
 from lorasmith.training.outcome import Outcome
 from lorasmith.training.results import TrainResult
-from lorasmith.training.runs.fingerprint import Fingerprint, differences
-from lorasmith.training.runs.history import read_history
-from lorasmith.training.runs.run_folder import RunFolder
+from lorasmith.training.storage.fingerprint import Fingerprint, differences
+from lorasmith.training.storage.history import read_history
+from lorasmith.training.storage.run_folder import RunFolder
 from lorasmith.training.verdict import UNJUDGED
 from lorasmith.workflow import execution_events as events
 from lorasmith.workflow.executor import Executor

@@ -212,7 +212,7 @@ class Engine:
         total = losses.sum() if batch.weights is None else losses @ batch.weights
         return total * (self._scale.scale / per_step)
 
-    def made_bare(self) -> None:
+    def restore_base_model(self) -> None:
         """Called outside of `prepared`, before something uses the bare model."""
 
     def summed(self, batches: Sequence[Batch], own: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:

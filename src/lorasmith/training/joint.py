@@ -362,7 +362,7 @@ class _JointEngine(Engine):
     def gradient(self, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
         return self._participant.gradient(batches)
 
-    def made_bare(self) -> None:
+    def restore_base_model(self) -> None:
         self._model.bare()
 
     @contextlib.contextmanager

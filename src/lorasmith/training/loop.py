@@ -130,7 +130,7 @@ class Loop:
                         with self._faults_shared(), self.engine.prepared(self._begin, self._planned):
                             waiting = self._take_steps()
                         if waiting:
-                            self.engine.made_bare()
+                            self.engine.restore_base_model()
                         for watcher in waiting:
                             watcher(self)
                     except StepFault as fault:

@@ -20,8 +20,8 @@ from lorasmith.training.job import Job
 from lorasmith.training.loop import Loop
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.outcome import Outcome
-from lorasmith.training.runs.lora_metadata import BaseHashes, training_metadata
-from lorasmith.training.runs.records import RunRecord
+from lorasmith.training.storage.lora_metadata import BaseHashes, training_metadata
+from lorasmith.training.storage.records import RunRecord
 from lorasmith.training.verdict import TOO_EARLY, UNJUDGED
 from lorasmith.training.watchers import ValidationWatch
 

@@ -27,13 +27,13 @@ from lorasmith.training.notes import Remark
 from lorasmith.training.outcome import Outcome
 from lorasmith.training.progress import RunState
 from lorasmith.training.results import Results, TrainResult
-from lorasmith.training.runs.fingerprint import Fingerprint, differences
-from lorasmith.training.runs.longer_run import continuing
-from lorasmith.training.runs.lora_metadata import BaseHashes
-from lorasmith.training.runs.output_folder import output_folder
-from lorasmith.training.runs.records import RunRecord, check_title, run_record
-from lorasmith.training.runs.run_folder import RunFolder, check_room, claimed_run
-from lorasmith.training.runs.run_states import SPARE_BYTES, StateSaver, free_bytes, load_state
+from lorasmith.training.storage.fingerprint import Fingerprint, differences
+from lorasmith.training.storage.longer_run import continuing
+from lorasmith.training.storage.lora_metadata import BaseHashes
+from lorasmith.training.storage.output_folder import output_folder
+from lorasmith.training.storage.records import RunRecord, check_title, run_record
+from lorasmith.training.storage.run_folder import RunFolder, check_room, claimed_run
+from lorasmith.training.storage.run_states import SPARE_BYTES, StateSaver, free_bytes, load_state
 from lorasmith.training.watchers import PREVIEWS, Draw, LoraWatch, PreviewWatch, ValidationWatch
 
 _STATE_BYTES = 16
@@ -96,7 +96,7 @@ def run_job(job: Job, data: EncodedDataset, options: RunOptions) -> TrainResult:
     with contextlib.ExitStack() as stack:
         if options.claim is None and isinstance(output := options.output, Path):
             claim = RunFolder(output_folder(output, options.title))
-            processes.from_first(claim.claim)
+            processes.broadcast_from_rank0(claim.claim)
             options = replace(options, claim=claim)
         if options.claim is not None:
             stack.callback(options.claim.release)
@@ -115,7 +115,7 @@ def run_job(job: Job, data: EncodedDataset, options: RunOptions) -> TrainResult:
                 folder, found, state = stack.enter_context(_opened(record, options, run_bytes(job)))
                 return found, state
 
-            record, start = processes.from_first(begin)
+            record, start = processes.broadcast_from_rank0(begin)
             job = job.starting_from(record.config["existing_state"])
         return _Run(job, parts, options, record, folder).train(start)
 
@@ -174,7 +174,7 @@ def _check_together(job: Job, record: RunRecord) -> None:
                     f"{number} differs from the first in {'; '.join(differing)}; make them alike"
                 )
 
-    processes.from_first(check)
+    processes.broadcast_from_rank0(check)
 
 
 class _Run:
@@ -222,7 +222,9 @@ class _Run:
             if start is not None:
                 loop.load(start)
             elif job.config.existing_state is not None:
-                loop.load(job.runtime.processes.from_first(lambda: _continued(Path(str(job.config.existing_state)))))
+                loop.load(
+                    job.runtime.processes.broadcast_from_rank0(lambda: _continued(Path(str(job.config.existing_state))))
+                )
             self._announce(start)
             if start is None and loop.step:
                 self._emit(Resumed(step=loop.step, message=self._how_it_continues(loop)))
@@ -243,7 +245,7 @@ class _Run:
         end = RunFinished(step=loop.step, reason=reason)
         try:
             if result.path is not None and self._draw is not None:
-                loop.engine.made_bare()
+                loop.engine.restore_base_model()
                 for event in self._draw(result.steps - job.steps_before, result.path, final=True):
                     self._emit(event)
             self._write_extras(result, end)
@@ -302,7 +304,7 @@ class _Run:
         if config.track == "none" or self._folder is None:
             yield
             return
-        from lorasmith.training.runs.trackers import tracker_for
+        from lorasmith.training.storage.trackers import tracker_for
 
         tracker = tracker_for(config.track, self._folder.path, title, asdict(config), on_event=self._emit)
         with contextlib.closing(tracker):

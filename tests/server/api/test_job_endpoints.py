@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from lorasmith.app.run_spec import RunSpec
 from lorasmith.core.typed_json import typed
+from lorasmith.runs.spec import RunSpec
 from lorasmith.server import jobs
 from lorasmith.server.hub import Notice
 from lorasmith.server.jobs import measurement_subject

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lorasmith.app.folder_run import prepare, train_prepared
-from lorasmith.app.run_spec import RunSpec
 from lorasmith.core.folders import Folders
 from lorasmith.data.sources import ImageSource
+from lorasmith.runs.folder_run import prepare, train_prepared
+from lorasmith.runs.spec import RunSpec
 
 SETTINGS = {
     "rank": 2,

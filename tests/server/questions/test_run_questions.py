@@ -11,19 +11,19 @@ from typing import Any
 
 import pytest
 
-from lorasmith.app.run_page import report_of
-from lorasmith.app.run_spec import RunSpec
 from lorasmith.core.errors import LorasmithError, OptionError
 from lorasmith.core.folders import Folders
 from lorasmith.core.typed_json import typed
 from lorasmith.formats.hashes import sha256_file
+from lorasmith.runs.run_page import report_of
+from lorasmith.runs.spec import RunSpec
 from lorasmith.server.questions import run_questions as questions
 from lorasmith.server.questions import run_results
 from lorasmith.server.questions.dataset_questions import UnknownFileError
 from lorasmith.server.questions.question_registry import plain
 from lorasmith.training.events import RunFinished, encoded
-from lorasmith.training.runs.history import read_history
-from lorasmith.training.runs.run_folder import RunFolder
+from lorasmith.training.storage.history import read_history
+from lorasmith.training.storage.run_folder import RunFolder
 
 RUN = "runs/dog-001"
 

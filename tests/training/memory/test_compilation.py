@@ -44,7 +44,7 @@ from lorasmith.training.memory.activation_checkpointing import blocks_checkpoint
 from lorasmith.training.memory.compilation import blocks_compiled, compilable, compiler, sizes_vary, units
 from lorasmith.training.memory.frozen_weights import weights_packed
 from lorasmith.training.results import TrainResult
-from lorasmith.training.runs.fingerprint import environment
+from lorasmith.training.storage.fingerprint import environment
 from tests.covering import slow_except
 
 Run = Callable[..., TrainResult]

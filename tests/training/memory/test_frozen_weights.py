@@ -22,7 +22,6 @@ from lorasmith.adapters.inject import Attached, adapters_attached
 from lorasmith.adapters.lora import LoraAdapter
 from lorasmith.adapters.packed_layers import packable_layers
 from lorasmith.adapters.patch import Patch
-from lorasmith.app.model_run import train
 from lorasmith.bench.measure import weight_bytes
 from lorasmith.core import fp8_products
 from lorasmith.core.folders import ASSETS
@@ -33,6 +32,7 @@ from lorasmith.data.encoding import load_dataset
 from lorasmith.families.loading import load_model
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Model
+from lorasmith.runs.model_run import train
 from lorasmith.sampling.generate import generate
 from lorasmith.training.engine import frozen
 from lorasmith.training.events import StepDone

@@ -17,15 +17,15 @@ from test_engine import assert_same, tensors
 from torch import Tensor
 
 from lorasmith.adapters.packed_layers import packed_layers
-from lorasmith.app.model_run import train
 from lorasmith.core.errors import LoraError
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Denoiser, Model
+from lorasmith.runs.model_run import train
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Warned
 from lorasmith.training.job import plan_job
 from lorasmith.training.results import TrainResult
-from lorasmith.training.runs.fingerprint import fingerprint
+from lorasmith.training.storage.fingerprint import fingerprint
 from tests.covering import slow_except
 
 Pair = tuple[Model, Model]

@@ -23,7 +23,6 @@ from torch import Tensor
 from transformer_models import TINY, Case
 
 from lorasmith.adapters.packed_layers import cast_weights, packable_layers
-from lorasmith.app.model_run import train
 from lorasmith.core.errors import OptionError, TrainingError
 from lorasmith.core.processes import Processes, current
 from lorasmith.core.quantization import packed
@@ -31,6 +30,7 @@ from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.families.loading import load_model
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Model
+from lorasmith.runs.model_run import train
 from lorasmith.training import engine as engines
 from lorasmith.training import watchers
 from lorasmith.training.config import TrainConfig

@@ -8,9 +8,9 @@ from typing import Any
 
 from aiohttp import web
 
-from lorasmith.app.presets import PRESETS, setting_groups
 from lorasmith.core.options import Option
 from lorasmith.core.printable import sentence
+from lorasmith.runs.presets import PRESETS, setting_groups
 from lorasmith.server.api.dataset_endpoints import DATASET_ENDPOINTS
 from lorasmith.server.api.endpoint import PREFIX, Call, Endpoint, Query, api_document, route_of
 from lorasmith.server.api.job_endpoints import JOB_ENDPOINTS

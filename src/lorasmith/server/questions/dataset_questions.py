@@ -14,9 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lorasmith.app.data_check import DataCheck, check_folder
-from lorasmith.app.data_check_page import said_of
-from lorasmith.app.run_spec import SETTINGS
 from lorasmith.core.errors import DataError, OptionError, OutputError
 from lorasmith.core.files import is_folder, is_regular
 from lorasmith.core.folders import ASSETS, Folders
@@ -31,6 +28,9 @@ from lorasmith.data.preflight import name_in
 from lorasmith.data.source_files import Candidate, candidates
 from lorasmith.data.sources import ImageSource
 from lorasmith.families.locating import ModelFiles
+from lorasmith.runs.data_check import DataCheck, check_folder
+from lorasmith.runs.data_check_page import said_of
+from lorasmith.runs.spec import SETTINGS
 from lorasmith.server.api_shapes import (
     CheckedPicture,
     Crop,

@@ -12,8 +12,6 @@ from dataclasses import replace
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from lorasmith.app.memory_estimate import MemoryEstimate, estimate_memory
-from lorasmith.app.model_list import ListedFile, ListedModel, ModelList, list_models
 from lorasmith.core.errors import DataError, ModelError, OptionError
 from lorasmith.core.files import is_folder
 from lorasmith.core.folders import ASSETS, Folders, fingerprint, safe_name
@@ -24,11 +22,13 @@ from lorasmith.data.folder import ImageFile, scan_folder
 from lorasmith.data.preflight import epoch_of
 from lorasmith.families.locating import BUILT_IN, ModelFiles, built_in_models
 from lorasmith.families.model_search import ENCODER_FOLDERS, MODEL_FOLDERS, VAE_FOLDERS, in_folders
+from lorasmith.runs.memory_estimate import MemoryEstimate, estimate_memory
+from lorasmith.runs.model_list import ListedFile, ListedModel, ModelList, list_models
 from lorasmith.server.api_shapes import MissingPart, ModelListAnswer, ModelRow, OtherFile, PlanAnswer
 from lorasmith.server.questions.dataset_questions import dataset_folder, split_settings
 from lorasmith.server.questions.question_registry import question, shaped
 from lorasmith.training.config import NONE_LORA, TrainConfig, lora_settings
-from lorasmith.training.runs.records import check_title
+from lorasmith.training.storage.records import check_title
 
 _ENDLESS = 2**50
 _FEW, _MANY_EPOCHS = 5, 300

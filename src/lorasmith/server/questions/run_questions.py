@@ -16,10 +16,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PureWindowsPath
 from typing import Any, cast
 
-from lorasmith.app.drawing import EXPERTS
-from lorasmith.app.run_images import images_in, left_out_in, thumbnail_of
-from lorasmith.app.run_page import is_own, lora_of_run, report_of, validations_of
-from lorasmith.app.run_spec import RunSpec
 from lorasmith.core.errors import LorasmithError
 from lorasmith.core.files import is_regular
 from lorasmith.core.folders import ASSETS, Folders
@@ -30,6 +26,10 @@ from lorasmith.formats.metadata import steps_of
 from lorasmith.report.loss_plot import recent_loss, trailing_means
 from lorasmith.report.pictures import thinned
 from lorasmith.report.run_report import UNJUDGED, RunReport, run_report
+from lorasmith.runs.drawing import EXPERTS
+from lorasmith.runs.run_images import images_in, left_out_in, thumbnail_of
+from lorasmith.runs.run_page import is_own, lora_of_run, report_of, validations_of
+from lorasmith.runs.spec import RunSpec
 from lorasmith.server.api_shapes import (
     LoraFacts,
     PreviewFacts,
@@ -49,9 +49,9 @@ from lorasmith.server.questions.dataset_questions import UnknownFileError, is_na
 from lorasmith.server.questions.question_registry import shaped
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Previewed, RunStarted
-from lorasmith.training.runs.history import EVENTS, RECORD, RunHistory, read_history
-from lorasmith.training.runs.records import RunRecord
-from lorasmith.training.runs.run_folder import RunFolder
+from lorasmith.training.storage.history import EVENTS, RECORD, RunHistory, read_history
+from lorasmith.training.storage.records import RunRecord
+from lorasmith.training.storage.run_folder import RunFolder
 
 _POINTS, _FILES = 2000, 2000
 

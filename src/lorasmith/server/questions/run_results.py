@@ -13,9 +13,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from lorasmith.app.recorded_run import Rights, repeated
-from lorasmith.app.run_page import is_own, lora_of_run
-from lorasmith.app.run_spec import SETTINGS, RunSpec
 from lorasmith.core.errors import ModelError, OptionError, TrainingError
 from lorasmith.core.files import atomic_path, ensure_folder
 from lorasmith.core.folders import Folders, safe_name
@@ -25,15 +22,18 @@ from lorasmith.families.base import FAMILIES
 from lorasmith.families.locating import built_in_models
 from lorasmith.families.structure import load_structure
 from lorasmith.nodes import load_nodes
+from lorasmith.runs.recorded_run import Rights, repeated
+from lorasmith.runs.run_page import is_own, lora_of_run
+from lorasmith.runs.spec import SETTINGS, RunSpec
 from lorasmith.server.api_shapes import InstalledLora
 from lorasmith.server.questions.plan_questions import check_steps
 from lorasmith.server.questions.question_registry import shaped
 from lorasmith.server.questions.run_questions import digest_of, is_trainable_on, run_folder_of, saves_of
 from lorasmith.server.server_disk import disk_space
 from lorasmith.training.config import NONE_LORA, TrainConfig, lora_settings
-from lorasmith.training.runs.history import RECORD, RunHistory, read_history, read_record
-from lorasmith.training.runs.records import RunRecord
-from lorasmith.training.runs.run_folder import RunFolder
+from lorasmith.training.storage.history import RECORD, RunHistory, read_history, read_record
+from lorasmith.training.storage.records import RunRecord
+from lorasmith.training.storage.run_folder import RunFolder
 
 _INSTALLING = threading.Lock()  # held while a free name is found and used
 

@@ -1,0 +1,232 @@
+"""What this machine and this installation can do, and remedies for what they cannot."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import re
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from shutil import which
+
+import psutil
+import torch
+
+from lorasmith.core.errors import OutputError
+from lorasmith.core.files import check_writable
+from lorasmith.core.folders import MODEL_EXTENSIONS, Folders
+from lorasmith.core.placement import dtype_name, multiplies
+from lorasmith.core.printable import memory_text
+from lorasmith.data.encoding_cache import default_cache
+from lorasmith.training.memory.compilation import compiler
+from lorasmith.training.storage.run_states import free_bytes
+
+_PACKAGE = "lorasmith"
+_LITTLE_DISK, _LITTLE_MEMORY = 5 * 2**30, 6 * 2**30
+_KINDS = ("checkpoints", "diffusion_models", "text_encoders", "vae", "loras")
+_PRODUCTS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+_OTHER_OUTPUT = "check its permissions, or start runs in another folder"
+_OTHER_BASE = "check its permissions, or name another folder with --base-dir"
+_OTHER_CACHE = (
+    "check its permissions, or name another folder in LORASMITH_CACHE_DIR: each run encodes its images again until then"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceFacts:
+    """A device to train on."""
+
+    name: str  # as `--device` takes it
+    title: str  # of the hardware
+    memory_bytes: int
+    products: tuple[str, ...]  # formats in which it multiplies matrices without emulation
+    compiler: str  # of `--compile`; `none` without one
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extra:
+    """An optional dependency group, the NAME of `pip install "lorasmith[NAME]"`, and its packages."""
+
+    name: str
+    present: tuple[str, ...]
+    missing: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """A problem of this machine, this installation or the base folder, and its remedy, in words."""
+
+    problem: str
+    remedy: str
+    is_fault: bool = True  # wrong with machine or installation, not only with the folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkup:
+    """The result of `check_up`."""
+
+    versions: dict[str, str]  # of Python and packages; `missing` for a required package that is not installed
+    devices: tuple[DeviceFacts, ...]  # the default one first
+    memory_bytes: int  # of the machine
+    free_memory_bytes: int
+    base_dir: str
+    folders: dict[str, int]  # number of model files by kind of folder, included folders counted
+    cache: str  # folder of cached encodings
+    disks: dict[str, int]  # free bytes, by folder that runs write to
+    extras: tuple[Extra, ...]
+    problems: tuple[Problem, ...]
+
+
+def check_up(folders: Folders) -> Checkup:
+    """Check versions, devices, memory, disks, model folders and optional packages."""
+    required, extras = _packages()
+    versions = {"python": platform.python_version(), _PACKAGE: _version(_PACKAGE)}
+    versions |= {name: _version(name) for name in required}
+    versions["torch"] = torch.__version__  # names the build (+cpu, +cu132), which the package's own version may not
+    devices = tuple(_devices())
+    cache = default_cache().folder
+    written = {Path.cwd(): _OTHER_OUTPUT, folders.output: _OTHER_BASE, cache: _OTHER_CACHE}
+    refused = {path: remedy for path, remedy in written.items() if not _is_writable(path)}
+    disks = {str(path): free_bytes(path) for path in written if path not in refused}
+    memory = psutil.virtual_memory()
+    found = {kind: len(folders.files(kind, MODEL_EXTENSIONS)) for kind in _KINDS}
+    return Checkup(
+        versions=versions,
+        devices=devices,
+        memory_bytes=memory.total,
+        free_memory_bytes=memory.available,
+        base_dir=str(folders.base),
+        folders=found,
+        cache=str(cache),
+        disks=disks,
+        extras=extras,
+        problems=(
+            *_missing_packages(versions),
+            *_slow_devices(devices),
+            *_small_memory(memory.total),
+            *(Problem(problem=f"{path} cannot be written", remedy=remedy) for path, remedy in refused.items()),
+            *_full_disks(disks),
+            *_no_models(found, folders.base),
+        ),
+    )
+
+
+def _packages() -> tuple[list[str], tuple[Extra, ...]]:
+    """Required packages, and the extras without the developers'; from the metadata of the installation."""
+    required: list[str] = []
+    optional: dict[str, list[str]] = {}
+    for one in requires(_PACKAGE) or []:
+        name = re.match(r"[A-Za-z0-9._-]+", one)
+        extra = re.search(r"extra\s*==\s*['\"]([^'\"]+)['\"]", one)
+        if name is None:
+            continue
+        if extra is None:
+            required.append(name[0])
+        elif extra[1] != "dev":
+            optional.setdefault(extra[1], []).append(name[0])
+    extras = []
+    for group, names in optional.items():
+        there = [name for name in names if _version(name) != "missing"]
+        missing = tuple(name for name in names if name not in there)
+        extras.append(Extra(name=group, present=tuple(there), missing=missing))
+    return required, tuple(extras)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "missing"
+
+
+def _devices() -> list[DeviceFacts]:
+    found = []
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        device = torch.device("cuda", index)
+        about = torch.cuda.get_device_properties(device)
+        found.append(_device(device, str(about.name), int(about.total_memory)))
+    found.append(_device(torch.device("cpu"), _processor(), psutil.virtual_memory().total))
+    return found
+
+
+def _device(device: torch.device, title: str, memory_bytes: int) -> DeviceFacts:
+    products = [dtype_name(dtype) for dtype in _PRODUCTS if _multiplies(device, dtype)]
+    return DeviceFacts(
+        name=str(device), title=title, memory_bytes=memory_bytes, products=tuple(products), compiler=compiler(device)
+    )
+
+
+def _multiplies(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether matrix products in a format work and are not emulated."""
+    if not multiplies(dtype, device):
+        return False
+    with contextlib.suppress(RuntimeError):
+        one = torch.ones(8, 8, device=device, dtype=dtype)
+        return bool((one @ one).float().eq(8).all())
+    return False
+
+
+def _processor() -> str:
+    cores = os.cpu_count() or 1
+    return f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {cores} cores"
+
+
+def _missing_packages(versions: dict[str, str]) -> list[Problem]:
+    missing = [name for name, found in versions.items() if found == "missing"]
+    if not missing:
+        return []
+    return [Problem(problem=f"required packages are missing: {', '.join(missing)}", remedy="install lorasmith again")]
+
+
+def _slow_devices(devices: tuple[DeviceFacts, ...]) -> list[Problem]:
+    if any(one.name.startswith("cuda") for one in devices) or which("nvidia-smi") is None:
+        return []
+    return [
+        Problem(
+            problem=f"there is an NVIDIA driver, but this torch ({torch.__version__}) cannot use it",
+            remedy="install the build of torch for it, see pytorch.org/get-started/locally",
+        )
+    ]
+
+
+def _small_memory(total: int) -> list[Problem]:
+    if total >= _LITTLE_MEMORY:
+        return []
+    return [
+        Problem(
+            problem=f"the machine has {memory_text(total)} of memory, too little for most models",
+            remedy="see lorasmith plan for settings that need less",
+        )
+    ]
+
+
+def _is_writable(folder: Path) -> bool:
+    try:
+        check_writable(folder)
+    except OutputError:
+        return False
+    return True
+
+
+def _full_disks(disks: dict[str, int]) -> list[Problem]:
+    return [
+        Problem(problem=f"{memory_text(free)} are free for {folder}", remedy="free some space, or use another folder")
+        for folder, free in disks.items()
+        if free < _LITTLE_DISK
+    ]
+
+
+def _no_models(found: dict[str, int], base: Path) -> list[Problem]:
+    if any(found[kind] > 1 for kind in ("checkpoints", "diffusion_models")):  # one is the built-in model
+        return []
+    return [
+        Problem(
+            problem=f"{base} has no models besides the built-in one",
+            remedy="name your ComfyUI folder with --base-dir, or give model files with --model",
+            is_fault=False,
+        )
+    ]

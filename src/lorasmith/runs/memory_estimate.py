@@ -1,0 +1,291 @@
+"""The memory that a run needs, without loading weights, and the cheapest settings that fit a card.
+
+A forward pass on the meta device counts the activations as `activations auto` does (`memory_plan`). Settings that
+change no numbers come first, then quantization, then offloading, which is the slowest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lorasmith.adapters.inject import Attached, adapters_attached
+from lorasmith.adapters.packed_layers import packable_layers
+from lorasmith.bench.benchmark import latent_side
+from lorasmith.bench.measure import synthetic_samples
+from lorasmith.core.choices import Quantization
+from lorasmith.core.folders import Folders
+from lorasmith.core.placement import best_device, dtype_name, fast_dtype, full_precision
+from lorasmith.core.quantization import WEIGHT_SOURCE, weight_source
+from lorasmith.families.locating import ModelFiles
+from lorasmith.families.model import Model
+from lorasmith.families.model_search import FoundPart, load_completed
+from lorasmith.families.parts.encoders import ENCODERS
+from lorasmith.runs.command_lines import arguments_for
+from lorasmith.training.config import TrainConfig
+from lorasmith.training.job import Job, plan_job
+from lorasmith.training.memory.frozen_weights import frozen_bytes
+from lorasmith.training.memory.memory_plan import MemoryPlan, measured_plans, optimizer_bytes
+from lorasmith.training.optim.flat import buffer_bytes
+from lorasmith.training.runtime import dtype_on_device
+
+_KINDS: tuple[Quantization, ...] = ("none", "int8", "nf4")
+"""Quantizations that are proposed; those in fp8 take the memory of int8, and change the weights more."""
+
+_META = torch.device("meta")
+
+_DRIVER_BYTES = 512 * 2**20  # memory of a card that the driver and its libraries take in each process
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Settings of a run, and the memory that a step needs with them."""
+
+    quantization: Quantization
+    offloading: bool
+    sharding: bool
+    plan: MemoryPlan  # how activations are kept, with their memory and what is left for them
+    weights_bytes: int  # frozen weights on the card
+    needed_bytes: int  # everything on the card at the peak of a step
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings that differ from their defaults."""
+        depth = self.plan.checkpoint_depth
+        return {
+            **({"quantization": self.quantization} if self.quantization != "none" else {}),
+            **({"offloading": True} if self.offloading else {}),
+            **({"sharding": True} if self.sharding else {}),
+            **({"activations": self.plan.activations} if self.plan.activations != "keep" else {}),
+            **({"gradient_checkpointing": True} if depth else {}),
+            **({"checkpoint_depth": depth} if depth > 1 else {}),
+        }
+
+    @property
+    def flags(self) -> list[str]:
+        """The settings as flags of `lorasmith train`."""
+        return arguments_for(self.settings)
+
+    @property
+    def short_bytes(self) -> int:
+        """The memory that is missing on the card; 0 if it fits."""
+        return max(0, self.plan.needed_bytes - self.plan.budget_bytes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryEstimate:
+    """The memory that a run needs. Mappings by quantization are bytes of frozen weights on one card."""
+
+    model: str  # title
+    family: str  # title
+    found: tuple[FoundPart, ...]  # parts found in the model folders
+    pixels: int  # side of the square pictures
+    frames: int  # of clips; 1 for pictures
+    batch_size: int  # images per forward pass
+    dtype: str  # of matrix products
+    trained: str  # algorithm, targets and parameter count in one line
+    parameters: int  # number of trained parameters
+    card_bytes: int
+    weights: Mapping[Quantization, int]  # `none` is the model's own format
+    offloaded: Mapping[Quantization, int]  # with offloading
+    sharded: Mapping[Quantization, int]  # with sharding; empty for one card
+    trained_bytes: int  # trained weights, gradients and optimizer state
+    plans: tuple[MemoryPlan, ...]  # ways to keep activations, cheapest first, with their memory
+    text_encoders: Mapping[str, int]  # bytes of each, used while captions are encoded
+    missing: Mapping[str, str]  # file to get for each text encoder neither given nor found
+    unpacked_bytes: int  # the largest quantized weight while it is unpacked
+
+    @cached_property
+    def proposal(self) -> Proposal:
+        """The cheapest settings that fit the card, or those that miss by the least."""
+        proposals = list(self._proposals())
+        fitting = (one for one in proposals if one.plan.fits)
+        return next(fitting, min(proposals, key=lambda one: one.short_bytes))
+
+    @property
+    def fits(self) -> bool:
+        """Whether training fits; see `encoders_fit`."""
+        return self.proposal.plan.fits
+
+    @property
+    def encoders_fit(self) -> bool:
+        """Whether all text encoders fit at once, as they are used before training."""
+        return sum(self.text_encoders.values()) <= self.card_bytes - _DRIVER_BYTES
+
+    def _proposals(self) -> Iterator[Proposal]:
+        """All settings, cheapest first."""
+        here = (("", self.weights), ("sharding", self.sharded))
+        ways = [(way, kind, sizes) for kind in _KINDS for way, sizes in here if kind in sizes]
+        for way, kind, sizes in (*ways, *(("offloading", kind, self.offloaded) for kind in self.offloaded)):
+            size = sizes[kind]
+            if kind != "none" and size >= sizes["none"]:
+                continue  # the checkpoint is already quantized to that size
+            held = _DRIVER_BYTES + size + self.trained_bytes + (self.unpacked_bytes if kind != "none" else 0)
+            for plan in self.plans:
+                fitted = plan.within(self.card_bytes - held)
+                needed = held + plan.needed_bytes
+                yield Proposal(kind, way == "offloading", way == "sharding", fitted, size, needed)
+
+
+def estimate_memory(
+    files: ModelFiles,
+    config: TrainConfig,
+    *,
+    card_bytes: int,
+    resolution: int | None = None,
+    frames: int = 1,
+    cards: int = 1,
+    folders: Folders | None = None,
+) -> MemoryEstimate:
+    """Estimate a run on a model from files; see `estimate_of`. `folders` are searched for parts that it lacks."""
+    loaded = load_completed(files, folders)
+    found = estimate_of(loaded.model, config, card_bytes=card_bytes, resolution=resolution, frames=frames, cards=cards)
+    return replace(found, found=loaded.found)
+
+
+def estimate_of(
+    model: Model,
+    config: TrainConfig,
+    *,
+    card_bytes: int,
+    resolution: int | None = None,
+    frames: int = 1,
+    cards: int = 1,
+) -> MemoryEstimate:
+    """Estimate a run on a loaded model, whose denoiser is moved to the meta device. Only DoRA reads its weights.
+
+    How weights and activations are kept is proposed, not read from the settings. The side `resolution` is in pixels,
+    the model's own if None. `cards` is the number of cards of `card_bytes` that train together.
+    """
+    # An absent card is assumed to support all dtypes; those of the CPU, on which the run is planned, do not count.
+    card, dtype = best_device(), "bf16" if config.training_dtype == "auto" else config.training_dtype
+    if card.type == "cuda":
+        dtype = dtype_on_device(config, model.denoiser.module, card)
+    config = replace(config, training_dtype=dtype, exact_dtype=True)
+    # PiSSA's factors are as large as LoRA's, but computing them decomposes all weights.
+    config = replace(config, pissa=False, gradient_checkpointing=False, activations="keep")
+    side, latent = latent_side(model, resolution), model.components.latent
+    model.check_clips("frames", frames)
+    frames = latent.whole_frames(frames)
+    job = plan_job(model.denoiser, config, "cpu")
+    family, components, products = model.family, model.components, job.runtime.dtype
+
+    def frozen(*, offloading: bool, processes: int) -> dict[Quantization, int]:
+        module = model.denoiser.module
+        return {
+            kind: frozen_bytes(module, kind=kind, dtype=products, offloading=offloading, processes=processes)
+            for kind in _KINDS
+        }
+
+    weights, offloaded = frozen(offloading=False, processes=1), frozen(offloading=True, processes=1)
+    sharded = frozen(offloading=False, processes=cards) if cards > 1 else {}
+    unpacked = _unpacked_bytes(model.denoiser.module, products)
+    encoders = {}
+    for name, one in components.text_encoders.items():
+        own = ENCODERS[family.text_encoders[name].kind].dtype_of(one)
+        own = fast_dtype(own, card) if card.type == "cuda" else own
+        encoders[name] = frozen_bytes(one, kind="none", dtype=own, offloading=False)
+    master = 4 * job.parameters
+    trained = buffer_bytes(job.parameters, products) + optimizer_bytes(master)
+    plans = _activation_plans(model, job, side, frames)
+    return MemoryEstimate(
+        model=model.title,
+        family=family.title,
+        found=(),
+        pixels=side * components.latent.downscale,
+        frames=frames,
+        batch_size=config.batch_size,
+        dtype=dtype_name(products),
+        trained=job.summary,
+        parameters=job.parameters,
+        card_bytes=card_bytes,
+        weights=weights,
+        offloaded=offloaded,
+        sharded=sharded,
+        trained_bytes=trained,
+        plans=plans,
+        text_encoders=encoders,
+        missing={name: slot.usual_file for name, slot in family.text_encoders.items() if name not in encoders},
+        unpacked_bytes=unpacked,
+    )
+
+
+def _activation_plans(model: Model, job: Job, side: int, frames: int) -> tuple[MemoryPlan, ...]:
+    """Every way to keep activations, measured on the meta device."""
+    samples = synthetic_samples(model, 1, side, side, frames=frames)
+    runtime, module = replace(job.runtime, device=_META), model.denoiser.module
+    for one in (module, *job.adapters.values(), *job.differences.values()):
+        _emptied(one, runtime.dtype)
+    with adapters_attached(module, [Attached(job.adapters, differences=job.differences)]), _autocast_on_meta():
+        return tuple(measured_plans(job.denoiser, samples, job.config, runtime, 0, within=_FusedAttention))
+
+
+def _emptied(module: nn.Module, dtype: torch.dtype) -> None:
+    """Move a module to the meta device, floating-point tensors in `dtype`, packed ones as plain ones."""
+    full = full_precision(module)
+    for one in module.modules():
+        if weight_source(one) is not None:
+            del one.__dict__[WEIGHT_SOURCE]
+            one.__dict__.pop("forward", None)
+        for name, parameter in one._parameters.items():
+            if parameter is not None:
+                empty = _empty_like(parameter, torch.float32 if parameter in full else dtype)
+                one._parameters[name] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+        for name, buffer in one._buffers.items():
+            if buffer is not None:
+                one._buffers[name] = _empty_like(buffer, torch.float32 if buffer in full else dtype)
+
+
+def _empty_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty(tensor.shape, dtype=dtype if tensor.is_floating_point() else tensor.dtype, device=_META)
+
+
+@contextlib.contextmanager
+def _autocast_on_meta() -> Iterator[None]:
+    """Inside, `torch.autocast` treats the meta device as the CPU; some denoisers disable it for their input device."""
+    original = torch.autocast.__init__
+
+    def known(self: torch.autocast, device_type: str, *args: Any, **settings: Any) -> None:
+        original(self, "cpu" if device_type == _META.type else device_type, *args, **settings)
+
+    torch.autocast.__init__ = known  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.autocast.__init__ = original  # type: ignore[method-assign]
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Attention inside saves what fused kernels do; on the meta device torch would save all its weights."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return _attention(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        result = query.new_empty(*query.shape[:-1], value.shape[-1])
+        sums = query.new_empty(query.shape[:-1], dtype=torch.float32)  # by which the weights were divided
+        ctx.save_for_backward(query, key, value, mask, result, sums)
+        return result
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: Any) -> Any:
+    return _Attention.apply(query, key, value, attn_mask)  # type: ignore[no-untyped-call]
+
+
+def _unpacked_bytes(module: nn.Module, dtype: torch.dtype) -> int:
+    """Bytes of the largest quantized weight while it is unpacked: in fp32 and in the dtype of products."""
+    largest = max((layer.get_parameter("weight").numel() for layer in packable_layers(module)), default=0)
+    return largest * (4 + dtype.itemsize)

@@ -1,0 +1,106 @@
+"""Progress of the library's functions: bars in a terminal or a notebook, and a run's notes between them.
+
+Bars are tqdm's, which draws them in both. Where standard error is neither, notes are written and no bars.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from lorasmith.core.printable import printable
+from lorasmith.runs.view import RunView, note_of
+from lorasmith.training.events import Event, EventHandler, RunStarted, StepDone
+
+
+def note(sentence: str) -> None:
+    """Write a sentence, made printable, above the bars."""
+    _tqdm().write(printable(sentence, limit=2000), file=sys.stderr)
+
+
+@contextlib.contextmanager
+def counted(label: str, progress: bool | Callable[..., object] | None) -> Iterator[Callable[..., None] | None]:
+    """Yield a function that shows (done, total, ...) as a bar, or calls `progress`; None if nothing is to be shown."""
+    if callable(progress):
+        given = progress
+        yield lambda *counts: void(given(*counts))
+        return
+    if not progress or not _has_audience():
+        yield None
+        return
+    bar: Any = None
+
+    def show(done: int, total: int, *_: object) -> None:
+        nonlocal bar
+        bar = bar if bar is not None else _bar(label, total)
+        bar.update(done - bar.n)
+        if done >= total:
+            bar.close()  # here, as the next bar would be drawn below it
+            bar = None
+
+    try:
+        yield show
+    finally:
+        if bar is not None:
+            bar.close()
+
+
+@contextlib.contextmanager
+def run_shown(progress: bool) -> Iterator[EventHandler]:
+    """Inside the context, the yielded handler shows the events of a run: a bar with the loss, and notes."""
+    if not progress:
+        yield void
+        return
+    bar: Any = None
+    view = RunView()
+
+    def show(event: Event) -> None:
+        nonlocal bar
+        view.take(event)
+        if isinstance(event, RunStarted) and _has_audience():
+            bar = _bar("Training", view.steps)
+        elif (said := note_of(event)) is not None:
+            note(said[1])
+        elif bar is not None and view.activity is not None:
+            what, done, total = view.activity
+            bar.set_postfix_str(f"{what}, {done} of {total}")
+        elif bar is not None and isinstance(event, StepDone):
+            change = view.held_out_change
+            judged = "" if change is None else f", held out {100 * change:+.1f} %"
+            bar.set_postfix_str(f"loss {view.loss.mean:.4f}{judged}", refresh=False)
+        if bar is not None:
+            bar.update(view.step - bar.n)
+
+    try:
+        yield show
+    finally:
+        if bar is not None:
+            bar.close()
+
+
+def void(_: object) -> None:
+    """Nothing."""
+
+
+def _has_audience() -> bool:
+    """Whether a bar would be seen: standard error is a terminal, or this is a notebook."""
+    return sys.stderr.isatty() or _in_notebook()
+
+
+def _in_notebook() -> bool:
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return shell is not None and "IPKernelApp" in shell.config
+
+
+def _bar(label: str, total: int) -> Any:
+    return _tqdm()(total=total, desc=label, dynamic_ncols=True, file=sys.stderr)
+
+
+def _tqdm() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # in notebooks without ipywidgets, where bars are text
+        from tqdm.auto import tqdm
+    return tqdm

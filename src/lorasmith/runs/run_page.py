@@ -1,0 +1,414 @@
+"""The report of a run, made from its folder alone."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path, PureWindowsPath
+from statistics import geometric_mean
+from typing import Any
+
+from lorasmith.core.errors import LorasmithError, OptionError
+from lorasmith.core.files import write_atomic
+from lorasmith.core.options import options_of
+from lorasmith.core.printable import count_text
+from lorasmith.families.locating import BUILT_IN
+from lorasmith.formats.container import check_safetensors
+from lorasmith.formats.metadata import steps_of
+from lorasmith.report.curves import Curves
+from lorasmith.report.loss_plot import recent_loss
+from lorasmith.report.pictures import PictureTable, thinned
+from lorasmith.report.run_report import Note, RunReport, Setting, TrainedImage, ValidationRow, number, run_report
+from lorasmith.runs.command_lines import command_line, generate_command, resume_command
+from lorasmith.runs.lora_use import LoraUse, use_of
+from lorasmith.runs.run_images import images_in, left_out_in, thumbnail_of
+from lorasmith.runs.spec import RunSpec
+from lorasmith.training.config import TrainConfig
+from lorasmith.training.events import (
+    Planned,
+    Previewed,
+    Resumed,
+    RolledBack,
+    RunFinished,
+    RunStarted,
+    Shrunk,
+    StepDone,
+    Validated,
+    Warned,
+)
+from lorasmith.training.outcome import Outcome
+from lorasmith.training.storage.history import RunHistory, read_history
+from lorasmith.training.storage.ledger import ImageRecord, Ledger, QuantileCurve
+from lorasmith.training.storage.records import RunRecord
+
+_ENDS: dict[Outcome | None, tuple[str, str]] = {  # status and its colour
+    Outcome.FINISHED: ("Finished", "good"),
+    Outcome.STOPPED: ("Stopped early", "good"),
+    Outcome.CANCELLED: ("Cancelled", "fair"),
+    Outcome.FAILED: ("Failed", "bad"),
+    None: ("No end recorded", "fair"),
+}
+_QUANTILES = 5  # more lines cannot be distinguished
+_MOST_STEPS, _MOST_PROMPTS = 10, 12  # of pictures on the page, to limit its size
+
+
+def write_report(folder: Path, end: RunFinished | None = None) -> Path:
+    """Write `report.html` into the folder of a run, which may still be running; `end` if that is not logged yet.
+
+    OptionError if there is no run in the folder, TrainingError if its record cannot be read, OutputError on writing.
+    """
+    target = folder / "report.html"
+    history = read_history(folder)
+    if end is not None:
+        history = replace(history, events=(*history.events, end))
+    write_atomic(target, run_report(report_of(history)))
+    return target
+
+
+def report_of(history: RunHistory) -> RunReport:
+    """The content of the report."""
+    steps = history.steps()
+    status, mood = _ENDS[history.outcome]
+    before_after, progress = previews_of(history)
+    quantiles, images = _ledger(history)
+    lora = lora_of_run(history)
+    use = None if lora is None else _use(history, lora)
+    return RunReport(
+        title=history.record.title or history.folder.name,
+        status=status,
+        mood=mood,
+        verdict=_verdict(history, steps),
+        summary=_summary(history, steps),
+        facts=_facts(history, steps, lora),
+        files=_files(history.folder, lora),
+        commands=_commands(history, lora),
+        curves=_curves(history, steps),
+        validations=[ValidationRow(v.step, v.loss, v.base_loss, v.low, v.high) for v in validations_of(history)],
+        quantiles=quantiles,
+        images=images,
+        trained_on=_trained_on(history),
+        left_out=[(one.name, one.reason) for one in left_out_in(history.record.data)],
+        use={} if use is None else use.facts,
+        programs={} if use is None else use.programs,
+        before_after=before_after,
+        progress=progress,
+        settings=_settings(history.record.config),
+        data=_data(history.record),
+        captions=[(one.name, one.caption or "") for one in history.record.samples],
+        environment=_environment(history.record),
+        notes=_notes(history),
+    )
+
+
+def _verdict(history: RunHistory, steps: Sequence[StepDone]) -> str:
+    """The verdict of the last validation, or a sentence on the training loss without one."""
+    if validations := validations_of(history):
+        verdict = validations[-1].verdict
+        return verdict[:1].upper() + verdict[1:]
+    losses = [step.loss for step in steps if math.isfinite(step.loss)]
+    if not losses:
+        return "No step was completed."
+    unknown = "no images were held out, so overfitting cannot be judged"
+    if history.record.data.get("held_out"):
+        unknown = "the held-out images were not evaluated yet, so it is too early to judge overfitting"
+    if len(losses) < 20:
+        return f"Too few steps to see a trend, and {unknown}."
+    last = recent_loss(losses)
+    first = sum(losses[: last.steps]) / last.steps
+    went = "fell" if last.mean < first else "rose"
+    return (
+        f"The training loss {went} from {number(first)} to {number(last.mean)} (means of the first and the last "
+        f"{last.steps:,} steps); {unknown}."
+    )
+
+
+def _summary(history: RunHistory, steps: Sequence[StepDone]) -> str:
+    record = history.record
+    parts = [f"{record.config.get('algorithm', 'LoRA')} on {record.model.name or 'a model'}"]
+    if starts := history.of(RunStarted):
+        parts.append(time.strftime("%d %B %Y, %H:%M", time.localtime(starts[0].at)).lstrip("0"))
+        parts.append(f"{starts[-1].device}, {starts[-1].dtype}")
+        if len(starts) > 1:
+            parts.append(f"started {len(starts)} times")
+    if history.outcome is None:
+        parts.append(f"killed after step {steps[-1].step if steps else 0}, or still running")
+    return " · ".join(parts)
+
+
+def _facts(history: RunHistory, steps: Sequence[StepDone], lora: Path | None) -> dict[str, str]:
+    done, planned = steps[-1].step if steps else 0, history.record.config.get("steps")
+    facts = {"steps": f"{done:,} of {planned:,}" if isinstance(planned, int) else f"{done:,}"}
+    if before := history.record.steps_before:
+        facts["steps before, of the LoRA continued"] = str(before)
+    facts["training time"] = duration(history.seconds())
+    facts["training images"] = f"{_distinct(history.record):,}"
+    recent = recent_loss([step.loss for step in steps])
+    if math.isfinite(recent.mean):
+        facts[recent.label] = number(recent.mean)
+    if validations := [one for one in validations_of(history) if math.isfinite(one.loss)]:
+        best = min(validations, key=lambda one: one.loss)
+        facts[f"best held-out loss, at step {best.step:,}"] = number(best.loss)
+        facts["that of the base model"] = number(best.base_loss)
+    if starts := history.of(RunStarted):
+        facts["trained numbers"] = f"{starts[0].parameters:,}"
+        facts["layers"] = f"{starts[0].adapters:,}"
+    if lora is not None:
+        facts["LoRA file"] = _size(lora.stat().st_size)
+    return facts
+
+
+def lora_of_run(history: RunHistory) -> Path | None:
+    """The LoRA in the folder of a run; None if none was saved."""
+    path = history.folder / f"{history.record.title}.safetensors"
+    return path if is_own(path, history.folder) else None
+
+
+def best_lora_of_run(lora: Path) -> Path | None:
+    """The LoRA of the lowest held-out loss, beside that of the last step; None if it was not saved apart."""
+    best = lora.with_stem(f"{lora.stem}-best")
+    return best if best.is_file() else None
+
+
+def _files(folder: Path, lora: Path | None) -> dict[str, str]:
+    files = {"LoRA": "none was saved" if lora is None else _described(lora)}
+    if lora is not None and (best := best_lora_of_run(lora)) is not None:
+        files["Best on held-out images"] = _described(best)
+    return {**files, "Folder of the run": str(folder.resolve())}
+
+
+def _use(history: RunHistory, lora: Path) -> LoraUse:
+    record = history.record
+    model = record.model
+    trigger = record.source.get("trigger")
+    trigger = trigger if isinstance(trigger, str) else ""
+    return use_of(
+        lora.resolve(),
+        trigger=trigger,
+        prompt=trigger or next((one.caption for one in record.samples if one.caption), "a picture"),
+        model=model.name if model.name == BUILT_IN else model.path or model.name,
+        model_title=model.name or "that of the run",
+        family=model.family,
+    )
+
+
+def _trained_on(history: RunHistory) -> list[TrainedImage]:
+    shown = []
+    for index, image in enumerate(images_in(history.record.data)):
+        small = thumbnail_of(history.folder, index)
+        marks = [] if image.use == "trained" else [image.use]
+        marks += [f"{image.repeats:,} times in an epoch"] if image.repeats > 1 else []
+        shown.append(
+            TrainedImage(image.name, image.caption, tuple(marks), small if is_own(small, history.folder) else None)
+        )
+    return shown
+
+
+def _described(lora: Path) -> str:
+    try:
+        steps = f", {count_text(steps_of(check_safetensors(lora).metadata, lora.name), 'step')}"
+    except LorasmithError:  # not readable; `lorasmith check` explains why
+        steps = ""
+    return f"{lora.resolve()} ({_size(lora.stat().st_size)}{steps})"
+
+
+def _commands(history: RunHistory, lora: Path | None) -> dict[str, str]:
+    """Commands to copy, made from the record's settings; no text of the record is copied as a command."""
+    record, folder = history.record, history.folder.resolve()
+    try:
+        spec = RunSpec.from_record(record.source, record.asked).trusted()
+        repeat = spec.command()
+    except (OptionError, ValueError):  # a workflow or script, or an optimizer whose import has to be typed
+        spec, repeat = None, None
+    model = record.model
+    base = model.name if model.name == BUILT_IN else model.path or model.name
+    caption = next((one.caption for one in record.samples if one.caption), "a picture")
+    commands = {}
+    if lora is not None:
+        commands["Draw a picture with it"] = generate_command(
+            base,
+            lora.resolve(),
+            (spec.data.trigger if spec else "") or caption,
+            text_encoders=spec.text_encoders if spec else (),
+            vae=spec.vae if spec else None,
+        )
+    if history.outcome is None or not history.outcome.is_final:
+        commands["Resume the run"] = resume_command(folder)
+    if repeat is not None:
+        commands["Repeat the run"] = command_line(repeat)
+    commands["Update this report"] = command_line(["lorasmith", "report", folder])
+    return commands
+
+
+def _curves(history: RunHistory, steps: Sequence[StepDone]) -> Curves:
+    last = steps[-1].step if steps else 0
+    losses, rates = [math.nan] * last, [math.nan] * last
+    for step in steps:
+        losses[step.step - 1], rates[step.step - 1] = step.loss, step.learning_rate
+    validations = validations_of(history)
+    return Curves(
+        losses=losses,
+        rates=rates,
+        validations=[(one.step, one.loss) for one in validations],
+        base_loss=validations[-1].base_loss if validations else None,
+        faults=[event.step for event in history.of(RolledBack)],
+    )
+
+
+def validations_of(history: RunHistory) -> list[Validated]:
+    """The last validation of each step, in order: a resumed run may have repeated some."""
+    latest = {event.step: event for event in history.of(Validated)}
+    return [latest[step] for step in sorted(latest)]
+
+
+def _ledger(history: RunHistory) -> tuple[QuantileCurve | None, list[ImageRecord]]:
+    """Loss by noise level, and records by image; None and empty if the log has no draws."""
+    names = [one.name for one in history.record.samples]
+    curve, images = Ledger(names, bins=_QUANTILES), Ledger(names)
+    has_draws = False
+    for step, logged in history.draws():
+        draws = [draw for draw in logged if 0 <= draw[0] < len(names) and 0 <= draw[1] <= 1]
+        has_draws = has_draws or bool(draws)
+        for ledger in (curve, images):
+            ledger.add(step, draws)
+    steps = history.steps()
+    for ledger in (curve, images):
+        ledger.add(steps[-1].step + 1 if steps else 0, ())  # leaves out what was rolled back at the end
+    return (curve.curve(), images.images(held_out_fall=_fall(validations_of(history)))) if has_draws else (None, [])
+
+
+def _fall(validations: Sequence[Validated]) -> float | None:
+    """Held-out loss late in the run divided by that early; None below three validations."""
+    losses = [one.loss for one in validations if one.loss > 0 and math.isfinite(one.loss)]
+    third = len(losses) // 3
+    return geometric_mean(losses[-third:]) / geometric_mean(losses[:third]) if third else None
+
+
+def previews_of(history: RunHistory) -> tuple[PictureTable | None, PictureTable | None]:
+    """Base model and finished LoRA, and the same pictures over the steps."""
+    samples = history.folder / "samples"
+    shots = {(event.step, event.strength): event for event in history.of(Previewed)}
+    prompts = max((event.prompts for event in shots.values()), key=len, default=())[:_MOST_PROMPTS]
+
+    def row(event: Previewed) -> list[Path | None]:
+        # Only file names are taken from the log: the folder may have been moved, and files outside it are not shown.
+        found = [samples / PureWindowsPath(path).name for path in event.paths[: len(prompts)]]
+        return [path if is_own(path, history.folder) else None for path in found] + [None] * (len(prompts) - len(found))
+
+    rows = {key: row(event) for key, event in sorted(shots.items())}
+    rows = {key: paths for key, paths in rows.items() if any(paths)}
+    if not rows:
+        sheets = samples / "strengths.png", history.folder / "before-and-after.png"
+        return _sheet(history.folder, *sheets), _sheet(history.folder, samples / "steps.png")
+    base = [("base model", paths) for (_, strength), paths in rows.items() if strength == 0][-1:]
+    adapted = [(step, strength, paths) for (step, strength), paths in rows.items() if strength != 0]
+    last = max((step for step, _, _ in adapted), default=0)
+    final = [(f"LoRA at {strength:g}", paths) for step, strength, paths in adapted if step == last]
+    usual = Counter(strength for _, strength, _ in adapted).most_common(1)
+    over_time = [(f"step {step:,}", paths) for step, strength, paths in adapted if strength == usual[0][0]]
+    before_after = PictureTable(prompts, base + final, "Pictures of the base model and with the LoRA, by prompt")
+    if len(over_time) < 2:
+        return before_after, None  # the second table would have the same pictures
+    about = f"Pictures by step and prompt, with the LoRA at {usual[0][0]:g}"
+    return before_after, PictureTable(prompts, base + thinned(over_time, _MOST_STEPS), about)
+
+
+def is_own(path: Path, folder: Path) -> bool:
+    """Whether the file is in the folder of a run itself, not where a link in it leads."""
+    return path.is_file() and path.resolve().is_relative_to(folder.resolve())
+
+
+def _sheet(folder: Path, *candidates: Path) -> PictureTable | None:
+    found = [path for path in candidates if is_own(path, folder)]
+    return PictureTable((), [("", (found[0],))], "Contact sheet with its labels in the picture") if found else None
+
+
+def _settings(config: Mapping[str, Any]) -> list[Setting]:
+    known = options_of(TrainConfig)
+    return [
+        Setting(name, value, known[name].default, known[name].help, known[name].group) if name in known
+        else Setting(name, value)
+        for name, value in config.items()
+    ]  # fmt: skip
+
+
+def _data(record: RunRecord) -> dict[str, str]:
+    samples = record.samples
+    sizes = Counter("×".join(map(str, reversed(one.latents[-2:]))) for one in samples if one.latents)
+    with_text = len({one.name for one in samples if one.caption})
+    counted = "" if "captions_used" in record.data else f", of which {with_text:,} have a text"
+    described = {
+        "Training images": f"{_training_images(record)}{counted}",
+        "Latents": ", ".join(f"{shape} × {count:,}" for shape, count in sizes.most_common()),
+    }
+    others = {name: value for name, value in record.data.items() if name not in ("images", "left_out")}
+    described |= {name.replace("_", " ").capitalize(): text for name, text in _flat(others).items()}
+    return {name: text for name, text in described.items() if text}
+
+
+def _training_images(record: RunRecord) -> str:
+    """Number of images, and of samples in an epoch if some are repeated."""
+    images = _distinct(record)
+    repeated = f" ({len(record.samples):,} samples in an epoch)" if images != len(record.samples) else ""
+    return f"{images:,}{repeated}"
+
+
+def _distinct(record: RunRecord) -> int:
+    return len({one.name for one in record.samples})
+
+
+def _environment(record: RunRecord) -> dict[str, str]:
+    model = {f"base model {name}": text for name, text in _flat(asdict(record.model)).items()}
+    return {name.replace("_", " "): text for name, text in {**model, **_flat(record.environment)}.items() if text}
+
+
+def _notes(history: RunHistory) -> list[Note]:
+    notes = []
+    for event in history.events:
+        if isinstance(event, RolledBack):
+            notes.append(Note("Rolled back", event.message, event.step))
+        elif isinstance(event, Resumed):
+            notes.append(Note("Resumed", event.message, event.step))
+        elif isinstance(event, Shrunk):
+            notes.append(Note("Out of memory", event.message, event.step))
+        elif isinstance(event, Planned):
+            notes.append(Note("Memory", event.message))
+        elif isinstance(event, Warned):
+            notes.append(Note("Remark" if event.is_remark else "Note", event.message))
+    notes = list(dict.fromkeys(notes))  # a resumed run repeats some notes
+    if history.unreadable:
+        lines = "1 line" if history.unreadable == 1 else f"{history.unreadable:,} lines"
+        left = "is" if history.unreadable == 1 else "are"
+        notes.append(Note("Note", f"{lines} of events.jsonl could not be read and {left} left out."))
+    return notes
+
+
+def duration(seconds: float) -> str:
+    """`42 s`, `12 min` or `3 h 5 min`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _size(num_bytes: int) -> str:
+    """`12 kB`, `1.3 MB` or `2.1 GB`."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6)):
+        if num_bytes >= factor:
+            return f"{num_bytes / factor:.1f} {unit}"
+    return f"{num_bytes / 1e3:.0f} kB"
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested names joined by blanks, list items by commas; None is skipped."""
+    flat: dict[str, str] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name} ")
+        elif isinstance(value, list):
+            flat[f"{prefix}{name}"] = ", ".join(map(str, value))
+        elif value is not None:
+            flat[f"{prefix}{name}"] = str(value)
+    return flat

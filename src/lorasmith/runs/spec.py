@@ -1,0 +1,184 @@
+"""The spec of a run on images: images, model, settings, name and place.
+
+Command line, file of settings, row of a sweep, request of the page and record of a run are parsed into a `RunSpec`, and
+written from one. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lorasmith.core.errors import OptionError
+from lorasmith.core.folders import file_stem
+from lorasmith.core.options import changed, config_from, options_of
+from lorasmith.core.typed_json import typed
+from lorasmith.data.data_config import DataConfig
+from lorasmith.data.sources import ImageSource
+from lorasmith.families.locating import ModelFiles
+from lorasmith.runs.command_lines import arguments_for, positional
+from lorasmith.training.config import NONE_LORA, TrainConfig, names_alone
+
+SETTINGS = {**options_of(DataConfig), **options_of(TrainConfig)}  # declarations of all settings of a run, by name
+
+SETTING_PATHS = tuple(name for name, declared in SETTINGS.items() if declared.is_path)  # names of those that are paths
+
+_RECORDED = ("sources", "model", "name", "validation", "device", "text_encoders", "vae")
+"""What a record's `source` holds besides settings of data; the first three always."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSpec:
+    """A run on images. What is missing may be completed by another spec, or has its default."""
+
+    sources: tuple[ImageSource, ...] = ()  # the run is named after the first one
+    model: str = ""  # base model: path, hub id or built-in name
+    low_noise_model: str | None = None  # second expert of a model of two, if both are trained
+    text_encoders: tuple[str, ...] = ()
+    vae: str | None = None
+    name: str = ""  # of the LoRA; that of the first folder if empty
+    output: str | None = None  # folder of the run
+    validation: str | None = None  # folder of held-out images
+    device: str | None = None  # the first GPU, or the CPU, if None
+    settings: Mapping[str, Any] = field(default_factory=dict)  # of data and training, by name
+
+    @cached_property
+    def data(self) -> DataConfig:
+        """The settings of data. OptionError if one is out of its range."""
+        own = {name: value for name, value in self.settings.items() if name in options_of(DataConfig)}
+        config: DataConfig = config_from(DataConfig, own)
+        return config
+
+    @cached_property
+    def config(self) -> TrainConfig:
+        """The settings of training. OptionError if one is unknown or out of its range."""
+        others = {name: value for name, value in self.settings.items() if name not in options_of(DataConfig)}
+        config: TrainConfig = config_from(TrainConfig, others)
+        return config
+
+    @property
+    def folder(self) -> str:
+        """The first source's path."""
+        return self.sources[0].path
+
+    @property
+    def files(self) -> ModelFiles:
+        return ModelFiles(self.model, self.text_encoders, self.vae)
+
+    def with_files(self, files: ModelFiles) -> RunSpec:
+        """The spec with other files of the model, made absolute."""
+        return replace(
+            self,
+            model=absolute(files.model),
+            text_encoders=tuple(map(absolute, files.text_encoders)),
+            vae=files.vae and absolute(files.vae),
+        )
+
+    def with_settings(self, **settings: Any) -> RunSpec:
+        return replace(self, settings={**self.settings, **settings})
+
+    def completed(self, other: RunSpec) -> RunSpec:
+        """The spec, with the values of `other` where its own are missing."""
+        missing = {one.name: getattr(other, one.name) for one in fields(self) if not getattr(self, one.name)}
+        return replace(self, **{**missing, "settings": {**other.settings, **self.settings}})
+
+    def trusted(
+        self, *, optimizers: Collection[str] = (), track: str | None = None, allowing: str = "--optimizer"
+    ) -> RunSpec:
+        """The spec of a file, whose settings choose among known names alone; see `names_alone`."""
+        settings = names_alone(self.settings, optimizers=optimizers, track=track, allowing=allowing)
+        return replace(self, settings=settings)
+
+    def resolved(self) -> RunSpec:
+        """The spec with a name and absolute paths. OptionError without images or model."""
+        if not self.sources:
+            raise OptionError("a run needs images, got no folder of them; type it, or name it in --config")
+        if not self.model:
+            raise OptionError("a run needs a model, got none; name a file, a diffusers folder or a hub id")
+        paths = {name: _resolved(path) for name in options_of(DataConfig) if (path := self._path_of(name))}
+        return replace(
+            self.with_files(self.files).with_settings(**paths),
+            sources=tuple(replace(one, path=_resolved(one.path)) for one in self.sources),
+            name=self.name or _name_of(self.sources[0]),
+            validation=self.validation and _resolved(self.validation),
+            low_noise_model=self.low_noise_model and absolute(self.low_noise_model),
+        )
+
+    def named_files(self) -> Iterator[tuple[str, str | None]]:
+        """(what it is, path) of each file that the spec names."""
+        yield "model", self.model
+        yield "second expert", self.low_noise_model
+        yield from (("text encoder", one) for one in self.text_encoders)
+        yield "autoencoder", self.vae
+        yield from (("images", one.path) for one in self.sources)
+        yield "held-out images", self.validation
+        yield from ((name, self._path_of(name)) for name in SETTING_PATHS)
+
+    def command(self) -> list[str]:
+        """The command that repeats the run from any folder, its paths being absolute."""
+        is_plain = self.sources[0] == ImageSource(self.folder)
+        own: dict[str, Any] = {
+            "model": self.model,
+            "text_encoder": self.text_encoders,
+            "vae": self.vae,
+            "name": None if self.name == _name_of(self.sources[0]) else self.name,
+            "also": tuple(one.text for one in (self.sources[1:] if is_plain else self.sources)),
+            "validation": self.validation,
+            "device": self.device,
+        }
+        given = {option: value for option, value in own.items() if value} | changed(self.data) | changed(self.config)
+        return ["lorasmith", "train", *([positional(self.folder)] if is_plain else []), *arguments_for(given)]
+
+    @classmethod
+    def from_record(cls, source: Mapping[str, Any], asked: Mapping[str, Any]) -> RunSpec:
+        """The spec in a record of `lorasmith train`, from its `source` and its settings of training, `asked`.
+
+        ValueError if the source is of another command, damaged, or lacks images, model or name.
+        """
+        if source.get("command") != "train":
+            raise ValueError("source.command must be train")
+        given = {name: source[name] for name in _RECORDED if name in source}
+        if "folder" in source:
+            given = {"sources": [{"path": source["folder"]}], **given}
+        if missing := next((name for name in _RECORDED[:3] if name not in given), None):
+            raise ValueError(f"source.{missing} is missing")
+        if stray := next((name for name in asked if name in options_of(DataConfig)), None):
+            raise ValueError(f"asked.{stray} is a setting of data, which belongs in source")
+        try:
+            spec = typed(given, cls, "source")
+            spec = spec.with_settings(**{name: source[name] for name in options_of(DataConfig) if name in source})
+            spec.data  # noqa: B018 - checked here
+        except OptionError as error:
+            raise ValueError(f"source.{error}") from error
+        return spec.with_settings(**asked)
+
+    def to_record(self) -> dict[str, Any]:
+        """The source of the run's record as JSON values; settings of training are elsewhere in a record."""
+        own = {name: getattr(self, name) for name in _RECORDED}
+        if self.sources == (ImageSource(self.folder),):
+            own = {"folder": self.folder, **{name: value for name, value in own.items() if name != "sources"}}
+        else:
+            own["sources"] = [vars(one) for one in self.sources]
+        return {"command": "train", **own, **changed(self.data)}
+
+    def _path_of(self, name: str) -> str | None:
+        value = self.settings.get(name) if name in SETTING_PATHS else None
+        return None if value in (None, NONE_LORA) else str(value)
+
+
+def absolute(path: str) -> str:
+    """The absolute path, or the text unchanged if it is not a path, such as a hub id."""
+    return str(Path(path).resolve()) if os.path.exists(path) else path  # noqa: PTH110 - for any text
+
+
+def _resolved(path: str) -> str:
+    return str(Path(path).resolve())
+
+
+def _name_of(source: ImageSource) -> str:
+    path = Path(source.path).resolve()
+    return file_stem(path.parent.name if path.suffix and path.is_file() else path.name)

@@ -1,0 +1,286 @@
+"""The runs of a sweep, from its file: that of one run (`run_file`), with a table of settings to vary.
+
+    model = "sd15.safetensors"
+    sources = "photos"
+    validation_share = 0.2
+
+    [grid]
+    rank = [8, 16]
+    learning_rate = [1e-4, 3e-4]
+
+`[grid]` gives all combinations of its lists. `[random]` draws `runs` of them: `rank = {low = 4, high = 64, log = true}`
+is a range, and a `seed` that is no list is the seed of the draws. `folder` in either table varies the images.
+
+A run is named after its values in these tables alone, so it keeps its folder when others are added or left out.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from lorasmith.core.errors import OptionError
+from lorasmith.core.files import read_regular
+from lorasmith.core.folders import safe_name
+from lorasmith.core.random import keyed_uniform
+from lorasmith.core.registry import nearest
+from lorasmith.core.typed_json import Scalar
+from lorasmith.data.encoding import datasets_folder
+from lorasmith.data.folder import scan_sources
+from lorasmith.data.preflight import epoch_of
+from lorasmith.data.split import AUTOMATIC_FROM
+from lorasmith.runs.run_file import arguments_in, parsed_toml
+from lorasmith.runs.spec import SETTING_PATHS, SETTINGS, RunSpec
+
+MOST_RUNS = 1000  # runs of a sweep, and tasks of an array that Slurm takes by default
+
+_FOLDER = "folder"
+_TABLES = ("grid", "random")
+_LONGEST_NAME = 100
+_DRAWS = 20  # attempts for each run of [random], as equal ones are drawn again
+
+Values = Mapping[str, Scalar]  # the values of one run, by setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepRun:
+    """One run of a sweep."""
+
+    number: int  # from 1
+    name: str  # of its folder
+    settings: Values  # the varied ones, in the order of the file
+    spec: RunSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """The content of a sweep's file."""
+
+    file: Path
+    output: Path | None  # folder of the sweep, absolute
+    device: str | None
+    runs: tuple[SweepRun, ...]  # in the order in which they are started
+
+
+def read_sweep(path: Path, *, follow_links: bool = False) -> Sweep:
+    """The sweep in a file, with every run checked. `follow_links` is that setting of the data, which no file can have.
+
+    OptionError if the file cannot be read, has an unknown key, setting or value, no runs or too many, or a run without
+    model, images or held-out images.
+    """
+    try:
+        content = read_regular(path)
+    except OSError as error:
+        raise OptionError(f"{path} cannot be read ({error.strerror}); check the path") from error
+    found = parsed_toml(path, content)
+    tables = {name: found.pop(name) for name in _TABLES if name in found}
+    if len(tables) != 1:
+        got = "both" if tables else "neither" + nearest(next(reversed(found), ""), _TABLES)
+        raise OptionError(f"{path} must have a table [grid] or [random] of settings to vary, got {got}; write one")
+    [(kind, table)] = tables.items()
+    whole = arguments_in(found, path)
+    try:
+        _check_table(kind, table, found)
+        varied = _of_grid(table) if kind == "grid" else _of_random(table)
+        runs = tuple(
+            _run(number, name, values, found, path, follow_links)
+            for number, (name, values) in enumerate(_named(varied).items(), start=1)
+        )
+    except OptionError as error:
+        raise OptionError(f"{path}: {error}") from error
+    return Sweep(file=path, output=None if whole.output is None else Path(whole.output), device=whole.device, runs=runs)
+
+
+def check_held_out(sweep: Sweep) -> None:
+    """Raise OptionError if a run has too few images to hold any out by default; DataError without images."""
+    seen = set()
+    for run in sweep.runs:
+        spec = run.spec
+        key = (spec.sources, spec.data.recursive)
+        if spec.validation is not None or spec.config.validation_share is not None or key in seen:
+            continue
+        seen.add(key)
+        images = scan_sources(spec.sources, spec.data, cache=datasets_folder()).images
+        if not epoch_of(images, 1, None).held_out:
+            raise OptionError(
+                f"a sweep needs held-out images to rank its runs, and of fewer than {AUTOMATIC_FROM} none are held out "
+                f"unless asked, got {len(images)} in {spec.folder}; write validation_share = 0.2 in {sweep.file}, or "
+                "name a folder of others as validation"
+            )
+
+
+def _run(number: int, name: str, values: Values, found: Mapping[str, Any], path: Path, follow_links: bool) -> SweepRun:
+    varied = {key: value for key, value in values.items() if key != _FOLDER}
+    images = {"sources": values[_FOLDER]} if _FOLDER in values else {}
+    given = arguments_in({"previews": "", **found, **varied, **images}, path)
+    if given.settings.get("track", "none") != "none":
+        raise OptionError(f"a sweep starts no tracker, got track {given.settings['track']!r}; leave it out")
+    spec = replace(given.trusted().with_settings(follow_links=follow_links).resolved(), output=None)
+    if spec.config.validation_share == 0 and spec.validation is None:
+        raise OptionError(
+            "a sweep needs held-out images to rank its runs, got validation_share 0 and no validation folder; write "
+            "validation_share = 0.1"
+        )
+    return SweepRun(number=number, name=name, settings=values, spec=spec)
+
+
+def _check_table(kind: str, table: Any, found: Mapping[str, Any]) -> None:
+    """Raise OptionError unless the table varies at least one known setting, which is nowhere else in the file."""
+    if not isinstance(table, dict) or not _settings_in(kind, table):
+        raise OptionError(f"[{kind}] must have a setting to vary, got none; write rank = [8, 16]")
+    for name in _settings_in(kind, table):
+        if name not in SETTINGS and name != _FOLDER:
+            known = [_FOLDER, *SETTINGS]
+            raise OptionError(f"[{kind}] has an unknown setting {name!r}{nearest(name, known)}; correct its name")
+        if name in found or (name == _FOLDER and "sources" in found):
+            twin = "sources" if name == _FOLDER else name
+            raise OptionError(f"a setting must stand in one place, got {twin} and {kind}.{name}; remove one of them")
+
+
+def _settings_in(kind: str, table: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings in a table, without the entries that say how to draw."""
+    if kind == "grid":
+        return dict(table)
+    return {key: one for key, one in table.items() if key != "runs" and (key != "seed" or isinstance(one, list | dict))}
+
+
+def _of_grid(table: Mapping[str, Any]) -> list[Values]:
+    """All combinations, the last setting varied first."""
+    lists = [_listed(f"grid.{name}", name, values) for name, values in table.items()]
+    count = math.prod(map(len, lists))
+    _check_count(count, "fewer values, or [random] with a number of runs")
+    return [dict(zip(table, values, strict=True)) for values in itertools.product(*lists)]
+
+
+def _of_random(table: Mapping[str, Any]) -> list[Values]:
+    """As many different draws as there are runs. Each is a function of the seed and its number."""
+    settings = _settings_in("random", table)
+    runs, seed = table.get("runs"), 0 if "seed" in settings else table.get("seed", 0)
+    if not isinstance(runs, int) or isinstance(runs, bool) or runs < 1:
+        raise OptionError(f"random.runs must be the number of runs, at least 1, got {runs!r}; write runs = 20")
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**64:
+        raise OptionError(f"random.seed must be an integer from 0 or a list of seeds of runs, got {seed!r}; write one")
+    _check_count(runs, "fewer")
+    drawn: dict[tuple[Scalar, ...], Values] = {}
+    drawers = {
+        name: _range(f"random.{name}", name, one) if isinstance(one, dict) else _listed(f"random.{name}", name, one)
+        for name, one in settings.items()
+    }
+    for attempt in range(_DRAWS * runs):
+        values = {name: _drawn(one, keyed_uniform(seed, f"sweep {name}", attempt)) for name, one in drawers.items()}
+        drawn.setdefault(tuple(values.values()), values)
+        if len(drawn) == runs:
+            return list(drawn.values())
+    raise OptionError(
+        f"random.runs must be at most the number of different draws, got {runs} where {len(drawn)} were found; give "
+        "fewer runs, or write [grid]"
+    )
+
+
+def _check_count(count: int, remedy: str) -> None:
+    if count > MOST_RUNS:
+        raise OptionError(f"a sweep has at most {MOST_RUNS:,} runs, got {count:,}; give {remedy}")
+
+
+def _listed(place: str, name: str, values: Any) -> list[Scalar]:
+    """The values of a list, checked to be different, and each in the type and range of the setting."""
+    if not isinstance(values, list) or not values:
+        raise OptionError(f"{place} must be a list of values such as {name} = [...], got {values!r}; list at least one")
+    checked = [_checked(name, one) for one in values]
+    if twice := [one for index, one in enumerate(checked) if one in checked[:index]]:
+        raise OptionError(f"{place} must list each value once, got {twice[0]!r} twice; remove one")
+    return checked
+
+
+def _checked(name: str, value: Any) -> Scalar:
+    if name != _FOLDER:
+        checked: Scalar = SETTINGS[name].check(value)
+        return checked
+    if not isinstance(value, str) or not value.strip():
+        raise OptionError(f"folder must be the path of a folder of images, got {value!r}; write it as text")
+    return value
+
+
+@dataclass(frozen=True)
+class _Range:
+    """Numbers to draw from, uniformly or with uniform logarithms."""
+
+    low: float
+    high: float
+    log: bool
+    whole: bool
+
+
+def _range(place: str, name: str, given: Mapping[str, Any]) -> _Range:
+    if unknown := next((key for key in given if key not in ("low", "high", "log")), None):
+        raise OptionError(f"{place} is a range of low, high and log, got {unknown!r}; correct its name")
+    if name == _FOLDER or SETTINGS[name].type not in (int, float):
+        raise OptionError(f"{place} must be a list, as {name} is no number, got a range; write {name} = [...]")
+    if "low" not in given or "high" not in given or not isinstance(log := given.get("log", False), bool):
+        raise OptionError(f"{place} must have low, high and, as true or false, log, got {dict(given)!r}; complete it")
+    low, high = SETTINGS[name].check(given["low"]), SETTINGS[name].check(given["high"])
+    if not low < high or (log and low <= 0):
+        rule = "0 < low < high with log" if log else "low < high"
+        raise OptionError(f"{place} must have {rule}, got low {low:g} and high {high:g}; correct them")
+    return _Range(low, high, log, SETTINGS[name].type is int)
+
+
+def _drawn(given: _Range | Sequence[Scalar], uniform: float) -> Scalar:
+    """The value at a position in [0, 1). Numbers of a range have three digits, all of which are in the run's name."""
+    if not isinstance(given, _Range):
+        return given[int(uniform * len(given))]
+    if given.log:
+        value = given.low * (given.high / given.low) ** uniform
+    elif given.whole:
+        return int(given.low + uniform * (given.high - given.low + 1))
+    else:
+        value = given.low + uniform * (given.high - given.low)
+    inside = min(given.high, max(given.low, float(f"{value:.3g}")))
+    return round(value) if given.whole else inside
+
+
+def _named(varied: Sequence[Values]) -> dict[str, Values]:
+    """The values of each run by its name. Of several with equal names, the later ones get a digest in theirs."""
+    named: dict[str, Values] = {}
+    taken: set[str] = set()  # some file systems ignore case
+    for values in varied:
+        name = _name(values)
+        if len(name) > _LONGEST_NAME or name.casefold() in taken:
+            digest = blake2b(repr(sorted(values.items())).encode(), digest_size=4).hexdigest()
+            name = f"{name[: _LONGEST_NAME - 9]}_{digest}"
+        taken.add(name.casefold())
+        named[name] = values
+    return named
+
+
+def _name(values: Values) -> str:
+    """Such as `rank-16_rate-3e-4`: the order of the file has no influence."""
+    return safe_name("_".join(sorted(_words(values))))
+
+
+def _words(values: Values) -> Iterator[str]:
+    for name, value in values.items():
+        label = (name in SETTINGS and SETTINGS[name].short) or name.replace("_", "-")
+        yield f"{label}-{_text(Path(value).name if _is_path(name) and isinstance(value, str) else value)}"
+
+
+def _is_path(name: str) -> bool:
+    return name == _FOLDER or name in SETTING_PATHS
+
+
+def _text(value: Scalar) -> str:
+    """A value in characters of names: `on`, `0.05`, `3e-4`."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, float):
+        if not 0 < abs(value) < 0.01:
+            return f"{value:g}"
+        mantissa, exponent = f"{value:.5e}".split("e")
+        return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+    return re.sub(r"[^\w.+-]+", "-", str(value)) or "none"

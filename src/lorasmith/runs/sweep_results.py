@@ -1,0 +1,255 @@
+"""Results of a sweep, read from its folder: a ranking, `sweep.json` and `sweep.html`.
+
+Held-out images are chosen by their names and judged with the same noise whatever a run's settings and seed are, so runs
+on the same images are compared pair by pair: by their lowest held-out loss. Where images, captions or sizes differ, the
+losses are of different things; then runs are ranked by the change against the base model, and the page says so.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path, PurePath
+from typing import Any, Literal
+from urllib.parse import quote
+
+from lorasmith.core.errors import LorasmithError, OptionError
+from lorasmith.core.files import write_atomic
+from lorasmith.core.typed_json import Scalar
+from lorasmith.report.pictures import PictureTable
+from lorasmith.report.run_report import change, number
+from lorasmith.report.sweep_page import ApartRun, RankedRun, SweepReport, sweep_report
+from lorasmith.runs.run_page import (
+    best_lora_of_run,
+    duration,
+    is_own,
+    lora_of_run,
+    previews_of,
+    validations_of,
+)
+from lorasmith.runs.spec import SETTING_PATHS, SETTINGS, RunSpec
+from lorasmith.runs.sweep_file import Sweep, SweepRun
+from lorasmith.runs.sweep_run import end_of
+from lorasmith.training.outcome import Outcome
+from lorasmith.training.storage.history import RunHistory, read_history
+from lorasmith.training.storage.run_folder import RunFolder
+
+RunState = Literal["complete", "failed", "stopped", "running", "waiting"]
+
+_VERSION = 1
+_WITH_PICTURES = 12  # the first runs, to limit the size of the page
+_UNCOMPARED = frozenset({"existing_state"})  # which only the record of a longer run has
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepEntry:
+    """One run of a sweep.
+
+    Attributes:
+        number: in the sweep, from 1.
+        name: of its folder in that of the sweep.
+        state: complete; failed with an error; stopped or killed on the way; running, in whichever process; or waiting.
+        settings: what the sweep varies.
+        place: in the ranking, from 1; None for runs that are not complete or have no held-out loss.
+        loss, best_step: the lowest held-out loss and its step.
+        base_loss: of the same images without the LoRA; None if it was not measured.
+        change: of the loss relative to that, such as -0.05 for 5 % less.
+        steps: that were taken.
+        seconds: of training.
+        lora: its file of the lowest held-out loss, relative to the folder of the sweep.
+        judged_by: digest of the held-out images as they are judged; losses with the same one can be compared.
+        validations: step and loss of each validation.
+        error: of a failed run, in a sentence.
+    """
+
+    number: int
+    name: str
+    state: RunState
+    settings: Mapping[str, Scalar]
+    place: int | None = None
+    loss: float | None = None
+    best_step: int | None = None
+    base_loss: float | None = None
+    change: float | None = None
+    steps: int = 0
+    seconds: float = 0.0
+    lora: str | None = None
+    judged_by: str = ""
+    validations: tuple[tuple[int, float], ...] = ()
+    error: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepRecord:
+    """The content of `sweep.json`.
+
+    Attributes:
+        version: of this format, raised when an older reader would misunderstand it.
+        file: name of the sweep's file.
+        comparable: whether all losses are of the same held-out images; if not, the ranking is by `change`.
+        runs: the best first, then those that are not ranked.
+    """
+
+    version: int = _VERSION
+    file: str = ""
+    comparable: bool = True
+    runs: tuple[SweepEntry, ...] = field(default=())
+
+
+def result_of(run: SweepRun, output: Path) -> SweepEntry:
+    """The result of one run so far, without its place."""
+    entry = SweepEntry(number=run.number, name=run.name, state="waiting", settings=dict(run.settings))
+    end = end_of(output, run)
+    failed = None if end is None or not end.error else replace(entry, state="failed", error=end.error)
+    try:
+        history = read_history(output / run.name)
+    except OptionError:  # there is no run
+        return failed or entry
+    except LorasmithError as error:
+        return failed or replace(entry, state="failed", error=str(error))
+    outcome = history.outcome
+    if outcome is not None and outcome.is_final:
+        if _is_of(run, history):
+            return _measured(replace(entry, state="complete"), history)
+        return failed or entry  # its error says what differs
+    if RunFolder(history.folder).is_busy:
+        return _measured(replace(entry, state="running"), history)
+    if end is None and outcome is Outcome.FAILED:  # else it was interrupted at once, and its end says so
+        failed = replace(
+            entry, state="failed", error=f"the run failed; logs/{run.name}.txt and {run.name}/report.html say why"
+        )
+    return _measured(failed or replace(entry, state="stopped"), history)
+
+
+def sweep_record(sweep: Sweep, entries: Iterable[SweepEntry]) -> SweepRecord:
+    """The results of all runs, ranked."""
+    entries = list(entries)
+    ranked = [one for one in entries if one.state == "complete" and one.loss is not None]
+    comparable = len({one.judged_by for one in ranked}) <= 1
+
+    def key(one: SweepEntry) -> tuple[float, int]:
+        value = one.loss if comparable else one.change
+        return (math.inf if value is None else value), one.number
+
+    placed = [replace(one, place=place) for place, one in enumerate(sorted(ranked, key=key), start=1)]
+    others = [one for one in entries if one not in ranked]
+    return SweepRecord(file=sweep.file.name, comparable=comparable, runs=(*placed, *others))
+
+
+def write_results(record: SweepRecord, output: Path) -> Path:
+    """Write `sweep.json` and `sweep.html` into the folder of a sweep; returns the page. Raises OutputError."""
+    text = json.dumps(asdict(record), indent=2, ensure_ascii=False, allow_nan=False)
+    write_atomic(output / "sweep.json", f"{text}\n")
+    page = output / "sweep.html"
+    write_atomic(page, sweep_report(_report(record, output)))
+    return page
+
+
+def _is_of(run: SweepRun, history: RunHistory) -> bool:
+    """Whether a complete run has the settings, and names the images and model, that the sweep gives it now."""
+    try:
+        spec = RunSpec.from_record(history.record.source, history.record.asked).trusted()
+        return _identity(spec) == _identity(run.spec)
+    except (OptionError, ValueError):
+        return False
+
+
+def _identity(spec: RunSpec) -> dict[str, Any]:
+    """What makes two runs different. Of paths the name counts: photos and model may have been moved."""
+    settings = {
+        name: value
+        for name, value in {**vars(spec.data), **vars(spec.config)}.items()
+        if SETTINGS[name].changes_numbers and name not in _UNCOMPARED
+    }
+    for name in SETTING_PATHS:
+        if isinstance(path := settings.get(name), str):
+            settings[name] = PurePath(path).name
+    images = [replace(one, path=PurePath(one.path).name) for one in spec.sources]
+    validation = spec.validation and PurePath(spec.validation).name
+    return {"images": images, "validation": validation, "model": PurePath(spec.model).name, **settings}
+
+
+def _measured(entry: SweepEntry, history: RunHistory) -> SweepEntry:
+    """The entry with the results in the run's folder."""
+    steps = history.steps()
+    entry = replace(entry, steps=steps[-1].step if steps else 0, seconds=history.seconds())
+    validations = [one for one in validations_of(history) if math.isfinite(one.loss)]
+    if not validations:
+        return entry
+    best = min(validations, key=lambda one: one.loss)
+    is_known = 0 < best.base_loss < math.inf
+    found = lora_of_run(history)
+    lora = found and (best_lora_of_run(found) or found)
+    taken = history.record.fingerprint
+    return replace(
+        entry,
+        loss=best.loss,
+        best_step=best.step,
+        base_loss=best.base_loss if is_known else None,
+        change=best.loss / best.base_loss - 1 if is_known else None,
+        lora=None if lora is None else f"{entry.name}/{lora.name}",
+        judged_by=f"{taken.get('held_out', '')[:16]} × {taken.get('config', {}).get('validation_draws', '')}",
+        validations=tuple((one.step, one.loss) for one in validations),
+    )
+
+
+def _report(record: SweepRecord, output: Path) -> SweepReport:
+    ranked = [one for one in record.runs if one.place is not None]
+    counts = Counter(one.state for one in record.runs)
+    varied = list(dict.fromkeys(name for one in record.runs for name in one.settings))
+    pictures = [(one, previews_of(read_history(output / one.name))[0]) for one in ranked[:_WITH_PICTURES]]
+    table, sheets = _side_by_side([(one.name, found) for one, found in pictures if found is not None])
+    return SweepReport(
+        title=output.resolve().name,
+        summary=f"{record.file} · {', '.join(f'{count:,} {state}' for state, count in counts.items())}",
+        verdict=_verdict(ranked),
+        comparable=record.comparable,
+        varied=varied,
+        ranked=[_ranked(one, varied, output) for one in ranked],
+        apart=[ApartRun(one.name, one.state, one.steps, one.error) for one in record.runs if one.place is None],
+        pictures=table,
+        sheets=sheets,
+    )
+
+
+def _verdict(ranked: list[SweepEntry]) -> str:
+    if not ranked:
+        return "No run is complete yet."
+    best = ranked[0]
+    assert best.loss is not None and best.best_step is not None
+    base = math.nan if best.base_loss is None else best.base_loss
+    return (
+        f"{best.name} is the best of {len(ranked):,}: held-out loss {number(best.loss)} at step {best.best_step:,}, "
+        f"{change(best.loss, base)} against the base model."
+    )
+
+
+def _ranked(entry: SweepEntry, varied: list[str], output: Path) -> RankedRun:
+    assert entry.loss is not None and entry.best_step is not None
+    base = math.nan if entry.base_loss is None else entry.base_loss
+    report = output / entry.name / "report.html"
+    return RankedRun(
+        name=entry.name,
+        settings=[entry.settings.get(name) for name in varied],
+        loss=entry.loss,
+        base_loss=base,
+        best_step=entry.best_step,
+        time=duration(entry.seconds),
+        lora=entry.lora or "",
+        link=f"{quote(entry.name)}/report.html" if is_own(report, output) else None,
+        validations=entry.validations,
+    )
+
+
+def _side_by_side(found: list[tuple[str, PictureTable]]) -> tuple[PictureTable | None, list[tuple[str, PictureTable]]]:
+    """One table, with the LoRA of each run at its greatest strength, if all have the same prompts."""
+    columns = {tuple(table.columns) for _, table in found}
+    if len(columns) != 1 or columns == {()}:
+        return None, found
+    base = [row for row in found[0][1].rows if row[0] == "base model"]
+    rows = [(name, table.rows[-1][1]) for name, table in found]
+    about = "Pictures of the base model and of each run, by prompt"
+    return PictureTable(columns.pop(), [*base, *rows], about), []

@@ -1,0 +1,191 @@
+"""Records of runs: the content of `run.json`, and of the entry about its run in a LoRA.
+
+Both are written and read only here. A record may be damaged, untrusted or of another version, so it is validated as a
+whole before anything in it is used; `runs.recorded_run` restricts what it may name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from torch import nn
+
+from lorasmith.core.errors import OptionError
+from lorasmith.core.folders import MAX_STEM_BYTES, file_stem
+from lorasmith.core.foreign_json import parse_foreign_json
+from lorasmith.core.typed_json import Scalar, typed
+from lorasmith.data.split import Split
+from lorasmith.training.job import Job
+from lorasmith.training.storage.fingerprint import Fingerprint, environment, file_digests, fingerprint
+
+_REPEATED = ("source", "asked", "fingerprint", "environment", "environments")
+"""Fields from which a run can be reproduced, and which its LoRA stores."""
+
+_ELSEWHERE = ("command", "model", "name", "vae", "device")
+"""Parts of a source that are not about its images."""
+
+_MOST_STEPS = 10**9
+
+RECORD_VERSION = 1
+"""Version of the format of `run.json`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRecord:
+    """The base model of a run.
+
+    Attributes:
+        name: its title.
+        path: where it was, None for a model made in memory.
+        family: its architecture.
+        files: where its parts were, by component.
+    """
+
+    name: str = ""
+    path: str | None = None
+    family: str = ""
+    files: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleRecord:
+    """A training image: its name, caption and the shape of its latents."""
+
+    name: str = ""
+    caption: str | None = None
+    latents: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """The record of a run. Fields that another version did not write have their defaults.
+
+    Attributes:
+        version: of this format, raised when an older reader would misunderstand it; 1 if missing.
+        title: name of the LoRA and its file.
+        source: JSON values from which a door can repeat the run, with the name of its command.
+        model: the base model.
+        config: settings, all resolved.
+        asked: settings as requested, some of them open.
+        steps_before: steps of the LoRA that was continued.
+        samples: the training samples.
+        data: facts on the images, for readers.
+        adapters, differences: number of trained parameters by module path.
+        fingerprint: of the run.
+        environment: the first one that it was trained in.
+        environments: all of them, if they are several.
+
+    Raises:
+        ValueError: the version is a later one, the title is no file name, or the number of steps is out of range.
+    """
+
+    version: int = RECORD_VERSION
+    title: str = ""
+    source: dict[str, Any] = field(default_factory=dict)
+    model: ModelRecord = field(default_factory=ModelRecord)
+    config: dict[str, Scalar] = field(default_factory=dict)
+    asked: dict[str, Scalar] = field(default_factory=dict)
+    steps_before: int = 0
+    samples: tuple[SampleRecord, ...] = ()
+    data: dict[str, Any] = field(default_factory=dict)
+    adapters: dict[str, int] = field(default_factory=dict)
+    differences: dict[str, int] = field(default_factory=dict)
+    fingerprint: Fingerprint = field(default_factory=Fingerprint)
+    environment: dict[str, Any] = field(default_factory=dict)
+    environments: tuple[dict[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.version <= RECORD_VERSION:
+            rule = f"version must be between 1 and {RECORD_VERSION}, got {self.version}"
+            raise ValueError(f"{rule}; if a later Lorasmith wrote it, update")
+        if self.title:
+            try:
+                check_title(self.title)
+            except OptionError as error:
+                raise ValueError(str(error)) from error
+        if not 0 <= self.steps_before <= _MOST_STEPS:
+            raise ValueError(f"steps_before must be between 0 and {_MOST_STEPS:,}, got {self.steps_before}")
+
+    @property
+    def all_environments(self) -> tuple[dict[str, Any], ...]:
+        """All environments that the run was trained in; resuming may add some."""
+        return self.environments or (self.environment,)
+
+    def to_text(self) -> str:
+        return _json(asdict(self), indent=2)
+
+    def to_entry(self) -> str:
+        return _json({name: value for name in _REPEATED if (value := getattr(self, name))}, sort_keys=True)
+
+
+def parsed_record(text: str | bytes) -> RunRecord:
+    """The record in `run.json` or in a LoRA. Raises ValueError with a clause that says what is wrong and where."""
+    return typed(parse_foreign_json(text), RunRecord)
+
+
+def run_record(
+    job: Job,
+    parts: Split,
+    *,
+    title: str,
+    source: Mapping[str, Any],  # JSON values from which the run can be repeated
+    facts: Mapping[str, Any] = MappingProxyType({}),  # more on the images, for readers
+    verify: bool = False,  # digest every byte of the base model's files
+) -> RunRecord:
+    """The record of a planned run. Raises ModelError if a file of the base model cannot be read for `verify`."""
+    base = job.denoiser.base
+    held_out = parts.held_out.samples if parts.held_out else ()
+    taken = fingerprint(job, parts.training, parts.held_out)
+    if verify:
+        taken["files"] = file_digests(base.files)
+    return RunRecord(
+        title=title,
+        source=dict(source),
+        model=ModelRecord(
+            name=base.title,
+            path=str(base.path) if base.path else None,
+            family=base.family.name,
+            files={part: str(path) for part, path in base.files.items()},
+        ),
+        config=asdict(job.config),
+        asked=asdict(job.requested),
+        steps_before=job.steps_before,
+        samples=tuple(
+            SampleRecord(name=one.name, caption=one.conditioning.text, latents=tuple(one.latents.shape))
+            for one in parts.training.samples
+        ),
+        data={
+            **{name: one for name, one in source.items() if name not in _ELSEWHERE and one and isinstance(one, Scalar)},
+            "held_out": ", ".join(dict.fromkeys(sample.name for sample in held_out)),
+            "note": parts.note,
+            **facts,
+        },
+        adapters={path: _size(adapter) for path, adapter in job.adapters.items()},
+        differences={path: _size(difference) for path, difference in job.differences.items()},
+        fingerprint=taken,
+        environment=environment(job.runtime.device, job.config.optimizer, compile=job.config.compile),
+    )
+
+
+def check_title(name: str) -> None:
+    """Raise OptionError unless a LoRA's name is a valid file name on all platforms."""
+    if not name.strip(". ") or any(letter in name for letter in ("/\\:" if os.name == "nt" else "/\\")):
+        raise OptionError(f"name must be a file name without folders, got {name!r}; give folders as the output")
+    if file_stem(name) != name:
+        raise OptionError(
+            f"name must have at most {MAX_STEM_BYTES} bytes and no control characters, got {name!r}; choose another"
+        )
+
+
+def _json(value: object, **options: Any) -> str:
+    """JSON in which undecodable bytes of paths are question marks, as readers refuse them."""
+    return json.dumps(value, ensure_ascii=False, **options).encode("utf-8", "replace").decode()
+
+
+def _size(trained: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in trained.parameters())

@@ -1,0 +1,287 @@
+"""The folder of a run: its record, events, run states and results.
+
+run.json        configuration, fingerprint, model, data and environment
+events.jsonl    one event per line
+states/         run states, from which it resumes
+samples/        previews
+<name>.safetensors, loss.png, report.html    results
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import stat
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TextIO
+
+from lorasmith.core.errors import LorasmithError, OutputError
+from lorasmith.core.files import atomic_path, check_writable, ensure_folder, locked, write_atomic
+from lorasmith.core.printable import memory_text
+from lorasmith.training.events import Event, EventHandler, RolledBack, RunFinished, StepDone, Warned, encoded
+from lorasmith.training.outcome import Outcome
+from lorasmith.training.progress import RunState
+from lorasmith.training.storage.fingerprint import Fingerprint, differences
+from lorasmith.training.storage.history import EVENTS, RECORD, logged, logged_outcome, read_record
+from lorasmith.training.storage.records import RunRecord
+from lorasmith.training.storage.run_states import RunStates, free_bytes
+
+
+class RunFolder:
+    """A run's records; called with an event, it appends to the log."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._log: TextIO | None = None
+        self._broken = False
+        self._claim: contextlib.ExitStack | None = None
+
+    @property
+    def exists(self) -> bool:
+        return (self.path / RECORD).is_file()
+
+    def record(self) -> RunRecord:
+        """Content of `run.json`. Raises OptionError and TrainingError, as `read_record`."""
+        return read_record(self.path)
+
+    def outcome(self) -> Outcome | None:
+        """Why the run ended; None if it was killed, is running, or does not exist."""
+        return logged_outcome(self.path) if self.exists else None
+
+    @property
+    def is_done(self) -> bool:
+        outcome = self.outcome()
+        return outcome is not None and outcome.is_final
+
+    def states(self, keep: int = 1, config: Mapping[str, Any] | None = None) -> RunStates:
+        return RunStates(self.path / "states", keep=keep, config=config)
+
+    def claim(self) -> None:
+        """Own the folder (created) until `release`, or the end of this process; nothing if it is owned.
+
+        Raises:
+            OutputError: another run in this or another process owns it, or it cannot be written.
+        """
+        if self._claim is None:
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(self._owned())
+                self._claim = stack.pop_all()
+
+    def release(self) -> None:
+        """Close the log and end `claim`; a folder that was made for it and is empty is removed."""
+        self.close()
+        if self._claim is not None:
+            self._claim.close()
+            self._claim = None
+
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Inside the context, this process owns the folder. Raises OutputError as `claim`."""
+        self.claim()
+        try:
+            self._tidy()
+            yield
+        finally:
+            self.release()
+
+    @contextlib.contextmanager
+    def _owned(self) -> Iterator[None]:
+        check_writable(self.path)
+        made = [one for one in (self.path, *self.path.parents) if not one.exists()]
+        ensure_folder(self.path)
+        try:
+            with self._locked():
+                yield
+        finally:
+            with contextlib.suppress(OSError):  # something was written
+                for folder in made:
+                    folder.rmdir()
+
+    def check_free(self) -> None:
+        """Raise OutputError if another process trains in it, or it cannot be written."""
+        with self._locked():
+            pass
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether another process trains in it, or it is not writable."""
+        try:
+            self.check_free()
+        except OutputError:
+            return True
+        return False
+
+    def note_environment(self, environment: Mapping[str, Any]) -> None:
+        """Add an environment to `run.json` if it is new. Raises OutputError."""
+        record = self.record()
+        if environment not in (known := record.all_environments):
+            self.begin(replace(record, environments=(*known, dict(environment))))
+
+    def begin(self, record: RunRecord) -> None:
+        write_atomic(self.path / RECORD, record.to_text())
+
+    def check_continues(self, record: RunRecord) -> None:
+        """Raise OutputError if the run in this folder is another one, complete, or cannot be verified as requested."""
+        before = self.record()
+        check_verifiable(before, record.fingerprint, self.path)
+        if found := differences(before.fingerprint, record.fingerprint):
+            raise OutputError(
+                f"{self.path} holds another run, which differs in {'; '.join(found)}; undo that, choose another "
+                "output, or start fresh, which moves the old run aside"
+            )
+        if self.is_done:
+            raise OutputError(
+                f"{self.path} holds this run, which is complete; give more steps to train on from its end, choose "
+                "another output, or start fresh, which moves it aside"
+            )
+
+    def move_aside(self) -> Path:
+        """Rename the folder, to free its name for a fresh run; returns the new path. Raises OutputError."""
+        if Path.cwd().is_relative_to(self.path.resolve()):  # relative paths would lead into the folder that was moved
+            raise OutputError(f"{self.path} is to be moved aside, but holds the current folder; start from another one")
+        number = 1
+        while (target := self.path.with_name(f"{self.path.name}-old-{number}")).exists():
+            number += 1
+        is_claimed = self._claim is not None
+        self.release()  # Windows cannot rename a folder with an open file
+        try:
+            self.path.rename(target)
+        except OSError as error:
+            raise OutputError(
+                f"{self.path} cannot be renamed to {target.name} ({error.strerror or error}); close programs that use "
+                "its files, or choose another output"
+            ) from error
+        if is_claimed:
+            self.claim()
+        return target
+
+    def rewind(self, step: int) -> None:
+        """Truncate the log after a step, to resume from there."""
+        with atomic_path(self.path / EVENTS) as temporary, temporary.open("wb") as file:
+            for line, event in logged(self.path):
+                if isinstance(event, StepDone | RolledBack) and event.step > step:
+                    break
+                if event is not None and not isinstance(event, RunFinished):
+                    file.write(line.rstrip() + b"\n")
+
+    def __call__(self, event: Event) -> None:
+        """Append an event. A full disk costs log entries, not the run."""
+        if self._broken:
+            return
+        try:
+            if self._log is None:
+                self._log = (self.path / EVENTS).open("a", encoding="utf-8", buffering=1)
+            self._log.write(f"{encoded(event)}\n")
+        except OSError:
+            self._broken = True
+
+    def flush(self) -> None:
+        if self._log is not None:
+            with contextlib.suppress(OSError):
+                os.fsync(self._log.fileno())
+
+    def _tidy(self) -> None:
+        """Remove temporary files of a killed process; without a run, only those of `run.json`."""
+        if not self.exists:
+            for path in self.path.glob(f".{RECORD}.*.tmp"):
+                path.unlink(missing_ok=True)
+            return
+        left = [
+            *self.path.glob(".*.tmp"),
+            *(self.path / "states").glob(".*.tmp"),
+            *(self.path / "samples").glob(".*.tmp"),
+        ]
+        if self.outcome() is None:  # otherwise it is a LoRA with that name
+            left.append(self.path / "preview.safetensors")
+        for path in left:
+            path.unlink(missing_ok=True)
+
+    def _locked(self) -> contextlib.AbstractContextManager[None]:
+        self._check_entries()
+        return locked(self.path / ".lock", f"{self.path} is in use by a run in another process")
+
+    def _check_entries(self) -> None:
+        """Raise OutputError if entries of an untrusted folder would redirect writes or block reads (links, pipes)."""
+        for path in [*_entries(self.path), *_entries(self.path / "states"), *_entries(self.path / "samples")]:
+            mode = path.lstat().st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                raise OutputError(
+                    f"{self.path} must hold files and folders alone, but {path.name} is a link or a pipe; remove it"
+                )
+
+    def close(self) -> None:
+        if self._log is not None:
+            with contextlib.suppress(OSError):
+                self._log.close()
+            self._log = None
+
+
+def check_room(place: Path, size_bytes: int) -> None:
+    """Raise OutputError if the disk of a run's folder, or of one above it, has less than `size_bytes` free."""
+    there = sum(path.stat().st_size for path in RunFolder(place).states().paths())  # which the new ones replace
+    if (free := free_bytes(place) + there) < size_bytes:
+        raise OutputError(
+            f"the run writes {memory_text(size_bytes)} to {place}, whose disk has {memory_text(free)} free; free some "
+            "space, or choose another output"
+        )
+
+
+@contextlib.contextmanager
+def claimed_run(
+    folder: RunFolder, record: RunRecord, *, fresh: bool, on_event: EventHandler = lambda event: None
+) -> Iterator[RunState | None]:
+    """Inside the context, this process owns the folder of a run; yields the run state to resume from, or None.
+
+    `fresh` moves an existing run aside. `on_event` receives a `Warned` for that and for each unreadable run state.
+    Raises OutputError if the folder holds another or complete run, or another process trains in it.
+    """
+    with folder.claimed():
+        if fresh and folder.exists:
+            aside = folder.move_aside()
+            on_event(Warned(message=f"The previous run in {folder.path} was moved to {aside}."))
+        state = None
+        if folder.exists:
+            folder.check_continues(record)
+            state = folder.states().newest(lambda sentence: on_event(Warned(message=sentence)))
+            folder.rewind(0 if state is None else state.step)
+            folder.note_environment(record.environment)
+        else:
+            folder.begin(record)
+        yield state
+
+
+def check_verifiable(before: RunRecord, now: Fingerprint, file: Path) -> None:
+    """Raise OutputError if file digests are to be compared with a record that has none; `file` is for the message."""
+    if now.get("files") and not before.fingerprint.get("files"):
+        raise OutputError(
+            f"{file} has no digests of the base model's whole files, as its run was started without --verify; leave "
+            "--verify out"
+        )
+
+
+def unfinished_run(parent: Path, title: str, fingerprint: Fingerprint) -> Path | None:
+    """The newest folder below `parent`, named after `title`, that holds this run, unfinished and not in use."""
+    for _, path in sorted(numbered_runs(parent, title), reverse=True):
+        folder = RunFolder(path)
+        if not folder.exists or not folder.states().paths() or folder.is_busy:
+            continue
+        with contextlib.suppress(LorasmithError):
+            if not differences(folder.record().fingerprint, fingerprint) and not folder.is_done:
+                return path
+    return None
+
+
+def numbered_runs(parent: Path, title: str, *, any_case: bool = False) -> list[tuple[int, Path]]:
+    """(number, path) of entries below `parent` whose name is the title and a number, such as `dog-001`.
+
+    `any_case` also accepts `Dog-001` for the title `dog`, as on file systems that ignore case.
+    """
+    names = re.compile(re.escape(title) + r"[-_]([0-9]+)", re.IGNORECASE if any_case else 0)
+    return [(int(match[1]), path) for path in _entries(parent) if (match := names.fullmatch(path.name))]
+
+
+def _entries(folder: Path) -> list[Path]:
+    return list(folder.iterdir()) if folder.is_dir() else []

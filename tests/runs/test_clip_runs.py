@@ -1,0 +1,154 @@
+"""Runs on folders of clips and pictures, with a small model of clips."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from tiny_clips import clip_model
+
+from lorasmith.core.errors import OptionError
+from lorasmith.data.sources import ImageSource
+from lorasmith.families.loading import load_model
+from lorasmith.families.locating import BUILT_IN
+from lorasmith.families.model import Model
+from lorasmith.families.model_search import Completed
+from lorasmith.formats.container import read_safetensors
+from lorasmith.runs.drawing import save_pictures
+from lorasmith.runs.folder_run import PreparedRun, prepare, train_prepared
+from lorasmith.runs.memory_estimate import estimate_of
+from lorasmith.runs.model_run import train
+from lorasmith.runs.run_plan import ImagesFound, ModelLoading
+from lorasmith.runs.spec import RunSpec
+from lorasmith.sampling.generate import Sampling, generate_clips
+from lorasmith.training.config import TrainConfig
+from lorasmith.training.events import Event
+from tests.data.video_cases import animation, movie
+from tests.training.random_samples import of_one_size
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return clip_model(tmp_path_factory.mktemp("clips"))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two animations of different length, a video and a photo."""
+    images = tmp_path / "images"
+    animation(images / "1.webp", 9, milliseconds=200, size=(48, 48)).with_suffix(".txt").write_text("a wave")
+    animation(images / "2.webp", 3, milliseconds=200, size=(48, 48))
+    animation(images / "3.webp", 1, size=(48, 48))
+    movie(images / "4.mp4", 12, width=48, height=48)
+    return images
+
+
+def ready(model: Model, images: Path, events: list[Event] | None = None, **settings: Any) -> PreparedRun:
+    given = {"rank": 2, "targets": "attention", "steps": 4, "previews": "", **settings}
+    spec = RunSpec(sources=(ImageSource(str(images)),), model="clips", name="cat", settings=given)
+    heard = events if events is not None else []
+    return prepare(spec, load=lambda files, _: Completed(model, files), on_event=heard.append)
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return read_safetensors(folder / "cat.safetensors")[0]
+
+
+@pytest.mark.slow
+def test_clips_and_pictures_are_trained_together_and_resumed_to_the_bit(
+    model: Model, folder: Path, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"batch_size": 2, "validation_share": 0.25, "validate_every": 2}
+    run = ready(model, folder, **settings)
+    shapes = [tuple(one.latents.shape[1:]) for one in run.data.samples]
+    assert shapes == [(2, 4, 4), (1, 4, 4), (1, 4, 4), (2, 4, 4)]
+    result = train_prepared(run, output=tmp_path / "whole")
+    assert result.steps == 4
+    train_prepared(ready(model, folder, **settings), output=tmp_path / "two", until=2)
+    train_prepared(ready(model, folder, **settings), output=tmp_path / "two")
+    whole, resumed = tensors(tmp_path / "whole"), tensors(tmp_path / "two")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert sum(bool(one.any()) for one in whole.values()) == len(whole)
+
+
+@pytest.mark.slow
+def test_settings_choose_frames_and_rate(model: Model, folder: Path) -> None:
+    run = ready(model, folder, frames=9, frame_rate=10)
+    assert [one.latents.shape[1] for one in run.data.samples] == [3, 2, 1, 3]
+    assert any("clips are trained in part" in note for note in run.data.notes)
+    assert ready(model, folder, frames=1).data.samples[0].latents.shape[1] == 1
+
+
+def test_a_model_of_pictures_leaves_videos_out_and_says_so(folder: Path) -> None:
+    events: list[Event] = []
+    tiny = load_model(BUILT_IN)
+    run = ready(tiny, folder, events, resolution=32)
+    assert [one.latents.ndim for one in run.data.samples] == [3, 3, 3]
+    kinds = [type(one) for one in events]
+    assert kinds.index(ModelLoading) < kinds.index(ImagesFound), "which decides whether videos are read"
+    ((path, reason),) = run.plan.scan.skipped
+    assert path.name == "4.mp4" and "models of pictures are not trained" in reason
+    with pytest.raises(OptionError, match=r"frames is for models of videos, got 33"):
+        ready(tiny, folder, frames=33)
+
+
+@pytest.mark.slow
+def test_previews_are_animations_in_folder_sheet_and_report(model: Model, folder: Path, tmp_path: Path) -> None:
+    run = ready(
+        model, folder, previews="a wave|a calm", preview_steps=1, preview_frames=7, preview_strengths="1", steps=2
+    )
+    result = train_prepared(run, output=tmp_path / "run")
+    samples = tmp_path / "run" / "samples"
+    names = sorted(path.name for path in samples.iterdir())
+    assert {"base-1.webp", "base-2.webp", "step-000002-1.webp", "strength-1-2.webp", "steps.png"} <= set(names)
+    with Image.open(samples / "step-000002-1.webp") as shown:
+        assert shown.n_frames == 5  # type: ignore[attr-defined]
+    with Image.open(samples / "steps.png") as sheet:
+        assert sheet.height > 2 * 128  # the base model's row, and that of the step
+    assert result.path is not None
+    with Image.open(result.path.with_suffix(".png")) as picture:
+        assert picture.format == "PNG"
+    page = (tmp_path / "run" / "report.html").read_text("utf-8")
+    uris = re.findall(r"data:image/webp;base64,([A-Za-z0-9+/=]+)", page)
+    frames = [Image.open(io.BytesIO(base64.b64decode(uri))).n_frames for uri in uris]  # type: ignore[attr-defined]
+    assert frames.count(5) == 4 + 6  # base model and LoRA of two prompts, and over two steps
+
+
+@pytest.mark.slow
+def test_a_clip_is_drawn_and_saved_as_an_animation(model: Model, tmp_path: Path) -> None:
+    clips = generate_clips(model, ["a wave", "a calm"], Sampling(steps=1, frames=9, cfg=1.0, width=48, height=32))
+    assert [(len(one.frames), one.size, one.rate) for one in clips] == [(9, (48, 32), 5.0)] * 2
+    paths = save_pictures([*clips, clips[0].frames[0]], ["a", "b", "c"], tmp_path, made_with="Steps: 1")
+    assert [path.name for path in paths] == ["lorasmith_00001_.webp", "lorasmith_00002_.webp", "lorasmith_00003_.png"]
+    (more,) = save_pictures(clips[:1], ["a"], tmp_path, made_with="Steps: 1")
+    assert more.name == "lorasmith_00004_.webp"
+    with pytest.raises(OptionError, match=r"one more than a multiple of 4 for .*, got 8; try 5"):
+        generate_clips(model, "a wave", Sampling(frames=8))
+
+
+def test_a_model_of_pictures_draws_no_clips(tmp_path: Path) -> None:
+    tiny = load_model(BUILT_IN)
+    with pytest.raises(OptionError, match=r"frames is for models of videos, got 5 for lorasmith-tiny"):
+        generate_clips(tiny, "a fox", Sampling(frames=5))
+    with pytest.raises(OptionError, match=r"preview_frames is for models of videos, got 5"):
+        train(tiny, of_one_size(tiny), output=tmp_path / "run", previews="a fox", preview_frames=5)
+
+
+@pytest.mark.slow
+def test_memory_is_estimated_for_clips(tmp_path: Path) -> None:
+    config = TrainConfig(targets="attention", rank=2)
+    found = [
+        estimate_of(clip_model(tmp_path / str(frames)), config, card_bytes=2**34, frames=frames)
+        for frames in (1, 9, 11)
+    ]
+    assert [one.frames for one in found] == [1, 9, 9]
+    step = [one.plans[0].needed_bytes for one in found]
+    assert step[0] < step[1] == step[2]
+    with pytest.raises(OptionError, match=r"frames is for models of videos, got 5 for lorasmith-tiny"):
+        estimate_of(load_model(BUILT_IN), TrainConfig(), card_bytes=2**34, frames=5)

@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from lorasmith.runs.known_models import known_models
+
+
+def test_released_models_come_with_files_and_settings() -> None:
+    known = {one.name: one for one in known_models()}
+    krea = known["krea2"]
+    assert 12.8e9 < krea.parameters < 12.9e9
+    assert [part.usual_file for part in krea.text_encoders] == ["qwen3vl_4b_bf16.safetensors"]
+    assert krea.lora_layout == "ai-toolkit"
+    assert krea.distilled_names == ("turbo",)
+    assert known["sd2"].defaults.resolution < krea.defaults.resolution
+    assert [one.title for one in known.values()] == sorted((one.title for one in known.values()), key=str.casefold)
+
+
+_ROWS = {
+    "Stable Diffusion 1.x, 2.x": ("sd1", "sd2"),
+    "Stable Diffusion XL": ("sdxl",),
+    "Stable Diffusion 3.5": ("sd3",),
+    "Flux.1": ("flux1",),
+    "Chroma": ("chroma",),
+    "Flux.2 dev, klein": ("flux2", "flux2-klein"),
+    "Z-Image": ("z-image",),
+    "Lumina 2": ("lumina2",),
+    "Qwen-Image, 2512": ("qwen-image",),
+    "Krea 2": ("krea2",),
+    "ERNIE-Image": ("ernie-image",),
+    "Anima": ("anima",),
+    "Wan 2.1, 2.2 A14B; 2.2 5B": ("wan", "wan22-5b"),
+}
+"""Families by their row in docs/models.md."""
+
+_TARGETS = {"attention+ff": r"attention and (feed-forward|MLPs?)", "transformer": r"transformer blocks|whole blocks"}
+_TIMES = {"uniform": "uniform times", "logit_normal": "logit-normal times", "shifted": "times, with a shift"}
+
+
+def test_the_page_of_models_has_the_defaults_of_every_family() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text("utf-8")
+    table = page.partition("## Recommended settings")[2].partition("\n## ")[0]
+    rows = dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \|", table, flags=re.MULTILINE))
+    defaults = {one.name: one.defaults for one in known_models()}
+    assert sorted(name for names in _ROWS.values() for name in names) == sorted(defaults)
+    missing = []
+    for row, names in _ROWS.items():
+        for one in (defaults[name] for name in names):
+            rate = f"{one.learning_rate:.0e}".replace("e-0", "e-")
+            facts = [rf"\b{one.resolution} px", rf"rate {rate}\b", rf"guidance {one.guidance:g}(?![.\d])"]
+            facts += [_TARGETS[one.targets], _TIMES[one.timestep_distribution]]
+            facts += [rf"\b{one.frames} frames", rf"\b{one.frame_rate:g}( a second|\b)"] if one.frames > 1 else []
+            missing += [f"{row}: {fact}" for fact in facts if not re.search(fact, rows[row])]
+    assert missing == []

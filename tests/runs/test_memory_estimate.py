@@ -1,0 +1,233 @@
+"""The memory of a run, estimated without weights, beside what a run on the CPU takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lorasmith.bench.benchmark import latent_side
+from lorasmith.bench.measure import counted, synthetic_samples, training_steps, weight_bytes
+from lorasmith.core.errors import OptionError
+from lorasmith.core.folders import Folders
+from lorasmith.families.loading import load_model
+from lorasmith.families.locating import ModelFiles
+from lorasmith.runs.memory_estimate import MemoryEstimate, estimate_memory, estimate_of
+from lorasmith.training.config import TrainConfig
+from lorasmith.training.engine import prepared
+from lorasmith.training.job import plan_job
+from lorasmith.training.memory.memory_plan import measured_plans
+from tests.covering import slow_except
+from tests.families.flux_parts import comfyui_folder
+
+GIB = 2**30
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty million parameters."""
+    path = tmp_path_factory.mktemp("estimate") / "flux.safetensors"
+    save_file(models.checkpoint(models.FLUX_SMALL, 0), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def sd1(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("estimate") / "sd1.safetensors"
+    save_file(models.checkpoint(models.UNetShape(64, (1, 2, 2), 2, (1, 1, 0)), 0), path)
+    return path
+
+
+EVERY_PLAN = ("keep", "lean", "selective", "keep")
+
+
+def config(**settings: Any) -> TrainConfig:
+    return TrainConfig(**{"training_dtype": "fp32", "rank": 8, **settings})
+
+
+def estimated(path: Path, settings: TrainConfig, *, gib: float = 12, resolution: int = 256) -> MemoryEstimate:
+    return estimate_of(load_model(path), settings, card_bytes=int(gib * GIB), resolution=resolution)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "tolerance"),
+    [("flux", 0.001), ("sd1", 0.05)],  # convolutions over few pixels are matrix products on the CPU alone
+)
+def test_activations_are_those_that_auto_measures(
+    family: str, tolerance: float, request: pytest.FixtureRequest
+) -> None:
+    path, settings = request.getfixturevalue(family), config(batch_size=2)
+    found = estimated(path, settings)
+    model = load_model(path)
+    side = latent_side(model, 256)
+    job = plan_job(model.denoiser, settings, CPU)
+    measured: list[Any] = []
+
+    def plan() -> Any:
+        samples = synthetic_samples(model, 1, side, side)
+        measured.extend(measured_plans(model.denoiser, samples, job.config, job.runtime, 0))
+        return job.runtime
+
+    with prepared(model.denoiser, job.adapters, job.config, job.runtime, planned=plan):
+        pass
+    assert tuple(one.activations for one in found.plans) == EVERY_PLAN
+    for here, there in zip(found.plans, measured, strict=True):
+        assert (here.activations, here.checkpoint_depth) == (there.activations, there.checkpoint_depth)
+        assert here.needed_bytes == pytest.approx(there.needed_bytes, rel=tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["flux", "sd1"])
+@pytest.mark.parametrize("activations", slow_except(["keep", "lean", "selective"], "selective"))
+def test_the_whole_is_near_the_measured_peak(family: str, activations: str, request: pytest.FixtureRequest) -> None:
+    path, settings = request.getfixturevalue(family), config(activations=activations)
+    found = estimated(path, settings)
+    model = load_model(path)
+    side = latent_side(model, 256)
+    job = plan_job(model.denoiser, settings, CPU)
+    samples = synthetic_samples(model, 1, side, side)
+    counts = counted(lambda counter: training_steps(job, samples, counter), CPU)
+    peak = counts.peak + weight_bytes(model.denoiser.module)
+    (plan,) = [one for one in found.plans if one.activations == activations and not one.checkpoint_depth]
+
+    assert found.weights["none"] == weight_bytes(model.denoiser.module)
+    assert found.trained_bytes == pytest.approx(counts.state, rel=0.05)
+    assert found.weights["none"] + found.trained_bytes + plan.needed_bytes == pytest.approx(peak, rel=0.15)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "dtype"), slow_except([("none", "bf16"), ("int8", "fp32"), ("nf4", "bf16")], ("nf4", "bf16"))
+)
+def test_weights_are_as_large_as_in_a_run(sd1: Path, kind: Any, dtype: str) -> None:
+    settings = config(training_dtype=dtype, quantization=kind, targets="mid_block.*.to_q")
+    found = estimated(sd1, settings, resolution=64)
+    model = load_model(sd1)
+    job = plan_job(model.denoiser, settings, CPU)
+    sizes: list[int] = []
+    take: Callable[[], None] = lambda: sizes.append(weight_bytes(model.denoiser.module))  # noqa: E731
+    with prepared(model.denoiser, {}, job.config, job.runtime, first=take):
+        pass
+    assert found.weights[kind] == pytest.approx(sizes[0], rel=0.001)
+
+
+@pytest.mark.slow
+def test_offloaded_weights_are_a_block_and_the_rest(sd1: Path) -> None:
+    found = estimated(sd1, config(), resolution=64)
+    assert found.offloaded["none"] < found.weights["none"] / 2
+    assert found.offloaded["nf4"] < found.offloaded["int8"] < found.offloaded["none"]
+
+
+def test_the_cheapest_settings_that_fit_are_proposed(flux: Path) -> None:
+    whole = estimated(flux, config())
+    needs = {(one.activations, one.checkpoint_depth): one.needed_bytes for one in whole.plans}
+
+    def proposed(activation_bytes: float, weights: int) -> dict[str, Any]:
+        needed = 512 * 2**20 + whole.trained_bytes + weights + activation_bytes / 0.9 + 1000
+        return replace(whole, card_bytes=int(needed)).proposal.settings
+
+    assert whole.fits and whole.proposal.settings == {}
+    weights = whole.weights["none"]
+    assert proposed(needs["lean", 0], weights) == {"activations": "lean"}
+    assert proposed(needs["selective", 0], weights) == {"activations": "selective"}
+    assert proposed(needs["keep", 1], weights) == {"gradient_checkpointing": True}
+    unpacked = (4 + 4) * 6 * 384 * 384  # the modulation of six vectors is the largest weight
+    assert proposed(needs["keep", 1], whole.weights["int8"] + unpacked) == {
+        "gradient_checkpointing": True, "quantization": "int8"
+    }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_of_several_cards_each_has_a_part(tmp_path: Path) -> None:
+    """And whole the blocks in use; sharding changes no number, so it is proposed before quantization."""
+    save_file(models.checkpoint(models.FluxShape(128, 1, 24, 64, 32), 0), path := tmp_path / "deep.safetensors")
+    alone, four = (
+        estimate_of(load_model(path), config(), card_bytes=12 * GIB, resolution=64, cards=cards) for cards in (1, 4)
+    )
+    assert not alone.sharded and alone.weights == four.weights
+    assert all(four.weights[kind] / 4 < size < four.weights[kind] for kind, size in four.sharded.items())
+    needs = min(plan.needed_bytes for plan in four.plans)
+    held = 512 * 2**20 + four.trained_bytes + four.sharded["none"] + needs / 0.9 + 1000
+    fitted = replace(four, card_bytes=int(held))
+    assert fitted.fits and fitted.proposal.settings["sharding"] is True
+    assert "--sharding" in fitted.proposal.flags and not fitted.proposal.offloading
+
+
+@pytest.mark.slow
+def test_what_fits_nowhere_says_by_how_much(flux: Path) -> None:
+    found = estimated(flux, config(), gib=0.5)
+    assert not found.fits
+    assert found.proposal.settings["offloading"] is True
+    assert found.proposal.settings["gradient_checkpointing"] is True
+    more = replace(found, card_bytes=found.card_bytes + int(found.proposal.short_bytes / 0.9) + 1000)
+    assert more.fits and more.proposal.settings == found.proposal.settings
+
+
+@pytest.mark.slow
+def test_a_quantized_checkpoint_stays_as_it_is(flux: Path, tmp_path: Path) -> None:
+    tensors = models.checkpoint(models.FLUX_SMALL, 0)
+    kept = {name: t.to(torch.float8_e4m3fn) if t.ndim > 1 else t for name, t in tensors.items()}
+    save_file(kept, tmp_path / "fp8.safetensors")
+    plain, found = (estimated(path, config(training_dtype="bf16")) for path in (flux, tmp_path / "fp8.safetensors"))
+    assert found.weights["none"] < 0.6 * plain.weights["none"]
+    assert [one.needed_bytes for one in found.plans] == [one.needed_bytes for one in plain.plans]
+    tight = 512 * 2**20 + found.trained_bytes + found.weights["int8"] + found.plans[-1].needed_bytes
+    assert replace(found, card_bytes=tight).proposal.quantization == "nf4"
+
+
+@pytest.mark.slow
+def test_text_encoders_are_counted_or_named(tmp_path: Path) -> None:
+    base = comfyui_folder(tmp_path)
+    files, settings = ModelFiles("flux1-dev.safetensors"), config(targets="*.attn.to_q")
+    found = estimate_memory(files, settings, card_bytes=12 * GIB, resolution=64, folders=Folders(base))
+    t5 = load_model(base / "models/diffusion_models/flux1-dev.safetensors", text_encoders=[
+        base / "models/text_encoders/t5xxl_fp16.safetensors"]).components.text_encoders["text_encoder_2"]  # fmt: skip
+    assert found.text_encoders["text_encoder_2"] == 2 * sum(p.numel() for p in t5.parameters())
+    assert found.missing == {} and found.encoders_fit
+    assert [one.component for one in found.found] == ["text_encoder", "text_encoder_2", "vae"]
+    (base / "models/text_encoders/t5xxl_fp16.safetensors").unlink()
+    without = estimate_memory(files, settings, card_bytes=12 * GIB, resolution=64, folders=Folders(base))
+    assert without.missing == {"text_encoder_2": "t5xxl_fp16.safetensors"}
+    assert not replace(found, text_encoders={"text_encoder_2": 13 * GIB}).encoders_fit
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [
+    {"dora": "output", "targets": "mid_block.*"},
+    pytest.param({"pissa": True, "targets": "mid_block.*"}, marks=pytest.mark.slow),
+    pytest.param({"algorithm": "LoKr"}, marks=pytest.mark.slow),
+    pytest.param({"differences": "norms+biases", "targets": "all"}, marks=pytest.mark.slow),
+])  # fmt: skip
+def test_every_kind_of_adapter_can_be_estimated(sd1: Path, settings: dict[str, Any]) -> None:
+    assert estimated(sd1, config(**settings), resolution=64).trained_bytes > 0
+
+
+@pytest.mark.slow
+def test_networks_that_disable_autocast_are_counted_as_others(sd1: Path) -> None:
+    model, plain = load_model(sd1), load_model(sd1)
+    first: Any = model.components.denoiser.conv_in
+    convolved = first.forward
+
+    def forward(x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return convolved(x)  # type: ignore[no-any-return]
+
+    first.forward = forward
+    both = [estimate_of(one, config(), card_bytes=GIB, resolution=64).plans for one in (model, plain)]
+    assert both[0] == both[1]
+    with pytest.raises(RuntimeError):
+        torch.autocast("meta", enabled=False)
+
+
+def test_a_size_that_the_model_does_not_support_is_refused(sd1: Path) -> None:
+    with pytest.raises(OptionError, match="resolution must be a multiple of"):
+        estimated(sd1, config(), resolution=100)

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lorasmith.core.folders import Folders
+from lorasmith.runs.model_list import ModelList, list_models
+from tests.families.flux_parts import comfyui_folder, denoiser, t5
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> ModelList:
+    """A folder with a whole Flux.1, one that lacks its T5, one of an unsupported kind, and files of nobody."""
+    base = comfyui_folder(tmp_path_factory.mktemp("comfyui"))
+    place = base / "models" / "diffusion_models"
+    tensors = denoiser(1)
+    wide = {**tensors, "txt_in.weight": torch.zeros(256, 32)}
+    save_file({name: tensor.half() for name, tensor in wide.items()}, place / "other-width.safetensors")
+    save_file({**tensors, "img_in.weight": torch.zeros(256, 384)}, place / "fill.safetensors")
+    save_file(t5(width=48), base / "models" / "text_encoders" / "nobodys.safetensors")
+    save_file({"a.weight": torch.zeros(2, 2)}, base / "models" / "vae" / "odd.safetensors")
+    (base / "models" / "vae" / "cut.safetensors").write_bytes(b"cut")
+    return list_models(Folders(base))
+
+
+def test_models_come_with_the_parts_that_fit_them(found: ModelList) -> None:
+    models = {one.path.name: one for one in found.models}
+    assert list(models) == ["flux1-dev.safetensors", "other-width.safetensors", "lorasmith-tiny.safetensors"]
+    flux, other, tiny = models.values()
+    assert (flux.family, flux.precision, flux.place, flux.is_whole) == (
+        "Flux.1",
+        "fp32",
+        "models/diffusion_models",
+        True,
+    )
+    files = {part.component: part.path and part.path.name for part in flux.parts}
+    assert files == {
+        "text_encoder": "clip_l.safetensors", "text_encoder_2": "t5xxl_fp16.safetensors", "vae": "ae.safetensors"
+    }  # fmt: skip
+    assert (other.precision, other.is_whole) == ("fp16", False)
+    assert [(part.kind, part.usual_file) for part in other.missing] == [("t5xxl", "t5xxl_fp16.safetensors")]
+    assert tiny.is_whole and {part.path for part in tiny.parts} == {tiny.path}
+
+
+def test_what_fits_no_model_is_listed_apart(found: ModelList) -> None:
+    assert [(one.path.name, one.what) for one in found.unused] == [
+        ("nobodys.safetensors", "text encoder t5xxl of width 48")
+    ]
+    unknown = {one.path.name: one.what for one in found.unknown}
+    assert set(unknown) == {"odd.safetensors", "cut.safetensors", "fill.safetensors"}
+    assert "of no supported architecture" in unknown["odd.safetensors"]
+    assert "only text-to-image models with 64 are supported" in unknown["fill.safetensors"]
+
+
+def test_the_list_is_data(found: ModelList) -> None:
+    assert len(json.loads(json.dumps(asdict(found), default=str))["models"]) == 3
+
+
+def test_an_empty_folder_has_the_built_in_model_alone(tmp_path: Path) -> None:
+    found = list_models(Folders(tmp_path))
+    assert [one.place for one in found.models] == ["the package"]
+    assert (found.unused, found.unknown) == ((), ())

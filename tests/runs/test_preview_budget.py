@@ -1,0 +1,97 @@
+"""How much is drawn that nobody asked for: as much as fits into a tenth of the run, counted before its first step."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lorasmith.core.errors import OptionError
+from lorasmith.data.dataset import EncodedDataset, Sample
+from lorasmith.families.base import Conditioning
+from lorasmith.families.model import Model
+from lorasmith.runs.model_run import train_job
+from lorasmith.runs.preview_budget import PreviewProgram, program_within, unasked_program
+from lorasmith.training.config import TrainConfig
+from lorasmith.training.events import Previewed, Warned
+from lorasmith.training.job import plan_job
+from lorasmith.training.train import RunOptions
+
+WHOLE = PreviewProgram(20, (0.5, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("budget", "pictures", "steps", "is_final_only"),
+    [
+        (264, 6, 20, False),  # 44 passes for a picture of 20 steps
+        (263, 3, 20, True),
+        (131, 2, 20, True),
+        (87, 2, 12, True),
+        (55, 2, 8, True),
+    ],
+)
+def test_what_fits_into_a_number_of_passes(budget: float, pictures: int, steps: int, is_final_only: bool) -> None:
+    program = program_within(budget, WHOLE, each_step=2)
+    assert program is not None
+    assert (program.pictures, program.sampling_steps, program.is_final_only) == (pictures, steps, is_final_only)
+    assert program.passes(2) <= budget
+
+
+def test_where_nothing_fits_nothing_is_drawn() -> None:
+    assert program_within(39, WHOLE, each_step=2) is None
+    assert program_within(39, WHOLE, each_step=1) == PreviewProgram(12, (), is_final_only=True)
+
+
+def test_fewer_sampling_steps_than_asked_for_stay_fewer() -> None:
+    assert program_within(24, PreviewProgram(4, ()), each_step=2) == PreviewProgram(4, (), is_final_only=True)
+
+
+def samples(side: int) -> list[Sample]:
+    return [Sample(torch.zeros(4, side, side), Conditioning({}), "a.png")]
+
+
+def test_the_sizes_of_latents_count_on_both_sides(tiny: Model) -> None:
+    """Latents of half the side cost a quarter, so four times the steps have the same program."""
+    side = tiny.defaults.resolution // tiny.components.latent.downscale
+    for steps in (100, 200, 400, 800, 3200):
+        config = TrainConfig(steps=steps)
+        quarter = unasked_program(replace(config, steps=4 * steps), tiny, samples(side // 2))
+        assert unasked_program(config, tiny, samples(side)) == quarter
+        assert unasked_program(replace(config, steps=steps // 4, batch_size=4), tiny, samples(side)) == quarter
+
+
+def test_the_program_of_a_run_is_at_most_a_tenth_of_its_passes(tiny: Model) -> None:
+    side = tiny.defaults.resolution // tiny.components.latent.downscale
+    found = {}
+    for steps in range(3, 2000, 7):
+        program = unasked_program(TrainConfig(steps=steps), tiny, samples(side))
+        found[steps] = 0 if program is None else program.passes(2)
+        assert found[steps] <= 0.1 * 2 * steps
+    assert found[3] == 0 and list(found.values()) == sorted(found.values())
+    with pytest.raises(OptionError, match="preview_strengths"):
+        unasked_program(TrainConfig(preview_strengths="much"), tiny, samples(side))
+
+
+@pytest.mark.parametrize(("settings", "drawn"), [({}, 0), ({"previews": "a lion", "preview_steps": 1}, 3)])
+def test_a_short_run_draws_what_was_asked_for_alone(
+    tiny: Model, captions: list[Conditioning], tmp_path: Path, settings: dict[str, Any], drawn: int
+) -> None:
+    """Three steps are worth less than a picture."""
+    events: list[object] = []
+    data = EncodedDataset((Sample(torch.randn(4, 8, 8), captions[0], "1.png"),))
+    config = TrainConfig(steps=3, rank=2, targets="attention", training_dtype="fp32", preview_every=3, **settings)
+    options = RunOptions(output=tmp_path / "run", on_event=events.append)
+    train_job(tiny.denoiser, plan_job(tiny.denoiser, config, "cpu"), data, options, unasked="a fox")
+    assert sum(isinstance(event, Previewed) for event in events) == drawn
+    told = [event.message for event in events if isinstance(event, Warned) and "previews" in event.message]
+    assert told == (
+        []
+        if drawn
+        else [
+            "No previews are drawn, as two pictures would take more than a tenth of this run; prompts in previews are "
+            "drawn in any case."
+        ]
+    )

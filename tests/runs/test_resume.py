@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorasmith.core.errors import LorasmithError, OptionError, OutputError
+from lorasmith.runs.folder_run import train_prepared
+from lorasmith.runs.resume import prepare_again
+from lorasmith.training.events import Resumed, Warned
+from lorasmith.training.storage.run_folder import RunFolder
+from tests.runs.folder_cases import CONFIRMED, Audience, prepared, tensors_of, with_record
+
+
+def test_a_run_is_prepared_again_and_continued_to_the_bit(broken: Path, whole: Path) -> None:
+    audience = Audience()
+    run = prepare_again(broken, rights=CONFIRMED, on_event=audience)
+    names = [name for name in audience.names() if name != "EncodersHashed"]  # unless they are remembered
+    assert names[:4] == ["ImagesFound", "ModelLoading", "ImagesChecked", "RunPlanned"]
+    assert names[4:] == ["CaptionEncoded", "ImageEncoded"]
+    train_prepared(run, output=broken, on_event=audience)
+    assert "Resumed" in audience.names()
+    assert tensors_of(broken) == tensors_of(whole)
+
+
+def test_a_run_without_a_state_begins_from_the_start(broken: Path) -> None:
+    shutil.rmtree(broken / "states")
+    audience = Audience()
+    prepare_again(broken, rights=CONFIRMED, on_event=audience)
+    (warned,) = (event for event in audience.events if isinstance(event, Warned))
+    assert "ended before its first run state was saved and starts from the beginning" in warned.message
+
+
+REFUSED: dict[str, tuple[Callable[[Path], object], dict[str, Any], str]] = {
+    "no run": (lambda run: (run / "run.json").unlink(), {}, "a run folder must contain run.json"),
+    "damaged": (lambda run: (run / "run.json").write_text("{"), {}, "needed to identify the run"),
+    "model moved": (
+        lambda run: with_record(run, source={"model": "/gone/m.safetensors"}), {}, "m.safetensors does not exist"
+    ),
+    "workflow": (lambda run: with_record(run, source={"command": "run"}), {}, "start its workflow or script again"),
+    "script": (lambda run: with_record(run, source={}), {}, "start its workflow or script again"),
+    "device": (lambda run: None, {"device": "gpu"}, r"device must be one that is here \(cpu"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_continued_is_refused_in_a_sentence(broken: Path, case: str) -> None:
+    change, others, sentence = REFUSED[case]
+    change(broken)
+    with pytest.raises(LorasmithError, match=sentence):
+        prepare_again(broken, rights=CONFIRMED, **others)
+
+
+def test_a_folder_that_is_trained_in_is_refused_before_anything_is_read(broken: Path) -> None:
+    audience = Audience()
+    with RunFolder(broken).claimed(), pytest.raises(OutputError, match="is in use by a run"):
+        prepare_again(broken, rights=CONFIRMED, on_event=audience)
+    assert audience.events == []
+
+
+def test_a_finished_run_is_not_continued(whole: Path) -> None:
+    with pytest.raises(OutputError, match="is complete and cannot be resumed"):
+        prepare_again(whole, rights=CONFIRMED)
+
+
+@pytest.mark.slow
+def test_a_finished_run_is_trained_on_from_its_end_with_its_optimizer(
+    whole: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a constant rate the result is that of the longer run in one piece, to the bit."""
+    monkeypatch.chdir(tmp_path)
+    constant = {"schedule": "constant", "validation_share": 0.0}
+    train_prepared(prepared(images, steps=3, **constant), output=tmp_path / "short")
+    train_prepared(prepared(images, steps=6, **constant), output=tmp_path / "long")
+    audience = Audience()
+    again = prepare_again(tmp_path / "short", rights=CONFIRMED, steps=6)
+    result = train_prepared(again, output=tmp_path / "on", on_event=audience)
+    assert result.steps == len(result.losses) == 6
+    assert tensors_of(tmp_path / "on") == tensors_of(tmp_path / "long") != tensors_of(tmp_path / "short")
+    (resumed,) = (event for event in audience.events if isinstance(event, Resumed))
+    assert "continues from step 3 of" in resumed.message and "constant schedule over 6 steps" in resumed.message
+
+
+def test_training_on_needs_a_complete_run_and_more_steps(whole: Path, broken: Path) -> None:
+    with pytest.raises(OptionError, match="--steps is for a complete run"):
+        prepare_again(broken, rights=CONFIRMED, steps=9)
+    with pytest.raises(OptionError, match="must be more than the 5 steps"):
+        prepare_again(whole, rights=CONFIRMED, steps=5)
+
+
+@pytest.mark.slow
+def test_a_run_of_variants_continues_to_the_bit(images: Path, tmp_path: Path) -> None:
+    varied = {"flip": True, "crop_jitter": 0.2, "caption_dropout": 0.3, "trigger": "sks, a, b", "shuffle_tags": True}
+    whole = train_prepared(prepared(images, **varied), output=tmp_path / "whole")
+    audience = Audience(stop_at=2)
+    train_prepared(prepared(images, **varied), output=tmp_path / "run", on_event=audience, cancelled=audience.cancelled)
+    assert tensors_of(tmp_path / "run") != tensors_of(tmp_path / "whole")
+    resumed = train_prepared(prepare_again(tmp_path / "run", rights=CONFIRMED), output=tmp_path / "run")
+    assert tensors_of(tmp_path / "run") == tensors_of(tmp_path / "whole") and resumed.losses == whole.losses

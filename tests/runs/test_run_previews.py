@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from lorasmith.core.errors import ModelError, OptionError
+from lorasmith.families.base import Conditioning
+from lorasmith.families.model import Model
+from lorasmith.runs import run_previews as previewing
+from lorasmith.runs.model_run import train
+from lorasmith.runs.preview_budget import whole_program
+from lorasmith.runs.run_previews import PreviewFrames, RunPreviews, run_previews
+from lorasmith.sampling.generate import generate
+from lorasmith.sampling.previews import Previewer, parse_prompts
+from lorasmith.training.config import TrainConfig
+from lorasmith.training.events import Event, Previewed, Warned
+from lorasmith.training.lora_handle import Lora
+
+Make = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def saved(tiny: Model, captions: list[Conditioning], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA file as training writes it."""
+    from lorasmith.data.dataset import EncodedDataset, Sample
+
+    data = EncodedDataset((Sample(torch.randn(4, 8, 8), captions[0], "1.png"),))
+    settings = {"steps": 2, "rank": 2, "targets": "attention", "learning_rate": 0.05, "training_dtype": "fp32"}
+    result = train(tiny, data, output=tmp_path_factory.mktemp("run") / "run", title="pets", **settings)
+    assert result.path is not None
+    return result.path
+
+
+def previews_of(model: Model, config: TrainConfig, folder: Path, **given: Any) -> RunPreviews:
+    prompts = parse_prompts(config.previews)
+    return run_previews(model.denoiser, config, folder, prompts=prompts, program=whole_program(config), **given)
+
+
+@pytest.fixture
+def previews(tiny: Model, tmp_path: Path) -> Callable[..., RunPreviews]:
+    def make(**settings: Any) -> RunPreviews:
+        config = TrainConfig(**({"previews": "a lion | a bus", "preview_steps": 2, "seed": 9} | settings))
+        return previews_of(tiny, config, tmp_path, title="pets", device="cpu")
+
+    return make
+
+
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException | None], None]:
+    """Makes each drawing raise an error, or none."""
+    draw = Previewer.draw
+
+    def set_to(error: BaseException | None) -> None:
+        def fail(*_: object) -> list[Image.Image]:
+            assert error is not None
+            raise error
+
+        monkeypatch.setattr(Previewer, "draw", draw if error is None else fail)
+
+    return set_to
+
+
+def rows(events: list[Event]) -> list[tuple[int, float]]:
+    assert all(isinstance(event, Previewed) for event in events), events
+    return [(event.step, event.strength) for event in events if isinstance(event, Previewed)]
+
+
+def warning(events: list[Event]) -> str:
+    (event,) = events
+    assert isinstance(event, Warned)
+    return event.message
+
+
+@pytest.mark.slow
+def test_a_run_draws_base_steps_and_strengths(previews: Make, tiny: Model, saved: Path, tmp_path: Path) -> None:
+    draw = previews(preview_strengths="0.5,1")
+    first = draw(10, saved)
+    assert rows(first) == [(10, 0.0), (10, 1.0)]
+    assert rows(draw(20, saved)) == [(20, 1.0)]
+    assert rows(draw(30, saved, final=True)) == [(30, 1.0), (30, 0.5)]
+    stems = ["base", "step-000010", "step-000020", "step-000030", "strength-0.5", "strength-1"]
+    expected = {f"{stem}-{number}.png" for stem in stems for number in (1, 2)} | {"steps.png", "strengths.png"}
+    assert {path.name for path in (tmp_path / "samples").iterdir()} == expected
+    assert first[1].prompts == ("a lion", "a bus")
+    users = generate(Lora.load(saved, tiny).applied_to(tiny.denoiser), ["a lion", "a bus"], seed=9, steps=2)
+    for path, picture in zip(first[1].paths, users, strict=True):
+        with Image.open(path) as written:
+            assert written.tobytes() == picture.tobytes()
+            assert "Sampler: euler normal" in written.info["parameters"]
+            assert "Seed: 9" in written.info["parameters"] and "LoRA: pets.safetensors" in written.info["parameters"]
+
+
+@pytest.mark.slow
+def test_strengths_without_1(previews: Make, saved: Path, tmp_path: Path) -> None:
+    assert rows(previews(preview_strengths="2")(10, saved, final=True)) == [(10, 0.0), (10, 1.0), (10, 2.0)]
+    assert not list((tmp_path / "samples").glob("strength-1-*"))
+    assert rows(previews(preview_strengths="")(10, saved, final=True)) == [(10, 0.0), (10, 1.0)]
+
+
+@pytest.mark.slow
+def test_a_failure_is_a_warning_and_the_next_preview_is_tried(previews: Make, broken: Make, saved: Path) -> None:
+    draw = previews()
+    for _ in range(3):
+        broken(RuntimeError("the device went away\nand more"))
+        assert warning(draw(10, saved)) == (
+            "the preview at step 10 could not be drawn (RuntimeError: the device went away); training continues"
+        )
+        broken(None)
+        assert rows(draw(20, saved))[-1] == (20, 1.0)
+
+
+def test_the_second_failure_in_a_row_is_the_last(previews: Make, broken: Make, saved: Path) -> None:
+    draw = previews()
+    broken(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
+    assert "could not be drawn (out of memory); training continues" in warning(draw(10, saved))
+    assert warning(draw(20, saved)).endswith("nor could the one before; training continues without previews")
+    broken(None)
+    assert draw(30, saved) == draw(40, saved, final=True) == []
+
+
+def test_what_went_well_before_a_failure_is_told(previews: Make, saved: Path, tmp_path: Path) -> None:
+    *drawn, failed = previews()(10, tmp_path / "absent.safetensors")
+    assert rows(drawn) == [(10, 0.0)]
+    assert "absent.safetensors" in warning([failed]) and "LoraError" not in warning([failed])
+
+
+def test_a_full_disk_is_a_warning(previews: Make, saved: Path, tmp_path: Path) -> None:
+    (tmp_path / "samples").touch()
+    assert "must be a folder but is a file" in warning(previews()(10, saved))
+
+
+def test_interrupts_go_through(previews: Make, broken: Make, saved: Path) -> None:
+    broken(KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        previews()(10, saved)
+
+
+def test_a_cancelled_preview_is_no_failure(tiny: Model, saved: Path, tmp_path: Path) -> None:
+    config = TrainConfig(previews="a lion", preview_steps=2)
+    draw = previews_of(tiny, config, tmp_path, title="x", device="cpu", cancelled=lambda: True)
+    assert draw is not None
+    assert [draw(step, saved) for step in (10, 20, 30)] == [[], [], []]
+
+
+@pytest.mark.parametrize(
+    ("setting", "sentence"),
+    [({"preview_strengths": "0.5;1"}, "preview_strengths must be numbers"), ({"previews": "x|" * 65}, "at most 64")],
+)
+def test_settings_are_checked_before_training(previews: Make, setting: dict[str, str], sentence: str) -> None:
+    with pytest.raises(OptionError, match=sentence):
+        previews(**setting)
+
+
+def test_a_bare_denoiser_is_refused_before_training(tiny: Model, tmp_path: Path) -> None:
+    bare = replace(tiny, components=replace(tiny.components, vae=None))
+    with pytest.raises(ModelError, match="needs an autoencoder for pictures"):
+        previews_of(bare, TrainConfig(previews="a lion"), tmp_path, title="x")
+
+
+def test_previews_run_in_trainings_dtype_on_gpus_alone(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    ampere = {"auto": torch.bfloat16, "bf16": torch.bfloat16, "fp32": torch.float32, "none": torch.float32}
+    for capability, formats in {(8, 6): ampere, (7, 5): dict.fromkeys(ampere, torch.float32)}.items():
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, capability=capability: capability)
+        for name, expected in formats.items():
+            config = TrainConfig(training_dtype=name)
+            assert previewing._sampling_dtype(tiny.denoiser, config, gpu) == expected
+            assert previewing._sampling_dtype(tiny.denoiser, config, cpu) == torch.float32
+
+
+@pytest.mark.slow
+def test_frames_show_the_base_above_the_newest_step(previews: Make, saved: Path) -> None:
+    draw, frames = previews(), PreviewFrames(columns=1, cell=64)
+    sizes = []
+    for event in [*draw(10, saved), *draw(20, saved, final=True)]:
+        with Image.open(io.BytesIO(frames(event))) as frame:
+            assert frame.format == "JPEG"
+            sizes.append(frame.height)
+    base, step_10, step_20, halved = sizes
+    assert base < step_10 == step_20 < halved
+
+
+def test_a_frame_of_files_that_are_gone_is_none(tmp_path: Path) -> None:
+    event = Previewed(step=1, prompts=("a lion",), paths=(str(tmp_path / "gone.png"),), strength=1.0)
+    assert PreviewFrames()(event) is None

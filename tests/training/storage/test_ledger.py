@@ -1,0 +1,137 @@
+"""Training losses by noise level and image, on losses whose story is known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+
+from lorasmith.training.storage.ledger import MIN_LOOKS, ImageRecord, Ledger
+
+NAMES = ("a.png", "b.png", "c.png", "d.png", "e.png", "f.png")
+STEPS = 300
+
+Story = Callable[[float], float]
+
+
+def told(stories: Sequence[Story], *, steps: int = STEPS, batch: int = 2, scatter: float = 0.2) -> Ledger:
+    """Each image's loss follows a story over the run's time from 0 to 1, times a factor of the noise level."""
+    rng = np.random.default_rng(0)
+    ledger = Ledger(NAMES[: len(stories)])
+    for step in range(1, steps + 1):
+        draws = []
+        for index in (np.arange(batch) + step * batch) % len(stories):
+            quantile = float(rng.random())
+            level = 0.05 + 2 * (1 - quantile) ** 6  # ranges over a factor of forty
+            noise = float(rng.lognormal(0, scatter))
+            draws.append((int(index), quantile, stories[index](step / steps) * level * noise))
+        ledger.add(step, draws)
+    return ledger
+
+
+def steady(t: float) -> float:
+    return 1.0
+
+
+def falling(t: float) -> float:
+    return 1.0 - 0.6 * t
+
+
+def learnt_early(t: float) -> float:
+    return 0.6 + 0.4 * math.exp(-t / 0.08)
+
+
+def standings(records: Sequence[ImageRecord]) -> dict[str, str]:
+    return {record.name[0]: record.standing for record in records}
+
+
+def test_each_story_has_its_standing() -> None:
+    records = told([learnt_early, falling, steady, lambda t: 3 * steady(t), lambda t: 0.12 + 0.88 * (t < 0.3)]).images(
+        held_out_fall=0.8
+    )
+    assert standings(records) == {
+        "a": "learnt",
+        "b": "still learning",
+        "c": "unchanged",
+        "d": "never fit",
+        "e": "memorised",
+    }
+    assert [record.looks for record in records] == [120] * 5
+    hard = records[3]
+    assert hard.relative > 1.8
+    assert hard.first == pytest.approx(hard.last, rel=0.15)
+
+
+def test_noise_levels_are_taken_out() -> None:
+    """An image that always meets the clean end, where losses are forty times as high, is no harder for it."""
+    ledger = Ledger(["clean", "noisy", "both"])
+    rng = np.random.default_rng(1)
+    for step in range(200):
+        for index, quantile in ((0, 0.05), (1, 0.95), (2, float(rng.choice([0.05, 0.95])))):
+            level = 2.0 if quantile < 0.5 else 0.05
+            ledger.add(3 * step + index, [(index, quantile, level * float(rng.lognormal(0, 0.1)))])
+    assert [record.relative for record in ledger.images()] == pytest.approx([1, 1, 1], rel=0.05)
+
+
+def test_everybody_memorised_shows_against_held_out_images_alone() -> None:
+    ledger = told([lambda t: 1.0 if t < 0.4 else 0.3] * 6)
+    assert set(standings(ledger.images(held_out_fall=1.2)).values()) == {"memorised"}
+    assert "memorised" not in standings(ledger.images()).values()
+    assert "memorised" not in standings(ledger.images(held_out_fall=0.3)).values()
+
+
+def test_an_easy_image_is_not_memorised_for_being_easy() -> None:
+    ledger = told([lambda t: 0.3 * falling(t), *[falling] * 5])
+    record = ledger.images()[0]
+    assert record.relative < 0.5
+    assert record.standing == "still learning"
+
+
+def test_few_looks_say_nothing() -> None:
+    ledger = told([lambda t: 10.0, steady], steps=MIN_LOOKS - 1)
+    assert [record.looks for record in ledger.images()] == [MIN_LOOKS - 1] * 2
+    assert set(standings(ledger.images()).values()) == {"too few looks"}
+    unseen = Ledger(["a.png"]).images()[0]
+    assert (unseen.looks, unseen.standing) == (0, "too few looks")
+    assert math.isnan(unseen.relative)
+
+
+def test_an_image_that_was_never_drawn_has_a_record_too() -> None:
+    ledger = Ledger(["a.png", "b.png"])
+    ledger.add(1, [(0, 0.5, 1.0)])
+    assert [record.looks for record in ledger.images()] == [1, 0]
+
+
+def test_repeats_are_one_image() -> None:
+    ledger = Ledger(["a.png", "b.png", "a.png"])
+    ledger.add(1, [(0, 0.1, 1.0), (1, 0.1, 1.0), (2, 0.1, 1.0)])
+    assert [(record.name, record.looks) for record in ledger.images()] == [("a.png", 2), ("b.png", 1)]
+
+
+def test_the_curve_has_mean_losses_by_noise_level_and_stretch() -> None:
+    ledger = Ledger(["a.png"], bins=2)
+    for step in range(1, 7):
+        ledger.add(step, [(0, 0.25, float(step)), (0, 1.0, 10.0 * step)] if step < 5 else [(0, 0.0, 7.0)])
+    curve = ledger.curve(points=3)
+    assert curve.bins == (0.0, 0.5, 1.0)
+    assert curve.steps == (2, 4, 6)
+    assert curve.losses == ((1.5, 15.0), (3.5, 35.0), (7.0, None))
+    assert Ledger(["a.png"]).curve().losses == ()
+
+
+def test_a_step_taken_again_replaces_what_came_after_it() -> None:
+    ledger, straight = Ledger(["a.png"]), Ledger(["a.png"])
+    for step in (1, 2, 3, 4, 2, 3):
+        ledger.add(step, [(0, 0.5, float(step))])
+    for step in (1, 2, 3):
+        straight.add(step, [(0, 0.5, float(step))])
+    assert ledger.images() == straight.images()
+    assert ledger.curve() == straight.curve()
+
+
+def test_losses_that_are_not_finite_are_left_out() -> None:
+    ledger = Ledger(["a.png"])
+    ledger.add(1, [(0, 0.5, math.nan), (0, 0.5, math.inf), (0, 0.5, 2.0)])
+    assert ledger.images()[0].looks == 1
