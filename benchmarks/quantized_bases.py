@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.bases import machine
 from benchmarks.results import Results, add_json
-from lorasmith.adapters.packed_layers import packable_layers
+from lorasmith.adapters.frozen_layer import packable_layers
 from lorasmith.core.folders import ASSETS
 from lorasmith.core.placement import dtype_from_name
 from lorasmith.core.quantization import PACKINGS, packed

@@ -33,8 +33,7 @@ from lorasmith.families.parts import autoencoders, clip
 from lorasmith.families.parts.encoders import parse_weights
 from lorasmith.formats.container import write_safetensors
 from lorasmith.formats.inspect import describe
-from lorasmith.formats.names.recognise import SIGNATURES
-from lorasmith.formats.names.spelling import split_key
+from lorasmith.formats.spelling import SIGNATURES, split_key
 from lorasmith.nodes import load_nodes
 from lorasmith.nodes.strings import _Formatter
 from lorasmith.report.loss_plot import trailing_means
@@ -58,7 +57,7 @@ BOUNDED = {
     ("report/curves.py", "<metadata>"): "matplotlib wrote the text",
     ("report/curves.py", "<svg "): "matplotlib wrote the text",
     ("server/api/endpoint.py", "w+)[^}]*"): "paths of our own endpoints",
-    ("formats/layouts/peft_config.py", "{key}"): "a stranger's own pattern: `_Patterns.refuse_slow` bounds its time",
+    ("formats/layouts/peft.py", "{key}"): "a stranger's own pattern: `_Patterns.refuse_slow` bounds its time",
 }
 # Patterns in tables, and how texts are held to those that are passed on by name.
 TABLES = {
@@ -66,7 +65,7 @@ TABLES = {
     "core/processes.py": lambda: list(processes._REASONS),
     "families/parts/clip.py": lambda: [pattern for pattern, _ in clip._OPENCLIP],
     "families/parts/autoencoders.py": lambda: [r"decoder\.up\.(\d+)\.", *(one for one, _ in autoencoders._RENAMES)],
-    "formats/names/recognise.py": lambda: [one.pattern for one in SIGNATURES],
+    "formats/spelling.py": lambda: [one.pattern for one in SIGNATURES],
     "nodes/saving.py": lambda: [r"name_(\d+)[_.].*", r"name_\d+_steps_(\d+)_?\..+"],
 }
 PASSED_ON = {

@@ -11,11 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorasmith.adapters.adapter import ADAPTERS, Adapter
-from lorasmith.adapters.dora import InputDora, OutputDora
 from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.adapters.inject import load_adapters
 from lorasmith.adapters.lora import LoraAdapter
-from lorasmith.adapters.variants import PissaAdapter
+from lorasmith.adapters.variants import InputDora, OutputDora, PissaAdapter
 from lorasmith.core.adapter_state import AdapterWeights
 
 

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from lorasmith.adapters import algorithms, catalogue
 from lorasmith.adapters.adapter import ADAPTERS, Adapter, misfit, saved, taken, wide
 from lorasmith.adapters.frozen_layer import FrozenLayer
-from lorasmith.adapters.inject import Attached, adapters_attached, create_adapters
+from lorasmith.adapters.inject import Attached, Rule, adapters_attached, create_adapters, plan_adapters
 from lorasmith.adapters.patch import Patch, patches_merged
-from lorasmith.adapters.targets import Rule, plan_adapters
 from lorasmith.core.adapter_state import DENOISER, AdapterFormat, AdapterState, AdapterWeights, ModuleRef
 from lorasmith.families.loading import load_model
 from lorasmith.families.locating import built_in_models
@@ -26,7 +25,7 @@ from lorasmith.families.model import Model
 from lorasmith.formats.container import read_safetensors
 from lorasmith.formats.inspect import describe
 from lorasmith.formats.lora_file import load_lora, save_lora
-from lorasmith.formats.names.model_names import ModelNames
+from lorasmith.formats.names import ModelNames
 from lorasmith.toolbox.check import check_lora
 from lorasmith.toolbox.convert import convert_lora
 from lorasmith.toolbox.fold import fold_into

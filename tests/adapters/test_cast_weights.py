@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from lorasmith.adapters.packed_layers import cast_weights, packed_layers
+from lorasmith.adapters.frozen_layer import cast_weights, packed_layers
 
 
 def test_weights_are_cast_in_place_without_scales() -> None:

@@ -9,9 +9,8 @@ from diffusers.models.normalization import RMSNorm
 from layer_cases import LAYERS, LayerCase, randomised, snapshot
 from torch import Tensor, nn
 
-from lorasmith.adapters.difference import Difference, is_norm
 from lorasmith.adapters.frozen_layer import FrozenLayer
-from lorasmith.adapters.inject import Attached, adapters_attached, load_differences
+from lorasmith.adapters.inject import Attached, Difference, adapters_attached, is_norm, load_differences
 from lorasmith.adapters.lora import LoraAdapter
 from lorasmith.adapters.oft import OftAdapter
 from lorasmith.adapters.patch import Patch, patches_merged

@@ -9,9 +9,9 @@ from layer_cases import LAYERS, LayerCase, Small, randomised
 from torch import Tensor, nn
 
 from lorasmith.adapters.adapter import ADAPTERS
-from lorasmith.adapters.dora import DoraAdapter, InputDora, OutputDora, dora_from_weights
 from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.adapters.inject import Attached, adapters_attached
+from lorasmith.adapters.variants import DoraAdapter, InputDora, OutputDora, dora_from_weights
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import LoraError
 

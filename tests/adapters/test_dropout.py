@@ -10,12 +10,11 @@ from layer_cases import LAYERS, LayerCase, randomised
 from torch import Tensor, nn
 
 from lorasmith.adapters.adapter import Adapter
-from lorasmith.adapters.dora import InputDora, OutputDora
 from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.adapters.full import FullAdapter
 from lorasmith.adapters.inject import Attached, adapters_attached
 from lorasmith.adapters.lora import LoraAdapter
-from lorasmith.adapters.variants import Dropout, PissaAdapter
+from lorasmith.adapters.variants import Dropout, InputDora, OutputDora, PissaAdapter
 from lorasmith.core.errors import OptionError
 
 

@@ -11,10 +11,17 @@ from torch import Tensor, nn
 
 from lorasmith.adapters.adapter import Adapter
 from lorasmith.adapters.frozen_layer import FrozenLayer, is_targetable
-from lorasmith.adapters.inject import Attached, adapters_attached, create_adapters, load_adapters
+from lorasmith.adapters.inject import (
+    Attached,
+    Plan,
+    Rule,
+    adapters_attached,
+    create_adapters,
+    load_adapters,
+    plan_adapters,
+)
 from lorasmith.adapters.lora import LoraAdapter
 from lorasmith.adapters.patch import Patch, patches_merged
-from lorasmith.adapters.targets import Plan, Rule, plan_adapters
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import LoraError
 

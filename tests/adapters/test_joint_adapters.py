@@ -9,13 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.adapters.adapter import ADAPTERS, Adapter
-from lorasmith.adapters.difference import Difference
-from lorasmith.adapters.dora import InputDora, OutputDora
-from lorasmith.adapters.frozen_layer import FrozenLayer
-from lorasmith.adapters.inject import Attached, adapters_attached
+from lorasmith.adapters.frozen_layer import FrozenLayer, weight_source_set
+from lorasmith.adapters.inject import Attached, Difference, adapters_attached
 from lorasmith.adapters.joint_adapters import SampleRows, SamplesMixed, jointly_attached
 from lorasmith.adapters.lora import LoraAdapter
-from lorasmith.adapters.packed_layers import weight_source_set
+from lorasmith.adapters.variants import InputDora, OutputDora
 from lorasmith.core.quantization import packed
 from tests.covering import slow_except
 

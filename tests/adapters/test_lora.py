@@ -10,9 +10,8 @@ from layer_cases import LAYERS, LayerCase, Small, randomised
 from torch import Tensor, nn
 
 from lorasmith.adapters.frozen_layer import FrozenLayer
-from lorasmith.adapters.inject import Attached, adapters_attached, create_adapters
+from lorasmith.adapters.inject import Attached, Plan, PlannedAdapter, adapters_attached, create_adapters
 from lorasmith.adapters.lora import LoraAdapter
-from lorasmith.adapters.targets import Plan, PlannedAdapter
 from lorasmith.adapters.variants import Variant
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import LoraError

@@ -11,9 +11,8 @@ from layer_cases import KINDS, LAYERS, LayerCase, randomised
 from torch import Tensor, nn
 
 from lorasmith.adapters.adapter import Adapter
-from lorasmith.adapters.frozen_layer import FrozenLayer
+from lorasmith.adapters.frozen_layer import FrozenLayer, give_source
 from lorasmith.adapters.inject import Attached, adapters_attached
-from lorasmith.adapters.packed_layers import give_source
 from lorasmith.core.quantization import Packed, packed
 
 pytestmark = pytest.mark.pairwise(algorithm=[*KINDS, "none"], case=LAYERS)

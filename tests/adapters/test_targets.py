@@ -6,7 +6,7 @@ import pytest
 from test_inject import Block
 from torch import nn
 
-from lorasmith.adapters.targets import Rule, plan_adapters
+from lorasmith.adapters.inject import Rule, plan_adapters
 from lorasmith.core.errors import OptionError
 
 

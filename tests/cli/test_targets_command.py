@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from lorasmith.adapters.catalogue import ALGORITHMS
+from lorasmith.families.loading import load_structure
 from lorasmith.families.locating import built_in_models
-from lorasmith.families.structure import load_structure
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.targets_summary import summarise_targets
 from tests.covering import slow_except

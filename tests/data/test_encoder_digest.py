@@ -19,7 +19,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters.packed_layers import cast_weights, packed_layers
+from lorasmith.adapters.frozen_layer import cast_weights, packed_layers
 from lorasmith.adapters.patch import Patch
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.data import encoder_digest, remembered_digests

@@ -13,7 +13,7 @@ from lorasmith.core.errors import DataError
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.folder import ImageFile, scan_folder, scan_sources
 from lorasmith.data.sources import ImageSource
-from lorasmith.formats.hashes import sha256_file
+from lorasmith.formats.metadata import sha256_file
 from tests.data.folder_cases import add_image, names
 
 

@@ -10,7 +10,7 @@ import pytest
 from lorasmith.data import remembered_digests
 from lorasmith.data.encoding_cache import EncodingCache
 from lorasmith.data.remembered_digests import RememberedDigests, file_sha256
-from lorasmith.formats.hashes import sha256_file
+from lorasmith.formats.metadata import sha256_file
 
 
 def test_a_file_is_hashed_once_as_long_as_it_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,8 +23,8 @@ from lorasmith.families.files.checkpoint import Shapes
 from lorasmith.families.loading import load_model
 from lorasmith.families.part_loading import load_text_encoder
 from lorasmith.formats.lora_file import save_lora
-from lorasmith.formats.names.model_names import matches
-from lorasmith.formats.names.recognise import guessed_family
+from lorasmith.formats.names import matches
+from lorasmith.formats.spelling import guessed_family
 from lorasmith.toolbox.model_files import open_model
 from lorasmith.training.lora_handle import Lora
 from tests.families.test_transformer_loras import assert_applied

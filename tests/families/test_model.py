@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters.packed_layers import cast_weights
+from lorasmith.adapters.frozen_layer import cast_weights
 from lorasmith.adapters.patch import Patch
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import DataError, OptionError

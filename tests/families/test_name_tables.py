@@ -17,13 +17,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lorasmith.adapters.targets import Rule, plan_adapters
+from lorasmith.adapters.inject import Rule, plan_adapters
 from lorasmith.families.base import FAMILIES
 from lorasmith.families.files.original_weights import module_paths, weight_shapes
 from lorasmith.families.loading import load_model  # noqa: F401 - families register themselves there
 from lorasmith.families.parts.clip import released_paths, written_paths
 from lorasmith.families.parts.unet_layout import original_unet_path, unet_config
-from lorasmith.formats.names.model_names import ModelNames, OriginalName
+from lorasmith.formats.names import ModelNames, OriginalName
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

@@ -14,7 +14,7 @@ from original_models import SD1, clip_l, openclip, save
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lorasmith.adapters.packed_layers import packed_layers
+from lorasmith.adapters.frozen_layer import packed_layers
 from lorasmith.core.errors import ModelError
 from lorasmith.core.placement import placed
 from lorasmith.families.base import FAMILIES, Conditioning

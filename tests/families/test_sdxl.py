@@ -17,7 +17,7 @@ from PIL import Image
 from sdxl_models import PREFIX, diffusers_pipeline, saved_checkpoint, tensors
 from torch import Tensor, nn
 
-from lorasmith.adapters.targets import Rule, plan_adapters
+from lorasmith.adapters.inject import Rule, plan_adapters
 from lorasmith.core.errors import ModelError
 from lorasmith.data.encoding import load_dataset
 from lorasmith.families.base import FAMILIES, Conditioning, Encoding, PictureSize

@@ -17,11 +17,11 @@ from transformer_models import Case
 from lorasmith.cli.main import main
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
 from lorasmith.data.dataset import EncodedDataset, Sample
+from lorasmith.families.loading import released_names
 from lorasmith.families.model import Model
-from lorasmith.families.structure import released_names
 from lorasmith.formats.lora_file import save_lora
-from lorasmith.formats.names.model_names import matches
-from lorasmith.formats.names.recognise import guessed_family
+from lorasmith.formats.names import matches
+from lorasmith.formats.spelling import guessed_family
 from lorasmith.runs.model_run import train
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.results import TrainResult

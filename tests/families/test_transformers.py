@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformer_models import TINY, Case
 
-from lorasmith.adapters.packed_layers import packed_layers
+from lorasmith.adapters.frozen_layer import packed_layers
 from lorasmith.core.errors import ModelError
 from lorasmith.core.placement import placed
 from lorasmith.families.base import FAMILIES, Conditioning, Encoding

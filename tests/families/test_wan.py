@@ -26,8 +26,8 @@ from lorasmith.families.loading import load_model, original_shapes
 from lorasmith.families.model import Model
 from lorasmith.families.wan import Wan
 from lorasmith.formats.lora_file import save_lora
-from lorasmith.formats.names.model_names import matches
-from lorasmith.formats.names.recognise import guessed_family
+from lorasmith.formats.names import matches
+from lorasmith.formats.spelling import guessed_family
 from lorasmith.runs.drawing import experts_of
 from lorasmith.runs.model_run import train
 from lorasmith.sampling.generate import to_images

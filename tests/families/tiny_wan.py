@@ -16,7 +16,7 @@ from tiny_parts import TinyFamily, t5_names, wan_names
 from torch import Tensor, nn
 
 from lorasmith.families.base import AutoencoderSlot
-from lorasmith.families.parts.wan_vae import LATENT_MEAN_22, LATENT_STD_22
+from lorasmith.families.parts.autoencoders import LATENT_MEAN_22, LATENT_STD_22
 
 
 def _sizes(channels: int) -> dict[str, Any]:

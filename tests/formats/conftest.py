@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
 from lorasmith.families.parts.unet_layout import UNET_LIMITS
-from lorasmith.formats.names.model_names import EncoderNames, ModelNames, OriginalName
+from lorasmith.formats.names import EncoderNames, ModelNames, OriginalName
 
 WIDTH = 24
 """Hidden width of the invented transformer."""

@@ -11,9 +11,9 @@ from torch import Tensor
 from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
 from lorasmith.formats.acceptance import misread_alphas
 from lorasmith.formats.faults import Finding, findings_of
-from lorasmith.formats.hashes import sshs_hashes
 from lorasmith.formats.layouts.layout import LAYOUTS
 from lorasmith.formats.lora_file import state_from_tensors
+from lorasmith.formats.metadata import sshs_hashes
 
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
 FLAT = "lora_unet_" + BLOCK.replace(".", "_")

@@ -7,7 +7,7 @@ import safetensors.torch
 import torch
 
 from lorasmith.formats.container import write_safetensors
-from lorasmith.formats.hashes import autov1, autov2, autov3, sha256_body, sha256_file, sshs_hashes
+from lorasmith.formats.metadata import autov1, autov2, autov3, sha256_body, sha256_file, sshs_hashes
 
 TENSORS = {
     "b": torch.linspace(0, 1, 400_000).half(),

@@ -8,9 +8,9 @@ import torch
 from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
 from lorasmith.core.errors import LoraError
 from lorasmith.formats.container import read_safetensors, write_safetensors
-from lorasmith.formats.hashes import autov2, autov3
 from lorasmith.formats.inspect import describe
 from lorasmith.formats.lora_file import save_lora
+from lorasmith.formats.metadata import autov2, autov3
 
 TO_Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 TO_K = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"

@@ -9,9 +9,9 @@ import torch
 from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
 from lorasmith.core.errors import LoraError
 from lorasmith.formats.container import read_safetensors, write_safetensors
-from lorasmith.formats.hashes import sha256_body
 from lorasmith.formats.layouts.layout import LAYOUTS
 from lorasmith.formats.lora_file import Reason, Unapplied, load_lora, save_lora, state_from_tensors, unapplied
+from lorasmith.formats.metadata import sha256_body
 
 TO_Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 TO_K = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"

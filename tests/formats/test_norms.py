@@ -5,7 +5,7 @@ import torch
 
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.formats.inspect import squared_change
-from lorasmith.formats.names.spelling import ModuleTensors
+from lorasmith.formats.spelling import ModuleTensors
 
 
 @pytest.mark.parametrize("shape", [(700, 8), (16, 8, 3, 3)], ids=["linear", "conv"])

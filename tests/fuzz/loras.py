@@ -19,16 +19,15 @@ from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.adapters.variants import Variant, fresh_adapter
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
 from lorasmith.core.errors import LorasmithError
-from lorasmith.families.loading import load_model
+from lorasmith.families.loading import load_model, released_names
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Model
-from lorasmith.families.structure import released_names
+from lorasmith.formats import spelling
 from lorasmith.formats.container import read_safetensors, serialised
 from lorasmith.formats.inspect import describe
 from lorasmith.formats.layouts.layout import LAYOUTS
 from lorasmith.formats.lora_file import save_lora
-from lorasmith.formats.names import spelling
-from lorasmith.formats.names.model_names import ModelNames
+from lorasmith.formats.names import ModelNames
 from lorasmith.toolbox import check, convert, lora_files, resize
 from lorasmith.toolbox.compare import compare
 from lorasmith.toolbox.merge import merge_loras

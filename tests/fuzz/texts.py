@@ -21,7 +21,7 @@ from lorasmith.data.data_config import DataConfig
 from lorasmith.data.folder import scan_folder
 from lorasmith.families.parts.encoders import parse_weights
 from lorasmith.formats.container import check_safetensors
-from lorasmith.formats.names.spelling import grouped
+from lorasmith.formats.spelling import grouped
 from lorasmith.sampling.previews import parse_prompts
 from lorasmith.training.optim import update_rules
 from lorasmith.training.storage.history import RECORD, read_history

@@ -7,7 +7,7 @@ import pytest
 import torch
 from flux_files import save_flux_files
 
-from lorasmith.adapters.packed_layers import packed_layers
+from lorasmith.adapters.frozen_layer import packed_layers
 from lorasmith.core.errors import ModelError
 from lorasmith.core.folders import Folders
 from lorasmith.nodes import load_nodes

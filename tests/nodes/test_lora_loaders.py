@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lorasmith.adapters.packed_layers import cast_weights
+from lorasmith.adapters.frozen_layer import cast_weights
 from lorasmith.core.adapter_state import AdapterState, AdapterWeights, ModuleRef
 from lorasmith.core.errors import LoraError
 from lorasmith.families.base import Conditioning

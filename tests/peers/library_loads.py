@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from lorasmith.core.adapter_state import DENOISER
 from lorasmith.families.files.original_weights import from_original_tensors
 from lorasmith.families.model import Model
-from lorasmith.formats.names.model_names import matches
+from lorasmith.formats.names import matches
 from lorasmith.training.lora_handle import Lora
 
 Inputs = Mapping[str, Tensor]

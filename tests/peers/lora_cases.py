@@ -19,9 +19,7 @@ from tiny_lumina2 import LUMINA2
 from torch import Tensor
 from trained_models import TRAINED, Trained
 
-from lorasmith.adapters.difference import Difference
-from lorasmith.adapters.inject import create_adapters
-from lorasmith.adapters.targets import Rule, plan_adapters
+from lorasmith.adapters.inject import Difference, Rule, create_adapters, plan_adapters
 from lorasmith.adapters.variants import Variant
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
 from lorasmith.families.base import Conditioning

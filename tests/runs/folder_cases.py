@@ -12,8 +12,7 @@ from PIL import Image
 
 from lorasmith.data.sources import ImageSource
 from lorasmith.formats.container import read_safetensors, write_safetensors
-from lorasmith.formats.hashes import sha256_body
-from lorasmith.formats.metadata import RUN_ENTRY
+from lorasmith.formats.metadata import RUN_ENTRY, sha256_body
 from lorasmith.runs.folder_run import PreparedRun, prepare
 from lorasmith.runs.recorded_run import Rights
 from lorasmith.runs.spec import RunSpec

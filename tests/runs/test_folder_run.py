@@ -13,7 +13,7 @@ from lorasmith.core.adapter_state import AdapterState, AdapterWeights, ModuleRef
 from lorasmith.core.errors import DataError, OutputError
 from lorasmith.families.model import Model
 from lorasmith.formats.container import check_safetensors
-from lorasmith.formats.hashes import sha256_body
+from lorasmith.formats.metadata import sha256_body
 from lorasmith.runs import model_run, preview_budget
 from lorasmith.runs.folder_run import prepare, train_prepared
 from lorasmith.runs.model_run import run_folder

@@ -10,7 +10,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from lorasmith.formats.container import check_safetensors, write_safetensors
-from lorasmith.formats.hashes import sha256_body
+from lorasmith.formats.metadata import sha256_body
 from lorasmith.runs.lora_picture import THUMBNAIL, give_picture
 
 

@@ -13,7 +13,7 @@ from lorasmith.families import known  # noqa: F401  (its families register thems
 from lorasmith.families.base import FAMILIES
 from lorasmith.families.model import Model
 from lorasmith.formats.container import write_safetensors
-from lorasmith.formats.hashes import sha256_file
+from lorasmith.formats.metadata import sha256_file
 from lorasmith.runs.folder_run import train_prepared
 from lorasmith.runs.model_run import train
 from lorasmith.runs.sidecars import write_sidecars

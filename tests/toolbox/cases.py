@@ -11,7 +11,7 @@ from torch import Tensor
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
 from lorasmith.families.model import Model
 from lorasmith.formats.lora_file import save_lora
-from lorasmith.formats.names.model_names import ModelNames
+from lorasmith.formats.names import ModelNames
 
 ATTENTION = ("attn1.to_q", "attn2.to_k", "conv1", "proj_in")
 """Ends of the paths that most tests change: matrices of two widths, convolutions of both sizes."""

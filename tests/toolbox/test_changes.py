@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lorasmith.adapters.algorithms import title_of
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import LoraError
-from lorasmith.formats.names.spelling import ModuleTensors
+from lorasmith.formats.spelling import ModuleTensors
 from lorasmith.toolbox.changes import added_by, is_additive, is_plain_lora, layer_like, merged_weight, weight_shape
 
 LINEAR, CONV = (24, 16), (8, 4, 3, 3)

@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
 from lorasmith.core.errors import LoraError, OutputError
+from lorasmith.families.loading import released_names
 from lorasmith.families.model import Model
-from lorasmith.families.structure import released_names
-from lorasmith.formats.hashes import sha256_body
 from lorasmith.formats.lora_file import load_lora, save_lora
+from lorasmith.formats.metadata import sha256_body
 from lorasmith.toolbox.check import check_lora, fix_lora
 
 KEY = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
 from lorasmith.core.errors import LoraError, OutputError
+from lorasmith.families.loading import released_names
 from lorasmith.families.model import Model
-from lorasmith.families.structure import released_names
 from lorasmith.formats.container import read_safetensors
-from lorasmith.formats.hashes import sha256_body
 from lorasmith.formats.layouts.layout import LAYOUTS
 from lorasmith.formats.lora_file import load_lora, save_lora
-from lorasmith.formats.names.model_names import ModelNames
+from lorasmith.formats.metadata import sha256_body
+from lorasmith.formats.names import ModelNames
 from lorasmith.toolbox import convert
 from lorasmith.toolbox.convert import convert_lora
 from tests.covering import slow_except

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 
 from lorasmith.core.adapter_state import DENOISER, ModuleRef
 from lorasmith.core.errors import LoraError
+from lorasmith.families.loading import released_names
 from lorasmith.families.model import Model
-from lorasmith.families.structure import released_names
 from lorasmith.toolbox.lora_files import flat_shapes, read_lora, read_together, save_alike
 
 LAYOUTS = ("kohya", "comfy", "diffusers")

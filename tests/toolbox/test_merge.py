@@ -17,9 +17,9 @@ from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
 from lorasmith.core.errors import LoraError, OptionError, OutputError
 from lorasmith.families.model import Model
 from lorasmith.formats.container import check_safetensors
-from lorasmith.formats.hashes import sha256_body
 from lorasmith.formats.lora_file import load_lora
-from lorasmith.formats.names.spelling import ModuleTensors
+from lorasmith.formats.metadata import sha256_body
+from lorasmith.formats.spelling import ModuleTensors
 from lorasmith.toolbox.changes import added_by
 from lorasmith.toolbox.merge import merge_loras
 from lorasmith.toolbox.model_files import open_model

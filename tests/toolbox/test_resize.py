@@ -15,9 +15,9 @@ from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights,
 from lorasmith.core.errors import LoraError, OptionError, OutputError
 from lorasmith.families.model import Model
 from lorasmith.formats.container import check_safetensors
-from lorasmith.formats.hashes import sha256_body
 from lorasmith.formats.lora_file import load_lora
-from lorasmith.formats.names.spelling import ModuleTensors
+from lorasmith.formats.metadata import sha256_body
+from lorasmith.formats.spelling import ModuleTensors
 from lorasmith.toolbox.lora_files import read_lora, spelled_like
 from lorasmith.toolbox.resize import resize
 from tests.covering import slow_except

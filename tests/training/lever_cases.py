@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lorasmith.adapters.adapter import Adapter
-from lorasmith.adapters.packed_layers import packable_layers
+from lorasmith.adapters.frozen_layer import packable_layers
 from lorasmith.core.placement import memory_format_for
 from lorasmith.core.quantization import packed
 from lorasmith.data.dataset import EncodedDataset, Sample

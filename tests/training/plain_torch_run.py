@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters.targets import Rule
+from lorasmith.adapters.inject import Rule
 from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.diffusion.schedule import FlowSchedule
 from lorasmith.families.base import Components, Conditioning, Defaults, Family, LatentFormat
 from lorasmith.families.model import Model
-from lorasmith.formats.names.model_names import ModelNames, OriginalName
+from lorasmith.formats.names import ModelNames, OriginalName
 from lorasmith.runs.model_run import train
 from lorasmith.training.lora_handle import Lora
 

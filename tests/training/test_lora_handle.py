@@ -15,16 +15,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lorasmith.adapters.packed_layers import cast_weights
+from lorasmith.adapters.frozen_layer import cast_weights
 from lorasmith.cli.flags import split_strength
 from lorasmith.core.adapter_state import AdapterState, AdapterWeights, ModuleRef
 from lorasmith.core.errors import LoraError, LorasmithError, OptionError
 from lorasmith.core.folders import Folders
-from lorasmith.families.loading import load_model
+from lorasmith.families.loading import load_model, released_names
 from lorasmith.families.locating import BUILT_IN, ModelFiles
 from lorasmith.families.model import Model
 from lorasmith.families.model_search import Completed
-from lorasmith.families.structure import released_names
 from lorasmith.formats.layouts.layout import LAYOUTS
 from lorasmith.nodes import load_nodes
 from lorasmith.runs import drawing

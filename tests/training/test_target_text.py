@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorasmith.adapters.targets import Plan, Rule
+from lorasmith.adapters.inject import Plan, Rule
 from lorasmith.core.errors import OptionError
 from lorasmith.families.model import Model
 from lorasmith.training.config import TrainConfig

@@ -20,7 +20,7 @@ from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Denoiser, Model
 from lorasmith.formats.container import read_safetensors
-from lorasmith.formats.hashes import autov1, sha256_file
+from lorasmith.formats.metadata import autov1, sha256_file
 from lorasmith.training import engine
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import RunStarted, StepDone, Warned

@@ -1,8 +1,15 @@
-"""Creating adapters for targets, attaching them, and detaching them.
+"""Adapters on a model: which layers are trained, creating adapters for them, attaching and detaching.
 
-Attaching replaces the `forward` of the targeted layer objects; no module, parameter or name of the model changes, so
-leaving the context manager restores the model exactly. Layers of one attention that receive the same input (q, k, v)
-are computed together.
+Target presets are in the families, and `training.target_text` parses the settings. Attaching replaces the `forward` of
+the targeted layer objects; no module, parameter or name of the model changes, so leaving the context manager restores
+the model exactly. Layers of one attention that receive the same input (q, k, v) are computed together.
+
+Norms and biases, which no low-rank product fits, have additive differences (LyCORIS' Norm, ComfyUI's BiasDiff):
+
+    weight' = weight + Δ   of a norm,   bias' = bias + Δ   of any layer
+
+A norm's output is linear in its weight and bias, so it is norm(x; weight, bias) + norm(x; Δ, Δ'): half precision would
+lose a small Δ in the sum of the weights. Files call these tensors `diff` and `diff_b`, or `w_norm` and `b_norm`.
 """
 
 from __future__ import annotations
@@ -11,21 +18,161 @@ import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorasmith.adapters import algorithms  # noqa: F401  registers every algorithm
 from lorasmith.adapters.adapter import ADAPTERS, Adapter
-from lorasmith.adapters.difference import Difference
-from lorasmith.adapters.dora import dora_from_weights
 from lorasmith.adapters.frozen_layer import FrozenLayer, FrozenProduct, Products, is_targetable
-from lorasmith.adapters.lora import LowRank
-from lorasmith.adapters.low_rank_products import LowRankTerm, RunTerms, linear_with_lora
-from lorasmith.adapters.targets import Plan
-from lorasmith.adapters.variants import Variant, fresh_adapter
+from lorasmith.adapters.lora import LowRank, LowRankTerm, RunTerms, linear_with_lora
+from lorasmith.adapters.variants import Variant, dora_from_weights, fresh_adapter
 from lorasmith.core.adapter_state import AdapterWeights
-from lorasmith.core.errors import LoraError
+from lorasmith.core.errors import LoraError, OptionError
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A choice of layers, and their settings."""
+
+    include: tuple[str, ...]  # patterns on module paths as `fnmatch` reads them, where `*` crosses dots
+    exclude: tuple[str, ...] = ()  # patterns on module paths that this rule leaves out
+    linear_only: bool = False
+    rank: int | None = None  # None leaves it to an earlier rule that matches too, or to the run
+    alpha: float | None = None
+    learning_rate: float | None = None
+    name: str = ""  # for errors
+
+    def matches(self, path: str, module: nn.Module) -> bool:
+        """Whether a layer that can carry an adapter is chosen."""
+        if self.linear_only and not isinstance(module, nn.Linear):
+            return False
+        return _matches(path, self.include) and not _matches(path, self.exclude)
+
+
+@dataclass(frozen=True)
+class PlannedAdapter:
+    """One layer that will get a fresh adapter."""
+
+    path: str
+    rank: int  # its rank, at most the layer's smaller side for algorithms of low rank
+    asked: int  # the rank in the settings
+    alpha: float | None = None  # None for the run's
+    learning_rate: float | None = None  # None for the run's
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which layers get an adapter."""
+
+    adapters: tuple[PlannedAdapter, ...]  # in the model's order
+    idle: tuple[str, ...] = ()  # names of exclusions that match nothing
+
+    @property
+    def capped(self) -> tuple[PlannedAdapter, ...]:
+        """Layers whose smaller side is below the rank in the settings."""
+        return tuple(one for one in self.adapters if one.rank < one.asked)
+
+
+def plan_adapters(
+    model: nn.Module, rules: Sequence[Rule], *, exclude: Sequence[Rule] = (), rank: int, capped: bool = True
+) -> Plan:
+    """Targets of a model."""
+    layers = {path: module for path, module in model.named_modules() if is_targetable(module)}
+    kept = {path: module for path, module in layers.items() if not any(rule.matches(path, module) for rule in exclude)}
+    matching = {path: [rule for rule in rules if rule.matches(path, module)] for path, module in kept.items()}
+    used = [rule for found in matching.values() for rule in found]
+    if (idle := next((rule for rule in rules if rule not in used), None)) or not used:
+        what = (idle.name or ", ".join(idle.include) if idle else "") or "nothing"
+        raise OptionError(f"targets must match at least one Linear or convolution, but {what} matches none")
+    targets = {path: found for path, found in matching.items() if found}
+    return Plan(
+        tuple(_planned(path, FrozenLayer(kept[path]), found, rank, capped) for path, found in targets.items()),
+        tuple(rule.name for rule in exclude if not any(rule.matches(*layer) for layer in layers.items())),
+    )
+
+
+def _planned(path: str, layer: FrozenLayer, rules: Sequence[Rule], rank: int, capped: bool) -> PlannedAdapter:
+    alpha = learning_rate = None
+    for rule in rules:
+        rank = rank if rule.rank is None else rule.rank
+        alpha = alpha if rule.alpha is None else rule.alpha
+        learning_rate = learning_rate if rule.learning_rate is None else rule.learning_rate
+    most = min(layer.in_features, layer.out_features) if capped else rank
+    return PlannedAdapter(path, min(rank, most), rank, alpha, learning_rate)
+
+
+def _matches(path: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(path, pattern) for pattern in patterns)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module has a one-dimensional weight of its own, by which norms scale their output."""
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, nn.Parameter) and weight.ndim == 1
+
+
+class Difference(nn.Module):
+    """Additive differences of one module's parameters."""
+
+    def __init__(self, differences: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        for name, tensor in differences.items():
+            self.register_parameter(name, nn.Parameter(tensor))
+
+    @classmethod
+    def create(cls, module: nn.Module) -> Difference:
+        """Zeros for a norm's weight and bias, or for a layer's bias."""
+        names = ("weight", "bias") if is_norm(module) else ("bias",)
+        parameters = {name: getattr(module, name) for name in names if getattr(module, name, None) is not None}
+        return cls({name: torch.zeros(parameter.shape) for name, parameter in parameters.items()})
+
+    @classmethod
+    def from_tensors(cls, differences: Mapping[str, Tensor], module: nn.Module, path: str) -> Difference:
+        """Differences with given values. Raises LoraError when they do not fit the module."""
+        for name, tensor in differences.items():
+            shape = getattr(getattr(module, name, None), "shape", None)
+            if shape != tensor.shape:
+                found = "which it lacks" if shape is None else f"which has shape {tuple(shape)}"
+                raise LoraError(
+                    f"a difference of shape {tuple(tensor.shape)} is for {path}.{name}, {found}; "
+                    "the LoRA was made for another model"
+                )
+        return cls({name: t.detach().to("cpu", torch.float32, copy=True) for name, t in differences.items()})
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """The differences as data, in fp32 on the CPU."""
+        return {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in self.named_parameters()}
+
+    def on_norm(self, norm: nn.Module, forward: Callable[..., Tensor], strength: float) -> Callable[..., Tensor]:
+        """A norm's forward with the differences added to its current parameters."""
+
+        def changed(*args: Any, **kwargs: Any) -> Tensor:
+            return forward(*args, **kwargs) + strength * self._alone(norm, forward, *args, **kwargs)
+
+        return changed
+
+    def _alone(self, norm: nn.Module, forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """The forward with the differences in place of the norm's parameters."""
+        own, mine = norm._parameters, dict(self.named_parameters())
+        kept = dict(own)
+        try:
+            for name, parameter in kept.items():
+                if parameter is not None:
+                    own[name] = mine[name] if name in mine else nn.Parameter(torch.zeros_like(parameter), False)
+            return forward(*map(_with_gradient, args), **kwargs)
+        finally:
+            own.update(kept)
+
+
+def _with_gradient(value: Any) -> Any:
+    """An input that requires a gradient: torch's channels-last group norm (2.13, CPU) crashes if only weights do."""
+    if isinstance(value, Tensor) and value.is_floating_point() and not value.requires_grad and torch.is_grad_enabled():
+        return value.detach().requires_grad_()
+    return value
+
 
 _SAME_INPUT = (("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj"))
 """Names of the layers of an attention, in diffusers' models, that receive the same input."""

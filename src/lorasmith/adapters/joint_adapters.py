@@ -32,8 +32,7 @@ from lorasmith.adapters.inject import (
     low_rank_of,
     on_product,
 )
-from lorasmith.adapters.lora import LowRank
-from lorasmith.adapters.low_rank_products import LowRankTerm, RunTerms, linear_with_lora
+from lorasmith.adapters.lora import LowRank, LowRankTerm, RunTerms, linear_with_lora
 from lorasmith.core.quantization import weight_source
 
 

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from lorasmith.adapters.adapter import Adapter
 from lorasmith.adapters.catalogue import STRENGTH
-from lorasmith.adapters.frozen_layer import FrozenLayer
+from lorasmith.adapters.frozen_layer import FrozenLayer, packable_layers
 from lorasmith.adapters.inject import Attached, adapters_attached, load_adapters
-from lorasmith.adapters.packed_layers import packable_layers
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import LoraError
 from lorasmith.core.quantization import WEIGHT_SOURCE, Packed, weight_source

@@ -149,7 +149,7 @@ def resize(
 def _print_resized(modules: Iterable[Resized], *, one_by_one: bool) -> None:
     from rich.table import Table
 
-    from lorasmith.formats.names.recognise import block_of, component_of
+    from lorasmith.formats.spelling import block_of, component_of
 
     groups: dict[str, list[Resized]] = {}
     for one in modules:

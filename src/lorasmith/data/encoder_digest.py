@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters.packed_layers import named_weights, packed_layers
+from lorasmith.adapters.frozen_layer import named_weights, packed_layers
 from lorasmith.adapters.patch import patch_tensors
 from lorasmith.core.mapped_files import FileState, place_on_file, release_pages
 from lorasmith.core.tensor_digests import digest_of_tensors

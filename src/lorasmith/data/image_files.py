@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lorasmith.core.errors import DataError
 from lorasmith.core.files import open_regular
-from lorasmith.formats.hashes import sha256_file
+from lorasmith.formats.metadata import sha256_file
 
 
 class ImageError(DataError):

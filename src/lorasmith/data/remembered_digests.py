@@ -18,7 +18,7 @@ from lorasmith.core.mapped_files import FileState, file_state
 from lorasmith.data.cache_folder import ensure_private
 from lorasmith.data.cache_shards import is_digest
 from lorasmith.data.encoding_cache import DIGESTS, EncodingCache, key_of
-from lorasmith.formats.hashes import sha256_file
+from lorasmith.formats.metadata import sha256_file
 
 
 class RememberedDigests:

@@ -18,11 +18,10 @@ from torch.nn import functional as F
 
 from lorasmith.core.placement import device_of
 from lorasmith.families.base import *
+from lorasmith.families.parts.autoencoders import wan_latents
 from lorasmith.families.parts.encoders import parse_weights
-from lorasmith.families.parts.language_models import hidden_states
-from lorasmith.families.parts.t5 import t5_tokens
+from lorasmith.families.parts.language_models import hidden_states, t5_tokens
 from lorasmith.families.parts.tokenizers import t5_tokenizer
-from lorasmith.families.parts.wan_vae import wan_latents
 
 # ComfyUI's `supported_models.Anima` and scheduler_config.json.
 _DIFFUSION = Diffusion("flow", FlowSchedule(shift=3.0))

@@ -17,15 +17,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters.targets import Rule
+from lorasmith.adapters.inject import Rule
 from lorasmith.core.errors import DataError, ModelError
 from lorasmith.core.registry import Registry
 from lorasmith.diffusion.schedule import FlowSchedule, NoiseSchedule, ResolutionShift
-from lorasmith.families.files.checkpoint import OriginalCheckpoint
+from lorasmith.families.files.checkpoint import OriginalCheckpoint, PipelineConfigs
 from lorasmith.families.files.original_weights import block_count, module_paths, norm_name, weight_shapes, weights_empty
-from lorasmith.families.files.pipelines import PipelineConfigs
-from lorasmith.formats.names.model_names import EncoderNames, ModelNames, Naming, OriginalName, ProgramLimits
-from lorasmith.formats.names.recognise import DENOISER_START, SIGNATURES, Signature
+from lorasmith.formats.names import EncoderNames, ModelNames, Naming, OriginalName, ProgramLimits
+from lorasmith.formats.spelling import DENOISER_START, SIGNATURES, Signature
 
 __all__ = [
     "DENOISER_START",

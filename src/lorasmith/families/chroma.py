@@ -28,7 +28,7 @@ from lorasmith.families.parts.flux_layout import (
     rope_axes,
     unpacked_latents,
 )
-from lorasmith.families.parts.t5 import encode_t5
+from lorasmith.families.parts.language_models import encode_t5
 
 _TOKENS = 512  # ChromaPipeline's longest prompt
 # ComfyUI's shift for KSampler, which has no other setting for it; its template sets none (ModelSamplingAuraFlow at 1).

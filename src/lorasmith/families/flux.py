@@ -30,7 +30,7 @@ from lorasmith.families.parts.flux_layout import (
     rope_axes,
     unpacked_latents,
 )
-from lorasmith.families.parts.t5 import RELEASED_PATHS, encode_t5
+from lorasmith.families.parts.language_models import RELEASED_PATHS, encode_t5
 
 _MODULATION = ("*.norm.linear", "*.norm1.linear", "*.norm1_context.linear")
 _TARGETS = {

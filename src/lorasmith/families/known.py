@@ -23,14 +23,9 @@ from lorasmith.families import (  # noqa: F401  (register themselves)
     wan,
     z_image,
 )
-from lorasmith.families.parts import (  # noqa: F401  (register themselves)
-    clip,
-    language_models,
-    t5,
-    wan_vae,
-)
+from lorasmith.families.parts import clip, language_models  # noqa: F401  (register themselves)
 from lorasmith.families.parts.unet_layout import context_widths
-from lorasmith.formats.names.recognise import DENOISER_START, SIGNATURES, Signature
+from lorasmith.formats.spelling import DENOISER_START, SIGNATURES, Signature
 
 _PART = "one part of a diffusers model (give the folder that has its model_index.json instead)"
 # What a denoiser's tensor names begin with → architecture.

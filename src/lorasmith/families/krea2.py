@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.families.base import *
+from lorasmith.families.parts.autoencoders import wan_latents
 from lorasmith.families.parts.encoders import literal_text
 from lorasmith.families.parts.flux_layout import packed_latents, unpacked_latents
 from lorasmith.families.parts.language_models import ANSWER, SYSTEM, SYSTEM_TOKENS, chat_of, hidden_states, seen_from
-from lorasmith.families.parts.wan_vae import wan_latents
 
 _LAYERS = tuple(range(2, 36, 3))  # of the encoder's states
 _MU = 1.15  # ComfyUI's shift for KSampler

@@ -4,6 +4,9 @@ A model is parts: a denoiser, text encoders, an autoencoder. Each comes from a c
 file of its own or a diffusers folder, and is recognised by its tensors. Weights stay on the memory-mapped files, in
 their dtype, until they are placed on a device. A single file may have diffusers' names, as ComfyUI's loaders take it:
 a family's table of its released model gives each tensor its original name.
+
+Commands that need names and shapes alone get models without weights: of a file, or as released, built on the meta
+device from the published settings, so that files of different layouts can be matched without a model.
 """
 
 from __future__ import annotations
@@ -18,18 +21,26 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorasmith.adapters.frozen_layer import CONVOLUTIONS
 from lorasmith.core.errors import ModelError
 from lorasmith.core.folders import pipeline_index
 from lorasmith.core.placement import FULL_PRECISION
+from lorasmith.core.quantization import Packed
 from lorasmith.families.base import FAMILIES, Components, Diffusion, Family, TextEncoders
-from lorasmith.families.files.checkpoint import LORA_MARKS, OriginalCheckpoint, Shapes
+from lorasmith.families.files.checkpoint import (
+    LORA_MARKS,
+    OriginalCheckpoint,
+    PartFolder,
+    PipelineConfigs,
+    Shapes,
+    read_json,
+    source_of_module,
+)
 from lorasmith.families.files.original_weights import PartSource, build, from_original_tensors
-from lorasmith.families.files.pipelines import PartFolder, PipelineConfigs, read_json, source_of_module
 from lorasmith.families.known import looks_like
-from lorasmith.families.locating import located
+from lorasmith.families.locating import built_in_models, located
 from lorasmith.families.model import Model
 from lorasmith.families.part_loading import (
     autoencoder_in,
@@ -44,7 +55,7 @@ from lorasmith.families.part_loading import (
 )
 from lorasmith.families.parts.autoencoders import AUTOENCODERS
 from lorasmith.families.parts.encoders import ENCODERS, EncoderKind
-from lorasmith.formats.names.model_names import OriginalName, matches
+from lorasmith.formats.names import ModelNames, OriginalName, matches
 
 _SETTINGS = "lorasmith.json"  # in a diffusers folder: fields of `Defaults`
 _LARGEST_SETTING = 65_536
@@ -479,3 +490,35 @@ def original_shapes(table: Mapping[str, OriginalName], shapes: Mapping[str, tupl
         rows = original[key][0] if key in original else 0
         original[key] = (rows + shape[0], *shape[1:])
     return original
+
+
+def load_structure(source: str | os.PathLike[str]) -> Model:
+    """A model whose denoiser's matrices are on the meta device, with no text encoder and no autoencoder.
+
+    Of a single file the header and the vectors are read, which takes a second or two for any size. Folders and hub
+    ids are loaded by `load_model`, with the same errors.
+    """
+    path = built_in_models().get(str(source), Path(source))
+    return model_of_checkpoint(_Outline(path)) if path.is_file() else load_model(source)
+
+
+class _Outline(OriginalCheckpoint):
+    """A checkpoint's denoiser, of which only vectors have values: some determine the parameterization."""
+
+    def shapes_under(self, prefix: str) -> Shapes:
+        return super().shapes_under(prefix) if prefix == self.denoiser_prefix else Shapes()
+
+    def load(self, prefix: str) -> dict[str, Tensor | Packed]:
+        return {
+            name: torch.empty(shape, device="meta") if len(shape) > 1 else self.vector(f"{prefix}{name}")
+            for name, shape in self.shapes_under(prefix).items()
+        }
+
+
+@cache
+def released_names(title: str) -> ModelNames | None:
+    """The name table of a family's released model. None for unsupported families."""
+    family = next((one for _, one in FAMILIES.items() if one.title == title), None)
+    if family is None or family.released is None:
+        return None
+    return family.names(family.released_denoiser(), {})

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters.packed_layers import packed_layers, placed_for_products
+from lorasmith.adapters.frozen_layer import packed_layers, placed_for_products
 from lorasmith.adapters.patch import Patch, patches_applied
 from lorasmith.core.errors import DataError, OptionError
 from lorasmith.core.placement import best_device, device_of, dtype_name, fast_dtype
@@ -35,7 +35,7 @@ from lorasmith.families.base import (
 )
 from lorasmith.families.parts.autoencoders import AUTOENCODERS
 from lorasmith.families.parts.encoders import ENCODERS
-from lorasmith.formats.names.model_names import ModelNames
+from lorasmith.formats.names import ModelNames
 from lorasmith.report.pictures import card
 
 MAX_PROMPT = 20_000

@@ -13,9 +13,8 @@ from torch import nn
 from lorasmith.core.errors import ModelError
 from lorasmith.core.folders import pipeline_index
 from lorasmith.families.base import FAMILIES, Family, TextEncoders
-from lorasmith.families.files.checkpoint import OriginalCheckpoint, Shapes
+from lorasmith.families.files.checkpoint import OriginalCheckpoint, PartFolder, Shapes
 from lorasmith.families.files.original_weights import PartSource
-from lorasmith.families.files.pipelines import PartFolder
 from lorasmith.families.known import looks_like
 from lorasmith.families.locating import located
 from lorasmith.families.model import Autoencoder, TextEncoder

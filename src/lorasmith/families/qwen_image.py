@@ -14,10 +14,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from lorasmith.families.base import *
+from lorasmith.families.parts.autoencoders import wan_latents
 from lorasmith.families.parts.encoders import literal_text
 from lorasmith.families.parts.flux_layout import packed_latents, rope_axes, unpacked_latents
 from lorasmith.families.parts.language_models import ANSWER, SYSTEM, SYSTEM_TOKENS, chat_of, hidden_states, seen_from
-from lorasmith.families.parts.wan_vae import wan_latents
 
 _TOKENS = 512  # QwenImagePipeline's longest prompt unless it is told another
 _MU = 1.15  # ComfyUI's shift for KSampler; its template sets a linear one of 3.1

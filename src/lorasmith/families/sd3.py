@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lorasmith.core.placement import device_of
 from lorasmith.families.base import *
 from lorasmith.families.parts.clip import CONTEXT_LENGTH, encode_prompts, released_paths
-from lorasmith.families.parts.t5 import RELEASED_PATHS, encode_t5
+from lorasmith.families.parts.language_models import RELEASED_PATHS, encode_t5
 
 _HEAD_WIDTH = 64
 _CHANNELS = 16

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.families.base import *
-from lorasmith.families.parts.t5 import encode_umt5
-from lorasmith.families.parts.wan_vae import LATENT_MEAN, LATENT_MEAN_22, LATENT_STD, LATENT_STD_22, wan_latents
+from lorasmith.families.parts.autoencoders import LATENT_MEAN, LATENT_MEAN_22, LATENT_STD, LATENT_STD_22, wan_latents
+from lorasmith.families.parts.language_models import encode_umt5
 
 _TOKENS = 512  # of text
 _HEAD = 128  # width of a head in every size

@@ -27,9 +27,9 @@ from lorasmith.core.adapter_state import (
     ModuleRef,
 )
 from lorasmith.formats.layouts.layout import Layout, named
-from lorasmith.formats.names.model_names import ModelNames, ProgramLimits, matches
-from lorasmith.formats.names.spelling import without_core
+from lorasmith.formats.names import ModelNames, ProgramLimits, matches
 from lorasmith.formats.scales import loras_in, most_frequent_alpha, with_alpha
+from lorasmith.formats.spelling import without_core
 
 
 @dataclass(frozen=True)

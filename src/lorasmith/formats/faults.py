@@ -20,13 +20,13 @@ from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights,
 from lorasmith.core.errors import LoraError
 from lorasmith.formats.acceptance import MISREAD_ALPHAS, misread_alphas, shortfalls
 from lorasmith.formats.container import count_non_finite
-from lorasmith.formats.hashes import sshs_model_hash
 from lorasmith.formats.layouts.layout import LAYOUTS, Layout
-from lorasmith.formats.layouts.peft_config import stated_alphas
+from lorasmith.formats.layouts.peft import stated_alphas
 from lorasmith.formats.lora_file import state_from_tensors
-from lorasmith.formats.names.model_names import ModelNames
-from lorasmith.formats.names.spelling import XLABS, ModuleTensors, all_assembled, grouped
+from lorasmith.formats.metadata import sshs_model_hash
+from lorasmith.formats.names import ModelNames
 from lorasmith.formats.scales import full_alpha, idle_alpha, rank_of, scale_of
+from lorasmith.formats.spelling import XLABS, ModuleTensors, all_assembled, grouped
 
 
 @dataclass(frozen=True)

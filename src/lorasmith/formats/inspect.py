@@ -13,14 +13,21 @@ from lorasmith.adapters.algorithms import format_of, size_of, words_of
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import LoraError
 from lorasmith.formats.faults import findings_in_file
-from lorasmith.formats.hashes import autov1, sha256_body, sha256_file
 from lorasmith.formats.layouts.layout import LAYOUTS
-from lorasmith.formats.layouts.peft_config import stated_alphas
+from lorasmith.formats.layouts.peft import stated_alphas
 from lorasmith.formats.lora_file import read_lora_tensors
-from lorasmith.formats.metadata import steps_of
-from lorasmith.formats.names.recognise import block_of, component_of, guessed_family, kind_of
-from lorasmith.formats.names.spelling import ModuleTensors, all_assembled, grouped, without_core
+from lorasmith.formats.metadata import autov1, sha256_body, sha256_file, steps_of
 from lorasmith.formats.scales import rank_of, scale_of
+from lorasmith.formats.spelling import (
+    ModuleTensors,
+    all_assembled,
+    block_of,
+    component_of,
+    grouped,
+    guessed_family,
+    kind_of,
+    without_core,
+)
 
 
 @dataclass(frozen=True)

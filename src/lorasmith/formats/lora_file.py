@@ -11,38 +11,43 @@ file beside the target and are mapped from there, because the writer needs all t
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Collection, Mapping
+import tempfile
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
-
-from lorasmith.formats.layouts import kohya, comfy, diffusers, peft, ai_toolkit  # isort: skip  # noqa: F401
-import contextlib
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from typing import BinaryIO
 
 from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
 from lorasmith.core.errors import LoraError, OutputError
 from lorasmith.core.files import ensure_folder, is_regular, read_regular, write_atomic
 from lorasmith.formats.acceptance import made_portable
 from lorasmith.formats.container import count_non_finite, read_safetensors, write_safetensors
-from lorasmith.formats.hashes import sshs_hashes
+from lorasmith.formats.layouts.comfy import AiToolkitLayout, ComfyLayout
+from lorasmith.formats.layouts.diffusers import DiffusersLayout
+from lorasmith.formats.layouts.kohya import KohyaLayout
 from lorasmith.formats.layouts.layout import LAYOUTS, Layout, sentences
-from lorasmith.formats.layouts.peft import PEFT_CONFIG
-from lorasmith.formats.layouts.peft_config import ADAPTER_METADATA, header_fields
-from lorasmith.formats.metadata import BOUNDS
-from lorasmith.formats.names.model_names import ModelNames
-from lorasmith.formats.names.recognise import PEFT_PREFIX, component_of, guessed_family
-from lorasmith.formats.names.spelling import UNREADABLE, ModuleTensors, all_assembled, assembled, grouped
+from lorasmith.formats.layouts.peft import ADAPTER_METADATA, PEFT_CONFIG, PeftLayout, header_fields
+from lorasmith.formats.metadata import BOUNDS, sshs_hashes
+from lorasmith.formats.names import ModelNames
+from lorasmith.formats.spelling import (
+    PEFT_PREFIX,
+    UNREADABLE,
+    ModuleTensors,
+    all_assembled,
+    assembled,
+    component_of,
+    grouped,
+    guessed_family,
+)
 
-# The layouts register themselves when they are imported, and read in this order.
-
+for _layout in (KohyaLayout(), ComfyLayout(), DiffusersLayout(), PeftLayout(), AiToolkitLayout()):
+    LAYOUTS.register(_layout.name)(_layout)  # files are read in this order
 
 _HOLDS_ALL = "kohya"  # every kind of adapter, and differences of norms and biases
 PORTABLE = "portable"

@@ -9,7 +9,7 @@ from lorasmith.core.placement import best_device
 from lorasmith.core.printable import count_text
 from lorasmith.families.base import Family
 from lorasmith.families.model import Denoiser, TextEncoder
-from lorasmith.formats.names.model_names import ModelNames
+from lorasmith.formats.names import ModelNames
 from lorasmith.nodes.saving import checked_prefix, save_lora, shown_lora
 from lorasmith.toolbox.extract import PatchedPart, extract_patches, extracted_metadata
 from lorasmith.training.lora_handle import Lora

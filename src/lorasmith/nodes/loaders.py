@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from lorasmith.adapters.packed_layers import cast_weights
+from lorasmith.adapters.frozen_layer import cast_weights
 from lorasmith.core.folders import Folders, fingerprint
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Autoencoder, Denoiser, TextEncoder

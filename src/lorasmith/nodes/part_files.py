@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorasmith.core.folders import Folders
-from lorasmith.families.loading import check_encoders
+from lorasmith.families.loading import check_encoders, load_structure
 from lorasmith.families.part_loading import autoencoder_part
-from lorasmith.families.structure import load_structure
 from lorasmith.nodes.loaders import ANY_TYPE
 from lorasmith.training.lora_handle import Lora
 from lorasmith.workflow.graph import Graph, Link

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorasmith.adapters.packed_layers import placed_for_products
+from lorasmith.adapters.frozen_layer import placed_for_products
 from lorasmith.core.errors import CancelledError
 from lorasmith.core.placement import best_device, sampling_dtype
 from lorasmith.families.base import Conditioning, LatentFormat

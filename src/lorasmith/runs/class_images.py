@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from lorasmith.adapters.packed_layers import placed_for_products
+from lorasmith.adapters.frozen_layer import placed_for_products
 from lorasmith.core.errors import CancelledError
 from lorasmith.core.files import atomic_path, write_atomic
 from lorasmith.core.placement import sampling_dtype

@@ -7,7 +7,7 @@ from typing import Any
 
 from lorasmith.families import loading  # noqa: F401  registers the families
 from lorasmith.families.base import FAMILIES, Defaults, Family
-from lorasmith.families.files.pipelines import PipelineConfigs
+from lorasmith.families.files.checkpoint import PipelineConfigs
 
 _SCHEDULER = {"beta_schedule": "scaled_linear"}
 """What releases of Stable Diffusion say of their noise schedule; other families ask for nothing."""

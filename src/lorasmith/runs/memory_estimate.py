@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lorasmith.adapters.frozen_layer import packable_layers
 from lorasmith.adapters.inject import Attached, adapters_attached
-from lorasmith.adapters.packed_layers import packable_layers
 from lorasmith.bench.benchmark import latent_side
 from lorasmith.bench.measure import synthetic_samples
 from lorasmith.core.choices import Quantization

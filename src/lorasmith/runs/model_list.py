@@ -9,6 +9,7 @@ from pathlib import Path
 from lorasmith.core.errors import ModelError
 from lorasmith.core.folders import Folders
 from lorasmith.families.base import Family
+from lorasmith.families.loading import load_structure
 from lorasmith.families.model_search import (
     ENCODER_FOLDERS,
     MODEL_FOLDERS,
@@ -19,7 +20,6 @@ from lorasmith.families.model_search import (
     best_encoder,
     scanned,
 )
-from lorasmith.families.structure import load_structure
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from lorasmith.core.errors import OptionError, OutputError
 from lorasmith.formats.container import check_safetensors
-from lorasmith.formats.hashes import sha256_body
-from lorasmith.formats.metadata import RUN_ENTRY, steps_of
+from lorasmith.formats.metadata import RUN_ENTRY, sha256_body, steps_of
 from lorasmith.runs.folder_run import RUNS, PreparedRun, prepare, train_prepared
 from lorasmith.runs.model_run import new_run_folder
 from lorasmith.runs.recorded_run import Rights, repeated

@@ -20,8 +20,7 @@ from lorasmith.core.folders import RUN_RECORD
 from lorasmith.core.printable import count_text
 from lorasmith.families.base import Family
 from lorasmith.formats.container import check_safetensors
-from lorasmith.formats.hashes import autov2, autov3, sha256_file
-from lorasmith.formats.metadata import steps_of
+from lorasmith.formats.metadata import autov2, autov3, sha256_file, steps_of
 
 _CIVITAI, _USER = ".civitai.info", ".json"
 _HASHES = {"SHA256": sha256_file, "AutoV2": autov2, "AutoV3": autov3}

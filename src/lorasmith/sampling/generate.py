@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lorasmith.adapters.packed_layers import placed_for_products
+from lorasmith.adapters.frozen_layer import placed_for_products
 from lorasmith.core.errors import OptionError
 from lorasmith.core.placement import best_device
 from lorasmith.families.base import Conditioning

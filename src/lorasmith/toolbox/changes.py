@@ -23,8 +23,8 @@ from lorasmith.adapters.inject import load_adapters
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import LoraError
 from lorasmith.core.random import keyed_normal
-from lorasmith.formats.names.spelling import ModuleTensors, without_core
 from lorasmith.formats.scales import scale_of
+from lorasmith.formats.spelling import ModuleTensors, without_core
 
 _OVERSAMPLING = 16
 _POWER_ITERATIONS = 4

@@ -10,14 +10,13 @@ from pathlib import Path
 from torch import Tensor
 
 from lorasmith.core.errors import LoraError
-from lorasmith.families.structure import released_names
+from lorasmith.families.loading import released_names
 from lorasmith.formats.container import write_safetensors
 from lorasmith.formats.faults import Finding, Mend, findings_of, main_layout
-from lorasmith.formats.hashes import sshs_hashes
 from lorasmith.formats.lora_file import Spool, read_lora_tensors, spooled
-from lorasmith.formats.names.model_names import ModelNames
-from lorasmith.formats.names.recognise import guessed_family
-from lorasmith.formats.names.spelling import grouped
+from lorasmith.formats.metadata import sshs_hashes
+from lorasmith.formats.names import ModelNames
+from lorasmith.formats.spelling import grouped, guessed_family
 from lorasmith.toolbox.model_files import open_model
 from lorasmith.toolbox.writing import free_target
 

@@ -20,12 +20,11 @@ from lorasmith.adapters.algorithms import title_of
 from lorasmith.core.adapter_state import ModuleRef
 from lorasmith.core.errors import LoraError, ModelError
 from lorasmith.core.folders import pipeline_index
-from lorasmith.families.files.pipelines import weight_files
+from lorasmith.families.files.checkpoint import weight_files
 from lorasmith.families.locating import built_in_models
 from lorasmith.formats.container import check_safetensors, read_safetensors
-from lorasmith.formats.names.recognise import block_of
-from lorasmith.formats.names.spelling import ModuleTensors, grouped
 from lorasmith.formats.scales import rank_of
+from lorasmith.formats.spelling import ModuleTensors, block_of, grouped
 from lorasmith.toolbox.changes import Change, added_by, is_additive, layer_like, merged_weight, stacked
 from lorasmith.toolbox.lora_files import LoraFile, read_together
 from lorasmith.toolbox.model_files import ModelFiles, Parameter, open_model

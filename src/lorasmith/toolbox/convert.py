@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lorasmith.core.adapter_state import AdapterState
 from lorasmith.core.errors import LoraError
-from lorasmith.families.structure import released_names
+from lorasmith.families.loading import released_names
 from lorasmith.formats.acceptance import made_portable, misread_alphas, shortfalls
 from lorasmith.formats.layouts.layout import sentences
 from lorasmith.formats.lora_file import (
@@ -30,8 +30,8 @@ from lorasmith.formats.lora_file import (
     without,
 )
 from lorasmith.formats.metadata import without_private
-from lorasmith.formats.names.model_names import ModelNames
-from lorasmith.formats.names.recognise import guessed_family
+from lorasmith.formats.names import ModelNames
+from lorasmith.formats.spelling import guessed_family
 from lorasmith.toolbox.model_files import open_model
 from lorasmith.toolbox.writing import free_target
 

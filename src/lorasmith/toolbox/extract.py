@@ -25,10 +25,9 @@ from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights,
 from lorasmith.core.errors import LoraError, ModelError
 from lorasmith.families.base import Family
 from lorasmith.formats.lora_file import PORTABLE, layout_for, save_lora
-from lorasmith.formats.names.model_names import ModelNames, OriginalName
-from lorasmith.formats.names.places import fused_rows, split
-from lorasmith.formats.names.spelling import ModuleTensors
+from lorasmith.formats.names import ModelNames, OriginalName, fused_rows, split
 from lorasmith.formats.scales import with_one_alpha
+from lorasmith.formats.spelling import ModuleTensors
 from lorasmith.toolbox.changes import (
     Change,
     Truncated,

@@ -19,7 +19,7 @@ from lorasmith.core.adapter_state import ModuleRef
 from lorasmith.core.errors import LoraError, ModelError
 from lorasmith.core.files import atomic_folder
 from lorasmith.formats.container import check_safetensors
-from lorasmith.formats.names.spelling import ModuleTensors
+from lorasmith.formats.spelling import ModuleTensors
 from lorasmith.toolbox.changes import added, layer_like, merged_weight
 from lorasmith.toolbox.lora_files import LoraFile, read_lora
 from lorasmith.toolbox.merge import Part

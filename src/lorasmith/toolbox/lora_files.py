@@ -17,25 +17,27 @@ from torch import Tensor
 
 from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
 from lorasmith.core.errors import LoraError
-from lorasmith.families.structure import released_names
+from lorasmith.families.loading import released_names
 from lorasmith.formats.container import write_safetensors
-from lorasmith.formats.hashes import sshs_hashes
 from lorasmith.formats.layouts.layout import LAYOUTS
-from lorasmith.formats.layouts.peft_config import ADAPTER_METADATA, stated_alphas
+from lorasmith.formats.layouts.peft import ADAPTER_METADATA, stated_alphas
 from lorasmith.formats.lora_file import lora_of_tensors, read_lora_tensors, refuse_non_finite, save_lora
-from lorasmith.formats.names.model_names import ModelNames
-from lorasmith.formats.names.recognise import component_of, guessed_family, without_prefix
-from lorasmith.formats.names.spelling import (
+from lorasmith.formats.metadata import sshs_hashes
+from lorasmith.formats.names import ModelNames
+from lorasmith.formats.scales import scale_of, scaled_by, with_one_alpha
+from lorasmith.formats.spelling import (
     KOHYA,
     PEFT,
     XLABS,
     ModuleTensors,
     all_assembled,
+    component_of,
     grouped,
+    guessed_family,
     spelled,
     without_core,
+    without_prefix,
 )
-from lorasmith.formats.scales import scale_of, scaled_by, with_one_alpha
 from lorasmith.toolbox.changes import is_plain_lora
 from lorasmith.toolbox.writing import rank_entries
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from lorasmith.adapters.algorithms import title_of
 from lorasmith.core.adapter_state import DENOISER, AdapterWeights, ModuleRef, multiplied
 from lorasmith.core.errors import LoraError, OptionError
-from lorasmith.formats.names.spelling import ModuleTensors, without_core
 from lorasmith.formats.scales import rank_of, scale_of, scaled_by
+from lorasmith.formats.spelling import ModuleTensors, without_core
 from lorasmith.toolbox.changes import (
     Change,
     Truncated,

@@ -22,15 +22,14 @@ from lorasmith.core.adapter_state import DENOISER, ModuleRef
 from lorasmith.core.errors import LorasmithError, ModelError
 from lorasmith.core.quantization import Packed
 from lorasmith.families.base import Family
-from lorasmith.families.files.checkpoint import OriginalCheckpoint
+from lorasmith.families.files.checkpoint import OriginalCheckpoint, PipelineConfigs, read_json, weight_files
 from lorasmith.families.files.gguf import is_gguf
 from lorasmith.families.files.original_weights import weights_empty
 from lorasmith.families.files.packed_weights import scale_name
-from lorasmith.families.files.pipelines import PipelineConfigs, read_json, weight_files
 from lorasmith.families.loading import expert_in, family_of, model_of_checkpoint
 from lorasmith.families.locating import built_in_models
 from lorasmith.formats.container import check_safetensors, read_safetensors
-from lorasmith.formats.names.model_names import ModelNames
+from lorasmith.formats.names import ModelNames
 
 
 @dataclass(frozen=True)

@@ -21,13 +21,13 @@ from torch import Tensor
 from lorasmith.adapters.algorithms import title_of
 from lorasmith.core.adapter_state import AdapterWeights, ModuleRef
 from lorasmith.core.errors import LoraError, OptionError
-from lorasmith.families.structure import released_names
+from lorasmith.families.loading import released_names
 from lorasmith.formats.container import write_safetensors
-from lorasmith.formats.hashes import sshs_hashes
-from lorasmith.formats.layouts.peft_config import ADAPTER_METADATA
-from lorasmith.formats.names.model_names import ModelNames
-from lorasmith.formats.names.spelling import ModuleTensors, grouped
+from lorasmith.formats.layouts.peft import ADAPTER_METADATA
+from lorasmith.formats.metadata import sshs_hashes
+from lorasmith.formats.names import ModelNames
 from lorasmith.formats.scales import scale_of, scaled_by, with_one_alpha
+from lorasmith.formats.spelling import ModuleTensors, grouped
 from lorasmith.toolbox.changes import added_by, as_lora, factors_of, is_additive, is_low_rank, share, weight_shape
 from lorasmith.toolbox.lora_files import LoraFile, flat_shapes, read_lora, refuse_folder, spelled_like
 from lorasmith.toolbox.writing import file_target, noted, rank_entries

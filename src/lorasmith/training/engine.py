@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from lorasmith.adapters.adapter import Adapter
-from lorasmith.adapters.difference import Difference
-from lorasmith.adapters.inject import Attached, adapters_attached
-from lorasmith.adapters.packed_layers import weights_as_stored
+from lorasmith.adapters.frozen_layer import weights_as_stored
+from lorasmith.adapters.inject import Attached, Difference, adapters_attached
 from lorasmith.adapters.patch import attachments, patches_merged
 from lorasmith.adapters.variants import Dropout
 from lorasmith.core.errors import TrainingError

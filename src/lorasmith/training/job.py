@@ -15,10 +15,8 @@ from torch import Tensor, nn
 
 from lorasmith.adapters.adapter import ADAPTERS, Adapter
 from lorasmith.adapters.catalogue import ALGORITHMS, rank_words
-from lorasmith.adapters.difference import Difference, is_norm
-from lorasmith.adapters.inject import create_adapters, load_adapters, load_differences
+from lorasmith.adapters.inject import Difference, Plan, create_adapters, is_norm, load_adapters, load_differences
 from lorasmith.adapters.patch import Patch, patches_merged
-from lorasmith.adapters.targets import Plan
 from lorasmith.adapters.variants import Variant
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights
 from lorasmith.core.errors import LoraError

@@ -18,15 +18,15 @@ from typing import Generic, TypeVar
 import torch
 
 from lorasmith.adapters.algorithms import title_of
-from lorasmith.adapters.packed_layers import packed_layers
+from lorasmith.adapters.frozen_layer import packed_layers
 from lorasmith.adapters.patch import Patch, cannot_merge
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
 from lorasmith.core.errors import LoraError
 from lorasmith.core.printable import count_text, printable, sentence
 from lorasmith.families.files.original_weights import weight_shapes
+from lorasmith.families.loading import released_names
 from lorasmith.families.model import Denoiser, Model, TextEncoder
-from lorasmith.families.structure import released_names
-from lorasmith.formats.layouts.peft_config import stated_alphas
+from lorasmith.formats.layouts.peft import stated_alphas
 from lorasmith.formats.lora_file import (
     PORTABLE,
     Reason,
@@ -40,10 +40,9 @@ from lorasmith.formats.lora_file import (
     unapplied,
 )
 from lorasmith.formats.metadata import steps_of
-from lorasmith.formats.names.model_names import ModelNames
-from lorasmith.formats.names.recognise import guessed_family
-from lorasmith.formats.names.spelling import ModuleTensors, all_assembled, fits, grouped
+from lorasmith.formats.names import ModelNames
 from lorasmith.formats.scales import rank_of
+from lorasmith.formats.spelling import ModuleTensors, all_assembled, fits, grouped, guessed_family
 from lorasmith.report.pictures import card
 
 D = TypeVar("D", Denoiser, None)

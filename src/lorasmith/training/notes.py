@@ -8,14 +8,11 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 
 from lorasmith.adapters.adapter import ADAPTERS, Adapter
-from lorasmith.adapters.difference import Difference
-from lorasmith.adapters.dora import OutputDora
-from lorasmith.adapters.frozen_layer import FrozenLayer
+from lorasmith.adapters.frozen_layer import FrozenLayer, packable_layers, packed_layers
 from lorasmith.adapters.full import FullAdapter
+from lorasmith.adapters.inject import Difference, Plan
 from lorasmith.adapters.lora import LoraAdapter
-from lorasmith.adapters.packed_layers import packable_layers, packed_layers
-from lorasmith.adapters.targets import Plan
-from lorasmith.adapters.variants import Dropout
+from lorasmith.adapters.variants import Dropout, OutputDora
 from lorasmith.core import fp8_products
 from lorasmith.core.adapter_state import COMFYUI, DENOISER, AdapterState, ModuleRef
 from lorasmith.core.options import options_of

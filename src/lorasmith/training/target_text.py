@@ -18,7 +18,7 @@ from dataclasses import replace
 from typing import Any
 
 from lorasmith.adapters.catalogue import ALGORITHMS
-from lorasmith.adapters.targets import Plan, Rule, plan_adapters
+from lorasmith.adapters.inject import Plan, Rule, plan_adapters
 from lorasmith.core.errors import OptionError
 from lorasmith.core.options import options_of
 from lorasmith.core.registry import nearest

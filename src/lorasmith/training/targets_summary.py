@@ -9,11 +9,10 @@ import torch
 from torch import nn
 
 from lorasmith.adapters.frozen_layer import CONVOLUTIONS, is_targetable
-from lorasmith.adapters.inject import create_adapters
-from lorasmith.adapters.targets import Plan, PlannedAdapter
+from lorasmith.adapters.inject import Plan, PlannedAdapter, create_adapters
 from lorasmith.core.placement import dtype_from_name
 from lorasmith.families.model import Denoiser
-from lorasmith.formats.names.spelling import without_core
+from lorasmith.formats.spelling import without_core
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.job import fresh_differences, variant_of
 from lorasmith.training.notes import notes_on_plan

@@ -22,13 +22,11 @@ from hypothesis import strategies as st
 from original_models import SMALLEST, save
 from torch import Tensor, nn
 
-from lorasmith.adapters.frozen_layer import FrozenLayer
-from lorasmith.adapters.packed_layers import packable_layers, packed_layers
+from lorasmith.adapters.frozen_layer import FrozenLayer, packable_layers, packed_layers
 from lorasmith.core.errors import ModelError
 from lorasmith.core.placement import placed
 from lorasmith.families.files.gguf import GgufFile, names_of
-from lorasmith.families.loading import load_model
-from lorasmith.families.structure import load_structure
+from lorasmith.families.loading import load_model, load_structure
 from lorasmith.toolbox.model_files import open_model
 from tests.covering import slow_except
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from spiece_models import spiece_model
 from torch import Tensor, nn
 
-from lorasmith.adapters.packed_layers import packed_layers
+from lorasmith.adapters.frozen_layer import packed_layers
 from lorasmith.core.errors import ModelError
 from lorasmith.core.placement import placed
 from lorasmith.families.files.checkpoint import OriginalCheckpoint
@@ -24,8 +24,7 @@ from lorasmith.families.files.gguf import halves_apart, names_of
 from lorasmith.families.files.original_weights import PartSource
 from lorasmith.families.part_loading import load_text_encoder
 from lorasmith.families.parts.encoders import recognised_encoder
-from lorasmith.families.parts.language_models import hidden_states
-from lorasmith.families.parts.t5 import encode_t5
+from lorasmith.families.parts.language_models import encode_t5, hidden_states
 
 Tensors = dict[str, Tensor]
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 64}

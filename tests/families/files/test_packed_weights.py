@@ -13,12 +13,11 @@ from original_models import SD1, SMALLEST
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lorasmith.adapters.packed_layers import packable_layers, packed_layers
+from lorasmith.adapters.frozen_layer import packable_layers, packed_layers
 from lorasmith.core.errors import ModelError
 from lorasmith.core.quantization import Packed
 from lorasmith.families.files.packed_weights import PackedWeights
-from lorasmith.families.loading import load_model
-from lorasmith.families.structure import load_structure
+from lorasmith.families.loading import load_model, load_structure
 from lorasmith.toolbox.model_files import open_model
 from tests.covering import slow_except
 

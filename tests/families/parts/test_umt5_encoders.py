@@ -18,7 +18,7 @@ from lorasmith.core.errors import ModelError
 from lorasmith.families.base import Encoding
 from lorasmith.families.part_loading import load_text_encoder
 from lorasmith.families.parts.encoders import ENCODERS
-from lorasmith.families.parts.t5 import encode_umt5
+from lorasmith.families.parts.language_models import encode_umt5
 
 
 @pytest.fixture(scope="module")

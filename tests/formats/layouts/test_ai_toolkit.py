@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 
 from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
-from lorasmith.formats.layouts.ai_toolkit import AiToolkitLayout
+from lorasmith.formats.layouts.comfy import AiToolkitLayout
 
 LAYOUT = AiToolkitLayout()
 TO_Q, PROJ = "transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_out.0"

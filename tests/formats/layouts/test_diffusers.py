@@ -13,8 +13,8 @@ from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
 from lorasmith.core.errors import LoraError
 from lorasmith.formats import lora_file
 from lorasmith.formats.layouts.diffusers import DiffusersLayout
-from lorasmith.formats.layouts.peft_config import ADAPTER_METADATA
-from lorasmith.formats.names.model_names import ModelNames, OriginalName
+from lorasmith.formats.layouts.peft import ADAPTER_METADATA
+from lorasmith.formats.names import ModelNames, OriginalName
 
 LAYOUT = DiffusersLayout()
 TO_Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"

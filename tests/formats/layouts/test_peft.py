@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
 from lorasmith.core.errors import LoraError, OutputError
 from lorasmith.formats.layouts.layout import LAYOUTS
-from lorasmith.formats.layouts.peft_config import stated_alphas
+from lorasmith.formats.layouts.peft import stated_alphas
 from lorasmith.formats.lora_file import load_lora, save_lora
-from lorasmith.formats.names.model_names import OriginalName
-from lorasmith.formats.names.spelling import grouped
+from lorasmith.formats.names import OriginalName
+from lorasmith.formats.spelling import grouped
 
 TO_Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 TO_K = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"

@@ -6,8 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorasmith.core.adapter_state import AdapterWeights
-from lorasmith.formats.names.model_names import OriginalName
-from lorasmith.formats.names.places import fused, fused_rows, split, split_rows
+from lorasmith.formats.names import OriginalName, fused, fused_rows, split, split_rows
 
 SIZES = (6, 6, 6, 10)
 ROWS = sum(SIZES)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lorasmith.formats.names.model_names import ModelNames, matches
+from lorasmith.formats.names import ModelNames, matches
 
 
 def test_paths_of_components(unet_names: ModelNames) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lorasmith.formats.names.recognise import component_of, without_prefix
+from lorasmith.formats.spelling import component_of, without_prefix
 
 
 @pytest.mark.parametrize(

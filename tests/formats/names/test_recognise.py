@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from lorasmith.formats.names.recognise import block_of, component_of, guessed_family, kind_of
+from lorasmith.formats.spelling import block_of, component_of, guessed_family, kind_of
 
 
 @pytest.mark.parametrize(

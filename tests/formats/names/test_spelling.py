@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from lorasmith.adapters.algorithms import ADAPTERS
-from lorasmith.formats.names import spelling
-from lorasmith.formats.names.spelling import (
+from lorasmith.formats import spelling
+from lorasmith.formats.spelling import (
     KOHYA,
     PEFT,
     ModuleTensors,

@@ -14,7 +14,7 @@ import pytest
 from lorasmith.core.errors import LorasmithError, OptionError
 from lorasmith.core.folders import Folders
 from lorasmith.core.typed_json import typed
-from lorasmith.formats.hashes import sha256_file
+from lorasmith.formats.metadata import sha256_file
 from lorasmith.runs.run_page import report_of
 from lorasmith.runs.spec import RunSpec
 from lorasmith.server.questions import run_questions as questions

@@ -22,13 +22,10 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from lorasmith.adapters.adapter import ADAPTERS, Adapter
-from lorasmith.adapters.difference import Difference
-from lorasmith.adapters.dora import InputDora, OutputDora
-from lorasmith.adapters.frozen_layer import FrozenLayer
-from lorasmith.adapters.inject import Attached, adapters_attached, adapters_on
+from lorasmith.adapters.frozen_layer import FrozenLayer, give_source, packable_layers
+from lorasmith.adapters.inject import Attached, Difference, adapters_attached, adapters_on
 from lorasmith.adapters.lora import LoraAdapter
-from lorasmith.adapters.packed_layers import give_source, packable_layers
-from lorasmith.adapters.variants import Dropout
+from lorasmith.adapters.variants import Dropout, InputDora, OutputDora
 from lorasmith.core.errors import OptionError
 from lorasmith.core.quantization import PACKINGS, Packed
 from lorasmith.data.dataset import EncodedDataset, Sample

@@ -16,11 +16,10 @@ from lever_cases import CPU, one_step, planned, randomise, rounded
 from test_engine import assert_same, fingerprint, tensors
 from torch import Tensor, nn
 
-from lorasmith.adapters import packed_layers
-from lorasmith.adapters.frozen_layer import PRODUCTS, FrozenLayer, is_targetable
+from lorasmith.adapters import frozen_layer
+from lorasmith.adapters.frozen_layer import PRODUCTS, FrozenLayer, is_targetable, packable_layers
 from lorasmith.adapters.inject import Attached, adapters_attached
 from lorasmith.adapters.lora import LoraAdapter
-from lorasmith.adapters.packed_layers import packable_layers
 from lorasmith.adapters.patch import Patch
 from lorasmith.bench.measure import weight_bytes
 from lorasmith.core import fp8_products
@@ -77,8 +76,8 @@ def test_weights_stay_in_the_format_of_their_file_and_no_bit_changes(
     tiny = load_model(BUILT_IN)
     module, job, sizes = tiny.components.denoiser, planned(tiny), list[int]()
     before, expected = fingerprint(tiny), one_step(tiny, dataset, targets=LAYERS)
-    for small in (packed_layers.SMALL_BYTES, 0):
-        monkeypatch.setattr(packed_layers, "SMALL_BYTES", small)
+    for small in (frozen_layer.SMALL_BYTES, 0):
+        monkeypatch.setattr(frozen_layer, "SMALL_BYTES", small)
         with frozen(tiny.denoiser, job.config, replace(job.runtime, **changes)):
             sizes.append(weight_bytes(module))
         assert_same(one_step(tiny, dataset, changes, targets=LAYERS), expected)
@@ -102,7 +101,7 @@ def test_pictures_of_a_model_whose_weights_stay_as_stored_are_the_same(
     patch = Patch({path: one.to_weights() for path, one in adapters.items()}, strength=strength)
     denoiser, settings = tiny.denoiser.patched(patch), {"steps": 2, "width": 64, "height": 64}
     (expected,) = generate(denoiser, "a lion", **settings)
-    monkeypatch.setattr(packed_layers, "SMALL_BYTES", 0)
+    monkeypatch.setattr(frozen_layer, "SMALL_BYTES", 0)
     (found,) = generate(denoiser, "a lion", **settings)
     assert found.tobytes() == expected.tobytes()
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from test_engine import assert_same, tensors
 from torch import Tensor
 
-from lorasmith.adapters.packed_layers import packed_layers
+from lorasmith.adapters.frozen_layer import packed_layers
 from lorasmith.core.errors import LoraError
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Denoiser, Model

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformer_models import TINY, Case
 
-from lorasmith.adapters.packed_layers import cast_weights, packable_layers
+from lorasmith.adapters.frozen_layer import cast_weights, packable_layers
 from lorasmith.core.errors import OptionError, TrainingError
 from lorasmith.core.processes import Processes, current
 from lorasmith.core.quantization import packed

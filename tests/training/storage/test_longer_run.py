@@ -12,7 +12,7 @@ import pytest
 
 from lorasmith.core.errors import LorasmithError, OutputError
 from lorasmith.data.dataset import EncodedDataset
-from lorasmith.formats.hashes import sha256_body
+from lorasmith.formats.metadata import sha256_body
 from lorasmith.training.events import Event, Resumed, StepDone, Warned
 from lorasmith.training.results import TrainResult
 from lorasmith.training.storage.history import read_history

@@ -13,8 +13,7 @@ import torch
 from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Model
-from lorasmith.formats.hashes import autov1, sha256_file
-from lorasmith.formats.metadata import steps_of
+from lorasmith.formats.metadata import autov1, sha256_file, steps_of
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.job import plan_job
 from lorasmith.training.storage.lora_metadata import BaseHashes, training_metadata

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.overrides import TorchFunctionMode
 
-from lorasmith.adapters.packed_layers import give_source, packable_layers
+from lorasmith.adapters.frozen_layer import give_source, packable_layers
 from lorasmith.core.errors import LorasmithError, ModelError
 from lorasmith.core.quantization import Packed, of_rows, placeholder
-from lorasmith.formats.names.model_names import OriginalName
+from lorasmith.formats.names import OriginalName
 
 _NORM_SCALE = "scale"  # Black Forest Labs' name of the weight of an RMS norm
 

@@ -1,8 +1,13 @@
-"""Kinds of autoencoders: the contract, that of latent diffusion with its two namings, and Flux.2's.
+"""Kinds of autoencoders: that of latent diffusion with its two namings, Flux.2's, and Wan's.
 
 Flux.2's is that of latent diffusion with 32 channels, then 2×2 latents as 128 normalised channels. The normalisation's
 statistics are tensors of the file (`bn.running_mean`, `bn.running_var`), so latents that leave the autoencoder are the
 denoiser's already.
+
+Wan 2.1's, which Qwen-Image, Krea 2 and Anima use too, and Wan 2.2 5B's are made for videos: pictures are one frame, and
+latents have a time axis. Both packages' names are read, the original's and diffusers' (AutoencoderKLQwenImage and
+AutoencoderKLWan, which have the same tensors for Wan 2.1). Wan 2.2's takes squares of 2×2 pixels as channels, and its
+blocks are one level deeper in the names.
 """
 
 from __future__ import annotations
@@ -246,3 +251,181 @@ def _statistics(vae: Any) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each channel, (1, channels, 1, 1)."""
     mean, variance = (one.reshape(1, -1, 1, 1) for one in (vae.bn.running_mean, vae.bn.running_var))
     return mean, (variance + vae.config.batch_norm_eps).sqrt()
+
+
+# fmt: off
+LATENT_MEAN = (
+    -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+    0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
+)
+LATENT_STD = (
+    2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+    3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160,
+)
+LATENT_MEAN_22 = (
+    -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557,
+    -0.1382, 0.0542, 0.2813, 0.0891, 0.1570, -0.0098, 0.0375, -0.1825,
+    -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
+    -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230,
+    -0.0313, -0.1649, 0.0117, 0.0723, -0.2839, -0.2083, -0.0520, 0.3748,
+    0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667,
+)
+LATENT_STD_22 = (
+    0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013,
+    0.8158, 1.0344, 0.5894, 1.0901, 0.6885, 0.6165, 0.8454, 0.4978,
+    0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
+    0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093,
+    0.5709, 0.6065, 0.6415, 0.4944, 0.5726, 1.2042, 0.5458, 1.6887,
+    0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744,
+)
+# fmt: on
+
+
+def wan_latents(
+    mean: tuple[float, ...] = LATENT_MEAN,
+    deviation: tuple[float, ...] = LATENT_STD,
+    *,
+    downscale: int = 8,
+    time_downscale: int = 0,
+) -> LatentFormat:
+    """The format in which denoisers take these latents: each channel with mean 0 and deviation 1."""
+    scale = tuple(1 / one for one in deviation)
+    return LatentFormat(len(mean), downscale, scale, shift=mean, frames=True, time_downscale=time_downscale)
+
+
+_ORIGINAL, _DIFFUSERS = "decoder.middle.0.residual.0.gamma", "decoder.mid_block.resnets.0.norm1.gamma"
+_DEEPER = "decoder.upsamples.0.upsamples.0.residual.0.gamma"  # Wan 2.2's
+_UPSAMPLER, _DEEPER_UPSAMPLER = (
+    f"decoder.up_blocks.0.{name}.time_conv.weight" for name in ("upsamplers.0", "upsampler")
+)
+_RESIDUAL = {"0": "norm1", "2": "conv1", "3": "norm2", "6": "conv2"}
+_MIDDLE = ("resnets.0", "attentions.0", "resnets.1")
+_SIDE = 2  # of the squares of pixels that Wan 2.2's takes as channels
+
+
+class _Wan(AutoencoderKind):
+    """What both versions share."""
+
+    def channels(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        return shapes["conv2.weight" if "conv2.weight" in shapes else "post_quant_conv.weight"][0]
+
+    def encode(self, vae: Any, pixels: Tensor) -> Tensor:
+        latents: Tensor = vae.encode(pixels if pixels.ndim == 5 else pixels.unsqueeze(2)).latent_dist.mean
+        return latents
+
+    def decode(self, vae: Any, latents: Tensor) -> Tensor:
+        pixels: Tensor = vae.decode(latents).sample
+        return pixels
+
+
+class WanAutoencoder(_Wan):
+    """Wan 2.1's: 16 channels, 8 pixels per latent."""
+
+    name = "wan21"
+
+    def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        return (_ORIGINAL in shapes and _DEEPER not in shapes) or (_DIFFUSERS in shapes and _UPSAMPLER in shapes)
+
+    def build(self, source: PartSource) -> nn.Module:
+        from diffusers import AutoencoderKLQwenImage
+
+        named = {_diffusers_name(name): tensor for name, tensor in plain_weights(source.tensors).items()}
+        config = source.config or {
+            "base_dim": named["encoder.conv_in.weight"].shape[0],
+            "z_dim": named["post_quant_conv.weight"].shape[0],
+            **source.settings,
+        }
+        known = ("base_dim", "z_dim", "dim_mult", "num_res_blocks", "attn_scales", "temperal_downsample", "dropout")
+        wanted = {name: value for name, value in config.items() if name in known}
+        return build(lambda: AutoencoderKLQwenImage(**wanted), lambda _: named, where=source.where)
+
+    def latent_format(self, vae: Any) -> LatentFormat:
+        return _form(vae, vae.spatial_compression_ratio)
+
+
+class Wan22Autoencoder(_Wan):
+    """Wan 2.2 5B's: 48 channels, 16 pixels per latent."""
+
+    name = "wan22"
+
+    def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        return _DEEPER in shapes or (_DIFFUSERS in shapes and _DEEPER_UPSAMPLER in shapes)
+
+    def build(self, source: PartSource) -> nn.Module:
+        from diffusers import AutoencoderKLWan
+
+        tensors = plain_weights(source.tensors)
+        named = {_diffusers_name(name, is_deeper=True): tensor for name, tensor in tensors.items()}
+        config = source.config or _config_22(Shapes((name, tuple(one.shape)) for name, one in named.items()))
+        return build(
+            lambda: AutoencoderKLWan.from_config({**config, **source.settings}), lambda _: named, where=source.where
+        )
+
+    def latent_format(self, vae: Any) -> LatentFormat:
+        # Each level of blocks but the last halves the sides; `spatial_compression_ratio` is for diffusers' tiles.
+        side = 2 ** len(vae.config.temperal_downsample) * vae.config.patch_size
+        return _form(vae, side)
+
+
+AUTOENCODERS.register(WanAutoencoder.name)(WanAutoencoder())
+AUTOENCODERS.register(Wan22Autoencoder.name)(Wan22Autoencoder())
+
+
+def _form(vae: Any, downscale: int) -> LatentFormat:
+    times = 2 ** sum(vae.config.temperal_downsample)
+    return LatentFormat(vae.config.z_dim, downscale, scale=1.0, frames=True, time_downscale=times)
+
+
+def _config_22(shapes: Shapes) -> dict[str, Any]:
+    """Configuration of Wan 2.2's for shapes by diffusers' names."""
+    channels = shapes["encoder.conv_in.weight"][1]
+    return {
+        "base_dim": shapes["encoder.conv_in.weight"][0],
+        "decoder_base_dim": shapes["decoder.norm_out.gamma"][0],
+        "z_dim": shapes["post_quant_conv.weight"][0],
+        "in_channels": channels,
+        "out_channels": channels,
+        "patch_size": _SIDE,
+        "is_residual": True,
+        "scale_factor_spatial": 16,
+        "latents_mean": LATENT_MEAN_22,
+        "latents_std": LATENT_STD_22,
+    }
+
+
+def _diffusers_name(name: str, *, is_deeper: bool = False) -> str:
+    """diffusers' name of an original tensor; its own names are unchanged."""
+    side, _, rest = name.partition(".")
+    if side in ("conv1", "conv2"):
+        return f"{'quant_conv' if side == 'conv1' else 'post_quant_conv'}.{rest}"
+    kind, _, rest = rest.partition(".")
+    if kind == "conv1":
+        return f"{side}.conv_in.{rest}"
+    if kind == "head":
+        number, _, leaf = rest.partition(".")
+        return f"{side}.{'norm_out' if number == '0' else 'conv_out'}.{leaf}"
+    if kind not in ("middle", "downsamples", "upsamples"):
+        return name
+    index, _, rest = rest.partition(".")
+    if kind == "middle":
+        return f"{side}.mid_block.{_MIDDLE[int(index)]}.{_resnet(rest)}"
+    if is_deeper:
+        return f"{side}.{'down' if kind == 'downsamples' else 'up'}_blocks.{index}.{_layer_of_block(rest)}"
+    if kind == "downsamples":
+        return f"{side}.down_blocks.{index}.{_resnet(rest)}"
+    block, place = divmod(int(index), 4)
+    return f"{side}.up_blocks.{block}.{'upsamplers.0' if place == 3 else f'resnets.{place}'}.{_resnet(rest)}"
+
+
+def _layer_of_block(rest: str) -> str:
+    """A name within one of Wan 2.2's blocks: residual blocks, then what changes the size."""
+    kind, index, rest = rest.split(".", 2)
+    is_resnet = rest.startswith(("residual.", "shortcut."))
+    return f"resnets.{index}.{_resnet(rest)}" if is_resnet else f"{kind.removesuffix('s')}r.{rest}"
+
+
+def _resnet(rest: str) -> str:
+    """A name within a block, in which the original numbers the layers of the residual path."""
+    if (match := re.match(r"residual\.(\d)\.", rest)) is not None:
+        return f"{_RESIDUAL[match[1]]}.{rest[match.end() :]}"
+    return re.sub(r"^shortcut\.", "conv_shortcut.", rest)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorasmith.formats.names.model_names import OriginalName
+from lorasmith.formats.names import OriginalName
 
 KEY_NORM = "double_blocks.0.img_attn.norm.key_norm"
 """A norm as wide as an attention head."""

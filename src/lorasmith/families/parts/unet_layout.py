@@ -13,10 +13,9 @@ from typing import Any
 from lorasmith.core.errors import ModelError
 from lorasmith.diffusion.schedule import PARAMETERIZATIONS, DiscreteSchedule
 from lorasmith.families.base import Diffusion, LatentFormat, Rule
-from lorasmith.families.files.checkpoint import OriginalCheckpoint
+from lorasmith.families.files.checkpoint import OriginalCheckpoint, PipelineConfigs
 from lorasmith.families.files.original_weights import block_count, module_paths
-from lorasmith.families.files.pipelines import PipelineConfigs
-from lorasmith.formats.names.model_names import OriginalName, ProgramLimits
+from lorasmith.formats.names import OriginalName, ProgramLimits
 
 CROSS_ATTENTION = r"((down|up|input|output)_blocks_\d|(mid|middle)_block_).*attn2_(processor_)?to_[kv]$"
 """Finds a LoRA's modules whose input is the text; its width distinguishes versions."""

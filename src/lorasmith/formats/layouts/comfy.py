@@ -1,10 +1,17 @@
-"""The layout of ComfyUI's trainer: `diffusion_model.<original path>.lora_up.weight`, `.lora_down.weight`, `.alpha`.
+"""The layouts of ComfyUI's trainer and of ai-toolkit, which share ComfyUI's prefix.
 
-Module paths are those of the original checkpoint, with dots. Convolutions are flattened to two dimensions: down is
-(rank, in·kh·kw). Norms and biases have full differences, `.diff` and `.diff_b`. ComfyUI reads every key of it; most
-other programs read none for UNets, so it serves exchange with ComfyUI and not as a general format.
+ComfyUI     `diffusion_model.<original path>.lora_up.weight`, `.lora_down.weight`, `.alpha`
+ai-toolkit  `diffusion_model.<path>.lora_A.weight`, `.lora_B.weight`, alpha multiplied in
+
+ComfyUI's module paths are those of the original checkpoint, with dots. Convolutions are flattened to two dimensions:
+down is (rank, in·kh·kw). Norms and biases have full differences, `.diff` and `.diff_b`. ComfyUI reads every key of it;
+most other programs read none for UNets, so it serves exchange with ComfyUI and not as a general format.
 
 Read as well: diffusers' paths after `diffusion_model.`, and `model.diffusion_model.`.
+
+ai-toolkit's paths are diffusers' or the original checkpoint's, by family (`ModelNames.ai_toolkit_naming`). Without
+`.alpha` tensors, which some of diffusers' loaders refuse and others ignore, it is what ComfyUI, diffusers and
+the trainers of newer families all read. Algorithms other than LoRA keep LyCORIS' names and alphas after the same paths.
 """
 
 from __future__ import annotations
@@ -16,23 +23,49 @@ from dataclasses import replace
 from torch import Tensor
 
 from lorasmith.adapters.algorithms import format_of
-from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
-from lorasmith.formats.layouts.layout import LAYOUTS, Layout
-from lorasmith.formats.names.model_names import ModelNames
-from lorasmith.formats.names.places import (
-    Parts,
-    addressed,
+from lorasmith.core.adapter_state import DENOISER, ModuleRef
+from lorasmith.formats.layouts.layout import Layout
+from lorasmith.formats.names import (
+    ModelNames,
+    PlacedModules,
     alias_places,
     diffusers_places,
     encoder_paths,
     original_places,
-    read_tensors,
 )
-from lorasmith.formats.names.recognise import COMFYUI_ENCODER, COMFYUI_PREFIXES, any_of
-from lorasmith.formats.names.spelling import KOHYA, ModuleTensors, spelled, split_key, without_core
+from lorasmith.formats.scales import baked
+from lorasmith.formats.spelling import (
+    COMFYUI_ENCODER,
+    COMFYUI_PREFIXES,
+    KOHYA,
+    PEFT,
+    ModuleTensors,
+    any_of,
+    spelled,
+    split_key,
+    without_core,
+)
 
 
-class ComfyLayout(Layout):
+class _ComfyuiNames(Layout):
+    """Module paths after ComfyUI's prefixes; adapters without an exact place there have PEFT's prefix."""
+
+    def bases(self, names: ModelNames) -> Mapping[str, PlacedModules]:
+        places = {**alias_places(names), **diffusers_places(names), **original_places(names)}
+        bases = {prefix + path: parts for prefix in COMFYUI_PREFIXES for path, parts in places.items()}
+        for component in names.text_encoders:
+            for kind in names.text_encoders[component].comfyui:
+                prefix = f"text_encoders.{kind}.transformer."
+                bases |= {prefix + path: parts for path, parts in encoder_paths(names, component)}
+        return bases
+
+    def base_of(self, ref: ModuleRef, names: ModelNames) -> str:
+        if ref.component != DENOISER:
+            return f"text_encoders.{names.text_encoders[ref.component].comfyui[0]}.transformer.{ref.path}"
+        return ".".join(names.pipeline_place(ref.path))
+
+
+class ComfyLayout(_ComfyuiNames):
     """Original module paths after `diffusion_model.`, all tensors in at most two dimensions."""
 
     name = "comfy"
@@ -40,55 +73,44 @@ class ComfyLayout(Layout):
     has_alphas = True
 
     def detects(self, keys: Iterable[str]) -> int:
-        return sum(bool(_PREFIX.match(key) and split_key(key)) and not AI_TOOLKIT_SUFFIX.search(key) for key in keys)
+        return sum(bool(_PREFIX.match(key) and split_key(key)) and not _AI_TOOLKIT_SUFFIX.search(key) for key in keys)
 
-    def bases(self, names: ModelNames) -> Mapping[str, Parts]:
-        return comfyui_bases(names)
+    def original_base(self, path: str, names: ModelNames) -> str | None:
+        return COMFYUI_PREFIXES[0] + path
 
-    def read(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], names: ModelNames) -> AdapterState:
-        return read_tensors(tensors, self.bases(names), names)
-
-    def write(self, state: AdapterState, names: ModelNames) -> dict[str, Tensor]:
-        """Adapters that have no exact place under an original name keep diffusers' name, after PEFT's prefix."""
-
-        def base_of(ref: ModuleRef) -> str:
-            if ref.component != DENOISER:
-                return f"text_encoders.{names.text_encoders[ref.component].comfyui[0]}.transformer.{ref.path}"
-            return ".".join(names.pipeline_place(ref.path))
-
-        modules = addressed(state, names, base_of, _original_base)
-        return {
-            base + suffix: tensor
-            for base, module in modules.items()
-            for suffix, tensor in spelled(_plain(module), KOHYA).items()
-        }
-
-    def header(self, state: AdapterState, names: ModelNames) -> dict[str, str]:
-        return {}
+    def spelled(self, module: ModuleTensors) -> dict[str, Tensor]:
+        return spelled(_plain(module), KOHYA)
 
 
-LAYOUTS.register(ComfyLayout.name)(ComfyLayout())
+class AiToolkitLayout(_ComfyuiNames):
+    """ComfyUI's prefix with PEFT's names of the factors."""
+
+    name = "ai-toolkit"
+    title = "ai-toolkit"
+
+    def detects(self, keys: Iterable[str]) -> int:
+        return sum(key.startswith(COMFYUI_PREFIXES) and bool(_AI_TOOLKIT_SUFFIX.search(key)) for key in keys)
+
+    def base_of(self, ref: ModuleRef, names: ModelNames) -> str:
+        if ref.component == DENOISER and names.ai_toolkit_naming == "diffusers":
+            return COMFYUI_PREFIXES[0] + ref.path
+        return super().base_of(ref, names)
+
+    def original_base(self, path: str, names: ModelNames) -> str | None:
+        return COMFYUI_PREFIXES[0] + path if names.ai_toolkit_naming == "original" else None
+
+    def spelled(self, module: ModuleTensors) -> dict[str, Tensor]:
+        """A LoRA in PEFT's spelling without alpha; anything more in LyCORIS'."""
+        weights = None if module.adapter is None else without_core(module.adapter)
+        if weights is None or not format_of(weights).is_low_rank or "dora_scale" in weights.tensors:
+            return spelled(module, KOHYA)
+        return spelled(replace(module, adapter=baked(weights)), PEFT, alpha=False)
 
 
-def comfyui_bases(names: ModelNames) -> dict[str, Parts]:
-    """Every name of a model's modules that begins with one of ComfyUI's"""
-    places = {**alias_places(names), **diffusers_places(names), **original_places(names)}
-    bases = {prefix + path: parts for prefix in COMFYUI_PREFIXES for path, parts in places.items()}
-    for component in names.text_encoders:
-        for kind in names.text_encoders[component].comfyui:
-            prefix = f"text_encoders.{kind}.transformer."
-            bases |= {prefix + path: parts for path, parts in encoder_paths(names, component)}
-    return bases
-
-
-AI_TOOLKIT_SUFFIX = re.compile(r"\.lora_[AB]\.weight$")
+_AI_TOOLKIT_SUFFIX = re.compile(r"\.lora_[AB]\.weight$")
 """What distinguishes ai-toolkit's files, which begin with the same prefix."""
 
 _PREFIX = re.compile(f"{any_of(COMFYUI_PREFIXES)}|{COMFYUI_ENCODER}")
-
-
-def _original_base(path: str) -> str:
-    return COMFYUI_PREFIXES[0] + path
 
 
 def _plain(module: ModuleTensors) -> ModuleTensors:

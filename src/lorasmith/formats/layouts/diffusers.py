@@ -21,40 +21,37 @@ from torch import Tensor
 from lorasmith.adapters.algorithms import format_of
 from lorasmith.core.adapter_state import DENOISER, DIFFUSERS, AdapterState, AdapterWeights, ModuleRef
 from lorasmith.core.errors import LoraError
-from lorasmith.formats.layouts.layout import LAYOUTS, Layout, Loss
-from lorasmith.formats.layouts.peft_config import (
+from lorasmith.formats.layouts.layout import Layout, Loss
+from lorasmith.formats.layouts.peft import (
     ADAPTER_METADATA,
     rank_fields,
     stated_alphas,
     targets,
     uneven_magnitudes,
 )
-from lorasmith.formats.names.model_names import ModelNames
-from lorasmith.formats.names.places import (
-    Parts,
-    addressed,
+from lorasmith.formats.names import (
+    ModelNames,
+    PlacedModules,
     alias_places,
     diffusers_places,
     encoder_paths,
     original_places,
     read_tensors,
 )
-from lorasmith.formats.names.recognise import (
+from lorasmith.formats.scales import baked, loras_in
+from lorasmith.formats.spelling import (
     DIFFUSERS_ENCODER,
     DIFFUSERS_EXPERTS,
     DIFFUSERS_PARTS,
     DIFFUSERS_PREFIXES,
-    any_of,
-)
-from lorasmith.formats.names.spelling import (
     PEFT,
     ModuleTensors,
+    any_of,
     grouped,
     spelled,
     split_key,
     without_core,
 )
-from lorasmith.formats.scales import baked, loras_in
 
 
 class DiffusersLayout(Layout):
@@ -70,8 +67,8 @@ class DiffusersLayout(Layout):
     def detects(self, keys: Iterable[str]) -> int:
         return sum(bool(_PREFIX.match(key) and split_key(key)) for key in keys)
 
-    def bases(self, names: ModelNames) -> Mapping[str, Parts]:
-        bases: dict[str, Parts] = {}
+    def bases(self, names: ModelNames) -> Mapping[str, PlacedModules]:
+        bases: dict[str, PlacedModules] = {}
         for path, parts in {**alias_places(names), **original_places(names), **diffusers_places(names)}.items():
             for spelling in _spellings(path):
                 bases |= {prefix + spelling: parts for prefix in (*DIFFUSERS_PREFIXES, "")}
@@ -89,15 +86,13 @@ class DiffusersLayout(Layout):
             )
         return read_tensors(tensors, self.bases(names), names, stated_alphas(tensors, grouped(tensors), metadata))
 
-    def write(self, state: AdapterState, names: ModelNames) -> dict[str, Tensor]:
-        def base_of(ref: ModuleRef) -> str:
-            return ".".join(_place(ref, names))
+    def base_of(self, ref: ModuleRef, names: ModelNames) -> str:
+        return ".".join(_place(ref, names))
 
-        return {
-            base + suffix: tensor
-            for base, module in addressed(state, names, base_of).items()
-            for suffix, tensor in spelled(_baked(module), PEFT, alpha=False).items()
-        }
+    def spelled(self, module: ModuleTensors) -> dict[str, Tensor]:
+        if module.adapter is not None and format_of(module.adapter).is_low_rank:
+            module = replace(module, adapter=baked(without_core(module.adapter)))
+        return spelled(module, PEFT, alpha=False)
 
     def header(self, state: AdapterState, names: ModelNames) -> dict[str, str]:
         fields: dict[str, Any] = {}
@@ -134,8 +129,6 @@ class DiffusersLayout(Layout):
         ]
 
 
-LAYOUTS.register(DiffusersLayout.name)(DiffusersLayout())
-
 _PREFIX = re.compile(
     f"{any_of((*DIFFUSERS_PREFIXES, *DIFFUSERS_PARTS))}|{DIFFUSERS_ENCODER}|"
     r"(single_)?transformer_blocks\.|"
@@ -157,10 +150,3 @@ def _spellings(path: str) -> Iterator[str]:
     if projection in ("to_q", "to_k", "to_v", "to_out.0"):
         attention = path.removesuffix(projection)
         yield f"{attention}processor.{projection.removesuffix('.0')}"
-
-
-def _baked(module: ModuleTensors) -> ModuleTensors:
-    """A LoRA with alpha / rank multiplied into its factors."""
-    if module.adapter is None or not format_of(module.adapter).is_low_rank:
-        return module
-    return replace(module, adapter=baked(without_core(module.adapter)))

@@ -26,21 +26,18 @@ from lorasmith.adapters.algorithms import format_of
 from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
 from lorasmith.core.errors import LoraError
 from lorasmith.core.foreign_json import parse_foreign_json
-from lorasmith.formats.layouts.layout import LAYOUTS, Layout, Loss
+from lorasmith.formats.layouts.layout import Layout, Loss
 from lorasmith.formats.metadata import BOUNDS
-from lorasmith.formats.names.model_names import ModelNames
-from lorasmith.formats.names.places import (
-    Parts,
-    addressed,
+from lorasmith.formats.names import (
+    ModelNames,
+    PlacedModules,
     diffusers_places,
     encoder_paths,
     original_places,
-    read_tensors,
     unfusable,
 )
-from lorasmith.formats.names.recognise import KOHYA_ENCODER, KOHYA_PREFIXES, any_of
-from lorasmith.formats.names.spelling import KOHYA, spelled, split_key
 from lorasmith.formats.scales import checked_scale
+from lorasmith.formats.spelling import KOHYA, KOHYA_ENCODER, KOHYA_PREFIXES, ModuleTensors, any_of, spelled, split_key
 
 
 class KohyaLayout(Layout):
@@ -56,11 +53,11 @@ class KohyaLayout(Layout):
     def detects(self, keys: Iterable[str]) -> int:
         return sum(bool(_PREFIX.match(key) and split_key(key)) for key in keys)
 
-    def bases(self, names: ModelNames) -> Mapping[str, Parts]:
+    def bases(self, names: ModelNames) -> Mapping[str, PlacedModules]:
         namings = [diffusers_places(names), original_places(names)]
         if names.kohya_naming == "original":
             namings.reverse()
-        bases: dict[str, Parts] = {}
+        bases: dict[str, PlacedModules] = {}
         for prefix in KOHYA_PREFIXES:
             for places in namings:
                 for path, parts in places.items():
@@ -70,8 +67,19 @@ class KohyaLayout(Layout):
                 bases |= {prefix + _flat(path): parts for path, parts in encoder_paths(names, component)}
         return bases
 
+    def base_of(self, ref: ModuleRef, names: ModelNames) -> str:
+        if ref.component != DENOISER:
+            return names.text_encoders[ref.component].kohya[0] + _flat(ref.path)
+        return (_UNFUSED if names.kohya_naming == "original" else _WRITTEN) + _flat(ref.path)
+
+    def original_base(self, path: str, names: ModelNames) -> str | None:
+        return _WRITTEN + _flat(path) if names.kohya_naming == "original" else None
+
+    def spelled(self, module: ModuleTensors) -> dict[str, Tensor]:
+        return spelled(module, KOHYA, norm_names=True)
+
     def read(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], names: ModelNames) -> AdapterState:
-        state = read_tensors(tensors, self.bases(names), names)
+        state = super().read(tensors, metadata, names)
         bounds = _stated_bounds(metadata)
         for ref, weights in state.adapters.items():
             form = format_of(weights)
@@ -84,20 +92,7 @@ class KohyaLayout(Layout):
         return state
 
     def write(self, state: AdapterState, names: ModelNames) -> dict[str, Tensor]:
-        """Adapters that have no exact place under an original name keep diffusers' name, after `lycoris_`."""
-        by_original = names.kohya_naming == "original"
-
-        def base_of(ref: ModuleRef) -> str:
-            if ref.component != DENOISER:
-                return names.text_encoders[ref.component].kohya[0] + _flat(ref.path)
-            return (_UNFUSED if by_original else _WRITTEN) + _flat(ref.path)
-
-        modules = addressed(_bounded(state), names, base_of, _original_base if by_original else None)
-        return {
-            base + suffix: tensor
-            for base, module in modules.items()
-            for suffix, tensor in spelled(module, KOHYA, norm_names=True).items()
-        }
+        return super().write(_bounded(state), names)
 
     def header(self, state: AdapterState, names: ModelNames) -> dict[str, str]:
         bounds = {
@@ -114,8 +109,6 @@ class KohyaLayout(Layout):
     def unfused(self, state: AdapterState, names: ModelNames) -> list[ModuleRef]:
         return [] if names.kohya_naming == "diffusers" else unfusable(_bounded(state), names)
 
-
-LAYOUTS.register(KohyaLayout.name)(KohyaLayout())
 
 _WRITTEN, _UNFUSED = KOHYA_PREFIXES[:2]
 _PREFIX = re.compile(f"{any_of(KOHYA_PREFIXES)}|{KOHYA_ENCODER}")
@@ -148,7 +141,3 @@ def _stated_bounds(metadata: Mapping[str, str]) -> dict[str, float]:
 
 def _flat(path: str) -> str:
     return path.replace(".", "_")
-
-
-def _original_base(path: str) -> str:
-    return _WRITTEN + _flat(path)

@@ -13,11 +13,11 @@ from types import MappingProxyType
 
 from torch import Tensor
 
-from lorasmith.core.adapter_state import SD_SCRIPTS, AdapterState, ModuleRef
+from lorasmith.core.adapter_state import DENOISER, SD_SCRIPTS, AdapterState, ModuleRef
 from lorasmith.core.errors import LoraError
 from lorasmith.core.registry import Registry
-from lorasmith.formats.names.model_names import ModelNames
-from lorasmith.formats.names.places import Parts, unfusable
+from lorasmith.formats.names import ModelNames, PlacedModules, in_original_naming, read_tensors, unfusable
+from lorasmith.formats.spelling import KOHYA, ModuleTensors, spelled
 
 
 @dataclass(frozen=True)
@@ -77,10 +77,21 @@ class Layout(ABC):
         """Number of keys that look like this layout's, for any model."""
 
     @abstractmethod
-    def bases(self, names: ModelNames) -> Mapping[str, Parts]:
+    def bases(self, names: ModelNames) -> Mapping[str, PlacedModules]:
         """Every name of this layout for modules of a model, without the tensor's suffix."""
 
     @abstractmethod
+    def base_of(self, ref: ModuleRef, names: ModelNames) -> str:
+        """Name of a module without a place in the original checkpoint, or of any if `original_base` is None."""
+
+    def original_base(self, path: str, names: ModelNames) -> str | None:
+        """Name of a module of the original checkpoint; None if modules of the denoiser have diffusers' names."""
+        return None
+
+    def spelled(self, module: ModuleTensors) -> dict[str, Tensor]:
+        """The tensors of a module by the end of their key, after the base."""
+        return spelled(module, KOHYA)
+
     def read(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], names: ModelNames) -> AdapterState:
         """Read a file's tensors.
 
@@ -92,14 +103,27 @@ class Layout(ABC):
         Returns:
             The recognised adapters and differences; every other tensor is in `unknown`. No metadata.
         """
+        return read_tensors(tensors, self.bases(names), names)
 
-    @abstractmethod
     def write(self, state: AdapterState, names: ModelNames) -> dict[str, Tensor]:
         """Adapters and differences by key; `unknown` is not written here."""
+        refs = dict.fromkeys((*state.adapters, *state.differences))
+        modules = {ref: ModuleTensors(state.adapters.get(ref), state.differences.get(ref, {})) for ref in refs}
+        placed: dict[str, ModuleTensors] = {}
+        if self.original_base("", names) is not None:
+            denoiser = {ref.path: module for ref, module in modules.items() if ref.component == DENOISER}
+            original, left = in_original_naming(denoiser, names)
+            placed = {str(self.original_base(path, names)): module for path, module in original.items()}
+            others = {ref: module for ref, module in modules.items() if ref.component != DENOISER}
+            modules = {ModuleRef(DENOISER, path): module for path, module in left.items()} | others
+        placed |= {self.base_of(ref, names): module for ref, module in modules.items()}
+        return {
+            base + suffix: tensor for base, module in placed.items() for suffix, tensor in self.spelled(module).items()
+        }
 
-    @abstractmethod
     def header(self, state: AdapterState, names: ModelNames) -> dict[str, str]:
         """Metadata that other programs read with the tensors of `write`."""
+        return {}
 
     def losses(self, state: AdapterState, names: ModelNames) -> list[Loss]:
         """What the layout, or its own programs, would not keep of a state."""

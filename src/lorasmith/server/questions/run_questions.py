@@ -21,8 +21,7 @@ from lorasmith.core.files import is_regular
 from lorasmith.core.folders import ASSETS, Folders
 from lorasmith.core.options import options_of
 from lorasmith.formats.container import check_safetensors
-from lorasmith.formats.hashes import sha256_file
-from lorasmith.formats.metadata import steps_of
+from lorasmith.formats.metadata import sha256_file, steps_of
 from lorasmith.report.loss_plot import recent_loss, trailing_means
 from lorasmith.report.pictures import thinned
 from lorasmith.report.run_report import UNJUDGED, RunReport, run_report

@@ -19,8 +19,8 @@ from lorasmith.core.folders import Folders, safe_name
 from lorasmith.core.options import changed, options_of
 from lorasmith.data.crops import pixel_step
 from lorasmith.families.base import FAMILIES
+from lorasmith.families.loading import load_structure
 from lorasmith.families.locating import built_in_models
-from lorasmith.families.structure import load_structure
 from lorasmith.nodes import load_nodes
 from lorasmith.runs.recorded_run import Rights, repeated
 from lorasmith.runs.run_page import is_own, lora_of_run

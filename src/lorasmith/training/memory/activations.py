@@ -22,9 +22,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from lorasmith.adapters.frozen_layer import CONVOLUTIONS, FrozenLayer, FrozenProduct
+from lorasmith.adapters.frozen_layer import CONVOLUTIONS, FrozenLayer, FrozenProduct, packable_layers
 from lorasmith.adapters.inject import restore_forward
-from lorasmith.adapters.packed_layers import packable_layers
 from lorasmith.core.choices import ActivationPlan
 from lorasmith.training.memory.host_memory import HostMemory
 

@@ -15,8 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import nn
 
-from lorasmith.adapters.frozen_layer import PRODUCTS, FrozenLayer
-from lorasmith.adapters.packed_layers import layers_as_stored, packable_layers, weight_source_set
+from lorasmith.adapters.frozen_layer import PRODUCTS, FrozenLayer, layers_as_stored, packable_layers, weight_source_set
 from lorasmith.core.choices import Quantization
 from lorasmith.core.fp8_products import CODES, MULTIPLE, Fp8Products
 from lorasmith.core.mapped_files import release_pages

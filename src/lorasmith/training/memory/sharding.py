@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorasmith.adapters.frozen_layer import packable_layers, weight_source_set
 from lorasmith.adapters.inject import restore_forward
-from lorasmith.adapters.packed_layers import packable_layers, weight_source_set
 from lorasmith.core.allocator import is_out_of_memory, memory_missed
 from lorasmith.core.choices import Quantization
 from lorasmith.core.errors import LorasmithError, TrainingError

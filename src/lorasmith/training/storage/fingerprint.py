@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import torch
 from torch import Tensor
 
-from lorasmith.adapters.packed_layers import named_weights
+from lorasmith.adapters.frozen_layer import named_weights
 from lorasmith.adapters.patch import patch_tensors
 from lorasmith.core.errors import ModelError, OutputError
 from lorasmith.core.mapped_files import release_pages
@@ -28,7 +28,7 @@ from lorasmith.core.processes import current
 from lorasmith.core.tensor_digests import digest_of_tensors
 from lorasmith.core.typed_json import Scalar
 from lorasmith.data.dataset import EncodedDataset
-from lorasmith.formats.hashes import sha256_file
+from lorasmith.formats.metadata import sha256_file
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.memory.compilation import compiler
 from lorasmith.training.optim.update_rules import rule_of

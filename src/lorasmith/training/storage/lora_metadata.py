@@ -20,8 +20,7 @@ from lorasmith.data.dataset import EncodedDataset
 from lorasmith.data.encoding_cache import default_cache
 from lorasmith.data.remembered_digests import RememberedDigests, file_sha256
 from lorasmith.families.model import Model
-from lorasmith.formats.hashes import autov1
-from lorasmith.formats.metadata import RUN_ENTRY, tag_frequency, without_private
+from lorasmith.formats.metadata import RUN_ENTRY, autov1, tag_frequency, without_private
 from lorasmith.training.config import ResolvedConfig
 from lorasmith.training.job import Job
 from lorasmith.training.storage.records import RunRecord

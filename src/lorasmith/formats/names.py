@@ -1,4 +1,7 @@
-"""Names in files ↔ modules of a model, and tensors converted between them.
+"""A model's names for LoRA layouts, diffusers' and the original checkpoint's, and tensors converted between them.
+
+Families build these tables from the real module list of a model; layouts only look names up, so that flattened names
+(`lora_unet_..._to_q`) are never parsed by guessing which underscore was a dot.
 
 A base (a key without its suffix) names one module, or several that the original checkpoint fuses: original Flux, SD3,
 Lumina and Z-Image checkpoints compute q, k and v in one Linear, diffusers in three; each part owns a range of the fused
@@ -20,8 +23,10 @@ Some parts also have the two halves of their rows exchanged (shift, scale agains
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -29,44 +34,167 @@ from torch import Tensor
 from lorasmith.adapters.algorithms import format_of
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef, multiplied
 from lorasmith.core.errors import LoraError
-from lorasmith.formats.names.model_names import ModelNames, OriginalName
-from lorasmith.formats.names.spelling import ModuleTensors, Unfit, assembled, fits, grouped
 from lorasmith.formats.scales import rank_of, scale_of
+from lorasmith.formats.spelling import ModuleTensors, Unfit, assembled, fits, grouped
+
+Naming: TypeAlias = Literal["diffusers", "original"]
+"""Whose names modules have."""
+
+
+def matches(path: str, patterns: tuple[str, ...]) -> bool:
+    """Whether one of the patterns matches a whole module path; `*` crosses dots."""
+    return any(fnmatchcase(path, pattern) for pattern in patterns)
 
 
 @dataclass(frozen=True)
-class Part:
+class OriginalName:
+    """A diffusers module's place in the original checkpoint.
+
+    Attributes:
+        path: dotted module path in the original naming, without `model.diffusion_model.`.
+        rows: (start, stop) output rows when the original fuses several modules into one (`qkv`), else None.
+        swap_halves: whether the two halves of the output rows are exchanged (shift, scale ↔ scale, shift).
+        parameters: names below `path` of the module's own parameters that are called otherwise there; their numbers
+            may be in another shape.
+    """
+
+    path: str
+    rows: tuple[int, int] | None = None
+    swap_halves: bool = False
+    parameters: Mapping[str, str] = field(default_factory=dict)
+
+    def tensor(self, leaf: str) -> str:
+        """Name there of one of the module's own parameters, such as `weight`."""
+        return ".".join(filter(None, (self.path, self.parameters.get(leaf, leaf))))
+
+
+@dataclass(frozen=True)
+class EncoderNames:
+    """One text encoder in LoRA files.
+
+    Attributes:
+        paths: module paths in files; a CLIP's begin with `text_model.`.
+        kohya: prefixes of its keys in kohya's layout; the first is written, all are read.
+        comfyui: ComfyUI's names of it (`clip_l`, `t5xxl`); the first is written, all are read.
+        drops_text_model: whether its class in transformers has no `text_model.` in its paths since version 5.6.
+    """
+
+    paths: tuple[str, ...]
+    kohya: tuple[str, ...]
+    comfyui: tuple[str, ...]
+    drops_text_model: bool = False
+
+
+@dataclass(frozen=True)
+class ProgramLimits:
+    """What programs do not apply of a family's LoRA files, as measured in `docs/load-matrix.md`.
+
+    Patterns are those of `fnmatch`, on diffusers' paths of the denoiser.
+
+    Attributes:
+        unknown_to_comfyui: modules that ComfyUI does not find by diffusers' names.
+        diffusers_applies: layouts besides its own that diffusers reads → modules that it finds in them.
+        diffusers_also_loads: layouts of these in which diffusers loads more than LoRA → names of these algorithms.
+        diffusers_refuses_others: whether diffusers refuses a whole file because a module has more than LoRA's factors.
+        diffusers_refuses_unknown: whether diffusers refuses a whole file for a module that it does not find in it.
+        diffusers_whole_blocks: lists of blocks, by the start of their paths. diffusers refuses a file unless it has
+            every linear layer of the first n blocks, n being the number of blocks in the file.
+        diffusers_one_alpha: modules for which diffusers reads one alpha in kohya's layout, the most frequent one. If
+            there are any, it does so for all modules of a text encoder too.
+        sd_scripts_applies: modules that sd-scripts' own network loads; None if sd-scripts has no such models.
+    """
+
+    unknown_to_comfyui: tuple[str, ...] = ()
+    diffusers_applies: Mapping[str, tuple[str, ...]] = field(
+        default_factory=lambda: {"kohya": ("*",), "comfy": ("*",), "ai-toolkit": ("*",)}
+    )
+    diffusers_also_loads: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    diffusers_refuses_others: bool = False
+    diffusers_refuses_unknown: bool = False
+    diffusers_whole_blocks: tuple[str, ...] = ()
+    diffusers_one_alpha: tuple[str, ...] = ()
+    sd_scripts_applies: tuple[str, ...] | None = ("*",)
+
+
+@dataclass(frozen=True)
+class ModelNames:
+    """Names of one loaded model.
+
+    Attributes:
+        family: registered family name.
+        denoiser: diffusers path of every module that can carry an adapter or a difference (Linear, convolution, norm,
+            embedding) → its place in the original checkpoint.
+        peft_prefix: the denoiser's name in diffusers' pipelines and so in its keys, `unet` or `transformer`.
+        denoiser_parts: submodules of the denoiser that are parts of diffusers' pipelines themselves, of the same name.
+        text_encoders: by component (`text_encoder`, `text_encoder_2`).
+        kohya_naming: naming of this family's `lora_unet_` keys by convention.
+        ai_toolkit_naming: naming of this family's `diffusion_model.` keys in ai-toolkit's files.
+        portable: name of the layout that most programs apply completely for this family. A LoRA that does not fit it is
+            written in kohya's, which holds all.
+        weight_shapes: diffusers path → shape of the weight, for files that flatten convolution kernels and to check
+            whether an adapter fits. Modules that are not listed are not checked.
+        aliases: further names in files, without a prefix → the diffusers paths of each, in the order of their rows.
+            Read, never written.
+        limits: what programs do not apply of this family's files.
+    """
+
+    family: str
+    denoiser: Mapping[str, OriginalName]
+    peft_prefix: str
+    denoiser_parts: tuple[str, ...] = ()
+    text_encoders: Mapping[str, EncoderNames] = field(default_factory=dict)
+    kohya_naming: Naming = "diffusers"
+    ai_toolkit_naming: Naming = "original"
+    portable: str = "kohya"
+    weight_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    limits: ProgramLimits = field(default_factory=ProgramLimits)
+
+    def pipeline_place(self, path: str) -> tuple[str, str]:
+        """The part of diffusers' pipeline with a module of the denoiser, and the module's path there."""
+        part, _, inner = path.partition(".")
+        return (part, inner) if part in self.denoiser_parts else (self.peft_prefix, path)
+
+    def paths(self, component: str) -> Collection[str]:
+        """Module paths of a component; none of a text encoder that the model lacks."""
+        if component == DENOISER:
+            return self.denoiser
+        return self.text_encoders[component].paths if component in self.text_encoders else ()
+
+
+@dataclass(frozen=True)
+class PlacedModule:
     """A module of a base, and its place within that base."""
 
     module: ModuleRef
     place: OriginalName
 
 
-Parts = tuple[Part, ...]
+PlacedModules = tuple[PlacedModule, ...]
 
 
-def diffusers_places(names: ModelNames) -> dict[str, Parts]:
+def diffusers_places(names: ModelNames) -> dict[str, PlacedModules]:
     """The denoiser's modules by diffusers path."""
     return {path: _itself(DENOISER, path) for path in names.denoiser}
 
 
-def original_places(names: ModelNames) -> dict[str, Parts]:
+def original_places(names: ModelNames) -> dict[str, PlacedModules]:
     """The denoiser's modules by path in the original checkpoint, parts of a fused module in the order of their rows."""
-    places: dict[str, list[Part]] = {}
+    places: dict[str, list[PlacedModule]] = {}
     for path, original in names.denoiser.items():
-        places.setdefault(original.path, []).append(Part(ModuleRef(DENOISER, path), original))
+        places.setdefault(original.path, []).append(PlacedModule(ModuleRef(DENOISER, path), original))
     return {path: tuple(sorted(parts, key=lambda part: part.place.rows or (0, 0))) for path, parts in places.items()}
 
 
-def alias_places(names: ModelNames) -> dict[str, Parts]:
+def alias_places(names: ModelNames) -> dict[str, PlacedModules]:
     """The denoiser's modules by further names in files."""
     return {
-        alias: tuple(Part(ModuleRef(DENOISER, path), names.denoiser[path]) for path in paths)
+        alias: tuple(PlacedModule(ModuleRef(DENOISER, path), names.denoiser[path]) for path in paths)
         for alias, paths in names.aliases.items()
     }
 
 
-def encoder_paths(names: ModelNames, component: str) -> Iterator[tuple[str, Parts]]:
+def encoder_paths(names: ModelNames, component: str) -> Iterator[tuple[str, PlacedModules]]:
     """Paths in a text encoder as files spell them, with and without `text_model.` in front."""
     for path in names.paths(component):
         yield path, _itself(component, path)
@@ -76,7 +204,7 @@ def encoder_paths(names: ModelNames, component: str) -> Iterator[tuple[str, Part
 
 def read_tensors(
     tensors: Mapping[str, Tensor],
-    bases: Mapping[str, Parts],
+    bases: Mapping[str, PlacedModules],
     names: ModelNames,
     alphas: Mapping[str, float] | None = None,
 ) -> AdapterState:
@@ -95,26 +223,6 @@ def read_tensors(
         for ref, module in modules.items():
             _add(state, ref, module)
     return state
-
-
-def addressed(
-    state: AdapterState,
-    names: ModelNames,
-    base_of: Callable[[ModuleRef], str],
-    original_base: Callable[[str], str] | None = None,
-) -> dict[str, ModuleTensors]:
-    """Adapters and differences joined by module, under their names in a file."""
-    refs = dict.fromkeys((*state.adapters, *state.differences))
-    modules = {ref: ModuleTensors(state.adapters.get(ref), state.differences.get(ref, {})) for ref in refs}
-    if original_base is None:
-        return {base_of(ref): module for ref, module in modules.items()}
-    denoiser = {ref.path: module for ref, module in modules.items() if ref.component == DENOISER}
-    original, left = in_original_naming(denoiser, names)
-    return {
-        **{original_base(path): module for path, module in original.items()},
-        **{base_of(ModuleRef(DENOISER, path)): module for path, module in left.items()},
-        **{base_of(ref): module for ref, module in modules.items() if ref.component != DENOISER},
-    }
 
 
 def in_original_naming(
@@ -164,17 +272,17 @@ def _always_fuses(adapters: Sequence[AdapterWeights]) -> bool:
     )
 
 
-def _rows_in_all(parts: Parts) -> int:
+def _rows_in_all(parts: PlacedModules) -> int:
     """Output rows of the module that parts form, 0 for a single part."""
     return max((part.place.rows[1] for part in parts if part.place.rows), default=0)
 
 
-def _itself(component: str, path: str) -> Parts:
-    return (Part(ModuleRef(component, path), OriginalName(path)),)
+def _itself(component: str, path: str) -> PlacedModules:
+    return (PlacedModule(ModuleRef(component, path), OriginalName(path)),)
 
 
 def _read_base(
-    roles: Mapping[str, Tensor], parts: Parts, names: ModelNames, alpha: float | None
+    roles: Mapping[str, Tensor], parts: PlacedModules, names: ModelNames, alpha: float | None
 ) -> dict[ModuleRef, ModuleTensors] | None:
     """Adapters and differences of a base's modules, None if they do not fit there."""
     shapes = [_weight_shape(part.module, names) for part in parts]
