@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lorasmith.adapters import algorithms, catalogue
-from lorasmith.adapters.adapter import ADAPTERS, Adapter, misfit, saved, taken, wide
+from lorasmith.adapters.adapter import ADAPTERS, Adapter, misfit, taken, wide
 from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.adapters.inject import Attached, Rule, adapters_attached, create_adapters, plan_adapters
 from lorasmith.adapters.patch import Patch, patches_merged
@@ -63,9 +63,6 @@ class Scaling(Adapter):
         if scales.shape != (layer.out_features, 1):
             raise misfit(weights, layer)
         return cls(scales)
-
-    def to_weights(self) -> AdapterWeights:
-        return saved(self, self.algorithm, None)
 
     def merged(self, weight: Tensor, strength: float = 1.0) -> Tensor:
         scales = wide(self.scales).to(weight.device).reshape(-1, *(1,) * (weight.ndim - 1))

@@ -67,9 +67,10 @@ class Adapter(nn.Module, ABC):
     def from_weights(cls, weights: AdapterWeights, layer: FrozenLayer) -> Adapter:
         """An adapter with the given tensors. Raises LoraError when their shapes do not fit the layer."""
 
-    @abstractmethod
     def to_weights(self) -> AdapterWeights:
         """The adapter as data, in fp32 on the CPU."""
+        tensors = {name: copied(parameter) for name, parameter in self.named_parameters()}
+        return AdapterWeights(self.algorithm, tensors, getattr(self, "alpha", None))
 
     @abstractmethod
     def merged(self, weight: Tensor, strength: float = 1.0) -> Tensor:
@@ -113,12 +114,7 @@ def taken(weights: AdapterWeights, needed: Iterable[str], optional: Sequence[str
                 f"{name} of an adapter of the kind {weights.algorithm} must be a matrix, got shape "
                 f"{tuple(tensor.shape)}; get an intact file"
             )
-    return {name: _copy(tensor) for name, tensor in weights.tensors.items()}
-
-
-def saved(adapter: nn.Module, algorithm: str, alpha: float | None) -> AdapterWeights:
-    """An adapter as data: copies in fp32 on the CPU."""
-    return AdapterWeights(algorithm, {name: _copy(p) for name, p in adapter.named_parameters()}, alpha)
+    return {name: copied(tensor) for name, tensor in weights.tensors.items()}
 
 
 def misfit(weights: AdapterWeights, layer: FrozenLayer) -> LoraError:
@@ -148,5 +144,11 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _copy(tensor: Tensor) -> Tensor:
+def scaled(factor: float, tensor: Tensor) -> Tensor:
+    """`tensor · factor`; the tensor itself for a factor of 1."""
+    return tensor if factor == 1 else tensor * factor
+
+
+def copied(tensor: Tensor) -> Tensor:
+    """A copy in fp32 on the CPU."""
     return tensor.detach().to("cpu", torch.float32, copy=True)

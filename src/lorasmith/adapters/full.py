@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters.adapter import ADAPTERS, Adapter, misfit, saved, taken, wide
+from lorasmith.adapters.adapter import ADAPTERS, Adapter, misfit, scaled, taken, wide
 from lorasmith.adapters.frozen_layer import FrozenLayer, change_alone, changed_product
 from lorasmith.core.adapter_state import AdapterFormat, AdapterWeights
 
@@ -40,21 +40,14 @@ class FullAdapter(Adapter):
             raise misfit(weights, layer)
         return cls(diff)
 
-    def to_weights(self) -> AdapterWeights:
-        return saved(self, self.algorithm, None)
-
     def merged(self, weight: Tensor, strength: float = 1.0) -> Tensor:
         return torch.add(wide(weight), wide(self.diff).to(weight.device), alpha=strength).to(weight.dtype)
 
     def beside(self, x: Tensor, layer: FrozenLayer, strength: float) -> Tensor:
-        return change_alone(layer, x, partial(_scaled, strength), self.diff)
+        return change_alone(layer, x, partial(scaled, strength), self.diff)
 
     def attached(self, inner: Callable[[Tensor], Tensor], layer: FrozenLayer, x: Tensor, strength: float) -> Tensor:
-        return changed_product(inner, layer, x, partial(_scaled, strength), self.diff)
-
-
-def _scaled(factor: float, diff: Tensor) -> Tensor:
-    return diff if factor == 1 else diff * factor
+        return changed_product(inner, layer, x, partial(scaled, strength), self.diff)
 
 
 FullAdapter.format = AdapterFormat(

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorasmith.adapters.adapter import ADAPTERS, Adapter, fill_uniform, misfit, saved, taken, wide
+from lorasmith.adapters.adapter import ADAPTERS, Adapter, fill_uniform, misfit, taken, wide
 from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.core.adapter_state import AdapterFormat, AdapterWeights
 from lorasmith.core.random import keyed_generator
@@ -67,9 +67,6 @@ class GloraAdapter(Adapter):
             raise misfit(weights, layer)
         alpha = weights.alpha
         return cls(tensors, alpha=float(len(tensors["a2"])) if alpha is None else alpha)
-
-    def to_weights(self) -> AdapterWeights:
-        return saved(self, self.algorithm, self.alpha)
 
     def merged(self, weight: Tensor, strength: float = 1.0) -> Tensor:
         a1, a2, b1, b2 = (wide(p).to(weight.device).flatten(1) for p in (self.a1, self.a2, self.b1, self.b2))

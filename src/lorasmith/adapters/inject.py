@@ -15,6 +15,7 @@ lose a small Δ in the sum of the weights. Files call these tensors `diff` and `
 from __future__ import annotations
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.adapters import algorithms  # noqa: F401  registers every algorithm
-from lorasmith.adapters.adapter import ADAPTERS, Adapter
+from lorasmith.adapters.adapter import ADAPTERS, Adapter, copied
 from lorasmith.adapters.frozen_layer import FrozenLayer, FrozenProduct, Products, is_targetable
 from lorasmith.adapters.lora import LowRank, LowRankTerm, RunTerms, linear_with_lora
 from lorasmith.adapters.variants import Variant, dora_from_weights, fresh_adapter
@@ -140,11 +141,11 @@ class Difference(nn.Module):
                     f"a difference of shape {tuple(tensor.shape)} is for {path}.{name}, {found}; "
                     "the LoRA was made for another model"
                 )
-        return cls({name: t.detach().to("cpu", torch.float32, copy=True) for name, t in differences.items()})
+        return cls({name: copied(tensor) for name, tensor in differences.items()})
 
     def to_tensors(self) -> dict[str, Tensor]:
         """The differences as data, in fp32 on the CPU."""
-        return {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in self.named_parameters()}
+        return {name: copied(parameter) for name, parameter in self.named_parameters()}
 
     def on_norm(self, norm: nn.Module, forward: Callable[..., Tensor], strength: float) -> Callable[..., Tensor]:
         """A norm's forward with the differences added to its current parameters."""
@@ -352,7 +353,7 @@ class _Stacked:
     ) -> None:
         self.layer = layer
         self.on_layer = on_layer
-        self.shared: tuple[SharedInput, int] | None = None
+        self.shared: tuple[_SharedByOneRun, int] | None = None
         adapters = on_layer.adapters
         self.adds_bias = layer.bias is not None and any(adapter.transforms_output for adapter, _ in adapters)
         self._run = product or FrozenProduct(layer, with_bias=not self.adds_bias)
@@ -366,7 +367,8 @@ class _Stacked:
         if len(self.on_layer.adapters) != 1:
             return None
         adapter, strength = self.on_layer.adapters[0]
-        if not isinstance(adapter, LowRank) or not SharedInput.takes(adapter, self.layer):
+        takes = type(adapter).attached is LowRank.attached and not self.layer.is_conv
+        if not isinstance(adapter, LowRank) or not takes:
             return None
         return adapter, self.layer, strength
 
@@ -407,7 +409,7 @@ def _share_inputs(model: nn.Module, stacked: Mapping[str, _Stacked]) -> None:
     """Let layers of one attention that receive the same input be computed together."""
     singles = {path: single for path, one in stacked.items() if (single := one.single) is not None}
     for paths in input_groups(model, singles):
-        shared = SharedInput([singles[path] for path in paths])
+        shared = _SharedByOneRun([singles[path] for path in paths])
         for index, path in enumerate(paths):
             stacked[path].shared = shared, index
 
@@ -438,37 +440,49 @@ def _wrapped(
     return lambda x: adapter.attached(inner, layer, x, strength)
 
 
-class SharedInput:
-    """Linear layers that receive the same input (q, k and v), each with a low-rank adapter: one pass for all.
+class SharedInput(ABC):
+    """Linear layers that receive the same input (q, k and v), with low-rank adapters: one pass for all.
 
     The first call computes the results of the others too, which they return when called with the same input: the down
     matrices are one product, their gradients another, and the gradient of the input is summed in place.
     """
 
-    def __init__(self, members: Sequence[tuple[LowRank, FrozenLayer, float]]) -> None:
-        self.is_complete = True  # whether none of them has another adapter on top; else each is computed separately
-        self._members = members
+    def __init__(self, layers: Sequence[FrozenLayer]) -> None:
+        self._layers = layers
         self._x: Tensor | None = None
         self._results: dict[int, Tensor] = {}
 
-    @staticmethod
-    def takes(adapter: Adapter, layer: FrozenLayer) -> bool:
-        """Whether an adapter on a layer can be a member."""
-        return type(adapter).attached is LowRank.attached and not layer.is_conv
+    @abstractmethod
+    def runs(self, x: Tensor) -> Sequence[RunTerms] | None:
+        """The changes for an input; None if the layers must be computed separately."""
 
     def __call__(self, index: int, x: Tensor) -> Tensor | None:
-        """`W x + b + change` of a member; None if it must be computed separately, as with dropout."""
+        """`W x + b + change` of a layer; None if it must be computed separately."""
         if self._x is not x or index not in self._results:
-            if not self.is_complete or any(adapter.mask is not None for adapter, _, _ in self._members):
+            if (runs := self.runs(x)) is None:
                 return None
-            layers, terms = [layer for _, layer, _ in self._members], []
-            for number, (adapter, _, strength) in enumerate(self._members):
-                down, up, _ = adapter.factors()
-                terms.append(LowRankTerm(number, strength * adapter.scale, down, up, None))
             self._x = x
-            results = linear_with_lora(x, layers, [layer.bias for layer in layers], [RunTerms(terms)])
-            self._results = dict(enumerate(results))
+            biases = [layer.bias for layer in self._layers]
+            self._results = dict(enumerate(linear_with_lora(x, self._layers, biases, runs)))
         result = self._results.pop(index)
         if not self._results:
             self._x = None
         return result
+
+
+class _SharedByOneRun(SharedInput):
+    """Adapters on layers with one input, computed together without dropout."""
+
+    def __init__(self, members: Sequence[tuple[LowRank, FrozenLayer, float]]) -> None:
+        super().__init__([layer for _, layer, _ in members])
+        self.is_complete = True  # whether none of them has another adapter on top; else each is computed separately
+        self._members = members
+
+    def runs(self, x: Tensor) -> Sequence[RunTerms] | None:
+        if not self.is_complete or any(adapter.mask is not None for adapter, _, _ in self._members):
+            return None
+        terms = []
+        for number, (adapter, _, strength) in enumerate(self._members):
+            down, up, _ = adapter.factors()
+            terms.append(LowRankTerm(number, strength * adapter.scale, down, up, None))
+        return [RunTerms(terms)]

@@ -16,7 +16,9 @@ makes `SamplesMixed`.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +27,7 @@ from lorasmith.adapters.frozen_layer import FrozenLayer, is_targetable
 from lorasmith.adapters.inject import (
     Attached,
     Forward,
+    SharedInput,
     adapters_of,
     attached_forwards,
     forward_replaced,
@@ -32,7 +35,7 @@ from lorasmith.adapters.inject import (
     low_rank_of,
     on_product,
 )
-from lorasmith.adapters.lora import LowRank, LowRankTerm, RunTerms, linear_with_lora
+from lorasmith.adapters.lora import LowRank, LowRankTerm, RunTerms
 from lorasmith.core.quantization import weight_source
 
 
@@ -113,10 +116,10 @@ def jointly_attached(model: nn.Module, runs: Sequence[Attached], rows: SampleRow
     own = {path: [forwards.get(path, modules[path].forward) for forwards in each] for path in paths}
     low_rank = {path: terms for path in paths if (terms := _low_rank_terms(modules[path], own[path])) is not None}
     grouped = {path for group in input_groups(model, low_rank) for path in group}
-    together: dict[str, Callable[[Tensor], Tensor]] = {}
+    together: dict[str, Callable[[Tensor], Any]] = {}
     for group in [*input_groups(model, low_rank), *([path] for path in low_rank if path not in grouped)]:
         shared = _JointInput([(FrozenLayer(modules[path]), low_rank[path]) for path in group], rows)
-        together |= {path: _Member(shared, number) for number, path in enumerate(group)}
+        together |= {path: functools.partial(shared, number) for number, path in enumerate(group)}
     for path in paths:
         if path not in low_rank and _has_one_product(modules[path], own[path]):
             together[path] = _OneProduct(FrozenLayer(modules[path]), own[path], rows)
@@ -184,30 +187,15 @@ def _has_one_product(module: nn.Module, own: Sequence[Forward]) -> bool:
     return apart or weight_source(module) is not None
 
 
-class _JointInput:
-    """Linear layers with one input, on which all runs have low-rank adapters or none.
-
-    As in `SharedInput`, the first call computes the results of the other layers too.
-    """
+class _JointInput(SharedInput):
+    """Linear layers with one input, on which all runs have low-rank adapters or none."""
 
     def __init__(self, members: Sequence[tuple[FrozenLayer, _Terms]], rows: SampleRows) -> None:
-        self._layers = [layer for layer, _ in members]
+        super().__init__([layer for layer, _ in members])
         self._adapters = [adapters for _, adapters in members]
         self._rows = rows
-        self._x: Tensor | None = None
-        self._results: dict[int, Tensor] = {}
 
-    def __call__(self, number: int, x: Tensor) -> Tensor:
-        if self._x is not x or number not in self._results:
-            self._x = x
-            biases = [layer.bias for layer in self._layers]
-            self._results = dict(enumerate(linear_with_lora(x, self._layers, biases, self._runs(x))))
-        result = self._results.pop(number)
-        if not self._results:
-            self._x = None
-        return result
-
-    def _runs(self, x: Tensor) -> list[RunTerms]:
+    def runs(self, x: Tensor) -> list[RunTerms]:
         runs = []
         start = 0
         for run, count in self._rows.present:
@@ -221,16 +209,6 @@ class _JointInput:
                 runs.append(RunTerms((term,), start, start + count))
             start += count
         return runs
-
-
-class _Member:
-    """One of the layers of a `_JointInput`."""
-
-    def __init__(self, shared: _JointInput, number: int) -> None:
-        self._shared, self._number = shared, number
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._shared(self._number, x)
 
 
 class _OneProduct:

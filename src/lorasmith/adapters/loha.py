@@ -18,7 +18,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters.adapter import ADAPTERS, Adapter, misfit, saved, taken, wide
+from lorasmith.adapters.adapter import ADAPTERS, Adapter, misfit, taken, wide
 from lorasmith.adapters.frozen_layer import FrozenLayer, change_alone, changed_product
 from lorasmith.core.adapter_state import AdapterFormat, AdapterWeights, PeftKind, Shapes, Tensors
 from lorasmith.core.random import keyed_generator
@@ -75,9 +75,6 @@ class LohaAdapter(Adapter):
         if any(tuple(tensor.shape) != expected[name] for name, tensor in tensors.items()):
             raise misfit(weights, layer)
         return cls(tensors, alpha=float(rank) if weights.alpha is None else weights.alpha)
-
-    def to_weights(self) -> AdapterWeights:
-        return saved(self, self.algorithm, self.alpha)
 
     def merged(self, weight: Tensor, strength: float = 1.0) -> Tensor:
         change = self._build(weight.shape, strength)(*map(wide, self.parameters()))

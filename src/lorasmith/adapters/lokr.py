@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters.adapter import ADAPTERS, Adapter, fill_uniform, misfit, saved, squared_product, taken, wide
+from lorasmith.adapters.adapter import ADAPTERS, Adapter, fill_uniform, misfit, scaled, squared_product, taken, wide
 from lorasmith.adapters.frozen_layer import FrozenLayer, FrozenProduct, change_alone
 from lorasmith.core.adapter_state import AdapterFormat, AdapterWeights, PeftKind, Shapes, Tensors
 from lorasmith.core.random import keyed_generator
@@ -80,9 +80,6 @@ class LokrAdapter(Adapter):
             raise misfit(weights, layer)
         return cls(tensors, alpha=float(_rank(tensors) or 1) if weights.alpha is None else weights.alpha)
 
-    def to_weights(self) -> AdapterWeights:
-        return saved(self, self.algorithm, self.alpha)
-
     def merged(self, weight: Tensor, strength: float = 1.0) -> Tensor:
         w1, w2 = (wide(factor).to(weight.device) for factor in _factors(self._tensors(), weight.shape))
         return torch.add(wide(weight), _kronecker(weight.shape, w1, w2), alpha=strength * self.scale).to(weight.dtype)
@@ -130,7 +127,7 @@ class _KroneckerProduct(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, w1, w2)
         ctx.layer, ctx.on_top, ctx.factor = layer, on_top, factor
-        mixed = _mixed(_scaled(w1, factor), _parts_first(x, w1.shape[1]))
+        mixed = _mixed(scaled(factor, w1), _parts_first(x, w1.shape[1]))
         if on_top:
             weight = _weight(layer, w2)
             y = _last(layer.product_with(weight, _second(x, weight), bias), weight).contiguous()
@@ -148,13 +145,13 @@ class _KroneckerProduct(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, w1, w2 = ctx.saved_tensors
         of_x, of_w1, of_w2 = ctx.needs_input_grad[3:6]
-        scaled, parts = _scaled(w1, ctx.factor), _parts_first(x, w1.shape[1])
-        grad_w2, grad_mixed = _small_gradients(ctx.layer, grads[0], w2, _mixed(scaled, parts), x)
+        first, parts = scaled(ctx.factor, w1), _parts_first(x, w1.shape[1])
+        grad_w2, grad_mixed = _small_gradients(ctx.layer, grads[0], w2, _mixed(first, parts), x)
         grad_x = grad_w1 = None
         if of_w1:
-            grad_w1 = _scaled(grad_mixed.flatten(1) @ parts.flatten(1).t(), ctx.factor)
+            grad_w1 = scaled(ctx.factor, grad_mixed.flatten(1) @ parts.flatten(1).t())
         if of_x:
-            added = _mixed(scaled.t(), grad_mixed).transpose(0, 1)
+            added = _mixed(first.t(), grad_mixed).transpose(0, 1)
             if not ctx.on_top:
                 grad_x = added.reshape(x.shape)
             else:
@@ -210,10 +207,6 @@ def _second(x: Tensor, weight: Tensor) -> Tensor:
 def _last(x: Tensor, weight: Tensor) -> Tensor:
     """The inverse of `_second`."""
     return x.movedim(1, -1) if weight.ndim > 2 else x
-
-
-def _scaled(tensor: Tensor, factor: float) -> Tensor:
-    return tensor if factor == 1 else tensor * factor
 
 
 def _factors(tensors: Mapping[str, Tensor], shape: torch.Size) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorasmith.adapters.adapter import ADAPTERS, Adapter, fill_uniform, misfit, saved, squared_product, taken
+from lorasmith.adapters.adapter import ADAPTERS, Adapter, fill_uniform, misfit, squared_product, taken
 from lorasmith.adapters.frozen_layer import FrozenLayer, FrozenProduct
 from lorasmith.core.adapter_state import COMFYUI, DIFFUSERS, SD_SCRIPTS, AdapterFormat, AdapterWeights, PeftKind, Shapes
 from lorasmith.core.errors import OptionError
@@ -187,9 +187,6 @@ class LoraAdapter(LowRank):
         if not (fits and up.shape == (layer.out_features, rank, *point)):
             raise misfit(weights, layer)
         return cls(down, up, alpha=float(rank) if weights.alpha is None else weights.alpha, mid=mid)
-
-    def to_weights(self) -> AdapterWeights:
-        return saved(self, self.algorithm, self.alpha)
 
 
 def _weight_shape(shapes: Shapes) -> tuple[int, ...]:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters.adapter import ADAPTERS, Adapter, misfit, saved, taken, wide
+from lorasmith.adapters.adapter import ADAPTERS, Adapter, misfit, taken, wide
 from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.core.adapter_state import AdapterFormat, AdapterWeights, PeftKind, Shapes, multiplied
 from lorasmith.core.errors import OptionError
@@ -51,9 +51,6 @@ class Rotation(Adapter):
     @abstractmethod
     def turned(self, rows: Tensor, blocks: Tensor, strength: float) -> Tensor:
         """Outputs (..., channels), rotated by blocks within the constraint."""
-
-    def to_weights(self) -> AdapterWeights:
-        return saved(self, self.algorithm, self.alpha)
 
     def merged(self, weight: Tensor, strength: float = 1.0) -> Tensor:
         blocks = constrained(self.oft_blocks, self.alpha).to(weight.device)

@@ -64,20 +64,16 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Conditioning:
-    """A denoiser's inputs besides noisy latents and time.
+    """A denoiser's inputs besides noisy latents and time."""
 
-    Attributes:
-        tensors: every tensor's first dimension is the batch, 1 for a single prompt. `context` (batch, tokens, ...) is
-            there in each family; `pooled` (batch, width), `guidance` (batch,) and others where the family has them.
-            With `no_guidance`, of any value, a network with an embedding of guidance leaves it out.
-        text: the prompt it came from, for reports and metadata; None when unknown.
-        mask: bool (batch, tokens), True for tokens of the context that are attended to; None for all of them.
-        span: the part of sampling that it applies to, from 0 at the start to 1 at the end; training ignores it.
-    """
-
+    # every tensor's first dimension is the batch, 1 for a single prompt. `context` (batch, tokens, ...) is there in
+    # each family; `pooled` (batch, width), `guidance` (batch,) and others where the family has them. With
+    # `no_guidance`, of any value, a network with an embedding of guidance leaves it out
     tensors: Mapping[str, Tensor]
-    text: str | None = None
+    text: str | None = None  # the prompt it came from, for reports and metadata; None when unknown
+    # bool (batch, tokens), True for tokens of the context that are attended to; None for all of them
     mask: Tensor | None = None
+    # the part of sampling that it applies to, from 0 at the start to 1 at the end; training ignores it
     span: tuple[float, float] = (0.0, 1.0)
 
     @property
@@ -97,17 +93,11 @@ class Conditioning:
 
 
 class PictureSize(NamedTuple):
-    """How a training picture got its size; (height, width) or (top, left) in pixels.
+    """How a training picture got its size; (height, width) or (top, left) in pixels."""
 
-    Attributes:
-        original: of the image file, upright.
-        crop: what was cut off above and to the left after scaling.
-        target: of what is trained on.
-    """
-
-    original: tuple[int, int]
-    crop: tuple[int, int]
-    target: tuple[int, int]
+    original: tuple[int, int]  # of the image file, upright
+    crop: tuple[int, int]  # what was cut off above and to the left after scaling
+    target: tuple[int, int]  # of what is trained on
 
 
 def collate(conditionings: Sequence[Conditioning], *, repeatable: bool) -> Conditioning:
@@ -179,22 +169,17 @@ def _known(mask: Tensor | None, context: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LatentFormat:
-    """How VAE latents relate to the denoiser's input: `model = (vae − shift) · scale`.
+    """How VAE latents relate to the denoiser's input: `model = (vae − shift) · scale`."""
 
-    Attributes:
-        channels: latent channels.
-        downscale: pixels per latent in each direction.
-        scale, shift: numbers, or one number per channel.
-        frames: whether latents have a time axis, (batch, channels, frames, height, width); pictures are one frame.
-        time_downscale: frames per latent in time, after the first frame, which is a latent of its own; 0 where latents
-            are of pictures only.
-    """
-
-    channels: int
-    downscale: int
+    channels: int  # latent channels
+    downscale: int  # pixels per latent in each direction
+    # `scale`, `shift`: numbers, or one number per channel
     scale: float | tuple[float, ...]
     shift: float | tuple[float, ...] = 0.0
+    # whether latents have a time axis, (batch, channels, frames, height, width); pictures are one frame
     frames: bool = False
+    # frames per latent in time, after the first frame, which is a latent of its own; 0 where latents are of pictures
+    # only
     time_downscale: int = 0
 
     def shape(self, height: int, width: int, frames: int = 1) -> tuple[int, ...]:
@@ -222,59 +207,36 @@ class LatentFormat:
 
 @dataclass(frozen=True, kw_only=True)
 class Defaults:
-    """Default settings for a base model.
+    """Default settings for a base model."""
 
-    Attributes:
-        resolution: side of a square picture in pixels.
-        pixel_multiple: widths and heights must be multiples of it.
-        learning_rate: for LoRA with AdamW and alpha = rank.
-        targets: name of a target preset.
-        guidance: classifier-free guidance scale for pictures.
-        timestep_distribution: registered distribution that training draws from.
-        frames: most frames of a clip in training, and frames of a preview; 1 for models of pictures.
-        frame_rate: frames a second of clips.
-    """
-
-    resolution: int = 1024
-    pixel_multiple: int = 16
-    learning_rate: float = 1e-4
-    targets: str = "attention+ff"
-    guidance: float
-    timestep_distribution: str = "logit_normal"
-    frames: int = 1
-    frame_rate: float = 16.0
+    resolution: int = 1024  # side of a square picture in pixels
+    pixel_multiple: int = 16  # widths and heights must be multiples of it
+    learning_rate: float = 1e-4  # for LoRA with AdamW and alpha = rank
+    targets: str = "attention+ff"  # name of a target preset
+    guidance: float  # classifier-free guidance scale for pictures
+    timestep_distribution: str = "logit_normal"  # registered distribution that training draws from
+    frames: int = 1  # most frames of a clip in training, and frames of a preview; 1 for models of pictures
+    frame_rate: float = 16.0  # frames a second of clips
 
 
 @dataclass(frozen=True)
 class Diffusion:
-    """How a denoiser was trained.
+    """How a denoiser was trained."""
 
-    Attributes:
-        parameterization: registered kind of prediction, `epsilon`, `v` or `flow`.
-        schedule: its noise schedule.
-    """
-
-    parameterization: str
-    schedule: NoiseSchedule
+    parameterization: str  # registered kind of prediction, `epsilon`, `v` or `flow`
+    schedule: NoiseSchedule  # its noise schedule
 
 
 @dataclass(frozen=True)
 class EncoderSlot:
-    """A text encoder of a family.
+    """A text encoder of a family."""
 
-    Attributes:
-        kind: registered name in `families.parts.encoders`, such as `clip_l`.
-        usual_file: common name of its file, for messages.
-        prefixes: of its tensors' names in a full checkpoint; the first one found is used.
-        settings: of its architecture that differ from the kind's own.
-        widths: of its states in the released sizes, where sizes of one kind belong to different families. A file of
-            such a width is for these families, whatever type a node asks for.
-    """
-
-    kind: str
-    usual_file: str
-    prefixes: tuple[str, ...] = ()
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    kind: str  # registered name in `families.parts.encoders`, such as `clip_l`
+    usual_file: str  # common name of its file, for messages
+    prefixes: tuple[str, ...] = ()  # of its tensors' names in a full checkpoint; the first one found is used
+    settings: Mapping[str, Any] = field(default_factory=dict)  # of its architecture that differ from the kind's own
+    # of its states in the released sizes, where sizes of one kind belong to different families. A file of such a width
+    # is for these families, whatever type a node asks for
     widths: tuple[int, ...] = ()
 
 
@@ -288,41 +250,30 @@ class TextEncoders:
 
 @dataclass(frozen=True)
 class Encoding:
-    """Options of encoding text.
+    """Options of encoding text."""
 
-    Attributes:
-        skip_layers: number of a CLIP encoder's last layers to leave out ("clip skip" minus one).
-        lengths: whose padding is followed where programs differ: `comfyui` or `diffusers`.
-        encodes_empty: whether an empty prompt is encoded like any other. If not, families that can do without an
-            encoder leave it out (`empty_padding` of ComfyUI's CLIPTextEncodeSD3).
-        min_tokens: least number of tokens, by the kind of encoder (`t5xxl`), instead of the family's.
-        min_padding: least number of padding tokens after a prompt, by the kind of encoder.
-    """
-
-    skip_layers: int = 0
+    skip_layers: int = 0  # number of a CLIP encoder's last layers to leave out ("clip skip" minus one)
+    # whose padding is followed where programs differ: `comfyui` or `diffusers`
     lengths: Literal["comfyui", "diffusers"] = "comfyui"
+    # whether an empty prompt is encoded like any other. If not, families that can do without an encoder leave it out
+    # (`empty_padding` of ComfyUI's CLIPTextEncodeSD3)
     encodes_empty: bool = True
+    # least number of tokens, by the kind of encoder (`t5xxl`), instead of the family's
     min_tokens: Mapping[str, int] = field(default_factory=dict)
+    # least number of padding tokens after a prompt, by the kind of encoder
     min_padding: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class AutoencoderSlot:
-    """The autoencoder of a family.
+    """The autoencoder of a family."""
 
-    Attributes:
-        kind: registered name in `families.parts.autoencoders`.
-        channels: of its latents; autoencoders of another number are refused.
-        usual_file: common name of its file, for messages.
-        prefixes: of its tensors' names in a full checkpoint; the first one found is used.
-        settings: of its configuration that shapes leave open.
-    """
-
-    kind: str
-    channels: int
-    usual_file: str
+    kind: str  # registered name in `families.parts.autoencoders`
+    channels: int  # of its latents; autoencoders of another number are refused
+    usual_file: str  # common name of its file, for messages
+    # of its tensors' names in a full checkpoint; the first one found is used
     prefixes: tuple[str, ...] = ("first_stage_model.", "vae.")
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)  # of its configuration that shapes leave open
 
     def latents(self, channels: int) -> LatentFormat:
         """The format of a denoiser that takes latents of these channels, by the constants in `settings`."""
@@ -331,17 +282,11 @@ class AutoencoderSlot:
 
 @dataclass(frozen=True)
 class Expert:
-    """A denoiser for a part of the noise levels, where a model has several of the same tensors.
+    """A denoiser for a part of the noise levels, where a model has several of the same tensors."""
 
-    Attributes:
-        name: part of the names of its files, and end of the name of a LoRA for it: `high_noise`.
-        noise_range: its part of diffusion time: 0 is clean, 1 is noise.
-        folder: its subfolder in diffusers' folders.
-    """
-
-    name: str
-    noise_range: tuple[float, float]
-    folder: str
+    name: str  # part of the names of its files, and end of the name of a LoRA for it: `high_noise`
+    noise_range: tuple[float, float]  # its part of diffusion time: 0 is clean, 1 is noise
+    folder: str  # its subfolder in diffusers' folders
 
     def is_named_in(self, file: str) -> bool:
         """Whether a file's name says that it is this expert's, such as `wan2.2_t2v_high_noise_14B` or `HighNoise`."""
@@ -354,26 +299,18 @@ def _letters(text: str) -> str:
 
 @dataclass(frozen=True)
 class Components:
-    """The parts of a loaded base model; absent parts are None or empty (a bare denoiser file, say).
+    """The parts of a loaded base model; absent parts are None or empty (a bare denoiser file, say)."""
 
-    Attributes:
-        denoiser: the network that is trained, in eval mode, without gradients.
-        schedule, parameterization: the noise schedule and the kind of prediction the checkpoint was trained with.
-        latent: latent format.
-        defaults: default settings for it.
-        text_encoders: by component name (`text_encoder`, `text_encoder_2`).
-        tokenizers: by the component name of their encoder.
-        vae: diffusers' autoencoder.
-    """
-
-    denoiser: nn.Module
+    denoiser: nn.Module  # the network that is trained, in eval mode, without gradients
+    # `schedule`, `parameterization`: the noise schedule and the kind of prediction the checkpoint was trained with
     schedule: NoiseSchedule
     parameterization: str
-    latent: LatentFormat
-    defaults: Defaults
+    latent: LatentFormat  # latent format
+    defaults: Defaults  # default settings for it
+    # by component name (`text_encoder`, `text_encoder_2`)
     text_encoders: Mapping[str, nn.Module] = field(default_factory=dict)
-    tokenizers: Mapping[str, Any] = field(default_factory=dict)
-    vae: Any = None
+    tokenizers: Mapping[str, Any] = field(default_factory=dict)  # by the component name of their encoder
+    vae: Any = None  # diffusers' autoencoder
 
     @property
     def encoders(self) -> TextEncoders:

@@ -200,23 +200,14 @@ class Denoiser:
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """Text encoders with their LoRAs (ComfyUI's CLIP).
+    """Text encoders with their LoRAs (ComfyUI's CLIP)."""
 
-    Attributes:
-        family: of the denoiser that they encode for; it chooses templates, layers and padding.
-        encoders: the networks and their tokenizers.
-        title: name in messages.
-        encoding: options.
-        patches: by component name.
-        device: where they run; None for the best one.
-    """
-
-    family: Family
-    encoders: TextEncoders
-    title: str
-    encoding: Encoding = field(default_factory=Encoding)
-    patches: tuple[tuple[str, Patch], ...] = ()
-    device: torch.device | None = None
+    family: Family  # of the denoiser that they encode for; it chooses templates, layers and padding
+    encoders: TextEncoders  # the networks and their tokenizers
+    title: str  # name in messages
+    encoding: Encoding = field(default_factory=Encoding)  # options
+    patches: tuple[tuple[str, Patch], ...] = ()  # by component name
+    device: torch.device | None = None  # where they run; None for the best one
 
     def patched(self, component: str, patch: Patch) -> TextEncoder:
         """A handle with one more LoRA on `component`."""
@@ -271,17 +262,11 @@ class TextEncoder:
 
 @dataclass(frozen=True)
 class Autoencoder:
-    """An autoencoder (ComfyUI's VAE). Latents here are the autoencoder's own, not yet scaled for a denoiser.
+    """An autoencoder (ComfyUI's VAE). Latents here are the autoencoder's own, not yet scaled for a denoiser."""
 
-    Attributes:
-        module: the network.
-        kind: its registered kind.
-        title: name in messages.
-    """
-
-    module: nn.Module
-    kind: str
-    title: str
+    module: nn.Module  # the network
+    kind: str  # its registered kind
+    title: str  # name in messages
 
     @property
     def latent(self) -> LatentFormat:

@@ -209,17 +209,11 @@ class Reason(Enum):
 
 @dataclass(frozen=True)
 class Unapplied:
-    """A part of a LoRA file that is not applied.
+    """A part of a LoRA file that is not applied."""
 
-    Attributes:
-        name: of the module in the file, or the key of a tensor whose suffix is unknown.
-        component: that the name belongs to.
-        reason: why.
-    """
-
-    name: str
-    component: str
-    reason: Reason
+    name: str  # of the module in the file, or the key of a tensor whose suffix is unknown
+    component: str  # that the name belongs to
+    reason: Reason  # why
 
 
 def unapplied(state: AdapterState, names: ModelNames) -> list[Unapplied]:

@@ -391,21 +391,14 @@ DENOISER_START = rf"^({FLAT})?"
 
 @dataclass(frozen=True)
 class Signature:
-    """A sign by which LoRA files of a family are recognised.
+    """A sign by which LoRA files of a family are recognised."""
 
-    Attributes:
-        title: display name of the family.
-        pattern: regular expression that finds the name of one of its modules, with underscores for dots.
-        width: input width of this module; None for any.
-        architecture: how its metadata must call the architecture, for a family whose files have the names and widths of
-            another's; None for anything.
-        order: signatures of a lower order are tried first; one that other families share gets a high one.
-    """
-
-    title: str
-    pattern: str
-    width: int | None = None
-    order: int = 0
+    title: str  # display name of the family
+    pattern: str  # regular expression that finds the name of one of its modules, with underscores for dots
+    width: int | None = None  # input width of this module; None for any
+    order: int = 0  # signatures of a lower order are tried first; one that other families share gets a high one
+    # how its metadata must call the architecture, for a family whose files have the names and widths of another's; None
+    # for anything
     architecture: str | None = None
 
 

@@ -22,17 +22,11 @@ from lorasmith.formats.spelling import KOHYA, ModuleTensors, spelled
 
 @dataclass(frozen=True)
 class Loss:
-    """Something that a layout, or the programs that it is named for, does not keep of a LoRA.
+    """Something that a layout, or the programs that it is named for, does not keep of a LoRA."""
 
-    Attributes:
-        module: whose adapter or differences.
-        reason: what is lost, as text after "12 modules, such as x: ".
-        left_out: whether the module is left out of the file; otherwise it is written and applied differently.
-    """
-
-    module: ModuleRef
-    reason: str
-    left_out: bool = True
+    module: ModuleRef  # whose adapter or differences
+    reason: str  # what is lost, as text after "12 modules, such as x: "
+    left_out: bool = True  # whether the module is left out of the file; otherwise it is written and applied differently
 
 
 def sentences(losses: Sequence[Loss]) -> list[str]:
