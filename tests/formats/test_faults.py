@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
 from lorasmith.formats.acceptance import misread_alphas
-from lorasmith.formats.faults import Finding, findings_of
+from lorasmith.formats.faults import FileFault, faults_of
 from lorasmith.formats.layouts.layout import LAYOUTS
 from lorasmith.formats.lora_file import state_from_tensors
 from lorasmith.formats.metadata import sshs_hashes
@@ -27,11 +27,11 @@ def tensors(unet_names, make_state) -> dict[str, Tensor]:
     return LAYOUTS["kohya"].write(make_state(unet_names, paths), unet_names)
 
 
-def findings(tensors: Mapping[str, Tensor], names=None, metadata=None) -> list[Finding]:
-    return findings_of(tensors, metadata or {}, names, is_model_sure=True)
+def findings(tensors: Mapping[str, Tensor], names=None, metadata=None) -> list[FileFault]:
+    return faults_of(tensors, metadata or {}, names, is_model_sure=True)
 
 
-def mended(tensors: Mapping[str, Tensor], found: list[Finding]) -> dict[str, Tensor]:
+def mended(tensors: Mapping[str, Tensor], found: list[FileFault]) -> dict[str, Tensor]:
     result = dict(tensors)
     for finding in found:
         assert finding.mend is not None, finding
@@ -75,10 +75,10 @@ def test_damage_is_found_and_mended(tensors, unet_names, case: str) -> None:
     changes, said, is_fault = DAMAGE[case]
     damaged = {key: tensor for key, tensor in {**tensors, **changes}.items() if tensor is not None}
     found = findings(damaged, unet_names)
-    assert any(said in finding.problem and finding.is_fault is is_fault for finding in found), found
+    assert any(said in finding.problem and finding.is_error is is_fault for finding in found), found
     assert all(finding.remedy and "; " not in finding.problem for finding in found)
     again = mended(damaged, [finding for finding in found if finding.mend])
-    assert [f for f in findings(again, unet_names) if f.is_fault or said in f.problem] == []
+    assert [f for f in findings(again, unet_names) if f.is_error or said in f.problem] == []
     untouched = {key for key in tensors if not key.startswith((TO_Q, "lora_unet_conv_up"))}
     assert all(torch.equal(again[key], tensors[key]) for key in untouched)
 
@@ -86,7 +86,7 @@ def test_damage_is_found_and_mended(tensors, unet_names, case: str) -> None:
 def test_a_lora_that_was_never_trained_is_at_fault(tensors, unet_names) -> None:
     zero = {key: torch.zeros_like(tensor) if "lora_up" in key else tensor for key, tensor in tensors.items()}
     (finding,) = findings(zero, unet_names)
-    assert finding.is_fault
+    assert finding.is_error
     assert finding.mend is None
     assert "all of its modules change nothing" in finding.problem
 
@@ -94,7 +94,7 @@ def test_a_lora_that_was_never_trained_is_at_fault(tensors, unet_names) -> None:
 def test_a_file_without_alphas_is_fine_and_can_have_them(tensors, unet_names) -> None:
     bare = {key: tensor for key, tensor in tensors.items() if not key.endswith(".alpha")}
     (finding,) = findings(bare, unet_names)
-    assert (finding.is_fault, finding.problem) == (False, "it has no alphas, which programs take for the ranks")
+    assert (finding.is_error, finding.problem) == (False, "it has no alphas, which programs take for the ranks")
     assert float(mended(bare, [finding])[f"{TO_Q}.alpha"]) == 4.0
     diffusers = LAYOUTS["diffusers"].write(state_from_tensors(tensors, {}, unet_names), unet_names)
     assert not [one for one in findings(diffusers, unet_names) if "alpha" in one.problem]
@@ -103,7 +103,7 @@ def test_a_file_without_alphas_is_fine_and_can_have_them(tensors, unet_names) ->
 def test_a_huge_alpha_is_worth_a_note(tensors) -> None:
     tensors[f"{TO_Q}.alpha"] = torch.tensor(1024.0)
     (finding,) = findings(tensors)
-    assert not finding.is_fault
+    assert not finding.is_error
     assert "a huge alpha, 1024 at rank 4" in finding.problem
 
 
@@ -114,7 +114,7 @@ def test_boft_needs_an_alpha_in_comfyui(unet_names, make_adapter) -> None:
     tensors = LAYOUTS["kohya"].write(state, unet_names)
     del tensors[f"{TO_Q}.alpha"]
     (finding,) = findings(tensors)
-    assert finding.is_fault
+    assert finding.is_error
     assert float(mended(tensors, [finding])[f"{TO_Q}.alpha"]) == 0
 
 
@@ -123,7 +123,7 @@ def test_alphas_that_diffusers_ignores_are_levelled(tensors, unet_names, delta, 
     tensors = {key: tensor.to(dtype) for key, tensor in tensors.items()}
     tensors[f"{TO_Q}.alpha"], tensors[f"{TO_K}.alpha"] = torch.tensor(0.5), torch.tensor(3.0)
     (finding,) = findings(tensors, unet_names)
-    assert not finding.is_fault
+    assert not finding.is_error
     assert finding.problem.startswith("2 modules, such as")
     before = state_from_tensors(tensors, {}, unet_names)
     after = state_from_tensors(mended(tensors, [finding]), {}, unet_names)
@@ -163,7 +163,7 @@ def test_layers_that_some_blocks_lack_are_noticed(tensors, unet_names) -> None:
     (finding,) = findings(lacking, unet_names)
     kind = "*.attentions.*.transformer_blocks.*.attn1.to_q"
     assert finding.problem == f"it lacks 1 of 4 layers {kind}, such as {BLOCK}.attn1.to_q"
-    assert not finding.is_fault
+    assert not finding.is_error
 
 
 def test_what_programs_leave_out_comes_with_a_layout_that_they_read(unet_names, make_state) -> None:
@@ -181,7 +181,7 @@ def test_what_programs_leave_out_comes_with_a_layout_that_they_read(unet_names, 
 
 def test_what_is_no_lora_is_one_finding() -> None:
     (finding,) = findings({"first_stage_model.x": torch.ones(2)})
-    assert finding.is_fault
+    assert finding.is_error
     assert "none of the 1 tensors has a name that LoRA files use" in finding.problem
 
 

@@ -166,7 +166,7 @@ def _checked(path: Path, output: Path) -> str:
         check.fix_lora(checked, output)
     except LorasmithError as refused:
         return f"{said} {refused}"
-    if left := [one.problem for one in check.check_lora(output).findings if one.is_fault and one.mend is not None]:
+    if left := [one.problem for one in check.check_lora(output).findings if one.is_error and one.mend is not None]:
         raise FaultError("repaired a file in which check finds faults", left[0])
     return said
 

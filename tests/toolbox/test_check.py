@@ -55,7 +55,7 @@ def test_a_model_of_another_family_is_a_fault(tmp_path: Path) -> None:
     released_lora(tmp_path / "x.safetensors", "Flux.1", "single_transformer_blocks.3.proj_out")
     checked = check_lora(tmp_path / "x.safetensors", "lorasmith-tiny")
     assert not checked.is_fine
-    assert checked.findings[0].is_fault
+    assert checked.findings[0].is_error
     assert "has no place in the sd1 model" in checked.findings[0].problem
 
 

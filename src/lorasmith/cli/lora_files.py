@@ -15,7 +15,7 @@ from lorasmith.cli.console import console, echo, heading, print_note, print_resu
 from lorasmith.cli.flags import LoraFile, LoraModel
 
 if TYPE_CHECKING:
-    from lorasmith.formats.faults import Finding
+    from lorasmith.formats.faults import FileFault
     from lorasmith.formats.inspect import LoraSummary
     from lorasmith.runs.state_facts import StateFacts
     from lorasmith.toolbox.check import Checked
@@ -154,14 +154,14 @@ def _print_checked(checked: Checked, fix: Path | None, mended: int | None) -> No
         echo(f"{mended} findings repaired in {fix}")
 
 
-def _print_finding(finding: Finding) -> None:
-    kind, colour = ("Fault", "red") if finding.is_fault else ("Note", "yellow")
+def _print_finding(finding: FileFault) -> None:
+    kind, colour = ("Fault", "red") if finding.is_error else ("Note", "yellow")
     print_note(f"{finding.problem}; {finding.remedy}.", kind=kind, colour=colour)
 
 
 def _plain_checked(checked: Checked) -> dict[str, object]:
     findings = [
-        {"problem": one.problem, "remedy": one.remedy, "is_fault": one.is_fault, "can_be_mended": one.mend is not None}
+        {"problem": one.problem, "remedy": one.remedy, "is_fault": one.is_error, "can_be_mended": one.mend is not None}
         for one in checked.findings
     ]
     names = (field.name for field in dataclasses.fields(checked) if field.name not in ("names", "is_model_sure"))

@@ -8,12 +8,6 @@ Nothing is fused in the original layout.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any
-
-import torch
-from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lorasmith.core.placement import device_of
@@ -23,8 +17,6 @@ from lorasmith.families.parts.encoders import parse_weights
 from lorasmith.families.parts.language_models import hidden_states, t5_tokens
 from lorasmith.families.parts.tokenizers import t5_tokenizer
 
-# ComfyUI's `supported_models.Anima` and scheduler_config.json.
-_DIFFUSION = Diffusion("flow", FlowSchedule(shift=3.0))
 _ROWS = 512  # of conditioning, at least
 _NO_TOKEN = -1
 _END_OF_TEXT = "<|endoftext|>"
@@ -36,12 +28,6 @@ _ADAPTER, _ADAPTER_THERE = "text_conditioner", "llm_adapter"
 _ATTENTION = ("transformer_blocks.*.attn[12].to_*",)
 _FEED_FORWARD = ("transformer_blocks.*.ff.net.*",)
 _IN_ADAPTER = (f"{_ADAPTER}.blocks.*_proj", f"{_ADAPTER}.blocks.*.mlp.*")
-_TARGETS = {
-    "attention": Rule(_ATTENTION),
-    "attention+ff": Rule((*_ATTENTION, *_FEED_FORWARD)),
-    "attention+ff+adapter": Rule((*_ATTENTION, *_FEED_FORWARD, *_IN_ADAPTER), linear_only=True),
-    "transformer": Rule(("transformer_blocks.*",), linear_only=True),
-}
 _IN_SD_SCRIPTS = (  # all but the adapter's last layer
     *("transformer_blocks.*", f"{_ADAPTER}.blocks.*", "patch_embed.*", "time_embed.*", "norm_out.*", "proj_out"),
 )
@@ -91,8 +77,14 @@ class Anima(Family):
         diffusers_refuses_others=True,
         sd_scripts_applies=_IN_SD_SCRIPTS,
     )
-    own_diffusion = _DIFFUSION
-    targets = _TARGETS
+    # ComfyUI's `supported_models.Anima` and scheduler_config.json.
+    own_diffusion = Diffusion("flow", FlowSchedule(shift=3.0))
+    targets = {
+        "attention": Rule(_ATTENTION),
+        "attention+ff": Rule((*_ATTENTION, *_FEED_FORWARD)),
+        "attention+ff+adapter": Rule((*_ATTENTION, *_FEED_FORWARD, *_IN_ADAPTER), linear_only=True),
+        "transformer": Rule(("transformer_blocks.*",), linear_only=True),
+    }
     text_encoders = {
         "text_encoder": EncoderSlot(
             "qwen3", "qwen_3_06b_base.safetensors", ("text_encoders.qwen3_06b.transformer.",), widths=(1024,)
@@ -134,8 +126,20 @@ class Anima(Family):
             **_FIXED,
         }
 
-    def table(self, denoiser: nn.Module) -> Mapping[str, OriginalName]:
-        return {path: OriginalName(_original(path)) for path in module_paths(denoiser)}
+    def original(self, path: str, denoiser: Any) -> OriginalName:
+        if path in _TOP:
+            return OriginalName(_TOP[path])
+        kind, _, rest = path.partition(".")
+        if kind == _ADAPTER:
+            return OriginalName(f"{_ADAPTER_THERE}.{rest}")
+        index, _, part = rest.partition(".")
+        modulation, _, number = part.rpartition("_")  # norm1.linear_2
+        attention, _, layer = part.partition(".")
+        if modulation in _PARTS:
+            inside = f"{_PARTS[modulation]}.{number}"
+        else:
+            inside = _PARTS[part] if part in _PARTS else f"{_PARTS[attention]}.{_PARTS[layer]}"
+        return OriginalName(f"blocks.{index}.{inside}")
 
     def latent_format(self, denoiser: nn.Module, vae: Any) -> LatentFormat:
         return wan_latents()
@@ -233,21 +237,6 @@ def _adapter_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         "use_self_attention": f"{block}self_attn.q_proj.weight" in shapes,
         "use_layer_norm": f"{block}norm_mlp.bias" in shapes,
     }
-
-
-def _original(path: str) -> str:
-    if path in _TOP:
-        return _TOP[path]
-    kind, _, rest = path.partition(".")
-    if kind == _ADAPTER:
-        return f"{_ADAPTER_THERE}.{rest}"
-    index, _, part = rest.partition(".")
-    if (modulation := part.rpartition("_"))[0] in _PARTS:  # norm1.linear_2
-        return f"blocks.{index}.{_PARTS[modulation[0]]}.{modulation[2]}"
-    if part in _PARTS:
-        return f"blocks.{index}.{_PARTS[part]}"
-    attention, _, layer = part.partition(".")
-    return f"blocks.{index}.{_PARTS[attention]}.{_PARTS[layer]}"
 
 
 register(Anima())

@@ -27,39 +27,12 @@ from lorasmith.formats.names import EncoderNames, ModelNames, Naming, OriginalNa
 from lorasmith.formats.spelling import DENOISER_START, SIGNATURES, Signature
 
 __all__ = [
-    "DENOISER_START",
-    "SIGNATURES",
-    "AutoencoderSlot",
-    "Conditioning",
-    "DataError",
-    "Defaults",
-    "Diffusion",
-    "EncoderNames",
-    "EncoderSlot",
-    "Encoding",
-    "Expert",
-    "Family",
-    "FlowSchedule",
-    "LatentFormat",
-    "ModelError",
-    "ModelNames",
-    "OriginalCheckpoint",
-    "OriginalName",
-    "PictureSize",
-    "PipelineConfigs",
-    "ProgramLimits",
-    "ResolutionShift",
-    "Rule",
-    "Signature",
-    "TextEncoders",
-    "block_count",
-    "check_even",
-    "collate",
-    "module_paths",
-    "norm_name",
-    "register",
-    "weight_shapes",
-]
+    "DENOISER_START", "SIGNATURES", "Any", "AutoencoderSlot", "Conditioning", "DataError", "Defaults", "Diffusion",
+    "EncoderNames", "EncoderSlot", "Encoding", "Expert", "Family", "FlowSchedule", "LatentFormat", "Mapping",
+    "ModelError", "ModelNames", "OriginalCheckpoint", "OriginalName", "PictureSize", "PipelineConfigs",
+    "ProgramLimits", "ResolutionShift", "Rule", "Sequence", "Signature", "Tensor", "TextEncoders", "block_count",
+    "check_even", "collate", "module_paths", "nn", "norm_name", "register", "replace", "torch", "weight_shapes",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -275,9 +248,12 @@ class AutoencoderSlot:
     prefixes: tuple[str, ...] = ("first_stage_model.", "vae.")
     settings: Mapping[str, Any] = field(default_factory=dict)  # of its configuration that shapes leave open
 
+    downscale: int = 8  # pixels per latent
+
     def latents(self, channels: int) -> LatentFormat:
         """The format of a denoiser that takes latents of these channels, by the constants in `settings`."""
-        return LatentFormat(channels, 8, scale=self.settings["scaling_factor"], shift=self.settings["shift_factor"])
+        scale, shift = self.settings.get("scaling_factor", 1.0), self.settings.get("shift_factor", 0.0)
+        return LatentFormat(channels, self.downscale, scale, shift)
 
 
 @dataclass(frozen=True)
@@ -435,12 +411,16 @@ class Family(ABC):
         with weights_empty():
             return self.denoiser_class()(**{**(self.released or {}), **changes})
 
-    @abstractmethod
-    def table(self, denoiser: nn.Module) -> Mapping[str, OriginalName]:
-        """Path of each module of the denoiser that has parameters → its place in the original checkpoint.
+    def original(self, path: str, denoiser: Any) -> OriginalName:
+        """Place of a module of the denoiser in the original checkpoint: that of the same name, if not overridden.
 
-        Parameters at the root of the model are under the path "".
+        Parameters at the root of the model are those of the module "".
         """
+        return OriginalName(path)
+
+    def table(self, denoiser: nn.Module) -> Mapping[str, OriginalName]:
+        """Path of each module of the denoiser that has parameters → its place in the original checkpoint."""
+        return {path: self.original(path, denoiser) for path in module_paths(denoiser)}
 
     def diffusion(self, checkpoint: OriginalCheckpoint) -> Diffusion:
         """How the denoiser of a checkpoint was trained, from its tensors and metadata."""
@@ -452,9 +432,9 @@ class Family(ABC):
         assert self.own_diffusion is not None
         return self.own_diffusion
 
-    @abstractmethod
-    def latent_format(self, denoiser: nn.Module, vae: Any) -> LatentFormat:
+    def latent_format(self, denoiser: Any, vae: Any) -> LatentFormat:
         """Latent format, from the autoencoder's configuration where it has one; `vae` may be None."""
+        return self.autoencoder.latents(denoiser.config.in_channels)
 
     @abstractmethod
     def defaults(self, denoiser: nn.Module, latent: LatentFormat, diffusion: Diffusion) -> Defaults:

@@ -9,11 +9,6 @@ hiding anything; here it is boolean.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from typing import Any
-
-import torch
-from torch import Tensor, nn
 
 from lorasmith.families.base import *
 from lorasmith.families.parts import flux_layout
@@ -31,15 +26,8 @@ from lorasmith.families.parts.flux_layout import (
 from lorasmith.families.parts.language_models import encode_t5
 
 _TOKENS = 512  # ChromaPipeline's longest prompt
-# ComfyUI's shift for KSampler, which has no other setting for it; its template sets none (ModelSamplingAuraFlow at 1).
-_DIFFUSION = Diffusion("flow", FlowSchedule.exponential(1.15))
 _APPROXIMATOR = "distilled_guidance_layer."
 
-_TARGETS = {
-    "attention": Rule(ATTENTION),
-    "attention+ff": Rule((*ATTENTION, *FEED_FORWARD)),
-    "transformer": Rule(("*transformer_blocks.*",), linear_only=True),
-}
 _IN_BLOCKS = ("transformer_blocks.*", "single_transformer_blocks.*")
 _TOP = {path: name for path, name in flux_layout.TOP.items() if path != "norm_out.linear"}
 _DOUBLE = {**flux_layout.DOUBLE_ATTENTION, **flux_layout.DOUBLE_FEED_FORWARD}
@@ -63,8 +51,13 @@ class Chroma(Family):
         diffusers_applies={"kohya": _IN_BLOCKS, "comfy": _IN_BLOCKS},
         sd_scripts_applies=(*_IN_BLOCKS, "x_embedder", "context_embedder"),
     )
-    own_diffusion = _DIFFUSION
-    targets = _TARGETS
+    # ComfyUI's shift for KSampler, which has no other setting for it; its template sets none.
+    own_diffusion = Diffusion("flow", FlowSchedule.exponential(1.15))
+    targets = {
+        "attention": Rule(ATTENTION),
+        "attention+ff": Rule((*ATTENTION, *FEED_FORWARD)),
+        "transformer": Rule(("*transformer_blocks.*",), linear_only=True),
+    }
     text_encoders = {
         "text_encoder": EncoderSlot("t5xxl", "t5xxl_fp16.safetensors", ("text_encoders.t5xxl.transformer.",))
     }
@@ -109,9 +102,17 @@ class Chroma(Family):
             "approximator_layers": block_count(shapes, f"{_APPROXIMATOR}layers."),
         }
 
-    def table(self, denoiser: Any) -> Mapping[str, OriginalName]:
+    def original(self, path: str, denoiser: Any) -> OriginalName:
+        if path in _TOP:
+            return OriginalName(_TOP[path])
+        if path.startswith(_APPROXIMATOR):
+            stem, _, leaf = path.rpartition(".")
+            return OriginalName(f"{stem}.{_IN_LAYER.get(leaf, leaf)}")
+        kind, index, rest = path.split(".", 2)
         width = denoiser.config.num_attention_heads * denoiser.config.attention_head_dim
-        return {path: _original(path, width, denoiser) for path in module_paths(denoiser)}
+        if kind == "transformer_blocks":
+            return in_double_block(index, rest, width, _DOUBLE)
+        return in_single_block(index, rest, width, denoiser.get_submodule(path).weight.shape[0])
 
     def latent_format(self, denoiser: Any, vae: Any) -> LatentFormat:
         return self.autoencoder.latents(denoiser.config.in_channels // 4)
@@ -186,19 +187,6 @@ def _let_padding_attend(denoiser: nn.Module) -> None:
         processor = getattr(layer, "processor", None)
         if processor is not None and not isinstance(processor, _KeysHidden):
             layer.processor = _KeysHidden(processor)  # type: ignore[assignment]
-
-
-def _original(path: str, width: int, transformer: nn.Module) -> OriginalName:
-    if path in _TOP:
-        return OriginalName(_TOP[path])
-    if path.startswith(_APPROXIMATOR):
-        stem, _, leaf = path.rpartition(".")
-        return OriginalName(f"{stem}.{_IN_LAYER.get(leaf, leaf)}")
-    kind, index, rest = path.split(".", 2)
-    if kind == "transformer_blocks":
-        return in_double_block(index, rest, width, _DOUBLE)
-    rows = transformer.get_submodule(path).weight.shape[0]  # type: ignore[index]
-    return in_single_block(index, rest, width, int(rows))
 
 
 register(Chroma(), "chroma1")

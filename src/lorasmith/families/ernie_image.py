@@ -7,12 +7,6 @@ tensors of the base model; LoRAs are trained on the base.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-import torch
-from torch import Tensor, nn
-
 from lorasmith.families.base import *
 from lorasmith.families.parts.encoders import literal_text
 from lorasmith.families.parts.language_models import hidden_states
@@ -24,11 +18,6 @@ _TIMES = 1000  # the network's time at pure noise
 _RESOLUTION_SHIFT = ResolutionShift(patch=1)
 
 _ATTENTION = ("layers.*.self_attention.to_*",)
-_TARGETS = {
-    "attention": Rule(_ATTENTION),
-    "attention+ff": Rule((*_ATTENTION, "layers.*.mlp.*")),
-    "transformer": Rule(("layers.*",), linear_only=True),
-}
 
 
 class ErnieImage(Family):
@@ -47,13 +36,17 @@ class ErnieImage(Family):
     limits = ProgramLimits(
         diffusers_applies={"ai-toolkit": ("*",)}, diffusers_refuses_others=True, sd_scripts_applies=None
     )
-    targets = _TARGETS
+    targets = {
+        "attention": Rule(_ATTENTION),
+        "attention+ff": Rule((*_ATTENTION, "layers.*.mlp.*")),
+        "transformer": Rule(("layers.*",), linear_only=True),
+    }
     text_encoders = {
         "text_encoder": EncoderSlot(
             "ministral3_3b", "ministral-3-3b.safetensors", ("text_encoders.ministral3_3b.transformer.",)
         )
     }
-    autoencoder = AutoencoderSlot("flux2", channels=128, usual_file="flux2-vae.safetensors", prefixes=("vae.",))
+    autoencoder = AutoencoderSlot("flux2", 128, "flux2-vae.safetensors", ("vae.",), downscale=16)
     clip_types = ("flux2",)  # in ComfyUI's template; its encoder is recognised under any
     distilled_names = ("turbo",)
     released = {
@@ -87,18 +80,12 @@ class ErnieImage(Family):
             "rope_axes_dim": (head // 4, 3 * head // 8, 3 * head // 8),
         }
 
-    def table(self, denoiser: nn.Module) -> Mapping[str, OriginalName]:
-        return {path: OriginalName(path) for path in module_paths(denoiser)}
-
     def diffusion(self, checkpoint: OriginalCheckpoint) -> Diffusion:
         return _flow(_SHIFT)
 
     def diffusion_of_pipeline(self, configs: PipelineConfigs) -> Diffusion:
         # The pipeline leaves the shift to its scheduler: 4 for the base model and 1 for Turbo, as other programs quote.
         return _flow(float(configs.of("scheduler").get("shift", _SHIFT)))
-
-    def latent_format(self, denoiser: Any, vae: Any) -> LatentFormat:
-        return LatentFormat(denoiser.config.in_channels, 16, scale=1.0)
 
     def defaults(self, denoiser: nn.Module, latent: LatentFormat, diffusion: Diffusion) -> Defaults:
         return Defaults(

@@ -8,12 +8,7 @@ one tensor; diffusers splits them.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
-from typing import Any
-
-import torch
-from torch import Tensor, nn
+from collections.abc import Iterator
 
 from lorasmith.families.base import *
 from lorasmith.families.parts import flux_layout
@@ -33,11 +28,6 @@ from lorasmith.families.parts.flux_layout import (
 from lorasmith.families.parts.language_models import RELEASED_PATHS, encode_t5
 
 _MODULATION = ("*.norm.linear", "*.norm1.linear", "*.norm1_context.linear")
-_TARGETS = {
-    "attention": Rule(ATTENTION),
-    "attention+ff": Rule((*ATTENTION, *FEED_FORWARD)),
-    "transformer": Rule((*ATTENTION, *FEED_FORWARD, *_MODULATION)),
-}
 _DEFAULT_GUIDANCE = 3.5
 _MU = 1.15  # ComfyUI's shift for KSampler, and that of the resolution 1024×1024
 
@@ -86,7 +76,11 @@ class Flux(Family):
     )
     civitai_name = "Flux.1 D"
     a1111_version = "Flux"
-    targets = _TARGETS
+    targets = {
+        "attention": Rule(ATTENTION),
+        "attention+ff": Rule((*ATTENTION, *FEED_FORWARD)),
+        "transformer": Rule((*ATTENTION, *FEED_FORWARD, *_MODULATION)),
+    }
     text_encoders = {
         "text_encoder": EncoderSlot("clip_l", "clip_l.safetensors", ("text_encoders.clip_l.transformer.",)),
         "text_encoder_2": EncoderSlot("t5xxl", "t5xxl_fp16.safetensors", ("text_encoders.t5xxl.transformer.",)),
@@ -110,9 +104,16 @@ class Flux(Family):
     def denoiser_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         return _config(shapes)
 
-    def table(self, denoiser: Any) -> Mapping[str, OriginalName]:
+    def original(self, path: str, denoiser: Any) -> OriginalName:
+        if path in _TOP:
+            return OriginalName(_TOP[path], swap_halves=path == "norm_out.linear")
+        kind, index, rest = path.split(".", 2)
         hidden = denoiser.config.num_attention_heads * denoiser.config.attention_head_dim
-        return {path: _original(path, hidden, denoiser) for path in module_paths(denoiser)}
+        if kind == "transformer_blocks":
+            return in_double_block(index, rest, hidden, _DOUBLE)
+        if rest == "norm.linear":
+            return OriginalName(f"single_blocks.{index}.modulation.lin")
+        return in_single_block(index, rest, hidden, denoiser.get_submodule(path).weight.shape[0])
 
     def diffusion(self, checkpoint: OriginalCheckpoint) -> Diffusion:
         return _diffusion(has_guidance=flux_layout.GUIDANCE in checkpoint.denoiser_shapes)
@@ -239,17 +240,6 @@ def _xlabs_names(table: Mapping[str, OriginalName]) -> dict[str, tuple[str, ...]
         for number in sorted(numbers, key=int):
             names[f"{kind}.{number}.processor.{name}"] = tuple(f"{_BLOCKS[kind]}.{number}.{one}" for one in layers)
     return names
-
-
-def _original(path: str, hidden: int, transformer: Any) -> OriginalName:
-    if path in _TOP:
-        return OriginalName(_TOP[path], swap_halves=path == "norm_out.linear")
-    kind, index, rest = path.split(".", 2)
-    if kind == "transformer_blocks":
-        return in_double_block(index, rest, hidden, _DOUBLE)
-    if rest == "norm.linear":
-        return OriginalName(f"single_blocks.{index}.modulation.lin")
-    return in_single_block(index, rest, hidden, transformer.get_submodule(path).weight.shape[0])
 
 
 register(Flux(), "flux")

@@ -8,12 +8,7 @@ tensors. The original layout fuses query, key and value of double blocks; diffus
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
-
-import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
 
 from lorasmith.families.base import *
 from lorasmith.families.parts import flux_layout
@@ -25,8 +20,6 @@ _TOKENS = 512  # of text, which is filled with padding that the transformer sees
 _DEFAULT_GUIDANCE = 4.0  # of dev, in ComfyUI's template and in Flux2Pipeline
 # ComfyUI's `supported_models.Flux2` has this exponential shift for KSampler; Flux2Scheduler computes its own.
 _MU = 2.02
-# Its shift by size is musubi-tuner's `flux2_shift`.
-_DIFFUSION = Diffusion("flow", FlowSchedule.exponential(_MU, resolution_shift=ResolutionShift(patch=1)))
 _SYSTEM = (
     "You are an AI that reasons about image descriptions. You give structured responses focusing on object "
     "relationships, object\nattribution and actions without speculation."
@@ -35,24 +28,10 @@ _SYSTEM = (
 _ATTENTION = ("transformer_blocks.*.attn.to_*", "transformer_blocks.*.attn.add_*_proj")
 _SINGLE = ("single_transformer_blocks.*.attn.to_*",)
 _MLP = ("transformer_blocks.*.ff.linear_*", "transformer_blocks.*.ff_context.linear_*")
-_TARGETS = {
-    "attention": Rule((*_ATTENTION, *_SINGLE)),
-    "attention+ff": Rule((*_ATTENTION, *_SINGLE, *_MLP)),
-    "transformer": Rule(("*transformer_blocks.*",), linear_only=True),
-}
 
 _READ_BY_KOHYA_NAMES = (
     *("transformer_blocks.*", "single_transformer_blocks.*", "x_embedder", "context_embedder", "proj_out"),
     "time_guidance_embed.timestep_embedder.*",
-)
-_LIMITS = ProgramLimits(
-    unknown_to_comfyui=("time_guidance_embed.*", "*_stream_modulation*"),
-    # ai-toolkit's name of norm_out is read as well, but without exchanging the halves of its rows.
-    diffusers_applies={
-        "kohya": _READ_BY_KOHYA_NAMES,
-        "ai-toolkit": (*_READ_BY_KOHYA_NAMES, "time_guidance_embed.*", "*_stream_modulation*"),
-    },
-    sd_scripts_applies=None,
 )
 
 _TOP = {
@@ -83,10 +62,23 @@ class Flux2(Family):
     usual_tokens = _TOKENS
     modelspec_implementation = "https://github.com/black-forest-labs/flux2"
     kohya_name = "flux2"
-    limits = _LIMITS
-    own_diffusion = _DIFFUSION
-    targets = _TARGETS
-    autoencoder = AutoencoderSlot("flux2", channels=128, usual_file="flux2-vae.safetensors", prefixes=("vae.",))
+    limits = ProgramLimits(
+        unknown_to_comfyui=("time_guidance_embed.*", "*_stream_modulation*"),
+        # ai-toolkit's name of norm_out is read as well, but without exchanging the halves of its rows.
+        diffusers_applies={
+            "kohya": _READ_BY_KOHYA_NAMES,
+            "ai-toolkit": (*_READ_BY_KOHYA_NAMES, "time_guidance_embed.*", "*_stream_modulation*"),
+        },
+        sd_scripts_applies=None,
+    )
+    # Its shift by size is musubi-tuner's `flux2_shift`.
+    own_diffusion = Diffusion("flow", FlowSchedule.exponential(_MU, resolution_shift=ResolutionShift(patch=1)))
+    targets = {
+        "attention": Rule((*_ATTENTION, *_SINGLE)),
+        "attention+ff": Rule((*_ATTENTION, *_SINGLE, *_MLP)),
+        "transformer": Rule(("*transformer_blocks.*",), linear_only=True),
+    }
+    autoencoder = AutoencoderSlot("flux2", 128, "flux2-vae.safetensors", ("vae.",), downscale=16)
     clip_types = ("flux2",)
 
     def __init__(self, *, is_klein: bool) -> None:
@@ -146,12 +138,14 @@ class Flux2(Family):
             "axes_dims_rope": (head // 4,) * 4,
         }
 
-    def table(self, denoiser: Any) -> Mapping[str, OriginalName]:
+    def original(self, path: str, denoiser: Any) -> OriginalName:
+        if path in _TOP:
+            return OriginalName(_TOP[path], swap_halves=path == "norm_out.linear")
+        kind, index, rest = path.split(".", 2)
+        if kind == "single_transformer_blocks":
+            return OriginalName(f"single_blocks.{index}.{_SINGLE_PARTS[rest]}")
         width = denoiser.config.num_attention_heads * denoiser.config.attention_head_dim
-        return {path: _original(path, width) for path in module_paths(denoiser)}
-
-    def latent_format(self, denoiser: Any, vae: Any) -> LatentFormat:
-        return LatentFormat(denoiser.config.in_channels, 16, scale=1.0)
+        return in_double_block(index, rest, width, _DOUBLE_PARTS)
 
     def defaults(self, denoiser: nn.Module, latent: LatentFormat, diffusion: Diffusion) -> Defaults:
         return Defaults(
@@ -214,15 +208,6 @@ class Flux2(Family):
 def _positions(rows: int, columns: int, tokens: int, device: torch.device) -> Tensor:
     """(rows · columns · tokens, 4) rotary positions (0, y, x, number of the token)."""
     return torch.cartesian_prod(*(torch.arange(size, device=device) for size in (1, rows, columns, tokens)))
-
-
-def _original(path: str, width: int) -> OriginalName:
-    if path in _TOP:
-        return OriginalName(_TOP[path], swap_halves=path == "norm_out.linear")
-    kind, index, rest = path.split(".", 2)
-    if kind == "single_transformer_blocks":
-        return OriginalName(f"single_blocks.{index}.{_SINGLE_PARTS[rest]}")
-    return in_double_block(index, rest, width, _DOUBLE_PARTS)
 
 
 register(Flux2(is_klein=False), "flux2-dev")

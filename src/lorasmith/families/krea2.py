@@ -6,12 +6,6 @@ Nothing is fused in the original layout. Turbo, which is distilled, has the tens
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-import torch
-from torch import Tensor, nn
-
 from lorasmith.families.base import *
 from lorasmith.families.parts.autoencoders import wan_latents
 from lorasmith.families.parts.encoders import literal_text
@@ -21,14 +15,8 @@ from lorasmith.families.parts.language_models import ANSWER, SYSTEM, SYSTEM_TOKE
 _LAYERS = tuple(range(2, 36, 3))  # of the encoder's states
 _MU = 1.15  # ComfyUI's shift for KSampler
 _RESOLUTION_SHIFT = ResolutionShift(patches=(256, 6400))  # Krea2Pipeline's for Raw
-_DIFFUSION = Diffusion("flow", FlowSchedule.exponential(_MU, resolution_shift=_RESOLUTION_SHIFT))
 
 _ATTENTION = ("transformer_blocks.*.attn.to_*",)
-_TARGETS = {
-    "attention": Rule(_ATTENTION),
-    "attention+ff": Rule((*_ATTENTION, "transformer_blocks.*.ff.*")),
-    "transformer": Rule(("transformer_blocks.*",), linear_only=True),
-}
 _TOP = {
     "img_in": "first",
     "time_embed.linear_1": "tmlp.0",
@@ -78,8 +66,12 @@ class Krea2(Family):
     limits = ProgramLimits(
         diffusers_applies={"ai-toolkit": ("*",)}, diffusers_refuses_others=True, sd_scripts_applies=None
     )
-    own_diffusion = _DIFFUSION
-    targets = _TARGETS
+    own_diffusion = Diffusion("flow", FlowSchedule.exponential(_MU, resolution_shift=_RESOLUTION_SHIFT))
+    targets = {
+        "attention": Rule(_ATTENTION),
+        "attention+ff": Rule((*_ATTENTION, "transformer_blocks.*.ff.*")),
+        "transformer": Rule(("transformer_blocks.*",), linear_only=True),
+    }
     text_encoders = {
         "text_encoder": EncoderSlot(
             "qwen3vl", "qwen3vl_4b_bf16.safetensors", ("text_encoders.qwen3vl_4b.transformer.",)
@@ -122,8 +114,20 @@ class Krea2(Family):
             "axes_dims_rope": (head // 4, 3 * head // 8, 3 * head // 8),
         }
 
-    def table(self, denoiser: nn.Module) -> Mapping[str, OriginalName]:
-        return {path: _original(path) for path in module_paths(denoiser)}
+    def original(self, path: str, denoiser: Any) -> OriginalName:
+        if path in _TOP:
+            return OriginalName(_TOP[path])
+        if path == "final_layer":
+            return OriginalName("last", parameters=_LAST_MODULATION)
+        if path == "text_fusion.projector":
+            return OriginalName("txtfusion.projector")
+        block, part = _block_of(path)
+        kind, _, index = block.rpartition(".")
+        stem = f"{_BLOCKS[kind]}.{index}"
+        if not part:
+            return OriginalName(stem, parameters=_MODULATION)
+        known = max((one for one in _PARTS if f"{part}.".startswith(f"{one}.")), key=len)
+        return OriginalName(f"{stem}.{_PARTS[known]}{part.removeprefix(known)}")
 
     def latent_format(self, denoiser: nn.Module, vae: Any) -> LatentFormat:
         return wan_latents()
@@ -164,22 +168,6 @@ class Krea2(Family):
             return_dict=False,
         )[0]
         return unpacked_latents(prediction, height, width).unsqueeze(2)
-
-
-def _original(path: str) -> OriginalName:
-    if path in _TOP:
-        return OriginalName(_TOP[path])
-    if path == "final_layer":
-        return OriginalName("last", parameters=_LAST_MODULATION)
-    if path == "text_fusion.projector":
-        return OriginalName("txtfusion.projector")
-    block, part = _block_of(path)
-    kind, _, index = block.rpartition(".")
-    stem = f"{_BLOCKS[kind]}.{index}"
-    if not part:
-        return OriginalName(stem, parameters=_MODULATION)
-    known = max((one for one in _PARTS if f"{part}.".startswith(f"{one}.")), key=len)
-    return OriginalName(f"{stem}.{_PARTS[known]}{part.removeprefix(known)}")
 
 
 def _block_of(path: str) -> tuple[str, str]:

@@ -28,13 +28,13 @@ from lorasmith.core.errors import ModelError
 from lorasmith.core.folders import pipeline_index
 from lorasmith.core.placement import FULL_PRECISION
 from lorasmith.core.quantization import Packed
-from lorasmith.families.base import FAMILIES, Components, Diffusion, Family, TextEncoders
+from lorasmith.families.base import FAMILIES, AutoencoderSlot, Components, Diffusion, EncoderSlot, Family, TextEncoders
 from lorasmith.families.files.checkpoint import (
     LORA_MARKS,
     OriginalCheckpoint,
-    PartFolder,
     PipelineConfigs,
     Shapes,
+    folder_source,
     read_json,
     source_of_module,
 )
@@ -104,20 +104,17 @@ def load_model(
             pipeline are quantized, offloaded to nowhere, or have LoRAs on them.
     """
     if not isinstance(source, str | os.PathLike):
-        model = with_parts(model_of_pipeline(source), text_encoders=text_encoders, vae=vae)
-        return model if dtype is None else _converted(model, dtype)
-    quieten()
-    path = located(source)
-    if path.is_dir():
-        model = _model_of_folder(*expert_in(path), title=path.name if Path(source).is_dir() else str(source))
+        model = model_of_pipeline(source)
     else:
-        model = model_of_checkpoint(OriginalCheckpoint(path))
+        quieten()
+        path = located(source)
+        if path.is_dir():
+            model = _model_of_folder(*expert_in(path), title=path.name if Path(source).is_dir() else str(source))
+        else:
+            model = model_of_checkpoint(OriginalCheckpoint(path))
     model = with_parts(model, text_encoders=text_encoders, vae=vae)
-    return model if dtype is None else _converted(model, dtype)
-
-
-def _converted(model: Model, dtype: torch.dtype) -> Model:
-    model.components.denoiser.to(dtype)
+    if dtype is not None:
+        model.components.denoiser.to(dtype)
     return model
 
 
@@ -134,15 +131,10 @@ def with_parts(
 
 
 def check_encoders(model: Model, paths: Sequence[Path], clip_type: str | None) -> None:
-    """Check that text encoders that a graph loads apart from the model are the model's; headers alone are read.
+    """Raise ModelError unless text encoders that a graph loads apart from the model are the model's.
 
-    Args:
-        model: the model, with its parts or without them.
-        paths: files or folders of the encoders. Further ones than the model has are accepted.
-        clip_type: as for `load_text_encoder`; None for encoders of a checkpoint.
-
-    Raises:
-        ModelError: encoders are missing, of another size, or loaded with the type of another family.
+    Headers alone are read. Further encoders than the model has are accepted; `clip_type` is None for those of a
+    checkpoint.
     """
     family = model.family
     needed = {slot.kind: component for component, slot in family.text_encoders.items()}
@@ -227,23 +219,17 @@ def model_of_checkpoint(checkpoint: OriginalCheckpoint) -> Model:
             where=str(checkpoint.path),
         )
     )
-    encoders: dict[str, nn.Module] = {}
-    tokenizers: dict[str, Any] = {}
-    for component, slot in family.text_encoders.items():
-        if (prefix := checkpoint.prefix_of(slot.prefixes)) and checkpoint.shapes_under(prefix):
-            kind, settings = ENCODERS[slot.kind], {**slot.settings, **said.get(component, {})}
-            encoders[component] = kind.build(PartSource(str(checkpoint.path), checkpoint.load(prefix), settings))
-            tokenizers[component] = kind.tokenizer(encoders[component], tokenizer_source(checkpoint))
-    vae, slot_ = None, family.autoencoder
-    if (prefix := checkpoint.prefix_of(slot_.prefixes)) and checkpoint.shapes_under(prefix):
-        settings = {**slot_.settings, **said.get("vae", {})}
-        vae = AUTOENCODERS[slot_.kind].build(PartSource(str(checkpoint.path), checkpoint.load(prefix), settings))
-    components = _assembled(
+    slots: Mapping[str, EncoderSlot | AutoencoderSlot] = {**family.text_encoders, "vae": family.autoencoder}
+    components = _built(
         family,
         denoiser,
         family.diffusion(checkpoint),
-        TextEncoders(encoders, tokenizers),
-        vae,
+        {
+            name: PartSource(str(checkpoint.path), checkpoint.load(prefix), {**slot.settings, **said.get(name, {})})
+            for name, slot in slots.items()
+            if (prefix := checkpoint.prefix_of(slot.prefixes)) and checkpoint.shapes_under(prefix)
+        },
+        lambda _component, kind, encoder: kind.tokenizer(encoder, tokenizer_source(checkpoint)),
         overrides=said.get("defaults", {}),
     )
     return Model(
@@ -273,10 +259,12 @@ def _model_of_folder(folder: Path, part: str | None, *, title: str) -> Model:
     names = [*family.denoiser_parts, *family.text_encoders, "vae"]
     folders = {family.denoiser_folder: folder / denoiser} | {name: folder / name for name in names}
     try:
-        components = _of_pipeline(
+        sources = {name: folder_source(path) for name, path in folders.items() if path.is_dir()}
+        components = _built(
             family,
-            configs,
-            {name: PartFolder(path).source() for name, path in folders.items() if path.is_dir()},
+            _denoiser_of(family, configs, sources),
+            family.diffusion_of_pipeline(configs),
+            sources,
             lambda component, kind, encoder: kind.tokenizer(encoder, tokenizer_folder(folder, component)),
             overrides=read_json(folder / _SETTINGS) if (folder / _SETTINGS).is_file() else {},
         )
@@ -318,7 +306,8 @@ def model_of_pipeline(pipeline: DiffusersPipeline) -> Model:
         return copy.deepcopy(found)  # calls change its padding
 
     sources = {name: source_of_module(part, title, name) for name, part in parts.items() if part is not None}
-    components = _of_pipeline(family, configs, sources, tokenizer)
+    denoiser = _denoiser_of(family, configs, sources)
+    components = _built(family, denoiser, family.diffusion_of_pipeline(configs), sources, tokenizer)
     channels = components.latent.channels, family.autoencoder.channels
     if components.vae is not None and channels[0] != channels[1]:
         raise ModelError(
@@ -335,30 +324,11 @@ def _title_of(pipeline: DiffusersPipeline) -> str:
     return Path(str(source)).name if source else type(pipeline).__name__
 
 
-def _of_pipeline(
-    family: Family,
-    configs: PipelineConfigs,
-    sources: Mapping[str, PartSource],
-    tokenizer: Callable[[str, EncoderKind, nn.Module], Any],
-    overrides: Mapping[str, Any] = MappingProxyType({}),
-) -> Components:
-    """Components built from the parts of a diffusers pipeline."""
+def _denoiser_of(family: Family, configs: PipelineConfigs, sources: Mapping[str, PartSource]) -> nn.Module:
+    """The denoiser of a diffusers pipeline."""
     for name in (family.denoiser_folder, *family.denoiser_parts):
         if name not in sources:
             raise ModelError(f"{configs.title} must have a {name} but has none; get the model again")
-    denoiser = _denoiser_of(family, sources)
-    encoders, tokenizers = {}, {}
-    for component, slot in family.text_encoders.items():
-        if component in sources:
-            kind = ENCODERS[slot.kind]
-            encoders[component] = kind.build(sources[component])
-            tokenizers[component] = tokenizer(component, kind, encoders[component])
-    vae = AUTOENCODERS[family.autoencoder.kind].build(sources["vae"]) if "vae" in sources else None
-    diffusion = family.diffusion_of_pipeline(configs)
-    return _assembled(family, denoiser, diffusion, TextEncoders(encoders, tokenizers), vae, overrides=overrides)
-
-
-def _denoiser_of(family: Family, sources: Mapping[str, PartSource]) -> nn.Module:
     main = sources[family.denoiser_folder]
     config, tensors = dict(main.config or {}), dict(main.tensors)
     for name in family.denoiser_parts:
@@ -383,16 +353,19 @@ def _precise(denoiser: nn.Module) -> nn.Module:
     return denoiser
 
 
-def _assembled(
+def _built(
     family: Family,
     denoiser: nn.Module,
     diffusion: Diffusion,
-    encoders: TextEncoders,
-    vae: Any,
-    *,
-    overrides: Mapping[str, Any],
+    sources: Mapping[str, PartSource],
+    tokenizer: Callable[[str, EncoderKind, nn.Module], Any],
+    overrides: Mapping[str, Any] = MappingProxyType({}),
 ) -> Components:
-    """Components of the given parts; `overrides` are fields of `Defaults`, as a model's files say them."""
+    """Components with the parts in `sources`; `overrides` are fields of `Defaults`, as a model's files say them."""
+    kinds = {name: ENCODERS[slot.kind] for name, slot in family.text_encoders.items() if name in sources}
+    encoders = {name: kind.build(sources[name]) for name, kind in kinds.items()}
+    tokenizers = {name: tokenizer(name, kind, encoders[name]) for name, kind in kinds.items()}
+    vae = AUTOENCODERS[family.autoencoder.kind].build(sources["vae"]) if "vae" in sources else None
     latent = family.latent_format(denoiser, vae)
     defaults = family.defaults(denoiser, latent, diffusion)
     for name, value in overrides.items():
@@ -411,8 +384,8 @@ def _assembled(
         parameterization=diffusion.parameterization,
         latent=latent,
         defaults=defaults,
-        text_encoders=encoders.modules,
-        tokenizers=encoders.tokenizers,
+        text_encoders=encoders,
+        tokenizers=tokenizers,
         vae=vae,
     )
 

@@ -9,12 +9,6 @@ have a third of the heads. The autoencoder is that of Flux.1.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
-
-import torch
-from torch import Tensor, nn
 
 from lorasmith.families.base import *
 from lorasmith.families.parts.autoencoders import FLUX_AUTOENCODER
@@ -25,16 +19,9 @@ _WIDTH = 2304
 _LAYER = -2  # of the encoder's states
 _CAP = 50.0  # of the encoder's attention, in diffusers
 _DIFFUSERS_TOKENS = 256
-# ComfyUI's and scheduler_config.json's shift.
-_DIFFUSION = Diffusion("flow", FlowSchedule(shift=6.0))
 
 _BLOCKS = ("layers.", "noise_refiner.", "context_refiner.")
 _ATTENTION = ("layers.*.attn.to_*",)
-_TARGETS = {
-    "attention": Rule(_ATTENTION),
-    "attention+ff": Rule((*_ATTENTION, "layers.*.feed_forward.*")),
-    "transformer": Rule(("layers.*",), linear_only=True),
-}
 _TOP = {
     "x_embedder": "x_embedder",
     "time_caption_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
@@ -79,8 +66,13 @@ class Lumina2(Family):
         diffusers_refuses_unknown=True,
         diffusers_whole_blocks=_BLOCKS,
     )
-    own_diffusion = _DIFFUSION
-    targets = _TARGETS
+    # ComfyUI's and scheduler_config.json's shift.
+    own_diffusion = Diffusion("flow", FlowSchedule(shift=6.0))
+    targets = {
+        "attention": Rule(_ATTENTION),
+        "attention+ff": Rule((*_ATTENTION, "layers.*.feed_forward.*")),
+        "transformer": Rule(("layers.*",), linear_only=True),
+    }
     text_encoders = {
         "text_encoder": EncoderSlot("gemma2", "gemma_2_2b_fp16.safetensors", ("text_encoders.gemma2_2b.transformer.",))
     }
@@ -117,12 +109,16 @@ class Lumina2(Family):
             "cap_feat_dim": text_width,
         }
 
-    def table(self, denoiser: nn.Module) -> Mapping[str, OriginalName]:
-        shapes = weight_shapes(denoiser)
-        return {path: _original(path, shapes) for path in module_paths(denoiser)}
-
-    def latent_format(self, denoiser: Any, vae: Any) -> LatentFormat:
-        return self.autoencoder.latents(denoiser.config.in_channels)
+    def original(self, path: str, denoiser: Any) -> OriginalName:
+        if path in _TOP:
+            return OriginalName(_TOP[path])
+        kind, index, rest = path.split(".", 2)
+        block = f"{kind}.{index}"
+        if rest in ("attn.to_q", "attn.to_k", "attn.to_v"):
+            queries, keys = (denoiser.get_submodule(f"{block}.attn.to_{part}").weight.shape[0] for part in "qk")
+            start, rows = {"q": (0, queries), "k": (queries, keys), "v": (queries + keys, keys)}[rest[-1]]
+            return OriginalName(f"{block}.attention.qkv", rows=(start, start + rows))
+        return OriginalName(f"{block}.{_PARTS[rest]}")
 
     def defaults(self, denoiser: nn.Module, latent: LatentFormat, diffusion: Diffusion) -> Defaults:
         return Defaults(
@@ -163,18 +159,6 @@ class Lumina2(Family):
             return_dict=False,
         )[0]
         return -towards_picture
-
-
-def _original(path: str, shapes: Mapping[str, tuple[int, ...]]) -> OriginalName:
-    if path in _TOP:
-        return OriginalName(_TOP[path])
-    kind, index, rest = path.split(".", 2)
-    block = f"{kind}.{index}"
-    if rest in ("attn.to_q", "attn.to_k", "attn.to_v"):
-        queries, keys = (shapes[f"{block}.attn.to_{part}"][0] for part in "qk")
-        start, rows = {"q": (0, queries), "k": (queries, keys), "v": (queries + keys, keys)}[rest[-1]]
-        return OriginalName(f"{block}.attention.qkv", rows=(start, start + rows))
-    return OriginalName(f"{block}.{_PARTS[rest]}")
 
 
 register(Lumina2(), "lumina-2")

@@ -13,7 +13,7 @@ from torch import nn
 from lorasmith.core.errors import ModelError
 from lorasmith.core.folders import pipeline_index
 from lorasmith.families.base import FAMILIES, Family, TextEncoders
-from lorasmith.families.files.checkpoint import OriginalCheckpoint, PartFolder, Shapes
+from lorasmith.families.files.checkpoint import OriginalCheckpoint, Shapes, folder_source, open_tensors, weight_files
 from lorasmith.families.files.original_weights import PartSource
 from lorasmith.families.known import looks_like
 from lorasmith.families.locating import located
@@ -36,13 +36,9 @@ def load_text_encoder(paths: Sequence[str | os.PathLike[str]], clip_type: str) -
 
 
 def encoded_family(places: Sequence[Path], clip_type: str) -> Family:
-    """The family that text encoders in files or folders encode for; headers alone are read.
+    """The family that text encoders in files or folders encode for. Raises ModelError if no family has these.
 
-    Args:
-        places, clip_type: as for `load_text_encoder`.
-
-    Raises:
-        ModelError: no family has these encoders.
+    Headers alone are read.
     """
     encoders = {kind.name: (kind, shapes) for path in places for kind, shapes in encoder_kinds(path)}
     kinds = set(encoders)
@@ -86,7 +82,7 @@ def autoencoder_in(path: Path, family: Family) -> nn.Module:
     return kind.build(part.source(family.autoencoder.settings))
 
 
-def autoencoder_part(path: Path, family: Family) -> tuple[AutoencoderKind, Part]:
+def autoencoder_part(path: Path, family: Family) -> tuple[AutoencoderKind, PartCandidate]:
     """The autoencoder of a family in a file or folder, of which headers alone are read.
 
     Raises ModelError if it holds none, or that of another family.
@@ -116,15 +112,14 @@ def encoders_in(path: Path, family: Family) -> TextEncoders:
     return TextEncoders(modules, tokenizers)
 
 
-def encoder_parts(path: Path, family: Family) -> dict[str, tuple[EncoderKind, Part]]:
+def encoder_parts(path: Path, family: Family) -> dict[str, tuple[EncoderKind, PartCandidate]]:
     """The text encoders of a family in a file or folder by component name; headers alone are read.
 
-    Raises:
-        ModelError: it holds none, or those of another family.
+    Raises ModelError if it holds none, or those of another family.
     """
     slots = family.text_encoders
     prefixes = [prefix for slot in slots.values() for prefix in slot.prefixes]
-    found: dict[str, tuple[EncoderKind, Part]] = {}
+    found: dict[str, tuple[EncoderKind, PartCandidate]] = {}
     for part in _parts(path, slots, prefixes):
         kind = recognised_encoder(part.shapes)
         if kind is None:
@@ -191,7 +186,7 @@ def _autoencoder_title(kind: str, channels: int) -> str:
 
 
 @dataclass(frozen=True)
-class Part:
+class PartCandidate:
     """Tensors in a file or folder that may be one part of a model."""
 
     shapes: Shapes
@@ -199,15 +194,15 @@ class Part:
     tokenizer: TokenizerSource
 
 
-def _parts(path: Path, subfolders: Iterable[str], prefixes: Iterable[str]) -> Iterator[Part]:
+def _parts(path: Path, subfolders: Iterable[str], prefixes: Iterable[str]) -> Iterator[PartCandidate]:
     """Candidates in a diffusers folder under `subfolders`, or in a file without a prefix or with one of `prefixes`."""
     if path.is_dir():
         whole = pipeline_index(path) is not None
         for folder in [path / name for name in subfolders if (path / name).is_dir()] if whole else [path]:
-            part = PartFolder(folder)
+            shapes = Shapes(open_tensors(*weight_files(folder)).shapes)
             place = folder.with_name(folder.name.replace("text_encoder", "tokenizer"))
             tokenizer = TokenizerSource(folder=place if place.is_dir() and place != folder else None)
-            yield Part(part.shapes, lambda _, part=part: part.source(), tokenizer)  # type: ignore[misc]
+            yield PartCandidate(shapes, lambda _, folder=folder: folder_source(folder), tokenizer)  # type: ignore[misc]
         return
     checkpoint = OriginalCheckpoint(path)
     tokenizer = tokenizer_source(checkpoint)
@@ -216,7 +211,7 @@ def _parts(path: Path, subfolders: Iterable[str], prefixes: Iterable[str]) -> It
         def source(settings: Mapping[str, Any], prefix: str = prefix) -> PartSource:
             return PartSource(str(path), checkpoint.load(prefix), settings)
 
-        yield Part(checkpoint.shapes_under(prefix), source, tokenizer)
+        yield PartCandidate(checkpoint.shapes_under(prefix), source, tokenizer)
 
 
 def quieten() -> None:

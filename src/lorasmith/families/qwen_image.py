@@ -8,11 +8,6 @@ number of them, the class of the authors counts from one further out than ComfyU
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from torch import Tensor, nn
-
 from lorasmith.families.base import *
 from lorasmith.families.parts.autoencoders import wan_latents
 from lorasmith.families.parts.encoders import literal_text
@@ -23,15 +18,9 @@ _TOKENS = 512  # QwenImagePipeline's longest prompt unless it is told another
 _MU = 1.15  # ComfyUI's shift for KSampler; its template sets a linear one of 3.1
 # scheduler_config.json of the released folder, and musubi-tuner's `qwen_shift`.
 _RESOLUTION_SHIFT = ResolutionShift(mu=(0.5, 0.9), patches=(256, 8192))
-_DIFFUSION = Diffusion("flow", FlowSchedule.exponential(_MU, resolution_shift=_RESOLUTION_SHIFT))
 
 _ATTENTION = ("transformer_blocks.*.attn.to_*", "transformer_blocks.*.attn.add_*_proj")
 _MLP = ("transformer_blocks.*.img_mlp.net.*", "transformer_blocks.*.txt_mlp.net.*")
-_TARGETS = {
-    "attention": Rule(_ATTENTION),
-    "attention+ff": Rule((*_ATTENTION, *_MLP)),
-    "transformer": Rule(("transformer_blocks.*",), linear_only=True),
-}
 # Tensors that other models of this architecture have besides → what these are.
 _VARIANTS = {
     "__index_timestep_zero__": "Qwen-Image-Edit 2511, which edits pictures",
@@ -53,9 +42,13 @@ class QwenImage(Family):
     modelspec_name = "Qwen-Image"
     portable = "kohya"  # musubi-tuner's own, which reads no other without a conversion
     limits = ProgramLimits(diffusers_refuses_others=True, sd_scripts_applies=None)
-    own_diffusion = _DIFFUSION
+    own_diffusion = Diffusion("flow", FlowSchedule.exponential(_MU, resolution_shift=_RESOLUTION_SHIFT))
     civitai_name = "Qwen"
-    targets = _TARGETS
+    targets = {
+        "attention": Rule(_ATTENTION),
+        "attention+ff": Rule((*_ATTENTION, *_MLP)),
+        "transformer": Rule(("transformer_blocks.*",), linear_only=True),
+    }
     text_encoders = {
         "text_encoder": EncoderSlot("qwen25vl", "qwen_2.5_vl_7b.safetensors", ("text_encoders.qwen25_7b.transformer.",))
     }
@@ -102,9 +95,6 @@ class QwenImage(Family):
             "joint_attention_dim": shapes["txt_in.weight"][1],
             "axes_dims_rope": rope_axes(head),
         }
-
-    def table(self, denoiser: nn.Module) -> Mapping[str, OriginalName]:
-        return {path: OriginalName(path) for path in module_paths(denoiser)}
 
     def latent_format(self, denoiser: nn.Module, vae: Any) -> LatentFormat:
         return wan_latents()

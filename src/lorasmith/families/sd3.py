@@ -11,12 +11,8 @@ of the picture to itself; large has 38 blocks. Their latents have the form of Fl
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
-import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
 
 from lorasmith.core.placement import device_of
 from lorasmith.families.base import *
@@ -28,19 +24,12 @@ _CHANNELS = 16
 _CLIPS = {"text_encoder": 768, "text_encoder_2": 1280}  # width of states and of the pooled vector
 _T5, _T5_WIDTH = "text_encoder_3", 4096
 _T5_TOKENS = {"comfyui": 77, "diffusers": 256}  # at least; diffusers cuts longer prompts
-# ComfyUI's and scheduler_config.json's shift.
-_DIFFUSION = Diffusion("flow", FlowSchedule(shift=3.0, time_scale=1000.0))
 
 _ATTENTION = (
     *("transformer_blocks.*.attn.to_*", "transformer_blocks.*.attn.add_*_proj"),
     "transformer_blocks.*.attn2.to_*",
 )
 _MLP = ("transformer_blocks.*.ff.net.*", "transformer_blocks.*.ff_context.net.*")
-_TARGETS = {
-    "attention": Rule(_ATTENTION),
-    "attention+ff": Rule((*_ATTENTION, *_MLP)),
-    "transformer": Rule(("transformer_blocks.*",), linear_only=True),
-}
 _TOP = {
     "pos_embed.proj": "x_embedder.proj",
     "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
@@ -88,9 +77,14 @@ class StableDiffusion3(Family):
     modelspec_name = "stable-diffusion-3-5"
     portable = "diffusers"
     limits = ProgramLimits(diffusers_applies={})
-    own_diffusion = _DIFFUSION
+    # ComfyUI's and scheduler_config.json's shift.
+    own_diffusion = Diffusion("flow", FlowSchedule(shift=3.0, time_scale=1000.0))
     a1111_version = "SD3"
-    targets = _TARGETS
+    targets = {
+        "attention": Rule(_ATTENTION),
+        "attention+ff": Rule((*_ATTENTION, *_MLP)),
+        "transformer": Rule(("transformer_blocks.*",), linear_only=True),
+    }
     text_encoders = {
         "text_encoder": EncoderSlot("clip_l", "clip_l.safetensors", ("text_encoders.clip_l.transformer.",)),
         "text_encoder_2": EncoderSlot("clip_g", "clip_g.safetensors", ("text_encoders.clip_g.transformer.",)),
@@ -150,13 +144,20 @@ class StableDiffusion3(Family):
         }
 
     def table(self, denoiser: Any) -> Mapping[str, OriginalName]:
-        width = denoiser.config.num_attention_heads * denoiser.config.attention_head_dim
-        table = {path: _original(path, width, denoiser.config.num_layers - 1) for path in module_paths(denoiser)}
-        # A buffer, which files hold.
-        return {**table, "pos_embed": OriginalName("", parameters={"pos_embed": "pos_embed"})}
+        # With a buffer, which files hold.
+        return {**super().table(denoiser), "pos_embed": OriginalName("", parameters={"pos_embed": "pos_embed"})}
 
-    def latent_format(self, denoiser: Any, vae: Any) -> LatentFormat:
-        return self.autoencoder.latents(denoiser.config.in_channels)
+    def original(self, path: str, denoiser: Any) -> OriginalName:
+        if path in _TOP:
+            return OriginalName(_TOP[path], swap_halves=path == "norm_out.linear")
+        _, index, rest = path.split(".", 2)
+        block = f"joint_blocks.{index}"
+        if rest in _FUSED:
+            name, third = _FUSED[rest]
+            width = denoiser.config.num_attention_heads * denoiser.config.attention_head_dim
+            return OriginalName(f"{block}.{name}", rows=(third * width, (third + 1) * width))
+        swaps = rest == "norm1_context.linear" and int(index) == denoiser.config.num_layers - 1
+        return OriginalName(f"{block}.{_PARTS[rest]}", swap_halves=swaps)
 
     def defaults(self, denoiser: nn.Module, latent: LatentFormat, diffusion: Diffusion) -> Defaults:
         return Defaults(
@@ -256,17 +257,6 @@ def _t5_states(encoders: TextEncoders, text: str, encoding: Encoding) -> Tensor 
         max_tokens=tokens if follows_diffusers else None,
         min_padding=encoding.min_padding.get("t5xxl", 0),
     )
-
-
-def _original(path: str, width: int, last: int) -> OriginalName:
-    if path in _TOP:
-        return OriginalName(_TOP[path], swap_halves=path == "norm_out.linear")
-    _, index, rest = path.split(".", 2)
-    block = f"joint_blocks.{index}"
-    if rest in _FUSED:
-        name, third = _FUSED[rest]
-        return OriginalName(f"{block}.{name}", rows=(third * width, (third + 1) * width))
-    return OriginalName(f"{block}.{_PARTS[rest]}", swap_halves=rest == "norm1_context.linear" and int(index) == last)
 
 
 register(StableDiffusion3(), "stable-diffusion-3", "sd3.5")

@@ -8,13 +8,6 @@ Illustrious), are marked by tensors `v_pred` and `ztsnr`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
-
-import torch
-from torch import Tensor, nn
-
 from lorasmith.families.base import *
 from lorasmith.families.parts import unet_layout
 from lorasmith.families.parts.clip import encode_prompts, released_paths, written_paths

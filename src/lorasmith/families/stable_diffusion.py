@@ -6,11 +6,6 @@ attention heads and, for the 768-pixel 2.x models, the parameterization.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from torch import Tensor, nn
-
 from lorasmith.families.base import *
 from lorasmith.families.parts import unet_layout
 from lorasmith.families.parts.clip import encode_prompt, released_paths, written_paths

@@ -8,11 +8,6 @@ original layout. Image to video has further inputs, and is refused.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
-
-import torch
-from torch import Tensor, nn
 
 from lorasmith.families.base import *
 from lorasmith.families.parts.autoencoders import LATENT_MEAN, LATENT_MEAN_22, LATENT_STD, LATENT_STD_22, wan_latents
@@ -56,17 +51,6 @@ _MODULATION = {"scale_shift_table": "modulation"}
 
 # diffusers reads kohya's names of a block if all of these are there.
 _MATRICES = _TARGETS["attention+ff"].include
-_LIMITS = ProgramLimits(
-    unknown_to_comfyui=("*",),
-    diffusers_applies={
-        "kohya": _MATRICES,
-        "comfy": _MATRICES,
-        "ai-toolkit": (*_MATRICES, "condition_embedder.*", "proj_out"),
-    },
-    diffusers_refuses_others=True,
-    diffusers_refuses_unknown=True,
-    sd_scripts_applies=None,
-)
 
 # What a tensor's name begins with → the variant that it is a part of.
 _VARIANTS = {
@@ -94,7 +78,17 @@ class Wan(Family):
     usual_tokens = _TOKENS
     draws_clips = True
     portable = "ai-toolkit"
-    limits = _LIMITS
+    limits = ProgramLimits(
+        unknown_to_comfyui=("*",),
+        diffusers_applies={
+            "kohya": _MATRICES,
+            "comfy": _MATRICES,
+            "ai-toolkit": (*_MATRICES, "condition_embedder.*", "proj_out"),
+        },
+        diffusers_refuses_others=True,
+        diffusers_refuses_unknown=True,
+        sd_scripts_applies=None,
+    )
     targets = _TARGETS
     text_encoders = {
         "text_encoder": EncoderSlot(
@@ -187,8 +181,14 @@ class Wan(Family):
             "freq_dim": shapes["time_embedding.0.weight"][1],
         }
 
-    def table(self, denoiser: nn.Module) -> Mapping[str, OriginalName]:
-        return {path: _original(path) for path in module_paths(denoiser)}
+    def original(self, path: str, denoiser: Any) -> OriginalName:
+        if path in _TOP:
+            return OriginalName(_TOP[path])
+        if not path:
+            return OriginalName("head", parameters=_MODULATION)
+        blocks, index, *part = path.split(".", 2)
+        stem = f"{blocks}.{index}"
+        return OriginalName(f"{stem}.{_PARTS[part[0]]}") if part else OriginalName(stem, parameters=_MODULATION)
 
     def latent_format(self, denoiser: nn.Module, vae: Any) -> LatentFormat:
         return wan_latents(*self._constants, downscale=self._downscale, time_downscale=4)
@@ -247,16 +247,6 @@ def _cleaned(text: str) -> str:
     from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
     return prompt_clean(text)  # type: ignore[no-any-return]
-
-
-def _original(path: str) -> OriginalName:
-    if path in _TOP:
-        return OriginalName(_TOP[path])
-    if not path:
-        return OriginalName("head", parameters=_MODULATION)
-    blocks, index, *part = path.split(".", 2)
-    stem = f"{blocks}.{index}"
-    return OriginalName(f"{stem}.{_PARTS[part[0]]}") if part else OriginalName(stem, parameters=_MODULATION)
 
 
 register(Wan(is_5b=False), "wan2.1")

@@ -8,13 +8,6 @@ same tensors as the base model: only names tell them apart.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any
-
-import torch
-from torch import Tensor, nn
-
 from lorasmith.families.base import *
 from lorasmith.families.parts.autoencoders import FLUX_AUTOENCODER
 from lorasmith.families.parts.encoders import literal_text
@@ -22,29 +15,12 @@ from lorasmith.families.parts.language_models import hidden_states
 
 _HEAD_WIDTH = 128
 _LUMINA_MODULATION = "layers.0.adaLN_modulation.1.weight"  # Lumina 2 is built alike, with an activation before it
-# Shifted as in ComfyUI's `supported_models.ZImage`; scheduler_config.json of the base model has 6, of Turbo 3.
-_DIFFUSION = Diffusion("flow", FlowSchedule(shift=3.0))
 _TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 _LAYER = -2  # of the encoder's states
 
 _ATTENTION = ("layers.*.attention.to_*",)
-_TARGETS = {
-    "attention": Rule(_ATTENTION),
-    "attention+ff": Rule((*_ATTENTION, "layers.*.feed_forward.w*")),
-    "transformer": Rule(("layers.*",), linear_only=True),
-}
 _NAMED_ALIKE = (  # in diffusers and in the original, but for layers of attention
     *("*.feed_forward.*", "*.attention.to_out.0", "*.adaLN_modulation.0", "cap_embedder.*", "t_embedder.*"),
-)
-_LIMITS = ProgramLimits(
-    diffusers_applies={
-        "kohya": (*_NAMED_ALIKE, "*.attention.to_[qkv]"),
-        "comfy": _NAMED_ALIKE,
-        "ai-toolkit": ("*",),
-    },
-    diffusers_also_loads={"ai-toolkit": ("lokr",)},
-    diffusers_refuses_others=True,
-    sd_scripts_applies=None,
 )
 _TOP = {
     "all_x_embedder.2-1": "x_embedder",
@@ -68,9 +44,23 @@ class ZImage(Family):
     modelspec_name = "z-image"
     portable = "ai-toolkit"
     ai_toolkit_naming = "diffusers"
-    limits = _LIMITS
-    own_diffusion = _DIFFUSION
-    targets = _TARGETS
+    limits = ProgramLimits(
+        diffusers_applies={
+            "kohya": (*_NAMED_ALIKE, "*.attention.to_[qkv]"),
+            "comfy": _NAMED_ALIKE,
+            "ai-toolkit": ("*",),
+        },
+        diffusers_also_loads={"ai-toolkit": ("lokr",)},
+        diffusers_refuses_others=True,
+        sd_scripts_applies=None,
+    )
+    # Shifted as in ComfyUI's `supported_models.ZImage`; scheduler_config.json of the base model has 6, of Turbo 3.
+    own_diffusion = Diffusion("flow", FlowSchedule(shift=3.0))
+    targets = {
+        "attention": Rule(_ATTENTION),
+        "attention+ff": Rule((*_ATTENTION, "layers.*.feed_forward.w*")),
+        "transformer": Rule(("layers.*",), linear_only=True),
+    }
     text_encoders = {
         "text_encoder": EncoderSlot(
             "qwen3", "qwen_3_4b.safetensors", ("text_encoders.qwen3_4b.transformer.",), widths=(2560,)
@@ -105,11 +95,16 @@ class ZImage(Family):
             "axes_lens": [1536, 512, 512],
         }
 
-    def table(self, denoiser: Any) -> Mapping[str, OriginalName]:
-        return {path: _original(path, denoiser.config.dim) for path in module_paths(denoiser)}
-
-    def latent_format(self, denoiser: Any, vae: Any) -> LatentFormat:
-        return self.autoencoder.latents(denoiser.config.in_channels)
+    def original(self, path: str, denoiser: Any) -> OriginalName:
+        if path in _TOP:
+            return OriginalName(_TOP[path])
+        block, attention, rest = path.partition(".attention.")
+        if not attention:
+            return OriginalName(path)
+        if rest in _FUSED:
+            start = _FUSED.index(rest) * denoiser.config.dim
+            return OriginalName(f"{block}.attention.qkv", rows=(start, start + denoiser.config.dim))
+        return OriginalName(f"{block}.attention.{_IN_ATTENTION[rest]}")
 
     def defaults(self, denoiser: nn.Module, latent: LatentFormat, diffusion: Diffusion) -> Defaults:
         return Defaults(
@@ -132,18 +127,6 @@ class ZImage(Family):
         texts = list(context) if mask is None else [row[kept] for row, kept in zip(context, mask, strict=True)]
         pictures = denoiser(list(latents.unsqueeze(2)), (1 - time).to(latents.dtype), texts, return_dict=False)[0]
         return -torch.stack(pictures).squeeze(2)
-
-
-def _original(path: str, width: int) -> OriginalName:
-    if path in _TOP:
-        return OriginalName(_TOP[path])
-    block, attention, rest = path.partition(".attention.")
-    if not attention:
-        return OriginalName(path)
-    if rest in _FUSED:
-        start = _FUSED.index(rest) * width
-        return OriginalName(f"{block}.attention.qkv", rows=(start, start + width))
-    return OriginalName(f"{block}.attention.{_IN_ATTENTION[rest]}")
 
 
 register(ZImage(), "zimage")

@@ -1,6 +1,6 @@
 """Faults of a LoRA file, and their remedies.
 
-A finding is about the file alone (values that are not numbers, halves of adapters, odd alphas) or about the file and a
+A fault is about the file alone (values that are not numbers, halves of adapters, odd alphas) or about the file and a
 model's names (modules that the model lacks, layers that programs leave out). Each has a remedy; `Mend` applies it in
 the file's own spelling, so that it needs no model and changes nothing else. New tensors are made when they are written,
 one at a time, so that repairing a large file takes little memory.
@@ -93,12 +93,12 @@ _HUGE_SCALE = 64.0
 
 
 @dataclass(frozen=True)
-class Finding:
+class FileFault:
     """A fault of a file, or a difference between programs."""
 
     problem: str  # in one sentence without a full stop
     remedy: str  # likewise
-    is_fault: bool  # whether the file is at fault; otherwise programs read it differently
+    is_error: bool  # whether the file is at fault; otherwise programs read it differently
     mend: Mend | None = None  # the repair of `--fix`, None if it has none
 
 
@@ -107,16 +107,16 @@ def main_layout(keys: Sequence[str]) -> Layout:
     return max((layout for _, layout in LAYOUTS.items()), key=lambda layout: layout.detects(keys))
 
 
-def findings_of(
+def faults_of(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str], names: ModelNames | None, *, is_model_sure: bool
-) -> list[Finding]:
-    """All findings of a LoRA file."""
+) -> list[FileFault]:
+    """All faults of a LoRA file."""
     groups = grouped(tensors)
     if not groups:
         problem = f"none of the {len(tensors)} tensors has a name that LoRA files use"
-        return [Finding(problem, "use a LoRA file; a base model goes to --model", True)]
+        return [FileFault(problem, "use a LoRA file; a base model goes to --model", True)]
     modules, unfit = all_assembled(tensors, groups, stated_alphas(tensors, groups, metadata))
-    found = findings_in_file(tensors, metadata, groups, modules, unfit, main_layout(list(tensors)))
+    found = faults_in_file(tensors, metadata, groups, modules, unfit, main_layout(list(tensors)))
     if names is None:
         return found
     return [*found, *_on_model(tensors, metadata, names, modules.keys(), is_model_sure)]
@@ -126,15 +126,15 @@ Groups = Mapping[str, Mapping[str, str]]
 Modules = Mapping[str, ModuleTensors]
 
 
-def findings_in_file(
+def faults_in_file(
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
     groups: Groups,
     modules: Modules,
     unfit: Mapping[str, str],
     layout: Layout,
-) -> list[Finding]:
-    """Findings that need no model, from tensors that were `grouped` and `all_assembled`."""
+) -> list[FileFault]:
+    """Faults that need no model, from tensors that were `grouped` and `all_assembled`."""
     return [
         *_numbers(tensors, groups),
         *_strangers(tensors, groups),
@@ -146,14 +146,14 @@ def findings_in_file(
     ]
 
 
-def _numbers(tensors: Mapping[str, Tensor], groups: Groups) -> Iterator[Finding]:
+def _numbers(tensors: Mapping[str, Tensor], groups: Groups) -> Iterator[FileFault]:
     """NaN and infinity."""
     bases = {key: base for base, keys in groups.items() for key in keys.values()}
     bad = [key for key, tensor in tensors.items() if count_non_finite(tensor)]
     if bad:
         hit = {bases.get(key, key) for key in bad}
         left_out = {key for base in hit for key in groups.get(base, {"": base}).values()}
-        yield Finding(
+        yield FileFault(
             f"{_some(bad, 'tensors hold', 'holds')} NaN or infinity, which spoils every picture",
             "go back to an earlier file; --fix leaves the modules out that have such values",
             True,
@@ -161,11 +161,11 @@ def _numbers(tensors: Mapping[str, Tensor], groups: Groups) -> Iterator[Finding]
         )
 
 
-def _strangers(tensors: Mapping[str, Tensor], groups: Groups) -> Iterator[Finding]:
+def _strangers(tensors: Mapping[str, Tensor], groups: Groups) -> Iterator[FileFault]:
     known = {key for keys in groups.values() for key in keys.values()}
     unknown = [key for key in tensors if key not in known]
     if unknown:
-        yield Finding(
+        yield FileFault(
             f"{_some(unknown, 'tensors have', 'has')} no name that LoRA files use, so that programs ignore "
             "them or refuse the file",
             "find out what wrote them; --fix leaves them out",
@@ -181,21 +181,21 @@ _RARE_NAMES = (
 )
 
 
-def _rare_names(groups: Groups) -> Iterator[Finding]:
+def _rare_names(groups: Groups) -> Iterator[FileFault]:
     for pattern, whose in _RARE_NAMES:
         rare = [base for base in groups if pattern.match(base)]
         if rare:
-            yield Finding(
+            yield FileFault(
                 f"{_some(rare, 'modules have', 'has')} names of {whose} do not look for",
                 "convert it with `lorasmith convert --to portable`",
                 False,
             )
 
 
-def _unfit(unfit: Mapping[str, str], groups: Groups) -> Iterator[Finding]:
+def _unfit(unfit: Mapping[str, str], groups: Groups) -> Iterator[FileFault]:
     """Tensors that make no adapter."""
     if unfit:
-        yield Finding(
+        yield FileFault(
             f"{_some(list(unfit), 'modules are', 'is')} damaged: {next(iter(unfit.values()))}",
             "get the file again; --fix leaves them out",
             True,
@@ -203,12 +203,12 @@ def _unfit(unfit: Mapping[str, str], groups: Groups) -> Iterator[Finding]:
         )
 
 
-def _idle(modules: Modules, groups: Groups) -> Iterator[Finding]:
+def _idle(modules: Modules, groups: Groups) -> Iterator[FileFault]:
     """Adapters that are exactly the identity."""
     idle = [base for base, module in modules.items() if _changes_nothing(module)]
     if idle:
         whole = len(idle) == len(modules)
-        yield Finding(
+        yield FileFault(
             "all of its modules change nothing, for a factor of each is zero: it was never trained"
             if whole
             else f"{_some(idle, 'modules change', 'changes')} nothing, for all values of a factor are zero",
@@ -230,14 +230,14 @@ def _changes_nothing(module: ModuleTensors) -> bool:
     return any(not bool(weights.tensors[role].any()) for role in form.vital if role in weights.tensors)
 
 
-def _alphas(modules: Modules, groups: Groups, layout: Layout) -> Iterator[Finding]:
+def _alphas(modules: Modules, groups: Groups, layout: Layout) -> Iterator[FileFault]:
     adapters = {base: module.adapter for base, module in modules.items() if module.adapter}
     ranked = {base: weights for base, weights in adapters.items() if rank_of(weights)}
     if layout.has_alphas:
         yield from _missing_alphas(ranked, groups)
     zero = [base for base, weights in ranked.items() if weights.alpha == 0]
     if zero:
-        yield Finding(
+        yield FileFault(
             f"{_some(zero, 'modules have', 'has')} an alpha of zero, by which ComfyUI and diffusers apply nothing and "
             "sd-scripts everything",
             "--fix gives them the alpha of full strength, their rank",
@@ -251,7 +251,7 @@ def _alphas(modules: Modules, groups: Groups, layout: Layout) -> Iterator[Findin
     huge = [base for base, weights in ranked.items() if abs(scale_of(weights)) > _HUGE_SCALE]
     if huge:
         first = ranked[huge[0]]
-        yield Finding(
+        yield FileFault(
             f"{_some(huge, 'modules have', 'has')} a huge alpha, {first.alpha:g} at rank {rank_of(first)}, which "
             "multiplies the change by more than 64",
             "look at a picture at a low strength, such as 0.1, before you use it",
@@ -262,7 +262,7 @@ def _alphas(modules: Modules, groups: Groups, layout: Layout) -> Iterator[Findin
     ]
     if needing:
         title = title_of(adapters[needing[0]])
-        yield Finding(
+        yield FileFault(
             f"{_some(needing, 'modules have', 'has')} no alpha, without which ComfyUI does not apply {title}",
             "--fix adds the alpha that changes nothing",
             True,
@@ -270,11 +270,11 @@ def _alphas(modules: Modules, groups: Groups, layout: Layout) -> Iterator[Findin
         )
 
 
-def _missing_alphas(ranked: Mapping[str, AdapterWeights], groups: Groups) -> Iterator[Finding]:
+def _missing_alphas(ranked: Mapping[str, AdapterWeights], groups: Groups) -> Iterator[FileFault]:
     missing = [base for base, weights in ranked.items() if weights.alpha is None]
     if missing:
         everywhere = len(missing) == len(ranked)
-        yield Finding(
+        yield FileFault(
             "it has no alphas, which programs take for the ranks"
             if everywhere
             else f"{_some(missing, 'modules have', 'has')} no alpha, though others have",
@@ -284,10 +284,10 @@ def _missing_alphas(ranked: Mapping[str, AdapterWeights], groups: Groups) -> Ite
         )
 
 
-def _hash(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[Finding]:
+def _hash(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[FileFault]:
     recorded = metadata.get("sshs_model_hash")
     if recorded is not None and not any("/" in key for key in tensors) and recorded != sshs_model_hash(tensors):
-        yield Finding(
+        yield FileFault(
             "its tensors are not those that its metadata has the hash of: something changed them and left the hash",
             "trust the metadata less; --fix brings the hash up to date",
             False,
@@ -301,16 +301,16 @@ def _on_model(
     names: ModelNames,
     whole: Collection[str],
     is_model_sure: bool,
-) -> Iterator[Finding]:
-    """Findings from the model's names; `whole` are the bases of complete adapters."""
+) -> Iterator[FileFault]:
+    """Faults from the model's names; `whole` are the bases of complete adapters."""
     try:
         state = state_from_tensors(tensors, metadata, names)
     except LoraError as problem:
         said, _, remedy = str(problem).partition("; ")
-        yield Finding(said, remedy, True)
+        yield FileFault(said, remedy, True)
         return
     if not is_model_sure and not state.adapters and not state.differences:
-        yield Finding(
+        yield FileFault(
             f"its layers are not those of the released {names.family} model",
             "name its model with --model, for a closer look",
             False,
@@ -319,7 +319,7 @@ def _on_model(
     kind = f"the {names.family} model" if is_model_sure else f"the released {names.family} model"
     groups = {base: keys for base, keys in grouped(state.unknown).items() if base in whole}
     if groups:
-        yield Finding(
+        yield FileFault(
             f"{_some(list(groups), 'modules have', 'has')} no place in {kind}",
             "use the model that it was trained on; --fix leaves them out"
             if is_model_sure
@@ -333,11 +333,11 @@ def _on_model(
     yield from _uneven(tensors, state, names)
     layout = main_layout(list(tensors))
     for one in shortfalls(state, layout, names):
-        if one.reason != MISREAD_ALPHAS:  # a finding of its own, which can be repaired
-            yield Finding(one.sentence, _other_layout(state, one.program, layout, names), False)
+        if one.reason != MISREAD_ALPHAS:  # a fault of its own, which can be repaired
+            yield FileFault(one.sentence, _other_layout(state, one.program, layout, names), False)
 
 
-def _gaps(state: AdapterState, names: ModelNames) -> Iterator[Finding]:
+def _gaps(state: AdapterState, names: ModelNames) -> Iterator[FileFault]:
     """Layers that have a change in most blocks but not in all."""
     present = {ref.path for ref in (*state.adapters, *state.differences) if ref.component == DENOISER}
     kinds: dict[str, list[str]] = {}
@@ -351,7 +351,7 @@ def _gaps(state: AdapterState, names: ModelNames) -> Iterator[Finding]:
     if missing:
         kind, paths = next(iter(missing.items()))
         others = f", and some of {len(missing) - 1} other kinds of layers" if len(missing) > 1 else ""
-        yield Finding(
+        yield FileFault(
             f"it lacks {len(paths)} of {len(kinds[kind])} layers {kind}, such as {paths[0]}{others}",
             "nothing needs to be done if they were left out on purpose; otherwise get the file again",
             False,
@@ -362,12 +362,12 @@ _SIDE = re.compile(r"^(down_blocks\.\d+|mid_block|up_blocks\.\d+)\.")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
-def _uneven(tensors: Mapping[str, Tensor], state: AdapterState, names: ModelNames) -> Iterator[Finding]:
+def _uneven(tensors: Mapping[str, Tensor], state: AdapterState, names: ModelNames) -> Iterator[FileFault]:
     """Alphas that differ where some programs expect one."""
     bases = bases_of(tensors, names)
     wanted = misread_alphas(state, names) if main_layout(list(tensors)).alphas_misread else {}
     if wanted:
-        yield Finding(
+        yield FileFault(
             f"{_some([ref.path for ref in wanted], 'modules have', 'has')} another alpha than most, which diffusers "
             "ignores in attention layers and text encoders, so that it applies them at a wrong strength",
             "--fix gives them the alpha of the others and changes their factors accordingly",
@@ -387,7 +387,7 @@ def _uneven(tensors: Mapping[str, Tensor], state: AdapterState, names: ModelName
         if scale_of(state.adapters[ref]) != scale_of(state.adapters[refs[0]])
     }
     if odd:
-        yield Finding(
+        yield FileFault(
             f"{_some([ref.path for ref in odd], 'modules have', 'has')} another alpha than the layers with which the "
             "original model fuses them (q, k, v), where programs that fuse them expect one",
             "--fix gives them one scale and changes their factors accordingly",

@@ -12,7 +12,7 @@ from typing import TypeVar
 from lorasmith.adapters.algorithms import format_of, size_of, words_of
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import LoraError
-from lorasmith.formats.faults import findings_in_file
+from lorasmith.formats.faults import faults_in_file
 from lorasmith.formats.layouts.layout import LAYOUTS
 from lorasmith.formats.layouts.peft import stated_alphas
 from lorasmith.formats.lora_file import read_lora_tensors
@@ -98,9 +98,9 @@ def describe(path: Path) -> LoraSummary:
         metadata=metadata,
         hashes=_hashes(files[0]) if len(files) == 1 else {},
         findings=tuple(
-            finding.problem
-            for finding in findings_in_file(tensors, metadata, groups, whole, unfit, main_layout)
-            if finding.is_fault
+            fault.problem
+            for fault in faults_in_file(tensors, metadata, groups, whole, unfit, main_layout)
+            if fault.is_error
         ),
     )
 

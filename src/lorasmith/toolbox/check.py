@@ -12,7 +12,7 @@ from torch import Tensor
 from lorasmith.core.errors import LoraError
 from lorasmith.families.loading import released_names
 from lorasmith.formats.container import write_safetensors
-from lorasmith.formats.faults import Finding, Mend, findings_of, main_layout
+from lorasmith.formats.faults import FileFault, Mend, faults_of, main_layout
 from lorasmith.formats.lora_file import Spool, read_lora_tensors, spooled
 from lorasmith.formats.metadata import sshs_hashes
 from lorasmith.formats.names import ModelNames
@@ -30,14 +30,14 @@ class Checked:
     family: str | None  # title, None if not recognised
     compared_with: str | None  # the model whose names were used
     modules: int  # number of modules
-    findings: tuple[Finding, ...]  # faults first
+    findings: tuple[FileFault, ...]  # faults first
     names: ModelNames | None = field(repr=False)  # of the model in `compared_with`
     is_model_sure: bool  # the user named the model
 
     @property
     def is_fine(self) -> bool:
         """Whether there is no fault in the file itself."""
-        return not any(finding.is_fault for finding in self.findings)
+        return not any(finding.is_error for finding in self.findings)
 
 
 def check_lora(path: str | os.PathLike[str], model: str | os.PathLike[str] | None = None) -> Checked:
@@ -51,14 +51,14 @@ def check_lora(path: str | os.PathLike[str], model: str | os.PathLike[str] | Non
     family = guessed_family({key: tuple(tensor.shape) for key, tensor in tensors.items()}, metadata)
     released = None if family is None else released_names(family)
     names = released if model is None else open_model(model).names
-    found = findings_of(tensors, metadata, names, is_model_sure=model is not None)
+    found = faults_of(tensors, metadata, names, is_model_sure=model is not None)
     return Checked(
         path=source,
         layout=main_layout(list(tensors)).title,
         family=family,
         compared_with=None if names is None else (family or names.family) if model is None else str(model),
         modules=len(grouped(tensors)),
-        findings=tuple(sorted(found, key=lambda finding: not finding.is_fault)),
+        findings=tuple(sorted(found, key=lambda finding: not finding.is_error)),
         names=names,
         is_model_sure=model is not None,
     )
@@ -89,7 +89,7 @@ def fix_lora(checked: Checked, output: str | os.PathLike[str], *, overwrite: boo
                 raise LoraError(f"nothing of {checked.path} would be left, so no file was written; get the file again")
             if "sshs_model_hash" in metadata:
                 metadata = metadata | sshs_hashes(tensors, metadata)
-            found = findings_of(tensors, metadata, checked.names, is_model_sure=checked.is_model_sure)
+            found = faults_of(tensors, metadata, checked.names, is_model_sure=checked.is_model_sure)
             mends = [finding.mend for finding in found if finding.mend is not None]
             if not mends or not changed:
                 break

@@ -182,32 +182,13 @@ def _is_plain(value: object) -> bool:
     return len(value) <= 100 if isinstance(value, str) else isinstance(value, int | float) and value <= _LARGEST_SETTING
 
 
-class PartFolder:
-    """One part of a diffusers model, read on access."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    @cached_property
-    def config(self) -> dict[str, Any]:
-        """Its configuration. Raises ModelError if it is missing or no JSON object."""
-        file = self.path / "config.json"
-        if not file.is_file():
-            raise ModelError(f"{self.path} must hold a config.json but does not; it is incomplete, so get it again")
-        return read_json(file)
-
-    @property
-    def shapes(self) -> Shapes:
-        """Shapes of its tensors by name."""
-        return Shapes(self._file.shapes)
-
-    def source(self) -> PartSource:
-        """Its tensors, on the memory-mapped files and in their dtype, and its configuration."""
-        return PartSource(str(self.path), dict(self._file.read(self._file.shapes)), config=self.config)
-
-    @cached_property
-    def _file(self) -> TensorFile:
-        return open_tensors(*weight_files(self.path))
+def folder_source(folder: Path) -> PartSource:
+    """One part of a diffusers model: its tensors, on the memory-mapped files, and its configuration."""
+    file, config = open_tensors(*weight_files(folder)), folder / "config.json"
+    tensors = dict(file.read(file.shapes))
+    if not config.is_file():
+        raise ModelError(f"{folder} must hold a config.json but does not; it is incomplete, so get it again")
+    return PartSource(str(folder), tensors, config=read_json(config))
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -108,11 +108,7 @@ LATENT_MEANS = "bn.running_mean"
 
 
 class AutoencoderKind(ABC):
-    """A kind of autoencoder.
-
-    Attributes:
-        name: registered name.
-    """
+    """A kind of autoencoder, by its registered name."""
 
     name: str
 
@@ -126,33 +122,28 @@ class AutoencoderKind(ABC):
 
     @abstractmethod
     def build(self, source: PartSource) -> nn.Module:
-        """The autoencoder.
-
-        Args:
-            source: its tensors, in the original naming or diffusers'.
-
-        Raises:
-            ModelError: tensors are missing or of the wrong shape.
-        """
+        """The autoencoder, from tensors in the original naming or diffusers'. Raises ModelError if some do not fit."""
 
     @abstractmethod
     def latent_format(self, vae: Any) -> LatentFormat:
         """Channels, pixels and frames per latent of its latents; scale 1 and shift 0."""
 
-    @abstractmethod
     def encode(self, vae: Any, pixels: Tensor) -> Tensor:
         """Latents (the distribution's mean) of pixels (batch, 3, height, width) in [−1, 1].
 
         Kinds whose latents have a time axis take pixels (batch, 3, frames, height, width) as well, of a number of
         frames that makes whole latents (`LatentFormat.whole_frames`).
         """
+        latents: Tensor = vae.encode(pixels).latent_dist.mean
+        return latents
 
-    @abstractmethod
     def decode(self, vae: Any, latents: Tensor) -> Tensor:
         """Pixels (batch, 3, height, width), about in [−1, 1], of latents.
 
         Those of latents with a time axis are (batch, 3, frames, height, width).
         """
+        pixels: Tensor = vae.decode(latents).sample
+        return pixels
 
 
 class KlAutoencoder(AutoencoderKind):
@@ -179,14 +170,6 @@ class KlAutoencoder(AutoencoderKind):
     def latent_format(self, vae: Any) -> LatentFormat:
         config = vae.config
         return LatentFormat(config.latent_channels, 2 ** (len(config.block_out_channels) - 1), scale=1.0)
-
-    def encode(self, vae: Any, pixels: Tensor) -> Tensor:
-        latents: Tensor = vae.encode(pixels).latent_dist.mean
-        return latents
-
-    def decode(self, vae: Any, latents: Tensor) -> Tensor:
-        pixels: Tensor = vae.decode(latents).sample
-        return pixels
 
 
 AUTOENCODERS: Registry[AutoencoderKind] = Registry("autoencoder", ModelError)
@@ -235,13 +218,11 @@ class Flux2Autoencoder(AutoencoderKind):
 
     def encode(self, vae: Any, pixels: Tensor) -> Tensor:
         mean, deviation = _statistics(vae)
-        latents: Tensor = vae.encode(pixels).latent_dist.mean
-        return (F.pixel_unshuffle(latents, _PATCH) - mean) / deviation
+        return (F.pixel_unshuffle(super().encode(vae, pixels), _PATCH) - mean) / deviation
 
     def decode(self, vae: Any, latents: Tensor) -> Tensor:
         mean, deviation = _statistics(vae)
-        pixels: Tensor = vae.decode(F.pixel_shuffle(latents * deviation + mean, _PATCH)).sample
-        return pixels
+        return super().decode(vae, F.pixel_shuffle(latents * deviation + mean, _PATCH))
 
 
 AUTOENCODERS.register(Flux2Autoencoder.name)(Flux2Autoencoder())
@@ -310,12 +291,7 @@ class _Wan(AutoencoderKind):
         return shapes["conv2.weight" if "conv2.weight" in shapes else "post_quant_conv.weight"][0]
 
     def encode(self, vae: Any, pixels: Tensor) -> Tensor:
-        latents: Tensor = vae.encode(pixels if pixels.ndim == 5 else pixels.unsqueeze(2)).latent_dist.mean
-        return latents
-
-    def decode(self, vae: Any, latents: Tensor) -> Tensor:
-        pixels: Tensor = vae.decode(latents).sample
-        return pixels
+        return super().encode(vae, pixels if pixels.ndim == 5 else pixels.unsqueeze(2))
 
 
 class WanAutoencoder(_Wan):

@@ -12,6 +12,7 @@ import operator
 import re
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -25,7 +26,7 @@ from lorasmith.core.placement import device_of
 from lorasmith.core.quantization import Packed, of_rows
 from lorasmith.families.files.original_weights import PartSource, build, numbered
 from lorasmith.families.parts.encoders import ENCODERS, EncoderKind, Token, parse_weights, weighted_states
-from lorasmith.families.parts.tokenizers import TokenizerSource, byte_characters, folder_tokenizer
+from lorasmith.families.parts.tokenizers import TokenizerSource, byte_characters
 
 _OPENCLIP = (
     (r"^token_embedding\.weight$", "embeddings.token_embedding.weight"),
@@ -258,60 +259,45 @@ def _clip_vocabulary(size: int) -> tuple[dict[str, int], list[str]]:
     return {token: index for index, token in enumerate(tokens)}, merges
 
 
+@dataclass(frozen=True, eq=False)
 class ClipEncoder(EncoderKind):
     """A text encoder of CLIP (Radford et al. 2021, arXiv:2103.00020) or OpenCLIP."""
 
     dtype = torch.float32
     longest = 3 * (CONTEXT_LENGTH - 2)  # chunks beyond the third are rare in the captions of released models
 
-    def __init__(
-        self,
-        name: str,
-        *,
-        activation: str,
-        pad_token: str,
-        depth: int,
-        unused_layers: int = 0,
-        is_projected: bool = False,
-    ) -> None:
-        self.name = name
-        self._activation = activation
-        self._pad_token = pad_token
-        self._depth = depth
-        self._unused_layers = unused_layers
-        self._is_projected = is_projected
+    name: str
+    activation: str
+    pad_token: str
+    depth: int
+    unused_layers: int = 0
+    is_projected: bool = False
 
     def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-        return depth_of(shapes) in (self._depth, self._depth - self._unused_layers)
+        return depth_of(shapes) in (self.depth, self.depth - self.unused_layers)
 
     def build(self, source: PartSource) -> nn.Module:
         from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-        kind = CLIPTextModelWithProjection if self._is_projected else CLIPTextModel
+        kind = CLIPTextModelWithProjection if self.is_projected else CLIPTextModel
         depth, config = depth_of(source.tensors), source.config
         # Files that were converted back from diffusers, and its folders, lack the unused layers already.
-        is_cut = config is not None or depth == self._depth - self._unused_layers
+        is_cut = config is not None or depth == self.depth - self.unused_layers
         named = in_transformers_naming(
-            source.tensors, layers=depth if is_cut else depth - self._unused_layers, is_projected=self._is_projected
+            source.tensors, layers=depth if is_cut else depth - self.unused_layers, is_projected=self.is_projected
         )
         if config is None:
             # The padding token is that of OpenAI's vocabulary, or token 0.
-            pad = 0 if self._pad_token == "!" else None
-            config = clip_config(named, activation=self._activation, pad_token_id=pad) | dict(source.settings)
+            pad = 0 if self.pad_token == "!" else None
+            config = clip_config(named, activation=self.activation, pad_token_id=pad) | dict(source.settings)
         return build(
             lambda: kind(CLIPTextConfig(**config)),
             lambda model: renamed_for(model, named),
             where=source.where,
         )
 
-    def width(self, encoder: Any) -> int:
-        return int(encoder.config.hidden_size)
-
-    def tokenizer(self, encoder: nn.Module, source: TokenizerSource) -> Any:
-        if source.folder is not None:
-            return folder_tokenizer(source.folder)
-        size = encoder.get_input_embeddings().num_embeddings  # type: ignore[operator]
-        return clip_tokenizer(pad_token=self._pad_token, size=size)
+    def own_tokenizer(self, source: TokenizerSource, rows: int) -> Any:
+        return clip_tokenizer(pad_token=self.pad_token, size=rows)
 
 
 for _kind in (

@@ -15,21 +15,15 @@ from lorasmith.core.quantization import weight_source
 from lorasmith.core.registry import Registry
 from lorasmith.families.base import Encoding
 from lorasmith.families.files.original_weights import PartSource
-from lorasmith.families.parts.tokenizers import TokenizerSource
+from lorasmith.families.parts.tokenizers import TokenizerSource, folder_tokenizer
 
 
 class EncoderKind(ABC):
-    """A kind of text encoder.
+    """A kind of text encoder."""
 
-    Attributes:
-        name: registered name, as ComfyUI calls it.
-        longest: tokens of a prompt that models with this encoder were made for; longer ones are read, but worse.
-        dtype: in which it runs; None for that of its weights, where packed and fp16 ones count as bf16.
-    """
-
-    name: str
-    longest: int
-    dtype: torch.dtype | None = None
+    name: str  # registered name, as ComfyUI calls it
+    longest: int  # tokens of a prompt that models with it were made for; longer ones are read, but worse
+    dtype: torch.dtype | None = None  # in which it runs; None for that of its weights; packed and fp16 ones are bf16
 
     @abstractmethod
     def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
@@ -37,27 +31,25 @@ class EncoderKind(ABC):
 
     @abstractmethod
     def build(self, source: PartSource) -> nn.Module:
-        """The encoder.
+        """The encoder, from tensors in any naming in use. Raises ModelError if some are missing or of wrong shape."""
 
-        Args:
-            source: its tensors, in any naming in use.
-
-        Raises:
-            ModelError: tensors are missing or of the wrong shape.
-        """
-
-    @abstractmethod
     def width(self, encoder: Any) -> int:
         """Width of its states."""
+        return int(encoder.config.hidden_size)
 
     def width_in(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
         """Width of the states of the encoder in a file with these tensors. Raises ModelError as `build`."""
         tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
         return self.width(self.build(PartSource("the file", tensors)))
 
-    @abstractmethod
     def tokenizer(self, encoder: nn.Module, source: TokenizerSource) -> Any:
         """Its tokenizer. Raises ModelError if there is none at the source."""
+        rows = encoder.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        return self.own_tokenizer(source, rows) if source.folder is None else folder_tokenizer(source.folder)
+
+    @abstractmethod
+    def own_tokenizer(self, source: TokenizerSource, rows: int) -> Any:
+        """The tokenizer of an encoder that comes from a file, with this number of embeddings."""
 
     def dtype_of(self, encoder: nn.Module) -> torch.dtype:
         """The number format in which an encoder runs."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import MappingProxyType
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import torch
@@ -26,7 +26,6 @@ from lorasmith.families.files.original_weights import PartSource, block_count, b
 from lorasmith.families.parts.encoders import ENCODERS, EncoderKind, Token, parse_weights, weighted_states
 from lorasmith.families.parts.tokenizers import (
     TokenizerSource,
-    folder_tokenizer,
     qwen_tokenizer,
     spiece_tokenizer,
     t5_tokenizer,
@@ -40,57 +39,42 @@ _BIAS = "layers.0.self_attn.k_proj.bias"
 _MINISTRAL_WIDTH = 3072  # of the 3B model; ComfyUI tells it from Mistral Small by this number too
 
 
+@dataclass(frozen=True, eq=False)
 class LanguageModel(EncoderKind):
     """A decoder-only language model."""
 
     longest = 512
 
-    def __init__(
-        self,
-        name: str,
-        classes: tuple[str, str],
-        *,
-        prefixes: tuple[str, ...],
-        head_width: int | None = None,
-        is_width: Callable[[int], bool] = lambda width: True,
-        has_output_norms: bool = False,
-        tokenizer: Callable[[TokenizerSource, int], Any] = lambda _source, _rows: qwen_tokenizer(),
-        has_bias: bool = False,
-        settings: Mapping[str, Any],
-        always: Mapping[str, Any] = MappingProxyType({}),
-    ) -> None:
-        self.name = name
-        self._classes = classes
-        self._prefixes = prefixes
-        self._head_width = head_width
-        self._is_width = is_width
-        self._has_output_norms = has_output_norms
-        self._tokenizer = tokenizer
-        self._has_bias = has_bias
-        self._settings = {**settings, **always}
-        self._always = dict(always)
+    name: str
+    classes: tuple[str, str]  # of its configuration and of the model, in transformers
+    _: KW_ONLY
+    prefixes: tuple[str, ...]
+    head_width: int | None = None
+    is_width: Callable[[int], bool] = lambda width: True
+    has_output_norms: bool = False
+    vocabulary: Callable[[TokenizerSource, int], Any] = lambda _source, _rows: qwen_tokenizer()
+    has_bias: bool = False
+    settings: Mapping[str, Any]  # of its configuration, for encoders from files
+    always: Mapping[str, Any] = field(default_factory=dict)  # for those from folders too
 
     def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-        named = _language_part(shapes, self._prefixes)
-        has_query_norm = self._head_width is None
+        named = _language_part(shapes, self.prefixes)
+        has_query_norm = self.head_width is None
         signs = {
             _AFTER_ATTENTION: True,
             _QUERY_NORM: has_query_norm,
-            _BIAS: self._has_bias,
-            _GEMMA: self._has_output_norms,
+            _BIAS: self.has_bias,
+            _GEMMA: self.has_output_norms,
         }
         is_alike = all((name in named) == is_there for name, is_there in signs.items())
-        return is_alike and self._is_width(named[_AFTER_ATTENTION][0])
-
-    def width(self, encoder: Any) -> int:
-        return int(encoder.config.hidden_size)
+        return is_alike and self.is_width(named[_AFTER_ATTENTION][0])
 
     def build(self, source: PartSource) -> nn.Module:
         import transformers
 
-        config_class, model_class = (getattr(transformers, name) for name in self._classes)
+        config_class, model_class = (getattr(transformers, name) for name in self.classes)
         # A diffusers folder may hold the language part alone, and a model in memory has transformers' own names.
-        prefixes = self._prefixes
+        prefixes = self.prefixes
         if source.config is not None:
             prefixes = (*prefixes, "model.language_model.", "language_model.", "model.", "")
         tensors = _language_part(source.tensors, prefixes)
@@ -99,7 +83,7 @@ class LanguageModel(EncoderKind):
         if source.config is None:
             config = config_class(**self._config(tensors), **source.settings)
         else:
-            config = config_class(**{**_text_config(source.config), **self._always})
+            config = config_class(**{**_text_config(source.config), **self.always})
 
         def make() -> nn.Module:
             model: nn.Module = model_class(config)
@@ -109,15 +93,12 @@ class LanguageModel(EncoderKind):
 
         return build(make, lambda _: tensors, where=source.where)
 
-    def tokenizer(self, encoder: nn.Module, source: TokenizerSource) -> Any:
-        if source.folder is not None:
-            return folder_tokenizer(source.folder)
-        rows = encoder.get_input_embeddings().num_embeddings  # type: ignore[operator]
-        return self._tokenizer(source, rows)
+    def own_tokenizer(self, source: TokenizerSource, rows: int) -> Any:
+        return self.vocabulary(source, rows)
 
     def _config(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
         vocabulary, width = tensors["embed_tokens.weight"].shape
-        head = self._head_width or tensors[_QUERY_NORM].shape[0]
+        head = self.head_width or tensors[_QUERY_NORM].shape[0]
         return {
             "vocab_size": vocabulary,
             "hidden_size": width,
@@ -126,7 +107,8 @@ class LanguageModel(EncoderKind):
             "num_attention_heads": tensors["layers.0.self_attn.q_proj.weight"].shape[0] // head,
             "num_key_value_heads": tensors["layers.0.self_attn.k_proj.weight"].shape[0] // head,
             "head_dim": head,
-            **self._settings,
+            **self.settings,
+            **self.always,
         }
 
 
@@ -159,7 +141,7 @@ for _kind in (
         prefixes=("model.", "language_model.model.", ""),
         head_width=128,
         is_width=lambda width: width != _MINISTRAL_WIDTH,
-        tokenizer=lambda source, _rows: tekken_tokenizer(source),
+        vocabulary=lambda source, _rows: tekken_tokenizer(source),
         settings={"rope_theta": 1e9, "rms_norm_eps": 1e-5, "sliding_window": None, "max_position_embeddings": 131072},
     ),
     # Files have no configuration, and ComfyUI gives them plain rotary positions. That of diffusers folders asks for
@@ -170,7 +152,7 @@ for _kind in (
         prefixes=("model.", "language_model.model.", ""),
         head_width=128,
         is_width=lambda width: width == _MINISTRAL_WIDTH,
-        tokenizer=lambda source, _rows: tekken_tokenizer(source),
+        vocabulary=lambda source, _rows: tekken_tokenizer(source),
         settings={"rope_theta": 1e6, "rms_norm_eps": 1e-5, "sliding_window": None, "max_position_embeddings": 262144},
     ),
     LanguageModel(
@@ -179,7 +161,7 @@ for _kind in (
         prefixes=("model.", ""),
         head_width=256,
         has_output_norms=True,
-        tokenizer=lambda source, rows: spiece_tokenizer(source, beside="tokenizer.model", rows=rows, adds_bos=True),
+        vocabulary=lambda source, rows: spiece_tokenizer(source, beside="tokenizer.model", rows=rows, adds_bos=True),
         settings={"rope_theta": 1e4, "rms_norm_eps": 1e-6, "max_position_embeddings": 8192},
         # Other implementations of attention ignore the cap of `attention_capped`.
         always={"attn_implementation": "eager"},
@@ -284,41 +266,42 @@ _EMBEDDING, _TIED = "shared.weight", "encoder.embed_tokens.weight"
 
 
 class T5Encoder(EncoderKind):
-    """T5 v1.1, of which image models use the XXL size."""
+    """T5 v1.1, of which image models use the XXL size, or UMT5, of which video models do."""
 
-    name = "t5xxl"
     longest = 512
 
-    def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-        # UMT5 has a position bias in every block.
-        return T5_BIAS.format(0) in shapes and T5_BIAS.format(1) not in shapes
+    def __init__(self, *, is_umt5: bool) -> None:
+        self.name = "umt5xxl" if is_umt5 else "t5xxl"
+        self._is_umt5 = is_umt5
 
-    def width(self, encoder: Any) -> int:
-        return int(encoder.config.d_model)
+    def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        in_every_block = T5_BIAS.format(1) in shapes
+        return in_every_block if self._is_umt5 else T5_BIAS.format(0) in shapes and not in_every_block
 
     def build(self, source: PartSource) -> nn.Module:
-        from transformers import T5Config, T5EncoderModel
+        import transformers
 
-        return built_t5(source, lambda config: T5EncoderModel(T5Config(**config)))
+        kind = "UMT5" if self._is_umt5 else "T5"
+        config_class, model_class = (getattr(transformers, f"{kind}{name}") for name in ("Config", "EncoderModel"))
+        # A file with its vocabulary has it among the tensors.
+        tensors = {name: one for name, one in source.tensors.items() if name != "spiece_model"}
+        embedding = tensors.get(_EMBEDDING, tensors.get(_TIED))
+        if embedding is None:
+            raise ModelError(f"{source.where} lacks {_EMBEDDING}; it is incomplete, so get it again")
+        tensors |= {_EMBEDDING: embedding, _TIED: embedding}  # transformers has it under both names
+        config = dict(source.config or _config(tensors) | dict(source.settings))
+        encoder: Any = build(lambda: model_class(config_class(**config)), lambda _: tensors, where=source.where)
+        encoder.encoder.embed_tokens.weight = encoder.shared.weight
+        return encoder  # type: ignore[no-any-return]
 
-    def tokenizer(self, encoder: nn.Module, source: TokenizerSource) -> Any:
-        return t5_tokenizer() if source.folder is None else folder_tokenizer(source.folder)
+    def own_tokenizer(self, source: TokenizerSource, rows: int) -> Any:
+        if self._is_umt5:
+            return spiece_tokenizer(source, beside="spiece.model", rows=rows, adds_eos=True)
+        return t5_tokenizer()
 
 
-ENCODERS.register(T5Encoder.name)(T5Encoder())
-
-
-def built_t5(source: PartSource, make: Callable[[dict[str, Any]], nn.Module]) -> nn.Module:
-    """An encoder of T5's layout, with its embedding under both names that transformers gives it."""
-    tensors = dict(source.tensors)
-    embedding = tensors.get(_EMBEDDING, tensors.get(_TIED))
-    if embedding is None:
-        raise ModelError(f"{source.where} lacks {_EMBEDDING}; it is incomplete, so get it again")
-    tensors |= {_EMBEDDING: embedding, _TIED: embedding}
-    config = dict(source.config or _config(tensors) | dict(source.settings))
-    encoder: Any = build(lambda: make(config), lambda _: tensors, where=source.where)
-    encoder.encoder.embed_tokens.weight = encoder.shared.weight
-    return encoder  # type: ignore[no-any-return]
+for _t5 in (T5Encoder(is_umt5=False), T5Encoder(is_umt5=True)):
+    ENCODERS.register(_t5.name)(_t5)
 
 
 def encode_t5(
@@ -381,35 +364,6 @@ def _config(tensors: Mapping[str, Any]) -> dict[str, Any]:
         "feed_forward_proj": "gated-gelu",
         "tie_word_embeddings": False,
     }
-
-
-class UMT5Encoder(EncoderKind):
-    """UMT5, of which video models use the XXL size."""
-
-    name = "umt5xxl"
-    longest = 512
-
-    def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-        return T5_BIAS.format(1) in shapes
-
-    def width(self, encoder: Any) -> int:
-        return int(encoder.config.d_model)
-
-    def build(self, source: PartSource) -> nn.Module:
-        from transformers import UMT5Config, UMT5EncoderModel
-
-        # A file with its vocabulary has it among the tensors.
-        tensors = {name: one for name, one in source.tensors.items() if name != "spiece_model"}
-        part = PartSource(source.where, tensors, source.settings, source.config)
-        return built_t5(part, lambda config: UMT5EncoderModel(UMT5Config(**config)))
-
-    def tokenizer(self, encoder: Any, source: TokenizerSource) -> Any:
-        if source.folder is not None:
-            return folder_tokenizer(source.folder)
-        return spiece_tokenizer(source, beside="spiece.model", rows=encoder.config.vocab_size, adds_eos=True)
-
-
-ENCODERS.register(UMT5Encoder.name)(UMT5Encoder())
 
 
 def encode_umt5(
