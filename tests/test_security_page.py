@@ -29,7 +29,7 @@ from lorasmith.data.transformers_captions import transformers_captioner
 from lorasmith.data.video_files import open_video
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
-from lorasmith.families.parts.tokenizers import folder_tokenizer
+from lorasmith.families.parts.encoders import folder_tokenizer
 from lorasmith.formats.lora_file import load_lora
 from lorasmith.nodes import load_nodes
 from lorasmith.runs import sweep_launch

@@ -11,9 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorasmith.core.random import keyed_permutation, keyed_uniform
-from lorasmith.diffusion.schedule import DiscreteSchedule, FlowSchedule, NoiseSchedule, ResolutionShift
-from lorasmith.diffusion.timesteps import (
+from lorasmith.diffusion.schedule import (
     TIMESTEP_DISTRIBUTIONS,
+    DiscreteSchedule,
+    FlowSchedule,
+    NoiseSchedule,
+    ResolutionShift,
     quantile_map,
     quantile_range,
     range_limited,

@@ -16,9 +16,8 @@ from lorasmith.families.files.gguf import names_of
 from lorasmith.families.files.original_weights import PartSource
 from lorasmith.families.loading import load_model
 from lorasmith.families.part_loading import load_text_encoder
-from lorasmith.families.parts.encoders import ENCODERS, recognised_encoder
+from lorasmith.families.parts.encoders import ENCODERS, qwen_tokenizer, recognised_encoder
 from lorasmith.families.parts.language_models import SYSTEM, SYSTEM_TOKENS, chat_of, seen_from
-from lorasmith.families.parts.tokenizers import qwen_tokenizer
 
 QWEN = TINY["qwen-image"]
 

@@ -24,8 +24,7 @@ from lorasmith.families.files.checkpoint import OriginalCheckpoint
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
 from lorasmith.families.parts.autoencoders import AUTOENCODERS
-from lorasmith.families.parts.encoders import ENCODERS
-from lorasmith.families.parts.tokenizers import EMBEDDED
+from lorasmith.families.parts.encoders import EMBEDDED, ENCODERS
 from lorasmith.sampling.generate import generate
 from lorasmith.sampling.sample import prepare_noise
 from lorasmith.sampling.sigmas import sigmas_for

@@ -16,7 +16,7 @@ from tiny_parts import TinyFamily, qwen
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorasmith.families.parts.tokenizers import t5_tokenizer
+from lorasmith.families.parts.encoders import t5_tokenizer
 
 _ADAPTER = {"source_dim": 32, "target_dim": 32, "model_dim": 32, "num_layers": 2, "num_attention_heads": 2}
 

@@ -15,7 +15,7 @@ from tiny_flux2 import tekken_file
 from tiny_parts import TinyFamily, mistral, under
 from torch import Tensor, nn
 
-from lorasmith.families.parts.tokenizers import TokenizerSource, tekken_tokenizer
+from lorasmith.families.parts.encoders import TokenizerSource, tekken_tokenizer
 
 WIDTH = 3072
 _CONTROL = 32  # tokens

@@ -11,7 +11,7 @@ import torch
 from tiny_parts import TinyFamily, grid_positions, mistral, qwen, scaled, under
 from torch import Tensor, nn
 
-from lorasmith.families.parts.tokenizers import TokenizerSource, tekken_tokenizer
+from lorasmith.families.parts.encoders import TokenizerSource, tekken_tokenizer
 
 
 def tekken_file(control: int = 1000) -> bytes:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
 from lorasmith.formats.acceptance import misread_alphas
-from lorasmith.formats.faults import FileFault, faults_of
+from lorasmith.formats.inspect import FileFault, faults_of
 from lorasmith.formats.layouts.layout import LAYOUTS
 from lorasmith.formats.lora_file import state_from_tensors
 from lorasmith.formats.metadata import sshs_hashes

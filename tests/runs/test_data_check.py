@@ -20,7 +20,7 @@ from lorasmith.families.base import FAMILIES
 from lorasmith.families.locating import BUILT_IN, ModelFiles
 from lorasmith.families.model import Model
 from lorasmith.families.parts.clip import clip_tokenizer
-from lorasmith.families.parts.tokenizers import TokenizerSource, qwen_tokenizer, spiece_tokenizer, t5_tokenizer
+from lorasmith.families.parts.encoders import TokenizerSource, qwen_tokenizer, spiece_tokenizer, t5_tokenizer
 from lorasmith.runs.data_check import check_folder, check_scan, plain, token_counter
 from lorasmith.runs.run_plan import ImagesChecked
 from tests.data.test_preflight import add, photo

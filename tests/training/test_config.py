@@ -18,7 +18,7 @@ from lorasmith.core.errors import OptionError
 from lorasmith.core.options import options_of
 from lorasmith.core.quantization import PACKINGS
 from lorasmith.diffusion.losses import LOSSES, WEIGHTINGS
-from lorasmith.diffusion.timesteps import TIMESTEP_DISTRIBUTIONS
+from lorasmith.diffusion.schedule import TIMESTEP_DISTRIBUTIONS
 from lorasmith.training.config import ResolvedConfig, TrainConfig
 
 SETTINGS = options_of(TrainConfig)

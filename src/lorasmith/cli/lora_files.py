@@ -15,8 +15,7 @@ from lorasmith.cli.console import console, echo, heading, print_note, print_resu
 from lorasmith.cli.flags import LoraFile, LoraModel
 
 if TYPE_CHECKING:
-    from lorasmith.formats.faults import FileFault
-    from lorasmith.formats.inspect import LoraSummary
+    from lorasmith.formats.inspect import FileFault, LoraSummary
     from lorasmith.runs.state_facts import StateFacts
     from lorasmith.toolbox.check import Checked
     from lorasmith.toolbox.convert import Converted

@@ -13,9 +13,8 @@ from torch.nn import functional as F
 from lorasmith.core.placement import device_of
 from lorasmith.families.base import *
 from lorasmith.families.parts.autoencoders import wan_latents
-from lorasmith.families.parts.encoders import parse_weights
+from lorasmith.families.parts.encoders import parse_weights, t5_tokenizer
 from lorasmith.families.parts.language_models import hidden_states, t5_tokens
-from lorasmith.families.parts.tokenizers import t5_tokenizer
 
 _ROWS = 512  # of conditioning, at least
 _NO_TOKEN = -1

@@ -385,6 +385,11 @@ class Family(ABC):
         """Target presets by name: the family's own, `all-linear` and `all`."""
         return {**self.targets, "all-linear": Rule(("*",), linear_only=True), "all": Rule(("*",))}
 
+    @property
+    def slots(self) -> Mapping[str, EncoderSlot | AutoencoderSlot]:
+        """Its parts besides the denoiser, by component name."""
+        return {**self.text_encoders, "vae": self.autoencoder}
+
     def denoiser_class(self) -> type[nn.Module]:
         """The class of the denoiser, imported when this is called. Raises ModelError if diffusers is too old."""
         module, _, name = self.network.rpartition(".")

@@ -6,6 +6,8 @@ Nothing is fused in the original layout. Turbo, which is distilled, has the tens
 
 from __future__ import annotations
 
+import re
+
 from lorasmith.families.base import *
 from lorasmith.families.parts.autoencoders import wan_latents
 from lorasmith.families.parts.encoders import literal_text
@@ -121,8 +123,7 @@ class Krea2(Family):
             return OriginalName("last", parameters=_LAST_MODULATION)
         if path == "text_fusion.projector":
             return OriginalName("txtfusion.projector")
-        block, part = _block_of(path)
-        kind, _, index = block.rpartition(".")
+        kind, index, part = re.fullmatch(r"(\D+)\.(\d+)\.?(.*)", path).groups()  # type: ignore[union-attr]
         stem = f"{_BLOCKS[kind]}.{index}"
         if not part:
             return OriginalName(stem, parameters=_MODULATION)
@@ -168,13 +169,6 @@ class Krea2(Family):
             return_dict=False,
         )[0]
         return unpacked_latents(prediction, height, width).unsqueeze(2)
-
-
-def _block_of(path: str) -> tuple[str, str]:
-    """The block of a path, with its number, and the rest."""
-    parts = path.split(".")
-    number = next(index for index, part in enumerate(parts) if part.isdigit())
-    return ".".join(parts[: number + 1]), ".".join(parts[number + 1 :])
 
 
 register(Krea2(), "krea-2")

@@ -28,7 +28,7 @@ from lorasmith.core.errors import ModelError
 from lorasmith.core.folders import pipeline_index
 from lorasmith.core.placement import FULL_PRECISION
 from lorasmith.core.quantization import Packed
-from lorasmith.families.base import FAMILIES, AutoencoderSlot, Components, Diffusion, EncoderSlot, Family, TextEncoders
+from lorasmith.families.base import FAMILIES, Components, Diffusion, Family, TextEncoders
 from lorasmith.families.files.checkpoint import (
     LORA_MARKS,
     OriginalCheckpoint,
@@ -127,7 +127,12 @@ def with_parts(
     """The model with text encoders and an autoencoder from files of their own."""
     for extra in text_encoders:
         model = _with_encoders(model, located(extra))
-    return model if vae is None else _with_autoencoder(model, located(vae))
+    if vae is None:
+        return model
+    module = autoencoder_in(path := located(vae), model.family)
+    latent = model.family.latent_format(model.components.denoiser, module)
+    components = replace(model.components, vae=module, latent=latent)
+    return replace(model, components=components, files={**model.files, "vae": path})
 
 
 def check_encoders(model: Model, paths: Sequence[Path], clip_type: str | None) -> None:
@@ -219,14 +224,13 @@ def model_of_checkpoint(checkpoint: OriginalCheckpoint) -> Model:
             where=str(checkpoint.path),
         )
     )
-    slots: Mapping[str, EncoderSlot | AutoencoderSlot] = {**family.text_encoders, "vae": family.autoencoder}
     components = _built(
         family,
         denoiser,
         family.diffusion(checkpoint),
         {
             name: PartSource(str(checkpoint.path), checkpoint.load(prefix), {**slot.settings, **said.get(name, {})})
-            for name, slot in slots.items()
+            for name, slot in family.slots.items()
             if (prefix := checkpoint.prefix_of(slot.prefixes)) and checkpoint.shapes_under(prefix)
         },
         lambda _component, kind, encoder: kind.tokenizer(encoder, tokenizer_source(checkpoint)),
@@ -417,14 +421,6 @@ def _check_width(model: Model, component: str, path: Path, width: int) -> None:
             f"{path} is the text encoder {slot.kind} of width {width}, but {model.title} ({family.title}) needs one of "
             f"width {needed} (its file is usually called {slot.usual_file})"
         )
-
-
-def _with_autoencoder(model: Model, path: Path) -> Model:
-    """The model with the autoencoder that a file or folder holds."""
-    vae = autoencoder_in(path, model.family)
-    latent = model.family.latent_format(model.components.denoiser, vae)
-    components = replace(model.components, vae=vae, latent=latent)
-    return replace(model, components=components, files={**model.files, "vae": path})
 
 
 _SIGNS = (

@@ -202,14 +202,8 @@ def _recognised(path: Path, place: str) -> FoundFile:
         family = recognise(checkpoint)
     except _UNREADABLE as error:
         return replace(found, fault=_sentence(error))
-    return replace(found, family=family, parts=frozenset(_parts_inside(checkpoint, family)))
-
-
-def _parts_inside(checkpoint: OriginalCheckpoint, family: Family) -> Iterator[str]:
-    slots: dict[str, EncoderSlot | AutoencoderSlot] = {**family.text_encoders, "vae": family.autoencoder}
-    for component, slot in slots.items():
-        if checkpoint.prefix_of(slot.prefixes) is not None:
-            yield component
+    inside = (name for name, slot in family.slots.items() if checkpoint.prefix_of(slot.prefixes) is not None)
+    return replace(found, family=family, parts=frozenset(inside))
 
 
 def _precision(checkpoint: OriginalCheckpoint) -> tuple[str, float]:

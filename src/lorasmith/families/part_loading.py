@@ -19,8 +19,7 @@ from lorasmith.families.known import looks_like
 from lorasmith.families.locating import located
 from lorasmith.families.model import Autoencoder, TextEncoder
 from lorasmith.families.parts.autoencoders import AutoencoderKind, recognised_autoencoder
-from lorasmith.families.parts.encoders import EncoderKind, recognised_encoder
-from lorasmith.families.parts.tokenizers import EMBEDDED, TokenizerSource
+from lorasmith.families.parts.encoders import EMBEDDED, EncoderKind, TokenizerSource, recognised_encoder
 
 
 def load_text_encoder(paths: Sequence[str | os.PathLike[str]], clip_type: str) -> TextEncoder:

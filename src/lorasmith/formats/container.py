@@ -65,8 +65,7 @@ def check_safetensors(path: Path, error: type[LorasmithError] = LoraError) -> He
 def header_text(path: Path, error: type[LorasmithError] = LoraError) -> tuple[bytes, int]:
     """The JSON of a safetensors file's header, not parsed, and the file's size in bytes.
 
-    Raises:
-        error: as for `check_safetensors`, but for a malformed header.
+    Raises `error` as `check_safetensors` does, but for a malformed header.
     """
     if is_folder(path):
         raise error(f"{path} must be a safetensors file but is a folder; name the file inside it")
@@ -136,11 +135,7 @@ def serialised(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> It
     offset = 0
     for name, tensor in ordered:
         end = offset + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": _SPELLING[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
+        header[name] = {"dtype": _SPELLING[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
     # Captions read from odd files can hold lone surrogates, which UTF-8 cannot encode: they become question marks, so
     # that a finished run can save its LoRA.
@@ -148,7 +143,7 @@ def serialised(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> It
     text += b" " * (-len(text) % _ALIGNMENT)
     yield len(text).to_bytes(LENGTH_BYTES, "little") + text
     for _, tensor in ordered:
-        yield _tensor_bytes(tensor)
+        yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 LENGTH_BYTES = 8
@@ -292,7 +287,3 @@ def _refuse_non_finite(tensors: Mapping[str, Tensor]) -> None:
                 f"a LoRA with NaN or infinity is never written, and {name} holds {count} such values; use an earlier "
                 "LoRA of the run"
             )
-
-
-def _tensor_bytes(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -1,24 +1,37 @@
-"""A summary of a LoRA file, without its base model."""
+"""A LoRA file examined: a summary, and its faults with their remedies.
+
+A fault is about the file alone (values that are not numbers, halves of adapters, odd alphas) or about the file and a
+model's names (modules that the model lacks, layers that programs leave out). Each has a remedy; `Mend` applies it in
+the file's own spelling, so that it needs no model and changes nothing else. New tensors are made when they are written,
+one at a time, so that repairing a large file takes little memory.
+"""
 
 from __future__ import annotations
 
 import collections
 import math
-from collections.abc import Hashable, Iterable, Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from lorasmith.adapters.algorithms import format_of, size_of, words_of
-from lorasmith.core.adapter_state import AdapterWeights
+import torch
+from torch import Tensor
+
+from lorasmith.adapters.algorithms import format_of, size_of, title_of, words_of
+from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef, multiplied
 from lorasmith.core.errors import LoraError
-from lorasmith.formats.faults import faults_in_file
-from lorasmith.formats.layouts.layout import LAYOUTS
+from lorasmith.formats.acceptance import MISREAD_ALPHAS, misread_alphas, shortfalls
+from lorasmith.formats.container import count_non_finite
+from lorasmith.formats.layouts.layout import LAYOUTS, Layout
 from lorasmith.formats.layouts.peft import stated_alphas
-from lorasmith.formats.lora_file import read_lora_tensors
-from lorasmith.formats.metadata import autov1, sha256_body, sha256_file, steps_of
-from lorasmith.formats.scales import rank_of, scale_of
+from lorasmith.formats.lora_file import read_lora_tensors, state_from_tensors
+from lorasmith.formats.metadata import autov1, sha256_body, sha256_file, sshs_model_hash, steps_of
+from lorasmith.formats.names import ModelNames
+from lorasmith.formats.scales import full_alpha, idle_alpha, rank_of, scale_of
 from lorasmith.formats.spelling import (
+    XLABS,
     ModuleTensors,
     all_assembled,
     block_of,
@@ -28,6 +41,391 @@ from lorasmith.formats.spelling import (
     kind_of,
     without_core,
 )
+
+
+@dataclass(frozen=True)
+class Mend:
+    """Changes of a file's tensors."""
+
+    left_out: frozenset[str] = frozenset()
+    # key → function from the old tensor, or None if there was none, to the new one
+    changed: Mapping[str, Callable[[Tensor | None], Tensor]] = field(default_factory=dict)
+
+
+def bases_of(tensors: Mapping[str, Tensor], names: ModelNames) -> dict[ModuleRef, str]:
+    """The file's base of each module that is not fused with others."""
+    groups = grouped(tensors)
+    return {
+        parts[0].module: base
+        for _, layout in LAYOUTS.items()
+        for base, parts in layout.bases(names).items()
+        if base in groups and len(parts) == 1
+    }
+
+
+def levelled(
+    alphas: Mapping[ModuleRef, float],
+    state: AdapterState,
+    bases: Mapping[ModuleRef, str],
+    tensors: Mapping[str, Tensor],
+) -> Mend:
+    """Other alphas, compensated in the up matrices."""
+    groups = grouped(tensors)
+    changed: dict[str, Callable[[Tensor | None], Tensor]] = {}
+    for ref, alpha in alphas.items():
+        weights, keys = state.adapters[ref], groups[bases[ref]]
+        if not format_of(weights).is_low_rank or "alpha" not in keys:
+            continue
+        now = full_alpha(weights) if weights.alpha is None else weights.alpha
+        changed[keys["alpha"]] = scalar(alpha)
+        changed[keys["up"]] = _times(now / alpha)
+    return Mend(changed=changed)
+
+
+def scalar(value: float) -> Callable[[Tensor | None], Tensor]:
+    """A function that makes a scalar of this value, in the dtype of the old one if that holds it exactly."""
+
+    def make(old: Tensor | None) -> Tensor:
+        exact = torch.tensor(value)
+        if old is None:
+            return exact
+        same = exact.to(old.dtype)
+        return same if float(same) == value else exact
+
+    return make
+
+
+def _times(factor: float) -> Callable[[Tensor | None], Tensor]:
+    def make(old: Tensor | None) -> Tensor:
+        assert old is not None
+        return multiplied(old, factor)
+
+    return make
+
+
+_HUGE_SCALE = 64.0
+
+
+@dataclass(frozen=True)
+class FileFault:
+    """A fault of a file, or a difference between programs."""
+
+    problem: str  # in one sentence without a full stop
+    remedy: str  # likewise
+    is_error: bool  # whether the file is at fault; otherwise programs read it differently
+    mend: Mend | None = None  # the repair of `--fix`, None if it has none
+
+
+def main_layout(keys: Sequence[str]) -> Layout:
+    """The layout of most of a file's keys."""
+    return max((layout for _, layout in LAYOUTS.items()), key=lambda layout: layout.detects(keys))
+
+
+def faults_of(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], names: ModelNames | None, *, is_model_sure: bool
+) -> list[FileFault]:
+    """All faults of a LoRA file."""
+    groups = grouped(tensors)
+    if not groups:
+        problem = f"none of the {len(tensors)} tensors has a name that LoRA files use"
+        return [FileFault(problem, "use a LoRA file; a base model goes to --model", True)]
+    modules, unfit = all_assembled(tensors, groups, stated_alphas(tensors, groups, metadata))
+    found = faults_in_file(tensors, metadata, groups, modules, unfit, main_layout(list(tensors)))
+    if names is None:
+        return found
+    return [*found, *_on_model(tensors, metadata, names, modules.keys(), is_model_sure)]
+
+
+Groups = Mapping[str, Mapping[str, str]]
+Modules = Mapping[str, ModuleTensors]
+
+
+def faults_in_file(
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    groups: Groups,
+    modules: Modules,
+    unfit: Mapping[str, str],
+    layout: Layout,
+) -> list[FileFault]:
+    """Faults that need no model, from tensors that were `grouped` and `all_assembled`."""
+    return [
+        *_numbers(tensors, groups),
+        *_strangers(tensors, groups),
+        *_rare_names(groups),
+        *_unfit(unfit, groups),
+        *_idle(modules, groups),
+        *_alphas(modules, groups, layout),
+        *_hash(tensors, metadata),
+    ]
+
+
+def _numbers(tensors: Mapping[str, Tensor], groups: Groups) -> Iterator[FileFault]:
+    """NaN and infinity."""
+    bases = {key: base for base, keys in groups.items() for key in keys.values()}
+    bad = [key for key, tensor in tensors.items() if count_non_finite(tensor)]
+    if bad:
+        hit = {bases.get(key, key) for key in bad}
+        left_out = {key for base in hit for key in groups.get(base, {"": base}).values()}
+        yield FileFault(
+            f"{_some(bad, 'tensors hold', 'holds')} NaN or infinity, which spoils every picture",
+            "go back to an earlier file; --fix leaves the modules out that have such values",
+            True,
+            Mend(frozenset(left_out)),
+        )
+
+
+def _strangers(tensors: Mapping[str, Tensor], groups: Groups) -> Iterator[FileFault]:
+    known = {key for keys in groups.values() for key in keys.values()}
+    unknown = [key for key in tensors if key not in known]
+    if unknown:
+        yield FileFault(
+            f"{_some(unknown, 'tensors have', 'has')} no name that LoRA files use, so that programs ignore "
+            "them or refuse the file",
+            "find out what wrote them; --fix leaves them out",
+            True,
+            Mend(frozenset(unknown)),
+        )
+
+
+# Names that only the program which writes them, and few others, read: pattern on bases → description.
+_RARE_NAMES = (
+    (re.compile(r"oft_unet_"), "sd-scripts' OFT (oft_unet_), which ComfyUI, LyCORIS and diffusers"),
+    (re.compile(rf"{XLABS}$"), "XLabs' trainer, which sd-scripts and LyCORIS"),
+)
+
+
+def _rare_names(groups: Groups) -> Iterator[FileFault]:
+    for pattern, whose in _RARE_NAMES:
+        rare = [base for base in groups if pattern.match(base)]
+        if rare:
+            yield FileFault(
+                f"{_some(rare, 'modules have', 'has')} names of {whose} do not look for",
+                "convert it with `lorasmith convert --to portable`",
+                False,
+            )
+
+
+def _unfit(unfit: Mapping[str, str], groups: Groups) -> Iterator[FileFault]:
+    """Tensors that make no adapter."""
+    if unfit:
+        yield FileFault(
+            f"{_some(list(unfit), 'modules are', 'is')} damaged: {next(iter(unfit.values()))}",
+            "get the file again; --fix leaves them out",
+            True,
+            Mend(frozenset(key for base in unfit for key in groups[base].values())),
+        )
+
+
+def _idle(modules: Modules, groups: Groups) -> Iterator[FileFault]:
+    """Adapters that are exactly the identity."""
+    idle = [base for base, module in modules.items() if _changes_nothing(module)]
+    if idle:
+        whole = len(idle) == len(modules)
+        yield FileFault(
+            "all of its modules change nothing, for a factor of each is zero: it was never trained"
+            if whole
+            else f"{_some(idle, 'modules change', 'changes')} nothing, for all values of a factor are zero",
+            "train it" if whole else "nothing needs to be done; --fix leaves them out, for a smaller file",
+            whole,
+            None if whole else Mend(frozenset(key for base in idle for key in groups[base].values())),
+        )
+
+
+def _changes_nothing(module: ModuleTensors) -> bool:
+    if any(bool(tensor.any()) for tensor in module.differences.values()):
+        return False
+    weights = module.adapter
+    if weights is None:
+        return True
+    form = format_of(weights)
+    if {"dora_scale", *form.all_rows} & weights.tensors.keys():
+        return False
+    return any(not bool(weights.tensors[role].any()) for role in form.vital if role in weights.tensors)
+
+
+def _alphas(modules: Modules, groups: Groups, layout: Layout) -> Iterator[FileFault]:
+    adapters = {base: module.adapter for base, module in modules.items() if module.adapter}
+    ranked = {base: weights for base, weights in adapters.items() if rank_of(weights)}
+    if layout.has_alphas:
+        yield from _missing_alphas(ranked, groups)
+    zero = [base for base, weights in ranked.items() if weights.alpha == 0]
+    if zero:
+        yield FileFault(
+            f"{_some(zero, 'modules have', 'has')} an alpha of zero, by which ComfyUI and diffusers apply nothing and "
+            "sd-scripts everything",
+            "--fix gives them the alpha of full strength, their rank",
+            True,
+            Mend(
+                changed={
+                    groups[base]["alpha"]: scalar(full_alpha(ranked[base])) for base in zero if "alpha" in groups[base]
+                }
+            ),
+        )
+    huge = [base for base, weights in ranked.items() if abs(scale_of(weights)) > _HUGE_SCALE]
+    if huge:
+        first = ranked[huge[0]]
+        yield FileFault(
+            f"{_some(huge, 'modules have', 'has')} a huge alpha, {first.alpha:g} at rank {rank_of(first)}, which "
+            "multiplies the change by more than 64",
+            "look at a picture at a low strength, such as 0.1, before you use it",
+            False,
+        )
+    needing = [
+        base for base, one in adapters.items() if format_of(one).comfyui_needs_alpha and "alpha" not in groups[base]
+    ]
+    if needing:
+        title = title_of(adapters[needing[0]])
+        yield FileFault(
+            f"{_some(needing, 'modules have', 'has')} no alpha, without which ComfyUI does not apply {title}",
+            "--fix adds the alpha that changes nothing",
+            True,
+            Mend(changed={f"{base}.alpha": scalar(idle_alpha(adapters[base])) for base in needing}),
+        )
+
+
+def _missing_alphas(ranked: Mapping[str, AdapterWeights], groups: Groups) -> Iterator[FileFault]:
+    missing = [base for base, weights in ranked.items() if weights.alpha is None]
+    if missing:
+        everywhere = len(missing) == len(ranked)
+        yield FileFault(
+            "it has no alphas, which programs take for the ranks"
+            if everywhere
+            else f"{_some(missing, 'modules have', 'has')} no alpha, though others have",
+            "--fix writes the ranks as alphas, which changes nothing",
+            not everywhere,
+            Mend(changed={f"{base}.alpha": scalar(full_alpha(ranked[base])) for base in missing}),
+        )
+
+
+def _hash(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[FileFault]:
+    recorded = metadata.get("sshs_model_hash")
+    if recorded is not None and not any("/" in key for key in tensors) and recorded != sshs_model_hash(tensors):
+        yield FileFault(
+            "its tensors are not those that its metadata has the hash of: something changed them and left the hash",
+            "trust the metadata less; --fix brings the hash up to date",
+            False,
+            Mend(),
+        )
+
+
+def _on_model(
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    names: ModelNames,
+    whole: Collection[str],
+    is_model_sure: bool,
+) -> Iterator[FileFault]:
+    """Faults from the model's names; `whole` are the bases of complete adapters."""
+    try:
+        state = state_from_tensors(tensors, metadata, names)
+    except LoraError as problem:
+        said, _, remedy = str(problem).partition("; ")
+        yield FileFault(said, remedy, True)
+        return
+    if not is_model_sure and not state.adapters and not state.differences:
+        yield FileFault(
+            f"its layers are not those of the released {names.family} model",
+            "name its model with --model, for a closer look",
+            False,
+        )
+        return
+    kind = f"the {names.family} model" if is_model_sure else f"the released {names.family} model"
+    groups = {base: keys for base, keys in grouped(state.unknown).items() if base in whole}
+    if groups:
+        yield FileFault(
+            f"{_some(list(groups), 'modules have', 'has')} no place in {kind}",
+            "use the model that it was trained on; --fix leaves them out"
+            if is_model_sure
+            else "if your model is another than the released one, name it with --model; --fix leaves them out",
+            is_model_sure,
+            Mend(frozenset(key for keys in groups.values() for key in keys.values())),
+        )
+    if not state.adapters and not state.differences:
+        return
+    yield from _gaps(state, names)
+    yield from _uneven(tensors, state, names)
+    layout = main_layout(list(tensors))
+    for one in shortfalls(state, layout, names):
+        if one.reason != MISREAD_ALPHAS:  # a fault of its own, which can be repaired
+            yield FileFault(one.sentence, _other_layout(state, one.program, layout, names), False)
+
+
+def _gaps(state: AdapterState, names: ModelNames) -> Iterator[FileFault]:
+    """Layers that have a change in most blocks but not in all."""
+    present = {ref.path for ref in (*state.adapters, *state.differences) if ref.component == DENOISER}
+    kinds: dict[str, list[str]] = {}
+    for path in names.denoiser:
+        kinds.setdefault(_NUMBER.sub("*", _SIDE.sub("*.", path)), []).append(path)
+    missing = {
+        kind: lacking
+        for kind, paths in kinds.items()
+        if 0 < len(lacking := [path for path in paths if path not in present]) < len(paths) / 2
+    }
+    if missing:
+        kind, paths = next(iter(missing.items()))
+        others = f", and some of {len(missing) - 1} other kinds of layers" if len(missing) > 1 else ""
+        yield FileFault(
+            f"it lacks {len(paths)} of {len(kinds[kind])} layers {kind}, such as {paths[0]}{others}",
+            "nothing needs to be done if they were left out on purpose; otherwise get the file again",
+            False,
+        )
+
+
+_SIDE = re.compile(r"^(down_blocks\.\d+|mid_block|up_blocks\.\d+)\.")
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+
+
+def _uneven(tensors: Mapping[str, Tensor], state: AdapterState, names: ModelNames) -> Iterator[FileFault]:
+    """Alphas that differ where some programs expect one."""
+    bases = bases_of(tensors, names)
+    wanted = misread_alphas(state, names) if main_layout(list(tensors)).alphas_misread else {}
+    if wanted:
+        yield FileFault(
+            f"{_some([ref.path for ref in wanted], 'modules have', 'has')} another alpha than most, which diffusers "
+            "ignores in attention layers and text encoders, so that it applies them at a wrong strength",
+            "--fix gives them the alpha of the others and changes their factors accordingly",
+            False,
+            levelled({ref: alpha for ref, alpha in wanted.items() if ref in bases}, state, bases, tensors),
+        )
+    groups: dict[str, list[ModuleRef]] = {}
+    for ref, weights in state.adapters.items():
+        if ref in bases and ref not in wanted and weights.alpha is not None and rank_of(weights):
+            place = names.denoiser.get(ref.path) if ref.component == DENOISER else None
+            if place is not None and place.rows is not None:
+                groups.setdefault(place.path, []).append(ref)
+    odd = {
+        ref: scale_of(state.adapters[refs[0]]) * (rank_of(state.adapters[ref]) or 1)
+        for refs in groups.values()
+        for ref in refs
+        if scale_of(state.adapters[ref]) != scale_of(state.adapters[refs[0]])
+    }
+    if odd:
+        yield FileFault(
+            f"{_some([ref.path for ref in odd], 'modules have', 'has')} another alpha than the layers with which the "
+            "original model fuses them (q, k, v), where programs that fuse them expect one",
+            "--fix gives them one scale and changes their factors accordingly",
+            False,
+            levelled(odd, state, bases, tensors),
+        )
+
+
+def _other_layout(state: AdapterState, program: str, layout: Layout, names: ModelNames) -> str:
+    """Remedy with the layout that the program would apply completely."""
+    for name, other in LAYOUTS.items():
+        if other is layout or other.losses(state, names):
+            continue
+        if not any(one.program in (program, other.title) for one in shortfalls(state, other, names)):
+            return f"convert it with `lorasmith convert --to {name}` for {program}"
+    return f"use another program than {program} for it"
+
+
+def _some(things: Sequence[str], several: str, one: str) -> str:
+    """`3 modules are, such as x,` or `x is`."""
+    if len(things) == 1:
+        return f"{things[0]} {one}"
+    noun, verb = several.split(" ", 1)
+    return f"{len(things)} {noun}, such as {things[0]}, {verb}"
 
 
 @dataclass(frozen=True)

@@ -93,12 +93,7 @@ _PUBLIC = frozenset((BOUNDS, *_PUBLIC_WORDS.split()))
 
 
 def sha256_file(path: Path, *, each_block: Callable[[], object] = lambda: None) -> str:
-    """SHA-256 of a whole file, 64 hex digits.
-
-    Args:
-        path: the file.
-        each_block: called before each MiB; what it raises ends the hashing.
-    """
+    """SHA-256 of a whole file, 64 hex digits. `each_block` is called before each MiB; what it raises ends this."""
     with open_regular(Path(path)) as file:
         return _rest_digest(file, each_block)
 
@@ -130,10 +125,12 @@ def autov3(path: Path) -> str:
 
 def sshs_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
     """The two hash entries of kohya's metadata, for tensors as they are written."""
-    return {
-        "sshs_model_hash": sshs_model_hash(tensors),
-        "sshs_legacy_hash": sshs_legacy_hash(tensors, metadata),
-    }
+    kept = {key: value for key, value in metadata.items() if key.startswith("ss_")}
+    legacy, offset = hashlib.sha256(), 0
+    for piece in serialised(tensors, kept):
+        legacy.update(piece[max(_WINDOW.start - offset, 0) : max(_WINDOW.stop - offset, 0)])
+        offset += len(piece)
+    return {"sshs_model_hash": sshs_model_hash(tensors), "sshs_legacy_hash": legacy.hexdigest()[:8]}
 
 
 def sshs_model_hash(tensors: Mapping[str, Tensor]) -> str:
@@ -146,23 +143,7 @@ def sshs_model_hash(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def sshs_legacy_hash(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
-    """AutoV1 of the file with these tensors and the `ss_` part of `metadata`, 8 hex digits."""
-    kept = {key: value for key, value in metadata.items() if key.startswith("ss_")}
-    digest = hashlib.sha256()
-    _window(serialised(tensors, kept), digest.update)
-    return digest.hexdigest()[:8]
-
-
 _WINDOW = range(0x100000, 0x110000)
-
-
-def _window(pieces: Iterable[bytes], use: Callable[[bytes], None]) -> None:
-    """Pass the part of a stream that lies inside the window on to `use`."""
-    offset = 0
-    for piece in pieces:
-        use(piece[max(_WINDOW.start - offset, 0) : max(_WINDOW.stop - offset, 0)])
-        offset += len(piece)
 
 
 def _rest_digest(file: BinaryIO, each_block: Callable[[], object] = lambda: None) -> str:

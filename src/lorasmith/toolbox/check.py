@@ -12,7 +12,7 @@ from torch import Tensor
 from lorasmith.core.errors import LoraError
 from lorasmith.families.loading import released_names
 from lorasmith.formats.container import write_safetensors
-from lorasmith.formats.faults import FileFault, Mend, faults_of, main_layout
+from lorasmith.formats.inspect import FileFault, Mend, faults_of, main_layout
 from lorasmith.formats.lora_file import Spool, read_lora_tensors, spooled
 from lorasmith.formats.metadata import sshs_hashes
 from lorasmith.formats.names import ModelNames

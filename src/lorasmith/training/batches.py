@@ -18,8 +18,7 @@ from torch import Tensor
 
 from lorasmith.core.random import keyed_normal, keyed_permutation
 from lorasmith.data.dataset import Sample, places_of
-from lorasmith.diffusion.schedule import NoiseLevel, NoiseSchedule
-from lorasmith.diffusion.timesteps import QuantileMap, uniform_numbers
+from lorasmith.diffusion.schedule import NoiseLevel, NoiseSchedule, QuantileMap, uniform_numbers
 from lorasmith.families.base import Conditioning
 from lorasmith.training.config import ResolvedConfig
 from lorasmith.training.runtime import Runtime

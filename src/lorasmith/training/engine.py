@@ -25,7 +25,7 @@ from lorasmith.core.errors import TrainingError
 from lorasmith.core.placement import memory_format_for, placed, reproducible
 from lorasmith.data.dataset import Sample
 from lorasmith.diffusion.losses import diffusion_loss, loss_weights
-from lorasmith.diffusion.timesteps import quantile_map, quantile_range, range_limited
+from lorasmith.diffusion.schedule import quantile_map, quantile_range, range_limited
 from lorasmith.families.model import Denoiser
 from lorasmith.training.batches import Batch, BatchMaker, no_masks
 from lorasmith.training.config import WHOLE_RANGE, ResolvedConfig

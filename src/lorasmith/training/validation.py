@@ -19,7 +19,7 @@ from lorasmith.core.processes import ALONE, Processes
 from lorasmith.core.random import keyed_normal, keyed_uniform
 from lorasmith.data.dataset import Sample, places_of
 from lorasmith.diffusion.losses import diffusion_loss
-from lorasmith.diffusion.timesteps import quantile_range
+from lorasmith.diffusion.schedule import quantile_range
 from lorasmith.families.model import Denoiser
 from lorasmith.training.config import WHOLE_RANGE
 

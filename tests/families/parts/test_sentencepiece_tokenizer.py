@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 
 from lorasmith.core.errors import ModelError
+from lorasmith.families.parts.encoders import TokenizerSource, spiece_tokenizer
 from lorasmith.families.parts.sentencepiece_tokenizer import SentencePieceTokenizer
-from lorasmith.families.parts.tokenizers import TokenizerSource, spiece_tokenizer
 from tests.families.spiece_models import MODELS, spiece_model
 
 TEXT = st.one_of(

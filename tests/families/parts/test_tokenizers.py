@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lorasmith.core.errors import ModelError
-from lorasmith.families.parts.tokenizers import TokenizerSource, qwen_tokenizer, t5_tokenizer, tekken_tokenizer
+from lorasmith.families.parts.encoders import TokenizerSource, qwen_tokenizer, t5_tokenizer, tekken_tokenizer
 from tests.families.tiny_flux2 import tekken_file
 
 QWEN = {

@@ -58,31 +58,6 @@ _E2M1_LEVELS = (*_E2M1, *(-level for level in _E2M1))
 _TILE = (128, 4)
 
 
-def rotated_int8(codes: Tensor, scale: Tensor, group: int) -> Packed:
-    """A weight in int8 whose inputs were rotated in groups (ConvRot).
-
-    codes: (out, in), int8; scale: (out, 1) or (1, 1), fp32.
-    """
-    return Packed((codes, scale), functools.partial(_from_rotated, group=group), torch.float32, codes.shape)
-
-
-def nvfp4(codes: Tensor, blocks: Tensor, scale: Tensor, smoothing: Tensor | None = None) -> Packed:
-    """A weight in nvfp4.
-
-    codes: (out, in / 2), uint8, the first of two in the upper half; blocks: (out, in / 16), float8_e4m3fn; scale: (1,
-    1), fp32; smoothing: (1, in), fp32, by which the layer multiplies its input, and so the columns of the weight; or
-    None.
-    """
-    tensors = (codes, blocks, scale) if smoothing is None else (codes, blocks, scale, smoothing)
-    return Packed(tensors, _from_nvfp4, torch.float32, torch.Size((len(codes), 2 * codes.shape[1])))
-
-
-def mxfp8(codes: Tensor, exponents: Tensor) -> Packed:
-    """A weight in mxfp8. codes: (out, in), float8_e4m3fn; exponents: (out, in / 32), uint8."""
-    # As bytes: products of fp8 codes (`core.fp8_products`) take scales of rows, which these are not.
-    return Packed((codes.view(torch.uint8), exponents), _from_mxfp8, torch.float32, codes.shape)
-
-
 def tiled_size(rows: int, columns: int) -> int:
     """Number of scales in a file for a matrix of rows × columns of them, which is padded to whole tiles."""
     return math.prod(_TILE[i] * -(-size // _TILE[i]) for i, size in enumerate((rows, columns)))
@@ -107,6 +82,9 @@ def _from_rotated(codes: Tensor, scale: Tensor, *, group: int, dtype: torch.dtyp
 
 
 def _from_nvfp4(codes: Tensor, blocks: Tensor, scale: Tensor, *smoothing: Tensor, dtype: torch.dtype) -> Tensor:
+    """codes: (out, in / 2), uint8, the first of two in the upper half; blocks: (out, in / 16), float8_e4m3fn; scale:
+    (1, 1), fp32; smoothing: (1, in), fp32, by which the layer multiplies its input, and so the columns of the weight.
+    """
     pairs = F.embedding(codes.int(), level_pairs(_E2M1_LEVELS, codes.device))
     weight = pairs.view(len(codes), -1, NVFP4_BLOCK).mul_((blocks.float() * scale).unsqueeze(-1)).view(len(codes), -1)
     for factor in smoothing:
@@ -280,7 +258,7 @@ def _scaled_int8(layer: _Layer) -> Packed:
             f"its inputs must be rotated in groups of a power of 4 that divides their number {codes.shape[1]}, but the "
             f"group is {group}"
         )
-    return rotated_int8(codes, scale, group)
+    return Packed((codes, scale), functools.partial(_from_rotated, group=group), torch.float32, codes.shape)
 
 
 def _nvfp4(layer: _Layer) -> Packed:
@@ -288,15 +266,18 @@ def _nvfp4(layer: _Layer) -> Packed:
     width = _whole_blocks(layer, 2 * codes.shape[1], NVFP4_BLOCK)
     blocks = layer.block_scales(torch.float8_e4m3fn, len(codes), width // NVFP4_BLOCK).view(torch.float8_e4m3fn)
     scale = layer.scale("weight_scale_2", sizes=(1,)).view(1, 1)
-    has_smoothing = layer.companion("pre_quant_scale") is not None
-    smoothing = layer.scale("pre_quant_scale", sizes=(width,)).view(1, width) if has_smoothing else None
-    return nvfp4(codes, blocks, scale, smoothing)
+    tensors = [codes, blocks, scale]
+    if layer.companion("pre_quant_scale") is not None:
+        tensors.append(layer.scale("pre_quant_scale", sizes=(width,)).view(1, width))
+    return Packed(tuple(tensors), _from_nvfp4, torch.float32, torch.Size((len(codes), width)))
 
 
 def _mxfp8(layer: _Layer) -> Packed:
     codes = layer.codes(torch.float8_e4m3fn, ndim=2)
     width = _whole_blocks(layer, codes.shape[1], MXFP8_BLOCK)
-    return mxfp8(codes, layer.block_scales(_E8M0, len(codes), width // MXFP8_BLOCK))
+    exponents = layer.block_scales(_E8M0, len(codes), width // MXFP8_BLOCK)
+    # As bytes: products of fp8 codes (`core.fp8_products`) take scales of rows, which these are not.
+    return Packed((codes.view(torch.uint8), exponents), _from_mxfp8, torch.float32, codes.shape)
 
 
 _KINDS: dict[str, Callable[[_Layer], Packed]] = {

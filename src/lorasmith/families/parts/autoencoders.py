@@ -62,12 +62,6 @@ def vae_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     }
 
 
-def decoder_widths(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
-    """Channels of the decoder's levels, the finest first; autoencoders may have a smaller decoder."""
-    levels = block_count(shapes, "decoder.up_blocks.") or 1
-    return tuple(shapes[f"decoder.up_blocks.{level}.resnets.0.conv2.weight"][0] for level in reversed(range(levels)))
-
-
 def diffusers_vae(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """An autoencoder's tensors under diffusers' names; attention's 1×1 convolutions become matrices.
 
@@ -205,7 +199,8 @@ class Flux2Autoencoder(AutoencoderKind):
         if config is None:
             shapes = Shapes((name, tuple(tensor.shape)) for name, tensor in named.items())
             config = {**vae_config(shapes), **source.settings}
-            decoder = decoder_widths(shapes)
+            levels = reversed(range(block_count(shapes, "decoder.up_blocks.") or 1))
+            decoder = tuple(shapes[f"decoder.up_blocks.{level}.resnets.0.conv2.weight"][0] for level in levels)
             if decoder != config["block_out_channels"]:
                 config["decoder_block_out_channels"] = decoder
         return build(

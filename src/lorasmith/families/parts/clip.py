@@ -25,8 +25,15 @@ from lorasmith.core.errors import ModelError
 from lorasmith.core.placement import device_of
 from lorasmith.core.quantization import Packed, of_rows
 from lorasmith.families.files.original_weights import PartSource, build, numbered
-from lorasmith.families.parts.encoders import ENCODERS, EncoderKind, Token, parse_weights, weighted_states
-from lorasmith.families.parts.tokenizers import TokenizerSource, byte_characters
+from lorasmith.families.parts.encoders import (
+    ENCODERS,
+    EncoderKind,
+    Token,
+    TokenizerSource,
+    byte_characters,
+    parse_weights,
+    weighted_states,
+)
 
 _OPENCLIP = (
     (r"^token_embedding\.weight$", "embeddings.token_embedding.weight"),
@@ -103,12 +110,6 @@ def clip_config(tensors: Mapping[str, Tensor | Packed], *, activation: str, pad_
         "eos_token_id": vocabulary - 1,
         "pad_token_id": vocabulary - 1 if pad_token_id is None else pad_token_id,
     }
-
-
-def renamed_for(encoder: nn.Module, tensors: Mapping[str, Tensor | Packed]) -> dict[str, Tensor | Packed]:
-    """Tensors without `text_model.`, under the names that this version of transformers uses."""
-    nested = any(name.startswith("text_model.") for name in encoder.state_dict())
-    return {f"text_model.{name}" if nested and name != _PROJECTION else name: one for name, one in tensors.items()}
 
 
 def released_paths(layers: int, *, is_projected: bool = False) -> tuple[str, ...]:
@@ -290,11 +291,14 @@ class ClipEncoder(EncoderKind):
             # The padding token is that of OpenAI's vocabulary, or token 0.
             pad = 0 if self.pad_token == "!" else None
             config = clip_config(named, activation=self.activation, pad_token_id=pad) | dict(source.settings)
-        return build(
-            lambda: kind(CLIPTextConfig(**config)),
-            lambda model: renamed_for(model, named),
-            where=source.where,
-        )
+
+        def tensors(model: nn.Module) -> dict[str, Tensor | Packed]:
+            nested = any(name.startswith("text_model.") for name in model.state_dict())  # by version of transformers
+            return {
+                f"text_model.{name}" if nested and name != _PROJECTION else name: one for name, one in named.items()
+            }
+
+        return build(lambda: kind(CLIPTextConfig(**config)), tensors, where=source.where)
 
     def own_tokenizer(self, source: TokenizerSource, rows: int) -> Any:
         return clip_tokenizer(pad_token=self.pad_token, size=rows)

@@ -1,21 +1,37 @@
-"""Text encoders: their contract, and weighted words in prompts, `(word:1.2)`, with ComfyUI's meaning."""
+"""Text encoders: their contract, their tokenizers, and weighted words in prompts, `(word:1.2)`, with ComfyUI's meaning.
+
+Tokenizers work offline: the vocabularies of Qwen and T5 are in the package, CLIP's is in `clip`. Where several places
+have one, the order is: the tokenizer folder of a diffusers folder, the vocabulary in the package, a file beside the
+encoder's, the vocabulary inside the encoder's file. A SentencePiece model inside the encoder's file goes before one
+beside it, whose name does not say for which encoder it is.
+"""
 
 from __future__ import annotations
 
+import base64
+import gzip
+import importlib.util
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorasmith.core.errors import ModelError
+from lorasmith.core.files import read_regular
+from lorasmith.core.folders import ASSETS
+from lorasmith.core.foreign_json import parse_foreign_json
+from lorasmith.core.placement import dtype_name
 from lorasmith.core.quantization import weight_source
 from lorasmith.core.registry import Registry
 from lorasmith.families.base import Encoding
 from lorasmith.families.files.original_weights import PartSource
-from lorasmith.families.parts.tokenizers import TokenizerSource, folder_tokenizer
 
 
 class EncoderKind(ABC):
@@ -144,3 +160,258 @@ def _number(text: str) -> float | None:
     except ValueError:
         return None
     return value if abs(value) <= _LARGEST else None  # NaN is not
+
+
+EMBEDDED = ("spiece_model", "tekken_model")
+"""Tensors of encoder files that hold a vocabulary as bytes, as ComfyUI writes them."""
+
+_ASSETS = ASSETS / "tokenizers"
+_MAX_TOKENS, _MAX_TOKEN_BYTES = 1_000_000, 1024  # of a vocabulary from a file; Mistral's has 131,072
+_MAX_SPIECE_BYTES = 32 * 2**20  # Gemma's and UMT5's models have between 4 and 5 million
+_PRINTABLE = (*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1))
+_QWEN_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# Tokens 151643 to 151668. The first fourteen are control tokens; the others stand for themselves as well.
+_QWEN_CONTROL = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|box_start|>",
+    "<|box_end|>",
+    "<|quad_start|>",
+    "<|quad_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+_QWEN_ADDED = (
+    "<tool_call>",
+    "</tool_call>",
+    "<|fim_prefix|>",
+    "<|fim_middle|>",
+    "<|fim_suffix|>",
+    "<|fim_pad|>",
+    "<|repo_name|>",
+    "<|file_sep|>",
+    "<tool_response>",
+    "</tool_response>",
+    "<think>",
+    "</think>",
+)
+
+
+_TEKKEN_CONTROL = {
+    **dict(enumerate(("<unk>", "<s>", "</s>", "[INST]", "[/INST]"))),
+    11: "<pad>",
+    17: "[SYSTEM_PROMPT]",
+    18: "[/SYSTEM_PROMPT]",
+}
+"""Control tokens of Mistral Small 3 that its prompts use; the file has no list of them."""
+
+
+@dataclass(frozen=True)
+class TokenizerSource:
+    """Where the tokenizer of an encoder may be."""
+
+    folder: Path | None = None  # a diffusers folder's tokenizer; None for an encoder that comes from a file
+    file: Path | None = None  # of the encoder; None for one in a folder
+    # vocabularies in this file, uint8, by the names in `EMBEDDED`
+    embedded: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def beside(self, *names: str) -> Path | None:
+        """The first of the files that lies beside the encoder's."""
+        if self.file is None:
+            return None
+        return next((path for name in names if (path := self.file.with_name(name)).is_file()), None)
+
+
+def folder_tokenizer(folder: Path) -> Any:
+    """The tokenizer in a folder. Raises ModelError if it cannot be read."""
+    from transformers import AutoTokenizer
+
+    try:
+        # Without the argument, transformers asks at the terminal whether to run code that the folder holds.
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"the tokenizer in {folder} cannot be read ({reason}); get the model again") from error
+
+
+@cache
+def qwen_tokenizer() -> Any:
+    """The tokenizer of Qwen 2, 2.5, 3 and 3-VL (byte-level BPE, 151669 tokens), padded with `<|endoftext|>`."""
+    from tokenizers import AddedToken, normalizers
+
+    merges = _unpacked("qwen2_merges.txt.gz").rstrip("\n").split("\n")
+    pairs = [(first, second) for first, _, second in (merge.partition(" ") for merge in merges)]
+    tokens = [*byte_characters(), *(first + second for first, second in pairs)]
+    core = _byte_level({token: index for index, token in enumerate(tokens)}, pairs, _QWEN_SPLIT)
+    core.normalizer = normalizers.NFC()
+    core.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in _QWEN_CONTROL])
+    core.add_tokens([AddedToken(token, normalized=False) for token in _QWEN_ADDED])
+    return _for_transformers(core, pad_token="<|endoftext|>", eos_token="<|im_end|>")
+
+
+@cache
+def t5_tokenizer() -> Any:
+    """The tokenizer of T5 v1.1 (SentencePiece, 32100 tokens), which ends a text with `</s>`."""
+    from tokenizers import Tokenizer
+
+    core = Tokenizer.from_str(_unpacked("t5_tokenizer.json.gz"))
+    core.no_truncation()
+    core.no_padding()
+    return _for_transformers(core, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+
+
+def byte_characters() -> list[str]:
+    """GPT-2's character for each byte: printable Latin-1 as it is, first; the others from U+0100 on."""
+    return [chr(code) for code in (*_PRINTABLE, *range(256, 512 - len(_PRINTABLE)))]
+
+
+def tekken_tokenizer(source: TokenizerSource) -> Any:
+    """Mistral's tokenizer (tekken, byte-level BPE, 131072 tokens), which begins a text with `<s>` when asked to.
+
+    Its vocabulary is a file `tekken.json` beside the encoder's, bytes inside the encoder's file, or that of the package
+    `mistral-common`.
+    """
+    if (beside := source.beside("tekken.json")) is not None:
+        try:
+            return _tekken(read_regular(beside), str(beside))
+        except OSError as error:
+            raise ModelError(f"{beside} cannot be read ({error.strerror}); get the file again") from error
+    if (embedded := source.embedded.get("tekken_model")) is not None:
+        return _tekken(embedded.numpy().tobytes(), f"the vocabulary inside {source.file}")
+    if importlib.util.find_spec("mistral_common") is not None:
+        from importlib import resources
+
+        file = resources.files("mistral_common").joinpath("data/tekken_240911.json")
+        return _tekken(file.read_bytes(), str(file))
+    raise ModelError(
+        f"{source.file} needs Mistral's vocabulary, which it does not hold; put tekken.json beside it, use ComfyUI's "
+        "version of the file, or install it with: pip install mistral-common"
+    )
+
+
+def spiece_tokenizer(
+    source: TokenizerSource, *, beside: str, rows: int, adds_bos: bool = False, adds_eos: bool = False
+) -> Any:
+    """The tokenizer of a SentencePiece model, Unigram or BPE, with SentencePiece's own ids.
+
+    The model is a tensor `spiece_model` inside the encoder's file, or a file beside it.
+    """
+    from lorasmith.families.parts.sentencepiece_tokenizer import SentencePieceTokenizer
+
+    where, data = _spiece(source, beside)
+    try:
+        tokenizer = SentencePieceTokenizer(data, adds_bos=adds_bos, adds_eos=adds_eos)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"{where} cannot be read as a SentencePiece model ({reason}); get the file again") from error
+    if tokenizer.vocab_size > rows:
+        raise ModelError(
+            f"{where} has {tokenizer.vocab_size} tokens, but the encoder has {rows}; "
+            "give the vocabulary that belongs to the encoder"
+        )
+    return tokenizer
+
+
+def _spiece(source: TokenizerSource, beside: str) -> tuple[str, bytes]:
+    """Where the SentencePiece model of an encoder is, and its content; ModelError if there is none."""
+    if (embedded := source.embedded.get("spiece_model")) is not None:
+        where = f"the vocabulary inside {source.file}"
+        if embedded.dtype != torch.uint8 or embedded.nbytes > _MAX_SPIECE_BYTES:
+            raise ModelError(
+                f"{where} must be at most {_MAX_SPIECE_BYTES:,} bytes, but is {embedded.nbytes:,} as "
+                f"{dtype_name(embedded.dtype)}; get the file again"
+            )
+        return where, embedded.numpy().tobytes()
+    if (file := source.beside(beside)) is not None:
+        try:
+            return str(file), read_regular(file, at_most=_MAX_SPIECE_BYTES)
+        except OSError as error:
+            raise ModelError(f"{file} cannot be read ({error.strerror}); get the file again") from error
+    raise ModelError(
+        f"{source.file or 'the text encoder'} needs a vocabulary, which it does not hold; put {beside} beside it, or "
+        "use ComfyUI's version of the file"
+    )
+
+
+def _tekken(data: bytes, where: str) -> Any:
+    """The tokenizer of a tekken file: ranked byte strings, numbered after the control tokens."""
+    from tokenizers import AddedToken
+
+    try:
+        content = parse_foreign_json(data)
+        pattern, control = str(content["config"]["pattern"]), int(content["config"]["default_num_special_tokens"])
+        size = int(content["config"]["default_vocab_size"])
+        if not 0 < control < size <= _MAX_TOKENS:
+            raise ValueError(f"{control} control tokens of {size}")
+        ranked = [base64.b64decode(one["token_bytes"]) for one in content["vocab"][: size - control]]
+        if (longest := max(map(len, ranked), default=0)) > _MAX_TOKEN_BYTES:
+            raise ValueError(f"a token has {longest} bytes")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{where} cannot be read as a tekken vocabulary ({error}); get the file again") from error
+    characters = dict(zip(_byte_order(), byte_characters(), strict=True))
+    tokens = ["".join(characters[byte] for byte in one) for one in ranked]
+    names = {number: f"<SPECIAL_{number}>" for number in range(control)} | _TEKKEN_CONTROL
+    vocabulary = {names[number]: number for number in range(control)}
+    vocabulary |= {token: control + rank for rank, token in enumerate(tokens)}
+    try:
+        core = _byte_level(vocabulary, _merges(tokens), pattern)
+    except Exception as error:  # tokenizers raises no narrower one
+        raise ModelError(f"{where} makes no tokenizer ({error}); get the file again") from error
+    core.add_special_tokens([AddedToken(names[number], normalized=False, special=True) for number in range(control)])
+    return _for_transformers(core, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+def _byte_level(vocabulary: Mapping[str, int], merges: list[tuple[str, str]], pattern: str) -> Any:
+    """A tokenizer that cuts a text at the matches of a pattern, then joins pairs of bytes."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    core = Tokenizer(models.BPE(vocab=dict(vocabulary), merges=merges))
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    core.decoder = decoders.ByteLevel()
+    return core
+
+
+def _merges(tokens: list[str]) -> list[tuple[str, str]]:
+    """The pairs that byte pair encoding joins, in order, from the tokens in the order of their rank."""
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    return [_last_merge(token, rank, ranks) for token, rank in ranks.items() if len(token) > 1]
+
+
+def _last_merge(token: str, rank: int, ranks: Mapping[str, int]) -> tuple[str, str]:
+    """The two tokens of lower rank that join last to make a token."""
+    parts = list(token)
+    while len(parts) > 2:
+        pairs = [(ranks.get(first + second, rank), index) for index, (first, second) in enumerate(pairwise(parts))]
+        lowest, index = min(pairs)
+        if lowest >= rank:
+            break
+        parts[index : index + 2] = [parts[index] + parts[index + 1]]
+    return parts[0], "".join(parts[1:])
+
+
+def _byte_order() -> list[int]:
+    """Bytes in the order of `byte_characters`."""
+    return [*_PRINTABLE, *(byte for byte in range(256) if byte not in _PRINTABLE)]
+
+
+def _for_transformers(core: Any, **tokens: str) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_object=core, clean_up_tokenization_spaces=False, **tokens)
+
+
+def _unpacked(name: str) -> str:
+    return gzip.decompress((_ASSETS / name).read_bytes()).decode("utf-8")

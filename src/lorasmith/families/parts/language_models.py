@@ -23,13 +23,17 @@ from torch import Tensor, nn
 from lorasmith.core.errors import ModelError
 from lorasmith.core.placement import device_of
 from lorasmith.families.files.original_weights import PartSource, block_count, build
-from lorasmith.families.parts.encoders import ENCODERS, EncoderKind, Token, parse_weights, weighted_states
-from lorasmith.families.parts.tokenizers import (
+from lorasmith.families.parts.encoders import (
+    ENCODERS,
+    EncoderKind,
+    Token,
     TokenizerSource,
+    parse_weights,
     qwen_tokenizer,
     spiece_tokenizer,
     t5_tokenizer,
     tekken_tokenizer,
+    weighted_states,
 )
 
 _QUERY_NORM = "layers.0.self_attn.q_norm.weight"
