@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from lorasmith.data.folder_remarks import Remark, Remarks
+from lorasmith.data.source_files import Remark, Remarks
 
 
 def test_remarks_of_a_kind_are_one_sentence() -> None:

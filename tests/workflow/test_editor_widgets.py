@@ -6,8 +6,7 @@ import pytest
 
 from lorasmith.nodes import load_nodes
 from lorasmith.workflow import Input, NodeContext, node
-from lorasmith.workflow.editor_graph import EditorNode
-from lorasmith.workflow.editor_widgets import is_control, named_values, names_in, without_missing_controls
+from lorasmith.workflow.editor_graph import EditorNode, is_control, named_values, names_in, without_missing_controls
 
 SAMPLER = ["seed", None, "steps", "cfg", "sampler_name", "scheduler", "denoise"]
 

@@ -23,15 +23,12 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from lorasmith.core.errors import DataError
-from lorasmith.data.caption_rules import CaptionRules
-from lorasmith.data.captions import CaptionError, caption_of_file_name, one_line, read_caption_file
+from lorasmith.data.captions import CaptionError, CaptionRules, caption_of_file_name, one_line, read_caption_file
 from lorasmith.data.clips import is_video, open_file
-from lorasmith.data.data_config import CaptionOrigin, DataConfig
+from lorasmith.data.data_config import CaptionOrigin, DataConfig, ImageSource
 from lorasmith.data.folder_listing import NO_CLIPS, Reason, Skipped, name_without_repeats, stem_of
-from lorasmith.data.folder_remarks import Remark, Remarks
 from lorasmith.data.image_files import MAX_ASPECT, ImageError, file_digest, image_size, image_suffixes
-from lorasmith.data.source_files import Candidate, candidates
-from lorasmith.data.sources import ImageSource
+from lorasmith.data.source_files import Candidate, Remark, Remarks, candidates
 
 MIN_EDGE = 16  # of the shorter edge, in pixels
 

@@ -20,12 +20,11 @@ from torch import Tensor
 
 from lorasmith.core.allocator import is_out_of_memory
 from lorasmith.data.clips import ClipForm
-from lorasmith.data.crops import Framing
+from lorasmith.data.crops import FramedPicture, Framing, framed
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.dataset import check_latents
 from lorasmith.data.encoding_cache import CacheEntries, key_of
 from lorasmith.data.folder import ImageFile
-from lorasmith.data.framed_pictures import FramedPicture, framed
 from lorasmith.data.image_files import file_digest
 from lorasmith.families.base import Conditioning, PictureSize
 

@@ -1,15 +1,222 @@
-"""Nodes that change encoded prompts."""
+"""Nodes that encode prompts, set options of encoding, and change encoded prompts."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from lorasmith.core.errors import DataError
-from lorasmith.families.base import Conditioning
+from lorasmith.core.errors import DataError, ModelError
+from lorasmith.families.base import Conditioning, PictureSize
+from lorasmith.families.model import TextEncoder
 from lorasmith.workflow import Input, NodeContext, Output, node
+
+_T5_KINDS = ("t5xxl", "umt5xxl")
+_LUMINA_PROMPTS = {
+    "superior": (
+        "You are an assistant designed to generate superior images with the superior degree of image-text alignment "
+        "based on textual prompts or user prompts."
+    ),
+    "alignment": (
+        "You are an assistant designed to generate high-quality images with the highest degree of image-text "
+        "alignment based on textual prompts."
+    ),
+}
+"""Prefixes of prompts that Lumina 2 was trained with."""
+
+
+def check_encoder(clip: TextEncoder) -> None:
+    """Raise ModelError if the model was loaded without text encoders."""
+    clip.family.check_encoders(clip.encoders)
+
+
+def _text(name: str, tooltip: str = "") -> Input:
+    return Input(name, "STRING", multiline=True, tooltip=tooltip)
+
+
+def _pixels(name: str, default: int, tooltip: str) -> Input:
+    return Input(name, "INT", default=default, min=0, max=16384, tooltip=tooltip)
+
+
+@node(
+    "CLIPTextEncode",
+    display_name="CLIP Text Encode (Prompt)",
+    category="model/conditioning",
+    inputs=[_text("text", "(word:1.2) weights a word; \\( is a literal bracket."), Input("clip", "CLIP")],
+    outputs=[Output("CONDITIONING")],
+    search_aliases=["prompt", "caption", "text prompt"],
+)
+def clip_text_encode(context: NodeContext, *, text: str, clip: TextEncoder) -> tuple[list[Conditioning]]:
+    """Encode a prompt or a caption."""
+    return ([_encoded(clip, text)],)
+
+
+@node(
+    "CLIPTextEncodeFlux",
+    display_name="CLIPTextEncodeFlux",
+    category="model/conditioning/flux",
+    inputs=[
+        Input("clip", "CLIP"),
+        _text("clip_l", "Prompt of CLIP, which gives the picture's subject and style as a whole."),
+        _text("t5xxl", "Prompt of T5, in sentences."),
+        Input("guidance", "FLOAT", default=3.5, min=0.0, max=100.0, step=0.1, tooltip="Strength of the prompt."),
+    ],
+    outputs=[Output("CONDITIONING")],
+)
+def clip_text_encode_flux(
+    context: NodeContext, *, clip: TextEncoder, clip_l: str, t5xxl: str, guidance: float
+) -> tuple[list[Conditioning]]:
+    """Encode a prompt for each text encoder of Flux.1, with its guidance."""
+    encoded = _encoded_by_kind(clip, {"clip_l": clip_l, "t5xxl": t5xxl}, needed=("t5xxl",))
+    tensors = {**encoded.tensors, "guidance": torch.tensor([guidance])}
+    return ([replace(encoded, tensors=tensors)],)
+
+
+@node(
+    "CLIPTextEncodeSDXL",
+    display_name="CLIP Text Encode (SDXL)",
+    category="model/conditioning/stable diffusion",
+    inputs=[
+        Input("clip", "CLIP"),
+        _pixels("width", 1024, "Of the original picture; small ones look scaled up."),
+        _pixels("height", 1024, "Of the original picture; small ones look scaled up."),
+        _pixels("crop_w", 0, "Pixels cut off on the left."),
+        _pixels("crop_h", 0, "Pixels cut off at the top."),
+        _pixels("target_width", 1024, "Of the picture to make."),
+        _pixels("target_height", 1024, "Of the picture to make."),
+        _text("text_g", "Prompt of the large CLIP."),
+        _text("text_l", "Prompt of the small CLIP."),
+    ],
+    outputs=[Output("CONDITIONING")],
+)
+def clip_text_encode_sdxl(
+    context: NodeContext,
+    *,
+    clip: TextEncoder,
+    width: int,
+    height: int,
+    crop_w: int,
+    crop_h: int,
+    target_width: int,
+    target_height: int,
+    text_g: str,
+    text_l: str,
+) -> tuple[list[Conditioning]]:
+    """Encode a prompt for each text encoder of Stable Diffusion XL, with the sizes that it is conditioned on."""
+    encoded = _encoded_by_kind(clip, {"clip_l": text_l, "clip_g": text_g}, needed=("clip_l", "clip_g"))
+    size = PictureSize(original=(height, width), crop=(crop_h, crop_w), target=(target_height, target_width))
+    return ([clip.family.sized(encoded, size)],)
+
+
+@node(
+    "CLIPTextEncodeSD3",
+    display_name="CLIP Text Encode (SD3)",
+    category="model/conditioning/stable diffusion",
+    inputs=[
+        Input("clip", "CLIP"),
+        _text("clip_l", "Prompt of the small CLIP."),
+        _text("clip_g", "Prompt of the large CLIP."),
+        _text("t5xxl", "Prompt of T5."),
+        Input(
+            "empty_padding",
+            "COMBO",
+            options=("none", "empty_prompt"),
+            tooltip="Of empty prompts: none leaves them out, which Stable Diffusion 3 alone can do.",
+        ),
+    ],
+    outputs=[Output("CONDITIONING")],
+    search_aliases=["sd3 prompt"],
+)
+def clip_text_encode_sd3(
+    context: NodeContext, *, clip: TextEncoder, clip_l: str, clip_g: str, t5xxl: str, empty_padding: str
+) -> tuple[list[Conditioning]]:
+    """Encode a prompt for each text encoder; those that the model lacks are ignored."""
+    clip = replace(clip, encoding=replace(clip.encoding, encodes_empty=empty_padding != "none"))
+    return ([_encoded_by_kind(clip, {"clip_l": clip_l, "clip_g": clip_g, "t5xxl": t5xxl}, needed=("clip_l",))],)
+
+
+@node(
+    "CLIPTextEncodeLumina2",
+    display_name="CLIP Text Encode (Lumina 2)",
+    category="model/conditioning/lumina",
+    inputs=[
+        Input("system_prompt", "COMBO", options=tuple(_LUMINA_PROMPTS), tooltip="Sentence before the prompt."),
+        _text("user_prompt"),
+        Input("clip", "CLIP"),
+    ],
+    outputs=[Output("CONDITIONING")],
+    search_aliases=["lumina prompt"],
+)
+def clip_text_encode_lumina2(
+    context: NodeContext, *, system_prompt: str, user_prompt: str, clip: TextEncoder
+) -> tuple[list[Conditioning]]:
+    """Encode a prompt after one of the two instructions that Lumina 2 was trained with."""
+    return ([_encoded(clip, f"{_LUMINA_PROMPTS[system_prompt]} <Prompt Start> {user_prompt}")],)
+
+
+@node(
+    "CLIPSetLastLayer",
+    display_name="CLIP Set Last Layer",
+    category="model/conditioning",
+    inputs=[
+        Input("clip", "CLIP"),
+        Input("stop_at_clip_layer", "INT", default=-1, min=-24, max=-1, step=1, tooltip="-2 skips the last layer."),
+    ],
+    outputs=[Output("CLIP")],
+    search_aliases=["clip skip"],
+)
+def clip_set_last_layer(context: NodeContext, *, clip: TextEncoder, stop_at_clip_layer: int) -> tuple[TextEncoder]:
+    """Skip the last layers of the text encoder."""
+    return (replace(clip, encoding=replace(clip.encoding, skip_layers=-1 - stop_at_clip_layer)),)
+
+
+@node(
+    "T5TokenizerOptions",
+    display_name="T5 Tokenizer Options",
+    category="model/conditioning",
+    inputs=[
+        Input("clip", "CLIP"),
+        Input("min_padding", "INT", default=0, min=0, max=10000, step=1, tooltip="Least padding after a prompt."),
+        Input("min_length", "INT", default=0, min=0, max=10000, step=1, tooltip="Least number of tokens."),
+    ],
+    outputs=[Output("CLIP")],
+    experimental=True,
+)
+def t5_tokenizer_options(
+    context: NodeContext, *, clip: TextEncoder, min_padding: int, min_length: int
+) -> tuple[TextEncoder]:
+    """Set how prompts are padded for T5."""
+    options = clip.encoding
+    return (
+        replace(
+            clip,
+            encoding=replace(
+                options,
+                min_padding={**options.min_padding, **dict.fromkeys(_T5_KINDS, min_padding)},
+                min_tokens={**options.min_tokens, **dict.fromkeys(_T5_KINDS, min_length)},
+            ),
+        ),
+    )
+
+
+def _encoded(clip: TextEncoder, text: str | Mapping[str, str]) -> Conditioning:
+    check_encoder(clip)
+    with clip.active():
+        return clip.encode(text)
+
+
+def _encoded_by_kind(clip: TextEncoder, texts: Mapping[str, str], *, needed: tuple[str, ...]) -> Conditioning:
+    """Conditioning of one text per encoder kind, unknown kinds ignored. ModelError if a `needed` kind is missing."""
+    kinds = {component: slot.kind for component, slot in clip.family.text_encoders.items()}
+    if lacking := [kind for kind in needed if kind not in kinds.values()]:
+        raise ModelError(
+            f"this node is for models with the text encoder {' and '.join(lacking)}, but {clip.title} encodes for "
+            f"{clip.family.title}, which has {' and '.join(kinds.values())}; use CLIP Text Encode (Prompt)"
+        )
+    return _encoded(clip, {component: texts.get(kind, "") for component, kind in kinds.items()})
+
 
 _ENCODED = ("context", "pooled")  # tensors that encode the prompt; others, such as guidance, are settings
 

@@ -1,18 +1,24 @@
-"""Nodes that load models, whole or in parts."""
+"""Nodes that load models, whole or in parts, and LoRAs; and a check that the files which a graph trains with fit."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
+from lorasmith.adapters.catalogue import STRENGTH
 from lorasmith.adapters.packed_layers import cast_weights
 from lorasmith.core.folders import Folders, fingerprint
-from lorasmith.families.loading import load_model
+from lorasmith.families.loading import check_encoders, load_model
 from lorasmith.families.model import Autoencoder, Denoiser, TextEncoder
-from lorasmith.families.part_loading import load_autoencoder, load_text_encoder
+from lorasmith.families.part_loading import autoencoder_part, load_autoencoder, load_text_encoder
+from lorasmith.families.structure import load_structure
+from lorasmith.training.lora_handle import Lora
 from lorasmith.workflow import Input, NodeContext, Output, node
+from lorasmith.workflow.graph import Graph, Link
+from lorasmith.workflow.sockets import ANY, MATCH
 
 _WEIGHT_DTYPES = {
     "default": None,
@@ -198,3 +204,236 @@ def _encoders(
     """Text encoders from files, for models of a type, on a device of the node's choices."""
     loaded = load_text_encoder([context.folders.find("text_encoders", name) for name in names], clip_type)
     return replace(loaded, device=torch.device("cpu")) if device == "cpu" else loaded
+
+
+def _strength(name: str, *, step: float | None = None) -> Input:
+    return Input.from_option(STRENGTH, name=name, min=-100.0, max=100.0, step=step)
+
+
+_LORA_NAME = Input("lora_name", "COMBO", options=lambda folders: folders.files("loras"), tooltip="A LoRA file.")
+_STRENGTH_MODEL = _strength("strength_model", step=0.01)
+_ON_MODEL = (Input("model", "MODEL"), _LORA_NAME, _STRENGTH_MODEL)
+_ON_BOTH = (
+    Input("model", "MODEL"),
+    Input("clip", "CLIP"),
+    _LORA_NAME,
+    _STRENGTH_MODEL,
+    _strength("strength_clip", step=0.01),
+)
+
+
+def _lora_file(folders: Folders, lora_name: str) -> object:
+    return fingerprint(folders.find("loras", lora_name))
+
+
+@node(
+    "LoraLoader",
+    display_name="Load LoRA (Model and CLIP)",
+    category="model/loaders",
+    inputs=_ON_BOTH,
+    outputs=[Output("MODEL"), Output("CLIP")],
+    fingerprint=_lora_file,
+)
+def lora_loader(
+    context: NodeContext,
+    *,
+    model: Denoiser,
+    clip: TextEncoder,
+    lora_name: str,
+    strength_model: float,
+    strength_clip: float,
+) -> tuple[Denoiser, TextEncoder]:
+    """Apply a LoRA file to a model and its text encoders."""
+    return _on_both(context, model, clip, lora_name, strength_model, strength_clip)
+
+
+@node(
+    "LoraLoaderBypass",
+    display_name="Load LoRA (Bypass) (For debugging)",
+    category="model/loaders",
+    inputs=_ON_BOTH,
+    outputs=[Output("MODEL"), Output("CLIP")],
+    fingerprint=_lora_file,
+)
+def lora_loader_bypass(
+    context: NodeContext,
+    *,
+    model: Denoiser,
+    clip: TextEncoder,
+    lora_name: str,
+    strength_model: float,
+    strength_clip: float,
+) -> tuple[Denoiser, TextEncoder]:
+    """Apply a LoRA file to a model, beside its weights, and to its text encoders; the pictures are the same."""
+    return _on_both(context, model, clip, lora_name, strength_model, strength_clip, bypass=True)
+
+
+@node(
+    "LoraLoaderModelOnly",
+    display_name="Load LoRA",
+    category="model/loaders",
+    inputs=_ON_MODEL,
+    outputs=[Output("MODEL")],
+    fingerprint=_lora_file,
+)
+def lora_loader_model_only(
+    context: NodeContext, *, model: Denoiser, lora_name: str, strength_model: float
+) -> tuple[Denoiser]:
+    """Apply a LoRA file to a model."""
+    return (_on_model(context, model, lora_name, strength_model),)
+
+
+@node(
+    "LoraLoaderBypassModelOnly",
+    display_name="Load LoRA (Bypass, Model Only) (for debugging)",
+    category="model/loaders",
+    inputs=_ON_MODEL,
+    outputs=[Output("MODEL")],
+    fingerprint=_lora_file,
+)
+def lora_loader_bypass_model_only(
+    context: NodeContext, *, model: Denoiser, lora_name: str, strength_model: float
+) -> tuple[Denoiser]:
+    """Apply a LoRA file to a model, beside its weights; the pictures are the same."""
+    return (_on_model(context, model, lora_name, strength_model, bypass=True),)
+
+
+@node(
+    "LoraModelLoader",
+    display_name="Load LoRA Model",
+    category="model/loaders",
+    inputs=[
+        Input("model", "MODEL"),
+        Input("lora", "LORA_MODEL"),
+        _strength("strength_model"),
+        Input(
+            "bypass", "BOOLEAN", default=False, tooltip="Run the LoRA beside the weights; the pictures are the same."
+        ),
+    ],
+    outputs=[Output("MODEL", "model")],
+)
+def lora_model_loader(
+    context: NodeContext, *, model: Denoiser, lora: Lora, strength_model: float, bypass: bool
+) -> tuple[Denoiser]:
+    """Apply a LoRA from Train LoRA to a model."""
+    # Into packed weights it cannot be merged, so that without bypass the weights decide.
+    applied = lora.applied(model, None, strength=strength_model, bypass=bypass or None)
+    _tell(context, applied.note)
+    return (applied.denoiser,)
+
+
+def _on_model(
+    context: NodeContext, model: Denoiser, name: str, strength: float, *, bypass: bool | None = None
+) -> Denoiser:
+    """The model with a LoRA file, merged where possible unless `bypass`."""
+    if not strength:
+        return model
+    lora = Lora.load(context.folders.find("loras", name), model.base)
+    applied = lora.applied(model, None, strength=strength, bypass=bypass)
+    _tell(context, applied.note)
+    return applied.denoiser
+
+
+def _on_both(
+    context: NodeContext,
+    model: Denoiser,
+    clip: TextEncoder,
+    name: str,
+    strength_model: float,
+    strength_clip: float,
+    *,
+    bypass: bool | None = None,
+) -> tuple[Denoiser, TextEncoder]:
+    """Model and text encoders with a LoRA file, run beside the weights with `bypass`, else merged where possible."""
+    if not strength_model and not strength_clip:
+        return model, clip
+    # The text encoders may be of another file than the model, with other modules.
+    names = replace(model.base.names, text_encoders=clip.names.text_encoders)
+    lora = Lora.load(context.folders.find("loras", name), names)
+    applied = lora.applied(model, clip, strength=strength_model, text_strength=strength_clip, bypass=bypass)
+    _tell(context, applied.note)
+    return applied.denoiser, applied.encoder
+
+
+def _tell(context: NodeContext, note: str) -> None:
+    """Warn of parts of a LoRA that do not apply."""
+    if note:
+        context.warn(note)
+
+
+_LOADERS = {
+    "CheckpointLoaderSimple": ("checkpoints", ("ckpt_name",)),
+    "UNETLoader": ("diffusion_models", ("unet_name",)),
+    "CLIPLoader": ("text_encoders", ("clip_name",)),
+    "DualCLIPLoader": ("text_encoders", ("clip_name1", "clip_name2")),
+    "TripleCLIPLoader": ("text_encoders", ("clip_name1", "clip_name2", "clip_name3")),
+    "QuadrupleCLIPLoader": ("text_encoders", ("clip_name1", "clip_name2", "clip_name3", "clip_name4")),
+    "VAELoader": ("vae", ("vae_name",)),
+}
+"""Kind of folder and inputs with names of files, by node."""
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """Files that a node loads, and the type of text encoders that are loaded apart."""
+
+    paths: tuple[Path, ...]
+    clip_type: str | None
+
+
+def check_part_files(
+    graph: Graph, folders: Folders, *, model: Link, conditioning: Link, latents: Link, loras: Sequence[Path]
+) -> None:
+    """Check that a model is trained on its own encoders' encodings, and continues LoRAs of its own.
+
+    ModelError or LoraError if a file is for another model.
+    """
+    base = _loaded(graph, model, "MODEL", folders)
+    if base is None:
+        return
+
+    def apart(link: Link, carried: str, wanted: str) -> set[_Loaded]:
+        found = (_loaded(graph, one, wanted, folders) for one in _makers(graph, link, carried, wanted))
+        return {one for one in found if one is not None and one != base}  # a checkpoint's own parts fit it
+
+    encoders, autoencoders = apart(conditioning, "CONDITIONING", "CLIP"), apart(latents, "LATENT", "VAE")
+    if not (encoders or autoencoders or loras):
+        return
+    structure = load_structure(base.paths[0])
+    for one in encoders:
+        check_encoders(structure, one.paths, one.clip_type)
+    for one in autoencoders:
+        autoencoder_part(one.paths[0], structure.family)
+    for path in loras:
+        Lora.load(path, structure)
+
+
+def _loaded(graph: Graph, link: Link, wanted: str, folders: Folders) -> _Loaded | None:
+    """The files of the node that a model or a part of it comes from; None if unknown until it runs."""
+    while (member := graph.nodes[link.node_id]).node.id not in _LOADERS:
+        onward = [one for _, one in member.links() if _link_type(graph, one) in (wanted, ANY, MATCH)]
+        if len(onward) != 1:
+            return None
+        (link,) = onward
+    kind, inputs = _LOADERS[member.node.id]
+    names = [member.inputs[name] for name in inputs]
+    if any(isinstance(name, Link) for name in names):
+        return None
+    clip_type = member.inputs.get("type", ANY_TYPE) if kind == "text_encoders" else None
+    return _Loaded(tuple(folders.find(kind, name) for name in names), clip_type)
+
+
+def _makers(graph: Graph, link: Link, carried: str, wanted: str) -> Iterator[Link]:
+    """The links of type `wanted` into the nodes that make what comes through a link of type `carried`."""
+    waiting, seen = [link], {link}
+    while waiting:
+        for _, one in graph.nodes[waiting.pop().node_id].links():
+            if (received := _link_type(graph, one)) == wanted:
+                yield one
+            elif received in (carried, ANY, MATCH) and one not in seen:
+                seen.add(one)
+                waiting.append(one)
+
+
+def _link_type(graph: Graph, link: Link) -> str:
+    return graph.nodes[link.node_id].node.outputs[link.output].type

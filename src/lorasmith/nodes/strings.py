@@ -1,15 +1,97 @@
-"""Nodes for text."""
+"""Nodes for plain values, lists, text, the texts of data sets, and regular expressions.
+
+A pattern of an untrusted graph may take forever on some text, so it runs in a process with a time limit.
+"""
 
 from __future__ import annotations
 
 import json
 import operator
 import string as letters
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from lorasmith.core.errors import OptionError
-from lorasmith.workflow import ANY, Grow, Input, NodeContext, Output, node
+from lorasmith.workflow import ANY, MATCH, Grow, Input, NodeContext, Output, node
+
+_CATEGORY = "utilities/primitive"
+_LIMIT = 2**63 - 1
+
+
+@node(
+    "PrimitiveInt",
+    display_name="Int",
+    category=_CATEGORY,
+    inputs=[Input("value", "INT", min=-_LIMIT, max=_LIMIT, extras={"control_after_generate": "fixed"})],
+    outputs=[Output("INT")],
+)
+def primitive_int(context: NodeContext, *, value: int) -> tuple[int]:
+    """A whole number."""
+    return (value,)
+
+
+@node(
+    "PrimitiveFloat",
+    display_name="Float",
+    category=_CATEGORY,
+    inputs=[Input("value", "FLOAT", min=-_LIMIT, max=_LIMIT, step=0.1)],
+    outputs=[Output("FLOAT")],
+)
+def primitive_float(context: NodeContext, *, value: float) -> tuple[float]:
+    """A number."""
+    return (value,)
+
+
+@node(
+    "PrimitiveString",
+    display_name="Text",
+    category=_CATEGORY,
+    inputs=[Input("value", "STRING", multiline=False)],
+    outputs=[Output("STRING")],
+)
+def primitive_string(context: NodeContext, *, value: str) -> tuple[str]:
+    """Text on one line."""
+    return (value,)
+
+
+@node(
+    "PrimitiveStringMultiline",
+    display_name="Text (Multiline)",
+    category=_CATEGORY,
+    inputs=[Input("value", "STRING", multiline=True)],
+    outputs=[Output("STRING")],
+)
+def primitive_string_multiline(context: NodeContext, *, value: str) -> tuple[str]:
+    """Text on several lines."""
+    return (value,)
+
+
+@node(
+    "PrimitiveBoolean",
+    display_name="Boolean",
+    category=_CATEGORY,
+    inputs=[Input("value", "BOOLEAN")],
+    outputs=[Output("BOOLEAN")],
+)
+def primitive_boolean(context: NodeContext, *, value: bool) -> tuple[bool]:
+    """True or false."""
+    return (value,)
+
+
+@node(
+    "CreateList",
+    display_name="Create List",
+    category="utilities",
+    inputs=[Input("inputs", MATCH, grow=Grow("input", min=1, max=10))],
+    outputs=[Output(MATCH, "list", is_list=True)],
+    is_input_list=True,
+)
+def create_list(context: NodeContext, *, inputs: Mapping[str, list[Any]]) -> tuple[list[Any]]:
+    """Join values of one type, or lists of them, into a list whose items are processed one by one."""
+    return ([item for items in inputs.values() for item in items],)
+
 
 _STRING = Input("string", "STRING", multiline=True)
 _CASES = {"UPPERCASE": str.upper, "lowercase": str.lower, "Capitalize": str.capitalize, "Title Case": str.title}
@@ -19,7 +101,7 @@ _COMPARISONS: Mapping[str, Callable[[str, str], bool]] = {
     "Ends With": str.endswith,
     "Equal": operator.eq,
 }
-_LONGEST = 1_000_000  # most characters of a formatted value
+_LONGEST = 1_000_000  # most characters of a text that a node makes, as those that double texts could fill any memory
 
 
 def _case_sensitive() -> Input:
@@ -204,3 +286,297 @@ class _Formatter(letters.Formatter):
 
 def _folded(text: str, case_sensitive: bool) -> str:
     return text if case_sensitive else text.lower()
+
+
+_TEXTS = Input("texts", "STRING", multiline=False)
+_OUTPUT = Output("STRING", "texts")
+
+
+def _line(name: str, tooltip: str) -> Input:
+    return Input(name, "STRING", default="", multiline=False, tooltip=tooltip)
+
+
+@node(
+    "TextToLowercase",
+    display_name="Convert Text to Lowercase (DEPRECATED)",
+    category="text",
+    inputs=[_TEXTS],
+    outputs=[_OUTPUT],
+    search_aliases=["lowercase"],
+    deprecated=True,
+)
+def text_to_lowercase(context: NodeContext, *, texts: str) -> tuple[str]:
+    """Texts in small letters."""
+    return (texts.lower(),)
+
+
+@node(
+    "TextToUppercase",
+    display_name="Convert Text to Uppercase (DEPRECATED)",
+    category="text",
+    inputs=[_TEXTS],
+    outputs=[_OUTPUT],
+    search_aliases=["uppercase"],
+    deprecated=True,
+)
+def text_to_uppercase(context: NodeContext, *, texts: str) -> tuple[str]:
+    """Texts in capital letters."""
+    return (texts.upper(),)
+
+
+@node(
+    "TruncateText",
+    display_name="Truncate Text",
+    category="text",
+    inputs=[_TEXTS, Input("max_length", "INT", default=77, min=1, max=10000, tooltip="In characters.")],
+    outputs=[_OUTPUT],
+    search_aliases=["truncate", "cut", "shorten"],
+)
+def truncate_text(context: NodeContext, *, texts: str, max_length: int) -> tuple[str]:
+    """Cut texts after a number of characters."""
+    return (texts[:max_length],)
+
+
+@node(
+    "AddTextPrefix",
+    display_name="Add Text Prefix (DEPRECATED)",
+    category="text",
+    inputs=[_TEXTS, _line("prefix", "Put in front, without a blank between.")],
+    outputs=[_OUTPUT],
+    deprecated=True,
+)
+def add_text_prefix(context: NodeContext, *, texts: str, prefix: str) -> tuple[str]:
+    """Put a text in front of others, such as a trigger."""
+    _check_length(len(prefix) + len(texts))
+    return (prefix + texts,)
+
+
+@node(
+    "AddTextSuffix",
+    display_name="Add Text Suffix (DEPRECATED)",
+    category="text",
+    inputs=[_TEXTS, _line("suffix", "Put behind, without a blank between.")],
+    outputs=[_OUTPUT],
+    deprecated=True,
+)
+def add_text_suffix(context: NodeContext, *, texts: str, suffix: str) -> tuple[str]:
+    """Put a text behind others."""
+    _check_length(len(texts) + len(suffix))
+    return (texts + suffix,)
+
+
+@node(
+    "ReplaceText",
+    display_name="Replace Text (DEPRECATED)",
+    category="text",
+    inputs=[_TEXTS, _line("find", "To be replaced wherever it occurs."), _line("replace", "To put there.")],
+    outputs=[_OUTPUT],
+    deprecated=True,
+)
+def replace_text(context: NodeContext, *, texts: str, find: str, replace: str) -> tuple[str]:
+    """Replace each occurrence of a text."""
+    _check_length(len(texts) + texts.count(find) * max(0, len(replace) - len(find)))
+    return (texts.replace(find, replace),)
+
+
+@node(
+    "StripWhitespace",
+    display_name="Strip Whitespace (DEPRECATED)",
+    category="text",
+    inputs=[_TEXTS],
+    outputs=[_OUTPUT],
+    deprecated=True,
+)
+def strip_whitespace(context: NodeContext, *, texts: str) -> tuple[str]:
+    """Texts without spaces and line breaks around them."""
+    return (texts.strip(),)
+
+
+@node(
+    "MergeTextLists",
+    display_name="Merge Text Lists (DEPRECATED)",
+    category="text",
+    inputs=[_TEXTS],
+    outputs=[Output("STRING", "texts", is_list=True)],
+    is_input_list=True,
+    deprecated=True,
+)
+def merge_text_lists(context: NodeContext, *, texts: list[str]) -> tuple[list[str]]:
+    """A list of texts as it is; Create List joins several lists."""
+    return (texts,)
+
+
+def _check_length(characters: int) -> None:
+    if characters > _LONGEST:
+        raise OptionError(f"a text must have at most {_LONGEST:,} characters, got {characters:,}; use shorter ones")
+
+
+_SECONDS = 10.0  # time limit of a pattern
+_BYTES = 1 << 30  # memory limit of its process, where the system has limits
+
+# Matches are [whole, first group, ...]; standard input is {"pattern", "text", "flags", "replace", "count"}.
+_PROGRAM = f"""
+import json, re, sys
+try:
+    import resource
+    resource.setrlimit(resource.RLIMIT_AS, ({_BYTES}, {_BYTES}))
+except (ImportError, ValueError, OSError):
+    pass
+job = json.load(sys.stdin)
+try:
+    pattern = re.compile(job["pattern"], job["flags"])
+    if job["replace"] is None:
+        result = [[one.group(0), *one.groups()] for one in pattern.finditer(job["text"])]
+    else:
+        result = pattern.sub(job["replace"], job["text"], count=job["count"])
+    answer = {{"result": result}}
+except (re.error, IndexError, OverflowError) as error:
+    answer = {{"fault": str(error)}}
+except (MemoryError, RecursionError):
+    answer = {{"fault": "it takes too much memory"}}
+json.dump(answer, sys.stdout)
+"""
+_FLAGS = {"case_insensitive": 2, "multiline": 8, "dotall": 16}
+"""Values of `re.IGNORECASE`, `re.MULTILINE` and `re.DOTALL`."""
+
+_TEXT = (Input("string", "STRING", multiline=True), Input("regex_pattern", "STRING", multiline=True))
+
+
+def _options(*, optional: bool = False) -> tuple[Input, ...]:
+    tooltips = {
+        "case_insensitive": "Ignore the difference of capital and small letters.",
+        "multiline": "^ and $ match at line breaks.",
+        "dotall": "A dot matches line breaks as well.",
+    }
+    return tuple(
+        Input(name, "BOOLEAN", default=name == "case_insensitive", optional=optional, tooltip=tooltip)
+        for name, tooltip in tooltips.items()
+    )
+
+
+@node(
+    "RegexMatch",
+    display_name="Match Text",
+    category="text",
+    inputs=[*_TEXT, *_options()],
+    outputs=[Output("BOOLEAN", "matches")],
+    search_aliases=["regex match", "regex", "pattern match"],
+)
+def regex_match(
+    context: NodeContext, *, string: str, regex_pattern: str, case_insensitive: bool, multiline: bool, dotall: bool
+) -> tuple[bool]:
+    """Whether a pattern matches somewhere in a text; a malformed one does not."""
+    return (bool(_matches(context, string, regex_pattern, _flags(case_insensitive, multiline, dotall))),)
+
+
+@node(
+    "RegexExtract",
+    display_name="Extract Text",
+    category="text",
+    inputs=[
+        *_TEXT,
+        Input("mode", "COMBO", options=("First Match", "All Matches", "First Group", "All Groups")),
+        *_options(),
+        Input("group_index", "INT", default=1, min=0, max=100, tooltip="Of the modes of groups; 0 is the match."),
+    ],
+    outputs=[Output("STRING")],
+    search_aliases=["regex extract", "regex", "parse text"],
+)
+def regex_extract(
+    context: NodeContext,
+    *,
+    string: str,
+    regex_pattern: str,
+    mode: str,
+    case_insensitive: bool,
+    multiline: bool,
+    dotall: bool,
+    group_index: int,
+) -> tuple[str]:
+    """What a pattern matches, one match per line; an empty text if it does not match or is malformed.
+
+    As in ComfyUI, All Matches of a pattern with several groups are its first groups, and of one with one group these.
+    """
+    found = _matches(context, string, regex_pattern, _flags(case_insensitive, multiline, dotall))
+    if mode.startswith("First"):
+        found = found[:1]
+    if mode == "First Match":
+        chosen = [match[0] for match in found]
+    elif mode == "All Matches":
+        chosen = [match[1] if len(match) > 1 else match[0] for match in found]
+    else:
+        chosen = [match[group_index] for match in found if len(match) > max(group_index, mode == "All Groups")]
+    return ("\n".join(one or "" for one in chosen),)
+
+
+@node(
+    "RegexReplace",
+    display_name="Replace Text (Regex)",
+    category="text",
+    inputs=[
+        *_TEXT,
+        Input("replace", "STRING", multiline=True, tooltip="\\1 is the first group."),
+        *_options(optional=True),
+        Input("count", "INT", default=0, min=0, max=100, optional=True, tooltip="Most replacements; 0 is all."),
+    ],
+    outputs=[Output("STRING")],
+    search_aliases=["regex replace", "regex", "substitution"],
+)
+def regex_replace(
+    context: NodeContext,
+    *,
+    string: str,
+    regex_pattern: str,
+    replace: str,
+    case_insensitive: bool,
+    multiline: bool,
+    dotall: bool,
+    count: int,
+) -> tuple[str]:
+    """Replace what a pattern matches."""
+    answer = _run(string, regex_pattern, _flags(case_insensitive, multiline, dotall), replace, count)
+    if "fault" in answer:
+        raise OptionError(
+            f"regex_pattern and replace must be a regular expression, got {regex_pattern!r}: {answer['fault']}; "
+            "correct it"
+        )
+    return (answer["result"],)
+
+
+def _flags(case_insensitive: bool, multiline: bool, dotall: bool) -> int:
+    chosen = {"case_insensitive": case_insensitive, "multiline": multiline, "dotall": dotall}
+    return sum(_FLAGS[name] for name, is_set in chosen.items() if is_set)
+
+
+def _matches(context: NodeContext, text: str, pattern: str, flags: int) -> list[list[str | None]]:
+    """All matches, each with its groups; none, with a warning, if the pattern is malformed."""
+    answer = _run(text, pattern, flags)
+    if "fault" in answer:
+        context.warn(f"regex_pattern {pattern!r} matches nothing: {answer['fault']}")
+        return []
+    found: list[list[str | None]] = answer["result"]
+    return found
+
+
+def _run(text: str, pattern: str, flags: int, replace: str | None = None, count: int = 0) -> dict[str, Any]:
+    """The answer of `_PROGRAM`. Raises OptionError if it took too long."""
+    job = {"pattern": pattern, "text": text, "flags": flags, "replace": replace, "count": count}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-I", "-S", "-c", _PROGRAM],
+            input=json.dumps(job),
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            timeout=_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise OptionError(
+            f"regex_pattern must match within {_SECONDS:g} seconds, but {pattern!r} did not on {len(text):,} "
+            "characters; avoid repetitions inside repetitions"
+        ) from error
+    if done.returncode:
+        return {"fault": "its process ended early"}
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer

@@ -18,8 +18,8 @@ from lorasmith.core.printable import count_text
 from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Denoiser
-from lorasmith.nodes.part_files import check_part_files
-from lorasmith.nodes.saving import save_lora
+from lorasmith.nodes.loaders import check_part_files
+from lorasmith.nodes.outputs import save_lora
 from lorasmith.nodes.values import (
     Latent,
     LossMap,

@@ -7,10 +7,10 @@ CONDITIONING  list of `Conditioning`, one per prompt
 MODEL, CLIP, VAE    `Denoiser`, `TextEncoder`, `Autoencoder`
 LORA_MODEL    `Lora`
 LOSS_MAP      dict with `loss`, a list of numbers
-NOISE, GUIDER `Noise`, `Guider` (`sampled_latents`)
+NOISE, GUIDER `Noise`, `Guider` (`sampling`)
 SAMPLER       registered name of a sampler
 SIGMAS        fp32 tensor (steps + 1,), descending
-VIDEO         `Video` (`data/video_files.py`), whose frames are read when they are used
+VIDEO         `Video` (`data/clips.py`), whose frames are read when they are used
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from lorasmith.core.folders import Folders, fingerprint
-from lorasmith.data.video_files import Video, VideoFile, VideoScan, open_video, read_frames, scan_videos
+from lorasmith.data.clips import Video, VideoFile, VideoScan, open_video, read_frames, scan_videos
 from lorasmith.nodes.values import check_pixels, numpy_draws, one_for_each, shuffled, single
 from lorasmith.workflow import Input, NodeContext, Output, node
 

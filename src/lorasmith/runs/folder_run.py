@@ -13,11 +13,11 @@ from lorasmith.core.options import changed
 from lorasmith.core.placement import chosen_device
 from lorasmith.core.processes import current
 from lorasmith.data.crops import pixel_step
+from lorasmith.data.data_config import ImageSource
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.data.encoding import clip_form, datasets_folder, encode_scan
 from lorasmith.data.folder import FolderScan, has_videos, scan_sources
 from lorasmith.data.picture_encoding import Progress
-from lorasmith.data.sources import ImageSource
 from lorasmith.families.locating import ModelFiles
 from lorasmith.families.model import Model
 from lorasmith.families.model_search import Completed, load_completed

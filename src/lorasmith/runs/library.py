@@ -16,10 +16,9 @@ from PIL import Image
 
 from lorasmith.core.placement import chosen_device
 from lorasmith.data import encoding
-from lorasmith.data.data_config import DataConfig
+from lorasmith.data.data_config import DataConfig, ImageSource
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.data.picture_encoding import Progress
-from lorasmith.data.sources import ImageSource
 from lorasmith.families.model import Denoiser, Model, TextEncoder
 from lorasmith.runs.drawing import with_loras
 from lorasmith.runs.model_run import shown_signature

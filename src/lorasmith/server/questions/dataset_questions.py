@@ -19,14 +19,12 @@ from lorasmith.core.files import is_folder, is_regular
 from lorasmith.core.folders import ASSETS, Folders
 from lorasmith.core.options import config_from, options_of
 from lorasmith.data.captions import CAPTION_SUFFIXES, CaptionError, read_caption_file
-from lorasmith.data.data_config import DataConfig
+from lorasmith.data.data_config import DataConfig, ImageSource
 from lorasmith.data.findings import Finding, FindingKind
 from lorasmith.data.folder_listing import ListedFolder, Skipped, list_folders, stem_of
-from lorasmith.data.folder_remarks import Remarks
 from lorasmith.data.image_files import ImageError, header_size, image_suffixes, open_reduced
 from lorasmith.data.preflight import name_in
-from lorasmith.data.source_files import Candidate, candidates
-from lorasmith.data.sources import ImageSource
+from lorasmith.data.source_files import Candidate, Remarks, candidates
 from lorasmith.families.locating import ModelFiles
 from lorasmith.runs.data_check import DataCheck, check_folder
 from lorasmith.runs.data_check_page import said_of

@@ -24,11 +24,10 @@ from lorasmith.core.registry import Registry
 from lorasmith.server.job_reporter import error_entry
 from lorasmith.server.questions.question_registry import question
 from lorasmith.workflow.editor_format import prompt_of_editor
-from lorasmith.workflow.graph import Examination, Finding, examine
+from lorasmith.workflow.graph import Examination, Finding, Prompt, class_of, examine, is_remark, node_title
 from lorasmith.workflow.node import Node
 from lorasmith.workflow.node_reference import badges, input_facts
-from lorasmith.workflow.object_info import object_info as definition
-from lorasmith.workflow.prompt import Prompt, class_of, is_remark, node_title
+from lorasmith.workflow.node_reference import object_info as definition
 from lorasmith.workflow.sockets import Input
 
 _MOST_PIXELS = 64_000_000  # of a picture that is re-encoded, which takes about 20 bytes of memory per pixel
