@@ -27,11 +27,9 @@ from lorasmith.data.captions import one_line
 from lorasmith.families.part_loading import quieten
 
 if TYPE_CHECKING:
-    import torch
     from PIL import Image
 
     Captioner = Callable[[Image.Image], str]
-    Factory = Callable[[str, torch.device], Captioner]
 
 GROUP = "lorasmith.captioners"  # of entry points
 
@@ -58,7 +56,9 @@ def load_captioner(wanted: str, device: torch.device) -> Captioner:
             )
         name, argument = _OWN, wanted
     try:
-        return _factory(plug_ins.get(name))(argument, device)
+        factory = plug_ins[name].load() if name in plug_ins else transformers_captioner
+        made: Captioner = factory(argument, device)
+        return made
     except LorasmithError:
         raise
     except Exception as error:  # other people's code, which may raise anything
@@ -71,18 +71,6 @@ def _installed() -> dict[str, EntryPoint]:
     return {one.name: one for one in entry_points(group=GROUP)}
 
 
-def _factory(plug_in: EntryPoint | None) -> Factory:
-    if plug_in is not None:
-        factory: Factory = plug_in.load()
-        return factory
-    from lorasmith.data.captioners import transformers_captioner
-
-    return transformers_captioner
-
-
-if TYPE_CHECKING:
-    from PIL import Image
-
 REQUEST = "Describe this image in one sentence."  # prompt of chat models
 
 _MAX_NEW_TOKENS = 128
@@ -90,7 +78,7 @@ _TASK = "<DETAILED_CAPTION>"  # of Florence-2
 _PRIVATE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
-def transformers_captioner(model: str, device: torch.device) -> Callable[[Image.Image], str]:
+def transformers_captioner(model: str, device: torch.device) -> Captioner:
     """A captioner on a transformers model (a folder, or an id in the hub's cache), in fp32 on a CPU, else in its own
     dtype.
 

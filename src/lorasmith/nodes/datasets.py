@@ -37,23 +37,22 @@ from lorasmith.nodes.values import (
     pixels_from_image,
     single,
 )
-from lorasmith.workflow import Input, NodeContext, Output, node
+from lorasmith.workflow import NodeContext, Output, node, socket
 
 T = TypeVar("T")
 
-_FOLDER = Input("folder", "COMBO", options=lambda folders: folders.input_folders(), tooltip="In the input folder.")
+_FOLDER = socket("COMBO", options=lambda folders: folders.input_folders(), tooltip="In the input folder.")
 
 
 @node(
     "LoadImageDataSetFromFolder",
-    display_name="Load Image (from Folder)",
-    category="image",
-    inputs=[_FOLDER],
+    "Load Image (from Folder)",
+    "image",
     outputs=[Output("IMAGE", "images", is_list=True)],
     search_aliases=["load folder", "load dataset", "import dataset"],
     fingerprint=lambda folders, folder: fingerprint(folders.find_input_folder(folder)),
 )
-def load_image_folder(context: NodeContext, *, folder: str) -> tuple[list[Tensor]]:
+def load_image_folder(context: NodeContext, *, folder: str = _FOLDER) -> tuple[list[Tensor]]:
     """Read the images of a folder in the order of their names, upright, with transparency on white."""
     path = context.folders.find_input_folder(folder)
     scan = _scanned(context, folder)
@@ -65,14 +64,13 @@ def load_image_folder(context: NodeContext, *, folder: str) -> tuple[list[Tensor
 
 @node(
     "LoadImageTextDataSetFromFolder",
-    display_name="Load Image-Text (from Folder)",
-    category="image",
-    inputs=[_FOLDER],
+    "Load Image-Text (from Folder)",
+    "image",
     outputs=[Output("IMAGE", "images", is_list=True), Output("STRING", "texts", is_list=True)],
     search_aliases=["load folder", "load dataset", "import dataset"],
     fingerprint=lambda folders, folder: fingerprint(folders.find_input_folder(folder)),
 )
-def load_image_text_folder(context: NodeContext, *, folder: str) -> tuple[list[Tensor], list[str]]:
+def load_image_text_folder(context: NodeContext, *, folder: str = _FOLDER) -> tuple[list[Tensor], list[str]]:
     """Read the images of a folder and their caption files, in the order of their names.
 
     Images of subfolders such as `10_sks dog` are repeated that many times. An image without a caption file has an empty
@@ -95,21 +93,8 @@ def load_image_text_folder(context: NodeContext, *, folder: str) -> tuple[list[T
 
 @node(
     "MakeTrainingDataset",
-    display_name="Make Training Dataset",
-    category="model/training",
-    inputs=[
-        Input("images", "IMAGE"),
-        Input("vae", "VAE"),
-        Input("clip", "CLIP"),
-        Input(
-            "texts",
-            "STRING",
-            optional=True,
-            force_input=True,
-            multiline=False,
-            tooltip="One caption per image, or one for all. Default: empty captions.",
-        ),
-    ],
+    "Make Training Dataset",
+    "model/training",
     outputs=[Output("LATENT", "latents", is_list=True), Output("CONDITIONING", "conditioning", is_list=True)],
     search_aliases=["encode dataset"],
     is_input_list=True,
@@ -117,10 +102,16 @@ def load_image_text_folder(context: NodeContext, *, folder: str) -> tuple[list[T
 def make_training_dataset(
     context: NodeContext,
     *,
-    images: list[Tensor],
-    vae: list[Autoencoder],
-    clip: list[TextEncoder],
-    texts: Sequence[str] = (),
+    images: list[Tensor] = socket("IMAGE"),
+    vae: list[Autoencoder] = socket("VAE"),
+    clip: list[TextEncoder] = socket("CLIP"),
+    texts: Sequence[str] | None = socket(
+        "STRING",
+        optional=True,
+        force_input=True,
+        multiline=False,
+        tooltip="One caption per image, or one for all. Default: empty captions.",
+    ),
 ) -> tuple[list[Latent], list[list[Conditioning]]]:
     """Encode images and their captions; repeated ones, and those of earlier runs, are encoded once.
 
@@ -147,15 +138,17 @@ def make_training_dataset(
 
 @node(
     "ResolutionBucket",
-    display_name="Resolution Bucket",
-    category="model/training",
-    inputs=[Input("latents", "LATENT"), Input("conditioning", "CONDITIONING")],
+    "Resolution Bucket",
+    "model/training",
     outputs=[Output("LATENT", "latents", is_list=True), Output("CONDITIONING", "conditioning", is_list=True)],
     search_aliases=["bucket by resolution", "group by resolution"],
     is_input_list=True,
 )
 def resolution_bucket(
-    context: NodeContext, *, latents: list[Latent], conditioning: list[list[Conditioning]]
+    context: NodeContext,
+    *,
+    latents: list[Latent] = socket("LATENT"),
+    conditioning: list[list[Conditioning]] = socket("CONDITIONING"),
 ) -> tuple[list[Latent], list[list[Conditioning]]]:
     """Batch latents of equal size, each with its conditioning, in the order of the first of each size."""
     samples = flat_latents(latents)
@@ -199,21 +192,8 @@ def _checked_name(name: str, folders: Folders) -> str:
 
 @node(
     "SaveTrainingDataset",
-    display_name="Save Training Dataset",
-    category="model/training",
-    inputs=[
-        Input("latents", "LATENT", tooltip="From Make Training Dataset or Resolution Bucket."),
-        Input("conditioning", "CONDITIONING", tooltip="One per latent, or one for all."),
-        Input(
-            "folder_name",
-            "STRING",
-            default="training_dataset",
-            accept=_checked_name,
-            multiline=False,
-            tooltip="In the datasets folder; may have folders. A data set of this name is replaced.",
-        ),
-        Input("shard_size", "INT", default=1000, min=1, max=100000, tooltip="Samples in a file, at most."),
-    ],
+    "Save Training Dataset",
+    "model/training",
     search_aliases=["export dataset", "save dataset"],
     is_input_list=True,
     output_node=True,
@@ -221,10 +201,16 @@ def _checked_name(name: str, folders: Folders) -> str:
 def save_training_dataset(
     context: NodeContext,
     *,
-    latents: list[Latent],
-    conditioning: list[list[Conditioning]],
-    folder_name: list[str],
-    shard_size: list[int],
+    latents: list[Latent] = socket("LATENT", tooltip="From Make Training Dataset or Resolution Bucket."),
+    conditioning: list[list[Conditioning]] = socket("CONDITIONING", tooltip="One per latent, or one for all."),
+    folder_name: list[str] = socket(
+        "STRING",
+        default="training_dataset",
+        accept=_checked_name,
+        multiline=False,
+        tooltip="In the datasets folder; may have folders. A data set of this name is replaced.",
+    ),
+    shard_size: list[int] = socket("INT", default=1000, min=1, max=100000, tooltip="Samples in a file, at most."),
 ) -> tuple[()]:
     """Save encoded images and captions, to train on them again without encoding."""
     folder = context.folders.new_dataset(single(context, "folder_name", folder_name))
@@ -239,22 +225,18 @@ def save_training_dataset(
 
 @node(
     "LoadTrainingDataset",
-    display_name="Load Training Dataset",
-    category="model/training",
-    inputs=[
-        Input(
-            "folder_name",
-            "COMBO",
-            options=lambda folders: folders.datasets(),
-            tooltip="Saved here or by ComfyUI, in the datasets folder.",
-        ),
-    ],
+    "Load Training Dataset",
+    "model/training",
     outputs=[Output("LATENT", "latents", is_list=True), Output("CONDITIONING", "conditioning", is_list=True)],
     search_aliases=["import dataset", "training data"],
     fingerprint=lambda folders, folder_name: fingerprint(folders.find_dataset(folder_name)),
 )
 def load_training_dataset(
-    context: NodeContext, *, folder_name: str
+    context: NodeContext,
+    *,
+    folder_name: str = socket(
+        "COMBO", options=lambda folders: folders.datasets(), tooltip="Saved here or by ComfyUI, in the datasets folder."
+    ),
 ) -> tuple[list[Latent], Sequence[Sequence[Conditioning]]]:
     """Load encoded images and captions that Save Training Dataset saved."""
     folder = context.folders.find_dataset(folder_name)

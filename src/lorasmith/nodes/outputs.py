@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from PIL import ExifTags, Image
@@ -28,8 +28,10 @@ from lorasmith.report.loss_plot import plot_losses
 from lorasmith.report.pictures import Clip, animation
 from lorasmith.toolbox.extract import PatchedPart, extract_patches, extracted_metadata
 from lorasmith.training.lora_handle import Lora
-from lorasmith.workflow import ANY, Input, NodeContext, NodeOutput, Output, node
+from lorasmith.workflow import ANY, NodeContext, NodeOutput, Output, node, socket
 from lorasmith.workflow.node import Hidden
+
+_GRAPH: tuple[Hidden, ...] = ("prompt", "extra_pnginfo")
 
 
 def graph_metadata(context: NodeContext) -> dict[str, str]:
@@ -151,43 +153,33 @@ def _after(files: NumberedFiles, pattern: str) -> int:
     return 1 + max((int(match[1]) for name in names if (match := taken.fullmatch(name))), default=0)
 
 
+def _prefix(default: str, tooltip: str = "", *, multiline: bool | None = False) -> Any:
+    return socket("STRING", default=default, accept=checked_prefix, multiline=multiline, tooltip=tooltip)
+
+
 @node(
     "LoraSave",
-    display_name="Extract and Save Lora",
-    category="experimental",
-    inputs=[
-        Input(
-            "filename_prefix",
-            "STRING",
-            default="loras/ComfyUI_extracted_lora",
-            accept=checked_prefix,
-            multiline=False,
-            tooltip="May have folders.",
-        ),
-        Input("rank", "INT", default=8, min=1, max=4096, step=1, tooltip="At most; full differences have none."),
-        Input(
-            "lora_type",
-            "COMBO",
-            options=("standard", "full_diff"),
-            tooltip="A LoRA of the rank, or the whole difference of each weight.",
-        ),
-        Input("bias_diff", "BOOLEAN", default=True, tooltip="Include changes of biases and norms."),
-        Input("model_diff", "MODEL", optional=True, tooltip="A model with LoRAs; what they change is saved."),
-        Input("text_encoder_diff", "CLIP", optional=True, tooltip="Text encoders with LoRAs."),
-    ],
+    "Extract and Save Lora",
+    "experimental",
     search_aliases=["export lora"],
-    hidden=("prompt", "extra_pnginfo"),
+    hidden=_GRAPH,
     output_node=True,
 )
 def extract_and_save_lora(
     context: NodeContext,
     *,
-    filename_prefix: str,
-    rank: int,
-    lora_type: str,
-    bias_diff: bool,
-    model_diff: Denoiser | None = None,
-    text_encoder_diff: TextEncoder | None = None,
+    filename_prefix: str = _prefix("loras/ComfyUI_extracted_lora", "May have folders."),
+    rank: int = socket("INT", default=8, min=1, max=4096, step=1, tooltip="At most; full differences have none."),
+    lora_type: str = socket(
+        "COMBO",
+        options=("standard", "full_diff"),
+        tooltip="A LoRA of the rank, or the whole difference of each weight.",
+    ),
+    bias_diff: bool = socket("BOOLEAN", default=True, tooltip="Include changes of biases and norms."),
+    model_diff: Denoiser | None = socket(
+        "MODEL", optional=True, tooltip="A model with LoRAs; what they change is saved."
+    ),
+    text_encoder_diff: TextEncoder | None = socket("CLIP", optional=True, tooltip="Text encoders with LoRAs."),
 ) -> NodeOutput:
     """Save what the LoRAs on a model and its text encoders change, as one LoRA in the output folder."""
     if model_diff is None and text_encoder_diff is None:
@@ -227,28 +219,13 @@ def _model(model: Denoiser | None, clip: TextEncoder | None) -> tuple[ModelNames
     return names, base.family, base.title, model.diffusion.parameterization
 
 
-_GRAPH: tuple[Hidden, ...] = ("prompt", "extra_pnginfo")
-
-
-@node(
-    "SaveImage",
-    display_name="Save Image",
-    category="image",
-    inputs=[
-        Input("images", "IMAGE"),
-        Input(
-            "filename_prefix",
-            "STRING",
-            default="ComfyUI",
-            accept=checked_prefix,
-            tooltip="May contain folders and %year%, %width%, ...",
-        ),
-    ],
-    outputs=[Output("IMAGE", "images")],
-    hidden=_GRAPH,
-    output_node=True,
-)
-def save_image(context: NodeContext, *, images: Tensor, filename_prefix: str) -> NodeOutput:
+@node("SaveImage", "Save Image", "image", outputs=[Output("IMAGE", "images")], hidden=_GRAPH, output_node=True)
+def save_image(
+    context: NodeContext,
+    *,
+    images: Tensor = socket("IMAGE"),
+    filename_prefix: str = _prefix("ComfyUI", "May contain folders and %year%, %width%, ...", multiline=None),
+) -> NodeOutput:
     """Save pictures in the output folder, with the workflow in their metadata."""
     return NodeOutput((images,), {"images": save_images(context, images, filename_prefix, place="output")})
 
@@ -258,23 +235,8 @@ _WEBP_METHODS = {"default": 4, "fastest": 0, "slowest": 6}
 
 @node(
     "SaveAnimatedWEBP",
-    display_name="Save Animated WEBP",
-    category="image",
-    inputs=[
-        Input("images", "IMAGE"),
-        Input(
-            "filename_prefix",
-            "STRING",
-            default="ComfyUI",
-            accept=checked_prefix,
-            multiline=False,
-            tooltip="May contain folders and %year%, %width%, ...",
-        ),
-        Input("fps", "FLOAT", default=6.0, min=0.01, max=1000.0, step=0.01, tooltip="Frames a second."),
-        Input("lossless", "BOOLEAN", default=True, tooltip="Keep pixels as they are, in larger files."),
-        Input("quality", "INT", default=80, min=0, max=100, tooltip="Of the compression."),
-        Input("method", "COMBO", options=tuple(_WEBP_METHODS), tooltip="Effort of the compression."),
-    ],
+    "Save Animated WEBP",
+    "image",
     outputs=[Output("IMAGE", "images")],
     hidden=_GRAPH,
     output_node=True,
@@ -282,12 +244,12 @@ _WEBP_METHODS = {"default": 4, "fastest": 0, "slowest": 6}
 def save_animated_webp(
     context: NodeContext,
     *,
-    images: Tensor,
-    filename_prefix: str,
-    fps: float,
-    lossless: bool,
-    quality: int,
-    method: str,
+    images: Tensor = socket("IMAGE"),
+    filename_prefix: str = _prefix("ComfyUI", "May contain folders and %year%, %width%, ..."),
+    fps: float = socket("FLOAT", default=6.0, min=0.01, max=1000.0, step=0.01, tooltip="Frames a second."),
+    lossless: bool = socket("BOOLEAN", default=True, tooltip="Keep pixels as they are, in larger files."),
+    quality: int = socket("INT", default=80, min=0, max=100, tooltip="Of the compression."),
+    method: str = socket("COMBO", options=tuple(_WEBP_METHODS), tooltip="Effort of the compression."),
 ) -> NodeOutput:
     """Save a batch of pictures as one animated WebP file in the output folder, with the workflow in its metadata."""
     saved = save_animation(
@@ -296,75 +258,52 @@ def save_animated_webp(
     return NodeOutput((images,), {"images": [saved], "animated": [len(images) > 1]})
 
 
-@node(
-    "PreviewImage",
-    display_name="Preview Image",
-    category="image",
-    inputs=[Input("images", "IMAGE")],
-    outputs=[Output("IMAGE", "images")],
-    hidden=_GRAPH,
-    output_node=True,
-)
-def preview_image(context: NodeContext, *, images: Tensor) -> NodeOutput:
+@node("PreviewImage", "Preview Image", "image", outputs=[Output("IMAGE", "images")], hidden=_GRAPH, output_node=True)
+def preview_image(context: NodeContext, *, images: Tensor = socket("IMAGE")) -> NodeOutput:
     """Show pictures, which are saved in the temp folder only."""
     return NodeOutput((images,), {"images": save_images(context, images, "ComfyUI_temp", place="temp")})
 
 
 @node(
     "PreviewAny",
-    display_name="Preview as Text",
-    category="utilities",
-    inputs=[Input("source", ANY)],
-    outputs=[Output("STRING")],
+    "Preview as Text",
+    "utilities",
+    outputs=["STRING"],
     search_aliases=["show output", "inspect", "show text"],
     output_node=True,
 )
-def preview_any(context: NodeContext, *, source: object) -> NodeOutput:
+def preview_any(context: NodeContext, *, source: object = socket(ANY)) -> NodeOutput:
     """Show a value as text."""
     text = source if isinstance(source, str) else _as_text(source)
     return NodeOutput((text,), {"text": [text]})
 
 
-def _image_set_inputs() -> list[Input]:
-    return [
-        Input(
-            "folder_name",
-            "STRING",
-            default="dataset",
-            accept=checked_prefix,
-            multiline=False,
-            tooltip="In the output folder; may have folders.",
-        ),
-        Input(
-            "filename_prefix",
-            "STRING",
-            default="image",
-            accept=checked_prefix,
-            multiline=False,
-            tooltip="Of the files' names.",
-        ),
-        Input(
-            "mode",
-            "COMBO",
-            default="overwrite",
-            options=("overwrite", "increment"),
-            tooltip="Replace files of earlier runs, or number the new ones after them.",
-        ),
-    ]
+_FOLDER_NAME = _prefix("dataset", "In the output folder; may have folders.")
+_FILE_PREFIX = _prefix("image", "Of the files' names.")
+_MODE = socket(
+    "COMBO",
+    default="overwrite",
+    options=("overwrite", "increment"),
+    tooltip="Replace files of earlier runs, or number the new ones after them.",
+)
 
 
 @node(
     "SaveImageDataSetToFolder",
-    display_name="Save Image (to Folder) (DEPRECATED)",
-    category="image",
-    inputs=[Input("images", "IMAGE"), *_image_set_inputs()],
+    "Save Image (to Folder) (DEPRECATED)",
+    "image",
     search_aliases=["save folder", "save dataset", "export dataset"],
     is_input_list=True,
     output_node=True,
     deprecated=True,
 )
 def save_image_folder(
-    context: NodeContext, *, images: list[Tensor], folder_name: list[str], filename_prefix: list[str], mode: list[str]
+    context: NodeContext,
+    *,
+    images: list[Tensor] = socket("IMAGE"),
+    folder_name: list[str] = _FOLDER_NAME,
+    filename_prefix: list[str] = _FILE_PREFIX,
+    mode: list[str] = _MODE,
 ) -> tuple[()]:
     """Save images in a folder of the output folder, as PNG."""
     return _save_set(context, images, None, folder_name, filename_prefix, mode)
@@ -372,20 +311,8 @@ def save_image_folder(
 
 @node(
     "SaveImageTextDataSetToFolder",
-    display_name="Save Image-Text (to Folder)",
-    category="image",
-    inputs=[
-        Input("images", "IMAGE"),
-        Input(
-            "texts",
-            "STRING",
-            optional=True,
-            force_input=True,
-            multiline=False,
-            tooltip="One caption per image, or one for all. Default: no text files.",
-        ),
-        *_image_set_inputs(),
-    ],
+    "Save Image-Text (to Folder)",
+    "image",
     search_aliases=["save folder", "save dataset", "export dataset"],
     is_input_list=True,
     output_node=True,
@@ -393,11 +320,17 @@ def save_image_folder(
 def save_image_text_folder(
     context: NodeContext,
     *,
-    images: list[Tensor],
-    texts: Sequence[str] = (),
-    folder_name: list[str],
-    filename_prefix: list[str],
-    mode: list[str],
+    images: list[Tensor] = socket("IMAGE"),
+    texts: Sequence[str] | None = socket(
+        "STRING",
+        optional=True,
+        force_input=True,
+        multiline=False,
+        tooltip="One caption per image, or one for all. Default: no text files.",
+    ),
+    folder_name: list[str] = _FOLDER_NAME,
+    filename_prefix: list[str] = _FILE_PREFIX,
+    mode: list[str] = _MODE,
 ) -> tuple[()]:
     """Save images in a folder of the output folder, as PNG, each with its caption in a text file of the same name."""
     return _save_set(context, images, texts or None, folder_name, filename_prefix, mode)
@@ -405,43 +338,38 @@ def save_image_text_folder(
 
 @node(
     "SaveLoRA",
-    display_name="Save LoRA Weights",
-    category="model/merging",
-    inputs=[
-        Input("lora", "LORA_MODEL"),
-        Input(
-            "prefix",
-            "STRING",
-            default="loras/ComfyUI_trained_lora",
-            accept=checked_prefix,
-            multiline=False,
-            tooltip="May have folders.",
-        ),
-        Input("steps", "INT", optional=True, tooltip="Steps of the LoRA, for its file name."),
-    ],
+    "Save LoRA Weights",
+    "model/merging",
     aliases=["SaveLoRANode"],
     search_aliases=["export lora"],
     hidden=_GRAPH,
     output_node=True,
 )
-def save_lora_weights(context: NodeContext, *, lora: Lora, prefix: str, steps: int | None = None) -> NodeOutput:
+def save_lora_weights(
+    context: NodeContext,
+    *,
+    lora: Lora = socket("LORA_MODEL"),
+    prefix: str = _prefix("loras/ComfyUI_trained_lora", "May have folders."),
+    steps: int | None = socket("INT", optional=True, tooltip="Steps of the LoRA, for its file name."),
+) -> NodeOutput:
     """Save a LoRA in the output folder, in the layout that most programs read, with its metadata."""
     return shown_lora(context, save_lora(context, lora, prefix, steps))
 
 
 @node(
     "LossGraphNode",
-    display_name="Plot Loss Graph",
-    category="model/training",
-    inputs=[
-        Input("loss", "LOSS_MAP"),
-        Input("filename_prefix", "STRING", default="loss_graph", accept=checked_prefix, multiline=False),
-    ],
+    "Plot Loss Graph",
+    "model/training",
     search_aliases=["training chart", "plot loss"],
     hidden=_GRAPH,
     output_node=True,
 )
-def plot_loss_graph(context: NodeContext, *, loss: LossMap, filename_prefix: str) -> NodeOutput:
+def plot_loss_graph(
+    context: NodeContext,
+    *,
+    loss: LossMap = socket("LOSS_MAP"),
+    filename_prefix: str = _prefix("loss_graph"),
+) -> NodeOutput:
     """Draw the loss of each step and the smoothed loss; the picture is in the temp folder."""
     files = context.folders.numbered(filename_prefix, place="temp")
     path = files.path(".png")

@@ -23,7 +23,7 @@ from lorasmith.nodes.values import Latent, check_latents, with_frames
 from lorasmith.sampling.sample import SamplingCancelledError, prepare_noise, sample_latents
 from lorasmith.sampling.samplers import SAMPLERS
 from lorasmith.sampling.sigmas import SIGMA_SCHEDULES, flux2_sigmas, sigmas_for
-from lorasmith.workflow import Input, NodeContext, Output, node
+from lorasmith.workflow import NodeContext, Output, node, socket
 
 # fmt: off
 _SAMPLERS = (
@@ -56,17 +56,12 @@ def _available(registry: Registry[Any], listed: Sequence[str]) -> Callable[[str,
     return accept
 
 
-def seed_input(name: str) -> Input:
-    """The input of a seed."""
-    return Input(name, "INT", default=0, min=0, max=2**64 - 1, extras={"control_after_generate": True})
-
-
-SAMPLER_NAME = Input("sampler_name", "COMBO", options=_SAMPLERS, accept=_available(SAMPLERS, _SAMPLERS))
-SCHEDULER = Input("scheduler", "COMBO", options=_SCHEDULERS, accept=_available(SIGMA_SCHEDULES, _SCHEDULERS))
-STEPS = Input("steps", "INT", default=20, min=1, max=10000)
-CFG = Input("cfg", "FLOAT", default=8.0, min=0.0, max=100.0, step=0.1, tooltip="Guidance scale; 1 is none.")
-DENOISE = Input(
-    "denoise",
+_SEED = socket("INT", default=0, min=0, max=2**64 - 1, extras={"control_after_generate": True})
+SAMPLER_NAME = socket("COMBO", options=_SAMPLERS, accept=_available(SAMPLERS, _SAMPLERS))
+SCHEDULER = socket("COMBO", options=_SCHEDULERS, accept=_available(SIGMA_SCHEDULES, _SCHEDULERS))
+_STEPS = socket("INT", default=20, min=1, max=10000)
+_CFG = socket("FLOAT", default=8.0, min=0.0, max=100.0, step=0.1, tooltip="Guidance scale; 1 is none.")
+_DENOISE = socket(
     "FLOAT",
     default=1.0,
     min=0.0,
@@ -167,37 +162,20 @@ def _fitted(context: NodeContext, latent: Latent, form: LatentFormat) -> Tensor:
     return torch.zeros(len(samples), *form.shape(height, width, 1 + (times - 1) * form.time_downscale))
 
 
-@node(
-    "KSampler",
-    display_name="KSampler",
-    category="model/sampling",
-    inputs=[
-        Input("model", "MODEL"),
-        seed_input("seed"),
-        STEPS,
-        CFG,
-        SAMPLER_NAME,
-        SCHEDULER,
-        Input("positive", "CONDITIONING"),
-        Input("negative", "CONDITIONING"),
-        Input("latent_image", "LATENT"),
-        DENOISE,
-    ],
-    outputs=[Output("LATENT")],
-)
+@node("KSampler", "KSampler", "model/sampling", outputs=["LATENT"])
 def ksampler(
     context: NodeContext,
     *,
-    model: Denoiser,
-    seed: int,
-    steps: int,
-    cfg: float,
-    sampler_name: str,
-    scheduler: str,
-    positive: list[Conditioning],
-    negative: list[Conditioning],
-    latent_image: Latent,
-    denoise: float,
+    model: Denoiser = socket("MODEL"),
+    seed: int = _SEED,
+    steps: int = _STEPS,
+    cfg: float = _CFG,
+    sampler_name: str = SAMPLER_NAME,
+    scheduler: str = SCHEDULER,
+    positive: list[Conditioning] = socket("CONDITIONING"),
+    negative: list[Conditioning] = socket("CONDITIONING"),
+    latent_image: Latent = socket("LATENT"),
+    denoise: float = _DENOISE,
 ) -> tuple[Latent]:
     """Sample latents for the prompts, from noise or from noised latents."""
     sigmas = sigmas_for(model.diffusion.schedule, scheduler, steps, denoise=denoise, sampler=sampler_name)
@@ -206,48 +184,27 @@ def ksampler(
     return (result,)
 
 
-@node(
-    "KSamplerAdvanced",
-    display_name="KSampler (Advanced)",
-    category="model/sampling",
-    inputs=[
-        Input("model", "MODEL"),
-        Input("add_noise", "COMBO", options=("enable", "disable"), tooltip="Disable it to continue another sampler."),
-        seed_input("noise_seed"),
-        STEPS,
-        CFG,
-        SAMPLER_NAME,
-        SCHEDULER,
-        Input("positive", "CONDITIONING"),
-        Input("negative", "CONDITIONING"),
-        Input("latent_image", "LATENT"),
-        Input("start_at_step", "INT", default=0, min=0, max=10000, tooltip="First step, counted from 0."),
-        Input("end_at_step", "INT", default=10000, min=0, max=10000, tooltip="Step before which to stop."),
-        Input(
-            "return_with_leftover_noise",
-            "COMBO",
-            options=("disable", "enable"),
-            tooltip="Return noisy latents where sampling stops early, for another sampler to continue.",
-        ),
-    ],
-    outputs=[Output("LATENT")],
-)
+@node("KSamplerAdvanced", "KSampler (Advanced)", "model/sampling", outputs=["LATENT"])
 def ksampler_advanced(
     context: NodeContext,
     *,
-    model: Denoiser,
-    add_noise: str,
-    noise_seed: int,
-    steps: int,
-    cfg: float,
-    sampler_name: str,
-    scheduler: str,
-    positive: list[Conditioning],
-    negative: list[Conditioning],
-    latent_image: Latent,
-    start_at_step: int,
-    end_at_step: int,
-    return_with_leftover_noise: str,
+    model: Denoiser = socket("MODEL"),
+    add_noise: str = socket("COMBO", options=("enable", "disable"), tooltip="Disable it to continue another sampler."),
+    noise_seed: int = _SEED,
+    steps: int = _STEPS,
+    cfg: float = _CFG,
+    sampler_name: str = SAMPLER_NAME,
+    scheduler: str = SCHEDULER,
+    positive: list[Conditioning] = socket("CONDITIONING"),
+    negative: list[Conditioning] = socket("CONDITIONING"),
+    latent_image: Latent = socket("LATENT"),
+    start_at_step: int = socket("INT", default=0, min=0, max=10000, tooltip="First step, counted from 0."),
+    end_at_step: int = socket("INT", default=10000, min=0, max=10000, tooltip="Step before which to stop."),
+    return_with_leftover_noise: str = socket(
+        "COMBO",
+        options=("disable", "enable"),
+        tooltip="Return noisy latents where sampling stops early, for another sampler to continue.",
+    ),
 ) -> tuple[Latent]:
     """Take some of the steps of a run, so that several samplers share it."""
     sigmas = sigmas_for(model.diffusion.schedule, scheduler, steps, sampler=sampler_name)
@@ -267,154 +224,102 @@ _RESULTS = (
 _PATCH = 16  # pixels of a Flux.2 patch in each direction
 
 
-@node(
-    "SamplerCustom",
-    display_name="SamplerCustom",
-    category="model/sampling/custom",
-    inputs=[
-        Input("model", "MODEL"),
-        Input("add_noise", "BOOLEAN", default=True, tooltip="Disable it to continue another sampler."),
-        seed_input("noise_seed"),
-        CFG,
-        Input("positive", "CONDITIONING"),
-        Input("negative", "CONDITIONING"),
-        Input("sampler", "SAMPLER"),
-        Input("sigmas", "SIGMAS"),
-        Input("latent_image", "LATENT"),
-    ],
-    outputs=_RESULTS,
-)
+@node("SamplerCustom", "SamplerCustom", "model/sampling/custom", outputs=_RESULTS)
 def sampler_custom(
     context: NodeContext,
     *,
-    model: Denoiser,
-    add_noise: bool,
-    noise_seed: int,
-    cfg: float,
-    positive: list[Conditioning],
-    negative: list[Conditioning],
-    sampler: str,
-    sigmas: Tensor,
-    latent_image: Latent,
+    model: Denoiser = socket("MODEL"),
+    add_noise: bool = socket("BOOLEAN", default=True, tooltip="Disable it to continue another sampler."),
+    noise_seed: int = _SEED,
+    cfg: float = _CFG,
+    positive: list[Conditioning] = socket("CONDITIONING"),
+    negative: list[Conditioning] = socket("CONDITIONING"),
+    sampler: str = socket("SAMPLER"),
+    sigmas: Tensor = socket("SIGMAS"),
+    latent_image: Latent = socket("LATENT"),
 ) -> tuple[Latent, Latent]:
     """Sample latents with a sampler and sigmas of other nodes."""
     guider, noise = Guider(model, positive, negative, cfg), Noise(noise_seed, is_empty=not add_noise)
     return sampled(context, guider, latent_image, noise, sampler=sampler, sigmas=sigmas)
 
 
-@node(
-    "SamplerCustomAdvanced",
-    display_name="SamplerCustomAdvanced",
-    category="model/sampling/custom",
-    inputs=[
-        Input("noise", "NOISE"),
-        Input("guider", "GUIDER"),
-        Input("sampler", "SAMPLER"),
-        Input("sigmas", "SIGMAS"),
-        Input("latent_image", "LATENT"),
-    ],
-    outputs=_RESULTS,
-)
+@node("SamplerCustomAdvanced", "SamplerCustomAdvanced", "model/sampling/custom", outputs=_RESULTS)
 def sampler_custom_advanced(
-    context: NodeContext, *, noise: Noise, guider: Guider, sampler: str, sigmas: Tensor, latent_image: Latent
+    context: NodeContext,
+    *,
+    noise: Noise = socket("NOISE"),
+    guider: Guider = socket("GUIDER"),
+    sampler: str = socket("SAMPLER"),
+    sigmas: Tensor = socket("SIGMAS"),
+    latent_image: Latent = socket("LATENT"),
 ) -> tuple[Latent, Latent]:
     """Sample latents with all parts from other nodes."""
     return sampled(context, guider, latent_image, noise, sampler=sampler, sigmas=sigmas)
 
 
-@node(
-    "BasicGuider",
-    display_name="Basic Guider",
-    category="model/sampling/guiders",
-    inputs=[Input("model", "MODEL"), Input("conditioning", "CONDITIONING")],
-    outputs=[Output("GUIDER")],
-)
-def basic_guider(context: NodeContext, *, model: Denoiser, conditioning: list[Conditioning]) -> tuple[Guider]:
+@node("BasicGuider", "Basic Guider", "model/sampling/guiders", outputs=["GUIDER"])
+def basic_guider(
+    context: NodeContext,
+    *,
+    model: Denoiser = socket("MODEL"),
+    conditioning: list[Conditioning] = socket("CONDITIONING"),
+) -> tuple[Guider]:
     """Follow a prompt without a negative one."""
     return (Guider(model, conditioning),)
 
 
-@node(
-    "CFGGuider",
-    display_name="CFG Guider",
-    category="model/sampling/guiders",
-    inputs=[Input("model", "MODEL"), Input("positive", "CONDITIONING"), Input("negative", "CONDITIONING"), CFG],
-    outputs=[Output("GUIDER")],
-)
+@node("CFGGuider", "CFG Guider", "model/sampling/guiders", outputs=["GUIDER"])
 def cfg_guider(
     context: NodeContext,
     *,
-    model: Denoiser,
-    positive: list[Conditioning],
-    negative: list[Conditioning],
-    cfg: float,
+    model: Denoiser = socket("MODEL"),
+    positive: list[Conditioning] = socket("CONDITIONING"),
+    negative: list[Conditioning] = socket("CONDITIONING"),
+    cfg: float = _CFG,
 ) -> tuple[Guider]:
     """Follow a prompt and avoid a negative one."""
     return (Guider(model, positive, negative, cfg),)
 
 
-@node(
-    "KSamplerSelect",
-    display_name="KSamplerSelect",
-    category="model/sampling/samplers",
-    inputs=[SAMPLER_NAME],
-    outputs=[Output("SAMPLER")],
-)
-def ksampler_select(context: NodeContext, *, sampler_name: str) -> tuple[str]:
+@node("KSamplerSelect", "KSamplerSelect", "model/sampling/samplers", outputs=["SAMPLER"])
+def ksampler_select(context: NodeContext, *, sampler_name: str = SAMPLER_NAME) -> tuple[str]:
     """Choose a sampler."""
     return (sampler_name,)
 
 
-@node(
-    "RandomNoise",
-    display_name="RandomNoise",
-    category="model/sampling/noise",
-    inputs=[seed_input("noise_seed")],
-    outputs=[Output("NOISE")],
-)
-def random_noise(context: NodeContext, *, noise_seed: int) -> tuple[Noise]:
+@node("RandomNoise", "RandomNoise", "model/sampling/noise", outputs=["NOISE"])
+def random_noise(context: NodeContext, *, noise_seed: int = _SEED) -> tuple[Noise]:
     """Noise of a seed."""
     return (Noise(noise_seed),)
 
 
-@node(
-    "DisableNoise",
-    display_name="DisableNoise",
-    category="model/sampling/noise",
-    outputs=[Output("NOISE")],
-    search_aliases=["zero noise"],
-)
+@node("DisableNoise", "DisableNoise", "model/sampling/noise", outputs=["NOISE"], search_aliases=["zero noise"])
 def disable_noise(context: NodeContext) -> tuple[Noise]:
     """No noise, to continue another sampler."""
     return (Noise(0, is_empty=True),)
 
 
-@node(
-    "BasicScheduler",
-    display_name="BasicScheduler",
-    category="model/sampling/schedulers",
-    inputs=[Input("model", "MODEL"), SCHEDULER, STEPS, DENOISE],
-    outputs=[Output("SIGMAS")],
-)
+@node("BasicScheduler", "BasicScheduler", "model/sampling/schedulers", outputs=["SIGMAS"])
 def basic_scheduler(
-    context: NodeContext, *, model: Denoiser, scheduler: str, steps: int, denoise: float
+    context: NodeContext,
+    *,
+    model: Denoiser = socket("MODEL"),
+    scheduler: str = SCHEDULER,
+    steps: int = _STEPS,
+    denoise: float = _DENOISE,
 ) -> tuple[Tensor]:
     """The sigmas of a scheduler for a model."""
     return (sigmas_for(model.diffusion.schedule, scheduler, steps, denoise=denoise)[-(steps + 1) :],)
 
 
-@node(
-    "Flux2Scheduler",
-    display_name="Flux2Scheduler",
-    category="model/sampling/schedulers",
-    inputs=[
-        Input("steps", "INT", default=20, min=1, max=4096),
-        Input("width", "INT", default=1024, min=16, max=16384, step=1, tooltip="Of the picture in pixels."),
-        Input("height", "INT", default=1024, min=16, max=16384, step=1, tooltip="Of the picture in pixels."),
-    ],
-    outputs=[Output("SIGMAS")],
-)
-def flux2_scheduler(context: NodeContext, *, steps: int, width: int, height: int) -> tuple[Tensor]:
+@node("Flux2Scheduler", "Flux2Scheduler", "model/sampling/schedulers", outputs=["SIGMAS"])
+def flux2_scheduler(
+    context: NodeContext,
+    *,
+    steps: int = socket("INT", default=20, min=1, max=4096),
+    width: int = socket("INT", default=1024, min=16, max=16384, step=1, tooltip="Of the picture in pixels."),
+    height: int = socket("INT", default=1024, min=16, max=16384, step=1, tooltip="Of the picture in pixels."),
+) -> tuple[Tensor]:
     """The sigmas of Flux.2 for a size and a number of steps."""
     return (flux2_sigmas(steps, round(width * height / _PATCH**2)),)
 
@@ -422,58 +327,43 @@ def flux2_scheduler(context: NodeContext, *, steps: int, width: int, height: int
 _TIMESTEPS = 1000  # timesteps of networks with discrete ones
 _PREDICTIONS = {"eps": "epsilon", "v_prediction": "v", "lcm": "epsilon"}
 _DISTILLED_STEPS = 50  # timesteps of latent consistency models
+_SIDE = socket("INT", default=1024, min=16, max=16384, step=8, tooltip="Of the picture in pixels.")
 
 
-def _shift(default: float) -> Input:
+def _shift(default: float) -> Any:
     tooltip = "Larger values spend more steps, and more of training, on noisy latents; 1 is none."
-    return Input("shift", "FLOAT", default=default, min=0.0, max=100.0, step=0.01, tooltip=tooltip)
+    return socket("FLOAT", default=default, min=0.0, max=100.0, step=0.01, tooltip=tooltip)
 
 
-def _side(name: str) -> Input:
-    return Input(name, "INT", default=1024, min=16, max=16384, step=8, tooltip="Of the picture in pixels.")
-
-
-@node(
-    "ModelSamplingSD3",
-    display_name="ModelSamplingSD3",
-    category="model/patch/stable diffusion",
-    inputs=[Input("model", "MODEL"), _shift(3.0)],
-    outputs=[Output("MODEL")],
-)
-def model_sampling_sd3(context: NodeContext, *, model: Denoiser, shift: float) -> tuple[Denoiser]:
+@node("ModelSamplingSD3", "ModelSamplingSD3", "model/patch/stable diffusion", outputs=["MODEL"])
+def model_sampling_sd3(
+    context: NodeContext, *, model: Denoiser = socket("MODEL"), shift: float = _shift(3.0)
+) -> tuple[Denoiser]:
     """Train and sample as a flow with a shift. In ComfyUI it is for networks whose time goes to 1000."""
     _check_time(context, model, "ModelSamplingSD3", "ModelSamplingAuraFlow", time_scale=_TIMESTEPS)
     return (_as_flow(model, shift),)
 
 
-@node(
-    "ModelSamplingAuraFlow",
-    display_name="ModelSamplingAuraFlow",
-    category="model/patch",
-    inputs=[Input("model", "MODEL"), _shift(1.73)],
-    outputs=[Output("MODEL")],
-)
-def model_sampling_aura_flow(context: NodeContext, *, model: Denoiser, shift: float) -> tuple[Denoiser]:
+@node("ModelSamplingAuraFlow", "ModelSamplingAuraFlow", "model/patch", outputs=["MODEL"])
+def model_sampling_aura_flow(
+    context: NodeContext, *, model: Denoiser = socket("MODEL"), shift: float = _shift(1.73)
+) -> tuple[Denoiser]:
     """Train and sample as a flow with a shift. In ComfyUI it is for networks whose time goes to 1."""
     _check_time(context, model, "ModelSamplingAuraFlow", "ModelSamplingSD3", time_scale=1)
     return (_as_flow(model, shift),)
 
 
-@node(
-    "ModelSamplingFlux",
-    display_name="ModelSamplingFlux",
-    category="model/patch/flux",
-    inputs=[
-        Input("model", "MODEL"),
-        Input("max_shift", "FLOAT", default=1.15, min=0.0, max=100.0, step=0.01, tooltip="Exponent of 1024×1024 px."),
-        Input("base_shift", "FLOAT", default=0.5, min=0.0, max=100.0, step=0.01, tooltip="Exponent of 256×256 px."),
-        _side("width"),
-        _side("height"),
-    ],
-    outputs=[Output("MODEL")],
-)
+@node("ModelSamplingFlux", "ModelSamplingFlux", "model/patch/flux", outputs=["MODEL"])
 def model_sampling_flux(
-    context: NodeContext, *, model: Denoiser, max_shift: float, base_shift: float, width: int, height: int
+    context: NodeContext,
+    *,
+    model: Denoiser = socket("MODEL"),
+    max_shift: float = socket(
+        "FLOAT", default=1.15, min=0.0, max=100.0, step=0.01, tooltip="Exponent of 1024×1024 px."
+    ),
+    base_shift: float = socket("FLOAT", default=0.5, min=0.0, max=100.0, step=0.01, tooltip="Exponent of 256×256 px."),
+    width: int = _SIDE,
+    height: int = _SIDE,
 ) -> tuple[Denoiser]:
     """Train and sample as a flow with the shift of a picture's size."""
     _check_time(context, model, "ModelSamplingFlux", "ModelSamplingSD3", time_scale=1)
@@ -482,23 +372,18 @@ def model_sampling_flux(
     return (_as_flow(model, shift, table=EXPONENTIAL_STEPS, resolution_shift=by_size),)
 
 
-@node(
-    "ModelSamplingDiscrete",
-    display_name="ModelSamplingDiscrete",
-    category="model/patch",
-    inputs=[
-        Input("model", "MODEL"),
-        Input(
-            "sampling",
-            "COMBO",
-            options=("eps", "v_prediction", "lcm", "x0", "img_to_img", "img_to_img_flow"),
-            tooltip="What the network predicts; lcm is eps at 50 of the 1000 timesteps.",
-        ),
-        Input("zsnr", "BOOLEAN", default=False, tooltip="Rescale the schedule to end in pure noise."),
-    ],
-    outputs=[Output("MODEL")],
-)
-def model_sampling_discrete(context: NodeContext, *, model: Denoiser, sampling: str, zsnr: bool) -> tuple[Denoiser]:
+@node("ModelSamplingDiscrete", "ModelSamplingDiscrete", "model/patch", outputs=["MODEL"])
+def model_sampling_discrete(
+    context: NodeContext,
+    *,
+    model: Denoiser = socket("MODEL"),
+    sampling: str = socket(
+        "COMBO",
+        options=("eps", "v_prediction", "lcm", "x0", "img_to_img", "img_to_img_flow"),
+        tooltip="What the network predicts; lcm is eps at 50 of the 1000 timesteps.",
+    ),
+    zsnr: bool = socket("BOOLEAN", default=False, tooltip="Rescale the schedule to end in pure noise."),
+) -> tuple[Denoiser]:
     """Train and sample with another kind of prediction, or with zero terminal SNR."""
     schedule = model.base.components.schedule
     if sampling not in _PREDICTIONS:

@@ -9,19 +9,15 @@ from torch import Tensor
 from lorasmith.core.folders import Folders, fingerprint
 from lorasmith.data.clips import Video, VideoFile, VideoScan, open_video, read_frames, scan_videos
 from lorasmith.nodes.values import check_pixels, numpy_draws, one_for_each, shuffled, single
-from lorasmith.workflow import Input, NodeContext, Output, node
+from lorasmith.workflow import NodeContext, Output, node, socket
 
-_FOLDER = Input("folder", "COMBO", options=lambda folders: folders.input_folders(), tooltip="In the input folder.")
-_VIDEO = Input("video", "VIDEO")
-_VIDEOS = Input("videos", "VIDEO")
-_SEED = Input("seed", "INT", default=0, min=0, max=2**64 - 1, tooltip="The same seed gives the same result.")
+_FOLDER = socket("COMBO", options=lambda folders: folders.input_folders(), tooltip="In the input folder.")
+_VIDEO = socket("VIDEO")
+_LENGTH = socket("INT", default=16, min=1, max=99999, tooltip="Frames to keep.")
+_SEED = socket("INT", default=0, min=0, max=2**64 - 1, tooltip="The same seed gives the same result.")
 _LIST = Output("VIDEO", "videos", is_list=True)
 _TEXTS = Output("STRING", "texts", is_list=True)
 _SEARCHED = ("load folder", "load dataset", "load videos", "import dataset")
-
-
-def _length() -> Input:
-    return Input("length", "INT", default=16, min=1, max=99999, tooltip="Frames to keep.")
 
 
 def _files(folders: Folders, folder: str) -> object:
@@ -30,14 +26,13 @@ def _files(folders: Folders, folder: str) -> object:
 
 @node(
     "LoadVideoDataSetFromFolder",
-    display_name="Load Video (from Folder)",
-    category="video",
-    inputs=[_FOLDER],
+    "Load Video (from Folder)",
+    "video",
     outputs=[_LIST],
     search_aliases=_SEARCHED,
     fingerprint=_files,
 )
-def load_video_folder(context: NodeContext, *, folder: str) -> tuple[list[Video]]:
+def load_video_folder(context: NodeContext, *, folder: str = _FOLDER) -> tuple[list[Video]]:
     """Find the videos of a folder, in the order of their names."""
     scan = _scanned(context, folder, subfolders=False)
     return (_opened(context, scan.videos),)
@@ -45,14 +40,13 @@ def load_video_folder(context: NodeContext, *, folder: str) -> tuple[list[Video]
 
 @node(
     "LoadVideoTextDataSetFromFolder",
-    display_name="Load Video-Text (from Folder)",
-    category="video",
-    inputs=[_FOLDER],
+    "Load Video-Text (from Folder)",
+    "video",
     outputs=[_LIST, _TEXTS],
     search_aliases=_SEARCHED,
     fingerprint=_files,
 )
-def load_video_text_folder(context: NodeContext, *, folder: str) -> tuple[list[Video], list[str]]:
+def load_video_text_folder(context: NodeContext, *, folder: str = _FOLDER) -> tuple[list[Video], list[str]]:
     """Find the videos of a folder and their caption files, in the order of their names.
 
     Videos of subfolders such as `10_sks dog` are repeated that many times. A video without a caption file has an empty
@@ -72,25 +66,23 @@ def load_video_text_folder(context: NodeContext, *, folder: str) -> tuple[list[V
 
 @node(
     "VideoFrameSample",
-    display_name="Sample Video Frame",
-    category="video",
-    inputs=[
-        _VIDEO,
-        Input("num_frames", "INT", default=16, min=1, max=9999, tooltip="Frames to keep."),
-        Input(
-            "strategy",
-            "COMBO",
-            default="uniform",
-            options=("uniform", "head", "tail", "random"),
-            tooltip="Evenly spread, the first, the last, or any in their order.",
-        ),
-        Input("seed", "INT", default=0, min=0, max=2**64 - 1, tooltip="Of the strategy random."),
-    ],
+    "Sample Video Frame",
+    "video",
     outputs=[Output("VIDEO", "video")],
     search_aliases=["sample frames", "extract frames"],
 )
 def video_frame_sample(
-    context: NodeContext, *, video: Video, num_frames: int, strategy: str, seed: int
+    context: NodeContext,
+    *,
+    video: Video = _VIDEO,
+    num_frames: int = socket("INT", default=16, min=1, max=9999, tooltip="Frames to keep."),
+    strategy: str = socket(
+        "COMBO",
+        default="uniform",
+        options=("uniform", "head", "tail", "random"),
+        tooltip="Evenly spread, the first, the last, or any in their order.",
+    ),
+    seed: int = socket("INT", default=0, min=0, max=2**64 - 1, tooltip="Of the strategy random."),
 ) -> tuple[Video]:
     """Keep a number of frames of a video, all of them if it has fewer."""
     total = len(video.frames)
@@ -108,30 +100,32 @@ def video_frame_sample(
 
 @node(
     "VideoTemporalCrop",
-    display_name="Crop Video (Temporal)",
-    category="video/transform",
-    inputs=[
-        _VIDEO,
-        Input("start_frame", "INT", default=0, min=0, max=99999, tooltip="First frame, counted from 0."),
-        _length(),
-    ],
+    "Crop Video (Temporal)",
+    "video/transform",
     outputs=[Output("VIDEO", "video")],
     search_aliases=["crop", "crop video", "truncate video"],
 )
-def video_temporal_crop(context: NodeContext, *, video: Video, start_frame: int, length: int) -> tuple[Video]:
+def video_temporal_crop(
+    context: NodeContext,
+    *,
+    video: Video = _VIDEO,
+    start_frame: int = socket("INT", default=0, min=0, max=99999, tooltip="First frame, counted from 0."),
+    length: int = _LENGTH,
+) -> tuple[Video]:
     """Keep frames in a row; at the end of the video there may be fewer."""
     return (video.part(min(start_frame, len(video.frames) - 1), length),)
 
 
 @node(
     "VideoRandomTemporalCrop",
-    display_name="Crop Video (Temporal Random)",
-    category="video/transform",
-    inputs=[_VIDEO, _length(), _SEED],
+    "Crop Video (Temporal Random)",
+    "video/transform",
     outputs=[Output("VIDEO", "video")],
     search_aliases=["crop", "crop video", "truncate video", "random crop"],
 )
-def video_random_temporal_crop(context: NodeContext, *, video: Video, length: int, seed: int) -> tuple[Video]:
+def video_random_temporal_crop(
+    context: NodeContext, *, video: Video = _VIDEO, length: int = _LENGTH, seed: int = _SEED
+) -> tuple[Video]:
     """Keep frames in a row, from where the seed decides."""
     room = len(video.frames) - length
     return (video.part(int(numpy_draws(seed).randint(0, room + 1)) if room > 0 else 0, length),)
@@ -139,29 +133,33 @@ def video_random_temporal_crop(context: NodeContext, *, video: Video, length: in
 
 @node(
     "ShuffleVideoDataset",
-    display_name="Shuffle Videos List",
-    category="video/batch",
-    inputs=[_VIDEOS, _SEED],
+    "Shuffle Videos List",
+    "video/batch",
     outputs=[_LIST],
     search_aliases=["shuffle", "randomize", "mix"],
     is_input_list=True,
 )
-def shuffle_videos(context: NodeContext, *, videos: list[Video], seed: list[int]) -> tuple[list[Video]]:
+def shuffle_videos(
+    context: NodeContext, *, videos: list[Video] = _VIDEO, seed: list[int] = _SEED
+) -> tuple[list[Video]]:
     """Put videos into an order that the seed decides."""
     return (shuffled(videos, single(context, "seed", seed)),)
 
 
 @node(
     "ShuffleVideoTextDataset",
-    display_name="Shuffle Pairs of Video-Text",
-    category="dataset/video",
-    inputs=[_VIDEOS, Input("texts", "STRING", multiline=False, tooltip="One per video."), _SEED],
+    "Shuffle Pairs of Video-Text",
+    "dataset/video",
     outputs=[_LIST, _TEXTS],
     search_aliases=["shuffle", "randomize", "mix"],
     is_input_list=True,
 )
 def shuffle_videos_and_texts(
-    context: NodeContext, *, videos: list[Video], texts: list[str], seed: list[int]
+    context: NodeContext,
+    *,
+    videos: list[Video] = _VIDEO,
+    texts: list[str] = socket("STRING", multiline=False, tooltip="One per video."),
+    seed: list[int] = _SEED,
 ) -> tuple[list[Video], list[str]]:
     """Put videos and their texts into an order that the seed decides; pairs stay together."""
     chosen = single(context, "seed", seed)
@@ -171,9 +169,8 @@ def shuffle_videos_and_texts(
 
 @node(
     "GetVideoComponents",
-    display_name="Get Video Components",
-    category="video",
-    inputs=[_VIDEO],
+    "Get Video Components",
+    "video",
     outputs=[
         Output("IMAGE", "images"),
         Output("AUDIO", "audio", tooltip="Always nothing: sound is not read here."),
@@ -183,7 +180,7 @@ def shuffle_videos_and_texts(
     ],
     search_aliases=["extract frames", "split video", "video to images"],
 )
-def get_video_components(context: NodeContext, *, video: Video) -> tuple[Tensor, None, float, int, str]:
+def get_video_components(context: NodeContext, *, video: Video = _VIDEO) -> tuple[Tensor, None, float, int, str]:
     """Read the frames of a video as a batch of pictures."""
     check_pixels(len(video.frames), video.width, video.height)
 

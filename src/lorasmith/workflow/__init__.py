@@ -5,7 +5,7 @@ from lorasmith.workflow.executor import Executor, NodeResult
 from lorasmith.workflow.graph import Graph, apply_overrides, examine, validate
 from lorasmith.workflow.node import NODES, Node, NodeContext, NodeOutput, node
 from lorasmith.workflow.node_reference import object_info
-from lorasmith.workflow.sockets import ANY, MATCH, Grow, Input, Output
+from lorasmith.workflow.sockets import ANY, MATCH, Grow, Input, Output, socket
 
 __all__ = [
     "ANY",
@@ -28,5 +28,6 @@ __all__ = [
     "object_info",
     "parse_prompt",
     "parse_workflow",
+    "socket",
     "validate",
 ]

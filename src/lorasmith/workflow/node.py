@@ -1,18 +1,16 @@
 """Node declaration: a typed function with its description for editors and workflow files, and the context of its calls.
 
-    @node(
-        "ImageScale",
-        display_name="Upscale Image",
-        category="image/upscaling",
-        inputs=[Input("image", "IMAGE"), Input("width", "INT", default=512, min=0, max=16384)],
-        outputs=[Output("IMAGE")],
-    )
-    def image_scale(context: NodeContext, *, image: Tensor, width: int) -> tuple[Tensor]:
+    @node("ImageScale", "Upscale Image", "image/upscaling", outputs=["IMAGE"])
+    def image_scale(
+        context: NodeContext,
+        *,
+        image: Tensor = socket("IMAGE"),
+        width: int = socket("INT", default=512, min=0, max=16384),
+    ) -> tuple[Tensor]:
         \"\"\"Scale pictures to a size.\"\"\"
 
-The function is not wrapped. Its keywords are the inputs (a final `**keyword` receives the others), the first paragraph
-of its docstring is the description; it returns a tuple with one value per output, or a `NodeOutput` with output for
-user interfaces.
+The function is not wrapped. Its keywords are the inputs, the first paragraph of its docstring is the description; it
+returns a tuple with one value per output, or a `NodeOutput` with output for user interfaces.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, TypeAlias, TypeVar
 
@@ -98,11 +96,11 @@ NODES: Registry[Node] = Registry("node", GraphError)
 
 def node(
     id: str,
-    *,
     display_name: str,
     category: str,
+    *,
     inputs: Sequence[Input] = (),
-    outputs: Sequence[Output] = (),
+    outputs: Sequence[Output | str] = (),
     aliases: Sequence[str] = (),
     search_aliases: Sequence[str] = (),
     hidden: Sequence[Hidden] = (),
@@ -117,12 +115,14 @@ def node(
     """Decorator that declares and registers a node.
 
     Args:
-        id, display_name, category, inputs, outputs, aliases, search_aliases, hidden, is_input_list, output_node,
-            fingerprint, check, deprecated, experimental: as the attributes of `Node`.
+        id, display_name, category, aliases, search_aliases, hidden, is_input_list, output_node, fingerprint, check,
+            deprecated, experimental: as the attributes of `Node`.
+        inputs: those after the function's keywords, which its final `**keyword` receives.
+        outputs: each an `Output`, or its type.
         registry: where it is registered.
 
     Raises:
-        TypeError: the function's keywords are not the declared inputs.
+        TypeError: a keyword of the function has no `socket` as its default.
     """
 
     def declare(function: F) -> F:
@@ -131,8 +131,8 @@ def node(
             display_name=display_name,
             category=category,
             function=function,
-            inputs=tuple(inputs),
-            outputs=tuple(outputs),
+            inputs=(*_keyword_inputs(id, function), *inputs),
+            outputs=tuple(Output(one) if isinstance(one, str) else one for one in outputs),
             aliases=tuple(aliases),
             description=" ".join((inspect.getdoc(function) or "").split("\n\n")[0].split()),
             search_aliases=tuple(search_aliases),
@@ -144,28 +144,23 @@ def node(
             deprecated=deprecated,
             experimental=experimental,
         )
-        _check_keywords(declared)
         registry.register(id, *aliases)(declared)
         return function
 
     return declare
 
 
-def _check_keywords(declared: Node) -> None:
-    _, *keywords = inspect.signature(declared.function).parameters.values()
-    takes_rest = bool(keywords) and keywords[-1].kind is inspect.Parameter.VAR_KEYWORD
-    if takes_rest:
-        keywords.pop()
-    named = declared.inputs[: len(keywords)] if takes_rest else declared.inputs
-    names = [keyword.name for keyword in keywords]
-    if names != [one.name for one in named]:
-        raise TypeError(
-            f"{declared.id}: the function's keywords must be the declared inputs in their order, "
-            f"got {names} for {[one.name for one in declared.inputs]}"
-        )
-    for one, keyword in zip(named, keywords, strict=True):
-        if one.optional and one.default is None and keyword.default is keyword.empty:
-            raise TypeError(f"{declared.id}: optional input {one.name} has no default, so its keyword needs one")
+def _keyword_inputs(id: str, function: Any) -> tuple[Input, ...]:
+    """The inputs that a function's keywords have as their defaults, in place of which it then has their values."""
+    _, *keywords = inspect.signature(function).parameters.values()
+    found = []
+    for keyword in keywords:
+        if isinstance(keyword.default, Input):
+            found.append(replace(keyword.default, name=keyword.name))
+        elif keyword.kind is not keyword.VAR_KEYWORD:
+            raise TypeError(f"{id}: the keyword {keyword.name} must have a socket as its default")
+    function.__kwdefaults__ = {one.name: one.default for one in found if one.optional}
+    return tuple(found)
 
 
 def ignore(event: Event) -> None:
