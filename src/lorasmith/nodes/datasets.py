@@ -1,8 +1,9 @@
-"""Nodes for training data: folders of images, encoding, buckets, saving and loading of encoded data sets."""
+"""Nodes for training data: folders of images and videos, frames of videos, encoding, buckets, and encoded data sets."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -11,9 +12,10 @@ from torch import Tensor
 from lorasmith.core.errors import DataError
 from lorasmith.core.folders import Folders, fingerprint
 from lorasmith.core.printable import count_text
+from lorasmith.data.clips import Video, VideoScan, open_video, read_frames, scan_videos
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.encoding import encoded_pixels, encoded_texts
-from lorasmith.data.folder import FolderScan, ImageFile, scan_folder
+from lorasmith.data.folder import FolderScan, scan_folder
 from lorasmith.data.image_files import open_image, to_tensor
 from lorasmith.data.saved_samples import (
     INDEX,
@@ -28,13 +30,18 @@ from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Autoencoder, TextEncoder
 from lorasmith.nodes.conditioning import check_encoder
 from lorasmith.nodes.values import (
+    SEED,
     Latent,
+    check_pixels,
     flat_conditionings,
     flat_images,
     flat_latents,
     image_from_pixels,
+    latent_of,
+    numpy_draws,
     one_for_each,
     pixels_from_image,
+    shuffled,
     single,
 )
 from lorasmith.workflow import NodeContext, Output, node, socket
@@ -42,6 +49,11 @@ from lorasmith.workflow import NodeContext, Output, node, socket
 T = TypeVar("T")
 
 _FOLDER = socket("COMBO", options=lambda folders: folders.input_folders(), tooltip="In the input folder.")
+_SAMPLES = (Output("LATENT", "latents", is_list=True), Output("CONDITIONING", "conditioning", is_list=True))
+
+
+def _files(folders: Folders, folder: str) -> object:
+    return fingerprint(folders.find_input_folder(folder))
 
 
 @node(
@@ -50,7 +62,7 @@ _FOLDER = socket("COMBO", options=lambda folders: folders.input_folders(), toolt
     "image",
     outputs=[Output("IMAGE", "images", is_list=True)],
     search_aliases=["load folder", "load dataset", "import dataset"],
-    fingerprint=lambda folders, folder: fingerprint(folders.find_input_folder(folder)),
+    fingerprint=_files,
 )
 def load_image_folder(context: NodeContext, *, folder: str = _FOLDER) -> tuple[list[Tensor]]:
     """Read the images of a folder in the order of their names, upright, with transparency on white."""
@@ -59,7 +71,7 @@ def load_image_folder(context: NodeContext, *, folder: str = _FOLDER) -> tuple[l
     images = [image for image in scan.images if image.path.parent == path]
     if not images:
         raise DataError(f"{folder} must contain images itself, but all are in its subfolders; choose one of those")
-    return (_read(context, images),)
+    return (_read(context, [image.path for image in images], _image),)
 
 
 @node(
@@ -68,7 +80,7 @@ def load_image_folder(context: NodeContext, *, folder: str = _FOLDER) -> tuple[l
     "image",
     outputs=[Output("IMAGE", "images", is_list=True), Output("STRING", "texts", is_list=True)],
     search_aliases=["load folder", "load dataset", "import dataset"],
-    fingerprint=lambda folders, folder: fingerprint(folders.find_input_folder(folder)),
+    fingerprint=_files,
 )
 def load_image_text_folder(context: NodeContext, *, folder: str = _FOLDER) -> tuple[list[Tensor], list[str]]:
     """Read the images of a folder and their caption files, in the order of their names.
@@ -77,16 +89,11 @@ def load_image_text_folder(context: NodeContext, *, folder: str = _FOLDER) -> tu
     caption, with a warning.
     """
     scan = _scanned(context, folder)
-    if scan.missing_captions:
-        names = ", ".join(path.name for path in scan.missing_captions[:3])
-        context.warn(
-            f"{len(scan.missing_captions)} of {len(scan.images)} images have no caption (such as {names}) and get an "
-            "empty one; add a text file of the same name for each"
-        )
+    _warn_of_missing(context, scan.missing_captions, f"{len(scan.images)} images")
     for note in scan.notes:
         context.warn(note)
     captions = [image.caption if image.caption_source in ("file", "metadata") else "" for image in scan.images]
-    images = _read(context, scan.images)
+    images = _read(context, [image.path for image in scan.images], _image)
     repeats = [image.repeats for image in scan.images]
     return _repeated(images, repeats), _repeated(captions, repeats)
 
@@ -95,7 +102,7 @@ def load_image_text_folder(context: NodeContext, *, folder: str = _FOLDER) -> tu
     "MakeTrainingDataset",
     "Make Training Dataset",
     "model/training",
-    outputs=[Output("LATENT", "latents", is_list=True), Output("CONDITIONING", "conditioning", is_list=True)],
+    outputs=_SAMPLES,
     search_aliases=["encode dataset"],
     is_input_list=True,
 )
@@ -124,11 +131,7 @@ def make_training_dataset(
     pixels = [pixels_from_image(context, one, autoencoder) for one in pictures]
 
     def shown(what: str) -> Callable[[int, int], None]:
-        def progress(done: int, total: int) -> None:
-            context.raise_if_cancelled()
-            context.progress(done, total, text=f"{what} {done} of {total}")
-
-        return progress
+        return lambda done, total: context.advance(done, total, f"{what} {done} of {total}")
 
     hashing = shown("hashing encoders, tensor")
     conditionings = encoded_texts(encoder, captions, progress=shown("caption"), hash_progress=hashing)
@@ -140,7 +143,7 @@ def make_training_dataset(
     "ResolutionBucket",
     "Resolution Bucket",
     "model/training",
-    outputs=[Output("LATENT", "latents", is_list=True), Output("CONDITIONING", "conditioning", is_list=True)],
+    outputs=_SAMPLES,
     search_aliases=["bucket by resolution", "group by resolution"],
     is_input_list=True,
 )
@@ -170,13 +173,27 @@ def _scanned(context: NodeContext, folder: str) -> FolderScan:
     return scan
 
 
-def _read(context: NodeContext, images: Sequence[ImageFile]) -> list[Tensor]:
-    """Each file as a separate IMAGE."""
+def _warn_of_missing(context: NodeContext, missing: Sequence[Path], all_of_them: str) -> None:
+    """Warn of files without a caption."""
+    if missing:
+        names = ", ".join(path.name for path in missing[:3])
+        context.warn(
+            f"{len(missing)} of {all_of_them} have no caption (such as {names}) and get an empty one; add a text file "
+            "of the same name for each"
+        )
+
+
+def _image(path: Path) -> Tensor:
+    return image_from_pixels(to_tensor(open_image(path))[None])
+
+
+def _read(context: NodeContext, paths: Sequence[Path], read_one: Callable[[Path], T]) -> list[T]:
+    """Each file, read separately."""
     read = []
-    for done, image in enumerate(images, start=1):
+    for done, path in enumerate(paths, start=1):
         context.raise_if_cancelled()
-        read.append(image_from_pixels(to_tensor(open_image(image.path))[None]))
-        context.progress(done, len(images), text=image.path.name)
+        read.append(read_one(path))
+        context.progress(done, len(paths), text=path.name)
     return read
 
 
@@ -227,7 +244,7 @@ def save_training_dataset(
     "LoadTrainingDataset",
     "Load Training Dataset",
     "model/training",
-    outputs=[Output("LATENT", "latents", is_list=True), Output("CONDITIONING", "conditioning", is_list=True)],
+    outputs=_SAMPLES,
     search_aliases=["import dataset", "training data"],
     fingerprint=lambda folders, folder_name: fingerprint(folders.find_dataset(folder_name)),
 )
@@ -249,10 +266,175 @@ def load_training_dataset(
             context.warn(f"{shown} in {folder_name} has no meaning here and is left out")
     else:
         raise DataError(f"{folder} must be a saved training data set, but has no {INDEX}; save it again")
-    return [_latent(batch) for batch in samples.latents], [list(one) for one in samples.conditioning]
+    latents = [latent_of(batch.samples, batch.downscale) for batch in samples.latents]
+    return latents, [list(one) for one in samples.conditioning]
 
 
-def _latent(batch: LatentBatch) -> Latent:
-    if batch.downscale is None:
-        return {"samples": batch.samples}
-    return {"samples": batch.samples, "downscale_ratio_spacial": batch.downscale}
+_VIDEO = socket("VIDEO")
+_LENGTH = socket("INT", default=16, min=1, max=99999, tooltip="Frames to keep.")
+_LIST = Output("VIDEO", "videos", is_list=True)
+_TEXTS = Output("STRING", "texts", is_list=True)
+_SEARCHED = ("load folder", "load dataset", "load videos", "import dataset")
+
+
+@node(
+    "LoadVideoDataSetFromFolder",
+    "Load Video (from Folder)",
+    "video",
+    outputs=[_LIST],
+    search_aliases=_SEARCHED,
+    fingerprint=_files,
+)
+def load_video_folder(context: NodeContext, *, folder: str = _FOLDER) -> tuple[list[Video]]:
+    """Find the videos of a folder, in the order of their names."""
+    scan = _scanned_videos(context, folder, subfolders=False)
+    return (_read(context, [one.path for one in scan.videos], open_video),)
+
+
+@node(
+    "LoadVideoTextDataSetFromFolder",
+    "Load Video-Text (from Folder)",
+    "video",
+    outputs=[_LIST, _TEXTS],
+    search_aliases=_SEARCHED,
+    fingerprint=_files,
+)
+def load_video_text_folder(context: NodeContext, *, folder: str = _FOLDER) -> tuple[list[Video], list[str]]:
+    """Find the videos of a folder and their caption files, in the order of their names.
+
+    Videos of subfolders such as `10_sks dog` are repeated that many times. A video without a caption file has an empty
+    caption, with a warning.
+    """
+    scan = _scanned_videos(context, folder, subfolders=True)
+    _warn_of_missing(context, [one.path for one in scan.videos if one.caption is None], f"{len(scan.videos)} videos")
+    videos = _read(context, [one.path for one in scan.videos], open_video)
+    repeats = [one.repeats for one in scan.videos]
+    return _repeated(videos, repeats), _repeated([one.caption or "" for one in scan.videos], repeats)
+
+
+@node(
+    "VideoFrameSample",
+    "Sample Video Frame",
+    "video",
+    outputs=[Output("VIDEO", "video")],
+    search_aliases=["sample frames", "extract frames"],
+)
+def video_frame_sample(
+    context: NodeContext,
+    *,
+    video: Video = _VIDEO,
+    num_frames: int = socket("INT", default=16, min=1, max=9999, tooltip="Frames to keep."),
+    strategy: str = socket(
+        "COMBO",
+        default="uniform",
+        options=("uniform", "head", "tail", "random"),
+        tooltip="Evenly spread, the first, the last, or any in their order.",
+    ),
+    seed: int = socket("INT", default=0, min=0, max=2**64 - 1, tooltip="Of the strategy random."),
+) -> tuple[Video]:
+    """Keep a number of frames of a video, all of them if it has fewer."""
+    total = len(video.frames)
+    count = min(num_frames, total)
+    if strategy == "head":
+        return (video.part(0, count),)
+    if strategy == "tail":
+        return (video.part(total - count, count),)
+    if strategy == "random":
+        return (video.only(sorted(numpy_draws(seed).choice(total, size=count, replace=False).tolist())),)
+    if count == 1:
+        return (video.only([total // 2]),)
+    return (video.only([round(index * (total - 1) / (count - 1)) for index in range(count)]),)
+
+
+@node(
+    "VideoTemporalCrop",
+    "Crop Video (Temporal)",
+    "video/transform",
+    outputs=[Output("VIDEO", "video")],
+    search_aliases=["crop", "crop video", "truncate video"],
+)
+def video_temporal_crop(
+    context: NodeContext,
+    *,
+    video: Video = _VIDEO,
+    start_frame: int = socket("INT", default=0, min=0, max=99999, tooltip="First frame, counted from 0."),
+    length: int = _LENGTH,
+) -> tuple[Video]:
+    """Keep frames in a row; at the end of the video there may be fewer."""
+    return (video.part(min(start_frame, len(video.frames) - 1), length),)
+
+
+@node(
+    "VideoRandomTemporalCrop",
+    "Crop Video (Temporal Random)",
+    "video/transform",
+    outputs=[Output("VIDEO", "video")],
+    search_aliases=["crop", "crop video", "truncate video", "random crop"],
+)
+def video_random_temporal_crop(
+    context: NodeContext, *, video: Video = _VIDEO, length: int = _LENGTH, seed: int = SEED
+) -> tuple[Video]:
+    """Keep frames in a row, from where the seed decides."""
+    room = len(video.frames) - length
+    return (video.part(int(numpy_draws(seed).randint(0, room + 1)) if room > 0 else 0, length),)
+
+
+@node(
+    "ShuffleVideoDataset",
+    "Shuffle Videos List",
+    "video/batch",
+    outputs=[_LIST],
+    search_aliases=["shuffle", "randomize", "mix"],
+    is_input_list=True,
+)
+def shuffle_videos(context: NodeContext, *, videos: list[Video] = _VIDEO, seed: list[int] = SEED) -> tuple[list[Video]]:
+    """Put videos into an order that the seed decides."""
+    return (shuffled(videos, single(context, "seed", seed)),)
+
+
+@node(
+    "ShuffleVideoTextDataset",
+    "Shuffle Pairs of Video-Text",
+    "dataset/video",
+    outputs=[_LIST, _TEXTS],
+    search_aliases=["shuffle", "randomize", "mix"],
+    is_input_list=True,
+)
+def shuffle_videos_and_texts(
+    context: NodeContext,
+    *,
+    videos: list[Video] = _VIDEO,
+    texts: list[str] = socket("STRING", multiline=False, tooltip="One per video."),
+    seed: list[int] = SEED,
+) -> tuple[list[Video], list[str]]:
+    """Put videos and their texts into an order that the seed decides; pairs stay together."""
+    chosen = single(context, "seed", seed)
+    captions = one_for_each(texts, len(videos), name="texts", of="text")
+    return shuffled(videos, chosen), shuffled(captions, chosen)
+
+
+@node(
+    "GetVideoComponents",
+    "Get Video Components",
+    "video",
+    outputs=[
+        Output("IMAGE", "images"),
+        Output("AUDIO", "audio", tooltip="Always nothing: sound is not read here."),
+        Output("FLOAT", "fps"),
+        Output("INT", "bit_depth"),
+        Output("COMBO", "color_space"),
+    ],
+    search_aliases=["extract frames", "split video", "video to images"],
+)
+def get_video_components(context: NodeContext, *, video: Video = _VIDEO) -> tuple[Tensor, None, float, int, str]:
+    """Read the frames of a video as a batch of pictures."""
+    check_pixels(len(video.frames), video.width, video.height)
+    return read_frames(video, context.advance), None, float(video.rate), video.bit_depth, video.colour_space
+
+
+def _scanned_videos(context: NodeContext, folder: str, *, subfolders: bool) -> VideoScan:
+    path = context.folders.find_input_folder(folder)
+    scan = scan_videos(path, subfolders=subfolders, follow_links=context.folders.follow_links)
+    for note in scan.notes:
+        context.warn(note)
+    return scan

@@ -15,7 +15,7 @@ from torch.nn import functional
 from lorasmith.core.errors import DataError
 from lorasmith.core.folders import Folders, fingerprint
 from lorasmith.data.image_files import image_suffixes, open_frames
-from lorasmith.nodes.values import check_pixels, flat_images, numpy_draws, one_for_each, shuffled, single
+from lorasmith.nodes.values import SEED, check_pixels, flat_images, numpy_draws, one_for_each, shuffled, single
 from lorasmith.workflow import NodeContext, Output, node, socket
 
 _CHANNELS = ("red", "green", "blue")
@@ -188,7 +188,6 @@ def _to_tensor(image: Image.Image) -> Tensor:
 _IMAGES = socket("IMAGE")
 _OUTPUT = Output("IMAGE", "images")
 _LIST = Output("IMAGE", "images", is_list=True)
-_SEED = socket("INT", default=0, min=0, max=2**64 - 1, tooltip="The same seed gives the same result.")
 _CROPPED_SIDE = socket("INT", default=512, min=1, max=8192, tooltip="In pixels; smaller images stay.")
 _CELL_SIDE = socket("INT", default=256, min=32, max=2048, tooltip="In pixels; images are stretched to it.")
 _LUMA = (19595, 38470, 7471)  # weights of red, green and blue in grey, in units of 2⁻¹⁶, as in Pillow
@@ -254,7 +253,7 @@ def random_crop(
     images: Tensor = _IMAGES,
     width: int = _CROPPED_SIDE,
     height: int = _CROPPED_SIDE,
-    seed: int = _SEED,
+    seed: int = SEED,
 ) -> tuple[Tensor]:
     """Cut a part out of images, in a place that the seed decides: for one size of images the same place in each."""
     rows, columns = images.shape[1:3]
@@ -313,7 +312,7 @@ def adjust_contrast(
     is_input_list=True,
 )
 def shuffle_images(
-    context: NodeContext, *, images: list[Tensor] = _IMAGES, seed: list[int] = _SEED
+    context: NodeContext, *, images: list[Tensor] = _IMAGES, seed: list[int] = SEED
 ) -> tuple[list[Tensor]]:
     """Put images into an order that the seed decides."""
     return (shuffled(flat_images(images), single(context, "seed", seed)),)
@@ -332,7 +331,7 @@ def shuffle_images_and_texts(
     *,
     images: list[Tensor] = _IMAGES,
     texts: list[str] = socket("STRING", force_input=True, multiline=False, tooltip="One per image."),
-    seed: list[int] = _SEED,
+    seed: list[int] = SEED,
 ) -> tuple[list[Tensor], list[str]]:
     """Put images and their texts into an order that the seed decides; pairs stay together."""
     pictures, chosen = flat_images(images), single(context, "seed", seed)

@@ -16,6 +16,7 @@ from lorasmith.nodes.values import (
     check_latents,
     flat_latents,
     image_from_pixels,
+    latent_of,
     pixels_from_image,
     single,
     with_frames,
@@ -60,18 +61,13 @@ def vae_decode_tiled(
     latents = with_frames(samples["samples"], vae.latent)
     check_latents(latents, vae.latent)
     scale = vae.latent.downscale
-
-    def before_tile(done: int, total: int) -> None:
-        context.raise_if_cancelled()
-        context.progress(done, total)
-
     with vae.active():
         pixels = decode_tiled(
             vae,
             latents,
             tile=max(1, tile_size // scale),
             overlap=min(overlap, tile_size // 4) // scale,  # a larger overlap is cut as in ComfyUI
-            before_tile=before_tile,
+            before_tile=context.advance,
         )
     return (image_from_pixels(pixels),)
 
@@ -195,8 +191,4 @@ def rebatch_latents(
     # Pixels per latent are those of empty latents, and of a whole list or none.
     scale = scales.pop() if len(scales) == 1 else None
     batches = [torch.cat(run[start : start + size]) for run in runs for start in range(0, len(run), size)]
-    return ([_latent(batch, scale) for batch in batches],)
-
-
-def _latent(samples: Tensor, scale: int | None) -> Latent:
-    return {"samples": samples} if scale is None else {"samples": samples, "downscale_ratio_spacial": scale}
+    return ([latent_of(batch, scale) for batch in batches],)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -20,6 +20,8 @@ from lorasmith.training.lora_handle import Lora
 from lorasmith.workflow import Input, NodeContext, Output, node, socket
 from lorasmith.workflow.graph import Graph, Link
 from lorasmith.workflow.sockets import ANY, MATCH
+
+E = TypeVar("E", TextEncoder, None)
 
 _WEIGHT_DTYPES = {
     "default": None,
@@ -228,7 +230,7 @@ def lora_loader(
     strength_clip: float = _STRENGTH,
 ) -> tuple[Denoiser, TextEncoder]:
     """Apply a LoRA file to a model and its text encoders."""
-    return _on_both(context, model, clip, lora_name, strength_model, strength_clip)
+    return _with_lora(context, model, clip, lora_name, strength_model, strength_clip)
 
 
 @node(
@@ -248,7 +250,7 @@ def lora_loader_bypass(
     strength_clip: float = _STRENGTH,
 ) -> tuple[Denoiser, TextEncoder]:
     """Apply a LoRA file to a model, beside its weights, and to its text encoders; the pictures are the same."""
-    return _on_both(context, model, clip, lora_name, strength_model, strength_clip, bypass=True)
+    return _with_lora(context, model, clip, lora_name, strength_model, strength_clip, bypass=True)
 
 
 @node("LoraLoaderModelOnly", "Load LoRA", "model/loaders", outputs=["MODEL"], fingerprint=_lora_file)
@@ -260,7 +262,7 @@ def lora_loader_model_only(
     strength_model: float = _STRENGTH,
 ) -> tuple[Denoiser]:
     """Apply a LoRA file to a model."""
-    return (_on_model(context, model, lora_name, strength_model),)
+    return (_with_lora(context, model, None, lora_name, strength_model)[0],)
 
 
 @node(
@@ -278,7 +280,7 @@ def lora_loader_bypass_model_only(
     strength_model: float = _STRENGTH,
 ) -> tuple[Denoiser]:
     """Apply a LoRA file to a model, beside its weights; the pictures are the same."""
-    return (_on_model(context, model, lora_name, strength_model, bypass=True),)
+    return (_with_lora(context, model, None, lora_name, strength_model, bypass=True)[0],)
 
 
 @node("LoraModelLoader", "Load LoRA Model", "model/loaders", outputs=[Output("MODEL", "model")])
@@ -299,33 +301,21 @@ def lora_model_loader(
     return (applied.denoiser,)
 
 
-def _on_model(
-    context: NodeContext, model: Denoiser, name: str, strength: float, *, bypass: bool | None = None
-) -> Denoiser:
-    """The model with a LoRA file, merged where possible unless `bypass`."""
-    if not strength:
-        return model
-    lora = Lora.load(context.folders.find("loras", name), model.base)
-    applied = lora.applied(model, None, strength=strength, bypass=bypass)
-    _tell(context, applied.note)
-    return applied.denoiser
-
-
-def _on_both(
+def _with_lora(
     context: NodeContext,
     model: Denoiser,
-    clip: TextEncoder,
+    clip: E,
     name: str,
     strength_model: float,
-    strength_clip: float,
+    strength_clip: float = 0.0,
     *,
     bypass: bool | None = None,
-) -> tuple[Denoiser, TextEncoder]:
+) -> tuple[Denoiser, E]:
     """Model and text encoders with a LoRA file, run beside the weights with `bypass`, else merged where possible."""
     if not strength_model and not strength_clip:
         return model, clip
     # The text encoders may be of another file than the model, with other modules.
-    names = replace(model.base.names, text_encoders=clip.names.text_encoders)
+    names = model.base if clip is None else replace(model.base.names, text_encoders=clip.names.text_encoders)
     lora = Lora.load(context.folders.find("loras", name), names)
     applied = lora.applied(model, clip, strength=strength_model, text_strength=strength_clip, bypass=bypass)
     _tell(context, applied.note)

@@ -185,11 +185,6 @@ def extract_and_save_lora(
     if model_diff is None and text_encoder_diff is None:
         context.warn("neither model_diff nor text_encoder_diff is linked, so there is no LoRA to save; link one")
         return NodeOutput(())
-
-    def progress(done: int, total: int) -> None:
-        context.raise_if_cancelled()
-        context.progress(done, total)
-
     parts = [] if model_diff is None else [PatchedPart(DENOISER, model_diff.module, model_diff.patches)]
     if text_encoder_diff is not None:
         parts += [
@@ -198,7 +193,9 @@ def extract_and_save_lora(
         ]
     limit = rank if lora_type == "standard" else None
     names, family, title, predicts = _model(model_diff, text_encoder_diff)
-    state = extract_patches(parts, names, rank=limit, differences=bias_diff, device=best_device(), progress=progress)
+    state = extract_patches(
+        parts, names, rank=limit, differences=bias_diff, device=best_device(), progress=context.advance
+    )
     count = max(len(part.patches) for part in parts)
     what = count_text(count, "LoRA")
     note = f"extracted from {what} on {title}" + ("" if limit is None else f" at rank {limit}")

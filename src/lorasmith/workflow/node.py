@@ -199,6 +199,11 @@ class NodeContext:
         """Report that `value` of `maximum` steps are done; see `NodeProgress`."""
         self.report(NodeProgress(self.node_id, value, maximum, text, preview))
 
+    def advance(self, value: int, maximum: int, text: str = "") -> None:
+        """Report progress, as a callback of what can be stopped: raises CancelledError if the run was cancelled."""
+        self.raise_if_cancelled()
+        self.progress(value, maximum, text=text)
+
     def publish(self, kind: str, data: Mapping[str, Any]) -> None:
         """Report JSON values for programs; see `NodeReport`."""
         self.report(NodeReport(self.node_id, kind, data))
