@@ -43,7 +43,7 @@ from lorasmith.data.data_config import DataConfig, ImageSource
 from lorasmith.data.encoding import encode_scan
 from lorasmith.data.encoding_cache import FOLDER_VARIABLE
 from lorasmith.data.folder import scan_folder
-from lorasmith.data.source_files import Remarks, candidates
+from lorasmith.data.source_files import ScanNotes, candidates
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
 from lorasmith.runs.data_check import check_scan
@@ -209,7 +209,7 @@ def _checked(folder: Path) -> int:
 
 
 def _listed(folder: Path) -> int:
-    return len(list(candidates(ImageSource(str(folder)), DataConfig(), cache=None, skipped=[], remarks=Remarks())))
+    return len(list(candidates(ImageSource(str(folder)), DataConfig(), cache=None, skipped=[], notes=ScanNotes())))
 
 
 def _command(arguments: Sequence[str]) -> tuple[float, float]:

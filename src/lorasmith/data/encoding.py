@@ -26,7 +26,13 @@ from lorasmith.data.encoder_digest import RememberedDigests, autoencoder_digest,
 from lorasmith.data.encoding_cache import CacheEntries, EncodingCache, default_cache, key_of
 from lorasmith.data.folder import FolderScan, ImageFile, scan_sources
 from lorasmith.data.hub_datasets import dataset_folder
-from lorasmith.data.picture_encoding import EncodedFraming, FramedImage, PictureEncoder, Progress, encode_pictures
+from lorasmith.data.picture_encoding import (
+    EncodedFraming,
+    EncodingProgress,
+    FramedImage,
+    PictureEncoder,
+    encode_pictures,
+)
 from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Autoencoder, Model, TextEncoder
 
@@ -109,7 +115,7 @@ def encode_scan(
     config: DataConfig,
     *,
     device: torch.device | None = None,
-    progress: Progress | None = None,
+    progress: EncodingProgress | None = None,
     caption_progress: Callable[[int, int], None] | None = None,
     hash_progress: Callable[[int, int], None] | None = None,
 ) -> EncodedDataset:
@@ -160,7 +166,7 @@ def encode_images(
     pictures: PictureEncoder,
     resolution: int,
     multiple: int,
-    progress: Progress | None = None,
+    progress: EncodingProgress | None = None,
     caption_progress: Callable[[int, int], None] | None = None,
 ) -> EncodedDataset:
     """Encode the plain caption of each image, then its framings; further captions are encoded when the run is known.

@@ -28,7 +28,7 @@ from lorasmith.data.folder import ImageFile
 from lorasmith.data.image_files import file_digest
 from lorasmith.families.base import Conditioning, PictureSize
 
-Progress = Callable[[int, int, str, int], None]
+EncodingProgress = Callable[[int, int, str, int], None]
 """Receives images done, all images, the name of the last one, and the number found in the cache."""
 
 _READERS = 2  # threads; decoding is faster than any autoencoder, which needs the other cores
@@ -107,7 +107,7 @@ def encode_pictures(
     images: Sequence[FramedImage],
     encoder: PictureEncoder,
     config: DataConfig,
-    progress: Progress | None = None,
+    progress: EncodingProgress | None = None,
 ) -> list[list[EncodedFraming]]:
     """The encoded framings of each image, in order.
 
@@ -149,7 +149,7 @@ class _Counter:
     """Reports images of which every framing is encoded."""
 
     total: int
-    progress: Progress | None
+    progress: EncodingProgress | None
     cached: int
     done: int = field(default=0, init=False)
 

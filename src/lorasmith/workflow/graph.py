@@ -66,7 +66,7 @@ class Graph:
 
 
 @dataclass(frozen=True)
-class Finding:
+class GraphFault:
     """One fault of a prompt."""
 
     kind: str  # as in a ComfyUI server's response (`required_input_missing`, ...)
@@ -84,7 +84,7 @@ class Examination:
     """The result of checking a prompt. `graph` can be run only if there are no faults."""
 
     graph: Graph
-    faults: tuple[Finding, ...]
+    faults: tuple[GraphFault, ...]
 
 
 def validate(
@@ -125,7 +125,7 @@ def examine(
     # Without an output of a known class those of unknown classes may be outputs.
     needs |= {key: _linked_ids(checker.prompt[key]) for key in checker.unknown}
     goals = (*outputs, *(unknown if targets is not None else ())) or unknown or tuple(drafts)
-    faults, ignored = checker.sorted_findings(set(depth_first(goals, needs)[0]))
+    faults, ignored = checker.sorted_faults(set(depth_first(goals, needs)[0]))
     graph = Graph({key: drafts[key] for key in order}, outputs, prompt, _notes(ignored))
     return Examination(graph, faults)
 
@@ -140,8 +140,8 @@ class _Checker:
     prompt: Prompt
     folders: Folders
     nodes: Registry[Node]
-    findings: list[Finding] = field(default_factory=list)
-    warnings: list[Finding] = field(default_factory=list)
+    faults: list[GraphFault] = field(default_factory=list)
+    warnings: list[GraphFault] = field(default_factory=list)
     unknown: dict[str, None] = field(default_factory=dict)
     faulty: set[str | None] = field(default_factory=set)
     types: dict[Link, str] = field(default_factory=dict)
@@ -150,15 +150,15 @@ class _Checker:
         if self.is_crowded and node_id in self.faulty:
             return
         self.faulty.add(node_id)
-        self.findings.append(Finding(kind, self._label(node_id), shortened(sentence), node_id, name))
+        self.faults.append(GraphFault(kind, self._label(node_id), shortened(sentence), node_id, name))
 
     def warn(self, node_id: str, kind: str, sentence: str, name: str) -> None:
-        self.warnings.append(Finding(kind, self._label(node_id), shortened(sentence), node_id, name))
+        self.warnings.append(GraphFault(kind, self._label(node_id), shortened(sentence), node_id, name))
 
     @property
     def is_crowded(self) -> bool:
         """Whether more was found than is listed."""
-        return len(self.findings) + len(self.warnings) > 2 * _LISTED
+        return len(self.faults) + len(self.warnings) > 2 * _LISTED
 
     def _label(self, node_id: str | None) -> str:
         return "" if node_id is None else node_label(node_id, node_title(self.prompt.get(node_id), self.nodes))
@@ -240,16 +240,16 @@ class _Checker:
         sentence = f"a node must not depend on its own output, but these do: {path}; remove one of the links"
         self.find(cycle.start[0], "dependency_cycle", sentence)
 
-    def sorted_findings(self, needed: Collection[str]) -> tuple[tuple[Finding, ...], tuple[Finding, ...]]:
+    def sorted_faults(self, needed: Collection[str]) -> tuple[tuple[GraphFault, ...], tuple[GraphFault, ...]]:
         """Faults that stop the run, and warnings, including faults of nodes that would not run."""
         places = {key: place for place, key in enumerate(self.prompt)}
 
-        def place(finding: Finding) -> int:
-            return places.get(finding.node_id or "", -1)
+        def place(fault: GraphFault) -> int:
+            return places.get(fault.node_id or "", -1)
 
-        faults: list[Finding] = []
+        faults: list[GraphFault] = []
         ignored = [*self.warnings]
-        for one in self.findings:
+        for one in self.faults:
             (faults if one.node_id is None or one.node_id in needed else ignored).append(one)
         return tuple(sorted(faults, key=place)), tuple(sorted(ignored, key=place))
 
@@ -289,7 +289,7 @@ class _Checker:
         return inputs
 
     def _read_input(self, key: str, slot: Input, value: Any, inputs: dict[str, Any]) -> None:
-        """Add the checked value or link to `inputs`, or its fault to the findings."""
+        """Add the checked value or link to `inputs`, or its fault."""
         if isinstance(value, list) and len(value) == 2 and _is_id(value[0]) and _is_index(value[1]):
             if (link := self._read_link(key, slot.name, value)) is not None:
                 inputs[slot.name] = link
@@ -319,10 +319,10 @@ class _Checker:
         return Link(source, index)
 
 
-def _notes(findings: Sequence[Finding]) -> tuple[str, ...]:
-    """The first findings as text, those of unknown nodes in one, and the number of the others."""
-    unknown = [one.label for one in findings if one.kind == "missing_node_type"]
-    others = [one for one in findings if one.kind != "missing_node_type"]
+def _notes(faults: Sequence[GraphFault]) -> tuple[str, ...]:
+    """The first faults as text, those of unknown nodes in one, and the number of the others."""
+    unknown = [one.label for one in faults if one.kind == "missing_node_type"]
+    others = [one for one in faults if one.kind != "missing_node_type"]
     listed = tuple(shortened(one) for one in others[:_LISTED])
     more = len(others) - len(listed)
     if unknown:

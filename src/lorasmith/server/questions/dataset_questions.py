@@ -24,7 +24,7 @@ from lorasmith.data.findings import Finding, FindingKind
 from lorasmith.data.folder_listing import ListedFolder, Skipped, list_folders, stem_of
 from lorasmith.data.image_files import ImageError, header_size, image_suffixes, open_reduced
 from lorasmith.data.preflight import name_in
-from lorasmith.data.source_files import Candidate, Remarks, candidates
+from lorasmith.data.source_files import Candidate, ScanNotes, candidates
 from lorasmith.families.locating import ModelFiles
 from lorasmith.runs.data_check import DataCheck, check_folder
 from lorasmith.runs.data_check_page import said_of
@@ -183,10 +183,10 @@ def is_name(name: str) -> bool:
 def pictures_in(folders: Folders, folder: Path) -> tuple[list[Candidate], Skipped, list[str]]:
     """The pictures directly in a folder, its skipped files, and notes."""
     skipped: Skipped = []
-    remarks = Remarks()
+    scan_notes = ScanNotes()
     config = DataConfig(follow_links=folders.follow_links)
     try:
-        found = list(candidates(ImageSource(str(folder)), config, cache=None, skipped=skipped, remarks=remarks))
+        found = list(candidates(ImageSource(str(folder)), config, cache=None, skipped=skipped, notes=scan_notes))
     except DataError as error:
         return [], [], [str(error)]
     own = [one for one in found if not one.folder.inside]
@@ -203,7 +203,7 @@ def pictures_in(folders: Folders, folder: Path) -> tuple[list[Candidate], Skippe
     if len(shown) < len(own):
         use = "trained on, and not shown" if folders.follow_links else "neither trained on nor shown"
         notes.append(f"{len(own) - len(shown):,} pictures are links to other folders: {use} here.")
-    return shown, skipped, [*notes, *remarks.sentences()]
+    return shown, skipped, [*notes, *scan_notes.sentences()]
 
 
 def stays_in(path: Path, real: Path) -> bool:
