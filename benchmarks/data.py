@@ -38,14 +38,12 @@ from benchmarks.results import Results, add_json
 from benchmarks.sides import MIB, status_bytes
 from lorasmith.bench.measure import measured_parts, measured_steps
 from lorasmith.core.allocator import keep_freed_memory
-from lorasmith.data.buckets import bucket_size
-from lorasmith.data.data_config import DataConfig
+from lorasmith.data.crops import bucket_size
+from lorasmith.data.data_config import DataConfig, ImageSource
 from lorasmith.data.encoding import encode_scan
 from lorasmith.data.encoding_cache import FOLDER_VARIABLE
 from lorasmith.data.folder import scan_folder
-from lorasmith.data.folder_remarks import Remarks
-from lorasmith.data.source_files import candidates
-from lorasmith.data.sources import ImageSource
+from lorasmith.data.source_files import ScanNotes, candidates
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
 from lorasmith.runs.data_check import check_scan
@@ -211,7 +209,7 @@ def _checked(folder: Path) -> int:
 
 
 def _listed(folder: Path) -> int:
-    return len(list(candidates(ImageSource(str(folder)), DataConfig(), cache=None, skipped=[], remarks=Remarks())))
+    return len(list(candidates(ImageSource(str(folder)), DataConfig(), cache=None, skipped=[], notes=ScanNotes())))
 
 
 def _command(arguments: Sequence[str]) -> tuple[float, float]:

@@ -20,7 +20,7 @@ from typing import Any
 from PIL import Image
 
 from lorasmith.core.folders import ASSETS
-from lorasmith.data.sources import ImageSource
+from lorasmith.data.data_config import ImageSource
 from lorasmith.families.loading import load_model
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Denoiser

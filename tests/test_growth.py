@@ -28,7 +28,7 @@ from lorasmith.core.errors import LorasmithError
 from lorasmith.core.folders import annotated, safe_name
 from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.core.printable import sentence
-from lorasmith.data.wildcards import Choices
+from lorasmith.data.captions import Choices
 from lorasmith.families.parts import autoencoders, clip
 from lorasmith.families.parts.encoders import parse_weights
 from lorasmith.formats.container import write_safetensors
@@ -43,7 +43,7 @@ from lorasmith.toolbox.check import check_lora
 from lorasmith.training.optim import update_rules
 from lorasmith.training.target_text import parse_targets
 from lorasmith.workflow import apply_overrides, parse_prompt
-from lorasmith.workflow.subgraphs import _without_prefixes
+from lorasmith.workflow.editor_format import _without_prefixes
 from tests.workflow.editor_cases import TEXT, graph, instance, joined, made, shown, subgraph
 
 PACKAGE = Path(__file__).parents[1] / "src" / "lorasmith"
@@ -66,11 +66,10 @@ TABLES = {
     "families/parts/clip.py": lambda: [pattern for pattern, _ in clip._OPENCLIP],
     "families/parts/autoencoders.py": lambda: [r"decoder\.up\.(\d+)\.", *(one for one, _ in autoencoders._RENAMES)],
     "formats/spelling.py": lambda: [one.pattern for one in SIGNATURES],
-    "nodes/saving.py": lambda: [r"name_(\d+)[_.].*", r"name_\d+_steps_(\d+)_?\..+"],
+    "nodes/outputs.py": lambda: [r"name_(\d+)[_.].*", r"name_\d+_steps_(\d+)_?\..+"],
 }
 PASSED_ON = {
     "core/printable.py": "split",
-    "data/cache_folder.py": "fullmatch",
     "data/encoding_cache.py": "fullmatch",
     "formats/inspect.py": "match",
 }

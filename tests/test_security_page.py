@@ -19,14 +19,12 @@ import torch
 from lorasmith.cli.main import main
 from lorasmith.core.errors import DataError, GraphError, LorasmithError, ModelError, OptionError
 from lorasmith.core.folders import Folders, read_extra_model_paths
-from lorasmith.data.comfyui_shards import read_comfyui_dataset
-from lorasmith.data.data_config import DataConfig
+from lorasmith.data.captioners import transformers_captioner
+from lorasmith.data.clips import open_video
+from lorasmith.data.data_config import DataConfig, ImageSource
 from lorasmith.data.encoding_cache import EncodingCache, key_of
 from lorasmith.data.folder import scan_folder, scan_sources
-from lorasmith.data.saved_samples import read_samples
-from lorasmith.data.sources import ImageSource
-from lorasmith.data.transformers_captions import transformers_captioner
-from lorasmith.data.video_files import open_video
+from lorasmith.data.saved_samples import read_comfyui_dataset, read_samples
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
 from lorasmith.families.parts.encoders import folder_tokenizer

@@ -31,9 +31,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lorasmith.core import errors
     from lorasmith.core.errors import LorasmithError
-    from lorasmith.data.data_config import DataConfig
+    from lorasmith.data.data_config import DataConfig, ImageSource
     from lorasmith.data.dataset import EncodedDataset, Sample
-    from lorasmith.data.sources import ImageSource
     from lorasmith.families.loading import load_model
     from lorasmith.families.model import Denoiser, Model
     from lorasmith.nodes.workflow_run import run_workflow
@@ -72,7 +71,7 @@ _HOMES = {
     "DataConfig": "data.data_config",
     "Denoiser": "families.model",
     "EncodedDataset": "data.dataset",
-    "ImageSource": "data.sources",
+    "ImageSource": "data.data_config",
     "Lora": "training.lora_handle",
     "LorasmithError": "core.errors",
     "Model": "families.model",

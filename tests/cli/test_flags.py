@@ -13,8 +13,7 @@ from lorasmith.cli import train as train_command
 from lorasmith.cli.flags import folders_of
 from lorasmith.core.errors import OptionError
 from lorasmith.core.options import options_of
-from lorasmith.data.data_config import DataConfig
-from lorasmith.data.sources import ImageSource
+from lorasmith.data.data_config import DataConfig, ImageSource
 from lorasmith.runs import folder_run
 from lorasmith.runs.spec import RunSpec
 from lorasmith.training.config import TrainConfig

@@ -11,7 +11,7 @@ import pytest
 
 from lorasmith.core.folders import Folders
 from lorasmith.nodes import load_nodes
-from lorasmith.workflow.object_info import object_info
+from lorasmith.workflow.node_reference import object_info
 from tools.node_list import PAGE, written
 
 Command = Callable[..., Any]

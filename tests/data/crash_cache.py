@@ -32,10 +32,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorasmith.data import cache_shards, encoding_cache
-from lorasmith.data.encoder_digest import autoencoder_digest, text_encoder_digest
+from lorasmith.data import encoding_cache
+from lorasmith.data.encoder_digest import RememberedDigests, autoencoder_digest, text_encoder_digest
 from lorasmith.data.encoding_cache import EncodingCache, key_of
-from lorasmith.data.remembered_digests import RememberedDigests
 from lorasmith.families.loading import load_model
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Model
@@ -212,7 +211,7 @@ def _kill_in_a_write(pieces: int) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             yield piece
 
-    cache_shards.serialised = deadly
+    encoding_cache.serialised = deadly
 
 
 @contextmanager

@@ -10,8 +10,7 @@ from PIL import Image
 
 from lorasmith.data.clips import ClipForm
 from lorasmith.data.data_config import DataConfig
-from lorasmith.data.dataset import EncodedDataset
-from lorasmith.data.encoded_captions import EncodedCaptions
+from lorasmith.data.dataset import EncodedCaptions, EncodedDataset
 from lorasmith.data.encoding import encode_images
 from lorasmith.data.folder import FolderScan, scan_folder
 from lorasmith.data.picture_encoding import PictureEncoder

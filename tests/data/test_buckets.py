@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorasmith.core.errors import DataError
-from lorasmith.data.buckets import bucket_size
+from lorasmith.data.crops import bucket_size
 
 sizes = st.integers(1, 5000)
 multiples = st.sampled_from([8, 16, 32, 64])

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorasmith.data.caption_rules import CaptionRules
+from lorasmith.data.captions import CaptionRules
 from lorasmith.data.data_config import DataConfig
 
 SEED = 7

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from lorasmith.core.errors import DataError, ModelError, OptionError
-from lorasmith.data import captioners, transformers_captions
+from lorasmith.data import captioners
 from lorasmith.data.captioners import GROUP, captioner_names, load_captioner
 
 CPU = torch.device("cpu")
@@ -49,7 +49,7 @@ def test_one_of_another_package(wanted: str, said: str) -> None:
 
 @pytest.mark.parametrize("wanted", ["{folder}", "transformers:{folder}", "owner/name", "transformers:owner/name"])
 def test_a_folder_or_an_id_means_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: str) -> None:
-    monkeypatch.setattr(transformers_captions, "transformers_captioner", loud)
+    monkeypatch.setattr(captioners, "transformers_captioner", loud)
     folder = tmp_path / "odd:name"
     folder.mkdir()
     model = wanted.format(folder=folder)

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from lorasmith.core.errors import DataError
-from lorasmith.data.comfyui_shards import is_comfyui_dataset, read_comfyui_dataset
+from lorasmith.data.saved_samples import is_comfyui_dataset, read_comfyui_dataset
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "comfyui_dataset"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from lorasmith.data.encoded_captions import EncodedCaptions, _conditioning
+from lorasmith.data.dataset import EncodedCaptions, _conditioning
 from lorasmith.data.encoding_cache import CacheEntries, EncodingCache
 from lorasmith.families.base import Conditioning
 

@@ -22,10 +22,9 @@ from torch import Tensor, nn
 from lorasmith.adapters.frozen_layer import cast_weights, packed_layers
 from lorasmith.adapters.patch import Patch
 from lorasmith.core.adapter_state import AdapterWeights
-from lorasmith.data import encoder_digest, remembered_digests
-from lorasmith.data.encoder_digest import autoencoder_digest, text_encoder_digest
+from lorasmith.data import encoder_digest
+from lorasmith.data.encoder_digest import RememberedDigests, autoencoder_digest, text_encoder_digest
 from lorasmith.data.encoding_cache import EncodingCache
-from lorasmith.data.remembered_digests import RememberedDigests
 from lorasmith.families.base import Encoding
 from lorasmith.families.loading import load_model
 from lorasmith.families.locating import BUILT_IN, built_in_models
@@ -58,7 +57,7 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return whole(about, module, hashed)
 
     monkeypatch.setattr(encoder_digest, "_whole_digest", counted)
-    monkeypatch.setattr(remembered_digests, "_SETTLED_NS", 0)
+    monkeypatch.setattr(encoder_digest, "_SETTLED_NS", 0)
     return calls
 
 
@@ -161,7 +160,7 @@ def test_what_was_loaded_counts_and_not_what_now_has_its_name(
 def test_a_file_that_has_just_changed_is_not_remembered(
     file: Path, remembered: RememberedDigests, hashed: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remembered_digests, "_SETTLED_NS", 60 * 10**9)
+    monkeypatch.setattr(encoder_digest, "_SETTLED_NS", 60 * 10**9)
     model = load_model(file)
     both(model, remembered)
     both(model, remembered)

@@ -7,10 +7,9 @@ import torch
 from PIL import Image
 
 from lorasmith.core.errors import DataError, OptionError
-from lorasmith.data.data_config import DataConfig
+from lorasmith.data.data_config import DataConfig, ImageSource
 from lorasmith.data.encoding import load_dataset
 from lorasmith.data.folder import scan_folder, scan_sources
-from lorasmith.data.sources import ImageSource
 from lorasmith.families.model import Autoencoder, Model, TextEncoder
 from tests.data.encoder_cases import Encoder, add, three_pictures
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from lorasmith.core import mapped_files
 from lorasmith.core.mapped_files import place_on_file
-from lorasmith.data import cache_shards, encoding_cache
+from lorasmith.data import encoding_cache
 from lorasmith.data.encoding_cache import CacheEntries, EncodingCache, default_cache, key_of
 
 ENCODER, OTHER = key_of(encoder=1), key_of(encoder=2)
@@ -129,7 +129,7 @@ def test_hits_and_misses_are_counted_and_tensors_lie_on_the_shard(tmp_path: Path
 
 def test_tensors_are_copied_where_no_more_mappings_are_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     filled(tmp_path, range(3), each=True)
-    monkeypatch.setattr(cache_shards, "may_stay_mapped", lambda: False)
+    monkeypatch.setattr(encoding_cache, "may_stay_mapped", lambda: False)
     before = len(mapped_files._STARTS)
     with cache(tmp_path).entries(ENCODER) as entries:
         got = [entries.get(key_of(number=number)) for number in range(3)]
@@ -245,7 +245,7 @@ def test_damage_is_one_note_and_an_older_copy_is_used(tmp_path: Path) -> None:
 
 def test_another_version_is_passed_over_in_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(cache_shards, "_FORMAT", 2)
+        patch.setattr(encoding_cache, "_FORMAT", 2)
         filled(tmp_path, range(2))
     assert found(tmp_path, range(2)) == []
     with (made := cache(tmp_path)).entries(ENCODER):
@@ -358,7 +358,7 @@ def test_a_full_disk_is_one_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         yield b"half of it"
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(cache_shards, "serialised", full)
+    monkeypatch.setattr(encoding_cache, "serialised", full)
     with (made := cache(tmp_path)).entries(ENCODER) as entries:
         for number in range(1, 4):
             entries.put(key_of(number=number), latents(number))

@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 
 from lorasmith.core.errors import DataError
-from lorasmith.data.data_config import DataConfig
+from lorasmith.data.data_config import DataConfig, ImageSource
 from lorasmith.data.folder import ImageFile, scan_folder, scan_sources
-from lorasmith.data.sources import ImageSource
 from lorasmith.formats.metadata import sha256_file
 from tests.data.folder_cases import add_image, names
 

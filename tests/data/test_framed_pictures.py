@@ -8,10 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from lorasmith.data.crops import Framing
+from lorasmith.data.crops import Framing, framed, mask_of, place_weights
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.folder import ImageFile
-from lorasmith.data.framed_pictures import framed, mask_of, place_weights
 from lorasmith.data.image_files import ImageError, file_digest
 from tests.data.encoder_cases import add
 

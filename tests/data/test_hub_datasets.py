@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from lorasmith.core.errors import DataError
+from lorasmith.data.data_config import ImageSource
 from lorasmith.data.folder import scan_folder, scan_sources
 from lorasmith.data.hub_datasets import dataset_folder, is_saved_dataset, unpacked_folder
-from lorasmith.data.sources import ImageSource
 from tests.data.folder_cases import add_image
 
 

@@ -12,9 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorasmith.data import picture_encoding
-from lorasmith.data.crops import Framing
+from lorasmith.data.crops import FramedPicture, Framing
 from lorasmith.data.folder import FolderScan, ImageFile
-from lorasmith.data.framed_pictures import FramedPicture
 from lorasmith.training.batches import sample_index
 from tests.data.encoder_cases import Encoder, add, three_pictures
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from lorasmith.data import remembered_digests
+from lorasmith.data import encoder_digest
+from lorasmith.data.encoder_digest import RememberedDigests, file_sha256
 from lorasmith.data.encoding_cache import EncodingCache
-from lorasmith.data.remembered_digests import RememberedDigests, file_sha256
 from lorasmith.formats.metadata import sha256_file
 
 
@@ -20,8 +20,8 @@ def test_a_file_is_hashed_once_as_long_as_it_is_the_same(tmp_path: Path, monkeyp
         hashed.append(path)
         return sha256_file(path, each_block=each_block)
 
-    monkeypatch.setattr(remembered_digests, "sha256_file", counted)
-    monkeypatch.setattr(remembered_digests, "_SETTLED_NS", 0)
+    monkeypatch.setattr(encoder_digest, "sha256_file", counted)
+    monkeypatch.setattr(encoder_digest, "_SETTLED_NS", 0)
     file = tmp_path / "model.safetensors"
 
     def digest() -> str:
@@ -35,7 +35,7 @@ def test_a_file_is_hashed_once_as_long_as_it_is_the_same(tmp_path: Path, monkeyp
     file.write_bytes(b"others.")
     assert digest() == sha256_file(file)
     assert len(hashed) == 2
-    monkeypatch.setattr(remembered_digests, "_SETTLED_NS", 60 * 10**9)
+    monkeypatch.setattr(encoder_digest, "_SETTLED_NS", 60 * 10**9)
     assert digest() == digest()
     assert len(hashed) == 4, "a file that has just changed may change again within the clock's steps"
 

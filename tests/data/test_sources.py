@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from lorasmith.core.errors import OptionError
-from lorasmith.data.sources import ImageSource
+from lorasmith.data.data_config import ImageSource
 
 
 @pytest.mark.parametrize(

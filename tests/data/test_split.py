@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorasmith.core.errors import DataError
-from lorasmith.data.dataset import EncodedDataset, Sample
-from lorasmith.data.split import AUTOMATIC_FROM, Split, held_out_names, split
+from lorasmith.data.dataset import AUTOMATIC_FROM, EncodedDataset, Sample, Split, held_out_names, split
 from lorasmith.families.base import Conditioning
 
 NAMES = st.lists(st.text(min_size=1, max_size=6), min_size=2, max_size=40, unique=True)

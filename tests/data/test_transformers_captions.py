@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from lorasmith.core.errors import ModelError
-from lorasmith.data.transformers_captions import transformers_captioner
+from lorasmith.data.captioners import transformers_captioner
 from tests.covering import slow_except
 from tests.data.caption_models import MODELS, adapter_elsewhere, code_of_its_own, pickled_weights
 

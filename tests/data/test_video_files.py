@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from lorasmith.core.errors import DataError
-from lorasmith.data import video_files
-from lorasmith.data.video_files import VIDEO_SUFFIXES, open_video, read_frames, scan_videos
+from lorasmith.data import clips
+from lorasmith.data.clips import VIDEO_SUFFIXES, open_video, read_frames, scan_videos
 from tests.data.video_cases import movie
 
 
@@ -93,7 +93,7 @@ def test_a_cut_video_is_a_sentence(tmp_path: Path, size: int) -> None:
 
 def test_frames_that_would_fill_the_memory_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = movie(tmp_path / "a.mp4", 3)
-    monkeypatch.setattr(video_files, "_MOST_PIXELS", 32 * 16 - 1)
+    monkeypatch.setattr(clips, "_MOST_PIXELS", 32 * 16 - 1)
     with pytest.raises(DataError, match="must have frames of at most 511 pixels; scale it down"):
         open_video(path)
 

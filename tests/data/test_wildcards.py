@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorasmith.data.wildcards import Choices
+from lorasmith.data.captions import Choices
 
 TEXTS = st.text(alphabet="{}|ab ,", max_size=14)
 

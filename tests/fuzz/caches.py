@@ -13,8 +13,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from lorasmith.data.encoder_digest import RememberedDigests
 from lorasmith.data.encoding_cache import FOLDER_VARIABLE, EncodingCache, key_of
-from lorasmith.data.remembered_digests import RememberedDigests
 from tests.fuzz.engine import Door, FaultError, command, printed
 from tests.fuzz.mutators import damaged_bytes, damaged_safetensors
 

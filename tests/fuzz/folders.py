@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image
 
 from lorasmith.core.folders import Folders
-from lorasmith.data.caption_rules import CaptionRules
+from lorasmith.data.captions import CaptionRules
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.folder import scan_folder
 from lorasmith.data.image_files import open_image

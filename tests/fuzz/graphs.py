@@ -15,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from lorasmith.core.folders import ASSETS, Folders
 from lorasmith.nodes import load_nodes
-from lorasmith.nodes.workflow_files import read_workflow
+from lorasmith.nodes.workflow_run import read_workflow
 from lorasmith.workflow import apply_overrides, parse_prompt
 from lorasmith.workflow.graph import examine
 from tests.fuzz.engine import Door, FaultError, command, printed

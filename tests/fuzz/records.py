@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from lorasmith.data.sources import ImageSource
+from lorasmith.data.data_config import ImageSource
 from lorasmith.families.locating import BUILT_IN, ModelFiles
 from lorasmith.families.model_search import Completed, load_completed
 from lorasmith.formats.container import read_safetensors, serialised

@@ -15,8 +15,7 @@ from lorasmith.core.errors import LorasmithError
 from lorasmith.core.folders import Folders, safe_name
 from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.core.printable import sentence
-from lorasmith.data.caption_rules import CaptionRules
-from lorasmith.data.captions import MAX_CAPTION, caption_of_file_name
+from lorasmith.data.captions import MAX_CAPTION, CaptionRules, caption_of_file_name
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.folder import scan_folder
 from lorasmith.families.parts.encoders import parse_weights

@@ -15,7 +15,7 @@ from lorasmith.core.folders import Folders
 from lorasmith.nodes import load_nodes
 from lorasmith.workflow import NodeContext
 from lorasmith.workflow.execution_events import Event, NodeMessage
-from lorasmith.workflow.mapping import NodeResult, call_node
+from lorasmith.workflow.executor import NodeResult, call_node
 
 
 @dataclass

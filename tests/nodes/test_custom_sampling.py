@@ -9,7 +9,7 @@ import torch
 
 from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Model
-from lorasmith.nodes.sampled_latents import Guider, Noise
+from lorasmith.nodes.sampling import Guider, Noise
 from lorasmith.sampling.sigmas import sigmas_for
 
 

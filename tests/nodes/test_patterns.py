@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from lorasmith.core.errors import OptionError
-from lorasmith.nodes import patterns
+from lorasmith.nodes import strings
 
 TEXT = "Fox 12, cat 3\nfox 7"
 
@@ -70,7 +70,7 @@ def test_a_malformed_pattern_matches_nothing_with_a_word(bench: Any) -> None:
 def test_a_pattern_that_would_take_forever_is_stopped(
     bench: Any, pattern: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(patterns, "_SECONDS", 0.7)
+    monkeypatch.setattr(strings, "_SECONDS", 0.7)
     before = time.monotonic()
     with pytest.raises(OptionError, match=r"must match within 0\.7 seconds, but .* did not on 61 characters"):
         bench.call("RegexMatch", string="a" * 60 + "!", regex_pattern=pattern)

@@ -11,7 +11,7 @@ import torch
 from lorasmith.core.errors import DataError
 from lorasmith.families.base import Conditioning, LatentFormat
 from lorasmith.families.model import Denoiser, Model
-from lorasmith.nodes.sampled_latents import Guider, Noise, sampled
+from lorasmith.nodes.sampling import Guider, Noise, sampled
 
 FORMATS = {
     "16 channels": LatentFormat(16, 8, 0.36, 0.12),

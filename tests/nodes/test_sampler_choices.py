@@ -6,7 +6,7 @@ import pytest
 
 from lorasmith.core.errors import OptionError
 from lorasmith.core.folders import Folders
-from lorasmith.nodes.sampler_choices import SAMPLER_NAME, SCHEDULER
+from lorasmith.nodes.sampling import SAMPLER_NAME, SCHEDULER
 from lorasmith.sampling.samplers import SAMPLERS
 from lorasmith.sampling.sigmas import SIGMA_SCHEDULES
 

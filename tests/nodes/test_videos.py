@@ -14,7 +14,7 @@ from dataset_cases import FRAME_CASES, FRAMES
 from safetensors import safe_open
 
 from lorasmith.core.errors import DataError, OptionError
-from lorasmith.data.video_files import Video
+from lorasmith.data.clips import Video
 from tests.data.video_cases import movie
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "comfyui_dataset_nodes.safetensors"

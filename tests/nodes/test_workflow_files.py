@@ -13,8 +13,8 @@ from lorasmith.core.folders import Folders
 from lorasmith.formats.container import write_safetensors
 from lorasmith.nodes import load_nodes
 from lorasmith.nodes.example_workflows import example_named
-from lorasmith.nodes.saving import save_images
-from lorasmith.nodes.workflow_files import read_workflow
+from lorasmith.nodes.outputs import save_images
+from lorasmith.nodes.workflow_run import read_workflow
 from lorasmith.workflow import NodeContext
 
 PROMPT = {"1": {"class_type": "PrimitiveString", "inputs": {"value": "a"}}}

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasmith.workflow.editor_format import prompt_of_editor
-from lorasmith.workflow.editor_widgets import SEEDS, without_missing_controls
+from lorasmith.workflow.editor_graph import SEEDS, without_missing_controls
 
 WIDGETS = frozenset(
     """INT FLOAT STRING BOOLEAN COMBO MARKDOWN COLOR BOUNDING_BOX CURVE RANGE TEXTAREA COLORS IMAGECOMPARE AUDIO_UI

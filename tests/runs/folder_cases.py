@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lorasmith.data.sources import ImageSource
+from lorasmith.data.data_config import ImageSource
 from lorasmith.formats.container import read_safetensors, write_safetensors
 from lorasmith.formats.metadata import RUN_ENTRY, sha256_body
 from lorasmith.runs.folder_run import PreparedRun, prepare

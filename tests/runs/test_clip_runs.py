@@ -14,7 +14,7 @@ from PIL import Image
 from tiny_clips import clip_model
 
 from lorasmith.core.errors import OptionError
-from lorasmith.data.sources import ImageSource
+from lorasmith.data.data_config import ImageSource
 from lorasmith.families.loading import load_model
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Model

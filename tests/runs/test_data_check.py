@@ -13,7 +13,7 @@ from spiece_models import spiece_model
 
 from lorasmith.core.errors import DataError, ModelError
 from lorasmith.core.folders import ASSETS
-from lorasmith.data.caption_rules import CaptionRules
+from lorasmith.data.captions import CaptionRules
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.folder import scan_folder
 from lorasmith.families.base import FAMILIES

@@ -16,7 +16,7 @@ from tiny_wan import WAN, frames_of
 
 from lorasmith.core.errors import OptionError
 from lorasmith.core.folders import Folders
-from lorasmith.data.sources import ImageSource
+from lorasmith.data.data_config import ImageSource
 from lorasmith.diffusion.schedule import FlowSchedule
 from lorasmith.families.base import Diffusion
 from lorasmith.families.loading import load_model

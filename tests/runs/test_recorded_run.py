@@ -13,7 +13,7 @@ import pytest
 
 from lorasmith.core.errors import LorasmithError, OptionError
 from lorasmith.core.folders import ASSETS
-from lorasmith.data.sources import ImageSource
+from lorasmith.data.data_config import ImageSource
 from lorasmith.runs import recorded_run
 from lorasmith.runs.recorded_run import Rights, repeated, rights_needed
 from lorasmith.runs.run_page import report_of

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from lorasmith.core.errors import OptionError
-from lorasmith.data.data_config import DataConfig
-from lorasmith.data.sources import ImageSource
+from lorasmith.data.data_config import DataConfig, ImageSource
 from lorasmith.runs.recorded_run import Rights
 from lorasmith.runs.run_file import read_run_file
 from lorasmith.runs.spec import RunSpec

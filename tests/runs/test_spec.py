@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lorasmith.core.errors import OptionError
-from lorasmith.data.sources import ImageSource
+from lorasmith.data.data_config import ImageSource
 from lorasmith.runs.folder_run import prepare
 from lorasmith.runs.spec import RunSpec, absolute
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lorasmith.core.errors import OptionError
-from lorasmith.data.sources import ImageSource
+from lorasmith.data.data_config import ImageSource
 from lorasmith.runs.sweep_file import MOST_RUNS, Sweep, check_held_out, read_sweep
 from tests.runs.folder_cases import pictures
 

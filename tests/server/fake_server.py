@@ -27,29 +27,31 @@ from lorasmith.server.jobs import Job, JobState, JobStore
 from lorasmith.server.questions.graph_questions import answer_to
 from lorasmith.server.request_handling import ServerContext
 from lorasmith.server.server_config import ServerConfig
-from lorasmith.workflow import Input, Node, NodeContext, Output, node, object_info
+from lorasmith.workflow import Node, NodeContext, node, object_info, socket
 from lorasmith.workflow.editor_format import prompt_of_editor
 
 TOYS: Registry[Node] = Registry("node")
 
 
-@node("Number", display_name="Number", category="toys", inputs=[Input("value", "INT", default=1, min=0, max=9)],
-      outputs=[Output("INT")], registry=TOYS)  # fmt: skip
-def number(context: NodeContext, *, value: int) -> tuple[int]:
+@node("Number", "Number", "toys", outputs=["INT"], registry=TOYS)  # fmt: skip
+def number(context: NodeContext, *, value: int = socket("INT", default=1, min=0, max=9)) -> tuple[int]:
     """A number."""
     return (value,)
 
 
-@node("Text", display_name="A Text", category="toys", inputs=[Input("text", "STRING", default="")],
-      outputs=[Output("TEXT")], registry=TOYS)  # fmt: skip
-def text(context: NodeContext, *, text: str) -> tuple[str]:
+@node("Text", "A Text", "toys", outputs=["TEXT"], registry=TOYS)  # fmt: skip
+def text(context: NodeContext, *, text: str = socket("STRING", default="")) -> tuple[str]:
     """A text."""
     return (text,)
 
 
-@node("Show", display_name="Show", category="toys", inputs=[Input("number", "INT", force_input=True),
-      Input("how", "COMBO", default="plain", options=("plain", "bold"))], output_node=True, registry=TOYS)  # fmt: skip
-def show(context: NodeContext, *, number: int, how: str) -> tuple[()]:
+@node("Show", "Show", "toys", output_node=True, registry=TOYS)  # fmt: skip
+def show(
+    context: NodeContext,
+    *,
+    number: int = socket("INT", force_input=True),
+    how: str = socket("COMBO", default="plain", options=("plain", "bold")),
+) -> tuple[()]:
     """Show a number."""
     return ()
 

@@ -17,9 +17,8 @@ from transformer_models import TINY, Case
 from lorasmith.adapters.patch import Patch
 from lorasmith.core.errors import OptionError, TrainingError
 from lorasmith.core.options import config_from
-from lorasmith.data.caption_rules import CaptionRules
-from lorasmith.data.dataset import EncodedDataset, Sample, Variants
-from lorasmith.data.encoded_captions import EncodedCaptions
+from lorasmith.data.captions import CaptionRules
+from lorasmith.data.dataset import EncodedCaptions, EncodedDataset, Sample, Variants
 from lorasmith.families.model import Model
 from lorasmith.runs.model_run import train_job
 from lorasmith.training import joint

@@ -39,7 +39,7 @@ from lorasmith.training.job import plan_job
 from lorasmith.training.lora_handle import Lora
 from lorasmith.workflow import NodeContext
 from lorasmith.workflow.execution_events import NodeMessage
-from lorasmith.workflow.mapping import call_node
+from lorasmith.workflow.executor import call_node
 
 TEXT = "text_model.encoder.layers.0.self_attn.q_proj"
 

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from lorasmith.core.folders import ASSETS
-from lorasmith.data.dataset import EncodedDataset
+from lorasmith.data.dataset import EncodedDataset, split
 from lorasmith.data.encoding import load_dataset
-from lorasmith.data.split import split
 from lorasmith.families.model import Model
 from lorasmith.runs.model_run import train
 from lorasmith.training.events import Event, Validated

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from lorasmith.core.options import config_from
 from lorasmith.core.processes import Processes
+from lorasmith.data.data_config import ImageSource
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.data.encoding import load_dataset
-from lorasmith.data.sources import ImageSource
 from lorasmith.families.loading import load_model
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Model

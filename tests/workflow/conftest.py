@@ -12,7 +12,7 @@ import pytest
 from lorasmith.core.errors import DataError, GraphError
 from lorasmith.core.folders import Folders, fingerprint
 from lorasmith.core.registry import Registry
-from lorasmith.workflow import ANY, MATCH, Grow, Input, Node, NodeContext, NodeOutput, Output, node
+from lorasmith.workflow import ANY, MATCH, Grow, Node, NodeContext, NodeOutput, Output, node, socket
 
 
 @dataclass
@@ -44,16 +44,8 @@ def api_node_fixture() -> Any:
 
 
 def _declare_sources(toys: Toys) -> None:
-    @node(
-        "Number",
-        display_name="A Number",
-        category="toys",
-        inputs=[Input("value", "INT", default=1, min=0, max=100)],
-        outputs=[Output("INT")],
-        aliases=["OldNumber"],
-        registry=toys.nodes,
-    )
-    def number(context: NodeContext, *, value: int) -> tuple[int]:
+    @node("Number", "A Number", "toys", outputs=["INT"], aliases=["OldNumber"], registry=toys.nodes)
+    def number(context: NodeContext, *, value: int = socket("INT", default=1, min=0, max=100)) -> tuple[int]:
         """Give a number.
 
         This paragraph is for readers of the code.
@@ -61,133 +53,94 @@ def _declare_sources(toys: Toys) -> None:
         toys.ran.append(context.node_id)
         return (value,)
 
-    @node(
-        "Sum",
-        display_name="Sum",
-        category="toys",
-        inputs=[
-            Input("numbers", "INT", grow=Grow("n", min=1, max=4)),
-            Input("offset", "INT", default=0, min=-10, max=1000),
-            Input("mode", "COMBO", options=("Plain", "Negative"), default="Plain", optional=True),
-        ],
-        outputs=[Output("INT", "sum")],
-        registry=toys.nodes,
-    )
-    def total(context: NodeContext, *, numbers: Mapping[str, int], offset: int, mode: str) -> tuple[int]:
+    @node("Sum", "Sum", "toys", outputs=[Output("INT", "sum")], registry=toys.nodes)
+    def total(
+        context: NodeContext,
+        *,
+        numbers: Mapping[str, int] = socket("INT", grow=Grow("n", min=1, max=4)),
+        offset: int = socket("INT", default=0, min=-10, max=1000),
+        mode: str = socket("COMBO", options=("Plain", "Negative"), default="Plain", optional=True),
+    ) -> tuple[int]:
         toys.ran.append(context.node_id)
         return ((sum(numbers.values()) + offset) * (-1 if mode == "Negative" else 1),)
 
-    @node(
-        "Text",
-        display_name="Text",
-        category="toys",
-        inputs=[Input("text", "STRING", multiline=True)],
-        outputs=[Output("STRING")],
-        registry=toys.nodes,
-    )
-    def text(context: NodeContext, *, text: str) -> tuple[str]:
+    @node("Text", "Text", "toys", outputs=["STRING"], registry=toys.nodes)
+    def text(context: NodeContext, *, text: str = socket("STRING", multiline=True)) -> tuple[str]:
         toys.ran.append(context.node_id)
         return (text,)
 
     @node(
         "ReadFile",
-        display_name="Read File",
-        category="toys",
-        inputs=[
-            Input(
-                "file",
-                "COMBO",
-                options=lambda folders: folders.input_files([".txt"]),
-                accept=lambda name, folders: str(folders.find_input(name)) and name,
-            )
-        ],
-        outputs=[Output("STRING")],
+        "Read File",
+        "toys",
+        outputs=["STRING"],
         fingerprint=lambda folders, file: fingerprint(folders.find_input(file)),
         registry=toys.nodes,
     )
-    def read_file(context: NodeContext, *, file: str) -> tuple[str]:
+    def read_file(
+        context: NodeContext,
+        *,
+        file: str = socket(
+            "COMBO",
+            options=lambda folders: folders.input_files([".txt"]),
+            accept=lambda name, folders: str(folders.find_input(name)) and name,
+        ),
+    ) -> tuple[str]:
         toys.ran.append(context.node_id)
         return (context.folders.find_input(file).read_text(),)
 
 
 def _declare_lists(toys: Toys) -> None:
-    @node(
-        "Range",
-        display_name="Range",
-        category="toys",
-        inputs=[Input("count", "INT", default=3, min=0, max=10)],
-        outputs=[Output("INT", is_list=True), Output("INT", "count")],
-        registry=toys.nodes,
-    )
-    def counted(context: NodeContext, *, count: int) -> tuple[list[int], int]:
+    @node("Range", "Range", "toys", outputs=[Output("INT", is_list=True), Output("INT", "count")], registry=toys.nodes)
+    def counted(context: NodeContext, *, count: int = socket("INT", default=3, min=0, max=10)) -> tuple[list[int], int]:
         toys.ran.append(context.node_id)
         return list(range(count)), count
 
-    @node(
-        "Gather",
-        display_name="Gather",
-        category="toys",
-        inputs=[Input("items", ANY), Input("note", "STRING", optional=True)],
-        outputs=[Output("LIST")],
-        is_input_list=True,
-        registry=toys.nodes,
-    )
-    def gather(context: NodeContext, *, items: list[Any], note: list[str] | None = None) -> tuple[Any]:
+    @node("Gather", "Gather", "toys", outputs=["LIST"], is_input_list=True, registry=toys.nodes)
+    def gather(
+        context: NodeContext,
+        *,
+        items: list[Any] = socket(ANY),
+        note: list[str] | None = socket("STRING", optional=True),
+    ) -> tuple[Any]:
         toys.ran.append(context.node_id)
         return ((items, note),)
 
     @node(
         "MakeList",
-        display_name="Make List",
-        category="toys",
-        inputs=[Input("inputs", MATCH, grow=Grow("input"))],
+        "Make List",
+        "toys",
         outputs=[Output(MATCH, "list", is_list=True)],
         is_input_list=True,
         registry=toys.nodes,
     )
-    def make_list(context: NodeContext, *, inputs: Mapping[str, list[Any]]) -> tuple[list[Any]]:
+    def make_list(
+        context: NodeContext, *, inputs: Mapping[str, list[Any]] = socket(MATCH, grow=Grow("input"))
+    ) -> tuple[list[Any]]:
         toys.ran.append(context.node_id)
         return ([item for items in inputs.values() for item in items],)
 
 
 def _declare_goals(toys: Toys) -> None:
-    @node(
-        "Show",
-        display_name="Show",
-        category="toys",
-        inputs=[Input("value", "INT,STRING,LIST")],
-        outputs=[],
-        output_node=True,
-        registry=toys.nodes,
-    )
-    def show(context: NodeContext, *, value: Any) -> NodeOutput:
+    @node("Show", "Show", "toys", output_node=True, registry=toys.nodes)
+    def show(context: NodeContext, *, value: Any = socket("INT,STRING,LIST")) -> NodeOutput:
         """Show a value."""
         toys.ran.append(context.node_id)
         return NodeOutput(ui={"text": [str(value)]})
 
-    @node(
-        "Refuse",
-        display_name="Refuse",
-        category="toys",
-        inputs=[Input("value", "INT"), Input("bug", "BOOLEAN", default=False, optional=True)],
-        output_node=True,
-        registry=toys.nodes,
-    )
-    def refuse(context: NodeContext, *, value: int, bug: bool) -> tuple[()]:
+    @node("Refuse", "Refuse", "toys", output_node=True, registry=toys.nodes)
+    def refuse(
+        context: NodeContext, *, value: int = socket("INT"), bug: bool = socket("BOOLEAN", default=False, optional=True)
+    ) -> tuple[()]:
         toys.ran.append(context.node_id)
         if bug:
             raise ZeroDivisionError("a bug")
         raise DataError(f"the value must be liked, got {value}; choose another")
 
-    @node(
-        "Slow",
-        display_name="Slow",
-        category="toys",
-        inputs=[Input("value", "INT"), Input("stop", "BOOLEAN", default=True)],
-        outputs=[Output("INT")],
-        registry=toys.nodes,
-    )
-    def slow(context: NodeContext, *, value: int, stop: bool) -> tuple[int]:
+    @node("Slow", "Slow", "toys", outputs=["INT"], registry=toys.nodes)
+    def slow(
+        context: NodeContext, *, value: int = socket("INT"), stop: bool = socket("BOOLEAN", default=True)
+    ) -> tuple[int]:
         toys.ran.append(context.node_id)
         context.progress(1, 2, text="half")
         context.warn("slow")

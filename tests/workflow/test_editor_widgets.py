@@ -5,9 +5,8 @@ from typing import Any
 import pytest
 
 from lorasmith.nodes import load_nodes
-from lorasmith.workflow import Input, NodeContext, node
-from lorasmith.workflow.editor_graph import EditorNode
-from lorasmith.workflow.editor_widgets import is_control, named_values, names_in, without_missing_controls
+from lorasmith.workflow import NodeContext, node, socket
+from lorasmith.workflow.editor_graph import EditorNode, is_control, named_values, names_in, without_missing_controls
 
 SAMPLER = ["seed", None, "steps", "cfg", "sampler_name", "scheduler", "denoise"]
 
@@ -39,19 +38,15 @@ def test_a_file_may_lack_the_editors_own_widget(values: list[Any], steps: object
 
 
 def test_older_files_keep_values_of_inputs_that_are_sockets_only(toys: Any) -> None:
-    @node(
-        "Forced",
-        display_name="Forced",
-        category="toys",
-        inputs=[
-            Input("a", "INT"),
-            Input("b", "STRING", force_input=True),
-            Input("later", "INT", optional=True, default=1),
-            Input("c", "INT"),
-        ],
-        registry=toys.nodes,
-    )
-    def forced(context: NodeContext, *, a: int, b: str, later: int, c: int) -> tuple[()]:
+    @node("Forced", "Forced", "toys", registry=toys.nodes)
+    def forced(
+        context: NodeContext,
+        *,
+        a: int = socket("INT"),
+        b: str = socket("STRING", force_input=True),
+        later: int = socket("INT", optional=True, default=1),
+        c: int = socket("INT"),
+    ) -> tuple[()]:
         """Take inputs."""
         return ()
 

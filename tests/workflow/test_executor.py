@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lorasmith.core.errors import CancelledError, DataError, NodeError
 from lorasmith.core.folders import Folders
-from lorasmith.workflow import Executor, Input, NodeContext, Output, node, validate
+from lorasmith.workflow import Executor, NodeContext, node, socket, validate
 from lorasmith.workflow.execution_events import (
     Event,
     ExecutionCancelled,
@@ -178,14 +178,7 @@ def test_equal_nodes_share_their_outputs(runner: Runner, prompt: dict[str, Any],
 
 
 def test_nodes_that_write_their_id_are_not_shared(runner: Runner, prompt: dict[str, Any], api_node: ApiNode) -> None:
-    @node(
-        "OwnId",
-        display_name="Own Id",
-        category="",
-        outputs=[Output("STRING")],
-        hidden=["unique_id"],
-        registry=runner.toys.nodes,
-    )
+    @node("OwnId", "Own Id", "", outputs=["STRING"], hidden=["unique_id"], registry=runner.toys.nodes)
     def own_id(context: NodeContext) -> tuple[str]:
         return (context.node_id,)
 
@@ -219,18 +212,9 @@ def test_a_changed_file_is_read_again(runner: Runner, api_node: ApiNode) -> None
 
 def test_a_fingerprint_of_a_linked_name_is_never_trusted(runner: Runner, api_node: ApiNode) -> None:
     toys = runner.toys
-    declared = [Input("file", "STRING")]
 
-    @node(
-        "ReadNamed",
-        display_name="",
-        category="",
-        inputs=declared,
-        outputs=[Output("STRING")],
-        fingerprint=lambda folders, file: 1,
-        registry=toys.nodes,
-    )
-    def read_named(context: NodeContext, *, file: str) -> tuple[str]:
+    @node("ReadNamed", "", "", outputs=["STRING"], fingerprint=lambda folders, file: 1, registry=toys.nodes)
+    def read_named(context: NodeContext, *, file: str = socket("STRING")) -> tuple[str]:
         toys.ran.append(context.node_id)
         return (file,)
 
@@ -345,7 +329,7 @@ def test_cancelled_inside_a_node_stops_before_the_next(
 def test_nodes_see_the_workflow_they_run_in(runner: Runner, api_node: ApiNode) -> None:
     seen: list[NodeContext] = []
 
-    @node("Look", display_name="Look", category="", output_node=True, registry=runner.toys.nodes)
+    @node("Look", "Look", "", output_node=True, registry=runner.toys.nodes)
     def look(context: NodeContext) -> tuple[()]:
         seen.append(context)
         return ()

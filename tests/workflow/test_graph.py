@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lorasmith.core.errors import GraphError
-from lorasmith.workflow import ANY, Input, NodeContext, node, object_info
+from lorasmith.workflow import ANY, NodeContext, node, object_info, socket
 from lorasmith.workflow.graph import Link, examine, validate
 
 ApiNode = Callable[..., dict[str, Any]]
@@ -190,15 +190,8 @@ def test_notes_and_remarks_are_passed_over(toys: Any, prompt: dict[str, Any], ap
 
 
 def test_an_input_that_older_workflows_lack_gets_its_default(toys: Any, api_node: ApiNode) -> None:
-    @node(
-        "Later",
-        display_name="Later",
-        category="toys",
-        inputs=[Input("new", "BOOLEAN", default=True, may_lack=True)],
-        output_node=True,
-        registry=toys.nodes,
-    )
-    def later(context: NodeContext, *, new: bool) -> tuple[()]:
+    @node("Later", "Later", "toys", output_node=True, registry=toys.nodes)
+    def later(context: NodeContext, *, new: bool = socket("BOOLEAN", default=True, may_lack=True)) -> tuple[()]:
         """Take an input."""
         return ()
 
@@ -245,15 +238,8 @@ def test_numbers_as_text_are_read(toys: Any, prompt: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("value", [[1, 2, 3], {"__value__": [1, 2, 3]}, [], ["a", "b"], [["1", 0]]])
 def test_a_list_that_is_no_link_is_a_value(toys: Any, value: Any) -> None:
-    @node(
-        "Anything",
-        display_name="Anything",
-        category="toys",
-        inputs=[Input("value", ANY)],
-        output_node=True,
-        registry=toys.nodes,
-    )
-    def anything(context: NodeContext, *, value: Any) -> tuple[()]:
+    @node("Anything", "Anything", "toys", output_node=True, registry=toys.nodes)
+    def anything(context: NodeContext, *, value: Any = socket(ANY)) -> tuple[()]:
         """Take anything."""
         return ()
 

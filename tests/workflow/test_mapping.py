@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lorasmith.core.errors import CancelledError, DataError
 from lorasmith.core.folders import ASSETS, Folders
 from lorasmith.workflow import Grow, Input, Node, NodeContext, NodeOutput, Output
-from lorasmith.workflow.mapping import call_node
+from lorasmith.workflow.executor import call_node
 
 CONTEXT = NodeContext(Folders(ASSETS))
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from lorasmith.core.errors import GraphError
 from lorasmith.core.registry import Registry
-from lorasmith.workflow import Input, Node, NodeContext, NodeOutput, Output, node, object_info
+from lorasmith.workflow import Node, NodeContext, NodeOutput, Output, node, object_info, socket
 
 KEYS = {
     *("input", "input_order", "is_input_list", "output", "output_is_list", "output_name", "output_tooltips", "name"),
@@ -28,20 +28,21 @@ def test_inputs_outputs_and_hidden_inputs(toys: Any) -> None:
 
     @node(
         "SaveThing",
-        display_name="Save Thing",
-        category="things",
-        inputs=[
-            Input("thing", "THING"),
-            Input("seed", "INT", default=0, min=0, max=2**64 - 1, extras={"control_after_generate": True}),
-            Input("kind", "COMBO", options=("a", "b"), default="a", tooltip="Which."),
-            Input("steps", "INT", optional=True, force_input=True),
-        ],
-        outputs=[Output("THING"), Output("INT", "count", is_list=True, tooltip="How many.")],
+        "Save Thing",
+        "things",
+        outputs=["THING", Output("INT", "count", is_list=True, tooltip="How many.")],
         hidden=["prompt", "extra_pnginfo"],
         output_node=True,
         registry=registry,
     )
-    def save_thing(context: NodeContext, *, thing: Any, seed: int, kind: str, steps: int | None = None) -> NodeOutput:
+    def save_thing(
+        context: NodeContext,
+        *,
+        thing: Any = socket("THING"),
+        seed: int = socket("INT", default=0, min=0, max=2**64 - 1, extras={"control_after_generate": True}),
+        kind: str = socket("COMBO", options=("a", "b"), default="a", tooltip="Which."),
+        steps: int | None = socket("INT", optional=True, force_input=True),
+    ) -> NodeOutput:
         """Save a thing."""
         return NodeOutput()
 

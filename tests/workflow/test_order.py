@@ -7,7 +7,7 @@ import networkx as nx
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorasmith.workflow.order import Cycle, depth_first
+from lorasmith.workflow.graph import Cycle, depth_first
 
 GRAPHS = st.integers(1, 9).flatmap(
     lambda size: st.lists(

@@ -36,8 +36,7 @@ from lorasmith.cli.together import check_alone, started_on_gpus, together
 from lorasmith.core.errors import OptionError
 from lorasmith.core.folders import Folders
 from lorasmith.core.options import options_of
-from lorasmith.data.data_config import DataConfig
-from lorasmith.data.sources import ImageSource
+from lorasmith.data.data_config import DataConfig, ImageSource
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.outcome import Outcome

@@ -172,8 +172,7 @@ def nodes(
     With --json, the definitions are those of a ComfyUI server's /object_info.
     """
     from lorasmith.nodes import load_nodes
-    from lorasmith.workflow.node_reference import find_node, nodes_by_category
-    from lorasmith.workflow.object_info import object_info
+    from lorasmith.workflow.node_reference import find_node, nodes_by_category, object_info
 
     known = load_nodes()
     chosen = [node for _, node in known.items()] if name is None else [find_node(name, known)]

@@ -4,25 +4,32 @@ A package adds one by an entry point in the group `lorasmith.captioners`, whose 
 
     def load(model: str, device: torch.device) -> Callable[[PIL.Image.Image], str]
 
-`model` is the text after the name and a colon, possibly empty. The picture is upright RGB. Lorasmith's own captioner is
-`transformers` (`transformers_captions`), which a model's folder or hub id alone selects too.
+`model` is the text after the name and a colon, possibly empty. The picture is upright RGB.
+
+Lorasmith's own captioner is `transformers`, which a model's folder or hub id alone selects too: image-to-text models
+such as BLIP, BLIP-2, GIT, ViT-GPT2, Florence-2 and chat models with vision, from a folder or from the hub's cache on
+this computer. Untrusted folders run no code: custom classes are not loaded (`trust_remote_code` is off), weights are
+safetensors, and references to adapters or kernels elsewhere are not followed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from lorasmith.core.errors import LorasmithError, ModelError, OptionError
+from lorasmith.data.captions import one_line
+from lorasmith.families.part_loading import quieten
 
 if TYPE_CHECKING:
-    import torch
     from PIL import Image
 
     Captioner = Callable[[Image.Image], str]
-    Factory = Callable[[str, torch.device], Captioner]
 
 GROUP = "lorasmith.captioners"  # of entry points
 
@@ -49,7 +56,9 @@ def load_captioner(wanted: str, device: torch.device) -> Captioner:
             )
         name, argument = _OWN, wanted
     try:
-        return _factory(plug_ins.get(name))(argument, device)
+        factory = plug_ins[name].load() if name in plug_ins else transformers_captioner
+        made: Captioner = factory(argument, device)
+        return made
     except LorasmithError:
         raise
     except Exception as error:  # other people's code, which may raise anything
@@ -62,10 +71,146 @@ def _installed() -> dict[str, EntryPoint]:
     return {one.name: one for one in entry_points(group=GROUP)}
 
 
-def _factory(plug_in: EntryPoint | None) -> Factory:
-    if plug_in is not None:
-        factory: Factory = plug_in.load()
-        return factory
-    from lorasmith.data.transformers_captions import transformers_captioner
+REQUEST = "Describe this image in one sentence."  # prompt of chat models
 
-    return transformers_captioner
+_MAX_NEW_TOKENS = 128
+_TASK = "<DETAILED_CAPTION>"  # of Florence-2
+_PRIVATE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+
+
+def transformers_captioner(model: str, device: torch.device) -> Captioner:
+    """A captioner on a transformers model (a folder, or an id in the hub's cache), in fp32 on a CPU, else in its own
+    dtype.
+
+    ModelError if the model is missing, is not an image-to-text model, or would need code of its own.
+    """
+    quieten()
+    folder = _folder_of(model)
+    if (folder / "adapter_config.json").exists():
+        raise ModelError(f"{model} must be a whole model but is an adapter on another one; merge it into that first")
+    try:
+        network = _network(folder, device)
+        prepare = _processor(folder)
+    except Exception as error:  # untrusted folders may make transformers raise anything
+        reason = one_line(str(error)) or type(error).__name__
+        if "trust_remote_code" in reason:
+            reason = "it needs code that its folder brings along, which is never run"
+        raise ModelError(
+            f"{model} cannot be loaded as an image-to-text model of transformers ({reason}); use one in safetensors "
+            "without code of its own"
+        ) from error
+    return _Captioner(network, prepare, device)
+
+
+class _Captioner:
+    def __init__(self, network: Any, processor: Any, device: torch.device) -> None:
+        self._network = network
+        self._processor = processor
+        self._device = device
+
+    @torch.inference_mode()
+    def __call__(self, image: Image.Image) -> str:
+        inputs = {name: self._placed(one) for name, one in self._inputs(image).items() if isinstance(one, torch.Tensor)}
+        made = self._network.generate(**inputs, max_new_tokens=_MAX_NEW_TOKENS, do_sample=False)[0]
+        given = inputs.get("input_ids")
+        # Decoders repeat their prompt.
+        if given is not None and len(made) >= given.shape[1] and torch.equal(made[: given.shape[1]], given[0]):
+            made = made[given.shape[1] :]
+        return self._text(made)
+
+    def _inputs(self, image: Image.Image) -> Mapping[str, Any]:
+        processor = self._processor
+        if isinstance(processor, _ImageAndTokenizer):
+            inputs: Mapping[str, Any] = processor.images(images=image, return_tensors="pt")
+        elif getattr(processor, "chat_template", None):
+            content = [{"type": "image", "image": image}, {"type": "text", "text": REQUEST}]
+            inputs = processor.apply_chat_template(
+                [{"role": "user", "content": content}],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+            )
+        elif _TASK in getattr(processor, "task_prompts_without_inputs", ()):
+            inputs = processor(text=_TASK, images=image, return_tensors="pt")
+        else:
+            inputs = processor(images=image, return_tensors="pt")
+        return inputs
+
+    def _text(self, made: torch.Tensor) -> str:
+        processor = self._processor
+        decoder = processor.tokenizer if isinstance(processor, _ImageAndTokenizer) else processor
+        return one_line(decoder.batch_decode(made[None], skip_special_tokens=True)[0])
+
+    def _placed(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self._device, self._network.dtype if tensor.is_floating_point() else tensor.dtype)
+
+
+class _ImageAndTokenizer:
+    """A processor for pairs of a vision encoder and a text decoder, which have none."""
+
+    def __init__(self, images: Any, tokenizer: Any) -> None:
+        self.images = images
+        self.tokenizer = tokenizer
+
+
+def _folder_of(model: str) -> Path:
+    """The folder of a model, of which the hub's cache may have several."""
+    if model and Path(model).is_dir():
+        return Path(model)
+    if re.fullmatch(r"[\w.\-]+/[\w.\-]+", model) and not Path(model).exists():
+        from huggingface_hub import snapshot_download
+
+        try:
+            return Path(snapshot_download(model, local_files_only=True))
+        except Exception as error:  # names of many kinds for "not there"
+            raise ModelError(
+                f"the captioner {model} is not on this computer; download it first, with: hf download {model}"
+            ) from error
+    raise ModelError(f"a captioner must be a folder of transformers or a hub id, got {model!r}; check the spelling")
+
+
+def _network(folder: Path, device: torch.device) -> Any:
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    def loaded(attention: str) -> Any:
+        config = AutoConfig.from_pretrained(folder, **_PRIVATE)
+        _choose_attention(config, attention)
+        return AutoModelForImageTextToText.from_pretrained(
+            folder,
+            config=config,
+            dtype=torch.float32 if device.type == "cpu" else "auto",
+            use_safetensors=True,
+            attn_implementation=attention,
+            **_PRIVATE,
+        )
+
+    try:
+        network = loaded("sdpa")
+    except ValueError:  # of a model that has no such attention; others fail again
+        network = loaded("eager")
+    return network.eval().requires_grad_(False).to(device)
+
+
+def _choose_attention(config: Any, attention: str) -> None:
+    """Set the attention of a configuration and those inside it: files may name kernels to download."""
+    from transformers import PretrainedConfig
+
+    values = vars(config)
+    values["_attn_implementation_internal"] = attention
+    if "_experts_implementation_internal" in values:
+        values["_experts_implementation_internal"] = None
+    for value in list(values.values()):
+        if isinstance(value, PretrainedConfig):
+            _choose_attention(value, attention)
+
+
+def _processor(folder: Path) -> Any:
+    from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
+
+    processor = AutoProcessor.from_pretrained(folder, **_PRIVATE)
+    if hasattr(processor, "image_processor"):
+        return processor
+    return _ImageAndTokenizer(
+        AutoImageProcessor.from_pretrained(folder, **_PRIVATE), AutoTokenizer.from_pretrained(folder, **_PRIVATE)
+    )

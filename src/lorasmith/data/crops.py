@@ -1,23 +1,34 @@
-"""Framings of a picture: which part of it is trained, at which size, and how it is varied.
+"""Framings of a picture: which part of it is trained, at which size, how it is varied, and its pixels and masks.
 
 The first framing is the plain picture: its bucket at the first resolution, cropped around the centre (or its mask),
 neither mirrored nor jittered. The others are variants, one of which is drawn each time. Variants are functions of the
 picture's name, not of the run's seed, so that their encodings can be cached and shared between runs.
+
+A bucket has about as many pixels as a square of the training resolution, so that all samples cost about the same, and
+nearly the aspect ratio of the picture, so that little is cropped.
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import math
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
-from PIL import Image, ImageEnhance, ImageOps
+import torch
+from PIL import Image, ImageChops, ImageEnhance, ImageOps
+from torch import Tensor
 
 from lorasmith.core.errors import DataError
 from lorasmith.core.random import keyed_uniform
-from lorasmith.data.buckets import bucket_size
+from lorasmith.data.clips import clip_frames
 from lorasmith.data.data_config import DataConfig
+from lorasmith.data.folder import ImageFile
+from lorasmith.data.image_files import ImageError, open_layers, read_image, to_tensor
 from lorasmith.families.base import PictureSize
 
 _VARIANTS_SEED = 0  # a constant; see above
@@ -157,3 +168,136 @@ def _box(
     moved = (uniform("zoom x"), uniform("zoom y"))
     left, top = (s + u * (k - c) for s, u, k, c in zip(starts, moved, kept, cut, strict=True))
     return left, top, left + cut[0], top + cut[1]
+
+
+def bucket_size(
+    width: int,
+    height: int,
+    *,
+    resolution: int,
+    multiple: int,
+    upscale: bool = True,
+    smallest: int | None = None,
+    largest: int | None = None,
+) -> tuple[int, int]:
+    """Width and height of the bucket for a picture of `width` × `height` px, multiples of `multiple`.
+
+    Their product is at most that of the square bucket (`resolution` rounded down to a multiple) and more than half of
+    it. Of all such buckets it is the one that crops least: the one with the smallest |log(a/b)| of the two aspects, as
+    scaling to cover keeps min(a/b, b/a) of the picture's area. Without `upscale` the bucket fits inside the picture or,
+    if there is none, is the picture's size rounded down; an edge below `multiple` is still enlarged. `smallest` and
+    `largest` bound an edge in pixels; `smallest` yields to `upscale=False`. A resolution below `multiple` or out of
+    bounds is a DataError.
+    """
+    if resolution < multiple:
+        raise DataError(f"resolution must be at least {multiple} for this model, got {resolution}; raise it")
+    if height > width:
+        turned = bucket_size(
+            height,
+            width,
+            resolution=resolution,
+            multiple=multiple,
+            upscale=upscale,
+            smallest=smallest,
+            largest=largest,
+        )
+        return turned[::-1]
+    # In units of `multiple` from here on. A wide bucket has as many rows as fit in the area.
+    edge = resolution // multiple
+    area = edge**2
+    fewest, most = -(-(smallest or 1) // multiple), area if largest is None else largest // multiple
+    if not fewest <= edge <= most:
+        raise DataError(
+            f"resolution must be within bucket_min and bucket_max, got {resolution} for edges of {fewest * multiple} "
+            f"to {most * multiple} pixels in steps of {multiple}; change one of them"
+        )
+    candidates = range(edge, min(area // fewest, most) + 1)
+    if not upscale:
+        columns, rows = max(1, width // multiple), max(1, height // multiple)
+        candidates = range(max(edge, area // (rows + 1) + 1), min(columns, candidates[-1]) + 1)
+        if not candidates:
+            return min(columns, most) * multiple, min(rows, most) * multiple
+    columns = _nearest_aspect(candidates, area, width / height)
+    return columns * multiple, area // columns * multiple
+
+
+def _nearest_aspect(candidates: range, area: int, aspect: float) -> int:
+    """The number of columns whose bucket is nearest to `aspect`; aspects increase with the columns."""
+    at = bisect_left(candidates, aspect, key=lambda columns: columns / (area // columns))
+    return min(
+        candidates[max(at - 1, 0) : at + 1],
+        key=lambda columns: abs(math.log(columns / (area // columns) / aspect)),
+    )
+
+
+@dataclass(frozen=True)
+class FramedPicture:
+    """A framing of an image file as tensors."""
+
+    pixels: Tensor  # fp32 (3, [frames,] height, width) in [−1, 1]
+    inside: Tensor | None  # fp32 (height, width) of the latents: share of each inside the mask
+
+
+def framed(
+    image: ImageFile,
+    digest: str,
+    framings: Sequence[Framing],
+    config: DataConfig,
+    *,
+    downscale: int,
+    numbers: Sequence[int] = (),
+) -> list[FramedPicture]:
+    """The framings of an image file; `downscale` is pixels per latent, `numbers` are the frames of a clip.
+
+    ImageError if the file or its mask can no longer be read, or the file's SHA-256 is not `digest`.
+    """
+    content = read_image(image.path)
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise ImageError(image.path, "has changed since it was checked; start again when it stays as it is")
+    size = (image.width, image.height)
+    if numbers:
+        opacity = None
+        frames: list[list[Tensor]] = [[] for _ in framings]
+        for picture in clip_frames(image.path, content, numbers):  # framed at once, as those of a film take gigabytes
+            for of_framing, one in zip(frames, framings, strict=True):
+                of_framing.append(to_tensor(one.applied(picture, size)))
+        pixels = [torch.stack(one, dim=1) for one in frames]
+    else:
+        picture, opacity = open_layers(image.path, content, scale=max(one.scale for one in framings))
+        pixels = [to_tensor(one.applied(picture, size)) for one in framings]
+    mask = opacity if config.masks == "alpha" else mask_of(image, config)
+    found = []
+    for one, shown in zip(framings, pixels, strict=True):
+        inside = None
+        if mask is not None:
+            there = one.mask_applied(mask, size, (one.width // downscale, one.height // downscale))
+            inside = torch.from_numpy(np.array(there)).to(torch.float32) / 255
+        found.append(FramedPicture(shown, inside))
+    return found
+
+
+def mask_of(image: ImageFile, config: DataConfig) -> Image.Image | None:
+    """The mask in mode L, white inside; None without one, and for a clip's transparency. Raises ImageError."""
+    if config.masks == "alpha":
+        return None if image.frames else open_layers(image.path)[1]
+    if image.mask is None:
+        return None
+    grey, opacity = open_layers(image.mask)
+    mask = grey.convert("L")
+    if opacity is not None:  # what is transparent is outside
+        mask = ImageChops.multiply(mask, opacity)
+    return mask
+
+
+def place_weights(inside: Tensor | None, config: DataConfig) -> Tensor | None:
+    """Weights of the loss by place, fp32 (height, width); None for 1 everywhere, or if all of them would be 0.
+
+    `inside` is the share of each place inside the mask.
+    """
+    if inside is None:
+        return None
+    weights = config.mask_outside + (config.mask_inside - config.mask_outside) * inside
+    mean = weights.mean()
+    if mean <= 0:
+        return None
+    return weights / mean if config.mask_normalize else weights

@@ -1,13 +1,26 @@
-"""Encoded samples, and how they are drawn.
+"""Encoded samples, the conditionings of their captions, how they are drawn, and which are held out for validation.
 
 A sample has its plain picture and caption. Where it varies, each draw takes one of its encoded pictures and one of its
 captions, both functions of the run's seed and the draw's index, like everything else that is random in a draw.
+
+A run draws finitely many texts where its captions have few variants, and at most one per draw otherwise, so most runs
+encode every caption ahead and need no text encoder while they train. Where the conditionings would exceed a given
+amount of memory, the text encoder stays loaded, and captions are encoded when they are drawn. Both give the same run.
+
+Held-out images are chosen by name: repeats, mirrored copies, and files of one name in several subfolders are held out
+together. The choice depends on the names, not on the run's seed, so that two runs on the same folder have the same
+held-out images; adding or removing an image changes at most one or two others.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import math
+import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,8 +29,8 @@ from torch import Tensor
 from lorasmith.core.errors import DataError
 from lorasmith.core.printable import count_text, printable
 from lorasmith.core.random import keyed_uniform
-from lorasmith.data.caption_rules import CaptionRules
-from lorasmith.data.encoded_captions import EncodedCaptions
+from lorasmith.data.captions import CaptionRules
+from lorasmith.data.encoding_cache import CacheEntries, key_of
 from lorasmith.families.base import Conditioning, PictureSize
 
 
@@ -174,3 +187,186 @@ def check_latents(latents: Tensor, *, like: Tensor, name: str) -> None:
         raise DataError(
             f"latents must be finite, got NaN or infinity for {name}; encode in fp32 or leave the image out"
         )
+
+
+_TENSOR, _MASK = "tensor.", "mask"
+
+
+class EncodedCaptions:
+    """Captions and their conditionings (batch of 1, on the CPU).
+
+    `encode` is called inside `ready`, a context in which the encoder is on its device. `entries` is a context with the
+    encoder's cache entries, or None. `memory_bytes` is the most that a run's conditionings may take; `encoder_bytes` is
+    the encoder's memory.
+    """
+
+    def __init__(
+        self,
+        encode: Callable[[str], Conditioning],
+        *,
+        ready: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
+        entries: Callable[[], AbstractContextManager[CacheEntries | None]] = contextlib.nullcontext,
+        memory_bytes: int = 2**32,
+        encoder_bytes: int = 0,
+    ) -> None:
+        self.memory_bytes = memory_bytes
+        self.encoder_bytes = encoder_bytes
+        self._encode = encode
+        self._ready = ready
+        self._entries = entries
+        self._known: dict[str, Conditioning] = {}
+        self._lock = threading.Lock()
+        self.encoded = 0
+        """Number of captions that were encoded instead of read from the cache."""
+
+    def __getitem__(self, caption: str) -> Conditioning:
+        """The conditioning of a caption; encoded now, and not kept, unless it was encoded ahead."""
+        if (known := self._known.get(caption)) is not None:
+            return known
+        with self._lock:  # tokenizers and encoders are for one thread
+            return self._encode(caption)
+
+    def encode_ahead(self, captions: Collection[str], progress: Callable[[int, int], None] | None = None) -> None:
+        """Encode captions in order and keep them; `progress` receives (captions done, total)."""
+        if not (missing := self.missing(captions)):
+            return
+        with self._entries() as entries, contextlib.ExitStack() as encoder:
+            is_ready = False
+            for done, caption in enumerate(missing, start=1):
+                key = key_of(caption=caption)
+                found = None if entries is None else _conditioning(caption, entries.get(key))
+                if found is None:
+                    if not is_ready:  # where all are in the cache, the encoder is not even read
+                        encoder.enter_context(self._ready())
+                        is_ready = True
+                    found = self._encode(caption)
+                    self.encoded += 1
+                    if entries is not None:
+                        entries.put(key, _tensors(found))
+                self._known[caption] = found
+                if progress:
+                    progress(done, len(missing))
+
+    def missing(self, captions: Collection[str]) -> list[str]:
+        return [one for one in dict.fromkeys(captions) if one not in self._known]
+
+    @property
+    def bytes_each(self) -> int:
+        """Bytes of the largest conditioning so far."""
+        return max((sum(one.nbytes for one in known.tensors.values()) for known in self._known.values()), default=0)
+
+    @property
+    def most(self) -> int:
+        """Estimated number of captions whose conditionings fit in `memory_bytes`."""
+        return self.memory_bytes // max(1, self.bytes_each)
+
+    @contextlib.contextmanager
+    def staying(self) -> Iterator[None]:
+        with self._ready():
+            yield
+
+
+def _tensors(conditioning: Conditioning) -> dict[str, Tensor]:
+    mask = {} if conditioning.mask is None else {_MASK: conditioning.mask}
+    return {_TENSOR + name: tensor for name, tensor in conditioning.tensors.items()} | mask
+
+
+def _conditioning(caption: str, tensors: Mapping[str, Tensor] | None) -> Conditioning | None:
+    tensors = tensors or {}
+    named = {name.removeprefix(_TENSOR): one for name, one in tensors.items() if name.startswith(_TENSOR)}
+    if not named:
+        return None
+    return Conditioning(named, text=caption, mask=tensors.get(_MASK))
+
+
+AUTOMATIC_FROM = 12
+"""Number of distinct images from which a tenth is held out by default; with fewer, each matters more in training."""
+
+_AUTOMATIC_SHARE = 0.1
+_NAMED = 8  # maximum number of names in a sentence
+
+
+@dataclass(frozen=True)
+class Split:
+    """A dataset split into training and held-out samples."""
+
+    training: EncodedDataset
+    held_out: EncodedDataset | None
+    note: str  # a sentence for the user
+    is_note_grave: bool = False  # the user should act on it
+
+
+def split(dataset: EncodedDataset, *, share: float | None = None, given: EncodedDataset | None = None) -> Split:
+    """Hold out a share of a dataset's distinct images, or use the `given` separate ones.
+
+    `share` is in [0, 1), rounded up, but never all images; None for a tenth from `AUTOMATIC_FROM` images on and none
+    below. DataError if there is only one image to hold a share out of, or the given images' latents have other
+    channels.
+    """
+    if given is not None:
+        return _given(dataset, given)
+    names = list(dict.fromkeys(sample.name for sample in dataset.samples if not sample.is_class))
+    if share is None and len(names) < AUTOMATIC_FROM:
+        return Split(
+            dataset,
+            None,
+            f"overfitting cannot be judged: with fewer than {AUTOMATIC_FROM} images (here {len(names)}) none are "
+            "held out unless validation_share is set",
+        )
+    if share == 0:
+        return Split(dataset, None, "overfitting cannot be judged: nothing is held out")
+    if len(names) < 2:
+        raise DataError("holding out a share needs at least two images, got one; add images or set validation_share 0")
+    chosen = held_out_names(names, share)
+    count = len(chosen)
+    held_out = [sample for sample in dataset.samples if sample.name in chosen and not sample.is_class]
+    rest = [sample for sample in dataset.samples if sample.name not in chosen or sample.is_class]
+    return Split(
+        replace(dataset, samples=tuple(rest)),
+        EncodedDataset(tuple(held_out)),
+        f"{count} of {len(names)} images {'is' if count == 1 else 'are'} held out of training for validation: "
+        + _listed([name for name in names if name in chosen]),
+    )
+
+
+def held_out_names(names: Sequence[str], share: float | None = None) -> frozenset[str]:
+    """The names that `split` holds out of these distinct names; none of a single one."""
+    if share is None:
+        share = _AUTOMATIC_SHARE if len(names) >= AUTOMATIC_FROM else 0.0
+    if not share or len(names) < 2:
+        return frozenset()
+    count = max(1, math.ceil(share * len(names) - 1e-9))  # a tenth of 30 is 3 despite rounding
+    return frozenset(sorted(names, key=_place)[: min(count, len(names) - 1)])
+
+
+def _given(dataset: EncodedDataset, given: EncodedDataset) -> Split:
+    ours, theirs = (len(one.samples[0].latents) for one in (dataset, given))
+    if ours != theirs:
+        raise DataError(
+            f"validation images need latents of {ours} channels like the training images, got {theirs}; encode both "
+            "with the same model"
+        )
+    trained = {_content(sample) for sample in dataset.samples}
+    seen = list(dict.fromkeys(sample.name for sample in given.samples if _content(sample) in trained))
+    count = len({sample.name for sample in given.samples})
+    note = f"validation uses {count_text(count, 'separate image')}"
+    if seen:
+        note += (
+            f", but {len(seen)} of them {'is' if len(seen) == 1 else 'are'} trained on too and cannot show "
+            f"overfitting: {_listed(seen)}"
+        )
+    return Split(dataset, given, note, is_note_grave=bool(seen))
+
+
+def _place(name: str) -> bytes:
+    """Pseudorandom sort key of an image, a function of its name."""
+    return hashlib.blake2b(f"held out/{name}".encode(), digest_size=8).digest()
+
+
+def _content(sample: Sample) -> bytes:
+    return hashlib.blake2b(sample.latents.contiguous().numpy().tobytes(), digest_size=16).digest()
+
+
+def _listed(names: list[str]) -> str:
+    more = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")

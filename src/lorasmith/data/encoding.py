@@ -17,20 +17,22 @@ from lorasmith.core.options import config_from
 from lorasmith.core.placement import best_device, chosen_device
 from lorasmith.core.processes import current
 from lorasmith.core.tensor_digests import digest_of_tensors
-from lorasmith.data.caption_rules import CaptionRules
+from lorasmith.data.captions import CaptionRules
 from lorasmith.data.clips import ClipForm
-from lorasmith.data.crops import centre_of, framings, pixel_step
-from lorasmith.data.data_config import DataConfig
-from lorasmith.data.dataset import EncodedDataset, Picture, Sample, Variants
-from lorasmith.data.encoded_captions import EncodedCaptions
-from lorasmith.data.encoder_digest import autoencoder_digest, text_encoder_digest
+from lorasmith.data.crops import centre_of, framings, mask_of, pixel_step, place_weights
+from lorasmith.data.data_config import DataConfig, ImageSource
+from lorasmith.data.dataset import EncodedCaptions, EncodedDataset, Picture, Sample, Variants
+from lorasmith.data.encoder_digest import RememberedDigests, autoencoder_digest, text_encoder_digest
 from lorasmith.data.encoding_cache import CacheEntries, EncodingCache, default_cache, key_of
 from lorasmith.data.folder import FolderScan, ImageFile, scan_sources
-from lorasmith.data.framed_pictures import mask_of, place_weights
 from lorasmith.data.hub_datasets import dataset_folder
-from lorasmith.data.picture_encoding import EncodedFraming, FramedImage, PictureEncoder, Progress, encode_pictures
-from lorasmith.data.remembered_digests import RememberedDigests
-from lorasmith.data.sources import ImageSource
+from lorasmith.data.picture_encoding import (
+    EncodedFraming,
+    EncodingProgress,
+    FramedImage,
+    PictureEncoder,
+    encode_pictures,
+)
 from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Autoencoder, Model, TextEncoder
 
@@ -113,7 +115,7 @@ def encode_scan(
     config: DataConfig,
     *,
     device: torch.device | None = None,
-    progress: Progress | None = None,
+    progress: EncodingProgress | None = None,
     caption_progress: Callable[[int, int], None] | None = None,
     hash_progress: Callable[[int, int], None] | None = None,
 ) -> EncodedDataset:
@@ -164,7 +166,7 @@ def encode_images(
     pictures: PictureEncoder,
     resolution: int,
     multiple: int,
-    progress: Progress | None = None,
+    progress: EncodingProgress | None = None,
     caption_progress: Callable[[int, int], None] | None = None,
 ) -> EncodedDataset:
     """Encode the plain caption of each image, then its framings; further captions are encoded when the run is known.

@@ -1,13 +1,21 @@
 """The encoding cache: outputs of autoencoders and text encoders, on disk.
 
-    encodings/<digest of the encoder>/<time>-<random>.safetensors      shards, see `cache_shards`
+    encodings/<digest of the encoder>/<time>-<random>.safetensors      shards
     encodings/digests/<digest>.json                                    digests of weights, see `encoder_digest`
 
 Entries are found by content: the encoder's digest and a key of everything else that the result depends on, so nothing
 in the cache becomes stale. Processes share a folder without locks: files are written atomically under unique names, and
-two processes that encode the same input leave duplicates.
+two processes that encode the same input leave duplicates. A file that is missing or cannot be removed is not an error.
 
-Files with other names are neither read nor removed, and links are not followed.
+A shard is a safetensors file of several entries:
+
+    <key>/<name>                    tensors of an entry
+    __metadata__: lorasmith.encodings = {"format": 1, "encoder": ..., "title": ..., "entries": {<key>: <digest>}}
+
+An entry's digest is the SHA-256 of its encoder, its key, and the names, shapes, dtypes and bytes of its tensors. It is
+verified on every read, so a damaged entry is never used, and the others of its shard still are. Shards are untrusted:
+names in them are compared, never opened. Files with other names are neither read nor removed, and links are not
+followed.
 """
 
 from __future__ import annotations
@@ -19,19 +27,24 @@ import math
 import os
 import re
 import secrets
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lorasmith.core.errors import LorasmithError, OutputError
-from lorasmith.data.cache_folder import ensure_private, named_files, remove_leftovers, removed, stat_of, system_cache
-from lorasmith.data.cache_shards import Shard, check_entry, is_digest, read_shard, write_shard
+from lorasmith.core.errors import DataError, LorasmithError, OutputError
+from lorasmith.core.files import atomic_path, ensure_folder
+from lorasmith.core.foreign_json import parse_foreign_json
+from lorasmith.core.mapped_files import MappedFile, may_stay_mapped
+from lorasmith.core.tensor_digests import digest_of_tensors
 from lorasmith.data.data_config import DataConfig
+from lorasmith.formats.container import Header, check_safetensors, mapped_tensors, serialised
 
 FOLDER_VARIABLE = "LORASMITH_CACHE_DIR"  # of the user's cache
 
@@ -340,3 +353,153 @@ def default_cache(limit_gib: float = DataConfig.cache_limit) -> EncodingCache:
         return EncodingCache(system_cache() / "lorasmith" / "encodings", limit_bytes=limit_bytes)
     except RuntimeError:
         return EncodingCache(Path("encodings"), limit_bytes=0)
+
+
+_KEY = "lorasmith.encodings"
+_FORMAT = 1
+_MAX_TITLE = 200
+_NAME = re.compile(r"[\w.\-]{1,100}", re.ASCII)
+
+
+@dataclass
+class Shard:
+    """A file of entries, of which only the header has been read."""
+
+    path: Path
+    encoder: str  # digest
+    title: str  # the encoder's name, for people
+    digests: Mapping[str, str]  # by entry key
+    header: Header
+    _mapped: tuple[MappedFile, dict[str, dict[str, Tensor]]] | None = field(default=None, repr=False)
+
+    def read(self, key: str) -> dict[str, Tensor]:
+        """The tensors of an entry, memory-mapped, or copied where the system allows no more mappings.
+
+        OSError if the file cannot be opened, ValueError if the entry is damaged.
+        """
+        file, entries = self._mapped or self._opened()
+        tensors = entries.get(key, {})
+        if _digest(self.encoder, key, tensors) != self.digests[key]:
+            raise ValueError("an entry has other bytes than were written")
+        for tensor in tensors.values():
+            file.release_pages(tensor)
+        return tensors if self._mapped else {name: tensor.clone() for name, tensor in tensors.items()}
+
+    def _opened(self) -> tuple[MappedFile, dict[str, dict[str, Tensor]]]:
+        stays = may_stay_mapped()
+        file = MappedFile(self.path)
+        entries: dict[str, dict[str, Tensor]] = {}
+        for place, tensor in mapped_tensors(file, self.header).items():
+            key, _, name = place.partition("/")
+            entries.setdefault(key, {})[name] = tensor
+        if stays:
+            self._mapped = file, entries
+        return file, entries
+
+
+def is_digest(text: object) -> bool:
+    """Whether `text` is 64 hexadecimal digits, as SHA-256 is written."""
+    return isinstance(text, str) and re.fullmatch("[0-9a-f]{64}", text) is not None
+
+
+def write_shard(path: Path, encoder: str, title: str, entries: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Write a shard atomically; `entries` are tensors by name, by key. Raises OutputError."""
+    digests = {key: _digest(encoder, key, tensors) for key, tensors in entries.items()}
+    about = {"format": _FORMAT, "encoder": encoder, "title": title[:_MAX_TITLE], "entries": digests}
+    tensors = {f"{key}/{name}": tensor for key, one in entries.items() for name, tensor in one.items()}
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        for piece in serialised(tensors, {_KEY: json.dumps(about)}):
+            file.write(piece)
+
+
+def read_shard(path: Path) -> Shard | None:
+    """A shard whose header is valid; None for another version. Raises DataError if it is missing or damaged."""
+    header = check_safetensors(path, DataError)
+    try:
+        about = parse_foreign_json(header.metadata.get(_KEY, "null"))
+        if isinstance(about, dict) and isinstance(about.get("format"), int) and about["format"] != _FORMAT:
+            return None
+        return Shard(path, *_checked(about), header)
+    except ValueError as error:
+        raise DataError(f"{path} is no shard of the encoding cache: its header {error}; remove it") from None
+
+
+def check_entry(key: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError for a key or tensor names that a shard cannot hold."""
+    if not is_digest(key):
+        raise ValueError(f"the key of a cached encoding must be 64 hexadecimal digits, got {key!r}")
+    if wrong := [name for name in tensors if not _NAME.fullmatch(name)]:
+        raise ValueError(f"names of cached tensors must be letters, digits, '_', '.' and '-', got {wrong[0]!r}")
+
+
+def _checked(about: Any) -> tuple[str, str, dict[str, str]]:
+    """Encoder, title and digests of the entries. Raises ValueError."""
+    if not isinstance(about, dict):
+        raise ValueError("says nothing of encodings")
+    encoder, title, entries = (about.get(name) for name in ("encoder", "title", "entries"))
+    if not is_digest(encoder) or not isinstance(title, str) or not isinstance(entries, dict):
+        raise ValueError("lacks encoder, title or entries")
+    if not all(is_digest(key) and is_digest(digest) for key, digest in entries.items()):
+        raise ValueError("has keys that are no digests")
+    return str(encoder), title[:_MAX_TITLE], entries
+
+
+def _digest(encoder: str, key: str, tensors: Mapping[str, Tensor]) -> str:
+    return digest_of_tensors(sorted(tensors.items()), beginning=[_FORMAT, encoder, key])
+
+
+_LEFT_SECONDS = 3600  # age from which a temporary file is a leftover of a killed process
+
+_TEMPORARY_NAME = re.compile(r"\..+\.tmp")  # as `core.files.atomic_path` calls them
+
+
+def system_cache() -> Path:
+    """The folder in which programs keep what they can make again."""
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches"
+    given = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return given if given.is_absolute() else Path.home() / ".cache"
+
+
+def ensure_private(folder: Path) -> None:
+    """Create a folder that only its owner can read, as latents can be decoded to pictures."""
+    ensure_folder(folder.parent)
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+
+
+def named_files(folder: Path, name: re.Pattern[str]) -> list[os.DirEntry[str]]:
+    """Regular files whose names match, sorted by name."""
+    try:
+        with os.scandir(folder) as entries:
+            found = [one for one in entries if name.fullmatch(one.name) and one.is_file(follow_symlinks=False)]
+    except OSError:
+        return []
+    return sorted(found, key=lambda one: one.name)
+
+
+def stat_of(entry: os.DirEntry[str]) -> os.stat_result | None:
+    """The entry's stat; None if the file is gone."""
+    try:
+        return entry.stat(follow_symlinks=False)
+    except OSError:
+        return None
+
+
+def removed(path: Path) -> bool:
+    """Remove a file; whether it is gone."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:
+        return False
+    return True
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove temporary files of processes that were killed while writing."""
+    for file in named_files(folder, _TEMPORARY_NAME):
+        stat = stat_of(file)
+        if stat is not None and time.time() - stat.st_mtime > _LEFT_SECONDS:
+            removed(Path(file.path))

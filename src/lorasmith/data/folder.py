@@ -23,15 +23,12 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from lorasmith.core.errors import DataError
-from lorasmith.data.caption_rules import CaptionRules
-from lorasmith.data.captions import CaptionError, caption_of_file_name, one_line, read_caption_file
+from lorasmith.data.captions import CaptionError, CaptionRules, caption_of_file_name, one_line, read_caption_file
 from lorasmith.data.clips import is_video, open_file
-from lorasmith.data.data_config import CaptionOrigin, DataConfig
+from lorasmith.data.data_config import CaptionOrigin, DataConfig, ImageSource
 from lorasmith.data.folder_listing import NO_CLIPS, Reason, Skipped, name_without_repeats, stem_of
-from lorasmith.data.folder_remarks import Remark, Remarks
 from lorasmith.data.image_files import MAX_ASPECT, ImageError, file_digest, image_size, image_suffixes
-from lorasmith.data.source_files import Candidate, candidates
-from lorasmith.data.sources import ImageSource
+from lorasmith.data.source_files import Candidate, NoteKind, ScanNotes, candidates
 
 MIN_EDGE = 16  # of the shorter edge, in pixels
 
@@ -70,7 +67,7 @@ class FolderScan:
     images: tuple[ImageFile, ...]  # in natural order (`2.png` before `10.png`), those of subfolders last
     skipped: tuple[tuple[Path, Reason], ...]  # unused files and folders, with reason and remedy
     missing_captions: tuple[Path, ...]  # usable images that should have a caption and have none, or an empty one
-    notes: tuple[str, ...]  # other remarks for the user, one sentence each
+    notes: tuple[str, ...]  # other notes for the user, one sentence each
     refused: tuple[Candidate, ...] = field(default=(), compare=False)  # the image files among `skipped`
 
     def __repr__(self) -> str:
@@ -122,11 +119,11 @@ def scan_sources(
     refused: list[Candidate] = []
     unread: list[Candidate] = []
     missing: list[Path] = []
-    remarks = Remarks()
+    notes = ScanNotes()
     found = [
         one
         for source in sources
-        for one in candidates(source, config, cache=cache, skipped=skipped, remarks=remarks, unread=unread, clips=clips)
+        for one in candidates(source, config, cache=cache, skipped=skipped, notes=notes, unread=unread, clips=clips)
     ]
 
     def check(candidate: Candidate) -> _Checked | Reason:
@@ -141,17 +138,17 @@ def scan_sources(
         if checked.is_missing:
             missing.append(candidate.path)
         if checked.is_latin_1:
-            remarks.add(Remark.LATIN_1, str(candidate.caption_file))
+            notes.add(NoteKind.LATIN_1, str(candidate.caption_file))
         if checked.differs:
             used = candidate.metadata if candidate.entry_first else candidate.caption_file
-            remarks.add(Remark.DIFFERENT, f"of {candidate.name}, {used} is used")
-        _remark_links(candidate, remarks)
+            notes.add(NoteKind.DIFFERENT, f"of {candidate.name}, {used} is used")
+        _note_links(candidate, notes)
     if not scanned:
         raise DataError(_nothing_usable(sources, unusable + skipped))
     if len(sources) > 1:
-        _remark_repetition(found, remarks)
+        _note_repetition(found, notes)
     return FolderScan(
-        tuple(scanned), tuple(unusable + skipped), tuple(missing), remarks.sentences(), tuple(refused + unread)
+        tuple(scanned), tuple(unusable + skipped), tuple(missing), notes.sentences(), tuple(refused + unread)
     )
 
 
@@ -166,7 +163,7 @@ def has_videos(sources: Sequence[ImageSource], config: DataConfig, *, cache: Pat
     return any(
         is_video(one.path)
         for source in sources
-        for one in candidates(source, config, cache=cache, skipped=[], remarks=Remarks(), clips=True)
+        for one in candidates(source, config, cache=cache, skipped=[], notes=ScanNotes(), clips=True)
     )
 
 
@@ -306,22 +303,22 @@ def _each(items: Sequence[Candidate], function: Callable[[Candidate], T]) -> Ite
             yield from pool.map(function, items[start : start + 64 * workers])
 
 
-def _remark_links(image: Candidate, remarks: Remarks) -> None:
+def _note_links(image: Candidate, notes: ScanNotes) -> None:
     """Report files read from outside the folder: links are usual, but may also come with an untrusted folder."""
     mask = image.mask.name if image.mask and str(image.mask.parent) == image.folder.path else None
     for name in filter(None, (image.name, image.caption_file, mask)):
         if real := image.folder.outside(name):
-            remarks.add(Remark.LINKS, f"{name} to {real}")
+            notes.add(NoteKind.LINKS, f"{name} to {real}")
 
 
-def _remark_repetition(found: Sequence[Candidate], remarks: Remarks) -> None:
+def _note_repetition(found: Sequence[Candidate], notes: ScanNotes) -> None:
     seen: set[tuple[str, str]] = set()
     real: dict[str, str] = {}
     for one in found:
         folder = real.setdefault(one.folder.path, "") or os.path.realpath(one.folder.path)
         real[one.folder.path] = folder
         if (folder, one.name) in seen:
-            remarks.add(Remark.TWICE, one.name)
+            notes.add(NoteKind.TWICE, one.name)
         seen.add((folder, one.name))
 
 

@@ -16,9 +16,9 @@ from lorasmith.core.errors import DataError
 from lorasmith.core.files import entry_is_folder, entry_is_link, is_regular
 from lorasmith.core.folders import RUN_LOG, RUN_RECORD
 from lorasmith.data.captions import CAPTION_SUFFIXES, one_line
+from lorasmith.data.data_config import MAX_REPEATS
 from lorasmith.data.image_files import image_suffixes
 from lorasmith.data.metadata_files import is_metadata_name
-from lorasmith.data.sources import MAX_REPEATS
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".webm", ".mkv", ".flv")
 """File suffixes that are taken for videos, in lower case."""

@@ -20,16 +20,15 @@ from torch import Tensor
 
 from lorasmith.core.allocator import is_out_of_memory
 from lorasmith.data.clips import ClipForm
-from lorasmith.data.crops import Framing
+from lorasmith.data.crops import FramedPicture, Framing, framed
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.dataset import check_latents
 from lorasmith.data.encoding_cache import CacheEntries, key_of
 from lorasmith.data.folder import ImageFile
-from lorasmith.data.framed_pictures import FramedPicture, framed
 from lorasmith.data.image_files import file_digest
 from lorasmith.families.base import Conditioning, PictureSize
 
-Progress = Callable[[int, int, str, int], None]
+EncodingProgress = Callable[[int, int, str, int], None]
 """Receives images done, all images, the name of the last one, and the number found in the cache."""
 
 _READERS = 2  # threads; decoding is faster than any autoencoder, which needs the other cores
@@ -108,7 +107,7 @@ def encode_pictures(
     images: Sequence[FramedImage],
     encoder: PictureEncoder,
     config: DataConfig,
-    progress: Progress | None = None,
+    progress: EncodingProgress | None = None,
 ) -> list[list[EncodedFraming]]:
     """The encoded framings of each image, in order.
 
@@ -150,7 +149,7 @@ class _Counter:
     """Reports images of which every framing is encoded."""
 
     total: int
-    progress: Progress | None
+    progress: EncodingProgress | None
     cached: int
     done: int = field(default=0, init=False)
 

@@ -16,18 +16,16 @@ from functools import partial
 from pathlib import Path
 
 from lorasmith.core.errors import DataError
-from lorasmith.data.caption_rules import CaptionRules
-from lorasmith.data.captions import read_caption
+from lorasmith.data.captions import CaptionRules, read_caption
 from lorasmith.data.clips import open_still
-from lorasmith.data.crops import Framing, centre_of, framings, pixel_step
+from lorasmith.data.crops import Framing, centre_of, framings, mask_of, pixel_step
 from lorasmith.data.data_config import DataConfig
+from lorasmith.data.dataset import held_out_names
 from lorasmith.data.findings import CheckedImage, Finding, FindingKind, LookAlikes, TokenLimit, found_in
 from lorasmith.data.folder import FolderScan, ImageFile
 from lorasmith.data.folder_listing import Reason
-from lorasmith.data.framed_pictures import mask_of
 from lorasmith.data.picture_quality import MEASURED_EDGE, PictureQuality, look_alikes, measured
 from lorasmith.data.source_files import Candidate
-from lorasmith.data.split import held_out_names
 
 _USUAL = (1024, 768, 512, 256)
 _FILLED = 0.75  # share of the images that a resolution must not enlarge

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 
 from lorasmith.core.errors import DataError
 from lorasmith.core.files import is_folder, is_regular
-from lorasmith.data.data_config import DataConfig
+from lorasmith.data.data_config import MAX_REPEATS, DataConfig, ImageSource
 from lorasmith.data.folder_listing import LINK, ListedFolder, Reason, Skipped, list_folders, stem_of
-from lorasmith.data.folder_remarks import Remark, Remarks
 from lorasmith.data.hub_datasets import is_saved_dataset, unpacked_folder
 from lorasmith.data.metadata_files import (
     METADATA_SUFFIXES,
@@ -19,7 +19,6 @@ from lorasmith.data.metadata_files import (
     preferred_metadata,
     read_metadata,
 )
-from lorasmith.data.sources import MAX_REPEATS, ImageSource
 
 
 @dataclass(slots=True)
@@ -50,7 +49,7 @@ def candidates(
     *,
     cache: Path | None,
     skipped: Skipped,
-    remarks: Remarks,
+    notes: ScanNotes,
     unread: list[Candidate] | None = None,
     clips: bool = False,
 ) -> Iterator[Candidate]:
@@ -69,8 +68,8 @@ def candidates(
         only = _Known("", Path(root).name, _required(Path(root)))
         root = str(Path(root).parent)
     from_files = config.captions == "files"
-    metadata = _MetadataFiles(only, skipped, remarks)
-    masks = _Masks(root, config, remarks)
+    metadata = _MetadataFiles(only, skipped, notes)
+    masks = _Masks(root, config, notes)
     for folder in list_folders(
         root,
         recursive=config.recursive or only is not None,
@@ -87,13 +86,13 @@ def candidates(
         if from_files:
             metadata.enter(folder)
         else:
-            _remark_origin(folder, only, remarks)
+            _note_origin(folder, only, notes)
         foreign = {path.name: reason for path, reason in folder.foreign}
         for name in (*folder.images, *foreign):
             stem = stem_of(name)
             found = Candidate(folder, name, folder.repeats * source.repeats, source.weight, clips)
             if not metadata.give(found):
-                remarks.add(Remark.UNNAMED, name, int(name not in foreign))
+                notes.add(NoteKind.UNNAMED, name, int(name not in foreign))
                 continue
             if not from_files:  # it only selects images
                 found.entry, found.refused = (), ""
@@ -104,7 +103,7 @@ def candidates(
             if from_files and (files := folder.captions.get(stem)):
                 found.caption_file = files[0]
                 found.barred = _barred(folder, files[0], "caption file") or found.barred
-                remarks.add(Remark.SECOND_FILE, files[-1], len(files) - 1)
+                notes.add(NoteKind.SECOND_FILE, files[-1], len(files) - 1)
             found.barred = _barred(folder, name) or found.barred
             if name not in foreign:
                 yield found
@@ -113,8 +112,8 @@ def candidates(
             if unread is not None:
                 unread.append(found)
         if only is None and from_files:
-            _remark_orphans(folder, remarks)
-        _remark_case(folder, remarks)
+            _note_orphans(folder, notes)
+        _note_case(folder, notes)
         masks.leave(folder)
     metadata.finish()
     masks.finish()
@@ -131,8 +130,8 @@ class _Known:
 class _MetadataFiles:
     """The metadata files of a source, of which the nearest above an image is used."""
 
-    def __init__(self, only: _Known | None, skipped: Skipped, remarks: Remarks) -> None:
-        self._only, self._skipped, self._remarks = only, skipped, remarks
+    def __init__(self, only: _Known | None, skipped: Skipped, notes: ScanNotes) -> None:
+        self._only, self._skipped, self._notes = only, skipped, notes
         self._known = {"": only} if only else {}
         self._above: list[_Known] = [only] if only else []
 
@@ -148,7 +147,7 @@ class _MetadataFiles:
                     self._skipped.append((folder.file(other), reason))
             path = folder.file(name)
             if real := folder.outside(name):
-                self._remarks.add(Remark.LINKS, f"{name} to {real}")
+                self._notes.add(NoteKind.LINKS, f"{name} to {real}")
             try:
                 if folder.refuses(name):
                     raise MetadataError(LINK)
@@ -188,16 +187,16 @@ class _MetadataFiles:
         for known in self._known.values():
             if isinstance(known.content, Metadata):
                 missing = [*(known.content.captions.keys() | known.content.refused.keys()) - known.used]
-                self._remarks.add(Remark.NO_ENTRY, min(missing, default=""), len(missing))
+                self._notes.add(NoteKind.NO_ENTRY, min(missing, default=""), len(missing))
                 outside = known.content.outside
-                self._remarks.add(Remark.OUTSIDE, min(outside, default=""), len(outside))
+                self._notes.add(NoteKind.OUTSIDE, min(outside, default=""), len(outside))
 
 
 class _Masks:
     """Masks beside the images, or in a folder of their own."""
 
-    def __init__(self, root: str, config: DataConfig, remarks: Remarks) -> None:
-        self._on, self._remarks = config.masks == "files", remarks
+    def __init__(self, root: str, config: DataConfig, notes: ScanNotes) -> None:
+        self._on, self._notes = config.masks == "files", notes
         self._elsewhere: dict[str, tuple[ListedFolder, str]] = {}
         self._used: set[Path] = set()
         folder = config.mask_folder if self._on else None
@@ -227,16 +226,16 @@ class _Masks:
         return found
 
     def leave(self, folder: ListedFolder) -> None:
-        kind = Remark.MASK if self._on else Remark.MASKS_OFF
+        kind = NoteKind.MASK if self._on else NoteKind.MASKS_OFF
         for names in folder.masks.values():
             for name in names:
                 if folder.file(name) not in self._used:
-                    self._remarks.add(kind, name)
+                    self._notes.add(kind, name)
 
     def finish(self) -> None:
         for listed, name in self._elsewhere.values():
             if listed.file(name) not in self._used:
-                self._remarks.add(Remark.MASK, name)
+                self._notes.add(NoteKind.MASK, name)
 
 
 def _barred(folder: ListedFolder, name: str, kind: str = "") -> Reason | None:
@@ -254,33 +253,108 @@ def _required(path: Path) -> Metadata:
         raise DataError(f"metadata file {path} {error}; repair it, or use another one") from error
 
 
-def _remark_origin(folder: ListedFolder, only: _Known | None, remarks: Remarks) -> None:
+def _note_origin(folder: ListedFolder, only: _Known | None, notes: ScanNotes) -> None:
     """Report files with captions that are not used."""
     stems = {stem_of(name) for name in folder.images}
     unused = [name for stem, names in folder.captions.items() if stem in stems for name in names]
     unused += [] if only else folder.metadata
-    remarks.add(Remark.ORIGIN, unused[0] if unused else "", len(unused))
+    notes.add(NoteKind.ORIGIN, unused[0] if unused else "", len(unused))
 
 
-def _remark_case(folder: ListedFolder, remarks: Remarks) -> None:
+def _note_case(folder: ListedFolder, notes: ScanNotes) -> None:
     """Report images whose names, or caption files, differ in case only."""
     first: dict[str, str] = {}
     for name in folder.images:
         other = first.setdefault(stem_of(name).casefold(), name)
         if stem_of(other) != stem_of(name) or (other != name and other.casefold() == name.casefold()):
-            remarks.add(Remark.CASE, f"{other} and {name}")
+            notes.add(NoteKind.CASE, f"{other} and {name}")
 
 
-def _remark_orphans(folder: ListedFolder, remarks: Remarks) -> None:
+def _note_orphans(folder: ListedFolder, notes: ScanNotes) -> None:
     """Report caption files without an image, unless a picture in another format was reported already."""
     stems = {stem_of(name) for name in folder.images}
     stems.update(path.stem for path, _ in folder.foreign)
     for stem, names in folder.captions.items():
         if stem not in stems and stem.lower() not in _ABOUT:
-            remarks.add(Remark.NO_IMAGE, names[0], len(names))
+            notes.add(NoteKind.NO_IMAGE, names[0], len(names))
 
 
 _ABOUT = frozenset(
     ("about", "authors", "changes", "copying", "credits", "licence", "license", "notice", "readme", "sources")
 )
 """Names of text files about a folder."""
+
+
+class NoteKind(Enum):
+    """A kind of remark: the start of its sentence in singular and plural, and the rest of it."""
+
+    LATIN_1 = (
+        "caption file is",
+        "caption files are",
+        "not UTF-8 and read as latin-1, such as {}; check the accents or save as UTF-8",
+    )
+    SECOND_FILE = (
+        "caption file is",
+        "caption files are",
+        "not used, such as {}, as the image has another one; remove one of them",
+    )
+    NO_IMAGE = (
+        "caption file has",
+        "caption files have",
+        "no image of the same name, such as {}; rename or remove what is not needed",
+    )
+    ORIGIN = (
+        "file with captions is",
+        "files with captions are",
+        "not used, such as {}; they are with captions files",
+    )
+    DIFFERENT = (
+        "image has",
+        "images have",
+        "different captions in a caption file and in a metadata file; {}",
+    )
+    NO_ENTRY = (
+        "entry of metadata files has",
+        "entries of metadata files have",
+        "no image here, such as {}",
+    )
+    OUTSIDE = (
+        "entry of metadata files is",
+        "entries of metadata files are",
+        "not used, such as {}, as they name files outside of the folder",
+    )
+    UNNAMED = (
+        "image is",
+        "images are",
+        "not used, such as {}, as the metadata file does not name them",
+    )
+    MASKS_OFF = ("mask is", "masks are", "not used, such as {}; they are with masks files")
+    MASK = ("mask is", "masks are", "not used, such as {}, as there is no image of the name, or another mask")
+    TWICE = ("image is", "images are", "in several sources, such as {}, and counted for each")
+    CASE = (
+        "image has",
+        "images have",
+        "the name of another one but for case, such as {}; rename them, as Windows and macOS take them for one",
+    )
+    LINKS = ("file is a link", "files are links", "to outside of the folder, such as {}")
+
+
+class ScanNotes:
+    """ScanNotes, counted by kind."""
+
+    def __init__(self) -> None:
+        self._found: dict[NoteKind, tuple[int, str]] = {}
+
+    def add(self, kind: NoteKind, example: str, count: int = 1) -> None:
+        """Count notes of a kind, of which the first example is kept."""
+        if count:
+            before, first = self._found.get(kind, (0, example))
+            self._found[kind] = (before + count, first)
+
+    def sentences(self) -> tuple[str, ...]:
+        return tuple(_sentence(kind, *self._found[kind]) for kind in NoteKind if kind in self._found)
+
+
+def _sentence(kind: NoteKind, count: int, example: str) -> str:
+    one, several, rest = kind.value
+    return f"{count:,} {one if count == 1 else several} {rest.replace('{}', example)}"

@@ -7,28 +7,7 @@ from importlib import import_module
 from lorasmith.core.registry import Registry
 from lorasmith.workflow import NODES, Node
 
-_MODULES = (
-    "conditioning",
-    "custom_sampling",
-    "datasets",
-    "extraction",
-    "image_sets",
-    "images",
-    "latents",
-    "loaders",
-    "lora_loaders",
-    "model_sampling",
-    "outputs",
-    "patterns",
-    "primitives",
-    "sampling",
-    "saved_datasets",
-    "strings",
-    "text_sets",
-    "text_encoding",
-    "training",
-    "videos",
-)
+_MODULES = ("conditioning", "images", "latents", "loaders", "outputs", "datasets", "sampling", "strings", "training")
 
 
 def load_nodes() -> Registry[Node]:

@@ -1,28 +1,192 @@
-"""Nodes that change encoded prompts."""
+"""Nodes that encode prompts, set options of encoding, and change encoded prompts."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lorasmith.core.errors import DataError
-from lorasmith.families.base import Conditioning
-from lorasmith.workflow import Input, NodeContext, Output, node
+from lorasmith.core.errors import DataError, ModelError
+from lorasmith.families.base import Conditioning, PictureSize
+from lorasmith.families.model import TextEncoder
+from lorasmith.workflow import NodeContext, node, socket
+
+_T5_KINDS = ("t5xxl", "umt5xxl")
+_LUMINA_PROMPTS = {
+    "superior": (
+        "You are an assistant designed to generate superior images with the superior degree of image-text alignment "
+        "based on textual prompts or user prompts."
+    ),
+    "alignment": (
+        "You are an assistant designed to generate high-quality images with the highest degree of image-text "
+        "alignment based on textual prompts."
+    ),
+}
+"""Prefixes of prompts that Lumina 2 was trained with."""
+
+
+def check_encoder(clip: TextEncoder) -> None:
+    """Raise ModelError if the model was loaded without text encoders."""
+    clip.family.check_encoders(clip.encoders)
+
+
+def _text(tooltip: str = "") -> Any:
+    return socket("STRING", multiline=True, tooltip=tooltip)
+
+
+def _pixels(default: int, tooltip: str) -> Any:
+    return socket("INT", default=default, min=0, max=16384, tooltip=tooltip)
+
+
+@node(
+    "CLIPTextEncode",
+    "CLIP Text Encode (Prompt)",
+    "model/conditioning",
+    outputs=["CONDITIONING"],
+    search_aliases=["prompt", "caption", "text prompt"],
+)
+def clip_text_encode(
+    context: NodeContext,
+    *,
+    text: str = _text("(word:1.2) weights a word; \\( is a literal bracket."),
+    clip: TextEncoder = socket("CLIP"),
+) -> tuple[list[Conditioning]]:
+    """Encode a prompt or a caption."""
+    return ([_encoded(clip, text)],)
+
+
+@node("CLIPTextEncodeFlux", "CLIPTextEncodeFlux", "model/conditioning/flux", outputs=["CONDITIONING"])
+def clip_text_encode_flux(
+    context: NodeContext,
+    *,
+    clip: TextEncoder = socket("CLIP"),
+    clip_l: str = _text("Prompt of CLIP, which gives the picture's subject and style as a whole."),
+    t5xxl: str = _text("Prompt of T5, in sentences."),
+    guidance: float = socket("FLOAT", default=3.5, min=0.0, max=100.0, step=0.1, tooltip="Strength of the prompt."),
+) -> tuple[list[Conditioning]]:
+    """Encode a prompt for each text encoder of Flux.1, with its guidance."""
+    encoded = _encoded_by_kind(clip, {"clip_l": clip_l, "t5xxl": t5xxl}, needed=("t5xxl",))
+    tensors = {**encoded.tensors, "guidance": torch.tensor([guidance])}
+    return ([replace(encoded, tensors=tensors)],)
+
+
+@node("CLIPTextEncodeSDXL", "CLIP Text Encode (SDXL)", "model/conditioning/stable diffusion", outputs=["CONDITIONING"])
+def clip_text_encode_sdxl(
+    context: NodeContext,
+    *,
+    clip: TextEncoder = socket("CLIP"),
+    width: int = _pixels(1024, "Of the original picture; small ones look scaled up."),
+    height: int = _pixels(1024, "Of the original picture; small ones look scaled up."),
+    crop_w: int = _pixels(0, "Pixels cut off on the left."),
+    crop_h: int = _pixels(0, "Pixels cut off at the top."),
+    target_width: int = _pixels(1024, "Of the picture to make."),
+    target_height: int = _pixels(1024, "Of the picture to make."),
+    text_g: str = _text("Prompt of the large CLIP."),
+    text_l: str = _text("Prompt of the small CLIP."),
+) -> tuple[list[Conditioning]]:
+    """Encode a prompt for each text encoder of Stable Diffusion XL, with the sizes that it is conditioned on."""
+    encoded = _encoded_by_kind(clip, {"clip_l": text_l, "clip_g": text_g}, needed=("clip_l", "clip_g"))
+    size = PictureSize(original=(height, width), crop=(crop_h, crop_w), target=(target_height, target_width))
+    return ([clip.family.sized(encoded, size)],)
+
+
+@node(
+    "CLIPTextEncodeSD3",
+    "CLIP Text Encode (SD3)",
+    "model/conditioning/stable diffusion",
+    outputs=["CONDITIONING"],
+    search_aliases=["sd3 prompt"],
+)
+def clip_text_encode_sd3(
+    context: NodeContext,
+    *,
+    clip: TextEncoder = socket("CLIP"),
+    clip_l: str = _text("Prompt of the small CLIP."),
+    clip_g: str = _text("Prompt of the large CLIP."),
+    t5xxl: str = _text("Prompt of T5."),
+    empty_padding: str = socket(
+        "COMBO",
+        options=("none", "empty_prompt"),
+        tooltip="Of empty prompts: none leaves them out, which Stable Diffusion 3 alone can do.",
+    ),
+) -> tuple[list[Conditioning]]:
+    """Encode a prompt for each text encoder; those that the model lacks are ignored."""
+    clip = replace(clip, encoding=replace(clip.encoding, encodes_empty=empty_padding != "none"))
+    return ([_encoded_by_kind(clip, {"clip_l": clip_l, "clip_g": clip_g, "t5xxl": t5xxl}, needed=("clip_l",))],)
+
+
+@node(
+    "CLIPTextEncodeLumina2",
+    "CLIP Text Encode (Lumina 2)",
+    "model/conditioning/lumina",
+    outputs=["CONDITIONING"],
+    search_aliases=["lumina prompt"],
+)
+def clip_text_encode_lumina2(
+    context: NodeContext,
+    *,
+    system_prompt: str = socket("COMBO", options=tuple(_LUMINA_PROMPTS), tooltip="Sentence before the prompt."),
+    user_prompt: str = _text(),
+    clip: TextEncoder = socket("CLIP"),
+) -> tuple[list[Conditioning]]:
+    """Encode a prompt after one of the two instructions that Lumina 2 was trained with."""
+    return ([_encoded(clip, f"{_LUMINA_PROMPTS[system_prompt]} <Prompt Start> {user_prompt}")],)
+
+
+@node("CLIPSetLastLayer", "CLIP Set Last Layer", "model/conditioning", outputs=["CLIP"], search_aliases=["clip skip"])
+def clip_set_last_layer(
+    context: NodeContext,
+    *,
+    clip: TextEncoder = socket("CLIP"),
+    stop_at_clip_layer: int = socket("INT", default=-1, min=-24, max=-1, step=1, tooltip="-2 skips the last layer."),
+) -> tuple[TextEncoder]:
+    """Skip the last layers of the text encoder."""
+    return (replace(clip, encoding=replace(clip.encoding, skip_layers=-1 - stop_at_clip_layer)),)
+
+
+@node("T5TokenizerOptions", "T5 Tokenizer Options", "model/conditioning", outputs=["CLIP"], experimental=True)
+def t5_tokenizer_options(
+    context: NodeContext,
+    *,
+    clip: TextEncoder = socket("CLIP"),
+    min_padding: int = socket("INT", default=0, min=0, max=10000, step=1, tooltip="Least padding after a prompt."),
+    min_length: int = socket("INT", default=0, min=0, max=10000, step=1, tooltip="Least number of tokens."),
+) -> tuple[TextEncoder]:
+    """Set how prompts are padded for T5."""
+    padding = {**clip.encoding.min_padding, **dict.fromkeys(_T5_KINDS, min_padding)}
+    tokens = {**clip.encoding.min_tokens, **dict.fromkeys(_T5_KINDS, min_length)}
+    return (replace(clip, encoding=replace(clip.encoding, min_padding=padding, min_tokens=tokens)),)
+
+
+def _encoded(clip: TextEncoder, text: str | Mapping[str, str]) -> Conditioning:
+    check_encoder(clip)
+    with clip.active():
+        return clip.encode(text)
+
+
+def _encoded_by_kind(clip: TextEncoder, texts: Mapping[str, str], *, needed: tuple[str, ...]) -> Conditioning:
+    """Conditioning of one text per encoder kind, unknown kinds ignored. ModelError if a `needed` kind is missing."""
+    kinds = {component: slot.kind for component, slot in clip.family.text_encoders.items()}
+    if lacking := [kind for kind in needed if kind not in kinds.values()]:
+        raise ModelError(
+            f"this node is for models with the text encoder {' and '.join(lacking)}, but {clip.title} encodes for "
+            f"{clip.family.title}, which has {' and '.join(kinds.values())}; use CLIP Text Encode (Prompt)"
+        )
+    return _encoded(clip, {component: texts.get(kind, "") for component, kind in kinds.items()})
+
 
 _ENCODED = ("context", "pooled")  # tensors that encode the prompt; others, such as guidance, are settings
 
 
-@node(
-    "ConditioningCombine",
-    display_name="Conditioning (Combine)",
-    category="model/conditioning/transform",
-    inputs=[Input("conditioning_1", "CONDITIONING"), Input("conditioning_2", "CONDITIONING")],
-    outputs=[Output("CONDITIONING")],
-)
+@node("ConditioningCombine", "Conditioning (Combine)", "model/conditioning/transform", outputs=["CONDITIONING"])
 def conditioning_combine(
-    context: NodeContext, *, conditioning_1: list[Conditioning], conditioning_2: list[Conditioning]
+    context: NodeContext,
+    *,
+    conditioning_1: list[Conditioning] = socket("CONDITIONING"),
+    conditioning_2: list[Conditioning] = socket("CONDITIONING"),
 ) -> tuple[list[Conditioning]]:
     """Combine prompts into a list: sampling averages their predictions, training uses one per image."""
     return ([*conditioning_1, *conditioning_2],)
@@ -30,22 +194,19 @@ def conditioning_combine(
 
 @node(
     "ConditioningAverage",
-    display_name="Conditioning (Average)",
-    category="model/conditioning/transform",
-    inputs=[
-        Input("conditioning_to", "CONDITIONING"),
-        Input("conditioning_from", "CONDITIONING", tooltip="Its first prompt is mixed into all of the others."),
-        Input("conditioning_to_strength", "FLOAT", default=1.0, min=0.0, max=1.0, step=0.01),
-    ],
-    outputs=[Output("CONDITIONING")],
+    "Conditioning (Average)",
+    "model/conditioning/transform",
+    outputs=["CONDITIONING"],
     search_aliases=["blend prompts", "mix prompts"],
 )
 def conditioning_average(
     context: NodeContext,
     *,
-    conditioning_to: list[Conditioning],
-    conditioning_from: list[Conditioning],
-    conditioning_to_strength: float,
+    conditioning_to: list[Conditioning] = socket("CONDITIONING"),
+    conditioning_from: list[Conditioning] = socket(
+        "CONDITIONING", tooltip="Its first prompt is mixed into all of the others."
+    ),
+    conditioning_to_strength: float = socket("FLOAT", default=1.0, min=0.0, max=1.0, step=0.01),
 ) -> tuple[list[Conditioning]]:
     """Average encoded prompts; a shorter or longer `conditioning_from` is padded with zeros or cut."""
     if not conditioning_from:
@@ -55,14 +216,10 @@ def conditioning_average(
     return ([_average(one, conditioning_from[0], conditioning_to_strength) for one in conditioning_to],)
 
 
-@node(
-    "ConditioningZeroOut",
-    display_name="Conditioning Zero Out",
-    category="model/conditioning/transform",
-    inputs=[Input("conditioning", "CONDITIONING")],
-    outputs=[Output("CONDITIONING")],
-)
-def conditioning_zero_out(context: NodeContext, *, conditioning: list[Conditioning]) -> tuple[list[Conditioning]]:
+@node("ConditioningZeroOut", "Conditioning Zero Out", "model/conditioning/transform", outputs=["CONDITIONING"])
+def conditioning_zero_out(
+    context: NodeContext, *, conditioning: list[Conditioning] = socket("CONDITIONING")
+) -> tuple[list[Conditioning]]:
     """Replace the encoded prompts by zeros, which differs from an empty prompt."""
     zeroed = (
         {key: torch.zeros_like(tensor) if key in _ENCODED else tensor for key, tensor in one.tensors.items()}
@@ -73,47 +230,38 @@ def conditioning_zero_out(context: NodeContext, *, conditioning: list[Conditioni
 
 @node(
     "ConditioningSetTimestepRange",
-    display_name="ConditioningSetTimestepRange",
-    category="model/conditioning/transform",
-    inputs=[
-        Input("conditioning", "CONDITIONING"),
-        Input("start", "FLOAT", default=0.0, min=0.0, max=1.0, step=0.001, tooltip="Part of sampling; 0 is noise."),
-        Input("end", "FLOAT", default=1.0, min=0.0, max=1.0, step=0.001, tooltip="Part of sampling; 1 is the picture."),
-    ],
-    outputs=[Output("CONDITIONING")],
+    "ConditioningSetTimestepRange",
+    "model/conditioning/transform",
+    outputs=["CONDITIONING"],
 )
 def conditioning_set_timestep_range(
-    context: NodeContext, *, conditioning: list[Conditioning], start: float, end: float
+    context: NodeContext,
+    *,
+    conditioning: list[Conditioning] = socket("CONDITIONING"),
+    start: float = socket("FLOAT", default=0.0, min=0.0, max=1.0, step=0.001, tooltip="Part of sampling; 0 is noise."),
+    end: float = socket(
+        "FLOAT", default=1.0, min=0.0, max=1.0, step=0.001, tooltip="Part of sampling; 1 is the picture."
+    ),
 ) -> tuple[list[Conditioning]]:
     """Use prompts for a part of sampling only; training uses them at every noise level."""
     return ([replace(one, span=(start, end)) for one in conditioning],)
 
 
-@node(
-    "FluxGuidance",
-    display_name="FluxGuidance",
-    category="model/conditioning/flux",
-    inputs=[
-        Input("conditioning", "CONDITIONING"),
-        Input("guidance", "FLOAT", default=3.5, min=0.0, max=100.0, step=0.1, tooltip="Strength of the prompt."),
-    ],
-    outputs=[Output("CONDITIONING")],
-)
+@node("FluxGuidance", "FluxGuidance", "model/conditioning/flux", outputs=["CONDITIONING"])
 def flux_guidance(
-    context: NodeContext, *, conditioning: list[Conditioning], guidance: float
+    context: NodeContext,
+    *,
+    conditioning: list[Conditioning] = socket("CONDITIONING"),
+    guidance: float = socket("FLOAT", default=3.5, min=0.0, max=100.0, step=0.1, tooltip="Strength of the prompt."),
 ) -> tuple[list[Conditioning]]:
     """Set the guidance that distilled models have as an input; others ignore it."""
     return ([_with(one, "guidance", torch.full((_batch(one),), guidance)) for one in conditioning],)
 
 
-@node(
-    "FluxDisableGuidance",
-    display_name="FluxDisableGuidance",
-    category="model/conditioning/flux",
-    inputs=[Input("conditioning", "CONDITIONING")],
-    outputs=[Output("CONDITIONING")],
-)
-def flux_disable_guidance(context: NodeContext, *, conditioning: list[Conditioning]) -> tuple[list[Conditioning]]:
+@node("FluxDisableGuidance", "FluxDisableGuidance", "model/conditioning/flux", outputs=["CONDITIONING"])
+def flux_disable_guidance(
+    context: NodeContext, *, conditioning: list[Conditioning] = socket("CONDITIONING")
+) -> tuple[list[Conditioning]]:
     """Leave out the embedding of guidance that distilled models have; others ignore it."""
     return ([_with(one, "no_guidance", torch.zeros(_batch(one))) for one in conditioning],)
 

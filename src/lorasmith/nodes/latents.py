@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,36 +16,29 @@ from lorasmith.nodes.values import (
     check_latents,
     flat_latents,
     image_from_pixels,
+    latent_of,
     pixels_from_image,
     single,
     with_frames,
 )
-from lorasmith.workflow import Input, NodeContext, Output, node
+from lorasmith.workflow import NodeContext, Output, node, socket
 
 _TEMPORAL = "No effect: frames are decoded one after the other."
 
 
-@node(
-    "VAEEncode",
-    display_name="VAE Encode",
-    category="model/latent",
-    inputs=[Input("pixels", "IMAGE"), Input("vae", "VAE")],
-    outputs=[Output("LATENT")],
-)
-def vae_encode(context: NodeContext, *, pixels: Tensor, vae: Autoencoder) -> tuple[Latent]:
+@node("VAEEncode", "VAE Encode", "model/latent", outputs=["LATENT"])
+def vae_encode(
+    context: NodeContext, *, pixels: Tensor = socket("IMAGE"), vae: Autoencoder = socket("VAE")
+) -> tuple[Latent]:
     """Encode pictures into latents; edges are cropped to whole latents. A batch is one clip for a VAE of videos."""
     with vae.active():
         return ({"samples": vae.encode(pixels_from_image(context, pixels, vae))},)
 
 
-@node(
-    "VAEDecode",
-    display_name="VAE Decode",
-    category="model/latent",
-    inputs=[Input("samples", "LATENT"), Input("vae", "VAE")],
-    outputs=[Output("IMAGE")],
-)
-def vae_decode(context: NodeContext, *, samples: Latent, vae: Autoencoder) -> tuple[Tensor]:
+@node("VAEDecode", "VAE Decode", "model/latent", outputs=["IMAGE"])
+def vae_decode(
+    context: NodeContext, *, samples: Latent = socket("LATENT"), vae: Autoencoder = socket("VAE")
+) -> tuple[Tensor]:
     """Decode latents into pictures, clips into their frames."""
     latents = with_frames(samples["samples"], vae.latent)
     check_latents(latents, vae.latent)
@@ -52,125 +46,105 @@ def vae_decode(context: NodeContext, *, samples: Latent, vae: Autoencoder) -> tu
         return (image_from_pixels(vae.decode_frames(latents)),)
 
 
-@node(
-    "VAEDecodeTiled",
-    display_name="VAE Decode (Tiled)",
-    category="model/latent",
-    inputs=[
-        Input("samples", "LATENT"),
-        Input("vae", "VAE"),
-        Input("tile_size", "INT", default=512, min=64, max=4096, step=32, tooltip="Side of a tile in pixels."),
-        Input("overlap", "INT", default=64, min=0, max=4096, step=32, tooltip="Of neighbouring tiles, in pixels."),
-        Input("temporal_size", "INT", default=64, min=8, max=4096, step=4, tooltip=_TEMPORAL),
-        Input("temporal_overlap", "INT", default=8, min=4, max=4096, step=4, tooltip=_TEMPORAL),
-    ],
-    outputs=[Output("IMAGE")],
-)
+@node("VAEDecodeTiled", "VAE Decode (Tiled)", "model/latent", outputs=["IMAGE"])
 def vae_decode_tiled(
     context: NodeContext,
     *,
-    samples: Latent,
-    vae: Autoencoder,
-    tile_size: int,
-    overlap: int,
-    temporal_size: int,
-    temporal_overlap: int,
+    samples: Latent = socket("LATENT"),
+    vae: Autoencoder = socket("VAE"),
+    tile_size: int = socket("INT", default=512, min=64, max=4096, step=32, tooltip="Side of a tile in pixels."),
+    overlap: int = socket("INT", default=64, min=0, max=4096, step=32, tooltip="Of neighbouring tiles, in pixels."),
+    temporal_size: int = socket("INT", default=64, min=8, max=4096, step=4, tooltip=_TEMPORAL),
+    temporal_overlap: int = socket("INT", default=8, min=4, max=4096, step=4, tooltip=_TEMPORAL),
 ) -> tuple[Tensor]:
     """Decode latents in tiles, which takes less memory; colours may differ slightly between tiles."""
     latents = with_frames(samples["samples"], vae.latent)
     check_latents(latents, vae.latent)
     scale = vae.latent.downscale
-
-    def before_tile(done: int, total: int) -> None:
-        context.raise_if_cancelled()
-        context.progress(done, total)
-
     with vae.active():
         pixels = decode_tiled(
             vae,
             latents,
             tile=max(1, tile_size // scale),
             overlap=min(overlap, tile_size // 4) // scale,  # a larger overlap is cut as in ComfyUI
-            before_tile=before_tile,
+            before_tile=context.advance,
         )
     return (image_from_pixels(pixels),)
 
 
-def _size(width: int, height: int, step: int = 16) -> list[Input]:
-    """Inputs of a picture's size."""
-    return [
-        Input(name, "INT", default=side, min=16, max=16384, step=step, tooltip="In pixels.")
-        for name, side in {"width": width, "height": height}.items()
-    ]
+def _side(default: int, step: int = 16) -> Any:
+    return socket("INT", default=default, min=16, max=16384, step=step, tooltip="In pixels.")
 
 
-_BATCH_SIZE = Input("batch_size", "INT", default=1, min=1, max=4096, tooltip="Number of pictures.")
+_BATCH_SIZE = socket("INT", default=1, min=1, max=4096, tooltip="Number of pictures.")
 
 
 @node(
     "EmptyLatentImage",
-    display_name="Empty Latent Image",
-    category="model/latent",
-    inputs=[*_size(512, 512, step=8), _BATCH_SIZE],
-    outputs=[Output("LATENT")],
+    "Empty Latent Image",
+    "model/latent",
+    outputs=["LATENT"],
 )
-def empty_latent_image(context: NodeContext, *, width: int, height: int, batch_size: int) -> tuple[Latent]:
+def empty_latent_image(
+    context: NodeContext,
+    *,
+    width: int = _side(512, step=8),
+    height: int = _side(512, step=8),
+    batch_size: int = _BATCH_SIZE,
+) -> tuple[Latent]:
     """Empty latents for new pictures; KSampler adapts their shape to its model."""
     return ({"samples": torch.zeros(batch_size, 4, height // 8, width // 8), "downscale_ratio_spacial": 8},)
 
 
 @node(
     "EmptySD3LatentImage",
-    display_name="EmptySD3LatentImage",
-    category="model/latent/stable diffusion",
-    inputs=[*_size(1024, 1024), _BATCH_SIZE],
-    outputs=[Output("LATENT")],
+    "EmptySD3LatentImage",
+    "model/latent/stable diffusion",
+    outputs=["LATENT"],
 )
-def empty_sd3_latent_image(context: NodeContext, *, width: int, height: int, batch_size: int) -> tuple[Latent]:
+def empty_sd3_latent_image(
+    context: NodeContext, *, width: int = _side(1024), height: int = _side(1024), batch_size: int = _BATCH_SIZE
+) -> tuple[Latent]:
     """Empty latents of 16 channels; KSampler adapts their shape to its model."""
     return ({"samples": torch.zeros(batch_size, 16, height // 8, width // 8), "downscale_ratio_spacial": 8},)
 
 
 @node(
     "EmptyFlux2LatentImage",
-    display_name="Empty Flux 2 Latent",
-    category="model/latent/flux",
-    inputs=[*_size(1024, 1024), _BATCH_SIZE],
-    outputs=[Output("LATENT")],
+    "Empty Flux 2 Latent",
+    "model/latent/flux",
+    outputs=["LATENT"],
 )
-def empty_flux2_latent_image(context: NodeContext, *, width: int, height: int, batch_size: int) -> tuple[Latent]:
+def empty_flux2_latent_image(
+    context: NodeContext, *, width: int = _side(1024), height: int = _side(1024), batch_size: int = _BATCH_SIZE
+) -> tuple[Latent]:
     """Empty latents of Flux.2; KSampler adapts their shape to its model."""
     return ({"samples": torch.zeros(batch_size, 128, height // 16, width // 16), "downscale_ratio_spacial": 16},)
 
 
 @node(
     "EmptyHunyuanLatentVideo",
-    display_name="Empty HunyuanVideo 1.0 Latent",
-    category="model/latent/hunyuan video",
-    inputs=[
-        *_size(848, 480),
-        Input("length", "INT", default=25, min=1, max=16384, step=4, tooltip="In frames; 1 for pictures."),
-        _BATCH_SIZE,
-    ],
-    outputs=[Output("LATENT")],
+    "Empty HunyuanVideo 1.0 Latent",
+    "model/latent/hunyuan video",
+    outputs=["LATENT"],
 )
 def empty_hunyuan_latent_video(
-    context: NodeContext, *, width: int, height: int, length: int, batch_size: int
+    context: NodeContext,
+    *,
+    width: int = _side(848),
+    height: int = _side(480),
+    length: int = socket("INT", default=25, min=1, max=16384, step=4, tooltip="In frames; 1 for pictures."),
+    batch_size: int = _BATCH_SIZE,
 ) -> tuple[Latent]:
     """Empty latents with a time axis; KSampler adapts their shape to its model, and takes one frame for pictures."""
     frames = (length - 1) // 4 + 1
     return ({"samples": torch.zeros(batch_size, 16, frames, height // 8, width // 8), "downscale_ratio_spacial": 8},)
 
 
-@node(
-    "LatentBatch",
-    display_name="Batch Latents (DEPRECATED)",
-    category="model/latent/batch",
-    inputs=[Input("samples1", "LATENT"), Input("samples2", "LATENT")],
-    outputs=[Output("LATENT")],
-    deprecated=True,
-)
-def latent_batch(context: NodeContext, *, samples1: Latent, samples2: Latent) -> tuple[Latent]:
+@node("LatentBatch", "Batch Latents (DEPRECATED)", "model/latent/batch", outputs=["LATENT"], deprecated=True)
+def latent_batch(
+    context: NodeContext, *, samples1: Latent = socket("LATENT"), samples2: Latent = socket("LATENT")
+) -> tuple[Latent]:
     """Join two batches of latents; the second is scaled and cropped to the size of the first."""
     first, second = samples1["samples"], samples2["samples"]
     if first.ndim != second.ndim or first.shape[1] != second.shape[1]:
@@ -189,30 +163,27 @@ def latent_batch(context: NodeContext, *, samples1: Latent, samples2: Latent) ->
     return ({**samples1, "samples": torch.cat((first, second))},)
 
 
-@node(
-    "RepeatLatentBatch",
-    display_name="Repeat Latent Batch",
-    category="model/latent/batch",
-    inputs=[Input("samples", "LATENT"), Input("amount", "INT", default=1, min=1, max=64)],
-    outputs=[Output("LATENT")],
-)
-def repeat_latent_batch(context: NodeContext, *, samples: Latent, amount: int) -> tuple[Latent]:
+@node("RepeatLatentBatch", "Repeat Latent Batch", "model/latent/batch", outputs=["LATENT"])
+def repeat_latent_batch(
+    context: NodeContext, *, samples: Latent = socket("LATENT"), amount: int = socket("INT", default=1, min=1, max=64)
+) -> tuple[Latent]:
     """Repeat a batch."""
     return ({**samples, "samples": torch.cat([samples["samples"]] * amount)},)
 
 
 @node(
     "RebatchLatents",
-    display_name="Rebatch Latents",
-    category="model/latent/batch",
-    inputs=[
-        Input("latents", "LATENT"),
-        Input("batch_size", "INT", default=1, min=1, max=4096, tooltip="Latents in a batch, at most."),
-    ],
+    "Rebatch Latents",
+    "model/latent/batch",
     outputs=[Output("LATENT", is_list=True)],
     is_input_list=True,
 )
-def rebatch_latents(context: NodeContext, *, latents: list[Latent], batch_size: list[int]) -> tuple[list[Latent]]:
+def rebatch_latents(
+    context: NodeContext,
+    *,
+    latents: list[Latent] = socket("LATENT"),
+    batch_size: list[int] = socket("INT", default=1, min=1, max=4096, tooltip="Latents in a batch, at most."),
+) -> tuple[list[Latent]]:
     """Join and split batches to a size, in order; where the shape changes, a smaller batch ends."""
     size = single(context, "batch_size", batch_size)
     runs = [list(run) for _, run in itertools.groupby(flat_latents(latents), key=lambda one: one.shape)]
@@ -220,8 +191,4 @@ def rebatch_latents(context: NodeContext, *, latents: list[Latent], batch_size: 
     # Pixels per latent are those of empty latents, and of a whole list or none.
     scale = scales.pop() if len(scales) == 1 else None
     batches = [torch.cat(run[start : start + size]) for run in runs for start in range(0, len(run), size)]
-    return ([_latent(batch, scale) for batch in batches],)
-
-
-def _latent(samples: Tensor, scale: int | None) -> Latent:
-    return {"samples": samples} if scale is None else {"samples": samples, "downscale_ratio_spacial": scale}
+    return ([latent_of(batch, scale) for batch in batches],)

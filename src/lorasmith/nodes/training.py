@@ -18,8 +18,8 @@ from lorasmith.core.printable import count_text
 from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Denoiser
-from lorasmith.nodes.part_files import check_part_files
-from lorasmith.nodes.saving import save_lora
+from lorasmith.nodes.loaders import check_part_files
+from lorasmith.nodes.outputs import save_lora
 from lorasmith.nodes.values import (
     Latent,
     LossMap,
@@ -41,7 +41,7 @@ from lorasmith.training.notes import OtherProgram, Remark
 from lorasmith.training.outcome import Outcome
 from lorasmith.training.results import TrainResult
 from lorasmith.training.train import RunOptions
-from lorasmith.workflow import Input, NodeContext, Output, node
+from lorasmith.workflow import Input, NodeContext, Output, node, socket
 from lorasmith.workflow.graph import Graph, GraphNode
 
 _OPTIONS = options_of(TrainConfig)
@@ -136,12 +136,9 @@ def _check_files(graph: Graph, member: GraphNode, folders: Folders) -> None:
 
 @node(
     "TrainLoraNode",
-    display_name="Train LoRA",
-    category="model/training",
+    "Train LoRA",
+    "model/training",
     inputs=[
-        Input("model", "MODEL", tooltip="The model to train on; LoRAs applied to it are not trained."),
-        Input("latents", "LATENT", tooltip="The images, as a batch or as a list of batches of any sizes."),
-        Input("positive", "CONDITIONING", tooltip="One caption per image, combined or as a list, or one for all."),
         *_SETTINGS,
         Input(
             "fresh",
@@ -161,9 +158,11 @@ def _check_files(graph: Graph, member: GraphNode, folders: Folders) -> None:
 def train_lora(
     context: NodeContext,
     *,
-    model: list[Denoiser],
-    latents: list[Latent],
-    positive: list[list[Conditioning]],
+    model: list[Denoiser] = socket("MODEL", tooltip="The model to train on; LoRAs applied to it are not trained."),
+    latents: list[Latent] = socket("LATENT", tooltip="The images, as a batch or as a list of batches of any sizes."),
+    positive: list[list[Conditioning]] = socket(
+        "CONDITIONING", tooltip="One caption per image, combined or as a list, or one for all."
+    ),
     **settings: Sequence[Any],
 ) -> tuple[Lora, LossMap, int]:
     """Train a LoRA on images and their captions.

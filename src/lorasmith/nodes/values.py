@@ -7,10 +7,10 @@ CONDITIONING  list of `Conditioning`, one per prompt
 MODEL, CLIP, VAE    `Denoiser`, `TextEncoder`, `Autoencoder`
 LORA_MODEL    `Lora`
 LOSS_MAP      dict with `loss`, a list of numbers
-NOISE, GUIDER `Noise`, `Guider` (`sampled_latents`)
+NOISE, GUIDER `Noise`, `Guider` (`sampling`)
 SAMPLER       registered name of a sampler
 SIGMAS        fp32 tensor (steps + 1,), descending
-VIDEO         `Video` (`data/video_files.py`), whose frames are read when they are used
+VIDEO         `Video` (`data/clips.py`), whose frames are read when they are used
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ from lorasmith.core.errors import DataError, OptionError
 from lorasmith.core.printable import count_text
 from lorasmith.families.base import Conditioning, LatentFormat
 from lorasmith.families.model import Autoencoder
-from lorasmith.workflow import NodeContext
+from lorasmith.workflow import NodeContext, socket
 
 T = TypeVar("T")
+
+SEED = socket("INT", default=0, min=0, max=2**64 - 1, tooltip="The same seed gives the same result.")
 
 _MOST_PIXELS = 2**27  # of all pictures of one output: 1.6 GB as fp32
 
@@ -74,6 +76,11 @@ def pixels_from_image(context: NodeContext, image: Tensor, autoencoder: Autoenco
 def image_from_pixels(pixels: Tensor) -> Tensor:
     """IMAGE of pixels (batch, 3, [frames,] height, width) in [−1, 1]; frames of clips become a batch."""
     return (pixels.movedim(1, -1).reshape(-1, *pixels.shape[-2:], 3) / 2 + 0.5).clamp(0, 1).contiguous()
+
+
+def latent_of(samples: Tensor, downscale: int | None) -> Latent:
+    """LATENT of `downscale` pixels per latent, if known."""
+    return {"samples": samples} if downscale is None else {"samples": samples, "downscale_ratio_spacial": downscale}
 
 
 def check_latents(samples: Tensor, form: LatentFormat) -> None:

@@ -1,8 +1,9 @@
-"""A workflow run from its file: read, changed, checked and executed. `lorasmith.run_workflow` and `lorasmith run`."""
+"""Workflows from files (JSON, pictures and LoRAs with a workflow in their metadata, examples), and their execution."""
 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import threading
@@ -11,15 +12,60 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
+from lorasmith.core.errors import GraphError
+from lorasmith.core.files import read_regular
 from lorasmith.core.folders import Folders
 from lorasmith.core.printable import printable
+from lorasmith.core.registry import Registry
+from lorasmith.formats.container import check_safetensors
 from lorasmith.nodes.all_nodes import load_nodes
-from lorasmith.nodes.workflow_files import read_workflow
+from lorasmith.nodes.example_workflows import EXAMPLE_PREFIX, example_named
 from lorasmith.runs.progress_bars import counted, note
+from lorasmith.workflow.editor_format import Workflow, carried_workflow, parse_workflow
 from lorasmith.workflow.execution_events import Event, NodeMessage, NodeProgress, NodeStarted
 from lorasmith.workflow.executor import Executor
-from lorasmith.workflow.graph import Graph, validate
-from lorasmith.workflow.prompt import apply_overrides
+from lorasmith.workflow.graph import Graph, apply_overrides, validate
+from lorasmith.workflow.node import NODES, Node
+
+
+def read_workflow(path: str | os.PathLike[str], *, nodes: Registry[Node] = NODES) -> Workflow:
+    """The workflow in a JSON file (either format), a PNG, a LoRA, or `example:<name>`. Raises GraphError."""
+    name = os.fspath(path)
+    if name.startswith(EXAMPLE_PREFIX):
+        # In the editor's format, so that files which the graph saves can be opened there.
+        path = example_named(name.removeprefix(EXAMPLE_PREFIX)).editor_path
+    path = Path(path)
+    try:
+        if path.suffix.lower() == ".safetensors":
+            return _carried(check_safetensors(path, GraphError).metadata, path, nodes)
+        content = read_regular(path)
+    except OSError as error:
+        raise GraphError(f"{path} cannot be read ({error.strerror}); give {_KINDS}") from error
+    if content.startswith(_PNG):
+        return _carried(_png_entries(content, path), path, nodes)
+    return parse_workflow(content, nodes=nodes)
+
+
+def _carried(entries: Mapping[str, str], path: Path, nodes: Registry[Node]) -> Workflow:
+    found = carried_workflow(entries, nodes=nodes)
+    if found is None:
+        raise GraphError(f"{path.name} carries no workflow, only files that a graph saved do; give {_KINDS}")
+    return found
+
+
+def _png_entries(content: bytes, path: Path) -> dict[str, str]:
+    """Text chunks of a PNG, without decoding its pixels."""
+    try:
+        with Image.open(io.BytesIO(content), formats=["PNG"]) as picture:
+            return {str(key): str(text) for key, text in picture.info.items() if isinstance(text, str)}
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise GraphError(f"{path.name} is not a PNG that can be read; save the picture again") from error
+
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_KINDS = "a workflow (.json), a PNG or LoRA that a graph saved, or example:NAME"
 
 
 @dataclass(frozen=True)

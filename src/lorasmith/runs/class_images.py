@@ -17,12 +17,10 @@ from lorasmith.adapters.frozen_layer import placed_for_products
 from lorasmith.core.errors import CancelledError
 from lorasmith.core.files import atomic_path, write_atomic
 from lorasmith.core.placement import sampling_dtype
-from lorasmith.data.data_config import DataConfig
-from lorasmith.data.encoder_digest import autoencoder_digest, network_digest, text_encoder_digest
+from lorasmith.data.data_config import DataConfig, ImageSource
+from lorasmith.data.encoder_digest import RememberedDigests, autoencoder_digest, network_digest, text_encoder_digest
 from lorasmith.data.encoding_cache import default_cache, key_of
 from lorasmith.data.folder import FolderScan, scan_sources
-from lorasmith.data.remembered_digests import RememberedDigests
-from lorasmith.data.sources import ImageSource
 from lorasmith.families.model import Model
 from lorasmith.runs.run_plan import ClassImageDrawn
 from lorasmith.sampling.generate import Sampling, pictures

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lorasmith.core.files import atomic_path
 from lorasmith.core.folders import ASSETS
-from lorasmith.data.sources import ImageSource
+from lorasmith.data.data_config import ImageSource
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Model
 from lorasmith.report.contact_sheet import contact_sheet

@@ -13,11 +13,11 @@ from lorasmith.core.options import changed
 from lorasmith.core.placement import chosen_device
 from lorasmith.core.processes import current
 from lorasmith.data.crops import pixel_step
+from lorasmith.data.data_config import ImageSource
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.data.encoding import clip_form, datasets_folder, encode_scan
 from lorasmith.data.folder import FolderScan, has_videos, scan_sources
-from lorasmith.data.picture_encoding import Progress
-from lorasmith.data.sources import ImageSource
+from lorasmith.data.picture_encoding import EncodingProgress
 from lorasmith.families.locating import ModelFiles
 from lorasmith.families.model import Model
 from lorasmith.families.model_search import Completed, load_completed
@@ -146,7 +146,7 @@ def prepare(
             undo.pop_all()
             return PreparedRun(spec, plan, base, job, *samples, claim)
 
-        def encoded(found: FolderScan, progress: Progress | None) -> EncodedDataset:
+        def encoded(found: FolderScan, progress: EncodingProgress | None) -> EncodedDataset:
             return encode_scan(
                 found,
                 base,

@@ -16,10 +16,9 @@ from PIL import Image
 
 from lorasmith.core.placement import chosen_device
 from lorasmith.data import encoding
-from lorasmith.data.data_config import DataConfig
+from lorasmith.data.data_config import DataConfig, ImageSource
 from lorasmith.data.dataset import EncodedDataset
-from lorasmith.data.picture_encoding import Progress
-from lorasmith.data.sources import ImageSource
+from lorasmith.data.picture_encoding import EncodingProgress
 from lorasmith.families.model import Denoiser, Model, TextEncoder
 from lorasmith.runs.drawing import with_loras
 from lorasmith.runs.model_run import shown_signature
@@ -49,7 +48,7 @@ class DatasetArguments(DataConfig):
 
     config: DataConfig | None = None
     device: str | torch.device | None = None
-    progress: bool | Progress | None = True
+    progress: bool | EncodingProgress | None = True
 
 
 _SURROUNDINGS = [field.name for field in fields(DatasetArguments) if "option" not in field.metadata]

@@ -17,8 +17,7 @@ from lorasmith.core.errors import OptionError
 from lorasmith.core.folders import file_stem
 from lorasmith.core.options import changed, config_from, options_of
 from lorasmith.core.typed_json import typed
-from lorasmith.data.data_config import DataConfig
-from lorasmith.data.sources import ImageSource
+from lorasmith.data.data_config import DataConfig, ImageSource
 from lorasmith.families.locating import ModelFiles
 from lorasmith.runs.command_lines import arguments_for, positional
 from lorasmith.training.config import NONE_LORA, TrainConfig, names_alone

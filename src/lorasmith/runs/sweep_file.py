@@ -31,10 +31,10 @@ from lorasmith.core.folders import safe_name
 from lorasmith.core.random import keyed_uniform
 from lorasmith.core.registry import nearest
 from lorasmith.core.typed_json import Scalar
+from lorasmith.data.dataset import AUTOMATIC_FROM
 from lorasmith.data.encoding import datasets_folder
 from lorasmith.data.folder import scan_sources
 from lorasmith.data.preflight import epoch_of
-from lorasmith.data.split import AUTOMATIC_FROM
 from lorasmith.runs.run_file import arguments_in, parsed_toml
 from lorasmith.runs.spec import SETTING_PATHS, SETTINGS, RunSpec
 

@@ -15,8 +15,7 @@ from typing import Any
 from lorasmith.core.errors import LorasmithError, OptionError, OutputError, TrainingError
 from lorasmith.core.placement import dtype_from_name, dtype_name
 from lorasmith.core.printable import count_text
-from lorasmith.data.dataset import EncodedDataset
-from lorasmith.data.split import Split, split
+from lorasmith.data.dataset import EncodedDataset, Split, split
 from lorasmith.training.captions_ahead import captions_ready
 from lorasmith.training.engine import Engine
 from lorasmith.training.events import CaptionEncoded, Event, EventHandler, Resumed, RunFinished, RunStarted, Warned

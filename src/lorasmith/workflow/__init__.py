@@ -1,14 +1,11 @@
 """Node graphs: declaration, parsing, validation, execution. Independent of training."""
 
-from lorasmith.workflow.context import NodeContext
-from lorasmith.workflow.executor import Executor
-from lorasmith.workflow.graph import Graph, examine, validate
-from lorasmith.workflow.mapping import NodeResult
-from lorasmith.workflow.node import NODES, Node, NodeOutput, node
-from lorasmith.workflow.object_info import object_info
-from lorasmith.workflow.prompt import apply_overrides
-from lorasmith.workflow.sockets import ANY, MATCH, Grow, Input, Output
-from lorasmith.workflow.workflow_text import Workflow, carried_workflow, parse_prompt, parse_workflow
+from lorasmith.workflow.editor_format import Workflow, carried_workflow, parse_prompt, parse_workflow
+from lorasmith.workflow.executor import Executor, NodeResult
+from lorasmith.workflow.graph import Graph, apply_overrides, examine, validate
+from lorasmith.workflow.node import NODES, Node, NodeContext, NodeOutput, node
+from lorasmith.workflow.node_reference import object_info
+from lorasmith.workflow.sockets import ANY, MATCH, Grow, Input, Output, socket
 
 __all__ = [
     "ANY",
@@ -31,5 +28,6 @@ __all__ = [
     "object_info",
     "parse_prompt",
     "parse_workflow",
+    "socket",
     "validate",
 ]

@@ -1,4 +1,4 @@
-"""From the editor's format of workflow files to the prompt that runs.
+"""Workflows in text, in API format or the editor's, alone or in metadata; and from the editor's format to a prompt.
 
 This does what ComfyUI's editor does to queue a graph: values of widgets get their names, links are followed through
 reroutes, bypassed nodes and the boundaries of subgraphs, subgraphs are replaced by their nodes (with ids `<id of the
@@ -12,27 +12,95 @@ from a file are left out of the prompt, whose checks know the defaults. As in th
 widgets that are linked to it directly, not those behind a reroute or inside a subgraph. Files without the editor's own
 widgets after seeds, values by name, and values of unknown nodes are read too, as far as their names are known.
 
+The value of a subgraph's instance takes precedence over the inner node's: an inner input that is linked to an input of
+its subgraph gets what that is linked to outside; without such a link, the instance's value of that input; the inner
+node's own value is used only for an input that the instance does not set. Files have an instance's values in one of two
+forms. Newer ones list one value for each input that represents a widget, in the order of the definition's inputs. Older
+ones list them in the order of the property `proxyWidgets`, of which each entry names an inner node and a widget of it,
+whether or not an input of the subgraph leads there; the editor first reads the list as if it were of the newer form,
+then sets what `proxyWidgets` names.
+
 Files are untrusted: numbers of nodes, depth of subgraphs, work and text are bounded.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from lorasmith.core.errors import GraphError
 from lorasmith.core.files import MAX_TEXT_BYTES
+from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.core.printable import printable
 from lorasmith.core.registry import Registry
-from lorasmith.workflow.editor_graph import BYPASSED, MUTED, SAVE_AGAIN, EditorGraph, EditorNode, read_editor_graph
-from lorasmith.workflow.editor_widgets import WidgetNames, names_in
-from lorasmith.workflow.graph import MOST_NODES
+from lorasmith.workflow.editor_graph import (
+    BYPASSED,
+    MUTED,
+    SAVE_AGAIN,
+    EditorGraph,
+    EditorInput,
+    EditorNode,
+    WidgetNames,
+    is_editor_format,
+    named_values,
+    names_in,
+    read_editor_graph,
+)
+from lorasmith.workflow.graph import MOST_NODES, NOTES, depth_first
 from lorasmith.workflow.node import NODES, Node
-from lorasmith.workflow.order import depth_first
-from lorasmith.workflow.prompt import NOTES
 from lorasmith.workflow.sockets import ANY
-from lorasmith.workflow.subgraphs import PRIMITIVE, Hosts, HostValues
+
+
+class Workflow(NamedTuple):
+    """The prompt that runs, and the editor's JSON of the same graph if the file has it."""
+
+    prompt: dict[str, Any]
+    editor: dict[str, Any] | None = None
+
+
+def parse_workflow(text: str | bytes, *, nodes: Registry[Node] = NODES) -> Workflow:
+    """The workflow in JSON of either format, or in API clients' `{"prompt": {...}}` wrapper. Raises GraphError."""
+    try:
+        content = parse_foreign_json(text.removeprefix(b"\xef\xbb\xbf") if isinstance(text, bytes) else text)
+    except ValueError as error:
+        raise GraphError(f"a workflow file must be JSON, but this one {error}; {_EXPORT}") from error
+    if isinstance(content, dict) and isinstance(content.get("prompt"), dict) and "class_type" not in content["prompt"]:
+        content = content["prompt"]
+    if not isinstance(content, dict):
+        raise GraphError(f"a workflow file must hold a JSON object of nodes, got {_kind(content)}; {_EXPORT}")
+    if is_editor_format(content):
+        return Workflow(prompt_of_editor(content, nodes=nodes), content)
+    return Workflow(content)
+
+
+def parse_prompt(text: str | bytes, *, nodes: Registry[Node] = NODES) -> dict[str, Any]:
+    """The prompt of `parse_workflow`."""
+    return parse_workflow(text, nodes=nodes).prompt
+
+
+def carried_workflow(entries: Mapping[str, str], *, nodes: Registry[Node] = NODES) -> Workflow | None:
+    """The workflow in the metadata of a picture or LoRA, under ComfyUI's names; None if there is none.
+
+    The prompt is what ran; the editor's JSON is converted only where there is no prompt. GraphError if it is malformed.
+    """
+    prompt, editor = (entries.get(name) for name in ("prompt", "workflow"))
+    if prompt is None:
+        return None if editor is None else parse_workflow(editor, nodes=nodes)
+    found = parse_workflow(prompt, nodes=nodes)
+    try:
+        kept = None if editor is None else parse_foreign_json(editor)
+    except ValueError:
+        kept = None  # only written into the files of this run
+    return Workflow(found.prompt, found.editor or (kept if is_editor_format(kept) else None))
+
+
+def _kind(content: object) -> str:
+    return {list: "a list", str: "text", bool: "true or false"}.get(type(content), "a number or null")
+
+
+_EXPORT = "in ComfyUI choose Workflow > Save or Workflow > Export (API) and use that file"
 
 
 def prompt_of_editor(
@@ -44,6 +112,16 @@ def prompt_of_editor(
     malformed or share an id, a subgraph contains itself, or the graph is larger than any workflow.
     """
     return _Conversion(read_editor_graph(content), names or names_in(nodes)).prompt()
+
+
+@dataclass
+class HostValues:
+    """Values that an instance sets."""
+
+    inputs: dict[str, Any] = field(default_factory=dict)  # by input of the subgraph
+    # by id of an inner node and widget, where no input of the subgraph leads to the widget; of an inner instance by the
+    # name of its input, of a primitive node by an empty one
+    inner: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -290,6 +368,142 @@ def _shown(name: str) -> str:
     return repr(printable(name, limit=80))
 
 
+class _Source(NamedTuple):
+    """The widget inside a subgraph that an input represents: of a node, or the input of an inner instance."""
+
+    node_id: str
+    widget: str
+
+
+@dataclass
+class _Sources:
+    """The widgets of a subgraph's inputs: by input, and the first input by source and by name of the widget."""
+
+    of: dict[str, _Source | None] = field(default_factory=dict)
+    inputs: dict[_Source, str] = field(default_factory=dict)
+    named: dict[str, str] = field(default_factory=dict)
+
+    def add(self, name: str, source: _Source | None) -> None:
+        if name in self.of:
+            return
+        self.of[name] = source
+        if source is not None:
+            self.inputs.setdefault(source, name)
+            self.named.setdefault(name, name)
+            self.named.setdefault(source.widget, name)
+
+
+class Hosts:
+    """The values of all instances of a file, each computed once; `names` are those of each class's widgets."""
+
+    def __init__(self, names: WidgetNames) -> None:
+        self._names = names
+        self._values: dict[EditorNode, HostValues] = {}
+        self._sources: dict[EditorGraph, _Sources] = {}
+        self._named: dict[EditorNode, dict[str, Any] | None] = {}
+
+    def values(self, host: EditorNode, graph: EditorGraph) -> HostValues:
+        """What `host`, an instance in `graph`, sets inside its subgraph, which must not contain itself."""
+        if host not in self._values:
+            self._values[host] = self._read(host, graph)
+        return self._values[host]
+
+    def named(self, node: EditorNode) -> dict[str, Any] | None:
+        """Values of a node's widgets by name; None if their names are unknown."""
+        if node not in self._named:
+            self._named[node] = named_values(node, self._names)
+        return self._named[node]
+
+    def _read(self, host: EditorNode, graph: EditorGraph) -> HostValues:
+        subgraph = graph.definitions[host.type]
+        widgets = {name: source for name, source in self._sources_of(subgraph).of.items() if source is not None}
+        found = HostValues()
+        for name, source in widgets.items():
+            if (initial := self._initial(source, subgraph)) is not None:
+                found.inputs[name] = initial
+        by_position = host.values if isinstance(host.values, list) else []
+        by_name = host.values if isinstance(host.values, dict) else host.named if host.values is None else {}
+        given = {**dict(zip(widgets, by_position, strict=False)), **by_name, **host.set_aside}
+        found.inputs |= {name: given[name] for name in widgets if given.get(name) is not None}
+        for proxy, value in zip(host.proxies, by_position, strict=False):
+            if value is not None:
+                self._set(found, subgraph, proxy, value)
+        return found
+
+    def _set(self, found: HostValues, subgraph: EditorGraph, proxy: tuple[str, str, str], value: Any) -> None:
+        """Set the value of an entry of `proxyWidgets`."""
+        node_id, widget, within = proxy
+        node = subgraph.nodes.get(node_id)
+        if node_id == "-1":
+            found.inputs[widget] = value
+        elif node is not None and not widget.startswith("$$"):  # those are previews
+            name = self._widget_of(subgraph, node, widget, within)
+            outer = self._sources_of(subgraph).inputs.get(_Source(node_id, name or ""))
+            if outer is not None:
+                found.inputs[outer] = value
+            elif name is not None:
+                found.inner.setdefault(node_id, {})[name] = value
+
+    def _widget_of(self, subgraph: EditorGraph, node: EditorNode, widget: str, within: str) -> str | None:
+        """The key of an entry's value in `HostValues.inner`."""
+        if node.type == PRIMITIVE:
+            return ""
+        short = _without_prefixes(widget, within)
+        if (inner := subgraph.definition_of(node)) is None:
+            return widget if widget in (self.named(node) or {}) else short[0]
+        sources = self._sources_of(inner)
+        for name, key in ((widget, within), short):
+            known = sources.inputs.get(_Source(key, name)) if key else sources.named.get(name)
+            if known is not None:
+                return known
+        return None
+
+    def _initial(self, source: _Source, graph: EditorGraph) -> Any:
+        node = graph.nodes[source.node_id]
+        if graph.definition_of(node) is None:
+            return (self.named(node) or {}).get(source.widget)
+        return self.values(node, graph).inputs.get(source.widget)
+
+    def _sources_of(self, subgraph: EditorGraph) -> _Sources:
+        if subgraph not in self._sources:
+            found = self._sources[subgraph] = _Sources()
+            for one in subgraph.inputs:
+                found.add(one.name, self._source(subgraph, one.links))
+        return self._sources[subgraph]
+
+    def _source(self, subgraph: EditorGraph, links: tuple[str, ...]) -> _Source | None:
+        """The widget of an input, by the first of its links that leads to one; None for a socket only."""
+        for key in links:
+            link = subgraph.links.get(key)
+            node = subgraph.nodes.get(link.target) if link is not None else None
+            if node is None or key not in node.by_link:
+                continue
+            socket = node.inputs[node.by_link[key]]
+            if (inner := subgraph.definition_of(node)) is not None:
+                if self._sources_of(inner).of.get(socket.name) is not None:
+                    return _Source(node.id, socket.name)
+            elif (widget := self._widget(node, socket)) is not None:
+                return _Source(node.id, widget)
+        return None
+
+    def _widget(self, node: EditorNode, socket: EditorInput) -> str | None:
+        """The widget in the place of a socket. What a file says of it counts only for nodes of unknown classes."""
+        known = self._names(node.type, node.values if isinstance(node.values, list) else [])
+        if known is None:
+            return socket.widget
+        return next((one for one in (socket.widget, socket.name) if one is not None and one in known), None)
+
+
+def _without_prefixes(widget: str, within: str) -> tuple[str, str]:
+    """A widget's name without the ids of inner nodes before it, as in `4: 7: text`, and the last of these ids."""
+    match = _PREFIXES.fullmatch(widget)
+    return (match[2], match[1]) if match else (widget, within)
+
+
+_PREFIXES = re.compile(r"(?:\s*+(\d++)\s*+:(?=.))++\s*(.+)", re.DOTALL)
+
+
+PRIMITIVE = "PrimitiveNode"  # the editor's class of nodes with the value of other nodes' widgets
 _NOTHING = _Found(is_there=False)
 _REROUTE = "Reroute"
 _NOT_RUN = frozenset((*NOTES, PRIMITIVE, _REROUTE))

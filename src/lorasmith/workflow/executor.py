@@ -3,6 +3,10 @@
 A node's outputs are cached under a signature of its class, its values, the state of its files and the signatures of the
 nodes it is linked to. Only the last run's outputs are kept; those that the next run does not need are released before
 it starts, so that a replaced model frees its memory first.
+
+Every input is a list: one item for a value or an ordinary output, any number for a list output. A node's function is
+called once per item of the longest list, shorter ones repeating their last item; or once with the lists if the node
+declares that. An ordinary output collects one value per call; list outputs are concatenated.
 """
 
 from __future__ import annotations
@@ -13,13 +17,13 @@ import inspect
 import json
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from lorasmith.core.errors import CancelledError, LorasmithError, NodeError
+from lorasmith.core.errors import CancelledError, DataError, LorasmithError, NodeError
 from lorasmith.core.files import check_writable
 from lorasmith.core.folders import Folders
-from lorasmith.workflow.context import NodeContext, ignore
 from lorasmith.workflow.execution_events import (
     Event,
     ExecutionCancelled,
@@ -29,9 +33,10 @@ from lorasmith.workflow.execution_events import (
     NodeCached,
     NodeFinished,
     NodeStarted,
+    UiOutput,
 )
 from lorasmith.workflow.graph import Graph, GraphNode, Link
-from lorasmith.workflow.mapping import NodeResult, call_node
+from lorasmith.workflow.node import Node, NodeContext, NodeOutput, ignore
 
 _PREFIX = "filename_prefix"  # input of nodes that save files in the output folder
 
@@ -152,3 +157,65 @@ def _outside(member: GraphNode, folders: Folders) -> object:
         # The file is known only after the linked node has run, so a cached result cannot be used.
         return uuid.uuid4().hex
     return member.node.fingerprint(folders, **values)
+
+
+@dataclass(frozen=True)
+class NodeResult:
+    """The items of each output of a node, and its output for user interfaces."""
+
+    outputs: tuple[tuple[Any, ...], ...]
+    ui: UiOutput
+
+
+def call_node(node: Node, lists: Mapping[str, Sequence[Any]], context: NodeContext) -> NodeResult:
+    """Call the function of `node` once per item of its inputs; `lists` are by key in the workflow file.
+
+    CancelledError if the run was cancelled between two calls. DataError if an input that takes single items received an
+    empty list, or an output is a list of more than 100,000: a few nodes that each double a list make any number.
+    """
+    returned = []
+    for keywords in _calls(node, lists):
+        context.raise_if_cancelled()
+        result = node.function(context, **_nested(node, keywords))
+        returned.append(result if isinstance(result, NodeOutput) else NodeOutput(result))
+    for result in returned:
+        if len(result.values) != len(node.outputs):
+            raise TypeError(f"{node.id} must return {len(node.outputs)} values, got {len(result.values)}")
+    columns = zip(*(result.values for result in returned), strict=True)
+    outputs = tuple(
+        tuple(item for value in column for item in value) if output.is_list else tuple(column)
+        for output, column in zip(node.outputs, columns, strict=True)
+    )
+    if any(len(items) > _MOST_ITEMS for items in outputs):
+        raise DataError(f"a list must have at most {_MOST_ITEMS:,} items, which {node.id} exceeds; use fewer inputs")
+    kinds = dict.fromkeys(kind for result in returned for kind in result.ui)
+    ui = {kind: [item for result in returned for item in result.ui.get(kind, ())] for kind in kinds}
+    return NodeResult(outputs, ui)
+
+
+_MOST_ITEMS = 100_000
+
+
+def _calls(node: Node, lists: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
+    """The keyword arguments of each call."""
+    if node.is_input_list:
+        yield {name: list(items) for name, items in lists.items()}
+        return
+    for name, items in lists.items():
+        if not items:
+            raise DataError(f"{name} must receive at least one item, got an empty list; check the node it is linked to")
+    for index in range(max(map(len, lists.values()), default=1)):
+        yield {name: items[min(index, len(items) - 1)] for name, items in lists.items()}
+
+
+def _nested(node: Node, keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments with a repeating input as one dict: `inputs.input0` → `inputs["input0"]`."""
+    growing = [one.name for one in node.inputs if one.grow is not None]
+    nested: dict[str, Any] = {name: {} for name in growing}
+    for key, value in keywords.items():
+        name, _, short = key.partition(".")
+        if name in nested:
+            nested[name][short] = value
+        else:
+            nested[key] = value
+    return nested

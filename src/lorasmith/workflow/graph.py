@@ -1,4 +1,7 @@
-"""Validation of whole prompts: all faults at once, and a graph for the executor.
+"""Prompts in the API format of workflow files, and their validation: all faults at once, and a graph for the executor.
+
+A prompt is a JSON object of nodes by id: `{"3": {"class_type": "KSampler", "inputs": {...}, "_meta": {"title": ...}}}`.
+An input is a value, or a link `["4", 0]` to output 0 of node 4.
 
 Faults in nodes that no output needs are warnings, as such nodes never run; so are unknown inputs, and required inputs
 that are missing but have a default. Notes of editors, keys that begin with an underscore and values that are not nodes
@@ -7,18 +10,18 @@ are ignored.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 from lorasmith.core.errors import GraphError, LorasmithError
 from lorasmith.core.folders import Folders
-from lorasmith.core.printable import count_text
+from lorasmith.core.foreign_json import parse_foreign_json
+from lorasmith.core.printable import count_text, printable
 from lorasmith.core.printable import sentence as shortened
 from lorasmith.core.registry import Registry, nearest
 from lorasmith.workflow.node import NODES, Node
-from lorasmith.workflow.order import Cycle, depth_first
-from lorasmith.workflow.prompt import Prompt, class_of, is_remark, node_label, node_title
 from lorasmith.workflow.sockets import ANY, MATCH, Input, types_match
 
 
@@ -63,7 +66,7 @@ class Graph:
 
 
 @dataclass(frozen=True)
-class Finding:
+class GraphFault:
     """One fault of a prompt."""
 
     kind: str  # as in a ComfyUI server's response (`required_input_missing`, ...)
@@ -81,7 +84,7 @@ class Examination:
     """The result of checking a prompt. `graph` can be run only if there are no faults."""
 
     graph: Graph
-    faults: tuple[Finding, ...]
+    faults: tuple[GraphFault, ...]
 
 
 def validate(
@@ -122,7 +125,7 @@ def examine(
     # Without an output of a known class those of unknown classes may be outputs.
     needs |= {key: _linked_ids(checker.prompt[key]) for key in checker.unknown}
     goals = (*outputs, *(unknown if targets is not None else ())) or unknown or tuple(drafts)
-    faults, ignored = checker.sorted_findings(set(depth_first(goals, needs)[0]))
+    faults, ignored = checker.sorted_faults(set(depth_first(goals, needs)[0]))
     graph = Graph({key: drafts[key] for key in order}, outputs, prompt, _notes(ignored))
     return Examination(graph, faults)
 
@@ -137,8 +140,8 @@ class _Checker:
     prompt: Prompt
     folders: Folders
     nodes: Registry[Node]
-    findings: list[Finding] = field(default_factory=list)
-    warnings: list[Finding] = field(default_factory=list)
+    faults: list[GraphFault] = field(default_factory=list)
+    warnings: list[GraphFault] = field(default_factory=list)
     unknown: dict[str, None] = field(default_factory=dict)
     faulty: set[str | None] = field(default_factory=set)
     types: dict[Link, str] = field(default_factory=dict)
@@ -147,15 +150,15 @@ class _Checker:
         if self.is_crowded and node_id in self.faulty:
             return
         self.faulty.add(node_id)
-        self.findings.append(Finding(kind, self._label(node_id), shortened(sentence), node_id, name))
+        self.faults.append(GraphFault(kind, self._label(node_id), shortened(sentence), node_id, name))
 
     def warn(self, node_id: str, kind: str, sentence: str, name: str) -> None:
-        self.warnings.append(Finding(kind, self._label(node_id), shortened(sentence), node_id, name))
+        self.warnings.append(GraphFault(kind, self._label(node_id), shortened(sentence), node_id, name))
 
     @property
     def is_crowded(self) -> bool:
         """Whether more was found than is listed."""
-        return len(self.findings) + len(self.warnings) > 2 * _LISTED
+        return len(self.faults) + len(self.warnings) > 2 * _LISTED
 
     def _label(self, node_id: str | None) -> str:
         return "" if node_id is None else node_label(node_id, node_title(self.prompt.get(node_id), self.nodes))
@@ -237,16 +240,16 @@ class _Checker:
         sentence = f"a node must not depend on its own output, but these do: {path}; remove one of the links"
         self.find(cycle.start[0], "dependency_cycle", sentence)
 
-    def sorted_findings(self, needed: Collection[str]) -> tuple[tuple[Finding, ...], tuple[Finding, ...]]:
+    def sorted_faults(self, needed: Collection[str]) -> tuple[tuple[GraphFault, ...], tuple[GraphFault, ...]]:
         """Faults that stop the run, and warnings, including faults of nodes that would not run."""
         places = {key: place for place, key in enumerate(self.prompt)}
 
-        def place(finding: Finding) -> int:
-            return places.get(finding.node_id or "", -1)
+        def place(fault: GraphFault) -> int:
+            return places.get(fault.node_id or "", -1)
 
-        faults: list[Finding] = []
+        faults: list[GraphFault] = []
         ignored = [*self.warnings]
-        for one in self.findings:
+        for one in self.faults:
             (faults if one.node_id is None or one.node_id in needed else ignored).append(one)
         return tuple(sorted(faults, key=place)), tuple(sorted(ignored, key=place))
 
@@ -286,7 +289,7 @@ class _Checker:
         return inputs
 
     def _read_input(self, key: str, slot: Input, value: Any, inputs: dict[str, Any]) -> None:
-        """Add the checked value or link to `inputs`, or its fault to the findings."""
+        """Add the checked value or link to `inputs`, or its fault."""
         if isinstance(value, list) and len(value) == 2 and _is_id(value[0]) and _is_index(value[1]):
             if (link := self._read_link(key, slot.name, value)) is not None:
                 inputs[slot.name] = link
@@ -316,10 +319,10 @@ class _Checker:
         return Link(source, index)
 
 
-def _notes(findings: Sequence[Finding]) -> tuple[str, ...]:
-    """The first findings as text, those of unknown nodes in one, and the number of the others."""
-    unknown = [one.label for one in findings if one.kind == "missing_node_type"]
-    others = [one for one in findings if one.kind != "missing_node_type"]
+def _notes(faults: Sequence[GraphFault]) -> tuple[str, ...]:
+    """The first faults as text, those of unknown nodes in one, and the number of the others."""
+    unknown = [one.label for one in faults if one.kind == "missing_node_type"]
+    others = [one for one in faults if one.kind != "missing_node_type"]
     listed = tuple(shortened(one) for one in others[:_LISTED])
     more = len(others) - len(listed)
     if unknown:
@@ -357,3 +360,149 @@ def _goals(nodes: Registry[Node]) -> str:
 
 
 MOST_NODES, _LISTED, _NAMED = 50_000, 50, 10
+
+
+Prompt: TypeAlias = Mapping[str, Any]  # nodes by id, as in the file
+
+
+def apply_overrides(prompt: Prompt, overrides: Iterable[str], *, nodes: Registry[Node] = NODES) -> dict[str, Any]:
+    """A copy of `prompt` with changed inputs, each `<node>.<input>=<value>`, such as `12.steps=200`.
+
+    The node is an id, or a title or class that one node alone has. The value is parsed as JSON if that fits the input,
+    otherwise it is text. GraphError if an override is malformed, or names an unknown node or input.
+    """
+    changed = copy.deepcopy({str(key): member for key, member in prompt.items()})
+    for override in overrides:
+        address, equals, text = override.partition("=")
+        if not (equals and address.strip().partition(".")[2]):
+            raise GraphError(
+                f"an override must be <node>.<input>=<value>, such as 12.steps=200 or Train LoRA.steps=200, "
+                f"got {override!r}"
+            )
+        node_id, name = _addressed(changed, address.strip(), override, nodes)
+        label = node_label(node_id, node_title(changed[node_id], nodes))
+        _override_input(changed[node_id], name, text.strip(), label, nodes)
+    return changed
+
+
+def _addressed(prompt: Prompt, address: str, override: str, nodes: Registry[Node]) -> tuple[str, str]:
+    """Id of the node and name of the input in an address; titles and inputs may contain dots."""
+    parts = [(address[:place], address[place + 1 :]) for place, one in enumerate(address) if one == "."]
+    parts = [(node, name) for node, name in parts if node and name]
+    for node, name in parts:
+        if node in prompt:
+            return node, name
+    titles = {key: node_title(member, nodes) for key, member in prompt.items()}
+    classes = {key: member.get("class_type") for key, member in prompt.items() if isinstance(member, dict)}
+    for named in (titles, classes):
+        for node, name in reversed(parts):
+            found = [key for key, one in named.items() if one == node]
+            if len(found) > 1:
+                shown = ", ".join(printable(key, limit=_LONGEST_TITLE) for key in found[:_LISTED])
+                raise GraphError(f"override {override!r}: {len(found)} nodes are called {node!r}; use an id: {shown}")
+            if found:
+                return found[0], name
+    wanted = parts[0][0] if parts else address
+    known = ", ".join(node_label(key, titles[key]) for key in [*prompt][:_LISTED])
+    more = f" and {len(prompt) - _LISTED:,} more" if len(prompt) > _LISTED else ""
+    hint = nearest(wanted, {*prompt, *titles.values()} - {""})
+    raise GraphError(f"override {override!r}: no node {wanted!r}{hint}; there are {known or 'none'}{more}")
+
+
+def is_remark(key: str, member: Any) -> bool:
+    """Whether a value in a prompt is not a node: a note, or an addition beside the nodes."""
+    if not isinstance(member, dict):
+        return True
+    kind = member.get("class_type")
+    return key.startswith("_") or "inputs" not in member if kind is None else kind in NOTES
+
+
+def class_of(member: Any, nodes: Registry[Node] = NODES) -> Node | None:
+    """The declaration of a prompt's node; None if the node is malformed or its class unknown."""
+    class_type = member.get("class_type") if isinstance(member, dict) else None
+    return nodes[class_type] if isinstance(class_type, str) and class_type in nodes else None
+
+
+def node_label(node_id: str, title: str) -> str:
+    """The name of a node in messages: `node 12 'Train LoRA'`, with its title from `node_title`."""
+    node_id = printable(node_id, limit=_LONGEST_TITLE)
+    return f"node {node_id} {title!r}" if title else f"node {node_id}"
+
+
+def node_title(member: Any, nodes: Registry[Node] = NODES) -> str:
+    """The node's title in the file, or its display name, or its class; printable."""
+    if not isinstance(member, dict):
+        return ""
+    meta, node = member.get("_meta"), class_of(member, nodes)
+    title = meta.get("title") if isinstance(meta, dict) else None
+    if isinstance(title, str) and title:
+        return printable(title, limit=_LONGEST_TITLE)
+    return node.display_name if node is not None else printable(member.get("class_type", ""), limit=_LONGEST_TITLE)
+
+
+def _override_input(member: Any, name: str, text: str, label: str, nodes: Registry[Node]) -> None:
+    node = class_of(member, nodes)
+    slots = node.slots if node is not None else {}
+    inputs = member.setdefault("inputs", {}) if isinstance(member, dict) else {}
+    if not isinstance(inputs, dict):
+        raise GraphError(f"{label} must have an object of inputs, got {inputs!r}; export the workflow again")
+    if name not in slots and name not in inputs:
+        known = list(dict.fromkeys((*slots, *inputs)))
+        raise GraphError(f"{label} has no input {name!r}{nearest(name, known)}; it has {', '.join(known) or 'none'}")
+    # A prompt of 123 is text, although it reads as a number.
+    wants_text = name in slots and bool(kinds := slots[name].scalar_types) and {"STRING", "COMBO"}.issuperset(kinds)
+    inputs[name] = _read_value(text, wants_text)
+
+
+def _read_value(text: str, wants_text: bool) -> Any:
+    try:
+        value = parse_foreign_json(text)
+    except ValueError:
+        return text
+    return text if wants_text and not isinstance(value, (str, list)) else value
+
+
+_LONGEST_TITLE = 80
+NOTES = ("Note", "MarkdownNote")  # classes
+
+
+_SHOWN = 4
+
+
+class Cycle(NamedTuple):
+    """Nodes of which each needs the next one, and the last the first; the middle of a long cycle is left out."""
+
+    start: tuple[str, ...]  # its first nodes
+    left_out: int = 0
+    end: tuple[str, ...] = ()  # its last nodes, empty in short cycles
+
+
+def depth_first(goals: Iterable[str], needs: Mapping[str, Sequence[str]]) -> tuple[tuple[str, ...], tuple[Cycle, ...]]:
+    """Dependencies of `goals`, goals included, once each in order of execution; and cycles. Takes linear time.
+
+    The branch of one goal is completed before the next, in the order of `goals` and `needs`, which has the direct
+    dependencies of each node; those without an entry of their own are ignored. Iterative, as workflows may be deeper
+    than Python's recursion limit.
+    """
+    order: dict[str, None] = {}
+    cycles: list[Cycle] = []
+    for goal in goals:
+        stack = [] if goal in order else [(goal, iter(needs[goal]))]
+        path = {goal: 0} if stack else {}  # the nodes on the stack, with their places on it
+        while stack:
+            current, remaining = stack[-1]
+            following = next(remaining, None)
+            if following is None:
+                stack.pop()
+                del path[current]
+                order[current] = None
+            elif following in path:
+                first, length = path[following], len(stack) - path[following]
+                # Not the whole path: thousands of nodes may each lead back to the same one.
+                start = tuple(node for node, _ in stack[first : first + _SHOWN])
+                end = tuple(node for node, _ in stack[max(first + _SHOWN, len(stack) - _SHOWN) :])
+                cycles.append(Cycle(start, length - len(start) - len(end), end))
+            elif following not in order and following in needs:
+                path[following] = len(stack)
+                stack.append((following, iter(needs[following])))
+    return tuple(order), tuple(cycles)

@@ -1,32 +1,31 @@
-"""Node declaration: a typed function with its description for editors and workflow files.
+"""Node declaration: a typed function with its description for editors and workflow files, and the context of its calls.
 
-    @node(
-        "ImageScale",
-        display_name="Upscale Image",
-        category="image/upscaling",
-        inputs=[Input("image", "IMAGE"), Input("width", "INT", default=512, min=0, max=16384)],
-        outputs=[Output("IMAGE")],
-    )
-    def image_scale(context: NodeContext, *, image: Tensor, width: int) -> tuple[Tensor]:
+    @node("ImageScale", "Upscale Image", "image/upscaling", outputs=["IMAGE"])
+    def image_scale(
+        context: NodeContext,
+        *,
+        image: Tensor = socket("IMAGE"),
+        width: int = socket("INT", default=512, min=0, max=16384),
+    ) -> tuple[Tensor]:
         \"\"\"Scale pictures to a size.\"\"\"
 
-The function is not wrapped. Its keywords are the inputs (a final `**keyword` receives the others), the first paragraph
-of its docstring is the description; it returns a tuple with one value per output, or a `NodeOutput` with output for
-user interfaces.
+The function is not wrapped. Its keywords are the inputs, the first paragraph of its docstring is the description; it
+returns a tuple with one value per output, or a `NodeOutput` with output for user interfaces.
 """
 
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, TypeAlias, TypeVar
 
-from lorasmith.core.errors import GraphError
+from lorasmith.core.errors import CancelledError, GraphError
 from lorasmith.core.folders import Folders
 from lorasmith.core.registry import Registry
-from lorasmith.workflow.execution_events import UiOutput
+from lorasmith.workflow.execution_events import Event, NodeMessage, NodeProgress, NodeReport, UiOutput
 from lorasmith.workflow.sockets import Input, Output
 
 Hidden: TypeAlias = Literal["prompt", "extra_pnginfo", "unique_id"]
@@ -97,11 +96,11 @@ NODES: Registry[Node] = Registry("node", GraphError)
 
 def node(
     id: str,
-    *,
     display_name: str,
     category: str,
+    *,
     inputs: Sequence[Input] = (),
-    outputs: Sequence[Output] = (),
+    outputs: Sequence[Output | str] = (),
     aliases: Sequence[str] = (),
     search_aliases: Sequence[str] = (),
     hidden: Sequence[Hidden] = (),
@@ -116,12 +115,14 @@ def node(
     """Decorator that declares and registers a node.
 
     Args:
-        id, display_name, category, inputs, outputs, aliases, search_aliases, hidden, is_input_list, output_node,
-            fingerprint, check, deprecated, experimental: as the attributes of `Node`.
+        id, display_name, category, aliases, search_aliases, hidden, is_input_list, output_node, fingerprint, check,
+            deprecated, experimental: as the attributes of `Node`.
+        inputs: those after the function's keywords, which its final `**keyword` receives.
+        outputs: each an `Output`, or its type.
         registry: where it is registered.
 
     Raises:
-        TypeError: the function's keywords are not the declared inputs.
+        TypeError: a keyword of the function has no `socket` as its default.
     """
 
     def declare(function: F) -> F:
@@ -130,8 +131,8 @@ def node(
             display_name=display_name,
             category=category,
             function=function,
-            inputs=tuple(inputs),
-            outputs=tuple(outputs),
+            inputs=(*_keyword_inputs(id, function), *inputs),
+            outputs=tuple(Output(one) if isinstance(one, str) else one for one in outputs),
             aliases=tuple(aliases),
             description=" ".join((inspect.getdoc(function) or "").split("\n\n")[0].split()),
             search_aliases=tuple(search_aliases),
@@ -143,25 +144,74 @@ def node(
             deprecated=deprecated,
             experimental=experimental,
         )
-        _check_keywords(declared)
         registry.register(id, *aliases)(declared)
         return function
 
     return declare
 
 
-def _check_keywords(declared: Node) -> None:
-    _, *keywords = inspect.signature(declared.function).parameters.values()
-    takes_rest = bool(keywords) and keywords[-1].kind is inspect.Parameter.VAR_KEYWORD
-    if takes_rest:
-        keywords.pop()
-    named = declared.inputs[: len(keywords)] if takes_rest else declared.inputs
-    names = [keyword.name for keyword in keywords]
-    if names != [one.name for one in named]:
-        raise TypeError(
-            f"{declared.id}: the function's keywords must be the declared inputs in their order, "
-            f"got {names} for {[one.name for one in declared.inputs]}"
-        )
-    for one, keyword in zip(named, keywords, strict=True):
-        if one.optional and one.default is None and keyword.default is keyword.empty:
-            raise TypeError(f"{declared.id}: optional input {one.name} has no default, so its keyword needs one")
+def _keyword_inputs(id: str, function: Any) -> tuple[Input, ...]:
+    """The inputs that a function's keywords have as their defaults, in place of which it then has their values."""
+    _, *keywords = inspect.signature(function).parameters.values()
+    found = []
+    for keyword in keywords:
+        if isinstance(keyword.default, Input):
+            found.append(replace(keyword.default, name=keyword.name))
+        elif keyword.kind is not keyword.VAR_KEYWORD:
+            raise TypeError(f"{id}: the keyword {keyword.name} must have a socket as its default")
+    function.__kwdefaults__ = {one.name: one.default for one in found if one.optional}
+    return tuple(found)
+
+
+def ignore(event: Event) -> None:
+    """An event callback that does nothing."""
+
+
+@dataclass(frozen=True)
+class NodeContext:
+    """The context of one node in one run; `NodeContext(folders)` is enough to call a node function directly.
+
+    Attributes:
+        folders: of models, inputs and outputs.
+        node_id: id of the node in the prompt.
+        prompt: the whole API-format workflow, for the metadata of saved files.
+        workflow: the editor's JSON of the same graph, if the client sent it.
+        cancel: set to stop the run.
+        report: receives the node's events.
+    """
+
+    folders: Folders
+    node_id: str = ""
+    prompt: Mapping[str, Any] = field(default_factory=dict)
+    workflow: Mapping[str, Any] | None = None
+    cancel: threading.Event = field(default_factory=threading.Event)
+    report: Callable[[Event], None] = ignore
+
+    def cancelled(self) -> bool:
+        """Whether the run was cancelled. Long nodes check it once per step, save their result and raise."""
+        return self.cancel.is_set()
+
+    def raise_if_cancelled(self) -> None:
+        if self.cancelled():
+            raise CancelledError("the run was cancelled")
+
+    def progress(self, value: int, maximum: int, *, text: str = "", preview: bytes | None = None) -> None:
+        """Report that `value` of `maximum` steps are done; see `NodeProgress`."""
+        self.report(NodeProgress(self.node_id, value, maximum, text, preview))
+
+    def advance(self, value: int, maximum: int, text: str = "") -> None:
+        """Report progress, as a callback of what can be stopped: raises CancelledError if the run was cancelled."""
+        self.raise_if_cancelled()
+        self.progress(value, maximum, text=text)
+
+    def publish(self, kind: str, data: Mapping[str, Any]) -> None:
+        """Report JSON values for programs; see `NodeReport`."""
+        self.report(NodeReport(self.node_id, kind, data))
+
+    def log(self, text: str) -> None:
+        """Report information in one line."""
+        self.report(NodeMessage(self.node_id, "info", text))
+
+    def warn(self, text: str) -> None:
+        """Report a warning in one line."""
+        self.report(NodeMessage(self.node_id, "warning", text))

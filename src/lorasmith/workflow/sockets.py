@@ -200,6 +200,11 @@ class Input:
         )
 
 
+def socket(type: str, **attributes: Any) -> Any:
+    """An input of a node, as the default of the keyword that names it; `attributes` are those of `Input`."""
+    return Input("", type, **attributes)
+
+
 def types_match(received: str, wanted: str) -> bool:
     """Whether an output of type `received` fits an input of type `wanted`: they share a type, or one is `*`."""
     ours, theirs = set(_members(received)), set(_members(wanted))

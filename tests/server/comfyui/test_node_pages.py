@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from lorasmith.server.questions.graph_questions import node_page
-from lorasmith.workflow import Input, NodeContext, Output, node
+from lorasmith.workflow import NodeContext, Output, node, socket
 from tests.server.fake_server import TOYS
 
 
@@ -19,14 +19,15 @@ def test_cells_stay_cells() -> None:
 
     @node(
         "Odd",
-        display_name="Odd",
-        category="toys",
-        inputs=[Input("a", "STRING", default="x|y", optional=True, tooltip="One|two\nthree.")],
+        "Odd",
+        "toys",
         outputs=[Output("INT", "count", is_list=True, tooltip="How many.")],
         aliases=["Older"],
         registry=nodes,
     )
-    def odd(context: NodeContext, *, a: str) -> tuple[list[int]]:
+    def odd(
+        context: NodeContext, *, a: str = socket("STRING", default="x|y", optional=True, tooltip="One|two\nthree.")
+    ) -> tuple[list[int]]:
         """Some."""
         return ([],)
 

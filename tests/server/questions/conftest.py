@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from lorasmith.core.folders import Folders
-from lorasmith.data.sources import ImageSource
+from lorasmith.data.data_config import ImageSource
 from lorasmith.runs.folder_run import prepare, train_prepared
 from lorasmith.runs.spec import RunSpec
 

@@ -19,14 +19,12 @@ from lorasmith.core.files import is_folder, is_regular
 from lorasmith.core.folders import ASSETS, Folders
 from lorasmith.core.options import config_from, options_of
 from lorasmith.data.captions import CAPTION_SUFFIXES, CaptionError, read_caption_file
-from lorasmith.data.data_config import DataConfig
+from lorasmith.data.data_config import DataConfig, ImageSource
 from lorasmith.data.findings import Finding, FindingKind
 from lorasmith.data.folder_listing import ListedFolder, Skipped, list_folders, stem_of
-from lorasmith.data.folder_remarks import Remarks
 from lorasmith.data.image_files import ImageError, header_size, image_suffixes, open_reduced
 from lorasmith.data.preflight import name_in
-from lorasmith.data.source_files import Candidate, candidates
-from lorasmith.data.sources import ImageSource
+from lorasmith.data.source_files import Candidate, ScanNotes, candidates
 from lorasmith.families.locating import ModelFiles
 from lorasmith.runs.data_check import DataCheck, check_folder
 from lorasmith.runs.data_check_page import said_of
@@ -185,10 +183,10 @@ def is_name(name: str) -> bool:
 def pictures_in(folders: Folders, folder: Path) -> tuple[list[Candidate], Skipped, list[str]]:
     """The pictures directly in a folder, its skipped files, and notes."""
     skipped: Skipped = []
-    remarks = Remarks()
+    scan_notes = ScanNotes()
     config = DataConfig(follow_links=folders.follow_links)
     try:
-        found = list(candidates(ImageSource(str(folder)), config, cache=None, skipped=skipped, remarks=remarks))
+        found = list(candidates(ImageSource(str(folder)), config, cache=None, skipped=skipped, notes=scan_notes))
     except DataError as error:
         return [], [], [str(error)]
     own = [one for one in found if not one.folder.inside]
@@ -205,7 +203,7 @@ def pictures_in(folders: Folders, folder: Path) -> tuple[list[Candidate], Skippe
     if len(shown) < len(own):
         use = "trained on, and not shown" if folders.follow_links else "neither trained on nor shown"
         notes.append(f"{len(own) - len(shown):,} pictures are links to other folders: {use} here.")
-    return shown, skipped, [*notes, *remarks.sentences()]
+    return shown, skipped, [*notes, *scan_notes.sentences()]
 
 
 def stays_in(path: Path, real: Path) -> bool:

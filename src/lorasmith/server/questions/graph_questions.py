@@ -24,11 +24,10 @@ from lorasmith.core.registry import Registry
 from lorasmith.server.job_reporter import error_entry
 from lorasmith.server.questions.question_registry import question
 from lorasmith.workflow.editor_format import prompt_of_editor
-from lorasmith.workflow.graph import Examination, Finding, examine
+from lorasmith.workflow.graph import Examination, GraphFault, Prompt, class_of, examine, is_remark, node_title
 from lorasmith.workflow.node import Node
 from lorasmith.workflow.node_reference import badges, input_facts
-from lorasmith.workflow.object_info import object_info as definition
-from lorasmith.workflow.prompt import Prompt, class_of, is_remark, node_title
+from lorasmith.workflow.node_reference import object_info as definition
 from lorasmith.workflow.sockets import Input
 
 _MOST_PIXELS = 64_000_000  # of a picture that is re-encoded, which takes about 20 bytes of memory per pixel
@@ -188,7 +187,7 @@ def answer_to(
 
 
 def _refusal(
-    faults: Sequence[Finding], good: Sequence[str], prompt: Prompt, nodes: Registry[Node]
+    faults: Sequence[GraphFault], good: Sequence[str], prompt: Prompt, nodes: Registry[Node]
 ) -> dict[str, Any] | None:
     """Why no output runs; None if some do."""
     unknown = next((one for one in faults if one.kind == "missing_node_type"), None)
@@ -205,7 +204,7 @@ def _refusal(
     return error_entry("prompt_outputs_failed_validation", "no output of this workflow can run", "\n".join(sentences))
 
 
-def _left_out(prompt: Prompt, faults: Sequence[Finding], nodes: Registry[Node]) -> dict[str, Any]:
+def _left_out(prompt: Prompt, faults: Sequence[GraphFault], nodes: Registry[Node]) -> dict[str, Any]:
     """Errors of nodes of unknown classes on which no known output depends; they may be outputs, and do not run."""
     needed = {one.node_id for one in faults}
     found = {}
@@ -222,7 +221,7 @@ def _left_out(prompt: Prompt, faults: Sequence[Finding], nodes: Registry[Node]) 
 
 def _node_entry(
     key: str,
-    faults: Sequence[Finding],
+    faults: Sequence[GraphFault],
     prompt: Prompt,
     users: Mapping[str, Sequence[str]],
     examination: Examination,
@@ -239,7 +238,7 @@ def _node_entry(
     }
 
 
-def _input_error(fault: Finding, member: Any, folders: Folders, nodes: Registry[Node]) -> dict[str, Any]:
+def _input_error(fault: GraphFault, member: Any, folders: Folders, nodes: Registry[Node]) -> dict[str, Any]:
     message = _TITLES.get(fault.kind, "The node cannot run")
     if fault.input_name is None:
         return error_entry(fault.kind, message, fault.sentence)

@@ -17,8 +17,8 @@ from lorasmith.adapters.algorithms import format_named, words_of
 from lorasmith.core.adapter_state import SD_SCRIPTS
 from lorasmith.core.placement import dtype_name
 from lorasmith.data.dataset import EncodedDataset
+from lorasmith.data.encoder_digest import RememberedDigests, file_sha256
 from lorasmith.data.encoding_cache import default_cache
-from lorasmith.data.remembered_digests import RememberedDigests, file_sha256
 from lorasmith.families.model import Model
 from lorasmith.formats.metadata import RUN_ENTRY, autov1, tag_frequency, without_private
 from lorasmith.training.config import ResolvedConfig

@@ -19,7 +19,7 @@ from lorasmith.core.errors import OptionError
 from lorasmith.core.folders import MAX_STEM_BYTES, file_stem
 from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.core.typed_json import Scalar, typed
-from lorasmith.data.split import Split
+from lorasmith.data.dataset import Split
 from lorasmith.training.job import Job
 from lorasmith.training.storage.fingerprint import Fingerprint, environment, file_digests, fingerprint
 
