@@ -16,17 +16,18 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from lorasmith.bench.benchmark import latent_side, measured
-from lorasmith.bench.counting import Counter, Profile, profiled
-from lorasmith.bench.limits import Measured, Rates, limits, measured_rates, shares
+from lorasmith.bench.benchmark import Measured, Rates, latent_side, limits, measured, measured_rates, shares
 from lorasmith.bench.measure import (
+    Counter,
     Counts,
     Parts,
+    Profile,
     Spread,
     counted,
     frozen_floor,
     measured_steps,
     pass_seconds,
+    profiled,
     step_seconds,
     synthetic_samples,
     training_steps,

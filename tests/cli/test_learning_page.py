@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from lorasmith.training.optim.schedules import SCHEDULES
-from lorasmith.training.optim.update_rules import OPTIMIZERS, takes_weight_decay
+from lorasmith.training.optim.update_rules import OPTIMIZERS, SCHEDULES, takes_weight_decay
 
 PAGE = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
 SECTION = PAGE.split("## Learning rates, schedules and optimizers\n")[1].split("\n## ")[0]

@@ -24,7 +24,7 @@ from lorasmith.formats.container import read_safetensors, write_safetensors
 from lorasmith.runs.run_plan import ImageEncoded, ImagesChecked, ModelLoading
 from lorasmith.training.events import Event, EventHandler, StepDone
 from lorasmith.training.storage import lora_metadata
-from lorasmith.training.storage.history import read_history
+from lorasmith.training.storage.records import read_history
 from lorasmith.training.storage.run_folder import RunFolder
 from tests.runs.folder_cases import pictures, tensors_of, with_metadata, with_record
 

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from lorasmith.training.noise_scale import NoiseScale, noise_terms
+from lorasmith.training.loop import NoiseScale, noise_terms
 
 
 def test_expected_lengths_give_the_terms_exactly() -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from lorasmith.core.errors import OptionError
-from lorasmith.training.verdict import History, interval
+from lorasmith.training.validation import History, interval
 
 Array = NDArray[np.float64]
 SEEDS = st.integers(0, 10_000)

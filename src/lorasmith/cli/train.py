@@ -40,7 +40,7 @@ from lorasmith.data.data_config import DataConfig
 from lorasmith.data.sources import ImageSource
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.outcome import Outcome
+from lorasmith.training.events import Outcome
 
 
 def _main(config: type) -> list[str]:

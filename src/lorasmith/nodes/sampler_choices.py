@@ -8,8 +8,7 @@ from typing import Any
 from lorasmith.core.errors import OptionError
 from lorasmith.core.folders import Folders
 from lorasmith.core.registry import Registry, nearest
-from lorasmith.sampling.samplers import SAMPLERS
-from lorasmith.sampling.sigmas import SIGMA_SCHEDULES
+from lorasmith.sampling.samplers import SAMPLERS, SIGMA_SCHEDULES
 from lorasmith.workflow import Input
 
 # fmt: off

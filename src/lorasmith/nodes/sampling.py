@@ -7,7 +7,7 @@ from lorasmith.families.model import Denoiser
 from lorasmith.nodes.sampled_latents import Guider, Noise, sampled
 from lorasmith.nodes.sampler_choices import CFG, DENOISE, SAMPLER_NAME, SCHEDULER, STEPS, seed_input
 from lorasmith.nodes.values import Latent
-from lorasmith.sampling.sigmas import sigmas_for
+from lorasmith.sampling.samplers import sigmas_for
 from lorasmith.workflow import Input, NodeContext, Output, node
 
 

@@ -34,11 +34,10 @@ from lorasmith.runs.model_run import run_folder, train_job
 from lorasmith.runs.run_previews import PreviewFrames
 from lorasmith.runs.view import RunView, note_of
 from lorasmith.training.config import NONE_LORA, TrainConfig, lora_settings, settings_from_file, unused_settings
-from lorasmith.training.events import Event, EventHandler, Previewed, RunStarted, StepDone, Validated, encoded
+from lorasmith.training.events import Event, EventHandler, Outcome, Previewed, RunStarted, StepDone, Validated, encoded
 from lorasmith.training.job import plan_job
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.notes import OtherProgram, Remark
-from lorasmith.training.outcome import Outcome
 from lorasmith.training.results import TrainResult
 from lorasmith.training.train import RunOptions
 from lorasmith.workflow import Input, NodeContext, Output, node

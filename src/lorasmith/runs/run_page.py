@@ -28,6 +28,7 @@ from lorasmith.runs.run_images import images_in, left_out_in, thumbnail_of
 from lorasmith.runs.spec import RunSpec
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import (
+    Outcome,
     Planned,
     Previewed,
     Resumed,
@@ -39,10 +40,8 @@ from lorasmith.training.events import (
     Validated,
     Warned,
 )
-from lorasmith.training.outcome import Outcome
-from lorasmith.training.storage.history import RunHistory, read_history
 from lorasmith.training.storage.ledger import ImageRecord, Ledger, QuantileCurve
-from lorasmith.training.storage.records import RunRecord
+from lorasmith.training.storage.records import RunHistory, RunRecord, read_history
 
 _ENDS: dict[Outcome | None, tuple[str, str]] = {  # status and its colour
     Outcome.FINISHED: ("Finished", "good"),

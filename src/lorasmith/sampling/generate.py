@@ -16,7 +16,7 @@ from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Denoiser, Model, TextEncoder
 from lorasmith.report.pictures import Clip, Shot
 from lorasmith.sampling.sample import prepare_noise, sample_latents
-from lorasmith.sampling.sigmas import sigmas_for
+from lorasmith.sampling.samplers import sigmas_for
 
 
 @dataclass(frozen=True)

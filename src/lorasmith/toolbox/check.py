@@ -18,8 +18,8 @@ from lorasmith.formats.lora_file import Spool, read_lora_tensors, spooled
 from lorasmith.formats.names.model_names import ModelNames
 from lorasmith.formats.names.recognise import guessed_family
 from lorasmith.formats.names.spelling import grouped
+from lorasmith.toolbox.lora_files import free_target
 from lorasmith.toolbox.model_files import open_model
-from lorasmith.toolbox.writing import free_target
 
 
 @dataclass(frozen=True)

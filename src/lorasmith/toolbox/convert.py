@@ -32,8 +32,8 @@ from lorasmith.formats.lora_file import (
 from lorasmith.formats.metadata import without_private
 from lorasmith.formats.names.model_names import ModelNames
 from lorasmith.formats.names.recognise import guessed_family
+from lorasmith.toolbox.lora_files import free_target
 from lorasmith.toolbox.model_files import open_model
-from lorasmith.toolbox.writing import free_target
 
 
 @dataclass(frozen=True)

@@ -40,9 +40,9 @@ from lorasmith.toolbox.changes import (
     share,
     stacked,
 )
+from lorasmith.toolbox.lora_files import HISTORY, file_target, free_target, rank_entries
 from lorasmith.toolbox.model_files import ModelFiles, Parameter
 from lorasmith.toolbox.resize import check_bounds
-from lorasmith.toolbox.writing import HISTORY, file_target, free_target, rank_entries
 
 Groups = dict[str, list[tuple[ModuleRef, OriginalName]]]
 """Modules by tensor of the original checkpoint, each with its place in the tensor."""

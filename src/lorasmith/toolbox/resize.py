@@ -29,8 +29,16 @@ from lorasmith.formats.names.model_names import ModelNames
 from lorasmith.formats.names.spelling import ModuleTensors, grouped
 from lorasmith.formats.scales import scale_of, scaled_by, with_one_alpha
 from lorasmith.toolbox.changes import added_by, as_lora, factors_of, is_additive, is_low_rank, share, weight_shape
-from lorasmith.toolbox.lora_files import LoraFile, flat_shapes, read_lora, refuse_folder, spelled_like
-from lorasmith.toolbox.writing import file_target, noted, rank_entries
+from lorasmith.toolbox.lora_files import (
+    LoraFile,
+    file_target,
+    flat_shapes,
+    noted,
+    rank_entries,
+    read_lora,
+    refuse_folder,
+    spelled_like,
+)
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,7 @@ from lorasmith.core.choices import (
 )
 from lorasmith.core.errors import OptionError
 from lorasmith.core.options import Option, check_options, config_from, option, options_of
-from lorasmith.training.optim.schedules import SCHEDULES, rate_factor
-from lorasmith.training.optim.update_rules import OPTIMIZERS
+from lorasmith.training.optim.update_rules import OPTIMIZERS, SCHEDULES, rate_factor
 
 DtypeSetting = Literal["bf16", "fp32", "none"]
 """Resolved values of `training_dtype`."""

@@ -30,16 +30,12 @@ from lorasmith.diffusion.timesteps import quantile_map, quantile_range, range_li
 from lorasmith.families.model import Denoiser
 from lorasmith.training.batches import Batch, BatchMaker, no_masks
 from lorasmith.training.config import WHOLE_RANGE, ResolvedConfig
-from lorasmith.training.gradient_sums import GradientSums
-from lorasmith.training.memory.activation_checkpointing import blocks_checkpointed
-from lorasmith.training.memory.activations import activations_packed, activations_reduced
+from lorasmith.training.memory.activations import activations_packed, activations_reduced, blocks_checkpointed
 from lorasmith.training.memory.compilation import blocks_compiled
-from lorasmith.training.memory.frozen_weights import fp8_products_enabled, weights_packed
+from lorasmith.training.memory.frozen_weights import WeightStream, fp8_products_enabled, weights_packed
 from lorasmith.training.memory.sharding import weights_sharded
-from lorasmith.training.memory.weight_stream import WeightStream
-from lorasmith.training.optim.flat import FlatParameters
-from lorasmith.training.optim.loss_scale import LossScale
-from lorasmith.training.optim.optimizers import GatedOptimizer, check_alike
+from lorasmith.training.optim.flat import FlatParameters, GradientSums
+from lorasmith.training.optim.optimizers import GatedOptimizer, LossScale, check_alike
 from lorasmith.training.runtime import Runtime
 
 

@@ -34,8 +34,7 @@ from lorasmith.training.engine import Engine
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.notes import notes_on, notes_on_file, notes_on_products
 from lorasmith.training.optim.optimizers import check_optimizer
-from lorasmith.training.optim.schedules import check_schedule
-from lorasmith.training.optim.update_rules import default_rate, rule_of
+from lorasmith.training.optim.update_rules import check_schedule, default_rate, rule_of
 from lorasmith.training.runtime import Runtime, dtype_on_device
 from lorasmith.training.target_text import parse_targets, resolve_targets
 

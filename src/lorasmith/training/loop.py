@@ -10,8 +10,8 @@ import contextlib
 import itertools
 import math
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,16 +22,21 @@ from lorasmith.core.allocator import is_out_of_memory, memory_missed
 from lorasmith.core.errors import LoraError, LorasmithError, TrainingError
 from lorasmith.data.dataset import Sample
 from lorasmith.training.batches import Batch, BatchMaker, prefetched
-from lorasmith.training.divergence import exploded
 from lorasmith.training.engine import Engine, batch_maker
-from lorasmith.training.events import EventHandler, StepDone
-from lorasmith.training.mailbox import Mailbox
+from lorasmith.training.events import EventHandler, Outcome, StepDone
 from lorasmith.training.memory.memory_plan import plan_activations
 from lorasmith.training.memory.sharding import ending_together
-from lorasmith.training.noise_scale import NoiseScale
-from lorasmith.training.outcome import Outcome
-from lorasmith.training.progress import Progress, RunState, StateNumbers
-from lorasmith.training.recovery import CompileFailed, Diverged, OutOfMemory, Recovery, StepFault
+from lorasmith.training.recovery import (
+    CompileFailed,
+    Diverged,
+    OutOfMemory,
+    Progress,
+    Recovery,
+    RunState,
+    StateNumbers,
+    StepFault,
+    exploded,
+)
 from lorasmith.training.runtime import Runtime
 
 _SNAPSHOT_STEPS = 25
@@ -363,3 +368,91 @@ class _Taken:
             drawn = list(itertools.chain(*facts))
         names, indices, quantiles = zip(*drawn, strict=True)
         return cls(names, indices, quantiles, len(batches[0].names))
+
+
+class Mailbox:
+    """Transfers small tensors by step, and returns them in order: from a GPU asynchronously through pinned memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._waiting: deque[tuple[int, Tensor, torch.Event | None]] = deque()
+
+    def post(self, step: int, values: Tensor) -> None:
+        """Send the values (1-d) of a step."""
+        if self._device.type != "cuda":
+            self._waiting.append((step, values.detach().clone(), None))
+            return
+        landed = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        landed.copy_(values.detach(), non_blocking=True)
+        arrived = torch.Event(self._device)
+        arrived.record(torch.cuda.current_stream(self._device))  # not that of the current device
+        self._waiting.append((step, landed, arrived))
+
+    def collect(self, *, wait: bool = False, before: int | None = None) -> list[tuple[int, list[float]]]:
+        """(step, values) that have arrived since the last call; can wait for all, or for the steps below `before`."""
+        ready = []
+        while self._waiting:
+            step, values, arrived = self._waiting[0]
+            if before is not None and step >= before:
+                break
+            if arrived is not None:
+                if wait or before is not None:
+                    arrived.synchronize()
+                elif not arrived.query():
+                    break
+            ready.append((step, values.tolist()))
+            self._waiting.popleft()
+        return ready
+
+
+class NoiseScale:
+    """The gradient noise scale: the batch size above which larger batches bring diminishing returns.
+
+    McCandlish et al. 2018, "An Empirical Model of Large-Batch Training", arXiv:1812.06162, appendix A.1. The squared
+    norm of a gradient averaged over b samples is expected to be |G|² + tr(Σ) / b, where G is the true gradient and Σ
+    the covariance of a single sample's. Two batch sizes give two equations, and the simple noise scale is tr(Σ) / |G|²:
+    the ratio of moving averages of both terms, as an average of ratios would be biased.
+
+    Both sizes are available only if a step accumulates over at least two micro-batches: the first of them is the small
+    one, the step the big one. Stratified noise levels reduce the noise; the estimate is of the remaining noise.
+    """
+
+    def __init__(self, decay: float = 0.99) -> None:
+        self._decay = decay
+        self._true_sq = 0.0
+        self._variance = 0.0
+
+    def update(self, small_sq: float, big_sq: float, *, small: int, big: int) -> None:
+        """Add a step; arguments as for `noise_terms`. A step with a single micro-batch is ignored."""
+        if small >= big:
+            return
+        true_sq, variance = noise_terms(small_sq, big_sq, small=small, big=big)
+        # Both start at 0, so both averages are too small by the same factor, which the ratio does not see.
+        self._true_sq = self._decay * self._true_sq + (1 - self._decay) * true_sq
+        self._variance = self._decay * self._variance + (1 - self._decay) * variance
+
+    @property
+    def value(self) -> float | None:
+        """The noise scale in samples; None while the estimates are not positive (at first, or by chance)."""
+        if self._true_sq <= 0 or self._variance < 0:
+            return None
+        return self._variance / self._true_sq
+
+    def to_json(self) -> dict[str, Any]:
+        return {"decay": self._decay, "true_sq": self._true_sq, "variance": self._variance}
+
+    @classmethod
+    def from_json(cls, state: Mapping[str, Any]) -> NoiseScale:
+        scale = cls(state["decay"])
+        scale._true_sq, scale._variance = state["true_sq"], state["variance"]
+        return scale
+
+
+def noise_terms(small_sq: float, big_sq: float, *, small: float, big: float) -> tuple[float, float]:
+    """Unbiased estimates of |G|² and tr(Σ); single ones are very noisy, and either may be negative.
+
+    `small_sq` and `big_sq` are squared norms of the mean gradient over `small` and over `big` samples, `small` < `big`.
+    """
+    true_sq = (big * big_sq - small * small_sq) / (big - small)
+    variance = (small_sq - big_sq) / (1 / small - 1 / big)
+    return true_sq, variance

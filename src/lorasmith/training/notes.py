@@ -16,7 +16,7 @@ from lorasmith.adapters.lora import LoraAdapter
 from lorasmith.adapters.packed_layers import packable_layers, packed_layers
 from lorasmith.adapters.targets import Plan
 from lorasmith.adapters.variants import Dropout
-from lorasmith.core import fp8_products
+from lorasmith.core import quantization
 from lorasmith.core.adapter_state import COMFYUI, DENOISER, AdapterState, ModuleRef
 from lorasmith.core.options import options_of
 from lorasmith.core.quantization import packed, weight_source
@@ -110,12 +110,12 @@ def notes_on_products(config: TrainConfig, denoiser: Denoiser, device: torch.dev
     own = None if config.quantization == "none" else packed(torch.zeros(1, 1), config.quantization, torch.float32).code
     codes = {layer: own or _code_in_model(layer) for layer in packable_layers(denoiser.module)}
     fitting = sum(takes_fp8_products(layer, code) for layer, code in codes.items())
-    if not any(code in fp8_products.CODES for code in codes.values()):
+    if not any(code in quantization.FP8_CODES for code in codes.values()):
         return (
             f"quantized_backward has no effect with quantization {config.quantization}: products in fp8 need weights "
             "in fp8, as with quantization fp8_e4m3.",
         )
-    if not fp8_products.has_fp8_products(device):
+    if not quantization.has_fp8_products(device):
         return (
             f"quantized_backward has no effect on {device}, which has no products in fp8 (NVIDIA, compute "
             "capability 8.9 or later); all are in training_dtype.",
@@ -124,7 +124,7 @@ def notes_on_products(config: TrainConfig, denoiser: Denoiser, device: torch.dev
         return ()
     return (
         f"quantized_backward applies to {fitting} of {len(codes)} layers; the others use training_dtype, because they "
-        f"are convolutions, have no fp8 weight, or sizes that {fp8_products.MULTIPLE} does not divide.",
+        f"are convolutions, have no fp8 weight, or sizes that {quantization.FP8_MULTIPLE} does not divide.",
     )
 
 

@@ -1,4 +1,4 @@
-"""Recovery from failed steps: smaller micro-batches, no compiling, or a rollback to the last snapshot.
+"""Run states, and recovery from failed steps: smaller micro-batches, no compiling, or a rollback to the last snapshot.
 
 A step that runs out of memory is repeated in smaller micro-batches of the same draws; one whose compiled code fails,
 without compiling. A step with a non-finite loss or gradient, or an exploding loss, is skipped: the run restores its
@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import gc
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from lorasmith.core.errors import TrainingError
+from lorasmith.core.typed_json import typed
 from lorasmith.training.engine import Engine
 from lorasmith.training.events import EventHandler, RolledBack, Shrunk, Warned
-from lorasmith.training.progress import Progress, RunState
 
 
 class StepFault(Exception):  # noqa: N818 - faults of a step, which never leave the loop
@@ -156,3 +159,103 @@ class Recovery:
             f"{fault}{times}; {kept}; try a learning rate below {engine.config.learning_rate:g}"
             + (", or training_dtype fp32" if engine.runtime.dtype != torch.float32 else "")
         )
+
+
+_FACTOR = 10.0
+_LAG = 10
+_WINDOW = 100
+_ENOUGH = 20
+
+
+def exploded(losses: Sequence[float]) -> bool:
+    """Whether the last loss exceeds ten times the largest of the hundred losses that end ten steps earlier; pure.
+
+    A window, since losses differ by orders of magnitude between noise levels; the gap detects a loss that doubles with
+    each step. NaN entries, of skipped steps, do not count.
+    """
+    before = [loss for loss in losses[-_LAG - _WINDOW - 1 : -_LAG - 1] if math.isfinite(loss)]
+    return len(before) >= _ENOUGH and losses[-1] > _FACTOR * max(before)
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Everything that a run needs to resume bit-identically."""
+
+    step: int  # updates taken
+    tensors: Mapping[str, Tensor]
+    numbers: Mapping[str, Any]  # the remaining state, as JSON values
+
+
+@dataclass
+class Progress:
+    """Progress of a run."""
+
+    step: int = 0  # updates taken, skipped ones included
+    losses: list[float] = field(default_factory=list)  # of each update, NaN if it was skipped
+    rollbacks: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerNumbers:
+    """What a run state holds of the optimizer besides tensors; see `GatedOptimizer.state`."""
+
+    started: bool
+    parameters: dict[str, float | bool | None]
+    groups: list[dict[str, float | bool | None]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineNumbers:
+    """What a run state or a snapshot holds of the engine besides tensors; see `Engine.state`."""
+
+    optimizer: OptimizerNumbers
+    rate_factor: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rate_factor <= 1:
+            raise ValueError(f"rate_factor must be from 0 to 1, got {self.rate_factor}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnapshotNumbers:
+    """What a run state holds of the last snapshot, if that was taken at another step."""
+
+    step: int
+    engine: EngineNumbers
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoiseNumbers:
+    """What a run state holds of the gradient noise scale; see `NoiseScale.to_json`."""
+
+    decay: float
+    true_sq: float
+    variance: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateNumbers:
+    """The numbers of a run state, as `Loop.state` writes them. Raises ValueError if one is out of range."""
+
+    engine: EngineNumbers
+    losses: tuple[float | None, ...]
+    rollbacks: int
+    stopped: bool
+    noise_scale: NoiseNumbers
+    micro_batch: int
+    checkpoint_depth: int
+    eager: bool
+    layout: list[Any]
+    snapshot: SnapshotNumbers | None = None
+
+    def __post_init__(self) -> None:
+        if self.micro_batch < 1 or self.checkpoint_depth < 0 or self.rollbacks < 0:
+            raise ValueError("micro_batch, checkpoint_depth or rollbacks are out of range")
+
+    @classmethod
+    def of(cls, state: RunState, steps: int) -> StateNumbers:
+        """The numbers of a state. Raises ValueError if one is missing, of another type, or contradicts the step."""
+        numbers = typed(state.numbers, cls)
+        if not 0 <= state.step == len(numbers.losses) <= steps:
+            raise ValueError(f"step must be the number of losses and at most {steps}, got {state.step}")
+        return numbers

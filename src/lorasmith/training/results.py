@@ -16,13 +16,13 @@ from lorasmith.core.placement import dtype_from_name
 from lorasmith.core.printable import count_text, printable
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.report.pictures import card, embedded_picture, embedded_png
+from lorasmith.training.events import Outcome
 from lorasmith.training.job import Job
 from lorasmith.training.loop import Loop
 from lorasmith.training.lora_handle import Lora
-from lorasmith.training.outcome import Outcome
 from lorasmith.training.storage.lora_metadata import BaseHashes, training_metadata
 from lorasmith.training.storage.records import RunRecord
-from lorasmith.training.verdict import TOO_EARLY, UNJUDGED
+from lorasmith.training.validation import TOO_EARLY, UNJUDGED
 from lorasmith.training.watchers import ValidationWatch
 
 

@@ -17,22 +17,28 @@ from lorasmith.core.placement import dtype_from_name, dtype_name
 from lorasmith.core.printable import count_text
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.data.split import Split, split
-from lorasmith.training.captions_ahead import captions_ready
+from lorasmith.training.batches import captions_ready
 from lorasmith.training.engine import Engine
-from lorasmith.training.events import CaptionEncoded, Event, EventHandler, Resumed, RunFinished, RunStarted, Warned
+from lorasmith.training.events import (
+    CaptionEncoded,
+    Event,
+    EventHandler,
+    Outcome,
+    Resumed,
+    RunFinished,
+    RunStarted,
+    Warned,
+)
 from lorasmith.training.job import Job, engine_of
 from lorasmith.training.loop import Loop, Watcher
 from lorasmith.training.memory.compilation import sizes_vary
 from lorasmith.training.notes import Remark
-from lorasmith.training.outcome import Outcome
-from lorasmith.training.progress import RunState
+from lorasmith.training.recovery import RunState
 from lorasmith.training.results import Results, TrainResult
 from lorasmith.training.storage.fingerprint import Fingerprint, differences
-from lorasmith.training.storage.longer_run import continuing
 from lorasmith.training.storage.lora_metadata import BaseHashes
-from lorasmith.training.storage.output_folder import output_folder
 from lorasmith.training.storage.records import RunRecord, check_title, run_record
-from lorasmith.training.storage.run_folder import RunFolder, check_room, claimed_run
+from lorasmith.training.storage.run_folder import RunFolder, check_room, claimed_run, continuing, output_folder
 from lorasmith.training.storage.run_states import SPARE_BYTES, StateSaver, free_bytes, load_state
 from lorasmith.training.watchers import PREVIEWS, Draw, LoraWatch, PreviewWatch, ValidationWatch
 

@@ -19,8 +19,7 @@ from lorasmith.training.events import Event, Warned
 from lorasmith.training.loop import Loop, Watcher
 from lorasmith.training.optim.optimizers import check_alike
 from lorasmith.training.runtime import Runtime
-from lorasmith.training.validation import Validator
-from lorasmith.training.verdict import History
+from lorasmith.training.validation import History, Validator
 
 _VALIDATIONS = 10
 PREVIEWS = 4

@@ -29,7 +29,7 @@ from lorasmith.adapters.adapter import Adapter
 from lorasmith.adapters.inject import adapters_on, restore_forward
 from lorasmith.core.quantization import weight_source
 from lorasmith.data.dataset import Sample
-from lorasmith.training.memory.activation_checkpointing import blocks_at_depth
+from lorasmith.training.memory.activations import blocks_at_depth
 
 BACKEND = "inductor"
 """Backend of torch.compile, one of `torch.compiler.list_backends()`."""

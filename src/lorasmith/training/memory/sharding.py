@@ -34,7 +34,7 @@ from lorasmith.core.mapped_files import release_pages
 from lorasmith.core.placement import memory_format_for
 from lorasmith.core.processes import Processes
 from lorasmith.core.quantization import Packed
-from lorasmith.training.memory.activation_checkpointing import blocks_at_depth
+from lorasmith.training.memory.activations import blocks_at_depth
 from lorasmith.training.memory.frozen_weights import packed_weight
 
 _ALIGNED = 64
