@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -23,10 +23,9 @@ from lorasmith.core.quantization import packed, weight_source
 from lorasmith.families.model import Denoiser
 from lorasmith.formats.acceptance import shortfalls
 from lorasmith.formats.lora_file import PORTABLE, layout_for
-from lorasmith.training.config import TrainConfig, unused_settings
+from lorasmith.training.config import LossSettings, MemorySettings, OptimizerSettings, TrainConfig, VariantSettings
 from lorasmith.training.memory.compilation import compilable, units
 from lorasmith.training.memory.frozen_weights import takes_fp8_products
-from lorasmith.training.optim.update_rules import default_rate, takes_weight_decay
 
 
 class Remark(str):
@@ -44,13 +43,6 @@ class OtherProgram(str):
 _FEW = 0.1
 """Share of the layers up to which a capped rank is a remark."""
 
-_SCHEDULES_WITH: dict[str, Callable[[str], bool]] = {
-    "final_rate": lambda schedule: schedule != "constant",
-    "schedule_cycles": lambda schedule: schedule == "cosine_restarts",
-    "schedule_power": lambda schedule: schedule == "polynomial",
-}
-"""Setting → whether a schedule uses it."""
-
 
 def notes_on(
     config: TrainConfig, denoiser: Denoiser, plan: Plan, adapters: Mapping[str, Adapter], differences: int
@@ -59,9 +51,12 @@ def notes_on(
     return (
         *_on_base(config, denoiser),
         *_on_experts(config, denoiser),
-        *_on_settings(config),
+        *MemorySettings.idle_settings(config),
+        *OptimizerSettings.idle_settings(config),
+        *VariantSettings.idle_settings(config),
         *_on_quantization(config, denoiser),
-        *_on_noise_levels(config, denoiser),
+        *_on_shift(config, denoiser),
+        *LossSettings.idle_settings(config),
         *notes_on_plan(plan),
         *_on_targets(config, denoiser, plan, adapters, differences),
         *_on_compiling(config, denoiser, adapters),
@@ -145,31 +140,6 @@ def _on_base(config: TrainConfig, denoiser: Denoiser) -> Iterator[str]:
         )
 
 
-def _on_settings(config: TrainConfig) -> Iterator[str]:
-    if config.bucket_mode:
-        yield "bucket_mode has no effect here: sizes are mixed correctly with and without it."
-    if config.bypass_mode:
-        yield (
-            "bypass_mode has no effect here: training always runs adapters beside the weights, and how a LoRA is "
-            "applied is chosen when it is loaded."
-        )
-    if config.compile and not config.is_default("activations"):
-        yield f"activations {config.activations} has no effect with compile, which selects the kept activations itself."
-    elif config.activations == "auto":
-        if config.gradient_checkpointing:
-            yield "gradient_checkpointing has no effect with activations auto, which measures whether it is needed."
-    elif config.memory_budget is not None:
-        yield f"memory_budget {config.memory_budget:g} has no effect without activations auto."
-    if not config.gradient_checkpointing and not config.is_default("checkpoint_depth"):
-        yield f"checkpoint_depth {config.checkpoint_depth} has no effect without gradient_checkpointing."
-    yield from _on_learning(config)
-    unused = {"zero_init"} if config.pissa else unused_settings(config.algorithm)
-    for name in sorted(unused):
-        if not config.is_default(name):
-            variant = "pissa" if config.pissa else config.algorithm
-            yield f"{name} {getattr(config, name)} has no effect with {variant}, which does not use it."
-
-
 def _on_quantization(config: TrainConfig, denoiser: Denoiser) -> Iterator[str]:
     """Share of the model that quantization applies to, and what it does not apply to."""
     if config.quantization == "none":
@@ -189,21 +159,6 @@ def _on_quantization(config: TrainConfig, denoiser: Denoiser) -> Iterator[str]:
         yield Remark("Previews are drawn with the original base model, not with the quantized one of training.")
 
 
-def _on_learning(config: TrainConfig) -> Iterator[str]:
-    """Settings of optimizer and schedule without effect or with unusual values."""
-    if not config.is_default("weight_decay") and not takes_weight_decay(config.optimizer):
-        yield f"weight_decay {config.weight_decay:g} has no effect with {config.optimizer}, which has none here."
-    usual = default_rate(config.optimizer)
-    if usual is not None and config.learning_rate is not None and config.learning_rate <= usual / 10:
-        yield (
-            f"learning_rate {config.learning_rate:g} multiplies the rate that {config.optimizer} estimates itself; "
-            f"{usual:g} is usual."
-        )
-    for name, takes in _SCHEDULES_WITH.items():
-        if not config.is_default(name) and not takes(config.schedule or "constant"):
-            yield f"{name} {getattr(config, name):g} has no effect with schedule {config.schedule}."
-
-
 def _on_experts(config: TrainConfig, denoiser: Denoiser) -> Iterator[str]:
     base = denoiser.base
     named = base.named_expert
@@ -219,18 +174,10 @@ def _on_experts(config: TrainConfig, denoiser: Denoiser) -> Iterator[str]:
             yield f"The other expert is in the same folder; --low-noise-model {others[0]} trains it as well."
 
 
-def _on_noise_levels(config: TrainConfig, denoiser: Denoiser) -> Iterator[str]:
+def _on_shift(config: TrainConfig, denoiser: Denoiser) -> Iterator[str]:
     own = denoiser.diffusion.schedule.shift
     if config.timestep_shift is not None and math.isclose(config.timestep_shift, own) and config.timesteps != "shifted":
         yield f"timestep_shift {config.timestep_shift:g} has no effect: it is this model's own."
-    if config.loss_weighting == "none":
-        if not config.is_default("min_snr_gamma"):
-            yield f"min_snr_gamma {config.min_snr_gamma:g} has no effect without a loss_weighting."
-    elif config.objective == "x0" and config.loss_function == "MSE":
-        yield (
-            f"objective x0 has no effect with loss_weighting {config.loss_weighting}, which weights the error of the "
-            "clean picture for either objective; it has one with a loss_function other than MSE."
-        )
 
 
 def _on_targets(
