@@ -19,7 +19,7 @@ import torch
 
 from lorasmith.bench.measure import (
     Counts,
-    Parts,
+    PartTimes,
     Profile,
     Spread,
     Steps,
@@ -208,7 +208,7 @@ class Measured:
     step: Spread  # seconds
     waited: Spread  # seconds of each step's wait for its batches
     images: int  # per step
-    parts: Parts
+    parts: PartTimes
     counts: Counts
     profile: Profile
     floor: Spread | None  # the frozen model's forward and backward pass

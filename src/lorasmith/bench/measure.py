@@ -89,7 +89,7 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class Parts:
+class PartTimes:
     """Median seconds of the parts of a step, each synchronized."""
 
     making: float  # its batches, on another thread
@@ -251,7 +251,7 @@ def step_seconds(
     return measured_steps(job, samples, warmup=warmup, clock=clock, on_event=on_event).seconds
 
 
-def measured_parts(job: Job, samples: Sequence[Sample]) -> Parts:
+def measured_parts(job: Job, samples: Sequence[Sample]) -> PartTimes:
     """Time the parts of a step, one after the other."""
     steps = _PART_STEPS
     engine = engine_of(job)
@@ -281,7 +281,7 @@ def measured_parts(job: Job, samples: Sequence[Sample]) -> Parts:
     making = pass_seconds(lambda: _left(maker.step(0)), steps=3, device=device).median
     began = ended - sum(sum(row[0]) for row in rows[1:])
     busy = (rows[-1][1] - rows[0][1]) / ((ended - began) * torch.get_num_threads())
-    return Parts(making, gradient_s, update, busy if device.type == "cpu" else None)
+    return PartTimes(making, gradient_s, update, busy if device.type == "cpu" else None)
 
 
 def weight_bytes(module: nn.Module) -> int:

@@ -205,7 +205,9 @@ Verify = Annotated[
         "each tensor's values is compared.",
     ),
 ]
-LoraFile = Annotated[Path, typer.Argument(help="A LoRA file, or a PEFT or diffusers folder, in any known layout.")]
+LoraFileArgument = Annotated[
+    Path, typer.Argument(help="A LoRA file, or a PEFT or diffusers folder, in any known layout.")
+]
 LoraModel = Annotated[
     str | None,
     typer.Option(

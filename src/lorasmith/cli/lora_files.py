@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorasmith.cli.console import console, echo, end_with, heading, print_note, print_result, progress_shown
-from lorasmith.cli.flags import LoraFile, LoraModel, split_strength
+from lorasmith.cli.flags import LoraFileArgument, LoraModel, split_strength
 from lorasmith.core.errors import LorasmithError, OptionError
 from lorasmith.core.printable import count_text
 
@@ -43,7 +43,7 @@ def register(app: typer.Typer) -> None:
     app.command("diff")(diff)
 
 
-def inspect(file: LoraFile) -> None:
+def inspect(file: LoraFileArgument) -> None:
     """Show the content of a LoRA file: layout, family, algorithm, ranks, norms, metadata, hashes and faults."""
     from lorasmith.formats.inspect import describe
     from lorasmith.runs.state_facts import facts_of_state
@@ -121,7 +121,7 @@ def _counts(counted: Mapping[Any, int]) -> str:
 
 
 def check(
-    file: LoraFile,
+    file: LoraFileArgument,
     model: LoraModel = None,
     fix: Annotated[
         Path | None, typer.Option(metavar="OUTPUT", help="Write a repaired file, as far as faults can be repaired.")
@@ -181,7 +181,7 @@ def _plain_checked(checked: Checked) -> dict[str, object]:
 
 
 def convert(
-    file: LoraFile,
+    file: LoraFileArgument,
     to: Annotated[
         str,
         typer.Option(

@@ -17,7 +17,7 @@ _FIGURE = 40  # pixels of the longer side of a size, drawn
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shot:
+class PictureCard:
     """A picture with remarks."""
 
     name: str
@@ -38,7 +38,7 @@ class Trouble:
     title: str  # in a few words
     problem: str  # in a sentence, as is `remedy`
     remedy: str
-    groups: Sequence[Sequence[Shot]] = ()  # pictures that resemble each other are a group
+    groups: Sequence[Sequence[PictureCard]] = ()  # pictures that resemble each other are a group
     is_grouped: bool = False  # whether the groups are set apart from each other
     more: int = 0  # number of pictures that are not shown
     files: Sequence[tuple[str, str]] = ()  # name and reason of files without a picture
@@ -70,7 +70,7 @@ class DataReport:
     sizes_are: str = ""  # how sizes are chosen, in a sentence
     steps: Mapping[str, str] = field(default_factory=dict)  # arithmetic of the number of steps
     captions: Mapping[str, str] = field(default_factory=dict)
-    others: Sequence[Shot] = ()  # pictures without problems
+    others: Sequence[PictureCard] = ()  # pictures without problems
     others_more: int = 0  # number of these that are not shown
     notes: Sequence[str] = ()  # one sentence each
 
@@ -123,11 +123,11 @@ def _trouble(number: int, trouble: Trouble) -> Html:
     )
 
 
-def _gallery(shots: Sequence[Shot]) -> Html:
+def _gallery(shots: Sequence[PictureCard]) -> Html:
     return tag("div", [_shot(one) for one in shots], class_="shots")
 
 
-def _shot(shot: Shot) -> Html:
+def _shot(shot: PictureCard) -> Html:
     said = shot.caption if shot.caption else tag("i", "no caption")
     marks = [tag("li", mark) for mark in shot.marks]
     marks += [tag("li", "the one to keep", class_="kept")] if shot.is_kept else []
@@ -150,7 +150,7 @@ def _shot(shot: Shot) -> Html:
     )
 
 
-def _framed(shot: Shot) -> Html:
+def _framed(shot: PictureCard) -> Html:
     if shot.picture is None:
         return tag("span", "no picture", class_="missing")
     uri, width, height = shot.picture

@@ -14,7 +14,7 @@ from lorasmith.core.errors import OptionError
 from lorasmith.core.placement import best_device
 from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Denoiser, Model, TextEncoder
-from lorasmith.report.pictures import Clip, Shot
+from lorasmith.report.pictures import Clip, PictureOrClip
 from lorasmith.sampling.sample import prepare_noise, sample_latents
 from lorasmith.sampling.samplers import sigmas_for
 
@@ -121,7 +121,7 @@ def generate_clips(
     return _clips(denoiser, positives, away, sampling, device=device, progress=progress, cancelled=cancelled)
 
 
-def shots(
+def pictures_or_clips(
     denoiser: Denoiser | Experts,
     positives: Sequence[Conditioning],
     negative: Conditioning,
@@ -130,7 +130,7 @@ def shots(
     device: torch.device | None = None,
     progress: Callable[[int, int], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
-) -> Sequence[Shot]:
+) -> Sequence[PictureOrClip]:
     """Generate one picture per encoded prompt, or one clip if `sampling` has several frames; see `pictures`."""
     if sampling.frames == 1:
         return pictures(denoiser, positives, negative, sampling, device=device, progress=progress, cancelled=cancelled)

@@ -32,7 +32,7 @@ Denoise = Callable[[Tensor, float], Tensor]  # (state, sigma) → the predicted 
 
 StepNoise = Callable[[int], Tensor]  # step → standard normal values of the state's shape, on its device
 
-Progress = Callable[[int, Tensor], None]  # (step, predicted clean sample), once per step
+StepCallback = Callable[[int, Tensor], None]  # (step, predicted clean sample), once per step
 
 
 class Solver(Protocol):
@@ -46,7 +46,7 @@ class Solver(Protocol):
         *,
         schedule: NoiseSchedule,
         noise: StepNoise,
-        callback: Progress,
+        callback: StepCallback,
     ) -> Tensor:
         """The state at the last sigma.
 
@@ -83,7 +83,7 @@ UNIPC_LAST_SIGMA = 0.001  # instead of 0, which its step size cannot reach
 
 
 def euler(
-    denoise: Denoise, x: Tensor, sigmas: Tensor, *, schedule: NoiseSchedule, noise: StepNoise, callback: Progress
+    denoise: Denoise, x: Tensor, sigmas: Tensor, *, schedule: NoiseSchedule, noise: StepNoise, callback: StepCallback
 ) -> Tensor:
     """Euler's method for the probability-flow ODE; with these sigmas equal to DDIM (Song et al., arXiv:2010.02502)."""
     for step, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
@@ -94,7 +94,7 @@ def euler(
 
 
 def euler_ancestral(
-    denoise: Denoise, x: Tensor, sigmas: Tensor, *, schedule: NoiseSchedule, noise: StepNoise, callback: Progress
+    denoise: Denoise, x: Tensor, sigmas: Tensor, *, schedule: NoiseSchedule, noise: StepNoise, callback: StepCallback
 ) -> Tensor:
     """Euler steps past the next level, then fresh noise back up to it, as in DDPM (Ho et al., arXiv:2006.11239)."""
     for step, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
@@ -110,7 +110,7 @@ def euler_ancestral(
 
 
 def heun(
-    denoise: Denoise, x: Tensor, sigmas: Tensor, *, schedule: NoiseSchedule, noise: StepNoise, callback: Progress
+    denoise: Denoise, x: Tensor, sigmas: Tensor, *, schedule: NoiseSchedule, noise: StepNoise, callback: StepCallback
 ) -> Tensor:
     """Heun's method of second order (Karras et al. 2022, arXiv:2206.00364, algorithm 1): two evaluations per step."""
     for step, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
@@ -127,7 +127,7 @@ def heun(
 
 
 def dpmpp_2m(
-    denoise: Denoise, x: Tensor, sigmas: Tensor, *, schedule: NoiseSchedule, noise: StepNoise, callback: Progress
+    denoise: Denoise, x: Tensor, sigmas: Tensor, *, schedule: NoiseSchedule, noise: StepNoise, callback: StepCallback
 ) -> Tensor:
     """DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095, algorithm 2) in `lambda = −log sigma`.
 
@@ -150,7 +150,7 @@ def dpmpp_2m(
 
 
 def dpmpp_2m_sde(
-    denoise: Denoise, x: Tensor, sigmas: Tensor, *, schedule: NoiseSchedule, noise: StepNoise, callback: Progress
+    denoise: Denoise, x: Tensor, sigmas: Tensor, *, schedule: NoiseSchedule, noise: StepNoise, callback: StepCallback
 ) -> Tensor:
     """SDE-DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095), midpoint form.
 
@@ -179,7 +179,7 @@ def dpmpp_2m_sde(
 
 
 def lcm(
-    denoise: Denoise, x: Tensor, sigmas: Tensor, *, schedule: NoiseSchedule, noise: StepNoise, callback: Progress
+    denoise: Denoise, x: Tensor, sigmas: Tensor, *, schedule: NoiseSchedule, noise: StepNoise, callback: StepCallback
 ) -> Tensor:
     """Multistep consistency sampling (Song et al. 2023, arXiv:2303.01469, algorithm 1): denoise, then add noise."""
     for step, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
@@ -197,7 +197,7 @@ def uni_pc(
     *,
     schedule: NoiseSchedule,
     noise: StepNoise,
-    callback: Progress,
+    callback: StepCallback,
     b: Callable[[float], float] = lambda h: h,
 ) -> Tensor:
     """UniPC of order 3 (Zhao et al. 2023, arXiv:2302.04867) in `lambda = −log sigma`; `b` is the paper's ±B(h).
@@ -224,7 +224,7 @@ def uni_pc(
 
 
 def res_multistep(
-    denoise: Denoise, x: Tensor, sigmas: Tensor, *, schedule: NoiseSchedule, noise: StepNoise, callback: Progress
+    denoise: Denoise, x: Tensor, sigmas: Tensor, *, schedule: NoiseSchedule, noise: StepNoise, callback: StepCallback
 ) -> Tensor:
     """Refined exponential solver of second order (Zhang & Chen 2023, arXiv:2308.02157) in `lambda = −log sigma`.
 

@@ -26,9 +26,9 @@ from lorasmith.formats.container import check_safetensors, read_safetensors
 from lorasmith.formats.names.recognise import block_of
 from lorasmith.formats.names.spelling import ModuleTensors, grouped
 from lorasmith.formats.scales import rank_of
-from lorasmith.toolbox.changes import Change, added_by, is_additive, layer_like, merged_weight, stacked
+from lorasmith.toolbox.changes import WeightChange, added_by, is_additive, layer_like, merged_weight, stacked
 from lorasmith.toolbox.lora_files import LoraFile, read_together
-from lorasmith.toolbox.model_files import ModelFiles, Parameter, open_model
+from lorasmith.toolbox.model_files import ModelReader, Parameter, open_model
 
 _NOTHING = torch.zeros(())
 
@@ -87,7 +87,7 @@ class Comparison:
         return weights_only or not (self.settings or self.metadata)
 
 
-def compare(first: Path, second: Path, *, model: ModelFiles | None = None) -> Comparison:
+def compare(first: Path, second: Path, *, model: ModelReader | None = None) -> Comparison:
     """Compare two LoRAs or two checkpoints: files, folders, or names of built-in models.
 
     Raises LoraError or ModelError if one cannot be read, or they are of different kinds or families.
@@ -109,7 +109,7 @@ def _is_lora(path: Path) -> bool:
     return 2 * known > len(names)
 
 
-def _compare_loras(first: Path, second: Path, model: ModelFiles | None) -> Comparison:
+def _compare_loras(first: Path, second: Path, model: ModelReader | None) -> Comparison:
     a, b = read_together([first, second], None if model is None else model.names)
     pairs, settings, by_tensors = [], {}, 0
     for ref in (ref for ref in a.modules if ref in b.modules):
@@ -160,7 +160,7 @@ def _described(module: ModuleTensors) -> str:
 
 
 def _module_pair(
-    ref: ModuleRef, one: ModuleTensors, other: ModuleTensors, model: ModelFiles | None
+    ref: ModuleRef, one: ModuleTensors, other: ModuleTensors, model: ModelReader | None
 ) -> tuple[Pair, bool]:
     """The pair of two files' tensors for a module, and whether it compares changes (else: tensors)."""
     pairs, exact = [], True
@@ -182,23 +182,23 @@ def _module_pair(
     return _sum(_name(ref), pairs), exact
 
 
-def _change(ref: ModuleRef, module: ModuleTensors, model: ModelFiles | None) -> Change | None:
+def _change(ref: ModuleRef, module: ModuleTensors, model: ModelReader | None) -> WeightChange | None:
     """A module's change of its weight; None if it depends on a weight and there is no model."""
     if module.adapter is None and "weight" not in module.differences:
-        return Change()
+        return WeightChange()
     if module.adapter is None or is_additive(module.adapter):
         return added_by(module)
     if model is None or Parameter(ref, "weight") not in model.places:
         return None
     weight = model.read(Parameter(ref, "weight")).float()
     merged = merged_weight(module, layer_like(model.modules[ref], weight), weight, 1.0)
-    return Change(dense=(merged - weight).flatten(1))
+    return WeightChange(dense=(merged - weight).flatten(1))
 
 
-def _change_pair(name: str, first: Change, second: Change) -> Pair:
+def _change_pair(name: str, first: WeightChange, second: WeightChange) -> Pair:
     if first.is_nothing or second.is_nothing:
         first, second = (
-            Change(dense=torch.zeros(other.shape)) if one.is_nothing else one
+            WeightChange(dense=torch.zeros(other.shape)) if one.is_nothing else one
             for one, other in ((first, second), (second, first))
         )
     squares = first.norm() ** 2, second.norm() ** 2
@@ -208,7 +208,7 @@ def _change_pair(name: str, first: Change, second: Change) -> Pair:
     return Pair(name, *squares, apart, first.inner(second))
 
 
-def _identical(first: Change, second: Change) -> bool:
+def _identical(first: WeightChange, second: WeightChange) -> bool:
     """Whether two changes have equal tensors, so that their difference is exactly zero."""
     ours, theirs = ((*(change.factors or ()), change.dense) for change in (first, second))
     return len(ours) == len(theirs) and all(
@@ -290,7 +290,7 @@ def _in_file(path: Path, prefix: str) -> Readers:
     return {prefix + name: partial(tensors.__getitem__, name) for name in tensors}
 
 
-def _by_parameter(model: ModelFiles) -> Readers:
+def _by_parameter(model: ModelReader) -> Readers:
     return {
         _name(parameter.module) + f".{parameter.name}": partial(model.read, parameter) for parameter in model.places
     }

@@ -30,8 +30,8 @@ from lorasmith.formats.names.places import fused_rows, split
 from lorasmith.formats.names.spelling import ModuleTensors
 from lorasmith.formats.scales import with_one_alpha
 from lorasmith.toolbox.changes import (
-    Change,
     Truncated,
+    WeightChange,
     added_by,
     as_lora,
     is_additive,
@@ -41,10 +41,10 @@ from lorasmith.toolbox.changes import (
     stacked,
 )
 from lorasmith.toolbox.lora_files import HISTORY, file_target, free_target, rank_entries
-from lorasmith.toolbox.model_files import ModelFiles, Parameter
+from lorasmith.toolbox.model_files import ModelReader, Parameter
 from lorasmith.toolbox.resize import check_bounds
 
-Groups = dict[str, list[tuple[ModuleRef, OriginalName]]]
+TensorGroups = dict[str, list[tuple[ModuleRef, OriginalName]]]
 """Modules by tensor of the original checkpoint, each with its place in the tensor."""
 
 
@@ -65,8 +65,8 @@ class ExtractReport:
 
 
 def extract(
-    base: ModelFiles,
-    tuned: ModelFiles,
+    base: ModelReader,
+    tuned: ModelReader,
     output: Path,
     *,
     rank: int,
@@ -126,16 +126,16 @@ class _Tally:
         return ExtractReport(output, self.ranks, self.unchanged, self.kept, self.total, self.left_out)
 
 
-def _groups(base: ModelFiles, tuned: ModelFiles) -> Groups:
+def _groups(base: ModelReader, tuned: ModelReader) -> TensorGroups:
     """Weights that a LoRA can change, grouped by tensor of the original checkpoint."""
     weights = (ref for ref, module in base.modules.items() if is_targetable(module))
     places = (base.places, tuned.places)
     return by_tensor((ref for ref in weights if all(Parameter(ref, "weight") in one for one in places)), base.names)
 
 
-def by_tensor(modules: Iterable[ModuleRef], names: ModelNames) -> Groups:
+def by_tensor(modules: Iterable[ModuleRef], names: ModelNames) -> TensorGroups:
     """Modules by the tensor of the original checkpoint that has their weight; those without a name are left out."""
-    groups: Groups = {}
+    groups: TensorGroups = {}
     for ref in modules:
         if ref.component == DENOISER and ref.path in names.denoiser:
             place = names.denoiser[ref.path]
@@ -160,15 +160,15 @@ def cut_down(
     """
     places = [place for _, place in group]
     whole = fused_rows(pieces, places, max(place.rows[1] if place.rows else 0 for place in places))
-    cut = Change(dense=whole.flatten(1).to(device)).truncated(rank=rank, energy=energy, key=name)
+    cut = WeightChange(dense=whole.flatten(1).to(device)).truncated(rank=rank, energy=energy, key=name)
     parts = split(as_lora(cut, tuple(whole.shape), float(cut.rank)), places)
     assert parts is not None, "a LoRA can always be cut into rows"
     return {ref: weights for (ref, _), weights in zip(group, parts, strict=True) if weights is not None}, cut
 
 
 def _layer(
-    base: ModelFiles,
-    tuned: ModelFiles,
+    base: ModelReader,
+    tuned: ModelReader,
     name: str,
     group: Sequence[tuple[ModuleRef, OriginalName]],
     tally: _Tally,
@@ -190,7 +190,7 @@ def _layer(
 
 
 def _rest(
-    base: ModelFiles, tuned: ModelFiles, layers: Container[Parameter], tally: _Tally, *, taken: bool
+    base: ModelReader, tuned: ModelReader, layers: Container[Parameter], tally: _Tally, *, taken: bool
 ) -> dict[ModuleRef, dict[str, Tensor]]:
     """Differences of norms and biases, if they are included and files have a name for them."""
     found: dict[ModuleRef, dict[str, Tensor]] = {}
@@ -211,11 +211,11 @@ def _rest(
     return found
 
 
-def _difference(base: ModelFiles, tuned: ModelFiles, parameter: Parameter) -> Tensor:
+def _difference(base: ModelReader, tuned: ModelReader, parameter: Parameter) -> Tensor:
     return tuned.read(parameter).float() - base.read(parameter).float()
 
 
-def _refuse_unlike(base: ModelFiles, tuned: ModelFiles) -> None:
+def _refuse_unlike(base: ModelReader, tuned: ModelReader) -> None:
     if base.family is not tuned.family:
         raise ModelError(
             f"both checkpoints must be of one family, but {base.path} is {base.family.title} and {tuned.path} is "

@@ -28,8 +28,8 @@ from lorasmith.formats.container import check_safetensors
 from lorasmith.formats.names.spelling import ModuleTensors, without_core
 from lorasmith.formats.scales import rank_of, scale_of, scaled_by
 from lorasmith.toolbox.changes import (
-    Change,
     Truncated,
+    WeightChange,
     added,
     added_by,
     as_lora,
@@ -52,11 +52,11 @@ from lorasmith.toolbox.lora_files import (
     rewritten,
     save_alike,
 )
-from lorasmith.toolbox.model_files import ModelFiles, Parameter
+from lorasmith.toolbox.model_files import ModelReader, Parameter
 
 _NOTHING = torch.zeros(())
 
-Part = tuple[ModuleTensors, float]  # a file's tensors for a module, and its strength
+WeightedModule = tuple[ModuleTensors, float]  # a file's tensors for a module, and its strength
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def merge_loras(
     output: Path,
     *,
     rank: int | None = None,
-    model: ModelFiles | None = None,
+    model: ModelReader | None = None,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
 ) -> MergeReport:
@@ -117,7 +117,7 @@ def merge_loras(
     )
 
 
-def _exactly(parts: Sequence[Part], rank: int | None) -> ModuleTensors | None:
+def _exactly(parts: Sequence[WeightedModule], rank: int | None) -> ModuleTensors | None:
     """The exact sum of several files' changes of a module, None if there is none."""
     adapters = [(module.adapter, strength) for module, strength in parts if module.adapter is not None]
     if rank is not None and any(module.differences.get("weight", _NOTHING).ndim > 1 for module, _ in parts):
@@ -158,7 +158,7 @@ def _joined(pieces: Sequence[Tensor], dimension: int) -> Tensor:
     return torch.cat([piece.to(dtype) for piece in pieces], dimension)
 
 
-def _summed(parts: Sequence[Part]) -> dict[str, Tensor]:
+def _summed(parts: Sequence[WeightedModule]) -> dict[str, Tensor]:
     result: dict[str, Tensor] = {}
     for module, strength in parts:
         for name, difference in module.differences.items():
@@ -181,7 +181,7 @@ def _shape_of(module: ModuleTensors) -> tuple[int, ...]:
 
 
 def _cut_down(
-    ref: ModuleRef, parts: Sequence[Part], rank: int, model: ModelFiles | None
+    ref: ModuleRef, parts: Sequence[WeightedModule], rank: int, model: ModelReader | None
 ) -> tuple[ModuleTensors, Truncated]:
     """The best LoRA of a rank for the sum of several files' changes of a module."""
     shape = None if model is None or ref.component != DENOISER else model.names.weight_shapes.get(ref.path)
@@ -202,7 +202,7 @@ def _cut_down(
         after = before
         for module, strength in parts:
             after = merged_weight(module, layer_like(model.modules[ref], after), after, strength)
-        change, shape = Change(dense=(after - before).flatten(1)), tuple(before.shape)
+        change, shape = WeightChange(dense=(after - before).flatten(1)), tuple(before.shape)
     cut = change.truncated(rank=rank, key=f"{ref.component}.{ref.path}")
     biases = {name: difference for name, difference in _summed(parts).items() if name != "weight"}
     return ModuleTensors(as_lora(cut, shape, float(cut.rank)), biases), cut
@@ -239,7 +239,7 @@ class FoldReport:
 
 
 def fold_into(
-    model: ModelFiles, loras: Sequence[tuple[Path, float]], output: Path, *, overwrite: bool = False
+    model: ModelReader, loras: Sequence[tuple[Path, float]], output: Path, *, overwrite: bool = False
 ) -> FoldReport:
     """Write a copy of a model with LoRAs (path, strength) folded in: a single file if the model is one, else a folder.
 
@@ -249,7 +249,7 @@ def fold_into(
     (file_target if model.path.is_file() else free_target)(output, overwrite=overwrite)
     files = [(read_lora(Path(path), model.names), strength) for path, strength in loras]
     present = {ref.component for ref in model.modules}
-    parts: dict[ModuleRef, list[Part]] = {}
+    parts: dict[ModuleRef, list[WeightedModule]] = {}
     for file, strength in files:
         for ref, module in file.modules.items():
             if strength and ref.component in present:
@@ -269,16 +269,16 @@ def fold_into(
     return FoldReport(output, len(parts), {path: names for path, names in left_out.items() if names}, skipped)
 
 
-Changed = Callable[[Tensor], Tensor]
+Rewrite = Callable[[Tensor], Tensor]
 
 
-def _changes(model: ModelFiles, parts: Mapping[ModuleRef, Sequence[Part]]) -> dict[Path, dict[str, Changed]]:
+def _changes(model: ModelReader, parts: Mapping[ModuleRef, Sequence[WeightedModule]]) -> dict[Path, dict[str, Rewrite]]:
     """The function from old to new value of each tensor that changes, by file and name."""
     inside: dict[tuple[Path, str], list[Parameter]] = {}
     for parameter, place in model.places.items():
         if any(_touches(module, parameter.name) for module, _ in parts.get(parameter.module, ())):
             inside.setdefault((place.file, place.tensor), []).append(parameter)
-    changes: dict[Path, dict[str, Changed]] = {}
+    changes: dict[Path, dict[str, Rewrite]] = {}
     for (file, name), parameters in inside.items():
         changes.setdefault(file, {})[name] = partial(
             _changed, name=name, model=model, parts=parts, parameters=parameters
@@ -290,8 +290,8 @@ def _changed(
     tensor: Tensor,
     *,
     name: str,
-    model: ModelFiles,
-    parts: Mapping[ModuleRef, Sequence[Part]],
+    model: ModelReader,
+    parts: Mapping[ModuleRef, Sequence[WeightedModule]],
     parameters: Sequence[Parameter],
 ) -> Tensor:
     """A tensor of the checkpoint with the changes of all its parameters folded in."""
@@ -313,7 +313,7 @@ def _changed(
     return result
 
 
-def _folded(model: ModelFiles, parameter: Parameter, value: Tensor, parts: Sequence[Part]) -> Tensor:
+def _folded(model: ModelReader, parameter: Parameter, value: Tensor, parts: Sequence[WeightedModule]) -> Tensor:
     """One parameter (fp32) with a module's adapters and differences, in order."""
     for module, strength in parts:
         if parameter.name == "weight":
@@ -324,7 +324,7 @@ def _folded(model: ModelFiles, parameter: Parameter, value: Tensor, parts: Seque
 
 
 def _refuse_misfits(
-    model: ModelFiles, files: Sequence[tuple[LoraFile, float]], parts: Mapping[ModuleRef, Sequence[Part]]
+    model: ModelReader, files: Sequence[tuple[LoraFile, float]], parts: Mapping[ModuleRef, Sequence[WeightedModule]]
 ) -> None:
     """Refuse, before writing, LoRAs that would be left out silently or do not fit."""
     if not parts:
@@ -348,7 +348,7 @@ def _touches(module: ModuleTensors, name: str) -> bool:
     return name in module.differences or (name == "weight" and module.adapter is not None)
 
 
-def _write(source: Path, target: Path, changes: Mapping[str, Changed], note: str) -> None:
+def _write(source: Path, target: Path, changes: Mapping[str, Rewrite], note: str) -> None:
     metadata = check_safetensors(source, ModelError).metadata
     # Hashes over the weights would be wrong, and the new ones are known only after the last tensor.
     kept = {key: value for key, value in metadata.items() if key not in _HASHES}
@@ -356,7 +356,7 @@ def _write(source: Path, target: Path, changes: Mapping[str, Changed], note: str
 
 
 def _write_folder(
-    model: ModelFiles, output: Path, changes: Mapping[Path, Mapping[str, Changed]], note: str
+    model: ModelReader, output: Path, changes: Mapping[Path, Mapping[str, Rewrite]], note: str
 ) -> list[str]:
     """Returns the files that were not copied."""
     changed_parts, used = {file.parent for file in changes}, model.files()

@@ -72,7 +72,7 @@ def check_alike(jobs: Sequence[Job]) -> None:
                 f"runs that train together must have one model, got {first.denoiser.base.title} and "
                 f"{job.denoiser.base.title}, loaded one by one; load it once"
             )
-        if _beneath(job) != _beneath(first):
+        if _base_patches_digest(job) != _base_patches_digest(first):
             raise OptionError(
                 "runs that train together must have the same LoRAs beneath them, but training_adapter, existing_lora "
                 "or the LoRAs of the model differ; make them equal, or train apart"
@@ -117,10 +117,10 @@ def train_jointly(
     returned, or the error that ended it. KeyboardInterrupt is raised in all functions first.
     """
     check_alike(jobs)
-    return _Coordinator(jobs, works).held(each_round)
+    return _Coordinator(jobs, works).run(each_round)
 
 
-def _beneath(job: Job) -> str:
+def _base_patches_digest(job: Job) -> str:
     return digest_of_tensors(patch_tensors(job.denoiser.patches))
 
 
@@ -199,7 +199,7 @@ class _Coordinator:
         self._device = jobs[0].runtime.device
         self._is_apart = False
 
-    def held(self, each_round: Callable[[], None]) -> list[Any]:
+    def run(self, each_round: Callable[[], None]) -> list[Any]:
         """Run all to their ends; `each_round` is called before each step."""
         live = list(self._participants)
         try:

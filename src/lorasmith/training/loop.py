@@ -30,8 +30,8 @@ from lorasmith.training.recovery import (
     CompileFailed,
     Diverged,
     OutOfMemory,
-    Progress,
     Recovery,
+    RunProgress,
     RunState,
     StateNumbers,
     StepFault,
@@ -96,7 +96,7 @@ class Loop:
         self.emit = on_event
         self.outcome: Outcome | None = None  # None while it runs
         self.waited_s: list[float] = []  # seconds that each step waited for its batches
-        self._progress = Progress()
+        self._progress = RunProgress()
         self._recovery = Recovery(engine, self._progress, on_event)
         self._samples = samples
         self._until = self.steps if until is None else min(until, self.steps)

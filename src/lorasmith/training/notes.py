@@ -28,7 +28,7 @@ from lorasmith.training.memory.compilation import compilable, units
 from lorasmith.training.memory.frozen_weights import takes_fp8_products
 
 
-class Remark(str):
+class ReportNote(str):
     """A note for the report only: the user need not do anything."""
 
     __slots__ = ()
@@ -77,11 +77,11 @@ def notes_on_file(
     found = shortfalls(state, layout_for(PORTABLE, names, state), names, is_portable=True)
     # Parts that a program ignores are a remark; a LoRA that it does not load at all is a warning.
     notes = [
-        (Remark if not one.is_all else str if one.program == COMFYUI else OtherProgram)(f"{one.sentence}.")
+        (ReportNote if not one.is_all else str if one.program == COMFYUI else OtherProgram)(f"{one.sentence}.")
         for one in found
     ]
     if any(isinstance(adapter, OutputDora) for adapter in adapters.values()):
-        notes.append(Remark("Magnitudes per input (dora input) are the kind that ComfyUI reproduces."))
+        notes.append(ReportNote("Magnitudes per input (dora input) are the kind that ComfyUI reproduces."))
     return tuple(notes)
 
 
@@ -94,7 +94,7 @@ def notes_on_plan(plan: Plan) -> tuple[str, ...]:
             f"Rank {first.asked} exceeds the size of {len(plan.capped)} of {len(plan.adapters)} layers, whose rank is "
             f"capped, such as to {first.rank} at {first.path}."
         )
-        notes.append(Remark(note) if len(plan.capped) <= _FEW * len(plan.adapters) else note)
+        notes.append(ReportNote(note) if len(plan.capped) <= _FEW * len(plan.adapters) else note)
     return tuple(notes)
 
 
@@ -146,7 +146,7 @@ def _on_quantization(config: TrainConfig, denoiser: Denoiser) -> Iterator[str]:
         return
     packable = sum(layer.get_parameter("weight").numel() for layer in packable_layers(denoiser.module))
     share = packable / sum(parameter.numel() for parameter in denoiser.module.parameters())
-    yield Remark(
+    yield ReportNote(
         f"quantization {config.quantization} applies to {share:.1%} of the frozen weights: Linear layers and "
         "convolutions."
     )
@@ -156,7 +156,7 @@ def _on_quantization(config: TrainConfig, denoiser: Denoiser) -> Iterator[str]:
             "quantization none to keep them."
         )
     if config.previews:
-        yield Remark("Previews are drawn with the original base model, not with the quantized one of training.")
+        yield ReportNote("Previews are drawn with the original base model, not with the quantized one of training.")
 
 
 def _on_experts(config: TrainConfig, denoiser: Denoiser) -> Iterator[str]:

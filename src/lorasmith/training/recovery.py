@@ -62,7 +62,7 @@ class Diverged(StepFault):
 class Recovery:
     """Changes engine and progress so that a run continues after a fault."""
 
-    def __init__(self, engine: Engine, progress: Progress, on_event: EventHandler) -> None:
+    def __init__(self, engine: Engine, progress: RunProgress, on_event: EventHandler) -> None:
         # The last snapshot, set before the first step.
         self.good: RunState | None = None
         self.compile_failed = False
@@ -187,8 +187,8 @@ class RunState:
 
 
 @dataclass
-class Progress:
-    """Progress of a run."""
+class RunProgress:
+    """RunProgress of a run."""
 
     step: int = 0  # updates taken, skipped ones included
     losses: list[float] = field(default_factory=list)  # of each update, NaN if it was skipped

@@ -32,7 +32,7 @@ from lorasmith.training.events import (
 from lorasmith.training.job import Job, engine_of
 from lorasmith.training.loop import Loop, Watcher
 from lorasmith.training.memory.compilation import sizes_vary
-from lorasmith.training.notes import Remark
+from lorasmith.training.notes import ReportNote
 from lorasmith.training.recovery import RunState
 from lorasmith.training.results import Results, TrainResult
 from lorasmith.training.storage.fingerprint import Fingerprint, differences
@@ -355,7 +355,7 @@ class _Run:
         )
         if start is None:
             for note in self._notes():
-                self._emit(Warned(message=str(note), is_remark=isinstance(note, Remark)))
+                self._emit(Warned(message=str(note), is_remark=isinstance(note, ReportNote)))
         elif folder is not None:
             found = list(self._inexact(folder))
             same = "bit-identically" if not found else f"not bit-identically, because of {'; '.join(found)}"
@@ -375,7 +375,7 @@ class _Run:
         yield from self._job.notes
         yield from self._parts.training.notes
         if self._parts.held_out:
-            yield f"{self._parts.note}." if self._parts.is_note_grave else Remark(f"{self._parts.note}.")
+            yield f"{self._parts.note}." if self._parts.is_note_grave else ReportNote(f"{self._parts.note}.")
         if self._folder is None:
             return
         kept = self._job.config.keep_states + 1  # the oldest is removed after the new one is written
