@@ -52,19 +52,12 @@ RECORD_VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRecord:
-    """The base model of a run.
-
-    Attributes:
-        name: its title.
-        path: where it was, None for a model made in memory.
-        family: its architecture.
-        files: where its parts were, by component.
-    """
+    """The base model of a run."""
 
     name: str = ""
-    path: str | None = None
+    path: str | None = None  # where it was, None for a model made in memory
     family: str = ""
-    files: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)  # where its parts were, by component
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,39 +73,26 @@ class SampleRecord:
 class RunRecord:
     """The record of a run. Fields that another version did not write have their defaults.
 
-    Attributes:
-        version: of this format, raised when an older reader would misunderstand it; 1 if missing.
-        title: name of the LoRA and its file.
-        source: JSON values from which a door can repeat the run, with the name of its command.
-        model: the base model.
-        config: settings, all resolved.
-        asked: settings as requested, some of them open.
-        steps_before: steps of the LoRA that was continued.
-        samples: the training samples.
-        data: facts on the images, for readers.
-        adapters, differences: number of trained parameters by module path.
-        fingerprint: of the run.
-        environment: the first one that it was trained in.
-        environments: all of them, if they are several.
-
     Raises:
         ValueError: the version is a later one, the title is no file name, or the number of steps is out of range.
     """
 
-    version: int = RECORD_VERSION
-    title: str = ""
+    version: int = RECORD_VERSION  # of this format, raised when an older reader would misunderstand it; 1 if missing
+    title: str = ""  # name of the LoRA and its file
+    # JSON values from which a door can repeat the run, with the name of its command
     source: dict[str, Any] = field(default_factory=dict)
     model: ModelRecord = field(default_factory=ModelRecord)
-    config: dict[str, Scalar] = field(default_factory=dict)
-    asked: dict[str, Scalar] = field(default_factory=dict)
-    steps_before: int = 0
+    config: dict[str, Scalar] = field(default_factory=dict)  # settings, all resolved
+    asked: dict[str, Scalar] = field(default_factory=dict)  # settings as requested, some of them open
+    steps_before: int = 0  # steps of the LoRA that was continued
     samples: tuple[SampleRecord, ...] = ()
-    data: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)  # facts on the images, for readers
+    # number of trained parameters by module path
     adapters: dict[str, int] = field(default_factory=dict)
     differences: dict[str, int] = field(default_factory=dict)
     fingerprint: Fingerprint = field(default_factory=Fingerprint)
-    environment: dict[str, Any] = field(default_factory=dict)
-    environments: tuple[dict[str, Any], ...] = ()
+    environment: dict[str, Any] = field(default_factory=dict)  # the first one that it was trained in
+    environments: tuple[dict[str, Any], ...] = ()  # all of them, if they are several
 
     def __post_init__(self) -> None:
         if not 1 <= self.version <= RECORD_VERSION:
