@@ -18,7 +18,7 @@ from lorasmith.core.errors import OptionError
 from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Denoiser, TextEncoder
 from lorasmith.report.pictures import PictureOrClip
-from lorasmith.sampling.generate import Experts, Sampling, pictures_or_clips
+from lorasmith.sampling.generate import Experts, Sampling, clips
 
 Partner = Callable[[Denoiser, float], Experts]
 """From one of two experts, and the strength of the LoRA on it, to both; called for each row of pictures."""
@@ -72,9 +72,8 @@ class Previewer:
     def _drawn(self, denoiser: Denoiser, strength: float) -> Sequence[PictureOrClip]:
         positives, negative = self._encoded[strength]
         drawing = denoiser if self._partner is None else self._partner(denoiser, strength)
-        return pictures_or_clips(
-            drawing, positives, negative, self.sampling, device=self._device, cancelled=self._cancelled
-        )
+        drawn = clips(drawing, positives, negative, self.sampling, device=self._device, cancelled=self._cancelled)
+        return [clip.frames[0] for clip in drawn] if self.sampling.frames == 1 else drawn
 
 
 def parse_prompts(text: str | None) -> tuple[str, ...]:

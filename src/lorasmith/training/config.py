@@ -21,7 +21,7 @@ from lorasmith.core.choices import (
 )
 from lorasmith.core.errors import OptionError
 from lorasmith.core.options import Option, check_options, config_from, option, options_of
-from lorasmith.training.optim.update_rules import OPTIMIZERS, SCHEDULES, default_rate, rate_factor, takes_weight_decay
+from lorasmith.training.optim.update_rules import OPTIMIZERS, SCHEDULES, rate_factor, rule_of
 
 DtypeSetting = Literal["bf16", "fp32", "none"]
 """Resolved values of `training_dtype`."""
@@ -313,9 +313,9 @@ class OptimizerSettings(StepSettings, group="Training"):
     )
 
     def idle_settings(self) -> Iterator[str]:
-        if not self.is_default("weight_decay") and not takes_weight_decay(self.optimizer):
+        if not self.is_default("weight_decay") and not rule_of(self.optimizer).decays:
             yield f"weight_decay {self.weight_decay:g} has no effect with {self.optimizer}, which has none here."
-        usual = default_rate(self.optimizer)
+        usual = rule_of(self.optimizer).own_rate
         if usual is not None and self.learning_rate is not None and self.learning_rate <= usual / 10:
             yield (
                 f"learning_rate {self.learning_rate:g} multiplies the rate that {self.optimizer} estimates itself; "

@@ -34,7 +34,7 @@ from lorasmith.training.engine import Engine
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.notes import notes_on, notes_on_file, notes_on_products
 from lorasmith.training.optim.optimizers import check_optimizer
-from lorasmith.training.optim.update_rules import check_schedule, default_rate, rule_of
+from lorasmith.training.optim.update_rules import check_schedule, rule_of
 from lorasmith.training.runtime import Runtime, dtype_on_device
 from lorasmith.training.target_text import parse_targets, resolve_targets
 
@@ -162,7 +162,7 @@ def _decided(denoiser: Denoiser, config: TrainConfig, device: torch.device) -> R
     return ResolvedConfig.of(
         config,
         learning_rate=config.learning_rate
-        or default_rate(config.optimizer)
+        or rule_of(config.optimizer).own_rate
         or _default_rate(denoiser, config, config.algorithm),
         schedule=config.schedule or ("linear" if _anneals(config) else "constant"),
         alpha=alpha,
@@ -211,7 +211,7 @@ def _learning_rates(
 ) -> dict[str, float]:
     """Rates by module path: those set for targets, and the default ones of continued layers' algorithms."""
     own = {one.path: one.learning_rate for one in plan.adapters if one.learning_rate is not None}
-    if requested.learning_rate is not None or default_rate(requested.optimizer) is not None:
+    if requested.learning_rate is not None or rule_of(requested.optimizer).own_rate is not None:
         return own
     return {path: _default_rate(denoiser, requested, one.algorithm) for path, one in existing.items()} | own
 

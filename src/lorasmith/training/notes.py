@@ -19,13 +19,13 @@ from lorasmith.adapters.variants import Dropout
 from lorasmith.core import quantization
 from lorasmith.core.adapter_state import COMFYUI, DENOISER, AdapterState, ModuleRef
 from lorasmith.core.options import options_of
-from lorasmith.core.quantization import packed, weight_source
+from lorasmith.core.quantization import packed
 from lorasmith.families.model import Denoiser
 from lorasmith.formats.acceptance import shortfalls
 from lorasmith.formats.lora_file import PORTABLE, layout_for
 from lorasmith.training.config import LossSettings, MemorySettings, OptimizerSettings, TrainConfig, VariantSettings
 from lorasmith.training.memory.compilation import compilable, units
-from lorasmith.training.memory.frozen_weights import takes_fp8_products
+from lorasmith.training.memory.frozen_weights import code_in_model, takes_fp8_products
 
 
 class ReportNote(str):
@@ -103,7 +103,7 @@ def notes_on_products(config: TrainConfig, denoiser: Denoiser, device: torch.dev
     if not config.quantized_backward:
         return ()
     own = None if config.quantization == "none" else packed(torch.zeros(1, 1), config.quantization, torch.float32).code
-    codes = {layer: own or _code_in_model(layer) for layer in packable_layers(denoiser.module)}
+    codes = {layer: own or code_in_model(layer) for layer in packable_layers(denoiser.module)}
     fitting = sum(takes_fp8_products(layer, code) for layer, code in codes.items())
     if not any(code in quantization.FP8_CODES for code in codes.values()):
         return (
@@ -121,12 +121,6 @@ def notes_on_products(config: TrainConfig, denoiser: Denoiser, device: torch.dev
         f"quantized_backward applies to {fitting} of {len(codes)} layers; the others use training_dtype, because they "
         f"are convolutions, have no fp8 weight, or sizes that {quantization.FP8_MULTIPLE} does not divide.",
     )
-
-
-def _code_in_model(layer: torch.nn.Module) -> torch.dtype | None:
-    """Dtype of a layer's codes; None if its weight is not packed."""
-    source = weight_source(layer)
-    return None if source is None else source.code
 
 
 def _on_base(config: TrainConfig, denoiser: Denoiser) -> Iterator[str]:

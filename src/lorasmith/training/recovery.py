@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lorasmith.core.errors import TrainingError
+from lorasmith.core.printable import first_line
 from lorasmith.core.typed_json import typed
 from lorasmith.training.engine import Engine
 from lorasmith.training.events import EventHandler, RolledBack, Shrunk, Warned
@@ -41,8 +42,7 @@ class CompileFailed(StepFault):
     def __init__(self, error: BaseException) -> None:
         while isinstance(inner := getattr(error, "inner_exception", None), BaseException):
             error = inner  # torch wraps errors of compilers in long advice
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        super().__init__(lines[0].rstrip(".:") if lines else type(error).__name__)
+        super().__init__(first_line(error))
 
 
 @dataclass(eq=False)

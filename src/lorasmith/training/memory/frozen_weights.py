@@ -121,7 +121,7 @@ def frozen_bytes(
 @contextlib.contextmanager
 def fp8_products_enabled(module: nn.Module) -> Iterator[None]:
     """Inside the context, layers for which `takes_fp8_products` holds multiply in fp8, forward and backward."""
-    chosen = [layer for layer in packable_layers(module) if takes_fp8_products(layer, _code(layer))]
+    chosen = [layer for layer in packable_layers(module) if takes_fp8_products(layer, code_in_model(layer))]
     try:
         for layer in chosen:
             setattr(layer, PRODUCTS, Fp8Products())
@@ -151,7 +151,8 @@ def _block_bytes(module: nn.Module, sizes: Mapping[nn.Module, int]) -> list[int]
     return [sum(sizes.get(one, 0) for one in block.modules()) for block in blocks_at_depth(module, 1)]
 
 
-def _code(layer: nn.Module) -> torch.dtype | None:
+def code_in_model(layer: nn.Module) -> torch.dtype | None:
+    """Dtype of a layer's codes; None if its weight is not packed."""
     source = weight_source(layer)
     return None if source is None else source.code
 

@@ -32,6 +32,7 @@ from lorasmith.core.choices import Quantization
 from lorasmith.core.errors import LorasmithError, TrainingError
 from lorasmith.core.mapped_files import release_pages
 from lorasmith.core.placement import memory_format_for
+from lorasmith.core.printable import first_line
 from lorasmith.core.processes import Processes
 from lorasmith.core.quantization import Packed
 from lorasmith.training.memory.activations import blocks_at_depth
@@ -103,7 +104,7 @@ def ending_together(processes: Processes, *, agreed: type[Exception]) -> Iterato
     except BaseException as error:
         explained = _explained(error, processes)
         if not processes.reported:
-            processes.report(_first_line(explained))
+            processes.report(first_line(explained))
         if explained is error:
             raise
         raise explained from error
@@ -244,13 +245,9 @@ def _explained(error: BaseException, processes: Processes) -> BaseException:
         return processes.lost(error)
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return TrainingError(
-            f"blocks must be compiled in each process, but cannot ({_first_line(error)}); leave compile out"
+            f"blocks must be compiled in each process, but cannot ({first_line(error)}); leave compile out"
         )
     return error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @contextlib.contextmanager

@@ -91,16 +91,6 @@ def rule_of(name: str) -> UpdateRule:
     return UpdateRule(paths=(name,), elementwise=False, decays="weight_decay" in _parameters(_class_at(name)))
 
 
-def default_rate(name: str) -> float | None:
-    """Default learning rate of an optimizer; None if it is the model's."""
-    return rule_of(name).own_rate
-
-
-def takes_weight_decay(name: str) -> bool:
-    """Whether the setting weight_decay has an effect with an optimizer."""
-    return rule_of(name).decays
-
-
 def build_optimizer(
     name: str, groups: Sequence[ParameterGroup], *, weight_decay: float, arguments: str | None
 ) -> Optimizer:
