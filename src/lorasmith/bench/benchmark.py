@@ -10,7 +10,6 @@ import contextlib
 import functools
 import os
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -260,7 +259,11 @@ class Share:
 
 def measured_rates(device: torch.device, dtype: torch.dtype) -> Rates:
     """Measure the rates of a device, in about a second."""
-    return Rates(_product_rate(device, dtype), _copy_rate(device) if device.type == "cuda" else None)
+    copies = None
+    if device.type == "cuda":
+        waiting = torch.empty(_PINNED_BYTES, dtype=torch.uint8, pin_memory=True)
+        copies = _PINNED_BYTES / _best(lambda: waiting.to(device, non_blocking=True), device)
+    return Rates(_product_rate(device, dtype), copies)
 
 
 def shares(measured: Measured) -> list[Share]:
@@ -361,25 +364,9 @@ def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
         side *= 2
 
 
-def _copy_rate(device: torch.device) -> float:
-    waiting = torch.empty(_PINNED_BYTES, dtype=torch.uint8, pin_memory=True)
-    return _PINNED_BYTES / _best(lambda: waiting.to(device, non_blocking=True), device)
-
-
 def _best(once: Callable[[], object], device: torch.device) -> float:
-    """Seconds of the fastest of some calls, which other load on the machine affects least."""
-    return min(_several(once, device, 4))
-
-
-def _several(once: Callable[[], object], device: torch.device, times: int) -> Iterator[float]:
-    for _ in range(times):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        once()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        yield time.perf_counter() - start
+    """Seconds of the fastest of four calls, which other load on the machine affects least."""
+    return pass_seconds(once, steps=4, device=device).low
 
 
 def _ms(seconds: float) -> str:

@@ -193,7 +193,7 @@ def counted(
 
 
 def pass_seconds(
-    once: Callable[[], None],
+    once: Callable[[], object],
     *,
     steps: int,
     device: torch.device,
@@ -202,8 +202,8 @@ def pass_seconds(
 ) -> Spread:
     """Seconds of each of `steps` calls after `warmup` ones.
 
-    A GPU is not synchronized between calls, as in `step_seconds`, so that a slow host affects both equally; its events
-    are the clock.
+    A GPU is not synchronized between calls, as in `measured_steps`, so that a slow host affects both equally; its
+    events are the clock.
     """
     for _ in range(warmup):
         once()
@@ -278,7 +278,7 @@ def measured_parts(job: Job, samples: Sequence[Sample]) -> PartTimes:
     finally:
         engine.release()
     gradient_s, update = (statistics.median(row[0][part] for row in rows[1:]) for part in (1, 2))
-    making = pass_seconds(lambda: _left(maker.step(0)), steps=3, device=device).median
+    making = pass_seconds(lambda: maker.step(0), steps=3, device=device).median
     began = ended - sum(sum(row[0]) for row in rows[1:])
     busy = (rows[-1][1] - rows[0][1]) / ((ended - began) * torch.get_num_threads())
     return PartTimes(making, gradient_s, update, busy if device.type == "cpu" else None)
@@ -322,10 +322,6 @@ class _Ends(Watcher):
         if self._device.type == "cuda":
             return tuple(before.elapsed_time(after) / 1000 for before, after in pairs)
         return tuple(after - before for before, after in pairs)
-
-
-def _left(value: object) -> None:
-    """Discard a timed result."""
 
 
 def _wait_for(device: torch.device) -> None:

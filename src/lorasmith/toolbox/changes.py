@@ -13,6 +13,7 @@ the squared singular values.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -239,6 +240,19 @@ def merged_weight(module: ModuleTensors, layer: nn.Module, weight: Tensor, stren
     if "weight" in module.differences:
         weight = added(weight, module.differences["weight"], strength)
     return weight
+
+
+def changed_weight(modules: Sequence[tuple[ModuleTensors, float]], layer: nn.Module, weight: Tensor) -> Tensor:
+    """`weight` with each module's tensors folded in at its strength, in order; see `merged_weight`."""
+    for module, strength in modules:
+        weight = merged_weight(module, layer_like(layer, weight), weight, strength)
+    return weight
+
+
+def has_full_difference(module: ModuleTensors) -> bool:
+    """Whether it has a difference of a whole weight, not only of the vectors of norms."""
+    difference = module.differences.get("weight")
+    return difference is not None and difference.ndim > 1
 
 
 def added(tensor: Tensor, difference: Tensor, strength: float) -> Tensor:

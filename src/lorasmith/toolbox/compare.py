@@ -26,11 +26,17 @@ from lorasmith.formats.container import check_safetensors, read_safetensors
 from lorasmith.formats.names.recognise import block_of
 from lorasmith.formats.names.spelling import ModuleTensors, grouped
 from lorasmith.formats.scales import rank_of
-from lorasmith.toolbox.changes import WeightChange, added_by, is_additive, layer_like, merged_weight, stacked
+from lorasmith.toolbox.changes import (
+    WeightChange,
+    added_by,
+    has_full_difference,
+    is_additive,
+    layer_like,
+    merged_weight,
+    stacked,
+)
 from lorasmith.toolbox.lora_files import LoraFile, read_together
 from lorasmith.toolbox.model_files import ModelReader, Parameter, open_model
-
-_NOTHING = torch.zeros(())
 
 
 @dataclass(frozen=True)
@@ -166,7 +172,7 @@ def _module_pair(
     pairs, exact = [], True
     names = {*one.differences, *other.differences}
     modules = (one, other)
-    if any(module.adapter or module.differences.get("weight", _NOTHING).ndim > 1 for module in modules):
+    if any(module.adapter or has_full_difference(module) for module in modules):
         names -= {"weight"}
         changes = [_change(ref, module, model) for module in modules]
         if None not in changes:

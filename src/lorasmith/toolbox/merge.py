@@ -33,6 +33,8 @@ from lorasmith.toolbox.changes import (
     added,
     added_by,
     as_lora,
+    changed_weight,
+    has_full_difference,
     is_additive,
     is_plain_lora,
     layer_like,
@@ -53,8 +55,6 @@ from lorasmith.toolbox.lora_files import (
     save_alike,
 )
 from lorasmith.toolbox.model_files import ModelReader, Parameter
-
-_NOTHING = torch.zeros(())
 
 WeightedModule = tuple[ModuleTensors, float]  # a file's tensors for a module, and its strength
 
@@ -120,7 +120,7 @@ def merge_loras(
 def _exactly(parts: Sequence[WeightedModule], rank: int | None) -> ModuleTensors | None:
     """The exact sum of several files' changes of a module, None if there is none."""
     adapters = [(module.adapter, strength) for module, strength in parts if module.adapter is not None]
-    if rank is not None and any(module.differences.get("weight", _NOTHING).ndim > 1 for module, _ in parts):
+    if rank is not None and any(has_full_difference(module) for module, _ in parts):
         return None
     if len(adapters) == 1 and (adapters[0][1] == 1 or is_plain_lora(adapters[0][0])):
         (weights, strength), *_ = adapters
@@ -176,10 +176,6 @@ def _refuse_unlike(shapes: Sequence[tuple[int, ...]]) -> None:
         )
 
 
-def _shape_of(module: ModuleTensors) -> tuple[int, ...]:
-    return tuple(module.differences["weight"].shape) if module.adapter is None else weight_shape(module.adapter)
-
-
 def _cut_down(
     ref: ModuleRef, parts: Sequence[WeightedModule], rank: int, model: ModelReader | None
 ) -> tuple[ModuleTensors, Truncated]:
@@ -187,7 +183,10 @@ def _cut_down(
     shape = None if model is None or ref.component != DENOISER else model.names.weight_shapes.get(ref.path)
     if all(module.adapter is None or is_additive(module.adapter) for module, _ in parts):
         weighty = [(module, strength) for module, strength in parts if module.adapter or "weight" in module.differences]
-        shapes = [shape or _shape_of(module) for module, _ in weighty]
+        shapes = [
+            shape or (weight_shape(one.adapter) if one.adapter else tuple(one.differences["weight"].shape))
+            for one, _ in weighty
+        ]
         changes = [added_by(module, shape).times(strength) for module, strength in weighty]
         _refuse_unlike([change.shape for change in changes])
         change, shape = stacked(*changes), max(shapes, key=len)
@@ -199,9 +198,7 @@ def _cut_down(
                 "name the model with --model, or merge into it with --into"
             )
         before = model.read(Parameter(ref, "weight")).float()
-        after = before
-        for module, strength in parts:
-            after = merged_weight(module, layer_like(model.modules[ref], after), after, strength)
+        after = changed_weight(parts, model.modules[ref], before)
         change, shape = WeightChange(dense=(after - before).flatten(1)), tuple(before.shape)
     cut = change.truncated(rank=rank, key=f"{ref.component}.{ref.path}")
     biases = {name: difference for name, difference in _summed(parts).items() if name != "weight"}

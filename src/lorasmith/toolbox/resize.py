@@ -28,7 +28,16 @@ from lorasmith.formats.layouts.peft_config import ADAPTER_METADATA
 from lorasmith.formats.names.model_names import ModelNames
 from lorasmith.formats.names.spelling import ModuleTensors, grouped
 from lorasmith.formats.scales import scale_of, scaled_by, with_one_alpha
-from lorasmith.toolbox.changes import added_by, as_lora, factors_of, is_additive, is_low_rank, share, weight_shape
+from lorasmith.toolbox.changes import (
+    added_by,
+    as_lora,
+    factors_of,
+    has_full_difference,
+    is_additive,
+    is_low_rank,
+    share,
+    weight_shape,
+)
 from lorasmith.toolbox.lora_files import (
     LoraFile,
     file_target,
@@ -97,7 +106,7 @@ def resize(
     smaller: dict[ModuleRef, AdapterWeights] = {}
     reports = []
     for ref, module in file.modules.items():
-        if module.adapter is None and not _has_full_difference(module):
+        if module.adapter is None and not has_full_difference(module):
             continue
         _refuse_unsuitable(file, ref, module)
         smaller[ref], report = _smaller(file, ref, module, shapes.get(ref), rank, energy)
@@ -126,12 +135,7 @@ def check_bounds(rank: int | None, energy: float | None) -> None:
         raise OptionError(f"an energy is a share above 0 and at most 1, such as 0.95, got {energy:g}")
 
 
-_NOTHING = torch.zeros(())
 _KEPT = frozenset({"dora_scale", "magnitude", "up_bias", "diff_b", "w_norm", "b_norm"})
-
-
-def _has_full_difference(module: ModuleTensors) -> bool:
-    return module.differences.get("weight", _NOTHING).ndim > 1
 
 
 def _refuse_unsuitable(file: LoraFile, ref: ModuleRef, module: ModuleTensors) -> None:
@@ -152,7 +156,7 @@ def _smaller(
     energy: float | None,
 ) -> tuple[AdapterWeights, Resized]:
     weights, name = module.adapter, file.bases[ref]
-    if weights is None or not is_low_rank(weights) or _has_full_difference(module):
+    if weights is None or not is_low_rank(weights) or has_full_difference(module):
         change = added_by(module, shape)
         cut = change.truncated(rank=rank, energy=energy, key=name)
         title = "full difference" if weights is None else title_of(weights)

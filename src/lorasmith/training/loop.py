@@ -12,7 +12,9 @@ import math
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -125,14 +127,16 @@ class Loop:
 
     def run(self) -> Outcome:
         """Take the remaining steps. Raises TrainingError after too many rollbacks, or if one sample exceeds memory."""
-        device = self.engine.runtime.device
+        device, processes = self.engine.runtime.device, self.engine.runtime.processes
+        # With sharded weights, an error in one process ends the run in all.
+        shared = partial(ending_together, processes, agreed=StepFault) if self.engine.runtime.sharding else nullcontext
         if self._recovery.good is None:
             self._recovery.good = self._snapshot()
         try:
-            with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
                 while self.outcome is None:
                     try:
-                        with self._faults_shared(), self.engine.prepared(self._begin, self._planned):
+                        with shared(), self.engine.prepared(self._begin, self._planned):
                             waiting = self._take_steps()
                         if waiting:
                             self.engine.restore_base_model()
@@ -224,7 +228,9 @@ class Loop:
         maker = batch_maker(engine.denoiser, self._samples, engine.config, engine.runtime, engine.dropout)
         first = engine.runtime.first_step
         with contextlib.closing(prefetched(maker, range(first + self.step, first + self._until))) as coming:
-            while self.step < self._until and not self._is_ended():
+            # Several processes agree on it with the sum of the gradient.
+            is_ended = self._cancelled if engine.runtime.processes.size == 1 else lambda: self._is_cancelled
+            while self.step < self._until and not is_ended():
                 self._take(maker, coming)
                 waiting = self._between()
                 if waiting or self.outcome:
@@ -232,14 +238,6 @@ class Loop:
         self._collect(wait=True)
         self.outcome = Outcome.FINISHED if self.step == self.steps else Outcome.CANCELLED
         return []
-
-    def _faults_shared(self) -> contextlib.AbstractContextManager[None]:
-        """Inside the context, an error in one process ends the run in all, if weights are sharded."""
-        runtime = self.engine.runtime
-        return ending_together(runtime.processes, agreed=StepFault) if runtime.sharding else contextlib.nullcontext()
-
-    def _is_ended(self) -> bool:
-        return self._cancelled() if self.engine.runtime.processes.size == 1 else self._is_cancelled
 
     def _take(self, maker: BatchMaker, coming: Iterator[tuple[int, list[Batch]]]) -> None:
         """Take one step. Raises OutOfMemory and CompileFailed."""
