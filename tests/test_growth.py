@@ -41,8 +41,8 @@ from lorasmith.report.loss_plot import trailing_means
 from lorasmith.runs.run_file import SETTINGS
 from lorasmith.sampling.previews import parse_prompts
 from lorasmith.toolbox.check import check_lora
+from lorasmith.training.job import parse_targets
 from lorasmith.training.optim import update_rules
-from lorasmith.training.target_text import parse_targets
 from lorasmith.workflow import apply_overrides, parse_prompt
 from lorasmith.workflow.subgraphs import _without_prefixes
 from tests.workflow.editor_cases import TEXT, graph, instance, joined, made, shown, subgraph

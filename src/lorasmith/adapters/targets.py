@@ -1,6 +1,6 @@
 """Which layers of a model are trained, and each with what rank, alpha and learning rate.
 
-Patterns are matched here; presets are in the families, and `training.target_text` parses the settings.
+Patterns are matched here; presets are in the families, and `training.job` parses the settings.
 """
 
 from __future__ import annotations

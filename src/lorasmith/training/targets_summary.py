@@ -15,9 +15,8 @@ from lorasmith.core.placement import dtype_from_name
 from lorasmith.families.model import Denoiser
 from lorasmith.formats.names.spelling import without_core
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.job import fresh_differences, variant_of
+from lorasmith.training.job import fresh_differences, resolve_targets, variant_of
 from lorasmith.training.notes import notes_on_plan
-from lorasmith.training.target_text import resolve_targets
 
 _HEADER_BYTES = 130  # per tensor of a safetensors file: its name, dtype, shape and offset
 

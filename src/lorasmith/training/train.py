@@ -34,9 +34,8 @@ from lorasmith.training.loop import Loop, Watcher
 from lorasmith.training.memory.compilation import sizes_vary
 from lorasmith.training.notes import ReportNote
 from lorasmith.training.recovery import RunState
-from lorasmith.training.results import Results, TrainResult
+from lorasmith.training.results import BaseHashes, Results, TrainResult
 from lorasmith.training.storage.fingerprint import Fingerprint, differences
-from lorasmith.training.storage.lora_metadata import BaseHashes
 from lorasmith.training.storage.records import RunRecord, check_title, run_record
 from lorasmith.training.storage.run_folder import RunFolder, check_room, claimed_run, continuing, output_folder
 from lorasmith.training.storage.run_states import SPARE_BYTES, StateSaver, free_bytes, load_state
