@@ -11,7 +11,7 @@ import itertools
 import math
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -31,6 +31,7 @@ from lorasmith.training.memory.sharding import ending_together
 from lorasmith.training.recovery import (
     CompileFailed,
     Diverged,
+    NoiseScale,
     OutOfMemory,
     Recovery,
     RunProgress,
@@ -166,7 +167,7 @@ class Loop:
             "losses": [loss if math.isfinite(loss) else None for loss in self.losses],
             "rollbacks": self._progress.rollbacks,
             "stopped": self.outcome is Outcome.STOPPED,
-            "noise_scale": self._noise.to_json(),
+            "noise_scale": asdict(self._noise),
             "micro_batch": runtime.micro_batch,
             "checkpoint_depth": runtime.checkpoint_depth,
             "eager": self._recovery.compile_failed,
@@ -201,7 +202,7 @@ class Loop:
         for key, tensor in state.tensors.items():
             part, _, name = key.partition("/")
             parts[part][name] = tensor
-        self._noise = NoiseScale.from_json(asdict(numbers.noise_scale))
+        self._noise = numbers.noise_scale
         if (kept := numbers.snapshot) is not None:
             snapshot = RunState(kept.step, parts["snapshot"], asdict(kept.engine))
             engine.load(snapshot.tensors, snapshot.numbers)  # it must fit too, before it is needed
@@ -401,56 +402,3 @@ class Mailbox:
             ready.append((step, values.tolist()))
             self._waiting.popleft()
         return ready
-
-
-class NoiseScale:
-    """The gradient noise scale: the batch size above which larger batches bring diminishing returns.
-
-    McCandlish et al. 2018, "An Empirical Model of Large-Batch Training", arXiv:1812.06162, appendix A.1. The squared
-    norm of a gradient averaged over b samples is expected to be |G|² + tr(Σ) / b, where G is the true gradient and Σ
-    the covariance of a single sample's. Two batch sizes give two equations, and the simple noise scale is tr(Σ) / |G|²:
-    the ratio of moving averages of both terms, as an average of ratios would be biased.
-
-    Both sizes are available only if a step accumulates over at least two micro-batches: the first of them is the small
-    one, the step the big one. Stratified noise levels reduce the noise; the estimate is of the remaining noise.
-    """
-
-    def __init__(self, decay: float = 0.99) -> None:
-        self._decay = decay
-        self._true_sq = 0.0
-        self._variance = 0.0
-
-    def update(self, small_sq: float, big_sq: float, *, small: int, big: int) -> None:
-        """Add a step; arguments as for `noise_terms`. A step with a single micro-batch is ignored."""
-        if small >= big:
-            return
-        true_sq, variance = noise_terms(small_sq, big_sq, small=small, big=big)
-        # Both start at 0, so both averages are too small by the same factor, which the ratio does not see.
-        self._true_sq = self._decay * self._true_sq + (1 - self._decay) * true_sq
-        self._variance = self._decay * self._variance + (1 - self._decay) * variance
-
-    @property
-    def value(self) -> float | None:
-        """The noise scale in samples; None while the estimates are not positive (at first, or by chance)."""
-        if self._true_sq <= 0 or self._variance < 0:
-            return None
-        return self._variance / self._true_sq
-
-    def to_json(self) -> dict[str, Any]:
-        return {"decay": self._decay, "true_sq": self._true_sq, "variance": self._variance}
-
-    @classmethod
-    def from_json(cls, state: Mapping[str, Any]) -> NoiseScale:
-        scale = cls(state["decay"])
-        scale._true_sq, scale._variance = state["true_sq"], state["variance"]
-        return scale
-
-
-def noise_terms(small_sq: float, big_sq: float, *, small: float, big: float) -> tuple[float, float]:
-    """Unbiased estimates of |G|² and tr(Σ); single ones are very noisy, and either may be negative.
-
-    `small_sq` and `big_sq` are squared norms of the mean gradient over `small` and over `big` samples, `small` < `big`.
-    """
-    true_sq = (big * big_sq - small * small_sq) / (big - small)
-    variance = (small_sq - big_sq) / (1 / small - 1 / big)
-    return true_sq, variance

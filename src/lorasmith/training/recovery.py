@@ -224,13 +224,48 @@ class SnapshotNumbers:
     engine: EngineNumbers
 
 
-@dataclass(frozen=True, kw_only=True)
-class NoiseNumbers:
-    """What a run state holds of the gradient noise scale; see `NoiseScale.to_json`."""
+@dataclass(kw_only=True)
+class NoiseScale:
+    """The gradient noise scale: the batch size above which larger batches bring diminishing returns.
 
-    decay: float
-    true_sq: float
-    variance: float
+    McCandlish et al. 2018, "An Empirical Model of Large-Batch Training", arXiv:1812.06162, appendix A.1. The squared
+    norm of a gradient averaged over b samples is expected to be |G|² + tr(Σ) / b, where G is the true gradient and Σ
+    the covariance of a single sample's. Two batch sizes give two equations, and the simple noise scale is tr(Σ) / |G|²:
+    the ratio of moving averages of both terms, as an average of ratios would be biased.
+
+    Both sizes are available only if a step accumulates over at least two micro-batches: the first of them is the small
+    one, the step the big one. Stratified noise levels reduce the noise; the estimate is of the remaining noise.
+    """
+
+    decay: float = 0.99
+    true_sq: float = 0.0
+    variance: float = 0.0
+
+    def update(self, small_sq: float, big_sq: float, *, small: int, big: int) -> None:
+        """Add a step; arguments as for `noise_terms`. A step with a single micro-batch is ignored."""
+        if small >= big:
+            return
+        true_sq, variance = noise_terms(small_sq, big_sq, small=small, big=big)
+        # Both start at 0, so both averages are too small by the same factor, which the ratio does not see.
+        self.true_sq = self.decay * self.true_sq + (1 - self.decay) * true_sq
+        self.variance = self.decay * self.variance + (1 - self.decay) * variance
+
+    @property
+    def value(self) -> float | None:
+        """The noise scale in samples; None while the estimates are not positive (at first, or by chance)."""
+        if self.true_sq <= 0 or self.variance < 0:
+            return None
+        return self.variance / self.true_sq
+
+
+def noise_terms(small_sq: float, big_sq: float, *, small: float, big: float) -> tuple[float, float]:
+    """Unbiased estimates of |G|² and tr(Σ); single ones are very noisy, and either may be negative.
+
+    `small_sq` and `big_sq` are squared norms of the mean gradient over `small` and over `big` samples, `small` < `big`.
+    """
+    true_sq = (big * big_sq - small * small_sq) / (big - small)
+    variance = (small_sq - big_sq) / (1 / small - 1 / big)
+    return true_sq, variance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,7 +276,7 @@ class StateNumbers:
     losses: tuple[float | None, ...]
     rollbacks: int
     stopped: bool
-    noise_scale: NoiseNumbers
+    noise_scale: NoiseScale
     micro_batch: int
     checkpoint_depth: int
     eager: bool

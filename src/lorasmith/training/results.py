@@ -9,7 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
@@ -129,40 +129,30 @@ def lora_of(job: Job, metadata: Mapping[str, str] = MappingProxyType({})) -> Lor
     return Lora(state, job.denoiser.base.names, dtype_from_name(job.config.lora_dtype), job.config.private)
 
 
+@dataclass
 class Results:
     """Makes and saves LoRAs from a job's adapters; writes no files if `folder` is None."""
 
-    def __init__(
-        self,
-        job: Job,
-        data: EncodedDataset,
-        *,
-        title: str,
-        trigger: str | None,
-        record: RunRecord,
-        folder: Path | None,
-        hashes: BaseHashes,  # in the metadata once they are computed
-    ) -> None:
-        self._job = job
-        self._data = data
-        self._title = title
-        self._trigger = trigger
-        self._record = record
-        self._folder = folder
-        self._hashes = hashes
-        self._started = time.time()
+    job: Job
+    data: EncodedDataset
+    title: str
+    trigger: str | None
+    record: RunRecord
+    folder: Path | None
+    hashes: BaseHashes  # in the metadata once they are computed
+    started: float = field(default_factory=time.time)
 
     def lora(self, step: int) -> Lora:
-        job = self._job
+        job = self.job
         metadata = training_metadata(
             job,
-            self._data,
-            title=self._title,
-            trigger=self._trigger,
+            self.data,
+            title=self.title,
+            trigger=self.trigger,
             steps=job.steps_before + step,
-            started=self._started,
-            record=self._record,
-            hashes=self._hashes,
+            started=self.started,
+            record=self.record,
+            hashes=self.hashes,
         )
         return lora_of(job, metadata)
 
@@ -171,13 +161,13 @@ class Results:
 
     def path_at(self, step: int) -> Path:
         """File of the LoRA of a step, numbered as in sd-scripts; the run must have a folder."""
-        assert self._folder is not None
-        return self._path(self._folder, f"-step{self._job.steps_before + step:08}")
+        assert self.folder is not None
+        return self._path(self.folder, f"-step{self.job.steps_before + step:08}")
 
     def save_best(self, loop: Loop) -> None:
-        if self._folder is not None:
+        if self.folder is not None:
             with loop.engine.exported():
-                self.save(loop, self._path(self._folder, "-best"))
+                self.save(loop, self._path(self.folder, "-best"))
 
     def collect(
         self, loop: Loop, reason: Outcome, validation: ValidationWatch | None, *, prefer_best: bool
@@ -188,30 +178,30 @@ class Results:
         values = best if prefer_best else None
         step = loop.step if values is None or history is None else history.best_step
         best_path = None
-        if self._folder is not None:
-            self._path(self._folder, "-best").unlink(missing_ok=True)
+        if self.folder is not None:
+            self._path(self.folder, "-best").unlink(missing_ok=True)
             if history is not None and history.best_step != step:
-                best_path = self._path(self._folder, "-best")
+                best_path = self._path(self.folder, "-best")
                 with loop.engine.exported(best):
                     self.lora(history.best_step).save(best_path)
         loop.engine.release(values)
         lora = self.lora(step)
-        is_saved = self._folder is not None and bool(loop.losses)
+        is_saved = self.folder is not None and bool(loop.losses)
         return TrainResult(
             lora,
             loop.losses,
-            self._job.steps_before + step,
+            self.job.steps_before + step,
             reason,
             validations=() if history is None else tuple(history.losses),
             base_loss=None if history is None else history.base_loss,
             verdict=UNJUDGED if validation is None else TOO_EARLY if history is None else history.verdict,
-            folder=self._folder if is_saved else None,
-            path=lora.save(self._path(self._folder)) if self._folder is not None and is_saved else None,
+            folder=self.folder if is_saved else None,
+            path=lora.save(self._path(self.folder)) if self.folder is not None and is_saved else None,
             best_path=best_path if is_saved else None,
         )
 
     def _path(self, folder: Path, suffix: str = "") -> Path:
-        return folder / f"{self._title}{suffix}.safetensors"
+        return folder / f"{self.title}{suffix}.safetensors"
 
 
 _ONE_AT_A_TIME = threading.Lock()

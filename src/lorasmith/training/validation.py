@@ -15,8 +15,7 @@ confidence interval over images. The verdict separates two sources of chance:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -198,11 +197,11 @@ class History:
     """
 
     def __init__(self, base: Sequence[Sequence[float]]) -> None:
-        self._base_table = np.asarray(base, dtype=np.float64)
-        self.images = len(self._base_table)
-        self._base = self._units(self._base_table)
-        self._steps: list[int] = []
-        self._tables: list[Array] = []  # (images, draws) each
+        self.base_table = np.asarray(base, dtype=np.float64)
+        self.images = len(self.base_table)
+        self._base = self._units(self.base_table)
+        self.steps: list[int] = []
+        self.tables: list[Array] = []  # (images, draws) each
         self._curve: list[Array] = []  # the same by observation
         if len(self._base) < 2:
             raise OptionError(
@@ -211,8 +210,8 @@ class History:
 
     def add(self, step: int, losses: Sequence[Sequence[float]]) -> Validated:
         """Add the losses, (images, draws), after `step` updates; entries from that step on are replaced."""
-        while self._steps and self._steps[-1] >= step:
-            for column in (self._steps, self._tables, self._curve):
+        while self.steps and self.steps[-1] >= step:
+            for column in (self.steps, self.tables, self._curve):
                 column.pop()
         self._append(step, losses)
         loss, base_loss = float(self._curve[-1].mean()), self.base_loss
@@ -234,39 +233,36 @@ class History:
 
     @property
     def losses(self) -> list[tuple[int, float]]:
-        return [(step, float(mean)) for step, mean in zip(self._steps, self._means(), strict=True)]
+        return [(step, float(mean)) for step, mean in zip(self.steps, self._means(), strict=True)]
 
     @property
     def best_step(self) -> int:
         """Step of the lowest loss; the earliest on ties."""
-        return self._steps[self._best]
+        return self.steps[self._best]
 
     @property
     def since_best(self) -> int:
-        return len(self._steps) - 1 - self._best
+        return len(self.steps) - 1 - self._best
 
     def should_stop(self, patience: int) -> bool:
         """Whether `patience` validations have passed without an improvement; 0 never stops."""
-        return bool(self._steps) and 0 < patience <= self.since_best
+        return bool(self.steps) and 0 < patience <= self.since_best
 
     @property
     def verdict(self) -> str:
         """Interpretation of the validations, in a sentence without a full stop."""
-        if not self._steps:
+        if not self.steps:
             return TOO_EARLY
         few = f" (on {count_text(self.images, 'held-out image')} alone)"
         return self._trend() + (few if self.images < FEW_IMAGES else "")
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "base": self._base_table.tolist(),
-            "validations": [[step, table.tolist()] for step, table in zip(self._steps, self._tables, strict=True)],
-        }
-
     @classmethod
-    def from_json(cls, state: Mapping[str, Any]) -> History:
-        history = cls(state["base"])
-        for step, losses in state["validations"]:
+    def of(
+        cls, base: Sequence[Sequence[float]], validations: Iterable[tuple[int, Sequence[Sequence[float]]]]
+    ) -> History:
+        """The history of these losses, by step."""
+        history = cls(base)
+        for step, losses in validations:
             history._append(step, losses)
         return history
 
@@ -275,9 +271,9 @@ class History:
         return int(np.argmin(self._means()))
 
     def _append(self, step: int, losses: Sequence[Sequence[float]]) -> None:
-        self._steps.append(step)
-        self._tables.append(np.asarray(losses, dtype=np.float64))
-        self._curve.append(self._units(self._tables[-1]))
+        self.steps.append(step)
+        self.tables.append(np.asarray(losses, dtype=np.float64))
+        self._curve.append(self._units(self.tables[-1]))
 
     def _units(self, table: Array) -> Array:
         """Values per observation: an image, or with few images an (image, noise level) pair."""
@@ -302,7 +298,7 @@ class History:
         if len(means) <= _SMOOTH:
             return "too early to say: better than the base model so far"
         near = self._last_stretch().mean() + max(_FALL * _jitter(means), _SHARE_FALLEN * self._gain(means))
-        since = self._steps[int(np.argmax(means <= near))]
+        since = self.steps[int(np.argmax(means <= near))]
         best = "" if since == self.best_step else f", best at {self.best_step}"
         return f"levelled off at about step {since}{best}"
 
