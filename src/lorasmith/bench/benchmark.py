@@ -290,7 +290,7 @@ def shares(measured: Measured) -> list[Share]:
 
 def limits(measured: Measured) -> list[str]:
     """Sentences about what limits the step; the first is about the largest share."""
-    sentences = [f"{one.name.capitalize()}, {one.of_step:.0%}: {one.words}." for one in shares(measured)]
+    sentences = [f"{share.name.capitalize()}, {share.of_step:.0%}: {share.words}." for share in shares(measured)]
     return [*sentences, *_on_parts(measured), *_on_memory(measured)]
 
 

@@ -383,7 +383,7 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         formula = _FLOPS.get(func._overloadpacket)
         if formula is not None:
             self.flops += formula(*args, **kwargs, out_val=result)
-        inputs = [one for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         known = {one.untyped_storage()._cdata for one in inputs}
         made = [one for one in tree_leaves(result) if isinstance(one, Tensor)]
         fresh = [one for one in made if one.untyped_storage()._cdata not in known]

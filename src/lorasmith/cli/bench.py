@@ -97,7 +97,7 @@ def _everything(found: Measured, job: Job, model: str, pixels: int, device: str)
         "of_floor": found.of_floor,
         "waiting": found.waiting,
         "images_per_hour": found.images_per_hour,
-        "shares": [dataclasses.asdict(one) for one in shares(found)],
+        "shares": [dataclasses.asdict(share) for share in shares(found)],
         "limits": limits(found),
         "notes": job.notes,
     }
@@ -183,7 +183,7 @@ def doctor(base_dir: BaseDir = None, extra_model_paths: ExtraModelPaths = None) 
     with console.status("Looking"):
         found = check_up(folders_of(base_dir, extra_model_paths))
     print_result(lambda: found, lambda: _print_checkup(found))
-    if any(one.is_fault for one in found.problems):
+    if any(problem.is_fault for problem in found.problems):
         raise typer.Exit(1)
 
 
@@ -201,8 +201,8 @@ def _print_checkup(found: Checkup) -> None:
     for extra in found.extras:
         remedy = f'; pip install "lorasmith[{extra.name}]" adds {", ".join(extra.missing)}' if extra.missing else ""
         heading("Extra   ", f"{extra.name}: {', '.join(extra.present) or 'none of its packages'}{remedy}")
-    for one in found.problems:
-        kind, colour = ("Problem", "red") if one.is_fault else ("Note", "yellow")
-        print_note(f"{one.problem}; {one.remedy}.", kind=kind, colour=colour)
+    for problem in found.problems:
+        kind, colour = ("Problem", "red") if problem.is_fault else ("Note", "yellow")
+        print_note(f"{problem.problem}; {problem.remedy}.", kind=kind, colour=colour)
     if not found.problems:
         echo("No problem was found.")

@@ -341,13 +341,13 @@ def print_mended(mended: MendedFolder) -> None:
 
 
 def _sizes(found: Preflight) -> str:
-    shown = [f"{one.width}×{one.height} × {one.images:,}" for one in found.buckets[:_SIZES]]
+    shown = [f"{bucket.width}×{bucket.height} × {bucket.images:,}" for bucket in found.buckets[:_SIZES]]
     more = len(found.buckets) - len(shown)
     return ", ".join(shown) + (f" and {more:,} more sizes" if more > 0 else "")
 
 
 def _captions(found: Preflight) -> str:
-    lengths = [one.tokens for one in found.images if one.tokens is not None]
+    lengths = [image.tokens for image in found.images if image.tokens is not None]
     tokens = f", up to {max(lengths):,} tokens" if lengths else ""
     trigger = f", trigger {found.trigger!r}" if found.trigger else ""
     return f"{found.captioned:,} of {len(found.images):,} have their own{trigger}{tokens}"

@@ -172,8 +172,13 @@ def _print_finding(finding: Finding) -> None:
 
 def _plain_checked(checked: Checked) -> dict[str, object]:
     findings = [
-        {"problem": one.problem, "remedy": one.remedy, "is_fault": one.is_fault, "can_be_mended": one.mend is not None}
-        for one in checked.findings
+        {
+            "problem": finding.problem,
+            "remedy": finding.remedy,
+            "is_fault": finding.is_fault,
+            "can_be_mended": finding.mend is not None,
+        }
+        for finding in checked.findings
     ]
     names = (field.name for field in dataclasses.fields(checked) if field.name not in ("names", "is_model_sure"))
     fields = {name: getattr(checked, name) for name in names}
@@ -355,9 +360,9 @@ def _print_resized(modules: Iterable[Resized], *, one_by_one: bool) -> None:
     from lorasmith.formats.names.recognise import block_of, component_of
 
     groups: dict[str, list[Resized]] = {}
-    for one in modules:
-        block = ".".join(part for part in (component_of(one.name), block_of(one.name)) if part)
-        groups.setdefault(one.name if one_by_one else block, []).append(one)
+    for module in modules:
+        block = ".".join(part for part in (component_of(module.name), block_of(module.name)) if part)
+        groups.setdefault(module.name if one_by_one else block, []).append(module)
     table = Table("module" if one_by_one else "block", "rank before", "rank now", "energy kept", box=None)
     for name, group in groups.items():
         total = sum(one.total for one in group)

@@ -36,7 +36,7 @@ def register(app: typer.Typer) -> None:
     """Add the commands."""
     settings = options_of(TrainConfig)
     app.command("targets", help=targets.__doc__)(
-        with_flags(targets, {name: one for name, one in settings.items() if name in _TARGET_SETTINGS})
+        with_flags(targets, {name: setting for name, setting in settings.items() if name in _TARGET_SETTINGS})
     )
     app.command("models")(models)
     app.command("plan", help=plan.__doc__)(
@@ -75,17 +75,17 @@ def _print_known() -> None:
 
     with console.status("Reading the families"):
         families = known_models()
-    print_result(lambda: [dataclasses.asdict(one) for one in families], lambda: console.print(_table(families)))
+    print_result(lambda: [dataclasses.asdict(family) for family in families], lambda: console.print(_table(families)))
 
 
 def _table(families: list[KnownModel]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for title, width in {"Model": 16, "Weights": 7, "Text encoders": 26, "Autoencoder": 14, "Side": 7}.items():
         table.add_column(title, width=width, overflow="fold")
-    for one in families:
-        encoders = ", ".join(_stem(part.usual_file) for part in one.text_encoders)
-        weights, side = f"{one.parameters / 1e9:.1f} B", f"{one.defaults.resolution} px"
-        table.add_row(one.title, weights, encoders, _stem(one.autoencoder.usual_file), side)
+    for family in families:
+        encoders = ", ".join(_stem(part.usual_file) for part in family.text_encoders)
+        weights, side = f"{family.parameters / 1e9:.1f} B", f"{family.defaults.resolution} px"
+        table.add_row(family.title, weights, encoders, _stem(family.autoencoder.usual_file), side)
     return table
 
 
@@ -94,7 +94,7 @@ def _stem(usual_file: str) -> str:
 
 
 def _plain_models(found: ModelList) -> dict[str, object]:
-    whole = [{**dataclasses.asdict(one), "is_whole": one.is_whole} for one in found.models]
+    whole = [{**dataclasses.asdict(model), "is_whole": model.is_whole} for model in found.models]
     return {**dataclasses.asdict(found), "models": whole}
 
 

@@ -114,9 +114,11 @@ def _options_of(config: type) -> Mapping[str, Option]:
             shared.setdefault(name, vars(declaring).get("SHARED", {}))
     return types.MappingProxyType(
         {
-            one.name: _declared(one.name, hints[one.name], one.default, {**shared[one.name], **one.metadata["option"]})
-            for one in dataclasses.fields(config)
-            if "option" in one.metadata
+            field.name: _declared(
+                field.name, hints[field.name], field.default, {**shared[field.name], **field.metadata["option"]}
+            )
+            for field in dataclasses.fields(config)
+            if "option" in field.metadata
         }
     )
 

@@ -125,7 +125,7 @@ def of_rows(tensor: Tensor | Packed, choose: Callable[[Tensor], Tensor]) -> Tens
 
 def plain_weights(tensors: Mapping[str, Tensor | Packed]) -> dict[str, Tensor]:
     """The tensors, packed weights unpacked."""
-    return {name: one.weight() if isinstance(one, Packed) else one for name, one in tensors.items()}
+    return {name: tensor.weight() if isinstance(tensor, Packed) else tensor for name, tensor in tensors.items()}
 
 
 class WeightSource(Protocol):

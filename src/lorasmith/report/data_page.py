@@ -80,7 +80,7 @@ def data_page(report: DataReport) -> str:
     return document(
         f"{report.title} · data check",
         _header(report),
-        [_trouble(number, one) for number, one in enumerate(report.troubles, start=1)],
+        [_trouble(number, trouble) for number, trouble in enumerate(report.troubles, start=1)],
         section("Next", [command(line, what) for what, line in report.commands.items()]),
         section("Steps", definitions(report.steps)),
         section("Sizes", *_sizes(report)),
@@ -94,10 +94,10 @@ def _header(report: DataReport) -> Html:
     contents = [
         tag(
             "li",
-            tag("a", one.title, href=f"#look-{number}"),
-            tag("span", f" · {_sentence(one.problem)}.", class_="faint"),
+            tag("a", trouble.title, href=f"#look-{number}"),
+            tag("span", f" · {_sentence(trouble.problem)}.", class_="faint"),
         )
-        for number, one in enumerate(report.troubles, start=1)
+        for number, trouble in enumerate(report.troubles, start=1)
     ]
     return tag(
         "header",
@@ -124,11 +124,11 @@ def _trouble(number: int, trouble: Trouble) -> Html:
 
 
 def _gallery(shots: Sequence[PictureCard]) -> Html:
-    return tag("div", [_shot(one) for one in shots], class_="shots")
+    return tag("div", [_shot(shot) for shot in shots], class_="shots")
 
 
 def _shot(shot: PictureCard) -> Html:
-    said = shot.caption if shot.caption else tag("i", "no caption")
+    caption = shot.caption if shot.caption else tag("i", "no caption")
     marks = [tag("li", mark) for mark in shot.marks]
     marks += [tag("li", "the one to keep", class_="kept")] if shot.is_kept else []
     return tag(
@@ -143,7 +143,7 @@ def _shot(shot: PictureCard) -> Html:
             "figcaption",
             tag("b", shot.name),
             tag("span", shot.about, class_="about"),
-            tag("span", said, class_="said"),
+            tag("span", caption, class_="said"),
             [tag("span", remark, class_="odd") for remark in shot.remarks],
         ),
         class_="shot",

@@ -168,7 +168,7 @@ def clips(
                 done += len(some) - 1
         noise = torch.zeros(shape)  # what the first part leaves is noisy still
     with base.autoencoder.active(device):
-        decoded = [base.autoencoder.decode_frames(components.latent.from_model(one)) for one in latents]
+        decoded = [base.autoencoder.decode_frames(components.latent.from_model(latent)) for latent in latents]
     rate = sampling.frame_rate or base.defaults.frame_rate
     return [Clip(tuple(to_images(pixels[0].movedim(1, 0))), rate) for pixels in decoded]
 

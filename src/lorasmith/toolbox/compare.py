@@ -218,8 +218,8 @@ def _identical(first: WeightChange, second: WeightChange) -> bool:
     """Whether two changes have equal tensors, so that their difference is exactly zero."""
     ours, theirs = ((*(change.factors or ()), change.dense) for change in (first, second))
     return len(ours) == len(theirs) and all(
-        one is other or (one is not None and other is not None and torch.equal(one, other))
-        for one, other in zip(ours, theirs, strict=True)
+        mine is other or (mine is not None and other is not None and torch.equal(mine, other))
+        for mine, other in zip(ours, theirs, strict=True)
     )
 
 

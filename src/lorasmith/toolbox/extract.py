@@ -117,7 +117,7 @@ def _groups(base: ModelReader, tuned: ModelReader) -> TensorGroups:
     """Weights that a LoRA can change, grouped by tensor of the original checkpoint."""
     weights = (ref for ref, module in base.modules.items() if is_targetable(module))
     places = (base.places, tuned.places)
-    return by_tensor((ref for ref in weights if all(Parameter(ref, "weight") in one for one in places)), base.names)
+    return by_tensor((ref for ref in weights if all(Parameter(ref, "weight") in place for place in places)), base.names)
 
 
 def by_tensor(modules: Iterable[ModuleRef], names: ModelNames) -> TensorGroups:

@@ -248,7 +248,9 @@ def file_target(path: Path, *, overwrite: bool = False) -> Path:
 def folder_target(target: Path) -> Path:
     """`target`, for a diffusers model. Raises OutputError if another kind of file or folder exists there."""
     if target.exists() and pipeline_index(target) is None:
-        raise OutputError(f"{target} is no diffusers model, and only one is replaced by another; choose another output")
+        raise OutputError(
+            f"{target} is not a diffusers model, and only a diffusers model is replaced by one; choose another output"
+        )
     return target
 
 

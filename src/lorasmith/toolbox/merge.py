@@ -107,7 +107,7 @@ def merge_loras(
     if not modules:
         raise LoraError("a merge needs at least one LoRA with a strength other than 0, and all of these are 0")
     save_alike(output, files, modules, _merged_metadata(files, loras), dtype=dtype)
-    found = [rank_of(one.adapter) for one in modules.values() if one.adapter is not None]
+    found = [rank_of(module.adapter) for module in modules.values() if module.adapter is not None]
     return MergeReport(
         output=output,
         modules=len(modules),

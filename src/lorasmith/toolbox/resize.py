@@ -78,7 +78,7 @@ class ResizeReport:
     @property
     def energy(self) -> float:
         """Share of the squared singular values that is kept, over all modules."""
-        return share(sum(one.kept for one in self.modules), sum(one.total for one in self.modules))
+        return share(sum(module.kept for module in self.modules), sum(one.total for one in self.modules))
 
 
 def resize(
@@ -213,7 +213,7 @@ def _size(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def _warnings(file: LoraFile, reports: Sequence[Resized], shapes: Mapping[ModuleRef, object]) -> list[str]:
-    counts = collections.Counter(one.algorithm for one in reports if one.before is None)
+    counts = collections.Counter(report.algorithm for report in reports if report.before is None)
     warnings = [
         f"{count} modules were {algorithm} and are LoRA now, which approximates them"
         for algorithm, count in counts.items()

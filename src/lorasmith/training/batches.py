@@ -281,4 +281,4 @@ def drawn_captions(samples: Sequence[Sample], draws: range, *, seed: int, most: 
 
 def _varied(samples: Sequence[Sample]) -> list[Variants]:
     """The variants of each distinct sample that has some."""
-    return [one.variants for one in {id(one): one for one in samples}.values() if one.variants is not None]
+    return [one.variants for one in {id(sample): sample for sample in samples}.values() if one.variants is not None]

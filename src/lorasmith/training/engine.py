@@ -359,8 +359,8 @@ def _trained(
     """Module path, full name and parameter of every trained parameter."""
     for path, adapter in adapters.items():
         yield from ((path, f"{path}.{name}", parameter) for name, parameter in adapter.named_parameters())
-    for path, one in differences.items():
-        yield from ((path, f"{path}.difference.{name}", parameter) for name, parameter in one.named_parameters())
+    for path, difference in differences.items():
+        yield from ((path, f"{path}.difference.{name}", parameter) for name, parameter in difference.named_parameters())
 
 
 def _rate(path: str, name: str, config: ResolvedConfig, runtime: Runtime) -> float:

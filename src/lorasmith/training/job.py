@@ -119,7 +119,7 @@ def plan_job(denoiser: Denoiser, config: TrainConfig, device: str | torch.device
     beneath = ""
     if config.training_adapter is not None:
         denoiser, beneath = _with_adapter(denoiser, Path(config.training_adapter), strict=config.strict)
-    fresh = replace(plan, adapters=tuple(one for one in plan.adapters if one.path not in existing.adapters))
+    fresh = replace(plan, adapters=tuple(adapter for adapter in plan.adapters if adapter.path not in existing.adapters))
     module = denoiser.module
     # DoRA and PiSSA are initialized from the weights as they are in training.
     patches = [replace(patch, bypass=False) for patch in denoiser.patches]
@@ -222,7 +222,7 @@ def _learning_rates(
     denoiser: Denoiser, requested: TrainConfig, plan: Plan, existing: Mapping[str, AdapterWeights]
 ) -> dict[str, float]:
     """Rates by module path: those set for targets, and the default ones of continued layers' algorithms."""
-    own = {one.path: one.learning_rate for one in plan.adapters if one.learning_rate is not None}
+    own = {adapter.path: adapter.learning_rate for adapter in plan.adapters if adapter.learning_rate is not None}
     if requested.learning_rate is not None or rule_of(requested.optimizer).own_rate is not None:
         return own
     return {path: _default_rate(denoiser, requested, one.algorithm) for path, one in existing.items()} | own
@@ -245,7 +245,7 @@ def fresh_differences(denoiser: Denoiser, plan: Plan, config: TrainConfig) -> di
             if is_norm(module) and not any(rule.matches(path, module) for rule in exclusions)
         }
     if "biases" in config.differences:
-        layers = {one.path: denoiser.module.get_submodule(one.path) for one in plan.adapters}
+        layers = {adapter.path: denoiser.module.get_submodule(adapter.path) for adapter in plan.adapters}
         wanted |= {path: layer for path, layer in layers.items() if layer.bias is not None}
     return {path: Difference.create(module) for path, module in wanted.items()}
 
@@ -274,7 +274,9 @@ class _Existing:
     left_out: str = ""
 
     def below(self, denoiser: Denoiser) -> Denoiser:
-        carried = {ref.path: one for ref, one in self.carried.differences.items() if ref.component == DENOISER}
+        carried = {
+            ref.path: difference for ref, difference in self.carried.differences.items() if ref.component == DENOISER
+        }
         return denoiser.patched(Patch({}, carried)) if carried else denoiser
 
     def notes(self, fresh: int) -> Iterator[str]:
@@ -292,9 +294,9 @@ class _Existing:
 def _existing(path: Path, denoiser: Denoiser, config: TrainConfig) -> _Existing:
     lora = Lora.load(path, denoiser.base)
     left_out, state = lora.applied(denoiser, None, strict=config.strict).note, lora.state
-    adapters = {ref.path: one for ref, one in state.adapters.items() if ref.component == DENOISER}
+    adapters = {ref.path: adapter for ref, adapter in state.adapters.items() if ref.component == DENOISER}
     differences: dict[str, dict[str, Tensor]] = {}
-    carried = {ref: one for ref, one in state.differences.items() if ref.component != DENOISER}
+    carried = {ref: difference for ref, difference in state.differences.items() if ref.component != DENOISER}
     for ref, changes in state.differences.items():
         for name, tensor in changes.items() if ref.component == DENOISER else ():
             if tensor.ndim == 1:

@@ -216,9 +216,9 @@ class _Coordinator:
                 participant.interrupt()
             self._model.bare()
         results = [participant.ended[0] for participant in self._participants]
-        for one in results:
-            if isinstance(one, BaseException) and not isinstance(one, Exception):
-                raise one
+        for result in results:
+            if isinstance(result, BaseException) and not isinstance(result, Exception):
+                raise result
         return results
 
     def _answer(self, asking: Sequence[_Participant[Any]]) -> None:
@@ -432,7 +432,7 @@ class SharedModel:
             return
         self.freeze()
         with contextlib.ExitStack() as stack:
-            attached = [one.trained for one in engines]
+            attached = [engine.trained for engine in engines]
             if len(attached) == 1:
                 stack.enter_context(adapters_attached(module, attached))
             else:

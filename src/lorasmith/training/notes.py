@@ -72,7 +72,7 @@ def notes_on_file(
     state = AdapterState(
         {ModuleRef(DENOISER, path): one.to_weights() for path, one in adapters.items() if path not in whole},
         {ModuleRef(DENOISER, path): {"weight": diff} for path, diff in whole.items()}
-        | {ModuleRef(DENOISER, path): one.to_tensors() for path, one in differences.items()},
+        | {ModuleRef(DENOISER, path): difference.to_tensors() for path, difference in differences.items()},
     )
     found = shortfalls(state, layout_for(PORTABLE, names, state), names, is_portable=True)
     # Parts that a program ignores are a remark; a LoRA that it does not load at all is a warning.
@@ -163,7 +163,7 @@ def _on_experts(config: TrainConfig, denoiser: Denoiser) -> Iterator[str]:
             f"{base.title} is the {named.name} expert of {base.family.title}, as its name says, and is trained on its "
             f"noise levels, {low:g} to {high:g}; --min-noise 0 trains on all of them."
         )
-        others = [base.path / one.folder for one in base.family.experts if one != named] if base.path else []
+        others = [base.path / expert.folder for expert in base.family.experts if expert != named] if base.path else []
         if others and others[0].is_dir():
             yield f"The other expert is in the same folder; --low-noise-model {others[0]} trains it as well."
 
@@ -183,7 +183,7 @@ def _on_targets(
             f"{', '.join(idle)} {'has' if len(idle) == 1 else 'have'} no effect: every target continues "
             "existing_lora with its own values."
         )
-    rated = [one for one in plan.adapters if one.learning_rate is not None]
+    rated = [adapter for adapter in plan.adapters if adapter.learning_rate is not None]
     if config.learning_rate is not None and len(rated) == len(adapters) and not differences:
         yield f"learning_rate {config.learning_rate:g} has no effect: every target has one of its own."
     if config.tucker and plan.adapters:

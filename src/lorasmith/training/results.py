@@ -115,8 +115,8 @@ def lora_of(job: Job, metadata: Mapping[str, str] = MappingProxyType({})) -> Lor
     """The LoRA in a job's adapters, on the CPU after `Engine.release` or inside of `Engine.exported`."""
     trained = {ModuleRef(DENOISER, path): adapter.to_weights() for path, adapter in job.adapters.items()}
     changes = {ref: dict(tensors) for ref, tensors in job.carried.differences.items()}
-    for path, one in job.differences.items():
-        changes.setdefault(ModuleRef(DENOISER, path), {}).update(one.to_tensors())
+    for path, difference in job.differences.items():
+        changes.setdefault(ModuleRef(DENOISER, path), {}).update(difference.to_tensors())
     for ref, role in [(ref, format_of(weights).difference) for ref, weights in trained.items()]:
         if role:  # files hold it as a difference
             changes.setdefault(ref, {})["weight"] = trained.pop(ref).tensors[role]
@@ -281,7 +281,9 @@ def _kohya(job: Job, data: EncodedDataset, *, title: str, steps: int, started: f
     is_plain = SD_SCRIPTS in format_named(algorithm).programs and not arguments
     per_step = config.samples_per_step
     epochs = -(-(steps - job.steps_before) * per_step // len(data))
-    images, of_class = (len({one.name for one in data.samples if one.is_class is wanted}) for wanted in (False, True))
+    images, of_class = (
+        len({sample.name for sample in data.samples if sample.is_class is wanted}) for wanted in (False, True)
+    )
     tags = _tags(data)
     buckets = Counter(_picture_sizes(base, data))
     width, height = max(buckets, key=_area)
@@ -369,7 +371,7 @@ def _picture_sizes(base: Model, data: EncodedDataset) -> list[tuple[int, int]]:
 
 def _tags(data: EncodedDataset) -> dict[str, int]:
     """Tags of the subject's captions, with their frequency."""
-    return tag_frequency(one.conditioning.text or "" for one in data.samples if not one.is_class)
+    return tag_frequency(sample.conditioning.text or "" for sample in data.samples if not sample.is_class)
 
 
 def _area(size: tuple[int, int]) -> int:

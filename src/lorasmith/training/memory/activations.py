@@ -101,9 +101,9 @@ def held_by(packed: Tensor | Recipe) -> Iterator[Tensor]:
     if isinstance(packed, Tensor):
         yield packed
         return
-    for one in packed.leaves:
-        if isinstance(one, Tensor | Recipe):
-            yield from held_by(one)
+    for leaf in packed.leaves:
+        if isinstance(leaf, Tensor | Recipe):
+            yield from held_by(leaf)
 
 
 class Recipe:
@@ -118,16 +118,16 @@ class Recipe:
         self._function = function
         self.leaves = leaves  # nested arguments and keywords included
         self._spec = spec
-        self._versions = [one._version if isinstance(one, Tensor) else 0 for one in leaves]
+        self._versions = [leaf._version if isinstance(leaf, Tensor) else 0 for leaf in leaves]
         self._uses = 0
         self._value: Tensor | None = None
 
     def reserve(self) -> None:
         """Announce one more `take`."""
         if not self._uses:
-            for one in self.leaves:
-                if isinstance(one, Recipe):
-                    one.reserve()
+            for leaf in self.leaves:
+                if isinstance(leaf, Recipe):
+                    leaf.reserve()
         self._uses += 1
 
     def take(self) -> Tensor:
@@ -138,10 +138,12 @@ class Recipe:
 
     def _recomputed(self) -> Tensor:
         values = []
-        for one, version in zip(self.leaves, self._versions, strict=True):
+        for leaf, version in zip(self.leaves, self._versions, strict=True):
             # The check that autograd makes for its own saved tensors.
-            assert not isinstance(one, Tensor) or one._version == version, f"{self._function}: modified in place since"
-            values.append(one.take() if isinstance(one, Recipe) else one)
+            assert not isinstance(leaf, Tensor) or leaf._version == version, (
+                f"{self._function}: modified in place since"
+            )
+            values.append(leaf.take() if isinstance(leaf, Recipe) else leaf)
         args, kwargs = tree_unflatten(values, self._spec)
         result: Tensor = self._function(*args, **kwargs)
         return result
@@ -161,16 +163,16 @@ class Recipes:
             return
         leaves, spec = tree_flatten((args, kwargs))
         held = 0
-        for index, one in enumerate(leaves):
-            if not isinstance(one, Tensor):
+        for index, leaf in enumerate(leaves):
+            if not isinstance(leaf, Tensor):
                 continue
-            recipe = _recipe_of(one)
+            recipe = _recipe_of(leaf)
             if recipe is not None:
                 leaves[index] = recipe
-            elif _storage(one) == _storage(result):
+            elif _storage(leaf) == _storage(result):
                 return  # a view of a tensor without recipe
-            elif one.nbytes >= _SMALL and _storage(one) not in self._kept:
-                held += one.untyped_storage().nbytes()
+            elif leaf.nbytes >= _SMALL and _storage(leaf) not in self._kept:
+                held += leaf.untyped_storage().nbytes()
         if 2 * held <= result.nbytes:
             setattr(result, _RECIPE, (result._version, Recipe(function, leaves, spec)))
 
@@ -293,7 +295,7 @@ class HostMemory:
 
     def __init__(self, module: nn.Module) -> None:
         tensors = [*module.parameters(), *module.buffers()]
-        self._stay = {one.untyped_storage()._cdata for one in tensors}
+        self._stay = {tensor.untyped_storage()._cdata for tensor in tensors}
         device = next((one.device for one in tensors), torch.device("cpu"))
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._known: dict[int, _Known] = {}

@@ -52,7 +52,7 @@ def units(model: nn.Module) -> list[nn.Module]:
 
 def compilable(adapters: Sequence[Adapter]) -> bool:
     """Whether torch can compile a block with these adapters."""
-    return all(part.compiles for one in adapters for part in one.modules() if isinstance(part, Adapter))
+    return all(part.compiles for adapter in adapters for part in adapter.modules() if isinstance(part, Adapter))
 
 
 def sizes_vary(samples: Sequence[Sample]) -> bool:

@@ -225,9 +225,9 @@ class _Probe:
             yield
 
     def _run(self, level: int, number: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        for one in tree_leaves((args, kwargs)):
-            if isinstance(one, Tensor):
-                self._note(one)
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor):
+                self._note(leaf)
         self._running[level] = number
         try:
             return forward(*args, **kwargs)

@@ -138,7 +138,7 @@ class _Bytes(nn.Module):
 
     def add(self, weight: Packed) -> ShardedWeight:
         self._taken += weight.tensors
-        return ShardedWeight(self, [self._added(one) for one in weight.tensors], weight)
+        return ShardedWeight(self, [self._added(tensor) for tensor in weight.tensors], weight)
 
     def join(self) -> None:
         self.whole = nn.Parameter(torch.cat(self._pieces), requires_grad=False)

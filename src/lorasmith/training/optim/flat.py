@@ -125,7 +125,7 @@ class FlatParameters:
     @property
     def layout(self) -> list[list[object]]:
         """Name, offset and shape of every parameter, in order; buffers of equal layout are interchangeable."""
-        return [[name, self._offsets[name], list(one.shape)] for name, one in self._parameters.items()]
+        return [[name, self._offsets[name], list(parameter.shape)] for name, parameter in self._parameters.items()]
 
     @contextlib.contextmanager
     def parameters_replaced(self, values: Tensor) -> Iterator[None]:

@@ -127,7 +127,7 @@ def differences(
         if key == "files" and not (old and new):  # compared where both runs have them
             continue
         if key in ("base", "files") and isinstance(old, dict) and isinstance(new, dict):
-            found += [one for one in _differing_parts(old, new) if one not in found]
+            found += [part for part in _differing_parts(old, new) if part not in found]
         elif isinstance(old, dict) and isinstance(new, dict):
             found += differences(old, new, of=of)
         else:
