@@ -213,7 +213,7 @@ def test_weights_too_large_for_half_precision_are_refused(sd2_file: Path, sd2: M
 def test_only_a_model_is_replaced_by_a_model(folder: Path, tiny: Model, tmp_path: Path) -> None:
     lora = random_lora(tiny, tmp_path / "a.safetensors")
     (tmp_path / "photos").mkdir()
-    with pytest.raises(OutputError, match="is no diffusers model"):
+    with pytest.raises(OutputError, match="is not a diffusers model"):
         fold_into(open_model(folder), [(lora, 1.0)], tmp_path / "photos", overwrite=True)
     output = fold_into(open_model(folder), [(lora, 1.0)], tmp_path / "out").output
     fold_into(open_model(output), [(lora, -1.0)], output, overwrite=True)

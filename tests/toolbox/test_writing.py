@@ -90,7 +90,7 @@ def test_targets(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_no_model_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
-    with pytest.raises(OutputError, match="is no diffusers model"):
+    with pytest.raises(OutputError, match="is not a diffusers model"):
         folder_target(tmp_path / "photos")
     (tmp_path / "photos" / "model_index.json").touch()
     assert folder_target(tmp_path / "photos") == tmp_path / "photos"

@@ -86,7 +86,7 @@ class Processes:
         """The error to raise if a collective operation failed because another process has ended."""
         if reported := self.reported:
             return _OtherEndedError(
-                f"all processes of a run must continue together, but another one has ended ({reported}); the same command "
+                f"all processes of a run must continue together, but another has ended ({reported}); the same command "
                 "continues the run"
             )
         return _OtherEndedError(
