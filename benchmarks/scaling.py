@@ -30,7 +30,7 @@ from benchmarks.step_time import add_common, begin
 from lorasmith.bench.measure import synthetic_samples, training_steps, weight_bytes
 from lorasmith.core.placement import dtype_from_name, placed
 from lorasmith.training import engine
-from lorasmith.training.memory.weight_stream import WeightStream
+from lorasmith.training.memory.frozen_weights import WeightStream
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 Every side does the same work on the same model and the same samples. Measured are seconds a step, bytes that the
 forward pass keeps for the backward pass, and the peak of bytes above the frozen weights, which includes trained
 weights, gradients and optimizer state on every side. Bytes are those of torch's tensors, counted at allocation and
-release (`lorasmith.bench.counting`), so they are deterministic; on a GPU the peak is the allocator's, allocations of
+release (`lorasmith.bench.measure`), so they are deterministic; on a GPU the peak is the allocator's, allocations of
 libraries included.
 """
 
@@ -23,8 +23,8 @@ import torch
 from torch import nn
 
 from benchmarks.bases import clock_of, structural_copy
-from lorasmith.bench.counting import Counter
 from lorasmith.bench.measure import (
+    Counter,
     counted,
     frozen_pass,
     pass_seconds,

@@ -53,8 +53,8 @@ from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Model
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import Engine, batch_maker
-from lorasmith.training.gradient_sums import BUCKET_NUMBERS, GradientSums
 from lorasmith.training.job import engine_of, plan_job
+from lorasmith.training.optim.flat import BUCKET_NUMBERS, GradientSums
 from lorasmith.training.targets_summary import summarise_targets
 
 PORT = 29600

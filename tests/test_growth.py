@@ -16,7 +16,10 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from re import _constants, _parser  # type: ignore[attr-defined]
+from re import (
+    _constants,  # type: ignore[attr-defined]
+    _parser,  # type: ignore[attr-defined]
+)
 from typing import Any
 
 import pytest
@@ -40,8 +43,8 @@ from lorasmith.report.loss_plot import trailing_means
 from lorasmith.runs.run_file import SETTINGS
 from lorasmith.sampling.previews import parse_prompts
 from lorasmith.toolbox.check import check_lora
+from lorasmith.training.job import parse_targets
 from lorasmith.training.optim import update_rules
-from lorasmith.training.target_text import parse_targets
 from lorasmith.workflow import apply_overrides, parse_prompt
 from lorasmith.workflow.editor_format import _without_prefixes
 from tests.workflow.editor_cases import TEXT, graph, instance, joined, made, shown, subgraph

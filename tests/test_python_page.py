@@ -98,7 +98,7 @@ def test_the_page_on_files_names_every_event_and_file(begun: dict[str, Any], pla
 
 
 def test_files_without_a_version_are_still_read(begun: dict[str, Any], place: Path, tmp_path: Path) -> None:
-    from lorasmith.training.storage.history import read_history
+    from lorasmith.training.storage.records import read_history
 
     for name in ("run.json", "events.jsonl"):
         lines = (place / "runs" / "dog" / name).read_text(encoding="utf-8")

@@ -37,9 +37,8 @@ from lorasmith.runs.run_file import read_run_file
 from lorasmith.runs.run_page import report_of, write_report
 from lorasmith.runs.sweep_file import read_sweep
 from lorasmith.runs.sweep_launch import submit_to_slurm
-from lorasmith.training.events import RunFinished
-from lorasmith.training.outcome import Outcome
-from lorasmith.training.storage.history import read_history
+from lorasmith.training.events import Outcome, RunFinished
+from lorasmith.training.storage.records import read_history
 from lorasmith.training.storage.run_states import load_state
 from lorasmith.workflow import parse_workflow
 from tests.data.caption_models import MODELS, adapter_elsewhere, code_of_its_own, pickled_weights

@@ -32,8 +32,7 @@ import sd_scripts_headless
 from benchmarks.bases import MODELS, machine, structural_copy
 from benchmarks.results import Results, add_json
 from benchmarks.sides import Frozen, Once, Ours, Side, Work, compared, textbook_step
-from lorasmith.bench.counting import Counter
-from lorasmith.bench.measure import synthetic_samples
+from lorasmith.bench.measure import Counter, synthetic_samples
 from lorasmith.core.allocator import keep_freed_memory
 from lorasmith.core.placement import dtype_from_name, placed
 

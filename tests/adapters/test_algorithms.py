@@ -28,8 +28,7 @@ from lorasmith.formats.lora_file import load_lora, save_lora
 from lorasmith.formats.names import ModelNames
 from lorasmith.toolbox.check import check_lora
 from lorasmith.toolbox.convert import convert_lora
-from lorasmith.toolbox.fold import fold_into
-from lorasmith.toolbox.merge import merge_loras
+from lorasmith.toolbox.merge import fold_into, merge_loras
 from lorasmith.toolbox.model_files import open_model
 from tests.covering import slow_except
 

@@ -68,6 +68,6 @@ def test_rank_is_called_what_it_is(name: str, rank: int | None, words: str) -> N
 
 
 def test_help_texts_cost_no_torch() -> None:
-    code = "import sys, lorasmith.training.config, lorasmith.cli.targets; print('torch' in sys.modules)"
+    code = "import sys, lorasmith.training.config, lorasmith.cli.models; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

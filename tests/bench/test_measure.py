@@ -16,17 +16,18 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from lorasmith.bench.benchmark import latent_side, measured
-from lorasmith.bench.counting import Counter, Profile, profiled
-from lorasmith.bench.limits import Measured, Rates, limits, measured_rates, shares
+from lorasmith.bench.benchmark import Measured, Rates, latent_side, limits, measured, measured_rates, shares
 from lorasmith.bench.measure import (
+    Counter,
     Counts,
-    Parts,
+    PartTimes,
+    Profile,
     Spread,
     counted,
     frozen_floor,
     measured_steps,
     pass_seconds,
+    profiled,
     step_seconds,
     synthetic_samples,
     training_steps,
@@ -224,7 +225,7 @@ SOUND = Measured(
     step=Spread((1.0, 1.0, 1.1)),
     waited=Spread((0.0, 0.0, 0.1)),
     images=2,
-    parts=Parts(making=0.01, gradient=0.98, update=0.02, busy=1.0),
+    parts=PartTimes(making=0.01, gradient=0.98, update=0.02, busy=1.0),
     counts=COUNTS,
     profile=Profile(whole=1.0, products=0.8, others=0.15, longest={"aten::mm": 0.8}),
     floor=Spread((0.8,)),
@@ -248,7 +249,7 @@ SOUND = Measured(
         ({"profile": Profile(1.0, 0.1, 0.8, {"aten::add": 0.8})}, "Other operations, 80%", "aten::add 800.0 ms"),
         ({"profile": Profile(1.0, 0.1, 0.2, {})}, "Between operations, 70%", "launching 1,000 operations"),
         ({"waited": Spread((0.4, 0.5, 0.34))}, "Products", r"Waiting for batches, 40%: making one takes 10\.0 ms"),
-        ({"parts": Parts(0.0, 0.5, 0.2, 0.5)}, "Products", r"The optimizer, 20%[\s\S]*cores are busy for 50%"),
+        ({"parts": PartTimes(0.0, 0.5, 0.2, 0.5)}, "Products", r"The optimizer, 20%[\s\S]*cores are busy for 50%"),
         ({"counts": replace(COUNTS, sent=2**30), "rates": Rates(1e9, 2.0**31)}, "Products", "takes 50% of its time"),
         ({"memory": 2**30}, "Products", "Memory is near its limit: 100%"),
     ],

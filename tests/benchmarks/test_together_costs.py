@@ -7,8 +7,7 @@ import torch
 
 from benchmarks.bases import MODELS
 from benchmarks.together import Costs, _forward_flops, step_seconds, sum_seconds, waiting_seconds
-from lorasmith.bench.counting import Counter
-from lorasmith.bench.measure import synthetic_samples
+from lorasmith.bench.measure import Counter, synthetic_samples
 
 
 def test_a_sum_moves_the_bytes_of_a_ring() -> None:

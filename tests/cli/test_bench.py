@@ -66,7 +66,7 @@ def test_sizes_that_the_model_does_not_take_are_refused(lorasmith: Command) -> N
 def test_its_options_are_those_of_train_that_change_the_cost() -> None:
     app = typer.Typer()
     bench_command.register(app)
-    out = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "300", "TERM": "dumb"}).output
+    out = CliRunner().invoke(app, ["bench", "--help"], env={"COLUMNS": "300", "TERM": "dumb"}).output
     shown = {name for name in options_of(TrainConfig) if f"--{name.replace('_', '-')}" in re.split(r"[\s,│]+", out)}
     memory = {name for name, one in options_of(TrainConfig).items() if one.group == "Memory"} - {"bypass_mode"}
     assert shown >= memory | {"compile", "batch_size", "rank", "targets", "algorithm", "optimizer", "training_dtype"}

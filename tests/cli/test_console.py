@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 from lorasmith.cli import console as screen
 from lorasmith.cli.main import app
 from lorasmith.core.errors import GraphError, LorasmithError, OptionError
-from lorasmith.training.outcome import Outcome
+from lorasmith.training.events import Outcome
 
 HOSTILE = "\x1b]0;title\x07\x9b31m a[/]b [bold]c[/bold] :smile: \u202e d\ne"
 SHOWN = r"\u001b]0;title\u0007\u009b31m a[/]b [bold]c[/bold] :smile: \u202e d\ne"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from lorasmith.cli.data_output import print_findings
+from lorasmith.cli.console import print_findings
 from lorasmith.core.folders import ASSETS
 from lorasmith.data.findings import Finding
 from tests.cli.conftest import Ran

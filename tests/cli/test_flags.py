@@ -73,6 +73,6 @@ def test_a_base_folder_that_is_none_is_named(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r"^--base-dir must be a folder, but .*nope does not exist; correct the path"):
         folders_of(tmp_path / "nope", None)
     (tmp_path / "file").touch()
-    with pytest.raises(OptionError, match="file is no folder"):
+    with pytest.raises(OptionError, match="file is not a folder"):
         folders_of(tmp_path / "file", None)
     assert folders_of(None, None).base == Path.cwd()

@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from lorasmith.training.optim.schedules import SCHEDULES
-from lorasmith.training.optim.update_rules import OPTIMIZERS, takes_weight_decay
+from lorasmith.training.optim.update_rules import OPTIMIZERS, SCHEDULES, rule_of
 
 PAGE = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
 SECTION = PAGE.split("## Learning rates, schedules and optimizers\n")[1].split("\n## ")[0]
@@ -22,7 +21,7 @@ def test_the_table_of_optimizers_is_the_registry() -> None:
     assert [name for name, *_ in rows] == list(OPTIMIZERS)
     for name, package, decays in rows:
         assert re.match(r"`([\w-]*)`|$", package)[1] == (OPTIMIZERS[name].package or None)
-        assert decays == ("yes" if takes_weight_decay(name) else "no")
+        assert decays == ("yes" if rule_of(name).decays else "no")
 
 
 def test_extras_install_what_is_needed() -> None:

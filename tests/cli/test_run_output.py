@@ -10,8 +10,7 @@ import pytest
 
 from lorasmith.cli import console as screen
 from lorasmith.cli.run_output import plain_result, training_progress
-from lorasmith.training.events import Drawing, Event, Previewed, RunStarted, StepDone, Validated, Warned
-from lorasmith.training.outcome import Outcome
+from lorasmith.training.events import Drawing, Event, Outcome, Previewed, RunStarted, StepDone, Validated, Warned
 from lorasmith.training.results import TrainResult
 
 STARTED: dict[str, Any] = {

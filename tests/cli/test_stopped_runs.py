@@ -22,9 +22,9 @@ from lorasmith.cli.main import main
 from lorasmith.cli.run_output import training_progress
 from lorasmith.formats.container import read_safetensors, write_safetensors
 from lorasmith.runs.run_plan import ImageEncoded, ImagesChecked, ModelLoading
+from lorasmith.training import results
 from lorasmith.training.events import Event, EventHandler, StepDone
-from lorasmith.training.storage import lora_metadata
-from lorasmith.training.storage.history import read_history
+from lorasmith.training.storage.records import read_history
 from lorasmith.training.storage.run_folder import RunFolder
 from tests.runs.folder_cases import pictures, tensors_of, with_metadata, with_record
 
@@ -180,7 +180,7 @@ def test_a_second_ctrl_c_waits_for_no_hash_of_the_base_model(
             each_block()
         return "it was not stopped"
 
-    monkeypatch.setattr(lora_metadata, "file_sha256", hashed)
+    monkeypatch.setattr(results, "file_sha256", hashed)
     with interrupted(signal.SIGINT, signal.SIGINT, at=at):
         ran = lorasmith("train", images, *RUN)
     hashing.set()

@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorasmith.core import fp8_products
-from lorasmith.core.fp8_products import Fp8Products, has_fp8_products
-from lorasmith.core.quantization import PACKINGS, packed
+from lorasmith.core import quantization
+from lorasmith.core.quantization import PACKINGS, Fp8Products, has_fp8_products, packed
 
 KINDS = [kind for kind in PACKINGS if kind.startswith("fp8")]
 OUT, IN = 48, 64
@@ -21,7 +20,7 @@ OUT, IN = 48, 64
 def scales_rows(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Both ways to come by the product: with scales inside, and multiplied with them afterwards."""
     if not request.param:
-        monkeypatch.setattr(fp8_products, "_scales_rows", lambda *_: False)
+        monkeypatch.setattr(quantization, "_scales_rows", lambda *_: False)
     return request.param
 
 

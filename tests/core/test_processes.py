@@ -81,7 +81,7 @@ def test_two_processes_agree() -> None:
     assert second == "1: a sentence\n"
     lines = first.splitlines()
     assert lines[0] == "0: a sentence"
-    assert "all processes of a run must go on together, but another one was killed, or cannot be reached" in lines[1]
+    assert "all processes of a run must continue together, but another one was killed, or cannot be reached" in lines[1]
     assert ".cc:" not in lines[1]
     assert lines[1].endswith("the same command continues the run")
 

@@ -21,7 +21,7 @@ from transformer_models import TINY, Case
 from lorasmith.diffusion.schedule import NoiseSchedule
 from lorasmith.families.base import Conditioning
 from lorasmith.families.loading import load_model
-from lorasmith.sampling.sigmas import SIGMA_SCHEDULES, sigmas_for
+from lorasmith.sampling.samplers import SIGMA_SCHEDULES, sigmas_for
 from tests.covering import slow_except
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "comfyui_families.json").read_text(encoding="utf-8"))

@@ -27,7 +27,7 @@ from lorasmith.families.parts.autoencoders import AUTOENCODERS
 from lorasmith.families.parts.encoders import EMBEDDED, ENCODERS
 from lorasmith.sampling.generate import generate
 from lorasmith.sampling.sample import prepare_noise
-from lorasmith.sampling.sigmas import sigmas_for
+from lorasmith.sampling.samplers import sigmas_for
 from tests.covering import slow_except
 
 SIDE = 64

@@ -32,8 +32,8 @@ from lorasmith.runs.drawing import experts_of
 from lorasmith.runs.model_run import train
 from lorasmith.sampling.generate import to_images
 from lorasmith.sampling.sample import prepare_noise, sample_latents
-from lorasmith.sampling.sigmas import sigmas_for
-from lorasmith.toolbox.fold import fold_into
+from lorasmith.sampling.samplers import sigmas_for
+from lorasmith.toolbox.merge import fold_into
 from lorasmith.toolbox.model_files import open_model
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.job import plan_job

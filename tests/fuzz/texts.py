@@ -22,9 +22,9 @@ from lorasmith.families.parts.encoders import parse_weights
 from lorasmith.formats.container import check_safetensors
 from lorasmith.formats.spelling import grouped
 from lorasmith.sampling.previews import parse_prompts
+from lorasmith.training.job import parse_targets
 from lorasmith.training.optim import update_rules
-from lorasmith.training.storage.history import RECORD, read_history
-from lorasmith.training.target_text import parse_targets
+from lorasmith.training.storage.records import RECORD, read_history
 from lorasmith.workflow import parse_prompt
 from tests.fuzz.engine import Door
 from tests.fuzz.mutators import nasty_text

@@ -10,7 +10,7 @@ import torch
 from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Model
 from lorasmith.nodes.sampling import Guider, Noise
-from lorasmith.sampling.sigmas import sigmas_for
+from lorasmith.sampling.samplers import sigmas_for
 
 
 @pytest.fixture

@@ -7,8 +7,7 @@ import pytest
 from lorasmith.core.errors import OptionError
 from lorasmith.core.folders import Folders
 from lorasmith.nodes.sampling import SAMPLER_NAME, SCHEDULER
-from lorasmith.sampling.samplers import SAMPLERS
-from lorasmith.sampling.sigmas import SIGMA_SCHEDULES
+from lorasmith.sampling.samplers import SAMPLERS, SIGMA_SCHEDULES
 
 
 def test_what_is_here_is_in_comfyuis_list(tmp_path: Path) -> None:

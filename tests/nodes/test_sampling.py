@@ -14,7 +14,7 @@ from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Model
 from lorasmith.nodes import load_nodes
 from lorasmith.sampling.sample import prepare_noise, sample_latents
-from lorasmith.sampling.sigmas import sigmas_for
+from lorasmith.sampling.samplers import sigmas_for
 from lorasmith.workflow import validate
 from lorasmith.workflow.execution_events import NodeProgress
 

@@ -29,9 +29,9 @@ from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Denoiser, Model
 from lorasmith.nodes import load_nodes, training
 from lorasmith.training.config import TrainConfig
+from lorasmith.training.events import Outcome
 from lorasmith.training.job import Job
 from lorasmith.training.lora_handle import Lora
-from lorasmith.training.outcome import Outcome
 from lorasmith.training.results import TrainResult
 from lorasmith.training.train import RunOptions
 from lorasmith.workflow import Executor, validate

@@ -43,7 +43,7 @@ from transformer_models import TINY
 
 from lorasmith.families.base import Family
 from lorasmith.families.model import Model
-from lorasmith.sampling.sigmas import SIGMA_SCHEDULES
+from lorasmith.sampling.samplers import SIGMA_SCHEDULES
 
 
 def main() -> None:

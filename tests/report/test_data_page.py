@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from lorasmith.report.data_page import DataReport, Shot, SizeRow, Trouble, data_page
+from lorasmith.report.data_page import DataReport, PictureCard, SizeRow, Trouble, data_page
 from tests.report.test_run_report import HOSTILE, Page
 
 URI = ("data:image/webp;base64,AAAA", 40, 30)
@@ -17,8 +17,8 @@ def page(**parts) -> Page:
     return Page(data_page(DataReport(**(given | parts))))
 
 
-def shot(text: str = "a.png", **details) -> Shot:
-    return Shot(**({"name": text, "about": "40×30", "picture": URI} | details))
+def shot(text: str = "a.png", **details) -> PictureCard:
+    return PictureCard(**({"name": text, "about": "40×30", "picture": URI} | details))
 
 
 def whole(text: str) -> dict:

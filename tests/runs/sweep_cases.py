@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasmith.runs.sweep_file import Sweep, SweepRun, read_sweep
-from lorasmith.training.events import Previewed, RunFinished, RunStarted, StepDone, Validated, encoded
-from lorasmith.training.outcome import Outcome
+from lorasmith.training.events import Outcome, Previewed, RunFinished, RunStarted, StepDone, Validated, encoded
 from lorasmith.training.storage.records import RunRecord
 
 FILE = """

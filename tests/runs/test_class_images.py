@@ -29,13 +29,13 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def sampled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str | None]]:
     """Seeds and prompts of pictures, which are drawn in two steps."""
     seen: list[tuple[int, str | None]] = []
-    real = class_images.pictures
+    real = class_images.clips
 
-    def pictures(denoiser, positives, negative, sampling, **options):
+    def clips(denoiser, positives, negative, sampling, **options):
         seen.append((sampling.seed, positives[0].text))
         return real(denoiser, positives, negative, class_images.replace(sampling, steps=2), **options)
 
-    monkeypatch.setattr(class_images, "pictures", pictures)
+    monkeypatch.setattr(class_images, "clips", clips)
     return seen
 
 

@@ -9,8 +9,8 @@ from lorasmith.core.adapter_state import AdapterState
 from lorasmith.families.model import Model
 from lorasmith.runs import demo
 from lorasmith.runs.demo import before_and_after, demo_folder, demo_spec
+from lorasmith.training.events import Outcome
 from lorasmith.training.lora_handle import Lora
-from lorasmith.training.outcome import Outcome
 from lorasmith.training.results import TrainResult
 
 

@@ -30,7 +30,7 @@ from lorasmith.runs.spec import RunSpec
 from lorasmith.sampling import generate
 from lorasmith.sampling.generate import Experts, Sampling, generate_clips
 from lorasmith.sampling.sample import prepare_noise
-from lorasmith.sampling.sigmas import sigmas_for
+from lorasmith.sampling.samplers import sigmas_for
 from lorasmith.training.events import Event, Warned
 from tests.data.video_cases import animation
 

@@ -20,8 +20,7 @@ from lorasmith.runs.run_page import report_of
 from lorasmith.runs.spec import RunSpec
 from lorasmith.training.config import settings_from_file
 from lorasmith.training.storage.fingerprint import differences
-from lorasmith.training.storage.history import RunHistory
-from lorasmith.training.storage.records import RunRecord, check_title, parsed_record
+from lorasmith.training.storage.records import RunHistory, RunRecord, check_title, parsed_record
 from tests.training.run_cases import damaged
 
 FILE = Path("cat.safetensors")

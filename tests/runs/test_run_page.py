@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 
 from lorasmith.runs.run_page import report_of, write_report
-from lorasmith.training.events import RolledBack, RunFinished, StepDone, Warned
-from lorasmith.training.outcome import Outcome
-from lorasmith.training.storage.history import read_history
+from lorasmith.training.events import Outcome, RolledBack, RunFinished, StepDone, Warned
+from lorasmith.training.storage.records import read_history
 from tests.training.run_cases import (
     BEGIN,
     HOSTILE,

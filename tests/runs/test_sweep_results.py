@@ -10,7 +10,7 @@ from PIL import Image
 from lorasmith.core.typed_json import json_schema, typed
 from lorasmith.runs.sweep_file import Sweep
 from lorasmith.runs.sweep_results import SweepRecord, result_of, sweep_record, write_results
-from lorasmith.training.outcome import Outcome
+from lorasmith.training.events import Outcome
 from lorasmith.training.storage.run_folder import RunFolder
 from tests.runs.sweep_cases import ended_with, left_by, sweep_of
 from tests.tools.test_schemas import committed, faults

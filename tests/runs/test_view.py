@@ -10,6 +10,7 @@ from lorasmith.training.events import (
     CaptionEncoded,
     Drawing,
     Event,
+    Outcome,
     Resumed,
     RolledBack,
     RunFinished,
@@ -19,7 +20,6 @@ from lorasmith.training.events import (
     Validated,
     Warned,
 )
-from lorasmith.training.outcome import Outcome
 
 
 def started(steps: int = 10, at: float = 0.0) -> RunStarted:

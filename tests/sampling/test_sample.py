@@ -10,8 +10,7 @@ from torch import Tensor
 from lorasmith.diffusion.schedule import DiscreteSchedule, FlowSchedule, NoiseSchedule
 from lorasmith.families.base import Conditioning
 from lorasmith.sampling.sample import SamplingCancelledError, prepare_noise, sample_latents
-from lorasmith.sampling.samplers import SAMPLERS
-from lorasmith.sampling.sigmas import sigmas_for
+from lorasmith.sampling.samplers import SAMPLERS, sigmas_for
 
 DISCRETE, FLOW = DiscreteSchedule.scaled_linear(), FlowSchedule(3.0)
 SHAPE = (2, 4, 3, 5)

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from lorasmith.core.errors import OptionError
 from lorasmith.diffusion.schedule import DiscreteSchedule, FlowSchedule, NoiseSchedule
-from lorasmith.sampling.samplers import SAMPLERS
-from lorasmith.sampling.sigmas import sigmas_for
+from lorasmith.sampling.samplers import SAMPLERS, sigmas_for
 
 GOLDEN = json.loads(Path(__file__).with_name("golden").joinpath("samplers.json").read_text(encoding="utf-8"))
 SCHEDULES: dict[str, NoiseSchedule] = {

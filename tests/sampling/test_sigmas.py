@@ -11,7 +11,7 @@ import torch
 
 from lorasmith.core.errors import OptionError
 from lorasmith.diffusion.schedule import DiscreteSchedule, FlowSchedule, NoiseSchedule
-from lorasmith.sampling.sigmas import SIGMA_SCHEDULES, beta_quantiles, flux2_sigmas, sigmas_for
+from lorasmith.sampling.samplers import SIGMA_SCHEDULES, beta_quantiles, flux2_sigmas, sigmas_for
 
 GOLDEN = json.loads(Path(__file__).with_name("golden").joinpath("samplers.json").read_text(encoding="utf-8"))
 SCHEDULES: dict[str, NoiseSchedule] = {

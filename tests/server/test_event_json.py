@@ -11,8 +11,7 @@ from lorasmith.data.data_config import DataConfig
 from lorasmith.data.folder import scan_folder
 from lorasmith.runs.run_plan import ImageEncoded, ImagesFound, ModelLoading
 from lorasmith.server.job_reporter import PROGRESS, event_json, finite
-from lorasmith.training.events import KINDS, RunFinished, StepDone
-from lorasmith.training.outcome import Outcome
+from lorasmith.training.events import KINDS, Outcome, RunFinished, StepDone
 
 
 def test_training_events_are_as_in_the_log_but_for_numbers_that_json_lacks() -> None:

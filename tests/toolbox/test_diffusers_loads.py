@@ -18,8 +18,7 @@ from lorasmith.families.model import Model
 from lorasmith.formats.container import check_safetensors
 from lorasmith.formats.lora_file import load_lora
 from lorasmith.toolbox.extract import extract
-from lorasmith.toolbox.fold import fold_into
-from lorasmith.toolbox.merge import merge_loras
+from lorasmith.toolbox.merge import fold_into, merge_loras
 from lorasmith.toolbox.model_files import open_model
 from lorasmith.toolbox.resize import resize
 from tests.covering import slow_except

@@ -22,8 +22,8 @@ from lorasmith.core.errors import LoraError, OutputError
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
 from lorasmith.formats.container import check_safetensors, read_safetensors
-from lorasmith.toolbox import fold
-from lorasmith.toolbox.fold import fold_into
+from lorasmith.toolbox import merge
+from lorasmith.toolbox.merge import fold_into
 from lorasmith.toolbox.model_files import Parameter, open_model
 from lorasmith.training.lora_handle import Lora
 from tests.covering import slow_except
@@ -213,7 +213,7 @@ def test_weights_too_large_for_half_precision_are_refused(sd2_file: Path, sd2: M
 def test_only_a_model_is_replaced_by_a_model(folder: Path, tiny: Model, tmp_path: Path) -> None:
     lora = random_lora(tiny, tmp_path / "a.safetensors")
     (tmp_path / "photos").mkdir()
-    with pytest.raises(OutputError, match="is no diffusers model"):
+    with pytest.raises(OutputError, match="is not a diffusers model"):
         fold_into(open_model(folder), [(lora, 1.0)], tmp_path / "photos", overwrite=True)
     output = fold_into(open_model(folder), [(lora, 1.0)], tmp_path / "out").output
     fold_into(open_model(output), [(lora, -1.0)], output, overwrite=True)
@@ -306,8 +306,8 @@ def test_no_more_than_some_tensors_are_in_memory(tmp_path: Path, monkeypatch: py
     model = open_model(tmp_path / "model.safetensors")
     layers = {ModuleRef(DENOISER, p): s for p, s in model.names.weight_shapes.items() if p.endswith("proj_mlp")}
     lora = cases.saved(tmp_path / "lora.safetensors", cases.lora_state(layers), model.names)
-    changed, peaks = fold._changed, [private()]
-    monkeypatch.setattr(fold, "_changed", watched)
+    changed, peaks = merge._changed, [private()]
+    monkeypatch.setattr(merge, "_changed", watched)
     fold_into(model, [(lora, 1.0)], tmp_path / "out.safetensors")
 
     largest = max(4 * math.prod(size) for _, size in shape.tensors())

@@ -14,14 +14,14 @@ from torch import nn
 from lorasmith.core.adapter_state import DENOISER, ModuleRef
 from lorasmith.core.errors import ModelError
 from lorasmith.families.model import Model
-from lorasmith.toolbox.model_files import ModelFiles, Parameter, open_model
+from lorasmith.toolbox.model_files import ModelReader, Parameter, open_model
 
 
 def parts_of(model: Model) -> dict[str, nn.Module]:
     return {DENOISER: model.components.denoiser, **model.components.text_encoders}
 
 
-def assert_same(files: ModelFiles, model: Model) -> None:
+def assert_same(files: ModelReader, model: Model) -> None:
     """Every parameter of the loaded model is found, and has the bits that it has there."""
     loaded = {
         (component, name if component == DENOISER or name.startswith("text_model.") else f"text_model.{name}"): tensor

@@ -16,7 +16,15 @@ from torch import Tensor
 from lorasmith.core.adapter_state import AdapterWeights
 from lorasmith.core.errors import ModelError, OutputError
 from lorasmith.formats.container import check_safetensors
-from lorasmith.toolbox.writing import HISTORY, file_target, folder_target, free_target, noted, rank_entries, rewritten
+from lorasmith.toolbox.lora_files import (
+    HISTORY,
+    file_target,
+    folder_target,
+    free_target,
+    noted,
+    rank_entries,
+    rewritten,
+)
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool)
 shapes = st.lists(st.integers(0, 5), max_size=3).map(tuple)
@@ -82,7 +90,7 @@ def test_targets(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_no_model_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
-    with pytest.raises(OutputError, match="is no diffusers model"):
+    with pytest.raises(OutputError, match="is not a diffusers model"):
         folder_target(tmp_path / "photos")
     (tmp_path / "photos" / "model_index.json").touch()
     assert folder_target(tmp_path / "photos") == tmp_path / "photos"

@@ -11,7 +11,7 @@ from lever_cases import flux_model
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.model import Model
 from lorasmith.runs.model_run import train
-from lorasmith.training.memory import activations, host_memory
+from lorasmith.training.memory import activations
 from lorasmith.training.results import TrainResult
 from tests.training.random_samples import of_one_size, of_several_sizes
 
@@ -38,7 +38,7 @@ def flux(tmp_path_factory: pytest.TempPathFactory) -> Model:
 def small_is_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiny models' activations are below the size from which anything is done about them."""
     monkeypatch.setattr(activations, "_SMALL", 256)
-    monkeypatch.setattr(host_memory, "_WORTH_MOVING", 256)
+    monkeypatch.setattr(activations, "_WORTH_MOVING", 256)
 
 
 @pytest.fixture

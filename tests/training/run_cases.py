@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import (
     Event,
+    Outcome,
     Previewed,
     RolledBack,
     RunFinished,
@@ -26,7 +27,6 @@ from lorasmith.training.events import (
     Warned,
     encoded,
 )
-from lorasmith.training.outcome import Outcome
 
 PROMPTS = ("a lion", "a skull", "a red heart", "a <b>robot</b>")
 HOSTILE = "<script>alert(\"x\")</script> & 'co'; $(rm -rf ~)"

@@ -16,9 +16,8 @@ from lorasmith.core.processes import Processes
 from lorasmith.data.encoding import load_dataset
 from lorasmith.families.model import Autoencoder, Model, TextEncoder
 from lorasmith.runs.model_run import train
-from lorasmith.training import captions_ahead
-from lorasmith.training.batches import sample_index
-from lorasmith.training.captions_ahead import drawn_captions
+from lorasmith.training import batches
+from lorasmith.training.batches import drawn_captions, sample_index
 from lorasmith.training.events import CaptionEncoded, CaptionsPlanned, Event
 from lorasmith.training.results import TrainResult
 
@@ -96,7 +95,7 @@ def test_what_is_drawn_or_else_all_that_is_possible(tiny: Model, folder: Path, m
     assert found is not None and 4 <= len(found) <= 9
     assert found == [data.samples[sample_index(n, 4, 3)].drawn(3, n).conditioning.text for n in range(len(found))]
     assert drawn_captions(data.samples, range(10), seed=3, most=3) is None
-    monkeypatch.setattr(captions_ahead, "_MOST_DRAWS", 5)
+    monkeypatch.setattr(batches, "_MOST_DRAWS", 5)
     everything = drawn_captions(data.samples, range(10**6), seed=3, most=100)
     assert everything is not None and len(everything) == 4 * 2 + 1, "two alternatives each, and the empty caption"
     assert set(found) <= set(everything)
@@ -182,8 +181,8 @@ def test_several_processes_encode_a_share_each_before_they_meet(
     assert data.captions is not None
     before = data.captions.encoded
     together.encoded = lambda: data.captions.encoded - before  # type: ignore[union-attr]
-    monkeypatch.setattr(captions_ahead, "current", lambda: together)
-    with captions_ahead.captions_ready(
+    monkeypatch.setattr(batches, "current", lambda: together)
+    with batches.captions_ready(
         data, range(12), seed=0, on_event=lambda event: None, progress=lambda done, total: None
     ):
         pass

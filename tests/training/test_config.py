@@ -19,7 +19,7 @@ from lorasmith.core.options import options_of
 from lorasmith.core.quantization import PACKINGS
 from lorasmith.diffusion.losses import LOSSES, WEIGHTINGS
 from lorasmith.diffusion.schedule import TIMESTEP_DISTRIBUTIONS
-from lorasmith.training.config import ResolvedConfig, TrainConfig
+from lorasmith.training.config import ResolvedConfig, Section, TrainConfig
 
 SETTINGS = options_of(TrainConfig)
 
@@ -65,7 +65,7 @@ def callables() -> Iterator[tuple[str, Any]]:
             where = f"{module.name}.{name}".removeprefix("lorasmith.")
             if inspect.isfunction(thing) and not hasattr(thing, "__signature__"):  # which is made of the declarations
                 yield where, thing
-            elif inspect.isclass(thing) and not issubclass(thing, TrainConfig):
+            elif inspect.isclass(thing) and not issubclass(thing, Section):
                 methods = {key: getattr(value, "__func__", value) for key, value in vars(thing).items()}
                 for key, method in methods.items():
                     if inspect.isfunction(method):

@@ -19,8 +19,7 @@ from test_loop import Audience, poison, same, saved
 
 from lorasmith.adapters.catalogue import ALGORITHMS
 from lorasmith.core.errors import OptionError
-from lorasmith.core.fp8_products import Fp8Products, has_fp8_products
-from lorasmith.core.quantization import PACKINGS, packed
+from lorasmith.core.quantization import PACKINGS, Fp8Products, has_fp8_products, packed
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.loading import load_model
 from lorasmith.families.locating import BUILT_IN
@@ -31,10 +30,10 @@ from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import batch_maker
 from lorasmith.training.events import Event, Previewed, RolledBack, StepDone, Warned
 from lorasmith.training.job import engine_of, plan_job
+from lorasmith.training.loop import Mailbox
 from lorasmith.training.lora_handle import Lora
-from lorasmith.training.mailbox import Mailbox
 from lorasmith.training.memory.compilation import compiler
-from lorasmith.training.optim.loss_scale import LossScale
+from lorasmith.training.optim.optimizers import LossScale
 from lorasmith.training.optim.update_rules import OPTIMIZERS
 from lorasmith.training.results import TrainResult
 

@@ -4,8 +4,7 @@ import torch
 from torch import nn
 
 from lorasmith.core.processes import Processes
-from lorasmith.training.gradient_sums import GradientSums
-from lorasmith.training.optim.flat import FlatParameters
+from lorasmith.training.optim.flat import FlatParameters, GradientSums
 
 
 class _Two(Processes):

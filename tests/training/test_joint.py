@@ -24,13 +24,12 @@ from lorasmith.runs.model_run import train_job
 from lorasmith.training import joint
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import Engine
-from lorasmith.training.events import Event, RolledBack, Shrunk, StepDone, Warned
+from lorasmith.training.events import Event, Outcome, RolledBack, Shrunk, StepDone, Warned
 from lorasmith.training.job import Job, plan_job
 from lorasmith.training.joint import EngineMaker, StopOfAll, check_alike, check_captions, train_jointly
-from lorasmith.training.outcome import Outcome
 from lorasmith.training.results import TrainResult
 from lorasmith.training.train import RunOptions, run_job
-from lorasmith.training.verdict import History
+from lorasmith.training.validation import History
 from tests.training.together_cases import ALIKE, weights
 
 Settings = dict[str, Any]

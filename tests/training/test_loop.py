@@ -25,16 +25,15 @@ from lorasmith.runs import model_run
 from lorasmith.training import engine
 from lorasmith.training.batches import Batch, BatchMaker
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.divergence import exploded
 from lorasmith.training.events import Resumed, RolledBack, Shrunk, StateSaved, StepDone, Warned
 from lorasmith.training.job import engine_of, plan_job
 from lorasmith.training.loop import Loop
 from lorasmith.training.lora_handle import Lora
-from lorasmith.training.progress import RunState
+from lorasmith.training.recovery import RunState, exploded
 from lorasmith.training.results import TrainResult
 from lorasmith.training.storage import run_states
 from lorasmith.training.storage.run_folder import RunFolder, unfinished_run
-from lorasmith.training.verdict import History
+from lorasmith.training.validation import History
 from tests.covering import slow_except
 from tests.training.run_cases import damaged
 

@@ -32,7 +32,7 @@ from lorasmith.runs.preview_budget import PreviewProgram
 from lorasmith.runs.run_previews import run_previews
 from lorasmith.sampling.generate import generate
 from lorasmith.sampling.sample import SamplingError
-from lorasmith.toolbox.fold import fold_into
+from lorasmith.toolbox.merge import fold_into
 from lorasmith.toolbox.model_files import open_model
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.job import plan_job

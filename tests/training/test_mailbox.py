@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lorasmith.training.mailbox import Mailbox
+from lorasmith.training.loop import Mailbox
 
 
 def test_the_mailbox_delivers_in_order() -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 
-from lorasmith.training.noise_scale import NoiseScale, noise_terms
+from lorasmith.core.typed_json import typed
+from lorasmith.training.recovery import NoiseScale, noise_terms
 
 
 def test_expected_lengths_give_the_terms_exactly() -> None:
@@ -44,7 +46,7 @@ def test_estimates_that_make_no_sense_are_not_told() -> None:
 def test_the_state_survives_json() -> None:
     scale = NoiseScale(decay=0.9)
     scale.update(3.0, 2.5, small=2, big=4)
-    again = NoiseScale.from_json(json.loads(json.dumps(scale.to_json())))
+    again = typed(json.loads(json.dumps(asdict(scale))), NoiseScale)
     for one in (scale, again):
         one.update(4.0, 3.0, small=2, big=3)
     assert again.value == scale.value is not None

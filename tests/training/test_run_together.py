@@ -18,9 +18,8 @@ from lorasmith.families.model import Model
 from lorasmith.runs.model_run import train_job
 from lorasmith.training import engine as engines
 from lorasmith.training.engine import Engine
-from lorasmith.training.events import Event, Shrunk, StepDone, Validated
-from lorasmith.training.mailbox import Mailbox
-from lorasmith.training.outcome import Outcome
+from lorasmith.training.events import Event, Outcome, Shrunk, StepDone, Validated
+from lorasmith.training.loop import Mailbox
 from lorasmith.training.results import TrainResult
 from lorasmith.training.train import RunOptions
 from tests.covering import slow_except

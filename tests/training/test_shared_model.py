@@ -14,7 +14,7 @@ from lorasmith.families.model import Model
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import Engine
 from lorasmith.training.job import engine_of, plan_job
-from lorasmith.training.shared_model import SharedModel
+from lorasmith.training.joint import SharedModel
 
 
 def engine(model: Model, **settings: Any) -> tuple[Engine, SharedModel]:

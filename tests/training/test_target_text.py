@@ -12,7 +12,7 @@ from lorasmith.adapters.inject import Plan, Rule
 from lorasmith.core.errors import OptionError
 from lorasmith.families.model import Model
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.target_text import parse_targets, resolve_targets
+from lorasmith.training.job import parse_targets, resolve_targets
 
 PRESETS = {"attention": Rule(("*.to_*",)), "linear": Rule(("*",), ("*.x",), linear_only=True)}
 ATTENTION = Rule(("*.to_*",), name="attention")

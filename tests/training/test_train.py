@@ -21,13 +21,12 @@ from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Denoiser, Model
 from lorasmith.formats.container import read_safetensors
 from lorasmith.formats.metadata import autov1, sha256_file
-from lorasmith.training import engine
+from lorasmith.training import engine, results
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import RunStarted, StepDone, Warned
 from lorasmith.training.job import plan_job
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.results import TrainResult
-from lorasmith.training.storage import lora_metadata
 from tests.covering import slow_except
 
 Run = Callable[..., TrainResult]
@@ -347,7 +346,7 @@ def endless_hashing(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event
             stopped.wait(0.01)
         return "it was not stopped"
 
-    monkeypatch.setattr(lora_metadata, "file_sha256", hashed)
+    monkeypatch.setattr(results, "file_sha256", hashed)
     yield stopped
     assert stopped.wait(10)
 

@@ -1,6 +1,6 @@
 """Adapters on a model: which layers are trained, creating adapters for them, attaching and detaching.
 
-Target presets are in the families, and `training.target_text` parses the settings. Attaching replaces the `forward` of
+Target presets are in the families, and `training.job` parses the settings. Attaching replaces the `forward` of
 the targeted layer objects; no module, parameter or name of the model changes, so leaving the context manager restores
 the model exactly. Layers of one attention that receive the same input (q, k, v) are computed together.
 

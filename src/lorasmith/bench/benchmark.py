@@ -1,18 +1,25 @@
-"""Benchmark of a planned run: a few of its steps, the floor before and after them, counts, memory, device rates."""
+"""Benchmark of a planned run: a few of its steps, the floor before and after them, counts, memory, device rates.
+
+What limits a step is named from shares of its time: the profiler divides it into products, other operations and the
+time between operations; the optimizer, waiting for batches and transfers are measured separately.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import os
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
-from lorasmith.bench.counting import profiled
-from lorasmith.bench.limits import Measured, device_memory, measured_rates
 from lorasmith.bench.measure import (
     Counts,
+    PartTimes,
+    Profile,
     Spread,
     Steps,
     counted,
@@ -20,6 +27,7 @@ from lorasmith.bench.measure import (
     measured_parts,
     measured_steps,
     pass_seconds,
+    profiled,
     training_steps,
     weight_bytes,
 )
@@ -177,3 +185,189 @@ def _process_peak() -> int | None:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+_LONG_ENOUGH_S = 0.02
+_PINNED_BYTES = 2**26
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Measured rates of a device."""
+
+    products: float  # FLOP/s of a large matrix product in the training dtype
+    copies: float | None  # bytes/s from pinned host memory; None on the CPU
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Measurements of a step and of the floor (None if that does not fit into memory); memory in bytes."""
+
+    plan: MemoryPlan | None  # None unless activations is auto
+    step: Spread  # seconds
+    waited: Spread  # seconds of each step's wait for its batches
+    images: int  # per step
+    parts: PartTimes
+    counts: Counts
+    profile: Profile
+    floor: Spread | None  # the frozen model's forward and backward pass
+    floor_counts: Counts | None
+    forward: Spread | None  # the frozen model's forward pass alone
+    passes: int  # batches per step (gradient accumulation)
+    weights: int  # the frozen weights on the device
+    above: int  # peak of a step, above the frozen weights
+    peak: int  # of the process on the device
+    memory: int | None  # of the device; None if unknown
+    rates: Rates
+
+    @property
+    def images_per_hour(self) -> float:
+        return 3600 * self.images / self.step.median
+
+    @property
+    def waiting(self) -> float:
+        """Share of the steps' time spent waiting for batches, 0 to 1."""
+        return Steps(self.step, self.waited).waiting
+
+    @property
+    def of_floor(self) -> float | None:
+        """The floor's time divided by the step's: 1 is the optimum."""
+        return None if self.floor is None else self.passes * self.floor.median / self.step.median
+
+    @property
+    def extra_flops(self) -> float:
+        """Share of the FLOPs beyond the floor's, from recomputing and the adapters."""
+        if self.floor_counts is None or not self.counts.flops:
+            return 0.0
+        return max(0.0, 1 - self.passes * self.floor_counts.flops / self.counts.flops)
+
+    @property
+    def efficiency(self) -> float:
+        """Rate of the step's products divided by that of a large product; 0 without products."""
+        seconds = self.step.median * self.profile.products / self.profile.whole
+        return self.counts.flops / seconds / self.rates.products if seconds else 0.0
+
+
+@dataclass(frozen=True)
+class Share:
+    """A part of a step's time."""
+
+    name: str
+    of_step: float  # 0 to 1
+    words: str  # explanation and remedy
+
+
+def measured_rates(device: torch.device, dtype: torch.dtype) -> Rates:
+    """Measure the rates of a device, in about a second."""
+    copies = None
+    if device.type == "cuda":
+        waiting = torch.empty(_PINNED_BYTES, dtype=torch.uint8, pin_memory=True)
+        copies = _PINNED_BYTES / _best(lambda: waiting.to(device, non_blocking=True), device)
+    return Rates(_product_rate(device, dtype), copies)
+
+
+def shares(measured: Measured) -> list[Share]:
+    """The three parts of a step, the largest first; they sum to 1."""
+    profile, counts = measured.profile, measured.counts
+    longest = ", ".join(f"{name} {_ms(seconds)}" for name, seconds in list(profile.longest.items())[:3])
+    found = [
+        Share("products", profile.products / profile.whole, _on_products(measured)),
+        Share(
+            "other operations",
+            profile.others / profile.whole,
+            "additions, norms, activations and copies, limited by memory bandwidth rather than arithmetic; the longest "
+            f"operations were {longest}",
+        ),
+        Share(
+            "between operations",
+            profile.between / profile.whole,
+            f"Python and launching {counts.operations:,} operations, with the device idle; use larger batches or fewer "
+            "targets",
+        ),
+    ]
+    return sorted(found, key=lambda one: one.of_step, reverse=True)
+
+
+def limits(measured: Measured) -> list[str]:
+    """Sentences about what limits the step; the first is about the largest share."""
+    sentences = [f"{share.name.capitalize()}, {share.of_step:.0%}: {share.words}." for share in shares(measured)]
+    return [*sentences, *_on_parts(measured), *_on_memory(measured)]
+
+
+def _on_products(measured: Measured) -> str:
+    counts, rates, reached = measured.counts, measured.rates, measured.efficiency
+    words = (
+        f"{counts.flops / 1e9:,.1f} GFLOP, at {reached:.0%} of the {rates.products / 1e9:,.0f} GFLOP/s that a large "
+        "matrix product reaches here"
+    )
+    if reached < 0.5:
+        words += "; they are small or narrow, so larger batches or pictures use the device better"
+    if measured.extra_flops > 0.15:
+        words += f"; {measured.extra_flops:.0%} of them are not in the floor: recomputing and the adapters"
+    return words
+
+
+def _on_parts(measured: Measured) -> Iterator[str]:
+    step, parts, counts, rates = measured.step.median, measured.parts, measured.counts, measured.rates
+    if measured.waiting > 0.05:
+        yield (
+            f"Waiting for batches, {measured.waiting:.0%}: making one takes {_ms(parts.making)}; use smaller "
+            "pictures or more processor cores."
+        )
+    if parts.update > 0.05 * step:
+        yield (
+            f"The optimizer, {parts.update / step:.0%}: {_ms(parts.update)}; use a lower rank, fewer targets, or "
+            "grad_accumulation_steps to run it less often."
+        )
+    if counts.sent and rates.copies:
+        needed = counts.sent / rates.copies
+        yield (
+            f"Transfers: {counts.sent / 2**20:,.0f} MiB are copied from the host in each step, which takes "
+            f"{needed / step:.0%} of its time, partly concurrent; quantization makes them smaller."
+        )
+    if parts.busy is not None and parts.busy < 0.8:
+        yield (
+            f"The processor cores are busy for {parts.busy:.0%} of the time: other programs use them, or some work is "
+            "single-threaded."
+        )
+
+
+def _on_memory(measured: Measured) -> Iterator[str]:
+    if measured.memory is not None and measured.peak > 0.9 * measured.memory:
+        yield (
+            f"Memory is near its limit: {measured.peak / measured.memory:.0%} of {measured.memory / 2**30:.1f} GiB; "
+            "use activations auto, quantization or a smaller batch."
+        )
+
+
+def device_memory(device: torch.device) -> int | None:
+    """Memory in bytes of the device or, on the CPU, available to this process; None if unknown."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    try:
+        found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # not on Windows
+        return None
+    with contextlib.suppress(OSError, ValueError):  # the limit of a container
+        found = min(found, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return found
+
+
+def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a square product large enough to be measured."""
+    side = 512
+    while True:
+        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        seconds = _best(functools.partial(torch.mm, a, b), device)
+        if seconds >= _LONG_ENOUGH_S or side >= 8192:
+            return 2.0 * side**3 / seconds
+        side *= 2
+
+
+def _best(once: Callable[[], object], device: torch.device) -> float:
+    """Seconds of the fastest of four calls, which other load on the machine affects least."""
+    return pass_seconds(once, steps=4, device=device).low
+
+
+def _ms(seconds: float) -> str:
+    return f"{1000 * seconds:.1f} ms"

@@ -2,22 +2,31 @@
 
 The floor is one forward and one backward pass to the latents of the frozen diffusers model; no trainer that needs
 gradients of all layers can be faster. Inputs are random, as they do not affect the cost.
+
+Counts of operations are deterministic; memory inside kernels (scratch memory, their own copies) is not counted. torch's
+profiler has the time of products, of other operations, and between operations.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import os
+import re
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from lorasmith.bench.counting import Counter
 from lorasmith.core.placement import placed
 from lorasmith.core.quantization import Packed, weight_source
 from lorasmith.data.dataset import Sample
@@ -28,7 +37,7 @@ from lorasmith.training.engine import batch_maker
 from lorasmith.training.events import EventHandler
 from lorasmith.training.job import Job, engine_of
 from lorasmith.training.loop import Loop, Watcher
-from lorasmith.training.memory.weight_stream import StreamedWeight, WeightStream
+from lorasmith.training.memory.frozen_weights import StreamedWeight, WeightStream
 
 Clock = Callable[[], float]
 
@@ -80,7 +89,7 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class Parts:
+class PartTimes:
     """Median seconds of the parts of a step, each synchronized."""
 
     making: float  # its batches, on another thread
@@ -184,7 +193,7 @@ def counted(
 
 
 def pass_seconds(
-    once: Callable[[], None],
+    once: Callable[[], object],
     *,
     steps: int,
     device: torch.device,
@@ -193,8 +202,8 @@ def pass_seconds(
 ) -> Spread:
     """Seconds of each of `steps` calls after `warmup` ones.
 
-    A GPU is not synchronized between calls, as in `step_seconds`, so that a slow host affects both equally; its events
-    are the clock.
+    A GPU is not synchronized between calls, as in `measured_steps`, so that a slow host affects both equally; its
+    events are the clock.
     """
     for _ in range(warmup):
         once()
@@ -242,7 +251,7 @@ def step_seconds(
     return measured_steps(job, samples, warmup=warmup, clock=clock, on_event=on_event).seconds
 
 
-def measured_parts(job: Job, samples: Sequence[Sample]) -> Parts:
+def measured_parts(job: Job, samples: Sequence[Sample]) -> PartTimes:
     """Time the parts of a step, one after the other."""
     steps = _PART_STEPS
     engine = engine_of(job)
@@ -269,10 +278,10 @@ def measured_parts(job: Job, samples: Sequence[Sample]) -> Parts:
     finally:
         engine.release()
     gradient_s, update = (statistics.median(row[0][part] for row in rows[1:]) for part in (1, 2))
-    making = pass_seconds(lambda: _left(maker.step(0)), steps=3, device=device).median
+    making = pass_seconds(lambda: maker.step(0), steps=3, device=device).median
     began = ended - sum(sum(row[0]) for row in rows[1:])
     busy = (rows[-1][1] - rows[0][1]) / ((ended - began) * torch.get_num_threads())
-    return Parts(making, gradient_s, update, busy if device.type == "cpu" else None)
+    return PartTimes(making, gradient_s, update, busy if device.type == "cpu" else None)
 
 
 def weight_bytes(module: nn.Module) -> int:
@@ -315,10 +324,6 @@ class _Ends(Watcher):
         return tuple(after - before for before, after in pairs)
 
 
-def _left(value: object) -> None:
-    """Discard a timed result."""
-
-
 def _wait_for(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -327,3 +332,129 @@ def _wait_for(device: torch.device) -> None:
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
     yield from module.parameters()
     yield from module.buffers()
+
+
+_flops: Callable[..., int] = sdpa_flop_count
+_backward_flops: Callable[..., int] = sdpa_backward_flop_count
+_aten = torch.ops.aten
+
+
+def _cpu_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    return int(_flops(query.shape, key.shape, value.shape))
+
+
+def _cpu_attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    return int(_backward_flops(grad.shape, query.shape, key.shape, value.shape))
+
+
+_FLOPS: dict[Any, Callable[..., int]] = {
+    **flop_registry,
+    # torch's table of FLOP formulas lacks attention on the CPU.
+    _aten._scaled_dot_product_flash_attention_for_cpu: _cpu_attention,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _cpu_attention_backward,
+}
+
+
+class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts operations inside its context, which may be entered repeatedly; frees are also counted outside.
+
+    `operations` exclude views; `flops` are of products and attention, a multiplication and an addition being two.
+    `live` are bytes of `device` allocated inside and not yet freed, `peak` the highest of these, `held` the highest at
+    the start of a backward pass (the saved activations). `sent` are bytes copied to the device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._device = device
+        self._sizes: dict[int, int] = {}
+        self._backward = -1
+        self.live = 0
+        self.reset()
+
+    def reset(self) -> None:
+        """Reset all counts but `live`."""
+        self.operations = self.flops = self.sent = self.held = 0
+        self.peak = self.live
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self._notice_backward()
+        result = func(*args, **kwargs)
+        formula = _FLOPS.get(func._overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **kwargs, out_val=result)
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        known = {one.untyped_storage()._cdata for one in inputs}
+        made = [one for one in tree_leaves(result) if isinstance(one, Tensor)]
+        fresh = [one for one in made if one.untyped_storage()._cdata not in known]
+        self.operations += bool(fresh) or func._schema.is_mutable
+        for one in fresh:
+            self._follow(one)
+        if any(one.device.type != self._device.type for one in inputs if one.ndim):
+            self.sent += sum(one.nbytes for one in fresh if one.device.type == self._device.type)
+        return result
+
+    def _notice_backward(self) -> None:
+        task = torch._C._current_graph_task_id()
+        # Recomputing a block starts no backward pass of its own, so each pass is counted once.
+        if task not in (-1, self._backward):
+            self.held = max(self.held, self.live)
+        self._backward = task if task != -1 else self._backward
+
+    def _follow(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if tensor.device.type != self._device.type or storage._cdata in self._sizes:
+            return
+        self._sizes[storage._cdata] = storage.nbytes()
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._drop, storage._cdata).atexit = False
+
+    def _drop(self, key: int) -> None:
+        self.live -= self._sizes.pop(key)
+
+
+_PRODUCT = re.compile(r"aten::_?(add|b|badd|scaled_)?b?mm\b|convolution|attention|aten::(linear|_slow_conv|_conv)")
+_MOST = 8
+_QUIET = "6"  # log level of the profiler's library, which otherwise reports every start and stop on standard error
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Seconds of one step or pass, profiling overhead included."""
+
+    whole: float
+    products: float  # matrix products, convolutions and attention
+    others: float  # other operations
+    longest: Mapping[str, float]  # the longest operations, by name
+
+    @property
+    def between(self) -> float:
+        """Time without a running operation: Python, launching operations, and on a GPU waiting for the host."""
+        return max(0.0, self.whole - self.products - self.others)
+
+
+def profiled(once: Callable[[], None], device: torch.device) -> Profile:
+    """Profile one call."""
+    on_gpu = device.type == "cuda"
+    os.environ.setdefault("KINETO_LOG_LEVEL", _QUIET)
+    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as seen:
+        if on_gpu:
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        once()
+        if on_gpu:
+            torch.cuda.synchronize(device)
+        whole = time.perf_counter() - start
+    times: dict[str, float] = {}
+    kernels = 0.0
+    for event in seen.key_averages():
+        if event.device_type.name == "CPU":
+            # On a GPU, the kernels that an operation launched.
+            times[event.key] = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6
+        elif not event.is_user_annotation:
+            kernels += event.self_device_time_total / 1e6
+    products = sum(seconds for name, seconds in times.items() if _PRODUCT.search(name))
+    ran = kernels if on_gpu else sum(seconds for name, seconds in times.items() if name.startswith("aten::"))
+    longest = dict(sorted(times.items(), key=lambda one: one[1], reverse=True)[:_MOST])
+    return Profile(whole, products, max(0.0, ran - products), longest)

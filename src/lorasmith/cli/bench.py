@@ -1,4 +1,4 @@
-"""`lorasmith bench`: cost of a training step on this machine, and what limits it."""
+"""`lorasmith bench` and `doctor`: cost of a training step on this machine, and what the machine can do."""
 
 from __future__ import annotations
 
@@ -16,17 +16,20 @@ from lorasmith.cli.flags import (
     folders_of,
     with_flags,
 )
+from lorasmith.core.printable import memory_text
 from lorasmith.training.config import TrainConfig, cost_options
 
 if TYPE_CHECKING:
-    from lorasmith.bench.limits import Measured
+    from lorasmith.bench.benchmark import Measured
     from lorasmith.bench.measure import Counts, Spread
+    from lorasmith.runs.doctor import Checkup
     from lorasmith.training.job import Job
 
 
 def register(app: typer.Typer) -> None:
-    """Add the command."""
+    """Add the commands."""
     app.command("bench", help=bench.__doc__)(with_flags(bench, cost_options(), aliases={"training_dtype": "--dtype"}))
+    app.command("doctor")(doctor)
 
 
 def bench(
@@ -73,14 +76,14 @@ def bench(
         )
     pixels = side * base.components.latent.downscale
     print_result(
-        lambda: _everything(found, job, model, pixels, str(place)), lambda: _print(found, job, pixels, str(place))
+        lambda: _everything(found, job, model, pixels, str(place)), lambda: _print_bench(found, job, pixels, str(place))
     )
 
 
 def _everything(found: Measured, job: Job, model: str, pixels: int, device: str) -> dict[str, Any]:
     import torch
 
-    from lorasmith.bench.limits import limits, shares
+    from lorasmith.bench.benchmark import limits, shares
     from lorasmith.training.storage.fingerprint import environment
 
     return {
@@ -94,17 +97,17 @@ def _everything(found: Measured, job: Job, model: str, pixels: int, device: str)
         "of_floor": found.of_floor,
         "waiting": found.waiting,
         "images_per_hour": found.images_per_hour,
-        "shares": [dataclasses.asdict(one) for one in shares(found)],
+        "shares": [dataclasses.asdict(share) for share in shares(found)],
         "limits": limits(found),
         "notes": job.notes,
     }
 
 
-def _print(found: Measured, job: Job, pixels: int, device: str) -> None:
+def _print_bench(found: Measured, job: Job, pixels: int, device: str) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from lorasmith.bench.limits import limits
+    from lorasmith.bench.benchmark import limits
 
     base, config, counts = job.denoiser.base, job.config, found.counts
     echo(f"{base.title} ({base.family.title}) on {_machine(device)}, products in {config.training_dtype}")
@@ -168,3 +171,38 @@ def _machine(device: str) -> str:
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
     return f"the CPU, {threads} thread{'s' * (threads != 1)}"
+
+
+def doctor(base_dir: BaseDir = None, extra_model_paths: ExtraModelPaths = None) -> None:
+    """Show versions, devices, memory, disks, model folders and optional packages, and what to do about problems.
+
+    The exit status is 1 if something is wrong with machine or installation.
+    """
+    from lorasmith.runs.doctor import check_up
+
+    with console.status("Looking"):
+        found = check_up(folders_of(base_dir, extra_model_paths))
+    print_result(lambda: found, lambda: _print_checkup(found))
+    if any(problem.is_fault for problem in found.problems):
+        raise typer.Exit(1)
+
+
+def _print_checkup(found: Checkup) -> None:
+    heading("Versions", ", ".join(f"{name} {version}" for name, version in found.versions.items()))
+    for device in found.devices:
+        heading("Device  ", f"{device.name}: {device.title}, {memory_text(device.memory_bytes)}")
+        emulated = [name for name in ("bf16", "fp16") if name not in device.products]
+        slow = f" ({' and '.join(emulated)} only emulated, so that fp32 is used instead)" if emulated else ""
+        echo(f"         products in {', '.join(device.products)}{slow}; compiler {device.compiler}")
+    heading("Memory  ", f"{memory_text(found.free_memory_bytes)} of {memory_text(found.memory_bytes)} are free")
+    heading("Models  ", f"in {found.base_dir}: {', '.join(f'{kind} {n}' for kind, n in found.folders.items())}")
+    for folder, free in found.disks.items():
+        heading("Disk    ", f"{memory_text(free)} are free for {folder}")
+    for extra in found.extras:
+        remedy = f'; pip install "lorasmith[{extra.name}]" adds {", ".join(extra.missing)}' if extra.missing else ""
+        heading("Extra   ", f"{extra.name}: {', '.join(extra.present) or 'none of its packages'}{remedy}")
+    for problem in found.problems:
+        kind, colour = ("Problem", "red") if problem.is_fault else ("Note", "yellow")
+        print_note(f"{problem.problem}; {problem.remedy}.", kind=kind, colour=colour)
+    if not found.problems:
+        echo("No problem was found.")

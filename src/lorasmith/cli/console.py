@@ -23,10 +23,10 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import typer
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -45,6 +45,9 @@ from rich.text import Text
 
 from lorasmith.core.errors import CancelledError, GraphError, LorasmithError, OptionError
 from lorasmith.core.printable import printable
+
+if TYPE_CHECKING:
+    from lorasmith.data.findings import Finding
 
 PROGRESS_VARIABLE = "LORASMITH_PROGRESS_SECONDS"
 """Environment variable: seconds between lines about progress where no bar is drawn."""
@@ -299,7 +302,7 @@ def _plain(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | str):
         return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {one.name: _plain(getattr(value, one.name)) for one in dataclasses.fields(value)}
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
         known = (str, int, float, bool, type(None))
         return {key if isinstance(key, known) else str(key): _plain(one) for key, one in value.items()}
@@ -345,6 +348,15 @@ def heading(text: str, then: object = "") -> None:
 def print_note(sentence: str, *, kind: str = "Note", colour: str = "yellow", indent: int = 0) -> None:
     """Print a labelled sentence in one piece, so that no progress bar interferes; `indent` is in blanks."""
     console.print(Text.assemble(" " * indent, (f"{kind}:", colour), f" {printable(sentence)}"), soft_wrap=True)
+
+
+def print_findings(findings: Sequence[Finding], *, most: int | None = None, indent: int = 0) -> None:
+    """Print at most `most` findings, a line each with `indent` blanks in front; they are sorted, the gravest first."""
+    shown = findings if most is None or len(findings) <= most else findings[: most - 1]
+    for finding in shown:
+        print_note(f"{finding.sentence}.", kind="Look at", indent=indent)
+    if more := len(findings) - len(shown):
+        print_note(f"{more} more; lorasmith data check lists them.", kind="Look at", indent=indent)
 
 
 def print_error(sentence: str, *, kind: str) -> None:

@@ -8,8 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from lorasmith.cli.console import console, echo, print_note, print_result, progress_shown, stoppable
-from lorasmith.cli.data_output import print_check, print_mended
+from lorasmith.cli.console import (
+    console,
+    echo,
+    heading,
+    print_findings,
+    print_note,
+    print_result,
+    progress_shown,
+    stoppable,
+)
 from lorasmith.cli.flags import (
     AnyBaseModel,
     BaseDir,
@@ -26,13 +34,16 @@ from lorasmith.core.choices import Fix
 from lorasmith.core.errors import CancelledError, DataError, OptionError
 from lorasmith.core.files import check_writable, is_folder
 from lorasmith.core.options import options_of
-from lorasmith.core.printable import memory_text
+from lorasmith.core.printable import count_text, memory_text
 from lorasmith.data.data_config import DataConfig
 from lorasmith.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from lorasmith.data.encoding_cache import EncoderSummary
+    from lorasmith.data.mended_folder import MendedFolder
+    from lorasmith.data.preflight import Preflight
     from lorasmith.runs.captioning import Captioned, ImagesToCaption
+    from lorasmith.runs.data_check import DataCheck
 
 
 def register(app: typer.Typer) -> None:
@@ -286,3 +297,57 @@ def check(
     print_result(lambda: plain(checked) | ({} if mended is None else {"mended": mended}), show)
     if checked.preflight.findings:
         raise typer.Exit(1)
+
+
+_SIZES = 6
+
+
+def print_check(check: DataCheck) -> None:
+    """Print a checked folder: images, sizes, steps, and what to look at."""
+    from lorasmith.runs.data_check_page import step_lines
+
+    found = check.preflight
+    heading(count_text(len(found.images), "image"), f"in {found.folder}")
+    assumed = ", assumed; --model or --resolution decides" if check.is_size_assumed else ""
+    sides = " and ".join(f"{side}×{side}" for side in found.resolutions)
+    lines = {
+        "Model": check.model or "",
+        "Pictures": f"about {sides} pixels, sides are multiples of {found.multiple}{assumed}",
+        "Sizes": _sizes(found),
+        "Captions": _captions(found),
+        **step_lines(found),
+    }
+    for label, text in lines.items():
+        if text:
+            echo(f"{label:<10}{text}")
+    for note in found.notes:
+        print_note(note)
+    print_findings(found.findings)
+    if not found.findings:
+        echo("Nothing to look at: the images are fit for training.")
+
+
+def print_mended(mended: MendedFolder) -> None:
+    """Print what a mended folder holds, and what was changed."""
+    from lorasmith.data.folder_listing import CHANGES
+
+    captions = f"with {count_text(mended.captions, 'caption')} " if mended.captions else ""
+    heading(count_text(mended.pictures, "picture"), f"{captions}written to {mended.folder}")
+    for change, names in mended.changes.items():
+        more = f" and {len(names) - 8:,} more" if len(names) > 8 else ""
+        echo(f"  {len(names):,} {change}: {', '.join(names[:8])}{more}")
+    if mended.changes:
+        echo(f"  {CHANGES} in it says what was done to each file.")
+
+
+def _sizes(found: Preflight) -> str:
+    shown = [f"{bucket.width}×{bucket.height} × {bucket.images:,}" for bucket in found.buckets[:_SIZES]]
+    more = len(found.buckets) - len(shown)
+    return ", ".join(shown) + (f" and {more:,} more sizes" if more > 0 else "")
+
+
+def _captions(found: Preflight) -> str:
+    lengths = [image.tokens for image in found.images if image.tokens is not None]
+    tokens = f", up to {max(lengths):,} tokens" if lengths else ""
+    trigger = f", trigger {found.trigger!r}" if found.trigger else ""
+    return f"{found.captioned:,} of {len(found.images):,} have their own{trigger}{tokens}"

@@ -205,7 +205,9 @@ Verify = Annotated[
         "each tensor's values is compared.",
     ),
 ]
-LoraFile = Annotated[Path, typer.Argument(help="A LoRA file, or a PEFT or diffusers folder, in any known layout.")]
+LoraFileArgument = Annotated[
+    Path, typer.Argument(help="A LoRA file, or a PEFT or diffusers folder, in any known layout.")
+]
 LoraModel = Annotated[
     str | None,
     typer.Option(
@@ -242,7 +244,7 @@ _GENERAL: dict[str, Any] = {
 def folders_of(base_dir: Path | None, extra_model_paths: Path | None, *, follow_links: bool = False) -> Folders:
     """The folders that flags name. OptionError if the base folder does not exist, or as `Folders.load`."""
     if base_dir is not None and not is_folder(base_dir):
-        what = "is no folder" if base_dir.exists() else "does not exist"
+        what = "is not a folder" if base_dir.exists() else "does not exist"
         raise OptionError(f"--base-dir must be a folder, but {base_dir} {what}; correct the path")
     return Folders.load(base_dir or Path.cwd(), extra_model_paths=extra_model_paths, follow_links=follow_links)
 
@@ -261,7 +263,7 @@ def with_flags(
     `aliases` are additional flags by option name, such as `{"training_dtype": "--dtype"}`.
     """
     own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind is not p.VAR_KEYWORD]
-    flags = [_parameter(one, (aliases or {}).get(name)) for name, one in options.items()]
+    flags = [_parameter(option, (aliases or {}).get(name)) for name, option in options.items()]
 
     def run(**arguments: Any) -> None:
         command(**arguments)

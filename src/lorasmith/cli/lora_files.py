@@ -1,24 +1,31 @@
-"""`lorasmith inspect`, `check` and `convert`: content, faults and layout of a LoRA file."""
+"""`lorasmith inspect`, `check`, `convert`, `merge`, `resize`, `extract` and `diff`: LoRA files."""
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import gc
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorasmith.cli.console import console, echo, heading, print_note, print_result
-from lorasmith.cli.flags import LoraFile, LoraModel
+from lorasmith.cli.console import console, echo, end_with, heading, print_note, print_result, progress_shown
+from lorasmith.cli.flags import LoraFileArgument, LoraModel, split_strength
+from lorasmith.core.errors import LorasmithError, OptionError
+from lorasmith.core.printable import count_text
 
 if TYPE_CHECKING:
     from lorasmith.formats.inspect import FileFault, LoraSummary
     from lorasmith.runs.state_facts import StateFacts
     from lorasmith.toolbox.check import Checked
+    from lorasmith.toolbox.compare import Comparison, Pair
     from lorasmith.toolbox.convert import Converted
+    from lorasmith.toolbox.extract import ExtractReport
+    from lorasmith.toolbox.merge import MergeReport
+    from lorasmith.toolbox.resize import Resized
 
 _MOST_ROWS = 500  # of a table
 _LONGEST = 160  # characters of a metadata value that are shown
@@ -29,9 +36,13 @@ def register(app: typer.Typer) -> None:
     app.command("inspect")(inspect)
     app.command("check")(check)
     app.command("convert")(convert)
+    app.command("merge")(merge)
+    app.command("resize")(resize)
+    app.command("extract")(extract)
+    app.command("diff")(diff)
 
 
-def inspect(file: LoraFile) -> None:
+def inspect(file: LoraFileArgument) -> None:
     """Show the content of a LoRA file: layout, family, algorithm, ranks, norms, metadata, hashes and faults."""
     from lorasmith.formats.inspect import describe
     from lorasmith.runs.state_facts import facts_of_state
@@ -109,7 +120,7 @@ def _counts(counted: Mapping[Any, int]) -> str:
 
 
 def check(
-    file: LoraFile,
+    file: LoraFileArgument,
     model: LoraModel = None,
     fix: Annotated[
         Path | None, typer.Option(metavar="OUTPUT", help="Write a repaired file, as far as faults can be repaired.")
@@ -160,8 +171,13 @@ def _print_finding(finding: FileFault) -> None:
 
 def _plain_checked(checked: Checked) -> dict[str, object]:
     findings = [
-        {"problem": one.problem, "remedy": one.remedy, "is_fault": one.is_error, "can_be_mended": one.mend is not None}
-        for one in checked.findings
+        {
+            "problem": finding.problem,
+            "remedy": finding.remedy,
+            "is_fault": finding.is_error,
+            "can_be_mended": finding.mend is not None,
+        }
+        for finding in checked.findings
     ]
     names = (field.name for field in dataclasses.fields(checked) if field.name not in ("names", "is_model_sure"))
     fields = {name: getattr(checked, name) for name in names}
@@ -169,7 +185,7 @@ def _plain_checked(checked: Checked) -> dict[str, object]:
 
 
 def convert(
-    file: LoraFile,
+    file: LoraFileArgument,
     to: Annotated[
         str,
         typer.Option(
@@ -219,3 +235,289 @@ def _beside(file: Path, layout: str) -> Path:
     name = PORTABLE if layout.casefold() == PORTABLE else LAYOUTS.canonical(layout)
     stem = file.name if file.is_dir() else file.stem
     return file.with_name(f"{stem}-{name}" + ("" if name in LAYOUTS and LAYOUTS[name].in_folder else ".safetensors"))
+
+
+def merge(
+    loras: Annotated[
+        list[str], typer.Argument(metavar="FILE[:STRENGTH]", help="LoRAs in any layout, such as my.safetensors:0.8.")
+    ],
+    output: Annotated[Path, typer.Option(help="The new file, or a folder for --into with a diffusers folder.")],
+    rank: Annotated[
+        int | None, typer.Option(help="Maximum rank, by singular value decomposition. Default: no truncation.")
+    ] = None,
+    into: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Merge the LoRAs into a copy of this model instead.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Model of the LoRAs: for different layouts and, with --rank, for DoRA, OFT and such."),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="fp32, bf16 or fp16. Default: that of the LoRAs, or fp32 if it would round."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at --output.")] = False,
+) -> None:
+    """Merge LoRAs into one, each at its strength, or into a model.
+
+    Without --rank the merged LoRA is the exact sum of its parts: their ranks add up.
+    """
+    from lorasmith.core.placement import dtype_from_name
+
+    parts = [split_strength(text) for text in loras]
+    if into is not None:
+        unused = {"--rank": rank, "--model": model, "--dtype": dtype}
+        if given := [flag for flag, value in unused.items() if value is not None]:
+            raise OptionError(f"--into merges into the model, where {' and '.join(given)} has no effect; leave it out")
+        _into(into, parts, output, overwrite=overwrite)
+        return
+    number_format = None if dtype is None else dtype_from_name(dtype)
+    from lorasmith.toolbox.merge import merge_loras
+    from lorasmith.toolbox.model_files import open_model
+
+    with console.status("Merging"):
+        base = None if model is None else open_model(model)
+        report = merge_loras(parts, output, rank=rank, model=base, dtype=number_format, overwrite=overwrite)
+    print_result(lambda: report, lambda: _print_merged(report))
+
+
+def _print_merged(report: MergeReport) -> None:
+    _warn_left_out(report.left_out)
+    ranks = ", ".join(f"{rank} × {count}" for rank, count in sorted(report.ranks.items(), reverse=True))
+    kept = "exact" if report.energy is None else f"{report.energy:.2%} of the energy of truncated modules"
+    echo(f"{report.modules} modules, rank {ranks or 'none'}: {kept}")
+    echo(report.output)
+
+
+def _warn_left_out(left_out: Mapping[Path, Sequence[str]]) -> None:
+    """Print which tensors of each file were left out."""
+    for path, names in left_out.items():
+        text = f"{len(names)} tensors of {path}, such as {names[0]}, match no module of the model and are left out"
+        print_note(text)
+
+
+def _into(model: str, parts: Sequence[tuple[Path, float]], output: Path, *, overwrite: bool) -> None:
+    from lorasmith.toolbox.merge import fold_into
+    from lorasmith.toolbox.model_files import open_model
+
+    with console.status(f"Merging into {model}"):
+        report = fold_into(open_model(model), parts, output, overwrite=overwrite)
+
+    def show() -> None:
+        _warn_left_out(report.left_out)
+        for name in report.skipped:
+            print_note(f"{name} is not in the new folder, because it holds the same weights without the LoRAs")
+        echo(f"{report.modules} modules changed")
+        echo(report.output)
+
+    print_result(lambda: report, show)
+
+
+def resize(
+    file: Annotated[Path, typer.Argument(help="A LoRA file, in any layout.")],
+    rank: Annotated[int | None, typer.Option(help="Maximum rank.")] = None,
+    energy: Annotated[
+        float | None,
+        typer.Option(help="Share of each module's squared singular values to keep, such as 0.95; ranks then differ."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="The new file. Default: beside FILE, with the size in its name.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Its model, for LoHa and LoKr on convolutions, whose files lack the kernel size."),
+    ] = None,
+    modules: Annotated[bool, typer.Option("--modules", help="List every module instead of blocks.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file at --output.")] = False,
+) -> None:
+    """Reduce the rank of a LoRA, with the best approximation of each module's weight change.
+
+    The scale of each module (alpha / rank) is kept. LoHa, LoKr and full differences become LoRAs.
+    """
+    from lorasmith.toolbox.model_files import open_model
+    from lorasmith.toolbox.resize import resize as run
+
+    size = [f"rank{rank}"] * (rank is not None) + ([] if energy is None else [f"energy{energy:g}"])
+    target = output or file.with_name(f"{file.stem}-{'-'.join(size)}.safetensors")
+    with console.status("Resizing"):
+        names = None if model is None else open_model(model).names
+        report = run(file, target, rank=rank, energy=energy, names=names, overwrite=overwrite)
+
+    def show() -> None:
+        _print_resized(report.modules, one_by_one=modules)
+        for warning in report.warnings:
+            print_note(warning)
+        echo(f"{count_text(len(report.modules), 'module')} kept {report.energy:.2%} of the energy in all")
+        echo(report.output)
+
+    print_result(lambda: {**vars(report), "energy": report.energy}, show)
+
+
+def _print_resized(modules: Iterable[Resized], *, one_by_one: bool) -> None:
+    from rich.table import Table
+
+    from lorasmith.formats.spelling import block_of, component_of
+
+    groups: dict[str, list[Resized]] = {}
+    for module in modules:
+        block = ".".join(part for part in (component_of(module.name), block_of(module.name)) if part)
+        groups.setdefault(module.name if one_by_one else block, []).append(module)
+    table = Table("module" if one_by_one else "block", "rank before", "rank now", "energy kept", box=None)
+    for name, group in groups.items():
+        total = sum(one.total for one in group)
+        energy = sum(one.kept for one in group) / total if total else 1.0
+        before = [one.before for one in group if one.before is not None]
+        table.add_row(name, _range(before), _range([one.after for one in group]), f"{min(energy, 1.0):.2%}")
+    console.print(table)
+
+
+def _range(ranks: list[int]) -> str:
+    """`8`, or `2 to 8`."""
+    if not ranks:
+        return "none"
+    return f"{min(ranks)}" if min(ranks) == max(ranks) else f"{min(ranks)} to {max(ranks)}"
+
+
+def extract(
+    base: Annotated[str, typer.Option(help="The original model: a file or diffusers folder.")],
+    tuned: Annotated[str, typer.Option(help="The trained model, of the same family.")],
+    rank: Annotated[int, typer.Option(help="Rank at most.")] = 32,
+    energy: Annotated[
+        float | None,
+        typer.Option(help="Share of each layer's squared singular values to keep, such as 0.95."),
+    ] = None,
+    differences: Annotated[
+        bool, typer.Option("--differences", help="Include differences of norms and biases; few programs use them.")
+    ] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="The new file. Default: the tuned model's name with the rank, in this folder."),
+    ] = None,
+    layout: Annotated[str, typer.Option(help="Layout of the file: portable, kohya, comfy or diffusers.")] = "portable",
+    dtype: Annotated[str, typer.Option(metavar="NAME", help="Number format of the file: fp32, bf16 or fp16.")] = "fp16",
+    device: Annotated[str, typer.Option(help="Where to compute, such as cuda or cpu.")] = "cpu",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file at --output.")] = False,
+) -> None:
+    """Extract the LoRA of a given rank that best approximates the difference of two models.
+
+    Linear layers and convolutions of the denoiser and the text encoders are compared, one at a time.
+    """
+    from lorasmith.core.placement import dtype_from_name
+    from lorasmith.toolbox.extract import extract as run
+    from lorasmith.toolbox.model_files import open_model
+
+    number_format = dtype_from_name(dtype)
+    with console.status("Reading the models"):
+        models = open_model(base), open_model(tuned)
+    target = output or Path(f"{models[1].path.stem}-rank{rank}.safetensors")
+    with progress_shown("Extracting") as progress:
+        report = run(
+            *models,
+            target,
+            rank=rank,
+            energy=energy,
+            differences=differences,
+            layout=layout,
+            dtype=number_format,
+            device=device,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    print_result(
+        lambda: {**vars(report), "captured": report.captured}, lambda: _print_extracted(report, differences=differences)
+    )
+
+
+def _print_extracted(report: ExtractReport, *, differences: bool) -> None:
+    ranks = report.ranks.values()
+    spread = f"rank {min(ranks)} to {max(ranks)}" if ranks else "no rank"
+    echo(f"{len(ranks)} layers, {spread}; {report.unchanged} layers are the same in both")
+    echo(f"The LoRA has {report.captured:.2%} of the squared difference between the models")
+    if report.left_out:
+        why = "cannot be part of a LoRA" if differences else "are left out; --differences includes norms and biases"
+        echo(f"{report.left_out} other parameters differ and {why}")
+    echo(report.output)
+
+
+_SHOWN = 5  # entries of a list
+_LONGEST_COMPARED = 60  # characters of a metadata value
+
+
+def diff(
+    first: Annotated[Path, typer.Argument(help="A LoRA in any layout, or a model.")],
+    second: Annotated[Path, typer.Argument(help="The LoRA or model to compare with.")],
+    model: Annotated[
+        str | None,
+        typer.Option(help="Model of two LoRAs: for layouts that name modules differently, and for DoRA, OFT and such."),
+    ] = None,
+    tolerance: Annotated[
+        float, typer.Option(min=0, help="Relative distance up to which two changes of a weight count as the same.")
+    ] = 1e-6,
+    weights_only: Annotated[
+        bool, typer.Option("--weights-only", help="Ignore ranks, alphas, algorithms, dtypes and metadata.")
+    ] = False,
+) -> None:
+    """Compare two LoRAs, or two models: their weight changes by module, and their metadata.
+
+    The exit status is 0 if they are the same, 1 if they differ and 2 if they cannot be compared.
+    """
+    from lorasmith.toolbox.compare import compare
+    from lorasmith.toolbox.model_files import open_model
+
+    try:
+        with console.status("Comparing"):
+            found = compare(first, second, model=None if model is None else open_model(model))
+    except LorasmithError as error:
+        end_with(error, 2)
+    same = found.is_same(tolerance=tolerance, weights_only=weights_only)
+    print_result(
+        lambda: {"same": same, **_plain_differences(found)}, lambda: _print_differences(found, first, second, same=same)
+    )
+    raise typer.Exit(0 if same else 1)
+
+
+def _plain_differences(found: Comparison) -> dict[str, Any]:
+    """Infinite distances become null."""
+
+    def numbers(pair: Pair) -> dict[str, Any]:
+        return {"name": pair.name, "distance": pair.distance, "cosine": pair.cosine}
+
+    return {
+        **dataclasses.asdict(found),
+        "pairs": [numbers(pair) for pair in found.pairs],
+        "blocks": [numbers(pair) for pair in found.blocks()],
+        "overall": numbers(found.overall()),
+    }
+
+
+def _print_differences(found: Comparison, first: Path, second: Path, *, same: bool) -> None:
+    from rich.table import Table
+
+    unit = "modules" if found.kind == "LoRA" else "tensors"
+    for path, names in ((first, found.only_first), (second, found.only_second)):
+        if names:
+            echo(f"Only in {path}: {len(names)} {unit}, such as {_some(names)}")
+    counts = collections.Counter(found.settings.values())
+    for (one, other), count in counts.most_common(_SHOWN):
+        example = next(name for name, both in found.settings.items() if both == (one, other))
+        echo(f"{count} {unit}, such as {example}: {one} against {other}")
+    if found.by_tensors:
+        echo(f"{found.by_tensors} modules were compared by their tensors; --model compares their effect")
+    if found.overall().apart:
+        table = Table("block", "distance", "cosine", box=None)
+        for pair in (*found.blocks(), found.overall()):
+            cosine = "none" if pair.cosine is None else f"{pair.cosine:.4f}"
+            table.add_row(pair.name, f"{pair.distance:.3g}", cosine)
+        console.print(table)
+    for key, values in found.metadata.items():
+        one, other = ("(none)" if value is None else _short(value) for value in values)
+        echo(f"Metadata {key}: {one} against {other}")
+    echo(f"{len(found.pairs)} {unit} in both: " + ("the same" if same else "different"))
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN])
+
+
+def _short(value: str) -> str:
+    return value if len(value) <= _LONGEST_COMPARED else f"{value[:_LONGEST_COMPARED]} …"

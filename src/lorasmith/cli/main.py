@@ -13,16 +13,12 @@ import typer
 from lorasmith.cli import (
     bench,
     data,
-    doctor,
     generate,
-    lora_changes,
     lora_files,
     models,
-    plan,
     recorded_runs,
     serve,
     sweep,
-    targets,
     train,
     workflow,
 )
@@ -94,15 +90,11 @@ def _common(
 train.register(app)
 sweep.register(app)
 recorded_runs.register(app)
-targets.register(app)
 models.register(app)
-plan.register(app)
 workflow.register(app)
 generate.register(app)
 lora_files.register(app)
-lora_changes.register(app)
 bench.register(app)
-doctor.register(app)
 serve.register(app)
 data.register(app)
 with_general_flags(app)

@@ -1,25 +1,51 @@
-"""`lorasmith models`: the models in ComfyUI's folders, and the parts that they have."""
+"""`lorasmith models`, `targets` and `plan`: models in ComfyUI's folders, their layers, and the memory of a run."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from lorasmith.cli.console import console, echo, heading, print_result
-from lorasmith.cli.flags import BaseDir, ExtraModelPaths, folders_of
+from lorasmith.adapters.catalogue import ALGORITHMS
+from lorasmith.cli.console import console, echo, heading, print_note, print_result
+from lorasmith.cli.flags import (
+    BaseDir,
+    BaseModel,
+    ExtraModelPaths,
+    TextEncoderFiles,
+    VaeFile,
+    folders_of,
+    with_flags,
+)
+from lorasmith.cli.run_output import found_line
+from lorasmith.core.options import options_of
+from lorasmith.core.printable import memory_text
+from lorasmith.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from lorasmith.runs.known_models import KnownModel
+    from lorasmith.runs.memory_estimate import MemoryEstimate
     from lorasmith.runs.model_list import ListedFile, ListedModel, ModelList
+    from lorasmith.training.targets_summary import TargetGroup, TargetSummary
 
 
 def register(app: typer.Typer) -> None:
-    """Add the command."""
+    """Add the commands."""
+    settings = options_of(TrainConfig)
+    app.command("targets", help=targets.__doc__)(
+        with_flags(targets, {name: setting for name, setting in settings.items() if name in _TARGET_SETTINGS})
+    )
     app.command("models")(models)
+    app.command("plan", help=plan.__doc__)(
+        with_flags(
+            plan,
+            {name: one for name, one in settings.items() if name in _PLAN_SETTINGS},
+            aliases={"training_dtype": "--dtype", "batch_size": "--batch"},
+        )
+    )
 
 
 def models(
@@ -41,7 +67,7 @@ def models(
 
     with console.status("Reading headers"):
         found = list_models(folders_of(base_dir, extra_model_paths))
-    print_result(lambda: _plain(found), lambda: _print(found))
+    print_result(lambda: _plain_models(found), lambda: _print_models(found))
 
 
 def _print_known() -> None:
@@ -49,17 +75,17 @@ def _print_known() -> None:
 
     with console.status("Reading the families"):
         families = known_models()
-    print_result(lambda: [dataclasses.asdict(one) for one in families], lambda: console.print(_table(families)))
+    print_result(lambda: [dataclasses.asdict(family) for family in families], lambda: console.print(_table(families)))
 
 
 def _table(families: list[KnownModel]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for title, width in {"Model": 16, "Weights": 7, "Text encoders": 26, "Autoencoder": 14, "Side": 7}.items():
         table.add_column(title, width=width, overflow="fold")
-    for one in families:
-        encoders = ", ".join(_stem(part.usual_file) for part in one.text_encoders)
-        weights, side = f"{one.parameters / 1e9:.1f} B", f"{one.defaults.resolution} px"
-        table.add_row(one.title, weights, encoders, _stem(one.autoencoder.usual_file), side)
+    for family in families:
+        encoders = ", ".join(_stem(part.usual_file) for part in family.text_encoders)
+        weights, side = f"{family.parameters / 1e9:.1f} B", f"{family.defaults.resolution} px"
+        table.add_row(family.title, weights, encoders, _stem(family.autoencoder.usual_file), side)
     return table
 
 
@@ -67,12 +93,12 @@ def _stem(usual_file: str) -> str:
     return usual_file.replace(".safetensors", "")
 
 
-def _plain(found: ModelList) -> dict[str, object]:
-    whole = [{**dataclasses.asdict(one), "is_whole": one.is_whole} for one in found.models]
+def _plain_models(found: ModelList) -> dict[str, object]:
+    whole = [{**dataclasses.asdict(model), "is_whole": model.is_whole} for model in found.models]
     return {**dataclasses.asdict(found), "models": whole}
 
 
-def _print(found: ModelList) -> None:
+def _print_models(found: ModelList) -> None:
     for family, models in itertools.groupby(found.models, key=lambda one: one.family):
         heading(family)
         for model in models:
@@ -106,3 +132,168 @@ def _and(text: str) -> str:
 
 def _size(size: int) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+
+
+_TARGET_SETTINGS = ("targets", "algorithm", "rank", "alpha", "differences", "dora", "pissa", "tucker", "lora_dtype")
+
+
+def targets(
+    model: BaseModel,
+    base_dir: BaseDir = None,
+    extra_model_paths: ExtraModelPaths = None,
+    **settings: Any,
+) -> None:
+    """Summarise a choice of target layers: kinds of layers, counts, ranks, parameters, size of the file.
+
+    Takes the options of `lorasmith train` that affect it. Only the structure of a single-file checkpoint is read.
+    """
+    from lorasmith.families.loading import load_structure
+    from lorasmith.families.model_search import MODEL_FOLDERS, in_folders
+    from lorasmith.training.targets_summary import summarise_targets
+
+    config = TrainConfig(**settings)
+    with console.status(f"Reading {model}"):
+        base = load_structure(in_folders(model, folders_of(base_dir, extra_model_paths), MODEL_FOLDERS))
+    preview = summarise_targets(base.denoiser, config)
+    print_result(lambda: preview, lambda: _print_targets(preview, config))
+
+
+def _print_targets(preview: TargetSummary, config: TrainConfig) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    rank = ALGORITHMS[config.algorithm].rank_meaning
+    rated = any(group.learning_rate is not None for group in preview.groups)
+    scaled = any(group.alpha is not None for group in preview.groups)
+    columns = ["Layers", "Kind", "Count", rank.capitalize(), "Alpha" * scaled, "Rate" * rated, "Parameters"]
+    for name in filter(None, columns):
+        table.add_column(name, justify="left" if name in ("Layers", "Kind") else "right", no_wrap=True)
+    for group in preview.groups:
+        cells = [group.name, group.layer, str(group.count)]
+        cells += [_ranks(group)] if rank else []
+        cells += [_number(group.alpha)] if scaled else []
+        cells += [_number(group.learning_rate)] if rated else []
+        table.add_row(*cells, f"{group.parameters:,}")
+    echo(f"{config.algorithm} on {preview.targets}")
+    console.print(table)
+    echo(
+        f"{preview.layers} of {preview.targetable} layers, {preview.parameters:,} parameters, "
+        f"a file of about {preview.size_bytes / 2**20:.1f} MiB in {config.lora_dtype}"
+    )
+    for note in preview.notes:
+        print_note(note)
+
+
+def _ranks(group: TargetGroup) -> str:
+    low, high = group.ranks
+    if not high:
+        return ""
+    return str(low) if low == high else f"{low}–{high}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:g}"
+
+
+_PLAN_SETTINGS = (
+    "batch_size", "algorithm", "rank", "targets", "differences", "dora", "tucker", "training_dtype"
+)  # fmt: skip
+"""Options that affect memory and are not proposed by the command itself."""
+
+
+def plan(
+    model: BaseModel,
+    memory: Annotated[float, typer.Option(min=1, help="Memory of the graphics card in GB, as cards are sold.")],
+    text_encoder: TextEncoderFiles = None,
+    vae: VaeFile = None,
+    resolution: Annotated[
+        int | None, typer.Option(help="Side of the square pictures in pixels. Default: the model's own.")
+    ] = None,
+    frames: Annotated[
+        int, typer.Option(min=1, help="Frames of a clip, for models of videos. 1 is for training on pictures.")
+    ] = 1,
+    cards: Annotated[
+        int, typer.Option(min=1, help="Cards of that memory that train together; each may keep a part of the weights.")
+    ] = 1,
+    base_dir: BaseDir = None,
+    extra_model_paths: ExtraModelPaths = None,
+    **settings: Any,
+) -> None:
+    """Estimate the memory of a run, and propose the cheapest settings that fit a card.
+
+    No weights are loaded: shapes suffice. Activations are counted as `--activations auto` does. Settings that change no
+    numbers are proposed first (of several cards, sharding is one), then quantization, then offloading. The exit status
+    is 1 if training or the text encoders do not fit.
+    """
+    from lorasmith.families.locating import ModelFiles
+    from lorasmith.runs.memory_estimate import estimate_memory
+
+    files = ModelFiles(model, tuple(text_encoder or ()), vae)
+    with console.status(f"Estimating {model}"):
+        found = estimate_memory(
+            files,
+            TrainConfig(**settings),
+            card_bytes=int(memory * 2**30),
+            resolution=resolution,
+            frames=frames,
+            cards=cards,
+            folders=folders_of(base_dir, extra_model_paths),
+        )
+    print_result(lambda: _plain_plan(found), lambda: _print_plan(found))
+    if not (found.fits and found.encoders_fit):
+        raise typer.Exit(1)
+
+
+def _plain_plan(found: MemoryEstimate) -> dict[str, Any]:
+    proposal = {**dataclasses.asdict(found.proposal), "settings": found.proposal.settings}
+    return {
+        **dataclasses.asdict(found),
+        "proposal": proposal,
+        "fits": found.fits,
+        "encoders_fit": found.encoders_fit,
+    }
+
+
+def _print_plan(found: MemoryEstimate) -> None:
+    plans = [
+        f"{f'checkpointing at depth {one.checkpoint_depth}' if one.checkpoint_depth else one.activations} "
+        f"{memory_text(one.needed_bytes)}"
+        for one in found.plans
+    ]
+    encoders = [f"{name} {memory_text(size)}" for name, size in found.text_encoders.items()]
+    encoders += [f"{name} is missing (usually {file})" for name, file in found.missing.items()]
+    for label, text in {
+        "Model": f"{found.model} ({found.family})",
+        "Trains": found.trained,
+        "Pictures": f"{found.pixels}×{found.pixels} pixels{f', {found.frames} frames' if found.frames > 1 else ''}, "
+        f"batch {found.batch_size}, products in {found.dtype}",
+        "Weights": _by_kind(found.weights),
+        "Offloaded": _by_kind(found.offloaded),
+        **({"Sharded": _by_kind(found.sharded)} if found.sharded else {}),
+        "Trained": f"{memory_text(found.trained_bytes)} of weights, gradients and optimizer state",
+        "Step": ", ".join(plans),
+        "Before": f"text encoders, which are used before training: {', '.join(encoders)}",
+    }.items():
+        echo(f"{label:<10}{text}")
+        if label == "Model":
+            for part in found.found:
+                echo(f"{'':<10}{found_line(part)}")
+    proposal, card = found.proposal, memory_text(found.card_bytes)
+    flags = " ".join(proposal.flags) or "the defaults"
+    echo()
+    if found.fits:
+        echo(f"Fits {card} with {flags}: about {memory_text(proposal.needed_bytes)}.")
+    else:
+        echo(
+            f"Does not fit {card}: with {flags} it needs about {memory_text(proposal.needed_bytes)}, "
+            f"{memory_text(proposal.short_bytes)} too much; use smaller pictures, a smaller batch or fewer targets."
+        )
+    if not found.encoders_fit:
+        size = memory_text(sum(found.text_encoders.values()))
+        print_note(f"The text encoders need {size} at once, more than {card} has free; give them in fp8 or GGUF.")
+
+
+def _by_kind(sizes: Any) -> str:
+    return ", ".join(
+        f"{'as in the file' if kind == 'none' else kind} {memory_text(size)}" for kind, size in sizes.items()
+    )

@@ -16,12 +16,12 @@ from lorasmith.cli.console import (
     console,
     echo,
     heading,
+    print_findings,
     print_note,
     print_result,
     progress_shown,
     stoppable,
 )
-from lorasmith.cli.data_output import print_findings
 from lorasmith.core.printable import count_text
 from lorasmith.report.loss_plot import recent_loss
 from lorasmith.runs.command_lines import arguments_for, command_line, generate_command, resume_command
@@ -43,12 +43,12 @@ from lorasmith.training.events import (
     CaptionEncoded,
     Event,
     EventHandler,
+    Outcome,
     Previewed,
     RunStarted,
     StepDone,
     Warned,
 )
-from lorasmith.training.outcome import Outcome
 
 if TYPE_CHECKING:
     from lorasmith.families.model_search import FoundPart

@@ -39,7 +39,7 @@ from lorasmith.core.options import options_of
 from lorasmith.data.data_config import DataConfig, ImageSource
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.outcome import Outcome
+from lorasmith.training.events import Outcome
 
 
 def _main(config: type) -> list[str]:

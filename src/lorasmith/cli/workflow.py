@@ -83,9 +83,9 @@ def run(
 def _print_examples() -> None:
     from lorasmith.nodes.example_workflows import EXAMPLE_PREFIX, examples
 
-    for one in examples():
-        needs = f"; needs {', '.join(one.needs)}" if one.needs else ""
-        echo(f"{EXAMPLE_PREFIX + one.name:<24}{one.title}{needs}")
+    for example in examples():
+        needs = f"; needs {', '.join(example.needs)}" if example.needs else ""
+        echo(f"{EXAMPLE_PREFIX + example.name:<24}{example.title}{needs}")
 
 
 class _Narrator:
@@ -207,10 +207,10 @@ def _print_node(node: Node, folders: Folders) -> None:
         members = [one for one in node.inputs if one.optional is optional]
         if members:
             heading(title)
-        for one in members:
-            echo(f"  {one.name}: {', '.join(input_facts(one, _choices(one, folders)))}")
-            if one.tooltip:
-                echo(f"    {one.tooltip}")
+        for member in members:
+            echo(f"  {member.name}: {', '.join(input_facts(member, _choices(member, folders)))}")
+            if member.tooltip:
+                echo(f"    {member.tooltip}")
     if node.outputs:
         heading("Outputs")
     for number, output in enumerate(node.outputs):

@@ -35,7 +35,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means that a device or the machine is out of memory."""
     text = str(error).lower()  # matched by text, as torch's class would require importing torch
     phrases = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(one in text for one in phrases))
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(phrase in text for phrase in phrases)
+    )
 
 
 def memory_missed(error: BaseException) -> str:

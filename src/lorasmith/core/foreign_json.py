@@ -61,7 +61,11 @@ def _refuse_depth(value: Any) -> None:
         containers = [one for one in level if isinstance(one, (dict, list))]
         if not containers:
             return
-        level = [inner for one in containers for inner in (one.values() if isinstance(one, dict) else one)]
+        level = [
+            inner
+            for container in containers
+            for inner in (container.values() if isinstance(container, dict) else container)
+        ]
     raise ValueError(_TOO_DEEP)
 
 

@@ -105,7 +105,7 @@ def _number(environment: Mapping[str, str], name: str, *, default: str | None = 
 
 def _slurm_port(environment: Mapping[str, str]) -> int:
     numbers = (environment.get(name, "") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
-    return _SLURM_PORTS[sum(int(one) for one in numbers if one.isdecimal()) % len(_SLURM_PORTS)]
+    return _SLURM_PORTS[sum(int(number) for number in numbers if number.isdecimal()) % len(_SLURM_PORTS)]
 
 
 def _first_host(nodes: str) -> str:

@@ -9,12 +9,15 @@ option is a field of a frozen dataclass:
 
         def __post_init__(self) -> None:
             check_options(self)
+
+It may inherit options from other such classes; `SHARED` of a class has details that all options declared there share.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import re
 import sys
 import types
@@ -105,9 +108,15 @@ def options_of(config: type) -> Mapping[str, Option]:
 @functools.cache
 def _options_of(config: type) -> Mapping[str, Option]:
     hints = typing.get_type_hints(config)
+    shared: dict[str, Mapping[str, Any]] = {}  # by option, of the class that declares it
+    for declaring in reversed(config.__mro__):
+        for name in inspect.get_annotations(declaring):
+            shared.setdefault(name, vars(declaring).get("SHARED", {}))
     return types.MappingProxyType(
         {
-            field.name: _declared(field.name, hints[field.name], field.default, field.metadata["option"])
+            field.name: _declared(
+                field.name, hints[field.name], field.default, {**shared[field.name], **field.metadata["option"]}
+            )
             for field in dataclasses.fields(config)
             if "option" in field.metadata
         }

@@ -44,6 +44,12 @@ def sentence(text: object, *, limit: int = MAX_SENTENCE) -> str:
     return f"{start.rpartition(' ')[0] or start} … {end.partition(' ')[2] or end}"
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of another package's error without its full stop, the name of its class if it has no text."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".:") if lines else type(error).__name__
+
+
 # C0 and C1, soft hyphen, marks of direction and of order, line and paragraph separators, invisible operators, halves of
 # surrogate pairs (names that are not UTF-8), annotations and tags.
 _HIDDEN = re.compile(

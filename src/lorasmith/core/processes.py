@@ -86,11 +86,11 @@ class Processes:
         """The error to raise if a collective operation failed because another process has ended."""
         if reported := self.reported:
             return _OtherEndedError(
-                f"all processes of a run must go on together, but another one has ended ({reported}); the same command "
+                f"all processes of a run must continue together, but another has ended ({reported}); the same command "
                 "continues the run"
             )
         return _OtherEndedError(
-            "all processes of a run must go on together, but another one was killed, or cannot be reached "
+            "all processes of a run must continue together, but another one was killed, or cannot be reached "
             f"({_reason(error)}); unless the launcher starts them again, the same command continues the run"
         )
 

@@ -5,7 +5,7 @@
     lorasmith.*  what continuing and reproducing a run need
     prompt, workflow   the ComfyUI graph that made the file
 
-All values are text. `training.storage.lora_metadata` makes the entries of a run; hashes over the content are added when
+All values are text. `training.results` makes the entries of a run; hashes over the content are added when
 the file is written (`save_lora`). Hashes are
 
     AutoV1    first 8 hex digits of the SHA-256 of bytes 0x100000 to 0x110000   (A1111, older)

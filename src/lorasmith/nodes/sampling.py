@@ -21,8 +21,7 @@ from lorasmith.families.base import Conditioning, Diffusion, LatentFormat
 from lorasmith.families.model import Denoiser
 from lorasmith.nodes.values import Latent, check_latents, with_frames
 from lorasmith.sampling.sample import SamplingCancelledError, prepare_noise, sample_latents
-from lorasmith.sampling.samplers import SAMPLERS
-from lorasmith.sampling.sigmas import SIGMA_SCHEDULES, flux2_sigmas, sigmas_for
+from lorasmith.sampling.samplers import SAMPLERS, SIGMA_SCHEDULES, flux2_sigmas, sigmas_for
 from lorasmith.workflow import NodeContext, Output, node, socket
 
 # fmt: off

@@ -34,11 +34,10 @@ from lorasmith.runs.model_run import run_folder, train_job
 from lorasmith.runs.run_previews import PreviewFrames
 from lorasmith.runs.view import RunView, note_of
 from lorasmith.training.config import NONE_LORA, TrainConfig, lora_settings, settings_from_file, unused_settings
-from lorasmith.training.events import Event, EventHandler, Previewed, RunStarted, StepDone, Validated, encoded
+from lorasmith.training.events import Event, EventHandler, Outcome, Previewed, RunStarted, StepDone, Validated, encoded
 from lorasmith.training.job import plan_job
 from lorasmith.training.lora_handle import Lora
-from lorasmith.training.notes import OtherProgram, Remark
-from lorasmith.training.outcome import Outcome
+from lorasmith.training.notes import OtherProgram, ReportNote
 from lorasmith.training.results import TrainResult
 from lorasmith.training.train import RunOptions
 from lorasmith.workflow import Input, NodeContext, Output, node, socket
@@ -181,7 +180,7 @@ def train_lora(
         )
     job = plan_job(denoiser, config)
     # A graph's LoRA is for ComfyUI; the report and `lorasmith inspect` have what other programs make of it.
-    job = replace(job, notes=tuple(Remark(one) if isinstance(one, OtherProgram) else one for one in job.notes))
+    job = replace(job, notes=tuple(ReportNote(one) if isinstance(one, OtherProgram) else one for one in job.notes))
     options = RunOptions(
         output=run_folder(context.folders.output / "runs", _TITLE, fresh=fresh, numbering="_{:05}"),
         title=_TITLE,

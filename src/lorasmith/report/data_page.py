@@ -17,7 +17,7 @@ _FIGURE = 40  # pixels of the longer side of a size, drawn
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shot:
+class PictureCard:
     """A picture with remarks."""
 
     name: str
@@ -38,7 +38,7 @@ class Trouble:
     title: str  # in a few words
     problem: str  # in a sentence, as is `remedy`
     remedy: str
-    groups: Sequence[Sequence[Shot]] = ()  # pictures that resemble each other are a group
+    groups: Sequence[Sequence[PictureCard]] = ()  # pictures that resemble each other are a group
     is_grouped: bool = False  # whether the groups are set apart from each other
     more: int = 0  # number of pictures that are not shown
     files: Sequence[tuple[str, str]] = ()  # name and reason of files without a picture
@@ -70,7 +70,7 @@ class DataReport:
     sizes_are: str = ""  # how sizes are chosen, in a sentence
     steps: Mapping[str, str] = field(default_factory=dict)  # arithmetic of the number of steps
     captions: Mapping[str, str] = field(default_factory=dict)
-    others: Sequence[Shot] = ()  # pictures without problems
+    others: Sequence[PictureCard] = ()  # pictures without problems
     others_more: int = 0  # number of these that are not shown
     notes: Sequence[str] = ()  # one sentence each
 
@@ -80,7 +80,7 @@ def data_page(report: DataReport) -> str:
     return document(
         f"{report.title} · data check",
         _header(report),
-        [_trouble(number, one) for number, one in enumerate(report.troubles, start=1)],
+        [_trouble(number, trouble) for number, trouble in enumerate(report.troubles, start=1)],
         section("Next", [command(line, what) for what, line in report.commands.items()]),
         section("Steps", definitions(report.steps)),
         section("Sizes", *_sizes(report)),
@@ -94,10 +94,10 @@ def _header(report: DataReport) -> Html:
     contents = [
         tag(
             "li",
-            tag("a", one.title, href=f"#look-{number}"),
-            tag("span", f" · {_sentence(one.problem)}.", class_="faint"),
+            tag("a", trouble.title, href=f"#look-{number}"),
+            tag("span", f" · {_sentence(trouble.problem)}.", class_="faint"),
         )
-        for number, one in enumerate(report.troubles, start=1)
+        for number, trouble in enumerate(report.troubles, start=1)
     ]
     return tag(
         "header",
@@ -123,12 +123,12 @@ def _trouble(number: int, trouble: Trouble) -> Html:
     )
 
 
-def _gallery(shots: Sequence[Shot]) -> Html:
-    return tag("div", [_shot(one) for one in shots], class_="shots")
+def _gallery(shots: Sequence[PictureCard]) -> Html:
+    return tag("div", [_shot(shot) for shot in shots], class_="shots")
 
 
-def _shot(shot: Shot) -> Html:
-    said = shot.caption if shot.caption else tag("i", "no caption")
+def _shot(shot: PictureCard) -> Html:
+    caption = shot.caption if shot.caption else tag("i", "no caption")
     marks = [tag("li", mark) for mark in shot.marks]
     marks += [tag("li", "the one to keep", class_="kept")] if shot.is_kept else []
     return tag(
@@ -143,14 +143,14 @@ def _shot(shot: Shot) -> Html:
             "figcaption",
             tag("b", shot.name),
             tag("span", shot.about, class_="about"),
-            tag("span", said, class_="said"),
+            tag("span", caption, class_="said"),
             [tag("span", remark, class_="odd") for remark in shot.remarks],
         ),
         class_="shot",
     )
 
 
-def _framed(shot: Shot) -> Html:
+def _framed(shot: PictureCard) -> Html:
     if shot.picture is None:
         return tag("span", "no picture", class_="missing")
     uri, width, height = shot.picture

@@ -35,7 +35,7 @@ class Clip:
         return self.frames[0].size
 
 
-Shot = Image.Image | Clip  # a sample of a prompt
+PictureOrClip = Image.Image | Clip  # a sample of a prompt
 
 
 def animation(

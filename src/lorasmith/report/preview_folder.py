@@ -25,7 +25,7 @@ from lorasmith.core.files import atomic_path, open_regular, write_atomic
 from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.core.printable import count_text
 from lorasmith.report.contact_sheet import contact_sheet
-from lorasmith.report.pictures import UNREADABLE, Clip, Shot, animation, parameters_entry, thinned
+from lorasmith.report.pictures import UNREADABLE, Clip, PictureOrClip, animation, parameters_entry, thinned
 
 _ENTRY = "lorasmith.preview"  # not `prompt`, which ComfyUI reads as a graph
 _TAG = int(ExifTags.Base.ImageDescription)  # the same in the EXIF data of clips
@@ -47,15 +47,17 @@ class PreviewFolder:
         self._title = title
         self._sampling = dict(sampling)
 
-    def write_base(self, pictures: Sequence[Shot]) -> tuple[Path, ...]:
+    def write_base(self, pictures: Sequence[PictureOrClip]) -> tuple[Path, ...]:
         """Write the pictures without the LoRA, one per prompt. Raises OutputError, like all methods that write."""
         return self._write("base", pictures, {"Strength": 0.0})
 
-    def write_step(self, pictures: Sequence[Shot], step: int, lora: str) -> tuple[Path, ...]:
+    def write_step(self, pictures: Sequence[PictureOrClip], step: int, lora: str) -> tuple[Path, ...]:
         """Write the pictures with the LoRA of a step; `lora` is its file name."""
         return self._write(f"step-{step:06}", pictures, {"LoRA": lora, "Step": step, "Strength": 1.0})
 
-    def write_strength(self, pictures: Sequence[Shot], strength: float, step: int, lora: str) -> tuple[Path, ...]:
+    def write_strength(
+        self, pictures: Sequence[PictureOrClip], strength: float, step: int, lora: str
+    ) -> tuple[Path, ...]:
         return self._write(f"strength-{strength:g}", pictures, {"LoRA": lora, "Step": step, "Strength": strength})
 
     def write_steps_sheet(self) -> Path:
@@ -70,7 +72,7 @@ class PreviewFolder:
         rows = {"base": "base"} | {f"strength-{strength:g}": f"strength {strength:g}" for strength in strengths}
         return self._write_sheet("strengths.png", rows, f"{self._title} after {count_text(step, 'step')}")
 
-    def _write(self, stem: str, pictures: Sequence[Shot], made_with: Mapping[str, Any]) -> tuple[Path, ...]:
+    def _write(self, stem: str, pictures: Sequence[PictureOrClip], made_with: Mapping[str, Any]) -> tuple[Path, ...]:
         paths = []
         for number, (picture, prompt) in enumerate(zip(pictures, self.prompts, strict=True), start=1):
             facts = {**self._sampling, **made_with}

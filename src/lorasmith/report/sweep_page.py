@@ -79,7 +79,7 @@ def sweep_report(report: SweepReport) -> str:
 def _ranking(report: SweepReport) -> list[Html]:
     if not report.ranked:
         return []
-    says = (
+    explained = (
         "By the lowest loss of the held-out images, which are the same for all runs and judged with the same noise."
         if report.comparable
         else "By the change against the base model: the runs were judged by different held-out images, captions or "
@@ -99,7 +99,7 @@ def _ranking(report: SweepReport) -> list[Html]:
     ]
     columns = ("Run", *report.varied, "Held-out loss", "Against the base", "Best step", "Time", "LoRA")
     first = 1 + len(report.varied)
-    return [tag("p", says), table(columns, rows, label="Runs, the best first", numbers=range(first, first + 4))]
+    return [tag("p", explained), table(columns, rows, label="Runs, the best first", numbers=range(first, first + 4))]
 
 
 def _curves(ranked: Sequence[RankedRun]) -> list[Html]:
@@ -110,9 +110,9 @@ def _curves(ranked: Sequence[RankedRun]) -> list[Html]:
     ]
     if not curves:
         return []
-    says = "Against the base model: below 0 is better than without a LoRA, and a curve that rises is overfitting."
+    explained = "Against the base model: below 0 is better than without a LoRA, and a curve that rises is overfitting."
     label = f"Held-out loss over the steps of {len(curves):,} runs, relative to the base model"
-    return [tag("p", says), comparison_figure(curves, label=label)]
+    return [tag("p", explained), comparison_figure(curves, label=label)]
 
 
 def _pictures(report: SweepReport) -> list[Html]:
@@ -124,11 +124,11 @@ def _apart(runs: Sequence[ApartRun]) -> Html | None:
     if not runs:
         return None
     rows = [
-        (one.name, tag("span", one.state, class_=_MOODS.get(one.state)), f"{one.steps:,}", one.error or _said(one))
-        for one in runs
+        (run.name, tag("span", run.state, class_=_MOODS.get(run.state)), f"{run.steps:,}", run.error or _why_apart(run))
+        for run in runs
     ]
     return table(("Run", "State", "Steps", "Error"), rows, label="Runs that are not ranked", wordy=True)
 
 
-def _said(run: ApartRun) -> str:
+def _why_apart(run: ApartRun) -> str:
     return "no held-out loss was measured" if run.state == "complete" else ""

@@ -23,7 +23,7 @@ from lorasmith.data.encoding_cache import default_cache, key_of
 from lorasmith.data.folder import FolderScan, scan_sources
 from lorasmith.families.model import Model
 from lorasmith.runs.run_plan import ClassImageDrawn
-from lorasmith.sampling.generate import Sampling, pictures
+from lorasmith.sampling.generate import Sampling, clips
 from lorasmith.sampling.sample import SamplingCancelledError
 from lorasmith.training.events import EventHandler
 
@@ -86,7 +86,7 @@ def _drawn(
         for done, index in enumerate(missing, start=1):
             which = index % len(prompts)
             try:
-                (picture,) = pictures(
+                (clip,) = clips(
                     denoiser,
                     [encoded[which]],
                     away,
@@ -99,7 +99,7 @@ def _drawn(
             path = _picture(folder, index)
             write_atomic(path.with_suffix(".txt"), prompts[which])  # first: an existing picture counts as complete
             with atomic_path(path) as temporary:
-                picture.save(temporary, format="png")
+                clip.frames[0].save(temporary, format="png")
             on_event(ClassImageDrawn(done=done, total=len(missing)))
     return folder
 

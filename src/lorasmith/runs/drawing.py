@@ -17,7 +17,7 @@ from lorasmith.families.base import Expert
 from lorasmith.families.locating import ModelFiles
 from lorasmith.families.model import Denoiser, Model, TextEncoder
 from lorasmith.families.model_search import FoundPart, load_completed
-from lorasmith.report.pictures import Clip, Shot, animation, parameters_entry
+from lorasmith.report.pictures import Clip, PictureOrClip, animation, parameters_entry
 from lorasmith.sampling.generate import Experts
 from lorasmith.training.lora_handle import Lora
 
@@ -110,7 +110,9 @@ def _with_loras(
     return denoiser, encoder, notes
 
 
-def save_pictures(images: Sequence[Shot], prompts: Sequence[str], folder: Path, *, made_with: str) -> list[Path]:
+def save_pictures(
+    images: Sequence[PictureOrClip], prompts: Sequence[str], folder: Path, *, made_with: str
+) -> list[Path]:
     """Write numbered PNG files with their parameters, and clips as animated WebP files; none is overwritten.
 
     `made_with` is the `parameters` entry below the prompt, in A1111's format.

@@ -28,13 +28,11 @@ from lorasmith.runs.model_run import new_run_folder
 from lorasmith.runs.spec import RunSpec
 from lorasmith.sampling.generate import Experts
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.events import EventHandler, Warned
+from lorasmith.training.events import EventHandler, Outcome, Warned
 from lorasmith.training.lora_handle import Lora
-from lorasmith.training.outcome import Outcome
 from lorasmith.training.results import TrainResult
 from lorasmith.training.storage.fingerprint import Fingerprint, differences
-from lorasmith.training.storage.output_folder import output_folder
-from lorasmith.training.storage.run_folder import RunFolder, numbered_runs
+from lorasmith.training.storage.run_folder import RunFolder, numbered_runs, output_folder
 
 
 class _CompleteError(LorasmithError):

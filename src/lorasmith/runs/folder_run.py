@@ -42,9 +42,8 @@ from lorasmith.training.job import Job, plan_job
 from lorasmith.training.joint import EngineMaker
 from lorasmith.training.results import TrainResult
 from lorasmith.training.storage.fingerprint import Fingerprint
-from lorasmith.training.storage.output_folder import output_folder
 from lorasmith.training.storage.records import check_title
-from lorasmith.training.storage.run_folder import RunFolder, check_room
+from lorasmith.training.storage.run_folder import RunFolder, check_room, output_folder
 from lorasmith.training.train import RunOptions, run_bytes
 
 _SHOWN = ("trigger", "resolution", "more_resolutions", "bucket_step")

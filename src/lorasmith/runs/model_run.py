@@ -34,9 +34,8 @@ from lorasmith.training.job import Job, plan_job
 from lorasmith.training.joint import EngineMaker, StopOfAll, check_captions, train_jointly
 from lorasmith.training.results import TrainResult
 from lorasmith.training.storage.fingerprint import Fingerprint
-from lorasmith.training.storage.history import RECORD
-from lorasmith.training.storage.output_folder import output_folder
-from lorasmith.training.storage.run_folder import numbered_runs, unfinished_run
+from lorasmith.training.storage.records import RECORD
+from lorasmith.training.storage.run_folder import numbered_runs, output_folder, unfinished_run
 from lorasmith.training.train import RunOptions, run_job
 from lorasmith.training.watchers import Draw
 

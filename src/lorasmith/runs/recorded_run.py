@@ -26,8 +26,7 @@ from lorasmith.families.locating import built_in_models
 from lorasmith.runs.command_lines import arguments_for
 from lorasmith.runs.spec import RunSpec, absolute
 from lorasmith.training.optim.update_rules import OPTIMIZERS
-from lorasmith.training.storage.history import read_record
-from lorasmith.training.storage.records import RunRecord
+from lorasmith.training.storage.records import RunRecord, read_record
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,7 @@ from lorasmith.runs.folder_run import RUNS, PreparedRun, prepare
 from lorasmith.runs.recorded_run import Rights, repeated
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import EventHandler, Warned
-from lorasmith.training.storage.history import RECORD
-from lorasmith.training.storage.records import RunRecord
+from lorasmith.training.storage.records import RECORD, RunRecord
 from lorasmith.training.storage.run_folder import RunFolder
 
 

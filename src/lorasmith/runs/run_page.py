@@ -28,6 +28,7 @@ from lorasmith.runs.run_images import images_in, left_out_in, thumbnail_of
 from lorasmith.runs.spec import RunSpec
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import (
+    Outcome,
     Planned,
     Previewed,
     Resumed,
@@ -39,10 +40,8 @@ from lorasmith.training.events import (
     Validated,
     Warned,
 )
-from lorasmith.training.outcome import Outcome
-from lorasmith.training.storage.history import RunHistory, read_history
-from lorasmith.training.storage.ledger import ImageRecord, Ledger, QuantileCurve
-from lorasmith.training.storage.records import RunRecord
+from lorasmith.training.storage.ledger import ImageLevels, Ledger, QuantileCurve
+from lorasmith.training.storage.records import RunHistory, RunRecord, read_history
 
 _ENDS: dict[Outcome | None, tuple[str, str]] = {  # status and its colour
     Outcome.FINISHED: ("Finished", "good"),
@@ -263,7 +262,7 @@ def validations_of(history: RunHistory) -> list[Validated]:
     return [latest[step] for step in sorted(latest)]
 
 
-def _ledger(history: RunHistory) -> tuple[QuantileCurve | None, list[ImageRecord]]:
+def _ledger(history: RunHistory) -> tuple[QuantileCurve | None, list[ImageLevels]]:
     """Loss by noise level, and records by image; None and empty if the log has no draws."""
     names = [one.name for one in history.record.samples]
     curve, images = Ledger(names, bins=_QUANTILES), Ledger(names)

@@ -19,7 +19,7 @@ from lorasmith.core.errors import LorasmithError
 from lorasmith.core.placement import best_device, chosen_dtype
 from lorasmith.families.model import Denoiser, Model
 from lorasmith.report.contact_sheet import contact_sheet
-from lorasmith.report.pictures import Shot
+from lorasmith.report.pictures import PictureOrClip
 from lorasmith.report.preview_folder import PreviewFolder
 from lorasmith.runs.lora_picture import give_picture
 from lorasmith.runs.preview_budget import PreviewProgram
@@ -160,11 +160,11 @@ class RunPreviews:
                 yield self._previewed(step, paths, strength)
         files.write_strengths_sheet(self._strengths, step)
 
-    def _counted(self, rows: int) -> Callable[..., Sequence[Shot]]:
+    def _counted(self, rows: int) -> Callable[..., Sequence[PictureOrClip]]:
         """`Previewer.draw`, with an event before each row of pictures."""
         row, each = count(), len(self._previewer.prompts)
 
-        def draw(lora: Path | None, strength: float = 1.0) -> Sequence[Shot]:
+        def draw(lora: Path | None, strength: float = 1.0) -> Sequence[PictureOrClip]:
             self._on_event(Drawing(done=each * next(row), total=each * rows))
             return self._previewer.draw(lora, strength)
 

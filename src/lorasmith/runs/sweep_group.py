@@ -46,9 +46,8 @@ from lorasmith.runs.sweep_run import (
     train_command,
 )
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.events import Event, StepDone
+from lorasmith.training.events import Event, Outcome, StepDone
 from lorasmith.training.joint import SHARED_SETTINGS, EngineMaker, StopOfAll, check_captions, train_jointly
-from lorasmith.training.outcome import Outcome
 from lorasmith.training.results import TrainResult
 
 _COMMAND = (sys.executable, "-P", "-m", "lorasmith.runs.sweep_group")  # -P: not from the current folder

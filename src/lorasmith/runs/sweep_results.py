@@ -33,8 +33,8 @@ from lorasmith.runs.run_page import (
 from lorasmith.runs.spec import SETTING_PATHS, SETTINGS, RunSpec
 from lorasmith.runs.sweep_file import Sweep, SweepRun
 from lorasmith.runs.sweep_run import end_of
-from lorasmith.training.outcome import Outcome
-from lorasmith.training.storage.history import RunHistory, read_history
+from lorasmith.training.events import Outcome
+from lorasmith.training.storage.records import RunHistory, read_history
 from lorasmith.training.storage.run_folder import RunFolder
 
 RunState = Literal["complete", "failed", "stopped", "running", "waiting"]

@@ -11,6 +11,7 @@ from lorasmith.training.events import (
     CaptionsPlanned,
     Drawing,
     Event,
+    Outcome,
     Planned,
     Resumed,
     RolledBack,
@@ -21,7 +22,6 @@ from lorasmith.training.events import (
     Validated,
     Warned,
 )
-from lorasmith.training.outcome import Outcome
 
 _TIMED_STEPS = 30  # steps whose times are averaged for the speed
 

@@ -14,9 +14,9 @@ from lorasmith.core.errors import OptionError
 from lorasmith.core.placement import best_device
 from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Denoiser, Model, TextEncoder
-from lorasmith.report.pictures import Clip, Shot
+from lorasmith.report.pictures import Clip
 from lorasmith.sampling.sample import prepare_noise, sample_latents
-from lorasmith.sampling.sigmas import sigmas_for
+from lorasmith.sampling.samplers import sigmas_for
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,8 @@ def generate(
         height=height,
         dtype=dtype,
     )
-    return pictures(denoiser, positives, away, sampling, device=device, progress=progress, cancelled=cancelled)
+    drawn = clips(denoiser, positives, away, sampling, device=device, progress=progress, cancelled=cancelled)
+    return [clip.frames[0] for clip in drawn]
 
 
 def generate_clips(
@@ -118,10 +119,10 @@ def generate_clips(
     """
     denoiser = model.denoiser if isinstance(model, Model) else model
     positives, away = _encoded(denoiser, prompts, negative, text_encoder, device)
-    return _clips(denoiser, positives, away, sampling, device=device, progress=progress, cancelled=cancelled)
+    return clips(denoiser, positives, away, sampling, device=device, progress=progress, cancelled=cancelled)
 
 
-def shots(
+def clips(
     denoiser: Denoiser | Experts,
     positives: Sequence[Conditioning],
     negative: Conditioning,
@@ -130,55 +131,11 @@ def shots(
     device: torch.device | None = None,
     progress: Callable[[int, int], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
-) -> Sequence[Shot]:
-    """Generate one picture per encoded prompt, or one clip if `sampling` has several frames; see `pictures`."""
-    if sampling.frames == 1:
-        return pictures(denoiser, positives, negative, sampling, device=device, progress=progress, cancelled=cancelled)
-    return _clips(denoiser, positives, negative, sampling, device=device, progress=progress, cancelled=cancelled)
-
-
-def pictures(
-    denoiser: Denoiser | Experts,
-    positives: Sequence[Conditioning],
-    negative: Conditioning,
-    sampling: Sampling,
-    *,
-    device: torch.device | None = None,
-    progress: Callable[[int, int], None] | None = None,
-    cancelled: Callable[[], bool] | None = None,
-) -> list[Image.Image]:
-    """Generate one picture per encoded prompt, with LoRAs as applied to `denoiser`.
-
-    Arguments and errors are as for `generate`.
-    """
-    clips = _clips(denoiser, positives, negative, sampling, device=device, progress=progress, cancelled=cancelled)
-    return [clip.frames[0] for clip in clips]
-
-
-def _encoded(
-    denoiser: Denoiser | Experts,
-    prompts: str | Sequence[str],
-    negative: str,
-    text_encoder: TextEncoder | None,
-    device: torch.device | None,
-) -> tuple[list[Conditioning], Conditioning]:
-    encoder = text_encoder or denoiser.base.text_encoder
-    with encoder.active(device):
-        positives = [encoder.encode(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
-        return positives, encoder.encode(negative)
-
-
-def _clips(
-    denoiser: Denoiser | Experts,
-    positives: Sequence[Conditioning],
-    negative: Conditioning,
-    sampling: Sampling,
-    *,
-    device: torch.device | None,
-    progress: Callable[[int, int], None] | None,
-    cancelled: Callable[[], bool] | None,
 ) -> list[Clip]:
-    """One clip per encoded prompt; pictures are clips of one frame."""
+    """Generate one clip per encoded prompt, with LoRAs as applied to `denoiser`; pictures are clips of one frame.
+
+    Arguments and errors are as for `generate_clips`.
+    """
     base, device = denoiser.base, device or best_device()
     first = denoiser.noisy if isinstance(denoiser, Experts) else denoiser
     first.check_conditionings([*positives, negative])
@@ -211,9 +168,22 @@ def _clips(
                 done += len(some) - 1
         noise = torch.zeros(shape)  # what the first part leaves is noisy still
     with base.autoencoder.active(device):
-        decoded = [base.autoencoder.decode_frames(components.latent.from_model(one)) for one in latents]
+        decoded = [base.autoencoder.decode_frames(components.latent.from_model(latent)) for latent in latents]
     rate = sampling.frame_rate or base.defaults.frame_rate
     return [Clip(tuple(to_images(pixels[0].movedim(1, 0))), rate) for pixels in decoded]
+
+
+def _encoded(
+    denoiser: Denoiser | Experts,
+    prompts: str | Sequence[str],
+    negative: str,
+    text_encoder: TextEncoder | None,
+    device: torch.device | None,
+) -> tuple[list[Conditioning], Conditioning]:
+    encoder = text_encoder or denoiser.base.text_encoder
+    with encoder.active(device):
+        positives = [encoder.encode(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
+        return positives, encoder.encode(negative)
 
 
 def to_images(pixels: Tensor) -> list[Image.Image]:

@@ -17,8 +17,8 @@ import torch
 from lorasmith.core.errors import OptionError
 from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Denoiser, TextEncoder
-from lorasmith.report.pictures import Shot
-from lorasmith.sampling.generate import Experts, Sampling, shots
+from lorasmith.report.pictures import PictureOrClip
+from lorasmith.sampling.generate import Experts, Sampling, clips
 
 Partner = Callable[[Denoiser, float], Experts]
 """From one of two experts, and the strength of the LoRA on it, to both; called for each row of pictures."""
@@ -55,9 +55,9 @@ class Previewer:
         self._denoiser, self._load, self._partner = denoiser, load, partner
         self._device, self._cancelled = device, cancelled
         self._encoded = _encoded(self.prompts, (0.0, *strengths), encoder or _always(base.text_encoder), device)
-        self._base: Sequence[Shot] | None = None
+        self._base: Sequence[PictureOrClip] | None = None
 
-    def draw(self, lora: Path | None, strength: float = 1.0) -> Sequence[Shot]:
+    def draw(self, lora: Path | None, strength: float = 1.0) -> Sequence[PictureOrClip]:
         """Draw a picture or a clip of each prompt, without side effects on the model or the global random state.
 
         Without a file or at strength 0 it is the model without the LoRA, drawn only once. Raises LorasmithError if the
@@ -69,10 +69,11 @@ class Previewer:
             return self._base
         return self._drawn(self._load(lora, strength), strength)
 
-    def _drawn(self, denoiser: Denoiser, strength: float) -> Sequence[Shot]:
+    def _drawn(self, denoiser: Denoiser, strength: float) -> Sequence[PictureOrClip]:
         positives, negative = self._encoded[strength]
         drawing = denoiser if self._partner is None else self._partner(denoiser, strength)
-        return shots(drawing, positives, negative, self.sampling, device=self._device, cancelled=self._cancelled)
+        drawn = clips(drawing, positives, negative, self.sampling, device=self._device, cancelled=self._cancelled)
+        return [clip.frames[0] for clip in drawn] if self.sampling.frames == 1 else drawn
 
 
 def parse_prompts(text: str | None) -> tuple[str, ...]:

@@ -44,14 +44,13 @@ from lorasmith.server.child_process import BlockingChannel
 from lorasmith.server.job_reporter import JobReporter, event_json, graph_end, history_message
 from lorasmith.server.jobs import measurement_subject
 from lorasmith.server.server_config import folders_of_child
-from lorasmith.training.events import Event, Validated
+from lorasmith.training.events import Event, Outcome, Validated
 from lorasmith.training.job import plan_job
-from lorasmith.training.outcome import Outcome
 from lorasmith.training.results import TrainResult
 from lorasmith.training.storage.fingerprint import Fingerprint, differences
-from lorasmith.training.storage.history import read_history
+from lorasmith.training.storage.records import read_history
 from lorasmith.training.storage.run_folder import RunFolder
-from lorasmith.training.verdict import UNJUDGED
+from lorasmith.training.validation import UNJUDGED
 from lorasmith.workflow import execution_events as events
 from lorasmith.workflow.executor import Executor
 from lorasmith.workflow.graph import Graph, validate

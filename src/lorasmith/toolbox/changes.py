@@ -13,6 +13,7 @@ the squared singular values.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,7 +58,7 @@ class Truncated:
 
 
 @dataclass(frozen=True)
-class Change:
+class WeightChange:
     """A matrix up · down + dense; either part may be missing."""
 
     factors: tuple[Tensor, Tensor] | None = None  # up (out, rank) and down (rank, in)
@@ -76,9 +77,9 @@ class Change:
         assert self.dense is not None, "a change of nothing has no shape"
         return self.dense.shape[0], self.dense.shape[1]
 
-    def times(self, factor: float) -> Change:
+    def times(self, factor: float) -> WeightChange:
         factors = None if self.factors is None else (self.factors[0] * factor, self.factors[1])
-        return Change(factors, None if self.dense is None else self.dense * factor)
+        return WeightChange(factors, None if self.dense is None else self.dense * factor)
 
     def matrix(self) -> Tensor:
         """The whole matrix (out, in) in fp32."""
@@ -92,7 +93,7 @@ class Change:
         up, down = self.factors
         return float(torch.linalg.matrix_norm(_triangle(up) @ _triangle(down.T).T))
 
-    def inner(self, other: Change) -> float:
+    def inner(self, other: WeightChange) -> float:
         """Sum of the products of corresponding entries."""
         if self.factors is None or other.factors is None or self.dense is not None or other.dense is not None:
             return float((self.matrix().double() * other.matrix().double()).sum())
@@ -129,12 +130,12 @@ class Change:
         )
 
 
-def stacked(*changes: Change) -> Change:
+def stacked(*changes: WeightChange) -> WeightChange:
     """The sum of matrices of equal shape: products are stacked along the rank, which is exact."""
     factors = [change.factors for change in changes if change.factors is not None]
     dense = [change.dense.float() for change in changes if change.dense is not None]
     ups, downs = [up.float() for up, _ in factors], [down.float() for _, down in factors]
-    return Change(
+    return WeightChange(
         (torch.cat(ups, dim=1), torch.cat(downs)) if factors else None, torch.stack(dense).sum(0) if dense else None
     )
 
@@ -193,13 +194,13 @@ def is_additive(weights: AdapterWeights) -> bool:
     return format_of(weights).is_additive and "dora_scale" not in weights.tensors
 
 
-def factors_of(weights: AdapterWeights) -> Change:
+def factors_of(weights: AdapterWeights) -> WeightChange:
     """up · down of a LoRA, unscaled, in fp32; a Tucker core is multiplied in, magnitudes are left out."""
     tensors = without_core(weights).tensors
-    return Change((tensors["up"].float().flatten(1), tensors["down"].float().flatten(1)))
+    return WeightChange((tensors["up"].float().flatten(1), tensors["down"].float().flatten(1)))
 
 
-def added_by(module: ModuleTensors, shape: tuple[int, ...] | None = None) -> Change:
+def added_by(module: ModuleTensors, shape: tuple[int, ...] | None = None) -> WeightChange:
     """The sum of a module's additive changes of its weight at strength 1.
 
     `shape` is the weight's; None derives it from the tensors.
@@ -210,11 +211,11 @@ def added_by(module: ModuleTensors, shape: tuple[int, ...] | None = None) -> Cha
             changes.append(factors_of(weights).times(scale_of(weights)))
         else:
             empty = torch.zeros(shape or weight_shape(weights))
-            changes.append(Change(dense=merged_weight(module, layer_like(None, empty), empty, 1.0).flatten(1)))
+            changes.append(WeightChange(dense=merged_weight(module, layer_like(None, empty), empty, 1.0).flatten(1)))
             return changes[0]
     if "weight" in module.differences:
         difference = module.differences["weight"].float()
-        changes.append(Change(dense=difference.reshape(len(difference), -1)))
+        changes.append(WeightChange(dense=difference.reshape(len(difference), -1)))
     return stacked(*changes)
 
 
@@ -239,6 +240,19 @@ def merged_weight(module: ModuleTensors, layer: nn.Module, weight: Tensor, stren
     if "weight" in module.differences:
         weight = added(weight, module.differences["weight"], strength)
     return weight
+
+
+def changed_weight(modules: Sequence[tuple[ModuleTensors, float]], layer: nn.Module, weight: Tensor) -> Tensor:
+    """`weight` with each module's tensors folded in at its strength, in order; see `merged_weight`."""
+    for module, strength in modules:
+        weight = merged_weight(module, layer_like(layer, weight), weight, strength)
+    return weight
+
+
+def has_full_difference(module: ModuleTensors) -> bool:
+    """Whether it has a difference of a whole weight, not only of the vectors of norms."""
+    difference = module.differences.get("weight")
+    return difference is not None and difference.ndim > 1
 
 
 def added(tensor: Tensor, difference: Tensor, strength: float) -> Tensor:

@@ -17,8 +17,8 @@ from lorasmith.formats.lora_file import Spool, read_lora_tensors, spooled
 from lorasmith.formats.metadata import sshs_hashes
 from lorasmith.formats.names import ModelNames
 from lorasmith.formats.spelling import grouped, guessed_family
+from lorasmith.toolbox.lora_files import free_target
 from lorasmith.toolbox.model_files import open_model
-from lorasmith.toolbox.writing import free_target
 
 
 @dataclass(frozen=True)

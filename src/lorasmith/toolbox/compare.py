@@ -25,11 +25,17 @@ from lorasmith.families.locating import built_in_models
 from lorasmith.formats.container import check_safetensors, read_safetensors
 from lorasmith.formats.scales import rank_of
 from lorasmith.formats.spelling import ModuleTensors, block_of, grouped
-from lorasmith.toolbox.changes import Change, added_by, is_additive, layer_like, merged_weight, stacked
+from lorasmith.toolbox.changes import (
+    WeightChange,
+    added_by,
+    has_full_difference,
+    is_additive,
+    layer_like,
+    merged_weight,
+    stacked,
+)
 from lorasmith.toolbox.lora_files import LoraFile, read_together
-from lorasmith.toolbox.model_files import ModelFiles, Parameter, open_model
-
-_NOTHING = torch.zeros(())
+from lorasmith.toolbox.model_files import ModelReader, Parameter, open_model
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,7 @@ class Comparison:
         return weights_only or not (self.settings or self.metadata)
 
 
-def compare(first: Path, second: Path, *, model: ModelFiles | None = None) -> Comparison:
+def compare(first: Path, second: Path, *, model: ModelReader | None = None) -> Comparison:
     """Compare two LoRAs or two checkpoints: files, folders, or names of built-in models.
 
     Raises LoraError or ModelError if one cannot be read, or they are of different kinds or families.
@@ -108,7 +114,7 @@ def _is_lora(path: Path) -> bool:
     return 2 * known > len(names)
 
 
-def _compare_loras(first: Path, second: Path, model: ModelFiles | None) -> Comparison:
+def _compare_loras(first: Path, second: Path, model: ModelReader | None) -> Comparison:
     a, b = read_together([first, second], None if model is None else model.names)
     pairs, settings, by_tensors = [], {}, 0
     for ref in (ref for ref in a.modules if ref in b.modules):
@@ -159,13 +165,13 @@ def _described(module: ModuleTensors) -> str:
 
 
 def _module_pair(
-    ref: ModuleRef, one: ModuleTensors, other: ModuleTensors, model: ModelFiles | None
+    ref: ModuleRef, one: ModuleTensors, other: ModuleTensors, model: ModelReader | None
 ) -> tuple[Pair, bool]:
     """The pair of two files' tensors for a module, and whether it compares changes (else: tensors)."""
     pairs, exact = [], True
     names = {*one.differences, *other.differences}
     modules = (one, other)
-    if any(module.adapter or module.differences.get("weight", _NOTHING).ndim > 1 for module in modules):
+    if any(module.adapter or has_full_difference(module) for module in modules):
         names -= {"weight"}
         changes = [_change(ref, module, model) for module in modules]
         if None not in changes:
@@ -181,23 +187,23 @@ def _module_pair(
     return _sum(_name(ref), pairs), exact
 
 
-def _change(ref: ModuleRef, module: ModuleTensors, model: ModelFiles | None) -> Change | None:
+def _change(ref: ModuleRef, module: ModuleTensors, model: ModelReader | None) -> WeightChange | None:
     """A module's change of its weight; None if it depends on a weight and there is no model."""
     if module.adapter is None and "weight" not in module.differences:
-        return Change()
+        return WeightChange()
     if module.adapter is None or is_additive(module.adapter):
         return added_by(module)
     if model is None or Parameter(ref, "weight") not in model.places:
         return None
     weight = model.read(Parameter(ref, "weight")).float()
     merged = merged_weight(module, layer_like(model.modules[ref], weight), weight, 1.0)
-    return Change(dense=(merged - weight).flatten(1))
+    return WeightChange(dense=(merged - weight).flatten(1))
 
 
-def _change_pair(name: str, first: Change, second: Change) -> Pair:
+def _change_pair(name: str, first: WeightChange, second: WeightChange) -> Pair:
     if first.is_nothing or second.is_nothing:
         first, second = (
-            Change(dense=torch.zeros(other.shape)) if one.is_nothing else one
+            WeightChange(dense=torch.zeros(other.shape)) if one.is_nothing else one
             for one, other in ((first, second), (second, first))
         )
     squares = first.norm() ** 2, second.norm() ** 2
@@ -207,12 +213,12 @@ def _change_pair(name: str, first: Change, second: Change) -> Pair:
     return Pair(name, *squares, apart, first.inner(second))
 
 
-def _identical(first: Change, second: Change) -> bool:
+def _identical(first: WeightChange, second: WeightChange) -> bool:
     """Whether two changes have equal tensors, so that their difference is exactly zero."""
     ours, theirs = ((*(change.factors or ()), change.dense) for change in (first, second))
     return len(ours) == len(theirs) and all(
-        one is other or (one is not None and other is not None and torch.equal(one, other))
-        for one, other in zip(ours, theirs, strict=True)
+        mine is other or (mine is not None and other is not None and torch.equal(mine, other))
+        for mine, other in zip(ours, theirs, strict=True)
     )
 
 
@@ -289,7 +295,7 @@ def _in_file(path: Path, prefix: str) -> Readers:
     return {prefix + name: partial(tensors.__getitem__, name) for name in tensors}
 
 
-def _by_parameter(model: ModelFiles) -> Readers:
+def _by_parameter(model: ModelReader) -> Readers:
     return {
         _name(parameter.module) + f".{parameter.name}": partial(model.read, parameter) for parameter in model.places
     }

@@ -32,8 +32,8 @@ from lorasmith.formats.lora_file import (
 from lorasmith.formats.metadata import without_private
 from lorasmith.formats.names import ModelNames
 from lorasmith.formats.spelling import guessed_family
+from lorasmith.toolbox.lora_files import free_target
 from lorasmith.toolbox.model_files import open_model
-from lorasmith.toolbox.writing import free_target
 
 
 @dataclass(frozen=True)
@@ -70,26 +70,26 @@ def convert_lora(
     is_portable = to.casefold() == PORTABLE
     losses = layout.losses(state, names)
     found = shortfalls(state, layout, names, is_portable=is_portable)
-    said = [*sentences(losses), *(one.sentence for one in found if one.program == layout.title)]
+    lost = [*sentences(losses), *(one.sentence for one in found if one.program == layout.title)]
     if strangers := [one.name for one in unapplied(state, names)]:
         first = strangers[0] if len(strangers) == 1 else f"{len(strangers)} modules, such as {strangers[0]}"
-        said.append(f"{first}: the model has no place for it")
-    if said and not lossy:
+        lost.append(f"{first}: the model has no place for it")
+    if lost and not lossy:
         raise LoraError(
-            f"{source.name} cannot be converted for {layout.title} without loss ({said[0]}); "
+            f"{source.name} cannot be converted for {layout.title} without loss ({lost[0]}); "
             "add --lossy to convert the rest, or choose another layout"
         )
     kept = replace(without(state, {loss.module for loss in losses if loss.left_out}), unknown={})
     modules = len({*kept.adapters, *kept.differences})
     if not modules:
-        raise LoraError(f"nothing of {source.name} can be converted for {layout.title} ({said[0]})")
+        raise LoraError(f"nothing of {source.name} can be converted for {layout.title} ({lost[0]})")
     metadata = without_private(state.metadata) if private else state.metadata
     alphas = misread_alphas(kept, names)
     form = (lambda piece: made_portable(piece, names, alphas)) if is_portable else None
     save_streamed(target, kept, names, layout, metadata, form=form)
     others = shortfalls(kept, layout, names, is_portable=is_portable)
     notes = tuple(one.sentence for one in others if one.program != layout.title)
-    return Converted(target, layout.title, names.family, modules, tuple(said), notes)
+    return Converted(target, layout.title, names.family, modules, tuple(lost), notes)
 
 
 def _loaded(source: Path, model: str | os.PathLike[str] | None) -> tuple[AdapterState, ModelNames]:

@@ -11,7 +11,7 @@ LoRAs are applied. The model is not modified.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -29,34 +29,33 @@ from lorasmith.formats.names import ModelNames, OriginalName, fused_rows, split
 from lorasmith.formats.scales import with_one_alpha
 from lorasmith.formats.spelling import ModuleTensors
 from lorasmith.toolbox.changes import (
-    Change,
     Truncated,
+    WeightChange,
     added_by,
     as_lora,
+    changed_weight,
     is_additive,
-    layer_like,
-    merged_weight,
     share,
     stacked,
 )
-from lorasmith.toolbox.model_files import ModelFiles, Parameter
+from lorasmith.toolbox.lora_files import HISTORY, file_target, free_target, rank_entries
+from lorasmith.toolbox.model_files import ModelReader, Parameter
 from lorasmith.toolbox.resize import check_bounds
-from lorasmith.toolbox.writing import HISTORY, file_target, free_target, rank_entries
 
-Groups = dict[str, list[tuple[ModuleRef, OriginalName]]]
+TensorGroups = dict[str, list[tuple[ModuleRef, OriginalName]]]
 """Modules by tensor of the original checkpoint, each with its place in the tensor."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class ExtractReport:
-    """The result of an extraction."""
+    """The result of an extraction; its counts grow with each layer."""
 
     output: Path
-    ranks: Mapping[str, int]  # by module of the original checkpoint
-    unchanged: int  # number of layers that are equal in both
-    kept: float  # squared norm of the difference in the LoRA
-    total: float  # squared norm of the difference, including norms and biases
-    left_out: int  # number of parameters that differ and have no place in the LoRA
+    ranks: dict[str, int] = field(default_factory=dict)  # by module of the original checkpoint
+    unchanged: int = 0  # number of layers that are equal in both
+    kept: float = 0.0  # squared norm of the difference in the LoRA
+    total: float = 0.0  # squared norm of the difference, including norms and biases
+    left_out: int = 0  # number of parameters that differ and have no place in the LoRA
 
     @property
     def captured(self) -> float:
@@ -64,8 +63,8 @@ class ExtractReport:
 
 
 def extract(
-    base: ModelFiles,
-    tuned: ModelFiles,
+    base: ModelReader,
+    tuned: ModelReader,
     output: Path,
     *,
     rank: int,
@@ -90,15 +89,15 @@ def extract(
     in_folder = layout_for(layout, base.names).in_folder
     (free_target if in_folder else file_target)(output, overwrite=overwrite)
     _refuse_unlike(base, tuned)
-    tally = _Tally()
+    report = ExtractReport(output)
     adapters: dict[ModuleRef, AdapterWeights] = {}
     groups = _groups(base, tuned)
     for done, (name, group) in enumerate(groups.items(), start=1):
-        adapters |= _layer(base, tuned, name, group, tally, rank=rank, energy=energy, device=device)
+        adapters |= _layer(base, tuned, name, group, report, rank=rank, energy=energy, device=device)
         if progress is not None:
             progress(done, len(groups))
     layers = {Parameter(ref, "weight") for group in groups.values() for ref, _ in group}
-    rest = _rest(base, tuned, layers, tally, taken=differences)
+    rest = _rest(base, tuned, layers, report, taken=differences)
     if not adapters and not rest:
         raise LoraError(
             f"{tuned.path} does not differ from {base.path} in any Linear layer or convolution, so there is no LoRA to "
@@ -110,31 +109,19 @@ def extract(
         base.family, base.parameterization, adapters.values(), model=base.path.name, title=tuned.path.stem, note=note
     )
     save_lora(output, AdapterState(adapters, rest), base.names, layout=layout, dtype=dtype, metadata=metadata)
-    return tally.report(output)
+    return report
 
 
-@dataclass
-class _Tally:
-    ranks: dict[str, int] = field(default_factory=dict)
-    unchanged: int = 0
-    kept: float = 0.0
-    total: float = 0.0
-    left_out: int = 0
-
-    def report(self, output: Path) -> ExtractReport:
-        return ExtractReport(output, self.ranks, self.unchanged, self.kept, self.total, self.left_out)
-
-
-def _groups(base: ModelFiles, tuned: ModelFiles) -> Groups:
+def _groups(base: ModelReader, tuned: ModelReader) -> TensorGroups:
     """Weights that a LoRA can change, grouped by tensor of the original checkpoint."""
     weights = (ref for ref, module in base.modules.items() if is_targetable(module))
     places = (base.places, tuned.places)
-    return by_tensor((ref for ref in weights if all(Parameter(ref, "weight") in one for one in places)), base.names)
+    return by_tensor((ref for ref in weights if all(Parameter(ref, "weight") in place for place in places)), base.names)
 
 
-def by_tensor(modules: Iterable[ModuleRef], names: ModelNames) -> Groups:
+def by_tensor(modules: Iterable[ModuleRef], names: ModelNames) -> TensorGroups:
     """Modules by the tensor of the original checkpoint that has their weight; those without a name are left out."""
-    groups: Groups = {}
+    groups: TensorGroups = {}
     for ref in modules:
         if ref.component == DENOISER and ref.path in names.denoiser:
             place = names.denoiser[ref.path]
@@ -159,18 +146,18 @@ def cut_down(
     """
     places = [place for _, place in group]
     whole = fused_rows(pieces, places, max(place.rows[1] if place.rows else 0 for place in places))
-    cut = Change(dense=whole.flatten(1).to(device)).truncated(rank=rank, energy=energy, key=name)
+    cut = WeightChange(dense=whole.flatten(1).to(device)).truncated(rank=rank, energy=energy, key=name)
     parts = split(as_lora(cut, tuple(whole.shape), float(cut.rank)), places)
     assert parts is not None, "a LoRA can always be cut into rows"
     return {ref: weights for (ref, _), weights in zip(group, parts, strict=True) if weights is not None}, cut
 
 
 def _layer(
-    base: ModelFiles,
-    tuned: ModelFiles,
+    base: ModelReader,
+    tuned: ModelReader,
     name: str,
     group: Sequence[tuple[ModuleRef, OriginalName]],
-    tally: _Tally,
+    report: ExtractReport,
     *,
     rank: int,
     energy: float | None,
@@ -179,17 +166,17 @@ def _layer(
     """Adapters of the modules in one tensor of the original checkpoint; none if the models do not differ there."""
     pieces = [_difference(base, tuned, Parameter(ref, "weight")) for ref, _ in group]
     if not any(piece.any() for piece in pieces):
-        tally.unchanged += 1
+        report.unchanged += 1
         return {}
     adapters, cut = cut_down(name, group, pieces, rank=rank, energy=energy, device=device)
-    tally.ranks[name] = cut.rank
-    tally.kept += cut.kept
-    tally.total += cut.total
+    report.ranks[name] = cut.rank
+    report.kept += cut.kept
+    report.total += cut.total
     return adapters
 
 
 def _rest(
-    base: ModelFiles, tuned: ModelFiles, layers: Container[Parameter], tally: _Tally, *, taken: bool
+    base: ModelReader, tuned: ModelReader, layers: Container[Parameter], report: ExtractReport, *, taken: bool
 ) -> dict[ModuleRef, dict[str, Tensor]]:
     """Differences of norms and biases, if they are included and files have a name for them."""
     found: dict[ModuleRef, dict[str, Tensor]] = {}
@@ -201,20 +188,20 @@ def _rest(
         if not square:
             continue
         ref = parameter.module
-        tally.total += square
+        report.total += square
         if taken and difference.ndim == 1 and ref.path in base.names.paths(ref.component):
             found.setdefault(ref, {})[parameter.name] = difference
-            tally.kept += square
+            report.kept += square
         else:
-            tally.left_out += 1
+            report.left_out += 1
     return found
 
 
-def _difference(base: ModelFiles, tuned: ModelFiles, parameter: Parameter) -> Tensor:
+def _difference(base: ModelReader, tuned: ModelReader, parameter: Parameter) -> Tensor:
     return tuned.read(parameter).float() - base.read(parameter).float()
 
 
-def _refuse_unlike(base: ModelFiles, tuned: ModelFiles) -> None:
+def _refuse_unlike(base: ModelReader, tuned: ModelReader) -> None:
     if base.family is not tuned.family:
         raise ModelError(
             f"both checkpoints must be of one family, but {base.path} is {base.family.title} and {tuned.path} is "
@@ -329,10 +316,7 @@ def _weight_change(part: PatchedPart, path: str) -> Tensor:
         added = [added_by(module, tuple(frozen.shape)).times(strength) for module, strength in changes]
         return stacked(*(one for one in added if not one.is_nothing)).matrix().reshape(frozen.shape)
     before = frozen.weight.detach().float()
-    after = before
-    for module, strength in changes:
-        after = merged_weight(module, layer_like(layer, after), after, strength)
-    return (after - before).cpu()
+    return (changed_weight(changes, layer, before) - before).cpu()
 
 
 def _other_changes(part: PatchedPart, path: str, *, weight: bool) -> dict[str, Tensor]:

@@ -1,15 +1,20 @@
-"""Several LoRAs in one, each at a strength.
+"""Several LoRAs in one or folded into a checkpoint, each at a strength.
 
 LoRAs add up exactly: their factors are stacked along the rank, with strength · alpha / rank multiplied in if it differs
 between them. A stack can be truncated to a rank by singular value decomposition. Algorithms whose change is not up ·
 down (LoHa, LoKr, full differences) need the truncation, and those whose change depends on the weight (DoRA, OFT, BOFT,
 GLoRA) also need the weight.
+
+A checkpoint keeps its layout. Every tensor that changes is computed in fp32 as when the LoRAs are applied in their
+order, and rounded once to the checkpoint's dtype; all others are copied byte by byte, one at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,15 +22,19 @@ from torch import Tensor
 
 from lorasmith.adapters.algorithms import title_of
 from lorasmith.core.adapter_state import DENOISER, AdapterWeights, ModuleRef, multiplied
-from lorasmith.core.errors import LoraError, OptionError
+from lorasmith.core.errors import LoraError, ModelError, OptionError
+from lorasmith.core.files import atomic_folder
+from lorasmith.formats.container import check_safetensors
 from lorasmith.formats.scales import rank_of, scale_of, scaled_by
 from lorasmith.formats.spelling import ModuleTensors, without_core
 from lorasmith.toolbox.changes import (
-    Change,
     Truncated,
+    WeightChange,
     added,
     added_by,
     as_lora,
+    changed_weight,
+    has_full_difference,
     is_additive,
     is_plain_lora,
     layer_like,
@@ -34,13 +43,20 @@ from lorasmith.toolbox.changes import (
     stacked,
     weight_shape,
 )
-from lorasmith.toolbox.lora_files import LoraFile, read_together, save_alike
-from lorasmith.toolbox.model_files import ModelFiles, Parameter
-from lorasmith.toolbox.writing import file_target, noted
+from lorasmith.toolbox.lora_files import (
+    LoraFile,
+    file_target,
+    folder_target,
+    free_target,
+    noted,
+    read_lora,
+    read_together,
+    rewritten,
+    save_alike,
+)
+from lorasmith.toolbox.model_files import ModelReader, Parameter
 
-_NOTHING = torch.zeros(())
-
-Part = tuple[ModuleTensors, float]  # a file's tensors for a module, and its strength
+WeightedModule = tuple[ModuleTensors, float]  # a file's tensors for a module, and its strength
 
 
 @dataclass(frozen=True)
@@ -60,7 +76,7 @@ def merge_loras(
     output: Path,
     *,
     rank: int | None = None,
-    model: ModelFiles | None = None,
+    model: ModelReader | None = None,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
 ) -> MergeReport:
@@ -91,7 +107,7 @@ def merge_loras(
     if not modules:
         raise LoraError("a merge needs at least one LoRA with a strength other than 0, and all of these are 0")
     save_alike(output, files, modules, _merged_metadata(files, loras), dtype=dtype)
-    found = [rank_of(one.adapter) for one in modules.values() if one.adapter is not None]
+    found = [rank_of(module.adapter) for module in modules.values() if module.adapter is not None]
     return MergeReport(
         output=output,
         modules=len(modules),
@@ -101,10 +117,10 @@ def merge_loras(
     )
 
 
-def _exactly(parts: Sequence[Part], rank: int | None) -> ModuleTensors | None:
+def _exactly(parts: Sequence[WeightedModule], rank: int | None) -> ModuleTensors | None:
     """The exact sum of several files' changes of a module, None if there is none."""
     adapters = [(module.adapter, strength) for module, strength in parts if module.adapter is not None]
-    if rank is not None and any(module.differences.get("weight", _NOTHING).ndim > 1 for module, _ in parts):
+    if rank is not None and any(has_full_difference(module) for module, _ in parts):
         return None
     if len(adapters) == 1 and (adapters[0][1] == 1 or is_plain_lora(adapters[0][0])):
         (weights, strength), *_ = adapters
@@ -142,7 +158,7 @@ def _joined(pieces: Sequence[Tensor], dimension: int) -> Tensor:
     return torch.cat([piece.to(dtype) for piece in pieces], dimension)
 
 
-def _summed(parts: Sequence[Part]) -> dict[str, Tensor]:
+def _summed(parts: Sequence[WeightedModule]) -> dict[str, Tensor]:
     result: dict[str, Tensor] = {}
     for module, strength in parts:
         for name, difference in module.differences.items():
@@ -160,18 +176,17 @@ def _refuse_unlike(shapes: Sequence[tuple[int, ...]]) -> None:
         )
 
 
-def _shape_of(module: ModuleTensors) -> tuple[int, ...]:
-    return tuple(module.differences["weight"].shape) if module.adapter is None else weight_shape(module.adapter)
-
-
 def _cut_down(
-    ref: ModuleRef, parts: Sequence[Part], rank: int, model: ModelFiles | None
+    ref: ModuleRef, parts: Sequence[WeightedModule], rank: int, model: ModelReader | None
 ) -> tuple[ModuleTensors, Truncated]:
     """The best LoRA of a rank for the sum of several files' changes of a module."""
     shape = None if model is None or ref.component != DENOISER else model.names.weight_shapes.get(ref.path)
     if all(module.adapter is None or is_additive(module.adapter) for module, _ in parts):
         weighty = [(module, strength) for module, strength in parts if module.adapter or "weight" in module.differences]
-        shapes = [shape or _shape_of(module) for module, _ in weighty]
+        shapes = [
+            shape or (weight_shape(one.adapter) if one.adapter else tuple(one.differences["weight"].shape))
+            for one, _ in weighty
+        ]
         changes = [added_by(module, shape).times(strength) for module, strength in weighty]
         _refuse_unlike([change.shape for change in changes])
         change, shape = stacked(*changes), max(shapes, key=len)
@@ -183,10 +198,8 @@ def _cut_down(
                 "name the model with --model, or merge into it with --into"
             )
         before = model.read(Parameter(ref, "weight")).float()
-        after = before
-        for module, strength in parts:
-            after = merged_weight(module, layer_like(model.modules[ref], after), after, strength)
-        change, shape = Change(dense=(after - before).flatten(1)), tuple(before.shape)
+        after = changed_weight(parts, model.modules[ref], before)
+        change, shape = WeightChange(dense=(after - before).flatten(1)), tuple(before.shape)
     cut = change.truncated(rank=rank, key=f"{ref.component}.{ref.path}")
     biases = {name: difference for name, difference in _summed(parts).items() if name != "weight"}
     return ModuleTensors(as_lora(cut, shape, float(cut.rank)), biases), cut
@@ -210,3 +223,153 @@ def _merged_metadata(files: Sequence[LoraFile], loras: Sequence[tuple[Path, floa
     merged = ", ".join(f"{Path(path).name}:{strength:g}" for path, strength in loras)
     entries = {"modelspec.trigger_phrase": ", ".join(triggers), "modelspec.merged_from": merged}
     return noted({**common, **{key: value for key, value in entries.items() if value}}, f"merged {merged}")
+
+
+@dataclass(frozen=True)
+class FoldReport:
+    """The result of folding."""
+
+    output: Path
+    modules: int  # number of modules that changed
+    left_out: Mapping[Path, Sequence[str]]  # by LoRA, its modules or keys that do not belong to the model
+    skipped: Sequence[str] = ()  # files of the folder that were not copied because they hold weights without the LoRAs
+
+
+def fold_into(
+    model: ModelReader, loras: Sequence[tuple[Path, float]], output: Path, *, overwrite: bool = False
+) -> FoldReport:
+    """Write a copy of a model with LoRAs (path, strength) folded in: a single file if the model is one, else a folder.
+
+    Raises LoraError if a LoRA is for another model or makes weights too large for the model's dtype, ModelError and
+    OutputError.
+    """
+    (file_target if model.path.is_file() else free_target)(output, overwrite=overwrite)
+    files = [(read_lora(Path(path), model.names), strength) for path, strength in loras]
+    present = {ref.component for ref in model.modules}
+    parts: dict[ModuleRef, list[WeightedModule]] = {}
+    for file, strength in files:
+        for ref, module in file.modules.items():
+            if strength and ref.component in present:
+                parts.setdefault(ref, []).append((module, strength))
+    _refuse_misfits(model, files, parts)
+    changes = _changes(model, parts)
+    note = f"folded in {', '.join(f'{Path(path).name}:{strength:g}' for path, strength in loras)}"
+    if model.path.is_file():
+        _write(model.path, output, changes.get(model.path, {}), note)
+        skipped: list[str] = []
+    else:
+        skipped = _write_folder(model, output, changes, note)
+    left_out = {
+        file.path: sorted([*file.unknown, *(ref.path for ref in file.modules if ref.component not in present)])
+        for file, _ in files
+    }
+    return FoldReport(output, len(parts), {path: names for path, names in left_out.items() if names}, skipped)
+
+
+Rewrite = Callable[[Tensor], Tensor]
+
+
+def _changes(model: ModelReader, parts: Mapping[ModuleRef, Sequence[WeightedModule]]) -> dict[Path, dict[str, Rewrite]]:
+    """The function from old to new value of each tensor that changes, by file and name."""
+    inside: dict[tuple[Path, str], list[Parameter]] = {}
+    for parameter, place in model.places.items():
+        if any(_touches(module, parameter.name) for module, _ in parts.get(parameter.module, ())):
+            inside.setdefault((place.file, place.tensor), []).append(parameter)
+    changes: dict[Path, dict[str, Rewrite]] = {}
+    for (file, name), parameters in inside.items():
+        changes.setdefault(file, {})[name] = partial(
+            _changed, name=name, model=model, parts=parts, parameters=parameters
+        )
+    return changes
+
+
+def _changed(
+    tensor: Tensor,
+    *,
+    name: str,
+    model: ModelReader,
+    parts: Mapping[ModuleRef, Sequence[WeightedModule]],
+    parameters: Sequence[Parameter],
+) -> Tensor:
+    """A tensor of the checkpoint with the changes of all its parameters folded in."""
+    whole = tensor.to(torch.float32, copy=True)  # the file's own memory is not to be written to
+    for parameter in parameters:
+        place = model.places[parameter]
+        rows = whole if place.rows is None else whole[place.rows]
+        value = _folded(model, parameter, rows.reshape(place.shape), parts[parameter.module]).reshape(rows.shape)
+        if place.rows is None:
+            whole = value
+        else:
+            whole[place.rows] = value  # indexing above gave a copy
+    result = whole.to(tensor.dtype)
+    if not torch.isfinite(result.float()).all() and torch.isfinite(tensor.float()).all():
+        raise LoraError(
+            f"the LoRAs make {name} too large for the model's {str(tensor.dtype).removeprefix('torch.')}; "
+            "lower the strengths, or fold into a model in another number format"
+        )
+    return result
+
+
+def _folded(model: ModelReader, parameter: Parameter, value: Tensor, parts: Sequence[WeightedModule]) -> Tensor:
+    """One parameter (fp32) with a module's adapters and differences, in order."""
+    for module, strength in parts:
+        if parameter.name == "weight":
+            value = merged_weight(module, layer_like(model.modules[parameter.module], value), value, strength)
+        elif parameter.name in module.differences:
+            value = added(value, module.differences[parameter.name], strength)
+    return value
+
+
+def _refuse_misfits(
+    model: ModelReader, files: Sequence[tuple[LoraFile, float]], parts: Mapping[ModuleRef, Sequence[WeightedModule]]
+) -> None:
+    """Refuse, before writing, LoRAs that would be left out silently or do not fit."""
+    if not parts:
+        raise LoraError(f"nothing is to be folded into {model.path}: every strength is 0, or of parts that it lacks")
+    for ref, ones in parts.items():
+        for module, _ in ones:
+            for name in ("weight", "bias"):
+                if not _touches(module, name):
+                    continue
+                place = model.places.get(Parameter(ref, name))
+                difference = module.differences.get(name)
+                if place is None or (difference is not None and tuple(difference.shape) != place.shape):
+                    paths = ", ".join(str(file.path) for file, _ in files if ref in file.modules)
+                    raise LoraError(
+                        f"{paths} changes {ref.path}.{name}, which {model.path} lacks or has in another shape; "
+                        "it was made for another model"
+                    )
+
+
+def _touches(module: ModuleTensors, name: str) -> bool:
+    return name in module.differences or (name == "weight" and module.adapter is not None)
+
+
+def _write(source: Path, target: Path, changes: Mapping[str, Rewrite], note: str) -> None:
+    metadata = check_safetensors(source, ModelError).metadata
+    # Hashes over the weights would be wrong, and the new ones are known only after the last tensor.
+    kept = {key: value for key, value in metadata.items() if key not in _HASHES}
+    rewritten(source, target, changes, noted(kept, note))
+
+
+def _write_folder(
+    model: ModelReader, output: Path, changes: Mapping[Path, Mapping[str, Rewrite]], note: str
+) -> list[str]:
+    """Returns the files that were not copied."""
+    changed_parts, used = {file.parent for file in changes}, model.files()
+    skipped = []
+    with atomic_folder(folder_target(output)) as folder:
+        for file in sorted(path for path in model.path.rglob("*") if path.is_file()):
+            target = folder / file.relative_to(model.path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if file in changes:
+                _write(file, target, changes[file], note)
+            elif file.parent in changed_parts and file.suffix in _WEIGHTS and file not in used:
+                skipped.append(file.relative_to(model.path).as_posix())
+            else:
+                shutil.copyfile(file, target)
+    return skipped
+
+
+_HASHES = frozenset({"modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash"})
+_WEIGHTS = frozenset({".safetensors", ".bin", ".ckpt", ".pt", ".msgpack", ".onnx"})

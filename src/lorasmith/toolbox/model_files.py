@@ -41,7 +41,7 @@ class Parameter:
 
 
 @dataclass(frozen=True)
-class Place:
+class ParameterSource:
     """The source of a parameter in a safetensors file."""
 
     file: Path
@@ -51,14 +51,14 @@ class Place:
 
 
 @dataclass(frozen=True)
-class ModelFiles:
+class ModelReader:
     """A base model's files; no weights are held in memory."""
 
     path: Path  # the checkpoint or the diffusers folder
     family: Family
     names: ModelNames
     modules: Mapping[ModuleRef, nn.Module]  # layers without weights, for their kind and geometry
-    places: Mapping[Parameter, Place]  # source of each parameter of `modules`
+    places: Mapping[Parameter, ParameterSource]  # source of each parameter of `modules`
     _open: dict[Path, Mapping[str, Tensor]] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -88,7 +88,7 @@ class ModelFiles:
         return self._open[file][name]
 
 
-def open_model(source: str | os.PathLike[str]) -> ModelFiles:
+def open_model(source: str | os.PathLike[str]) -> ModelReader:
     """The files of a single-file checkpoint, a diffusers folder, an expert's folder in one, or a built-in model.
 
     Raises ModelError if it cannot be found, read or recognised.
@@ -129,7 +129,7 @@ def _row_numbers(shape: tuple[int, ...], start: int) -> Tensor:
     return rows.reshape(-1, *(1,) * (len(shape) - 1)).expand(shape)
 
 
-def _single_file(path: Path) -> ModelFiles:
+def _single_file(path: Path) -> ModelReader:
     checkpoint = _RowNumbers(path)
     model = model_of_checkpoint(checkpoint)
     parts = {DENOISER: model.components.denoiser, **model.components.text_encoders}
@@ -143,8 +143,8 @@ def _single_file(path: Path) -> ModelFiles:
         index = bisect.bisect_right(checkpoint.starts, int(rows[0])) - 1
         shape = checkpoint.shapes[tensors[index]]
         rows = rows - checkpoint.starts[index]
-        places[parameter] = Place(path, tensors[index], _compact(rows, shape), tuple(numbers.shape))
-    return ModelFiles(
+        places[parameter] = ParameterSource(path, tensors[index], _compact(rows, shape), tuple(numbers.shape))
+    return ModelReader(
         path=path,
         family=model.family,
         names=model.names,
@@ -154,14 +154,14 @@ def _single_file(path: Path) -> ModelFiles:
 
 
 def _compact(rows: Tensor, shape: tuple[int, ...]) -> slice | Tensor | None:
-    """Row numbers in the form of `Place.rows`."""
+    """Row numbers in the form of `ParameterSource.rows`."""
     start, stop = int(rows[0]), int(rows[-1]) + 1
     if not torch.equal(rows, torch.arange(start, stop)):
         return rows
     return None if stop - start == (shape[0] if shape else 1) else slice(start, stop)
 
 
-def _folder(folder: Path) -> ModelFiles:
+def _folder(folder: Path) -> ModelReader:
     folder, expert = expert_in(folder)
     family = family_of(folder)
     try:
@@ -185,13 +185,13 @@ def _folder(folder: Path) -> ModelFiles:
         for parameter, tensor in _parameters({part: module}):
             path = parameter.module.path
             if f"{path}.{parameter.name}" in held:
-                places[parameter] = Place(*held[f"{path}.{parameter.name}"], None, tuple(tensor.shape))
+                places[parameter] = ParameterSource(*held[f"{path}.{parameter.name}"], None, tuple(tensor.shape))
             elif part == DENOISER or path in names.paths(part):  # others may be tied to one that is there
                 raise ModelError(
                     f"the weights in {folder / next(iter(folders[part]))} lack {path}.{parameter.name}; "
                     "they are incomplete, so get them again"
                 )
-    return ModelFiles(folder, family, names, _modules(parts), places)
+    return ModelReader(folder, family, names, _modules(parts), places)
 
 
 def _components(folder: Path, family: Family, main: str) -> dict[str, dict[str, str]]:

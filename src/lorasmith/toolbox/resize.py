@@ -28,9 +28,26 @@ from lorasmith.formats.metadata import sshs_hashes
 from lorasmith.formats.names import ModelNames
 from lorasmith.formats.scales import scale_of, scaled_by, with_one_alpha
 from lorasmith.formats.spelling import ModuleTensors, grouped
-from lorasmith.toolbox.changes import added_by, as_lora, factors_of, is_additive, is_low_rank, share, weight_shape
-from lorasmith.toolbox.lora_files import LoraFile, flat_shapes, read_lora, refuse_folder, spelled_like
-from lorasmith.toolbox.writing import file_target, noted, rank_entries
+from lorasmith.toolbox.changes import (
+    added_by,
+    as_lora,
+    factors_of,
+    has_full_difference,
+    is_additive,
+    is_low_rank,
+    share,
+    weight_shape,
+)
+from lorasmith.toolbox.lora_files import (
+    LoraFile,
+    file_target,
+    flat_shapes,
+    noted,
+    rank_entries,
+    read_lora,
+    refuse_folder,
+    spelled_like,
+)
 
 
 @dataclass(frozen=True)
@@ -61,7 +78,7 @@ class ResizeReport:
     @property
     def energy(self) -> float:
         """Share of the squared singular values that is kept, over all modules."""
-        return share(sum(one.kept for one in self.modules), sum(one.total for one in self.modules))
+        return share(sum(module.kept for module in self.modules), sum(one.total for one in self.modules))
 
 
 def resize(
@@ -89,7 +106,7 @@ def resize(
     smaller: dict[ModuleRef, AdapterWeights] = {}
     reports = []
     for ref, module in file.modules.items():
-        if module.adapter is None and not _has_full_difference(module):
+        if module.adapter is None and not has_full_difference(module):
             continue
         _refuse_unsuitable(file, ref, module)
         smaller[ref], report = _smaller(file, ref, module, shapes.get(ref), rank, energy)
@@ -118,12 +135,7 @@ def check_bounds(rank: int | None, energy: float | None) -> None:
         raise OptionError(f"an energy is a share above 0 and at most 1, such as 0.95, got {energy:g}")
 
 
-_NOTHING = torch.zeros(())
 _KEPT = frozenset({"dora_scale", "magnitude", "up_bias", "diff_b", "w_norm", "b_norm"})
-
-
-def _has_full_difference(module: ModuleTensors) -> bool:
-    return module.differences.get("weight", _NOTHING).ndim > 1
 
 
 def _refuse_unsuitable(file: LoraFile, ref: ModuleRef, module: ModuleTensors) -> None:
@@ -144,7 +156,7 @@ def _smaller(
     energy: float | None,
 ) -> tuple[AdapterWeights, Resized]:
     weights, name = module.adapter, file.bases[ref]
-    if weights is None or not is_low_rank(weights) or _has_full_difference(module):
+    if weights is None or not is_low_rank(weights) or has_full_difference(module):
         change = added_by(module, shape)
         cut = change.truncated(rank=rank, energy=energy, key=name)
         title = "full difference" if weights is None else title_of(weights)
@@ -201,7 +213,7 @@ def _size(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def _warnings(file: LoraFile, reports: Sequence[Resized], shapes: Mapping[ModuleRef, object]) -> list[str]:
-    counts = collections.Counter(one.algorithm for one in reports if one.before is None)
+    counts = collections.Counter(report.algorithm for report in reports if report.before is None)
     warnings = [
         f"{count} modules were {algorithm} and are LoRA now, which approximates them"
         for algorithm, count in counts.items()

@@ -6,9 +6,9 @@ keeps its meaning.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from lorasmith.adapters.catalogue import ALGORITHMS
 from lorasmith.core.choices import (
@@ -21,8 +21,7 @@ from lorasmith.core.choices import (
 )
 from lorasmith.core.errors import OptionError
 from lorasmith.core.options import Option, check_options, config_from, option, options_of
-from lorasmith.training.optim.schedules import SCHEDULES, rate_factor
-from lorasmith.training.optim.update_rules import OPTIMIZERS
+from lorasmith.training.optim.update_rules import OPTIMIZERS, SCHEDULES, rate_factor, rule_of
 
 DtypeSetting = Literal["bf16", "fp32", "none"]
 """Resolved values of `training_dtype`."""
@@ -30,10 +29,6 @@ DtypeSetting = Literal["bf16", "fp32", "none"]
 NONE_LORA = "[None]"
 """Value of LoRA file settings for no file, as in ComfyUI's list."""
 
-_WHAT, _HOW, _MEMORY, _NUMBERS = "LoRA and targets", "Training", "Memory", "Precision and reproducibility"
-_SPEED = "Speed"
-_VARIANTS = "Variants of the algorithm"
-_WATCH, _KEEP = "Validation and previews", "Saving and recovery"
 _FACTORS = ", ".join(name for name, facts in ALGORITHMS.items() if facts.rank_meaning == "factor")
 _BLOCKS = " and ".join(name for name, facts in ALGORITHMS.items() if facts.rank_meaning == "block size")
 
@@ -79,15 +74,35 @@ def names_alone(
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """Settings of one run. Raises OptionError for values of the wrong type or out of range."""
+class Section:
+    """Base of a section of settings, in which the rules between them stand; keywords are details that all share."""
 
-    steps: int = option(500, min=1, max=100_000, group=_HOW, is_main=True, help="Number of optimizer updates.")
+    SHARED: ClassVar[Mapping[str, Any]] = {}
+
+    def __init_subclass__(cls, **shared: Any) -> None:
+        super().__init_subclass__()
+        cls.SHARED = shared
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    def is_default(self, name: str) -> bool:
+        return bool(getattr(self, name) == options_of(type(self))[name].default)
+
+    def idle_settings(self) -> Iterator[str]:
+        """A sentence for each setting of the section that has no effect beside the others."""
+        yield from ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSettings(Section, group="Training"):
+    """How many steps of how many images, at which rate."""
+
+    steps: int = option(500, min=1, max=100_000, is_main=True, help="Number of optimizer updates.")
     batch_size: int = option(
         1,
         min=1,
         max=10_000,
-        group=_HOW,
         is_main=True,
         costs=True,
         help="Images per forward pass. Larger batches reduce gradient noise and need more memory.",
@@ -96,7 +111,6 @@ class TrainConfig:
         1,
         min=1,
         max=1024,
-        group=_HOW,
         costs=True,
         help="Batches whose gradients are accumulated for one update: a larger effective batch without its memory.",
     )
@@ -105,16 +119,25 @@ class TrainConfig:
         min=1e-7,
         max=1.0,
         step=1e-7,
-        group=_HOW,
         is_main=True,
         short="rate",
         help="Learning rate. Default: chosen by model and algorithm (1e-4 for LoRA on Stable Diffusion and Flux).",
     )
+
+    @property
+    def samples_per_step(self) -> int:
+        """Samples of an update, over all of its batches and processes."""
+        return self.batch_size * self.grad_accumulation_steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSettings(Section, group="LoRA and targets"):
+    """The adapters, and the layers that get one."""
+
     rank: int = option(
         16,
         min=1,
         max=128,
-        group=_WHAT,
         is_main=True,
         of_fresh=True,
         costs=True,
@@ -125,7 +148,6 @@ class TrainConfig:
         None,
         min=0.0,
         max=100_000.0,
-        group=_WHAT,
         of_fresh=True,
         costs=True,
         help="The LoRA is scaled by alpha / rank. Default: the rank, a scale of 1, so that the learning rate keeps its "
@@ -133,7 +155,6 @@ class TrainConfig:
     )
     targets: str | None = option(
         None,
-        group=_WHAT,
         costs=True,
         help="Which layers are trained: attention, attention+ff, transformer, all-linear, all, or patterns on module "
         "paths such as *.attn2.*, separated by commas. A pattern may be followed by its own settings "
@@ -141,7 +162,6 @@ class TrainConfig:
     )
     algorithm: str = option(
         "LoRA",
-        group=_WHAT,
         choices=ALGORITHMS,
         of_fresh=True,
         costs=True,
@@ -149,14 +169,12 @@ class TrainConfig:
     )
     differences: Literal["none", "norms", "biases", "norms+biases"] = option(
         "none",
-        group=_WHAT,
         costs=True,
         help="Also train differences of norms (all norms of the model) or biases (those of the target layers). "
         "ComfyUI and A1111 apply them; other programs ignore them or refuse the file.",
     )
     zero_init: Literal["up", "down"] = option(
         "up",
-        group=_WHAT,
         of_fresh=True,
         costs=True,
         help="Which of the two matrices starts at zero: up is usual, down is ComfyUI's choice.",
@@ -164,14 +182,12 @@ class TrainConfig:
     existing_lora: str | None = option(
         None,
         is_path=True,
-        group=_WHAT,
         help="LoRA file to continue training. Its layers keep their algorithm, rank and alpha, and its step count "
         "continues.",
     )
     existing_state: str | None = option(
         None,
         is_path=True,
-        group=_WHAT,
         door="typed",
         help="Run state from which the run starts, optimizer and steps included: that of a finished run of the same "
         "settings and images with fewer steps. `lorasmith resume RUN --steps N` sets it.",
@@ -179,131 +195,155 @@ class TrainConfig:
     training_adapter: str | None = option(
         None,
         is_path=True,
-        group=_WHAT,
         help="LoRA file that is applied to the model while training, and left out of previews and of the saved LoRA, "
         "such as one that lets a distilled model be trained.",
     )
     strict: bool = option(
         False,
-        group=_WHAT,
         changes_numbers=False,
         costs=True,
         help="Refuse an existing_lora or training_adapter of which a part does not apply to the model, instead of a "
         "note.",
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in lora_settings():
+            if getattr(self, name) == NONE_LORA:
+                object.__setattr__(self, name, None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VariantSettings(LoraSettings, group="Variants of the algorithm", costs=True):
+    """Variants of the algorithm, and dropout."""
+
     dora: Literal["none", "input", "output"] = option(
         "none",
-        group=_VARIANTS,
         of_fresh=True,
-        costs=True,
         help="DoRA: train magnitude and direction of the weight separately. input has one magnitude per input, which "
         "ComfyUI and A1111 reproduce; output has one per output, as in the paper and PEFT.",
     )
     rslora: bool = option(
         False,
-        group=_VARIANTS,
         of_fresh=True,
-        costs=True,
         help="Scale by alpha / √rank, which suits high ranks better. The default of alpha is then 4: a scale of 1 at "
         "rank 16.",
     )
     pissa: bool = option(
         False,
-        group=_VARIANTS,
         of_fresh=True,
-        costs=True,
         help="Start from the principal components of each weight (PiSSA). The file is a plain LoRA of twice the rank.",
     )
     tucker: bool = option(
         False,
-        group=_VARIANTS,
         of_fresh=True,
-        costs=True,
         help="Decompose convolutions larger than 1×1 into a core between two small matrices, with far fewer "
         "parameters. In the portable layout the core is multiplied in.",
     )
     lora_plus_ratio: float = option(
-        1.0,
-        min=0.01,
-        max=1000.0,
-        group=_VARIANTS,
-        costs=True,
-        help="LoRA+: the learning rate of the up matrix as a multiple of the learning rate.",
+        1.0, min=0.01, max=1000.0, help="LoRA+: the learning rate of the up matrix as a multiple of the learning rate."
     )
     rank_dropout: float = option(
-        0.0,
-        min=0.0,
-        max=0.95,
-        group=_VARIANTS,
-        costs=True,
-        help="Probability of dropping each inner dimension of a layer for a sample.",
+        0.0, min=0.0, max=0.95, help="Probability of dropping each inner dimension of a layer for a sample."
     )
     module_dropout: float = option(
-        0.0,
-        min=0.0,
-        max=0.95,
-        group=_VARIANTS,
-        costs=True,
-        help="Probability of dropping a layer's whole LoRA for a sample.",
+        0.0, min=0.0, max=0.95, help="Probability of dropping a layer's whole LoRA for a sample."
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in sorted(frozenset().union(*(facts.variants for facts in ALGORITHMS.values()))):
+            if name not in ALGORITHMS[self.algorithm].variants and not self.is_default(name):
+                takers = ", ".join(kind for kind, facts in ALGORITHMS.items() if name in facts.variants)
+                raise OptionError(f"{name} is for {takers}, got algorithm {self.algorithm}; leave one of the two out")
+        if self.pissa and self.tucker:
+            raise OptionError("pissa and tucker are two starts of a convolution, got both; leave one of them out")
+
+    def idle_settings(self) -> Iterator[str]:
+        unused = {"zero_init"} if self.pissa else unused_settings(self.algorithm)
+        for name in sorted(unused):
+            if not self.is_default(name):
+                variant = "pissa" if self.pissa else self.algorithm
+                yield f"{name} {getattr(self, name)} has no effect with {variant}, which does not use it."
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSettings(StepSettings, group="Training"):
+    """Updates of the weights, and the schedule of their rate."""
+
     optimizer: str = option(
         "AdamW",
         choices=OPTIMIZERS,
         pattern=r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+",
-        group=_HOW,
         costs=True,
         help=f"Update rule, or any optimizer class by its import path, such as torch.optim.NAdam. {_needed_packages()}",
     )
     optimizer_args: str | None = option(
         None,
-        group=_HOW,
         costs=True,
         help="Further arguments of the optimizer, separated by blanks, such as betas=(0.9,0.99) eps=1e-7.",
     )
     weight_decay: float = option(
-        0.01,
-        min=0.0,
-        max=1.0,
-        group=_HOW,
-        help="Weight decay, for optimizers that take it; Adam, SGD and RMSprop have none here.",
+        0.01, min=0.0, max=1.0, help="Weight decay, for optimizers that take it; Adam, SGD and RMSprop have none here."
     )
     schedule: str | None = option(
         None,
         choices=SCHEDULES,
-        group=_HOW,
         help="Schedule of the learning rate after the warm-up. Default: constant if learning_rate is set, otherwise "
         "linear decay from twice the model's own rate.",
     )
     warmup_steps: int = option(
-        0, min=0, max=100_000, group=_HOW, help="Steps over which the learning rate rises from zero at the start."
+        0, min=0, max=100_000, help="Steps over which the learning rate rises from zero at the start."
     )
     final_rate: float = option(
-        0.0, min=0.0, max=1.0, group=_HOW, help="Final learning rate of the schedule, as a share of the learning rate."
+        0.0, min=0.0, max=1.0, help="Final learning rate of the schedule, as a share of the learning rate."
     )
-    schedule_cycles: int = option(3, min=1, max=1000, group=_HOW, help="Number of cycles of cosine_restarts.")
-    schedule_power: float = option(2.0, min=0.1, max=10.0, group=_HOW, help="Exponent of the polynomial schedule.")
+    schedule_cycles: int = option(3, min=1, max=1000, help="Number of cycles of cosine_restarts.")
+    schedule_power: float = option(2.0, min=0.1, max=10.0, help="Exponent of the polynomial schedule.")
     ema_decay: float = option(
         0.0,
         min=0.0,
         max=0.99999,
-        group=_HOW,
         costs=True,
         help="Decay of an exponential moving average of the trained weights, which is saved instead of the last "
         "weights. 0 disables it.",
     )
     max_grad_norm: float = option(
-        1.0, min=0.0, max=1e6, group=_HOW, help="Gradient norm to which larger gradients are clipped. 0 disables it."
+        1.0, min=0.0, max=1e6, help="Gradient norm to which larger gradients are clipped. 0 disables it."
     )
-    loss_function: LossFunction = option("MSE", group=_HOW, help="Distance between prediction and target.")
+
+    def idle_settings(self) -> Iterator[str]:
+        if not self.is_default("weight_decay") and not rule_of(self.optimizer).decays:
+            yield f"weight_decay {self.weight_decay:g} has no effect with {self.optimizer}, which has none here."
+        usual = rule_of(self.optimizer).own_rate
+        if usual is not None and self.learning_rate is not None and self.learning_rate <= usual / 10:
+            yield (
+                f"learning_rate {self.learning_rate:g} multiplies the rate that {self.optimizer} estimates itself; "
+                f"{usual:g} is usual."
+            )
+        schedule = self.schedule or "constant"
+        used = {
+            "final_rate": schedule != "constant",
+            "schedule_cycles": schedule == "cosine_restarts",
+            "schedule_power": schedule == "polynomial",
+        }
+        for name, is_used in used.items():
+            if not self.is_default(name) and not is_used:
+                yield f"{name} {getattr(self, name):g} has no effect with schedule {self.schedule}."
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSettings(Section, group="Training"):
+    """Noise levels, noise and loss."""
+
+    loss_function: LossFunction = option("MSE", help="Distance between prediction and target.")
     objective: Objective = option(
         "native",
-        group=_HOW,
         help="What the loss compares: native the model's prediction (noise, velocity or flow), x0 the clean picture "
         "as in ComfyUI's trainer, which puts most of the weight on the noisiest timesteps.",
     )
     timesteps: TimestepDistribution | None = option(
         None,
-        group=_HOW,
         help="Distribution of the noise levels: shifted is uniform with timestep_shift, sigmoid is an alias of "
         "logit_normal. Default: the model's own.",
     )
@@ -311,7 +351,6 @@ class TrainConfig:
         None,
         min=0.01,
         max=100.0,
-        group=_HOW,
         help="Shift of the noise levels towards the noisy end, in place of the model's own; 1 is none. Default: "
         "computed from the size of the picture with shifted, the model's own with the others.",
     )
@@ -319,7 +358,6 @@ class TrainConfig:
         None,
         min=0.0,
         max=0.99,
-        group=_HOW,
         help="Least noise level in training, as diffusion time from 0 for clean to 1 for noise. Default: 0; for an "
         "expert, known by its file's name, the least of its own.",
     )
@@ -327,48 +365,63 @@ class TrainConfig:
         None,
         min=0.01,
         max=1.0,
-        group=_HOW,
         help="Greatest noise level in training. Default: 1; for an expert the greatest of its own.",
     )
     stratified: bool = option(
         True,
-        group=_HOW,
         help="Stratify the noise levels of consecutive draws, so that each batch covers the range. The distribution "
         "is the same and the gradient varies less.",
     )
     loss_weighting: LossWeighting = option(
         "none",
-        group=_HOW,
         help="Weight of a noise level in the loss: min_snr caps it at min_snr_gamma towards the clean end, "
         "soft_min_snr does so smoothly.",
     )
     min_snr_gamma: float = option(
-        5.0, min=0.01, max=1000.0, group=_HOW, help="Signal-to-noise ratio at which min_snr and soft_min_snr level off."
+        5.0, min=0.01, max=1000.0, help="Signal-to-noise ratio at which min_snr and soft_min_snr level off."
     )
     noise_offset: float = option(
         0.0,
         min=0.0,
         max=1.0,
-        group=_HOW,
         help="Strength of additional noise that is constant over the picture, one value per channel, for training "
         "very dark and very bright pictures. 0.03 to 0.1 are usual.",
     )
     zero_terminal_snr: bool = option(
         False,
-        group=_HOW,
         help="Rescale the noise schedule so that its last step is pure noise. Only for v-prediction models of the "
         "Stable Diffusion kind; pictures must be sampled with the same schedule.",
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        least, greatest = self.min_noise or 0.0, 1.0 if self.max_noise is None else self.max_noise
+        if least >= greatest:
+            raise OptionError(f"min_noise must be below max_noise, got {least:g} and {greatest:g}; swap them")
+
+    def idle_settings(self) -> Iterator[str]:
+        if self.loss_weighting == "none":
+            if not self.is_default("min_snr_gamma"):
+                yield f"min_snr_gamma {self.min_snr_gamma:g} has no effect without a loss_weighting."
+        elif self.objective == "x0" and self.loss_function == "MSE":
+            yield (
+                f"objective x0 has no effect with loss_weighting {self.loss_weighting}, which weights the error of the "
+                "clean picture for either objective; it has one with a loss_function other than MSE."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class NumberSettings(Section, group="Precision and reproducibility"):
+    """Number formats and the seed."""
+
     seed: int = option(
         0,
         min=0,
         max=2**64 - 1,
-        group=_NUMBERS,
         help="Seed of initial weights, order, noise and timesteps: the same seed gives the same LoRA.",
     )
     training_dtype: Literal["auto", "bf16", "fp32", "none"] = option(
         "auto",
-        group=_NUMBERS,
         of_model=True,
         costs=True,
         help="Number format of matrix products. Trained weights are always updated in fp32. auto is bf16 where the "
@@ -377,35 +430,31 @@ class TrainConfig:
     )
     exact_dtype: bool = option(
         False,
-        group=_NUMBERS,
         changes_numbers=False,
         costs=True,
         help="Compute products in training_dtype even where the device has no units for it and emulates them, slowly. "
         "A resumed run does so, as its products keep their format.",
     )
-    lora_dtype: Literal["bf16", "fp32"] = option("bf16", group=_NUMBERS, help="Number format of the saved LoRA.")
+    lora_dtype: Literal["bf16", "fp32"] = option("bf16", help="Number format of the saved LoRA.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemorySettings(Section, group="Memory", of_model=True, costs=True):
+    """Memory of a step against its time."""
+
     gradient_checkpointing: bool = option(
         False,
-        group=_MEMORY,
-        of_model=True,
-        costs=True,
         help="Activation checkpointing: recompute blocks in the backward pass. A third slower, needs far less memory.",
     )
     checkpoint_depth: int = option(
         1,
         min=1,
         max=5,
-        group=_MEMORY,
-        of_model=True,
-        costs=True,
         help="Level of the recomputed blocks: 1 is the outermost (least memory), each further level is nested inside.",
     )
     activations: ActivationPlan = option(
         "keep",
-        group=_MEMORY,
         changes_numbers=False,
-        of_model=True,
-        costs=True,
         help="How activations are kept until the backward pass. keep stores all; lean recomputes cheap ones (norms, "
         "activation functions), which saves 20 to 40 % of their memory; selective also recomputes the wide layers "
         "of feed-forward networks; host offloads them from the GPU to host memory; auto measures and selects the "
@@ -415,17 +464,11 @@ class TrainConfig:
         None,
         min=0.1,
         max=10_000.0,
-        group=_MEMORY,
         changes_numbers=False,
-        of_model=True,
-        costs=True,
         help="Device memory in GiB that activations auto may use, weights included. Default: all free memory.",
     )
     quantization: Quantization = option(
         "none",
-        group=_MEMORY,
-        of_model=True,
-        costs=True,
         help="Quantize the frozen weights of Linear layers and convolutions during training; each is dequantized where "
         "it is used. Compared with bf16, fp8 and int8 save half of their memory and nf4 (4 bits) 72 %; int8 changes "
         "the weights least. There is one scale per output, or per weight with _tensor. With none, a quantized "
@@ -433,75 +476,102 @@ class TrainConfig:
     )
     offloading: bool = option(
         False,
-        group=_MEMORY,
-        of_model=True,
-        costs=True,
         help="Keep the frozen weights in host memory and copy them to the device as they are used. The numbers stay "
         "the same.",
     )
     sharding: bool = option(
         False,
-        group=_MEMORY,
         changes_numbers=False,
-        costs=True,
+        of_model=False,
         help="Of several processes that train one run, each keeps its part of the frozen weights, and the parts of a "
         "block are gathered while it is computed (FSDP2), for models beyond one GPU. Has no effect in one process.",
     )
     quantized_backward: bool = option(
         False,
-        group=_MEMORY,
-        of_model=True,
-        costs=True,
         help="Compute products with fp8 weights in fp8, in the forward and backward pass, on GPUs that support it "
         "(NVIDIA, compute capability 8.9 or later). Activations and gradients are rounded to fp8.",
     )
     compile: bool = option(
         False,
-        group=_SPEED,
-        costs=True,
+        group="Speed",
+        of_model=False,
         help="Compile the model's blocks (torch.compile): the first step takes minutes, all others are faster. Needs "
         "a C++ compiler, on GPUs triton, and changes the last bits of the numbers.",
     )
     bucket_mode: bool = option(
         False,
-        group=_HOW,
+        group="Training",
         door="graph",
+        of_model=False,
+        costs=False,
         help="The latents are buckets of equal size, from Resolution Bucket. Mixed sizes are trained correctly either "
         "way.",
     )
     bypass_mode: bool = option(
         False,
-        group=_MEMORY,
         door="graph",
+        of_model=False,
+        costs=False,
         help="Apply adapters beside the weights instead of merging them. Training always does, so it has no effect.",
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sharding and self.offloading:
+            raise OptionError(
+                "sharding and offloading are two places for frozen weights, got both; leave one of them out"
+            )
+
+    def idle_settings(self) -> Iterator[str]:
+        if self.bucket_mode:
+            yield "bucket_mode has no effect here: sizes are mixed correctly with and without it."
+        if self.bypass_mode:
+            yield (
+                "bypass_mode has no effect here: training always runs adapters beside the weights, and how a LoRA is "
+                "applied is chosen when it is loaded."
+            )
+        if self.compile and not self.is_default("activations"):
+            kept = f"activations {self.activations}"
+            yield f"{kept} has no effect with compile, which selects the kept activations itself."
+        elif self.activations == "auto":
+            if self.gradient_checkpointing:
+                yield "gradient_checkpointing has no effect with activations auto, which measures whether it is needed."
+        elif self.memory_budget is not None:
+            yield f"memory_budget {self.memory_budget:g} has no effect without activations auto."
+        if not self.gradient_checkpointing and not self.is_default("checkpoint_depth"):
+            yield f"checkpoint_depth {self.checkpoint_depth} has no effect without gradient_checkpointing."
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationSettings(Section, group="Validation and previews"):
+    """Held-out images, and when a run stops early."""
 
     validation_share: float | None = option(
         None,
         min=0.0,
         max=0.5,
-        group=_WATCH,
         help="Share of the images that is held out for validation. Default: a tenth from 12 images on, none below.",
     )
     validate_every: int | None = option(
-        None, min=1, max=100_000, group=_WATCH, help="Steps between validations. Default: a tenth of the run."
+        None, min=1, max=100_000, help="Steps between validations. Default: a tenth of the run."
     )
-    validation_draws: int = option(
-        8, min=2, max=1000, group=_WATCH, help="Noise levels at which each held-out image is evaluated."
-    )
+    validation_draws: int = option(8, min=2, max=1000, help="Noise levels at which each held-out image is evaluated.")
     patience: int = option(
         0,
         min=0,
         max=1000,
-        group=_WATCH,
         changes_numbers=False,
         help="Stop after this many validations without improvement. 0 disables early stopping; the best LoRA is "
         "saved either way.",
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreviewSettings(Section, group="Validation and previews", changes_numbers=False):
+    """Pictures on the way, and trackers."""
+
     previews: str | None = option(
         None,
-        group=_WATCH,
-        changes_numbers=False,
         is_main=True,
         is_prompt=True,
         help="Prompts of previews during training, separated by |, drawn with and without the LoRA. Default: the "
@@ -512,72 +582,50 @@ class TrainConfig:
         None,
         min=1,
         max=100_000,
-        group=_WATCH,
-        changes_numbers=False,
         help="Steps between previews. Default: a quarter of the run; the finished LoRA is always drawn.",
     )
-    preview_strengths: str = option(
-        "0.5,1",
-        group=_WATCH,
-        changes_numbers=False,
-        help="Strengths at which the finished LoRA is drawn, separated by commas.",
-    )
-    preview_steps: int = option(
-        20, min=1, max=1000, group=_WATCH, changes_numbers=False, help="Sampling steps of a preview."
-    )
+    preview_strengths: str = option("0.5,1", help="Strengths at which the finished LoRA is drawn, separated by commas.")
+    preview_steps: int = option(20, min=1, max=1000, help="Sampling steps of a preview.")
     preview_frames: int | None = option(
         None,
         min=1,
         max=257,
-        group=_WATCH,
-        changes_numbers=False,
         help="Frames of a preview, for models of videos; other numbers than one more than a multiple of 4 are rounded "
         "down, and 1 is a picture. Default: the model's.",
     )
     track: Literal["none", "tensorboard", "wandb"] = option(
         "none",
-        group=_WATCH,
-        changes_numbers=False,
         door="typed",
         help="Log losses and rates to TensorBoard (in the folder of the run) or to Weights & Biases, if installed.",
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavingSettings(Section, group="Saving and recovery", changes_numbers=False):
+    """Run states, files on the way and rollbacks."""
+
     save_state_every: int = option(
         100,
         min=0,
         max=100_000,
-        group=_KEEP,
-        changes_numbers=False,
         help="Steps between saves of the run state, from which an interrupted run resumes. 0 saves none by steps.",
     )
     save_state_minutes: float = option(
         10.0,
         min=0.0,
         max=10_000.0,
-        group=_KEEP,
-        changes_numbers=False,
         help="Minutes between saves of the run state, whichever comes first. 0 saves none by time.",
     )
-    keep_states: int = option(
-        2,
-        min=1,
-        max=1000,
-        group=_KEEP,
-        changes_numbers=False,
-        help="Number of run states to keep; older ones are deleted.",
-    )
+    keep_states: int = option(2, min=1, max=1000, help="Number of run states to keep; older ones are deleted.")
     save_every: int = option(
         0,
         min=0,
         max=100_000,
-        group=_KEEP,
-        changes_numbers=False,
         help="Steps between LoRAs that are kept on the way, named by their step, such as dog-step00000100. 0 keeps "
         "none.",
     )
     sidecars: bool = option(
         False,
-        group=_KEEP,
-        changes_numbers=False,
         help="Write trigger, base model and hashes of the LoRA into files beside it, for model browsers: "
         "NAME.civitai.info (Civitai Helper, LoRA Manager) and NAME.json (A1111, Forge).",
     )
@@ -585,54 +633,41 @@ class TrainConfig:
         3,
         min=0,
         max=100,
-        group=_KEEP,
+        changes_numbers=True,
         help="Number of rollbacks to the last good snapshot, each halving the learning rate, when the loss explodes or "
         "becomes NaN, before the run stops.",
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(
+    SavingSettings,
+    PreviewSettings,
+    ValidationSettings,
+    MemorySettings,
+    NumberSettings,
+    LossSettings,
+    OptimizerSettings,
+    VariantSettings,
+    LoraSettings,
+    StepSettings,
+    group="Precision and reproducibility",
+):
+    """Settings of one run. Raises OptionError for values of the wrong type or out of range."""
+
+    # A dataclass has the fields of its last base first.
     deterministic: bool = option(
         False,
-        group=_NUMBERS,
         of_model=True,
         costs=True,
         help="Use only deterministic GPU kernels, at some cost in speed; CPU kernels always are.",
     )
     private: bool = option(
         False,
-        group=_NUMBERS,
         changes_numbers=False,
         help="Leave paths, prompts, captions and the workflow out of the LoRA's metadata. The run folder still holds "
         "them.",
     )
-
-    def __post_init__(self) -> None:
-        check_options(self)
-        for name in lora_settings():
-            if getattr(self, name) == NONE_LORA:
-                object.__setattr__(self, name, None)
-        self._check_variants()
-        if self.sharding and self.offloading:
-            raise OptionError(
-                "sharding and offloading are two places for frozen weights, got both; leave one of them out"
-            )
-        least, greatest = self.min_noise or 0.0, 1.0 if self.max_noise is None else self.max_noise
-        if least >= greatest:
-            raise OptionError(f"min_noise must be below max_noise, got {least:g} and {greatest:g}; swap them")
-
-    def is_default(self, name: str) -> bool:
-        return bool(getattr(self, name) == options_of(type(self))[name].default)
-
-    @property
-    def samples_per_step(self) -> int:
-        """Samples of an update, over all of its batches and processes."""
-        return self.batch_size * self.grad_accumulation_steps
-
-    def _check_variants(self) -> None:
-        for name in sorted(frozenset().union(*(facts.variants for facts in ALGORITHMS.values()))):
-            if name not in ALGORITHMS[self.algorithm].variants and not self.is_default(name):
-                takers = ", ".join(kind for kind, facts in ALGORITHMS.items() if name in facts.variants)
-                raise OptionError(f"{name} is for {takers}, got algorithm {self.algorithm}; leave one of the two out")
-        if self.pissa and self.tucker:
-            raise OptionError("pissa and tucker are two starts of a convolution, got both; leave one of them out")
 
 
 WHOLE_RANGE = (0.0, 1.0)

@@ -29,16 +29,12 @@ from lorasmith.diffusion.schedule import quantile_map, quantile_range, range_lim
 from lorasmith.families.model import Denoiser
 from lorasmith.training.batches import Batch, BatchMaker, no_masks
 from lorasmith.training.config import WHOLE_RANGE, ResolvedConfig
-from lorasmith.training.gradient_sums import GradientSums
-from lorasmith.training.memory.activation_checkpointing import blocks_checkpointed
-from lorasmith.training.memory.activations import activations_packed, activations_reduced
+from lorasmith.training.memory.activations import activations_packed, activations_reduced, blocks_checkpointed
 from lorasmith.training.memory.compilation import blocks_compiled
-from lorasmith.training.memory.frozen_weights import fp8_products_enabled, weights_packed
+from lorasmith.training.memory.frozen_weights import WeightStream, fp8_products_enabled, weights_packed
 from lorasmith.training.memory.sharding import weights_sharded
-from lorasmith.training.memory.weight_stream import WeightStream
-from lorasmith.training.optim.flat import FlatParameters
-from lorasmith.training.optim.loss_scale import LossScale
-from lorasmith.training.optim.optimizers import GatedOptimizer, check_alike
+from lorasmith.training.optim.flat import FlatParameters, GradientSums
+from lorasmith.training.optim.optimizers import GatedOptimizer, LossScale, check_alike
 from lorasmith.training.runtime import Runtime
 
 
@@ -362,8 +358,8 @@ def _trained(
     """Module path, full name and parameter of every trained parameter."""
     for path, adapter in adapters.items():
         yield from ((path, f"{path}.{name}", parameter) for name, parameter in adapter.named_parameters())
-    for path, one in differences.items():
-        yield from ((path, f"{path}.difference.{name}", parameter) for name, parameter in one.named_parameters())
+    for path, difference in differences.items():
+        yield from ((path, f"{path}.difference.{name}", parameter) for name, parameter in difference.named_parameters())
 
 
 def _rate(path: str, name: str, config: ResolvedConfig, runtime: Runtime) -> float:

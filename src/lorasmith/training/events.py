@@ -7,255 +7,177 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 
 from lorasmith.core.choices import Activations
 from lorasmith.core.printable import printable
 from lorasmith.core.typed_json import typed
-from lorasmith.training.outcome import Outcome
+
+
+class Outcome(StrEnum):
+    """Why a run ended; values are those in files."""
+
+    FINISHED = "finished"
+    """All steps were taken."""
+    STOPPED = "stopped"
+    """Early stopping: no improvement for `patience` validations."""
+    CANCELLED = "cancelled"
+    """The user ended it."""
+    FAILED = "failed"
+    """An error ended it."""
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the run is complete and cannot be resumed."""
+        return self in (Outcome.FINISHED, Outcome.STOPPED)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """Base of all events.
+    """Base of all events."""
 
-    Attributes:
-        at: seconds since the epoch.
-    """
-
-    at: float = field(default_factory=time.time)
+    at: float = field(default_factory=time.time)  # seconds since the epoch
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunStarted(Event):
-    """Training is about to take its first step.
+    """Training is about to take its first step."""
 
-    Attributes:
-        steps: planned updates.
-        steps_before: updates of the LoRA that is continued.
-        samples: samples in the dataset.
-        adapters: adapted layers.
-        parameters: number of trained parameters.
-        device, dtype: of the frozen model.
-        folder: of the run, empty if there is none.
-    """
-
-    steps: int
-    steps_before: int
-    samples: int
-    adapters: int
-    parameters: int
-    device: str
+    steps: int  # planned updates
+    steps_before: int  # updates of the LoRA that is continued
+    samples: int  # in the dataset
+    adapters: int  # adapted layers
+    parameters: int  # number of trained parameters
+    device: str  # of the frozen model, as `dtype`
     dtype: str
-    folder: str = ""
+    folder: str = ""  # of the run, empty if there is none
 
 
 @dataclass(frozen=True, kw_only=True)
 class Resumed(Event):
-    """An interrupted run continues.
+    """An interrupted run continues."""
 
-    Attributes:
-        step: updates taken so far.
-        message: which run, from which step, and whether bit-identically, in a sentence.
-    """
-
-    step: int
-    message: str
+    step: int  # updates taken so far
+    message: str  # which run, from which step, and whether bit-identically, in a sentence
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepDone(Event):
-    """The loss of one update has arrived on the host.
+    """The loss of one update has arrived on the host."""
 
-    Attributes:
-        step: counted from 1.
-        loss: mean over the step's samples.
-        grad_norm: norm of the gradient before clipping.
-        learning_rate: of this step, the largest of all groups.
-        draws: for each of the step's samples its index in the dataset, the quantile of its noise level (0 is clean, 1
-            noisy) and its loss.
-        noise_scale: gradient noise scale in samples; 0 if unknown, as with one batch per step.
-    """
-
-    step: int
-    loss: float
-    grad_norm: float
-    learning_rate: float = 0.0
+    step: int  # counted from 1
+    loss: float  # mean over the step's samples
+    grad_norm: float  # before clipping
+    learning_rate: float = 0.0  # of this step, the largest of all groups
+    # index in the dataset, quantile of the noise level (0 is clean, 1 noisy) and loss of each of the step's samples
     draws: tuple[tuple[int, float, float], ...] = ()
-    noise_scale: float = 0.0
+    noise_scale: float = 0.0  # in samples; 0 if unknown, as with one batch per step
 
 
 @dataclass(frozen=True, kw_only=True)
 class Validated(Event):
-    """The held-out images were evaluated.
+    """The held-out images were evaluated."""
 
-    Attributes:
-        step: updates taken.
-        loss: mean over the held-out images and their noise levels.
-        base_loss: the same for the model without the LoRA.
-        low, high: 95 % confidence interval of loss − base_loss, over images (over images and noise levels, if there are
-            fewer than five images).
-        best: whether this is the lowest loss so far.
-        best_step: step of the lowest loss so far.
-        verdict: interpretation of all validations so far, in a sentence.
-    """
-
-    step: int
-    loss: float
-    base_loss: float
+    step: int  # updates taken
+    loss: float  # mean over the held-out images and their noise levels
+    base_loss: float  # the same for the model without the LoRA
+    # 95 % confidence interval of loss − base_loss, over images (fewer than five: over images and noise levels)
     low: float
     high: float
-    best: bool
-    best_step: int
-    verdict: str
+    best: bool  # whether this is the lowest loss so far
+    best_step: int  # step of the lowest loss so far
+    verdict: str  # interpretation of all validations so far, in a sentence
 
 
 @dataclass(frozen=True, kw_only=True)
 class Previewed(Event):
-    """A preview was drawn from the LoRA as it would be saved.
+    """A preview was drawn from the LoRA as it would be saved."""
 
-    Attributes:
-        step: updates taken.
-        prompts: one for each picture.
-        paths: PNG files, one for each picture.
-        strength: of the LoRA, 0 for the base model.
-    """
-
-    step: int
-    prompts: tuple[str, ...]
-    paths: tuple[str, ...]
-    strength: float
+    step: int  # updates taken
+    prompts: tuple[str, ...]  # one for each picture
+    paths: tuple[str, ...]  # PNG files, one for each picture
+    strength: float  # of the LoRA, 0 for the base model
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drawing(Event):
-    """Pictures of a preview are drawn. It is not logged.
+    """Pictures of a preview are drawn. It is not logged."""
 
-    Attributes:
-        done, total: pictures drawn so far, and all of this preview.
-    """
-
-    done: int
+    done: int  # pictures so far
     total: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class StateSaved(Event):
-    """A run state was written.
+    """A run state was written."""
 
-    Attributes:
-        step: updates taken.
-        path: the file.
-    """
-
-    step: int
+    step: int  # updates taken
     path: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class RolledBack(Event):
-    """A step diverged: it is skipped, and training continues from an earlier snapshot at a lower rate.
+    """A step diverged: it is skipped, and training continues from an earlier snapshot at a lower rate."""
 
-    Attributes:
-        step: the diverged step, counted from 1.
-        to_step: step of the restored snapshot.
-        images: names of the step's samples.
-        rate_factor: factor of the learning rate from here on.
-        message: the above in a sentence.
-    """
-
-    step: int
-    to_step: int
-    images: tuple[str, ...]
-    rate_factor: float
-    message: str
+    step: int  # the diverged step, counted from 1
+    to_step: int  # of the restored snapshot
+    images: tuple[str, ...]  # names of the step's samples
+    rate_factor: float  # of the learning rate, from here on
+    message: str  # the above in a sentence
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shrunk(Event):
-    """Memory ran out: the step is repeated in smaller micro-batches, with the same result up to rounding.
+    """Memory ran out: the step is repeated in smaller micro-batches, with the same result up to rounding."""
 
-    Attributes:
-        step: counted from 1.
-        micro_batch: images per forward pass from here on.
-        checkpoint_depth: depth of activation checkpointing from here on, 0 for none.
-        message: the above in a sentence.
-    """
-
-    step: int
-    micro_batch: int
-    checkpoint_depth: int
-    message: str
+    step: int  # counted from 1
+    micro_batch: int  # images per forward pass from here on
+    checkpoint_depth: int  # of activation checkpointing from here on, 0 for none
+    message: str  # the above in a sentence
 
 
 @dataclass(frozen=True, kw_only=True)
 class Planned(Event):
-    """The activation plan was selected by measurement.
+    """The activation plan was selected by measurement."""
 
-    Attributes:
-        activations, checkpoint_depth: as in `Runtime`.
-        needed_bytes: estimated peak of a step.
-        budget_bytes: available memory.
-        message: the above in a sentence.
-    """
-
-    activations: Activations
+    activations: Activations  # as in `Runtime`, like `checkpoint_depth`
     checkpoint_depth: int
-    needed_bytes: int
-    budget_bytes: int
-    message: str
+    needed_bytes: int  # estimated peak of a step
+    budget_bytes: int  # available memory
+    message: str  # the above in a sentence
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionsPlanned(Event):
-    """It was decided how the captions that are drawn are encoded.
+    """It was decided how the captions that are drawn are encoded."""
 
-    Attributes:
-        captions: number of captions that are encoded before training; None where the text encoders stay.
-        needed_bytes: memory of these conditionings, or of the text encoders.
-        message: the above in a sentence.
-    """
-
-    captions: int | None
-    needed_bytes: int
-    message: str
+    captions: int | None  # encoded before training; None where the text encoders stay
+    needed_bytes: int  # memory of these conditionings, or of the text encoders
+    message: str  # the above in a sentence
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionEncoded(Event):
-    """A caption was encoded before training.
+    """A caption was encoded before training."""
 
-    Attributes:
-        done, total: captions encoded so far, and all of these.
-    """
-
-    done: int
+    done: int  # captions so far
     total: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class Warned(Event):
-    """A warning in one sentence; training continues.
-
-    Attributes:
-        message: the sentence.
-        is_remark: whether it asks nothing of the user and is for the report alone.
-    """
+    """A warning in one sentence; training continues."""
 
     message: str
-    is_remark: bool = False
+    is_remark: bool = False  # whether it asks nothing of the user and is for the report alone
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunFinished(Event):
-    """Training ended.
+    """Training ended."""
 
-    Attributes:
-        step: updates taken in this run.
-        reason: why it ended.
-    """
-
-    step: int
+    step: int  # updates taken in this run
     reason: Outcome
 
 

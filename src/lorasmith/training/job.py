@@ -1,10 +1,21 @@
 """Planning of a run: trained modules, their initial values and learning rates.
 
-Settings that have no effect in a run are listed in the job's notes.
+Settings that have no effect in a run are listed in the job's notes. Targets are text, presets and patterns with
+optional settings:
+
+    attention                                            a preset of the family
+    *.attn2.*, *.ff.*                                    patterns on module paths, where * crosses dots
+    all-linear rank=8, *.attn2.* rank=32 lr=2e-4         settings follow the entry that they apply to
+    attention, !*.to_out.*                               ! excludes
+
+Entries are separated by commas, semicolons or line ends. A layer that matches several entries gets the settings of all,
+later ones taking precedence; exclusions apply in any position. Settings are `rank`, `alpha` and `lr`, in the ranges of
+the run's own.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,14 +26,25 @@ from torch import Tensor, nn
 
 from lorasmith.adapters.adapter import ADAPTERS, Adapter
 from lorasmith.adapters.catalogue import ALGORITHMS, rank_words
-from lorasmith.adapters.inject import Difference, Plan, create_adapters, is_norm, load_adapters, load_differences
+from lorasmith.adapters.inject import (
+    Difference,
+    Plan,
+    Rule,
+    create_adapters,
+    is_norm,
+    load_adapters,
+    load_differences,
+    plan_adapters,
+)
 from lorasmith.adapters.patch import Patch, patches_merged
 from lorasmith.adapters.variants import Variant
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights
-from lorasmith.core.errors import LoraError
+from lorasmith.core.errors import LoraError, OptionError
+from lorasmith.core.options import options_of
 from lorasmith.core.placement import best_device, chosen_dtype, dtype_name, multiplies
 from lorasmith.core.printable import count_text
 from lorasmith.core.processes import current
+from lorasmith.core.registry import nearest
 from lorasmith.core.typed_json import Scalar
 from lorasmith.diffusion.schedule import check_noising
 from lorasmith.families.model import Denoiser
@@ -32,10 +54,8 @@ from lorasmith.training.engine import Engine
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.notes import notes_on, notes_on_file, notes_on_products
 from lorasmith.training.optim.optimizers import check_optimizer
-from lorasmith.training.optim.schedules import check_schedule
-from lorasmith.training.optim.update_rules import default_rate, rule_of
+from lorasmith.training.optim.update_rules import check_schedule, rule_of
 from lorasmith.training.runtime import Runtime, dtype_on_device
-from lorasmith.training.target_text import parse_targets, resolve_targets
 
 
 @dataclass(frozen=True)
@@ -106,7 +126,7 @@ def plan_job(denoiser: Denoiser, config: TrainConfig, device: str | torch.device
     beneath = ""
     if config.training_adapter is not None:
         denoiser, beneath = _with_adapter(denoiser, Path(config.training_adapter), strict=config.strict)
-    fresh = replace(plan, adapters=tuple(one for one in plan.adapters if one.path not in existing.adapters))
+    fresh = replace(plan, adapters=tuple(adapter for adapter in plan.adapters if adapter.path not in existing.adapters))
     module = denoiser.module
     # DoRA and PiSSA are initialized from the weights as they are in training.
     patches = [replace(patch, bypass=False) for patch in denoiser.patches]
@@ -161,7 +181,7 @@ def _decided(denoiser: Denoiser, config: TrainConfig, device: torch.device) -> R
     return ResolvedConfig.of(
         config,
         learning_rate=config.learning_rate
-        or default_rate(config.optimizer)
+        or rule_of(config.optimizer).own_rate
         or _default_rate(denoiser, config, config.algorithm),
         schedule=config.schedule or ("linear" if _anneals(config) else "constant"),
         alpha=alpha,
@@ -209,8 +229,8 @@ def _learning_rates(
     denoiser: Denoiser, requested: TrainConfig, plan: Plan, existing: Mapping[str, AdapterWeights]
 ) -> dict[str, float]:
     """Rates by module path: those set for targets, and the default ones of continued layers' algorithms."""
-    own = {one.path: one.learning_rate for one in plan.adapters if one.learning_rate is not None}
-    if requested.learning_rate is not None or default_rate(requested.optimizer) is not None:
+    own = {adapter.path: adapter.learning_rate for adapter in plan.adapters if adapter.learning_rate is not None}
+    if requested.learning_rate is not None or rule_of(requested.optimizer).own_rate is not None:
         return own
     return {path: _default_rate(denoiser, requested, one.algorithm) for path, one in existing.items()} | own
 
@@ -232,7 +252,7 @@ def fresh_differences(denoiser: Denoiser, plan: Plan, config: TrainConfig) -> di
             if is_norm(module) and not any(rule.matches(path, module) for rule in exclusions)
         }
     if "biases" in config.differences:
-        layers = {one.path: denoiser.module.get_submodule(one.path) for one in plan.adapters}
+        layers = {adapter.path: denoiser.module.get_submodule(adapter.path) for adapter in plan.adapters}
         wanted |= {path: layer for path, layer in layers.items() if layer.bias is not None}
     return {path: Difference.create(module) for path, module in wanted.items()}
 
@@ -261,7 +281,9 @@ class _Existing:
     left_out: str = ""
 
     def below(self, denoiser: Denoiser) -> Denoiser:
-        carried = {ref.path: one for ref, one in self.carried.differences.items() if ref.component == DENOISER}
+        carried = {
+            ref.path: difference for ref, difference in self.carried.differences.items() if ref.component == DENOISER
+        }
         return denoiser.patched(Patch({}, carried)) if carried else denoiser
 
     def notes(self, fresh: int) -> Iterator[str]:
@@ -279,9 +301,9 @@ class _Existing:
 def _existing(path: Path, denoiser: Denoiser, config: TrainConfig) -> _Existing:
     lora = Lora.load(path, denoiser.base)
     left_out, state = lora.applied(denoiser, None, strict=config.strict).note, lora.state
-    adapters = {ref.path: one for ref, one in state.adapters.items() if ref.component == DENOISER}
+    adapters = {ref.path: adapter for ref, adapter in state.adapters.items() if ref.component == DENOISER}
     differences: dict[str, dict[str, Tensor]] = {}
-    carried = {ref: one for ref, one in state.differences.items() if ref.component != DENOISER}
+    carried = {ref: difference for ref, difference in state.differences.items() if ref.component != DENOISER}
     for ref, changes in state.differences.items():
         for name, tensor in changes.items() if ref.component == DENOISER else ():
             if tensor.ndim == 1:
@@ -299,3 +321,65 @@ def _existing(path: Path, denoiser: Denoiser, config: TrainConfig) -> _Existing:
         steps_of(state.metadata, path.name),
         left_out,
     )
+
+
+_SETTINGS = {"rank": "rank", "alpha": "alpha", "lr": "learning_rate"}
+_DECLARED = options_of(TrainConfig)
+_MOST_ENTRIES, _LONGEST_ENTRY = 500, 500  # each is matched with each layer, and long patterns take long to compile
+
+
+def parse_targets(text: str, presets: Mapping[str, Rule]) -> tuple[list[Rule], list[Rule]]:
+    """Rules, all layers if there are only exclusions, and exclusions. Raises OptionError if an entry is malformed."""
+    rules, exclusions = [], []
+    entries = [part.strip() for part in re.split(r"[,;\n]", text) if part.strip()]
+    if len(entries) > _MOST_ENTRIES or any(len(entry) > _LONGEST_ENTRY for entry in entries):
+        raise OptionError(
+            f"targets must be at most {_MOST_ENTRIES} entries of {_LONGEST_ENTRY} characters, got {len(entries):,} of "
+            f"up to {max(map(len, entries)):,}; use patterns with *"
+        )
+    for entry in entries:
+        name, *settings = entry.split()
+        if "=" in name:
+            raise OptionError(f"settings of targets must follow a preset or pattern, got {entry!r} alone")
+        if not name.startswith("!"):
+            rules.append(_rule(name, presets, _settings(settings)))
+        elif settings:
+            raise OptionError(f"an exclusion takes no settings, got {entry!r}; put them behind a pattern")
+        else:
+            exclusions.append(_rule(name[1:], presets, {}))
+    return rules or [Rule(("*",), name="*")], exclusions
+
+
+def resolve_targets(denoiser: Denoiser, config: TrainConfig) -> Plan:
+    """The layers that `config.targets` or the model's own preset match. Raises OptionError."""
+    presets = denoiser.base.family.presets
+    text = config.targets or denoiser.base.defaults.targets
+    rules, exclusions = parse_targets(text, presets)
+    capped = ALGORITHMS[config.algorithm].rank_meaning == "rank"
+    try:
+        return plan_adapters(denoiser.module, rules, exclude=exclusions, rank=config.rank, capped=capped)
+    except OptionError as error:
+        hint = next((hint for rule in rules if (hint := nearest(rule.name, presets)) and rule.name in str(error)), "")
+        raise OptionError(f"{error}{hint}; use one of {', '.join(presets)}, or patterns such as *.attn2.*") from None
+
+
+def _rule(name: str, presets: Mapping[str, Rule], settings: Mapping[str, Any]) -> Rule:
+    preset = presets.get(name.casefold(), Rule((name,)))
+    return replace(preset, name=name, **settings)
+
+
+def _settings(words: list[str]) -> dict[str, Any]:
+    settings = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or key not in _SETTINGS:
+            raise OptionError(
+                f"settings of targets must be {', '.join(f'{name}=...' for name in _SETTINGS)}, got {word!r}"
+                f"{nearest(key, _SETTINGS)}; patterns are separated by commas"
+            )
+        try:
+            number: Any = float(value)
+        except ValueError:
+            number = value
+        settings[_SETTINGS[key]] = _DECLARED[_SETTINGS[key]].check(number)
+    return settings

@@ -5,7 +5,7 @@ states and recovery. Only one thread works at a time, in the order of the runs: 
 gradient; when all have, the calling thread computes all gradients, in passes of the batches that fit together, and each
 run receives its own. A run that ends, for whatever reason, leaves the group.
 
-What is attached to the model (`shared_model`) depends on the working run: nothing while it draws previews or is loaded,
+What is attached to the model (`SharedModel`) depends on the working run: nothing while it draws previews or is loaded,
 its adapters while it is validated, those of all runs in common passes. A run's weights and losses are therefore those
 that it has alone, up to rounding of sums.
 
@@ -24,23 +24,23 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from lorasmith.adapters.joint_adapters import SamplesMixed
+from lorasmith.adapters.inject import adapters_attached
+from lorasmith.adapters.joint_adapters import SampleRows, SamplesMixed, jointly_attached
 from lorasmith.adapters.patch import patch_tensors
 from lorasmith.core.allocator import is_out_of_memory, memory_missed
+from lorasmith.core.choices import ActivationPlan
 from lorasmith.core.errors import OptionError
 from lorasmith.core.options import options_of
 from lorasmith.core.printable import memory_text
 from lorasmith.core.tensor_digests import digest_of_tensors
 from lorasmith.data.dataset import EncodedDataset
-from lorasmith.training.batches import Batch, kind_of
-from lorasmith.training.captions_ahead import drawn_captions
+from lorasmith.training.batches import Batch, drawn_captions, kind_of
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.engine import Engine, prediction_losses
+from lorasmith.training.engine import Engine, frozen, prediction_losses
 from lorasmith.training.job import Job
-from lorasmith.training.memory.activations import activations_packed
+from lorasmith.training.memory.activations import activations_packed, activations_reduced, blocks_checkpointed
 from lorasmith.training.recovery import StepRepeated
 from lorasmith.training.runtime import Runtime
-from lorasmith.training.shared_model import SharedModel
 
 T = TypeVar("T")
 EngineMaker = Callable[[Job], Engine]
@@ -72,7 +72,7 @@ def check_alike(jobs: Sequence[Job]) -> None:
                 f"runs that train together must have one model, got {first.denoiser.base.title} and "
                 f"{job.denoiser.base.title}, loaded one by one; load it once"
             )
-        if _beneath(job) != _beneath(first):
+        if _base_patches_digest(job) != _base_patches_digest(first):
             raise OptionError(
                 "runs that train together must have the same LoRAs beneath them, but training_adapter, existing_lora "
                 "or the LoRAs of the model differ; make them equal, or train apart"
@@ -117,10 +117,10 @@ def train_jointly(
     returned, or the error that ended it. KeyboardInterrupt is raised in all functions first.
     """
     check_alike(jobs)
-    return _Coordinator(jobs, works).held(each_round)
+    return _Coordinator(jobs, works).run(each_round)
 
 
-def _beneath(job: Job) -> str:
+def _base_patches_digest(job: Job) -> str:
     return digest_of_tensors(patch_tensors(job.denoiser.patches))
 
 
@@ -199,7 +199,7 @@ class _Coordinator:
         self._device = jobs[0].runtime.device
         self._is_apart = False
 
-    def held(self, each_round: Callable[[], None]) -> list[Any]:
+    def run(self, each_round: Callable[[], None]) -> list[Any]:
         """Run all to their ends; `each_round` is called before each step."""
         live = list(self._participants)
         try:
@@ -216,9 +216,9 @@ class _Coordinator:
                 participant.interrupt()
             self._model.bare()
         results = [participant.ended[0] for participant in self._participants]
-        for one in results:
-            if isinstance(one, BaseException) and not isinstance(one, Exception):
-                raise one
+        for result in results:
+            if isinstance(result, BaseException) and not isinstance(result, Exception):
+                raise result
         return results
 
     def _answer(self, asking: Sequence[_Participant[Any]]) -> None:
@@ -384,3 +384,65 @@ def _why_apart(error: Exception, runs: int) -> str:
     if isinstance(error, SamplesMixed):
         return f"This model mixes the samples of a batch ({error})"
     return ""
+
+
+_FRUGAL: Sequence[ActivationPlan] = ("keep", "lean", "selective", "host")
+"""Activation plans by memory, the most demanding first."""
+
+
+class SharedModel:
+    """The frozen model of all runs, in one of three states, each made from the one before it when it is needed.
+
+    bare        as it was loaded: for previews, and for runs that are planned
+    frozen      weights placed, and quantized or offloaded: for losses of the base model
+    attached    adapters of one run or of several on the frozen model, activations kept as set for them
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.rows = SampleRows()  # the runs' samples in a pass
+        self.dtype = job.runtime.dtype  # of passes
+        self.activations: ActivationPlan = "keep"  # how they are kept in passes
+        self._job = job
+        self._frozen, self._attached = contextlib.ExitStack(), contextlib.ExitStack()
+        self._is_frozen = False
+        self._state: object = None
+
+    def bare(self) -> None:
+        self._detach()
+        self._frozen.close()
+        self._is_frozen = False
+
+    def freeze(self) -> None:
+        """Place the weights as the runs train with them, with nothing attached."""
+        self._detach()
+        if not self._is_frozen:
+            self._frozen.enter_context(frozen(self._job.denoiser, self._job.config, self._job.runtime))
+            self._is_frozen = True
+
+    def attach(self, engines: Sequence[Engine], *, reduced: bool = True) -> None:
+        """Attach the adapters of runs; if `reduced`, activations are kept as in the run with least memory for them."""
+        module = self._job.denoiser.module
+        activations: ActivationPlan = "keep"
+        depth = 0
+        if reduced:
+            activations = max((one.runtime.activations for one in engines), key=_FRUGAL.index)
+            depth = min((one.runtime.checkpoint_depth for one in engines if one.runtime.checkpoint_depth), default=0)
+        state = [*map(id, engines)], activations, depth, reduced
+        if state == self._state:
+            return
+        self.freeze()
+        with contextlib.ExitStack() as stack:
+            attached = [engine.trained for engine in engines]
+            if len(attached) == 1:
+                stack.enter_context(adapters_attached(module, attached))
+            else:
+                stack.enter_context(jointly_attached(module, attached, self.rows))
+            if reduced:
+                stack.enter_context(activations_reduced(module, activations))
+                stack.enter_context(blocks_checkpointed(module, depth))
+            self._attached = stack.pop_all()
+        self._state, self.activations = state, activations
+
+    def _detach(self) -> None:
+        self._attached.close()
+        self._state = None

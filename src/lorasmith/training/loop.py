@@ -10,9 +10,11 @@ import contextlib
 import itertools
 import math
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,16 +24,22 @@ from lorasmith.core.allocator import is_out_of_memory, memory_missed
 from lorasmith.core.errors import LoraError, LorasmithError, TrainingError
 from lorasmith.data.dataset import Sample
 from lorasmith.training.batches import Batch, BatchMaker, prefetched
-from lorasmith.training.divergence import exploded
 from lorasmith.training.engine import Engine, batch_maker
-from lorasmith.training.events import EventHandler, StepDone
-from lorasmith.training.mailbox import Mailbox
+from lorasmith.training.events import EventHandler, Outcome, StepDone
 from lorasmith.training.memory.memory_plan import plan_activations
 from lorasmith.training.memory.sharding import ending_together
-from lorasmith.training.noise_scale import NoiseScale
-from lorasmith.training.outcome import Outcome
-from lorasmith.training.progress import Progress, RunState, StateNumbers
-from lorasmith.training.recovery import CompileFailed, Diverged, OutOfMemory, Recovery, StepFault
+from lorasmith.training.recovery import (
+    CompileFailed,
+    Diverged,
+    NoiseScale,
+    OutOfMemory,
+    Recovery,
+    RunProgress,
+    RunState,
+    StateNumbers,
+    StepFault,
+    exploded,
+)
 from lorasmith.training.runtime import Runtime
 
 _SNAPSHOT_STEPS = 25
@@ -91,7 +99,7 @@ class Loop:
         self.emit = on_event
         self.outcome: Outcome | None = None  # None while it runs
         self.waited_s: list[float] = []  # seconds that each step waited for its batches
-        self._progress = Progress()
+        self._progress = RunProgress()
         self._recovery = Recovery(engine, self._progress, on_event)
         self._samples = samples
         self._until = self.steps if until is None else min(until, self.steps)
@@ -120,14 +128,16 @@ class Loop:
 
     def run(self) -> Outcome:
         """Take the remaining steps. Raises TrainingError after too many rollbacks, or if one sample exceeds memory."""
-        device = self.engine.runtime.device
+        device, processes = self.engine.runtime.device, self.engine.runtime.processes
+        # With sharded weights, an error in one process ends the run in all.
+        shared = partial(ending_together, processes, agreed=StepFault) if self.engine.runtime.sharding else nullcontext
         if self._recovery.good is None:
             self._recovery.good = self._snapshot()
         try:
-            with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
                 while self.outcome is None:
                     try:
-                        with self._faults_shared(), self.engine.prepared(self._begin, self._planned):
+                        with shared(), self.engine.prepared(self._begin, self._planned):
                             waiting = self._take_steps()
                         if waiting:
                             self.engine.restore_base_model()
@@ -157,7 +167,7 @@ class Loop:
             "losses": [loss if math.isfinite(loss) else None for loss in self.losses],
             "rollbacks": self._progress.rollbacks,
             "stopped": self.outcome is Outcome.STOPPED,
-            "noise_scale": self._noise.to_json(),
+            "noise_scale": asdict(self._noise),
             "micro_batch": runtime.micro_batch,
             "checkpoint_depth": runtime.checkpoint_depth,
             "eager": self._recovery.compile_failed,
@@ -192,7 +202,7 @@ class Loop:
         for key, tensor in state.tensors.items():
             part, _, name = key.partition("/")
             parts[part][name] = tensor
-        self._noise = NoiseScale.from_json(asdict(numbers.noise_scale))
+        self._noise = numbers.noise_scale
         if (kept := numbers.snapshot) is not None:
             snapshot = RunState(kept.step, parts["snapshot"], asdict(kept.engine))
             engine.load(snapshot.tensors, snapshot.numbers)  # it must fit too, before it is needed
@@ -219,7 +229,9 @@ class Loop:
         maker = batch_maker(engine.denoiser, self._samples, engine.config, engine.runtime, engine.dropout)
         first = engine.runtime.first_step
         with contextlib.closing(prefetched(maker, range(first + self.step, first + self._until))) as coming:
-            while self.step < self._until and not self._is_ended():
+            # Several processes agree on it with the sum of the gradient.
+            is_ended = self._cancelled if engine.runtime.processes.size == 1 else lambda: self._is_cancelled
+            while self.step < self._until and not is_ended():
                 self._take(maker, coming)
                 waiting = self._between()
                 if waiting or self.outcome:
@@ -227,14 +239,6 @@ class Loop:
         self._collect(wait=True)
         self.outcome = Outcome.FINISHED if self.step == self.steps else Outcome.CANCELLED
         return []
-
-    def _faults_shared(self) -> contextlib.AbstractContextManager[None]:
-        """Inside the context, an error in one process ends the run in all, if weights are sharded."""
-        runtime = self.engine.runtime
-        return ending_together(runtime.processes, agreed=StepFault) if runtime.sharding else contextlib.nullcontext()
-
-    def _is_ended(self) -> bool:
-        return self._cancelled() if self.engine.runtime.processes.size == 1 else self._is_cancelled
 
     def _take(self, maker: BatchMaker, coming: Iterator[tuple[int, list[Batch]]]) -> None:
         """Take one step. Raises OutOfMemory and CompileFailed."""
@@ -363,3 +367,38 @@ class _Taken:
             drawn = list(itertools.chain(*facts))
         names, indices, quantiles = zip(*drawn, strict=True)
         return cls(names, indices, quantiles, len(batches[0].names))
+
+
+class Mailbox:
+    """Transfers small tensors by step, and returns them in order: from a GPU asynchronously through pinned memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._waiting: deque[tuple[int, Tensor, torch.Event | None]] = deque()
+
+    def post(self, step: int, values: Tensor) -> None:
+        """Send the values (1-d) of a step."""
+        if self._device.type != "cuda":
+            self._waiting.append((step, values.detach().clone(), None))
+            return
+        landed = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        landed.copy_(values.detach(), non_blocking=True)
+        arrived = torch.Event(self._device)
+        arrived.record(torch.cuda.current_stream(self._device))  # not that of the current device
+        self._waiting.append((step, landed, arrived))
+
+    def collect(self, *, wait: bool = False, before: int | None = None) -> list[tuple[int, list[float]]]:
+        """(step, values) that have arrived since the last call; can wait for all, or for the steps below `before`."""
+        ready = []
+        while self._waiting:
+            step, values, arrived = self._waiting[0]
+            if before is not None and step >= before:
+                break
+            if arrived is not None:
+                if wait or before is not None:
+                    arrived.synchronize()
+                elif not arrived.query():
+                    break
+            ready.append((step, values.tolist()))
+            self._waiting.popleft()
+        return ready

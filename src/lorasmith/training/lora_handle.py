@@ -101,7 +101,7 @@ class Lora:
         refuse_non_finite(path, tensors)
         if not grouped(tensors):
             raise LoraError(f"{path} is not a LoRA: none of its {len(tensors)} tensors has a name that LoRA files use")
-        shapes = {key: tuple(one.shape) for key, one in tensors.items()}
+        shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
         assumed = released_names(guessed_family(shapes, metadata) or "")
         state = AdapterState(unknown=dict(tensors), metadata=dict(metadata))
         if assumed is not None:
@@ -168,20 +168,20 @@ class Lora:
     @cached_property
     def algorithms(self) -> Mapping[str, int]:
         """Number of modules by algorithm (`LoRA`, `LoKr`, `DoRA`, ...), most frequent first."""
-        return dict(Counter(title_of(one) for one in self._adapters).most_common())
+        return dict(Counter(title_of(adapter) for adapter in self._adapters).most_common())
 
     @cached_property
     def ranks(self) -> Mapping[int, int]:
         """Number of modules by rank, most frequent first; algorithms without one are left out."""
-        return dict(Counter(rank for one in self._adapters if (rank := rank_of(one)) is not None).most_common())
+        return dict(Counter(rank for adapter in self._adapters if (rank := rank_of(adapter)) is not None).most_common())
 
     @property
     def parameters(self) -> int:
         """Number of parameters, differences of norms and biases included."""
         if self.given is not None:
             return sum(one.numel() for key, one in self.given.items() if not key.endswith(".alpha"))
-        tensors = [one for adapter in self._adapters for one in adapter.tensors.values()]
-        tensors += [one for changes in self.state.differences.values() for one in changes.values()]
+        tensors = [tensor for adapter in self._adapters for tensor in adapter.tensors.values()]
+        tensors += [change for changes in self.state.differences.values() for change in changes.values()]
         return sum(one.numel() for one in tensors)
 
     @cached_property
@@ -321,7 +321,7 @@ class Lora:
     def _on_denoiser(self, denoiser: Denoiser, strength: float, bypass: bool | None) -> Denoiser:
         self._check_fits(denoiser.base)
         patch = self._patch(DENOISER, strength=strength, bypass=bool(bypass))
-        changed = {*patch.adapters, *(path for path, one in patch.differences.items() if "weight" in one)}
+        changed = {*patch.adapters, *(path for path, difference in patch.differences.items() if "weight" in difference)}
         if not bypass and changed & packed_layers(denoiser.module).keys():
             if bypass is not None:
                 raise LoraError(cannot_merge(denoiser.module))
@@ -357,8 +357,10 @@ class Lora:
 
     def _patch(self, component: str, *, strength: float, bypass: bool) -> Patch:
         return Patch(
-            adapters={ref.path: one for ref, one in self.state.adapters.items() if ref.component == component},
-            differences={ref.path: one for ref, one in self.state.differences.items() if ref.component == component},
+            adapters={ref.path: adapter for ref, adapter in self.state.adapters.items() if ref.component == component},
+            differences={
+                ref.path: difference for ref, difference in self.state.differences.items() if ref.component == component
+            },
             strength=strength,
             bypass=bypass,
         )
@@ -397,8 +399,8 @@ def _as_loaded(patch: Patch, present: Mapping[str, object]) -> Patch:
 
     return replace(
         patch,
-        adapters={path(written): one for written, one in patch.adapters.items()},
-        differences={path(written): one for written, one in patch.differences.items()},
+        adapters={path(written): adapter for written, adapter in patch.adapters.items()},
+        differences={path(written): difference for written, difference in patch.differences.items()},
     )
 
 
@@ -411,6 +413,6 @@ def _fitting(patch: Patch, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Patch
             misfits[path] = Reason.MODULE
         elif not fits(tensors, shapes[path]):
             misfits[path] = Reason.SHAPE
-    adapters = {path: one for path, one in patch.adapters.items() if path not in misfits}
-    differences = {path: one for path, one in patch.differences.items() if path not in misfits}
+    adapters = {path: adapter for path, adapter in patch.adapters.items() if path not in misfits}
+    differences = {path: difference for path, difference in patch.differences.items() if path not in misfits}
     return replace(patch, adapters=adapters, differences=differences), misfits

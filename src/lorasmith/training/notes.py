@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -13,20 +13,19 @@ from lorasmith.adapters.full import FullAdapter
 from lorasmith.adapters.inject import Difference, Plan
 from lorasmith.adapters.lora import LoraAdapter
 from lorasmith.adapters.variants import Dropout, OutputDora
-from lorasmith.core import fp8_products
+from lorasmith.core import quantization
 from lorasmith.core.adapter_state import COMFYUI, DENOISER, AdapterState, ModuleRef
 from lorasmith.core.options import options_of
-from lorasmith.core.quantization import packed, weight_source
+from lorasmith.core.quantization import packed
 from lorasmith.families.model import Denoiser
 from lorasmith.formats.acceptance import shortfalls
 from lorasmith.formats.lora_file import PORTABLE, layout_for
-from lorasmith.training.config import TrainConfig, unused_settings
+from lorasmith.training.config import LossSettings, MemorySettings, OptimizerSettings, TrainConfig, VariantSettings
 from lorasmith.training.memory.compilation import compilable, units
-from lorasmith.training.memory.frozen_weights import takes_fp8_products
-from lorasmith.training.optim.update_rules import default_rate, takes_weight_decay
+from lorasmith.training.memory.frozen_weights import code_in_model, takes_fp8_products
 
 
-class Remark(str):
+class ReportNote(str):
     """A note for the report only: the user need not do anything."""
 
     __slots__ = ()
@@ -41,13 +40,6 @@ class OtherProgram(str):
 _FEW = 0.1
 """Share of the layers up to which a capped rank is a remark."""
 
-_SCHEDULES_WITH: dict[str, Callable[[str], bool]] = {
-    "final_rate": lambda schedule: schedule != "constant",
-    "schedule_cycles": lambda schedule: schedule == "cosine_restarts",
-    "schedule_power": lambda schedule: schedule == "polynomial",
-}
-"""Setting → whether a schedule uses it."""
-
 
 def notes_on(
     config: TrainConfig, denoiser: Denoiser, plan: Plan, adapters: Mapping[str, Adapter], differences: int
@@ -56,9 +48,12 @@ def notes_on(
     return (
         *_on_base(config, denoiser),
         *_on_experts(config, denoiser),
-        *_on_settings(config),
+        *MemorySettings.idle_settings(config),
+        *OptimizerSettings.idle_settings(config),
+        *VariantSettings.idle_settings(config),
         *_on_quantization(config, denoiser),
-        *_on_noise_levels(config, denoiser),
+        *_on_shift(config, denoiser),
+        *LossSettings.idle_settings(config),
         *notes_on_plan(plan),
         *_on_targets(config, denoiser, plan, adapters, differences),
         *_on_compiling(config, denoiser, adapters),
@@ -74,16 +69,16 @@ def notes_on_file(
     state = AdapterState(
         {ModuleRef(DENOISER, path): one.to_weights() for path, one in adapters.items() if path not in whole},
         {ModuleRef(DENOISER, path): {"weight": diff} for path, diff in whole.items()}
-        | {ModuleRef(DENOISER, path): one.to_tensors() for path, one in differences.items()},
+        | {ModuleRef(DENOISER, path): difference.to_tensors() for path, difference in differences.items()},
     )
     found = shortfalls(state, layout_for(PORTABLE, names, state), names, is_portable=True)
     # Parts that a program ignores are a remark; a LoRA that it does not load at all is a warning.
     notes = [
-        (Remark if not one.is_all else str if one.program == COMFYUI else OtherProgram)(f"{one.sentence}.")
+        (ReportNote if not one.is_all else str if one.program == COMFYUI else OtherProgram)(f"{one.sentence}.")
         for one in found
     ]
     if any(isinstance(adapter, OutputDora) for adapter in adapters.values()):
-        notes.append(Remark("Magnitudes per input (dora input) are the kind that ComfyUI reproduces."))
+        notes.append(ReportNote("Magnitudes per input (dora input) are the kind that ComfyUI reproduces."))
     return tuple(notes)
 
 
@@ -96,7 +91,7 @@ def notes_on_plan(plan: Plan) -> tuple[str, ...]:
             f"Rank {first.asked} exceeds the size of {len(plan.capped)} of {len(plan.adapters)} layers, whose rank is "
             f"capped, such as to {first.rank} at {first.path}."
         )
-        notes.append(Remark(note) if len(plan.capped) <= _FEW * len(plan.adapters) else note)
+        notes.append(ReportNote(note) if len(plan.capped) <= _FEW * len(plan.adapters) else note)
     return tuple(notes)
 
 
@@ -105,14 +100,14 @@ def notes_on_products(config: TrainConfig, denoiser: Denoiser, device: torch.dev
     if not config.quantized_backward:
         return ()
     own = None if config.quantization == "none" else packed(torch.zeros(1, 1), config.quantization, torch.float32).code
-    codes = {layer: own or _code_in_model(layer) for layer in packable_layers(denoiser.module)}
+    codes = {layer: own or code_in_model(layer) for layer in packable_layers(denoiser.module)}
     fitting = sum(takes_fp8_products(layer, code) for layer, code in codes.items())
-    if not any(code in fp8_products.CODES for code in codes.values()):
+    if not any(code in quantization.FP8_CODES for code in codes.values()):
         return (
             f"quantized_backward has no effect with quantization {config.quantization}: products in fp8 need weights "
             "in fp8, as with quantization fp8_e4m3.",
         )
-    if not fp8_products.has_fp8_products(device):
+    if not quantization.has_fp8_products(device):
         return (
             f"quantized_backward has no effect on {device}, which has no products in fp8 (NVIDIA, compute "
             "capability 8.9 or later); all are in training_dtype.",
@@ -121,14 +116,8 @@ def notes_on_products(config: TrainConfig, denoiser: Denoiser, device: torch.dev
         return ()
     return (
         f"quantized_backward applies to {fitting} of {len(codes)} layers; the others use training_dtype, because they "
-        f"are convolutions, have no fp8 weight, or sizes that {fp8_products.MULTIPLE} does not divide.",
+        f"are convolutions, have no fp8 weight, or sizes that {quantization.FP8_MULTIPLE} does not divide.",
     )
-
-
-def _code_in_model(layer: torch.nn.Module) -> torch.dtype | None:
-    """Dtype of a layer's codes; None if its weight is not packed."""
-    source = weight_source(layer)
-    return None if source is None else source.code
 
 
 def _on_base(config: TrainConfig, denoiser: Denoiser) -> Iterator[str]:
@@ -142,38 +131,13 @@ def _on_base(config: TrainConfig, denoiser: Denoiser) -> Iterator[str]:
         )
 
 
-def _on_settings(config: TrainConfig) -> Iterator[str]:
-    if config.bucket_mode:
-        yield "bucket_mode has no effect here: sizes are mixed correctly with and without it."
-    if config.bypass_mode:
-        yield (
-            "bypass_mode has no effect here: training always runs adapters beside the weights, and how a LoRA is "
-            "applied is chosen when it is loaded."
-        )
-    if config.compile and not config.is_default("activations"):
-        yield f"activations {config.activations} has no effect with compile, which selects the kept activations itself."
-    elif config.activations == "auto":
-        if config.gradient_checkpointing:
-            yield "gradient_checkpointing has no effect with activations auto, which measures whether it is needed."
-    elif config.memory_budget is not None:
-        yield f"memory_budget {config.memory_budget:g} has no effect without activations auto."
-    if not config.gradient_checkpointing and not config.is_default("checkpoint_depth"):
-        yield f"checkpoint_depth {config.checkpoint_depth} has no effect without gradient_checkpointing."
-    yield from _on_learning(config)
-    unused = {"zero_init"} if config.pissa else unused_settings(config.algorithm)
-    for name in sorted(unused):
-        if not config.is_default(name):
-            variant = "pissa" if config.pissa else config.algorithm
-            yield f"{name} {getattr(config, name)} has no effect with {variant}, which does not use it."
-
-
 def _on_quantization(config: TrainConfig, denoiser: Denoiser) -> Iterator[str]:
     """Share of the model that quantization applies to, and what it does not apply to."""
     if config.quantization == "none":
         return
     packable = sum(layer.get_parameter("weight").numel() for layer in packable_layers(denoiser.module))
     share = packable / sum(parameter.numel() for parameter in denoiser.module.parameters())
-    yield Remark(
+    yield ReportNote(
         f"quantization {config.quantization} applies to {share:.1%} of the frozen weights: Linear layers and "
         "convolutions."
     )
@@ -183,22 +147,7 @@ def _on_quantization(config: TrainConfig, denoiser: Denoiser) -> Iterator[str]:
             "quantization none to keep them."
         )
     if config.previews:
-        yield Remark("Previews are drawn with the original base model, not with the quantized one of training.")
-
-
-def _on_learning(config: TrainConfig) -> Iterator[str]:
-    """Settings of optimizer and schedule without effect or with unusual values."""
-    if not config.is_default("weight_decay") and not takes_weight_decay(config.optimizer):
-        yield f"weight_decay {config.weight_decay:g} has no effect with {config.optimizer}, which has none here."
-    usual = default_rate(config.optimizer)
-    if usual is not None and config.learning_rate is not None and config.learning_rate <= usual / 10:
-        yield (
-            f"learning_rate {config.learning_rate:g} multiplies the rate that {config.optimizer} estimates itself; "
-            f"{usual:g} is usual."
-        )
-    for name, takes in _SCHEDULES_WITH.items():
-        if not config.is_default(name) and not takes(config.schedule or "constant"):
-            yield f"{name} {getattr(config, name):g} has no effect with schedule {config.schedule}."
+        yield ReportNote("Previews are drawn with the original base model, not with the quantized one of training.")
 
 
 def _on_experts(config: TrainConfig, denoiser: Denoiser) -> Iterator[str]:
@@ -211,23 +160,15 @@ def _on_experts(config: TrainConfig, denoiser: Denoiser) -> Iterator[str]:
             f"{base.title} is the {named.name} expert of {base.family.title}, as its name says, and is trained on its "
             f"noise levels, {low:g} to {high:g}; --min-noise 0 trains on all of them."
         )
-        others = [base.path / one.folder for one in base.family.experts if one != named] if base.path else []
+        others = [base.path / expert.folder for expert in base.family.experts if expert != named] if base.path else []
         if others and others[0].is_dir():
             yield f"The other expert is in the same folder; --low-noise-model {others[0]} trains it as well."
 
 
-def _on_noise_levels(config: TrainConfig, denoiser: Denoiser) -> Iterator[str]:
+def _on_shift(config: TrainConfig, denoiser: Denoiser) -> Iterator[str]:
     own = denoiser.diffusion.schedule.shift
     if config.timestep_shift is not None and math.isclose(config.timestep_shift, own) and config.timesteps != "shifted":
         yield f"timestep_shift {config.timestep_shift:g} has no effect: it is this model's own."
-    if config.loss_weighting == "none":
-        if not config.is_default("min_snr_gamma"):
-            yield f"min_snr_gamma {config.min_snr_gamma:g} has no effect without a loss_weighting."
-    elif config.objective == "x0" and config.loss_function == "MSE":
-        yield (
-            f"objective x0 has no effect with loss_weighting {config.loss_weighting}, which weights the error of the "
-            "clean picture for either objective; it has one with a loss_function other than MSE."
-        )
 
 
 def _on_targets(
@@ -239,7 +180,7 @@ def _on_targets(
             f"{', '.join(idle)} {'has' if len(idle) == 1 else 'have'} no effect: every target continues "
             "existing_lora with its own values."
         )
-    rated = [one for one in plan.adapters if one.learning_rate is not None]
+    rated = [adapter for adapter in plan.adapters if adapter.learning_rate is not None]
     if config.learning_rate is not None and len(rated) == len(adapters) and not differences:
         yield f"learning_rate {config.learning_rate:g} has no effect: every target has one of its own."
     if config.tucker and plan.adapters:

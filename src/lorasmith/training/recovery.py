@@ -1,4 +1,4 @@
-"""Recovery from failed steps: smaller micro-batches, no compiling, or a rollback to the last snapshot.
+"""Run states, and recovery from failed steps: smaller micro-batches, no compiling, or a rollback to the last snapshot.
 
 A step that runs out of memory is repeated in smaller micro-batches of the same draws; one whose compiled code fails,
 without compiling. A step with a non-finite loss or gradient, or an exploding loss, is skipped: the run restores its
@@ -10,14 +10,18 @@ from __future__ import annotations
 
 import gc
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from lorasmith.core.errors import TrainingError
+from lorasmith.core.printable import first_line
+from lorasmith.core.typed_json import typed
 from lorasmith.training.engine import Engine
 from lorasmith.training.events import EventHandler, RolledBack, Shrunk, Warned
-from lorasmith.training.progress import Progress, RunState
 
 
 class StepFault(Exception):  # noqa: N818 - faults of a step, which never leave the loop
@@ -38,8 +42,7 @@ class CompileFailed(StepFault):
     def __init__(self, error: BaseException) -> None:
         while isinstance(inner := getattr(error, "inner_exception", None), BaseException):
             error = inner  # torch wraps errors of compilers in long advice
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        super().__init__(lines[0].rstrip(".:") if lines else type(error).__name__)
+        super().__init__(first_line(error))
 
 
 @dataclass(eq=False)
@@ -59,7 +62,7 @@ class Diverged(StepFault):
 class Recovery:
     """Changes engine and progress so that a run continues after a fault."""
 
-    def __init__(self, engine: Engine, progress: Progress, on_event: EventHandler) -> None:
+    def __init__(self, engine: Engine, progress: RunProgress, on_event: EventHandler) -> None:
         # The last snapshot, set before the first step.
         self.good: RunState | None = None
         self.compile_failed = False
@@ -156,3 +159,138 @@ class Recovery:
             f"{fault}{times}; {kept}; try a learning rate below {engine.config.learning_rate:g}"
             + (", or training_dtype fp32" if engine.runtime.dtype != torch.float32 else "")
         )
+
+
+_FACTOR = 10.0
+_LAG = 10
+_WINDOW = 100
+_ENOUGH = 20
+
+
+def exploded(losses: Sequence[float]) -> bool:
+    """Whether the last loss exceeds ten times the largest of the hundred losses that end ten steps earlier; pure.
+
+    A window, since losses differ by orders of magnitude between noise levels; the gap detects a loss that doubles with
+    each step. NaN entries, of skipped steps, do not count.
+    """
+    before = [loss for loss in losses[-_LAG - _WINDOW - 1 : -_LAG - 1] if math.isfinite(loss)]
+    return len(before) >= _ENOUGH and losses[-1] > _FACTOR * max(before)
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Everything that a run needs to resume bit-identically."""
+
+    step: int  # updates taken
+    tensors: Mapping[str, Tensor]
+    numbers: Mapping[str, Any]  # the remaining state, as JSON values
+
+
+@dataclass
+class RunProgress:
+    """RunProgress of a run."""
+
+    step: int = 0  # updates taken, skipped ones included
+    losses: list[float] = field(default_factory=list)  # of each update, NaN if it was skipped
+    rollbacks: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerNumbers:
+    """What a run state holds of the optimizer besides tensors; see `GatedOptimizer.state`."""
+
+    started: bool
+    parameters: dict[str, float | bool | None]
+    groups: list[dict[str, float | bool | None]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineNumbers:
+    """What a run state or a snapshot holds of the engine besides tensors; see `Engine.state`."""
+
+    optimizer: OptimizerNumbers
+    rate_factor: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rate_factor <= 1:
+            raise ValueError(f"rate_factor must be from 0 to 1, got {self.rate_factor}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnapshotNumbers:
+    """What a run state holds of the last snapshot, if that was taken at another step."""
+
+    step: int
+    engine: EngineNumbers
+
+
+@dataclass(kw_only=True)
+class NoiseScale:
+    """The gradient noise scale: the batch size above which larger batches bring diminishing returns.
+
+    McCandlish et al. 2018, "An Empirical Model of Large-Batch Training", arXiv:1812.06162, appendix A.1. The squared
+    norm of a gradient averaged over b samples is expected to be |G|² + tr(Σ) / b, where G is the true gradient and Σ
+    the covariance of a single sample's. Two batch sizes give two equations, and the simple noise scale is tr(Σ) / |G|²:
+    the ratio of moving averages of both terms, as an average of ratios would be biased.
+
+    Both sizes are available only if a step accumulates over at least two micro-batches: the first of them is the small
+    one, the step the big one. Stratified noise levels reduce the noise; the estimate is of the remaining noise.
+    """
+
+    decay: float = 0.99
+    true_sq: float = 0.0
+    variance: float = 0.0
+
+    def update(self, small_sq: float, big_sq: float, *, small: int, big: int) -> None:
+        """Add a step; arguments as for `noise_terms`. A step with a single micro-batch is ignored."""
+        if small >= big:
+            return
+        true_sq, variance = noise_terms(small_sq, big_sq, small=small, big=big)
+        # Both start at 0, so both averages are too small by the same factor, which the ratio does not see.
+        self.true_sq = self.decay * self.true_sq + (1 - self.decay) * true_sq
+        self.variance = self.decay * self.variance + (1 - self.decay) * variance
+
+    @property
+    def value(self) -> float | None:
+        """The noise scale in samples; None while the estimates are not positive (at first, or by chance)."""
+        if self.true_sq <= 0 or self.variance < 0:
+            return None
+        return self.variance / self.true_sq
+
+
+def noise_terms(small_sq: float, big_sq: float, *, small: float, big: float) -> tuple[float, float]:
+    """Unbiased estimates of |G|² and tr(Σ); single ones are very noisy, and either may be negative.
+
+    `small_sq` and `big_sq` are squared norms of the mean gradient over `small` and over `big` samples, `small` < `big`.
+    """
+    true_sq = (big * big_sq - small * small_sq) / (big - small)
+    variance = (small_sq - big_sq) / (1 / small - 1 / big)
+    return true_sq, variance
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateNumbers:
+    """The numbers of a run state, as `Loop.state` writes them. Raises ValueError if one is out of range."""
+
+    engine: EngineNumbers
+    losses: tuple[float | None, ...]
+    rollbacks: int
+    stopped: bool
+    noise_scale: NoiseScale
+    micro_batch: int
+    checkpoint_depth: int
+    eager: bool
+    layout: list[Any]
+    snapshot: SnapshotNumbers | None = None
+
+    def __post_init__(self) -> None:
+        if self.micro_batch < 1 or self.checkpoint_depth < 0 or self.rollbacks < 0:
+            raise ValueError("micro_batch, checkpoint_depth or rollbacks are out of range")
+
+    @classmethod
+    def of(cls, state: RunState, steps: int) -> StateNumbers:
+        """The numbers of a state. Raises ValueError if one is missing, of another type, or contradicts the step."""
+        numbers = typed(state.numbers, cls)
+        if not 0 <= state.step == len(numbers.losses) <= steps:
+            raise ValueError(f"step must be the number of losses and at most {steps}, got {state.step}")
+        return numbers

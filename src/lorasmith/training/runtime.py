@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lorasmith.core import fp8_products
+from lorasmith.core import quantization
 from lorasmith.core.choices import ActivationPlan
 from lorasmith.core.placement import chosen_dtype, multiplies
 from lorasmith.core.processes import ALONE, Processes, current
@@ -69,7 +69,7 @@ class Runtime:
             activations="keep" if is_idle else config.activations,
             memory_budget=None if config.memory_budget is None else int(config.memory_budget * 2**30),
             offloading=config.offloading and not on_cpu,
-            quantized_backward=config.quantized_backward and fp8_products.has_fp8_products(device),
+            quantized_backward=config.quantized_backward and quantization.has_fp8_products(device),
             compile=config.compile,
             processes=current(),
             sharding=config.sharding and current().size > 1,

@@ -14,9 +14,8 @@ from lorasmith.core.placement import dtype_from_name
 from lorasmith.families.model import Denoiser
 from lorasmith.formats.spelling import without_core
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.job import fresh_differences, variant_of
+from lorasmith.training.job import fresh_differences, resolve_targets, variant_of
 from lorasmith.training.notes import notes_on_plan
-from lorasmith.training.target_text import resolve_targets
 
 _HEADER_BYTES = 130  # per tensor of a safetensors file: its name, dtype, shape and offset
 
@@ -53,16 +52,16 @@ def summarise_targets(denoiser: Denoiser, config: TrainConfig) -> TargetSummary:
     plan = resolve_targets(denoiser, config)
     sizes: dict[object, _Size] = {}
     members: dict[tuple[str, str, float | None, float | None], list[tuple[PlannedAdapter, _Size]]] = {}
-    for one in plan.adapters:
-        module = denoiser.module.get_submodule(one.path)
-        alike = (type(module), module.weight.shape, getattr(module, "groups", 1), replace(one, path=""))
+    for adapter in plan.adapters:
+        module = denoiser.module.get_submodule(adapter.path)
+        alike = (type(module), module.weight.shape, getattr(module, "groups", 1), replace(adapter, path=""))
         if alike not in sizes:
-            sizes[alike] = _size(module, one, config)
-        key = (_kind(one.path), _layer_name(module), one.alpha, one.learning_rate)
-        members.setdefault(key, []).append((one, sizes[alike]))
+            sizes[alike] = _size(module, adapter, config)
+        key = (_kind(adapter.path), _layer_name(module), adapter.alpha, adapter.learning_rate)
+        members.setdefault(key, []).append((adapter, sizes[alike]))
     groups = [_group(key, found) for key, found in members.items()]
     differences = fresh_differences(denoiser, plan, config)
-    changed = {path: sum(p.numel() for p in one.parameters()) for path, one in differences.items()}
+    changed = {path: sum(p.numel() for p in difference.parameters()) for path, difference in differences.items()}
     groups += _difference_groups(denoiser.module, changed)
     saved = [size for found in members.values() for _, size in found]
     saved += [_Size(numbers, numbers, 2) for numbers in changed.values()]

@@ -16,22 +16,27 @@ from lorasmith.core.errors import LorasmithError, OptionError, OutputError, Trai
 from lorasmith.core.placement import dtype_from_name, dtype_name
 from lorasmith.core.printable import count_text
 from lorasmith.data.dataset import EncodedDataset, Split, split
-from lorasmith.training.captions_ahead import captions_ready
+from lorasmith.training.batches import captions_ready
 from lorasmith.training.engine import Engine
-from lorasmith.training.events import CaptionEncoded, Event, EventHandler, Resumed, RunFinished, RunStarted, Warned
+from lorasmith.training.events import (
+    CaptionEncoded,
+    Event,
+    EventHandler,
+    Outcome,
+    Resumed,
+    RunFinished,
+    RunStarted,
+    Warned,
+)
 from lorasmith.training.job import Job, engine_of
 from lorasmith.training.loop import Loop, Watcher
 from lorasmith.training.memory.compilation import sizes_vary
-from lorasmith.training.notes import Remark
-from lorasmith.training.outcome import Outcome
-from lorasmith.training.progress import RunState
-from lorasmith.training.results import Results, TrainResult
+from lorasmith.training.notes import ReportNote
+from lorasmith.training.recovery import RunState
+from lorasmith.training.results import BaseHashes, Results, TrainResult
 from lorasmith.training.storage.fingerprint import Fingerprint, differences
-from lorasmith.training.storage.longer_run import continuing
-from lorasmith.training.storage.lora_metadata import BaseHashes
-from lorasmith.training.storage.output_folder import output_folder
 from lorasmith.training.storage.records import RunRecord, check_title, run_record
-from lorasmith.training.storage.run_folder import RunFolder, check_room, claimed_run
+from lorasmith.training.storage.run_folder import RunFolder, check_room, claimed_run, continuing, output_folder
 from lorasmith.training.storage.run_states import SPARE_BYTES, StateSaver, free_bytes, load_state
 from lorasmith.training.watchers import PREVIEWS, Draw, LoraWatch, PreviewWatch, ValidationWatch
 
@@ -348,7 +353,7 @@ class _Run:
         )
         if start is None:
             for note in self._notes():
-                self._emit(Warned(message=str(note), is_remark=isinstance(note, Remark)))
+                self._emit(Warned(message=str(note), is_remark=isinstance(note, ReportNote)))
         elif folder is not None:
             found = list(self._inexact(folder))
             same = "bit-identically" if not found else f"not bit-identically, because of {'; '.join(found)}"
@@ -368,7 +373,7 @@ class _Run:
         yield from self._job.notes
         yield from self._parts.training.notes
         if self._parts.held_out:
-            yield f"{self._parts.note}." if self._parts.is_note_grave else Remark(f"{self._parts.note}.")
+            yield f"{self._parts.note}." if self._parts.is_note_grave else ReportNote(f"{self._parts.note}.")
         if self._folder is None:
             return
         kept = self._job.config.keep_states + 1  # the oldest is removed after the new one is written

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,8 +20,7 @@ from lorasmith.training.events import Event, Warned
 from lorasmith.training.loop import Loop, Watcher
 from lorasmith.training.optim.optimizers import check_alike
 from lorasmith.training.runtime import Runtime
-from lorasmith.training.validation import Validator
-from lorasmith.training.verdict import History
+from lorasmith.training.validation import History, Validator
 
 _VALIDATIONS = 10
 PREVIEWS = 4
@@ -88,15 +88,13 @@ class ValidationWatch(Watcher):
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if self.history is None:
             return {}, {}
-        kept = self.history.to_json()
-        steps, tables = [step for step, _ in kept["validations"]], [table for _, table in kept["validations"]]
         # As tensors: many images and validations would exceed the size of a header.
-        tensors = {"base": torch.tensor(kept["base"], dtype=torch.float64)}
-        if tables:
-            tensors["tables"] = torch.tensor(tables, dtype=torch.float64)
+        tensors = {"base": torch.from_numpy(self.history.base_table)}
+        if self.history.tables:
+            tensors["tables"] = torch.from_numpy(np.stack(self.history.tables))
         if self.best is not None:
             tensors["best"] = self.best
-        return tensors, {"steps": steps}
+        return tensors, {"steps": list(self.history.steps)}
 
     def load(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> None:
         self.best = tensors.get("best")
@@ -107,8 +105,7 @@ class ValidationWatch(Watcher):
             if any(tensors[name].shape != wanted for name, wanted in shapes.items() if name in tensors):
                 raise ValueError(f"validations must have losses for {shape[0]} images at {shape[1]} noise levels")
             tables = tensors["tables"].tolist() if "tables" in tensors else []
-            validations = list(zip(steps, tables, strict=True))
-            self.history = History.from_json({"base": tensors["base"].tolist(), "validations": validations})
+            self.history = History.of(tensors["base"].tolist(), zip(steps, tables, strict=True))
 
 
 class LoraWatch(Watcher):
@@ -144,13 +141,7 @@ class PreviewWatch(Watcher):
 
     needs_bare_model = True  # a preview loads the file onto the unmodified model, as users do
 
-    def __init__(
-        self,
-        draw: Draw,
-        save: Callable[[Loop, Path], None],
-        path: Path,
-        config: TrainConfig,
-    ) -> None:
+    def __init__(self, draw: Draw, save: Callable[[Loop, Path], None], path: Path, config: TrainConfig) -> None:
         self._draw = draw
         self._save = save
         self._path = path

@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from models import seeded
 from torch import Tensor
 
-from lorasmith.core.fp8_products import CODES
-from lorasmith.core.quantization import Packed
+from lorasmith.core.quantization import FP8_CODES, Packed
 from lorasmith.families.files.checkpoint import open_tensors
 from lorasmith.families.files.packed_weights import PackedWeights, tiled_size, untiled
 
@@ -119,7 +118,7 @@ def test_rounding_is_that_of_the_format(kind: str) -> None:
 @pytest.mark.parametrize("kind", packed_files.KINDS)
 def test_only_codes_with_scales_of_rows_are_multiplied_in_fp8(kind: str) -> None:
     packed, _ = case(kind, (160, 96))
-    assert (packed.code in CODES) == (kind == "fp8")
+    assert (packed.code in FP8_CODES) == (kind == "fp8")
 
 
 @given(st.integers(1, 300), st.integers(1, 9))

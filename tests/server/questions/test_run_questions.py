@@ -22,7 +22,7 @@ from lorasmith.server.questions import run_results
 from lorasmith.server.questions.dataset_questions import UnknownFileError
 from lorasmith.server.questions.question_registry import plain
 from lorasmith.training.events import RunFinished, encoded
-from lorasmith.training.storage.history import read_history
+from lorasmith.training.storage.records import read_history
 from lorasmith.training.storage.run_folder import RunFolder
 
 RUN = "runs/dog-001"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lorasmith.families.model import Model
-from lorasmith.training.memory.activation_checkpointing import blocks_at_depth
+from lorasmith.training.memory.activations import blocks_at_depth
 
 
 def test_blocks_by_depth(tiny: Model) -> None:

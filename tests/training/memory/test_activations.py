@@ -18,7 +18,7 @@ from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.model import Model
 from lorasmith.training import engine
 from lorasmith.training.engine import prepared
-from lorasmith.training.memory import activations, host_memory
+from lorasmith.training.memory import activations
 from lorasmith.training.memory.activations import activations_packed, activations_reduced, held_by, recipes_recorded
 from tests.covering import slow_except
 
@@ -139,12 +139,12 @@ def test_results_that_are_changed_in_place_are_kept_as_they_are() -> None:
 
 def test_host_memory_moves_a_tensor_once_and_back_as_it_lay() -> None:
     layer = nn.Linear(2, 2)
-    away = host_memory.HostMemory(layer)
+    away = activations.HostMemory(layer)
     whole = torch.randn(64, 8)
     left, right = whole.t().chunk(2)
     packed = [away.pack(one) for one in (whole, left, right)]
-    assert isinstance(packed[0], host_memory._Moved)
-    memories = {id(one.memory) for one in packed if isinstance(one, host_memory._Moved)}
+    assert isinstance(packed[0], activations._Moved)
+    memories = {id(one.memory) for one in packed if isinstance(one, activations._Moved)}
     assert len(memories) == 1
     for one, original in zip(reversed(packed), (right, left, whole), strict=True):
         back = away.unpack(one)
@@ -155,6 +155,6 @@ def test_host_memory_moves_a_tensor_once_and_back_as_it_lay() -> None:
 
 def test_host_memory_leaves_weights_and_small_tensors() -> None:
     layer = nn.Linear(64, 64)
-    away = host_memory.HostMemory(layer)
+    away = activations.HostMemory(layer)
     for stays in (layer.weight, layer.weight.t(), torch.randn(8), nn.Parameter(torch.randn(64, 64))):
         assert isinstance(away.pack(stays), Tensor)

@@ -37,7 +37,7 @@ from lorasmith.training.engine import prepared
 from lorasmith.training.events import Event, Resumed, StepDone, Warned
 from lorasmith.training.job import plan_job
 from lorasmith.training.memory import compilation
-from lorasmith.training.memory.activation_checkpointing import blocks_checkpointed
+from lorasmith.training.memory.activations import blocks_checkpointed
 from lorasmith.training.memory.compilation import blocks_compiled, compilable, compiler, sizes_vary, units
 from lorasmith.training.memory.frozen_weights import weights_packed
 from lorasmith.training.results import TrainResult

@@ -22,10 +22,9 @@ from lorasmith.adapters.inject import Attached, adapters_attached
 from lorasmith.adapters.lora import LoraAdapter
 from lorasmith.adapters.patch import Patch
 from lorasmith.bench.measure import weight_bytes
-from lorasmith.core import fp8_products
+from lorasmith.core import quantization
 from lorasmith.core.folders import ASSETS
-from lorasmith.core.fp8_products import Fp8Products
-from lorasmith.core.quantization import PACKINGS, packed
+from lorasmith.core.quantization import PACKINGS, Fp8Products, packed
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.data.encoding import load_dataset
 from lorasmith.families.loading import load_model
@@ -35,9 +34,8 @@ from lorasmith.runs.model_run import train
 from lorasmith.sampling.generate import generate
 from lorasmith.training.engine import frozen
 from lorasmith.training.events import StepDone
-from lorasmith.training.memory.activation_checkpointing import blocks_checkpointed
-from lorasmith.training.memory.frozen_weights import frozen_bytes, takes_fp8_products, weights_packed
-from lorasmith.training.memory.weight_stream import WeightStream
+from lorasmith.training.memory.activations import blocks_checkpointed
+from lorasmith.training.memory.frozen_weights import WeightStream, frozen_bytes, takes_fp8_products, weights_packed
 from lorasmith.training.results import TrainResult
 from tests.covering import slow_except
 
@@ -111,7 +109,7 @@ def test_pictures_of_a_model_whose_weights_stay_as_stored_are_the_same(
 def test_products_in_fp8_are_those_of_the_unpacked_weights_to_rounding(
     tiny: Model, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch, kind: str, offloading: bool
 ) -> None:
-    monkeypatch.setattr(fp8_products, "has_fp8_products", lambda device: True)
+    monkeypatch.setattr(quantization, "has_fp8_products", lambda device: True)
     with rounded(tiny.components.denoiser, kind):
         expected = one_step(tiny, dataset, targets=LAYERS)
     calls = counted(monkeypatch)
@@ -150,7 +148,7 @@ def test_a_run_with_products_in_fp8_learns_as_the_others_do(
     settings: dict[str, Any] = {"steps": 4, "quantization": "fp8_e4m3", "targets": "attention"}
     plain = run(dataset, **settings)
     assert run(dataset, quantized_backward=True, **settings).losses == plain.losses  # this device has none
-    monkeypatch.setattr(fp8_products, "has_fp8_products", lambda device: True)
+    monkeypatch.setattr(quantization, "has_fp8_products", lambda device: True)
     lossy = run(dataset, quantized_backward=True, **settings)
     assert lossy.losses != plain.losses
     assert lossy.losses == pytest.approx(plain.losses, rel=0.03)
@@ -167,7 +165,7 @@ def test_a_run_with_products_in_fp8_learns_as_the_others_do(
 def test_it_says_what_products_in_fp8_are_of(
     tiny: Model, monkeypatch: pytest.MonkeyPatch, kind: str, there: bool, sentence: str
 ) -> None:
-    monkeypatch.setattr(fp8_products, "has_fp8_products", lambda device: there)
+    monkeypatch.setattr(quantization, "has_fp8_products", lambda device: there)
     notes = planned(tiny, quantization=kind, quantized_backward=True).notes
     assert [note for note in notes if re.match(sentence, note)]
 

@@ -18,8 +18,7 @@ from lorasmith.families.model import Model
 from lorasmith.runs.model_run import train
 from lorasmith.training.events import Event, Planned, Shrunk
 from lorasmith.training.memory import activations
-from lorasmith.training.memory.frozen_weights import weights_packed
-from lorasmith.training.memory.weight_stream import WeightStream
+from lorasmith.training.memory.frozen_weights import WeightStream, weights_packed
 from lorasmith.training.results import TrainResult
 
 pytestmark = [

@@ -38,7 +38,7 @@ from lorasmith.training.engine import batch_maker
 from lorasmith.training.events import Event, Planned, Validated, Warned
 from lorasmith.training.job import engine_of
 from lorasmith.training.memory import compilation, memory_plan, sharding
-from lorasmith.training.memory.activation_checkpointing import blocks_at_depth
+from lorasmith.training.memory.activations import blocks_at_depth
 from lorasmith.training.results import TrainResult
 from tests.covering import slow_except
 from tests.training.processes_together import outcomes_together, processes_together

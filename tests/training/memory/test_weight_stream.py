@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from lorasmith.core.quantization import packed
-from lorasmith.training.memory.weight_stream import WeightStream
+from lorasmith.training.memory.frozen_weights import WeightStream
 
 SIZE = 16 * 4
 

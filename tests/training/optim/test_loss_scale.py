@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lorasmith.training.optim.loss_scale import LossScale
+from lorasmith.training.optim.optimizers import LossScale
 
 CPU = torch.device("cpu")
 

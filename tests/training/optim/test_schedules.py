@@ -14,16 +14,15 @@ from hypothesis import strategies as st
 from lorasmith.core.errors import OptionError
 from lorasmith.core.options import options_of
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.optim import schedules
-from lorasmith.training.optim.schedules import SCHEDULES, check_schedule
+from lorasmith.training.optim.update_rules import SCHEDULES, check_schedule, rate_factor
 
 NAMES = st.sampled_from(list(SCHEDULES))
 FALLING = ["linear", "cosine", "polynomial", "rex"]
 
 
-def rate_factor(step: int, **settings: Any) -> float:
+def factor_of(step: int, **settings: Any) -> float:
     usual = {"warmup_steps": 0, "final_rate": 0.0, "cycles": 3, "power": 2.0}
-    return schedules.rate_factor(step, **(usual | settings))
+    return rate_factor(step, **(usual | settings))
 
 
 def test_the_setting_offers_what_there_is() -> None:
@@ -42,7 +41,7 @@ def test_the_setting_offers_what_there_is() -> None:
 def test_factors_are_shares(
     name: str, steps: int, step: int, warmup: int, final: float, cycles: int, power: float
 ) -> None:
-    factor = rate_factor(
+    factor = factor_of(
         step,
         schedule=name,
         steps=steps,
@@ -59,7 +58,7 @@ def test_factors_are_shares(
 @given(name=NAMES, warmup=st.integers(1, 200), more=st.integers(0, 200))
 def test_warm_up_rises_evenly_to_the_full_rate(name: str, warmup: int, more: int) -> None:
     factors = [
-        rate_factor(step, schedule=name, steps=warmup + more, warmup_steps=warmup) for step in range(warmup + more)
+        factor_of(step, schedule=name, steps=warmup + more, warmup_steps=warmup) for step in range(warmup + more)
     ]
     assert factors[:warmup] == pytest.approx([(n + 1) / warmup for n in range(warmup)])
     assert factors[warmup - 1] == 1
@@ -71,7 +70,7 @@ def test_warm_up_rises_evenly_to_the_full_rate(name: str, warmup: int, more: int
 @given(steps=st.integers(100, 3000), warmup=st.integers(0, 50), final=st.floats(0, 1))
 def test_falling_schedules_fall_to_the_final_rate(name: str, steps: int, warmup: int, final: float) -> None:
     factors = [
-        rate_factor(step, schedule=name, steps=steps, warmup_steps=warmup, final_rate=final)
+        factor_of(step, schedule=name, steps=steps, warmup_steps=warmup, final_rate=final)
         for step in range(warmup, steps + 1)
     ]
     assert all(later <= earlier + 1e-12 for earlier, later in itertools.pairwise(factors))
@@ -82,16 +81,16 @@ def test_falling_schedules_fall_to_the_final_rate(name: str, steps: int, warmup:
 @given(cycles=st.integers(1, 20), length=st.integers(2, 60))
 def test_restarts_are_as_many_cosines(cycles: int, length: int) -> None:
     steps = cycles * length
-    factors = [rate_factor(step, schedule="cosine_restarts", steps=steps, cycles=cycles) for step in range(steps)]
-    one = [rate_factor(step, schedule="cosine", steps=length) for step in range(length)]
+    factors = [factor_of(step, schedule="cosine_restarts", steps=steps, cycles=cycles) for step in range(steps)]
+    one = [factor_of(step, schedule="cosine", steps=length) for step in range(length)]
     for cycle in range(cycles):
         # Where a cycle begins, rounding may decide whether it is the end of the one before.
         assert factors[cycle * length + 1 : (cycle + 1) * length] == pytest.approx(one[1:], abs=1e-9)
-    assert rate_factor(steps, schedule="cosine_restarts", steps=steps, cycles=cycles) == pytest.approx(0)
+    assert factor_of(steps, schedule="cosine_restarts", steps=steps, cycles=cycles) == pytest.approx(0)
 
 
 def test_a_restart_has_the_full_rate() -> None:
-    factors = [rate_factor(step, schedule="cosine_restarts", steps=30, cycles=3) for step in (0, 9, 10, 19, 20, 29)]
+    factors = [factor_of(step, schedule="cosine_restarts", steps=30, cycles=3) for step in (0, 9, 10, 19, 20, 29)]
     assert factors[0] == factors[2] == factors[4] == 1
     assert max(factors[1], factors[3], factors[5]) < 0.05
 
@@ -106,7 +105,7 @@ def test_shapes_are_those_of_the_papers_and_of_torch() -> None:
         ("polynomial", {"power": 3.0}, torch.optim.lr_scheduler.PolynomialLR(optimizer, steps, power=3.0)),
     ):
         for step in range(steps):
-            ours = rate_factor(step, schedule=name, steps=steps, **settings)
+            ours = factor_of(step, schedule=name, steps=steps, **settings)
             assert ours == pytest.approx(theirs.get_last_lr()[0], abs=1e-6)
             optimizer.step()
             theirs.step()

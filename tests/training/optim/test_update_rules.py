@@ -14,7 +14,7 @@ from lorasmith.core.errors import OptionError
 from lorasmith.core.options import options_of
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.optim.flat import ParameterGroup
-from lorasmith.training.optim.update_rules import OPTIMIZERS, build_optimizer, default_rate, takes_weight_decay
+from lorasmith.training.optim.update_rules import OPTIMIZERS, build_optimizer, rule_of
 
 
 def build(name: str, arguments: str | None = None, weight_decay: float = 0.01) -> torch.optim.Optimizer:
@@ -110,12 +110,12 @@ def test_a_missing_package_is_named_with_the_command(name: str, monkeypatch: pyt
 
 
 def test_decay_goes_to_those_that_take_it() -> None:
-    takers = [name for name in OPTIMIZERS if takes_weight_decay(name)]
+    takers = [name for name in OPTIMIZERS if rule_of(name).decays]
     assert [name for name in OPTIMIZERS if name not in takers] == ["Adam", "SGD", "RMSprop"]
     assert build("AdamW", weight_decay=0.3).param_groups[0]["weight_decay"] == 0.3
     assert build("Adam", weight_decay=0.3).param_groups[0]["weight_decay"] == 0
     assert build("torch.optim.Adam", weight_decay=0.3).param_groups[0]["weight_decay"] == 0.3
-    assert not takes_weight_decay(f"{__name__}.Plain")
+    assert not rule_of(f"{__name__}.Plain").decays
 
 
 class Plain(torch.optim.Optimizer):
@@ -124,5 +124,7 @@ class Plain(torch.optim.Optimizer):
 
 
 def test_only_prodigy_has_a_rate_of_its_own() -> None:
-    assert {name: default_rate(name) for name in OPTIMIZERS if default_rate(name) is not None} == {"Prodigy": 1.0}
-    assert default_rate("torch.optim.NAdam") is None
+    assert {name: rule_of(name).own_rate for name in OPTIMIZERS if rule_of(name).own_rate is not None} == {
+        "Prodigy": 1.0
+    }
+    assert rule_of("torch.optim.NAdam").own_rate is None

@@ -16,6 +16,7 @@ from lorasmith.core.errors import OptionError, TrainingError
 from lorasmith.core.files import read_regular
 from lorasmith.training.events import (
     MOST_LINE_BYTES,
+    Outcome,
     RolledBack,
     RunFinished,
     RunStarted,
@@ -24,8 +25,7 @@ from lorasmith.training.events import (
     decoded,
     encoded,
 )
-from lorasmith.training.outcome import Outcome
-from lorasmith.training.storage.history import read_history
+from lorasmith.training.storage.records import read_history
 from lorasmith.training.storage.run_folder import RunFolder
 from tests.training.run_cases import BEGIN, started, steps_done, whole_run, write_run
 

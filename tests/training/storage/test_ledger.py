@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from lorasmith.training.storage.ledger import MIN_LOOKS, ImageRecord, Ledger
+from lorasmith.training.storage.ledger import MIN_LOOKS, ImageLevels, Ledger
 
 NAMES = ("a.png", "b.png", "c.png", "d.png", "e.png", "f.png")
 STEPS = 300
@@ -43,7 +43,7 @@ def learnt_early(t: float) -> float:
     return 0.6 + 0.4 * math.exp(-t / 0.08)
 
 
-def standings(records: Sequence[ImageRecord]) -> dict[str, str]:
+def standings(records: Sequence[ImageLevels]) -> dict[str, str]:
     return {record.name[0]: record.standing for record in records}
 
 

@@ -15,7 +15,7 @@ from lorasmith.data.dataset import EncodedDataset
 from lorasmith.formats.metadata import sha256_body
 from lorasmith.training.events import Event, Resumed, StepDone, Warned
 from lorasmith.training.results import TrainResult
-from lorasmith.training.storage.history import read_history
+from lorasmith.training.storage.records import read_history
 from lorasmith.training.storage.run_folder import RunFolder
 
 Run = Callable[..., TrainResult]

@@ -16,7 +16,7 @@ from lorasmith.families.model import Model
 from lorasmith.formats.metadata import autov1, sha256_file, steps_of
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.job import plan_job
-from lorasmith.training.storage.lora_metadata import BaseHashes, training_metadata
+from lorasmith.training.results import BaseHashes, training_metadata
 from lorasmith.training.storage.records import RunRecord, SampleRecord
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lorasmith.core.errors import OutputError
-from lorasmith.training.storage.output_folder import output_folder
+from lorasmith.training.storage.run_folder import output_folder
 
 
 def touch(folder: Path, *names: str) -> Path:

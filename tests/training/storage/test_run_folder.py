@@ -11,12 +11,10 @@ from typing import Any
 import pytest
 
 from lorasmith.core.errors import OutputError
-from lorasmith.training.events import Event, RunFinished, Warned, encoded
-from lorasmith.training.outcome import Outcome
+from lorasmith.training.events import Event, Outcome, RunFinished, Warned, encoded
 from lorasmith.training.storage import run_folder
 from lorasmith.training.storage.fingerprint import Fingerprint
-from lorasmith.training.storage.history import read_history
-from lorasmith.training.storage.records import RunRecord
+from lorasmith.training.storage.records import RunRecord, read_history
 from lorasmith.training.storage.run_folder import RunFolder, claimed_run, unfinished_run
 
 FINGERPRINT: Fingerprint = {"config": {"seed": 3}, "data": "d"}

@@ -13,7 +13,7 @@ import torch
 from lorasmith.core.errors import OutputError
 from lorasmith.formats import container
 from lorasmith.formats.container import read_safetensors, write_safetensors
-from lorasmith.training.progress import RunState
+from lorasmith.training.recovery import RunState
 from lorasmith.training.storage import run_states
 from lorasmith.training.storage.run_states import RunStates, load_state, save_state
 

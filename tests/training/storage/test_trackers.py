@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 from lorasmith.core.errors import OptionError
-from lorasmith.training.events import Event, RunFinished, StepDone, Validated, Warned
-from lorasmith.training.outcome import Outcome
+from lorasmith.training.events import Event, Outcome, RunFinished, StepDone, Validated, Warned
 from lorasmith.training.storage.trackers import Tracker, tracker_for
 
 CONFIG = {"rank": 8, "alpha": None, "previews": "a lion", "existing_lora": "/home/me/a.safetensors", "private": False}

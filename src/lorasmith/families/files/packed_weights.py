@@ -41,9 +41,8 @@ from torch import Tensor
 
 from lorasmith.core.errors import ModelError
 from lorasmith.core.foreign_json import parse_foreign_json
-from lorasmith.core.fp8_products import CODES
 from lorasmith.core.placement import dtype_name
-from lorasmith.core.quantization import Packed, level_pairs, scaled_codes
+from lorasmith.core.quantization import FP8_CODES, Packed, level_pairs, scaled_codes
 
 NVFP4_BLOCK = 16
 """Inputs that share a scale in nvfp4."""
@@ -165,7 +164,7 @@ class PackedWeights:
             return _KINDS[said.name](_Layer(name, self._file, self._tensors, said))
         if scale is not None:  # older files do not say the format
             return _scaled_fp8(_Layer(name, self._file, self._tensors, _Format("float8_e4m3fn")))
-        if tensor.dtype not in CODES:
+        if tensor.dtype not in FP8_CODES:
             return tensor
         if _stem(name) is None or tensor.ndim < 2:  # layers unpack matrices and kernels alone
             return tensor.float()
@@ -174,7 +173,7 @@ class PackedWeights:
     def format_of(self, name: str) -> str:
         """The format in which a weight is stored: `int8_tensorwise`, say, or the short name of a dtype."""
         said, codes = self._said(name), self._tensors[name].dtype
-        return dtype_name(codes) if said is None or codes in CODES else said.name
+        return dtype_name(codes) if said is None or codes in FP8_CODES else said.name
 
     def _said(self, name: str) -> _Format | None:
         stem = _stem(name)
@@ -243,7 +242,7 @@ class _Layer:
 
 
 def _scaled_fp8(layer: _Layer) -> Packed:
-    codes = layer.codes(*CODES)
+    codes = layer.codes(*FP8_CODES)
     return scaled_codes(codes, _row_scale(layer, codes), torch.float32)
 
 

@@ -48,8 +48,7 @@ from lorasmith.server.questions.dataset_questions import UnknownFileError, is_na
 from lorasmith.server.questions.question_registry import shaped
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Previewed, RunStarted
-from lorasmith.training.storage.history import EVENTS, RECORD, RunHistory, read_history
-from lorasmith.training.storage.records import RunRecord
+from lorasmith.training.storage.records import EVENTS, RECORD, RunHistory, RunRecord, read_history
 from lorasmith.training.storage.run_folder import RunFolder
 
 _POINTS, _FILES = 2000, 2000

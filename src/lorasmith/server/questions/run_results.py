@@ -31,8 +31,7 @@ from lorasmith.server.questions.question_registry import shaped
 from lorasmith.server.questions.run_questions import digest_of, is_trainable_on, run_folder_of, saves_of
 from lorasmith.server.server_disk import disk_space
 from lorasmith.training.config import NONE_LORA, TrainConfig, lora_settings
-from lorasmith.training.storage.history import RECORD, RunHistory, read_history, read_record
-from lorasmith.training.storage.records import RunRecord
+from lorasmith.training.storage.records import RECORD, RunHistory, RunRecord, read_history, read_record
 from lorasmith.training.storage.run_folder import RunFolder
 
 _INSTALLING = threading.Lock()  # held while a free name is found and used

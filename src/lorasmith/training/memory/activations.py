@@ -1,4 +1,4 @@
-"""Plans for the activations that a forward pass keeps for the backward pass.
+"""Activations between the forward and the backward pass: kept, recomputed singly or by blocks, or offloaded.
 
     keep        what autograd saves, except inputs of frozen convolutions, whose gradient needs only the weight
     lean        also, cheap results (norms, activation functions, products with a scale, concatenations) are recomputed
@@ -8,24 +8,32 @@
 
 `lean` and `selective` are activation checkpointing (Chen et al. 2016, arXiv:1604.06174) of single results instead of
 blocks: attention and other products are kept, and all numbers are bit-identical.
+
+The repeated blocks of a model are recomputed by depth. Depth 1 recomputes the outermost ones, which needs least memory.
+Each further depth is one nesting level inside, down to the innermost blocks. Recomputation is non-reentrant, so blocks
+whose inputs need no gradient are covered too; loss and gradients do not change.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import types
+import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lorasmith.adapters.frozen_layer import CONVOLUTIONS, FrozenLayer, FrozenProduct, packable_layers
 from lorasmith.adapters.inject import restore_forward
 from lorasmith.core.choices import ActivationPlan
-from lorasmith.training.memory.host_memory import HostMemory
 
 _SMALL = 1 << 16
 """Size in bytes below which a tensor is kept."""
@@ -92,9 +100,9 @@ def held_by(packed: Tensor | Recipe) -> Iterator[Tensor]:
     if isinstance(packed, Tensor):
         yield packed
         return
-    for one in packed.leaves:
-        if isinstance(one, Tensor | Recipe):
-            yield from held_by(one)
+    for leaf in packed.leaves:
+        if isinstance(leaf, Tensor | Recipe):
+            yield from held_by(leaf)
 
 
 class Recipe:
@@ -109,16 +117,16 @@ class Recipe:
         self._function = function
         self.leaves = leaves  # nested arguments and keywords included
         self._spec = spec
-        self._versions = [one._version if isinstance(one, Tensor) else 0 for one in leaves]
+        self._versions = [leaf._version if isinstance(leaf, Tensor) else 0 for leaf in leaves]
         self._uses = 0
         self._value: Tensor | None = None
 
     def reserve(self) -> None:
         """Announce one more `take`."""
         if not self._uses:
-            for one in self.leaves:
-                if isinstance(one, Recipe):
-                    one.reserve()
+            for leaf in self.leaves:
+                if isinstance(leaf, Recipe):
+                    leaf.reserve()
         self._uses += 1
 
     def take(self) -> Tensor:
@@ -129,10 +137,12 @@ class Recipe:
 
     def _recomputed(self) -> Tensor:
         values = []
-        for one, version in zip(self.leaves, self._versions, strict=True):
+        for leaf, version in zip(self.leaves, self._versions, strict=True):
             # The check that autograd makes for its own saved tensors.
-            assert not isinstance(one, Tensor) or one._version == version, f"{self._function}: modified in place since"
-            values.append(one.take() if isinstance(one, Recipe) else one)
+            assert not isinstance(leaf, Tensor) or leaf._version == version, (
+                f"{self._function}: modified in place since"
+            )
+            values.append(leaf.take() if isinstance(leaf, Recipe) else leaf)
         args, kwargs = tree_unflatten(values, self._spec)
         result: Tensor = self._function(*args, **kwargs)
         return result
@@ -152,16 +162,16 @@ class Recipes:
             return
         leaves, spec = tree_flatten((args, kwargs))
         held = 0
-        for index, one in enumerate(leaves):
-            if not isinstance(one, Tensor):
+        for index, leaf in enumerate(leaves):
+            if not isinstance(leaf, Tensor):
                 continue
-            recipe = _recipe_of(one)
+            recipe = _recipe_of(leaf)
             if recipe is not None:
                 leaves[index] = recipe
-            elif _storage(one) == _storage(result):
+            elif _storage(leaf) == _storage(result):
                 return  # a view of a tensor without recipe
-            elif one.nbytes >= _SMALL and _storage(one) not in self._kept:
-                held += one.untyped_storage().nbytes()
+            elif leaf.nbytes >= _SMALL and _storage(leaf) not in self._kept:
+                held += leaf.untyped_storage().nbytes()
         if 2 * held <= result.nbytes:
             setattr(result, _RECIPE, (result._version, Recipe(function, leaves, spec)))
 
@@ -220,3 +230,167 @@ def _recipe_of(tensor: Tensor) -> Recipe | None:
 def _storage(tensor: Tensor) -> int:
     address: int = tensor.untyped_storage()._cdata
     return address
+
+
+def blocks_at_depth(model: nn.Module, depth: int) -> list[nn.Module]:
+    """The blocks that are recomputed at a depth (1 is outermost)."""
+    blocks = _inner_blocks(model)
+    for _ in range(depth - 1):
+        blocks = [inner for block in blocks for inner in _inner_blocks(block) or [block]]
+    return blocks
+
+
+@contextlib.contextmanager
+def blocks_checkpointed(model: nn.Module, depth: int) -> Iterator[None]:
+    """Inside the context, blocks at `depth` are recomputed in the backward pass; depth 0 does nothing."""
+    blocks = blocks_at_depth(model, depth) if depth else []
+    previous = [block.forward for block in blocks]
+    own = ["forward" in block.__dict__ for block in blocks]
+    try:
+        for block in blocks:
+            block.forward = types.MethodType(_recomputed, block.forward)
+        yield
+    finally:
+        for block, forward, was_own in zip(blocks, previous, own, strict=True):
+            if was_own:
+                block.forward = forward
+            else:
+                del block.forward
+
+
+def _recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:
+    # Random numbers of adapters are keyed, so no generator state has to be restored for the second pass.
+    return torch.utils.checkpoint.checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+
+def _inner_blocks(module: nn.Module) -> list[nn.Module]:
+    """The next level of blocks: elements of lists, and children that hold such lists deeper down."""
+    blocks: list[nn.Module] = []
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            blocks += [element for element in child if _has_children(element)]
+        elif _inner_blocks(child):
+            blocks.append(child)
+    return blocks
+
+
+def _has_children(module: nn.Module) -> bool:
+    return next(module.children(), None) is not None
+
+
+_WORTH_MOVING = 1 << 20
+"""Size in bytes from which memory is offloaded."""
+
+_AHEAD = 4
+"""Number of prefetched copies."""
+
+
+class HostMemory:
+    """Hooks for saved tensors that copy large ones to host memory, and back in reverse order.
+
+    Copies run on a separate stream, and are prefetched. Storages are copied, not tensors: views of one storage are
+    copied once and keep their layout.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        tensors = [*module.parameters(), *module.buffers()]
+        self._stay = {tensor.untyped_storage()._cdata for tensor in tensors}
+        device = next((one.device for one in tensors), torch.device("cpu"))
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._known: dict[int, _Known] = {}
+        self._sent: deque[weakref.ref[_OnHost]] = deque()
+
+    def pack(self, tensor: Tensor) -> Tensor | _Moved:
+        storage = tensor.untyped_storage()
+        size = storage.nbytes()
+        too_small = size < _WORTH_MOVING or 2 * tensor.nbytes < size
+        if too_small or storage._cdata in self._stay or isinstance(tensor, nn.Parameter):
+            return tensor
+        memory = self._on_host(tensor, storage)
+        memory.uses += 1
+        return _Moved(memory, tensor.dtype, int(tensor.storage_offset()), tensor.shape, tensor.stride())
+
+    def unpack(self, packed: Tensor | _Moved) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        while self._sent and self._sent[-1]() in (None, packed.memory):
+            self._sent.pop()
+        for one in list(self._sent)[-_AHEAD:]:
+            if (coming := one()) is not None:
+                coming.send()
+        back = packed.memory.take().untyped_storage()
+        empty = torch.empty(0, dtype=packed.dtype, device=back.device)
+        return empty.set_(back, packed.offset, packed.shape, packed.stride)
+
+    def _on_host(self, tensor: Tensor, storage: torch.UntypedStorage) -> _OnHost:
+        key = storage._cdata
+        known = self._known.get(key)
+        if known is not None and known.version == tensor._version and not known.of.expired():  # type: ignore[no-untyped-call]
+            one = known.copy()
+            if one is not None:
+                return one
+        whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
+        one = _OnHost(whole, self._stream)
+        self._known[key] = _Known(StorageWeakRef(storage), tensor._version, weakref.ref(one))  # type: ignore[no-untyped-call]
+        self._sent.append(weakref.ref(one))
+        return one
+
+
+class _OnHost:
+    """A storage copied to the host; `uses` counts the saved tensors that need it."""
+
+    def __init__(self, memory: Tensor, stream: torch.cuda.Stream | None) -> None:
+        self.uses = 0
+        self._device = memory.device
+        self._stream = stream
+        self._back: Tensor | None = None
+        self._arrived: torch.cuda.Event | None = None
+        self._memory = torch.empty_like(memory, device="cpu", pin_memory=stream is not None)
+        if stream is None:
+            self._memory.copy_(memory)
+            return
+        stream.wait_stream(torch.cuda.current_stream(memory.device))
+        with torch.cuda.stream(stream):
+            self._memory.copy_(memory, non_blocking=True)
+        memory.record_stream(stream)
+
+    def send(self) -> None:
+        if self._back is not None:
+            return
+        if self._stream is None:
+            self._back = self._memory.to(self._device)
+            return
+        with torch.cuda.stream(self._stream):
+            self._back = self._memory.to(self._device, non_blocking=True)
+            self._arrived = self._stream.record_event()
+
+    def take(self) -> Tensor:
+        self.send()
+        back = self._back
+        assert back is not None
+        if self._arrived is not None:
+            here = torch.cuda.current_stream(self._device)
+            here.wait_event(self._arrived)
+            back.record_stream(here)
+        self.uses -= 1
+        if not self.uses:
+            self._back = self._arrived = None
+        return back
+
+
+class _Moved(NamedTuple):
+    """A tensor whose storage is on the host."""
+
+    memory: _OnHost
+    dtype: torch.dtype
+    offset: int
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+
+class _Known(NamedTuple):
+    """A storage that has been copied, valid while its version is the same."""
+
+    of: StorageWeakRef
+    version: int
+    copy: weakref.ref[_OnHost]

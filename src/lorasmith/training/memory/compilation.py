@@ -29,7 +29,7 @@ from lorasmith.adapters.adapter import Adapter
 from lorasmith.adapters.inject import adapters_on, restore_forward
 from lorasmith.core.quantization import weight_source
 from lorasmith.data.dataset import Sample
-from lorasmith.training.memory.activation_checkpointing import blocks_at_depth
+from lorasmith.training.memory.activations import blocks_at_depth
 
 BACKEND = "inductor"
 """Backend of torch.compile, one of `torch.compiler.list_backends()`."""
@@ -52,7 +52,7 @@ def units(model: nn.Module) -> list[nn.Module]:
 
 def compilable(adapters: Sequence[Adapter]) -> bool:
     """Whether torch can compile a block with these adapters."""
-    return all(part.compiles for one in adapters for part in one.modules() if isinstance(part, Adapter))
+    return all(part.compiles for adapter in adapters for part in adapter.modules() if isinstance(part, Adapter))
 
 
 def sizes_vary(samples: Sequence[Sample]) -> bool:

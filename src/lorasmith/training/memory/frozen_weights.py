@@ -1,7 +1,7 @@
 """Frozen weights during training: quantized, offloaded to host memory, or both.
 
 The weights of Linear layers and convolutions, nearly all of a denoiser, are kept packed (`core.quantization`), on the
-device or in host memory (`weight_stream`). `FrozenLayer` unpacks each for the forward pass and again for the backward
+device or in host memory (`WeightStream`). `FrozenLayer` unpacks each for the forward pass and again for the backward
 pass, so that no weight is a saved tensor, with or without an adapter. Other parameters are left to
 `core.placement.placed`, as are weights already packed in the model, unless `kind` differs or they are offloaded.
 """
@@ -10,19 +10,29 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import weakref
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorasmith.adapters.frozen_layer import PRODUCTS, FrozenLayer, layers_as_stored, packable_layers, weight_source_set
 from lorasmith.core.choices import Quantization
-from lorasmith.core.fp8_products import CODES, MULTIPLE, Fp8Products
 from lorasmith.core.mapped_files import release_pages
 from lorasmith.core.placement import full_precision, memory_format_for
-from lorasmith.core.quantization import Packed, WeightSource, packed, weight_source
-from lorasmith.training.memory.activation_checkpointing import blocks_at_depth
-from lorasmith.training.memory.weight_stream import StreamedWeight, WeightStream
+from lorasmith.core.quantization import (
+    FP8_CODES,
+    FP8_MULTIPLE,
+    Fp8Products,
+    Packed,
+    WeightSource,
+    packed,
+    weight_source,
+)
+from lorasmith.training.memory.activations import blocks_at_depth
 
 
 @contextlib.contextmanager
@@ -110,7 +120,7 @@ def frozen_bytes(
 @contextlib.contextmanager
 def fp8_products_enabled(module: nn.Module) -> Iterator[None]:
     """Inside the context, layers for which `takes_fp8_products` holds multiply in fp8, forward and backward."""
-    chosen = [layer for layer in packable_layers(module) if takes_fp8_products(layer, _code(layer))]
+    chosen = [layer for layer in packable_layers(module) if takes_fp8_products(layer, code_in_model(layer))]
     try:
         for layer in chosen:
             setattr(layer, PRODUCTS, Fp8Products())
@@ -123,7 +133,7 @@ def fp8_products_enabled(module: nn.Module) -> Iterator[None]:
 def takes_fp8_products(layer: nn.Module, code: torch.dtype | None) -> bool:
     """Whether a layer with codes of this format can multiply in fp8: Linear layers with sizes divisible by 16."""
     sizes = layer.get_parameter("weight").shape
-    return code in CODES and len(sizes) == 2 and not any(size % MULTIPLE for size in sizes)
+    return code in FP8_CODES and len(sizes) == 2 and not any(size % FP8_MULTIPLE for size in sizes)
 
 
 @functools.cache
@@ -140,6 +150,137 @@ def _block_bytes(module: nn.Module, sizes: Mapping[nn.Module, int]) -> list[int]
     return [sum(sizes.get(one, 0) for one in block.modules()) for block in blocks_at_depth(module, 1)]
 
 
-def _code(layer: nn.Module) -> torch.dtype | None:
+def code_in_model(layer: nn.Module) -> torch.dtype | None:
+    """Dtype of a layer's codes; None if its weight is not packed."""
     source = weight_source(layer)
     return None if source is None else source.code
+
+
+class _Sent(NamedTuple):
+    """Tensors being copied to the device; `arrived` is None if the copy is done."""
+
+    tensors: tuple[Tensor, ...]
+    arrived: torch.cuda.Event | None
+
+
+class Resident:
+    """Bytes of live tensors: `now`, and at the `peak`."""
+
+    def __init__(self) -> None:
+        self.now = 0
+        self.peak = 0
+
+    def count(self, tensor: Tensor) -> None:
+        size = tensor.numel() * tensor.element_size()
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(tensor, self._drop, size)
+
+    def _drop(self, size: int) -> None:
+        self.now -= size
+
+
+class WeightStream:
+    """Packed weights in host memory, pinned for a GPU, and copied to the device when they are used.
+
+    They never change, so they are copied one way and freed after use. The next weight is predicted from the last two,
+    as layers run in the same order in every pass. One block of the model is prefetched on a separate stream while the
+    device computes. A wrong prediction costs one transfer. On the CPU they are copied too, for tests.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.ahead_bytes = 0  # size of the prefetched weights
+        self.resident = Resident()  # weights on the device: at most `ahead_bytes` and the weight in use
+        self._device = device
+        self._weights: list[Packed] = []
+        self._coming: dict[int, _Sent] = {}
+        self._following: dict[tuple[int, int], int] = {}
+        self._last = (-1, -1)
+        self._on_gpu = device.type == "cuda"
+        self._side = torch.cuda.Stream(device) if self._on_gpu else None  # type: ignore[no-untyped-call]
+        self._in_flight: deque[tuple[torch.cuda.Event, int]] = deque()
+
+    def add(self, weight: Packed) -> int:
+        """Add a packed weight; returns its number."""
+        tensors = tuple(tensor.cpu() for tensor in weight.tensors)
+        if self._on_gpu:
+            tensors = tuple(tensor.pin_memory() for tensor in tensors)
+        self._weights.append(replace(weight, tensors=tensors))
+        return len(self._weights) - 1
+
+    def on_host(self, number: int) -> Packed:
+        return self._weights[number]
+
+    def fetch(self, number: int) -> Packed:
+        """A packed weight on the device, freed with the caller's last reference."""
+        self._settle()
+        before = self._last
+        self._following[before] = number
+        self._last = (before[1], number)
+        sent = self._coming.pop(number, None)
+        coming = self._foreseen()
+        self._coming = {one: waiting for one, waiting in self._coming.items() if one in coming}
+        sent = sent or self._send(number)
+        for one in coming:
+            if one not in self._coming:
+                self._coming[one] = self._send(one)
+        if sent.arrived is not None:
+            here = torch.cuda.current_stream(self._device)
+            here.wait_event(sent.arrived)
+            for tensor in sent.tensors:
+                tensor.record_stream(here)
+        return replace(self._weights[number], tensors=sent.tensors)
+
+    def clear(self) -> None:
+        self._weights.clear()
+        self._coming.clear()
+        self._in_flight.clear()
+        self._following.clear()
+        self._last = (-1, -1)
+
+    def _foreseen(self) -> list[int]:
+        found: list[int] = []
+        last, free = self._last, self.ahead_bytes
+        while (one := self._following.get(last)) is not None and one not in found:
+            free -= self._weights[one].size_bytes
+            if free < 0:
+                break
+            found.append(one)
+            last = (last[1], one)
+        return found
+
+    def _send(self, number: int) -> _Sent:
+        if self._side is None:
+            tensors = tuple(tensor.clone() for tensor in self._weights[number].tensors)
+            arrived = None
+        else:
+            with torch.cuda.stream(self._side):
+                tensors = tuple(tensor.to(self._device, non_blocking=True) for tensor in self._weights[number].tensors)
+                arrived = self._side.record_event()
+        for tensor in tensors:
+            self.resident.count(tensor)
+        return _Sent(tensors, arrived)
+
+    def _settle(self) -> None:
+        """Keep the host from running ahead of a GPU, as a used weight is freed only when its product is done."""
+        if not self._on_gpu or self._last[1] < 0:
+            return
+        size = self._weights[self._last[1]].size_bytes
+        self._in_flight.append((torch.cuda.current_stream(self._device).record_event(), size))
+        while sum(size for _, size in self._in_flight) > self.ahead_bytes and len(self._in_flight) > 1:
+            self._in_flight.popleft()[0].synchronize()
+
+
+@dataclass(frozen=True)
+class StreamedWeight:
+    """A layer's weight source in a stream."""
+
+    stream: WeightStream
+    number: int
+
+    @property
+    def code(self) -> torch.dtype:
+        return self.stream.on_host(self.number).code
+
+    def fetch(self) -> Packed:
+        return self.stream.fetch(self.number)

@@ -7,7 +7,7 @@ checkpointing at each depth. The plans, cheapest first:
     keep        nothing is recomputed
     lean        cheap results are recomputed                                     see `activations`
     selective   also the outputs of widening layers                              see `activations`
-    depth d     blocks are recomputed, at the depth that needs least memory      see `activation_checkpointing`
+    depth d     blocks are recomputed, at the depth that needs least memory      see `activations`
 """
 
 from __future__ import annotations
@@ -35,8 +35,13 @@ from lorasmith.families.model import Denoiser
 from lorasmith.training.config import ResolvedConfig
 from lorasmith.training.engine import Engine, batch_maker
 from lorasmith.training.events import Planned, Warned
-from lorasmith.training.memory.activation_checkpointing import blocks_at_depth
-from lorasmith.training.memory.activations import Recipe, activations_reduced, held_by, recipes_recorded
+from lorasmith.training.memory.activations import (
+    Recipe,
+    activations_reduced,
+    blocks_at_depth,
+    held_by,
+    recipes_recorded,
+)
 from lorasmith.training.runtime import Runtime
 
 _DEPTHS = 5
@@ -220,9 +225,9 @@ class _Probe:
             yield
 
     def _run(self, level: int, number: int, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        for one in tree_leaves((args, kwargs)):
-            if isinstance(one, Tensor):
-                self._note(one)
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor):
+                self._note(leaf)
         self._running[level] = number
         try:
             return forward(*args, **kwargs)

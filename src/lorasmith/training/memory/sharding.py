@@ -32,9 +32,10 @@ from lorasmith.core.choices import Quantization
 from lorasmith.core.errors import LorasmithError, TrainingError
 from lorasmith.core.mapped_files import release_pages
 from lorasmith.core.placement import memory_format_for
+from lorasmith.core.printable import first_line
 from lorasmith.core.processes import Processes
 from lorasmith.core.quantization import Packed
-from lorasmith.training.memory.activation_checkpointing import blocks_at_depth
+from lorasmith.training.memory.activations import blocks_at_depth
 from lorasmith.training.memory.frozen_weights import packed_weight
 
 _ALIGNED = 64
@@ -103,7 +104,7 @@ def ending_together(processes: Processes, *, agreed: type[Exception]) -> Iterato
     except BaseException as error:
         explained = _explained(error, processes)
         if not processes.reported:
-            processes.report(_first_line(explained))
+            processes.report(first_line(explained))
         if explained is error:
             raise
         raise explained from error
@@ -137,7 +138,7 @@ class _Bytes(nn.Module):
 
     def add(self, weight: Packed) -> ShardedWeight:
         self._taken += weight.tensors
-        return ShardedWeight(self, [self._added(one) for one in weight.tensors], weight)
+        return ShardedWeight(self, [self._added(tensor) for tensor in weight.tensors], weight)
 
     def join(self) -> None:
         self.whole = nn.Parameter(torch.cat(self._pieces), requires_grad=False)
@@ -244,13 +245,9 @@ def _explained(error: BaseException, processes: Processes) -> BaseException:
         return processes.lost(error)
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return TrainingError(
-            f"blocks must be compiled in each process, but cannot ({_first_line(error)}); leave compile out"
+            f"blocks must be compiled in each process, but cannot ({first_line(error)}); leave compile out"
         )
     return error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @contextlib.contextmanager

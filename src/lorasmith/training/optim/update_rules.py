@@ -1,8 +1,12 @@
-"""Registry of optimizers: import path, package, properties, and the text syntax of their arguments.
+"""Registries of optimizers (import path, package, properties, the text syntax of their arguments) and of schedules.
 
 They are those of torch, transformers and small packages; any optimizer class can be named by its import path.
 `optimizers.py` runs them. torch is imported on the first look-up, not with this module, from which the settings read
 the names.
+
+Schedules are pure functions of the step, so that resuming needs no state. Warm-up is linear, then the schedule decays
+to `final_rate`. As in torch, progress is counted before the step: the first step after the warm-up has the full rate,
+and the last is one step short of the end, so that no step has a rate of zero.
 """
 
 from __future__ import annotations
@@ -11,8 +15,9 @@ import ast
 import importlib
 import importlib.util
 import inspect
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -84,16 +89,6 @@ def rule_of(name: str) -> UpdateRule:
     if "." not in name:
         return OPTIMIZERS[name]
     return UpdateRule(paths=(name,), elementwise=False, decays="weight_decay" in _parameters(_class_at(name)))
-
-
-def default_rate(name: str) -> float | None:
-    """Default learning rate of an optimizer; None if it is the model's."""
-    return rule_of(name).own_rate
-
-
-def takes_weight_decay(name: str) -> bool:
-    """Whether the setting weight_decay has an effect with an optimizer."""
-    return rule_of(name).decays
 
 
 def build_optimizer(
@@ -193,3 +188,72 @@ def _parsed(arguments: str | None, name: str, kind: type[Optimizer]) -> dict[str
 def one_line(error: Exception) -> str:
     """Another package's error message on one line."""
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+
+
+Shape = Callable[[float, int, float], float]
+
+SCHEDULES: Registry[Shape] = Registry("schedule")
+"""Name → (progress in [0, 1], cycles, power) → multiplier in [0, 1], which is 1 at the start."""
+
+
+@SCHEDULES.register("constant")
+def _constant(progress: float, cycles: int, power: float) -> float:
+    return 1.0
+
+
+@SCHEDULES.register("linear")
+def _linear(progress: float, cycles: int, power: float) -> float:
+    return 1 - progress
+
+
+@SCHEDULES.register("cosine")
+def _cosine(progress: float, cycles: int, power: float) -> float:
+    return (1 + math.cos(math.pi * progress)) / 2
+
+
+@SCHEDULES.register("cosine_restarts")
+def _cosine_restarts(progress: float, cycles: int, power: float) -> float:
+    """Warm restarts of equal length (Loshchilov and Hutter 2017, arXiv:1608.03983)."""
+    within = progress * cycles % 1 if progress < 1 else 1.0  # the end of the last cycle does not start another
+    return _cosine(within, cycles, power)
+
+
+@SCHEDULES.register("polynomial")
+def _polynomial(progress: float, cycles: int, power: float) -> float:
+    return float((1 - progress) ** power)
+
+
+@SCHEDULES.register("rex")
+def _rex(progress: float, cycles: int, power: float) -> float:
+    """Reflected exponential: high for long, then steeply down (Chen et al. 2021, arXiv:2107.04197)."""
+    return (1 - progress) / (1 - progress / 2)
+
+
+def rate_factor(
+    step: int,
+    *,
+    schedule: str,
+    steps: int,
+    warmup_steps: int,
+    final_rate: float,
+    cycles: int,
+    power: float,
+) -> float:
+    """Factor of the learning rate at a step, in [0, 1].
+
+    Steps are counted from 0; past the end the rate stays constant. `steps` includes the warm-up, in which the factor of
+    the n-th step is n / `warmup_steps`. `cycles` is for cosine_restarts, `power` for polynomial.
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    progress = min((step - warmup_steps) / max(steps - warmup_steps, 1), 1.0)
+    return final_rate + (1 - final_rate) * SCHEDULES[schedule](progress, cycles, power)
+
+
+def check_schedule(*, steps: int, warmup_steps: int) -> None:
+    """Raise OptionError if the warm-up is longer than the run."""
+    if warmup_steps > steps:
+        raise OptionError(
+            f"warmup_steps must be at most the steps of the run, got {warmup_steps} of {steps}; lower warmup_steps or "
+            "raise steps"
+        )

@@ -38,24 +38,16 @@ if TYPE_CHECKING:
 
 
 class Fingerprint(TypedDict, total=False):
-    """What a run's numbers depend on.
+    """What a run's numbers depend on."""
 
-    Attributes:
-        config: settings that affect numbers.
-        base: digest of sampled values, by part of the base model.
-        files: SHA-256 of the whole files of the base model, by part, if asked for.
-        patches, data, held_out, initial: digests of LoRAs on the base model, samples and initial weights.
-        noising: parameterization and digest of the schedule, where they are not the model's own.
-    """
-
-    config: dict[str, Scalar]
-    base: dict[str, str]
-    files: dict[str, str]
-    patches: str
-    data: str
+    config: dict[str, Scalar]  # settings that affect numbers
+    base: dict[str, str]  # digest of sampled values, by part of the base model
+    files: dict[str, str]  # SHA-256 of the whole files of the base model, by part, if asked for
+    patches: str  # digest of LoRAs on the base model
+    data: str  # digests of samples
     held_out: str
-    initial: str
-    noising: list[str]
+    initial: str  # digest of initial weights
+    noising: list[str]  # parameterization and digest of the schedule, where they are not the model's own
 
 
 # Initial weights and patches cover the files; compiling affects the last bits only, like the environment.
@@ -135,7 +127,7 @@ def differences(
         if key == "files" and not (old and new):  # compared where both runs have them
             continue
         if key in ("base", "files") and isinstance(old, dict) and isinstance(new, dict):
-            found += [one for one in _differing_parts(old, new) if one not in found]
+            found += [part for part in _differing_parts(old, new) if part not in found]
         elif isinstance(old, dict) and isinstance(new, dict):
             found += differences(old, new, of=of)
         else:

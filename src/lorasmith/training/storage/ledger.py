@@ -29,7 +29,7 @@ Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class ImageRecord:
+class ImageLevels:
     """Training losses of one image, its repeats and mirrored copies included."""
 
     name: str
@@ -93,7 +93,7 @@ class Ledger:
             tuple(tuple(means[row * self._bins : (row + 1) * self._bins]) for row in range(count)),
         )
 
-    def images(self, *, held_out_fall: float | None = None) -> list[ImageRecord]:
+    def images(self, *, held_out_fall: float | None = None) -> list[ImageLevels]:
         """Each image's record, in the dataset's order.
 
         Thirds are compared, and a difference is significant from `_CLEAR` (2) standard errors on. The standing is the
@@ -109,7 +109,7 @@ class Ledger:
         - *unchanged*: none of these; few draws at a low learning rate cannot show a change.
         """
         if not self._step:
-            return [ImageRecord(name, 0, math.nan, math.nan, math.nan, "too few looks") for name in self._images]
+            return [ImageLevels(name, 0, math.nan, math.nan, math.nan, "too few looks") for name in self._images]
         logs, bins, image = np.log(np.maximum(np.array(self._loss), _TINY)), self._bin(), np.array(self._image)
         third = max(1, len(logs) // 3)
         early = logs - _expected(logs[:third], bins[:third], self._bins)[bins]
@@ -134,11 +134,11 @@ def _expected(logs: Array, bins: NDArray[np.int64], count: int) -> Array:
     return np.interp(np.arange(count), there, means)
 
 
-def _record(name: str, early: Array, late: Array, usual_fall: float) -> ImageRecord:
+def _record(name: str, early: Array, late: Array, usual_fall: float) -> ImageLevels:
     """An image's record from its log losses relative to all images early and late in the run."""
     looks = len(early)
     if not looks:
-        return ImageRecord(name, 0, math.nan, math.nan, math.nan, "too few looks")
+        return ImageLevels(name, 0, math.nan, math.nan, math.nan, "too few looks")
     third = max(1, looks // 3)
     first, middle, last, relative = early[:third], early[third:-third], early[-third:], late[-third:]
     standing: Standing = "unchanged"
@@ -152,7 +152,7 @@ def _record(name: str, early: Array, late: Array, usual_fall: float) -> ImageRec
         standing = "still learning"
     elif _below(last, first):
         standing = "learnt"
-    return ImageRecord(name, looks, _level(first), _level(last), _level(relative), standing)
+    return ImageLevels(name, looks, _level(first), _level(last), _level(relative), standing)
 
 
 def _level(logs: Array) -> float:

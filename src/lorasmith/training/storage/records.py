@@ -1,25 +1,40 @@
-"""Records of runs: the content of `run.json`, and of the entry about its run in a LoRA.
+"""Records of runs: the content of `run.json`, of the entry about its run in a LoRA, and of `events.jsonl`.
 
-Both are written and read only here. A record may be damaged, untrusted or of another version, so it is validated as a
-whole before anything in it is used; `runs.recorded_run` restricts what it may name.
+The first two are written and read only here. A record may be damaged, untrusted or of another version, so it is
+validated as a whole before anything in it is used; `runs.recorded_run` restricts what it may name.
+
+A killed run may end in an incomplete line of its log, and a full disk leaves gaps; unreadable lines are counted and
+skipped. A log is read line by line: it may have gigabytes, mostly draws, which are not kept.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
-from lorasmith.core.errors import OptionError
-from lorasmith.core.folders import MAX_STEM_BYTES, file_stem
+from lorasmith.core.errors import OptionError, TrainingError
+from lorasmith.core.files import open_regular, read_regular
+from lorasmith.core.folders import MAX_STEM_BYTES, RUN_LOG, RUN_RECORD, file_stem
 from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.core.typed_json import Scalar, typed
 from lorasmith.data.dataset import Split
+from lorasmith.training.events import (
+    MOST_LINE_BYTES,
+    Event,
+    Outcome,
+    RolledBack,
+    RunFinished,
+    RunStarted,
+    StepDone,
+    decoded,
+)
 from lorasmith.training.job import Job
 from lorasmith.training.storage.fingerprint import Fingerprint, environment, file_digests, fingerprint
 
@@ -37,19 +52,12 @@ RECORD_VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRecord:
-    """The base model of a run.
-
-    Attributes:
-        name: its title.
-        path: where it was, None for a model made in memory.
-        family: its architecture.
-        files: where its parts were, by component.
-    """
+    """The base model of a run."""
 
     name: str = ""
-    path: str | None = None
+    path: str | None = None  # where it was, None for a model made in memory
     family: str = ""
-    files: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)  # where its parts were, by component
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,39 +73,26 @@ class SampleRecord:
 class RunRecord:
     """The record of a run. Fields that another version did not write have their defaults.
 
-    Attributes:
-        version: of this format, raised when an older reader would misunderstand it; 1 if missing.
-        title: name of the LoRA and its file.
-        source: JSON values from which a door can repeat the run, with the name of its command.
-        model: the base model.
-        config: settings, all resolved.
-        asked: settings as requested, some of them open.
-        steps_before: steps of the LoRA that was continued.
-        samples: the training samples.
-        data: facts on the images, for readers.
-        adapters, differences: number of trained parameters by module path.
-        fingerprint: of the run.
-        environment: the first one that it was trained in.
-        environments: all of them, if they are several.
-
     Raises:
         ValueError: the version is a later one, the title is no file name, or the number of steps is out of range.
     """
 
-    version: int = RECORD_VERSION
-    title: str = ""
+    version: int = RECORD_VERSION  # of this format, raised when an older reader would misunderstand it; 1 if missing
+    title: str = ""  # name of the LoRA and its file
+    # JSON values from which a door can repeat the run, with the name of its command
     source: dict[str, Any] = field(default_factory=dict)
     model: ModelRecord = field(default_factory=ModelRecord)
-    config: dict[str, Scalar] = field(default_factory=dict)
-    asked: dict[str, Scalar] = field(default_factory=dict)
-    steps_before: int = 0
+    config: dict[str, Scalar] = field(default_factory=dict)  # settings, all resolved
+    asked: dict[str, Scalar] = field(default_factory=dict)  # settings as requested, some of them open
+    steps_before: int = 0  # steps of the LoRA that was continued
     samples: tuple[SampleRecord, ...] = ()
-    data: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)  # facts on the images, for readers
+    # number of trained parameters by module path
     adapters: dict[str, int] = field(default_factory=dict)
     differences: dict[str, int] = field(default_factory=dict)
     fingerprint: Fingerprint = field(default_factory=Fingerprint)
-    environment: dict[str, Any] = field(default_factory=dict)
-    environments: tuple[dict[str, Any], ...] = ()
+    environment: dict[str, Any] = field(default_factory=dict)  # the first one that it was trained in
+    environments: tuple[dict[str, Any], ...] = ()  # all of them, if they are several
 
     def __post_init__(self) -> None:
         if not 1 <= self.version <= RECORD_VERSION:
@@ -189,3 +184,123 @@ def _json(value: object, **options: Any) -> str:
 
 def _size(trained: nn.Module) -> int:
     return sum(parameter.numel() for parameter in trained.parameters())
+
+
+RECORD, EVENTS = RUN_RECORD, RUN_LOG
+
+_MOST_EVENTS = 2_000_000
+"""Events that are kept; the longest run has some hundred thousand."""
+
+_E = TypeVar("_E", bound=Event)
+
+
+@dataclass(frozen=True)
+class RunHistory:
+    """The record and events of a run."""
+
+    folder: Path
+    record: RunRecord
+    events: tuple[Event, ...]  # in order, steps without their draws; a resumed run has several starts
+    unreadable: int  # number of skipped lines of `events.jsonl`
+
+    def of(self, kind: type[_E]) -> list[_E]:
+        return [event for event in self.events if isinstance(event, kind)]
+
+    def steps(self) -> list[StepDone]:
+        """The steps that led to the current state, without those rolled back or repeated."""
+        taken: dict[int, StepDone] = {}
+        last = 0
+        for event in self.events:
+            if isinstance(event, StepDone):
+                taken[event.step] = event
+                last = event.step
+            elif isinstance(event, RolledBack):
+                last = min(last, event.to_step)
+        return [taken[step] for step in sorted(taken) if step <= last]
+
+    def draws(self) -> Iterator[tuple[int, Sequence[tuple[int, float, float]]]]:
+        """Step and `StepDone.draws`, read from the log again; repeated steps occur twice."""
+        for _, event in logged(self.folder):
+            if isinstance(event, StepDone):
+                yield event.step, event.draws
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """Why the run ended; None if it was killed or is running."""
+        return _outcome(self.events)
+
+    def seconds(self) -> float:
+        """Training time in seconds, without pauses before resumptions."""
+        total = start = latest = 0.0
+        for event in self.events:
+            if isinstance(event, RunStarted):
+                total += max(0.0, latest - start)
+                start = event.at
+            start = start or event.at
+            latest = event.at
+        return total + max(0.0, latest - start)
+
+
+def read_history(folder: Path) -> RunHistory:
+    """The history of the run in `folder`. Raises OptionError and TrainingError, as `read_record`."""
+    record = read_record(folder)
+    events: list[Event] = []
+    unreadable = 0
+    for _, event in logged(folder):
+        if event is None or len(events) == _MOST_EVENTS:
+            unreadable += 1
+        else:
+            events.append(replace(event, draws=()) if isinstance(event, StepDone) else event)
+    return RunHistory(folder, record, tuple(events), unreadable)
+
+
+def logged(folder: Path, *, only: bytes = b"") -> Iterator[tuple[bytes, Event | None]]:
+    """Lines of a run's log that contain `only`, each with its event, None if unreadable. Raises TrainingError."""
+    for line in _lines(folder / EVENTS):
+        if not line.strip() or only not in line:
+            continue
+        try:
+            yield line, decoded(line.decode(errors="replace"))
+        except ValueError:
+            yield line, None
+
+
+def logged_outcome(folder: Path) -> Outcome | None:
+    """Why the run in a folder ended, as `RunHistory.outcome`, without reading its whole log."""
+    return _outcome(event for _, event in logged(folder, only=b"Run"))
+
+
+def _outcome(events: Iterable[Event | None]) -> Outcome | None:
+    last = None
+    for event in events:
+        if isinstance(event, RunStarted | RunFinished):
+            last = event
+    return last.reason if isinstance(last, RunFinished) else None
+
+
+def read_record(folder: Path) -> RunRecord:
+    """Content of `run.json`. Raises OptionError if there is no run, TrainingError if it is unreadable or damaged."""
+    path = folder / RECORD
+    if not path.is_file():
+        raise OptionError(f"a run folder must contain run.json, got {folder}; name one such as runs/photos-001")
+    try:
+        return parsed_record(read_regular(path))
+    except (OSError, ValueError) as error:
+        raise TrainingError(
+            f"{path} cannot be read ({error}), which is needed to identify the run; restore it from a copy"
+        ) from error
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file; only the start of those that are too long."""
+    try:
+        with open_regular(path) as file:
+            while line := file.readline(MOST_LINE_BYTES):
+                rest = line
+                while len(rest) == MOST_LINE_BYTES and not rest.endswith(b"\n"):
+                    rest = file.readline(MOST_LINE_BYTES)
+                yield line
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise TrainingError(f"{path} cannot be read ({error.strerror}); check its permissions") from error

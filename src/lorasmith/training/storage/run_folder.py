@@ -5,6 +5,11 @@ events.jsonl    one event per line
 states/         run states, from which it resumes
 samples/        previews
 <name>.safetensors, loss.png, report.html    results
+
+Within a named output, only files of runs are replaced or removed. A complete run that is started again with more steps
+is moved aside as a whole (to out-old-1/), and the longer run starts from its end, in the same folder; its record names
+the run state there as `existing_state`. If it is interrupted and started again, it is resumed, although only its record
+has that setting.
 """
 
 from __future__ import annotations
@@ -15,19 +20,17 @@ import re
 import stat
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, TextIO
 
-from lorasmith.core.errors import LorasmithError, OutputError
-from lorasmith.core.files import atomic_path, check_writable, ensure_folder, locked, write_atomic
-from lorasmith.core.printable import memory_text
-from lorasmith.training.events import Event, EventHandler, RolledBack, RunFinished, StepDone, Warned, encoded
-from lorasmith.training.outcome import Outcome
-from lorasmith.training.progress import RunState
-from lorasmith.training.storage.fingerprint import Fingerprint, differences
-from lorasmith.training.storage.history import EVENTS, RECORD, logged, logged_outcome, read_record
-from lorasmith.training.storage.records import RunRecord
-from lorasmith.training.storage.run_states import RunStates, free_bytes
+from lorasmith.core.errors import LorasmithError, OptionError, OutputError
+from lorasmith.core.files import atomic_path, check_parents, check_writable, ensure_folder, locked, write_atomic
+from lorasmith.core.printable import count_text, memory_text
+from lorasmith.training.events import Event, EventHandler, Outcome, RolledBack, RunFinished, StepDone, Warned, encoded
+from lorasmith.training.recovery import RunState
+from lorasmith.training.storage.fingerprint import Fingerprint, differences, state_digest
+from lorasmith.training.storage.records import EVENTS, RECORD, RunRecord, logged, logged_outcome, read_record
+from lorasmith.training.storage.run_states import RunStates, free_bytes, load_state
 
 
 class RunFolder:
@@ -285,3 +288,126 @@ def numbered_runs(parent: Path, title: str, *, any_case: bool = False) -> list[t
 
 def _entries(folder: Path) -> list[Path]:
     return list(folder.iterdir()) if folder.is_dir() else []
+
+
+_STATE = "existing_state"
+
+
+def continuing(folder: RunFolder, record: RunRecord, on_event: EventHandler) -> RunRecord:
+    """The record of a run in a folder that holds a run: starting from the end of that one, if it is shorter.
+
+    The shorter run's folder, which is claimed, is moved aside, with a `Warned`. If the folder holds another run,
+    `record` is unchanged. Raises OutputError if the run there is complete and not shorter, unreadable or immovable,
+    OptionError without a run state.
+    """
+    if record.config.get(_STATE) is not None:  # which names what to start from
+        return record
+    before = folder.record()
+    steps, given = before.config.get("steps"), record.config.get("steps")
+    if differences(_without_length(before.fingerprint), _without_length(record.fingerprint)):
+        return record
+    if not isinstance(steps, int) or not isinstance(given, int):
+        return record
+    if given == steps or not folder.is_done:
+        return _with_its_state(folder, before, record)
+    _check_longer(folder, steps, given)
+    check_verifiable(before, record.fingerprint, folder.path)
+    newest = folder.states().paths()[0]
+    load_state(newest)  # a damaged one is refused before anything is moved
+    aside = folder.move_aside()
+    on_event(Warned(message=f"The complete run in {folder.path} was moved to {aside}; this one starts from its end."))
+    return _from_state(record, (aside / "states" / newest.name).resolve())
+
+
+def _check_longer(folder: RunFolder, steps: int, given: int) -> None:
+    """Raise unless the complete run in a folder has a state, and fewer `steps` than `given`."""
+    if given <= steps:
+        raise OutputError(
+            f"{folder.path} holds this run, which is complete with {count_text(steps, 'step')}, and {given} were "
+            "given; give more steps to train on from its end, choose another output, or start fresh, which moves it "
+            "aside"
+        )
+    if not folder.states().paths():
+        raise OptionError(
+            f"{folder.path} has no run state to continue from; choose another output, and train again with its LoRA as "
+            "existing_lora"
+        )
+
+
+def _with_its_state(folder: RunFolder, before: RunRecord, record: RunRecord) -> RunRecord:
+    """The record with the state that the run in the folder started from, if it started from one."""
+    path = before.config.get(_STATE)
+    if not isinstance(path, str):
+        return record
+    # Looked up beside the folder, as both may have been moved; paths of an untrusted record are not opened.
+    parts = PurePath(path).parts[-3:]
+    if len(parts) < 3 or ".." in parts:
+        return record
+    found = folder.path.resolve().parent.joinpath(*parts)
+    if folder.states().paths():  # it continues from these
+        initial = before.fingerprint.get("initial", "")
+        return _starting(record, found, initial)
+    try:
+        return _from_state(record, found)
+    except OutputError:
+        return record
+
+
+def _from_state(record: RunRecord, path: Path) -> RunRecord:
+    return _starting(record, path, record.fingerprint.get("initial", "") + state_digest(path))
+
+
+def _starting(record: RunRecord, path: Path, initial: str) -> RunRecord:
+    whole: Fingerprint = {**record.fingerprint, "initial": initial}
+    setting = {_STATE: str(path)}
+    return replace(record, config={**record.config, **setting}, asked={**record.asked, **setting}, fingerprint=whole)
+
+
+def _without_length(fingerprint: Fingerprint) -> Fingerprint:
+    """A fingerprint without the number of steps and the run state that it started from."""
+    config = {name: value for name, value in fingerprint.get("config", {}).items() if name != "steps"}
+    return {**fingerprint, "config": config, "initial": fingerprint.get("initial", "").partition("+")[0]}
+
+
+_SYSTEM_FILES = frozenset({"thumbs.db", "desktop.ini"})
+"""Files that Windows puts into folders; those of other systems are hidden by a dot in front."""
+
+
+def output_folder(output: Path, title: str) -> Path:
+    """The folder of a run: `output`, or a subfolder `title` beside files that are not a run's. Raises OutputError."""
+    if output.suffix.lower() == ".safetensors" and not output.is_dir():
+        raise OutputError(
+            f"output must be the folder of the run, got the file {output}; give {output.with_suffix('')} as output, "
+            f"and {output.stem} as the name"
+        )
+    if not _is_of_others(output):
+        return output
+    inner = output / title
+    if inner.is_symlink():
+        raise OutputError(
+            f"{output} has files that are not a run's, and {inner.name} in it is a link; name another output"
+        )
+    if _is_of_others(inner):
+        raise OutputError(
+            f"{output} has files that are not a run's, and so has {title} in it, where the run would be; choose "
+            "another output"
+        )
+    return inner
+
+
+def _is_of_others(folder: Path) -> bool:
+    """Whether a folder holds files but no run. Raises OutputError if it is a file or cannot be read."""
+    if not folder.exists():
+        check_parents(folder)
+        return False
+    if (folder / RECORD).is_file():
+        return False
+    if not folder.is_dir():
+        raise OutputError(f"{folder} must be a folder but is a file; move it away or choose another output")
+    try:
+        names = [path.name for path in folder.iterdir()]
+    except OSError as error:
+        raise OutputError(
+            f"{folder} cannot be read ({error.strerror}); check its permissions, or choose another output"
+        ) from error
+    return any(not name.startswith(".") and name.lower() not in _SYSTEM_FILES for name in names)

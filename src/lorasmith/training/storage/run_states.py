@@ -33,7 +33,7 @@ from lorasmith.formats.container import (
 )
 from lorasmith.training.events import StateSaved, Warned
 from lorasmith.training.loop import Loop, Watcher
-from lorasmith.training.progress import RunState
+from lorasmith.training.recovery import RunState
 
 _KEY, _DIGEST = "lorasmith.run_state", "lorasmith.digest"
 _UNSIGNED = "0" * 64

@@ -15,7 +15,7 @@ from typing import Any
 from lorasmith.core.errors import OptionError
 from lorasmith.core.files import ensure_folder, write_atomic
 from lorasmith.core.options import options_of
-from lorasmith.core.printable import MAX_SENTENCE, printable
+from lorasmith.core.printable import first_line, printable
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Event, EventHandler, StepDone, Validated, Warned
 
@@ -36,7 +36,7 @@ def tracker_for(name: str, folder: Path, title: str, config: Mapping[str, Any], 
     except OptionError:
         raise
     except Exception as error:  # any: from a package, a server or a login
-        raise OptionError(f"{spoken} does not start ({_sentence(error)}); fix that, or set track to none") from error
+        raise OptionError(f"{spoken} does not start ({first_line(error)}); fix that, or set track to none") from error
     return Tracker(started, spoken, on_event)
 
 
@@ -77,7 +77,7 @@ class Tracker:
         except Exception as error:  # a full disk, a lost network, a bug in the package: the run continues
             self._tracker = None
             self._emit(
-                Warned(message=f"{self._spoken} failed ({_sentence(error)}) and is disabled; training continues.")
+                Warned(message=f"{self._spoken} failed ({first_line(error)}) and is disabled; training continues.")
             )
 
 
@@ -120,8 +120,3 @@ def _wandb(folder: Path, title: str, config: Mapping[str, Any]) -> Any:
     )
     tracker.start()
     return tracker
-
-
-def _sentence(error: Exception) -> str:
-    """The first line of another package's error."""
-    return printable((str(error) or type(error).__name__).strip().splitlines()[0].rstrip("."), limit=MAX_SENTENCE)
