@@ -1,10 +1,13 @@
-"""Processes that tests start: their environment, and a port where they meet."""
+"""Processes that tests start: their environment, a port where they meet, and how long they may take."""
 
 from __future__ import annotations
 
 import os
 import socket
 import sys
+
+LONG_S = 600.0
+"""Longer than anything takes, however busy the machine is: what has not happened by then never will."""
 
 
 def environment(**more: str) -> dict[str, str]:
