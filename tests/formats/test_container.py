@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lorasmith.core import foreign_json
@@ -50,7 +50,6 @@ def entry(shape: list[int], start: int, end: int, dtype: str = "F32") -> dict[st
     return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
 
 
-@settings(deadline=None)
 @given(
     st.dictionaries(
         TEXT.filter(lambda name: name != "__metadata__"),
@@ -192,7 +191,6 @@ def test_refuses_hostile_headers(tmp_path: Path, header: object, said: str | Non
         check_safetensors(path)
 
 
-@settings(deadline=None)
 @given(data=st.data())
 def test_every_cut_and_every_flipped_byte_is_refused_or_read(tmp_path_factory, data) -> None:
     path = tmp_path_factory.mktemp("cut") / "x.safetensors"

@@ -236,7 +236,7 @@ definitions = st.lists(st.tuples(graphs, boundaries, boundaries), max_size=2).ma
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(graphs, definitions)
 def test_any_graph_is_a_prompt_or_refused(file: dict[str, Any], inner: list[Any]) -> None:
     with contextlib.suppress(GraphError):
@@ -265,7 +265,7 @@ def prompts(draw: st.DrawFn) -> dict[str, Any]:
     return prompt
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(prompts())
 def test_what_is_written_as_the_editor_does_is_read_back(prompt: dict[str, Any]) -> None:
     assert converted(json.loads(json.dumps(as_editor(prompt)))) == prompt

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lorasmith.core.errors import GraphError
@@ -375,7 +375,6 @@ def test_files_that_are_not_there_are_found_before_anything_runs(toys: Any, api_
     assert faults(toys, prompt)[0].startswith("node 1 'Read File': no file 'a.txt' in the input folder; put it into ")
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(st.data())
 def test_a_prompt_with_anything_in_it_is_examined_without_a_crash(
     toys: Any, prompt: dict[str, Any], data: st.DataObject
