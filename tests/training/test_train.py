@@ -29,6 +29,7 @@ from lorasmith.training.lora_handle import Lora
 from lorasmith.training.results import TrainResult
 from lorasmith.training.storage import lora_metadata
 from tests.covering import slow_except
+from tests.launched import LONG_S
 
 Run = Callable[..., TrainResult]
 
@@ -338,7 +339,7 @@ def endless_hashing(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event
     stopped = threading.Event()
 
     def hashed(path: Path, remembered: object, *, each_block: Callable[[], object]) -> str:
-        for _ in range(3_000):
+        for _ in range(60_000):
             try:
                 each_block()
             except OSError:
@@ -349,7 +350,7 @@ def endless_hashing(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event
 
     monkeypatch.setattr(lora_metadata, "file_sha256", hashed)
     yield stopped
-    assert stopped.wait(10)
+    assert stopped.wait(LONG_S)
 
 
 @pytest.mark.parametrize("steps", [0, 1])
