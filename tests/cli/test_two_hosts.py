@@ -220,8 +220,10 @@ def test_ctrl_c_saves_once_and_a_second_one_ends_at_once(
 
 
 def test_a_port_that_is_taken_is_a_sentence(pair: list[Host], photos: Path, tmp_path: Path) -> None:
-    listening = "import signal, socket; s = socket.socket(); s.bind(('0.0.0.0', 29500)); s.listen(); print(flush=True); signal.pause()"
-    with pair[0].start([sys.executable, "-c", listening], stdout=subprocess.PIPE) as listener:
+    listening = "import socket; s = socket.socket(); s.bind(('0.0.0.0', 29500)); s.listen(); print(flush=True)"
+    with pair[0].start(
+        [sys.executable, "-i", "-c", listening], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as listener:
         assert listener.stdout is not None and listener.stdout.readline() == "\n"
         try:
             _refused(pair, tmp_path)
