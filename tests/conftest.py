@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -24,8 +24,12 @@ from lorasmith.families.model import Model
 from tests.covering import cases
 
 # Examples are counted, not timed: a busy machine makes no test fail.
-settings.register_profile("default run", deadline=None, max_examples=30)
-settings.register_profile("all tests", deadline=None, max_examples=100)
+EXAMPLES: dict[str, Any] = {
+    "deadline": None,
+    "suppress_health_check": [HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+}
+settings.register_profile("default run", max_examples=30, **EXAMPLES)
+settings.register_profile("all tests", max_examples=100, **EXAMPLES)
 
 
 def slow_wanted(config: pytest.Config) -> bool:

@@ -1,10 +1,15 @@
-"""Processes that tests start: their environment, and a port where they meet."""
+"""Processes that tests start: their environment, a port where they meet, and how long they may take."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import socket
 import sys
+
+LONG_S = 600.0
+"""Longer than anything takes, however busy the machine is: what has not happened by then never will."""
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -18,7 +23,9 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def free_port() -> int:
-    """A port that nobody listens at."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
+    """A port that nobody listens at, and that systems give to nobody who asks for any."""
+    for port in random.SystemRandom().sample(range(20_000, 30_000), 1_000):
+        with contextlib.suppress(OSError), socket.socket() as free:
+            free.bind(("127.0.0.1", port))
+            return port
+    raise OSError("every port is taken")

@@ -199,7 +199,7 @@ def test_the_time_that_steps_wait_for_their_batches_is_measured(tiny: Model, mon
     def late(maker: BatchMaker, step: int) -> list[Batch]:
         nonlocal now
         if step == 2:
-            assert third_waits.wait(60)
+            assert third_waits.wait(600)
             now += 5
         return make(maker, step)
 

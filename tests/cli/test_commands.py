@@ -327,12 +327,12 @@ def test_a_signal_saves_what_there_is(photos: Path, tmp_path: Path, tiny: Model,
     command = [sys.executable, "-c", "from lorasmith.cli.main import main; main()", "train", str(photos)]
     command += ["--model", "lorasmith-tiny", "--steps", "100000", "--output", "run", "--name", "cat"]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
-        deadline = time.monotonic() + 120
         events = tmp_path / "run" / "events.jsonl"
-        while time.monotonic() < deadline and not (events.exists() and events.stat().st_size > 2000):
+        while not (events.exists() and events.stat().st_size > 2000):
+            assert process.poll() is None
             time.sleep(0.1)
         process.send_signal(number)
-        out, _ = process.communicate(timeout=60)
+        out, _ = process.communicate()
     assert process.returncode == 128 + number
     assert "the LoRA of those steps is saved" in out
     lora = Lora.load(tmp_path / "run" / "cat.safetensors", tiny)

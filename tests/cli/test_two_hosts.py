@@ -18,6 +18,7 @@ import pytest
 
 from benchmarks.hosts import Host, hosts, missing
 from tests.cli.host_runs import assert_alike, events_of, run_on, started, torchrun, training
+from tests.launched import LONG_S
 
 pytestmark = pytest.mark.slow
 
@@ -101,7 +102,7 @@ class Started:
             for host, train, log, env in zip(pair, trains, self._logs, envs, strict=True)
         ]
 
-    def codes(self, seconds: float = 300) -> list[int]:
+    def codes(self, seconds: float = LONG_S) -> list[int]:
         """Exit codes of the agents."""
         return [agent.wait(timeout=seconds) for agent in self.agents]
 
@@ -118,7 +119,7 @@ class Started:
 
     def wait_for_steps(self, run: Path, count: int) -> None:
         """Until that many steps are taken."""
-        until = time.monotonic() + 120
+        until = time.monotonic() + LONG_S
         while len(events_of(run, "StepDone")) < count:
             assert time.monotonic() < until and all(agent.poll() is None for agent in self.agents), self.printed
             time.sleep(0.05)
@@ -219,9 +220,11 @@ def test_ctrl_c_saves_once_and_a_second_one_ends_at_once(
 
 
 def test_a_port_that_is_taken_is_a_sentence(pair: list[Host], photos: Path, tmp_path: Path) -> None:
-    listening = "import socket, time; s = socket.socket(); s.bind(('0.0.0.0', 29500)); s.listen(); time.sleep(600)"
-    with pair[0].start([sys.executable, "-c", listening]):
-        time.sleep(2)
+    listening = "import socket; s = socket.socket(); s.bind(('0.0.0.0', 29500)); s.listen(); print(flush=True)"
+    with pair[0].start(
+        [sys.executable, "-i", "-c", listening], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as listener:
+        assert listener.stdout is not None and listener.stdout.readline() == "\n"
         try:
             _refused(pair, tmp_path)
         finally:
@@ -235,7 +238,7 @@ def _refused(pair: list[Host], tmp_path: Path) -> None:
     for rank, (host, log) in enumerate(zip(pair, logs, strict=True)):
         env = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "host1", "MASTER_PORT": "29500"}
         processes.append(started(host, [sys.executable, "-m", "lorasmith", *training("run")], tmp_path, log, env))
-    codes = [process.wait(timeout=400) for process in processes]
+    codes = [process.wait(timeout=LONG_S) for process in processes]
     printed = [log.read_text() for log in logs]
     print(*printed)
     assert codes == [1, 1]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lorasmith.core.errors import DataError, LoraError, LorasmithError, ModelError, OptionError, OutputError
@@ -23,7 +23,6 @@ from lorasmith.core.folders import (
 
 NOON = time.struct_time((2024, 3, 5, 12, 7, 9, 1, 65, 0))
 OUTSIDE = ["../x", "a/../../x", "/etc/passwd", "..", "C:\\x", "a\\..\\..\\x", "", ".", "a\0b"]
-FIXTURES = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 
 
 def put(path: Path, content: str = "") -> Path:
@@ -197,7 +196,6 @@ def test_names_that_lead_out_are_refused_everywhere(folders: Folders, name: str)
             door()
 
 
-@FIXTURES
 @given(st.lists(st.sampled_from(["..", ".", "a", "/", "\\", "C:", "~", "%year%", ""]), max_size=6).map("/".join))
 def test_no_prefix_leads_out_of_the_output_folder(folders: Folders, prefix: str) -> None:
     try:
@@ -286,7 +284,6 @@ def test_counters_go_on_after_the_highest(folders: Folders, there: list[str], co
     assert folders.numbered("dog").counter == counter
 
 
-@FIXTURES
 @given(st.sets(st.integers(1, 10**6), max_size=5), st.text("ab._+(%", min_size=1, max_size=4))
 def test_a_counter_is_never_taken(tmp_path_factory: pytest.TempPathFactory, taken: set[int], stem: str) -> None:
     if stem.strip(".") == "":

@@ -15,7 +15,7 @@ import lorasmith
 from lorasmith.core.errors import OptionError, TrainingError
 from lorasmith.core.launched import LaunchedProcess
 from lorasmith.core.processes import ALONE, Processes, _check_gpus, _gpu_of, current, joined
-from tests.launched import environment, free_port
+from tests.launched import LONG_S, environment, free_port
 
 SCRIPT = """
 import sys, torch
@@ -77,7 +77,7 @@ def test_two_processes_agree() -> None:
         subprocess.Popen([sys.executable, "-c", SCRIPT, str(rank), port], stdout=subprocess.PIPE, text=True)
         for rank in range(2)
     ]
-    first, second = (one.communicate(timeout=120)[0] for one in pair)
+    first, second = (one.communicate(timeout=LONG_S)[0] for one in pair)
     assert second == "1: a sentence\n"
     lines = first.splitlines()
     assert lines[0] == "0: a sentence"

@@ -224,7 +224,7 @@ def _encoded(format_name: str) -> bytes:
 _SOUND = {name: _encoded(name) for name in ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")}
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     name=st.sampled_from(sorted(_SOUND)),
     edits=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=8),

@@ -16,6 +16,7 @@ from lorasmith.data.crops import FramedPicture, Framing
 from lorasmith.data.folder import FolderScan, ImageFile
 from lorasmith.training.batches import sample_index
 from tests.data.encoder_cases import Encoder, add, three_pictures
+from tests.launched import LONG_S
 
 
 @pytest.fixture
@@ -100,7 +101,7 @@ class Recording(Encoder):
         self.threads: list[tuple[int, int]] = []
         self.at_a_time = self.most = 0
         self._lock = threading.Lock()
-        self._meeting = threading.Barrier(meeting, timeout=20)
+        self._meeting = threading.Barrier(meeting, timeout=LONG_S)
 
     def image(self, pixels: torch.Tensor) -> torch.Tensor:
         with self._lock:
@@ -161,7 +162,7 @@ def test_pictures_that_do_not_fit_side_by_side_are_encoded_alone(tmp_path: Path)
     for number in range(6):
         add(tmp_path, f"{number}.png", (100, 100), (30 * number, 0, 0), "a dog")
     encoder = Encoder()
-    plain, lock, meeting = encoder.image, threading.Lock(), threading.Barrier(2, timeout=20)
+    plain, lock, meeting = encoder.image, threading.Lock(), threading.Barrier(2, timeout=LONG_S)
     calls: list[float] = []
     failed: list[float] = []
     inside = 0

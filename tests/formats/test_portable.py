@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
@@ -16,7 +16,7 @@ OTHERS = [f"{BLOCK}.ff.net.0.proj", f"{BLOCK}.ff.net.2", "conv_in", "down_blocks
 ENCODER = "text_model.encoder.layers.0.self_attn.q_proj"
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40)
 @given(st.lists(st.sampled_from([1.0, 2.0, 3.0, None]), min_size=10, max_size=10))
 def test_attention_has_the_most_frequent_alpha_and_every_change_stays(unet_names, make_adapter, delta, alphas) -> None:
     state = AdapterState()

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import pytest
@@ -71,7 +70,5 @@ def test_a_pattern_that_would_take_forever_is_stopped(
     bench: Any, pattern: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(strings, "_SECONDS", 0.7)
-    before = time.monotonic()
     with pytest.raises(OptionError, match=r"must match within 0\.7 seconds, but .* did not on 61 characters"):
         bench.call("RegexMatch", string="a" * 60 + "!", regex_pattern=pattern)
-    assert time.monotonic() - before < 20

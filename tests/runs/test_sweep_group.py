@@ -10,6 +10,7 @@ from lorasmith.runs import sweep_group
 from lorasmith.runs.sweep_file import Sweep, SweepRun, read_sweep
 from lorasmith.runs.sweep_group import GroupProcess, grouped, train_group
 from lorasmith.runs.sweep_run import RunEnd, end_of, log_of, sweep_folder
+from tests.launched import LONG_S
 from tests.runs.folder_cases import pictures
 from tests.runs.sweep_cases import sweep_of
 
@@ -45,7 +46,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> No
 
 
 def ended(process: GroupProcess) -> RunEnd:
-    until = time.monotonic() + 60
+    until = time.monotonic() + LONG_S
     while (end := process.poll()) is None:
         assert time.monotonic() < until
         time.sleep(0.01)

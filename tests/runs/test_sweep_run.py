@@ -21,6 +21,7 @@ from lorasmith.runs.sweep_run import (
     sweep_folder,
     train_command,
 )
+from tests.launched import LONG_S
 from tests.runs.sweep_cases import sweep_of
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="a shell script stands in for Python")
@@ -159,7 +160,7 @@ def python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None
 
 
 def ended(process: RunProcess) -> RunEnd:
-    until = time.monotonic() + 60
+    until = time.monotonic() + LONG_S
     while (end := process.poll()) is None:
         assert time.monotonic() < until
         time.sleep(0.01)

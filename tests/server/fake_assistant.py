@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
 from pathlib import Path
+from typing import Any
 
 from lorasmith.server.child_process import channel_of_child
 
@@ -14,6 +14,7 @@ def main() -> None:
     channel = channel_of_child()
     start, _ = channel.receive() or sys.exit(0)
     channel.send({"type": "ready"})
+    held: list[dict[str, Any]] = []
     while (message := channel.receive()) is not None:
         head, _ = message
         answer = {"type": "answer", "number": head["number"]}
@@ -21,8 +22,13 @@ def main() -> None:
         match head["question"]:
             case "echo":
                 channel.send({**answer, "result": given})
+            case "held echo":
+                held.append({**answer, "result": given})
             case "slow echo":
-                threading.Timer(0.3, channel.send, [{**answer, "result": given}]).start()
+                channel.send({**answer, "result": given})
+            case "release":
+                for one in (*held, {**answer, "result": None}):
+                    channel.send(one)
             case "picture":
                 channel.send({**answer, "is_bytes": True}, b"\x00picture")
             case "refuse":

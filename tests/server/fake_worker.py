@@ -62,7 +62,7 @@ def run(channel: Any, job: dict[str, Any], cancel: threading.Event) -> None:
             cancel.wait()
             end |= {"state": "cancelled", "error": {"kind": "CancelledError", "message": "stopped"}}
         case "wait deaf":
-            time.sleep(60)
+            time.sleep(3600)
         case "fail":
             last = {"kind": "graph", "data": {"event": "ExecutionFailed", "node_id": "1"}}
             end |= {"state": "failed", "error": {"kind": "NodeError", "message": "no"}, "last": last}

@@ -17,18 +17,19 @@ from lorasmith.server.hub import Hub, LogBook
 from lorasmith.server.jobs import Job, JobStore
 from lorasmith.server.request_handling import ServerContext
 from lorasmith.server.server_config import ServerConfig
+from tests.launched import LONG_S
 
 HERE = Path(__file__).parent
 CPU = {"name": "cpu", "title": "CPU", "memory_bytes": 1}
 
 
 def fake_config(base: Path, **settings: Any) -> ServerConfig:
-    """A config with fake child processes and short times."""
+    """A config with fake child processes."""
     given: dict[str, Any] = {
         "port": 0,
         "devices": [CPU],
-        "silence_s": 30.0,
-        "grace_s": 5.0,
+        "silence_s": LONG_S,
+        "grace_s": LONG_S,
         "worker_command": (sys.executable, str(HERE / "fake_worker.py")),
         "assistant_command": (sys.executable, str(HERE / "fake_assistant.py")),
     }
@@ -64,9 +65,9 @@ async def dispatching(base: Path, **settings: Any) -> AsyncIterator[ServerContex
         context.store.close()
 
 
-async def until(condition: Callable[[], Any], *, seconds: float = 10.0) -> Any:
+async def until(condition: Callable[[], Any]) -> Any:
     """Wait until a condition holds; returns its value."""
-    end = asyncio.get_running_loop().time() + seconds
+    end = asyncio.get_running_loop().time() + LONG_S
     while not (found := condition()):
         assert asyncio.get_running_loop().time() < end, "it did not happen in time"
         await asyncio.sleep(0.01)

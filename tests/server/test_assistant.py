@@ -28,12 +28,13 @@ def run(base: Path, check: Callable[[Assistant], Awaitable[None]]) -> None:
 
 def test_answers_reach_whoever_asked(tmp_path: Path) -> None:
     async def check(assistant: Assistant) -> None:
-        slow = asyncio.create_task(assistant.ask("slow echo", a=[1, None]))
-        given_up = asyncio.create_task(assistant.ask("slow echo"))
+        slow = asyncio.create_task(assistant.ask("held echo", a=[1, None]))
+        given_up = asyncio.create_task(assistant.ask("held echo"))
         assert await assistant.ask("echo", a="ü", b={}) == {"a": "ü", "b": {}}
         given_up.cancel()
         assert await assistant.ask("picture") == b"\x00picture"
         assert not slow.done()
+        await assistant.ask("release")
         assert await slow == {"a": [1, None]}
         assert assistant.is_ready
 
@@ -53,7 +54,7 @@ def test_a_refusal_has_kind_sentence_and_details(tmp_path: Path) -> None:
 def test_an_assistant_that_dies_is_asked_once_more(tmp_path: Path) -> None:
     async def check(assistant: Assistant) -> None:
         assert await assistant.ask("die once") == "alive"
-        other = asyncio.create_task(assistant.ask("slow echo", n=1))
+        other = asyncio.create_task(assistant.ask("held echo", n=1))
         with pytest.raises(UnavailableError, match=r"assistant ended \(it ended with exit status 3\); try again"):
             await assistant.ask("die")
         with pytest.raises(UnavailableError):  # it was open at both ends
@@ -69,7 +70,7 @@ def test_open_questions_fail_when_the_server_stops(tmp_path: Path) -> None:
         assistant = Assistant(fake_config(tmp_path))
         await assistant.start()
         await assistant.ask("echo")
-        waiting = asyncio.create_task(assistant.ask("slow echo"))
+        waiting = asyncio.create_task(assistant.ask("held echo"))
         await asyncio.sleep(0)
         await assistant.stop()
         with pytest.raises(UnavailableError, match="stopping"):

@@ -68,8 +68,6 @@ os.write(1, b"written")
 assert sys.stdin.read() == "" and subprocess.run(["cat"], capture_output=True).stdout == b""
 channel.send(channel.receive()[0])
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], input=packed({"n": 1}), capture_output=True, check=True, timeout=30
-    )
+    done = subprocess.run([sys.executable, "-c", code], input=packed({"n": 1}), capture_output=True, check=True)
     assert done.stdout == packed({"n": 1})
     assert b"printed" in done.stderr and b"written" in done.stderr

@@ -12,6 +12,7 @@ import pytest
 
 import lorasmith
 from lorasmith.server.child_process import ChildProcess
+from tests.launched import LONG_S
 
 SOURCE = Path(lorasmith.__file__).parents[1]
 
@@ -29,7 +30,7 @@ channel.send({"type": "echo", **first}, b"body")
 def child(code: str, ends: list[str], **settings: Any) -> tuple[ChildProcess, list[Any], list[str]]:
     messages: list[Any] = []
     lines: list[str] = []
-    given: dict[str, Any] = {"silence_s": 30.0} | settings
+    given: dict[str, Any] = {"silence_s": LONG_S} | settings
     made = ChildProcess(
         (sys.executable, "-c", CODE + code),
         cwd=Path.cwd(),
@@ -41,7 +42,7 @@ def child(code: str, ends: list[str], **settings: Any) -> tuple[ChildProcess, li
     return made, messages, lines
 
 
-def run(code: str, *, grace_s: float = 20.0, **settings: Any) -> tuple[list[Any], list[str], list[str]]:
+def run(code: str, *, grace_s: float = LONG_S, **settings: Any) -> tuple[list[Any], list[str], list[str]]:
     ends: list[str] = []
 
     async def main() -> tuple[list[Any], list[str]]:
@@ -63,12 +64,12 @@ def test_messages_and_lines_are_passed_on_and_its_end_once() -> None:
 
 
 def test_one_that_does_not_end_is_killed() -> None:
-    _, _, ends = run("time.sleep(60)", grace_s=0.2)
+    _, _, ends = run("time.sleep(600)", grace_s=0.2)
     assert ends == ["it did not end within 0.2 seconds"]
 
 
 def test_one_whose_output_is_no_message_is_killed() -> None:
-    _, _, ends = run("import os; os.write(channel._outgoing.fileno(), b'\\xff' * 20); time.sleep(60)")
+    _, _, ends = run("import os; os.write(channel._outgoing.fileno(), b'\\xff' * 20); time.sleep(600)")
     assert len(ends) == 1 and "a message must begin with its lengths" in ends[0]
 
 
@@ -87,7 +88,7 @@ def test_environment_and_folder_are_its_own(tmp_path: Path, monkeypatch: pytest.
                 "'cwd': os.getcwd(), 'variable': os.environ['GIVEN'], 'secret': os.environ.get('LORASMITH_TOKEN')})",
             ),
             cwd=tmp_path,
-            silence_s=30,
+            silence_s=LONG_S,
             on_message=lambda head, body: messages.append(head),
             on_line=lambda line: None,
             on_end=lambda why: ended.set(),

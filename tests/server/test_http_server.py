@@ -22,6 +22,7 @@ from lorasmith.server.contained_files import OutsideError
 from lorasmith.server.http_server import make_app, running
 from lorasmith.server.jobs import JobStateError, JobStore, QueueFullError, StoreError, UnknownJobError
 from lorasmith.server.request_handling import CONTEXT, ServerContext, TooLargeError, TooManyError
+from tests.launched import LONG_S
 from tests.server.fakes import ended, fake_config, fake_context
 
 HEAVY = ("torch", "numpy", "PIL", "diffusers", "transformers", "safetensors", "matplotlib", "typer", "rich")
@@ -153,7 +154,7 @@ with tempfile.TemporaryDirectory() as base:
     asyncio.run(main(Path(base)))
 print([name for name in {HEAVY!r} if name in sys.modules])
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["[]", "[]"]
 
 
@@ -176,7 +177,7 @@ from lorasmith.server.request_handling import TooLargeError, TooManyError
 from lorasmith.server.http_server import serve
 
 say = lambda what: print(what, flush=True)
-serve(fake_config(Path({str(tmp_path)!r}), grace_s=60.0), started=say, stopping=say)
+serve(fake_config(Path({str(tmp_path)!r})), started=say, stopping=say)
 """
     store = JobStore(tmp_path / "user" / "lorasmith" / "jobs.sqlite3")
     store.add("train", {"do": "wait deaf"}, id="deaf")
@@ -189,7 +190,7 @@ serve(fake_config(Path({str(tmp_path)!r}), grace_s=60.0), started=say, stopping=
         server.send_signal(signal.SIGINT)
         assert server.stdout.readline() == "1\n"
         server.send_signal(signal.SIGINT)
-        _, said = server.communicate(timeout=15)
+        _, said = server.communicate(timeout=LONG_S)
     finally:
         server.kill()
     assert server.returncode == 1 and "CancelledError: the server was ended at once" in said.splitlines()[-1]

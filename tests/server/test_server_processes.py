@@ -18,6 +18,7 @@ from lorasmith.server.assistant import RefusedError
 from lorasmith.server.http_server import running
 from lorasmith.server.jobs import JobStore
 from lorasmith.server.server_config import ServerConfig
+from tests.launched import LONG_S
 from tests.server.crash import GRAPH, TRAINING, queue
 from tests.server.fakes import CPU, ended, fake_config, is_alive, until
 
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.slow
 def config(base: Path, **settings: Any) -> ServerConfig:
     """Real workers, and an assistant without torch."""
     worker = ServerConfig(base=base).worker_command
-    return fake_config(base, **{"worker_command": worker, "grace_s": 60.0, "silence_s": 60.0, **settings})
+    return fake_config(base, **{"worker_command": worker, **settings})
 
 
 def test_the_assistant_answers_and_a_stranger_module_is_not_imported(tmp_path: Path) -> None:
@@ -40,7 +41,7 @@ def test_the_assistant_answers_and_a_stranger_module_is_not_imported(tmp_path: P
             with pytest.raises(RefusedError, match=r"unknown question 'divices' .did you mean") as caught:
                 await context.assistant.ask("divices")
             assert caught.value.kind == "OptionError"
-            await until(lambda: [one["state"] for one in context.dispatcher.devices()] == ["ready"], seconds=120)
+            await until(lambda: [one["state"] for one in context.dispatcher.devices()] == ["ready"])
 
     asyncio.run(check())
 
@@ -50,7 +51,7 @@ def test_a_stopped_worker_is_replaced_and_its_job_continues(tmp_path: Path) -> N
     queue(tmp_path)
 
     async def check() -> None:
-        async with running(config(tmp_path, silence_s=20.0)) as (context, _):
+        async with running(config(tmp_path, silence_s=60.0)) as (context, _):
             job = context.store.get("training")
             with context.hub.subscribe(kinds={"training"}) as events:
                 async for one in events:
@@ -58,10 +59,10 @@ def test_a_stopped_worker_is_replaced_and_its_job_continues(tmp_path: Path) -> N
                         break
             (pid,) = context.dispatcher.worker_pids()
             os.kill(pid, signal.SIGSTOP)
-            await until(lambda: context.store.get(job.id).state == "interrupted", seconds=60)
+            await until(lambda: context.store.get(job.id).state == "interrupted")
             assert not is_alive(pid)
             context.dispatcher.proceed(job.id)
-            await until(lambda: context.store.get(job.id).state == "completed", seconds=300)
+            await until(lambda: context.store.get(job.id).state == "completed")
             assert context.store.get(job.id).attempts == 2
 
     asyncio.run(check())
@@ -76,10 +77,10 @@ def test_out_of_memory_ends_the_job_and_not_the_worker(tmp_path: Path) -> None:
     async def check() -> None:
         async with running(config(tmp_path, worker_command=limited)) as (context, _):
             large = context.dispatcher.submit("measure", {**TRAINING, "settings": settings}, front=True)
-            found = await until(lambda: context.store.get(large.id).error, seconds=300)
+            found = await until(lambda: context.store.get(large.id).error)
             assert found["kind"] == "OutOfMemory" and "smaller resolution" in found["message"], found
             (pid,) = context.dispatcher.worker_pids()
-            await until(lambda: context.store.get("graph").state not in ("pending", "running"), seconds=300)
+            await until(lambda: context.store.get("graph").state not in ("pending", "running"))
             assert context.store.get("graph").state == "completed"
             assert context.dispatcher.worker_pids() == [pid]
 
@@ -99,7 +100,7 @@ def test_ctrl_c_saves_the_running_job_and_the_next_start_offers_it(tmp_path: Pat
         assert urllib.request.urlopen(address).status == 200
         wait_for(lambda: list(base.glob("runs/*/states/*.safetensors")))
         process.send_signal(signal.SIGINT)
-        said, _ = process.communicate(timeout=120)
+        said, _ = process.communicate(timeout=LONG_S)
         assert "Stopping and saving the running job" in said and process.returncode == 0
     finally:
         process.kill()
@@ -111,7 +112,7 @@ def test_ctrl_c_saves_the_running_job_and_the_next_start_offers_it(tmp_path: Pat
     store.close()
 
 
-def wait_for(condition: Any, seconds: float = 180) -> None:
+def wait_for(condition: Any, seconds: float = LONG_S) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"
@@ -122,7 +123,7 @@ def test_a_graph_runs_in_the_worker(tmp_path: Path) -> None:
     async def check() -> None:
         async with running(config(tmp_path, devices=[CPU])) as (context, _):
             job = context.dispatcher.submit("graph", GRAPH)
-            await until(lambda: context.store.get(job.id).state not in ("pending", "running"), seconds=300)
+            await until(lambda: context.store.get(job.id).state not in ("pending", "running"))
             assert (await ended(context, job)).state == "completed"
 
     asyncio.run(check())

@@ -17,6 +17,7 @@ from lorasmith.core.errors import CancelledError, DataError
 from lorasmith.core.files import locked
 from lorasmith.server import worker
 from lorasmith.server.child_process import BlockingChannel
+from tests.launched import LONG_S
 
 START = {"log": "the.log", "grace_s": 60.0, "beat_s": 60.0}
 
@@ -26,15 +27,17 @@ class FakeJobs:
 
     is_device_broken = False
     cancel: threading.Event
+    waiting: threading.Event
 
     def __init__(self, channel: Any, start: Any, *, cancel: threading.Event) -> None:
-        FakeJobs.cancel = cancel
+        FakeJobs.cancel, FakeJobs.waiting = cancel, threading.Event()
         self.freed: list[tuple[bool, bool]] = []
 
     def run(self, message: dict[str, Any]) -> dict[str, Any]:
         match message["request"]["do"]:
             case "wait":
-                assert self.cancel.wait(20)
+                self.waiting.set()
+                assert self.cancel.wait(LONG_S)
                 raise CancelledError("it was cancelled")
             case "data":
                 raise DataError("the images must be images, got none; add some")
@@ -86,7 +89,7 @@ class Ends:
 
     def close(self) -> None:
         self.channel._outgoing.close()
-        self.thread.join(10)
+        self.thread.join(LONG_S)
         assert not self.thread.is_alive()
         for stream in (self.channel._incoming, self.worker._incoming, self.worker._outgoing):
             stream.close()
@@ -118,6 +121,7 @@ def test_a_worker_survives_whatever_a_job_raises(ends: Ends) -> None:
 
 def test_a_cancel_stops_the_job_that_it_names(ends: Ends) -> None:
     ends.start("wait", "first")
+    assert FakeJobs.waiting.wait(LONG_S)
     ends.channel.send({"type": "cancel", "id": "other"})
     time.sleep(0.05)
     assert not FakeJobs.cancel.is_set()
@@ -130,35 +134,35 @@ def test_a_cancel_stops_the_job_that_it_names(ends: Ends) -> None:
 def test_a_worker_whose_device_is_broken_reports_and_ends(ends: Ends) -> None:
     found = ends.end_of("break")
     assert (found["state"], found["device"]) == ("failed", {})
-    ends.thread.join(5)
+    ends.thread.join(LONG_S)
     assert not ends.thread.is_alive()
 
 
 def test_the_end_of_the_server_is_a_cancel(ends: Ends) -> None:
     ends.start("wait")
-    time.sleep(0.05)
+    assert FakeJobs.waiting.wait(LONG_S)
     ends.channel._outgoing.close()
     assert ends.receive()["state"] == "cancelled", "the server may still read"
-    ends.thread.join(5)
+    ends.thread.join(LONG_S)
     assert not ends.thread.is_alive()
 
 
 def test_a_worker_waits_for_that_of_another_server(tmp_path: Path) -> None:
     lock, sent = tmp_path / "worker-0.lock", []
+    taken = locked(lock, "held")
 
     class Channel:
         def send(self, head: dict[str, Any]) -> None:
             sent.append(head)
+            taken.__exit__(None, None, None)
 
     class Inbox:
         is_closed = False
 
-    taken, inbox = locked(lock, "held"), Inbox()
+    inbox = Inbox()
     taken.__enter__()
-    threading.Timer(0.3, taken.__exit__, [None, None, None]).start()
-    start = time.monotonic()
     with worker._alone(lock, Channel(), inbox, grace_s=60) as is_alone:  # type: ignore[arg-type]
-        assert is_alone and time.monotonic() - start > 0.2
+        assert is_alone
         assert (tmp_path / "worker-0.pid").read_text() == str(os.getpid())
     assert sent == [{"type": "waiting"}]
     inbox.is_closed = True
@@ -168,13 +172,13 @@ def test_a_worker_waits_for_that_of_another_server(tmp_path: Path) -> None:
 
 def test_a_worker_that_neither_ends_nor_answers_is_ended(tmp_path: Path) -> None:
     note = tmp_path / "worker-0.pid"
-    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "lorasmith.server.worker"])
-    stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", "lorasmith.server.worker"])
+    stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     try:
         for process in (stranger, other):
             note.write_text(str(process.pid))
             worker._end_other(note)
-        assert other.wait(10) != 0
+        assert other.wait(LONG_S) != 0
         assert stranger.poll() is None, "another program has the number now"
         note.write_text("nonsense")
         worker._end_other(note)

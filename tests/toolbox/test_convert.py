@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -84,7 +84,7 @@ def test_the_body_of_a_converted_file_is_that_of_a_saved_one(tmp_path: Path, tin
 
 @pytest.mark.slow
 @pytest.mark.parametrize("title", slow_except(["Stable Diffusion 1.x", "Stable Diffusion 2.x", "Flux.1"], "Flux.1"))
-@settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=5)
 @given(data=st.data())
 def test_released_models_need_not_be_there(tmp_path: Path, title: str, data) -> None:
     names = released_names(title)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
-import socket
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
@@ -14,11 +13,12 @@ import torch
 
 from lorasmith.core.launched import LaunchedProcess
 from lorasmith.core.processes import Processes, joined
+from tests.launched import LONG_S, free_port
 
 T = TypeVar("T")
 
 
-def processes_together(size: int, one: Callable[[Processes], T], *, within_s: float = 300.0) -> list[T]:
+def processes_together(size: int, one: Callable[[Processes], T], *, within_s: float = LONG_S) -> list[T]:
     """Run a function in each of several processes; returns what each of them returns, by rank."""
     found = outcomes_together(size, one, within_s=within_s)
     errors = [one for one in found if isinstance(one, BaseException)]
@@ -27,11 +27,9 @@ def processes_together(size: int, one: Callable[[Processes], T], *, within_s: fl
     return found
 
 
-def outcomes_together(size: int, one: Callable[[Processes], Any], *, within_s: float = 300.0) -> list[Any]:
+def outcomes_together(size: int, one: Callable[[Processes], Any], *, within_s: float = LONG_S) -> list[Any]:
     """As `processes_together`, but an error is returned, and None of a process that died."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     # Forked, so that models and what a test has replaced are there at once.
     context: Any = multiprocessing.get_context("fork")
     pipes = [context.Pipe(duplex=False) for _ in range(size)]

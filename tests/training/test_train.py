@@ -28,6 +28,7 @@ from lorasmith.training.job import plan_job
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.results import TrainResult
 from tests.covering import slow_except
+from tests.launched import LONG_S
 
 Run = Callable[..., TrainResult]
 
@@ -337,7 +338,7 @@ def endless_hashing(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event
     stopped = threading.Event()
 
     def hashed(path: Path, remembered: object, *, each_block: Callable[[], object]) -> str:
-        for _ in range(3_000):
+        for _ in range(60_000):
             try:
                 each_block()
             except OSError:
@@ -348,7 +349,7 @@ def endless_hashing(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event
 
     monkeypatch.setattr(results, "file_sha256", hashed)
     yield stopped
-    assert stopped.wait(10)
+    assert stopped.wait(LONG_S)
 
 
 @pytest.mark.parametrize("steps", [0, 1])

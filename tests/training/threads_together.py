@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lorasmith.core.errors import LorasmithError
 from lorasmith.core.processes import Processes
+from tests.launched import LONG_S
 
 T = TypeVar("T")
 
@@ -20,7 +21,7 @@ class _Meeting:
 
     def __init__(self, size: int) -> None:
         self.bytes_summed = 0
-        self._barrier = threading.Barrier(size, timeout=120)
+        self._barrier = threading.Barrier(size, timeout=LONG_S)
         self._told: list[Any] = [None] * size
 
     def exchanged(self, rank: int, kind: str, value: Any) -> list[Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import networkx as nx
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lorasmith.core.errors import CancelledError, DataError, NodeError
@@ -28,7 +28,6 @@ from lorasmith.workflow.execution_events import (
 from lorasmith.workflow.graph import Graph, GraphNode
 
 ApiNode = Callable[..., dict[str, Any]]
-MANY = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 
 
 class Runner:
@@ -100,7 +99,6 @@ def values(prompt: dict[str, Any]) -> dict[str, int]:
     return results
 
 
-@MANY
 @given(prompt=random_prompts())
 def test_every_needed_node_runs_once_after_what_it_needs(toys: Any, prompt: dict[str, Any]) -> None:
     runner = Runner(toys)
@@ -117,7 +115,6 @@ def test_every_needed_node_runs_once_after_what_it_needs(toys: Any, prompt: dict
     }
 
 
-@MANY
 @given(prompt=random_prompts(), data=st.data())
 def test_a_changed_input_runs_its_descendants_again_and_nothing_else(
     toys: Any, prompt: dict[str, Any], data: st.DataObject

@@ -272,7 +272,7 @@ def test_a_weight_by_two_names_is_refused() -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 2**16), st.integers(0, 255), st.floats(0, 1))
 def test_damage_is_told_in_a_sentence(
     tmp_path_factory: pytest.TempPathFactory, place: int, value: int, share: float

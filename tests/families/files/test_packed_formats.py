@@ -56,7 +56,7 @@ def test_weights_are_those_of_comfy_kitchen(layer: str) -> None:
     torch.testing.assert_close(packed.weight(), expected, rtol=1e-6, atol=1e-7)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(
     st.sampled_from(list(packed_files.KINDS)),
     st.sampled_from(SIZES),
@@ -122,7 +122,7 @@ def test_only_codes_with_scales_of_rows_are_multiplied_in_fp8(kind: str) -> None
 
 
 @given(st.integers(1, 300), st.integers(1, 9))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_tiles_hold_each_scale_once(rows: int, columns: int) -> None:
     size = tiled_size(rows, columns)
     places = untiled(torch.arange(size), rows, columns)

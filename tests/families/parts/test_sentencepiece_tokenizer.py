@@ -25,7 +25,7 @@ TEXT = st.one_of(
 
 
 @pytest.mark.parametrize("kind", MODELS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(text=TEXT)
 def test_ids_are_sentencepieces_own(kind: str, text: str) -> None:
     data = spiece_model(kind)

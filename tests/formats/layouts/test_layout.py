@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
@@ -44,7 +44,7 @@ def test_the_layouts_are_registered() -> None:
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("layout", list(LAYOUTS))
-@settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12)
 @given(data=st.data())
 def test_any_state_survives_a_file(request, tmp_path, make_adapter, delta, layout: str, model: str, data) -> None:
     names = request.getfixturevalue(model)

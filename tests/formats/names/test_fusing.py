@@ -27,7 +27,7 @@ def expected(changes: dict[int, torch.Tensor]) -> torch.Tensor:
     return whole
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     algorithm=st.sampled_from(["lora", "loha"]),
     chosen=st.sets(st.integers(0, 3), min_size=1),

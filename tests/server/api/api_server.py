@@ -22,6 +22,7 @@ from lorasmith.server.hub import Hub, LogBook
 from lorasmith.server.jobs import JobStore
 from lorasmith.server.request_handling import CONTEXT, ServerContext, errors_answered
 from lorasmith.server.server_config import ServerConfig
+from tests.launched import LONG_S
 
 AT = "/lorasmith/v1"
 
@@ -101,7 +102,7 @@ async def api(base: Path, **config: Any) -> AsyncIterator[Client]:
     app.on_response_prepare.extend(preparing(context))
     app.add_routes(routes(context))
     try:
-        async with TestClient(TestServer(app), timeout=ClientTimeout(total=300)) as http:
+        async with TestClient(TestServer(app), timeout=ClientTimeout(total=LONG_S)) as http:
             yield Client(http, context)
             hub.close()
     finally:
@@ -143,7 +144,7 @@ class Events:
         """The next event: its name, data and id; comments are left out."""
         name, data, id = "message", [], ""
         while True:
-            line = (await asyncio.wait_for(self._response.content.readline(), 5)).decode().rstrip("\n")
+            line = (await asyncio.wait_for(self._response.content.readline(), LONG_S)).decode().rstrip("\n")
             field, _, value = line.partition(": ")
             if field == "event":
                 name = value

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import asyncio
 import json
 from pathlib import Path
 from typing import Any
@@ -104,4 +103,4 @@ def test_events_of_a_run_follow_its_log(tmp_path: Path) -> None:
         async with events(client, f"/runs/{RUN}/events", {"Last-Event-ID": first}) as stream:
             assert (await stream.next())[0] == "reset"
 
-    with_api(tmp_path, lambda client: asyncio.wait_for(test(client), 20))
+    with_api(tmp_path, test)

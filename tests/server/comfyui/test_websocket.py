@@ -14,7 +14,9 @@ import pytest
 from lorasmith.server.comfyui import websocket
 from lorasmith.server.hub import Notice
 from lorasmith.server.jobs import Job, StoreError
+from tests.launched import LONG_S
 from tests.server.fake_server import GOOD, Played, serving
+from tests.server.fakes import until
 
 JPEG, PNG = b"\xff\xd8\xffsome", b"\x89PNGsome"
 UI = {"images": [{"filename": "a.png", "subfolder": "", "type": "output"}]}
@@ -31,7 +33,7 @@ async def connected(server: Played, client: str | None = "me") -> AsyncIterator[
 async def read(socket: aiohttp.ClientWebSocketResponse, count: int) -> list[Any]:
     """The next messages; binary ones as bytes."""
     found = []
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(LONG_S):
         while len(found) < count:
             received = await socket.receive()
             assert received.type in (aiohttp.WSMsgType.TEXT, aiohttp.WSMsgType.BINARY), received
@@ -279,7 +281,7 @@ def test_a_client_has_one_connection(tmp_path: Path) -> None:
             await read(older, 1)
             async with connected(server) as newer:
                 await read(newer, 1)
-                async with asyncio.timeout(5):
+                async with asyncio.timeout(LONG_S):
                     assert (await older.receive()).type in (aiohttp.WSMsgType.CLOSE, aiohttp.WSMsgType.CLOSED)
                 await queue(server)
                 assert names(await read(newer, 1)) == ["status"]
@@ -364,7 +366,7 @@ def test_a_database_that_cannot_be_read_ends_connections_and_no_worker(
                 server.event(job, "ExecutionStarted", order=["1"], cached=[])  # as the worker's reader publishes it
                 data = {**job.summary(), "state": "completed"}
                 server.context.hub.publish(Notice(kind="job", job_id=job.id, data=data, client_id="me"))
-                async with asyncio.timeout(5):
+                async with asyncio.timeout(LONG_S):
                     while (await socket.receive()).type is aiohttp.WSMsgType.TEXT:
                         pass
             async with connected(server) as again:
@@ -384,9 +386,7 @@ def test_a_client_that_never_reads_is_cut_off(tmp_path: Path, monkeypatch: Any) 
             big = {"text": ["x" * 2**20]}
             for _ in range(100):
                 server.event(job, "NodeFinished", node_id="2", ui=big)
-            async with asyncio.timeout(10):
-                while server_sockets(server):
-                    await asyncio.sleep(0.02)
+            await until(lambda: not server_sockets(server))
             await queue(server, None)  # the others are served on
 
     def server_sockets(server: Played) -> list[Any]:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
+from tests.launched import LONG_S
 from tests.server.pages.fake_api import FakeServer
 from tools.browsing import chromium, opened_browser
 
@@ -59,7 +60,7 @@ class ServedPage:
         self._loop.close()
 
     def _call(self, work: Any) -> None:
-        asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout=20)
+        asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout=LONG_S)
 
     async def _started(self) -> None:
         self.server.is_closing = False
@@ -100,7 +101,7 @@ def open_pages(browser: Any) -> Iterator[PagesOpener]:
         )
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(8000)
+        page.set_default_timeout(1000 * LONG_S)
         page.on("pageerror", lambda error: wrong.append(str(error)))
         page.on("console", lambda message: _is_wrong(message) and wrong.append(message.text))
         page.goto(address)
@@ -122,6 +123,7 @@ def expected(locator: Any) -> Any:
     """What is to become true of a part of the page. (Its policy refuses functions that are polled.)"""
     from playwright.sync_api import expect
 
+    expect.set_options(timeout=1000 * LONG_S)
     return expect(locator)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from lorasmith.server.access import Access
+from tests.launched import LONG_S
 from tests.server.fake_server import GOOD, Played, serving
 from tests.server.test_access import TOKEN, routes_of
 from tools.browsing import FLAGS, chromium
@@ -59,17 +60,17 @@ class InThread:
         (self.base / "output").mkdir(parents=True)
         (self.base / "output" / "a.png").write_bytes(PNG)
         self._thread.start()
-        assert self._ready.wait(30)
+        assert self._ready.wait(LONG_S)
         return self.played
 
     def __exit__(self, *_: object) -> None:
         self._loop.call_soon_threadsafe(self._end.set)
-        self._thread.join(30)
+        self._thread.join(LONG_S)
 
     def state(self) -> dict[str, bytes]:
         """Files that requests may have written, with the waiting jobs."""
         files = [path for path in self.base.rglob("*") if path.is_file() and "jobs.sqlite3" not in path.name]
-        jobs = asyncio.run_coroutine_threadsafe(self._jobs(), self._loop).result(30)
+        jobs = asyncio.run_coroutine_threadsafe(self._jobs(), self._loop).result(LONG_S)
         return {"jobs": jobs, **{str(path): path.read_bytes() for path in files}}
 
     async def _jobs(self) -> bytes:

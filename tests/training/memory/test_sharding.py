@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -275,9 +274,7 @@ def test_an_end_in_the_middle_of_a_pass_is_that_of_all(
     def one(_: Processes) -> None:
         trained(tiny, dataset, sharding=True, steps=4, output=tmp_path / "run")
 
-    began = time.monotonic()
     found = outcomes_together(2, one)
-    assert time.monotonic() - began < 60
     if fail is killed:
         assert found.pop(rank) is None
     else:
