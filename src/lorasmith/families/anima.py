@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from lorasmith.core.placement import device_of
 from lorasmith.families.base import *
-from lorasmith.families.parts.autoencoders import wan_latents
+from lorasmith.families.parts.autoencoders import QWEN_AUTOENCODER
 from lorasmith.families.parts.encoders import parse_weights, t5_tokenizer
 from lorasmith.families.parts.language_models import hidden_states, t5_tokens
 
@@ -89,7 +89,7 @@ class Anima(Family):
             "qwen3", "qwen_3_06b_base.safetensors", ("text_encoders.qwen3_06b.transformer.",), widths=(1024,)
         )
     }
-    autoencoder = AutoencoderSlot("wan21", channels=16, usual_file="qwen_image_vae.safetensors", prefixes=("vae.",))
+    autoencoder = QWEN_AUTOENCODER
     clip_types = ("stable_diffusion",)  # ComfyUI's template; it goes by the encoder's width
     unused_tensors = ("pos_embedder.*", "accum_*", "*_extra_state")  # of Cosmos' training
     released = {"num_attention_heads": 16, **_FIXED}
@@ -139,9 +139,6 @@ class Anima(Family):
         else:
             inside = _PARTS[part] if part in _PARTS else f"{_PARTS[attention]}.{_PARTS[layer]}"
         return OriginalName(f"blocks.{index}.{inside}")
-
-    def latent_format(self, denoiser: nn.Module, vae: Any) -> LatentFormat:
-        return wan_latents()
 
     def defaults(self, denoiser: nn.Module, latent: LatentFormat, diffusion: Diffusion) -> Defaults:
         return Defaults(

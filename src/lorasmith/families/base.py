@@ -249,9 +249,12 @@ class AutoencoderSlot:
     settings: Mapping[str, Any] = field(default_factory=dict)  # of its configuration that shapes leave open
 
     downscale: int = 8  # pixels per latent
+    latent: LatentFormat | None = None  # in which denoisers take its latents, if not by the constants in `settings`
 
     def latents(self, channels: int) -> LatentFormat:
-        """The format of a denoiser that takes latents of these channels, by the constants in `settings`."""
+        """The format of a denoiser that takes latents of these channels."""
+        if self.latent is not None:
+            return self.latent
         scale, shift = self.settings.get("scaling_factor", 1.0), self.settings.get("shift_factor", 0.0)
         return LatentFormat(channels, self.downscale, scale, shift)
 

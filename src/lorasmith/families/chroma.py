@@ -16,11 +16,11 @@ from lorasmith.families.parts.autoencoders import FLUX_AUTOENCODER
 from lorasmith.families.parts.flux_layout import (
     ATTENTION,
     FEED_FORWARD,
+    IN_BLOCKS,
     image_positions,
     in_double_block,
     in_single_block,
     packed_latents,
-    rope_axes,
     unpacked_latents,
 )
 from lorasmith.families.parts.language_models import encode_t5
@@ -28,7 +28,6 @@ from lorasmith.families.parts.language_models import encode_t5
 _TOKENS = 512  # ChromaPipeline's longest prompt
 _APPROXIMATOR = "distilled_guidance_layer."
 
-_IN_BLOCKS = ("transformer_blocks.*", "single_transformer_blocks.*")
 _TOP = {path: name for path, name in flux_layout.TOP.items() if path != "norm_out.linear"}
 _DOUBLE = {**flux_layout.DOUBLE_ATTENTION, **flux_layout.DOUBLE_FEED_FORWARD}
 _IN_LAYER = {"linear_1": "in_layer", "linear_2": "out_layer"}
@@ -48,8 +47,8 @@ class Chroma(Family):
     modelspec_name = "chroma"
     limits = ProgramLimits(
         unknown_to_comfyui=(f"{_APPROXIMATOR}*",),
-        diffusers_applies={"kohya": _IN_BLOCKS, "comfy": _IN_BLOCKS},
-        sd_scripts_applies=(*_IN_BLOCKS, "x_embedder", "context_embedder"),
+        diffusers_applies={"kohya": IN_BLOCKS, "comfy": IN_BLOCKS},
+        sd_scripts_applies=(*IN_BLOCKS, "x_embedder", "context_embedder"),
     )
     # ComfyUI's shift for KSampler, which has no other setting for it; its template sets none.
     own_diffusion = Diffusion("flow", FlowSchedule.exponential(1.15))
@@ -81,22 +80,15 @@ class Chroma(Family):
         return super().denoiser_class()
 
     def denoiser_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-        head = shapes[norm_name(flux_layout.KEY_NORM, shapes)][0]
-        width, in_channels = shapes["img_in.weight"]
-        if in_channels != 64:
+        config = flux_layout.block_config(shapes)
+        if config["in_channels"] != 64:
             raise ModelError(
-                f"this Chroma variant takes {in_channels} input channels, but only text-to-image models with 64 are "
-                "supported"
+                f"this Chroma variant takes {config['in_channels']} input channels, but only text-to-image models with "
+                "64 are supported"
             )
         hidden, approximated = shapes[f"{_APPROXIMATOR}in_proj.weight"]
         return {
-            "in_channels": in_channels,
-            "num_layers": block_count(shapes, "double_blocks."),
-            "num_single_layers": block_count(shapes, "single_blocks."),
-            "attention_head_dim": head,
-            "num_attention_heads": width // head,
-            "joint_attention_dim": shapes["txt_in.weight"][1],
-            "axes_dims_rope": rope_axes(head),
+            **config,
             "approximator_num_channels": approximated,
             "approximator_hidden_dim": hidden,
             "approximator_layers": block_count(shapes, f"{_APPROXIMATOR}layers."),

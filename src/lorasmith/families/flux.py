@@ -17,12 +17,12 @@ from lorasmith.families.parts.clip import encode_prompt, released_paths
 from lorasmith.families.parts.flux_layout import (
     ATTENTION,
     FEED_FORWARD,
+    IN_BLOCKS,
     attention_arguments,
     image_positions,
     in_double_block,
     in_single_block,
     packed_latents,
-    rope_axes,
     unpacked_latents,
 )
 from lorasmith.families.parts.language_models import RELEASED_PATHS, encode_t5
@@ -30,8 +30,6 @@ from lorasmith.families.parts.language_models import RELEASED_PATHS, encode_t5
 _MODULATION = ("*.norm.linear", "*.norm1.linear", "*.norm1_context.linear")
 _DEFAULT_GUIDANCE = 3.5
 _MU = 1.15  # ComfyUI's shift for KSampler, and that of the resolution 1024×1024
-
-_IN_BLOCKS = ("transformer_blocks.*", "single_transformer_blocks.*")
 
 _TOP = {
     **flux_layout.TOP,
@@ -71,8 +69,8 @@ class Flux(Family):
     kohya_name = "flux1"
     modelspec_name = "flux-1-dev"
     limits = ProgramLimits(
-        diffusers_applies={"kohya": _IN_BLOCKS, "comfy": _IN_BLOCKS},
-        sd_scripts_applies=(*_IN_BLOCKS, "x_embedder", "context_embedder", "time_text_embed.*"),
+        diffusers_applies={"kohya": IN_BLOCKS, "comfy": IN_BLOCKS},
+        sd_scripts_applies=(*IN_BLOCKS, "x_embedder", "context_embedder", "time_text_embed.*"),
     )
     civitai_name = "Flux.1 D"
     a1111_version = "Flux"
@@ -102,7 +100,14 @@ class Flux(Family):
         return not any(name.startswith(("double_stream_modulation_img", "distilled_guidance_layer")) for name in shapes)
 
     def denoiser_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-        return _config(shapes)
+        config = flux_layout.block_config(shapes)
+        if config["in_channels"] != 64:
+            raise ModelError(
+                f"this Flux.1 variant takes {config['in_channels']} input channels (fill, depth and canny do), "
+                "but only text-to-image models with 64 are supported"
+            )
+        pooled = shapes["vector_in.in_layer.weight"][1]
+        return {**config, "pooled_projection_dim": pooled, "guidance_embeds": flux_layout.GUIDANCE in shapes}
 
     def original(self, path: str, denoiser: Any) -> OriginalName:
         if path in _TOP:
@@ -208,28 +213,6 @@ def _diffusion(*, has_guidance: bool) -> Diffusion:
     if has_guidance:
         return Diffusion("flow", FlowSchedule.exponential(_MU))
     return Diffusion("flow", FlowSchedule())
-
-
-def _config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """Configuration of diffusers' FluxTransformer2DModel for original-layout shapes."""
-    head = shapes[norm_name(flux_layout.KEY_NORM, shapes)][0]
-    hidden, in_channels = shapes["img_in.weight"]
-    if in_channels != 64:
-        raise ModelError(
-            f"this Flux.1 variant takes {in_channels} input channels (fill, depth and canny do), "
-            "but only text-to-image models with 64 are supported"
-        )
-    return {
-        "in_channels": in_channels,
-        "num_layers": block_count(shapes, "double_blocks."),
-        "num_single_layers": block_count(shapes, "single_blocks."),
-        "attention_head_dim": head,
-        "num_attention_heads": hidden // head,
-        "joint_attention_dim": shapes["txt_in.weight"][1],
-        "pooled_projection_dim": shapes["vector_in.in_layer.weight"][1],
-        "guidance_embeds": flux_layout.GUIDANCE in shapes,
-        "axes_dims_rope": rope_axes(head),
-    }
 
 
 def _xlabs_names(table: Mapping[str, OriginalName]) -> dict[str, tuple[str, ...]]:

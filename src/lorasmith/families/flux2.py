@@ -124,18 +124,12 @@ class Flux2(Family):
         return "double_stream_modulation_img.lin.weight" in shapes and self._is_klein == is_klein
 
     def denoiser_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-        width, in_channels = shapes["img_in.weight"]
-        head = shapes[norm_name(flux_layout.KEY_NORM, shapes)][0]
+        config = flux_layout.block_config(shapes)
         return {
-            "in_channels": in_channels,
-            "num_layers": block_count(shapes, "double_blocks."),
-            "num_single_layers": block_count(shapes, "single_blocks."),
-            "attention_head_dim": head,
-            "num_attention_heads": width // head,
-            "joint_attention_dim": shapes["txt_in.weight"][1],
-            "mlp_ratio": shapes["double_blocks.0.img_mlp.2.weight"][1] / width,
+            **config,
+            "mlp_ratio": shapes["double_blocks.0.img_mlp.2.weight"][1] / shapes["img_in.weight"][0],
             "guidance_embeds": not self._is_klein,
-            "axes_dims_rope": (head // 4,) * 4,
+            "axes_dims_rope": (config["attention_head_dim"] // 4,) * 4,
         }
 
     def original(self, path: str, denoiser: Any) -> OriginalName:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 from lorasmith.families.base import *
-from lorasmith.families.parts.autoencoders import wan_latents
+from lorasmith.families.parts.autoencoders import QWEN_AUTOENCODER
 from lorasmith.families.parts.encoders import literal_text
 from lorasmith.families.parts.flux_layout import packed_latents, unpacked_latents
 from lorasmith.families.parts.language_models import ANSWER, SYSTEM, SYSTEM_TOKENS, chat_of, hidden_states, seen_from
@@ -79,7 +79,7 @@ class Krea2(Family):
             "qwen3vl", "qwen3vl_4b_bf16.safetensors", ("text_encoders.qwen3vl_4b.transformer.",)
         )
     }
-    autoencoder = AutoencoderSlot("wan21", channels=16, usual_file="qwen_image_vae.safetensors", prefixes=("vae.",))
+    autoencoder = QWEN_AUTOENCODER
     clip_types = ("krea2",)
     distilled_names = ("turbo",)
     released: Mapping[str, Any] = {}  # the class' own defaults
@@ -129,9 +129,6 @@ class Krea2(Family):
             return OriginalName(stem, parameters=_MODULATION)
         known = max((one for one in _PARTS if f"{part}.".startswith(f"{one}.")), key=len)
         return OriginalName(f"{stem}.{_PARTS[known]}{part.removeprefix(known)}")
-
-    def latent_format(self, denoiser: nn.Module, vae: Any) -> LatentFormat:
-        return wan_latents()
 
     def defaults(self, denoiser: nn.Module, latent: LatentFormat, diffusion: Diffusion) -> Defaults:
         return Defaults(

@@ -9,7 +9,7 @@ number of them, the class of the authors counts from one further out than ComfyU
 from __future__ import annotations
 
 from lorasmith.families.base import *
-from lorasmith.families.parts.autoencoders import wan_latents
+from lorasmith.families.parts.autoencoders import QWEN_AUTOENCODER
 from lorasmith.families.parts.encoders import literal_text
 from lorasmith.families.parts.flux_layout import packed_latents, rope_axes, unpacked_latents
 from lorasmith.families.parts.language_models import ANSWER, SYSTEM, SYSTEM_TOKENS, chat_of, hidden_states, seen_from
@@ -52,7 +52,7 @@ class QwenImage(Family):
     text_encoders = {
         "text_encoder": EncoderSlot("qwen25vl", "qwen_2.5_vl_7b.safetensors", ("text_encoders.qwen25_7b.transformer.",))
     }
-    autoencoder = AutoencoderSlot("wan21", channels=16, usual_file="qwen_image_vae.safetensors", prefixes=("vae.",))
+    autoencoder = QWEN_AUTOENCODER
     clip_types = ("qwen_image",)
     distilled_names = ("lightning", "distill", "turbo")
     released: Mapping[str, Any] = {}  # the class' own defaults
@@ -95,9 +95,6 @@ class QwenImage(Family):
             "joint_attention_dim": shapes["txt_in.weight"][1],
             "axes_dims_rope": rope_axes(head),
         }
-
-    def latent_format(self, denoiser: nn.Module, vae: Any) -> LatentFormat:
-        return wan_latents()
 
     def defaults(self, denoiser: nn.Module, latent: LatentFormat, diffusion: Diffusion) -> Defaults:
         return Defaults(

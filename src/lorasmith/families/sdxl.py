@@ -23,21 +23,17 @@ _ENCODER_LAYERS = {"text_encoder": 12, "text_encoder_2": 32}
 _EDM_MARKS = ("edm_mean", "edm_vpred.sigma_max")
 
 
-class StableDiffusionXL(Family):
+class StableDiffusionXL(unet_layout.UNetFamily):
     """The base model and its fine-tunes; not the refiner."""
 
     name = "sdxl"
     title = "Stable Diffusion XL"
     pipeline = "StableDiffusionXLPipeline"
-    network = "UNet2DConditionModel"
-    denoiser_folder = "unet"
     modelspec_implementation = "https://github.com/Stability-AI/generative-models"
     kohya_name = "sdxl_base_v1-0"
     modelspec_name = "stable-diffusion-xl-v1-base"
-    limits = unet_layout.UNET_LIMITS
     civitai_name = "SDXL 1.0"
     a1111_version = "SDXL"
-    targets = unet_layout.TARGETS
     text_encoders = {
         "text_encoder": EncoderSlot("clip_l", "clip_l.safetensors", ("conditioner.embedders.0.transformer.",)),
         "text_encoder_2": EncoderSlot("clip_g", "clip_g.safetensors", ("conditioner.embedders.1.model.",)),
@@ -46,7 +42,7 @@ class StableDiffusionXL(Family):
         "kl", channels=4, usual_file="sdxl_vae.safetensors", settings={"scaling_factor": 0.13025}
     )
     clip_types = ("sdxl",)
-    repeatable_context = True
+    guidance = 5.0
     released = {
         "sample_size": 128,
         "block_out_channels": (320, 640, 1280),
@@ -79,9 +75,6 @@ class StableDiffusionXL(Family):
             "projection_class_embeddings_input_dim": shapes["label_emb.0.0.weight"][1],
         }
 
-    def table(self, denoiser: nn.Module) -> Mapping[str, OriginalName]:
-        return unet_layout.unet_table(denoiser)
-
     def diffusion(self, checkpoint: OriginalCheckpoint) -> Diffusion:
         if found := next((mark for mark in _EDM_MARKS if mark in checkpoint.shapes), None):
             raise ModelError(
@@ -92,20 +85,8 @@ class StableDiffusionXL(Family):
             checkpoint, unet_layout.said_parameterization(checkpoint) or "epsilon"
         )
 
-    def diffusion_of_pipeline(self, configs: PipelineConfigs) -> Diffusion:
-        return unet_layout.diffusion_of_pipeline(configs, self.title)
-
-    def latent_format(self, denoiser: nn.Module, vae: Any) -> LatentFormat:
-        return unet_layout.latent_format(denoiser, vae, scale=self.autoencoder.settings["scaling_factor"])
-
-    def defaults(self, denoiser: Any, latent: LatentFormat, diffusion: Diffusion) -> Defaults:
-        return Defaults(
-            resolution=denoiser.config.sample_size * latent.downscale if denoiser.config.sample_size else 1024,
-            pixel_multiple=unet_layout.pixel_multiple(denoiser, latent),
-            targets="transformer",
-            guidance=5.0,
-            timestep_distribution="uniform",
-        )
+    def usual_side(self, diffusion: Diffusion) -> int:
+        return 1024
 
     def encoder_names(self, text_encoders: Mapping[str, nn.Module]) -> Mapping[str, EncoderNames]:
         paths = {

@@ -30,21 +30,17 @@ _RELEASED_OF = {
 }
 
 
-class StableDiffusion(Family):
+class StableDiffusion(unet_layout.UNetFamily):
     """One version of Stable Diffusion before XL."""
 
     pipeline = "StableDiffusionPipeline"
-    network = "UNet2DConditionModel"
-    denoiser_folder = "unet"
     modelspec_implementation = "diffusers"
     kohya_naming = "diffusers"
-    limits = unet_layout.UNET_LIMITS
-    targets = unet_layout.TARGETS
     autoencoder = AutoencoderSlot(
         "kl", channels=4, usual_file="vae-ft-mse-840000-ema-pruned.safetensors", settings={"scaling_factor": 0.18215}
     )
     clip_types = ("stable_diffusion",)
-    repeatable_context = True
+    guidance = 7.5
 
     def __init__(self, version: int) -> None:
         self._version = version
@@ -71,29 +67,12 @@ class StableDiffusion(Family):
     def denoiser_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         return unet_layout.unet_config(shapes, head_dim=None if self._version == 1 else 64)
 
-    def table(self, denoiser: nn.Module) -> Mapping[str, OriginalName]:
-        return unet_layout.unet_table(denoiser)
-
     def diffusion(self, checkpoint: OriginalCheckpoint) -> Diffusion:
         return unet_layout.diffusion_of_checkpoint(checkpoint, self._parameterization(checkpoint))
 
-    def diffusion_of_pipeline(self, configs: PipelineConfigs) -> Diffusion:
-        return unet_layout.diffusion_of_pipeline(configs, self.title)
-
-    def latent_format(self, denoiser: nn.Module, vae: Any) -> LatentFormat:
-        return unet_layout.latent_format(denoiser, vae, scale=self.autoencoder.settings["scaling_factor"])
-
-    def defaults(self, denoiser: Any, latent: LatentFormat, diffusion: Diffusion) -> Defaults:
-        resolution = denoiser.config.sample_size * latent.downscale if denoiser.config.sample_size else 512
-        if self._version == 2 and diffusion.parameterization == "v" and not denoiser.config.sample_size:
-            resolution = 768  # that of the v-prediction release; checkpoints do not state it
-        return Defaults(
-            resolution=resolution,
-            pixel_multiple=unet_layout.pixel_multiple(denoiser, latent),
-            targets="transformer",
-            guidance=7.5,
-            timestep_distribution="uniform",
-        )
+    def usual_side(self, diffusion: Diffusion) -> int:
+        # 768 is that of the v-prediction release.
+        return 768 if self._version == 2 and diffusion.parameterization == "v" else 512
 
     def kohya_version(self, parameterization: str) -> str:
         return f"sd_v{self._version}" + ("_v" if parameterization == "v" else "")

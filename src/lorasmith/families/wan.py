@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 
 from lorasmith.families.base import *
-from lorasmith.families.parts.autoencoders import LATENT_MEAN, LATENT_MEAN_22, LATENT_STD, LATENT_STD_22, wan_latents
+from lorasmith.families.parts.autoencoders import LATENT_MEAN_22, LATENT_STD_22, QWEN_AUTOENCODER, wan_latents
 from lorasmith.families.parts.language_models import encode_umt5
 
 _TOKENS = 512  # of text
@@ -106,10 +106,17 @@ class Wan(Family):
         self.modelspec_implementation = f"https://github.com/Wan-Video/Wan{'2.2' if is_5b else '2.1'}"
         self.kohya_name = self.modelspec_name = "wan2.2" if is_5b else "wan2.1"  # musubi-tuner's of A14B as well
         self.civitai_name = "Wan Video 2.2 TI2V-5B" if is_5b else None  # sizes and versions are several there
+        self._downscale = 16 if is_5b else 8
         self.autoencoder = (
-            AutoencoderSlot("wan22", channels=48, usual_file="wan2.2_vae.safetensors", prefixes=("vae.",))
+            AutoencoderSlot(
+                "wan22",
+                channels=48,
+                usual_file="wan2.2_vae.safetensors",
+                prefixes=("vae.",),
+                latent=wan_latents(LATENT_MEAN_22, LATENT_STD_22, downscale=16, time_downscale=4),
+            )
             if is_5b
-            else AutoencoderSlot("wan21", channels=16, usual_file="wan_2.1_vae.safetensors", prefixes=("vae.",))
+            else replace(QWEN_AUTOENCODER, usual_file="wan_2.1_vae.safetensors", latent=wan_latents(time_downscale=4))
         )
         # WanPipeline's boundary of A14B.
         self.experts = (
@@ -140,8 +147,6 @@ class Wan(Family):
         patches = (390, 900) if is_5b else (1560, 3600)
         by_size = ResolutionShift(mu=(math.log(3), math.log(5)), patches=patches)
         self.own_diffusion = Diffusion("flow", FlowSchedule(_SHIFT, resolution_shift=by_size, time_scale=_TIME_SCALE))
-        self._constants = (LATENT_MEAN_22, LATENT_STD_22) if is_5b else (LATENT_MEAN, LATENT_STD)
-        self._downscale = 16 if is_5b else 8
         self._is_5b = is_5b
 
     def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
@@ -189,9 +194,6 @@ class Wan(Family):
         blocks, index, *part = path.split(".", 2)
         stem = f"{blocks}.{index}"
         return OriginalName(f"{stem}.{_PARTS[part[0]]}") if part else OriginalName(stem, parameters=_MODULATION)
-
-    def latent_format(self, denoiser: nn.Module, vae: Any) -> LatentFormat:
-        return wan_latents(*self._constants, downscale=self._downscale, time_downscale=4)
 
     def defaults(self, denoiser: nn.Module, latent: LatentFormat, diffusion: Diffusion) -> Defaults:
         return Defaults(

@@ -269,6 +269,11 @@ def wan_latents(
     return LatentFormat(len(mean), downscale, scale, shift=mean, frames=True, time_downscale=time_downscale)
 
 
+QWEN_AUTOENCODER = AutoencoderSlot(
+    "wan21", channels=16, usual_file="qwen_image_vae.safetensors", prefixes=("vae.",), latent=wan_latents()
+)
+"""Wan 2.1's autoencoder, as models of pictures have it."""
+
 _ORIGINAL, _DIFFUSERS = "decoder.middle.0.residual.0.gamma", "decoder.mid_block.resnets.0.norm1.gamma"
 _DEEPER = "decoder.upsamples.0.upsamples.0.residual.0.gamma"  # Wan 2.2's
 _UPSAMPLER, _DEEPER_UPSAMPLER = (

@@ -173,38 +173,14 @@ _QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 # Tokens 151643 to 151668. The first fourteen are control tokens; the others stand for themselves as well.
-_QWEN_CONTROL = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|object_ref_start|>",
-    "<|object_ref_end|>",
-    "<|box_start|>",
-    "<|box_end|>",
-    "<|quad_start|>",
-    "<|quad_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
-_QWEN_ADDED = (
-    "<tool_call>",
-    "</tool_call>",
-    "<|fim_prefix|>",
-    "<|fim_middle|>",
-    "<|fim_suffix|>",
-    "<|fim_pad|>",
-    "<|repo_name|>",
-    "<|file_sep|>",
-    "<tool_response>",
-    "</tool_response>",
-    "<think>",
-    "</think>",
-)
-
-
+_QWEN_CONTROL = """
+    <|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|>
+    <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>
+"""
+_QWEN_ADDED = """
+    <tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|>
+    <tool_response> </tool_response> <think> </think>
+"""
 _TEKKEN_CONTROL = {
     **dict(enumerate(("<unk>", "<s>", "</s>", "[INST]", "[/INST]"))),
     11: "<pad>",
@@ -252,8 +228,8 @@ def qwen_tokenizer() -> Any:
     tokens = [*byte_characters(), *(first + second for first, second in pairs)]
     core = _byte_level({token: index for index, token in enumerate(tokens)}, pairs, _QWEN_SPLIT)
     core.normalizer = normalizers.NFC()
-    core.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in _QWEN_CONTROL])
-    core.add_tokens([AddedToken(token, normalized=False) for token in _QWEN_ADDED])
+    core.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in _QWEN_CONTROL.split()])
+    core.add_tokens([AddedToken(token, normalized=False) for token in _QWEN_ADDED.split()])
     return _for_transformers(core, pad_token="<|endoftext|>", eos_token="<|im_end|>")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorasmith.families.files.original_weights import block_count, norm_name
 from lorasmith.formats.names import OriginalName
 
 KEY_NORM = "double_blocks.0.img_attn.norm.key_norm"
@@ -45,16 +46,28 @@ FEED_FORWARD = (
     *("*transformer_blocks.*.ff.net.*", "*transformer_blocks.*.ff_context.net.*"),
     *("*.proj_mlp", "*blocks.*.proj_out"),
 )
+IN_BLOCKS = ("transformer_blocks.*", "single_transformer_blocks.*")
 
 # Position of each split module among the thirds of the fused tensor.
 _FUSED = {
-    "attn.to_q": ("img_attn.qkv", 0),
-    "attn.to_k": ("img_attn.qkv", 1),
-    "attn.to_v": ("img_attn.qkv", 2),
-    "attn.add_q_proj": ("txt_attn.qkv", 0),
-    "attn.add_k_proj": ("txt_attn.qkv", 1),
-    "attn.add_v_proj": ("txt_attn.qkv", 2),
+    **{f"attn.to_{part}": ("img_attn.qkv", third) for third, part in enumerate("qkv")},
+    **{f"attn.add_{part}_proj": ("txt_attn.qkv", third) for third, part in enumerate("qkv")},
 }
+
+
+def block_config(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Settings of diffusers' classes that the original layout's shapes determine in the same way."""
+    head = shapes[norm_name(KEY_NORM, shapes)][0]
+    width, in_channels = shapes["img_in.weight"]
+    return {
+        "in_channels": in_channels,
+        "num_layers": block_count(shapes, "double_blocks."),
+        "num_single_layers": block_count(shapes, "single_blocks."),
+        "attention_head_dim": head,
+        "num_attention_heads": width // head,
+        "joint_attention_dim": shapes["txt_in.weight"][1],
+        "axes_dims_rope": rope_axes(head),
+    }
 
 
 def in_double_block(index: str, path: str, width: int, parts: Mapping[str, str]) -> OriginalName:

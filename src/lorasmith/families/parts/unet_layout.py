@@ -7,14 +7,15 @@ applying it to the real module list of a model, and inverted from there.
 from __future__ import annotations
 
 import re
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
 from lorasmith.core.errors import ModelError
 from lorasmith.diffusion.schedule import PARAMETERIZATIONS, DiscreteSchedule
-from lorasmith.families.base import Diffusion, LatentFormat, Rule
+from lorasmith.families.base import Defaults, Diffusion, Family, LatentFormat, Rule
 from lorasmith.families.files.checkpoint import OriginalCheckpoint, PipelineConfigs
-from lorasmith.families.files.original_weights import block_count, module_paths
+from lorasmith.families.files.original_weights import block_count
 from lorasmith.formats.names import OriginalName, ProgramLimits
 
 CROSS_ATTENTION = r"((down|up|input|output)_blocks_\d|(mid|middle)_block_).*attn2_(processor_)?to_[kv]$"
@@ -62,6 +63,63 @@ _BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|
 _MID = re.compile(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)")
 
 
+class UNetFamily(Family):
+    """A family of this UNet."""
+
+    network = "UNet2DConditionModel"
+    denoiser_folder = "unet"
+    limits = UNET_LIMITS
+    targets = TARGETS
+    repeatable_context = True
+    guidance: float
+
+    def original(self, path: str, denoiser: Any) -> OriginalName:
+        attention = tuple("CrossAttn" in kind for kind in denoiser.config.up_block_types)
+        layers = denoiser.config.layers_per_block
+        return OriginalName(original_unet_path(path, layers_per_block=layers, up_attention=attention))
+
+    def diffusion_of_pipeline(self, configs: PipelineConfigs) -> Diffusion:
+        config = configs.of("scheduler")
+        for key, value in {"beta_schedule": "scaled_linear", "trained_betas": None}.items():
+            # diffusers' own default of the first is "linear", which no release of Stable Diffusion has.
+            found = config.get(key, None if key == "beta_schedule" else value)
+            if found != value:
+                raise ModelError(
+                    f"{key} in the scheduler_config.json of {configs.title} must be {value!r} as in {self.title}'s "
+                    f"releases, got {found!r}; other noise schedules are not supported"
+                )
+        predicted = config.get("prediction_type", "epsilon")
+        if predicted not in PARAMETERIZATIONS:
+            raise ModelError(
+                f"prediction_type in the scheduler_config.json of {configs.title} must be epsilon or v_prediction, "
+                f"got {predicted!r}; models that predict something else are not supported"
+            )
+        schedule = DiscreteSchedule.scaled_linear(*(config.get(key, value) for key, value in _BETAS.items()))
+        is_terminal = config.get("rescale_betas_zero_snr", False)
+        return Diffusion(PARAMETERIZATIONS.canonical(predicted), schedule.zero_terminal() if is_terminal else schedule)
+
+    def latent_format(self, denoiser: Any, vae: Any) -> LatentFormat:
+        """Without an autoencoder a latent is eight pixels."""
+        downscale = 8 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+        scale = self.autoencoder.settings["scaling_factor"] if vae is None else float(vae.config.scaling_factor)
+        return LatentFormat(denoiser.config.in_channels, downscale, scale)
+
+    @abstractmethod
+    def usual_side(self, diffusion: Diffusion) -> int:
+        """Side of a picture for a model that states none."""
+
+    def defaults(self, denoiser: Any, latent: LatentFormat, diffusion: Diffusion) -> Defaults:
+        stated = denoiser.config.sample_size
+        return Defaults(
+            resolution=stated * latent.downscale if stated else self.usual_side(diffusion),
+            # So that every level of the UNet has whole pixels.
+            pixel_multiple=int(latent.downscale * 2 ** (len(denoiser.config.block_out_channels) - 1)),
+            targets="transformer",
+            guidance=self.guidance,
+            timestep_distribution="uniform",
+        )
+
+
 def original_unet_path(path: str, *, layers_per_block: int, up_attention: tuple[bool, ...]) -> str:
     """Original path of a diffusers UNet module."""
     if path in _TOP:
@@ -84,16 +142,6 @@ def original_unet_path(path: str, *, layers_per_block: int, up_attention: tuple[
     return f"{base}.{1 if kind == 'attentions' else 0}.{_inside(kind, rest)}"
 
 
-def unet_table(unet: Any) -> dict[str, OriginalName]:
-    """Diffusers path of every module with parameters → its original place."""
-    attention = tuple("CrossAttn" in kind for kind in unet.config.up_block_types)
-    layers = unet.config.layers_per_block
-    return {
-        path: OriginalName(original_unet_path(path, layers_per_block=layers, up_attention=attention))
-        for path in module_paths(unet)
-    }
-
-
 def context_widths(shapes: Mapping[str, tuple[int, ...]]) -> set[int]:
     """Widths of the text that an original-layout UNet attends to; none for another network, or one with other inputs.
 
@@ -102,18 +150,6 @@ def context_widths(shapes: Mapping[str, tuple[int, ...]]) -> set[int]:
     if shapes.get("input_blocks.0.0.weight", (0, 0))[1] != 4:
         return set()
     return {shape[1] for name, shape in shapes.items() if name.endswith("attn2.to_k.weight")}
-
-
-def pixel_multiple(unet: Any, latent: LatentFormat) -> int:
-    """The number of which sides of pictures must be multiples, so that every level of the UNet has whole pixels."""
-    return int(latent.downscale * 2 ** (len(unet.config.block_out_channels) - 1))
-
-
-def latent_format(unet: Any, vae: Any, *, scale: float) -> LatentFormat:
-    """The latent format of a UNet. Without an autoencoder a latent is eight pixels."""
-    downscale = 8 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
-    scale = scale if vae is None else float(vae.config.scaling_factor)
-    return LatentFormat(channels=unet.config.in_channels, downscale=downscale, scale=scale)
 
 
 def said_parameterization(checkpoint: OriginalCheckpoint) -> str | None:
@@ -128,28 +164,6 @@ def diffusion_of_checkpoint(checkpoint: OriginalCheckpoint, parameterization: st
     """Stable Diffusion's noise schedule, with zero terminal SNR if the checkpoint has a tensor `ztsnr`."""
     schedule = DiscreteSchedule.scaled_linear()
     return Diffusion(parameterization, schedule.zero_terminal() if "ztsnr" in checkpoint.shapes else schedule)
-
-
-def diffusion_of_pipeline(configs: PipelineConfigs, title: str) -> Diffusion:
-    """Parameterization and noise schedule of a diffusers pipeline."""
-    config = configs.of("scheduler")
-    for key, value in {"beta_schedule": "scaled_linear", "trained_betas": None}.items():
-        # diffusers' own default of the first is "linear", which no release of Stable Diffusion has.
-        found = config.get(key, None if key == "beta_schedule" else value)
-        if found != value:
-            raise ModelError(
-                f"{key} in the scheduler_config.json of {configs.title} must be {value!r} as in {title}'s "
-                f"releases, got {found!r}; other noise schedules are not supported"
-            )
-    predicted = config.get("prediction_type", "epsilon")
-    if predicted not in PARAMETERIZATIONS:
-        raise ModelError(
-            f"prediction_type in the scheduler_config.json of {configs.title} must be epsilon or v_prediction, "
-            f"got {predicted!r}; models that predict something else are not supported"
-        )
-    schedule = DiscreteSchedule.scaled_linear(*(config.get(key, value) for key, value in _BETAS.items()))
-    is_terminal = config.get("rescale_betas_zero_snr", False)
-    return Diffusion(PARAMETERIZATIONS.canonical(predicted), schedule.zero_terminal() if is_terminal else schedule)
 
 
 def unet_config(shapes: Mapping[str, tuple[int, ...]], *, head_dim: int | None) -> dict[str, Any]:
