@@ -260,10 +260,9 @@ class EncodedCaptions:
         """Estimated number of captions whose conditionings fit in `memory_bytes`."""
         return self.memory_bytes // max(1, self.bytes_each)
 
-    @contextlib.contextmanager
-    def staying(self) -> Iterator[None]:
-        with self._ready():
-            yield
+    def staying(self) -> AbstractContextManager[object]:
+        """Context in which the encoder is on its device."""
+        return self._ready()
 
 
 def _tensors(conditioning: Conditioning) -> dict[str, Tensor]:
