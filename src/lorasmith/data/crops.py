@@ -124,6 +124,20 @@ def framings(
     return tuple(found)
 
 
+def framings_of(image: ImageFile, config: DataConfig, *, resolution: int, multiple: int) -> tuple[Framing, ...]:
+    """The framings of an image file, around its mask with crop mask. Raises DataError, or ImageError for a mask."""
+    mask = mask_of(image, config) if config.crop == "mask" else None
+    return framings(
+        image.width,
+        image.height,
+        config,
+        resolution=resolution,
+        multiple=multiple,
+        name=image.name,
+        centre=(0.5, 0.5) if mask is None else centre_of(mask),
+    )
+
+
 def pixel_step(config: DataConfig, multiple: int) -> int:
     """The step of buckets: the configured one, which must be a multiple of the model's (DataError), or the model's."""
     step = config.bucket_step or multiple
