@@ -246,8 +246,7 @@ def _captions(images: Sequence[CheckedImage], missing: Sequence[Path], trigger: 
     paths = set(missing)
     # A trigger or a folder name counts as a caption.
     lacking = _those(
-        images,
-        lambda one: one.file.path in paths and one.file.caption_source == "none" and not one.has_empty_caption,
+        images, lambda one: one.file.path in paths and one.file.caption_source == "none" and not one.has_empty_caption
     )
     if lacking:
         is_all = len(lacking) == len(images)

@@ -95,12 +95,7 @@ def _declare_empty(
 
 
 _declare_empty(
-    "EmptyLatentImage",
-    "Empty Latent Image",
-    "model/latent",
-    "for new pictures",
-    channels=4,
-    side=_side(512, step=8),
+    "EmptyLatentImage", "Empty Latent Image", "model/latent", "for new pictures", channels=4, side=_side(512, step=8)
 )
 _declare_empty(
     "EmptySD3LatentImage",
@@ -121,12 +116,7 @@ _declare_empty(
 )
 
 
-@node(
-    "EmptyHunyuanLatentVideo",
-    "Empty HunyuanVideo 1.0 Latent",
-    "model/latent/hunyuan video",
-    outputs=["LATENT"],
-)
+@node("EmptyHunyuanLatentVideo", "Empty HunyuanVideo 1.0 Latent", "model/latent/hunyuan video", outputs=["LATENT"])
 def empty_hunyuan_latent_video(
     context: NodeContext,
     *,

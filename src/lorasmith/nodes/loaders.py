@@ -144,13 +144,7 @@ def load_clip_dual(
     return (_encoders(context, [clip_name1, clip_name2], type, device),)
 
 
-@node(
-    "TripleCLIPLoader",
-    "Load CLIP (Triple)",
-    "model/loaders",
-    outputs=["CLIP"],
-    fingerprint=_encoder_files,
-)
+@node("TripleCLIPLoader", "Load CLIP (Triple)", "model/loaders", outputs=["CLIP"], fingerprint=_encoder_files)
 def load_clip_triple(
     context: NodeContext,
     *,
@@ -162,13 +156,7 @@ def load_clip_triple(
     return (_encoders(context, [clip_name1, clip_name2, clip_name3]),)
 
 
-@node(
-    "QuadrupleCLIPLoader",
-    "Load CLIP (Quadruple)",
-    "model/loaders",
-    outputs=["CLIP"],
-    fingerprint=_encoder_files,
-)
+@node("QuadrupleCLIPLoader", "Load CLIP (Quadruple)", "model/loaders", outputs=["CLIP"], fingerprint=_encoder_files)
 def load_clip_quadruple(
     context: NodeContext,
     *,
@@ -213,13 +201,7 @@ def _lora_file(folders: Folders, lora_name: str) -> object:
     return fingerprint(folders.find("loras", lora_name))
 
 
-@node(
-    "LoraLoader",
-    "Load LoRA (Model and CLIP)",
-    "model/loaders",
-    outputs=["MODEL", "CLIP"],
-    fingerprint=_lora_file,
-)
+@node("LoraLoader", "Load LoRA (Model and CLIP)", "model/loaders", outputs=["MODEL", "CLIP"], fingerprint=_lora_file)
 def lora_loader(
     context: NodeContext,
     *,

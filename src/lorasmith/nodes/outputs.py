@@ -82,12 +82,7 @@ def save_animation(
 
 
 def save_image_set(
-    context: NodeContext,
-    images: Sequence[Tensor],
-    texts: Sequence[str] | None,
-    prefix: str,
-    *,
-    overwrite: bool,
+    context: NodeContext, images: Sequence[Tensor], texts: Sequence[str] | None, prefix: str, *, overwrite: bool
 ) -> Path:
     """Write images (1, height, width, 3) of any sizes as PNG files, each with a text file of its name if `texts` is
     given.
@@ -158,12 +153,7 @@ def _prefix(default: str, tooltip: str = "", *, multiline: bool | None = False) 
 
 
 @node(
-    "LoraSave",
-    "Extract and Save Lora",
-    "experimental",
-    search_aliases=["export lora"],
-    hidden=_GRAPH,
-    output_node=True,
+    "LoraSave", "Extract and Save Lora", "experimental", search_aliases=["export lora"], hidden=_GRAPH, output_node=True
 )
 def extract_and_save_lora(
     context: NodeContext,
@@ -362,10 +352,7 @@ def save_lora_weights(
     output_node=True,
 )
 def plot_loss_graph(
-    context: NodeContext,
-    *,
-    loss: LossMap = socket("LOSS_MAP"),
-    filename_prefix: str = _prefix("loss_graph"),
+    context: NodeContext, *, loss: LossMap = socket("LOSS_MAP"), filename_prefix: str = _prefix("loss_graph")
 ) -> NodeOutput:
     """Draw the loss of each step and the smoothed loss; the picture is in the temp folder."""
     files = context.folders.numbered(filename_prefix, place="temp")

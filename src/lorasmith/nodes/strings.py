@@ -357,11 +357,7 @@ def regex_match(
 
 
 @node(
-    "RegexExtract",
-    "Extract Text",
-    "text",
-    outputs=["STRING"],
-    search_aliases=["regex extract", "regex", "parse text"],
+    "RegexExtract", "Extract Text", "text", outputs=["STRING"], search_aliases=["regex extract", "regex", "parse text"]
 )
 def regex_extract(
     context: NodeContext,
