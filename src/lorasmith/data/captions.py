@@ -157,9 +157,7 @@ class Choices:
     def count(self, limit: int) -> int:
         """The number of ways to choose, capped at `limit` + 1. Equal texts count separately."""
         return self._folded(
-            lambda text: 1,
-            lambda counts: _product(counts, limit),
-            lambda counts: min(sum(counts), limit + 1),
+            lambda text: 1, lambda counts: _product(counts, limit), lambda counts: min(sum(counts), limit + 1)
         )
 
     def expansions(self) -> frozenset[str]:
@@ -171,10 +169,7 @@ class Choices:
         )
 
     def _folded(
-        self,
-        literal: Callable[[str], V],
-        joined: Callable[[Sequence[V]], V],
-        either: Callable[[Sequence[V]], V],
+        self, literal: Callable[[str], V], joined: Callable[[Sequence[V]], V], either: Callable[[Sequence[V]], V]
     ) -> V:
         """Evaluate the text from the inside out, given the values of literals, sequences and groups."""
         text, start = self._text, 0

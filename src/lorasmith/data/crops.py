@@ -124,6 +124,20 @@ def framings(
     return tuple(found)
 
 
+def framings_of(image: ImageFile, config: DataConfig, *, resolution: int, multiple: int) -> tuple[Framing, ...]:
+    """The framings of an image file, around its mask with crop mask. Raises DataError, or ImageError for a mask."""
+    mask = mask_of(image, config) if config.crop == "mask" else None
+    return framings(
+        image.width,
+        image.height,
+        config,
+        resolution=resolution,
+        multiple=multiple,
+        name=image.name,
+        centre=(0.5, 0.5) if mask is None else centre_of(mask),
+    )
+
+
 def pixel_step(config: DataConfig, multiple: int) -> int:
     """The step of buckets: the configured one, which must be a multiple of the model's (DataError), or the model's."""
     step = config.bucket_step or multiple
@@ -193,13 +207,7 @@ def bucket_size(
         raise DataError(f"resolution must be at least {multiple} for this model, got {resolution}; raise it")
     if height > width:
         turned = bucket_size(
-            height,
-            width,
-            resolution=resolution,
-            multiple=multiple,
-            upscale=upscale,
-            smallest=smallest,
-            largest=largest,
+            height, width, resolution=resolution, multiple=multiple, upscale=upscale, smallest=smallest, largest=largest
         )
         return turned[::-1]
     # In units of `multiple` from here on. A wide bucket has as many rows as fit in the area.
@@ -225,8 +233,7 @@ def _nearest_aspect(candidates: range, area: int, aspect: float) -> int:
     """The number of columns whose bucket is nearest to `aspect`; aspects increase with the columns."""
     at = bisect_left(candidates, aspect, key=lambda columns: columns / (area // columns))
     return min(
-        candidates[max(at - 1, 0) : at + 1],
-        key=lambda columns: abs(math.log(columns / (area // columns) / aspect)),
+        candidates[max(at - 1, 0) : at + 1], key=lambda columns: abs(math.log(columns / (area // columns) / aspect))
     )
 
 

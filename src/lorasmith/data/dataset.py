@@ -260,10 +260,9 @@ class EncodedCaptions:
         """Estimated number of captions whose conditionings fit in `memory_bytes`."""
         return self.memory_bytes // max(1, self.bytes_each)
 
-    @contextlib.contextmanager
-    def staying(self) -> Iterator[None]:
-        with self._ready():
-            yield
+    def staying(self) -> AbstractContextManager[object]:
+        """Context in which the encoder is on its device."""
+        return self._ready()
 
 
 def _tensors(conditioning: Conditioning) -> dict[str, Tensor]:
@@ -336,7 +335,9 @@ def held_out_names(names: Sequence[str], share: float | None = None) -> frozense
     if not share or len(names) < 2:
         return frozenset()
     count = max(1, math.ceil(share * len(names) - 1e-9))  # a tenth of 30 is 3 despite rounding
-    return frozenset(sorted(names, key=_place)[: min(count, len(names) - 1)])
+    return frozenset(
+        sorted(names, key=lambda name: _digest(f"held out/{name}".encode(), 8))[: min(count, len(names) - 1)]
+    )
 
 
 def _given(dataset: EncodedDataset, given: EncodedDataset) -> Split:
@@ -358,13 +359,12 @@ def _given(dataset: EncodedDataset, given: EncodedDataset) -> Split:
     return Split(dataset, given, note, is_note_grave=bool(seen))
 
 
-def _place(name: str) -> bytes:
-    """Pseudorandom sort key of an image, a function of its name."""
-    return hashlib.blake2b(f"held out/{name}".encode(), digest_size=8).digest()
-
-
 def _content(sample: Sample) -> bytes:
-    return hashlib.blake2b(sample.latents.contiguous().numpy().tobytes(), digest_size=16).digest()
+    return _digest(sample.latents.contiguous().numpy().tobytes(), 16)
+
+
+def _digest(content: bytes, size: int) -> bytes:
+    return hashlib.blake2b(content, digest_size=size).digest()
 
 
 def _listed(names: list[str]) -> str:

@@ -19,7 +19,7 @@ from lorasmith.core.processes import current
 from lorasmith.core.tensor_digests import digest_of_tensors
 from lorasmith.data.captions import CaptionRules
 from lorasmith.data.clips import ClipForm
-from lorasmith.data.crops import centre_of, framings, mask_of, pixel_step, place_weights
+from lorasmith.data.crops import framings_of, pixel_step, place_weights
 from lorasmith.data.data_config import DataConfig, ImageSource
 from lorasmith.data.dataset import EncodedCaptions, EncodedDataset, Picture, Sample, Variants
 from lorasmith.data.encoder_digest import RememberedDigests, autoencoder_digest, text_encoder_digest
@@ -54,22 +54,10 @@ def load_dataset(
     config: DataConfig | None = None,
     **settings: Any,
 ) -> EncodedDataset:
-    """Read and encode images with captions.
+    """`lorasmith.load_dataset`, with three callbacks for its progress.
 
-    Args:
-        images: a folder of images, a metadata file, a folder that `datasets` saved, a `datasets.Dataset` with a column
-            of images, or several of these as `ImageSource`.
-        model: its autoencoder and text encoders are used.
-        device: where to encode; the first GPU, or the CPU, if None.
-        progress: called after each image with (images done, total, name of the image).
-        caption_progress: called after each caption, before the images, with (captions done, total).
-        hash_progress: called after each tensor of an encoder that is hashed for the cache, with (tensors done, total).
-        config: settings of the data, overridden by keywords.
-        **settings: those of `DataConfig` by name, such as trigger, resolution and flip.
-
-    Raises:
-        DataError: the folder or its images cannot be used.
-        OptionError: a setting is unknown or out of range, or the device does not exist.
+    They are called after each tensor of an encoder that is hashed for the cache and after each caption with (done,
+    total), and after each image with (done, total, name of the image). Keywords override `config`.
     """
     place = chosen_device(device)
     whole: DataConfig = config_from(DataConfig, {**(asdict(config) if config else {}), **settings})
@@ -256,16 +244,7 @@ def _entries(
 
 
 def _framed(image: ImageFile, config: DataConfig, resolution: int, step: int, clips: ClipForm | None) -> FramedImage:
-    mask = mask_of(image, config) if config.crop == "mask" else None
-    found = framings(
-        image.width,
-        image.height,
-        config,
-        resolution=resolution,
-        multiple=step,
-        name=image.name,
-        centre=(0.5, 0.5) if mask is None else centre_of(mask),
-    )
+    found = framings_of(image, config, resolution=resolution, multiple=step)
     numbers = clips.numbers(image.frames, image.rate) if clips and image.frames else ()
     return FramedImage.of(image, found, config, numbers)
 

@@ -123,21 +123,20 @@ class EncodingCache:
         """Every encoder in the cache, the most recently used first."""
         found = []
         for folder in self._folders():
-            files = list(named_files(folder, _SHARD_NAME))
+            files = _files(folder, _SHARD_NAME)
             shards = []
-            for file in files:
+            for path, _ in files:
                 with contextlib.suppress(LorasmithError):
-                    if (shard := read_shard(Path(file.path))) is not None and shard.encoder == folder.name:
+                    if (shard := read_shard(path)) is not None and shard.encoder == folder.name:
                         shards.append(shard)
             if files:
-                stats = [stat for file in files if (stat := stat_of(file)) is not None]
                 found.append(
                     EncoderSummary(
                         encoder=folder.name,
                         title=shards[-1].title if shards else "",
                         entries=len({key for shard in shards for key in shard.digests}),
-                        size_bytes=sum(stat.st_size for stat in stats),
-                        last_used=max((stat.st_mtime for stat in stats), default=0.0),
+                        size_bytes=sum(stat.st_size for _, stat in files),
+                        last_used=max(stat.st_mtime for _, stat in files),
                         unreadable=len(files) - len(shards),
                     )
                 )
@@ -145,22 +144,14 @@ class EncodingCache:
 
     def clear(self, *, unused_days: float = 0.0) -> Cleared:
         """Remove files not used for a number of days, all by default; files in use on Windows stay."""
-        before = time.time() - unused_days * 86400
-        files = size = 0
+        before = time.time() - unused_days * 86400 if unused_days else math.inf
+        sizes: list[int] = []
         for folder in self._folders():
-            for file in named_files(folder, _SHARD_NAME):
-                stat = stat_of(file)
-                if stat is not None and (not unused_days or stat.st_mtime < before) and removed(Path(file.path)):
-                    files, size = files + 1, size + stat.st_size
-            remove_leftovers(folder)
+            sizes += _cleared(folder, _SHARD_NAME, before)
             with contextlib.suppress(OSError):  # not empty
                 folder.rmdir()
-        for file in named_files(self.folder / DIGESTS, _DIGEST_NAME):
-            stat = stat_of(file)
-            if stat is not None and (not unused_days or stat.st_mtime < before):
-                removed(Path(file.path))
-        remove_leftovers(self.folder / DIGESTS)
-        return Cleared(files, size)
+        _cleared(self.folder / DIGESTS, _DIGEST_NAME, before)
+        return Cleared(len(sizes), sum(sizes))
 
     def _folders(self) -> list[Path]:
         try:
@@ -177,11 +168,11 @@ class EncodingCache:
         if not self.limit_bytes or folder.is_symlink():
             return []
         shards = []
-        for file in named_files(folder, _SHARD_NAME):
+        for path, _ in _files(folder, _SHARD_NAME):
             try:
-                shard = read_shard(Path(file.path))
+                shard = read_shard(path)
             except LorasmithError as error:
-                if Path(file.path).exists():  # else another process has removed it
+                if path.exists():  # else another process has removed it
                     self._note_damage(str(error))
                 continue
             if shard is not None and shard.encoder == encoder:
@@ -209,7 +200,7 @@ class EncodingCache:
             return None
         if folder not in self._swept:
             self._swept.add(folder)
-            remove_leftovers(folder)
+            _cleared(folder, _SHARD_NAME, -math.inf)
         try:
             self._written = True
             self._size_bytes += path.stat().st_size
@@ -229,16 +220,15 @@ class EncodingCache:
         if self._size_bytes <= self.limit_bytes and time.monotonic() - self._sized < _SIZE_SECONDS:
             return
         found = [
-            (stat.st_mtime, stat.st_size, Path(file.path))
+            (stat.st_mtime, stat.st_size, path)
             for folder in self._folders()
-            for file in named_files(folder, _SHARD_NAME)
-            if (stat := stat_of(file)) is not None
+            for path, stat in _files(folder, _SHARD_NAME)
         ]
         total = sum(size for _, size, _ in found)
         for _, size, path in sorted(found):
             if total <= self.limit_bytes:
                 break
-            if path.name not in self._used and not self._open[path.parent.name] and removed(path):
+            if path.name not in self._used and not self._open[path.parent.name] and _removed(path):
                 total -= size
                 with contextlib.suppress(OSError):
                     path.parent.rmdir()
@@ -304,7 +294,10 @@ class CacheEntries:
         It is written with others, after `SHARD_BYTES` or `SHARD_SECONDS` or when the context exits. ValueError for a
         key that is not a digest, or names with other characters than letters, digits, `_`, `.` and `-`.
         """
-        check_entry(key, tensors)
+        if not is_digest(key):
+            raise ValueError(f"the key of a cached encoding must be 64 hexadecimal digits, got {key!r}")
+        if wrong := [name for name in tensors if not _NAME.fullmatch(name)]:
+            raise ValueError(f"names of cached tensors must be letters, digits, '_', '.' and '-', got {wrong[0]!r}")
         if not self._waiting:
             self._since = time.monotonic()
         self._waiting[key] = {
@@ -350,7 +343,7 @@ def default_cache(limit_gib: float = DataConfig.cache_limit) -> EncodingCache:
     if given := os.environ.get(FOLDER_VARIABLE, ""):
         return EncodingCache(Path(given) / "encodings", limit_bytes=limit_bytes)
     try:
-        return EncodingCache(system_cache() / "lorasmith" / "encodings", limit_bytes=limit_bytes)
+        return EncodingCache(_system_cache() / "lorasmith" / "encodings", limit_bytes=limit_bytes)
     except RuntimeError:
         return EncodingCache(Path("encodings"), limit_bytes=0)
 
@@ -424,14 +417,6 @@ def read_shard(path: Path) -> Shard | None:
         raise DataError(f"{path} is no shard of the encoding cache: its header {error}; remove it") from None
 
 
-def check_entry(key: str, tensors: Mapping[str, Tensor]) -> None:
-    """Raise ValueError for a key or tensor names that a shard cannot hold."""
-    if not is_digest(key):
-        raise ValueError(f"the key of a cached encoding must be 64 hexadecimal digits, got {key!r}")
-    if wrong := [name for name in tensors if not _NAME.fullmatch(name)]:
-        raise ValueError(f"names of cached tensors must be letters, digits, '_', '.' and '-', got {wrong[0]!r}")
-
-
 def _checked(about: Any) -> tuple[str, str, dict[str, str]]:
     """Encoder, title and digests of the entries. Raises ValueError."""
     if not isinstance(about, dict):
@@ -453,7 +438,7 @@ _LEFT_SECONDS = 3600  # age from which a temporary file is a leftover of a kille
 _TEMPORARY_NAME = re.compile(r"\..+\.tmp")  # as `core.files.atomic_path` calls them
 
 
-def system_cache() -> Path:
+def _system_cache() -> Path:
     """The folder in which programs keep what they can make again."""
     if sys.platform == "win32":
         return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
@@ -470,25 +455,18 @@ def ensure_private(folder: Path) -> None:
         folder.mkdir(mode=0o700)
 
 
-def named_files(folder: Path, name: re.Pattern[str]) -> list[os.DirEntry[str]]:
+def _files(folder: Path, name: re.Pattern[str]) -> list[tuple[Path, os.stat_result]]:
     """Regular files whose names match, sorted by name."""
-    try:
-        with os.scandir(folder) as entries:
-            found = [one for one in entries if name.fullmatch(one.name) and one.is_file(follow_symlinks=False)]
-    except OSError:
-        return []
-    return sorted(found, key=lambda one: one.name)
+    found = []
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for one in entries:
+            if name.fullmatch(one.name) and one.is_file(follow_symlinks=False):
+                with contextlib.suppress(OSError):  # another process has removed it
+                    found.append((Path(one.path), one.stat(follow_symlinks=False)))
+    return sorted(found)
 
 
-def stat_of(entry: os.DirEntry[str]) -> os.stat_result | None:
-    """The entry's stat; None if the file is gone."""
-    try:
-        return entry.stat(follow_symlinks=False)
-    except OSError:
-        return None
-
-
-def removed(path: Path) -> bool:
+def _removed(path: Path) -> bool:
     """Remove a file; whether it is gone."""
     try:
         path.unlink(missing_ok=True)
@@ -497,9 +475,10 @@ def removed(path: Path) -> bool:
     return True
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove temporary files of processes that were killed while writing."""
-    for file in named_files(folder, _TEMPORARY_NAME):
-        stat = stat_of(file)
-        if stat is not None and time.time() - stat.st_mtime > _LEFT_SECONDS:
-            removed(Path(file.path))
+def _cleared(folder: Path, name: re.Pattern[str], before: float) -> list[int]:
+    """Remove files last used before a time, and temporary ones of killed processes; sizes of the former in bytes."""
+    left = time.time() - _LEFT_SECONDS
+    for path, stat in _files(folder, _TEMPORARY_NAME):
+        if stat.st_mtime < left:
+            _removed(path)
+    return [stat.st_size for path, stat in _files(folder, name) if stat.st_mtime < before and _removed(path)]

@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Container, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from operator import attrgetter
 from pathlib import Path
 from typing import Literal
 
@@ -76,8 +77,18 @@ class CheckedImage:
         return self.file.caption_source in ("file", "metadata")
 
     @property
+    def worth(self) -> tuple[bool, int, bool, int]:
+        """Rank among look-alikes: sharp, large, captioned, little compressed."""
+        file = self.file
+        return not self.quality.is_blurred, file.width * file.height, self.is_captioned, file.path.stat().st_size
+
+    @property
     def size(self) -> str:
         return _size((self.file.width, self.file.height))
+
+    @property
+    def enlargement(self) -> str:
+        return f"{self.size} to {_size(self.largest)}"
 
 
 @dataclass(frozen=True)
@@ -173,15 +184,9 @@ def _unused(skipped: Sequence[tuple[str, Reason]]) -> Iterator[Finding]:
 
 
 def _pixels(images: Sequence[CheckedImage], *, upscale: bool) -> Iterator[Finding]:
-    empty = _those(images, lambda one: one.quality.is_empty)
-    if empty:
-        yield Finding(
-            "empty pictures",
-            f"{_count(empty, 'image shows', 'images show')} a single colour",
-            _listed(images, empty),
-            f"remove {_them(empty)} unless that is the subject",
-            empty,
-        )
+    if empty := _those(images, lambda one: one.quality.is_empty):
+        problem = f"{_count(empty, 'image shows', 'images show')} a single colour"
+        yield _about(images, empty, "empty pictures", problem, f"remove {_them(empty)} unless that is the subject")
     kinds: tuple[tuple[FindingKind, str, tuple[int, ...]], ...] = (
         ("tiny pictures", "far ", _those(images, lambda one: one.scale >= _TINY)),
         ("enlarged pictures", "", _those(images, lambda one: _ENLARGED <= one.scale < _TINY)),
@@ -189,32 +194,27 @@ def _pixels(images: Sequence[CheckedImage], *, upscale: bool) -> Iterator[Findin
     for kind, much, found in kinds:
         if found:
             sizes = {images[index].largest for index in found}
+            size = _size(*sizes) if len(sizes) == 1 else "their size in training"
             larger = f"use {'a larger one' if len(found) == 1 else 'larger ones'}"
-            yield Finding(
-                kind,
-                f"{_are(found)} {much}smaller than {_size(*sizes) if len(sizes) == 1 else 'their size in training'} "
-                "and would be enlarged",
-                _listed(images, found, _own_size if len(sizes) == 1 else _enlargement),
-                f"{larger}, a lower --resolution or --no-upscale" if upscale else larger,
+            yield _about(
+                images,
                 found,
+                kind,
+                f"{_are(found)} {much}smaller than {size} and would be enlarged",
+                f"{larger}, a lower --resolution or --no-upscale" if upscale else larger,
+                attrgetter("size" if len(sizes) == 1 else "enlargement"),
             )
-    blurred = _those(images, lambda one: one.quality.is_blurred)
-    if blurred:
-        yield Finding(
-            "blurred pictures",
-            f"{_are(blurred)} blurred everywhere",
-            _listed(images, blurred),
-            f"use {'a sharp one' if len(blurred) == 1 else 'sharp ones'}, as the model learns the blur",
-            blurred,
-        )
-    cut = _those(images, lambda one: one.kept < _KEPT)
-    if cut:
-        yield Finding(
+    if blurred := _those(images, lambda one: one.quality.is_blurred):
+        remedy = f"use {'a sharp one' if len(blurred) == 1 else 'sharp ones'}, as the model learns the blur"
+        yield _about(images, blurred, "blurred pictures", f"{_are(blurred)} blurred everywhere", remedy)
+    if cut := _those(images, lambda one: one.kept < _KEPT):
+        yield _about(
+            images,
+            cut,
             "cut pictures",
             f"{_count(cut, 'image loses', 'images lose')} more than a fifth to the crop",
-            _listed(images, cut, lambda one: f"{one.size} to {_size(one.bucket)}"),
             f"crop {_them(cut)} yourself to what matters, or choose another --bucket-step or --resolution",
-            cut,
+            lambda one: f"{one.size} to {_size(one.bucket)}",
         )
 
 
@@ -223,30 +223,30 @@ def _repeated(images: Sequence[CheckedImage], alike: Sequence[LookAlikes]) -> It
     copies = dict(sorted(pair for group in alike for pair in group.copies))
     similar = dict(sorted((index, group.best) for group in alike for index in group.others if index not in copies))
     if copies:
-        yield Finding(
+        yield _about(
+            images,
+            copies,
             "copies",
             _count(copies, "image is a copy of another", "images are copies of others"),
-            _listed(images, copies, lambda one: f"of {images[copies[place[one.name]]].name}"),
             f"keep one of each, or set the others apart with {_FIX}",
-            tuple(copies),
+            lambda one: f"of {images[copies[place[one.name]]].name}",
         )
     if similar:
-        yield Finding(
+        yield _about(
+            images,
+            similar,
             "look-alikes",
             _count(similar, "image nearly equals another", "images nearly equal others"),
-            _listed(images, similar, lambda one: f"like {images[similar[place[one.name]]].name}"),
             f"keep one of each, as a picture that is there twice is learnt twice, or set the others apart with {_FIX}",
-            tuple(similar),
+            lambda one: f"like {images[similar[place[one.name]]].name}",
         )
 
 
 def _captions(images: Sequence[CheckedImage], missing: Sequence[Path], trigger: str) -> Iterator[Finding]:
     paths = set(missing)
-    empty = _those(images, lambda one: one.file.path in paths and one.has_empty_caption)
     # A trigger or a folder name counts as a caption.
     lacking = _those(
-        images,
-        lambda one: one.file.path in paths and one.file.caption_source == "none" and not one.has_empty_caption,
+        images, lambda one: one.file.path in paths and one.file.caption_source == "none" and not one.has_empty_caption
     )
     if lacking:
         is_all = len(lacking) == len(images)
@@ -257,14 +257,14 @@ def _captions(images: Sequence[CheckedImage], missing: Sequence[Path], trigger: 
             "write captions into text files of the same name, or name the subject with --trigger",
             lacking,
         )
-    if empty:
+    if empty := _those(images, lambda one: one.file.path in paths and one.has_empty_caption):
         instead = "the trigger alone describes" if trigger.strip() else "nothing describes"
-        yield Finding(
+        yield _about(
+            images,
+            empty,
             "empty captions",
             f"{_have(empty)} an empty caption file, so that {instead} {_them(empty)}",
-            _listed(images, empty),
             "write the caption or remove the file" if len(empty) == 1 else "write the captions or remove the files",
-            empty,
         )
 
 
@@ -291,16 +291,13 @@ def _equal_captions(images: Sequence[CheckedImage], repeated: Container[int]) ->
 
 
 def _long_captions(images: Sequence[CheckedImage], limit: TokenLimit) -> Iterator[Finding]:
-    found = _those(images, lambda one: (one.tokens or 0) > limit.longest)
-    if found:
-        yield Finding(
-            "long captions",
+    if found := _those(images, lambda one: (one.tokens or 0) > limit.longest):
+        problem = (
             f"{_count(found, 'caption has', 'captions have')} more than the {limit.longest} tokens that "
-            f"{limit.encoder} was made for",
-            _listed(images, found, lambda one: f"{one.tokens:,} tokens"),
-            f"shorten {_them(found)} to what is seen in the picture",
-            found,
+            f"{limit.encoder} was made for"
         )
+        remedy = f"shorten {_them(found)} to what is seen in the picture"
+        yield _about(images, found, "long captions", problem, remedy, lambda one: f"{one.tokens:,} tokens")
 
 
 def _shared_tags(images: Sequence[CheckedImage], trigger: str) -> Iterator[Finding]:
@@ -323,20 +320,24 @@ def _shared_tags(images: Sequence[CheckedImage], trigger: str) -> Iterator[Findi
         )
 
 
+def _about(
+    images: Sequence[CheckedImage],
+    found: Collection[int],
+    kind: FindingKind,
+    problem: str,
+    remedy: str,
+    detail: Callable[[CheckedImage], str] | None = None,
+) -> Finding:
+    """A finding about some of the images, with a detail of each of the first ones."""
+    return Finding(kind, problem, _listed(images, found, detail), remedy, tuple(found))
+
+
 def _those(images: Sequence[CheckedImage], are: Callable[[CheckedImage], bool]) -> tuple[int, ...]:
     return tuple(index for index, one in enumerate(images) if are(one))
 
 
 def _size(size: tuple[int, int]) -> str:
     return f"{size[0]}×{size[1]}"
-
-
-def _own_size(one: CheckedImage) -> str:
-    return one.size
-
-
-def _enlargement(one: CheckedImage) -> str:
-    return f"{one.size} to {_size(one.largest)}"
 
 
 def _listed(

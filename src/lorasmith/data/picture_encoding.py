@@ -104,10 +104,7 @@ class FramedImage:
 
 
 def encode_pictures(
-    images: Sequence[FramedImage],
-    encoder: PictureEncoder,
-    config: DataConfig,
-    progress: EncodingProgress | None = None,
+    images: Sequence[FramedImage], encoder: PictureEncoder, config: DataConfig, progress: EncodingProgress | None = None
 ) -> list[list[EncodedFraming]]:
     """The encoded framings of each image, in order.
 

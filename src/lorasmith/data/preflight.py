@@ -18,7 +18,7 @@ from pathlib import Path
 from lorasmith.core.errors import DataError
 from lorasmith.data.captions import CaptionRules, read_caption
 from lorasmith.data.clips import open_still
-from lorasmith.data.crops import Framing, centre_of, framings, mask_of, pixel_step
+from lorasmith.data.crops import Framing, framings_of, pixel_step
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.dataset import held_out_names
 from lorasmith.data.findings import CheckedImage, Finding, FindingKind, LookAlikes, TokenLimit, found_in
@@ -108,7 +108,8 @@ def preflight(
     """
     resolutions = config.all_resolutions(resolution)
     step = pixel_step(config, multiple)
-    frames = [plain_framings(image, config, resolution=resolution, step=step) for image in scan.images]
+    plain = replace(config, flip=False, picture_variants=1)
+    frames = [framings_of(image, plain, resolution=resolution, multiple=step) for image in scan.images]
     with warnings.catch_warnings(action="ignore"):  # around all threads, as each file that is opened does it too
         qualities = list(_measured(scan.images, frames, threads, progress))
     count = partial(_tokens, tokenize, config) if tokenize else None
@@ -139,20 +140,6 @@ def preflight(
             upscale=config.upscale,
         ),
         refused=scan.refused,
-    )
-
-
-def plain_framings(image: ImageFile, config: DataConfig, *, resolution: int, step: int) -> tuple[Framing, ...]:
-    """The plain framing at each resolution (`resolution` is the default). Raises DataError or ImageError."""
-    mask = mask_of(image, config) if config.crop == "mask" else None
-    return framings(
-        image.width,
-        image.height,
-        replace(config, flip=False, picture_variants=1),
-        resolution=resolution,
-        multiple=step,
-        name=image.name,
-        centre=(0.5, 0.5) if mask is None else centre_of(mask),
     )
 
 
@@ -238,7 +225,7 @@ def _has_caption_file(image: Path) -> bool:
 
 def _compared(images: Sequence[CheckedImage], qualities: Sequence[PictureQuality]) -> Iterable[LookAlikes]:
     for group in look_alikes(qualities):
-        best = max(group, key=lambda index: (*_worth(images[index]), -index))
+        best = max(group, key=lambda index: (*images[index].worth, -index))
         others = tuple(index for index in group if index != best)
         originals: dict[str, int] = {}
         copies = []
@@ -246,12 +233,6 @@ def _compared(images: Sequence[CheckedImage], qualities: Sequence[PictureQuality
             original = originals.setdefault(images[index].file.digest, index)
             copies += [(index, original)] if original != index else []
         yield LookAlikes(best, others, tuple(copies))
-
-
-def _worth(image: CheckedImage) -> tuple[bool, int, bool, int]:
-    """Rank among look-alikes: sharp, large, captioned, little compressed."""
-    file = image.file
-    return not image.quality.is_blurred, file.width * file.height, image.is_captioned, file.path.stat().st_size
 
 
 def _buckets(images: Sequence[CheckedImage]) -> tuple[Bucket, ...]:

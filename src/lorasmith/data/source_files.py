@@ -12,13 +12,7 @@ from lorasmith.core.files import is_folder, is_regular
 from lorasmith.data.data_config import MAX_REPEATS, DataConfig, ImageSource
 from lorasmith.data.folder_listing import LINK, ListedFolder, Reason, Skipped, list_folders, stem_of
 from lorasmith.data.hub_datasets import is_saved_dataset, unpacked_folder
-from lorasmith.data.metadata_files import (
-    METADATA_SUFFIXES,
-    Metadata,
-    MetadataError,
-    preferred_metadata,
-    read_metadata,
-)
+from lorasmith.data.metadata_files import METADATA_SUFFIXES, Metadata, MetadataError, preferred_metadata, read_metadata
 
 
 @dataclass(slots=True)
@@ -303,31 +297,15 @@ class NoteKind(Enum):
         "caption files have",
         "no image of the same name, such as {}; rename or remove what is not needed",
     )
-    ORIGIN = (
-        "file with captions is",
-        "files with captions are",
-        "not used, such as {}; they are with captions files",
-    )
-    DIFFERENT = (
-        "image has",
-        "images have",
-        "different captions in a caption file and in a metadata file; {}",
-    )
-    NO_ENTRY = (
-        "entry of metadata files has",
-        "entries of metadata files have",
-        "no image here, such as {}",
-    )
+    ORIGIN = ("file with captions is", "files with captions are", "not used, such as {}; they are with captions files")
+    DIFFERENT = ("image has", "images have", "different captions in a caption file and in a metadata file; {}")
+    NO_ENTRY = ("entry of metadata files has", "entries of metadata files have", "no image here, such as {}")
     OUTSIDE = (
         "entry of metadata files is",
         "entries of metadata files are",
         "not used, such as {}, as they name files outside of the folder",
     )
-    UNNAMED = (
-        "image is",
-        "images are",
-        "not used, such as {}, as the metadata file does not name them",
-    )
+    UNNAMED = ("image is", "images are", "not used, such as {}, as the metadata file does not name them")
     MASKS_OFF = ("mask is", "masks are", "not used, such as {}; they are with masks files")
     MASK = ("mask is", "masks are", "not used, such as {}, as there is no image of the name, or another mask")
     TWICE = ("image is", "images are", "in several sources, such as {}, and counted for each")

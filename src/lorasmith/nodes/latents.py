@@ -79,55 +79,44 @@ def _side(default: int, step: int = 16) -> Any:
 _BATCH_SIZE = socket("INT", default=1, min=1, max=4096, tooltip="Number of pictures.")
 
 
-@node(
-    "EmptyLatentImage",
-    "Empty Latent Image",
-    "model/latent",
-    outputs=["LATENT"],
+def _declare_empty(
+    id: str, display_name: str, category: str, description: str, *, channels: int, downscale: int = 8, side: Any
+) -> None:
+    """Declare a node of empty latents; `side` is the input of width and height."""
+
+    def empty(
+        context: NodeContext, *, width: int = side, height: int = side, batch_size: int = _BATCH_SIZE
+    ) -> tuple[Latent]:
+        samples = torch.zeros(batch_size, channels, height // downscale, width // downscale)
+        return (latent_of(samples, downscale),)
+
+    empty.__doc__ = f"Empty latents {description}; KSampler adapts their shape to its model."
+    node(id, display_name, category, outputs=["LATENT"])(empty)
+
+
+_declare_empty(
+    "EmptyLatentImage", "Empty Latent Image", "model/latent", "for new pictures", channels=4, side=_side(512, step=8)
 )
-def empty_latent_image(
-    context: NodeContext,
-    *,
-    width: int = _side(512, step=8),
-    height: int = _side(512, step=8),
-    batch_size: int = _BATCH_SIZE,
-) -> tuple[Latent]:
-    """Empty latents for new pictures; KSampler adapts their shape to its model."""
-    return ({"samples": torch.zeros(batch_size, 4, height // 8, width // 8), "downscale_ratio_spacial": 8},)
-
-
-@node(
+_declare_empty(
     "EmptySD3LatentImage",
     "EmptySD3LatentImage",
     "model/latent/stable diffusion",
-    outputs=["LATENT"],
+    "of 16 channels",
+    channels=16,
+    side=_side(1024),
 )
-def empty_sd3_latent_image(
-    context: NodeContext, *, width: int = _side(1024), height: int = _side(1024), batch_size: int = _BATCH_SIZE
-) -> tuple[Latent]:
-    """Empty latents of 16 channels; KSampler adapts their shape to its model."""
-    return ({"samples": torch.zeros(batch_size, 16, height // 8, width // 8), "downscale_ratio_spacial": 8},)
-
-
-@node(
+_declare_empty(
     "EmptyFlux2LatentImage",
     "Empty Flux 2 Latent",
     "model/latent/flux",
-    outputs=["LATENT"],
+    "of Flux.2",
+    channels=128,
+    downscale=16,
+    side=_side(1024),
 )
-def empty_flux2_latent_image(
-    context: NodeContext, *, width: int = _side(1024), height: int = _side(1024), batch_size: int = _BATCH_SIZE
-) -> tuple[Latent]:
-    """Empty latents of Flux.2; KSampler adapts their shape to its model."""
-    return ({"samples": torch.zeros(batch_size, 128, height // 16, width // 16), "downscale_ratio_spacial": 16},)
 
 
-@node(
-    "EmptyHunyuanLatentVideo",
-    "Empty HunyuanVideo 1.0 Latent",
-    "model/latent/hunyuan video",
-    outputs=["LATENT"],
-)
+@node("EmptyHunyuanLatentVideo", "Empty HunyuanVideo 1.0 Latent", "model/latent/hunyuan video", outputs=["LATENT"])
 def empty_hunyuan_latent_video(
     context: NodeContext,
     *,
@@ -138,7 +127,7 @@ def empty_hunyuan_latent_video(
 ) -> tuple[Latent]:
     """Empty latents with a time axis; KSampler adapts their shape to its model, and takes one frame for pictures."""
     frames = (length - 1) // 4 + 1
-    return ({"samples": torch.zeros(batch_size, 16, frames, height // 8, width // 8), "downscale_ratio_spacial": 8},)
+    return (latent_of(torch.zeros(batch_size, 16, frames, height // 8, width // 8), 8),)
 
 
 @node("LatentBatch", "Batch Latents (DEPRECATED)", "model/latent/batch", outputs=["LATENT"], deprecated=True)

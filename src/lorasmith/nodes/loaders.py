@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
+from typing import TypeVar
 
 import torch
 
 from lorasmith.adapters.catalogue import STRENGTH
 from lorasmith.adapters.frozen_layer import cast_weights
-from lorasmith.core.folders import Folders, fingerprint
-from lorasmith.families.loading import check_encoders, load_model, load_structure
-from lorasmith.families.model import Autoencoder, Denoiser, TextEncoder
-from lorasmith.families.part_loading import autoencoder_part, load_autoencoder, load_text_encoder
+from lorasmith.core.folders import Folders
+from lorasmith.core.folders import fingerprint
+from lorasmith.families.loading import check_encoders
+from lorasmith.families.loading import load_model
+from lorasmith.families.loading import load_structure
+from lorasmith.families.model import Autoencoder
+from lorasmith.families.model import Denoiser
+from lorasmith.families.model import TextEncoder
+from lorasmith.families.part_loading import autoencoder_part
+from lorasmith.families.part_loading import load_autoencoder
+from lorasmith.families.part_loading import load_text_encoder
 from lorasmith.training.lora_handle import Lora
-from lorasmith.workflow import Input, NodeContext, Output, node, socket
-from lorasmith.workflow.graph import Graph, Link
-from lorasmith.workflow.sockets import ANY, MATCH
+from lorasmith.workflow import Input
+from lorasmith.workflow import NodeContext
+from lorasmith.workflow import Output
+from lorasmith.workflow import node
+from lorasmith.workflow import socket
+from lorasmith.workflow.graph import Graph
+from lorasmith.workflow.graph import Link
+from lorasmith.workflow.sockets import ANY
+from lorasmith.workflow.sockets import MATCH
 
 E = TypeVar("E", TextEncoder, None)
 
@@ -143,13 +159,7 @@ def load_clip_dual(
     return (_encoders(context, [clip_name1, clip_name2], type, device),)
 
 
-@node(
-    "TripleCLIPLoader",
-    "Load CLIP (Triple)",
-    "model/loaders",
-    outputs=["CLIP"],
-    fingerprint=_encoder_files,
-)
+@node("TripleCLIPLoader", "Load CLIP (Triple)", "model/loaders", outputs=["CLIP"], fingerprint=_encoder_files)
 def load_clip_triple(
     context: NodeContext,
     *,
@@ -161,13 +171,7 @@ def load_clip_triple(
     return (_encoders(context, [clip_name1, clip_name2, clip_name3]),)
 
 
-@node(
-    "QuadrupleCLIPLoader",
-    "Load CLIP (Quadruple)",
-    "model/loaders",
-    outputs=["CLIP"],
-    fingerprint=_encoder_files,
-)
+@node("QuadrupleCLIPLoader", "Load CLIP (Quadruple)", "model/loaders", outputs=["CLIP"], fingerprint=_encoder_files)
 def load_clip_quadruple(
     context: NodeContext,
     *,
@@ -212,13 +216,7 @@ def _lora_file(folders: Folders, lora_name: str) -> object:
     return fingerprint(folders.find("loras", lora_name))
 
 
-@node(
-    "LoraLoader",
-    "Load LoRA (Model and CLIP)",
-    "model/loaders",
-    outputs=["MODEL", "CLIP"],
-    fingerprint=_lora_file,
-)
+@node("LoraLoader", "Load LoRA (Model and CLIP)", "model/loaders", outputs=["MODEL", "CLIP"], fingerprint=_lora_file)
 def lora_loader(
     context: NodeContext,
     *,

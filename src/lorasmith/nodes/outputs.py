@@ -8,27 +8,42 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
+from typing import Literal
 
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from lorasmith.core.adapter_state import DENOISER
 from lorasmith.core.files import write_atomic
-from lorasmith.core.folders import Folders, NumberedFiles
+from lorasmith.core.folders import Folders
+from lorasmith.core.folders import NumberedFiles
 from lorasmith.core.placement import best_device
 from lorasmith.core.printable import count_text
 from lorasmith.families.base import Family
-from lorasmith.families.model import Denoiser, TextEncoder
+from lorasmith.families.model import Denoiser
+from lorasmith.families.model import TextEncoder
 from lorasmith.formats.names import ModelNames
-from lorasmith.nodes.values import LossMap, flat_images, one_for_each, single
+from lorasmith.nodes.values import LossMap
+from lorasmith.nodes.values import flat_images
+from lorasmith.nodes.values import one_for_each
+from lorasmith.nodes.values import single
 from lorasmith.report.loss_plot import plot_losses
-from lorasmith.report.pictures import Clip, animation
-from lorasmith.toolbox.extract import PatchedPart, extract_patches, extracted_metadata
+from lorasmith.report.pictures import Clip
+from lorasmith.report.pictures import animation
+from lorasmith.toolbox.extract import PatchedPart
+from lorasmith.toolbox.extract import extract_patches
+from lorasmith.toolbox.extract import extracted_metadata
 from lorasmith.training.lora_handle import Lora
-from lorasmith.workflow import ANY, NodeContext, NodeOutput, Output, node, socket
+from lorasmith.workflow import ANY
+from lorasmith.workflow import NodeContext
+from lorasmith.workflow import NodeOutput
+from lorasmith.workflow import Output
+from lorasmith.workflow import node
+from lorasmith.workflow import socket
 from lorasmith.workflow.node import Hidden
 
 _GRAPH: tuple[Hidden, ...] = ("prompt", "extra_pnginfo")
@@ -82,12 +97,7 @@ def save_animation(
 
 
 def save_image_set(
-    context: NodeContext,
-    images: Sequence[Tensor],
-    texts: Sequence[str] | None,
-    prefix: str,
-    *,
-    overwrite: bool,
+    context: NodeContext, images: Sequence[Tensor], texts: Sequence[str] | None, prefix: str, *, overwrite: bool
 ) -> Path:
     """Write images (1, height, width, 3) of any sizes as PNG files, each with a text file of its name if `texts` is
     given.
@@ -158,12 +168,7 @@ def _prefix(default: str, tooltip: str = "", *, multiline: bool | None = False) 
 
 
 @node(
-    "LoraSave",
-    "Extract and Save Lora",
-    "experimental",
-    search_aliases=["export lora"],
-    hidden=_GRAPH,
-    output_node=True,
+    "LoraSave", "Extract and Save Lora", "experimental", search_aliases=["export lora"], hidden=_GRAPH, output_node=True
 )
 def extract_and_save_lora(
     context: NodeContext,
@@ -362,10 +367,7 @@ def save_lora_weights(
     output_node=True,
 )
 def plot_loss_graph(
-    context: NodeContext,
-    *,
-    loss: LossMap = socket("LOSS_MAP"),
-    filename_prefix: str = _prefix("loss_graph"),
+    context: NodeContext, *, loss: LossMap = socket("LOSS_MAP"), filename_prefix: str = _prefix("loss_graph")
 ) -> NodeOutput:
     """Draw the loss of each step and the smoothed loss; the picture is in the temp folder."""
     files = context.folders.numbered(filename_prefix, place="temp")

@@ -10,50 +10,37 @@ import operator
 import string as letters
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lorasmith.core.errors import OptionError
 from lorasmith.workflow import ANY, MATCH, Grow, NodeContext, Output, node, socket
 
-_CATEGORY = "utilities/primitive"
 _LIMIT = 2**63 - 1
 
 
-@node("PrimitiveInt", "Int", _CATEGORY, outputs=["INT"])
-def primitive_int(
-    context: NodeContext,
-    *,
-    value: int = socket("INT", min=-_LIMIT, max=_LIMIT, extras={"control_after_generate": "fixed"}),
-) -> tuple[int]:
-    """A whole number."""
-    return (value,)
+def _declare_primitive(id: str, display_name: str, description: str, value: Any) -> None:
+    """Declare a node that passes on the value of its input."""
+
+    def primitive(context: NodeContext, *, value: Any = value) -> tuple[Any]:
+        return (value,)
+
+    primitive.__doc__ = description
+    node(id, display_name, "utilities/primitive", outputs=[value.type])(primitive)
 
 
-@node("PrimitiveFloat", "Float", _CATEGORY, outputs=["FLOAT"])
-def primitive_float(
-    context: NodeContext, *, value: float = socket("FLOAT", min=-_LIMIT, max=_LIMIT, step=0.1)
-) -> tuple[float]:
-    """A number."""
-    return (value,)
-
-
-@node("PrimitiveString", "Text", _CATEGORY, outputs=["STRING"])
-def primitive_string(context: NodeContext, *, value: str = socket("STRING", multiline=False)) -> tuple[str]:
-    """Text on one line."""
-    return (value,)
-
-
-@node("PrimitiveStringMultiline", "Text (Multiline)", _CATEGORY, outputs=["STRING"])
-def primitive_string_multiline(context: NodeContext, *, value: str = socket("STRING", multiline=True)) -> tuple[str]:
-    """Text on several lines."""
-    return (value,)
-
-
-@node("PrimitiveBoolean", "Boolean", _CATEGORY, outputs=["BOOLEAN"])
-def primitive_boolean(context: NodeContext, *, value: bool = socket("BOOLEAN")) -> tuple[bool]:
-    """True or false."""
-    return (value,)
+_declare_primitive(
+    "PrimitiveInt",
+    "Int",
+    "A whole number.",
+    socket("INT", min=-_LIMIT, max=_LIMIT, extras={"control_after_generate": "fixed"}),
+)
+_declare_primitive("PrimitiveFloat", "Float", "A number.", socket("FLOAT", min=-_LIMIT, max=_LIMIT, step=0.1))
+_declare_primitive("PrimitiveString", "Text", "Text on one line.", socket("STRING", multiline=False))
+_declare_primitive(
+    "PrimitiveStringMultiline", "Text (Multiline)", "Text on several lines.", socket("STRING", multiline=True)
+)
+_declare_primitive("PrimitiveBoolean", "Boolean", "True or false.", socket("BOOLEAN"))
 
 
 @node("CreateList", "Create List", "utilities", outputs=[Output(MATCH, "list", is_list=True)], is_input_list=True)
@@ -227,30 +214,23 @@ def _line(tooltip: str) -> Any:
     return socket("STRING", default="", multiline=False, tooltip=tooltip)
 
 
-@node(
-    "TextToLowercase",
-    "Convert Text to Lowercase (DEPRECATED)",
-    "text",
-    outputs=[_OUTPUT],
-    search_aliases=["lowercase"],
-    deprecated=True,
-)
-def text_to_lowercase(context: NodeContext, *, texts: str = _TEXTS) -> tuple[str]:
-    """Texts in small letters."""
-    return (texts.lower(),)
+def _declare_change(
+    id: str, display_name: str, description: str, change: Callable[[str], str], search_aliases: Sequence[str] = ()
+) -> None:
+    """Declare a deprecated node that changes texts."""
+
+    def changed(context: NodeContext, *, texts: str = _TEXTS) -> tuple[str]:
+        return (change(texts),)
+
+    changed.__doc__ = description
+    node(id, f"{display_name} (DEPRECATED)", "text", outputs=[_OUTPUT], search_aliases=search_aliases, deprecated=True)(
+        changed
+    )
 
 
-@node(
-    "TextToUppercase",
-    "Convert Text to Uppercase (DEPRECATED)",
-    "text",
-    outputs=[_OUTPUT],
-    search_aliases=["uppercase"],
-    deprecated=True,
-)
-def text_to_uppercase(context: NodeContext, *, texts: str = _TEXTS) -> tuple[str]:
-    """Texts in capital letters."""
-    return (texts.upper(),)
+_declare_change("TextToLowercase", "Convert Text to Lowercase", "Texts in small letters.", str.lower, ["lowercase"])
+_declare_change("TextToUppercase", "Convert Text to Uppercase", "Texts in capital letters.", str.upper, ["uppercase"])
+_declare_change("StripWhitespace", "Strip Whitespace", "Texts without spaces and line breaks around them.", str.strip)
 
 
 @node("TruncateText", "Truncate Text", "text", outputs=[_OUTPUT], search_aliases=["truncate", "cut", "shorten"])
@@ -293,12 +273,6 @@ def replace_text(
     """Replace each occurrence of a text."""
     _check_length(len(texts) + texts.count(find) * max(0, len(replace) - len(find)))
     return (texts.replace(find, replace),)
-
-
-@node("StripWhitespace", "Strip Whitespace (DEPRECATED)", "text", outputs=[_OUTPUT], deprecated=True)
-def strip_whitespace(context: NodeContext, *, texts: str = _TEXTS) -> tuple[str]:
-    """Texts without spaces and line breaks around them."""
-    return (texts.strip(),)
 
 
 @node(
@@ -383,11 +357,7 @@ def regex_match(
 
 
 @node(
-    "RegexExtract",
-    "Extract Text",
-    "text",
-    outputs=["STRING"],
-    search_aliases=["regex extract", "regex", "parse text"],
+    "RegexExtract", "Extract Text", "text", outputs=["STRING"], search_aliases=["regex extract", "regex", "parse text"]
 )
 def regex_extract(
     context: NodeContext,

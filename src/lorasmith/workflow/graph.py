@@ -117,7 +117,8 @@ def examine(
     )
     unknown = tuple(key for key in checker.unknown if targets is None or key in targets)
     if not outputs and not unknown:
-        checker.find(None, "prompt_no_outputs", f"a workflow needs an output node ({_goals(nodes)}), got none; add one")
+        known = ", ".join(name for name, node in nodes.items() if node.output_node) or "none is known"
+        checker.find(None, "prompt_no_outputs", f"a workflow needs an output node ({known}), got none; add one")
     needs = {key: [link.node_id for _, link in draft.links()] for key, draft in drafts.items()}
     order, _ = depth_first(outputs, needs)
     for cycle in depth_first(drafts, needs)[1]:
@@ -290,14 +291,12 @@ class _Checker:
 
     def _read_input(self, key: str, slot: Input, value: Any, inputs: dict[str, Any]) -> None:
         """Add the checked value or link to `inputs`, or its fault."""
-        if isinstance(value, list) and len(value) == 2 and _is_id(value[0]) and _is_index(value[1]):
+        if isinstance(value, list) and len(value) == 2 and _is_id(value[0]) and type(value[1]) is int:
             if (link := self._read_link(key, slot.name, value)) is not None:
                 inputs[slot.name] = link
             return
-        wrapped = (
-            isinstance(value, dict) and "__value__" in value
-        )  # a list that is a value although it looks like a link
-        given = value["__value__"] if wrapped else value
+        # A list that is a value although it looks like a link is wrapped.
+        given = value["__value__"] if isinstance(value, dict) and "__value__" in value else value
         try:
             inputs[slot.name] = slot.check(given, self.folders)
         except LorasmithError as error:
@@ -349,14 +348,6 @@ def _value_fault(slot: Input, value: Any) -> str:
 
 def _is_id(value: Any) -> bool:
     return isinstance(value, (str, int)) and not isinstance(value, bool)
-
-
-def _is_index(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _goals(nodes: Registry[Node]) -> str:
-    return ", ".join(name for name, node in nodes.items() if node.output_node) or "none is known"
 
 
 MOST_NODES, _LISTED, _NAMED = 50_000, 50, 10

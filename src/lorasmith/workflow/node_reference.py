@@ -45,7 +45,9 @@ def input_facts(one: Input, choices: Sequence[str] = ()) -> list[str]:
         facts.append(f"default {one.default!r}")
     if one.min is not None or one.max is not None:
         bounds = (
-            f"{word} {_number(bound)}" for word, bound in (("from", one.min), ("to", one.max)) if bound is not None
+            f"{word} {bound if isinstance(bound, int) else f'{bound:g}'}"
+            for word, bound in (("from", one.min), ("to", one.max))
+            if bound is not None
         )
         facts.append(" ".join(bounds))
     if choices:
@@ -57,10 +59,6 @@ def badges(node: Node) -> list[str]:
     """Properties of a node as a whole, such as deprecated."""
     said = {"output": node.output_node, "experimental": node.experimental, "deprecated": node.deprecated}
     return [name for name, is_so in said.items() if is_so]
-
-
-def _number(bound: float) -> str:
-    return str(bound) if isinstance(bound, int) else f"{bound:g}"
 
 
 def object_info(node: Node, folders: Folders) -> dict[str, Any]:

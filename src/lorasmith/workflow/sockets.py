@@ -130,12 +130,7 @@ class Input:
         if self.grow is None:
             return (self,)
         return tuple(
-            replace(
-                self,
-                name=f"{self.name}.{suffix}",
-                optional=self.optional or index >= self.grow.min,
-                grow=None,
-            )
+            replace(self, name=f"{self.name}.{suffix}", optional=self.optional or index >= self.grow.min, grow=None)
             for index, suffix in enumerate(self.grow.suffixes)
         )
 
