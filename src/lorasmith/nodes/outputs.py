@@ -8,42 +8,27 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from PIL import ExifTags
-from PIL import Image
+from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from lorasmith.core.adapter_state import DENOISER
 from lorasmith.core.files import write_atomic
-from lorasmith.core.folders import Folders
-from lorasmith.core.folders import NumberedFiles
+from lorasmith.core.folders import Folders, NumberedFiles
 from lorasmith.core.placement import best_device
 from lorasmith.core.printable import count_text
 from lorasmith.families.base import Family
-from lorasmith.families.model import Denoiser
-from lorasmith.families.model import TextEncoder
+from lorasmith.families.model import Denoiser, TextEncoder
 from lorasmith.formats.names import ModelNames
-from lorasmith.nodes.values import LossMap
-from lorasmith.nodes.values import flat_images
-from lorasmith.nodes.values import one_for_each
-from lorasmith.nodes.values import single
+from lorasmith.nodes.values import LossMap, flat_images, one_for_each, single
 from lorasmith.report.loss_plot import plot_losses
-from lorasmith.report.pictures import Clip
-from lorasmith.report.pictures import animation
-from lorasmith.toolbox.extract import PatchedPart
-from lorasmith.toolbox.extract import extract_patches
-from lorasmith.toolbox.extract import extracted_metadata
+from lorasmith.report.pictures import Clip, animation
+from lorasmith.toolbox.extract import PatchedPart, extract_patches, extracted_metadata
 from lorasmith.training.lora_handle import Lora
-from lorasmith.workflow import ANY
-from lorasmith.workflow import NodeContext
-from lorasmith.workflow import NodeOutput
-from lorasmith.workflow import Output
-from lorasmith.workflow import node
-from lorasmith.workflow import socket
+from lorasmith.workflow import ANY, NodeContext, NodeOutput, Output, node, socket
 from lorasmith.workflow.node import Hidden
 
 _GRAPH: tuple[Hidden, ...] = ("prompt", "extra_pnginfo")
