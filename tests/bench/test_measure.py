@@ -28,7 +28,6 @@ from lorasmith.bench.measure import (
     measured_steps,
     pass_seconds,
     profiled,
-    step_seconds,
     synthetic_samples,
     training_steps,
     weight_bytes,
@@ -148,7 +147,7 @@ def test_the_floor_is_the_frozen_model_and_leaves_it_alone(tiny: Model) -> None:
 
 def test_seconds_are_of_the_steps_behind_the_warm_up(tiny: Model) -> None:
     job = planned(tiny, steps=5)
-    spread = step_seconds(job, synthetic_samples(tiny, 2, 8, 8), warmup=2)
+    spread = measured_steps(job, synthetic_samples(tiny, 2, 8, 8), warmup=2).seconds
     assert len(spread.seconds) == 3
     assert 0 < spread.low <= spread.median <= spread.high
     calls: list[int] = []

@@ -239,18 +239,6 @@ def measured_steps(
     return Steps(Spread(ends.differences()[warmup - 1 :]), Spread(tuple(loop.waited_s[warmup:])))
 
 
-def step_seconds(
-    job: Job,
-    samples: Sequence[Sample],
-    *,
-    warmup: int = 1,
-    clock: Clock = time.perf_counter,
-    on_event: EventHandler = lambda event: None,
-) -> Spread:
-    """Seconds of each step of the training loop, as `measured_steps`."""
-    return measured_steps(job, samples, warmup=warmup, clock=clock, on_event=on_event).seconds
-
-
 def measured_parts(job: Job, samples: Sequence[Sample]) -> PartTimes:
     """Time the parts of a step, one after the other."""
     steps = _PART_STEPS

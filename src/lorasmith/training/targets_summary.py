@@ -60,7 +60,10 @@ def summarise_targets(denoiser: Denoiser, config: TrainConfig) -> TargetSummary:
             sizes[alike] = _size(module, adapter, config)
         key = (_kind(adapter.path), _layer_name(module), adapter.alpha, adapter.learning_rate)
         members.setdefault(key, []).append((adapter, sizes[alike]))
-    groups = [_group(key, found) for key, found in members.items()]
+    groups = []
+    for (name, layer, alpha, learning_rate), found in members.items():
+        ranks, parameters = [planned.rank for planned, _ in found], sum(size.trained for _, size in found)
+        groups.append(TargetGroup(name, layer, len(found), (min(ranks), max(ranks)), alpha, learning_rate, parameters))
     differences = fresh_differences(denoiser, plan, config)
     changed = {path: sum(p.numel() for p in difference.parameters()) for path, difference in differences.items()}
     groups += _difference_groups(denoiser.module, changed)
@@ -115,13 +118,6 @@ def _zeros_like(module: nn.Module) -> nn.Module:
     layer = layer.to_empty(device="cpu").requires_grad_(False)
     layer.get_parameter("weight").zero_()
     return layer
-
-
-def _group(key: tuple[str, str, float | None, float | None], found: list[tuple[PlannedAdapter, _Size]]) -> TargetGroup:
-    name, layer, alpha, learning_rate = key
-    ranks = [one.rank for one, _ in found]
-    parameters = sum(size.trained for _, size in found)
-    return TargetGroup(name, layer, len(found), (min(ranks), max(ranks)), alpha, learning_rate, parameters)
 
 
 def _difference_groups(model: nn.Module, changed: dict[str, int]) -> list[TargetGroup]:
