@@ -94,7 +94,15 @@ def extract(
     adapters: dict[ModuleRef, AdapterWeights] = {}
     groups = _groups(base, tuned)
     for done, (name, group) in enumerate(groups.items(), start=1):
-        adapters |= _layer(base, tuned, name, group, report, rank=rank, energy=energy, device=device)
+        pieces = [_difference(base, tuned, Parameter(ref, "weight")) for ref, _ in group]
+        if any(piece.any() for piece in pieces):
+            found, cut = cut_down(name, group, pieces, rank=rank, energy=energy, device=device)
+            adapters |= found
+            report.ranks[name] = cut.rank
+            report.kept += cut.kept
+            report.total += cut.total
+        else:
+            report.unchanged += 1
         if progress is not None:
             progress(done, len(groups))
     layers = {Parameter(ref, "weight") for group in groups.values() for ref, _ in group}
@@ -151,29 +159,6 @@ def cut_down(
     parts = split(as_lora(cut, tuple(whole.shape), float(cut.rank)), places)
     assert parts is not None, "a LoRA can always be cut into rows"
     return {ref: weights for (ref, _), weights in zip(group, parts, strict=True) if weights is not None}, cut
-
-
-def _layer(
-    base: ModelReader,
-    tuned: ModelReader,
-    name: str,
-    group: Sequence[tuple[ModuleRef, OriginalName]],
-    report: ExtractReport,
-    *,
-    rank: int,
-    energy: float | None,
-    device: torch.device | str,
-) -> dict[ModuleRef, AdapterWeights]:
-    """Adapters of the modules in one tensor of the original checkpoint; none if the models do not differ there."""
-    pieces = [_difference(base, tuned, Parameter(ref, "weight")) for ref, _ in group]
-    if not any(piece.any() for piece in pieces):
-        report.unchanged += 1
-        return {}
-    adapters, cut = cut_down(name, group, pieces, rank=rank, energy=energy, device=device)
-    report.ranks[name] = cut.rank
-    report.kept += cut.kept
-    report.total += cut.total
-    return adapters
 
 
 def _rest(
