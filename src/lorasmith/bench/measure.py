@@ -372,14 +372,14 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if formula is not None:
             self.flops += formula(*args, **kwargs, out_val=result)
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        known = {one.untyped_storage()._cdata for one in inputs}
-        made = [one for one in tree_leaves(result) if isinstance(one, Tensor)]
-        fresh = [one for one in made if one.untyped_storage()._cdata not in known]
+        known = {tensor.untyped_storage()._cdata for tensor in inputs}
+        made = [tensor for tensor in tree_leaves(result) if isinstance(tensor, Tensor)]
+        fresh = [tensor for tensor in made if tensor.untyped_storage()._cdata not in known]
         self.operations += bool(fresh) or func._schema.is_mutable
         for one in fresh:
             self._follow(one)
-        if any(one.device.type != self._device.type for one in inputs if one.ndim):
-            self.sent += sum(one.nbytes for one in fresh if one.device.type == self._device.type)
+        if any(tensor.device.type != self._device.type for tensor in inputs if tensor.ndim):
+            self.sent += sum(tensor.nbytes for tensor in fresh if tensor.device.type == self._device.type)
         return result
 
     def _notice_backward(self) -> None:

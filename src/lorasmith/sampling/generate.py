@@ -189,7 +189,7 @@ def _encoded(
 def to_images(pixels: Tensor) -> list[Image.Image]:
     """Pictures from pixels (batch, 3, height, width) in [−1, 1]."""
     scaled = ((pixels.float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return [Image.fromarray(one.permute(1, 2, 0).numpy()) for one in scaled]
+    return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in scaled]
 
 
 def _latent_shape(model: Model, sampling: Sampling) -> tuple[int, ...]:

@@ -70,8 +70,8 @@ def convert_lora(
     is_portable = to.casefold() == PORTABLE
     losses = layout.losses(state, names)
     found = shortfalls(state, layout, names, is_portable=is_portable)
-    lost = [*sentences(losses), *(one.sentence for one in found if one.program == layout.title)]
-    if strangers := [one.name for one in unapplied(state, names)]:
+    lost = [*sentences(losses), *(shortfall.sentence for shortfall in found if shortfall.program == layout.title)]
+    if strangers := [part.name for part in unapplied(state, names)]:
         first = strangers[0] if len(strangers) == 1 else f"{len(strangers)} modules, such as {strangers[0]}"
         lost.append(f"{first}: the model has no place for it")
     if lost and not lossy:
@@ -88,7 +88,7 @@ def convert_lora(
     form = (lambda piece: made_portable(piece, names, alphas)) if is_portable else None
     save_streamed(target, kept, names, layout, metadata, form=form)
     others = shortfalls(kept, layout, names, is_portable=is_portable)
-    notes = tuple(one.sentence for one in others if one.program != layout.title)
+    notes = tuple(shortfall.sentence for shortfall in others if shortfall.program != layout.title)
     return Converted(target, layout.title, names.family, modules, tuple(lost), notes)
 
 

@@ -238,7 +238,9 @@ class PatchedPart:
 
     def changes_of(self, path: str) -> Sequence[tuple[ModuleTensors, float]]:
         """A module's tensors and strength, by patch."""
-        found = ((ModuleTensors(one.adapters.get(path), one.differences.get(path, {})), one) for one in self.patches)
+        found = (
+            (ModuleTensors(patch.adapters.get(path), patch.differences.get(path, {})), patch) for patch in self.patches
+        )
         return [(module, patch.strength) for module, patch in found if module.adapter or module.differences]
 
 
@@ -300,7 +302,7 @@ def _weight_change(part: PatchedPart, path: str) -> Tensor:
         return torch.zeros(frozen.shape)
     if all(module.adapter is None or is_additive(module.adapter) for module, _ in changes):
         added = [added_by(module, tuple(frozen.shape)).times(strength) for module, strength in changes]
-        return stacked(*(one for one in added if not one.is_nothing)).matrix().reshape(frozen.shape)
+        return stacked(*(change for change in added if not change.is_nothing)).matrix().reshape(frozen.shape)
     before = frozen.weight.detach().float()
     return (changed_weight(changes, layer, before) - before).cpu()
 
@@ -312,7 +314,7 @@ def _other_changes(part: PatchedPart, path: str, *, weight: bool) -> dict[str, T
         for name, difference in module.differences.items():
             if weight or name != "weight":
                 sums[name] = sums.get(name, torch.zeros(())) + difference.float() * strength
-    return {name: one for name, one in sums.items() if one.any()}
+    return {name: difference for name, difference in sums.items() if difference.any()}
 
 
 def _as_written(ref: ModuleRef, names: ModelNames) -> ModuleRef:

@@ -143,10 +143,13 @@ def _stack(adapters: Sequence[tuple[AdapterWeights, float]]) -> AdapterWeights:
     if not in_common:
         loras = [scaled_by(weights, factor) for weights, factor in zip(loras, factors, strict=True)]
     tensors = [weights.tensors for weights in loras]
-    _refuse_unlike([(one["up"].shape[0], *one["down"].shape[1:]) for one in tensors])
-    rank = sum(one["down"].shape[0] for one in tensors)
+    _refuse_unlike([(roles["up"].shape[0], *roles["down"].shape[1:]) for roles in tensors])
+    rank = sum(roles["down"].shape[0] for roles in tensors)
     mid = {name: tensor for name, tensor in tensors[0].items() if name == "mid"}
-    joined = {"down": _joined([one["down"] for one in tensors], 0), "up": _joined([one["up"] for one in tensors], 1)}
+    joined = {
+        "down": _joined([roles["down"] for roles in tensors], 0),
+        "up": _joined([roles["up"] for roles in tensors], 1),
+    }
     return AdapterWeights("lora", {**joined, **mid}, factors[0] * rank if in_common else float(rank))
 
 
@@ -207,7 +210,9 @@ def _cut_down(
 
 def _cannot_stack(ref: ModuleRef, files: Sequence[tuple[LoraFile, float]]) -> str:
     at_fault = ((file, file.modules[ref].adapter) for file, _ in files if ref in file.modules)
-    path, weights = next((file.path, one) for file, one in at_fault if one is not None and not is_plain_lora(one))
+    path, weights = next(
+        (file.path, weights) for file, weights in at_fault if weights is not None and not is_plain_lora(weights)
+    )
     needed = "--rank" if is_additive(weights) else "--rank and --model"
     return (
         f"only plain LoRAs can be merged exactly, and {path} changes {ref.path} by {title_of(weights)}; "

@@ -78,7 +78,7 @@ class ResizeReport:
     @property
     def energy(self) -> float:
         """Share of the squared singular values that is kept, over all modules."""
-        return share(sum(module.kept for module in self.modules), sum(one.total for one in self.modules))
+        return share(sum(module.kept for module in self.modules), sum(module.total for module in self.modules))
 
 
 def resize(
@@ -111,8 +111,8 @@ def resize(
         _refuse_unsuitable(file, ref, module)
         smaller[ref], report = _smaller(file, ref, module, shapes.get(ref), rank, energy)
         reports.append(report)
-    if all(one.before is not None and one.after == one.before for one in reports):
-        largest = max((one.after for one in reports), default=0)
+    if all(report.before is not None and report.after == report.before for report in reports):
+        largest = max((report.after for report in reports), default=0)
         raise LoraError(f"{path} must have a rank above the new one, and its largest is {largest}; give a smaller one")
     if file.layout == "kohya":
         smaller = with_one_alpha(smaller)

@@ -202,7 +202,7 @@ def shares(costs: Sequence[float], processes: int) -> list[list[int]]:
         least = min(range(processes), key=lambda one: (loads[one], len(found[one])))
         found[least].append(place)
         loads[least] += costs[place]
-    return [sorted(one) for one in found]
+    return [sorted(places) for places in found]
 
 
 def prefetched(maker: BatchMaker, steps: range) -> Generator[tuple[int, list[Batch]]]:

@@ -78,7 +78,7 @@ class Job:
     @property
     def parameters(self) -> int:
         trained: list[nn.Module] = [*self.adapters.values(), *self.differences.values()]
-        return sum(parameter.numel() for one in trained for parameter in one.parameters())
+        return sum(parameter.numel() for module in trained for parameter in module.parameters())
 
     def starting_from(self, state: Scalar) -> Job:
         changes: dict[str, Any] = {"existing_state": state}
@@ -225,7 +225,7 @@ def _learning_rates(
     own = {adapter.path: adapter.learning_rate for adapter in plan.adapters if adapter.learning_rate is not None}
     if requested.learning_rate is not None or rule_of(requested.optimizer).own_rate is not None:
         return own
-    return {path: _default_rate(denoiser, requested, one.algorithm) for path, one in existing.items()} | own
+    return {path: _default_rate(denoiser, requested, weights.algorithm) for path, weights in existing.items()} | own
 
 
 def _distinct_rates(config: ResolvedConfig, adapters: Mapping[str, Adapter], rates: Mapping[str, float]) -> set[float]:
@@ -305,7 +305,7 @@ def _existing(path: Path, denoiser: Denoiser, config: TrainConfig) -> _Existing:
                 adapters[ref.path] = AdapterWeights("full", {"diff": tensor})
             else:  # a weight that has an adapter as well: only one of the two is trained
                 carried[ref] = {name: tensor}
-    others = {ref: one for ref, one in state.adapters.items() if ref.component != DENOISER}
+    others = {ref: weights for ref, weights in state.adapters.items() if ref.component != DENOISER}
     return _Existing(
         path.name,
         adapters,

@@ -180,10 +180,10 @@ class Lora:
     def parameters(self) -> int:
         """Number of parameters, differences of norms and biases included."""
         if self.given is not None:
-            return sum(one.numel() for key, one in self.given.items() if not key.endswith(".alpha"))
+            return sum(tensor.numel() for key, tensor in self.given.items() if not key.endswith(".alpha"))
         tensors = [tensor for adapter in self._adapters for tensor in adapter.tensors.values()]
         tensors += [change for changes in self.state.differences.values() for change in changes.values()]
-        return sum(one.numel() for one in tensors)
+        return sum(tensor.numel() for tensor in tensors)
 
     @cached_property
     def _adapters(self) -> Sequence[AdapterWeights]:
@@ -191,7 +191,7 @@ class Lora:
             return tuple(self.state.adapters.values())
         groups = grouped(self.given)
         whole, _ = all_assembled(self.given, groups, stated_alphas(self.given, groups, self.state.metadata))
-        return tuple(one.adapter for one in whole.values() if one.adapter is not None)
+        return tuple(module.adapter for module in whole.values() if module.adapter is not None)
 
     @property
     def _algorithms_text(self) -> list[str]:

@@ -159,7 +159,7 @@ class Recipes:
 
     def write(self, result: Tensor, function: Callable[..., Any], args: Any, kwargs: Any) -> None:
         """Record `function` as the recipe of `result`, if its arguments need less memory than the result."""
-        if result.nbytes < _SMALL or any(result is one for one in args):
+        if result.nbytes < _SMALL or any(result is argument for argument in args):
             return
         leaves, spec = tree_flatten((args, kwargs))
         held = 0
@@ -296,7 +296,7 @@ class HostMemory:
     def __init__(self, module: nn.Module) -> None:
         tensors = [*module.parameters(), *module.buffers()]
         self._stay = {tensor.untyped_storage()._cdata for tensor in tensors}
-        device = next((one.device for one in tensors), torch.device("cpu"))
+        device = next((tensor.device for tensor in tensors), torch.device("cpu"))
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._known: dict[int, _Known] = {}
         self._sent: deque[weakref.ref[_OnHost]] = deque()

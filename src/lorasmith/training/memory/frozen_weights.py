@@ -104,7 +104,7 @@ def frozen_bytes(
         else:
             sizes[layer] = _packed_bytes(weight.shape, kind, dtype)
     weights, full = {layer.get_parameter("weight") for layer in sizes}, full_precision(module)
-    others = [one for one in (*module.parameters(), *module.buffers()) if one not in weights]
+    others = [tensor for tensor in (*module.parameters(), *module.buffers()) if tensor not in weights]
     rest = sum(
         one.numel() * ((torch.float32 if one in full else dtype) if one.is_floating_point() else one.dtype).itemsize
         for one in others
@@ -148,7 +148,7 @@ def _largest_block(module: nn.Module, sizes: Mapping[nn.Module, int]) -> int:
 
 
 def _block_bytes(module: nn.Module, sizes: Mapping[nn.Module, int]) -> list[int]:
-    return [sum(sizes.get(one, 0) for one in block.modules()) for block in blocks_at_depth(module, 1)]
+    return [sum(sizes.get(layer, 0) for layer in block.modules()) for block in blocks_at_depth(module, 1)]
 
 
 def code_in_model(layer: nn.Module) -> torch.dtype | None:

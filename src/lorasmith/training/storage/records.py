@@ -155,7 +155,11 @@ def run_record(
             for one in parts.training.samples
         ),
         data={
-            **{name: one for name, one in source.items() if name not in _ELSEWHERE and one and isinstance(one, Scalar)},
+            **{
+                name: value
+                for name, value in source.items()
+                if name not in _ELSEWHERE and value and isinstance(value, Scalar)
+            },
             "held_out": ", ".join(dict.fromkeys(sample.name for sample in held_out)),
             "note": parts.note,
             **facts,
