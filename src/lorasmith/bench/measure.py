@@ -99,13 +99,13 @@ class PartTimes:
 
 
 def synthetic_samples(
-    model: Model, count: int, height: int, width: int, *, frames: int = 1, tokens: int | None = None, seed: int = 0
+    model: Model, count: int, height: int, width: int, *, frames: int = 1, tokens: int | None = None
 ) -> tuple[Sample, ...]:
     """Samples with random latents and conditioning in a model's shapes; `height`, `width` are of the latents.
 
     `frames` is 1 for pictures; `tokens` is the length of the context, None for the family's usual one.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     shapes = dict(model.family.conditioning_shapes(model.components.denoiser))
     if tokens is not None:
         shapes["context"] = (1, tokens, *shapes["context"][2:])

@@ -109,7 +109,6 @@ def generate_clips(
     *,
     text_encoder: TextEncoder | None = None,
     negative: str = "",
-    device: torch.device | None = None,
     progress: Callable[[int, int], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> list[Clip]:
@@ -118,8 +117,8 @@ def generate_clips(
     Arguments and errors are as for `generate`; OptionError also for a number of frames that does not fit.
     """
     denoiser = model.denoiser if isinstance(model, Model) else model
-    positives, away = _encoded(denoiser, prompts, negative, text_encoder, device)
-    return clips(denoiser, positives, away, sampling, device=device, progress=progress, cancelled=cancelled)
+    positives, away = _encoded(denoiser, prompts, negative, text_encoder, None)
+    return clips(denoiser, positives, away, sampling, progress=progress, cancelled=cancelled)
 
 
 def clips(

@@ -8,11 +8,10 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from types import MappingProxyType
 from typing import Self
 
 from lorasmith.adapters.algorithms import format_named, format_of, words_of
@@ -111,24 +110,6 @@ class TrainResult:
         return plot_losses(self.losses, validations=self.validations, base_loss=self.base_loss)
 
 
-def lora_of(job: Job, metadata: Mapping[str, str] = MappingProxyType({})) -> Lora:
-    """The LoRA in a job's adapters, on the CPU after `Engine.release` or inside of `Engine.exported`."""
-    trained = {ModuleRef(DENOISER, path): adapter.to_weights() for path, adapter in job.adapters.items()}
-    changes = {ref: dict(tensors) for ref, tensors in job.carried.differences.items()}
-    for path, difference in job.differences.items():
-        changes.setdefault(ModuleRef(DENOISER, path), {}).update(difference.to_tensors())
-    for ref, role in [(ref, format_of(weights).difference) for ref, weights in trained.items()]:
-        if role:  # files hold it as a difference
-            changes.setdefault(ref, {})["weight"] = trained.pop(ref).tensors[role]
-    state = AdapterState(
-        adapters={**job.carried.adapters, **trained},
-        differences=changes,
-        unknown=job.carried.unknown,
-        metadata=dict(metadata),
-    )
-    return Lora(state, job.denoiser.base.names, dtype_from_name(job.config.lora_dtype), job.config.private)
-
-
 @dataclass
 class Results:
     """Makes and saves LoRAs from a job's adapters; writes no files if `folder` is None."""
@@ -143,6 +124,7 @@ class Results:
     started: float = field(default_factory=time.time)
 
     def lora(self, step: int) -> Lora:
+        """The LoRA in the job's adapters, on the CPU after `Engine.release` or inside of `Engine.exported`."""
         job = self.job
         metadata = training_metadata(
             job,
@@ -154,7 +136,20 @@ class Results:
             record=self.record,
             hashes=self.hashes,
         )
-        return lora_of(job, metadata)
+        trained = {ModuleRef(DENOISER, path): adapter.to_weights() for path, adapter in job.adapters.items()}
+        changes = {ref: dict(tensors) for ref, tensors in job.carried.differences.items()}
+        for path, difference in job.differences.items():
+            changes.setdefault(ModuleRef(DENOISER, path), {}).update(difference.to_tensors())
+        for ref, role in [(ref, format_of(weights).difference) for ref, weights in trained.items()]:
+            if role:  # files hold it as a difference
+                changes.setdefault(ref, {})["weight"] = trained.pop(ref).tensors[role]
+        state = AdapterState(
+            adapters={**job.carried.adapters, **trained},
+            differences=changes,
+            unknown=job.carried.unknown,
+            metadata=metadata,
+        )
+        return Lora(state, job.denoiser.base.names, dtype_from_name(job.config.lora_dtype), job.config.private)
 
     def save(self, loop: Loop, path: Path) -> None:
         self.lora(loop.step).save(path)

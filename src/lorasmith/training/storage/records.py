@@ -14,7 +14,6 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, TypeVar
 
 from torch import nn
@@ -129,8 +128,8 @@ def run_record(
     *,
     title: str,
     source: Mapping[str, Any],  # JSON values from which the run can be repeated
-    facts: Mapping[str, Any] = MappingProxyType({}),  # more on the images, for readers
-    verify: bool = False,  # digest every byte of the base model's files
+    facts: Mapping[str, Any],  # more on the images, for readers
+    verify: bool,  # digest every byte of the base model's files
 ) -> RunRecord:
     """The record of a planned run. Raises ModelError if a file of the base model cannot be read for `verify`."""
     base = job.denoiser.base
