@@ -27,8 +27,8 @@ from lorasmith.bench.measure import (
     Counter,
     counted,
     frozen_pass,
+    measured_steps,
     pass_seconds,
-    step_seconds,
     training_steps,
 )
 from lorasmith.core.allocator import is_out_of_memory
@@ -126,7 +126,8 @@ class Ours(Side):
 
     def seconds(self) -> Sequence[float]:
         clock = clock_of(self._work.device)
-        return step_seconds(self.job, self._work.samples, warmup=self._warmup, clock=clock, on_event=_as_asked).seconds
+        steps = measured_steps(self.job, self._work.samples, warmup=self._warmup, clock=clock, on_event=_as_asked)
+        return steps.seconds.seconds
 
     def opened(self, counter: Counter | None = None) -> contextlib.AbstractContextManager[Once]:
         return training_steps(self.job, self._work.samples, counter)

@@ -86,11 +86,11 @@ def test_errors_are_sentences(lorasmith: Callable[..., Ran], arguments: list[obj
 
 def test_only_the_first_findings_are_printed_where_a_run_starts(capsys: pytest.CaptureFixture[str]) -> None:
     findings = [Finding("copies", f"problem {index}", "a.png", "remove it") for index in range(5)]
-    print_findings(findings, most=3, indent=2)
+    print_findings(findings, most=3)
     assert capsys.readouterr().out.splitlines() == [
-        "  Look at: problem 0: a.png; remove it.",
-        "  Look at: problem 1: a.png; remove it.",
-        "  Look at: 3 more; lorasmith data check lists them.",
+        "Look at: problem 0: a.png; remove it.",
+        "Look at: problem 1: a.png; remove it.",
+        "Look at: 3 more; lorasmith data check lists them.",
     ]
     print_findings(findings[:3], most=3)
     assert capsys.readouterr().out.count("remove it") == 3

@@ -8,7 +8,8 @@ import pkgutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from typing import Any, get_args
+from typing import Any
+from typing import get_args
 
 import pytest
 
@@ -17,25 +18,27 @@ from lorasmith.core import choices
 from lorasmith.core.errors import OptionError
 from lorasmith.core.options import options_of
 from lorasmith.core.quantization import PACKINGS
-from lorasmith.diffusion.losses import LOSSES, WEIGHTINGS
+from lorasmith.diffusion.losses import LOSSES
+from lorasmith.diffusion.losses import WEIGHTINGS
 from lorasmith.diffusion.schedule import TIMESTEP_DISTRIBUTIONS
-from lorasmith.training.config import ResolvedConfig, Section, TrainConfig
+from lorasmith.training.config import ResolvedConfig
+from lorasmith.training.config import Section
+from lorasmith.training.config import TrainConfig
 
 SETTINGS = options_of(TrainConfig)
 
 OTHER_CONCEPTS = {
     "families.base.Defaults": "of a model, where the setting is open",
     "adapters.variants.Variant": "the plain algorithm, whatever a run's settings are",
-    "app.sweep_results.SweepEntry": "steps that a run has made so far",
+    "runs.sweep_results.SweepEntry": "steps that a run has made so far",
     "report.sweep_page.ApartRun": "steps that a run has made so far",
-    "bench.measure.synthetic_samples": "the seed of random inputs",
-    "app.drawing.load_with_loras": "LoRAs of pictures",
-    "app.drawing.with_loras": "LoRAs of pictures",
-    "app.library.generate": "steps of a sampler, the seed and the LoRAs of a picture",
+    "runs.drawing.load_with_loras": "LoRAs of pictures",
+    "runs.drawing.with_loras": "LoRAs of pictures",
+    "runs.library.generate": "steps of a sampler, the seed and the LoRAs of a picture",
     "cli.lora_files.convert": "a file's metadata",
     "core.adapter_state.PeftKind": "the name of a field",
     "cli.train.demo": "the demo's own run",
-    "cli.lora_changes.extract": "the size of a LoRA made of two checkpoints",
+    "cli.lora_files.extract": "the size of a LoRA made of two checkpoints",
     "cli.generate.generate": "steps of a sampler, the seed and the LoRAs of a picture",
     "diffusion.schedule.DiscreteSchedule.scaled_linear": "the length of a noise schedule",
     "diffusion.schedule.FlowSchedule": "the length of a noise schedule",

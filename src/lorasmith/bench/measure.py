@@ -99,13 +99,13 @@ class PartTimes:
 
 
 def synthetic_samples(
-    model: Model, count: int, height: int, width: int, *, frames: int = 1, tokens: int | None = None, seed: int = 0
+    model: Model, count: int, height: int, width: int, *, frames: int = 1, tokens: int | None = None
 ) -> tuple[Sample, ...]:
     """Samples with random latents and conditioning in a model's shapes; `height`, `width` are of the latents.
 
     `frames` is 1 for pictures; `tokens` is the length of the context, None for the family's usual one.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     shapes = dict(model.family.conditioning_shapes(model.components.denoiser))
     if tokens is not None:
         shapes["context"] = (1, tokens, *shapes["context"][2:])
@@ -237,18 +237,6 @@ def measured_steps(
     finally:
         engine.release()
     return Steps(Spread(ends.differences()[warmup - 1 :]), Spread(tuple(loop.waited_s[warmup:])))
-
-
-def step_seconds(
-    job: Job,
-    samples: Sequence[Sample],
-    *,
-    warmup: int = 1,
-    clock: Clock = time.perf_counter,
-    on_event: EventHandler = lambda event: None,
-) -> Spread:
-    """Seconds of each step of the training loop, as `measured_steps`."""
-    return measured_steps(job, samples, warmup=warmup, clock=clock, on_event=on_event).seconds
 
 
 def measured_parts(job: Job, samples: Sequence[Sample]) -> PartTimes:
@@ -384,14 +372,14 @@ class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if formula is not None:
             self.flops += formula(*args, **kwargs, out_val=result)
         inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        known = {one.untyped_storage()._cdata for one in inputs}
-        made = [one for one in tree_leaves(result) if isinstance(one, Tensor)]
-        fresh = [one for one in made if one.untyped_storage()._cdata not in known]
+        known = {tensor.untyped_storage()._cdata for tensor in inputs}
+        made = [tensor for tensor in tree_leaves(result) if isinstance(tensor, Tensor)]
+        fresh = [tensor for tensor in made if tensor.untyped_storage()._cdata not in known]
         self.operations += bool(fresh) or func._schema.is_mutable
         for one in fresh:
             self._follow(one)
-        if any(one.device.type != self._device.type for one in inputs if one.ndim):
-            self.sent += sum(one.nbytes for one in fresh if one.device.type == self._device.type)
+        if any(tensor.device.type != self._device.type for tensor in inputs if tensor.ndim):
+            self.sent += sum(tensor.nbytes for tensor in fresh if tensor.device.type == self._device.type)
         return result
 
     def _notice_backward(self) -> None:

@@ -350,13 +350,13 @@ def print_note(sentence: str, *, kind: str = "Note", colour: str = "yellow", ind
     console.print(Text.assemble(" " * indent, (f"{kind}:", colour), f" {printable(sentence)}"), soft_wrap=True)
 
 
-def print_findings(findings: Sequence[Finding], *, most: int | None = None, indent: int = 0) -> None:
-    """Print at most `most` findings, a line each with `indent` blanks in front; they are sorted, the gravest first."""
+def print_findings(findings: Sequence[Finding], *, most: int | None = None) -> None:
+    """Print at most `most` findings, a line each; they are sorted, the gravest first."""
     shown = findings if most is None or len(findings) <= most else findings[: most - 1]
     for finding in shown:
-        print_note(f"{finding.sentence}.", kind="Look at", indent=indent)
+        print_note(f"{finding.sentence}.", kind="Look at")
     if more := len(findings) - len(shown):
-        print_note(f"{more} more; lorasmith data check lists them.", kind="Look at", indent=indent)
+        print_note(f"{more} more; lorasmith data check lists them.", kind="Look at")
 
 
 def print_error(sentence: str, *, kind: str) -> None:

@@ -87,16 +87,8 @@ def _common(
     pass
 
 
-train.register(app)
-sweep.register(app)
-recorded_runs.register(app)
-models.register(app)
-workflow.register(app)
-generate.register(app)
-lora_files.register(app)
-bench.register(app)
-serve.register(app)
-data.register(app)
+for command in (train, sweep, recorded_runs, models, workflow, generate, lora_files, bench, serve, data):
+    command.register(app)
 with_general_flags(app)
 with_readable_help(app)
 

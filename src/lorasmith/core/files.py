@@ -154,7 +154,7 @@ def check_writable(folder: Path) -> Path:
     check_parents(folder)
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"{folder} must be a folder but is a file; move it away or choose another output")
-    existing = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     try:
         with tempfile.TemporaryFile(dir=existing) as file:
             file.write(b"\0")

@@ -240,7 +240,7 @@ class Folders:
         try:
             real = path.resolve()
             own = (self.base, *self._places("input"), self.place("output"), self.place("temp"))
-            roots = [one.resolve() for one in (*own, *self._dataset_roots())]
+            roots = [root.resolve() for root in (*own, *self._dataset_roots())]
         except (OSError, RuntimeError):  # a circle of links
             return False
         return any(real.is_relative_to(root) for root in roots)
@@ -299,7 +299,7 @@ def read_extra_model_paths(file: Path) -> tuple[dict[str, list[Path]], dict[str,
 
 def annotated(name: str) -> tuple[str, Place | None]:
     """`cat.png [temp]` → (`cat.png`, `temp`); the place is None if the name has none."""
-    place = next((one for one in PLACES if name.endswith(f"[{one}]")), None)
+    place = next((place for place in PLACES if name.endswith(f"[{place}]")), None)
     return (name, None) if place is None else (name[: -len(place) - 2].rstrip(), place)
 
 

@@ -58,7 +58,7 @@ def _count(text: str) -> int:
 def _refuse_depth(value: Any) -> None:
     level = [value]
     for _ in range(MAX_DEPTH + 1):
-        containers = [one for one in level if isinstance(one, (dict, list))]
+        containers = [value for value in level if isinstance(value, (dict, list))]
         if not containers:
             return
         level = [

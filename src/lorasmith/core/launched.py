@@ -89,7 +89,7 @@ def launched_process(environment: Mapping[str, str] = os.environ) -> LaunchedPro
 
 def gpu_variable(index: int, environment: Mapping[str, str] = os.environ) -> str:
     """The value of `VISIBLE_GPUS` for a child process that sees only GPU `index` of this process."""
-    visible = [one for one in environment.get(VISIBLE_GPUS, "").split(",") if one.strip()]
+    visible = [gpu for gpu in environment.get(VISIBLE_GPUS, "").split(",") if gpu.strip()]
     return visible[index] if index < len(visible) else str(index)
 
 
@@ -229,6 +229,6 @@ def _interface_with(address: str) -> str:
     import psutil
 
     for name, found in psutil.net_if_addrs().items():
-        if any(one.address.partition("%")[0] == address for one in found):
+        if any(entry.address.partition("%")[0] == address for entry in found):
             return name
     return ""

@@ -35,7 +35,7 @@ def full_precision(module: nn.Module) -> set[Tensor]:
         if layer.__dict__.get(FULL_PRECISION):
             found |= {*layer.parameters(recurse=False), *layer.buffers(recurse=False)}
         found |= {one for name in layer._non_persistent_buffers_set if (one := layer._buffers[name]) is not None}
-    return {one for one in found if one.is_floating_point()}
+    return {tensor for tensor in found if tensor.is_floating_point()}
 
 
 def best_device() -> torch.device:
@@ -144,7 +144,7 @@ def placed(
     for that of `memory_format_for`.
     """
     others = {id(tensor) for tensor in without}
-    full = {id(one) for one in full_precision(module)}
+    full = {id(tensor) for tensor in full_precision(module)}
     layout = layout or memory_format_for(module)
     originals: list[tuple[Tensor, Tensor]] = []
     sources: list[tuple[nn.Module, Packed]] = []

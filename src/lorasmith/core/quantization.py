@@ -107,7 +107,7 @@ class Packed:
     ) -> Packed:
         """The packed weight on `device`, unpacking to `dtype`; `memory_format` applies to 4-D codes."""
         formats = (memory_format if tensor.ndim == 4 else torch.preserve_format for tensor in self.tensors)
-        moved = (one.to(device, memory_format=wanted) for one, wanted in zip(self.tensors, formats, strict=True))
+        moved = (tensor.to(device, memory_format=wanted) for tensor, wanted in zip(self.tensors, formats, strict=True))
         return replace(self, tensors=tuple(moved), dtype=dtype)
 
     def of_rows(self, choose: Callable[[Tensor], Tensor]) -> Packed | Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,9 +14,12 @@ from lorasmith.adapters.frozen_layer import placed_for_products
 from lorasmith.core.errors import OptionError
 from lorasmith.core.placement import best_device
 from lorasmith.families.base import Conditioning
-from lorasmith.families.model import Denoiser, Model, TextEncoder
+from lorasmith.families.model import Denoiser
+from lorasmith.families.model import Model
+from lorasmith.families.model import TextEncoder
 from lorasmith.report.pictures import Clip
-from lorasmith.sampling.sample import prepare_noise, sample_latents
+from lorasmith.sampling.sample import prepare_noise
+from lorasmith.sampling.sample import sample_latents
 from lorasmith.sampling.samplers import sigmas_for
 
 
@@ -109,7 +113,6 @@ def generate_clips(
     *,
     text_encoder: TextEncoder | None = None,
     negative: str = "",
-    device: torch.device | None = None,
     progress: Callable[[int, int], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> list[Clip]:
@@ -118,8 +121,8 @@ def generate_clips(
     Arguments and errors are as for `generate`; OptionError also for a number of frames that does not fit.
     """
     denoiser = model.denoiser if isinstance(model, Model) else model
-    positives, away = _encoded(denoiser, prompts, negative, text_encoder, device)
-    return clips(denoiser, positives, away, sampling, device=device, progress=progress, cancelled=cancelled)
+    positives, away = _encoded(denoiser, prompts, negative, text_encoder, None)
+    return clips(denoiser, positives, away, sampling, progress=progress, cancelled=cancelled)
 
 
 def clips(
@@ -189,7 +192,7 @@ def _encoded(
 def to_images(pixels: Tensor) -> list[Image.Image]:
     """Pictures from pixels (batch, 3, height, width) in [−1, 1]."""
     scaled = ((pixels.float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return [Image.fromarray(one.permute(1, 2, 0).numpy()) for one in scaled]
+    return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in scaled]
 
 
 def _latent_shape(model: Model, sampling: Sampling) -> tuple[int, ...]:

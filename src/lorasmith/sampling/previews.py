@@ -115,7 +115,7 @@ def _encoded(
     known: list[tuple[TextEncoder, float]] = []
     for strength in strengths:
         handle = encoder(strength)
-        same = next((before for one, before in known if one is handle), None)
+        same = next((before for encoder_handle, before in known if encoder_handle is handle), None)
         if same is None:
             known.append((handle, strength))
             with handle.active(device):

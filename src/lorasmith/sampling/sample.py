@@ -49,7 +49,10 @@ def guided(
 
     def prediction(latents: Tensor, time: Tensor, sigma: float) -> tuple[Tensor, float]:
         active = tuple(
-            tuple(sigma_at(one.span[0]) >= sigma >= sigma_at(one.span[1]) for one in conditionings)
+            tuple(
+                sigma_at(conditioning.span[0]) >= sigma >= sigma_at(conditioning.span[1])
+                for conditioning in conditionings
+            )
             for _, conditionings in sides
         )
         if active not in joined:

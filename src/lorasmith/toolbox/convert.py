@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -17,18 +18,18 @@ from torch import Tensor
 from lorasmith.core.adapter_state import AdapterState
 from lorasmith.core.errors import LoraError
 from lorasmith.families.loading import released_names
-from lorasmith.formats.acceptance import made_portable, misread_alphas, shortfalls
+from lorasmith.formats.acceptance import made_portable
+from lorasmith.formats.acceptance import misread_alphas
+from lorasmith.formats.acceptance import shortfalls
 from lorasmith.formats.layouts.layout import sentences
-from lorasmith.formats.lora_file import (
-    PORTABLE,
-    layout_for,
-    load_lora,
-    read_lora_tensors,
-    save_streamed,
-    state_from_tensors,
-    unapplied,
-    without,
-)
+from lorasmith.formats.lora_file import PORTABLE
+from lorasmith.formats.lora_file import layout_for
+from lorasmith.formats.lora_file import load_lora
+from lorasmith.formats.lora_file import read_lora_tensors
+from lorasmith.formats.lora_file import save_streamed
+from lorasmith.formats.lora_file import state_from_tensors
+from lorasmith.formats.lora_file import unapplied
+from lorasmith.formats.lora_file import without
 from lorasmith.formats.metadata import without_private
 from lorasmith.formats.names import ModelNames
 from lorasmith.formats.spelling import guessed_family
@@ -70,8 +71,8 @@ def convert_lora(
     is_portable = to.casefold() == PORTABLE
     losses = layout.losses(state, names)
     found = shortfalls(state, layout, names, is_portable=is_portable)
-    lost = [*sentences(losses), *(one.sentence for one in found if one.program == layout.title)]
-    if strangers := [one.name for one in unapplied(state, names)]:
+    lost = [*sentences(losses), *(shortfall.sentence for shortfall in found if shortfall.program == layout.title)]
+    if strangers := [part.name for part in unapplied(state, names)]:
         first = strangers[0] if len(strangers) == 1 else f"{len(strangers)} modules, such as {strangers[0]}"
         lost.append(f"{first}: the model has no place for it")
     if lost and not lossy:
@@ -88,7 +89,7 @@ def convert_lora(
     form = (lambda piece: made_portable(piece, names, alphas)) if is_portable else None
     save_streamed(target, kept, names, layout, metadata, form=form)
     others = shortfalls(kept, layout, names, is_portable=is_portable)
-    notes = tuple(one.sentence for one in others if one.program != layout.title)
+    notes = tuple(shortfall.sentence for shortfall in others if shortfall.program != layout.title)
     return Converted(target, layout.title, names.family, modules, tuple(lost), notes)
 
 

@@ -11,35 +11,52 @@ LoRAs are applied. The model is not modified.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from collections.abc import Container
+from collections.abc import Iterable
+from collections.abc import Sequence
+from dataclasses import dataclass
+from dataclasses import field
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch import nn
 
-from lorasmith.adapters.frozen_layer import FrozenLayer, is_targetable
+from lorasmith.adapters.frozen_layer import FrozenLayer
+from lorasmith.adapters.frozen_layer import is_targetable
 from lorasmith.adapters.patch import Patch
-from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
-from lorasmith.core.errors import LoraError, ModelError
+from lorasmith.core.adapter_state import DENOISER
+from lorasmith.core.adapter_state import AdapterState
+from lorasmith.core.adapter_state import AdapterWeights
+from lorasmith.core.adapter_state import ModuleRef
+from lorasmith.core.errors import LoraError
+from lorasmith.core.errors import ModelError
 from lorasmith.families.base import Family
-from lorasmith.formats.lora_file import PORTABLE, layout_for, save_lora
-from lorasmith.formats.names import ModelNames, OriginalName, fused_rows, split
+from lorasmith.formats.lora_file import PORTABLE
+from lorasmith.formats.lora_file import layout_for
+from lorasmith.formats.lora_file import save_lora
+from lorasmith.formats.names import ModelNames
+from lorasmith.formats.names import OriginalName
+from lorasmith.formats.names import fused_rows
+from lorasmith.formats.names import split
 from lorasmith.formats.scales import with_one_alpha
 from lorasmith.formats.spelling import ModuleTensors
-from lorasmith.toolbox.changes import (
-    Truncated,
-    WeightChange,
-    added_by,
-    as_lora,
-    changed_weight,
-    is_additive,
-    share,
-    stacked,
-)
-from lorasmith.toolbox.lora_files import HISTORY, file_target, free_target, rank_entries
-from lorasmith.toolbox.model_files import ModelReader, Parameter
+from lorasmith.toolbox.changes import Truncated
+from lorasmith.toolbox.changes import WeightChange
+from lorasmith.toolbox.changes import added_by
+from lorasmith.toolbox.changes import as_lora
+from lorasmith.toolbox.changes import changed_weight
+from lorasmith.toolbox.changes import is_additive
+from lorasmith.toolbox.changes import share
+from lorasmith.toolbox.changes import stacked
+from lorasmith.toolbox.lora_files import HISTORY
+from lorasmith.toolbox.lora_files import file_target
+from lorasmith.toolbox.lora_files import free_target
+from lorasmith.toolbox.lora_files import rank_entries
+from lorasmith.toolbox.model_files import ModelReader
+from lorasmith.toolbox.model_files import Parameter
 from lorasmith.toolbox.resize import check_bounds
 
 TensorGroups = dict[str, list[tuple[ModuleRef, OriginalName]]]
@@ -93,7 +110,15 @@ def extract(
     adapters: dict[ModuleRef, AdapterWeights] = {}
     groups = _groups(base, tuned)
     for done, (name, group) in enumerate(groups.items(), start=1):
-        adapters |= _layer(base, tuned, name, group, report, rank=rank, energy=energy, device=device)
+        pieces = [_difference(base, tuned, Parameter(ref, "weight")) for ref, _ in group]
+        if any(piece.any() for piece in pieces):
+            found, cut = cut_down(name, group, pieces, rank=rank, energy=energy, device=device)
+            adapters |= found
+            report.ranks[name] = cut.rank
+            report.kept += cut.kept
+            report.total += cut.total
+        else:
+            report.unchanged += 1
         if progress is not None:
             progress(done, len(groups))
     layers = {Parameter(ref, "weight") for group in groups.values() for ref, _ in group}
@@ -150,29 +175,6 @@ def cut_down(
     parts = split(as_lora(cut, tuple(whole.shape), float(cut.rank)), places)
     assert parts is not None, "a LoRA can always be cut into rows"
     return {ref: weights for (ref, _), weights in zip(group, parts, strict=True) if weights is not None}, cut
-
-
-def _layer(
-    base: ModelReader,
-    tuned: ModelReader,
-    name: str,
-    group: Sequence[tuple[ModuleRef, OriginalName]],
-    report: ExtractReport,
-    *,
-    rank: int,
-    energy: float | None,
-    device: torch.device | str,
-) -> dict[ModuleRef, AdapterWeights]:
-    """Adapters of the modules in one tensor of the original checkpoint; none if the models do not differ there."""
-    pieces = [_difference(base, tuned, Parameter(ref, "weight")) for ref, _ in group]
-    if not any(piece.any() for piece in pieces):
-        report.unchanged += 1
-        return {}
-    adapters, cut = cut_down(name, group, pieces, rank=rank, energy=energy, device=device)
-    report.ranks[name] = cut.rank
-    report.kept += cut.kept
-    report.total += cut.total
-    return adapters
 
 
 def _rest(
@@ -252,7 +254,9 @@ class PatchedPart:
 
     def changes_of(self, path: str) -> Sequence[tuple[ModuleTensors, float]]:
         """A module's tensors and strength, by patch."""
-        found = ((ModuleTensors(one.adapters.get(path), one.differences.get(path, {})), one) for one in self.patches)
+        found = (
+            (ModuleTensors(patch.adapters.get(path), patch.differences.get(path, {})), patch) for patch in self.patches
+        )
         return [(module, patch.strength) for module, patch in found if module.adapter or module.differences]
 
 
@@ -314,7 +318,7 @@ def _weight_change(part: PatchedPart, path: str) -> Tensor:
         return torch.zeros(frozen.shape)
     if all(module.adapter is None or is_additive(module.adapter) for module, _ in changes):
         added = [added_by(module, tuple(frozen.shape)).times(strength) for module, strength in changes]
-        return stacked(*(one for one in added if not one.is_nothing)).matrix().reshape(frozen.shape)
+        return stacked(*(change for change in added if not change.is_nothing)).matrix().reshape(frozen.shape)
     before = frozen.weight.detach().float()
     return (changed_weight(changes, layer, before) - before).cpu()
 
@@ -326,7 +330,7 @@ def _other_changes(part: PatchedPart, path: str, *, weight: bool) -> dict[str, T
         for name, difference in module.differences.items():
             if weight or name != "weight":
                 sums[name] = sums.get(name, torch.zeros(())) + difference.float() * strength
-    return {name: one for name, one in sums.items() if one.any()}
+    return {name: difference for name, difference in sums.items() if difference.any()}
 
 
 def _as_written(ref: ModuleRef, names: ModelNames) -> ModuleRef:

@@ -12,7 +12,9 @@ order, and rounded once to the checkpoint's dtype; all others are copied byte by
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
+from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,40 +23,45 @@ import torch
 from torch import Tensor
 
 from lorasmith.adapters.algorithms import title_of
-from lorasmith.core.adapter_state import DENOISER, AdapterWeights, ModuleRef, multiplied
-from lorasmith.core.errors import LoraError, ModelError, OptionError
+from lorasmith.core.adapter_state import DENOISER
+from lorasmith.core.adapter_state import AdapterWeights
+from lorasmith.core.adapter_state import ModuleRef
+from lorasmith.core.adapter_state import multiplied
+from lorasmith.core.errors import LoraError
+from lorasmith.core.errors import ModelError
+from lorasmith.core.errors import OptionError
 from lorasmith.core.files import atomic_folder
 from lorasmith.formats.container import check_safetensors
-from lorasmith.formats.scales import rank_of, scale_of, scaled_by
-from lorasmith.formats.spelling import ModuleTensors, without_core
-from lorasmith.toolbox.changes import (
-    Truncated,
-    WeightChange,
-    added,
-    added_by,
-    as_lora,
-    changed_weight,
-    has_full_difference,
-    is_additive,
-    is_plain_lora,
-    layer_like,
-    merged_weight,
-    share,
-    stacked,
-    weight_shape,
-)
-from lorasmith.toolbox.lora_files import (
-    LoraFile,
-    file_target,
-    folder_target,
-    free_target,
-    noted,
-    read_lora,
-    read_together,
-    rewritten,
-    save_alike,
-)
-from lorasmith.toolbox.model_files import ModelReader, Parameter
+from lorasmith.formats.scales import rank_of
+from lorasmith.formats.scales import scale_of
+from lorasmith.formats.scales import scaled_by
+from lorasmith.formats.spelling import ModuleTensors
+from lorasmith.formats.spelling import without_core
+from lorasmith.toolbox.changes import Truncated
+from lorasmith.toolbox.changes import WeightChange
+from lorasmith.toolbox.changes import added
+from lorasmith.toolbox.changes import added_by
+from lorasmith.toolbox.changes import as_lora
+from lorasmith.toolbox.changes import changed_weight
+from lorasmith.toolbox.changes import has_full_difference
+from lorasmith.toolbox.changes import is_additive
+from lorasmith.toolbox.changes import is_plain_lora
+from lorasmith.toolbox.changes import layer_like
+from lorasmith.toolbox.changes import merged_weight
+from lorasmith.toolbox.changes import share
+from lorasmith.toolbox.changes import stacked
+from lorasmith.toolbox.changes import weight_shape
+from lorasmith.toolbox.lora_files import LoraFile
+from lorasmith.toolbox.lora_files import file_target
+from lorasmith.toolbox.lora_files import folder_target
+from lorasmith.toolbox.lora_files import free_target
+from lorasmith.toolbox.lora_files import noted
+from lorasmith.toolbox.lora_files import read_lora
+from lorasmith.toolbox.lora_files import read_together
+from lorasmith.toolbox.lora_files import rewritten
+from lorasmith.toolbox.lora_files import save_alike
+from lorasmith.toolbox.model_files import ModelReader
+from lorasmith.toolbox.model_files import Parameter
 
 WeightedModule = tuple[ModuleTensors, float]  # a file's tensors for a module, and its strength
 
@@ -143,10 +150,13 @@ def _stack(adapters: Sequence[tuple[AdapterWeights, float]]) -> AdapterWeights:
     if not in_common:
         loras = [scaled_by(weights, factor) for weights, factor in zip(loras, factors, strict=True)]
     tensors = [weights.tensors for weights in loras]
-    _refuse_unlike([(one["up"].shape[0], *one["down"].shape[1:]) for one in tensors])
-    rank = sum(one["down"].shape[0] for one in tensors)
+    _refuse_unlike([(roles["up"].shape[0], *roles["down"].shape[1:]) for roles in tensors])
+    rank = sum(roles["down"].shape[0] for roles in tensors)
     mid = {name: tensor for name, tensor in tensors[0].items() if name == "mid"}
-    joined = {"down": _joined([one["down"] for one in tensors], 0), "up": _joined([one["up"] for one in tensors], 1)}
+    joined = {
+        "down": _joined([roles["down"] for roles in tensors], 0),
+        "up": _joined([roles["up"] for roles in tensors], 1),
+    }
     return AdapterWeights("lora", {**joined, **mid}, factors[0] * rank if in_common else float(rank))
 
 
@@ -207,7 +217,9 @@ def _cut_down(
 
 def _cannot_stack(ref: ModuleRef, files: Sequence[tuple[LoraFile, float]]) -> str:
     at_fault = ((file, file.modules[ref].adapter) for file, _ in files if ref in file.modules)
-    path, weights = next((file.path, one) for file, one in at_fault if one is not None and not is_plain_lora(one))
+    path, weights = next(
+        (file.path, weights) for file, weights in at_fault if weights is not None and not is_plain_lora(weights)
+    )
     needed = "--rank" if is_additive(weights) else "--rank and --model"
     return (
         f"only plain LoRAs can be merged exactly, and {path} changes {ref.path} by {title_of(weights)}; "

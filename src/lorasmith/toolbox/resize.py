@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import collections
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,35 +20,36 @@ import torch
 from torch import Tensor
 
 from lorasmith.adapters.algorithms import title_of
-from lorasmith.core.adapter_state import AdapterWeights, ModuleRef
-from lorasmith.core.errors import LoraError, OptionError
+from lorasmith.core.adapter_state import AdapterWeights
+from lorasmith.core.adapter_state import ModuleRef
+from lorasmith.core.errors import LoraError
+from lorasmith.core.errors import OptionError
 from lorasmith.families.loading import released_names
 from lorasmith.formats.container import write_safetensors
 from lorasmith.formats.layouts.peft import ADAPTER_METADATA
 from lorasmith.formats.metadata import sshs_hashes
 from lorasmith.formats.names import ModelNames
-from lorasmith.formats.scales import scale_of, scaled_by, with_one_alpha
-from lorasmith.formats.spelling import ModuleTensors, grouped
-from lorasmith.toolbox.changes import (
-    added_by,
-    as_lora,
-    factors_of,
-    has_full_difference,
-    is_additive,
-    is_low_rank,
-    share,
-    weight_shape,
-)
-from lorasmith.toolbox.lora_files import (
-    LoraFile,
-    file_target,
-    flat_shapes,
-    noted,
-    rank_entries,
-    read_lora,
-    refuse_folder,
-    spelled_like,
-)
+from lorasmith.formats.scales import scale_of
+from lorasmith.formats.scales import scaled_by
+from lorasmith.formats.scales import with_one_alpha
+from lorasmith.formats.spelling import ModuleTensors
+from lorasmith.formats.spelling import grouped
+from lorasmith.toolbox.changes import added_by
+from lorasmith.toolbox.changes import as_lora
+from lorasmith.toolbox.changes import factors_of
+from lorasmith.toolbox.changes import has_full_difference
+from lorasmith.toolbox.changes import is_additive
+from lorasmith.toolbox.changes import is_low_rank
+from lorasmith.toolbox.changes import share
+from lorasmith.toolbox.changes import weight_shape
+from lorasmith.toolbox.lora_files import LoraFile
+from lorasmith.toolbox.lora_files import file_target
+from lorasmith.toolbox.lora_files import flat_shapes
+from lorasmith.toolbox.lora_files import noted
+from lorasmith.toolbox.lora_files import rank_entries
+from lorasmith.toolbox.lora_files import read_lora
+from lorasmith.toolbox.lora_files import refuse_folder
+from lorasmith.toolbox.lora_files import spelled_like
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class ResizeReport:
     @property
     def energy(self) -> float:
         """Share of the squared singular values that is kept, over all modules."""
-        return share(sum(module.kept for module in self.modules), sum(one.total for one in self.modules))
+        return share(sum(module.kept for module in self.modules), sum(module.total for module in self.modules))
 
 
 def resize(
@@ -111,8 +113,8 @@ def resize(
         _refuse_unsuitable(file, ref, module)
         smaller[ref], report = _smaller(file, ref, module, shapes.get(ref), rank, energy)
         reports.append(report)
-    if all(one.before is not None and one.after == one.before for one in reports):
-        largest = max((one.after for one in reports), default=0)
+    if all(report.before is not None and report.after == report.before for report in reports):
+        largest = max((report.after for report in reports), default=0)
         raise LoraError(f"{path} must have a rank above the new one, and its largest is {largest}; give a smaller one")
     if file.layout == "kohya":
         smaller = with_one_alpha(smaller)

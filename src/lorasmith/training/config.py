@@ -713,9 +713,11 @@ class ResolvedConfig(TrainConfig):
 
 def lora_settings() -> tuple[str, ...]:
     """Names of the settings that are LoRA files."""
-    return tuple(name for name, one in options_of(TrainConfig).items() if one.is_path and one.door == "any")
+    return tuple(
+        name for name, declared in options_of(TrainConfig).items() if declared.is_path and declared.door == "any"
+    )
 
 
 def cost_options() -> dict[str, Option]:
     """The options that affect time or memory of a step."""
-    return {name: one for name, one in options_of(TrainConfig).items() if one.costs}
+    return {name: declared for name, declared in options_of(TrainConfig).items() if declared.costs}

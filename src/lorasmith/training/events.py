@@ -238,7 +238,7 @@ def _checked_draws(value: Any) -> tuple[tuple[int, float, float], ...]:
 def _readable(value: Any) -> Any:
     """A JSON value whose text is printable, as readers of events print it."""
     if isinstance(value, dict):
-        return {name: _readable(one) for name, one in value.items()}
+        return {name: _readable(inner) for name, inner in value.items()}
     if isinstance(value, list):
         return list(map(_readable, value))
     return printable(value) if isinstance(value, str) else value

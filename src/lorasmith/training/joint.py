@@ -425,8 +425,10 @@ class SharedModel:
         activations: ActivationPlan = "keep"
         depth = 0
         if reduced:
-            activations = max((one.runtime.activations for one in engines), key=_FRUGAL.index)
-            depth = min((one.runtime.checkpoint_depth for one in engines if one.runtime.checkpoint_depth), default=0)
+            activations = max((engine.runtime.activations for engine in engines), key=_FRUGAL.index)
+            depth = min(
+                (engine.runtime.checkpoint_depth for engine in engines if engine.runtime.checkpoint_depth), default=0
+            )
         state = [*map(id, engines)], activations, depth, reduced
         if state == self._state:
             return

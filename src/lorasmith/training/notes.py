@@ -3,26 +3,42 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from collections.abc import Mapping
 
 import torch
 
-from lorasmith.adapters.adapter import ADAPTERS, Adapter
-from lorasmith.adapters.frozen_layer import FrozenLayer, packable_layers, packed_layers
+from lorasmith.adapters.adapter import ADAPTERS
+from lorasmith.adapters.adapter import Adapter
+from lorasmith.adapters.frozen_layer import FrozenLayer
+from lorasmith.adapters.frozen_layer import packable_layers
+from lorasmith.adapters.frozen_layer import packed_layers
 from lorasmith.adapters.full import FullAdapter
-from lorasmith.adapters.inject import Difference, Plan
+from lorasmith.adapters.inject import Difference
+from lorasmith.adapters.inject import Plan
 from lorasmith.adapters.lora import LoraAdapter
-from lorasmith.adapters.variants import Dropout, OutputDora
+from lorasmith.adapters.variants import Dropout
+from lorasmith.adapters.variants import OutputDora
 from lorasmith.core import quantization
-from lorasmith.core.adapter_state import COMFYUI, DENOISER, AdapterState, ModuleRef
+from lorasmith.core.adapter_state import COMFYUI
+from lorasmith.core.adapter_state import DENOISER
+from lorasmith.core.adapter_state import AdapterState
+from lorasmith.core.adapter_state import ModuleRef
 from lorasmith.core.options import options_of
 from lorasmith.core.quantization import packed
 from lorasmith.families.model import Denoiser
 from lorasmith.formats.acceptance import shortfalls
-from lorasmith.formats.lora_file import PORTABLE, layout_for
-from lorasmith.training.config import LossSettings, MemorySettings, OptimizerSettings, TrainConfig, VariantSettings
-from lorasmith.training.memory.compilation import compilable, units
-from lorasmith.training.memory.frozen_weights import code_in_model, takes_fp8_products
+from lorasmith.formats.lora_file import PORTABLE
+from lorasmith.formats.lora_file import layout_for
+from lorasmith.training.config import LossSettings
+from lorasmith.training.config import MemorySettings
+from lorasmith.training.config import OptimizerSettings
+from lorasmith.training.config import TrainConfig
+from lorasmith.training.config import VariantSettings
+from lorasmith.training.memory.compilation import compilable
+from lorasmith.training.memory.compilation import units
+from lorasmith.training.memory.frozen_weights import code_in_model
+from lorasmith.training.memory.frozen_weights import takes_fp8_products
 
 
 class ReportNote(str):
@@ -67,7 +83,7 @@ def notes_on_file(
     names = denoiser.base.names
     whole = {path: adapter.diff.detach() for path, adapter in adapters.items() if isinstance(adapter, FullAdapter)}
     state = AdapterState(
-        {ModuleRef(DENOISER, path): one.to_weights() for path, one in adapters.items() if path not in whole},
+        {ModuleRef(DENOISER, path): adapter.to_weights() for path, adapter in adapters.items() if path not in whole},
         {ModuleRef(DENOISER, path): {"weight": diff} for path, diff in whole.items()}
         | {ModuleRef(DENOISER, path): difference.to_tensors() for path, difference in differences.items()},
     )
@@ -174,7 +190,9 @@ def _on_shift(config: TrainConfig, denoiser: Denoiser) -> Iterator[str]:
 def _on_targets(
     config: TrainConfig, denoiser: Denoiser, plan: Plan, adapters: Mapping[str, Adapter], differences: int
 ) -> Iterator[str]:
-    idle = [name for name, one in options_of(TrainConfig).items() if one.of_fresh and not config.is_default(name)]
+    idle = [
+        name for name, declared in options_of(TrainConfig).items() if declared.of_fresh and not config.is_default(name)
+    ]
     if not plan.adapters and idle:
         yield (
             f"{', '.join(idle)} {'has' if len(idle) == 1 else 'have'} no effect: every target continues "
@@ -184,7 +202,7 @@ def _on_targets(
     if config.learning_rate is not None and len(rated) == len(adapters) and not differences:
         yield f"learning_rate {config.learning_rate:g} has no effect: every target has one of its own."
     if config.tucker and plan.adapters:
-        layers = (FrozenLayer(denoiser.module.get_submodule(one.path)) for one in plan.adapters)
+        layers = (FrozenLayer(denoiser.module.get_submodule(target.path)) for target in plan.adapters)
         if not any(map(LoraAdapter.has_core, layers)):
             yield "tucker has no effect: no target is a convolution larger than 1×1."
     if config.rank_dropout or config.module_dropout:
@@ -205,7 +223,9 @@ def _on_compiling(config: TrainConfig, denoiser: Denoiser, adapters: Mapping[str
     left = [some for some in inside if not compilable(some)]
     if not left and blocks:
         return
-    kinds = sorted({ADAPTERS.canonical(one.algorithm) for some in left for one in some if not compilable([one])})
+    kinds = sorted(
+        {ADAPTERS.canonical(adapter.algorithm) for some in left for adapter in some if not compilable([adapter])}
+    )
     if len(left) < len(blocks):
         yield (
             f"compile skips {len(left)} of {len(blocks)} blocks, whose adapters ({', '.join(kinds)}) torch does not "

@@ -8,31 +8,47 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+from collections.abc import Callable
+from dataclasses import asdict
+from dataclasses import dataclass
+from dataclasses import field
+from datetime import UTC
+from datetime import datetime
 from pathlib import Path
-from types import MappingProxyType
 from typing import Self
 
-from lorasmith.adapters.algorithms import format_named, format_of, words_of
-from lorasmith.core.adapter_state import DENOISER, SD_SCRIPTS, AdapterState, ModuleRef
+from lorasmith.adapters.algorithms import format_named
+from lorasmith.adapters.algorithms import format_of
+from lorasmith.adapters.algorithms import words_of
+from lorasmith.core.adapter_state import DENOISER
+from lorasmith.core.adapter_state import SD_SCRIPTS
+from lorasmith.core.adapter_state import AdapterState
+from lorasmith.core.adapter_state import ModuleRef
 from lorasmith.core.files import write_atomic
-from lorasmith.core.placement import dtype_from_name, dtype_name
-from lorasmith.core.printable import count_text, printable
+from lorasmith.core.placement import dtype_from_name
+from lorasmith.core.placement import dtype_name
+from lorasmith.core.printable import count_text
+from lorasmith.core.printable import printable
 from lorasmith.data.dataset import EncodedDataset
-from lorasmith.data.encoder_digest import RememberedDigests, file_sha256
+from lorasmith.data.encoder_digest import RememberedDigests
+from lorasmith.data.encoder_digest import file_sha256
 from lorasmith.data.encoding_cache import default_cache
 from lorasmith.families.model import Model
-from lorasmith.formats.metadata import RUN_ENTRY, autov1, tag_frequency, without_private
-from lorasmith.report.pictures import card, embedded_picture, embedded_png
+from lorasmith.formats.metadata import RUN_ENTRY
+from lorasmith.formats.metadata import autov1
+from lorasmith.formats.metadata import tag_frequency
+from lorasmith.formats.metadata import without_private
+from lorasmith.report.pictures import card
+from lorasmith.report.pictures import embedded_picture
+from lorasmith.report.pictures import embedded_png
 from lorasmith.training.config import ResolvedConfig
 from lorasmith.training.events import Outcome
 from lorasmith.training.job import Job
 from lorasmith.training.loop import Loop
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.storage.records import RunRecord
-from lorasmith.training.validation import TOO_EARLY, UNJUDGED
+from lorasmith.training.validation import TOO_EARLY
+from lorasmith.training.validation import UNJUDGED
 from lorasmith.training.watchers import ValidationWatch
 
 
@@ -110,24 +126,6 @@ class TrainResult:
         return plot_losses(self.losses, validations=self.validations, base_loss=self.base_loss)
 
 
-def lora_of(job: Job, metadata: Mapping[str, str] = MappingProxyType({})) -> Lora:
-    """The LoRA in a job's adapters, on the CPU after `Engine.release` or inside of `Engine.exported`."""
-    trained = {ModuleRef(DENOISER, path): adapter.to_weights() for path, adapter in job.adapters.items()}
-    changes = {ref: dict(tensors) for ref, tensors in job.carried.differences.items()}
-    for path, difference in job.differences.items():
-        changes.setdefault(ModuleRef(DENOISER, path), {}).update(difference.to_tensors())
-    for ref, role in [(ref, format_of(weights).difference) for ref, weights in trained.items()]:
-        if role:  # files hold it as a difference
-            changes.setdefault(ref, {})["weight"] = trained.pop(ref).tensors[role]
-    state = AdapterState(
-        adapters={**job.carried.adapters, **trained},
-        differences=changes,
-        unknown=job.carried.unknown,
-        metadata=dict(metadata),
-    )
-    return Lora(state, job.denoiser.base.names, dtype_from_name(job.config.lora_dtype), job.config.private)
-
-
 @dataclass
 class Results:
     """Makes and saves LoRAs from a job's adapters; writes no files if `folder` is None."""
@@ -142,6 +140,7 @@ class Results:
     started: float = field(default_factory=time.time)
 
     def lora(self, step: int) -> Lora:
+        """The LoRA in the job's adapters, on the CPU after `Engine.release` or inside of `Engine.exported`."""
         job = self.job
         metadata = training_metadata(
             job,
@@ -153,7 +152,20 @@ class Results:
             record=self.record,
             hashes=self.hashes,
         )
-        return lora_of(job, metadata)
+        trained = {ModuleRef(DENOISER, path): adapter.to_weights() for path, adapter in job.adapters.items()}
+        changes = {ref: dict(tensors) for ref, tensors in job.carried.differences.items()}
+        for path, difference in job.differences.items():
+            changes.setdefault(ModuleRef(DENOISER, path), {}).update(difference.to_tensors())
+        for ref, role in [(ref, format_of(weights).difference) for ref, weights in trained.items()]:
+            if role:  # files hold it as a difference
+                changes.setdefault(ref, {})["weight"] = trained.pop(ref).tensors[role]
+        state = AdapterState(
+            adapters={**job.carried.adapters, **trained},
+            differences=changes,
+            unknown=job.carried.unknown,
+            metadata=metadata,
+        )
+        return Lora(state, job.denoiser.base.names, dtype_from_name(job.config.lora_dtype), job.config.private)
 
     def save(self, loop: Loop, path: Path) -> None:
         self.lora(loop.step).save(path)

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from lorasmith.adapters.frozen_layer import CONVOLUTIONS, is_targetable
-from lorasmith.adapters.inject import Plan, PlannedAdapter, create_adapters
+from lorasmith.adapters.frozen_layer import CONVOLUTIONS
+from lorasmith.adapters.frozen_layer import is_targetable
+from lorasmith.adapters.inject import Plan
+from lorasmith.adapters.inject import PlannedAdapter
+from lorasmith.adapters.inject import create_adapters
 from lorasmith.core.placement import dtype_from_name
 from lorasmith.families.model import Denoiser
 from lorasmith.formats.spelling import without_core
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.job import fresh_differences, resolve_targets, variant_of
+from lorasmith.training.job import fresh_differences
+from lorasmith.training.job import resolve_targets
+from lorasmith.training.job import variant_of
 from lorasmith.training.notes import notes_on_plan
 
 _HEADER_BYTES = 130  # per tensor of a safetensors file: its name, dtype, shape and offset
@@ -59,7 +65,10 @@ def summarise_targets(denoiser: Denoiser, config: TrainConfig) -> TargetSummary:
             sizes[alike] = _size(module, adapter, config)
         key = (_kind(adapter.path), _layer_name(module), adapter.alpha, adapter.learning_rate)
         members.setdefault(key, []).append((adapter, sizes[alike]))
-    groups = [_group(key, found) for key, found in members.items()]
+    groups = []
+    for (name, layer, alpha, learning_rate), found in members.items():
+        ranks, parameters = [planned.rank for planned, _ in found], sum(size.trained for _, size in found)
+        groups.append(TargetGroup(name, layer, len(found), (min(ranks), max(ranks)), alpha, learning_rate, parameters))
     differences = fresh_differences(denoiser, plan, config)
     changed = {path: sum(p.numel() for p in difference.parameters()) for path, difference in differences.items()}
     groups += _difference_groups(denoiser.module, changed)
@@ -114,13 +123,6 @@ def _zeros_like(module: nn.Module) -> nn.Module:
     layer = layer.to_empty(device="cpu").requires_grad_(False)
     layer.get_parameter("weight").zero_()
     return layer
-
-
-def _group(key: tuple[str, str, float | None, float | None], found: list[tuple[PlannedAdapter, _Size]]) -> TargetGroup:
-    name, layer, alpha, learning_rate = key
-    ranks = [one.rank for one, _ in found]
-    parameters = sum(size.trained for _, size in found)
-    return TargetGroup(name, layer, len(found), (min(ranks), max(ranks)), alpha, learning_rate, parameters)
 
 
 def _difference_groups(model: nn.Module, changed: dict[str, int]) -> list[TargetGroup]:

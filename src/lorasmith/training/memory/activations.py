@@ -21,17 +21,25 @@ import functools
 import types
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable
+from collections.abc import Iterator
+from typing import Any
+from typing import ClassVar
+from typing import NamedTuple
 
 import torch
 import torch.utils.checkpoint
-from torch import Tensor, nn
+from torch import Tensor
+from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_unflatten
 
-from lorasmith.adapters.frozen_layer import CONVOLUTIONS, FrozenLayer, FrozenProduct, packable_layers
+from lorasmith.adapters.frozen_layer import CONVOLUTIONS
+from lorasmith.adapters.frozen_layer import FrozenLayer
+from lorasmith.adapters.frozen_layer import FrozenProduct
+from lorasmith.adapters.frozen_layer import packable_layers
 from lorasmith.adapters.inject import restore_forward
 from lorasmith.core.choices import ActivationPlan
 
@@ -158,7 +166,7 @@ class Recipes:
 
     def write(self, result: Tensor, function: Callable[..., Any], args: Any, kwargs: Any) -> None:
         """Record `function` as the recipe of `result`, if its arguments need less memory than the result."""
-        if result.nbytes < _SMALL or any(result is one for one in args):
+        if result.nbytes < _SMALL or any(result is argument for argument in args):
             return
         leaves, spec = tree_flatten((args, kwargs))
         held = 0
@@ -295,7 +303,7 @@ class HostMemory:
     def __init__(self, module: nn.Module) -> None:
         tensors = [*module.parameters(), *module.buffers()]
         self._stay = {tensor.untyped_storage()._cdata for tensor in tensors}
-        device = next((one.device for one in tensors), torch.device("cpu"))
+        device = next((tensor.device for tensor in tensors), torch.device("cpu"))
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._known: dict[int, _Known] = {}
         self._sent: deque[weakref.ref[_OnHost]] = deque()

@@ -57,7 +57,7 @@ def compilable(adapters: Sequence[Adapter]) -> bool:
 
 def sizes_vary(samples: Sequence[Sample]) -> bool:
     """Whether samples differ in the shapes of the denoiser's inputs."""
-    return len({(one.latents.shape, *_shapes(one)) for sample in samples for one in sample.sizes()}) > 1
+    return len({(sized.latents.shape, *_shapes(sized)) for sample in samples for sized in sample.sizes()}) > 1
 
 
 def compiler(device: torch.device) -> str:
@@ -93,7 +93,7 @@ def blocks_compiled(model: nn.Module, enabled: bool, *, varying_sizes: bool = Fa
         undo.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", module=r"torch\.")  # on compiling, where users can do nothing
         for block in units(model):
-            if not compilable([one for layer in block.modules() for one in adapters_on(layer)]):
+            if not compilable([adapter for layer in block.modules() for adapter in adapters_on(layer)]):
                 continue
             own = block.__dict__.get("forward")
             undo.callback(restore_forward, block, own)
@@ -141,7 +141,7 @@ def _kind(block: nn.Module) -> object:
 
 def _is_stage(block: nn.Module) -> bool:
     lists = (child for child in block.children() if isinstance(child, nn.ModuleList))
-    return any(next(element.children(), None) is not None for one in lists for element in one)
+    return any(next(element.children(), None) is not None for blocks in lists for element in blocks)
 
 
 def _shapes(sample: Sample) -> list[torch.Size]:

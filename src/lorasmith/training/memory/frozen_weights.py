@@ -12,26 +12,33 @@ import contextlib
 import functools
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch import nn
 
-from lorasmith.adapters.frozen_layer import PRODUCTS, FrozenLayer, layers_as_stored, packable_layers, weight_source_set
+from lorasmith.adapters.frozen_layer import PRODUCTS
+from lorasmith.adapters.frozen_layer import FrozenLayer
+from lorasmith.adapters.frozen_layer import layers_as_stored
+from lorasmith.adapters.frozen_layer import packable_layers
+from lorasmith.adapters.frozen_layer import weight_source_set
 from lorasmith.core.choices import Quantization
 from lorasmith.core.mapped_files import release_pages
-from lorasmith.core.placement import full_precision, memory_format_for
-from lorasmith.core.quantization import (
-    FP8_CODES,
-    FP8_MULTIPLE,
-    Fp8Products,
-    Packed,
-    WeightSource,
-    packed,
-    weight_source,
-)
+from lorasmith.core.placement import full_precision
+from lorasmith.core.placement import memory_format_for
+from lorasmith.core.quantization import FP8_CODES
+from lorasmith.core.quantization import FP8_MULTIPLE
+from lorasmith.core.quantization import Fp8Products
+from lorasmith.core.quantization import Packed
+from lorasmith.core.quantization import WeightSource
+from lorasmith.core.quantization import packed
+from lorasmith.core.quantization import weight_source
 from lorasmith.training.memory.activations import blocks_at_depth
 
 
@@ -103,7 +110,7 @@ def frozen_bytes(
         else:
             sizes[layer] = _packed_bytes(weight.shape, kind, dtype)
     weights, full = {layer.get_parameter("weight") for layer in sizes}, full_precision(module)
-    others = [one for one in (*module.parameters(), *module.buffers()) if one not in weights]
+    others = [tensor for tensor in (*module.parameters(), *module.buffers()) if tensor not in weights]
     rest = sum(
         one.numel() * ((torch.float32 if one in full else dtype) if one.is_floating_point() else one.dtype).itemsize
         for one in others
@@ -147,7 +154,7 @@ def _largest_block(module: nn.Module, sizes: Mapping[nn.Module, int]) -> int:
 
 
 def _block_bytes(module: nn.Module, sizes: Mapping[nn.Module, int]) -> list[int]:
-    return [sum(sizes.get(one, 0) for one in block.modules()) for block in blocks_at_depth(module, 1)]
+    return [sum(sizes.get(layer, 0) for layer in block.modules()) for block in blocks_at_depth(module, 1)]
 
 
 def code_in_model(layer: nn.Module) -> torch.dtype | None:

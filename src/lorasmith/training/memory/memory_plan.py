@@ -106,7 +106,7 @@ def measured_plans(
     `denoiser` is frozen with only the adapters attached. `budget_bytes` is for a step, above what is allocated now.
     Forward passes run inside of `within()`, such as a mode of fake tensors.
     """
-    largest = max((one for sample in samples for one in sample.sizes()), key=lambda sample: sample.latents.numel())
+    largest = max((sized for sample in samples for sized in sample.sizes()), key=lambda sample: sample.latents.numel())
     # Each process has its share of a step's samples, in batches of at most the batch size.
     share = -(-config.samples_per_step // runtime.processes.size)
     one_batch = replace(config, batch_size=min(config.batch_size, share), grad_accumulation_steps=1)
@@ -183,7 +183,7 @@ class _Probe:
         self._sizes: dict[StorageWeakRef, int] = {}
         self._kept: set[StorageWeakRef] = set()
         self._module = module
-        self._weights = {one.untyped_storage()._cdata for one in (*module.parameters(), *module.buffers())}
+        self._weights = {tensor.untyped_storage()._cdata for tensor in (*module.parameters(), *module.buffers())}
         self._running = [-1] * _DEPTHS
         self._inside: list[dict[int, set[StorageWeakRef]]] = [defaultdict(set) for _ in range(_DEPTHS)]
 
@@ -193,7 +193,7 @@ class _Probe:
 
     @property
     def largest(self) -> int:
-        return max((self._sizes[one] for one in self._kept), default=0)
+        return max((self._sizes[storage] for storage in self._kept), default=0)
 
     def checkpointed(self, depth: int) -> int:
         """Peak bytes with blocks at a depth recomputed, which is while the largest block is."""
@@ -245,7 +245,7 @@ class _Probe:
         return key
 
     def _bytes(self, memory: set[StorageWeakRef]) -> int:
-        return sum(self._sizes[one] for one in memory)
+        return sum(self._sizes[storage] for storage in memory)
 
 
 def _no_backward(packed: None) -> Tensor:

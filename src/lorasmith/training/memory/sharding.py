@@ -18,18 +18,24 @@ import contextlib
 import copy
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch import nn
 
-from lorasmith.adapters.frozen_layer import packable_layers, weight_source_set
+from lorasmith.adapters.frozen_layer import packable_layers
+from lorasmith.adapters.frozen_layer import weight_source_set
 from lorasmith.adapters.inject import restore_forward
-from lorasmith.core.allocator import is_out_of_memory, memory_missed
+from lorasmith.core.allocator import is_out_of_memory
+from lorasmith.core.allocator import memory_missed
 from lorasmith.core.choices import Quantization
-from lorasmith.core.errors import LorasmithError, TrainingError
+from lorasmith.core.errors import LorasmithError
+from lorasmith.core.errors import TrainingError
 from lorasmith.core.mapped_files import release_pages
 from lorasmith.core.placement import memory_format_for
 from lorasmith.core.printable import first_line
@@ -72,17 +78,17 @@ def weights_sharded(
             bytes_of = _Bytes(device)
             sources = [bytes_of.add(packed_weight(layer, kind, device, dtype, layout)) for layer in layers]
             bytes_of.join()
-            one = _copied(block)
-            whole = one._parameters, one._buffers, one._modules
+            copied = _copied(block)
+            whole = copied._parameters, copied._buffers, copied._modules
             # FSDP2 sees only the bytes, and the model never does.
-            one._parameters, one._buffers, one._modules = {}, {}, {"bytes": bytes_of}
-            fully_shard(one, mesh=mesh)
-            one._parameters, one._buffers, one._modules = whole
-            undo.enter_context(_replaced(module, block, one))
+            copied._parameters, copied._buffers, copied._modules = {}, {}, {"bytes": bytes_of}
+            fully_shard(copied, mesh=mesh)
+            copied._parameters, copied._buffers, copied._modules = whole
+            undo.enter_context(_replaced(module, block, copied))
             for layer, source in zip(layers, sources, strict=True):
                 undo.enter_context(weight_source_set(layer, source, device=device, dtype=dtype))
             sharded += layers
-            copies.append(one)
+            copies.append(copied)
         root = _Root()
         fully_shard(root, mesh=mesh)
         undo.enter_context(_run_by(module, root, copies))
@@ -185,11 +191,11 @@ class _Root(nn.Module):
 
 def _copied(block: nn.Module) -> nn.Module:
     """A copy of a module that shares its parameters, buffers and submodules, in tables of its own."""
-    one = copy.copy(block)
+    copied = copy.copy(block)
     for name, value in vars(nn.Module()).items():
         if isinstance(value, dict | set):
-            one.__dict__[name] = copy.copy(one.__dict__[name])
-    return one
+            copied.__dict__[name] = copy.copy(copied.__dict__[name])
+    return copied
 
 
 @contextlib.contextmanager

@@ -10,18 +10,24 @@ import contextlib
 import hashlib
 import os
 import platform
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING
+from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 
 from lorasmith.adapters.frozen_layer import named_weights
 from lorasmith.adapters.patch import patch_tensors
-from lorasmith.core.errors import ModelError, OutputError
+from lorasmith.core.errors import ModelError
+from lorasmith.core.errors import OutputError
 from lorasmith.core.mapped_files import release_pages
 from lorasmith.core.options import options_of
 from lorasmith.core.processes import current
@@ -52,7 +58,9 @@ class Fingerprint(TypedDict, total=False):
 
 # Initial weights and patches cover the files; compiling affects the last bits only, like the environment.
 _UNCOMPARED = {
-    name for name, one in options_of(TrainConfig).items() if not one.changes_numbers or one.is_path or name == "compile"
+    name
+    for name, declared in options_of(TrainConfig).items()
+    if not declared.changes_numbers or declared.is_path or name == "compile"
 }
 _SAMPLED = 64
 _HALVES = (torch.float16, torch.bfloat16)
@@ -62,7 +70,7 @@ def fingerprint(job: Job, data: EncodedDataset, held_out: EncodedDataset | None)
     """The fingerprint for `run.json`, without `files`."""
     config = {name: value for name, value in asdict(job.config).items() if name not in _UNCOMPARED}
     trained = [*job.adapters.items(), *job.differences.items()]
-    initial = ((f"{path}.{name}", t) for path, one in trained for name, t in one.state_dict().items())
+    initial = ((f"{path}.{name}", t) for path, module in trained for name, t in module.state_dict().items())
     noising, state = job.denoiser.noising, job.config.existing_state
     found: Fingerprint = {
         "config": config,
@@ -100,7 +108,7 @@ def file_digests(files: Mapping[str, Path]) -> dict[str, str]:
 def _file_digest(path: Path) -> str:
     if not path.is_dir():
         return sha256_file(path)
-    inside = sorted(one for one in path.rglob("*.safetensors") if one.is_file())
+    inside = sorted(file for file in path.rglob("*.safetensors") if file.is_file())
     return hashlib.sha256("".join(map(sha256_file, inside)).encode()).hexdigest()
 
 
@@ -180,7 +188,7 @@ def _gpu(device: torch.device) -> dict[str, Any]:
 
 def _completed(config: Mapping[str, Any] | None) -> dict[str, Any]:
     """The settings that affect numbers, with defaults for those unknown to the version that wrote `config`."""
-    defaults = {name: one.default for name, one in options_of(TrainConfig).items()}
+    defaults = {name: declared.default for name, declared in options_of(TrainConfig).items()}
     return {name: value for name, value in {**defaults, **(config or {})}.items() if name not in _UNCOMPARED}
 
 
@@ -216,5 +224,5 @@ def _phrase(key: str, old: object, new: object, of: tuple[str, str]) -> str:
     if key == "processes":  # not recorded of a run in one
         old, new = old or 1, new or 1
         return f"{old} process{'' if old == 1 else 'es'} {of[0]}, {new} {of[1]}"
-    values = ["none" if one is None else one for one in (old, new)]
+    values = ["none" if value is None else value for value in (old, new)]
     return f"{key} {values[0]} {of[0]}, {values[1]} {of[1]}"

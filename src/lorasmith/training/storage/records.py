@@ -11,32 +11,45 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import asdict
+from dataclasses import dataclass
+from dataclasses import field
+from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any
+from typing import TypeVar
 
 from torch import nn
 
-from lorasmith.core.errors import OptionError, TrainingError
-from lorasmith.core.files import open_regular, read_regular
-from lorasmith.core.folders import MAX_STEM_BYTES, RUN_LOG, RUN_RECORD, file_stem
+from lorasmith.core.errors import OptionError
+from lorasmith.core.errors import TrainingError
+from lorasmith.core.files import open_regular
+from lorasmith.core.files import read_regular
+from lorasmith.core.folders import MAX_STEM_BYTES
+from lorasmith.core.folders import RUN_LOG
+from lorasmith.core.folders import RUN_RECORD
+from lorasmith.core.folders import file_stem
 from lorasmith.core.foreign_json import parse_foreign_json
-from lorasmith.core.typed_json import Scalar, typed
+from lorasmith.core.typed_json import Scalar
+from lorasmith.core.typed_json import typed
 from lorasmith.data.dataset import Split
-from lorasmith.training.events import (
-    MOST_LINE_BYTES,
-    Event,
-    Outcome,
-    RolledBack,
-    RunFinished,
-    RunStarted,
-    StepDone,
-    decoded,
-)
+from lorasmith.training.events import MOST_LINE_BYTES
+from lorasmith.training.events import Event
+from lorasmith.training.events import Outcome
+from lorasmith.training.events import RolledBack
+from lorasmith.training.events import RunFinished
+from lorasmith.training.events import RunStarted
+from lorasmith.training.events import StepDone
+from lorasmith.training.events import decoded
 from lorasmith.training.job import Job
-from lorasmith.training.storage.fingerprint import Fingerprint, environment, file_digests, fingerprint
+from lorasmith.training.storage.fingerprint import Fingerprint
+from lorasmith.training.storage.fingerprint import environment
+from lorasmith.training.storage.fingerprint import file_digests
+from lorasmith.training.storage.fingerprint import fingerprint
 
 _REPEATED = ("source", "asked", "fingerprint", "environment", "environments")
 """Fields from which a run can be reproduced, and which its LoRA stores."""
@@ -129,8 +142,8 @@ def run_record(
     *,
     title: str,
     source: Mapping[str, Any],  # JSON values from which the run can be repeated
-    facts: Mapping[str, Any] = MappingProxyType({}),  # more on the images, for readers
-    verify: bool = False,  # digest every byte of the base model's files
+    facts: Mapping[str, Any],  # more on the images, for readers
+    verify: bool,  # digest every byte of the base model's files
 ) -> RunRecord:
     """The record of a planned run. Raises ModelError if a file of the base model cannot be read for `verify`."""
     base = job.denoiser.base
@@ -155,7 +168,11 @@ def run_record(
             for one in parts.training.samples
         ),
         data={
-            **{name: one for name, one in source.items() if name not in _ELSEWHERE and one and isinstance(one, Scalar)},
+            **{
+                name: value
+                for name, value in source.items()
+                if name not in _ELSEWHERE and value and isinstance(value, Scalar)
+            },
             "held_out": ", ".join(dict.fromkeys(sample.name for sample in held_out)),
             "note": parts.note,
             **facts,

@@ -93,7 +93,7 @@ class RunFolder:
     @contextlib.contextmanager
     def _owned(self) -> Iterator[None]:
         check_writable(self.path)
-        made = [one for one in (self.path, *self.path.parents) if not one.exists()]
+        made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         ensure_folder(self.path)
         try:
             with self._locked():

@@ -101,9 +101,7 @@ class RunStates:
 class StateSaver(Watcher):
     """Saves the state of a run by steps and by minutes (0 disables either), and when it ends."""
 
-    def __init__(
-        self, states: RunStates, *, every: int, minutes: float, before: Callable[[], None] = lambda: None
-    ) -> None:
+    def __init__(self, states: RunStates, *, every: int, minutes: float, before: Callable[[], None]) -> None:
         self._states = states
         self._before = before  # flushes other files that resuming reads
         self._every = every

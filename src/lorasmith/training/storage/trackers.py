@@ -103,7 +103,7 @@ def _wandb(folder: Path, title: str, config: Mapping[str, Any]) -> Any:
     if not remembered.exists():
         write_atomic(remembered, secrets.token_hex(8))
     number = remembered.read_text(encoding="utf-8")
-    private = {name for name, one in options_of(TrainConfig).items() if one.is_path or one.is_prompt}
+    private = {name for name, declared in options_of(TrainConfig).items() if declared.is_path or declared.is_prompt}
     sent = {name: value for name, value in config.items() if not (config.get("private") and name in private)}
     tracker = WandBTracker(
         _PROJECT,
