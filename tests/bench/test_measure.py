@@ -16,33 +16,27 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from lorasmith.bench.benchmark import Measured
-from lorasmith.bench.benchmark import Rates
-from lorasmith.bench.benchmark import latent_side
-from lorasmith.bench.benchmark import limits
-from lorasmith.bench.benchmark import measured
-from lorasmith.bench.benchmark import measured_rates
-from lorasmith.bench.benchmark import shares
-from lorasmith.bench.measure import Counter
-from lorasmith.bench.measure import Counts
-from lorasmith.bench.measure import PartTimes
-from lorasmith.bench.measure import Profile
-from lorasmith.bench.measure import Spread
-from lorasmith.bench.measure import counted
-from lorasmith.bench.measure import frozen_floor
-from lorasmith.bench.measure import measured_steps
-from lorasmith.bench.measure import pass_seconds
-from lorasmith.bench.measure import profiled
-from lorasmith.bench.measure import synthetic_samples
-from lorasmith.bench.measure import training_steps
-from lorasmith.bench.measure import weight_bytes
+from lorasmith.bench.benchmark import Measured, Rates, latent_side, limits, measured, measured_rates, shares
+from lorasmith.bench.measure import (
+    Counter,
+    Counts,
+    PartTimes,
+    Profile,
+    Spread,
+    counted,
+    frozen_floor,
+    measured_steps,
+    pass_seconds,
+    profiled,
+    synthetic_samples,
+    training_steps,
+    weight_bytes,
+)
 from lorasmith.core.errors import OptionError
 from lorasmith.families.model import Model
-from lorasmith.training.batches import Batch
-from lorasmith.training.batches import BatchMaker
+from lorasmith.training.batches import Batch, BatchMaker
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.job import Job
-from lorasmith.training.job import plan_job
+from lorasmith.training.job import Job, plan_job
 
 CPU = torch.device("cpu")
 

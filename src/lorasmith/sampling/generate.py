@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,12 +13,9 @@ from lorasmith.adapters.frozen_layer import placed_for_products
 from lorasmith.core.errors import OptionError
 from lorasmith.core.placement import best_device
 from lorasmith.families.base import Conditioning
-from lorasmith.families.model import Denoiser
-from lorasmith.families.model import Model
-from lorasmith.families.model import TextEncoder
+from lorasmith.families.model import Denoiser, Model, TextEncoder
 from lorasmith.report.pictures import Clip
-from lorasmith.sampling.sample import prepare_noise
-from lorasmith.sampling.sample import sample_latents
+from lorasmith.sampling.sample import prepare_noise, sample_latents
 from lorasmith.sampling.samplers import sigmas_for
 
 

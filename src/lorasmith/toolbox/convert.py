@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -18,18 +17,18 @@ from torch import Tensor
 from lorasmith.core.adapter_state import AdapterState
 from lorasmith.core.errors import LoraError
 from lorasmith.families.loading import released_names
-from lorasmith.formats.acceptance import made_portable
-from lorasmith.formats.acceptance import misread_alphas
-from lorasmith.formats.acceptance import shortfalls
+from lorasmith.formats.acceptance import made_portable, misread_alphas, shortfalls
 from lorasmith.formats.layouts.layout import sentences
-from lorasmith.formats.lora_file import PORTABLE
-from lorasmith.formats.lora_file import layout_for
-from lorasmith.formats.lora_file import load_lora
-from lorasmith.formats.lora_file import read_lora_tensors
-from lorasmith.formats.lora_file import save_streamed
-from lorasmith.formats.lora_file import state_from_tensors
-from lorasmith.formats.lora_file import unapplied
-from lorasmith.formats.lora_file import without
+from lorasmith.formats.lora_file import (
+    PORTABLE,
+    layout_for,
+    load_lora,
+    read_lora_tensors,
+    save_streamed,
+    state_from_tensors,
+    unapplied,
+    without,
+)
 from lorasmith.formats.metadata import without_private
 from lorasmith.formats.names import ModelNames
 from lorasmith.formats.spelling import guessed_family

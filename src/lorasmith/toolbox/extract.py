@@ -11,52 +11,35 @@ LoRAs are applied. The model is not modified.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Container
-from collections.abc import Iterable
-from collections.abc import Sequence
-from dataclasses import dataclass
-from dataclasses import field
+from collections.abc import Callable, Container, Iterable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from torch import nn
+from torch import Tensor, nn
 
-from lorasmith.adapters.frozen_layer import FrozenLayer
-from lorasmith.adapters.frozen_layer import is_targetable
+from lorasmith.adapters.frozen_layer import FrozenLayer, is_targetable
 from lorasmith.adapters.patch import Patch
-from lorasmith.core.adapter_state import DENOISER
-from lorasmith.core.adapter_state import AdapterState
-from lorasmith.core.adapter_state import AdapterWeights
-from lorasmith.core.adapter_state import ModuleRef
-from lorasmith.core.errors import LoraError
-from lorasmith.core.errors import ModelError
+from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
+from lorasmith.core.errors import LoraError, ModelError
 from lorasmith.families.base import Family
-from lorasmith.formats.lora_file import PORTABLE
-from lorasmith.formats.lora_file import layout_for
-from lorasmith.formats.lora_file import save_lora
-from lorasmith.formats.names import ModelNames
-from lorasmith.formats.names import OriginalName
-from lorasmith.formats.names import fused_rows
-from lorasmith.formats.names import split
+from lorasmith.formats.lora_file import PORTABLE, layout_for, save_lora
+from lorasmith.formats.names import ModelNames, OriginalName, fused_rows, split
 from lorasmith.formats.scales import with_one_alpha
 from lorasmith.formats.spelling import ModuleTensors
-from lorasmith.toolbox.changes import Truncated
-from lorasmith.toolbox.changes import WeightChange
-from lorasmith.toolbox.changes import added_by
-from lorasmith.toolbox.changes import as_lora
-from lorasmith.toolbox.changes import changed_weight
-from lorasmith.toolbox.changes import is_additive
-from lorasmith.toolbox.changes import share
-from lorasmith.toolbox.changes import stacked
-from lorasmith.toolbox.lora_files import HISTORY
-from lorasmith.toolbox.lora_files import file_target
-from lorasmith.toolbox.lora_files import free_target
-from lorasmith.toolbox.lora_files import rank_entries
-from lorasmith.toolbox.model_files import ModelReader
-from lorasmith.toolbox.model_files import Parameter
+from lorasmith.toolbox.changes import (
+    Truncated,
+    WeightChange,
+    added_by,
+    as_lora,
+    changed_weight,
+    is_additive,
+    share,
+    stacked,
+)
+from lorasmith.toolbox.lora_files import HISTORY, file_target, free_target, rank_entries
+from lorasmith.toolbox.model_files import ModelReader, Parameter
 from lorasmith.toolbox.resize import check_bounds
 
 TensorGroups = dict[str, list[tuple[ModuleRef, OriginalName]]]

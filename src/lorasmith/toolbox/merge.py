@@ -12,9 +12,7 @@ order, and rounded once to the checkpoint's dtype; all others are copied byte by
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,45 +21,40 @@ import torch
 from torch import Tensor
 
 from lorasmith.adapters.algorithms import title_of
-from lorasmith.core.adapter_state import DENOISER
-from lorasmith.core.adapter_state import AdapterWeights
-from lorasmith.core.adapter_state import ModuleRef
-from lorasmith.core.adapter_state import multiplied
-from lorasmith.core.errors import LoraError
-from lorasmith.core.errors import ModelError
-from lorasmith.core.errors import OptionError
+from lorasmith.core.adapter_state import DENOISER, AdapterWeights, ModuleRef, multiplied
+from lorasmith.core.errors import LoraError, ModelError, OptionError
 from lorasmith.core.files import atomic_folder
 from lorasmith.formats.container import check_safetensors
-from lorasmith.formats.scales import rank_of
-from lorasmith.formats.scales import scale_of
-from lorasmith.formats.scales import scaled_by
-from lorasmith.formats.spelling import ModuleTensors
-from lorasmith.formats.spelling import without_core
-from lorasmith.toolbox.changes import Truncated
-from lorasmith.toolbox.changes import WeightChange
-from lorasmith.toolbox.changes import added
-from lorasmith.toolbox.changes import added_by
-from lorasmith.toolbox.changes import as_lora
-from lorasmith.toolbox.changes import changed_weight
-from lorasmith.toolbox.changes import has_full_difference
-from lorasmith.toolbox.changes import is_additive
-from lorasmith.toolbox.changes import is_plain_lora
-from lorasmith.toolbox.changes import layer_like
-from lorasmith.toolbox.changes import merged_weight
-from lorasmith.toolbox.changes import share
-from lorasmith.toolbox.changes import stacked
-from lorasmith.toolbox.changes import weight_shape
-from lorasmith.toolbox.lora_files import LoraFile
-from lorasmith.toolbox.lora_files import file_target
-from lorasmith.toolbox.lora_files import folder_target
-from lorasmith.toolbox.lora_files import free_target
-from lorasmith.toolbox.lora_files import noted
-from lorasmith.toolbox.lora_files import read_lora
-from lorasmith.toolbox.lora_files import read_together
-from lorasmith.toolbox.lora_files import rewritten
-from lorasmith.toolbox.lora_files import save_alike
-from lorasmith.toolbox.model_files import ModelReader
-from lorasmith.toolbox.model_files import Parameter
+from lorasmith.formats.scales import rank_of, scale_of, scaled_by
+from lorasmith.formats.spelling import ModuleTensors, without_core
+from lorasmith.toolbox.changes import (
+    Truncated,
+    WeightChange,
+    added,
+    added_by,
+    as_lora,
+    changed_weight,
+    has_full_difference,
+    is_additive,
+    is_plain_lora,
+    layer_like,
+    merged_weight,
+    share,
+    stacked,
+    weight_shape,
+)
+from lorasmith.toolbox.lora_files import (
+    LoraFile,
+    file_target,
+    folder_target,
+    free_target,
+    noted,
+    read_lora,
+    read_together,
+    rewritten,
+    save_alike,
+)
+from lorasmith.toolbox.model_files import ModelReader, Parameter
 
 WeightedModule = tuple[ModuleTensors, float]  # a file's tensors for a module, and its strength
 

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import collections
 import math
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,36 +19,35 @@ import torch
 from torch import Tensor
 
 from lorasmith.adapters.algorithms import title_of
-from lorasmith.core.adapter_state import AdapterWeights
-from lorasmith.core.adapter_state import ModuleRef
-from lorasmith.core.errors import LoraError
-from lorasmith.core.errors import OptionError
+from lorasmith.core.adapter_state import AdapterWeights, ModuleRef
+from lorasmith.core.errors import LoraError, OptionError
 from lorasmith.families.loading import released_names
 from lorasmith.formats.container import write_safetensors
 from lorasmith.formats.layouts.peft import ADAPTER_METADATA
 from lorasmith.formats.metadata import sshs_hashes
 from lorasmith.formats.names import ModelNames
-from lorasmith.formats.scales import scale_of
-from lorasmith.formats.scales import scaled_by
-from lorasmith.formats.scales import with_one_alpha
-from lorasmith.formats.spelling import ModuleTensors
-from lorasmith.formats.spelling import grouped
-from lorasmith.toolbox.changes import added_by
-from lorasmith.toolbox.changes import as_lora
-from lorasmith.toolbox.changes import factors_of
-from lorasmith.toolbox.changes import has_full_difference
-from lorasmith.toolbox.changes import is_additive
-from lorasmith.toolbox.changes import is_low_rank
-from lorasmith.toolbox.changes import share
-from lorasmith.toolbox.changes import weight_shape
-from lorasmith.toolbox.lora_files import LoraFile
-from lorasmith.toolbox.lora_files import file_target
-from lorasmith.toolbox.lora_files import flat_shapes
-from lorasmith.toolbox.lora_files import noted
-from lorasmith.toolbox.lora_files import rank_entries
-from lorasmith.toolbox.lora_files import read_lora
-from lorasmith.toolbox.lora_files import refuse_folder
-from lorasmith.toolbox.lora_files import spelled_like
+from lorasmith.formats.scales import scale_of, scaled_by, with_one_alpha
+from lorasmith.formats.spelling import ModuleTensors, grouped
+from lorasmith.toolbox.changes import (
+    added_by,
+    as_lora,
+    factors_of,
+    has_full_difference,
+    is_additive,
+    is_low_rank,
+    share,
+    weight_shape,
+)
+from lorasmith.toolbox.lora_files import (
+    LoraFile,
+    file_target,
+    flat_shapes,
+    noted,
+    rank_entries,
+    read_lora,
+    refuse_folder,
+    spelled_like,
+)
 
 
 @dataclass(frozen=True)

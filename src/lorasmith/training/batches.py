@@ -12,34 +12,21 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable
-from collections.abc import Generator
-from collections.abc import Iterator
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lorasmith.core.printable import memory_text
 from lorasmith.core.processes import current
-from lorasmith.core.random import keyed_normal
-from lorasmith.core.random import keyed_permutation
-from lorasmith.data.dataset import EncodedDataset
-from lorasmith.data.dataset import Sample
-from lorasmith.data.dataset import Variants
-from lorasmith.data.dataset import places_of
-from lorasmith.diffusion.schedule import NoiseLevel
-from lorasmith.diffusion.schedule import NoiseSchedule
-from lorasmith.diffusion.schedule import QuantileMap
-from lorasmith.diffusion.schedule import uniform_numbers
+from lorasmith.core.random import keyed_normal, keyed_permutation
+from lorasmith.data.dataset import EncodedDataset, Sample, Variants, places_of
+from lorasmith.diffusion.schedule import NoiseLevel, NoiseSchedule, QuantileMap, uniform_numbers
 from lorasmith.families.base import Conditioning
 from lorasmith.training.config import ResolvedConfig
-from lorasmith.training.events import CaptionsPlanned
-from lorasmith.training.events import EventHandler
+from lorasmith.training.events import CaptionsPlanned, EventHandler
 from lorasmith.training.runtime import Runtime
 
 

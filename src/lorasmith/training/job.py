@@ -16,43 +16,32 @@ the run's own.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from collections.abc import Mapping
-from dataclasses import dataclass
-from dataclasses import field
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch import nn
+from torch import Tensor, nn
 
-from lorasmith.adapters.adapter import ADAPTERS
-from lorasmith.adapters.adapter import Adapter
-from lorasmith.adapters.catalogue import ALGORITHMS
-from lorasmith.adapters.catalogue import rank_words
-from lorasmith.adapters.inject import Difference
-from lorasmith.adapters.inject import Plan
-from lorasmith.adapters.inject import Rule
-from lorasmith.adapters.inject import create_adapters
-from lorasmith.adapters.inject import is_norm
-from lorasmith.adapters.inject import load_adapters
-from lorasmith.adapters.inject import load_differences
-from lorasmith.adapters.inject import plan_adapters
-from lorasmith.adapters.patch import Patch
-from lorasmith.adapters.patch import patches_merged
+from lorasmith.adapters.adapter import ADAPTERS, Adapter
+from lorasmith.adapters.catalogue import ALGORITHMS, rank_words
+from lorasmith.adapters.inject import (
+    Difference,
+    Plan,
+    Rule,
+    create_adapters,
+    is_norm,
+    load_adapters,
+    load_differences,
+    plan_adapters,
+)
+from lorasmith.adapters.patch import Patch, patches_merged
 from lorasmith.adapters.variants import Variant
-from lorasmith.core.adapter_state import DENOISER
-from lorasmith.core.adapter_state import AdapterState
-from lorasmith.core.adapter_state import AdapterWeights
-from lorasmith.core.errors import LoraError
-from lorasmith.core.errors import OptionError
+from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights
+from lorasmith.core.errors import LoraError, OptionError
 from lorasmith.core.options import options_of
-from lorasmith.core.placement import best_device
-from lorasmith.core.placement import chosen_dtype
-from lorasmith.core.placement import dtype_name
-from lorasmith.core.placement import multiplies
+from lorasmith.core.placement import best_device, chosen_dtype, dtype_name, multiplies
 from lorasmith.core.printable import count_text
 from lorasmith.core.processes import current
 from lorasmith.core.registry import nearest
@@ -60,19 +49,13 @@ from lorasmith.core.typed_json import Scalar
 from lorasmith.diffusion.schedule import check_noising
 from lorasmith.families.model import Denoiser
 from lorasmith.formats.metadata import steps_of
-from lorasmith.training.config import WHOLE_RANGE
-from lorasmith.training.config import ResolvedConfig
-from lorasmith.training.config import TrainConfig
+from lorasmith.training.config import WHOLE_RANGE, ResolvedConfig, TrainConfig
 from lorasmith.training.engine import Engine
 from lorasmith.training.lora_handle import Lora
-from lorasmith.training.notes import notes_on
-from lorasmith.training.notes import notes_on_file
-from lorasmith.training.notes import notes_on_products
+from lorasmith.training.notes import notes_on, notes_on_file, notes_on_products
 from lorasmith.training.optim.optimizers import check_optimizer
-from lorasmith.training.optim.update_rules import check_schedule
-from lorasmith.training.optim.update_rules import rule_of
-from lorasmith.training.runtime import Runtime
-from lorasmith.training.runtime import dtype_on_device
+from lorasmith.training.optim.update_rules import check_schedule, rule_of
+from lorasmith.training.runtime import Runtime, dtype_on_device
 
 
 @dataclass(frozen=True)

@@ -9,54 +9,40 @@ from __future__ import annotations
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterator
-from collections.abc import Mapping
-from collections.abc import Sequence
-from dataclasses import dataclass
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Generic
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
 
 from lorasmith.adapters.algorithms import title_of
 from lorasmith.adapters.frozen_layer import packed_layers
-from lorasmith.adapters.patch import Patch
-from lorasmith.adapters.patch import cannot_merge
-from lorasmith.core.adapter_state import DENOISER
-from lorasmith.core.adapter_state import AdapterState
-from lorasmith.core.adapter_state import AdapterWeights
-from lorasmith.core.adapter_state import ModuleRef
+from lorasmith.adapters.patch import Patch, cannot_merge
+from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
 from lorasmith.core.errors import LoraError
-from lorasmith.core.printable import count_text
-from lorasmith.core.printable import printable
-from lorasmith.core.printable import sentence
+from lorasmith.core.printable import count_text, printable, sentence
 from lorasmith.families.files.original_weights import weight_shapes
 from lorasmith.families.loading import released_names
-from lorasmith.families.model import Denoiser
-from lorasmith.families.model import Model
-from lorasmith.families.model import TextEncoder
+from lorasmith.families.model import Denoiser, Model, TextEncoder
 from lorasmith.formats.layouts.peft import stated_alphas
-from lorasmith.formats.lora_file import PORTABLE
-from lorasmith.formats.lora_file import Reason
-from lorasmith.formats.lora_file import Unapplied
-from lorasmith.formats.lora_file import load_lora
-from lorasmith.formats.lora_file import lora_of_tensors
-from lorasmith.formats.lora_file import read_lora_tensors
-from lorasmith.formats.lora_file import refuse_non_finite
-from lorasmith.formats.lora_file import save_lora
-from lorasmith.formats.lora_file import state_from_tensors
-from lorasmith.formats.lora_file import unapplied
+from lorasmith.formats.lora_file import (
+    PORTABLE,
+    Reason,
+    Unapplied,
+    load_lora,
+    lora_of_tensors,
+    read_lora_tensors,
+    refuse_non_finite,
+    save_lora,
+    state_from_tensors,
+    unapplied,
+)
 from lorasmith.formats.metadata import steps_of
 from lorasmith.formats.names import ModelNames
 from lorasmith.formats.scales import rank_of
-from lorasmith.formats.spelling import ModuleTensors
-from lorasmith.formats.spelling import all_assembled
-from lorasmith.formats.spelling import fits
-from lorasmith.formats.spelling import grouped
-from lorasmith.formats.spelling import guessed_family
+from lorasmith.formats.spelling import ModuleTensors, all_assembled, fits, grouped, guessed_family
 from lorasmith.report.pictures import card
 
 D = TypeVar("D", Denoiser, None)

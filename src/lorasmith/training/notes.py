@@ -3,42 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 
-from lorasmith.adapters.adapter import ADAPTERS
-from lorasmith.adapters.adapter import Adapter
-from lorasmith.adapters.frozen_layer import FrozenLayer
-from lorasmith.adapters.frozen_layer import packable_layers
-from lorasmith.adapters.frozen_layer import packed_layers
+from lorasmith.adapters.adapter import ADAPTERS, Adapter
+from lorasmith.adapters.frozen_layer import FrozenLayer, packable_layers, packed_layers
 from lorasmith.adapters.full import FullAdapter
-from lorasmith.adapters.inject import Difference
-from lorasmith.adapters.inject import Plan
+from lorasmith.adapters.inject import Difference, Plan
 from lorasmith.adapters.lora import LoraAdapter
-from lorasmith.adapters.variants import Dropout
-from lorasmith.adapters.variants import OutputDora
+from lorasmith.adapters.variants import Dropout, OutputDora
 from lorasmith.core import quantization
-from lorasmith.core.adapter_state import COMFYUI
-from lorasmith.core.adapter_state import DENOISER
-from lorasmith.core.adapter_state import AdapterState
-from lorasmith.core.adapter_state import ModuleRef
+from lorasmith.core.adapter_state import COMFYUI, DENOISER, AdapterState, ModuleRef
 from lorasmith.core.options import options_of
 from lorasmith.core.quantization import packed
 from lorasmith.families.model import Denoiser
 from lorasmith.formats.acceptance import shortfalls
-from lorasmith.formats.lora_file import PORTABLE
-from lorasmith.formats.lora_file import layout_for
-from lorasmith.training.config import LossSettings
-from lorasmith.training.config import MemorySettings
-from lorasmith.training.config import OptimizerSettings
-from lorasmith.training.config import TrainConfig
-from lorasmith.training.config import VariantSettings
-from lorasmith.training.memory.compilation import compilable
-from lorasmith.training.memory.compilation import units
-from lorasmith.training.memory.frozen_weights import code_in_model
-from lorasmith.training.memory.frozen_weights import takes_fp8_products
+from lorasmith.formats.lora_file import PORTABLE, layout_for
+from lorasmith.training.config import LossSettings, MemorySettings, OptimizerSettings, TrainConfig, VariantSettings
+from lorasmith.training.memory.compilation import compilable, units
+from lorasmith.training.memory.frozen_weights import code_in_model, takes_fp8_products
 
 
 class ReportNote(str):

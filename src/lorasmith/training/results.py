@@ -9,46 +9,29 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict
-from dataclasses import dataclass
-from dataclasses import field
-from datetime import UTC
-from datetime import datetime
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
 
-from lorasmith.adapters.algorithms import format_named
-from lorasmith.adapters.algorithms import format_of
-from lorasmith.adapters.algorithms import words_of
-from lorasmith.core.adapter_state import DENOISER
-from lorasmith.core.adapter_state import SD_SCRIPTS
-from lorasmith.core.adapter_state import AdapterState
-from lorasmith.core.adapter_state import ModuleRef
+from lorasmith.adapters.algorithms import format_named, format_of, words_of
+from lorasmith.core.adapter_state import DENOISER, SD_SCRIPTS, AdapterState, ModuleRef
 from lorasmith.core.files import write_atomic
-from lorasmith.core.placement import dtype_from_name
-from lorasmith.core.placement import dtype_name
-from lorasmith.core.printable import count_text
-from lorasmith.core.printable import printable
+from lorasmith.core.placement import dtype_from_name, dtype_name
+from lorasmith.core.printable import count_text, printable
 from lorasmith.data.dataset import EncodedDataset
-from lorasmith.data.encoder_digest import RememberedDigests
-from lorasmith.data.encoder_digest import file_sha256
+from lorasmith.data.encoder_digest import RememberedDigests, file_sha256
 from lorasmith.data.encoding_cache import default_cache
 from lorasmith.families.model import Model
-from lorasmith.formats.metadata import RUN_ENTRY
-from lorasmith.formats.metadata import autov1
-from lorasmith.formats.metadata import tag_frequency
-from lorasmith.formats.metadata import without_private
-from lorasmith.report.pictures import card
-from lorasmith.report.pictures import embedded_picture
-from lorasmith.report.pictures import embedded_png
+from lorasmith.formats.metadata import RUN_ENTRY, autov1, tag_frequency, without_private
+from lorasmith.report.pictures import card, embedded_picture, embedded_png
 from lorasmith.training.config import ResolvedConfig
 from lorasmith.training.events import Outcome
 from lorasmith.training.job import Job
 from lorasmith.training.loop import Loop
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.storage.records import RunRecord
-from lorasmith.training.validation import TOO_EARLY
-from lorasmith.training.validation import UNJUDGED
+from lorasmith.training.validation import TOO_EARLY, UNJUDGED
 from lorasmith.training.watchers import ValidationWatch
 
 

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from lorasmith.adapters.frozen_layer import CONVOLUTIONS
-from lorasmith.adapters.frozen_layer import is_targetable
-from lorasmith.adapters.inject import Plan
-from lorasmith.adapters.inject import PlannedAdapter
-from lorasmith.adapters.inject import create_adapters
+from lorasmith.adapters.frozen_layer import CONVOLUTIONS, is_targetable
+from lorasmith.adapters.inject import Plan, PlannedAdapter, create_adapters
 from lorasmith.core.placement import dtype_from_name
 from lorasmith.families.model import Denoiser
 from lorasmith.formats.spelling import without_core
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.job import fresh_differences
-from lorasmith.training.job import resolve_targets
-from lorasmith.training.job import variant_of
+from lorasmith.training.job import fresh_differences, resolve_targets, variant_of
 from lorasmith.training.notes import notes_on_plan
 
 _HEADER_BYTES = 130  # per tensor of a safetensors file: its name, dtype, shape and offset

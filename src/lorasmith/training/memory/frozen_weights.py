@@ -12,33 +12,26 @@ import contextlib
 import functools
 import weakref
 from collections import deque
-from collections.abc import Iterable
-from collections.abc import Iterator
-from collections.abc import Mapping
-from dataclasses import dataclass
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
-from torch import nn
+from torch import Tensor, nn
 
-from lorasmith.adapters.frozen_layer import PRODUCTS
-from lorasmith.adapters.frozen_layer import FrozenLayer
-from lorasmith.adapters.frozen_layer import layers_as_stored
-from lorasmith.adapters.frozen_layer import packable_layers
-from lorasmith.adapters.frozen_layer import weight_source_set
+from lorasmith.adapters.frozen_layer import PRODUCTS, FrozenLayer, layers_as_stored, packable_layers, weight_source_set
 from lorasmith.core.choices import Quantization
 from lorasmith.core.mapped_files import release_pages
-from lorasmith.core.placement import full_precision
-from lorasmith.core.placement import memory_format_for
-from lorasmith.core.quantization import FP8_CODES
-from lorasmith.core.quantization import FP8_MULTIPLE
-from lorasmith.core.quantization import Fp8Products
-from lorasmith.core.quantization import Packed
-from lorasmith.core.quantization import WeightSource
-from lorasmith.core.quantization import packed
-from lorasmith.core.quantization import weight_source
+from lorasmith.core.placement import full_precision, memory_format_for
+from lorasmith.core.quantization import (
+    FP8_CODES,
+    FP8_MULTIPLE,
+    Fp8Products,
+    Packed,
+    WeightSource,
+    packed,
+    weight_source,
+)
 from lorasmith.training.memory.activations import blocks_at_depth
 
 

@@ -18,24 +18,18 @@ import contextlib
 import copy
 import threading
 import warnings
-from collections.abc import Callable
-from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch import nn
+from torch import Tensor, nn
 
-from lorasmith.adapters.frozen_layer import packable_layers
-from lorasmith.adapters.frozen_layer import weight_source_set
+from lorasmith.adapters.frozen_layer import packable_layers, weight_source_set
 from lorasmith.adapters.inject import restore_forward
-from lorasmith.core.allocator import is_out_of_memory
-from lorasmith.core.allocator import memory_missed
+from lorasmith.core.allocator import is_out_of_memory, memory_missed
 from lorasmith.core.choices import Quantization
-from lorasmith.core.errors import LorasmithError
-from lorasmith.core.errors import TrainingError
+from lorasmith.core.errors import LorasmithError, TrainingError
 from lorasmith.core.mapped_files import release_pages
 from lorasmith.core.placement import memory_format_for
 from lorasmith.core.printable import first_line
