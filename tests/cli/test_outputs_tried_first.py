@@ -30,7 +30,7 @@ def read_only(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("work began")
 
     monkeypatch.setattr("tempfile.TemporaryFile", refuse)
-    for place in ("families.loading.load_model", "data.folder.scan_sources", "app.data_check.check_folder"):
+    for place in ("families.loading.load_model", "data.folder.scan_sources", "runs.data_check.check_folder"):
         monkeypatch.setattr(f"lorasmith.{place}", work)
     assert loading.load_model is work
 
