@@ -64,7 +64,9 @@ def own_cache() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """What a test draws from torch's global generator is the same each time, whatever ran before."""
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # `torch.manual_seed` asks for every kind of device, ten thousand times
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(0)
 
 
 SAVE_FIGURE = Figure.savefig

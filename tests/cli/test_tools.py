@@ -24,9 +24,10 @@ Command = Callable[..., Any]
 PAGE = (Path(__file__).parents[2] / "docs" / "tools.md").read_text(encoding="utf-8")
 
 
-@pytest.fixture
-def files(tiny: Model, tmp_path: Path) -> Path:
-    """The folder that the page's examples are run in: LoRAs and models under the names that they use."""
+@pytest.fixture(scope="module")
+def made(tiny: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """LoRAs and models under the names that the page's examples use."""
+    folder = tmp_path_factory.mktemp("made")
     shapes = cases.shapes_of(tiny)
     rotated = {ref: shape for ref, shape in shapes.items() if ref.path.endswith("to_q")}
     states = {
@@ -35,10 +36,16 @@ def files(tiny: Model, tmp_path: Path) -> Path:
         "turned": cases.lora_state(rotated, "oft", size=0.02),
     }
     for name, state in states.items():
-        cases.saved(tmp_path / f"{name}.safetensors", state, tiny.names)
-    cases.saved(tmp_path / "style-comfy.safetensors", states["style"], tiny.names, "comfy")
-    shutil.copy(built_in_models()["lorasmith-tiny"], tmp_path / "sd15.safetensors")
-    return tmp_path
+        cases.saved(folder / f"{name}.safetensors", state, tiny.names)
+    cases.saved(folder / "style-comfy.safetensors", states["style"], tiny.names, "comfy")
+    shutil.copy(built_in_models()["lorasmith-tiny"], folder / "sd15.safetensors")
+    return folder
+
+
+@pytest.fixture
+def files(made: Path, tmp_path: Path) -> Path:
+    """The folder that the page's examples are run in."""
+    return Path(shutil.copytree(made, tmp_path, dirs_exist_ok=True))
 
 
 @pytest.mark.slow

@@ -27,13 +27,13 @@ from lorasmith.training.lora_handle import Lora
 from lorasmith.training.results import TrainResult
 from tests.covering import slow_except
 
-CAPTIONS = ("a fox", "a bus", "a penguin on a pink background, " * 20, "")
+CAPTIONS = ("a fox", "a bus", "a penguin on a pink background, " * 12, "")
 
 
 @pytest.fixture(scope="module")
 def four(case: Case) -> EncodedDataset:
     """Four pictures of one colour each, with captions of different length."""
-    model, shape = case.ours, case.ours.components.latent.shape(64, 64)
+    model, shape = case.ours, case.ours.components.latent.shape(32, 32)
     with model.text_encoder.active():
         captions = [model.text_encoder.encode(text) for text in CAPTIONS]
     colours = [models.seeded(f"colour {index}", (shape[0], *(1,) * (len(shape) - 1)), seed=0) for index in range(4)]

@@ -79,13 +79,13 @@ def test_a_second_run_on_a_folder_is_refused_while_the_first_one_prepares(
         prepare(asked(images), output=output, on_event=meanwhile)
     assert second.names() == [] and sorted(tmp_path.rglob("*")) == before
 
-    first = prepare(asked(images), output=output)
+    first = prepare(asked(images, steps=1), output=output)
     with pytest.raises(OutputError, match="in use by a run in another process"):
         prepare(asked(images), output=output, on_event=second)
     result = train_prepared(first, output=output)
     assert result.folder == (output / "cat" if others else output)
     assert second.names() == [] and not (result.folder / ".lock").exists()
-    again = train_prepared(prepare(asked(images), output=output), output=output, fresh=True)
+    again = train_prepared(prepare(asked(images, steps=1), output=output), output=output, fresh=True)
     assert again.folder == result.folder and result.folder.with_name("cat-old-1").is_dir()
 
 
@@ -157,7 +157,9 @@ def test_previews_nobody_asked_for_are_drawn_and_give_the_lora_its_picture(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(preview_budget, "_SHARE", 1e6)
-    train_prepared(prepared(images, previews=None, trigger="sks cat", steps=2), output=tmp_path / "run")
+    train_prepared(
+        prepared(images, previews=None, preview_steps=2, trigger="sks cat", steps=2), output=tmp_path / "run"
+    )
     found = {path.name for path in (tmp_path / "run").rglob("*.png")}
     assert {"base-1.png", "step-000002-1.png", "cat.png", "cat.preview.png"} <= found
     assert "modelspec.thumbnail" in check_safetensors(tmp_path / "run" / "cat.safetensors").metadata

@@ -41,12 +41,12 @@ def small_is_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(activations, "_WORTH_MOVING", 256)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def run(tiny: Model) -> Callable[..., TrainResult]:
     """Train a small LoRA in fp32, everything overridable."""
 
     def go(data: EncodedDataset, **settings: Any) -> TrainResult:
-        base = {"steps": 4, "rank": 4, "training_dtype": "fp32", "learning_rate": 1e-3, "lora_dtype": "fp32", "seed": 3}
-        return train(tiny, data, **(base | {"targets": "attention"} | settings))
+        base = {"steps": 2, "rank": 4, "training_dtype": "fp32", "learning_rate": 1e-3, "lora_dtype": "fp32", "seed": 3}
+        return train(tiny, data, **(base | {"targets": "*.attn2.to_q"} | settings))
 
     return go

@@ -48,7 +48,9 @@ def folder(tmp_path: Path) -> Path:
 def trained(tiny: Model, folder: Path, *, events: list[Event] | None = None, **settings: Any) -> TrainResult:
     data = load_dataset(folder, tiny, **{**VARIED, **settings})
     hear = (lambda event: None) if events is None else events.append
-    return train(tiny, data, steps=4, rank=2, batch_size=2, targets="attention", training_dtype="fp32", on_event=hear)
+    return train(
+        tiny, data, steps=4, rank=2, batch_size=2, targets="*.attn2.to_q", training_dtype="fp32", on_event=hear
+    )
 
 
 def tensors(result: TrainResult) -> dict[str, torch.Tensor]:

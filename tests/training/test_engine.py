@@ -232,7 +232,7 @@ def test_events_tell_of_every_step_in_order(run: Run, dataset: EncodedDataset) -
     events: list[object] = []
     result = run(dataset, on_event=events.append)
     steps = [event for event in events if isinstance(event, StepDone)]
-    assert [event.step for event in steps] == [1, 2, 3, 4]
+    assert [event.step for event in steps] == [1, 2]
     assert [event.loss for event in steps] == result.losses
     assert [event.reason for event in events if isinstance(event, RunFinished)] == ["finished"]
 

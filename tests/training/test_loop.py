@@ -100,11 +100,11 @@ def test_a_run_that_is_broken_off_goes_on_to_the_bit(
 
 
 def test_the_log_of_a_continued_run_has_each_step_once(run: Run, dataset: EncodedDataset, tmp_path: Path) -> None:
-    audience = Audience(cancel_at=2)
+    audience = Audience(cancel_at=1)
     run(dataset, output=tmp_path / "run", on_event=audience, cancelled=audience.cancelled)
     run(dataset, output=tmp_path / "run")
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
-    assert [event["step"] for event in events if event["event"] == "StepDone"] == [1, 2, 3, 4]
+    assert [event["step"] for event in events if event["event"] == "StepDone"] == [1, 2]
     assert [event["reason"] for event in events if event["event"] == "RunFinished"] == ["finished"]
 
 
@@ -173,7 +173,7 @@ def test_another_run_in_the_folder_is_left_alone_and_what_differs_is_named(
 
 
 def test_settings_that_change_no_number_may_change(run: Run, dataset: EncodedDataset, tmp_path: Path) -> None:
-    audience = Audience(cancel_at=2)
+    audience = Audience(cancel_at=1)
     run(dataset, output=tmp_path, on_event=audience, cancelled=audience.cancelled)
     assert run(dataset, output=tmp_path, save_state_every=1, keep_states=5, private=True).reason == "finished"
 
@@ -193,7 +193,7 @@ def test_a_folder_is_for_one_process_at_a_time(run: Run, dataset: EncodedDataset
 
 
 def test_an_environment_that_differs_is_named(run: Run, dataset: EncodedDataset, tmp_path: Path) -> None:
-    audience = Audience(cancel_at=2)
+    audience = Audience(cancel_at=1)
     run(dataset, output=tmp_path, on_event=audience, cancelled=audience.cancelled)
     record = json.loads((tmp_path / "run.json").read_text())
     record["environment"]["threads"] = 99
@@ -209,7 +209,7 @@ def test_an_environment_that_differs_is_named(run: Run, dataset: EncodedDataset,
 
 @pytest.mark.slow
 def test_the_unfinished_run_is_found_among_others(run: Run, dataset: EncodedDataset, tmp_path: Path) -> None:
-    audience = Audience(cancel_at=2)
+    audience = Audience(cancel_at=1)
     run(dataset, output=tmp_path / "lora-001", on_event=audience, cancelled=audience.cancelled)
     run(dataset, output=tmp_path / "lora-002", rank=2)
     record = RunFolder(tmp_path / "lora-001").record()
@@ -352,12 +352,12 @@ def out_of_memory(monkeypatch: pytest.MonkeyPatch, too_large: Callable[[int, int
 def test_when_memory_runs_out_the_step_is_taken_in_smaller_pieces(
     run: Run, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = run(dataset, batch_size=5, steps=3)
+    plain = run(dataset, batch_size=5, steps=2)
     sizes = out_of_memory(monkeypatch, lambda batch, depth: batch > 2)
     audience = Audience()
-    scarce = run(dataset, batch_size=5, steps=3, on_event=audience)
+    scarce = run(dataset, batch_size=5, steps=2, on_event=audience)
     assert [(event.step, event.micro_batch) for event in audience.of(Shrunk)] == [(1, 3), (1, 2)]
-    assert sizes == [2, 2, 1] * 3
+    assert sizes == [2, 2, 1] * 2
     assert scarce.losses == pytest.approx(plain.losses, rel=1e-4)
 
 
@@ -495,7 +495,7 @@ def test_a_run_that_was_killed_after_it_stopped_early_stays_stopped(
 def test_checkpoints_of_which_none_can_be_read_are_not_started_over(
     run: Run, dataset: EncodedDataset, tmp_path: Path
 ) -> None:
-    audience = Audience(cancel_at=2)
+    audience = Audience(cancel_at=1)
     run(dataset, output=tmp_path, on_event=audience, cancelled=audience.cancelled)
     (only,) = (tmp_path / "states").iterdir()
     only.write_bytes(b"spoilt")
@@ -661,7 +661,7 @@ def test_a_gradient_that_is_not_finite_is_no_explosion(
 
     monkeypatch.setattr(engine.Engine, "gradient", broken)
     with pytest.raises(TrainingError, match=r"became NaN or infinite at step 3 .*; the LoRA before that step"):
-        run(dataset, max_rollbacks=0, output=tmp_path / "run")
+        run(dataset, steps=3, max_rollbacks=0, output=tmp_path / "run")
     monkeypatch.undo()
     run(dataset, steps=2, output=tmp_path / "two")
     assert same(saved(tmp_path / "run"), saved(tmp_path / "two"))

@@ -1,7 +1,13 @@
-"""A run over several processes is the run of one: the same samples and noise, losses and weights to rounding."""
+"""A run over several processes is the run of one: the same samples and noise, losses and weights to rounding.
+
+All processes of a world are forked once, meet over gloo, and train all cases, one after the other.
+"""
 
 from __future__ import annotations
 
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,93 +17,175 @@ import torch
 from torch import Tensor
 
 from lorasmith.core.errors import OptionError, TrainingError
+from lorasmith.core.processes import Processes
 from lorasmith.data.dataset import EncodedDataset
-from lorasmith.families.loading import load_model
-from lorasmith.families.locating import BUILT_IN
+from lorasmith.data.encoding_cache import FOLDER_VARIABLE
 from lorasmith.families.model import Model
 from lorasmith.runs.model_run import train_job
 from lorasmith.training import engine as engines
 from lorasmith.training.engine import Engine
 from lorasmith.training.events import Event, Outcome, Shrunk, StepDone, Validated
 from lorasmith.training.loop import Mailbox
-from lorasmith.training.results import TrainResult
 from lorasmith.training.train import RunOptions
-from tests.covering import slow_except
-from tests.training import together_cases
-from tests.training.threads_together import ThreadTogether, run_together
-from tests.training.together_cases import CASES, SETTINGS, planned, weights
+from tests.training.processes_together import processes_together
+from tests.training.together_cases import CASES, SETTINGS, Case, Materials, assert_alike, planned, weights
+
+TWICE = ("accumulated", "dropout", "AdamW", "DoRA", "held out", "wildcards", "Flux.1")
+"""Cases that are trained again by as many processes."""
+
+Found = dict[str, Any]
+"""What a process has of a run."""
+World = Mapping[str, Sequence[Found]]
+"""What each process has of a case."""
+
+
+def trained(model: Model, data: EncodedDataset, options: RunOptions | None = None, **settings: Any) -> Found:
+    events: list[Event] = []
+    given = replace(options or RunOptions(), on_event=events.append)
+    result = train_job(model.denoiser, planned(model, settings), data, given)
+    steps = [one for one in events if isinstance(one, StepDone)]
+    return {
+        "losses": result.losses,
+        "tensors": weights(result),
+        "reason": result.reason,
+        "validations": [(one.step, one.loss, one.best) for one in events if isinstance(one, Validated)],
+        "draws": [sorted((index, round(quantile, 6)) for index, quantile, _ in one.draws) for one in steps],
+        "shrunk": [(one.step, one.micro_batch) for one in events if isinstance(one, Shrunk)],
+        "encoded": 0 if data.captions is None else data.captions.encoded,
+        "path": result.path,
+        "files": [] if result.folder is None else sorted(_names(result.folder)),
+    }
+
+
+def _names(folder: Path) -> Iterator[str]:
+    """The files in a folder, as paths in it."""
+    return (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def together(size: int, *arguments: Any, **settings: Any) -> Found:
+    """What the first of several processes has of a run; the others have the same."""
+    first, *others = processes_together(size, lambda _: trained(*arguments, **settings))
+    for other in others:
+        assert_same(other, first)
+    return first
+
+
+def assert_same(one: Found, other: Found) -> None:
+    assert one["losses"] == other["losses"] and one["validations"] == other["validations"]
+    assert all(torch.equal(one["tensors"][name], tensor) for name, tensor in other["tensors"].items())
+
+
+def assert_equal(one: Found, other: Found, tolerance: float = 1e-5) -> None:
+    """Two runs are the same to rounding."""
+    assert_alike(one["losses"], one["tensors"], other["losses"], other["tensors"], tolerance)
+    assert one["draws"] == other["draws"] and one["reason"] == other["reason"]
+    judged = [[(step, best) for step, _, best in each["validations"]] for each in (one, other)]
+    assert judged[0] == judged[1]
+    losses = [[loss for _, loss, _ in each["validations"]] for each in (one, other)]
+    assert losses[0] == pytest.approx(losses[1], rel=max(tolerance, 1e-4))
+    assert one["files"] == other["files"]
+
+
+def world(size: int, materials: Materials, out: Path, names: Sequence[str] = tuple(CASES)) -> World:
+    def case(name: str) -> Found:
+        given: Case = CASES[name]
+        options = RunOptions(output=out / name / "run", title="cat") if given.has_folder else None
+        try:
+            return trained(materials.model(given.model), materials.samples(given), options, **materials.settings(given))
+        except Exception as error:
+            error.add_note(name)
+            raise
+
+    def one(_: Processes) -> dict[str, Found]:
+        warnings.simplefilter("ignore")
+        os.environ[FOLDER_VARIABLE] = str(out / "cache")
+        return {name: case(name) for name in names}
+
+    found = processes_together(size, one)
+    return {name: [each[name] for each in found] for name in names}
+
+
+def test_losses_weights_and_draws_are_those_of_one_process(tiny: Model, tmp_path: Path) -> None:
+    """One of the cases below, in the default run."""
+    first, second = (
+        world(size, Materials(tmp_path, tiny), tmp_path / str(size), ("accumulated",))["accumulated"][0]
+        for size in (1, 2)
+    )
+    assert_equal(second, first)
 
 
 @pytest.fixture(scope="module")
-def copies(tiny: Model) -> list[Model]:
-    """A model for each process."""
-    return [tiny, *(load_model(BUILT_IN) for _ in range(3))]
+def materials(tiny: Model, tmp_path_factory: pytest.TempPathFactory) -> Materials:
+    return Materials.made(tmp_path_factory.mktemp("materials"), tiny)
 
 
-def trained(
-    copies: list[Model], data: EncodedDataset, processes: int = 1, *, options: RunOptions | None = None, **settings: Any
-) -> tuple[TrainResult, list[Event]]:
-    """The result in the first process, and its events."""
-    events: list[Event] = []
-    given = options or RunOptions()
-
-    def one(together: ThreadTogether) -> TrainResult:
-        model = copies[together.rank]
-        job = planned(model, settings, together if processes > 1 else None)
-        own = replace(given, on_event=events.append) if together.is_first else given
-        return train_job(model.denoiser, job, data, own)
-
-    results = run_together(processes, one)
-    assert all(one.losses == results[0].losses for one in results)
-    tensors = [weights(one) for one in results]
-    assert all(torch.equal(one[name], tensor) for one in tensors for name, tensor in tensors[0].items())
-    return results[0], events
-
-
-def assert_alike(one: TrainResult, other: TrainResult, tolerance: float = 1e-5) -> None:
-    together_cases.assert_alike(one.losses, weights(one), other.losses, weights(other), tolerance)
-
-
-NAMES = ("plain", "uneven shares", "accumulated", "dropout", "average", "held out", "LoKr", "DoRA", "half precision")
-"""Cases that threads train too; `test_real_processes` has all of them."""
-
-
-@pytest.mark.parametrize("name", slow_except(NAMES, "accumulated"))
-@pytest.mark.parametrize("processes", slow_except([2, 3], 2))
-def test_losses_and_weights_are_those_of_one_process(
-    copies: list[Model], dataset: EncodedDataset, mixed: EncodedDataset, name: str, processes: int
-) -> None:
-    case = CASES[name]
-    data = mixed if case.mixed else dataset
-    alone, before = trained(copies, data, **case.settings)
-    together, events = trained(copies, data, processes, **case.settings)
-    assert_alike(together, alone, case.tolerance)
-
-    def draws(told: list[Event]) -> list[list[tuple[int, float]]]:
-        steps = [event for event in told if isinstance(event, StepDone)]
-        return [sorted((index, round(quantile, 6)) for index, quantile, _ in one.draws) for one in steps]
-
-    assert draws(events) == draws(before)
-    losses = [[event.loss for event in told if isinstance(event, Validated)] for told in (events, before)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+@pytest.fixture(scope="module")
+def worlds(materials: Materials, tmp_path_factory: pytest.TempPathFactory) -> dict[int, World]:
+    """By the number of processes."""
+    folder = tmp_path_factory.mktemp("worlds")
+    return {size: world(size, materials, folder / str(size)) for size in (1, 2, 4)}
 
 
 @pytest.mark.slow
-def test_bytes_of_a_step_are_those_of_the_parameters(copies: list[Model], dataset: EncodedDataset) -> None:
-    def one(together: ThreadTogether) -> tuple[int, int]:
-        job = planned(copies[together.rank], {"steps": 2}, together)
-        numbers = Engine(job.denoiser, job.adapters, job.config, job.runtime).flat.master.numel()
-        train_job(copies[together.rank].denoiser, job, dataset, RunOptions())
-        return together.bytes_summed, numbers
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_run_is_that_of_one_process(worlds: dict[int, World], size: int, name: str) -> None:
+    (alone,) = worlds[1][name]
+    first, *others = worlds[size][name]
+    for other in others:
+        assert_same(other, first)
+        assert other["path"] is None and not other["files"]
+    assert_equal(first, alone, CASES[name].tolerance)
 
-    summed, numbers = run_together(2, one)[0]
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["buckets", "weights", "wildcards", "Flux.1", "Z-Image", "Wan"])
+def test_captions_are_encoded_once_over_all_processes(worlds: dict[int, World], name: str) -> None:
+    (alone,) = worlds[1][name]
+    for size in (2, 4):
+        assert sum(one["encoded"] for one in worlds[size][name]) == alone["encoded"]
+
+
+@pytest.mark.slow
+def test_cases_reach_what_they_are_about(worlds: dict[int, World]) -> None:
+    (stopped,), (previews,), (kept,) = (worlds[1][name] for name in ("stopped early", "previews", "kept on the way"))
+    assert stopped["reason"] == "stopped" and len(stopped["losses"]) < 6
+    assert "cat-best.safetensors" in stopped["files"] or not stopped["validations"][-1][2]
+    assert sum(one.startswith("samples/") for one in previews["files"]) > 4
+    assert "cat-step00000002.safetensors" in kept["files"]
+    assert worlds[1]["wildcards"][0]["encoded"] > 6, "more captions than pictures"
+
+
+@pytest.mark.slow
+def test_a_number_of_processes_gives_the_same_bits_again(
+    worlds: dict[int, World], materials: Materials, tmp_path: Path
+) -> None:
+    again = world(2, materials, tmp_path / "again", TWICE)
+    for name in TWICE:
+        assert_same(again[name][0], worlds[2][name][0])
+
+
+@pytest.mark.slow
+def test_bytes_of_a_step_are_those_of_the_parameters(tiny: Model, dataset: EncodedDataset) -> None:
+    def one(processes: Processes) -> tuple[int, int]:
+        job, summing, summed = planned(tiny, {"steps": 2}), processes.summing, []
+
+        def counted(tensor: Tensor) -> Callable[[], object]:
+            summed.append(tensor.nbytes if tensor.is_floating_point() else 0)  # counts are a few numbers
+            return summing(tensor)
+
+        processes.summing = counted  # type: ignore[method-assign]
+        train_job(tiny.denoiser, job, dataset, RunOptions())
+        return sum(summed), Engine(job.denoiser, job.adapters, job.config, job.runtime).flat.master.numel()
+
+    summed, numbers = processes_together(2, one)[0]
     assert summed == 2 * 4 * (numbers + SETTINGS["batch_size"] + 1)
 
 
 def test_what_memory_is_too_small_for_in_one_process_is_repeated_in_all(
-    copies: list[Model], dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch
+    tiny: Model, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    alone, _ = trained(copies, dataset)
+    alone = trained(tiny, dataset)
     whole, failed = Engine.gradient, []
 
     def gradient(self: Engine, batches: Any) -> Any:
@@ -107,27 +195,18 @@ def test_what_memory_is_too_small_for_in_one_process_is_repeated_in_all(
         return whole(self, batches)
 
     monkeypatch.setattr(Engine, "gradient", gradient)
-    together, events = trained(copies, dataset, 2)
-    assert_alike(together, alone)
-    (shrunk,) = (event for event in events if isinstance(event, Shrunk))
-    assert (shrunk.step, shrunk.micro_batch) == (1, 2)
+    found = together(2, tiny, dataset)
+    assert_equal(found, alone)
+    assert found["shrunk"] == [(1, 2)]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("late", [False, True], ids=["at once", "numbers late on one host"])
 def test_all_processes_skip_a_step_that_diverged_in_one(
-    copies: list[Model], dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch, late: bool
+    tiny: Model, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch, late: bool
 ) -> None:
     whole, broken = engines.sample_losses, []
-    boxes, collect = [], Mailbox.collect
-
-    def collected(box: Mailbox, *, wait: bool = False, before: int | None = None) -> Any:
-        """As on GPUs, where the numbers of a step may not have arrived yet."""
-        boxes.extend([] if any(box is one for one in boxes) else [box])
-        is_late = late and box is boxes[0] and not wait and before is None
-        return [] if is_late else collect(box, wait=wait, before=before)
-
-    monkeypatch.setattr(Mailbox, "collect", collected)
+    collect = Mailbox.collect
 
     def losses(denoiser: Any, batch: Any, config: Any, runtime: Any) -> Tensor:
         found = whole(denoiser, batch, config, runtime)
@@ -136,49 +215,52 @@ def test_all_processes_skip_a_step_that_diverged_in_one(
             return found * float("nan")
         return found
 
+    def one(processes: Processes) -> Found:
+        def collected(box: Mailbox, *, wait: bool = False, before: int | None = None) -> Any:
+            """As on GPUs, where the numbers of a step may not have arrived yet."""
+            is_late = late and processes.is_first and not wait and before is None
+            return [] if is_late else collect(box, wait=wait, before=before)
+
+        Mailbox.collect = collected  # type: ignore[method-assign]
+        return trained(tiny, dataset, steps=3)
+
     monkeypatch.setattr(engines, "sample_losses", losses)
-    result, _ = trained(copies, dataset, 2, steps=3)
-    assert [loss == loss for loss in result.losses] == [False, True, True]
+    first, second = processes_together(2, one)
+    assert [loss == loss for loss in first["losses"]] == [False, True, True]
+    assert all(torch.equal(second["tensors"][name], tensor) for name, tensor in first["tensors"].items())
 
 
-def test_a_process_that_is_stopped_stops_all(copies: list[Model], dataset: EncodedDataset, tmp_path: Path) -> None:
-    def one(together: ThreadTogether) -> TrainResult:
-        model, steps = copies[together.rank], iter((False, together.rank == 1))
-        options = RunOptions(output=tmp_path / "run", cancelled=lambda: next(steps, together.rank == 1))
-        return train_job(model.denoiser, planned(model, {"steps": 5}, together), dataset, options)
+def test_a_process_that_is_stopped_stops_all(tiny: Model, dataset: EncodedDataset, tmp_path: Path) -> None:
+    def one(processes: Processes) -> Found:
+        steps = iter((False, processes.rank == 1))
+        options = RunOptions(output=tmp_path / "run", cancelled=lambda: next(steps, processes.rank == 1))
+        return trained(tiny, dataset, options, steps=4)
 
-    first, second = run_together(2, one)
-    assert first.reason is second.reason is Outcome.CANCELLED
-    assert len(first.losses) == len(second.losses) == 2
-    assert first.path is not None and second.path is None
-    alone, _ = trained(copies, dataset, steps=5)
-    resumed, _ = trained(copies, dataset, options=RunOptions(output=tmp_path / "run"), steps=5)
-    assert_alike(resumed, alone)
+    first, second = processes_together(2, one)
+    assert first["reason"] is second["reason"] is Outcome.CANCELLED
+    assert len(first["losses"]) == len(second["losses"]) == 2
+    assert first["path"] is not None and second["path"] is None
+    alone = trained(tiny, dataset, steps=4)
+    resumed = trained(tiny, dataset, RunOptions(output=tmp_path / "run"), steps=4)
+    assert_alike(resumed["losses"], resumed["tensors"], alone["losses"], alone["tensors"])
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_other_processes(copies: list[Model], dataset: EncodedDataset, tmp_path: Path) -> None:
-    alone, _ = trained(copies, dataset, steps=4)
+def test_a_run_goes_on_with_other_processes(tiny: Model, dataset: EncodedDataset, tmp_path: Path) -> None:
+    alone = trained(tiny, dataset, steps=4)
     options = RunOptions(output=tmp_path / "run", until=2)
-    trained(copies, dataset, 3, options=options, steps=4)
-    resumed, _ = trained(copies, dataset, 2, options=replace(options, until=None), steps=4)
-    assert_alike(resumed, alone)
+    together(3, tiny, dataset, options, steps=4)
+    resumed = together(2, tiny, dataset, replace(options, until=None), steps=4)
+    assert_alike(resumed["losses"], resumed["tensors"], alone["losses"], alone["tensors"])
 
 
-def test_fewer_samples_than_processes_are_refused(copies: list[Model], dataset: EncodedDataset) -> None:
+def test_fewer_samples_than_processes_are_refused(tiny: Model, dataset: EncodedDataset) -> None:
     with pytest.raises(OptionError, match=r"at least the number of processes, 3, got 2; raise grad_accumulation_ste"):
-        trained(copies, dataset, 3, batch_size=2)
+        together(3, tiny, dataset, batch_size=2)
 
 
 @pytest.mark.slow
-def test_processes_with_other_images_are_refused(copies: list[Model], dataset: EncodedDataset) -> None:
+def test_processes_with_other_images_are_refused(tiny: Model, dataset: EncodedDataset) -> None:
     fewer = EncodedDataset(dataset.samples[:-1])
-
-    def one(together: ThreadTogether) -> TrainResult:
-        model = copies[together.rank]
-        return train_job(
-            model.denoiser, planned(model, {}, together), fewer if together.rank else dataset, RunOptions()
-        )
-
     with pytest.raises(TrainingError, match=r"process 1 differs from the first in the images or captions"):
-        run_together(2, one)
+        processes_together(2, lambda processes: trained(tiny, fewer if processes.rank else dataset))

@@ -149,12 +149,12 @@ def test_a_run_folder_holds_everything(run: Run, dataset: EncodedDataset, tmp_pa
     result = run(dataset, output=tmp_path / "run", title="cat", trigger="sks cat")
     assert result.path == tmp_path / "run" / "cat.safetensors"
     record = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert record["config"]["steps"] == 4
+    assert record["config"]["steps"] == 2
     assert record["config"]["alpha"] == 4.0
     assert len(record["samples"]) == 6
     assert record["environment"]["versions"]["torch"] == version("torch")
     lines = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
-    assert [line["event"] for line in lines] == ["RunStarted", *["StepDone"] * 4, "StateSaved", "RunFinished"]
+    assert [line["event"] for line in lines] == ["RunStarted", *["StepDone"] * 2, "StateSaved", "RunFinished"]
     with safe_open(result.path, framework="pt") as file:
         metadata = file.metadata()
     assert metadata["modelspec.trigger_phrase"] == "sks cat"

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,9 @@ from tiny_z_image import Z_IMAGE
 from torch import Tensor
 
 from lorasmith.core.options import config_from
-from lorasmith.core.processes import Processes
 from lorasmith.data.data_config import ImageSource
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.data.encoding import load_dataset
-from lorasmith.families.loading import load_model
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Model
 from lorasmith.runs.model_run import train
@@ -151,24 +148,16 @@ _FAMILIES: dict[str, TinyFamily] = {"flux1": FLUX1, "z-image": Z_IMAGE, "wan": W
 
 
 class Materials:
-    """Files that runs are about, in a folder, and what is read from them.
+    """Files that runs are about, in a folder that `made` has filled, and the built-in model."""
 
-    Args:
-        folder: that `made` has filled.
-    """
-
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, built_in: Model) -> None:
         self.folder = folder
+        self._models = {BUILT_IN: built_in}
 
     @classmethod
     def made(cls, folder: Path, model: Model) -> Materials:
-        """All files in a new folder.
-
-        Args:
-            folder: where.
-            model: the built-in one.
-        """
-        made = cls(folder)
+        """All files in a new folder."""
+        made = cls(folder, model)
         sizes = ((80, 80), (112, 64), (64, 112), (90, 70), (80, 80), (112, 64))
         captions = [f"{{a|one|the}} cat, small, on a {where}" for where in ("mat", "tree", "car", "roof", "bed", "box")]
         _write(folder / "pictures", sizes, captions)
@@ -187,10 +176,6 @@ class Materials:
             given = {**SETTINGS, "steps": 2, "seed": seed}
             train(model, of_one_size(model), **given, progress=False).lora.save(folder / f"{name}.safetensors")
         return made
-
-    @functools.cached_property
-    def _models(self) -> dict[str, Model]:
-        return {}
 
     def model(self, name: str) -> Model:
         """A model, loaded once."""
@@ -217,8 +202,6 @@ class Materials:
         return {**SETTINGS, **case.settings, **files}
 
     def _loaded(self, name: str) -> Model:
-        if name == BUILT_IN:
-            return load_model(BUILT_IN)
         tiny = _FAMILIES[name]
         model = tiny.loaded({part: self.folder / name / "models" / file for part, (file, _) in tiny.files.items()})
         return small(model) if name == "wan" else model
@@ -233,10 +216,9 @@ def _write(folder: Path, sizes: Sequence[tuple[int, int]], captions: Sequence[st
         (folder / f"{number}.txt").write_text(caption)
 
 
-def planned(model: Model, settings: Mapping[str, Any], together: Processes | None = None) -> Job:
-    """The job of settings, in processes that are not the current ones if `together` names them."""
-    job = plan_job(model.denoiser, config_from(TrainConfig, {**SETTINGS, **settings}), torch.device("cpu"))
-    return job if together is None else replace(job, runtime=replace(job.runtime, processes=together))
+def planned(model: Model, settings: Mapping[str, Any]) -> Job:
+    """The job of settings."""
+    return plan_job(model.denoiser, config_from(TrainConfig, {**SETTINGS, **settings}), torch.device("cpu"))
 
 
 def weights(result: TrainResult) -> dict[str, Tensor]:

@@ -39,11 +39,17 @@ class Ear:
         return [event for event in self.events if isinstance(event, kind)]
 
 
+@pytest.fixture(scope="module")
+def complete(run: Run, dataset: EncodedDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete run of three steps, of which each test has a copy."""
+    folder = tmp_path_factory.mktemp("complete") / "run"
+    run(dataset, steps=3, output=folder)
+    return folder
+
+
 @pytest.fixture
-def short(run: Run, dataset: EncodedDataset, tmp_path: Path) -> Path:
-    """A complete run of three steps."""
-    run(dataset, steps=3, output=tmp_path / "run")
-    return tmp_path / "run"
+def short(complete: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(complete, tmp_path / "run"))
 
 
 def tensors(folder: Path) -> str:

@@ -7,6 +7,7 @@ Two runs with equal fingerprints are the same run, so starting an interrupted ru
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import platform
@@ -144,6 +145,7 @@ def _differing_parts(before: Mapping[str, str], now: Mapping[str, str]) -> list[
     return ["the base model"] if len(differing) == len(parts) else [f"the base model's {part}" for part in differing]
 
 
+@functools.cache
 def versions(optimizer: str) -> dict[str, str]:
     """Installed versions of the packages that a run's numbers depend on, the optimizer's included."""
     found = {"python": platform.python_version()}
