@@ -17,7 +17,6 @@ from lorasmith.cli.flags import (
     folders_of,
     with_flags,
 )
-from lorasmith.cli.run_output import found_line
 from lorasmith.core.printable import memory_text
 from lorasmith.training.config import TrainConfig, cost_options
 
@@ -114,7 +113,7 @@ def _print(found: MemoryEstimate) -> None:
         echo(f"{label:<10}{text}")
         if label == "Model":
             for part in found.found:
-                echo(f"{'':<10}{found_line(part)}")
+                echo(f"{'':<10}{part.line}")
     proposal, card = found.proposal, memory_text(found.card_bytes)
     flags = " ".join(proposal.flags) or "the defaults"
     echo()

@@ -1,5 +1,8 @@
-"""Metadata files beside a LoRA for model browsers, written from its header.
+"""What model browsers show of a LoRA: its picture, and metadata files that are written from its header.
 
+NAME.safetensors     `modelspec.thumbnail`, a small JPEG as a data URL (ModelSpec)
+NAME.png             the picture, as A1111, Forge and ComfyUI's browsers look for it
+NAME.preview.png     the same by its older name
 NAME.civitai.info    Civitai's description of a model version, without ids: Civitai Helper, ComfyUI's LoRA Manager
 NAME.json            user metadata of A1111 and Forge
 
@@ -8,23 +11,51 @@ Trigger and base model come from the header alone, so a private LoRA's files hol
 
 from __future__ import annotations
 
+import base64
 import html
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from lorasmith.core.errors import OptionError
-from lorasmith.core.files import write_atomic
+from lorasmith.core.files import atomic_path, write_atomic
 from lorasmith.core.folders import RUN_RECORD
 from lorasmith.core.printable import count_text
 from lorasmith.families.base import Family
-from lorasmith.formats.container import check_safetensors
+from lorasmith.formats.container import check_safetensors, read_safetensors, write_safetensors
 from lorasmith.formats.hashes import autov2, autov3, sha256_file
 from lorasmith.formats.metadata import steps_of
 
+THUMBNAIL = "modelspec.thumbnail"
+_EDGE, _QUALITY = 256, 85
 _CIVITAI, _USER = ".civitai.info", ".json"
 _HASHES = {"SHA256": sha256_file, "AutoV2": autov2, "AutoV3": autov3}
+
+
+def give_picture(lora: Path, picture: Path, *, private: bool) -> None:
+    """Write the picture of a LoRA into its header and beside it. Tensors and their hashes stay the same.
+
+    Of a clip's WebP file, the first frame is used. A `private` LoRA gets no picture in its header, and the files beside
+    it no prompt.
+    """
+    with Image.open(picture) as opened:
+        opened.load()
+        pixels = opened.convert("RGB")
+    content = _png(pixels) if private or picture.suffix != ".png" else picture.read_bytes()
+    for suffix in (".png", ".preview.png"):
+        with atomic_path(lora.with_suffix(suffix)) as temporary:
+            temporary.write_bytes(content)
+    if private:
+        return
+    tensors, metadata = read_safetensors(lora)
+    # Copies, as the tensors are mapped from the file that is replaced.
+    copies = {name: tensor.clone() for name, tensor in tensors.items()}
+    del tensors
+    write_safetensors(lora, copies, {**metadata, THUMBNAIL: _data_url(pixels)})
 
 
 def check_sidecars(title: str, *, has_folder: bool) -> None:
@@ -85,3 +116,17 @@ def _sentence(lora: Path, metadata: Mapping[str, str], family: Family) -> str:
     base = metadata.get("ss_sd_model_name")
     on = f" on {base}" if base else ""
     return f"For {family.title}, trained{on} in {count_text(steps_of(metadata, lora.name), 'step')} with Lorasmith."
+
+
+def _png(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _data_url(picture: Image.Image) -> str:
+    small = picture.copy()
+    small.thumbnail((_EDGE, _EDGE), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    small.save(buffer, format="jpeg", quality=_QUALITY)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
