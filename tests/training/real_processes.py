@@ -18,10 +18,11 @@ from matplotlib.figure import Figure
 
 from lorasmith.core.launched import LaunchedProcess
 from lorasmith.core.processes import current, joined
-from lorasmith.runs.model_run import train_job
+from lorasmith.runs.run import run
 from lorasmith.training.events import Event, StepDone, Validated
-from lorasmith.training.train import RunOptions
+from lorasmith.training.train import Plan
 from tests.conftest import save_blank
+from tests.hosts import NoFiles
 from tests.training.together_cases import CASES, Case, Materials, planned, weights
 
 
@@ -32,7 +33,8 @@ def trained(case: Case, materials: Materials, folder: Path) -> dict[str, Any]:
     data = materials.samples(case)
     job = planned(model, materials.settings(case))
     output = folder / "run" if case.has_folder else None
-    result = train_job(model.denoiser, job, data, RunOptions(output=output, title="cat", on_event=events.append))
+    plan = Plan(denoiser=model.denoiser, job=job, data=data, output=output, title="cat")
+    result = run(plan, NoFiles(also=events.append))
     steps = [one for one in events if isinstance(one, StepDone)]
     return {
         "losses": result.losses,

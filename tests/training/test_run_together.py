@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,16 @@ from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.loading import load_model
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Model
-from lorasmith.runs.model_run import train_job
+from lorasmith.runs.run import run
 from lorasmith.training import engine as engines
 from lorasmith.training.engine import Engine
 from lorasmith.training.events import Event, Shrunk, StepDone, Validated
 from lorasmith.training.mailbox import Mailbox
 from lorasmith.training.outcome import Outcome
 from lorasmith.training.results import TrainResult
-from lorasmith.training.train import RunOptions
+from lorasmith.training.train import Plan
 from tests.covering import slow_except
+from tests.hosts import NoFiles
 from tests.training import together_cases
 from tests.training.threads_together import ThreadTogether, run_together
 from tests.training.together_cases import CASES, SETTINGS, planned, weights
@@ -35,18 +35,20 @@ def copies(tiny: Model) -> list[Model]:
     return [tiny, *(load_model(BUILT_IN) for _ in range(3))]
 
 
+Place = dict[str, Any]
+
+
 def trained(
-    copies: list[Model], data: EncodedDataset, processes: int = 1, *, options: RunOptions | None = None, **settings: Any
+    copies: list[Model], data: EncodedDataset, processes: int = 1, *, place: Place | None = None, **settings: Any
 ) -> tuple[TrainResult, list[Event]]:
     """The result in the first process, and its events."""
     events: list[Event] = []
-    given = options or RunOptions()
 
     def one(together: ThreadTogether) -> TrainResult:
         model = copies[together.rank]
         job = planned(model, settings, together if processes > 1 else None)
-        own = replace(given, on_event=events.append) if together.is_first else given
-        return train_job(model.denoiser, job, data, own)
+        host = NoFiles(also=events.append) if together.is_first else NoFiles()
+        return run(Plan(denoiser=model.denoiser, job=job, data=data, **(place or {})), host)
 
     results = run_together(processes, one)
     assert all(one.losses == results[0].losses for one in results)
@@ -88,7 +90,7 @@ def test_bytes_of_a_step_are_those_of_the_parameters(copies: list[Model], datase
     def one(together: ThreadTogether) -> tuple[int, int]:
         job = planned(copies[together.rank], {"steps": 2}, together)
         numbers = Engine(job.denoiser, job.adapters, job.config, job.runtime).flat.master.numel()
-        train_job(copies[together.rank].denoiser, job, dataset, RunOptions())
+        run(Plan(denoiser=copies[together.rank].denoiser, job=job, data=dataset), NoFiles())
         return together.bytes_summed, numbers
 
     summed, numbers = run_together(2, one)[0]
@@ -144,25 +146,30 @@ def test_all_processes_skip_a_step_that_diverged_in_one(
 
 def test_a_process_that_is_stopped_stops_all(copies: list[Model], dataset: EncodedDataset, tmp_path: Path) -> None:
     def one(together: ThreadTogether) -> TrainResult:
-        model, steps = copies[together.rank], iter((False, together.rank == 1))
-        options = RunOptions(output=tmp_path / "run", cancelled=lambda: next(steps, together.rank == 1))
-        return train_job(model.denoiser, planned(model, {"steps": 5}, together), dataset, options)
+        class Stopping(NoFiles):
+            steps = iter((False, together.rank == 1))
+
+            def cancelled(self) -> bool:
+                return next(self.steps, together.rank == 1)
+
+        model = copies[together.rank]
+        job = planned(model, {"steps": 5}, together)
+        return run(Plan(denoiser=model.denoiser, job=job, data=dataset, output=tmp_path / "run"), Stopping())
 
     first, second = run_together(2, one)
     assert first.reason is second.reason is Outcome.CANCELLED
     assert len(first.losses) == len(second.losses) == 2
     assert first.path is not None and second.path is None
     alone, _ = trained(copies, dataset, steps=5)
-    resumed, _ = trained(copies, dataset, options=RunOptions(output=tmp_path / "run"), steps=5)
+    resumed, _ = trained(copies, dataset, place={"output": tmp_path / "run"}, steps=5)
     assert_alike(resumed, alone)
 
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_other_processes(copies: list[Model], dataset: EncodedDataset, tmp_path: Path) -> None:
     alone, _ = trained(copies, dataset, steps=4)
-    options = RunOptions(output=tmp_path / "run", until=2)
-    trained(copies, dataset, 3, options=options, steps=4)
-    resumed, _ = trained(copies, dataset, 2, options=replace(options, until=None), steps=4)
+    trained(copies, dataset, 3, place={"output": tmp_path / "run", "until": 2}, steps=4)
+    resumed, _ = trained(copies, dataset, 2, place={"output": tmp_path / "run"}, steps=4)
     assert_alike(resumed, alone)
 
 
@@ -177,9 +184,8 @@ def test_processes_with_other_images_are_refused(copies: list[Model], dataset: E
 
     def one(together: ThreadTogether) -> TrainResult:
         model = copies[together.rank]
-        return train_job(
-            model.denoiser, planned(model, {}, together), fewer if together.rank else dataset, RunOptions()
-        )
+        data = fewer if together.rank else dataset
+        return run(Plan(denoiser=model.denoiser, job=planned(model, {}, together), data=data), NoFiles())
 
     with pytest.raises(TrainingError, match=r"process 1 differs from the first in the images or captions"):
         run_together(2, one)

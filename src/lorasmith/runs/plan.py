@@ -54,8 +54,8 @@ def plan(spec: RunSpec, host: Host) -> FolderPlan:
     """Scan the images, load the model (first, if there are videos), decide the job, check, and encode.
 
     The spec's `output`, the folder of the run or one that it is in under its name, is claimed before anything is
-    loaded; without one, the host's `runs` is tried, in which the folder is chosen when training begins. Events are those of
-    `run_plan`, `CaptionEncoded`, and a `Warned` for each damaged file among the host's folders.
+    loaded; without one, the host's `runs` is tried, in which the folder is chosen when training begins. Events are
+    those of `run_plan`, `CaptionEncoded`, and a `Warned` for each damaged file among the host's folders.
     """
     spec = spec.resolved()
     check_title(spec.name)
