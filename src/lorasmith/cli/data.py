@@ -245,8 +245,7 @@ def check(
     """
     from lorasmith.data.mended_folder import check_target, write_mended
     from lorasmith.families.locating import ModelFiles
-    from lorasmith.runs.data_check import check_folder, plain
-    from lorasmith.runs.data_check_page import write_data_page
+    from lorasmith.runs.data_check import check_folder, plain, write_data_page
 
     if fix is not None:
         check_target(fix, folder if is_folder(folder) else folder.parent)

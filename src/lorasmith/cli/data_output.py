@@ -29,7 +29,7 @@ def print_findings(findings: Sequence[Finding], *, most: int | None = None, inde
 
 def print_check(check: DataCheck) -> None:
     """Print a checked folder: images, sizes, steps, and what to look at."""
-    from lorasmith.runs.data_check_page import step_lines
+    from lorasmith.runs.data_check import step_lines
 
     found = check.preflight
     heading(count_text(len(found.images), "image"), f"in {found.folder}")

@@ -13,8 +13,7 @@ from lorasmith.cli.console import console, echo, heading, print_result
 from lorasmith.cli.flags import BaseDir, ExtraModelPaths, folders_of
 
 if TYPE_CHECKING:
-    from lorasmith.runs.known_models import KnownModel
-    from lorasmith.runs.model_list import ListedFile, ListedModel, ModelList
+    from lorasmith.runs.model_list import KnownModel, ListedFile, ListedModel, ModelList
 
 
 def register(app: typer.Typer) -> None:
@@ -45,7 +44,7 @@ def models(
 
 
 def _print_known() -> None:
-    from lorasmith.runs.known_models import known_models
+    from lorasmith.runs.model_list import known_models
 
     with console.status("Reading the families"):
         families = known_models()

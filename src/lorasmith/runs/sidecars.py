@@ -1,4 +1,4 @@
-"""What model browsers show of a LoRA: its picture, and metadata files that are written from its header.
+"""A LoRA in other programs: its picture, metadata files for model browsers, and how it is used.
 
 NAME.safetensors     `modelspec.thumbnail`, a small JPEG as a data URL (ModelSpec)
 NAME.png             the picture, as A1111, Forge and ComfyUI's browsers look for it
@@ -16,6 +16,7 @@ import html
 import io
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ from lorasmith.core.errors import OptionError
 from lorasmith.core.files import atomic_path, write_atomic
 from lorasmith.core.folders import RUN_RECORD
 from lorasmith.core.printable import count_text
-from lorasmith.families.base import Family
+from lorasmith.families import known  # noqa: F401  (its families register themselves)
+from lorasmith.families.base import FAMILIES, Family
+from lorasmith.families.locating import BUILT_IN
 from lorasmith.formats.container import check_safetensors, read_safetensors, write_safetensors
 from lorasmith.formats.hashes import autov2, autov3, sha256_file
 from lorasmith.formats.metadata import steps_of
@@ -130,3 +133,79 @@ def _data_url(picture: Image.Image) -> str:
     buffer = io.BytesIO()
     small.save(buffer, format="jpeg", quality=_QUALITY)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+@dataclass(frozen=True)
+class LoraUse:
+    """How to use a LoRA."""
+
+    facts: dict[str, str]  # file, trigger and strength, by name
+    programs: dict[str, tuple[str, str]]  # by program, what to do and text to copy
+
+
+def use_of(lora: Path, *, trigger: str, prompt: str, model: str, model_title: str, family: str) -> LoraUse:
+    """How to use a LoRA, with an example prompt. `trigger` may be empty; `model` is a path or hub id."""
+    stem = lora.stem
+    return LoraUse(
+        {
+            "File": lora.name,
+            "Trigger": trigger or "none; describe the subject as the captions do",
+            "Strength": "1, as it was trained; 0.6 to 0.8 leaves more to the model and to other LoRAs",
+            "Base model": f"{model_title}, or another of its family",
+        },
+        {
+            "ComfyUI": (
+                "Copy the file into models/loras. Put a Load LoRA node behind the model, choose the file, and set "
+                "strength_model to 1. The prompt:",
+                prompt,
+            ),
+            "A1111, Forge": (
+                "Copy the file into models/Lora, with its .png for the picture in the browser. The prompt:",
+                f"<lora:{stem}:1> {prompt}",
+            ),
+            **(
+                {}
+                if model == BUILT_IN  # which diffusers cannot load
+                else {
+                    "diffusers": (
+                        "In Python, with the packages diffusers and peft:",
+                        _diffusers(lora, stem, prompt, model, family),
+                    )
+                }
+            ),
+        },
+    )
+
+
+def _diffusers(lora: Path, stem: str, prompt: str, model: str, family: str) -> str:
+    """Code to copy. Values are untrusted and written as literals."""
+    import diffusers
+
+    found = [one for name, one in FAMILIES.items() if name == family]
+    pipeline = found[0].pipeline if found else "DiffusionPipeline"
+    draws_clips = bool(found) and found[0].draws_clips
+    load, source, name = "from_pretrained", model, _name(stem)
+    if Path(model).suffix in (".safetensors", ".ckpt"):
+        if hasattr(getattr(diffusers, pipeline, None), "from_single_file"):
+            load = "from_single_file"
+        else:
+            source = f"the diffusers folder or hub id of {Path(model).stem}"
+    picture = f"pipeline({prompt!r}).images[0].save('picture.png')"
+    if draws_clips:
+        picture = f"diffusers.utils.export_to_video(pipeline({prompt!r}).frames[0], 'clip.mp4')"
+    return "\n".join(
+        (
+            *(["import diffusers.utils"] if draws_clips else []),
+            f"from diffusers import {pipeline}",
+            "",
+            f'pipeline = {pipeline}.{load}({source!r}).to("cuda")',
+            f"pipeline.load_lora_weights({str(lora.parent)!r}, weight_name={lora.name!r}, adapter_name={name!r})",
+            f"pipeline.set_adapters([{name!r}], [1.0])",
+            picture,
+        )
+    )
+
+
+def _name(stem: str) -> str:
+    """An adapter name that PEFT accepts: one without dots."""
+    return "".join(letter if letter.isalnum() or letter in "_-" else "_" for letter in stem) or "lora"
