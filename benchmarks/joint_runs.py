@@ -18,8 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +33,11 @@ from lorasmith.core.allocator import keep_freed_memory
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
-from lorasmith.runs.model_run import train_job
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Event, StepDone
 from lorasmith.training.job import Job, plan_job
-from lorasmith.training.joint import EngineMaker, train_jointly
-from lorasmith.training.results import TrainResult
-from lorasmith.training.train import RunOptions
+from lorasmith.training.joint import train_jointly
+from lorasmith.training.train import Plan, RunHost, run_job
 
 _WARMUP = 2
 _MIB = 2**20
@@ -124,13 +122,13 @@ def _trained(arguments: argparse.Namespace) -> Taken:
     model = load_model(arguments.child)
     (runs,) = arguments.runs
     data = EncodedDataset(synthetic_samples(model, 4, arguments.latent, arguments.latent, tokens=arguments.tokens))
-    clock = _Clock(runs, _WARMUP, arguments.steps + _WARMUP)
+    clock = _Clock(_WARMUP, arguments.steps + _WARMUP)
     jobs = [_job(model, arguments, seed) for seed in range(runs)]
-    options = [RunOptions(on_event=clock.of(number)) for number in range(runs)]
+    plans = [Plan(denoiser=model.denoiser, job=one, data=data) for one in jobs]
     if not arguments.together:
-        train_job(model.denoiser, jobs[0], data, options[0])
+        run_job(plans[0], clock)
     else:
-        works = [_work(model, job, data, one) for job, one in zip(jobs, options, strict=True)]
+        works = [partial(run_job, plan, clock) for plan in plans]
         for result in train_jointly(jobs, works):
             if isinstance(result, Exception):
                 raise result
@@ -145,27 +143,18 @@ def _job(model: Model, arguments: argparse.Namespace, seed: int) -> Job:
     return plan_job(model.denoiser, TrainConfig(**settings), torch.device("cpu"))
 
 
-def _work(model: Model, job: Job, data: EncodedDataset, options: RunOptions) -> Callable[[EngineMaker], TrainResult]:
-    return lambda maker: train_job(model.denoiser, job, data, replace(options, engine=maker))
-
-
-class _Clock:
+class _Clock(RunHost):
     """Processor time between two steps, each the moment at which the last of the runs has it."""
 
-    def __init__(self, runs: int, first: int, last: int) -> None:
+    def __init__(self, first: int, last: int) -> None:
         self._at = {first: 0.0, last: 0.0}
-        self._runs, self._first, self._last = runs, first, last
+        self._first, self._last = first, last
         self.own = 0
 
-    def of(self, number: int) -> Callable[[Event], None]:
-        """The handler of a run's events."""
-
-        def hear(event: Event) -> None:
-            if isinstance(event, StepDone) and event.step in self._at:
-                self._at[event.step] = time.process_time()
-                self.own = max(self.own, _status("RssAnon"))
-
-        return hear
+    def on_event(self, event: Event) -> None:
+        if isinstance(event, StepDone) and event.step in self._at:
+            self._at[event.step] = time.process_time()
+            self.own = max(self.own, _status("RssAnon"))
 
     @property
     def seconds(self) -> float:

@@ -31,7 +31,7 @@ from lorasmith.data.dataset import EncodedDataset
 from lorasmith.data.encoding import load_dataset
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
-from lorasmith.runs.model_run import train
+from lorasmith.runs.library import train
 from lorasmith.training.events import Event, StepDone, Validated
 
 Curve = list[tuple[float, float]]

@@ -37,7 +37,7 @@ from lorasmith.data.encoding import load_dataset
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Denoiser, Model
 from lorasmith.report.contact_sheet import contact_sheet
-from lorasmith.runs.model_run import train
+from lorasmith.runs.library import train
 from lorasmith.sampling.generate import generate
 from lorasmith.training.lora_handle import Lora
 from tools.pretrain.data import UNTAUGHT, with_article

@@ -24,7 +24,8 @@ from lorasmith.data.data_config import ImageSource
 from lorasmith.families.loading import load_model
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Denoiser
-from lorasmith.runs.folder_run import prepare, train_prepared
+from lorasmith.runs.plan import plan
+from lorasmith.runs.run import Host, run
 from lorasmith.runs.spec import RunSpec
 from lorasmith.sampling.generate import generate
 from tools.pretrain.judge import Judge
@@ -63,8 +64,10 @@ def trained(folder: Path, *, steps: int, **data: Any) -> Denoiser:
     """The built-in model with the LoRA of a run on a folder."""
     settings = {"steps": steps, "batch_size": 4, "rank": 8, "seed": 1, "learning_rate": 1e-3, "training_dtype": "fp32"}
     settings |= {"trigger": SUBJECT[0], "captions": "none", **data}
-    run = prepare(RunSpec(sources=(ImageSource(str(folder)),), model=BUILT_IN, settings=settings))
-    return train_prepared(run, output=Path(tempfile.mkdtemp()) / "run").lora.applied_to(run.base.denoiser)
+    output = f"{tempfile.mkdtemp()}/run"
+    spec = RunSpec(sources=(ImageSource(str(folder)),), model=BUILT_IN, output=output, settings=settings)
+    planned = plan(spec, Host())
+    return run(planned, Host()).lora.applied_to(planned.denoiser)
 
 
 def measured(folder: Path, *, steps: int, seeds: int) -> dict[str, dict[str, float]]:

@@ -27,7 +27,7 @@ from lorasmith.data.dataset import EncodedDataset
 from lorasmith.data.encoding import load_dataset
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Denoiser, Model
-from lorasmith.runs.model_run import train
+from lorasmith.runs.library import train
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import batch_maker, frozen, sample_losses
 from lorasmith.training.job import plan_job

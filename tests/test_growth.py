@@ -40,7 +40,7 @@ from lorasmith.formats.spelling import SIGNATURES, split_key
 from lorasmith.nodes import load_nodes
 from lorasmith.nodes.strings import _Formatter
 from lorasmith.report.loss_plot import trailing_means
-from lorasmith.runs.run_file import SETTINGS
+from lorasmith.runs.spec import SETTINGS
 from lorasmith.sampling.previews import parse_prompts
 from lorasmith.toolbox.check import check_lora
 from lorasmith.training.job import parse_targets

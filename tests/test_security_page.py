@@ -32,8 +32,8 @@ from lorasmith.formats.lora_file import load_lora
 from lorasmith.nodes import load_nodes
 from lorasmith.runs import sweep_launch
 from lorasmith.runs.command_lines import command_line
-from lorasmith.runs.folder_run import train_prepared
-from lorasmith.runs.run_file import read_run_file
+from lorasmith.runs.recorded_run import read_run_file
+from lorasmith.runs.run import run as train
 from lorasmith.runs.run_page import report_of, write_report
 from lorasmith.runs.sweep_file import read_sweep
 from lorasmith.runs.sweep_launch import submit_to_slurm
@@ -43,7 +43,8 @@ from lorasmith.training.storage.run_states import load_state
 from lorasmith.workflow import parse_workflow
 from tests.data.caption_models import MODELS, adapter_elsewhere, code_of_its_own, pickled_weights
 from tests.data.video_cases import movie
-from tests.runs.folder_cases import pictures, prepared, with_metadata, with_record
+from tests.hosts import Audience
+from tests.runs.folder_cases import pictures, planned, with_metadata, with_record
 from tests.training.run_cases import HOSTILE, picture, previewed, started, write_run
 
 PAGE = (Path(__file__).parents[1] / "docs" / "security.md").read_text(encoding="utf-8")
@@ -64,13 +65,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a stopped run in `work/`, its images beside it; not to be changed."""
     work = tmp_path_factory.mktemp("stranger") / "work"
     work.mkdir()
-    taken: list[object] = []
-    train_prepared(
-        prepared(pictures(work / "photos", 4), steps=3),
-        output=work / "run",
-        on_event=taken.append,
-        cancelled=lambda: any(type(one).__name__ == "StepDone" for one in taken),
-    )
+    train(planned(pictures(work / "photos", 4), work / "run", steps=3), Audience(stop_at=1))
     return work / "run"
 
 

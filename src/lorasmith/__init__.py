@@ -36,8 +36,7 @@ if TYPE_CHECKING:
     from lorasmith.families.loading import load_model
     from lorasmith.families.model import Denoiser, Model
     from lorasmith.nodes.workflow_run import run_workflow
-    from lorasmith.runs.library import generate, load_dataset
-    from lorasmith.runs.model_run import train, train_together
+    from lorasmith.runs.library import generate, load_dataset, train, train_together
     from lorasmith.training import events
     from lorasmith.training.config import TrainConfig
     from lorasmith.training.lora_handle import Lora
@@ -82,8 +81,8 @@ _HOMES = {
     "load_dataset": "runs.library",
     "load_model": "families.loading",
     "run_workflow": "nodes.workflow_run",
-    "train": "runs.model_run",
-    "train_together": "runs.model_run",
+    "train": "runs.library",
+    "train_together": "runs.library",
 }
 _MODULES = {"errors": "core.errors", "events": "training.events"}
 

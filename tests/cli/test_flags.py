@@ -14,7 +14,7 @@ from lorasmith.cli.flags import folders_of
 from lorasmith.core.errors import OptionError
 from lorasmith.core.options import options_of
 from lorasmith.data.data_config import DataConfig, ImageSource
-from lorasmith.runs import folder_run
+from lorasmith.runs import plan as planning
 from lorasmith.runs.spec import RunSpec
 from lorasmith.training.config import TrainConfig
 
@@ -62,8 +62,12 @@ def test_what_a_run_says_to_type_gives_its_configuration_again(
     sources = (ImageSource(str(tmp_path)),)
     spec = RunSpec(sources=sources, model="lorasmith-tiny", settings=changes).resolved()
     seen: list[RunSpec] = []
-    monkeypatch.setattr(folder_run, "prepare", lambda spec, **others: seen.append(spec))
-    monkeypatch.setattr(train_command, "train_and_report", lambda prepared, **options: None)
+
+    def listen(spec: RunSpec, host: object) -> None:
+        seen.append(spec)
+        raise typer.Exit
+
+    monkeypatch.setattr(planning, "plan", listen)
     ran = CliRunner().invoke(app, spec.command()[1:])
     assert ran.exit_code == 0, ran.output
     assert [(one.data, one.config) for one in seen] == [(spec.data, spec.config)]

@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 
 from lorasmith.cli import run_output
-from lorasmith.cli import train as train_command
 from lorasmith.cli.main import main
 from lorasmith.cli.run_output import training_progress
 from lorasmith.formats.container import read_safetensors, write_safetensors
@@ -124,7 +123,7 @@ def test_a_signal_while_a_run_is_prepared_ends_it_at_once(
 ) -> None:
     @contextlib.contextmanager
     def preparation() -> Iterator[EventHandler]:
-        with run_output.preparation_shown() as show:
+        with planning_shown() as show:
 
             def hear(event: Event) -> None:
                 show(event)
@@ -133,7 +132,8 @@ def test_a_signal_while_a_run_is_prepared_ends_it_at_once(
 
             yield hear
 
-    monkeypatch.setattr(train_command, "preparation_shown", preparation)
+    planning_shown = run_output._planning_shown
+    monkeypatch.setattr(run_output, "_planning_shown", preparation)
     ran = lorasmith("train", images, *RUN)
     assert (ran.code, ran.err) == (128 + number, "stopped: interrupted\n")
     assert not (tmp_path / "runs").exists()

@@ -20,7 +20,7 @@ from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.families.loading import load_model
 from lorasmith.families.locating import BUILT_IN, built_in_models
 from lorasmith.families.model import Model
-from lorasmith.runs.model_run import train
+from lorasmith.runs.library import train
 from lorasmith.sampling.generate import generate
 
 

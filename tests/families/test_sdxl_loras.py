@@ -21,7 +21,7 @@ from lorasmith.families.base import Conditioning, PictureSize
 from lorasmith.families.model import Model
 from lorasmith.formats.lora_file import save_lora
 from lorasmith.formats.spelling import guessed_family
-from lorasmith.runs.model_run import train
+from lorasmith.runs.library import train
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.results import TrainResult
 

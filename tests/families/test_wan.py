@@ -29,7 +29,7 @@ from lorasmith.formats.lora_file import save_lora
 from lorasmith.formats.names import matches
 from lorasmith.formats.spelling import guessed_family
 from lorasmith.runs.drawing import experts_of
-from lorasmith.runs.model_run import train
+from lorasmith.runs.library import train
 from lorasmith.sampling.generate import to_images
 from lorasmith.sampling.sample import prepare_noise, sample_latents
 from lorasmith.sampling.samplers import sigmas_for

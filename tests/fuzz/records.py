@@ -22,14 +22,16 @@ from lorasmith.families.locating import BUILT_IN, ModelFiles
 from lorasmith.families.model_search import Completed, load_completed
 from lorasmith.formats.container import read_safetensors, serialised
 from lorasmith.formats.metadata import RUN_ENTRY
-from lorasmith.runs import folder_run
-from lorasmith.runs.folder_run import prepare, train_prepared
-from lorasmith.runs.resume import prepare_again
+from lorasmith.runs import run as running
+from lorasmith.runs.plan import plan
+from lorasmith.runs.reproduce import plan_again
+from lorasmith.runs.run import Host
 from lorasmith.runs.spec import RunSpec
 from tests.conftest import save_blank
 from tests.fuzz.engine import Door, command
 from tests.fuzz.loras import built_in
 from tests.fuzz.mutators import CANARY, damaged_json, json_bytes, placed_json
+from tests.hosts import Audience
 
 
 def doors(rng: random.Random, folder: Path) -> Sequence[Door]:
@@ -85,13 +87,13 @@ def _damaged(rng: random.Random, record: Any) -> bytes:
 
 
 def _reproduced(lora: Path) -> str:
-    with patch.object(folder_run, "load_completed", _loaded):
+    with patch.object(running, "load_completed", _loaded):
         return command("reproduce", lora, "--dry-run")
 
 
 def _resumed(run: Path) -> None:
-    with patch.object(folder_run, "load_completed", _loaded):
-        prepare_again(run)
+    with patch.object(running, "load_completed", _loaded):
+        plan_again(run, Host())
 
 
 def _reported(run: Path) -> str:
@@ -141,8 +143,8 @@ def recorded() -> Path:
     settings = {"steps": 2, "rank": 1, "targets": "*mid_block*attn2.to_q", "training_dtype": "fp32"}
     settings |= {"resolution": 32, "cache": False}
     sources = (ImageSource(str(folder / "images")),)
-    with patch.object(folder_run, "load_completed", _loaded):
-        run = prepare(RunSpec(sources=sources, model=BUILT_IN, name="cat", settings=settings))
-    steps = iter((False,))
-    train_prepared(run, output=folder / "run", cancelled=lambda: next(steps, True))
+    with patch.object(running, "load_completed", _loaded):
+        spec = RunSpec(sources=sources, model=BUILT_IN, name="cat", output=str(folder / "run"), settings=settings)
+        planned = plan(spec, Host())
+    running.run(planned, Audience(stop_at=1))
     return folder

@@ -15,25 +15,17 @@ from PIL import Image
 from torch import Tensor
 
 from lorasmith.core.adapter_state import AdapterState
-from lorasmith.core.errors import (
-    CancelledError,
-    DataError,
-    LoraError,
-    NodeError,
-    OptionError,
-    TrainingError,
-)
+from lorasmith.core.errors import CancelledError, DataError, LoraError, NodeError, OptionError, TrainingError
 from lorasmith.core.options import options_of
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.base import Conditioning
-from lorasmith.families.model import Denoiser, Model
+from lorasmith.families.model import Model
 from lorasmith.nodes import load_nodes, training
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Outcome
-from lorasmith.training.job import Job
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.results import TrainResult
-from lorasmith.training.train import RunOptions
+from lorasmith.training.train import Plan
 from lorasmith.workflow import Executor, validate
 from lorasmith.workflow.execution_events import Event, NodeMessage, NodeProgress, NodeReport
 from tests.covering import slow_except
@@ -56,11 +48,11 @@ def asked(
     """Calls the node with the engine replaced by one that only listens."""
     heard: list[Asked] = []
 
-    def listen(denoiser: Denoiser, job: Job, data: EncodedDataset, options: RunOptions) -> TrainResult:
-        heard.append(Asked(job.requested, data))
+    def listen(plan: Plan, host: object) -> TrainResult:
+        heard.append(Asked(plan.job.requested, plan.data))
         return TrainResult(Lora(AdapterState(), tiny.names), [0.5], 1, Outcome.FINISHED)
 
-    monkeypatch.setattr(training, "train_job", listen)
+    monkeypatch.setattr(training, "run", listen)
 
     def call(*, lists: dict[str, list[Any]] | None = None, **values: Any) -> Asked:
         lists = {"latents": [latents(3)], "positive": [captions], **(lists or {})}

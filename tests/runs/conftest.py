@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from lorasmith.runs.folder_run import train_prepared
-from tests.runs.folder_cases import Audience, pictures, prepared
+from lorasmith.runs.run import Host, run
+from tests.hosts import Audience
+from tests.runs.folder_cases import pictures, planned
 
 
 @pytest.fixture(scope="session")
@@ -20,15 +21,15 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that nothing interrupted; not to be changed."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    assert train_prepared(prepared(images), output=folder).path == folder / "cat.safetensors"
+    assert run(planned(images, folder), Host()).path == folder / "cat.safetensors"
     return folder
 
 
 @pytest.fixture(scope="session")
 def stopped(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of the same run, stopped after two steps; not to be changed."""
-    folder, audience = tmp_path_factory.mktemp("stopped") / "run", Audience(stop_at=2)
-    train_prepared(prepared(images), output=folder, on_event=audience, cancelled=audience.cancelled)
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    run(planned(images, folder), Audience(stop_at=2))
     return folder
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ from PIL import Image
 from lorasmith.data.data_config import ImageSource
 from lorasmith.formats.container import read_safetensors, write_safetensors
 from lorasmith.formats.metadata import RUN_ENTRY, sha256_body
-from lorasmith.runs.folder_run import PreparedRun, prepare
-from lorasmith.runs.recorded_run import Rights
+from lorasmith.runs.plan import FolderPlan, plan
+from lorasmith.runs.recorded_run import Typed
+from lorasmith.runs.run import Host
 from lorasmith.runs.spec import RunSpec
-from lorasmith.training.events import Event
 
-CONFIRMED = Rights(files=True)
+CONFIRMED = Typed(files=True)
 """The pictures of these runs lie outside the folder in which the tests run."""
 
 
@@ -38,26 +39,13 @@ def asked(images: Path, **settings: Any) -> RunSpec:
     return RunSpec(sources=sources, model="lorasmith-tiny", name="cat", settings={**quick, **settings}).resolved()
 
 
-def prepared(images: Path, **settings: Any) -> PreparedRun:
+def planned(images: Path, output: Path | None = None, **settings: Any) -> FolderPlan:
     """That run, ready to begin."""
-    return prepare(asked(images, **settings))
+    return plan(placed(asked(images, **settings), output), Host())
 
 
-class Audience:
-    """Hears events, and asks a run to stop once a step is done."""
-
-    def __init__(self, stop_at: int | None = None) -> None:
-        self.events: list[Event] = []
-        self._stop_at = stop_at
-
-    def __call__(self, event: Event) -> None:
-        self.events.append(event)
-
-    def cancelled(self) -> bool:
-        return self._stop_at is not None and any(getattr(event, "step", 0) >= self._stop_at for event in self.events)
-
-    def names(self) -> list[str]:
-        return list(dict.fromkeys(type(event).__name__ for event in self.events))
+def placed(spec: RunSpec, output: Path | None) -> RunSpec:
+    return replace(spec, output=None if output is None else str(output))
 
 
 def tensors_of(folder: Path) -> str:

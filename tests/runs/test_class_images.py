@@ -12,9 +12,11 @@ from lorasmith.data.folder import FolderScan
 from lorasmith.families.model import Model
 from lorasmith.runs import class_images
 from lorasmith.runs.class_images import class_scan
-from lorasmith.runs.folder_run import prepare
+from lorasmith.runs.plan import plan
+from lorasmith.runs.run import Host
 from lorasmith.runs.run_plan import ClassImageDrawn
 from lorasmith.training.events import Event
+from tests.hosts import Audience
 from tests.runs.folder_cases import asked
 
 CPU = torch.device("cpu")
@@ -40,8 +42,8 @@ def sampled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, str | None]]:
 
 
 def drawn(tiny: Model, **settings: object) -> tuple[FolderScan | None, list[Event]]:
-    events: list[Event] = []
-    return class_scan(DataConfig(**settings), tiny, device=CPU, on_event=events.append), events  # type: ignore[arg-type]
+    audience = Audience()
+    return class_scan(DataConfig(**settings), tiny, device=CPU, host=audience), audience.events  # type: ignore[arg-type]
 
 
 @pytest.mark.slow
@@ -75,15 +77,20 @@ def test_pictures_of_a_folder_are_used_with_their_captions(tiny: Model, tmp_path
 
 def test_stopping_keeps_what_was_drawn(tiny: Model, sampled: list) -> None:
     settings = DataConfig(class_prompt="a fox", class_count=3, resolution=32)
+
+    class Impatient(Host):
+        def cancelled(self) -> bool:
+            return len(sampled) == 2
+
     with pytest.raises(CancelledError, match="those drawn are kept"):
-        class_scan(settings, tiny, device=CPU, on_event=lambda event: None, cancelled=lambda: len(sampled) == 2)
-    class_scan(settings, tiny, device=CPU, on_event=lambda event: None)
+        class_scan(settings, tiny, device=CPU, host=Impatient())
+    class_scan(settings, tiny, device=CPU, host=Host())
     assert [seed for seed, _ in sampled] == [0, 1, 1, 2]
 
 
 def test_the_class_is_trained_beside_the_subject_and_never_held_out(images: Path, sampled: list) -> None:
     settings = {"class_prompt": "a fox", "class_count": 2, "prior_weight": 0.25, "resolution": 32}
-    run = prepare(asked(images, **settings, validation_share=0.5))
-    assert len(run.data) == 4 + 2 and run.plan.samples_per_epoch == 2 + 2
+    run = plan(asked(images, **settings, validation_share=0.5), Host())
+    assert len(run.data) == 4 + 2 and run.summary.samples_per_epoch == 2 + 2
     assert [(sample.is_class, sample.weight) for sample in run.data.samples[-2:]] == [(True, 0.25)] * 2
     assert run.data.samples[-1].conditioning.text == "a fox"

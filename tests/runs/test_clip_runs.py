@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +15,25 @@ from PIL import Image
 from tiny_clips import clip_model
 
 from lorasmith.core.errors import OptionError
+from lorasmith.core.folders import Folders
 from lorasmith.data.data_config import ImageSource
 from lorasmith.families.loading import load_model
-from lorasmith.families.locating import BUILT_IN
+from lorasmith.families.locating import BUILT_IN, ModelFiles
 from lorasmith.families.model import Model
 from lorasmith.families.model_search import Completed
 from lorasmith.formats.container import read_safetensors
 from lorasmith.runs.drawing import save_pictures
-from lorasmith.runs.folder_run import PreparedRun, prepare, train_prepared
+from lorasmith.runs.library import train
 from lorasmith.runs.memory_estimate import estimate_of
-from lorasmith.runs.model_run import train
+from lorasmith.runs.plan import FolderPlan, plan
+from lorasmith.runs.run import Host, run
 from lorasmith.runs.run_plan import ImagesFound, ModelLoading
 from lorasmith.runs.spec import RunSpec
 from lorasmith.sampling.generate import Sampling, generate_clips
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.events import Event
 from tests.data.video_cases import animation, movie
+from tests.hosts import Audience
+from tests.runs.folder_cases import placed
 from tests.training.random_samples import of_one_size
 
 
@@ -49,11 +53,21 @@ def folder(tmp_path: Path) -> Path:
     return images
 
 
-def ready(model: Model, images: Path, events: list[Event] | None = None, **settings: Any) -> PreparedRun:
+class Loaded(Audience):
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self._model = model
+
+    def load(self, files: ModelFiles, folders: Folders | None) -> Completed:
+        return Completed(self._model, files)
+
+
+def ready(
+    model: Model, images: Path, output: Path | None = None, *, host: Loaded | None = None, **settings: Any
+) -> FolderPlan:
     given = {"rank": 2, "targets": "attention", "steps": 4, "previews": "", **settings}
     spec = RunSpec(sources=(ImageSource(str(images)),), model="clips", name="cat", settings=given)
-    heard = events if events is not None else []
-    return prepare(spec, load=lambda files, _: Completed(model, files), on_event=heard.append)
+    return plan(placed(spec, output), host or Loaded(model))
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -65,13 +79,12 @@ def test_clips_and_pictures_are_trained_together_and_resumed_to_the_bit(
     model: Model, folder: Path, tmp_path: Path
 ) -> None:
     settings: dict[str, Any] = {"batch_size": 2, "validation_share": 0.25, "validate_every": 2}
-    run = ready(model, folder, **settings)
-    shapes = [tuple(one.latents.shape[1:]) for one in run.data.samples]
+    whole_run = ready(model, folder, tmp_path / "whole", **settings)
+    shapes = [tuple(one.latents.shape[1:]) for one in whole_run.data.samples]
     assert shapes == [(2, 4, 4), (1, 4, 4), (1, 4, 4), (2, 4, 4)]
-    result = train_prepared(run, output=tmp_path / "whole")
-    assert result.steps == 4
-    train_prepared(ready(model, folder, **settings), output=tmp_path / "two", until=2)
-    train_prepared(ready(model, folder, **settings), output=tmp_path / "two")
+    assert run(whole_run, Host()).steps == 4
+    run(replace(ready(model, folder, tmp_path / "two", **settings), until=2), Host())
+    run(ready(model, folder, tmp_path / "two", **settings), Host())
     whole, resumed = tensors(tmp_path / "whole"), tensors(tmp_path / "two")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert sum(bool(one.any()) for one in whole.values()) == len(whole)
@@ -79,20 +92,20 @@ def test_clips_and_pictures_are_trained_together_and_resumed_to_the_bit(
 
 @pytest.mark.slow
 def test_settings_choose_frames_and_rate(model: Model, folder: Path) -> None:
-    run = ready(model, folder, frames=9, frame_rate=10)
-    assert [one.latents.shape[1] for one in run.data.samples] == [3, 2, 1, 3]
-    assert any("clips are trained in part" in note for note in run.data.notes)
+    data = ready(model, folder, frames=9, frame_rate=10).data
+    assert [one.latents.shape[1] for one in data.samples] == [3, 2, 1, 3]
+    assert any("clips are trained in part" in note for note in data.notes)
     assert ready(model, folder, frames=1).data.samples[0].latents.shape[1] == 1
 
 
 def test_a_model_of_pictures_leaves_videos_out_and_says_so(folder: Path) -> None:
-    events: list[Event] = []
     tiny = load_model(BUILT_IN)
-    run = ready(tiny, folder, events, resolution=32)
-    assert [one.latents.ndim for one in run.data.samples] == [3, 3, 3]
-    kinds = [type(one) for one in events]
+    host = Loaded(tiny)
+    planned = ready(tiny, folder, host=host, resolution=32)
+    assert [one.latents.ndim for one in planned.data.samples] == [3, 3, 3]
+    kinds = [type(one) for one in host.events]
     assert kinds.index(ModelLoading) < kinds.index(ImagesFound), "which decides whether videos are read"
-    ((path, reason),) = run.plan.scan.skipped
+    ((path, reason),) = planned.summary.scan.skipped
     assert path.name == "4.mp4" and "models of pictures are not trained" in reason
     with pytest.raises(OptionError, match=r"frames is for models of videos, got 33"):
         ready(tiny, folder, frames=33)
@@ -100,10 +113,8 @@ def test_a_model_of_pictures_leaves_videos_out_and_says_so(folder: Path) -> None
 
 @pytest.mark.slow
 def test_previews_are_animations_in_folder_sheet_and_report(model: Model, folder: Path, tmp_path: Path) -> None:
-    run = ready(
-        model, folder, previews="a wave|a calm", preview_steps=1, preview_frames=7, preview_strengths="1", steps=2
-    )
-    result = train_prepared(run, output=tmp_path / "run")
+    previews = {"previews": "a wave|a calm", "preview_steps": 1, "preview_frames": 7, "preview_strengths": "1"}
+    result = run(ready(model, folder, tmp_path / "run", steps=2, **previews), Host())
     samples = tmp_path / "run" / "samples"
     names = sorted(path.name for path in samples.iterdir())
     assert {"base-1.webp", "base-2.webp", "step-000002-1.webp", "strength-1-2.webp", "steps.png"} <= set(names)

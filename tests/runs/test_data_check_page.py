@@ -14,8 +14,7 @@ from lorasmith.core.folders import ASSETS
 from lorasmith.data.data_config import DataConfig
 from lorasmith.families.locating import BUILT_IN, ModelFiles
 from lorasmith.report.data_page import DataReport, Trouble
-from lorasmith.runs.data_check import check_folder
-from lorasmith.runs.data_check_page import data_report, step_lines, write_data_page
+from lorasmith.runs.data_check import check_folder, data_report, step_lines, write_data_page
 from tests.data.test_preflight import add, photo
 from tests.report.test_run_report import HOSTILE, Page
 

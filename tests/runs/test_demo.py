@@ -8,7 +8,7 @@ from PIL import Image
 from lorasmith.core.adapter_state import AdapterState
 from lorasmith.families.model import Model
 from lorasmith.runs import demo
-from lorasmith.runs.demo import before_and_after, demo_folder, demo_spec
+from lorasmith.runs.demo import before_and_after, demo_spec
 from lorasmith.training.events import Outcome
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.results import TrainResult
@@ -16,10 +16,10 @@ from lorasmith.training.results import TrainResult
 
 def test_it_trains_on_the_pictures_of_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    spec = demo_spec(steps=3, seed=2, device=None).resolved()
+    spec = demo_spec(steps=3, seed=2, output=None, device=None).resolved()
     assert len(list(Path(spec.folder).glob("*.png"))) == 16
     assert (spec.name, spec.model, spec.config.steps, spec.config.seed) == ("high-contrast", "lorasmith-tiny", 3, 2)
-    assert demo_folder() == Path("runs/demo-001")
+    assert spec.output == "runs/demo-001"
 
 
 def test_a_row_for_each_strength_and_progress_over_all(

@@ -22,17 +22,20 @@ from lorasmith.families.base import Diffusion
 from lorasmith.families.loading import load_model
 from lorasmith.families.locating import BUILT_IN, ModelFiles
 from lorasmith.families.model import Autoencoder, Model
-from lorasmith.families.model_search import Completed, load_completed
+from lorasmith.families.model_search import Completed
 from lorasmith.formats.container import read_safetensors
 from lorasmith.runs.drawing import expert_named, experts_of
 from lorasmith.runs.expert_runs import ExpertRuns
+from lorasmith.runs.run import Host
 from lorasmith.runs.spec import RunSpec
 from lorasmith.sampling import generate
 from lorasmith.sampling.generate import Experts, Sampling, generate_clips
 from lorasmith.sampling.sample import prepare_noise
 from lorasmith.sampling.samplers import sigmas_for
-from lorasmith.training.events import Event, Warned
+from lorasmith.training.events import Warned
+from lorasmith.training.results import TrainResult
 from tests.data.video_cases import animation
+from tests.hosts import Audience
 
 NAMES = ("high_noise", "low_noise")
 
@@ -49,12 +52,15 @@ def images(tmp_path: Path) -> Path:
     return tmp_path / "wave"
 
 
-def load(files: ModelFiles, folders: Folders | None) -> Completed:
-    loaded = load_completed(files, folders)
-    return replace(loaded, model=small(loaded.model))
+class Small(Audience):
+    def load(self, files: ModelFiles, folders: Folders | None) -> Completed:
+        loaded = super().load(files, folders)
+        return replace(loaded, model=small(loaded.model))
 
 
-def runs(files: dict[str, Path], images: Path, output: Path | None, **settings: Any) -> ExpertRuns:
+def runs(
+    files: dict[str, Path], images: Path, output: Path | None, host: Host | None = None, **settings: Any
+) -> ExpertRuns:
     spec = RunSpec(
         sources=(ImageSource(str(images)),),
         model=str(files["high_noise"]),
@@ -65,7 +71,18 @@ def runs(files: dict[str, Path], images: Path, output: Path | None, **settings: 
         vae=str(files["vae"]),
         settings={"rank": 2, "targets": "attention", "steps": 3, "previews": "", **settings},
     )
-    return ExpertRuns(spec, load=load)
+    return ExpertRuns(spec, host or Small())
+
+
+def trained(both: ExpertRuns, until: int | None = None) -> list[TrainResult]:
+    """Train both, unless the first run is cancelled."""
+    results = []
+    for expert in NAMES:
+        result = both.train(replace(both.plan(expert), until=until))
+        results += [] if result is None else [result]
+        if result is not None and result.reason == "cancelled":
+            break
+    return results
 
 
 def experts(files: dict[str, Path]) -> list[Model]:
@@ -85,7 +102,7 @@ def test_both_are_trained_each_on_its_range_and_resumed_to_the_bit(
     encode = Autoencoder.encode
     monkeypatch.setattr(Autoencoder, "encode", lambda self, one: (encoded.append(1), encode(self, one))[1])
     both = runs(files, images, tmp_path / "whole")
-    assert [one.steps for one in both.run()] == [3, 3]
+    assert [one.steps for one in trained(both)] == [3, 3]
     assert len(encoded) <= 2, "the second expert has the samples of the first"
     for expert, limits in {"high_noise": (0.875, 1.0), "low_noise": (0.0, 0.875)}.items():
         record = json.loads((tmp_path / "whole" / expert / "run.json").read_text())
@@ -94,13 +111,13 @@ def test_both_are_trained_each_on_its_range_and_resumed_to_the_bit(
         assert both.lora(expert) == tmp_path / "whole" / expert / f"wave_{expert}.safetensors"
     # Stopped on the way through the first, then on the way through the second.
     parts = tmp_path / "parts"
-    assert [one.reason for one in runs(files, images, parts).run(until=1)] == ["cancelled"]
+    assert [one.reason for one in trained(runs(files, images, parts), until=1)] == ["cancelled"]
     second = runs(files, images, parts)
-    second.train(second.prepare("high_noise"), "high_noise")
-    second.train(second.prepare("low_noise"), "low_noise", until=2)
-    heard: list[Event] = []
-    assert len(runs(files, images, parts).run(on_event=heard.append)) == 1
-    assert any("high_noise expert is trained already" in one.message for one in heard if isinstance(one, Warned))
+    second.train(second.plan("high_noise"))
+    second.train(replace(second.plan("low_noise"), until=2))
+    host = Small()
+    assert len(trained(runs(files, images, parts, host))) == 1
+    assert any("high_noise expert is trained already" in one.message for one in host.events if isinstance(one, Warned))
     for expert in ("high_noise", "low_noise"):
         whole, resumed = tensors(tmp_path / "whole", expert), tensors(parts, expert)
         assert all(torch.equal(whole[name], resumed[name]) for name in whole), expert
@@ -113,11 +130,11 @@ def test_without_an_output_the_unfinished_folder_is_continued(
     files: dict[str, Path], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    runs(files, images, None).run(until=1)
+    trained(runs(files, images, None), until=1)
     assert [path.name for path in Path("runs").iterdir()] == ["wave-001"]
-    assert len(runs(files, images, None).run()) == 2
+    assert len(trained(runs(files, images, None))) == 2
     assert sorted(path.name for path in Path("runs/wave-001").iterdir()) == ["high_noise", "low_noise"]
-    runs(files, images, None).run(until=1)
+    trained(runs(files, images, None), until=1)
     assert sorted(path.name for path in Path("runs").iterdir()) == ["wave-001", "wave-002"]
 
 
@@ -135,15 +152,15 @@ def test_previews_are_drawn_by_both_experts(
 
     monkeypatch.setattr(generate, "sample_latents", noted)
     settings = {"previews": "a wave", "preview_steps": 4, "preview_frames": 5, "preview_strengths": "1", "steps": 1}
-    both = runs(files, images, tmp_path / "run", **settings)
-    both.train(both.prepare("high_noise"), "high_noise")
+    host = Small()
+    both = runs(files, images, tmp_path / "run", host, **settings)
+    both.train(both.plan("high_noise"))
     # The schedule is shifted: two of its 4 steps begin at 0.875 or above.
     high, low = files["high_noise"].stem, files["low_noise"].stem
     assert drawn == [(high, 0, 2), (low, 0, 2), (high, 1, 2), (low, 0, 2)]
     drawn.clear()
-    heard: list[Event] = []
-    both.train(both.prepare("low_noise"), "low_noise", on_event=heard.append)
-    assert not [one for one in heard if isinstance(one, Warned) and "preview" in one.message]
+    both.train(both.plan("low_noise"))
+    assert not [one for one in host.events if isinstance(one, Warned) and "preview" in one.message]
     assert drawn == [(high, 0, 2), (low, 0, 2), (high, 1, 2), (low, 1, 2)]
     bases = [tmp_path / "run" / expert / "samples" / "base-1.webp" for expert in ("high_noise", "low_noise")]
     with Image.open(bases[0]) as one, Image.open(bases[1]) as other:
@@ -214,9 +231,9 @@ def test_what_is_no_pair_is_refused(images: Path) -> None:
     with pytest.raises(OptionError, match=r"low_noise_model is for models of two experts, .* got lorasmith-tiny"):
         expert_named(tiny, "high_noise")
     with pytest.raises(OptionError, match=r"min_noise is for a run on one expert, got 0\.5 with low_noise_model"):
-        ExpertRuns(spec.with_settings(min_noise=0.5))
+        ExpertRuns(spec.with_settings(min_noise=0.5), Host())
     with pytest.raises(OptionError, match=r"class_images must be given with low_noise_model"):
-        ExpertRuns(spec.with_settings(class_prompt="a dog"))
+        ExpertRuns(spec.with_settings(class_prompt="a dog"), Host())
 
 
 @pytest.mark.slow

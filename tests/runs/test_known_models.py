@@ -3,7 +3,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from lorasmith.runs.known_models import known_models
+from lorasmith.runs.model_list import known_models
 
 
 def test_released_models_come_with_files_and_settings() -> None:

@@ -11,7 +11,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from lorasmith.formats.container import check_safetensors, write_safetensors
 from lorasmith.formats.metadata import sha256_body
-from lorasmith.runs.lora_picture import THUMBNAIL, give_picture
+from lorasmith.runs.sidecars import THUMBNAIL, give_picture
 
 
 @pytest.fixture

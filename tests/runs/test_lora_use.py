@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lorasmith.runs.lora_use import LoraUse, use_of
+from lorasmith.runs.sidecars import LoraUse, use_of
 
 
 def use(**changes: str) -> LoraUse:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -15,12 +15,15 @@ from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Model
 from lorasmith.report.loss_plot import recent_loss
-from lorasmith.runs.model_run import TrainArguments, new_run_folder, run_folder, train
+from lorasmith.runs.library import TrainArguments, train
+from lorasmith.runs.run import Host
 from lorasmith.sampling.previews import Previewer
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import StepDone, Warned
-from lorasmith.training.storage.run_folder import RunFolder
-from tests.runs.folder_cases import Audience
+from lorasmith.training.job import plan_job
+from lorasmith.training.storage.run_folder import RunFolder, new_run_folder
+from lorasmith.training.train import Plan
+from tests.hosts import Audience
 
 QUICK: dict[str, Any] = {"steps": 2, "rank": 2, "targets": "*.attn2.to_q", "training_dtype": "fp32"}
 
@@ -118,10 +121,13 @@ def test_the_folder_of_an_unfinished_run_is_chosen_again(tiny: Model, data: Enco
     folder = new_run_folder(tmp_path, "dog")
     train(tiny, data, output=folder, on_event=audience, cancelled=audience.cancelled, **QUICK)
     fingerprint = RunFolder(folder).record().fingerprint
-    assert run_folder(tmp_path, "dog")(fingerprint) == folder
-    assert run_folder(tmp_path, "Dog")(fingerprint) == tmp_path / "Dog-002"
-    assert run_folder(tmp_path, "dog", fresh=True)(fingerprint) == tmp_path / "dog-002"
-    assert run_folder(tmp_path, "dog")({**fingerprint, "data": "other"}) == tmp_path / "dog-002"
+    host, job = Host(), plan_job(tiny.denoiser, TrainConfig(**QUICK), "cpu")
+    host.runs = tmp_path
+    plan = Plan(denoiser=tiny.denoiser, job=job, data=data, title="dog")
+    assert host.folder(plan, fingerprint) == folder
+    assert host.folder(replace(plan, title="Dog"), fingerprint) == tmp_path / "Dog-002"
+    assert host.folder(replace(plan, fresh=True), fingerprint) == tmp_path / "dog-002"
+    assert host.folder(plan, {**fingerprint, "data": "other"}) == tmp_path / "dog-002"
 
 
 def interrupted(event: object) -> None:

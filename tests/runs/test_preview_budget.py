@@ -13,12 +13,13 @@ from lorasmith.core.errors import OptionError
 from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Model
-from lorasmith.runs.model_run import train_job
-from lorasmith.runs.preview_budget import PreviewProgram, program_within, unasked_program
+from lorasmith.runs.run import run
+from lorasmith.runs.run_previews import PreviewProgram, program_within, unasked_program
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Previewed, Warned
 from lorasmith.training.job import plan_job
-from lorasmith.training.train import RunOptions
+from lorasmith.training.train import Plan
+from tests.hosts import Audience
 
 WHOLE = PreviewProgram(20, (0.5, 1.0))
 
@@ -80,13 +81,13 @@ def test_a_short_run_draws_what_was_asked_for_alone(
     tiny: Model, captions: list[Conditioning], tmp_path: Path, settings: dict[str, Any], drawn: int
 ) -> None:
     """Three steps are worth less than a picture."""
-    events: list[object] = []
+    audience = Audience()
     data = EncodedDataset((Sample(torch.randn(4, 8, 8), captions[0], "1.png"),))
     config = TrainConfig(steps=3, rank=2, targets="attention", training_dtype="fp32", preview_every=3, **settings)
-    options = RunOptions(output=tmp_path / "run", on_event=events.append)
-    train_job(tiny.denoiser, plan_job(tiny.denoiser, config, "cpu"), data, options, unasked="a fox")
-    assert sum(isinstance(event, Previewed) for event in events) == drawn
-    told = [event.message for event in events if isinstance(event, Warned) and "previews" in event.message]
+    job = plan_job(tiny.denoiser, config, "cpu")
+    run(Plan(denoiser=tiny.denoiser, job=job, data=data, prompt="a fox", output=tmp_path / "run"), audience)
+    assert sum(isinstance(event, Previewed) for event in audience.events) == drawn
+    told = [event.message for event in audience.events if isinstance(event, Warned) and "previews" in event.message]
     assert told == (
         []
         if drawn

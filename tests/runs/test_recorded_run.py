@@ -15,7 +15,9 @@ from lorasmith.core.errors import LorasmithError, OptionError
 from lorasmith.core.folders import ASSETS
 from lorasmith.data.data_config import ImageSource
 from lorasmith.runs import recorded_run
-from lorasmith.runs.recorded_run import Rights, repeated, rights_needed
+from lorasmith.runs.recorded_run import Typed, repeated, rights_needed
+from lorasmith.runs.reproduce import plan_again
+from lorasmith.runs.run import Host
 from lorasmith.runs.run_page import report_of
 from lorasmith.runs.spec import RunSpec
 from lorasmith.training.config import settings_from_file
@@ -47,22 +49,24 @@ def changed(record: dict[str, Any], part: str, **changes: Any) -> RunRecord:
 
 
 def test_a_record_is_repeated_with_what_has_moved(record: dict[str, Any], tmp_path: Path) -> None:
-    spec = repeated(changed(record, "asked"), FILE, Rights())
+    spec = repeated(changed(record, "asked"), FILE, Typed())
     assert (spec.folder, spec.model, spec.name) == (str(tmp_path / "photos"), "lorasmith-tiny", "photos")
     config = spec.config
     assert (config.steps, config.training_dtype, config.exact_dtype) == (5, "fp32", True), "products keep their format"
-    spec = repeated(changed(record, "source", folder="/gone"), FILE, Rights(), data=Path("photos"))
+    spec = repeated(
+        changed(record, "source", folder="/gone"), FILE, Typed(spec=RunSpec(sources=(ImageSource("photos"),)))
+    )
     assert spec.folder == str(tmp_path / "photos")
 
 
 def test_an_optimizer_of_a_record_is_not_imported(record: dict[str, Any]) -> None:
     hostile = changed(record, "asked", optimizer="antigravity.X")
     with pytest.raises(OptionError, match=r"got 'antigravity.X': importing it would run code.*--allow-optimizer ant"):
-        repeated(hostile, FILE, Rights(files=True, optimizers=("torch.optim.NAdam",)))
+        repeated(hostile, FILE, Typed(files=True, optimizers=("torch.optim.NAdam",)))
     assert "antigravity" not in sys.modules
     with pytest.raises(OptionError, match="must be one of"):
         settings_from_file({"optimizer": ["AdamW"]})
-    spec = repeated(hostile, FILE, Rights(optimizers=("antigravity.X",)))
+    spec = repeated(hostile, FILE, Typed(optimizers=("antigravity.X",)))
     assert spec.config.optimizer == "antigravity.X" and "antigravity" not in sys.modules, (
         "planning imports it, not this"
     )
@@ -70,8 +74,8 @@ def test_an_optimizer_of_a_record_is_not_imported(record: dict[str, Any]) -> Non
 
 def test_a_tracker_of_a_record_is_not_started(record: dict[str, Any]) -> None:
     tracked = changed(record, "asked", track="wandb")
-    assert repeated(tracked, FILE, Rights(files=True)).config.track == "none"
-    assert repeated(tracked, FILE, Rights(track="tensorboard")).config.track == "tensorboard"
+    assert repeated(tracked, FILE, Typed(files=True)).config.track == "none"
+    assert repeated(tracked, FILE, Typed(track="tensorboard")).config.track == "tensorboard"
 
 
 @pytest.mark.parametrize(
@@ -98,15 +102,15 @@ def test_files_elsewhere_and_downloads_are_confirmed(
     placed = {name: value.format(here=tmp_path) if isinstance(value, str) else value for name, value in changes.items()}
     hostile = changed(record, part, **placed)
     with pytest.raises(OptionError, match="in the current folder alone; add --as-recorded") as caught:
-        repeated(hostile, FILE, Rights())
+        repeated(hostile, FILE, Typed())
     assert what in str(caught.value)
-    repeated(hostile, FILE, Rights(files=True))
+    repeated(hostile, FILE, Typed(files=True))
 
 
 def test_in_the_root_folder_nothing_counts_as_here(record: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir("/")
     with pytest.raises(OptionError, match="in the current folder alone; add --as-recorded"):
-        repeated(changed(record, "asked"), FILE, Rights())
+        repeated(changed(record, "asked"), FILE, Typed())
 
 
 def test_what_was_typed_is_printed_with_the_rights_that_it_needs(tmp_path: Path, record: dict[str, Any]) -> None:
@@ -151,7 +155,7 @@ def test_damaged_records_end_in_our_errors(
         for there in found.all_environments:
             differences(there, whole_record.environment)
         try:
-            source, _ = repeated(found, FILE, Rights())
+            source, _ = repeated(found, FILE, Typed())
             check_title(source.name)
             ended["used"] += 1
         except (LorasmithError, ValueError) as error:
@@ -161,7 +165,6 @@ def test_damaged_records_end_in_our_errors(
 
 
 def test_a_run_folder_of_a_stranger_is_refused_in_a_sentence(whole: Path, tmp_path: Path) -> None:
-    from lorasmith.runs.resume import prepare_again
 
     run = Path(shutil.copytree(whole, tmp_path / "run"))
     (run / "events.jsonl").unlink()
@@ -169,4 +172,4 @@ def test_a_run_folder_of_a_stranger_is_refused_in_a_sentence(whole: Path, tmp_pa
     for source in ({"command": "train"}, {"command": "train", "folder": 3, "model": "m", "name": "n"}, {}):
         (run / "run.json").write_text(json.dumps({**real, "source": source}))
         with pytest.raises(LorasmithError, match=r"is damaged \(source|was not made by lorasmith train"):
-            prepare_again(run)
+            plan_again(run, Host())

@@ -9,14 +9,18 @@ from typing import Any
 import pytest
 
 from lorasmith.core.errors import OptionError, OutputError
+from lorasmith.data.data_config import ImageSource
 from lorasmith.families.locating import built_in_models
 from lorasmith.formats.container import read_safetensors, write_safetensors
 from lorasmith.formats.metadata import RUN_ENTRY
-from lorasmith.runs.folder_run import prepare, train_prepared
-from lorasmith.runs.reproduce import Differs, Reproduced, prepare_reproduction, reproduce
+from lorasmith.runs.plan import plan
+from lorasmith.runs.reproduce import Differs, Reproduced, Reproduction
+from lorasmith.runs.run import Host, run
+from lorasmith.runs.spec import RunSpec
 from lorasmith.training.storage import records
 from lorasmith.training.storage.fingerprint import fingerprint
-from tests.runs.folder_cases import CONFIRMED, Audience, asked, pictures, prepared, tensors_of, with_metadata
+from tests.hosts import Audience
+from tests.runs.folder_cases import CONFIRMED, asked, pictures, placed, planned, tensors_of, with_metadata
 
 
 @pytest.fixture
@@ -37,7 +41,7 @@ def test_the_run_of_a_lora_is_repeated_and_its_fingerprint_taken_once(
     taken: list[Any] = []
     monkeypatch.setattr(records, "fingerprint", lambda *given: taken.append(given) or fingerprint(*given))
     audience = Audience()
-    found = reproduce(prepare_reproduction(lora, rights=CONFIRMED), dry_run=dry_run, on_event=audience)
+    found = Reproduction(lora, audience, CONFIRMED, dry_run=dry_run).reproduce()
     assert len(taken) == 1
     assert differences(audience) == []
     if dry_run:
@@ -53,16 +57,18 @@ def test_the_lora_of_a_stopped_run_is_repeated_up_to_its_step(
     stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    again = prepare_reproduction(stopped / "cat.safetensors", rights=CONFIRMED, output=tmp_path / "again")
-    found = reproduce(again)
-    assert (again.steps, again.prepared.plan.config.steps, found.is_same) == (2, 5, True)
+    again = Reproduction(
+        stopped / "cat.safetensors", Host(), replace(CONFIRMED, spec=RunSpec(output=str(tmp_path / "again")))
+    )
+    found = again.reproduce()
+    assert (again.steps, again.plan.summary.config.steps, found.is_same) == (2, 5, True)
     assert found.result is not None and found.result.folder == tmp_path / "again"
 
 
 @pytest.mark.slow
 def test_a_repetition_that_is_stopped_is_not_compared(lora: Path) -> None:
     audience = Audience(stop_at=2)
-    found = reproduce(prepare_reproduction(lora, rights=CONFIRMED), on_event=audience, cancelled=audience.cancelled)
+    found = Reproduction(lora, audience, CONFIRMED).reproduce()
     assert found.result is not None
     assert (found.is_complete, found.is_same) == (False, False)
 
@@ -71,7 +77,7 @@ def test_a_repetition_that_is_stopped_is_not_compared(lora: Path) -> None:
 def test_other_tensors_are_not_the_same(lora: Path) -> None:
     tensors, metadata = read_safetensors(lora)
     write_safetensors(lora, {key: 2 * tensor for key, tensor in tensors.items()}, metadata)
-    found = reproduce(prepare_reproduction(lora, rights=CONFIRMED))
+    found = Reproduction(lora, Host(), CONFIRMED).reproduce()
     assert (found.is_complete, found.is_same) == (True, False)
 
 
@@ -79,7 +85,8 @@ def test_what_decides_the_result_is_named_and_nothing_trained(lora: Path, tmp_pa
     with_metadata(lora, lambda run: run["fingerprint"]["config"].update(noise_offset=0.5))
     audience = Audience()
     others = pictures(tmp_path / "others", 4, seed=1)
-    found = reproduce(prepare_reproduction(lora, rights=CONFIRMED, data=others), on_event=audience)
+    typed = replace(CONFIRMED, spec=RunSpec(sources=(ImageSource(str(others)),)))
+    found = Reproduction(lora, audience, typed).reproduce()
     assert found.differs == ("noise_offset 0.5 then, 0.0 now", "the images or captions")
     assert found.result is None
     assert [(event.what, event.is_decisive) for event in differences(audience)] == [(x, True) for x in found.differs]
@@ -91,14 +98,14 @@ def test_every_environment_of_a_lora_is_compared(lora: Path) -> None:
         lora, lambda run: run.update(environments=[{**run["environment"], "threads": 99}, run["environment"]])
     )
     audience = Audience()
-    assert reproduce(prepare_reproduction(lora, rights=CONFIRMED), dry_run=True, on_event=audience) == Reproduced()
+    assert Reproduction(lora, audience, CONFIRMED, dry_run=True).reproduce() == Reproduced()
     (differs,) = differences(audience)
     assert "threads 99 then" in differs.what and not differs.is_decisive
 
 
 def test_a_run_that_is_there_is_not_written_over(lora: Path, whole: Path) -> None:
     with pytest.raises(OutputError, match="output must not contain a run"):
-        prepare_reproduction(lora, rights=CONFIRMED, output=whole)
+        Reproduction(lora, Host(), replace(CONFIRMED, spec=RunSpec(output=str(whole))))
 
 
 @pytest.mark.slow
@@ -106,19 +113,18 @@ def test_whole_files_are_compared_on_request(
     lora: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(OutputError, match=r"has no digests of the base model's whole files, .* leave --verify out"):
-        reproduce(prepare_reproduction(lora, rights=CONFIRMED), dry_run=True, verify=True)
+        Reproduction(lora, Host(), CONFIRMED, dry_run=True).reproduce(verify=True)
     model = Path(shutil.copy(built_in_models()["lorasmith-tiny"], tmp_path / "m.safetensors"))
     spec = replace(asked(images, steps=1), model=str(model))
-    made = train_prepared(prepare(spec), output=tmp_path / "run", verify=True).path
+    made = run(replace(plan(placed(spec, tmp_path / "run"), Host()), verify=True), Host()).path
     assert made is not None
-    again = prepare_reproduction(made, rights=CONFIRMED)
-    assert reproduce(again, dry_run=True, verify=True) == Reproduced()
+    assert Reproduction(made, Host(), CONFIRMED, dry_run=True).reproduce(verify=True) == Reproduced()
     content = bytearray(model.read_bytes())
     content[-(2 * 10_007)] ^= 1  # one value of thousands
     model.write_bytes(content)
-    again = prepare_reproduction(made, rights=CONFIRMED)
-    assert reproduce(again, dry_run=True) == Reproduced()
-    assert reproduce(again, dry_run=True, verify=True).differs == ("the base model",)
+    again = Reproduction(made, Host(), CONFIRMED, dry_run=True)
+    assert again.reproduce() == Reproduced()
+    assert again.reproduce(verify=True).differs == ("the base model",)
 
 
 def without(*keys: str) -> Callable[[dict[str, Any]], None]:
@@ -135,20 +141,20 @@ def test_a_file_that_does_not_say_how_it_was_made(lora: Path, entry: str | None)
     del metadata[RUN_ENTRY]
     write_safetensors(lora, tensors, metadata | ({RUN_ENTRY: entry} if entry else {}))
     with pytest.raises(OptionError, match=r"cat.safetensors has no record of its run"):
-        prepare_reproduction(lora, rights=CONFIRMED)
+        Reproduction(lora, Host(), CONFIRMED)
 
 
 def test_a_file_that_does_not_say_of_which_images(lora: Path) -> None:
     with_metadata(lora, without("folder", "model"))
     with pytest.raises(OptionError, match="has no record of its run"):
-        prepare_reproduction(lora, rights=CONFIRMED)
+        Reproduction(lora, Host(), CONFIRMED)
 
 
 def test_files_of_workflows_and_private_ones_are_refused(lora: Path, images: Path, tmp_path: Path) -> None:
     with_metadata(lora, lambda run: run["source"].update(command="run"))
     with pytest.raises(OptionError, match="was not made by lorasmith train; run its script"):
-        prepare_reproduction(lora, rights=CONFIRMED)
-    private = train_prepared(prepared(images, steps=1, private=True), output=tmp_path / "private").path
+        Reproduction(lora, Host(), CONFIRMED)
+    private = run(planned(images, tmp_path / "private", steps=1, private=True), Host()).path
     assert private is not None
     with pytest.raises(OptionError, match="was saved with --private"):
-        prepare_reproduction(private)
+        Reproduction(private, Host())

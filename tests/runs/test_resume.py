@@ -2,26 +2,29 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lorasmith.core.errors import LorasmithError, OptionError, OutputError
-from lorasmith.runs.folder_run import train_prepared
-from lorasmith.runs.resume import prepare_again
+from lorasmith.runs.reproduce import plan_again
+from lorasmith.runs.run import Host, run
+from lorasmith.runs.spec import RunSpec
 from lorasmith.training.events import Resumed, Warned
 from lorasmith.training.storage.run_folder import RunFolder
-from tests.runs.folder_cases import CONFIRMED, Audience, prepared, tensors_of, with_record
+from tests.hosts import Audience
+from tests.runs.folder_cases import CONFIRMED, planned, tensors_of, with_record
 
 
 def test_a_run_is_prepared_again_and_continued_to_the_bit(broken: Path, whole: Path) -> None:
     audience = Audience()
-    run = prepare_again(broken, rights=CONFIRMED, on_event=audience)
+    ready = plan_again(broken, audience, CONFIRMED)
     names = [name for name in audience.names() if name != "EncodersHashed"]  # unless they are remembered
     assert names[:4] == ["ImagesFound", "ModelLoading", "ImagesChecked", "RunPlanned"]
     assert names[4:] == ["CaptionEncoded", "ImageEncoded"]
-    train_prepared(run, output=broken, on_event=audience)
+    run(ready, audience)
     assert "Resumed" in audience.names()
     assert tensors_of(broken) == tensors_of(whole)
 
@@ -29,7 +32,7 @@ def test_a_run_is_prepared_again_and_continued_to_the_bit(broken: Path, whole: P
 def test_a_run_without_a_state_begins_from_the_start(broken: Path) -> None:
     shutil.rmtree(broken / "states")
     audience = Audience()
-    prepare_again(broken, rights=CONFIRMED, on_event=audience)
+    plan_again(broken, audience, CONFIRMED)
     (warned,) = (event for event in audience.events if isinstance(event, Warned))
     assert "ended before its first run state was saved and starts from the beginning" in warned.message
 
@@ -51,19 +54,19 @@ def test_what_cannot_be_continued_is_refused_in_a_sentence(broken: Path, case: s
     change, others, sentence = REFUSED[case]
     change(broken)
     with pytest.raises(LorasmithError, match=sentence):
-        prepare_again(broken, rights=CONFIRMED, **others)
+        plan_again(broken, Host(), replace(CONFIRMED, spec=RunSpec(**others)))
 
 
 def test_a_folder_that_is_trained_in_is_refused_before_anything_is_read(broken: Path) -> None:
     audience = Audience()
     with RunFolder(broken).claimed(), pytest.raises(OutputError, match="is in use by a run"):
-        prepare_again(broken, rights=CONFIRMED, on_event=audience)
+        plan_again(broken, audience, CONFIRMED)
     assert audience.events == []
 
 
 def test_a_finished_run_is_not_continued(whole: Path) -> None:
     with pytest.raises(OutputError, match="is complete and cannot be resumed"):
-        prepare_again(whole, rights=CONFIRMED)
+        plan_again(whole, Host(), CONFIRMED)
 
 
 @pytest.mark.slow
@@ -73,11 +76,11 @@ def test_a_finished_run_is_trained_on_from_its_end_with_its_optimizer(
     """With a constant rate the result is that of the longer run in one piece, to the bit."""
     monkeypatch.chdir(tmp_path)
     constant = {"schedule": "constant", "validation_share": 0.0}
-    train_prepared(prepared(images, steps=3, **constant), output=tmp_path / "short")
-    train_prepared(prepared(images, steps=6, **constant), output=tmp_path / "long")
+    run(planned(images, tmp_path / "short", steps=3, **constant), Host())
+    run(planned(images, tmp_path / "long", steps=6, **constant), Host())
     audience = Audience()
-    again = prepare_again(tmp_path / "short", rights=CONFIRMED, steps=6)
-    result = train_prepared(again, output=tmp_path / "on", on_event=audience)
+    again = plan_again(tmp_path / "short", audience, CONFIRMED, steps=6)
+    result = run(replace(again, output=tmp_path / "on"), audience)
     assert result.steps == len(result.losses) == 6
     assert tensors_of(tmp_path / "on") == tensors_of(tmp_path / "long") != tensors_of(tmp_path / "short")
     (resumed,) = (event for event in audience.events if isinstance(event, Resumed))
@@ -86,17 +89,16 @@ def test_a_finished_run_is_trained_on_from_its_end_with_its_optimizer(
 
 def test_training_on_needs_a_complete_run_and_more_steps(whole: Path, broken: Path) -> None:
     with pytest.raises(OptionError, match="--steps is for a complete run"):
-        prepare_again(broken, rights=CONFIRMED, steps=9)
+        plan_again(broken, Host(), CONFIRMED, steps=9)
     with pytest.raises(OptionError, match="must be more than the 5 steps"):
-        prepare_again(whole, rights=CONFIRMED, steps=5)
+        plan_again(whole, Host(), CONFIRMED, steps=5)
 
 
 @pytest.mark.slow
 def test_a_run_of_variants_continues_to_the_bit(images: Path, tmp_path: Path) -> None:
     varied = {"flip": True, "crop_jitter": 0.2, "caption_dropout": 0.3, "trigger": "sks, a, b", "shuffle_tags": True}
-    whole = train_prepared(prepared(images, **varied), output=tmp_path / "whole")
-    audience = Audience(stop_at=2)
-    train_prepared(prepared(images, **varied), output=tmp_path / "run", on_event=audience, cancelled=audience.cancelled)
+    whole = run(planned(images, tmp_path / "whole", **varied), Host())
+    run(planned(images, tmp_path / "run", **varied), Audience(stop_at=2))
     assert tensors_of(tmp_path / "run") != tensors_of(tmp_path / "whole")
-    resumed = train_prepared(prepare_again(tmp_path / "run", rights=CONFIRMED), output=tmp_path / "run")
+    resumed = run(plan_again(tmp_path / "run", Host(), CONFIRMED), Host())
     assert tensors_of(tmp_path / "run") == tensors_of(tmp_path / "whole") and resumed.losses == whole.losses

@@ -9,8 +9,7 @@ import pytest
 
 from lorasmith.core.errors import OptionError
 from lorasmith.data.data_config import DataConfig, ImageSource
-from lorasmith.runs.recorded_run import Rights
-from lorasmith.runs.run_file import read_run_file
+from lorasmith.runs.recorded_run import Typed, read_run_file
 from lorasmith.runs.spec import RunSpec
 from lorasmith.training.config import TrainConfig
 
@@ -153,7 +152,7 @@ def recorded(record: object, **changes: Any) -> Path:
 
 def test_the_record_of_a_run_gives_its_arguments(record: dict[str, Any], tmp_path: Path) -> None:
     path = recorded(record)
-    found = read_run_file(path, rights=Rights(files=True))
+    found = read_run_file(path, Typed(files=True))
     assert found.sources == (
         ImageSource(str(tmp_path / "here" / "photos"), repeats=2),
         ImageSource(str(tmp_path / "more")),
@@ -166,27 +165,27 @@ def test_the_record_of_a_run_gives_its_arguments(record: dict[str, Any], tmp_pat
     assert (both.model, both.trusted().config.steps, both.config.rank) == ("m", 3, 4)
     assert both.data.trigger == "sks cat"
     renamed = path.rename("settings.txt")
-    assert read_run_file(renamed, rights=Rights(files=True)) == found
+    assert read_run_file(renamed, Typed(files=True)) == found
 
 
 def test_a_record_names_files_here_unless_others_are_typed(record: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=rf"^run.json may name files in the current folder alone.*images {tmp_path}"):
         read_run_file(recorded(record))
     typed = RunSpec(sources=(ImageSource("photos"),))
-    assert read_run_file(recorded(record), typed_first=typed).name == "dog"
+    assert read_run_file(recorded(record), Typed(spec=typed)).name == "dog"
     elsewhere = {**record["source"], "model": "somebody/model"}
     changed = recorded(record, source=elsewhere, asked={"existing_lora": "/etc/a.safetensors"})
     with pytest.raises(OptionError, match=r"model somebody/model; existing_lora /etc/a\.safetensors"):
-        read_run_file(changed, typed_first=typed)
+        read_run_file(changed, Typed(spec=typed))
     typed = RunSpec(sources=typed.sources, model="m", settings={"existing_lora": "mine.safetensors"})
-    assert read_run_file(changed, typed_first=typed).settings["existing_lora"] == "/etc/a.safetensors"
+    assert read_run_file(changed, Typed(spec=typed)).settings["existing_lora"] == "/etc/a.safetensors"
 
 
 def test_a_record_imports_no_optimizer(record: dict[str, Any]) -> None:
-    found = read_run_file(recorded(record, asked={"optimizer": "antigravity.X"}), rights=Rights(files=True))
+    found = read_run_file(recorded(record, asked={"optimizer": "antigravity.X"}), Typed(files=True))
     with pytest.raises(OptionError, match="importing it would run code; if you trust that, type --optimizer antigr"):
         found.trusted().config  # noqa: B018 - raises
-    found = read_run_file(recorded(record, asked={"schedule": "antigravity.X"}), rights=Rights(files=True))
+    found = read_run_file(recorded(record, asked={"schedule": "antigravity.X"}), Typed(files=True))
     with pytest.raises(OptionError, match="schedule must be"):
         found.trusted().config  # noqa: B018 - raises
     assert "antigravity" not in sys.modules
@@ -216,14 +215,14 @@ def test_a_record_that_cannot_be_used_is_refused_in_a_sentence(
 ) -> None:
     path = recorded(changes) if isinstance(changes, str) else recorded(record, **changes)
     with pytest.raises(OptionError, match=sentence) as refused:
-        read_run_file(path, rights=Rights(files=True))
+        read_run_file(path, Typed(files=True))
     assert str(refused.value).startswith("run.json ") and "\n" not in str(refused.value)
 
 
 def test_a_setting_of_data_from_another_version(record: dict[str, Any]) -> None:
     path = recorded(record, source={**record["source"], "fold": True})
     with pytest.raises(OptionError, match="has settings of another version of Lorasmith, fold"):
-        read_run_file(path, rights=Rights(files=True))
+        read_run_file(path, Typed(files=True))
 
 
 def test_a_record_of_before_versions(record: dict[str, Any], tmp_path: Path) -> None:

@@ -45,17 +45,17 @@ def test_a_record_without_images_or_with_odd_ones() -> None:
 
 def test_small_versions_are_kept_of_what_can_be_read(tmp_path: Path) -> None:
     folder = pictures(tmp_path / "photos", 2)
-    keep_thumbnails(tmp_path / "run", run(folder))
+    keep_thumbnails(tmp_path / "run", run(folder).scan.images)
     with Image.open(thumbnail_of(tmp_path / "run", 0)) as small:
         assert (small.format, small.size) == ("WEBP", (40, 40))
     assert not thumbnail_of(tmp_path / "run", 2).exists()
     first = thumbnail_of(tmp_path / "run", 0)
     before = first.stat().st_mtime_ns
-    keep_thumbnails(tmp_path / "run", run(folder))
+    keep_thumbnails(tmp_path / "run", run(folder).scan.images)
     assert first.stat().st_mtime_ns == before
 
 
 def test_a_folder_that_cannot_be_written_costs_nothing(tmp_path: Path) -> None:
     folder = pictures(tmp_path / "photos", 2)
     (tmp_path / "run").touch()
-    keep_thumbnails(tmp_path / "run", run(folder))
+    keep_thumbnails(tmp_path / "run", run(folder).scan.images)

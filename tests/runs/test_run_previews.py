@@ -11,17 +11,20 @@ import torch
 from PIL import Image
 
 from lorasmith.core.errors import ModelError, OptionError
+from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Model
 from lorasmith.runs import run_previews as previewing
-from lorasmith.runs.model_run import train
-from lorasmith.runs.preview_budget import whole_program
-from lorasmith.runs.run_previews import PreviewFrames, RunPreviews, run_previews
+from lorasmith.runs.library import train
+from lorasmith.runs.run import Host
+from lorasmith.runs.run_previews import PreviewFrames, RunPreviews, whole_program
 from lorasmith.sampling.generate import generate
-from lorasmith.sampling.previews import Previewer, parse_prompts
+from lorasmith.sampling.previews import Previewer
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Event, Previewed, Warned
+from lorasmith.training.job import plan_job
 from lorasmith.training.lora_handle import Lora
+from lorasmith.training.train import Plan
 
 Make = Callable[..., Any]
 
@@ -29,8 +32,6 @@ Make = Callable[..., Any]
 @pytest.fixture(scope="module")
 def saved(tiny: Model, captions: list[Conditioning], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LoRA file as training writes it."""
-    from lorasmith.data.dataset import EncodedDataset, Sample
-
     data = EncodedDataset((Sample(torch.randn(4, 8, 8), captions[0], "1.png"),))
     settings = {"steps": 2, "rank": 2, "targets": "attention", "learning_rate": 0.05, "training_dtype": "fp32"}
     result = train(tiny, data, output=tmp_path_factory.mktemp("run") / "run", title="pets", **settings)
@@ -38,16 +39,23 @@ def saved(tiny: Model, captions: list[Conditioning], tmp_path_factory: pytest.Te
     return result.path
 
 
-def previews_of(model: Model, config: TrainConfig, folder: Path, **given: Any) -> RunPreviews:
-    prompts = parse_prompts(config.previews)
-    return run_previews(model.denoiser, config, folder, prompts=prompts, program=whole_program(config), **given)
+def previews_of(model: Model, config: TrainConfig, folder: Path, host: Host | None = None) -> RunPreviews:
+    job = plan_job(model.denoiser, replace(config, rank=2, targets="attention"), "cpu")
+    sample = Sample(torch.zeros(4, 8, 8), Conditioning({}), "1.png")
+    plan = Plan(denoiser=model.denoiser, job=job, data=EncodedDataset((sample,)), title="pets")
+    return RunPreviews(plan, whole_program(config), folder, host or Host())
+
+
+class Stopped(Host):
+    def cancelled(self) -> bool:
+        return True
 
 
 @pytest.fixture
 def previews(tiny: Model, tmp_path: Path) -> Callable[..., RunPreviews]:
     def make(**settings: Any) -> RunPreviews:
         config = TrainConfig(**({"previews": "a lion | a bus", "preview_steps": 2, "seed": 9} | settings))
-        return previews_of(tiny, config, tmp_path, title="pets", device="cpu")
+        return previews_of(tiny, config, tmp_path)
 
     return make
 
@@ -144,7 +152,7 @@ def test_interrupts_go_through(previews: Make, broken: Make, saved: Path) -> Non
 
 def test_a_cancelled_preview_is_no_failure(tiny: Model, saved: Path, tmp_path: Path) -> None:
     config = TrainConfig(previews="a lion", preview_steps=2)
-    draw = previews_of(tiny, config, tmp_path, title="x", device="cpu", cancelled=lambda: True)
+    draw = previews_of(tiny, config, tmp_path, Stopped())
     assert draw is not None
     assert [draw(step, saved) for step in (10, 20, 30)] == [[], [], []]
 
@@ -161,7 +169,7 @@ def test_settings_are_checked_before_training(previews: Make, setting: dict[str,
 def test_a_bare_denoiser_is_refused_before_training(tiny: Model, tmp_path: Path) -> None:
     bare = replace(tiny, components=replace(tiny.components, vae=None))
     with pytest.raises(ModelError, match="needs an autoencoder for pictures"):
-        previews_of(bare, TrainConfig(previews="a lion"), tmp_path, title="x")
+        previews_of(bare, TrainConfig(previews="a lion"), tmp_path)
 
 
 def test_previews_run_in_trainings_dtype_on_gpus_alone(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,10 +14,10 @@ from lorasmith.families.base import FAMILIES
 from lorasmith.families.model import Model
 from lorasmith.formats.container import write_safetensors
 from lorasmith.formats.metadata import sha256_file
-from lorasmith.runs.folder_run import train_prepared
-from lorasmith.runs.model_run import train
+from lorasmith.runs.library import train
+from lorasmith.runs.run import Host, run
 from lorasmith.runs.sidecars import write_sidecars
-from tests.runs.folder_cases import prepared
+from tests.runs.folder_cases import planned
 
 HEADER = {"modelspec.trigger_phrase": "sks <dog>, a", "ss_sd_model_name": "v1-5 & co", "ss_steps": "1200"}
 
@@ -64,10 +64,8 @@ def test_a_family_without_one_name_there_has_its_own(tmp_path: Path, family: str
 def test_a_run_writes_them_on_request_and_a_private_one_no_more_than_its_lora_has(
     images: Path, tmp_path: Path, private: bool
 ) -> None:
-    run = prepared(
-        images, steps=1, trigger="sks", sidecars=True, private=private, previews="a secret prompt", preview_steps=1
-    )
-    result = train_prepared(run, output=tmp_path / "run")
+    settings = {"steps": 1, "trigger": "sks", "sidecars": True, "previews": "a secret prompt", "preview_steps": 1}
+    result = run(planned(images, tmp_path / "run", private=private, **settings), Host())
     assert result.path is not None
     text = result.path.with_name("cat.civitai.info").read_text() + result.path.with_name("cat.json").read_text()
     assert sha256_file(result.path).upper() in text, "the picture is in the header by then"

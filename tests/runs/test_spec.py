@@ -9,7 +9,8 @@ import pytest
 
 from lorasmith.core.errors import OptionError
 from lorasmith.data.data_config import ImageSource
-from lorasmith.runs.folder_run import prepare
+from lorasmith.runs.plan import plan
+from lorasmith.runs.run import Host
 from lorasmith.runs.spec import RunSpec, absolute
 
 
@@ -97,4 +98,4 @@ def test_what_no_run_can_have_is_refused(images: Path, changes: dict[str, Any], 
     sources = (ImageSource(str(images)),)
     spec = RunSpec(**{"sources": sources, "model": "lorasmith-tiny", "name": "cat", **changes})
     with pytest.raises(OptionError, match=sentence):
-        prepare(spec)
+        plan(spec, Host())

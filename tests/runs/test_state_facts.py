@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lorasmith.runs.state_facts import facts_of_state
+from lorasmith.runs.recorded_run import facts_of_state
 
 
 def state_of(run: Path) -> Path:

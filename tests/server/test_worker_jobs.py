@@ -8,13 +8,14 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from lorasmith.core.errors import CancelledError, LorasmithError, NodeError, OptionError
-from lorasmith.core.folders import ASSETS
+from lorasmith.core.folders import ASSETS, Folders
 from lorasmith.server import worker_jobs
 from lorasmith.server.jobs import measurement_subject
 from lorasmith.server.worker_jobs import Jobs
@@ -121,8 +122,10 @@ def test_a_training_that_is_cancelled_continues_in_its_folder(worker: Worker) ->
 
 
 def test_workers_that_begin_runs_of_one_name_at_once_have_a_folder_each(tmp_path: Path) -> None:
+    host: Any = worker_jobs._JobHost(Folders.load(tmp_path), None, None, None, None)  # type: ignore[arg-type]
+    plan = SimpleNamespace(output=None, fresh=False, title="lora")
     with ThreadPoolExecutor(8) as threads:
-        found = list(threads.map(lambda _: worker_jobs._claimed(tmp_path / "runs", "lora", {}), range(24)))
+        found = list(threads.map(lambda _: host._claimed(plan, {}), range(24)))
     assert sorted(path.name for path in found) == [f"lora-{number:03}" for number in range(1, 25)]
 
 

@@ -13,7 +13,7 @@ import torch
 from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Model
-from lorasmith.runs.model_run import train
+from lorasmith.runs.library import train
 from tools.schemas import FOLDER, schemas
 
 TYPES: dict[str, Any] = {

@@ -10,7 +10,7 @@ from lever_cases import flux_model
 
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.model import Model
-from lorasmith.runs.model_run import train
+from lorasmith.runs.library import train
 from lorasmith.training.memory import activations
 from lorasmith.training.results import TrainResult
 from tests.training.random_samples import of_one_size, of_several_sizes

@@ -40,7 +40,7 @@ from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Model
 from lorasmith.formats import container
 from lorasmith.formats.container import read_safetensors
-from lorasmith.runs.model_run import train
+from lorasmith.runs.library import train
 from lorasmith.training.events import Event, Resumed, StepDone, Warned
 from lorasmith.training.storage.run_folder import RunFolder
 from lorasmith.training.storage.run_states import load_state

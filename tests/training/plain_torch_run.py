@@ -22,7 +22,7 @@ from lorasmith.diffusion.schedule import FlowSchedule
 from lorasmith.families.base import Components, Conditioning, Defaults, Family, LatentFormat
 from lorasmith.families.model import Model
 from lorasmith.formats.names import ModelNames, OriginalName
-from lorasmith.runs.model_run import train
+from lorasmith.runs.library import train
 from lorasmith.training.lora_handle import Lora
 
 ENGINE = ("core", "adapters", "formats", "diffusion", "data", "training")

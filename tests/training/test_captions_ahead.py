@@ -15,7 +15,7 @@ from lorasmith.core.folders import ASSETS
 from lorasmith.core.processes import Processes
 from lorasmith.data.encoding import load_dataset
 from lorasmith.families.model import Autoencoder, Model, TextEncoder
-from lorasmith.runs.model_run import train
+from lorasmith.runs.library import train
 from lorasmith.training import batches
 from lorasmith.training.batches import drawn_captions, sample_index
 from lorasmith.training.events import CaptionEncoded, CaptionsPlanned, Event

@@ -13,7 +13,7 @@ from torch import Tensor
 from lorasmith.core.errors import TrainingError
 from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.families.model import Denoiser, Model
-from lorasmith.runs.model_run import train
+from lorasmith.runs.library import train
 from lorasmith.training import engine
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import prepared, sample_losses

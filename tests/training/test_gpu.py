@@ -24,7 +24,7 @@ from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.loading import load_model
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Model
-from lorasmith.runs.model_run import train, train_together
+from lorasmith.runs.library import train, train_together
 from lorasmith.sampling.generate import generate
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import batch_maker

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from lorasmith.core.options import config_from
 from lorasmith.data.captions import CaptionRules
 from lorasmith.data.dataset import EncodedCaptions, EncodedDataset, Sample, Variants
 from lorasmith.families.model import Model
-from lorasmith.runs.model_run import train_job
+from lorasmith.runs.run import Host, run
 from lorasmith.training import joint
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import Engine
@@ -28,8 +29,9 @@ from lorasmith.training.events import Event, Outcome, RolledBack, Shrunk, StepDo
 from lorasmith.training.job import Job, plan_job
 from lorasmith.training.joint import EngineMaker, StopOfAll, check_alike, check_captions, train_jointly
 from lorasmith.training.results import TrainResult
-from lorasmith.training.train import RunOptions, run_job
+from lorasmith.training.train import Plan, RunHost, run_job
 from lorasmith.training.validation import History
+from tests.hosts import NoFiles
 from tests.training.together_cases import ALIKE, weights
 
 Settings = dict[str, Any]
@@ -39,16 +41,28 @@ def job(model: Model, settings: Settings) -> Job:
     return plan_job(model.denoiser, config_from(TrainConfig, {**ALIKE, **settings}), torch.device("cpu"))
 
 
-def work(model: Model, one: Job, data: EncodedDataset, options: RunOptions) -> Callable[[EngineMaker], TrainResult]:
-    return lambda engine: train_job(model.denoiser, one, data, replace(options, engine=engine))
+@dataclass(frozen=True)
+class Around:
+    """What a run has besides model, settings and data."""
+
+    host: Host = field(default_factory=NoFiles)
+    output: Path | None = None
+    until: int | None = None
+
+    def plan(self, model: Model, one: Job, data: EncodedDataset) -> Plan:
+        return Plan(denoiser=model.denoiser, job=one, data=data, output=self.output, until=self.until)
+
+
+def work(model: Model, one: Job, data: EncodedDataset, around: Around) -> Callable[[EngineMaker], TrainResult]:
+    return partial(run, around.plan(model, one, data), around.host)
 
 
 def together(
-    model: Model, data: EncodedDataset | Sequence[EncodedDataset], runs: Sequence[Settings], *options: RunOptions
+    model: Model, data: EncodedDataset | Sequence[EncodedDataset], runs: Sequence[Settings], *around: Around
 ) -> list[TrainResult | Exception]:
     each = [data] * len(runs) if isinstance(data, EncodedDataset) else data
     events: list[Event] = []
-    given = options or [RunOptions(on_event=events.append)] * len(runs)
+    given = around or [Around(NoFiles(also=events.append))] * len(runs)
     jobs = [job(model, one) for one in runs]
     results = train_jointly(jobs, [work(model, *parts) for parts in zip(jobs, each, given, strict=True)])
     said = [one.message for one in events if isinstance(one, Warned)]
@@ -60,9 +74,9 @@ def alone(
     model: Model,
     data: EncodedDataset,
     settings: Settings,
-    options: RunOptions = RunOptions(),  # noqa: B008
+    around: Around = Around(),
 ) -> TrainResult:
-    return train_job(model.denoiser, job(model, settings), data, options)
+    return run(around.plan(model, job(model, settings), data), around.host)
 
 
 def assert_alike(one: TrainResult | Exception, other: TrainResult, tolerance: float = 1e-5) -> None:
@@ -213,7 +227,7 @@ def test_every_family(family: str, quantization: str, targets: str | None, tmp_p
         for one in ({}, {"rank": 2, "seed": 5, "batch_size": 2}, {"algorithm": "LoKr"})
     ]
     events: list[Event] = []
-    results = together(model, data, runs, *[RunOptions(on_event=events.append)] * 3)
+    results = together(model, data, runs, *[Around(NoFiles(also=events.append))] * 3)
     for result, settings in zip(results, runs, strict=True):
         assert_alike(result, alone(model, data, settings))
     told = [one for one in events if isinstance(one, Warned) and "mixes the samples" in one.message]
@@ -252,8 +266,8 @@ def test_a_run_that_diverges_or_fails_disturbs_no_other(
         {"steps": 5, "seed": 9},
         {"steps": 5, "seed": 7},
     ]
-    options = [RunOptions(), RunOptions(on_event=events.append), RunOptions(on_event=broken), RunOptions()]
-    results = together(flux, flux_data, runs, *options)
+    hosts = [NoFiles(), NoFiles(also=events.append), NoFiles(also=broken), NoFiles()]
+    results = together(flux, flux_data, runs, *map(Around, hosts))
     assert_alike(results[0], alone(flux, flux_data, runs[0]))
     assert_alike(results[3], alone(flux, flux_data, runs[3]))
     assert isinstance(results[1], TrainingError) and any(isinstance(one, RolledBack) for one in events)
@@ -280,7 +294,7 @@ def test_where_memory_is_too_small_for_all_each_run_has_passes_of_its_own(
     monkeypatch.setattr(Engine, "gradient", gradient)
     runs: list[Settings] = [{"batch_size": 2}, {"rank": 2}]
     events: list[list[Event]] = [[], []]
-    results = together(flux, flux_data, runs, *[RunOptions(on_event=one.append) for one in events])
+    results = together(flux, flux_data, runs, *[Around(NoFiles(also=one.append)) for one in events])
     monkeypatch.undo()
     for result, settings in zip(results, runs, strict=True):
         assert_alike(result, alone(flux, flux_data, settings))
@@ -321,8 +335,15 @@ def test_a_stop_between_two_runs_ends_both_after_the_same_step(flux: Model, flux
             looks.append(event.step)
 
     jobs = [job(flux, {"steps": 9}), job(flux, {"steps": 9, "rank": 2})]
-    options = [RunOptions(on_event=look, cancelled=stop.is_set), RunOptions(cancelled=stop.is_set)]
-    works = [work(flux, one, flux_data, given) for one, given in zip(jobs, options, strict=True)]
+
+    class Stopped(NoFiles):
+        def cancelled(self) -> bool:
+            return stop.is_set()
+
+    works = [
+        work(flux, one, flux_data, Around(host))
+        for one, host in zip(jobs, [Stopped(also=look), Stopped()], strict=True)
+    ]
     results = train_jointly(jobs, works, each_round=stop.look)
     steps = [len(one.losses) for one in results if isinstance(one, TrainResult)]
     assert len(steps) == 2 and steps[0] == steps[1] < 9
@@ -337,7 +358,7 @@ def test_a_pass_that_fails_where_no_run_does_alone_is_given_up(
 
     monkeypatch.setattr(joint._Coordinator, "_pass", broken)
     events: list[Event] = []
-    results = together(flux, flux_data, [{}, {"rank": 2}], RunOptions(), RunOptions(on_event=events.append))
+    results = together(flux, flux_data, [{}, {"rank": 2}], Around(), Around(NoFiles(also=events.append)))
     for result, settings in zip(results, [{}, {"rank": 2}], strict=True):
         assert_alike(result, alone(flux, flux_data, settings))
     said = [one.message for one in events if isinstance(one, Warned) and "a bug" in one.message]
@@ -352,7 +373,7 @@ def test_runs_that_are_stopped_continue_together_to_the_bit_and_alone_to_roundin
     flux: Model, flux_data: EncodedDataset, tmp_path: Path
 ) -> None:
     runs: list[Settings] = [{"steps": 5}, {"steps": 4, "rank": 2, "algorithm": "LoKr"}]
-    outputs = [RunOptions(output=tmp_path / str(number)) for number in range(2)]
+    outputs = [Around(output=tmp_path / str(number)) for number in range(2)]
     whole = together(flux, flux_data, runs)
     for one in together(flux, flux_data, runs, *[replace(one, until=2) for one in outputs]):
         assert isinstance(one, TrainResult) and one.reason is Outcome.CANCELLED and len(one.losses) == 2
@@ -361,10 +382,10 @@ def test_runs_that_are_stopped_continue_together_to_the_bit_and_alone_to_roundin
     for one, other in zip(together(flux, flux_data, runs, *outputs), whole, strict=True):
         assert_same(one, other)
 
-    again = [RunOptions(output=tmp_path / f"again {number}") for number in range(2)]
+    again = [Around(output=tmp_path / f"again {number}") for number in range(2)]
     together(flux, flux_data, runs, *[replace(one, until=2) for one in again])
-    for one, settings, options in zip(whole, runs, again, strict=True):
-        assert_alike(one, alone(flux, flux_data, settings, options))
+    for one, settings, around in zip(whole, runs, again, strict=True):
+        assert_alike(one, alone(flux, flux_data, settings, around))
 
 
 @pytest.mark.slow
@@ -377,7 +398,7 @@ def test_an_interruption_reaches_all_runs_which_save(flux: Model, flux_data: Enc
             raise KeyboardInterrupt  # as from a signal, in the thread that leads
         whole(self, asking)
 
-    outputs = [RunOptions(output=tmp_path / str(number)) for number in range(2)]
+    outputs = [Around(output=tmp_path / str(number)) for number in range(2)]
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(joint._Coordinator, "_answer", answer)
         together(flux, flux_data, [{}, {"rank": 2}], *outputs)
@@ -411,12 +432,13 @@ def test_previews_find_the_bare_model_and_the_other_runs_wait(
 ) -> None:
     runs: list[Settings] = [{"quantization": "nf4", "steps": 4, "preview_every": 2}, {"quantization": "nf4", "rank": 2}]
     jobs, looks = [job(flux, one) for one in runs], Looks(flux.components.denoiser)
-    options = [RunOptions(output=tmp_path / "run", previews=lambda folder: looks), RunOptions()]
 
-    def works(number: int) -> Callable[[EngineMaker], TrainResult]:
-        return lambda engine: run_job(jobs[number], flux_data, replace(options[number], engine=engine))
+    class Looking(RunHost):
+        def begin(self, plan: Plan, folder: Path) -> Looks:
+            return looks
 
-    results = train_jointly(jobs, [works(0), works(1)])
+    plans = Around(output=tmp_path / "run").plan(flux, jobs[0], flux_data), Around().plan(flux, jobs[1], flux_data)
+    results = train_jointly(jobs, [partial(run_job, plans[0], Looking()), partial(run_job, plans[1], RunHost())])
     assert looks.seen == [(2, False), (4, True)]
     for result, settings in zip(results, runs, strict=True):
         assert_alike(result, alone(flux, flux_data, settings))

@@ -8,7 +8,7 @@ import torch
 from lorasmith.core.folders import ASSETS
 from lorasmith.data.encoding import load_dataset
 from lorasmith.families.model import Denoiser, Model
-from lorasmith.runs.model_run import train
+from lorasmith.runs.library import train
 from lorasmith.sampling.generate import generate
 from lorasmith.training import engine
 from lorasmith.training.config import TrainConfig

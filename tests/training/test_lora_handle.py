@@ -20,6 +20,8 @@ from lorasmith.cli.flags import split_strength
 from lorasmith.core.adapter_state import AdapterState, AdapterWeights, ModuleRef
 from lorasmith.core.errors import LoraError, LorasmithError, OptionError
 from lorasmith.core.folders import Folders
+from lorasmith.data.dataset import EncodedDataset, Sample
+from lorasmith.families.base import Conditioning
 from lorasmith.families.loading import load_model, released_names
 from lorasmith.families.locating import BUILT_IN, ModelFiles
 from lorasmith.families.model import Model
@@ -28,8 +30,8 @@ from lorasmith.formats.layouts.layout import LAYOUTS
 from lorasmith.nodes import load_nodes
 from lorasmith.runs import drawing
 from lorasmith.runs.drawing import load_with_loras
-from lorasmith.runs.preview_budget import PreviewProgram
-from lorasmith.runs.run_previews import run_previews
+from lorasmith.runs.run import Host
+from lorasmith.runs.run_previews import PreviewProgram, RunPreviews
 from lorasmith.sampling.generate import generate
 from lorasmith.sampling.sample import SamplingError
 from lorasmith.toolbox.merge import fold_into
@@ -37,6 +39,7 @@ from lorasmith.toolbox.model_files import open_model
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.job import plan_job
 from lorasmith.training.lora_handle import Lora
+from lorasmith.training.train import Plan
 from lorasmith.workflow import NodeContext
 from lorasmith.workflow.execution_events import NodeMessage
 from lorasmith.workflow.executor import call_node
@@ -224,8 +227,10 @@ def test_previews_and_folding_refuse_numbers_that_are_none(doors: Doors, whole: 
     save_file(with_value(whole, math.nan), doors.file)
     with pytest.raises(LoraError, match="must hold finite numbers"):
         fold_into(open_model(BUILT_IN), [(doors.file, 1.0)], doors.folder / "folded.safetensors")
-    config, program = TrainConfig(), PreviewProgram(1, ())
-    previews = run_previews(doors.tiny.denoiser, config, doors.folder, prompts=["a cat"], program=program, title="x")
+    denoiser = doors.tiny.denoiser
+    data = EncodedDataset((Sample(torch.zeros(4, 8, 8), Conditioning({}), "1.png"),))
+    plan = Plan(denoiser=denoiser, job=plan_job(denoiser, TrainConfig(), "cpu"), data=data)
+    previews = RunPreviews(plan, PreviewProgram(1, (), prompts=("a cat",)), doors.folder, Host())
     assert "must hold finite numbers" in previews(1, doors.file)[-1].message  # type: ignore[attr-defined]
 
 

@@ -16,7 +16,7 @@ from lorasmith.core.errors import OptionError
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.base import Expert
 from lorasmith.families.model import Model
-from lorasmith.runs.model_run import train
+from lorasmith.runs.library import train
 from lorasmith.training import engine
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.job import plan_job

@@ -9,7 +9,7 @@ from lorasmith.core.folders import ASSETS
 from lorasmith.data.dataset import EncodedDataset, split
 from lorasmith.data.encoding import load_dataset
 from lorasmith.families.model import Model
-from lorasmith.runs.model_run import train
+from lorasmith.runs.library import train
 from lorasmith.training.events import Event, Validated
 from lorasmith.training.validation import Validator
 

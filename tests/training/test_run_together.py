@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +20,34 @@ from lorasmith.core.processes import Processes
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.data.encoding_cache import FOLDER_VARIABLE
 from lorasmith.families.model import Model
-from lorasmith.runs.model_run import train_job
+from lorasmith.runs.run import run
 from lorasmith.training import engine as engines
 from lorasmith.training.engine import Engine
-from lorasmith.training.events import Event, Outcome, Shrunk, StepDone, Validated
+from lorasmith.training.events import Outcome, Shrunk, StepDone, Validated
 from lorasmith.training.loop import Mailbox
-from lorasmith.training.train import RunOptions
+from lorasmith.training.train import Plan
+from tests.hosts import NoFiles
 from tests.training.processes_together import processes_together
 from tests.training.together_cases import CASES, SETTINGS, Case, Materials, assert_alike, planned, weights
 
 TWICE = ("accumulated", "dropout", "AdamW", "DoRA", "held out", "wildcards", "Flux.1")
 """Cases that are trained again by as many processes."""
 
+Place = dict[str, Any]
+"""Fields of a plan: its folder and such."""
 Found = dict[str, Any]
 """What a process has of a run."""
 World = Mapping[str, Sequence[Found]]
 """What each process has of a case."""
 
 
-def trained(model: Model, data: EncodedDataset, options: RunOptions | None = None, **settings: Any) -> Found:
-    events: list[Event] = []
-    given = replace(options or RunOptions(), on_event=events.append)
-    result = train_job(model.denoiser, planned(model, settings), data, given)
+def trained(
+    model: Model, data: EncodedDataset, place: Place | None = None, host: NoFiles | None = None, **settings: Any
+) -> Found:
+    host = host or NoFiles()
+    job = planned(model, settings)
+    result = run(Plan(denoiser=model.denoiser, job=job, data=data, **(place or {})), host)
+    events = host.events
     steps = [one for one in events if isinstance(one, StepDone)]
     return {
         "losses": result.losses,
@@ -89,9 +94,9 @@ def assert_equal(one: Found, other: Found, tolerance: float = 1e-5) -> None:
 def world(size: int, materials: Materials, out: Path, names: Sequence[str] = tuple(CASES)) -> World:
     def case(name: str) -> Found:
         given: Case = CASES[name]
-        options = RunOptions(output=out / name / "run", title="cat") if given.has_folder else None
+        place = {"output": out / name / "run", "title": "cat"} if given.has_folder else None
         try:
-            return trained(materials.model(given.model), materials.samples(given), options, **materials.settings(given))
+            return trained(materials.model(given.model), materials.samples(given), place, **materials.settings(given))
         except Exception as error:
             error.add_note(name)
             raise
@@ -175,7 +180,7 @@ def test_bytes_of_a_step_are_those_of_the_parameters(tiny: Model, dataset: Encod
             return summing(tensor)
 
         processes.summing = counted  # type: ignore[method-assign]
-        train_job(tiny.denoiser, job, dataset, RunOptions())
+        run(Plan(denoiser=tiny.denoiser, job=job, data=dataset), NoFiles())
         return sum(summed), Engine(job.denoiser, job.adapters, job.config, job.runtime).flat.master.numel()
 
     summed, numbers = processes_together(2, one)[0]
@@ -232,25 +237,28 @@ def test_all_processes_skip_a_step_that_diverged_in_one(
 
 def test_a_process_that_is_stopped_stops_all(tiny: Model, dataset: EncodedDataset, tmp_path: Path) -> None:
     def one(processes: Processes) -> Found:
-        steps = iter((False, processes.rank == 1))
-        options = RunOptions(output=tmp_path / "run", cancelled=lambda: next(steps, processes.rank == 1))
-        return trained(tiny, dataset, options, steps=4)
+        class Stopping(NoFiles):
+            steps = iter((False, processes.rank == 1))
+
+            def cancelled(self) -> bool:
+                return next(self.steps, processes.rank == 1)
+
+        return trained(tiny, dataset, {"output": tmp_path / "run"}, Stopping(), steps=4)
 
     first, second = processes_together(2, one)
     assert first["reason"] is second["reason"] is Outcome.CANCELLED
     assert len(first["losses"]) == len(second["losses"]) == 2
     assert first["path"] is not None and second["path"] is None
     alone = trained(tiny, dataset, steps=4)
-    resumed = trained(tiny, dataset, RunOptions(output=tmp_path / "run"), steps=4)
+    resumed = trained(tiny, dataset, {"output": tmp_path / "run"}, steps=4)
     assert_alike(resumed["losses"], resumed["tensors"], alone["losses"], alone["tensors"])
 
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_other_processes(tiny: Model, dataset: EncodedDataset, tmp_path: Path) -> None:
     alone = trained(tiny, dataset, steps=4)
-    options = RunOptions(output=tmp_path / "run", until=2)
-    together(3, tiny, dataset, options, steps=4)
-    resumed = together(2, tiny, dataset, replace(options, until=None), steps=4)
+    together(3, tiny, dataset, {"output": tmp_path / "run", "until": 2}, steps=4)
+    resumed = together(2, tiny, dataset, {"output": tmp_path / "run"}, steps=4)
     assert_alike(resumed["losses"], resumed["tensors"], alone["losses"], alone["tensors"])
 
 

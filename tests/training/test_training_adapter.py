@@ -16,7 +16,7 @@ from lorasmith.core.errors import LoraError
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.model import Model
 from lorasmith.runs import model_run
-from lorasmith.runs.model_run import train
+from lorasmith.runs.library import train
 from lorasmith.training.config import NONE_LORA, TrainConfig
 from lorasmith.training.events import Resumed
 from lorasmith.training.job import plan_job

@@ -24,7 +24,7 @@ from lorasmith.data.dataset import EncodedDataset
 from lorasmith.data.encoding import load_dataset
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Model
-from lorasmith.runs.model_run import train
+from lorasmith.runs.library import train
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.job import Job, plan_job
 from lorasmith.training.results import TrainResult

@@ -24,7 +24,7 @@ from lorasmith.diffusion.losses import diffusion_loss
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Denoiser
 from lorasmith.report.contact_sheet import contact_sheet
-from lorasmith.runs.model_run import train
+from lorasmith.runs.library import train
 from lorasmith.sampling.generate import generate
 from tools.pretrain.data import BACKGROUNDS, CONCEPTS, STYLES, UNTAUGHT, short_name, with_article
 from tools.pretrain.judge import Judge, colourless

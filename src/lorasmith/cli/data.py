@@ -256,8 +256,7 @@ def check(
     """
     from lorasmith.data.mended_folder import check_target, write_mended
     from lorasmith.families.locating import ModelFiles
-    from lorasmith.runs.data_check import check_folder, plain
-    from lorasmith.runs.data_check_page import write_data_page
+    from lorasmith.runs.data_check import check_folder, plain, write_data_page
 
     if fix is not None:
         check_target(fix, folder if is_folder(folder) else folder.parent)
@@ -304,7 +303,7 @@ _SIZES = 6
 
 def print_check(check: DataCheck) -> None:
     """Print a checked folder: images, sizes, steps, and what to look at."""
-    from lorasmith.runs.data_check_page import step_lines
+    from lorasmith.runs.data_check import step_lines
 
     found = check.preflight
     heading(count_text(len(found.images), "image"), f"in {found.folder}")

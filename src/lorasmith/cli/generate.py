@@ -9,7 +9,6 @@ import typer
 
 from lorasmith.cli.console import console, echo, print_note, print_result, progress_shown, stoppable
 from lorasmith.cli.flags import BaseDir, ExtraModelPaths, TextEncoderFiles, VaeFile, folders_of, split_strength
-from lorasmith.cli.run_output import found_line
 from lorasmith.core.errors import OptionError
 from lorasmith.core.files import check_writable
 
@@ -90,7 +89,7 @@ def generate(
     for note in loaded.notes:
         print_note(note)
     for part in loaded.found:
-        echo(found_line(part))
+        echo(part.line)
     if frame_rate is not None and frames == 1:
         print_note("--frame-rate has no effect without --frames.")
     with stoppable() as stop, progress_shown("Sampling") as progress:

@@ -19,7 +19,7 @@ from lorasmith.core.printable import count_text
 
 if TYPE_CHECKING:
     from lorasmith.formats.inspect import FileFault, LoraSummary
-    from lorasmith.runs.state_facts import StateFacts
+    from lorasmith.runs.recorded_run import StateFacts
     from lorasmith.toolbox.check import Checked
     from lorasmith.toolbox.compare import Comparison, Pair
     from lorasmith.toolbox.convert import Converted
@@ -45,7 +45,7 @@ def register(app: typer.Typer) -> None:
 def inspect(file: LoraFileArgument) -> None:
     """Show the content of a LoRA file: layout, family, algorithm, ranks, norms, metadata, hashes and faults."""
     from lorasmith.formats.inspect import describe
-    from lorasmith.runs.state_facts import facts_of_state
+    from lorasmith.runs.recorded_run import facts_of_state
 
     gc.freeze()  # a collection, of which 50,000 tensors cause several, visits a million objects of torch
     if (state := facts_of_state(file)) is not None:

@@ -11,24 +11,15 @@ from rich.table import Table
 
 from lorasmith.adapters.catalogue import ALGORITHMS
 from lorasmith.cli.console import console, echo, heading, print_note, print_result
-from lorasmith.cli.flags import (
-    BaseDir,
-    BaseModel,
-    ExtraModelPaths,
-    TextEncoderFiles,
-    VaeFile,
-    folders_of,
-    with_flags,
-)
+from lorasmith.cli.flags import BaseDir, BaseModel, ExtraModelPaths, TextEncoderFiles, VaeFile, folders_of, with_flags
 from lorasmith.cli.run_output import found_line
 from lorasmith.core.options import options_of
 from lorasmith.core.printable import memory_text
 from lorasmith.training.config import TrainConfig
 
 if TYPE_CHECKING:
-    from lorasmith.runs.known_models import KnownModel
     from lorasmith.runs.memory_estimate import MemoryEstimate
-    from lorasmith.runs.model_list import ListedFile, ListedModel, ModelList
+    from lorasmith.runs.model_list import KnownModel, ListedFile, ListedModel, ModelList
     from lorasmith.training.targets_summary import TargetGroup, TargetSummary
 
 
@@ -71,7 +62,7 @@ def models(
 
 
 def _print_known() -> None:
-    from lorasmith.runs.known_models import known_models
+    from lorasmith.runs.model_list import known_models
 
     with console.status("Reading the families"):
         families = known_models()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorasmith.cli.console import echo, heading, print_note, print_result, result_shown
+from lorasmith.cli.console import echo, heading, print_result
 from lorasmith.cli.flags import (
     AllowOptimizer,
     AsRecorded,
@@ -19,10 +21,11 @@ from lorasmith.cli.flags import (
     VaeNow,
     Verify,
 )
-from lorasmith.cli.run_output import plain_result, preparation_shown, report_result, train_and_report, training_shown
 from lorasmith.cli.together import check_alone, together
+from lorasmith.data.data_config import ImageSource
 
 if TYPE_CHECKING:
+    from lorasmith.runs.recorded_run import Typed
     from lorasmith.runs.reproduce import Reproduced
 
 
@@ -58,24 +61,42 @@ def resume(
     With the same versions, device and number of threads the result is bit-identical to that of an uninterrupted run;
     differences are reported. Other images, other settings or another base model are refused.
     """
-    from lorasmith.runs.recorded_run import Rights
-    from lorasmith.runs.resume import prepare_again
+    from lorasmith.cli.run_output import TerminalHost, train_and_report
+    from lorasmith.runs.reproduce import plan_again
 
-    rights = Rights(files=as_recorded, optimizers=tuple(allow_optimizer or ()), track=track)
+    typed = _typed(model, text_encoder, vae, data, device, files=as_recorded, optimizers=allow_optimizer, track=track)
+    host = TerminalHost()
     with together():
-        with preparation_shown() as show:
-            prepared = prepare_again(
-                run,
-                rights=rights,
-                model=model,
-                text_encoders=text_encoder or (),
-                vae=vae,
-                data=data,
-                device=device,
-                steps=steps,
-                on_event=show,
-            )
-        train_and_report(prepared, output=run if steps is None else None, verify=verify)
+        with host.planning():
+            planned = plan_again(run, host, typed, steps=steps)
+        train_and_report(replace(planned, verify=verify), host)
+
+
+def _typed(
+    model: str | None,
+    text_encoders: Sequence[str] | None,
+    vae: str | None,
+    data: Path | None,
+    device: str | None,
+    output: Path | None = None,
+    *,
+    files: bool,
+    optimizers: Sequence[str] | None,
+    track: str | None,
+) -> Typed:
+    """What both commands replace in a record, and what it may name."""
+    from lorasmith.runs.recorded_run import Typed
+    from lorasmith.runs.spec import RunSpec
+
+    spec = RunSpec(
+        sources=() if data is None else (ImageSource(str(data)),),
+        model=model or "",
+        text_encoders=tuple(text_encoders or ()),
+        vae=vae,
+        output=None if output is None else str(output),
+        device=device,
+    )
+    return Typed(spec=spec, files=files, optimizers=tuple(optimizers or ()), track=track)
 
 
 def reproduce(
@@ -100,46 +121,31 @@ def reproduce(
     it and reports whether the tensors are equal. The exit status is 1 if the inputs or the result differ.
     """
     check_alone("reproduce")
-    from lorasmith.runs import reproduce as app
-    from lorasmith.runs.recorded_run import Rights
-    from lorasmith.training.events import Event
+    from lorasmith.cli.run_output import TerminalHost
+    from lorasmith.runs.reproduce import Reproduction
 
-    with preparation_shown() as show:
-        again = app.prepare_reproduction(
-            lora,
-            rights=Rights(files=as_recorded, optimizers=tuple(allow_optimizer or ()), track=track),
-            model=model,
-            text_encoders=text_encoder or (),
-            vae=vae,
-            data=data,
-            output=output,
-            device=device,
-            dry_run=dry_run,
-            on_event=show,
-        )
-    planned = again.prepared.job.config.steps
+    typed = _typed(
+        model, text_encoder, vae, data, device, output, files=as_recorded, optimizers=allow_optimizer, track=track
+    )
+    host = TerminalHost()
+    with host.planning():
+        again = Reproduction(lora, host, typed, dry_run=dry_run)
+    planned = again.plan.job.config.steps
     if again.steps < planned:  # cancelled, stopped early, or the best LoRA
         echo(f"{lora.name} is from step {again.steps} of {planned}; training ends there.")
-    with training_shown() as (show, stop):
-
-        def show_or_note(event: Event) -> None:
-            if isinstance(event, app.Differs):
-                follows = "the result would differ" if event.is_decisive else "the last bits may differ"
-                with result_shown():
-                    print_note(f"{event.what}; {follows}.", kind="Differs")
-            else:
-                show(event)
-
-        found = app.reproduce(again, dry_run=dry_run, verify=verify, on_event=show_or_note, cancelled=stop.is_set)
+    with host.training():
+        found = again.reproduce(verify=verify)
     print_result(lambda: _plain_reproduced(found), lambda: _print_reproduced(found, lora))
     if found.result is not None:
-        stop.exit_if_set()
+        host.stop.exit_if_set()
     if found.differs or (found.result is not None and not found.is_same):
         raise typer.Exit(1)
 
 
 def _plain_reproduced(found: Reproduced) -> dict[str, Any]:
     """As JSON, where `same` is null if nothing was trained or training stopped early."""
+    from lorasmith.cli.run_output import plain_result
+
     return {
         "differs": found.differs,
         "same": found.is_same if found.is_complete else None,
@@ -153,6 +159,8 @@ def _print_reproduced(found: Reproduced, lora: Path) -> None:
     if found.result is None:
         echo("Base model, images, settings and initial weights are the same.")
         return
+    from lorasmith.cli.run_output import report_result
+
     report_result(found.result)
     if found.is_complete:
         same = "bit-identical" if found.is_same else "not the same"

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
@@ -20,11 +21,19 @@ from lorasmith.cli.console import (
     print_note,
     print_result,
     progress_shown,
+    result_shown,
     stoppable,
 )
+from lorasmith.core.folders import Folders
 from lorasmith.core.printable import count_text
 from lorasmith.report.loss_plot import recent_loss
 from lorasmith.runs.command_lines import arguments_for, command_line, generate_command, resume_command
+from lorasmith.runs.drawing import EXPERTS
+from lorasmith.runs.expert_runs import ExpertRuns
+from lorasmith.runs.plan import FolderPlan
+from lorasmith.runs.recorded_run import rights_needed
+from lorasmith.runs.reproduce import Differs
+from lorasmith.runs.run import Host, run
 from lorasmith.runs.run_plan import (
     NO_CAPTION,
     OWN_CAPTION,
@@ -38,7 +47,9 @@ from lorasmith.runs.run_plan import (
     RunPlanned,
     caption_counts,
 )
-from lorasmith.training.config import WHOLE_RANGE
+from lorasmith.runs.spec import RunSpec
+from lorasmith.runs.view import RunView, note_of
+from lorasmith.training.config import WHOLE_RANGE, ResolvedConfig
 from lorasmith.training.events import (
     CaptionEncoded,
     Event,
@@ -49,22 +60,45 @@ from lorasmith.training.events import (
     StepDone,
     Warned,
 )
+from lorasmith.training.results import TrainResult
 
-if TYPE_CHECKING:
-    from lorasmith.families.model_search import FoundPart
-    from lorasmith.runs.expert_runs import ExpertRuns
-    from lorasmith.runs.folder_run import PreparedRun
-    from lorasmith.training.config import ResolvedConfig
-    from lorasmith.training.results import TrainResult
+
+class TerminalHost(Host):
+    """Prints the events of a run inside `planning` and `training`."""
+
+    def __init__(self, folders: Folders | None = None) -> None:
+        self.folders = folders
+        self.stop = StopRequest()  # set by Ctrl-C during training
+        self._show: EventHandler = super().on_event
+
+    @contextlib.contextmanager
+    def planning(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM interrupt at once, as nothing is trained yet; encodings and drawn pictures are kept."""
+        with stoppable(at_once=True) as self.stop, _planning_shown() as self._show:
+            yield
+
+    @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM end the run after its step."""
+        with stoppable() as self.stop, training_progress() as self._show:
+            yield
+
+    def on_event(self, event: Event) -> None:
+        if isinstance(event, Differs):
+            follows = "the result would differ" if event.is_decisive else "the last bits may differ"
+            with result_shown():
+                print_note(f"{event.what}; {follows}.", kind="Differs")
+        else:
+            self._show(event)
+
+    def cancelled(self) -> bool:
+        return self.stop.is_set()
 
 
 @contextlib.contextmanager
-def preparation_shown() -> Iterator[EventHandler]:
-    """Inside the context, the yielded handler prints the events of preparing a run, with a bar for encoding.
-
-    Ctrl-C and SIGTERM interrupt at once, as nothing is trained yet; encodings and drawn pictures are kept.
-    """
-    with stoppable(at_once=True), contextlib.ExitStack() as live:
+def _planning_shown() -> Iterator[EventHandler]:
+    """Inside the context, the yielded handler prints the events of planning a run, with a bar for encoding."""
+    with contextlib.ExitStack() as live:
         shown, bar = "", _unshown
 
         def advance(what: str, done: int, total: int, more: str = "") -> None:
@@ -109,17 +143,8 @@ def _unshown(done: int, total: int, more: str = "") -> None:
 
 
 @contextlib.contextmanager
-def training_shown() -> Iterator[tuple[EventHandler, StopRequest]]:
-    """Yield a handler that prints training events with a progress bar, and the request that Ctrl-C sets."""
-    with stoppable() as stop, training_progress() as show:
-        yield show, stop
-
-
-@contextlib.contextmanager
 def training_progress() -> Iterator[EventHandler]:
     """Inside the context, the yielded handler shows training events: loss, speed and time left in a bar or lines."""
-    from lorasmith.runs.view import RunView, note_of
-
     lines = ProgressLines()
     bar = BarColumn(bar_width=max(6, min(40, console.width - 75)))  # the numbers need the rest of a narrow window
     numbers = TextColumn("{task.fields[numbers]}", style="dim", markup=False)
@@ -166,20 +191,15 @@ def _clock_text(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02} left"
 
 
-def train_and_report(prepared: PreparedRun, *, output: Path | None, fresh: bool = False, verify: bool = False) -> None:
-    """Train (`folder_run.train_prepared`), and print where the results are and how to use the LoRA."""
-    from lorasmith.runs.folder_run import train_prepared
-    from lorasmith.runs.recorded_run import rights_needed
-
-    with training_shown() as (show, stop):
-        result = train_prepared(
-            prepared, output=output, fresh=fresh, verify=verify, on_event=show, cancelled=stop.is_set
-        )
+def train_and_report(planned: FolderPlan, host: TerminalHost) -> None:
+    """Train, and print where the results are and how to use the LoRA."""
+    with host.training():
+        result = run(planned, host)
 
     def show_result() -> None:
-        report_result(result, rights_needed(prepared.spec, result.folder))
+        report_result(result, rights_needed(planned.spec, result.folder))
         if result.path is not None:
-            files, prompt = prepared.spec.files, prepared.plan.prompt
+            files, prompt = planned.spec.files, planned.summary.prompt
             command = generate_command(
                 files.model, result.path, prompt, text_encoders=files.text_encoders, vae=files.vae
             )
@@ -188,23 +208,22 @@ def train_and_report(prepared: PreparedRun, *, output: Path | None, fresh: bool 
             echo(f"  {command}")
 
     print_result(lambda: plain_result(result), show_result)
-    stop.exit_if_set()
+    host.stop.exit_if_set()
 
 
-def train_experts_and_report(runs: ExpertRuns, *, verify: bool = False) -> None:
+def train_experts_and_report(spec: RunSpec, host: TerminalHost, *, fresh: bool, verify: bool) -> None:
     """Train both experts of a model, and print where their results are and how to use the LoRAs."""
-    from lorasmith.runs.drawing import EXPERTS
-
+    experts = ExpertRuns(spec, host)
     results: dict[str, TrainResult | None] = {}
     models: list[object] = []
     for expert in EXPERTS:
-        with preparation_shown() as show:
-            prepared = runs.prepare(expert, on_event=show)
-        files, prompt, frames = prepared.spec.files, prepared.plan.prompt, prepared.base.defaults.frames
+        with host.planning():
+            planned = replace(experts.plan(expert), fresh=fresh, verify=verify)
+        files, prompt, frames = planned.spec.files, planned.summary.prompt, planned.denoiser.base.defaults.frames
         models.append(files.model)
-        with training_shown() as (show, stop):
-            results[expert] = result = runs.train(prepared, expert, verify=verify, on_event=show, cancelled=stop.is_set)
-        del prepared  # frees its model
+        with host.training():
+            results[expert] = result = experts.train(planned)
+        del planned  # frees its model
         if result is not None and result.reason is Outcome.CANCELLED:
             break
 
@@ -214,8 +233,8 @@ def train_experts_and_report(runs: ExpertRuns, *, verify: bool = False) -> None:
                 echo()
                 heading(expert)
                 report_result(one, resumable=False)
-        loras = [runs.lora(expert) for expert in EXPERTS]
-        if stop.is_set():
+        loras = [experts.lora(expert) for expert in EXPERTS]
+        if host.stop.is_set():
             echo("The same command trains the rest.")
         elif all(loras):
             echo()
@@ -226,7 +245,7 @@ def train_experts_and_report(runs: ExpertRuns, *, verify: bool = False) -> None:
             echo(f"  {command_line(['lorasmith', 'generate', '--model', models[0], *arguments_for(both)])}")
 
     print_result(lambda: {expert: one and plain_result(one) for expert, one in results.items()}, show_results)
-    stop.exit_if_set()
+    host.stop.exit_if_set()
 
 
 _TITLES = {
@@ -291,12 +310,6 @@ def report_result(result: TrainResult, rights: Sequence[str] = (), *, resumable:
     echo(f"{'Run folder':<11}{folder}")
 
 
-def found_line(part: FoundPart) -> str:
-    """A part found in the model folders, on one line."""
-    others = f", one of {part.choices} that fit" if part.choices > 1 else ""
-    return f"{part.title}: {part.path.name} (found in {part.place}{others})"
-
-
 def _print_images(found: ImagesFound) -> None:
     scan, trigger = found.scan, found.trigger
     heading(count_text(len(scan.images), "image"), f"in {found.folder}")
@@ -333,7 +346,7 @@ def _print_plan(plan: RunPlan) -> None:
             echo(f"{label:<9}{text}")
         if label == "Model":
             for part in plan.found:
-                echo(f"{'':<9}{found_line(part)}")
+                echo(f"{'':<9}{part.line}")
 
 
 def _mean_rate(config: ResolvedConfig) -> float:

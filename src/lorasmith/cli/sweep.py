@@ -84,7 +84,7 @@ def sweep(
     """
     check_alone("sweep")
     from lorasmith.runs.command_lines import arguments_for
-    from lorasmith.runs.folder_run import RUNS
+    from lorasmith.runs.run import RUNS
     from lorasmith.runs.sweep_file import check_held_out, read_sweep
     from lorasmith.runs.sweep_run import LORASMITH, sweep_devices, sweep_folder
 

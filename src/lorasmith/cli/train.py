@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,14 +24,6 @@ from lorasmith.cli.flags import (
     is_typed,
     with_first,
     with_flags,
-)
-from lorasmith.cli.run_output import (
-    plain_result,
-    preparation_shown,
-    report_result,
-    train_and_report,
-    train_experts_and_report,
-    training_shown,
 )
 from lorasmith.cli.together import check_alone, started_on_gpus, together
 from lorasmith.core.errors import OptionError
@@ -115,9 +108,9 @@ def train(
     """
     if started_on_gpus(gpus):
         return
-    from lorasmith.runs.folder_run import RUNS, prepare
-    from lorasmith.runs.recorded_run import Rights
-    from lorasmith.runs.run_file import read_run_file
+    from lorasmith.cli.run_output import TerminalHost, train_and_report, train_experts_and_report
+    from lorasmith.runs.plan import plan
+    from lorasmith.runs.recorded_run import Typed, read_run_file
     from lorasmith.runs.spec import RunSpec
 
     typed = RunSpec(
@@ -135,7 +128,7 @@ def train(
     )
     given = typed
     if config is not None:
-        given = typed.completed(read_run_file(config, typed_first=typed, rights=Rights(files=as_recorded)))
+        given = typed.completed(read_run_file(config, Typed(spec=typed, files=as_recorded)))
         tracker = given.settings.get("track")
         if tracker not in (None, "none") and "track" not in typed.settings:
             print_note(f"{config} names a tracker, which is not started; --track {tracker} starts it.")
@@ -144,18 +137,14 @@ def train(
         raise OptionError(_which_models(folders))
     code = typed.settings.get("optimizer")
     spec = given.trusted(optimizers=[code] if code else [], track=typed.settings.get("track")).resolved()
-    output_path = None if spec.output is None else Path(spec.output)
-    if spec.low_noise_model is not None:
-        from lorasmith.runs.expert_runs import ExpertRuns
-
-        runs = ExpertRuns(spec, folders=folders, fresh=fresh)
-        with together():
-            train_experts_and_report(runs, verify=verify)
-        return
+    host = TerminalHost(folders)
     with together():
-        with preparation_shown() as show:
-            prepared = prepare(spec, output=output_path, runs=RUNS, folders=folders, on_event=show)
-        train_and_report(prepared, output=output_path, fresh=fresh, verify=verify)
+        if spec.low_noise_model is not None:
+            train_experts_and_report(spec, host, fresh=fresh, verify=verify)
+            return
+        with host.planning():
+            planned = plan(spec, host)
+        train_and_report(replace(planned, fresh=fresh, verify=verify), host)
 
 
 def _which_models(folders: Folders) -> str:
@@ -179,26 +168,25 @@ def demo(
     Takes about two minutes on two processor cores and needs no network.
     """
     check_alone("demo")
-    from lorasmith.families.locating import BUILT_IN
-    from lorasmith.runs.demo import before_and_after, demo_folder, demo_spec
-    from lorasmith.runs.folder_run import RUNS, prepare, train_prepared
+    from lorasmith.cli.run_output import TerminalHost, plain_result, report_result
+    from lorasmith.runs.demo import before_and_after, demo_spec
+    from lorasmith.runs.plan import plan
+    from lorasmith.runs.run import run
 
     echo(f"Lorasmith comes with a small model, {BUILT_IN}, that draws coloured emoji.")
     echo("It was not trained on black line art. This trains the style from sixteen")
     echo("pictures, and then draws subjects that are not among them.")
     echo()
-    with preparation_shown() as show:
-        spec = demo_spec(steps=steps, seed=seed, device=device)
-        prepared = prepare(spec, output=output, runs=RUNS, on_event=show)
-    with training_shown() as (show, stop):
-        result = train_prepared(
-            prepared, output=output or (lambda _: demo_folder()), fresh=True, on_event=show, cancelled=stop.is_set
-        )
+    host = TerminalHost()
+    with host.planning():
+        planned = plan(demo_spec(steps=steps, seed=seed, output=output, device=device), host)
+    with host.training():
+        result = run(replace(planned, fresh=True), host)
     if result.reason is Outcome.CANCELLED:
         print_result(lambda: plain_result(result), lambda: report_result(result))
-    stop.exit_if_set()
+    host.stop.exit_if_set()
     with stoppable(at_once=True), progress_shown("Drawing") as progress:
-        sheet = before_and_after(prepared.base, result, seed=seed, progress=progress)
+        sheet = before_and_after(planned.denoiser.base, result, seed=seed, progress=progress)
 
     def show_result() -> None:
         report_result(result)

@@ -73,6 +73,12 @@ class FoundPart:
         """`text encoder` or `autoencoder`."""
         return "autoencoder" if self.component == "vae" else "text encoder"
 
+    @property
+    def line(self) -> str:
+        """The part and its file in words."""
+        others = f", one of {self.choices} that fit" if self.choices > 1 else ""
+        return f"{self.title}: {self.path.name} (found in {self.place}{others})"
+
 
 @dataclass(frozen=True)
 class Completed:

@@ -30,16 +30,16 @@ from lorasmith.nodes.values import (
     single,
     with_frames,
 )
-from lorasmith.runs.model_run import run_folder, train_job
+from lorasmith.runs.run import Host, run
 from lorasmith.runs.run_previews import PreviewFrames
 from lorasmith.runs.view import RunView, note_of
 from lorasmith.training.config import NONE_LORA, TrainConfig, lora_settings, settings_from_file, unused_settings
-from lorasmith.training.events import Event, EventHandler, Outcome, Previewed, RunStarted, StepDone, Validated, encoded
+from lorasmith.training.events import Event, Outcome, Previewed, RunStarted, StepDone, Validated, encoded
 from lorasmith.training.job import plan_job
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.notes import OtherProgram, ReportNote
 from lorasmith.training.results import TrainResult
-from lorasmith.training.train import RunOptions
+from lorasmith.training.train import Plan
 from lorasmith.workflow import Input, NodeContext, Output, node, socket
 from lorasmith.workflow.graph import Graph, GraphNode
 
@@ -181,14 +181,15 @@ def train_lora(
     job = plan_job(denoiser, config)
     # A graph's LoRA is for ComfyUI; the report and `lorasmith inspect` have what other programs make of it.
     job = replace(job, notes=tuple(ReportNote(one) if isinstance(one, OtherProgram) else one for one in job.notes))
-    options = RunOptions(
-        output=run_folder(context.folders.output / "runs", _TITLE, fresh=fresh, numbering="_{:05}"),
+    plan = Plan(
+        denoiser=denoiser,
+        job=job,
+        data=data,
         title=_TITLE,
         source={"command": "run", "prompt": context.prompt},
-        on_event=_reporter(context, config.steps),
-        cancelled=context.cancelled,
+        fresh=fresh,
     )
-    result = train_job(denoiser, job, data, options)
+    result = run(plan, _NodeHost(context, config.steps))
     if result.reason is Outcome.CANCELLED:
         raise CancelledError(_keep_cancelled(context, result))
     return result.lora, {"loss": result.losses}, result.steps
@@ -228,18 +229,29 @@ def _dataset(
     )
 
 
-def _reporter(context: NodeContext, steps: int) -> EventHandler:
-    """A handler that forwards training events to a node's progress, log and warnings, and as reports."""
-    frames, view = PreviewFrames(), RunView()
+class _NodeHost(Host):
+    """Forwards training events to a node's progress, log and warnings, and as reports."""
 
-    def report(event: Event) -> None:
+    numbering = "_{:05}"
+
+    def __init__(self, context: NodeContext, steps: int) -> None:
+        self.runs = context.folders.output / "runs"
+        self._context, self._steps = context, steps
+        self._frames, self._view = PreviewFrames(), RunView()
+
+    def cancelled(self) -> bool:
+        return self._context.cancelled()
+
+    def on_event(self, event: Event) -> None:
+        context, view = self._context, self._view
         context.publish("training", json.loads(encoded(event)))
         view.take(event)
         match event:
             case StepDone():
-                context.progress(view.step, steps, text=f"loss {view.loss.mean:.4g}")
+                context.progress(view.step, self._steps, text=f"loss {view.loss.mean:.4g}")
             case Previewed():
-                context.progress(event.step, steps, text=f"preview at step {event.step}", preview=frames(event))
+                picture = self._frames(event)
+                context.progress(event.step, self._steps, text=f"preview at step {event.step}", preview=picture)
             case Validated():
                 context.log(f"Step {event.step}: {event.verdict}")
             case RunStarted():
@@ -251,8 +263,6 @@ def _reporter(context: NodeContext, steps: int) -> EventHandler:
         if (note := note_of(event)) is not None:
             kind, sentence = note
             (context.warn if kind == "Note" else context.log)(sentence)
-
-    return report
 
 
 def _keep_cancelled(context: NodeContext, result: TrainResult) -> str:

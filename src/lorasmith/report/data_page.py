@@ -1,7 +1,7 @@
 """The page about a folder of images: problems to fix before training, with the pictures concerned.
 
 Self-contained like the report of a run: no scripts, no network, embedded pictures. Its input is plain data, which
-`runs.data_check_page` collects.
+`runs.data_check` collects.
 """
 
 from __future__ import annotations

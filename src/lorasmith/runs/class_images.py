@@ -7,7 +7,7 @@ prompts and size; an interrupted start continues with the next picture.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -25,25 +25,18 @@ from lorasmith.families.model import Model
 from lorasmith.runs.run_plan import ClassImageDrawn
 from lorasmith.sampling.generate import Sampling, clips
 from lorasmith.sampling.sample import SamplingCancelledError
-from lorasmith.training.events import EventHandler
+from lorasmith.training.train import RunHost
 
 
-def class_scan(
-    config: DataConfig,
-    base: Model,
-    *,
-    device: torch.device,
-    on_event: EventHandler,
-    cancelled: Callable[[], bool] = lambda: False,
-) -> FolderScan | None:
+def class_scan(config: DataConfig, base: Model, *, device: torch.device, host: RunHost) -> FolderScan | None:
     """The pictures of the class, missing ones drawn with a `ClassImageDrawn` each; None where no class is set.
 
-    Raises CancelledError if `cancelled` returns True meanwhile, and DataError if the folder cannot be used.
+    Raises CancelledError if the host cancels meanwhile, and DataError if the folder cannot be used.
     """
     prompts = config.class_prompts
     if config.class_images is None and not prompts:
         return None
-    folder = Path(config.class_images or _drawn(prompts, config, base, device, on_event, cancelled))
+    folder = Path(config.class_images or _drawn(prompts, config, base, device, host))
     # Masks are of the subject, not of the class.
     plain = replace(config, captions="files", masks="none", mask_folder=None, crop="center")
     scan = scan_sources([ImageSource(str(folder))], plain, is_class=True)
@@ -52,14 +45,7 @@ def class_scan(
     return replace(scan, images=tuple(as_class))
 
 
-def _drawn(
-    prompts: Sequence[str],
-    config: DataConfig,
-    base: Model,
-    device: torch.device,
-    on_event: EventHandler,
-    cancelled: Callable[[], bool],
-) -> Path:
+def _drawn(prompts: Sequence[str], config: DataConfig, base: Model, device: torch.device, host: RunHost) -> Path:
     """The folder of drawn pictures; those that are missing are drawn."""
     cache = default_cache()
     side = config.resolution or base.defaults.resolution
@@ -92,7 +78,7 @@ def _drawn(
                     away,
                     replace(sampling, seed=index),
                     device=device,
-                    cancelled=cancelled,
+                    cancelled=host.cancelled,
                 )
             except SamplingCancelledError:
                 raise CancelledError("stopped while pictures of the class were drawn; those drawn are kept") from None
@@ -100,7 +86,7 @@ def _drawn(
             write_atomic(path.with_suffix(".txt"), prompts[which])  # first: an existing picture counts as complete
             with atomic_path(path) as temporary:
                 clip.frames[0].save(temporary, format="png")
-            on_event(ClassImageDrawn(done=done, total=len(missing)))
+            host.on_event(ClassImageDrawn(done=done, total=len(missing)))
     return folder
 
 

@@ -1,24 +1,35 @@
-"""A folder of images checked before training, with the model's sizes and tokenizer where a model is named."""
+"""A folder of images checked before training, with the model's sizes and tokenizer where a model is named; its page.
+
+The pictures of the page are read from the folder again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from lorasmith.core.files import is_folder
+from lorasmith.core.files import is_folder, write_atomic
 from lorasmith.core.folders import Folders
+from lorasmith.core.printable import count_text
+from lorasmith.data.clips import open_still
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.encoding import clip_form
-from lorasmith.data.findings import TokenLimit
+from lorasmith.data.findings import CheckedImage, Finding, FindingKind, TokenLimit, tags_of
 from lorasmith.data.folder import FolderScan, scan_folder
+from lorasmith.data.image_files import ImageError
 from lorasmith.data.preflight import Preflight, name_in, preflight, usual_resolution
 from lorasmith.families.locating import ModelFiles
 from lorasmith.families.model import Model
 from lorasmith.families.model_search import load_completed
 from lorasmith.families.parts.encoders import ENCODERS
+from lorasmith.report.data_page import DataReport, Shot, SizeRow, Trouble, data_page
+from lorasmith.report.pictures import picture_uri
+from lorasmith.runs.command_lines import command_line, positional
 
 _MULTIPLE = 16  # step of sides where no model decides it: that of most families
 
@@ -149,3 +160,244 @@ def plain(check: DataCheck) -> dict[str, Any]:
         "batch": found.epoch.batch,
         "steps_per_epoch": found.epoch.steps(1),
     }
+
+
+_SHOWN, _OTHERS, _GROUPS = 24, 48, 12  # pictures of a finding, pictures without one, groups of look-alikes
+_EDGE = 288  # pixels of a picture on the page
+_WHOLE = 0.97  # share from which a crop is not drawn
+_TAGS, _FILES = 12, 200
+
+_GROUPED: frozenset[FindingKind] = frozenset(("copies", "look-alikes"))
+_TITLES: dict[FindingKind, str] = {
+    "unused files": "Files that cannot be used",
+    "empty pictures": "Pictures that show nothing",
+    "tiny pictures": "Pictures that are far too small",
+    "enlarged pictures": "Pictures that would be enlarged",
+    "blurred pictures": "Blurred pictures",
+    "cut pictures": "Pictures that lose much to the crop",
+    "copies": "Copies",
+    "look-alikes": "Nearly identical pictures",
+    "missing captions": "Missing captions",
+    "empty captions": "Empty captions",
+    "equal captions": "Equal captions",
+    "long captions": "Captions that are too long",
+    "shared tags": "Tags that all share",
+}
+_MARKS: dict[FindingKind, str] = {
+    "empty pictures": "one colour",
+    "tiny pictures": "tiny",
+    "enlarged pictures": "small",
+    "blurred pictures": "blurred",
+    "cut pictures": "cut",
+    "copies": "copy",
+    "look-alikes": "look-alike",
+}
+_REMARKS: dict[FindingKind, str] = {
+    "empty captions": "its caption file is empty",
+    "equal captions": "others have this caption too",
+}
+
+
+def write_data_page(check: DataCheck, target: Path, config: DataConfig, *, model: str | None = None) -> None:
+    """Write the page; OutputError if that fails. `model` is as on the command line, for the command that trains."""
+    write_atomic(target, data_page(data_report(check, config, model=model)))
+
+
+def data_report(check: DataCheck, config: DataConfig, *, model: str | None = None) -> DataReport:
+    """The content of the page; see `write_data_page`."""
+    found = check.preflight
+    count = len(found.findings)
+    clean = [index for index in range(len(found.images)) if not found.findings_of(index)]
+    shown = {index for one in found.findings for index in one.images[:_SHOWN]} | set(clean[:_OTHERS])
+    shown |= {index for group in found.alike[:_GROUPS] for index in group.members[:_SHOWN]}
+    pictures = _pictures(found, sorted(shown))
+
+    def shots(indices: Sequence[int], *, kept: int | None = None) -> list[Shot]:
+        return [_shot(found, index, pictures[index], is_kept=index == kept) for index in indices if index in pictures]
+
+    def trouble(finding: Finding) -> Trouble:
+        groups, more = _groups(found, finding)
+        is_grouped = finding.kind in _GROUPED
+        return Trouble(
+            title=_TITLES[finding.kind],
+            problem=finding.problem,
+            remedy=finding.remedy,
+            groups=[shots(group, kept=group[0] if is_grouped else None) for group in groups],
+            is_grouped=is_grouped,
+            more=more,
+            files=[(name_in(found.folder, path), reason) for path, reason in found.skipped[:_FILES]]
+            if finding.kind == "unused files"
+            else (),
+        )
+
+    return DataReport(
+        title=found.folder.resolve().name,
+        status="Nothing to look at" if not count else f"{count_text(count, 'thing')} to look at",
+        mood="fair" if count else "good",
+        verdict=_verdict(found, clean),
+        summary=_summary(check),
+        facts=_facts(found),
+        troubles=[trouble(one) for one in found.findings],
+        commands=_commands(found, config, model),
+        sizes=[SizeRow(one.width, one.height, one.images, one.samples) for one in found.buckets],
+        sizes_are=_sizes(check),
+        steps=step_lines(found),
+        captions=_captions(found),
+        others=shots(clean[:_OTHERS]),
+        others_more=max(0, len(clean) - _OTHERS),
+        notes=found.notes,
+    )
+
+
+def said_of(found: Preflight, index: int) -> tuple[list[str], list[str]]:
+    """What is wrong with a picture, in a word or two each, and with its caption."""
+    one, kinds = found.images[index], found.findings_of(index)
+    remarks = [_REMARKS[kind] for kind in kinds if kind in _REMARKS]
+    if "long captions" in kinds and found.limit is not None:
+        remarks.append(f"{one.tokens:,} tokens of {found.limit.longest}")
+    return [_mark(one, kind) for kind in kinds if kind in _MARKS], remarks
+
+
+def step_lines(found: Preflight) -> dict[str, str]:
+    """Lines about the epoch, steps and held-out images, by title."""
+    epoch = found.epoch
+    images, total = len(found.images), epoch.samples + epoch.held_out_samples
+    counted = count_text(images, "image") + (f", {total:,} with repeats" if total != images else "")
+    held = len(epoch.held_out)
+    lines = {"An epoch": f"{count_text(epoch.samples, 'sample')} ({counted}{f', {held:,} held out' if held else ''})"}
+    lines["Steps"] = ", ".join(f"{epoch.steps(epochs):,} for {count_text(epochs, 'epoch')}" for epochs in (1, 10, 50))
+    lines["Steps"] += f" with batch {epoch.batch}"
+    if held:
+        names = ", ".join(epoch.held_out[:8]) + (f" and {held - 8:,} more" if held > 8 else "")
+        lines["Held out"] = f"{names}, to validate"
+    return lines
+
+
+def _pictures(found: Preflight, indices: Sequence[int]) -> dict[int, tuple[str, int, int] | None]:
+    """Small versions of images as data URIs, with their sizes; None where an image can no longer be read."""
+
+    def read(index: int) -> tuple[str, int, int] | None:
+        try:
+            return picture_uri(open_still(found.images[index].file.path, _EDGE))
+        except ImageError:
+            return None
+
+    with ThreadPoolExecutor(thread_name_prefix="read pictures") as pool:
+        return dict(zip(indices, pool.map(read, indices), strict=True))
+
+
+def _groups(found: Preflight, finding: Finding) -> tuple[list[tuple[int, ...]], int]:
+    """The groups of pictures to show of a finding, and the number of pictures left out."""
+    if finding.kind not in _GROUPED:
+        return ([finding.images[:_SHOWN]] if finding.images else []), max(0, len(finding.images) - _SHOWN)
+    named = set(finding.images)
+    groups = [
+        (group.best, *(index for index in group.others if index in named))
+        for group in found.alike
+        if named & set(group.others)
+    ]
+    shown = [group[:_SHOWN] for group in groups[:_GROUPS]]
+    return shown, sum(map(len, groups)) - sum(map(len, shown))
+
+
+def _shot(found: Preflight, index: int, picture: tuple[str, int, int] | None, *, is_kept: bool = False) -> Shot:
+    one = found.images[index]
+    marks, remarks = said_of(found, index)
+    width, height = one.file.width, one.file.height
+    left, top, right, bottom = one.crop
+    crop = None if one.kept >= _WHOLE else (left / width, top / height, right / width, bottom / height)
+    return Shot(
+        name=one.name,
+        about=f"{one.size} → {one.bucket[0]}×{one.bucket[1]}",
+        caption=one.file.caption,
+        marks=marks,
+        is_kept=is_kept,
+        remarks=remarks,
+        crop=crop,
+        picture=picture,
+    )
+
+
+def _mark(one: CheckedImage, kind: FindingKind) -> str:
+    if kind in ("tiny pictures", "enlarged pictures"):
+        return f"{_MARKS[kind]}, enlarged {one.scale:.1f}×"
+    if kind == "cut pictures":
+        return f"{100 * (1 - one.kept):.0f} % cut off"
+    return _MARKS[kind]
+
+
+def _verdict(found: Preflight, clean: Sequence[int]) -> str:
+    images = len(found.images)
+    if not found.findings:
+        return f"{'The image is' if images == 1 else f'All {images:,} images are'} fit for training."
+    return f"{len(clean):,} of {images:,} images are fit for training as they are."
+
+
+def _summary(check: DataCheck) -> str:
+    found = check.preflight
+    sides = " and ".join(f"{side}×{side}" for side in found.resolutions)
+    sizes = f"{sides} pixels" + (", assumed" if check.is_size_assumed else "")
+    return " · ".join(filter(None, (check.model, sizes, str(found.folder.resolve()))))
+
+
+def _facts(found: Preflight) -> dict[str, str]:
+    facts = {"images": f"{len(found.images):,}"}
+    if found.skipped:
+        facts["not used"] = f"{len(found.skipped):,}"
+    facts |= {
+        "with a caption": f"{found.captioned:,}",
+        "samples in an epoch": f"{found.epoch.samples:,}",
+        "held out": f"{len(found.epoch.held_out):,}",
+        "sizes in training": f"{len(found.buckets):,}",
+    }
+    return facts
+
+
+def _commands(found: Preflight, config: DataConfig, model: str | None) -> dict[str, str]:
+    folder = found.folder.resolve()
+    chosen = [*(["--trigger", config.trigger] if config.trigger else [])]
+    chosen += ["--resolution", str(config.resolution)] if config.resolution else []
+    named = ["--model", model] if model else []
+    commands = {}
+    if any(one.kind in ("unused files", "copies", "look-alikes") for one in found.findings):
+        target = folder.with_name(f"{folder.name}-mended")
+        arguments = ["lorasmith", "data", "check", positional(folder), *named, *chosen, "--fix", target]
+        commands["Write a new folder in which copies are set apart and files converted"] = command_line(arguments)
+    commands["Train on it"] = command_line(
+        ["lorasmith", "train", positional(folder), *(named or ["--model", "MODEL"]), *chosen]
+    )
+    return commands
+
+
+def _sizes(check: DataCheck) -> str:
+    found = check.preflight
+    side = found.resolutions[0]
+    why = (
+        "Neither a model nor a resolution was given, so the sizes are those of the largest usual resolution that most "
+    )
+    said = (
+        f"Pictures are scaled to about {side}×{side} pixels and cropped to sides that are multiples of "
+        f"{found.multiple}; the frame in a picture is what is trained."
+    )
+    more = [f"{one}×{one}" for one in found.resolutions[1:]]
+    if more:
+        said += f" They are drawn at {' and '.join(more)} as well."
+    return f"{why}images fill. {said}" if check.is_size_assumed else said
+
+
+def _captions(found: Preflight) -> dict[str, str]:
+    written = [one for one in found.images if one.is_captioned]
+    lines = {"Written": f"{len(written):,} of {len(found.images):,} images have a caption of their own"}
+    if found.trigger:
+        lines["Trigger"] = found.trigger
+    lengths = sorted(one.tokens for one in found.images if one.tokens is not None)
+    if lengths and found.limit is not None:
+        middle = lengths[len(lengths) // 2]
+        lines["Length"] = (
+            f"{lengths[0]:,} to {lengths[-1]:,} tokens, {middle:,} in the middle; {found.limit.encoder} was made for "
+            f"{found.limit.longest:,}"
+        )
+    tags = Counter(tag for one in written for tag in dict.fromkeys(tags_of(one.file.caption)))
+    if frequent := [(tag, count) for tag, count in tags.most_common(_TAGS) if count > 1]:
+        lines["Frequent tags"] = ", ".join(f"{tag} × {count:,}" for tag, count in frequent)
+    return lines

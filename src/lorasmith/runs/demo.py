@@ -11,11 +11,11 @@ from lorasmith.data.data_config import ImageSource
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Model
 from lorasmith.report.contact_sheet import contact_sheet
-from lorasmith.runs.folder_run import RUNS
-from lorasmith.runs.model_run import new_run_folder
+from lorasmith.runs.run import RUNS
 from lorasmith.runs.spec import RunSpec
 from lorasmith.sampling.generate import generate
 from lorasmith.training.results import TrainResult
+from lorasmith.training.storage.run_folder import new_run_folder
 
 _EXAMPLES = ASSETS / "input" / "high-contrast"
 _PROMPTS = (
@@ -31,16 +31,12 @@ _PROMPTS = (
 _STRENGTHS = (0.0, 0.5, 1.0)
 
 
-def demo_spec(*, steps: int, seed: int, device: str | None) -> RunSpec:
-    """The demo's run, on the first GPU, or the CPU, if `device` is None."""
+def demo_spec(*, steps: int, seed: int, output: Path | None, device: str | None) -> RunSpec:
+    """The demo's run, in a new folder under `runs/` without an output."""
     settings = {"steps": steps, "batch_size": 8, "rank": 8, "seed": seed, "validation_share": 0.0, "previews": ""}
     sources = (ImageSource(str(_EXAMPLES)),)
-    return RunSpec(sources=sources, model=BUILT_IN, device=device, settings=settings)
-
-
-def demo_folder() -> Path:
-    """A new folder for the demo's run under `runs/`."""
-    return new_run_folder(RUNS, "demo")
+    output = output or new_run_folder(RUNS, "demo")
+    return RunSpec(sources=sources, model=BUILT_IN, output=str(output), device=device, settings=settings)
 
 
 def before_and_after(

@@ -10,7 +10,7 @@ One denoiser is loaded at a time; previews load the other one while they are dra
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,98 +21,62 @@ from lorasmith.core.folders import Folders
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.locating import ModelFiles
 from lorasmith.families.model import Denoiser, Model
-from lorasmith.families.model_search import Completed, load_completed
+from lorasmith.families.model_search import Completed
 from lorasmith.runs.drawing import EXPERTS, expert_named, experts_of
-from lorasmith.runs.folder_run import RUNS, PreparedRun, prepare, train_prepared
-from lorasmith.runs.model_run import new_run_folder
+from lorasmith.runs.plan import FolderPlan, plan
+from lorasmith.runs.run import RUNS, Host, run
 from lorasmith.runs.spec import RunSpec
 from lorasmith.sampling.generate import Experts
+from lorasmith.sampling.previews import Partner
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.events import EventHandler, Outcome, Warned
+from lorasmith.training.events import Event, Warned
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.results import TrainResult
 from lorasmith.training.storage.fingerprint import Fingerprint, differences
-from lorasmith.training.storage.run_folder import RunFolder, numbered_runs, output_folder
+from lorasmith.training.storage.run_folder import RunFolder, new_run_folder, numbered_runs, output_folder
+from lorasmith.training.train import Plan
 
 
 class _CompleteError(LorasmithError):
     """The run of an expert is complete in its folder; raised in every process of the run."""
 
 
-class ExpertRuns:
-    """The runs of both experts.
+class ExpertRuns(Host):
+    """The host of both experts' runs, around that of a door.
 
     The name in `spec` is the start of both LoRAs' names. Without an output, the folder is the one under `runs/` that
-    holds these runs unfinished (not if `fresh`), or a new one.
+    holds these runs unfinished (not if they are fresh), or a new one.
     """
 
-    def __init__(
-        self,
-        spec: RunSpec,
-        *,
-        folders: Folders | None = None,
-        fresh: bool = False,
-        load: Callable[[ModelFiles, Folders | None], Completed] = load_completed,
-    ) -> None:
+    def __init__(self, spec: RunSpec, host: Host) -> None:
         _check(spec)
         spec = spec.resolved()
         assert spec.low_noise_model is not None
-        self._name, self._folders, self._load, self._fresh = spec.name, folders, load, fresh
+        self._host, self.folders = host, host.folders
+        self._name, self._expert = spec.name, EXPERTS[0]
         self._specs = {EXPERTS[0]: spec, EXPERTS[1]: replace(spec, model=spec.low_noise_model)}
         self._folder = None if spec.output is None else _own(Path(spec.output), spec.name)
         self._is_chosen = self._folder is None
         self._samples: tuple[EncodedDataset, EncodedDataset | None] | None = None
 
-    def prepare(
-        self,
-        expert: str,
-        *,
-        on_event: EventHandler = lambda event: None,
-        cancelled: Callable[[], bool] = lambda: False,
-    ) -> PreparedRun:
-        """The run of an expert (`drawing.EXPERTS`), ready to start; that of high noise has to come first."""
+    def plan(self, expert: str) -> FolderPlan:
+        """Plan the run of an expert (`drawing.EXPERTS`); that of high noise has to come first, and to be trained."""
         _freed()  # of the previous expert
-        prepared = prepare(
-            replace(self._specs[expert], name=f"{self._name}_{expert}"),
-            output=self._folder and self._folder / expert,
-            runs=RUNS,
-            folders=self._folders,
-            on_event=on_event,
-            cancelled=cancelled,
-            load=self._load,
-            configured=lambda config, base: _as_expert(config, base, expert),
-            samples=self._samples,
-        )
-        self._samples = prepared.data, prepared.validation
-        found = prepared.spec.files
+        self._expert = expert
+        output = None if self._folder is None else str(self._folder / expert)
+        planned = plan(replace(self._specs[expert], name=f"{self._name}_{expert}", output=output), self)
+        self._samples = planned.data, planned.validation
+        found = planned.spec.files
         for name, one in self._specs.items():  # the parts that were found serve both
             self._specs[name] = one.with_files(found if name == expert else replace(found, model=one.model))
-        return prepared
+        return planned
 
-    def train(
-        self,
-        prepared: PreparedRun,
-        expert: str,
-        *,
-        verify: bool = False,
-        until: int | None = None,
-        on_event: EventHandler = lambda event: None,
-        cancelled: Callable[[], bool] = lambda: False,
-    ) -> TrainResult | None:
-        """Train a prepared expert; None if its run is complete already."""
+    def train(self, planned: FolderPlan) -> TrainResult | None:
+        """Train the planned expert; None if its run is complete already."""
         try:
-            return train_prepared(
-                prepared,
-                output=lambda fingerprint: self._place(expert, fingerprint),
-                fresh=self._fresh,
-                verify=verify,
-                until=until,
-                on_event=on_event,
-                cancelled=cancelled,
-                partner=self._partner(expert),
-            )
+            return run(planned, self)
         except _CompleteError as complete:
-            on_event(Warned(message=f"The {expert} expert is trained already, in {complete}."))
+            self.on_event(Warned(message=f"The {self._expert} expert is trained already, in {complete}."))
             return None
 
     def lora(self, expert: str) -> Path | None:
@@ -122,41 +86,39 @@ class ExpertRuns:
         path = self._folder / expert / f"{self._name}_{expert}.safetensors"
         return path if path.is_file() else None
 
-    def run(
-        self,
-        *,
-        on_event: EventHandler = lambda event: None,
-        cancelled: Callable[[], bool] = lambda: False,
-        until: int | None = None,
-    ) -> list[TrainResult]:
-        """Train both, unless the first run is cancelled."""
-        results = []
-        for expert in EXPERTS:
-            result = self.train(
-                self.prepare(expert, on_event=on_event), expert, until=until, on_event=on_event, cancelled=cancelled
-            )
-            results += [] if result is None else [result]
-            if result is not None and result.reason is Outcome.CANCELLED:
-                break
-        return results
+    def on_event(self, event: Event) -> None:
+        self._host.on_event(event)
 
-    def _place(self, expert: str, fingerprint: Fingerprint) -> Path:
-        """The folder of an expert's run. Raises _CompleteError if that run is complete."""
-        if self._folder is None or (self._is_chosen and expert == EXPERTS[0]):  # again, if another run was faster
-            unfinished = () if self._fresh else _unfinished(self._name, expert, fingerprint)
+    def cancelled(self) -> bool:
+        return self._host.cancelled()
+
+    def load(self, files: ModelFiles, folders: Folders | None) -> Completed:
+        return self._host.load(files, folders)
+
+    def configured(self, config: TrainConfig, base: Model) -> TrainConfig:
+        """The settings of a run on the expert: on its range of noise levels."""
+        low, high = expert_named(base, self._expert).noise_range
+        return replace(config, min_noise=low, max_noise=high)
+
+    def samples(self, spec: RunSpec) -> tuple[EncodedDataset, EncodedDataset | None] | None:
+        return self._samples
+
+    def folder(self, plan: Plan, fingerprint: Fingerprint) -> Path:
+        """The folder of the expert's run. Raises _CompleteError if that run is complete."""
+        if self._folder is None or (self._is_chosen and self._expert == EXPERTS[0]):  # again, if another was faster
+            unfinished = () if plan.fresh else _unfinished(self._name, self._expert, fingerprint)
             self._folder = next(iter(unfinished), None) or new_run_folder(RUNS, self._name)
-        folder = self._folder / expert
-        if not self._fresh and _holds(folder, fingerprint) and RunFolder(folder).is_done:
+        folder = self._folder / self._expert
+        if not plan.fresh and _holds(folder, fingerprint) and RunFolder(folder).is_done:
             raise _CompleteError(folder)
         return folder
 
-    def _partner(self, expert: str) -> Callable[[Denoiser, float], Experts]:
-        """From an expert with its LoRA, and the LoRA's strength, to both experts."""
-        other = EXPERTS[expert == EXPERTS[0]]
+    def partner(self, plan: Plan) -> Partner:
+        expert, other = self._expert, EXPERTS[self._expert == EXPERTS[0]]
         files = ModelFiles(self._specs[other].model)
 
         def both(denoiser: Denoiser, strength: float) -> Experts:
-            model = self._load(files, None).model
+            model = self._host.load(files, None).model
             partner, lora = model.denoiser, self.lora(other)
             if lora is not None and strength and expert == EXPERTS[1]:
                 partner = Lora.load(lora, model).applied(partner, None, strength=strength).denoiser
@@ -164,12 +126,6 @@ class ExpertRuns:
             return experts_of(*pair)
 
         return both
-
-
-def _as_expert(config: TrainConfig, base: Model, expert: str) -> TrainConfig:
-    """The settings of a run on an expert: on its range of noise levels."""
-    low, high = expert_named(base, expert).noise_range
-    return replace(config, min_noise=low, max_noise=high)
 
 
 def _check(spec: RunSpec) -> None:

@@ -1,84 +1,120 @@
-"""Repeating a recorded run, and what its record may name.
+"""The spec of a recorded run, to resume or reproduce it or as settings of another one, and what its record may name.
 
 A record is in a LoRA or in the folder of a run, and both are untrusted. A record chooses among known names and gives
 numbers; everything else needs a flag from the person who runs the command:
 
 - files and folders are read where they are inside the current folder or in the package. Those elsewhere, those behind
-  links out of a folder of images, and downloads from a hub, need `Rights.files` (`--as-recorded`), or other files in
+  links out of a folder of images, and downloads from a hub, need `Typed.files` (`--as-recorded`), or other files in
   their place (`--model`, `--data`, ...);
 - an optimizer's import path has to be typed (`--allow-optimizer`), and so does a tracker (`--track`).
-
-`resume` and `reproduce` get the spec of a run from here alone; `train --config run.json` gets its arguments from
-`run_file`, by the same rules.
 """
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
 
-from lorasmith.core.errors import OptionError
+from lorasmith.core.errors import LorasmithError, OptionError
+from lorasmith.core.files import read_regular
 from lorasmith.core.folders import ASSETS
+from lorasmith.core.options import options_of
+from lorasmith.data.data_config import DataConfig
 from lorasmith.families.locating import built_in_models
-from lorasmith.runs.command_lines import arguments_for
-from lorasmith.runs.spec import RunSpec, absolute
+from lorasmith.runs.command_lines import arguments_for, resume_command
+from lorasmith.runs.spec import RunSpec, arguments_in, parsed_toml
+from lorasmith.training.config import TrainConfig
 from lorasmith.training.optim.update_rules import OPTIMIZERS
-from lorasmith.training.storage.records import RunRecord, read_record
+from lorasmith.training.storage.records import RunRecord, parsed_record, read_record
+from lorasmith.training.storage.run_folder import RunFolder
+from lorasmith.training.storage.run_states import is_state, load_state
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rights:
-    """What the person at the keyboard lets a record name."""
+class Typed:
+    """What was typed: values in place of a record's, and what the record may name."""
 
+    spec: RunSpec = field(default_factory=RunSpec)
     files: bool = False  # outside the current folder or behind links out of the images, and downloads
     optimizers: tuple[str, ...] = ()  # import paths
     track: str | None = None  # the tracker to start, if any
 
 
-def repeated(
-    record: RunRecord,
-    file: Path,
-    rights: Rights,
-    *,
-    model: str | None = None,
-    text_encoders: Sequence[str] = (),
-    vae: str | None = None,
-    data: Path | None = None,
-    device: str | None = None,
-) -> RunSpec:
-    """The spec of a recorded run, with the arguments that are given in place of the record's. `file` is for messages.
+def read_run_file(path: Path, typed: Typed = Typed()) -> RunSpec:
+    """The run in a file of settings (`spec.arguments_in`) or in the record of a run, with absolute paths.
 
-    Raises ValueError if the run was not on a folder of images, and OptionError if the record names more than `rights`.
+    OptionError if the file cannot be read, has an unknown key or a value of another type, or names more than it may.
+    """
+    try:
+        content = read_regular(path)
+    except OSError as error:
+        raise OptionError(f"{path} cannot be read ({error.strerror}); check the path") from error
+    if path.suffix.lower() == ".json" or content.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{"):
+        found = _of_record(path, content)
+        left = _without(found, typed.spec)
+        _check_files(left.named_files(), path, typed, instead="the folder of images, --model and the like")
+        _check_links(left.settings.get("follow_links"), path, typed)
+        return found
+    return arguments_in(parsed_toml(path, content), path)
+
+
+def _of_record(path: Path, content: bytes) -> RunSpec:
+    try:
+        record = parsed_record(content.removeprefix(codecs.BOM_UTF8))
+        if record.source.get("command") != "train":
+            raise ValueError("was not made by lorasmith train" if record.source else "has no source of a run")
+        spec = RunSpec.from_record(record.source, record.asked)
+    except ValueError as error:
+        raise OptionError(
+            f"{path} must be the run.json of a run by lorasmith train, but {error}; name another, or settings in TOML"
+        ) from error
+    known = ("command", "folder", "data", *(one.name for one in fields(RunSpec)), *options_of(DataConfig))
+    unknown = [name for name in record.source if name not in known]
+    unknown += [name for name in record.asked if name not in options_of(TrainConfig)]
+    if unknown:
+        raise OptionError(
+            f"{path} has settings of another version of Lorasmith, {', '.join(unknown)}; train with that version, or "
+            "remove them"
+        )
+    return spec
+
+
+def repeated(record: RunRecord, file: Path, typed: Typed) -> RunSpec:
+    """The spec of a recorded run, with typed values in place of the record's. `file` is for messages.
+
+    A typed folder of images replaces that of the first source. Raises ValueError if the run was not on a folder of
+    images, and OptionError if the record names more than it may.
     """
     recorded = RunSpec.from_record(record.source, record.asked)
     # The default dtype of this device may differ, but the run must be the same.
     dtype = record.fingerprint.get("config", {}).get("training_dtype", "auto")
     recorded = recorded.with_settings(training_dtype=dtype, exact_dtype=True).trusted(
-        optimizers=rights.optimizers, track=rights.track, allowing="--allow-optimizer"
+        optimizers=typed.optimizers, track=typed.track, allowing="--allow-optimizer"
     )
-    now: dict[str, Any] = {
-        "model": model and absolute(model),
-        "text_encoders": tuple(map(absolute, text_encoders)),
-        "vae": vae and absolute(vae),
-        "device": device,
-    }
-    given = {name: value for name, value in now.items() if value}
-    kept = replace(recorded, **{name: type(value)() for name, value in given.items()})  # emptied
-    if data:
+    now = typed.spec.with_files(typed.spec.files)
+    left = _without(recorded, now)
+    if now.sources:
         first, *others = recorded.sources
-        given["sources"] = (replace(first, path=str(data.resolve())), *others)
-        kept = replace(kept, sources=tuple(others))
-    check_links(recorded.data.follow_links, file, rights)
-    check_named_files(kept.named_files(), file, rights, instead="--model and --data")
-    return replace(recorded, **given)
+        now = replace(now, sources=(replace(first, path=str(Path(now.folder).resolve())), *others))
+        left = replace(left, sources=tuple(others))
+    _check_links(recorded.data.follow_links, file, typed)
+    _check_files(left.named_files(), file, typed, instead="--model and --data")
+    return now.completed(recorded)
 
 
-def check_named_files(named: Iterable[tuple[str, str | None]], file: Path, rights: Rights, *, instead: str) -> None:
+def _without(recorded: RunSpec, typed: RunSpec) -> RunSpec:
+    """What of a record is not typed."""
+    others = (one for one in fields(RunSpec) if one.name != "settings" and getattr(typed, one.name))
+    settings = {name: value for name, value in recorded.settings.items() if name not in typed.settings}
+    return replace(recorded, **{one.name: one.default for one in others}, settings=settings)  # type: ignore[arg-type]
+
+
+def _check_files(named: Iterable[tuple[str, str | None]], file: Path, typed: Typed, *, instead: str) -> None:
     """Raise OptionError if a record names files, (what, path), that it may not; `instead` lists flags to use."""
-    if rights.files or not (outside := list(_outside(named))):
+    if typed.files or not (outside := list(_outside(named))):
         return
     shown = "; ".join(f"{what} {path}" for what, path in outside[:2])
     more = f" and {len(outside) - 2} more" if len(outside) > 2 else ""
@@ -88,9 +124,8 @@ def check_named_files(named: Iterable[tuple[str, str | None]], file: Path, right
     )
 
 
-def check_links(follow_links: object, file: Path, rights: Rights) -> None:
-    """Raise OptionError if a record follows links out of the folder of images, and may not."""
-    if follow_links and not rights.files:
+def _check_links(follow_links: object, file: Path, typed: Typed) -> None:
+    if follow_links and not typed.files:
         raise OptionError(
             f"{file.name} reads files behind links out of the folder of images; add --as-recorded to allow that"
         )
@@ -130,3 +165,45 @@ def _is_here(path: str) -> bool:
 
 def _is_inside(path: Path, roots: Sequence[Path]) -> bool:
     return any(path.is_relative_to(root) for root in roots)
+
+
+@dataclass(frozen=True)
+class StateFacts:
+    """A run state."""
+
+    path: Path
+    step: int  # updates taken
+    steps: int | None  # of the run; None if unknown
+    lora: Path | None  # the LoRA of its run, if any
+    command: str | None  # continues the run and saves a LoRA; None if there is nothing to continue
+
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        """What it is, and how to make a LoRA of it."""
+        of = "" if self.steps is None else f" of {self.steps:,}"
+        what = f"{self.path} is the state of a run at step {self.step:,}{of}, from which it continues. It is no LoRA."
+        found = () if self.lora is None else (f"The LoRA of the run is {self.lora}.",)
+        if self.command is None:
+            return (what, *found)
+        how = "To make a LoRA of the newest state, continue the run; Ctrl-C ends it at any step and saves the LoRA:"
+        return (what, *found, how, f"  {self.command}")
+
+
+def facts_of_state(path: Path) -> StateFacts | None:
+    """The facts of a run state; None if the file is something else. OutputError if the state is damaged."""
+    try:
+        if not path.is_file() or not is_state(path):
+            return None
+    except LorasmithError:  # unreadable; those who read it as a LoRA report that
+        return None
+    state = load_state(path)
+    config = state.numbers.get("config")
+    steps = config.get("steps") if isinstance(config, dict) else None
+    run, lora, command = path.resolve().parent.parent, None, None
+    with contextlib.suppress(LorasmithError):
+        folder = RunFolder(run)
+        lora = run / f"{folder.record().title}.safetensors"
+        command = None if folder.is_done else resume_command(run)
+    return StateFacts(
+        path, state.step, steps if isinstance(steps, int) else None, lora if lora and lora.is_file() else None, command
+    )

@@ -1,23 +1,80 @@
-"""Repeating the run that made a LoRA from its metadata, and comparing inputs and result."""
+"""Recorded runs again: resumed from a folder, or reproduced from the metadata of a LoRA and compared with it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lorasmith.core.errors import OptionError, OutputError
+from lorasmith.core.errors import OptionError, OutputError, TrainingError
+from lorasmith.core.options import options_of
+from lorasmith.core.printable import count_text
 from lorasmith.formats.container import check_safetensors
 from lorasmith.formats.metadata import RUN_ENTRY, sha256_body, steps_of
-from lorasmith.runs.folder_run import RUNS, PreparedRun, prepare, train_prepared
-from lorasmith.runs.model_run import new_run_folder
-from lorasmith.runs.recorded_run import Rights, repeated
-from lorasmith.training.events import Event, EventHandler
+from lorasmith.runs.plan import FolderPlan, plan
+from lorasmith.runs.recorded_run import Typed, repeated
+from lorasmith.runs.run import Host, run
+from lorasmith.training.config import TrainConfig
+from lorasmith.training.events import Event, Warned
 from lorasmith.training.results import TrainResult
 from lorasmith.training.storage.fingerprint import Fingerprint, differences, environment
-from lorasmith.training.storage.records import RunRecord, parsed_record
+from lorasmith.training.storage.records import RECORD, RunRecord, parsed_record
 from lorasmith.training.storage.run_folder import RunFolder, check_verifiable
-from lorasmith.training.train import RunOptions
+from lorasmith.training.train import Plan
+
+
+def plan_again(folder: Path, host: Host, typed: Typed = Typed(), *, steps: int | None = None) -> FolderPlan:  # noqa: B008
+    """Plan the run in a folder to be resumed.
+
+    `steps` is for a longer run that starts from the end of this one, which has to be complete. A `Warned` says if the
+    run starts from the beginning, or its tracker is not started. Raises OptionError if the run was not on a folder of
+    images or its record names more than it may, and OutputError if there is no run, it is complete, or another process
+    trains it.
+    """
+    before = RunFolder(folder)
+    record = before.record()
+    if record.source.get("command") != "train":
+        raise OptionError(f"{folder} was not made by lorasmith train; start its workflow or script again to resume it")
+    if steps is not None:
+        _check_longer(before, record, steps)
+    elif before.is_done:
+        raise OutputError(
+            f"the run in {folder} is complete and cannot be resumed; to train on from its end, give the steps of "
+            "the longer run with --steps"
+        )
+    try:
+        spec = repeated(record, folder / RECORD, typed)
+    except ValueError as error:
+        raise TrainingError(
+            f"{folder / RECORD} is damaged ({error}); restore it from a copy, or train again"
+        ) from error
+    if steps is None:
+        spec = replace(spec, output=str(folder))
+    else:  # not the path of the record: the folder may have been moved
+        spec = spec.with_settings(steps=steps, existing_state=str(before.states().paths()[0].resolve()))
+    planned = plan(spec, host)
+    tracker = record.asked.get("track")
+    if spec.config.is_default("track") and tracker in options_of(TrainConfig)["track"].choices[1:]:
+        host.on_event(Warned(message=f"The tracker {tracker} of this run is not started; --track {tracker} starts it."))
+    if steps is None and not before.states().paths():
+        host.on_event(
+            Warned(message=f"{folder} ended before its first run state was saved and starts from the beginning.")
+        )
+    return planned
+
+
+def _check_longer(folder: RunFolder, record: RunRecord, steps: int) -> None:
+    """Raise OptionError unless the run in a folder is complete, has its last state, and is shorter."""
+    run = folder.path
+    if not folder.is_done:
+        raise OptionError(f"--steps is for a complete run, and that in {run} is not; resume it without --steps first")
+    if not folder.states().paths():
+        raise OptionError(f"{run} has no run state to continue from; train again with --existing-lora and its LoRA")
+    before = record.config.get("steps")
+    if isinstance(before, int) and steps <= before:
+        raise OptionError(
+            f"--steps must be more than the {count_text(before, 'step')} of the run in {run}, got {steps}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,17 +83,6 @@ class Differs(Event):
 
     what: str  # the difference, with both values
     is_decisive: bool  # affects more than the last bits of the result
-
-
-@dataclass(frozen=True)
-class Reproduction:
-    """A prepared repetition of the run of a LoRA."""
-
-    lora: Path
-    before: RunRecord  # the LoRA's record of the original run
-    prepared: PreparedRun  # the new run
-    steps: int  # step of the LoRA, after which training ends
-    output: Path | None  # folder of the new run; None for one under `runs/`
 
 
 @dataclass(frozen=True)
@@ -49,95 +95,86 @@ class Reproduced:
     is_same: bool = False  # the tensors are bit-identical
 
 
-def prepare_reproduction(
-    lora: Path,
-    *,
-    rights: Rights = Rights(),  # noqa: B008 - immutable
-    model: str | None = None,
-    text_encoders: Sequence[str] = (),
-    vae: str | None = None,
-    data: Path | None = None,
-    output: Path | None = None,
-    device: str | None = None,
-    dry_run: bool = False,
-    on_event: EventHandler = lambda event: None,
-) -> Reproduction:
-    """Prepare the run that made a LoRA; arguments replace those of its record (`recorded_run.repeated`).
+class Reproduction(Host):
+    """The run that made a LoRA again, and its result compared; around the host of a door.
 
-    Raises OptionError if the file has no record of a run on a folder of images, or it names more than `rights`, and
-    OutputError if `output` contains a run.
-    """
-    metadata = check_safetensors(lora).metadata
-    before = _record_of(lora, metadata)
-    if output is not None and RunFolder(output).exists:
-        raise OutputError(f"output must not contain a run, but {output} does; choose another output")
-    try:
-        spec = repeated(
-            before, lora, rights, model=model, text_encoders=text_encoders, vae=vae, data=data, device=device
-        )
-    except ValueError as error:
-        raise _without_record(lora, error) from error
-    # Previews and early stopping change no tensor of a run that ends at a given step.
-    spec = spec.with_settings(previews="", patience=0)
-    place, runs = (None, None) if dry_run else (output, RUNS)
-    prepared = prepare(spec, output=place, runs=runs, on_event=on_event)
-    steps = steps_of(metadata, lora.name) - prepared.job.steps_before
-    if not 0 < steps <= spec.config.steps:
-        raise OptionError(
-            f"{lora} must be of a step between 1 and {spec.config.steps} of its run, but its metadata says {steps}; "
-            "train it again from its images"
-        )
-    return Reproduction(lora, before, prepared, steps, output)
-
-
-def reproduce(
-    again: Reproduction,
-    *,
-    dry_run: bool = False,
-    verify: bool = False,
-    on_event: EventHandler = RunOptions.on_event,
-    cancelled: Callable[[], bool] = RunOptions.cancelled,
-) -> Reproduced:
-    """Repeat the run and compare the result, unless there is a decisive difference; emits a `Differs` for each.
-
-    `dry_run` only compares the inputs. `verify` compares every byte of the base model's files; OutputError if the LoRA
-    has no digests of them.
+    `dry_run` only compares the inputs. Raises OptionError if the file has no record of a run on a folder of images, or
+    it names more than it may, and OutputError if the typed output contains a run.
     """
 
-    def folder(fingerprint: Fingerprint) -> Path:
-        check_verifiable(again.before, fingerprint, again.lora)
-        found = _differences(again, fingerprint, on_event)
-        if found or dry_run:
+    def __init__(self, lora: Path, host: Host, typed: Typed = Typed(), *, dry_run: bool = False) -> None:  # noqa: B008
+        self._lora, self._host, self._is_dry = lora, host, dry_run
+        metadata = check_safetensors(lora).metadata
+        self._before = _record_in(lora, metadata)
+        output = typed.spec.output
+        if output is not None and RunFolder(Path(output)).exists:
+            raise OutputError(f"output must not contain a run, but {output} does; choose another output")
+        if dry_run:
+            typed = replace(typed, spec=replace(typed.spec, output=None))
+        try:
+            spec = repeated(self._before, lora, typed)
+        except ValueError as error:
+            raise _without_record(lora, error) from error
+        self.folders = host.folders
+        self.runs = None if dry_run else host.runs  # so that a dry run needs no room there
+        # Previews and early stopping change no tensor of a run that ends at a given step.
+        self.plan = plan(spec.with_settings(previews="", patience=0), self)
+        self.runs = host.runs
+        self.steps = steps_of(metadata, lora.name) - self.plan.job.steps_before  # after which training ends
+        if not 0 < self.steps <= spec.config.steps:
+            raise OptionError(
+                f"{lora} must be of a step between 1 and {spec.config.steps} of its run, but its metadata says "
+                f"{self.steps}; train it again from its images"
+            )
+
+    def on_event(self, event: Event) -> None:
+        self._host.on_event(event)
+
+    def cancelled(self) -> bool:
+        return self._host.cancelled()
+
+    def folder(self, plan: Plan, fingerprint: Fingerprint) -> Path:
+        check_verifiable(self._before, fingerprint, self._lora)
+        found = self._differences(fingerprint)
+        if found or self._is_dry:
             raise _Settled(found)
-        return again.output or new_run_folder(RUNS, again.prepared.spec.name)
+        return super().folder(replace(plan, fresh=True), fingerprint)
 
-    try:
-        result = train_prepared(
-            again.prepared,
-            output=folder,
-            fresh=True,
-            verify=verify,
-            until=again.steps,
-            on_event=on_event,
-            cancelled=cancelled,
-        )
-    except _Settled as settled:
-        return Reproduced(differs=settled.differs)
-    if result.path is None or len(result.losses) < again.steps:
-        return Reproduced(result=result)
-    same = sha256_body(result.path) == sha256_body(again.lora)
-    return Reproduced(result=result, is_complete=True, is_same=same)
+    def reproduce(self, *, verify: bool = False) -> Reproduced:
+        """Repeat the run and compare the result, unless there is a decisive difference; emits a `Differs` for each.
+
+        `verify` compares every byte of the base model's files; OutputError if the LoRA has no digests of them.
+        """
+        try:
+            result = run(replace(self.plan, verify=verify, until=self.steps), self)
+        except _Settled as settled:
+            return Reproduced(differs=settled.differs)
+        if result.path is None or len(result.losses) < self.steps:
+            return Reproduced(result=result)
+        same = sha256_body(result.path) == sha256_body(self._lora)
+        return Reproduced(result=result, is_complete=True, is_same=same)
+
+    def _differences(self, fingerprint: Fingerprint) -> tuple[str, ...]:
+        """Emit all differences from the original run; returns the decisive ones."""
+        job, before = self.plan.job, self._before
+        now = environment(job.runtime.device, job.config.optimizer, compile=job.config.compile)
+        for what in dict.fromkeys(one for there in before.all_environments for one in differences(there, now)):
+            self.on_event(Differs(what=what, is_decisive=False))
+        decisive = differences(before.fingerprint, fingerprint)
+        for what in decisive:
+            self.on_event(Differs(what=what, is_decisive=True))
+        return tuple(decisive)
 
 
 class _Settled(Exception):  # noqa: N818  (nothing went wrong)
-    """No training is needed; raised by the function that chooses the folder, which receives the fingerprint."""
+    """No training is needed; raised where the folder is chosen, when the fingerprint is known."""
 
     def __init__(self, differs: tuple[str, ...]) -> None:
         super().__init__()
         self.differs = differs
 
 
-def _record_of(lora: Path, metadata: Mapping[str, str]) -> RunRecord:
+def _record_in(lora: Path, metadata: Mapping[str, str]) -> RunRecord:
     """The record in a LoRA's metadata. OptionError if there is none of a run on a folder of images."""
     try:
         record = parsed_record(metadata[RUN_ENTRY])
@@ -155,16 +192,3 @@ def _without_record(lora: Path, error: KeyError | ValueError) -> OptionError:
         f"{lora} has no record of its run{damage}: it is from another program, was saved with --private, or its "
         "metadata was changed; train it again from its images"
     )
-
-
-def _differences(again: Reproduction, fingerprint: Fingerprint, on_event: EventHandler) -> tuple[str, ...]:
-    """Emit all differences from the original run; returns the decisive ones."""
-    prepared, before = again.prepared, again.before
-    config = prepared.job.config
-    now = environment(prepared.job.runtime.device, config.optimizer, compile=config.compile)
-    for what in dict.fromkeys(one for there in before.all_environments for one in differences(there, now)):
-        on_event(Differs(what=what, is_decisive=False))
-    decisive = differences(before.fingerprint, fingerprint)
-    for what in decisive:
-        on_event(Differs(what=what, is_decisive=True))
-    return tuple(decisive)

@@ -17,6 +17,7 @@ from lorasmith.core.errors import LorasmithError
 from lorasmith.core.files import atomic_path, ensure_folder
 from lorasmith.core.typed_json import typed
 from lorasmith.data.clips import open_still
+from lorasmith.data.folder import ImageFile
 from lorasmith.data.image_files import ImageError
 from lorasmith.runs.run_plan import RunPlan, captions_used
 
@@ -83,14 +84,14 @@ def _listed(values: object, kind: type[_Kind]) -> tuple[_Kind, ...]:
         return ()
 
 
-def keep_thumbnails(folder: Path, plan: RunPlan) -> None:
+def keep_thumbnails(folder: Path, images: Sequence[ImageFile]) -> None:
     """Write small versions of the first images into the folder of a run, unless they are there.
 
     As they are for the report alone, an unreadable image is skipped, and a full disk ends the loop.
     """
     missing = [
         (image.path, path)
-        for index, image in enumerate(plan.scan.images[:_THUMBNAILS])
+        for index, image in enumerate(images[:_THUMBNAILS])
         if not (path := thumbnail_of(folder, index)).exists()
     ]
     if not missing:

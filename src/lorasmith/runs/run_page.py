@@ -23,8 +23,8 @@ from lorasmith.report.loss_plot import recent_loss
 from lorasmith.report.pictures import PictureTable, thinned
 from lorasmith.report.run_report import Note, RunReport, Setting, TrainedImage, ValidationRow, number, run_report
 from lorasmith.runs.command_lines import command_line, generate_command, resume_command
-from lorasmith.runs.lora_use import LoraUse, use_of
 from lorasmith.runs.run_images import images_in, left_out_in, thumbnail_of
+from lorasmith.runs.sidecars import LoraUse, use_of
 from lorasmith.runs.spec import RunSpec
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import (

@@ -1,13 +1,21 @@
-"""Previews of a run: pictures drawn during training, written to its folder and reported as events.
+"""Previews of a run: which pictures it draws, drawn during training, written to its folder and reported as events.
 
-It combines rooms that do not import each other: `sampling` draws, `training` loads LoRAs and defines the events,
+Default previews are as many pictures as fit into a tenth of the run, or none. The cost of a run and of a picture is
+counted before the first step, in forward passes of the denoiser times the size of the latents, so equal runs draw the
+same on every machine. The programs, from the most expensive: the LoRA over the steps and at all strengths; the finished
+LoRA alone at all strengths; beside the base model alone; with fewer sampling steps.
+
+Drawing combines rooms that do not import each other: `sampling` draws, `training` loads LoRAs and defines the events,
 `report` writes the files. A failing preview is a warning and does not end the run.
 """
 
 from __future__ import annotations
 
 import io
+import math
+import statistics
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 
@@ -16,102 +24,136 @@ from PIL import Image
 
 from lorasmith.core.adapter_state import AdapterState
 from lorasmith.core.errors import LorasmithError
-from lorasmith.core.placement import best_device, chosen_dtype
+from lorasmith.core.placement import chosen_dtype
+from lorasmith.data.dataset import Sample
 from lorasmith.families.model import Denoiser, Model
 from lorasmith.report.contact_sheet import contact_sheet
 from lorasmith.report.pictures import PictureOrClip
 from lorasmith.report.preview_folder import PreviewFolder
-from lorasmith.runs.lora_picture import give_picture
-from lorasmith.runs.preview_budget import PreviewProgram
+from lorasmith.runs.sidecars import give_picture
 from lorasmith.sampling.generate import Sampling
-from lorasmith.sampling.previews import Partner, Previewer
+from lorasmith.sampling.previews import Partner, Previewer, parse_prompts, parse_strengths
 from lorasmith.sampling.sample import SamplingCancelledError
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.events import Drawing, Event, EventHandler, Previewed, Warned
+from lorasmith.training.events import Drawing, Event, Previewed, Warned
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.runtime import dtype_on_device
+from lorasmith.training.train import Plan, RunHost
 
 _MOST_FAILURES = 2  # consecutive failures after which a run draws no more previews
 
+_SHARE = 0.1  # of the training steps, for all previews
 
-def run_previews(
-    denoiser: Denoiser,
-    config: TrainConfig,
-    folder: Path,
-    *,
-    prompts: Sequence[str],
-    program: PreviewProgram,
-    title: str,
-    device: torch.device | str | None = None,
-    cancelled: Callable[[], bool] | None = None,
-    on_event: EventHandler = lambda event: None,
-    partner: Partner | None = None,
-) -> RunPreviews:
-    """Encode the prompts; returns the object that draws them into `samples/` in the folder of the run.
+_STEP_PASSES = 2
+"""Forward passes that a training step of one sample costs at least: a backward pass without gradients of weights is as
+long as a forward pass (docs/lab-log.md), and checkpointing repeats that."""
 
-    A `Drawing` is emitted before each row of pictures; `cancelled` is called between evaluations of the network.
-    ModelError if the model lacks a text encoder or an autoencoder.
-    """
-    base, device = denoiser.base, torch.device(device or best_device())
-    text_encoder = base.text_encoder
-    # Text encoders are not trained, but a continued LoRA may have layers for them.
-    carried = Lora.load(config.existing_lora, base) if config.existing_lora else Lora(AdapterState(), base.names)
-    previewer = Previewer(
-        denoiser,
-        prompts,
-        load=lambda path, strength: Lora.load(path, base).applied(denoiser, None, strength=strength).denoiser,
-        strengths=(1.0, *program.strengths),
-        encoder=lambda strength: carried.applied(None, text_encoder, strength=strength).encoder,
-        sampling=Sampling(
-            seed=config.seed,
-            steps=program.sampling_steps,
-            frames=_frames(config, base),
-            dtype=_sampling_dtype(denoiser, config, device),
-        ),
-        device=device,
-        cancelled=cancelled,
-        partner=partner,
-    )
-    return RunPreviews(
-        previewer,
-        folder / "samples",
-        title=title,
-        model=base.title,
-        program=program,
-        on_event=on_event,
-        private=config.private,
-    )
+_OTHER_PASSES = 4  # forward passes that the rest of a picture costs: placing the model, and decoding
+
+_OVER_STEPS = 3  # rows of pictures before the end: a preview every quarter of the run
+
+_FEWER_STEPS = (12, 8)  # sampling steps of the last resort
+
+
+@dataclass(frozen=True)
+class PreviewProgram:
+    """The pictures that a run draws."""
+
+    sampling_steps: int
+    strengths: tuple[float, ...]  # of the finished LoRA, besides full strength
+    is_final_only: bool = False
+    prompts: tuple[str, ...] = ()
+
+    @property
+    def pictures(self) -> int:
+        """Number of pictures for a prompt, that of the base model included."""
+        others = sum(one != 1 for one in self.strengths)
+        return 2 + others + (0 if self.is_final_only else _OVER_STEPS)
+
+    def passes(self, each_step: int) -> int:
+        """Forward passes for a prompt, with `each_step` of them in a sampling step."""
+        return self.pictures * (self.sampling_steps * each_step + _OTHER_PASSES)
+
+
+def preview_program(plan: Plan) -> PreviewProgram | None:
+    """The pictures of a run; where its settings have none, those of its prompt, if they fit into a tenth of the run."""
+    config = plan.job.config
+    if config.previews is None and plan.prompt:
+        fitting = unasked_program(config, plan.denoiser.base, plan.data.samples)
+        return None if fitting is None else replace(fitting, prompts=(plan.prompt,))
+    whole = whole_program(config)
+    return whole if whole.prompts else None
+
+
+def whole_program(config: TrainConfig) -> PreviewProgram:
+    """The pictures of the prompts in the settings. OptionError if there are too many, or a strength is out of range."""
+    strengths = parse_strengths(config.preview_strengths)
+    return PreviewProgram(config.preview_steps, strengths, prompts=parse_prompts(config.previews))
+
+
+def unasked_program(config: TrainConfig, base: Model, samples: Sequence[Sample]) -> PreviewProgram | None:
+    """The program for one prompt that fits into a tenth of a run on these samples; None if none does."""
+    side, frames = base.defaults.resolution, config.preview_frames or base.defaults.frames
+    size = math.prod(base.components.latent.shape(side, side, frames))
+    trained = statistics.fmean(one.latents.numel() for one in samples)
+    budget = _SHARE * config.steps * config.samples_per_step * _STEP_PASSES * trained / size
+    return program_within(budget, whole_program(config), each_step=1 if base.defaults.guidance == 1 else 2)
+
+
+def program_within(budget: float, whole: PreviewProgram, *, each_step: int) -> PreviewProgram | None:
+    """The first program within `budget` forward passes, `each_step` of them per sampling step; None if none fits."""
+    return next((one for one in _smaller_and_smaller(whole) if one.passes(each_step) <= budget), None)
+
+
+def _smaller_and_smaller(whole: PreviewProgram) -> Iterator[PreviewProgram]:
+    yield whole
+    last = replace(whole, is_final_only=True)
+    yield last
+    yield (smallest := replace(last, strengths=()))
+    yield from (replace(smallest, sampling_steps=min(steps, whole.sampling_steps)) for steps in _FEWER_STEPS)
 
 
 class RunPreviews:
-    """Draws previews of a saved LoRA, writes pictures and contact sheets, and returns events.
+    """Draws previews of a saved LoRA into `samples/` in the folder of a run, with contact sheets, and returns events.
 
-    If `private`, the finished LoRA gets no picture in its header.
+    The prompts are encoded at once. The host receives a `Drawing` before each row of pictures, and is asked between
+    evaluations of the network whether to stop. ModelError if the model lacks a text encoder or an autoencoder.
     """
 
     def __init__(
-        self,
-        previewer: Previewer,
-        folder: Path,
-        *,
-        title: str,
-        model: str,
-        program: PreviewProgram,
-        on_event: EventHandler = lambda event: None,
-        private: bool,
+        self, plan: Plan, program: PreviewProgram, folder: Path, host: RunHost, partner: Partner | None = None
     ) -> None:
-        sampling = previewer.sampling
+        denoiser, config, device = plan.denoiser, plan.job.config, plan.job.runtime.device
+        base, text_encoder = denoiser.base, denoiser.base.text_encoder
+        # Text encoders are not trained, but a continued LoRA may have layers for them.
+        carried = Lora.load(config.existing_lora, base) if config.existing_lora else Lora(AdapterState(), base.names)
+        self._previewer = Previewer(
+            denoiser,
+            program.prompts,
+            load=lambda path, strength: Lora.load(path, base).applied(denoiser, None, strength=strength).denoiser,
+            strengths=(1.0, *program.strengths),
+            encoder=lambda strength: carried.applied(None, text_encoder, strength=strength).encoder,
+            sampling=Sampling(
+                seed=config.seed,
+                steps=program.sampling_steps,
+                frames=_frames(config, base),
+                dtype=_sampling_dtype(denoiser, config, device),
+            ),
+            device=device,
+            cancelled=host.cancelled,
+            partner=partner,
+        )
+        sampling = self._previewer.sampling
         made_with = {
             "Steps": sampling.steps,
             "Sampler": f"{sampling.sampler} {sampling.scheduler}",
             "CFG scale": sampling.cfg,
             "Seed": sampling.seed,
-            "Model": model,
+            "Model": base.title,
         }
-        self._previewer = previewer
-        self._files = PreviewFolder(folder, previewer.prompts, title=title, sampling=made_with)
+        self._files = PreviewFolder(folder / "samples", program.prompts, title=plan.title, sampling=made_with)
         self.is_final_only, self._strengths = program.is_final_only, program.strengths
-        self._on_event, self._private = on_event, private
+        self._host, self._private = host, config.private
         self._base_is_written = False
         self._failures = 0
 
@@ -165,7 +207,7 @@ class RunPreviews:
         row, each = count(), len(self._previewer.prompts)
 
         def draw(lora: Path | None, strength: float = 1.0) -> Sequence[PictureOrClip]:
-            self._on_event(Drawing(done=each * next(row), total=each * rows))
+            self._host.on_event(Drawing(done=each * next(row), total=each * rows))
             return self._previewer.draw(lora, strength)
 
         return draw

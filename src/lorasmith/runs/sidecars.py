@@ -1,5 +1,8 @@
-"""Metadata files beside a LoRA for model browsers, written from its header.
+"""A LoRA in other programs: its picture, metadata files for model browsers, and how it is used.
 
+NAME.safetensors     `modelspec.thumbnail`, a small JPEG as a data URL (ModelSpec)
+NAME.png             the picture, as A1111, Forge and ComfyUI's browsers look for it
+NAME.preview.png     the same by its older name
 NAME.civitai.info    Civitai's description of a model version, without ids: Civitai Helper, ComfyUI's LoRA Manager
 NAME.json            user metadata of A1111 and Forge
 
@@ -8,22 +11,53 @@ Trigger and base model come from the header alone, so a private LoRA's files hol
 
 from __future__ import annotations
 
+import base64
 import html
+import io
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from lorasmith.core.errors import OptionError
-from lorasmith.core.files import write_atomic
+from lorasmith.core.files import atomic_path, write_atomic
 from lorasmith.core.folders import RUN_RECORD
 from lorasmith.core.printable import count_text
-from lorasmith.families.base import Family
-from lorasmith.formats.container import check_safetensors
+from lorasmith.families import known  # noqa: F401  (its families register themselves)
+from lorasmith.families.base import FAMILIES, Family
+from lorasmith.families.locating import BUILT_IN
+from lorasmith.formats.container import check_safetensors, read_safetensors, write_safetensors
 from lorasmith.formats.metadata import autov2, autov3, sha256_file, steps_of
 
+THUMBNAIL = "modelspec.thumbnail"
+_EDGE, _QUALITY = 256, 85
 _CIVITAI, _USER = ".civitai.info", ".json"
 _HASHES = {"SHA256": sha256_file, "AutoV2": autov2, "AutoV3": autov3}
+
+
+def give_picture(lora: Path, picture: Path, *, private: bool) -> None:
+    """Write the picture of a LoRA into its header and beside it. Tensors and their hashes stay the same.
+
+    Of a clip's WebP file, the first frame is used. A `private` LoRA gets no picture in its header, and the files beside
+    it no prompt.
+    """
+    with Image.open(picture) as opened:
+        opened.load()
+        pixels = opened.convert("RGB")
+    content = _png(pixels) if private or picture.suffix != ".png" else picture.read_bytes()
+    for suffix in (".png", ".preview.png"):
+        with atomic_path(lora.with_suffix(suffix)) as temporary:
+            temporary.write_bytes(content)
+    if private:
+        return
+    tensors, metadata = read_safetensors(lora)
+    # Copies, as the tensors are mapped from the file that is replaced.
+    copies = {name: tensor.clone() for name, tensor in tensors.items()}
+    del tensors
+    write_safetensors(lora, copies, {**metadata, THUMBNAIL: _data_url(pixels)})
 
 
 def check_sidecars(title: str, *, has_folder: bool) -> None:
@@ -84,3 +118,93 @@ def _sentence(lora: Path, metadata: Mapping[str, str], family: Family) -> str:
     base = metadata.get("ss_sd_model_name")
     on = f" on {base}" if base else ""
     return f"For {family.title}, trained{on} in {count_text(steps_of(metadata, lora.name), 'step')} with Lorasmith."
+
+
+def _png(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _data_url(picture: Image.Image) -> str:
+    small = picture.copy()
+    small.thumbnail((_EDGE, _EDGE), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    small.save(buffer, format="jpeg", quality=_QUALITY)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+@dataclass(frozen=True)
+class LoraUse:
+    """How to use a LoRA."""
+
+    facts: dict[str, str]  # file, trigger and strength, by name
+    programs: dict[str, tuple[str, str]]  # by program, what to do and text to copy
+
+
+def use_of(lora: Path, *, trigger: str, prompt: str, model: str, model_title: str, family: str) -> LoraUse:
+    """How to use a LoRA, with an example prompt. `trigger` may be empty; `model` is a path or hub id."""
+    stem = lora.stem
+    return LoraUse(
+        {
+            "File": lora.name,
+            "Trigger": trigger or "none; describe the subject as the captions do",
+            "Strength": "1, as it was trained; 0.6 to 0.8 leaves more to the model and to other LoRAs",
+            "Base model": f"{model_title}, or another of its family",
+        },
+        {
+            "ComfyUI": (
+                "Copy the file into models/loras. Put a Load LoRA node behind the model, choose the file, and set "
+                "strength_model to 1. The prompt:",
+                prompt,
+            ),
+            "A1111, Forge": (
+                "Copy the file into models/Lora, with its .png for the picture in the browser. The prompt:",
+                f"<lora:{stem}:1> {prompt}",
+            ),
+            **(
+                {}
+                if model == BUILT_IN  # which diffusers cannot load
+                else {
+                    "diffusers": (
+                        "In Python, with the packages diffusers and peft:",
+                        _diffusers(lora, stem, prompt, model, family),
+                    )
+                }
+            ),
+        },
+    )
+
+
+def _diffusers(lora: Path, stem: str, prompt: str, model: str, family: str) -> str:
+    """Code to copy. Values are untrusted and written as literals."""
+    import diffusers
+
+    found = [one for name, one in FAMILIES.items() if name == family]
+    pipeline = found[0].pipeline if found else "DiffusionPipeline"
+    draws_clips = bool(found) and found[0].draws_clips
+    load, source, name = "from_pretrained", model, _name(stem)
+    if Path(model).suffix in (".safetensors", ".ckpt"):
+        if hasattr(getattr(diffusers, pipeline, None), "from_single_file"):
+            load = "from_single_file"
+        else:
+            source = f"the diffusers folder or hub id of {Path(model).stem}"
+    picture = f"pipeline({prompt!r}).images[0].save('picture.png')"
+    if draws_clips:
+        picture = f"diffusers.utils.export_to_video(pipeline({prompt!r}).frames[0], 'clip.mp4')"
+    return "\n".join(
+        (
+            *(["import diffusers.utils"] if draws_clips else []),
+            f"from diffusers import {pipeline}",
+            "",
+            f'pipeline = {pipeline}.{load}({source!r}).to("cuda")',
+            f"pipeline.load_lora_weights({str(lora.parent)!r}, weight_name={lora.name!r}, adapter_name={name!r})",
+            f"pipeline.set_adapters([{name!r}], [1.0])",
+            picture,
+        )
+    )
+
+
+def _name(stem: str) -> str:
+    """An adapter name that PEFT accepts: one without dots."""
+    return "".join(letter if letter.isalnum() or letter in "_-" else "_" for letter in stem) or "lora"

@@ -1,12 +1,29 @@
 """The spec of a run on images: images, model, settings, name and place.
 
 Command line, file of settings, row of a sweep, request of the page and record of a run are parsed into a `RunSpec`, and
-written from one. Nothing here imports torch.
+written from one. Nothing here imports torch. A file of settings:
+
+    model = "sd15.safetensors"
+    trigger = "sks dog"
+    flip = true
+    steps = 800
+
+    [[sources]]
+    path = "photos"
+    repeats = 2
+
+    [[sources]]
+    path = "more/metadata.jsonl"
+    weight = 0.5
+
+It is TOML (https://toml.io). Keys are the names of the command line's flags with underscores; paths are relative to the
+file's folder. A file chooses among names: an optimizer's import path, a tracker and `follow_links` have to be typed.
 """
 
 from __future__ import annotations
 
 import os
+import tomllib
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -16,6 +33,7 @@ from typing import Any
 from lorasmith.core.errors import OptionError
 from lorasmith.core.folders import file_stem
 from lorasmith.core.options import changed, config_from, options_of
+from lorasmith.core.registry import nearest
 from lorasmith.core.typed_json import typed
 from lorasmith.data.data_config import DataConfig, ImageSource
 from lorasmith.families.locating import ModelFiles
@@ -25,6 +43,8 @@ from lorasmith.training.config import NONE_LORA, TrainConfig, names_alone
 SETTINGS = {**options_of(DataConfig), **options_of(TrainConfig)}  # declarations of all settings of a run, by name
 
 SETTING_PATHS = tuple(name for name, declared in SETTINGS.items() if declared.is_path)  # names of those that are paths
+
+_MOST_BYTES = 2**20  # of a file of settings
 
 _RECORDED = ("sources", "model", "name", "validation", "device", "text_encoders", "vae")
 """What a record's `source` holds besides settings of data; the first three always."""
@@ -169,6 +189,42 @@ class RunSpec:
         return None if value in (None, NONE_LORA) else str(value)
 
 
+def parsed_toml(path: Path, content: bytes) -> dict[str, Any]:
+    """A file of settings as TOML values. OptionError if it is too large, or not TOML."""
+    try:
+        if len(content) > _MOST_BYTES:
+            raise ValueError(f"it has more than {_MOST_BYTES:,} bytes")
+        return tomllib.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise OptionError(f"{path} must be TOML, such as steps = 500, but {error}; correct that line") from error
+
+
+def arguments_in(found: Mapping[str, Any], path: Path) -> RunSpec:
+    """The run that the values in a file of settings describe, with absolute paths. Raises OptionError."""
+    own = [one.name for one in fields(RunSpec) if one.name != "settings"]
+    for key in found:
+        if key not in own and key not in SETTINGS:
+            known = [*own, *SETTINGS]
+            raise OptionError(
+                f"{path} has an unknown key {key!r}{nearest(str(key), known)}; known are {', '.join(known)}"
+            )
+    if found.get("follow_links"):
+        raise OptionError(f"{path} may not have follow_links, as its folders may be a stranger's; type --follow-links")
+    try:
+        given = typed(
+            {
+                **{key: found[key] for key in own if key in found},
+                "sources": [one if isinstance(one, dict) else {"path": one} for one in _listed(found.get("sources"))],
+                "text_encoders": _listed(found.get("text_encoders")),
+                "settings": {key: value for key, value in found.items() if key in SETTINGS},
+            },
+            RunSpec,
+        )
+    except ValueError as error:
+        raise OptionError(f"{path}: {error}; correct it") from error
+    return _in_folder(given, path.resolve().parent)
+
+
 def absolute(path: str) -> str:
     """The absolute path, or the text unchanged if it is not a path, such as a hub id."""
     return str(Path(path).resolve()) if os.path.exists(path) else path  # noqa: PTH110 - for any text
@@ -181,3 +237,32 @@ def _resolved(path: str) -> str:
 def _name_of(source: ImageSource) -> str:
     path = Path(source.path).resolve()
     return file_stem(path.parent.name if path.suffix and path.is_file() else path.name)
+
+
+def _in_folder(given: RunSpec, folder: Path) -> RunSpec:
+    def inside(path: str) -> str:
+        return str(folder / path)
+
+    def file(path: str) -> str:  # a hub id or a built-in name is not a path
+        return inside(path) if (folder / path).exists() else path
+
+    settings = {
+        key: inside(value) if key in SETTING_PATHS and isinstance(value, str) and value != NONE_LORA else value
+        for key, value in given.settings.items()
+    }
+    return replace(
+        given,
+        sources=tuple(replace(one, path=inside(one.path)) for one in given.sources),
+        model=given.model and file(given.model),
+        low_noise_model=given.low_noise_model and file(given.low_noise_model),
+        text_encoders=tuple(map(file, given.text_encoders)),
+        vae=given.vae and file(given.vae),
+        output=given.output and inside(given.output),
+        validation=given.validation and inside(given.validation),
+        settings=settings,
+    )
+
+
+def _listed(value: Any) -> list[Any]:
+    """A list of values, which may be missing or a single value."""
+    return value if isinstance(value, list) else [] if value is None else [value]

@@ -1,4 +1,4 @@
-"""The runs of a sweep, from its file: that of one run (`run_file`), with a table of settings to vary.
+"""The runs of a sweep, from its file: that of one run (`spec`), with a table of settings to vary.
 
     model = "sd15.safetensors"
     sources = "photos"
@@ -35,8 +35,7 @@ from lorasmith.data.dataset import AUTOMATIC_FROM
 from lorasmith.data.encoding import datasets_folder
 from lorasmith.data.folder import scan_sources
 from lorasmith.data.preflight import epoch_of
-from lorasmith.runs.run_file import arguments_in, parsed_toml
-from lorasmith.runs.spec import SETTING_PATHS, SETTINGS, RunSpec
+from lorasmith.runs.spec import SETTING_PATHS, SETTINGS, RunSpec, arguments_in, parsed_toml
 
 MOST_RUNS = 1000  # runs of a sweep, and tasks of an array that Slurm takes by default
 

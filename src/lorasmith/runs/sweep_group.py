@@ -31,7 +31,9 @@ from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.locating import ModelFiles
 from lorasmith.families.model_search import Completed, load_completed
 from lorasmith.runs.command_lines import arguments_for
-from lorasmith.runs.folder_run import PreparedRun, prepare, train_prepared
+from lorasmith.runs.plan import FolderPlan, plan
+from lorasmith.runs.run import Host
+from lorasmith.runs.run import run as run_plan
 from lorasmith.runs.spec import RunSpec
 from lorasmith.runs.sweep_file import SweepRun
 from lorasmith.runs.sweep_run import (
@@ -140,24 +142,23 @@ def train_group(
 
     If `cancelled` returns True, all runs end after the same step and save; they have saved too on KeyboardInterrupt.
     """
-    logs = {run.name: _RunLog(log_of(output, run)) for run in runs}
-    ready: list[tuple[SweepRun, PreparedRun]] = []
-    shared, stop = _Shared(output, folders), StopOfAll(cancelled)
-    for run in runs:
-        with _end_kept(run, output, logs[run.name]):
-            one = shared.prepared(run, logs[run.name])
-            check_captions(one.job, one.data)
-            ready.append((run, one))
+    ready: list[tuple[SweepRun, FolderPlan, _MemberHost]] = []
+    shared, stop = _Shared(), StopOfAll(cancelled)
+    for member in runs:
+        host = _MemberHost(log_of(output, member), folders, shared, stop)
+        with _end_kept(member, output, host):
+            planned = plan(replace(member.spec, output=str(output / member.name)), host)
+            shared.samples[_encoded_alike(planned.spec)] = planned.data, planned.validation
+            check_captions(planned.job, planned.data)
+            ready.append((member, planned, host))
 
-    def work(run: SweepRun, one: PreparedRun) -> Callable[[EngineMaker], TrainResult | None]:
+    def work(member: SweepRun, planned: FolderPlan, host: _MemberHost) -> Callable[[EngineMaker], TrainResult | None]:
         def train(engine: EngineMaker) -> TrainResult | None:
             result = None
-            with _end_kept(run, output, logs[run.name]):
-                result = train_prepared(
-                    one, output=output / run.name, on_event=logs[run.name], cancelled=stop.is_set, engine=engine
-                )
+            with _end_kept(member, output, host):
+                result = run_plan(planned, host, engine)
                 is_cancelled = result.reason is Outcome.CANCELLED
-                keep_end(output, run, RunEnd(exit_code=_STOPPED if is_cancelled else 0))
+                keep_end(output, member, RunEnd(exit_code=_STOPPED if is_cancelled else 0))
             return result
 
         return train
@@ -165,14 +166,14 @@ def train_group(
     if not ready:
         return
     try:
-        train_jointly([one.job for _, one in ready], [work(run, one) for run, one in ready], each_round=stop.look)
+        train_jointly([one.job for _, one, _ in ready], [work(*one) for one in ready], each_round=stop.look)
     except LorasmithError as error:
-        for run, _ in ready:
-            keep_end(output, run, RunEnd(exit_code=1, error=str(error)))
+        for member, *_ in ready:
+            keep_end(output, member, RunEnd(exit_code=1, error=str(error)))
 
 
 @contextlib.contextmanager
-def _end_kept(run: SweepRun, output: Path, log: _RunLog) -> Iterator[None]:
+def _end_kept(run: SweepRun, output: Path, log: _MemberHost) -> Iterator[None]:
     """An error inside the context ends one run, whose end is written; the others continue."""
     try:
         yield
@@ -190,38 +191,35 @@ def _end_kept(run: SweepRun, output: Path, log: _RunLog) -> Iterator[None]:
 class _Shared:
     """Model and encodings that the runs of a group share."""
 
-    def __init__(self, output: Path, folders: Folders | None) -> None:
-        self._output, self._folders = output, folders
-        self._models: dict[ModelFiles, Completed] = {}
-        self._samples: dict[object, tuple[EncodedDataset, EncodedDataset | None]] = {}
-
-    def prepared(self, run: SweepRun, on_event: Callable[[Event], None]) -> PreparedRun:
-        key = (run.spec.sources, run.spec.data, run.spec.validation)
-        one = prepare(
-            run.spec,
-            output=self._output / run.name,
-            folders=self._folders,
-            on_event=on_event,
-            load=self._loaded,
-            samples=self._samples.get(key),
-        )
-        self._samples[key] = one.data, one.validation
-        return one
-
-    def _loaded(self, files: ModelFiles, folders: Folders | None) -> Completed:
-        if files not in self._models:
-            self._models[files] = load_completed(files, folders)
-        return self._models[files]
+    def __init__(self) -> None:
+        self.models: dict[ModelFiles, Completed] = {}
+        self.samples: dict[object, tuple[EncodedDataset, EncodedDataset | None]] = {}
 
 
-class _RunLog:
-    """The log of a run: its messages, and its step from time to time."""
+def _encoded_alike(spec: RunSpec) -> object:
+    return spec.sources, spec.data, spec.validation
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+
+class _MemberHost(Host):
+    """The host of a run: a log of its messages, and of its step from time to time."""
+
+    def __init__(self, path: Path, folders: Folders | None, shared: _Shared, stop: StopOfAll) -> None:
+        self.folders = folders
+        self._path, self._shared, self._stop = path, shared, stop
         self._last = 0.0
 
-    def __call__(self, event: Event) -> None:
+    def load(self, files: ModelFiles, folders: Folders | None) -> Completed:
+        if files not in self._shared.models:
+            self._shared.models[files] = load_completed(files, folders)
+        return self._shared.models[files]
+
+    def samples(self, spec: RunSpec) -> tuple[EncodedDataset, EncodedDataset | None] | None:
+        return self._shared.samples.get(_encoded_alike(spec))
+
+    def cancelled(self) -> bool:
+        return self._stop.is_set()
+
+    def on_event(self, event: Event) -> None:
         if isinstance(event, StepDone):
             if time.monotonic() - self._last >= _BETWEEN_LINES_S:
                 self._last = time.monotonic()

@@ -37,8 +37,8 @@ from lorasmith.families.model_search import (
     load_completed,
 )
 from lorasmith.nodes import load_nodes
-from lorasmith.runs.folder_run import prepare, train_prepared
-from lorasmith.runs.model_run import run_folder
+from lorasmith.runs.plan import plan
+from lorasmith.runs.run import Host, run
 from lorasmith.runs.spec import RunSpec
 from lorasmith.server.child_process import BlockingChannel
 from lorasmith.server.job_reporter import JobReporter, event_json, graph_end, history_message
@@ -50,6 +50,7 @@ from lorasmith.training.results import TrainResult
 from lorasmith.training.storage.fingerprint import Fingerprint, differences
 from lorasmith.training.storage.records import read_history
 from lorasmith.training.storage.run_folder import RunFolder
+from lorasmith.training.train import Plan
 from lorasmith.training.validation import UNJUDGED
 from lorasmith.workflow import execution_events as events
 from lorasmith.workflow.executor import Executor
@@ -262,7 +263,7 @@ def train(
     """Train on folders of images, in a run folder below `runs/` of the base folder. `request` is a `RunSpec` as JSON
     with paths relative to the base folder; as in files, import paths of optimizers are refused and trackers are not
     started. `before` is the run folder of an earlier attempt. Raises CancelledError, with the run saved if it has
-    begun, and as `prepare` and `train_prepared`.
+    begun, and as `plan` and `run`.
     """
     if before is not None and RunFolder(before).is_done:  # it completed, but the server did not receive its end
         return {"outputs": _found_before(before)}
@@ -273,41 +274,70 @@ def train(
             "lorasmith train --low-noise-model"
         )
     # Each worker sees a single GPU.
-    spec = replace(given.trusted(), device=given.device if given.device == "cpu" else None)
-
-    def report(event: Event) -> None:
-        reporter.training(event_json(event))
-
-    def report_or_stop(event: Event) -> None:
-        report(event)
-        if cancelled():
-            raise CancelledError("the job was cancelled before its first step; what was encoded is kept")
-
-    prepared = prepare(
-        spec,
-        runs=folders.base / "runs",
-        folders=folders,
-        on_event=report_or_stop,
-        cancelled=cancelled,
-        load=load,
-    )
-    if cancelled():
-        raise CancelledError("the job was cancelled before its first step; what was encoded is kept")
-
-    def output(fingerprint: Fingerprint) -> Path:
-        is_same = before is not None and _is_same(before, fingerprint)
-        folder = (
-            before
-            if before is not None and is_same
-            else _claimed(folders.base / "runs", prepared.spec.name, fingerprint)
-        )
-        reporter.run(folder)  # reported before the first step, so that a complete run is never trained again
-        return folder
-
-    result = train_prepared(prepared, output=output, on_event=report, cancelled=cancelled)
+    device = given.device if given.device == "cpu" else None
+    host = _JobHost(folders, before, reporter, cancelled, load)
+    planned = plan(replace(given.trusted(), device=device, output=None), host)
+    host.end_if_cancelled()
+    result = run(planned, host)
     if result.reason is Outcome.CANCELLED:
         raise CancelledError(f"the job was cancelled after {count_text(len(result.losses), 'step')} and saved")
     return {"outputs": _found(result)}
+
+
+class _JobHost(Host):
+    """Reports events to the server, and trains with the worker's model in the folder of an earlier attempt."""
+
+    def __init__(
+        self,
+        folders: Folders,
+        before: Path | None,
+        reporter: JobReporter,
+        cancelled: Callable[[], bool],
+        load: Load,
+    ) -> None:
+        self.folders, self.runs = folders, folders.base / "runs"
+        self._before, self._reporter, self._cancelled, self._load = before, reporter, cancelled, load
+        self._has_folder = False
+
+    def on_event(self, event: Event) -> None:
+        self._reporter.training(event_json(event))
+        if not self._has_folder:
+            self.end_if_cancelled()
+
+    def cancelled(self) -> bool:
+        return self._cancelled()
+
+    def end_if_cancelled(self) -> None:
+        if self._cancelled():
+            raise CancelledError("the job was cancelled before its first step; what was encoded is kept")
+
+    def load(self, files: ModelFiles, folders: Folders | None) -> Completed:
+        return self._load(files, folders)
+
+    def folder(self, plan: Plan, fingerprint: Fingerprint) -> Path:
+        """Reported before the first step, so that a complete run is never trained again."""
+        before = self._before
+        folder = before if before is not None and _is_same(before, fingerprint) else self._claimed(plan, fingerprint)
+        self._has_folder = True
+        self._reporter.run(folder)
+        return folder
+
+    def _claimed(self, plan: Plan, fingerprint: Fingerprint) -> Path:
+        """The folder of an unfinished run, or a new one, created here: workers may begin runs of one name at once."""
+        while True:
+            folder = super().folder(plan, fingerprint)
+            if RunFolder(folder).exists:
+                return folder
+            ensure_folder(folder.parent)
+            try:
+                folder.mkdir()
+            except FileExistsError:
+                continue
+            except OSError as error:
+                raise OutputError(
+                    f"{folder} cannot be made ({error.strerror}); check the disk and its permissions"
+                ) from error
+            return folder
 
 
 def _typed(request: Mapping[str, Any]) -> RunSpec:
@@ -323,25 +353,6 @@ def _is_same(folder: Path, fingerprint: Fingerprint) -> bool:
     with contextlib.suppress(LorasmithError):
         return run.exists and not differences(run.record().fingerprint, fingerprint) and not run.is_busy
     return False
-
-
-def _claimed(runs: Path, title: str, fingerprint: Fingerprint) -> Path:
-    """The folder of an unfinished run, or a new one, created here, since workers may begin runs of one name at once."""
-    chosen = run_folder(runs, title)
-    while True:
-        folder = chosen(fingerprint)
-        if RunFolder(folder).exists:
-            return folder
-        ensure_folder(runs)
-        try:
-            folder.mkdir()
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise OutputError(
-                f"{folder} cannot be made ({error.strerror}); check the disk and its permissions"
-            ) from error
-        return folder
 
 
 def _found(result: TrainResult) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from lorasmith.core.errors import LorasmithError, OptionError, OutputError, Trai
 from lorasmith.core.placement import dtype_from_name, dtype_name
 from lorasmith.core.printable import count_text
 from lorasmith.data.dataset import EncodedDataset, Split, split
+from lorasmith.data.folder import ImageFile
+from lorasmith.families.model import Denoiser
 from lorasmith.training.batches import captions_ready
 from lorasmith.training.engine import Engine
 from lorasmith.training.events import (
@@ -36,7 +38,15 @@ from lorasmith.training.recovery import RunState
 from lorasmith.training.results import BaseHashes, Results, TrainResult
 from lorasmith.training.storage.fingerprint import Fingerprint, differences
 from lorasmith.training.storage.records import RunRecord, check_title, run_record
-from lorasmith.training.storage.run_folder import RunFolder, check_room, claimed_run, continuing, output_folder
+from lorasmith.training.storage.run_folder import (
+    RunFolder,
+    check_room,
+    claimed_run,
+    continuing,
+    new_run_folder,
+    output_folder,
+    unfinished_run,
+)
 from lorasmith.training.storage.run_states import SPARE_BYTES, StateSaver, free_bytes, load_state
 from lorasmith.training.watchers import PREVIEWS, Draw, LoraWatch, PreviewWatch, ValidationWatch
 
@@ -48,36 +58,70 @@ _PIXEL_BYTES = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions:
-    """Everything that a run receives besides job and data. Raises OptionError for a title that is not a file name.
+class Plan:
+    """A run ready to start. Raises OptionError for a title that is not a file name.
 
-    `output` is the run's folder or a function from its fingerprint to it; None writes no files. The same run in it is
-    resumed; if that is complete with fewer steps, it is moved aside and the run starts from its end. A subfolder named
-    `title` is used if there are files that are not a run's.
+    The same run in its folder is resumed; if that is complete with fewer steps, it is moved aside and the run starts
+    from its end. A subfolder named `title` is used if the folder has files that are not a run's.
     """
 
-    output: Path | Callable[[Fingerprint], Path] | None = None
-    claim: RunFolder | None = None  # the folder, if it is claimed already; it is released in the end
-    fresh: bool = False  # move an existing run aside instead of resuming it
-    title: str = "lora"  # name of the LoRA, and of its file in `output`
-    trigger: str | None = None  # for the metadata
+    denoiser: Denoiser  # from which previews are drawn; that of the job also has parts of a continued LoRA
+    job: Job  # which can be run once
+    data: EncodedDataset
     validation: EncodedDataset | None = None  # held-out images, instead of a share of the data
-    # from the run's folder to the function that draws previews
-    previews: Callable[[Path], Draw | None] = lambda folder: None
-    begun: Callable[[Path], object] = lambda folder: None  # called with the run's folder before the first step
-    page: Callable[[Path, RunFinished], object] = lambda folder, end: None  # writes the report into the run's folder
-    beside: Callable[[Path], object] = lambda lora: None  # writes files beside the finished LoRA
+    title: str = "lora"  # name of the LoRA, and of its file
+    trigger: str | None = None  # for the metadata
+    prompt: str | None = None  # of the previews where the settings have None
+    images: Sequence[ImageFile] = ()  # of which the report shows small versions
     # JSON values from which the run can be repeated, such as paths
     source: Mapping[str, Any] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)  # recorded about the images, JSON values by name
+    output: Path | None = None  # folder of the run
+    claim: RunFolder | None = None  # that folder, if it is claimed already; it is released in the end
+    fresh: bool = False  # move an existing run aside instead of resuming it
     verify: bool = False  # compare and record every byte of the base model's files
-    on_event: EventHandler = lambda event: None
-    cancelled: Callable[[], bool] = lambda: False  # called between steps; True ends the run and saves the result
     until: int | None = None  # step after which the run is cancelled
-    engine: Callable[[Job], Engine] = engine_of
 
     def __post_init__(self) -> None:
         check_title(self.title)
+
+
+class RunHost:
+    """What surrounds a run: receives its events, may stop it, chooses its folder, draws previews, writes the report.
+
+    This one ignores events and draws and writes nothing; doors inherit from `runs.run.Host`.
+    """
+
+    runs: Path | None = None  # parent of the folders of runs without an output, which write no files if it is None
+    numbering: str = "-{:03}"  # of the names of these folders, behind the title
+
+    def on_event(self, event: Event) -> None:
+        """Receive an event."""
+
+    def cancelled(self) -> bool:
+        """Whether the run is to end after this step, and to save its result."""
+        return False
+
+    def folder(self, plan: Plan, fingerprint: Fingerprint) -> Path:
+        """The folder of the run: an unfinished one with this fingerprint, unless `fresh`, or a new one.
+
+        Called in rank 0, and a second time if another process claims the folder first.
+        """
+        if plan.output is not None:
+            return plan.output
+        assert self.runs is not None
+        before = None if plan.fresh else unfinished_run(self.runs, plan.title, fingerprint)
+        return before or new_run_folder(self.runs, plan.title, numbering=self.numbering)
+
+    def begin(self, plan: Plan, folder: Path) -> Draw | None:
+        """Called with the folder before the first step; returns what draws previews."""
+        return None
+
+    def write_beside(self, plan: Plan, lora: Path) -> None:
+        """Write files beside the finished LoRA."""
+
+    def write_report(self, folder: Path, end: RunFinished) -> None:
+        """Write the report into the folder."""
 
 
 def run_bytes(job: Job) -> int:
@@ -90,64 +134,59 @@ def run_bytes(job: Job) -> int:
     return loras * lora_bytes + 2 * _STATE_BYTES * job.parameters + pictures * picture_bytes + SPARE_BYTES
 
 
-def run_job(job: Job, data: EncodedDataset, options: RunOptions) -> TrainResult:
-    """Train a job on the device that it was planned for. A job can be run once.
+def run_job(plan: Plan, host: RunHost, engine: Callable[[Job], Engine] = engine_of) -> TrainResult:
+    """Train on the device that the job was planned for.
 
     Raises LorasmithError if the data do not fit or the loss became non-finite. If steps were taken and there is an
     output folder, their LoRA is saved and the message names the file.
     """
-    processes = job.runtime.processes
+    job, data, processes = plan.job, plan.data, plan.job.runtime.processes
     with contextlib.ExitStack() as stack:
-        if options.claim is None and isinstance(output := options.output, Path):
-            claim = RunFolder(output_folder(output, options.title))
+        if plan.claim is None and plan.output is not None:
+            claim = RunFolder(output_folder(plan.output, plan.title))
             processes.broadcast_from_rank0(claim.claim)
-            options = replace(options, claim=claim)
-        if options.claim is not None:
-            stack.callback(options.claim.release)
+            plan = replace(plan, claim=claim)
+        if plan.claim is not None:
+            stack.callback(plan.claim.release)
         job.denoiser.check_conditionings({id(one.conditioning): one.conditioning for one in data.samples}.values())
-        parts = split(data, share=job.config.validation_share, given=options.validation)
+        parts = split(data, share=job.config.validation_share, given=plan.validation)
         job = replace(job, runtime=replace(job.runtime, varying_sizes=sizes_vary(parts.training.samples)))
-        record = run_record(
-            job, parts, title=options.title, source=options.source, facts=options.facts, verify=options.verify
-        )
+        record = run_record(job, parts, title=plan.title, source=plan.source, facts=plan.facts, verify=plan.verify)
         _check_together(job, record)
         folder, start = None, None
-        if options.output is not None:
+        if plan.output is not None or host.runs is not None:
             # Only rank 0 uses the folder, and broadcasts how the run starts.
             def begin() -> tuple[RunRecord, RunState | None]:
                 nonlocal folder
-                folder, found, state = stack.enter_context(_opened(record, options, run_bytes(job)))
+                folder, found, state = stack.enter_context(_opened(record, plan, host))
                 return found, state
 
             record, start = processes.broadcast_from_rank0(begin)
             job = job.starting_from(record.config["existing_state"])
-        return _Run(job, parts, options, record, folder).train(start)
+        return _Run(replace(plan, job=job), parts, host, record, folder).train(engine(job), start)
 
 
 @contextlib.contextmanager
-def _opened(
-    record: RunRecord, options: RunOptions, size_bytes: int
-) -> Iterator[tuple[RunFolder, RunRecord, RunState | None]]:
+def _opened(record: RunRecord, plan: Plan, host: RunHost) -> Iterator[tuple[RunFolder, RunRecord, RunState | None]]:
     """Inside the context, a run has its folder; yields it with the record as it is there, and the state to resume."""
-    folder = _claimed(options, record.fingerprint)
+    folder = _claimed(plan, host, record.fingerprint)
     with folder.claimed():
-        check_room(folder.path, size_bytes)
-        if folder.exists and not options.fresh:
-            record = continuing(folder, record, options.on_event)
-        with claimed_run(folder, record, fresh=options.fresh, on_event=options.on_event) as start:
+        check_room(folder.path, run_bytes(plan.job))
+        if folder.exists and not plan.fresh:
+            record = continuing(folder, record, host.on_event)
+        with claimed_run(folder, record, fresh=plan.fresh, on_event=host.on_event) as start:
             before = folder.record()
             whole: Fingerprint = {**before.fingerprint, **record.fingerprint}  # digests of whole files are kept
             yield folder, replace(record, environments=before.environments, fingerprint=whole), start
 
 
-def _claimed(options: RunOptions, fingerprint: Fingerprint) -> RunFolder:
+def _claimed(plan: Plan, host: RunHost, fingerprint: Fingerprint) -> RunFolder:
     """The folder of a run, claimed; one that is chosen is chosen again if another run was faster."""
-    output, before = options.output, None
-    assert output is not None
+    before = None
     while True:
-        named = output if isinstance(output, Path) else output(fingerprint)
-        path = output_folder(named, options.title)
-        folder = options.claim if options.claim is not None and options.claim.path == path else RunFolder(path)
+        named = host.folder(plan, fingerprint)
+        path = output_folder(named, plan.title)
+        folder = plan.claim if plan.claim is not None and plan.claim.path == path else RunFolder(path)
         try:
             folder.claim()
             break
@@ -156,7 +195,7 @@ def _claimed(options: RunOptions, fingerprint: Fingerprint) -> RunFolder:
                 raise
             before = path
     if path != named:
-        options.on_event(Warned(message=f"{named} has files that are not a run's; the run is in {path}."))
+        host.on_event(Warned(message=f"{named} has files that are not a run's; the run is in {path}."))
     return folder
 
 
@@ -182,25 +221,23 @@ def _check_together(job: Job, record: RunRecord) -> None:
 
 
 class _Run:
-    def __init__(
-        self, job: Job, parts: Split, options: RunOptions, record: RunRecord, folder: RunFolder | None
-    ) -> None:
+    def __init__(self, plan: Plan, parts: Split, host: RunHost, record: RunRecord, folder: RunFolder | None) -> None:
+        job = plan.job
+        self._plan = plan
         self._job = job
         self._parts = parts
-        self._options = options
+        self._host = host
         self._environment = record.environment
         self._folder = folder
-        self._handlers: list[EventHandler] = [options.on_event] if folder is None else [folder, options.on_event]
-        self._draw = None if folder is None else options.previews(folder.path)
-        if folder is not None:
-            options.begun(folder.path)
+        self._handlers: list[EventHandler] = [host.on_event] if folder is None else [folder, host.on_event]
+        self._draw = None if folder is None else host.begin(plan, folder.path)
         # Only rank 0 saves the LoRA.
         self._hashes = BaseHashes(job.denoiser.base.path if job.runtime.processes.is_first else None)
         self._results = Results(
             job,
             parts.training,
-            title=options.title,
-            trigger=options.trigger,
+            title=plan.title,
+            trigger=plan.trigger,
             record=record,
             folder=None if folder is None else folder.path,
             hashes=self._hashes,
@@ -211,15 +248,15 @@ class _Run:
                 job.denoiser, parts.held_out.samples, job.config, job.runtime, self._results.save_best
             )
 
-    def train(self, start: RunState | None) -> TrainResult:
-        job, options = self._job, self._options
+    def train(self, engine: Engine, start: RunState | None) -> TrainResult:
+        job, host = self._job, self._host
         loop = Loop(
-            options.engine(job),
+            engine,
             self._parts.training.samples,
             on_event=self._emit,
-            cancelled=options.cancelled,
+            cancelled=host.cancelled,
             watchers=self._watchers(),
-            until=options.until,
+            until=self._plan.until,
         )
         reason = Outcome.FAILED
         try:
@@ -234,7 +271,7 @@ class _Run:
                 self._emit(Resumed(step=loop.step, message=self._how_it_continues(loop)))
             with self._tracked(), self._captions(), self._hashes:
                 outcome = loop.run()
-                self._hashes.wait(options.cancelled)
+                self._hashes.wait(host.cancelled)
                 reason = outcome
         except BaseException as error:
             # Save the steps taken, whatever the error is, then raise it.
@@ -281,9 +318,9 @@ class _Run:
         if (lora := result.path) is not None:
             if any(map(math.isfinite, result.losses)):
                 self._extra("loss plot", lambda: result.plot(lora.with_name("loss.png")))
-            self._extra("information beside it", lambda: self._options.beside(lora))
+            self._extra("information beside it", lambda: self._host.write_beside(self._plan, lora))
         if (folder := self._folder) is not None:
-            self._extra("report", lambda: self._options.page(folder.path, end))
+            self._extra("report", lambda: self._host.write_report(folder.path, end))
 
     def _extra(self, what: str, make: Callable[[], object]) -> None:
         """Make an optional file, after the LoRA is saved; a failure is a warning."""
@@ -298,13 +335,13 @@ class _Run:
             self._job.draws,
             seed=self._job.config.seed,
             on_event=self._emit,
-            progress=lambda done, total: self._options.on_event(CaptionEncoded(done=done, total=total)),
+            progress=lambda done, total: self._host.on_event(CaptionEncoded(done=done, total=total)),
         )
 
     @contextlib.contextmanager
     def _tracked(self) -> Iterator[None]:
         """Inside the context, events are logged to a tracker, if `track` is set."""
-        config, title = self._job.config, self._options.title
+        config, title = self._job.config, self._plan.title
         if config.track == "none" or self._folder is None:
             yield
             return

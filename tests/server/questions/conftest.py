@@ -11,7 +11,8 @@ from PIL import Image
 
 from lorasmith.core.folders import Folders
 from lorasmith.data.data_config import ImageSource
-from lorasmith.runs.folder_run import prepare, train_prepared
+from lorasmith.runs.plan import plan
+from lorasmith.runs.run import Host, run
 from lorasmith.runs.spec import RunSpec
 
 SETTINGS = {
@@ -36,8 +37,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "0.txt").write_text("a dog on grass")
     previews = {"previews": "a dog", "preview_steps": 1, "preview_every": 4, "preview_strengths": "1"}
     settings = {"resolution": 32, "trigger": "sks dog", **SETTINGS, **previews}
-    spec = RunSpec(sources=(ImageSource(str(folder)),), model="lorasmith-tiny", settings=settings)
-    train_prepared(prepare(spec), output=base / "runs" / "dog-001")
+    output = str(base / "runs" / "dog-001")
+    spec = RunSpec(sources=(ImageSource(str(folder)),), model="lorasmith-tiny", output=output, settings=settings)
+    run(plan(spec, Host()), Host())
     return base
 
 

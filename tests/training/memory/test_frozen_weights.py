@@ -30,7 +30,7 @@ from lorasmith.data.encoding import load_dataset
 from lorasmith.families.loading import load_model
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Model
-from lorasmith.runs.model_run import train
+from lorasmith.runs.library import train
 from lorasmith.sampling.generate import generate
 from lorasmith.training.engine import frozen
 from lorasmith.training.events import StepDone

@@ -15,7 +15,7 @@ from lorasmith.core.placement import placed
 from lorasmith.core.quantization import PACKINGS, packed
 from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.families.model import Model
-from lorasmith.runs.model_run import train
+from lorasmith.runs.library import train
 from lorasmith.training.events import Event, Planned, Shrunk
 from lorasmith.training.memory import activations
 from lorasmith.training.memory.frozen_weights import WeightStream, weights_packed

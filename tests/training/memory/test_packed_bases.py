@@ -20,7 +20,7 @@ from lorasmith.adapters.frozen_layer import packed_layers
 from lorasmith.core.errors import LoraError
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Denoiser, Model
-from lorasmith.runs.model_run import train
+from lorasmith.runs.library import train
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Warned
 from lorasmith.training.job import plan_job

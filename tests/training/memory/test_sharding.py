@@ -29,7 +29,7 @@ from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.families.loading import load_model
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Model
-from lorasmith.runs.model_run import train
+from lorasmith.runs.library import train
 from lorasmith.training import engine as engines
 from lorasmith.training import watchers
 from lorasmith.training.config import TrainConfig

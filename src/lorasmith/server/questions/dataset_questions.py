@@ -26,8 +26,7 @@ from lorasmith.data.image_files import ImageError, header_size, image_suffixes, 
 from lorasmith.data.preflight import name_in
 from lorasmith.data.source_files import Candidate, ScanNotes, candidates
 from lorasmith.families.locating import ModelFiles
-from lorasmith.runs.data_check import DataCheck, check_folder
-from lorasmith.runs.data_check_page import said_of
+from lorasmith.runs.data_check import DataCheck, check_folder, said_of
 from lorasmith.runs.spec import SETTINGS
 from lorasmith.server.api_shapes import (
     CheckedPicture,

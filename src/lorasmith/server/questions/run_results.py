@@ -22,7 +22,7 @@ from lorasmith.families.base import FAMILIES
 from lorasmith.families.loading import load_structure
 from lorasmith.families.locating import built_in_models
 from lorasmith.nodes import load_nodes
-from lorasmith.runs.recorded_run import Rights, repeated
+from lorasmith.runs.recorded_run import Typed, repeated
 from lorasmith.runs.run_page import is_own, lora_of_run
 from lorasmith.runs.spec import SETTINGS, RunSpec
 from lorasmith.server.api_shapes import InstalledLora
@@ -82,14 +82,14 @@ def train_on_request(folders: Folders, id: str, *, steps: int) -> dict[str, Any]
         raise OptionError(f"steps must be more than the {before:,} of the run, got {steps:,}; add some")
     try:
         mine = RunSpec.from_record(record.source, {})
-        given = {
-            "model": mine.model if _is_model(folders, mine.model) else None,
-            "text_encoders": mine.text_encoders if all(_is_model(folders, one) for one in mine.text_encoders) else (),
-            "vae": mine.vae if mine.vae and _is_model(folders, mine.vae) else None,
-        }
+        known = RunSpec(
+            model=mine.model if _is_model(folders, mine.model) else "",
+            text_encoders=mine.text_encoders if all(_is_model(folders, one) for one in mine.text_encoders) else (),
+            vae=mine.vae if mine.vae and _is_model(folders, mine.vae) else None,
+        )
         # Whether links are followed is a setting of the server, not of the record.
         plain = replace(record, source={**record.source, "follow_links": False})
-        spec = repeated(plain, folder / RECORD, Rights(), **given)  # type: ignore[arg-type]
+        spec = repeated(plain, folder / RECORD, Typed(spec=known))
     except ValueError as error:
         raise TrainingError(
             f"{folder / RECORD} is damaged ({error}); restore it from a copy, or train again"

@@ -277,6 +277,12 @@ def unfinished_run(parent: Path, title: str, fingerprint: Fingerprint) -> Path |
     return None
 
 
+def new_run_folder(parent: Path, title: str, *, numbering: str = "-{:03}") -> Path:
+    """A new folder, numbered after the highest existing one with that title; runs are never overwritten."""
+    last = max((number for number, _ in numbered_runs(parent, title, any_case=True)), default=0)
+    return parent / (title + numbering.format(last + 1))
+
+
 def numbered_runs(parent: Path, title: str, *, any_case: bool = False) -> list[tuple[int, Path]]:
     """(number, path) of entries below `parent` whose name is the title and a number, such as `dog-001`.
 
