@@ -12,7 +12,6 @@ from rich.table import Table
 from lorasmith.adapters.catalogue import ALGORITHMS
 from lorasmith.cli.console import console, echo, heading, print_note, print_result
 from lorasmith.cli.flags import BaseDir, BaseModel, ExtraModelPaths, TextEncoderFiles, VaeFile, folders_of, with_flags
-from lorasmith.cli.run_output import found_line
 from lorasmith.core.options import options_of
 from lorasmith.core.printable import memory_text
 from lorasmith.training.config import TrainConfig
@@ -268,7 +267,7 @@ def _print_plan(found: MemoryEstimate) -> None:
         echo(f"{label:<10}{text}")
         if label == "Model":
             for part in found.found:
-                echo(f"{'':<10}{found_line(part)}")
+                echo(f"{'':<10}{part.line}")
     proposal, card = found.proposal, memory_text(found.card_bytes)
     flags = " ".join(proposal.flags) or "the defaults"
     echo()

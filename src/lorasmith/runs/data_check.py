@@ -27,7 +27,7 @@ from lorasmith.families.locating import ModelFiles
 from lorasmith.families.model import Model
 from lorasmith.families.model_search import load_completed
 from lorasmith.families.parts.encoders import ENCODERS
-from lorasmith.report.data_page import DataReport, Shot, SizeRow, Trouble, data_page
+from lorasmith.report.data_page import DataReport, PictureCard, SizeRow, Trouble, data_page
 from lorasmith.report.pictures import picture_uri
 from lorasmith.runs.command_lines import command_line, positional
 
@@ -212,7 +212,7 @@ def data_report(check: DataCheck, config: DataConfig, *, model: str | None = Non
     shown |= {index for group in found.alike[:_GROUPS] for index in group.members[:_SHOWN]}
     pictures = _pictures(found, sorted(shown))
 
-    def shots(indices: Sequence[int], *, kept: int | None = None) -> list[Shot]:
+    def shots(indices: Sequence[int], *, kept: int | None = None) -> list[PictureCard]:
         return [_shot(found, index, pictures[index], is_kept=index == kept) for index in indices if index in pictures]
 
     def trouble(finding: Finding) -> Trouble:
@@ -300,13 +300,13 @@ def _groups(found: Preflight, finding: Finding) -> tuple[list[tuple[int, ...]], 
     return shown, sum(map(len, groups)) - sum(map(len, shown))
 
 
-def _shot(found: Preflight, index: int, picture: tuple[str, int, int] | None, *, is_kept: bool = False) -> Shot:
+def _shot(found: Preflight, index: int, picture: tuple[str, int, int] | None, *, is_kept: bool = False) -> PictureCard:
     one = found.images[index]
     marks, remarks = said_of(found, index)
     width, height = one.file.width, one.file.height
     left, top, right, bottom = one.crop
     crop = None if one.kept >= _WHOLE else (left / width, top / height, right / width, bottom / height)
-    return Shot(
+    return PictureCard(
         name=one.name,
         about=f"{one.size} → {one.bucket[0]}×{one.bucket[1]}",
         caption=one.file.caption,

@@ -15,6 +15,7 @@ from lorasmith.data.data_config import ImageSource
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.data.encoding import clip_form, datasets_folder, encode_scan
 from lorasmith.data.folder import FolderScan, has_videos, scan_sources
+from lorasmith.data.picture_encoding import EncodingProgress
 from lorasmith.families.model_search import Completed
 from lorasmith.runs.class_images import class_scan
 from lorasmith.runs.data_check import check_scan
@@ -30,7 +31,6 @@ from lorasmith.runs.run_plan import (
     RunPlanned,
 )
 from lorasmith.runs.spec import RunSpec
-from lorasmith.server.comfyui.websocket import Progress
 from lorasmith.training.events import CaptionEncoded, Warned
 from lorasmith.training.job import Job, plan_job
 from lorasmith.training.storage.records import check_title
@@ -113,7 +113,7 @@ def plan(spec: RunSpec, host: Host) -> FolderPlan:
         summary = _summary(spec, scan, loaded, job, check.preflight.epoch.held_out)
         host.on_event(RunPlanned(plan=summary))
 
-        def encoded(found: FolderScan, progress: Progress | None) -> EncodedDataset:
+        def encoded(found: FolderScan, progress: EncodingProgress | None) -> EncodedDataset:
             return encode_scan(
                 found,
                 base,
