@@ -6,7 +6,6 @@ its meaning: alpha 1, the down matrix starting at zero, every Linear and convolu
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -32,9 +31,9 @@ from lorasmith.nodes.values import (
 )
 from lorasmith.runs.model_run import run_folder, train_job
 from lorasmith.runs.run_previews import PreviewFrames
-from lorasmith.runs.view import RunView, note_of
+from lorasmith.runs.view import ViewPublisher, note_of
 from lorasmith.training.config import NONE_LORA, TrainConfig, lora_settings, settings_from_file, unused_settings
-from lorasmith.training.events import Event, EventHandler, Previewed, RunStarted, StepDone, Validated, encoded
+from lorasmith.training.events import Event, EventHandler, Previewed, RunStarted, StepDone, Validated
 from lorasmith.training.job import plan_job
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.notes import OtherProgram, Remark
@@ -231,15 +230,14 @@ def _dataset(
 
 
 def _reporter(context: NodeContext, steps: int) -> EventHandler:
-    """A handler that forwards training events to a node's progress, log and warnings, and as reports."""
-    frames, view = PreviewFrames(), RunView()
+    """A handler that shows training events in a node's progress, log and warnings, and publishes their view."""
+    frames, publisher = PreviewFrames(), ViewPublisher(lambda view: context.publish("view", view))
 
     def report(event: Event) -> None:
-        context.publish("training", json.loads(encoded(event)))
-        view.take(event)
+        publisher(event)
         match event:
             case StepDone():
-                context.progress(view.step, steps, text=f"loss {view.loss.mean:.4g}")
+                context.progress(event.step, steps, text=publisher.view.line)
             case Previewed():
                 context.progress(event.step, steps, text=f"preview at step {event.step}", preview=frames(event))
             case Validated():
@@ -250,9 +248,8 @@ def _reporter(context: NodeContext, steps: int) -> EventHandler:
                     f"{count_text(event.samples, 'image')} for {count_text(event.steps, 'step')}, on {event.device} in "
                     f"{event.dtype}; the run folder is {event.folder}."
                 )
-        if (note := note_of(event)) is not None:
-            kind, sentence = note
-            (context.warn if kind == "Note" else context.log)(sentence)
+        if (note := note_of(event)) is not None and note.kind != "Remark":
+            (context.warn if note.is_warning else context.log)(note.text)
 
     return report
 

@@ -40,11 +40,12 @@ from lorasmith.nodes import load_nodes
 from lorasmith.runs.folder_run import prepare, train_prepared
 from lorasmith.runs.model_run import run_folder
 from lorasmith.runs.spec import RunSpec
+from lorasmith.runs.view import RunView
 from lorasmith.server.child_process import BlockingChannel
-from lorasmith.server.job_reporter import JobReporter, event_json, graph_end, history_message
+from lorasmith.server.job_reporter import JobReporter, graph_end, history_message
 from lorasmith.server.jobs import measurement_subject
 from lorasmith.server.server_config import folders_of_child
-from lorasmith.training.events import Event, Validated
+from lorasmith.training.events import Event
 from lorasmith.training.job import plan_job
 from lorasmith.training.outcome import Outcome
 from lorasmith.training.results import TrainResult
@@ -98,7 +99,6 @@ class Jobs:
             request,
             folders,
             device=self._device,
-            reporter=reporter,
             cancelled=self._cancel.is_set,
             load=self._model.load,
         )
@@ -203,7 +203,7 @@ class GraphJob:
     def _hear(self, event: events.Event) -> None:
         assert self._reporter is not None
         if isinstance(event, events.NodeReport):
-            self._reporter.training({**event.data, "node_id": event.node_id})
+            self._reporter.view(event.data, event.node_id)
             return
         data: dict[str, Any] = {"event": type(event).__name__}
         match event:
@@ -276,11 +276,8 @@ def train(
     # Each worker sees a single GPU.
     spec = replace(given.trusted(), device=given.device if given.device == "cpu" else None)
 
-    def report(event: Event) -> None:
-        reporter.training(event_json(event))
-
     def report_or_stop(event: Event) -> None:
-        report(event)
+        reporter.event(event)
         if cancelled():
             raise CancelledError("the job was cancelled before its first step; what was encoded is kept")
 
@@ -305,7 +302,7 @@ def train(
         reporter.run(folder)  # reported before the first step, so that a complete run is never trained again
         return folder
 
-    result = train_prepared(prepared, output=output, on_event=report, cancelled=cancelled)
+    result = train_prepared(prepared, output=output, on_event=reporter.event, cancelled=cancelled)
     if result.reason is Outcome.CANCELLED:
         raise CancelledError(f"the job was cancelled after {count_text(len(result.losses), 'step')} and saved")
     return {"outputs": _found(result)}
@@ -357,12 +354,13 @@ def _found(result: TrainResult) -> dict[str, Any]:
 def _found_before(folder: Path) -> dict[str, Any]:
     """The outputs of a complete run, read from its folder."""
     history = read_history(folder)
+    view = RunView.of(history.events)
     lora = folder / f"{history.record.title}.safetensors"
     return {
-        "steps": len(history.steps()),
+        "steps": len(view.points),
         "lora": lora.name if lora.is_file() else None,
-        "verdict": next((one.verdict for one in reversed(history.of(Validated))), UNJUDGED),
-        "reason": None if history.outcome is None else history.outcome.value,
+        "verdict": UNJUDGED if view.validation is None else view.validation.verdict,
+        "reason": None if view.outcome is None else view.outcome.value,
     }
 
 
@@ -371,11 +369,10 @@ def measure(
     folders: Folders,
     *,
     device: torch.device,
-    reporter: JobReporter,
     cancelled: Callable[[], bool],
     load: Load,
 ) -> dict[str, Any]:
-    """Measure the seconds per step and the peak memory of a training, with a `Measuring` event for each stage.
+    """Measure the seconds per step and the peak memory of a training.
     `request` is `{model, settings, text_encoders, vae}` as in a `RunSpec`. Raises CancelledError, OptionError for a bad
     request, and errors of loading the model.
     """
@@ -391,7 +388,6 @@ def measure(
     def begin(stage: str) -> None:
         if cancelled():
             raise CancelledError("the measurement was cancelled")
-        reporter.training({"event": "Measuring", "at": time.time(), "stage": stage})
 
     begin("the model")
     found = measured(job, samples, steps=_STEPS, floor=False, on_stage=begin)

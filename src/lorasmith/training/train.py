@@ -19,7 +19,16 @@ from lorasmith.data.dataset import EncodedDataset
 from lorasmith.data.split import Split, split
 from lorasmith.training.captions_ahead import captions_ready
 from lorasmith.training.engine import Engine
-from lorasmith.training.events import CaptionEncoded, Event, EventHandler, Resumed, RunFinished, RunStarted, Warned
+from lorasmith.training.events import (
+    CaptionEncoded,
+    EarlierEvents,
+    Event,
+    EventHandler,
+    Resumed,
+    RunFinished,
+    RunStarted,
+    Warned,
+)
 from lorasmith.training.job import Job, engine_of
 from lorasmith.training.loop import Loop, Watcher
 from lorasmith.training.memory.compilation import sizes_vary
@@ -28,6 +37,7 @@ from lorasmith.training.outcome import Outcome
 from lorasmith.training.progress import RunState
 from lorasmith.training.results import Results, TrainResult
 from lorasmith.training.storage.fingerprint import Fingerprint, differences
+from lorasmith.training.storage.history import read_history
 from lorasmith.training.storage.longer_run import continuing
 from lorasmith.training.storage.lora_metadata import BaseHashes
 from lorasmith.training.storage.output_folder import output_folder
@@ -354,6 +364,7 @@ class _Run:
             found = list(self._inexact(folder))
             same = "bit-identically" if not found else f"not bit-identically, because of {'; '.join(found)}"
             message = f"The run in {folder.path} continues from step {start.step}, {same}."
+            self._options.on_event(EarlierEvents(events=read_history(folder.path).events))
             self._emit(Resumed(step=start.step, message=message))
 
     def _how_it_continues(self, loop: Loop) -> str:
