@@ -166,7 +166,7 @@ class RunView:
     @property
     def seconds(self) -> float:
         """Training time without pauses before resumptions."""
-        return self._earlier_seconds + max(0.0, self._latest - (self._start or self._latest))
+        return self._earlier_seconds + (0.0 if self._start is None else max(0.0, self._latest - self._start))
 
     @property
     def seconds_per_step(self) -> float | None:
@@ -316,19 +316,20 @@ METRICS: Sequence[Callable[[RunView], Metric | None]] = (_loss, _held_out, _spee
 
 
 class ViewPublisher:
-    """Receives events, and publishes their view as JSON: at once, but progress at most once a second."""
+    """Receives events, and publishes their view as JSON: at once, but progress of one kind at most once a second."""
 
     def __init__(self, publish: Callable[[dict[str, Any]], object]) -> None:
         self.view = RunView()
         self._publish = publish
-        self._published = -math.inf
+        self._progress: Event | None = None  # the last that was published
 
     def __call__(self, event: Event) -> None:
         self.view.take(event)
         if isinstance(event, StepDone) or _activity(event) is not None:
-            if 0 <= event.at - self._published < 1:
+            last = self._progress
+            if type(event) is type(last) and 0 <= event.at - last.at < 1:
                 return
-            self._published = event.at
+            self._progress = event
         self._publish(self.view.to_json())
 
 

@@ -280,8 +280,8 @@ def frames_of(notice: Notice, client: Client, progress: Progress) -> Iterator[Fr
             yield message("logs", {"entries": [log_entry(notice.data)], "size": TERMINAL_SIZE})
     elif notice.kind == "view":
         if notice.client_id in (None, client.id) and notice.data["node_id"] is not None:
-            node, changes = notice.data["node_id"], client.views.changes(notice)
-            yield message(TRAINING, {"prompt_id": notice.job_id, "node": node, "view": changes})
+            if changes := client.views.changes(notice):
+                yield message(TRAINING, {"prompt_id": notice.job_id, "node": notice.data["node_id"], "view": changes})
     elif notice.kind == "graph" and notice.job_id is not None:
         yield from _graph_frames(notice, notice.job_id, client, progress)
 
