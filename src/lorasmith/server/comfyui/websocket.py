@@ -279,9 +279,9 @@ def frames_of(notice: Notice, client: Client, progress: Progress) -> Iterator[Fr
         if client.reads_log:
             yield message("logs", {"entries": [log_entry(notice.data)], "size": TERMINAL_SIZE})
     elif notice.kind == "view":
-        if notice.client_id in (None, client.id) and notice.data["node_id"] is not None:
-            if changes := client.views.changes(notice):
-                yield message(TRAINING, {"prompt_id": notice.job_id, "node": notice.data["node_id"], "view": changes})
+        node, is_own = notice.data["node_id"], notice.client_id in (None, client.id)
+        if node is not None and is_own and (changes := client.views.changes(notice)):
+            yield message(TRAINING, {"prompt_id": notice.job_id, "node": node, "view": changes})
     elif notice.kind == "graph" and notice.job_id is not None:
         yield from _graph_frames(notice, notice.job_id, client, progress)
 
