@@ -412,7 +412,8 @@ def _sentence(text: str) -> str:
 
 
 def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+    """For a curve: six digits, None for NaN and infinity."""
+    return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
 def _thinned(items: list[Any]) -> list[Any]:
