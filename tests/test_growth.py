@@ -39,7 +39,7 @@ from lorasmith.formats.inspect import describe
 from lorasmith.formats.spelling import SIGNATURES, split_key
 from lorasmith.nodes import load_nodes
 from lorasmith.nodes.strings import _Formatter
-from lorasmith.report.loss_plot import trailing_means
+from lorasmith.report.loss_plot import recent_losses
 from lorasmith.runs.spec import SETTINGS
 from lorasmith.sampling.previews import parse_prompts
 from lorasmith.toolbox.check import check_lora
@@ -108,7 +108,7 @@ READERS: dict[str, Callable[[str], object]] = {
     "value of an override": lambda text: apply_overrides({"1": {"inputs": {"a": 1}}}, [f"1.a={text}"]),
     "workflow": parse_prompt,
     "format of a text": lambda text: _Formatter().vformat(text, (), {"a": "b"}),
-    "losses": lambda text: trailing_means([float(ord(one)) for one in text]),
+    "losses": lambda text: recent_losses([float(ord(one)) for one in text]),
 }
 PIECES = (
     "1:",

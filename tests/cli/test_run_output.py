@@ -80,7 +80,7 @@ def test_without_a_terminal_lines_take_the_place_of_the_bar(
             show(event)
     assert capsys.readouterr().out.splitlines() == [
         "Step 1 of 10,000, loss 0.4200",
-        "Step 2 of 10,000, loss 0.4200, 0.5 s/step, 1:23:19 left",
+        "Step 2 of 10,000, loss 0.4200 · 2.00 steps/s · 1:23:19 left",
         "Drawing previews: 1 of 4",
     ]
 

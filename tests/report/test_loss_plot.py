@@ -151,6 +151,6 @@ def test_losses_that_come_in_one_by_one_have_the_same_mean() -> None:
     losses = [1e300, math.nan, *(1 / number for number in range(1, 300)), math.inf, -1e-300]
     coming = RecentLosses()
     for count, loss in enumerate(losses, 1):
-        coming.add(loss)
+        coming.add(count, loss)
         assert coming.recent == recent_loss(losses[:count])
     assert math.isnan(RecentLosses().recent.mean)

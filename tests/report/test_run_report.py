@@ -16,7 +16,7 @@ from PIL import Image
 from lorasmith.report.curves import Curves, loss_figure, quantile_figure
 from lorasmith.report.markup import Html, document, tag
 from lorasmith.report.pictures import PictureTable, data_uri, picture_table, thinned
-from lorasmith.report.run_report import Note, RunReport, Setting, ValidationRow, run_report
+from lorasmith.report.run_report import RunReport, Setting, ValidationRow, run_report
 
 pytestmark = pytest.mark.usefixtures("figures_drawn")
 
@@ -109,7 +109,7 @@ def whole(text: str, picture: Path) -> dict:
         "data": {text: text},
         "captions": [(text, text)],
         "environment": {text: text},
-        "notes": [Note(text, text, 3)],
+        "notes": [(text, text, 3)],
     }
 
 

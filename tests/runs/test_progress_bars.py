@@ -78,7 +78,7 @@ def test_a_run_shows_steps_the_mean_loss_and_what_validations_say(terminal: Term
             show(StepDone(step=step, loss=step / 10, grad_norm=1.0))
     shown = terminal.getvalue()
     assert "it continues" in shown and "\x1b[31m" not in shown and "mind" in shown
-    assert "6/10" in shown and "loss 0.5500, held out -10.0 %" in shown
+    assert "6/10" in shown and "loss 0.5500 · held out -10.0 %" in shown
 
 
 def test_a_long_run_averages_its_last_losses(terminal: Terminal) -> None:
@@ -86,7 +86,7 @@ def test_a_long_run_averages_its_last_losses(terminal: Terminal) -> None:
         show(started(60))
         for step in range(1, 61):
             show(StepDone(step=step, loss=100.0 if step <= 40 else 1.0, grad_norm=1.0))
-    assert "loss 1.0000" in terminal.getvalue()
+    assert "loss 1.000" in terminal.getvalue()
 
 
 def test_a_log_has_the_notes_alone(log: io.StringIO) -> None:

@@ -48,7 +48,7 @@ def test_a_run_with_all_there_is(tmp_path: Path) -> None:
     assert found.facts["best held-out loss, at step 200"] == "0.3543" and found.facts["trained numbers"] == "610,864"
     assert len(found.curves.losses) == 320 and found.curves.faults == [107] and found.curves.rate_varies
     assert [row.step for row in found.validations] == list(range(0, 321, 40))
-    assert [note.kind for note in found.notes] == ["Note", "Out of memory", "Rolled back"]
+    assert [kind for kind, _, _ in found.notes] == ["Note", "Out of memory", "Rolled back"]
     assert {image.name: image.standing for image in found.images}["picture-17"] == "never fit"
     assert found.quantiles is not None and len(found.quantiles.bins) == 6
     assert found.before_after is not None and found.progress is not None

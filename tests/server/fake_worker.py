@@ -68,8 +68,8 @@ def run(channel: Any, job: dict[str, Any], cancel: threading.Event) -> None:
             end |= {"state": "failed", "error": {"kind": "NodeError", "message": "no"}, "last": last}
         case "steps":
             for step in range(request["steps"]):
-                data = {"event": "StepDone", "step": step}
-                channel.send({"type": "notice", "kind": "training", "data": data, "droppable": True}, b"picture")
+                data = {"node_id": None, "view": {"step": step}}
+                channel.send({"type": "notice", "kind": "view", "data": data, "droppable": True}, b"picture")
         case "measure":
             end["found"] = {"subject": "s", "values": {"seconds_per_step": 1.5}}
     channel.send(end)

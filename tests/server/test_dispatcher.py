@@ -38,7 +38,7 @@ async def started(context: ServerContext, job: Job) -> Job:
 
 def test_jobs_run_one_after_another_on_one_worker_and_are_reported(tmp_path: Path) -> None:
     async def check(context: ServerContext) -> None:
-        with context.hub.subscribe(kinds={"job", "queue", "training"}) as everything:
+        with context.hub.subscribe(kinds={"job", "queue", "view"}) as everything:
             jobs = [context.dispatcher.submit("train", {"name": str(one)}, client_id="me") for one in range(3)]
             steps = context.dispatcher.submit("train", {"do": "steps", "steps": 3}, front=True, client_id="other")
             done = [await ended(context, job) for job in jobs]
@@ -48,9 +48,10 @@ def test_jobs_run_one_after_another_on_one_worker_and_are_reported(tmp_path: Pat
         changes = [(one.job_id, one.data["state"]) for one in notices if one.kind == "job"]
         assert changes[:4] == [(job.id, "pending") for job in (*jobs, steps)]
         assert changes[4:] == [(job.id, state) for job in (steps, *jobs) for state in ("running", "completed")]
-        training = [one for one in notices if one.kind == "training"]
-        assert [one.data["step"] for one in training] == [0, 1, 2]
-        assert {(one.client_id, one.binary, one.droppable) for one in training} == {("other", b"picture", True)}
+        views = [one for one in notices if one.kind == "view"]
+        assert [one.data["view"]["step"] for one in views] == [0, 1, 2]
+        assert {(one.client_id, one.binary, one.droppable) for one in views} == {("other", b"picture", True)}
+        assert context.hub.views(steps.id) == views[-1:]
         queues = [one.data for one in notices if one.kind == "queue"]
         assert queues[3] == {"pending": 4, "running": 0} and queues[-1] == {"pending": 0, "running": 0}
         assert any("this is printed, not sent, by cpu" in one["m"] for one in context.log.entries)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from lorasmith.server.hub import Hub, Notice, Subscription
+from lorasmith.server.hub import Hub, Notice, SentViews, Subscription
 
 
 def step(number: int, *, job: str = "j", picture: bytes | None = None) -> Notice:
     data = {"event": "StepDone", "step": number}
-    return Notice(kind="training", job_id=job, data=data, droppable=True, binary=picture)
+    return Notice(kind="graph", job_id=job, data=data, droppable=True, binary=picture)
+
+
+def view(step: int, node: str | None = None) -> Notice:
+    return Notice(kind="view", job_id="j", data={"node_id": node, "view": {"step": step, "steps": 60}})
 
 
 def said(number: int) -> Notice:
@@ -66,6 +70,21 @@ def test_progress_is_replaced_for_a_slow_reader_and_nothing_else() -> None:
     assert [one["n"] for one in found if "n" in one] == [0, *range(0, 3_000, 300)]
     steps = [one["step"] for one in found if "step" in one]
     assert steps[-2:] == [2999, 2999] and steps == sorted(steps)
+
+
+def test_a_slow_reader_gets_the_last_view_alone_and_one_that_comes_later_gets_it_too() -> None:
+    hub = Hub()
+    slow, sent = hub.subscribe(most=80), SentViews()
+    for number in range(3_000):
+        hub.publish(view(number))
+        if number < 50:
+            hub.publish(said(number))
+    found = [one for one in read(slow) if "view" in one]
+    assert not slow.cut_off and len(found) < 30 and found[-1]["view"] == {"step": 2999, "steps": 60}
+    (last,) = hub.views("j")
+    assert last.data == found[-1] and hub.views("other") == []
+    assert sent.changes(view(1)) == {"step": 1, "steps": 60} and sent.changes(view(1)) == {}
+    assert sent.changes(view(2)) == {"step": 2} and sent.changes(view(2, node="7")) == {"step": 2, "steps": 60}
 
 
 def test_a_reader_that_never_reads_is_cut_off() -> None:

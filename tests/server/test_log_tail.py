@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from lorasmith.server import log_tail
-from lorasmith.server.log_tail import LogTail, end_of_log
+from lorasmith.server.log_tail import LogTail, view_of_log
+from lorasmith.training.events import MOST_LINE_BYTES, StepDone, encoded
 
 
 @pytest.fixture
@@ -15,70 +16,61 @@ def log(tmp_path: Path) -> Path:
     return tmp_path / "events.jsonl"
 
 
-def read(tail: LogTail) -> list[object]:
-    return [event.data.get("n") for event in tail.read()]
+def step(number: int) -> str:
+    return encoded(StepDone(step=number, loss=0.5, grad_norm=1.0)) + "\n"
+
+
+def steps(tail: LogTail) -> list[int]:
+    tail.read()
+    return [one.step for one in tail.view.points]
 
 
 def test_complete_lines_are_read_once(log: Path) -> None:
     tail = LogTail(log)
-    assert read(tail) == []  # it is not there yet
-    log.write_text('{"n": 1}\n{"n": 2}\n{"n":')
-    assert read(tail) == [1, 2] and read(tail) == []
+    assert steps(tail) == []  # it is not there yet
+    log.write_text(step(1) + step(2) + step(3)[:20])
+    assert steps(tail) == [1, 2] and steps(tail) == [1, 2]
     with log.open("a") as file:
-        file.write(" 3}\n")
-    assert read(tail) == [3]
-    assert not tail.begins_again
-
-
-def test_reading_continues_behind_an_event(log: Path) -> None:
-    log.write_text('{"n": 1}\n{"n": 2}\n{"n": 3}\n')
-    first, *_ = LogTail(log).read()
-    assert read(LogTail(log, first.place)) == [2, 3]
-    assert read(LogTail(log, end_of_log(log))) == []
-
-
-@pytest.mark.parametrize("place", ["", "x", "1-x", "-5", "1-", "999999999-10", "1-1-1"])
-def test_a_place_that_is_none_begins_at_the_start(log: Path, place: str) -> None:
-    log.write_text('{"n": 1}\n')
-    assert read(LogTail(log, place)) == [1]
+        file.write(step(3)[20:])
+    assert steps(tail) == [1, 2, 3]
 
 
 def test_a_log_that_is_written_again_begins_again(log: Path) -> None:
-    log.write_text('{"n": 1}\n{"n": 2}\n')
+    log.write_text(step(1) + step(2))
     tail = LogTail(log)
-    tail.read()
+    assert steps(tail) == [1, 2]
     other = log.with_suffix(".new")
-    other.write_text('{"n": 1}\n')
+    other.write_text(step(1))
     other.replace(log)
-    assert read(tail) == [1] and tail.begins_again
+    assert steps(tail) == [1]
     log.write_text("")
-    assert read(tail) == []
+    assert steps(tail) == []
     with log.open("a") as file:
-        file.write('{"n": 5}\n')
-    assert read(tail) == [5]
+        file.write(step(5))
+    assert steps(tail) == [5]
 
 
-def test_what_is_no_event_is_left_out_and_numbers_are_finite(log: Path) -> None:
-    lines = [b'{"n": 1, "loss": NaN, "high": 1e999}', b"[1]", b"junk", b"\xff", b"[" * 5000, b'{"n": "a\\nb"}']
+def test_what_is_no_event_is_left_out(log: Path) -> None:
+    lines = [b"[1]", b"junk", b"\xff", b"[" * 5000, b"x" * (MOST_LINE_BYTES + 9), step(7).encode().strip()]
     log.write_bytes(b"\n".join(lines) + b"\n")
-    events = LogTail(log).read()
-    assert [event.data for event in events] == [{"n": 1, "loss": None, "high": None}, {"n": "a\nb"}]
+    assert steps(LogTail(log)) == [7]
 
 
-def test_large_logs_are_read_in_blocks(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(log_tail, "_BLOCK", 64)
-    log.write_text("".join(f'{{"n": {number}}}\n' for number in range(50)) + f'{{"n": "{"x" * 200}"}}\n{{"n": 99}}\n')
-    tail, found = LogTail(log), []
-    while events := tail.read():
-        assert len(events) < 12
-        found += [event.data["n"] for event in events]
-    assert found == [*range(50), "x" * 200, 99]
+def test_what_is_kept_of_a_log_has_a_limit(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log_tail, "MOST_EVENTS", 2)
+    log.write_text("".join(map(step, range(1, 6))))
+    assert steps(LogTail(log)) == [1, 2]
 
 
-def test_what_is_no_place_is_the_start(log: Path) -> None:
-    log.write_text('{"n": 1}\n')
-    for place in ("", "x", "1", "1-x", "-1-1", f"{'9' * 5000}-1", f"1-{'9' * 5000}"):
-        assert [event.data["n"] for event in LogTail(log, place).read()] == [1]
+def test_a_log_that_is_asked_for_again_is_read_on(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log.write_text(step(1))
+    assert view_of_log(log).step == 1
+    read: list[int] = []
+    real = log_tail.decoded
+    monkeypatch.setattr(log_tail, "decoded", lambda line: read.append(len(line)) or real(line))  # type: ignore[func-returns-value]
+    with log.open("a") as file:
+        file.write(step(2))
+    assert view_of_log(log).step == 2 and len(read) == 1
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes with names")
@@ -88,7 +80,3 @@ def test_a_pipe_is_not_waited_for(log: Path) -> None:
     reading.start()
     reading.join(5)
     assert not reading.is_alive()
-
-
-def test_a_log_that_is_not_there_has_no_end(log: Path) -> None:
-    assert end_of_log(log) == ""

@@ -80,8 +80,12 @@ class Worker:
         self.cancel.clear()
         return self.jobs.run({"id": "j", "kind": kind, "request": request, "run": run})
 
-    def events(self, kind: str = "training") -> list[str]:
-        return [one["data"]["event"] for one in self.sent if one["type"] == "notice" and one["kind"] == kind]
+    def events(self) -> list[str]:
+        """The events of a graph."""
+        return [one["data"]["event"] for one in self.sent if one["type"] == "notice" and one["kind"] == "graph"]
+
+    def views(self) -> list[dict[str, Any]]:
+        return [one["data"]["view"] for one in self.sent if one.get("kind") == "view"]
 
     @property
     def run_id(self) -> str:
@@ -96,7 +100,7 @@ def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Worker:
 
 
 def at_step(step: int) -> Callable[[dict[str, Any]], bool]:
-    return lambda head: head["type"] == "notice" and head["data"].get("step") == step
+    return lambda head: head.get("kind") == "view" and head["data"]["view"]["step"] == step
 
 
 def test_a_training_that_is_cancelled_continues_in_its_folder(worker: Worker) -> None:
@@ -104,16 +108,17 @@ def test_a_training_that_is_cancelled_continues_in_its_folder(worker: Worker) ->
     with pytest.raises(CancelledError, match="cancelled after 1 step"):
         worker.run("train", TRAINING)
     assert worker.run_id == "runs/lora-001"
-    assert worker.events()[:4] == ["ImagesFound", "ModelLoading", "ImagesChecked", "RunPlanned"]
+    assert worker.views()[0]["preparation"][0].startswith("6 photos found; captions: ")
     loaded = worker.jobs._model._kept
     worker.cancel_if = lambda head: False
     found = worker.run("train", TRAINING, run="runs/lora-001")
     assert found["outputs"]["lora"] == "lora.safetensors" and found["outputs"]["reason"] == "finished"
     assert worker.run_id == "runs/lora-001"
-    assert "Resumed" in worker.events() and worker.events()[-1] == "RunFinished"
+    last = worker.views()[-1]
+    assert (last["run"], last["outcome"], last["step"], last["steps"]) == ("runs/lora-001", "finished", 3, 3)
+    assert [step for step, _, _ in last["curve"]] == [1, 2, 3], "with the step before it was cancelled"
+    assert "Resumed" in {one["kind"] for one in last["notes"]}
     assert worker.jobs._model._kept is loaded, "the model was kept"
-    plan = next(one["data"] for one in worker.sent if one.get("data", {}).get("event") == "RunPlanned")
-    assert (plan["images"], plan["steps"], plan["settings"]["rank"]) == (6, 3, 2)
     # The end of a complete run did not reach the server: it is not trained again.
     worker.sent.clear()
     again = worker.run("train", TRAINING, run="runs/lora-001")
@@ -145,10 +150,10 @@ def test_an_interrupted_training_is_that_of_one_that_nobody_disturbed(worker: Wo
 
 
 def test_a_job_can_be_cancelled_before_it_trains(worker: Worker) -> None:
-    worker.cancel_if = lambda head: head.get("data", {}).get("event") == "ImagesFound"
+    worker.cancel_if = lambda head: head.get("kind") == "view"
     with pytest.raises(CancelledError, match="before its first step"):
         worker.run("train", TRAINING)
-    assert worker.events() == ["ImagesFound"] and not (worker.base / "runs").exists()
+    assert len(worker.views()) == 1 and not (worker.base / "runs").exists()
 
 
 @pytest.mark.parametrize(
@@ -172,16 +177,15 @@ def test_a_graph_reports_its_nodes_and_reuses_what_has_not_changed(worker: Worke
     assert all(data["prompt_id"] == "j" and data["timestamp"] > 1e12 for _, data in found["messages"])
     assert found["last"] == {"kind": "graph", "data": {"event": "ExecutionFinished"}}
     assert worker.run_id == "output/runs/lora_00001"
-    assert worker.events("graph")[:2] == ["ExecutionStarted", "NodeStarted"]
-    assert worker.events("graph").count("NodeFinished") == 5 and "ExecutionFinished" not in worker.events("graph")
-    training = [one["data"] for one in worker.sent if one.get("kind") == "training"]
-    assert [one["node_id"] for one in training] == ["4"] * len(training)
-    assert [one["step"] for one in training if one["event"] == "StepDone"] == [1, 2]
+    assert worker.events()[:2] == ["ExecutionStarted", "NodeStarted"]
+    assert worker.events().count("NodeFinished") == 5 and "ExecutionFinished" not in worker.events()
+    assert {one["data"]["node_id"] for one in worker.sent if one.get("kind") == "view"} == {"4"}
+    assert (worker.views()[-1]["run"], worker.views()[-1]["step"]) == ("output/runs/lora_00001", 2)
     assert list((worker.base / "output" / "loras").iterdir())
     changed = {**PROMPT, "5": {**PROMPT["5"], "inputs": {**PROMPT["5"]["inputs"], "prefix": "loras/other"}}}
     found = worker.run("graph", {"prompt": changed, "outputs_to_execute": ["5"]})
     assert dict(found["messages"])["execution_cached"]["nodes"] == ["1", "3", "2", "4"]
-    assert worker.events() == []
+    assert worker.views() == []
     worker.jobs.free(models=True, memory=False)
     broken = {**PROMPT, "4": {**PROMPT["4"], "inputs": {**PROMPT["4"]["inputs"], "targets": "nothing-like-it"}}}
     with pytest.raises(NodeError, match="Train LoRA") as caught:
@@ -222,11 +226,14 @@ def test_a_measurement_is_kept_by_what_it_measures(worker: Worker, monkeypatch: 
     }
 
 
-def test_a_measurement_can_be_cancelled_between_its_stages(worker: Worker) -> None:
-    worker.cancel_if = lambda head: head.get("data", {}).get("stage") == "the model"
+def test_a_measurement_can_be_cancelled_between_its_stages(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(*_: Any, on_stage: Callable[[str], object], **__: Any) -> None:
+        worker.cancel.set()
+        on_stage("the steps")
+
+    monkeypatch.setattr(worker_jobs, "measured", measured)
     with pytest.raises(CancelledError, match="the measurement was cancelled"):
         worker.run("measure", {"model": "lorasmith-tiny", "settings": {"rank": 2, "activations": "keep"}})
-    assert [one["data"]["stage"] for one in worker.sent] == ["the model"]
 
 
 def test_two_experts_are_no_job(worker: Worker) -> None:

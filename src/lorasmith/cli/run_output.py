@@ -50,16 +50,7 @@ from lorasmith.runs.run_plan import (
 from lorasmith.runs.spec import RunSpec
 from lorasmith.runs.view import RunView, note_of
 from lorasmith.training.config import WHOLE_RANGE, ResolvedConfig
-from lorasmith.training.events import (
-    CaptionEncoded,
-    Event,
-    EventHandler,
-    Outcome,
-    Previewed,
-    RunStarted,
-    StepDone,
-    Warned,
-)
+from lorasmith.training.events import CaptionEncoded, Event, EventHandler, Outcome, RunStarted, StepDone, Warned
 from lorasmith.training.results import TrainResult
 
 
@@ -147,10 +138,9 @@ def training_progress() -> Iterator[EventHandler]:
     """Inside the context, the yielded handler shows training events: loss, speed and time left in a bar or lines."""
     lines = ProgressLines()
     bar = BarColumn(bar_width=max(6, min(40, console.width - 75)))  # the numbers need the rest of a narrow window
-    numbers = TextColumn("{task.fields[numbers]}", style="dim", markup=False)
-    left = TextColumn("{task.fields[left]}", markup=False)
-    progress = Progress(bar, MofNCompleteColumn(), numbers, left, console=console, disable=not console.draws)
-    task = progress.add_task("", total=None, numbers="", left="")
+    numbers = TextColumn("{task.fields[line]}", style="dim", markup=False)
+    progress = Progress(bar, MofNCompleteColumn(), numbers, console=console, disable=not console.draws)
+    task = progress.add_task("", total=None, line="")
     view = RunView()
 
     def show(event: Event) -> None:
@@ -159,36 +149,24 @@ def training_progress() -> Iterator[EventHandler]:
             progress.update(task, total=view.steps)
             progress.start()
         elif (note := note_of(event)) is not None:
-            kind, sentence = note
-            print_note(sentence, kind=kind, colour="yellow" if kind == "Note" else "green")
+            if note.is_warning:
+                print_note(note.text)
+            elif note.kind != "Remark":
+                print_note(note.text, kind=note.kind, colour="green")
             progress.update(task, completed=view.step)
-        elif view.activity is not None:
-            what, done, total = view.activity
-            progress.update(task, numbers=f"{what}, {done} of {total}")
-            lines.report(f"{what.capitalize()}: {done:,} of {total:,}")
-        elif isinstance(event, StepDone | Previewed):
-            loss, seconds, remaining = view.loss.mean, view.seconds_per_step, view.seconds_left
-            text, timed = f"loss {loss:#.4g}", ""
-            if view.held_out_change is not None:
-                text += f" · held out {100 * view.held_out_change:+.1f} %"
-            if seconds and remaining is not None:
-                text += f" · {1 / seconds:.2f} steps/s"
-                timed = f", {seconds:.3g} s/step, {_clock_text(remaining)}"
-            progress.update(task, completed=view.step, numbers=text, left=timed and _clock_text(remaining or 0))
-            if isinstance(event, StepDone):
-                lines.report(f"Step {view.step:,} of {view.steps:,}, loss {loss:#.4g}{timed}")
+        else:
+            progress.update(task, completed=view.step, line=view.line)
+            if view.activity is not None:
+                what, done, total = view.activity
+                lines.report(f"{what.capitalize()}: {done:,} of {total:,}")
+            elif isinstance(event, StepDone):
+                lines.report(f"Step {view.step:,} of {view.steps:,}, {view.line}")
 
     try:
         yield show
     finally:
         progress.stop()
         lines.end()
-
-
-def _clock_text(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02} left"
 
 
 def train_and_report(planned: FolderPlan, host: TerminalHost) -> None:

@@ -6,7 +6,6 @@ its meaning: alpha 1, the down matrix starting at zero, every Linear and convolu
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -32,9 +31,9 @@ from lorasmith.nodes.values import (
 )
 from lorasmith.runs.run import Host, run
 from lorasmith.runs.run_previews import PreviewFrames
-from lorasmith.runs.view import RunView, note_of
+from lorasmith.runs.view import ViewPublisher, note_of
 from lorasmith.training.config import NONE_LORA, TrainConfig, lora_settings, settings_from_file, unused_settings
-from lorasmith.training.events import Event, Outcome, Previewed, RunStarted, StepDone, Validated, encoded
+from lorasmith.training.events import Event, Outcome, Previewed, RunStarted, StepDone, Validated
 from lorasmith.training.job import plan_job
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.notes import OtherProgram, ReportNote
@@ -230,25 +229,24 @@ def _dataset(
 
 
 class _NodeHost(Host):
-    """Forwards training events to a node's progress, log and warnings, and as reports."""
+    """Shows training events in a node's progress, log and warnings, and publishes their view."""
 
     numbering = "_{:05}"
 
     def __init__(self, context: NodeContext, steps: int) -> None:
         self.runs = context.folders.output / "runs"
         self._context, self._steps = context, steps
-        self._frames, self._view = PreviewFrames(), RunView()
+        self._frames, self._publisher = PreviewFrames(), ViewPublisher(lambda view: context.publish("view", view))
 
     def cancelled(self) -> bool:
         return self._context.cancelled()
 
     def on_event(self, event: Event) -> None:
-        context, view = self._context, self._view
-        context.publish("training", json.loads(encoded(event)))
-        view.take(event)
+        context = self._context
+        self._publisher(event)
         match event:
             case StepDone():
-                context.progress(view.step, self._steps, text=f"loss {view.loss.mean:.4g}")
+                context.progress(event.step, self._steps, text=self._publisher.view.line)
             case Previewed():
                 picture = self._frames(event)
                 context.progress(event.step, self._steps, text=f"preview at step {event.step}", preview=picture)
@@ -260,9 +258,8 @@ class _NodeHost(Host):
                     f"{count_text(event.samples, 'image')} for {count_text(event.steps, 'step')}, on {event.device} in "
                     f"{event.dtype}; the run folder is {event.folder}."
                 )
-        if (note := note_of(event)) is not None:
-            kind, sentence = note
-            (context.warn if kind == "Note" else context.log)(sentence)
+        if (note := note_of(event)) is not None and note.kind != "Remark":
+            (context.warn if note.is_warning else context.log)(note.text)
 
 
 def _keep_cancelled(context: NodeContext, result: TrainResult) -> str:

@@ -1,12 +1,10 @@
-"""The loss plot of a run: the loss of each step, and their mean over the last ones.
-
-`recent_loss` is the one number for a run's training loss in the terminal, the report and the plots.
-"""
+"""The loss of a run, one number everywhere; and its plot: the loss of each step, and that number after each."""
 
 from __future__ import annotations
 
 import io
 import math
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,9 +19,9 @@ _RECENT_SHARE, _RECENT_LEAST = 10, 10
 
 @dataclass(frozen=True)
 class RecentLoss:
-    """The training loss at the end of a run."""
+    """The loss of a run after a step: the mean of the last tenth of its steps, of ten at least."""
 
-    mean: float  # of the last `steps`; NaN without a finite loss
+    mean: float  # of the last `steps`, those whose loss is finite; NaN without one
     steps: int
 
     @property
@@ -31,60 +29,45 @@ class RecentLoss:
         return "training loss" if self.steps == 1 else f"training loss, mean of the last {self.steps:,} steps"
 
 
-def recent_loss(losses: Sequence[float]) -> RecentLoss:
-    """The mean of the last tenth of the finite losses, of ten at least."""
-    finite = [loss for loss in losses if math.isfinite(loss)]
-    last = finite[-_recent_steps(len(finite)) :] if finite else []
-    return RecentLoss(_mean(sum(map(_exact, last)), len(last)) if last else math.nan, len(last))
-
-
 class RecentLosses:
-    """The losses of a run as they come in; `recent` is what `recent_loss` gives for them, in constant time."""
+    """The losses of a run as they come in."""
 
     def __init__(self) -> None:
-        self._losses: list[float] = []
-        self._first, self._total = 0, 0  # of those that `recent` is the mean of
+        self._last: deque[int] = deque()  # those that `recent` is the mean of
+        self._total = 0
 
-    def add(self, loss: float) -> None:
-        """Add the next one; those that are not finite do not count."""
-        if not math.isfinite(loss):
-            return
-        self._losses.append(loss)
-        self._total += _exact(loss)
-        if len(self._losses) - self._first > _recent_steps(len(self._losses)):
-            self._total -= _exact(self._losses[self._first])
-            self._first += 1
+    def add(self, step: int, loss: float) -> None:
+        """Add that of a later step, unless it is not finite; the first step is 1."""
+        if math.isfinite(loss):
+            self._last.append(_exact(loss))
+            self._total += self._last[-1]
+        if len(self._last) > max(_RECENT_LEAST, step // _RECENT_SHARE):
+            self._total -= self._last.popleft()
 
     @property
     def recent(self) -> RecentLoss:
-        """The mean of the last tenth."""
-        count = len(self._losses) - self._first
-        return RecentLoss(_mean(self._total, count) if count else math.nan, count)
+        count = len(self._last)
+        return RecentLoss(self._total / (count << 1074) if count else math.nan, count)
 
 
-def _recent_steps(steps: int) -> int:
-    return min(steps, max(_RECENT_LEAST, steps // _RECENT_SHARE))
+def recent_losses(losses: Sequence[float]) -> list[RecentLoss]:
+    """The loss of a run after each step."""
+    taken, found = RecentLosses(), []
+    for step, loss in enumerate(losses, 1):
+        taken.add(step, loss)
+        found.append(taken.recent)
+    return found
 
 
-def trailing_means(losses: Sequence[float]) -> list[float]:
-    """The mean of each loss and those before it, over as many as in `recent_loss`, which the last one equals."""
-    span = _recent_steps(len(losses))
-    exact = list(map(_exact, losses))
-    means, total = [], 0
-    for index, loss in enumerate(exact):
-        total += loss - (exact[index - span] if index >= span else 0)
-        means.append(_mean(total, min(index + 1, span)))
-    return means
+def recent_loss(losses: Sequence[float]) -> RecentLoss:
+    """The loss of a run after its last step."""
+    return recent_losses(losses)[-1] if losses else RecentLoss(math.nan, 0)
 
 
 def _exact(loss: float) -> int:
     """A finite loss in units of 2^-1074, of which every float is a multiple: such sums lose nothing to a huge loss."""
     numerator, denominator = loss.as_integer_ratio()
     return numerator << (1075 - denominator.bit_length())
-
-
-def _mean(total: int, count: int) -> float:
-    return total / (count << 1074)
 
 
 def plot_losses(
@@ -140,21 +123,22 @@ def draw_losses(
     validations: Sequence[tuple[int, float]] = (),
     base_loss: float | None = None,
 ) -> None:
-    """Draw the loss of each step, their mean over the last steps, and validations (step, loss) with the lowest marked.
+    """Draw the loss of each step, the run's loss after each, and validations (step, loss) with the lowest marked.
 
     The raw line has gaps at NaN and infinite losses, that of the means does not; at least one must be finite. The axis
     is logarithmic if the mean spans more than a factor of 20. `base_loss` is of the held-out images without the LoRA.
     """
     finite_steps = [step for step, loss in enumerate(losses, 1) if math.isfinite(loss)]
     finite = [losses[step - 1] for step in finite_steps]
-    trend = trailing_means(finite)
+    recent = recent_losses(losses)
+    trend = [recent[step - 1].mean for step in finite_steps]
     raw = [loss if math.isfinite(loss) else math.nan for loss in losses]
 
     axes.plot(range(1, len(raw) + 1), raw, color=RAW, linewidth=0.9, label="each step", zorder=2)
     # A line does not show a step between two gaps, and few steps are distinguishable only as dots.
     dotted = [step for step in finite_steps if len(raw) <= 60 or _is_lonely(raw, step - 1)]
     axes.plot(dotted, [raw[step - 1] for step in dotted], ".", color=RAW, zorder=2)
-    axes.plot(finite_steps, trend, color=SMOOTH, linewidth=2.2, label=_trend_label(len(finite)), zorder=3)
+    axes.plot(finite_steps, trend, color=SMOOTH, linewidth=2.2, label=_trend_label(recent[-1].steps), zorder=3)
     _annotate(axes, finite_steps[-1], trend[-1], SMOOTH, xytext=(8, 0), va="center")
     axes.plot(finite_steps[-1], trend[-1], "o", color=SMOOTH, markersize=5, zorder=4)
     _draw_validations(axes, [(step, loss) for step, loss in validations if math.isfinite(loss)], trend[-1])
@@ -169,8 +153,9 @@ def draw_losses(
 
 
 def _trend_label(steps: int) -> str:
-    span = _recent_steps(steps)
-    return f"mean of {span:,} steps" if span > 1 else "mean"
+    if steps > _RECENT_LEAST:
+        return "mean of the last tenth"
+    return f"mean of {steps} steps" if steps > 1 else "mean"
 
 
 def style_axes(axes: Any) -> None:

@@ -71,15 +71,6 @@ class ValidationRow:
 
 
 @dataclass(frozen=True)
-class Note:
-    """A remark on the run, in a sentence."""
-
-    kind: str
-    message: str
-    step: int | None = None  # None if it belongs to no step
-
-
-@dataclass(frozen=True)
 class TrainedImage:
     """An image of the run."""
 
@@ -115,7 +106,7 @@ class RunReport:
     data: Mapping[str, str] = field(default_factory=dict)
     captions: Sequence[tuple[str, str]] = ()  # name and caption of every sample
     environment: Mapping[str, str] = field(default_factory=dict)
-    notes: Sequence[Note] = ()  # warnings, rollbacks and the like
+    notes: Sequence[tuple[str, str, int | None]] = ()  # kind, sentence, and the step if it belongs to one
 
 
 def run_report(report: RunReport) -> str:
@@ -160,7 +151,7 @@ def plain(value: object) -> str:
 
 
 def _header(report: RunReport) -> Html:
-    counts = {kind: len(list(notes)) for kind, notes in groupby(sorted(note.kind for note in report.notes))}
+    counts = {kind: len(list(notes)) for kind, notes in groupby(sorted(kind for kind, _, _ in report.notes))}
     happened = ", ".join(f"{kind.lower()} × {count}" for kind, count in counts.items())
     return tag(
         "header",
@@ -337,11 +328,11 @@ def _captions(captions: Sequence[tuple[str, str]]) -> Html:
     )
 
 
-def _notes(notes: Sequence[Note]) -> Html:
+def _notes(notes: Sequence[tuple[str, str, int | None]]) -> Html:
     if not notes:
         return Html("")
     said = [
-        tag("li", tag("b", note.kind), f" at step {note.step:,}" if note.step is not None else "", f": {note.message}")
-        for note in notes
+        tag("li", tag("b", kind), f" at step {step:,}" if step is not None else "", f": {sentence}")
+        for kind, sentence, step in notes
     ]
     return tag("ul", said)

@@ -13,7 +13,7 @@ from typing import Any
 
 from lorasmith.core.printable import printable
 from lorasmith.runs.view import RunView, note_of
-from lorasmith.training.events import Event, EventHandler, RunStarted, StepDone
+from lorasmith.training.events import Event, EventHandler, RunStarted
 
 
 def note(sentence: str) -> None:
@@ -62,16 +62,10 @@ def run_shown(progress: bool) -> Iterator[EventHandler]:
         view.take(event)
         if isinstance(event, RunStarted) and _has_audience():
             bar = _bar("Training", view.steps)
-        elif (said := note_of(event)) is not None:
-            note(said[1])
-        elif bar is not None and view.activity is not None:
-            what, done, total = view.activity
-            bar.set_postfix_str(f"{what}, {done} of {total}")
-        elif bar is not None and isinstance(event, StepDone):
-            change = view.held_out_change
-            judged = "" if change is None else f", held out {100 * change:+.1f} %"
-            bar.set_postfix_str(f"loss {view.loss.mean:.4f}{judged}", refresh=False)
+        elif (found := note_of(event)) is not None and found.kind != "Remark":
+            note(found.text)
         if bar is not None:
+            bar.set_postfix_str(view.line, refresh=view.activity is not None)
             bar.update(view.step - bar.n)
 
     try:

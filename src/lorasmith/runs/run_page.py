@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
 
@@ -19,27 +19,15 @@ from lorasmith.families.locating import BUILT_IN
 from lorasmith.formats.container import check_safetensors
 from lorasmith.formats.metadata import steps_of
 from lorasmith.report.curves import Curves
-from lorasmith.report.loss_plot import recent_loss
 from lorasmith.report.pictures import PictureTable, thinned
-from lorasmith.report.run_report import Note, RunReport, Setting, TrainedImage, ValidationRow, number, run_report
+from lorasmith.report.run_report import RunReport, Setting, TrainedImage, ValidationRow, number, run_report
 from lorasmith.runs.command_lines import command_line, generate_command, resume_command
 from lorasmith.runs.run_images import images_in, left_out_in, thumbnail_of
 from lorasmith.runs.sidecars import LoraUse, use_of
 from lorasmith.runs.spec import RunSpec
+from lorasmith.runs.view import RunView, preview_file
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.events import (
-    Outcome,
-    Planned,
-    Previewed,
-    Resumed,
-    RolledBack,
-    RunFinished,
-    RunStarted,
-    Shrunk,
-    StepDone,
-    Validated,
-    Warned,
-)
+from lorasmith.training.events import Outcome, Previewed, RunFinished, RunStarted, Validated
 from lorasmith.training.storage.ledger import ImageLevels, Ledger, QuantileCurve
 from lorasmith.training.storage.records import RunHistory, RunRecord, read_history
 
@@ -69,23 +57,23 @@ def write_report(folder: Path, end: RunFinished | None = None) -> Path:
 
 def report_of(history: RunHistory) -> RunReport:
     """The content of the report."""
-    steps = history.steps()
-    status, mood = _ENDS[history.outcome]
-    before_after, progress = previews_of(history)
-    quantiles, images = _ledger(history)
+    view = RunView.of(history.events)
+    status, mood = _ENDS[view.outcome]
+    before_after, progress = previews_of(history.folder, view)
+    quantiles, images = _ledger(history, view)
     lora = lora_of_run(history)
     use = None if lora is None else _use(history, lora)
     return RunReport(
         title=history.record.title or history.folder.name,
         status=status,
         mood=mood,
-        verdict=_verdict(history, steps),
-        summary=_summary(history, steps),
-        facts=_facts(history, steps, lora),
+        verdict=_verdict(history, view),
+        summary=_summary(history, view),
+        facts=_facts(history, view, lora),
         files=_files(history.folder, lora),
-        commands=_commands(history, lora),
-        curves=_curves(history, steps),
-        validations=[ValidationRow(v.step, v.loss, v.base_loss, v.low, v.high) for v in validations_of(history)],
+        commands=_commands(history, view, lora),
+        curves=_curves(view),
+        validations=[ValidationRow(v.step, v.loss, v.base_loss, v.low, v.high) for v in view.validations],
         quantiles=quantiles,
         images=images,
         trained_on=_trained_on(history),
@@ -98,33 +86,23 @@ def report_of(history: RunHistory) -> RunReport:
         data=_data(history.record),
         captions=[(one.name, one.caption or "") for one in history.record.samples],
         environment=_environment(history.record),
-        notes=_notes(history),
+        notes=_notes(history, view),
     )
 
 
-def _verdict(history: RunHistory, steps: Sequence[StepDone]) -> str:
-    """The verdict of the last validation, or a sentence on the training loss without one."""
-    if validations := validations_of(history):
-        verdict = validations[-1].verdict
-        return verdict[:1].upper() + verdict[1:]
-    losses = [step.loss for step in steps if math.isfinite(step.loss)]
-    if not losses:
+def _verdict(history: RunHistory, view: RunView) -> str:
+    """The verdict of the view, and why overfitting cannot be judged without a validation."""
+    verdict = view.verdict[:1].upper() + view.verdict[1:]
+    if view.validation is not None:
+        return verdict
+    if not verdict:
         return "No step was completed."
-    unknown = "no images were held out, so overfitting cannot be judged"
     if history.record.data.get("held_out"):
-        unknown = "the held-out images were not evaluated yet, so it is too early to judge overfitting"
-    if len(losses) < 20:
-        return f"Too few steps to see a trend, and {unknown}."
-    last = recent_loss(losses)
-    first = sum(losses[: last.steps]) / last.steps
-    went = "fell" if last.mean < first else "rose"
-    return (
-        f"The training loss {went} from {number(first)} to {number(last.mean)} (means of the first and the last "
-        f"{last.steps:,} steps); {unknown}."
-    )
+        return f"{verdict}; the held-out images were not evaluated yet, so it is too early to judge overfitting."
+    return f"{verdict}; no images were held out, so overfitting cannot be judged."
 
 
-def _summary(history: RunHistory, steps: Sequence[StepDone]) -> str:
+def _summary(history: RunHistory, view: RunView) -> str:
     record = history.record
     parts = [f"{record.config.get('algorithm', 'LoRA')} on {record.model.name or 'a model'}"]
     if starts := history.of(RunStarted):
@@ -132,23 +110,20 @@ def _summary(history: RunHistory, steps: Sequence[StepDone]) -> str:
         parts.append(f"{starts[-1].device}, {starts[-1].dtype}")
         if len(starts) > 1:
             parts.append(f"started {len(starts)} times")
-    if history.outcome is None:
-        parts.append(f"killed after step {steps[-1].step if steps else 0}, or still running")
+    if view.outcome is None:
+        parts.append(f"killed after step {view.step}, or still running")
     return " · ".join(parts)
 
 
-def _facts(history: RunHistory, steps: Sequence[StepDone], lora: Path | None) -> dict[str, str]:
-    done, planned = steps[-1].step if steps else 0, history.record.config.get("steps")
-    facts = {"steps": f"{done:,} of {planned:,}" if isinstance(planned, int) else f"{done:,}"}
+def _facts(history: RunHistory, view: RunView, lora: Path | None) -> dict[str, str]:
+    planned = history.record.config.get("steps")
+    facts = {"steps": f"{view.step:,} of {planned:,}" if isinstance(planned, int) else f"{view.step:,}"}
     if before := history.record.steps_before:
         facts["steps before, of the LoRA continued"] = str(before)
-    facts["training time"] = duration(history.seconds())
+    facts["training time"] = duration(view.seconds)
     facts["training images"] = f"{_distinct(history.record):,}"
-    recent = recent_loss([step.loss for step in steps])
-    if math.isfinite(recent.mean):
-        facts[recent.label] = number(recent.mean)
-    if validations := [one for one in validations_of(history) if math.isfinite(one.loss)]:
-        best = min(validations, key=lambda one: one.loss)
+    facts |= {one.label: one.text for one in view.metrics}
+    if (best := view.best) is not None:
         facts[f"best held-out loss, at step {best.step:,}"] = number(best.loss)
         facts["that of the base model"] = number(best.base_loss)
     if starts := history.of(RunStarted):
@@ -213,7 +188,7 @@ def _described(lora: Path) -> str:
     return f"{lora.resolve()} ({_size(lora.stat().st_size)}{steps})"
 
 
-def _commands(history: RunHistory, lora: Path | None) -> dict[str, str]:
+def _commands(history: RunHistory, view: RunView, lora: Path | None) -> dict[str, str]:
     """Commands to copy, made from the record's settings; no text of the record is copied as a command."""
     record, folder = history.record, history.folder.resolve()
     try:
@@ -233,7 +208,7 @@ def _commands(history: RunHistory, lora: Path | None) -> dict[str, str]:
             text_encoders=spec.text_encoders if spec else (),
             vae=spec.vae if spec else None,
         )
-    if history.outcome is None or not history.outcome.is_final:
+    if view.outcome is None or not view.outcome.is_final:
         commands["Resume the run"] = resume_command(folder)
     if repeat is not None:
         commands["Repeat the run"] = command_line(repeat)
@@ -241,28 +216,21 @@ def _commands(history: RunHistory, lora: Path | None) -> dict[str, str]:
     return commands
 
 
-def _curves(history: RunHistory, steps: Sequence[StepDone]) -> Curves:
-    last = steps[-1].step if steps else 0
+def _curves(view: RunView) -> Curves:
+    last = view.points[-1].step if view.points else 0
     losses, rates = [math.nan] * last, [math.nan] * last
-    for step in steps:
-        losses[step.step - 1], rates[step.step - 1] = step.loss, step.learning_rate
-    validations = validations_of(history)
+    for point in view.points:
+        losses[point.step - 1], rates[point.step - 1] = point.loss, point.rate
     return Curves(
         losses=losses,
         rates=rates,
-        validations=[(one.step, one.loss) for one in validations],
-        base_loss=validations[-1].base_loss if validations else None,
-        faults=[event.step for event in history.of(RolledBack)],
+        validations=[(one.step, one.loss) for one in view.validations],
+        base_loss=None if view.validation is None else view.validation.base_loss,
+        faults=view.faults,
     )
 
 
-def validations_of(history: RunHistory) -> list[Validated]:
-    """The last validation of each step, in order: a resumed run may have repeated some."""
-    latest = {event.step: event for event in history.of(Validated)}
-    return [latest[step] for step in sorted(latest)]
-
-
-def _ledger(history: RunHistory) -> tuple[QuantileCurve | None, list[ImageLevels]]:
+def _ledger(history: RunHistory, view: RunView) -> tuple[QuantileCurve | None, list[ImageLevels]]:
     """Loss by noise level, and records by image; None and empty if the log has no draws."""
     names = [one.name for one in history.record.samples]
     curve, images = Ledger(names, bins=_QUANTILES), Ledger(names)
@@ -272,10 +240,9 @@ def _ledger(history: RunHistory) -> tuple[QuantileCurve | None, list[ImageLevels
         has_draws = has_draws or bool(draws)
         for ledger in (curve, images):
             ledger.add(step, draws)
-    steps = history.steps()
     for ledger in (curve, images):
-        ledger.add(steps[-1].step + 1 if steps else 0, ())  # leaves out what was rolled back at the end
-    return (curve.curve(), images.images(held_out_fall=_fall(validations_of(history)))) if has_draws else (None, [])
+        ledger.add(view.step + 1 if view.points else 0, ())  # leaves out what was rolled back at the end
+    return (curve.curve(), images.images(held_out_fall=_fall(view.validations))) if has_draws else (None, [])
 
 
 def _fall(validations: Sequence[Validated]) -> float | None:
@@ -285,22 +252,20 @@ def _fall(validations: Sequence[Validated]) -> float | None:
     return geometric_mean(losses[-third:]) / geometric_mean(losses[:third]) if third else None
 
 
-def previews_of(history: RunHistory) -> tuple[PictureTable | None, PictureTable | None]:
+def previews_of(folder: Path, view: RunView) -> tuple[PictureTable | None, PictureTable | None]:
     """Base model and finished LoRA, and the same pictures over the steps."""
-    samples = history.folder / "samples"
-    shots = {(event.step, event.strength): event for event in history.of(Previewed)}
-    prompts = max((event.prompts for event in shots.values()), key=len, default=())[:_MOST_PROMPTS]
+    prompts = max((event.prompts for event in view.previews.values()), key=len, default=())[:_MOST_PROMPTS]
 
     def row(event: Previewed) -> list[Path | None]:
-        # Only file names are taken from the log: the folder may have been moved, and files outside it are not shown.
-        found = [samples / PureWindowsPath(path).name for path in event.paths[: len(prompts)]]
-        return [path if is_own(path, history.folder) else None for path in found] + [None] * (len(prompts) - len(found))
+        found = [folder / preview_file(path) for path in event.paths[: len(prompts)]]
+        return [path if is_own(path, folder) else None for path in found] + [None] * (len(prompts) - len(found))
 
-    rows = {key: row(event) for key, event in sorted(shots.items())}
+    rows = {key: row(event) for key, event in sorted(view.previews.items())}
     rows = {key: paths for key, paths in rows.items() if any(paths)}
     if not rows:
-        sheets = samples / "strengths.png", history.folder / "before-and-after.png"
-        return _sheet(history.folder, *sheets), _sheet(history.folder, samples / "steps.png")
+        samples = folder / "samples"
+        sheets = samples / "strengths.png", folder / "before-and-after.png"
+        return _sheet(folder, *sheets), _sheet(folder, samples / "steps.png")
     base = [("base model", paths) for (_, strength), paths in rows.items() if strength == 0][-1:]
     adapted = [(step, strength, paths) for (step, strength), paths in rows.items() if strength != 0]
     last = max((step for step, _, _ in adapted), default=0)
@@ -363,24 +328,12 @@ def _environment(record: RunRecord) -> dict[str, str]:
     return {name.replace("_", " "): text for name, text in {**model, **_flat(record.environment)}.items() if text}
 
 
-def _notes(history: RunHistory) -> list[Note]:
-    notes = []
-    for event in history.events:
-        if isinstance(event, RolledBack):
-            notes.append(Note("Rolled back", event.message, event.step))
-        elif isinstance(event, Resumed):
-            notes.append(Note("Resumed", event.message, event.step))
-        elif isinstance(event, Shrunk):
-            notes.append(Note("Out of memory", event.message, event.step))
-        elif isinstance(event, Planned):
-            notes.append(Note("Memory", event.message))
-        elif isinstance(event, Warned):
-            notes.append(Note("Remark" if event.is_remark else "Note", event.message))
-    notes = list(dict.fromkeys(notes))  # a resumed run repeats some notes
+def _notes(history: RunHistory, view: RunView) -> list[tuple[str, str, int | None]]:
+    notes = [(one.kind, one.text, one.step) for one in view.notes]
     if history.unreadable:
         lines = "1 line" if history.unreadable == 1 else f"{history.unreadable:,} lines"
         left = "is" if history.unreadable == 1 else "are"
-        notes.append(Note("Note", f"{lines} of events.jsonl could not be read and {left} left out."))
+        notes.append(("Note", f"{lines} of events.jsonl could not be read and {left} left out.", None))
     return notes
 
 

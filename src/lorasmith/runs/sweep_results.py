@@ -22,17 +22,11 @@ from lorasmith.core.typed_json import Scalar
 from lorasmith.report.pictures import PictureTable
 from lorasmith.report.run_report import change, number
 from lorasmith.report.sweep_page import ApartRun, RankedRun, SweepReport, sweep_report
-from lorasmith.runs.run_page import (
-    best_lora_of_run,
-    duration,
-    is_own,
-    lora_of_run,
-    previews_of,
-    validations_of,
-)
+from lorasmith.runs.run_page import best_lora_of_run, duration, is_own, lora_of_run, previews_of
 from lorasmith.runs.spec import SETTING_PATHS, SETTINGS, RunSpec
 from lorasmith.runs.sweep_file import Sweep, SweepRun
 from lorasmith.runs.sweep_run import end_of
+from lorasmith.runs.view import RunView
 from lorasmith.training.events import Outcome
 from lorasmith.training.storage.records import RunHistory, read_history
 from lorasmith.training.storage.run_folder import RunFolder
@@ -174,12 +168,10 @@ def _identity(spec: RunSpec) -> dict[str, Any]:
 
 def _measured(entry: SweepEntry, history: RunHistory) -> SweepEntry:
     """The entry with the results in the run's folder."""
-    steps = history.steps()
-    entry = replace(entry, steps=steps[-1].step if steps else 0, seconds=history.seconds())
-    validations = [one for one in validations_of(history) if math.isfinite(one.loss)]
-    if not validations:
+    view = RunView.of(history.events)
+    entry = replace(entry, steps=view.step, seconds=view.seconds)
+    if (best := view.best) is None:
         return entry
-    best = min(validations, key=lambda one: one.loss)
     is_known = 0 < best.base_loss < math.inf
     found = lora_of_run(history)
     lora = found and (best_lora_of_run(found) or found)
@@ -192,7 +184,7 @@ def _measured(entry: SweepEntry, history: RunHistory) -> SweepEntry:
         change=best.loss / best.base_loss - 1 if is_known else None,
         lora=None if lora is None else f"{entry.name}/{lora.name}",
         judged_by=f"{taken.get('held_out', '')[:16]} × {taken.get('config', {}).get('validation_draws', '')}",
-        validations=tuple((one.step, one.loss) for one in validations),
+        validations=tuple((one.step, one.loss) for one in view.validations if math.isfinite(one.loss)),
     )
 
 
@@ -200,7 +192,10 @@ def _report(record: SweepRecord, output: Path) -> SweepReport:
     ranked = [one for one in record.runs if one.place is not None]
     counts = Counter(one.state for one in record.runs)
     varied = list(dict.fromkeys(name for one in record.runs for name in one.settings))
-    pictures = [(one, previews_of(read_history(output / one.name))[0]) for one in ranked[:_WITH_PICTURES]]
+    pictures = [
+        (one, previews_of(output / one.name, RunView.of(read_history(output / one.name).events))[0])
+        for one in ranked[:_WITH_PICTURES]
+    ]
     table, sheets = _side_by_side([(one.name, found) for one, found in pictures if found is not None])
     return SweepReport(
         title=output.resolve().name,

@@ -1,18 +1,38 @@
-"""What is shown of a run: a reducer of its events. What draws it computes nothing."""
+"""What is shown of a run: a reducer of its events.
+
+Terminal, notebooks, nodes, the report, the page and the editor draw a `RunView`, or its JSON, and compute nothing. A
+number that all of them show is an entry of `METRICS`.
+"""
 
 from __future__ import annotations
 
+import math
 from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import PureWindowsPath
+from typing import Any, NamedTuple
 
+from lorasmith.core.printable import count_text
 from lorasmith.report.loss_plot import RecentLoss, RecentLosses
-from lorasmith.runs.run_plan import ClassImageDrawn, EncodersHashed, ImageEncoded, ModelLoading
+from lorasmith.runs.run_plan import (
+    ClassImageDrawn,
+    EncodersHashed,
+    ImageEncoded,
+    ImagesFound,
+    ModelLoading,
+    RunPlanned,
+    captions_used,
+)
 from lorasmith.training.events import (
     CaptionEncoded,
     CaptionsPlanned,
     Drawing,
+    EarlierEvents,
     Event,
     Outcome,
     Planned,
+    Previewed,
     Resumed,
     RolledBack,
     RunFinished,
@@ -24,6 +44,39 @@ from lorasmith.training.events import (
 )
 
 _TIMED_STEPS = 30  # steps whose times are averaged for the speed
+_POINTS = 500  # of a curve in JSON, so that it stays below 20 kB
+_MOST_NOTES, _SENT_NOTES, _MOST_PREVIEWS = 1000, 100, 1000
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number of a run; `text` is with its unit, `label` its name in a table, `line` both for a line of several."""
+
+    name: str
+    label: str
+    value: float
+    text: str
+    unit: str
+    line: str
+
+
+@dataclass(frozen=True)
+class Note:
+    """A sentence about the run; a `Remark` asks nothing of the user and is for the report."""
+
+    kind: str
+    text: str
+    step: int | None = None  # None if it belongs to no step
+    is_warning: bool = False
+
+
+class Point(NamedTuple):
+    """A step of the curve; `mean` is the loss that was shown after it."""
+
+    step: int
+    loss: float
+    mean: float
+    rate: float
 
 
 class RunView:
@@ -34,37 +87,66 @@ class RunView:
 
     def __init__(self) -> None:
         self.steps = self.step = 0
+        self.folder = ""
         self.activity: tuple[str, int, int] | None = None
+        self.last: StepDone | None = None
+        self.points: list[Point] = []
         self.validation: Validated | None = None
         self.outcome: Outcome | None = None
+        self.notes: dict[Note, float] = {}  # with the time of each; a resumed run repeats some
+        self.previews: dict[tuple[int, float], Previewed] = {}  # by step and strength
+        self.faults: list[int] = []  # steps that were rolled back
+        self._preparation: dict[str, str] = {}
+        self._validations: dict[int, Validated] = {}  # by step: a resumed run may repeat some
         self._losses = RecentLosses()
-        self._taken: list[tuple[int, float]] = []  # steps and losses
+        self._status = "Waiting for the model and the images."
         self._times: deque[float] = deque(maxlen=_TIMED_STEPS)
-        self._since: float | None = None
+        self._since: float | None = None  # of the last event, once a step was taken
+        self._start: float | None = None  # of this attempt
+        self._latest = self._earlier_seconds = 0.0
+
+    @classmethod
+    def of(cls, events: Iterable[Event]) -> RunView:
+        view = cls()
+        for event in events:
+            view.take(event)
+        return view
 
     def take(self, event: Event) -> None:
+        if isinstance(event, EarlierEvents):
+            for one in event.events:
+                self.take(one)
+            return
         self.activity = _activity(event)
+        if (prepared := _preparation(event)) is not None:
+            self._preparation[type(event).__name__] = prepared
+        if (note := note_of(event)) is not None:
+            self.notes.setdefault(note, event.at)
+            _limit(self.notes, _MOST_NOTES)
         match event:
             case RunStarted():
-                self.steps, self.outcome, self._since = event.steps, None, None
+                self._earlier_seconds = self.seconds
+                self._start = event.at
+                self.steps, self.folder, self.outcome, self._since = event.steps, event.folder, None, None
+                self._times.clear()
             case Resumed():
                 self._go_back(event.step)
             case RolledBack():
+                self.faults.append(event.step)
                 self._go_back(event.to_step)
             case StepDone():
-                self._go_back(event.step - 1)
-                self.step = event.step
-                self._taken.append((event.step, event.loss))
-                self._losses.add(event.loss)
-                # Excludes the first step, which compiles and plans, and the time between steps.
-                if self._since is not None:
-                    self._times.append(max(0.0, event.at - self._since))
+                self._take_step(event)
             case Validated():
-                self.validation = event
+                self.validation = self._validations[event.step] = event
+            case Previewed():
+                self.previews[event.step, event.strength] = event
+                _limit(self.previews, _MOST_PREVIEWS)
             case RunFinished():
                 self.outcome = event.reason
+        self._status = self._status_after(event, note)
         if isinstance(event, StepDone) or self._since is not None:
             self._since = event.at
+        self._latest = event.at
 
     @property
     def loss(self) -> RecentLoss:
@@ -72,9 +154,19 @@ class RunView:
         return self._losses.recent
 
     @property
-    def held_out_change(self) -> float | None:
-        """Change of the held-out loss by the LoRA, as a share of that without it; None before the first validation."""
-        return None if self.validation is None else self.validation.loss / self.validation.base_loss - 1
+    def validations(self) -> list[Validated]:
+        """The last validation of each step, in order."""
+        return [self._validations[step] for step in sorted(self._validations)]
+
+    @property
+    def best(self) -> Validated | None:
+        """The validation with the lowest loss."""
+        return min((one for one in self.validations if math.isfinite(one.loss)), key=lambda one: one.loss, default=None)
+
+    @property
+    def seconds(self) -> float:
+        """Training time without pauses before resumptions."""
+        return self._earlier_seconds + (0.0 if self._start is None else max(0.0, self._latest - self._start))
 
     @property
     def seconds_per_step(self) -> float | None:
@@ -83,33 +175,193 @@ class RunView:
 
     @property
     def seconds_left(self) -> float | None:
-        """None while the speed is unknown."""
+        """None while the speed is unknown, and after the end."""
         seconds = self.seconds_per_step
-        return None if seconds is None else (self.steps - self.step) * seconds
+        return None if seconds is None or self.outcome is not None else (self.steps - self.step) * seconds
+
+    @property
+    def metrics(self) -> list[Metric]:
+        """The numbers that are known."""
+        return [one for metric in METRICS if (one := metric(self)) is not None]
+
+    @property
+    def line(self) -> str:
+        """All metrics in a line; during other work this and the time left."""
+        if self.activity is None:
+            return " · ".join(one.line for one in self.metrics)
+        left = _time_left(self)
+        return _activity_text(self.activity) + (f" · {left.line}" if left is not None else "")
+
+    @property
+    def verdict(self) -> str:
+        """That of the last validation, or a sentence on the training loss; empty before the first step."""
+        if self.validation is not None:
+            return self.validation.verdict
+        losses = [one.loss for one in self.points if math.isfinite(one.loss)]
+        if not losses:
+            return ""
+        if len(losses) < 20:
+            return "too few steps to see a trend"
+        last = self.loss
+        first = sum(losses[: last.steps]) / last.steps
+        return (
+            f"the training loss {'fell' if last.mean < first else 'rose'} from {number_text(first)} to "
+            f"{number_text(last.mean)} (means of the first and the last {last.steps:,} steps)"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """All that is shown, as finite JSON values of bounded size: of long lists a part, evenly spaced."""
+        best = self.best
+        return {
+            "run": self.folder,
+            "step": self.step,
+            "steps": self.steps,
+            "status": self._status,
+            "preparation": list(self._preparation.values()),
+            "metrics": [asdict(one) for one in self.metrics],
+            "curve": [[one.step, _finite(one.loss), _finite(one.mean)] for one in _thinned(self.points)],
+            "validations": [
+                {
+                    "step": one.step,
+                    "loss": _finite(one.loss),
+                    "base_loss": _finite(one.base_loss),
+                    "best": one is best,
+                }
+                for one in _thinned(self.validations)
+            ],
+            "best_step": None if best is None else best.step,
+            "verdict": self.verdict,
+            "previews": [
+                {"step": one.step, "strength": _finite(one.strength), "prompt": prompt, "file": preview_file(path)}
+                for one in self.previews.values()
+                for prompt, path in zip(one.prompts, one.paths, strict=False)
+            ][-_MOST_PREVIEWS:],
+            "notes": [
+                {**asdict(note), "at": at}
+                for note, at in sorted(self.notes.items(), key=lambda one: one[1])[-_SENT_NOTES:]
+            ],
+            "outcome": self.outcome,
+        }
+
+    def _take_step(self, event: StepDone) -> None:
+        self._go_back(event.step - 1)
+        self.step, self.last = event.step, event
+        self._losses.add(event.step, event.loss)
+        self.points.append(Point(event.step, event.loss, self._losses.recent.mean, event.learning_rate))
+        # Excludes the first step, which compiles and plans, and the time between steps.
+        if self._since is not None:
+            self._times.append(max(0.0, event.at - self._since))
 
     def _go_back(self, step: int) -> None:
         self.step = step
-        if self._taken and self._taken[-1][0] > step:
-            self._taken = [one for one in self._taken if one[0] <= step]
+        if self.points and self.points[-1].step > step:
+            self.points = [one for one in self.points if one.step <= step]
             self._losses = RecentLosses()
-            for _, loss in self._taken:
-                self._losses.add(loss)
+            for one in self.points:
+                self._losses.add(one.step, one.loss)
+
+    def _status_after(self, event: Event, note: Note | None) -> str:
+        if self.outcome is not None:
+            return _ENDS[self.outcome]
+        if self.activity is not None:
+            return _sentence(_activity_text(self.activity))
+        if note is not None and note.kind != "Remark":
+            return note.text
+        return "Training." if isinstance(event, RunStarted | StepDone) else self._status
 
 
-def note_of(event: Event) -> tuple[str, str] | None:
-    """The kind of an event's note, such as `Memory`, and its sentence; None if it is not shown as one."""
+def number_text(value: float) -> str:
+    """Four significant digits."""
+    return f"{value:#.4g}".rstrip(".")
+
+
+def _loss(view: RunView) -> Metric | None:
+    loss = view.loss
+    if not math.isfinite(loss.mean):
+        return None
+    text = number_text(loss.mean)
+    return Metric("loss", loss.label, loss.mean, text, "", f"loss {text}")
+
+
+def _held_out(view: RunView) -> Metric | None:
+    last = view.validation
+    if last is None or not math.isfinite(last.loss):
+        return None
+    text = number_text(last.loss)
+    if not 0 < last.base_loss < math.inf:
+        return Metric("held_out", "held-out loss", last.loss, text, "", f"held out {text}")
+    change = f"{100 * (last.loss / last.base_loss - 1):+.1f} %"
+    return Metric("held_out", "held-out loss", last.loss, f"{text} ({change})", "", f"held out {change}")
+
+
+def _speed(view: RunView) -> Metric | None:
+    seconds = view.seconds_per_step
+    if not seconds:
+        return None
+    text = f"{1 / seconds:.2f} steps/s" if seconds <= 1 else f"{seconds:.3g} s/step"
+    return Metric("speed", "speed", seconds, text, "s/step", text)
+
+
+def _time_left(view: RunView) -> Metric | None:
+    left = view.seconds_left
+    if left is None:
+        return None
+    minutes, seconds = divmod(round(left), 60)
+    text = f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+    return Metric("time_left", "time left", left, text, "s", f"{text} left")
+
+
+METRICS: Sequence[Callable[[RunView], Metric | None]] = (_loss, _held_out, _speed, _time_left)
+"""What is shown of a run in numbers, in this order; each gives None while it is unknown."""
+
+
+class ViewPublisher:
+    """Receives events, and publishes their view as JSON: at once, but progress of one kind at most once a second."""
+
+    def __init__(self, publish: Callable[[dict[str, Any]], object]) -> None:
+        self.view = RunView()
+        self._publish = publish
+        self._progress: Event | None = None  # the last that was published
+
+    def __call__(self, event: Event) -> None:
+        self.view.take(event)
+        if isinstance(event, StepDone) or _activity(event) is not None:
+            last = self._progress
+            if type(event) is type(last) and 0 <= event.at - last.at < 1:
+                return
+            self._progress = event
+        self._publish(self.view.to_json())
+
+
+def note_of(event: Event) -> Note | None:
+    """The note that an event is."""
     match event:
-        case Warned(is_remark=True):
-            return None  # only in the report
-        case Warned() | RolledBack() | Shrunk():
-            return "Note", event.message
+        case Warned():
+            return Note("Remark", event.message) if event.is_remark else Note("Note", event.message, is_warning=True)
+        case RolledBack():
+            return Note("Rolled back", event.message, event.step, is_warning=True)
+        case Shrunk():
+            return Note("Out of memory", event.message, event.step, is_warning=True)
         case Planned():
-            return "Memory", event.message
+            return Note("Memory", event.message)
         case CaptionsPlanned():
-            return "Captions", event.message
+            return Note("Captions", event.message)
         case Resumed():
-            return "Resumed", event.message
+            return Note("Resumed", event.message, event.step)
     return None
+
+
+def preview_file(path: str) -> str:
+    """The path of a preview in its run's folder. Only its name is taken from the log, as the folder may have moved."""
+    return f"samples/{PureWindowsPath(path).name}"
+
+
+_ENDS = {
+    Outcome.FINISHED: "Finished.",
+    Outcome.STOPPED: "Stopped early.",
+    Outcome.CANCELLED: "Cancelled; running again resumes it.",
+    Outcome.FAILED: "Failed.",
+}
 
 
 def _activity(event: Event) -> tuple[str, int, int] | None:
@@ -127,3 +379,49 @@ def _activity(event: Event) -> tuple[str, int, int] | None:
         case Drawing() if event.done < event.total:
             return "drawing previews", event.done, event.total
     return None
+
+
+def _activity_text(activity: tuple[str, int, int]) -> str:
+    what, done, total = activity
+    return f"{what}, {done:,} of {total:,}" if total else what
+
+
+def _preparation(event: Event) -> str | None:
+    """What an event before the first step says."""
+    match event:
+        case ImagesFound():
+            images = event.scan.images
+            used = captions_used(images, event.trigger)
+            return f"{count_text(len(images), 'photo')} found" + (f"; captions: {used}" if used else "")
+        case ModelLoading():
+            return f"Loading {event.model}…"
+        case RunPlanned():
+            return event.plan.trained
+        case ImageEncoded():
+            earlier = f", {event.cached:,} of them earlier" if event.cached else ""
+            return f"Photos prepared: {event.done:,} of {event.total:,}{earlier}"
+        case CaptionEncoded():
+            return f"Captions prepared: {event.done:,} of {event.total:,}"
+        case ClassImageDrawn():
+            return f"Pictures of the class drawn: {event.done:,} of {event.total:,}"
+    return None
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}."
+
+
+def _finite(value: float) -> float | None:
+    """For a curve: six digits, None for NaN and infinity."""
+    return float(f"{value:.6g}") if math.isfinite(value) else None
+
+
+def _thinned(items: list[Any]) -> list[Any]:
+    """At most `_POINTS` items: every n-th one from the first on, so that few change when one is added, and the last."""
+    every = -(-len(items) // _POINTS)
+    return items if every <= 1 else [*items[:-1:every], items[-1]]
+
+
+def _limit(items: dict[Any, Any], most: int) -> None:
+    while len(items) > most:
+        del items[next(iter(items))]

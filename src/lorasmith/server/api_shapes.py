@@ -730,7 +730,6 @@ class RunAnswer(RunRow):
         files: paths in the folder of the run.
         folder: of the run.
         is_trainable_on: whether it can be trained on from its end.
-        last_event: up to which the above tells the run's events; the stream continues behind it with `?after=`.
         dataset: name of the dataset that it was trained on; null if that is not one of the page's.
     """
 
@@ -760,7 +759,6 @@ class RunAnswer(RunRow):
     files: tuple[str, ...]
     folder: str
     is_trainable_on: bool
-    last_event: str
     dataset: str | None
 
 

@@ -20,11 +20,12 @@ from aiohttp.http import HttpProcessingError
 from lorasmith.core.files import ensure_folder
 from lorasmith.core.printable import printable
 
-NoticeKind: TypeAlias = Literal["job", "queue", "graph", "training", "log"]
+NoticeKind: TypeAlias = Literal["job", "queue", "graph", "view", "log"]
 
 MOST_WAITING = 1_000  # unread notices after which a subscription is cut off
 
-_SLOW = 50  # unread notices after which droppable ones are replaced by newer ones
+_SLOW = 50  # unread notices after which views and droppable ones are replaced by newer ones
+_MOST_VIEWS = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +33,8 @@ class Notice:
     """A change of a job, the queue or the log.
 
     `job`: its state changed, `data` is its summary. `queue`: `{"pending": n, "running": n}`. `graph`: an event of
-    `workflow.execution_events`, whose class is `data["event"]`. `training`: an event of training or of its preparation,
-    likewise, with `node_id` inside graphs. `log`: a line, `{"t": ISO time, "m": text}`.
+    `workflow.execution_events`, whose class is `data["event"]`. `view`: `{"node_id", "view"}`, a `runs.view.RunView`
+    as JSON, with the id of its node inside graphs. `log`: a line, `{"t": ISO time, "m": text}`.
     """
 
     kind: NoticeKind
@@ -45,11 +46,30 @@ class Notice:
 
     @property
     def subject(self) -> tuple[Any, ...] | None:
-        """A droppable notice is replaced by one with the same subject; None: never."""
+        """A notice is replaced by a later one with the same subject, as by a later view; None: never."""
+        if self.kind == "view":
+            return self.kind, self.job_id, self.data["node_id"]
         if not self.droppable or self.kind == "log":
             return None
         has_picture = self.binary is not None  # a number must not replace a preview
         return self.kind, self.job_id, self.data.get("event"), self.data.get("node_id"), has_picture
+
+
+class SentViews:
+    """The views that a reader has received, so that only changes are sent."""
+
+    def __init__(self) -> None:
+        self._sent: dict[tuple[Any, ...], dict[str, Any]] = {}
+
+    def changes(self, notice: Notice) -> dict[str, Any]:
+        """The entries of a view that differ from those sent before: all of the first one."""
+        view: dict[str, Any] = notice.data["view"]
+        key = notice.job_id, notice.data["node_id"]
+        before = self._sent.pop(key, {})
+        self._sent[key] = view
+        if len(self._sent) > _MOST_VIEWS:
+            del self._sent[next(iter(self._sent))]
+        return {name: value for name, value in view.items() if name not in before or value != before[name]}
 
 
 class Subscription:
@@ -123,16 +143,25 @@ class Subscription:
 
 
 class Hub:
-    """Passes notices to all subscriptions. Use it in the event loop's thread only."""
+    """Passes notices to all subscriptions, and keeps the last views. Use it in the event loop's thread only."""
 
     def __init__(self) -> None:
+        self._views: dict[tuple[Any, ...] | None, Notice] = {}  # by subject, of the last jobs
         self._subscriptions: list[Subscription] = []
         self._is_closed = False
 
     def publish(self, notice: Notice) -> None:
         """Never blocks."""
+        if notice.kind == "view":
+            self._views[notice.subject] = notice
+            if len(self._views) > _MOST_VIEWS:
+                del self._views[next(iter(self._views))]
         for one in tuple(self._subscriptions):
             one.put(notice)
+
+    def views(self, job_id: str) -> list[Notice]:
+        """The last view of each node of a job that has reported any lately."""
+        return [one for one in self._views.values() if one.job_id == job_id]
 
     def subscribe(
         self,

@@ -1,42 +1,32 @@
-"""What is reported of a job: events of training and of its preparation as JSON, and how a graph is refused or ends.
+"""What is reported of a job: the view of its run, events of a graph, and how a graph is refused or ends.
 
-Events of preparation are summarised. ComfyUI's clients are told of a graph by an error, a last event, and a last
-message of its history.
+ComfyUI's clients are told of a graph by an error, a last event, and a last message of its history.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lorasmith.runs.run_plan import (
-    ClassImageDrawn,
-    EncodersHashed,
-    ImageEncoded,
-    ImagesChecked,
-    ImagesFound,
-    ModelLoading,
-    RunPlan,
-    RunPlanned,
-    captions_used,
-)
+from lorasmith.runs.view import ViewPublisher
 from lorasmith.server.child_process import BlockingChannel
-from lorasmith.training.events import CaptionEncoded, Drawing, Event, StepDone, encoded
 
 
 class JobReporter:
-    """Sends a job's reports. A closed channel is ignored here; it cancels the job. Run ids are relative to `base`."""
+    """Sends a job's reports. A closed channel is ignored here; it cancels the job. Run ids are relative to `base`.
+
+    `event` receives the events of a run and of its preparation, and sends their view.
+    """
 
     def __init__(self, channel: BlockingChannel, base: Path) -> None:
         self._channel = channel
         self._base = base
         self._run = ""
+        self.event = ViewPublisher(self.view)
 
     def notice(self, kind: str, data: Mapping[str, Any], *, droppable: bool = False, picture: bytes = b"") -> None:
         head = {"type": "notice", "kind": kind, "data": finite(data), "droppable": droppable}
@@ -52,49 +42,11 @@ class JobReporter:
             with contextlib.suppress(OSError):
                 self._channel.send({"type": "run", "run": run})
 
-    def training(self, event: Mapping[str, Any]) -> None:
-        if event["event"] == "RunStarted" and event["folder"]:
-            self.run(Path(event["folder"]))
-        self.notice("training", event, droppable=event["event"] in PROGRESS)
-
-
-_PREPARING = (ImageEncoded, ClassImageDrawn, EncodersHashed)
-PROGRESS = frozenset(kind.__name__ for kind in (StepDone, *_PREPARING, CaptionEncoded, Drawing))
-"""Events that newer ones replace for a slow reader."""
-
-_MOST_LISTED = 100
-
-
-def event_json(event: Event) -> dict[str, Any]:
-    """An event: `{"event": its class, "at": seconds, ...}`. NaN and infinity become null."""
-    head = {"event": type(event).__name__, "at": event.at}
-    match event:
-        case ImagesFound():
-            scan = event.scan
-            body = {
-                "folder": str(event.folder),
-                "images": len(scan.images),
-                "captions": captions_used(scan.images, event.trigger),
-                "skipped": [{"file": path.name, "reason": why} for path, why in scan.skipped[:_MOST_LISTED]],
-                "skipped_count": len(scan.skipped),
-                "notes": list(scan.notes),
-            }
-        case ImagesChecked():
-            found = event.check.preflight.findings
-            body = {"findings": [{"kind": one.kind, "message": one.sentence} for one in found[:_MOST_LISTED]]}
-        case ModelLoading():
-            body = {"model": event.model}
-        case RunPlanned():
-            body = _plan(event.plan)
-        case ImageEncoded():
-            body = {"done": event.done, "total": event.total, "cached": event.cached}
-        case ClassImageDrawn() | EncodersHashed():
-            body = {"done": event.done, "total": event.total}
-        case _:
-            found_json: dict[str, Any] = finite(json.loads(encoded(event)))
-            return found_json
-    result: dict[str, Any] = finite({**head, **body})
-    return result
+    def view(self, view: Mapping[str, Any], node_id: str | None = None) -> None:
+        """Send a `RunView` as JSON, that of a node in a graph."""
+        if view["run"]:
+            self.run(Path(view["run"]))
+        self.notice("view", {"node_id": node_id, "view": {**view, "run": self._run}})
 
 
 def finite(value: Any) -> Any:
@@ -106,27 +58,6 @@ def finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [finite(one) for one in value]
     return value
-
-
-def _plan(plan: RunPlan) -> dict[str, Any]:
-    config = plan.config
-    return {
-        "model": plan.model,
-        "family": plan.family,
-        "found": [{"part": one.title, "file": one.path.name, "place": one.place} for one in plan.found],
-        "images": len(plan.scan.images),
-        "held_out": list(plan.held_out),
-        "trigger": plan.trigger,
-        "resolutions": list(plan.resolutions),
-        "trained": plan.trained,
-        "parameters": plan.parameters,
-        "steps": config.steps,
-        "epochs": plan.epochs,
-        "samples": plan.samples,
-        "settings": asdict(config),
-        "data": dict(plan.data),
-        "notes": list(plan.notes),
-    }
 
 
 def error_entry(kind: str, message: str, details: str = "", **extra_info: Any) -> dict[str, Any]:

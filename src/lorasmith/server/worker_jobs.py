@@ -40,11 +40,12 @@ from lorasmith.nodes import load_nodes
 from lorasmith.runs.plan import plan
 from lorasmith.runs.run import Host, run
 from lorasmith.runs.spec import RunSpec
+from lorasmith.runs.view import RunView
 from lorasmith.server.child_process import BlockingChannel
-from lorasmith.server.job_reporter import JobReporter, event_json, graph_end, history_message
+from lorasmith.server.job_reporter import JobReporter, graph_end, history_message
 from lorasmith.server.jobs import measurement_subject
 from lorasmith.server.server_config import folders_of_child
-from lorasmith.training.events import Event, Outcome, Validated
+from lorasmith.training.events import Event, Outcome
 from lorasmith.training.job import plan_job
 from lorasmith.training.results import TrainResult
 from lorasmith.training.storage.fingerprint import Fingerprint, differences
@@ -98,7 +99,6 @@ class Jobs:
             request,
             folders,
             device=self._device,
-            reporter=reporter,
             cancelled=self._cancel.is_set,
             load=self._model.load,
         )
@@ -203,7 +203,7 @@ class GraphJob:
     def _hear(self, event: events.Event) -> None:
         assert self._reporter is not None
         if isinstance(event, events.NodeReport):
-            self._reporter.training({**event.data, "node_id": event.node_id})
+            self._reporter.view(event.data, event.node_id)
             return
         data: dict[str, Any] = {"event": type(event).__name__}
         match event:
@@ -300,7 +300,7 @@ class _JobHost(Host):
         self._has_folder = False
 
     def on_event(self, event: Event) -> None:
-        self._reporter.training(event_json(event))
+        self._reporter.event(event)
         if not self._has_folder:
             self.end_if_cancelled()
 
@@ -367,12 +367,13 @@ def _found(result: TrainResult) -> dict[str, Any]:
 def _found_before(folder: Path) -> dict[str, Any]:
     """The outputs of a complete run, read from its folder."""
     history = read_history(folder)
+    view = RunView.of(history.events)
     lora = folder / f"{history.record.title}.safetensors"
     return {
-        "steps": len(history.steps()),
+        "steps": len(view.points),
         "lora": lora.name if lora.is_file() else None,
-        "verdict": next((one.verdict for one in reversed(history.of(Validated))), UNJUDGED),
-        "reason": None if history.outcome is None else history.outcome.value,
+        "verdict": UNJUDGED if view.validation is None else view.validation.verdict,
+        "reason": None if view.outcome is None else view.outcome.value,
     }
 
 
@@ -381,11 +382,10 @@ def measure(
     folders: Folders,
     *,
     device: torch.device,
-    reporter: JobReporter,
     cancelled: Callable[[], bool],
     load: Load,
 ) -> dict[str, Any]:
-    """Measure the seconds per step and the peak memory of a training, with a `Measuring` event for each stage.
+    """Measure the seconds per step and the peak memory of a training.
     `request` is `{model, settings, text_encoders, vae}` as in a `RunSpec`. Raises CancelledError, OptionError for a bad
     request, and errors of loading the model.
     """
@@ -401,7 +401,6 @@ def measure(
     def begin(stage: str) -> None:
         if cancelled():
             raise CancelledError("the measurement was cancelled")
-        reporter.training({"event": "Measuring", "at": time.time(), "stage": stage})
 
     begin("the model")
     found = measured(job, samples, steps=_STEPS, floor=False, on_stage=begin)

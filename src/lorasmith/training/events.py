@@ -186,6 +186,18 @@ EventHandler = Callable[[Event], None]
 KINDS: dict[str, type[Event]] = {kind.__name__: kind for kind in Event.__subclasses__()}
 """The events of a run by name."""
 
+
+@dataclass(frozen=True, kw_only=True)
+class EarlierEvents(Event):
+    """The log of a run that is resumed. It is not logged, and no event of that log.
+
+    Attributes:
+        events: without the draws of steps.
+    """
+
+    events: tuple[Event, ...]
+
+
 MOST_LINE_BYTES = 2**22
 """Longer lines of a log are skipped: no event is that long."""
 

@@ -22,6 +22,7 @@ from lorasmith.training.batches import captions_ready
 from lorasmith.training.engine import Engine
 from lorasmith.training.events import (
     CaptionEncoded,
+    EarlierEvents,
     Event,
     EventHandler,
     Outcome,
@@ -37,7 +38,7 @@ from lorasmith.training.notes import ReportNote
 from lorasmith.training.recovery import RunState
 from lorasmith.training.results import BaseHashes, Results, TrainResult
 from lorasmith.training.storage.fingerprint import Fingerprint, differences
-from lorasmith.training.storage.records import RunRecord, check_title, run_record
+from lorasmith.training.storage.records import RunRecord, check_title, read_history, run_record
 from lorasmith.training.storage.run_folder import (
     RunFolder,
     check_room,
@@ -395,6 +396,7 @@ class _Run:
             found = list(self._inexact(folder))
             same = "bit-identically" if not found else f"not bit-identically, because of {'; '.join(found)}"
             message = f"The run in {folder.path} continues from step {start.step}, {same}."
+            self._options.on_event(EarlierEvents(events=read_history(folder.path).events))
             self._emit(Resumed(step=start.step, message=message))
 
     def _how_it_continues(self, loop: Loop) -> str:

@@ -56,7 +56,7 @@ class NodeMessage:
 
 @dataclass(frozen=True)
 class NodeReport:
-    """A report of a running node for programs, as JSON values; of `kind` `training` it is an event of a run."""
+    """A report of a running node for programs, as JSON values; of `kind` `view` it is a `RunView`."""
 
     node_id: str
     kind: str

@@ -158,7 +158,9 @@ def test_all_changes_of_jobs_are_a_stream(tmp_path: Path) -> None:
             assert await stream.next() == ("queue", {"pending": 1, "running": 0}, "")
             name, data, _ = await stream.next()
             assert (name, data["id"], data["state"]) == ("job", job["id"], "pending")
-            client.context.hub.publish(Notice(kind="training", job_id=job["id"], data={"event": "StepDone"}))
+            client.context.hub.publish(
+                Notice(kind="view", job_id=job["id"], data={"node_id": None, "view": {"step": 1}})
+            )
             await client.ask("POST", f"/jobs/{job['id']}/cancel")
             name, data, _ = await stream.next()
             assert (name, data["state"], data["title"]) == ("job", "cancelled", "fox")
@@ -195,70 +197,59 @@ def test_a_page_of_a_long_queue_is_read_alone(tmp_path: Path, monkeypatch: pytes
     with_api(tmp_path, test)
 
 
-def test_a_stream_of_a_job_has_its_preparation_and_its_log(tmp_path: Path) -> None:
-    log = tmp_path / "events.jsonl"
-
+def test_a_stream_of_a_job_has_its_view(tmp_path: Path) -> None:
     async def test(client: Client) -> None:
-        made_up(client)["run_log"] = str(log)
-        store, hub = client.context.store, client.context.hub
+        hub = client.context.hub
         job = (await client.ask("POST", "/jobs", RUN, status=201))["id"]
 
-        def training(event: str, **data: Any) -> None:
-            hub.publish(Notice(kind="training", job_id=job, data={"event": event, **data}))
+        def shown(job_id: str = job, **view: Any) -> None:
+            hub.publish(Notice(kind="view", job_id=job_id, data={"node_id": None, "view": {"steps": 9, **view}}))
 
         async with events(client, f"/jobs/{job}/events") as stream:
             assert (await stream.next())[0] == "job"
-            training("ImagesFound", images=6)
-            hub.publish(Notice(kind="training", job_id="another", data={"event": "ImagesFound"}))
-            training("Warned", message="early")
+            shown(step=1)
+            shown("another", step=7)
+            shown(step=2)
             assert [(await stream.next())[:2] for _ in range(2)] == [
-                ("preparation", {"event": "ImagesFound", "images": 6}),
-                ("preparation", {"event": "Warned", "message": "early"}),
+                ("view", {"node_id": None, "view": {"steps": 9, "step": 1}}),
+                ("view", {"node_id": None, "view": {"step": 2}}),
             ]
-            store.claim("worker")
-            store.set_run(job, "runs/fox-001")
-            hub.publish(Notice(kind="job", job_id=job, data=store.get(job).summary()))
-            assert (await stream.next())[1]["run"] == "runs/fox-001"
-            log.write_text('{"event": "RunStarted"}\n{"event": "StepDone", "step": 1, "loss": NaN}\n{"event": "Half')
-            training("StepDone", step=1)  # is in the log
-            training("Drawing", done=1, total=2)  # is not
-            name, data, first = await stream.next()
-            assert (name, data["event"]) == ("training", "RunStarted") and first
-            name, data, last = await stream.next()
-            assert data == {"event": "StepDone", "step": 1, "loss": None} and last != first
-            assert (await stream.next())[:2] == ("training", {"event": "Drawing", "done": 1, "total": 2})
-        for headers, query in (({"Last-Event-ID": first}, ""), (None, f"?after={first}")):
-            async with events(client, f"/jobs/{job}/events{query}", headers) as stream:
-                assert (await stream.next())[0] == "job"
-                assert (await stream.next())[1:] == ({"event": "StepDone", "step": 1, "loss": None}, last)
+        async with events(client, f"/jobs/{job}/events") as stream:
+            assert (await stream.next())[0] == "job"
+            assert (await stream.next())[1] == {"node_id": None, "view": {"steps": 9, "step": 2}}
 
     with_api(tmp_path / "base", test)
 
 
-def test_a_stream_begins_before_its_run_has_written_anything(tmp_path: Path) -> None:
+def test_the_view_of_a_job_of_an_earlier_server_is_that_of_its_log(tmp_path: Path) -> None:
     async def test(client: Client) -> None:
-        store, hub = client.context.store, client.context.hub
+        store = client.context.store
         job = (await client.ask("POST", "/jobs", RUN, status=201))["id"]
+        store.claim("worker")
+        store.set_run(job, "runs/fox-001")
         async with events(client, f"/jobs/{job}/events") as stream:
             await stream.next()
-            store.claim("worker")
-            store.set_run(job, "runs/fox-001")
-            hub.publish(Notice(kind="job", job_id=job, data=store.get(job).summary()))
-            assert (await stream.next())[1]["run"] == "runs/fox-001"
-            (tmp_path / "runs" / "fox-001").mkdir(parents=True)
-            (tmp_path / "runs" / "fox-001" / "events.jsonl").write_text('{"event": "RunStarted"}\n')
-            assert (await stream.next())[:2] == ("training", {"event": "RunStarted"})
+            assert (await stream.next())[1]["view"]["curve"] == [], "it has written nothing yet"
+        (tmp_path / "runs" / "fox-001").mkdir(parents=True)
+        line = '{"event": "StepDone", "step": 1, "loss": 0.5, "grad_norm": 1, "at": 5}\n'
+        (tmp_path / "runs" / "fox-001" / "events.jsonl").write_text(line)
+        async with events(client, f"/jobs/{job}/events") as stream:
+            await stream.next()
+            assert (await stream.next())[1]["view"]["curve"] == [[1, 0.5, 0.5]]
 
     with_api(tmp_path, test)
 
 
-def test_an_error_within_a_stream_is_an_event(tmp_path: Path) -> None:
+def test_an_error_within_a_stream_is_an_event(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorasmith.server.api.event_streams._POLL_S", 0.01)
+    folder = tmp_path / "runs" / "fox-001"
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text("{}")
+
     async def test(client: Client) -> None:
-        job = (await client.ask("POST", "/jobs", RUN, status=201))["id"]
-        async with events(client, f"/jobs/{job}/events") as stream:
-            await stream.next()
-            data = {**client.context.store.get(job).summary(), "run": "nowhere/fox"}
-            client.context.hub.publish(Notice(kind="job", job_id=job, data=data))
+        async with events(client, "/runs/runs%2Ffox-001/events") as stream:
+            assert (await stream.next())[0] == "view"
+            (folder / "run.json").unlink()
             name, data, _ = await stream.next()
             assert name == "fault" and "there is no run" in data["message"]
 

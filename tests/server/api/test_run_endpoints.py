@@ -4,6 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from lorasmith.server.api import event_streams
 from tests.server.api.api_server import AT, Client, events, made_up, with_api
 
 RUN = "runs%2Fdog-001"
@@ -21,7 +24,7 @@ def a_run(base: Path) -> Path:
 
 
 def test_runs_and_their_files(tmp_path: Path) -> None:
-    folder = a_run(tmp_path)
+    a_run(tmp_path)
 
     async def test(client: Client) -> None:
         (row,) = (await client.ask("GET", "/runs"))["runs"]
@@ -31,7 +34,6 @@ def test_runs_and_their_files(tmp_path: Path) -> None:
         client.context.store.set_run(job.id, "runs/dog-001")
         found = await client.ask("GET", f"/runs/{RUN}")
         assert (found["state"], found["job"], found["losses"]) == ("running", job.id, [[1, 0.5]])
-        assert found["last_event"].endswith(f"-{(folder / 'events.jsonl').stat().st_size}")
         async with client.http.get(f"{AT}/runs/runs%2Fdog-001/files/Bild%20%C3%A4.png") as response:
             assert response.headers["Content-Type"] == "image/png"
             assert response.headers["Content-Disposition"].startswith("inline")
@@ -83,24 +85,25 @@ def test_what_is_made_of_a_run(tmp_path: Path) -> None:
     with_api(tmp_path, test)
 
 
-def test_events_of_a_run_follow_its_log(tmp_path: Path) -> None:
+def test_the_view_of_a_run_follows_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(event_streams, "_POLL_S", 0.05)
     log = a_run(tmp_path) / "events.jsonl"
 
     async def test(client: Client) -> None:
         async with events(client, f"/runs/{RUN}/events") as stream:
-            name, data, first = await stream.next()
-            assert (name, data["step"]) == ("training", 1)
+            name, data, _ = await stream.next()
+            whole = data["view"]
+            assert (name, whole["run"], whole["curve"]) == ("view", "runs/dog-001", [[1, 0.5, 0.5]])
             with log.open("a") as file:
-                file.write('{"event": "StepDone", "step": 2}\n')
-            assert (await stream.next())[1]["step"] == 2
+                file.write('{"event": "StepDone", "step": 2, "loss": 0.7, "grad_norm": 1, "at": 6}\n')
+            changes = (await stream.next())[1]["view"]
+            assert (changes["step"], changes["curve"][1]) == (2, [2, 0.7, 0.6]) and "previews" not in changes
             again = log.with_suffix(".new")
-            again.write_text('{"event": "Resumed", "step": 1}\n')
+            again.write_text('{"event": "Warned", "message": "so", "at": 7}\n')
             again.replace(log)
-            assert [(await stream.next())[:2] for _ in range(2)] == [
-                ("reset", {}),
-                ("training", {"event": "Resumed", "step": 1}),
-            ]
-        async with events(client, f"/runs/{RUN}/events", {"Last-Event-ID": first}) as stream:
-            assert (await stream.next())[0] == "reset"
+            changes = (await stream.next())[1]["view"]
+            assert (changes["step"], changes["curve"]) == (0, []) and changes["notes"][0]["text"] == "so"
+        async with events(client, f"/runs/{RUN}/events") as stream:
+            assert (await stream.next())[1]["view"].keys() == whole.keys(), "who connects again gets the whole"
 
     with_api(tmp_path, test)

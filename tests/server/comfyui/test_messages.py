@@ -52,7 +52,7 @@ def test_a_job_cancelled_before_it_began_has_no_ending() -> None:
 def test_a_training_of_the_page_is_no_prompt_of_a_client() -> None:
     ended = Job(id="job", kind="train", state="completed", started=1.0, ended=2.0)
     assert [*ending_frames(ended, ME), *final_frames(ended, ME)] == []
-    step = Notice(kind="training", job_id="job", data={"event": "StepDone"})
+    step = Notice(kind="view", job_id="job", data={"node_id": None, "view": {"step": 1}})
     assert [*frames_of(step, ME, Progress())] == []
 
 

@@ -315,20 +315,27 @@ def test_what_a_client_sends_breaks_nothing(tmp_path: Path, monkeypatch: pytest.
     asyncio.run(main())
 
 
-def test_reports_of_a_training_node_reach_its_client(tmp_path: Path) -> None:
+def test_what_is_shown_of_a_training_node_reaches_its_client_also_if_it_connects_later(tmp_path: Path) -> None:
     from lorasmith.server.hub import Notice
 
+    def training(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [one["data"] for one in found if one["type"] == "lorasmith.training"]
+
     async def main() -> None:
-        async with serving(tmp_path) as server, connected(server) as socket:
-            await queue(server)
-            job = server.start()
-            report = {"event": "StepDone", "step": 3, "loss": 0.5}
-            for data in ({**report, "node_id": "1"}, report):  # the second is of no node
-                server.context.hub.publish(Notice(kind="training", job_id=job.id, data=data, client_id="me"))
-            server.finish(job)
-            found = await read_until(socket, "execution_success")
-            (message,) = [one["data"] for one in found if one["type"] == "lorasmith.training"]
-            assert message == {"prompt_id": job.id, "node": "1", "node_id": "1", **report}
+        async with serving(tmp_path) as server:
+            async with connected(server) as socket:
+                await queue(server)
+                job = server.start()
+                for node, step in (("1", 3), (None, 4), ("1", 3), ("1", 5)):  # the second is of no node
+                    data = {"node_id": node, "view": {"step": step, "steps": 9}}
+                    server.context.hub.publish(Notice(kind="view", job_id=job.id, data=data, client_id="me"))
+                found = training([one for _ in range(2) for one in await read_until(socket, "lorasmith.training")])
+                here = {"prompt_id": job.id, "node": "1"}
+                assert found == [{**here, "view": {"step": 3, "steps": 9}}, {**here, "view": {"step": 5}}]
+            async with connected(server) as socket:
+                server.finish(job)
+                found = training(await read_until(socket, "execution_success"))
+                assert found == [{**here, "view": {"step": 5, "steps": 9}}]
 
     asyncio.run(main())
 

@@ -288,7 +288,7 @@ def test_a_training_is_shown_live_and_its_lora_reopens_the_graph(editor: Editor)
     assert curve(editor) > early, "the curve has moved"
     figures = editor.figures()
     assert "step 8 of 8 · loss " in figures
-    assert "held-out " in figures
+    assert "held out " in figures
     pictures = editor.do(
         "() => [...document.querySelectorAll('.lorasmith-preview img')].map(one => [one.alt, one.naturalWidth])"
     )

@@ -20,7 +20,9 @@ from typing import Any
 from aiohttp import web
 from PIL import Image, ImageDraw
 
+from lorasmith.runs.view import RunView
 from lorasmith.server.page_routes import routes
+from lorasmith.training.events import Event, Outcome, Previewed, RunFinished, RunStarted, StepDone, Validated, Warned
 
 PICTURES = Path(__file__).parents[3] / "src" / "lorasmith" / "assets" / "input" / "fox"
 NOW = 1_795_760_000.0
@@ -99,6 +101,7 @@ class FakeServer:
     runs: dict[str, dict[str, Any]] = field(default_factory=dict)
     models: dict[str, Any] = field(default_factory=lambda: json.loads(json.dumps(MODELS)))
     events: dict[str, list[tuple[str, dict[str, Any]]]] = field(default_factory=dict)
+    views: dict[str, RunView] = field(default_factory=dict)
     refusals: dict[str, tuple[int, str]] = field(default_factory=dict)
     calls: list[tuple[str, str, Any]] = field(default_factory=list)
     measured: bool = False
@@ -332,8 +335,9 @@ class FakeServer:
         id, steps = job["id"], job["request"]["settings"].get("steps", STEPS)
         run = job["run"] or f"runs/{job['name']}-{1 + len(self.runs):03d}"
         self._publish(job, state="running", started=time.time())
-        for event in PREPARATION:
-            self._tell(id, "preparation", event)
+        view = self.views.setdefault(id, RunView())
+        for count in range(1, len(PREPARATION) + 1):
+            self._tell(id, "view", {"view": {**view.to_json(), "preparation": PREPARATION[:count]}})
             await asyncio.sleep(4 * self.step_seconds)
         self._publish(job, run=run)
         self.add_run(
@@ -347,19 +351,13 @@ class FakeServer:
             lora=None,
             name=job["name"],
         )
-        if not any(name == "training" for name, _ in self.events[id]):
-            self._tell(id, "training", {"event": "RunStarted", "at": time.time(), "steps": steps, "steps_before": 0})
-            self._tell(
-                id,
-                "training",
-                {"event": "Warned", "at": time.time(), "message": "rank 16 exceeds the size of 1 of 133 layers"},
-            )
-        done = max((event["step"] for _, event in self.events[id] if event.get("event") == "StepDone"), default=0)
-        for step in range(done + 1, steps + 1):
+        self.show(id, started(steps))
+        self.show(id, Warned(message="rank 16 exceeds the size of 1 of 133 layers"))
+        for step in range(view.step + 1, steps + 1):
             await asyncio.sleep(self.step_seconds)
-            for event in made_up_events(step, run):
-                self._tell(id, "training", event)
-        self._tell(id, "training", {"event": "RunFinished", "at": time.time(), "step": steps, "reason": "finished"})
+            for event in made_up_events(step):
+                self.show(id, event)
+        self.show(id, RunFinished(step=steps, reason=Outcome.FINISHED))
         self.runs[run] = {**_run_facts(run), "job": id, "name": job["name"]}
         self._publish(job, state="completed", ended=time.time())
 
@@ -450,42 +448,45 @@ class FakeServer:
         self._all_events += [("job", summary), ("queue", self._counts())]
         self._tell(job["id"], "job", summary)
 
+    def show(self, id: str, event: Event) -> None:
+        """Send the view of a run after an event to who watches it."""
+        view = self.views.setdefault(id, RunView())
+        view.take(event)
+        self._tell(id, "view", {"view": view.to_json()})
+
     def _tell(self, id: str, kind: str, data: dict[str, Any]) -> None:
-        self.events[id].append((kind, dict(data)))
+        self.events.setdefault(id, []).append((kind, dict(data)))
 
 
-def made_up_events(step: int, run: str) -> list[dict[str, Any]]:
+def started(steps: int) -> RunStarted:
+    return RunStarted(steps=steps, steps_before=0, samples=4, adapters=133, parameters=9, device="cuda:0", dtype="bf16")
+
+
+def made_up_events(step: int) -> list[Event]:
     """The events of one step of a training that goes well."""
-    at = time.time()
     loss = 0.12 + 0.3 * math.exp(-step / 20) + 0.05 * math.sin(7.3 * step)
-    events: list[dict[str, Any]] = [
-        {"event": "StepDone", "at": at, "step": step, "loss": loss, "grad_norm": 0.1, "learning_rate": 1e-4,
-         "draws": [],
-         "noise_scale": 0.0}
-    ]  # fmt: skip
+    events: list[Event] = [StepDone(step=step, loss=loss, grad_norm=0.1, learning_rate=1e-4)]
     if step % 10 == 0:
-        events.append(_validation(step, at))
+        events.append(Validated(**_validation(step), verdict="it still improves on held-out images"))
     if step % 20 == 0 or step == 1:
         for strength in (0.0, 1.0) if step == 1 else (1.0,):
-            paths = [f"{run}/previews/{step}-{strength}-{index}.png" for index in range(2)]
-            events.append({"event": "Previewed", "at": at, "step": step, "prompts": list(PROMPTS), "paths": paths,
-                           "strength": strength})  # fmt: skip
+            paths = tuple(f"{step}-{strength}-{index}.png" for index in range(2))
+            events.append(Previewed(step=step, prompts=PROMPTS, paths=paths, strength=strength))
     return events
 
 
-PREPARATION: tuple[dict[str, Any], ...] = (
-    {"event": "ImagesFound", "images": 4, "captions": "a caption of its own for 3 of 4 images", "folder": "input/fox"},
-    {"event": "ModelLoading", "model": "sdxl.safetensors"},
-    {"event": "ImageEncoded", "done": 4, "total": 4},
+PREPARATION = (
+    "4 photos found; captions: a caption of its own for 3 of 4 images",
+    "Loading sdxl.safetensors…",
+    "Photos prepared: 4 of 4",
 )
 PROMPTS = ("a photo of foxy in the snow", "foxy <b>as</b> a knight, oil painting")
 
 
-def _validation(step: int, at: float, factor: float = 1.0) -> dict[str, Any]:
+def _validation(step: int, factor: float = 1.0) -> dict[str, Any]:
     loss = factor * 0.2 + 0.25 * math.exp(-step / 20) + (0.002 * (step - 50) if step > 50 else 0)
-    return {"event": "Validated", "at": at, "step": step, "loss": loss, "base_loss": 0.45, "low": -0.2, "high": -0.05,
-            "best": step <= 50, "best_step": min(step, 50),
-            "verdict": "it still improves on held-out images"}  # fmt: skip
+    return {"step": step, "loss": loss, "base_loss": 0.45, "low": -0.2, "high": -0.05,
+            "best": step <= 50, "best_step": min(step, 50)}  # fmt: skip
 
 
 def _run_facts(id: str) -> dict[str, Any]:
@@ -509,7 +510,7 @@ def _run_facts(id: str) -> dict[str, Any]:
         "model": "sdxl.safetensors", "family": "Stable Diffusion XL", "loss": 0.151, "loss_label": "mean of 50 steps",
         "held_out": 0.2205, "cover": "previews/60-1.0-0.png", "job": None, "status": "Finished", "mood": "good",
         "settings": settings, "changed": {"steps": STEPS}, "trigger": "foxy", "losses": losses, "smooth": smooth,
-        "rates": [], "validations": [_validation(step, NOW, factor) for step in range(10, STEPS + 1, 10)],
+        "rates": [], "validations": [_validation(step, factor) for step in range(10, STEPS + 1, 10)],
         "base_loss": 0.45,
         "previews": previews, "left_out": [],
         "images": [{"file": f"{n}.png", "caption": "a red fox", "use": "trained" if n else "held out",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,9 @@ from typing import Any
 
 import pytest
 
+from lorasmith.training.events import StepDone
 from tests.server.pages.conftest import ServedPage, assert_legible, expected
+from tests.server.pages.fake_api import started
 
 Opener = Callable[..., Any]
 
@@ -246,10 +249,10 @@ def test_a_run_of_the_command_line_is_shown_live(served: ServedPage, open_page: 
     served.server.add_run(
         "runs/cli-001", state="running", status="Running", mood="fair", lora=None, previews=[], job=None
     )
-    told = served.server.events["runs/cli-001"] = [("training", {"event": "RunStarted", "steps": 40})]
+    served.server.show("runs/cli-001", started(40))
     page = open_page("#/runs/runs%2Fcli-001")
-    told.append(("training", {"event": "StepDone", "step": 1, "loss": 0.5, "at": 1.0}))
-    told.append(("training", {"event": "StepDone", "step": 2, "loss": None, "at": 2.0}))
+    served.server.show("runs/cli-001", StepDone(step=1, loss=0.5, grad_norm=1.0))
+    served.server.show("runs/cli-001", StepDone(step=2, loss=math.nan, grad_norm=1.0))
     waits(page, "of 40 steps")
     expected(page.locator("progress")).to_have_js_property("value", 2)
 
@@ -338,22 +341,3 @@ def test_everything_is_reached_by_keyboard_with_a_visible_focus(served: ServedPa
         "Caption of fox_2.png",
     }
     assert wanted | {"Trigger word (optional)", "Show what is trained", "Next: model", "Model"} <= reached
-
-
-@pytest.mark.slow
-def test_a_story_forgets_steps_that_were_rolled_back_and_takes_an_event_twice(open_page: Opener) -> None:
-    told = open_page().evaluate(
-        """async () => {
-          const { emptyStory, lossColumns, smoothed, tell } = await import("/pages/lib/story.mjs");
-          const story = emptyStory();
-          const step = (number, loss) => tell(story, { event: "StepDone", step: number, loss, at: number });
-          [1, 2, 3].forEach((number) => step(number, number));
-          step(3, 3);
-          tell(story, { event: "RolledBack", at: 4, to_step: 1, message: "step 3 diverged" });
-          step(2, 8);
-          return [lossColumns(story), smoothed([4, 4, null, 4], 0.9), story.notes.size];
-        }"""
-    )
-    columns, smooth, notes = told
-    assert columns == [[1, 2], [1, 8]] and notes == 1
-    assert smooth[2] is None and [smooth[0], smooth[1], smooth[3]] == pytest.approx([4, 4, 4])

@@ -17,7 +17,6 @@ from lorasmith.core.files import read_regular
 from lorasmith.training.events import (
     MOST_LINE_BYTES,
     Outcome,
-    RolledBack,
     RunFinished,
     RunStarted,
     StepDone,
@@ -109,23 +108,6 @@ def test_fields_of_later_versions_are_left_out(tmp_path: Path) -> None:
     assert read_history(tmp_path).unreadable == 0
 
 
-def test_steps_that_were_taken_back_count_once(tmp_path: Path) -> None:
-    back = RolledBack(step=5, to_step=2, images=(), rate_factor=0.5, message="", at=BEGIN)
-    events = [*map(step, (1, 2, 3, 4)), back]
-    assert [one.step for one in read_history(write_run(tmp_path, events)).steps()] == [1, 2]
-    again = [step(3, 0.1), step(4, 0.1), started(9), step(4, 0.2)]
-    steps = read_history(write_run(tmp_path, [*events, *again])).steps()
-    assert [(one.step, one.loss) for one in steps] == [(1, 0.3), (2, 0.3), (3, 0.1), (4, 0.2)]
-
-
-def test_time_is_that_of_training_alone(tmp_path: Path) -> None:
-    events = [started(9, at=1000), step(1, at=1010), step(2, at=1020), started(9, at=5000), step(3, at=5005)]
-    history = read_history(write_run(tmp_path, events))
-    assert history.seconds() == 25
-    assert read_history(write_run(tmp_path, [])).seconds() == 0
-    assert read_history(write_run(tmp_path, [started(9, at=1000), step(1, at=900)])).seconds() == 0, "a clock jumped"
-
-
 def test_why_a_run_ended(tmp_path: Path) -> None:
     end = RunFinished(step=1, reason=Outcome.CANCELLED, at=BEGIN)
     assert read_history(write_run(tmp_path, [started(9), step(1), end, Warned(message="x", at=BEGIN)])).outcome == (
@@ -153,7 +135,7 @@ def test_a_log_larger_than_any_other_text_file_is_read_line_by_line(
         tracemalloc.stop()
     assert folder.outcome() is None
     found = read_history(tmp_path)
-    assert (len(found.steps()), found.unreadable) == (300, 0)
+    assert (len(found.of(StepDone)), found.unreadable) == (300, 0)
     assert sum(len(draws) for _, draws in found.draws()) == 1200
 
 

@@ -1,6 +1,6 @@
-"""Server-sent events (text/event-stream): all jobs, one job, and the events of a run as its log grows.
+"""Server-sent events (text/event-stream): all jobs, one job with the view of its run, and a run as its log grows.
 
-The id of a run's event is its place in the log, so that a reader reconnects with `Last-Event-ID` (or `?after=`).
+The first `view` of a stream is whole, later ones have what has changed, so a reader that reconnects misses nothing.
 Streams do not end by themselves; an idle one sends a comment as heartbeat, which detects closed connections.
 """
 
@@ -11,7 +11,6 @@ import contextlib
 import json
 import re
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 from aiohttp import web
@@ -19,16 +18,13 @@ from aiohttp import web
 from lorasmith.core.errors import LorasmithError
 from lorasmith.server.api.endpoint import Call
 from lorasmith.server.api.job_answers import job_answer, job_row
-from lorasmith.server.hub import Notice, Subscription
-from lorasmith.server.log_tail import LogTail
+from lorasmith.server.hub import Notice, SentViews, Subscription
 from lorasmith.server.request_handling import ServerContext, TooManyError, send
-from lorasmith.training.events import KINDS
 
 MOST_STREAMS = 64  # open at once
 
-_POLL_S, _BEAT_S, _RETRY_MS = 0.4, 15.0, 2000
+_POLL_S, _BEAT_S, _RETRY_MS = 1.0, 15.0, 2000
 _FIRST_JOBS = 100
-_NOT_LOGGED = frozenset(("Drawing", "CaptionEncoded"))  # events of training that are not in its log
 _open: set[object] = set()
 
 
@@ -50,42 +46,48 @@ async def all_events(context: ServerContext, call: Call) -> web.StreamResponse:
 
 
 async def job_events(context: ServerContext, call: Call) -> web.StreamResponse:
-    """`job`: the job, at first and at each change. `preparation`: events before the first step. `training`: the run's
-    events, with the ids of its log, and those that are not logged. `graph`: events of a graph's nodes.
+    """`job`: the job, at first and at each change. `view`: what is shown of its run, at first and as it changes.
+    `graph`: events of a graph's nodes.
     """
     id = call.path("id")
     job = context.store.get(id)
-    with context.hub.subscribe(job_id=id, kinds=("job", "training", "graph")) as notices:
-        tail = await _tail(context, job.run, call, is_begun=False)
+    with context.hub.subscribe(job_id=id, kinds=("job", "view", "graph")) as notices:
+        views = context.hub.views(id)
+        if not views and job.run:
+            views = [await _logged_view(context, job.run, is_begun=False)]
         async with _stream(call.request) as stream:
             await stream.send("job", job_answer(job, with_graph=False))
-            await _send_log(stream, tail)
-            async for notice in _each(notices, pause_s=_POLL_S):
-                await _send_log(stream, tail)  # before the notice, so that the last events come before the job's end
+            for view in views:
+                await stream.send_view(view)
+            async for notice in _each(notices):
                 if notice is None:
-                    await stream.beat(quiet=True)
+                    await stream.beat()
                 elif notice.kind == "job":
-                    if tail is None and notice.data.get("run"):
-                        tail = await _tail(context, notice.data["run"], call, is_begun=False)
-                        await _send_log(stream, tail)
                     await stream.send("job", job_row(notice.data))
                 elif notice.kind == "graph":
                     await stream.send("graph", notice.data)
                 else:
-                    await _send_notice(stream, notice, is_tailed=tail is not None)
+                    await stream.send_view(notice)
         return stream.response
 
 
 async def run_events(context: ServerContext, call: Call) -> web.StreamResponse:
-    """`training`: the run's events, with the ids of its log. `reset`: the log was started again; discard all events."""
-    tail = await _tail(context, call.path("id"), call)
+    """`view`: what is shown of the run, at first and as its log grows."""
+    id = call.path("id")
+    view = await _logged_view(context, id)
     with context.hub.subscribe(kinds=()) as notices:  # none arrive; the subscription ends with the server
         async with _stream(call.request) as stream:
-            await _send_log(stream, tail)
+            await stream.send_view(view)
             async for _ in _each(notices, pause_s=_POLL_S):
-                await _send_log(stream, tail)
+                await stream.send_view(await _logged_view(context, id))
                 await stream.beat(quiet=True)
         return stream.response
+
+
+async def _logged_view(context: ServerContext, run: str, *, is_begun: bool = True) -> Notice:
+    """The view of a run's log."""
+    view = await context.assistant.ask("run_view", id=run, is_begun=is_begun)
+    return Notice(kind="view", data={"node_id": None, "view": view})
 
 
 class _Stream:
@@ -94,11 +96,17 @@ class _Stream:
         self._request = request
         self._first = f"retry: {_RETRY_MS}\n\n"
         self._sent = asyncio.get_running_loop().time()
+        self._views = SentViews()
 
-    async def send(self, event: str, data: Any, *, id: str = "") -> None:
+    async def send_view(self, notice: Notice) -> None:
+        """Send what has changed of a view since it was last sent."""
+        if changes := self._views.changes(notice):
+            await self.send("view", {"node_id": notice.data["node_id"], "view": changes})
+
+    async def send(self, event: str, data: Any) -> None:
         """Send an event; waits while the reader's buffer is full."""
         text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, allow_nan=False)
-        lines = [f"event: {event}", *([f"id: {id}"] if id else []), *(f"data: {line}" for line in _LINES.split(text))]
+        lines = [f"event: {event}", *(f"data: {line}" for line in _LINES.split(text))]
         await self._write("\n".join(lines) + "\n\n")
 
     async def beat(self, *, quiet: bool = False) -> None:
@@ -153,30 +161,3 @@ async def _each(notices: Subscription, *, pause_s: float = _BEAT_S) -> AsyncIter
                 except StopAsyncIteration:
                     return
         yield notice
-
-
-async def _tail(context: ServerContext, run: str | None, call: Call, *, is_begun: bool = True) -> LogTail | None:
-    """The log of a run, after the last event that the reader received; None without a run."""
-    if not run:
-        return None
-    path = await context.assistant.ask("run_log", id=run, is_begun=is_begun)
-    return LogTail(Path(path), call.request.headers.get("Last-Event-ID") or call.text("after"))
-
-
-async def _send_log(stream: _Stream, tail: LogTail | None) -> None:
-    while tail is not None and (events := tail.read()):
-        if tail.begins_again:
-            await stream.send("reset", {})
-        for event in events:
-            await stream.send("training", event.data, id=event.place)
-
-
-async def _send_notice(stream: _Stream, notice: Notice, *, is_tailed: bool) -> None:
-    """Send an event of training or preparation, unless it is read from the log."""
-    name = str(notice.data.get("event"))
-    if name not in KINDS:
-        await stream.send("preparation", notice.data)
-    elif name in _NOT_LOGGED:
-        await stream.send("preparation" if name == "CaptionEncoded" else "training", notice.data)
-    elif not is_tailed:
-        await stream.send("preparation", notice.data)

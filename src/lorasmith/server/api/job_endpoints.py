@@ -226,9 +226,8 @@ JOB_ENDPOINTS = (
     Endpoint(
         method="GET",
         path="/jobs/{id}/events",
-        summary="A job: its changes, its preparation, and the events of its run.",
+        summary="A job: its changes, and what is shown of its run.",
         handler=job_events,
-        query=(Query("after", "Id of the last event that is known, in place of Last-Event-ID."),),
         content="text/event-stream",
     ),
 )

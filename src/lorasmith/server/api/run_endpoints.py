@@ -68,9 +68,8 @@ RUN_ENDPOINTS = (
     Endpoint(
         method="GET",
         path="/runs/{id}/events",
-        summary="The events of a run as its log grows.",
+        summary="What is shown of a run, as its log grows.",
         handler=run_events,
-        query=(Query("after", "Id of the last event that is known, in place of Last-Event-ID."),),
         content="text/event-stream",
     ),
     Endpoint(

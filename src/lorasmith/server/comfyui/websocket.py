@@ -23,7 +23,7 @@ from aiohttp import web
 
 from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.server.comfyui.queue_routes import ending_message, milliseconds
-from lorasmith.server.hub import Notice, Subscription
+from lorasmith.server.hub import Notice, SentViews, Subscription
 from lorasmith.server.jobs import ENDED, Job, StoreError, UnknownJobError
 from lorasmith.server.request_handling import ServerContext
 
@@ -134,6 +134,8 @@ class Sockets:
             running = self._progress.of(job.id).running
             if job.client_id == client.id and running is not None:
                 yield message("executing", {"node": running, "display_node": running, "prompt_id": job.id})
+            for view in self._context.hub.views(job.id):
+                yield from frames_of(view, client, self._progress)
 
     def queue_info(self) -> dict[str, Any]:
         return queue_info(self._context.store.queue_counts())
@@ -191,6 +193,7 @@ class Client:
     id: str
     flags: Mapping[str, Any] | None = None  # feature flags; None until received
     reads_log: bool = False  # subscribed to the log
+    views: SentViews = field(default_factory=SentViews)
 
     @property
     def takes_binary(self) -> bool:
@@ -275,9 +278,10 @@ def frames_of(notice: Notice, client: Client, progress: Progress) -> Iterator[Fr
     elif notice.kind == "log":
         if client.reads_log:
             yield message("logs", {"entries": [log_entry(notice.data)], "size": TERMINAL_SIZE})
-    elif notice.kind == "training" and notice.job_id is not None:
-        if notice.client_id in (None, client.id) and notice.data.get("node_id") is not None:
-            yield message(TRAINING, {"prompt_id": notice.job_id, "node": notice.data["node_id"], **notice.data})
+    elif notice.kind == "view":
+        node, is_own = notice.data["node_id"], notice.client_id in (None, client.id)
+        if node is not None and is_own and (changes := client.views.changes(notice)):
+            yield message(TRAINING, {"prompt_id": notice.job_id, "node": node, "view": changes})
     elif notice.kind == "graph" and notice.job_id is not None:
         yield from _graph_frames(notice, notice.job_id, client, progress)
 
@@ -377,7 +381,7 @@ def _names(job_id: str, node: str) -> dict[str, Any]:
     }
 
 
-TRAINING = "lorasmith.training"  # type of messages about training events, an addition to the protocol
+TRAINING = "lorasmith.training"  # type of messages with the view of a training, an addition to the protocol
 TERMINAL_SIZE = {"cols": 120, "rows": 40}  # in which the editor shows the log
 _FOR_ALL = frozenset({"NodeStarted", "NodeProgress", "NodeFinished"})
 """Events of jobs without a client that are sent to all clients."""

@@ -13,7 +13,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any, cast
 
 from lorasmith.core.errors import LorasmithError
@@ -22,13 +22,13 @@ from lorasmith.core.folders import ASSETS, Folders
 from lorasmith.core.options import options_of
 from lorasmith.formats.container import check_safetensors
 from lorasmith.formats.metadata import sha256_file, steps_of
-from lorasmith.report.loss_plot import recent_loss, trailing_means
 from lorasmith.report.pictures import thinned
 from lorasmith.report.run_report import UNJUDGED, RunReport, run_report
 from lorasmith.runs.drawing import EXPERTS
 from lorasmith.runs.run_images import images_in, left_out_in, thumbnail_of
-from lorasmith.runs.run_page import is_own, lora_of_run, report_of, validations_of
+from lorasmith.runs.run_page import is_own, lora_of_run, report_of
 from lorasmith.runs.spec import RunSpec
+from lorasmith.runs.view import RunView, preview_file
 from lorasmith.server.api_shapes import (
     LoraFacts,
     PreviewFacts,
@@ -43,11 +43,11 @@ from lorasmith.server.api_shapes import (
     SkippedFile,
     ValidationFacts,
 )
-from lorasmith.server.log_tail import end_of_log
+from lorasmith.server.log_tail import view_of_log
 from lorasmith.server.questions.dataset_questions import UnknownFileError, is_name
 from lorasmith.server.questions.question_registry import shaped
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.events import Previewed, RunStarted
+from lorasmith.training.events import RunStarted
 from lorasmith.training.storage.records import EVENTS, RECORD, RunHistory, RunRecord, read_history
 from lorasmith.training.storage.run_folder import RunFolder
 
@@ -71,16 +71,12 @@ def runs(folders: Folders, *, jobs: Mapping[str, str] | None = None) -> RunList:
 def run(folders: Folders, id: str, *, jobs: Mapping[str, str] | None = None) -> RunAnswer:
     """A run with the data of its report; `jobs` as in `runs`. Raises UnknownFileError and TrainingError."""
     folder = run_folder_of(folders, id)
-    last_event = end_of_log(folder / EVENTS)  # before reading the log, so that no event is missed
     history = read_history(folder)
-    report, record = report_of(history), history.record
+    report, record, view = report_of(history), history.record, RunView.of(history.events)
     row = _row(id, folder, jobs or {})
-    losses = [(step, loss) for step, loss in enumerate(report.curves.losses, 1) if math.isfinite(loss)]
-    means = trailing_means([loss for _, loss in losses])
-    smooth = [(step, mean) for (step, _), mean in zip(losses, means, strict=True)]
-    rates = [(step, rate) for step, rate in enumerate(report.curves.rates, 1) if math.isfinite(rate)]
-    validations = validations_of(history)
-    best = min((one for one in validations if math.isfinite(one.loss)), key=lambda one: one.loss, default=None)
+    points = [one for one in view.points if math.isfinite(one.loss)]
+    rates = [(one.step, one.rate) for one in view.points if math.isfinite(one.rate)]
+    best = view.best
     saves = list(saves_of(folder, record))
     return RunAnswer(
         **vars(row),
@@ -95,8 +91,8 @@ def run(folders: Folders, id: str, *, jobs: Mapping[str, str] | None = None) -> 
         ),
         changed=_changed(record),
         trigger=_text(record.source.get("trigger")),
-        losses=tuple(thinned(losses, _POINTS)),
-        smooth=tuple(thinned(smooth, _POINTS)),
+        losses=tuple((one.step, one.loss) for one in thinned(points, _POINTS)),
+        smooth=tuple((one.step, one.mean) for one in thinned(points, _POINTS)),
         rates=tuple(thinned(rates, _POINTS)),
         validations=tuple(
             ValidationFacts(
@@ -107,10 +103,10 @@ def run(folders: Folders, id: str, *, jobs: Mapping[str, str] | None = None) -> 
                 high=_finite(one.high),
                 best=one is best,
             )
-            for one in validations
+            for one in view.validations
         ),
         base_loss=None if report.curves.base_loss is None else _finite(report.curves.base_loss),
-        previews=tuple(_previews(history)),
+        previews=tuple(_previews(folder, view)),
         images=tuple(_pictures(history, report)),
         left_out=tuple(SkippedFile(file=one.name, reason=one.reason) for one in left_out_in(record.data)),
         lora=_lora(folders, history),
@@ -119,14 +115,13 @@ def run(folders: Folders, id: str, *, jobs: Mapping[str, str] | None = None) -> 
         verdict=report.verdict,
         facts=dict(report.facts),
         sentences=tuple(filter(None, (report.verdict, report.summary))),
-        notes=tuple(RunNote(kind=one.kind, message=one.message, step=one.step) for one in report.notes),
+        notes=tuple(RunNote(kind=kind, message=text, step=step) for kind, text, step in report.notes),
         use={name: (what, text) for name, (what, text) in report.programs.items()},
         command=report.commands.get("Repeat the run", ""),
         commands=dict(report.commands),
         files=tuple(_files(folder)),
         folder=str(folder),
         is_trainable_on=is_trainable_on(history),
-        last_event=last_event,
         dataset=_dataset(folders, record),
     )
 
@@ -142,9 +137,10 @@ def run_file(folders: Folders, id: str, path: str) -> str:
 
 
 @shaped
-def run_log(folders: Folders, id: str, *, is_begun: bool = True) -> str:
-    """The path of a run's events, which need not exist yet; `is_begun` as in `run_folder_of`."""
-    return str(run_folder_of(folders, id, is_begun=is_begun).resolve() / EVENTS)
+def run_view(folders: Folders, id: str, *, is_begun: bool = True) -> dict[str, Any]:
+    """The `RunView` of a run's log, which need not exist yet; `is_begun` as in `run_folder_of`."""
+    view = view_of_log(run_folder_of(folders, id, is_begun=is_begun).resolve() / EVENTS)
+    return {**view.to_json(), "run": id}
 
 
 @shaped
@@ -169,25 +165,23 @@ _FACTS = ("name", "started", "seconds", "step", "steps", "model", "family", "los
 def _facts(folder: str, record_stamp: tuple[int, int], events_stamp: tuple[int, int]) -> dict[str, Any]:
     """The row of a run in the list, cached by file state."""
     history = read_history(Path(folder))
-    record, steps = history.record, history.steps()
-    recent = recent_loss([one.loss for one in steps])
+    record, view = history.record, RunView.of(history.events)
     planned = record.config.get("steps")
     starts = history.of(RunStarted)
-    held_out = [one.loss for one in validations_of(history) if math.isfinite(one.loss)]
-    shots = [Path("samples", PureWindowsPath(path).name) for one in history.of(Previewed) for path in one.paths[:1]]
+    shots = [preview_file(path) for one in view.previews.values() for path in one.paths[:1]]
     return {
-        "outcome": None if history.outcome is None else history.outcome.value,
+        "outcome": None if view.outcome is None else view.outcome.value,
         "name": record.title or Path(folder).name,
         "started": starts[0].at if starts else None,
-        "seconds": history.seconds(),
-        "step": steps[-1].step if steps else 0,
+        "seconds": view.seconds,
+        "step": view.step,
         "steps": planned if isinstance(planned, int) else None,
         "model": record.model.name,
         "family": record.model.family,
-        "loss": _finite(recent.mean),
-        "loss_label": recent.label,
-        "held_out": min(held_out, default=None),
-        "covers": [*(path.as_posix() for path in reversed(shots)), f"{record.title}.png"],
+        "loss": _finite(view.loss.mean),
+        "loss_label": view.loss.label,
+        "held_out": None if view.best is None else view.best.loss,
+        "covers": [*reversed(shots), f"{record.title}.png"],
     }
 
 
@@ -196,13 +190,12 @@ def _cover(folder: Path, facts: Mapping[str, Any]) -> str | None:
     return next((one for one in candidates if is_own(folder / one, folder)), None)
 
 
-def _previews(history: RunHistory) -> Iterator[PreviewFacts]:
+def _previews(folder: Path, view: RunView) -> Iterator[PreviewFacts]:
     """The existing pictures of the last preview of each step and strength."""
-    shots = {(event.step, event.strength): event for event in history.of(Previewed)}
-    for _, event in sorted(shots.items()):
+    for _, event in sorted(view.previews.items()):
         for prompt, path in zip(event.prompts, event.paths, strict=False):
-            file = f"samples/{PureWindowsPath(path).name}"
-            if is_own(history.folder / file, history.folder):
+            file = preview_file(path)
+            if is_own(folder / file, folder):
                 yield PreviewFacts(step=event.step, strength=event.strength, prompt=prompt, file=file)
 
 

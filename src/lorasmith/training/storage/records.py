@@ -28,7 +28,6 @@ from lorasmith.training.events import (
     MOST_LINE_BYTES,
     Event,
     Outcome,
-    RolledBack,
     RunFinished,
     RunStarted,
     StepDone,
@@ -191,7 +190,7 @@ def _size(trained: nn.Module) -> int:
 
 RECORD, EVENTS = RUN_RECORD, RUN_LOG
 
-_MOST_EVENTS = 2_000_000
+MOST_EVENTS = 2_000_000
 """Events that are kept; the longest run has some hundred thousand."""
 
 _E = TypeVar("_E", bound=Event)
@@ -209,18 +208,6 @@ class RunHistory:
     def of(self, kind: type[_E]) -> list[_E]:
         return [event for event in self.events if isinstance(event, kind)]
 
-    def steps(self) -> list[StepDone]:
-        """The steps that led to the current state, without those rolled back or repeated."""
-        taken: dict[int, StepDone] = {}
-        last = 0
-        for event in self.events:
-            if isinstance(event, StepDone):
-                taken[event.step] = event
-                last = event.step
-            elif isinstance(event, RolledBack):
-                last = min(last, event.to_step)
-        return [taken[step] for step in sorted(taken) if step <= last]
-
     def draws(self) -> Iterator[tuple[int, Sequence[tuple[int, float, float]]]]:
         """Step and `StepDone.draws`, read from the log again; repeated steps occur twice."""
         for _, event in logged(self.folder):
@@ -232,17 +219,6 @@ class RunHistory:
         """Why the run ended; None if it was killed or is running."""
         return _outcome(self.events)
 
-    def seconds(self) -> float:
-        """Training time in seconds, without pauses before resumptions."""
-        total = start = latest = 0.0
-        for event in self.events:
-            if isinstance(event, RunStarted):
-                total += max(0.0, latest - start)
-                start = event.at
-            start = start or event.at
-            latest = event.at
-        return total + max(0.0, latest - start)
-
 
 def read_history(folder: Path) -> RunHistory:
     """The history of the run in `folder`. Raises OptionError and TrainingError, as `read_record`."""
@@ -250,7 +226,7 @@ def read_history(folder: Path) -> RunHistory:
     events: list[Event] = []
     unreadable = 0
     for _, event in logged(folder):
-        if event is None or len(events) == _MOST_EVENTS:
+        if event is None or len(events) == MOST_EVENTS:
             unreadable += 1
         else:
             events.append(replace(event, draws=()) if isinstance(event, StepDone) else event)

@@ -21,6 +21,7 @@ from lorasmith.training.events import Event, EventHandler, StepDone, Validated, 
 
 _PACKAGES = {"tensorboard": ("tensorboard", "TensorBoard"), "wandb": ("wandb", "Weights & Biases")}
 _PROJECT = "lorasmith"
+_NO_METRICS = frozenset({"at", "step", "draws", "noise_scale"})  # fields of `StepDone`
 
 
 def tracker_for(name: str, folder: Path, title: str, config: Mapping[str, Any], *, on_event: EventHandler) -> Tracker:
@@ -50,12 +51,9 @@ class Tracker:
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, StepDone):
-            numbers = {
-                "train/loss": event.loss,
-                "train/grad_norm": event.grad_norm,
-                "train/learning_rate": event.learning_rate,
-                **({"train/gradient_noise_scale": event.noise_scale} if event.noise_scale else {}),
-            }
+            numbers = {f"train/{name}": value for name, value in vars(event).items() if name not in _NO_METRICS}
+            if event.noise_scale:
+                numbers["train/gradient_noise_scale"] = event.noise_scale
             self._log(numbers, event.step)
         elif isinstance(event, Validated):
             self._log({"validation/loss": event.loss, "validation/base_loss": event.base_loss}, event.step)

@@ -44,13 +44,6 @@ export function moment(seconds) {
   return (date.getFullYear() === new Date().getFullYear() ? sameYear : otherYear).format(date);
 }
 
-/** Seconds of one step as a speed. */
-export function speed(secondsPerStep) {
-  if (!Number.isFinite(secondsPerStep) || secondsPerStep <= 0) return "–";
-  return secondsPerStep >= 1 ? `${measuredShort(secondsPerStep)} s a step` : `${measuredShort(1 / secondsPerStep)} steps a second`;
-}
-const measuredShort = (number) => String(Number(number.toPrecision(2)));
-
 const STATES = {
   pending: ["Waiting", "faint"],
   running: ["Running", "accent"],

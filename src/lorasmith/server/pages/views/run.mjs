@@ -7,11 +7,10 @@ import { say, useStore, work } from "../lib/stores.mjs";
 import { bytes, moment, standingWords, valueWords, whole } from "../lib/words.mjs";
 import { Button, Command, Dialog, Field, Loading, Problem, useLoaded } from "../parts/basics.mjs";
 import { act } from "../parts/jobs.mjs";
-import { LiveRun, LossCurves } from "../parts/live_run.mjs";
+import { LiveRun, LossCurves, useView } from "../parts/live_run.mjs";
 import { Lightbox, Previews } from "../parts/pictures.mjs";
 import { nameOfRun } from "../parts/run_card.mjs";
 import { Stepper } from "../parts/stepper.mjs";
-import { useStory } from "./job.mjs";
 
 const SAID_ELSEWHERE = new Set(["LoRA file"]); // its size stands on the button that downloads it
 const MORE_STEPS = 0.5; // "train on" suggests this share of the steps on top
@@ -42,13 +41,13 @@ export function RunView({ id }) {
 }
 
 function Watched({ run, onEnd }) {
-  const [story] = useStory(address(["runs", run.id, "events"]));
+  const view = useView(address(["runs", run.id, "events"]));
   useEffect(() => {
-    if (!story.finished) return undefined;
+    if (!view?.outcome) return undefined;
     const timer = setTimeout(onEnd, 1500); // the files of the end are written after its event
     return () => clearTimeout(timer);
-  }, [story.finished]);
-  return html`<${LiveRun} story=${story} run=${run.id} isRunning />`;
+  }, [view?.outcome]);
+  return html`<${LiveRun} view=${view} run=${run.id} isRunning />`;
 }
 
 function Actions({ run, job, reload }) {
@@ -124,12 +123,12 @@ const remark = (picture) => [picture.use === "trained" ? "" : sentence(picture.u
 function Results({ run }) {
   const [large, setLarge] = useState(null);
   const source = (file) => fileOfRun(run.id, file);
-  const columns = [run.losses.map(([step]) => step), run.losses.map(([, loss]) => loss)];
+  const points = run.losses.map(([step, loss], index) => [step, loss, run.smooth[index][1]]);
   const saves = [...run.saves].sort((a, b) => a.step - b.step);
   const pictures = run.images.filter((one) => one.thumbnail);
   return html`
     ${run.previews.length > 0 && html`<section aria-labelledby="previews"><h2 id="previews">What it learnt</h2><${Previews} previews=${run.previews} source=${source} bestStep=${run.best_step} /></section>`}
-    ${run.losses.length > 0 && html`<section aria-labelledby="curves"><${LossCurves} columns=${columns} validations=${run.validations} best=${run.best_step} /></section>`}
+    ${run.losses.length > 0 && html`<section aria-labelledby="curves"><${LossCurves} points=${points} validations=${run.validations} best=${run.best_step} /></section>`}
     ${Object.keys(run.use).length > 0 && html`<section aria-labelledby="use"><h2 id="use">How to use it</h2>
       ${Object.entries(run.use).map(([program, [what, text]]) => html`<div class="program" key=${program}><h3>${program}</h3><p>${what}</p>${text && html`<${Command} label=${`For ${program}`} text=${text} />`}</div>`)}</section>`}
     ${saves.length > 1 && html`<section aria-labelledby="saves"><h2 id="saves">LoRAs of single steps</h2>

@@ -7,8 +7,8 @@
 // editor and imports its modules.
 
 // Shows a running training on the node Train LoRA: loss curve, figures and the latest previews. It listens to messages
-// `lorasmith.training` of the WebSocket: a training event as in `events.jsonl`, with `node_id` and `prompt_id`. What is
-// shown is neither part of the prompt nor of the saved workflow.
+// `lorasmith.training` of the WebSocket, `{prompt_id, node, view}`: what is shown of the training, the whole in the first
+// message of a connection, then what has changed. It is neither part of the prompt nor of the saved workflow.
 
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
@@ -20,197 +20,35 @@ const WIDGET = "lorasmith_training";
 const MESSAGE = "lorasmith.training";
 const HEIGHT = 250; // pixels of the widget
 const GAP = 4; // pixels that the editor adds to the height of a widget
-const MOST_POINTS = 4000; // of a curve in memory; beyond, every second one is dropped
-const SPEED_WINDOW = 40; // steps whose times give the speed
 const COLORS = { raw: "#7f9fc2", trend: "#4f9be8", heldOut: "#f08a3c", grid: "#7f7f7f55", text: "#9aa4ad" };
 
 const MOST_TRAININGS = 30;
-const STARTS = new Set(["RunStarted", "Resumed", "Planned", "CaptionsPlanned", "CaptionEncoded", "Warned"]);
 
 // What is known of the last runs, by prompt and node.
 const trainings = new Map();
-
-class Training {
-  constructor(promptId, nodeId) {
-    this.promptId = promptId;
-    this.nodeId = String(nodeId);
-    this.workflowId = undefined; // of the graph that was queued, once the server has said it
-    this.state = "Waiting for the model and the images.";
-    this.steps = 0; // planned
-    this.step = 0;
-    this.first = 0; // step before the first point
-    this.points = []; // [step, loss, mean of the last steps]
-    this.heldOut = []; // [step, loss, whether it is the best so far]
-    this.previews = []; // {step, strength, prompt, path}
-    this.times = []; // [step, seconds]
-    this.sum = 0;
-    this.weight = 0;
-    this.ended = false;
-  }
-
-  take(event) {
-    switch (event.event) {
-      case "RunStarted":
-        this.steps = event.steps;
-        this.state = "Training.";
-        break;
-      case "Resumed":
-        this.first = event.step;
-        this.step = event.step;
-        this.state = `Resumed at step ${event.step}.`;
-        break;
-      case "StepDone":
-        this.takeStep(event);
-        break;
-      case "Validated":
-        if (typeof event.loss === "number") this.heldOut.push([event.step, event.loss, Boolean(event.best)]);
-        if (event.best) for (const one of this.heldOut.slice(0, -1)) one[2] = false;
-        break;
-      case "Previewed":
-        this.takePreviews(event);
-        break;
-      case "RolledBack":
-        this.state = event.message;
-        this.points = this.points.filter(([step]) => step <= event.to_step);
-        this.times = [];
-        this.step = event.to_step;
-        break;
-      case "Drawing":
-        this.state = `Drawing previews, ${event.done} of ${event.total}.`;
-        this.times = []; // a pause, which is no part of the speed
-        break;
-      case "CaptionEncoded":
-        this.state = `Encoding captions, ${event.done} of ${event.total}.`;
-        break;
-      case "Planned":
-      case "CaptionsPlanned":
-      case "Shrunk":
-        this.state = event.message;
-        break;
-      case "Warned":
-        if (!event.is_remark) this.state = event.message;
-        break;
-      case "RunFinished":
-        this.end(event.reason === "cancelled" ? "Cancelled; running again resumes it." : "Finished.");
-        break;
-    }
-  }
-
-  takeStep(event) {
-    this.step = event.step;
-    this.state = "Training.";
-    this.times.push([event.step, event.at]);
-    if (this.times.length > SPEED_WINDOW) this.times.shift();
-    if (typeof event.loss === "number") this.addPoint(event.step, event.loss); // JSON has no NaN
-  }
-
-  addPoint(step, loss) {
-    // Bias-corrected moving average over a span that grows with the run, as the steps of a long run are many.
-    const decay = 1 - 1 / Math.min(200, Math.max(10, (this.steps || 100) / 10));
-    this.sum = decay * this.sum + loss;
-    this.weight = decay * this.weight + 1;
-    this.points.push([step, loss, this.sum / this.weight]);
-    if (this.points.length > MOST_POINTS) this.points = this.points.filter((_, index) => index % 2);
-  }
-
-  takePreviews(event) {
-    const rows = event.paths.map((path, index) => ({
-      step: event.step,
-      strength: event.strength,
-      prompt: event.prompts[index] ?? "",
-      path,
-    }));
-    this.addPreviews(rows, event.strength);
-  }
-
-  addPreviews(rows, strength) {
-    // The latest pictures with the LoRA, and those without it to compare.
-    const others = this.previews.filter((one) => (one.strength === 0) !== (strength === 0));
-    if (strength === 0) this.previews = [...rows, ...others];
-    else this.previews = [...others, ...rows];
-  }
-
-  // Take over what a run had reported before this page listened.
-  takeHistory(run, address) {
-    const later = this.points;
-    const start = later[0]?.[0] ?? Infinity;
-    [this.points, this.sum, this.weight] = [[], 0, 0];
-    this.steps = this.steps || run.steps || 0;
-    for (const [step, loss] of run.losses ?? []) if (step < start) this.addPoint(step, loss);
-    for (const [step, loss] of later) this.addPoint(step, loss);
-    const known = new Set(this.heldOut.map(([step]) => step));
-    const earlier = (run.validations ?? []).filter((one) => !known.has(one.step));
-    this.heldOut = [...earlier.map((one) => [one.step, one.loss, Boolean(one.best)]), ...this.heldOut];
-    if (this.previews.length) return;
-    const last = Math.max(...(run.previews ?? []).filter((one) => one.strength !== 0).map((one) => one.step));
-    for (const one of run.previews ?? []) {
-      const url = `${address}/files/${one.file.split("/").map(encodeURIComponent).join("/")}`;
-      if (one.strength === 0 || one.step === last) this.previews.push({ ...one, url });
-    }
-  }
-
-  end(state) {
-    if (!this.ended) this.state = state;
-    this.ended = true;
-  }
-
-  get loss() {
-    return this.points.at(-1)?.[2];
-  }
-
-  get stepsPerSecond() {
-    const [first, last] = [this.times[0], this.times.at(-1)];
-    const seconds = last ? last[1] - first[1] : 0;
-    return seconds > 0 ? (last[0] - first[0]) / seconds : undefined;
-  }
-
-  get secondsLeft() {
-    const speed = this.stepsPerSecond;
-    return speed && this.steps ? (this.steps - this.step) / speed : undefined;
-  }
-
-  get figures() {
-    const figures = [];
-    if (this.step) figures.push(this.steps ? `step ${this.step} of ${this.steps}` : `step ${this.step}`);
-    if (this.loss !== undefined) figures.push(`loss ${decimals(this.loss)}`);
-    const last = this.heldOut.at(-1);
-    if (last) {
-      const best = this.heldOut.find((one) => one[2]);
-      const note = best && best !== last ? `, best ${decimals(best[1])} at step ${best[0]}` : "";
-      figures.push(`held-out ${decimals(last[1])}${note}`);
-    }
-    if (!this.ended && this.stepsPerSecond) {
-      const speed = this.stepsPerSecond;
-      figures.push(speed >= 1 ? `${speed.toFixed(1)} steps/s` : `${(1 / speed).toFixed(1)} s/step`);
-      if (this.secondsLeft !== undefined) figures.push(`${duration(this.secondsLeft)} left`);
-    }
-    return figures.join(" · ");
-  }
-}
 
 function decimals(number) {
   return number >= 0.001 && number < 1000 ? number.toPrecision(3) : number.toExponential(2);
 }
 
-function duration(seconds) {
-  if (seconds < 90) return `${Math.max(1, Math.round(seconds))} s`;
-  const minutes = Math.round(seconds / 60);
-  if (minutes < 90) return `${minutes} min`;
-  return `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
+function figuresOf(view) {
+  const step = view.step ? [view.steps ? `step ${view.step} of ${view.steps}` : `step ${view.step}`] : [];
+  return [...step, ...view.metrics.map((one) => one.line)].join(" · ");
 }
 
-// Address of a picture of a run, which is in the output folder; undefined for one elsewhere.
-function pictureUrl(preview) {
-  if (preview.url) return preview.url;
-  const parts = preview.path.replaceAll("\\", "/").split("/");
-  const start = parts.lastIndexOf("output");
-  if (start < 0) return undefined;
-  const query = new URLSearchParams({
-    filename: parts.at(-1),
-    subfolder: parts.slice(start + 1, -1).join("/"),
-    type: "output",
-  });
-  return api.apiURL(`/view?${query}`);
+// The latest pictures with the LoRA, and those without it to compare.
+function latestPreviews(view) {
+  const drawn = view.previews.filter((one) => one.strength !== 0);
+  const { step, strength } = drawn.at(-1) ?? {};
+  return [
+    ...view.previews.filter((one) => one.strength === 0),
+    ...drawn.filter((one) => one.step === step && one.strength === strength),
+  ];
+}
+
+function pictureUrl(view, preview) {
+  const file = preview.file.split("/").map(encodeURIComponent).join("/");
+  return `/lorasmith/v1/runs/${encodeURIComponent(view.run)}/files/${file}`;
 }
 
 // The elements of one node's panel.
@@ -287,18 +125,20 @@ class Panel {
 
   draw() {
     const training = this.training;
-    this.figures.textContent = training ? training.figures : "Loss and previews appear here while the node trains.";
-    this.state.textContent = training?.state ?? "";
+    const view = training?.view;
+    const figures = view ? figuresOf(view) : "";
+    this.figures.textContent = view ? figures : "Loss and previews appear here while the node trains.";
+    this.state.textContent = training?.end || view?.status || "";
     this.state.title = this.state.textContent;
     this.more.textContent = this.node.showAdvanced ? "Fewer settings" : "More settings";
-    this.canvas.setAttribute("aria-label", training ? `Loss curve: ${training.figures}` : "No loss yet");
-    this.drawPictures(training?.previews ?? []);
-    drawCurve(this.canvas, training);
+    this.canvas.setAttribute("aria-label", view ? `Loss curve: ${figures}` : "No loss yet");
+    this.drawPictures(view ?? { previews: [] });
+    drawCurve(this.canvas, view);
   }
 
-  drawPictures(previews) {
-    const shown = previews.filter((one) => pictureUrl(one)).slice(0, 8);
-    const key = JSON.stringify(shown);
+  drawPictures(view) {
+    const shown = latestPreviews(view).slice(0, 8);
+    const key = JSON.stringify([view.run, shown]);
     if (key === this.shownPictures) return;
     this.shownPictures = key;
     this.pictures.style.display = shown.length ? "flex" : "none";
@@ -308,7 +148,7 @@ class Panel {
         const figure = element("figure", "lorasmith-preview");
         Object.assign(figure.style, { margin: "0", display: "flex", flexDirection: "column", alignItems: "center" });
         const image = element("img", "", figure);
-        image.src = pictureUrl(one);
+        image.src = pictureUrl(view, one);
         image.alt = `${label}: ${one.prompt}`;
         image.title = image.alt;
         Object.assign(image.style, { height: "60px", borderRadius: "4px", display: "block" });
@@ -328,7 +168,7 @@ function element(tag, className, parent) {
   return made;
 }
 
-function drawCurve(canvas, training) {
+function drawCurve(canvas, view) {
   const scale = window.devicePixelRatio || 1;
   const [width, height] = [canvas.clientWidth, canvas.clientHeight];
   if (!width || !height) return;
@@ -338,12 +178,14 @@ function drawCurve(canvas, training) {
   const context = canvas.getContext("2d");
   context.setTransform(scale, 0, 0, scale, 0, 0);
   context.clearRect(0, 0, width, height);
-  if (!training || !(training.points.length || training.heldOut.length)) return;
+  if (!view || !(view.curve.length || view.validations.length)) return;
+  const points = view.curve.filter(([, loss]) => loss !== null);
+  const heldOut = view.validations.filter((one) => one.loss !== null);
 
   const [left, right, top, bottom] = [40, width - 8, 6, height - 14];
-  const [low, high] = range(training);
-  const lastStep = Math.max(training.steps, training.step, 1);
-  const x = (step) => left + ((right - left) * (step - training.first)) / Math.max(1, lastStep - training.first);
+  const [low, high] = range(points, heldOut);
+  const lastStep = Math.max(view.steps, view.step, 1);
+  const x = (step) => left + ((right - left) * step) / lastStep;
   const y = (loss) => bottom - ((bottom - top) * (Math.min(Math.max(loss, low), high) - low)) / (high - low || 1);
 
   context.font = "10px Inter, system-ui, sans-serif";
@@ -357,7 +199,7 @@ function drawCurve(canvas, training) {
     context.fillText(decimals(loss), left - 4, y(loss) + 3);
   }
   context.textAlign = "left";
-  context.fillText(String(training.first), left, height - 2);
+  context.fillText("0", left, height - 2);
   context.textAlign = "right";
   context.fillText(String(lastStep), right, height - 2);
 
@@ -367,16 +209,16 @@ function drawCurve(canvas, training) {
   context.clip();
   context.strokeStyle = COLORS.raw;
   context.globalAlpha = 0.45;
-  line(context, training.points.map(([step, loss]) => [x(step), y(loss)]));
+  line(context, points.map(([step, loss]) => [x(step), y(loss)]));
   context.globalAlpha = 1;
   context.strokeStyle = COLORS.trend;
   context.lineWidth = 2;
-  line(context, training.points.map(([step, , mean]) => [x(step), y(mean)]));
+  line(context, points.map(([step, , mean]) => [x(step), y(mean)]));
   context.strokeStyle = COLORS.heldOut;
   context.lineWidth = 1.5;
-  line(context, training.heldOut.map(([step, loss]) => [x(step), y(loss)]));
+  line(context, heldOut.map(({ step, loss }) => [x(step), y(loss)]));
   context.fillStyle = COLORS.heldOut;
-  for (const [step, loss, best] of training.heldOut) {
+  for (const { step, loss, best } of heldOut) {
     context.beginPath();
     context.arc(x(step), y(loss), best ? 4 : 2.5, 0, 2 * Math.PI);
     context.fill();
@@ -386,12 +228,12 @@ function drawCurve(canvas, training) {
 
 // Lowest and highest loss of the axis: of the means and the held-out losses, and of most single losses, so that one
 // outlier does not flatten the curve.
-function range(training) {
-  const single = training.points.map(([, loss]) => loss).sort((a, b) => a - b);
+function range(points, heldOut) {
+  const single = points.map(([, loss]) => loss).sort((a, b) => a - b);
   const kept = [
     ...(single.length ? [single[Math.floor(single.length * 0.02)], single[Math.ceil((single.length - 1) * 0.98)]] : []),
-    ...training.points.map(([, , mean]) => mean),
-    ...training.heldOut.map(([, loss]) => loss),
+    ...points.map(([, , mean]) => mean),
+    ...heldOut.map(({ loss }) => loss),
   ];
   let [low, high] = [Infinity, -Infinity];
   for (const loss of kept) [low, high] = [Math.min(low, loss), Math.max(high, loss)];
@@ -434,45 +276,37 @@ function updateAll() {
   for (const training of trainings.values()) update(training.nodeId);
 }
 
-function endAll(promptId, state) {
+function endAll(promptId, end) {
   for (const training of trainings.values()) {
-    if (training.promptId !== promptId) continue;
-    training.end(state);
+    if (training.promptId !== promptId || training.view.outcome) continue;
+    training.end = end;
     update(training.nodeId);
   }
 }
 
 function onTraining({ detail }) {
-  const { node_id: nodeId, prompt_id: promptId } = detail ?? {};
+  const { node: nodeId, prompt_id: promptId, view } = detail ?? {};
   if (nodeId === undefined || promptId === undefined) return;
   const key = `${promptId} ${nodeId}`;
   let training = trainings.get(key);
   if (!training) {
-    training = new Training(promptId, nodeId);
+    training = { promptId, nodeId: String(nodeId), workflowId: undefined, view: {}, end: "" };
     trainings.set(key, training);
     if (trainings.size > MOST_TRAININGS) trainings.delete(trainings.keys().next().value);
-    learnMore(training, !STARTS.has(detail.event));
+    learnWorkflow(training);
   }
-  training.take(detail);
+  Object.assign(training.view, view);
+  training.end = "";
   update(nodeId);
 }
 
-// Ask the server which graph a training belongs to and, if it had started before, what it has reported so far.
-async function learnMore(training, hasStarted) {
+// Ask the server which graph a training belongs to.
+async function learnWorkflow(training) {
   try {
     const answer = await api.fetchApi(`/jobs/${encodeURIComponent(training.promptId)}`);
     if (answer.ok) training.workflowId = (await answer.json()).workflow_id;
-    if (hasStarted) {
-      const job = await fetch(`/lorasmith/v1/jobs/${encodeURIComponent(training.promptId)}`);
-      const { run } = job.ok ? await job.json() : {};
-      if (run) {
-        const address = `/lorasmith/v1/runs/${encodeURIComponent(run)}`;
-        const history = await fetch(address);
-        if (history.ok) training.takeHistory(await history.json(), address);
-      }
-    }
   } catch (error) {
-    console.warn("Lorasmith: the beginning of the training is not available", error);
+    console.warn("Lorasmith: the graph of the training is not known", error);
   }
   update(training.nodeId);
 }
