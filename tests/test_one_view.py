@@ -14,7 +14,7 @@ import pytest
 
 from lorasmith.cli import console as screen
 from lorasmith.cli.run_output import training_progress
-from lorasmith.nodes.training import _reporter
+from lorasmith.nodes.training import _NodeHost
 from lorasmith.runs import progress_bars, view
 from lorasmith.runs.progress_bars import run_shown
 from lorasmith.runs.run_page import report_of
@@ -82,9 +82,9 @@ def test_a_node_shows_it_and_page_and_editor_receive_it() -> None:
         progress=lambda step, steps, text: texts.append(text),
         log=lambda text: None,
     )
-    report = _reporter(context, 2)  # type: ignore[arg-type]
+    host = _NodeHost(context, 2)  # type: ignore[arg-type]
     for event in STEPS:
-        report(event)
+        host.on_event(event)
     assert LINE in texts[-1]
     assert {"name": "sharpness", "label": "sharpness of the minimum", "value": 0.25, "text": "0.25", "unit": "",
             "line": LINE} in views[-1]["metrics"]  # fmt: skip

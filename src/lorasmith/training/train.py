@@ -396,7 +396,7 @@ class _Run:
             found = list(self._inexact(folder))
             same = "bit-identically" if not found else f"not bit-identically, because of {'; '.join(found)}"
             message = f"The run in {folder.path} continues from step {start.step}, {same}."
-            self._options.on_event(EarlierEvents(events=read_history(folder.path).events))
+            self._host.on_event(EarlierEvents(events=read_history(folder.path).events))
             self._emit(Resumed(step=start.step, message=message))
 
     def _how_it_continues(self, loop: Loop) -> str:
