@@ -7,7 +7,9 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta
 
 from lorasmith.core.choices import Activations
 from lorasmith.core.printable import printable
@@ -17,246 +19,173 @@ from lorasmith.training.outcome import Outcome
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """Base of all events.
+    """Base of all events."""
 
-    Attributes:
-        at: seconds since the epoch.
-    """
-
-    at: float = field(default_factory=time.time)
+    at: Annotated[float, Meta(description="seconds since the epoch")] = field(default_factory=time.time)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunStarted(Event):
-    """Training is about to take its first step.
+    """Training is about to take its first step."""
 
-    Attributes:
-        steps: planned updates.
-        steps_before: updates of the LoRA that is continued.
-        samples: samples in the dataset.
-        adapters: adapted layers.
-        parameters: number of trained parameters.
-        device, dtype: of the frozen model.
-        folder: of the run, empty if there is none.
-    """
-
-    steps: int
-    steps_before: int
-    samples: int
-    adapters: int
-    parameters: int
-    device: str
-    dtype: str
-    folder: str = ""
+    steps: Annotated[int, Meta(description="planned updates")]
+    steps_before: Annotated[int, Meta(description="updates of the LoRA that is continued")]
+    samples: Annotated[int, Meta(description="samples in the dataset")]
+    adapters: Annotated[int, Meta(description="adapted layers")]
+    parameters: Annotated[int, Meta(description="number of trained parameters")]
+    device: Annotated[str, Meta(description="of the frozen model")]
+    dtype: Annotated[str, Meta(description="of the frozen model")]
+    folder: Annotated[str, Meta(description="of the run, empty if there is none")] = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Resumed(Event):
-    """An interrupted run continues.
+    """An interrupted run continues."""
 
-    Attributes:
-        step: updates taken so far.
-        message: which run, from which step, and whether bit-identically, in a sentence.
-    """
-
-    step: int
-    message: str
+    step: Annotated[int, Meta(description="updates taken so far")]
+    message: Annotated[str, Meta(description="which run, from which step, and whether bit-identically, in a sentence")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepDone(Event):
-    """The loss of one update has arrived on the host.
+    """The loss of one update has arrived on the host."""
 
-    Attributes:
-        step: counted from 1.
-        loss: mean over the step's samples.
-        grad_norm: norm of the gradient before clipping.
-        learning_rate: of this step, the largest of all groups.
-        draws: for each of the step's samples its index in the dataset, the quantile of its noise level (0 is clean, 1
-            noisy) and its loss.
-        noise_scale: gradient noise scale in samples; 0 if unknown, as with one batch per step.
-    """
-
-    step: int
-    loss: float
-    grad_norm: float
-    learning_rate: float = 0.0
-    draws: tuple[tuple[int, float, float], ...] = ()
-    noise_scale: float = 0.0
+    step: Annotated[int, Meta(description="counted from 1")]
+    loss: Annotated[float, Meta(description="mean over the step's samples")]
+    grad_norm: Annotated[float, Meta(description="norm of the gradient before clipping")]
+    learning_rate: Annotated[float, Meta(description="of this step, the largest of all groups")] = 0.0
+    draws: Annotated[
+        tuple[tuple[int, float, float], ...],
+        Meta(
+            description="for each of the step's samples its index in the dataset, the quantile of its noise level (0 "
+            "is clean, 1 noisy) and its loss"
+        ),
+    ] = ()
+    noise_scale: Annotated[
+        float, Meta(description="gradient noise scale in samples; 0 if unknown, as with one batch per step")
+    ] = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Validated(Event):
-    """The held-out images were evaluated.
+    """The held-out images were evaluated."""
 
-    Attributes:
-        step: updates taken.
-        loss: mean over the held-out images and their noise levels.
-        base_loss: the same for the model without the LoRA.
-        low, high: 95 % confidence interval of loss − base_loss, over images (over images and noise levels, if there are
-            fewer than five images).
-        best: whether this is the lowest loss so far.
-        best_step: step of the lowest loss so far.
-        verdict: interpretation of all validations so far, in a sentence.
-    """
-
-    step: int
-    loss: float
-    base_loss: float
-    low: float
-    high: float
-    best: bool
-    best_step: int
-    verdict: str
+    step: Annotated[int, Meta(description="updates taken")]
+    loss: Annotated[float, Meta(description="mean over the held-out images and their noise levels")]
+    base_loss: Annotated[float, Meta(description="the same for the model without the LoRA")]
+    low: Annotated[
+        float,
+        Meta(
+            description="95 % confidence interval of loss − base_loss, over images (over images and noise levels, if "
+            "there are fewer than five images)"
+        ),
+    ]
+    high: Annotated[
+        float,
+        Meta(
+            description="95 % confidence interval of loss − base_loss, over images (over images and noise levels, if "
+            "there are fewer than five images)"
+        ),
+    ]
+    best: Annotated[bool, Meta(description="whether this is the lowest loss so far")]
+    best_step: Annotated[int, Meta(description="step of the lowest loss so far")]
+    verdict: Annotated[str, Meta(description="interpretation of all validations so far, in a sentence")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Previewed(Event):
-    """A preview was drawn from the LoRA as it would be saved.
+    """A preview was drawn from the LoRA as it would be saved."""
 
-    Attributes:
-        step: updates taken.
-        prompts: one for each picture.
-        paths: PNG files, one for each picture.
-        strength: of the LoRA, 0 for the base model.
-    """
-
-    step: int
-    prompts: tuple[str, ...]
-    paths: tuple[str, ...]
-    strength: float
+    step: Annotated[int, Meta(description="updates taken")]
+    prompts: Annotated[tuple[str, ...], Meta(description="one for each picture")]
+    paths: Annotated[tuple[str, ...], Meta(description="PNG files, one for each picture")]
+    strength: Annotated[float, Meta(description="of the LoRA, 0 for the base model")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drawing(Event):
-    """Pictures of a preview are drawn. It is not logged.
+    """Pictures of a preview are drawn. It is not logged."""
 
-    Attributes:
-        done, total: pictures drawn so far, and all of this preview.
-    """
-
-    done: int
-    total: int
+    done: Annotated[int, Meta(description="pictures drawn so far, and all of this preview")]
+    total: Annotated[int, Meta(description="pictures drawn so far, and all of this preview")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class StateSaved(Event):
-    """A run state was written.
+    """A run state was written."""
 
-    Attributes:
-        step: updates taken.
-        path: the file.
-    """
-
-    step: int
-    path: str
+    step: Annotated[int, Meta(description="updates taken")]
+    path: Annotated[str, Meta(description="the file")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RolledBack(Event):
-    """A step diverged: it is skipped, and training continues from an earlier snapshot at a lower rate.
+    """A step diverged: it is skipped, and training continues from an earlier snapshot at a lower rate."""
 
-    Attributes:
-        step: the diverged step, counted from 1.
-        to_step: step of the restored snapshot.
-        images: names of the step's samples.
-        rate_factor: factor of the learning rate from here on.
-        message: the above in a sentence.
-    """
-
-    step: int
-    to_step: int
-    images: tuple[str, ...]
-    rate_factor: float
-    message: str
+    step: Annotated[int, Meta(description="the diverged step, counted from 1")]
+    to_step: Annotated[int, Meta(description="step of the restored snapshot")]
+    images: Annotated[tuple[str, ...], Meta(description="names of the step's samples")]
+    rate_factor: Annotated[float, Meta(description="factor of the learning rate from here on")]
+    message: Annotated[str, Meta(description="the above in a sentence")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shrunk(Event):
-    """Memory ran out: the step is repeated in smaller micro-batches, with the same result up to rounding.
+    """Memory ran out: the step is repeated in smaller micro-batches, with the same result up to rounding."""
 
-    Attributes:
-        step: counted from 1.
-        micro_batch: images per forward pass from here on.
-        checkpoint_depth: depth of activation checkpointing from here on, 0 for none.
-        message: the above in a sentence.
-    """
-
-    step: int
-    micro_batch: int
-    checkpoint_depth: int
-    message: str
+    step: Annotated[int, Meta(description="counted from 1")]
+    micro_batch: Annotated[int, Meta(description="images per forward pass from here on")]
+    checkpoint_depth: Annotated[int, Meta(description="depth of activation checkpointing from here on, 0 for none")]
+    message: Annotated[str, Meta(description="the above in a sentence")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Planned(Event):
-    """The activation plan was selected by measurement.
+    """The activation plan was selected by measurement."""
 
-    Attributes:
-        activations, checkpoint_depth: as in `Runtime`.
-        needed_bytes: estimated peak of a step.
-        budget_bytes: available memory.
-        message: the above in a sentence.
-    """
-
-    activations: Activations
-    checkpoint_depth: int
-    needed_bytes: int
-    budget_bytes: int
-    message: str
+    activations: Annotated[Activations, Meta(description="as in `Runtime`")]
+    checkpoint_depth: Annotated[int, Meta(description="as in `Runtime`")]
+    needed_bytes: Annotated[int, Meta(description="estimated peak of a step")]
+    budget_bytes: Annotated[int, Meta(description="available memory")]
+    message: Annotated[str, Meta(description="the above in a sentence")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionsPlanned(Event):
-    """It was decided how the captions that are drawn are encoded.
+    """It was decided how the captions that are drawn are encoded."""
 
-    Attributes:
-        captions: number of captions that are encoded before training; None where the text encoders stay.
-        needed_bytes: memory of these conditionings, or of the text encoders.
-        message: the above in a sentence.
-    """
-
-    captions: int | None
-    needed_bytes: int
-    message: str
+    captions: Annotated[
+        int | None,
+        Meta(description="number of captions that are encoded before training; None where the text encoders stay"),
+    ]
+    needed_bytes: Annotated[int, Meta(description="memory of these conditionings, or of the text encoders")]
+    message: Annotated[str, Meta(description="the above in a sentence")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionEncoded(Event):
-    """A caption was encoded before training.
+    """A caption was encoded before training."""
 
-    Attributes:
-        done, total: captions encoded so far, and all of these.
-    """
-
-    done: int
-    total: int
+    done: Annotated[int, Meta(description="captions encoded so far, and all of these")]
+    total: Annotated[int, Meta(description="captions encoded so far, and all of these")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Warned(Event):
-    """A warning in one sentence; training continues.
+    """A warning in one sentence; training continues."""
 
-    Attributes:
-        message: the sentence.
-        is_remark: whether it asks nothing of the user and is for the report alone.
-    """
-
-    message: str
-    is_remark: bool = False
+    message: Annotated[str, Meta(description="the sentence")]
+    is_remark: Annotated[bool, Meta(description="whether it asks nothing of the user and is for the report alone")] = (
+        False
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunFinished(Event):
-    """Training ended.
+    """Training ended."""
 
-    Attributes:
-        step: updates taken in this run.
-        reason: why it ended.
-    """
-
-    step: int
-    reason: Outcome
+    step: Annotated[int, Meta(description="updates taken in this run")]
+    reason: Annotated[Outcome, Meta(description="why it ended")]
 
 
 EventHandler = Callable[[Event], None]
@@ -284,14 +213,11 @@ def decoded(line: str) -> Event:
     """
     try:
         found = json.loads(line)  # not `parse_foreign_json`: a loss may be NaN
-        draws = _checked_draws(found.pop("draws", ()))
         found = _readable(found)
         kind = KINDS[found["event"]]
         if typed(found.get("version", 1), int) > EVENTS_VERSION:
             raise ValueError("it is of a later version")
         event = typed(found, kind)
-        if isinstance(event, StepDone):
-            event = dataclasses.replace(event, draws=draws)
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"an event must have a known kind and its fields, got {line[:80]!r}") from error
     if not _plausible(event):
@@ -300,17 +226,6 @@ def decoded(line: str) -> Event:
 
 
 _LAST_SECOND, _LAST_STEP = 1e11, 10_000_000
-
-
-def _checked_draws(value: Any) -> tuple[tuple[int, float, float], ...]:
-    """`StepDone.draws`, as `typed` checks them, which takes minutes for the millions of a long run."""
-    draws = tuple((index, quantile, loss) for index, quantile, loss in value)
-    for draw in draws:
-        if type(draw[0]) is not int or not {type(draw[1]), type(draw[2])} <= {int, float}:
-            raise ValueError("draws must be numbers")
-        if any(type(number) is int and not -(2**63) <= number < 2**64 for number in draw):
-            raise ValueError("draws must be numbers of 64 bits")
-    return draws
 
 
 def _readable(value: Any) -> Any:

@@ -77,10 +77,6 @@ async def _status(context: ServerContext, call: Call) -> StatusAnswer:
     )
 
 
-async def _models(context: ServerContext, call: Call) -> Any:
-    return await context.assistant.ask("models")
-
-
 def _setting(one: Option) -> SettingAnswer:
     return SettingAnswer(
         name=one.name,
@@ -110,7 +106,7 @@ SERVER_ENDPOINTS = (
         method="GET",
         path="/models",
         summary="The models in the model folders.",
-        handler=_models,
+        question="models",
         answer=ModelListAnswer,
     ),
 )

@@ -130,18 +130,6 @@ _OPTIONS = {**options_of(DataConfig), **options_of(TrainConfig)}
 _WIDTH = 2048
 
 
-async def _datasets(context: ServerContext, call: Call) -> Any:
-    return await context.assistant.ask("datasets")
-
-
-async def _create(context: ServerContext, call: Call) -> Any:
-    return await context.assistant.ask("create_dataset", name=call.body.name)
-
-
-async def _dataset(context: ServerContext, call: Call) -> Any:
-    return await context.assistant.ask("dataset", name=call.path("name"))
-
-
 async def _remove(context: ServerContext, call: Call) -> Any:
     name = call.path("name")
     users = (job for job in context.store.unfinished(name) if uses_dataset(job, context.config.base, name))
@@ -151,10 +139,6 @@ async def _remove(context: ServerContext, call: Call) -> Any:
             "job first"
         )
     return await context.assistant.ask("remove_dataset", name=name)
-
-
-async def _remove_image(context: ServerContext, call: Call) -> Any:
-    return await context.assistant.ask("remove_image", name=call.path("name"), file=call.path("file"))
 
 
 async def _captions(context: ServerContext, call: Call) -> Any:
@@ -202,12 +186,12 @@ def _value(name: str, text: str) -> Any:
 
 
 DATASET_ENDPOINTS = (
-    Endpoint(method="GET", path="/datasets", summary="All datasets.", handler=_datasets, answer=DatasetList),
+    Endpoint(method="GET", path="/datasets", summary="All datasets.", question="datasets", answer=DatasetList),
     Endpoint(
         method="POST",
         path="/datasets",
         summary="Make a dataset, a folder below input; the answer has its name.",
-        handler=_create,
+        question="create_dataset",
         body=NameBody,
         answer=DatasetRow,
         status=201,
@@ -216,7 +200,7 @@ DATASET_ENDPOINTS = (
         method="GET",
         path="/datasets/{name}",
         summary="The pictures of a dataset with their captions.",
-        handler=_dataset,
+        question="dataset",
         answer=DatasetAnswer,
     ),
     Endpoint(
@@ -246,7 +230,7 @@ DATASET_ENDPOINTS = (
         method="DELETE",
         path="/datasets/{name}/images/{file}",
         summary="Move a picture, its caption and its mask to the removed things.",
-        handler=_remove_image,
+        question="remove_image",
         answer=RemovedAnswer,
     ),
     Endpoint(

@@ -47,12 +47,8 @@ async def _graph(context: ServerContext, call: Call) -> web.StreamResponse:
     return json_response(found if call.text("notes") in ("1", "true") else found["prompt"])
 
 
-async def _install(context: ServerContext, call: Call) -> Any:
-    return await context.assistant.ask("install_run", id=call.path("id"), step=call.body.step, name=call.body.name)
-
-
 async def _train_on(context: ServerContext, call: Call) -> Any:
-    request = await context.assistant.ask("train_on_request", id=call.path("id"), steps=call.body.steps)
+    request = await context.assistant.ask("train_on_request", **call.arguments)
     return job_answer(context.dispatcher.submit("train", request))
 
 
@@ -99,7 +95,7 @@ RUN_ENDPOINTS = (
         method="POST",
         path="/runs/{id}/install",
         summary="Copy a LoRA of a run into models/loras.",
-        handler=_install,
+        question="install_run",
         body=InstallBody,
         answer=InstalledLora,
     ),

@@ -26,7 +26,7 @@ from lorasmith.runs.memory_estimate import MemoryEstimate, estimate_memory
 from lorasmith.runs.model_list import ListedFile, ListedModel, ModelList, list_models
 from lorasmith.server.api_shapes import MissingPart, ModelListAnswer, ModelRow, OtherFile, PlanAnswer
 from lorasmith.server.questions.dataset_questions import dataset_folder, split_settings
-from lorasmith.server.questions.question_registry import question, shaped
+from lorasmith.server.questions.question_registry import question
 from lorasmith.training.config import NONE_LORA, TrainConfig, lora_settings
 from lorasmith.training.storage.records import check_title
 
@@ -34,7 +34,7 @@ _ENDLESS = 2**50
 _FEW, _MANY_EPOCHS = 5, 300
 
 
-@shaped
+@question
 def plan(
     folders: Folders,
     *,
@@ -71,7 +71,7 @@ def plan(
     )
 
 
-@shaped
+@question
 def train_request(
     folders: Folders,
     *,
@@ -101,7 +101,7 @@ def train_request(
     }
 
 
-@shaped
+@question
 def check_measurement(folders: Folders, *, model: str, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The request of a job that measures a training step. Raises as `plan`."""
     checked_settings(folders, settings or {}, "")
@@ -212,7 +212,7 @@ def _said(value: object) -> str:
 _KINDS = (*MODEL_FOLDERS, *ENCODER_FOLDERS, *VAE_FOLDERS)
 
 
-@shaped
+@question
 def models(folders: Folders) -> ModelListAnswer:
     """The models in the model folders, built-in ones last, and the other files there."""
     found = _listed(folders)

@@ -46,7 +46,7 @@ from lorasmith.server.api_shapes import (
 )
 from lorasmith.server.log_tail import end_of_log
 from lorasmith.server.questions.dataset_questions import UnknownFileError, is_name
-from lorasmith.server.questions.question_registry import shaped
+from lorasmith.server.questions.question_registry import question
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Previewed, RunStarted
 from lorasmith.training.storage.history import EVENTS, RECORD, RunHistory, read_history
@@ -56,7 +56,7 @@ from lorasmith.training.storage.run_folder import RunFolder
 _POINTS, _FILES = 2000, 2000
 
 
-@shaped
+@question
 def runs(folders: Folders, *, jobs: Mapping[str, str] | None = None) -> RunList:
     """All runs, newest first; `jobs` are the running jobs by run id."""
     rows, damaged = [], []
@@ -69,7 +69,7 @@ def runs(folders: Folders, *, jobs: Mapping[str, str] | None = None) -> RunList:
     return RunList(runs=tuple(rows), damaged=tuple(damaged))
 
 
-@shaped
+@question
 def run(folders: Folders, id: str, *, jobs: Mapping[str, str] | None = None) -> RunAnswer:
     """A run with the data of its report; `jobs` as in `runs`. Raises UnknownFileError and TrainingError."""
     folder = run_folder_of(folders, id)
@@ -133,7 +133,7 @@ def run(folders: Folders, id: str, *, jobs: Mapping[str, str] | None = None) -> 
     )
 
 
-@shaped
+@question
 def run_file(folders: Folders, id: str, path: str) -> str:
     """The path of a file in a run folder; links out of it are refused. Raises UnknownFileError."""
     folder = run_folder_of(folders, id)
@@ -143,13 +143,13 @@ def run_file(folders: Folders, id: str, path: str) -> str:
     return str(found.resolve())
 
 
-@shaped
+@question
 def run_log(folders: Folders, id: str, *, is_begun: bool = True) -> str:
     """The path of a run's events, which need not exist yet; `is_begun` as in `run_folder_of`."""
     return str(run_folder_of(folders, id, is_begun=is_begun).resolve() / EVENTS)
 
 
-@shaped
+@question
 def run_page(folders: Folders, id: str) -> bytes:
     """The report of a run as HTML, made again from its records: the one in its folder is untrusted."""
     return run_report(report_of(read_history(run_folder_of(folders, id)))).encode("utf-8", "backslashreplace")

@@ -14,9 +14,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 import torch
+from msgspec import Meta
 from torch import Tensor
 
 from lorasmith.adapters.packed_layers import named_weights
@@ -38,24 +39,20 @@ if TYPE_CHECKING:
 
 
 class Fingerprint(TypedDict, total=False):
-    """What a run's numbers depend on.
+    """What a run's numbers depend on."""
 
-    Attributes:
-        config: settings that affect numbers.
-        base: digest of sampled values, by part of the base model.
-        files: SHA-256 of the whole files of the base model, by part, if asked for.
-        patches, data, held_out, initial: digests of LoRAs on the base model, samples and initial weights.
-        noising: parameterization and digest of the schedule, where they are not the model's own.
-    """
-
-    config: dict[str, Scalar]
-    base: dict[str, str]
-    files: dict[str, str]
-    patches: str
-    data: str
-    held_out: str
-    initial: str
-    noising: list[str]
+    config: Annotated[dict[str, Scalar], Meta(description="settings that affect numbers")]
+    base: Annotated[dict[str, str], Meta(description="digest of sampled values, by part of the base model")]
+    files: Annotated[
+        dict[str, str], Meta(description="SHA-256 of the whole files of the base model, by part, if asked for")
+    ]
+    patches: Annotated[str, Meta(description="digests of LoRAs on the base model, samples and initial weights")]
+    data: Annotated[str, Meta(description="digests of LoRAs on the base model, samples and initial weights")]
+    held_out: Annotated[str, Meta(description="digests of LoRAs on the base model, samples and initial weights")]
+    initial: Annotated[str, Meta(description="digests of LoRAs on the base model, samples and initial weights")]
+    noising: Annotated[
+        list[str], Meta(description="parameterization and digest of the schedule, where they are not the model's own")
+    ]
 
 
 # Initial weights and patches cover the files; compiling affects the last bits only, like the environment.

@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any
 
+from msgspec import Meta
 from torch import nn
 
 from lorasmith.core.errors import OptionError
@@ -37,19 +38,14 @@ RECORD_VERSION = 1
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRecord:
-    """The base model of a run.
+    """The base model of a run."""
 
-    Attributes:
-        name: its title.
-        path: where it was, None for a model made in memory.
-        family: its architecture.
-        files: where its parts were, by component.
-    """
-
-    name: str = ""
-    path: str | None = None
-    family: str = ""
-    files: dict[str, str] = field(default_factory=dict)
+    name: Annotated[str, Meta(description="its title")] = ""
+    path: Annotated[str | None, Meta(description="where it was, None for a model made in memory")] = None
+    family: Annotated[str, Meta(description="its architecture")] = ""
+    files: Annotated[dict[str, str], Meta(description="where its parts were, by component")] = field(
+        default_factory=dict
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,41 +59,35 @@ class SampleRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """The record of a run. Fields that another version did not write have their defaults.
+    """The record of a run. Fields that another version did not write have their defaults."""
 
-    Attributes:
-        version: of this format, raised when an older reader would misunderstand it; 1 if missing.
-        title: name of the LoRA and its file.
-        source: JSON values from which a door can repeat the run, with the name of its command.
-        model: the base model.
-        config: settings, all resolved.
-        asked: settings as requested, some of them open.
-        steps_before: steps of the LoRA that was continued.
-        samples: the training samples.
-        data: facts on the images, for readers.
-        adapters, differences: number of trained parameters by module path.
-        fingerprint: of the run.
-        environment: the first one that it was trained in.
-        environments: all of them, if they are several.
-
-    Raises:
-        ValueError: the version is a later one, the title is no file name, or the number of steps is out of range.
-    """
-
-    version: int = RECORD_VERSION
-    title: str = ""
-    source: dict[str, Any] = field(default_factory=dict)
-    model: ModelRecord = field(default_factory=ModelRecord)
-    config: dict[str, Scalar] = field(default_factory=dict)
-    asked: dict[str, Scalar] = field(default_factory=dict)
-    steps_before: int = 0
-    samples: tuple[SampleRecord, ...] = ()
-    data: dict[str, Any] = field(default_factory=dict)
-    adapters: dict[str, int] = field(default_factory=dict)
-    differences: dict[str, int] = field(default_factory=dict)
-    fingerprint: Fingerprint = field(default_factory=Fingerprint)
-    environment: dict[str, Any] = field(default_factory=dict)
-    environments: tuple[dict[str, Any], ...] = ()
+    version: Annotated[
+        int, Meta(description="of this format, raised when an older reader would misunderstand it; 1 if missing")
+    ] = RECORD_VERSION
+    title: Annotated[str, Meta(description="name of the LoRA and its file")] = ""
+    source: Annotated[
+        dict[str, Any],
+        Meta(description="JSON values from which a door can repeat the run, with the name of its command"),
+    ] = field(default_factory=dict)
+    model: Annotated[ModelRecord, Meta(description="the base model")] = field(default_factory=ModelRecord)
+    config: Annotated[dict[str, Scalar], Meta(description="settings, all resolved")] = field(default_factory=dict)
+    asked: Annotated[dict[str, Scalar], Meta(description="settings as requested, some of them open")] = field(
+        default_factory=dict
+    )
+    steps_before: Annotated[int, Meta(description="steps of the LoRA that was continued")] = 0
+    samples: Annotated[tuple[SampleRecord, ...], Meta(description="the training samples")] = ()
+    data: Annotated[dict[str, Any], Meta(description="facts on the images, for readers")] = field(default_factory=dict)
+    adapters: Annotated[dict[str, int], Meta(description="number of trained parameters by module path")] = field(
+        default_factory=dict
+    )
+    differences: Annotated[dict[str, int], Meta(description="number of trained parameters by module path")] = field(
+        default_factory=dict
+    )
+    fingerprint: Annotated[Fingerprint, Meta(description="of the run")] = field(default_factory=Fingerprint)
+    environment: Annotated[dict[str, Any], Meta(description="the first one that it was trained in")] = field(
+        default_factory=dict
+    )
+    environments: Annotated[tuple[dict[str, Any], ...], Meta(description="all of them, if they are several")] = ()
 
     def __post_init__(self) -> None:
         if not 1 <= self.version <= RECORD_VERSION:
@@ -125,7 +115,10 @@ class RunRecord:
 
 def parsed_record(text: str | bytes) -> RunRecord:
     """The record in `run.json` or in a LoRA. Raises ValueError with a clause that says what is wrong and where."""
-    return typed(parse_foreign_json(text), RunRecord)
+    found = parse_foreign_json(text)
+    record = typed(found, RunRecord)
+    # Parts that only a later version's fingerprint has are kept: they are differences, too.
+    return replace(record, fingerprint=found.get("fingerprint", {}))
 
 
 def run_record(
