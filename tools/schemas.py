@@ -10,9 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
-from lorasmith.core.typed_json import DIALECT
+from lorasmith.core.typed_json import DIALECT, json_schemas
 from lorasmith.runs.sweep_results import SweepRecord
 from lorasmith.server.api.api_routes import ENDPOINTS
 from lorasmith.server.api.endpoint import api_document
@@ -33,13 +31,14 @@ def schemas() -> dict[str, dict[str, Any]]:
 
 
 def _of_file(title: str, kind: type) -> dict[str, Any]:
-    return {"$schema": DIALECT, "title": title, **msgspec.json.schema(kind)}
+    (schema,), named = json_schemas([kind])
+    return {"$schema": DIALECT, "title": title, **schema, "$defs": named}
 
 
 def _of_events() -> dict[str, Any]:
-    _, components = msgspec.json.schema_components(KINDS.values(), ref_template="#/$defs/{name}")
+    schemas, named = json_schemas(list(KINDS.values()))
     for name in KINDS:
-        schema = components[name]
+        schema = named[name]
         schema["properties"] = {
             "event": {"const": name},
             "version": {"type": "integer", "description": f"of the format, {EVENTS_VERSION}; 1 if missing"},
@@ -49,8 +48,8 @@ def _of_events() -> dict[str, Any]:
     return {
         "$schema": DIALECT,
         "title": "a line of events.jsonl in a run's folder",
-        "oneOf": [{"$ref": f"#/$defs/{name}"} for name in KINDS],
-        "$defs": components,
+        "oneOf": schemas,
+        "$defs": named,
     }
 
 

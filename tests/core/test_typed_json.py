@@ -6,13 +6,13 @@ import contextlib
 import json
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
-from typing import Any, Literal, TypedDict
+from typing import Annotated, Any, Literal, TypedDict
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorasmith.core.typed_json import Scalar, typed
+from lorasmith.core.typed_json import Scalar, json_schemas, typed
 
 
 class Colour(StrEnum):
@@ -20,12 +20,14 @@ class Colour(StrEnum):
 
 
 class Loose(TypedDict, total=False):
-    size: int
+    size: Annotated[int, "in pixels"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inner:
-    name: str
+    """In another."""
+
+    name: Annotated[str, "of it"]
     sides: tuple[int, ...] = ()
 
 
@@ -89,6 +91,15 @@ def test_what_does_not_fit_is_refused_with_its_place(value: Any, sentence: str) 
     with pytest.raises(ValueError) as caught:
         typed(value, Outer)
     assert str(caught.value) == sentence
+
+
+def test_schemas_describe_fields_and_require_those_without_a_default() -> None:
+    (schema,), named = json_schemas([Outer], "#/in/")
+    assert schema == {"$ref": "#/in/Outer"} and named.keys() == {"Outer", "Inner", "Loose", "Colour"}
+    assert named["Outer"]["required"] == ["rate"] and named["Outer"]["properties"]["kind"]["enum"] == ["a", "b"]
+    assert named["Inner"]["description"] == "In another."
+    assert named["Inner"]["properties"]["name"] == {"type": "string", "description": "of it"}
+    assert named["Loose"]["properties"]["size"] == {"type": "integer", "description": "in pixels"}
 
 
 JSON = st.recursive(

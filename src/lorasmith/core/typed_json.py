@@ -1,19 +1,22 @@
-"""JSON values in declared types, by msgspec: records of runs, run states, events, and bodies of the HTTP API.
+"""JSON values in declared types, and the schemas of these, by msgspec: records of runs, run states, events, and bodies
+and answers of the HTTP API.
 
-Types are those of msgspec. Fields that are missing get their defaults, and unknown ones, from later versions, are
-dropped. msgspec is imported when it is needed, so that commands start fast.
+Fields that are missing get their defaults, and unknown ones, from later versions, are dropped. A text in `Annotated`
+describes a field in schemas. msgspec is imported when it is needed, so that commands start fast.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import types
 import typing
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Annotated, Any, TypeVar
 
 Scalar = bool | int | float | str | None  # a setting or another single value
 
-DIALECT = "https://json-schema.org/draft/2020-12/schema"  # of the JSON schemas that msgspec writes
+DIALECT = "https://json-schema.org/draft/2020-12/schema"  # of `json_schemas`
 
 _T = TypeVar("_T")
 
@@ -43,6 +46,31 @@ def _refuse_large_integers(value: Any, place: str) -> None:
             if isinstance(one, (dict, list, tuple)):
                 inner += one.values() if isinstance(one, dict) else one
         level = inner
+
+
+def json_schemas(kinds: Sequence[Any], folder: str = "#/$defs/") -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Schemas of types, and those that they refer to by name, in `folder`."""
+    import msgspec
+
+    schemas, named = msgspec.json.schema_components(kinds, ref_template=f"{folder}{{name}}")
+    for kind in _declared(kinds):
+        for name, hint in typing.get_type_hints(kind, include_extras=True).items():
+            if typing.get_origin(hint) is Annotated:
+                named[kind.__name__]["properties"][name]["description"] = hint.__metadata__[0]
+    return list(schemas), named
+
+
+def _declared(kinds: Sequence[Any]) -> set[Any]:
+    """The dataclasses and typed dictionaries in some types."""
+    found: set[Any] = set()
+    waiting = list(kinds)
+    while waiting:
+        kind = waiting.pop()
+        if (dataclasses.is_dataclass(kind) or typing.is_typeddict(kind)) and kind not in found:
+            found.add(kind)
+            waiting += typing.get_type_hints(kind).values()
+        waiting += typing.get_args(kind)
+    return found
 
 
 _WORDS = {

@@ -16,8 +16,6 @@ from pathlib import Path, PurePath
 from typing import Annotated, Any, Literal
 from urllib.parse import quote
 
-from msgspec import Meta
-
 from lorasmith.core.errors import LorasmithError, OptionError
 from lorasmith.core.files import write_atomic
 from lorasmith.core.typed_json import Scalar
@@ -50,55 +48,40 @@ _UNCOMPARED = frozenset({"existing_state"})  # which only the record of a longer
 class SweepEntry:
     """One run of a sweep."""
 
-    number: Annotated[int, Meta(description="in the sweep, from 1")]
-    name: Annotated[str, Meta(description="of its folder in that of the sweep")]
+    number: Annotated[int, "in the sweep, from 1"]
+    name: Annotated[str, "of its folder in that of the sweep"]
     state: Annotated[
         RunState,
-        Meta(
-            description="complete; failed with an error; stopped or killed on the way; running, in whichever process; "
-            "or waiting"
-        ),
+        "complete; failed with an error; stopped or killed on the way; running, in whichever process; or waiting",
     ]
-    settings: Annotated[Mapping[str, Scalar], Meta(description="what the sweep varies")]
+    settings: Annotated[Mapping[str, Scalar], "what the sweep varies"]
     place: Annotated[
-        int | None,
-        Meta(description="in the ranking, from 1; None for runs that are not complete or have no held-out loss"),
+        int | None, "in the ranking, from 1; None for runs that are not complete or have no held-out loss"
     ] = None
-    loss: Annotated[float | None, Meta(description="the lowest held-out loss and its step")] = None
-    best_step: Annotated[int | None, Meta(description="the lowest held-out loss and its step")] = None
-    base_loss: Annotated[
-        float | None, Meta(description="of the same images without the LoRA; None if it was not measured")
-    ] = None
-    change: Annotated[float | None, Meta(description="of the loss relative to that, such as -0.05 for 5 % less.")] = (
-        None
-    )
-    steps: Annotated[int, Meta(description="that were taken")] = 0
-    seconds: Annotated[float, Meta(description="of training")] = 0.0
-    lora: Annotated[
-        str | None, Meta(description="its file of the lowest held-out loss, relative to the folder of the sweep")
-    ] = None
+    loss: Annotated[float | None, "the lowest held-out loss and its step"] = None
+    best_step: Annotated[int | None, "the lowest held-out loss and its step"] = None
+    base_loss: Annotated[float | None, "of the same images without the LoRA; None if it was not measured"] = None
+    change: Annotated[float | None, "of the loss relative to that, such as -0.05 for 5 % less."] = None
+    steps: Annotated[int, "that were taken"] = 0
+    seconds: Annotated[float, "of training"] = 0.0
+    lora: Annotated[str | None, "its file of the lowest held-out loss, relative to the folder of the sweep"] = None
     judged_by: Annotated[
-        str,
-        Meta(description="digest of the held-out images as they are judged; losses with the same one can be compared"),
+        str, "digest of the held-out images as they are judged; losses with the same one can be compared"
     ] = ""
-    validations: Annotated[tuple[tuple[int, float], ...], Meta(description="step and loss of each validation")] = ()
-    error: Annotated[str, Meta(description="of a failed run, in a sentence")] = ""
+    validations: Annotated[tuple[tuple[int, float], ...], "step and loss of each validation"] = ()
+    error: Annotated[str, "of a failed run, in a sentence"] = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepRecord:
     """The content of `sweep.json`."""
 
-    version: Annotated[int, Meta(description="of this format, raised when an older reader would misunderstand it")] = (
-        _VERSION
-    )
-    file: Annotated[str, Meta(description="name of the sweep's file")] = ""
+    version: Annotated[int, "of this format, raised when an older reader would misunderstand it"] = _VERSION
+    file: Annotated[str, "name of the sweep's file"] = ""
     comparable: Annotated[
-        bool, Meta(description="whether all losses are of the same held-out images; if not, the ranking is by `change`")
+        bool, "whether all losses are of the same held-out images; if not, the ranking is by `change`"
     ] = True
-    runs: Annotated[tuple[SweepEntry, ...], Meta(description="the best first, then those that are not ranked")] = field(
-        default=()
-    )
+    runs: Annotated[tuple[SweepEntry, ...], "the best first, then those that are not ranked"] = field(default=())
 
 
 def result_of(run: SweepRun, output: Path) -> SweepEntry:

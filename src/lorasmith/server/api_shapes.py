@@ -9,8 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from msgspec import Meta
-
 Severity = Literal["problem", "warning", "remark"]
 SettingType = Literal["integer", "number", "text", "boolean"]
 RunState = Literal["running", "finished", "stopped", "cancelled", "failed", "interrupted"]
@@ -20,11 +18,9 @@ RunState = Literal["running", "finished", "stopped", "cancelled", "failed", "int
 class ErrorFacts:
     """What went wrong."""
 
-    kind: Annotated[str, Meta(description="name of the kind of error, such as OptionError")]
-    message: Annotated[str, Meta(description="a sentence with rule, value and remedy")]
-    details: Annotated[Any, Meta(description="more about it, such as a list of findings; null if there is no more")] = (
-        None
-    )
+    kind: Annotated[str, "name of the kind of error, such as OptionError"]
+    message: Annotated[str, "a sentence with rule, value and remedy"]
+    details: Annotated[Any, "more about it, such as a list of findings; null if there is no more"] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,40 +42,38 @@ class QueueCounts:
 class DeviceFacts:
     """A device that trains."""
 
-    name: Annotated[str, Meta(description="such as cuda:0 or cpu")]
-    title: Annotated[str, Meta(description="of its maker")] = ""
-    memory_bytes: Annotated[int | None, Meta(description="of the device; null if unknown")] = None
-    free_bytes: Annotated[int | None, Meta(description="of the device; null if unknown")] = None
+    name: Annotated[str, "such as cuda:0 or cpu"]
+    title: Annotated[str, "of its maker"] = ""
+    memory_bytes: Annotated[int | None, "of the device; null if unknown"] = None
+    free_bytes: Annotated[int | None, "of the device; null if unknown"] = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class StatusAnswer:
     """The state of the server."""
 
-    version: Annotated[str, Meta(description="of Lorasmith")]
-    ready: Annotated[
-        bool, Meta(description="whether the assistant answers; until then, what needs it is answered with 503")
-    ]
-    base_dir: Annotated[str, Meta(description="the base folder")]
-    devices: Annotated[tuple[DeviceFacts, ...], Meta(description="that train")]
-    queue: Annotated[QueueCounts, Meta(description="number of jobs")]
-    disk_free_bytes: Annotated[int, Meta(description="of the base folder's disk")]
+    version: Annotated[str, "of Lorasmith"]
+    ready: Annotated[bool, "whether the assistant answers; until then, what needs it is answered with 503"]
+    base_dir: Annotated[str, "the base folder"]
+    devices: Annotated[tuple[DeviceFacts, ...], "that train"]
+    queue: Annotated[QueueCounts, "number of jobs"]
+    disk_free_bytes: Annotated[int, "of the base folder's disk"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SettingAnswer:
     """A setting of data or training."""
 
-    name: Annotated[str, Meta(description="as on the command line, with underscores")]
-    label: Annotated[str, Meta(description="in words")]
-    type: Annotated[SettingType, Meta(description="of the value")]
-    default: Annotated[bool | int | float | str | None, Meta(description="null if the run decides it")]
-    help: Annotated[str, Meta(description="its meaning")]
-    min: Annotated[float | None, Meta(description="of a number; null for no limit")] = None
-    max: Annotated[float | None, Meta(description="of a number; null for no limit")] = None
-    step: Annotated[float | None, Meta(description="of a number; null for no limit")] = None
-    choices: Annotated[tuple[str, ...], Meta(description="allowed values of a text; empty if any text is allowed")] = ()
-    main: Annotated[bool, Meta(description="whether it is shown before the others")] = False
+    name: Annotated[str, "as on the command line, with underscores"]
+    label: Annotated[str, "in words"]
+    type: Annotated[SettingType, "of the value"]
+    default: Annotated[bool | int | float | str | None, "null if the run decides it"]
+    help: Annotated[str, "its meaning"]
+    min: Annotated[float | None, "of a number; null for no limit"] = None
+    max: Annotated[float | None, "of a number; null for no limit"] = None
+    step: Annotated[float | None, "of a number; null for no limit"] = None
+    choices: Annotated[tuple[str, ...], "allowed values of a text; empty if any text is allowed"] = ()
+    main: Annotated[bool, "whether it is shown before the others"] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,13 +88,13 @@ class SettingGroup:
 class PresetAnswer:
     """A choice of settings."""
 
-    name: Annotated[str, Meta(description="of the choice")]
-    title: Annotated[str, Meta(description="in words")]
-    summary: Annotated[str, Meta(description="what it trades, in a sentence")]
-    settings: Annotated[dict[str, Any], Meta(description="by name, for the number of images that was asked for")]
-    steps_per_image: Annotated[int, Meta(description="from which the steps follow for another number")]
-    least_steps: Annotated[int, Meta(description="from which the steps follow for another number")]
-    most_steps: Annotated[int, Meta(description="from which the steps follow for another number")]
+    name: Annotated[str, "of the choice"]
+    title: Annotated[str, "in words"]
+    summary: Annotated[str, "what it trades, in a sentence"]
+    settings: Annotated[dict[str, Any], "by name, for the number of images that was asked for"]
+    steps_per_image: Annotated[int, "from which the steps follow for another number"]
+    least_steps: Annotated[int, "from which the steps follow for another number"]
+    most_steps: Annotated[int, "from which the steps follow for another number"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,14 +109,12 @@ class SettingsAnswer:
 class DatasetRow:
     """A folder of images below input/."""
 
-    name: Annotated[str, Meta(description="of the folder")]
-    images: Annotated[int, Meta(description="number of its pictures")]
-    captions: Annotated[int, Meta(description="number of those with a caption")]
-    modified: Annotated[float, Meta(description="time of the last change, in seconds since the epoch")]
-    cover: Annotated[str | None, Meta(description="a picture of it; null if there is none")]
-    builtin: Annotated[bool, Meta(description="whether it belongs to the package, so that it cannot be changed")] = (
-        False
-    )
+    name: Annotated[str, "of the folder"]
+    images: Annotated[int, "number of its pictures"]
+    captions: Annotated[int, "number of those with a caption"]
+    modified: Annotated[float, "time of the last change, in seconds since the epoch"]
+    cover: Annotated[str | None, "a picture of it; null if there is none"]
+    builtin: Annotated[bool, "whether it belongs to the package, so that it cannot be changed"] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,38 +143,36 @@ class SkippedFile:
 class PictureRow:
     """A picture of a dataset."""
 
-    file: Annotated[str, Meta(description="its name")]
-    width: Annotated[int | None, Meta(description="in pixels, upright; null if it cannot be read")]
-    height: Annotated[int | None, Meta(description="in pixels, upright; null if it cannot be read")]
-    bytes: Annotated[int, Meta(description="size of the file")]
-    caption: Annotated[str, Meta(description="its text; empty if it has none")]
-    has_caption: Annotated[bool, Meta(description="whether it has a text of its own")]
-    problem: Annotated[str, Meta(description="why picture or caption cannot be read; empty if they can")] = ""
+    file: Annotated[str, "its name"]
+    width: Annotated[int | None, "in pixels, upright; null if it cannot be read"]
+    height: Annotated[int | None, "in pixels, upright; null if it cannot be read"]
+    bytes: Annotated[int, "size of the file"]
+    caption: Annotated[str, "its text; empty if it has none"]
+    has_caption: Annotated[bool, "whether it has a text of its own"]
+    problem: Annotated[str, "why picture or caption cannot be read; empty if they can"] = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetAnswer:
     """A folder of images."""
 
-    name: Annotated[str, Meta(description="of the folder")]
-    folder: Annotated[str, Meta(description="its path")]
-    images: Annotated[tuple[PictureRow, ...], Meta(description="those directly in it")]
-    builtin: Annotated[bool, Meta(description="whether it belongs to the package, so that it cannot be changed")] = (
-        False
-    )
-    notes: Annotated[tuple[str, ...], Meta(description="what else is to be said, such as of folders in it")] = ()
-    skipped: Annotated[tuple[SkippedFile, ...], Meta(description="files that training would not use")] = ()
+    name: Annotated[str, "of the folder"]
+    folder: Annotated[str, "its path"]
+    images: Annotated[tuple[PictureRow, ...], "those directly in it"]
+    builtin: Annotated[bool, "whether it belongs to the package, so that it cannot be changed"] = False
+    notes: Annotated[tuple[str, ...], "what else is to be said, such as of folders in it"] = ()
+    skipped: Annotated[tuple[SkippedFile, ...], "files that training would not use"] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class UploadAnswer:
     """What became of uploaded files."""
 
-    added: Annotated[tuple[str, ...], Meta(description="names of the new files, pictures and captions")]
-    skipped: Annotated[tuple[SkippedFile, ...], Meta(description="files that were not kept")] = ()
-    renamed: Annotated[
-        dict[str, str], Meta(description="names of new files by those that they were sent under, where they differ")
-    ] = field(default_factory=dict)
+    added: Annotated[tuple[str, ...], "names of the new files, pictures and captions"]
+    skipped: Annotated[tuple[SkippedFile, ...], "files that were not kept"] = ()
+    renamed: Annotated[dict[str, str], "names of new files by those that they were sent under, where they differ"] = (
+        field(default_factory=dict)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,13 +193,10 @@ class Changed:
 class CaptionEdit:
     """A caption to store."""
 
-    caption: Annotated[str, Meta(description="the text; an empty one takes the caption away")]
+    caption: Annotated[str, "the text; an empty one takes the caption away"]
     seen: Annotated[
         str | None,
-        Meta(
-            description="the caption that it replaces, as it was shown: 409 if there is another one now. Null to "
-            "replace any."
-        ),
+        "the caption that it replaces, as it was shown: 409 if there is another one now. Null to replace any.",
     ] = None
 
 
@@ -221,14 +208,11 @@ CaptionBody = dict[str, str | CaptionEdit]
 class FindingFacts:
     """Something to look at before training."""
 
-    kind: Annotated[str, Meta(description="what it is")]
-    message: Annotated[str, Meta(description="a sentence with its remedy")]
-    files: Annotated[tuple[str, ...], Meta(description="the pictures concerned")]
+    kind: Annotated[str, "what it is"]
+    message: Annotated[str, "a sentence with its remedy"]
+    files: Annotated[tuple[str, ...], "the pictures concerned"]
     severity: Annotated[
-        Severity,
-        Meta(
-            description="problem: it costs pictures or spoils the LoRA; warning: better mended; remark: worth knowing"
-        ),
+        Severity, "problem: it costs pictures or spoils the LoRA; warning: better mended; remark: worth knowing"
     ]
 
 
@@ -246,26 +230,24 @@ class Crop:
 class CheckedPicture:
     """A picture that was checked."""
 
-    problems: Annotated[tuple[str, ...], Meta(description="about it, in a word or a sentence each")]
-    crop: Annotated[Crop, Meta(description="the part that is trained")]
-    trained: Annotated[tuple[int, int], Meta(description="width and height at which it is trained")]
-    tokens: Annotated[int | None, Meta(description="of its caption; null if they were not counted")] = None
+    problems: Annotated[tuple[str, ...], "about it, in a word or a sentence each"]
+    crop: Annotated[Crop, "the part that is trained"]
+    trained: Annotated[tuple[int, int], "width and height at which it is trained"]
+    tokens: Annotated[int | None, "of its caption; null if they were not counted"] = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataCheckAnswer:
     """A checked folder of images."""
 
-    findings: Annotated[tuple[FindingFacts, ...], Meta(description="the gravest first")]
-    images: Annotated[dict[str, CheckedPicture], Meta(description="by name of the file")]
-    skipped: Annotated[tuple[SkippedFile, ...], Meta(description="files that training would not use")]
-    notes: Annotated[tuple[str, ...], Meta(description="other remarks")] = ()
-    resolutions: Annotated[
-        tuple[int, ...], Meta(description="sides in pixels of the squares whose area pictures are scaled to")
-    ] = ()
-    assumed: Annotated[bool, Meta(description="whether the resolution is a guess, as no model was named")] = False
-    held_out: Annotated[tuple[str, ...], Meta(description="pictures that are held out for validation")] = ()
-    samples_per_epoch: Annotated[int, Meta(description="number of samples in an epoch")] = 0
+    findings: Annotated[tuple[FindingFacts, ...], "the gravest first"]
+    images: Annotated[dict[str, CheckedPicture], "by name of the file"]
+    skipped: Annotated[tuple[SkippedFile, ...], "files that training would not use"]
+    notes: Annotated[tuple[str, ...], "other remarks"] = ()
+    resolutions: Annotated[tuple[int, ...], "sides in pixels of the squares whose area pictures are scaled to"] = ()
+    assumed: Annotated[bool, "whether the resolution is a guess, as no model was named"] = False
+    held_out: Annotated[tuple[str, ...], "pictures that are held out for validation"] = ()
+    samples_per_epoch: Annotated[int, "number of samples in an epoch"] = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,15 +262,15 @@ class MissingPart:
 class ModelRow:
     """A model that can be trained on."""
 
-    name: Annotated[str, Meta(description="by which a run names it")]
-    title: Annotated[str, Meta(description="for people")]
-    family: Annotated[str, Meta(description="its architecture")]
-    place: Annotated[str, Meta(description="its folder")]
-    size_bytes: Annotated[int, Meta(description="of the file")]
-    precision: Annotated[str, Meta(description="number format of most of its weights")]
-    builtin: Annotated[bool, Meta(description="whether it belongs to the package: a small one, to try things out")]
-    ready: Annotated[bool, Meta(description="whether all its parts are there")]
-    missing: Annotated[tuple[MissingPart, ...], Meta(description="those that are not")]
+    name: Annotated[str, "by which a run names it"]
+    title: Annotated[str, "for people"]
+    family: Annotated[str, "its architecture"]
+    place: Annotated[str, "its folder"]
+    size_bytes: Annotated[int, "of the file"]
+    precision: Annotated[str, "number format of most of its weights"]
+    builtin: Annotated[bool, "whether it belongs to the package: a small one, to try things out"]
+    ready: Annotated[bool, "whether all its parts are there"]
+    missing: Annotated[tuple[MissingPart, ...], "those that are not"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,11 +295,11 @@ class ModelListAnswer:
 class DatasetSource:
     """What a run is about."""
 
-    model: Annotated[str, Meta(description="its name in the list of models")]
-    dataset: Annotated[str | None, Meta(description="name of a dataset")] = None
-    folder: Annotated[str | None, Meta(description="path of a folder of images, in place of a dataset")] = None
-    trigger: Annotated[str, Meta(description="phrase for the subject or style")] = ""
-    settings: Annotated[dict[str, Any], Meta(description="of data and training, by name")] = field(default_factory=dict)
+    model: Annotated[str, "its name in the list of models"]
+    dataset: Annotated[str | None, "name of a dataset"] = None
+    folder: Annotated[str | None, "path of a folder of images, in place of a dataset"] = None
+    trigger: Annotated[str, "phrase for the subject or style"] = ""
+    settings: Annotated[dict[str, Any], "of data and training, by name"] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -329,22 +311,22 @@ class PlanBody(DatasetSource):
 class PlanAnswer:
     """The plan of a run."""
 
-    steps: Annotated[int, Meta(description="updates")]
-    epochs: Annotated[float, Meta(description="how often each picture is seen")]
-    rank: Annotated[int, Meta(description="of the LoRA")]
-    resolution: Annotated[int, Meta(description="side in pixels of the square whose area pictures are scaled to")]
-    images: Annotated[int, Meta(description="number of pictures")]
-    held_out: Annotated[int, Meta(description="number of those that are held out for validation")]
-    parameters: Annotated[int, Meta(description="number of trained parameters")]
-    memory_bytes: Annotated[int | None, Meta(description="needed at the peak of a step, with `memory_settings`")]
-    fits: Annotated[bool | None, Meta(description="whether the device has it; null if its memory is unknown")]
+    steps: Annotated[int, "updates"]
+    epochs: Annotated[float, "how often each picture is seen"]
+    rank: Annotated[int, "of the LoRA"]
+    resolution: Annotated[int, "side in pixels of the square whose area pictures are scaled to"]
+    images: Annotated[int, "number of pictures"]
+    held_out: Annotated[int, "number of those that are held out for validation"]
+    parameters: Annotated[int, "number of trained parameters"]
+    memory_bytes: Annotated[int | None, "needed at the peak of a step, with `memory_settings`"]
+    fits: Annotated[bool | None, "whether the device has it; null if its memory is unknown"]
     memory_settings: Annotated[
-        dict[str, Any], Meta(description="that should be added to the run so that it fits; they are the cheapest ones")
+        dict[str, Any], "that should be added to the run so that it fits; they are the cheapest ones"
     ] = field(default_factory=dict)
-    seconds_per_step: Annotated[float | None, Meta(description="measured on this device; null if it was not")] = None
-    seconds: Annotated[float | None, Meta(description="of all steps")] = None
-    measured_at: Annotated[float | None, Meta(description="measured on this device; null if it was not")] = None
-    notes: Annotated[tuple[str, ...], Meta(description="remarks, one sentence each")] = ()
+    seconds_per_step: Annotated[float | None, "measured on this device; null if it was not"] = None
+    seconds: Annotated[float | None, "of all steps"] = None
+    measured_at: Annotated[float | None, "measured on this device; null if it was not"] = None
+    notes: Annotated[tuple[str, ...], "remarks, one sentence each"] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -359,31 +341,31 @@ class MeasurementBody:
 class JobBody(DatasetSource):
     """The job to add to the queue."""
 
-    kind: Annotated[Literal["train"], Meta(description="train")] = "train"
-    name: Annotated[str, Meta(description="of the LoRA; that of the dataset if it is empty")] = ""
-    front: Annotated[bool, Meta(description="whether it goes before all others")] = False
+    kind: Annotated[Literal["train"], "train"] = "train"
+    name: Annotated[str, "of the LoRA; that of the dataset if it is empty"] = ""
+    front: Annotated[bool, "whether it goes before all others"] = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobAnswer:
     """A job."""
 
-    id: Annotated[str, Meta(description="of the job")]
-    kind: Annotated[str, Meta(description="graph, train or measure")]
-    state: Annotated[str, Meta(description="pending, running, completed, failed, cancelled, paused or interrupted")]
-    number: Annotated[float, Meta(description="order in the queue")]
-    title: Annotated[str, Meta(description="what it is, in some words")]
-    name: Annotated[str | None, Meta(description="of the LoRA that it trains; null for other jobs")]
-    model: Annotated[str | None, Meta(description="that it is about; null for graphs")]
-    dataset: Annotated[str | None, Meta(description="that it trains on; null for other folders and jobs")]
-    created: Annotated[float, Meta(description="in seconds since the epoch")]
-    started: Annotated[float | None, Meta(description="in seconds since the epoch")]
-    ended: Annotated[float | None, Meta(description="in seconds since the epoch")]
-    outputs: Annotated[dict[str, Any], Meta(description="of its nodes, by their ids")]
-    error: Annotated[dict[str, Any] | None, Meta(description="why it failed")]
-    run: Annotated[str | None, Meta(description="id of the run that it trains or has trained")]
-    attempts: Annotated[int, Meta(description="how often it was started")]
-    request: Annotated[dict[str, Any], Meta(description="what it does")] = field(default_factory=dict)
+    id: Annotated[str, "of the job"]
+    kind: Annotated[str, "graph, train or measure"]
+    state: Annotated[str, "pending, running, completed, failed, cancelled, paused or interrupted"]
+    number: Annotated[float, "order in the queue"]
+    title: Annotated[str, "what it is, in some words"]
+    name: Annotated[str | None, "of the LoRA that it trains; null for other jobs"]
+    model: Annotated[str | None, "that it is about; null for graphs"]
+    dataset: Annotated[str | None, "that it trains on; null for other folders and jobs"]
+    created: Annotated[float, "in seconds since the epoch"]
+    started: Annotated[float | None, "in seconds since the epoch"]
+    ended: Annotated[float | None, "in seconds since the epoch"]
+    outputs: Annotated[dict[str, Any], "of its nodes, by their ids"]
+    error: Annotated[dict[str, Any] | None, "why it failed"]
+    run: Annotated[str | None, "id of the run that it trains or has trained"]
+    attempts: Annotated[int, "how often it was started"]
+    request: Annotated[dict[str, Any], "what it does"] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -419,23 +401,22 @@ class MoveBody:
 class RunRow:
     """A run."""
 
-    id: Annotated[str, Meta(description="its folder, relative to the base folder")]
-    name: Annotated[str, Meta(description="of its LoRA")]
+    id: Annotated[str, "its folder, relative to the base folder"]
+    name: Annotated[str, "of its LoRA"]
     state: Annotated[
-        RunState,
-        Meta(description="how it ended; running if a process trains it, interrupted if it ended without saying so"),
+        RunState, "how it ended; running if a process trains it, interrupted if it ended without saying so"
     ]
-    started: Annotated[float | None, Meta(description="in seconds since the epoch; null before the first step")]
-    seconds: Annotated[float, Meta(description="of training")]
-    step: Annotated[int, Meta(description="updates taken and planned")]
-    steps: Annotated[int | None, Meta(description="updates taken and planned")]
-    model: Annotated[str, Meta(description="names of the base model and its family")]
-    family: Annotated[str, Meta(description="names of the base model and its family")]
-    loss: Annotated[float | None, Meta(description="training loss, as in the report")]
-    loss_label: Annotated[str, Meta(description="what this number is")]
-    held_out: Annotated[float | None, Meta(description="lowest loss on held-out images; null without them")]
-    cover: Annotated[str | None, Meta(description="picture of it, a path among its files")]
-    job: Annotated[str | None, Meta(description="id of the job that trains it")] = None
+    started: Annotated[float | None, "in seconds since the epoch; null before the first step"]
+    seconds: Annotated[float, "of training"]
+    step: Annotated[int, "updates taken and planned"]
+    steps: Annotated[int | None, "updates taken and planned"]
+    model: Annotated[str, "names of the base model and its family"]
+    family: Annotated[str, "names of the base model and its family"]
+    loss: Annotated[float | None, "training loss, as in the report"]
+    loss_label: Annotated[str, "what this number is"]
+    held_out: Annotated[float | None, "lowest loss on held-out images; null without them"]
+    cover: Annotated[str | None, "picture of it, a path among its files"]
+    job: Annotated[str | None, "id of the job that trains it"] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -450,12 +431,12 @@ class RunList:
 class ValidationFacts:
     """A validation."""
 
-    step: Annotated[int, Meta(description="updates taken")]
-    loss: Annotated[float | None, Meta(description="with and without the LoRA")]
-    base_loss: Annotated[float | None, Meta(description="with and without the LoRA")]
-    low: Annotated[float | None, Meta(description="95 % confidence interval of their difference")]
-    high: Annotated[float | None, Meta(description="95 % confidence interval of their difference")]
-    best: Annotated[bool, Meta(description="whether no loss is lower")]
+    step: Annotated[int, "updates taken"]
+    loss: Annotated[float | None, "with and without the LoRA"]
+    base_loss: Annotated[float | None, "with and without the LoRA"]
+    low: Annotated[float | None, "95 % confidence interval of their difference"]
+    high: Annotated[float | None, "95 % confidence interval of their difference"]
+    best: Annotated[bool, "whether no loss is lower"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -472,13 +453,11 @@ class PreviewFacts:
 class RunPicture:
     """A picture that was trained on."""
 
-    file: Annotated[str, Meta(description="its name")]
-    caption: Annotated[str, Meta(description="for the text encoder")]
-    use: Annotated[str, Meta(description="trained, held out or class")] = "trained"
-    thumbnail: Annotated[
-        str | None, Meta(description="a small version among the run's files; null if there is none")
-    ] = None
-    standing: Annotated[str, Meta(description="what its training losses say, in a word or two; empty if unknown")] = ""
+    file: Annotated[str, "its name"]
+    caption: Annotated[str, "for the text encoder"]
+    use: Annotated[str, "trained, held out or class"] = "trained"
+    thumbnail: Annotated[str | None, "a small version among the run's files; null if there is none"] = None
+    standing: Annotated[str, "what its training losses say, in a word or two; empty if unknown"] = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -494,10 +473,10 @@ class LoraFacts:
 class SavedLora:
     """A LoRA of a step."""
 
-    step: Annotated[int, Meta(description="updates taken")]
-    file: Annotated[str, Meta(description="its path among the run's files")]
-    bytes: Annotated[int, Meta(description="its size")]
-    best: Annotated[bool, Meta(description="whether it is the best one on held-out images")] = False
+    step: Annotated[int, "updates taken"]
+    file: Annotated[str, "its path among the run's files"]
+    bytes: Annotated[int, "its size"]
+    best: Annotated[bool, "whether it is the best one on held-out images"] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -524,48 +503,38 @@ class RunNote:
 class RunAnswer(RunRow):
     """A run with all that its report says."""
 
-    status: Annotated[str, Meta(description="how it ended, in words")]
-    mood: Annotated[str, Meta(description="good, fair or bad, for the colour of the status")]
-    settings: Annotated[tuple[RunSetting, ...], Meta(description="all of them")]
-    changed: Annotated[dict[str, Any], Meta(description="those that differ from their defaults")]
-    trigger: Annotated[str, Meta(description="phrase for the subject")]
-    losses: Annotated[
-        tuple[tuple[int, float | None], ...],
-        Meta(description="step and loss; of long runs a part of them, evenly spaced"),
-    ]
+    status: Annotated[str, "how it ended, in words"]
+    mood: Annotated[str, "good, fair or bad, for the colour of the status"]
+    settings: Annotated[tuple[RunSetting, ...], "all of them"]
+    changed: Annotated[dict[str, Any], "those that differ from their defaults"]
+    trigger: Annotated[str, "phrase for the subject"]
+    losses: Annotated[tuple[tuple[int, float | None], ...], "step and loss; of long runs a part of them, evenly spaced"]
     smooth: Annotated[
-        tuple[tuple[int, float | None], ...],
-        Meta(description="step and mean of the losses before it; the last one is `loss`"),
+        tuple[tuple[int, float | None], ...], "step and mean of the losses before it; the last one is `loss`"
     ]
-    rates: Annotated[tuple[tuple[int, float | None], ...], Meta(description="step and learning rate")]
-    validations: Annotated[tuple[ValidationFacts, ...], Meta(description="all of them")]
-    base_loss: Annotated[float | None, Meta(description="of the held-out images without the LoRA")]
-    previews: Annotated[tuple[PreviewFacts, ...], Meta(description="pictures that were drawn")]
-    images: Annotated[tuple[RunPicture, ...], Meta(description="that were trained on")]
-    left_out: Annotated[tuple[SkippedFile, ...], Meta(description="files that were not used")]
-    lora: Annotated[LoraFacts | None, Meta(description="the LoRA; null if none was saved")]
-    saves: Annotated[tuple[SavedLora, ...], Meta(description="all LoRAs that were saved")]
-    best_step: Annotated[int | None, Meta(description="of the lowest loss on held-out images; null without them")]
-    verdict: Annotated[str, Meta(description="interpretation of the run, in a sentence")]
-    facts: Annotated[dict[str, str], Meta(description="the most important numbers, by their names")]
-    sentences: Annotated[tuple[str, ...], Meta(description="summary, and notes of the run")]
+    rates: Annotated[tuple[tuple[int, float | None], ...], "step and learning rate"]
+    validations: Annotated[tuple[ValidationFacts, ...], "all of them"]
+    base_loss: Annotated[float | None, "of the held-out images without the LoRA"]
+    previews: Annotated[tuple[PreviewFacts, ...], "pictures that were drawn"]
+    images: Annotated[tuple[RunPicture, ...], "that were trained on"]
+    left_out: Annotated[tuple[SkippedFile, ...], "files that were not used"]
+    lora: Annotated[LoraFacts | None, "the LoRA; null if none was saved"]
+    saves: Annotated[tuple[SavedLora, ...], "all LoRAs that were saved"]
+    best_step: Annotated[int | None, "of the lowest loss on held-out images; null without them"]
+    verdict: Annotated[str, "interpretation of the run, in a sentence"]
+    facts: Annotated[dict[str, str], "the most important numbers, by their names"]
+    sentences: Annotated[tuple[str, ...], "summary, and notes of the run"]
     notes: tuple[RunNote, ...]
-    use: Annotated[
-        dict[str, tuple[str, str]], Meta(description="how the LoRA is used, by program: what to do, and text to copy")
-    ]
-    command: Annotated[str, Meta(description="that repeats the run; empty if it cannot be repeated by a command")]
-    commands: Annotated[dict[str, str], Meta(description="command lines to copy, by purpose")]
-    files: Annotated[tuple[str, ...], Meta(description="paths in the folder of the run")]
-    folder: Annotated[str, Meta(description="of the run")]
-    is_trainable_on: Annotated[bool, Meta(description="whether it can be trained on from its end")]
+    use: Annotated[dict[str, tuple[str, str]], "how the LoRA is used, by program: what to do, and text to copy"]
+    command: Annotated[str, "that repeats the run; empty if it cannot be repeated by a command"]
+    commands: Annotated[dict[str, str], "command lines to copy, by purpose"]
+    files: Annotated[tuple[str, ...], "paths in the folder of the run"]
+    folder: Annotated[str, "of the run"]
+    is_trainable_on: Annotated[bool, "whether it can be trained on from its end"]
     last_event: Annotated[
-        str,
-        Meta(description="up to which the above tells the run's events; the stream continues behind it with `?after=`"),
+        str, "up to which the above tells the run's events; the stream continues behind it with `?after=`"
     ]
-    dataset: Annotated[
-        str | None,
-        Meta(description="name of the dataset that it was trained on; null if that is not one of the page's"),
-    ]
+    dataset: Annotated[str | None, "name of the dataset that it was trained on; null if that is not one of the page's"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from msgspec import Meta
-
 from lorasmith.core.choices import Activations
 from lorasmith.core.printable import printable
 from lorasmith.core.typed_json import typed
@@ -21,133 +19,125 @@ from lorasmith.training.outcome import Outcome
 class Event:
     """Base of all events."""
 
-    at: Annotated[float, Meta(description="seconds since the epoch")] = field(default_factory=time.time)
+    at: Annotated[float, "seconds since the epoch"] = field(default_factory=time.time)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunStarted(Event):
     """Training is about to take its first step."""
 
-    steps: Annotated[int, Meta(description="planned updates")]
-    steps_before: Annotated[int, Meta(description="updates of the LoRA that is continued")]
-    samples: Annotated[int, Meta(description="samples in the dataset")]
-    adapters: Annotated[int, Meta(description="adapted layers")]
-    parameters: Annotated[int, Meta(description="number of trained parameters")]
-    device: Annotated[str, Meta(description="of the frozen model")]
-    dtype: Annotated[str, Meta(description="of the frozen model")]
-    folder: Annotated[str, Meta(description="of the run, empty if there is none")] = ""
+    steps: Annotated[int, "planned updates"]
+    steps_before: Annotated[int, "updates of the LoRA that is continued"]
+    samples: Annotated[int, "samples in the dataset"]
+    adapters: Annotated[int, "adapted layers"]
+    parameters: Annotated[int, "number of trained parameters"]
+    device: Annotated[str, "of the frozen model"]
+    dtype: Annotated[str, "of the frozen model"]
+    folder: Annotated[str, "of the run, empty if there is none"] = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Resumed(Event):
     """An interrupted run continues."""
 
-    step: Annotated[int, Meta(description="updates taken so far")]
-    message: Annotated[str, Meta(description="which run, from which step, and whether bit-identically, in a sentence")]
+    step: Annotated[int, "updates taken so far"]
+    message: Annotated[str, "which run, from which step, and whether bit-identically, in a sentence"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepDone(Event):
     """The loss of one update has arrived on the host."""
 
-    step: Annotated[int, Meta(description="counted from 1")]
-    loss: Annotated[float, Meta(description="mean over the step's samples")]
-    grad_norm: Annotated[float, Meta(description="norm of the gradient before clipping")]
-    learning_rate: Annotated[float, Meta(description="of this step, the largest of all groups")] = 0.0
+    step: Annotated[int, "counted from 1"]
+    loss: Annotated[float, "mean over the step's samples"]
+    grad_norm: Annotated[float, "norm of the gradient before clipping"]
+    learning_rate: Annotated[float, "of this step, the largest of all groups"] = 0.0
     draws: Annotated[
         tuple[tuple[int, float, float], ...],
-        Meta(
-            description="for each of the step's samples its index in the dataset, the quantile of its noise level (0 "
-            "is clean, 1 noisy) and its loss"
-        ),
+        "for each of the step's samples its index in the dataset, the quantile of its noise level (0 "
+        "is clean, 1 noisy) and its loss",
     ] = ()
-    noise_scale: Annotated[
-        float, Meta(description="gradient noise scale in samples; 0 if unknown, as with one batch per step")
-    ] = 0.0
+    noise_scale: Annotated[float, "gradient noise scale in samples; 0 if unknown, as with one batch per step"] = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Validated(Event):
     """The held-out images were evaluated."""
 
-    step: Annotated[int, Meta(description="updates taken")]
-    loss: Annotated[float, Meta(description="mean over the held-out images and their noise levels")]
-    base_loss: Annotated[float, Meta(description="the same for the model without the LoRA")]
+    step: Annotated[int, "updates taken"]
+    loss: Annotated[float, "mean over the held-out images and their noise levels"]
+    base_loss: Annotated[float, "the same for the model without the LoRA"]
     low: Annotated[
         float,
-        Meta(
-            description="95 % confidence interval of loss − base_loss, over images (over images and noise levels, if "
-            "there are fewer than five images)"
-        ),
+        "95 % confidence interval of loss − base_loss, over images (over images and noise levels, if "
+        "there are fewer than five images)",
     ]
     high: Annotated[
         float,
-        Meta(
-            description="95 % confidence interval of loss − base_loss, over images (over images and noise levels, if "
-            "there are fewer than five images)"
-        ),
+        "95 % confidence interval of loss − base_loss, over images (over images and noise levels, if "
+        "there are fewer than five images)",
     ]
-    best: Annotated[bool, Meta(description="whether this is the lowest loss so far")]
-    best_step: Annotated[int, Meta(description="step of the lowest loss so far")]
-    verdict: Annotated[str, Meta(description="interpretation of all validations so far, in a sentence")]
+    best: Annotated[bool, "whether this is the lowest loss so far"]
+    best_step: Annotated[int, "step of the lowest loss so far"]
+    verdict: Annotated[str, "interpretation of all validations so far, in a sentence"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Previewed(Event):
     """A preview was drawn from the LoRA as it would be saved."""
 
-    step: Annotated[int, Meta(description="updates taken")]
-    prompts: Annotated[tuple[str, ...], Meta(description="one for each picture")]
-    paths: Annotated[tuple[str, ...], Meta(description="PNG files, one for each picture")]
-    strength: Annotated[float, Meta(description="of the LoRA, 0 for the base model")]
+    step: Annotated[int, "updates taken"]
+    prompts: Annotated[tuple[str, ...], "one for each picture"]
+    paths: Annotated[tuple[str, ...], "PNG files, one for each picture"]
+    strength: Annotated[float, "of the LoRA, 0 for the base model"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drawing(Event):
     """Pictures of a preview are drawn. It is not logged."""
 
-    done: Annotated[int, Meta(description="pictures drawn so far, and all of this preview")]
-    total: Annotated[int, Meta(description="pictures drawn so far, and all of this preview")]
+    done: Annotated[int, "pictures drawn so far, and all of this preview"]
+    total: Annotated[int, "pictures drawn so far, and all of this preview"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class StateSaved(Event):
     """A run state was written."""
 
-    step: Annotated[int, Meta(description="updates taken")]
-    path: Annotated[str, Meta(description="the file")]
+    step: Annotated[int, "updates taken"]
+    path: Annotated[str, "the file"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RolledBack(Event):
     """A step diverged: it is skipped, and training continues from an earlier snapshot at a lower rate."""
 
-    step: Annotated[int, Meta(description="the diverged step, counted from 1")]
-    to_step: Annotated[int, Meta(description="step of the restored snapshot")]
-    images: Annotated[tuple[str, ...], Meta(description="names of the step's samples")]
-    rate_factor: Annotated[float, Meta(description="factor of the learning rate from here on")]
-    message: Annotated[str, Meta(description="the above in a sentence")]
+    step: Annotated[int, "the diverged step, counted from 1"]
+    to_step: Annotated[int, "step of the restored snapshot"]
+    images: Annotated[tuple[str, ...], "names of the step's samples"]
+    rate_factor: Annotated[float, "factor of the learning rate from here on"]
+    message: Annotated[str, "the above in a sentence"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shrunk(Event):
     """Memory ran out: the step is repeated in smaller micro-batches, with the same result up to rounding."""
 
-    step: Annotated[int, Meta(description="counted from 1")]
-    micro_batch: Annotated[int, Meta(description="images per forward pass from here on")]
-    checkpoint_depth: Annotated[int, Meta(description="depth of activation checkpointing from here on, 0 for none")]
-    message: Annotated[str, Meta(description="the above in a sentence")]
+    step: Annotated[int, "counted from 1"]
+    micro_batch: Annotated[int, "images per forward pass from here on"]
+    checkpoint_depth: Annotated[int, "depth of activation checkpointing from here on, 0 for none"]
+    message: Annotated[str, "the above in a sentence"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Planned(Event):
     """The activation plan was selected by measurement."""
 
-    activations: Annotated[Activations, Meta(description="as in `Runtime`")]
-    checkpoint_depth: Annotated[int, Meta(description="as in `Runtime`")]
-    needed_bytes: Annotated[int, Meta(description="estimated peak of a step")]
-    budget_bytes: Annotated[int, Meta(description="available memory")]
-    message: Annotated[str, Meta(description="the above in a sentence")]
+    activations: Annotated[Activations, "as in `Runtime`"]
+    checkpoint_depth: Annotated[int, "as in `Runtime`"]
+    needed_bytes: Annotated[int, "estimated peak of a step"]
+    budget_bytes: Annotated[int, "available memory"]
+    message: Annotated[str, "the above in a sentence"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,37 +145,34 @@ class CaptionsPlanned(Event):
     """It was decided how the captions that are drawn are encoded."""
 
     captions: Annotated[
-        int | None,
-        Meta(description="number of captions that are encoded before training; None where the text encoders stay"),
+        int | None, "number of captions that are encoded before training; None where the text encoders stay"
     ]
-    needed_bytes: Annotated[int, Meta(description="memory of these conditionings, or of the text encoders")]
-    message: Annotated[str, Meta(description="the above in a sentence")]
+    needed_bytes: Annotated[int, "memory of these conditionings, or of the text encoders"]
+    message: Annotated[str, "the above in a sentence"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionEncoded(Event):
     """A caption was encoded before training."""
 
-    done: Annotated[int, Meta(description="captions encoded so far, and all of these")]
-    total: Annotated[int, Meta(description="captions encoded so far, and all of these")]
+    done: Annotated[int, "captions encoded so far, and all of these"]
+    total: Annotated[int, "captions encoded so far, and all of these"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Warned(Event):
     """A warning in one sentence; training continues."""
 
-    message: Annotated[str, Meta(description="the sentence")]
-    is_remark: Annotated[bool, Meta(description="whether it asks nothing of the user and is for the report alone")] = (
-        False
-    )
+    message: Annotated[str, "the sentence"]
+    is_remark: Annotated[bool, "whether it asks nothing of the user and is for the report alone"] = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunFinished(Event):
     """Training ended."""
 
-    step: Annotated[int, Meta(description="updates taken in this run")]
-    reason: Annotated[Outcome, Meta(description="why it ended")]
+    step: Annotated[int, "updates taken in this run"]
+    reason: Annotated[Outcome, "why it ended"]
 
 
 EventHandler = Callable[[Event], None]

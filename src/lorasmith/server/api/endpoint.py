@@ -20,7 +20,7 @@ from aiohttp import web
 from lorasmith.core.errors import OptionError
 from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.core.registry import nearest
-from lorasmith.core.typed_json import DIALECT, typed
+from lorasmith.core.typed_json import DIALECT, json_schemas, typed
 from lorasmith.server.api_shapes import ErrorAnswer
 from lorasmith.server.request_handling import ServerContext, apart, number_in, read_body
 
@@ -144,7 +144,7 @@ _ERROR = "It was not done; the message says why."
 def api_document(endpoints: Sequence[Endpoint]) -> dict[str, Any]:
     """The OpenAPI document of some endpoints."""
     kinds = [ErrorAnswer, *(kind for one in endpoints for kind in (one.body, one.answer) if kind is not None)]
-    schemas, components = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
+    schemas, components = json_schemas(kinds, "#/components/schemas/")
     remaining = iter(schemas)
     error = {"description": _ERROR, "content": _content(next(remaining))}
     paths: dict[str, dict[str, Any]] = {}

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 import torch
-from msgspec import Meta
 from torch import Tensor
 
 from lorasmith.adapters.packed_layers import named_weights
@@ -41,18 +40,14 @@ if TYPE_CHECKING:
 class Fingerprint(TypedDict, total=False):
     """What a run's numbers depend on."""
 
-    config: Annotated[dict[str, Scalar], Meta(description="settings that affect numbers")]
-    base: Annotated[dict[str, str], Meta(description="digest of sampled values, by part of the base model")]
-    files: Annotated[
-        dict[str, str], Meta(description="SHA-256 of the whole files of the base model, by part, if asked for")
-    ]
-    patches: Annotated[str, Meta(description="digests of LoRAs on the base model, samples and initial weights")]
-    data: Annotated[str, Meta(description="digests of LoRAs on the base model, samples and initial weights")]
-    held_out: Annotated[str, Meta(description="digests of LoRAs on the base model, samples and initial weights")]
-    initial: Annotated[str, Meta(description="digests of LoRAs on the base model, samples and initial weights")]
-    noising: Annotated[
-        list[str], Meta(description="parameterization and digest of the schedule, where they are not the model's own")
-    ]
+    config: Annotated[dict[str, Scalar], "settings that affect numbers"]
+    base: Annotated[dict[str, str], "digest of sampled values, by part of the base model"]
+    files: Annotated[dict[str, str], "SHA-256 of the whole files of the base model, by part, if asked for"]
+    patches: Annotated[str, "digests of LoRAs on the base model, samples and initial weights"]
+    data: Annotated[str, "digests of LoRAs on the base model, samples and initial weights"]
+    held_out: Annotated[str, "digests of LoRAs on the base model, samples and initial weights"]
+    initial: Annotated[str, "digests of LoRAs on the base model, samples and initial weights"]
+    noising: Annotated[list[str], "parameterization and digest of the schedule, where they are not the model's own"]
 
 
 # Initial weights and patches cover the files; compiling affects the last bits only, like the environment.

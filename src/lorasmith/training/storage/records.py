@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, field, replace
 from types import MappingProxyType
 from typing import Annotated, Any
 
-from msgspec import Meta
 from torch import nn
 
 from lorasmith.core.errors import OptionError
@@ -40,12 +39,10 @@ RECORD_VERSION = 1
 class ModelRecord:
     """The base model of a run."""
 
-    name: Annotated[str, Meta(description="its title")] = ""
-    path: Annotated[str | None, Meta(description="where it was, None for a model made in memory")] = None
-    family: Annotated[str, Meta(description="its architecture")] = ""
-    files: Annotated[dict[str, str], Meta(description="where its parts were, by component")] = field(
-        default_factory=dict
-    )
+    name: Annotated[str, "its title"] = ""
+    path: Annotated[str | None, "where it was, None for a model made in memory"] = None
+    family: Annotated[str, "its architecture"] = ""
+    files: Annotated[dict[str, str], "where its parts were, by component"] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,33 +58,24 @@ class SampleRecord:
 class RunRecord:
     """The record of a run. Fields that another version did not write have their defaults."""
 
-    version: Annotated[
-        int, Meta(description="of this format, raised when an older reader would misunderstand it; 1 if missing")
-    ] = RECORD_VERSION
-    title: Annotated[str, Meta(description="name of the LoRA and its file")] = ""
+    version: Annotated[int, "of this format, raised when an older reader would misunderstand it; 1 if missing"] = (
+        RECORD_VERSION
+    )
+    title: Annotated[str, "name of the LoRA and its file"] = ""
     source: Annotated[
-        dict[str, Any],
-        Meta(description="JSON values from which a door can repeat the run, with the name of its command"),
+        dict[str, Any], "JSON values from which a door can repeat the run, with the name of its command"
     ] = field(default_factory=dict)
-    model: Annotated[ModelRecord, Meta(description="the base model")] = field(default_factory=ModelRecord)
-    config: Annotated[dict[str, Scalar], Meta(description="settings, all resolved")] = field(default_factory=dict)
-    asked: Annotated[dict[str, Scalar], Meta(description="settings as requested, some of them open")] = field(
-        default_factory=dict
-    )
-    steps_before: Annotated[int, Meta(description="steps of the LoRA that was continued")] = 0
-    samples: Annotated[tuple[SampleRecord, ...], Meta(description="the training samples")] = ()
-    data: Annotated[dict[str, Any], Meta(description="facts on the images, for readers")] = field(default_factory=dict)
-    adapters: Annotated[dict[str, int], Meta(description="number of trained parameters by module path")] = field(
-        default_factory=dict
-    )
-    differences: Annotated[dict[str, int], Meta(description="number of trained parameters by module path")] = field(
-        default_factory=dict
-    )
-    fingerprint: Annotated[Fingerprint, Meta(description="of the run")] = field(default_factory=Fingerprint)
-    environment: Annotated[dict[str, Any], Meta(description="the first one that it was trained in")] = field(
-        default_factory=dict
-    )
-    environments: Annotated[tuple[dict[str, Any], ...], Meta(description="all of them, if they are several")] = ()
+    model: Annotated[ModelRecord, "the base model"] = field(default_factory=ModelRecord)
+    config: Annotated[dict[str, Scalar], "settings, all resolved"] = field(default_factory=dict)
+    asked: Annotated[dict[str, Scalar], "settings as requested, some of them open"] = field(default_factory=dict)
+    steps_before: Annotated[int, "steps of the LoRA that was continued"] = 0
+    samples: Annotated[tuple[SampleRecord, ...], "the training samples"] = ()
+    data: Annotated[dict[str, Any], "facts on the images, for readers"] = field(default_factory=dict)
+    adapters: Annotated[dict[str, int], "number of trained parameters by module path"] = field(default_factory=dict)
+    differences: Annotated[dict[str, int], "number of trained parameters by module path"] = field(default_factory=dict)
+    fingerprint: Annotated[Fingerprint, "of the run"] = field(default_factory=Fingerprint)
+    environment: Annotated[dict[str, Any], "the first one that it was trained in"] = field(default_factory=dict)
+    environments: Annotated[tuple[dict[str, Any], ...], "all of them, if they are several"] = ()
 
     def __post_init__(self) -> None:
         if not 1 <= self.version <= RECORD_VERSION:
