@@ -1,7 +1,6 @@
-"""What goes over the wire: the bodies that the API takes, and the answers that it gives.
+"""Request and response types of the HTTP API, declared once: msgspec validates and describes them.
 
-Questions to the assistant return these types as JSON, routes pass them on, and the OpenAPI document describes them.
-This module imports nothing that the server process must not import. Numbers are finite; what is unknown is null.
+The server imports this module, so it imports no torch. Numbers are finite; what is unknown is null.
 """
 
 from __future__ import annotations
@@ -9,9 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+from lorasmith.runs.presets import Preset
+
 Severity = Literal["problem", "warning", "remark"]
 SettingType = Literal["integer", "number", "text", "boolean"]
-RunState = Literal["running", "finished", "stopped", "cancelled", "failed", "interrupted"]
+RunPhase = Literal["running", "finished", "stopped", "cancelled", "failed", "interrupted"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,7 @@ class QueueCounts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeviceFacts:
+class TrainingDevice:
     """A device that trains."""
 
     name: Annotated[str, "such as cuda:0 or cpu"]
@@ -55,7 +56,7 @@ class StatusAnswer:
     version: Annotated[str, "of Lorasmith"]
     ready: Annotated[bool, "whether the assistant answers; until then, what needs it is answered with 503"]
     base_dir: Annotated[str, "the base folder"]
-    devices: Annotated[tuple[DeviceFacts, ...], "that train"]
+    devices: Annotated[tuple[TrainingDevice, ...], "that train"]
     queue: Annotated[QueueCounts, "number of jobs"]
     disk_free_bytes: Annotated[int, "of the base folder's disk"]
 
@@ -85,24 +86,11 @@ class SettingGroup:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PresetAnswer:
-    """A choice of settings."""
-
-    name: Annotated[str, "of the choice"]
-    title: Annotated[str, "in words"]
-    summary: Annotated[str, "what it trades, in a sentence"]
-    settings: Annotated[dict[str, Any], "by name, for the number of images that was asked for"]
-    steps_per_image: Annotated[int, "from which the steps follow for another number"]
-    least_steps: Annotated[int, "from which the steps follow for another number"]
-    most_steps: Annotated[int, "from which the steps follow for another number"]
-
-
-@dataclass(frozen=True, kw_only=True)
 class SettingsAnswer:
     """Every setting that a page offers, and the choices for who asks for none."""
 
     groups: tuple[SettingGroup, ...]
-    presets: tuple[PresetAnswer, ...]
+    presets: tuple[Preset, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,19 +280,20 @@ class ModelListAnswer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DatasetSource:
-    """What a run is about."""
+class MeasurementBody:
+    """What to measure: some steps on a model, on made-up pictures."""
 
     model: Annotated[str, "its name in the list of models"]
-    dataset: Annotated[str | None, "name of a dataset"] = None
-    folder: Annotated[str | None, "path of a folder of images, in place of a dataset"] = None
-    trigger: Annotated[str, "phrase for the subject or style"] = ""
     settings: Annotated[dict[str, Any], "of data and training, by name"] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanBody(DatasetSource):
+class PlanBody(MeasurementBody):
     """The run to plan."""
+
+    dataset: Annotated[str | None, "name of a dataset"] = None
+    folder: Annotated[str | None, "path of a folder of images, in place of a dataset"] = None
+    trigger: Annotated[str, "phrase for the subject or style"] = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -330,15 +319,7 @@ class PlanAnswer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeasurementBody:
-    """What to measure: some steps on a model, on made-up pictures."""
-
-    model: str
-    settings: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class JobBody(DatasetSource):
+class JobBody(PlanBody):
     """The job to add to the queue."""
 
     kind: Annotated[Literal["train"], "train"] = "train"
@@ -404,7 +385,7 @@ class RunRow:
     id: Annotated[str, "its folder, relative to the base folder"]
     name: Annotated[str, "of its LoRA"]
     state: Annotated[
-        RunState, "how it ended; running if a process trains it, interrupted if it ended without saying so"
+        RunPhase, "how it ended; running if a process trains it, interrupted if it ended without saying so"
     ]
     started: Annotated[float | None, "in seconds since the epoch; null before the first step"]
     seconds: Annotated[float, "of training"]

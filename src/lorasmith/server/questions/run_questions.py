@@ -36,10 +36,10 @@ from lorasmith.server.api_shapes import (
     RunAnswer,
     RunList,
     RunNote,
+    RunPhase,
     RunPicture,
     RunRow,
     RunSetting,
-    RunState,
     SavedLora,
     SkippedFile,
     ValidationFacts,
@@ -88,30 +88,14 @@ def run(folders: Folders, id: str, *, jobs: Mapping[str, str] | None = None) -> 
         **vars(row),
         status=report.status,
         mood=report.mood,
-        settings=(
-            *(
-                RunSetting(name=one.name, value=one.value, default=one.default, help=one.help, group=one.group)
-                for one in report.settings
-            ),
-            *_data_settings(record),
-        ),
+        settings=(*(RunSetting(**vars(one)) for one in report.settings), *_data_settings(record)),
         changed=_changed(record),
         trigger=_text(record.source.get("trigger")),
         losses=tuple(thinned(losses, _POINTS)),
         smooth=tuple(thinned(smooth, _POINTS)),
         rates=tuple(thinned(rates, _POINTS)),
-        validations=tuple(
-            ValidationFacts(
-                step=one.step,
-                loss=_finite(one.loss),
-                base_loss=_finite(one.base_loss),
-                low=_finite(one.low),
-                high=_finite(one.high),
-                best=one is best,
-            )
-            for one in validations
-        ),
-        base_loss=None if report.curves.base_loss is None else _finite(report.curves.base_loss),
+        validations=tuple(ValidationFacts(**vars(one), best=one is best) for one in validations),
+        base_loss=report.curves.base_loss,
         previews=tuple(_previews(history)),
         images=tuple(_pictures(history, report)),
         left_out=tuple(SkippedFile(file=one.name, reason=one.reason) for one in left_out_in(record.data)),
@@ -121,8 +105,8 @@ def run(folders: Folders, id: str, *, jobs: Mapping[str, str] | None = None) -> 
         verdict=report.verdict,
         facts=dict(report.facts),
         sentences=tuple(filter(None, (report.verdict, report.summary))),
-        notes=tuple(RunNote(kind=one.kind, message=one.message, step=one.step) for one in report.notes),
-        use={name: (what, text) for name, (what, text) in report.programs.items()},
+        notes=tuple(RunNote(**vars(one)) for one in report.notes),
+        use=dict(report.programs),
         command=report.commands.get("Repeat the run", ""),
         commands=dict(report.commands),
         files=tuple(_files(folder)),
@@ -160,7 +144,7 @@ def _row(id: str, folder: Path, jobs: Mapping[str, str]) -> RunRow:
     job = jobs.get(id)
     outcome: str | None = facts["outcome"]
     is_running = job is not None or (outcome is None and RunFolder(folder).is_busy)
-    state = cast(RunState, "running" if is_running else outcome or "interrupted")
+    state = cast(RunPhase, "running" if is_running else outcome or "interrupted")
     return RunRow(id=id, state=state, job=job, cover=_cover(folder, facts), **{key: facts[key] for key in _FACTS})
 
 
@@ -186,7 +170,7 @@ def _facts(folder: str, record_stamp: tuple[int, int], events_stamp: tuple[int, 
         "steps": planned if isinstance(planned, int) else None,
         "model": record.model.name,
         "family": record.model.family,
-        "loss": _finite(recent.mean),
+        "loss": recent.mean,
         "loss_label": recent.label,
         "held_out": min(held_out, default=None),
         "covers": [*(path.as_posix() for path in reversed(shots)), f"{record.title}.png"],
@@ -276,10 +260,6 @@ def _changed(record: RunRecord) -> dict[str, Any]:
 
 def _text(value: object) -> str:
     return value if isinstance(value, str) else ""
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 PLACES = ("runs", "output/runs")  # parents of runs, relative to the base folder
