@@ -94,7 +94,12 @@ def run(folders: Folders, id: str, *, jobs: Mapping[str, str] | None = None) -> 
         losses=tuple(thinned(losses, _POINTS)),
         smooth=tuple(thinned(smooth, _POINTS)),
         rates=tuple(thinned(rates, _POINTS)),
-        validations=tuple(ValidationFacts(**vars(one), best=one is best) for one in validations),
+        validations=tuple(
+            ValidationFacts(
+                step=one.step, loss=one.loss, base_loss=one.base_loss, low=one.low, high=one.high, best=one is best
+            )
+            for one in validations
+        ),
         base_loss=report.curves.base_loss,
         previews=tuple(_previews(history)),
         images=tuple(_pictures(history, report)),
