@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
 import json
 import re
 import shutil
@@ -22,9 +23,11 @@ from typing import Any, TypeVar
 
 from aiohttp import BodyPartReader, ClientError, web
 from aiohttp.http import HttpProcessingError
+from aiohttp.typedefs import Handler
 
 from lorasmith.core.errors import LorasmithError, OptionError, OutputError
 from lorasmith.core.folders import Folders
+from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.server.assistant import Assistant, RefusedError
 from lorasmith.server.dispatcher import Dispatcher
 from lorasmith.server.hub import Hub, LogBook
@@ -102,9 +105,7 @@ def error_response(status: int, kind: str, message: str, details: object = None)
 
 
 @web.middleware
-async def errors_answered(
-    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-) -> web.StreamResponse:
+async def errors_answered(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Middleware: exceptions become responses; a bug is logged, and its response names the log."""
     try:
         return await handler(request)
@@ -285,3 +286,43 @@ def _new_folder(parent: Path) -> tempfile.TemporaryDirectory[str]:
             return tempfile.TemporaryDirectory(dir=parent, ignore_cleanup_errors=True)
     except OSError as error:
         raise OutputError(f"uploads cannot be written to {parent} ({error.strerror}); check its permissions") from error
+
+
+def refused(status: int, message: str) -> web.Response:
+    """An error response of the protocol."""
+    return web.json_response({"error": message}, status=status)
+
+
+def answering(handler: Handler) -> Handler:
+    """Wraps a handler so that its LorasmithErrors become responses."""
+
+    @functools.wraps(handler)
+    async def answer(request: web.Request) -> web.StreamResponse:
+        try:
+            return await handler(request)
+        except LorasmithError as error:
+            return refused(status_of(error), str(error))
+
+    return answer
+
+
+def table(routes: list[tuple[str, str, Handler]]) -> list[web.RouteDef]:
+    """Routes from (method, path, handler), each handler wrapped by `answering`."""
+    return [web.route(method, path, answering(handler)) for method, path, handler in routes]
+
+
+async def read_json(request: web.Request, *, kind: type | None = None, empty: Any = ...) -> Any:
+    """The JSON of a request, whatever its Content-Type; `empty` for an empty body, if allowed. Raises OptionError."""
+    body = await read_body(request)
+    if not body.strip() and empty is not ...:
+        return empty
+    try:
+        value = await apart(len(body), parse_foreign_json, body)
+    except ValueError as error:
+        raise OptionError(f"the body must be JSON, but it {error}") from error
+    if kind is not None and not isinstance(value, kind):
+        raise OptionError(f"the body must be {_NAMES[kind]}, got {type(value).__name__}")
+    return value
+
+
+_NAMES: dict[type, str] = {dict: "an object", list: "a list"}

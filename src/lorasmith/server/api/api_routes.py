@@ -70,22 +70,16 @@ def _setting(one: Option) -> SettingAnswer:
 
 
 SERVER_ENDPOINTS = (
-    Endpoint(method="GET", path="/status", summary="The state of the server.", handler=_status, answer=StatusAnswer),
+    Endpoint("GET", "/status", "The state of the server.", handler=_status, answer=StatusAnswer),
     Endpoint(
-        method="GET",
-        path="/settings",
-        summary="Every setting that a page offers, and the three choices for who asks for none.",
+        "GET",
+        "/settings",
+        "Every setting that a page offers, and the three choices for who asks for none.",
         handler=_settings,
         query=(Query("images", "Number of images, which the steps of the choices follow.", "integer"),),
         answer=SettingsAnswer,
     ),
-    Endpoint(
-        method="GET",
-        path="/models",
-        summary="The models in the model folders.",
-        question="models",
-        answer=ModelListAnswer,
-    ),
+    Endpoint("GET", "/models", "The models in the model folders.", question="models", answer=ModelListAnswer),
 )
 
 
@@ -98,7 +92,7 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     *DATASET_ENDPOINTS,
     *JOB_ENDPOINTS,
     *RUN_ENDPOINTS,
-    Endpoint(method="GET", path="/openapi.json", summary="This document.", handler=_document, answer=dict[str, Any]),
+    Endpoint("GET", "/openapi.json", "This document.", handler=_document, answer=dict[str, Any]),
 )
 
 

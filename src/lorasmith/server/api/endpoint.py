@@ -11,7 +11,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
 
 import msgspec
@@ -63,13 +63,14 @@ class Call:
 Handler = Callable[[ServerContext, Call], Awaitable[Any]]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Endpoint:
     """A route of the API."""
 
     method: Literal["GET", "POST", "PUT", "DELETE"]
     path: str  # below `PREFIX`; `{name}` matches one segment, `{name:.+}` also slashes
     summary: str
+    _: KW_ONLY
     question: str = ""  # name of the function in `server.questions` that answers, given `Call.arguments`
     handler: Handler | None = None  # in place of a question
     body: Any = None  # type of the JSON body

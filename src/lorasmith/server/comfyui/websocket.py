@@ -16,13 +16,13 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import aiohttp
 from aiohttp import web
 
 from lorasmith.core.foreign_json import parse_foreign_json
-from lorasmith.server.comfyui.queue_routes import ending_message, milliseconds
+from lorasmith.server.comfyui.queue_routes import ending_message, milliseconds, queue_info
 from lorasmith.server.hub import Notice, Subscription
 from lorasmith.server.jobs import ENDED, Job, StoreError, UnknownJobError
 from lorasmith.server.request_handling import ServerContext
@@ -129,14 +129,11 @@ class Sockets:
                 connection.transport.abort()
 
     def _greeting(self, client: Client) -> Iterator[Frame]:
-        yield message("status", {"status": self.queue_info(), "sid": client.id})
+        yield message("status", {"status": queue_info(self._context.store.queue_counts()), "sid": client.id})
         for job in self._context.store.running():
             running = self._progress.of(job.id).running
             if job.client_id == client.id and running is not None:
                 yield message("executing", {"node": running, "display_node": running, "prompt_id": job.id})
-
-    def queue_info(self) -> dict[str, Any]:
-        return queue_info(self._context.store.queue_counts())
 
     def _frames(self, notice: Notice, client: Client) -> Iterator[Frame]:
         if notice.kind != "job":
@@ -148,22 +145,15 @@ class Sockets:
                 return  # removed meanwhile
             yield from ending_frames(job, client)
             if job.client_id == client.id:
-                yield message("status", {"status": self.queue_info()})
+                yield message("status", {"status": queue_info(self._context.store.queue_counts())})
             yield from final_frames(job, client)
 
 
-class _Connection:
-    def __init__(
-        self,
-        socket: web.WebSocketResponse,
-        client: Client,
-        subscription: Subscription,
-        transport: asyncio.Transport | None,
-    ) -> None:
-        self.socket = socket
-        self.client = client
-        self.subscription = subscription
-        self.transport = transport
+class _Connection(NamedTuple):
+    socket: web.WebSocketResponse
+    client: Client
+    subscription: Subscription
+    transport: asyncio.Transport | None
 
 
 def _concerns(notice: Notice, client: Client) -> bool:
@@ -261,11 +251,6 @@ def log_entry(line: Mapping[str, Any]) -> dict[str, Any]:
 def message(kind: str, data: Mapping[str, Any]) -> str:
     """A message as JSON text."""
     return json.dumps({"type": kind, "data": data})
-
-
-def queue_info(counts: Mapping[str, int]) -> dict[str, Any]:
-    """The queue's state in `/prompt` and `status`, from the numbers of running and pending jobs."""
-    return {"exec_info": {"queue_remaining": sum(counts.values())}}
 
 
 def frames_of(notice: Notice, client: Client, progress: Progress) -> Iterator[Frame]:

@@ -44,15 +44,9 @@ def object_info(folders: Folders, *, node: str | None = None) -> bytes:
 
 
 @question
-def check_prompt(folders: Folders, *, prompt: dict[str, Any], targets: list[str] | None = None) -> dict[str, Any]:
-    """Check a prompt: `{outputs, error, node_errors, warnings}`, as `PromptAnswer`. `targets` as in `answer_to`."""
-    answer = answer_to(prompt, folders, nodes=_nodes(), targets=targets)
-    return {
-        "outputs": list(answer.outputs),
-        "error": answer.error,
-        "node_errors": answer.node_errors,
-        "warnings": list(answer.warnings),
-    }
+def check_prompt(folders: Folders, *, prompt: dict[str, Any], targets: list[str] | None = None) -> PromptAnswer:
+    """Check a prompt, as `answer_to`."""
+    return answer_to(prompt, folders, nodes=_nodes(), targets=targets)
 
 
 @question

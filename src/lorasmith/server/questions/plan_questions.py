@@ -141,26 +141,13 @@ def _estimate(
     plain = replace(config, steps=500, seed=0, existing_lora=None, training_adapter=None, previews=None)
     path = Path(in_folders(files.model, folders, MODEL_FOLDERS))
     state = repr(fingerprint(path)) if path.exists() else ""
-    found = _estimated(_Named(folders), files, plain, resolution, state)
+    found = _estimated(_Hashable(folders), files, plain, resolution, state)
     return replace(found, card_bytes=card_bytes or _ENDLESS)  # only the proposal depends on it
-
-
-class _Named:
-    """Folders as a cache key, by their base."""
-
-    def __init__(self, folders: Folders) -> None:
-        self.folders = folders
-
-    def __hash__(self) -> int:
-        return hash(self.folders.base)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Named) and self.folders == other.folders
 
 
 @functools.lru_cache(maxsize=64)
 def _estimated(
-    folders: _Named, files: ModelFiles, config: TrainConfig, resolution: int | None, state: str
+    folders: _Hashable, files: ModelFiles, config: TrainConfig, resolution: int | None, state: str
 ) -> MemoryEstimate:
     return estimate_memory(files, config, card_bytes=_ENDLESS, resolution=resolution, folders=folders.folders)
 
