@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import Annotated, Any, Literal, TypedDict
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lorasmith.core.typed_json import Scalar, json_schemas, typed
@@ -110,6 +110,8 @@ JSON = st.recursive(
 
 
 @given(JSON)
+@example({"rate": 1, "kind": "x - at `$.foo` - at `$.bar"})
+@example({"rate": 1, "colour": " - at `$.colour`"})
 def test_nothing_but_a_value_error_comes_out(value: Any) -> None:
     with contextlib.suppress(ValueError):
         typed(value, Outer)

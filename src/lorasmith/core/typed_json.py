@@ -29,8 +29,6 @@ def typed(value: Any, kind: type[_T], place: str = "") -> _T:
         found = msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
         raise ValueError(_sentence(str(error), value, kind, place)) from error
-    except RecursionError:
-        raise ValueError(f"{place or 'it'} must be nested less deeply") from None
     _refuse_large_integers(value, place)
     return found
 
@@ -66,13 +64,18 @@ def _declared(kinds: Sequence[Any]) -> set[Any]:
     waiting = list(kinds)
     while waiting:
         kind = waiting.pop()
-        if (dataclasses.is_dataclass(kind) or typing.is_typeddict(kind)) and kind not in found:
+        if _has_fields(kind) and kind not in found:
             found.add(kind)
             waiting += typing.get_type_hints(kind).values()
         waiting += typing.get_args(kind)
     return found
 
 
+def _has_fields(kind: Any) -> bool:
+    return dataclasses.is_dataclass(kind) or typing.is_typeddict(kind)
+
+
+_PLACE = re.compile(r" - at (?:`key` in )?`\$([^`]*)`\Z")
 _WORDS = {
     "array": "a list",
     "bool": "true or false",
@@ -86,7 +89,8 @@ _WORDS = {
 
 def _sentence(error: str, value: Any, kind: Any, place: str) -> str:
     """msgspec's message as a sentence with place, rule and value."""
-    message, _, path = error.partition(" - at `")
+    at = _PLACE.search(error)
+    message, path = (error[: at.start()], at[1]) if at else (error, "")
     for name, index in re.findall(r"\.(\w+)|\[(\d+|\.\.\.)\]", path):
         kind = _inner(kind, name)
         if index == "...":  # at a name of a mapping, which msgspec does not tell
@@ -113,8 +117,8 @@ def _inner(kind: Any, name: str) -> Any:
     """The type of a field, or else of the values of a list or mapping, in a type or one of a union."""
     union = typing.get_origin(kind) in (types.UnionType, typing.Union)
     for one in typing.get_args(kind) if union else (kind,):
-        if name and name in (hints := typing.get_type_hints(one)):
-            return hints[name]
+        if name and _has_fields(one):
+            return typing.get_type_hints(one)[name]
         if not name and (arguments := [each for each in typing.get_args(one) if each is not ...]):
             return arguments[-1]
     return Any

@@ -19,9 +19,9 @@ from lorasmith.server.assistant import RefusedError
 from lorasmith.server.comfyui.editor_files import EditorFiles, editor_package
 from lorasmith.server.comfyui.file_routes import FileRoutes, UserFiles
 from lorasmith.server.comfyui.queue_routes import QueueRoutes
-from lorasmith.server.comfyui.websocket import TERMINAL_SIZE, Sockets, features, log_entry
+from lorasmith.server.comfyui.websocket import FEATURES, TERMINAL_SIZE, Sockets, log_entry
 from lorasmith.server.contained_files import find_contained, send_file
-from lorasmith.server.request_handling import MAX_UPLOAD_BYTES, ServerContext, read_json, refused, table
+from lorasmith.server.request_handling import ServerContext, read_json, refused, table
 
 PREFIXES = ("", "/api", "/editor", "/editor/api")
 
@@ -41,7 +41,6 @@ def routes(context: ServerContext) -> list[web.RouteDef]:
 
 PROTOCOL_VERSION = "0.33.0"  # the ComfyUI release of this protocol, reported by `/system_stats`
 
-
 MODEL_KINDS = ("checkpoints", "diffusion_models", "embeddings", "loras", "text_encoders", "vae")
 """Kinds that are listed even if their folders are missing."""
 _OLDER_NAMES = ("unet", "clip")
@@ -54,7 +53,7 @@ class SystemRoutes:
     def __init__(self, context: ServerContext) -> None:
         self._context = context
         self._folders = context.folders
-        self._sockets = Sockets(context, features(MAX_UPLOAD_BYTES))
+        self._sockets = Sockets(context)
 
     def routes(self) -> list[web.RouteDef]:
         empty = ("/i18n", "/workflow_templates", "/global_subgraphs", "/node_replacements")
@@ -100,7 +99,7 @@ class SystemRoutes:
         return web.json_response({"system": system, "devices": devices})
 
     async def _features(self, request: web.Request) -> web.Response:
-        return web.json_response(features(MAX_UPLOAD_BYTES))
+        return web.json_response(FEATURES)
 
     async def _nothing(self, request: web.Request) -> web.Response:
         return web.json_response({})

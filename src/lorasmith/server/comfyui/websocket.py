@@ -25,7 +25,7 @@ from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.server.comfyui.queue_routes import ending_message, milliseconds, queue_info
 from lorasmith.server.hub import Notice, Subscription
 from lorasmith.server.jobs import ENDED, Job, StoreError, UnknownJobError
-from lorasmith.server.request_handling import ServerContext
+from lorasmith.server.request_handling import MAX_UPLOAD_BYTES, ServerContext
 
 MOST_SOCKETS = 128  # connections at once: fewer than one address may have, so that requests remain possible
 _MOST_MESSAGE = 2**16
@@ -33,21 +33,21 @@ _HEARTBEAT_S = 30.0
 _SEND_TIMEOUT_S = 30.0
 _CLOSE_TIMEOUT_S = 1.0
 
-FEATURES: dict[str, Any] = {"supports_preview_metadata": True, "node_replacements": False, "assets": False}
-"""Feature flags, by the protocol's names."""
-
-
-def features(max_upload_bytes: int) -> dict[str, Any]:
-    """The feature flags of this server."""
-    return FEATURES | {"max_upload_size": max_upload_bytes, "extension": {}}
+FEATURES = {
+    "supports_preview_metadata": True,
+    "node_replacements": False,
+    "assets": False,
+    "max_upload_size": MAX_UPLOAD_BYTES,
+    "extension": {},
+}
+"""Feature flags of this server, by the protocol's names."""
 
 
 class Sockets:
     """All connections, and the progress of jobs for clients that connect later."""
 
-    def __init__(self, context: ServerContext, flags: dict[str, Any]) -> None:
+    def __init__(self, context: ServerContext) -> None:
         self._context = context
-        self._flags = flags
         self._progress = Progress()
         self._connections: dict[str, _Connection] = {}
         # `_observe` runs while a notice is published, before connections read it; this subscription stays empty.
@@ -75,15 +75,10 @@ class Sockets:
                     await sending
         return socket
 
-    def subscribe_to_log(self, client_id: str, enabled: bool) -> bool:
-        """Start or stop sending the log's lines to a client; returns whether it is connected."""
-        connection = self._connections.get(client_id)
-        if connection is not None:
+    def subscribe_to_log(self, client_id: str, enabled: bool) -> None:
+        """Start or stop sending the log's lines to a client, if it is connected."""
+        if (connection := self._connections.get(client_id)) is not None:
             connection.client.reads_log = enabled
-        return connection is not None
-
-    def __len__(self) -> int:
-        return len(self._connections)
 
     def _observe(self, notice: Notice) -> bool:
         self._progress.observe(notice)
@@ -110,7 +105,7 @@ class Sockets:
                 flags = value.get("data")
                 connection.client.flags = flags if isinstance(flags, dict) else {}
                 with contextlib.suppress(ConnectionError, TimeoutError):
-                    await _send(connection.socket, message("feature_flags", self._flags))
+                    await _send(connection.socket, message("feature_flags", FEATURES))
 
     async def _send_all(self, connection: _Connection) -> None:
         """Send the current state, then every notice."""
