@@ -92,12 +92,6 @@ def status_of(error: LorasmithError) -> int:
     return _STATUS.get(_kind(error), 400)
 
 
-def error_answer(error: LorasmithError) -> web.Response:
-    """The response for an error."""
-    details = error.details if isinstance(error, RefusedError) else None
-    return error_response(status_of(error), _kind(error), str(error), details)
-
-
 def error_response(status: int, kind: str, message: str, details: object = None) -> web.Response:
     """An error response, in the form of all routes except ComfyUI's; `details` are JSON values."""
     text = json.dumps({"error": {"kind": kind, "message": message, "details": details}})
@@ -110,7 +104,8 @@ async def errors_answered(request: web.Request, handler: Handler) -> web.StreamR
     try:
         return await handler(request)
     except LorasmithError as error:
-        return error_answer(error)
+        details = error.details if isinstance(error, RefusedError) else None
+        return error_response(status_of(error), _kind(error), str(error), details)
     except (web.HTTPException, ConnectionError):  # responses of aiohttp; client disconnected
         raise
     except Exception as error:
@@ -198,13 +193,11 @@ async def send_json_pieces(request: web.Request, pieces: Iterable[str]) -> web.S
     return response
 
 
-def number_in(
-    request: web.Request, name: str, *, default: int | None = None, at_least: int = 0, at_most: int = 10**12
-) -> int | None:
+def number_in(request: web.Request, name: str, *, at_least: int = 0, at_most: int = 10**12) -> int | None:
     """An integer in the query of a request. Raises OptionError if it is malformed or out of range."""
     text = request.query.get(name, "")
     if not text:
-        return default
+        return None
     if not re.fullmatch(r"-?[0-9]{1,12}", text) or not at_least <= int(text) <= at_most:
         raise OptionError(f"{name} must be a whole number between {at_least:,} and {at_most:,}, got {text[:40]!r}")
     return int(text)
