@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lorasmith.core.typed_json import DIALECT, json_schema
+from lorasmith.core.typed_json import DIALECT, json_schemas
 from lorasmith.runs.sweep_results import SweepRecord
 from lorasmith.server.api.api_routes import ENDPOINTS
 from lorasmith.server.api.endpoint import api_document
@@ -22,31 +22,35 @@ FOLDER = Path(__file__).parents[1] / "docs" / "schemas"
 
 def schemas() -> dict[str, dict[str, Any]]:
     """Each schema by the name of its file."""
-    record = {"$schema": DIALECT, "title": "run.json of a run's folder", **json_schema(RunRecord)}
     return {
-        "run.schema.json": record,
-        "events.schema.json": {
-            "$schema": DIALECT,
-            "title": "a line of events.jsonl in a run's folder",
-            "oneOf": [_of_event(name) for name in KINDS],
-        },
-        "sweep.schema.json": {
-            "$schema": DIALECT,
-            "title": "sweep.json of a sweep's folder",
-            **json_schema(SweepRecord),
-        },
-        "openapi.json": json.loads(json.dumps(api_document(ENDPOINTS))),
+        "run.schema.json": _of_file("run.json of a run's folder", RunRecord),
+        "events.schema.json": _of_events(),
+        "sweep.schema.json": _of_file("sweep.json of a sweep's folder", SweepRecord),
+        "openapi.json": api_document(ENDPOINTS),
     }
 
 
-def _of_event(name: str) -> dict[str, Any]:
-    schema = json_schema(KINDS[name])
-    own = {
-        "event": {"const": name},
-        "version": {"type": "integer", "description": f"of the format, {EVENTS_VERSION}; 1 if missing"},
+def _of_file(title: str, kind: type) -> dict[str, Any]:
+    (schema,), named = json_schemas([kind])
+    return {"$schema": DIALECT, "title": title, **schema, "$defs": named}
+
+
+def _of_events() -> dict[str, Any]:
+    schemas, named = json_schemas(list(KINDS.values()))
+    for name in KINDS:
+        schema = named[name]
+        schema["properties"] = {
+            "event": {"const": name},
+            "version": {"type": "integer", "description": f"of the format, {EVENTS_VERSION}; 1 if missing"},
+            **schema["properties"],
+        }
+        schema["required"] = ["event", *schema["required"]]
+    return {
+        "$schema": DIALECT,
+        "title": "a line of events.jsonl in a run's folder",
+        "oneOf": schemas,
+        "$defs": named,
     }
-    named = {"properties": {**own, **schema["properties"]}, "required": ["event", *schema.get("required", [])]}
-    return {"title": name, **schema, **named}
 
 
 def main() -> None:

@@ -16,8 +16,9 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from lorasmith.core.folders import ASSETS
+from lorasmith.nodes.example_workflows import Example, examples
 from lorasmith.nodes.workflow_run import run_workflow
-from lorasmith.server.comfyui.editor_files import PICTURES, Template, templates
+from lorasmith.server.comfyui.editor_files import PICTURES, picture_of
 
 EDGE, BAND = 320, 34
 INK, PAPER, BAND_COLOUR = "white", "#f4f1ec", "#1f2a37"
@@ -86,11 +87,11 @@ def _label(picture: Image.Image, box: tuple[int, int, int, int], text: str, poin
     draw.text(middle, text, fill=INK, font=ImageFont.truetype(findfont("DejaVu Sans"), points), anchor="mm")
 
 
-def _drawn(one: Template, folder: Path) -> Image.Image:
+def _drawn(one: Example, folder: Path) -> Image.Image:
     """The card of a template."""
     foxes = [Image.open(path) for path in sorted((ASSETS / "input" / "fox").glob("*.png"))]
-    if one.example.needs or one.name == "single_subject":
-        return named_card(one.title, foxes)
+    if one.needs or one.name == "single_subject":
+        return named_card(one.card, foxes)
     if one.name == "folder":
         return mosaic(foxes)
     base = folder / one.name
@@ -116,9 +117,10 @@ def _drawn(one: Template, folder: Path) -> Image.Image:
 def main(folder: Path) -> None:
     """Draw every card."""
     PICTURES.mkdir(exist_ok=True)
-    for one in templates().values():
-        _drawn(one, folder).save(one.picture, quality=72, method=6)
-        print(one.picture, one.picture.stat().st_size)
+    for one in examples():
+        picture = picture_of(one.name)
+        _drawn(one, folder).save(picture, quality=72, method=6)
+        print(picture, picture.stat().st_size)
 
 
 if __name__ == "__main__":

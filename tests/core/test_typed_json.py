@@ -6,13 +6,13 @@ import contextlib
 import json
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
-from typing import Any, Literal, TypedDict
+from typing import Annotated, Any, Literal, TypedDict
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lorasmith.core.typed_json import Scalar, typed
+from lorasmith.core.typed_json import Scalar, json_schemas, typed
 
 
 class Colour(StrEnum):
@@ -20,12 +20,14 @@ class Colour(StrEnum):
 
 
 class Loose(TypedDict, total=False):
-    size: int
+    size: Annotated[int, "in pixels"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inner:
-    name: str
+    """In another."""
+
+    name: Annotated[str, "of it"]
     sides: tuple[int, ...] = ()
 
 
@@ -59,7 +61,7 @@ def test_what_is_written_is_read() -> None:
     )
     assert typed(json.loads(json.dumps(asdict(value))), Outer) == value
     assert typed({"rate": 1, "unknown": []}, Outer) == Outer(rate=1)
-    assert typed({"size": 1, "later": "kept"}, Loose) == {"size": 1, "later": "kept"}
+    assert typed({"size": 1, "later": "dropped"}, Loose) == {"size": 1}
 
 
 @pytest.mark.parametrize(
@@ -70,23 +72,34 @@ def test_what_is_written_is_read() -> None:
         ({"rate": "1"}, "rate must be a number, got '1'"),
         ({"rate": True}, "rate must be a number, got True"),
         ({"rate": 10**400}, "rate must be a number of 64 bits"),
+        ({"rate": 1, "numbers": [2**64]}, "it must have integers of 64 bits"),
         ({"rate": 1, "is_on": 1}, "is_on must be true or false, got 1"),
         ({"rate": 1, "kind": "c"}, "kind must be one of a, b, got 'c'"),
-        ({"rate": 1, "kind": ["a"]}, "kind must be one of a, b, got ['a']"),
-        ({"rate": 1, "colour": {}}, "colour must be one of red, got {}"),
+        ({"rate": 1, "kind": ["a"]}, "kind must be text, got ['a']"),
+        ({"rate": 1, "colour": {}}, "colour must be text, got {}"),
+        ({"rate": 1, "colour": "blue"}, "colour must be one of red, got 'blue'"),
         ({"rate": 1, "label": 3}, "label must be text, got 3"),
-        ({"rate": 1, "draws": [[1, 0.5], [1]]}, "draws[1] must be a list of 2, got 1 values"),
+        ({"rate": 1, "draws": [[1, 0.5], [1]]}, "draws[1] must be a list of length 2, got [1]"),
         ({"rate": 1, "draws": 7}, "draws must be a list, got 7"),
         ({"rate": 1, "numbers": [1, 2.5]}, "numbers[1] must be an integer, got 2.5"),
         ({"rate": 1, "inner": {"name": None}}, "inner.name must be text, got None"),
         ({"rate": 1, "loose": {"size": "x" * 99}}, f"loose.size must be an integer, got '{'x' * 59}…"),
-        ({"rate": 1, "settings": {"a": []}}, "settings.a must be true or false, got []"),
+        ({"rate": 1, "settings": {"a": []}}, "settings.a must be true or false, an integer, a number or text, got []"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_its_place(value: Any, sentence: str) -> None:
     with pytest.raises(ValueError) as caught:
         typed(value, Outer)
     assert str(caught.value) == sentence
+
+
+def test_schemas_describe_fields_and_require_those_without_a_default() -> None:
+    (schema,), named = json_schemas([Outer], "#/in/")
+    assert schema == {"$ref": "#/in/Outer"} and named.keys() == {"Outer", "Inner", "Loose", "Colour"}
+    assert named["Outer"]["required"] == ["rate"] and named["Outer"]["properties"]["kind"]["enum"] == ["a", "b"]
+    assert named["Inner"]["description"] == "In another."
+    assert named["Inner"]["properties"]["name"] == {"type": "string", "description": "of it"}
+    assert named["Loose"]["properties"]["size"] == {"type": "integer", "description": "in pixels"}
 
 
 JSON = st.recursive(
@@ -97,6 +110,8 @@ JSON = st.recursive(
 
 
 @given(JSON)
+@example({"rate": 1, "kind": "x - at `$.foo` - at `$.bar"})
+@example({"rate": 1, "colour": " - at `$.colour`"})
 def test_nothing_but_a_value_error_comes_out(value: Any) -> None:
     with contextlib.suppress(ValueError):
         typed(value, Outer)

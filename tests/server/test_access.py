@@ -388,7 +388,7 @@ def test_large_bodies_are_parsed_outside_of_the_event_loop(tmp_path: Path, monke
         threads.append(threading.current_thread() is threading.main_thread())
         return parse_foreign_json(content)
 
-    for module in ("api.endpoint", "comfyui.answers"):
+    for module in ("api.endpoint", "request_handling"):
         monkeypatch.setattr(f"lorasmith.server.{module}.parse_foreign_json", parsed)
 
     async def main() -> None:

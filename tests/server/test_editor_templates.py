@@ -7,17 +7,17 @@ import json
 import pytest
 from PIL import Image
 
-from lorasmith.nodes.example_workflows import examples
-from lorasmith.server.comfyui.editor_files import PICTURES, Template, index, template_file, templates
+from lorasmith.nodes.example_workflows import Example, examples
+from lorasmith.server.comfyui.editor_files import PICTURES, index, picture_of, template_file
 
-TEMPLATES = list(templates().values())
+TEMPLATES = examples()
+CARDS = {card["name"]: card for group in index() for card in group["templates"]}
 
 
 def test_every_example_is_a_template_under_a_title_of_its_own() -> None:
-    cards = [card for group in index() for card in group["templates"]]
-    assert sorted(card["name"] for card in cards) == sorted(one.name for one in examples())
-    assert len({card["title"] for card in cards}) == len(cards)
-    assert all(one.title != one.name for one in TEMPLATES), "a template without a title"
+    assert sorted(CARDS) == sorted(one.name for one in TEMPLATES)
+    assert len({card["title"] for card in CARDS.values()}) == len(CARDS)
+    assert all(card["title"] != name for name, card in CARDS.items()), "a template without a title"
 
 
 def test_those_that_run_at_once_come_first() -> None:
@@ -28,21 +28,22 @@ def test_those_that_run_at_once_come_first() -> None:
 
 
 @pytest.mark.parametrize("one", TEMPLATES, ids=lambda one: one.name)
-def test_a_template_has_a_graph_a_picture_and_a_readable_description(one: Template) -> None:
-    assert template_file(f"{one.name}.json") == one.example.editor_path
-    picture = template_file(f"{one.name}-1.webp")
-    assert picture == one.picture
-    with Image.open(one.picture) as opened:
+def test_a_template_has_a_graph_a_picture_and_a_readable_description(one: Example) -> None:
+    assert template_file(f"{one.name}.json") == one.editor_path
+    picture = picture_of(one.name)
+    assert picture == template_file(f"{one.name}-1.webp")
+    with Image.open(picture) as opened:
         assert (opened.format, opened.width) == ("WEBP", 320)
         assert len(opened.convert("RGB").getcolors(1 << 17) or []) > 50, "an empty picture"
-    assert one.picture.stat().st_size < 20_000
-    assert "  " not in one.description
-    assert one.description.endswith(".")
-    assert ("Needs" in one.description) == bool(one.example.needs)
+    assert picture.stat().st_size < 20_000
+    description = CARDS[one.name]["description"]
+    assert "  " not in description
+    assert description.endswith(".")
+    assert ("Needs" in description) == bool(one.needs)
 
 
 def test_no_picture_is_left_over() -> None:
-    assert {path.name for path in PICTURES.iterdir()} == {one.picture.name for one in TEMPLATES}
+    assert {path.name for path in PICTURES.iterdir()} == {picture_of(one.name).name for one in TEMPLATES}
 
 
 @pytest.mark.parametrize("name", ["", "style", "style.json/..", "../style.json", "style-2.webp", "nothing-1.webp"])

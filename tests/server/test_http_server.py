@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 
 import aiohttp
@@ -53,21 +52,11 @@ def test_tables_are_mounted_and_errors_become_answers(tmp_path: Path, monkeypatc
             raise KeyError("secret")
         raise ERRORS[name][0]
 
-    @web.middleware
-    async def named(request: web.Request, handler: object) -> web.StreamResponse:
-        answer: web.StreamResponse = await handler(request)  # type: ignore[operator]
-        answer.headers["X-Base"] = request.app[CONTEXT].config.base.name
-        return answer
-
-    table = types.ModuleType("table")
-
     async def good(request: web.Request) -> web.Response:
         return web.Response()
 
     routes = [web.get("/fail/{name}", fail), web.get("/good", good)]
-    table.routes = lambda context: routes  # type: ignore[attr-defined]
-    table.middlewares = lambda context: [named]  # type: ignore[attr-defined]
-    monkeypatch.setattr("lorasmith.server.http_server._TABLES", (table,))
+    monkeypatch.setattr("lorasmith.server.page_routes.routes", lambda context: routes)
 
     async def check() -> None:
         context = fake_context(tmp_path)
@@ -85,7 +74,7 @@ def test_tables_are_mounted_and_errors_become_answers(tmp_path: Path, monkeypatc
             assert str(tmp_path) not in found["message"]  # whoever asks may have no token
             assert "KeyError: 'secret'" in context.log.entries[-1]["m"]
             answer = await client.get("/good")
-            assert answer.status == 200 and answer.headers["X-Base"] == tmp_path.name
+            assert answer.status == 200 and answer.headers["X-Frame-Options"] == "DENY"
         context.store.close()
 
     asyncio.run(check())

@@ -27,15 +27,18 @@ TYPES: dict[str, Any] = {
 }
 
 
-def faults(value: Any, schema: dict[str, Any], place: str = "it") -> Iterator[str]:
-    """What of a value a schema forbids, as far as ours say anything."""
+def faults(value: Any, schema: dict[str, Any], place: str = "it", known: dict[str, Any] | None = None) -> Iterator[str]:
+    """What of a value a schema forbids, as far as ours say anything; `known` are the schemas that it refers to."""
+    known = schema.get("$defs", {}) if known is None else known
+    if "$ref" in schema:
+        schema = known[schema["$ref"].rpartition("/")[2]]
     if "const" in schema and value != schema["const"]:
         yield f"{place} is not {schema['const']}"
     if "enum" in schema and value not in schema["enum"]:
         yield f"{place} is none of {schema['enum']}"
-    if "anyOf" in schema and all(list(faults(value, one)) for one in schema["anyOf"]):
+    if "anyOf" in schema and all(list(faults(value, one, place, known)) for one in schema["anyOf"]):
         yield f"{place} fits nothing"
-    if "oneOf" in schema and sum(not list(faults(value, one)) for one in schema["oneOf"]) != 1:
+    if "oneOf" in schema and sum(not list(faults(value, one, place, known)) for one in schema["oneOf"]) != 1:
         yield f"{place} fits not one thing alone"
     kind = TYPES.get(schema.get("type", ""), object)
     if not isinstance(value, kind) or (isinstance(value, bool) and kind not in (bool, object)):
@@ -45,11 +48,12 @@ def faults(value: Any, schema: dict[str, Any], place: str = "it") -> Iterator[st
         yield from (f"{place} lacks {name}" for name in schema.get("required", []) if name not in value)
         for name, one in value.items():
             inner = schema.get("properties", {}).get(name, schema.get("additionalProperties", {}))
-            yield from faults(one, inner, f"{place}.{name}")
+            yield from faults(one, inner, f"{place}.{name}", known)
     if isinstance(value, list):
         first = schema.get("prefixItems", [])
         for index, one in enumerate(value):
-            yield from faults(one, first[index] if index < len(first) else schema.get("items", {}), f"{place}[{index}]")
+            inner = first[index] if index < len(first) else schema.get("items") or {}
+            yield from faults(one, inner, f"{place}[{index}]", known)
         if not schema.get("minItems", 0) <= len(value) <= schema.get("maxItems", len(value)):
             yield f"{place} has {len(value)} items"
 
@@ -91,8 +95,8 @@ def test_a_real_run_has_them(run: Path) -> None:
 def test_a_real_run_names_every_field(run: Path) -> None:
     """Nothing is written that the schemas do not describe."""
     record = json.loads((run / "run.json").read_text("utf-8"))
-    assert record.keys() == committed("run.schema.json")["properties"].keys()
-    known = {one["title"]: one["properties"].keys() for one in committed("events.schema.json")["oneOf"]}
+    assert record.keys() == committed("run.schema.json")["$defs"]["RunRecord"]["properties"].keys()
+    known = {name: one.get("properties", {}).keys() for name, one in committed("events.schema.json")["$defs"].items()}
     for line in (run / "events.jsonl").read_text("utf-8").splitlines():
         event = json.loads(line)
         assert event.keys() == known[event["event"]]

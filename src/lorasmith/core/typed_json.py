@@ -1,197 +1,134 @@
-"""JSON values in declared types: one codec for records of runs, run states and events, and the types' JSON schemas.
+"""JSON values in declared types, and the schemas of these, by msgspec: records of runs, run states, events, and bodies
+and answers of the HTTP API.
 
-Types are `bool`, `int` (of 64 bits), `float`, `str`, `None`, literals, enums, `Any`, unions, lists, tuples, mappings by
-text, dataclasses and typed dictionaries. Writing and reading gives an equal object. Missing fields get their defaults;
-unknown fields, from later versions, are dropped by dataclasses and kept in typed dictionaries.
-
-Schemas are of draft 2020-12, with descriptions from the `Attributes` in the docstrings of dataclasses and typed
-dictionaries.
+Fields that are missing get their defaults, and unknown ones, from later versions, are dropped. A text in `Annotated`
+describes a field in schemas. msgspec is imported when it is needed, so that commands start fast.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import inspect
 import re
 import types
 import typing
-from collections.abc import Mapping
-from enum import Enum
-from typing import Any, Literal, TypeVar
+from collections.abc import Sequence
+from typing import Annotated, Any, TypeVar
 
 Scalar = bool | int | float | str | None  # a setting or another single value
 
+DIALECT = "https://json-schema.org/draft/2020-12/schema"  # of `json_schemas`
+
 _T = TypeVar("_T")
-_KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
-    bool: ((bool,), "true or false"),
-    int: ((int,), "an integer"),
-    float: ((int, float), "a number"),
-    str: ((str,), "text"),
-    type(None): ((type(None),), "null"),
-}
 
 
 def typed(value: Any, kind: type[_T], place: str = "") -> _T:
     """A parsed JSON value in a type; raises ValueError with the location, `place` being that of `value`."""
-    found: _T = _typed(value, kind, place)
+    import msgspec
+
+    try:
+        found = msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        raise ValueError(_sentence(str(error), value, kind, place)) from error
+    _refuse_large_integers(value, place)
     return found
 
 
-def _typed(value: Any, kind: Any, place: str) -> Any:
-    if kind is Any:
-        return value
-    if kind in _KINDS:
-        classes, words = _KINDS[kind]
-        if not isinstance(value, classes) or (isinstance(value, bool) and kind is not bool):
-            raise _other(value, words, place)
-        if isinstance(value, int) and not -(2**63) <= value < 2**64:
-            raise ValueError(f"{place or 'it'} must be a number of 64 bits")
-        return value
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (types.UnionType, typing.Union):
-        return _of_union(value, arguments, place)
-    if origin is Literal:
-        if value not in arguments:
-            raise _other(value, f"one of {', '.join(map(str, arguments))}", place)
-        return value
-    if origin is list:
-        return [_typed(one, arguments[0], f"{place}[{index}]") for index, one in _items(value, place)]
-    if origin is tuple:
-        return _of_tuple(value, arguments, place)
-    if origin in (dict, Mapping):
-        return {name: _typed(one, arguments[1], _inside(place, name)) for name, one in _fields(value, place).items()}
-    if typing.is_typeddict(kind):
-        hints = _hints(kind)
-        fields = _fields(value, place).items()
-        return {name: _typed(one, hints.get(name, Any), _inside(place, name)) for name, one in fields}
-    if dataclasses.is_dataclass(kind):
-        return _of_dataclass(value, kind, place)
-    assert issubclass(kind, Enum), f"{kind} is no type of JSON values"
-    if value not in [one.value for one in kind]:
-        raise _other(value, f"one of {', '.join(str(one.value) for one in kind)}", place)
-    return kind(value)
+def _refuse_large_integers(value: Any, place: str) -> None:
+    """msgspec accepts integers of any size, which JSON readers, SQLite and tensors do not."""
+    level = [value]
+    while level:
+        inner: list[Any] = []
+        for one in level:
+            if isinstance(one, int) and not -(2**63) <= one < 2**64:
+                raise ValueError(f"{place or 'it'} must have integers of 64 bits")
+            if isinstance(one, (dict, list, tuple)):
+                inner += one.values() if isinstance(one, dict) else one
+        level = inner
 
 
-def _of_union(value: Any, kinds: tuple[Any, ...], place: str) -> Any:
-    """The value in the first type that it fits. The error is that of the first type besides null."""
-    errors = []
-    for kind in sorted(kinds, key=lambda kind: kind is type(None)):
-        try:
-            return _typed(value, kind, place)
-        except ValueError as error:
-            errors.append(error)
-    raise errors[0]
+def json_schemas(kinds: Sequence[Any], folder: str = "#/$defs/") -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Schemas of types, and those that they refer to by name, in `folder`."""
+    import msgspec
+
+    schemas, named = msgspec.json.schema_components(kinds, ref_template=f"{folder}{{name}}")
+    for kind in _declared(kinds):
+        for name, hint in typing.get_type_hints(kind, include_extras=True).items():
+            if typing.get_origin(hint) is Annotated:
+                named[kind.__name__]["properties"][name]["description"] = hint.__metadata__[0]
+    return list(schemas), named
 
 
-def _of_tuple(value: Any, kinds: tuple[Any, ...], place: str) -> tuple[Any, ...]:
-    items = _items(value, place)
-    if kinds[-1] is ...:
-        kinds = kinds[:1] * len(items)
-    if len(items) != len(kinds):
-        raise ValueError(f"{place or 'it'} must be a list of {len(kinds)}, got {len(items)} values")
-    return tuple(_typed(one, kind, f"{place}[{index}]") for (index, one), kind in zip(items, kinds, strict=True))
+def _declared(kinds: Sequence[Any]) -> set[Any]:
+    """The dataclasses and typed dictionaries in some types."""
+    found: set[Any] = set()
+    waiting = list(kinds)
+    while waiting:
+        kind = waiting.pop()
+        if _has_fields(kind) and kind not in found:
+            found.add(kind)
+            waiting += typing.get_type_hints(kind).values()
+        waiting += typing.get_args(kind)
+    return found
 
 
-def _of_dataclass(value: Any, kind: Any, place: str) -> Any:
-    fields, hints = _fields(value, place), _hints(kind)
-    own = {one.name: one for one in dataclasses.fields(kind)}
-    required = [name for name, one in own.items() if one.default is one.default_factory is dataclasses.MISSING]
-    if missing := next((name for name in required if name not in fields), None):
-        raise ValueError(f"{_inside(place, missing)} is missing")
-    given = {name: _typed(fields[name], hints[name], _inside(place, name)) for name in own if name in fields}
-    return kind(**given)
+def _has_fields(kind: Any) -> bool:
+    return dataclasses.is_dataclass(kind) or typing.is_typeddict(kind)
 
 
-@functools.cache
-def _hints(kind: Any) -> dict[str, Any]:
-    return typing.get_type_hints(kind)
-
-
-def _items(value: Any, place: str) -> list[tuple[int, Any]]:
-    if not isinstance(value, (list, tuple)):
-        raise _other(value, "a list", place)
-    return list(enumerate(value))
-
-
-def _fields(value: Any, place: str) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise _other(value, "an object", place)
-    return value
-
-
-def _inside(place: str, name: str) -> str:
-    return f"{place}.{name}" if place else name
-
-
-def _other(value: Any, words: str, place: str) -> ValueError:
-    shown = repr(value)
-    return ValueError(f"{place or 'it'} must be {words}, got {shown if len(shown) <= 60 else f'{shown[:60]}…'}")
-
-
-DIALECT = "https://json-schema.org/draft/2020-12/schema"
-
-_PLAIN: dict[Any, dict[str, Any]] = {
-    Any: {},
-    bool: {"type": "boolean"},
-    int: {"type": "integer"},
-    float: {"type": "number"},
-    str: {"type": "string"},
-    type(None): {"type": "null"},
+_PLACE = re.compile(r" - at (?:`key` in )?`\$([^`]*)`\Z")
+_WORDS = {
+    "array": "a list",
+    "bool": "true or false",
+    "float": "a number",
+    "int": "an integer",
+    "null": "null",
+    "object": "an object",
+    "str": "text",
 }
 
 
-def json_schema(kind: Any) -> dict[str, Any]:
-    """The schema of a type's values; fields with a default may be missing, and unknown ones are allowed."""
-    if kind in _PLAIN:
-        return dict(_PLAIN[kind])
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (types.UnionType, typing.Union):
-        return {"anyOf": [json_schema(one) for one in arguments]}
-    if origin is Literal:
-        return {"enum": list(arguments)}
-    if origin is list or (origin is tuple and arguments[-1] is ...):
-        return {"type": "array", "items": json_schema(arguments[0])}
-    if origin is tuple:
-        items = [json_schema(one) for one in arguments]
-        return {"type": "array", "prefixItems": items, "minItems": len(items), "maxItems": len(items)}
-    if origin in (dict, Mapping):
-        return {"type": "object", "additionalProperties": json_schema(arguments[1])}
-    if dataclasses.is_dataclass(kind):
-        return _of_fields(kind, [one.name for one in dataclasses.fields(kind)], _required(kind))
-    if typing.is_typeddict(kind):
-        return _of_fields(kind, list(typing.get_type_hints(kind)), [])
-    assert issubclass(kind, Enum), f"{kind} is no type of JSON values"
-    return {"enum": [one.value for one in kind]}
+def _sentence(error: str, value: Any, kind: Any, place: str) -> str:
+    """msgspec's message as a sentence with place, rule and value."""
+    at = _PLACE.search(error)
+    message, path = (error[: at.start()], at[1]) if at else (error, "")
+    for name, index in re.findall(r"\.(\w+)|\[(\d+|\.\.\.)\]", path):
+        kind = _inner(kind, name)
+        if index == "...":  # at a name of a mapping, which msgspec does not tell
+            name = next(key for key, one in value.items() if not _fits(one, kind))
+        value = value[name or int(index)]
+        place += f"[{index}]" if not name else f".{name}" if place else name
+    if missing := re.match(r"Object missing required field `(\w+)`", message):
+        return f"{place}.{missing[1]} is missing".removeprefix(".")
+    if message.startswith("Invalid enum value"):
+        choices = typing.get_args(kind) or [one.value for one in kind]
+        rule = f"one of {', '.join(map(str, choices))}"
+    elif message == "Number out of range":
+        return f"{place} must be a number of 64 bits"
+    elif expected := re.match(r"Expected `([^`]+)`( of length \d+)?", message):
+        *others, last = (_WORDS.get(one, one) for one in expected[1].removesuffix(" | null").split(" | "))
+        rule = (f"{', '.join(others)} or {last}" if others else last) + (expected[2] or "")
+    else:
+        return message  # of `__post_init__`
+    shown = repr(value)
+    return f"{place or 'it'} must be {rule}, got {shown if len(shown) <= 60 else f'{shown[:60]}…'}"
 
 
-def _of_fields(kind: Any, names: list[str], required: list[str]) -> dict[str, Any]:
-    hints, said = typing.get_type_hints(kind), _descriptions(kind)
-    properties = {}
-    for name in names:
-        schema = json_schema(hints[name])
-        properties[name] = schema | {"description": said[name]} if name in said else schema
-    found: dict[str, Any] = {"type": "object", "properties": properties}
-    first = (inspect.getdoc(kind) or "").split("\n\n")[0]
-    return (
-        found
-        | ({"description": " ".join(first.split())} if first else {})
-        | ({"required": required} if required else {})
-    )
+def _inner(kind: Any, name: str) -> Any:
+    """The type of a field, or else of the values of a list or mapping, in a type or one of a union."""
+    union = typing.get_origin(kind) in (types.UnionType, typing.Union)
+    for one in typing.get_args(kind) if union else (kind,):
+        if name and _has_fields(one):
+            return typing.get_type_hints(one)[name]
+        if not name and (arguments := [each for each in typing.get_args(one) if each is not ...]):
+            return arguments[-1]
+    return Any
 
 
-def _required(kind: Any) -> list[str]:
-    fields = dataclasses.fields(kind)
-    return [one.name for one in fields if one.default is one.default_factory is dataclasses.MISSING]
+def _fits(value: Any, kind: Any) -> bool:
+    import msgspec
 
-
-def _descriptions(kind: Any) -> dict[str, str]:
-    """Descriptions by name from the `Attributes` in the docstrings of a type and its bases."""
-    found: dict[str, str] = {}
-    for one in reversed(kind.__mro__):
-        _, _, section = inspect.cleandoc(one.__doc__ or "").partition("Attributes:\n")
-        lines = re.split(r"\n\s*\n", section)[0]
-        for entry in re.split(r"\n(?= {4}\S)", f"\n{lines}"):
-            names, _, text = entry.strip().partition(": ")
-            found |= {name.strip(): " ".join(text.split()) for name in names.split(",") if text}
-    return found
+    try:
+        msgspec.convert(value, kind)
+    except msgspec.ValidationError:
+        return False
+    return True

@@ -8,14 +8,12 @@ its default, which model and algorithm decide.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 from lorasmith.core.options import Option, options_of
 from lorasmith.data.data_config import DataConfig
 from lorasmith.training.config import TrainConfig
-
-PresetName = Literal["quick", "balanced", "thorough"]
 
 USUAL_IMAGES = 20  # images for which the steps of a preset are given where their number is unknown
 
@@ -26,13 +24,13 @@ _ROUND = 50  # steps are multiples of it
 class Preset:
     """A choice of settings."""
 
-    name: PresetName
-    title: str  # in words
-    summary: str  # its trade-off, in a sentence
-    steps_per_image: int  # how often each image is seen
+    name: str
+    title: Annotated[str, "in words"]
+    summary: Annotated[str, "its trade-off, in a sentence"]
+    settings: Annotated[Mapping[str, Any], "by name; in responses also the steps for the number of images"]
+    steps_per_image: Annotated[int, "how often each image is seen, within the following bounds"]
     least_steps: int
     most_steps: int
-    settings: Mapping[str, Any] = field(default_factory=dict)  # all others that it sets
 
     def settings_for(self, images: int | None = None) -> dict[str, Any]:
         """All settings for a number of images; that of `USUAL_IMAGES` if it is unknown."""
@@ -41,7 +39,7 @@ class Preset:
         return {"steps": max(self.least_steps, min(self.most_steps, rounded)), **self.settings}
 
 
-PRESETS: dict[PresetName, Preset] = {
+PRESETS: dict[str, Preset] = {
     one.name: one
     for one in (
         Preset(

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePath
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import quote
 
 from lorasmith.core.errors import LorasmithError, OptionError
@@ -40,57 +40,42 @@ _UNCOMPARED = frozenset({"existing_state"})  # which only the record of a longer
 
 @dataclass(frozen=True, kw_only=True)
 class SweepEntry:
-    """One run of a sweep.
+    """One run of a sweep."""
 
-    Attributes:
-        number: in the sweep, from 1.
-        name: of its folder in that of the sweep.
-        state: complete; failed with an error; stopped or killed on the way; running, in whichever process; or waiting.
-        settings: what the sweep varies.
-        place: in the ranking, from 1; None for runs that are not complete or have no held-out loss.
-        loss, best_step: the lowest held-out loss and its step.
-        base_loss: of the same images without the LoRA; None if it was not measured.
-        change: of the loss relative to that, such as -0.05 for 5 % less.
-        steps: that were taken.
-        seconds: of training.
-        lora: its file of the lowest held-out loss, relative to the folder of the sweep.
-        judged_by: digest of the held-out images as they are judged; losses with the same one can be compared.
-        validations: step and loss of each validation.
-        error: of a failed run, in a sentence.
-    """
-
-    number: int
-    name: str
-    state: RunState
-    settings: Mapping[str, Scalar]
-    place: int | None = None
-    loss: float | None = None
-    best_step: int | None = None
-    base_loss: float | None = None
-    change: float | None = None
-    steps: int = 0
-    seconds: float = 0.0
-    lora: str | None = None
-    judged_by: str = ""
-    validations: tuple[tuple[int, float], ...] = ()
-    error: str = ""
+    number: Annotated[int, "in the sweep, from 1"]
+    name: Annotated[str, "of its folder in that of the sweep"]
+    state: Annotated[
+        RunState,
+        "complete; failed with an error; stopped or killed on the way; running, in whichever process; or waiting",
+    ]
+    settings: Annotated[Mapping[str, Scalar], "what the sweep varies"]
+    place: Annotated[
+        int | None, "in the ranking, from 1; None for runs that are not complete or have no held-out loss"
+    ] = None
+    loss: Annotated[float | None, "the lowest held-out loss and its step"] = None
+    best_step: Annotated[int | None, "the lowest held-out loss and its step"] = None
+    base_loss: Annotated[float | None, "of the same images without the LoRA; None if it was not measured"] = None
+    change: Annotated[float | None, "of the loss relative to that, such as -0.05 for 5 % less."] = None
+    steps: Annotated[int, "that were taken"] = 0
+    seconds: Annotated[float, "of training"] = 0.0
+    lora: Annotated[str | None, "its file of the lowest held-out loss, relative to the folder of the sweep"] = None
+    judged_by: Annotated[
+        str, "digest of the held-out images as they are judged; losses with the same one can be compared"
+    ] = ""
+    validations: Annotated[tuple[tuple[int, float], ...], "step and loss of each validation"] = ()
+    error: Annotated[str, "of a failed run, in a sentence"] = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepRecord:
-    """The content of `sweep.json`.
+    """The content of `sweep.json`."""
 
-    Attributes:
-        version: of this format, raised when an older reader would misunderstand it.
-        file: name of the sweep's file.
-        comparable: whether all losses are of the same held-out images; if not, the ranking is by `change`.
-        runs: the best first, then those that are not ranked.
-    """
-
-    version: int = _VERSION
-    file: str = ""
-    comparable: bool = True
-    runs: tuple[SweepEntry, ...] = field(default=())
+    version: Annotated[int, "of this format, raised when an older reader would misunderstand it"] = _VERSION
+    file: Annotated[str, "name of the sweep's file"] = ""
+    comparable: Annotated[
+        bool, "whether all losses are of the same held-out images; if not, the ranking is by `change`"
+    ] = True
+    runs: Annotated[tuple[SweepEntry, ...], "the best first, then those that are not ranked"] = field(default=())
 
 
 def result_of(run: SweepRun, output: Path) -> SweepEntry:

@@ -16,18 +16,15 @@ import hashlib
 import hmac
 import ipaddress
 import socket
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
 from urllib.parse import urlsplit
 
 from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
 
 from lorasmith.core.errors import OptionError
 from lorasmith.server.request_handling import ServerContext, error_response, in_time
 from lorasmith.server.server_config import ServerConfig
-
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 CONTENT_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
@@ -101,28 +98,22 @@ def access_of(config: ServerConfig) -> Access:
     return Access(config.token, config.host, frozenset(name.casefold() for name in config.names))
 
 
-def middlewares(context: ServerContext) -> list[Any]:
-    """Middleware that refuses requests without access."""
-    return [_guard(access_of(context.config))]
-
-
 def routes(context: ServerContext) -> list[web.RouteDef]:
     """The route of the login form."""
     access = access_of(context.config)
     return [web.post(_LOGIN, _login(access))] if access.token is not None else []
 
 
-def preparing(context: ServerContext) -> list[Any]:
-    """Handler that adds the security headers to responses that have none."""
-    return [_add_headers]
-
-
-async def _add_headers(request: web.Request, response: web.StreamResponse) -> None:
+async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
+    """Add the security headers to a response that has none."""
     for name, value in _HEADERS.items():
         response.headers.setdefault(name, value)
 
 
-def _guard(access: Access) -> Callable[[web.Request, Handler], Awaitable[web.StreamResponse]]:
+def guard(context: ServerContext) -> Middleware:
+    """Middleware that refuses requests without access."""
+    access = access_of(context.config)
+
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         refused = _refusal(request, access)

@@ -1,32 +1,27 @@
-"""What goes over the wire: the bodies that the API takes, and the answers that it gives.
+"""Request and response types of the HTTP API, declared once: msgspec validates and describes them.
 
-Questions to the assistant return these types as JSON, routes pass them on, and the OpenAPI document describes them.
-This module imports nothing that the server process must not import. Numbers are finite; what is unknown is null.
+The server imports this module, so it imports no torch. Numbers are finite; what is unknown is null.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from lorasmith.runs.presets import Preset
 
 Severity = Literal["problem", "warning", "remark"]
 SettingType = Literal["integer", "number", "text", "boolean"]
-RunState = Literal["running", "finished", "stopped", "cancelled", "failed", "interrupted"]
+RunPhase = Literal["running", "finished", "stopped", "cancelled", "failed", "interrupted"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ErrorFacts:
-    """What went wrong.
+    """What went wrong."""
 
-    Attributes:
-        kind: name of the kind of error, such as OptionError.
-        message: a sentence with rule, value and remedy.
-        details: more about it, such as a list of findings; null if there is no more.
-    """
-
-    kind: str
-    message: str
-    details: Any = None
+    kind: Annotated[str, "name of the kind of error, such as OptionError"]
+    message: Annotated[str, "a sentence with rule, value and remedy"]
+    details: Annotated[Any, "more about it, such as a list of findings; null if there is no more"] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,67 +40,41 @@ class QueueCounts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeviceFacts:
-    """A device that trains.
+class TrainingDevice:
+    """A device that trains."""
 
-    Attributes:
-        name: such as cuda:0 or cpu.
-        title: of its maker.
-        memory_bytes, free_bytes: of the device; null if unknown.
-    """
-
-    name: str
-    title: str = ""
-    memory_bytes: int | None = None
-    free_bytes: int | None = None
+    name: Annotated[str, "such as cuda:0 or cpu"]
+    title: Annotated[str, "of its maker"] = ""
+    memory_bytes: Annotated[int | None, "of the device; null if unknown"] = None
+    free_bytes: Annotated[int | None, "of the device; null if unknown"] = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class StatusAnswer:
-    """The state of the server.
+    """The state of the server."""
 
-    Attributes:
-        version: of Lorasmith.
-        ready: whether the assistant answers; until then, what needs it is answered with 503.
-        base_dir: the base folder.
-        devices: that train.
-        queue: number of jobs.
-        disk_free_bytes: of the base folder's disk.
-    """
-
-    version: str
-    ready: bool
-    base_dir: str
-    devices: tuple[DeviceFacts, ...]
-    queue: QueueCounts
-    disk_free_bytes: int
+    version: Annotated[str, "of Lorasmith"]
+    ready: Annotated[bool, "whether the assistant answers; until then, what needs it is answered with 503"]
+    base_dir: Annotated[str, "the base folder"]
+    devices: Annotated[tuple[TrainingDevice, ...], "that train"]
+    queue: Annotated[QueueCounts, "number of jobs"]
+    disk_free_bytes: Annotated[int, "of the base folder's disk"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SettingAnswer:
-    """A setting of data or training.
+    """A setting of data or training."""
 
-    Attributes:
-        name: as on the command line, with underscores.
-        label: in words.
-        type: of the value.
-        default: null if the run decides it.
-        min, max, step: of a number; null for no limit.
-        choices: allowed values of a text; empty if any text is allowed.
-        help: its meaning.
-        main: whether it is shown before the others.
-    """
-
-    name: str
-    label: str
-    type: SettingType
-    default: bool | int | float | str | None
-    help: str
-    min: float | None = None
-    max: float | None = None
-    step: float | None = None
-    choices: tuple[str, ...] = ()
-    main: bool = False
+    name: Annotated[str, "as on the command line, with underscores"]
+    label: Annotated[str, "in words"]
+    type: Annotated[SettingType, "of the value"]
+    default: Annotated[bool | int | float | str | None, "null if the run decides it"]
+    help: Annotated[str, "its meaning"]
+    min: Annotated[float | None, "of a number; null for no limit"] = None
+    max: Annotated[float | None, "of a number; null for no limit"] = None
+    step: Annotated[float | None, "of a number; null for no limit"] = None
+    choices: Annotated[tuple[str, ...], "allowed values of a text; empty if any text is allowed"] = ()
+    main: Annotated[bool, "whether it is shown before the others"] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,53 +86,23 @@ class SettingGroup:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PresetAnswer:
-    """A choice of settings.
-
-    Attributes:
-        name: of the choice.
-        title: in words.
-        summary: what it trades, in a sentence.
-        settings: by name, for the number of images that was asked for.
-        steps_per_image, least_steps, most_steps: from which the steps follow for another number.
-    """
-
-    name: str
-    title: str
-    summary: str
-    settings: dict[str, Any]
-    steps_per_image: int
-    least_steps: int
-    most_steps: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class SettingsAnswer:
     """Every setting that a page offers, and the choices for who asks for none."""
 
     groups: tuple[SettingGroup, ...]
-    presets: tuple[PresetAnswer, ...]
+    presets: tuple[Preset, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetRow:
-    """A folder of images below input/.
+    """A folder of images below input/."""
 
-    Attributes:
-        name: of the folder.
-        images: number of its pictures.
-        captions: number of those with a caption.
-        modified: time of the last change, in seconds since the epoch.
-        cover: a picture of it; null if there is none.
-        builtin: whether it belongs to the package, so that it cannot be changed.
-    """
-
-    name: str
-    images: int
-    captions: int
-    modified: float
-    cover: str | None
-    builtin: bool = False
+    name: Annotated[str, "of the folder"]
+    images: Annotated[int, "number of its pictures"]
+    captions: Annotated[int, "number of those with a caption"]
+    modified: Annotated[float, "time of the last change, in seconds since the epoch"]
+    cover: Annotated[str | None, "a picture of it; null if there is none"]
+    builtin: Annotated[bool, "whether it belongs to the package, so that it cannot be changed"] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,60 +129,38 @@ class SkippedFile:
 
 @dataclass(frozen=True, kw_only=True)
 class PictureRow:
-    """A picture of a dataset.
+    """A picture of a dataset."""
 
-    Attributes:
-        file: its name.
-        width, height: in pixels, upright; null if it cannot be read.
-        bytes: size of the file.
-        caption: its text; empty if it has none.
-        has_caption: whether it has a text of its own.
-        problem: why picture or caption cannot be read; empty if they can.
-    """
-
-    file: str
-    width: int | None
-    height: int | None
-    bytes: int
-    caption: str
-    has_caption: bool
-    problem: str = ""
+    file: Annotated[str, "its name"]
+    width: Annotated[int | None, "in pixels, upright; null if it cannot be read"]
+    height: Annotated[int | None, "in pixels, upright; null if it cannot be read"]
+    bytes: Annotated[int, "size of the file"]
+    caption: Annotated[str, "its text; empty if it has none"]
+    has_caption: Annotated[bool, "whether it has a text of its own"]
+    problem: Annotated[str, "why picture or caption cannot be read; empty if they can"] = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetAnswer:
-    """A folder of images.
+    """A folder of images."""
 
-    Attributes:
-        name: of the folder.
-        folder: its path.
-        images: those directly in it.
-        builtin: whether it belongs to the package, so that it cannot be changed.
-        notes: what else is to be said, such as of folders in it.
-        skipped: files that training would not use.
-    """
-
-    name: str
-    folder: str
-    images: tuple[PictureRow, ...]
-    builtin: bool = False
-    notes: tuple[str, ...] = ()
-    skipped: tuple[SkippedFile, ...] = ()
+    name: Annotated[str, "of the folder"]
+    folder: Annotated[str, "its path"]
+    images: Annotated[tuple[PictureRow, ...], "those directly in it"]
+    builtin: Annotated[bool, "whether it belongs to the package, so that it cannot be changed"] = False
+    notes: Annotated[tuple[str, ...], "what else is to be said, such as of folders in it"] = ()
+    skipped: Annotated[tuple[SkippedFile, ...], "files that training would not use"] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class UploadAnswer:
-    """What became of uploaded files.
+    """What became of uploaded files."""
 
-    Attributes:
-        added: names of the new files, pictures and captions.
-        skipped: files that were not kept.
-        renamed: names of new files by those that they were sent under, where they differ.
-    """
-
-    added: tuple[str, ...]
-    skipped: tuple[SkippedFile, ...] = ()
-    renamed: dict[str, str] = field(default_factory=dict)
+    added: Annotated[tuple[str, ...], "names of the new files, pictures and captions"]
+    skipped: Annotated[tuple[SkippedFile, ...], "files that were not kept"] = ()
+    renamed: Annotated[dict[str, str], "names of new files by those that they were sent under, where they differ"] = (
+        field(default_factory=dict)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,15 +179,13 @@ class Changed:
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionEdit:
-    """A caption to store.
+    """A caption to store."""
 
-    Attributes:
-        caption: the text; an empty one takes the caption away.
-        seen: the caption that it replaces, as it was shown: 409 if there is another one now. Null to replace any.
-    """
-
-    caption: str
-    seen: str | None = None
+    caption: Annotated[str, "the text; an empty one takes the caption away"]
+    seen: Annotated[
+        str | None,
+        "the caption that it replaces, as it was shown: 409 if there is another one now. Null to replace any.",
+    ] = None
 
 
 CaptionBody = dict[str, str | CaptionEdit]
@@ -279,19 +194,14 @@ CaptionBody = dict[str, str | CaptionEdit]
 
 @dataclass(frozen=True, kw_only=True)
 class FindingFacts:
-    """Something to look at before training.
+    """Something to look at before training."""
 
-    Attributes:
-        kind: what it is.
-        message: a sentence with its remedy.
-        files: the pictures concerned.
-        severity: problem: it costs pictures or spoils the LoRA; warning: better mended; remark: worth knowing.
-    """
-
-    kind: str
-    message: str
-    files: tuple[str, ...]
-    severity: Severity
+    kind: Annotated[str, "what it is"]
+    message: Annotated[str, "a sentence with its remedy"]
+    files: Annotated[tuple[str, ...], "the pictures concerned"]
+    severity: Annotated[
+        Severity, "problem: it costs pictures or spoils the LoRA; warning: better mended; remark: worth knowing"
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,44 +216,26 @@ class Crop:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckedPicture:
-    """A picture that was checked.
+    """A picture that was checked."""
 
-    Attributes:
-        problems: about it, in a word or a sentence each.
-        crop: the part that is trained.
-        trained: width and height at which it is trained.
-        tokens: of its caption; null if they were not counted.
-    """
-
-    problems: tuple[str, ...]
-    crop: Crop
-    trained: tuple[int, int]
-    tokens: int | None = None
+    problems: Annotated[tuple[str, ...], "about it, in a word or a sentence each"]
+    crop: Annotated[Crop, "the part that is trained"]
+    trained: Annotated[tuple[int, int], "width and height at which it is trained"]
+    tokens: Annotated[int | None, "of its caption; null if they were not counted"] = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataCheckAnswer:
-    """A checked folder of images.
+    """A checked folder of images."""
 
-    Attributes:
-        findings: the gravest first.
-        images: by name of the file.
-        skipped: files that training would not use.
-        notes: other remarks.
-        resolutions: sides in pixels of the squares whose area pictures are scaled to.
-        assumed: whether the resolution is a guess, as no model was named.
-        held_out: pictures that are held out for validation.
-        samples_per_epoch: number of samples in an epoch.
-    """
-
-    findings: tuple[FindingFacts, ...]
-    images: dict[str, CheckedPicture]
-    skipped: tuple[SkippedFile, ...]
-    notes: tuple[str, ...] = ()
-    resolutions: tuple[int, ...] = ()
-    assumed: bool = False
-    held_out: tuple[str, ...] = ()
-    samples_per_epoch: int = 0
+    findings: Annotated[tuple[FindingFacts, ...], "the gravest first"]
+    images: Annotated[dict[str, CheckedPicture], "by name of the file"]
+    skipped: Annotated[tuple[SkippedFile, ...], "files that training would not use"]
+    notes: Annotated[tuple[str, ...], "other remarks"] = ()
+    resolutions: Annotated[tuple[int, ...], "sides in pixels of the squares whose area pictures are scaled to"] = ()
+    assumed: Annotated[bool, "whether the resolution is a guess, as no model was named"] = False
+    held_out: Annotated[tuple[str, ...], "pictures that are held out for validation"] = ()
+    samples_per_epoch: Annotated[int, "number of samples in an epoch"] = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -356,29 +248,17 @@ class MissingPart:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRow:
-    """A model that can be trained on.
+    """A model that can be trained on."""
 
-    Attributes:
-        name: by which a run names it.
-        title: for people.
-        family: its architecture.
-        place: its folder.
-        size_bytes: of the file.
-        precision: number format of most of its weights.
-        builtin: whether it belongs to the package: a small one, to try things out.
-        ready: whether all its parts are there.
-        missing: those that are not.
-    """
-
-    name: str
-    title: str
-    family: str
-    place: str
-    size_bytes: int
-    precision: str
-    builtin: bool
-    ready: bool
-    missing: tuple[MissingPart, ...]
+    name: Annotated[str, "by which a run names it"]
+    title: Annotated[str, "for people"]
+    family: Annotated[str, "its architecture"]
+    place: Annotated[str, "its folder"]
+    size_bytes: Annotated[int, "of the file"]
+    precision: Annotated[str, "number format of most of its weights"]
+    builtin: Annotated[bool, "whether it belongs to the package: a small one, to try things out"]
+    ready: Annotated[bool, "whether all its parts are there"]
+    missing: Annotated[tuple[MissingPart, ...], "those that are not"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -400,138 +280,73 @@ class ModelListAnswer:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DatasetSource:
-    """What a run is about.
+class MeasurementBody:
+    """What to measure: some steps on a model, on made-up pictures."""
 
-    Attributes:
-        model: its name in the list of models.
-        dataset: name of a dataset.
-        folder: path of a folder of images, in place of a dataset.
-        trigger: phrase for the subject or style.
-        settings: of data and training, by name.
-    """
-
-    model: str
-    dataset: str | None = None
-    folder: str | None = None
-    trigger: str = ""
-    settings: dict[str, Any] = field(default_factory=dict)
+    model: Annotated[str, "its name in the list of models"]
+    settings: Annotated[dict[str, Any], "of data and training, by name"] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanBody(DatasetSource):
-    """The run to plan.
+class PlanBody(MeasurementBody):
+    """The run to plan."""
 
-    Attributes:
-        model: its name in the list of models.
-        dataset: name of a dataset.
-        folder: path of a folder of images, in place of a dataset.
-        trigger: phrase for the subject or style.
-        settings: of data and training, by name.
-    """
+    dataset: Annotated[str | None, "name of a dataset"] = None
+    folder: Annotated[str | None, "path of a folder of images, in place of a dataset"] = None
+    trigger: Annotated[str, "phrase for the subject or style"] = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanAnswer:
-    """The plan of a run.
+    """The plan of a run."""
 
-    Attributes:
-        steps: updates.
-        epochs: how often each picture is seen.
-        rank: of the LoRA.
-        resolution: side in pixels of the square whose area pictures are scaled to.
-        images: number of pictures.
-        held_out: number of those that are held out for validation.
-        parameters: number of trained parameters.
-        memory_bytes: needed at the peak of a step, with `memory_settings`.
-        fits: whether the device has it; null if its memory is unknown.
-        memory_settings: that should be added to the run so that it fits; they are the cheapest ones.
-        seconds_per_step, measured_at: measured on this device; null if it was not.
-        seconds: of all steps.
-        notes: remarks, one sentence each.
-    """
-
-    steps: int
-    epochs: float
-    rank: int
-    resolution: int
-    images: int
-    held_out: int
-    parameters: int
-    memory_bytes: int | None
-    fits: bool | None
-    memory_settings: dict[str, Any] = field(default_factory=dict)
-    seconds_per_step: float | None = None
-    seconds: float | None = None
-    measured_at: float | None = None
-    notes: tuple[str, ...] = ()
+    steps: Annotated[int, "updates"]
+    epochs: Annotated[float, "how often each picture is seen"]
+    rank: Annotated[int, "of the LoRA"]
+    resolution: Annotated[int, "side in pixels of the square whose area pictures are scaled to"]
+    images: Annotated[int, "number of pictures"]
+    held_out: Annotated[int, "number of those that are held out for validation"]
+    parameters: Annotated[int, "number of trained parameters"]
+    memory_bytes: Annotated[int | None, "needed at the peak of a step, with `memory_settings`"]
+    fits: Annotated[bool | None, "whether the device has it; null if its memory is unknown"]
+    memory_settings: Annotated[
+        dict[str, Any], "that should be added to the run so that it fits; they are the cheapest ones"
+    ] = field(default_factory=dict)
+    seconds_per_step: Annotated[float | None, "measured on this device; null if it was not"] = None
+    seconds: Annotated[float | None, "of all steps"] = None
+    measured_at: Annotated[float | None, "measured on this device; null if it was not"] = None
+    notes: Annotated[tuple[str, ...], "remarks, one sentence each"] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeasurementBody:
-    """What to measure: some steps on a model, on made-up pictures."""
+class JobBody(PlanBody):
+    """The job to add to the queue."""
 
-    model: str
-    settings: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class JobBody(DatasetSource):
-    """The job to add to the queue.
-
-    Attributes:
-        kind: train.
-        name: of the LoRA; that of the dataset if it is empty.
-        model: its name in the list of models.
-        dataset: name of a dataset.
-        folder: path of a folder of images, in place of a dataset.
-        trigger: phrase for the subject or style.
-        settings: of data and training, by name.
-        front: whether it goes before all others.
-    """
-
-    kind: Literal["train"] = "train"
-    name: str = ""
-    front: bool = False
+    kind: Annotated[Literal["train"], "train"] = "train"
+    name: Annotated[str, "of the LoRA; that of the dataset if it is empty"] = ""
+    front: Annotated[bool, "whether it goes before all others"] = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobAnswer:
-    """A job.
+    """A job."""
 
-    Attributes:
-        id: of the job.
-        kind: graph, train or measure.
-        state: pending, running, completed, failed, cancelled, paused or interrupted.
-        number: order in the queue.
-        title: what it is, in some words.
-        name: of the LoRA that it trains; null for other jobs.
-        model: that it is about; null for graphs.
-        dataset: that it trains on; null for other folders and jobs.
-        created, started, ended: in seconds since the epoch.
-        outputs: of its nodes, by their ids.
-        error: why it failed.
-        run: id of the run that it trains or has trained.
-        attempts: how often it was started.
-        request: what it does.
-    """
-
-    id: str
-    kind: str
-    state: str
-    number: float
-    title: str
-    name: str | None
-    model: str | None
-    dataset: str | None
-    created: float
-    started: float | None
-    ended: float | None
-    outputs: dict[str, Any]
-    error: dict[str, Any] | None
-    run: str | None
-    attempts: int
-    request: dict[str, Any] = field(default_factory=dict)
+    id: Annotated[str, "of the job"]
+    kind: Annotated[str, "graph, train or measure"]
+    state: Annotated[str, "pending, running, completed, failed, cancelled, paused or interrupted"]
+    number: Annotated[float, "order in the queue"]
+    title: Annotated[str, "what it is, in some words"]
+    name: Annotated[str | None, "of the LoRA that it trains; null for other jobs"]
+    model: Annotated[str | None, "that it is about; null for graphs"]
+    dataset: Annotated[str | None, "that it trains on; null for other folders and jobs"]
+    created: Annotated[float, "in seconds since the epoch"]
+    started: Annotated[float | None, "in seconds since the epoch"]
+    ended: Annotated[float | None, "in seconds since the epoch"]
+    outputs: Annotated[dict[str, Any], "of its nodes, by their ids"]
+    error: Annotated[dict[str, Any] | None, "why it failed"]
+    run: Annotated[str | None, "id of the run that it trains or has trained"]
+    attempts: Annotated[int, "how often it was started"]
+    request: Annotated[dict[str, Any], "what it does"] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -565,37 +380,24 @@ class MoveBody:
 
 @dataclass(frozen=True, kw_only=True)
 class RunRow:
-    """A run.
+    """A run."""
 
-    Attributes:
-        id: its folder, relative to the base folder.
-        name: of its LoRA.
-        state: how it ended; running if a process trains it, interrupted if it ended without saying so.
-        started: in seconds since the epoch; null before the first step.
-        seconds: of training.
-        step, steps: updates taken and planned.
-        model, family: names of the base model and its family.
-        loss: training loss, as in the report.
-        loss_label: what this number is.
-        held_out: lowest loss on held-out images; null without them.
-        cover: picture of it, a path among its files.
-        job: id of the job that trains it.
-    """
-
-    id: str
-    name: str
-    state: RunState
-    started: float | None
-    seconds: float
-    step: int
-    steps: int | None
-    model: str
-    family: str
-    loss: float | None
-    loss_label: str
-    held_out: float | None
-    cover: str | None
-    job: str | None = None
+    id: Annotated[str, "its folder, relative to the base folder"]
+    name: Annotated[str, "of its LoRA"]
+    state: Annotated[
+        RunPhase, "how it ended; running if a process trains it, interrupted if it ended without saying so"
+    ]
+    started: Annotated[float | None, "in seconds since the epoch; null before the first step"]
+    seconds: Annotated[float, "of training"]
+    step: Annotated[int, "updates taken and planned"]
+    steps: Annotated[int | None, "updates taken and planned"]
+    model: Annotated[str, "names of the base model and its family"]
+    family: Annotated[str, "names of the base model and its family"]
+    loss: Annotated[float | None, "training loss, as in the report"]
+    loss_label: Annotated[str, "what this number is"]
+    held_out: Annotated[float | None, "lowest loss on held-out images; null without them"]
+    cover: Annotated[str | None, "picture of it, a path among its files"]
+    job: Annotated[str | None, "id of the job that trains it"] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -608,21 +410,14 @@ class RunList:
 
 @dataclass(frozen=True, kw_only=True)
 class ValidationFacts:
-    """A validation.
+    """A validation."""
 
-    Attributes:
-        step: updates taken.
-        loss, base_loss: with and without the LoRA.
-        low, high: 95 % confidence interval of their difference.
-        best: whether no loss is lower.
-    """
-
-    step: int
-    loss: float | None
-    base_loss: float | None
-    low: float | None
-    high: float | None
-    best: bool
+    step: Annotated[int, "updates taken"]
+    loss: Annotated[float | None, "with and without the LoRA"]
+    base_loss: Annotated[float | None, "with and without the LoRA"]
+    low: Annotated[float | None, "95 % confidence interval of their difference"]
+    high: Annotated[float | None, "95 % confidence interval of their difference"]
+    best: Annotated[bool, "whether no loss is lower"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -637,21 +432,13 @@ class PreviewFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class RunPicture:
-    """A picture that was trained on.
+    """A picture that was trained on."""
 
-    Attributes:
-        file: its name.
-        caption: for the text encoder.
-        use: trained, held out or class.
-        thumbnail: a small version among the run's files; null if there is none.
-        standing: what its training losses say, in a word or two; empty if unknown.
-    """
-
-    file: str
-    caption: str
-    use: str = "trained"
-    thumbnail: str | None = None
-    standing: str = ""
+    file: Annotated[str, "its name"]
+    caption: Annotated[str, "for the text encoder"]
+    use: Annotated[str, "trained, held out or class"] = "trained"
+    thumbnail: Annotated[str | None, "a small version among the run's files; null if there is none"] = None
+    standing: Annotated[str, "what its training losses say, in a word or two; empty if unknown"] = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -665,19 +452,12 @@ class LoraFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class SavedLora:
-    """A LoRA of a step.
+    """A LoRA of a step."""
 
-    Attributes:
-        step: updates taken.
-        file: its path among the run's files.
-        bytes: its size.
-        best: whether it is the best one on held-out images.
-    """
-
-    step: int
-    file: str
-    bytes: int
-    best: bool = False
+    step: Annotated[int, "updates taken"]
+    file: Annotated[str, "its path among the run's files"]
+    bytes: Annotated[int, "its size"]
+    best: Annotated[bool, "whether it is the best one on held-out images"] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -702,64 +482,37 @@ class RunNote:
 
 @dataclass(frozen=True, kw_only=True)
 class RunAnswer(RunRow):
-    """A run with all that its report says.
+    """A run with all that its report says."""
 
-    Attributes:
-        status: how it ended, in words.
-        mood: good, fair or bad, for the colour of the status.
-        settings: all of them.
-        changed: those that differ from their defaults.
-        trigger: phrase for the subject.
-        losses: step and loss; of long runs a part of them, evenly spaced.
-        smooth: step and mean of the losses before it; the last one is `loss`.
-        rates: step and learning rate.
-        validations: all of them.
-        base_loss: of the held-out images without the LoRA.
-        previews: pictures that were drawn.
-        images: that were trained on.
-        left_out: files that were not used.
-        lora: the LoRA; null if none was saved.
-        saves: all LoRAs that were saved.
-        best_step: of the lowest loss on held-out images; null without them.
-        verdict: interpretation of the run, in a sentence.
-        facts: the most important numbers, by their names.
-        sentences: summary, and notes of the run.
-        use: how the LoRA is used, by program: what to do, and text to copy.
-        command: that repeats the run; empty if it cannot be repeated by a command.
-        commands: command lines to copy, by purpose.
-        files: paths in the folder of the run.
-        folder: of the run.
-        is_trainable_on: whether it can be trained on from its end.
-        dataset: name of the dataset that it was trained on; null if that is not one of the page's.
-    """
-
-    status: str
-    mood: str
-    settings: tuple[RunSetting, ...]
-    changed: dict[str, Any]
-    trigger: str
-    losses: tuple[tuple[int, float | None], ...]
-    smooth: tuple[tuple[int, float | None], ...]
-    rates: tuple[tuple[int, float | None], ...]
-    validations: tuple[ValidationFacts, ...]
-    base_loss: float | None
-    previews: tuple[PreviewFacts, ...]
-    images: tuple[RunPicture, ...]
-    left_out: tuple[SkippedFile, ...]
-    lora: LoraFacts | None
-    saves: tuple[SavedLora, ...]
-    best_step: int | None
-    verdict: str
-    facts: dict[str, str]
-    sentences: tuple[str, ...]
+    status: Annotated[str, "how it ended, in words"]
+    mood: Annotated[str, "good, fair or bad, for the colour of the status"]
+    settings: Annotated[tuple[RunSetting, ...], "all of them"]
+    changed: Annotated[dict[str, Any], "those that differ from their defaults"]
+    trigger: Annotated[str, "phrase for the subject"]
+    losses: Annotated[tuple[tuple[int, float | None], ...], "step and loss; of long runs a part of them, evenly spaced"]
+    smooth: Annotated[
+        tuple[tuple[int, float | None], ...], "step and mean of the losses before it; the last one is `loss`"
+    ]
+    rates: Annotated[tuple[tuple[int, float | None], ...], "step and learning rate"]
+    validations: Annotated[tuple[ValidationFacts, ...], "all of them"]
+    base_loss: Annotated[float | None, "of the held-out images without the LoRA"]
+    previews: Annotated[tuple[PreviewFacts, ...], "pictures that were drawn"]
+    images: Annotated[tuple[RunPicture, ...], "that were trained on"]
+    left_out: Annotated[tuple[SkippedFile, ...], "files that were not used"]
+    lora: Annotated[LoraFacts | None, "the LoRA; null if none was saved"]
+    saves: Annotated[tuple[SavedLora, ...], "all LoRAs that were saved"]
+    best_step: Annotated[int | None, "of the lowest loss on held-out images; null without them"]
+    verdict: Annotated[str, "interpretation of the run, in a sentence"]
+    facts: Annotated[dict[str, str], "the most important numbers, by their names"]
+    sentences: Annotated[tuple[str, ...], "summary, and notes of the run"]
     notes: tuple[RunNote, ...]
-    use: dict[str, tuple[str, str]]
-    command: str
-    commands: dict[str, str]
-    files: tuple[str, ...]
-    folder: str
-    is_trainable_on: bool
-    dataset: str | None
+    use: Annotated[dict[str, tuple[str, str]], "how the LoRA is used, by program: what to do, and text to copy"]
+    command: Annotated[str, "that repeats the run; empty if it cannot be repeated by a command"]
+    commands: Annotated[dict[str, str], "command lines to copy, by purpose"]
+    files: Annotated[tuple[str, ...], "paths in the folder of the run"]
+    folder: Annotated[str, "of the run"]
+    is_trainable_on: Annotated[bool, "whether it can be trained on from its end"]
+    dataset: Annotated[str | None, "name of the dataset that it was trained on; null if that is not one of the page's"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,6 @@ import errno
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
-from types import ModuleType
-from typing import Any
 
 from aiohttp import web
 
@@ -26,20 +24,14 @@ from lorasmith.server.jobs import JobStore
 from lorasmith.server.request_handling import CONTEXT, MAX_JSON_BYTES, ServerContext, errors_answered
 from lorasmith.server.server_config import ServerConfig
 
-_TABLES: tuple[ModuleType, ...] = (access, api, comfyui, page_routes, editor_files)
-"""Modules with `routes(context)`, and optionally `middlewares(context)`, outermost first.
-
-`preparing(context)` returns handlers of `on_response_prepare`, called for every response, streams and errors included.
-"""
-
 
 def make_app(context: ServerContext) -> web.Application:
     """The application with all routes and middlewares; tests pass fakes in the context."""
-    middlewares = [one for table in _TABLES for one in getattr(table, "middlewares", _none)(context)]
-    app = web.Application(middlewares=[errors_answered, *middlewares], client_max_size=MAX_JSON_BYTES)
-    app.on_response_prepare.extend(one for table in _TABLES for one in getattr(table, "preparing", _none)(context))
+    app = web.Application(middlewares=[errors_answered, access.guard(context)], client_max_size=MAX_JSON_BYTES)
+    app.on_response_prepare.append(access.add_headers)  # for every response, streams and errors included
     app[CONTEXT] = context
-    app.add_routes(one for table in _TABLES for one in table.routes(context))
+    for part in (access, api, comfyui, page_routes, editor_files):
+        app.add_routes(part.routes(context))
     return app
 
 
@@ -176,7 +168,3 @@ def _signals(stop: asyncio.Event, hurry: asyncio.Event) -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def _none(context: ServerContext) -> list[Any]:
-    return []

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
 import json
 import re
 import shutil
@@ -22,9 +23,11 @@ from typing import Any, TypeVar
 
 from aiohttp import BodyPartReader, ClientError, web
 from aiohttp.http import HttpProcessingError
+from aiohttp.typedefs import Handler
 
 from lorasmith.core.errors import LorasmithError, OptionError, OutputError
 from lorasmith.core.folders import Folders
+from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.server.assistant import Assistant, RefusedError
 from lorasmith.server.dispatcher import Dispatcher
 from lorasmith.server.hub import Hub, LogBook
@@ -89,12 +92,6 @@ def status_of(error: LorasmithError) -> int:
     return _STATUS.get(_kind(error), 400)
 
 
-def error_answer(error: LorasmithError) -> web.Response:
-    """The response for an error."""
-    details = error.details if isinstance(error, RefusedError) else None
-    return error_response(status_of(error), _kind(error), str(error), details)
-
-
 def error_response(status: int, kind: str, message: str, details: object = None) -> web.Response:
     """An error response, in the form of all routes except ComfyUI's; `details` are JSON values."""
     text = json.dumps({"error": {"kind": kind, "message": message, "details": details}})
@@ -102,14 +99,13 @@ def error_response(status: int, kind: str, message: str, details: object = None)
 
 
 @web.middleware
-async def errors_answered(
-    request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
-) -> web.StreamResponse:
+async def errors_answered(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Middleware: exceptions become responses; a bug is logged, and its response names the log."""
     try:
         return await handler(request)
     except LorasmithError as error:
-        return error_answer(error)
+        details = error.details if isinstance(error, RefusedError) else None
+        return error_response(status_of(error), _kind(error), str(error), details)
     except (web.HTTPException, ConnectionError):  # responses of aiohttp; client disconnected
         raise
     except Exception as error:
@@ -197,13 +193,11 @@ async def send_json_pieces(request: web.Request, pieces: Iterable[str]) -> web.S
     return response
 
 
-def number_in(
-    request: web.Request, name: str, *, default: int | None = None, at_least: int = 0, at_most: int = 10**12
-) -> int | None:
+def number_in(request: web.Request, name: str, *, at_least: int = 0, at_most: int = 10**12) -> int | None:
     """An integer in the query of a request. Raises OptionError if it is malformed or out of range."""
     text = request.query.get(name, "")
     if not text:
-        return default
+        return None
     if not re.fullmatch(r"-?[0-9]{1,12}", text) or not at_least <= int(text) <= at_most:
         raise OptionError(f"{name} must be a whole number between {at_least:,} and {at_most:,}, got {text[:40]!r}")
     return int(text)
@@ -285,3 +279,43 @@ def _new_folder(parent: Path) -> tempfile.TemporaryDirectory[str]:
             return tempfile.TemporaryDirectory(dir=parent, ignore_cleanup_errors=True)
     except OSError as error:
         raise OutputError(f"uploads cannot be written to {parent} ({error.strerror}); check its permissions") from error
+
+
+def refused(status: int, message: str) -> web.Response:
+    """An error response of the protocol."""
+    return web.json_response({"error": message}, status=status)
+
+
+def answering(handler: Handler) -> Handler:
+    """Wraps a handler so that its LorasmithErrors become responses."""
+
+    @functools.wraps(handler)
+    async def answer(request: web.Request) -> web.StreamResponse:
+        try:
+            return await handler(request)
+        except LorasmithError as error:
+            return refused(status_of(error), str(error))
+
+    return answer
+
+
+def table(routes: list[tuple[str, str, Handler]]) -> list[web.RouteDef]:
+    """Routes from (method, path, handler), each handler wrapped by `answering`."""
+    return [web.route(method, path, answering(handler)) for method, path, handler in routes]
+
+
+async def read_json(request: web.Request, *, kind: type | None = None, empty: Any = ...) -> Any:
+    """The JSON of a request, whatever its Content-Type; `empty` for an empty body, if allowed. Raises OptionError."""
+    body = await read_body(request)
+    if not body.strip() and empty is not ...:
+        return empty
+    try:
+        value = await apart(len(body), parse_foreign_json, body)
+    except ValueError as error:
+        raise OptionError(f"the body must be JSON, but it {error}") from error
+    if kind is not None and not isinstance(value, kind):
+        raise OptionError(f"the body must be {_NAMES[kind]}, got {type(value).__name__}")
+    return value
+
+
+_NAMES: dict[type, str] = {dict: "an object", list: "a list"}

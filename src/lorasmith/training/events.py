@@ -7,178 +7,171 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from enum import StrEnum
-from typing import Any
+from typing import Annotated, Any
 
 from lorasmith.core.choices import Activations
 from lorasmith.core.printable import printable
 from lorasmith.core.typed_json import typed
 
 
-class Outcome(StrEnum):
-    """Why a run ended; values are those in files."""
-
-    FINISHED = "finished"
-    """All steps were taken."""
-    STOPPED = "stopped"
-    """Early stopping: no improvement for `patience` validations."""
-    CANCELLED = "cancelled"
-    """The user ended it."""
-    FAILED = "failed"
-    """An error ended it."""
-
-    @property
-    def is_final(self) -> bool:
-        """Whether the run is complete and cannot be resumed."""
-        return self in (Outcome.FINISHED, Outcome.STOPPED)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Event:
     """Base of all events."""
 
-    at: float = field(default_factory=time.time)  # seconds since the epoch
+    at: Annotated[float, "seconds since the epoch"] = field(default_factory=time.time)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunStarted(Event):
     """Training is about to take its first step."""
 
-    steps: int  # planned updates
-    steps_before: int  # updates of the LoRA that is continued
-    samples: int  # in the dataset
-    adapters: int  # adapted layers
-    parameters: int  # number of trained parameters
-    device: str  # of the frozen model, as `dtype`
-    dtype: str
-    folder: str = ""  # of the run, empty if there is none
+    steps: Annotated[int, "planned updates"]
+    steps_before: Annotated[int, "updates of the LoRA that is continued"]
+    samples: Annotated[int, "samples in the dataset"]
+    adapters: Annotated[int, "adapted layers"]
+    parameters: Annotated[int, "number of trained parameters"]
+    device: Annotated[str, "of the frozen model"]
+    dtype: Annotated[str, "of the frozen model"]
+    folder: Annotated[str, "of the run, empty if there is none"] = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Resumed(Event):
     """An interrupted run continues."""
 
-    step: int  # updates taken so far
-    message: str  # which run, from which step, and whether bit-identically, in a sentence
+    step: Annotated[int, "updates taken so far"]
+    message: Annotated[str, "which run, from which step, and whether bit-identically, in a sentence"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepDone(Event):
     """The loss of one update has arrived on the host."""
 
-    step: int  # counted from 1
-    loss: float  # mean over the step's samples
-    grad_norm: float  # before clipping
-    learning_rate: float = 0.0  # of this step, the largest of all groups
-    # index in the dataset, quantile of the noise level (0 is clean, 1 noisy) and loss of each of the step's samples
-    draws: tuple[tuple[int, float, float], ...] = ()
-    noise_scale: float = 0.0  # in samples; 0 if unknown, as with one batch per step
+    step: Annotated[int, "counted from 1"]
+    loss: Annotated[float, "mean over the step's samples"]
+    grad_norm: Annotated[float, "norm of the gradient before clipping"]
+    learning_rate: Annotated[float, "of this step, the largest of all groups"] = 0.0
+    draws: Annotated[
+        tuple[tuple[int, float, float], ...],
+        "for each of the step's samples its index in the dataset, the quantile of its noise level (0 "
+        "is clean, 1 noisy) and its loss",
+    ] = ()
+    noise_scale: Annotated[float, "gradient noise scale in samples; 0 if unknown, as with one batch per step"] = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Validated(Event):
     """The held-out images were evaluated."""
 
-    step: int  # updates taken
-    loss: float  # mean over the held-out images and their noise levels
-    base_loss: float  # the same for the model without the LoRA
-    # 95 % confidence interval of loss − base_loss, over images (fewer than five: over images and noise levels)
-    low: float
-    high: float
-    best: bool  # whether this is the lowest loss so far
-    best_step: int  # step of the lowest loss so far
-    verdict: str  # interpretation of all validations so far, in a sentence
+    step: Annotated[int, "updates taken"]
+    loss: Annotated[float, "mean over the held-out images and their noise levels"]
+    base_loss: Annotated[float, "the same for the model without the LoRA"]
+    low: Annotated[
+        float,
+        "95 % confidence interval of loss − base_loss, over images (over images and noise levels, if "
+        "there are fewer than five images)",
+    ]
+    high: Annotated[
+        float,
+        "95 % confidence interval of loss − base_loss, over images (over images and noise levels, if "
+        "there are fewer than five images)",
+    ]
+    best: Annotated[bool, "whether this is the lowest loss so far"]
+    best_step: Annotated[int, "step of the lowest loss so far"]
+    verdict: Annotated[str, "interpretation of all validations so far, in a sentence"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Previewed(Event):
     """A preview was drawn from the LoRA as it would be saved."""
 
-    step: int  # updates taken
-    prompts: tuple[str, ...]  # one for each picture
-    paths: tuple[str, ...]  # PNG files, one for each picture
-    strength: float  # of the LoRA, 0 for the base model
+    step: Annotated[int, "updates taken"]
+    prompts: Annotated[tuple[str, ...], "one for each picture"]
+    paths: Annotated[tuple[str, ...], "PNG files, one for each picture"]
+    strength: Annotated[float, "of the LoRA, 0 for the base model"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Drawing(Event):
     """Pictures of a preview are drawn. It is not logged."""
 
-    done: int  # pictures so far
-    total: int
+    done: Annotated[int, "pictures drawn so far, and all of this preview"]
+    total: Annotated[int, "pictures drawn so far, and all of this preview"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class StateSaved(Event):
     """A run state was written."""
 
-    step: int  # updates taken
-    path: str
+    step: Annotated[int, "updates taken"]
+    path: Annotated[str, "the file"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class RolledBack(Event):
     """A step diverged: it is skipped, and training continues from an earlier snapshot at a lower rate."""
 
-    step: int  # the diverged step, counted from 1
-    to_step: int  # of the restored snapshot
-    images: tuple[str, ...]  # names of the step's samples
-    rate_factor: float  # of the learning rate, from here on
-    message: str  # the above in a sentence
+    step: Annotated[int, "the diverged step, counted from 1"]
+    to_step: Annotated[int, "step of the restored snapshot"]
+    images: Annotated[tuple[str, ...], "names of the step's samples"]
+    rate_factor: Annotated[float, "factor of the learning rate from here on"]
+    message: Annotated[str, "the above in a sentence"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shrunk(Event):
     """Memory ran out: the step is repeated in smaller micro-batches, with the same result up to rounding."""
 
-    step: int  # counted from 1
-    micro_batch: int  # images per forward pass from here on
-    checkpoint_depth: int  # of activation checkpointing from here on, 0 for none
-    message: str  # the above in a sentence
+    step: Annotated[int, "counted from 1"]
+    micro_batch: Annotated[int, "images per forward pass from here on"]
+    checkpoint_depth: Annotated[int, "depth of activation checkpointing from here on, 0 for none"]
+    message: Annotated[str, "the above in a sentence"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Planned(Event):
     """The activation plan was selected by measurement."""
 
-    activations: Activations  # as in `Runtime`, like `checkpoint_depth`
-    checkpoint_depth: int
-    needed_bytes: int  # estimated peak of a step
-    budget_bytes: int  # available memory
-    message: str  # the above in a sentence
+    activations: Annotated[Activations, "as in `Runtime`"]
+    checkpoint_depth: Annotated[int, "as in `Runtime`"]
+    needed_bytes: Annotated[int, "estimated peak of a step"]
+    budget_bytes: Annotated[int, "available memory"]
+    message: Annotated[str, "the above in a sentence"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionsPlanned(Event):
     """It was decided how the captions that are drawn are encoded."""
 
-    captions: int | None  # encoded before training; None where the text encoders stay
-    needed_bytes: int  # memory of these conditionings, or of the text encoders
-    message: str  # the above in a sentence
+    captions: Annotated[
+        int | None, "number of captions that are encoded before training; None where the text encoders stay"
+    ]
+    needed_bytes: Annotated[int, "memory of these conditionings, or of the text encoders"]
+    message: Annotated[str, "the above in a sentence"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionEncoded(Event):
     """A caption was encoded before training."""
 
-    done: int  # captions so far
-    total: int
+    done: Annotated[int, "captions encoded so far, and all of these"]
+    total: Annotated[int, "captions encoded so far, and all of these"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Warned(Event):
     """A warning in one sentence; training continues."""
 
-    message: str
-    is_remark: bool = False  # whether it asks nothing of the user and is for the report alone
+    message: Annotated[str, "the sentence"]
+    is_remark: Annotated[bool, "whether it asks nothing of the user and is for the report alone"] = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunFinished(Event):
     """Training ended."""
 
-    step: int  # updates taken in this run
-    reason: Outcome
+    step: Annotated[int, "updates taken in this run"]
+    reason: Annotated[Outcome, "why it ended"]
 
 
 EventHandler = Callable[[Event], None]
@@ -218,14 +211,11 @@ def decoded(line: str) -> Event:
     """
     try:
         found = json.loads(line)  # not `parse_foreign_json`: a loss may be NaN
-        draws = _checked_draws(found.pop("draws", ()))
         found = _readable(found)
         kind = KINDS[found["event"]]
         if typed(found.get("version", 1), int) > EVENTS_VERSION:
             raise ValueError("it is of a later version")
         event = typed(found, kind)
-        if isinstance(event, StepDone):
-            event = dataclasses.replace(event, draws=draws)
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"an event must have a known kind and its fields, got {line[:80]!r}") from error
     if not _plausible(event):
@@ -234,17 +224,6 @@ def decoded(line: str) -> Event:
 
 
 _LAST_SECOND, _LAST_STEP = 1e11, 10_000_000
-
-
-def _checked_draws(value: Any) -> tuple[tuple[int, float, float], ...]:
-    """`StepDone.draws`, as `typed` checks them, which takes minutes for the millions of a long run."""
-    draws = tuple((index, quantile, loss) for index, quantile, loss in value)
-    for draw in draws:
-        if type(draw[0]) is not int or not {type(draw[1]), type(draw[2])} <= {int, float}:
-            raise ValueError("draws must be numbers")
-        if any(type(number) is int and not -(2**63) <= number < 2**64 for number in draw):
-            raise ValueError("draws must be numbers of 64 bits")
-    return draws
 
 
 def _readable(value: Any) -> Any:

@@ -14,7 +14,7 @@ from aiohttp.test_utils import TestClient, TestServer
 
 from lorasmith.core.errors import LorasmithError
 from lorasmith.core.folders import Folders
-from lorasmith.server.access import preparing
+from lorasmith.server.access import add_headers
 from lorasmith.server.api import routes
 from lorasmith.server.assistant import Assistant, RefusedError
 from lorasmith.server.dispatcher import Dispatcher
@@ -99,7 +99,7 @@ async def api(base: Path, **config: Any) -> AsyncIterator[Client]:
     )
     app = web.Application(middlewares=[errors_answered])
     app[CONTEXT] = context
-    app.on_response_prepare.extend(preparing(context))
+    app.on_response_prepare.append(add_headers)
     app.add_routes(routes(context))
     try:
         async with TestClient(TestServer(app), timeout=ClientTimeout(total=LONG_S)) as http:

@@ -17,7 +17,7 @@ from yarl import URL
 from lorasmith.core.options import options_of
 from lorasmith.data.data_config import DataConfig
 from lorasmith.server.api.api_routes import ENDPOINTS, routes
-from lorasmith.server.api.endpoint import PREFIX, api_document, plain_path
+from lorasmith.server.api.endpoint import PREFIX, api_document
 from lorasmith.server.request_handling import ServerContext
 from lorasmith.training.config import TrainConfig
 from tests.server.api.api_server import AT, Client, api, with_api
@@ -57,7 +57,7 @@ def test_each_part_of_a_path_is_a_parameter(document: dict[str, Any]) -> None:
 
 def test_the_page_names_each_endpoint() -> None:
     rows = set(re.findall(r"^\| `(GET|POST|PUT|DELETE) (\S+)` \|", PAGE.read_text(encoding="utf-8"), re.MULTILINE))
-    assert rows == {(one.method, plain_path(one)) for one in ENDPOINTS}
+    assert rows == {(one.method, one.plain_path) for one in ENDPOINTS}
 
 
 def test_the_server_answers_with_the_document_settings_and_its_state(tmp_path: Path) -> None:

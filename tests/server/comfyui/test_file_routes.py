@@ -271,8 +271,7 @@ def test_uploads_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
             with monkeypatch.context() as patch:
                 patch.setattr("lorasmith.server.request_handling.MOST_UPLOADS", 0)
                 await upload(server, status=429)
-            handler = next(one for one in server.app.router.routes() if one.resource.canonical == "/upload/image")
-            handler.handler.__wrapped__.__self__._most_bytes = 1000
+            monkeypatch.setattr("lorasmith.server.comfyui.file_routes.MAX_UPLOAD_BYTES", 1000)
             await upload(server, content=b"x" * 1000)
             await upload(server, content=b"x" * 1001, status=413)
             await upload(server, subfolder="x" * 30_000, status=413)

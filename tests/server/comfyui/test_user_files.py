@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lorasmith.server.comfyui.user_files import FIRST_SETTINGS
+from lorasmith.server.comfyui.file_routes import FIRST_SETTINGS
 from lorasmith.server.server_disk import SPARE_BYTES
 from tests.server.fake_server import serving
 
@@ -135,7 +135,7 @@ UNREAD: dict[str, tuple[bytes, dict[str, Any]]] = {
 def test_settings_that_cannot_be_read_are_set_aside_before_others_are_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
-    monkeypatch.setattr("lorasmith.server.comfyui.user_files.MAX_JSON_BYTES", 10**6)
+    monkeypatch.setattr("lorasmith.server.comfyui.file_routes.MAX_JSON_BYTES", 10**6)
     content, read = UNREAD[case]
     file = tmp_path / "user" / "default" / "comfy.settings.json"
     file.parent.mkdir(parents=True)

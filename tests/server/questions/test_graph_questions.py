@@ -44,9 +44,10 @@ def test_prompts_are_checked_and_converted(folders: Folders) -> None:
         "2": {"class_type": "PreviewImage", "inputs": {"images": ["1", 0]}},
     }
     found = questions.check_prompt(folders, prompt=prompt)
-    assert found["error"]["type"] == "prompt_outputs_failed_validation"
-    assert found["node_errors"].keys() == {"1"}
-    assert questions.check_prompt(folders, prompt=prompt, targets=[])["error"]["type"] == "prompt_no_outputs"
+    assert found.error is not None and found.error["type"] == "prompt_outputs_failed_validation"
+    assert found.node_errors.keys() == {"1"}
+    refused = questions.check_prompt(folders, prompt=prompt, targets=[]).error
+    assert refused is not None and refused["type"] == "prompt_no_outputs"
     node = {"id": 5, "type": "PreviewAny", "mode": 0}
     assert (
         questions.prompt_of_workflow(folders, workflow={"nodes": [node], "links": []})["5"]["class_type"]

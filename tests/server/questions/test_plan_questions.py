@@ -9,6 +9,7 @@ from PIL import Image
 from lorasmith.core.errors import DataError, LorasmithError, ModelError, OptionError
 from lorasmith.core.folders import ASSETS, Folders
 from lorasmith.families.locating import built_in_models
+from lorasmith.server.api_shapes import JobBody, PlanBody
 from lorasmith.server.questions.plan_questions import known_model, model_name, models, plan, train_request
 
 TINY = built_in_models()["lorasmith-tiny"]
@@ -54,29 +55,25 @@ def test_a_model_that_is_not_in_the_list_is_refused(folders: Folders, name: str)
 
 def test_a_plan_counts_images_epochs_parameters_and_memory(folders: Folders) -> None:
     settings = {"steps": 60, "rank": 4, "batch_size": 2, "validation_share": 0.5}
-    found = plan(folders, model="lorasmith-tiny", dataset="fox", settings=settings, card_bytes=8 * 2**30)
+    found = plan(folders, PlanBody(model="lorasmith-tiny", dataset="fox", settings=settings), card_bytes=8 * 2**30)
     assert (found.steps, found.rank, found.images, found.held_out, found.resolution) == (60, 4, 6, 3, 64)
     assert found.epochs == 40.0  # 60 steps of 2 images, of which 3 are trained
     assert found.parameters > 10_000 and found.fits and found.memory_bytes and found.memory_bytes > 2**20
     assert any("small model to try things out" in note for note in found.notes)
-    small = plan(folders, model="lorasmith-tiny", dataset="fox", settings=settings, card_bytes=2**20)
+    small = plan(folders, PlanBody(model="lorasmith-tiny", dataset="fox", settings=settings), card_bytes=2**20)
     assert small.fits is False and any("more than" in note for note in small.notes)
-    assert plan(folders, model="lorasmith-tiny", dataset="fox", settings=settings).fits is None
+    assert plan(folders, PlanBody(model="lorasmith-tiny", dataset="fox", settings=settings)).fits is None
 
 
 def test_a_plan_sees_new_pictures(folders: Folders) -> None:
     folder = folders.place("input") / "dog"
     folder.mkdir(parents=True)
     with pytest.raises(DataError, match="holds no pictures yet"):
-        plan(folders, model="lorasmith-tiny", dataset="dog")
+        plan(folders, PlanBody(model="lorasmith-tiny", dataset="dog"))
     for number in (1, 2):
         Image.new("RGB", (64, 64), (number, 0, 0)).save(folder / f"{number}.png")
-        found = plan(
-            folders,
-            model="lorasmith-tiny",
-            dataset="dog",
-            settings={"rank": 4, "batch_size": 2, "validation_share": 0.5},
-        )
+        settings = {"rank": 4, "batch_size": 2, "validation_share": 0.5}
+        found = plan(folders, PlanBody(model="lorasmith-tiny", dataset="dog", settings=settings))
         assert found.images == number
         assert any("learns those by heart" in note for note in found.notes)
 
@@ -85,15 +82,14 @@ def test_a_request_names_what_training_takes(folders: Folders, monkeypatch: pyte
     loras = folders.base / "models" / "loras"
     loras.mkdir(parents=True)
     (loras / "old.safetensors").write_bytes(b"")
-    request = train_request(
-        folders,
+    wanted = JobBody(
         model="sub/own.safetensors",
         dataset="fox",
         name=" ../Foxy ",
         trigger="a fox",
         settings={"existing_lora": "old.safetensors", "training_adapter": "[None]", "learning_rate": None},
     )
-    assert request == {
+    assert train_request(folders, wanted) == {
         "sources": [{"path": str(ASSETS / "input" / "fox")}],
         "model": "sub/own.safetensors",
         "name": "__Foxy",
@@ -109,10 +105,10 @@ def test_a_request_names_what_training_takes(folders: Folders, monkeypatch: pyte
 def test_paths_and_programs_are_not_for_requests(folders: Folders, name: str) -> None:
     for ask in (plan, train_request):
         with pytest.raises(OptionError, match=f"{name} is not for requests"):
-            ask(folders, model="lorasmith-tiny", dataset="fox", settings={name: "/x"})
+            ask(folders, JobBody(model="lorasmith-tiny", dataset="fox", settings={name: "/x"}))
 
 
 @pytest.mark.parametrize("folder", ["//host/share", "\\\\host\\share", "gone", "models/checkpoints/junk.safetensors"])
 def test_a_folder_that_is_none_is_refused(folders: Folders, folder: str) -> None:
     with pytest.raises(LorasmithError, match="there is no folder"):
-        train_request(folders, model="lorasmith-tiny", folder=folder)
+        train_request(folders, JobBody(model="lorasmith-tiny", folder=folder))

@@ -20,7 +20,7 @@ from lorasmith.runs.spec import RunSpec
 from lorasmith.server.questions import run_questions as questions
 from lorasmith.server.questions import run_results
 from lorasmith.server.questions.dataset_questions import UnknownFileError
-from lorasmith.server.questions.question_registry import plain
+from lorasmith.server.questions.question_registry import answer
 from lorasmith.training.events import RunFinished, encoded
 from lorasmith.training.storage.records import read_history
 from lorasmith.training.storage.run_folder import RunFolder
@@ -129,7 +129,7 @@ def test_a_run_says_what_its_report_says(installation: Folders, base: Path) -> N
     assert {one.name for one in found.settings} >= {"rank", "learning_rate", "trigger"}
     assert found.is_trainable_on and found.dataset == "dog"
     assert "run.json" in found.files and ".lock" not in found.files
-    json.dumps(plain(found), allow_nan=False)
+    json.dumps(answer("run", {"id": RUN}, installation), allow_nan=False)
 
 
 @pytest.mark.parametrize(
@@ -201,12 +201,12 @@ def test_links_that_a_record_follows_are_followed_if_the_server_does(installatio
     content["source"]["follow_links"] = True
     record.write_text(json.dumps(content))
     for following in (False, True):
-        found = plain(run_results.train_on_request(replace(installation, follow_links=following), RUN, steps=9))
+        found = answer("train_on_request", {"id": RUN, "steps": 9}, replace(installation, follow_links=following))
         assert found["settings"].get("follow_links", False) is following
 
 
 def test_training_on_is_a_request_from_the_last_state(installation: Folders, base: Path) -> None:
-    given = typed(plain(run_results.train_on_request(installation, RUN, steps=9)), RunSpec)
+    given = typed(answer("train_on_request", {"id": RUN, "steps": 9}, installation), RunSpec)
     assert given.model == "lorasmith-tiny" and given.settings["steps"] == 9 and given.settings["rank"] == 2
     assert given.data.trigger == "sks dog" and Path(given.folder) == base / "input" / "dog"
     assert Path(str(given.config.existing_state)) == base / RUN / "states" / "step-000004.safetensors"

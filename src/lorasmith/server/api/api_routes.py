@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
@@ -10,52 +11,36 @@ from aiohttp import web
 
 from lorasmith.core.options import Option
 from lorasmith.core.printable import sentence
+from lorasmith.core.typed_json import typed
 from lorasmith.runs.presets import PRESETS, setting_groups
 from lorasmith.server.api.dataset_endpoints import DATASET_ENDPOINTS
 from lorasmith.server.api.endpoint import PREFIX, Call, Endpoint, Query, api_document, route_of
 from lorasmith.server.api.job_endpoints import JOB_ENDPOINTS
 from lorasmith.server.api.run_endpoints import RUN_ENDPOINTS
 from lorasmith.server.api_shapes import (
-    DeviceFacts,
     ModelListAnswer,
-    PresetAnswer,
     QueueCounts,
     SettingAnswer,
     SettingGroup,
     SettingsAnswer,
     SettingType,
     StatusAnswer,
+    TrainingDevice,
 )
 from lorasmith.server.request_handling import ServerContext, error_response
 
 _TYPES: dict[type, SettingType] = {int: "integer", float: "number", str: "text", bool: "boolean"}
 
 
-def settings_answer(images: int | None = None) -> SettingsAnswer:
-    """Every setting of the page, and the presets for a number of images."""
+async def _settings(context: ServerContext, call: Call) -> SettingsAnswer:
+    images = call.number("images", 0) or None
     return SettingsAnswer(
         groups=tuple(
             SettingGroup(title=title, settings=tuple(map(_setting, options)))
             for title, options in setting_groups().items()
         ),
-        presets=tuple(
-            PresetAnswer(
-                name=one.name,
-                title=one.title,
-                summary=one.summary,
-                settings=one.settings_for(images),
-                steps_per_image=one.steps_per_image,
-                least_steps=one.least_steps,
-                most_steps=one.most_steps,
-            )
-            for one in PRESETS.values()
-        ),
+        presets=tuple(replace(one, settings=one.settings_for(images)) for one in PRESETS.values()),
     )
-
-
-async def _settings(context: ServerContext, call: Call) -> SettingsAnswer:
-    images = call.number("images", 0)
-    return settings_answer(images or None)
 
 
 async def _status(context: ServerContext, call: Call) -> StatusAnswer:
@@ -63,22 +48,10 @@ async def _status(context: ServerContext, call: Call) -> StatusAnswer:
         version=version("lorasmith"),
         ready=context.assistant.is_ready,
         base_dir=str(context.config.base),
-        devices=tuple(
-            DeviceFacts(
-                name=str(one.get("name", "")),
-                title=str(one.get("title", "")),
-                memory_bytes=one.get("memory_bytes"),
-                free_bytes=one.get("free_bytes"),
-            )
-            for one in context.dispatcher.devices()
-        ),
+        devices=typed(context.dispatcher.devices(), tuple[TrainingDevice, ...]),
         queue=QueueCounts(**context.store.queue_counts()),
         disk_free_bytes=shutil.disk_usage(context.config.base).free,
     )
-
-
-async def _models(context: ServerContext, call: Call) -> Any:
-    return await context.assistant.ask("models")
 
 
 def _setting(one: Option) -> SettingAnswer:
@@ -97,22 +70,16 @@ def _setting(one: Option) -> SettingAnswer:
 
 
 SERVER_ENDPOINTS = (
-    Endpoint(method="GET", path="/status", summary="The state of the server.", handler=_status, answer=StatusAnswer),
+    Endpoint("GET", "/status", "The state of the server.", handler=_status, answer=StatusAnswer),
     Endpoint(
-        method="GET",
-        path="/settings",
-        summary="Every setting that a page offers, and the three choices for who asks for none.",
+        "GET",
+        "/settings",
+        "Every setting that a page offers, and the three choices for who asks for none.",
         handler=_settings,
         query=(Query("images", "Number of images, which the steps of the choices follow.", "integer"),),
         answer=SettingsAnswer,
     ),
-    Endpoint(
-        method="GET",
-        path="/models",
-        summary="The models in the model folders.",
-        handler=_models,
-        answer=ModelListAnswer,
-    ),
+    Endpoint("GET", "/models", "The models in the model folders.", question="models", answer=ModelListAnswer),
 )
 
 
@@ -125,7 +92,7 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     *DATASET_ENDPOINTS,
     *JOB_ENDPOINTS,
     *RUN_ENDPOINTS,
-    Endpoint(method="GET", path="/openapi.json", summary="This document.", handler=_document, answer=dict[str, Any]),
+    Endpoint("GET", "/openapi.json", "This document.", handler=_document, answer=dict[str, Any]),
 )
 
 

@@ -130,18 +130,6 @@ _OPTIONS = {**options_of(DataConfig), **options_of(TrainConfig)}
 _WIDTH = 2048
 
 
-async def _datasets(context: ServerContext, call: Call) -> Any:
-    return await context.assistant.ask("datasets")
-
-
-async def _create(context: ServerContext, call: Call) -> Any:
-    return await context.assistant.ask("create_dataset", name=call.body.name)
-
-
-async def _dataset(context: ServerContext, call: Call) -> Any:
-    return await context.assistant.ask("dataset", name=call.path("name"))
-
-
 async def _remove(context: ServerContext, call: Call) -> Any:
     name = call.path("name")
     users = (job for job in context.store.unfinished(name) if uses_dataset(job, context.config.base, name))
@@ -151,10 +139,6 @@ async def _remove(context: ServerContext, call: Call) -> Any:
             "job first"
         )
     return await context.assistant.ask("remove_dataset", name=name)
-
-
-async def _remove_image(context: ServerContext, call: Call) -> Any:
-    return await context.assistant.ask("remove_image", name=call.path("name"), file=call.path("file"))
 
 
 async def _captions(context: ServerContext, call: Call) -> Any:
@@ -202,65 +186,61 @@ def _value(name: str, text: str) -> Any:
 
 
 DATASET_ENDPOINTS = (
-    Endpoint(method="GET", path="/datasets", summary="All datasets.", handler=_datasets, answer=DatasetList),
+    Endpoint("GET", "/datasets", "All datasets.", question="datasets", answer=DatasetList),
     Endpoint(
-        method="POST",
-        path="/datasets",
-        summary="Make a dataset, a folder below input; the answer has its name.",
-        handler=_create,
+        "POST",
+        "/datasets",
+        "Make a dataset, a folder below input; the answer has its name.",
+        question="create_dataset",
         body=NameBody,
         answer=DatasetRow,
         status=201,
     ),
     Endpoint(
-        method="GET",
-        path="/datasets/{name}",
-        summary="The pictures of a dataset with their captions.",
-        handler=_dataset,
+        "GET",
+        "/datasets/{name}",
+        "The pictures of a dataset with their captions.",
+        question="dataset",
         answer=DatasetAnswer,
     ),
     Endpoint(
-        method="DELETE",
-        path="/datasets/{name}",
-        summary="Move a dataset to the removed things.",
-        handler=_remove,
-        answer=RemovedAnswer,
+        "DELETE", "/datasets/{name}", "Move a dataset to the removed things.", handler=_remove, answer=RemovedAnswer
     ),
     Endpoint(
-        method="POST",
-        path="/datasets/{name}/images",
-        summary="Add pictures, and captions beside them; each file of the form is checked by its content.",
+        "POST",
+        "/datasets/{name}/images",
+        "Add pictures, and captions beside them; each file of the form is checked by its content.",
         handler=add_files,
         upload=True,
         answer=UploadAnswer,
     ),
     Endpoint(
-        method="GET",
-        path="/datasets/{name}/images/{file}",
-        summary="A picture, or a small upright version of it.",
+        "GET",
+        "/datasets/{name}/images/{file}",
+        "A picture, or a small upright version of it.",
         handler=_image,
         query=(Query("width", "Pixels of the small version's longest edge, at most 2048.", "integer"),),
         content="image/*",
     ),
     Endpoint(
-        method="DELETE",
-        path="/datasets/{name}/images/{file}",
-        summary="Move a picture, its caption and its mask to the removed things.",
-        handler=_remove_image,
+        "DELETE",
+        "/datasets/{name}/images/{file}",
+        "Move a picture, its caption and its mask to the removed things.",
+        question="remove_image",
         answer=RemovedAnswer,
     ),
     Endpoint(
-        method="PUT",
-        path="/datasets/{name}/captions",
-        summary="Store captions by the names of their pictures, where they are still those that were seen.",
+        "PUT",
+        "/datasets/{name}/captions",
+        "Store captions by the names of their pictures, where they are still those that were seen.",
         handler=_captions,
         body=CaptionBody,
         answer=Changed,
     ),
     Endpoint(
-        method="GET",
-        path="/datasets/{name}/check",
-        summary="What to look at in a dataset before training.",
+        "GET",
+        "/datasets/{name}/check",
+        "What to look at in a dataset before training.",
         handler=_check,
         query=(
             Query("model", "Model whose sizes and tokenizer count; usual ones without it."),

@@ -1,7 +1,8 @@
 """One declaration per route of the API (method, path, body, answer, query), from which routes and document are made.
 
-A handler is an async function of the server's context and a `Call`; it returns a type of `api_shapes`, a JSON value, or
-a response. `request_handling` turns its exceptions into responses.
+A route is answered by a question to the assistant, or by a handler: an async function of the server's context and a
+`Call`, which returns a type of `api_shapes`, a JSON value, or a response. `request_handling` turns exceptions into
+responses.
 """
 
 from __future__ import annotations
@@ -9,22 +10,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
-from typing import Any, Literal, TypeVar
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, Literal
 
+import msgspec
 from aiohttp import web
 
 from lorasmith.core.errors import OptionError
 from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.core.registry import nearest
-from lorasmith.core.typed_json import DIALECT, json_schema, typed
+from lorasmith.core.typed_json import DIALECT, json_schemas, typed
 from lorasmith.server.api_shapes import ErrorAnswer
 from lorasmith.server.request_handling import ServerContext, apart, number_in, read_body
 
 PREFIX = "/lorasmith/v1"
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,16 @@ class Call:
     request: web.Request
     body: Any = None
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The parts of the path and the fields of the body by name."""
+        return {**self.request.match_info, **(vars(self.body) if self.body is not None else {})}
+
     def path(self, name: str) -> str:
         return self.request.match_info[name]
 
-    def text(self, name: str, default: str = "") -> str:
-        return self.request.query.get(name, default)
+    def text(self, name: str) -> str:
+        return self.request.query.get(name, "")
 
     def number(self, name: str, default: int, *, least: int = 0, most: int = 2**31) -> int:
         """An integer of the query. Raises OptionError."""
@@ -58,14 +63,16 @@ class Call:
 Handler = Callable[[ServerContext, Call], Awaitable[Any]]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Endpoint:
     """A route of the API."""
 
     method: Literal["GET", "POST", "PUT", "DELETE"]
     path: str  # below `PREFIX`; `{name}` matches one segment, `{name:.+}` also slashes
     summary: str
-    handler: Handler
+    _: KW_ONLY
+    question: str = ""  # name of the function in `server.questions` that answers, given `Call.arguments`
+    handler: Handler | None = None  # in place of a question
     body: Any = None  # type of the JSON body
     answer: Any = None  # type of the JSON response; None: another media type, `content`
     status: int = 200
@@ -73,13 +80,21 @@ class Endpoint:
     content: str = ""  # media type of a body or response that is not JSON
     upload: bool = False  # the body is multipart/form-data
 
+    @property
+    def plain_path(self) -> str:
+        """The path without patterns."""
+        return re.sub(r"\{(\w+)[^}]*\}", r"{\1}", self.path)
+
 
 def route_of(endpoint: Endpoint, context: ServerContext) -> web.RouteDef:
     """The route that serves an endpoint."""
 
     async def handle(request: web.Request) -> web.StreamResponse:
-        body = None if endpoint.body is None else await _body(request, endpoint.body)
-        answer = await endpoint.handler(context, Call(request, body))
+        call = Call(request, None if endpoint.body is None else await _body(request, endpoint.body))
+        if endpoint.handler is None:
+            answer = await context.assistant.ask(endpoint.question, **call.arguments)
+        else:
+            answer = await endpoint.handler(context, call)
         return answer if isinstance(answer, web.StreamResponse) else json_response(answer, endpoint.status)
 
     # A HEAD request would leave a stream open that nobody reads.
@@ -89,8 +104,8 @@ def route_of(endpoint: Endpoint, context: ServerContext) -> web.RouteDef:
 
 def json_response(value: Any, status: int = 200) -> web.Response:
     """A JSON response that is never cached. `value` is a type of `api_shapes`, or JSON values."""
-    plain = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
-    text = json.dumps(plain, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    # Not msgspec.json.encode, which refuses the lone surrogates in undecodable file names.
+    text = json.dumps(msgspec.to_builtins(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return web.Response(
         body=text.encode("utf-8", "replace"),
         status=status,
@@ -106,40 +121,43 @@ async def _body(request: web.Request, kind: Any) -> Any:
     try:
         return await apart(len(content), _typed_body, content, kind)
     except ValueError as error:
-        raise OptionError(f"the body of the request {_clause(error)}; correct it") from error
+        text = str(error)
+        clause = text if text.startswith(("is ", "has ", "holds ")) else f"is wrong: {text}"
+        raise OptionError(f"the body of the request {clause}; correct it") from error
 
 
 def _typed_body(content: bytes, kind: Any) -> Any:
     found = parse_foreign_json(content) if content else {}
     if isinstance(found, dict) and dataclasses.is_dataclass(kind):
-        _check_names(found, [one.name for one in dataclasses.fields(kind)])
-    return typed(found, kind)
-
-
-def _check_names(found: Mapping[str, Any], known: Sequence[str]) -> None:
-    for name in found:
-        if name not in known:
+        known = [one.name for one in dataclasses.fields(kind)]
+        if (unknown := next((name for name in found if name not in known), None)) is not None:
             raise OptionError(
-                f"unknown name {name!r} in the request{nearest(name, known)}; known are {', '.join(known)}"
+                f"unknown name {unknown!r} in the request{nearest(unknown, known)}; known are {', '.join(known)}"
             )
-
-
-def _clause(error: ValueError) -> str:
-    text = str(error)
-    return text if text.startswith(("is ", "has ", "holds ")) else f"is wrong: {text}"
+    return typed(found, kind)
 
 
 API_VERSION = "1"  # additions keep it; incompatible changes increase it
 
-_KINDS = {"string": {"type": "string"}, "integer": {"type": "integer"}, "boolean": {"type": "boolean"}}
+_ERROR = "It was not done; the message says why."
 
 
-def api_document(endpoints: Iterable[Endpoint]) -> dict[str, Any]:
+def api_document(endpoints: Sequence[Endpoint]) -> dict[str, Any]:
     """The OpenAPI document of some endpoints."""
-    named: dict[str, Any] = {ErrorAnswer.__name__: json_schema(ErrorAnswer)}
+    kinds = [ErrorAnswer, *(kind for one in endpoints for kind in (one.body, one.answer) if kind is not None)]
+    schemas, components = json_schemas(kinds, "#/components/schemas/")
+    remaining = iter(schemas)
+    error = {"description": _ERROR, "content": _content(next(remaining))}
     paths: dict[str, dict[str, Any]] = {}
     for one in endpoints:
-        paths.setdefault(plain_path(one), {})[one.method.lower()] = _operation(one, named)
+        body = None if one.body is None else next(remaining)
+        answer = {"type": "string"} if one.answer is None else next(remaining)
+        responses = {
+            str(one.status): {"description": "The answer.", "content": _content(answer, one.content)},
+            "default": error,
+        }
+        operation = {"summary": one.summary, **_request(one, body), "responses": responses}
+        paths.setdefault(one.plain_path, {})[one.method.lower()] = operation
     return {
         "openapi": "3.1.0",
         "info": {
@@ -150,49 +168,27 @@ def api_document(endpoints: Iterable[Endpoint]) -> dict[str, Any]:
         "jsonSchemaDialect": DIALECT,
         "servers": [{"url": PREFIX}],
         "paths": paths,
-        "components": {"schemas": dict(sorted(named.items()))},
+        "components": {"schemas": components},
     }
 
 
-def plain_path(endpoint: Endpoint) -> str:
-    """The path of an endpoint without patterns."""
-    return re.sub(r"\{(\w+)[^}]*\}", r"{\1}", endpoint.path)
-
-
-def _operation(one: Endpoint, named: dict[str, Any]) -> dict[str, Any]:
-    parts = [
+def _request(one: Endpoint, body: dict[str, Any] | None) -> dict[str, Any]:
+    """Parameters and body of an operation."""
+    parameters: list[dict[str, Any]] = [
         {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
-        for name in re.findall(r"\{(\w+)\}", plain_path(one))
+        for name in re.findall(r"\{(\w+)\}", one.plain_path)
     ]
-    query = [
-        {"name": each.name, "in": "query", "description": each.help, "schema": _KINDS[each.type]} for each in one.query
-    ]
-    found: dict[str, Any] = {"summary": one.summary}
-    if parts or query:
-        found["parameters"] = [*parts, *query]
+    for each in one.query:
+        parameters.append({"name": each.name, "in": "query", "description": each.help, "schema": {"type": each.type}})
+    found: dict[str, Any] = {"parameters": parameters} if parameters else {}
     if one.upload:
-        form = {
-            "type": "object",
-            "additionalProperties": {"type": "string", "contentMediaType": "application/octet-stream"},
-        }
-        found["requestBody"] = {"required": True, "content": {"multipart/form-data": {"schema": form}}}
-    elif one.body is not None:
-        found["requestBody"] = {"content": {"application/json": {"schema": _named(one.body, named)}}}
-    kind = one.content or "application/json"
-    schema = {"type": "string"} if one.content else _named(one.answer, named)
-    found["responses"] = {
-        str(one.status): {"description": "The answer.", "content": {kind: {"schema": schema}}},
-        "default": {
-            "description": "It was not done; the message says why.",
-            "content": {"application/json": {"schema": {"$ref": f"#/components/schemas/{ErrorAnswer.__name__}"}}},
-        },
-    }
+        file = {"type": "string", "contentMediaType": "application/octet-stream"}
+        form = {"type": "object", "additionalProperties": file}
+        found["requestBody"] = {"required": True, "content": _content(form, "multipart/form-data")}
+    elif body is not None:
+        found["requestBody"] = {"content": _content(body)}
     return found
 
 
-def _named(kind: Any, named: dict[str, Any]) -> dict[str, Any]:
-    """A reference to the schema of a type, which is added to `named`; the schema itself if the type has no name."""
-    if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
-        return json_schema(kind)
-    named[kind.__name__] = json_schema(kind)
-    return {"$ref": f"#/components/schemas/{kind.__name__}"}
+def _content(schema: dict[str, Any], media_type: str = "") -> dict[str, Any]:
+    return {media_type or "application/json": {"schema": schema}}

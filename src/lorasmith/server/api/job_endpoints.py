@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
-from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any, cast
 
 from lorasmith.core.errors import OptionError
@@ -15,7 +14,6 @@ from lorasmith.server.api.event_streams import all_events, job_events
 from lorasmith.server.api.job_answers import job_answer
 from lorasmith.server.api_shapes import (
     CancelBody,
-    DatasetSource,
     JobAnswer,
     JobBody,
     JobList,
@@ -26,25 +24,17 @@ from lorasmith.server.api_shapes import (
     RemovedJob,
 )
 from lorasmith.server.contained_files import OutsideError, contained
-from lorasmith.server.jobs import ACTIVE, ENDED, STATES, Job, JobState, JobStateError, measurement_subject
+from lorasmith.server.jobs import ACTIVE, ENDED, STATES, JobState, JobStateError, measurement_subject
 from lorasmith.server.request_handling import ServerContext
 
 _MOST_LISTED = 500
 
 
 async def _plan(context: ServerContext, call: Call) -> Any:
-    body: PlanBody = call.body
     device = next(iter(context.dispatcher.devices()), {})
-    plan = await context.assistant.ask(
-        "plan",
-        model=body.model,
-        dataset=body.dataset,
-        folder=_folder(context, body),
-        trigger=body.trigger,
-        settings=body.settings,
-        card_bytes=device.get("memory_bytes"),
-    )
-    subject = measurement_subject(body.model, body.settings, str(device.get("name", "cpu")))
+    wanted = _wanted(context, call)
+    plan = await context.assistant.ask("plan", wanted=wanted, card_bytes=device.get("memory_bytes"))
+    subject = measurement_subject(wanted["model"], wanted["settings"], str(device.get("name", "cpu")))
     found = context.store.measurement(subject)
     if found is None:
         return plan
@@ -58,7 +48,7 @@ async def _plan(context: ServerContext, call: Call) -> Any:
 
 
 async def _measure(context: ServerContext, call: Call) -> Any:
-    request = await context.assistant.ask("check_measurement", model=call.body.model, settings=call.body.settings)
+    request = await context.assistant.ask("check_measurement", **call.arguments)
     return job_answer(context.dispatcher.submit("measure", request))
 
 
@@ -76,11 +66,8 @@ async def _jobs(context: ServerContext, call: Call) -> Any:
 
 
 async def _add(context: ServerContext, call: Call) -> Any:
-    body: JobBody = call.body
-    given = {one.name: getattr(body, one.name) for one in dataclasses.fields(DatasetSource)}
-    given["folder"] = _folder(context, body)
-    request = await context.assistant.ask("train_request", **given, name=body.name)
-    return job_answer(context.dispatcher.submit("train", request, front=body.front))
+    request = await context.assistant.ask("train_request", wanted=_wanted(context, call))
+    return job_answer(context.dispatcher.submit("train", request, front=call.body.front))
 
 
 async def _job(context: ServerContext, call: Call) -> Any:
@@ -98,7 +85,7 @@ async def _cancel(context: ServerContext, call: Call) -> Any:
     job = context.store.get(call.path("id"))
     if not context.dispatcher.cancel(job.id, pause=call.body.pause):
         raise JobStateError(f"a job can be stopped while it waits or runs, and this one is {job.state}")
-    return _answer(context, job)
+    return job_answer(context.store.get(job.id))
 
 
 async def _continue(context: ServerContext, call: Call) -> Any:
@@ -113,19 +100,17 @@ async def _move(context: ServerContext, call: Call) -> Any:
     return job_answer(context.dispatcher.move(call.path("id"), call.body.front))
 
 
-def _answer(context: ServerContext, job: Job) -> Mapping[str, Any]:
-    return job_answer(context.store.get(job.id))
-
-
-def _folder(context: ServerContext, body: DatasetSource) -> str | None:
-    """The expanded folder of a request. On a server that others reach, it must be in the base folder (OptionError)."""
-    config = context.config
-    if body.folder is None:
-        return None
+def _wanted(context: ServerContext, call: Call) -> dict[str, Any]:
+    """A request with its folder expanded, which must be in the base folder if others reach the server (OptionError)."""
+    config, wanted = context.config, asdict(call.body)
+    folder: str | None = wanted["folder"]
+    if folder is None:
+        return wanted
     if is_loopback(config.host) and not config.names:
-        return os.path.expanduser(body.folder)  # noqa: PTH111 - leaves the names of unknown users as they are
+        # leaves the names of unknown users as they are
+        return {**wanted, "folder": os.path.expanduser(folder)}  # noqa: PTH111
     try:
-        return str(contained(config.base, body.folder))
+        return {**wanted, "folder": str(contained(config.base, folder))}
     except OutsideError as error:
         raise OptionError(f"a folder must be named below the server's base folder, but {error}") from error
 
@@ -140,26 +125,26 @@ def _states(text: str) -> tuple[JobState, ...]:
 
 JOB_ENDPOINTS = (
     Endpoint(
-        method="POST",
-        path="/plans",
-        summary="The plan of a run: steps, memory, and its time if a step was measured.",
+        "POST",
+        "/plans",
+        "The plan of a run: steps, memory, and its time if a step was measured.",
         handler=_plan,
         body=PlanBody,
         answer=PlanAnswer,
     ),
     Endpoint(
-        method="POST",
-        path="/measurements",
-        summary="Queue a job that measures a step on this device; later plans have its time.",
+        "POST",
+        "/measurements",
+        "Queue a job that measures a step on this device; later plans have its time.",
         handler=_measure,
         body=MeasurementBody,
         answer=JobAnswer,
         status=201,
     ),
     Endpoint(
-        method="GET",
-        path="/jobs",
-        summary="Jobs: those that run, those that wait, then those that ended, the last first.",
+        "GET",
+        "/jobs",
+        "Jobs: those that run, those that wait, then those that ended, the last first.",
         handler=_jobs,
         query=(
             Query("states", "States of jobs, separated by commas; all without it."),
@@ -168,65 +153,49 @@ JOB_ENDPOINTS = (
         ),
         answer=JobList,
     ),
+    Endpoint("POST", "/jobs", "Queue a job that trains.", handler=_add, body=JobBody, answer=JobAnswer, status=201),
+    Endpoint("GET", "/jobs/{id}", "A job.", handler=_job, answer=JobAnswer),
     Endpoint(
-        method="POST",
-        path="/jobs",
-        summary="Queue a job that trains.",
-        handler=_add,
-        body=JobBody,
-        answer=JobAnswer,
-        status=201,
-    ),
-    Endpoint(method="GET", path="/jobs/{id}", summary="A job.", handler=_job, answer=JobAnswer),
-    Endpoint(
-        method="DELETE",
-        path="/jobs/{id}",
-        summary="Remove a job from queue or history; its run stays.",
-        handler=_remove,
-        answer=RemovedJob,
+        "DELETE", "/jobs/{id}", "Remove a job from queue or history; its run stays.", handler=_remove, answer=RemovedJob
     ),
     Endpoint(
-        method="POST",
-        path="/jobs/{id}/cancel",
-        summary="Stop a job, for good or to be continued; what it has trained is saved.",
+        "POST",
+        "/jobs/{id}/cancel",
+        "Stop a job, for good or to be continued; what it has trained is saved.",
         handler=_cancel,
         body=CancelBody,
         answer=JobAnswer,
     ),
     Endpoint(
-        method="POST",
-        path="/jobs/{id}/continue",
-        summary="Continue a job that is paused, interrupted or cancelled.",
+        "POST",
+        "/jobs/{id}/continue",
+        "Continue a job that is paused, interrupted or cancelled.",
         handler=_continue,
         answer=JobAnswer,
     ),
     Endpoint(
-        method="POST",
-        path="/jobs/{id}/retry",
-        summary="Queue a new job with the request of an ended one.",
+        "POST",
+        "/jobs/{id}/retry",
+        "Queue a new job with the request of an ended one.",
         handler=_retry,
         answer=JobAnswer,
         status=201,
     ),
     Endpoint(
-        method="POST",
-        path="/jobs/{id}/move",
-        summary="Move a waiting job to the front or the end.",
+        "POST",
+        "/jobs/{id}/move",
+        "Move a waiting job to the front or the end.",
         handler=_move,
         body=MoveBody,
         answer=JobAnswer,
     ),
     Endpoint(
-        method="GET",
-        path="/events",
-        summary="Every change of a job, and of the queue.",
-        handler=all_events,
-        content="text/event-stream",
+        "GET", "/events", "Every change of a job, and of the queue.", handler=all_events, content="text/event-stream"
     ),
     Endpoint(
-        method="GET",
-        path="/jobs/{id}/events",
-        summary="A job: its changes, and what is shown of its run.",
+        "GET",
+        "/jobs/{id}/events",
+        "A job: its changes, and what is shown of its run.",
         handler=job_events,
         content="text/event-stream",
     ),

@@ -47,65 +47,57 @@ async def _graph(context: ServerContext, call: Call) -> web.StreamResponse:
     return json_response(found if call.text("notes") in ("1", "true") else found["prompt"])
 
 
-async def _install(context: ServerContext, call: Call) -> Any:
-    return await context.assistant.ask("install_run", id=call.path("id"), step=call.body.step, name=call.body.name)
-
-
 async def _train_on(context: ServerContext, call: Call) -> Any:
-    request = await context.assistant.ask("train_on_request", id=call.path("id"), steps=call.body.steps)
+    request = await context.assistant.ask("train_on_request", **call.arguments)
     return job_answer(context.dispatcher.submit("train", request))
 
 
 RUN_ENDPOINTS = (
-    Endpoint(method="GET", path="/runs", summary="All runs below the base folder.", handler=_runs, answer=RunList),
+    Endpoint("GET", "/runs", "All runs below the base folder.", handler=_runs, answer=RunList),
     Endpoint(
-        method="GET",
-        path="/runs/{id}",
-        summary="A run with all that its report says; its id is percent-encoded, such as runs%2Fdog-001.",
+        "GET",
+        "/runs/{id}",
+        "A run with all that its report says; its id is percent-encoded, such as runs%2Fdog-001.",
         handler=_run,
         answer=RunAnswer,
     ),
     Endpoint(
-        method="GET",
-        path="/runs/{id}/events",
-        summary="What is shown of a run, as its log grows.",
+        "GET",
+        "/runs/{id}/events",
+        "What is shown of a run, as its log grows.",
         handler=run_events,
         content="text/event-stream",
     ),
     Endpoint(
-        method="GET",
-        path="/runs/{id}/files/{path:.+}",
-        summary="A file of a run: a picture to look at, everything else to download.",
+        "GET",
+        "/runs/{id}/files/{path:.+}",
+        "A file of a run: a picture to look at, everything else to download.",
         handler=_file,
         content="*/*",
     ),
     Endpoint(
-        method="GET",
-        path="/runs/{id}/report",
-        summary="The report of a run, a page without scripts.",
-        handler=_report,
-        content="text/html",
+        "GET", "/runs/{id}/report", "The report of a run, a page without scripts.", handler=_report, content="text/html"
     ),
     Endpoint(
-        method="GET",
-        path="/runs/{id}/graph",
-        summary="A graph in API format that does the same as a run.",
+        "GET",
+        "/runs/{id}/graph",
+        "A graph in API format that does the same as a run.",
         handler=_graph,
         query=(Query("notes", "Answer {prompt, notes}: the graph, and where it does otherwise.", "boolean"),),
         answer=dict[str, Any],
     ),
     Endpoint(
-        method="POST",
-        path="/runs/{id}/install",
-        summary="Copy a LoRA of a run into models/loras.",
-        handler=_install,
+        "POST",
+        "/runs/{id}/install",
+        "Copy a LoRA of a run into models/loras.",
+        question="install_run",
         body=InstallBody,
         answer=InstalledLora,
     ),
     Endpoint(
-        method="POST",
-        path="/runs/{id}/train-on",
-        summary="Queue a job that trains on from the end of a run.",
+        "POST",
+        "/runs/{id}/train-on",
+        "Queue a job that trains on from the end of a run.",
         handler=_train_on,
         body=TrainOnBody,
         answer=JobAnswer,

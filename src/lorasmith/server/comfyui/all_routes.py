@@ -15,33 +15,25 @@ from typing import Any
 
 from aiohttp import web
 
-from lorasmith.core.folders import Folders
-from lorasmith.server.assistant import Assistant, RefusedError
-from lorasmith.server.comfyui.answers import read_json, refused, table
+from lorasmith.server.assistant import RefusedError
 from lorasmith.server.comfyui.editor_files import EditorFiles, editor_package
-from lorasmith.server.comfyui.file_routes import FileRoutes
-from lorasmith.server.comfyui.prompt_routes import PromptRoutes
+from lorasmith.server.comfyui.file_routes import FileRoutes, UserFiles
 from lorasmith.server.comfyui.queue_routes import QueueRoutes
-from lorasmith.server.comfyui.user_files import UserFiles
-from lorasmith.server.comfyui.websocket import TERMINAL_SIZE, Sockets, features, log_entry
+from lorasmith.server.comfyui.websocket import FEATURES, TERMINAL_SIZE, Sockets, log_entry
 from lorasmith.server.contained_files import find_contained, send_file
-from lorasmith.server.request_handling import MAX_UPLOAD_BYTES, ServerContext
+from lorasmith.server.request_handling import ServerContext, read_json, refused, table
 
 PREFIXES = ("", "/api", "/editor", "/editor/api")
 
 
 def routes(context: ServerContext) -> list[web.RouteDef]:
     """The routes for a server."""
-    sockets = Sockets(context, features(MAX_UPLOAD_BYTES))
-    models = ModelRoutes(context.folders, context.assistant)
     parts = (
-        PromptRoutes(context, sockets),
         QueueRoutes(context),
         UserFiles(context.folders.base),
         FileRoutes(context.folders, context.assistant),
-        models,
         EditorFiles(context.assistant, package=editor_package()),
-        SystemRoutes(context, sockets, models),
+        SystemRoutes(context),
     )
     found = [route for part in parts for route in part.routes()]
     return [web.route(one.method, prefix + one.path, one.handler) for prefix in PREFIXES for one in found]
@@ -49,14 +41,19 @@ def routes(context: ServerContext) -> list[web.RouteDef]:
 
 PROTOCOL_VERSION = "0.33.0"  # the ComfyUI release of this protocol, reported by `/system_stats`
 
+MODEL_KINDS = ("checkpoints", "diffusion_models", "embeddings", "loras", "text_encoders", "vae")
+"""Kinds that are listed even if their folders are missing."""
+_OLDER_NAMES = ("unet", "clip")
+_PICTURES = (".preview.png", ".png", ".jpg", ".jpeg", ".webp")
+
 
 class SystemRoutes:
-    """The routes; `sockets` has the subscriptions to the log, `models` the model folders."""
+    """The routes about the server and the model folders."""
 
-    def __init__(self, context: ServerContext, sockets: Sockets, models: ModelRoutes) -> None:
+    def __init__(self, context: ServerContext) -> None:
         self._context = context
-        self._sockets = sockets
-        self._models = models
+        self._folders = context.folders
+        self._sockets = Sockets(context)
 
     def routes(self) -> list[web.RouteDef]:
         empty = ("/i18n", "/workflow_templates", "/global_subgraphs", "/node_replacements")
@@ -70,6 +67,13 @@ class SystemRoutes:
                 ("GET", "/internal/logs/raw", self._log),
                 ("PATCH", "/internal/logs/subscribe", self._subscribe),
                 ("GET", "/internal/folder_paths", self._folder_paths),
+                ("GET", "/models", self._list_kinds),
+                ("GET", "/models/{kind}", self._list),
+                ("GET", "/embeddings", self._embeddings),
+                ("GET", "/view_metadata/{kind}", self._metadata),
+                ("GET", "/experiment/models", self._list_folders),
+                ("GET", "/experiment/models/{kind}", self._list_files),
+                ("GET", "/experiment/models/preview/{kind}/{index}/{name:.+}", self._picture),
             ]
         )
 
@@ -95,7 +99,7 @@ class SystemRoutes:
         return web.json_response({"system": system, "devices": devices})
 
     async def _features(self, request: web.Request) -> web.Response:
-        return web.json_response(features(MAX_UPLOAD_BYTES))
+        return web.json_response(FEATURES)
 
     async def _nothing(self, request: web.Request) -> web.Response:
         return web.json_response({})
@@ -116,59 +120,9 @@ class SystemRoutes:
         return web.Response()
 
     async def _folder_paths(self, request: web.Request) -> web.Response:
-        roots = self._context.folders.roots
-        return web.json_response({kind: [str(root) for root in roots(kind)] for kind in self._models.kinds()})
+        return web.json_response({kind: self._roots(kind) for kind in self._kinds()})
 
-
-def _device(device: dict[str, Any], index: int) -> dict[str, Any]:
-    name, _, number = str(device.get("name", "cpu")).partition(":")
-    total = device.get("memory_bytes") or 0
-    free = device.get("free_bytes", total)
-    return {
-        "name": device.get("title", name),
-        "type": name,
-        "index": int(number) if number.isdecimal() else (index if name != "cpu" else None),
-        "vram_total": total,
-        "vram_free": free,
-        "torch_vram_total": total,
-        "torch_vram_free": free,
-    }
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
-
-
-MODEL_KINDS = ("checkpoints", "diffusion_models", "embeddings", "loras", "text_encoders", "vae")
-"""Kinds that are listed even if their folders are missing."""
-_OLDER_NAMES = ("unet", "clip")
-_PICTURES = (".preview.png", ".png", ".jpg", ".jpeg", ".webp")
-
-
-class ModelRoutes:
-    """The routes; `assistant` reads file headers."""
-
-    def __init__(self, folders: Folders, assistant: Assistant) -> None:
-        self._folders = folders
-        self._assistant = assistant
-
-    def routes(self) -> list[web.RouteDef]:
-        return table(
-            [
-                ("GET", "/models", self._list_kinds),
-                ("GET", "/models/{kind}", self._list),
-                ("GET", "/embeddings", self._embeddings),
-                ("GET", "/view_metadata/{kind}", self._metadata),
-                ("GET", "/experiment/models", self._list_folders),
-                ("GET", "/experiment/models/{kind}", self._list_files),
-                ("GET", "/experiment/models/preview/{kind}/{index}/{name:.+}", self._picture),
-            ]
-        )
-
-    def kinds(self) -> list[str]:
+    def _kinds(self) -> list[str]:
         """`MODEL_KINDS`, kinds with a folder, and those of extra model paths."""
         own = self._folders.base / "models"
         there = [entry.name for entry in own.iterdir() if entry.is_dir()] if own.is_dir() else []
@@ -176,7 +130,7 @@ class ModelRoutes:
         return sorted(name for name in named if not name.startswith("."))
 
     async def _list_kinds(self, request: web.Request) -> web.Response:
-        return web.json_response(self.kinds())
+        return web.json_response(self._kinds())
 
     async def _list(self, request: web.Request) -> web.Response:
         kind = request.match_info["kind"]
@@ -193,15 +147,13 @@ class ModelRoutes:
         if not self._has(kind) or not name.endswith(".safetensors"):
             return refused(404, "there is no such file")
         try:
-            found = await self._assistant.ask("file_metadata", kind=kind, name=name)
+            found = await self._context.assistant.ask("file_metadata", kind=kind, name=name)
         except RefusedError as error:
             return refused(404, error.message)
         return refused(404, "the file has no metadata") if found is None else web.json_response(found)
 
     async def _list_folders(self, request: web.Request) -> web.Response:
-        return web.json_response(
-            [{"name": kind, "folders": [str(root) for root in self._folders.roots(kind)]} for kind in self.kinds()]
-        )
+        return web.json_response([{"name": kind, "folders": self._roots(kind)} for kind in self._kinds()])
 
     async def _list_files(self, request: web.Request) -> web.Response:
         kind = request.match_info["kind"]
@@ -229,5 +181,30 @@ class ModelRoutes:
         path: Path | None = next((one for one in candidates if one is not None), None)
         return refused(404, "the model has no picture") if path is None else send_file(path)
 
+    def _roots(self, kind: str) -> list[str]:
+        return list(map(str, self._folders.roots(kind)))
+
     def _has(self, kind: str) -> bool:
-        return kind in _OLDER_NAMES or kind in self.kinds()
+        return kind in _OLDER_NAMES or kind in self._kinds()
+
+
+def _device(device: dict[str, Any], index: int) -> dict[str, Any]:
+    name, _, number = str(device.get("name", "cpu")).partition(":")
+    total = device.get("memory_bytes") or 0
+    free = device.get("free_bytes", total)
+    return {
+        "name": device.get("title", name),
+        "type": name,
+        "index": int(number) if number.isdecimal() else (index if name != "cpu" else None),
+        "vram_total": total,
+        "vram_free": free,
+        "torch_vram_total": total,
+        "torch_vram_free": free,
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"

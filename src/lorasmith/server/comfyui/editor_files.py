@@ -14,7 +14,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import mimetypes
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,9 +24,8 @@ from aiohttp import web
 from lorasmith.core.files import is_regular
 from lorasmith.core.printable import count_text
 from lorasmith.server.assistant import Assistant
-from lorasmith.server.comfyui.answers import refused, table
 from lorasmith.server.contained_files import OutsideError, find_contained
-from lorasmith.server.request_handling import ServerContext
+from lorasmith.server.request_handling import ServerContext, refused, table
 
 if TYPE_CHECKING:
     from lorasmith.nodes.example_workflows import Example
@@ -211,41 +209,24 @@ _MISSING_PAGE = f"""<!doctype html>
 PICTURES = Path(__file__).parents[1] / "editor" / "templates"
 
 
-@dataclass(frozen=True)
-class Template:
-    """An example workflow with the title on its card."""
-
-    name: str
-    title: str
-    example: Example
-
-    @property
-    def description(self) -> str:
-        """One or two sentences without file names: the editor shows hyphens and underscores as spaces."""
-        says = f"Trains {self.example.title}." if not self.example.title[0].isupper() else f"{self.example.title}."
-        needs = len(self.example.needs)
-        if not needs:
-            return f"{says} Runs at once, with the built in model."
-        return f"{says} Needs {count_text(needs, 'model file')}, named in the loaders."
-
-    @property
-    def picture(self) -> Path:
-        return PICTURES / f"{self.name}-1.webp"
-
-
-def templates() -> dict[str, Template]:
+def templates() -> dict[str, Example]:
     """Every template by name, those that need no other file first."""
     from lorasmith.nodes.example_workflows import examples  # imported late, to start fast
 
-    return {one.name: Template(one.name, one.card, one) for one in examples()}
+    return {one.name: one for one in examples()}
+
+
+def picture_of(name: str) -> Path:
+    """The picture of a template."""
+    return PICTURES / f"{name}-1.webp"
 
 
 def index() -> list[dict[str, Any]]:
     """The editor's list of templates, in two groups: those that need no other file first."""
     listed = templates().values()
     groups = {
-        "Start here": [one for one in listed if not one.example.needs],
-        "Models": [one for one in listed if one.example.needs],
+        "Start here": [one for one in listed if not one.needs],
+        "Models": [one for one in listed if one.needs],
     }
     return [
         {
@@ -268,19 +249,27 @@ def template_file(name: str) -> Path | str | None:
         return "{}"
     known = templates()
     if (stem := name.removesuffix("-1.webp")) != name and stem in known:
-        return known[stem].picture
+        return picture_of(stem)
     if (stem := name.removesuffix(".json")) != name and stem in known:
-        return known[stem].example.editor_path
+        return known[stem].editor_path
     return None
 
 
-def _card(one: Template) -> dict[str, Any]:
+def _card(one: Example) -> dict[str, Any]:
     return {
         "name": one.name,
-        "title": one.title,
+        "title": one.card,
         "mediaType": "image",
         "mediaSubtype": "webp",
-        "description": one.description,
+        "description": _description(one),
         "tags": ["LoRA", "Training"],
         "openSource": True,
     }
+
+
+def _description(one: Example) -> str:
+    """One or two sentences without file names: the editor shows hyphens and underscores as spaces."""
+    says = f"{one.title}." if one.title[0].isupper() else f"Trains {one.title}."
+    if not one.needs:
+        return f"{says} Runs at once, with the built in model."
+    return f"{says} Needs {count_text(len(one.needs), 'model file')}, named in the loaders."

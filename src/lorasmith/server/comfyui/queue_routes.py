@@ -1,4 +1,7 @@
-"""The queue, the history and `/jobs`, and jobs as entries of these.
+"""Graphs: definitions of nodes, checking and queueing of prompts; the queue, the history and `/jobs`.
+
+An addition to ComfyUI's `POST /prompt`: `{"workflow": {...}}` in place of `prompt`, or a `prompt` in the format in
+which the editor saves files, is converted first. `POST /workflow/convert` only converts it.
 
 Trainings queued by the page are listed too, with an empty prompt, as they occupy the device, and can be cancelled by
 id. `clear` does not affect them, since a client means its own jobs. Paused and interrupted jobs are shown as cancelled:
@@ -8,6 +11,7 @@ the protocol has no state for jobs that can be continued.
 from __future__ import annotations
 
 import json
+import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
@@ -16,15 +20,24 @@ from typing import Any
 from aiohttp import web
 
 from lorasmith.core.errors import OptionError
-from lorasmith.server.comfyui.answers import read_json, refused, table
-from lorasmith.server.jobs import ENDED, Job, JobLine, JobState, JobStore
-from lorasmith.server.request_handling import ServerContext, number_in, send_json_pieces
+from lorasmith.server.assistant import RefusedError
+from lorasmith.server.job_reporter import error_entry
+from lorasmith.server.jobs import ENDED, DuplicateJobError, Job, JobLine, JobState, JobStore, QueueFullError
+from lorasmith.server.request_handling import (
+    ServerContext,
+    number_in,
+    read_json,
+    refused,
+    send_json_pieces,
+    table,
+)
 
 
 class QueueRoutes:
     """The routes."""
 
     def __init__(self, context: ServerContext) -> None:
+        self._assistant = context.assistant
         self._store = context.store
         self._entries = _Entries(context.store)
         self._dispatcher = context.dispatcher
@@ -32,6 +45,11 @@ class QueueRoutes:
     def routes(self) -> list[web.RouteDef]:
         return table(
             [
+                ("GET", "/object_info", self._definitions),
+                ("GET", "/object_info/{node}", self._definitions),
+                ("GET", "/prompt", self._queue_info),
+                ("POST", "/prompt", self._queue_prompt),
+                ("POST", "/workflow/convert", self._convert),
                 ("GET", "/queue", self._queue),
                 ("POST", "/queue", self._change_queue),
                 ("GET", "/history", self._history),
@@ -45,6 +63,81 @@ class QueueRoutes:
                 ("POST", "/free", self._free),
             ]
         )
+
+    async def _definitions(self, request: web.Request) -> web.Response:
+        node = request.match_info.get("node")
+        text = await self._assistant.ask("object_info", **({"node": node} if node else {}))
+        return web.Response(body=text, content_type="application/json")
+
+    async def _queue_info(self, request: web.Request) -> web.Response:
+        return web.json_response(queue_info(self._store.queue_counts()))
+
+    async def _convert(self, request: web.Request) -> web.Response:
+        workflow = await read_json(request, kind=dict)
+        inner = workflow.get("workflow")
+        return web.json_response(await self._prompt_of(inner if isinstance(inner, dict) else workflow))
+
+    async def _queue_prompt(self, request: web.Request) -> web.Response:
+        from lorasmith.workflow.editor_graph import is_editor_format  # imported late, to start fast
+
+        body = await read_json(request, kind=dict)
+        fault = _fault_of(body)
+        if fault is not None:
+            return _refusal(fault)
+        prompt, workflow = body.get("prompt"), body.get("workflow")
+        if is_editor_format(prompt):
+            prompt, workflow = None, prompt
+        if prompt is None:
+            try:
+                prompt = await self._prompt_of(workflow)
+            except RefusedError as error:
+                return _refusal(error_entry("invalid_prompt", error.message))
+        targets = body.get("partial_execution_targets")
+        arguments = {} if targets is None else {"targets": [str(one) for one in targets]}
+        found = await self._assistant.ask("check_prompt", prompt=prompt, **arguments)
+        if found["error"] is not None:
+            return _refusal(found["error"], found["node_errors"])
+        return await self._submit(body, prompt, workflow, found)
+
+    async def _submit(
+        self, body: Mapping[str, Any], prompt: dict[str, Any], workflow: Any, found: Mapping[str, Any]
+    ) -> web.Response:
+        extra = dict(body.get("extra_data") or {})
+        for name in _SECRETS:
+            extra.pop(name, None)
+        client = body.get("client_id")
+        if client is not None:
+            extra["client_id"] = client = str(client)
+        pictures = extra.get("extra_pnginfo")
+        if workflow is not None:
+            pictures = extra["extra_pnginfo"] = {"workflow": workflow, **(pictures or {})}
+        request = {
+            "prompt": prompt,
+            "extra_data": extra,
+            "targets": body.get("partial_execution_targets"),
+            "outputs_to_execute": found["outputs"],
+            "workflow": pictures.get("workflow") if isinstance(pictures, dict) else None,
+        }
+        number = body.get("number")
+        try:
+            job = self._dispatcher.submit(
+                "graph",
+                request,
+                id=body.get("prompt_id"),
+                client_id=client,
+                front=bool(body.get("front", False)),
+                number=None if number is None else float(number),
+            )
+        except QueueFullError as error:
+            return _refusal(error_entry("queue_full", str(error)), status=429)
+        except DuplicateJobError as error:
+            return _refusal(error_entry("invalid_prompt_id", str(error)))
+        answer = {"prompt_id": job.id, "number": job.number, "node_errors": found["node_errors"]}
+        return web.json_response(answer)
+
+    async def _prompt_of(self, workflow: Any) -> dict[str, Any]:
+        found = await self._assistant.ask("prompt_of_workflow", workflow=workflow)
+        return dict(found)
 
     async def _queue(self, request: web.Request) -> web.StreamResponse:
         running, pending = (self._entries.texts(self._store.lines([state])) for state in ("running", "pending"))
@@ -150,6 +243,50 @@ class QueueRoutes:
     def _cancel(self, id: str) -> bool:
         job = self._store.find(id)
         return job is not None and job.state in ("pending", "running") and self._dispatcher.cancel(id)
+
+
+def _fault_of(body: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The error of a malformed request; the prompt itself is checked later."""
+    prompt, workflow, id, number = (body.get(key) for key in ("prompt", "workflow", "prompt_id", "number"))
+    if not isinstance(prompt, dict) and (prompt is not None or not isinstance(workflow, dict)):
+        return error_entry("no_prompt", "a request must have a prompt, an object of nodes; add one")
+    if id is not None and not _is_uuid(id):
+        message = "prompt_id must be a UUID in lower case with hyphens; leave it out for a new one"
+        return error_entry("invalid_prompt_id", message)
+    if number is not None and (isinstance(number, bool) or not isinstance(number, (int, float))):
+        return error_entry("invalid_prompt", "number must be a number; leave it out for the next one")
+    targets = body.get("partial_execution_targets")
+    if targets is not None and not (isinstance(targets, list) and all(isinstance(one, (str, int)) for one in targets)):
+        return error_entry("invalid_prompt", "partial_execution_targets must be a list of ids of nodes")
+    extra = body.get("extra_data")
+    if extra is not None and not isinstance(extra, dict):
+        return error_entry("invalid_prompt", "extra_data must be an object; leave it out")
+    if extra and extra.get("extra_pnginfo") is not None and not isinstance(extra["extra_pnginfo"], dict):
+        return error_entry("invalid_prompt", "extra_pnginfo must be an object; leave it out")
+    return None
+
+
+def _is_uuid(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and len(value) == _UUID_LENGTH and str(uuid.UUID(value)) == value
+    except ValueError:
+        return False
+
+
+def _refusal(
+    error: Mapping[str, Any], node_errors: Mapping[str, Any] | None = None, *, status: int = 400
+) -> web.Response:
+    return web.json_response({"error": error, "node_errors": node_errors or {}}, status=status)
+
+
+_UUID_LENGTH = 36
+_SECRETS = ("auth_token_comfy_org", "api_key_comfy_org")
+"""Keys of other services, which the editor sends; they are not stored."""
+
+
+def queue_info(counts: Mapping[str, int]) -> dict[str, Any]:
+    """The queue's state in `/prompt` and `status`, from the numbers of running and pending jobs."""
+    return {"exec_info": {"queue_remaining": sum(counts.values())}}
 
 
 def _separated(texts: Iterable[str]) -> Iterator[str]:

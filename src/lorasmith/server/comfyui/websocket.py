@@ -16,16 +16,16 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import aiohttp
 from aiohttp import web
 
 from lorasmith.core.foreign_json import parse_foreign_json
-from lorasmith.server.comfyui.queue_routes import ending_message, milliseconds
+from lorasmith.server.comfyui.queue_routes import ending_message, milliseconds, queue_info
 from lorasmith.server.hub import Notice, SentViews, Subscription
 from lorasmith.server.jobs import ENDED, Job, StoreError, UnknownJobError
-from lorasmith.server.request_handling import ServerContext
+from lorasmith.server.request_handling import MAX_UPLOAD_BYTES, ServerContext
 
 MOST_SOCKETS = 128  # connections at once: fewer than one address may have, so that requests remain possible
 _MOST_MESSAGE = 2**16
@@ -33,21 +33,21 @@ _HEARTBEAT_S = 30.0
 _SEND_TIMEOUT_S = 30.0
 _CLOSE_TIMEOUT_S = 1.0
 
-FEATURES: dict[str, Any] = {"supports_preview_metadata": True, "node_replacements": False, "assets": False}
-"""Feature flags, by the protocol's names."""
-
-
-def features(max_upload_bytes: int) -> dict[str, Any]:
-    """The feature flags of this server."""
-    return FEATURES | {"max_upload_size": max_upload_bytes, "extension": {}}
+FEATURES = {
+    "supports_preview_metadata": True,
+    "node_replacements": False,
+    "assets": False,
+    "max_upload_size": MAX_UPLOAD_BYTES,
+    "extension": {},
+}
+"""Feature flags of this server, by the protocol's names."""
 
 
 class Sockets:
     """All connections, and the progress of jobs for clients that connect later."""
 
-    def __init__(self, context: ServerContext, flags: dict[str, Any]) -> None:
+    def __init__(self, context: ServerContext) -> None:
         self._context = context
-        self._flags = flags
         self._progress = Progress()
         self._connections: dict[str, _Connection] = {}
         # `_observe` runs while a notice is published, before connections read it; this subscription stays empty.
@@ -75,15 +75,10 @@ class Sockets:
                     await sending
         return socket
 
-    def subscribe_to_log(self, client_id: str, enabled: bool) -> bool:
-        """Start or stop sending the log's lines to a client; returns whether it is connected."""
-        connection = self._connections.get(client_id)
-        if connection is not None:
+    def subscribe_to_log(self, client_id: str, enabled: bool) -> None:
+        """Start or stop sending the log's lines to a client, if it is connected."""
+        if (connection := self._connections.get(client_id)) is not None:
             connection.client.reads_log = enabled
-        return connection is not None
-
-    def __len__(self) -> int:
-        return len(self._connections)
 
     def _observe(self, notice: Notice) -> bool:
         self._progress.observe(notice)
@@ -110,7 +105,7 @@ class Sockets:
                 flags = value.get("data")
                 connection.client.flags = flags if isinstance(flags, dict) else {}
                 with contextlib.suppress(ConnectionError, TimeoutError):
-                    await _send(connection.socket, message("feature_flags", self._flags))
+                    await _send(connection.socket, message("feature_flags", FEATURES))
 
     async def _send_all(self, connection: _Connection) -> None:
         """Send the current state, then every notice."""
@@ -129,16 +124,13 @@ class Sockets:
                 connection.transport.abort()
 
     def _greeting(self, client: Client) -> Iterator[Frame]:
-        yield message("status", {"status": self.queue_info(), "sid": client.id})
+        yield message("status", {"status": queue_info(self._context.store.queue_counts()), "sid": client.id})
         for job in self._context.store.running():
             running = self._progress.of(job.id).running
             if job.client_id == client.id and running is not None:
                 yield message("executing", {"node": running, "display_node": running, "prompt_id": job.id})
             for view in self._context.hub.views(job.id):
                 yield from frames_of(view, client, self._progress)
-
-    def queue_info(self) -> dict[str, Any]:
-        return queue_info(self._context.store.queue_counts())
 
     def _frames(self, notice: Notice, client: Client) -> Iterator[Frame]:
         if notice.kind != "job":
@@ -150,22 +142,15 @@ class Sockets:
                 return  # removed meanwhile
             yield from ending_frames(job, client)
             if job.client_id == client.id:
-                yield message("status", {"status": self.queue_info()})
+                yield message("status", {"status": queue_info(self._context.store.queue_counts())})
             yield from final_frames(job, client)
 
 
-class _Connection:
-    def __init__(
-        self,
-        socket: web.WebSocketResponse,
-        client: Client,
-        subscription: Subscription,
-        transport: asyncio.Transport | None,
-    ) -> None:
-        self.socket = socket
-        self.client = client
-        self.subscription = subscription
-        self.transport = transport
+class _Connection(NamedTuple):
+    socket: web.WebSocketResponse
+    client: Client
+    subscription: Subscription
+    transport: asyncio.Transport | None
 
 
 def _concerns(notice: Notice, client: Client) -> bool:
@@ -264,11 +249,6 @@ def log_entry(line: Mapping[str, Any]) -> dict[str, Any]:
 def message(kind: str, data: Mapping[str, Any]) -> str:
     """A message as JSON text."""
     return json.dumps({"type": kind, "data": data})
-
-
-def queue_info(counts: Mapping[str, int]) -> dict[str, Any]:
-    """The queue's state in `/prompt` and `status`, from the numbers of running and pending jobs."""
-    return {"exec_info": {"queue_remaining": sum(counts.values())}}
 
 
 def frames_of(notice: Notice, client: Client, progress: Progress) -> Iterator[Frame]:

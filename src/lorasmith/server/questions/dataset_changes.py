@@ -24,7 +24,7 @@ from lorasmith.server.questions.dataset_questions import (
     picture_of,
     pictures_in,
 )
-from lorasmith.server.questions.question_registry import shaped
+from lorasmith.server.questions.question_registry import question
 from lorasmith.server.server_disk import disk_space, keep_captions, set_aside
 
 MOST_IMAGES = 2000  # in a dataset filled by the page
@@ -52,13 +52,13 @@ class StaleCaptionError(OptionError):
         self.details = details
 
 
-@shaped
+@question
 def check_changes(folders: Folders, name: str) -> bool:
     """True if a dataset may be changed. Raises UnknownFileError and OutputError, as `dataset_folder`."""
     return dataset_folder(folders, name, to_change=True).is_dir()
 
 
-@shaped
+@question
 def create_dataset(folders: Folders, name: str) -> DatasetRow:
     """Create a dataset; its name must be a portable folder name. Raises OptionError if it is taken."""
     if not name.strip():
@@ -72,13 +72,13 @@ def create_dataset(folders: Folders, name: str) -> DatasetRow:
     return DatasetRow(name=folder.name, images=0, captions=0, modified=folder.stat().st_mtime, cover=None)
 
 
-@shaped
+@question
 def remove_dataset(folders: Folders, name: str) -> RemovedAnswer:
     """Move a dataset to the removed files. Raises UnknownFileError, OutputError."""
     return _removed(folders, [dataset_folder(folders, name, to_change=True)], name)
 
 
-@shaped
+@question
 def add_image(folders: Folders, name: str, *, file: str, temporary: str) -> dict[str, str]:
     """Move an uploaded picture from `temporary` into a dataset, renamed if its name is taken. Returns `added` with its
     name, or `skipped` with the reason, and for a duplicate `same`, the existing picture. Raises UnknownFileError and
@@ -110,7 +110,7 @@ def add_image(folders: Folders, name: str, *, file: str, temporary: str) -> dict
     return {"added": target.name}
 
 
-@shaped
+@question
 def add_caption(folders: Folders, name: str, *, file: str, temporary: str, image: str = "") -> dict[str, str]:
     """Keep an uploaded text as the caption of `image`, or of the picture with the stem of `file`. Returns `added` with
     the name of the caption file, or `skipped` with the reason. Raises UnknownFileError and OutputError.
@@ -137,7 +137,7 @@ def add_caption(folders: Folders, name: str, *, file: str, temporary: str, image
         return {"added": target.name}
 
 
-@shaped
+@question
 def remove_image(folders: Folders, name: str, file: str) -> RemovedAnswer:
     """Move a picture, its caption and its mask to the removed files. Raises UnknownFileError and OutputError."""
     folder = dataset_folder(folders, name, to_change=True)
@@ -149,7 +149,7 @@ def remove_image(folders: Folders, name: str, file: str) -> RemovedAnswer:
         return _removed(folders, [path, *(one for one in beside if is_regular(one))], name)
 
 
-@shaped
+@question
 def set_captions(folders: Folders, name: str, captions: Mapping[str, CaptionEdit]) -> Changed:
     """Write captions by picture, all or none; an empty string deletes the caption. Replaced captions are kept. Raises
     UnknownFileError, OptionError for a long caption, StaleCaptionError and OutputError.

@@ -40,13 +40,13 @@ from lorasmith.server.api_shapes import (
     Severity,
     SkippedFile,
 )
-from lorasmith.server.questions.question_registry import shaped
+from lorasmith.server.questions.question_registry import question
 from lorasmith.training.config import TrainConfig, settings_from_file
 
 MOST_THUMBNAIL = 2048  # pixels of the longest edge
 
 
-@shaped
+@question
 def datasets(folders: Folders) -> DatasetList:
     """All datasets by name: folders with pictures, and empty ones."""
     rows = {}
@@ -57,7 +57,7 @@ def datasets(folders: Folders) -> DatasetList:
     return DatasetList(datasets=tuple(sorted(rows.values(), key=lambda row: (row.builtin, row.name.casefold()))))
 
 
-@shaped
+@question
 def dataset(folders: Folders, name: str) -> DatasetAnswer:
     """The pictures of a dataset with their captions, in natural order. Raises UnknownFileError."""
     folder = dataset_folder(folders, name)
@@ -72,7 +72,7 @@ def dataset(folders: Folders, name: str) -> DatasetAnswer:
     )
 
 
-@shaped
+@question
 def thumbnail(folders: Folders, name: str, file: str, width: int = 256) -> bytes:
     """A picture as WebP, upright, its longest edge at most `width` pixels. Raises UnknownFileError and ImageError."""
     path = picture_of(dataset_folder(folders, name), file)
@@ -81,7 +81,7 @@ def thumbnail(folders: Folders, name: str, file: str, width: int = 256) -> bytes
     return buffer.getvalue()
 
 
-@shaped
+@question
 def picture_file(folders: Folders, name: str, file: str) -> str:
     """The path of a picture. Raises UnknownFileError."""
     return str(picture_of(dataset_folder(folders, name), file).resolve())
@@ -264,7 +264,7 @@ _REMEDIES: dict[FindingKind, str] = {  # where the command line's remedy names a
 }
 
 
-@shaped
+@question
 def check_dataset(
     folders: Folders,
     name: str,

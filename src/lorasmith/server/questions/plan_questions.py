@@ -24,9 +24,9 @@ from lorasmith.families.locating import BUILT_IN, ModelFiles, built_in_models
 from lorasmith.families.model_search import ENCODER_FOLDERS, MODEL_FOLDERS, VAE_FOLDERS, in_folders
 from lorasmith.runs.memory_estimate import MemoryEstimate, estimate_memory
 from lorasmith.runs.model_list import ListedFile, ListedModel, ModelList, list_models
-from lorasmith.server.api_shapes import MissingPart, ModelListAnswer, ModelRow, OtherFile, PlanAnswer
+from lorasmith.server.api_shapes import JobBody, MissingPart, ModelListAnswer, ModelRow, OtherFile, PlanAnswer, PlanBody
 from lorasmith.server.questions.dataset_questions import dataset_folder, split_settings
-from lorasmith.server.questions.question_registry import question, shaped
+from lorasmith.server.questions.question_registry import question
 from lorasmith.training.config import NONE_LORA, TrainConfig, lora_settings
 from lorasmith.training.storage.records import check_title
 
@@ -34,23 +34,14 @@ _ENDLESS = 2**50
 _FEW, _MANY_EPOCHS = 5, 300
 
 
-@shaped
-def plan(
-    folders: Folders,
-    *,
-    model: str,
-    dataset: str | None = None,
-    folder: str | None = None,
-    trigger: str = "",
-    settings: Mapping[str, Any] | None = None,
-    card_bytes: int | None = None,
-) -> PlanAnswer:
-    """The plan of a run on a `dataset` or a `folder`, without loading weights. `card_bytes` is the device's memory,
-    None if unknown. Raises UnknownFileError, and LorasmithErrors for images, model or settings.
+@question
+def plan(folders: Folders, wanted: PlanBody, *, card_bytes: int | None = None) -> PlanAnswer:
+    """The plan of a run, without loading weights. `card_bytes` is the device's memory, None if unknown. Raises
+    UnknownFileError, and LorasmithErrors for images, model or settings.
     """
-    images = _images_folder(folders, dataset, folder)
-    data, config = checked_settings(folders, settings or {}, trigger)
-    files = ModelFiles(known_model(folders, model))
+    images = _images_folder(folders, wanted)
+    data, config = _checked_settings(folders, wanted.settings, wanted.trigger)
+    files = ModelFiles(known_model(folders, wanted.model))
     scanned = _scanned(str(images), repr(fingerprint(images)), data.recursive, data.follow_links)
     batch = config.samples_per_step
     epoch = epoch_of(scanned, batch, config.validation_share)
@@ -71,23 +62,14 @@ def plan(
     )
 
 
-@shaped
-def train_request(
-    folders: Folders,
-    *,
-    model: str,
-    dataset: str | None = None,
-    folder: str | None = None,
-    name: str = "",
-    trigger: str = "",
-    settings: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
+@question
+def train_request(folders: Folders, wanted: JobBody) -> dict[str, Any]:
     """The request of a training job: a `RunSpec` as JSON, with cheap checks only. Raises as `plan`."""
-    images = _images_folder(folders, dataset, folder)
-    checked_settings(folders, settings or {}, trigger)
-    title = safe_name(name.strip() or images.name)
+    images = _images_folder(folders, wanted)
+    _checked_settings(folders, wanted.settings, wanted.trigger)
+    title = safe_name(wanted.name.strip() or images.name)
     check_title(title)
-    chosen = {**(settings or {}), **({"trigger": trigger} if trigger else {})}
+    chosen = {**wanted.settings, **({"trigger": wanted.trigger} if wanted.trigger else {})}
     if folders.follow_links:
         chosen["follow_links"] = True
     for key in _loras_in(chosen):
@@ -95,17 +77,17 @@ def train_request(
     base = folders.base
     return {
         "sources": [{"path": images.relative_to(base).as_posix() if images.is_relative_to(base) else str(images)}],
-        "model": known_model(folders, model),
+        "model": known_model(folders, wanted.model),
         "name": title,
         "settings": {key: value for key, value in chosen.items() if value is not None},
     }
 
 
-@shaped
-def check_measurement(folders: Folders, *, model: str, settings: Mapping[str, Any] | None = None) -> dict[str, Any]:
+@question
+def check_measurement(folders: Folders, *, model: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """The request of a job that measures a training step. Raises as `plan`."""
-    checked_settings(folders, settings or {}, "")
-    return {"model": known_model(folders, model), "settings": dict(settings or {})}
+    _checked_settings(folders, settings)
+    return {"model": known_model(folders, model), "settings": settings}
 
 
 def check_steps(steps: int) -> None:
@@ -113,7 +95,9 @@ def check_steps(steps: int) -> None:
     options_of(TrainConfig)["steps"].check(steps)
 
 
-def checked_settings(folders: Folders, settings: Mapping[str, Any], trigger: str) -> tuple[DataConfig, TrainConfig]:
+def _checked_settings(
+    folders: Folders, settings: Mapping[str, Any], trigger: str = ""
+) -> tuple[DataConfig, TrainConfig]:
     """Data and training configs from the settings of a request. Raises OptionError if one is unknown, out of range, or
     not allowed in requests, and LoraError for an unknown LoRA.
     """
@@ -126,8 +110,9 @@ def _loras_in(settings: Mapping[str, Any]) -> list[str]:
     return [name for name in lora_settings() if settings.get(name) not in (None, NONE_LORA)]
 
 
-def _images_folder(folders: Folders, dataset: str | None, folder: str | None) -> Path:
+def _images_folder(folders: Folders, wanted: PlanBody) -> Path:
     """The folder of the images: a dataset, or any folder given by its path."""
+    dataset, folder = wanted.dataset, wanted.folder
     if (dataset is None) == (folder is None):
         raise OptionError("a run needs images, in a dataset or in a folder; name one of the two")
     if dataset is not None:
@@ -156,26 +141,13 @@ def _estimate(
     plain = replace(config, steps=500, seed=0, existing_lora=None, training_adapter=None, previews=None)
     path = Path(in_folders(files.model, folders, MODEL_FOLDERS))
     state = repr(fingerprint(path)) if path.exists() else ""
-    found = _estimated(_Named(folders), files, plain, resolution, state)
+    found = _estimated(_Hashable(folders), files, plain, resolution, state)
     return replace(found, card_bytes=card_bytes or _ENDLESS)  # only the proposal depends on it
-
-
-class _Named:
-    """Folders as a cache key, by their base."""
-
-    def __init__(self, folders: Folders) -> None:
-        self.folders = folders
-
-    def __hash__(self) -> int:
-        return hash(self.folders.base)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Named) and self.folders == other.folders
 
 
 @functools.lru_cache(maxsize=64)
 def _estimated(
-    folders: _Named, files: ModelFiles, config: TrainConfig, resolution: int | None, state: str
+    folders: _Hashable, files: ModelFiles, config: TrainConfig, resolution: int | None, state: str
 ) -> MemoryEstimate:
     return estimate_memory(files, config, card_bytes=_ENDLESS, resolution=resolution, folders=folders.folders)
 
@@ -212,7 +184,7 @@ def _said(value: object) -> str:
 _KINDS = (*MODEL_FOLDERS, *ENCODER_FOLDERS, *VAE_FOLDERS)
 
 
-@shaped
+@question
 def models(folders: Folders) -> ModelListAnswer:
     """The models in the model folders, built-in ones last, and the other files there."""
     found = _listed(folders)

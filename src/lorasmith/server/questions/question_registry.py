@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import inspect
 import pkgutil
 import typing
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, is_dataclass
 from typing import Any, TypeVar
+
+import msgspec
 
 from lorasmith.core.errors import OptionError
 from lorasmith.core.folders import Folders
@@ -21,7 +21,7 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 QUESTIONS: Registry[Callable[..., Any]] = Registry("question")
 """The functions by name. Each takes `Folders`, then keyword arguments of the types of `core.typed_json`, and returns a
-JSON value or bytes. Its LorasmithErrors reach the server, with their `findings` or `details`.
+type of the API, a JSON value or bytes. Its LorasmithErrors reach the server, with their `findings` or `details`.
 """
 
 
@@ -42,7 +42,9 @@ def load_questions() -> Registry[Callable[..., Any]]:
 
 
 def answer(name: str, arguments: Mapping[str, Any], folders: Folders) -> Any:
-    """Call a question with JSON arguments. Raises OptionError for a bad argument, and as the function."""
+    """The answer to a question: JSON values with finite numbers, or bytes. Raises OptionError for a bad argument, and
+    as the function.
+    """
     function = QUESTIONS[name]
     hints = typing.get_type_hints(function)
     _, *parameters = inspect.signature(function).parameters.values()
@@ -56,22 +58,5 @@ def answer(name: str, arguments: Mapping[str, Any], folders: Folders) -> Any:
         given = {key: typed(value, hints.get(key, Any), key) for key, value in arguments.items()}
     except ValueError as error:
         raise OptionError(f"{error}; correct it") from error
-    return function(folders, **given)
-
-
-def shaped(function: _F) -> _F:
-    """Decorator: registers a function as a question, its result converted by `plain`."""
-
-    @functools.wraps(function)
-    def asked(*args: Any, **kwargs: Any) -> Any:
-        return plain(function(*args, **kwargs))
-
-    QUESTIONS.register(function.__name__)(asked)
-    return function
-
-
-def plain(value: Any) -> Any:
-    """A type of the API as JSON values with finite numbers; bytes are unchanged."""
-    if isinstance(value, bytes):
-        return value
-    return finite(asdict(value) if is_dataclass(value) and not isinstance(value, type) else value)
+    found = function(folders, **given)
+    return found if isinstance(found, bytes) else finite(msgspec.to_builtins(found))

@@ -9,7 +9,7 @@ import os
 import shutil
 import threading
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from lorasmith.runs.run_page import is_own, lora_of_run
 from lorasmith.runs.spec import SETTINGS, RunSpec
 from lorasmith.server.api_shapes import InstalledLora
 from lorasmith.server.questions.plan_questions import check_steps
-from lorasmith.server.questions.question_registry import shaped
+from lorasmith.server.questions.question_registry import question
 from lorasmith.server.questions.run_questions import digest_of, is_trainable_on, run_folder_of, saves_of
 from lorasmith.server.server_disk import disk_space
 from lorasmith.training.config import NONE_LORA, TrainConfig, lora_settings
@@ -37,7 +37,7 @@ from lorasmith.training.storage.run_folder import RunFolder
 _INSTALLING = threading.Lock()  # held while a free name is found and used
 
 
-@shaped
+@question
 def install_run(folders: Folders, id: str, *, step: int | None = None, name: str = "") -> InstalledLora:
     """Copy a LoRA of a run, saved at `step` (None: the final one), into `models/loras`, where other programs find it;
     existing files are not replaced. Raises UnknownFileError, OptionError if there is no such LoRA, and OutputError.
@@ -63,11 +63,11 @@ def install_run(folders: Folders, id: str, *, step: int | None = None, name: str
     return InstalledLora(installed=copy.name)
 
 
-@shaped
-def train_on_request(folders: Folders, id: str, *, steps: int) -> dict[str, Any]:
-    """The request of a job that continues a complete run up to `steps` steps in total: a `RunSpec` as JSON. The run's
-    record is untrusted: it may name only files below the base folder and in the model folders. Raises UnknownFileError,
-    and OptionError if the run is incomplete or cannot be continued here.
+@question
+def train_on_request(folders: Folders, id: str, *, steps: int) -> RunSpec:
+    """The request of a job that continues a complete run up to `steps` steps in total. The run's record is untrusted:
+    it may name only files below the base folder and in the model folders. Raises UnknownFileError, and OptionError if
+    the run is incomplete or cannot be continued here.
     """
     check_steps(steps)
     folder = run_folder_of(folders, id)
@@ -97,10 +97,10 @@ def train_on_request(folders: Folders, id: str, *, steps: int) -> dict[str, Any]
     state = RunFolder(folder).states().paths()[0].resolve()
     settings = {**changed(spec.data), **changed(spec.config), "steps": steps, "existing_state": str(state)}
     settings |= {"follow_links": True} if folders.follow_links else {}
-    return asdict(replace(spec, settings=settings))
+    return replace(spec, settings=settings)
 
 
-@shaped
+@question
 def run_graph(folders: Folders, id: str) -> dict[str, Any]:
     """`prompt`: the equivalent graph in API format; `notes`: differences. Raises UnknownFileError, OptionError."""
     prompt, notes = graph_of_run(read_record(run_folder_of(folders, id)), folders)

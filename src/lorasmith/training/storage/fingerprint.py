@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -41,14 +41,14 @@ if TYPE_CHECKING:
 class Fingerprint(TypedDict, total=False):
     """What a run's numbers depend on."""
 
-    config: dict[str, Scalar]  # settings that affect numbers
-    base: dict[str, str]  # digest of sampled values, by part of the base model
-    files: dict[str, str]  # SHA-256 of the whole files of the base model, by part, if asked for
-    patches: str  # digest of LoRAs on the base model
-    data: str  # digests of samples
-    held_out: str
-    initial: str  # digest of initial weights
-    noising: list[str]  # parameterization and digest of the schedule, where they are not the model's own
+    config: Annotated[dict[str, Scalar], "settings that affect numbers"]
+    base: Annotated[dict[str, str], "digest of sampled values, by part of the base model"]
+    files: Annotated[dict[str, str], "SHA-256 of the whole files of the base model, by part, if asked for"]
+    patches: Annotated[str, "digests of LoRAs on the base model, samples and initial weights"]
+    data: Annotated[str, "digests of LoRAs on the base model, samples and initial weights"]
+    held_out: Annotated[str, "digests of LoRAs on the base model, samples and initial weights"]
+    initial: Annotated[str, "digests of LoRAs on the base model, samples and initial weights"]
+    noising: Annotated[list[str], "parameterization and digest of the schedule, where they are not the model's own"]
 
 
 # Initial weights and patches cover the files; compiling affects the last bits only, like the environment.

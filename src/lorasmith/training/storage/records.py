@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from torch import nn
 
@@ -24,15 +24,7 @@ from lorasmith.core.folders import MAX_STEM_BYTES, RUN_LOG, RUN_RECORD, file_ste
 from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.core.typed_json import Scalar, typed
 from lorasmith.data.dataset import Split
-from lorasmith.training.events import (
-    MOST_LINE_BYTES,
-    Event,
-    Outcome,
-    RunFinished,
-    RunStarted,
-    StepDone,
-    decoded,
-)
+from lorasmith.training.events import MOST_LINE_BYTES, Event, Outcome, RunFinished, RunStarted, StepDone, decoded
 from lorasmith.training.job import Job
 from lorasmith.training.storage.fingerprint import Fingerprint, environment, file_digests, fingerprint
 
@@ -52,10 +44,10 @@ RECORD_VERSION = 1
 class ModelRecord:
     """The base model of a run."""
 
-    name: str = ""
-    path: str | None = None  # where it was, None for a model made in memory
-    family: str = ""
-    files: dict[str, str] = field(default_factory=dict)  # where its parts were, by component
+    name: Annotated[str, "its title"] = ""
+    path: Annotated[str | None, "where it was, None for a model made in memory"] = None
+    family: Annotated[str, "its architecture"] = ""
+    files: Annotated[dict[str, str], "where its parts were, by component"] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,28 +61,26 @@ class SampleRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """The record of a run. Fields that another version did not write have their defaults.
+    """The record of a run. Fields that another version did not write have their defaults."""
 
-    Raises:
-        ValueError: the version is a later one, the title is no file name, or the number of steps is out of range.
-    """
-
-    version: int = RECORD_VERSION  # of this format, raised when an older reader would misunderstand it; 1 if missing
-    title: str = ""  # name of the LoRA and its file
-    # JSON values from which a door can repeat the run, with the name of its command
-    source: dict[str, Any] = field(default_factory=dict)
-    model: ModelRecord = field(default_factory=ModelRecord)
-    config: dict[str, Scalar] = field(default_factory=dict)  # settings, all resolved
-    asked: dict[str, Scalar] = field(default_factory=dict)  # settings as requested, some of them open
-    steps_before: int = 0  # steps of the LoRA that was continued
-    samples: tuple[SampleRecord, ...] = ()
-    data: dict[str, Any] = field(default_factory=dict)  # facts on the images, for readers
-    # number of trained parameters by module path
-    adapters: dict[str, int] = field(default_factory=dict)
-    differences: dict[str, int] = field(default_factory=dict)
-    fingerprint: Fingerprint = field(default_factory=Fingerprint)
-    environment: dict[str, Any] = field(default_factory=dict)  # the first one that it was trained in
-    environments: tuple[dict[str, Any], ...] = ()  # all of them, if they are several
+    version: Annotated[int, "of this format, raised when an older reader would misunderstand it; 1 if missing"] = (
+        RECORD_VERSION
+    )
+    title: Annotated[str, "name of the LoRA and its file"] = ""
+    source: Annotated[
+        dict[str, Any], "JSON values from which a door can repeat the run, with the name of its command"
+    ] = field(default_factory=dict)
+    model: Annotated[ModelRecord, "the base model"] = field(default_factory=ModelRecord)
+    config: Annotated[dict[str, Scalar], "settings, all resolved"] = field(default_factory=dict)
+    asked: Annotated[dict[str, Scalar], "settings as requested, some of them open"] = field(default_factory=dict)
+    steps_before: Annotated[int, "steps of the LoRA that was continued"] = 0
+    samples: Annotated[tuple[SampleRecord, ...], "the training samples"] = ()
+    data: Annotated[dict[str, Any], "facts on the images, for readers"] = field(default_factory=dict)
+    adapters: Annotated[dict[str, int], "number of trained parameters by module path"] = field(default_factory=dict)
+    differences: Annotated[dict[str, int], "number of trained parameters by module path"] = field(default_factory=dict)
+    fingerprint: Annotated[Fingerprint, "of the run"] = field(default_factory=Fingerprint)
+    environment: Annotated[dict[str, Any], "the first one that it was trained in"] = field(default_factory=dict)
+    environments: Annotated[tuple[dict[str, Any], ...], "all of them, if they are several"] = ()
 
     def __post_init__(self) -> None:
         if not 1 <= self.version <= RECORD_VERSION:
@@ -118,7 +108,10 @@ class RunRecord:
 
 def parsed_record(text: str | bytes) -> RunRecord:
     """The record in `run.json` or in a LoRA. Raises ValueError with a clause that says what is wrong and where."""
-    return typed(parse_foreign_json(text), RunRecord)
+    found = parse_foreign_json(text)
+    record = typed(found, RunRecord)
+    # Parts that only a later version's fingerprint has are kept: they are differences, too.
+    return replace(record, fingerprint=found.get("fingerprint", {}))
 
 
 def run_record(
