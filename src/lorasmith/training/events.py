@@ -7,11 +7,30 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Annotated, Any
 
 from lorasmith.core.choices import Activations
 from lorasmith.core.printable import printable
 from lorasmith.core.typed_json import typed
+
+
+class Outcome(StrEnum):
+    """Why a run ended; values are those in files."""
+
+    FINISHED = "finished"
+    """All steps were taken."""
+    STOPPED = "stopped"
+    """Early stopping: no improvement for `patience` validations."""
+    CANCELLED = "cancelled"
+    """The user ended it."""
+    FAILED = "failed"
+    """An error ended it."""
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the run is complete and cannot be resumed."""
+        return self in (Outcome.FINISHED, Outcome.STOPPED)
 
 
 @dataclass(frozen=True, kw_only=True)

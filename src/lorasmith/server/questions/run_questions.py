@@ -12,58 +12,43 @@ import functools
 import math
 import os
 import re
-from collections.abc import Iterator
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-from typing import cast
+from typing import Any, cast
 
 from lorasmith.core.errors import LorasmithError
 from lorasmith.core.files import is_regular
-from lorasmith.core.folders import ASSETS
-from lorasmith.core.folders import Folders
+from lorasmith.core.folders import ASSETS, Folders
 from lorasmith.core.options import options_of
 from lorasmith.formats.container import check_safetensors
-from lorasmith.formats.metadata import sha256_file
-from lorasmith.formats.metadata import steps_of
+from lorasmith.formats.metadata import sha256_file, steps_of
 from lorasmith.report.pictures import thinned
-from lorasmith.report.run_report import UNJUDGED
-from lorasmith.report.run_report import RunReport
-from lorasmith.report.run_report import run_report
+from lorasmith.report.run_report import UNJUDGED, RunReport, run_report
 from lorasmith.runs.drawing import EXPERTS
-from lorasmith.runs.run_images import images_in
-from lorasmith.runs.run_images import left_out_in
-from lorasmith.runs.run_images import thumbnail_of
-from lorasmith.runs.run_page import is_own
-from lorasmith.runs.run_page import lora_of_run
-from lorasmith.runs.run_page import report_of
+from lorasmith.runs.run_images import images_in, left_out_in, thumbnail_of
+from lorasmith.runs.run_page import is_own, lora_of_run, report_of
 from lorasmith.runs.spec import RunSpec
-from lorasmith.runs.view import RunView
-from lorasmith.runs.view import preview_file
-from lorasmith.server.api_shapes import LoraFacts
-from lorasmith.server.api_shapes import PreviewFacts
-from lorasmith.server.api_shapes import RunAnswer
-from lorasmith.server.api_shapes import RunList
-from lorasmith.server.api_shapes import RunNote
-from lorasmith.server.api_shapes import RunPhase
-from lorasmith.server.api_shapes import RunPicture
-from lorasmith.server.api_shapes import RunRow
-from lorasmith.server.api_shapes import RunSetting
-from lorasmith.server.api_shapes import SavedLora
-from lorasmith.server.api_shapes import SkippedFile
-from lorasmith.server.api_shapes import ValidationFacts
+from lorasmith.runs.view import RunView, preview_file
+from lorasmith.server.api_shapes import (
+    LoraFacts,
+    PreviewFacts,
+    RunAnswer,
+    RunList,
+    RunNote,
+    RunPhase,
+    RunPicture,
+    RunRow,
+    RunSetting,
+    SavedLora,
+    SkippedFile,
+    ValidationFacts,
+)
 from lorasmith.server.log_tail import view_of_log
-from lorasmith.server.questions.dataset_questions import UnknownFileError
-from lorasmith.server.questions.dataset_questions import is_name
+from lorasmith.server.questions.dataset_questions import UnknownFileError, is_name
 from lorasmith.server.questions.question_registry import question
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import RunStarted
-from lorasmith.training.storage.records import EVENTS
-from lorasmith.training.storage.records import RECORD
-from lorasmith.training.storage.records import RunHistory
-from lorasmith.training.storage.records import RunRecord
-from lorasmith.training.storage.records import read_history
+from lorasmith.training.storage.records import EVENTS, RECORD, RunHistory, RunRecord, read_history
 from lorasmith.training.storage.run_folder import RunFolder
 
 _POINTS, _FILES = 2000, 2000
@@ -109,13 +94,8 @@ def run(folders: Folders, id: str, *, jobs: Mapping[str, str] | None = None) -> 
             )
             for one in view.validations
         ),
-<<<<<<< ours
-        base_loss=None if report.curves.base_loss is None else _finite(report.curves.base_loss),
-        previews=tuple(_previews(folder, view)),
-=======
         base_loss=report.curves.base_loss,
-        previews=tuple(_previews(history)),
->>>>>>> theirs
+        previews=tuple(_previews(folder, view)),
         images=tuple(_pictures(history, report)),
         left_out=tuple(SkippedFile(file=one.name, reason=one.reason) for one in left_out_in(record.data)),
         lora=_lora(folders, history),
@@ -124,13 +104,8 @@ def run(folders: Folders, id: str, *, jobs: Mapping[str, str] | None = None) -> 
         verdict=report.verdict,
         facts=dict(report.facts),
         sentences=tuple(filter(None, (report.verdict, report.summary))),
-<<<<<<< ours
         notes=tuple(RunNote(kind=kind, message=text, step=step) for kind, text, step in report.notes),
-        use={name: (what, text) for name, (what, text) in report.programs.items()},
-=======
-        notes=tuple(RunNote(**vars(one)) for one in report.notes),
         use=dict(report.programs),
->>>>>>> theirs
         command=report.commands.get("Repeat the run", ""),
         commands=dict(report.commands),
         files=tuple(_files(folder)),
@@ -150,18 +125,11 @@ def run_file(folders: Folders, id: str, path: str) -> str:
     return str(found.resolve())
 
 
-<<<<<<< ours
-@shaped
+@question
 def run_view(folders: Folders, id: str, *, is_begun: bool = True) -> dict[str, Any]:
     """The `RunView` of a run's log, which need not exist yet; `is_begun` as in `run_folder_of`."""
     view = view_of_log(run_folder_of(folders, id, is_begun=is_begun).resolve() / EVENTS)
     return {**view.to_json(), "run": id}
-=======
-@question
-def run_log(folders: Folders, id: str, *, is_begun: bool = True) -> str:
-    """The path of a run's events, which need not exist yet; `is_begun` as in `run_folder_of`."""
-    return str(run_folder_of(folders, id, is_begun=is_begun).resolve() / EVENTS)
->>>>>>> theirs
 
 
 @question
@@ -199,17 +167,10 @@ def _facts(folder: str, record_stamp: tuple[int, int], events_stamp: tuple[int, 
         "steps": planned if isinstance(planned, int) else None,
         "model": record.model.name,
         "family": record.model.family,
-<<<<<<< ours
-        "loss": _finite(view.loss.mean),
+        "loss": view.loss.mean,
         "loss_label": view.loss.label,
         "held_out": None if view.best is None else view.best.loss,
         "covers": [*reversed(shots), f"{record.title}.png"],
-=======
-        "loss": recent.mean,
-        "loss_label": recent.label,
-        "held_out": min(held_out, default=None),
-        "covers": [*(path.as_posix() for path in reversed(shots)), f"{record.title}.png"],
->>>>>>> theirs
     }
 
 
