@@ -5,10 +5,10 @@ import time
 from pathlib import Path
 
 import pytest
+from lorasmith.runs.sweep_group import GroupProcess, grouped, train_group
 
 from lorasmith.runs import sweep_group
 from lorasmith.runs.sweep_file import Sweep, SweepRun, read_sweep
-from lorasmith.runs.sweep_group import GroupProcess, grouped, train_group
 from lorasmith.runs.sweep_run import RunEnd, end_of, log_of, sweep_folder
 from tests.runs.folder_cases import pictures
 from tests.runs.sweep_cases import sweep_of

@@ -7,7 +7,7 @@ import sys
 import threading
 from pathlib import Path
 
-from lorasmith.server.child_process import channel_of_child
+from lorasmith.runs.child_process import channel_of_child
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from lorasmith.runs.child_process import BlockingChannel
 from lorasmith.runs.run_plan import (
     ClassImageDrawn,
     EncodersHashed,
@@ -26,7 +27,6 @@ from lorasmith.runs.run_plan import (
     RunPlanned,
     captions_used,
 )
-from lorasmith.server.child_process import BlockingChannel
 from lorasmith.training.events import CaptionEncoded, Drawing, Event, StepDone, encoded
 
 
@@ -51,6 +51,9 @@ class JobReporter:
             self._run = run
             with contextlib.suppress(OSError):
                 self._channel.send({"type": "run", "run": run})
+
+    def event(self, event: Event) -> None:
+        self.training(event_json(event))
 
     def training(self, event: Mapping[str, Any]) -> None:
         if event["event"] == "RunStarted" and event["folder"]:

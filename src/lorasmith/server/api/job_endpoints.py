@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from lorasmith.core.errors import OptionError
 from lorasmith.core.registry import nearest
+from lorasmith.runs.queue import ACTIVE, ENDED, STATES, Job, JobState, JobStateError, measurement_subject
 from lorasmith.server.access import is_loopback
 from lorasmith.server.api.endpoint import Call, Endpoint, Query
 from lorasmith.server.api.event_streams import all_events, job_events
@@ -26,7 +27,6 @@ from lorasmith.server.api_shapes import (
     RemovedJob,
 )
 from lorasmith.server.contained_files import OutsideError, contained
-from lorasmith.server.jobs import ACTIVE, ENDED, STATES, Job, JobState, JobStateError, measurement_subject
 from lorasmith.server.request_handling import ServerContext
 
 _MOST_LISTED = 500

@@ -12,11 +12,11 @@ from typing import Any
 
 from aiohttp import web
 
+from lorasmith.runs.queue import DuplicateJobError, QueueFullError
 from lorasmith.server.assistant import RefusedError
 from lorasmith.server.comfyui.answers import read_json, table
 from lorasmith.server.comfyui.websocket import Sockets
 from lorasmith.server.job_reporter import error_entry
-from lorasmith.server.jobs import DuplicateJobError, QueueFullError
 from lorasmith.server.request_handling import ServerContext
 
 

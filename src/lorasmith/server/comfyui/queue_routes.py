@@ -16,8 +16,8 @@ from typing import Any
 from aiohttp import web
 
 from lorasmith.core.errors import OptionError
+from lorasmith.runs.queue import ENDED, Job, JobLine, JobState, JobStore
 from lorasmith.server.comfyui.answers import read_json, refused, table
-from lorasmith.server.jobs import ENDED, Job, JobLine, JobState, JobStore
 from lorasmith.server.request_handling import ServerContext, number_in, send_json_pieces
 
 
