@@ -190,7 +190,7 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep_launch.subprocess, "run", lambda *_, **__: pytest.fail("a name left for sbatch"))
     assert sweep.output is not None
     with pytest.raises(OptionError, match="must have no control characters"):
-        submit_to_slurm(sweep.runs, sweep.output, ["lorasmith"], [])
+        submit_to_slurm([1], sweep.output, ["lorasmith"], [])
 
 
 def report(tmp_path: Path) -> None:

@@ -309,7 +309,9 @@ def test_a_database_of_a_stranger_is_read_in_bounded_time(path: Path, script: st
         jobs_in(path)
 
 
-@pytest.mark.parametrize("column", ["request = '['", "varied = '[' || hex(zeroblob(100000))", "state = 'x'", "id = x'00'"])
+@pytest.mark.parametrize(
+    "column", ["request = '['", "varied = '[' || hex(zeroblob(100000))", "state = 'x'", "id = x'00'"]
+)
 def test_damaged_jobs_of_a_stranger_are_refused(path: Path, store: JobStore, column: str) -> None:
     store.add("train", {})
     store._database.execute(f"UPDATE jobs SET {column}")

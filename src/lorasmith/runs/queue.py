@@ -190,6 +190,7 @@ class JobStore:
     """
 
     def __init__(self, path: Path | None, *, most_pending: int = MOST_PENDING, most_ended: int = MOST_ENDED) -> None:
+        self.is_in_memory = path is None
         self._path = path or Path(":memory:")
         self._most_pending = most_pending
         self._most_ended = most_ended

@@ -142,9 +142,10 @@ class Supervisor:
 
     def lost(self, job: Job, why: str) -> None:
         """A job whose worker has ended."""
-        state = self._stops.pop(job.id, "interrupted")
+        stop = self._stops.pop(job.id, None)
         message = f"the worker ended while the job was running: {why}; continue the job, the log is {self._config.log}"
-        error = {"kind": WORKER_ENDED, "message": message} if state == "interrupted" else None
+        error = {"kind": WORKER_ENDED, "message": message} if stop is None else _error_of(stop)
+        state = stop or "interrupted"
         self._record(job, {"state": state, "error": error, **self._watcher.lost(job, error)}, None)
 
     def _end(self, job: Job, head: Mapping[str, Any]) -> None:
@@ -153,9 +154,7 @@ class Supervisor:
         error = head.get("error")
         if state == "cancelled":
             state = stop or "interrupted"  # not requested: the worker is stopping
-            error = None
-            if state == "interrupted":
-                error = {"kind": "Interrupted", "message": _STOPPED}
+            error = _error_of(state)
         if head.get("found") is not None:
             with self._reported():
                 self._queue.set_measurement(head["found"]["subject"], head["found"]["values"])
@@ -191,6 +190,10 @@ class Supervisor:
             yield
         except StoreError as error:
             self._watcher.trouble(error)
+
+
+def _error_of(stop: JobState) -> dict[str, str] | None:
+    return {"kind": "Interrupted", "message": _STOPPED} if stop == "interrupted" else None
 
 
 WorkerState: TypeAlias = Literal["starting", "waiting", "loading", "ready", "busy", "gone"]

@@ -51,7 +51,9 @@ _BETWEEN_LINES_S = 30.0
 
 def job_kinds(work: Work) -> Mapping[str, JobKind]:
     """The jobs of a sweep, each with a log of its own in the folder `logs` of the start message."""
-    return {"train": TrainingJobs(work, lambda job: RunLog(Path(work.start["logs"], f"{job['id']}.txt")))}
+    device = str(work.start["device"])
+    named = None if device.startswith("cuda") else device
+    return {"train": TrainingJobs(work, lambda job: RunLog(Path(work.start["logs"], f"{job['id']}.txt")), device=named)}
 
 
 class Reporter(Protocol):
@@ -101,11 +103,14 @@ class _Training:
 class TrainingJobs:
     """Trains on folders of images. The request of a job is a `RunSpec` as JSON, with paths relative to the base
     folder; as in files, import paths of optimizers are refused and trackers are not started. Without an `output`, the
-    run folder is below `runs/` of the base folder.
+    run folder is below `runs/` of the base folder. `device` replaces that of requests.
     """
 
-    def __init__(self, work: Work, reporter: Callable[[Mapping[str, Any]], Reporter]) -> None:
+    def __init__(
+        self, work: Work, reporter: Callable[[Mapping[str, Any]], Reporter], *, device: str | None = None
+    ) -> None:
         self._work = work
+        self._device = device
         self._reporter = reporter
         self.model = WarmModel()
 
@@ -179,7 +184,7 @@ class TrainingJobs:
             )
         # A worker sees a single GPU.
         named = None if (given.device or "cuda").startswith("cuda") else given.device
-        spec = replace(given.trusted(), device=self._work.start.get("train_on") or named)
+        spec = replace(given.trusted(), device=self._device or named)
 
         def report_or_stop(event: Event) -> None:
             reporter.event(event)
