@@ -21,6 +21,10 @@ def read(tmp_path: Path, table: str, base: str = BASE) -> Sweep:
     return read_sweep(path)
 
 
+def check(sweep: Sweep) -> None:
+    check_held_out(sweep.runs.values(), where=str(sweep.file))
+
+
 def first(sweep: Sweep) -> RunSpec:
     return next(iter(sweep.runs.values()))
 
@@ -163,16 +167,16 @@ def test_model_and_images_are_needed(tmp_path: Path) -> None:
 def test_a_folder_of_held_out_images_makes_a_share_needless(tmp_path: Path) -> None:
     found = read(tmp_path, "validation = 'judged'\nvalidation_share = 0\n[grid]\nrank = [8]")
     assert first(found).validation == str(tmp_path / "judged")
-    check_held_out(found)  # reads no image
+    check(found)  # reads no image
 
 
 def test_too_few_images_hold_none_out_by_default(tmp_path: Path) -> None:
     pictures(tmp_path / "photos", 11)
     with pytest.raises(OptionError, match="of fewer than 12 none are held out unless asked, got 11 in "):
-        check_held_out(read(tmp_path, "[grid]\nrank = [8, 16]"))
-    check_held_out(read(tmp_path, "validation_share = 0.2\n[grid]\nrank = [8, 16]"))
+        check(read(tmp_path, "[grid]\nrank = [8, 16]"))
+    check(read(tmp_path, "validation_share = 0.2\n[grid]\nrank = [8, 16]"))
     pictures(tmp_path / "more", 12)
-    check_held_out(read(tmp_path, "[grid]\nfolder = ['more']", "model = 'lorasmith-tiny'\n"))
+    check(read(tmp_path, "[grid]\nfolder = ['more']", "model = 'lorasmith-tiny'\n"))
 
 
 def test_the_example_in_the_documentation_is_one(tmp_path: Path) -> None:

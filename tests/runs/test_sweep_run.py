@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -125,12 +124,11 @@ def test_a_stop_saves_what_runs_and_starts_nothing(sweep: Sweep) -> None:
 
 
 INTERRUPTED = """
-import signal, sys, threading, os
+import signal, sys, threading
 from pathlib import Path
 from lorasmith.runs import sweep_run
-from tests.runs.test_sweep_run import WORKER, Told, run
 from lorasmith.runs.sweep_file import read_sweep
-sweep_run.WORKER_COMMAND = WORKER
+sweep_run.WORKER_COMMAND = sys.argv[2:]
 sweep = read_sweep(Path("sweep.toml"))
 stop = threading.Event()
 def ask(number, frame):
@@ -140,9 +138,11 @@ def ask(number, frame):
     print("stopping", flush=True)
 if sys.argv[1] == "twice":
     signal.signal(signal.SIGINT, ask)
-class Shown(Told):
+class Shown:
     def started(self, name, device):
         print("started", flush=True)
+    def ended(self, name, failure):
+        pass
 try:
     sweep_run.run_sweep(sweep, list(sweep.runs), Path("out").absolute(), ["cpu"], Shown(), cancelled=stop.is_set)
 except KeyboardInterrupt:
@@ -155,11 +155,8 @@ except KeyboardInterrupt:
 def test_an_interrupt_saves_and_one_after_a_stop_ends_at_once(sweep: Sweep, act: str, how: str) -> None:
     acts(sweep, act)
     sweep_folder(Path("out").absolute())
-    root = Path(__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
-    process = subprocess.Popen(
-        [sys.executable, "-c", INTERRUPTED, how], stdout=subprocess.PIPE, text=True, env=environment
-    )
+    command = [sys.executable, "-c", INTERRUPTED, how, *WORKER]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "started\n"
     process.send_signal(signal.SIGINT)
     if how == "twice":

@@ -100,7 +100,7 @@ def sweep(
     chosen = sweep_devices(devices or found.device) if launcher is _Launcher.LOCAL and not list_runs else ()
     place = check_writable((output or found.output or RUNS / file.stem).absolute())
     if only is None and not list_runs:  # otherwise checked when the sweep was started
-        check_held_out(found)
+        check_held_out(found.runs.values(), where=str(found.file))
     folder = sweep_folder(place)
     where = {"base_dir": base_dir, "extra_model_paths": extra_model_paths}
     models = {name: path.absolute() for name, path in where.items() if path is not None}

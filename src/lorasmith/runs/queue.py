@@ -18,7 +18,7 @@ import time
 import uuid
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 from urllib.parse import quote
 
@@ -120,7 +120,7 @@ class Job:
             "error": None if self.error is None else {key: self.error.get(key) for key in ("kind", "message")},
             "run": self.run,
             "attempts": self.attempts,
-            "name": self.request.get("name"),
+            "name": self.request.get("name") if self.sweep is None else PurePath(self.request["output"]).name,
             "model": self.request.get("model"),
         }
 

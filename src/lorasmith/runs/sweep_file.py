@@ -19,7 +19,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -92,10 +92,13 @@ def grid_values(grid: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[st
     return _named(_of_grid(grid))
 
 
-def check_held_out(sweep: Sweep) -> None:
-    """Raise OptionError if a run has too few images to hold any out by default; DataError without images."""
+def check_held_out(runs: Iterable[RunSpec], *, where: str) -> None:
+    """Raise OptionError if a run has too few images to hold any out by default, or holds out none; DataError without
+    images. `where` the settings are.
+    """
     seen = set()
-    for spec in sweep.runs.values():
+    for spec in runs:
+        _check_judged(spec)
         key = (spec.sources, spec.data.recursive)
         if spec.validation is not None or spec.config.validation_share is not None or key in seen:
             continue
@@ -104,7 +107,7 @@ def check_held_out(sweep: Sweep) -> None:
         if not epoch_of(images, 1, None).held_out:
             raise OptionError(
                 f"a sweep needs held-out images to rank its runs, and of fewer than {AUTOMATIC_FROM} none are held out "
-                f"unless asked, got {len(images)} in {spec.folder}; write validation_share = 0.2 in {sweep.file}, or "
+                f"unless asked, got {len(images)} in {spec.folder}; write validation_share = 0.2 in {where}, or "
                 "name a folder of others as validation"
             )
 
@@ -116,12 +119,16 @@ def _run(values: Values, found: Mapping[str, Any], path: Path, follow_links: boo
     if given.settings.get("track", "none") != "none":
         raise OptionError(f"a sweep starts no tracker, got track {given.settings['track']!r}; leave it out")
     spec = replace(given.trusted().with_settings(follow_links=follow_links).resolved(), output=None)
+    _check_judged(spec)
+    return spec
+
+
+def _check_judged(spec: RunSpec) -> None:
     if spec.config.validation_share == 0 and spec.validation is None:
         raise OptionError(
             "a sweep needs held-out images to rank its runs, got validation_share 0 and no validation folder; write "
             "validation_share = 0.1"
         )
-    return spec
 
 
 def _check_table(kind: str, table: Any, found: Mapping[str, Any]) -> None:

@@ -95,7 +95,8 @@ class Dispatcher:
         job = self._store.get(id)
         if job.state in ACTIVE:
             raise JobStateError(f"a job can be repeated when it has ended, and this one is {job.state}")
-        return self.submit(job.kind, job.request, client_id=job.client_id)
+        more = {"sweep": job.sweep, "varied": job.varied, "client_id": job.client_id}
+        return self.submit(job.kind, job.request, **more)
 
     def move(self, id: str, front: bool) -> Job:
         """Move a waiting job to the front or the end. Raises UnknownJobError and JobStateError."""

@@ -15,6 +15,7 @@ from lorasmith.server.api.dataset_endpoints import DATASET_ENDPOINTS
 from lorasmith.server.api.endpoint import PREFIX, Call, Endpoint, Query, api_document, route_of
 from lorasmith.server.api.job_endpoints import JOB_ENDPOINTS
 from lorasmith.server.api.run_endpoints import RUN_ENDPOINTS
+from lorasmith.server.api.sweep_endpoints import SWEEP_ENDPOINTS
 from lorasmith.server.api_shapes import (
     DeviceFacts,
     ModelListAnswer,
@@ -125,6 +126,7 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     *DATASET_ENDPOINTS,
     *JOB_ENDPOINTS,
     *RUN_ENDPOINTS,
+    *SWEEP_ENDPOINTS,
     Endpoint(method="GET", path="/openapi.json", summary="This document.", handler=_document, answer=dict[str, Any]),
 )
 

@@ -39,7 +39,7 @@ async def _plan(context: ServerContext, call: Call) -> Any:
         "plan",
         model=body.model,
         dataset=body.dataset,
-        folder=_folder(context, body),
+        folder=folder_of_request(context, body),
         trigger=body.trigger,
         settings=body.settings,
         card_bytes=device.get("memory_bytes"),
@@ -78,7 +78,7 @@ async def _jobs(context: ServerContext, call: Call) -> Any:
 async def _add(context: ServerContext, call: Call) -> Any:
     body: JobBody = call.body
     given = {one.name: getattr(body, one.name) for one in dataclasses.fields(DatasetSource)}
-    given["folder"] = _folder(context, body)
+    given["folder"] = folder_of_request(context, body)
     request = await context.assistant.ask("train_request", **given, name=body.name)
     return job_answer(context.dispatcher.submit("train", request, front=body.front))
 
@@ -117,7 +117,7 @@ def _answer(context: ServerContext, job: Job) -> Mapping[str, Any]:
     return job_answer(context.store.get(job.id))
 
 
-def _folder(context: ServerContext, body: DatasetSource) -> str | None:
+def folder_of_request(context: ServerContext, body: DatasetSource) -> str | None:
     """The expanded folder of a request. On a server that others reach, it must be in the base folder (OptionError)."""
     config = context.config
     if body.folder is None:
