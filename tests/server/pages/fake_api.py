@@ -338,6 +338,10 @@ class FakeServer:
             return _error(400, "a run needs a model; choose one")
         return web.json_response(self._train(body), status=201)
 
+    async def _new_sweep(self, request: web.Request) -> web.Response:
+        await request.json()  # the middleware notes it
+        return web.json_response(SWEEP, status=201)
+
     def _train(self, body: dict[str, Any]) -> dict[str, Any]:
         job = self.add_job("pending", name=body["name"], request=body)
         self._publish(job)

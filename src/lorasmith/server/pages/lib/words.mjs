@@ -53,8 +53,10 @@ const measuredShort = (number) => String(Number(number.toPrecision(2)));
 
 const STATES = {
   pending: ["Waiting", "faint"],
+  waiting: ["Waiting", "faint"],
   running: ["Running", "accent"],
   completed: ["Finished", "good"],
+  complete: ["Finished", "good"],
   finished: ["Finished", "good"],
   stopped: ["Stopped early", "good"],
   cancelled: ["Stopped", "fair"],
