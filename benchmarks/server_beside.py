@@ -75,16 +75,14 @@ def _from_server(server: Served, base: Path, pages_opened: Any) -> Side:
         time.sleep(0.2)
         job = _get(server, f"jobs/{job['id']}")
     pages = pages_opened(f"{server.address}#/jobs/{job['id']}")
+    # Started one after the other.
+    assistant, worker = sorted(psutil.Process(server.pid).children(), key=lambda one: (one.create_time(), one.pid))
     processes = {
-        "trains": [_child(server.pid, "server.worker")],
-        "serves": [psutil.Process(server.pid), _child(server.pid, "questions.answering")],
+        "trains": [worker],
+        "serves": [psutil.Process(server.pid), assistant],
         "draws": pages,
     }
     return Side(base / job["run"] / "events.jsonl", processes)
-
-
-def _child(pid: int, module: str) -> psutil.Process:
-    return next(one for one in psutil.Process(pid).children() if any(module in word for word in one.cmdline()))
 
 
 def _post(server: Served, settings: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import pickle
 import re
 import shlex
 import shutil
+import sqlite3
 import struct
 import sys
 from collections.abc import Callable
@@ -32,11 +33,13 @@ from lorasmith.formats.lora_file import load_lora
 from lorasmith.nodes import load_nodes
 from lorasmith.runs import sweep_launch
 from lorasmith.runs.command_lines import command_line
+from lorasmith.runs.queue import JobStore, StoreError
 from lorasmith.runs.recorded_run import read_run_file
 from lorasmith.runs.run import run as train
 from lorasmith.runs.run_page import report_of, write_report
 from lorasmith.runs.sweep_file import read_sweep
 from lorasmith.runs.sweep_launch import submit_to_slurm
+from lorasmith.server.questions import sweep_questions
 from lorasmith.training.events import Outcome, RunFinished
 from lorasmith.training.storage.records import read_history
 from lorasmith.training.storage.run_states import load_state
@@ -182,7 +185,7 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep_launch.subprocess, "run", lambda *_, **__: pytest.fail("a name left for sbatch"))
     assert sweep.output is not None
     with pytest.raises(OptionError, match="must have no control characters"):
-        submit_to_slurm(sweep.runs, sweep.output, ["lorasmith"], [])
+        submit_to_slurm([1], sweep.output, ["lorasmith"], [])
 
 
 def report(tmp_path: Path) -> None:
@@ -353,6 +356,25 @@ def encodings(tmp_path: Path) -> None:
     assert secret.exists()
 
 
+def sweep_queue(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "s"
+    queue = JobStore(folder / "queue.sqlite3")
+    for name in ("../../elsewhere", "a/b", "fine"):
+        queue.add("train", {}, id=name, sweep="s")
+    queue.close()
+    before = (folder / "queue.sqlite3").read_bytes()
+    assert [one.name for one in sweep_questions.sweep(Folders(tmp_path), "s").runs] == ["fine"]
+    assert (folder / "queue.sqlite3").read_bytes() == before
+    database = sqlite3.connect(folder / "queue.sqlite3")
+    database.executescript(
+        "DROP TABLE jobs; CREATE VIEW jobs AS WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) "
+        "SELECT i FROM n"
+    )
+    database.close()
+    with pytest.raises(StoreError):
+        sweep_questions.sweep(Folders(tmp_path), "s")
+
+
 def copied() -> None:
     for text in (HOSTILE, "x'; rm -rf ~; '", "\x1b[201~\nrm -rf ~\n", "a\rb"):
         line = command_line(["lorasmith", "generate", "--prompt", text], windows=False)
@@ -377,6 +399,7 @@ LINES: dict[str, Callable[..., None] | None] = {
     "`extra_model_paths.yaml`": yaml_file,
     "captioning model (`data caption`)": captioning_model,
     "encoding cache": encodings,
+    "queue of a sweep (`runs/*/queue.sqlite3`)": sweep_queue,
     "any text in a command to copy": copied,
 }
 """The attack behind each line; None has tests of its own above."""
@@ -451,7 +474,8 @@ REQUESTS = {
         "test_large_pictures_are_converted_one_at_a_time, "
         "server/comfyui/test_prompt_routes.py test_a_full_queue_is_said, "
         "server/comfyui/test_queue_routes.py test_history_is_sent_while_it_is_read, "
-        "server/test_jobs.py test_requests_have_a_limit_together test_a_job_leaves_the_last_of_the_disk, "
+        "runs/test_queue.py test_requests_have_a_limit_together, "
+        "server/test_dispatcher.py test_a_job_leaves_the_last_of_the_disk, "
         "server/test_connections.py test_silent_connections_make_room_the_oldest_first "
         "test_headers_have_a_time_and_a_size, "
         "server/comfyui/test_websocket.py test_a_client_that_never_reads_is_cut_off"

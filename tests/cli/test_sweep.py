@@ -16,7 +16,7 @@ import pytest
 
 from lorasmith.runs.sweep_file import Sweep
 from tests.runs.folder_cases import pictures, tensors_of
-from tests.runs.sweep_cases import ended_with, left_by, sweep_of
+from tests.runs.sweep_cases import ended_with, left_by, names_of, sweep_of
 
 Command = Callable[..., Any]
 
@@ -66,7 +66,7 @@ def test_a_file_without_held_out_images_is_refused(lorasmith: Command, sweep: Sw
 
 def test_results_are_listed_and_nothing_is_started(lorasmith: Command, sweep: Sweep, tmp_path: Path) -> None:
     output = tmp_path / "runs" / "sweep"
-    left_by(sweep.runs[1], output, [0.9, 0.8])
+    left_by(sweep, names_of(sweep)[1], output, [0.9, 0.8])
     ran = lorasmith("sweep", "sweep.toml", "--list")
     assert ran.code == 0, ran.err
     table = [line.split() for line in ran.out.splitlines() if line.strip()]
@@ -74,7 +74,7 @@ def test_results_are_listed_and_nothing_is_started(lorasmith: Command, sweep: Sw
     assert ["1", "waiting", "rate-1e-4"] in table
     assert (output / "sweep.html").is_file() and not (output / "rate-1e-4").exists()
 
-    ended_with(sweep.runs[0], output, "no memory")
+    ended_with(names_of(sweep)[0], output, "no memory")
     ran = lorasmith("sweep", "sweep.toml", "--list", "--json")
     found = json.loads(ran.out)
     assert ran.code == 1, "a run failed"
@@ -87,7 +87,7 @@ def test_results_are_listed_and_nothing_is_started(lorasmith: Command, sweep: Sw
 
 def test_a_sweep_that_is_complete_starts_nothing(lorasmith: Command, sweep: Sweep, tmp_path: Path) -> None:
     for run in sweep.runs:
-        left_by(run, tmp_path / "out", [0.9])
+        left_by(sweep, run, tmp_path / "out", [0.9])
     for more in ((), ("--launcher", "ray"), ("--launcher", "slurm")):
         ran = lorasmith("sweep", "sweep.toml", "--output", "out", *more)
         assert ran.code == 0, ran.err
@@ -146,7 +146,7 @@ def test_ctrl_c_stops_and_saves_and_the_same_command_continues_to_the_bit(lorasm
     sweep = sweep_of(tmp_path, "seed = [3]\n")
     text = (tmp_path / "sweep.toml").read_text().replace("steps = 4", "steps = 40")
     (tmp_path / "sweep.toml").write_text(text)
-    name, part = sweep.runs[0].name, tmp_path / "part"
+    name, part = names_of(sweep)[0], tmp_path / "part"
     process = subprocess.Popen(command("sweep", "sweep.toml", "--output", "part"), cwd=tmp_path, stdout=subprocess.PIPE)
     events = part / name / "events.jsonl"
     until = time.monotonic() + 300
@@ -176,7 +176,7 @@ def test_runs_together_are_those_apart_stopped_and_continued_too(lorasmith: Comm
     sweep = sweep_of(tmp_path, 'rank = [2, 4]\nalgorithm = ["LoRA", "LoKr"]\n')
     text = (tmp_path / "sweep.toml").read_text().replace("steps = 4", 'steps = 12\ntraining_dtype = "fp32"')
     (tmp_path / "sweep.toml").write_text(text)
-    names, part = [run.name for run in sweep.runs], tmp_path / "part"
+    names, part = names_of(sweep), tmp_path / "part"
     started = command("sweep", "sweep.toml", "--output", "part", "--together", "3")
     process = subprocess.Popen(started, cwd=tmp_path, stdout=subprocess.PIPE)
     until = time.monotonic() + 300
@@ -224,7 +224,7 @@ def test_an_array_of_slurm_runs_the_runs_that_are_left(
     (tmp_path / "bin" / "sbatch").write_text(f"#!/bin/bash\n{SBATCH}")
     (tmp_path / "bin" / "sbatch").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
-    left_by(sweep.runs[0], tmp_path / "out", [0.9])
+    left_by(sweep, names_of(sweep)[0], tmp_path / "out", [0.9])
     ran = lorasmith("sweep", "sweep.toml", "--output", "out", "--launcher", "slurm", "--json")
     assert ran.code == 0, ran.err
     assert json.loads(ran.out) == {"job": "17", "script": str(tmp_path / "out" / "sweep.sbatch"), "runs": [2]}

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lorasmith.runs.sweep_file import Sweep, SweepRun, read_sweep
+from lorasmith.runs.sweep_file import Sweep, read_sweep
 from lorasmith.training.events import Outcome, Previewed, RunFinished, RunStarted, StepDone, Validated, encoded
 from lorasmith.training.storage.records import RunRecord
 
@@ -32,8 +32,13 @@ def sweep_of(folder: Path, table: str = "rank = [2, 4]\nlearning_rate = [1e-4, 3
     return read_sweep(folder / "sweep.toml")
 
 
+def names_of(sweep: Sweep) -> list[str]:
+    return list(sweep.runs)
+
+
 def left_by(
-    run: SweepRun,
+    sweep: Sweep,
+    name: str,
     output: Path,
     losses: Sequence[float] = (),
     *,
@@ -44,12 +49,12 @@ def left_by(
     **asked: Any,
 ) -> Path:
     """The folder of a run that has taken a step, and was validated, for each of the losses."""
-    folder = output / run.name
+    folder = output / name
     folder.mkdir(parents=True)
     record = RunRecord(
         title="cat",
-        source=run.spec.to_record(),
-        asked={**asdict(run.spec.config), **asked},
+        source=sweep.runs[name].to_record(),
+        asked={**asdict(sweep.runs[name].config), **asked},
         fingerprint={"held_out": held_out, "config": {"validation_draws": 2}},
     )
     (folder / "run.json").write_text(record.to_text())
@@ -72,7 +77,7 @@ def left_by(
     return folder
 
 
-def ended_with(run: SweepRun, output: Path, error: str, code: int = 1) -> None:
-    """What the process of a run leaves when it fails."""
+def ended_with(name: str, output: Path, error: str) -> None:
+    """What a run on a cluster leaves when it fails, and what every run of earlier versions left."""
     (output / "logs").mkdir(parents=True, exist_ok=True)
-    (output / "logs" / f"{run.name}.json").write_text(json.dumps({"exit_code": code, "error": error}))
+    (output / "logs" / f"{name}.json").write_text(json.dumps({"exit_code": 1, "error": error}))

@@ -7,6 +7,7 @@ import pytest
 
 from lorasmith.core.errors import OptionError
 from lorasmith.data.data_config import ImageSource
+from lorasmith.runs.spec import RunSpec
 from lorasmith.runs.sweep_file import MOST_RUNS, Sweep, check_held_out, read_sweep
 from tests.runs.folder_cases import pictures
 
@@ -20,52 +21,60 @@ def read(tmp_path: Path, table: str, base: str = BASE) -> Sweep:
     return read_sweep(path)
 
 
+def check(sweep: Sweep) -> None:
+    check_held_out(sweep.runs.values(), where=str(sweep.file))
+
+
+def first(sweep: Sweep) -> RunSpec:
+    return next(iter(sweep.runs.values()))
+
+
 def test_a_grid_gives_every_combination_named_by_what_differs(tmp_path: Path) -> None:
     found = read(tmp_path, "steps = 7\n[grid]\nrank = [8, 16]\nlearning_rate = [1e-4, 3e-4]\nflip = [true, false]")
-    assert [run.number for run in found.runs] == list(range(1, 9))
-    assert [run.name for run in found.runs[:3]] == [
+    assert len(found.runs) == 8
+    assert list(found.runs)[:3] == [
         "flip-on_rank-8_rate-1e-4",
         "flip-off_rank-8_rate-1e-4",
         "flip-on_rank-8_rate-3e-4",
     ]
-    last = found.runs[-1]
-    assert last.settings == {"rank": 16, "learning_rate": 3e-4, "flip": False}
-    assert (last.spec.config.rank, last.spec.config.learning_rate, last.spec.config.steps, last.spec.data.flip) == (
+    name, last = list(found.runs.items())[-1]
+    assert found.varied[name] == {"rank": 16, "learning_rate": 3e-4, "flip": False}
+    assert (last.config.rank, last.config.learning_rate, last.config.steps, last.data.flip) == (
         16,
         3e-4,
         7,
         False,
     )
-    assert last.spec.sources == (ImageSource(str(tmp_path / "photos")),)
+    assert last.sources == (ImageSource(str(tmp_path / "photos")),)
 
 
 def test_previews_are_off_unless_the_file_has_them(tmp_path: Path) -> None:
     table = "[grid]\nrank = [8]"
-    assert read(tmp_path, table).runs[0].spec.config.previews == ""
-    assert read(tmp_path, table, BASE + "previews = 'a fox'\n").runs[0].spec.config.previews == "a fox"
-    assert read(tmp_path, "[grid]\npreviews = ['a fox']").runs[0].spec.config.previews == "a fox"
+    assert first(read(tmp_path, table)).config.previews == ""
+    assert first(read(tmp_path, table, BASE + "previews = 'a fox'\n")).config.previews == "a fox"
+    assert first(read(tmp_path, "[grid]\npreviews = ['a fox']")).config.previews == "a fox"
 
 
 def test_names_do_not_depend_on_other_values_nor_on_their_order(tmp_path: Path) -> None:
     few = read(tmp_path, "[grid]\nrank = [8]\nnoise_offset = [0.05]")
     many = read(tmp_path, "[grid]\nnoise_offset = [0.1, 0.05, 1]\nrank = [4, 8]")
-    assert few.runs[0].name == "noise-offset-0.05_rank-8"
-    assert few.runs[0].name in {run.name for run in many.runs}
+    assert next(iter(few.runs)) == "noise-offset-0.05_rank-8"
+    assert next(iter(few.runs)) in many.runs
 
 
 def test_names_that_would_be_equal_differ(tmp_path: Path) -> None:
     table = "[grid]\nfolder = ['a/photos', 'b/Photos']"
     found = read(tmp_path, table, 'model = "lorasmith-tiny"\n')
-    assert [run.spec.folder for run in found.runs] == [str(tmp_path / "a/photos"), str(tmp_path / "b/Photos")]
-    first, second = (run.name for run in found.runs)
-    assert first == "folder-photos" and re.fullmatch(r"folder-Photos_[0-9a-f]{8}", second)
-    assert [run.name for run in read(tmp_path, table, 'model = "lorasmith-tiny"\n').runs] == [first, second]
+    assert [run.folder for run in found.runs.values()] == [str(tmp_path / "a/photos"), str(tmp_path / "b/Photos")]
+    one, other = found.runs
+    assert one == "folder-photos" and re.fullmatch(r"folder-Photos_[0-9a-f]{8}", other)
+    assert list(read(tmp_path, table, 'model = "lorasmith-tiny"\n').runs) == [one, other]
 
 
 @pytest.mark.parametrize("text", ["a/b\\\\c: *?<>|$(rm)", "x" * 500, "ä ö", "..", "*.attn2.*, !all"])
 def test_names_are_those_of_folders_everywhere(tmp_path: Path, text: str) -> None:
-    for run in read(tmp_path, f'[grid]\nprefix = ["{text}"]\nrank = [8, 16]').runs:
-        assert re.fullmatch(r"[\w.+-]{3,100}", run.name), run.name
+    for name in read(tmp_path, f'[grid]\nprefix = ["{text}"]\nrank = [8, 16]').runs:
+        assert re.fullmatch(r"[\w.+-]{3,100}", name), name
 
 
 RANDOM = "[random]\nruns = {}\nlearning_rate = {{low = 1e-5, high = 1e-3, log = true}}\nrank = {{low = 4, high = 64}}\n"
@@ -74,21 +83,21 @@ RANDOM = "[random]\nruns = {}\nlearning_rate = {{low = 1e-5, high = 1e-3, log = 
 def test_draws_are_within_their_ranges_stable_and_extended(tmp_path: Path) -> None:
     few = read(tmp_path, RANDOM.format(10))
     many = read(tmp_path, RANDOM.format(200) + "dora = ['none', 'output']")
-    assert [run.name for run in few.runs] == [run.name for run in read(tmp_path, RANDOM.format(20)).runs[:10]]
-    rates = [run.spec.config.learning_rate or 0.0 for run in many.runs]
+    assert list(few.runs) == list(read(tmp_path, RANDOM.format(20)).runs)[:10]
+    rates = [run.config.learning_rate or 0.0 for run in many.runs.values()]
     assert 1e-5 <= min(rates) < 2e-5 and 5e-4 < max(rates) <= 1e-3
     assert 70 < sum(rate < 1e-4 for rate in rates) < 130, "uniform in the logarithm"
-    assert {run.spec.config.rank for run in many.runs} >= {4, 64}
-    assert {run.spec.config.dora for run in many.runs} == {"none", "output"}
+    assert {run.config.rank for run in many.runs.values()} >= {4, 64}
+    assert {run.config.dora for run in many.runs.values()} == {"none", "output"}
     assert all(rate == float(f"{rate:.3g}") for rate in rates), "the name has all digits"
 
 
 def test_a_seed_is_that_of_the_draws_or_a_list_of_those_of_runs(tmp_path: Path) -> None:
     one, other = read(tmp_path, RANDOM.format(5)), read(tmp_path, RANDOM.format(5) + "seed = 1")
-    assert [run.name for run in one.runs] != [run.name for run in other.runs]
-    assert all(run.spec.config.seed == 0 for run in other.runs)
+    assert list(one.runs) != list(other.runs)
+    assert all(run.config.seed == 0 for run in other.runs.values())
     seeds = read(tmp_path, "[random]\nruns = 3\nseed = [5, 6, 7]")
-    assert {run.spec.config.seed for run in seeds.runs} == {5, 6, 7}
+    assert {run.config.seed for run in seeds.runs.values()} == {5, 6, 7}
 
 
 @pytest.mark.parametrize(
@@ -145,7 +154,7 @@ def test_links_are_followed_in_all_runs_if_that_is_typed(tmp_path: Path) -> None
     read(tmp_path, "[grid]\nrank = [8, 16]")
     for following in (False, True):
         runs = read_sweep(next(tmp_path.glob("*.toml")), follow_links=following).runs
-        assert [("--follow-links" in run.spec.command()) for run in runs] == [following] * 2
+        assert [("--follow-links" in run.command()) for run in runs.values()] == [following] * 2
 
 
 def test_model_and_images_are_needed(tmp_path: Path) -> None:
@@ -157,20 +166,20 @@ def test_model_and_images_are_needed(tmp_path: Path) -> None:
 
 def test_a_folder_of_held_out_images_makes_a_share_needless(tmp_path: Path) -> None:
     found = read(tmp_path, "validation = 'judged'\nvalidation_share = 0\n[grid]\nrank = [8]")
-    assert found.runs[0].spec.validation == str(tmp_path / "judged")
-    check_held_out(found)  # reads no image
+    assert first(found).validation == str(tmp_path / "judged")
+    check(found)  # reads no image
 
 
 def test_too_few_images_hold_none_out_by_default(tmp_path: Path) -> None:
     pictures(tmp_path / "photos", 11)
     with pytest.raises(OptionError, match="of fewer than 12 none are held out unless asked, got 11 in "):
-        check_held_out(read(tmp_path, "[grid]\nrank = [8, 16]"))
-    check_held_out(read(tmp_path, "validation_share = 0.2\n[grid]\nrank = [8, 16]"))
+        check(read(tmp_path, "[grid]\nrank = [8, 16]"))
+    check(read(tmp_path, "validation_share = 0.2\n[grid]\nrank = [8, 16]"))
     pictures(tmp_path / "more", 12)
-    check_held_out(read(tmp_path, "[grid]\nfolder = ['more']", "model = 'lorasmith-tiny'\n"))
+    check(read(tmp_path, "[grid]\nfolder = ['more']", "model = 'lorasmith-tiny'\n"))
 
 
 def test_the_example_in_the_documentation_is_one(tmp_path: Path) -> None:
     [example] = re.findall(r"```toml\n(.*?)```", DOCS.read_text(encoding="utf-8"), flags=re.DOTALL)
     found = read(tmp_path, example, "")
-    assert "rank-8_rate-3e-4" in {run.name for run in found.runs} and len(found.runs) == 6
+    assert "rank-8_rate-3e-4" in found.runs and len(found.runs) == 6

@@ -11,10 +11,11 @@ import pytest
 
 from lorasmith.core.errors import OptionError, TrainingError
 from lorasmith.runs import sweep_launch, sweep_run
-from lorasmith.runs.sweep_file import Sweep, SweepRun
+from lorasmith.runs.sweep_file import Sweep
 from lorasmith.runs.sweep_launch import run_on_ray, run_one, slurm_script, submit_to_slurm
-from lorasmith.runs.sweep_run import RunEnd, sweep_folder
-from tests.runs.sweep_cases import sweep_of
+from lorasmith.runs.sweep_run import sweep_folder
+from tests.runs.sweep_cases import names_of, sweep_of
+from tests.runs.test_sweep_run import WORKER, Told
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="shell scripts stand in for programs")
 
@@ -35,7 +36,7 @@ def program(folder: Path, name: str, script: str) -> Path:
 def test_without_sbatch_slurm_is_refused(sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(OptionError, match="needs the program sbatch, which is not on PATH; run this on a login node"):
-        submit_to_slurm(sweep.runs, tmp_path, ["lorasmith"], [])
+        submit_to_slurm([1], tmp_path, ["lorasmith"], [])
     assert not (tmp_path / "sweep.sbatch").exists()
 
 
@@ -52,7 +53,7 @@ def test_the_array_is_submitted_with_the_options(sweep: Sweep, tmp_path: Path, m
     program(tmp_path / "bin", "sbatch", f'printf "%s\\n" "$@" > {tmp_path}/given; echo "4242;cluster"')
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
     output = sweep_folder(tmp_path / "out")
-    job, script = submit_to_slurm(sweep.runs[1:3], output, ["lorasmith", "sweep"], ["--gpus=1", "--comment=a b"])
+    job, script = submit_to_slurm([2, 3], output, ["lorasmith", "sweep"], ["--gpus=1", "--comment=a b"])
     assert (job, script) == ("4242", output / "sweep.sbatch")
     assert (tmp_path / "given").read_text().splitlines() == [
         "--parsable",
@@ -72,10 +73,10 @@ def test_names_with_control_characters_and_quotes_leave_for_no_other_program(
     program(tmp_path / "bin", "sbatch", f"touch {tmp_path}/called")
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
     with pytest.raises(OptionError, match="must have no control characters, and the output no quotes"):
-        submit_to_slurm(sweep.runs, tmp_path / name, ["lorasmith"], [])
+        submit_to_slurm([1], tmp_path / name, ["lorasmith"], [])
     if name != "it's":  # a shell's quotes hold those of others
         with pytest.raises(OptionError, match="must have no control characters"):
-            submit_to_slurm(sweep.runs, tmp_path / "out", ["lorasmith", "sweep", name], [])
+            submit_to_slurm([1], tmp_path / "out", ["lorasmith", "sweep", name], [])
     assert {one.name for one in tmp_path.iterdir()} == {"bin", "sweep.toml"}
 
 
@@ -84,17 +85,17 @@ def test_what_sbatch_refuses_is_said(sweep: Sweep, tmp_path: Path, monkeypatch: 
     program(tmp_path / "bin", "sbatch", "echo 'sbatch: error: invalid partition' >&2; exit 1")
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
     with pytest.raises(TrainingError, match="it said: sbatch: error: invalid partition; give what it needs with"):
-        submit_to_slurm(sweep.runs, sweep_folder(tmp_path / "out"), ["lorasmith"], [])
+        submit_to_slurm([1], sweep_folder(tmp_path / "out"), ["lorasmith"], [])
 
 
-@posix
 def test_one_run_is_run_to_its_end(sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    error = json.dumps({"error": {"message": "no images"}})
-    monkeypatch.setattr(sweep_run, "LORASMITH", (str(program(tmp_path / "bin", "python", f"echo '{error}'; exit 1")),))
+    monkeypatch.setattr(sweep_run, "WORKER_COMMAND", WORKER)
+    monkeypatch.chdir(tmp_path)
+    first, second, *_ = names_of(sweep)
+    (tmp_path / "acts.json").write_text(json.dumps({first: "fail"}))
     output = sweep_folder(tmp_path / "out")
-    assert run_one(sweep.runs[0], output) == RunEnd(exit_code=1, error="no images")
-    assert run_one(sweep.runs[1], output, cancelled=lambda: True).exit_code == 130
-    assert not (output / "logs" / f"{sweep.runs[1].name}.txt").exists()
+    assert run_one(sweep, first, output, {}) == "there is no usable image"
+    assert run_one(sweep, second, output, {}) == ""
 
 
 class RayError(Exception):
@@ -159,37 +160,39 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
 def test_without_ray_it_is_refused(sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep_launch.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(OptionError, match="needs the package ray, which is not installed; install it with pip"):
-        run_on_ray(sweep.runs, tmp_path)
+        run_on_ray(sweep, names_of(sweep), tmp_path, Told())
 
 
 def test_ray_runs_each_as_a_task_and_keeps_what_failed(
     sweep: Sweep, tmp_path: Path, ray: FakeRay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def one(run: SweepRun, output: Path, also: list[str]) -> RunEnd:
-        assert (output, also) == (tmp_path, ["--base-dir", "/m"])
-        if run.number == 2:
+    names, models = names_of(sweep), {"base_dir": tmp_path}
+
+    def one(given: Sweep, name: str, output: Path, found: dict[str, Path]) -> str:
+        assert (given, output, found) == (sweep, tmp_path, models)
+        if name == names[1]:
             raise RayError("the worker died")
-        return RunEnd(exit_code=0)
+        return ""
 
     monkeypatch.setattr(sweep_launch, "run_one", one)
-    ends: dict[int, RunEnd] = {}
-    run_on_ray(sweep.runs, tmp_path, ["--base-dir", "/m"], on_end=lambda run, end: ends.update({run.number: end}))
-    assert list(ends) == [1, 2, 3, 4] and ends[1] == RunEnd(exit_code=0)
-    assert ends[2].error == "the Ray task of the run failed: the worker died"
+    told = Told()
+    run_on_ray(sweep, names, tmp_path, told, models=models)
+    assert list(told.failures) == names and told.failures[names[0]] == ""
+    assert told.failures[names[1]] == "the Ray task of the run failed: the worker died"
     assert ray.options == {"num_gpus": 1, "max_retries": 0} and not ray.is_up
 
 
 def test_a_stop_cancels_all_tasks(sweep: Sweep, tmp_path: Path, ray: FakeRay, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep_launch, "run_one", lambda run, output, also: RunEnd(exit_code=0))
-    codes: list[int] = []
-    run_on_ray(sweep.runs, tmp_path, on_end=lambda run, end: codes.append(end.exit_code), cancelled=lambda: bool(codes))
-    assert codes == [0, 130, 130, 130] and len(ray.cancelled) == 3
+    monkeypatch.setattr(sweep_launch, "run_one", lambda *given: "")
+    told = Told()
+    run_on_ray(sweep, names_of(sweep), tmp_path, told, cancelled=lambda: bool(told.failures))
+    assert list(told.failures.values()) == ["", None, None, None] and len(ray.cancelled) == 3
 
 
 def test_a_cluster_that_was_there_before_stays(
     sweep: Sweep, tmp_path: Path, ray: FakeRay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sweep_launch, "run_one", lambda run, output, also: RunEnd(exit_code=0))
+    monkeypatch.setattr(sweep_launch, "run_one", lambda *given: "")
     ray.is_up, ray.gpus = True, 0
-    run_on_ray(sweep.runs[:1], tmp_path)
+    run_on_ray(sweep, names_of(sweep)[:1], tmp_path, Told())
     assert ray.is_up and ray.options["num_gpus"] == 0

@@ -1,237 +1,244 @@
+"""The runs of a sweep reach workers, and whatever happens to them is known afterwards."""
+
 from __future__ import annotations
 
-import os
+import json
+import signal
+import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from lorasmith.core.errors import OptionError, OutputError
+from lorasmith.core.errors import OptionError, OutputError, TrainingError
+from lorasmith.core.files import locked
 from lorasmith.runs import sweep_run
-from lorasmith.runs.sweep_file import Sweep, SweepRun
-from lorasmith.runs.sweep_run import (
-    RunEnd,
-    RunProcess,
-    end_of,
-    log_of,
-    run_all,
-    sweep_devices,
-    sweep_folder,
-    train_command,
-)
-from tests.launched import LONG_S
-from tests.runs.sweep_cases import sweep_of
+from lorasmith.runs.queue import JobStore, jobs_in
+from lorasmith.runs.sweep_file import Sweep, read_sweep
+from lorasmith.runs.sweep_run import QUEUE, failures_in, grouped, run_sweep, sweep_devices, sweep_folder
+from tests.runs.folder_cases import pictures
+from tests.runs.sweep_cases import ended_with, names_of, sweep_of
 
-posix = pytest.mark.skipif(sys.platform == "win32", reason="a shell script stands in for Python")
+WORKER = (sys.executable, str(Path(__file__).parent / "sweep_worker.py"))
 
 
 @pytest.fixture
-def sweep(tmp_path: Path) -> Sweep:
+def sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sweep:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sweep_run, "WORKER_COMMAND", WORKER)
+    (tmp_path / "acts.json").write_text("{}")
     return sweep_of(tmp_path)
 
 
-class Fake:
-    """A run that ends after some looks at it, or once it is stopped."""
-
-    def __init__(self, looks: int, code: int = 0) -> None:
-        self.looks, self.code, self.stops = looks, code, 0
-
-    def poll(self) -> RunEnd | None:
-        self.looks -= 1
-        return RunEnd(exit_code=self.code) if self.looks < 0 else None
-
-    def stop(self) -> None:
-        self.stops += 1
-        self.looks = 0
+def acts(sweep: Sweep, *wanted: str) -> None:
+    Path("acts.json").write_text(json.dumps(dict(zip(sweep.runs, wanted, strict=False))))
 
 
-class Stage:
-    """Starts fakes, and remembers what ran where and beside what."""
+class Told:
+    """What a command is told, in order."""
 
-    def __init__(self, looks: Callable[[SweepRun], int] = lambda run: 1) -> None:
-        self.looks = looks
-        self.running: dict[int, str | None] = {}
-        self.started: list[tuple[int, str | None]] = []
-        self.ended: list[int] = []
-        self.fakes: dict[int, Fake] = {}
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.failures: dict[str, str | None] = {}
 
-    def start(self, run: SweepRun, device: str | None) -> Fake:
-        assert device not in self.running.values(), "one run at a time on each device"
-        self.running[run.number] = device
-        self.started.append((run.number, device))
-        stage, fake = self, Fake(self.looks(run))
+    def started(self, name: str, device: str) -> None:
+        self.lines.append(f"{name} on {device}")
 
-        class Watched(Fake):
-            def poll(self) -> RunEnd | None:
-                end = super().poll()
-                if end is not None:
-                    stage.running.pop(run.number, None)
-                return end
-
-        self.fakes[run.number] = Watched(fake.looks)
-        return self.fakes[run.number]
-
-    def end(self, run: SweepRun, end: RunEnd) -> None:
-        self.ended.append(run.number)
+    def ended(self, name: str, failure: str | None) -> None:
+        self.lines.append(f"{name} ended")
+        self.failures[name] = failure
 
 
-def test_each_device_has_one_run_at_a_time_and_all_are_run(sweep: Sweep) -> None:
-    stage = Stage(lambda run: 5 if run.number == 1 else 0)
-    run_all(sweep.runs, ["a", "b"], stage.start, on_end=stage.end)
-    assert stage.started == [(1, "a"), (2, "b"), (3, "b"), (4, "b")]
-    assert sorted(stage.ended) == [1, 2, 3, 4] and stage.ended[-1] == 1
+def run(
+    sweep: Sweep,
+    *,
+    devices: tuple[str, ...] = ("cpu",),
+    together: int = 1,
+    alone: bool = True,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> tuple[Path, Told]:
+    output, told = sweep_folder(Path("out").absolute()), Told()
+    run_sweep(sweep, names_of(sweep), output, devices, told, together=together, alone=alone, cancelled=cancelled)
+    return output, told
 
 
-def test_a_stop_reaches_those_that_run_once_and_no_other_is_started(sweep: Sweep) -> None:
-    stage = Stage(lambda run: 10**6)
-    run_all(sweep.runs, ["a", "b"], stage.start, on_end=stage.end, cancelled=lambda: len(stage.started) == 2)
-    assert (sorted(stage.ended), [fake.stops for fake in stage.fakes.values()]) == ([1, 2], [1, 1])
+def log_of(output: Path, name: str) -> str:
+    return (output / "logs" / f"{name}.txt").read_text()
 
 
-@pytest.mark.parametrize(("first_asked", "stops"), [(False, 1), (True, 2)])
-def test_an_interruption_stops_them_and_waits(sweep: Sweep, first_asked: bool, stops: int) -> None:
-    stage, looks = Stage(lambda run: 10**6), 0
-
-    class Stubborn(Fake):
-        def stop(self) -> None:
-            self.stops += 1
-            self.looks = 3 if self.stops == stops else self.looks
-
-    def cancelled() -> bool:
-        nonlocal looks
-        looks += 1
-        if looks == 2 and not first_asked:
-            raise KeyboardInterrupt
-        return first_asked and looks == 2
-
-    def started(run: SweepRun, device: str | None) -> Fake:
-        fake = stage.fakes[run.number] = Stubborn(10**6)
-        if first_asked:  # the second Ctrl-C, while they save
-            polls = iter(range(10**6))
-
-            def poll() -> RunEnd | None:
-                if next(polls) == 3:
-                    raise KeyboardInterrupt
-                return Fake.poll(fake)
-
-            fake.poll = poll  # type: ignore[method-assign]
-        return fake
-
-    with pytest.raises(KeyboardInterrupt):
-        run_all(sweep.runs, ["a"], started, on_end=stage.end, cancelled=cancelled)
-    assert (stage.ended, stage.fakes[1].stops) == ([1], stops)
+def test_all_runs_are_run_in_their_order(sweep: Sweep) -> None:
+    output, told = run(sweep)
+    names = names_of(sweep)
+    assert [line for line in told.lines if " on " in line] == [f"{name} on cpu" for name in names]
+    assert told.failures == dict.fromkeys(names, "") == failures_in(output)
+    jobs = jobs_in(output / QUEUE)
+    assert [(job.id, job.state, job.sweep, dict(job.varied)) for job in jobs] == [
+        (name, "completed", "out", sweep.varied[name]) for name in names
+    ]
+    assert log_of(output, names[0]).startswith("$ lorasmith train ")
 
 
-def test_a_run_that_cannot_be_started_stops_the_others_first(sweep: Sweep) -> None:
-    stage = Stage(lambda run: 10**6)
-
-    def start(run: SweepRun, device: str | None) -> Fake:
-        if run.number == 2:
-            raise OutputError("no process")
-        return stage.start(run, device)
-
-    with pytest.raises(OutputError, match="no process"):
-        run_all(sweep.runs, ["a", "b"], start, on_end=stage.end)
-    assert stage.ended == [1] and stage.fakes[1].stops == 1
-
-
-def test_the_command_of_a_run_is_that_of_train(sweep: Sweep, tmp_path: Path) -> None:
-    run = sweep.runs[-1]
-    command = train_command(run, tmp_path / "out", device="cpu", also=["--base-dir", "/models"])
-    assert command[:2] == ["train", str(tmp_path / "photos")]
-    pairs = dict(zip(command[2::2], command[3::2], strict=True))
-    assert pairs == {
-        "--model": "lorasmith-tiny", "--name": "cat", "--device": "cpu", "--resolution": "32", "--steps": "4",
-        "--learning-rate": "0.0003", "--rank": "4", "--targets": "*.attn2.to_q", "--validation-share": "0.2",
-        "--validation-draws": "2", "--previews": "", "--output": str(tmp_path / "out" / "rank-4_rate-3e-4"),
-        "--base-dir": "/models",
-    }  # fmt: skip
-    assert "--device" not in train_command(run, tmp_path, device="cuda:1"), "the process sees one GPU"
-
-
-def python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
-    """A shell script in place of `python -m lorasmith`."""
-    path = tmp_path / "python"
-    path.write_text(f"#!/bin/sh\n{script}\n")
-    path.chmod(0o755)
-    monkeypatch.setattr(sweep_run, "LORASMITH", (str(path),))
-
-
-def ended(process: RunProcess) -> RunEnd:
-    until = time.monotonic() + LONG_S
-    while (end := process.poll()) is None:
-        assert time.monotonic() < until
-        time.sleep(0.01)
-    return end
-
-
-ERROR = '{"error": {"kind": "DataError", "message": "there is no usable image", "exit_code": 1}}'
-
-
-@posix
-@pytest.mark.parametrize(
-    ("script", "end"),
-    [
-        ("echo working >&2; echo '{}'", RunEnd(exit_code=0)),
-        (f"echo '{ERROR}'; exit 1", RunEnd(exit_code=1, error="there is no usable image")),
-        (
-            "kill -9 $$",
-            "ended with SIGKILL, as where the system has no memory left; rank-2_rate-1e-4.txt ends with: $ lora",
-        ),
-        ("echo one >&2; echo Segfault >&2; exit 3", "ended with exit code 3; rank-2_rate-1e-4.txt ends with: Segfault"),
-        ("echo '[1]'; exit 2", "ended with exit code 2"),
-    ],
-)
-def test_the_end_of_a_process_is_kept(
-    sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, end: RunEnd | str
-) -> None:
-    python(tmp_path, monkeypatch, script)
-    output, run = sweep_folder(tmp_path / "out"), sweep.runs[0]
-    process = RunProcess(run, output)
-    found = ended(process)
-    assert found == end if isinstance(end, RunEnd) else end in found.error
-    assert process.poll() == end_of(output, run) == found
-    assert log_of(output, run).read_text().startswith("$ lorasmith train ")
-
-
-@posix
-def test_a_process_that_is_stopped_has_no_error_and_is_forgotten_when_it_starts_again(
-    sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    python(tmp_path, monkeypatch, "trap 'exit 143' TERM; echo ready >&2; while :; do sleep 0.05; done")
-    output, run = sweep_folder(tmp_path / "out"), sweep.runs[0]
-    process = RunProcess(run, output)
-    while "ready" not in log_of(output, run).read_text():
-        time.sleep(0.01)
-    assert process.poll() is None
-    process.stop()
-    assert ended(process) == end_of(output, run) == RunEnd(exit_code=143)
-    python(tmp_path, monkeypatch, "sleep 0.2")
-    again = RunProcess(run, output)
-    assert end_of(output, run) is None
-    ended(again)
-
-
-@posix
-def test_a_process_sees_the_gpu_of_its_device(sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    python(tmp_path, monkeypatch, 'echo "sees $CUDA_VISIBLE_DEVICES" >&2')
+def test_each_device_has_one_run_at_a_time_and_sees_its_gpu(sweep: Sweep, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
-    output, run = sweep_folder(tmp_path / "out"), sweep.runs[0]
-    for device, seen in (("cuda:1", "7"), ("cpu", "4,7"), (None, "4,7")):
-        ended(RunProcess(run, output, device))
-        assert log_of(output, run).read_text().endswith(f"sees {seen}\n")
+    output, told = run(sweep, devices=("cuda:0", "cuda:1"))
+    assert {line.split()[-1] for line in told.lines if " on " in line} <= {"cuda:0", "cuda:1"}
+    devices = {job.id: job.device for job in jobs_in(output / QUEUE)}
+    seen = {"cuda:0": "sees 4", "cuda:1": "sees 7"}
+    for name, device in devices.items():
+        assert seen[device or ""] in log_of(output, name)
 
 
-@posix
-def test_ctrl_c_of_a_terminal_does_not_reach_a_run_by_itself(
-    sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_one_that_fails_or_crashes_its_worker_ends_alone(sweep: Sweep) -> None:
+    acts(sweep, "fail", "crash")
+    output, told = run(sweep)
+    failed, crashed, *others = names_of(sweep)
+    assert told.failures[failed] == "there is no usable image"
+    assert "it ended with exit status 3; its last line is Segfault" in str(told.failures[crashed])
+    assert [told.failures[name] for name in others] == ["", ""]
+    assert failures_in(output) == told.failures
+    assert "Segfault\n" in log_of(output, crashed) and "error: there is no usable image\n" in log_of(output, failed)
+    acts(sweep)
+    output, told = run(sweep)
+    assert failures_in(output) == dict.fromkeys(sweep.runs, ""), "and is forgotten when it is tried again"
+
+
+def test_runs_that_train_together_start_together_and_fall_together(sweep: Sweep) -> None:
+    acts(sweep, "finish", "crash")
+    output, told = run(sweep, together=3)
+    names = names_of(sweep)
+    assert told.lines[:3] == [f"{name} on cpu" for name in names[:3]]
+    assert (told.failures[names[0]], told.failures[names[3]]) == ("", "")
+    assert "exit status 3" in str(told.failures[names[1]]) and "exit status 3" in str(told.failures[names[2]])
+    assert "beside 2" in log_of(output, names[0]) and "beside 0" in log_of(output, names[3])
+
+
+def test_a_stop_saves_what_runs_and_starts_nothing(sweep: Sweep) -> None:
+    acts(sweep, "finish", "wait")
+    output = Path("out")
+    output, told = run(sweep, cancelled=lambda: len(list(output.glob("logs/*.txt"))) == 2)
+    names = names_of(sweep)
+    assert told.failures == dict.fromkeys(names[:2], "") == failures_in(output)
+    assert Path("saved").exists()
+    assert [job.state for job in jobs_in(output / QUEUE)] == ["completed", "interrupted", "pending", "pending"]
+
+
+INTERRUPTED = """
+import signal, sys, threading
+from pathlib import Path
+from lorasmith.runs import sweep_run
+from lorasmith.runs.sweep_file import read_sweep
+sweep_run.WORKER_COMMAND = sys.argv[2:]
+sweep = read_sweep(Path("sweep.toml"))
+stop = threading.Event()
+def ask(number, frame):
+    if stop.is_set():
+        raise KeyboardInterrupt
+    stop.set()
+    print("stopping", flush=True)
+if sys.argv[1] == "twice":
+    signal.signal(signal.SIGINT, ask)
+class Shown:
+    def started(self, name, device):
+        print("started", flush=True)
+    def ended(self, name, failure):
+        pass
+try:
+    sweep_run.run_sweep(sweep, list(sweep.runs), Path("out").absolute(), ["cpu"], Shown(), cancelled=stop.is_set)
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals are others there")
+@pytest.mark.parametrize(("act", "how"), [("wait", "once"), ("deaf", "twice")])
+def test_an_interrupt_saves_and_one_after_a_stop_ends_at_once(sweep: Sweep, act: str, how: str) -> None:
+    acts(sweep, act)
+    sweep_folder(Path("out").absolute())
+    command = [sys.executable, "-c", INTERRUPTED, how, *WORKER]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "started\n"
+    process.send_signal(signal.SIGINT)
+    if how == "twice":
+        assert process.stdout.readline() == "stopping\n"
+        process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=30)
+    assert (said, process.returncode) == ("interrupted\n", 0)
+    assert Path("saved").exists() == (how == "once")
+    first, *others = jobs_in(Path("out") / QUEUE)
+    assert (first.state, first.failure) == ("interrupted", "") and {job.state for job in others} == {"pending"}
+
+
+def test_workers_that_do_not_start_end_the_sweep(sweep: Sweep) -> None:
+    Path("broken").touch()
+    with pytest.raises(TrainingError, match=r"a worker must start, but .* its last line is no module named torch"):
+        run(sweep)
+
+
+def test_beside_another_process_and_on_a_cluster_ends_are_in_files(sweep: Sweep) -> None:
+    acts(sweep, "fail")
+    output = sweep_folder(Path("out").absolute())
+    with locked(output / "logs" / "sweep.lock", "taken"):
+        run(sweep)
+    assert not (output / QUEUE).exists() and failures_in(output)[names_of(sweep)[0]] == "there is no usable image"
+    acts(sweep, "finish", "fail")
+    _, told = run(sweep, alone=False)
+    assert failures_in(output) == told.failures and not (output / QUEUE).exists()
+
+
+def test_ends_of_earlier_versions_count_until_the_run_starts_again(sweep: Sweep) -> None:
+    output = sweep_folder(Path("out").absolute())
+    ended_with(names_of(sweep)[1], output, "no memory")
+    assert failures_in(output) == {names_of(sweep)[1]: "no memory"}
+    run(sweep)
+    assert failures_in(output) == dict.fromkeys(sweep.runs, "")
+    assert not list((output / "logs").glob("*.json"))
+
+
+def test_a_queue_keeps_the_runs_that_are_complete_and_forgets_those_of_other_files(sweep: Sweep) -> None:
+    output = sweep_folder(Path("out").absolute())
+    queue = JobStore(output / QUEUE)
+    first, *others = names_of(sweep)
+    for name in (first, "rank-99"):
+        queue.finish(queue.add("train", {}, id=name).id, "completed")
+    queue.close()
+    run_sweep(sweep, others, output, ["cpu"], Told())
+    assert [(job.id, job.attempts) for job in jobs_in(output / QUEUE)] == [(first, 0), *((name, 1) for name in others)]
+
+
+def numbers(sweep: Sweep, most: int) -> list[list[int]]:
+    names = names_of(sweep)
+    return [[names.index(name) + 1 for name in group] for group in grouped(sweep.runs, most)]
+
+
+def test_groups_have_what_is_of_the_model_in_common(tmp_path: Path) -> None:
+    rates = "learning_rate = [1e-4, 2e-4, 3e-4]\n"
+    assert numbers(sweep_of(tmp_path, rates), 2) == [[1, 2], [3]]
+    quantized = sweep_of(tmp_path, 'quantization = ["none", "nf4"]\n' + rates)
+    assert numbers(quantized, 8) == [[1, 2, 3], [4, 5, 6]]
+    assert numbers(quantized, 2) == [[1, 2], [3], [4, 5], [6]]
+    interleaved = sweep_of(tmp_path, rates + 'quantization = ["none", "nf4"]\n')
+    assert numbers(interleaved, 2) == [[1, 3], [2, 4], [5], [6]]
+    assert numbers(sweep_of(tmp_path, "compile = [true]\n" + rates), 3) == [[1], [2], [3]]
+
+
+@pytest.mark.slow
+def test_runs_train_together_and_one_without_images_fails_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    python(tmp_path, monkeypatch, 'echo "group $(ps -o pgid= -p $$)" >&2')
-    output, run = sweep_folder(tmp_path / "out"), sweep.runs[0]
-    ended(RunProcess(run, output))
-    assert int(log_of(output, run).read_text().split()[-1]) != os.getpgrp()
+    monkeypatch.chdir(tmp_path)
+    pictures(tmp_path / "photos", 4)
+    (tmp_path / "empty").mkdir()
+    sweep_of(tmp_path, "rank = [2, 4]\n")
+    text = (tmp_path / "sweep.toml").read_text().replace('sources = "photos"\n', "")
+    (tmp_path / "sweep.toml").write_text(text.replace("[grid]", '[grid]\nfolder = ["photos", "empty"]'))
+    sweep = read_sweep(tmp_path / "sweep.toml")
+    output, told = run(sweep, together=4)
+    names = names_of(sweep)
+    assert [told.failures[name] for name in names[:2]] == ["", ""]
+    assert all("empty" in str(told.failures[name]) for name in names[2:])
+    assert (output / names[0] / "cat.safetensors").is_file()
+    assert "held out of training" in log_of(output, names[1])
 
 
 def test_a_run_s_own_folder_is_no_folder_of_a_sweep(tmp_path: Path) -> None:

@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from lorasmith.core.folders import ASSETS
+from lorasmith.runs.queue import JobStore
 from lorasmith.server.http_server import running
-from lorasmith.server.jobs import JobStore
 from lorasmith.server.server_config import ServerConfig
 from tests.server.fakes import fake_config, is_alive
 
@@ -98,23 +98,22 @@ async def serve_until_done(config: ServerConfig) -> None:
 
 def watched_worker() -> None:
     """A worker that notes it if another process runs the same job."""
-    from lorasmith.server import worker_jobs
-    from lorasmith.server.worker import main
+    from lorasmith.runs import worker
 
-    run = worker_jobs.Jobs.run
+    run = worker._run
 
-    def watched(self: worker_jobs.Jobs, message: Any) -> Any:
-        with open(f"{message['id']}.watch", "a") as file:  # noqa: PTH123
+    def watched(kinds: Any, jobs: Any, *others: Any) -> Any:
+        with open(f"{jobs[0]['id']}.watch", "a") as file:  # noqa: PTH123
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                Path("twice").write_text(message["id"])
+                Path("twice").write_text(jobs[0]["id"])
             file.write(f"{os.getpid()}\n")
             file.flush()
-            return run(self, message)
+            return run(kinds, jobs, *others)
 
-    worker_jobs.Jobs.run = watched  # type: ignore[method-assign]
-    main()
+    worker._run = watched
+    worker.main()
 
 
 class Server:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lorasmith.server.child_process import channel_of_child
+from lorasmith.runs.child_process import channel_of_child
 
 
 def main() -> None:

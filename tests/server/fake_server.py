@@ -19,11 +19,11 @@ from aiohttp.test_utils import TestServer
 from lorasmith.core.errors import GraphError
 from lorasmith.core.folders import Folders
 from lorasmith.core.registry import Registry
+from lorasmith.runs.queue import Job, JobState, JobStore
 from lorasmith.server.assistant import RefusedError
 from lorasmith.server.dispatcher import Dispatcher
 from lorasmith.server.http_server import make_app
 from lorasmith.server.hub import Hub, LogBook, Notice
-from lorasmith.server.jobs import Job, JobState, JobStore
 from lorasmith.server.questions.graph_questions import answer_to
 from lorasmith.server.request_handling import ServerContext
 from lorasmith.server.server_config import ServerConfig
@@ -127,8 +127,7 @@ class Played:
 
     def start(self) -> Job:
         """Start the next job."""
-        job = self.context.store.claim("played")
-        assert job is not None
+        (job,) = self.context.store.claim("played")
         self._changed(job)
         return job
 

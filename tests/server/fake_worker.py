@@ -8,7 +8,7 @@ import threading
 import time
 from typing import Any
 
-from lorasmith.server.child_process import channel_of_child
+from lorasmith.runs.child_process import channel_of_child
 
 
 def main() -> None:
@@ -23,12 +23,12 @@ def main() -> None:
             match message[0]["type"]:
                 case "cancel":
                     cancel.set()
-                case "job":
+                case "jobs":
                     cancel.clear()
-                    jobs.append(message[0])
+                    jobs.extend(message[0]["jobs"])
                     arrived.release()
                 case "free":
-                    print("freed", message[0]["models"], message[0]["memory"])
+                    print("freed")
         cancel.set()
         jobs.append({})
         arrived.release()
@@ -49,6 +49,7 @@ def main() -> None:
         if not job:
             os._exit(0)
         run(channel, job, cancel)
+        channel.send({"type": "ready"})
 
 
 def run(channel: Any, job: dict[str, Any], cancel: threading.Event) -> None:

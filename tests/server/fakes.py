@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from lorasmith.core.folders import Folders
+from lorasmith.runs.queue import Job, JobStore
 from lorasmith.server.assistant import Assistant
 from lorasmith.server.dispatcher import Dispatcher
 from lorasmith.server.hub import Hub, LogBook
-from lorasmith.server.jobs import Job, JobStore
 from lorasmith.server.request_handling import ServerContext
 from lorasmith.server.server_config import ServerConfig
 from tests.launched import LONG_S
@@ -41,7 +41,7 @@ def fake_context(base: Path, **settings: Any) -> ServerContext:
     config, hub = fake_config(base, **settings), Hub()
     log = LogBook(config.log, hub)
     store = JobStore(config.folder / "jobs.sqlite3")
-    assistant = Assistant(config, on_line=lambda line: log.add("assistant", line))
+    assistant = Assistant(config.assistant, on_line=lambda line: log.add("assistant", line))
     return ServerContext(
         config=config,
         folders=Folders(base),

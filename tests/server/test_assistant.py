@@ -14,7 +14,7 @@ from tests.server.fakes import fake_config, until
 
 def run(base: Path, check: Callable[[Assistant], Awaitable[None]]) -> None:
     async def main() -> None:
-        assistant = Assistant(fake_config(base))
+        assistant = Assistant(fake_config(base).assistant)
         await assistant.start()
         try:
             await check(assistant)
@@ -67,7 +67,7 @@ def test_an_assistant_that_dies_is_asked_once_more(tmp_path: Path) -> None:
 
 def test_open_questions_fail_when_the_server_stops(tmp_path: Path) -> None:
     async def main() -> None:
-        assistant = Assistant(fake_config(tmp_path))
+        assistant = Assistant(fake_config(tmp_path).assistant)
         await assistant.start()
         await assistant.ask("echo")
         waiting = asyncio.create_task(assistant.ask("held echo"))

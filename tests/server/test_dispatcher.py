@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
+from lorasmith.runs.queue import Job, JobStateError, UnknownJobError
+from lorasmith.server import server_disk
 from lorasmith.server.hub import Notice, Subscription
-from lorasmith.server.jobs import Job, JobStateError, UnknownJobError
 from lorasmith.server.request_handling import ServerContext
 from tests.launched import LONG_S
 from tests.server.fakes import CPU, dispatching, ended, fake_context, is_alive, until
@@ -216,7 +217,7 @@ def test_stopping_the_server_interrupts_and_nothing_is_lost(tmp_path: Path) -> N
 
 
 def test_an_end_that_finds_the_disk_full_is_recorded_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorasmith.server.dispatcher._AGAIN_S", 0.1)
+    monkeypatch.setattr("lorasmith.runs.supervisor.AGAIN_S", 0.1)
 
     async def check(context: ServerContext) -> None:
         database = context.store._database
@@ -265,9 +266,24 @@ def test_devices_come_from_the_assistant(tmp_path: Path) -> None:
         context.dispatcher.free(unload_models=True)
         await until(lambda: context.dispatcher.devices()[0]["state"] == "ready")
         context.dispatcher.free(free_memory=True)
-        await until(lambda: any("freed False True" in one["m"] for one in context.log.entries))
+        await until(lambda: any("freed" in one["m"] for one in context.log.entries))
         await context.dispatcher.stop()
         await context.assistant.stop()
+        context.store.close()
+
+    asyncio.run(main())
+
+
+def test_a_job_leaves_the_last_of_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = fake_context(tmp_path)
+    free = SimpleNamespace(free=server_disk.SPARE_BYTES + 1000)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: free)
+
+    async def main() -> None:
+        job = context.dispatcher.submit("train", {"name": "x" * 900})
+        with pytest.raises(server_disk.DiskFullError, match="less than 1 GiB of the disk"):
+            context.dispatcher.submit("train", {"name": "x" * 1000})
+        context.store.finish(job.id, "completed")  # what happens to jobs is always recorded
         context.store.close()
 
     asyncio.run(main())

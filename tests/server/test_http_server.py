@@ -16,10 +16,10 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
 from lorasmith.core.errors import OptionError, OutputError
+from lorasmith.runs.queue import JobStateError, JobStore, QueueFullError, StoreError, UnknownJobError
 from lorasmith.server.assistant import RefusedError, UnavailableError
 from lorasmith.server.contained_files import OutsideError
 from lorasmith.server.http_server import make_app, running
-from lorasmith.server.jobs import JobStateError, JobStore, QueueFullError, StoreError, UnknownJobError
 from lorasmith.server.request_handling import CONTEXT, ServerContext, TooLargeError, TooManyError
 from tests.launched import LONG_S
 from tests.server.fakes import ended, fake_config, fake_context

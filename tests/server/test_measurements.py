@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lorasmith.server.jobs import measurement_subject
+from lorasmith.runs.queue import measurement_subject
 from lorasmith.training.config import TrainConfig
 
 SETTINGS = {"rank": 8, "resolution": 512}

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
+from lorasmith.runs.queue import JobStore
 from lorasmith.server.assistant import RefusedError
 from lorasmith.server.http_server import running
-from lorasmith.server.jobs import JobStore
 from lorasmith.server.server_config import ServerConfig
 from tests.launched import LONG_S
 from tests.server.crash import GRAPH, TRAINING, queue

@@ -9,7 +9,8 @@ import typer
 from lorasmith.cli.console import echo, print_result
 from lorasmith.cli.flags import BaseDir, ExtraModelPaths, FollowLinks, folders_of
 from lorasmith.cli.together import check_alone
-from lorasmith.server.server_config import LOOPBACK, TOKEN_VARIABLE, ServerConfig
+from lorasmith.runs.child_process import TOKEN_VARIABLE
+from lorasmith.server.server_config import LOOPBACK, ServerConfig
 
 
 def register(app: typer.Typer) -> None:

@@ -21,9 +21,8 @@ from lorasmith.core.printable import count_text
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from lorasmith.runs.sweep_file import Sweep, SweepRun
+    from lorasmith.runs.sweep_file import Sweep
     from lorasmith.runs.sweep_results import SweepEntry, SweepRecord
-    from lorasmith.runs.sweep_run import RunEnd
 
 
 class _Launcher(StrEnum):
@@ -78,15 +77,15 @@ def sweep(
 ) -> None:
     """Train many runs with different settings, and rank them by their held-out loss.
 
-    Each run is a process of its own, as of train, in a folder of its own; one that fails ends no other. Ctrl-C stops
+    Each run is that of train, in a folder of its own; one that fails ends no other. Ctrl-C stops
     and saves; the same command continues: complete runs are kept, and failed ones tried again. Results are printed, and
     written to sweep.json and the page sweep.html. The exit code is 1 if a run failed.
     """
     check_alone("sweep")
-    from lorasmith.runs.command_lines import arguments_for
     from lorasmith.runs.run import RUNS
     from lorasmith.runs.sweep_file import check_held_out, read_sweep
-    from lorasmith.runs.sweep_run import LORASMITH, sweep_devices, sweep_folder
+    from lorasmith.runs.sweep_launch import run_on_ray
+    from lorasmith.runs.sweep_run import run_sweep, sweep_devices, sweep_folder
 
     if launcher is not _Launcher.LOCAL and (devices is not None or only is not None):
         raise OptionError(f"--launcher {launcher} decides where all runs are; leave --devices and --only out")
@@ -101,80 +100,37 @@ def sweep(
     chosen = sweep_devices(devices or found.device) if launcher is _Launcher.LOCAL and not list_runs else ()
     place = check_writable((output or found.output or RUNS / file.stem).absolute())
     if only is None and not list_runs:  # otherwise checked when the sweep was started
-        check_held_out(found)
+        check_held_out(found.runs.values(), where=str(found.file))
     folder = sweep_folder(place)
     where = {"base_dir": base_dir, "extra_model_paths": extra_model_paths}
     models = {name: path.absolute() for name, path in where.items() if path is not None}
-    also = arguments_for(models)
     progress = _Progress(found, folder)
     if list_runs:
         progress.print_all()
         raise typer.Exit(progress.exit_code)
-    runs = progress.pending([found.runs[only - 1]] if only is not None else found.runs)
-    if launcher is _Launcher.SLURM and runs:
-        links = ["--follow-links"] if follow_links else []
-        command = [*LORASMITH, "sweep", str(file.absolute()), "--output", str(folder), *links, *also]
-        _submit(runs, folder, command, slurm_options)
+    names = progress.pending([list(found.runs)[only - 1]] if only is not None else list(found.runs))
+    if launcher is _Launcher.SLURM and names:
+        _submit(found, names, folder, models, slurm_options, follow_links=follow_links)
         return
-    heading(f"{len(runs)} of {count_text(len(found.runs), 'run')}", f"to do in {folder}")
-    if runs and together > 1:
-        _train_together(runs, folder, models, chosen, progress, together)
-    elif runs:
-        _train(runs, folder, also, chosen if launcher is _Launcher.LOCAL else None, progress)
+    heading(f"{len(names)} of {count_text(len(found.runs), 'run')}", f"to do in {folder}")
+    if names:
+        with _stopped_runs_shown(progress) as stop:
+            if launcher is _Launcher.RAY:
+                run_on_ray(found, names, folder, progress, models=models, cancelled=stop.is_set)
+            else:
+                run_sweep(
+                    found,
+                    names,
+                    folder,
+                    chosen,
+                    progress,
+                    models=models,
+                    together=together,
+                    alone=only is None,
+                    cancelled=stop.is_set,
+                )
     progress.print_all()
     raise typer.Exit(progress.exit_code)
-
-
-def _train(
-    runs: Sequence[SweepRun], folder: Path, also: list[str], devices: Sequence[str] | None, progress: _Progress
-) -> None:
-    """`devices` is None on Ray."""
-    from lorasmith.runs.sweep_launch import run_on_ray
-    from lorasmith.runs.sweep_run import RunProcess, run_all
-
-    with _stopped_runs_shown(progress) as stop:
-        if devices is None:
-            run_on_ray(runs, folder, also, on_end=progress.ended, cancelled=stop.is_set)
-        else:
-            run_all(
-                runs,
-                devices,
-                lambda run, device: RunProcess(run, folder, device, also),
-                on_start=progress.started,
-                on_end=progress.ended,
-                cancelled=stop.is_set,
-            )
-
-
-def _train_together(
-    runs: Sequence[SweepRun],
-    folder: Path,
-    models: Mapping[str, Path],
-    devices: Sequence[str],
-    progress: _Progress,
-    most: int,
-) -> None:
-    """Train in groups, each over one model in one process; runs that cannot share a model are groups of one."""
-    from lorasmith.runs.command_lines import arguments_for
-    from lorasmith.runs.sweep_group import GroupProcess, grouped
-    from lorasmith.runs.sweep_run import RunProcess, Started, run_all
-
-    def start(group: tuple[SweepRun, ...], device: str | None) -> Started:
-        if len(group) == 1:
-            return RunProcess(group[0], folder, device, arguments_for(models))
-        return GroupProcess(group, folder, device, models, on_end=progress.ended)
-
-    def started(group: tuple[SweepRun, ...], device: str | None) -> None:
-        for run in group:
-            progress.started(run, device)
-
-    def ended(group: tuple[SweepRun, ...], end: RunEnd) -> None:
-        if len(group) == 1:
-            progress.ended(group[0], end)
-
-    with _stopped_runs_shown(progress) as stop:
-        groups = grouped(runs, most)
-        run_all(groups, devices, start, on_start=started, on_end=ended, cancelled=stop.is_set)
 
 
 @contextlib.contextmanager
@@ -191,22 +147,35 @@ def _stopped_runs_shown(progress: _Progress) -> Iterator[StopRequest]:
         stop.exit_if_set()
 
 
-def _submit(runs: Sequence[SweepRun], folder: Path, command: list[str], options: str) -> None:
+def _submit(
+    sweep: Sweep,
+    names: Sequence[str],
+    folder: Path,
+    models: Mapping[str, Path],
+    options: str,
+    *,
+    follow_links: bool,
+) -> None:
     import shlex
 
-    from lorasmith.runs.sweep_launch import submit_to_slurm
+    from lorasmith.runs.command_lines import arguments_for
+    from lorasmith.runs.sweep_launch import LORASMITH, submit_to_slurm
 
     try:
         words = shlex.split(options)
     except ValueError as error:
         raise OptionError(f"--slurm-options must be arguments as in a shell, got {options!r} ({error})") from error
-    job, script = submit_to_slurm(runs, folder, command, words)
+    links = ["--follow-links"] if follow_links else []
+    also = [*links, *arguments_for(models)]
+    command = [*LORASMITH, "sweep", str(sweep.file.absolute()), "--output", str(folder), *also]
+    numbers = [number for number, name in enumerate(sweep.runs, start=1) if name in names]
+    job, script = submit_to_slurm(numbers, folder, command, words)
 
     def show() -> None:
-        echo(f"Submitted {count_text(len(runs), 'run')} as job {job}, by {script}.")
+        echo(f"Submitted {count_text(len(names), 'run')} as job {job}, by {script}.")
         echo("The same command with --list shows what came of them, and without it submits again what is not complete.")
 
-    print_result(lambda: {"job": job, "script": script, "runs": [run.number for run in runs]}, show)
+    print_result(lambda: {"job": job, "script": script, "runs": numbers}, show)
 
 
 class _Progress:
@@ -214,42 +183,44 @@ class _Progress:
 
     def __init__(self, sweep: Sweep, folder: Path) -> None:
         from lorasmith.runs.sweep_results import result_of
+        from lorasmith.runs.sweep_run import failures_in
 
         self._sweep, self._folder = sweep, folder
-        self._about = [run.number for run in sweep.runs]
+        self._about = list(sweep.runs)
         self._left = 0
         with console.status("Reading the runs"):
-            self._entries = {run.number: result_of(run, folder) for run in sweep.runs}
+            failures = failures_in(folder)
+            self._entries = {name: result_of(sweep, name, folder, failures.get(name)) for name in sweep.runs}
 
-    def pending(self, runs: Sequence[SweepRun]) -> list[SweepRun]:
+    def pending(self, names: list[str]) -> list[str]:
         """The runs that are neither complete nor running in another process; prints a note about the latter."""
-        states = {run.number: self._entries[run.number].state for run in runs}
-        for run in runs:
-            if states[run.number] == "running":
-                print_note(f"{run.name} is running in another process and is left to it.")
-        found = [run for run in runs if states[run.number] not in ("complete", "running")]
-        self._about, self._left = [run.number for run in runs], len(found)
+        states = {name: self._entries[name].state for name in names}
+        for name in names:
+            if states[name] == "running":
+                print_note(f"{name} is running in another process and is left to it.")
+        found = [name for name in names if states[name] not in ("complete", "running")]
+        self._about, self._left = names, len(found)
         return found
 
-    def started(self, run: SweepRun, device: str | None) -> None:
-        echo(f"Started   {run.name} on {device}")
-        self._entries[run.number] = replace(self._entries[run.number], state="running", error="")
+    def started(self, name: str, device: str) -> None:
+        echo(f"Started   {name} on {device}")
+        self._entries[name] = replace(self._entries[name], state="running", error="")
 
-    def ended(self, run: SweepRun, end: RunEnd) -> None:
+    def ended(self, name: str, failure: str | None) -> None:
         from lorasmith.runs.sweep_results import result_of
 
-        entry = self._entries[run.number] = result_of(run, self._folder)
+        entry = self._entries[name] = result_of(self._sweep, name, self._folder, failure)
         if entry.state == "waiting":  # cancelled before it was started
             return
         self._left -= 1
-        echo(f"{entry.state.capitalize():<10}{run.name}{_result_in_words(entry)} ({self._left} to go)")
+        echo(f"{entry.state.capitalize():<10}{name}{_result_in_words(entry)} ({self._left} to go)")
         self.record()
 
     def record(self) -> tuple[SweepRecord, Path]:
         """Write the results so far; returns them and the page."""
         from lorasmith.runs.sweep_results import sweep_record, write_results
 
-        record = sweep_record(self._sweep, self._entries.values())
+        record = sweep_record(self._sweep.file.name, self._entries.values())
         return record, write_results(record, self._folder)
 
     def print_all(self) -> None:
@@ -261,7 +232,7 @@ class _Progress:
     @property
     def exit_code(self) -> int:
         """1 if one of this command's runs failed."""
-        return int(any(self._entries[number].state == "failed" for number in self._about))
+        return int(any(self._entries[name].state == "failed" for name in self._about))
 
 
 def _result_in_words(entry: SweepEntry) -> str:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -48,23 +48,14 @@ Values = Mapping[str, Scalar]  # the values of one run, by setting
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepRun:
-    """One run of a sweep."""
-
-    number: int  # from 1
-    name: str  # of its folder
-    settings: Values  # the varied ones, in the order of the file
-    spec: RunSpec
-
-
-@dataclass(frozen=True, kw_only=True)
 class Sweep:
     """The content of a sweep's file."""
 
     file: Path
     output: Path | None  # folder of the sweep, absolute
     device: str | None
-    runs: tuple[SweepRun, ...]  # in the order in which they are started
+    runs: Mapping[str, RunSpec]  # by name, that of their folder, in the order in which they are started
+    varied: Mapping[str, Values]  # the values that the sweep varies, likewise
 
 
 def read_sweep(path: Path, *, follow_links: bool = False) -> Sweep:
@@ -86,21 +77,27 @@ def read_sweep(path: Path, *, follow_links: bool = False) -> Sweep:
     whole = arguments_in(found, path)
     try:
         _check_table(kind, table, found)
-        varied = _of_grid(table) if kind == "grid" else _of_random(table)
-        runs = tuple(
-            _run(number, name, values, found, path, follow_links)
-            for number, (name, values) in enumerate(_named(varied).items(), start=1)
-        )
+        varied = _named(_of_grid(table) if kind == "grid" else _of_random(table))
+        runs = {name: _run(values, found, path, follow_links) for name, values in varied.items()}
     except OptionError as error:
         raise OptionError(f"{path}: {error}") from error
-    return Sweep(file=path, output=None if whole.output is None else Path(whole.output), device=whole.device, runs=runs)
+    output = None if whole.output is None else Path(whole.output)
+    return Sweep(file=path, output=output, device=whole.device, runs=runs, varied=varied)
 
 
-def check_held_out(sweep: Sweep) -> None:
-    """Raise OptionError if a run has too few images to hold any out by default; DataError without images."""
+def grid_values(grid: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Values]:
+    """The values of each run of a grid by its name; `settings` are those of all runs. Raises OptionError."""
+    _check_table("grid", grid, settings)
+    return _named(_of_grid(grid))
+
+
+def check_held_out(runs: Iterable[RunSpec], *, where: str) -> None:
+    """Raise OptionError if a run has too few images to hold any out by default, or holds out none; DataError without
+    images. `where` the settings are.
+    """
     seen = set()
-    for run in sweep.runs:
-        spec = run.spec
+    for spec in runs:
+        _check_judged(spec)
         key = (spec.sources, spec.data.recursive)
         if spec.validation is not None or spec.config.validation_share is not None or key in seen:
             continue
@@ -109,24 +106,28 @@ def check_held_out(sweep: Sweep) -> None:
         if not epoch_of(images, 1, None).held_out:
             raise OptionError(
                 f"a sweep needs held-out images to rank its runs, and of fewer than {AUTOMATIC_FROM} none are held out "
-                f"unless asked, got {len(images)} in {spec.folder}; write validation_share = 0.2 in {sweep.file}, or "
+                f"unless asked, got {len(images)} in {spec.folder}; write validation_share = 0.2 in {where}, or "
                 "name a folder of others as validation"
             )
 
 
-def _run(number: int, name: str, values: Values, found: Mapping[str, Any], path: Path, follow_links: bool) -> SweepRun:
+def _run(values: Values, found: Mapping[str, Any], path: Path, follow_links: bool) -> RunSpec:
     varied = {key: value for key, value in values.items() if key != _FOLDER}
     images = {"sources": values[_FOLDER]} if _FOLDER in values else {}
     given = arguments_in({"previews": "", **found, **varied, **images}, path)
     if given.settings.get("track", "none") != "none":
         raise OptionError(f"a sweep starts no tracker, got track {given.settings['track']!r}; leave it out")
     spec = replace(given.trusted().with_settings(follow_links=follow_links).resolved(), output=None)
+    _check_judged(spec)
+    return spec
+
+
+def _check_judged(spec: RunSpec) -> None:
     if spec.config.validation_share == 0 and spec.validation is None:
         raise OptionError(
             "a sweep needs held-out images to rank its runs, got validation_share 0 and no validation folder; write "
             "validation_share = 0.1"
         )
-    return SweepRun(number=number, name=name, settings=values, spec=spec)
 
 
 def _check_table(kind: str, table: Any, found: Mapping[str, Any]) -> None:

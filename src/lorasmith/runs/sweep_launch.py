@@ -1,6 +1,6 @@
 """A sweep on a cluster: its runs as the tasks of a Slurm array, or of Ray.
 
-A task is one run on one device (`run_all`), on a machine where photographs, model and the sweep's folder have the same
+A task is one run on one device (`run_one`), on a machine where photographs, model and the sweep's folder have the same
 paths.
 """
 
@@ -14,49 +14,47 @@ import shlex
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lorasmith.core.errors import OptionError, TrainingError
 from lorasmith.core.files import write_atomic
 from lorasmith.core.printable import printable
-from lorasmith.runs.sweep_file import SweepRun
-from lorasmith.runs.sweep_run import LOGS, RunEnd, RunProcess, run_all
+from lorasmith.runs.sweep_file import Sweep
+from lorasmith.runs.sweep_run import LOGS, Progress, failures_in, run_sweep, sweep_devices
 
 _WAIT_S = 1.0
 _QUOTES = frozenset("\"'")
-_STOPPED = 130  # as for Ctrl-C
 _SAVE_S = 120  # before a time limit, for the last step and its run state
 
 
-def run_one(
-    run: SweepRun,
-    output: Path,
-    also: Sequence[str] = (),
-    *,
-    device: str | None = None,
-    cancelled: Callable[[], bool] = lambda: False,
-) -> RunEnd:
-    """Run one run of a sweep to its end, in a process of its own; if `cancelled` returns True, the run stops and saves.
+LORASMITH = (sys.executable, "-P", "-m", "lorasmith")  # -P: modules are not imported from the current folder
+"""The command, as this process was started."""
 
-    `also` are further arguments of `lorasmith train`. Without a device it is the first GPU that is visible, or the CPU.
+
+def run_one(sweep: Sweep, name: str, output: Path, models: Mapping[str, Path]) -> str | None:
+    """Run one run of a sweep to its end on the first GPU that is visible, or the CPU; returns its error, an empty text
+    without one, and None if it has not ended. KeyboardInterrupt stops and saves it.
     """
-    ends: list[RunEnd] = []
-    run_all(
-        [run],
-        [device],
-        lambda run, device: RunProcess(run, output, device, also),
-        on_end=lambda run, end: ends.append(end),
-        cancelled=cancelled,
-    )
-    return ends[0] if ends else RunEnd(exit_code=_STOPPED)  # cancelled before it was started
+    run_sweep(sweep, [name], output, sweep_devices(None)[:1], _Unseen(), models=models, alone=False)
+    return failures_in(output).get(name)
+
+
+class _Unseen:
+    def started(self, name: str, device: str) -> None:
+        """Nobody looks on."""
+
+    def ended(self, name: str, failure: str | None) -> None:
+        """The folder of the sweep has it."""
 
 
 def submit_to_slurm(
-    runs: Sequence[SweepRun], output: Path, command: Sequence[str], options: Sequence[str]
+    numbers: Sequence[int], output: Path, command: Sequence[str], options: Sequence[str]
 ) -> tuple[str, Path]:
-    """Submit runs as an array of jobs with these options of sbatch; returns the job's number, and the script.
+    """Submit runs by their numbers as an array of jobs with these options of sbatch; returns the job's number, and the
+    script.
 
     `command` is that of the sweep, to which each task adds `--only` and its number. OptionError if there is no sbatch
     or a path has characters that are not safe in a script, TrainingError if sbatch refused the job.
@@ -72,7 +70,7 @@ def submit_to_slurm(
                 "rename it"
             )
     script = output / "sweep.sbatch"
-    write_atomic(script, slurm_script([run.number for run in runs], output.name, command))
+    write_atomic(script, slurm_script(numbers, output.name, command))
     # An argument, never a line of the script: the output may be named by an untrusted file.
     log = str(output / LOGS / "slurm-%A_%a.txt") if "%" not in str(output) else "/dev/null"
     ran = subprocess.run(
@@ -109,11 +107,12 @@ def slurm_script(numbers: Sequence[int], name: str, command: Sequence[str]) -> s
 
 
 def run_on_ray(
-    runs: Sequence[SweepRun],
+    sweep: Sweep,
+    names: Sequence[str],
     output: Path,
-    also: Sequence[str] = (),
+    progress: Progress,
     *,
-    on_end: Callable[[SweepRun, RunEnd], None] = lambda run, end: None,
+    models: Mapping[str, Path] | None = None,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> None:
     """Run each of the runs as a task of a Ray cluster, with a GPU each if it has any. `output` is absolute.
@@ -134,13 +133,12 @@ def run_on_ray(
     try:
         gpus = 1 if ray.cluster_resources().get("GPU") else 0
         task = ray.remote(num_gpus=gpus, max_retries=0)(run_one)
-        waiting = {task.remote(run, output, also): run for run in runs}
+        waiting = {task.remote(sweep, name, output, models or {}): name for name in names}
         is_stopping = False
         try:
             while waiting:
                 for reference in ray.wait(list(waiting), timeout=_WAIT_S)[0]:
-                    run = waiting.pop(reference)
-                    on_end(run, _end(ray, reference))
+                    progress.ended(waiting.pop(reference), _failure(ray, reference))
                 if not is_stopping and cancelled():
                     is_stopping = True
                     for reference in waiting:
@@ -155,14 +153,14 @@ def run_on_ray(
             ray.shutdown()
 
 
-def _end(ray: Any, reference: Any) -> RunEnd:
+def _failure(ray: Any, reference: Any) -> str | None:
     try:
-        end: RunEnd = ray.get(reference)
+        failure: str | None = ray.get(reference)
     except ray.exceptions.TaskCancelledError:
-        return RunEnd(exit_code=_STOPPED)
+        return None
     except ray.exceptions.RayError as error:
-        return RunEnd(exit_code=1, error=f"the Ray task of the run failed: {error}")
-    return end
+        return f"the Ray task of the run failed: {error}"
+    return failure
 
 
 def _ranges(numbers: Sequence[int]) -> str:

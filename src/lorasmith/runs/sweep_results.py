@@ -24,8 +24,7 @@ from lorasmith.report.run_report import change, number
 from lorasmith.report.sweep_page import ApartRun, RankedRun, SweepReport, sweep_report
 from lorasmith.runs.run_page import best_lora_of_run, duration, is_own, lora_of_run, previews_of
 from lorasmith.runs.spec import SETTING_PATHS, SETTINGS, RunSpec
-from lorasmith.runs.sweep_file import Sweep, SweepRun
-from lorasmith.runs.sweep_run import end_of
+from lorasmith.runs.sweep_file import Sweep
 from lorasmith.runs.view import RunView
 from lorasmith.training.events import Outcome
 from lorasmith.training.storage.records import RunHistory, read_history
@@ -78,32 +77,36 @@ class SweepRecord:
     runs: Annotated[tuple[SweepEntry, ...], "the best first, then those that are not ranked"] = field(default=())
 
 
-def result_of(run: SweepRun, output: Path) -> SweepEntry:
-    """The result of one run so far, without its place."""
-    entry = SweepEntry(number=run.number, name=run.name, state="waiting", settings=dict(run.settings))
-    end = end_of(output, run)
-    failed = None if end is None or not end.error else replace(entry, state="failed", error=end.error)
+def result_of(sweep: Sweep, name: str, output: Path, failure: str | None) -> SweepEntry:
+    """The result of one run so far, without its place; `failure` is that of `sweep_run.failures_in`."""
+    number = list(sweep.runs).index(name) + 1
+    waiting = SweepEntry(number=number, name=name, state="waiting", settings=dict(sweep.varied[name]))
+    return result_in(output / name, waiting, sweep.runs[name], failure)
+
+
+def result_in(folder: Path, entry: SweepEntry, spec: RunSpec, failure: str | None) -> SweepEntry:
+    """An entry with the result of the run in a folder."""
+    failed = replace(entry, state="failed", error=failure) if failure else None
     try:
-        history = read_history(output / run.name)
+        history = read_history(folder)
     except OptionError:  # there is no run
         return failed or entry
     except LorasmithError as error:
         return failed or replace(entry, state="failed", error=str(error))
     outcome = history.outcome
     if outcome is not None and outcome.is_final:
-        if _is_of(run, history):
+        if _is_of(spec, history):
             return _measured(replace(entry, state="complete"), history)
         return failed or entry  # its error says what differs
     if RunFolder(history.folder).is_busy:
         return _measured(replace(entry, state="running"), history)
-    if end is None and outcome is Outcome.FAILED:  # else it was interrupted at once, and its end says so
-        failed = replace(
-            entry, state="failed", error=f"the run failed; logs/{run.name}.txt and {run.name}/report.html say why"
-        )
+    if failure is None and outcome is Outcome.FAILED:  # else it was interrupted at once, and its end says so
+        name = folder.name
+        failed = replace(entry, state="failed", error=f"the run failed; logs/{name}.txt and {name}/report.html say why")
     return _measured(failed or replace(entry, state="stopped"), history)
 
 
-def sweep_record(sweep: Sweep, entries: Iterable[SweepEntry]) -> SweepRecord:
+def sweep_record(file: str, entries: Iterable[SweepEntry]) -> SweepRecord:
     """The results of all runs, ranked."""
     entries = list(entries)
     ranked = [one for one in entries if one.state == "complete" and one.loss is not None]
@@ -115,7 +118,7 @@ def sweep_record(sweep: Sweep, entries: Iterable[SweepEntry]) -> SweepRecord:
 
     placed = [replace(one, place=place) for place, one in enumerate(sorted(ranked, key=key), start=1)]
     others = [one for one in entries if one not in ranked]
-    return SweepRecord(file=sweep.file.name, comparable=comparable, runs=(*placed, *others))
+    return SweepRecord(file=file, comparable=comparable, runs=(*placed, *others))
 
 
 def write_results(record: SweepRecord, output: Path) -> Path:
@@ -127,11 +130,11 @@ def write_results(record: SweepRecord, output: Path) -> Path:
     return page
 
 
-def _is_of(run: SweepRun, history: RunHistory) -> bool:
+def _is_of(planned: RunSpec, history: RunHistory) -> bool:
     """Whether a complete run has the settings, and names the images and model, that the sweep gives it now."""
     try:
         spec = RunSpec.from_record(history.record.source, history.record.asked).trusted()
-        return _identity(spec) == _identity(run.spec)
+        return _identity(spec) == _identity(planned)
     except (OptionError, ValueError):
         return False
 

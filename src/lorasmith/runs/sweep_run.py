@@ -1,65 +1,55 @@
-"""The runs of a sweep as processes: each is `lorasmith train` in a folder of its own, one at a time on each device.
+"""The runs of a sweep as jobs of a queue in its folder, one at a time on each device, or several that train together.
 
     OUTPUT/NAME/            the run
-    OUTPUT/logs/NAME.txt    its output
-    OUTPUT/logs/NAME.json   how its process ended (`RunEnd`)
+    OUTPUT/logs/NAME.txt    its log
+    OUTPUT/queue.sqlite3    the queue, with how each run ended
 
-A process that crashes ends its run alone. However the sweep ends, the state of a run is in its files, none of which is
-written by two processes; results are read from there (`sweep_results`).
+A run that crashes its worker ends that run alone. Beside another process that runs the sweep, and on a cluster, whose
+machines cannot share a database, the queue is in memory, and OUTPUT/logs/NAME.json has the end of a run. Earlier
+versions wrote that file for every run.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
-import os
-import signal
-import subprocess
 import sys
-import tempfile
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import IO, Protocol, TypeVar
+from typing import Any, Protocol
 
-from lorasmith.core.errors import OptionError, OutputError
-from lorasmith.core.files import ensure_folder, read_regular, write_atomic
+from lorasmith.core.errors import LorasmithError, OptionError, OutputError, TrainingError
+from lorasmith.core.files import ensure_folder, locked, read_regular, write_atomic
 from lorasmith.core.foreign_json import parse_foreign_json
-from lorasmith.core.launched import VISIBLE_GPUS, gpu_variable
-from lorasmith.core.placement import chosen_device
-from lorasmith.core.typed_json import typed
-from lorasmith.runs.command_lines import command_line
-from lorasmith.runs.sweep_file import SweepRun
-
-LORASMITH = (sys.executable, "-P", "-m", "lorasmith")  # -P: modules are not imported from the current folder
-"""The command, as this process was started."""
+from lorasmith.core.options import options_of
+from lorasmith.core.printable import printable
+from lorasmith.runs.command_lines import arguments_for, command_line
+from lorasmith.runs.queue import STATES, Job, JobStore, StoreError, jobs_in
+from lorasmith.runs.spec import RunSpec
+from lorasmith.runs.supervisor import WORKER_COMMAND, Supervisor, WorkerConfig
+from lorasmith.runs.sweep_file import Sweep
+from lorasmith.training.config import TrainConfig
 
 LOGS = "logs"  # folder of a sweep for what its runs print; a run has another name, as a hyphen is in each
-
-Work = TypeVar("Work")  # a run, or several that train together
+QUEUE = "queue.sqlite3"
 
 _POLL_S = 0.1
-_TAIL_BYTES = 4000
+_GRACE_S = 24 * 3600.0  # a sweep waits until its runs have saved
+_MOST_FAILED_STARTS = 3
+_OF_THE_MODEL = (*(name for name, one in options_of(TrainConfig).items() if one.of_model or one.is_path), "strict")
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunEnd:
-    """How the process of a run ended."""
+class Progress(Protocol):
+    """Is told what happens to the runs of a sweep."""
 
-    exit_code: int  # 0 for a complete run; negative for the signal that killed it
-    error: str = ""  # a sentence; empty for a run that is complete or was stopped
+    def started(self, name: str, device: str) -> None:
+        """A run was started on a device."""
 
-
-class Started(Protocol):
-    """A run in a process."""
-
-    def poll(self) -> RunEnd | None:
-        """How it ended; None while it runs."""
-
-    def stop(self) -> None:
-        """Ask it to end after its step and save; the second call ends it at once."""
+    def ended(self, name: str, failure: str | None) -> None:
+        """A run has ended, with an error in a sentence if there is one; None if it was never started."""
 
 
 def sweep_folder(output: Path) -> Path:
@@ -71,29 +61,16 @@ def sweep_folder(output: Path) -> Path:
     return output
 
 
-def log_of(output: Path, run: SweepRun) -> Path:
-    """The file with the output of a run."""
-    return output / LOGS / f"{run.name}.txt"
-
-
-def end_of(output: Path, run: SweepRun) -> RunEnd | None:
-    """How the process of a run last ended; None if it did not, was killed with the sweep, or the file is damaged."""
-    try:
-        return typed(parse_foreign_json(read_regular(_end_file(output, run))), RunEnd)
-    except (OSError, ValueError):
-        return None
-
-
-def keep_end(output: Path, run: SweepRun, end: RunEnd) -> None:
-    """Write how a run ended. Raises OutputError."""
-    write_atomic(_end_file(output, run), json.dumps(asdict(end)) + "\n")
-
-
-def forget_end(output: Path, run: SweepRun, arguments: Sequence[str]) -> None:
-    """Delete a run's last end and write the command of its next start to its log. Raises OSError."""
-    _end_file(output, run).unlink(missing_ok=True)
-    with log_of(output, run).open("ab") as log:
-        log.write(f"$ {command_line(['lorasmith', *arguments])}\n".encode())
+def failures_in(output: Path) -> dict[str, str]:
+    """How each run of a sweep last ended: a sentence, empty for one that completed or was stopped. Runs that have not
+    ended, or were killed with the sweep, are not in it. Raises StoreError.
+    """
+    found = {} if not (output / QUEUE).exists() else {job.id: job.failure for job in jobs_in(output / QUEUE)}
+    for path in (output / LOGS).glob("*.json"):
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            error = parse_foreign_json(read_regular(path))["error"]
+            found[path.stem] = error if isinstance(error, str) else None
+    return {name: failure for name, failure in found.items() if failure is not None}
 
 
 def sweep_devices(given: str | None) -> tuple[str, ...]:
@@ -102,6 +79,8 @@ def sweep_devices(given: str | None) -> tuple[str, ...]:
     Allocates nothing on a GPU. OptionError if a device does not exist or is named twice.
     """
     import torch
+
+    from lorasmith.core.placement import chosen_device
 
     count = torch.cuda.device_count()
     there = [f"cuda:{index}" for index in range(count)] or ["cpu"]
@@ -119,158 +98,160 @@ def sweep_devices(given: str | None) -> tuple[str, ...]:
     return tuple(names)
 
 
-def train_command(run: SweepRun, output: Path, *, device: str | None = None, also: Sequence[str] = ()) -> list[str]:
-    """The arguments of `lorasmith` for a run of a sweep. A GPU is chosen by the environment of the process instead."""
-    named = None if device is None or device.startswith("cuda") else device
-    _, *arguments = replace(run.spec, device=named).command()
-    return [*arguments, "--output", str(output / run.name), *also]
+def grouped(runs: Mapping[str, RunSpec], most: int) -> list[tuple[str, ...]]:
+    """The runs in groups of at most `most` that can train together, in their order; the others are groups of one."""
+    groups: list[tuple[str, ...]] = []
+    filling: dict[object, int] = {}
+    for name, spec in runs.items():
+        key = None if spec.config.compile else (spec.files, *(getattr(spec.config, one) for one in _OF_THE_MODEL))
+        place = filling.get(key)
+        if key is None or place is None or len(groups[place]) == most:
+            filling[key] = len(groups)
+            groups.append((name,))
+        else:
+            groups[place] = (*groups[place], name)
+    return groups
 
 
-class RunProcess:
-    """A run of a sweep in a process of its own, started at once. OutputError if the files beside it cannot be written.
-
-    `device` is as `sweep_devices` returns it; None for the first GPU that the process sees, or the CPU.
-    """
-
-    def __init__(self, run: SweepRun, output: Path, device: str | None = None, also: Sequence[str] = ()) -> None:
-        arguments = train_command(run, output, device=device, also=also)
-        self._run, self._output = run, output
-        self._is_stopping = False
-        self._document = tempfile.TemporaryFile()  # noqa: SIM115 - closed when the process has ended
-        try:
-            forget_end(output, run, arguments)
-            self._process = process_started(
-                [*LORASMITH, *arguments, "--json"], device, stdout=self._document, log=log_of(output, run)
-            )
-        except OSError as error:
-            self._document.close()
-            raise OutputError(
-                f"run {run.name} cannot be started ({error.strerror or error}); check {output}"
-            ) from error
-
-    def poll(self) -> RunEnd | None:
-        """How it ended, which is also written beside it; None while it runs."""
-        code = self._process.poll()
-        if code is None:
-            return None
-        if not self._document.closed:
-            self._document.seek(0)
-            said = self._document.read()
-            self._document.close()
-            is_stopped = code and self._is_stopping
-            self._end = RunEnd(exit_code=code, error="" if not code or is_stopped else self._error(code, said))
-            keep_end(self._output, self._run, self._end)
-        return self._end
-
-    def stop(self) -> None:
-        self._is_stopping = True
-        stop_process(self._process)
-
-    def _error(self, code: int, said: bytes) -> str:
-        """The sentence that the command printed, else what is known of its end."""
-        with contextlib.suppress(ValueError, TypeError, KeyError):
-            return str(json.loads(said)["error"]["message"])
-        return error_of_process(code, log_of(self._output, self._run))
-
-
-def process_started(
-    command: Sequence[str], device: str | None, *, log: Path, stdout: IO[bytes] | int, stdin: int = subprocess.DEVNULL
-) -> subprocess.Popen[bytes]:
-    """A process that sees one device, all if None, with standard error appended to the log. Raises OSError."""
-    environment = dict(os.environ)
-    if device is not None and device.startswith("cuda:"):
-        environment[VISIBLE_GPUS] = gpu_variable(int(device.removeprefix("cuda:")))
-    with log.open("ab") as errors:
-        return subprocess.Popen(
-            command,
-            stdin=stdin,
-            stdout=stdout,
-            stderr=errors,
-            env=environment,
-            # The terminal's Ctrl-C reaches only this process, which forwards it once.
-            start_new_session=True,
-        )
-
-
-def stop_process(process: subprocess.Popen[bytes]) -> None:
-    """Signal a process to end after its step and save; the second time, at once."""
-    if sys.platform != "win32":  # where Ctrl-C reaches every process of a console
-        process.terminate()  # not SIGINT, which Ray's workers and shells in the background block or ignore
-
-
-def error_of_process(code: int, log: Path) -> str:
-    """An error sentence for a process that printed none; `code` is its exit code, or minus the signal's number."""
-    what = f"exit code {code}"
-    if code < 0:
-        with contextlib.suppress(ValueError):
-            what = signal.Signals(-code).name
-        what += ", as where the system has no memory left" if -code == getattr(signal, "SIGKILL", 9) else ""
-    return f"the process of a run must end by itself, but ended with {what}; {log.name} ends with: {_last_line(log)}"
-
-
-def run_all(
-    runs: Sequence[Work],
-    devices: Sequence[str | None],
-    start: Callable[[Work, str | None], Started],
+def run_sweep(
+    sweep: Sweep,
+    names: Sequence[str],
+    output: Path,
+    devices: Sequence[str],
+    progress: Progress,
     *,
-    on_start: Callable[[Work, str | None], None] = lambda run, device: None,
-    on_end: Callable[[Work, RunEnd], None] = lambda run, end: None,
+    models: Mapping[str, Path] | None = None,
+    together: int = 1,
+    alone: bool = True,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Run each of the runs, or groups of runs, one at a time on each device, in their order.
+    """Run some runs of a sweep in the folder of `sweep_folder`, one at a time on each device, in their order.
 
-    `on_end` is called when the run's device has the next one. If `cancelled` returns True, or on an exception such as
-    KeyboardInterrupt, the runs stop and save, and no others start; an exception after `cancelled` ends the runs at
-    once.
+    `models` are `base_dir` and `extra_model_paths`, where models are searched. Up to `together` runs that may share a
+    model train together. `alone` is False for a task of a cluster. If `cancelled` returns True, or on an exception, the
+    runs stop and save, and no others start; KeyboardInterrupt ends them at once.
     """
-    waiting = deque(runs)
-    running: dict[str | None, tuple[Work, Started]] = {}
-    is_stopping = False
-    with _all_stopped(running, on_end):
-        while waiting or running:
-            ended = [(device, run, end) for device, (run, one) in running.items() if (end := one.poll()) is not None]
-            for device, _, _ in ended:
-                del running[device]
-            if not is_stopping and cancelled():
-                is_stopping = True
-                waiting.clear()
-                for _, started in running.values():
-                    started.stop()
-            for device in devices:
-                if waiting and device not in running:
-                    run = waiting.popleft()
-                    running[device] = run, start(run, device)
-                    on_start(run, device)
-            for _, run, end in ended:
-                on_end(run, end)
-            time.sleep(_POLL_S if running else 0)
+    models = models or {}
+    extra = models.get("extra_model_paths")
+    start = {
+        "kinds": "runs",
+        "base": str(models.get("base_dir") or Path.cwd()),
+        "extra_model_paths": extra and str(extra),
+        "follow_links": False,
+        "logs": str(output / LOGS),
+    }
+    config = WorkerConfig(start=start, cwd=Path.cwd(), log=output / LOGS, command=WORKER_COMMAND, grace_s=_GRACE_S)
+    with _queue(output, alone=alone) as queue:
+        complete = [line.id for line in queue.lines(["completed"])]
+        kept = {id for id in complete if id in sweep.runs and id not in names}
+        queue.remove([line.id for line in queue.lines(STATES) if line.id not in kept])
+        chosen = {name: sweep.runs[name] for name in names}
+        for group in grouped(chosen, together):
+            for name in group:
+                request = asdict(replace(chosen[name], output=str(output / name)))
+                label = group[0] if len(group) > 1 else None
+                queue.add("train", request, id=name, sweep=output.name, varied=sweep.varied[name], together=label)
+        watcher = _Watcher(sweep, output, progress, arguments_for(models), keeps_ends=queue.is_in_memory)
+        supervisor = Supervisor(config, queue, watcher)
+        try:
+            asyncio.run(_supervised(supervisor, queue, watcher, devices, cancelled))
+        finally:
+            watcher.tell()
+
+
+async def _supervised(
+    supervisor: Supervisor, queue: JobStore, watcher: _Watcher, devices: Sequence[str], cancelled: Callable[[], bool]
+) -> None:
+    try:
+        await supervisor.start([{"name": name} for name in devices])
+        while any(queue.queue_counts().values()) and not cancelled():
+            await asyncio.sleep(_POLL_S)
+            watcher.tell()
+            if all(worker.process.failed_starts >= _MOST_FAILED_STARTS for worker in supervisor.workers):
+                raise TrainingError(f"a worker must start, but {watcher.last_line}; lorasmith doctor may say why")
+    finally:
+        await supervisor.stop()
 
 
 @contextlib.contextmanager
-def _all_stopped(
-    running: Mapping[str | None, tuple[Work, Started]], on_end: Callable[[Work, RunEnd], None]
-) -> Iterator[None]:
-    """However the context ends, the runs in `running` are stopped, and their ends are known."""
-    try:
-        yield
-    finally:
-        for _, started in running.values():
-            started.stop()
-        for run, started in running.values():
-            while (end := started.poll()) is None:
-                time.sleep(_POLL_S)
-            on_end(run, end)
+def _queue(output: Path, *, alone: bool) -> Iterator[JobStore]:
+    """The queue of a sweep, in its folder unless another process has it, or it is not to be alone there."""
+    with contextlib.ExitStack() as held:
+        try:
+            if alone:
+                held.enter_context(locked(output / LOGS / "sweep.lock", "locked"))
+        except OutputError as error:
+            if not str(error).startswith("locked"):
+                raise
+            alone = False
+        queue = JobStore(output / QUEUE if alone else None)
+        held.callback(queue.close)
+        yield queue
 
 
-def _end_file(output: Path, run: SweepRun) -> Path:
-    return output / LOGS / f"{run.name}.json"
+class _Watcher:
+    """Writes the logs of the runs, and keeps what happens to them for `tell`."""
 
+    def __init__(
+        self, sweep: Sweep, output: Path, progress: Progress, flags: Sequence[str], *, keeps_ends: bool
+    ) -> None:
+        self._sweep = sweep
+        self._output = output
+        self._progress = progress
+        self._flags = flags
+        self._keeps_ends = keeps_ends
+        self._untold: deque[Job | LorasmithError] = deque()
+        self.last_line = "it did not"
 
-def _last_line(log: Path) -> str:
-    try:
-        with log.open("rb") as file:
-            file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
-            lines = file.read().decode(errors="replace").split("\n")
-    except OSError:
-        return "nothing"
-    return next((line.strip() for line in reversed(lines) if line.strip()), "nothing")
+    def tell(self) -> None:
+        """Report what has happened. Raises what went wrong."""
+        while self._untold:
+            found = self._untold.popleft()
+            if isinstance(found, LorasmithError):
+                raise found
+            if found.state == "running":
+                self._progress.started(found.id, found.device or "")
+            else:
+                self._progress.ended(found.id, found.failure)
+
+    def changed(self, job: Job) -> None:
+        end = self._output / LOGS / f"{job.id}.json"
+        try:
+            if job.state == "running":
+                end.unlink(missing_ok=True)
+                self._write(job, f"$ {command_line(['lorasmith', *self._command(job)])}")
+            else:
+                if job.failure:
+                    self._write(job, f"error: {job.failure}")
+                if self._keeps_ends:
+                    write_atomic(end, json.dumps({"error": job.failure}) + "\n")
+        except OSError as error:
+            why = error.strerror or error
+            self._untold.append(OutputError(f"run {job.id} cannot be started ({why}); check {self._output}"))
+        except OutputError as error:
+            self._untold.append(error)
+        self._untold.append(job)
+
+    def notice(self, job: Job, head: Mapping[str, Any], body: bytes) -> None:
+        """Nothing: a worker writes the logs."""
+
+    def line(self, text: str, jobs: Sequence[Job]) -> None:
+        self.last_line = text
+        for job in jobs[:1]:
+            with contextlib.suppress(OSError):
+                self._write(job, text)
+
+    def trouble(self, error: StoreError) -> None:
+        self._untold.append(error)
+
+    def lost(self, job: Job, error: Mapping[str, Any] | None) -> dict[str, Any]:
+        return {}
+
+    def _command(self, job: Job) -> list[str]:
+        device = None if (job.device or "cuda").startswith("cuda") else job.device
+        _, *arguments = replace(self._sweep.runs[job.id], device=device).command()
+        return [*arguments, "--output", str(self._output / job.id), *self._flags]
+
+    def _write(self, job: Job, text: str) -> None:
+        with (self._output / LOGS / f"{job.id}.txt").open("a", encoding="utf-8", errors="backslashreplace") as log:
+            log.write(f"{printable(text, limit=sys.maxsize, keep=chr(10))}\n")

@@ -536,3 +536,61 @@ class TrainOnBody:
     """Steps of the longer run, those of the run included."""
 
     steps: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepBody(PlanBody):
+    """The sweep to queue: a run for each combination of the values in `grid`."""
+
+    name: Annotated[str, "of the LoRAs; that of the dataset if it is empty"] = ""
+    grid: Annotated[dict[str, list[Any]], "the values to try of each further setting, by name"] = field(
+        default_factory=dict
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepRow:
+    """A sweep in the list."""
+
+    id: Annotated[str, "name of its folder in `runs`."]
+    runs: Annotated[int, "their number."]
+    states: Annotated[dict[str, int], "number of runs by the state of their jobs."]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepList:
+    """All sweeps, those of the page first, and the folders that look like one and cannot be read."""
+
+    sweeps: tuple[SweepRow, ...]
+    damaged: tuple[SkippedFile, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepRunRow:
+    """A run of a sweep."""
+
+    name: Annotated[str, "of its folder in that of the sweep."]
+    run: Annotated[str, "its id."]
+    settings: Annotated[dict[str, Any], "the values that the sweep varies."]
+    state: Annotated[str, "complete, failed, stopped, running, or waiting."]
+    place: Annotated[
+        int | None, "in the ranking, from 1; None for runs that are not complete or have no held-out loss."
+    ] = None
+    loss: Annotated[float | None, "the lowest held-out loss and its step."] = None
+    best_step: Annotated[int | None, "the lowest held-out loss and its step."] = None
+    change: Annotated[float | None, "of the loss relative to that of the base model, such as -0.05 for 5 % less."] = (
+        None
+    )
+    steps: Annotated[int, "that were taken."] = 0
+    error: Annotated[str, "of a failed run, in a sentence."] = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepAnswer:
+    """A sweep."""
+
+    id: Annotated[str, "name of its folder in `runs`."]
+    comparable: Annotated[
+        bool, "whether all losses are of the same held-out images; if not, the ranking is by `change`."
+    ]
+    runs: Annotated[tuple[SweepRunRow, ...], "the best first, then those that are not ranked."]

@@ -14,13 +14,13 @@ from aiohttp import web
 from lorasmith.core.errors import CancelledError, OptionError, OutputError
 from lorasmith.core.files import ensure_folder, locked
 from lorasmith.core.folders import Folders
+from lorasmith.runs.queue import JobStore
 from lorasmith.server import access, api, comfyui, page_routes
 from lorasmith.server.assistant import Assistant
 from lorasmith.server.comfyui import editor_files
 from lorasmith.server.connections import KEEPALIVE_S, Connections, most_connections
 from lorasmith.server.dispatcher import Dispatcher
 from lorasmith.server.hub import Hub, LogBook
-from lorasmith.server.jobs import JobStore
 from lorasmith.server.request_handling import CONTEXT, MAX_JSON_BYTES, ServerContext, errors_answered
 from lorasmith.server.server_config import ServerConfig
 
@@ -54,7 +54,7 @@ async def running(config: ServerConfig) -> AsyncIterator[tuple[ServerContext, st
         log = LogBook(config.log, hub)
         store = JobStore(config.folder / "jobs.sqlite3")
         parts.callback(store.close)
-        assistant = Assistant(config, on_line=lambda line: log.add("assistant", line))
+        assistant = Assistant(config.assistant, on_line=lambda line: log.add("assistant", line))
         dispatcher = Dispatcher(config, store, hub, assistant, log)
         context = ServerContext(
             config=config,

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lorasmith.runs.child_process import BlockingChannel
 from lorasmith.runs.view import ViewPublisher
-from lorasmith.server.child_process import BlockingChannel
 
 
 class JobReporter:

@@ -28,10 +28,10 @@ from aiohttp.typedefs import Handler
 from lorasmith.core.errors import LorasmithError, OptionError, OutputError
 from lorasmith.core.folders import Folders
 from lorasmith.core.foreign_json import parse_foreign_json
+from lorasmith.runs.queue import JobStore, StoreError
 from lorasmith.server.assistant import Assistant, RefusedError
 from lorasmith.server.dispatcher import Dispatcher
 from lorasmith.server.hub import Hub, LogBook
-from lorasmith.server.jobs import JobStore, StoreError
 from lorasmith.server.server_config import FOLDER, ServerConfig
 from lorasmith.server.server_disk import disk_space
 

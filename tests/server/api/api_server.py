@@ -14,12 +14,12 @@ from aiohttp.test_utils import TestClient, TestServer
 
 from lorasmith.core.errors import LorasmithError
 from lorasmith.core.folders import Folders
+from lorasmith.runs.queue import JobStore
 from lorasmith.server.access import add_headers
 from lorasmith.server.api import routes
 from lorasmith.server.assistant import Assistant, RefusedError
 from lorasmith.server.dispatcher import Dispatcher
 from lorasmith.server.hub import Hub, LogBook
-from lorasmith.server.jobs import JobStore
 from lorasmith.server.request_handling import CONTEXT, ServerContext, errors_answered
 from lorasmith.server.server_config import ServerConfig
 from tests.launched import LONG_S

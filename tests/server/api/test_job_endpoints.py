@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from lorasmith.core.typed_json import typed
+from lorasmith.runs import queue
+from lorasmith.runs.queue import measurement_subject
 from lorasmith.runs.spec import RunSpec
-from lorasmith.server import jobs
 from lorasmith.server.hub import Notice
-from lorasmith.server.jobs import measurement_subject
 from tests.server.api.api_server import AT, Client, api, events, made_up, refusals_of, with_api
 
 RUN = {"model": "lorasmith-tiny", "dataset": "fox", "trigger": "a fox", "settings": {"steps": 50}}
@@ -181,8 +181,8 @@ def test_a_page_of_a_long_queue_is_read_alone(tmp_path: Path, monkeypatch: pytes
         store.finish(ids[0], "completed")
         store.claim("worker")
         read: list[str] = []
-        real = jobs._job
-        monkeypatch.setattr(jobs, "_job", lambda row: read.append(row["id"]) or real(row))  # type: ignore[func-returns-value]
+        real = queue._job
+        monkeypatch.setattr(queue, "_job", lambda row: read.append(row["id"]) or real(row))  # type: ignore[func-returns-value]
         order = [*ids[1:], ids[0]]
         for limit, offset in ((3, 0), (2, 1), (5, 4), (9, 0)):
             read.clear()

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from lorasmith.runs.queue import STATES, Job
 from lorasmith.server.comfyui.queue_routes import (
     JOB_STATUSES,
     ending_message,
@@ -13,7 +14,6 @@ from lorasmith.server.comfyui.queue_routes import (
     job_summary,
     queue_entry,
 )
-from lorasmith.server.jobs import STATES, Job
 
 ERROR = {
     "kind": "NodeError",

@@ -3,9 +3,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from lorasmith.runs.queue import Job
 from lorasmith.server.comfyui.websocket import Client, Progress, ending_frames, final_frames, frames_of
 from lorasmith.server.hub import Notice
-from lorasmith.server.jobs import Job
 
 ME = Client("me")
 

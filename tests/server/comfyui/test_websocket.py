@@ -11,9 +11,9 @@ from typing import Any
 import aiohttp
 import pytest
 
+from lorasmith.runs.queue import Job, StoreError
 from lorasmith.server.comfyui import websocket
 from lorasmith.server.hub import Notice
-from lorasmith.server.jobs import Job, StoreError
 from tests.launched import LONG_S
 from tests.server.fake_server import GOOD, Played, serving
 from tests.server.fakes import until

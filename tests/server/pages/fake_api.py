@@ -83,6 +83,18 @@ MODELS = {
 }  # fmt: skip
 
 
+SWEEP = {
+    "id": "fox-sweep-001",
+    "comparable": True,
+    "runs": [
+        {"name": "rank-8", "run": "runs/fox-sweep-001/rank-8", "settings": {"rank": 8}, "state": "complete", "place": 1,
+         "loss": 0.21, "best_step": 60, "change": -0.05, "steps": 80, "error": ""},
+        {"name": "rank-16", "run": "runs/fox-sweep-001/rank-16", "settings": {"rank": 16}, "state": "failed",
+         "place": None, "loss": None, "best_step": None, "change": None, "steps": 0, "error": "Memory ran out."},
+    ],
+}  # fmt: skip
+
+
 @dataclass
 class FakeServer:
     """Everything that the answers are made from; tests change it.
@@ -100,6 +112,7 @@ class FakeServer:
     jobs: dict[str, dict[str, Any]] = field(default_factory=dict)
     runs: dict[str, dict[str, Any]] = field(default_factory=dict)
     models: dict[str, Any] = field(default_factory=lambda: json.loads(json.dumps(MODELS)))
+    sweeps: list[dict[str, Any]] = field(default_factory=list)
     events: dict[str, list[tuple[str, dict[str, Any]]]] = field(default_factory=dict)
     views: dict[str, RunView] = field(default_factory=dict)
     refusals: dict[str, tuple[int, str]] = field(default_factory=dict)
@@ -138,6 +151,9 @@ class FakeServer:
                 web.post(f"{at}/jobs/{{id}}/{{action}}", self._act),
                 web.get(f"{at}/events", self._events),
                 web.get(f"{at}/runs", self._list_runs),
+                web.get(f"{at}/sweeps", _says(lambda: {"sweeps": self.sweeps, "damaged": []})),
+                web.post(f"{at}/sweeps", self._new_sweep),
+                web.get(f"{at}/sweeps/{{id}}", _says(lambda: SWEEP)),
                 web.get(f"{at}/runs/{{id}}", self._run),
                 web.get(f"{at}/runs/{{id}}/events", self._job_events),
                 web.get(f"{at}/runs/{{id}}/files/{{file:.+}}", self._run_file),
@@ -324,6 +340,10 @@ class FakeServer:
         if not body.get("model"):
             return _error(400, "a run needs a model; choose one")
         return web.json_response(self._train(body), status=201)
+
+    async def _new_sweep(self, request: web.Request) -> web.Response:
+        await request.json()  # the middleware notes it
+        return web.json_response(SWEEP, status=201)
 
     def _train(self, body: dict[str, Any]) -> dict[str, Any]:
         job = self.add_job("pending", name=body["name"], request=body)

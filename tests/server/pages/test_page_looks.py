@@ -16,6 +16,7 @@ VIEWS = {
     "settings": ("#/new/fox/settings", ".choice"),
     "run": ("#/runs/runs%2Ffox-001", ".plot canvas"),
     "runs": ("#/runs", ".run-rows li"),
+    "sweep": ("#/sweeps/fox-sweep-001", "table.sweep td"),
     "compare": ("#/compare/runs%2Ffox-001/runs%2Ffox-002", ".plot canvas"),
 }
 
@@ -28,6 +29,7 @@ def test_text_is_legible_controls_have_names_and_nothing_sticks_out(
     served.server.measured = True
     served.server.add_dataset("fox")
     served.server.add_job("interrupted")
+    served.server.sweeps.append({"id": "fox-sweep-001", "runs": 2, "states": {"completed": 1, "failed": 1}})
     for number in (1, 2, 3):
         served.server.add_run(f"runs/fox-00{number}", state="failed" if number == 3 else "finished")
     page = open_page(scheme=scheme, width=width)
@@ -36,4 +38,5 @@ def test_text_is_legible_controls_have_names_and_nothing_sticks_out(
         page.wait_for_selector(ready)
         if name == "settings":
             page.get_by_text("All settings").click()
+            page.get_by_text("Try several values").click()
         assert_legible(page, name)

@@ -17,6 +17,7 @@ from lorasmith.server.api.dataset_endpoints import DATASET_ENDPOINTS
 from lorasmith.server.api.endpoint import PREFIX, Call, Endpoint, Query, api_document, route_of
 from lorasmith.server.api.job_endpoints import JOB_ENDPOINTS
 from lorasmith.server.api.run_endpoints import RUN_ENDPOINTS
+from lorasmith.server.api.sweep_endpoints import SWEEP_ENDPOINTS
 from lorasmith.server.api_shapes import (
     ModelListAnswer,
     QueueCounts,
@@ -92,6 +93,7 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     *DATASET_ENDPOINTS,
     *JOB_ENDPOINTS,
     *RUN_ENDPOINTS,
+    *SWEEP_ENDPOINTS,
     Endpoint("GET", "/openapi.json", "This document.", handler=_document, answer=dict[str, Any]),
 )
 

@@ -20,6 +20,7 @@ from lorasmith.core.errors import OptionError
 from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.core.options import Option, options_of
 from lorasmith.data.data_config import DataConfig
+from lorasmith.runs.queue import JobStateError
 from lorasmith.server.api.endpoint import Call, Endpoint, Query
 from lorasmith.server.api.job_answers import uses_dataset
 from lorasmith.server.api_shapes import (
@@ -37,7 +38,6 @@ from lorasmith.server.api_shapes import (
 )
 from lorasmith.server.assistant import RefusedError
 from lorasmith.server.contained_files import send_file
-from lorasmith.server.jobs import JobStateError
 from lorasmith.server.request_handling import ServerContext, TooLargeError, form_parts, received, upload_folder
 from lorasmith.server.server_disk import disk_space
 from lorasmith.training.config import TrainConfig

@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path, PurePath
 from typing import Any
 
+from lorasmith.runs.queue import Job
 from lorasmith.server.api_shapes import JobAnswer
-from lorasmith.server.jobs import Job
 
 _TITLES = {"graph": "Workflow", "measure": "Measurement", "train": "Training"}
 _LARGE = ("prompt", "workflow", "extra_data")  # left out of lists

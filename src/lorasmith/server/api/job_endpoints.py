@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from lorasmith.core.errors import OptionError
 from lorasmith.core.registry import nearest
+from lorasmith.runs.queue import ACTIVE, ENDED, STATES, JobState, JobStateError, measurement_subject
 from lorasmith.server.access import is_loopback
 from lorasmith.server.api.endpoint import Call, Endpoint, Query
 from lorasmith.server.api.event_streams import all_events, job_events
@@ -24,7 +25,6 @@ from lorasmith.server.api_shapes import (
     RemovedJob,
 )
 from lorasmith.server.contained_files import OutsideError, contained
-from lorasmith.server.jobs import ACTIVE, ENDED, STATES, JobState, JobStateError, measurement_subject
 from lorasmith.server.request_handling import ServerContext
 
 _MOST_LISTED = 500
@@ -32,7 +32,7 @@ _MOST_LISTED = 500
 
 async def _plan(context: ServerContext, call: Call) -> Any:
     device = next(iter(context.dispatcher.devices()), {})
-    wanted = _wanted(context, call)
+    wanted = wanted_run(context, call)
     plan = await context.assistant.ask("plan", wanted=wanted, card_bytes=device.get("memory_bytes"))
     subject = measurement_subject(wanted["model"], wanted["settings"], str(device.get("name", "cpu")))
     found = context.store.measurement(subject)
@@ -66,7 +66,7 @@ async def _jobs(context: ServerContext, call: Call) -> Any:
 
 
 async def _add(context: ServerContext, call: Call) -> Any:
-    request = await context.assistant.ask("train_request", wanted=_wanted(context, call))
+    request = await context.assistant.ask("train_request", wanted=wanted_run(context, call))
     return job_answer(context.dispatcher.submit("train", request, front=call.body.front))
 
 
@@ -100,7 +100,7 @@ async def _move(context: ServerContext, call: Call) -> Any:
     return job_answer(context.dispatcher.move(call.path("id"), call.body.front))
 
 
-def _wanted(context: ServerContext, call: Call) -> dict[str, Any]:
+def wanted_run(context: ServerContext, call: Call) -> dict[str, Any]:
     """A request with its folder expanded, which must be in the base folder if others reach the server (OptionError)."""
     config, wanted = context.config, asdict(call.body)
     folder: str | None = wanted["folder"]

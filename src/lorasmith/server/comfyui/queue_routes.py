@@ -20,17 +20,10 @@ from typing import Any
 from aiohttp import web
 
 from lorasmith.core.errors import OptionError
+from lorasmith.runs.queue import ENDED, DuplicateJobError, Job, JobLine, JobState, JobStore, QueueFullError
 from lorasmith.server.assistant import RefusedError
 from lorasmith.server.job_reporter import error_entry
-from lorasmith.server.jobs import ENDED, DuplicateJobError, Job, JobLine, JobState, JobStore, QueueFullError
-from lorasmith.server.request_handling import (
-    ServerContext,
-    number_in,
-    read_json,
-    refused,
-    send_json_pieces,
-    table,
-)
+from lorasmith.server.request_handling import ServerContext, number_in, read_json, refused, send_json_pieces, table
 
 
 class QueueRoutes:

@@ -22,9 +22,9 @@ import aiohttp
 from aiohttp import web
 
 from lorasmith.core.foreign_json import parse_foreign_json
+from lorasmith.runs.queue import ENDED, Job, StoreError, UnknownJobError
 from lorasmith.server.comfyui.queue_routes import ending_message, milliseconds, queue_info
 from lorasmith.server.hub import Notice, SentViews, Subscription
-from lorasmith.server.jobs import ENDED, Job, StoreError, UnknownJobError
 from lorasmith.server.request_handling import MAX_UPLOAD_BYTES, ServerContext
 
 MOST_SOCKETS = 128  # connections at once: fewer than one address may have, so that requests remain possible

@@ -15,6 +15,7 @@ import { PhotosView } from "./views/photos.mjs";
 import { RunView } from "./views/run.mjs";
 import { RunsView } from "./views/runs.mjs";
 import { SettingsView } from "./views/settings.mjs";
+import { SweepView } from "./views/sweep.mjs";
 
 const STATUS_EVERY_MS = 15000;
 const STATUS_SOON_MS = 2000; // while the assistant starts
@@ -64,6 +65,9 @@ function viewOf([name, ...rest]) {
     case "runs":
       if (rest[0]) return [html`<${RunView} id=${rest[0]} key=${rest[0]} />`, rest[0].split("/").pop()];
       return [html`<${RunsView} />`, "All runs"];
+    case "sweeps":
+      if (rest[0]) return [html`<${SweepView} id=${rest[0]} key=${rest[0]} />`, rest[0]];
+      break;
     case "compare":
       return [html`<${CompareView} ids=${rest} key=${rest.join(" ")} />`, "Comparison"];
     default:
@@ -81,7 +85,7 @@ function Bar({ at }) {
     <a class="brand" href="#/"><img src="pages/icon.svg" alt="" width="26" height="26" />Lorasmith</a>
     <nav aria-label="Main">
       <a href="#/" aria-current=${here("")}>New LoRA</a>
-      <a href=${link("runs")} aria-current=${here("runs") ?? here("jobs") ?? here("compare")}>Runs${busy ? html`<span class="count" aria-label=${`, ${busy} in the queue`}>${busy}</span>` : null}</a>
+      <a href=${link("runs")} aria-current=${here("runs") ?? here("jobs") ?? here("sweeps") ?? here("compare")}>Runs${busy ? html`<span class="count" aria-label=${`, ${busy} in the queue`}>${busy}</span>` : null}</a>
       ${server?.editor !== false && html`<a href="editor/">Editor</a>`}
     </nav>
     ${device && html`<span class="device">${device.title ?? device.name}${device.memory_bytes ? ` · ${bytes(device.memory_bytes)}` : ""}</span>`}

@@ -36,8 +36,7 @@ def load_questions() -> Registry[Callable[..., Any]]:
     import lorasmith.server.questions as package
 
     for module in pkgutil.iter_modules(package.__path__):
-        if module.name != "answering":
-            importlib.import_module(f"{package.__name__}.{module.name}")
+        importlib.import_module(f"{package.__name__}.{module.name}")
     return QUESTIONS
 
 

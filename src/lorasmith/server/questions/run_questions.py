@@ -2,7 +2,7 @@
 
 Runs are in `<base>/runs` (of the page and the command line) and in `<base>/output/runs` (of graphs). A run's id is its
 folder relative to the base folder, such as `runs/dog-001`. Runs of two experts of a model share a folder, such as
-`runs/dog-001/high_noise`.
+`runs/dog-001/high_noise`, and so do those of a sweep, which are in its list alone.
 """
 
 from __future__ import annotations
@@ -265,7 +265,7 @@ def run_folder_of(folders: Folders, id: str, *, is_begun: bool = True) -> Path:
     """The folder of a run; unless `is_begun`, its record need not exist yet. Raises UnknownFileError."""
     place, _, name = id.rpartition("/")
     names: tuple[str, ...] = (name,)
-    if name in EXPERTS and place not in PLACES:
+    if place not in PLACES:
         place, _, outer = place.rpartition("/")
         names = (outer, name)
     folder = folders.base.joinpath(place, *names)

@@ -46,8 +46,10 @@ export function moment(seconds) {
 
 const STATES = {
   pending: ["Waiting", "faint"],
+  waiting: ["Waiting", "faint"],
   running: ["Running", "accent"],
   completed: ["Finished", "good"],
+  complete: ["Finished", "good"],
   finished: ["Finished", "good"],
   stopped: ["Stopped early", "good"],
   cancelled: ["Stopped", "fair"],

@@ -9,6 +9,7 @@ import { Queue } from "../parts/jobs.mjs";
 import { nameOfRun, stepsOf } from "../parts/run_card.mjs";
 import { NextBar } from "../parts/stepper.mjs";
 import { MOST_COMPARED } from "./compare.mjs";
+import { Sweeps } from "./sweep.mjs";
 
 export function RunsView() {
   const [found, error, reload] = useLoaded((signal) => get(["runs"], {}, signal), []);
@@ -24,6 +25,7 @@ export function RunsView() {
   const choose = (id, on) => setChosen((ids) => (on ? [...ids, id] : ids.filter((one) => one !== id)));
   return html`
     <${Queue} />
+    <${Sweeps} />
     <section aria-labelledby="runs">
       <div class="head"><h1 id="runs">Runs</h1>${runs.length > 3 && html`<label class="search"><span class="unseen">Search runs</span><input type="search" placeholder="Search" value=${words} onInput=${(event) => setWords(event.currentTarget.value)} /></label>`}</div>
       <${Problem} error=${error} onRetry=${reload} />

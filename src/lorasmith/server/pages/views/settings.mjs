@@ -9,6 +9,7 @@ import { Button, Loading, Notice, Problem, useLoaded } from "../parts/basics.mjs
 import { act } from "../parts/jobs.mjs";
 import { AllSettings } from "../parts/all_settings.mjs";
 import { NextBar, Stepper } from "../parts/stepper.mjs";
+import { TryValues } from "./sweep.mjs";
 
 const PLAN_AFTER_MS = 500;
 const OWN_FIELDS = new Set(["trigger"]); // asked for elsewhere
@@ -31,15 +32,16 @@ export function SettingsView({ dataset }) {
   const planError = planErrors[preset?.name];
   const measuring = useMeasurement(draft, change, preset, plan, stepSeconds, own, replan);
 
+  const body = () => ({
+    dataset, model: draft.model, trigger: draft.trigger.trim(),
+    name: draft.name.trim() || slug(draft.trigger) || dataset,
+    settings: { ...plan?.memory_settings, ...preset.settings, ...own },
+  });
   async function start() {
     setFailure(null);
     try {
       await measuring.stop();
-      const job = await post(["jobs"], {
-        kind: "train", dataset, model: draft.model, trigger: draft.trigger.trim(),
-        name: draft.name.trim() || slug(draft.trigger) || dataset,
-        settings: { ...plan?.memory_settings, ...preset.settings, ...own },
-      });
+      const job = await post(["jobs"], { kind: "train", ...body() });
       change({ measurement: null });
       go("jobs", job.id);
     } catch (problem) {
@@ -79,6 +81,7 @@ export function SettingsView({ dataset }) {
     </section>
     ${declared && html`<${AllSettings} groups=${declared.groups} hidden=${OWN_FIELDS} base=${preset?.settings ?? {}} own=${own} error=${planError}
       onChange=${(settings) => change({ settings })} />`}
+    ${declared && preset && html`<${TryValues} settings=${declared.groups.flatMap((group) => group.settings)} base=${body} />`}
     <${NextBar} note=${noteOf(plan, stepSeconds)}>
       <a class="button" href=${link("new", dataset, "model")}>Back</a>
       <${Button} kind="primary" disabled=${!preset} busyText="Starting…" onClick=${start}>Start training<//>

@@ -9,8 +9,8 @@ import pytest
 
 from lorasmith.core.folders import Folders
 from lorasmith.families.locating import ModelFiles
-from lorasmith.server import worker_jobs
-from lorasmith.server.worker_jobs import WarmModel
+from lorasmith.runs import training_jobs
+from lorasmith.runs.training_jobs import WarmModel
 
 FILES = ModelFiles("a.safetensors")
 
@@ -21,7 +21,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Folders:
         path = tmp_path / "models" / f"{name}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"x" * 10)
-    monkeypatch.setattr(worker_jobs, "load_completed", lambda files, folders: object())
+    monkeypatch.setattr(training_jobs, "load_completed", lambda files, folders: object())
     return Folders(tmp_path)
 
 

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from lorasmith.server import child_process
-from lorasmith.server.child_process import AsyncChannel, BlockingChannel, BrokenChannelError, packed
+from lorasmith.runs import child_process
+from lorasmith.runs.child_process import AsyncChannel, BlockingChannel, BrokenChannelError, packed
 
 MESSAGES = [({"type": "a", "text": "ü\n"}, b""), ({}, b"\x00\xff" * 1000), ({"n": [1, 2.5, None]}, b"x")]
 
@@ -61,7 +61,7 @@ def test_messages_have_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_a_child_prints_is_no_message() -> None:
     code = """
 import os, subprocess, sys
-from lorasmith.server.child_process import channel_of_child
+from lorasmith.runs.child_process import channel_of_child
 channel = channel_of_child()
 print("printed")
 os.write(1, b"written")

@@ -7,37 +7,39 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lorasmith.core.errors import CancelledError, DataError
 from lorasmith.core.files import locked
-from lorasmith.server import worker
-from lorasmith.server.child_process import BlockingChannel
+from lorasmith.runs import worker
+from lorasmith.runs.child_process import BlockingChannel
 from tests.launched import LONG_S
 
-START = {"log": "the.log", "grace_s": 60.0, "beat_s": 60.0}
+START = {"log": "the.log", "grace_s": 60.0, "beat_s": 60.0, "kinds": "runs", "device": "cpu"}
 
 
-class FakeJobs:
-    """What `worker_jobs.Jobs` does, as each job says."""
+class FakeKind:
+    """Jobs that do what their requests say."""
 
-    is_device_broken = False
-    cancel: threading.Event
-    waiting: threading.Event
+    def __init__(self, work: worker.Work) -> None:
+        self.work = work
+        self.freed = 0
+        self.is_device_broken = False
 
-    def __init__(self, channel: Any, start: Any, *, cancel: threading.Event) -> None:
-        FakeJobs.cancel, FakeJobs.waiting = cancel, threading.Event()
-        self.freed: list[tuple[bool, bool]] = []
+    def run(self, jobs: Sequence[Mapping[str, Any]], ended: worker.Ended) -> None:
+        for job in jobs:
+            ended(job["id"], worker.how_it_ended(partial(self.act, job["request"]["do"]), job=job["id"], log="the.log"))
 
-    def run(self, message: dict[str, Any]) -> dict[str, Any]:
-        match message["request"]["do"]:
+    def act(self, do: str) -> dict[str, Any]:
+        match do:
             case "wait":
-                self.waiting.set()
-                assert self.cancel.wait(LONG_S)
+                assert self.work.cancelled.wait(LONG_S)
                 raise CancelledError("it was cancelled")
             case "data":
                 raise DataError("the images must be images, got none; add some")
@@ -46,25 +48,18 @@ class FakeJobs:
             case "bug":
                 raise ZeroDivisionError("by zero\x1b[2J")
             case "break":
-                FakeJobs.is_device_broken = True
+                self.is_device_broken = True
                 raise RuntimeError("CUDA error: an illegal memory access")
         return {"outputs": {"freed": self.freed}}
 
-    def rest(self, end: Any) -> dict[str, Any]:
-        return {"messages": [["m", {}]]}
-
-    def free(self, *, models: bool, memory: bool) -> None:
-        self.freed.append((models, memory))
-
-    def device(self) -> dict[str, Any]:
-        return {"free_bytes": 1}
-
-    def is_broken(self) -> bool:
-        return FakeJobs.is_device_broken
+    def free(self) -> None:
+        self.freed += 1
 
 
 class Ends:
-    """The server's end of a worker that runs in a thread of this process."""
+    """The supervisor's end of a worker that runs in a thread of this process."""
+
+    kind: FakeKind
 
     def __init__(self) -> None:
         (there, self._to), (self._from, back) = os.pipe(), os.pipe()
@@ -81,11 +76,17 @@ class Ends:
         return message[0]
 
     def start(self, do: str, id: str = "j") -> None:
-        self.channel.send({"type": "job", "id": id, "kind": "train", "request": {"do": do}, "run": None})
+        job = {"id": id, "kind": "train", "request": {"do": do}, "run": None}
+        self.channel.send({"type": "jobs", "jobs": [job]})
 
     def end_of(self, do: str) -> dict[str, Any]:
         self.start(do)
-        return self.receive()
+        end = self.receive()
+        assert end["type"] == "ended"
+        return end
+
+    def ready(self) -> None:
+        assert self.receive() == {"type": "ready", "device": {"free_bytes": 1}}
 
     def close(self) -> None:
         self.channel._outgoing.close()
@@ -97,8 +98,13 @@ class Ends:
 
 @pytest.fixture
 def ends(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ends]:
-    monkeypatch.setattr("lorasmith.server.worker_jobs.Jobs", FakeJobs)
-    monkeypatch.setattr(FakeJobs, "is_device_broken", False)
+    def kinds(work: worker.Work) -> dict[str, FakeKind]:
+        Ends.kind = FakeKind(work)
+        return {"train": Ends.kind}
+
+    monkeypatch.setattr("lorasmith.runs.training_jobs.job_kinds", kinds)
+    monkeypatch.setattr(worker, "_memory", lambda device: {"free_bytes": 1})
+    monkeypatch.setattr(worker, "_is_usable", lambda device: not Ends.kind.is_device_broken)
     both = Ends()
     yield both
     both.close()
@@ -106,17 +112,29 @@ def ends(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ends]:
 
 def test_a_worker_survives_whatever_a_job_raises(ends: Ends) -> None:
     found = ends.end_of("data")
-    assert (found["state"], found["id"], found["messages"]) == ("failed", "j", [["m", {}]])
+    assert (found["state"], found["id"]) == ("failed", "j")
     assert found["error"] == {"kind": "DataError", "message": "the images must be images, got none; add some"}
+    ends.ready()
     memory = ends.end_of("memory")["error"]
     assert memory["kind"] == "OutOfMemory" and "smaller resolution" in memory["message"]
+    ends.ready()
     bug = ends.end_of("bug")["error"]
     assert bug["kind"] == "InternalError" and "the.log" in bug["message"] and "\x1b" not in bug["message"]
     assert "ZeroDivisionError" in bug["traceback"][-1]
-    ends.channel.send({"type": "free", "models": True, "memory": False})
+    ends.ready()
+    ends.channel.send({"type": "free"})
     found = ends.end_of("finish")
-    assert (found["state"], found["outputs"]) == ("completed", {"freed": [[True, True], [True, False]]})
-    assert found["device"] == {"free_bytes": 1}
+    assert (found["state"], found["outputs"]) == ("completed", {"freed": 2})
+    ends.ready()
+
+
+def test_jobs_that_train_together_end_one_by_one(ends: Ends) -> None:
+    jobs = [{"id": do, "kind": "train", "request": {"do": do}, "run": None} for do in ("data", "finish", "bug")]
+    ends.channel.send({"type": "jobs", "jobs": jobs})
+    assert [(end["id"], end["state"]) for end in (ends.receive() for _ in jobs)] == [
+        ("data", "failed"), ("finish", "completed"), ("bug", "failed"),
+    ]  # fmt: skip
+    ends.ready()
 
 
 def test_a_cancel_stops_the_job_that_it_names(ends: Ends) -> None:
@@ -124,16 +142,17 @@ def test_a_cancel_stops_the_job_that_it_names(ends: Ends) -> None:
     assert FakeJobs.waiting.wait(LONG_S)
     ends.channel.send({"type": "cancel", "id": "other"})
     time.sleep(0.05)
-    assert not FakeJobs.cancel.is_set()
+    assert not ends.inbox.cancel.is_set()
     ends.channel.send({"type": "cancel", "id": "first"})
     found = ends.receive()
     assert (found["id"], found["state"]) == ("first", "cancelled")
+    ends.ready()
     assert ends.end_of("finish")["state"] == "completed", "the next job is not cancelled"
 
 
 def test_a_worker_whose_device_is_broken_reports_and_ends(ends: Ends) -> None:
     found = ends.end_of("break")
-    assert (found["state"], found["device"]) == ("failed", {})
+    assert found["state"] == "failed"
     ends.thread.join(LONG_S)
     assert not ends.thread.is_alive()
 
@@ -161,18 +180,18 @@ def test_a_worker_waits_for_that_of_another_server(tmp_path: Path) -> None:
 
     inbox = Inbox()
     taken.__enter__()
-    with worker._alone(lock, Channel(), inbox, grace_s=60) as is_alone:  # type: ignore[arg-type]
+    with worker._alone(str(lock), Channel(), inbox, grace_s=60) as is_alone:  # type: ignore[arg-type]
         assert is_alone
         assert (tmp_path / "worker-0.pid").read_text() == str(os.getpid())
     assert sent == [{"type": "waiting"}]
     inbox.is_closed = True
-    with worker._alone(lock, Channel(), inbox, grace_s=60) as is_alone:  # type: ignore[arg-type]
+    with worker._alone(str(lock), Channel(), inbox, grace_s=60) as is_alone:  # type: ignore[arg-type]
         assert not is_alone
 
 
 def test_a_worker_that_neither_ends_nor_answers_is_ended(tmp_path: Path) -> None:
     note = tmp_path / "worker-0.pid"
-    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", "lorasmith.server.worker"])
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", "lorasmith.runs.worker"])
     stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     try:
         for process in (stranger, other):
@@ -185,3 +204,9 @@ def test_a_worker_that_neither_ends_nor_answers_is_ended(tmp_path: Path) -> None
     finally:
         stranger.kill()
         stranger.wait()
+
+
+def test_devices_report_their_memory() -> None:
+    cpu = worker.device_of({"device": "cpu"})
+    assert 0 < worker._memory(cpu)["free_bytes"] <= worker._memory(cpu)["memory_bytes"]
+    assert worker._is_usable(cpu) and not worker._is_usable(torch.device("meta"))

@@ -1,4 +1,4 @@
-"""A child process of the server (its log, its heartbeats, its end), and the messages between both.
+"""A child process (its lines, its heartbeats, its end, its restart), and the messages between both.
 
 A message is a JSON object and optional bytes, length-prefixed:
 
@@ -6,7 +6,7 @@ A message is a JSON object and optional bytes, length-prefixed:
     4 bytes  length of the bytes
     JSON, bytes
 
-The server uses asyncio, a child blocking calls. A child uses its original stdin and stdout; what its code prints goes
+The parent uses asyncio, a child blocking calls. A child uses its original stdin and stdout; what its code prints goes
 to stderr.
 """
 
@@ -21,64 +21,57 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, BinaryIO, Protocol, TypeAlias
 
-from lorasmith.server.server_config import TOKEN_VARIABLE
+from lorasmith.core.printable import printable
+
+TOKEN_VARIABLE = "LORASMITH_TOKEN"  # environment variable of a server's token, which child processes do not inherit
 
 _LONGEST_LINE = 64 * 2**10
 
 
-class RestartPause:
-    """Exponential backoff between restarts of a process."""
+class ChildOwner(Protocol):
+    """Who started a child process; called in the event loop."""
 
-    FIRST_S, LONGEST_S = 0.2, 60.0
+    def on_message(self, head: dict[str, Any], body: bytes) -> None:
+        """A message of the process, but for heartbeats."""
 
-    def __init__(self) -> None:
-        self._seconds = self.FIRST_S
+    def on_line(self, line: str) -> None:
+        """A line of its stderr."""
 
-    def reset(self) -> None:
-        self._seconds = self.FIRST_S
-
-    async def wait(self) -> None:
-        await asyncio.sleep(self._seconds)
-        self._seconds = min(self.LONGEST_S, 2 * self._seconds)
+    def on_end(self, why: str) -> None:
+        """It has ended, for a reason in a clause; called once, unless the process could not be started."""
 
 
 class ChildProcess:
-    """A process with a channel on its stdin and stdout, killed after `silence_s` seconds without a message.
-    `on_message` is called in the event loop with each message except heartbeats, `on_line` with each line of stderr,
-    and `on_end` once, with the reason as a clause, unless the process could not be started.
-    """
+    """A process with a channel on its stdin and stdout, killed after `silence_s` seconds without a message."""
 
     def __init__(
         self,
         command: Sequence[str],
+        owner: ChildOwner,
         *,
         cwd: Path,
         silence_s: float,
-        on_message: Callable[[dict[str, Any], bytes], None],
-        on_line: Callable[[str], None],
-        on_end: Callable[[str], None],
         environment: Mapping[str, str] | None = None,
     ) -> None:
         self._command = command
         self._cwd = cwd
         self._silence_s = silence_s
-        self._on_message = on_message
-        self._on_line = on_line
-        self._on_end = on_end
+        self._owner = owner
         self._environment = environment or {}
         self._process: asyncio.subprocess.Process | None = None
         self._channel: AsyncChannel | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._why = ""
+        self._last_line = ""
         self.heard = time.monotonic()
 
     async def start(self, first: Mapping[str, Any]) -> None:
         """Start the process and send its first message. Raises OSError."""
-        # Its own session: Ctrl-C in the terminal reaches only the server, which then asks its children to exit.
+        # Its own session: Ctrl-C in the terminal reaches only the parent, which then asks its children to exit.
         apart: dict[str, Any] = {"start_new_session": True}
         if sys.platform == "win32":
             apart = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
@@ -134,11 +127,11 @@ class ChildProcess:
                 self.heard = time.monotonic()
                 head, body = message
                 if head.get("type") != "beat":
-                    self._on_message(head, body)
+                    self._owner.on_message(head, body)
         except BrokenChannelError as error:
             self.kill(str(error))
         except BaseException:
-            self.kill("the server failed on one of its messages")
+            self.kill("one of its messages could not be handled")
             raise
         finally:
             channel.close()
@@ -151,7 +144,8 @@ class ChildProcess:
             self._tasks[2].cancel()
             await asyncio.wait([self._tasks[1]], timeout=1)  # the rest of its stderr
             self._tasks[1].cancel()
-            self._on_end(self._why or _reason(code))
+            said = f"; its last line is {printable(self._last_line, limit=200)}" if self._last_line else ""
+            self._owner.on_end((self._why or _reason(code)) + said)
 
     async def _read_lines(self, stream: asyncio.StreamReader) -> None:
         while True:
@@ -163,7 +157,8 @@ class ChildProcess:
                 return
             # Progress bars are redrawn with carriage returns; keep the last state.
             if text := line.decode(errors="backslashreplace").rstrip().rpartition("\r")[2]:
-                self._on_line(text)
+                self._last_line = text
+                self._owner.on_line(text)
 
     async def _watch(self) -> None:
         pause = self._silence_s / 10
@@ -171,14 +166,14 @@ class ChildProcess:
             before = time.monotonic()
             await asyncio.sleep(pause)
             now = time.monotonic()
-            if now - before > 2 * pause + 1:  # the server itself was suspended
+            if now - before > 2 * pause + 1:  # the parent itself was suspended
                 self.heard = now
             elif now - self.heard > self._silence_s:
                 self.kill(f"it gave no sign of life for {self._silence_s:g} seconds")
 
 
 def _inherited() -> dict[str, str]:
-    """The server's environment without its token; module paths do not depend on the current folder."""
+    """The environment without the token; module paths do not depend on the current folder."""
     found = {name: value for name, value in os.environ.items() if name != TOKEN_VARIABLE}
     if paths := found.get("PYTHONPATH"):
         found["PYTHONPATH"] = os.pathsep.join(str(Path(path).absolute()) for path in paths.split(os.pathsep))
@@ -235,7 +230,7 @@ def _head(text: bytes) -> dict[str, Any]:
 
 
 class AsyncChannel:
-    """The server's end: reads a child's stdout and writes to its stdin."""
+    """The parent's end: reads a child's stdout and writes to its stdin."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
@@ -278,7 +273,7 @@ class BlockingChannel:
         return None if text is None or content is None else (_head(text), content)
 
     def send(self, head: Mapping[str, Any], body: bytes = b"") -> None:
-        """Raises OSError if the server has closed the channel."""
+        """Raises OSError if the parent has closed the channel."""
         content = packed(head, body)
         with self._lock:
             self._outgoing.write(content)

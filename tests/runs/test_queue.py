@@ -12,8 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from lorasmith.server import server_disk
-from lorasmith.server.jobs import (
+from lorasmith.runs.queue import (
     STATES,
     DuplicateJobError,
     JobStateError,
@@ -21,6 +20,7 @@ from lorasmith.server.jobs import (
     QueueFullError,
     StoreError,
     UnknownJobError,
+    jobs_in,
 )
 
 
@@ -65,7 +65,8 @@ def test_jobs_are_started_in_order_each_once(store: JobStore) -> None:
     store.move(front.id, front=False)
     assert names(store) == ["c", "before that", "a", "between", "b", "first"]
     started = []
-    while (job := store.claim("w")) is not None:
+    while jobs := store.claim("w"):
+        (job,) = jobs
         assert job.state == "running" and job.attempts == 1 and job.started is not None
         started.append(job.request["name"])
     assert started == ["c", "before that", "a", "between", "b", "first"]
@@ -86,8 +87,8 @@ def test_an_ended_job_is_history_and_can_be_queued_again(store: JobStore) -> Non
     again = store.requeue(a.id)
     assert again.state == "pending" and again.error is None
     assert names(store) == ["a", "b"], "at its old place"
-    claimed = store.claim("w")
-    assert claimed is not None and claimed.id == a.id and claimed.attempts == 2
+    (claimed,) = store.claim("w")
+    assert claimed.id == a.id and claimed.attempts == 2
     assert claimed.run == "runs/a-001" and claimed.outputs == {} and claimed.messages == []
     assert b.state == "pending"
 
@@ -107,7 +108,7 @@ def test_history_is_read_in_pages_and_by_state(store: JobStore) -> None:
 
 def test_running_jobs_are_never_removed(store: JobStore) -> None:
     running, waiting, done = (store.add("train", {}) for _ in range(3))
-    assert store.claim("w").id == running.id  # type: ignore[union-attr]
+    assert [job.id for job in store.claim("w")] == [running.id]
     store.finish(done.id, "completed")
     assert store.remove([running.id, waiting.id, "nowhere", done.id]) == [waiting.id, done.id]
     assert [store.find(one.id) is not None for one in (running, waiting, done)] == [True, False, False]
@@ -134,7 +135,7 @@ def test_what_a_dead_server_left_running_is_interrupted(path: Path) -> None:
     code = f"""
 import os
 from pathlib import Path
-from lorasmith.server.jobs import JobStore
+from lorasmith.runs.queue import JobStore
 store = JobStore(Path({str(path)!r}))
 for name in "ab":
     store.add("train", {{"name": name}}, id=name)
@@ -159,7 +160,7 @@ def test_a_full_disk_changes_nothing_and_says_so(path: Path, store: JobStore) ->
     assert caught.value.is_full and "\n" not in str(caught.value)
     assert names(store) == ["a"]
     store._database.execute("PRAGMA max_page_count = 100000")
-    assert store.claim("w").id == job.id  # type: ignore[union-attr]
+    assert [one.id for one in store.claim("w")] == [job.id]
 
 
 def test_an_error_of_a_disk_without_space_is_a_full_disk(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,8 +214,8 @@ def test_lines_are_jobs_in_the_order_of_the_queue_without_what_is_large(store: J
 
 
 def test_requests_have_a_limit_together(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorasmith.server.jobs.MOST_WAITING_BYTES", 500_000)
-    monkeypatch.setattr("lorasmith.server.jobs.MOST_ENDED_BYTES", 500_000)
+    monkeypatch.setattr("lorasmith.runs.queue.MOST_WAITING_BYTES", 500_000)
+    monkeypatch.setattr("lorasmith.runs.queue.MOST_ENDED_BYTES", 500_000)
     large = {"trigger": "x" * 200_000}
     paused = store.add("train", large)
     store.finish(paused.id, "paused")
@@ -240,9 +241,79 @@ def test_lists_have_no_graphs(store: JobStore) -> None:
     assert store.pending()[0].request == request
 
 
-def test_a_job_leaves_the_last_of_the_disk(store: JobStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=server_disk.SPARE_BYTES + 1000))
-    job = store.add("train", {"name": "x" * 900})
-    with pytest.raises(server_disk.DiskFullError, match="less than 1 GiB of the disk"):
-        store.add("train", {"name": "x" * 1000})
-    store.finish(job.id, "completed")  # what happens to jobs is always recorded
+def test_jobs_that_train_together_start_together(store: JobStore) -> None:
+    for name, group in (("a", "1"), ("b", None), ("c", "1"), ("d", None)):
+        store.add("train", {"name": name}, together=group, sweep="s", varied={"rank": 4})
+    assert [job.request["name"] for job in store.claim("cuda:0")] == ["a", "c"]
+    assert [job.request["name"] for job in store.claim("cpu")] == ["b"]
+    assert next((job.device, job.varied) for job in store.running()) == ("cuda:0", {"rank": 4})
+    assert store.sweeps() == {"s": {"pending": 1, "running": 3}}
+    assert [job.request["name"] for job in store.of_sweep("s")] == ["a", "b", "c", "d"]
+
+
+def test_runs_of_a_sweep_wait_again_after_their_server_ended(path: Path) -> None:
+    store = JobStore(path)
+    for name, sweep in (("a", "s"), ("b", None), ("c", "s"), ("d", "s")):
+        store.add("train", {}, id=name, sweep=sweep)
+    for _ in range(3):
+        store.claim("w")
+    store.finish("c", "cancelled")
+    store.close()
+    states = [job.state for job in map(JobStore(path).get, "abcd")]
+    assert states == ["pending", "interrupted", "cancelled", "pending"]
+
+
+def test_a_database_of_version_1_is_read_on(path: Path, store: JobStore) -> None:
+    store.add("train", {"name": "a"}, id="a")
+    for column in ("sweep", "varied", "together"):
+        store._database.execute("DROP INDEX IF EXISTS jobs_sweep")
+        store._database.execute(f"ALTER TABLE jobs DROP COLUMN {column}")
+    store._database.execute("PRAGMA user_version = 1")
+    store.close()
+    again = JobStore(path)
+    assert (again.get("a").request, again.get("a").sweep, again.get("a").varied) == ({"name": "a"}, None, {})
+    again.close()
+
+
+def test_another_process_reads_the_jobs_while_they_are_written(path: Path, store: JobStore) -> None:
+    jobs = [store.add("train", {"name": name}, sweep="s", varied={"rank": 2}) for name in "ab"]
+    store.claim("cpu")
+    assert [(job.id, job.state, job.varied) for job in jobs_in(path)] == [
+        (jobs[0].id, "running", {"rank": 2}), (jobs[1].id, "pending", {"rank": 2}),
+    ]  # fmt: skip
+    store.close()
+    assert len(jobs_in(path)) == 2 and sorted(one.name for one in path.parent.iterdir()) == [path.name]
+
+
+ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT i FROM n"
+
+
+@pytest.mark.parametrize(
+    ("script", "sentence"),
+    [
+        ("CREATE TABLE other (x)", "has no jobs"),
+        (f"CREATE VIEW jobs AS {ENDLESS}", "has no jobs"),
+        (f"CREATE TABLE jobs (x); CREATE VIEW y AS {ENDLESS}", "cannot be used"),
+        (None, "cannot be written|damaged"),
+    ],
+)
+def test_a_database_of_a_stranger_is_read_in_bounded_time(path: Path, script: str | None, sentence: str) -> None:
+    path.parent.mkdir()
+    if script is None:
+        path.write_bytes(b"no database" * 1000)
+    else:
+        database = sqlite3.connect(path)
+        database.executescript(script)
+        database.close()
+    with pytest.raises(StoreError, match=sentence):
+        jobs_in(path)
+
+
+@pytest.mark.parametrize(
+    "column", ["request = '['", "varied = '[' || hex(zeroblob(100000))", "state = 'x'", "id = x'00'"]
+)
+def test_damaged_jobs_of_a_stranger_are_refused(path: Path, store: JobStore, column: str) -> None:
+    store.add("train", {})
+    store._database.execute(f"UPDATE jobs SET {column}")
+    with pytest.raises(StoreError, match="is damaged"):
+        jobs_in(path)

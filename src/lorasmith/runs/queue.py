@@ -1,12 +1,14 @@
 """The queue of jobs, its history and what was measured, in SQLite, which survive crashes.
 
-`<base>/user/lorasmith/jobs.sqlite3` (WAL). Only the server opens it, from the thread of its event loop; each call is
-one short transaction, durable when it returns.
+A server has `<base>/user/lorasmith/jobs.sqlite3`, a sweep of the command line `queue.sqlite3` in its folder (WAL). Only
+one process writes it, from the thread of its event loop; each call is one short transaction, durable when it returns.
+Others may read it (`jobs_in`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import re
@@ -16,12 +18,12 @@ import time
 import uuid
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from urllib.parse import quote
 
 from lorasmith.core.errors import LorasmithError
 from lorasmith.core.files import ensure_folder
-from lorasmith.server.server_disk import disk_space
 from lorasmith.training.config import cost_options
 
 JobKind: TypeAlias = Literal["graph", "train", "measure"]
@@ -37,9 +39,11 @@ MOST_ENDED = 2_000  # ended jobs that are kept, the newest; paused and interrupt
 MOST_WAITING_BYTES = MOST_ENDED_BYTES = 256 * 2**20
 """Of the requests of jobs that wait or can be continued, and of all data of ended ones."""
 
+_MOST_LOOKS = 20_000  # thousands of steps of SQLite's machine for reading a database of others
 _SMALL_BYTES = 2**16  # smaller requests are queued even beyond `MOST_WAITING_BYTES`
+WORKER_ENDED = "WorkerEnded"  # kind of the error of a job whose worker crashed
 _REMOVABLE: tuple[JobState, ...] = ("completed", "failed", "cancelled")
-_VERSION = 1
+_VERSION = 2  # 2: columns of sweeps
 _DISK = (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN)
 _LEAST_FREE = 128 * 2**10  # SQLite reports a full disk as such only where a write fails, not for its shared memory
 
@@ -89,6 +93,18 @@ class Job:
     error: Mapping[str, Any] | None = None  # `{kind, message, ...}` of a job that failed or was interrupted
     run: str | None = None  # id of its run: the folder relative to the base folder
     attempts: int = 0
+    device: str | None = None  # of the last attempt
+    sweep: str | None = None  # the sweep that it is a run of
+    varied: Mapping[str, Any] = field(default_factory=dict)  # its settings among those that the sweep varies
+    together: str | None = None  # jobs with the same text train together, over one model
+
+    @property
+    def failure(self) -> str | None:
+        """The sentence of its error; empty without one, None before it has ended."""
+        if self.state in ACTIVE:
+            return None
+        is_lost = self.error is not None and self.error.get("kind") == WORKER_ENDED
+        return str((self.error or {}).get("message", "")) if self.state == "failed" or is_lost else ""
 
     def summary(self) -> dict[str, Any]:
         """The job without request, outputs and messages, but with its name and model."""
@@ -104,7 +120,7 @@ class Job:
             "error": None if self.error is None else {key: self.error.get(key) for key in ("kind", "message")},
             "run": self.run,
             "attempts": self.attempts,
-            "name": self.request.get("name"),
+            "name": self.request.get("name") if self.sweep is None else PurePath(self.request["output"]).name,
             "model": self.request.get("model"),
         }
 
@@ -138,10 +154,14 @@ CREATE TABLE IF NOT EXISTS jobs (
     error TEXT,
     run TEXT,
     attempts INTEGER NOT NULL DEFAULT 0,
-    worker TEXT
+    worker TEXT,
+    sweep TEXT,
+    varied TEXT NOT NULL DEFAULT '{}',
+    together TEXT
 );
 CREATE INDEX IF NOT EXISTS jobs_queue ON jobs (state, number, sequence);
 CREATE INDEX IF NOT EXISTS jobs_ended ON jobs (ended);
+CREATE INDEX IF NOT EXISTS jobs_sweep ON jobs (sweep);
 CREATE TABLE IF NOT EXISTS measurements (
     subject TEXT PRIMARY KEY,
     found TEXT NOT NULL,
@@ -149,28 +169,35 @@ CREATE TABLE IF NOT EXISTS measurements (
 );
 """
 
+_ADDED = {"sweep": "TEXT", "varied": "TEXT NOT NULL DEFAULT '{}'", "together": "TEXT"}
+"""Columns that databases of version 1 lack."""
+
 _COLUMNS = (
-    "id, kind, state, number, request, client_id, created, started, ended, outputs, messages, error, run, attempts"
+    "id, kind, state, number, request, client_id, created, started, ended, outputs, messages, error, run, attempts, "
+    "worker AS device, sweep, varied, together"
 )
 _LISTED_COLUMNS = _COLUMNS.replace(
     "request,", "json_remove(request, '$.prompt', '$.workflow', '$.extra_data') AS request,"
 )
 """Without the graphs of requests, which may have megabytes each."""
-_JSON = ("request", "outputs", "messages", "error")
+_JSON = ("request", "outputs", "messages", "error", "varied")
 
 
 class JobStore:
-    """The jobs in the database at `path`. Every method raises StoreError if it cannot be read or written. Opening it
-    marks jobs left `running` by an earlier server as `interrupted`.
+    """The jobs in the database at `path`, None for one in memory. Every method raises StoreError if it cannot be read
+    or written. Opening it marks jobs left `running` by an earlier process as `interrupted`; interrupted runs of sweeps
+    wait again.
     """
 
-    def __init__(self, path: Path, *, most_pending: int = MOST_PENDING, most_ended: int = MOST_ENDED) -> None:
-        self._path = path
+    def __init__(self, path: Path | None, *, most_pending: int = MOST_PENDING, most_ended: int = MOST_ENDED) -> None:
+        self.is_in_memory = path is None
+        self._path = path or Path(":memory:")
         self._most_pending = most_pending
         self._most_ended = most_ended
-        ensure_folder(path.parent)
+        if path is not None:
+            ensure_folder(path.parent)
         with self._explained():
-            self._database = sqlite3.connect(path, timeout=5.0, isolation_level=None)
+            self._database = sqlite3.connect(self._path, timeout=5.0, isolation_level=None)
         try:
             self._open()
         except BaseException:
@@ -188,6 +215,9 @@ class JobStore:
                 f"{self._path} is of a later version of Lorasmith; install that one, or move the file away"
             )
         with self._writing() as database:
+            if version == 1:
+                for name, type in _ADDED.items():
+                    database.execute(f"ALTER TABLE jobs ADD COLUMN {name} {type}")
             for statement in filter(str.strip, _SCHEMA.split(";")):
                 database.execute(statement)
             database.execute(f"PRAGMA user_version = {_VERSION}")
@@ -195,6 +225,10 @@ class JobStore:
             database.execute(
                 "UPDATE jobs SET state = 'interrupted', ended = ?, error = ? WHERE state = 'running'",
                 (time.time(), json.dumps(error)),
+            )
+            database.execute(
+                "UPDATE jobs SET state = 'pending', ended = NULL, error = NULL "
+                "WHERE state = 'interrupted' AND sweep IS NOT NULL"
             )
 
     def close(self) -> None:
@@ -209,12 +243,15 @@ class JobStore:
         client_id: str | None = None,
         front: bool = False,
         number: float | None = None,
+        sweep: str | None = None,
+        varied: Mapping[str, Any] | None = None,
+        together: str | None = None,
     ) -> Job:
         """Queue a new job. `id` is a UUID in lower case, None for a new one. `front` puts it before all others, by a
-        negative number. Raises QueueFullError, DiskFullError and DuplicateJobError.
+        negative number. Raises QueueFullError and DuplicateJobError.
         """
         id, text = id or str(uuid.uuid4()), json.dumps(request)
-        with disk_space(self._path.parent, len(text)), self._writing() as database:
+        with self._writing() as database:
             (waiting,) = database.execute("SELECT count(*) FROM jobs WHERE state = 'pending'").fetchone()
             if waiting >= self._most_pending:
                 raise QueueFullError(
@@ -232,8 +269,9 @@ class JobStore:
             if database.execute("SELECT 1 FROM jobs WHERE id = ?", (id,)).fetchone():
                 raise DuplicateJobError(f"a job's id must be a new one, got {id}; leave it out")
             added = database.execute(
-                "INSERT INTO jobs (id, kind, state, number, request, client_id, created) VALUES (?,?,?,?,?,?,?)",
-                (id, kind, "pending", 0.0, text, client_id, time.time()),
+                "INSERT INTO jobs (id, kind, state, number, request, client_id, created, sweep, varied, together) "
+                "VALUES (?,?,'pending',0,?,?,?,?,?,?)",
+                (id, kind, text, client_id, time.time(), sweep, json.dumps(varied or {}), together),
             )
             place = added.lastrowid or 0
             chosen = number if number is not None else float(-place if front else place)
@@ -265,6 +303,22 @@ class JobStore:
         return self._select(
             f"WHERE state IN ({_marks(states)}) AND request LIKE ? ESCAPE '\\'", (*states, f"%{pattern}%")
         )
+
+    def sweeps(self) -> dict[str, dict[JobState, int]]:
+        """The number of runs by state, of each sweep, the newest first."""
+        found: dict[str, dict[JobState, int]] = {}
+        with self._explained():
+            rows = self._database.execute(
+                "SELECT sweep, state, count(*), min(created) AS since FROM jobs WHERE sweep IS NOT NULL "
+                "GROUP BY sweep, state ORDER BY since DESC"
+            ).fetchall()
+        for sweep, state, count, _ in rows:
+            found.setdefault(sweep, {})[state] = count
+        return found
+
+    def of_sweep(self, sweep: str) -> list[Job]:
+        """The runs of a sweep, in its order."""
+        return self._select("WHERE sweep = ? ORDER BY sequence", (sweep,))
 
     def active(self, limit: int, offset: int = 0, states: Collection[JobState] = ACTIVE) -> list[Job]:
         """Running jobs, oldest first, then waiting ones in queue order, without the graphs of requests."""
@@ -306,20 +360,25 @@ class JobStore:
         counts = self.counts()
         return {state: counts[state] for state in ACTIVE}
 
-    def claim(self, worker: str) -> Job | None:
-        """Start the next waiting job, atomically; None if there is none. `worker` is recorded for debugging."""
+    def claim(self, device: str) -> list[Job]:
+        """Start the next waiting job on a device, and those that train together with it; empty if there is none."""
         with self._writing() as database:
             found = database.execute(
-                "SELECT id FROM jobs WHERE state = 'pending' ORDER BY number, sequence LIMIT 1"
+                "SELECT id, together FROM jobs WHERE state = 'pending' ORDER BY number, sequence LIMIT 1"
             ).fetchone()
             if found is None:
-                return None
+                return []
+            rows = database.execute(
+                "SELECT id FROM jobs WHERE id = ? OR (state = 'pending' AND together = ?) ORDER BY number, sequence",
+                tuple(found),
+            ).fetchall()
+            ids = [id for (id,) in rows]
             database.execute(
                 "UPDATE jobs SET state = 'running', started = ?, ended = NULL, error = NULL, outputs = '{}', "
-                "messages = '[]', attempts = attempts + 1, worker = ? WHERE id = ?",
-                (time.time(), worker, found["id"]),
+                f"messages = '[]', attempts = attempts + 1, worker = ? WHERE id IN ({_marks(ids)})",
+                (time.time(), device, *ids),
             )
-        return self.get(found["id"])
+        return [self.get(id) for id in ids]
 
     def finish(
         self,
@@ -428,6 +487,37 @@ class JobStore:
             yield
         except sqlite3.Error as error:
             raise _explained(self._path, error) from error
+
+
+def jobs_in(path: Path) -> list[Job]:
+    """The jobs in a database that another process may be writing, in their order; it may be a stranger's, so that it
+    is only read, and read in bounded time. Raises StoreError.
+    """
+    database = None
+    try:
+        # Without its log nobody has it open, and reading must not make one.
+        how = "mode=ro" if path.with_name(f"{path.name}-wal").exists() else "mode=ro&immutable=1"
+        database = sqlite3.connect(f"file:{quote(str(path.absolute()))}?{how}", uri=True, timeout=1.0)
+        database.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MOST_WAITING_BYTES)
+        database.set_progress_handler(
+            itertools.chain(itertools.repeat(0, _MOST_LOOKS), itertools.repeat(1)).__next__, 1000
+        )
+        database.execute("PRAGMA trusted_schema = OFF")
+        database.row_factory = sqlite3.Row
+        kind = database.execute("SELECT type FROM sqlite_master WHERE name = 'jobs'").fetchone()
+        if kind is None or kind[0] != "table":
+            raise StoreError(f"{path} has no jobs; move it away")
+        found = [_job(row) for row in database.execute(f"SELECT {_COLUMNS} FROM jobs ORDER BY number, sequence")]
+        if not all(isinstance(job.id, str) and job.state in STATES for job in found):
+            raise ValueError("a job without id or state")
+        return found
+    except sqlite3.Error as error:
+        raise _explained(path, error) from error
+    except (ValueError, TypeError, RecursionError) as error:
+        raise StoreError(f"{path} is damaged ({error}); move it away") from error
+    finally:
+        if database is not None:
+            database.close()
 
 
 def _marks(values: Collection[object]) -> str:

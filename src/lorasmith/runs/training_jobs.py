@@ -1,0 +1,346 @@
+"""Trainings in a worker process: one run on images, or several over one model (`training.joint`).
+
+The model of the last training is kept for the next one on the same files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from lorasmith.core.errors import CancelledError, LorasmithError, OptionError, OutputError
+from lorasmith.core.files import ensure_folder
+from lorasmith.core.folders import Folders, fingerprint
+from lorasmith.core.printable import count_text, printable
+from lorasmith.core.typed_json import typed
+from lorasmith.data.dataset import EncodedDataset
+from lorasmith.families.locating import ModelFiles, built_in_models
+from lorasmith.families.model_search import (
+    ENCODER_FOLDERS,
+    MODEL_FOLDERS,
+    VAE_FOLDERS,
+    Completed,
+    in_folders,
+    load_completed,
+)
+from lorasmith.runs.plan import FolderPlan, plan
+from lorasmith.runs.run import Host, run
+from lorasmith.runs.spec import RunSpec
+from lorasmith.runs.view import RunView
+from lorasmith.runs.worker import Ended, JobKind, Work, how_it_ended
+from lorasmith.training.events import Event, Outcome, StepDone
+from lorasmith.training.job import engine_of
+from lorasmith.training.joint import EngineMaker, StopOfAll, check_captions, train_jointly
+from lorasmith.training.results import TrainResult
+from lorasmith.training.storage.fingerprint import Fingerprint, differences
+from lorasmith.training.storage.records import read_history
+from lorasmith.training.storage.run_folder import RunFolder
+from lorasmith.training.train import Plan
+from lorasmith.training.validation import UNJUDGED
+
+_BETWEEN_LINES_S = 30.0
+
+
+def job_kinds(work: Work) -> Mapping[str, JobKind]:
+    """The jobs of a sweep, each with a log of its own in the folder `logs` of the start message."""
+    device = str(work.start["device"])
+    named = None if device.startswith("cuda") else device
+    return {"train": TrainingJobs(work, lambda job: RunLog(Path(work.start["logs"], f"{job['id']}.txt")), device=named)}
+
+
+class Reporter(Protocol):
+    """Receives what happens in a training."""
+
+    def event(self, event: Event) -> None:
+        """An event of its preparation or of its run."""
+
+    def run(self, folder: Path) -> None:
+        """It has this run folder."""
+
+
+class RunLog:
+    """The log of a run: its messages, and its step from time to time."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._last = 0.0
+
+    def event(self, event: Event) -> None:
+        if isinstance(event, StepDone):
+            if time.monotonic() - self._last >= _BETWEEN_LINES_S:
+                self._last = time.monotonic()
+                self.write(f"Step {event.step:,}, loss {event.loss:#.4g}")
+        elif message := getattr(event, "message", ""):
+            self.write(str(message))
+
+    def run(self, folder: Path) -> None:
+        """Nothing: a sweep knows the folders of its runs."""
+
+    def write(self, text: str) -> None:
+        """Append lines; on a full disk they are dropped."""
+        with contextlib.suppress(OSError), self._path.open("a", encoding="utf-8") as file:
+            file.write(f"{printable(text, limit=sys.maxsize, keep=chr(10))}\n")
+
+
+Samples = tuple[EncodedDataset, EncodedDataset | None]
+
+
+class _JobHost(Host):
+    """Reports events, keeps the worker's model, and continues the run in the folder of an earlier attempt, `before`.
+
+    `encoded` are samples by their images, for runs that train together.
+    """
+
+    def __init__(
+        self,
+        folders: Folders,
+        model: WarmModel,
+        reporter: Reporter,
+        cancelled: Callable[[], bool],
+        before: Path | None,
+        encoded: dict[object, Samples],
+    ) -> None:
+        self.folders, self.runs = folders, folders.base / "runs"
+        self._model, self._reporter, self._cancelled = model, reporter, cancelled
+        self._before, self._encoded = before, encoded
+        self._is_begun = False
+
+    def on_event(self, event: Event) -> None:
+        self._reporter.event(event)
+        if not self._is_begun:
+            self.end_if_cancelled()
+
+    def cancelled(self) -> bool:
+        return self._cancelled()
+
+    def end_if_cancelled(self) -> None:
+        if self.cancelled():
+            raise CancelledError("the job was cancelled before its first step; what was encoded is kept")
+
+    def begun(self) -> None:
+        """From here on, a run that is cancelled is saved."""
+        self._is_begun = True
+
+    def load(self, files: ModelFiles, folders: Folders | None) -> Completed:
+        return self._model.load(files, folders)
+
+    def samples(self, spec: RunSpec) -> Samples | None:
+        return self._encoded.get(images_of(spec))
+
+    def folder(self, plan: Plan, fingerprint: Fingerprint) -> Path:
+        """Reported before the first step, so that a complete run is never trained again."""
+        before = self._before
+        folder = before if before is not None and _is_same(before, fingerprint) else self._claimed(plan, fingerprint)
+        self._reporter.run(folder)
+        return folder
+
+    def _claimed(self, plan: Plan, fingerprint: Fingerprint) -> Path:
+        """The folder of an unfinished run, or a new one, created here: workers may begin runs of one name at once."""
+        while True:
+            folder = super().folder(plan, fingerprint)
+            if RunFolder(folder).exists:
+                return folder
+            ensure_folder(folder.parent)
+            try:
+                folder.mkdir()
+            except FileExistsError:
+                continue
+            except OSError as error:
+                raise OutputError(
+                    f"{folder} cannot be made ({error.strerror}); check the disk and its permissions"
+                ) from error
+            return folder
+
+
+def images_of(spec: RunSpec) -> object:
+    """What the samples of a run are encoded from, by one model."""
+    return spec.sources, spec.data, spec.validation
+
+
+class TrainingJobs:
+    """Trains on folders of images. The request of a job is a `RunSpec` as JSON, with paths relative to the base
+    folder; as in files, import paths of optimizers are refused and trackers are not started. Without an `output`, the
+    run folder is below `runs/` of the base folder. `device` replaces that of requests.
+    """
+
+    def __init__(
+        self, work: Work, reporter: Callable[[Mapping[str, Any]], Reporter], *, device: str | None = None
+    ) -> None:
+        self._work = work
+        self._device = device
+        self._reporter = reporter
+        self.model = WarmModel()
+
+    def run(self, jobs: Sequence[Mapping[str, Any]], ended: Ended) -> None:
+        if len(jobs) == 1:
+            ended(jobs[0]["id"], self._end_of(jobs[0], lambda: self._train(jobs[0])))
+        else:
+            self._train_together(jobs, ended)
+
+    def free(self) -> None:
+        self.model.release()
+
+    def _end_of(self, job: Mapping[str, Any], run: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+        return how_it_ended(run, job=job["id"], log=self._work.start["log"])
+
+    def _train(self, job: Mapping[str, Any]) -> dict[str, Any]:
+        before = None if job["run"] is None else Path(self._work.start["base"], job["run"])
+        if before is not None and RunFolder(before).is_done:  # it completed, but its end was not recorded
+            return {"outputs": _found_before(before)}
+        return _trained(*self._planned(job, self._work.cancelled.is_set, before, {}))
+
+    def _train_together(self, jobs: Sequence[Mapping[str, Any]], ended: Ended) -> None:
+        """If the jobs are cancelled, all runs end after the same step and save; one that fails ends alone."""
+        stop = StopOfAll(self._work.cancelled.is_set)
+        ready: dict[str, tuple[FolderPlan, _JobHost]] = {}
+        encoded: dict[object, Samples] = {}
+
+        def prepared(job: Mapping[str, Any]) -> dict[str, Any]:
+            found, host = self._planned(job, stop.is_set, None, encoded)
+            encoded[images_of(found.spec)] = found.data, found.validation
+            check_captions(found.job, found.data)
+            ready[job["id"]] = found, host
+            return {}
+
+        def trained(job: Mapping[str, Any], engine: EngineMaker) -> None:
+            ended(job["id"], self._end_of(job, lambda: _trained(*ready[job["id"]], engine)))
+            unended.discard(job["id"])
+
+        for job in jobs:
+            if (end := self._end_of(job, partial(prepared, job)))["state"] != "completed":
+                ended(job["id"], end)
+        unended = set(ready)
+        chosen = [job for job in jobs if job["id"] in ready]
+        works = [partial(trained, job) for job in chosen]
+
+        def train() -> dict[str, Any]:
+            if chosen:
+                train_jointly([ready[job["id"]][0].job for job in chosen], works, each_round=stop.look)
+            return {}
+
+        end = how_it_ended(train, job="group", log=self._work.start["log"])
+        for id in sorted(unended):
+            ended(id, end)
+
+    def _planned(
+        self,
+        job: Mapping[str, Any],
+        cancelled: Callable[[], bool],
+        before: Path | None,
+        encoded: dict[object, Samples],
+    ) -> tuple[FolderPlan, _JobHost]:
+        folders, given = self._work.folders(), spec_of(job["request"])
+        if given.low_noise_model is not None:
+            raise OptionError(
+                f"a job trains one model, got low_noise_model {given.low_noise_model}; send a job for each expert, or "
+                "run lorasmith train --low-noise-model"
+            )
+        if self._work.cancelled.is_set():
+            raise CancelledError("the job was cancelled before it began")
+        # A worker sees a single GPU.
+        named = None if (given.device or "cuda").startswith("cuda") else given.device
+        output = None if given.output is None else str(folders.base / given.output)
+        host = _JobHost(folders, self.model, self._reporter(job), cancelled, before, encoded)
+        planned = plan(replace(given.trusted(), device=self._device or named, output=output), host)
+        try:
+            host.end_if_cancelled()
+        except CancelledError:
+            if planned.claim is not None:
+                planned.claim.release()
+            raise
+        host.begun()
+        return planned, host
+
+
+def _trained(planned: FolderPlan, host: Host, engine: EngineMaker = engine_of) -> dict[str, Any]:
+    result = run(planned, host, engine)
+    if result.reason is Outcome.CANCELLED:
+        raise CancelledError(f"the job was cancelled after {count_text(len(result.losses), 'step')} and saved")
+    return {"outputs": _found(result)}
+
+
+def spec_of(request: Mapping[str, Any]) -> RunSpec:
+    """The request of a job as a spec. Raises OptionError."""
+    try:
+        return typed(request, RunSpec)
+    except ValueError as error:
+        raise OptionError(f"{error}; correct the request") from error
+
+
+def _is_same(folder: Path, fingerprint: Fingerprint) -> bool:
+    """Whether a folder holds an unfinished run with this fingerprint that can be continued."""
+    run = RunFolder(folder)
+    with contextlib.suppress(LorasmithError):
+        return run.exists and not differences(run.record().fingerprint, fingerprint) and not run.is_busy
+    return False
+
+
+def _found(result: TrainResult) -> dict[str, Any]:
+    return {
+        "steps": result.steps,
+        "lora": None if result.path is None else result.path.name,
+        "verdict": result.verdict,
+        "reason": result.reason.value,
+    }
+
+
+def _found_before(folder: Path) -> dict[str, Any]:
+    """The outputs of a complete run, read from its folder."""
+    history = read_history(folder)
+    view = RunView.of(history.events)
+    lora = folder / f"{history.record.title}.safetensors"
+    return {
+        "steps": len(view.points),
+        "lora": lora.name if lora.is_file() else None,
+        "verdict": UNJUDGED if view.validation is None else view.validation.verdict,
+        "reason": None if view.outcome is None else view.outcome.value,
+    }
+
+
+class WarmModel:
+    """At most one model. Training restores it, so that any number of runs can use it."""
+
+    def __init__(self) -> None:
+        self._kept: Completed | None = None
+        self._identity: Any = None
+
+    def load(self, files: ModelFiles, folders: Folders | None) -> Completed:
+        """As `load_completed`; returns the kept model if its files are the same and unchanged."""
+        identity = (files, _identity(files, folders))
+        if self._kept is None or self._identity != identity:
+            self.release()
+            self._kept, self._identity = load_completed(files, folders), identity
+        return self._kept
+
+    def release(self) -> None:
+        if self._kept is not None:
+            self._kept = self._identity = None
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+
+def _identity(files: ModelFiles, folders: Folders | None) -> list[list[str | int]]:
+    """Path, size and time of change of every file that decides what is loaded, including candidates for missing parts,
+    so that a better one that is added later is found.
+    """
+    if folders is None:
+        named = [files.model, *files.text_encoders, *([files.vae] if files.vae else [])]
+    else:
+        named = [
+            in_folders(files.model, folders, MODEL_FOLDERS),
+            *(in_folders(one, folders, ENCODER_FOLDERS) for one in files.text_encoders),
+            *([in_folders(files.vae, folders, VAE_FOLDERS)] if files.vae else []),
+            *(str(root) for kind in (*ENCODER_FOLDERS, *VAE_FOLDERS) for root in folders.roots(kind)),
+        ]
+    built_in = built_in_models()
+    return [fact for name in named for fact in fingerprint(built_in.get(name, Path(name)))]
