@@ -31,6 +31,7 @@ class FakeKind:
         self.work = work
         self.freed = 0
         self.is_device_broken = False
+        self.waiting = threading.Event()
 
     def run(self, jobs: Sequence[Mapping[str, Any]], ended: worker.Ended) -> None:
         for job in jobs:
@@ -39,6 +40,7 @@ class FakeKind:
     def act(self, do: str) -> dict[str, Any]:
         match do:
             case "wait":
+                self.waiting.set()
                 assert self.work.cancelled.wait(LONG_S)
                 raise CancelledError("it was cancelled")
             case "data":
@@ -139,7 +141,7 @@ def test_jobs_that_train_together_end_one_by_one(ends: Ends) -> None:
 
 def test_a_cancel_stops_the_job_that_it_names(ends: Ends) -> None:
     ends.start("wait", "first")
-    assert FakeJobs.waiting.wait(LONG_S)
+    assert Ends.kind.waiting.wait(LONG_S)
     ends.channel.send({"type": "cancel", "id": "other"})
     time.sleep(0.05)
     assert not ends.inbox.cancel.is_set()
@@ -159,7 +161,7 @@ def test_a_worker_whose_device_is_broken_reports_and_ends(ends: Ends) -> None:
 
 def test_the_end_of_the_server_is_a_cancel(ends: Ends) -> None:
     ends.start("wait")
-    assert FakeJobs.waiting.wait(LONG_S)
+    assert Ends.kind.waiting.wait(LONG_S)
     ends.channel._outgoing.close()
     assert ends.receive()["state"] == "cancelled", "the server may still read"
     ends.thread.join(LONG_S)

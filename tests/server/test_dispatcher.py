@@ -157,7 +157,7 @@ def test_a_worker_that_does_not_stop_is_killed_when_asked_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [0.0]
-    monkeypatch.setattr("lorasmith.server.dispatcher.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr("lorasmith.runs.supervisor.time", SimpleNamespace(monotonic=lambda: now[0]))
 
     async def check(context: ServerContext) -> None:
         job = context.dispatcher.submit("train", {"do": "wait deaf"})

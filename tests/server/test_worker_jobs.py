@@ -17,6 +17,7 @@ from lorasmith.core.folders import ASSETS, Folders
 from lorasmith.runs import training_jobs
 from lorasmith.runs.queue import measurement_subject
 from lorasmith.runs.worker import Work
+from lorasmith.server import worker_jobs
 from lorasmith.server.worker_jobs import job_kinds
 from tests.training.crash import outcome
 
