@@ -39,7 +39,7 @@ OTHER_CONCEPTS = {
     "cli.generate.generate": "steps of a sampler, the seed and the LoRAs of a picture",
     "diffusion.schedule.DiscreteSchedule.scaled_linear": "the length of a noise schedule",
     "diffusion.schedule.FlowSchedule": "the length of a noise schedule",
-    "formats.names.spelling.spelled": "whether a file has alphas",
+    "formats.spelling.spelled": "whether a file has alphas",
     "nodes.training._lora_files": "what ComfyUI's list says for none",
     "sampling.generate.generate": "steps of a sampler, and the seed of a picture",
     "sampling.generate.Sampling": "steps of a sampler, and the seed of a picture",

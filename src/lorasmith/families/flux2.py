@@ -84,6 +84,7 @@ class Flux2(Family):
     def __init__(self, *, is_klein: bool) -> None:
         self.name = "flux2-klein" if is_klein else "flux2"
         self.title = "Flux.2 klein" if is_klein else "Flux.2"
+        self.modelspec_name = "flux-2-klein" if is_klein else "flux-2-dev"
         self.civitai_name = None if is_klein else "Flux.2 D"  # 4B and 9B are two there
         self.pipeline = "Flux2KleinPipeline" if is_klein else "Flux2Pipeline"
         self.distilled_names = ("klein-4b", "klein-9b", "klein_4b", "klein_9b") if is_klein else ()
@@ -146,9 +147,6 @@ class Flux2(Family):
             guidance=5.0 if self._is_klein else 1.0,  # klein base in ComfyUI's template; dev has an input for it
             timestep_distribution="logit_normal",  # OneTrainer's preset
         )
-
-    def modelspec_architecture(self, parameterization: str) -> str:
-        return "flux-2-klein" if self._is_klein else "flux-2-dev"
 
     def encoder_width(self, denoiser: Any, component: str) -> int | None:
         return int(denoiser.config.joint_attention_dim) // len(self._layers)

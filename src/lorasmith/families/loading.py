@@ -423,18 +423,10 @@ def _check_width(model: Model, component: str, path: Path, width: int) -> None:
         )
 
 
-_SIGNS = (
-    *("transformer_blocks.", "single_transformer_blocks.", "all_x_embedder.", "down_blocks."),
-    *("time_caption_embed.", "condition_embedder."),
-)
-
-
 def recognised_by_diffusers_names(shapes: Mapping[str, tuple[int, ...]]) -> tuple[Family, Shapes] | None:
     """The family of a denoiser, and its shapes by original names; None if no family has these names."""
-    if not any(name.startswith(_SIGNS) for name in shapes):
-        return None
     for _, family in FAMILIES.items():
-        if family.released is None:
+        if family.released is None or not any(name.startswith(family.diffusers_start) for name in shapes):
             continue
         original = original_shapes(_released_table(family), shapes)
         if original is not None and family.recognises(original):

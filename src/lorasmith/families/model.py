@@ -105,12 +105,7 @@ class Model:
         return self.family.names(self.components.denoiser, self.components.text_encoders)
 
     def check_clips(self, setting: str, value: float) -> None:
-        """Raise OptionError for a setting of clips if the model is of pictures.
-
-        Args:
-            setting: its name.
-            value: of the setting; 1 means pictures.
-        """
+        """Raise OptionError for a setting of clips if the model is of pictures. A value of 1 means pictures."""
         if value != 1 and not self.components.latent.time_downscale:
             raise OptionError(
                 f"{setting} is for models of videos, got {value:g} for {self.title} ({self.family.title}), which is of "
@@ -205,7 +200,7 @@ class TextEncoder:
     family: Family  # of the denoiser that they encode for; it chooses templates, layers and padding
     encoders: TextEncoders  # the networks and their tokenizers
     title: str  # name in messages
-    encoding: Encoding = field(default_factory=Encoding)  # options
+    encoding: Encoding = field(default_factory=Encoding)
     patches: tuple[tuple[str, Patch], ...] = ()  # by component name
     device: torch.device | None = None  # where they run; None for the best one
 
@@ -264,7 +259,7 @@ class TextEncoder:
 class Autoencoder:
     """An autoencoder (ComfyUI's VAE). Latents here are the autoencoder's own, not yet scaled for a denoiser."""
 
-    module: nn.Module  # the network
+    module: nn.Module
     kind: str  # its registered kind
     title: str  # name in messages
 
@@ -293,7 +288,7 @@ class Autoencoder:
         Of latents of several frames, only the first frame is decoded. Raises DataError for pixels that are NaN or
         infinite.
         """
-        return self.decode_frames(latents[:, :, :1])[:, :, 0] if self.latent.frames else self._decoded(latents)
+        return self.decode_frames(latents[:, :, :1] if self.latent.frames else latents)[:, :, 0]
 
     @torch.no_grad()
     def decode_frames(self, latents: Tensor) -> Tensor:
@@ -301,9 +296,6 @@ class Autoencoder:
 
         Raises DataError for pixels that are NaN or infinite.
         """
-        return self._decoded(latents) if self.latent.frames else self._decoded(latents).unsqueeze(2)
-
-    def _decoded(self, latents: Tensor) -> Tensor:
         with self._placed(latents) as here:
             pixels = AUTOENCODERS[self.kind].decode(self.module, here).float().cpu()
         if not pixels.isfinite().all():
@@ -311,7 +303,7 @@ class Autoencoder:
                 f"pictures must have finite pixels, but {self.title} decodes these latents to NaN or infinity; check "
                 "the autoencoder's file, and what made the latents"
             )
-        return pixels.clamp(-1, 1)
+        return pixels.clamp(-1, 1) if self.latent.frames else pixels.clamp(-1, 1).unsqueeze(2)
 
     @contextlib.contextmanager
     def _placed(self, tensor: Tensor) -> Iterator[Tensor]:

@@ -74,6 +74,7 @@ class Wan(Family):
 
     pipeline = "WanPipeline"
     network = "WanTransformer3DModel"
+    diffusers_start = "condition_embedder."
     text_width = "text_dim"
     usual_tokens = _TOKENS
     draws_clips = True

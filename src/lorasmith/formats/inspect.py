@@ -453,7 +453,7 @@ class LoraSummary:
     steps: int  # optimizer updates, 0 if unknown
     metadata: Mapping[str, str]  # all of the header's
     hashes: Mapping[str, str]  # `sha256`, `autov1`, `autov2`, `autov3`
-    findings: tuple[str, ...]  # one sentence for each fault of the file; see `formats.faults`
+    findings: tuple[str, ...]  # one sentence for each fault of the file
 
 
 def describe(path: Path) -> LoraSummary:

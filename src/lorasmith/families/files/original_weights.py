@@ -77,7 +77,7 @@ def build(
 ) -> nn.Module:
     """A model with given tensors as its parameters, uncopied; no random weights are allocated.
 
-    Packed weights stay packed where their layer can compute with them (`adapters.packed_layers`).
+    Packed weights stay packed where their layer can compute with them (`adapters.frozen_layer`).
     """
     try:
         with weights_empty():
