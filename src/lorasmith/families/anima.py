@@ -178,9 +178,13 @@ class Anima(Family):
 
     def join(self, conditionings: Sequence[Conditioning]) -> Conditioning:
         """Filled-up T5 tokens are −1 there, and any filling makes a mask."""
-        counts = [one.tensors["t5xxl_ids"].shape[1] for one in conditionings if "t5xxl_ids" in one.tensors]
+        counts = [
+            conditioning.tensors["t5xxl_ids"].shape[1]
+            for conditioning in conditionings
+            if "t5xxl_ids" in conditioning.tensors
+        ]
         if len(set(counts)) > 1 and len(counts) == len(conditionings):
-            conditionings = [_filled(one, max(counts)) for one in conditionings]
+            conditionings = [_filled(conditioning, max(counts)) for conditioning in conditionings]
         return collate(conditionings, repeatable=False)
 
     def conditioning_shapes(self, denoiser: Any) -> Mapping[str, tuple[int, ...]]:

@@ -81,14 +81,14 @@ def collate(conditionings: Sequence[Conditioning], *, repeatable: bool) -> Condi
     the weight. False pads with zeros and masks them.
     """
     keys = set(conditionings[0].tensors)
-    if any(set(one.tensors) != keys for one in conditionings):
+    if any(set(conditioning.tensors) != keys for conditioning in conditionings):
         raise DataError(
             "conditionings in one batch must carry the same tensors, got "
-            + " and ".join(sorted({", ".join(sorted(one.tensors)) for one in conditionings}))
+            + " and ".join(sorted({", ".join(sorted(conditioning.tensors)) for conditioning in conditionings}))
             + "; encode all captions with the same text encoder"
         )
-    batch = {key: [one.tensors[key] for one in conditionings] for key in keys}
-    masks = [one.mask for one in conditionings]
+    batch = {key: [conditioning.tensors[key] for conditioning in conditionings] for key in keys}
+    masks = [conditioning.mask for conditioning in conditionings]
     contexts = batch.get("context", [])
     lengths = [context.shape[1] for context in contexts]
     if len(set(lengths)) > 1 and repeatable:
@@ -99,7 +99,7 @@ def collate(conditionings: Sequence[Conditioning], *, repeatable: bool) -> Condi
         batch["context"] = [_filled(context, max(lengths)) for context in contexts]
         masks = [_filled(_known(mask, context), max(lengths)) for mask, context in zip(masks, contexts, strict=True)]
     mask = None
-    if any(one is not None for one in masks):
+    if any(mask is not None for mask in masks):
         mask = torch.cat([_known(*pair) for pair in zip(masks, batch["context"], strict=True)])
     return Conditioning({key: torch.cat(parts) for key, parts in batch.items()}, mask=mask)
 

@@ -85,7 +85,7 @@ class Flux(Family):
     }
     clip_types = ("flux",)
     own_defaults = Defaults(
-        guidance=1.0,  # Flux.1 is distilled: its guidance is an input, not a second pass
+        guidance=1.0  # Flux.1 is distilled: its guidance is an input, not a second pass
     )
     distilled_names = ("schnell",)
     autoencoder = FLUX_AUTOENCODER
@@ -219,7 +219,7 @@ def _xlabs_names(table: Mapping[str, OriginalName]) -> dict[str, tuple[str, ...]
     for (kind, name), layers in _XLABS.items():
         numbers = {path.split(".")[1] for path in table if path.startswith(f"{_BLOCKS[kind]}.")}
         for number in sorted(numbers, key=int):
-            names[f"{kind}.{number}.processor.{name}"] = tuple(f"{_BLOCKS[kind]}.{number}.{one}" for one in layers)
+            names[f"{kind}.{number}.processor.{name}"] = tuple(f"{_BLOCKS[kind]}.{number}.{layer}" for layer in layers)
     return names
 
 

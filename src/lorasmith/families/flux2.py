@@ -95,7 +95,9 @@ class Flux2(Family):
             if is_klein
             else ("mistral", "mistral_3_small_flux2_bf16.safetensors")
         )
-        prefixes = tuple(f"text_encoders.{one}.transformer." for one in ("qwen3_4b", "qwen3_8b", "mistral3_24b"))
+        prefixes = tuple(
+            f"text_encoders.{encoder}.transformer." for encoder in ("qwen3_4b", "qwen3_8b", "mistral3_24b")
+        )
         widths = (2560, 4096) if is_klein else ()
         self.text_encoders = {"text_encoder": EncoderSlot(kind, usual_file, prefixes, widths=widths)}
         blocks, width, text_width = ((8, 24), 4096, 12288) if is_klein else ((8, 48), 6144, 15360)
@@ -112,7 +114,7 @@ class Flux2(Family):
         gated = r"(^|_)double_blocks_\d+_(img|txt)_mlp_2|transformer_blocks_\d+_ff(_context)?_linear_out"
         self.lora_signatures = (
             (
-                *(Signature(self.title, own, one) for one in (3072, 4096)),
+                *(Signature(self.title, own, width) for width in (3072, 4096)),
                 Signature(self.title, gated, 3 * 3072),
                 Signature(self.title, blocks_named, 4096, order=1),
             )

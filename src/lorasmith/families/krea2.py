@@ -130,7 +130,7 @@ class Krea2(Family):
         stem = f"{_BLOCKS[kind]}.{index}"
         if not part:
             return OriginalName(stem, parameters=_MODULATION)
-        known = max((one for one in _PARTS if f"{part}.".startswith(f"{one}.")), key=len)
+        known = max((prefix for prefix in _PARTS if f"{part}.".startswith(f"{prefix}.")), key=len)
         return OriginalName(f"{stem}.{_PARTS[known]}{part.removeprefix(known)}")
 
     def encode_text(self, encoders: TextEncoders, texts: Mapping[str, str], encoding: Encoding) -> Conditioning:

@@ -83,8 +83,8 @@ class Model:
     def _size(self) -> str:
         """Parameters and number formats of the denoiser."""
         module = self.components.denoiser
-        count = sum(one.numel() for one in module.parameters())
-        dtypes = Counter(one.dtype for one in module.parameters())
+        count = sum(parameter.numel() for parameter in module.parameters())
+        dtypes = Counter(parameter.dtype for parameter in module.parameters())
         names = " and ".join(dtype_name(dtype) for dtype, _ in dtypes.most_common())
         if packed := packed_layers(module):
             names += f", {count_text(len(packed), 'layer')} quantized"
@@ -116,7 +116,9 @@ class Model:
     def named_expert(self) -> Expert | None:
         """The expert of its family that the names of its denoiser's file and folder say it is; None without such."""
         named = "" if self.path is None else self.path.name
-        found = [one for one in self.family.experts if one.is_named_in(named) or one.is_named_in(self.title)]
+        found = [
+            expert for expert in self.family.experts if expert.is_named_in(named) or expert.is_named_in(self.title)
+        ]
         return found[0] if len(found) == 1 else None
 
     @property
@@ -151,7 +153,9 @@ class Denoiser:
     noising: Diffusion | None = None
 
     def __repr__(self) -> str:
-        loras = [f"a LoRA on {count_text(len(one.adapters), 'module')} at {one.strength:g}" for one in self.patches]
+        loras = [
+            f"a LoRA on {count_text(len(patch.adapters), 'module')} at {patch.strength:g}" for patch in self.patches
+        ]
         facts = [self.base.family.title, *loras, *(["another noise schedule"] if self.noising else [])]
         return f"Denoiser({printable(self.base.title, limit=60)}: {', '.join(facts)})"
 
@@ -232,14 +236,10 @@ class TextEncoder:
 
     @torch.no_grad()
     def encode(self, text: str | Mapping[str, str]) -> Conditioning:
-        """Conditioning of one prompt, in fp32 on the CPU. Patches apply inside `active()` only.
+        """Conditioning of one prompt, or of one for each component, in fp32 on the CPU; a missing one is empty.
 
-        Args:
-            text: the prompt, or one for each component; a missing one is empty.
-
-        Raises:
-            ModelError: a text encoder is missing.
-            OptionError: the prompt has more than `MAX_PROMPT` characters.
+        Patches apply inside `active()` only. Raises ModelError if a text encoder is missing, OptionError for a prompt
+        of more than `MAX_PROMPT` characters.
         """
         with contextlib.ExitStack() as stack:  # does nothing inside `active()`
             for name, module in self.encoders.modules.items():

@@ -217,22 +217,25 @@ class StableDiffusion3(Family):
 
 def _clip_states(encoders: TextEncoders, texts: Mapping[str, str], encoding: Encoding) -> tuple[Tensor | None, Tensor]:
     """Contexts of the CLIPs side by side, None without any, and their pooled vectors."""
-    there = [one for one in _CLIPS if one in encoders.modules]
+    there = [component for component in _CLIPS if component in encoders.modules]
     device = device_of(next(iter(encoders.modules.values())))
-    if not there or not (encoding.encodes_empty or any(texts[one] for one in _CLIPS)):
+    if not there or not (encoding.encodes_empty or any(texts[component] for component in _CLIPS)):
         return None, torch.zeros(1, sum(_CLIPS.values()), device=device)
     contexts, pooled = encode_prompts(
-        [(texts[one], encoders.tokenizers[one], encoders.modules[one]) for one in there],
+        [(texts[file], encoders.tokenizers[file], encoders.modules[file]) for file in there],
         # The last layer is never used, so one skip is already done.
         skip_layers=max(1, encoding.skip_layers),
     )
     found = dict(zip(there, zip(contexts, pooled, strict=True), strict=True))
-    for one in _CLIPS.keys() - found.keys():
-        found[one] = contexts[0].new_zeros(1, contexts[0].shape[1], _CLIPS[one]), pooled[0].new_zeros(1, _CLIPS[one])
-    context = torch.cat([found[one][0] for one in _CLIPS], dim=-1)
+    for component in _CLIPS.keys() - found.keys():
+        found[component] = (
+            contexts[0].new_zeros(1, contexts[0].shape[1], _CLIPS[component]),
+            pooled[0].new_zeros(1, _CLIPS[component]),
+        )
+    context = torch.cat([found[component][0] for component in _CLIPS], dim=-1)
     if encoding.lengths == "diffusers":
         context = context[:, :CONTEXT_LENGTH]
-    return context, torch.cat([found[one][1] for one in _CLIPS], dim=-1)
+    return context, torch.cat([found[component][1] for component in _CLIPS], dim=-1)
 
 
 def _t5_states(encoders: TextEncoders, text: str, encoding: Encoding) -> Tensor | None:

@@ -218,7 +218,7 @@ class _Layer:
 
     def scale(self, *leaves: str, sizes: Collection[int]) -> Tensor:
         """The first companion of these names, flat and in fp32."""
-        scale = next((one for leaf in leaves if (one := self.companion(leaf)) is not None), None)
+        scale = next((found for leaf in leaves if (found := self.companion(leaf)) is not None), None)
         if scale is None:
             self.refuse(f"must have a {leaves[0]}, but has none")
         if not scale.is_floating_point():
