@@ -260,7 +260,7 @@ def _clip_vocabulary(size: int) -> tuple[dict[str, int], list[str]]:
     return {token: index for index, token in enumerate(tokens)}, merges
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class ClipEncoder(EncoderKind):
     """A text encoder of CLIP (Radford et al. 2021, arXiv:2103.00020) or OpenCLIP."""
 

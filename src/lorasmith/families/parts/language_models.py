@@ -43,7 +43,7 @@ _BIAS = "layers.0.self_attn.k_proj.bias"
 _MINISTRAL_WIDTH = 3072  # of the 3B model; ComfyUI tells it from Mistral Small by this number too
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class LanguageModel(EncoderKind):
     """A decoder-only language model."""
 
