@@ -172,7 +172,8 @@ class Flipped(Adapter):
     def merged(self, weight: Tensor, strength: float = 1.0) -> Tensor:
         return weight + strength * (weight.flip(0) - weight)
 
-    def after(self, y: Tensor, strength: float) -> Tensor:
+    def attached(self, inner: Callable[[Tensor], Tensor], layer: FrozenLayer, x: Tensor, strength: float) -> Tensor:
+        y = inner(x)
         return y + strength * (y.flip(self.dim) - y)
 
 

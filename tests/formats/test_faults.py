@@ -205,5 +205,5 @@ def test_names_that_few_programs_look_for_are_noted(key: str, program: str) -> N
     if not key.endswith("oft_blocks"):
         tensors[key.replace(".down.", ".up.")] = torch.ones(4, 2)
     (note,) = [found for found in findings(tensors) if program in found.problem]
-    assert not note.is_fault
+    assert not note.is_error
     assert "--to portable" in note.remedy

@@ -8,7 +8,8 @@ import pkgutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from typing import Any, get_args
+from typing import Any
+from typing import get_args
 
 import pytest
 
@@ -17,9 +18,12 @@ from lorasmith.core import choices
 from lorasmith.core.errors import OptionError
 from lorasmith.core.options import options_of
 from lorasmith.core.quantization import PACKINGS
-from lorasmith.diffusion.losses import LOSSES, WEIGHTINGS
+from lorasmith.diffusion.losses import LOSSES
+from lorasmith.diffusion.losses import WEIGHTINGS
 from lorasmith.diffusion.schedule import TIMESTEP_DISTRIBUTIONS
-from lorasmith.training.config import ResolvedConfig, Section, TrainConfig
+from lorasmith.training.config import ResolvedConfig
+from lorasmith.training.config import Section
+from lorasmith.training.config import TrainConfig
 
 SETTINGS = options_of(TrainConfig)
 
@@ -38,7 +42,7 @@ OTHER_CONCEPTS = {
     "cli.generate.generate": "steps of a sampler, the seed and the LoRAs of a picture",
     "diffusion.schedule.DiscreteSchedule.scaled_linear": "the length of a noise schedule",
     "diffusion.schedule.FlowSchedule": "the length of a noise schedule",
-    "formats.names.spelling.spelled": "whether a file has alphas",
+    "formats.spelling.spelled": "whether a file has alphas",
     "nodes.training._lora_files": "what ComfyUI's list says for none",
     "sampling.generate.generate": "steps of a sampler, and the seed of a picture",
     "sampling.generate.Sampling": "steps of a sampler, and the seed of a picture",

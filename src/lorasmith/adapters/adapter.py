@@ -76,24 +76,17 @@ class Adapter(nn.Module, ABC):
     def merged(self, weight: Tensor, strength: float = 1.0) -> Tensor:
         """The layer's weight with the adapter folded in, in the weight's dtype (computed in fp32)."""
 
-    def before(self, x: Tensor, strength: float) -> Tensor:
-        """f, on the layer's input x (..., in)."""
-        return x
-
     def beside(self, x: Tensor, layer: FrozenLayer, strength: float) -> Tensor | None:
-        """h, added to the layer's product; None for zero."""
+        """h, added to the layer's product for x (..., in); None for zero."""
         return None
 
-    def after(self, y: Tensor, strength: float) -> Tensor:
-        """g, on the layer's output y (..., out) before the bias."""
-        return y
-
     def attached(self, inner: Callable[[Tensor], Tensor], layer: FrozenLayer, x: Tensor, strength: float) -> Tensor:
-        """`g(inner(f(x)) + h(f(x)))`, where `inner` is the layer or the adapters attached before this one."""
-        x = self.before(x, strength)
-        y = inner(x)
-        added = self.beside(x, layer, strength)
-        return self.after(y if added is None else y + added, strength)
+        """`g(inner(f(x)) + h(f(x)))`, where `inner` is the layer or the adapters attached before this one.
+
+        Adapters whose f or g is not the identity override this.
+        """
+        y, added = inner(x), self.beside(x, layer, strength)
+        return y if added is None else y + added
 
 
 ADAPTERS: Registry[type[Adapter]] = Registry("adapter algorithm", LoraError)

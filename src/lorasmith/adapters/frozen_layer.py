@@ -302,13 +302,7 @@ class _ChangedProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        layer: FrozenLayer,
-        build: Build,
-        on_top: bool,
-        bias: Tensor | None,
-        x: Tensor,
-        *factors: Tensor,
+        ctx: Any, layer: FrozenLayer, build: Build, on_top: bool, bias: Tensor | None, x: Tensor, *factors: Tensor
     ) -> Tensor:
         ctx.save_for_backward(x, *factors)
         ctx.layer, ctx.build, ctx.on_top = layer, build, on_top
@@ -345,7 +339,7 @@ _changed_product: Callable[..., Tensor] = _ChangedProduct.apply
 
 def packable_layers(module: nn.Module) -> list[nn.Module]:
     """Layers whose weight only their own forward uses: plain Linear layers and convolutions, in model order."""
-    owners = Counter(id(p) for one in module.modules() for p in one.parameters(recurse=False))
+    owners = Counter(id(p) for layer in module.modules() for p in layer.parameters(recurse=False))
     return [
         layer
         for layer in module.modules()
@@ -427,13 +421,13 @@ def layers_as_stored(module: nn.Module, dtype: torch.dtype) -> list[nn.Module]:
     """Layers whose weights stay in the narrower dtype of their file for products in `dtype`; none of small models."""
     layers = [layer for layer in packable_layers(module) if weight_source(layer) is None]
     weights = {layer: layer.get_parameter("weight") for layer in layers}
-    narrower = [one for one, weight in weights.items() if weight.dtype.itemsize < dtype.itemsize]
-    return narrower if sum(weights[one].numel() for one in narrower) * dtype.itemsize > SMALL_BYTES else []
+    narrower = [layer for layer, weight in weights.items() if weight.dtype.itemsize < dtype.itemsize]
+    return narrower if sum(weights[layer].numel() for layer in narrower) * dtype.itemsize > SMALL_BYTES else []
 
 
 def named_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a network by name, the codes where weights are packed."""
-    packed = {f"{path}.weight": one for path, one in packed_layers(module).items()}
+    packed = {f"{path}.weight": weight for path, weight in packed_layers(module).items()}
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if name not in packed:
             yield name, tensor

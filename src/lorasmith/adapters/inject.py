@@ -15,23 +15,41 @@ lose a small Δ in the sum of the weights. Files call these tensors `diff` and `
 from __future__ import annotations
 
 import contextlib
-from abc import ABC, abstractmethod
+from abc import ABC
+from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+from dataclasses import field
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch import nn
 
 from lorasmith.adapters import algorithms  # noqa: F401  registers every algorithm
-from lorasmith.adapters.adapter import ADAPTERS, Adapter, copied
-from lorasmith.adapters.frozen_layer import FrozenLayer, FrozenProduct, Products, is_targetable
-from lorasmith.adapters.lora import LowRank, LowRankTerm, RunTerms, linear_with_lora
-from lorasmith.adapters.variants import Variant, dora_from_weights, fresh_adapter
+from lorasmith.adapters.adapter import ADAPTERS
+from lorasmith.adapters.adapter import Adapter
+from lorasmith.adapters.adapter import copied
+from lorasmith.adapters.frozen_layer import FrozenLayer
+from lorasmith.adapters.frozen_layer import FrozenProduct
+from lorasmith.adapters.frozen_layer import Products
+from lorasmith.adapters.frozen_layer import is_targetable
+from lorasmith.adapters.lora import LowRank
+from lorasmith.adapters.lora import LowRankTerm
+from lorasmith.adapters.lora import RunTerms
+from lorasmith.adapters.lora import linear_with_lora
+from lorasmith.adapters.variants import Variant
+from lorasmith.adapters.variants import dora_from_weights
+from lorasmith.adapters.variants import fresh_adapter
 from lorasmith.core.adapter_state import AdapterWeights
-from lorasmith.core.errors import LoraError, OptionError
+from lorasmith.core.errors import LoraError
+from lorasmith.core.errors import OptionError
 
 
 @dataclass(frozen=True)
@@ -74,7 +92,7 @@ class Plan:
     @property
     def capped(self) -> tuple[PlannedAdapter, ...]:
         """Layers whose smaller side is below the rank in the settings."""
-        return tuple(one for one in self.adapters if one.rank < one.asked)
+        return tuple(planned for planned in self.adapters if planned.rank < planned.asked)
 
 
 def plan_adapters(
@@ -203,17 +221,19 @@ def create_adapters(
     """Fresh adapters for a plan, by module path, in fp32 on the CPU."""
     variant = variant or Variant()
     return {
-        one.path: fresh_adapter(
-            FrozenLayer(model.get_submodule(one.path)),
+        planned.path: fresh_adapter(
+            FrozenLayer(model.get_submodule(planned.path)),
             algorithm,
             variant,
-            rank=one.rank,
-            alpha=variant.stored_alpha(algorithm, one.alpha if one.alpha is not None else alpha, one.rank, one.asked),
+            rank=planned.rank,
+            alpha=variant.stored_alpha(
+                algorithm, planned.alpha if planned.alpha is not None else alpha, planned.rank, planned.asked
+            ),
             seed=seed,
-            path=one.path,
+            path=planned.path,
             zero=zero,
         )
-        for one in plan.adapters
+        for planned in plan.adapters
     }
 
 
@@ -221,14 +241,14 @@ def load_adapters(model: nn.Module, weights: Mapping[str, AdapterWeights]) -> di
     """Adapters with given tensors, by module path."""
     layers = dict(model.named_modules())
     adapters: dict[str, Adapter] = {}
-    for path, one in weights.items():
+    for path, given in weights.items():
         if path not in layers or not isinstance(getattr(layers[path], "weight", None), Tensor):
             raise LoraError(f"the LoRA is for a layer {path} that the model lacks; it was made for another model")
         layer = FrozenLayer(layers[path])
-        if "dora_scale" in one.tensors:
-            adapters[path] = dora_from_weights(one, layer)
+        if "dora_scale" in given.tensors:
+            adapters[path] = dora_from_weights(given, layer)
         else:
-            adapters[path] = ADAPTERS[one.algorithm].from_weights(one, layer)
+            adapters[path] = ADAPTERS[given.algorithm].from_weights(given, layer)
     return adapters
 
 
@@ -237,7 +257,7 @@ def load_differences(model: nn.Module, tensors: Mapping[str, Mapping[str, Tensor
     modules = dict(model.named_modules())
     if missing := next((path for path in tensors if path not in modules), None):
         raise LoraError(f"the LoRA changes {missing}, which the model lacks; it was made for another model")
-    return {path: Difference.from_tensors(one, modules[path], path) for path, one in tensors.items()}
+    return {path: Difference.from_tensors(tensor, modules[path], path) for path, tensor in tensors.items()}
 
 
 @contextlib.contextmanager
@@ -253,25 +273,25 @@ def attached_forwards(model: nn.Module, stack: Sequence[Attached]) -> dict[str, 
     """The forwards that `adapters_attached` gives to modules, by path, for the model as it is now."""
     layers: dict[str, _OnLayer] = {}
     forwards: dict[str, Forward] = {}
-    for one in stack:
-        for path, adapter in one.adapters.items():
+    for attached in stack:
+        for path, adapter in attached.adapters.items():
             if not is_targetable(kind := model.get_submodule(path)):
                 raise LoraError(
                     f"the LoRA has an adapter on {path} ({type(kind).__name__}), which can be merged into its weight "
                     "alone; leave bypass off, and to train further, continue with a LoRA without it"
                 )
-            layers.setdefault(path, _OnLayer()).adapters.append((adapter, one.strength))
-        for path, difference in one.differences.items():
+            layers.setdefault(path, _OnLayer()).adapters.append((adapter, attached.strength))
+        for path, difference in attached.differences.items():
             if is_targetable(module := model.get_submodule(path)):
-                layers.setdefault(path, _OnLayer()).biases.append((difference, one.strength))
+                layers.setdefault(path, _OnLayer()).biases.append((difference, attached.strength))
             else:
-                forwards[path] = difference.on_norm(module, forwards.get(path, module.forward), one.strength)
+                forwards[path] = difference.on_norm(module, forwards.get(path, module.forward), attached.strength)
     stacked = {}
     for path, on_layer in layers.items():
         module = model.get_submodule(path)
         stacked[path] = _Stacked(FrozenLayer(module), on_layer.above(module.__dict__.get("forward")))
     _share_inputs(model, stacked)
-    return {path: one.run for path, one in stacked.items()} | forwards
+    return {path: layer.run for path, layer in stacked.items()} | forwards
 
 
 def adapters_of(forward: object) -> list[Adapter]:
@@ -293,8 +313,8 @@ def on_product(forward: object, product: Callable[[Tensor], Tensor]) -> tuple[Ca
     stacked = _stacked(forward)
     if stacked is None:  # the layer itself
         return product, True
-    one = _Stacked(stacked.layer, stacked.on_layer, product)
-    return one.run, not one.adds_bias
+    layer = _Stacked(stacked.layer, stacked.on_layer, product)
+    return layer.run, not layer.adds_bias
 
 
 def adapters_on(module: nn.Module) -> list[Adapter]:
@@ -407,7 +427,7 @@ def input_groups(model: nn.Module, paths: Iterable[str]) -> list[list[str]]:
 
 def _share_inputs(model: nn.Module, stacked: Mapping[str, _Stacked]) -> None:
     """Let layers of one attention that receive the same input be computed together."""
-    singles = {path: single for path, one in stacked.items() if (single := one.single) is not None}
+    singles = {path: single for path, layer in stacked.items() if (single := layer.single) is not None}
     for paths in input_groups(model, singles):
         shared = _SharedByOneRun([singles[path] for path in paths])
         for index, path in enumerate(paths):

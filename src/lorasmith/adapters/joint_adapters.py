@@ -110,7 +110,7 @@ class SampleRows:
 @contextlib.contextmanager
 def jointly_attached(model: nn.Module, runs: Sequence[Attached], rows: SampleRows) -> Iterator[None]:
     """Inside the context, each sample meets the adapters and differences of its run."""
-    each = [attached_forwards(model, [one]) for one in runs]
+    each = [attached_forwards(model, [attached]) for attached in runs]
     paths = dict.fromkeys(path for forwards in each for path in forwards)
     modules = {path: model.get_submodule(path) for path in paths}
     own = {path: [forwards.get(path, modules[path].forward) for forwards in each] for path in paths}
@@ -200,9 +200,9 @@ class _JointInput(SharedInput):
         start = 0
         for run, count in self._rows.present:
             for number, (layer, adapters) in enumerate(zip(self._layers, self._adapters, strict=True)):
-                if (one := adapters[run]) is None:
+                if (own := adapters[run]) is None:
                     continue
-                adapter, strength = one
+                adapter, strength = own
                 down, up, _ = adapter.factors()
                 mask = adapter.inner_mask((count, *x.shape[1:-1], len(down)), layer)
                 term = LowRankTerm(number, strength * adapter.scale, down, up, mask)

@@ -304,25 +304,25 @@ def rank_in(shapes: Shapes) -> int | None:
 
 def peft_fields(adapters: Mapping[str, AdapterWeights], kernels: Mapping[str, int]) -> dict[str, Any]:
     """Fields of PEFT's configuration for LoKrs."""
-    factors = [_Factors.of(weights, kernels[path]) for path, weights in adapters.items()]
+    factors = [_KroneckerSizes.of(weights, kernels[path]) for path, weights in adapters.items()]
     return {
         "use_effective_conv2d": any("lokr_t2" in weights.tensors for weights in adapters.values()),
-        "decompose_both": any(not one.whole_first for one in factors),
+        "decompose_both": any(not sizes.whole_first for sizes in factors),
         "decompose_factor": _best_factor(factors),
     }
 
 
 def peft_misfits(adapters: Mapping[str, AdapterWeights], kernels: Mapping[str, int]) -> dict[str, str]:
     """Module path → reason, for LoKrs of other sizes than PEFT's rule gives. Arguments as `peft_fields`."""
-    factors = {path: _Factors.of(weights, kernels[path]) for path, weights in adapters.items()}
+    factors = {path: _KroneckerSizes.of(weights, kernels[path]) for path, weights in adapters.items()}
     factor = _best_factor(list(factors.values()))
-    both = any(not one.whole_first for one in factors.values())
+    both = any(not sizes.whole_first for sizes in factors.values())
     reason = f"PEFT makes LoKr's factors by one rule for all modules (decompose_factor, here {factor}), of other sizes"
-    return {path: reason for path, one in factors.items() if not one.made_by(factor, both)}
+    return {path: reason for path, sizes in factors.items() if not sizes.made_by(factor, both)}
 
 
 @dataclass(frozen=True)
-class _Factors:
+class _KroneckerSizes:
     """A LoKr's sizes: out = out_l · out_k and in = in_m · in_n channels, and which factors are whole."""
 
     out: tuple[int, int]
@@ -332,7 +332,7 @@ class _Factors:
     whole_second: bool
 
     @classmethod
-    def of(cls, weights: AdapterWeights, kernel: int) -> _Factors:
+    def of(cls, weights: AdapterWeights, kernel: int) -> _KroneckerSizes:
         shapes = {name: tensor.shape for name, tensor in weights.tensors.items()}
         (out_l, in_m), (out_k, *inner) = factor_shapes(shapes)
         in_n = inner[0] // kernel if len(inner) == 1 else inner[0]  # a flat factor has the kernel in its columns
@@ -350,11 +350,11 @@ class _Factors:
         )
 
 
-def _best_factor(factors: Sequence[_Factors]) -> int:
+def _best_factor(factors: Sequence[_KroneckerSizes]) -> int:
     """The `decompose_factor` that gives most of the adapters their sizes."""
-    both = any(not one.whole_first for one in factors)
-    candidates = sorted({-1, *(one.out[0] for one in factors), *(one.inside[0] for one in factors)})
-    return max(candidates, key=lambda factor: sum(one.made_by(factor, both) for one in factors))
+    both = any(not sizes.whole_first for sizes in factors)
+    candidates = sorted({-1, *(sizes.out[0] for sizes in factors), *(sizes.inside[0] for sizes in factors)})
+    return max(candidates, key=lambda factor: sum(sizes.made_by(factor, both) for sizes in factors))
 
 
 def _factorized(size: int, factor: int) -> tuple[int, int]:

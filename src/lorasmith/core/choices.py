@@ -29,4 +29,4 @@ Quantization = Literal["none", "fp8_e4m3", "fp8_e5m2", "fp8_e4m3_tensor", "fp8_e
 """How frozen weights are stored; see `core.quantization`."""
 
 TimestepDistribution = Literal["uniform", "logit_normal", "sigmoid", "shifted"]
-"""Distribution of diffusion time in training; see `diffusion.timesteps`."""
+"""Distribution of diffusion time in training; see `diffusion.schedule`."""

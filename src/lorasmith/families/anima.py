@@ -84,6 +84,7 @@ class Anima(Family):
         "attention+ff+adapter": Rule((*_ATTENTION, *_FEED_FORWARD, *_IN_ADAPTER), linear_only=True),
         "transformer": Rule(("transformer_blocks.*",), linear_only=True),
     }
+    signs = ("llm_adapter.blocks.0.cross_attn.q_proj.weight", "blocks.0.mlp.layer1.weight")
     text_encoders = {
         "text_encoder": EncoderSlot(
             "qwen3", "qwen_3_06b_base.safetensors", ("text_encoders.qwen3_06b.transformer.",), widths=(1024,)
@@ -91,6 +92,12 @@ class Anima(Family):
     }
     autoencoder = QWEN_AUTOENCODER
     clip_types = ("stable_diffusion",)  # ComfyUI's template; it goes by the encoder's width
+    own_defaults = Defaults(
+        learning_rate=1e-4,  # sd-scripts' example
+        # As OneTrainer and sd-scripts, which leave the adapter out: it is less stable, and wants lower rates.
+        guidance=4.0,  # AnimaModularPipeline's and ComfyUI's template
+        timestep_distribution="logit_normal",  # OneTrainer's preset, and sd-scripts' `sigmoid`
+    )
     unused_tensors = ("pos_embedder.*", "accum_*", "*_extra_state")  # of Cosmos' training
     released = {"num_attention_heads": 16, **_FIXED}
     lora_signatures = (
@@ -99,9 +106,6 @@ class Anima(Family):
         Signature(title, DENOISER_START + r"transformer_blocks_\d+_norm[123]_linear_[12]", order=4),
         Signature(title, DENOISER_START + r"transformer_blocks_\d+_attn2_to_[kv]", 1024, order=4),
     )
-
-    def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-        return "llm_adapter.blocks.0.cross_attn.q_proj.weight" in shapes and "blocks.0.mlp.layer1.weight" in shapes
 
     def denoiser_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         width, patch = shapes["x_embedder.proj.1.weight"]
@@ -140,14 +144,6 @@ class Anima(Family):
             inside = _PARTS[part] if part in _PARTS else f"{_PARTS[attention]}.{_PARTS[layer]}"
         return OriginalName(f"blocks.{index}.{inside}")
 
-    def defaults(self, denoiser: nn.Module, latent: LatentFormat, diffusion: Diffusion) -> Defaults:
-        return Defaults(
-            learning_rate=1e-4,  # sd-scripts' example
-            # As OneTrainer and sd-scripts, which leave the adapter out: it is less stable, and wants lower rates.
-            guidance=4.0,  # AnimaModularPipeline's and ComfyUI's template
-            timestep_distribution="logit_normal",  # OneTrainer's preset, and sd-scripts' `sigmoid`
-        )
-
     def encoder_width(self, denoiser: nn.Module, component: str) -> int | None:
         adapter: Any = denoiser.text_conditioner
         return int(adapter.config.source_dim)
@@ -182,9 +178,13 @@ class Anima(Family):
 
     def join(self, conditionings: Sequence[Conditioning]) -> Conditioning:
         """Filled-up T5 tokens are −1 there, and any filling makes a mask."""
-        counts = [one.tensors["t5xxl_ids"].shape[1] for one in conditionings if "t5xxl_ids" in one.tensors]
+        counts = [
+            conditioning.tensors["t5xxl_ids"].shape[1]
+            for conditioning in conditionings
+            if "t5xxl_ids" in conditioning.tensors
+        ]
         if len(set(counts)) > 1 and len(counts) == len(conditionings):
-            conditionings = [_filled(one, max(counts)) for one in conditionings]
+            conditionings = [_filled(conditioning, max(counts)) for conditioning in conditionings]
         return collate(conditionings, repeatable=False)
 
     def conditioning_shapes(self, denoiser: Any) -> Mapping[str, tuple[int, ...]]:

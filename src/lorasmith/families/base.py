@@ -74,26 +74,21 @@ class PictureSize(NamedTuple):
 
 
 def collate(conditionings: Sequence[Conditioning], *, repeatable: bool) -> Conditioning:
-    """One batch of several prompts' conditionings, in order.
+    """One batch of several prompts' conditionings, in order. Raises DataError if they carry different tensors.
 
-    Args:
-        conditionings: batches of any size.
-        repeatable: how contexts of different length share the batch. True repeats each to their least common multiple,
-            which leaves unmasked cross-attention unchanged: softmax over k copies of the keys gives each copy 1/k of
-            the weight. False pads with zeros and masks them.
-
-    Raises:
-        DataError: the conditionings carry different tensors.
+    `repeatable` says how contexts of different length share the batch. True repeats each to their least common
+    multiple, which leaves unmasked cross-attention unchanged: softmax over k copies of the keys gives each copy 1/k of
+    the weight. False pads with zeros and masks them.
     """
     keys = set(conditionings[0].tensors)
-    if any(set(one.tensors) != keys for one in conditionings):
+    if any(set(conditioning.tensors) != keys for conditioning in conditionings):
         raise DataError(
             "conditionings in one batch must carry the same tensors, got "
-            + " and ".join(sorted({", ".join(sorted(one.tensors)) for one in conditionings}))
+            + " and ".join(sorted({", ".join(sorted(conditioning.tensors)) for conditioning in conditionings}))
             + "; encode all captions with the same text encoder"
         )
-    batch = {key: [one.tensors[key] for one in conditionings] for key in keys}
-    masks = [one.mask for one in conditionings]
+    batch = {key: [conditioning.tensors[key] for conditioning in conditionings] for key in keys}
+    masks = [conditioning.mask for conditioning in conditionings]
     contexts = batch.get("context", [])
     lengths = [context.shape[1] for context in contexts]
     if len(set(lengths)) > 1 and repeatable:
@@ -104,19 +99,13 @@ def collate(conditionings: Sequence[Conditioning], *, repeatable: bool) -> Condi
         batch["context"] = [_filled(context, max(lengths)) for context in contexts]
         masks = [_filled(_known(mask, context), max(lengths)) for mask, context in zip(masks, contexts, strict=True)]
     mask = None
-    if any(one is not None for one in masks):
+    if any(mask is not None for mask in masks):
         mask = torch.cat([_known(*pair) for pair in zip(masks, batch["context"], strict=True)])
     return Conditioning({key: torch.cat(parts) for key, parts in batch.items()}, mask=mask)
 
 
 def check_even(latents: Tensor, title: str, *, pixels: int = 16) -> None:
-    """Raise DataError for latents that cannot be cut into patches of 2×2.
-
-    Args:
-        latents: (..., height, width).
-        title: of the family, for the message.
-        pixels: width of a patch in the picture.
-    """
+    """Raise DataError for latents (..., height, width) that cannot be cut into patches of 2×2, `pixels` wide each."""
     height, width = latents.shape[-2:]
     if height % 2 or width % 2:
         raise DataError(
@@ -144,10 +133,9 @@ def _known(mask: Tensor | None, context: Tensor) -> Tensor:
 class LatentFormat:
     """How VAE latents relate to the denoiser's input: `model = (vae − shift) · scale`."""
 
-    channels: int  # latent channels
+    channels: int
     downscale: int  # pixels per latent in each direction
-    # `scale`, `shift`: numbers, or one number per channel
-    scale: float | tuple[float, ...]
+    scale: float | tuple[float, ...]  # a number, or one for each channel; likewise the shift
     shift: float | tuple[float, ...] = 0.0
     # whether latents have a time axis, (batch, channels, frames, height, width); pictures are one frame
     frames: bool = False
@@ -197,7 +185,7 @@ class Diffusion:
     """How a denoiser was trained."""
 
     parameterization: str  # registered kind of prediction, `epsilon`, `v` or `flow`
-    schedule: NoiseSchedule  # its noise schedule
+    schedule: NoiseSchedule
 
 
 @dataclass(frozen=True)
@@ -281,11 +269,10 @@ class Components:
     """The parts of a loaded base model; absent parts are None or empty (a bare denoiser file, say)."""
 
     denoiser: nn.Module  # the network that is trained, in eval mode, without gradients
-    # `schedule`, `parameterization`: the noise schedule and the kind of prediction the checkpoint was trained with
-    schedule: NoiseSchedule
-    parameterization: str
-    latent: LatentFormat  # latent format
-    defaults: Defaults  # default settings for it
+    schedule: NoiseSchedule  # that the checkpoint was trained with
+    parameterization: str  # likewise, the kind of prediction
+    latent: LatentFormat
+    defaults: Defaults
     # by component name (`text_encoder`, `text_encoder_2`)
     text_encoders: Mapping[str, nn.Module] = field(default_factory=dict)
     tokenizers: Mapping[str, Any] = field(default_factory=dict)  # by the component name of their encoder
@@ -298,11 +285,7 @@ class Components:
 
     def modules(self) -> dict[str, nn.Module]:
         """Every present part, by component name."""
-        return {
-            "denoiser": self.denoiser,
-            **self.text_encoders,
-            **({} if self.vae is None else {"vae": self.vae}),
-        }
+        return {"denoiser": self.denoiser, **self.text_encoders, **({} if self.vae is None else {"vae": self.vae})}
 
 
 class Family(ABC):
@@ -323,7 +306,9 @@ class Family(ABC):
         kohya_name: `ss_base_model_version` of sd-scripts' metadata; see `kohya_version`.
         modelspec_name: `modelspec.architecture` without `/lora`; see `modelspec_architecture`.
         kohya_naming, ai_toolkit_naming, portable, limits: as in `ModelNames`.
+        signs: tensors of its original checkpoints, which no other family has all of; see `recognises`.
         own_diffusion: how its denoisers are trained, where that is one way.
+        own_defaults: default settings, where they are the same for all its models.
         civitai_name: Civitai's name of its base model; None where the family is of several there.
         a1111_version: A1111's and Forge's name of it in a LoRA's user metadata.
         targets: its own target presets by name; see `presets`.
@@ -335,6 +320,7 @@ class Family(ABC):
         repeatable_context: whether text enters by unmasked cross-attention alone, so that a context repeated k times
             gives the same result. Contexts of other families are padded and masked; see `collate`.
         unused_tensors: patterns of tensors in its original checkpoints that the network does not use.
+        diffusers_start: start of some names in diffusers' own files of the denoiser, for single files that have them.
         distilled_names: parts of file names of variants that are distilled to few steps, which training undoes; they
             have the same tensors as the variant to train on.
         experts: the denoisers of models that have several, the noisiest part first; each has a file and a LoRA.
@@ -359,7 +345,9 @@ class Family(ABC):
     ai_toolkit_naming: Naming = "original"
     portable: str = "kohya"
     limits: ProgramLimits = ProgramLimits()
+    signs: tuple[str, ...] = ()
     own_diffusion: Diffusion | None = None
+    own_defaults: Defaults | None = None
     civitai_name: str | None = None
     a1111_version: str = "Unknown"
     targets: Mapping[str, Rule]
@@ -370,14 +358,15 @@ class Family(ABC):
     clip_types: tuple[str, ...]
     repeatable_context: bool = False
     unused_tensors: tuple[str, ...] = ()
+    diffusers_start: str = "transformer_blocks."
     distilled_names: tuple[str, ...] = ()
     experts: tuple[Expert, ...] = ()
     lora_signatures: tuple[Signature, ...] = ()
     released: Mapping[str, Any] | None = None
 
-    @abstractmethod
     def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         """Whether an original-layout checkpoint with these denoiser tensors (prefix cut off) is of this family."""
+        return bool(self.signs) and shapes.keys() >= set(self.signs)
 
     def recognises_pipeline(self, configs: PipelineConfigs) -> bool:
         """Whether a diffusers pipeline, in a folder or in memory, is of this family."""
@@ -444,9 +433,10 @@ class Family(ABC):
         """Latent format, from the autoencoder's configuration where it has one; `vae` may be None."""
         return self.autoencoder.latents(denoiser.config.in_channels)
 
-    @abstractmethod
     def defaults(self, denoiser: nn.Module, latent: LatentFormat, diffusion: Diffusion) -> Defaults:
         """Default settings for the model."""
+        assert self.own_defaults is not None
+        return self.own_defaults
 
     def kohya_version(self, parameterization: str) -> str:
         """`ss_base_model_version` of sd-scripts' metadata."""

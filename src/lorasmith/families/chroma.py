@@ -62,6 +62,10 @@ class Chroma(Family):
     }
     autoencoder = FLUX_AUTOENCODER
     clip_types = ("chroma",)
+    own_defaults = Defaults(
+        guidance=3.5,  # ComfyUI's template
+        timestep_distribution="logit_normal",  # ai-toolkit's and sd-scripts' `sigmoid`
+    )
     distilled_names = ("flash",)
     released: Mapping[str, Any] = {}  # the class' own defaults
     # Its blocks have the names and widths of Flux.1's.
@@ -108,12 +112,6 @@ class Chroma(Family):
 
     def latent_format(self, denoiser: Any, vae: Any) -> LatentFormat:
         return self.autoencoder.latents(denoiser.config.in_channels // 4)
-
-    def defaults(self, denoiser: nn.Module, latent: LatentFormat, diffusion: Diffusion) -> Defaults:
-        return Defaults(
-            guidance=3.5,  # ComfyUI's template
-            timestep_distribution="logit_normal",  # ai-toolkit's and sd-scripts' `sigmoid`
-        )
 
     def encode_text(self, encoders: TextEncoders, texts: Mapping[str, str], encoding: Encoding) -> Conditioning:
         encoder, tokenizer = self.text_encoder(encoders, "text_encoder"), encoders.tokenizers["text_encoder"]

@@ -41,6 +41,7 @@ class ErnieImage(Family):
         "attention+ff": Rule((*_ATTENTION, "layers.*.mlp.*")),
         "transformer": Rule(("layers.*",), linear_only=True),
     }
+    signs = ("layers.0.mlp.linear_fc2.weight", "x_embedder.proj.weight")
     text_encoders = {
         "text_encoder": EncoderSlot(
             "ministral3_3b", "ministral-3-3b.safetensors", ("text_encoders.ministral3_3b.transformer.",)
@@ -48,6 +49,11 @@ class ErnieImage(Family):
     }
     autoencoder = AutoencoderSlot("flux2", 128, "flux2-vae.safetensors", ("vae.",), downscale=16)
     clip_types = ("flux2",)  # in ComfyUI's template; its encoder is recognised under any
+    own_defaults = Defaults(
+        targets="attention+ff",  # OneTrainer's preset: self_attention and mlp
+        guidance=4.0,  # ErnieImagePipeline and ComfyUI's template
+        timestep_distribution="logit_normal",  # OneTrainer's preset
+    )
     distilled_names = ("turbo",)
     released = {
         "hidden_size": 4096,
@@ -59,9 +65,6 @@ class ErnieImage(Family):
     lora_signatures = (
         Signature(title, DENOISER_START + r"layers_\d+_(self_attention_|mlp_(gate_proj|up_proj|linear_fc2))"),
     )
-
-    def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-        return "layers.0.mlp.linear_fc2.weight" in shapes and "x_embedder.proj.weight" in shapes
 
     def denoiser_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         width, channels, patch, _ = shapes["x_embedder.proj.weight"]
@@ -86,13 +89,6 @@ class ErnieImage(Family):
     def diffusion_of_pipeline(self, configs: PipelineConfigs) -> Diffusion:
         # The pipeline leaves the shift to its scheduler: 4 for the base model and 1 for Turbo, as other programs quote.
         return _flow(float(configs.of("scheduler").get("shift", _SHIFT)))
-
-    def defaults(self, denoiser: nn.Module, latent: LatentFormat, diffusion: Diffusion) -> Defaults:
-        return Defaults(
-            targets="attention+ff",  # OneTrainer's preset: self_attention and mlp
-            guidance=4.0,  # ErnieImagePipeline and ComfyUI's template
-            timestep_distribution="logit_normal",  # OneTrainer's preset
-        )
 
     def encode_text(self, encoders: TextEncoders, texts: Mapping[str, str], encoding: Encoding) -> Conditioning:
         # No template, no padding and no limit, in ComfyUI and in diffusers.

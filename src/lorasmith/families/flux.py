@@ -84,6 +84,9 @@ class Flux(Family):
         "text_encoder_2": EncoderSlot("t5xxl", "t5xxl_fp16.safetensors", ("text_encoders.t5xxl.transformer.",)),
     }
     clip_types = ("flux",)
+    own_defaults = Defaults(
+        guidance=1.0  # Flux.1 is distilled: its guidance is an input, not a second pass
+    )
     distilled_names = ("schnell",)
     autoencoder = FLUX_AUTOENCODER
     released = {"guidance_embeds": True}
@@ -128,11 +131,6 @@ class Flux(Family):
 
     def latent_format(self, denoiser: Any, vae: Any) -> LatentFormat:
         return self.autoencoder.latents(denoiser.config.in_channels // 4)
-
-    def defaults(self, denoiser: nn.Module, latent: LatentFormat, diffusion: Diffusion) -> Defaults:
-        return Defaults(
-            guidance=1.0,  # Flux.1 is distilled: its guidance is an input, not a second pass
-        )
 
     def names(self, denoiser: nn.Module, text_encoders: Mapping[str, nn.Module]) -> ModelNames:
         names = super().names(denoiser, text_encoders)
@@ -221,7 +219,7 @@ def _xlabs_names(table: Mapping[str, OriginalName]) -> dict[str, tuple[str, ...]
     for (kind, name), layers in _XLABS.items():
         numbers = {path.split(".")[1] for path in table if path.startswith(f"{_BLOCKS[kind]}.")}
         for number in sorted(numbers, key=int):
-            names[f"{kind}.{number}.processor.{name}"] = tuple(f"{_BLOCKS[kind]}.{number}.{one}" for one in layers)
+            names[f"{kind}.{number}.processor.{name}"] = tuple(f"{_BLOCKS[kind]}.{number}.{layer}" for layer in layers)
     return names
 
 

@@ -84,6 +84,7 @@ class Flux2(Family):
     def __init__(self, *, is_klein: bool) -> None:
         self.name = "flux2-klein" if is_klein else "flux2"
         self.title = "Flux.2 klein" if is_klein else "Flux.2"
+        self.modelspec_name = "flux-2-klein" if is_klein else "flux-2-dev"
         self.civitai_name = None if is_klein else "Flux.2 D"  # 4B and 9B are two there
         self.pipeline = "Flux2KleinPipeline" if is_klein else "Flux2Pipeline"
         self.distilled_names = ("klein-4b", "klein-9b", "klein_4b", "klein_9b") if is_klein else ()
@@ -94,7 +95,9 @@ class Flux2(Family):
             if is_klein
             else ("mistral", "mistral_3_small_flux2_bf16.safetensors")
         )
-        prefixes = tuple(f"text_encoders.{one}.transformer." for one in ("qwen3_4b", "qwen3_8b", "mistral3_24b"))
+        prefixes = tuple(
+            f"text_encoders.{encoder}.transformer." for encoder in ("qwen3_4b", "qwen3_8b", "mistral3_24b")
+        )
         widths = (2560, 4096) if is_klein else ()
         self.text_encoders = {"text_encoder": EncoderSlot(kind, usual_file, prefixes, widths=widths)}
         blocks, width, text_width = ((8, 24), 4096, 12288) if is_klein else ((8, 48), 6144, 15360)
@@ -111,7 +114,7 @@ class Flux2(Family):
         gated = r"(^|_)double_blocks_\d+_(img|txt)_mlp_2|transformer_blocks_\d+_ff(_context)?_linear_out"
         self.lora_signatures = (
             (
-                *(Signature(self.title, own, one) for one in (3072, 4096)),
+                *(Signature(self.title, own, width) for width in (3072, 4096)),
                 Signature(self.title, gated, 3 * 3072),
                 Signature(self.title, blocks_named, 4096, order=1),
             )
@@ -146,9 +149,6 @@ class Flux2(Family):
             guidance=5.0 if self._is_klein else 1.0,  # klein base in ComfyUI's template; dev has an input for it
             timestep_distribution="logit_normal",  # OneTrainer's preset
         )
-
-    def modelspec_architecture(self, parameterization: str) -> str:
-        return "flux-2-klein" if self._is_klein else "flux-2-dev"
 
     def encoder_width(self, denoiser: Any, component: str) -> int | None:
         return int(denoiser.config.joint_attention_dim) // len(self._layers)

@@ -74,6 +74,7 @@ class Krea2(Family):
         "attention+ff": Rule((*_ATTENTION, "transformer_blocks.*.ff.*")),
         "transformer": Rule(("transformer_blocks.*",), linear_only=True),
     }
+    signs = ("txtfusion.projector.weight", "blocks.0.attn.gate.weight")
     text_encoders = {
         "text_encoder": EncoderSlot(
             "qwen3vl", "qwen3vl_4b_bf16.safetensors", ("text_encoders.qwen3vl_4b.transformer.",)
@@ -81,6 +82,11 @@ class Krea2(Family):
     }
     autoencoder = QWEN_AUTOENCODER
     clip_types = ("krea2",)
+    own_defaults = Defaults(
+        targets="attention+ff",  # OneTrainer's preset: attn and ff
+        guidance=5.5,  # 4.5 in Krea2Pipeline, which counts from the conditional prediction
+        timestep_distribution="logit_normal",  # OneTrainer's preset
+    )
     distilled_names = ("turbo",)
     released: Mapping[str, Any] = {}  # the class' own defaults
     lora_signatures = (
@@ -89,9 +95,6 @@ class Krea2(Family):
         ),
         Signature(title, r"(txtfusion|text_fusion)_"),
     )
-
-    def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-        return "txtfusion.projector.weight" in shapes and "blocks.0.attn.gate.weight" in shapes
 
     def denoiser_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         head = shapes[norm_name("blocks.0.attn.qknorm.qnorm", shapes)][0]
@@ -127,15 +130,8 @@ class Krea2(Family):
         stem = f"{_BLOCKS[kind]}.{index}"
         if not part:
             return OriginalName(stem, parameters=_MODULATION)
-        known = max((one for one in _PARTS if f"{part}.".startswith(f"{one}.")), key=len)
+        known = max((prefix for prefix in _PARTS if f"{part}.".startswith(f"{prefix}.")), key=len)
         return OriginalName(f"{stem}.{_PARTS[known]}{part.removeprefix(known)}")
-
-    def defaults(self, denoiser: nn.Module, latent: LatentFormat, diffusion: Diffusion) -> Defaults:
-        return Defaults(
-            targets="attention+ff",  # OneTrainer's preset: attn and ff
-            guidance=5.5,  # 4.5 in Krea2Pipeline, which counts from the conditional prediction
-            timestep_distribution="logit_normal",  # OneTrainer's preset
-        )
 
     def encode_text(self, encoders: TextEncoders, texts: Mapping[str, str], encoding: Encoding) -> Conditioning:
         encoder, tokenizer = self.text_encoder(encoders, "text_encoder"), encoders.tokenizers["text_encoder"]

@@ -119,10 +119,7 @@ def load_model(
 
 
 def with_parts(
-    model: Model,
-    *,
-    text_encoders: Sequence[str | os.PathLike[str]] = (),
-    vae: str | os.PathLike[str] | None = None,
+    model: Model, *, text_encoders: Sequence[str | os.PathLike[str]] = (), vae: str | os.PathLike[str] | None = None
 ) -> Model:
     """The model with text encoders and an autoencoder from files of their own."""
     for extra in text_encoders:
@@ -213,8 +210,8 @@ def model_of_checkpoint(checkpoint: OriginalCheckpoint) -> Model:
     said = checkpoint.architecture
     config |= said.get(family.denoiser_folder, {})
     tensors = {
-        name: one
-        for name, one in checkpoint.load(checkpoint.denoiser_prefix).items()
+        name: tensor
+        for name, tensor in checkpoint.load(checkpoint.denoiser_prefix).items()
         if not matches(name, family.unused_tensors)
     }
     denoiser = _precise(
@@ -249,7 +246,7 @@ def expert_in(path: Path) -> tuple[Path, str | None]:
     """The diffusers folder of a path, and the name of the expert's subfolder if the path is that."""
     if pipeline_index(path) is None and pipeline_index(path.parent) is not None:
         family = family_of(path.parent)
-        if any(one.folder == path.name for one in family.experts):
+        if any(expert.folder == path.name for expert in family.experts):
             return path.parent, path.name
     return path, None
 
@@ -282,7 +279,7 @@ def _model_of_folder(folder: Path, part: str | None, *, title: str) -> Model:
 
 def _of_expert(family: Family, title: str, denoiser: str, has: Callable[[str], bool]) -> str:
     """The title of a model of diffusers, with the expert that its denoiser is, where the pipeline has several."""
-    experts = {one.folder: one.name for one in family.experts if has(one.folder)}
+    experts = {expert.folder: expert.name for expert in family.experts if has(expert.folder)}
     return f"{title} ({experts[denoiser]})" if len(experts) > 1 and denoiser in experts else title
 
 
@@ -423,18 +420,10 @@ def _check_width(model: Model, component: str, path: Path, width: int) -> None:
         )
 
 
-_SIGNS = (
-    *("transformer_blocks.", "single_transformer_blocks.", "all_x_embedder.", "down_blocks."),
-    *("time_caption_embed.", "condition_embedder."),
-)
-
-
 def recognised_by_diffusers_names(shapes: Mapping[str, tuple[int, ...]]) -> tuple[Family, Shapes] | None:
     """The family of a denoiser, and its shapes by original names; None if no family has these names."""
-    if not any(name.startswith(_SIGNS) for name in shapes):
-        return None
     for _, family in FAMILIES.items():
-        if family.released is None:
+        if family.released is None or not any(name.startswith(family.diffusers_start) for name in shapes):
             continue
         original = original_shapes(_released_table(family), shapes)
         if original is not None and family.recognises(original):
@@ -487,7 +476,7 @@ class _Outline(OriginalCheckpoint):
 @cache
 def released_names(title: str) -> ModelNames | None:
     """The name table of a family's released model. None for unsupported families."""
-    family = next((one for _, one in FAMILIES.items() if one.title == title), None)
+    family = next((family for _, family in FAMILIES.items() if family.title == title), None)
     if family is None or family.released is None:
         return None
     return family.names(family.released_denoiser(), {})

@@ -54,6 +54,7 @@ class Lumina2(Family):
     title = "Lumina 2"
     pipeline = "Lumina2Pipeline"
     network = "lorasmith.families.parts.masked_transformers.HostMaskedLumina2"
+    diffusers_start = "time_caption_embed."
     text_width = "cap_feat_dim"
     modelspec_implementation = "https://github.com/Alpha-VLLM/Lumina-Image-2.0"
     kohya_name = "lumina2"
@@ -73,24 +74,26 @@ class Lumina2(Family):
         "attention+ff": Rule((*_ATTENTION, "layers.*.feed_forward.*")),
         "transformer": Rule(("layers.*",), linear_only=True),
     }
+    signs = (
+        *("noise_refiner.0.attention.k_norm.weight", "layers.0.adaLN_modulation.1.weight"),
+        "cap_embedder.1.weight",
+    )
     text_encoders = {
         "text_encoder": EncoderSlot("gemma2", "gemma_2_2b_fp16.safetensors", ("text_encoders.gemma2_2b.transformer.",))
     }
     clip_types = ("lumina2",)
+    own_defaults = Defaults(
+        # Whole blocks, with modulation, as sd-scripts trains them; diffusers reads no others by ComfyUI's names.
+        targets="transformer",
+        guidance=4.0,  # ComfyUI's template
+        timestep_distribution="uniform",  # diffusers' script and sd-scripts, which shift by 6
+    )
     autoencoder = replace(FLUX_AUTOENCODER, prefixes=("vae.",))
     unused_tensors = ("norm_final.weight",)
     released = {"cap_feat_dim": _WIDTH, "scaling_factor": 1.0}
     lora_signatures = (
         Signature(title, DENOISER_START + r"layers_\d+_(attention|attn|feed_forward)_", _WIDTH, order=5),
     )
-
-    def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-        needed = (
-            "noise_refiner.0.attention.k_norm.weight",
-            "layers.0.adaLN_modulation.1.weight",
-            "cap_embedder.1.weight",
-        )
-        return all(name in shapes for name in needed)
 
     def denoiser_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         width, text_width = shapes["cap_embedder.1.weight"]
@@ -119,14 +122,6 @@ class Lumina2(Family):
             start, rows = {"q": (0, queries), "k": (queries, keys), "v": (queries + keys, keys)}[rest[-1]]
             return OriginalName(f"{block}.attention.qkv", rows=(start, start + rows))
         return OriginalName(f"{block}.{_PARTS[rest]}")
-
-    def defaults(self, denoiser: nn.Module, latent: LatentFormat, diffusion: Diffusion) -> Defaults:
-        return Defaults(
-            # Whole blocks, with modulation, as sd-scripts trains them; diffusers reads no others by ComfyUI's names.
-            targets="transformer",
-            guidance=4.0,  # ComfyUI's template
-            timestep_distribution="uniform",  # diffusers' script and sd-scripts, which shift by 6
-        )
 
     def encode_text(self, encoders: TextEncoders, texts: Mapping[str, str], encoding: Encoding) -> Conditioning:
         encoder, text = self.text_encoder(encoders, "text_encoder"), texts["text_encoder"]

@@ -83,8 +83,8 @@ class Model:
     def _size(self) -> str:
         """Parameters and number formats of the denoiser."""
         module = self.components.denoiser
-        count = sum(one.numel() for one in module.parameters())
-        dtypes = Counter(one.dtype for one in module.parameters())
+        count = sum(parameter.numel() for parameter in module.parameters())
+        dtypes = Counter(parameter.dtype for parameter in module.parameters())
         names = " and ".join(dtype_name(dtype) for dtype, _ in dtypes.most_common())
         if packed := packed_layers(module):
             names += f", {count_text(len(packed), 'layer')} quantized"
@@ -105,12 +105,7 @@ class Model:
         return self.family.names(self.components.denoiser, self.components.text_encoders)
 
     def check_clips(self, setting: str, value: float) -> None:
-        """Raise OptionError for a setting of clips if the model is of pictures.
-
-        Args:
-            setting: its name.
-            value: of the setting; 1 means pictures.
-        """
+        """Raise OptionError for a setting of clips if the model is of pictures. A value of 1 means pictures."""
         if value != 1 and not self.components.latent.time_downscale:
             raise OptionError(
                 f"{setting} is for models of videos, got {value:g} for {self.title} ({self.family.title}), which is of "
@@ -121,7 +116,9 @@ class Model:
     def named_expert(self) -> Expert | None:
         """The expert of its family that the names of its denoiser's file and folder say it is; None without such."""
         named = "" if self.path is None else self.path.name
-        found = [one for one in self.family.experts if one.is_named_in(named) or one.is_named_in(self.title)]
+        found = [
+            expert for expert in self.family.experts if expert.is_named_in(named) or expert.is_named_in(self.title)
+        ]
         return found[0] if len(found) == 1 else None
 
     @property
@@ -156,7 +153,9 @@ class Denoiser:
     noising: Diffusion | None = None
 
     def __repr__(self) -> str:
-        loras = [f"a LoRA on {count_text(len(one.adapters), 'module')} at {one.strength:g}" for one in self.patches]
+        loras = [
+            f"a LoRA on {count_text(len(patch.adapters), 'module')} at {patch.strength:g}" for patch in self.patches
+        ]
         facts = [self.base.family.title, *loras, *(["another noise schedule"] if self.noising else [])]
         return f"Denoiser({printable(self.base.title, limit=60)}: {', '.join(facts)})"
 
@@ -205,7 +204,7 @@ class TextEncoder:
     family: Family  # of the denoiser that they encode for; it chooses templates, layers and padding
     encoders: TextEncoders  # the networks and their tokenizers
     title: str  # name in messages
-    encoding: Encoding = field(default_factory=Encoding)  # options
+    encoding: Encoding = field(default_factory=Encoding)
     patches: tuple[tuple[str, Patch], ...] = ()  # by component name
     device: torch.device | None = None  # where they run; None for the best one
 
@@ -237,14 +236,10 @@ class TextEncoder:
 
     @torch.no_grad()
     def encode(self, text: str | Mapping[str, str]) -> Conditioning:
-        """Conditioning of one prompt, in fp32 on the CPU. Patches apply inside `active()` only.
+        """Conditioning of one prompt, or of one for each component, in fp32 on the CPU; a missing one is empty.
 
-        Args:
-            text: the prompt, or one for each component; a missing one is empty.
-
-        Raises:
-            ModelError: a text encoder is missing.
-            OptionError: the prompt has more than `MAX_PROMPT` characters.
+        Patches apply inside `active()` only. Raises ModelError if a text encoder is missing, OptionError for a prompt
+        of more than `MAX_PROMPT` characters.
         """
         with contextlib.ExitStack() as stack:  # does nothing inside `active()`
             for name, module in self.encoders.modules.items():
@@ -264,7 +259,7 @@ class TextEncoder:
 class Autoencoder:
     """An autoencoder (ComfyUI's VAE). Latents here are the autoencoder's own, not yet scaled for a denoiser."""
 
-    module: nn.Module  # the network
+    module: nn.Module
     kind: str  # its registered kind
     title: str  # name in messages
 
@@ -293,7 +288,7 @@ class Autoencoder:
         Of latents of several frames, only the first frame is decoded. Raises DataError for pixels that are NaN or
         infinite.
         """
-        return self.decode_frames(latents[:, :, :1])[:, :, 0] if self.latent.frames else self._decoded(latents)
+        return self.decode_frames(latents[:, :, :1] if self.latent.frames else latents)[:, :, 0]
 
     @torch.no_grad()
     def decode_frames(self, latents: Tensor) -> Tensor:
@@ -301,9 +296,6 @@ class Autoencoder:
 
         Raises DataError for pixels that are NaN or infinite.
         """
-        return self._decoded(latents) if self.latent.frames else self._decoded(latents).unsqueeze(2)
-
-    def _decoded(self, latents: Tensor) -> Tensor:
         with self._placed(latents) as here:
             pixels = AUTOENCODERS[self.kind].decode(self.module, here).float().cpu()
         if not pixels.isfinite().all():
@@ -311,7 +303,7 @@ class Autoencoder:
                 f"pictures must have finite pixels, but {self.title} decodes these latents to NaN or infinity; check "
                 "the autoencoder's file, and what made the latents"
             )
-        return pixels.clamp(-1, 1)
+        return pixels.clamp(-1, 1) if self.latent.frames else pixels.clamp(-1, 1).unsqueeze(2)
 
     @contextlib.contextmanager
     def _placed(self, tensor: Tensor) -> Iterator[Tensor]:

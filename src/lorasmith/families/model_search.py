@@ -8,20 +8,30 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
 from lorasmith.core.errors import ModelError
-from lorasmith.core.folders import ASSETS, Folders
-from lorasmith.families.base import AutoencoderSlot, EncoderSlot, Family
+from lorasmith.core.folders import ASSETS
+from lorasmith.core.folders import Folders
+from lorasmith.families.base import AutoencoderSlot
+from lorasmith.families.base import EncoderSlot
+from lorasmith.families.base import Family
 from lorasmith.families.files.checkpoint import OriginalCheckpoint
-from lorasmith.families.loading import family_of, load_model, recognise, with_parts
-from lorasmith.families.locating import ModelFiles, built_in_models
+from lorasmith.families.loading import family_of
+from lorasmith.families.loading import load_model
+from lorasmith.families.loading import recognise
+from lorasmith.families.loading import with_parts
+from lorasmith.families.locating import ModelFiles
+from lorasmith.families.locating import built_in_models
 from lorasmith.families.model import Model
 from lorasmith.families.parts.autoencoders import recognised_autoencoder
-from lorasmith.families.parts.encoders import ENCODERS, recognised_encoder
+from lorasmith.families.parts.encoders import ENCODERS
+from lorasmith.families.parts.encoders import recognised_encoder
 
 MODEL_FOLDERS = ("checkpoints", "diffusion_models")
 ENCODER_FOLDERS = ("text_encoders",)
@@ -96,7 +106,7 @@ def load_completed(files: ModelFiles, folders: Folders | None = None) -> Complet
         return Completed(load_model(files.model, text_encoders=files.text_encoders, vae=files.vae), files)
     files = ModelFiles(
         in_folders(files.model, folders, MODEL_FOLDERS),
-        tuple(in_folders(one, folders, ENCODER_FOLDERS) for one in files.text_encoders),
+        tuple(in_folders(source, folders, ENCODER_FOLDERS) for source in files.text_encoders),
         files.vae and in_folders(files.vae, folders, VAE_FOLDERS),
     )
     model = load_model(files.model, text_encoders=files.text_encoders, vae=files.vae)
@@ -129,9 +139,9 @@ def completed(model: Model, files: ModelFiles, folders: Folders) -> Completed:
         found.append(best_encoder(there, component, family.text_encoders[component], width))
     if components.vae is None:
         found.append(best_autoencoder(there, family.autoencoder))
-    parts = [one for one in found if one is not None]
-    more = tuple(str(one.path) for one in parts if one.component != "vae")
-    vae = next((str(one.path) for one in parts if one.component == "vae"), None)
+    parts = [part for part in found if part is not None]
+    more = tuple(str(part.path) for part in parts if part.component != "vae")
+    vae = next((str(part.path) for part in parts if part.component == "vae"), None)
     if parts:
         model = with_parts(model, text_encoders=more, vae=vae)
         files = replace(files, text_encoders=(*files.text_encoders, *more), vae=files.vae or vae)
@@ -139,19 +149,21 @@ def completed(model: Model, files: ModelFiles, folders: Folders) -> Completed:
         model,
         files,
         tuple(parts),
-        tuple(f"{one.path.name} in {one.place} is skipped: {one.fault}." for one in there if one.is_damaged),
+        tuple(f"{file.path.name} in {file.place} is skipped: {file.fault}." for file in there if file.is_damaged),
     )
 
 
 def best_encoder(files: Sequence[FoundFile], component: str, slot: EncoderSlot, width: int | None) -> FoundPart | None:
     """The file to take for a text encoder; None if none fits."""
-    fitting = [one for one in files if one.encoder == slot.kind and (width is None or one.width == width)]
+    fitting = [file for file in files if file.encoder == slot.kind and (width is None or file.width == width)]
     return _preferred(fitting, component, slot.usual_file)
 
 
 def best_autoencoder(files: Sequence[FoundFile], slot: AutoencoderSlot) -> FoundPart | None:
     """The file to take for the autoencoder of a family with this slot; None if none fits."""
-    return _preferred([one for one in files if one.autoencoder == (slot.kind, slot.channels)], "vae", slot.usual_file)
+    return _preferred(
+        [file for file in files if file.autoencoder == (slot.kind, slot.channels)], "vae", slot.usual_file
+    )
 
 
 def scanned(folders: Folders, kinds: Sequence[str]) -> Iterator[FoundFile]:
@@ -172,7 +184,7 @@ def _preferred(fitting: Sequence[FoundFile], component: str, usual_file: str) ->
     if not fitting:
         return None
     usual = usual_file.casefold()
-    best = min(fitting, key=lambda one: (one.path.name.casefold() != usual, -one.bits, one.path.name.casefold()))
+    best = min(fitting, key=lambda file: (file.path.name.casefold() != usual, -file.bits, file.path.name.casefold()))
     return FoundPart(component, best.path, best.place, len(fitting))
 
 
@@ -187,7 +199,7 @@ def _recognised(path: Path, place: str) -> FoundFile:
     """A file or diffusers folder with what it is."""
     size = 0
     try:
-        size = sum(one.stat().st_size for one in ([path] if path.is_file() else path.rglob("*")) if one.is_file())
+        size = sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
         if path.is_dir():
             family = family_of(path)
             there = frozenset(name for name in (*family.text_encoders, "vae") if (path / name).is_dir())
@@ -218,7 +230,7 @@ def _precision(checkpoint: OriginalCheckpoint) -> tuple[str, float]:
     for number_format, size in checkpoint.file.stored.values():
         sizes[number_format] += size
     numbers = sum(math.prod(shape) for shape in checkpoint.shapes.values())
-    return max(sizes, key=lambda one: sizes[one], default=""), 8 * sum(sizes.values()) / max(1, numbers)
+    return max(sizes, key=lambda kind: sizes[kind], default=""), 8 * sum(sizes.values()) / max(1, numbers)
 
 
 def _sentence(error: Exception) -> str:

@@ -28,8 +28,8 @@ def load_text_encoder(paths: Sequence[str | os.PathLike[str]], clip_type: str) -
     places = [located(path) for path in paths]
     family = encoded_family(places, clip_type)
     found = [encoders_in(path, family) for path in places]
-    modules = {name: one for part in found for name, one in part.modules.items()}
-    tokenizers = {name: one for part in found for name, one in part.tokenizers.items()}
+    modules = {name: module for part in found for name, module in part.modules.items()}
+    tokenizers = {name: tokenizer for part in found for name, tokenizer in part.tokenizers.items()}
     in_order = {name: modules[name] for name in family.text_encoders if name in modules}
     return TextEncoder(family, TextEncoders(in_order, tokenizers), " and ".join(path.stem for path in places))
 
@@ -41,8 +41,10 @@ def encoded_family(places: Sequence[Path], clip_type: str) -> Family:
     """
     encoders = {kind.name: (kind, shapes) for path in places for kind, shapes in encoder_kinds(path)}
     kinds = set(encoders)
-    fitting = [one for _, one in FAMILIES.items() if kinds <= {slot.kind for slot in one.text_encoders.values()}]
-    sized = {slot.kind for one in fitting for slot in one.text_encoders.values() if slot.widths} & kinds
+    fitting = [
+        family for _, family in FAMILIES.items() if kinds <= {slot.kind for slot in family.text_encoders.values()}
+    ]
+    sized = {slot.kind for candidate in fitting for slot in candidate.text_encoders.values() if slot.widths} & kinds
     found_widths = {name: encoders[name][0].width_in(encoders[name][1]) for name in sized}
 
     def is_released_size(family: Family) -> bool:
@@ -50,7 +52,7 @@ def encoded_family(places: Sequence[Path], clip_type: str) -> Family:
 
     # ComfyUI ignores a type that is not one of an encoder's.
     fitting.sort(
-        key=lambda one: (not is_released_size(one), clip_type not in one.clip_types, len(one.text_encoders)),
+        key=lambda family: (not is_released_size(family), clip_type not in family.clip_types, len(family.text_encoders))
     )
     if not kinds or not fitting:
         names = " and ".join(path.name for path in places)
@@ -165,7 +167,7 @@ def title_of(path: Path) -> str:
     if path.is_dir():
         return "a folder without one"
     checkpoint = OriginalCheckpoint(path)
-    family = next((one for _, one in FAMILIES.items() if one.recognises(checkpoint.denoiser_shapes)), None)
+    family = next((family for _, family in FAMILIES.items() if family.recognises(checkpoint.denoiser_shapes)), None)
     if family is not None:
         return f"a model of the family {family.title}"
     return part_title(checkpoint.shapes) or looks_like(checkpoint.denoiser_shapes) or "of no known kind"

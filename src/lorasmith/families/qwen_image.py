@@ -49,11 +49,19 @@ class QwenImage(Family):
         "attention+ff": Rule((*_ATTENTION, *_MLP)),
         "transformer": Rule(("transformer_blocks.*",), linear_only=True),
     }
+    signs = ("txt_norm.weight", "transformer_blocks.0.img_mlp.net.0.proj.weight")
     text_encoders = {
         "text_encoder": EncoderSlot("qwen25vl", "qwen_2.5_vl_7b.safetensors", ("text_encoders.qwen25_7b.transformer.",))
     }
     autoencoder = QWEN_AUTOENCODER
     clip_types = ("qwen_image",)
+    own_defaults = Defaults(
+        pixel_multiple=32,  # an even number of tokens on each side
+        learning_rate=1e-4,  # ai-toolkit's; musubi-tuner's guide has 5e-5, OneTrainer's preset 3e-4
+        targets="attention+ff",  # musubi-tuner: all of the blocks but the modulation
+        guidance=4.0,  # QwenImagePipeline and ComfyUI's template
+        timestep_distribution="logit_normal",  # OneTrainer's preset
+    )
     distilled_names = ("lightning", "distill", "turbo")
     released: Mapping[str, Any] = {}  # the class' own defaults
     lora_signatures = (
@@ -61,9 +69,6 @@ class QwenImage(Family):
         # Flux.1 has 19 blocks of this kind, Qwen-Image 60.
         Signature(title, r"(^|_)transformer_blocks_(19|[2-5]\d)_attn_add_q_proj", _WIDTH, order=3),
     )
-
-    def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-        return "txt_norm.weight" in shapes and "transformer_blocks.0.img_mlp.net.0.proj.weight" in shapes
 
     def denoiser_class(self) -> type[nn.Module]:
         try:
@@ -95,15 +100,6 @@ class QwenImage(Family):
             "joint_attention_dim": shapes["txt_in.weight"][1],
             "axes_dims_rope": rope_axes(head),
         }
-
-    def defaults(self, denoiser: nn.Module, latent: LatentFormat, diffusion: Diffusion) -> Defaults:
-        return Defaults(
-            pixel_multiple=32,  # an even number of tokens on each side
-            learning_rate=1e-4,  # ai-toolkit's; musubi-tuner's guide has 5e-5, OneTrainer's preset 3e-4
-            targets="attention+ff",  # musubi-tuner: all of the blocks but the modulation
-            guidance=4.0,  # QwenImagePipeline and ComfyUI's template
-            timestep_distribution="logit_normal",  # OneTrainer's preset
-        )
 
     def encode_text(self, encoders: TextEncoders, texts: Mapping[str, str], encoding: Encoding) -> Conditioning:
         encoder, tokenizer = self.text_encoder(encoders, "text_encoder"), encoders.tokenizers["text_encoder"]

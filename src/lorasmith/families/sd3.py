@@ -85,6 +85,7 @@ class StableDiffusion3(Family):
         "attention+ff": Rule((*_ATTENTION, *_MLP)),
         "transformer": Rule(("transformer_blocks.*",), linear_only=True),
     }
+    signs = ("joint_blocks.0.context_block.attn.qkv.weight", "x_embedder.proj.weight")
     text_encoders = {
         "text_encoder": EncoderSlot("clip_l", "clip_l.safetensors", ("text_encoders.clip_l.transformer.",)),
         "text_encoder_2": EncoderSlot("clip_g", "clip_g.safetensors", ("text_encoders.clip_g.transformer.",)),
@@ -92,6 +93,11 @@ class StableDiffusion3(Family):
     }
     needs_each_encoder = False
     clip_types = ("sd3",)
+    own_defaults = Defaults(
+        targets="attention+ff",  # sd-scripts' layers but the modulation
+        guidance=4.0,  # ComfyUI's template
+        timestep_distribution="logit_normal",  # the paper's, diffusers' script's and OneTrainer's preset
+    )
     distilled_names = ("turbo",)
     autoencoder = AutoencoderSlot(
         "kl",
@@ -112,9 +118,6 @@ class StableDiffusion3(Family):
         Signature(title, r"(^|_)joint_blocks_\d"),
         Signature(title, r"(^|_)transformer_blocks_\d+_(ff_context|attn_add_q_proj)", order=4),
     )
-
-    def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-        return "joint_blocks.0.context_block.attn.qkv.weight" in shapes and "x_embedder.proj.weight" in shapes
 
     def denoiser_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         width, channels, patch, _ = shapes["x_embedder.proj.weight"]
@@ -158,13 +161,6 @@ class StableDiffusion3(Family):
             return OriginalName(f"{block}.{name}", rows=(third * width, (third + 1) * width))
         swaps = rest == "norm1_context.linear" and int(index) == denoiser.config.num_layers - 1
         return OriginalName(f"{block}.{_PARTS[rest]}", swap_halves=swaps)
-
-    def defaults(self, denoiser: nn.Module, latent: LatentFormat, diffusion: Diffusion) -> Defaults:
-        return Defaults(
-            targets="attention+ff",  # sd-scripts' layers but the modulation
-            guidance=4.0,  # ComfyUI's template
-            timestep_distribution="logit_normal",  # the paper's, diffusers' script's and OneTrainer's preset
-        )
 
     def encoder_names(self, text_encoders: Mapping[str, nn.Module]) -> Mapping[str, EncoderNames]:
         return {
@@ -221,22 +217,25 @@ class StableDiffusion3(Family):
 
 def _clip_states(encoders: TextEncoders, texts: Mapping[str, str], encoding: Encoding) -> tuple[Tensor | None, Tensor]:
     """Contexts of the CLIPs side by side, None without any, and their pooled vectors."""
-    there = [one for one in _CLIPS if one in encoders.modules]
+    there = [component for component in _CLIPS if component in encoders.modules]
     device = device_of(next(iter(encoders.modules.values())))
-    if not there or not (encoding.encodes_empty or any(texts[one] for one in _CLIPS)):
+    if not there or not (encoding.encodes_empty or any(texts[component] for component in _CLIPS)):
         return None, torch.zeros(1, sum(_CLIPS.values()), device=device)
     contexts, pooled = encode_prompts(
-        [(texts[one], encoders.tokenizers[one], encoders.modules[one]) for one in there],
+        [(texts[file], encoders.tokenizers[file], encoders.modules[file]) for file in there],
         # The last layer is never used, so one skip is already done.
         skip_layers=max(1, encoding.skip_layers),
     )
     found = dict(zip(there, zip(contexts, pooled, strict=True), strict=True))
-    for one in _CLIPS.keys() - found.keys():
-        found[one] = contexts[0].new_zeros(1, contexts[0].shape[1], _CLIPS[one]), pooled[0].new_zeros(1, _CLIPS[one])
-    context = torch.cat([found[one][0] for one in _CLIPS], dim=-1)
+    for component in _CLIPS.keys() - found.keys():
+        found[component] = (
+            contexts[0].new_zeros(1, contexts[0].shape[1], _CLIPS[component]),
+            pooled[0].new_zeros(1, _CLIPS[component]),
+        )
+    context = torch.cat([found[component][0] for component in _CLIPS], dim=-1)
     if encoding.lengths == "diffusers":
         context = context[:, :CONTEXT_LENGTH]
-    return context, torch.cat([found[one][1] for one in _CLIPS], dim=-1)
+    return context, torch.cat([found[component][1] for component in _CLIPS], dim=-1)
 
 
 def _t5_states(encoders: TextEncoders, text: str, encoding: Encoding) -> Tensor | None:

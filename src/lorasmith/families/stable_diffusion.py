@@ -21,12 +21,7 @@ _ENCODER_LAYERS = {1: 12, 2: 23}
 _RELEASED = {"block_out_channels": (320, 640, 1280, 1280), "sample_size": 64}
 _RELEASED_OF = {
     1: {**_RELEASED, "cross_attention_dim": 768},
-    2: {
-        **_RELEASED,
-        "cross_attention_dim": 1024,
-        "attention_head_dim": (5, 10, 20, 20),
-        "use_linear_projection": True,
-    },
+    2: {**_RELEASED, "cross_attention_dim": 1024, "attention_head_dim": (5, 10, 20, 20), "use_linear_projection": True},
 }
 
 

@@ -74,6 +74,7 @@ class Wan(Family):
 
     pipeline = "WanPipeline"
     network = "WanTransformer3DModel"
+    diffusers_start = "condition_embedder."
     text_width = "text_dim"
     usual_tokens = _TOKENS
     draws_clips = True
@@ -122,10 +123,7 @@ class Wan(Family):
         self.experts = (
             ()
             if is_5b
-            else (
-                Expert("high_noise", (0.875, 1.0), "transformer"),
-                Expert("low_noise", (0.0, 0.875), "transformer_2"),
-            )
+            else (Expert("high_noise", (0.875, 1.0), "transformer"), Expert("low_noise", (0.0, 0.875), "transformer_2"))
         )
         heads, inner, blocks = (24, 14336, 30) if is_5b else (40, 13824, 40)
         channels = self.autoencoder.channels
@@ -156,7 +154,7 @@ class Wan(Family):
 
     def recognises_pipeline(self, configs: PipelineConfigs) -> bool:
         if self.pipeline not in configs.classes:
-            if other := next((one for one in configs.classes if one.startswith("Wan") and "Pipeline" in one), None):
+            if other := next((name for name in configs.classes if name.startswith("Wan") and "Pipeline" in name), None):
                 raise ModelError(
                     f"{configs.title} must be a text-to-video model (WanPipeline), but its pipeline is {other}; choose "
                     "a model such as Wan2.1-T2V-1.3B-Diffusers"
@@ -167,7 +165,9 @@ class Wan(Family):
     def denoiser_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         width, in_channels = shapes["patch_embedding.weight"][:2]
         channels = self.autoencoder.channels
-        variant = next((name for sign, name in _VARIANTS.items() if any(one.startswith(sign) for one in shapes)), None)
+        variant = next(
+            (name for sign, name in _VARIANTS.items() if any(name.startswith(sign) for name in shapes)), None
+        )
         if variant is not None or in_channels != channels:
             variant = variant or _FURTHER_CHANNELS.get(in_channels - channels, "an unknown variant")
             raise ModelError(
@@ -230,7 +230,9 @@ class Wan(Family):
         prediction = torch.empty_like(latents)
         for length in sorted(set(lengths.tolist())):
             chosen = (lengths == length).nonzero().flatten()
-            parts = (one.index_select(0, chosen) for one in (latents, time.to(latents.device), context[:, :length]))
+            parts = (
+                tensor.index_select(0, chosen) for tensor in (latents, time.to(latents.device), context[:, :length])
+            )
             prediction = prediction.index_copy(0, chosen, _predicted(denoiser, *parts))
         return prediction
 

@@ -38,6 +38,7 @@ class ZImage(Family):
     title = "Z-Image"
     pipeline = "ZImagePipeline"
     network = "ZImageTransformer2DModel"
+    diffusers_start = "all_x_embedder."
     text_width = "cap_feat_dim"
     modelspec_implementation = "https://github.com/Tongyi-MAI/Z-Image"
     kohya_name = "zimage"
@@ -68,6 +69,11 @@ class ZImage(Family):
     }
     autoencoder = replace(FLUX_AUTOENCODER, prefixes=("vae.",))
     clip_types = ("lumina2",)
+    own_defaults = Defaults(
+        # The layers alone, as in ai-toolkit and musubi-tuner (which excludes refiners and modulation).
+        guidance=4.0,  # ComfyUI's template of the base model
+        timestep_distribution="logit_normal",  # OneTrainer's preset
+    )
     unused_tensors = ("norm_final.weight",)
     distilled_names = ("turbo",)
     released: Mapping[str, Any] = {}  # the class' own defaults
@@ -105,13 +111,6 @@ class ZImage(Family):
             start = _FUSED.index(rest) * denoiser.config.dim
             return OriginalName(f"{block}.attention.qkv", rows=(start, start + denoiser.config.dim))
         return OriginalName(f"{block}.attention.{_IN_ATTENTION[rest]}")
-
-    def defaults(self, denoiser: nn.Module, latent: LatentFormat, diffusion: Diffusion) -> Defaults:
-        return Defaults(
-            # The layers alone, as in ai-toolkit and musubi-tuner (which excludes refiners and modulation).
-            guidance=4.0,  # ComfyUI's template of the base model
-            timestep_distribution="logit_normal",  # OneTrainer's preset
-        )
 
     def encode_text(self, encoders: TextEncoders, texts: Mapping[str, str], encoding: Encoding) -> Conditioning:
         encoder, text = self.text_encoder(encoders, "text_encoder"), texts["text_encoder"]

@@ -136,14 +136,14 @@ def faults_of(
     return [*found, *_on_model(tensors, metadata, names, modules.keys(), is_model_sure)]
 
 
-Groups = Mapping[str, Mapping[str, str]]
+GroupedKeys = Mapping[str, Mapping[str, str]]
 Modules = Mapping[str, ModuleTensors]
 
 
 def faults_in_file(
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
-    groups: Groups,
+    groups: GroupedKeys,
     modules: Modules,
     unfit: Mapping[str, str],
     layout: Layout,
@@ -160,7 +160,7 @@ def faults_in_file(
     ]
 
 
-def _numbers(tensors: Mapping[str, Tensor], groups: Groups) -> Iterator[FileFault]:
+def _numbers(tensors: Mapping[str, Tensor], groups: GroupedKeys) -> Iterator[FileFault]:
     """NaN and infinity."""
     bases = {key: base for base, keys in groups.items() for key in keys.values()}
     bad = [key for key, tensor in tensors.items() if count_non_finite(tensor)]
@@ -175,7 +175,7 @@ def _numbers(tensors: Mapping[str, Tensor], groups: Groups) -> Iterator[FileFaul
         )
 
 
-def _strangers(tensors: Mapping[str, Tensor], groups: Groups) -> Iterator[FileFault]:
+def _strangers(tensors: Mapping[str, Tensor], groups: GroupedKeys) -> Iterator[FileFault]:
     known = {key for keys in groups.values() for key in keys.values()}
     unknown = [key for key in tensors if key not in known]
     if unknown:
@@ -195,7 +195,7 @@ _RARE_NAMES = (
 )
 
 
-def _rare_names(groups: Groups) -> Iterator[FileFault]:
+def _rare_names(groups: GroupedKeys) -> Iterator[FileFault]:
     for pattern, whose in _RARE_NAMES:
         rare = [base for base in groups if pattern.match(base)]
         if rare:
@@ -206,7 +206,7 @@ def _rare_names(groups: Groups) -> Iterator[FileFault]:
             )
 
 
-def _unfit(unfit: Mapping[str, str], groups: Groups) -> Iterator[FileFault]:
+def _unfit(unfit: Mapping[str, str], groups: GroupedKeys) -> Iterator[FileFault]:
     """Tensors that make no adapter."""
     if unfit:
         yield FileFault(
@@ -217,7 +217,7 @@ def _unfit(unfit: Mapping[str, str], groups: Groups) -> Iterator[FileFault]:
         )
 
 
-def _idle(modules: Modules, groups: Groups) -> Iterator[FileFault]:
+def _idle(modules: Modules, groups: GroupedKeys) -> Iterator[FileFault]:
     """Adapters that are exactly the identity."""
     idle = [base for base, module in modules.items() if _changes_nothing(module)]
     if idle:
@@ -244,7 +244,7 @@ def _changes_nothing(module: ModuleTensors) -> bool:
     return any(not bool(weights.tensors[role].any()) for role in form.vital if role in weights.tensors)
 
 
-def _alphas(modules: Modules, groups: Groups, layout: Layout) -> Iterator[FileFault]:
+def _alphas(modules: Modules, groups: GroupedKeys, layout: Layout) -> Iterator[FileFault]:
     adapters = {base: module.adapter for base, module in modules.items() if module.adapter}
     ranked = {base: weights for base, weights in adapters.items() if rank_of(weights)}
     if layout.has_alphas:
@@ -272,7 +272,9 @@ def _alphas(modules: Modules, groups: Groups, layout: Layout) -> Iterator[FileFa
             False,
         )
     needing = [
-        base for base, one in adapters.items() if format_of(one).comfyui_needs_alpha and "alpha" not in groups[base]
+        base
+        for base, weights in adapters.items()
+        if format_of(weights).comfyui_needs_alpha and "alpha" not in groups[base]
     ]
     if needing:
         title = title_of(adapters[needing[0]])
@@ -284,7 +286,7 @@ def _alphas(modules: Modules, groups: Groups, layout: Layout) -> Iterator[FileFa
         )
 
 
-def _missing_alphas(ranked: Mapping[str, AdapterWeights], groups: Groups) -> Iterator[FileFault]:
+def _missing_alphas(ranked: Mapping[str, AdapterWeights], groups: GroupedKeys) -> Iterator[FileFault]:
     missing = [base for base, weights in ranked.items() if weights.alpha is None]
     if missing:
         everywhere = len(missing) == len(ranked)
@@ -346,9 +348,9 @@ def _on_model(
     yield from _gaps(state, names)
     yield from _uneven(tensors, state, names)
     layout = main_layout(list(tensors))
-    for one in shortfalls(state, layout, names):
-        if one.reason != MISREAD_ALPHAS:  # a fault of its own, which can be repaired
-            yield FileFault(one.sentence, _other_layout(state, one.program, layout, names), False)
+    for shortfall in shortfalls(state, layout, names):
+        if shortfall.reason != MISREAD_ALPHAS:  # a fault of its own, which can be repaired
+            yield FileFault(shortfall.sentence, _other_layout(state, shortfall.program, layout, names), False)
 
 
 def _gaps(state: AdapterState, names: ModelNames) -> Iterator[FileFault]:
@@ -415,7 +417,7 @@ def _other_layout(state: AdapterState, program: str, layout: Layout, names: Mode
     for name, other in LAYOUTS.items():
         if other is layout or other.losses(state, names):
             continue
-        if not any(one.program in (program, other.title) for one in shortfalls(state, other, names)):
+        if not any(shortfall.program in (program, other.title) for shortfall in shortfalls(state, other, names)):
             return f"convert it with `lorasmith convert --to {name}` for {program}"
     return f"use another program than {program} for it"
 
@@ -453,7 +455,7 @@ class LoraSummary:
     steps: int  # optimizer updates, 0 if unknown
     metadata: Mapping[str, str]  # all of the header's
     hashes: Mapping[str, str]  # `sha256`, `autov1`, `autov2`, `autov3`
-    findings: tuple[str, ...]  # one sentence for each fault of the file; see `formats.faults`
+    findings: tuple[str, ...]  # one sentence for each fault of the file
 
 
 def describe(path: Path) -> LoraSummary:
@@ -480,9 +482,9 @@ def describe(path: Path) -> LoraSummary:
         layers=_counted(kind_of(base) for base in groups),
         algorithms=_counted(module.adapter.algorithm if module.adapter else "difference" for module in whole.values()),
         magnitudes=_counted(
-            "output" if one.tensors["dora_scale"].shape[0] > 1 else "input"
-            for one in adapters.values()
-            if "dora_scale" in one.tensors
+            "output" if weights.tensors["dora_scale"].shape[0] > 1 else "input"
+            for weights in adapters.values()
+            if "dora_scale" in weights.tensors
         ),
         ranks=_counted(rank for weights in adapters.values() if (rank := rank_of(weights)) is not None),
         factors=_sizes("factor", adapters.values()),
@@ -530,7 +532,9 @@ def _counted(values: Iterable[T]) -> dict[T, int]:
 def _sizes(meaning: str, adapters: Iterable[AdapterWeights]) -> dict[int, int]:
     """Number of adapters by the value of `rank`, for algorithms in which it has this meaning."""
     return _counted(
-        size for one in adapters if words_of(one.algorithm).rank_meaning == meaning and (size := size_of(one))
+        size
+        for weights in adapters
+        if words_of(weights.algorithm).rank_meaning == meaning and (size := size_of(weights))
     )
 
 

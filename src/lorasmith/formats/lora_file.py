@@ -64,17 +64,10 @@ def layout_for(name: str, names: ModelNames, state: AdapterState | None = None) 
 
 
 def load_lora(path: Path, names: ModelNames) -> AdapterState:
-    """A LoRA for a model.
+    """A LoRA for a model, from a safetensors file or a PEFT or diffusers folder.
 
-    Args:
-        path: a safetensors file, or a PEFT or diffusers folder.
-        names: the model's name table.
-
-    Returns:
-        The state; tensors that do not fit the model are in its `unknown` (`unapplied` lists them by module).
-
-    Raises:
-        LoraError: the file cannot be read, is not a LoRA, holds NaN or infinity, or is one for another model.
+    Tensors that do not fit the model are in its `unknown` (`unapplied` lists them by module). Raises LoraError if the
+    file cannot be read, is not a LoRA, holds NaN or infinity, or is one for another model.
     """
     path = Path(path)
     tensors, metadata = read_lora_tensors(path)
@@ -116,21 +109,12 @@ def save_lora(
     dtype: torch.dtype | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a LoRA atomically. The same state gives the same bytes.
+    """Write a LoRA atomically, to a file, or to a folder for layouts that are one. The same state gives the same bytes.
 
-    Args:
-        path: the file, or the folder for layouts that are one.
-        state: the LoRA.
-        names: name table of the model that it belongs to.
-        layout: name of a registered layout, or `portable`.
-        dtype: of the adapters, None to keep theirs. Magnitudes of DoRA keep theirs, and alphas that it would round are
-            written in fp32.
-        metadata: replaces the state's; the hashes over the content are added to it. The state's own metadata is kept
-            unchanged except for its hashes, which are updated.
-
-    Raises:
-        LoraError: the layout is unknown or cannot hold all of the LoRA, or a tensor holds NaN or infinity.
-        OutputError: the file cannot be written.
+    A `dtype` is for the adapters: magnitudes of DoRA keep theirs, and alphas that it would round are written in fp32.
+    `metadata` replaces the state's, and the hashes over the content are added to it; in the state's own only hashes
+    that are there are updated. Raises LoraError if the layout is unknown or cannot hold all of the LoRA, or a tensor
+    holds NaN or infinity, OutputError if the file cannot be written.
     """
     chosen = layout_for(layout, names, state)
     if layout.casefold() == PORTABLE:
@@ -217,12 +201,7 @@ class Unapplied:
 
 
 def unapplied(state: AdapterState, names: ModelNames) -> list[Unapplied]:
-    """Parts of a file that the model does not use, sorted by name.
-
-    Args:
-        state: the LoRA, as read for the model.
-        names: the model's name table.
-    """
+    """Parts of a LoRA, as read for a model, that the model does not use, sorted by name."""
     groups = grouped(state.unknown)
     strangers = state.unknown.keys() - {key for keys in groups.values() for key in keys.values()}
     known = _known_bases(names) if groups else set()
@@ -253,7 +232,7 @@ def _tensors_in_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, str] = {}
     fields: dict[str, Any] = {}
-    for folder in (path, *sorted(one for one in path.iterdir() if one.is_dir())):
+    for folder in (path, *sorted(entry for entry in path.iterdir() if entry.is_dir())):
         file = next((folder / name for name in _FILES_IN_FOLDERS if (folder / name).is_file()), None)
         if file is None:
             continue

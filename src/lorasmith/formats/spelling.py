@@ -67,7 +67,7 @@ def split_key(key: str) -> tuple[str, str] | None:
 def _roles(names: tuple[str, ...], end: str) -> tuple[dict[str, str], list[int]]:
     """Role by suffix, of those with this last letter, and the suffixes' lengths, the longest first."""
     formats = [format_named(name) for name in names]
-    roles = {suffix: role for one in formats for role, suffix in (*one.suffixes.items(), *one.peft_suffixes.items())}
+    roles = {suffix: role for form in formats for role, suffix in (*form.suffixes.items(), *form.peft_suffixes.items())}
     roles = {suffix: role for suffix, role in (roles | _OTHER_ROLES).items() if suffix.endswith(end)}
     return roles, sorted(set(map(len, roles)), reverse=True)
 
@@ -116,7 +116,7 @@ def _adapter_of(
     alpha = tensors.pop("alpha", None)
     if "magnitude" in tensors:
         tensors["dora_scale"] = tensors.pop("magnitude").reshape(-1)
-    algorithm = _algorithm_of(tuple((role, tuple(one.shape)) for role, one in tensors.items()), algorithm_names())
+    algorithm = _algorithm_of(tuple((role, tuple(tensor.shape)) for role, tensor in tensors.items()), algorithm_names())
     if isinstance(algorithm, Unfit):
         return algorithm
     try:
@@ -412,7 +412,7 @@ def guessed_family(
     """Display name of the family, or None if no signature matches."""
     said = {metadata.get(key, "").partition("/")[0].casefold() for key in _ARCHITECTURE_KEYS}
     inputs = {base.replace(".", "_"): width for base, width in _input_widths(shapes).items()}
-    for sign in sorted(SIGNATURES, key=lambda one: (one.order, one.width is None)):
+    for sign in sorted(SIGNATURES, key=lambda sign: (sign.order, sign.width is None)):
         if sign.architecture is not None and sign.architecture not in said:
             continue
         pattern = re.compile(sign.pattern)

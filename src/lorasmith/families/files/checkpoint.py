@@ -29,23 +29,17 @@ from lorasmith.formats.container import read_safetensors
 
 
 class TensorFile(Protocol):
-    """A checked file; tensors are read by `read`.
+    """A checked file; tensors are read by `read`."""
 
-    Attributes:
-        shapes: of the tensors that are weights, by name, in the file's order.
-        stored: number format (`bf16`, `Q4_K`) and size in bytes of the same tensors, without their scales.
-        metadata: text entries of the header.
-    """
-
-    shapes: Mapping[str, tuple[int, ...]]
+    shapes: Mapping[str, tuple[int, ...]]  # of the tensors that are weights, by name, in the file's order
+    # number format (`bf16`, `Q4_K`) and size in bytes of the same tensors, without their scales
     stored: Mapping[str, tuple[str, int]]
-    metadata: Mapping[str, str]
+    metadata: Mapping[str, str]  # text entries of the header
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor | Packed]]:
         """Tensors by name, in the file's dtype; quantized weights stay packed.
 
-        Raises:
-            ModelError: a packed weight is damaged or of an unsupported kind.
+        Raises ModelError if a packed weight is damaged or of an unsupported kind.
         """
 
 
@@ -143,8 +137,8 @@ class OriginalCheckpoint:
         """Settings in the file's metadata for `unet`, `vae`, `text_encoder` and `defaults`; most files have none."""
         try:
             said = parse_foreign_json(self.metadata.get(ARCHITECTURE, "{}"))
-            settings = {component: dict(one) for component, one in said.items()}
-            if not all(_is_plain(value) for one in settings.values() for value in one.values()):
+            settings = {component: dict(settings) for component, settings in said.items()}
+            if not all(_is_plain(value) for setting in settings.values() for value in setting.values()):
                 raise ValueError(f"settings are short texts and numbers up to {_LARGEST_SETTING:,}")
             return settings
         except (AttributeError, TypeError, ValueError) as error:
@@ -174,7 +168,7 @@ class OriginalCheckpoint:
         They lie on the memory-mapped file, in its dtype; quantized weights stay packed.
         """
         names = [name for name in self.shapes if name.startswith(prefix)]
-        return {name.removeprefix(prefix): one for name, one in self.file.read(names)}
+        return {name.removeprefix(prefix): tensor for name, tensor in self.file.read(names)}
 
 
 def _is_plain(value: object) -> bool:
@@ -285,9 +279,9 @@ def _obstacles(module: nn.Module) -> Iterator[str]:
     parameters: dict[str, Tensor] = dict(module.named_parameters())
     if any(".base_layer." in name for name in parameters):
         yield "LoRAs are loaded on it; unload them (pipe.unload_lora_weights()), and load them as lorasmith.Lora"
-    if any(one.is_meta for one in parameters.values()):
+    if any(parameter.is_meta for parameter in parameters.values()):
         yield "they were moved away by sequential offloading; load the pipeline without it"
     if getattr(module, "hf_quantizer", None) is not None or any(
-        type(one) is not nn.Parameter or one.dtype not in _PLAIN for one in parameters.values()
+        type(parameter) is not nn.Parameter or parameter.dtype not in _PLAIN for parameter in parameters.values()
     ):
         yield "they are quantized; load them in bf16 or fp16, and quantize in training (quantization=...)"

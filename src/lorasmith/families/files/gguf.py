@@ -73,7 +73,7 @@ class GgufFile:
             name: _shape(path, original, header) for name, original in names.original.items()
         }
         self.stored: Mapping[str, tuple[str, int]] = {
-            name: (_format(one.kind), one.size_bytes) for name, one in self._tensors.items()
+            name: (_format(stored.kind), stored.size_bytes) for name, stored in self._tensors.items()
         }
         self._raised = names.raised
         self._heads = {name: _heads(path, header, key, self.shapes[name]) for name, key in names.permuted.items()}
@@ -88,12 +88,12 @@ class GgufFile:
             yield name, tensor if heads is None else of_rows(tensor, functools.partial(halves_apart, heads=heads))
 
     def _tensor(self, name: str) -> Tensor | Packed:
-        one = self._tensors[name]
-        if one.kind in _PLAIN:
-            return self._file.tensor(one.offset, _PLAIN[one.kind], self.shapes[name])
-        rows = math.prod(one.shape[:-1])
-        codes = self._file.tensor(one.offset, torch.uint8, (rows, one.size_bytes // rows))
-        packed = self._packed(name, one.kind, codes)
+        stored = self._tensors[name]
+        if stored.kind in _PLAIN:
+            return self._file.tensor(stored.offset, _PLAIN[stored.kind], self.shapes[name])
+        rows = math.prod(stored.shape[:-1])
+        codes = self._file.tensor(stored.offset, torch.uint8, (rows, stored.size_bytes // rows))
+        packed = self._packed(name, stored.kind, codes)
         return packed if len(packed.shape) > 1 else packed.weight()
 
     def _packed(self, name: str, kind: str, codes: Tensor) -> Packed:
@@ -137,7 +137,7 @@ class _Stored(NamedTuple):
     size_bytes: int
 
 
-class _Header(NamedTuple):
+class _GgufHeader(NamedTuple):
     """What is used of a header: text entries, integers and short lists of them (empty for others), and tensors."""
 
     texts: dict[str, str]
@@ -145,7 +145,7 @@ class _Header(NamedTuple):
     tensors: dict[str, _Stored]
 
 
-def _header(path: Path) -> _Header:
+def _header(path: Path) -> _GgufHeader:
     try:
         import gguf
     except ImportError as error:
@@ -178,9 +178,9 @@ class _Reader:
         self._at = 0
         self._elements = 0
 
-    def header(self, types: Mapping[int, tuple[str, int, int]]) -> _Header:
+    def header(self, types: Mapping[int, tuple[str, int, int]]) -> _GgufHeader:
         """The header. types: number → name, elements and bytes of a block."""
-        found = _Header({}, {}, {})
+        found = _GgufHeader({}, {}, {})
         self._skip(len(_MAGIC))
         version, tensors, entries = self._number("I"), self._number("Q"), self._number("Q")
         if version not in (2, 3):
@@ -205,12 +205,12 @@ class _Reader:
         if alignment < 1 or alignment & (alignment - 1):
             raise ValueError(f"its alignment is {alignment}, which is no power of two")
         start = -(-self._at // alignment) * alignment
-        placed = {name: one._replace(offset=start + one.offset) for name, one in found.tensors.items()}
+        placed = {name: stored._replace(offset=start + stored.offset) for name, stored in found.tensors.items()}
         end = start
-        for one in sorted(placed.values(), key=lambda one: one.offset):
-            if one.offset < end:
+        for stored in sorted(placed.values(), key=lambda stored: stored.offset):
+            if stored.offset < end:
                 raise ValueError("its tensors overlap")
-            end = one.offset + one.size_bytes
+            end = stored.offset + stored.size_bytes
         if end > len(self._data):
             raise ValueError(f"its tensors end at byte {end:,}, and it has {len(self._data):,}")
         return found._replace(tensors=placed)
@@ -273,7 +273,7 @@ class _Reader:
         return start
 
 
-def _heads(path: Path, header: _Header, key: str, shape: tuple[int, ...]) -> int:
+def _heads(path: Path, header: _GgufHeader, key: str, shape: tuple[int, ...]) -> int:
     """A number of attention heads, of even width, from the metadata; grouped keys have their own."""
     heads, *_ = header.integers.get(key) or header.integers.get(key.removesuffix("_kv")) or (0,)
     rows = shape[0] if shape else 1
@@ -285,7 +285,7 @@ def _heads(path: Path, header: _Header, key: str, shape: tuple[int, ...]) -> int
     return heads
 
 
-def _shape(path: Path, name: str, header: _Header) -> tuple[int, ...]:
+def _shape(path: Path, name: str, header: _GgufHeader) -> tuple[int, ...]:
     """A tensor's shape: that in the metadata, if there is one."""
     shape = header.tensors[name].shape
     said = header.integers.get(f"{_SHAPE}{name}", shape)

@@ -77,7 +77,7 @@ def build(
 ) -> nn.Module:
     """A model with given tensors as its parameters, uncopied; no random weights are allocated.
 
-    Packed weights stay packed where their layer can compute with them (`adapters.packed_layers`).
+    Packed weights stay packed where their layer can compute with them (`adapters.frozen_layer`).
     """
     try:
         with weights_empty():
@@ -85,8 +85,8 @@ def build(
         packable = set(packable_layers(model))
         able = {f"{path}.weight": layer for path, layer in model.named_modules() if layer in packable}
         given = {
-            name: one.weight() if isinstance(one, Packed) and name not in able else one
-            for name, one in tensors(model).items()
+            name: tensor.weight() if isinstance(tensor, Packed) and name not in able else tensor
+            for name, tensor in tensors(model).items()
         }
         needed = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         if missing := [name for name in needed if name not in given]:
@@ -97,8 +97,8 @@ def build(
                     f"{where} does not fit its architecture: {name} must have the shape {needed[name]}, got {found}; "
                     "it is damaged or of an unsupported variant"
                 )
-        packed = {name: one for name, one in given.items() if isinstance(one, Packed)}
-        model.load_state_dict({name: _tensor(one) for name, one in given.items()}, assign=True)
+        packed = {name: tensor for name, tensor in given.items() if isinstance(tensor, Packed)}
+        model.load_state_dict({name: _tensor(tensor) for name, tensor in given.items()}, assign=True)
     except LorasmithError:
         raise
     except Exception as error:  # constructors of diffusers and transformers raise many kinds for odd settings
@@ -106,8 +106,8 @@ def build(
             f"{where} does not fit its architecture: {' '.join(str(error).split())[:300]}; "
             "it is incomplete or of an unsupported variant"
         ) from error
-    for name, one in packed.items():
-        give_source(able[name], one, device=one.tensors[0].device, dtype=one.dtype)
+    for name, weight in packed.items():
+        give_source(able[name], weight, device=weight.tensors[0].device, dtype=weight.dtype)
     return model.eval().requires_grad_(False)
 
 

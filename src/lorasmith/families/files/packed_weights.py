@@ -31,9 +31,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable
+from collections.abc import Collection
+from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any
+from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +46,10 @@ from torch import Tensor
 from lorasmith.core.errors import ModelError
 from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.core.placement import dtype_name
-from lorasmith.core.quantization import FP8_CODES, Packed, level_pairs, scaled_codes
+from lorasmith.core.quantization import FP8_CODES
+from lorasmith.core.quantization import Packed
+from lorasmith.core.quantization import level_pairs
+from lorasmith.core.quantization import scaled_codes
 
 NVFP4_BLOCK = 16
 """Inputs that share a scale in nvfp4."""
@@ -217,7 +224,7 @@ class _Layer:
 
     def scale(self, *leaves: str, sizes: Collection[int]) -> Tensor:
         """The first companion of these names, flat and in fp32."""
-        scale = next((one for leaf in leaves if (one := self.companion(leaf)) is not None), None)
+        scale = next((found for leaf in leaves if (found := self.companion(leaf)) is not None), None)
         if scale is None:
             self.refuse(f"must have a {leaves[0]}, but has none")
         if not scale.is_floating_point():

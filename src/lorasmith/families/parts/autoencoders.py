@@ -194,7 +194,7 @@ class Flux2Autoencoder(AutoencoderKind):
 
         plain = plain_weights(source.tensors)
         statistics = {name: tensor for name, tensor in plain.items() if name.startswith("bn.")}
-        named = diffusers_vae({name: one for name, one in plain.items() if name not in statistics})
+        named = diffusers_vae({name: tensor for name, tensor in plain.items() if name not in statistics})
         config = source.config
         if config is None:
             shapes = Shapes((name, tuple(tensor.shape)) for name, tensor in named.items())
@@ -225,7 +225,7 @@ AUTOENCODERS.register(Flux2Autoencoder.name)(Flux2Autoencoder())
 
 def _statistics(vae: Any) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each channel, (1, channels, 1, 1)."""
-    mean, variance = (one.reshape(1, -1, 1, 1) for one in (vae.bn.running_mean, vae.bn.running_var))
+    mean, variance = (statistic.reshape(1, -1, 1, 1) for statistic in (vae.bn.running_mean, vae.bn.running_var))
     return mean, (variance + vae.config.batch_norm_eps).sqrt()
 
 
@@ -265,7 +265,7 @@ def wan_latents(
     time_downscale: int = 0,
 ) -> LatentFormat:
     """The format in which denoisers take these latents: each channel with mean 0 and deviation 1."""
-    scale = tuple(1 / one for one in deviation)
+    scale = tuple(1 / value for value in deviation)
     return LatentFormat(len(mean), downscale, scale, shift=mean, frames=True, time_downscale=time_downscale)
 
 
@@ -332,7 +332,7 @@ class Wan22Autoencoder(_Wan):
 
         tensors = plain_weights(source.tensors)
         named = {_diffusers_name(name, is_deeper=True): tensor for name, tensor in tensors.items()}
-        config = source.config or _config_22(Shapes((name, tuple(one.shape)) for name, one in named.items()))
+        config = source.config or _config_22(Shapes((name, tuple(tensor.shape)) for name, tensor in named.items()))
         return build(
             lambda: AutoencoderKLWan.from_config({**config, **source.settings}), lambda _: named, where=source.where
         )

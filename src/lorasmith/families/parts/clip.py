@@ -67,7 +67,7 @@ def in_transformers_naming(
         named = {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
     left = ("position_ids", "logit_scale", *(() if is_projected else (_PROJECTION,)))
     beyond = tuple(f"encoder.layers.{index}." for index in range(layers, depth_of(named)))
-    return {name: one for name, one in named.items() if not name.endswith(left) and not name.startswith(beyond)}
+    return {name: tensor for name, tensor in named.items() if not name.endswith(left) and not name.startswith(beyond)}
 
 
 def _from_openclip(tensors: Mapping[str, Tensor | Packed]) -> dict[str, Tensor | Packed]:
@@ -260,7 +260,7 @@ def _clip_vocabulary(size: int) -> tuple[dict[str, int], list[str]]:
     return {token: index for index, token in enumerate(tokens)}, merges
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class ClipEncoder(EncoderKind):
     """A text encoder of CLIP (Radford et al. 2021, arXiv:2103.00020) or OpenCLIP."""
 
@@ -295,7 +295,8 @@ class ClipEncoder(EncoderKind):
         def tensors(model: nn.Module) -> dict[str, Tensor | Packed]:
             nested = any(name.startswith("text_model.") for name in model.state_dict())  # by version of transformers
             return {
-                f"text_model.{name}" if nested and name != _PROJECTION else name: one for name, one in named.items()
+                f"text_model.{name}" if nested and name != _PROJECTION else name: tensor
+                for name, tensor in named.items()
             }
 
         return build(lambda: kind(CLIPTextConfig(**config)), tensors, where=source.where)

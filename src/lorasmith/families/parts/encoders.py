@@ -327,13 +327,13 @@ def _tekken(data: bytes, where: str) -> Any:
         size = int(content["config"]["default_vocab_size"])
         if not 0 < control < size <= _MAX_TOKENS:
             raise ValueError(f"{control} control tokens of {size}")
-        ranked = [base64.b64decode(one["token_bytes"]) for one in content["vocab"][: size - control]]
+        ranked = [base64.b64decode(entry["token_bytes"]) for entry in content["vocab"][: size - control]]
         if (longest := max(map(len, ranked), default=0)) > _MAX_TOKEN_BYTES:
             raise ValueError(f"a token has {longest} bytes")
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{where} cannot be read as a tekken vocabulary ({error}); get the file again") from error
     characters = dict(zip(_byte_order(), byte_characters(), strict=True))
-    tokens = ["".join(characters[byte] for byte in one) for one in ranked]
+    tokens = ["".join(characters[byte] for byte in token) for token in ranked]
     names = {number: f"<SPECIAL_{number}>" for number in range(control)} | _TEKKEN_CONTROL
     vocabulary = {names[number]: number for number in range(control)}
     vocabulary |= {token: control + rank for rank, token in enumerate(tokens)}

@@ -43,7 +43,7 @@ _BIAS = "layers.0.self_attn.k_proj.bias"
 _MINISTRAL_WIDTH = 3072  # of the 3B model; ComfyUI tells it from Mistral Small by this number too
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class LanguageModel(EncoderKind):
     """A decoder-only language model."""
 
@@ -183,9 +183,9 @@ def _text_config(config: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("rope_scaling", "rope_parameters"):
         rope = given.get(name)
         if isinstance(rope, Mapping) and "mrope_section" in rope:
-            given[name] = {"rope_type": "default", **{key: one for key, one in rope.items() if key == "rope_theta"}}
+            given[name] = {"rope_type": "default", **{key: value for key, value in rope.items() if key == "rope_theta"}}
         elif isinstance(rope, Mapping):
-            given[name] = {key: one for key, one in rope.items() if key != "llama_4_scaling_beta"}
+            given[name] = {key: value for key, value in rope.items() if key != "llama_4_scaling_beta"}
     return given
 
 
@@ -194,8 +194,8 @@ def _language_part(tensors: Mapping[str, Any], prefixes: Sequence[str]) -> dict[
     wanted = ("embed_tokens.", "layers.", "norm.")
     for prefix in prefixes:
         if f"{prefix}{_AFTER_ATTENTION}" in tensors:
-            cut = {name.removeprefix(prefix): one for name, one in tensors.items() if name.startswith(prefix)}
-            return {name: one for name, one in cut.items() if name.startswith(wanted)}
+            cut = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+            return {name: tensor for name, tensor in cut.items() if name.startswith(wanted)}
     return {}
 
 
@@ -206,14 +206,14 @@ def attention_capped(encoder: Any, cap: float | None) -> Iterator[None]:
     It was trained with 50, which transformers follows and ComfyUI does not.
     """
     attentions = [layer.self_attn for layer in encoder.layers]
-    before = [one.attn_logit_softcapping for one in attentions]
+    before = [attention.attn_logit_softcapping for attention in attentions]
     try:
-        for one in attentions:
-            one.attn_logit_softcapping = cap
+        for attention in attentions:
+            attention.attn_logit_softcapping = cap
         yield
     finally:
-        for one, own in zip(attentions, before, strict=True):
-            one.attn_logit_softcapping = own
+        for attention, own in zip(attentions, before, strict=True):
+            attention.attn_logit_softcapping = own
 
 
 def hidden_states(
@@ -288,7 +288,7 @@ class T5Encoder(EncoderKind):
         kind = "UMT5" if self._is_umt5 else "T5"
         config_class, model_class = (getattr(transformers, f"{kind}{name}") for name in ("Config", "EncoderModel"))
         # A file with its vocabulary has it among the tensors.
-        tensors = {name: one for name, one in source.tensors.items() if name != "spiece_model"}
+        tensors = {name: tensor for name, tensor in source.tensors.items() if name != "spiece_model"}
         embedding = tensors.get(_EMBEDDING, tensors.get(_TIED))
         if embedding is None:
             raise ModelError(f"{source.where} lacks {_EMBEDDING}; it is incomplete, so get it again")

@@ -67,6 +67,7 @@ class UNetFamily(Family):
     """A family of this UNet."""
 
     network = "UNet2DConditionModel"
+    diffusers_start = "down_blocks."
     denoiser_folder = "unet"
     limits = UNET_LIMITS
     targets = TARGETS

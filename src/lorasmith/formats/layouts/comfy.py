@@ -64,6 +64,9 @@ class _ComfyuiNames(Layout):
             return f"text_encoders.{names.text_encoders[ref.component].comfyui[0]}.transformer.{ref.path}"
         return ".".join(names.pipeline_place(ref.path))
 
+    def original_base(self, path: str) -> str:
+        return COMFYUI_PREFIXES[0] + path
+
 
 class ComfyLayout(_ComfyuiNames):
     """Original module paths after `diffusion_model.`, all tensors in at most two dimensions."""
@@ -75,8 +78,8 @@ class ComfyLayout(_ComfyuiNames):
     def detects(self, keys: Iterable[str]) -> int:
         return sum(bool(_PREFIX.match(key) and split_key(key)) and not _AI_TOOLKIT_SUFFIX.search(key) for key in keys)
 
-    def original_base(self, path: str, names: ModelNames) -> str | None:
-        return COMFYUI_PREFIXES[0] + path
+    def follows_original(self, names: ModelNames) -> bool:
+        return True
 
     def spelled(self, module: ModuleTensors) -> dict[str, Tensor]:
         return spelled(_plain(module), KOHYA)
@@ -96,8 +99,8 @@ class AiToolkitLayout(_ComfyuiNames):
             return COMFYUI_PREFIXES[0] + ref.path
         return super().base_of(ref, names)
 
-    def original_base(self, path: str, names: ModelNames) -> str | None:
-        return COMFYUI_PREFIXES[0] + path if names.ai_toolkit_naming == "original" else None
+    def follows_original(self, names: ModelNames) -> bool:
+        return names.ai_toolkit_naming == "original"
 
     def spelled(self, module: ModuleTensors) -> dict[str, Tensor]:
         """A LoRA in PEFT's spelling without alpha; anything more in LyCORIS'."""

@@ -22,13 +22,7 @@ from lorasmith.adapters.algorithms import format_of
 from lorasmith.core.adapter_state import DENOISER, DIFFUSERS, AdapterState, AdapterWeights, ModuleRef
 from lorasmith.core.errors import LoraError
 from lorasmith.formats.layouts.layout import Layout, Loss
-from lorasmith.formats.layouts.peft import (
-    ADAPTER_METADATA,
-    rank_fields,
-    stated_alphas,
-    targets,
-    uneven_magnitudes,
-)
+from lorasmith.formats.layouts.peft import ADAPTER_METADATA, rank_fields, stated_alphas, targets, uneven_magnitudes
 from lorasmith.formats.names import (
     ModelNames,
     PlacedModules,
@@ -78,7 +72,7 @@ class DiffusersLayout(Layout):
 
     def read(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], names: ModelNames) -> AdapterState:
         """Raises LoraError when the header's `lora_adapter_metadata` is malformed, or the file is of two experts."""
-        experts = [one for one in DIFFUSERS_EXPERTS if any(key.startswith(one) for key in tensors)]
+        experts = [prefix for prefix in DIFFUSERS_EXPERTS if any(key.startswith(prefix) for key in tensors)]
         if len(experts) > 1:
             raise LoraError(
                 f"a LoRA file is for one denoiser, and this one has keys for {' and '.join(sorted(experts))}, the two "
@@ -117,10 +111,10 @@ class DiffusersLayout(Layout):
         return {ADAPTER_METADATA: json.dumps(fields, sort_keys=True)} if fields else {}
 
     def losses(self, state: AdapterState, names: ModelNames) -> list[Loss]:
-        known = {ref: one for ref, one in state.adapters.items() if DIFFUSERS in format_of(one).programs}
+        known = {ref: weights for ref, weights in state.adapters.items() if DIFFUSERS in format_of(weights).programs}
         reasons = {
-            ref: f"diffusers loads LoRA alone, and this is {one.algorithm}"
-            for ref, one in state.adapters.items()
+            ref: f"diffusers loads LoRA alone, and this is {weights.algorithm}"
+            for ref, weights in state.adapters.items()
             if ref not in known
         } | uneven_magnitudes(known)
         return [

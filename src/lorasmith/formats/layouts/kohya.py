@@ -70,10 +70,13 @@ class KohyaLayout(Layout):
     def base_of(self, ref: ModuleRef, names: ModelNames) -> str:
         if ref.component != DENOISER:
             return names.text_encoders[ref.component].kohya[0] + _flat(ref.path)
-        return (_UNFUSED if names.kohya_naming == "original" else _WRITTEN) + _flat(ref.path)
+        return (_UNFUSED if self.follows_original(names) else _WRITTEN) + _flat(ref.path)
 
-    def original_base(self, path: str, names: ModelNames) -> str | None:
-        return _WRITTEN + _flat(path) if names.kohya_naming == "original" else None
+    def follows_original(self, names: ModelNames) -> bool:
+        return names.kohya_naming == "original"
+
+    def original_base(self, path: str) -> str:
+        return _WRITTEN + _flat(path)
 
     def spelled(self, module: ModuleTensors) -> dict[str, Tensor]:
         return spelled(module, KOHYA, norm_names=True)

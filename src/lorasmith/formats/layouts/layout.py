@@ -76,11 +76,15 @@ class Layout(ABC):
 
     @abstractmethod
     def base_of(self, ref: ModuleRef, names: ModelNames) -> str:
-        """Name of a module without a place in the original checkpoint, or of any if `original_base` is None."""
+        """Name of a module under its path in diffusers' model."""
 
-    def original_base(self, path: str, names: ModelNames) -> str | None:
-        """Name of a module of the original checkpoint; None if modules of the denoiser have diffusers' names."""
-        return None
+    def follows_original(self, names: ModelNames) -> bool:
+        """Whether the denoiser's modules have names by their path in the original checkpoint, where they have one."""
+        return False
+
+    def original_base(self, path: str) -> str:
+        """Name of a module of the original checkpoint."""
+        return path
 
     def spelled(self, module: ModuleTensors) -> dict[str, Tensor]:
         """The tensors of a module by the end of their key, after the base."""
@@ -104,10 +108,10 @@ class Layout(ABC):
         refs = dict.fromkeys((*state.adapters, *state.differences))
         modules = {ref: ModuleTensors(state.adapters.get(ref), state.differences.get(ref, {})) for ref in refs}
         placed: dict[str, ModuleTensors] = {}
-        if self.original_base("", names) is not None:
+        if self.follows_original(names):
             denoiser = {ref.path: module for ref, module in modules.items() if ref.component == DENOISER}
             original, left = in_original_naming(denoiser, names)
-            placed = {str(self.original_base(path, names)): module for path, module in original.items()}
+            placed = {self.original_base(path): module for path, module in original.items()}
             others = {ref: module for ref, module in modules.items() if ref.component != DENOISER}
             modules = {ModuleRef(DENOISER, path): module for path, module in left.items()} | others
         placed |= {self.base_of(ref, names): module for ref, module in modules.items()}

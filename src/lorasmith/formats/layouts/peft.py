@@ -45,15 +45,7 @@ from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.formats.layouts.layout import Layout, Loss
 from lorasmith.formats.names import ModelNames, PlacedModules, diffusers_places, encoder_paths, read_tensors
 from lorasmith.formats.scales import checked_scale, rank_of
-from lorasmith.formats.spelling import (
-    PEFT,
-    ModuleTensors,
-    grouped,
-    scales_outputs,
-    spelled,
-    split_key,
-    without_core,
-)
+from lorasmith.formats.spelling import PEFT, ModuleTensors, grouped, scales_outputs, spelled, split_key, without_core
 from lorasmith.formats.spelling import PEFT_PREFIX as PREFIX
 
 PEFT_CONFIG = "adapter_config.json"
@@ -171,7 +163,7 @@ def _kernels(component: str, paths: Iterable[str], names: ModelNames) -> dict[st
 
 def _odd_ones_out(component: str, adapters: Mapping[str, AdapterWeights], names: ModelNames) -> dict[str, str]:
     """Adapters that do not fit into one folder with the others, and why, by module path."""
-    kinds = {path: kind for path, one in adapters.items() if (kind := format_of(one).peft) and not kind.differs}
+    kinds = {path: kind for path, weights in adapters.items() if (kind := format_of(weights).peft) and not kind.differs}
     reasons = {path: f"PEFT has no {adapters[path].algorithm} like this one" for path in adapters if path not in kinds}
     if not kinds:
         return reasons
@@ -233,14 +225,16 @@ class _Patterns:
         dots = (index + 1 for index, letter in enumerate(path) if letter == ".")
         names = (f"^{path}", path, *(path[start:] for start in dots))
         found = [self.ends[name] for name in names if name in self.ends] if self.ends else []
-        found += [(one.place, one.value) for one in self.expressions if one.pattern.match(path)]
+        found += [
+            (expression.place, expression.value) for expression in self.expressions if expression.pattern.match(path)
+        ]
         return min(found)[1] if found else otherwise
 
     def refuse_slow(self, paths: Collection[str]) -> None:
         """Raise LoraError if matching all paths could take longer than some seconds."""
         steps = sum(
-            one.choices * (path.count(".") + 1) * len(path) ** one.repetitions
-            for one in self.expressions
+            expression.choices * (path.count(".") + 1) * len(path) ** expression.repetitions
+            for expression in self.expressions
             for path in paths
         )
         if steps > _MOST_STEPS:
@@ -297,12 +291,12 @@ def header_fields(config: str, prefix: str) -> dict[str, Any]:
         kind, start = fields.get("peft_type", "LORA"), fields.get("init_lora_weights")
     except (ValueError, AttributeError):
         raise LoraError("adapter_config.json must be a JSON object, and it is not; get the file again") from None
-    kinds = {one.peft.name: one.peft for _, one in algorithms() if one.peft is not None}
+    kinds = {form.peft.name: form.peft for _, form in algorithms() if form.peft is not None}
     kind = str(kind)[:20]
     known = kinds.get(kind)
     if known is None or known.differs:
         why = "" if known is None else f", which {known.differs}"
-        read = ", ".join(name for name, one in kinds.items() if not one.differs)
+        read = ", ".join(name for name, kind in kinds.items() if not kind.differs)
         raise LoraError(
             f"PEFT adapters of type {read} can be read, and this one is {kind}{why}; "
             "merge it into its model with PEFT instead"
@@ -328,8 +322,8 @@ def rank_fields(adapters: Mapping[str, AdapterWeights], *, alpha_is_rank: bool =
     return {
         "r": rank,
         "lora_alpha": _plain(alpha),
-        "rank_pattern": {_pattern(path): one for path, one in ranks.items() if one != rank},
-        "alpha_pattern": {_pattern(path): _plain(one) for path, one in alphas.items() if one != alpha},
+        "rank_pattern": {_pattern(path): value for path, value in ranks.items() if value != rank},
+        "alpha_pattern": {_pattern(path): _plain(value) for path, value in alphas.items() if value != alpha},
     }
 
 
