@@ -8,8 +8,7 @@ import pkgutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from typing import Any
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 
@@ -18,12 +17,9 @@ from lorasmith.core import choices
 from lorasmith.core.errors import OptionError
 from lorasmith.core.options import options_of
 from lorasmith.core.quantization import PACKINGS
-from lorasmith.diffusion.losses import LOSSES
-from lorasmith.diffusion.losses import WEIGHTINGS
+from lorasmith.diffusion.losses import LOSSES, WEIGHTINGS
 from lorasmith.diffusion.schedule import TIMESTEP_DISTRIBUTIONS
-from lorasmith.training.config import ResolvedConfig
-from lorasmith.training.config import Section
-from lorasmith.training.config import TrainConfig
+from lorasmith.training.config import ResolvedConfig, Section, TrainConfig
 
 SETTINGS = options_of(TrainConfig)
 

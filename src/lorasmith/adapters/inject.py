@@ -15,41 +15,23 @@ lose a small Δ in the sum of the weights. Files call these tensors `diff` and `
 from __future__ import annotations
 
 import contextlib
-from abc import ABC
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable
-from collections.abc import Iterable
-from collections.abc import Iterator
-from collections.abc import Mapping
-from collections.abc import Sequence
-from dataclasses import dataclass
-from dataclasses import field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch import nn
+from torch import Tensor, nn
 
 from lorasmith.adapters import algorithms  # noqa: F401  registers every algorithm
-from lorasmith.adapters.adapter import ADAPTERS
-from lorasmith.adapters.adapter import Adapter
-from lorasmith.adapters.adapter import copied
-from lorasmith.adapters.frozen_layer import FrozenLayer
-from lorasmith.adapters.frozen_layer import FrozenProduct
-from lorasmith.adapters.frozen_layer import Products
-from lorasmith.adapters.frozen_layer import is_targetable
-from lorasmith.adapters.lora import LowRank
-from lorasmith.adapters.lora import LowRankTerm
-from lorasmith.adapters.lora import RunTerms
-from lorasmith.adapters.lora import linear_with_lora
-from lorasmith.adapters.variants import Variant
-from lorasmith.adapters.variants import dora_from_weights
-from lorasmith.adapters.variants import fresh_adapter
+from lorasmith.adapters.adapter import ADAPTERS, Adapter, copied
+from lorasmith.adapters.frozen_layer import FrozenLayer, FrozenProduct, Products, is_targetable
+from lorasmith.adapters.lora import LowRank, LowRankTerm, RunTerms, linear_with_lora
+from lorasmith.adapters.variants import Variant, dora_from_weights, fresh_adapter
 from lorasmith.core.adapter_state import AdapterWeights
-from lorasmith.core.errors import LoraError
-from lorasmith.core.errors import OptionError
+from lorasmith.core.errors import LoraError, OptionError
 
 
 @dataclass(frozen=True)

@@ -8,30 +8,20 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
-from collections.abc import Sequence
-from dataclasses import dataclass
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 from lorasmith.core.errors import ModelError
-from lorasmith.core.folders import ASSETS
-from lorasmith.core.folders import Folders
-from lorasmith.families.base import AutoencoderSlot
-from lorasmith.families.base import EncoderSlot
-from lorasmith.families.base import Family
+from lorasmith.core.folders import ASSETS, Folders
+from lorasmith.families.base import AutoencoderSlot, EncoderSlot, Family
 from lorasmith.families.files.checkpoint import OriginalCheckpoint
-from lorasmith.families.loading import family_of
-from lorasmith.families.loading import load_model
-from lorasmith.families.loading import recognise
-from lorasmith.families.loading import with_parts
-from lorasmith.families.locating import ModelFiles
-from lorasmith.families.locating import built_in_models
+from lorasmith.families.loading import family_of, load_model, recognise, with_parts
+from lorasmith.families.locating import ModelFiles, built_in_models
 from lorasmith.families.model import Model
 from lorasmith.families.parts.autoencoders import recognised_autoencoder
-from lorasmith.families.parts.encoders import ENCODERS
-from lorasmith.families.parts.encoders import recognised_encoder
+from lorasmith.families.parts.encoders import ENCODERS, recognised_encoder
 
 MODEL_FOLDERS = ("checkpoints", "diffusion_models")
 ENCODER_FOLDERS = ("text_encoders",)

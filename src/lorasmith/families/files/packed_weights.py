@@ -31,13 +31,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
-from collections.abc import Collection
-from collections.abc import Iterator
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -46,10 +42,7 @@ from torch import Tensor
 from lorasmith.core.errors import ModelError
 from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.core.placement import dtype_name
-from lorasmith.core.quantization import FP8_CODES
-from lorasmith.core.quantization import Packed
-from lorasmith.core.quantization import level_pairs
-from lorasmith.core.quantization import scaled_codes
+from lorasmith.core.quantization import FP8_CODES, Packed, level_pairs, scaled_codes
 
 NVFP4_BLOCK = 16
 """Inputs that share a scale in nvfp4."""
