@@ -181,15 +181,7 @@ def scan_videos(folder: Path, *, subfolders: bool, follow_links: bool) -> VideoS
     found: list[VideoFile] = []
     notes: list[str] = []
     skipped: Skipped = []
-    listed = list_folders(
-        str(folder),
-        recursive=False,
-        masks=False,
-        mask_folder=None,
-        skipped=skipped,
-        follow_links=follow_links,
-        clips=True,
-    )
+    listed = list_folders(str(folder), skipped=skipped, follow_links=follow_links, clips=True)
     for place in listed if subfolders else itertools.islice(listed, 1):
         for name in place.images:
             if Path(name).suffix.lower() not in VIDEO_SUFFIXES:

@@ -201,9 +201,7 @@ class _Masks:
                 raise DataError(
                     f"mask_folder must be another folder than that of the images, got {folder}; leave it out"
                 )
-            for listed in list_folders(
-                folder, recursive=True, masks=True, mask_folder=None, skipped=[], follow_links=config.follow_links
-            ):
+            for listed in list_folders(folder, recursive=True, masks=True, follow_links=config.follow_links):
                 named = [(stem_of(name), name) for name in listed.images]
                 named += [(stem, name) for stem, names in listed.masks.items() for name in names]
                 for stem, name in named:

@@ -91,7 +91,7 @@ def picture_file(folders: Folders, name: str, file: str) -> str:
 def _row(folder: Path) -> DatasetRow | None:
     """A folder as a dataset; None if it has only other files."""
     try:
-        listed = next(list_folders(str(folder), recursive=False, masks=False, mask_folder=None, skipped=[]))
+        listed = next(list_folders(str(folder)))
         is_empty = not listed.images and not any(folder.iterdir())
     except (DataError, OSError):
         return None
@@ -112,7 +112,7 @@ def _row(folder: Path) -> DatasetRow | None:
 def _inner(folder: Path) -> list[ListedFolder]:
     """Subfolders of a dataset whose pictures are trained on as well."""
     try:
-        return list(list_folders(str(folder), recursive=False, masks=False, mask_folder=None, skipped=[]))[1:]
+        return list(list_folders(str(folder)))[1:]
     except DataError:
         return []
 
