@@ -156,7 +156,8 @@ def _graph(given: Mapping[str, Any], definitions: Mapping[str, EditorGraph], *, 
     links = dict(filter(None, map(_link, _list(given, "links"))))
     if not subgraph:
         return EditorGraph(nodes, links, definitions=definitions)
-    source, sink = (_io(given, side, other) for side, other in (("inputNode", "-10"), ("outputNode", "-20")))
+    source = _key(_object(given.get("inputNode")).get("id")) or "-10"
+    sink = _key(_object(given.get("outputNode")).get("id")) or "-20"
     begun: dict[tuple[str, int], list[str]] = {}
     ended: dict[tuple[str, int], list[str]] = {}
     for key, one in links.items():
@@ -164,47 +165,41 @@ def _graph(given: Mapping[str, Any], definitions: Mapping[str, EditorGraph], *, 
         ended.setdefault((one.target, one.target_slot), []).append(key)
     # An input leads to many sockets, in the order of its list; an output has one link, the first in the file.
     inputs = tuple(
-        Boundary(_name(one), _keys(one) or tuple(begun.get((source, place), ())))
-        for place, one in enumerate(_list(given, "inputs"))
+        Boundary(_text(one.get("name")), _keys(one) or tuple(begun.get((source, place), ())))
+        for place, one in enumerate(map(_object, _list(given, "inputs")))
     )
     outputs = tuple(
-        Boundary(_name(one), tuple(ended.get((sink, place), ())) or _keys(one))
-        for place, one in enumerate(_list(given, "outputs"))
+        Boundary(_text(one.get("name")), tuple(ended.get((sink, place), ())) or _keys(one))
+        for place, one in enumerate(map(_object, _list(given, "outputs")))
     )
     return EditorGraph(nodes, links, _text(given.get("name")), inputs, outputs, source, sink, definitions)
 
 
 def _node(given: Any) -> EditorNode:
-    key = _key(given.get("id")) if isinstance(given, dict) else None
-    if key is None or not isinstance(given.get("type"), str):
+    key, type_ = (_object(given).get(name) for name in ("id", "type"))
+    if (key := _key(key)) is None or not isinstance(type_, str):
         raise GraphError(
             f"a node of a workflow must be an object with an id and a type, got {_shown(given)}; {SAVE_AGAIN}"
         )
-    properties = given.get("properties")
-    properties = properties if isinstance(properties, dict) else {}
-    values, named, mode = given.get("widgets_values"), given.get("widgets_values_named"), given.get("mode")
-    outputs = [one if isinstance(one, dict) else {} for one in _list(given, "outputs")]
+    properties = _object(given.get("properties"))
+    values, mode = given.get("widgets_values"), given.get("mode")
     return EditorNode(
         id=key,
-        type=given["type"],
+        type=type_,
         title=_text(given.get("title")),
         mode=mode if isinstance(mode, int) else 0,
-        inputs=tuple(map(_input, _list(given, "inputs"))),
-        outputs=tuple(_type(one.get("type")) for one in outputs),
+        inputs=tuple(_input(_object(one)) for one in _list(given, "inputs")),
+        outputs=tuple(_type(_object(one).get("type")) for one in _list(given, "outputs")),
         values=values if isinstance(values, (list, dict)) else None,
-        named=named if isinstance(named, dict) else {},
+        named=_object(given.get("widgets_values_named")),
         proxies=tuple(filter(None, map(_proxy, _list(properties, "proxyWidgets")))),
         set_aside=dict(filter(None, map(_set_aside, _list(properties, "proxyWidgetErrorQuarantine")))),
     )
 
 
-def _input(given: Any) -> EditorInput:
-    given = given if isinstance(given, dict) else {}
-    widget = given.get("widget")
-    name = widget.get("name") if isinstance(widget, dict) else None
-    return EditorInput(
-        _text(given.get("name")), _type(given.get("type")), _key(given.get("link")), name if _is_text(name) else None
-    )
+def _input(given: Mapping[str, Any]) -> EditorInput:
+    widget = _text(_object(given.get("widget")).get("name")) or None
+    return EditorInput(_text(given.get("name")), _type(given.get("type")), _key(given.get("link")), widget)
 
 
 def _link(given: Any) -> tuple[str, EditorLink] | None:
@@ -219,32 +214,24 @@ def _link(given: Any) -> tuple[str, EditorLink] | None:
     return key, EditorLink(origin, origin_slot, target, target_slot)
 
 
-def _name(given: Any) -> str:
-    return _text(given.get("name")) if isinstance(given, dict) else ""
-
-
-def _keys(given: Any) -> tuple[str, ...]:
+def _keys(given: Mapping[str, Any]) -> tuple[str, ...]:
     """Ids of the links of a subgraph's input or output."""
-    listed = _list(given, "linkIds") if isinstance(given, dict) else []
-    return tuple(key for key in map(_key, listed) if key is not None)
-
-
-def _io(given: Mapping[str, Any], name: str, default: str) -> str:
-    node = given.get(name)
-    return (_key(node.get("id")) if isinstance(node, dict) else None) or default
+    return tuple(key for key in map(_key, _list(given, "linkIds")) if key is not None)
 
 
 def _proxy(given: Any) -> tuple[str, str, str] | None:
-    if not isinstance(given, list) or len(given) < 2 or not _is_text(given[1]) or (key := _key(given[0])) is None:
+    if not isinstance(given, list) or len(given) < 2 or not _text(given[1]) or (key := _key(given[0])) is None:
         return None
     return key, given[1], (_key(given[2]) or "") if len(given) > 2 else ""
 
 
 def _set_aside(given: Any) -> tuple[str, Any] | None:
-    entry = _proxy(given.get("originalEntry")) if isinstance(given, dict) else None
-    if entry is None or entry[0] != "-1" or given.get("hostValue") is None:
-        return None
-    return entry[1], given["hostValue"]
+    entry, value = _proxy(_object(given).get("originalEntry")), _object(given).get("hostValue")
+    return None if entry is None or entry[0] != "-1" or value is None else (entry[1], value)
+
+
+def _object(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _list(given: Mapping[str, Any], name: str) -> list[Any]:
@@ -270,11 +257,7 @@ def _text(value: Any) -> str:
 
 
 def _type(value: Any) -> str:
-    return value if _is_text(value) else "*"
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and value != ""
+    return _text(value) or "*"
 
 
 def _shown(value: Any) -> str:
