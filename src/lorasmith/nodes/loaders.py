@@ -335,7 +335,9 @@ def check_part_files(
 ) -> None:
     """Check that a model is trained on its own encoders' encodings, and continues LoRAs of its own.
 
-    ModelError or LoraError if a file is for another model.
+    Links are followed to the nodes that load, of whose files the headers are read. What cannot be followed (a file name
+    from another node, a choice among several models) is checked by the node that uses it. ModelError or LoraError if a
+    file is for another model.
     """
     base = _loaded(graph, model, "MODEL", folders)
     if base is None:

@@ -39,6 +39,7 @@ from lorasmith.workflow.graph import Graph, GraphNode, Link
 from lorasmith.workflow.node import Node, NodeContext, NodeOutput, ignore
 
 _PREFIX = "filename_prefix"  # input of nodes that save files in the output folder
+_MOST_ITEMS = 100_000
 
 
 class Executor:
@@ -147,18 +148,6 @@ class Executor:
             raise
 
 
-def _outside(member: GraphNode, folders: Folders) -> object:
-    """The node's fingerprint: what its result depends on besides its inputs."""
-    if member.node.fingerprint is None:
-        return None
-    _, *names = inspect.signature(member.node.fingerprint).parameters
-    values = {name: member.inputs[name] for name in names if name in member.inputs}
-    if any(isinstance(value, Link) for value in values.values()):
-        # The file is known only after the linked node has run, so a cached result cannot be used.
-        return uuid.uuid4().hex
-    return member.node.fingerprint(folders, **values)
-
-
 @dataclass(frozen=True)
 class NodeResult:
     """The items of each output of a node, and its output for user interfaces."""
@@ -193,7 +182,16 @@ def call_node(node: Node, lists: Mapping[str, Sequence[Any]], context: NodeConte
     return NodeResult(outputs, ui)
 
 
-_MOST_ITEMS = 100_000
+def _outside(member: GraphNode, folders: Folders) -> object:
+    """The node's fingerprint: what its result depends on besides its inputs."""
+    if member.node.fingerprint is None:
+        return None
+    _, *names = inspect.signature(member.node.fingerprint).parameters
+    values = {name: member.inputs[name] for name in names if name in member.inputs}
+    if any(isinstance(value, Link) for value in values.values()):
+        # The file is known only after the linked node has run, so a cached result cannot be used.
+        return uuid.uuid4().hex
+    return member.node.fingerprint(folders, **values)
 
 
 def _calls(node: Node, lists: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
