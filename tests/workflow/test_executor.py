@@ -210,11 +210,11 @@ def test_a_changed_file_is_read_again(runner: Runner, api_node: ApiNode) -> None
     assert runner.run(prompt)["2"].ui == {"text": ["two"]}
 
 
-def test_a_fingerprint_of_a_linked_name_is_never_trusted(runner: Runner, api_node: ApiNode) -> None:
+def test_a_result_of_a_linked_file_name_is_never_cached(runner: Runner, api_node: ApiNode) -> None:
     toys = runner.toys
 
-    @node("ReadNamed", "", "", outputs=["STRING"], fingerprint=lambda folders, file: 1, registry=toys.nodes)
-    def read_named(context: NodeContext, *, file: str = socket("STRING")) -> tuple[str]:
+    @node("ReadNamed", "", "", outputs=["STRING"], registry=toys.nodes)
+    def read_named(context: NodeContext, *, file: str = socket("STRING", file=Folders.find_input)) -> tuple[str]:
         toys.ran.append(context.node_id)
         return (file,)
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from lorasmith.core.errors import CancelledError
-from lorasmith.core.folders import Folders, fingerprint
+from lorasmith.core.folders import Folders
 from lorasmith.core.options import options_of
 from lorasmith.core.printable import count_text
 from lorasmith.data.dataset import EncodedDataset, Sample
@@ -62,6 +62,7 @@ _LORA_FILE: dict[str, Any] = {
     "type": "COMBO",
     "default": NONE_LORA,
     "options": lambda folders: [*folders.files("loras"), NONE_LORA],
+    "file": lambda folders, name: None if name == NONE_LORA else folders.find("loras", name),
 }
 
 _SETTINGS = (
@@ -116,11 +117,6 @@ _SETTINGS = (
 )
 
 
-def _lora_files(folders: Folders, existing_lora: str = NONE_LORA, training_adapter: str = NONE_LORA) -> object:
-    names = [name for name in (existing_lora, training_adapter) if name != NONE_LORA]
-    return [fingerprint(folders.find("loras", name)) for name in names] or None
-
-
 def _check_files(graph: Graph, member: GraphNode, folders: Folders) -> None:
     links = dict(member.links())
     names = (member.inputs[name] for name in lora_settings())
@@ -152,7 +148,6 @@ def _check_files(graph: Graph, member: GraphNode, folders: Folders) -> None:
     ],
     outputs=[Output("LORA_MODEL", "lora"), Output("LOSS_MAP", "loss_map"), Output("INT", "steps")],
     is_input_list=True,
-    fingerprint=_lora_files,
     check=_check_files,
 )
 def train_lora(
