@@ -390,7 +390,7 @@ def test_nothing_is_left_of_a_copy_that_fails(folder: Path, monkeypatch: pytest.
         raise OSError(28, "no space")
 
     monkeypatch.setattr(mended_folder, "_copy", full)
-    with pytest.raises(OutputError, match=r"was not written \(no space\); check"):
+    with pytest.raises(OutputError, match="was not written because the disk is full; free some space"):
         write_mended(check, DataConfig(), folder.with_name("fixed"))
     assert [path.name for path in folder.parent.iterdir()] == ["photos"]
 

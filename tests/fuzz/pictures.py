@@ -41,7 +41,7 @@ def _mended(images: Path, target: Path) -> str:
     before = scan_folder(images, _CONFIG)
     said = _said(before)
     if before.images:
-        check = preflight(before, _CONFIG, folder=images, resolution=32, multiple=8, threads=1)
+        check = preflight(before, _CONFIG, folder=images, resolution=32, multiple=8)
         write_mended(check, _CONFIG, target)
         after = scan_folder(target, _CONFIG)
         refused = {path.stem for path, reason in before.skipped if reason.kind in ("caption", "mask", "size")}

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from lorasmith.core.errors import DataError, GraphError
-from lorasmith.core.folders import Folders, fingerprint
+from lorasmith.core.folders import Folders
 from lorasmith.core.registry import Registry
 from lorasmith.workflow import ANY, MATCH, Grow, Node, NodeContext, NodeOutput, Output, node, socket
 
@@ -74,7 +74,6 @@ def _declare_sources(toys: Toys) -> None:
         "Read File",
         "toys",
         outputs=["STRING"],
-        fingerprint=lambda folders, file: fingerprint(folders.find_input(file)),
         registry=toys.nodes,
     )
     def read_file(
@@ -84,6 +83,7 @@ def _declare_sources(toys: Toys) -> None:
             "COMBO",
             options=lambda folders: folders.input_files([".txt"]),
             accept=lambda name, folders: str(folders.find_input(name)) and name,
+            file=Folders.find_input,
         ),
     ) -> tuple[str]:
         toys.ran.append(context.node_id)

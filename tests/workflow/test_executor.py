@@ -10,22 +10,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorasmith.core.errors import CancelledError, DataError, NodeError
+from lorasmith.core.errors import CancelledError
+from lorasmith.core.errors import DataError
+from lorasmith.core.errors import NodeError
 from lorasmith.core.folders import Folders
-from lorasmith.workflow import Executor, NodeContext, node, socket, validate
-from lorasmith.workflow.execution_events import (
-    Event,
-    ExecutionCancelled,
-    ExecutionFailed,
-    ExecutionFinished,
-    ExecutionStarted,
-    NodeCached,
-    NodeFinished,
-    NodeMessage,
-    NodeProgress,
-    NodeStarted,
-)
-from lorasmith.workflow.graph import Graph, GraphNode
+from lorasmith.workflow import Executor
+from lorasmith.workflow import NodeContext
+from lorasmith.workflow import node
+from lorasmith.workflow import socket
+from lorasmith.workflow import validate
+from lorasmith.workflow.execution_events import Event
+from lorasmith.workflow.execution_events import ExecutionCancelled
+from lorasmith.workflow.execution_events import ExecutionFailed
+from lorasmith.workflow.execution_events import ExecutionFinished
+from lorasmith.workflow.execution_events import ExecutionStarted
+from lorasmith.workflow.execution_events import NodeCached
+from lorasmith.workflow.execution_events import NodeFinished
+from lorasmith.workflow.execution_events import NodeMessage
+from lorasmith.workflow.execution_events import NodeProgress
+from lorasmith.workflow.execution_events import NodeStarted
+from lorasmith.workflow.graph import Graph
+from lorasmith.workflow.graph import GraphNode
 
 ApiNode = Callable[..., dict[str, Any]]
 
@@ -207,11 +212,11 @@ def test_a_changed_file_is_read_again(runner: Runner, api_node: ApiNode) -> None
     assert runner.run(prompt)["2"].ui == {"text": ["two"]}
 
 
-def test_a_fingerprint_of_a_linked_name_is_never_trusted(runner: Runner, api_node: ApiNode) -> None:
+def test_a_result_of_a_linked_file_name_is_never_cached(runner: Runner, api_node: ApiNode) -> None:
     toys = runner.toys
 
-    @node("ReadNamed", "", "", outputs=["STRING"], fingerprint=lambda folders, file: 1, registry=toys.nodes)
-    def read_named(context: NodeContext, *, file: str = socket("STRING")) -> tuple[str]:
+    @node("ReadNamed", "", "", outputs=["STRING"], registry=toys.nodes)
+    def read_named(context: NodeContext, *, file: str = socket("STRING", file=Folders.find_input)) -> tuple[str]:
         toys.ran.append(context.node_id)
         return (file,)
 

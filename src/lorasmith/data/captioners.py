@@ -15,10 +15,10 @@ safetensors, and references to adapters or kernels elsewhere are not followed.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -110,48 +110,43 @@ class _Captioner:
 
     @torch.inference_mode()
     def __call__(self, image: Image.Image) -> str:
-        inputs = {name: self._placed(one) for name, one in self._inputs(image).items() if isinstance(one, torch.Tensor)}
-        made = self._network.generate(**inputs, max_new_tokens=_MAX_NEW_TOKENS, do_sample=False)[0]
+        network, processor = self._network, self._processor
+        inputs = {
+            name: one.to(self._device, network.dtype if one.is_floating_point() else one.dtype)
+            for name, one in self._inputs(image).items()
+            if isinstance(one, torch.Tensor)
+        }
+        made = network.generate(**inputs, max_new_tokens=_MAX_NEW_TOKENS, do_sample=False)[0]
         given = inputs.get("input_ids")
         # Decoders repeat their prompt.
         if given is not None and len(made) >= given.shape[1] and torch.equal(made[: given.shape[1]], given[0]):
             made = made[given.shape[1] :]
-        return self._text(made)
+        decoder = processor.tokenizer if isinstance(processor, _ImageAndTokenizer) else processor
+        return one_line(decoder.batch_decode(made[None], skip_special_tokens=True)[0])
 
-    def _inputs(self, image: Image.Image) -> Mapping[str, Any]:
+    def _inputs(self, image: Image.Image) -> Any:
         processor = self._processor
         if isinstance(processor, _ImageAndTokenizer):
-            inputs: Mapping[str, Any] = processor.images(images=image, return_tensors="pt")
-        elif getattr(processor, "chat_template", None):
+            return processor.images(images=image, return_tensors="pt")
+        if getattr(processor, "chat_template", None):
             content = [{"type": "image", "image": image}, {"type": "text", "text": REQUEST}]
-            inputs = processor.apply_chat_template(
+            return processor.apply_chat_template(
                 [{"role": "user", "content": content}],
                 add_generation_prompt=True,
                 tokenize=True,
                 return_dict=True,
                 return_tensors="pt",
             )
-        elif _TASK in getattr(processor, "task_prompts_without_inputs", ()):
-            inputs = processor(text=_TASK, images=image, return_tensors="pt")
-        else:
-            inputs = processor(images=image, return_tensors="pt")
-        return inputs
-
-    def _text(self, made: torch.Tensor) -> str:
-        processor = self._processor
-        decoder = processor.tokenizer if isinstance(processor, _ImageAndTokenizer) else processor
-        return one_line(decoder.batch_decode(made[None], skip_special_tokens=True)[0])
-
-    def _placed(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(self._device, self._network.dtype if tensor.is_floating_point() else tensor.dtype)
+        if _TASK in getattr(processor, "task_prompts_without_inputs", ()):
+            return processor(text=_TASK, images=image, return_tensors="pt")
+        return processor(images=image, return_tensors="pt")
 
 
-class _ImageAndTokenizer:
+class _ImageAndTokenizer(NamedTuple):
     """A processor for pairs of a vision encoder and a text decoder, which have none."""
 
-    def __init__(self, images: Any, tokenizer: Any) -> None:
-        self.images = images
-        self.tokenizer = tokenizer
+    images: Any
+    tokenizer: Any
 
 
 def _folder_of(model: str) -> Path:

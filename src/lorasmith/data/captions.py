@@ -33,8 +33,13 @@ from lorasmith.core.random import keyed_generator, keyed_permutation, keyed_unif
 from lorasmith.data.data_config import DataConfig
 
 CAPTION_SUFFIXES = (".txt", ".caption")  # suffixes of caption files, the preferred one first
-
 MAX_CAPTION = 20_000  # characters of a caption: a text encoder reads at most some hundred of its words
+# It looks behind so that a run of blanks is tried at its start alone.
+_NUMBER_AT_END = re.compile(r"(?:^|(?<![ .#-])[ .#-]+)(?:[0-9]+|\([0-9]+\))$")
+
+V = TypeVar("V")
+_MOST_CHARACTERS = 20_000_000  # of all texts that `possible` returns
+_PUNCTUATION = ",.;:!?"  # suffixes that begin with it follow without a blank
 
 
 class CaptionError(DataError):
@@ -97,10 +102,6 @@ def caption_of_file_name(stem: str) -> str:
     return ""
 
 
-# It looks behind so that a run of blanks is tried at its start alone.
-_NUMBER_AT_END = re.compile(r"(?:^|(?<![ .#-])[ .#-]+)(?:[0-9]+|\([0-9]+\))$")
-
-
 def has_trigger(text: str, trigger: str) -> bool:
     """Whether a text contains a trigger as whole words, ignoring case; False for an empty one. Both are on one line."""
     return bool(trigger) and bool(re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", text, re.IGNORECASE))
@@ -128,21 +129,16 @@ def one_line(text: str) -> str:
     return " ".join(text.encode("utf-8", "replace").decode().split())
 
 
-def _decoded(content: bytes) -> tuple[str, bool]:
-    """The text, and whether it was decoded as latin-1."""
-    try:
-        if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            return content.decode("utf-16"), False
-        return content.decode("utf-8-sig"), False
-    except UnicodeDecodeError:
-        return content.decode("latin-1"), True
-
-
-V = TypeVar("V")
-
-
 class Choices:
-    """The choices of a text; `groups` is the number of pairs of braces with alternatives."""
+    """The choices of a text: `{a|b}` stands for `a` or `b`, and braces nest.
+
+        a {red|blue} ball                 two texts
+        a {{dark|light} red|blue} ball    three: each alternative of a group is as likely as its others
+        a ball{, on a beach|}             an alternative may be empty
+
+    A `|` outside of braces, braces without `|`, and unpaired braces are text. Nothing here recurses, as a caption may
+    nest thousands of braces. `groups` is the number of pairs of braces with alternatives.
+    """
 
     def __init__(self, text: str) -> None:
         self._text = text
@@ -193,33 +189,6 @@ class Choices:
         if start < len(text):
             parts.append(literal(text[start:]))
         return joined(parts)
-
-
-def _places(text: str) -> list[int]:
-    """Positions of the braces of groups and of the bars between their alternatives, in order."""
-    found: list[int] = []
-    open_groups: list[list[int]] = []  # places of an opening brace and of the bars after it
-    for place, character in enumerate(text):
-        if character == "{":
-            open_groups.append([place])
-        elif character == "|" and open_groups:
-            open_groups[-1].append(place)
-        elif character == "}" and open_groups:
-            group = open_groups.pop()
-            if len(group) > 1:
-                found += [*group, place]
-    return sorted(found)
-
-
-def _product(counts: Iterable[int], limit: int) -> int:
-    result = 1
-    for one in counts:
-        result = min(result * one, limit + 1)
-    return result
-
-
-_MOST_CHARACTERS = 20_000_000  # of all texts that `possible` returns
-_PUNCTUATION = ",.;:!?"  # suffixes that begin with it follow without a blank
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -355,6 +324,39 @@ class CaptionRules:
         arranged = itertools.permutations if self.shuffle_tags else itertools.combinations
         for chosen in range(len(tags) + 1) if self.tag_dropout else (len(tags),):
             yield from arranged(tags, chosen)
+
+
+def _decoded(content: bytes) -> tuple[str, bool]:
+    """The text, and whether it was decoded as latin-1."""
+    try:
+        if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            return content.decode("utf-16"), False
+        return content.decode("utf-8-sig"), False
+    except UnicodeDecodeError:
+        return content.decode("latin-1"), True
+
+
+def _places(text: str) -> list[int]:
+    """Positions of the braces of groups and of the bars between their alternatives, in order."""
+    found: list[int] = []
+    open_groups: list[list[int]] = []  # places of an opening brace and of the bars after it
+    for place, character in enumerate(text):
+        if character == "{":
+            open_groups.append([place])
+        elif character == "|" and open_groups:
+            open_groups[-1].append(place)
+        elif character == "}" and open_groups:
+            group = open_groups.pop()
+            if len(group) > 1:
+                found += [*group, place]
+    return sorted(found)
+
+
+def _product(counts: Iterable[int], limit: int) -> int:
+    result = 1
+    for one in counts:
+        result = min(result * one, limit + 1)
+    return result
 
 
 def _uniforms(count: int, seed: int, purpose: str, draw: int) -> list[float]:

@@ -31,8 +31,13 @@ from lorasmith.data.image_files import ImageError, image_size, open_animation, o
 from lorasmith.families.base import LatentFormat
 
 COUNTED_FRAMES = 1000  # frames read to count those of a file; no run trains on more of one
-
 _ANIMATED = (".webp", ".gif")
+_ROUNDING = 1e-6  # 16 of 10 frames a second are 1.6 of each, despite rounding
+_FORMATS = "avi,flv,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2"  # FFmpeg's names
+_MOST_FRAMES = 10_000_000  # of a file: four days at 30 frames a second
+_MOST_PIXELS = 2**26  # of a frame: twice those of 8K video; a small file may announce frames that fill the memory
+_COLOUR_SPACES = {18: "HDR", 16: "HDR PQ"}
+"""ComfyUI's names by transfer function (ITU-T H.273); sRGB for all others."""
 
 
 class OpenedFile(NamedTuple):
@@ -60,9 +65,6 @@ class ClipForm:
     def available(self, frames: int, rate: float) -> int:
         """Frames of the whole file at the model's rate."""
         return max(1, int(frames * self.rate / rate + _ROUNDING))
-
-
-_ROUNDING = 1e-6  # 16 of 10 frames a second are 1.6 of each, despite rounding
 
 
 def is_video(path: Path) -> bool:
@@ -117,29 +119,6 @@ def open_still(path: Path, longest: int, *, grey: bool = False) -> Image.Image:
     return picture.convert("L") if grey else picture
 
 
-def _video_frames(path: Path, content: bytes | None, wanted: Sequence[int] | set[int]) -> Iterator[Image.Image]:
-    """The wanted frames in order, upright; those after the end are omitted."""
-    try:
-        for frame in decoded_frames(path, wanted, content=content):
-            yield Image.fromarray(frame)
-    except DataError as error:
-        raise ImageError(path, str(error).removeprefix(f"{path} ")) from error
-
-
-def _rate(path: Path) -> float:
-    try:
-        return frame_rate(path)
-    except DataError as error:
-        raise ImageError(path, str(error).removeprefix(f"{path} ")) from error
-
-
-_FORMATS = "avi,flv,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2"  # FFmpeg's names
-_MOST_FRAMES = 10_000_000  # of a file: four days at 30 frames a second
-_MOST_PIXELS = 2**26  # of a frame: twice those of 8K video; a small file may announce frames that fill the memory
-_COLOUR_SPACES = {18: "HDR", 16: "HDR PQ"}
-"""ComfyUI's names by transfer function (ITU-T H.273); sRGB for all others."""
-
-
 @dataclass(frozen=True)
 class Video:
     """Frames of a file."""
@@ -181,15 +160,7 @@ def scan_videos(folder: Path, *, subfolders: bool, follow_links: bool) -> VideoS
     found: list[VideoFile] = []
     notes: list[str] = []
     skipped: Skipped = []
-    listed = list_folders(
-        str(folder),
-        recursive=False,
-        masks=False,
-        mask_folder=None,
-        skipped=skipped,
-        follow_links=follow_links,
-        clips=True,
-    )
+    listed = list_folders(str(folder), skipped=skipped, follow_links=follow_links, clips=True)
     for place in listed if subfolders else itertools.islice(listed, 1):
         for name in place.images:
             if Path(name).suffix.lower() not in VIDEO_SUFFIXES:
@@ -274,6 +245,22 @@ def frame_rate(path: Path) -> float:
     """Frames per second of a file. Raises DataError as `open_video`."""
     with _opened_video(path) as (_, stream):
         return float(_stream_rate(stream))
+
+
+def _video_frames(path: Path, content: bytes | None, wanted: Sequence[int] | set[int]) -> Iterator[Image.Image]:
+    """The wanted frames in order, upright; those after the end are omitted."""
+    try:
+        for frame in decoded_frames(path, wanted, content=content):
+            yield Image.fromarray(frame)
+    except DataError as error:
+        raise ImageError(path, str(error).removeprefix(f"{path} ")) from error
+
+
+def _rate(path: Path) -> float:
+    try:
+        return frame_rate(path)
+    except DataError as error:
+        raise ImageError(path, str(error).removeprefix(f"{path} ")) from error
 
 
 def _stream_rate(stream: Any) -> Fraction:

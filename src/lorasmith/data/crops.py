@@ -32,6 +32,7 @@ from lorasmith.data.image_files import ImageError, open_layers, read_image, to_t
 from lorasmith.families.base import PictureSize
 
 _VARIANTS_SEED = 0  # a constant; see above
+_COLOURS = ("brightness", "contrast", "saturation")
 
 
 @dataclass(frozen=True)
@@ -157,33 +158,6 @@ def centre_of(mask: Image.Image) -> tuple[float, float]:
     return float(sides[0]), float(sides[1])
 
 
-_COLOURS = ("brightness", "contrast", "saturation")
-
-
-def _box(
-    picture: tuple[int, int],
-    bucket: tuple[int, int],
-    config: DataConfig,
-    centre: tuple[float, float],
-    uniform: partial[float] | None,
-) -> tuple[float, float, float, float]:
-    """The part of a picture that is scaled to a bucket; `uniform` supplies a variant's random numbers."""
-    width, height = picture
-    kept = (min(width, height * bucket[0] / bucket[1]), min(height, width * bucket[1] / bucket[0]))
-    starts = [min(max(c * side - k / 2, 0.0), side - k) for c, side, k in zip(centre, picture, kept, strict=True)]
-    if uniform is None:
-        return starts[0], starts[1], starts[0] + kept[0], starts[1] + kept[1]
-    if config.crop == "random":
-        starts = [uniform(what) * (side - k) for what, side, k in zip(("x", "y"), picture, kept, strict=True)]
-    share = 1 - config.crop_jitter * uniform("zoom")
-    if not config.upscale:  # a smaller part would have to be enlarged
-        share = max(share, min(1.0, bucket[0] / kept[0]))
-    cut = tuple(k * share for k in kept)
-    moved = (uniform("zoom x"), uniform("zoom y"))
-    left, top = (s + u * (k - c) for s, u, k, c in zip(starts, moved, kept, cut, strict=True))
-    return left, top, left + cut[0], top + cut[1]
-
-
 def bucket_size(
     width: int,
     height: int,
@@ -229,14 +203,6 @@ def bucket_size(
     return columns * multiple, area // columns * multiple
 
 
-def _nearest_aspect(candidates: range, area: int, aspect: float) -> int:
-    """The number of columns whose bucket is nearest to `aspect`; aspects increase with the columns."""
-    at = bisect_left(candidates, aspect, key=lambda columns: columns / (area // columns))
-    return min(
-        candidates[max(at - 1, 0) : at + 1], key=lambda columns: abs(math.log(columns / (area // columns) / aspect))
-    )
-
-
 @dataclass(frozen=True)
 class FramedPicture:
     """A framing of an image file as tensors."""
@@ -256,6 +222,7 @@ def framed(
 ) -> list[FramedPicture]:
     """The framings of an image file; `downscale` is pixels per latent, `numbers` are the frames of a clip.
 
+    The file is read once, so digest, pixels and transparency are of the same bytes.
     ImageError if the file or its mask can no longer be read, or the file's SHA-256 is not `digest`.
     """
     content = read_image(image.path)
@@ -308,3 +275,35 @@ def place_weights(inside: Tensor | None, config: DataConfig) -> Tensor | None:
     if mean <= 0:
         return None
     return weights / mean if config.mask_normalize else weights
+
+
+def _box(
+    picture: tuple[int, int],
+    bucket: tuple[int, int],
+    config: DataConfig,
+    centre: tuple[float, float],
+    uniform: partial[float] | None,
+) -> tuple[float, float, float, float]:
+    """The part of a picture that is scaled to a bucket; `uniform` supplies a variant's random numbers."""
+    width, height = picture
+    kept = (min(width, height * bucket[0] / bucket[1]), min(height, width * bucket[1] / bucket[0]))
+    starts = [min(max(c * side - k / 2, 0.0), side - k) for c, side, k in zip(centre, picture, kept, strict=True)]
+    if uniform is None:
+        return starts[0], starts[1], starts[0] + kept[0], starts[1] + kept[1]
+    if config.crop == "random":
+        starts = [uniform(what) * (side - k) for what, side, k in zip(("x", "y"), picture, kept, strict=True)]
+    share = 1 - config.crop_jitter * uniform("zoom")
+    if not config.upscale:  # a smaller part would have to be enlarged
+        share = max(share, min(1.0, bucket[0] / kept[0]))
+    cut = tuple(k * share for k in kept)
+    moved = (uniform("zoom x"), uniform("zoom y"))
+    left, top = (s + u * (k - c) for s, u, k, c in zip(starts, moved, kept, cut, strict=True))
+    return left, top, left + cut[0], top + cut[1]
+
+
+def _nearest_aspect(candidates: range, area: int, aspect: float) -> int:
+    """The number of columns whose bucket is nearest to `aspect`; aspects increase with the columns."""
+    at = bisect_left(candidates, aspect, key=lambda columns: columns / (area // columns))
+    return min(
+        candidates[max(at - 1, 0) : at + 1], key=lambda columns: abs(math.log(columns / (area // columns) / aspect))
+    )

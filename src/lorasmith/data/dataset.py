@@ -33,6 +33,13 @@ from lorasmith.data.captions import CaptionRules
 from lorasmith.data.encoding_cache import CacheEntries, key_of
 from lorasmith.families.base import Conditioning, PictureSize
 
+_TENSOR, _MASK = "tensor.", "mask"
+AUTOMATIC_FROM = 12
+"""Number of distinct images from which a tenth is held out by default; with fewer, each matters more in training."""
+
+_AUTOMATIC_SHARE = 0.1
+_NAMED = 8  # maximum number of names in a sentence
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -189,9 +196,6 @@ def check_latents(latents: Tensor, *, like: Tensor, name: str) -> None:
         )
 
 
-_TENSOR, _MASK = "tensor.", "mask"
-
-
 class EncodedCaptions:
     """Captions and their conditionings (batch of 1, on the CPU).
 
@@ -265,26 +269,6 @@ class EncodedCaptions:
         return self._ready()
 
 
-def _tensors(conditioning: Conditioning) -> dict[str, Tensor]:
-    mask = {} if conditioning.mask is None else {_MASK: conditioning.mask}
-    return {_TENSOR + name: tensor for name, tensor in conditioning.tensors.items()} | mask
-
-
-def _conditioning(caption: str, tensors: Mapping[str, Tensor] | None) -> Conditioning | None:
-    tensors = tensors or {}
-    named = {name.removeprefix(_TENSOR): one for name, one in tensors.items() if name.startswith(_TENSOR)}
-    if not named:
-        return None
-    return Conditioning(named, text=caption, mask=tensors.get(_MASK))
-
-
-AUTOMATIC_FROM = 12
-"""Number of distinct images from which a tenth is held out by default; with fewer, each matters more in training."""
-
-_AUTOMATIC_SHARE = 0.1
-_NAMED = 8  # maximum number of names in a sentence
-
-
 @dataclass(frozen=True)
 class Split:
     """A dataset split into training and held-out samples."""
@@ -338,6 +322,19 @@ def held_out_names(names: Sequence[str], share: float | None = None) -> frozense
     return frozenset(
         sorted(names, key=lambda name: _digest(f"held out/{name}".encode(), 8))[: min(count, len(names) - 1)]
     )
+
+
+def _tensors(conditioning: Conditioning) -> dict[str, Tensor]:
+    mask = {} if conditioning.mask is None else {_MASK: conditioning.mask}
+    return {_TENSOR + name: tensor for name, tensor in conditioning.tensors.items()} | mask
+
+
+def _conditioning(caption: str, tensors: Mapping[str, Tensor] | None) -> Conditioning | None:
+    tensors = tensors or {}
+    named = {name.removeprefix(_TENSOR): one for name, one in tensors.items() if name.startswith(_TENSOR)}
+    if not named:
+        return None
+    return Conditioning(named, text=caption, mask=tensors.get(_MASK))
 
 
 def _given(dataset: EncodedDataset, given: EncodedDataset) -> Split:

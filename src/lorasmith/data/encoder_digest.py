@@ -16,29 +16,51 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from concurrent.futures import CancelledError
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch import nn
 
-from lorasmith.adapters.frozen_layer import named_weights, packed_layers
+from lorasmith.adapters.frozen_layer import named_weights
+from lorasmith.adapters.frozen_layer import packed_layers
 from lorasmith.adapters.patch import patch_tensors
 from lorasmith.core.errors import LorasmithError
-from lorasmith.core.files import read_regular, write_atomic
+from lorasmith.core.files import read_regular
+from lorasmith.core.files import write_atomic
 from lorasmith.core.foreign_json import parse_foreign_json
-from lorasmith.core.mapped_files import FileState, file_state, place_on_file, release_pages
+from lorasmith.core.mapped_files import FileState
+from lorasmith.core.mapped_files import file_state
+from lorasmith.core.mapped_files import place_on_file
+from lorasmith.core.mapped_files import release_pages
 from lorasmith.core.tensor_digests import digest_of_tensors
-from lorasmith.data.encoding_cache import DIGESTS, EncodingCache, ensure_private, is_digest, key_of
-from lorasmith.families.model import Autoencoder, Model, TextEncoder
+from lorasmith.data.encoding_cache import DIGESTS
+from lorasmith.data.encoding_cache import EncodingCache
+from lorasmith.data.encoding_cache import ensure_private
+from lorasmith.data.encoding_cache import is_digest
+from lorasmith.data.encoding_cache import key_of
+from lorasmith.families.model import Autoencoder
+from lorasmith.families.model import Model
+from lorasmith.families.model import TextEncoder
 from lorasmith.formats.metadata import sha256_file
 
 ENCODING_VERSION = 2  # raise it when Lorasmith computes other encodings from the same inputs
+_SAMPLED = 64  # values at the start of a tensor: one page of its file
+_ORIGIN = ("transformers_version", "torch_dtype", "dtype", "architectures")
+_TOKENIZER_SETTINGS = ("special_tokens_map", "model_max_length", "padding_side", "truncation_side", "chat_template")
+_MAX_REMEMBERED_BYTES = 10_000
+_SETTLED_NS = 3 * 10**9  # after a change; file systems count time in steps of up to two seconds
 
 
 def text_encoder_digest(
@@ -107,7 +129,56 @@ def network_digest(component: str, module: nn.Module, remembered: RememberedDige
     return digest
 
 
-_SAMPLED = 64  # values at the start of a tensor: one page of its file
+class RememberedDigests:
+    """Digests of weights, in the folder of an encoding cache; files that cannot be read or written are ignored.
+
+    `hashed` is called after each tensor that is hashed, with (tensors done, total).
+    """
+
+    def __init__(self, cache: EncodingCache, hashed: Callable[[int, int], None] | None = None) -> None:
+        self.folder = cache.folder / DIGESTS
+        self.hashed = hashed
+        self._is_on = cache.limit_bytes > 0
+
+    def find(self, key: str) -> str | None:
+        path = self.folder / f"{key}.json"
+        if not self._is_on or path.is_symlink():
+            return None
+        try:
+            kept = parse_foreign_json(read_regular(path, at_most=_MAX_REMEMBERED_BYTES))
+        except (OSError, ValueError):
+            return None
+        if not isinstance(kept, dict) or not is_digest(digest := kept.get("digest")):
+            return None
+        return str(digest) if kept.get("check") == key_of(key=key, digest=digest) else None
+
+    def keep(self, key: str, digest: str) -> None:
+        if self._is_on:
+            text = json.dumps({"digest": digest, "check": key_of(key=key, digest=digest)})
+            with contextlib.suppress(LorasmithError, OSError):
+                ensure_private(self.folder.parent)
+                write_atomic(self.folder / f"{key}.json", text)
+
+
+def file_sha256(path: Path, remembered: RememberedDigests, *, each_block: Callable[[], object]) -> str:
+    """SHA-256 of a file, 64 hex digits; the file is read only if it changed since it was last hashed."""
+    state = file_state(path)
+    key = key_of(what="file", file=state)
+    if are_settled([state]) and (kept := remembered.find(key)) is not None:
+        return kept
+    digest = sha256_file(path, each_block=each_block)
+    if are_settled([state]):
+        remembered.keep(key, digest)
+    return digest
+
+
+def are_settled(files: Iterable[FileState]) -> bool:
+    """Whether files are unchanged since they were mapped, and any further change would change their times."""
+    try:
+        unchanged = all(file_state(Path(one.path)) == one for one in files)
+    except OSError:
+        return False
+    return unchanged and all(max(one.modified, one.changed) < time.time_ns() - _SETTLED_NS for one in files)
 
 
 def _files_of(module: nn.Module) -> list[FileState]:
@@ -184,9 +255,6 @@ def _text(value: object) -> object:
     return sorted(map(str, value)) if isinstance(value, set | frozenset) else str(value)
 
 
-_ORIGIN = ("transformers_version", "torch_dtype", "dtype", "architectures")
-
-
 def _tokenizer_digest(tokenizer: Any) -> str:
     if tokenizer is None:
         return ""
@@ -201,9 +269,6 @@ def _tokenizer_digest(tokenizer: Any) -> str:
     return key_of(kind=type(tokenizer).__qualname__, settings=settings, rules=rules)
 
 
-_TOKENIZER_SETTINGS = ("special_tokens_map", "model_max_length", "padding_side", "truncation_side", "chat_template")
-
-
 def _versions(*packages: str) -> Mapping[str, str]:
     """Versions that encodings depend on: ours, torch's major and minor, those of packages."""
     found = {"encoding": str(ENCODING_VERSION), "torch": ".".join(torch.__version__.split(".")[:2])}
@@ -211,59 +276,3 @@ def _versions(*packages: str) -> Mapping[str, str]:
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
-
-
-class RememberedDigests:
-    """Digests of weights, in the folder of an encoding cache; files that cannot be read or written are ignored.
-
-    `hashed` is called after each tensor that is hashed, with (tensors done, total).
-    """
-
-    def __init__(self, cache: EncodingCache, hashed: Callable[[int, int], None] | None = None) -> None:
-        self.folder = cache.folder / DIGESTS
-        self.hashed = hashed
-        self._is_on = cache.limit_bytes > 0
-
-    def find(self, key: str) -> str | None:
-        path = self.folder / f"{key}.json"
-        if not self._is_on or path.is_symlink():
-            return None
-        try:
-            kept = parse_foreign_json(read_regular(path, at_most=_MAX_REMEMBERED_BYTES))
-        except (OSError, ValueError):
-            return None
-        if not isinstance(kept, dict) or not is_digest(digest := kept.get("digest")):
-            return None
-        return str(digest) if kept.get("check") == key_of(key=key, digest=digest) else None
-
-    def keep(self, key: str, digest: str) -> None:
-        if self._is_on:
-            text = json.dumps({"digest": digest, "check": key_of(key=key, digest=digest)})
-            with contextlib.suppress(LorasmithError, OSError):
-                ensure_private(self.folder.parent)
-                write_atomic(self.folder / f"{key}.json", text)
-
-
-def file_sha256(path: Path, remembered: RememberedDigests, *, each_block: Callable[[], object]) -> str:
-    """SHA-256 of a file, 64 hex digits; the file is read only if it changed since it was last hashed."""
-    state = file_state(path)
-    key = key_of(what="file", file=state)
-    if are_settled([state]) and (kept := remembered.find(key)) is not None:
-        return kept
-    digest = sha256_file(path, each_block=each_block)
-    if are_settled([state]):
-        remembered.keep(key, digest)
-    return digest
-
-
-def are_settled(files: Iterable[FileState]) -> bool:
-    """Whether files are unchanged since they were mapped, and any further change would change their times."""
-    try:
-        unchanged = all(file_state(Path(one.path)) == one for one in files)
-    except OSError:
-        return False
-    return unchanged and all(max(one.modified, one.changed) < time.time_ns() - _SETTLED_NS for one in files)
-
-
-_MAX_REMEMBERED_BYTES = 10_000
-_SETTLED_NS = 3 * 10**9  # after a change; file systems count time in steps of up to two seconds

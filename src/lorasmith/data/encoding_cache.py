@@ -47,20 +47,21 @@ from lorasmith.data.data_config import DataConfig
 from lorasmith.formats.container import Header, check_safetensors, mapped_tensors, serialised
 
 FOLDER_VARIABLE = "LORASMITH_CACHE_DIR"  # of the user's cache
-
 DIGESTS = "digests"  # folder of remembered digests of weights
-
 SHARD_BYTES = 16 * 2**20  # pending bytes at which a shard is written
-
 SHARD_SECONDS = 5.0
 """Time after which a shard is written, however small: the most that a killed process loses, one encoding aside."""
 
 _USE_SECONDS = 60  # resolution of the time of last use
-
 _SIZE_SECONDS = 60  # between looks at the size of the whole folder
-
 _SHARD_NAME = re.compile(r"\d{20}-[0-9a-f]{16}\.safetensors")
 _DIGEST_NAME = re.compile(r"[0-9a-f]{64}\.json")
+_KEY = "lorasmith.encodings"
+_FORMAT = 1
+_MAX_TITLE = 200
+_NAME = re.compile(r"[\w.\-]{1,100}", re.ASCII)
+_LEFT_SECONDS = 3600  # age from which a temporary file is a leftover of a killed process
+_TEMPORARY_NAME = re.compile(r"\..+\.tmp")  # as `core.files.atomic_path` calls them
 
 
 @dataclass(frozen=True)
@@ -348,12 +349,6 @@ def default_cache(limit_gib: float = DataConfig.cache_limit) -> EncodingCache:
         return EncodingCache(Path("encodings"), limit_bytes=0)
 
 
-_KEY = "lorasmith.encodings"
-_FORMAT = 1
-_MAX_TITLE = 200
-_NAME = re.compile(r"[\w.\-]{1,100}", re.ASCII)
-
-
 @dataclass
 class Shard:
     """A file of entries, of which only the header has been read."""
@@ -417,6 +412,13 @@ def read_shard(path: Path) -> Shard | None:
         raise DataError(f"{path} is no shard of the encoding cache: its header {error}; remove it") from None
 
 
+def ensure_private(folder: Path) -> None:
+    """Create a folder that only its owner can read, as latents can be decoded to pictures."""
+    ensure_folder(folder.parent)
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+
+
 def _checked(about: Any) -> tuple[str, str, dict[str, str]]:
     """Encoder, title and digests of the entries. Raises ValueError."""
     if not isinstance(about, dict):
@@ -433,11 +435,6 @@ def _digest(encoder: str, key: str, tensors: Mapping[str, Tensor]) -> str:
     return digest_of_tensors(sorted(tensors.items()), beginning=[_FORMAT, encoder, key])
 
 
-_LEFT_SECONDS = 3600  # age from which a temporary file is a leftover of a killed process
-
-_TEMPORARY_NAME = re.compile(r"\..+\.tmp")  # as `core.files.atomic_path` calls them
-
-
 def _system_cache() -> Path:
     """The folder in which programs keep what they can make again."""
     if sys.platform == "win32":
@@ -446,13 +443,6 @@ def _system_cache() -> Path:
         return Path.home() / "Library" / "Caches"
     given = Path(os.environ.get("XDG_CACHE_HOME", ""))
     return given if given.is_absolute() else Path.home() / ".cache"
-
-
-def ensure_private(folder: Path) -> None:
-    """Create a folder that only its owner can read, as latents can be decoded to pictures."""
-    ensure_folder(folder.parent)
-    with contextlib.suppress(FileExistsError):
-        folder.mkdir(mode=0o700)
 
 
 def _files(folder: Path, name: re.Pattern[str]) -> list[tuple[Path, os.stat_result]]:

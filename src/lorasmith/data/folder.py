@@ -15,22 +15,21 @@ read as well with `recursive`. `folder_listing.py` lists the files, this module 
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 from lorasmith.core.errors import DataError
 from lorasmith.data.captions import CaptionError, CaptionRules, caption_of_file_name, one_line, read_caption_file
 from lorasmith.data.clips import is_video, open_file
 from lorasmith.data.data_config import CaptionOrigin, DataConfig, ImageSource
 from lorasmith.data.folder_listing import NO_CLIPS, Reason, Skipped, name_without_repeats, stem_of
-from lorasmith.data.image_files import MAX_ASPECT, ImageError, file_digest, image_size, image_suffixes
+from lorasmith.data.image_files import MAX_ASPECT, ImageError, file_digest, image_size, image_suffixes, in_threads
 from lorasmith.data.source_files import Candidate, NoteKind, ScanNotes, candidates
 
 MIN_EDGE = 16  # of the shorter edge, in pixels
+_READERS = 4  # threads
 
 
 CaptionSource = Literal["file", "metadata", "filename", "trigger", "folder", "class", "none"]
@@ -129,7 +128,7 @@ def scan_sources(
     def check(candidate: Candidate) -> _Checked | Reason:
         return _checked(candidate, config, rules, is_class=is_class)
 
-    for candidate, checked in zip(found, _each(found, check), strict=True):
+    for candidate, checked in zip(found, in_threads(check, found, most=_READERS), strict=True):
         if isinstance(checked, Reason):
             unusable.append((candidate.path, checked))
             refused.append(candidate)
@@ -285,22 +284,6 @@ def _mask_fault(mask: Path, width: int, height: int) -> str:
             "both of one aspect ratio"
         )
     return ""
-
-
-T = TypeVar("T")
-
-
-def _each(items: Sequence[Candidate], function: Callable[[Candidate], T]) -> Iterator[T]:
-    """`function` of each item in order, in threads: Pillow decodes without the GIL.
-
-    Few items are submitted ahead, so that an interrupted scan ends soon.
-    """
-    image_suffixes()  # Pillow's readers are registered before several threads ask for them
-    workers = max(1, min(4, os.cpu_count() or 1))
-    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(workers) as pool:
-        # Each file is opened with warnings off, which is not safe in threads: so they are off around all of them.
-        for start in range(0, len(items), 64 * workers):
-            yield from pool.map(function, items[start : start + 64 * workers])
 
 
 def _note_links(image: Candidate, notes: ScanNotes) -> None:

@@ -98,10 +98,10 @@ class ListedFolder:
 def list_folders(
     root: str,
     *,
-    recursive: bool,
-    masks: bool,
-    mask_folder: str | None,
-    skipped: Skipped,
+    recursive: bool = False,
+    masks: bool = False,
+    mask_folder: str | None = None,
+    skipped: Skipped | None = None,
     follow_links: bool = False,
     clips: bool = False,
 ) -> Iterator[ListedFolder]:
@@ -113,8 +113,10 @@ def list_folders(
     receives folders that are not read. DataError if `root` is missing, is a file, or cannot be read.
     """
 
-    def skip(folder: Path, reason: str) -> None:
-        skipped.append((folder, Reason(reason, "folder")))
+    skipped = [] if skipped is None else skipped
+
+    def skip(folder: Path, reason: str, kind: ReasonKind = "folder") -> None:
+        skipped.append((folder, Reason(reason, kind)))
 
     seen = {_identity(root)} | ({_identity(mask_folder)} if mask_folder else set())
     source = _resolved(root)
@@ -148,9 +150,7 @@ def list_folders(
             elif mask_folder and _identity(str(path)) == _identity(mask_folder):
                 continue
             elif listed.refuses(name):
-                skipped.append(
-                    (path, Reason(f"{LINK}; move the pictures here, or name it as a folder of its own", "link"))
-                )
+                skip(path, f"{LINK}; move the pictures here, or name it as a folder of its own", "link")
             elif (identity := _identity(str(path))) in seen:
                 skip(path, "is a link to a folder that is read already")
             else:

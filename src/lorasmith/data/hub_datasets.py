@@ -11,8 +11,6 @@ import importlib
 import io
 import json
 import os
-import shutil
-import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +18,8 @@ from typing import Any
 
 from PIL import Image
 
-from lorasmith.core.errors import DataError, LorasmithError, OutputError
-from lorasmith.core.files import ensure_folder, is_folder, is_regular, locked, read_regular
+from lorasmith.core.errors import DataError, LorasmithError
+from lorasmith.core.files import atomic_folder, ensure_folder, is_folder, is_regular, locked, read_regular
 from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.core.printable import printable
 from lorasmith.data.folder_listing import LINK
@@ -118,19 +116,9 @@ def _written(dataset: Any, cache: Path, key: object, *, at_most: int | None) -> 
         return target
     ensure_folder(cache)
     with locked(cache / f"{target.name}.lock", f"the images of a dataset are being written to {target}"):
-        if is_folder(target):  # by another process, just now
-            return target
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=cache))
-        try:
-            _write(dataset, image, text, temporary, at_most=at_most)
-            temporary.chmod(0o755)
-            temporary.rename(target)
-        except OSError as error:
-            raise OutputError(
-                f"the images of a dataset cannot be written to {target} ({error.strerror or error}); free some space"
-            ) from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        if not is_folder(target):  # written by another process, just now
+            with atomic_folder(target) as temporary:
+                _write(dataset, image, text, temporary, at_most=at_most)
     return target
 
 

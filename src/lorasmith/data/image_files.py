@@ -7,23 +7,34 @@ import functools
 import importlib
 import io
 import math
+import os
 import struct
 import threading
 import warnings
 import zlib
+from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
+from typing import TypeVar
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageSequence, UnidentifiedImageError
+from PIL import ExifTags
+from PIL import Image
+from PIL import ImageSequence
+from PIL import UnidentifiedImageError
 from torch import Tensor
 
 from lorasmith.core.errors import DataError
 from lorasmith.core.files import open_regular
 from lorasmith.formats.metadata import sha256_file
+
+S = TypeVar("S")
+T = TypeVar("T")
 
 
 class ImageError(DataError):
@@ -192,6 +203,19 @@ def open_original(path: Path, *, any_format: bool = False) -> tuple[Image.Image,
         picture = _eight_bits(_upright(image))
         profile = image.info.get("icc_profile") if image.mode in ("RGB", "RGBA") else None
         return picture.convert("RGBA" if picture.has_transparency_data else "RGB"), profile
+
+
+def in_threads(function: Callable[[S], T], items: Sequence[S], *, most: int) -> Iterator[T]:
+    """`function` of each item in order, in at most `most` threads: Pillow decodes without the GIL.
+
+    Few items are submitted ahead, so that an interrupted call ends soon.
+    """
+    image_suffixes()  # Pillow's readers are registered before several threads ask for them
+    threads = max(1, min(most, os.cpu_count() or 1))
+    # Each file is opened with warnings off, which is not safe in threads: so they are off around all of them.
+    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(threads, "read images") as pool:
+        for start in range(0, len(items), 64 * threads):
+            yield from pool.map(function, items[start : start + 64 * threads])
 
 
 def to_tensor(image: Image.Image) -> Tensor:

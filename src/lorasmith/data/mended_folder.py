@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 import os
 import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,8 +27,8 @@ from typing import Literal, get_args
 from PIL import Image
 
 from lorasmith.core.choices import Fix
-from lorasmith.core.errors import DataError, OptionError, OutputError
-from lorasmith.core.files import check_writable, ensure_folder, is_folder, open_regular
+from lorasmith.core.errors import DataError, OptionError
+from lorasmith.core.files import atomic_folder, check_writable, ensure_folder, is_folder, open_regular
 from lorasmith.core.folders import plain_name, safe_name
 from lorasmith.data.captions import CAPTION_SUFFIXES, read_caption
 from lorasmith.data.clips import is_video
@@ -121,22 +120,9 @@ def write_mended(
     be read; OutputError if the target cannot be written.
     """
     check_target(target, check.folder)
-    ensure_folder(target.parent)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name[:40]}.", dir=target.parent) as temporary:
-        draft = Path(temporary, "folder")
-        try:
-            draft.mkdir()
-            # Around all threads, as each file that is opened suspends warnings too.
-            with warnings.catch_warnings(action="ignore"):
-                files = tuple(_filled(draft, check, config, only, progress))
-            _write_changes(draft, files)
-            if target.exists():
-                target.rmdir()
-            draft.rename(target)
-        except OSError as error:
-            raise OutputError(
-                f"{target} was not written ({error.strerror or error}); check the disk's space and permissions"
-            ) from error
+    with atomic_folder(target) as draft:
+        files = tuple(_filled(draft, check, config, only, progress))
+        _write_changes(draft, files)
     return MendedFolder(target, files)
 
 

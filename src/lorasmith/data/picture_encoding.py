@@ -12,7 +12,7 @@ import contextlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from PIL import __version__ as pillow_version
@@ -113,7 +113,15 @@ def encode_pictures(
     with torch.no_grad(), encoder.entries() as entries, contextlib.ExitStack() as ready:
         work = [_Work(one, entries) for one in images]
         lacking = [one for one in work if one.missing]
-        count = _Counter(len(work), progress, len(work) - len(lacking))
+        done = 0
+
+        def count(one: _Work) -> None:
+            nonlocal done
+            if len(one.found) == len(one.framed.framings):
+                done += 1
+                if progress:
+                    progress(done, len(work), one.framed.image.name, len(work) - len(lacking))
+
         for one in work:
             if not one.missing:
                 count(one)
@@ -139,22 +147,6 @@ class _Work:
             if entries is not None and (tensors := entries.get(key)) and _LATENTS in tensors:
                 self.found[index] = EncodedFraming(tensors[_LATENTS], tensors.get(_INSIDE))
         self.missing = [index for index in range(len(framed.framings)) if index not in self.found]
-
-
-@dataclass
-class _Counter:
-    """Reports images of which every framing is encoded."""
-
-    total: int
-    progress: EncodingProgress | None
-    cached: int
-    done: int = field(default=0, init=False)
-
-    def __call__(self, one: _Work) -> None:
-        if len(one.found) == len(one.framed.framings):
-            self.done += 1
-            if self.progress:
-                self.progress(self.done, self.total, one.framed.image.name, self.cached)
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,8 @@ kept per image.
 
 from __future__ import annotations
 
-import os
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -24,12 +21,13 @@ from lorasmith.data.dataset import held_out_names
 from lorasmith.data.findings import CheckedImage, Finding, FindingKind, LookAlikes, TokenLimit, found_in
 from lorasmith.data.folder import FolderScan, ImageFile
 from lorasmith.data.folder_listing import Reason
+from lorasmith.data.image_files import in_threads
 from lorasmith.data.picture_quality import MEASURED_EDGE, PictureQuality, look_alikes, measured
 from lorasmith.data.source_files import Candidate
 
 _USUAL = (1024, 768, 512, 256)
 _FILLED = 0.75  # share of the images that a resolution must not enlarge
-_MOST_THREADS, _AHEAD = 8, 256
+_MOST_THREADS = 8
 
 
 @dataclass(frozen=True)
@@ -97,21 +95,22 @@ def preflight(
     batch: int = 1,
     validation_share: float | None = None,
     progress: Callable[[int, int], None] | None = None,
-    threads: int | None = None,
 ) -> Preflight:
     """Check a scanned folder.
 
     `resolution` is the model's, for a `config` without one; sides are multiples of at least `multiple`. `tokenize`
     counts a caption's tokens. `validation_share` is held out as by `split`. `progress` receives (images done, all
-    images). `threads` read images; None for one per processor, at most 8. ImageError if an image can no longer be read;
-    DataError if the resolution is below `multiple`.
+    images). ImageError if an image can no longer be read; DataError if the resolution is below `multiple`.
     """
     resolutions = config.all_resolutions(resolution)
     step = pixel_step(config, multiple)
     plain = replace(config, flip=False, picture_variants=1)
     frames = [framings_of(image, plain, resolution=resolution, multiple=step) for image in scan.images]
-    with warnings.catch_warnings(action="ignore"):  # around all threads, as each file that is opened does it too
-        qualities = list(_measured(scan.images, frames, threads, progress))
+    qualities = []
+    for quality in in_threads(_measured, list(zip(scan.images, frames, strict=True)), most=_MOST_THREADS):
+        qualities.append(quality)
+        if progress:
+            progress(len(qualities), len(scan.images))
     count = partial(_tokens, tokenize, config) if tokenize else None
     images = tuple(
         _checked(image, quality, folder, found, count)
@@ -165,26 +164,11 @@ def usual_resolution(images: Sequence[ImageFile]) -> int:
     return next(fitting, _USUAL[-1])
 
 
-def _measured(
-    images: Sequence[ImageFile],
-    frames: Sequence[Sequence[Framing]],
-    threads: int | None,
-    progress: Callable[[int, int], None] | None,
-) -> Iterable[PictureQuality]:
-    """The quality of each image, measured at its largest training size."""
-
-    def measure(image: ImageFile, sizes: Sequence[Framing]) -> PictureQuality:
-        longest = max(max(one.width, one.height) for one in sizes)
-        return measured(open_still(image.path, min(MEASURED_EDGE, longest), grey=True))
-
-    threads = threads or min(os.cpu_count() or 1, _MOST_THREADS)
-    with ThreadPoolExecutor(threads, "read images") as pool:
-        for start in range(0, len(images), _AHEAD):  # few are ahead, so that an interrupted check ends soon
-            some = slice(start, start + _AHEAD)
-            for done, quality in enumerate(pool.map(measure, images[some], frames[some]), start=start + 1):
-                yield quality
-                if progress:
-                    progress(done, len(images))
+def _measured(one: tuple[ImageFile, Sequence[Framing]]) -> PictureQuality:
+    """The quality of an image, measured at its largest training size."""
+    image, frames = one
+    longest = max(max(one.width, one.height) for one in frames)
+    return measured(open_still(image.path, min(MEASURED_EDGE, longest), grey=True))
 
 
 def _checked(

@@ -40,13 +40,37 @@ from lorasmith.families.base import Conditioning
 from lorasmith.formats.container import count_non_finite, read_safetensors, serialised
 
 INDEX = "index.json"  # which ComfyUI's data sets lack
-
 _FORMAT = "lorasmith.training_dataset"
 _VERSION = 1
 _MOST_TENSORS = 50_000  # in a shard; a safetensors file may have twice as many
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _OWN_FILES = re.compile(rf"{re.escape(INDEX)}|metadata\.json|{DATASET_SHARD}\d+\.(safetensors|pkl)")
 """Files of a saved data set, ours or ComfyUI's: a folder with other files is not overwritten."""
+
+_AGAIN = "get the data set again, or save it again"
+_ALLOWED = re.compile(
+    r"torch\._utils _rebuild_tensor_v2|collections OrderedDict|torch (Float|Half|BFloat16|Double|Long|Int|Bool)Storage"
+)
+"""Globals that a shard's pickle may name: tensors, and the empty dictionary of hooks that each has."""
+
+_MOST_PICKLE_BYTES = 64 * 2**20
+_SPARE_OPCODES, _BYTES_PER_OPCODE = 100_000, 16
+"""A latent has some 40 opcodes, and at least 512 bytes. Each opcode may make an object of a hundred bytes."""
+
+_DEEPEST_TUPLE = 10  # that of a tensor has 2
+_MOST_CONDITIONINGS = 100_000
+_IDS, _WEIGHTS = "t5xxl_ids", "t5xxl_weights"
+"""Options of a prompt's T5 tokens, without a batch, which a denoiser with a text adapter reads."""
+
+_VOCABULARY = 32128  # T5 token ids
+_OPTIONS = frozenset({"pooled_output", "guidance", "attention_mask", "start_percent", "end_percent", _IDS, _WEIGHTS})
+_LATENT_KEYS = frozenset({"samples", "downscale_ratio_spacial"})
+_COMFYUI_AGAIN = "save it again with ComfyUI, or get it again"
+_LISTS = ("latents", "conditioning")
+_REFUSED = frozenset({
+    "GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4", "FROZENSET", "MEMOIZE",
+})  # fmt: skip
+"""Opcodes that import functions and classes, and those of protocols that torch does not write."""
 
 
 class LatentBatch(NamedTuple):
@@ -158,7 +182,27 @@ def inside(folder: Path, name: str) -> Path:
     return folder / name
 
 
-_AGAIN = "get the data set again, or save it again"
+def is_comfyui_dataset(folder: Path) -> bool:
+    """Whether a folder holds pickled shards."""
+    return bool(_comfyui_shards(folder))
+
+
+def read_comfyui_dataset(folder: Path) -> tuple[SavedSamples, list[str]]:
+    """The samples in a folder that ComfyUI wrote, and the names of entries that were ignored.
+
+    DataError if a shard is damaged, holds anything but tensors and plain values, or the samples are invalid.
+    """
+    latents: list[LatentBatch] = []
+    conditioning: list[list[Conditioning]] = []
+    ignored: dict[str, None] = {}
+    for name in _comfyui_shards(folder):
+        shard = _Shard.read(inside(folder, name))
+        latents += shard.latents()
+        conditioning += shard.conditionings()
+        ignored |= shard.ignored
+    samples = SavedSamples(latents, conditioning)
+    samples.check(str(folder))
+    return samples, list(ignored)
 
 
 @dataclass(frozen=True)
@@ -317,50 +361,6 @@ def _check_finite(tensor: Tensor, place: str) -> None:
         )
 
 
-_ALLOWED = re.compile(
-    r"torch\._utils _rebuild_tensor_v2|collections OrderedDict|torch (Float|Half|BFloat16|Double|Long|Int|Bool)Storage"
-)
-"""Globals that a shard's pickle may name: tensors, and the empty dictionary of hooks that each has."""
-
-_MOST_PICKLE_BYTES = 64 * 2**20
-_SPARE_OPCODES, _BYTES_PER_OPCODE = 100_000, 16
-"""A latent has some 40 opcodes, and at least 512 bytes. Each opcode may make an object of a hundred bytes."""
-_DEEPEST_TUPLE = 10  # that of a tensor has 2
-_MOST_CONDITIONINGS = 100_000
-_IDS, _WEIGHTS = "t5xxl_ids", "t5xxl_weights"
-"""Options of a prompt's T5 tokens, without a batch, which a denoiser with a text adapter reads."""
-_VOCABULARY = 32128  # T5 token ids
-_OPTIONS = frozenset({"pooled_output", "guidance", "attention_mask", "start_percent", "end_percent", _IDS, _WEIGHTS})
-_LATENT_KEYS = frozenset({"samples", "downscale_ratio_spacial"})
-_COMFYUI_AGAIN = "save it again with ComfyUI, or get it again"
-
-
-def is_comfyui_dataset(folder: Path) -> bool:
-    """Whether a folder holds pickled shards."""
-    return bool(_comfyui_shards(folder))
-
-
-def read_comfyui_dataset(folder: Path) -> tuple[SavedSamples, list[str]]:
-    """The samples in a folder that ComfyUI wrote, and the names of entries that were ignored.
-
-    DataError if a shard is damaged, holds anything but tensors and plain values, or the samples are invalid.
-    """
-    latents: list[LatentBatch] = []
-    conditioning: list[list[Conditioning]] = []
-    ignored: dict[str, None] = {}
-    for name in _comfyui_shards(folder):
-        shard = _Shard.read(inside(folder, name))
-        latents += shard.latents()
-        conditioning += shard.conditionings()
-        ignored |= shard.ignored
-    samples = SavedSamples(latents, conditioning)
-    samples.check(str(folder))
-    return samples, list(ignored)
-
-
-_LISTS = ("latents", "conditioning")
-
-
 def _comfyui_shards(folder: Path) -> list[str]:
     """Names of the pickled shards, sorted."""
     pattern = re.compile(rf"{DATASET_SHARD}(\d+)\.pkl")
@@ -431,12 +431,6 @@ def _check_pickle(path: Path) -> None:
                 raise DataError(f"{path} must nest at most {_DEEPEST_TUPLE} tuples, and nests more; {_COMFYUI_AGAIN}")
             del nesting[start - (below.index(pickletools.markobject) if marked else 0) :]
             nesting += [level] * len(opcode.stack_after)
-
-
-_REFUSED = frozenset({
-    "GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4", "FROZENSET", "MEMOIZE",
-})  # fmt: skip
-"""Opcodes that import functions and classes, and those of protocols that torch does not write."""
 
 
 @dataclass

@@ -14,6 +14,11 @@ from lorasmith.data.folder_listing import LINK, ListedFolder, Reason, Skipped, l
 from lorasmith.data.hub_datasets import is_saved_dataset, unpacked_folder
 from lorasmith.data.metadata_files import METADATA_SUFFIXES, Metadata, MetadataError, preferred_metadata, read_metadata
 
+_ABOUT = frozenset(
+    ("about", "authors", "changes", "copying", "credits", "licence", "license", "notice", "readme", "sources")
+)
+"""Names of text files about a folder."""
+
 
 @dataclass(slots=True)
 class Candidate:
@@ -113,6 +118,60 @@ def candidates(
     masks.finish()
 
 
+class NoteKind(Enum):
+    """A kind of remark: the start of its sentence in singular and plural, and the rest of it."""
+
+    LATIN_1 = (
+        "caption file is",
+        "caption files are",
+        "not UTF-8 and read as latin-1, such as {}; check the accents or save as UTF-8",
+    )
+    SECOND_FILE = (
+        "caption file is",
+        "caption files are",
+        "not used, such as {}, as the image has another one; remove one of them",
+    )
+    NO_IMAGE = (
+        "caption file has",
+        "caption files have",
+        "no image of the same name, such as {}; rename or remove what is not needed",
+    )
+    ORIGIN = ("file with captions is", "files with captions are", "not used, such as {}; they are with captions files")
+    DIFFERENT = ("image has", "images have", "different captions in a caption file and in a metadata file; {}")
+    NO_ENTRY = ("entry of metadata files has", "entries of metadata files have", "no image here, such as {}")
+    OUTSIDE = (
+        "entry of metadata files is",
+        "entries of metadata files are",
+        "not used, such as {}, as they name files outside of the folder",
+    )
+    UNNAMED = ("image is", "images are", "not used, such as {}, as the metadata file does not name them")
+    MASKS_OFF = ("mask is", "masks are", "not used, such as {}; they are with masks files")
+    MASK = ("mask is", "masks are", "not used, such as {}, as there is no image of the name, or another mask")
+    TWICE = ("image is", "images are", "in several sources, such as {}, and counted for each")
+    CASE = (
+        "image has",
+        "images have",
+        "the name of another one but for case, such as {}; rename them, as Windows and macOS take them for one",
+    )
+    LINKS = ("file is a link", "files are links", "to outside of the folder, such as {}")
+
+
+class ScanNotes:
+    """ScanNotes, counted by kind."""
+
+    def __init__(self) -> None:
+        self._found: dict[NoteKind, tuple[int, str]] = {}
+
+    def add(self, kind: NoteKind, example: str, count: int = 1) -> None:
+        """Count notes of a kind, of which the first example is kept."""
+        if count:
+            before, first = self._found.get(kind, (0, example))
+            self._found[kind] = (before + count, first)
+
+    def sentences(self) -> tuple[str, ...]:
+        return tuple(_sentence(kind, *self._found[kind]) for kind in NoteKind if kind in self._found)
+
+
 @dataclass(slots=True)
 class _Known:
     inside: str  # folder relative to the source
@@ -201,9 +260,7 @@ class _Masks:
                 raise DataError(
                     f"mask_folder must be another folder than that of the images, got {folder}; leave it out"
                 )
-            for listed in list_folders(
-                folder, recursive=True, masks=True, mask_folder=None, skipped=[], follow_links=config.follow_links
-            ):
+            for listed in list_folders(folder, recursive=True, masks=True, follow_links=config.follow_links):
                 named = [(stem_of(name), name) for name in listed.images]
                 named += [(stem, name) for stem, names in listed.masks.items() for name in names]
                 for stem, name in named:
@@ -271,66 +328,6 @@ def _note_orphans(folder: ListedFolder, notes: ScanNotes) -> None:
     for stem, names in folder.captions.items():
         if stem not in stems and stem.lower() not in _ABOUT:
             notes.add(NoteKind.NO_IMAGE, names[0], len(names))
-
-
-_ABOUT = frozenset(
-    ("about", "authors", "changes", "copying", "credits", "licence", "license", "notice", "readme", "sources")
-)
-"""Names of text files about a folder."""
-
-
-class NoteKind(Enum):
-    """A kind of remark: the start of its sentence in singular and plural, and the rest of it."""
-
-    LATIN_1 = (
-        "caption file is",
-        "caption files are",
-        "not UTF-8 and read as latin-1, such as {}; check the accents or save as UTF-8",
-    )
-    SECOND_FILE = (
-        "caption file is",
-        "caption files are",
-        "not used, such as {}, as the image has another one; remove one of them",
-    )
-    NO_IMAGE = (
-        "caption file has",
-        "caption files have",
-        "no image of the same name, such as {}; rename or remove what is not needed",
-    )
-    ORIGIN = ("file with captions is", "files with captions are", "not used, such as {}; they are with captions files")
-    DIFFERENT = ("image has", "images have", "different captions in a caption file and in a metadata file; {}")
-    NO_ENTRY = ("entry of metadata files has", "entries of metadata files have", "no image here, such as {}")
-    OUTSIDE = (
-        "entry of metadata files is",
-        "entries of metadata files are",
-        "not used, such as {}, as they name files outside of the folder",
-    )
-    UNNAMED = ("image is", "images are", "not used, such as {}, as the metadata file does not name them")
-    MASKS_OFF = ("mask is", "masks are", "not used, such as {}; they are with masks files")
-    MASK = ("mask is", "masks are", "not used, such as {}, as there is no image of the name, or another mask")
-    TWICE = ("image is", "images are", "in several sources, such as {}, and counted for each")
-    CASE = (
-        "image has",
-        "images have",
-        "the name of another one but for case, such as {}; rename them, as Windows and macOS take them for one",
-    )
-    LINKS = ("file is a link", "files are links", "to outside of the folder, such as {}")
-
-
-class ScanNotes:
-    """ScanNotes, counted by kind."""
-
-    def __init__(self) -> None:
-        self._found: dict[NoteKind, tuple[int, str]] = {}
-
-    def add(self, kind: NoteKind, example: str, count: int = 1) -> None:
-        """Count notes of a kind, of which the first example is kept."""
-        if count:
-            before, first = self._found.get(kind, (0, example))
-            self._found[kind] = (before + count, first)
-
-    def sentences(self) -> tuple[str, ...]:
-        return tuple(_sentence(kind, *self._found[kind]) for kind in NoteKind if kind in self._found)
 
 
 def _sentence(kind: NoteKind, count: int, example: str) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lorasmith.core.errors import DataError
-from lorasmith.core.folders import Folders, fingerprint
+from lorasmith.core.folders import Folders
 from lorasmith.core.printable import count_text
 from lorasmith.data.clips import Video, VideoScan, open_video, read_frames, scan_videos
 from lorasmith.data.data_config import DataConfig
@@ -48,12 +48,8 @@ from lorasmith.workflow import NodeContext, Output, node, socket
 
 T = TypeVar("T")
 
-_FOLDER = socket("COMBO", options=lambda folders: folders.input_folders(), tooltip="In the input folder.")
+_FOLDER = socket("COMBO", options=Folders.input_folders, file=Folders.find_input_folder, tooltip="In the input folder.")
 _SAMPLES = (Output("LATENT", "latents", is_list=True), Output("CONDITIONING", "conditioning", is_list=True))
-
-
-def _files(folders: Folders, folder: str) -> object:
-    return fingerprint(folders.find_input_folder(folder))
 
 
 @node(
@@ -62,7 +58,6 @@ def _files(folders: Folders, folder: str) -> object:
     "image",
     outputs=[Output("IMAGE", "images", is_list=True)],
     search_aliases=["load folder", "load dataset", "import dataset"],
-    fingerprint=_files,
 )
 def load_image_folder(context: NodeContext, *, folder: str = _FOLDER) -> tuple[list[Tensor]]:
     """Read the images of a folder in the order of their names, upright, with transparency on white."""
@@ -80,7 +75,6 @@ def load_image_folder(context: NodeContext, *, folder: str = _FOLDER) -> tuple[l
     "image",
     outputs=[Output("IMAGE", "images", is_list=True), Output("STRING", "texts", is_list=True)],
     search_aliases=["load folder", "load dataset", "import dataset"],
-    fingerprint=_files,
 )
 def load_image_text_folder(context: NodeContext, *, folder: str = _FOLDER) -> tuple[list[Tensor], list[str]]:
     """Read the images of a folder and their caption files, in the order of their names.
@@ -246,13 +240,15 @@ def save_training_dataset(
     "model/training",
     outputs=_SAMPLES,
     search_aliases=["import dataset", "training data"],
-    fingerprint=lambda folders, folder_name: fingerprint(folders.find_dataset(folder_name)),
 )
 def load_training_dataset(
     context: NodeContext,
     *,
     folder_name: str = socket(
-        "COMBO", options=lambda folders: folders.datasets(), tooltip="Saved here or by ComfyUI, in the datasets folder."
+        "COMBO",
+        options=Folders.datasets,
+        file=Folders.find_dataset,
+        tooltip="Saved here or by ComfyUI, in the datasets folder.",
     ),
 ) -> tuple[list[Latent], Sequence[Sequence[Conditioning]]]:
     """Load encoded images and captions that Save Training Dataset saved."""
@@ -277,14 +273,7 @@ _TEXTS = Output("STRING", "texts", is_list=True)
 _SEARCHED = ("load folder", "load dataset", "load videos", "import dataset")
 
 
-@node(
-    "LoadVideoDataSetFromFolder",
-    "Load Video (from Folder)",
-    "video",
-    outputs=[_LIST],
-    search_aliases=_SEARCHED,
-    fingerprint=_files,
-)
+@node("LoadVideoDataSetFromFolder", "Load Video (from Folder)", "video", outputs=[_LIST], search_aliases=_SEARCHED)
 def load_video_folder(context: NodeContext, *, folder: str = _FOLDER) -> tuple[list[Video]]:
     """Find the videos of a folder, in the order of their names."""
     scan = _scanned_videos(context, folder, subfolders=False)
@@ -297,7 +286,6 @@ def load_video_folder(context: NodeContext, *, folder: str = _FOLDER) -> tuple[l
     "video",
     outputs=[_LIST, _TEXTS],
     search_aliases=_SEARCHED,
-    fingerprint=_files,
 )
 def load_video_text_folder(context: NodeContext, *, folder: str = _FOLDER) -> tuple[list[Video], list[str]]:
     """Find the videos of a folder and their caption files, in the order of their names.

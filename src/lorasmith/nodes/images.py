@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lorasmith.core.errors import DataError
-from lorasmith.core.folders import Folders, fingerprint
+from lorasmith.core.folders import Folders
 from lorasmith.data.image_files import image_suffixes, open_frames
 from lorasmith.nodes.values import SEED, check_pixels, flat_images, numpy_draws, one_for_each, shuffled, single
 from lorasmith.workflow import NodeContext, Output, node, socket
@@ -46,6 +46,7 @@ _IMAGE_FILE = socket(
     "COMBO",
     options=lambda folders: folders.input_files(image_suffixes()),
     accept=known_input,
+    file=Folders.find_input,
     extras={"image_upload": True},
     tooltip="A file in the input folder; cat.png [output] is one in the output folder.",
 )
@@ -57,7 +58,6 @@ _IMAGE_FILE = socket(
     "image",
     outputs=["IMAGE", "MASK"],
     search_aliases=["open image", "import image", "read image"],
-    fingerprint=lambda folders, image: fingerprint(folders.find_input(image)),
 )
 def load_image(context: NodeContext, *, image: str = _IMAGE_FILE) -> tuple[Tensor, Tensor]:
     """Read a picture, rotated as in its EXIF data, and its transparency as a mask.
@@ -73,7 +73,6 @@ def load_image(context: NodeContext, *, image: str = _IMAGE_FILE) -> tuple[Tenso
     "image",
     outputs=["MASK"],
     search_aliases=["import mask", "alpha mask", "channel mask"],
-    fingerprint=lambda folders, image: fingerprint(folders.find_input(image)),
 )
 def load_image_mask(
     context: NodeContext,

@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
+from typing import TypeVar
 
 import torch
 
 from lorasmith.adapters.catalogue import STRENGTH
 from lorasmith.adapters.frozen_layer import cast_weights
-from lorasmith.core.folders import Folders, fingerprint
-from lorasmith.families.loading import check_encoders, load_model, load_structure
-from lorasmith.families.model import Autoencoder, Denoiser, TextEncoder
-from lorasmith.families.part_loading import autoencoder_part, load_autoencoder, load_text_encoder
+from lorasmith.core.folders import Folders
+from lorasmith.families.loading import check_encoders
+from lorasmith.families.loading import load_model
+from lorasmith.families.loading import load_structure
+from lorasmith.families.model import Autoencoder
+from lorasmith.families.model import Denoiser
+from lorasmith.families.model import TextEncoder
+from lorasmith.families.part_loading import autoencoder_part
+from lorasmith.families.part_loading import load_autoencoder
+from lorasmith.families.part_loading import load_text_encoder
 from lorasmith.training.lora_handle import Lora
-from lorasmith.workflow import Input, NodeContext, Output, node, socket
-from lorasmith.workflow.graph import Graph, Link
-from lorasmith.workflow.sockets import ANY, MATCH
+from lorasmith.workflow import Input
+from lorasmith.workflow import NodeContext
+from lorasmith.workflow import Output
+from lorasmith.workflow import node
+from lorasmith.workflow import socket
+from lorasmith.workflow.graph import Graph
+from lorasmith.workflow.graph import Link
+from lorasmith.workflow.sockets import ANY
+from lorasmith.workflow.sockets import MATCH
 
 E = TypeVar("E", TextEncoder, None)
 
@@ -49,7 +64,12 @@ def _any(name: str, folders: Folders) -> str:
 
 
 def _file(kind: str, tooltip: str) -> Any:
-    return socket("COMBO", options=lambda folders: folders.files(kind), tooltip=tooltip)
+    return socket(
+        "COMBO",
+        options=lambda folders: folders.files(kind),
+        file=lambda folders, name: folders.find(kind, name),
+        tooltip=tooltip,
+    )
 
 
 _ENCODER_FILE = _file("text_encoders", "A file in models/text_encoders.")
@@ -59,29 +79,10 @@ def _type(options: Sequence[str]) -> Any:
     return socket("COMBO", options=options, accept=_any, tooltip="The model that the prompts are for.")
 
 
-def _encoder_files(
-    folders: Folders,
-    clip_name: str = "",
-    clip_name1: str = "",
-    clip_name2: str = "",
-    clip_name3: str = "",
-    clip_name4: str = "",
-) -> object:
-    """Sizes and times of the files of a node's inputs."""
-    names = (clip_name, clip_name1, clip_name2, clip_name3, clip_name4)
-    return [fingerprint(folders.find("text_encoders", name)) for name in names if name]
-
-
 _DEVICE = socket("COMBO", options=("default", "cpu"), optional=True, accept=_any, tooltip="Where prompts are encoded.")
 
 
-@node(
-    "CheckpointLoaderSimple",
-    "Load Checkpoint",
-    "model/loaders",
-    outputs=["MODEL", "CLIP", "VAE"],
-    fingerprint=lambda folders, ckpt_name: fingerprint(folders.find("checkpoints", ckpt_name)),
-)
+@node("CheckpointLoaderSimple", "Load Checkpoint", "model/loaders", outputs=["MODEL", "CLIP", "VAE"])
 def load_checkpoint(
     context: NodeContext, *, ckpt_name: str = _file("checkpoints", "A checkpoint file, or a diffusers folder.")
 ) -> tuple[Denoiser, TextEncoder, Autoencoder]:
@@ -93,13 +94,7 @@ def load_checkpoint(
     return model.denoiser, model.text_encoder, model.autoencoder
 
 
-@node(
-    "UNETLoader",
-    "Load Diffusion Model",
-    "model/loaders",
-    outputs=["MODEL"],
-    fingerprint=lambda folders, unet_name: fingerprint(folders.find("diffusion_models", unet_name)),
-)
+@node("UNETLoader", "Load Diffusion Model", "model/loaders", outputs=["MODEL"])
 def load_diffusion_model(
     context: NodeContext,
     *,
@@ -122,7 +117,7 @@ def load_diffusion_model(
     return (model.denoiser,)
 
 
-@node("CLIPLoader", "Load CLIP", "model/loaders", outputs=["CLIP"], fingerprint=_encoder_files)
+@node("CLIPLoader", "Load CLIP", "model/loaders", outputs=["CLIP"])
 def load_clip(
     context: NodeContext, *, clip_name: str = _ENCODER_FILE, type: str = _type(_TYPES), device: str | None = _DEVICE
 ) -> tuple[TextEncoder]:
@@ -130,7 +125,7 @@ def load_clip(
     return (_encoders(context, [clip_name], type, device),)
 
 
-@node("DualCLIPLoader", "Load CLIP (Dual)", "model/loaders", outputs=["CLIP"], fingerprint=_encoder_files)
+@node("DualCLIPLoader", "Load CLIP (Dual)", "model/loaders", outputs=["CLIP"])
 def load_clip_dual(
     context: NodeContext,
     *,
@@ -143,7 +138,7 @@ def load_clip_dual(
     return (_encoders(context, [clip_name1, clip_name2], type, device),)
 
 
-@node("TripleCLIPLoader", "Load CLIP (Triple)", "model/loaders", outputs=["CLIP"], fingerprint=_encoder_files)
+@node("TripleCLIPLoader", "Load CLIP (Triple)", "model/loaders", outputs=["CLIP"])
 def load_clip_triple(
     context: NodeContext,
     *,
@@ -155,7 +150,7 @@ def load_clip_triple(
     return (_encoders(context, [clip_name1, clip_name2, clip_name3]),)
 
 
-@node("QuadrupleCLIPLoader", "Load CLIP (Quadruple)", "model/loaders", outputs=["CLIP"], fingerprint=_encoder_files)
+@node("QuadrupleCLIPLoader", "Load CLIP (Quadruple)", "model/loaders", outputs=["CLIP"])
 def load_clip_quadruple(
     context: NodeContext,
     *,
@@ -168,13 +163,7 @@ def load_clip_quadruple(
     return (_encoders(context, [clip_name1, clip_name2, clip_name3, clip_name4]),)
 
 
-@node(
-    "VAELoader",
-    "Load VAE",
-    "model/loaders",
-    outputs=["VAE"],
-    fingerprint=lambda folders, vae_name: fingerprint(folders.find("vae", vae_name)),
-)
+@node("VAELoader", "Load VAE", "model/loaders", outputs=["VAE"])
 def load_vae(context: NodeContext, *, vae_name: str = _file("vae", "A file in models/vae.")) -> tuple[Autoencoder]:
     """Load an autoencoder."""
     return (load_autoencoder(context.folders.find("vae", vae_name)),)
@@ -192,15 +181,11 @@ def _strength(step: float | None = None) -> Any:
     return Input.from_option(STRENGTH, min=-100.0, max=100.0, step=step)
 
 
-_LORA_NAME = socket("COMBO", options=lambda folders: folders.files("loras"), tooltip="A LoRA file.")
+_LORA_NAME = _file("loras", "A LoRA file.")
 _STRENGTH = _strength(step=0.01)
 
 
-def _lora_file(folders: Folders, lora_name: str) -> object:
-    return fingerprint(folders.find("loras", lora_name))
-
-
-@node("LoraLoader", "Load LoRA (Model and CLIP)", "model/loaders", outputs=["MODEL", "CLIP"], fingerprint=_lora_file)
+@node("LoraLoader", "Load LoRA (Model and CLIP)", "model/loaders", outputs=["MODEL", "CLIP"])
 def lora_loader(
     context: NodeContext,
     *,
@@ -214,13 +199,7 @@ def lora_loader(
     return _with_lora(context, model, clip, lora_name, strength_model, strength_clip)
 
 
-@node(
-    "LoraLoaderBypass",
-    "Load LoRA (Bypass) (For debugging)",
-    "model/loaders",
-    outputs=["MODEL", "CLIP"],
-    fingerprint=_lora_file,
-)
+@node("LoraLoaderBypass", "Load LoRA (Bypass) (For debugging)", "model/loaders", outputs=["MODEL", "CLIP"])
 def lora_loader_bypass(
     context: NodeContext,
     *,
@@ -234,7 +213,7 @@ def lora_loader_bypass(
     return _with_lora(context, model, clip, lora_name, strength_model, strength_clip, bypass=True)
 
 
-@node("LoraLoaderModelOnly", "Load LoRA", "model/loaders", outputs=["MODEL"], fingerprint=_lora_file)
+@node("LoraLoaderModelOnly", "Load LoRA", "model/loaders", outputs=["MODEL"])
 def lora_loader_model_only(
     context: NodeContext,
     *,
@@ -246,13 +225,7 @@ def lora_loader_model_only(
     return (_with_lora(context, model, None, lora_name, strength_model)[0],)
 
 
-@node(
-    "LoraLoaderBypassModelOnly",
-    "Load LoRA (Bypass, Model Only) (for debugging)",
-    "model/loaders",
-    outputs=["MODEL"],
-    fingerprint=_lora_file,
-)
+@node("LoraLoaderBypassModelOnly", "Load LoRA (Bypass, Model Only) (for debugging)", "model/loaders", outputs=["MODEL"])
 def lora_loader_bypass_model_only(
     context: NodeContext,
     *,
@@ -334,7 +307,9 @@ def check_part_files(
 ) -> None:
     """Check that a model is trained on its own encoders' encodings, and continues LoRAs of its own.
 
-    ModelError or LoraError if a file is for another model.
+    Links are followed to the nodes that load, of whose files the headers are read. What cannot be followed (a file name
+    from another node, a choice among several models) is checked by the node that uses it. ModelError or LoraError if a
+    file is for another model.
     """
     base = _loaded(graph, model, "MODEL", folders)
     if base is None:

@@ -114,9 +114,7 @@ def _caption_file(image: Path) -> Path:
 def _images(folder: Path, recursive: bool, follow_links: bool, refused: Skipped) -> list[Path]:
     """Images in natural order, those of inner folders last; links that are not followed are appended to `refused`."""
     found = []
-    for listed in list_folders(
-        str(folder), recursive=recursive, masks=False, mask_folder=None, skipped=[], follow_links=follow_links
-    ):
+    for listed in list_folders(str(folder), recursive=recursive, follow_links=follow_links):
         for name in listed.images:
             if listed.refuses(name):
                 refused.append((listed.file(name), LINK))

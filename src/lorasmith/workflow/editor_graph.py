@@ -26,6 +26,15 @@ from lorasmith.workflow.sockets import SCALARS, Input
 
 MUTED, BYPASSED = 2, 4  # modes of nodes that do not run; a bypassed one passes its inputs on
 SAVE_AGAIN = "save the workflow again in ComfyUI"  # remedy for malformed files
+_LONGEST, _LONGEST_NUMBER = 80, 9
+WidgetNames: TypeAlias = Callable[[str, Sequence[Any]], "Sequence[str | None] | None"]
+"""Names of a class's values by position, given the class and the values; None in place of a name for a value of the
+editor's own, and None in place of the list for an unknown class."""
+
+SEEDS = ("seed", "noise_seed")
+"""Integers of these names have a control after them, unless their declaration says otherwise."""
+
+_CONTROLS = ("fixed", "increment", "decrement", "randomize", "increment-wrap")
 
 
 class EditorLink(NamedTuple):
@@ -132,166 +141,6 @@ def read_editor_graph(content: Mapping[str, Any]) -> EditorGraph:
     return _graph(content, definitions, subgraph=False)
 
 
-def _definitions(content: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Definitions in a file, including those inside other definitions."""
-    found = [content]
-    while found:
-        inner = found.pop().get("definitions")
-        listed = inner.get("subgraphs") if isinstance(inner, dict) else None
-        for one in listed if isinstance(listed, list) else ():
-            if not isinstance(one, dict):
-                raise GraphError(f"a subgraph of a workflow must be an object, got {_shown(one)}; {SAVE_AGAIN}")
-            yield one
-            found.append(one)
-
-
-def _graph(given: Mapping[str, Any], definitions: Mapping[str, EditorGraph], *, subgraph: bool) -> EditorGraph:
-    nodes: dict[str, EditorNode] = {}
-    for one in _list(given, "nodes"):
-        node = _node(one)
-        if node.id in nodes:
-            shown = printable(node.id, limit=_LONGEST)
-            raise GraphError(f"ids of nodes must be unique, but two nodes have the id {shown}; {SAVE_AGAIN}")
-        nodes[node.id] = node
-    links = dict(filter(None, map(_link, _list(given, "links"))))
-    if not subgraph:
-        return EditorGraph(nodes, links, definitions=definitions)
-    source, sink = (_io(given, side, other) for side, other in (("inputNode", "-10"), ("outputNode", "-20")))
-    begun: dict[tuple[str, int], list[str]] = {}
-    ended: dict[tuple[str, int], list[str]] = {}
-    for key, one in links.items():
-        begun.setdefault((one.origin, one.origin_slot), []).append(key)
-        ended.setdefault((one.target, one.target_slot), []).append(key)
-    # An input leads to many sockets, in the order of its list; an output has one link, the first in the file.
-    inputs = tuple(
-        Boundary(_name(one), _keys(one) or tuple(begun.get((source, place), ())))
-        for place, one in enumerate(_list(given, "inputs"))
-    )
-    outputs = tuple(
-        Boundary(_name(one), tuple(ended.get((sink, place), ())) or _keys(one))
-        for place, one in enumerate(_list(given, "outputs"))
-    )
-    return EditorGraph(nodes, links, _text(given.get("name")), inputs, outputs, source, sink, definitions)
-
-
-def _node(given: Any) -> EditorNode:
-    key = _key(given.get("id")) if isinstance(given, dict) else None
-    if key is None or not isinstance(given.get("type"), str):
-        raise GraphError(
-            f"a node of a workflow must be an object with an id and a type, got {_shown(given)}; {SAVE_AGAIN}"
-        )
-    properties = given.get("properties")
-    properties = properties if isinstance(properties, dict) else {}
-    values, named, mode = given.get("widgets_values"), given.get("widgets_values_named"), given.get("mode")
-    outputs = [one if isinstance(one, dict) else {} for one in _list(given, "outputs")]
-    return EditorNode(
-        id=key,
-        type=given["type"],
-        title=_text(given.get("title")),
-        mode=mode if isinstance(mode, int) else 0,
-        inputs=tuple(map(_input, _list(given, "inputs"))),
-        outputs=tuple(_type(one.get("type")) for one in outputs),
-        values=values if isinstance(values, (list, dict)) else None,
-        named=named if isinstance(named, dict) else {},
-        proxies=tuple(filter(None, map(_proxy, _list(properties, "proxyWidgets")))),
-        set_aside=dict(filter(None, map(_set_aside, _list(properties, "proxyWidgetErrorQuarantine")))),
-    )
-
-
-def _input(given: Any) -> EditorInput:
-    given = given if isinstance(given, dict) else {}
-    widget = given.get("widget")
-    name = widget.get("name") if isinstance(widget, dict) else None
-    return EditorInput(
-        _text(given.get("name")), _type(given.get("type")), _key(given.get("link")), name if _is_text(name) else None
-    )
-
-
-def _link(given: Any) -> tuple[str, EditorLink] | None:
-    if isinstance(given, dict):
-        given = [given.get(name) for name in ("id", "origin_id", "origin_slot", "target_id", "target_slot")]
-    if not isinstance(given, list) or len(given) < 5:
-        return None
-    key, origin, target = (_key(given[place]) for place in (0, 1, 3))
-    origin_slot, target_slot = (_slot(given[place]) for place in (2, 4))
-    if key is None or origin is None or target is None or origin_slot is None or target_slot is None:
-        return None
-    return key, EditorLink(origin, origin_slot, target, target_slot)
-
-
-def _name(given: Any) -> str:
-    return _text(given.get("name")) if isinstance(given, dict) else ""
-
-
-def _keys(given: Any) -> tuple[str, ...]:
-    """Ids of the links of a subgraph's input or output."""
-    listed = _list(given, "linkIds") if isinstance(given, dict) else []
-    return tuple(key for key in map(_key, listed) if key is not None)
-
-
-def _io(given: Mapping[str, Any], name: str, default: str) -> str:
-    node = given.get(name)
-    return (_key(node.get("id")) if isinstance(node, dict) else None) or default
-
-
-def _proxy(given: Any) -> tuple[str, str, str] | None:
-    if not isinstance(given, list) or len(given) < 2 or not _is_text(given[1]) or (key := _key(given[0])) is None:
-        return None
-    return key, given[1], (_key(given[2]) or "") if len(given) > 2 else ""
-
-
-def _set_aside(given: Any) -> tuple[str, Any] | None:
-    entry = _proxy(given.get("originalEntry")) if isinstance(given, dict) else None
-    if entry is None or entry[0] != "-1" or given.get("hostValue") is None:
-        return None
-    return entry[1], given["hostValue"]
-
-
-def _list(given: Mapping[str, Any], name: str) -> list[Any]:
-    value = given.get(name)
-    return value if isinstance(value, list) else []
-
-
-def _key(value: Any) -> str | None:
-    """An id as text; None if it is not an id."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return str(value) if isinstance(value, (int, str)) and not isinstance(value, bool) and value != "" else None
-
-
-def _slot(value: Any) -> int | None:
-    if isinstance(value, str) and value.isascii() and value.isdecimal() and len(value) <= _LONGEST_NUMBER:
-        value = int(value)
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else ""
-
-
-def _type(value: Any) -> str:
-    return value if _is_text(value) else "*"
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and value != ""
-
-
-def _shown(value: Any) -> str:
-    return printable(repr(value), limit=_LONGEST)
-
-
-_LONGEST, _LONGEST_NUMBER = 80, 9
-
-
-WidgetNames: TypeAlias = Callable[[str, Sequence[Any]], "Sequence[str | None] | None"]
-"""Names of a class's values by position, given the class and the values; None in place of a name for a value of the
-editor's own, and None in place of the list for an unknown class."""
-
-SEEDS = ("seed", "noise_seed")
-"""Integers of these names have a control after them, unless their declaration says otherwise."""
-
-
 def names_in(nodes: Registry[Node] = NODES) -> WidgetNames:
     """Names of the values of registered nodes."""
 
@@ -347,6 +196,138 @@ def without_missing_controls(names: Sequence[str | None], values: Sequence[Any])
     return kept
 
 
+def _definitions(content: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Definitions in a file, including those inside other definitions."""
+    found = [content]
+    while found:
+        inner = found.pop().get("definitions")
+        listed = inner.get("subgraphs") if isinstance(inner, dict) else None
+        for one in listed if isinstance(listed, list) else ():
+            if not isinstance(one, dict):
+                raise GraphError(f"a subgraph of a workflow must be an object, got {_shown(one)}; {SAVE_AGAIN}")
+            yield one
+            found.append(one)
+
+
+def _graph(given: Mapping[str, Any], definitions: Mapping[str, EditorGraph], *, subgraph: bool) -> EditorGraph:
+    nodes: dict[str, EditorNode] = {}
+    for one in _list(given, "nodes"):
+        node = _node(one)
+        if node.id in nodes:
+            shown = printable(node.id, limit=_LONGEST)
+            raise GraphError(f"ids of nodes must be unique, but two nodes have the id {shown}; {SAVE_AGAIN}")
+        nodes[node.id] = node
+    links = dict(filter(None, map(_link, _list(given, "links"))))
+    if not subgraph:
+        return EditorGraph(nodes, links, definitions=definitions)
+    source = _key(_object(given.get("inputNode")).get("id")) or "-10"
+    sink = _key(_object(given.get("outputNode")).get("id")) or "-20"
+    begun: dict[tuple[str, int], list[str]] = {}
+    ended: dict[tuple[str, int], list[str]] = {}
+    for key, one in links.items():
+        begun.setdefault((one.origin, one.origin_slot), []).append(key)
+        ended.setdefault((one.target, one.target_slot), []).append(key)
+    # An input leads to many sockets, in the order of its list; an output has one link, the first in the file.
+    inputs = tuple(
+        Boundary(_text(one.get("name")), _keys(one) or tuple(begun.get((source, place), ())))
+        for place, one in enumerate(map(_object, _list(given, "inputs")))
+    )
+    outputs = tuple(
+        Boundary(_text(one.get("name")), tuple(ended.get((sink, place), ())) or _keys(one))
+        for place, one in enumerate(map(_object, _list(given, "outputs")))
+    )
+    return EditorGraph(nodes, links, _text(given.get("name")), inputs, outputs, source, sink, definitions)
+
+
+def _node(given: Any) -> EditorNode:
+    key, type_ = (_object(given).get(name) for name in ("id", "type"))
+    if (key := _key(key)) is None or not isinstance(type_, str):
+        raise GraphError(
+            f"a node of a workflow must be an object with an id and a type, got {_shown(given)}; {SAVE_AGAIN}"
+        )
+    properties = _object(given.get("properties"))
+    values, mode = given.get("widgets_values"), given.get("mode")
+    return EditorNode(
+        id=key,
+        type=type_,
+        title=_text(given.get("title")),
+        mode=mode if isinstance(mode, int) else 0,
+        inputs=tuple(_input(_object(one)) for one in _list(given, "inputs")),
+        outputs=tuple(_type(_object(one).get("type")) for one in _list(given, "outputs")),
+        values=values if isinstance(values, (list, dict)) else None,
+        named=_object(given.get("widgets_values_named")),
+        proxies=tuple(filter(None, map(_proxy, _list(properties, "proxyWidgets")))),
+        set_aside=dict(filter(None, map(_set_aside, _list(properties, "proxyWidgetErrorQuarantine")))),
+    )
+
+
+def _input(given: Mapping[str, Any]) -> EditorInput:
+    widget = _text(_object(given.get("widget")).get("name")) or None
+    return EditorInput(_text(given.get("name")), _type(given.get("type")), _key(given.get("link")), widget)
+
+
+def _link(given: Any) -> tuple[str, EditorLink] | None:
+    if isinstance(given, dict):
+        given = [given.get(name) for name in ("id", "origin_id", "origin_slot", "target_id", "target_slot")]
+    if not isinstance(given, list) or len(given) < 5:
+        return None
+    key, origin, target = (_key(given[place]) for place in (0, 1, 3))
+    origin_slot, target_slot = (_slot(given[place]) for place in (2, 4))
+    if key is None or origin is None or target is None or origin_slot is None or target_slot is None:
+        return None
+    return key, EditorLink(origin, origin_slot, target, target_slot)
+
+
+def _keys(given: Mapping[str, Any]) -> tuple[str, ...]:
+    """Ids of the links of a subgraph's input or output."""
+    return tuple(key for key in map(_key, _list(given, "linkIds")) if key is not None)
+
+
+def _proxy(given: Any) -> tuple[str, str, str] | None:
+    if not isinstance(given, list) or len(given) < 2 or not _text(given[1]) or (key := _key(given[0])) is None:
+        return None
+    return key, given[1], (_key(given[2]) or "") if len(given) > 2 else ""
+
+
+def _set_aside(given: Any) -> tuple[str, Any] | None:
+    entry, value = _proxy(_object(given).get("originalEntry")), _object(given).get("hostValue")
+    return None if entry is None or entry[0] != "-1" or value is None else (entry[1], value)
+
+
+def _object(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _list(given: Mapping[str, Any], name: str) -> list[Any]:
+    value = given.get(name)
+    return value if isinstance(value, list) else []
+
+
+def _key(value: Any) -> str | None:
+    """An id as text; None if it is not an id."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value) if isinstance(value, (int, str)) and not isinstance(value, bool) and value != "" else None
+
+
+def _slot(value: Any) -> int | None:
+    if isinstance(value, str) and value.isascii() and value.isdecimal() and len(value) <= _LONGEST_NUMBER:
+        value = int(value)
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _type(value: Any) -> str:
+    return _text(value) or "*"
+
+
+def _shown(value: Any) -> str:
+    return printable(repr(value), limit=_LONGEST)
+
+
 def _names(inputs: Sequence[Input] | Iterator[Input]) -> Iterator[str | None]:
     for one in inputs:
         yield one.name
@@ -359,6 +340,3 @@ def _with_controls(names: Iterator[str]) -> Iterator[str | None]:
         yield name
         if name in SEEDS:
             yield None
-
-
-_CONTROLS = ("fixed", "increment", "decrement", "randomize", "increment-wrap")

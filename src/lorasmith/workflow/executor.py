@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import inspect
 import json
 import threading
 import uuid
@@ -23,7 +22,7 @@ from typing import Any
 
 from lorasmith.core.errors import CancelledError, DataError, LorasmithError, NodeError
 from lorasmith.core.files import check_writable
-from lorasmith.core.folders import Folders
+from lorasmith.core.folders import Folders, fingerprint
 from lorasmith.workflow.execution_events import (
     Event,
     ExecutionCancelled,
@@ -39,6 +38,7 @@ from lorasmith.workflow.graph import Graph, GraphNode, Link
 from lorasmith.workflow.node import Node, NodeContext, NodeOutput, ignore
 
 _PREFIX = "filename_prefix"  # input of nodes that save files in the output folder
+_MOST_ITEMS = 100_000
 
 
 class Executor:
@@ -118,7 +118,7 @@ class Executor:
                 parts = {
                     "class": member.node.id,
                     "id": key if "unique_id" in member.node.hidden else None,
-                    "fingerprint": _outside(member, self._folders),
+                    "files": _files(member, self._folders),
                     "inputs": {
                         name: ["link", signatures[value.node_id], value.output]
                         if isinstance(value, Link)
@@ -145,18 +145,6 @@ class Executor:
             self._on_event(ExecutionFailed(member.id, member.title, error))
             error.add_note(f"while running {member.label} ({member.node.id})")
             raise
-
-
-def _outside(member: GraphNode, folders: Folders) -> object:
-    """The node's fingerprint: what its result depends on besides its inputs."""
-    if member.node.fingerprint is None:
-        return None
-    _, *names = inspect.signature(member.node.fingerprint).parameters
-    values = {name: member.inputs[name] for name in names if name in member.inputs}
-    if any(isinstance(value, Link) for value in values.values()):
-        # The file is known only after the linked node has run, so a cached result cannot be used.
-        return uuid.uuid4().hex
-    return member.node.fingerprint(folders, **values)
 
 
 @dataclass(frozen=True)
@@ -193,7 +181,17 @@ def call_node(node: Node, lists: Mapping[str, Sequence[Any]], context: NodeConte
     return NodeResult(outputs, ui)
 
 
-_MOST_ITEMS = 100_000
+def _files(member: GraphNode, folders: Folders) -> object:
+    """The state of the files that the node's inputs name."""
+    states = []
+    for name, slot in member.node.slots.items():
+        if slot.file is not None and name in member.inputs:
+            value = member.inputs[name]
+            if isinstance(value, Link):
+                # The file is known only after the linked node has run, so a cached result cannot be used.
+                return uuid.uuid4().hex
+            states.append(None if (path := slot.file(folders, value)) is None else fingerprint(path))
+    return states
 
 
 def _calls(node: Node, lists: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:

@@ -24,6 +24,12 @@ from lorasmith.core.registry import Registry, nearest
 from lorasmith.workflow.node import NODES, Node
 from lorasmith.workflow.sockets import ANY, MATCH, Input, types_match
 
+MOST_NODES, _LISTED, _NAMED = 50_000, 50, 10
+Prompt: TypeAlias = Mapping[str, Any]  # nodes by id, as in the file
+_LONGEST_TITLE = 80
+NOTES = ("Note", "MarkdownNote")  # classes
+_SHOWN = 4
+
 
 @dataclass(frozen=True)
 class Link:
@@ -129,6 +135,96 @@ def examine(
     faults, ignored = checker.sorted_faults(set(depth_first(goals, needs)[0]))
     graph = Graph({key: drafts[key] for key in order}, outputs, prompt, _notes(ignored))
     return Examination(graph, faults)
+
+
+def apply_overrides(prompt: Prompt, overrides: Iterable[str], *, nodes: Registry[Node] = NODES) -> dict[str, Any]:
+    """A copy of `prompt` with changed inputs, each `<node>.<input>=<value>`, such as `12.steps=200`.
+
+    The node is an id, or a title or class that one node alone has. The value is parsed as JSON if that fits the input,
+    otherwise it is text. GraphError if an override is malformed, or names an unknown node or input.
+    """
+    changed = copy.deepcopy({str(key): member for key, member in prompt.items()})
+    for override in overrides:
+        address, equals, text = override.partition("=")
+        if not (equals and address.strip().partition(".")[2]):
+            raise GraphError(
+                f"an override must be <node>.<input>=<value>, such as 12.steps=200 or Train LoRA.steps=200, "
+                f"got {override!r}"
+            )
+        node_id, name = _addressed(changed, address.strip(), override, nodes)
+        label = node_label(node_id, node_title(changed[node_id], nodes))
+        _override_input(changed[node_id], name, text.strip(), label, nodes)
+    return changed
+
+
+def is_remark(key: str, member: Any) -> bool:
+    """Whether a value in a prompt is not a node: a note, or an addition beside the nodes."""
+    if not isinstance(member, dict):
+        return True
+    kind = member.get("class_type")
+    return key.startswith("_") or "inputs" not in member if kind is None else kind in NOTES
+
+
+def class_of(member: Any, nodes: Registry[Node] = NODES) -> Node | None:
+    """The declaration of a prompt's node; None if the node is malformed or its class unknown."""
+    class_type = member.get("class_type") if isinstance(member, dict) else None
+    return nodes[class_type] if isinstance(class_type, str) and class_type in nodes else None
+
+
+def node_label(node_id: str, title: str) -> str:
+    """The name of a node in messages: `node 12 'Train LoRA'`, with its title from `node_title`."""
+    node_id = printable(node_id, limit=_LONGEST_TITLE)
+    return f"node {node_id} {title!r}" if title else f"node {node_id}"
+
+
+def node_title(member: Any, nodes: Registry[Node] = NODES) -> str:
+    """The node's title in the file, or its display name, or its class; printable."""
+    if not isinstance(member, dict):
+        return ""
+    meta, node = member.get("_meta"), class_of(member, nodes)
+    title = meta.get("title") if isinstance(meta, dict) else None
+    if isinstance(title, str) and title:
+        return printable(title, limit=_LONGEST_TITLE)
+    return node.display_name if node is not None else printable(member.get("class_type", ""), limit=_LONGEST_TITLE)
+
+
+class Cycle(NamedTuple):
+    """Nodes of which each needs the next one, and the last the first; the middle of a long cycle is left out."""
+
+    start: tuple[str, ...]  # its first nodes
+    left_out: int = 0
+    end: tuple[str, ...] = ()  # its last nodes, empty in short cycles
+
+
+def depth_first(goals: Iterable[str], needs: Mapping[str, Sequence[str]]) -> tuple[tuple[str, ...], tuple[Cycle, ...]]:
+    """Dependencies of `goals`, goals included, once each in order of execution; and cycles. Takes linear time.
+
+    The branch of one goal is completed before the next, in the order of `goals` and `needs`, which has the direct
+    dependencies of each node; those without an entry of their own are ignored. Iterative, as workflows may be deeper
+    than Python's recursion limit.
+    """
+    order: dict[str, None] = {}
+    cycles: list[Cycle] = []
+    for goal in goals:
+        stack = [] if goal in order else [(goal, iter(needs[goal]))]
+        path = {goal: 0} if stack else {}  # the nodes on the stack, with their places on it
+        while stack:
+            current, remaining = stack[-1]
+            following = next(remaining, None)
+            if following is None:
+                stack.pop()
+                del path[current]
+                order[current] = None
+            elif following in path:
+                first, length = path[following], len(stack) - path[following]
+                # Not the whole path: thousands of nodes may each lead back to the same one.
+                start = tuple(node for node, _ in stack[first : first + _SHOWN])
+                end = tuple(node for node, _ in stack[max(first + _SHOWN, len(stack) - _SHOWN) :])
+                cycles.append(Cycle(start, length - len(start) - len(end), end))
+            elif following not in order and following in needs:
+                path[following] = len(stack)
+                stack.append((following, iter(needs[following])))
+    return tuple(order), tuple(cycles)
 
 
 @dataclass
@@ -350,32 +446,6 @@ def _is_id(value: Any) -> bool:
     return isinstance(value, (str, int)) and not isinstance(value, bool)
 
 
-MOST_NODES, _LISTED, _NAMED = 50_000, 50, 10
-
-
-Prompt: TypeAlias = Mapping[str, Any]  # nodes by id, as in the file
-
-
-def apply_overrides(prompt: Prompt, overrides: Iterable[str], *, nodes: Registry[Node] = NODES) -> dict[str, Any]:
-    """A copy of `prompt` with changed inputs, each `<node>.<input>=<value>`, such as `12.steps=200`.
-
-    The node is an id, or a title or class that one node alone has. The value is parsed as JSON if that fits the input,
-    otherwise it is text. GraphError if an override is malformed, or names an unknown node or input.
-    """
-    changed = copy.deepcopy({str(key): member for key, member in prompt.items()})
-    for override in overrides:
-        address, equals, text = override.partition("=")
-        if not (equals and address.strip().partition(".")[2]):
-            raise GraphError(
-                f"an override must be <node>.<input>=<value>, such as 12.steps=200 or Train LoRA.steps=200, "
-                f"got {override!r}"
-            )
-        node_id, name = _addressed(changed, address.strip(), override, nodes)
-        label = node_label(node_id, node_title(changed[node_id], nodes))
-        _override_input(changed[node_id], name, text.strip(), label, nodes)
-    return changed
-
-
 def _addressed(prompt: Prompt, address: str, override: str, nodes: Registry[Node]) -> tuple[str, str]:
     """Id of the node and name of the input in an address; titles and inputs may contain dots."""
     parts = [(address[:place], address[place + 1 :]) for place, one in enumerate(address) if one == "."]
@@ -400,37 +470,6 @@ def _addressed(prompt: Prompt, address: str, override: str, nodes: Registry[Node
     raise GraphError(f"override {override!r}: no node {wanted!r}{hint}; there are {known or 'none'}{more}")
 
 
-def is_remark(key: str, member: Any) -> bool:
-    """Whether a value in a prompt is not a node: a note, or an addition beside the nodes."""
-    if not isinstance(member, dict):
-        return True
-    kind = member.get("class_type")
-    return key.startswith("_") or "inputs" not in member if kind is None else kind in NOTES
-
-
-def class_of(member: Any, nodes: Registry[Node] = NODES) -> Node | None:
-    """The declaration of a prompt's node; None if the node is malformed or its class unknown."""
-    class_type = member.get("class_type") if isinstance(member, dict) else None
-    return nodes[class_type] if isinstance(class_type, str) and class_type in nodes else None
-
-
-def node_label(node_id: str, title: str) -> str:
-    """The name of a node in messages: `node 12 'Train LoRA'`, with its title from `node_title`."""
-    node_id = printable(node_id, limit=_LONGEST_TITLE)
-    return f"node {node_id} {title!r}" if title else f"node {node_id}"
-
-
-def node_title(member: Any, nodes: Registry[Node] = NODES) -> str:
-    """The node's title in the file, or its display name, or its class; printable."""
-    if not isinstance(member, dict):
-        return ""
-    meta, node = member.get("_meta"), class_of(member, nodes)
-    title = meta.get("title") if isinstance(meta, dict) else None
-    if isinstance(title, str) and title:
-        return printable(title, limit=_LONGEST_TITLE)
-    return node.display_name if node is not None else printable(member.get("class_type", ""), limit=_LONGEST_TITLE)
-
-
 def _override_input(member: Any, name: str, text: str, label: str, nodes: Registry[Node]) -> None:
     node = class_of(member, nodes)
     slots = node.slots if node is not None else {}
@@ -451,49 +490,3 @@ def _read_value(text: str, wants_text: bool) -> Any:
     except ValueError:
         return text
     return text if wants_text and not isinstance(value, (str, list)) else value
-
-
-_LONGEST_TITLE = 80
-NOTES = ("Note", "MarkdownNote")  # classes
-
-
-_SHOWN = 4
-
-
-class Cycle(NamedTuple):
-    """Nodes of which each needs the next one, and the last the first; the middle of a long cycle is left out."""
-
-    start: tuple[str, ...]  # its first nodes
-    left_out: int = 0
-    end: tuple[str, ...] = ()  # its last nodes, empty in short cycles
-
-
-def depth_first(goals: Iterable[str], needs: Mapping[str, Sequence[str]]) -> tuple[tuple[str, ...], tuple[Cycle, ...]]:
-    """Dependencies of `goals`, goals included, once each in order of execution; and cycles. Takes linear time.
-
-    The branch of one goal is completed before the next, in the order of `goals` and `needs`, which has the direct
-    dependencies of each node; those without an entry of their own are ignored. Iterative, as workflows may be deeper
-    than Python's recursion limit.
-    """
-    order: dict[str, None] = {}
-    cycles: list[Cycle] = []
-    for goal in goals:
-        stack = [] if goal in order else [(goal, iter(needs[goal]))]
-        path = {goal: 0} if stack else {}  # the nodes on the stack, with their places on it
-        while stack:
-            current, remaining = stack[-1]
-            following = next(remaining, None)
-            if following is None:
-                stack.pop()
-                del path[current]
-                order[current] = None
-            elif following in path:
-                first, length = path[following], len(stack) - path[following]
-                # Not the whole path: thousands of nodes may each lead back to the same one.
-                start = tuple(node for node, _ in stack[first : first + _SHOWN])
-                end = tuple(node for node, _ in stack[max(first + _SHOWN, len(stack) - _SHOWN) :])
-                cycles.append(Cycle(start, length - len(start) - len(end), end))
-            elif following not in order and following in needs:
-                path[following] = len(stack)
-                stack.append((following, iter(needs[following])))
-    return tuple(order), tuple(cycles)

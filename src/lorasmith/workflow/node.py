@@ -60,8 +60,6 @@ class Node:
             the node's id, so that two equal nodes are both run.
         is_input_list: whether the function is called once with lists of all inputs, instead of once per item.
         output_node: whether the node is an output; others run only if an output needs them.
-        fingerprint: function that returns, as a JSON value, what a result depends on besides the inputs, such as a
-            file's size and time. Called with the folders and the inputs that it has keywords for.
         check: function that raises a LorasmithError if the sources of the inputs cannot work together. Called with the
             graph, the node in it and the folders, before any node runs.
         deprecated, experimental: badges.
@@ -80,7 +78,6 @@ class Node:
     hidden: tuple[Hidden, ...] = ()
     is_input_list: bool = False
     output_node: bool = False
-    fingerprint: Callable[..., object] | None = None
     check: Callable[[Any, Any, Folders], object] | None = None
     deprecated: bool = False
     experimental: bool = False
@@ -106,7 +103,6 @@ def node(
     hidden: Sequence[Hidden] = (),
     is_input_list: bool = False,
     output_node: bool = False,
-    fingerprint: Callable[..., object] | None = None,
     check: Callable[[Any, Any, Folders], object] | None = None,
     deprecated: bool = False,
     experimental: bool = False,
@@ -115,8 +111,8 @@ def node(
     """Decorator that declares and registers a node.
 
     Args:
-        id, display_name, category, aliases, search_aliases, hidden, is_input_list, output_node, fingerprint, check,
-            deprecated, experimental: as the attributes of `Node`.
+        id, display_name, category, aliases, search_aliases, hidden, is_input_list, output_node, check, deprecated,
+            experimental: as the attributes of `Node`.
         inputs: those after the function's keywords, which its final `**keyword` receives.
         outputs: each an `Output`, or its type.
         registry: where it is registered.
@@ -139,7 +135,6 @@ def node(
             hidden=tuple(hidden),
             is_input_list=is_input_list,
             output_node=output_node,
-            fingerprint=fingerprint,
             check=check,
             deprecated=deprecated,
             experimental=experimental,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from lorasmith.core.errors import OptionError
@@ -81,6 +82,7 @@ class Input:
         options: choices of a COMBO, fixed or a function of the folders.
         accept: checks text, or a COMBO's values instead of the list: returns the accepted spelling or raises a
             LorasmithError. For file names with a place, such as `cat.png [output]`, and those of new files.
+        file: finds the file or folder that a value names, if any; a result also depends on its size and time.
         multiline: whether text may have several lines.
         force_input: whether a scalar is shown as a socket only.
         tooltip: one or two sentences.
@@ -100,6 +102,7 @@ class Input:
     step: float | None = None
     options: Options = ()
     accept: Callable[[str, Folders], str] | None = None
+    file: Callable[[Folders, str], Path | None] | None = None
     multiline: bool | None = None
     force_input: bool = False
     tooltip: str = ""
