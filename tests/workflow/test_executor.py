@@ -10,27 +10,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorasmith.core.errors import CancelledError
-from lorasmith.core.errors import DataError
-from lorasmith.core.errors import NodeError
+from lorasmith.core.errors import CancelledError, DataError, NodeError
 from lorasmith.core.folders import Folders
-from lorasmith.workflow import Executor
-from lorasmith.workflow import NodeContext
-from lorasmith.workflow import node
-from lorasmith.workflow import socket
-from lorasmith.workflow import validate
-from lorasmith.workflow.execution_events import Event
-from lorasmith.workflow.execution_events import ExecutionCancelled
-from lorasmith.workflow.execution_events import ExecutionFailed
-from lorasmith.workflow.execution_events import ExecutionFinished
-from lorasmith.workflow.execution_events import ExecutionStarted
-from lorasmith.workflow.execution_events import NodeCached
-from lorasmith.workflow.execution_events import NodeFinished
-from lorasmith.workflow.execution_events import NodeMessage
-from lorasmith.workflow.execution_events import NodeProgress
-from lorasmith.workflow.execution_events import NodeStarted
-from lorasmith.workflow.graph import Graph
-from lorasmith.workflow.graph import GraphNode
+from lorasmith.workflow import Executor, NodeContext, node, socket, validate
+from lorasmith.workflow.execution_events import (
+    Event,
+    ExecutionCancelled,
+    ExecutionFailed,
+    ExecutionFinished,
+    ExecutionStarted,
+    NodeCached,
+    NodeFinished,
+    NodeMessage,
+    NodeProgress,
+    NodeStarted,
+)
+from lorasmith.workflow.graph import Graph, GraphNode
 
 ApiNode = Callable[..., dict[str, Any]]
 

@@ -16,43 +16,26 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable
-from collections.abc import Iterable
-from collections.abc import Iterator
-from collections.abc import Mapping
-from concurrent.futures import CancelledError
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch import nn
+from torch import Tensor, nn
 
-from lorasmith.adapters.frozen_layer import named_weights
-from lorasmith.adapters.frozen_layer import packed_layers
+from lorasmith.adapters.frozen_layer import named_weights, packed_layers
 from lorasmith.adapters.patch import patch_tensors
 from lorasmith.core.errors import LorasmithError
-from lorasmith.core.files import read_regular
-from lorasmith.core.files import write_atomic
+from lorasmith.core.files import read_regular, write_atomic
 from lorasmith.core.foreign_json import parse_foreign_json
-from lorasmith.core.mapped_files import FileState
-from lorasmith.core.mapped_files import file_state
-from lorasmith.core.mapped_files import place_on_file
-from lorasmith.core.mapped_files import release_pages
+from lorasmith.core.mapped_files import FileState, file_state, place_on_file, release_pages
 from lorasmith.core.tensor_digests import digest_of_tensors
-from lorasmith.data.encoding_cache import DIGESTS
-from lorasmith.data.encoding_cache import EncodingCache
-from lorasmith.data.encoding_cache import ensure_private
-from lorasmith.data.encoding_cache import is_digest
-from lorasmith.data.encoding_cache import key_of
-from lorasmith.families.model import Autoencoder
-from lorasmith.families.model import Model
-from lorasmith.families.model import TextEncoder
+from lorasmith.data.encoding_cache import DIGESTS, EncodingCache, ensure_private, is_digest, key_of
+from lorasmith.families.model import Autoencoder, Model, TextEncoder
 from lorasmith.formats.metadata import sha256_file
 
 ENCODING_VERSION = 2  # raise it when Lorasmith computes other encodings from the same inputs

@@ -12,21 +12,15 @@ import struct
 import threading
 import warnings
 import zlib
-from collections.abc import Callable
-from collections.abc import Iterator
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 import torch
-from PIL import ExifTags
-from PIL import Image
-from PIL import ImageSequence
-from PIL import UnidentifiedImageError
+from PIL import ExifTags, Image, ImageSequence, UnidentifiedImageError
 from torch import Tensor
 
 from lorasmith.core.errors import DataError

@@ -2,38 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from collections.abc import Sequence
-from dataclasses import dataclass
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from lorasmith.adapters.catalogue import STRENGTH
 from lorasmith.adapters.frozen_layer import cast_weights
 from lorasmith.core.folders import Folders
-from lorasmith.families.loading import check_encoders
-from lorasmith.families.loading import load_model
-from lorasmith.families.loading import load_structure
-from lorasmith.families.model import Autoencoder
-from lorasmith.families.model import Denoiser
-from lorasmith.families.model import TextEncoder
-from lorasmith.families.part_loading import autoencoder_part
-from lorasmith.families.part_loading import load_autoencoder
-from lorasmith.families.part_loading import load_text_encoder
+from lorasmith.families.loading import check_encoders, load_model, load_structure
+from lorasmith.families.model import Autoencoder, Denoiser, TextEncoder
+from lorasmith.families.part_loading import autoencoder_part, load_autoencoder, load_text_encoder
 from lorasmith.training.lora_handle import Lora
-from lorasmith.workflow import Input
-from lorasmith.workflow import NodeContext
-from lorasmith.workflow import Output
-from lorasmith.workflow import node
-from lorasmith.workflow import socket
-from lorasmith.workflow.graph import Graph
-from lorasmith.workflow.graph import Link
-from lorasmith.workflow.sockets import ANY
-from lorasmith.workflow.sockets import MATCH
+from lorasmith.workflow import Input, NodeContext, Output, node, socket
+from lorasmith.workflow.graph import Graph, Link
+from lorasmith.workflow.sockets import ANY, MATCH
 
 E = TypeVar("E", TextEncoder, None)
 

@@ -6,8 +6,7 @@ its meaning: alpha 1, the down matrix starting at zero, every Linear and convolu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,49 +14,33 @@ from lorasmith.core.errors import CancelledError
 from lorasmith.core.folders import Folders
 from lorasmith.core.options import options_of
 from lorasmith.core.printable import count_text
-from lorasmith.data.dataset import EncodedDataset
-from lorasmith.data.dataset import Sample
+from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Denoiser
 from lorasmith.nodes.loaders import check_part_files
 from lorasmith.nodes.outputs import save_lora
-from lorasmith.nodes.values import Latent
-from lorasmith.nodes.values import LossMap
-from lorasmith.nodes.values import check_latents
-from lorasmith.nodes.values import flat_conditionings
-from lorasmith.nodes.values import flat_latents
-from lorasmith.nodes.values import one_for_each
-from lorasmith.nodes.values import single
-from lorasmith.nodes.values import with_frames
-from lorasmith.runs.run import Host
-from lorasmith.runs.run import run
+from lorasmith.nodes.values import (
+    Latent,
+    LossMap,
+    check_latents,
+    flat_conditionings,
+    flat_latents,
+    one_for_each,
+    single,
+    with_frames,
+)
+from lorasmith.runs.run import Host, run
 from lorasmith.runs.run_previews import PreviewFrames
-from lorasmith.runs.view import ViewPublisher
-from lorasmith.runs.view import note_of
-from lorasmith.training.config import NONE_LORA
-from lorasmith.training.config import TrainConfig
-from lorasmith.training.config import lora_settings
-from lorasmith.training.config import settings_from_file
-from lorasmith.training.config import unused_settings
-from lorasmith.training.events import Event
-from lorasmith.training.events import Outcome
-from lorasmith.training.events import Previewed
-from lorasmith.training.events import RunStarted
-from lorasmith.training.events import StepDone
-from lorasmith.training.events import Validated
+from lorasmith.runs.view import ViewPublisher, note_of
+from lorasmith.training.config import NONE_LORA, TrainConfig, lora_settings, settings_from_file, unused_settings
+from lorasmith.training.events import Event, Outcome, Previewed, RunStarted, StepDone, Validated
 from lorasmith.training.job import plan_job
 from lorasmith.training.lora_handle import Lora
-from lorasmith.training.notes import OtherProgram
-from lorasmith.training.notes import ReportNote
+from lorasmith.training.notes import OtherProgram, ReportNote
 from lorasmith.training.results import TrainResult
 from lorasmith.training.train import Plan
-from lorasmith.workflow import Input
-from lorasmith.workflow import NodeContext
-from lorasmith.workflow import Output
-from lorasmith.workflow import node
-from lorasmith.workflow import socket
-from lorasmith.workflow.graph import Graph
-from lorasmith.workflow.graph import GraphNode
+from lorasmith.workflow import Input, NodeContext, Output, node, socket
+from lorasmith.workflow.graph import Graph, GraphNode
 
 _OPTIONS = options_of(TrainConfig)
 _AUTO = "auto"  # choice of an option for the model's default

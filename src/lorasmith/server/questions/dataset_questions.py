@@ -9,58 +9,39 @@ from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Iterator
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lorasmith.core.errors import DataError
-from lorasmith.core.errors import OptionError
-from lorasmith.core.errors import OutputError
-from lorasmith.core.files import is_folder
-from lorasmith.core.files import is_regular
-from lorasmith.core.folders import ASSETS
-from lorasmith.core.folders import Folders
-from lorasmith.core.options import config_from
-from lorasmith.core.options import options_of
-from lorasmith.data.captions import CAPTION_SUFFIXES
-from lorasmith.data.captions import CaptionError
-from lorasmith.data.captions import read_caption_file
-from lorasmith.data.data_config import DataConfig
-from lorasmith.data.data_config import ImageSource
-from lorasmith.data.findings import Finding
-from lorasmith.data.findings import FindingKind
-from lorasmith.data.folder_listing import ListedFolder
-from lorasmith.data.folder_listing import Skipped
-from lorasmith.data.folder_listing import list_folders
-from lorasmith.data.folder_listing import stem_of
-from lorasmith.data.image_files import ImageError
-from lorasmith.data.image_files import header_size
-from lorasmith.data.image_files import image_suffixes
-from lorasmith.data.image_files import open_reduced
+from lorasmith.core.errors import DataError, OptionError, OutputError
+from lorasmith.core.files import is_folder, is_regular
+from lorasmith.core.folders import ASSETS, Folders
+from lorasmith.core.options import config_from, options_of
+from lorasmith.data.captions import CAPTION_SUFFIXES, CaptionError, read_caption_file
+from lorasmith.data.data_config import DataConfig, ImageSource
+from lorasmith.data.findings import Finding, FindingKind
+from lorasmith.data.folder_listing import ListedFolder, Skipped, list_folders, stem_of
+from lorasmith.data.image_files import ImageError, header_size, image_suffixes, open_reduced
 from lorasmith.data.preflight import name_in
-from lorasmith.data.source_files import Candidate
-from lorasmith.data.source_files import ScanNotes
-from lorasmith.data.source_files import candidates
+from lorasmith.data.source_files import Candidate, ScanNotes, candidates
 from lorasmith.families.locating import ModelFiles
-from lorasmith.runs.data_check import DataCheck
-from lorasmith.runs.data_check import check_folder
-from lorasmith.runs.data_check import said_of
+from lorasmith.runs.data_check import DataCheck, check_folder, said_of
 from lorasmith.runs.spec import SETTINGS
-from lorasmith.server.api_shapes import CheckedPicture
-from lorasmith.server.api_shapes import Crop
-from lorasmith.server.api_shapes import DataCheckAnswer
-from lorasmith.server.api_shapes import DatasetAnswer
-from lorasmith.server.api_shapes import DatasetList
-from lorasmith.server.api_shapes import DatasetRow
-from lorasmith.server.api_shapes import FindingFacts
-from lorasmith.server.api_shapes import PictureRow
-from lorasmith.server.api_shapes import Severity
-from lorasmith.server.api_shapes import SkippedFile
+from lorasmith.server.api_shapes import (
+    CheckedPicture,
+    Crop,
+    DataCheckAnswer,
+    DatasetAnswer,
+    DatasetList,
+    DatasetRow,
+    FindingFacts,
+    PictureRow,
+    Severity,
+    SkippedFile,
+)
 from lorasmith.server.questions.question_registry import question
-from lorasmith.training.config import TrainConfig
-from lorasmith.training.config import settings_from_file
+from lorasmith.training.config import TrainConfig, settings_from_file
 
 MOST_THUMBNAIL = 2048  # pixels of the longest edge
 
