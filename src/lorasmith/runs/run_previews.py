@@ -18,9 +18,8 @@ from lorasmith.core.adapter_state import AdapterState
 from lorasmith.core.errors import LorasmithError
 from lorasmith.core.placement import best_device, chosen_dtype
 from lorasmith.families.model import Denoiser, Model
-from lorasmith.report.contact_sheet import contact_sheet
+from lorasmith.report.contact_sheet import PreviewFolder, contact_sheet
 from lorasmith.report.pictures import PictureOrClip
-from lorasmith.report.preview_folder import PreviewFolder
 from lorasmith.runs.lora_picture import give_picture
 from lorasmith.runs.preview_budget import PreviewProgram
 from lorasmith.sampling.generate import Sampling
