@@ -18,7 +18,6 @@ from lorasmith.core.errors import LorasmithError, OptionError
 from lorasmith.core.printable import count_text
 
 if TYPE_CHECKING:
-    from lorasmith.formats.faults import Finding
     from lorasmith.formats.inspect import LoraSummary
     from lorasmith.runs.state_facts import StateFacts
     from lorasmith.toolbox.check import Checked
@@ -154,7 +153,8 @@ def _print_checked(checked: Checked, fix: Path | None, mended: int | None) -> No
     text = f"{checked.path}: {checked.modules} modules in the layout of {checked.layout}{family}; {held_to}"
     echo(text)
     for finding in checked.findings:
-        _print_finding(finding)
+        kind, colour = ("Fault", "red") if finding.is_fault else ("Note", "yellow")
+        print_note(f"{finding.problem}; {finding.remedy}.", kind=kind, colour=colour)
     if not checked.findings and checked.compared_with is None:
         echo("No faults. Which programs apply all of it, only its model tells: --model MODEL.")
     elif not checked.findings:
@@ -163,11 +163,6 @@ def _print_checked(checked: Checked, fix: Path | None, mended: int | None) -> No
         console.print("The file itself has no faults.")
     if fix is not None:
         echo(f"{mended} findings repaired in {fix}")
-
-
-def _print_finding(finding: Finding) -> None:
-    kind, colour = ("Fault", "red") if finding.is_fault else ("Note", "yellow")
-    print_note(f"{finding.problem}; {finding.remedy}.", kind=kind, colour=colour)
 
 
 def _plain_checked(checked: Checked) -> dict[str, object]:
@@ -497,7 +492,7 @@ def _print_differences(found: Comparison, first: Path, second: Path, *, same: bo
     unit = "modules" if found.kind == "LoRA" else "tensors"
     for path, names in ((first, found.only_first), (second, found.only_second)):
         if names:
-            echo(f"Only in {path}: {len(names)} {unit}, such as {_some(names)}")
+            echo(f"Only in {path}: {len(names)} {unit}, such as {', '.join(names[:_SHOWN])}")
     counts = collections.Counter(found.settings.values())
     for (one, other), count in counts.most_common(_SHOWN):
         example = next(name for name, both in found.settings.items() if both == (one, other))
@@ -514,10 +509,6 @@ def _print_differences(found: Comparison, first: Path, second: Path, *, same: bo
         one, other = ("(none)" if value is None else _short(value) for value in values)
         echo(f"Metadata {key}: {one} against {other}")
     echo(f"{len(found.pairs)} {unit} in both: " + ("the same" if same else "different"))
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SHOWN])
 
 
 def _short(value: str) -> str:

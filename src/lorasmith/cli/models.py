@@ -67,7 +67,8 @@ def models(
 
     with console.status("Reading headers"):
         found = list_models(folders_of(base_dir, extra_model_paths))
-    print_result(lambda: _plain_models(found), lambda: _print_models(found))
+    whole = [{**dataclasses.asdict(model), "is_whole": model.is_whole} for model in found.models]
+    print_result(lambda: {**dataclasses.asdict(found), "models": whole}, lambda: _print_models(found))
 
 
 def _print_known() -> None:
@@ -93,16 +94,12 @@ def _stem(usual_file: str) -> str:
     return usual_file.replace(".safetensors", "")
 
 
-def _plain_models(found: ModelList) -> dict[str, object]:
-    whole = [{**dataclasses.asdict(model), "is_whole": model.is_whole} for model in found.models]
-    return {**dataclasses.asdict(found), "models": whole}
-
-
 def _print_models(found: ModelList) -> None:
     for family, models in itertools.groupby(found.models, key=lambda one: one.family):
         heading(family)
         for model in models:
-            echo(f"  {model.path.name} ({_size(model.size_bytes)}{_and(model.precision)}) in {model.place}")
+            precision = f", {model.precision}" if model.precision else ""
+            echo(f"  {model.path.name} ({_size(model.size_bytes)}{precision}) in {model.place}")
             for line in _parts(model):
                 echo(f"    {line}")
     _print_files("Text encoders and autoencoders that fit none of these", found.unused)
@@ -124,10 +121,6 @@ def _print_files(title: str, files: tuple[ListedFile, ...]) -> None:
     for file in files:
         details = f" ({_size(file.size_bytes)}, {file.precision})" if file.precision else ""
         echo(f"  {file.path.name}{details} in {file.place}: {file.what}")
-
-
-def _and(text: str) -> str:
-    return f", {text}" if text else ""
 
 
 def _size(size: int) -> str:

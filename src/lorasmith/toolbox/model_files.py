@@ -217,17 +217,13 @@ def _without_weights(folder: Path, family: Family, subfolders: Sequence[str]) ->
     is_denoiser = "_class_name" in config
     library, name = (diffusers, config["_class_name"]) if is_denoiser else (transformers, config["architectures"][0])
     kind: Any = getattr(library, name)
-    if not _is_model(kind):
-        raise ValueError(f"{name} is no model")
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise ValueError(f"{name} is not a model")
     if further:
         kind, config = family.denoiser_class(), {**config, **dict(zip(subfolders[1:], further, strict=True))}
     with weights_empty():
         model = kind.from_config(config) if is_denoiser else kind(kind.config_class.from_dict(config))
     return model.eval()  # type: ignore[no-any-return]
-
-
-def _is_model(kind: object) -> bool:
-    return isinstance(kind, type) and issubclass(kind, nn.Module)
 
 
 def _parameters(parts: Mapping[str, nn.Module]) -> Iterator[tuple[Parameter, Tensor]]:

@@ -216,7 +216,8 @@ def decoded(line: str) -> Event:
             event = dataclasses.replace(event, draws=draws)
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"an event must have a known kind and its fields, got {line[:80]!r}") from error
-    if not _plausible(event):
+    first_step = 1 if isinstance(event, StepDone) else 0
+    if not (0 <= event.at < _LAST_SECOND and first_step <= getattr(event, "step", 1) <= _LAST_STEP):
         raise ValueError(f"an event must have a plausible time and step, got {line[:80]!r}")
     return event
 
@@ -242,9 +243,3 @@ def _readable(value: Any) -> Any:
     if isinstance(value, list):
         return list(map(_readable, value))
     return printable(value) if isinstance(value, str) else value
-
-
-def _plausible(event: Event) -> bool:
-    """Whether time and step are in range, which readers rely on."""
-    step = getattr(event, "step", 1)
-    return 0 <= event.at < _LAST_SECOND and (1 if isinstance(event, StepDone) else 0) <= step <= _LAST_STEP

@@ -269,14 +269,10 @@ def _inner_blocks(module: nn.Module) -> list[nn.Module]:
     blocks: list[nn.Module] = []
     for child in module.children():
         if isinstance(child, nn.ModuleList):
-            blocks += [element for element in child if _has_children(element)]
+            blocks += [element for element in child if next(element.children(), None) is not None]
         elif _inner_blocks(child):
             blocks.append(child)
     return blocks
-
-
-def _has_children(module: nn.Module) -> bool:
-    return next(module.children(), None) is not None
 
 
 _WORTH_MOVING = 1 << 20
