@@ -18,6 +18,7 @@ from lorasmith.core.errors import LorasmithError, OptionError
 from lorasmith.core.printable import count_text
 
 if TYPE_CHECKING:
+    from lorasmith.formats.faults import Finding
     from lorasmith.formats.inspect import LoraSummary
     from lorasmith.runs.state_facts import StateFacts
     from lorasmith.toolbox.check import Checked
@@ -153,8 +154,7 @@ def _print_checked(checked: Checked, fix: Path | None, mended: int | None) -> No
     text = f"{checked.path}: {checked.modules} modules in the layout of {checked.layout}{family}; {held_to}"
     echo(text)
     for finding in checked.findings:
-        kind, colour = ("Fault", "red") if finding.is_fault else ("Note", "yellow")
-        print_note(f"{finding.problem}; {finding.remedy}.", kind=kind, colour=colour)
+        _print_finding(finding)
     if not checked.findings and checked.compared_with is None:
         echo("No faults. Which programs apply all of it, only its model tells: --model MODEL.")
     elif not checked.findings:
@@ -163,6 +163,11 @@ def _print_checked(checked: Checked, fix: Path | None, mended: int | None) -> No
         console.print("The file itself has no faults.")
     if fix is not None:
         echo(f"{mended} findings repaired in {fix}")
+
+
+def _print_finding(finding: Finding) -> None:
+    kind, colour = ("Fault", "red") if finding.is_fault else ("Note", "yellow")
+    print_note(f"{finding.problem}; {finding.remedy}.", kind=kind, colour=colour)
 
 
 def _plain_checked(checked: Checked) -> dict[str, object]:
