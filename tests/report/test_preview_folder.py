@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from lorasmith.core.errors import OutputError
+from lorasmith.report.contact_sheet import PreviewFolder
 from lorasmith.report.pictures import Clip
-from lorasmith.report.preview_folder import PreviewFolder
 
 COLOURS = {"base": (255, 0, 0), 100: (0, 255, 0), 200: (0, 0, 255), 0.5: (255, 255, 0), 1.0: (0, 255, 255)}
 

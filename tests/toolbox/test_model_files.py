@@ -127,7 +127,7 @@ def broken(copy: Path, case: str) -> None:
         ("unknown pipeline", "of an unsupported architecture"),
         ("no denoiser", "config.json"),
         ("damaged configuration", "config.json is not valid JSON"),
-        ("no model's name", "logging is no model"),
+        ("no model's name", "logging is not a model"),
         ("settings of another class", "cannot be read as a diffusers model"),
         ("pickled weights", "must hold its weights as safetensors"),
         ("a tensor is missing", "lack conv_in.weight"),

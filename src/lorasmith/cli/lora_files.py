@@ -6,22 +6,37 @@ import collections
 import dataclasses
 import gc
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING
+from typing import Annotated
+from typing import Any
 
 import typer
 
-from lorasmith.cli.console import console, echo, end_with, heading, print_note, print_result, progress_shown
-from lorasmith.cli.flags import LoraFileArgument, LoraModel, split_strength
-from lorasmith.core.errors import LorasmithError, OptionError
+from lorasmith.cli.console import console
+from lorasmith.cli.console import echo
+from lorasmith.cli.console import end_with
+from lorasmith.cli.console import heading
+from lorasmith.cli.console import print_note
+from lorasmith.cli.console import print_result
+from lorasmith.cli.console import progress_shown
+from lorasmith.cli.flags import LoraFileArgument
+from lorasmith.cli.flags import LoraModel
+from lorasmith.cli.flags import split_strength
+from lorasmith.core.errors import LorasmithError
+from lorasmith.core.errors import OptionError
 from lorasmith.core.printable import count_text
 
 if TYPE_CHECKING:
-    from lorasmith.formats.inspect import FileFault, LoraSummary
+    from lorasmith.formats.inspect import FileFault
+    from lorasmith.formats.inspect import LoraSummary
     from lorasmith.runs.recorded_run import StateFacts
     from lorasmith.toolbox.check import Checked
-    from lorasmith.toolbox.compare import Comparison, Pair
+    from lorasmith.toolbox.compare import Comparison
+    from lorasmith.toolbox.compare import Pair
     from lorasmith.toolbox.convert import Converted
     from lorasmith.toolbox.extract import ExtractReport
     from lorasmith.toolbox.merge import MergeReport
@@ -133,7 +148,8 @@ def check(
     lacks, and tensors that other programs do not apply. The exit status is 1 if the file has a fault; differences
     between programs are notes.
     """
-    from lorasmith.toolbox.check import check_lora, fix_lora
+    from lorasmith.toolbox.check import check_lora
+    from lorasmith.toolbox.check import fix_lora
 
     gc.freeze()  # as in `inspect`
     with console.status("Checking"):
@@ -356,7 +372,8 @@ def resize(
 def _print_resized(modules: Iterable[Resized], *, one_by_one: bool) -> None:
     from rich.table import Table
 
-    from lorasmith.formats.spelling import block_of, component_of
+    from lorasmith.formats.spelling import block_of
+    from lorasmith.formats.spelling import component_of
 
     groups: dict[str, list[Resized]] = {}
     for module in modules:
@@ -496,7 +513,7 @@ def _print_differences(found: Comparison, first: Path, second: Path, *, same: bo
     unit = "modules" if found.kind == "LoRA" else "tensors"
     for path, names in ((first, found.only_first), (second, found.only_second)):
         if names:
-            echo(f"Only in {path}: {len(names)} {unit}, such as {_some(names)}")
+            echo(f"Only in {path}: {len(names)} {unit}, such as {', '.join(names[:_SHOWN])}")
     counts = collections.Counter(found.settings.values())
     for (one, other), count in counts.most_common(_SHOWN):
         example = next(name for name, both in found.settings.items() if both == (one, other))
@@ -513,10 +530,6 @@ def _print_differences(found: Comparison, first: Path, second: Path, *, same: bo
         one, other = ("(none)" if value is None else _short(value) for value in values)
         echo(f"Metadata {key}: {one} against {other}")
     echo(f"{len(found.pairs)} {unit} in both: " + ("the same" if same else "different"))
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:_SHOWN])
 
 
 def _short(value: str) -> str:

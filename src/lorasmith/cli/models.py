@@ -4,22 +4,38 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING
+from typing import Annotated
+from typing import Any
 
 import typer
 from rich.table import Table
 
 from lorasmith.adapters.catalogue import ALGORITHMS
-from lorasmith.cli.console import console, echo, heading, print_note, print_result
-from lorasmith.cli.flags import BaseDir, BaseModel, ExtraModelPaths, TextEncoderFiles, VaeFile, folders_of, with_flags
+from lorasmith.cli.console import console
+from lorasmith.cli.console import echo
+from lorasmith.cli.console import heading
+from lorasmith.cli.console import print_note
+from lorasmith.cli.console import print_result
+from lorasmith.cli.flags import BaseDir
+from lorasmith.cli.flags import BaseModel
+from lorasmith.cli.flags import ExtraModelPaths
+from lorasmith.cli.flags import TextEncoderFiles
+from lorasmith.cli.flags import VaeFile
+from lorasmith.cli.flags import folders_of
+from lorasmith.cli.flags import with_flags
 from lorasmith.core.options import options_of
 from lorasmith.core.printable import memory_text
 from lorasmith.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from lorasmith.runs.memory_estimate import MemoryEstimate
-    from lorasmith.runs.model_list import KnownModel, ListedFile, ListedModel, ModelList
-    from lorasmith.training.targets_summary import TargetGroup, TargetSummary
+    from lorasmith.runs.model_list import KnownModel
+    from lorasmith.runs.model_list import ListedFile
+    from lorasmith.runs.model_list import ListedModel
+    from lorasmith.runs.model_list import ModelList
+    from lorasmith.training.targets_summary import TargetGroup
+    from lorasmith.training.targets_summary import TargetSummary
 
 
 def register(app: typer.Typer) -> None:
@@ -57,7 +73,8 @@ def models(
 
     with console.status("Reading headers"):
         found = list_models(folders_of(base_dir, extra_model_paths))
-    print_result(lambda: _plain_models(found), lambda: _print_models(found))
+    whole = [{**dataclasses.asdict(model), "is_whole": model.is_whole} for model in found.models]
+    print_result(lambda: {**dataclasses.asdict(found), "models": whole}, lambda: _print_models(found))
 
 
 def _print_known() -> None:
@@ -83,16 +100,12 @@ def _stem(usual_file: str) -> str:
     return usual_file.replace(".safetensors", "")
 
 
-def _plain_models(found: ModelList) -> dict[str, object]:
-    whole = [{**dataclasses.asdict(model), "is_whole": model.is_whole} for model in found.models]
-    return {**dataclasses.asdict(found), "models": whole}
-
-
 def _print_models(found: ModelList) -> None:
     for family, models in itertools.groupby(found.models, key=lambda one: one.family):
         heading(family)
         for model in models:
-            echo(f"  {model.path.name} ({_size(model.size_bytes)}{_and(model.precision)}) in {model.place}")
+            precision = f", {model.precision}" if model.precision else ""
+            echo(f"  {model.path.name} ({_size(model.size_bytes)}{precision}) in {model.place}")
             for line in _parts(model):
                 echo(f"    {line}")
     _print_files("Text encoders and autoencoders that fit none of these", found.unused)
@@ -116,10 +129,6 @@ def _print_files(title: str, files: tuple[ListedFile, ...]) -> None:
         echo(f"  {file.path.name}{details} in {file.place}: {file.what}")
 
 
-def _and(text: str) -> str:
-    return f", {text}" if text else ""
-
-
 def _size(size: int) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
@@ -138,7 +147,8 @@ def targets(
     Takes the options of `lorasmith train` that affect it. Only the structure of a single-file checkpoint is read.
     """
     from lorasmith.families.loading import load_structure
-    from lorasmith.families.model_search import MODEL_FOLDERS, in_folders
+    from lorasmith.families.model_search import MODEL_FOLDERS
+    from lorasmith.families.model_search import in_folders
     from lorasmith.training.targets_summary import summarise_targets
 
     config = TrainConfig(**settings)

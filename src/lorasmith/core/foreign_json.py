@@ -39,7 +39,10 @@ def parse_foreign_json(text: str | bytes, *, finite: bool = True) -> Any:
         raise ValueError("is not valid JSON") from None
     _refuse_depth(value)
     if _SURROGATE.search(text):
-        _refuse_lone_surrogates(value)
+        try:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError:
+            raise ValueError("holds half of a surrogate pair, which is not text") from None
     return value
 
 
@@ -67,13 +70,6 @@ def _refuse_depth(value: Any) -> None:
             for inner in (container.values() if isinstance(container, dict) else container)
         ]
     raise ValueError(_TOO_DEEP)
-
-
-def _refuse_lone_surrogates(value: Any) -> None:
-    try:
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError:
-        raise ValueError("holds half of a surrogate pair, which is no text") from None
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -58,11 +58,6 @@ class LaunchedProcess:
     def address(self) -> str:
         return f"{self.host}:{self.port}"
 
-    @property
-    def meeting_point(self) -> str:
-        """torch's rendezvous URL; `env://` if an elastic agent keeps the store."""
-        return "env://" if self.is_elastic else f"tcp://{self.address}"
-
 
 def launched_process(environment: Mapping[str, str] = os.environ) -> LaunchedProcess | None:
     """This process among those launched with it; None if started alone. Raises OptionError for invalid variables."""
@@ -131,8 +126,9 @@ def opened_store(launched: LaunchedProcess, timeout: timedelta) -> Store:
 
     def open_it() -> None:
         try:
+            url = "env://" if launched.is_elastic else f"tcp://{launched.address}"
             # torch tries it twice.
-            meeting = rendezvous(launched.meeting_point, launched.rank, launched.size, timeout=timeout / 2)
+            meeting = rendezvous(url, launched.rank, launched.size, timeout=timeout / 2)
             found.append(next(iter(meeting))[0])
         except Exception as error:
             errors.append(error)

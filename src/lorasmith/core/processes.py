@@ -246,7 +246,9 @@ def joined(launched: LaunchedProcess | None) -> Iterator[Processes]:
             else:
                 starts = opened_store(launched, _MEETING)
                 if starts.check([_ENDED]):
-                    raise _ended_before()
+                    error = TrainingError("the run has ended with the error above; the same command continues it")
+                    error.is_printed_elsewhere = True
+                    raise error
                 store = store_of_this_start(starts, launched, _MEETING)
                 interface = stack.enter_context(interface_towards_others(store, launched))
                 distributed.init_process_group(
@@ -290,10 +292,3 @@ def _check_gpus(found: Sequence[str | None]) -> None:
                 f"each process of a run must have a GPU of its own, but process {rank} has that of process "
                 f"{found.index(one)}; start as many on a machine as it has GPUs"
             )
-
-
-def _ended_before() -> TrainingError:
-    """The error of a process that an elastic agent restarts after the run has ended with one."""
-    error = TrainingError("the run has ended with the error above; the same command continues it")
-    error.is_printed_elsewhere = True
-    return error

@@ -1,7 +1,7 @@
 """Previews of a LoRA in training, drawn from its saved file as users will draw pictures.
 
 Prompts are encoded once, before training. A preview loads the file onto the same base model, samples from the same
-noise as every other preview, and decodes. Files are written by `report.preview_folder`.
+noise as every other preview, and decodes. Files are written by `report.contact_sheet`.
 """
 
 from __future__ import annotations

@@ -6,9 +6,11 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from dataclasses import field
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated
+from typing import Any
 
 from lorasmith.core.choices import Activations
 from lorasmith.core.printable import printable
@@ -237,7 +239,8 @@ def decoded(line: str) -> Event:
         event = typed(found, kind)
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"an event must have a known kind and its fields, got {line[:80]!r}") from error
-    if not _plausible(event):
+    first_step = 1 if isinstance(event, StepDone) else 0
+    if not (0 <= event.at < _LAST_SECOND and first_step <= getattr(event, "step", 1) <= _LAST_STEP):
         raise ValueError(f"an event must have a plausible time and step, got {line[:80]!r}")
     return event
 
@@ -252,9 +255,3 @@ def _readable(value: Any) -> Any:
     if isinstance(value, list):
         return list(map(_readable, value))
     return printable(value) if isinstance(value, str) else value
-
-
-def _plausible(event: Event) -> bool:
-    """Whether time and step are in range, which readers rely on."""
-    step = getattr(event, "step", 1)
-    return 0 <= event.at < _LAST_SECOND and (1 if isinstance(event, StepDone) else 0) <= step <= _LAST_STEP

@@ -21,17 +21,25 @@ import functools
 import types
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable
+from collections.abc import Iterator
+from typing import Any
+from typing import ClassVar
+from typing import NamedTuple
 
 import torch
 import torch.utils.checkpoint
-from torch import Tensor, nn
+from torch import Tensor
+from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_unflatten
 
-from lorasmith.adapters.frozen_layer import CONVOLUTIONS, FrozenLayer, FrozenProduct, packable_layers
+from lorasmith.adapters.frozen_layer import CONVOLUTIONS
+from lorasmith.adapters.frozen_layer import FrozenLayer
+from lorasmith.adapters.frozen_layer import FrozenProduct
+from lorasmith.adapters.frozen_layer import packable_layers
 from lorasmith.adapters.inject import restore_forward
 from lorasmith.core.choices import ActivationPlan
 
@@ -268,14 +276,10 @@ def _inner_blocks(module: nn.Module) -> list[nn.Module]:
     blocks: list[nn.Module] = []
     for child in module.children():
         if isinstance(child, nn.ModuleList):
-            blocks += [element for element in child if _has_children(element)]
+            blocks += [element for element in child if next(element.children(), None) is not None]
         elif _inner_blocks(child):
             blocks.append(child)
     return blocks
-
-
-def _has_children(module: nn.Module) -> bool:
-    return next(module.children(), None) is not None
 
 
 _WORTH_MOVING = 1 << 20

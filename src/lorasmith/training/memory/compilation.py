@@ -86,7 +86,9 @@ def blocks_compiled(model: nn.Module, enabled: bool, *, varying_sizes: bool = Fa
     from torch import _dynamo, _functorch
 
     with contextlib.ExitStack() as undo:
-        undo.enter_context(_dynamo.config.patch(_limits(_dynamo.config)))
+        # Names before torch 2.7, and since.
+        limit = "recompile_limit" if hasattr(_dynamo.config, "recompile_limit") else "cache_size_limit"
+        undo.enter_context(_dynamo.config.patch({limit: _VARIANTS, f"accumulated_{limit}": 16 * _VARIANTS}))
         if any(weight_source(layer) is not None for layer in model.modules()):
             # The backward pass unpacks weights again; torch would eliminate it as a common subexpression and keep them.
             undo.enter_context(_functorch.config.patch(cse=False))
@@ -99,12 +101,6 @@ def blocks_compiled(model: nn.Module, enabled: bool, *, varying_sizes: bool = Fa
             undo.callback(restore_forward, block, own)
             block.forward = _Compiled(block.forward, _caller((_kind(block), varying_sizes)), dynamic=varying_sizes)
         yield
-
-
-def _limits(config: object) -> dict[str, int]:
-    """torch's limits on compiled variants; names differ before and from 2.7."""
-    name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
-    return {name: _VARIANTS, f"accumulated_{name}": 16 * _VARIANTS}
 
 
 class _Compiled:

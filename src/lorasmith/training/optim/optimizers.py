@@ -50,7 +50,10 @@ class GatedOptimizer:
     def step(self, proceed: Tensor, factor: float = 1.0) -> None:
         """Update the buffers if `proceed` (0-d bool on the device) is set, at `factor` times the learning rates."""
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
-            _set_rate(group, rate * factor)
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate * factor)
+            else:
+                group["lr"] = rate * factor
         if self._waits:
             if proceed:
                 self._take_step()
@@ -250,13 +253,6 @@ def _trial_steps(optimizer: GatedOptimizer, groups: Sequence[ParameterGroup], st
 
 def _kept(group: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key not in _SET_EACH_STEP}
-
-
-def _set_rate(group: dict[str, Any], rate: float) -> None:
-    if isinstance(group["lr"], Tensor):
-        group["lr"].fill_(rate)
-    else:
-        group["lr"] = rate
 
 
 def _plain(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
