@@ -6,37 +6,22 @@ import collections
 import dataclasses
 import gc
 import itertools
-from collections.abc import Iterable
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
-from typing import Annotated
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorasmith.cli.console import console
-from lorasmith.cli.console import echo
-from lorasmith.cli.console import end_with
-from lorasmith.cli.console import heading
-from lorasmith.cli.console import print_note
-from lorasmith.cli.console import print_result
-from lorasmith.cli.console import progress_shown
-from lorasmith.cli.flags import LoraFileArgument
-from lorasmith.cli.flags import LoraModel
-from lorasmith.cli.flags import split_strength
-from lorasmith.core.errors import LorasmithError
-from lorasmith.core.errors import OptionError
+from lorasmith.cli.console import console, echo, end_with, heading, print_note, print_result, progress_shown
+from lorasmith.cli.flags import LoraFileArgument, LoraModel, split_strength
+from lorasmith.core.errors import LorasmithError, OptionError
 from lorasmith.core.printable import count_text
 
 if TYPE_CHECKING:
-    from lorasmith.formats.inspect import FileFault
-    from lorasmith.formats.inspect import LoraSummary
+    from lorasmith.formats.inspect import FileFault, LoraSummary
     from lorasmith.runs.recorded_run import StateFacts
     from lorasmith.toolbox.check import Checked
-    from lorasmith.toolbox.compare import Comparison
-    from lorasmith.toolbox.compare import Pair
+    from lorasmith.toolbox.compare import Comparison, Pair
     from lorasmith.toolbox.convert import Converted
     from lorasmith.toolbox.extract import ExtractReport
     from lorasmith.toolbox.merge import MergeReport
@@ -148,8 +133,7 @@ def check(
     lacks, and tensors that other programs do not apply. The exit status is 1 if the file has a fault; differences
     between programs are notes.
     """
-    from lorasmith.toolbox.check import check_lora
-    from lorasmith.toolbox.check import fix_lora
+    from lorasmith.toolbox.check import check_lora, fix_lora
 
     gc.freeze()  # as in `inspect`
     with console.status("Checking"):
@@ -372,8 +356,7 @@ def resize(
 def _print_resized(modules: Iterable[Resized], *, one_by_one: bool) -> None:
     from rich.table import Table
 
-    from lorasmith.formats.spelling import block_of
-    from lorasmith.formats.spelling import component_of
+    from lorasmith.formats.spelling import block_of, component_of
 
     groups: dict[str, list[Resized]] = {}
     for module in modules:

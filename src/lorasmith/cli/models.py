@@ -4,38 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from typing import TYPE_CHECKING
-from typing import Annotated
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
 from lorasmith.adapters.catalogue import ALGORITHMS
-from lorasmith.cli.console import console
-from lorasmith.cli.console import echo
-from lorasmith.cli.console import heading
-from lorasmith.cli.console import print_note
-from lorasmith.cli.console import print_result
-from lorasmith.cli.flags import BaseDir
-from lorasmith.cli.flags import BaseModel
-from lorasmith.cli.flags import ExtraModelPaths
-from lorasmith.cli.flags import TextEncoderFiles
-from lorasmith.cli.flags import VaeFile
-from lorasmith.cli.flags import folders_of
-from lorasmith.cli.flags import with_flags
+from lorasmith.cli.console import console, echo, heading, print_note, print_result
+from lorasmith.cli.flags import BaseDir, BaseModel, ExtraModelPaths, TextEncoderFiles, VaeFile, folders_of, with_flags
 from lorasmith.core.options import options_of
 from lorasmith.core.printable import memory_text
 from lorasmith.training.config import TrainConfig
 
 if TYPE_CHECKING:
     from lorasmith.runs.memory_estimate import MemoryEstimate
-    from lorasmith.runs.model_list import KnownModel
-    from lorasmith.runs.model_list import ListedFile
-    from lorasmith.runs.model_list import ListedModel
-    from lorasmith.runs.model_list import ModelList
-    from lorasmith.training.targets_summary import TargetGroup
-    from lorasmith.training.targets_summary import TargetSummary
+    from lorasmith.runs.model_list import KnownModel, ListedFile, ListedModel, ModelList
+    from lorasmith.training.targets_summary import TargetGroup, TargetSummary
 
 
 def register(app: typer.Typer) -> None:
@@ -147,8 +131,7 @@ def targets(
     Takes the options of `lorasmith train` that affect it. Only the structure of a single-file checkpoint is read.
     """
     from lorasmith.families.loading import load_structure
-    from lorasmith.families.model_search import MODEL_FOLDERS
-    from lorasmith.families.model_search import in_folders
+    from lorasmith.families.model_search import MODEL_FOLDERS, in_folders
     from lorasmith.training.targets_summary import summarise_targets
 
     config = TrainConfig(**settings)

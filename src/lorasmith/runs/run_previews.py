@@ -14,11 +14,8 @@ from __future__ import annotations
 import io
 import math
 import statistics
-from collections.abc import Callable
-from collections.abc import Iterator
-from collections.abc import Sequence
-from dataclasses import dataclass
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 
@@ -29,27 +26,18 @@ from lorasmith.core.adapter_state import AdapterState
 from lorasmith.core.errors import LorasmithError
 from lorasmith.core.placement import chosen_dtype
 from lorasmith.data.dataset import Sample
-from lorasmith.families.model import Denoiser
-from lorasmith.families.model import Model
-from lorasmith.report.contact_sheet import PreviewFolder
-from lorasmith.report.contact_sheet import contact_sheet
+from lorasmith.families.model import Denoiser, Model
+from lorasmith.report.contact_sheet import PreviewFolder, contact_sheet
 from lorasmith.report.pictures import PictureOrClip
 from lorasmith.runs.sidecars import give_picture
 from lorasmith.sampling.generate import Sampling
-from lorasmith.sampling.previews import Partner
-from lorasmith.sampling.previews import Previewer
-from lorasmith.sampling.previews import parse_prompts
-from lorasmith.sampling.previews import parse_strengths
+from lorasmith.sampling.previews import Partner, Previewer, parse_prompts, parse_strengths
 from lorasmith.sampling.sample import SamplingCancelledError
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.events import Drawing
-from lorasmith.training.events import Event
-from lorasmith.training.events import Previewed
-from lorasmith.training.events import Warned
+from lorasmith.training.events import Drawing, Event, Previewed, Warned
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.runtime import dtype_on_device
-from lorasmith.training.train import Plan
-from lorasmith.training.train import RunHost
+from lorasmith.training.train import Plan, RunHost
 
 _MOST_FAILURES = 2  # consecutive failures after which a run draws no more previews
 

@@ -9,38 +9,26 @@ from __future__ import annotations
 
 import bisect
 import os
-from collections.abc import Iterator
-from collections.abc import Mapping
-from collections.abc import Sequence
-from dataclasses import dataclass
-from dataclasses import field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch import nn
+from torch import Tensor, nn
 
-from lorasmith.core.adapter_state import DENOISER
-from lorasmith.core.adapter_state import ModuleRef
-from lorasmith.core.errors import LorasmithError
-from lorasmith.core.errors import ModelError
+from lorasmith.core.adapter_state import DENOISER, ModuleRef
+from lorasmith.core.errors import LorasmithError, ModelError
 from lorasmith.core.quantization import Packed
 from lorasmith.families.base import Family
-from lorasmith.families.files.checkpoint import OriginalCheckpoint
-from lorasmith.families.files.checkpoint import PipelineConfigs
-from lorasmith.families.files.checkpoint import read_json
-from lorasmith.families.files.checkpoint import weight_files
+from lorasmith.families.files.checkpoint import OriginalCheckpoint, PipelineConfigs, read_json, weight_files
 from lorasmith.families.files.gguf import is_gguf
 from lorasmith.families.files.original_weights import weights_empty
 from lorasmith.families.files.packed_weights import scale_name
-from lorasmith.families.loading import expert_in
-from lorasmith.families.loading import family_of
-from lorasmith.families.loading import model_of_checkpoint
+from lorasmith.families.loading import expert_in, family_of, model_of_checkpoint
 from lorasmith.families.locating import built_in_models
-from lorasmith.formats.container import check_safetensors
-from lorasmith.formats.container import read_safetensors
+from lorasmith.formats.container import check_safetensors, read_safetensors
 from lorasmith.formats.names import ModelNames
 
 

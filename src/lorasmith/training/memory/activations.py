@@ -21,25 +21,17 @@ import functools
 import types
 import weakref
 from collections import deque
-from collections.abc import Callable
-from collections.abc import Iterator
-from typing import Any
-from typing import ClassVar
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.utils.checkpoint
-from torch import Tensor
-from torch import nn
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten
-from torch.utils._pytree import tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from lorasmith.adapters.frozen_layer import CONVOLUTIONS
-from lorasmith.adapters.frozen_layer import FrozenLayer
-from lorasmith.adapters.frozen_layer import FrozenProduct
-from lorasmith.adapters.frozen_layer import packable_layers
+from lorasmith.adapters.frozen_layer import CONVOLUTIONS, FrozenLayer, FrozenProduct, packable_layers
 from lorasmith.adapters.inject import restore_forward
 from lorasmith.core.choices import ActivationPlan
 
