@@ -45,7 +45,7 @@ from lorasmith.training.outcome import Outcome
 
 _TIMED_STEPS = 30  # steps whose times are averaged for the speed
 _POINTS = 500  # of a curve in JSON, so that it stays below 20 kB
-_MOST_NOTES, _SENT_NOTES, _MOST_PREVIEWS = 1000, 100, 1000
+_MOST_NOTES, _SENT_NOTES, _MOST_PREVIEWS, _MOST_LETTERS = 1000, 100, 1000, 2000
 
 
 @dataclass(frozen=True)
@@ -232,12 +232,17 @@ class RunView:
             "best_step": None if best is None else best.step,
             "verdict": self.verdict,
             "previews": [
-                {"step": one.step, "strength": _finite(one.strength), "prompt": prompt, "file": preview_file(path)}
+                {
+                    "step": one.step,
+                    "strength": _finite(one.strength),
+                    "prompt": prompt[:_MOST_LETTERS],
+                    "file": preview_file(path),
+                }
                 for one in self.previews.values()
                 for prompt, path in zip(one.prompts, one.paths, strict=False)
             ][-_MOST_PREVIEWS:],
             "notes": [
-                {**asdict(note), "at": at}
+                {**asdict(note), "text": note.text[:_MOST_LETTERS], "at": at}
                 for note, at in sorted(self.notes.items(), key=lambda one: one[1])[-_SENT_NOTES:]
             ],
             "outcome": self.outcome,
