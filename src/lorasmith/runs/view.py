@@ -330,7 +330,7 @@ class ViewPublisher:
 
     def __call__(self, event: Event) -> None:
         self.view.take(event)
-        if isinstance(event, StepDone) or _activity(event) is not None:
+        if isinstance(event, StepDone) or self.view.activity is not None:
             last = self._progress
             if type(event) is type(last) and 0 <= event.at - last.at < 1:
                 return
