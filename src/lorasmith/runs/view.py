@@ -8,44 +8,45 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Sequence
+from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import PureWindowsPath
-from typing import Any, NamedTuple
+from typing import Any
+from typing import NamedTuple
 
 from lorasmith.core.printable import count_text
-from lorasmith.report.loss_plot import RecentLoss, RecentLosses
-from lorasmith.runs.run_plan import (
-    ClassImageDrawn,
-    EncodersHashed,
-    ImageEncoded,
-    ImagesFound,
-    ModelLoading,
-    RunPlanned,
-    captions_used,
-)
-from lorasmith.training.events import (
-    CaptionEncoded,
-    CaptionsPlanned,
-    Drawing,
-    EarlierEvents,
-    Event,
-    Outcome,
-    Planned,
-    Previewed,
-    Resumed,
-    RolledBack,
-    RunFinished,
-    RunStarted,
-    Shrunk,
-    StepDone,
-    Validated,
-    Warned,
-)
+from lorasmith.report.loss_plot import RecentLoss
+from lorasmith.report.loss_plot import RecentLosses
+from lorasmith.runs.run_plan import ClassImageDrawn
+from lorasmith.runs.run_plan import EncodersHashed
+from lorasmith.runs.run_plan import ImageEncoded
+from lorasmith.runs.run_plan import ImagesFound
+from lorasmith.runs.run_plan import ModelLoading
+from lorasmith.runs.run_plan import RunPlanned
+from lorasmith.runs.run_plan import captions_used
+from lorasmith.training.events import CaptionEncoded
+from lorasmith.training.events import CaptionsPlanned
+from lorasmith.training.events import Drawing
+from lorasmith.training.events import EarlierEvents
+from lorasmith.training.events import Event
+from lorasmith.training.events import Outcome
+from lorasmith.training.events import Planned
+from lorasmith.training.events import Previewed
+from lorasmith.training.events import Resumed
+from lorasmith.training.events import RolledBack
+from lorasmith.training.events import RunFinished
+from lorasmith.training.events import RunStarted
+from lorasmith.training.events import Shrunk
+from lorasmith.training.events import StepDone
+from lorasmith.training.events import Validated
+from lorasmith.training.events import Warned
 
 _TIMED_STEPS = 30  # steps whose times are averaged for the speed
 _POINTS = 500  # of a curve in JSON, so that it stays below 20 kB
-_MOST_NOTES, _SENT_NOTES, _MOST_PREVIEWS = 1000, 100, 1000
+_MOST_NOTES, _SENT_NOTES, _MOST_PREVIEWS, _MOST_LETTERS = 1000, 100, 1000, 2000
 
 
 @dataclass(frozen=True)
@@ -232,12 +233,17 @@ class RunView:
             "best_step": None if best is None else best.step,
             "verdict": self.verdict,
             "previews": [
-                {"step": one.step, "strength": _finite(one.strength), "prompt": prompt, "file": preview_file(path)}
+                {
+                    "step": one.step,
+                    "strength": _finite(one.strength),
+                    "prompt": prompt[:_MOST_LETTERS],
+                    "file": preview_file(path),
+                }
                 for one in self.previews.values()
                 for prompt, path in zip(one.prompts, one.paths, strict=False)
             ][-_MOST_PREVIEWS:],
             "notes": [
-                {**asdict(note), "at": at}
+                {**asdict(note), "text": note.text[:_MOST_LETTERS], "at": at}
                 for note, at in sorted(self.notes.items(), key=lambda one: one[1])[-_SENT_NOTES:]
             ],
             "outcome": self.outcome,
@@ -325,7 +331,7 @@ class ViewPublisher:
 
     def __call__(self, event: Event) -> None:
         self.view.take(event)
-        if isinstance(event, StepDone) or _activity(event) is not None:
+        if isinstance(event, StepDone) or self.view.activity is not None:
             last = self._progress
             if type(event) is type(last) and 0 <= event.at - last.at < 1:
                 return

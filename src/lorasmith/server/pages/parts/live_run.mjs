@@ -13,6 +13,7 @@ const SPOKEN_SHARES = 10; // progress is read out this often
 /** What is shown of a run as a stream sends it; null before that. A stream sends the whole at first, then changes. */
 export function useView(url) {
   const [view, setView] = useState(null);
+  useEffect(() => setView(null), [url]);
   useEvents(url, {
     view: ({ view: changes }) => setView((before) => ({ ...before, ...changes })),
     fault: (error) => say(sentence(error.message), { mood: "bad" }),
