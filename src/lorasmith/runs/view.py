@@ -8,41 +8,40 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable
-from collections.abc import Iterable
-from collections.abc import Sequence
-from dataclasses import asdict
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import PureWindowsPath
-from typing import Any
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lorasmith.core.printable import count_text
-from lorasmith.report.loss_plot import RecentLoss
-from lorasmith.report.loss_plot import RecentLosses
-from lorasmith.runs.run_plan import ClassImageDrawn
-from lorasmith.runs.run_plan import EncodersHashed
-from lorasmith.runs.run_plan import ImageEncoded
-from lorasmith.runs.run_plan import ImagesFound
-from lorasmith.runs.run_plan import ModelLoading
-from lorasmith.runs.run_plan import RunPlanned
-from lorasmith.runs.run_plan import captions_used
-from lorasmith.training.events import CaptionEncoded
-from lorasmith.training.events import CaptionsPlanned
-from lorasmith.training.events import Drawing
-from lorasmith.training.events import EarlierEvents
-from lorasmith.training.events import Event
-from lorasmith.training.events import Outcome
-from lorasmith.training.events import Planned
-from lorasmith.training.events import Previewed
-from lorasmith.training.events import Resumed
-from lorasmith.training.events import RolledBack
-from lorasmith.training.events import RunFinished
-from lorasmith.training.events import RunStarted
-from lorasmith.training.events import Shrunk
-from lorasmith.training.events import StepDone
-from lorasmith.training.events import Validated
-from lorasmith.training.events import Warned
+from lorasmith.report.loss_plot import RecentLoss, RecentLosses
+from lorasmith.runs.run_plan import (
+    ClassImageDrawn,
+    EncodersHashed,
+    ImageEncoded,
+    ImagesFound,
+    ModelLoading,
+    RunPlanned,
+    captions_used,
+)
+from lorasmith.training.events import (
+    CaptionEncoded,
+    CaptionsPlanned,
+    Drawing,
+    EarlierEvents,
+    Event,
+    Outcome,
+    Planned,
+    Previewed,
+    Resumed,
+    RolledBack,
+    RunFinished,
+    RunStarted,
+    Shrunk,
+    StepDone,
+    Validated,
+    Warned,
+)
 
 _TIMED_STEPS = 30  # steps whose times are averaged for the speed
 _POINTS = 500  # of a curve in JSON, so that it stays below 20 kB
