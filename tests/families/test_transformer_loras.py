@@ -89,20 +89,6 @@ def test_four_pictures_are_learnt(case: Case, four: EncodedDataset) -> None:
     assert np.mean(result.losses[-20:]) - case.tiny.unlearnt < 0.1 * np.mean(result.losses[:5])
 
 
-@pytest.mark.slow
-def test_a_run_that_is_broken_off_goes_on_to_the_bit(case: Case, four: EncodedDataset, tmp_path: Path) -> None:
-    settings = {"steps": 3, "batch_size": 2, "learning_rate": 1e-2, "targets": "attention"}
-    whole = run(case.ours, four, output=tmp_path / "whole", **settings)
-    steps = iter((False, True))
-    run(case.ours, four, output=tmp_path / "broken", cancelled=lambda: next(steps, True), **settings)
-    resumed = run(case.ours, four, output=tmp_path / "broken", **settings)
-
-    assert resumed.losses == whole.losses
-    tensors = [one.lora.state.adapters for one in (resumed, whole)]
-    for ref, weights in tensors[0].items():
-        assert all(torch.equal(weights.tensors[role], tensors[1][ref].tensors[role]) for role in ("down", "up"))
-
-
 def layers_of_diffusers(module: Any) -> dict[str, Tensor]:
     """The change of each weight that diffusers makes, by module path."""
     return {
