@@ -77,6 +77,7 @@ def assert_reached(case: Case, lora: Lora) -> None:
     assert still == {ref.path for ref in lora.state.adapters if matches(ref.path, case.tiny.unreached)}
 
 
+@pytest.mark.slow_by_family
 def test_a_batch_of_four_is_four_steps_of_one(case: Case, four: EncodedDataset) -> None:
     together = run(case.ours, four, steps=1, batch_size=4, learning_rate=1e-2)
     apart = run(case.ours, four, steps=1, batch_size=1, grad_accumulation_steps=4, learning_rate=1e-2)
