@@ -183,7 +183,7 @@ GRAPHS: dict[str, Callable[[int], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("kind", GRAPHS)
 def test_a_graph_of_the_editor_is_converted_in_linear_time(kind: str) -> None:
-    graphs = {n: json.dumps(GRAPHS[kind](n)) for n in (50, 800)}
+    graphs = {n: json.dumps(GRAPHS[kind](n)) for n in (50, 200, 1600)}
     nodes = load_nodes()
     assert exponent(lambda n: parse_prompt(graphs[n], nodes=nodes), tuple(graphs)) < 1.6
 
