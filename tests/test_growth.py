@@ -184,7 +184,7 @@ GRAPHS: dict[str, Callable[[int], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("kind", GRAPHS)
 def test_a_graph_of_the_editor_is_converted_in_linear_time(kind: str) -> None:
-    graphs = {n: json.dumps(GRAPHS[kind](n)) for n in (50, 800)}
+    graphs = {n: json.dumps(GRAPHS[kind](n)) for n in (50, 200, 1600)}
     nodes = load_nodes()
     assert exponent(lambda n: parse_prompt(graphs[n], nodes=nodes), tuple(graphs)) < 1.6
 
@@ -225,14 +225,24 @@ def test_a_tensor_of_a_strangers_lora_takes_a_few_hundred_calls(
 @pytest.mark.parametrize("pattern", [r'"[^"\\]*(?:\\.[^"\\]*)*"', r".*?\s*\[(a|b)\]", r"(a+)+b", r"(.*)(.*)c"])
 def test_what_is_slow_is_found(pattern: str) -> None:
     held_to = re.compile(pattern)
-    assert any(exponent(lambda n: held_to.sub("", make(n))) > 1.5 for _, make in hostile_texts(held_to))  # noqa: B023
+    texts = (make for _, make in hostile_texts(held_to))
+    assert any(_exponent(lambda n: held_to.sub("", make(n)), _SIZES) > 1.5 for make in texts)  # noqa: B023
 
 
 def exponent(run: Callable[[int], object], sizes: tuple[int, ...] = _SIZES) -> float:
-    """The k of n^k for the processor time of `run(n)`, 0 where it is too short to tell.
-
-    Sizes grow until one takes long: what is exponential ends after the first ones.
+    """The k of n^k for the processor time of `run(n)`, 0 where it is too short to tell: the least of three attempts, as
+    other programs make processors slower.
     """
+    found = math.inf
+    for _ in range(3):
+        found = min(found, _exponent(run, sizes))
+        if found < 1.3:
+            break
+    return found
+
+
+def _exponent(run: Callable[[int], object], sizes: tuple[int, ...]) -> float:
+    """Sizes grow until one takes long: what is exponential ends after the first ones."""
     for before, size in itertools.pairwise(sizes):
         if _seconds(run, size) > _SLOW_S:
             slow = min(_seconds(run, size) for _ in range(2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -44,8 +45,8 @@ def made(tiny: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def files(made: Path, tmp_path: Path) -> Path:
-    """The folder that the page's examples are run in."""
-    return Path(shutil.copytree(made, tmp_path, dirs_exist_ok=True))
+    """The folder that the page's examples are run in; commands replace files and change none."""
+    return Path(shutil.copytree(made, tmp_path, copy_function=os.link, dirs_exist_ok=True))
 
 
 @pytest.mark.slow

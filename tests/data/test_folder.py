@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lorasmith.data.folder_remarks import Remark, Remarks
 
 from lorasmith.core.errors import DataError
 from lorasmith.data.data_config import DataConfig, ImageSource
@@ -379,3 +380,17 @@ def test_a_scan_shows_itself_on_a_line(tmp_path: Path) -> None:
     add_image(tmp_path / "2.png")
     (tmp_path / "3.png").write_bytes(b"")
     assert repr(scan_folder(tmp_path)) == "FolderScan(2 images, 1 skipped, 1 without a caption)"
+
+
+def test_remarks_of_a_kind_are_one_sentence() -> None:
+    remarks = Remarks()
+    remarks.add(Remark.LINKS, "b.png to /x")
+    remarks.add(Remark.LATIN_1, "")
+    remarks.add(Remark.SECOND_FILE, "none", 0)
+    remarks.add(Remark.NO_IMAGE, "{0}.txt", 1999)
+    remarks.add(Remark.NO_IMAGE, "other.txt")
+    assert remarks.sentences() == (
+        "1 caption file is not UTF-8 and read as latin-1, such as ; check the accents or save as UTF-8",
+        "2,000 caption files have no image of the same name, such as {0}.txt; rename or remove what is not needed",
+        "1 file is a link to outside of the folder, such as b.png to /x",
+    )

@@ -70,22 +70,6 @@ def test_four_pictures_are_learnt(sdxl: Model, four: EncodedDataset) -> None:
     assert np.mean(result.losses[-5:]) < 0.5 * np.mean(result.losses[:5])
 
 
-@pytest.mark.slow
-def test_a_run_that_is_broken_off_goes_on_to_the_bit(sdxl: Model, four: EncodedDataset, tmp_path: Path) -> None:
-    settings = {"steps": 3, "batch_size": 2, "learning_rate": 1e-2, "targets": "attention"}
-    whole = run(sdxl, four, output=tmp_path / "whole", **settings)
-    steps = iter((False, True))
-    broken = run(sdxl, four, output=tmp_path / "broken", cancelled=lambda: next(steps, True), **settings)
-    resumed = run(sdxl, four, output=tmp_path / "broken", **settings)
-
-    assert (broken.reason, len(broken.losses)) == ("cancelled", 1)
-    assert resumed.losses == whole.losses
-    tensors = [one.lora.state.adapters for one in (resumed, whole)]
-    assert tensors[0].keys() == tensors[1].keys()
-    for ref, weights in tensors[0].items():
-        assert all(torch.equal(weights.tensors[role], tensors[1][ref].tensors[role]) for role in ("down", "up"))
-
-
 def layers_of_diffusers(module: Any) -> dict[str, Tensor]:
     """The change of each weight that diffusers makes, by module path."""
     return {

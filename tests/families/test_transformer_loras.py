@@ -77,6 +77,7 @@ def assert_reached(case: Case, lora: Lora) -> None:
     assert still == {ref.path for ref in lora.state.adapters if matches(ref.path, case.tiny.unreached)}
 
 
+@pytest.mark.slow_by_family
 def test_a_batch_of_four_is_four_steps_of_one(case: Case, four: EncodedDataset) -> None:
     together = run(case.ours, four, steps=1, batch_size=4, learning_rate=1e-2)
     apart = run(case.ours, four, steps=1, batch_size=1, grad_accumulation_steps=4, learning_rate=1e-2)
@@ -87,20 +88,6 @@ def test_a_batch_of_four_is_four_steps_of_one(case: Case, four: EncodedDataset) 
 def test_four_pictures_are_learnt(case: Case, four: EncodedDataset) -> None:
     result = run(case.ours, four, steps=400, batch_size=4, algorithm="Full", learning_rate=3e-3, targets="all-linear")
     assert np.mean(result.losses[-20:]) - case.tiny.unlearnt < 0.1 * np.mean(result.losses[:5])
-
-
-@pytest.mark.slow
-def test_a_run_that_is_broken_off_goes_on_to_the_bit(case: Case, four: EncodedDataset, tmp_path: Path) -> None:
-    settings = {"steps": 3, "batch_size": 2, "learning_rate": 1e-2, "targets": "attention"}
-    whole = run(case.ours, four, output=tmp_path / "whole", **settings)
-    steps = iter((False, True))
-    run(case.ours, four, output=tmp_path / "broken", cancelled=lambda: next(steps, True), **settings)
-    resumed = run(case.ours, four, output=tmp_path / "broken", **settings)
-
-    assert resumed.losses == whole.losses
-    tensors = [one.lora.state.adapters for one in (resumed, whole)]
-    for ref, weights in tensors[0].items():
-        assert all(torch.equal(weights.tensors[role], tensors[1][ref].tensors[role]) for role in ("down", "up"))
 
 
 def layers_of_diffusers(module: Any) -> dict[str, Tensor]:

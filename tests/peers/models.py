@@ -183,11 +183,6 @@ FLUX_TINY = FluxShape(256, 2, 2, 64, 32)
 """Two heads, two blocks of either kind."""
 
 
-def tiny_sd1_checkpoint(seed: int) -> dict[str, Tensor]:
-    """`SD1_TINY` with random fp32 weights, keys as in a full checkpoint (`model.diffusion_model.…`)."""
-    return checkpoint(SD1_TINY, seed)
-
-
 def tiny_flux_checkpoint(seed: int) -> dict[str, Tensor]:
     """`FLUX_TINY` with random fp32 weights, keys as in the published file (no prefix)."""
     return checkpoint(FLUX_TINY, seed)

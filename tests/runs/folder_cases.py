@@ -34,7 +34,7 @@ def pictures(folder: Path, number: int, *, seed: int = 0) -> Path:
 
 def asked(images: Path, **settings: Any) -> RunSpec:
     """A run of five quick steps, named `cat`."""
-    quick = {"rank": 2, "targets": "attention", "steps": 5, "schedule": "cosine", "previews": "", "resolution": 32}
+    quick = {"rank": 2, "targets": "*.attn2.to_q", "steps": 5, "schedule": "cosine", "previews": "", "resolution": 32}
     sources = (ImageSource(str(images)),)
     return RunSpec(sources=sources, model="lorasmith-tiny", name="cat", settings={**quick, **settings}).resolved()
 

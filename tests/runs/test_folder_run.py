@@ -95,7 +95,10 @@ def test_a_second_run_on_a_folder_is_refused_while_the_first_one_prepares(
     assert again.folder == result.folder and result.folder.with_name("cat-old-1").is_dir()
 
 
-def test_of_two_runs_that_choose_one_folder_the_second_chooses_again(images: Path) -> None:
+def test_of_two_runs_that_choose_one_folder_the_second_chooses_again(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     first, second = planned(images, steps=1), planned(images, steps=1)
     folders: list[Path | None] = []
 

@@ -83,7 +83,7 @@ def test_a_short_run_draws_what_was_asked_for_alone(
     """Three steps are worth less than a picture."""
     audience = Audience()
     data = EncodedDataset((Sample(torch.randn(4, 8, 8), captions[0], "1.png"),))
-    config = TrainConfig(steps=3, rank=2, targets="attention", training_dtype="fp32", preview_every=3, **settings)
+    config = TrainConfig(steps=3, rank=2, targets="*.attn2.to_q", training_dtype="fp32", preview_every=3, **settings)
     job = plan_job(tiny.denoiser, config, "cpu")
     run(Plan(denoiser=tiny.denoiser, job=job, data=data, prompt="a fox", output=tmp_path / "run"), audience)
     assert sum(isinstance(event, Previewed) for event in audience.events) == drawn

@@ -33,7 +33,7 @@ Make = Callable[..., Any]
 def saved(tiny: Model, captions: list[Conditioning], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LoRA file as training writes it."""
     data = EncodedDataset((Sample(torch.randn(4, 8, 8), captions[0], "1.png"),))
-    settings = {"steps": 2, "rank": 2, "targets": "attention", "learning_rate": 0.05, "training_dtype": "fp32"}
+    settings = {"steps": 2, "rank": 2, "targets": "*.attn2.to_q", "learning_rate": 0.05, "training_dtype": "fp32"}
     result = train(tiny, data, output=tmp_path_factory.mktemp("run") / "run", title="pets", **settings)
     assert result.path is not None
     return result.path

@@ -361,7 +361,7 @@ def test_a_body_that_stops_arriving_is_cut_off(tmp_path: Path, monkeypatch: pyte
 
 
 def test_an_upload_that_moves_may_take_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(request_handling, "IDLE_TIMEOUT_S", 200.0)
+    monkeypatch.setattr(request_handling, "IDLE_TIMEOUT_S", 100.0)
 
     async def slowly() -> AsyncIterator[bytes]:
         loop = asyncio.get_running_loop()
@@ -371,8 +371,8 @@ def test_an_upload_that_moves_may_take_long(tmp_path: Path, monkeypatch: pytest.
             yield piece
             arrived = len(b"".join(pieces[: number + 1]))
             await until(lambda arrived=arrived: sum(request_handling._bodies.values()) == arrived)  # type: ignore[misc]
-            # A hundred seconds pass.
-            monkeypatch.setattr(loop, "time", lambda passed=100.0 * (number + 1): time() + passed)
+            # A minute passes.
+            monkeypatch.setattr(loop, "time", lambda passed=60.0 * (number + 1): time() + passed)
 
     async def main() -> None:
         async with serving(tmp_path) as server:

@@ -24,7 +24,7 @@ from tests.training.crash import outcome
 SETTINGS = {
     "steps": 3,
     "rank": 2,
-    "targets": "attention",
+    "targets": "*.attn2.to_q",
     "previews": "",
     "validation_share": 0.0,
     "save_state_every": 1,
@@ -45,7 +45,7 @@ PROMPT: dict[str, Any] = {
             "existing_lora": "[None]",
             "training_dtype": "fp32",
             "rank": 2,
-            "targets": "attention",
+            "targets": "*.attn2.to_q",
             "steps": 2,
         },
     },

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -111,9 +111,3 @@ def weight_change(weights: AdapterWeights) -> Tensor:
             first, second = tensors["lokr_w1"], tensors["lokr_w2"]
             return torch.kron(first.reshape(*first.shape, *(1,) * (second.ndim - 2)), second).flatten(1)
     return product * (1.0 if weights.alpha is None else weights.alpha / rank)
-
-
-def difference_of(first: Callable[[], Tensor], second: Callable[[], Tensor]) -> float:
-    """Relative distance of what two functions return."""
-    a, b = first(), second()
-    return float((a - b).norm() / a.norm())

@@ -19,7 +19,13 @@ from lorasmith.families.model import Model
 from lorasmith.training import engine
 from lorasmith.training.engine import prepared
 from lorasmith.training.memory import activations
-from lorasmith.training.memory.activations import activations_packed, activations_reduced, held_by, recipes_recorded
+from lorasmith.training.memory.activations import (
+    activations_packed,
+    activations_reduced,
+    blocks_at_depth,
+    held_by,
+    recipes_recorded,
+)
 from tests.covering import slow_except
 
 SPARING = [kind for kind in get_args(Activations) if kind != "keep"]
@@ -158,3 +164,15 @@ def test_host_memory_leaves_weights_and_small_tensors() -> None:
     away = activations.HostMemory(layer)
     for stays in (layer.weight, layer.weight.t(), torch.randn(8), nn.Parameter(torch.randn(64, 64))):
         assert isinstance(away.pack(stays), Tensor)
+
+
+def test_blocks_by_depth(tiny: Model) -> None:
+    unet = tiny.components.denoiser
+    names = {id(module): path for path, module in unet.named_modules()}
+    depth = {d: [names[id(block)] for block in blocks_at_depth(unet, d)] for d in (1, 2, 3, 5)}
+    assert depth[1] == [*(f"down_blocks.{i}" for i in range(3)), *(f"up_blocks.{i}" for i in range(3)), "mid_block"]
+    assert "down_blocks.0.resnets.0" in depth[2]
+    assert "mid_block.attentions.0" in depth[2]
+    assert "down_blocks.0.attentions.0.transformer_blocks.0" in depth[3]
+    assert depth[5]  # past the nesting there are still blocks
+    assert all(list(unet.get_submodule(path).children()) for paths in depth.values() for path in paths)
