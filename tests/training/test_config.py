@@ -26,12 +26,12 @@ SETTINGS = options_of(TrainConfig)
 OTHER_CONCEPTS = {
     "families.base.Defaults": "of a model, where the setting is open",
     "adapters.variants.Variant": "the plain algorithm, whatever a run's settings are",
-    "app.sweep_results.SweepEntry": "steps that a run has made so far",
+    "runs.sweep_results.SweepEntry": "steps that a run has made so far",
     "report.sweep_page.ApartRun": "steps that a run has made so far",
     "bench.measure.synthetic_samples": "the seed of random inputs",
-    "app.drawing.load_with_loras": "LoRAs of pictures",
-    "app.drawing.with_loras": "LoRAs of pictures",
-    "app.library.generate": "steps of a sampler, the seed and the LoRAs of a picture",
+    "runs.drawing.load_with_loras": "LoRAs of pictures",
+    "runs.drawing.with_loras": "LoRAs of pictures",
+    "runs.library.generate": "steps of a sampler, the seed and the LoRAs of a picture",
     "cli.lora_files.convert": "a file's metadata",
     "core.adapter_state.PeftKind": "the name of a field",
     "cli.train.demo": "the demo's own run",
@@ -51,7 +51,6 @@ OTHER_CONCEPTS = {
     "training.lora_handle.Lora.applied": "one LoRA, wherever it is applied",
     "training.lora_handle.Lora.applied_to": "one LoRA, wherever it is applied",
     "training.lora_handle.Lora.applied_to_text": "one LoRA, wherever it is applied",
-    "training.train.Plan": "whether it is fresh",
 }
 """Where a parameter is called as a setting is and has a default, because it is another thing."""
 
