@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lorasmith.data.folder_remarks import Remark, Remarks
 
 from lorasmith.core.errors import DataError
 from lorasmith.data.data_config import DataConfig, ImageSource
@@ -383,12 +382,12 @@ def test_a_scan_shows_itself_on_a_line(tmp_path: Path) -> None:
 
 
 def test_remarks_of_a_kind_are_one_sentence() -> None:
-    remarks = Remarks()
-    remarks.add(Remark.LINKS, "b.png to /x")
-    remarks.add(Remark.LATIN_1, "")
-    remarks.add(Remark.SECOND_FILE, "none", 0)
-    remarks.add(Remark.NO_IMAGE, "{0}.txt", 1999)
-    remarks.add(Remark.NO_IMAGE, "other.txt")
+    remarks = ScanNotes()
+    remarks.add(NoteKind.LINKS, "b.png to /x")
+    remarks.add(NoteKind.LATIN_1, "")
+    remarks.add(NoteKind.SECOND_FILE, "none", 0)
+    remarks.add(NoteKind.NO_IMAGE, "{0}.txt", 1999)
+    remarks.add(NoteKind.NO_IMAGE, "other.txt")
     assert remarks.sentences() == (
         "1 caption file is not UTF-8 and read as latin-1, such as ; check the accents or save as UTF-8",
         "2,000 caption files have no image of the same name, such as {0}.txt; rename or remove what is not needed",

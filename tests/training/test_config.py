@@ -50,7 +50,6 @@ OTHER_CONCEPTS = {
     "training.lora_handle.Lora.applied": "one LoRA, wherever it is applied",
     "training.lora_handle.Lora.applied_to": "one LoRA, wherever it is applied",
     "training.lora_handle.Lora.applied_to_text": "one LoRA, wherever it is applied",
-    "training.train.Plan": "whether it is fresh",
 }
 """Where a parameter is called as a setting is and has a default, because it is another thing."""
 
