@@ -58,10 +58,10 @@ class SweepEntry:
     place: Annotated[
         int | None, "in the ranking, from 1; None for runs that are not complete or have no held-out loss"
     ] = None
-    loss: Annotated[float | None, "the lowest held-out loss and its step"] = None
-    best_step: Annotated[int | None, "the lowest held-out loss and its step"] = None
+    loss: Annotated[float | None, "the lowest held-out loss"] = None
+    best_step: Annotated[int | None, "its step"] = None
     base_loss: Annotated[float | None, "of the same images without the LoRA; None if it was not measured"] = None
-    change: Annotated[float | None, "of the loss relative to that, such as -0.05 for 5 % less."] = None
+    change: Annotated[float | None, "of the loss relative to that, such as -0.05 for 5 % less"] = None
     steps: Annotated[int, "that were taken"] = 0
     seconds: Annotated[float, "of training"] = 0.0
     lora: Annotated[str | None, "its file of the lowest held-out loss, relative to the folder of the sweep"] = None

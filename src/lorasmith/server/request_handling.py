@@ -282,11 +282,16 @@ def _new_folder(parent: Path) -> tempfile.TemporaryDirectory[str]:
 
 
 def refused(status: int, message: str) -> web.Response:
-    """An error response of the protocol."""
+    """An error response of ComfyUI's protocol."""
     return web.json_response({"error": message}, status=status)
 
 
-def answering(handler: Handler) -> Handler:
+def table(routes: list[tuple[str, str, Handler]]) -> list[web.RouteDef]:
+    """Routes of ComfyUI's protocol from (method, path, handler)."""
+    return [web.route(method, path, _answering(handler)) for method, path, handler in routes]
+
+
+def _answering(handler: Handler) -> Handler:
     """Wraps a handler so that its LorasmithErrors become responses."""
 
     @functools.wraps(handler)
@@ -299,23 +304,20 @@ def answering(handler: Handler) -> Handler:
     return answer
 
 
-def table(routes: list[tuple[str, str, Handler]]) -> list[web.RouteDef]:
-    """Routes from (method, path, handler), each handler wrapped by `answering`."""
-    return [web.route(method, path, answering(handler)) for method, path, handler in routes]
-
-
-async def read_json(request: web.Request, *, kind: type | None = None, empty: Any = ...) -> Any:
+async def read_json(request: web.Request, *, empty: Any = ...) -> Any:
     """The JSON of a request, whatever its Content-Type; `empty` for an empty body, if allowed. Raises OptionError."""
     body = await read_body(request)
     if not body.strip() and empty is not ...:
         return empty
     try:
-        value = await apart(len(body), parse_foreign_json, body)
+        return await apart(len(body), parse_foreign_json, body)
     except ValueError as error:
         raise OptionError(f"the body must be JSON, but it {error}") from error
-    if kind is not None and not isinstance(value, kind):
-        raise OptionError(f"the body must be {_NAMES[kind]}, got {type(value).__name__}")
+
+
+async def read_object(request: web.Request, *, empty: Any = ...) -> dict[str, Any]:
+    """An object as `read_json`."""
+    value = await read_json(request, empty=empty)
+    if not isinstance(value, dict):
+        raise OptionError(f"the body must be an object, got {type(value).__name__}")
     return value
-
-
-_NAMES: dict[type, str] = {dict: "an object", list: "a list"}

@@ -32,7 +32,7 @@ class RunStarted(Event):
     adapters: Annotated[int, "adapted layers"]
     parameters: Annotated[int, "number of trained parameters"]
     device: Annotated[str, "of the frozen model"]
-    dtype: Annotated[str, "of the frozen model"]
+    dtype: Annotated[str, "of its weights"]
     folder: Annotated[str, "of the run, empty if there is none"] = ""
 
 
@@ -69,13 +69,12 @@ class Validated(Event):
     base_loss: Annotated[float, "the same for the model without the LoRA"]
     low: Annotated[
         float,
-        "95 % confidence interval of loss − base_loss, over images (over images and noise levels, if "
-        "there are fewer than five images)",
+        "lower end of the 95 % confidence interval of loss − base_loss, over images (over images and "
+        "noise levels, if there are fewer than five images)",
     ]
     high: Annotated[
         float,
-        "95 % confidence interval of loss − base_loss, over images (over images and noise levels, if "
-        "there are fewer than five images)",
+        "upper end of that interval",
     ]
     best: Annotated[bool, "whether this is the lowest loss so far"]
     best_step: Annotated[int, "step of the lowest loss so far"]
@@ -96,8 +95,8 @@ class Previewed(Event):
 class Drawing(Event):
     """Pictures of a preview are drawn. It is not logged."""
 
-    done: Annotated[int, "pictures drawn so far, and all of this preview"]
-    total: Annotated[int, "pictures drawn so far, and all of this preview"]
+    done: Annotated[int, "pictures drawn so far"]
+    total: Annotated[int, "pictures of this preview"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,8 +154,8 @@ class CaptionsPlanned(Event):
 class CaptionEncoded(Event):
     """A caption was encoded before training."""
 
-    done: Annotated[int, "captions encoded so far, and all of these"]
-    total: Annotated[int, "captions encoded so far, and all of these"]
+    done: Annotated[int, "captions encoded so far"]
+    total: Annotated[int, "captions that are encoded"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -139,15 +139,13 @@ def _typed_body(content: bytes, kind: Any) -> Any:
 
 API_VERSION = "1"  # additions keep it; incompatible changes increase it
 
-_ERROR = "It was not done; the message says why."
-
 
 def api_document(endpoints: Sequence[Endpoint]) -> dict[str, Any]:
     """The OpenAPI document of some endpoints."""
     kinds = [ErrorAnswer, *(kind for one in endpoints for kind in (one.body, one.answer) if kind is not None)]
     schemas, components = json_schemas(kinds, "#/components/schemas/")
     remaining = iter(schemas)
-    error = {"description": _ERROR, "content": _content(next(remaining))}
+    error = {"description": "It was not done; the message says why.", "content": _content(next(remaining))}
     paths: dict[str, dict[str, Any]] = {}
     for one in endpoints:
         body = None if one.body is None else next(remaining)

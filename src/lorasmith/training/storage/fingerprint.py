@@ -43,10 +43,10 @@ class Fingerprint(TypedDict, total=False):
     config: Annotated[dict[str, Scalar], "settings that affect numbers"]
     base: Annotated[dict[str, str], "digest of sampled values, by part of the base model"]
     files: Annotated[dict[str, str], "SHA-256 of the whole files of the base model, by part, if asked for"]
-    patches: Annotated[str, "digests of LoRAs on the base model, samples and initial weights"]
-    data: Annotated[str, "digests of LoRAs on the base model, samples and initial weights"]
-    held_out: Annotated[str, "digests of LoRAs on the base model, samples and initial weights"]
-    initial: Annotated[str, "digests of LoRAs on the base model, samples and initial weights"]
+    patches: Annotated[str, "digest of the LoRAs on the base model"]
+    data: Annotated[str, "digest of the samples"]
+    held_out: Annotated[str, "digest of the held-out samples"]
+    initial: Annotated[str, "digest of the initial weights"]
     noising: Annotated[list[str], "parameterization and digest of the schedule, where they are not the model's own"]
 
 

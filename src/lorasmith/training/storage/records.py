@@ -71,8 +71,10 @@ class RunRecord:
     steps_before: Annotated[int, "steps of the LoRA that was continued"] = 0
     samples: Annotated[tuple[SampleRecord, ...], "the training samples"] = ()
     data: Annotated[dict[str, Any], "facts on the images, for readers"] = field(default_factory=dict)
-    adapters: Annotated[dict[str, int], "number of trained parameters by module path"] = field(default_factory=dict)
-    differences: Annotated[dict[str, int], "number of trained parameters by module path"] = field(default_factory=dict)
+    adapters: Annotated[dict[str, int], "number of parameters by module path"] = field(default_factory=dict)
+    differences: Annotated[dict[str, int], "number of parameters of trained differences by module path"] = field(
+        default_factory=dict
+    )
     fingerprint: Annotated[Fingerprint, "of the run"] = field(default_factory=Fingerprint)
     environment: Annotated[dict[str, Any], "the first one that it was trained in"] = field(default_factory=dict)
     environments: Annotated[tuple[dict[str, Any], ...], "all of them, if they are several"] = ()
