@@ -21,7 +21,9 @@ from lorasmith.core.errors import OptionError
 from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.core.registry import nearest
 from lorasmith.core.typed_json import DIALECT, json_schemas, typed
+from lorasmith.server.api.job_answers import job_answer
 from lorasmith.server.api_shapes import ErrorAnswer
+from lorasmith.server.jobs import JobKind
 from lorasmith.server.request_handling import ServerContext, apart, number_in, read_body
 
 PREFIX = "/lorasmith/v1"
@@ -72,6 +74,7 @@ class Endpoint:
     summary: str
     _: KW_ONLY
     question: str = ""  # name of the function in `server.questions` that answers, given `Call.arguments`
+    queues: JobKind | None = None  # kind of a job of which the answer to the question is the request
     handler: Handler | None = None  # in place of a question
     body: Any = None  # type of the JSON body
     answer: Any = None  # type of the JSON response; None: another media type, `content`
@@ -93,6 +96,8 @@ def route_of(endpoint: Endpoint, context: ServerContext) -> web.RouteDef:
         call = Call(request, None if endpoint.body is None else await _body(request, endpoint.body))
         if endpoint.handler is None:
             answer = await context.assistant.ask(endpoint.question, **call.arguments)
+            if endpoint.queues is not None:
+                answer = job_answer(context.dispatcher.submit(endpoint.queues, answer))
         else:
             answer = await endpoint.handler(context, call)
         return answer if isinstance(answer, web.StreamResponse) else json_response(answer, endpoint.status)

@@ -47,11 +47,6 @@ async def _plan(context: ServerContext, call: Call) -> Any:
     }
 
 
-async def _measure(context: ServerContext, call: Call) -> Any:
-    request = await context.assistant.ask("check_measurement", **call.arguments)
-    return job_answer(context.dispatcher.submit("measure", request))
-
-
 async def _jobs(context: ServerContext, call: Call) -> Any:
     states = _states(call.text("states"))
     limit, offset = call.number("limit", 100, least=1, most=_MOST_LISTED), call.number("offset", 0)
@@ -136,7 +131,8 @@ JOB_ENDPOINTS = (
         "POST",
         "/measurements",
         "Queue a job that measures a step on this device; later plans have its time.",
-        handler=_measure,
+        question="check_measurement",
+        queues="measure",
         body=MeasurementBody,
         answer=JobAnswer,
         status=201,
