@@ -14,7 +14,6 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
 
-import msgspec
 from aiohttp import web
 
 from lorasmith.core.errors import OptionError
@@ -109,6 +108,8 @@ def route_of(endpoint: Endpoint, context: ServerContext) -> web.RouteDef:
 
 def json_response(value: Any, status: int = 200) -> web.Response:
     """A JSON response that is never cached. `value` is a type of `api_shapes`, or JSON values."""
+    import msgspec  # imported late, to start fast
+
     # Not msgspec.json.encode, which refuses the lone surrogates in undecodable file names.
     text = json.dumps(msgspec.to_builtins(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return web.Response(
