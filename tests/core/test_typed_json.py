@@ -79,7 +79,7 @@ def test_what_is_written_is_read() -> None:
         ({"rate": 1, "colour": {}}, "colour must be text, got {}"),
         ({"rate": 1, "colour": "blue"}, "colour must be one of red, got 'blue'"),
         ({"rate": 1, "label": 3}, "label must be text, got 3"),
-        ({"rate": 1, "draws": [[1, 0.5], [1]]}, "draws[1] must be a list of length 2, got [1]"),
+        ({"rate": 1, "draws": [[1, 0.5], [1]]}, "draws[1] must be a list of 2, got [1]"),
         ({"rate": 1, "draws": 7}, "draws must be a list, got 7"),
         ({"rate": 1, "numbers": [1, 2.5]}, "numbers[1] must be an integer, got 2.5"),
         ({"rate": 1, "inner": {"name": None}}, "inner.name must be text, got None"),

@@ -104,9 +104,10 @@ def _sentence(error: str, value: Any, kind: Any, place: str) -> str:
         rule = f"one of {', '.join(map(str, choices))}"
     elif message == "Number out of range":
         return f"{place} must be a number of 64 bits"
-    elif expected := re.match(r"Expected `([^`]+)`( of length \d+)?", message):
+    elif expected := re.match(r"Expected `([^`]+)`(?: of length (\d+))?", message):
         *others, last = (_WORDS.get(one, one) for one in expected[1].removesuffix(" | null").split(" | "))
-        rule = (f"{', '.join(others)} or {last}" if others else last) + (expected[2] or "")
+        rule = f"{', '.join(others)} or {last}" if others else last
+        rule += f" of {expected[2]}" if expected[2] else ""
     else:
         return message  # of `__post_init__`
     shown = repr(value)

@@ -5,8 +5,11 @@ The server imports this module, so it imports no torch. Numbers are finite; what
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass
+from dataclasses import field
+from typing import Annotated
+from typing import Any
+from typing import Literal
 
 from lorasmith.runs.presets import Preset
 
@@ -44,9 +47,9 @@ class TrainingDevice:
     """A device that trains."""
 
     name: Annotated[str, "such as cuda:0 or cpu"]
-    title: Annotated[str, "of its maker"] = ""
-    memory_bytes: Annotated[int | None, "of the device; null if unknown"] = None
-    free_bytes: Annotated[int | None, "of the device; null if unknown"] = None
+    title: Annotated[str, "name by its maker"] = ""
+    memory_bytes: Annotated[int | None, "size of its memory; null if unknown"] = None
+    free_bytes: Annotated[int | None, "free memory; null if unknown"] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,9 +73,9 @@ class SettingAnswer:
     type: Annotated[SettingType, "of the value"]
     default: Annotated[bool | int | float | str | None, "null if the run decides it"]
     help: Annotated[str, "its meaning"]
-    min: Annotated[float | None, "of a number; null for no limit"] = None
-    max: Annotated[float | None, "of a number; null for no limit"] = None
-    step: Annotated[float | None, "of a number; null for no limit"] = None
+    min: Annotated[float | None, "smallest number; null for no limit"] = None
+    max: Annotated[float | None, "largest number; null for no limit"] = None
+    step: Annotated[float | None, "granularity of a number; null for none"] = None
     choices: Annotated[tuple[str, ...], "allowed values of a text; empty if any text is allowed"] = ()
     main: Annotated[bool, "whether it is shown before the others"] = False
 
@@ -314,7 +317,9 @@ class PlanAnswer:
     ] = field(default_factory=dict)
     seconds_per_step: Annotated[float | None, "measured on this device; null if it was not"] = None
     seconds: Annotated[float | None, "of all steps"] = None
-    measured_at: Annotated[float | None, "measured on this device; null if it was not"] = None
+    measured_at: Annotated[float | None, "when that was measured, in seconds since the epoch; null if it was not"] = (
+        None
+    )
     notes: Annotated[tuple[str, ...], "remarks, one sentence each"] = ()
 
 
@@ -339,9 +344,9 @@ class JobAnswer:
     name: Annotated[str | None, "of the LoRA that it trains; null for other jobs"]
     model: Annotated[str | None, "that it is about; null for graphs"]
     dataset: Annotated[str | None, "that it trains on; null for other folders and jobs"]
-    created: Annotated[float, "in seconds since the epoch"]
-    started: Annotated[float | None, "in seconds since the epoch"]
-    ended: Annotated[float | None, "in seconds since the epoch"]
+    created: Annotated[float, "when it was queued, in seconds since the epoch"]
+    started: Annotated[float | None, "when it was last started; null before that"]
+    ended: Annotated[float | None, "when it ended; null before that"]
     outputs: Annotated[dict[str, Any], "of its nodes, by their ids"]
     error: Annotated[dict[str, Any] | None, "why it failed"]
     run: Annotated[str | None, "id of the run that it trains or has trained"]
@@ -389,10 +394,10 @@ class RunRow:
     ]
     started: Annotated[float | None, "in seconds since the epoch; null before the first step"]
     seconds: Annotated[float, "of training"]
-    step: Annotated[int, "updates taken and planned"]
-    steps: Annotated[int | None, "updates taken and planned"]
-    model: Annotated[str, "names of the base model and its family"]
-    family: Annotated[str, "names of the base model and its family"]
+    step: Annotated[int, "updates taken"]
+    steps: Annotated[int | None, "updates planned; null if unknown"]
+    model: Annotated[str, "name of the base model"]
+    family: Annotated[str, "name of its family"]
     loss: Annotated[float | None, "training loss, as in the report"]
     loss_label: Annotated[str, "what this number is"]
     held_out: Annotated[float | None, "lowest loss on held-out images; null without them"]
@@ -413,10 +418,10 @@ class ValidationFacts:
     """A validation."""
 
     step: Annotated[int, "updates taken"]
-    loss: Annotated[float | None, "with and without the LoRA"]
-    base_loss: Annotated[float | None, "with and without the LoRA"]
-    low: Annotated[float | None, "95 % confidence interval of their difference"]
-    high: Annotated[float | None, "95 % confidence interval of their difference"]
+    loss: Annotated[float | None, "on the held-out images"]
+    base_loss: Annotated[float | None, "without the LoRA"]
+    low: Annotated[float | None, "of the 95 % confidence interval of their difference"]
+    high: Annotated[float | None, "of the same interval"]
     best: Annotated[bool, "whether no loss is lower"]
 
 

@@ -16,23 +16,36 @@ import shutil
 import tempfile
 import time
 import traceback
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator
+from collections.abc import Awaitable
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
+from typing import TypeVar
 
-from aiohttp import BodyPartReader, ClientError, web
+from aiohttp import BodyPartReader
+from aiohttp import ClientError
+from aiohttp import web
 from aiohttp.http import HttpProcessingError
 from aiohttp.typedefs import Handler
 
-from lorasmith.core.errors import LorasmithError, OptionError, OutputError
+from lorasmith.core.errors import LorasmithError
+from lorasmith.core.errors import OptionError
+from lorasmith.core.errors import OutputError
 from lorasmith.core.folders import Folders
 from lorasmith.core.foreign_json import parse_foreign_json
-from lorasmith.runs.queue import JobStore, StoreError
-from lorasmith.server.assistant import Assistant, RefusedError
+from lorasmith.runs.queue import JobStore
+from lorasmith.runs.queue import StoreError
+from lorasmith.server.assistant import Assistant
+from lorasmith.server.assistant import RefusedError
 from lorasmith.server.dispatcher import Dispatcher
-from lorasmith.server.hub import Hub, LogBook
-from lorasmith.server.server_config import FOLDER, ServerConfig
+from lorasmith.server.hub import Hub
+from lorasmith.server.hub import LogBook
+from lorasmith.server.server_config import FOLDER
+from lorasmith.server.server_config import ServerConfig
 from lorasmith.server.server_disk import disk_space
 
 
@@ -282,11 +295,16 @@ def _new_folder(parent: Path) -> tempfile.TemporaryDirectory[str]:
 
 
 def refused(status: int, message: str) -> web.Response:
-    """An error response of the protocol."""
+    """An error response of ComfyUI's protocol."""
     return web.json_response({"error": message}, status=status)
 
 
-def answering(handler: Handler) -> Handler:
+def table(routes: list[tuple[str, str, Handler]]) -> list[web.RouteDef]:
+    """Routes of ComfyUI's protocol from (method, path, handler)."""
+    return [web.route(method, path, _answering(handler)) for method, path, handler in routes]
+
+
+def _answering(handler: Handler) -> Handler:
     """Wraps a handler so that its LorasmithErrors become responses."""
 
     @functools.wraps(handler)
@@ -299,23 +317,20 @@ def answering(handler: Handler) -> Handler:
     return answer
 
 
-def table(routes: list[tuple[str, str, Handler]]) -> list[web.RouteDef]:
-    """Routes from (method, path, handler), each handler wrapped by `answering`."""
-    return [web.route(method, path, answering(handler)) for method, path, handler in routes]
-
-
-async def read_json(request: web.Request, *, kind: type | None = None, empty: Any = ...) -> Any:
+async def read_json(request: web.Request, *, empty: Any = ...) -> Any:
     """The JSON of a request, whatever its Content-Type; `empty` for an empty body, if allowed. Raises OptionError."""
     body = await read_body(request)
     if not body.strip() and empty is not ...:
         return empty
     try:
-        value = await apart(len(body), parse_foreign_json, body)
+        return await apart(len(body), parse_foreign_json, body)
     except ValueError as error:
         raise OptionError(f"the body must be JSON, but it {error}") from error
-    if kind is not None and not isinstance(value, kind):
-        raise OptionError(f"the body must be {_NAMES[kind]}, got {type(value).__name__}")
+
+
+async def read_object(request: web.Request, *, empty: Any = ...) -> dict[str, Any]:
+    """An object as `read_json`."""
+    value = await read_json(request, empty=empty)
+    if not isinstance(value, dict):
+        raise OptionError(f"the body must be an object, got {type(value).__name__}")
     return value
-
-
-_NAMES: dict[type, str] = {dict: "an object", list: "a list"}

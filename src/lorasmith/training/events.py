@@ -6,9 +6,11 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from dataclasses import field
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated
+from typing import Any
 
 from lorasmith.core.choices import Activations
 from lorasmith.core.printable import printable
@@ -50,7 +52,7 @@ class RunStarted(Event):
     adapters: Annotated[int, "adapted layers"]
     parameters: Annotated[int, "number of trained parameters"]
     device: Annotated[str, "of the frozen model"]
-    dtype: Annotated[str, "of the frozen model"]
+    dtype: Annotated[str, "of its weights"]
     folder: Annotated[str, "of the run, empty if there is none"] = ""
 
 
@@ -87,13 +89,12 @@ class Validated(Event):
     base_loss: Annotated[float, "the same for the model without the LoRA"]
     low: Annotated[
         float,
-        "95 % confidence interval of loss − base_loss, over images (over images and noise levels, if "
-        "there are fewer than five images)",
+        "lower end of the 95 % confidence interval of loss − base_loss, over images (over images and "
+        "noise levels, if there are fewer than five images)",
     ]
     high: Annotated[
         float,
-        "95 % confidence interval of loss − base_loss, over images (over images and noise levels, if "
-        "there are fewer than five images)",
+        "upper end of that interval",
     ]
     best: Annotated[bool, "whether this is the lowest loss so far"]
     best_step: Annotated[int, "step of the lowest loss so far"]
@@ -114,8 +115,8 @@ class Previewed(Event):
 class Drawing(Event):
     """Pictures of a preview are drawn. It is not logged."""
 
-    done: Annotated[int, "pictures drawn so far, and all of this preview"]
-    total: Annotated[int, "pictures drawn so far, and all of this preview"]
+    done: Annotated[int, "pictures drawn so far"]
+    total: Annotated[int, "pictures of this preview"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,8 +174,8 @@ class CaptionsPlanned(Event):
 class CaptionEncoded(Event):
     """A caption was encoded before training."""
 
-    done: Annotated[int, "captions encoded so far, and all of these"]
-    total: Annotated[int, "captions encoded so far, and all of these"]
+    done: Annotated[int, "captions encoded so far"]
+    total: Annotated[int, "captions that are encoded"]
 
 
 @dataclass(frozen=True, kw_only=True)

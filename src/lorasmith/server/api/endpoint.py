@@ -14,14 +14,15 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
 
-import msgspec
 from aiohttp import web
 
 from lorasmith.core.errors import OptionError
 from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.core.registry import nearest
 from lorasmith.core.typed_json import DIALECT, json_schemas, typed
+from lorasmith.server.api.job_answers import job_answer
 from lorasmith.server.api_shapes import ErrorAnswer
+from lorasmith.server.jobs import JobKind
 from lorasmith.server.request_handling import ServerContext, apart, number_in, read_body
 
 PREFIX = "/lorasmith/v1"
@@ -72,6 +73,7 @@ class Endpoint:
     summary: str
     _: KW_ONLY
     question: str = ""  # name of the function in `server.questions` that answers, given `Call.arguments`
+    queues: JobKind | None = None  # kind of a job of which the answer to the question is the request
     handler: Handler | None = None  # in place of a question
     body: Any = None  # type of the JSON body
     answer: Any = None  # type of the JSON response; None: another media type, `content`
@@ -93,6 +95,8 @@ def route_of(endpoint: Endpoint, context: ServerContext) -> web.RouteDef:
         call = Call(request, None if endpoint.body is None else await _body(request, endpoint.body))
         if endpoint.handler is None:
             answer = await context.assistant.ask(endpoint.question, **call.arguments)
+            if endpoint.queues is not None:
+                answer = job_answer(context.dispatcher.submit(endpoint.queues, answer))
         else:
             answer = await endpoint.handler(context, call)
         return answer if isinstance(answer, web.StreamResponse) else json_response(answer, endpoint.status)
@@ -104,6 +108,8 @@ def route_of(endpoint: Endpoint, context: ServerContext) -> web.RouteDef:
 
 def json_response(value: Any, status: int = 200) -> web.Response:
     """A JSON response that is never cached. `value` is a type of `api_shapes`, or JSON values."""
+    import msgspec  # imported late, to start fast
+
     # Not msgspec.json.encode, which refuses the lone surrogates in undecodable file names.
     text = json.dumps(msgspec.to_builtins(value), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return web.Response(
@@ -139,15 +145,13 @@ def _typed_body(content: bytes, kind: Any) -> Any:
 
 API_VERSION = "1"  # additions keep it; incompatible changes increase it
 
-_ERROR = "It was not done; the message says why."
-
 
 def api_document(endpoints: Sequence[Endpoint]) -> dict[str, Any]:
     """The OpenAPI document of some endpoints."""
     kinds = [ErrorAnswer, *(kind for one in endpoints for kind in (one.body, one.answer) if kind is not None)]
     schemas, components = json_schemas(kinds, "#/components/schemas/")
     remaining = iter(schemas)
-    error = {"description": _ERROR, "content": _content(next(remaining))}
+    error = {"description": "It was not done; the message says why.", "content": _content(next(remaining))}
     paths: dict[str, dict[str, Any]] = {}
     for one in endpoints:
         body = None if one.body is None else next(remaining)

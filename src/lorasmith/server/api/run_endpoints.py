@@ -7,11 +7,19 @@ from typing import Any
 
 from aiohttp import web
 
-from lorasmith.server.api.endpoint import Call, Endpoint, Query, json_response
+from lorasmith.server.api.endpoint import Call
+from lorasmith.server.api.endpoint import Endpoint
+from lorasmith.server.api.endpoint import Query
+from lorasmith.server.api.endpoint import json_response
 from lorasmith.server.api.event_streams import run_events
-from lorasmith.server.api.job_answers import job_answer
-from lorasmith.server.api_shapes import InstallBody, InstalledLora, JobAnswer, RunAnswer, RunList, TrainOnBody
-from lorasmith.server.contained_files import UNTRUSTED, send_file
+from lorasmith.server.api_shapes import InstallBody
+from lorasmith.server.api_shapes import InstalledLora
+from lorasmith.server.api_shapes import JobAnswer
+from lorasmith.server.api_shapes import RunAnswer
+from lorasmith.server.api_shapes import RunList
+from lorasmith.server.api_shapes import TrainOnBody
+from lorasmith.server.contained_files import UNTRUSTED
+from lorasmith.server.contained_files import send_file
 from lorasmith.server.request_handling import ServerContext
 
 
@@ -45,11 +53,6 @@ async def _report(context: ServerContext, call: Call) -> web.StreamResponse:
 async def _graph(context: ServerContext, call: Call) -> web.StreamResponse:
     found = await context.assistant.ask("run_graph", id=call.path("id"))
     return json_response(found if call.text("notes") in ("1", "true") else found["prompt"])
-
-
-async def _train_on(context: ServerContext, call: Call) -> Any:
-    request = await context.assistant.ask("train_on_request", **call.arguments)
-    return job_answer(context.dispatcher.submit("train", request))
 
 
 RUN_ENDPOINTS = (
@@ -98,7 +101,8 @@ RUN_ENDPOINTS = (
         "POST",
         "/runs/{id}/train-on",
         "Queue a job that trains on from the end of a run.",
-        handler=_train_on,
+        question="train_on_request",
+        queues="train",
         body=TrainOnBody,
         answer=JobAnswer,
         status=201,

@@ -21,7 +21,7 @@ from lorasmith.server.comfyui.file_routes import FileRoutes, UserFiles
 from lorasmith.server.comfyui.queue_routes import QueueRoutes
 from lorasmith.server.comfyui.websocket import FEATURES, TERMINAL_SIZE, Sockets, log_entry
 from lorasmith.server.contained_files import find_contained, send_file
-from lorasmith.server.request_handling import ServerContext, read_json, refused, table
+from lorasmith.server.request_handling import ServerContext, read_object, refused, table
 
 PREFIXES = ("", "/api", "/editor", "/editor/api")
 
@@ -112,7 +112,7 @@ class SystemRoutes:
         return web.json_response({"entries": entries, "size": TERMINAL_SIZE})
 
     async def _subscribe(self, request: web.Request) -> web.Response:
-        body = await read_json(request, kind=dict)
+        body = await read_object(request)
         client, enabled = body.get("clientId"), body.get("enabled")
         if not isinstance(client, str) or not isinstance(enabled, bool):
             return refused(400, "clientId must be text, and enabled true or false")

@@ -38,6 +38,7 @@ from lorasmith.server.request_handling import (
     form_parts,
     read_body,
     read_json,
+    read_object,
     received,
     refused,
     table,
@@ -285,7 +286,7 @@ class UserFiles:
         return web.json_response(saved.get(request.match_info["id"]))
 
     async def _merge_settings(self, request: web.Request) -> web.Response:
-        changes = await read_json(request, kind=dict)
+        changes = await read_object(request)
         await self._save_settings(changes)
         return web.Response()
 

@@ -13,17 +13,33 @@ from __future__ import annotations
 import json
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
 from aiohttp import web
 
 from lorasmith.core.errors import OptionError
-from lorasmith.runs.queue import ENDED, DuplicateJobError, Job, JobLine, JobState, JobStore, QueueFullError
+from lorasmith.runs.queue import ENDED
+from lorasmith.runs.queue import DuplicateJobError
+from lorasmith.runs.queue import Job
+from lorasmith.runs.queue import JobLine
+from lorasmith.runs.queue import JobState
+from lorasmith.runs.queue import JobStore
+from lorasmith.runs.queue import QueueFullError
 from lorasmith.server.assistant import RefusedError
 from lorasmith.server.job_reporter import error_entry
-from lorasmith.server.request_handling import ServerContext, number_in, read_json, refused, send_json_pieces, table
+from lorasmith.server.request_handling import ServerContext
+from lorasmith.server.request_handling import number_in
+from lorasmith.server.request_handling import read_json
+from lorasmith.server.request_handling import read_object
+from lorasmith.server.request_handling import refused
+from lorasmith.server.request_handling import send_json_pieces
+from lorasmith.server.request_handling import table
 
 
 class QueueRoutes:
@@ -66,14 +82,14 @@ class QueueRoutes:
         return web.json_response(queue_info(self._store.queue_counts()))
 
     async def _convert(self, request: web.Request) -> web.Response:
-        workflow = await read_json(request, kind=dict)
+        workflow = await read_object(request)
         inner = workflow.get("workflow")
         return web.json_response(await self._prompt_of(inner if isinstance(inner, dict) else workflow))
 
     async def _queue_prompt(self, request: web.Request) -> web.Response:
         from lorasmith.workflow.editor_graph import is_editor_format  # imported late, to start fast
 
-        body = await read_json(request, kind=dict)
+        body = await read_object(request)
         fault = _fault_of(body)
         if fault is not None:
             return _refusal(fault)
@@ -138,7 +154,7 @@ class QueueRoutes:
         return await send_json_pieces(request, pieces)
 
     async def _change_queue(self, request: web.Request) -> web.Response:
-        body = await read_json(request, kind=dict)
+        body = await read_object(request)
         ids, is_all = set(_ids_in(body)), bool(body.get("clear"))
         waiting = [one for one in self._store.lines(["pending"]) if one.id in ids or (is_all and one.kind == "graph")]
         # Graphs leave no history entry, as in ComfyUI; all are removed in one call, as there may be thousands.
@@ -170,7 +186,7 @@ class QueueRoutes:
         return web.json_response({job.id: history_entry(job)} if job is not None and is_there else {})
 
     async def _change_history(self, request: web.Request) -> web.Response:
-        body = await read_json(request, kind=dict)
+        body = await read_object(request)
         ids, is_all = set(_ids_in(body)), bool(body.get("clear"))
         ended = [one for one in self._store.lines(ENDED) if one.id in ids or (is_all and one.kind == "graph")]
         self._dispatcher.remove([one.id for one in ended])
@@ -211,7 +227,7 @@ class QueueRoutes:
         return web.json_response({"cancelled": self._cancel(request.match_info["id"])})
 
     async def _cancel_jobs(self, request: web.Request) -> web.Response:
-        body = await read_json(request, kind=dict)
+        body = await read_object(request)
         ids = body.get("job_ids")
         if not isinstance(ids, list) or not all(isinstance(id, str) for id in ids):
             return refused(400, "job_ids must be a list of ids")
@@ -228,7 +244,7 @@ class QueueRoutes:
         return web.Response()
 
     async def _free(self, request: web.Request) -> web.Response:
-        body = await read_json(request, kind=dict, empty={})
+        body = await read_object(request, empty={})
         models, memory = bool(body.get("unload_models")), bool(body.get("free_memory"))
         self._dispatcher.free(unload_models=models, free_memory=memory)
         return web.Response()

@@ -11,18 +11,25 @@ import functools
 import hashlib
 import os
 import platform
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypedDict
+from typing import TYPE_CHECKING
+from typing import Annotated
+from typing import Any
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 
 from lorasmith.adapters.frozen_layer import named_weights
 from lorasmith.adapters.patch import patch_tensors
-from lorasmith.core.errors import ModelError, OutputError
+from lorasmith.core.errors import ModelError
+from lorasmith.core.errors import OutputError
 from lorasmith.core.mapped_files import release_pages
 from lorasmith.core.options import options_of
 from lorasmith.core.processes import current
@@ -44,10 +51,10 @@ class Fingerprint(TypedDict, total=False):
     config: Annotated[dict[str, Scalar], "settings that affect numbers"]
     base: Annotated[dict[str, str], "digest of sampled values, by part of the base model"]
     files: Annotated[dict[str, str], "SHA-256 of the whole files of the base model, by part, if asked for"]
-    patches: Annotated[str, "digests of LoRAs on the base model, samples and initial weights"]
-    data: Annotated[str, "digests of LoRAs on the base model, samples and initial weights"]
-    held_out: Annotated[str, "digests of LoRAs on the base model, samples and initial weights"]
-    initial: Annotated[str, "digests of LoRAs on the base model, samples and initial weights"]
+    patches: Annotated[str, "digest of the LoRAs on the base model"]
+    data: Annotated[str, "digest of the samples"]
+    held_out: Annotated[str, "digest of the held-out samples"]
+    initial: Annotated[str, "digest of the initial weights"]
     noising: Annotated[list[str], "parameterization and digest of the schedule, where they are not the model's own"]
 
 
