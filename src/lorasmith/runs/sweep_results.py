@@ -10,43 +10,24 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable
-from collections.abc import Mapping
-from dataclasses import asdict
-from dataclasses import dataclass
-from dataclasses import field
-from dataclasses import replace
-from pathlib import Path
-from pathlib import PurePath
-from typing import Annotated
-from typing import Any
-from typing import Literal
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path, PurePath
+from typing import Annotated, Any, Literal
 from urllib.parse import quote
 
-from lorasmith.core.errors import LorasmithError
-from lorasmith.core.errors import OptionError
+from lorasmith.core.errors import LorasmithError, OptionError
 from lorasmith.core.files import write_atomic
 from lorasmith.core.typed_json import Scalar
 from lorasmith.report.pictures import PictureTable
-from lorasmith.report.run_report import change
-from lorasmith.report.run_report import number
-from lorasmith.report.sweep_page import ApartRun
-from lorasmith.report.sweep_page import RankedRun
-from lorasmith.report.sweep_page import SweepReport
-from lorasmith.report.sweep_page import sweep_report
-from lorasmith.runs.run_page import best_lora_of_run
-from lorasmith.runs.run_page import duration
-from lorasmith.runs.run_page import is_own
-from lorasmith.runs.run_page import lora_of_run
-from lorasmith.runs.run_page import previews_of
-from lorasmith.runs.spec import SETTING_PATHS
-from lorasmith.runs.spec import SETTINGS
-from lorasmith.runs.spec import RunSpec
+from lorasmith.report.run_report import change, number
+from lorasmith.report.sweep_page import ApartRun, RankedRun, SweepReport, sweep_report
+from lorasmith.runs.run_page import best_lora_of_run, duration, is_own, lora_of_run, previews_of
+from lorasmith.runs.spec import SETTING_PATHS, SETTINGS, RunSpec
 from lorasmith.runs.sweep_file import Sweep
 from lorasmith.runs.view import RunView
 from lorasmith.training.events import Outcome
-from lorasmith.training.storage.records import RunHistory
-from lorasmith.training.storage.records import read_history
+from lorasmith.training.storage.records import RunHistory, read_history
 from lorasmith.training.storage.run_folder import RunFolder
 
 RunState = Literal["complete", "failed", "stopped", "running", "waiting"]

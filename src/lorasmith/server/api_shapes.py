@@ -5,11 +5,8 @@ The server imports this module, so it imports no torch. Numbers are finite; what
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from dataclasses import field
-from typing import Annotated
-from typing import Any
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
 
 from lorasmith.runs.presets import Preset
 

@@ -16,36 +16,23 @@ import shutil
 import tempfile
 import time
 import traceback
-from collections.abc import AsyncIterator
-from collections.abc import Awaitable
-from collections.abc import Callable
-from collections.abc import Iterable
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from aiohttp import BodyPartReader
-from aiohttp import ClientError
-from aiohttp import web
+from aiohttp import BodyPartReader, ClientError, web
 from aiohttp.http import HttpProcessingError
 from aiohttp.typedefs import Handler
 
-from lorasmith.core.errors import LorasmithError
-from lorasmith.core.errors import OptionError
-from lorasmith.core.errors import OutputError
+from lorasmith.core.errors import LorasmithError, OptionError, OutputError
 from lorasmith.core.folders import Folders
 from lorasmith.core.foreign_json import parse_foreign_json
-from lorasmith.runs.queue import JobStore
-from lorasmith.runs.queue import StoreError
-from lorasmith.server.assistant import Assistant
-from lorasmith.server.assistant import RefusedError
+from lorasmith.runs.queue import JobStore, StoreError
+from lorasmith.server.assistant import Assistant, RefusedError
 from lorasmith.server.dispatcher import Dispatcher
-from lorasmith.server.hub import Hub
-from lorasmith.server.hub import LogBook
-from lorasmith.server.server_config import FOLDER
-from lorasmith.server.server_config import ServerConfig
+from lorasmith.server.hub import Hub, LogBook
+from lorasmith.server.server_config import FOLDER, ServerConfig
 from lorasmith.server.server_disk import disk_space
 
 

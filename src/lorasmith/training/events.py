@@ -6,11 +6,9 @@ import dataclasses
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from dataclasses import field
+from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Annotated
-from typing import Any
+from typing import Annotated, Any
 
 from lorasmith.core.choices import Activations
 from lorasmith.core.printable import printable

@@ -4,35 +4,27 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict
-from typing import Any
-from typing import cast
+from typing import Any, cast
 
 from lorasmith.core.errors import OptionError
 from lorasmith.core.registry import nearest
-from lorasmith.runs.queue import ACTIVE
-from lorasmith.runs.queue import ENDED
-from lorasmith.runs.queue import STATES
-from lorasmith.runs.queue import JobState
-from lorasmith.runs.queue import JobStateError
-from lorasmith.runs.queue import measurement_subject
+from lorasmith.runs.queue import ACTIVE, ENDED, STATES, JobState, JobStateError, measurement_subject
 from lorasmith.server.access import is_loopback
-from lorasmith.server.api.endpoint import Call
-from lorasmith.server.api.endpoint import Endpoint
-from lorasmith.server.api.endpoint import Query
-from lorasmith.server.api.event_streams import all_events
-from lorasmith.server.api.event_streams import job_events
+from lorasmith.server.api.endpoint import Call, Endpoint, Query
+from lorasmith.server.api.event_streams import all_events, job_events
 from lorasmith.server.api.job_answers import job_answer
-from lorasmith.server.api_shapes import CancelBody
-from lorasmith.server.api_shapes import JobAnswer
-from lorasmith.server.api_shapes import JobBody
-from lorasmith.server.api_shapes import JobList
-from lorasmith.server.api_shapes import MeasurementBody
-from lorasmith.server.api_shapes import MoveBody
-from lorasmith.server.api_shapes import PlanAnswer
-from lorasmith.server.api_shapes import PlanBody
-from lorasmith.server.api_shapes import RemovedJob
-from lorasmith.server.contained_files import OutsideError
-from lorasmith.server.contained_files import contained
+from lorasmith.server.api_shapes import (
+    CancelBody,
+    JobAnswer,
+    JobBody,
+    JobList,
+    MeasurementBody,
+    MoveBody,
+    PlanAnswer,
+    PlanBody,
+    RemovedJob,
+)
+from lorasmith.server.contained_files import OutsideError, contained
 from lorasmith.server.request_handling import ServerContext
 
 _MOST_LISTED = 500

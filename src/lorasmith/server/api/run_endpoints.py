@@ -7,19 +7,10 @@ from typing import Any
 
 from aiohttp import web
 
-from lorasmith.server.api.endpoint import Call
-from lorasmith.server.api.endpoint import Endpoint
-from lorasmith.server.api.endpoint import Query
-from lorasmith.server.api.endpoint import json_response
+from lorasmith.server.api.endpoint import Call, Endpoint, Query, json_response
 from lorasmith.server.api.event_streams import run_events
-from lorasmith.server.api_shapes import InstallBody
-from lorasmith.server.api_shapes import InstalledLora
-from lorasmith.server.api_shapes import JobAnswer
-from lorasmith.server.api_shapes import RunAnswer
-from lorasmith.server.api_shapes import RunList
-from lorasmith.server.api_shapes import TrainOnBody
-from lorasmith.server.contained_files import UNTRUSTED
-from lorasmith.server.contained_files import send_file
+from lorasmith.server.api_shapes import InstallBody, InstalledLora, JobAnswer, RunAnswer, RunList, TrainOnBody
+from lorasmith.server.contained_files import UNTRUSTED, send_file
 from lorasmith.server.request_handling import ServerContext
 
 

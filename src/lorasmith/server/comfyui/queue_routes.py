@@ -13,33 +13,25 @@ from __future__ import annotations
 import json
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable
-from collections.abc import Iterable
-from collections.abc import Iterator
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
 from aiohttp import web
 
 from lorasmith.core.errors import OptionError
-from lorasmith.runs.queue import ENDED
-from lorasmith.runs.queue import DuplicateJobError
-from lorasmith.runs.queue import Job
-from lorasmith.runs.queue import JobLine
-from lorasmith.runs.queue import JobState
-from lorasmith.runs.queue import JobStore
-from lorasmith.runs.queue import QueueFullError
+from lorasmith.runs.queue import ENDED, DuplicateJobError, Job, JobLine, JobState, JobStore, QueueFullError
 from lorasmith.server.assistant import RefusedError
 from lorasmith.server.job_reporter import error_entry
-from lorasmith.server.request_handling import ServerContext
-from lorasmith.server.request_handling import number_in
-from lorasmith.server.request_handling import read_json
-from lorasmith.server.request_handling import read_object
-from lorasmith.server.request_handling import refused
-from lorasmith.server.request_handling import send_json_pieces
-from lorasmith.server.request_handling import table
+from lorasmith.server.request_handling import (
+    ServerContext,
+    number_in,
+    read_json,
+    read_object,
+    refused,
+    send_json_pieces,
+    table,
+)
 
 
 class QueueRoutes:

@@ -11,25 +11,18 @@ import functools
 import hashlib
 import os
 import platform
-from collections.abc import Iterable
-from collections.abc import Iterator
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
-from typing import Annotated
-from typing import Any
-from typing import TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 import torch
 from torch import Tensor
 
 from lorasmith.adapters.frozen_layer import named_weights
 from lorasmith.adapters.patch import patch_tensors
-from lorasmith.core.errors import ModelError
-from lorasmith.core.errors import OutputError
+from lorasmith.core.errors import ModelError, OutputError
 from lorasmith.core.mapped_files import release_pages
 from lorasmith.core.options import options_of
 from lorasmith.core.processes import current

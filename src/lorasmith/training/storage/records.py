@@ -11,45 +11,22 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
-from collections.abc import Iterator
-from collections.abc import Mapping
-from collections.abc import Sequence
-from dataclasses import asdict
-from dataclasses import dataclass
-from dataclasses import field
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
-from typing import Any
-from typing import TypeVar
+from typing import Annotated, Any, TypeVar
 
 from torch import nn
 
-from lorasmith.core.errors import OptionError
-from lorasmith.core.errors import TrainingError
-from lorasmith.core.files import open_regular
-from lorasmith.core.files import read_regular
-from lorasmith.core.folders import MAX_STEM_BYTES
-from lorasmith.core.folders import RUN_LOG
-from lorasmith.core.folders import RUN_RECORD
-from lorasmith.core.folders import file_stem
+from lorasmith.core.errors import OptionError, TrainingError
+from lorasmith.core.files import open_regular, read_regular
+from lorasmith.core.folders import MAX_STEM_BYTES, RUN_LOG, RUN_RECORD, file_stem
 from lorasmith.core.foreign_json import parse_foreign_json
-from lorasmith.core.typed_json import Scalar
-from lorasmith.core.typed_json import typed
+from lorasmith.core.typed_json import Scalar, typed
 from lorasmith.data.dataset import Split
-from lorasmith.training.events import MOST_LINE_BYTES
-from lorasmith.training.events import Event
-from lorasmith.training.events import Outcome
-from lorasmith.training.events import RunFinished
-from lorasmith.training.events import RunStarted
-from lorasmith.training.events import StepDone
-from lorasmith.training.events import decoded
+from lorasmith.training.events import MOST_LINE_BYTES, Event, Outcome, RunFinished, RunStarted, StepDone, decoded
 from lorasmith.training.job import Job
-from lorasmith.training.storage.fingerprint import Fingerprint
-from lorasmith.training.storage.fingerprint import environment
-from lorasmith.training.storage.fingerprint import file_digests
-from lorasmith.training.storage.fingerprint import fingerprint
+from lorasmith.training.storage.fingerprint import Fingerprint, environment, file_digests, fingerprint
 
 _REPEATED = ("source", "asked", "fingerprint", "environment", "environments")
 """Fields from which a run can be reproduced, and which its LoRA stores."""
