@@ -99,6 +99,11 @@ class _Training:
     reporter: Reporter
     runs: Path
 
+    def release(self) -> None:
+        """Give up its folder, for the next job on it in this process."""
+        if self.prepared.claim is not None:
+            self.prepared.claim.release()
+
 
 class TrainingJobs:
     """Trains on folders of images. The request of a job is a `RunSpec` as JSON, with paths relative to the base
@@ -130,7 +135,11 @@ class TrainingJobs:
         before = None if job["run"] is None else Path(self._work.start["base"], job["run"])
         if before is not None and RunFolder(before).is_done:  # it completed, but its end was not recorded
             return {"outputs": _found_before(before)}
-        return self._trained(self._prepared(job, before, samples=None), self._work.cancelled.is_set)
+        one = self._prepared(job, before)
+        try:
+            return self._trained(one, self._work.cancelled.is_set)
+        finally:
+            one.release()
 
     def _train_together(self, jobs: Sequence[Mapping[str, Any]], ended: Ended) -> None:
         """If the jobs are cancelled, all runs end after the same step and save; one that fails ends alone."""
@@ -141,10 +150,11 @@ class TrainingJobs:
         def prepared(job: Mapping[str, Any]) -> dict[str, Any]:
             given = spec_of(job["request"])
             images = given.sources, given.data, given.validation
-            found = self._prepared(job, None, samples=encoded.get(images))
-            encoded[images] = found.prepared.data, found.prepared.validation
-            check_captions(found.prepared.job, found.prepared.data)
-            ready[job["id"]] = found
+            one = self._prepared(job, None, samples=encoded.get(images))
+            released.callback(one.release)
+            encoded[images] = one.prepared.data, one.prepared.validation
+            check_captions(one.prepared.job, one.prepared.data)
+            ready[job["id"]] = one
             return {}
 
         def trained(job: Mapping[str, Any], engine: EngineMaker) -> None:
@@ -152,28 +162,29 @@ class TrainingJobs:
             ended(job["id"], self._end_of(job, lambda: self._trained(one, stop.is_set, engine=engine)))
             unended.discard(job["id"])
 
-        for job in jobs:
-            if (end := self._end_of(job, partial(prepared, job)))["state"] != "completed":
-                ended(job["id"], end)
-        unended = set(ready)
-        chosen = [job for job in jobs if job["id"] in ready]
-        works = [partial(trained, job) for job in chosen]
+        with contextlib.ExitStack() as released:
+            for job in jobs:
+                if (end := self._end_of(job, partial(prepared, job)))["state"] != "completed":
+                    ended(job["id"], end)
+            unended = set(ready)
+            chosen = [job for job in jobs if job["id"] in ready]
+            works = [partial(trained, job) for job in chosen]
 
-        def train() -> dict[str, Any]:
-            if chosen:
+            def train() -> dict[str, Any]:
                 train_jointly([ready[job["id"]].prepared.job for job in chosen], works, each_round=stop.look)
-            return {}
+                return {}
 
-        end = how_it_ended(train, job="group", log=self._work.start["log"])
-        for id in sorted(unended):
-            ended(id, end)
+            if chosen:
+                end = self._end_of({"id": "group"}, train)
+                for id in sorted(unended):
+                    ended(id, end)
 
     def _prepared(
         self,
         job: Mapping[str, Any],
         before: Path | None,
         *,
-        samples: tuple[EncodedDataset, EncodedDataset | None] | None,
+        samples: tuple[EncodedDataset, EncodedDataset | None] | None = None,
     ) -> _Training:
         folders, cancelled, reporter = self._work.folders(), self._work.cancelled.is_set, self._reporter(job)
         given = spec_of(job["request"])
@@ -203,16 +214,14 @@ class TrainingJobs:
             load=self.model.load,
             samples=samples,
         )
-        if cancelled():
-            if prepared.claim is not None:
-                prepared.claim.release()
-            raise CancelledError("the job was cancelled before its first step; what was encoded is kept")
         return _Training(prepared, before, reporter, folders.base / "runs")
 
     def _trained(
         self, one: _Training, cancelled: Callable[[], bool], *, engine: EngineMaker = RunOptions.engine
     ) -> dict[str, Any]:
         spec = one.prepared.spec
+        if cancelled():
+            raise CancelledError("the job was cancelled before its first step; what was encoded is kept")
 
         def chosen(fingerprint: Fingerprint) -> Path:
             is_same = one.before is not None and _is_same(one.before, fingerprint)
