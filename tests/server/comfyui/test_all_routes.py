@@ -4,7 +4,8 @@ import asyncio
 import re
 from pathlib import Path
 
-from lorasmith.server import access, connections, jobs, request_handling
+from lorasmith.runs import queue
+from lorasmith.server import access, connections, request_handling
 from lorasmith.server.comfyui import websocket
 from lorasmith.server.comfyui.all_routes import PREFIXES, routes
 from tests.server.fake_server import serving
@@ -34,10 +35,10 @@ def test_the_page_lists_every_route(tmp_path: Path) -> None:
 def test_the_page_has_the_limits() -> None:
     assert f"{request_handling.MAX_JSON_BYTES // 2**20} MiB of JSON" in PAGE
     assert f"{request_handling.MAX_UPLOAD_BYTES // 2**20} MiB in an uploaded file" in PAGE
-    assert f"beyond {jobs.MOST_PENDING:,} that wait; the last {jobs.MOST_ENDED:,} that ended" in PAGE
+    assert f"beyond {queue.MOST_PENDING:,} that wait; the last {queue.MOST_ENDED:,} that ended" in PAGE
     assert f"beyond {websocket.MOST_SOCKETS} connections" in PAGE
     most, of_one = connections.MOST_CONNECTIONS, connections.MOST_PER_ADDRESS
     assert f"{most} of all kinds ({of_one} of one address)" in PAGE and f"{most}, of one address {of_one}" in API
-    assert f"last {jobs.MOST_ENDED_BYTES // 2**20} MiB" in PAGE
+    assert f"last {queue.MOST_ENDED_BYTES // 2**20} MiB" in PAGE
     assert f"at least {access.LEAST_TOKEN} characters" in PAGE
     assert f"silence within a body, or of a reader of a stream | {request_handling.IDLE_TIMEOUT_S:g} seconds" in API
