@@ -12,6 +12,7 @@ import pytest
 from lorasmith.core.errors import DataError
 from lorasmith.data.data_config import DataConfig, ImageSource
 from lorasmith.data.folder import ImageFile, scan_folder, scan_sources
+from lorasmith.data.source_files import NoteKind, ScanNotes
 from lorasmith.formats.metadata import sha256_file
 from tests.data.folder_cases import add_image, names
 

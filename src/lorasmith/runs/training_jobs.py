@@ -117,18 +117,20 @@ class _JobHost(Host):
     def on_event(self, event: Event) -> None:
         self._reporter.event(event)
         if not self._is_begun:
-            self.end_if_cancelled()
+            self._end_if_cancelled()
 
     def cancelled(self) -> bool:
         return self._cancelled()
 
-    def end_if_cancelled(self) -> None:
-        if self.cancelled():
-            raise CancelledError("the job was cancelled before its first step; what was encoded is kept")
-
-    def begun(self) -> None:
-        """From here on, a run that is cancelled is saved."""
+    def begun(self, cancelled: Callable[[], bool]) -> None:
+        """From here on, a run that is cancelled is saved. Raises CancelledError if it is cancelled already."""
+        self._cancelled = cancelled
+        self._end_if_cancelled()
         self._is_begun = True
+
+    def _end_if_cancelled(self) -> None:
+        if self._cancelled():
+            raise CancelledError("the job was cancelled before its first step; what was encoded is kept")
 
     def load(self, files: ModelFiles, folders: Folders | None) -> Completed:
         return self._model.load(files, folders)
@@ -165,6 +167,11 @@ def images_of(spec: RunSpec) -> object:
     """What the samples of a run are encoded from, by one model."""
     return spec.sources, spec.data, spec.validation
 
+    def release(self) -> None:
+        """Give up its folder, for the next job on it in this process."""
+        if self.prepared.claim is not None:
+            self.prepared.claim.release()
+
 
 class TrainingJobs:
     """Trains on folders of images. The request of a job is a `RunSpec` as JSON, with paths relative to the base
@@ -196,7 +203,10 @@ class TrainingJobs:
         before = None if job["run"] is None else Path(self._work.start["base"], job["run"])
         if before is not None and RunFolder(before).is_done:  # it completed, but its end was not recorded
             return {"outputs": _found_before(before)}
-        return _trained(*self._planned(job, self._work.cancelled.is_set, before, {}))
+        with contextlib.ExitStack() as released:
+            planned, host = self._planned(job, before, {})
+            released.callback(_release, planned)
+            return _trained(planned, host, self._work.cancelled.is_set)
 
     def _train_together(self, jobs: Sequence[Mapping[str, Any]], ended: Ended) -> None:
         """If the jobs are cancelled, all runs end after the same step and save; one that fails ends alone."""
@@ -205,38 +215,36 @@ class TrainingJobs:
         encoded: dict[object, Samples] = {}
 
         def prepared(job: Mapping[str, Any]) -> dict[str, Any]:
-            found, host = self._planned(job, stop.is_set, None, encoded)
+            found, host = self._planned(job, None, encoded)
+            released.callback(_release, found)
             encoded[images_of(found.spec)] = found.data, found.validation
             check_captions(found.job, found.data)
             ready[job["id"]] = found, host
             return {}
 
         def trained(job: Mapping[str, Any], engine: EngineMaker) -> None:
-            ended(job["id"], self._end_of(job, lambda: _trained(*ready[job["id"]], engine)))
+            ended(job["id"], self._end_of(job, lambda: _trained(*ready[job["id"]], stop.is_set, engine)))
             unended.discard(job["id"])
 
-        for job in jobs:
-            if (end := self._end_of(job, partial(prepared, job)))["state"] != "completed":
-                ended(job["id"], end)
-        unended = set(ready)
-        chosen = [job for job in jobs if job["id"] in ready]
-        works = [partial(trained, job) for job in chosen]
+        with contextlib.ExitStack() as released:
+            for job in jobs:
+                if (end := self._end_of(job, partial(prepared, job)))["state"] != "completed":
+                    ended(job["id"], end)
+            unended = set(ready)
+            chosen = [job for job in jobs if job["id"] in ready]
+            works = [partial(trained, job) for job in chosen]
 
-        def train() -> dict[str, Any]:
-            if chosen:
+            def train() -> dict[str, Any]:
                 train_jointly([ready[job["id"]][0].job for job in chosen], works, each_round=stop.look)
-            return {}
+                return {}
 
-        end = how_it_ended(train, job="group", log=self._work.start["log"])
-        for id in sorted(unended):
-            ended(id, end)
+            if chosen:
+                end = self._end_of({"id": "group"}, train)
+                for id in sorted(unended):
+                    ended(id, end)
 
     def _planned(
-        self,
-        job: Mapping[str, Any],
-        cancelled: Callable[[], bool],
-        before: Path | None,
-        encoded: dict[object, Samples],
+        self, job: Mapping[str, Any], before: Path | None, encoded: dict[object, Samples]
     ) -> tuple[FolderPlan, _JobHost]:
         folders, given = self._work.folders(), spec_of(job["request"])
         if given.low_noise_model is not None:
@@ -249,19 +257,20 @@ class TrainingJobs:
         # A worker sees a single GPU.
         named = None if (given.device or "cuda").startswith("cuda") else given.device
         output = None if given.output is None else str(folders.base / given.output)
-        host = _JobHost(folders, self.model, self._reporter(job), cancelled, before, encoded)
-        planned = plan(replace(given.trusted(), device=self._device or named, output=output), host)
-        try:
-            host.end_if_cancelled()
-        except CancelledError:
-            if planned.claim is not None:
-                planned.claim.release()
-            raise
-        host.begun()
-        return planned, host
+        host = _JobHost(folders, self.model, self._reporter(job), self._work.cancelled.is_set, before, encoded)
+        return plan(replace(given.trusted(), device=self._device or named, output=output), host), host
 
 
-def _trained(planned: FolderPlan, host: Host, engine: EngineMaker = engine_of) -> dict[str, Any]:
+def _release(planned: FolderPlan) -> None:
+    """Give up the folder of a run, for the next job on it in this process."""
+    if planned.claim is not None:
+        planned.claim.release()
+
+
+def _trained(
+    planned: FolderPlan, host: _JobHost, cancelled: Callable[[], bool], engine: EngineMaker = engine_of
+) -> dict[str, Any]:
+    host.begun(cancelled)
     result = run(planned, host, engine)
     if result.reason is Outcome.CANCELLED:
         raise CancelledError(f"the job was cancelled after {count_text(len(result.losses), 'step')} and saved")

@@ -20,9 +20,9 @@ from lorasmith.core.errors import OptionError
 from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.core.registry import nearest
 from lorasmith.core.typed_json import DIALECT, json_schemas, typed
+from lorasmith.runs.queue import JobKind
 from lorasmith.server.api.job_answers import job_answer
 from lorasmith.server.api_shapes import ErrorAnswer
-from lorasmith.server.jobs import JobKind
 from lorasmith.server.request_handling import ServerContext, apart, number_in, read_body
 
 PREFIX = "/lorasmith/v1"

@@ -28,7 +28,7 @@ export function SweepView({ id }) {
     <${Problem} error=${error} onRetry=${reload} />
     ${!found && !error && html`<${Loading} what="sweep" />`}
     ${found && !found.comparable && html`<p class="faint">The runs were judged by different held-out images, so they are ranked by the change against the base model.</p>`}
-    ${found && html`<div class="wide"><table class="sweep"><caption class="unseen">Runs of ${id}, the best first</caption>
+    ${found && html`<div class="sweep-table"><table class="sweep"><caption class="unseen">Runs of ${id}, the best first</caption>
       <thead><tr><th scope="col">Place</th><th scope="col">Run</th>${varied.map((name) => html`<th scope="col" key=${name}>${name.replaceAll("_", " ")}</th>`)}<th scope="col">Held-out loss</th><th scope="col">Change</th><th scope="col">Steps</th><th scope="col">State</th></tr></thead>
       <tbody>${found.runs.map((one) => html`<tr key=${one.name}>
         <td>${one.place ?? ""}</td>
@@ -63,9 +63,11 @@ export function TryValues({ settings, base }) {
   return html`<section aria-labelledby="try"><details><summary><h2 id="try">Try several values</h2></summary>
     <p class="faint">One run for each combination, ranked by the loss of held-out photos. Separate values by commas, such as 8, 16.</p>
     ${rows.map((row, index) => html`<div class="field" key=${index}>
-      <label>Setting <select value=${row.name} onChange=${(event) => change(index, { name: event.currentTarget.value })}>
-        <option value="">none</option>${settings.map((one) => html`<option key=${one.name} value=${one.name}>${one.label}</option>`)}</select></label>
-      <label>Values <input type="text" value=${row.text} onInput=${(event) => change(index, { text: event.currentTarget.value })} /></label></div>`)}
+      <label for=${`try-setting-${index}`}>Setting</label>
+      <select id=${`try-setting-${index}`} value=${row.name} onChange=${(event) => change(index, { name: event.currentTarget.value })}>
+        <option value="">none</option>${settings.map((one) => html`<option key=${one.name} value=${one.name}>${one.label}</option>`)}</select>
+      <label for=${`try-values-${index}`}>Values</label>
+      <input type="text" id=${`try-values-${index}`} value=${row.text} onInput=${(event) => change(index, { text: event.currentTarget.value })} /></div>`)}
     <${Button} disabled=${number < 2} busyText="Starting…" onClick=${start}>${number < 2 ? "Train each" : `Train ${number} runs`}<//>
     <${Problem} error=${error} /></details></section>`;
 }
