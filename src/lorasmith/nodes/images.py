@@ -393,8 +393,9 @@ def image_grid(
     padding: list[int] = socket("INT", default=4, min=0, max=50, tooltip="Black pixels between images."),
 ) -> tuple[Tensor]:
     """Put images into one picture, row by row."""
-    across, gap = single(context, "columns", columns), single(context, "padding", padding)
+    across = single(context, "columns", columns)
     width, height = single(context, "cell_width", cell_width), single(context, "cell_height", cell_height)
+    gap = single(context, "padding", padding)
     pictures = flat_images(images)
     if not pictures:
         raise DataError("images must be at least one, got an empty list; check the node it is linked to")
