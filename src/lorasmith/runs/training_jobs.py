@@ -167,11 +167,6 @@ def images_of(spec: RunSpec) -> object:
     """What the samples of a run are encoded from, by one model."""
     return spec.sources, spec.data, spec.validation
 
-    def release(self) -> None:
-        """Give up its folder, for the next job on it in this process."""
-        if self.prepared.claim is not None:
-            self.prepared.claim.release()
-
 
 class TrainingJobs:
     """Trains on folders of images. The request of a job is a `RunSpec` as JSON, with paths relative to the base
