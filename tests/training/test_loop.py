@@ -21,7 +21,7 @@ from lorasmith.core.errors import LorasmithError, OutputError, TrainingError
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.model import Denoiser, Model
 from lorasmith.formats.container import read_safetensors
-from lorasmith.runs import run as runs
+from lorasmith.runs import run as running
 from lorasmith.training import engine
 from lorasmith.training.batches import Batch, BatchMaker
 from lorasmith.training.config import TrainConfig
@@ -525,7 +525,7 @@ def test_a_disk_that_is_full_at_a_new_best_costs_the_file_and_not_the_run(
 def test_a_report_that_fails_costs_the_report_alone(
     run: Run, dataset: EncodedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runs, "write_report", lambda folder, end: 1 / 0)
+    monkeypatch.setattr(running, "write_report", lambda folder, end: 1 / 0)
     audience = Audience()
     assert run(dataset, output=tmp_path, on_event=audience).reason == "finished"
     assert "the report is not: division by zero" in audience.of(Warned)[-1].message
@@ -542,7 +542,7 @@ def test_a_run_that_is_killed_before_its_report_gets_it_when_it_is_given_again(
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "write_report", kill)
+        patch.setattr(running, "write_report", kill)
         with pytest.raises(Killed):
             run(dataset, output=tmp_path)
     first = saved(tmp_path)

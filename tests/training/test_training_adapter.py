@@ -15,7 +15,7 @@ from lorasmith.core.adapter_state import AdapterState, AdapterWeights, ModuleRef
 from lorasmith.core.errors import LoraError
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.model import Model
-from lorasmith.runs import run as runs
+from lorasmith.runs import run as running
 from lorasmith.runs.library import train
 from lorasmith.training.config import NONE_LORA, TrainConfig
 from lorasmith.training.events import Resumed
@@ -61,7 +61,7 @@ def test_previews_are_drawn_without_it(
     dataset: EncodedDataset, tiny: Model, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr(runs, "RunPreviews", lambda plan, *_: seen.append(plan.denoiser))
+    monkeypatch.setattr(running, "RunPreviews", lambda plan, *_: seen.append(plan.denoiser))
     train(
         tiny,
         dataset,
