@@ -35,7 +35,7 @@ from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Event, StepDone
-from lorasmith.training.job import Job, plan_job
+from lorasmith.training.job import TrainJob, plan_job
 from lorasmith.training.joint import train_jointly
 from lorasmith.training.train import Plan, RunHost, run_job
 
@@ -135,7 +135,7 @@ def _trained(arguments: argparse.Namespace) -> Taken:
     return Taken(arguments.steps * arguments.batch * runs, clock.seconds, clock.own, _status("VmHWM"))
 
 
-def _job(model: Model, arguments: argparse.Namespace, seed: int) -> Job:
+def _job(model: Model, arguments: argparse.Namespace, seed: int) -> TrainJob:
     settings: dict[str, Any] = {"rank": arguments.rank, "targets": arguments.targets, "seed": seed}
     settings |= {"steps": arguments.steps + _WARMUP, "batch_size": arguments.batch, "validation_share": 0.0}
     settings |= {"training_dtype": arguments.dtype, "quantization": arguments.quantization}

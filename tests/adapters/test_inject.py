@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from lorasmith.adapters.adapter import Adapter
 from lorasmith.adapters.frozen_layer import FrozenLayer, is_targetable
 from lorasmith.adapters.inject import (
+    AdapterPlan,
     Attached,
-    Plan,
     Rule,
     adapters_attached,
     create_adapters,
@@ -42,7 +42,7 @@ def model() -> nn.Module:
     return nn.ModuleDict({"first": Block(), "second": Block()}).requires_grad_(False)
 
 
-def planned(model: nn.Module, *include: str, rank: int) -> Plan:
+def planned(model: nn.Module, *include: str, rank: int) -> AdapterPlan:
     return plan_adapters(model, [Rule(include)], rank=rank)
 
 

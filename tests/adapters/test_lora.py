@@ -10,7 +10,7 @@ from layer_cases import LAYERS, LayerCase, Small, randomised
 from torch import Tensor, nn
 
 from lorasmith.adapters.frozen_layer import FrozenLayer
-from lorasmith.adapters.inject import Attached, Plan, PlannedAdapter, adapters_attached, create_adapters
+from lorasmith.adapters.inject import AdapterPlan, Attached, PlannedAdapter, adapters_attached, create_adapters
 from lorasmith.adapters.lora import LoraAdapter
 from lorasmith.adapters.variants import Variant
 from lorasmith.core.adapter_state import AdapterWeights
@@ -145,7 +145,7 @@ def test_the_rank_stabilised_scale_is_pefts_and_is_saved_as_lycoris_saves_it() -
 
     layer = nn.Linear(12, 10)
     model = nn.ModuleDict({"x": layer})
-    plan = Plan((PlannedAdapter("x", 5, 5),))
+    plan = AdapterPlan((PlannedAdapter("x", 5, 5),))
     settings = {"algorithm": "LoRA", "alpha": 3.0, "seed": 0, "zero": "up"}
     adapter = create_adapters(model, plan, variant=Variant(rslora=True), **settings)["x"]
     config = LoraConfig(r=5, lora_alpha=3.0, target_modules=["0"], use_rslora=True)

@@ -36,12 +36,12 @@ from lorasmith.core.errors import OptionError
 from lorasmith.families.model import Model
 from lorasmith.training.batches import Batch, BatchMaker
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.job import Job, plan_job
+from lorasmith.training.job import TrainJob, plan_job
 
 CPU = torch.device("cpu")
 
 
-def planned(tiny: Model, **settings: Any) -> Job:
+def planned(tiny: Model, **settings: Any) -> TrainJob:
     base = {"steps": 4, "batch_size": 2, "rank": 4, "training_dtype": "fp32", "targets": "attention"}
     return plan_job(tiny.denoiser, TrainConfig(**(base | settings)), CPU)
 

@@ -19,7 +19,7 @@ from transformer_models import Case
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
 from lorasmith.core.errors import ModelError
 from lorasmith.families.base import FAMILIES, Conditioning, Encoding
-from lorasmith.families.files.checkpoint import Shapes
+from lorasmith.families.files.checkpoint import CheckpointShapes
 from lorasmith.families.loading import load_model
 from lorasmith.families.part_loading import load_text_encoder
 from lorasmith.formats.lora_file import save_lora
@@ -213,4 +213,4 @@ def test_a_lora_of_the_adapter_alone_is_recognised(key: str) -> None:
 
 def test_wans_blocks_are_not_taken_for_its_own() -> None:
     assert guessed_family({"diffusion_model.blocks.0.self_attn.q.lora_A.weight": (4, 1024)}) == "Wan"
-    assert not ANIMA.recognises(Shapes({"blocks.0.self_attn.q.weight": (8, 8)}))
+    assert not ANIMA.recognises(CheckpointShapes({"blocks.0.self_attn.q.weight": (8, 8)}))

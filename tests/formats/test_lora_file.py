@@ -10,7 +10,7 @@ from lorasmith.core.adapter_state import DENOISER, AdapterState, ModuleRef
 from lorasmith.core.errors import LoraError
 from lorasmith.formats.container import read_safetensors, write_safetensors
 from lorasmith.formats.layouts.layout import LAYOUTS
-from lorasmith.formats.lora_file import Reason, Unapplied, load_lora, save_lora, state_from_tensors, unapplied
+from lorasmith.formats.lora_file import StrangerReason, Unapplied, load_lora, save_lora, state_from_tensors, unapplied
 from lorasmith.formats.metadata import sha256_body
 
 TO_Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -29,8 +29,8 @@ def test_layouts_may_mix_in_one_file(tmp_path: Path, unet_names, make_state) -> 
     assert {ref.path for ref in state.adapters} == {TO_Q, TO_K, MID}
     assert state.unknown.keys() == {"lora_te_unheard_of.lora_down.weight", "something"}
     assert unapplied(state, unet_names) == [
-        Unapplied("lora_te_unheard_of", "text_encoder", Reason.MODULE),
-        Unapplied("something", DENOISER, Reason.SUFFIX),
+        Unapplied("lora_te_unheard_of", "text_encoder", StrangerReason.MODULE),
+        Unapplied("something", DENOISER, StrangerReason.SUFFIX),
     ]
     assert state.metadata == {"k": "v"}
 
@@ -74,7 +74,7 @@ def test_a_few_modules_of_another_shape_are_left_aside(tmp_path: Path, unet_name
     nine_channels = replace(unet_names, weight_shapes={**unet_names.weight_shapes, "conv_in": (32, 9, 3, 3)})
     save_lora(tmp_path / "inpaint.safetensors", make_state(nine_channels), unet_names)
     state = load_lora(tmp_path / "inpaint.safetensors", unet_names)
-    assert unapplied(state, unet_names) == [Unapplied("lora_unet_conv_in", DENOISER, Reason.SHAPE)]
+    assert unapplied(state, unet_names) == [Unapplied("lora_unet_conv_in", DENOISER, StrangerReason.SHAPE)]
     assert len(state.unknown) == 3
 
 

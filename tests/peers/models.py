@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Shapes = Iterator[tuple[str, tuple[int, ...]]]
+CheckpointShapes = Iterator[tuple[str, tuple[int, ...]]]
 
 SIZE_WIDTH = 256
 """In how many numbers SDXL embeds each of its sizes."""
@@ -53,7 +53,7 @@ class UNetShape:
 
     prefix = "model.diffusion_model."
 
-    def tensors(self) -> Shapes:
+    def tensors(self) -> CheckpointShapes:
         """(key without prefix, shape) of every tensor, in the order of the forward pass."""
         width, embed = self.channels, 4 * self.channels
         yield from _layer("time_embed.0", width, embed)
@@ -80,7 +80,7 @@ class UNetShape:
         yield from _norm("out.0", self.channels)
         yield from _layer("out.2", self.channels, self.latent_channels, 3)
 
-    def _up(self, width: int, skips: list[int]) -> Shapes:
+    def _up(self, width: int, skips: list[int]) -> CheckpointShapes:
         block = 0
         for level in reversed(range(len(self.multipliers))):
             out = self.multipliers[level] * self.channels
@@ -92,7 +92,7 @@ class UNetShape:
                     yield from _layer(f"output_blocks.{block}.{slot}.conv", width, width, 3)
                 block += 1
 
-    def _block(self, name: str, width: int, out: int, level: int) -> Shapes:
+    def _block(self, name: str, width: int, out: int, level: int) -> CheckpointShapes:
         yield from _resnet(f"{name}.0", width, out, 4 * self.channels)
         if depth := self.attention[level]:
             yield from _transformer(f"{name}.1", out, self.context, depth, linear=self.linear)
@@ -119,7 +119,7 @@ class FluxShape:
 
     prefix = ""
 
-    def tensors(self) -> Shapes:
+    def tensors(self) -> CheckpointShapes:
         """(key, shape) of every tensor, in the order of the forward pass."""
         hidden, patch = self.hidden, 4 * self.latent_channels
         yield from _layer("img_in", patch, hidden)
@@ -139,7 +139,7 @@ class FluxShape:
         yield from _layer("final_layer.adaLN_modulation.1", hidden, 2 * hidden)
         yield from _layer("final_layer.linear", hidden, patch)
 
-    def _stream(self, name: str) -> Shapes:
+    def _stream(self, name: str) -> CheckpointShapes:
         hidden = self.hidden
         yield from _layer(f"{name}_mod.lin", hidden, 6 * hidden)
         yield from _layer(f"{name}_attn.qkv", hidden, 3 * hidden)
@@ -149,7 +149,7 @@ class FluxShape:
         yield from _layer(f"{name}_mlp.2", 4 * hidden, hidden)
 
     @staticmethod
-    def _query_key_norms(name: str) -> Shapes:
+    def _query_key_norms(name: str) -> CheckpointShapes:
         for kind in ("query_norm", "key_norm"):
             yield f"{name}.norm.{kind}.scale", (128,)
 
@@ -271,18 +271,18 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     return state.hexdigest()
 
 
-def _layer(name: str, width: int, out: int, kernel: int | None = None) -> Shapes:
+def _layer(name: str, width: int, out: int, kernel: int | None = None) -> CheckpointShapes:
     """Weight and bias of a Linear, or of a convolution with a square kernel."""
     yield f"{name}.weight", (out, width) if kernel is None else (out, width, kernel, kernel)
     yield f"{name}.bias", (out,)
 
 
-def _norm(name: str, width: int) -> Shapes:
+def _norm(name: str, width: int) -> CheckpointShapes:
     yield f"{name}.weight", (width,)
     yield f"{name}.bias", (width,)
 
 
-def _resnet(name: str, width: int, out: int, embed: int) -> Shapes:
+def _resnet(name: str, width: int, out: int, embed: int) -> CheckpointShapes:
     yield from _norm(f"{name}.in_layers.0", width)
     yield from _layer(f"{name}.in_layers.2", width, out, 3)
     yield from _layer(f"{name}.emb_layers.1", embed, out)
@@ -292,7 +292,7 @@ def _resnet(name: str, width: int, out: int, embed: int) -> Shapes:
         yield from _layer(f"{name}.skip_connection", width, out, 1)
 
 
-def _transformer(name: str, width: int, context: int, depth: int, *, linear: bool) -> Shapes:
+def _transformer(name: str, width: int, context: int, depth: int, *, linear: bool) -> CheckpointShapes:
     yield from _norm(f"{name}.norm", width)
     yield from _layer(f"{name}.proj_in", width, width, None if linear else 1)
     for index in range(depth):
@@ -300,7 +300,7 @@ def _transformer(name: str, width: int, context: int, depth: int, *, linear: boo
     yield from _layer(f"{name}.proj_out", width, width, None if linear else 1)
 
 
-def _transformer_layer(block: str, width: int, context: int) -> Shapes:
+def _transformer_layer(block: str, width: int, context: int) -> CheckpointShapes:
     for attention, keys in (("attn1", width), ("attn2", context)):
         yield f"{block}.{attention}.to_q.weight", (width, width)
         yield f"{block}.{attention}.to_k.weight", (width, keys)

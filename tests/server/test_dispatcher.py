@@ -145,7 +145,7 @@ def test_a_worker_that_gives_no_sign_of_life_is_replaced(tmp_path: Path) -> None
 
         await until(is_over)
         lost = context.store.get(job.id)
-        assert lost.state == "interrupted" and "no sign of life for 20 seconds" in str(lost.error)
+        assert lost.state == "interrupted" and "no heartbeat for 20 seconds" in str(lost.error)
         assert not is_alive(pid)
         after = context.dispatcher.submit("train", {})
         assert (await ended(context, after)).state == "completed"

@@ -24,7 +24,7 @@ from lorasmith.families.model import Model
 from lorasmith.training import engine
 from lorasmith.training.config import ResolvedConfig, TrainConfig
 from lorasmith.training.engine import prepared, sample_losses
-from lorasmith.training.job import Job, plan_job
+from lorasmith.training.job import TrainJob, plan_job
 from lorasmith.training.runtime import Runtime
 
 CPU = torch.device("cpu")
@@ -67,7 +67,7 @@ def resolved(**settings: Any) -> ResolvedConfig:
     return ResolvedConfig(**(decided | {"training_dtype": "fp32"} | settings))
 
 
-def planned(model: Model, **settings: Any) -> Job:
+def planned(model: Model, **settings: Any) -> TrainJob:
     config = TrainConfig(**({"rank": 4, "training_dtype": "fp32", "learning_rate": 1e-3, "batch_size": 2} | settings))
     return plan_job(model.denoiser, config, CPU)
 

@@ -26,7 +26,7 @@ from lorasmith.training import joint
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import Engine
 from lorasmith.training.events import Event, Outcome, RolledBack, Shrunk, StepDone, Warned
-from lorasmith.training.job import Job, plan_job
+from lorasmith.training.job import TrainJob, plan_job
 from lorasmith.training.joint import EngineMaker, StopOfAll, check_alike, check_captions, train_jointly
 from lorasmith.training.results import TrainResult
 from lorasmith.training.train import Plan, RunHost, run_job
@@ -37,7 +37,7 @@ from tests.training.together_cases import ALIKE, weights
 Settings = dict[str, Any]
 
 
-def job(model: Model, settings: Settings) -> Job:
+def job(model: Model, settings: Settings) -> TrainJob:
     return plan_job(model.denoiser, config_from(TrainConfig, {**ALIKE, **settings}), torch.device("cpu"))
 
 
@@ -49,11 +49,11 @@ class Around:
     output: Path | None = None
     until: int | None = None
 
-    def plan(self, model: Model, one: Job, data: EncodedDataset) -> Plan:
+    def plan(self, model: Model, one: TrainJob, data: EncodedDataset) -> Plan:
         return Plan(denoiser=model.denoiser, job=one, data=data, output=self.output, until=self.until)
 
 
-def work(model: Model, one: Job, data: EncodedDataset, around: Around) -> Callable[[EngineMaker], TrainResult]:
+def work(model: Model, one: TrainJob, data: EncodedDataset, around: Around) -> Callable[[EngineMaker], TrainResult]:
     return partial(run, around.plan(model, one, data), around.host)
 
 

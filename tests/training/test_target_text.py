@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorasmith.adapters.inject import Plan, Rule
+from lorasmith.adapters.inject import AdapterPlan, Rule
 from lorasmith.core.errors import OptionError
 from lorasmith.families.model import Model
 from lorasmith.training.config import TrainConfig
@@ -78,7 +78,7 @@ def test_any_text_gives_rules_or_a_sentence(text: str) -> None:
         assert all(rule.include for rule in (*rules, *exclusions))
 
 
-def paths(plan: Plan) -> set[str]:
+def paths(plan: AdapterPlan) -> set[str]:
     return {one.path for one in plan.adapters}
 
 

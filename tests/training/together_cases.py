@@ -26,7 +26,7 @@ from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Model
 from lorasmith.runs.library import train
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.job import Job, plan_job
+from lorasmith.training.job import TrainJob, plan_job
 from lorasmith.training.results import TrainResult
 from tests.data.video_cases import animation
 from tests.training.random_samples import of_one_size, of_several_sizes
@@ -216,7 +216,7 @@ def _write(folder: Path, sizes: Sequence[tuple[int, int]], captions: Sequence[st
         (folder / f"{number}.txt").write_text(caption)
 
 
-def planned(model: Model, settings: Mapping[str, Any]) -> Job:
+def planned(model: Model, settings: Mapping[str, Any]) -> TrainJob:
     """The job of settings."""
     return plan_job(model.denoiser, config_from(TrainConfig, {**SETTINGS, **settings}), torch.device("cpu"))
 

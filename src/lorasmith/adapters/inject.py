@@ -65,7 +65,7 @@ class PlannedAdapter:
 
 
 @dataclass(frozen=True)
-class Plan:
+class AdapterPlan:
     """Which layers get an adapter."""
 
     adapters: tuple[PlannedAdapter, ...]  # in the model's order
@@ -79,7 +79,7 @@ class Plan:
 
 def plan_adapters(
     model: nn.Module, rules: Sequence[Rule], *, exclude: Sequence[Rule] = (), rank: int, capped: bool = True
-) -> Plan:
+) -> AdapterPlan:
     """Targets of a model."""
     layers = {path: module for path, module in model.named_modules() if is_targetable(module)}
     kept = {path: module for path, module in layers.items() if not any(rule.matches(path, module) for rule in exclude)}
@@ -89,7 +89,7 @@ def plan_adapters(
         what = (idle.name or ", ".join(idle.include) if idle else "") or "nothing"
         raise OptionError(f"targets must match at least one Linear or convolution, but {what} matches none")
     targets = {path: found for path, found in matching.items() if found}
-    return Plan(
+    return AdapterPlan(
         tuple(_planned(path, FrozenLayer(kept[path]), found, rank, capped) for path, found in targets.items()),
         tuple(rule.name for rule in exclude if not any(rule.matches(*layer) for layer in layers.items())),
     )
@@ -192,7 +192,7 @@ class Attached:
 
 def create_adapters(
     model: nn.Module,
-    plan: Plan,
+    plan: AdapterPlan,
     *,
     algorithm: str,
     alpha: float | None,

@@ -36,7 +36,7 @@ from lorasmith.core.errors import OptionError
 from lorasmith.data.dataset import Sample
 from lorasmith.families.model import Model
 from lorasmith.training.engine import prepared
-from lorasmith.training.job import Job, engine_of
+from lorasmith.training.job import TrainJob, engine_of
 from lorasmith.training.memory.memory_plan import MemoryPlan, plan_for
 from lorasmith.training.runtime import Runtime
 
@@ -54,7 +54,7 @@ def latent_side(model: Model, resolution: int | None) -> int:
 
 
 def measured(
-    job: Job,
+    job: TrainJob,
     samples: Sequence[Sample],
     *,
     steps: int | None = None,
@@ -112,7 +112,7 @@ def measured(
     )
 
 
-def _plan(job: Job, samples: Sequence[Sample]) -> MemoryPlan:
+def _plan(job: TrainJob, samples: Sequence[Sample]) -> MemoryPlan:
     found: list[MemoryPlan] = []
 
     def planned() -> Runtime:
@@ -130,7 +130,7 @@ def _plan(job: Job, samples: Sequence[Sample]) -> MemoryPlan:
 class _Floor:
     """Timed passes of the frozen model. `counts` is None before the first, or if memory is too small unquantized."""
 
-    def __init__(self, job: Job, samples: Sequence[Sample]) -> None:
+    def __init__(self, job: TrainJob, samples: Sequence[Sample]) -> None:
         self._job = job
         self._samples = samples
         self.passes: list[float] = []
@@ -161,7 +161,7 @@ class _Floor:
         )
 
 
-def _steps(job: Job, samples: Sequence[Sample]) -> tuple[Steps, int, int | None]:
+def _steps(job: TrainJob, samples: Sequence[Sample]) -> tuple[Steps, int, int | None]:
     """The steps after the warm-up, bytes of the frozen weights, and peak of allocated GPU memory."""
     weights, device = 0, job.runtime.device
 

@@ -35,7 +35,7 @@ from lorasmith.families.model import Denoiser, Model
 from lorasmith.training.batches import prefetched
 from lorasmith.training.engine import batch_maker
 from lorasmith.training.events import EventHandler
-from lorasmith.training.job import Job, engine_of
+from lorasmith.training.job import TrainJob, engine_of
 from lorasmith.training.loop import Loop, Watcher
 from lorasmith.training.memory.frozen_weights import StreamedWeight, WeightStream
 
@@ -156,7 +156,9 @@ def frozen_floor(
 
 
 @contextlib.contextmanager
-def training_steps(job: Job, samples: Sequence[Sample], counter: Counter | None = None) -> Iterator[Callable[[], None]]:
+def training_steps(
+    job: TrainJob, samples: Sequence[Sample], counter: Counter | None = None
+) -> Iterator[Callable[[], None]]:
     """Inside the context, the model is prepared for a run's steps; yields a function that runs the next one.
 
     `counter` counts the creation of trained weights and optimizer state, but not of the frozen weights.
@@ -216,7 +218,7 @@ def pass_seconds(
 
 
 def measured_steps(
-    job: Job,
+    job: TrainJob,
     samples: Sequence[Sample],
     *,
     warmup: int = 1,
@@ -239,7 +241,7 @@ def measured_steps(
     return Steps(Spread(ends.differences()[warmup - 1 :]), Spread(tuple(loop.waited_s[warmup:])))
 
 
-def measured_parts(job: Job, samples: Sequence[Sample]) -> PartTimes:
+def measured_parts(job: TrainJob, samples: Sequence[Sample]) -> PartTimes:
     """Time the parts of a step, one after the other."""
     steps = _PART_STEPS
     engine = engine_of(job)

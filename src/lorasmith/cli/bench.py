@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lorasmith.bench.benchmark import Measured
     from lorasmith.bench.measure import Counts, Spread
     from lorasmith.runs.doctor import Checkup
-    from lorasmith.training.job import Job
+    from lorasmith.training.job import TrainJob
 
 
 def register(app: typer.Typer) -> None:
@@ -80,7 +80,7 @@ def bench(
     )
 
 
-def _everything(found: Measured, job: Job, model: str, pixels: int, device: str) -> dict[str, Any]:
+def _everything(found: Measured, job: TrainJob, model: str, pixels: int, device: str) -> dict[str, Any]:
     import torch
 
     from lorasmith.bench.benchmark import limits, shares
@@ -103,7 +103,7 @@ def _everything(found: Measured, job: Job, model: str, pixels: int, device: str)
     }
 
 
-def _print_bench(found: Measured, job: Job, pixels: int, device: str) -> None:
+def _print_bench(found: Measured, job: TrainJob, pixels: int, device: str) -> None:
     from rich.table import Table
     from rich.text import Text
 

@@ -73,7 +73,7 @@ class ImageSource:
 LARGEST_SIDE = 4096  # pixels of a picture's side; a picture of this size takes gigabytes to encode
 
 CaptionOrigin = Literal["files", "filename", "folder", "none"]
-Crop = Literal["center", "random", "mask"]
+CropMode = Literal["center", "random", "mask"]
 Masks = Literal["none", "alpha", "files"]
 
 _CAPTIONS, _PICTURES, _CLIPS, _VARIANTS = "Captions", "Pictures", "Clips", "Variants of pictures and captions"
@@ -135,7 +135,7 @@ class DataConfig:
     upscale: bool = option(
         True, group=_PICTURES, help="Enlarge pictures that are smaller than their bucket, instead of a smaller bucket."
     )
-    crop: Crop = option(
+    crop: CropMode = option(
         "center",
         group=_PICTURES,
         help="Which part of a picture is kept where its aspect ratio is not the bucket's: the centre, a random part "

@@ -31,9 +31,9 @@ from lorasmith.core.quantization import Packed
 from lorasmith.families.base import FAMILIES, Components, Diffusion, Family, TextEncoders
 from lorasmith.families.files.checkpoint import (
     LORA_MARKS,
+    CheckpointShapes,
     OriginalCheckpoint,
     PipelineConfigs,
-    Shapes,
     folder_source,
     read_json,
     source_of_module,
@@ -163,7 +163,7 @@ def recognise(checkpoint: OriginalCheckpoint) -> Family:
     return _recognised(checkpoint)[0]
 
 
-def _recognised(checkpoint: OriginalCheckpoint) -> tuple[Family, Shapes, bool]:
+def _recognised(checkpoint: OriginalCheckpoint) -> tuple[Family, CheckpointShapes, bool]:
     """The family of a checkpoint, its denoiser's shapes by original names, and whether it has diffusers' names."""
     shapes = checkpoint.denoiser_shapes
     # First, because some LoRAs contain a few of their model's own tensors as well.
@@ -420,7 +420,7 @@ def _check_width(model: Model, component: str, path: Path, width: int) -> None:
         )
 
 
-def recognised_by_diffusers_names(shapes: Mapping[str, tuple[int, ...]]) -> tuple[Family, Shapes] | None:
+def recognised_by_diffusers_names(shapes: Mapping[str, tuple[int, ...]]) -> tuple[Family, CheckpointShapes] | None:
     """The family of a denoiser, and its shapes by original names; None if no family has these names."""
     for _, family in FAMILIES.items():
         if family.released is None or not any(name.startswith(family.diffusers_start) for name in shapes):
@@ -436,9 +436,11 @@ def _released_table(family: Family) -> Mapping[str, OriginalName]:
     return family.table(family.released_denoiser())
 
 
-def original_shapes(table: Mapping[str, OriginalName], shapes: Mapping[str, tuple[int, ...]]) -> Shapes | None:
-    """Shapes of a denoiser's tensors by original names; None if a tensor is not in the table."""
-    original = Shapes()
+def original_shapes(
+    table: Mapping[str, OriginalName], shapes: Mapping[str, tuple[int, ...]]
+) -> CheckpointShapes | None:
+    """CheckpointShapes of a denoiser's tensors by original names; None if a tensor is not in the table."""
+    original = CheckpointShapes()
     for name, shape in shapes.items():
         path, _, leaf = name.rpartition(".")
         place = table.get(path)
@@ -463,8 +465,8 @@ def load_structure(source: str | os.PathLike[str]) -> Model:
 class _Outline(OriginalCheckpoint):
     """A checkpoint's denoiser, of which only vectors have values: some determine the parameterization."""
 
-    def shapes_under(self, prefix: str) -> Shapes:
-        return super().shapes_under(prefix) if prefix == self.denoiser_prefix else Shapes()
+    def shapes_under(self, prefix: str) -> CheckpointShapes:
+        return super().shapes_under(prefix) if prefix == self.denoiser_prefix else CheckpointShapes()
 
     def load(self, prefix: str) -> dict[str, Tensor | Packed]:
         return {

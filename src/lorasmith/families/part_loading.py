@@ -13,7 +13,13 @@ from torch import nn
 from lorasmith.core.errors import ModelError
 from lorasmith.core.folders import pipeline_index
 from lorasmith.families.base import FAMILIES, Family, TextEncoders
-from lorasmith.families.files.checkpoint import OriginalCheckpoint, Shapes, folder_source, open_tensors, weight_files
+from lorasmith.families.files.checkpoint import (
+    CheckpointShapes,
+    OriginalCheckpoint,
+    folder_source,
+    open_tensors,
+    weight_files,
+)
 from lorasmith.families.files.original_weights import PartSource
 from lorasmith.families.known import looks_like
 from lorasmith.families.locating import located
@@ -138,7 +144,7 @@ def encoder_parts(path: Path, family: Family) -> dict[str, tuple[EncoderKind, Pa
     return found
 
 
-def encoder_kinds(path: Path) -> list[tuple[EncoderKind, Shapes]]:
+def encoder_kinds(path: Path) -> list[tuple[EncoderKind, CheckpointShapes]]:
     """The kinds of the text encoders that a file or folder holds, with the shapes of each."""
     slots = [slot for _, family in FAMILIES.items() for slot in family.text_encoders.values()]
     folders = [name for _, family in FAMILIES.items() for name in family.text_encoders]
@@ -190,7 +196,7 @@ def _autoencoder_title(kind: str, channels: int) -> str:
 class PartCandidate:
     """Tensors in a file or folder that may be one part of a model."""
 
-    shapes: Shapes
+    shapes: CheckpointShapes
     source: Callable[[Mapping[str, Any]], PartSource]
     tokenizer: TokenizerSource
 
@@ -200,7 +206,7 @@ def _parts(path: Path, subfolders: Iterable[str], prefixes: Iterable[str]) -> It
     if path.is_dir():
         whole = pipeline_index(path) is not None
         for folder in [path / name for name in subfolders if (path / name).is_dir()] if whole else [path]:
-            shapes = Shapes(open_tensors(*weight_files(folder)).shapes)
+            shapes = CheckpointShapes(open_tensors(*weight_files(folder)).shapes)
             place = folder.with_name(folder.name.replace("text_encoder", "tokenizer"))
             tokenizer = TokenizerSource(folder=place if place.is_dir() and place != folder else None)
             yield PartCandidate(shapes, lambda _, folder=folder: folder_source(folder), tokenizer)  # type: ignore[misc]

@@ -170,7 +170,7 @@ def without(state: AdapterState, modules: Collection[ModuleRef]) -> AdapterState
     )
 
 
-class Reason(Enum):
+class StrangerReason(Enum):
     """Why parts of a LoRA are not applied, as text after their number, and the remedy."""
 
     MODULE = "with no module there", "use the model that it was trained on"
@@ -197,7 +197,7 @@ class Unapplied:
 
     name: str  # of the module in the file, or the key of a tensor whose suffix is unknown
     component: str  # that the name belongs to
-    reason: Reason  # why
+    reason: StrangerReason  # why
 
 
 def unapplied(state: AdapterState, names: ModelNames) -> list[Unapplied]:
@@ -205,13 +205,13 @@ def unapplied(state: AdapterState, names: ModelNames) -> list[Unapplied]:
     groups = grouped(state.unknown)
     strangers = state.unknown.keys() - {key for keys in groups.values() for key in keys.values()}
     known = _known_bases(names) if groups else set()
-    why = dict.fromkeys(strangers, Reason.SUFFIX)
+    why = dict.fromkeys(strangers, StrangerReason.SUFFIX)
     for base, keys in groups.items():
         if base not in known:
-            why[base] = Reason.MODULE
+            why[base] = StrangerReason.MODULE
         else:
             whole = assembled({role: state.unknown[key] for role, key in keys.items()})
-            why[base] = Reason.SHAPE if isinstance(whole, ModuleTensors) else Reason.INCOMPLETE
+            why[base] = StrangerReason.SHAPE if isinstance(whole, ModuleTensors) else StrangerReason.INCOMPLETE
     return [Unapplied(name, component_of(name), why[name]) for name in sorted(why)]
 
 

@@ -45,7 +45,7 @@ class Curves:
         return len({rate for rate in self.rates if math.isfinite(rate)}) > 1
 
 
-class QuantileCurve(Protocol):
+class QuantileLosses(Protocol):
     """Training loss by noise level over time.
 
     `bins` are edges in quantiles of the noise level, 0 for clean to 1 for noise, one more than there are bins. `losses`
@@ -83,7 +83,7 @@ def loss_figure(curves: Curves, *, label: str) -> Html:
     return _figure("loss", draw, label=label)
 
 
-def quantile_figure(curve: QuantileCurve, *, label: str) -> Html:
+def quantile_figure(curve: QuantileLosses, *, label: str) -> Html:
     """Smoothed training loss of each range of noise levels."""
     from matplotlib.colors import LinearSegmentedColormap, to_hex
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from lorasmith.core.printable import count_text
-from lorasmith.report.curves import Curves, QuantileCurve, loss_figure, quantile_figure
+from lorasmith.report.curves import Curves, QuantileLosses, loss_figure, quantile_figure
 from lorasmith.report.markup import Html, command, definitions, document, folded, section, table, tag
 from lorasmith.report.pictures import PictureTable, picture, picture_table
 
@@ -94,7 +94,7 @@ class RunReport:
     commands: Mapping[str, str] = field(default_factory=dict)  # command line by purpose
     curves: Curves = field(default_factory=lambda: Curves(losses=()))
     validations: Sequence[ValidationRow] = ()
-    quantiles: QuantileCurve | None = None  # training loss by noise level
+    quantiles: QuantileLosses | None = None  # training loss by noise level
     before_after: PictureTable | None = None  # base model and finished LoRA
     progress: PictureTable | None = None  # previews over the steps
     images: Sequence[ImageRecord] = ()  # losses of the training images
@@ -202,7 +202,7 @@ def _validations(rows: Sequence[ValidationRow]) -> Html:
     return folded(f"{label}, in numbers", table(columns, cells, label=label, numbers=(1, 2, 3)))
 
 
-def _quantiles(curve: QuantileCurve | None) -> list[Html]:
+def _quantiles(curve: QuantileLosses | None) -> list[Html]:
     if curve is None or len(curve.steps) < 2 or all(loss is None for losses in curve.losses for loss in losses):
         return []
     says = (

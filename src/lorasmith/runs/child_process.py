@@ -169,7 +169,7 @@ class ChildProcess:
             if now - before > 2 * pause + 1:  # the parent itself was suspended
                 self.heard = now
             elif now - self.heard > self._silence_s:
-                self.kill(f"it gave no sign of life for {self._silence_s:g} seconds")
+                self.kill(f"it sent no heartbeat for {self._silence_s:g} seconds")
 
 
 def _inherited() -> dict[str, str]:

@@ -31,7 +31,7 @@ from lorasmith.families.model_search import FoundPart, load_completed
 from lorasmith.families.parts.encoders import ENCODERS
 from lorasmith.runs.command_lines import arguments_for
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.job import Job, plan_job
+from lorasmith.training.job import TrainJob, plan_job
 from lorasmith.training.memory.frozen_weights import frozen_bytes
 from lorasmith.training.memory.memory_plan import MemoryPlan, measured_plans, optimizer_bytes
 from lorasmith.training.optim.flat import buffer_bytes
@@ -218,7 +218,7 @@ def estimate_of(
     )
 
 
-def _activation_plans(model: Model, job: Job, side: int, frames: int) -> tuple[MemoryPlan, ...]:
+def _activation_plans(model: Model, job: TrainJob, side: int, frames: int) -> tuple[MemoryPlan, ...]:
     """Every way to keep activations, measured on the meta device."""
     samples = synthetic_samples(model, 1, side, side, frames=frames)
     runtime, module = replace(job.runtime, device=_META), model.denoiser.module

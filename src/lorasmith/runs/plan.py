@@ -32,7 +32,7 @@ from lorasmith.runs.run_plan import (
 )
 from lorasmith.runs.spec import RunSpec
 from lorasmith.training.events import CaptionEncoded, Warned
-from lorasmith.training.job import Job, plan_job
+from lorasmith.training.job import TrainJob, plan_job
 from lorasmith.training.storage.records import check_title
 from lorasmith.training.storage.run_folder import RunFolder, check_room, output_folder
 from lorasmith.training.train import Plan, run_bytes
@@ -150,7 +150,7 @@ def plan(spec: RunSpec, host: Host) -> FolderPlan:
         )
 
 
-def _summary(spec: RunSpec, scan: FolderScan, loaded: Completed, job: Job, held_out: tuple[str, ...]) -> RunPlan:
+def _summary(spec: RunSpec, scan: FolderScan, loaded: Completed, job: TrainJob, held_out: tuple[str, ...]) -> RunPlan:
     base = loaded.model
     return RunPlan(
         folder=Path(spec.folder),

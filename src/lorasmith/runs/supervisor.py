@@ -1,7 +1,7 @@
 """Carries out the jobs of a queue in worker processes, one for each device, without importing torch.
 
 A worker is started again whenever it ends, at once and then after longer and longer pauses until it is ready; what it
-was doing is `interrupted`. What jobs report, and what changes of them, goes to a `Watcher`.
+was doing is `interrupted`. What jobs report, and what changes of them, goes to a `QueueListener`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class WorkerConfig:
     grace_s: float = 60.0  # for a worker to save its runs when it is to end
 
 
-class Watcher(Protocol):
+class QueueListener(Protocol):
     """What a supervisor tells; called in the event loop."""
 
     def changed(self, job: Job) -> None:
@@ -64,10 +64,10 @@ class Watcher(Protocol):
 class Supervisor:
     """Runs the jobs of a queue. What it reads and writes there raises StoreError, without any change."""
 
-    def __init__(self, config: WorkerConfig, queue: JobStore, watcher: Watcher) -> None:
+    def __init__(self, config: WorkerConfig, queue: JobStore, listener: QueueListener) -> None:
         self._config = config
         self._queue = queue
-        self._watcher = watcher
+        self._listener = listener
         self._stops: dict[str, JobState] = {}  # by job: the state that replaces "cancelled"
         self._unrecorded: list[tuple[Job, dict[str, Any], Mapping[str, Any] | None]] = []
         self._recording: asyncio.Task[None] | None = None
@@ -116,29 +116,29 @@ class Supervisor:
                 try:
                     jobs = self._queue.claim(str(worker.device["name"]))
                 except StoreError as error:
-                    self._watcher.trouble(error)
+                    self._listener.trouble(error)
                     asyncio.get_running_loop().call_later(AGAIN_S, self.dispatch)
                     return
                 if not jobs:
                     return
                 worker.run(jobs)
                 for job in jobs:
-                    self._watcher.changed(job)
+                    self._listener.changed(job)
 
     def hear(self, job: Job, head: dict[str, Any], body: bytes) -> None:
         """A message of a worker about one of its jobs."""
         match head["type"]:
             case "notice":
-                self._watcher.notice(job, head, body)
+                self._listener.notice(job, head, body)
             case "run":
                 with self._reported():
                     self._queue.set_run(job.id, head["run"])
-                    self._watcher.changed(self._queue.get(job.id))
+                    self._listener.changed(self._queue.get(job.id))
             case "ended":
                 self._end(job, head)
 
     def line(self, text: str, jobs: Sequence[Job]) -> None:
-        self._watcher.line(text, jobs)
+        self._listener.line(text, jobs)
 
     def lost(self, job: Job, why: str) -> None:
         """A job whose worker has ended."""
@@ -146,7 +146,7 @@ class Supervisor:
         message = f"the worker ended while the job was running: {why}; continue the job, the log is {self._config.log}"
         error = {"kind": WORKER_ENDED, "message": message} if stop is None else _error_of(stop)
         state = stop or "interrupted"
-        self._record(job, {"state": state, "error": error, **self._watcher.lost(job, error)}, None)
+        self._record(job, {"state": state, "error": error, **self._listener.lost(job, error)}, None)
 
     def _end(self, job: Job, head: Mapping[str, Any]) -> None:
         state: JobState = head["state"]
@@ -167,14 +167,14 @@ class Supervisor:
         try:
             job = self._queue.finish(job.id, **end)
         except StoreError as error:
-            self._watcher.trouble(error)
+            self._listener.trouble(error)
             self._unrecorded.append((job, end, last))
             if self._recording is None or self._recording.done():
                 self._recording = asyncio.create_task(self._record_again())
             return
         if last is not None:
-            self._watcher.notice(job, last, b"")
-        self._watcher.changed(job)
+            self._listener.notice(job, last, b"")
+        self._listener.changed(job)
 
     async def _record_again(self) -> None:
         while self._unrecorded:
@@ -189,7 +189,7 @@ class Supervisor:
         try:
             yield
         except StoreError as error:
-            self._watcher.trouble(error)
+            self._listener.trouble(error)
 
 
 def _error_of(stop: JobState) -> dict[str, str] | None:

@@ -23,7 +23,7 @@ from lorasmith.core.errors import OptionError, TrainingError
 from lorasmith.core.files import write_atomic
 from lorasmith.core.printable import printable
 from lorasmith.runs.sweep_file import Sweep
-from lorasmith.runs.sweep_run import LOGS, Progress, failures_in, run_sweep, sweep_devices
+from lorasmith.runs.sweep_run import LOGS, SweepListener, failures_in, run_sweep, sweep_devices
 
 _WAIT_S = 1.0
 _QUOTES = frozenset("\"'")
@@ -110,7 +110,7 @@ def run_on_ray(
     sweep: Sweep,
     names: Sequence[str],
     output: Path,
-    progress: Progress,
+    progress: SweepListener,
     *,
     models: Mapping[str, Path] | None = None,
     cancelled: Callable[[], bool] = lambda: False,

@@ -30,7 +30,7 @@ from lorasmith.training.events import Outcome
 from lorasmith.training.storage.records import RunHistory, read_history
 from lorasmith.training.storage.run_folder import RunFolder
 
-RunState = Literal["complete", "failed", "stopped", "running", "waiting"]
+SweepRunState = Literal["complete", "failed", "stopped", "running", "waiting"]
 
 _VERSION = 1
 _WITH_PICTURES = 12  # the first runs, to limit the size of the page
@@ -44,7 +44,7 @@ class SweepEntry:
     number: Annotated[int, "in the sweep, from 1"]
     name: Annotated[str, "of its folder in that of the sweep"]
     state: Annotated[
-        RunState,
+        SweepRunState,
         "complete; failed with an error; stopped or killed on the way; running, in whichever process; or waiting",
     ]
     settings: Annotated[Mapping[str, Scalar], "what the sweep varies"]

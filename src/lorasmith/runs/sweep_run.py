@@ -42,8 +42,8 @@ _MOST_FAILED_STARTS = 3
 _OF_THE_MODEL = (*(name for name, one in options_of(TrainConfig).items() if one.of_model or one.is_path), "strict")
 
 
-class Progress(Protocol):
-    """Is told what happens to the runs of a sweep."""
+class SweepListener(Protocol):
+    """Receives what happens to the runs of a sweep."""
 
     def started(self, name: str, device: str) -> None:
         """A run was started on a device."""
@@ -118,7 +118,7 @@ def run_sweep(
     names: Sequence[str],
     output: Path,
     devices: Sequence[str],
-    progress: Progress,
+    progress: SweepListener,
     *,
     models: Mapping[str, Path] | None = None,
     together: int = 1,
@@ -151,24 +151,24 @@ def run_sweep(
                 request = asdict(replace(chosen[name], output=str(output / name)))
                 label = group[0] if len(group) > 1 else None
                 queue.add("train", request, id=name, sweep=output.name, varied=sweep.varied[name], together=label)
-        watcher = _Watcher(sweep, output, progress, arguments_for(models), keeps_ends=queue.is_in_memory)
-        supervisor = Supervisor(config, queue, watcher)
+        listener = _Listener(sweep, output, progress, arguments_for(models), keeps_ends=queue.is_in_memory)
+        supervisor = Supervisor(config, queue, listener)
         try:
-            asyncio.run(_supervised(supervisor, queue, watcher, devices, cancelled))
+            asyncio.run(_supervised(supervisor, queue, listener, devices, cancelled))
         finally:
-            watcher.tell()
+            listener.report()
 
 
 async def _supervised(
-    supervisor: Supervisor, queue: JobStore, watcher: _Watcher, devices: Sequence[str], cancelled: Callable[[], bool]
+    supervisor: Supervisor, queue: JobStore, listener: _Listener, devices: Sequence[str], cancelled: Callable[[], bool]
 ) -> None:
     try:
         await supervisor.start([{"name": name} for name in devices])
         while any(queue.queue_counts().values()) and not cancelled():
             await asyncio.sleep(_POLL_S)
-            watcher.tell()
+            listener.report()
             if all(worker.process.failed_starts >= _MOST_FAILED_STARTS for worker in supervisor.workers):
-                raise TrainingError(f"a worker must start, but {watcher.last_line}; lorasmith doctor may say why")
+                raise TrainingError(f"a worker must start, but {listener.last_line}; lorasmith doctor may say why")
     finally:
         await supervisor.stop()
 
@@ -189,24 +189,24 @@ def _queue(output: Path, *, alone: bool) -> Iterator[JobStore]:
         yield queue
 
 
-class _Watcher:
+class _Listener:
     """Writes the logs of the runs, and keeps what happens to them for `tell`."""
 
     def __init__(
-        self, sweep: Sweep, output: Path, progress: Progress, flags: Sequence[str], *, keeps_ends: bool
+        self, sweep: Sweep, output: Path, progress: SweepListener, flags: Sequence[str], *, keeps_ends: bool
     ) -> None:
         self._sweep = sweep
         self._output = output
         self._progress = progress
         self._flags = flags
         self._keeps_ends = keeps_ends
-        self._untold: deque[Job | LorasmithError] = deque()
+        self._unreported: deque[Job | LorasmithError] = deque()
         self.last_line = "it did not"
 
-    def tell(self) -> None:
+    def report(self) -> None:
         """Report what has happened. Raises what went wrong."""
-        while self._untold:
-            found = self._untold.popleft()
+        while self._unreported:
+            found = self._unreported.popleft()
             if isinstance(found, LorasmithError):
                 raise found
             if found.state == "running":
@@ -227,10 +227,10 @@ class _Watcher:
                     write_atomic(end, json.dumps({"error": job.failure}) + "\n")
         except OSError as error:
             why = error.strerror or error
-            self._untold.append(OutputError(f"run {job.id} cannot be started ({why}); check {self._output}"))
+            self._unreported.append(OutputError(f"run {job.id} cannot be started ({why}); check {self._output}"))
         except OutputError as error:
-            self._untold.append(error)
-        self._untold.append(job)
+            self._unreported.append(error)
+        self._unreported.append(job)
 
     def notice(self, job: Job, head: Mapping[str, Any], body: bytes) -> None:
         """Nothing: a worker writes the logs."""
@@ -242,7 +242,7 @@ class _Watcher:
                 self._write(job, text)
 
     def trouble(self, error: StoreError) -> None:
-        self._untold.append(error)
+        self._unreported.append(error)
 
     def lost(self, job: Job, error: Mapping[str, Any] | None) -> dict[str, Any]:
         return {}

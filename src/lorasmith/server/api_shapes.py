@@ -181,7 +181,7 @@ class Changed:
 class CaptionEdit:
     """A caption to store."""
 
-    caption: Annotated[str, "the text; an empty one takes the caption away"]
+    caption: Annotated[str, "the text; an empty string deletes the caption"]
     seen: Annotated[
         str | None,
         "the caption that it replaces, as it was shown: 409 if there is another one now. Null to replace any.",

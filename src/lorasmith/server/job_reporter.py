@@ -1,6 +1,6 @@
 """What is reported of a job: the view of its run, events of a graph, and how a graph is refused or ends.
 
-ComfyUI's clients are told of a graph by an error, a last event, and a last message of its history.
+ComfyUI's clients receive of a graph an error, a last event, and a last message of its history.
 """
 
 from __future__ import annotations

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from lorasmith.adapters.adapter import ADAPTERS, Adapter
 from lorasmith.adapters.catalogue import ALGORITHMS, rank_words
 from lorasmith.adapters.inject import (
+    AdapterPlan,
     Difference,
-    Plan,
     Rule,
     create_adapters,
     is_norm,
@@ -59,7 +59,7 @@ from lorasmith.training.runtime import Runtime, dtype_on_device
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainJob:
     """A planned run."""
 
     config: ResolvedConfig
@@ -87,7 +87,7 @@ class Job:
         trained: list[nn.Module] = [*self.adapters.values(), *self.differences.values()]
         return sum(parameter.numel() for module in trained for parameter in module.parameters())
 
-    def starting_from(self, state: Scalar) -> Job:
+    def starting_from(self, state: Scalar) -> TrainJob:
         changes: dict[str, Any] = {"existing_state": state}
         return replace(self, config=replace(self.config, **changes), requested=replace(self.requested, **changes))
 
@@ -110,7 +110,7 @@ def variant_of(config: TrainConfig) -> Variant:
     return Variant(config.dora, config.rslora, config.pissa, config.tucker)
 
 
-def plan_job(denoiser: Denoiser, config: TrainConfig, device: str | torch.device | None = None) -> Job:
+def plan_job(denoiser: Denoiser, config: TrainConfig, device: str | torch.device | None = None) -> TrainJob:
     """Decide everything about a run that does not depend on the data; `device` None is the first GPU, or the CPU.
 
     Raises OptionError or LoraError if the settings or an existing LoRA do not fit the model.
@@ -149,7 +149,7 @@ def plan_job(denoiser: Denoiser, config: TrainConfig, device: str | torch.device
         rates=_distinct_rates(config, adapters, rates),
         device=device,
     )
-    return Job(
+    return TrainJob(
         config,
         requested,
         Runtime.of(config, denoiser.module, device, first_step=existing.steps, learning_rates=rates),
@@ -168,7 +168,7 @@ def plan_job(denoiser: Denoiser, config: TrainConfig, device: str | torch.device
     )
 
 
-def engine_of(job: Job) -> Engine:
+def engine_of(job: TrainJob) -> Engine:
     """The engine that trains a job."""
     return Engine(job.denoiser, job.adapters, job.config, job.runtime, job.differences)
 
@@ -226,7 +226,7 @@ def _anneals(config: TrainConfig) -> bool:
 
 
 def _learning_rates(
-    denoiser: Denoiser, requested: TrainConfig, plan: Plan, existing: Mapping[str, AdapterWeights]
+    denoiser: Denoiser, requested: TrainConfig, plan: AdapterPlan, existing: Mapping[str, AdapterWeights]
 ) -> dict[str, float]:
     """Rates by module path: those set for targets, and the default ones of continued layers' algorithms."""
     own = {adapter.path: adapter.learning_rate for adapter in plan.adapters if adapter.learning_rate is not None}
@@ -241,7 +241,7 @@ def _distinct_rates(config: ResolvedConfig, adapters: Mapping[str, Adapter], rat
     return found | {rate * config.lora_plus_ratio for rate in found}
 
 
-def fresh_differences(denoiser: Denoiser, plan: Plan, config: TrainConfig) -> dict[str, Difference]:
+def fresh_differences(denoiser: Denoiser, plan: AdapterPlan, config: TrainConfig) -> dict[str, Difference]:
     """Zero differences for the norms and biases that `config.differences` selects, by module path."""
     wanted = {}
     if "norms" in config.differences:
@@ -350,7 +350,7 @@ def parse_targets(text: str, presets: Mapping[str, Rule]) -> tuple[list[Rule], l
     return rules or [Rule(("*",), name="*")], exclusions
 
 
-def resolve_targets(denoiser: Denoiser, config: TrainConfig) -> Plan:
+def resolve_targets(denoiser: Denoiser, config: TrainConfig) -> AdapterPlan:
     """The layers that `config.targets` or the model's own preset match. Raises OptionError."""
     presets = denoiser.base.family.presets
     text = config.targets or denoiser.base.defaults.targets

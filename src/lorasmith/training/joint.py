@@ -37,18 +37,18 @@ from lorasmith.data.dataset import EncodedDataset
 from lorasmith.training.batches import Batch, drawn_captions, kind_of
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import Engine, frozen, prediction_losses
-from lorasmith.training.job import Job
+from lorasmith.training.job import TrainJob
 from lorasmith.training.memory.activations import activations_packed, activations_reduced, blocks_checkpointed
 from lorasmith.training.recovery import StepRepeated
 from lorasmith.training.runtime import Runtime
 
 T = TypeVar("T")
-EngineMaker = Callable[[Job], Engine]
+EngineMaker = Callable[[TrainJob], Engine]
 
 SHARED_SETTINGS = tuple(name for name, declared in options_of(TrainConfig).items() if declared.of_model)
 
 
-def check_alike(jobs: Sequence[Job]) -> None:
+def check_alike(jobs: Sequence[TrainJob]) -> None:
     """Raise OptionError if jobs, planned on handles of one model, cannot train together over it."""
     first, *others = jobs
     if others and first.config.compile | any(job.config.compile for job in others):
@@ -79,7 +79,7 @@ def check_alike(jobs: Sequence[Job]) -> None:
             )
 
 
-def check_captions(job: Job, data: EncodedDataset) -> None:
+def check_captions(job: TrainJob, data: EncodedDataset) -> None:
     """Raise OptionError if the captions need their text encoder during training, as all runs would share it."""
     captions = data.captions
     if captions is None or all(sample.variants is None for sample in data.samples):
@@ -108,7 +108,10 @@ class StopOfAll:
 
 
 def train_jointly(
-    jobs: Sequence[Job], works: Sequence[Callable[[EngineMaker], T]], *, each_round: Callable[[], None] = lambda: None
+    jobs: Sequence[TrainJob],
+    works: Sequence[Callable[[EngineMaker], T]],
+    *,
+    each_round: Callable[[], None] = lambda: None,
 ) -> list[T | Exception]:
     """Train jobs that `check_alike` accepts together over one model; each can be run once.
 
@@ -120,7 +123,7 @@ def train_jointly(
     return _Coordinator(jobs, works).run(each_round)
 
 
-def _base_patches_digest(job: Job) -> str:
+def _base_patches_digest(job: TrainJob) -> str:
     return digest_of_tensors(patch_tensors(job.denoiser.patches))
 
 
@@ -187,13 +190,13 @@ class _Participant(Generic[T]):
             self._is_working = False
             self._back.release()
 
-    def _made(self, job: Job) -> Engine:
+    def _made(self, job: TrainJob) -> Engine:
         self.engine = _JointEngine(job, self, self._model, share=1 / self._runs)
         return self.engine
 
 
 class _Coordinator:
-    def __init__(self, jobs: Sequence[Job], works: Sequence[Callable[[EngineMaker], Any]]) -> None:
+    def __init__(self, jobs: Sequence[TrainJob], works: Sequence[Callable[[EngineMaker], Any]]) -> None:
         self._model = SharedModel(jobs[0])
         self._participants = [_Participant(number, work, self._model, len(jobs)) for number, work in enumerate(works)]
         self._device = jobs[0].runtime.device
@@ -335,7 +338,7 @@ class _Share:
 
 
 class _JointEngine(Engine):
-    def __init__(self, job: Job, participant: _Participant[Any], model: SharedModel, *, share: float) -> None:
+    def __init__(self, job: TrainJob, participant: _Participant[Any], model: SharedModel, *, share: float) -> None:
         super().__init__(job.denoiser, job.adapters, job.config, job.runtime, job.differences)
         self.change(memory_share=share)
         self._participant, self._model = participant, model
@@ -398,7 +401,7 @@ class SharedModel:
     attached    adapters of one run or of several on the frozen model, activations kept as set for them
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: TrainJob) -> None:
         self.rows = SampleRows()  # the runs' samples in a pass
         self.dtype = job.runtime.dtype  # of passes
         self.activations: ActivationPlan = "keep"  # how they are kept in passes

@@ -29,7 +29,7 @@ from lorasmith.families.model import Denoiser, Model, TextEncoder
 from lorasmith.formats.layouts.peft import stated_alphas
 from lorasmith.formats.lora_file import (
     PORTABLE,
-    Reason,
+    StrangerReason,
     Unapplied,
     load_lora,
     lora_of_tensors,
@@ -315,7 +315,7 @@ class Lora:
     def _all_elsewhere(self, *, for_denoiser: bool) -> Iterator[Unapplied]:
         """All modules if they are all for the denoiser, otherwise none."""
         if all((ref.component == DENOISER) is for_denoiser for ref in self._modules):
-            reason = Reason.DENOISER if for_denoiser else Reason.TEXT
+            reason = StrangerReason.DENOISER if for_denoiser else StrangerReason.TEXT
             yield from (Unapplied(ref.path, ref.component, reason) for ref in self._modules)
 
     def _on_denoiser(self, denoiser: Denoiser, strength: float, bypass: bool | None) -> Denoiser:
@@ -367,7 +367,7 @@ class Lora:
 
     def _sentence(self, left: Sequence[Unapplied], title: str) -> str:
         """The parts that do not apply, by reason: counts, first names and the first reason's remedy."""
-        by_reason: dict[Reason, list[str]] = {}
+        by_reason: dict[StrangerReason, list[str]] = {}
         for part in left:
             by_reason.setdefault(part.reason, []).append(part.name)
         shown = 2 if len(by_reason) == 1 else 1
@@ -404,15 +404,15 @@ def _as_loaded(patch: Patch, present: Mapping[str, object]) -> Patch:
     )
 
 
-def _fitting(patch: Patch, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Patch, dict[str, Reason]]:
+def _fitting(patch: Patch, shapes: Mapping[str, tuple[int, ...]]) -> tuple[Patch, dict[str, StrangerReason]]:
     """The part of a patch that fits weights of these shapes, and the reason for each other module path."""
     misfits = {}
     for path in dict.fromkeys((*patch.adapters, *patch.differences)):
         tensors = ModuleTensors(patch.adapters.get(path), patch.differences.get(path, {}))
         if path not in shapes:
-            misfits[path] = Reason.MODULE
+            misfits[path] = StrangerReason.MODULE
         elif not fits(tensors, shapes[path]):
-            misfits[path] = Reason.SHAPE
+            misfits[path] = StrangerReason.SHAPE
     adapters = {path: adapter for path, adapter in patch.adapters.items() if path not in misfits}
     differences = {path: difference for path, difference in patch.differences.items() if path not in misfits}
     return replace(patch, adapters=adapters, differences=differences), misfits

@@ -10,7 +10,7 @@ import torch
 from lorasmith.adapters.adapter import ADAPTERS, Adapter
 from lorasmith.adapters.frozen_layer import FrozenLayer, packable_layers, packed_layers
 from lorasmith.adapters.full import FullAdapter
-from lorasmith.adapters.inject import Difference, Plan
+from lorasmith.adapters.inject import AdapterPlan, Difference
 from lorasmith.adapters.lora import LoraAdapter
 from lorasmith.adapters.variants import Dropout, OutputDora
 from lorasmith.core import quantization
@@ -42,7 +42,7 @@ _FEW = 0.1
 
 
 def notes_on(
-    config: TrainConfig, denoiser: Denoiser, plan: Plan, adapters: Mapping[str, Adapter], differences: int
+    config: TrainConfig, denoiser: Denoiser, plan: AdapterPlan, adapters: Mapping[str, Adapter], differences: int
 ) -> tuple[str, ...]:
     """Remarks on a planned run, one sentence each; `config` is as requested, `differences` counts modules."""
     return (
@@ -82,7 +82,7 @@ def notes_on_file(
     return tuple(notes)
 
 
-def notes_on_plan(plan: Plan) -> tuple[str, ...]:
+def notes_on_plan(plan: AdapterPlan) -> tuple[str, ...]:
     """Remarks on capped ranks, and exclusions that match no layer."""
     notes = [f"!{name} excludes nothing: no layer of this model matches it." for name in plan.idle]
     if plan.capped:
@@ -172,7 +172,7 @@ def _on_shift(config: TrainConfig, denoiser: Denoiser) -> Iterator[str]:
 
 
 def _on_targets(
-    config: TrainConfig, denoiser: Denoiser, plan: Plan, adapters: Mapping[str, Adapter], differences: int
+    config: TrainConfig, denoiser: Denoiser, plan: AdapterPlan, adapters: Mapping[str, Adapter], differences: int
 ) -> Iterator[str]:
     idle = [
         name for name, declared in options_of(TrainConfig).items() if declared.of_fresh and not config.is_default(name)

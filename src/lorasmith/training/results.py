@@ -27,7 +27,7 @@ from lorasmith.formats.metadata import RUN_ENTRY, autov1, tag_frequency, without
 from lorasmith.report.pictures import card, embedded_picture, embedded_png
 from lorasmith.training.config import ResolvedConfig
 from lorasmith.training.events import Outcome
-from lorasmith.training.job import Job
+from lorasmith.training.job import TrainJob
 from lorasmith.training.loop import Loop
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.storage.records import RunRecord
@@ -113,7 +113,7 @@ class TrainResult:
 class Results:
     """Makes and saves LoRAs from a job's adapters; writes no files if `folder` is None."""
 
-    job: Job
+    job: TrainJob
     data: EncodedDataset
     title: str
     trigger: str | None
@@ -206,7 +206,7 @@ _DATASET = "dataset"
 
 
 def training_metadata(
-    job: Job,
+    job: TrainJob,
     data: EncodedDataset,
     *,
     title: str,
@@ -268,7 +268,7 @@ class BaseHashes:
             raise InterruptedError  # an OSError
 
 
-def _kohya(job: Job, data: EncodedDataset, *, title: str, steps: int, started: float) -> dict[str, object]:
+def _kohya(job: TrainJob, data: EncodedDataset, *, title: str, steps: int, started: float) -> dict[str, object]:
     config, base = job.config, job.denoiser.base
     version = base.family.kohya_version(job.denoiser.diffusion.parameterization)
     algorithm, arguments = config.algorithm.lower(), _lycoris_arguments(config)
@@ -327,7 +327,7 @@ def _kohya(job: Job, data: EncodedDataset, *, title: str, steps: int, started: f
     }
 
 
-def _modelspec(job: Job, data: EncodedDataset, *, title: str, trigger: str) -> dict[str, object]:
+def _modelspec(job: TrainJob, data: EncodedDataset, *, title: str, trigger: str) -> dict[str, object]:
     base = job.denoiser.base
     family, parameterization = base.family, job.denoiser.diffusion.parameterization
     width, height = max(_picture_sizes(base, data), key=_area)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lorasmith.adapters.frozen_layer import CONVOLUTIONS, is_targetable
-from lorasmith.adapters.inject import Plan, PlannedAdapter, create_adapters
+from lorasmith.adapters.inject import AdapterPlan, PlannedAdapter, create_adapters
 from lorasmith.core.placement import dtype_from_name
 from lorasmith.families.model import Denoiser
 from lorasmith.formats.spelling import without_core
@@ -92,7 +92,7 @@ def _size(module: nn.Module, one: PlannedAdapter, config: TrainConfig) -> _Size:
     variant = replace(variant_of(config), pissa=False)  # same parameters as LoRA, without the decomposition
     (adapter,) = create_adapters(
         nn.ModuleDict({"layer": _zeros_like(module)}),
-        Plan((replace(one, path="layer"),)),
+        AdapterPlan((replace(one, path="layer"),)),
         algorithm=config.algorithm,
         alpha=None,
         seed=0,

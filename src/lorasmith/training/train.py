@@ -31,7 +31,7 @@ from lorasmith.training.events import (
     RunStarted,
     Warned,
 )
-from lorasmith.training.job import Job, engine_of
+from lorasmith.training.job import TrainJob, engine_of
 from lorasmith.training.loop import Loop, Watcher
 from lorasmith.training.memory.compilation import sizes_vary
 from lorasmith.training.notes import ReportNote
@@ -67,7 +67,7 @@ class Plan:
     """
 
     denoiser: Denoiser  # from which previews are drawn; that of the job also has parts of a continued LoRA
-    job: Job  # which can be run once
+    job: TrainJob  # which can be run once
     data: EncodedDataset
     validation: EncodedDataset | None = None  # held-out images, instead of a share of the data
     title: str = "lora"  # name of the LoRA, and of its file
@@ -125,7 +125,7 @@ class RunHost:
         """Write the report into the folder."""
 
 
-def run_bytes(job: Job) -> int:
+def run_bytes(job: TrainJob) -> int:
     """Approximate bytes that a run writes: LoRAs, previews, two run states, and small files."""
     config = job.config
     loras = 1 + (config.steps // config.save_every if config.save_every else 0)
@@ -135,7 +135,7 @@ def run_bytes(job: Job) -> int:
     return loras * lora_bytes + 2 * _STATE_BYTES * job.parameters + pictures * picture_bytes + SPARE_BYTES
 
 
-def run_job(plan: Plan, host: RunHost, engine: Callable[[Job], Engine] = engine_of) -> TrainResult:
+def run_job(plan: Plan, host: RunHost, engine: Callable[[TrainJob], Engine] = engine_of) -> TrainResult:
     """Train on the device that the job was planned for.
 
     Raises LorasmithError if the data do not fit or the loss became non-finite. If steps were taken and there is an
@@ -200,7 +200,7 @@ def _claimed(plan: Plan, host: RunHost, fingerprint: Fingerprint) -> RunFolder:
     return folder
 
 
-def _check_together(job: Job, record: RunRecord) -> None:
+def _check_together(job: TrainJob, record: RunRecord) -> None:
     processes, config = job.runtime.processes, job.config
     found = processes.gathered({"versions": record.environment["versions"], **record.fingerprint})
 

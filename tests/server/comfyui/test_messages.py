@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from lorasmith.runs.queue import Job
-from lorasmith.server.comfyui.websocket import Client, Progress, ending_frames, final_frames, frames_of
+from lorasmith.server.comfyui.websocket import Client, GraphProgress, ending_frames, final_frames, frames_of
 from lorasmith.server.hub import Notice
 
 ME = Client("me")
@@ -15,7 +15,7 @@ def graph(event: str, **data: Any) -> Notice:
 
 
 def test_progress_of_a_large_graph_stays_small() -> None:
-    progress = Progress()
+    progress = GraphProgress()
     for index in range(1_000):
         progress.observe(graph("NodeStarted", node_id=str(index), title=""))
         progress.observe(graph("NodeFinished", node_id=str(index), ui={}))
@@ -27,7 +27,7 @@ def test_progress_of_a_large_graph_stays_small() -> None:
 
 
 def test_progress_of_few_jobs_is_kept() -> None:
-    progress = Progress()
+    progress = GraphProgress()
     for index in range(100):
         notice = Notice(kind="graph", job_id=str(index), data={"event": "NodeStarted", "node_id": "1"})
         progress.observe(notice)
@@ -38,7 +38,7 @@ def test_progress_of_few_jobs_is_kept() -> None:
 
 
 def test_a_second_attempt_begins_from_nothing() -> None:
-    progress = Progress()
+    progress = GraphProgress()
     progress.observe(graph("NodeFinished", node_id="1", ui={}))
     progress.observe(graph("ExecutionStarted", order=["1"], cached=[]))
     assert progress.of("job").nodes == {}
@@ -53,7 +53,7 @@ def test_a_training_of_the_page_is_no_prompt_of_a_client() -> None:
     ended = Job(id="job", kind="train", state="completed", started=1.0, ended=2.0)
     assert [*ending_frames(ended, ME), *final_frames(ended, ME)] == []
     step = Notice(kind="view", job_id="job", data={"node_id": None, "view": {"step": 1}})
-    assert [*frames_of(step, ME, Progress())] == []
+    assert [*frames_of(step, ME, GraphProgress())] == []
 
 
 def test_all_learn_of_the_interruption_of_a_job_without_a_client() -> None:

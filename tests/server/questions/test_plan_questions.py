@@ -75,7 +75,7 @@ def test_a_plan_sees_new_pictures(folders: Folders) -> None:
         settings = {"rank": 4, "batch_size": 2, "validation_share": 0.5}
         found = plan(folders, PlanBody(model="lorasmith-tiny", dataset="dog", settings=settings))
         assert found.images == number
-        assert any("learns those by heart" in note for note in found.notes)
+        assert any("will overfit to them" in note for note in found.notes)
 
 
 def test_a_request_names_what_training_takes(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,12 +13,12 @@ from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Model
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.job import Job, plan_job
+from lorasmith.training.job import TrainJob, plan_job
 from lorasmith.training.storage.fingerprint import differences, environment, fingerprint
 
 
 @pytest.fixture(scope="module")
-def job(tiny: Model) -> Job:
+def job(tiny: Model) -> TrainJob:
     return plan_job(tiny.denoiser, TrainConfig(targets="mid_block.*", rank=2), "cpu")
 
 
@@ -36,20 +36,20 @@ def with_digests(data: EncodedDataset, digest: str, noise: float = 0.0) -> Encod
     )
 
 
-def test_images_are_known_by_what_they_were_made_from(job: Job, dataset: EncodedDataset) -> None:
+def test_images_are_known_by_what_they_were_made_from(job: TrainJob, dataset: EncodedDataset) -> None:
     one = fingerprint(job, with_digests(dataset, "a"), None)
     assert differences(one, fingerprint(job, with_digests(dataset, "a", noise=1e-6), None)) == []
     assert differences(one, fingerprint(job, with_digests(dataset, "b"), None)) == ["the images or captions"]
 
 
-def test_images_of_which_no_more_is_known_are_known_by_their_tensors(job: Job, dataset: EncodedDataset) -> None:
+def test_images_of_which_no_more_is_known_are_known_by_their_tensors(job: TrainJob, dataset: EncodedDataset) -> None:
     one = fingerprint(job, dataset, dataset)
     other = fingerprint(job, with_digests(dataset, "", noise=1e-6), dataset)
     assert differences(one, other) == ["the images or captions"]
 
 
 @pytest.mark.parametrize("part", ["vae", "text_encoder"])
-def test_another_encoder_is_another_base_model(job: Job, dataset: EncodedDataset, tiny: Model, part: str) -> None:
+def test_another_encoder_is_another_base_model(job: TrainJob, dataset: EncodedDataset, tiny: Model, part: str) -> None:
     data = with_digests(dataset, "a")
     before = fingerprint(job, data, None)
     module = tiny.components.vae if part == "vae" else tiny.components.text_encoders[part]

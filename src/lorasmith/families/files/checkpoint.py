@@ -102,7 +102,7 @@ class _Shape(tuple[int, ...]):
             ) from None
 
 
-class Shapes(dict[str, tuple[int, ...]]):
+class CheckpointShapes(dict[str, tuple[int, ...]]):
     """Tensor shapes by name. Looking up a tensor that the file lacks, or a dimension of one, raises ModelError."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]] | Iterable[tuple[str, tuple[int, ...]]] = ()) -> None:
@@ -128,8 +128,8 @@ class OriginalCheckpoint:
         return next((prefix for prefix in _DENOISER_PREFIXES if counts[prefix] > 5), "")
 
     @cached_property
-    def denoiser_shapes(self) -> Shapes:
-        """Shapes of the denoiser's tensors by name without prefix."""
+    def denoiser_shapes(self) -> CheckpointShapes:
+        """CheckpointShapes of the denoiser's tensors by name without prefix."""
         return self.shapes_under(self.denoiser_prefix)
 
     @cached_property
@@ -147,9 +147,9 @@ class OriginalCheckpoint:
                 "the file was damaged or edited, so get it again"
             ) from error
 
-    def shapes_under(self, prefix: str) -> Shapes:
-        """Shapes of the tensors whose names begin with `prefix`, which is cut off."""
-        return Shapes(
+    def shapes_under(self, prefix: str) -> CheckpointShapes:
+        """CheckpointShapes of the tensors whose names begin with `prefix`, which is cut off."""
+        return CheckpointShapes(
             (name.removeprefix(prefix), shape) for name, shape in self.shapes.items() if name.startswith(prefix)
         )
 

@@ -24,7 +24,7 @@ from lorasmith.core.errors import ModelError
 from lorasmith.core.quantization import plain_weights
 from lorasmith.core.registry import Registry
 from lorasmith.families.base import AutoencoderSlot, LatentFormat
-from lorasmith.families.files.checkpoint import Shapes
+from lorasmith.families.files.checkpoint import CheckpointShapes
 from lorasmith.families.files.original_weights import PartSource, block_count, build
 
 _RENAMES = (
@@ -157,7 +157,7 @@ class KlAutoencoder(AutoencoderKind):
         named = diffusers_vae(plain_weights(source.tensors))
         config = source.config
         if config is None:
-            shapes = Shapes((name, tuple(tensor.shape)) for name, tensor in named.items())
+            shapes = CheckpointShapes((name, tuple(tensor.shape)) for name, tensor in named.items())
             config = vae_config(shapes) | dict(source.settings)
         return build(lambda: AutoencoderKL.from_config(config), lambda _: named, where=source.where)
 
@@ -197,7 +197,7 @@ class Flux2Autoencoder(AutoencoderKind):
         named = diffusers_vae({name: tensor for name, tensor in plain.items() if name not in statistics})
         config = source.config
         if config is None:
-            shapes = Shapes((name, tuple(tensor.shape)) for name, tensor in named.items())
+            shapes = CheckpointShapes((name, tuple(tensor.shape)) for name, tensor in named.items())
             config = {**vae_config(shapes), **source.settings}
             levels = reversed(range(block_count(shapes, "decoder.up_blocks.") or 1))
             decoder = tuple(shapes[f"decoder.up_blocks.{level}.resnets.0.conv2.weight"][0] for level in levels)
@@ -332,7 +332,9 @@ class Wan22Autoencoder(_Wan):
 
         tensors = plain_weights(source.tensors)
         named = {_diffusers_name(name, is_deeper=True): tensor for name, tensor in tensors.items()}
-        config = source.config or _config_22(Shapes((name, tuple(tensor.shape)) for name, tensor in named.items()))
+        config = source.config or _config_22(
+            CheckpointShapes((name, tuple(tensor.shape)) for name, tensor in named.items())
+        )
         return build(
             lambda: AutoencoderKLWan.from_config({**config, **source.settings}), lambda _: named, where=source.where
         )
@@ -352,7 +354,7 @@ def _form(vae: Any, downscale: int) -> LatentFormat:
     return LatentFormat(vae.config.z_dim, downscale, scale=1.0, frames=True, time_downscale=times)
 
 
-def _config_22(shapes: Shapes) -> dict[str, Any]:
+def _config_22(shapes: CheckpointShapes) -> dict[str, Any]:
     """Configuration of Wan 2.2's for shapes by diffusers' names."""
     channels = shapes["encoder.conv_in.weight"][1]
     return {

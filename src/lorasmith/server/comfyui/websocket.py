@@ -48,7 +48,7 @@ class Sockets:
 
     def __init__(self, context: ServerContext) -> None:
         self._context = context
-        self._progress = Progress()
+        self._progress = GraphProgress()
         self._connections: dict[str, _Connection] = {}
         # `_observe` runs while a notice is published, before connections read it; this subscription stays empty.
         self._observing = context.hub.subscribe(wants=self._observe)
@@ -200,7 +200,7 @@ class JobProgress:
     has_previews: bool = True  # whether its client wants previews
 
 
-class Progress:
+class GraphProgress:
     """Progress of graphs by job. Kept for the last jobs after their end, as clients may still read it."""
 
     def __init__(self) -> None:
@@ -251,7 +251,7 @@ def message(kind: str, data: Mapping[str, Any]) -> str:
     return json.dumps({"type": kind, "data": data})
 
 
-def frames_of(notice: Notice, client: Client, progress: Progress) -> Iterator[Frame]:
+def frames_of(notice: Notice, client: Client, progress: GraphProgress) -> Iterator[Frame]:
     """The messages of a notice, which `progress` has observed; the end of a job is in `ending_frames`."""
     if notice.kind == "queue":
         yield message("status", {"status": queue_info(notice.data)})
@@ -282,7 +282,7 @@ def final_frames(job: Job, client: Client) -> Iterator[Frame]:
         yield message("executing", {"node": None, "prompt_id": job.id})
 
 
-def _graph_frames(notice: Notice, job_id: str, client: Client, progress: Progress) -> Iterator[Frame]:
+def _graph_frames(notice: Notice, job_id: str, client: Client, progress: GraphProgress) -> Iterator[Frame]:
     data, event, is_own = notice.data, notice.data.get("event"), notice.client_id == client.id
     node = str(data.get("node_id", ""))
     if not is_own and (notice.client_id is not None or event not in _FOR_ALL):
@@ -306,7 +306,9 @@ def _graph_frames(notice: Notice, job_id: str, client: Client, progress: Progres
         yield _progress_state(job_id, progress)
 
 
-def _progress_frames(notice: Notice, job_id: str, node: str, client: Client, progress: Progress) -> Iterator[Frame]:
+def _progress_frames(
+    notice: Notice, job_id: str, node: str, client: Client, progress: GraphProgress
+) -> Iterator[Frame]:
     data = notice.data
     numbers = {"value": data.get("value", 0), "max": data.get("maximum", 1)}
     yield message("progress", {**numbers, "prompt_id": job_id, "node": node})
@@ -342,7 +344,7 @@ def _executed(job_id: str, node: str, ui: Mapping[str, Any]) -> str:
     return message("executed", {"node": node, "display_node": node, "output": ui, "prompt_id": job_id})
 
 
-def _progress_state(job_id: str, progress: Progress) -> str:
+def _progress_state(job_id: str, progress: GraphProgress) -> str:
     return message("progress_state", {"prompt_id": job_id, "nodes": progress.of(job_id).nodes})
 
 

@@ -169,7 +169,7 @@ def _notes(found: MemoryEstimate, images: int, epochs: float, *, is_known: bool)
         named = ", ".join(f"{key.replace('_', ' ')} {_said(one)}" for key, one in found.proposal.settings.items())
         notes.append(f"To fit into {card} it should train with {named}.")
     if images < _FEW:
-        notes.append(f"With {count_text(images, 'picture')} the LoRA learns those by heart; add some.")
+        notes.append(f"With {count_text(images, 'picture')} the LoRA will overfit to them; add some.")
     if epochs > _MANY_EPOCHS:
         notes.append(f"Each picture is seen {epochs:,.0f} times, which is often too much; take fewer steps.")
     if found.model == BUILT_IN:

@@ -133,14 +133,14 @@ def _is_model(folders: Folders, path: str) -> bool:
     return any(plain.is_relative_to(root) for kind in kinds for root in folders.roots(kind) if root.is_absolute())
 
 
-Graph = dict[str, dict[str, Any]]
+PromptJson = dict[str, dict[str, Any]]
 
 _TRAIN = "TrainLoraNode"
 _ENCODER_LOADERS = {1: "CLIPLoader", 2: "DualCLIPLoader", 3: "TripleCLIPLoader", 4: "QuadrupleCLIPLoader"}
 _FOLLOWED = ("trigger", "resolution")  # data settings that the graph can represent
 
 
-def graph_of_run(record: RunRecord, folders: Folders) -> tuple[Graph, list[str]]:
+def graph_of_run(record: RunRecord, folders: Folders) -> tuple[PromptJson, list[str]]:
     """A graph in API format, and its differences from the run, one sentence each. Raises OptionError if the run was
     made by a script, or its images or model are outside the input and model folders.
     """
@@ -158,7 +158,7 @@ def graph_of_run(record: RunRecord, folders: Folders) -> tuple[Graph, list[str]]
     images = _images(spec, folders, notes)
     defaults = load_structure(spec.model).defaults
     side, step = spec.data.all_resolutions(defaults.resolution)[0], pixel_step(spec.data, defaults.pixel_multiple)
-    graph: Graph = {
+    graph: PromptJson = {
         **loaders,
         "10": _node("LoadImageTextDataSetFromFolder", "Images and texts", folder=images),
         "11": _node(
@@ -190,7 +190,7 @@ def _node(class_type: str, title: str, **inputs: Any) -> dict[str, Any]:
     return {"class_type": class_type, "inputs": inputs, "_meta": {"title": title}}
 
 
-def _loaders(spec: RunSpec, record: RunRecord, folders: Folders) -> tuple[Graph, list[Any], list[Any], list[Any]]:
+def _loaders(spec: RunSpec, record: RunRecord, folders: Folders) -> tuple[PromptJson, list[Any], list[Any], list[Any]]:
     """The nodes that load the model, and links to its denoiser, text encoders and autoencoder."""
     path = built_in_models().get(spec.model, Path(spec.model))
     checkpoint, denoiser = _name(folders, "checkpoints", path), _name(folders, "diffusion_models", path)

@@ -35,7 +35,7 @@ from lorasmith.training.memory.compilation import compiler
 from lorasmith.training.optim.update_rules import rule_of
 
 if TYPE_CHECKING:
-    from lorasmith.training.job import Job
+    from lorasmith.training.job import TrainJob
 
 
 class Fingerprint(TypedDict, total=False):
@@ -61,7 +61,7 @@ _SAMPLED = 64
 _HALVES = (torch.float16, torch.bfloat16)
 
 
-def fingerprint(job: Job, data: EncodedDataset, held_out: EncodedDataset | None) -> Fingerprint:
+def fingerprint(job: TrainJob, data: EncodedDataset, held_out: EncodedDataset | None) -> Fingerprint:
     """The fingerprint for `run.json`, without `files`."""
     config = {name: value for name, value in asdict(job.config).items() if name not in _UNCOMPARED}
     trained = [*job.adapters.items(), *job.differences.items()]

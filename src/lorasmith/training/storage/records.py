@@ -25,7 +25,7 @@ from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.core.typed_json import Scalar, typed
 from lorasmith.data.dataset import Split
 from lorasmith.training.events import MOST_LINE_BYTES, Event, Outcome, RunFinished, RunStarted, StepDone, decoded
-from lorasmith.training.job import Job
+from lorasmith.training.job import TrainJob
 from lorasmith.training.storage.fingerprint import Fingerprint, environment, file_digests, fingerprint
 
 _REPEATED = ("source", "asked", "fingerprint", "environment", "environments")
@@ -117,7 +117,7 @@ def parsed_record(text: str | bytes) -> RunRecord:
 
 
 def run_record(
-    job: Job,
+    job: TrainJob,
     parts: Split,
     *,
     title: str,
