@@ -177,7 +177,7 @@ class Flipped(Adapter):
         return y + strength * (y.flip(self.dim) - y)
 
 
-# Rows that change places would change groups too, which is no merged weight's doing.
+# Rows that change places would change groups too, which is not a merged weight's doing.
 UNGROUPED = {name: case for name, case in LAYERS.items() if name != "conv in groups"}
 
 

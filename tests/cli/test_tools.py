@@ -113,7 +113,7 @@ def test_extract_says_how_much_it_has(lorasmith: Command, files: Path) -> None:
     ran = lorasmith("extract", "--base", "sd15.safetensors", "--tuned", "tuned.safetensors", "--rank", 4)
     assert ran.code == 0, ran.err
     assert re.search(r"\d+ layers, rank 4 to 4; \d+ layers are the same in both", ran.out), ran.out
-    # The tuned model is in fp16, and its rounding is no low-rank change.
+    # The tuned model is in fp16, and its rounding is not a low-rank change.
     assert re.search(r"The LoRA has (99|100)\.\d\d% of the squared difference", ran.out), ran.out
     assert (files / "tuned-rank4.safetensors").is_file()
 

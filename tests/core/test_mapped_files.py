@@ -34,7 +34,7 @@ def resident_pages() -> int:
 def test_a_tensor_is_what_the_file_holds(path: Path, dtype: torch.dtype) -> None:
     count = 512 // dtype.itemsize
     expected = NUMBERS[:128].view(torch.uint8).view(dtype).reshape(2, count // 2)
-    for offset in (4, 4 + 512):  # the first is no multiple of eight bytes
+    for offset in (4, 4 + 512):  # the first is not a multiple of eight bytes
         tensor = MappedFile(path).tensor(offset, dtype, (2, count // 2))
         wanted = expected if offset == 4 else NUMBERS[128:256].view(torch.uint8).view(dtype).reshape(2, count // 2)
         assert torch.equal(tensor.view(torch.uint8), wanted.view(torch.uint8))

@@ -353,7 +353,7 @@ def test_an_image_whose_caption_cannot_be_read_is_skipped(tmp_path: Path) -> Non
     add_image(tmp_path / "2.png", "x" * 20_001)
     (add_image(tmp_path / "3.png").with_suffix(".txt")).mkdir()
     scan = scan_folder(tmp_path)
-    # A folder is no caption file.
+    # A folder is not a caption file.
     assert names(scan) == ["1.png", "3.png"]
     reason = "is left out because its caption file 2.txt has more than 20,000 characters; shorten or remove it"
     assert scan.skipped[0] == (tmp_path / "2.png", reason)

@@ -274,7 +274,7 @@ def test_what_training_refuses_stays_refused(folder: Path, only: tuple[Fix, ...]
         kept = (done.folder / "unused" / name).read_bytes()
         assert kept == (folder / name).read_bytes(), "caption and mask are there to be repaired"
     if "formats" in only:
-        assert "its caption file foreign.txt is no text" in done.reasons["foreign.tga"]
+        assert "its caption file foreign.txt is not text" in done.reasons["foreign.tga"]
         assert "its mask foreign_mask.mask.png is 300×100 px" in done.reasons["foreign_mask.tga"]
 
 

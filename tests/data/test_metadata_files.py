@@ -115,10 +115,10 @@ def test_names_in_another_form_of_unicode(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        (3, "has a caption that is no text"),
-        ({"en": "x"}, "has a caption that is no text"),
-        (["a", 1], "has a caption that is no text"),
-        ("a\x00b", "has a caption that is no text, as it holds zero bytes"),
+        (3, "has a caption that is not text"),
+        ({"en": "x"}, "has a caption that is not text"),
+        (["a", 1], "has a caption that is not text"),
+        ("a\x00b", "has a caption that is not text, as it holds zero bytes"),
         ("x" * 20_001, "has a caption of more than 20,000 characters"),
         (["x"] * (MAX_CAPTIONS + 1), f"has more than {MAX_CAPTIONS} captions"),
     ],

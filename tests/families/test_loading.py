@@ -180,7 +180,10 @@ def widen(folder: Path) -> None:
 
 SCHEDULER = Path("scheduler", "scheduler_config.json")
 FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "no index": (lambda f: (f / "model_index.json").unlink(), "{} is no diffusers model (it has no model_index.json);"),
+    "no index": (
+        lambda f: (f / "model_index.json").unlink(),
+        "{} is not a diffusers model (it has no model_index.json);",
+    ),
     "broken index": (
         lambda f: (f / "model_index.json").write_text("{"),
         "{}/model_index.json is not valid JSON; get the model again",

@@ -84,7 +84,7 @@ class TinyFamily:
         dressed: the parts as the pipeline takes them, if it has other classes.
         drawn: a picture by the pipeline: noise as `latents`, `sigmas`, sizes and the prompt are given, and guidance.
         reads_weights: whether `(word:1.3)` is syntax for it, as it is in no pipeline.
-        unreached: patterns of modules whose output is no part of any prediction, so that they have no gradient.
+        unreached: patterns of modules whose output is not part of any prediction, so that they have no gradient.
         unlearnt: part of the noise that a network which is narrower than its latents cannot predict.
         has_released_widths: whether diffusers reads LoRAs under original names at the released widths alone.
         left_out: tests that do not apply → the reason.

@@ -1,4 +1,4 @@
-"""Folders of images: names, captions, pictures, and what is no file."""
+"""Folders of images: names, captions, pictures, and what is not a file."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ def denoise(
 
 def _unet_width(checkpoint: Path) -> int | None:
     with safe_open(str(checkpoint), framework="pt") as file:
-        for key in file.keys():  # noqa: SIM118 - a safetensors handle is no mapping
+        for key in file.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
             if key.endswith("input_blocks.0.0.weight"):
                 return int(file.get_slice(key).get_shape()[0])
     return None

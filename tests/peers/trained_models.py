@@ -32,7 +32,7 @@ class Trained:
         sizes: two rows of size conditioning for the bare denoiser; in training it is the default, of pictures neither
             scaled nor cropped.
         tokens: number of T5 tokens beside the context, 0 for none.
-        unreached: patterns of modules that have no gradient, because their output is no part of a prediction.
+        unreached: patterns of modules that have no gradient, because their output is not part of a prediction.
         padded: number of tokens to which ComfyUI fills the text with zeros from the left when it samples or trains.
     """
 

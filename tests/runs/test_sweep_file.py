@@ -133,7 +133,7 @@ def test_a_seed_is_that_of_the_draws_or_a_list_of_those_of_runs(tmp_path: Path) 
         ("[random]\nruns = 3\nrank = {low = 8, high = 400}", "rank must be between 1 and 128, got 400"),
         ("[random]\nruns = 3\nrank = {low = 8, hihg = 4}", "random.rank is a range of low, high and log, got 'hihg'"),
         ("[random]\nruns = 3\nnoise_offset = {low = 0, high = 1, log = true}", "0 < low < high with log"),
-        ("[random]\nruns = 3\ndora = {low = 0, high = 1}", "random.dora must be a list, as dora is no number"),
+        ("[random]\nruns = 3\ndora = {low = 0, high = 1}", "random.dora must be a list, as dora is not a number"),
         ("[grid]\nvalidation_share = [0.0, 0.1]", "needs held-out images to rank its runs, got validation_share 0"),
         ("[grid]\npissa = [true]\ntucker = [true]", "pissa and tucker"),
         ("track = 'wandb'\n[grid]\nrank = [8]", "a sweep starts no tracker, got track 'wandb'"),

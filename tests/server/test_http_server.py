@@ -116,7 +116,7 @@ def test_an_address_that_is_none_is_one_sentence(tmp_path: Path) -> None:
         async with running(fake_config(tmp_path, host="192.0.2.1", token="some long secret")):
             pass
 
-    with pytest.raises(OptionError, match=r"192\.0\.2\.1:0 is no address to listen on"):
+    with pytest.raises(OptionError, match=r"192\.0\.2\.1:0 is not an address to listen on"):
         asyncio.run(check())
 
 

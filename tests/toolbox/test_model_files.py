@@ -123,7 +123,7 @@ def broken(copy: Path, case: str) -> None:
 @pytest.mark.parametrize(
     ("case", "sentence"),
     [
-        ("no index", "is no diffusers model"),
+        ("no index", "is not a diffusers model"),
         ("unknown pipeline", "of an unsupported architecture"),
         ("no denoiser", "config.json"),
         ("damaged configuration", "config.json is not valid JSON"),

@@ -34,7 +34,7 @@ def format_of(weights: AdapterWeights) -> AdapterFormat:
 
 
 def size_of(weights: AdapterWeights) -> int | None:
-    """The value of `rank` that made an adapter, from its tensors, for algorithms where it is no rank; else None."""
+    """The value of `rank` that made an adapter, from its tensors, for algorithms where it is not a rank; else None."""
     size = format_of(weights).size
     return None if size is None else size({role: tensor.shape for role, tensor in weights.tensors.items()})
 

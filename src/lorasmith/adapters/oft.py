@@ -96,7 +96,7 @@ class OftAdapter(Rotation):
 
 
 def constrained(blocks: Tensor, constraint: float) -> Tensor:
-    """Blocks B with ‖B − Bᵀ‖ ≤ `constraint` over all blocks; 0 is no constraint."""
+    """Blocks B with ‖B − Bᵀ‖ ≤ `constraint` over all blocks; 0 is not a constraint."""
     if constraint <= 0:
         return blocks
     full = wide(blocks)

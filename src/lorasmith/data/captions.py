@@ -79,7 +79,7 @@ def read_caption_file(path: Path) -> Caption:
         raise CaptionError(path, f"cannot be read ({error.strerror}); replace or remove it") from error
     text, is_latin_1 = _decoded(content)
     if "\x00" in text:
-        raise CaptionError(path, "is no text, as it holds zero bytes; save it as UTF-8")
+        raise CaptionError(path, "is not text, as it holds zero bytes; save it as UTF-8")
     lines = tuple(filter(None, map(one_line, text.splitlines())))
     if len(text := " ".join(lines)) > MAX_CAPTION:
         raise CaptionError(path, f"has more than {MAX_CAPTION:,} characters; shorten or remove it")

@@ -409,7 +409,7 @@ def read_shard(path: Path) -> Shard | None:
             return None
         return Shard(path, *_checked(about), header)
     except ValueError as error:
-        raise DataError(f"{path} is no shard of the encoding cache: its header {error}; remove it") from None
+        raise DataError(f"{path} is not a shard of the encoding cache: its header {error}; remove it") from None
 
 
 def ensure_private(folder: Path) -> None:

@@ -106,13 +106,13 @@ def _collected(rows: Iterable[Row], folders: Sequence[Path]) -> Metadata:
             continue
         texts = [value] if isinstance(value, str) else [] if value is None else value
         if not isinstance(texts, list) or not all(isinstance(one, str) for one in texts):
-            found.refused[key] = "has a caption that is no text"
+            found.refused[key] = "has a caption that is not text"
         elif len(texts) + len(found.captions.get(key, ())) > MAX_CAPTIONS:
             found.refused[key] = f"has more than {MAX_CAPTIONS} captions"
         elif any(len(one) > 4 * MAX_CAPTION or len(one_line(one)) > MAX_CAPTION for one in texts):
             found.refused[key] = f"has a caption of more than {MAX_CAPTION:,} characters"
         elif any("\x00" in one for one in texts):
-            found.refused[key] = "has a caption that is no text, as it holds zero bytes"
+            found.refused[key] = "has a caption that is not text, as it holds zero bytes"
         else:
             found.captions[key] = (*found.captions.get(key, ()), *(one for one in texts if one.strip()))
     return found

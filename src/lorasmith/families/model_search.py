@@ -50,7 +50,7 @@ class FoundFile:
 
     @cached_property
     def width(self) -> int | None:
-        """Width of the text encoder's states; None if it is no encoder that can be built."""
+        """Width of the text encoder's states; None if it is not an encoder that can be built."""
         if self.encoder is None:
             return None
         try:

@@ -94,7 +94,7 @@ def plot_losses(
     axes = figure.add_subplot()
     draw_losses(axes, losses, validations=validations, base_loss=base_loss)
     style_axes(axes)
-    # parse_math off: titles are file names, in which $ is no formula.
+    # parse_math off: titles are file names, in which $ is not a formula.
     heading = printable(title, limit=200)
     axes.set_title(heading, loc="left", fontsize=13, fontweight="bold", color=TEXT, wrap=True, parse_math=False)
     axes.set_xlabel("step", color=TEXT)

@@ -9,7 +9,7 @@
     learning_rate = [1e-4, 3e-4]
 
 `[grid]` gives all combinations of its lists. `[random]` draws `runs` of them: `rank = {low = 4, high = 64, log = true}`
-is a range, and a `seed` that is no list is the seed of the draws. `folder` in either table varies the images.
+is a range, and a `seed` that is not a list is the seed of the draws. `folder` in either table varies the images.
 
 A run is named after its values in these tables alone, so it keeps its folder when others are added or left out.
 """
@@ -221,7 +221,7 @@ def _range(place: str, name: str, given: Mapping[str, Any]) -> _Range:
     if unknown := next((key for key in given if key not in ("low", "high", "log")), None):
         raise OptionError(f"{place} is a range of low, high and log, got {unknown!r}; correct its name")
     if name == _FOLDER or SETTINGS[name].type not in (int, float):
-        raise OptionError(f"{place} must be a list, as {name} is no number, got a range; write {name} = [...]")
+        raise OptionError(f"{place} must be a list, as {name} is not a number, got a range; write {name} = [...]")
     if "low" not in given or "high" not in given or not isinstance(log := given.get("log", False), bool):
         raise OptionError(f"{place} must have low, high and, as true or false, log, got {dict(given)!r}; complete it")
     low, high = SETTINGS[name].check(given["low"]), SETTINGS[name].check(given["high"])

@@ -263,7 +263,7 @@ class ModelRow:
 
 @dataclass(frozen=True, kw_only=True)
 class OtherFile:
-    """A file in the model folders that is no model: what it is, or why it is not recognised."""
+    """A file in the model folders that is not a model: what it is, or why it is not recognised."""
 
     name: str
     place: str

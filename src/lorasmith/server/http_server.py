@@ -133,7 +133,9 @@ async def _listening(connections: Connections, config: ServerConfig) -> tuple[as
             raise OptionError(
                 f"port {config.port} may not be used here; choose another --port, such as 8188"
             ) from error
-        raise OptionError(f"{config.host}:{config.port} is no address to listen on ({error}); correct it") from error
+        raise OptionError(
+            f"{config.host}:{config.port} is not an address to listen on ({error}); correct it"
+        ) from error
     host, port = listener.sockets[0].getsockname()[:2]
     return listener, f"http://{f'[{host}]' if ':' in host else host}:{port}"
 

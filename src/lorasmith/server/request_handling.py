@@ -266,7 +266,7 @@ async def _of_form(reading: Awaitable[T]) -> T:
     try:
         return await in_time(reading)
     except (ValueError, AssertionError, ClientError, HttpProcessingError) as error:  # aiohttp: malformed forms
-        raise OptionError("the body of the request is no complete form; send it again") from error
+        raise OptionError("the body of the request is not a complete form; send it again") from error
 
 
 def _new_folder(parent: Path) -> tempfile.TemporaryDirectory[str]:

@@ -251,7 +251,7 @@ class FakeServer:
             try:
                 Image.open(io.BytesIO(content)).verify()
             except Exception:
-                skipped.append({"file": file, "reason": "it is no picture that can be read"})
+                skipped.append({"file": file, "reason": "it is not a picture that can be read"})
                 continue
             while file in files:
                 file = f"{Path(file).stem}-2{Path(file).suffix}"

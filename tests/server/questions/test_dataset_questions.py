@@ -280,7 +280,7 @@ CAPTIONS: dict[str, tuple[dict[str, str], bytes, dict[str, str]]] = {
     "another": (
         {"file": "1.txt"}, b"a cat", {"skipped": "is left out, as 1.png has another caption; change that instead"}
     ),
-    "no text": ({"file": "10.txt"}, b"\x00", {"skipped": "is no text, as it holds zero bytes; save it as UTF-8"}),
+    "no text": ({"file": "10.txt"}, b"\x00", {"skipped": "is not text, as it holds zero bytes; save it as UTF-8"}),
     "elsewhere": ({"file": "../10.txt"}, b"ten", {"added": "10.txt"}),
 }  # fmt: skip
 

@@ -65,7 +65,7 @@ def test_each_story_has_its_standing() -> None:
 
 
 def test_noise_levels_are_taken_out() -> None:
-    """An image that always meets the clean end, where losses are forty times as high, is no harder for it."""
+    """An image that always meets the clean end, where losses are forty times as high, is not harder for it."""
     ledger = Ledger(["clean", "noisy", "both"])
     rng = np.random.default_rng(1)
     for step in range(200):

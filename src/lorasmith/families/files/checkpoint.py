@@ -154,7 +154,7 @@ class OriginalCheckpoint:
         )
 
     def vector(self, name: str) -> Tensor:
-        """A tensor that is no matrix and so never packed, by its full name."""
+        """A tensor that is not a matrix and so never packed, by its full name."""
         (_, tensor), *_ = self.file.read([name])
         return tensor.weight() if isinstance(tensor, Packed) else tensor
 
@@ -233,7 +233,7 @@ class PipelineConfigs:
         index = pipeline_index(folder)
         if index is None:
             raise ModelError(
-                f"{folder} is no diffusers model (it has no model_index.json); "
+                f"{folder} is not a diffusers model (it has no model_index.json); "
                 "give the folder that holds it, or a .safetensors file"
             )
         name = str(read_json(index).get("_class_name"))

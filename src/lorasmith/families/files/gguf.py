@@ -203,7 +203,7 @@ class _Reader:
             raise ValueError("it has a tensor twice")
         alignment = sum(found.integers.get(_ALIGNMENT, (32,)))
         if alignment < 1 or alignment & (alignment - 1):
-            raise ValueError(f"its alignment is {alignment}, which is no power of two")
+            raise ValueError(f"its alignment is {alignment}, which is not a power of two")
         start = -(-self._at // alignment) * alignment
         placed = {name: stored._replace(offset=start + stored.offset) for name, stored in found.tensors.items()}
         end = start

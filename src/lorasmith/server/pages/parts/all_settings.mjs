@@ -41,7 +41,7 @@ function Setting({ setting, preset, value, error, onChange }) {
   const standard = preset ?? setting.default;
   const current = value ?? standard;
   const isChanged = value !== undefined;
-  const [typed, setTyped] = useState(null); // what stands in the field while it is no valid value
+  const [typed, setTyped] = useState(null); // what stands in the field while it is not a valid value
   const problem = typed !== null ? rangeOf(setting) : isChanged && error?.message?.toLowerCase().startsWith(setting.name) ? error.message : null;
   const label = html`${setting.label || nameWords(setting.name)}${isChanged && html` <span class="tag">changed</span>`}`;
   const choose = (next) => onChange(next === standard ? undefined : next);

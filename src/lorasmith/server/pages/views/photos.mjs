@@ -127,7 +127,7 @@ export function PhotosView({ dataset }) {
       ${found?.builtin ? html`<p class="faint">These pictures belong to Lorasmith, to try it with; they cannot be changed.</p>` : html`<${DropZone} onFiles=${take} />`}
       <${Problem} error=${error} onRetry=${reload} />
       ${!found && !error && html`<${Loading} what="photos" />`}
-      ${others.length > 0 && html`<${Notice}><p>${count(others.length, "file is no picture and was", "files are no pictures and were")} left out: ${others.slice(0, 3).join(", ")}${others.length > 3 ? " …" : ""}</p>
+      ${others.length > 0 && html`<${Notice}><p>${count(others.length, "file is not a picture and was", "files are not pictures and were")} left out: ${others.slice(0, 3).join(", ")}${others.length > 3 ? " …" : ""}</p>
         ${others.some(isVideo) && html`<p>Videos are not added here: run <code>lorasmith train</code> on their folder with a model of videos, or add them as animated WebP files.</p>`}<//>`}
       <${Findings} check=${check} error=${checkError} images=${images} trigger=${draft.trigger} captioned=${captioned} />
       ${images.length > 0 && html`<div class="tools">
