@@ -131,7 +131,7 @@ def test_transformers_in_fp8_take_a_step_within_24_gib(name: str, tmp_path: Path
 
 
 def released_shapes(family: str, changes: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """CheckpointShapes of a released denoiser's tensors by original name, from the published configuration."""
+    """Shapes of a released denoiser's tensors by original name, from the published configuration."""
     denoiser = FAMILIES[family].released_denoiser(**changes)
     return {name: tuple(tensor.shape) for name, tensor in original_tensors(family, denoiser).items()}
 

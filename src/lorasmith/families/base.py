@@ -494,7 +494,7 @@ class Family(ABC):
         return conditioning
 
     def conditioning_shapes(self, denoiser: nn.Module) -> Mapping[str, tuple[int, ...]]:
-        """CheckpointShapes of the conditioning tensors that `predict` needs, for a batch of 1 and a prompt of usual length."""
+        """Shapes of the conditioning tensors that `predict` needs, for a batch of 1 and a prompt of usual length."""
         return {"context": (1, self.usual_tokens, int(getattr(denoiser.config, self.text_width)))}
 
     @abstractmethod

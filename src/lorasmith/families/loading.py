@@ -439,7 +439,7 @@ def _released_table(family: Family) -> Mapping[str, OriginalName]:
 def original_shapes(
     table: Mapping[str, OriginalName], shapes: Mapping[str, tuple[int, ...]]
 ) -> CheckpointShapes | None:
-    """CheckpointShapes of a denoiser's tensors by original names; None if a tensor is not in the table."""
+    """Shapes of a denoiser's tensors by original names; None if a tensor is not in the table."""
     original = CheckpointShapes()
     for name, shape in shapes.items():
         path, _, leaf = name.rpartition(".")

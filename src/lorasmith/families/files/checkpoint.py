@@ -129,7 +129,7 @@ class OriginalCheckpoint:
 
     @cached_property
     def denoiser_shapes(self) -> CheckpointShapes:
-        """CheckpointShapes of the denoiser's tensors by name without prefix."""
+        """Shapes of the denoiser's tensors by name without prefix."""
         return self.shapes_under(self.denoiser_prefix)
 
     @cached_property
@@ -148,7 +148,7 @@ class OriginalCheckpoint:
             ) from error
 
     def shapes_under(self, prefix: str) -> CheckpointShapes:
-        """CheckpointShapes of the tensors whose names begin with `prefix`, which is cut off."""
+        """Shapes of the tensors whose names begin with `prefix`, which is cut off."""
         return CheckpointShapes(
             (name.removeprefix(prefix), shape) for name, shape in self.shapes.items() if name.startswith(prefix)
         )
