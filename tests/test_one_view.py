@@ -81,6 +81,7 @@ def test_a_node_shows_it_and_page_and_editor_receive_it() -> None:
         publish=lambda kind, data: views.append(data),
         progress=lambda step, steps, text: texts.append(text),
         log=lambda text: None,
+        folders=types.SimpleNamespace(output=Path()),
     )
     host = _NodeHost(context, 2)  # type: ignore[arg-type]
     for event in STEPS:

@@ -17,6 +17,7 @@ from lorasmith.runs import sweep_run
 from lorasmith.runs.queue import JobStore, jobs_in
 from lorasmith.runs.sweep_file import Sweep, read_sweep
 from lorasmith.runs.sweep_run import QUEUE, failures_in, grouped, run_sweep, sweep_devices, sweep_folder
+from tests.launched import LONG_S
 from tests.runs.folder_cases import pictures
 from tests.runs.sweep_cases import ended_with, names_of, sweep_of
 
@@ -162,7 +163,7 @@ def test_an_interrupt_saves_and_one_after_a_stop_ends_at_once(sweep: Sweep, act:
     if how == "twice":
         assert process.stdout.readline() == "stopping\n"
         process.send_signal(signal.SIGINT)
-    said, _ = process.communicate(timeout=30)
+    said, _ = process.communicate(timeout=LONG_S)
     assert (said, process.returncode) == ("interrupted\n", 0)
     assert Path("saved").exists() == (how == "once")
     first, *others = jobs_in(Path("out") / QUEUE)

@@ -130,13 +130,13 @@ def test_a_worker_that_dies_costs_its_attempt_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="needs SIGSTOP")
-def test_a_worker_that_gives_no_sign_of_life_is_replaced(tmp_path: Path) -> None:
+def test_a_worker_that_sends_no_heartbeat_is_replaced(tmp_path: Path) -> None:
     async def check(context: ServerContext) -> None:
         job = context.dispatcher.submit("train", {"do": "wait"})
         await started(context, job)
         (pid,) = context.dispatcher.worker_pids()
         os.kill(pid, signal.SIGSTOP)
-        child = context.dispatcher._workers[0]._child
+        child = context.dispatcher._supervisor.workers[0].process._child
 
         def is_over() -> bool:
             assert child is not None

@@ -78,5 +78,5 @@ def test_a_pipe_is_not_waited_for(log: Path) -> None:
     os.mkfifo(log)
     reading = threading.Thread(target=LogTail(log).read, daemon=True)
     reading.start()
-    reading.join(5)
+    reading.join(LONG_S)
     assert not reading.is_alive()

@@ -28,6 +28,7 @@ OTHER_CONCEPTS = {
     "adapters.variants.Variant": "the plain algorithm, whatever a run's settings are",
     "runs.sweep_results.SweepEntry": "steps that a run has made so far",
     "report.sweep_page.ApartRun": "steps that a run has made so far",
+    "server.api_shapes.SweepRunRow": "steps that a run has made so far",
     "runs.drawing.load_with_loras": "LoRAs of pictures",
     "runs.drawing.with_loras": "LoRAs of pictures",
     "runs.library.generate": "steps of a sampler, the seed and the LoRAs of a picture",

@@ -169,6 +169,10 @@ async def _supervised(
             listener.report()
             if all(worker.process.failed_starts >= _MOST_FAILED_STARTS for worker in supervisor.workers):
                 raise TrainingError(f"a worker must start, but {listener.last_line}; lorasmith doctor may say why")
+    except asyncio.CancelledError:  # by KeyboardInterrupt, which may come before the loop has seen `cancelled`
+        if cancelled():
+            supervisor.kill()
+        raise
     finally:
         await supervisor.stop()
 
@@ -190,7 +194,7 @@ def _queue(output: Path, *, alone: bool) -> Iterator[JobStore]:
 
 
 class _Listener:
-    """Writes the logs of the runs, and keeps what happens to them for `tell`."""
+    """Writes the logs of the runs, and keeps what happens to them for `report`."""
 
     def __init__(
         self, sweep: Sweep, output: Path, progress: SweepListener, flags: Sequence[str], *, keeps_ends: bool
