@@ -9,6 +9,7 @@ import pytest
 from lorasmith.server import log_tail
 from lorasmith.server.log_tail import LogTail, view_of_log
 from lorasmith.training.events import MOST_LINE_BYTES, StepDone, encoded
+from tests.launched import LONG_S
 
 
 @pytest.fixture

@@ -40,7 +40,6 @@ OTHER_CONCEPTS = {
     "diffusion.schedule.DiscreteSchedule.scaled_linear": "the length of a noise schedule",
     "diffusion.schedule.FlowSchedule": "the length of a noise schedule",
     "formats.spelling.spelled": "whether a file has alphas",
-    "nodes.training._lora_files": "what ComfyUI's list says for none",
     "sampling.generate.generate": "steps of a sampler, and the seed of a picture",
     "sampling.generate.Sampling": "steps of a sampler, and the seed of a picture",
     "toolbox.convert.convert_lora": "a file's metadata",

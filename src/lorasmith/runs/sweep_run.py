@@ -153,10 +153,15 @@ def run_sweep(
                 queue.add("train", request, id=name, sweep=output.name, varied=sweep.varied[name], together=label)
         listener = _Listener(sweep, output, progress, arguments_for(models), keeps_ends=queue.is_in_memory)
         supervisor = Supervisor(config, queue, listener)
-        try:
-            asyncio.run(_supervised(supervisor, queue, listener, devices, cancelled))
-        finally:
-            listener.report()
+        with asyncio.Runner() as runner:
+            try:
+                runner.run(_supervised(supervisor, queue, listener, devices, cancelled))
+            except KeyboardInterrupt:  # raised anywhere in the loop; after the first one, all have saved
+                supervisor.kill()
+                runner.run(supervisor.stop())
+                raise
+            finally:
+                listener.report()
 
 
 async def _supervised(
@@ -169,9 +174,8 @@ async def _supervised(
             listener.report()
             if all(worker.process.failed_starts >= _MOST_FAILED_STARTS for worker in supervisor.workers):
                 raise TrainingError(f"a worker must start, but {listener.last_line}; lorasmith doctor may say why")
-    except asyncio.CancelledError:  # by KeyboardInterrupt, which may come before the loop has seen `cancelled`
-        if cancelled():
-            supervisor.kill()
+    except KeyboardInterrupt:  # raised in this task
+        supervisor.kill()
         raise
     finally:
         await supervisor.stop()
