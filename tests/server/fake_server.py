@@ -20,8 +20,7 @@ from lorasmith.core.errors import GraphError
 from lorasmith.core.folders import Folders
 from lorasmith.core.registry import Registry
 from lorasmith.runs.queue import Job, JobState, JobStore
-from lorasmith.server.assistant import RefusedError
-from lorasmith.server.dispatcher import Dispatcher
+from lorasmith.server.dispatcher import Dispatcher, RefusedError
 from lorasmith.server.http_server import make_app
 from lorasmith.server.hub import Hub, LogBook, Notice
 from lorasmith.server.questions.graph_questions import answer_to

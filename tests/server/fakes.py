@@ -12,8 +12,7 @@ from typing import Any
 
 from lorasmith.core.folders import Folders
 from lorasmith.runs.queue import Job, JobStore
-from lorasmith.server.assistant import Assistant
-from lorasmith.server.dispatcher import Dispatcher
+from lorasmith.server.dispatcher import Assistant, Dispatcher
 from lorasmith.server.hub import Hub, LogBook
 from lorasmith.server.request_handling import ServerContext
 from lorasmith.server.server_config import ServerConfig

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lorasmith.server.assistant import Assistant, RefusedError, UnavailableError
+from lorasmith.server.dispatcher import Assistant, RefusedError, UnavailableError
 from tests.server.fakes import fake_config, until
 
 

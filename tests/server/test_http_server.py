@@ -17,8 +17,8 @@ from aiohttp.test_utils import TestClient, TestServer
 
 from lorasmith.core.errors import OptionError, OutputError
 from lorasmith.runs.queue import JobStateError, JobStore, QueueFullError, StoreError, UnknownJobError
-from lorasmith.server.assistant import RefusedError, UnavailableError
 from lorasmith.server.contained_files import OutsideError
+from lorasmith.server.dispatcher import RefusedError, UnavailableError
 from lorasmith.server.http_server import make_app, running
 from lorasmith.server.request_handling import CONTEXT, ServerContext, TooLargeError, TooManyError
 from tests.launched import LONG_S

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from lorasmith.runs.queue import JobStore
-from lorasmith.server.assistant import RefusedError
+from lorasmith.server.dispatcher import RefusedError
 from lorasmith.server.http_server import running
 from lorasmith.server.server_config import ServerConfig
 from tests.launched import LONG_S

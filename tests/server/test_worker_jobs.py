@@ -17,7 +17,6 @@ from lorasmith.core.folders import ASSETS, Folders
 from lorasmith.runs import training_jobs
 from lorasmith.runs.queue import measurement_subject
 from lorasmith.runs.worker import Work
-from lorasmith.server import worker_jobs
 from lorasmith.server.worker_jobs import job_kinds
 from tests.training.crash import outcome
 
@@ -115,7 +114,7 @@ def test_a_training_that_is_cancelled_continues_in_its_folder(worker: Worker) ->
     assert "cancelled after 1 step" in worker.refused("train", TRAINING, state="cancelled")
     assert worker.run_id == "runs/lora-001"
     assert worker.views()[0]["preparation"][0].startswith("6 photos found; captions: ")
-    loaded = worker.kinds["train"]._training.model._kept
+    loaded = worker.kinds["train"].model._kept
     worker.cancel_if = lambda head: False
     found = worker.run("train", TRAINING, run="runs/lora-001")
     assert found["outputs"]["lora"] == "lora.safetensors" and found["outputs"]["reason"] == "finished"
@@ -124,7 +123,7 @@ def test_a_training_that_is_cancelled_continues_in_its_folder(worker: Worker) ->
     assert (last["run"], last["outcome"], last["step"], last["steps"]) == ("runs/lora-001", "finished", 3, 3)
     assert [step for step, _, _ in last["curve"]] == [1, 2, 3], "with the step before it was cancelled"
     assert "Resumed" in {one["kind"] for one in last["notes"]}
-    assert worker.kinds["train"]._training.model._kept is loaded, "the model was kept"
+    assert worker.kinds["train"].model._kept is loaded, "the model was kept"
     # The end of a complete run did not reach the server: it is not trained again.
     worker.sent.clear()
     again = worker.run("train", TRAINING, run="runs/lora-001")
@@ -213,7 +212,7 @@ def test_a_graph_that_is_cancelled_or_malformed_ends_for_its_clients(worker: Wor
 
 @pytest.mark.slow
 def test_a_measurement_is_kept_by_what_it_measures(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorasmith.server.worker_jobs._STEPS", 2)
+    monkeypatch.setattr("lorasmith.runs.training_jobs._TIMED_STEPS", 2)
     settings = {"rank": 2, "targets": "attention", "steps": 77, "resolution": 64}
     found = worker.run("measure", {"model": "lorasmith-tiny", "settings": settings})
     values = found["outputs"]
@@ -230,7 +229,7 @@ def test_a_measurement_can_be_cancelled_between_its_stages(worker: Worker, monke
         worker.cancel.set()
         on_stage("the steps")
 
-    monkeypatch.setattr(worker_jobs, "measured", measured)
+    monkeypatch.setattr(training_jobs, "measured", measured)
     request = {"model": "lorasmith-tiny", "settings": {"rank": 2, "activations": "keep"}}
     assert "the measurement was cancelled" in worker.refused("measure", request, state="cancelled")
 

@@ -1,4 +1,4 @@
-"""Trainings in a worker process: one run on images, or several over one model (`training.joint`).
+"""Trainings in a worker process: one run on images, several over one model (`training.joint`), or a measured one.
 
 The model of the last training is kept for the next one on the same files.
 """
@@ -17,6 +17,8 @@ from typing import Any, Protocol
 
 import torch
 
+from lorasmith.bench.benchmark import latent_side, measured
+from lorasmith.bench.measure import synthetic_samples
 from lorasmith.core.errors import CancelledError, LorasmithError, OptionError, OutputError
 from lorasmith.core.files import ensure_folder
 from lorasmith.core.folders import Folders, fingerprint
@@ -33,12 +35,13 @@ from lorasmith.families.model_search import (
     load_completed,
 )
 from lorasmith.runs.plan import FolderPlan, plan
+from lorasmith.runs.queue import measurement_subject
 from lorasmith.runs.run import Host, run
 from lorasmith.runs.spec import RunSpec
 from lorasmith.runs.view import RunView
-from lorasmith.runs.worker import Ended, JobKind, Work, how_it_ended
+from lorasmith.runs.worker import Ended, JobKind, Work, device_of, how_it_ended
 from lorasmith.training.events import Event, Outcome, StepDone
-from lorasmith.training.job import engine_of
+from lorasmith.training.job import engine_of, plan_job
 from lorasmith.training.joint import EngineMaker, StopOfAll, check_captions, train_jointly
 from lorasmith.training.results import TrainResult
 from lorasmith.training.storage.fingerprint import Fingerprint, differences
@@ -48,6 +51,7 @@ from lorasmith.training.train import Plan
 from lorasmith.training.validation import UNJUDGED
 
 _BETWEEN_LINES_S = 30.0
+_TIMED_STEPS = 8  # of a measurement
 
 
 def job_kinds(work: Work) -> Mapping[str, JobKind]:
@@ -184,7 +188,8 @@ class TrainingJobs:
 
     def run(self, jobs: Sequence[Mapping[str, Any]], ended: Ended) -> None:
         if len(jobs) == 1:
-            ended(jobs[0]["id"], self._end_of(jobs[0], lambda: self._train(jobs[0])))
+            work = self._measure if jobs[0]["kind"] == "measure" else self._train
+            ended(jobs[0]["id"], self._end_of(jobs[0], lambda: work(jobs[0])))
         else:
             self._train_together(jobs, ended)
 
@@ -254,6 +259,36 @@ class TrainingJobs:
         output = None if given.output is None else str(folders.base / given.output)
         host = _JobHost(folders, self.model, self._reporter(job), self._work.cancelled.is_set, before, encoded)
         return plan(replace(given.trusted(), device=self._device or named, output=output), host), host
+
+    def _measure(self, job: Mapping[str, Any]) -> dict[str, Any]:
+        """The seconds per step and the peak memory of a training."""
+        given, device = spec_of(job["request"]), device_of(self._work.start)
+        if not given.model:
+            raise OptionError("a measurement needs a model, got none; name one")
+        base = self.model.load(given.files, self._work.folders()).model
+        config = given.trusted().config
+        side = latent_side(base, given.data.resolution)
+        planned = plan_job(base.denoiser, config, device)
+        samples = synthetic_samples(base, config.samples_per_step, side, side)
+
+        def begin(stage: str) -> None:
+            if self._work.cancelled.is_set():
+                raise CancelledError("the measurement was cancelled")
+
+        begin("the model")
+        found = measured(planned, samples, steps=_TIMED_STEPS, floor=False, on_stage=begin)
+        values = {
+            "seconds_per_step": found.step.median,
+            "seconds_low": found.step.low,
+            "seconds_high": found.step.high,
+            "memory_bytes": found.peak,
+            "resolution": side * base.components.latent.downscale,
+            "at": time.time(),
+        }
+        return {
+            "outputs": values,
+            "found": {"subject": measurement_subject(given.model, given.settings, str(device)), "values": values},
+        }
 
 
 def _release(planned: FolderPlan) -> None:

@@ -16,10 +16,9 @@ from lorasmith.core.files import ensure_folder, locked
 from lorasmith.core.folders import Folders
 from lorasmith.runs.queue import JobStore
 from lorasmith.server import access, api, comfyui, page_routes
-from lorasmith.server.assistant import Assistant
 from lorasmith.server.comfyui import editor_files
 from lorasmith.server.connections import KEEPALIVE_S, Connections, most_connections
-from lorasmith.server.dispatcher import Dispatcher
+from lorasmith.server.dispatcher import Assistant, Dispatcher
 from lorasmith.server.hub import Hub, LogBook
 from lorasmith.server.request_handling import CONTEXT, MAX_JSON_BYTES, ServerContext, errors_answered
 from lorasmith.server.server_config import ServerConfig

@@ -29,8 +29,7 @@ from lorasmith.core.errors import LorasmithError, OptionError, OutputError
 from lorasmith.core.folders import Folders
 from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.runs.queue import JobStore, StoreError
-from lorasmith.server.assistant import Assistant, RefusedError
-from lorasmith.server.dispatcher import Dispatcher
+from lorasmith.server.dispatcher import Assistant, Dispatcher, RefusedError
 from lorasmith.server.hub import Hub, LogBook
 from lorasmith.server.server_config import FOLDER, ServerConfig
 from lorasmith.server.server_disk import disk_space

@@ -1,4 +1,4 @@
-"""What the server's worker processes do besides training: graphs, measurements, and answers to questions.
+"""What the server's worker processes do besides training: graphs, and answers to questions.
 
 One executor of graphs caches results between them.
 """
@@ -6,7 +6,6 @@ One executor of graphs caches results between them.
 from __future__ import annotations
 
 import gc
-import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -16,16 +15,12 @@ from typing import Any
 
 import torch
 
-from lorasmith.bench.benchmark import latent_side, measured
-from lorasmith.bench.measure import synthetic_samples
-from lorasmith.core.errors import CancelledError, OptionError
+from lorasmith.core.errors import CancelledError
 from lorasmith.core.folders import Folders
 from lorasmith.nodes import load_nodes
-from lorasmith.runs.queue import measurement_subject
-from lorasmith.runs.training_jobs import TrainingJobs, spec_of
-from lorasmith.runs.worker import Ended, JobKind, Work, device_of, folders_of_start, how_it_ended
+from lorasmith.runs.training_jobs import TrainingJobs
+from lorasmith.runs.worker import Ended, JobKind, Work, folders_of_start, how_it_ended
 from lorasmith.server.job_reporter import JobReporter, graph_end, history_message
-from lorasmith.training.job import plan_job
 from lorasmith.workflow import execution_events as events
 from lorasmith.workflow.executor import Executor
 from lorasmith.workflow.graph import Graph, validate
@@ -35,8 +30,7 @@ def job_kinds(work: Work) -> Mapping[str, JobKind]:
     """The kinds of jobs of a server."""
     base = Path(work.start["base"]).resolve()
     training = TrainingJobs(work, lambda job: JobReporter(work.channel, base))
-    models = ModelJobs(work, training)
-    return {"train": models, "measure": models, "graph": GraphJobs(work)}
+    return {"train": training, "measure": training, "graph": GraphJobs(work)}
 
 
 def answers(start: Mapping[str, Any]) -> Callable[[str, Mapping[str, Any]], Any]:
@@ -164,57 +158,3 @@ class GraphJobs:
         if isinstance(event, events.ExecutionFailed):
             cause = event.error.__cause__ or event.error
             self._failure = {"title": event.title, "traceback": traceback.format_exception(cause)[-_LINES:]}
-
-
-_STEPS = 8  # timed steps of a measurement
-
-
-class ModelJobs:
-    """Trainings, and measurements of their seconds per step and peak memory, which keep one model. The request of a
-    measurement is `{model, settings, text_encoders, vae}` as in a `RunSpec`.
-    """
-
-    def __init__(self, work: Work, training: TrainingJobs) -> None:
-        self._work = work
-        self._training = training
-
-    def run(self, jobs: Sequence[Mapping[str, Any]], ended: Ended) -> None:
-        job = jobs[0]
-        if job["kind"] == "train":
-            self._training.run(jobs, ended)
-            return
-        measure = partial(self._measure, job["request"])
-        ended(job["id"], how_it_ended(measure, job=job["id"], log=self._work.start["log"]))
-
-    def free(self) -> None:
-        self._training.free()
-
-    def _measure(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Raises CancelledError, OptionError for a bad request, and errors of loading the model."""
-        given, device = spec_of(request), device_of(self._work.start)
-        if not given.model:
-            raise OptionError("a measurement needs a model, got none; name one")
-        base = self._training.model.load(given.files, self._work.folders()).model
-        config = given.trusted().config
-        side = latent_side(base, given.data.resolution)
-        job = plan_job(base.denoiser, config, device)
-        samples = synthetic_samples(base, config.samples_per_step, side, side)
-
-        def begin(stage: str) -> None:
-            if self._work.cancelled.is_set():
-                raise CancelledError("the measurement was cancelled")
-
-        begin("the model")
-        found = measured(job, samples, steps=_STEPS, floor=False, on_stage=begin)
-        values = {
-            "seconds_per_step": found.step.median,
-            "seconds_low": found.step.low,
-            "seconds_high": found.step.high,
-            "memory_bytes": found.peak,
-            "resolution": side * base.components.latent.downscale,
-            "at": time.time(),
-        }
-        return {
-            "outputs": values,
-            "found": {"subject": measurement_subject(given.model, given.settings, str(device)), "values": values},
-        }

@@ -17,8 +17,7 @@ from lorasmith.core.folders import Folders
 from lorasmith.runs.queue import JobStore
 from lorasmith.server.access import add_headers
 from lorasmith.server.api import routes
-from lorasmith.server.assistant import Assistant, RefusedError
-from lorasmith.server.dispatcher import Dispatcher
+from lorasmith.server.dispatcher import Assistant, Dispatcher, RefusedError
 from lorasmith.server.hub import Hub, LogBook
 from lorasmith.server.request_handling import CONTEXT, ServerContext, errors_answered
 from lorasmith.server.server_config import ServerConfig

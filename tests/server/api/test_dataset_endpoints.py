@@ -12,7 +12,7 @@ from PIL import Image
 from lorasmith.core.folders import ASSETS
 from lorasmith.server import request_handling, server_disk
 from lorasmith.server.api import dataset_endpoints
-from lorasmith.server.assistant import RefusedError, UnavailableError
+from lorasmith.server.dispatcher import RefusedError, UnavailableError
 from lorasmith.server.request_handling import read_body
 from tests.server.api.api_server import AT, Client, made_up, refusals_of, with_api
 

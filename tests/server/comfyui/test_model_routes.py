@@ -3,8 +3,8 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from lorasmith.server.assistant import RefusedError
 from lorasmith.server.comfyui.all_routes import MODEL_KINDS
+from lorasmith.server.dispatcher import RefusedError
 from tests.server.fake_server import serving
 
 

@@ -4,7 +4,7 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
-from lorasmith.server.assistant import RefusedError
+from lorasmith.server.dispatcher import RefusedError
 from tests.server.fake_server import GOOD, serving
 
 ID = "0b7a3c1e-5f0d-4f0e-9a53-1c7f0c4e2a11"
@@ -160,7 +160,7 @@ def test_definitions_are_those_of_the_assistant(tmp_path: Path) -> None:
 
 
 def test_an_assistant_that_fails_is_a_sentence(tmp_path: Path) -> None:
-    from lorasmith.server.assistant import UnavailableError
+    from lorasmith.server.dispatcher import UnavailableError
 
     async def main() -> None:
         async with serving(tmp_path) as server:

@@ -36,8 +36,8 @@ from lorasmith.server.api_shapes import (
     SkippedFile,
     UploadAnswer,
 )
-from lorasmith.server.assistant import RefusedError
 from lorasmith.server.contained_files import send_file
+from lorasmith.server.dispatcher import RefusedError
 from lorasmith.server.request_handling import ServerContext, TooLargeError, form_parts, received, upload_folder
 from lorasmith.server.server_disk import disk_space
 from lorasmith.training.config import TrainConfig

@@ -15,12 +15,12 @@ from typing import Any
 
 from aiohttp import web
 
-from lorasmith.server.assistant import RefusedError
 from lorasmith.server.comfyui.editor_files import EditorFiles, editor_package
 from lorasmith.server.comfyui.file_routes import FileRoutes, UserFiles
 from lorasmith.server.comfyui.queue_routes import QueueRoutes
 from lorasmith.server.comfyui.websocket import FEATURES, TERMINAL_SIZE, Sockets, log_entry
 from lorasmith.server.contained_files import find_contained, send_file
+from lorasmith.server.dispatcher import RefusedError
 from lorasmith.server.request_handling import ServerContext, read_object, refused, table
 
 PREFIXES = ("", "/api", "/editor", "/editor/api")

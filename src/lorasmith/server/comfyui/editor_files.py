@@ -23,8 +23,8 @@ from aiohttp import web
 
 from lorasmith.core.files import is_regular
 from lorasmith.core.printable import count_text
-from lorasmith.server.assistant import Assistant
 from lorasmith.server.contained_files import OutsideError, find_contained
+from lorasmith.server.dispatcher import Assistant
 from lorasmith.server.request_handling import ServerContext, refused, table
 
 if TYPE_CHECKING:

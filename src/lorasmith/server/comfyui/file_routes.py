@@ -21,7 +21,6 @@ from lorasmith.core.errors import OptionError, OutputError
 from lorasmith.core.files import atomic_path, ensure_folder, is_folder, is_regular, read_regular, write_atomic
 from lorasmith.core.folders import ASSETS, PLACES, Folders, annotated
 from lorasmith.core.foreign_json import parse_foreign_json
-from lorasmith.server.assistant import Assistant
 from lorasmith.server.contained_files import (
     UNTRUSTED,
     OutsideError,
@@ -30,6 +29,7 @@ from lorasmith.server.contained_files import (
     find_contained,
     send_file,
 )
+from lorasmith.server.dispatcher import Assistant
 from lorasmith.server.request_handling import (
     MAX_JSON_BYTES,
     MAX_UPLOAD_BYTES,

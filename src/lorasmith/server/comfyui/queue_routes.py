@@ -21,7 +21,7 @@ from aiohttp import web
 
 from lorasmith.core.errors import OptionError
 from lorasmith.runs.queue import ENDED, DuplicateJobError, Job, JobLine, JobState, JobStore, QueueFullError
-from lorasmith.server.assistant import RefusedError
+from lorasmith.server.dispatcher import RefusedError
 from lorasmith.server.job_reporter import error_entry
 from lorasmith.server.request_handling import (
     ServerContext,
