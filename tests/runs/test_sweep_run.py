@@ -137,8 +137,8 @@ def ask(number, frame):
         raise KeyboardInterrupt
     stop.set()
     print("stopping", flush=True)
-if sys.argv[1] == "twice":
-    signal.signal(signal.SIGINT, ask)
+# Programs that a shell starts in the background ignore the signal.
+signal.signal(signal.SIGINT, ask if sys.argv[1] == "twice" else signal.default_int_handler)
 class Shown:
     def started(self, name, device):
         print("started", flush=True)
