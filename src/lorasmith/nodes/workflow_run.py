@@ -149,12 +149,12 @@ def run_workflow(
         note(warning)
     with _events_shown(progress) as show:
 
-        def hear(event: Event) -> None:
+        def report(event: Event) -> None:
             show(event)
             if on_event is not None:
                 on_event(event)
 
-        results = Executor(folders, on_event=hear).run(checked.graph, workflow=checked.editor, cancel=cancel)
+        results = Executor(folders, on_event=report).run(checked.graph, workflow=checked.editor, cancel=cancel)
     shown = [item for one in results.values() for items in one.ui.values() for item in items]
     files = [file for item in shown if (file := shown_file(item, folders)) is not None]
     return WorkflowResult(tuple(files), {key: one.outputs for key, one in results.items()})

@@ -125,7 +125,7 @@ class Supervisor:
                 for job in jobs:
                     self._listener.changed(job)
 
-    def hear(self, job: Job, head: dict[str, Any], body: bytes) -> None:
+    def on_job_message(self, job: Job, head: dict[str, Any], body: bytes) -> None:
         """A message of a worker about one of its jobs."""
         match head["type"]:
             case "notice":
@@ -248,10 +248,10 @@ class Worker:
                 self._supervisor.dispatch()
             case "ended":
                 if (job := self.jobs.pop(head["id"], None)) is not None:
-                    self._supervisor.hear(job, head, body)
+                    self._supervisor.on_job_message(job, head, body)
             case _:
                 for job in list(self.jobs.values())[:1]:
-                    self._supervisor.hear(job, head, body)
+                    self._supervisor.on_job_message(job, head, body)
 
     def on_line(self, line: str) -> None:
         self._supervisor.line(line, tuple(self.jobs.values()))
