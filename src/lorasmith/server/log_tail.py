@@ -7,19 +7,24 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 from pathlib import Path
+from typing import Any
 
 from lorasmith.core.files import open_regular
 from lorasmith.runs.view import RunView
 from lorasmith.training.events import MOST_LINE_BYTES, decoded
 from lorasmith.training.storage.records import MOST_EVENTS
 
+_reading = threading.Lock()  # questions are answered in several threads
 
-def view_of_log(path: Path) -> RunView:
-    """The view of a log, which need not exist yet."""
-    tail = _tail(path)
-    tail.read()
-    return tail.view
+
+def view_of_log(path: Path) -> dict[str, Any]:
+    """The view of a log as JSON; the log need not exist yet."""
+    with _reading:
+        tail = _tail(path)
+        tail.read()
+        return tail.view.to_json()
 
 
 class LogTail:
