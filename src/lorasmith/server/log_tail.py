@@ -16,13 +16,11 @@ from lorasmith.runs.view import RunView
 from lorasmith.training.events import MOST_LINE_BYTES, decoded
 from lorasmith.training.storage.records import MOST_EVENTS
 
-_reading = threading.Lock()  # questions are answered in several threads
-
 
 def view_of_log(path: Path) -> dict[str, Any]:
     """The view of a log as JSON; the log need not exist yet."""
-    with _reading:
-        tail = _tail(path)
+    tail = _tail(path)
+    with tail.lock:
         tail.read()
         return tail.view.to_json()
 
@@ -32,6 +30,7 @@ class LogTail:
 
     def __init__(self, path: Path) -> None:
         self.view = RunView()
+        self.lock = threading.Lock()  # questions are answered in several threads
         self._path = path
         self._inode = self._offset = self._events = 0
 
