@@ -92,6 +92,21 @@ def test_stopping_pausing_and_continuing(tmp_path: Path) -> None:
     run(tmp_path, check)
 
 
+def test_a_run_of_a_sweep_is_repeated_in_it_unless_it_is_complete(tmp_path: Path) -> None:
+    async def check(context: ServerContext) -> None:
+        request, states = {"name": "x", "output": "runs/s/rank-2"}, ("failed", "completed")
+        for state in states:
+            job = context.store.add("train", request, sweep="s", varied={"rank": 2})
+            context.store.finish(job.id, state)
+            again = context.dispatcher.retry(job.id)
+            assert (again.sweep, again.request["output"]) == (
+                ("s", "runs/s/rank-2") if state == "failed" else (None, None)
+            )
+            context.dispatcher.cancel(again.id)
+
+    run(tmp_path, check)
+
+
 def test_a_failed_graph_is_in_the_history_before_its_last_event(tmp_path: Path) -> None:
     async def check(context: ServerContext) -> None:
         seen = []

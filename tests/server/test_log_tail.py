@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from lorasmith.runs.view import RunView
 from lorasmith.server import log_tail
 from lorasmith.server.log_tail import LogTail, view_of_log
-from lorasmith.training.events import MOST_LINE_BYTES, StepDone, encoded
+from lorasmith.training.events import MOST_LINE_BYTES, Event, StepDone, encoded
 from tests.launched import LONG_S
 
 
@@ -65,13 +68,30 @@ def test_what_is_kept_of_a_log_has_a_limit(log: Path, monkeypatch: pytest.Monkey
 
 def test_a_log_that_is_asked_for_again_is_read_on(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log.write_text(step(1))
-    assert view_of_log(log).step == 1
+    assert view_of_log(log)["step"] == 1
     read: list[int] = []
     real = log_tail.decoded
     monkeypatch.setattr(log_tail, "decoded", lambda line: read.append(len(line)) or real(line))  # type: ignore[func-returns-value]
     with log.open("a") as file:
         file.write(step(2))
-    assert view_of_log(log).step == 2 and len(read) == 1
+    assert view_of_log(log)["step"] == 2 and len(read) == 1
+
+
+def test_threads_that_ask_at_once_take_each_event_once(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log.write_text("".join(map(step, range(1, 31))))
+    real, together = log_tail.decoded, threading.Barrier(2)
+
+    def decoded(line: str) -> Event:
+        with contextlib.suppress(threading.BrokenBarrierError):  # another thread is here too, if it may be
+            together.wait(0.1)
+        return real(line)
+
+    monkeypatch.setattr(log_tail, "decoded", decoded)
+    taken = []
+    monkeypatch.setattr(RunView, "take", lambda view, event: taken.append(event.step))  # type: ignore[attr-defined]
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(view_of_log, [log, log]))
+    assert taken == list(range(1, 31))
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes with names")

@@ -131,6 +131,20 @@ def test_a_training_that_is_cancelled_continues_in_its_folder(worker: Worker) ->
     assert [path.name for path in (worker.base / "runs").iterdir()] == ["lora-001"]
 
 
+@pytest.mark.parametrize("beside", [None, "", "notes.txt"])
+def test_a_training_with_an_output_has_its_run_there(worker: Worker, beside: str | None) -> None:
+    folder = worker.base / "runs/some-sweep/rank-2"
+    if beside is not None:  # left by an attempt that was killed, or by somebody
+        folder.mkdir(parents=True)
+    if beside:
+        (folder / beside).touch()
+        folder /= "lora"
+    worker.cancel_if = lambda head: head["type"] == "run"
+    request = TRAINING | {"output": "runs/some-sweep/rank-2"}
+    assert "cancelled after" in worker.refused("train", request, state="cancelled")
+    assert worker.base / worker.run_id == folder and (folder / "run.json").is_file()
+
+
 def test_workers_that_begin_runs_of_one_name_at_once_have_a_folder_each(tmp_path: Path) -> None:
     host: Any = training_jobs._JobHost(Folders.load(tmp_path), None, None, None, None, {})  # type: ignore[arg-type]
     plan = SimpleNamespace(output=None, fresh=False, title="lora")

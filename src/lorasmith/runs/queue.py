@@ -508,8 +508,12 @@ def jobs_in(path: Path) -> list[Job]:
         if kind is None or kind[0] != "table":
             raise StoreError(f"{path} has no jobs; move it away")
         found = [_job(row) for row in database.execute(f"SELECT {_COLUMNS} FROM jobs ORDER BY number, sequence")]
-        if not all(isinstance(job.id, str) and job.state in STATES for job in found):
-            raise ValueError("a job without id or state")
+        for job in found:
+            objects = isinstance(job.request, dict) and isinstance(job.varied, dict)
+            if not (isinstance(job.id, str) and job.state in STATES and objects):
+                raise ValueError("a job without id, state, request or settings")
+            if not isinstance(job.error, dict | None):
+                raise ValueError("an error that is not an object")
         return found
     except sqlite3.Error as error:
         raise _explained(path, error) from error

@@ -46,7 +46,7 @@ from lorasmith.training.joint import EngineMaker, StopOfAll, check_captions, tra
 from lorasmith.training.results import TrainResult
 from lorasmith.training.storage.fingerprint import Fingerprint, differences
 from lorasmith.training.storage.records import read_history
-from lorasmith.training.storage.run_folder import RunFolder
+from lorasmith.training.storage.run_folder import RunFolder, output_folder
 from lorasmith.training.train import Plan
 from lorasmith.training.validation import UNJUDGED
 
@@ -144,6 +144,9 @@ class _JobHost(Host):
 
     def folder(self, plan: Plan, fingerprint: Fingerprint) -> Path:
         """Reported before the first step, so that a complete run is never trained again."""
+        if plan.output is not None:  # claimed by `plan`, so that it exists
+            self._reporter.run(output_folder(plan.output, plan.title))
+            return plan.output
         before = self._before
         folder = before if before is not None and _is_same(before, fingerprint) else self._claimed(plan, fingerprint)
         self._reporter.run(folder)

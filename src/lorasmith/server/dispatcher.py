@@ -181,10 +181,14 @@ class Dispatcher:
         return self._store.get(id)
 
     def retry(self, id: str) -> Job:
-        """Queue a new job with the request of an ended one. Raises UnknownJobError, JobStateError, QueueFullError."""
+        """Queue a new job with the request of an ended one; beside the sweep if that run of it is complete. Raises
+        UnknownJobError, JobStateError, QueueFullError.
+        """
         job = self._store.get(id)
         if job.state in ACTIVE:
             raise JobStateError(f"a job can be repeated when it has ended, and this one is {job.state}")
+        if job.sweep is not None and job.state == "completed":  # its folder holds the complete run
+            return self.submit(job.kind, {**job.request, "output": None}, client_id=job.client_id)
         more = {"sweep": job.sweep, "varied": job.varied, "client_id": job.client_id}
         return self.submit(job.kind, job.request, **more)
 

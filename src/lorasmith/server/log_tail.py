@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 from pathlib import Path
+from typing import Any
 
 from lorasmith.core.files import open_regular
 from lorasmith.runs.view import RunView
@@ -15,11 +17,12 @@ from lorasmith.training.events import MOST_LINE_BYTES, decoded
 from lorasmith.training.storage.records import MOST_EVENTS
 
 
-def view_of_log(path: Path) -> RunView:
-    """The view of a log, which need not exist yet."""
+def view_of_log(path: Path) -> dict[str, Any]:
+    """The view of a log as JSON; the log need not exist yet."""
     tail = _tail(path)
-    tail.read()
-    return tail.view
+    with tail.lock:
+        tail.read()
+        return tail.view.to_json()
 
 
 class LogTail:
@@ -27,6 +30,7 @@ class LogTail:
 
     def __init__(self, path: Path) -> None:
         self.view = RunView()
+        self.lock = threading.Lock()  # questions are answered in several threads
         self._path = path
         self._inode = self._offset = self._events = 0
 

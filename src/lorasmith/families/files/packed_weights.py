@@ -275,7 +275,7 @@ def _mxfp8(layer: _Layer) -> Packed:
     codes = layer.codes(torch.float8_e4m3fn, ndim=2)
     width = _whole_blocks(layer, codes.shape[1], MXFP8_BLOCK)
     exponents = layer.block_scales(_E8M0, len(codes), width // MXFP8_BLOCK)
-    # As bytes: products of fp8 codes (`core.fp8_products`) take scales of rows, which these are not.
+    # As bytes: products of fp8 codes (`core.quantization`) take scales of rows, which these are not.
     return Packed((codes.view(torch.uint8), exponents), _from_mxfp8, torch.float32, codes.shape)
 
 

@@ -129,7 +129,7 @@ def run_file(folders: Folders, id: str, path: str) -> str:
 def run_view(folders: Folders, id: str, *, is_begun: bool = True) -> dict[str, Any]:
     """The `RunView` of a run's log, which need not exist yet; `is_begun` as in `run_folder_of`."""
     view = view_of_log(run_folder_of(folders, id, is_begun=is_begun).resolve() / EVENTS)
-    return {**view.to_json(), "run": id}
+    return {**view, "run": id}
 
 
 @question
