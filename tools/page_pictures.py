@@ -122,6 +122,34 @@ def _walk(page: Any, address: str, camera: _Camera) -> None:
     page.get_by_role("link", name="Runs").first.click()
     page.wait_for_selector(".run-rows li")
     camera.every_look("7-runs", page)
+    if camera.wants_all:
+        _sweep(page, f"{address}#/new/photos/settings", camera)
+
+
+def _sweep(page: Any, settings: str, camera: _Camera) -> None:
+    """Try two values, by keyboard."""
+    page.goto(settings)
+    page.get_by_text("All settings").first.click()
+    page.locator("summary", has_text="Validation and previews").click()
+    for label, value in (("Steps", "2"), ("Validation share", "0.34")):
+        page.get_by_role("textbox", name=label).first.fill(value)
+        page.get_by_role("textbox", name=label).first.press("Tab")
+    page.get_by_text("All settings").first.click()
+    page.locator("summary", has_text="Try several values").focus()
+    page.keyboard.press("Enter")
+    page.get_by_label("Values").first.focus()
+    page.keyboard.type("4, 8")
+    camera.every_look("8-several-values", page)
+    page.get_by_role("button", name="Train 2 runs").focus()
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/#/sweeps/*")
+    page.wait_for_selector("table.sweep")
+    camera.every_look("9-sweep-running", page)
+    page.locator("table.sweep").get_by_text("Finished").nth(1).wait_for()
+    camera.every_look("9-sweep", page)
+    page.get_by_role("link", name="Runs").first.click()
+    page.locator(".row", has_text="2 runs").wait_for()
+    camera.every_look("9-sweeps", page)
 
 
 if __name__ == "__main__":

@@ -61,5 +61,5 @@ export function sentence(text) {
   const trimmed = String(text).trim();
   if (!trimmed) return trimmed;
   const isWord = /^[a-z]+(?=[ ,:;.?!]|$)/.test(trimmed);
-  return (isWord ? trimmed[0].toUpperCase() + trimmed.slice(1) : trimmed) + (/[.!?…:`)]$/.test(trimmed) ? "" : ".");
+  return (isWord ? trimmed[0].toUpperCase() + trimmed.slice(1) : trimmed) + (/[.!?…:`]\)?$/.test(trimmed) ? "" : ".");
 }

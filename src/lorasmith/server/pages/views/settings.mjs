@@ -81,7 +81,7 @@ export function SettingsView({ dataset }) {
     </section>
     ${declared && html`<${AllSettings} groups=${declared.groups} hidden=${OWN_FIELDS} base=${preset?.settings ?? {}} own=${own} error=${planError}
       onChange=${(settings) => change({ settings })} />`}
-    ${declared && preset && html`<${TryValues} settings=${declared.groups.flatMap((group) => group.settings)} base=${body} />`}
+    ${declared && preset && html`<${TryValues} groups=${declared.groups} base=${body} />`}
     <${NextBar} note=${noteOf(plan, stepSeconds)}>
       <a class="button" href=${link("new", dataset, "model")}>Back</a>
       <${Button} kind="primary" disabled=${!preset} busyText="Starting…" onClick=${start}>Start training<//>

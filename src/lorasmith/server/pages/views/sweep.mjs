@@ -3,8 +3,9 @@ import { get, post } from "../lib/api.mjs";
 import { html, useEffect, useState } from "../lib/html.mjs";
 import { go, link } from "../lib/router.mjs";
 import { useStore, work } from "../lib/stores.mjs";
-import { count, measured, whole } from "../lib/words.mjs";
-import { Button, Loading, Notice, Problem, State, useLoaded } from "../parts/basics.mjs";
+import { count, measured, nameWords, stateWords, valueWords, whole } from "../lib/words.mjs";
+import { Button, Field, Loading, Notice, Problem, State, useLoaded } from "../parts/basics.mjs";
+import { Queue } from "../parts/jobs.mjs";
 
 const AGAIN_MS = 10000; // a sweep of the command line sends no events
 
@@ -16,7 +17,7 @@ export function Sweeps() {
   return html`<section aria-labelledby="sweeps"><h2 id="sweeps">Sweeps</h2>
     <ul class="rows">${found.sweeps.map((one) => html`<li class="row" key=${one.id}>
       <div class="row-text"><a href=${link("sweeps", one.id)}><b>${one.id}</b></a>
-        <span class="faint">${[count(one.runs, "run"), ...Object.entries(one.states).map(([state, number]) => `${number} ${state}`)].join(" · ")}</span></div></li>`)}</ul>
+        <span class="faint">${[count(one.runs, "run"), ...Object.entries(one.states).map(([state, number]) => `${number} ${stateWords(state)[0].toLowerCase()}`)].join(" · ")}</span></div></li>`)}</ul>
     ${found.damaged?.length > 0 && html`<${Notice} mood="fair"><p>${count(found.damaged.length, "sweep")} cannot be read:</p><ul>${found.damaged.map((one) => html`<li key=${one.file}>${one.file}: ${one.reason}</li>`)}</ul><//>`}</section>`;
 }
 
@@ -24,25 +25,26 @@ export function SweepView({ id }) {
   const [found, error, reload] = useLoaded((signal) => get(["sweeps", id], {}, signal), [id]);
   useAgain(found?.runs.some((one) => ["running", "waiting"].includes(one.state)), reload);
   const varied = [...new Set((found?.runs ?? []).flatMap((one) => Object.keys(one.settings)))];
-  return html`<section aria-labelledby="sweep"><h1 id="sweep">${id}</h1>
+  return html`<section aria-labelledby="sweep"><p class="kicker"><a href=${link("runs")}>Runs</a></p><h1 id="sweep">${id}</h1>
     <${Problem} error=${error} onRetry=${reload} />
-    ${!found && !error && html`<${Loading} what="sweep" />`}
+    ${!found && !error && html`<${Loading} what="the sweep" />`}
     ${found && !found.comparable && html`<p class="faint">The runs were judged by different held-out images, so they are ranked by the change against the base model.</p>`}
-    ${found && html`<div class="sweep-table"><table class="sweep"><caption class="unseen">Runs of ${id}, the best first</caption>
-      <thead><tr><th scope="col">Place</th><th scope="col">Run</th>${varied.map((name) => html`<th scope="col" key=${name}>${name.replaceAll("_", " ")}</th>`)}<th scope="col">Held-out loss</th><th scope="col">Change</th><th scope="col">Steps</th><th scope="col">State</th></tr></thead>
+    ${found && html`<div class="scroll" tabindex="0" role="region" aria-label=${`Runs of ${id}, the best first`}><table class="sweep">
+      <thead><tr><th scope="col">Place</th><th scope="col">Run</th><th scope="col">State</th>${varied.map((name) => html`<th scope="col" key=${name}>${nameWords(name)}</th>`)}<th scope="col" class="number">Held-out loss</th><th scope="col" class="number">Change</th><th scope="col" class="number">Steps</th></tr></thead>
       <tbody>${found.runs.map((one) => html`<tr key=${one.name}>
         <td>${one.place ?? ""}</td>
-        <th scope="row">${one.steps > 0 ? html`<a href=${link("runs", one.run)}>${one.name}</a>` : one.name}</th>
-        ${varied.map((name) => html`<td key=${name}>${shown(one.settings[name])}</td>`)}
-        <td>${one.loss === null ? "" : measured(one.loss)}</td>
-        <td>${one.change === null ? "" : `${(100 * one.change).toFixed(1)} %`}</td>
-        <td>${one.steps ? whole(one.steps) : ""}</td>
-        <td><${State} state=${one.state} />${one.error && html` <span class="faint">${one.error}</span>`}</td></tr>`)}</tbody></table></div>`}
-  </section>`;
+        <th scope="row"><span class="name">${one.steps > 0 ? html`<a href=${link("runs", one.run)}>${one.name}</a>` : one.name}</span></th>
+        <td><${State} state=${one.state} />${one.error && html` <span class="faint">${one.error}</span>`}</td>
+        ${varied.map((name) => html`<td key=${name}>${name in one.settings ? valueWords(one.settings[name]) : ""}</td>`)}
+        <td class="number">${one.loss === null ? "" : measured(one.loss)}</td>
+        <td class="number">${one.change === null ? "" : `${(100 * one.change).toFixed(1)} %`}</td>
+        <td class="number">${one.steps ? whole(one.steps) : ""}</td></tr>`)}</tbody></table></div>`}
+  </section>
+  <${Queue} />`;
 }
 
-/** Starts a sweep: up to two settings, each with values to try. `base` makes the body of a job. */
-export function TryValues({ settings, base }) {
+/** Starts a sweep: up to two of the declared settings, each with values to try. `base` makes the body of a job. */
+export function TryValues({ groups, base }) {
   const [rows, setRows] = useState([{ name: "rank", text: "" }, { name: "", text: "" }]);
   const [error, setError] = useState(null);
   const change = (index, part) => setRows((all) => all.map((row, at) => (at === index ? { ...row, ...part } : row)));
@@ -60,15 +62,13 @@ export function TryValues({ settings, base }) {
       setError(problem);
     }
   }
-  return html`<section aria-labelledby="try"><details><summary><h2 id="try">Try several values</h2></summary>
+  return html`<section class="all-settings"><details><summary><h2>Try several values</h2></summary>
     <p class="faint">One run for each combination, ranked by the loss of held-out photos. Separate values by commas, such as 8, 16.</p>
-    ${rows.map((row, index) => html`<div class="field" key=${index}>
-      <label for=${`try-setting-${index}`}>Setting</label>
-      <select id=${`try-setting-${index}`} value=${row.name} onChange=${(event) => change(index, { name: event.currentTarget.value })}>
-        <option value="">none</option>${settings.map((one) => html`<option key=${one.name} value=${one.name}>${one.label}</option>`)}</select>
-      <label for=${`try-values-${index}`}>Values</label>
-      <input type="text" id=${`try-values-${index}`} value=${row.text} onInput=${(event) => change(index, { text: event.currentTarget.value })} /></div>`)}
-    <${Button} disabled=${number < 2} busyText="Starting…" onClick=${start}>${number < 2 ? "Train each" : `Train ${number} runs`}<//>
+    <div class="fields">${rows.map((row, index) => html`<div class="fields two" key=${index} role="group" aria-label=${index ? "Second setting" : "First setting"}>
+      <${Field} label="Setting" optional=${index > 0}>${(attributes) => html`<select ...${attributes} value=${row.name} onChange=${(event) => change(index, { name: event.currentTarget.value })}>
+        <option value="">none</option>${groups.map((group) => html`<optgroup key=${group.title} label=${group.title}>${group.settings.map((one) => html`<option key=${one.name} value=${one.name}>${one.label || nameWords(one.name)}</option>`)}</optgroup>`)}</select>`}<//>
+      <${Field} label="Values">${(attributes) => html`<input ...${attributes} type="text" autocomplete="off" spellcheck=${false} value=${row.text} onInput=${(event) => change(index, { text: event.currentTarget.value })} />`}<//></div>`)}</div>
+    <div class="tools"><${Button} disabled=${number < 2} busyText="Starting…" onClick=${start}>${number < 2 ? "Train each" : `Train ${number} runs`}<//></div>
     <${Problem} error=${error} /></details></section>`;
 }
 
@@ -79,8 +79,6 @@ function values(text) {
     return one !== "" && Number.isFinite(Number(one)) ? Number(one) : one;
   });
 }
-
-const shown = (value) => (value === undefined ? "" : value === true ? "on" : value === false ? "off" : String(value));
 
 /** Loads again when a job has ended, and from time to time while something runs. */
 function useAgain(busy, reload) {
