@@ -181,7 +181,7 @@ class Dispatcher:
         return self._store.get(id)
 
     def retry(self, id: str) -> Job:
-        """Queue a new job with the request of an ended one; beside the sweep if that run of it is complete. Raises
+        """Queue a new job with the request of an ended one, outside of the sweep if that run of it is complete. Raises
         UnknownJobError, JobStateError, QueueFullError.
         """
         job = self._store.get(id)
