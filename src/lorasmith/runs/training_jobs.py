@@ -153,7 +153,7 @@ class _JobHost(Host):
         """The folder of an unfinished run, or a new one, created here: workers may begin runs of one name at once."""
         while True:
             folder = super().folder(plan, fingerprint)
-            if RunFolder(folder).exists:
+            if plan.output is not None or RunFolder(folder).exists:  # its plan has made an output
                 return folder
             ensure_folder(folder.parent)
             try:
