@@ -9,66 +9,44 @@ import contextlib
 import gc
 import sys
 import time
-from collections.abc import Callable
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
-from lorasmith.bench.benchmark import latent_side
-from lorasmith.bench.benchmark import measured
+from lorasmith.bench.benchmark import latent_side, measured
 from lorasmith.bench.measure import synthetic_samples
-from lorasmith.core.errors import CancelledError
-from lorasmith.core.errors import LorasmithError
-from lorasmith.core.errors import OptionError
-from lorasmith.core.errors import OutputError
+from lorasmith.core.errors import CancelledError, LorasmithError, OptionError, OutputError
 from lorasmith.core.files import ensure_folder
-from lorasmith.core.folders import Folders
-from lorasmith.core.folders import fingerprint
-from lorasmith.core.printable import count_text
-from lorasmith.core.printable import printable
+from lorasmith.core.folders import Folders, fingerprint
+from lorasmith.core.printable import count_text, printable
 from lorasmith.core.typed_json import typed
 from lorasmith.data.dataset import EncodedDataset
-from lorasmith.families.locating import ModelFiles
-from lorasmith.families.locating import built_in_models
-from lorasmith.families.model_search import ENCODER_FOLDERS
-from lorasmith.families.model_search import MODEL_FOLDERS
-from lorasmith.families.model_search import VAE_FOLDERS
-from lorasmith.families.model_search import Completed
-from lorasmith.families.model_search import in_folders
-from lorasmith.families.model_search import load_completed
-from lorasmith.runs.plan import FolderPlan
-from lorasmith.runs.plan import plan
+from lorasmith.families.locating import ModelFiles, built_in_models
+from lorasmith.families.model_search import (
+    ENCODER_FOLDERS,
+    MODEL_FOLDERS,
+    VAE_FOLDERS,
+    Completed,
+    in_folders,
+    load_completed,
+)
+from lorasmith.runs.plan import FolderPlan, plan
 from lorasmith.runs.queue import measurement_subject
-from lorasmith.runs.run import Host
-from lorasmith.runs.run import run
+from lorasmith.runs.run import Host, run
 from lorasmith.runs.spec import RunSpec
 from lorasmith.runs.view import RunView
-from lorasmith.runs.worker import Ended
-from lorasmith.runs.worker import JobKind
-from lorasmith.runs.worker import Work
-from lorasmith.runs.worker import device_of
-from lorasmith.runs.worker import how_it_ended
-from lorasmith.training.events import Event
-from lorasmith.training.events import Outcome
-from lorasmith.training.events import StepDone
-from lorasmith.training.job import engine_of
-from lorasmith.training.job import plan_job
-from lorasmith.training.joint import EngineMaker
-from lorasmith.training.joint import StopOfAll
-from lorasmith.training.joint import check_captions
-from lorasmith.training.joint import train_jointly
+from lorasmith.runs.worker import Ended, JobKind, Work, device_of, how_it_ended
+from lorasmith.training.events import Event, Outcome, StepDone
+from lorasmith.training.job import engine_of, plan_job
+from lorasmith.training.joint import EngineMaker, StopOfAll, check_captions, train_jointly
 from lorasmith.training.results import TrainResult
-from lorasmith.training.storage.fingerprint import Fingerprint
-from lorasmith.training.storage.fingerprint import differences
+from lorasmith.training.storage.fingerprint import Fingerprint, differences
 from lorasmith.training.storage.records import read_history
-from lorasmith.training.storage.run_folder import RunFolder
-from lorasmith.training.storage.run_folder import output_folder
+from lorasmith.training.storage.run_folder import RunFolder, output_folder
 from lorasmith.training.train import Plan
 from lorasmith.training.validation import UNJUDGED
 
@@ -178,7 +156,7 @@ class _JobHost(Host):
         """The folder of an unfinished run, or a new one, created here: workers may begin runs of one name at once."""
         while True:
             folder = super().folder(plan, fingerprint)
-            if plan.output is not None or RunFolder(folder).exists:  # its plan has made an output
+            if RunFolder(folder).exists:
                 return folder
             ensure_folder(folder.parent)
             try:
