@@ -53,7 +53,11 @@ MUTATIONS = (
     ),
     Mutation("scale = full.abs().amax(tuple(range(by_row, full.ndim)), keepdim=True) / largest", "by_row, ", ""),
     # adapters
-    Mutation("grad_up = _scaled(inner.view(-1, inner.shape[-1]).t() @ grad, ctx.factor).t()", "ctx.factor", "1"),
+    Mutation(
+        "grad_ups.append(_scaled(_rows(part).t() @ rows, factor).t() if needed[3 * index + 1] else None)",
+        "rows, factor",
+        "rows, 1",
+    ),
     Mutation("turn = torch.lerp(identity, inverse, 2 * strength)", "2 * strength", "strength"),
     # formats
     Mutation("ordered = sorted(tensors.items(), key=lambda item: (-_ORDER[item[1].dtype], item[0]))", "(-", "("),
@@ -70,7 +74,7 @@ MUTATIONS = (
         "states * scale",
     ),
     # data
-    Mutation("count = min(math.ceil(share * len(names) - 1e-9), len(names) - 1)", "ceil", "floor"),
+    Mutation("count = max(1, math.ceil(share * len(names) - 1e-9))", "ceil", "floor"),
     # toolbox
     Mutation("up=(u[:, :count] * root).float().cpu(),", " * root", ""),
     # sampling
@@ -94,11 +98,11 @@ MUTATIONS = (
     ),
     # nodes, runs, cli
     Mutation(
-        'return ({"samples": torch.zeros(batch_size, 4, height // 8, width // 8), "downscale_ratio_spacial": 8},)',
-        "height // 8, width // 8",
-        "width // 8, height // 8",
+        "samples = torch.zeros(batch_size, channels, height // downscale, width // downscale)",
+        "height // downscale, width // downscale",
+        "width // downscale, height // downscale",
     ),
-    Mutation("strengths=(1.0, *strengths),", "(1.0, *strengths)", "strengths"),
+    Mutation("strengths=(1.0, *program.strengths),", "(1.0, *program.strengths)", "program.strengths"),
     Mutation("return Path(path), STRENGTH.check(float(strength))", "float(strength)", "abs(float(strength))"),
 )
 
