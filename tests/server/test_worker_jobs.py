@@ -18,6 +18,7 @@ from lorasmith.runs import training_jobs
 from lorasmith.runs.queue import measurement_subject
 from lorasmith.runs.worker import Work
 from lorasmith.server.worker_jobs import job_kinds
+from lorasmith.training import train
 
 SETTINGS = {
     "steps": 3,
@@ -145,10 +146,14 @@ def test_a_training_with_an_output_has_its_run_there(worker: Worker, beside: str
 
 
 def test_workers_that_begin_runs_of_one_name_at_once_have_a_folder_each(tmp_path: Path) -> None:
-    host: Any = training_jobs._JobHost(Folders.load(tmp_path), None, None, None, None, {})  # type: ignore[arg-type]
-    plan = SimpleNamespace(output=None, fresh=False, title="lora")
+    reporter = SimpleNamespace(run=lambda folder: None)
+    host: Any = training_jobs._JobHost(Folders.load(tmp_path), None, reporter, None, None, {})  # type: ignore[arg-type]
+    plan: Any = SimpleNamespace(output=None, fresh=False, title="lora", claim=None)
     with ThreadPoolExecutor(8) as threads:
-        found = list(threads.map(lambda _: host._claimed(plan, {}), range(24)))
+        claims = list(threads.map(lambda _: train._claimed(plan, host, {}), range(24)))
+    found = [claim.path for claim in claims]
+    for claim in claims:
+        claim.release()
     assert sorted(path.name for path in found) == [f"lora-{number:03}" for number in range(1, 25)]
 
 

@@ -19,8 +19,7 @@ import torch
 
 from lorasmith.bench.benchmark import latent_side, measured
 from lorasmith.bench.measure import synthetic_samples
-from lorasmith.core.errors import CancelledError, LorasmithError, OptionError, OutputError
-from lorasmith.core.files import ensure_folder
+from lorasmith.core.errors import CancelledError, LorasmithError, OptionError
 from lorasmith.core.folders import Folders, fingerprint
 from lorasmith.core.printable import count_text, printable
 from lorasmith.core.typed_json import typed
@@ -144,30 +143,13 @@ class _JobHost(Host):
 
     def folder(self, plan: Plan, fingerprint: Fingerprint) -> Path:
         """Reported before the first step, so that a complete run is never trained again."""
-        if plan.output is not None:  # claimed by `plan`, so that it exists
-            self._reporter.run(output_folder(plan.output, plan.title))
-            return plan.output
         before = self._before
-        folder = before if before is not None and _is_same(before, fingerprint) else self._claimed(plan, fingerprint)
-        self._reporter.run(folder)
-        return folder
-
-    def _claimed(self, plan: Plan, fingerprint: Fingerprint) -> Path:
-        """The folder of an unfinished run, or a new one, created here: workers may begin runs of one name at once."""
-        while True:
+        if plan.output is None and before is not None and _is_same(before, fingerprint):
+            folder = before
+        else:
             folder = super().folder(plan, fingerprint)
-            if RunFolder(folder).exists:
-                return folder
-            ensure_folder(folder.parent)
-            try:
-                folder.mkdir()
-            except FileExistsError:
-                continue
-            except OSError as error:
-                raise OutputError(
-                    f"{folder} cannot be made ({error.strerror}); check the disk and its permissions"
-                ) from error
-            return folder
+        self._reporter.run(output_folder(folder, plan.title))
+        return folder
 
 
 def images_of(spec: RunSpec) -> object:
