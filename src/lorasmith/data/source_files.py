@@ -157,7 +157,7 @@ class NoteKind(Enum):
 
 
 class ScanNotes:
-    """ScanNotes, counted by kind."""
+    """Notes of a scan, counted by kind."""
 
     def __init__(self) -> None:
         self._found: dict[NoteKind, tuple[int, str]] = {}

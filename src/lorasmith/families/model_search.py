@@ -104,7 +104,7 @@ def load_completed(files: ModelFiles, folders: Folders | None = None) -> Complet
 
 
 def in_folders(source: str, folders: Folders, kinds: Sequence[str]) -> str:
-    """The path of a model that is named relative to folders of `kinds`; the source itself if it is no such name."""
+    """The path of a model that is named relative to folders of `kinds`; the source itself if it names none."""
     if Path(source).exists() or source in built_in_models():
         return source
     for kind in kinds:

@@ -14,7 +14,7 @@ from lorasmith.families.parts.encoders import literal_text
 from lorasmith.families.parts.flux_layout import packed_latents, rope_axes, unpacked_latents
 from lorasmith.families.parts.language_models import ANSWER, SYSTEM, SYSTEM_TOKENS, chat_of, hidden_states, seen_from
 
-_TOKENS = 512  # QwenImagePipeline's longest prompt unless it is told another
+_TOKENS = 512  # QwenImagePipeline's longest prompt unless given another
 _MU = 1.15  # ComfyUI's shift for KSampler; its template sets a linear one of 3.1
 # scheduler_config.json of the released folder, and musubi-tuner's `qwen_shift`.
 _RESOLUTION_SHIFT = ResolutionShift(mu=(0.5, 0.9), patches=(256, 8192))
