@@ -29,7 +29,7 @@ from lorasmith.families.loading import load_model
 from lorasmith.families.model import Denoiser, Model
 from lorasmith.runs.library import train
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.engine import batch_maker, frozen, sample_losses
+from lorasmith.training.engine import batch_maker, sample_losses
 from lorasmith.training.job import plan_job
 
 
@@ -103,10 +103,10 @@ def outcome(model: Model, data: EncodedDataset, kind: str, seed: int, arguments:
 def loss_on(denoiser: Denoiser, data: EncodedDataset, device: torch.device) -> float:
     """Mean loss over all pictures, in fp32, at noise of a seed of its own."""
     job = plan_job(denoiser, TrainConfig(batch_size=8, seed=987_654, training_dtype="fp32"), device)
-    maker = batch_maker(denoiser, data.samples, job.config, job.runtime)
-    with torch.no_grad(), frozen(denoiser, job.config, job.runtime):
+    maker = batch_maker(job.model, data.samples, job.config, job.runtime)
+    with torch.no_grad(), job.model.frozen(job.config, job.runtime):
         batches = [batch for step in range(8) for batch in maker.step(step)]
-        losses = [sample_losses(denoiser, batch, job.config, job.runtime) for batch in batches]
+        losses = [sample_losses(job.model, batch, job.config, job.runtime) for batch in batches]
     return torch.cat(losses).mean().item()
 
 

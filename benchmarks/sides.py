@@ -15,7 +15,7 @@ import gc
 import statistics
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,6 +38,7 @@ from lorasmith.families.model import Model
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.events import Event, Shrunk, Warned
 from lorasmith.training.job import plan_job
+from lorasmith.training.trainable import trainable
 
 MIB = 2**20
 Once = Callable[[], None]
@@ -98,8 +99,7 @@ class Frozen(Side):
     def __init__(self, work: Work, *, backward: bool) -> None:
         self._work = work
         self._once = frozen_pass(
-            work.model.denoiser,
-            work.plain,
+            trainable(replace(work.model, components=replace(work.model.components, denoiser=work.plain))),
             work.samples,
             device=work.device,
             dtype=work.dtype,

@@ -37,6 +37,7 @@ from lorasmith.families.model import Model
 from lorasmith.training.batches import Batch, BatchMaker
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.job import TrainJob, plan_job
+from lorasmith.training.trainable import trainable
 
 CPU = torch.device("cpu")
 
@@ -133,7 +134,7 @@ def test_the_floor_is_the_frozen_model_and_leaves_it_alone(tiny: Model) -> None:
 
     @contextlib.contextmanager
     def floor(counter: Counter) -> Iterator[Any]:
-        with frozen_floor(tiny.denoiser, samples, device=CPU, dtype=torch.float32) as once:
+        with frozen_floor(trainable(tiny), samples, device=CPU, dtype=torch.float32) as once:
             assert all(p.is_contiguous() for p in tiny.denoiser.module.parameters())
             yield once
 

@@ -153,7 +153,7 @@ def test_previews_are_drawn_of_the_plain_model(
     monkeypatch.setattr(running, "RunPreviews", lambda plan, *_: seen.append(plan.denoiser))
     before = str(tmp_path / "before.safetensors")
     ready = planned(images, tmp_path / "run", existing_lora=before, previews="a cat")
-    assert ready.job.denoiser.patches != ()
+    assert ready.job.model.patches != ()
     run(ready, Host())
     assert seen[0].patches == ()
 

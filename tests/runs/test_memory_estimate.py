@@ -74,10 +74,10 @@ def test_activations_are_those_that_auto_measures(
 
     def plan() -> Any:
         samples = synthetic_samples(model, 1, side, side)
-        measured.extend(measured_plans(model.denoiser, samples, job.config, job.runtime, 0))
+        measured.extend(measured_plans(job.model, samples, job.config, job.runtime, 0))
         return job.runtime
 
-    with prepared(model.denoiser, job.adapters, job.config, job.runtime, planned=plan):
+    with prepared(job.model, job.adapters, job.config, job.runtime, planned=plan):
         pass
     assert tuple(one.activations for one in found.plans) == EVERY_PLAN
     for here, there in zip(found.plans, measured, strict=True):
@@ -115,7 +115,7 @@ def test_weights_are_as_large_as_in_a_run(sd1: Path, kind: Any, dtype: str) -> N
     job = plan_job(model.denoiser, settings, CPU)
     sizes: list[int] = []
     take: Callable[[], None] = lambda: sizes.append(weight_bytes(model.denoiser.module))  # noqa: E731
-    with prepared(model.denoiser, {}, job.config, job.runtime, first=take):
+    with prepared(job.model, {}, job.config, job.runtime, first=take):
         pass
     assert found.weights[kind] == pytest.approx(sizes[0], rel=0.001)
 

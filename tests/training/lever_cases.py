@@ -94,9 +94,9 @@ def one_step(
         randomise(adapter, seed=number)
     for one in (*job.adapters.values(), *job.differences.values()):
         one.to(runtime.dtype)
-    maker = engine.batch_maker(model.denoiser, data.samples, config, runtime)
-    with prepared(model.denoiser, job.adapters, config, runtime, job.differences):
-        loss = sample_losses(model.denoiser, maker.step(0)[0], config, runtime)
+    maker = engine.batch_maker(job.model, data.samples, config, runtime)
+    with prepared(job.model, job.adapters, config, runtime, job.differences):
+        loss = sample_losses(job.model, maker.step(0)[0], config, runtime)
         loss.sum().backward()
     trained = [*job.adapters.items(), *job.differences.items()]
     named = ((f"{path}.{name}", p) for path, one in trained for name, p in one.named_parameters())

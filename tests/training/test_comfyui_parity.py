@@ -25,11 +25,12 @@ from lorasmith.core.adapter_state import DENOISER
 from lorasmith.diffusion.schedule import NoiseLevel
 from lorasmith.families.base import Conditioning
 from lorasmith.families.loading import load_model
-from lorasmith.families.model import Denoiser, Model
+from lorasmith.families.model import Model
 from lorasmith.formats.lora_file import state_from_tensors
 from lorasmith.training.batches import Batch
 from lorasmith.training.engine import prepared, sample_losses
 from lorasmith.training.runtime import Runtime
+from lorasmith.training.trainable import trainable
 from tests.covering import slow_except
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -88,10 +89,10 @@ def losses_and_gradients(recording: Recording, kind: str, step: int) -> tuple[fl
     embeddings = {path: one for path, one in given.items() if not is_targetable(module.get_submodule(path))}
     adapters = load_adapters(module, {path: one for path, one in given.items() if path not in embeddings})
     differences = {ref.path: one for ref, one in state.differences.items()}
-    denoiser: Denoiser = recording.model.denoiser.patched(Patch(embeddings, differences))
-    runtime = Runtime.of(CONFIG, denoiser.module, torch.device("cpu"))
-    with prepared(denoiser, adapters, CONFIG, runtime):
-        loss = sample_losses(denoiser, recording.batch(step), CONFIG, runtime).sum()
+    model = trainable(recording.model.denoiser.patched(Patch(embeddings, differences)))
+    runtime = Runtime.of(CONFIG, model.module, torch.device("cpu"))
+    with prepared(model, adapters, CONFIG, runtime):
+        loss = sample_losses(model, recording.batch(step), CONFIG, runtime).sum()
         loss.backward()
     gradients = {}
     for path, adapter in adapters.items():

@@ -190,9 +190,9 @@ def kept_for_backward(tiny: Model, dataset: EncodedDataset, **settings: Any) -> 
     """What a training step keeps for its backward pass, frozen weights themselves aside."""
     config = TrainConfig(**({"rank": 4, "training_dtype": "fp32", "targets": "all", "learning_rate": 1e-3} | settings))
     job = plan_job(tiny.denoiser, config)
-    maker = engine.batch_maker(tiny.denoiser, dataset.samples, job.config, job.runtime)
+    maker = engine.batch_maker(job.model, dataset.samples, job.config, job.runtime)
     kept: list[Tensor] = []
-    with prepared(tiny.denoiser, job.adapters, job.config, job.runtime):
+    with prepared(job.model, job.adapters, job.config, job.runtime):
         frozen = {parameter.data_ptr() for parameter in tiny.components.denoiser.parameters()}
 
         def pack(tensor: Tensor) -> Tensor:
@@ -201,7 +201,7 @@ def kept_for_backward(tiny: Model, dataset: EncodedDataset, **settings: Any) -> 
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            sample_losses(tiny.denoiser, maker.step(0)[0], job.config, job.runtime).sum().backward()
+            sample_losses(job.model, maker.step(0)[0], job.config, job.runtime).sum().backward()
     return kept
 
 

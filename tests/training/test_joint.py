@@ -473,7 +473,7 @@ def test_models_devices_loras_and_processes_that_differ_are_refused(flux: Model,
     with pytest.raises(OptionError, match="must have the same device, got 'cpu' and 'meta'"):
         check_alike([one, replace(one, runtime=replace(one.runtime, device=torch.device("meta")))])
     path, adapter = next(iter(one.adapters.items()))
-    patched = replace(one, denoiser=one.denoiser.patched(Patch({path: adapter.to_weights()})))
+    patched = replace(one, model=one.model.patched(Patch({path: adapter.to_weights()})))
     with pytest.raises(OptionError, match="same LoRAs beneath them, but training_adapter, existing_lora or"):
         check_alike([one, patched])
 

@@ -11,6 +11,7 @@ from lorasmith.data.encoding import load_dataset
 from lorasmith.families.model import Model
 from lorasmith.runs.library import train
 from lorasmith.training.events import Event, Validated
+from lorasmith.training.trainable import trainable
 from lorasmith.training.validation import Validator
 
 
@@ -49,7 +50,7 @@ def test_an_overfit_run_is_called_so_and_stopped_and_its_best_lora_is_kept(tiny:
     held_out = split(data, share=0.25).held_out
     assert held_out is not None
     losses = Validator(
-        tiny.denoiser, held_out.samples, draws=8, batch_size=4, device=torch.device("cpu"), dtype=torch.float32
+        trainable(tiny), held_out.samples, draws=8, batch_size=4, device=torch.device("cpu"), dtype=torch.float32
     )
     assert abs(losses().mean().item() - best.base_loss) < 1e-4
     with result.lora.applied_to(tiny.denoiser).active():

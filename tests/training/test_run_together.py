@@ -181,7 +181,7 @@ def test_bytes_of_a_step_are_those_of_the_parameters(tiny: Model, dataset: Encod
 
         processes.summing = counted  # type: ignore[method-assign]
         run(Plan(denoiser=tiny.denoiser, job=job, data=dataset), NoFiles())
-        return sum(summed), Engine(job.denoiser, job.adapters, job.config, job.runtime).flat.master.numel()
+        return sum(summed), Engine(job.model, job.adapters, job.config, job.runtime).flat.master.numel()
 
     summed, numbers = processes_together(2, one)[0]
     assert summed == 2 * 4 * (numbers + SETTINGS["batch_size"] + 1)

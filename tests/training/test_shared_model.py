@@ -24,7 +24,7 @@ def engine(model: Model, **settings: Any) -> tuple[Engine, SharedModel]:
 
 
 def layer_of(engine: Engine) -> nn.Module:
-    return engine.denoiser.module.get_submodule(next(iter(engine.trained.adapters)))
+    return engine.model.module.get_submodule(next(iter(engine.trained.adapters)))
 
 
 def test_states_follow_from_each_other_and_leave_the_model_as_it_was(tiny: Model) -> None:

@@ -13,6 +13,7 @@ from lorasmith.core.errors import OptionError
 from lorasmith.families.model import Model
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.job import parse_targets, resolve_targets
+from lorasmith.training.trainable import trainable
 
 PRESETS = {"attention": Rule(("*.to_*",)), "linear": Rule(("*",), ("*.x",), linear_only=True)}
 ATTENTION = Rule(("*.to_*",), name="attention")
@@ -84,8 +85,8 @@ def paths(plan: AdapterPlan) -> set[str]:
 
 def test_presets_grow(tiny: Model) -> None:
     names = ["attention", "attention+ff", "transformer", "all"]
-    chosen = [paths(resolve_targets(tiny.denoiser, TrainConfig(targets=name))) for name in names]
-    linear = paths(resolve_targets(tiny.denoiser, TrainConfig(targets="all-linear")))
+    chosen = [paths(resolve_targets(trainable(tiny), TrainConfig(targets=name))) for name in names]
+    linear = paths(resolve_targets(trainable(tiny), TrainConfig(targets="all-linear")))
 
     assert all(one < other for one, other in itertools.pairwise(chosen))
     assert chosen[0] < linear < chosen[-1]
@@ -93,15 +94,15 @@ def test_presets_grow(tiny: Model) -> None:
 
 
 def test_commas_choose_what_they_chose_before(tiny: Model) -> None:
-    chosen = paths(resolve_targets(tiny.denoiser, TrainConfig(targets="*.attn2.*, !*.to_out.0")))
+    chosen = paths(resolve_targets(trainable(tiny), TrainConfig(targets="*.attn2.*, !*.to_out.0")))
     assert chosen
     assert all(".attn2." in path and not path.endswith("to_out.0") for path in chosen)
 
 
 def test_ranks_are_capped_where_they_are_ranks(tiny: Model) -> None:
     config = {"targets": "conv_out, *.attn2.to_q rank=64"}
-    low_rank = resolve_targets(tiny.denoiser, TrainConfig(**config))
-    factors = resolve_targets(tiny.denoiser, TrainConfig(**config, algorithm="LoKr"))
+    low_rank = resolve_targets(trainable(tiny), TrainConfig(**config))
+    factors = resolve_targets(trainable(tiny), TrainConfig(**config, algorithm="LoKr"))
 
     assert {one.path: one.rank for one in low_rank.adapters}["conv_out"] == 4
     assert {one.rank for one in factors.adapters} == {16, 64}
@@ -109,7 +110,7 @@ def test_ranks_are_capped_where_they_are_ranks(tiny: Model) -> None:
 
 def test_a_preset_that_is_nearly_right_is_suggested(tiny: Model) -> None:
     with pytest.raises(OptionError) as caught:
-        resolve_targets(tiny.denoiser, TrainConfig(targets="all-linear, attenton"))
+        resolve_targets(trainable(tiny), TrainConfig(targets="all-linear, attenton"))
     assert str(caught.value) == (
         "targets must match at least one Linear or convolution, but attenton matches none (did you mean 'attention'?); "
         "use one of attention, attention+ff, transformer, all-linear, all, or patterns such as *.attn2.*"

@@ -147,14 +147,14 @@ def test_what_is_saved_does_what_was_trained_and_goes_on_as_it_is(
 
     config = TrainConfig(training_dtype="fp32", seed=12)
     job = plan_job(tiny.denoiser, config, torch.device("cpu"))
-    (batch,) = engine.batch_maker(tiny.denoiser, dataset.samples, job.config, job.runtime).step(2)
+    (batch,) = engine.batch_maker(job.model, dataset.samples, job.config, job.runtime).step(2)
     for bypass in (False, True):
         denoiser = Lora.load(file, tiny).applied_to(tiny.denoiser, bypass=bypass)
         with torch.no_grad(), denoiser.active():
             loss = engine.sample_losses(denoiser, batch, job.config, job.runtime).item()
         assert continued.losses[0] == pytest.approx(loss, rel=2e-5)
     with torch.no_grad():
-        plain = engine.sample_losses(tiny.denoiser, batch, job.config, job.runtime).item()
+        plain = engine.sample_losses(job.model, batch, job.config, job.runtime).item()
     assert loss != pytest.approx(plain, rel=1e-4)
 
     before, after = first.lora.state, continued.lora.state
@@ -209,7 +209,7 @@ def test_a_layer_with_an_adapter_and_differences_keeps_them_all(
     assert not torch.equal(saved[f"{name}.diff_b"], extra[f"{name}.diff_b"])
     config = TrainConfig(training_dtype="fp32", seed=9)
     job = plan_job(tiny.denoiser, config, torch.device("cpu"))
-    (batch,) = engine.batch_maker(tiny.denoiser, dataset.samples, job.config, job.runtime).step(0)
+    (batch,) = engine.batch_maker(job.model, dataset.samples, job.config, job.runtime).step(0)
     denoiser = Lora.load(file, tiny).applied_to(tiny.denoiser)
     with torch.no_grad(), denoiser.active():
         assert result.losses[0] == pytest.approx(

@@ -17,6 +17,7 @@ from lorasmith.diffusion.losses import diffusion_loss
 from lorasmith.families.model import Denoiser, Model
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.job import plan_job
+from lorasmith.training.trainable import trainable
 from lorasmith.training.validation import Validator
 from tests.covering import slow_except
 
@@ -27,7 +28,7 @@ Make = Callable[..., Validator]
 @pytest.fixture
 def make(tiny: Model, mixed: EncodedDataset) -> Make:
     def validator(samples: tuple[Sample, ...] = mixed.samples, *, draws: int = 2, batch_size: int = 3) -> Validator:
-        return Validator(tiny.denoiser, samples, draws=draws, batch_size=batch_size, device=CPU, dtype=torch.float32)
+        return Validator(trainable(tiny), samples, draws=draws, batch_size=batch_size, device=CPU, dtype=torch.float32)
 
     return validator
 

@@ -157,7 +157,7 @@ class _Floor:
     def _open(self, *, backward: bool = True) -> contextlib.AbstractContextManager[Callable[[], None]]:
         runtime = self._job.runtime
         return frozen_floor(
-            self._job.denoiser, self._samples, device=runtime.device, dtype=runtime.dtype, backward=backward
+            self._job.model, self._samples, device=runtime.device, dtype=runtime.dtype, backward=backward
         )
 
 
@@ -167,9 +167,9 @@ def _steps(job: TrainJob, samples: Sequence[Sample]) -> tuple[Steps, int, int | 
 
     def look() -> None:
         nonlocal weights
-        weights = weight_bytes(job.denoiser.module)
+        weights = weight_bytes(job.model.module)
 
-    with prepared(job.denoiser, job.adapters, job.config, job.runtime, job.differences, first=look):
+    with prepared(job.model, job.adapters, job.config, job.runtime, job.differences, first=look):
         pass
     if device.type != "cuda":
         return measured_steps(job, samples, warmup=_WARMUP), weights, None

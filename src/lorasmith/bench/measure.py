@@ -31,13 +31,14 @@ from lorasmith.core.placement import placed
 from lorasmith.core.quantization import Packed, weight_source
 from lorasmith.data.dataset import Sample
 from lorasmith.families.base import Conditioning
-from lorasmith.families.model import Denoiser, Model
+from lorasmith.families.model import Model
 from lorasmith.training.batches import prefetched
 from lorasmith.training.engine import batch_maker
 from lorasmith.training.events import EventHandler
 from lorasmith.training.job import TrainJob, engine_of
 from lorasmith.training.loop import Loop, Watcher
 from lorasmith.training.memory.frozen_weights import StreamedWeight, WeightStream
+from lorasmith.training.trainable import Trainable
 
 Clock = Callable[[], float]
 
@@ -121,24 +122,23 @@ def synthetic_samples(
 
 
 def frozen_pass(
-    denoiser: Denoiser,
-    module: nn.Module,
+    model: Trainable,
     samples: Sequence[Sample],
     *,
     device: torch.device,
     dtype: torch.dtype,
     backward: bool = True,
 ) -> Callable[[], None]:
-    """A function that runs a forward (and backward) pass to the latents of a frozen module on `device` in `dtype`."""
+    """A function that runs a forward (and backward) pass to the latents of a frozen model on `device` in `dtype`."""
     latents = torch.stack([sample.latents for sample in samples]).to(device, dtype)
-    conditioning = denoiser.base.family.join([sample.conditioning for sample in samples]).to(device, dtype)
-    schedule = denoiser.diffusion.schedule
+    conditioning = model.join([sample.conditioning for sample in samples]).to(device, dtype)
+    schedule = model.diffusion.schedule
     level = schedule.at(torch.full((len(samples),), 0.5)).to(device)
 
     def once() -> None:
         x = latents.clone().requires_grad_(backward)
         with torch.set_grad_enabled(backward):
-            prediction = denoiser.base.family.predict(module, x, level.time, conditioning)
+            prediction = model.predict(x, level.time, conditioning)
             if backward:
                 torch.autograd.backward(prediction.float().square().mean())
 
@@ -147,12 +147,11 @@ def frozen_pass(
 
 @contextlib.contextmanager
 def frozen_floor(
-    denoiser: Denoiser, samples: Sequence[Sample], *, device: torch.device, dtype: torch.dtype, backward: bool = True
+    model: Trainable, samples: Sequence[Sample], *, device: torch.device, dtype: torch.dtype, backward: bool = True
 ) -> Iterator[Callable[[], None]]:
     """Inside the context, the model's own module is contiguous on the device; yields a function that runs one pass."""
-    module = denoiser.module
-    with placed(module, device=device, dtype=dtype, layout=torch.contiguous_format):
-        yield frozen_pass(denoiser, module, samples, device=device, dtype=dtype, backward=backward)
+    with placed(model.module, device=device, dtype=dtype, layout=torch.contiguous_format):
+        yield frozen_pass(model, samples, device=device, dtype=dtype, backward=backward)
 
 
 @contextlib.contextmanager
@@ -165,7 +164,7 @@ def training_steps(
     """
     with counter or contextlib.nullcontext():
         engine = engine_of(job)
-    maker = batch_maker(job.denoiser, samples, job.config, job.runtime, engine.dropout)
+    maker = batch_maker(job.model, samples, job.config, job.runtime, engine.dropout)
     steps = itertools.count()
 
     def once() -> None:
@@ -245,7 +244,7 @@ def measured_parts(job: TrainJob, samples: Sequence[Sample]) -> PartTimes:
     """Time the parts of a step, one after the other."""
     steps = _PART_STEPS
     engine = engine_of(job)
-    maker = batch_maker(job.denoiser, samples, job.config, job.runtime, engine.dropout)
+    maker = batch_maker(job.model, samples, job.config, job.runtime, engine.dropout)
     device = job.runtime.device
     rows = []
     try:

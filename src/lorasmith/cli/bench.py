@@ -109,8 +109,8 @@ def _print_bench(found: Measured, job: TrainJob, pixels: int, device: str) -> No
 
     from lorasmith.bench.benchmark import limits
 
-    base, config, counts = job.denoiser.base, job.config, found.counts
-    echo(f"{base.title} ({base.family.title}) on {_machine(device)}, products in {config.training_dtype}")
+    facts, config, counts = job.model.facts, job.config, found.counts
+    echo(f"{facts.title} ({facts.family_title}) on {_machine(device)}, products in {config.training_dtype}")
     echo(job.summary)
     echo(f"batch {config.batch_size} × {config.grad_accumulation_steps}, {pixels}×{pixels} pixels")
     table = Table(box=None, pad_edge=False, header_style="bold")

@@ -197,7 +197,7 @@ def train_experts_and_report(spec: RunSpec, host: TerminalHost, *, fresh: bool, 
     for expert in EXPERTS:
         with host.planning():
             planned = replace(experts.plan(expert), fresh=fresh, verify=verify)
-        files, prompt, frames = planned.spec.files, planned.summary.prompt, planned.denoiser.base.defaults.frames
+        files, prompt, frames = planned.spec.files, planned.summary.prompt, planned.job.model.facts.defaults.frames
         models.append(files.model)
         with host.training():
             results[expert] = result = experts.train(planned)

@@ -288,6 +288,10 @@ class Components:
         return {"denoiser": self.denoiser, **self.text_encoders, **({} if self.vae is None else {"vae": self.vae})}
 
 
+COMMON_PRESETS = {"all-linear": Rule(("*",), linear_only=True), "all": Rule(("*",))}
+"""Target presets of every model."""
+
+
 class Family(ABC):
     """One model architecture.
 
@@ -375,7 +379,7 @@ class Family(ABC):
     @property
     def presets(self) -> Mapping[str, Rule]:
         """Target presets by name: the family's own, `all-linear` and `all`."""
-        return {**self.targets, "all-linear": Rule(("*",), linear_only=True), "all": Rule(("*",))}
+        return {**self.targets, **COMMON_PRESETS}
 
     @property
     def slots(self) -> Mapping[str, EncoderSlot | AutoencoderSlot]:

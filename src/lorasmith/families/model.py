@@ -165,6 +165,16 @@ class Denoiser:
         return self.base.components.denoiser
 
     @property
+    def title(self) -> str:
+        """Name of the model in reports."""
+        return self.base.title
+
+    @property
+    def names(self) -> ModelNames:
+        """The model's two-way name table."""
+        return self.base.names
+
+    @property
     def diffusion(self) -> Diffusion:
         """The parameterization and noise schedule that it is trained and sampled with."""
         components = self.base.components

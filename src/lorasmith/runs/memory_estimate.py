@@ -225,7 +225,7 @@ def _activation_plans(model: Model, job: TrainJob, side: int, frames: int) -> tu
     for one in (module, *job.adapters.values(), *job.differences.values()):
         _emptied(one, runtime.dtype)
     with adapters_attached(module, [Attached(job.adapters, differences=job.differences)]), _autocast_on_meta():
-        return tuple(measured_plans(job.denoiser, samples, job.config, runtime, 0, within=_FusedAttention))
+        return tuple(measured_plans(job.model, samples, job.config, runtime, 0, within=_FusedAttention))
 
 
 def _emptied(module: nn.Module, dtype: torch.dtype) -> None:

@@ -16,6 +16,7 @@ from lorasmith.data.dataset import EncodedDataset
 from lorasmith.data.encoding import clip_form, datasets_folder, encode_scan
 from lorasmith.data.folder import FolderScan, has_videos, scan_sources
 from lorasmith.data.picture_encoding import EncodingProgress
+from lorasmith.families.model import Denoiser
 from lorasmith.families.model_search import Completed
 from lorasmith.runs.class_images import class_scan
 from lorasmith.runs.data_check import check_scan
@@ -45,6 +46,7 @@ _SHOWN = ("trigger", "resolution", "more_resolutions", "bucket_step")
 class FolderPlan(Plan):
     """A run on folders of images, ready to start."""
 
+    denoiser: Denoiser
     spec: RunSpec  # with the files of all parts of the model
     summary: RunPlan
 

@@ -69,7 +69,8 @@ class Host(RunHost):
 
     def write_beside(self, plan: Plan, lora: Path) -> None:
         if plan.job.config.sidecars:
-            write_sidecars(lora, plan.job.denoiser.base.family)
+            assert plan.denoiser is not None
+            write_sidecars(lora, plan.denoiser.base.family)
 
     def write_report(self, folder: Path, end: RunFinished) -> None:
         write_report(folder, end)
@@ -82,6 +83,11 @@ def run(plan: Plan, host: Host, engine: EngineMaker = engine_of) -> TrainResult:
     `library.train`; OptionError also if sidecars would replace the record.
     """
     config, has_folder = plan.job.config, plan.output is not None or host.runs is not None
+    if plan.denoiser is None and (config.sidecars or whole_program(config).prompts):
+        raise OptionError(
+            f"previews and sidecars need a model of a known family, got {plan.job.model.title}; leave them out and "
+            "draw pictures with code of your own"
+        )
     if whole_program(config).prompts and not has_folder:
         raise OptionError("previews need a folder of the run, got no output; set output, such as runs/dog")
     if config.sidecars:

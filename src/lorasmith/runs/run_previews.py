@@ -77,7 +77,7 @@ class PreviewProgram:
 def preview_program(plan: Plan) -> PreviewProgram | None:
     """The pictures of a run; where its settings have none, those of its prompt, if they fit into a tenth of the run."""
     config = plan.job.config
-    if config.previews is None and plan.prompt:
+    if config.previews is None and plan.prompt and plan.denoiser is not None:
         fitting = unasked_program(config, plan.denoiser.base, plan.data.samples)
         return None if fitting is None else replace(fitting, prompts=(plan.prompt,))
     whole = whole_program(config)
@@ -123,6 +123,7 @@ class RunPreviews:
         self, plan: Plan, program: PreviewProgram, folder: Path, host: RunHost, partner: Partner | None = None
     ) -> None:
         denoiser, config, device = plan.denoiser, plan.job.config, plan.job.runtime.device
+        assert denoiser is not None
         base, text_encoder = denoiser.base, denoiser.base.text_encoder
         # Text encoders are not trained, but a continued LoRA may have layers for them.
         carried = Lora.load(config.existing_lora, base) if config.existing_lora else Lora(AdapterState(), base.names)

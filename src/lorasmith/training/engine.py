@@ -17,57 +17,26 @@ import torch
 from torch import Tensor
 
 from lorasmith.adapters.adapter import Adapter
-from lorasmith.adapters.frozen_layer import weights_as_stored
 from lorasmith.adapters.inject import Attached, Difference, adapters_attached
-from lorasmith.adapters.patch import attachments, patches_merged
 from lorasmith.adapters.variants import Dropout
 from lorasmith.core.errors import TrainingError
-from lorasmith.core.placement import memory_format_for, placed, reproducible
+from lorasmith.core.placement import memory_format_for
 from lorasmith.data.dataset import Sample
 from lorasmith.diffusion.losses import diffusion_loss, loss_weights
 from lorasmith.diffusion.schedule import quantile_map, quantile_range, range_limited
-from lorasmith.families.model import Denoiser
 from lorasmith.training.batches import Batch, BatchMaker, no_masks
 from lorasmith.training.config import WHOLE_RANGE, ResolvedConfig
 from lorasmith.training.memory.activations import activations_packed, activations_reduced, blocks_checkpointed
 from lorasmith.training.memory.compilation import blocks_compiled
-from lorasmith.training.memory.frozen_weights import WeightStream, fp8_products_enabled, weights_packed
-from lorasmith.training.memory.sharding import weights_sharded
 from lorasmith.training.optim.flat import FlatParameters, GradientSums
 from lorasmith.training.optim.optimizers import GatedOptimizer, LossScale, check_alike
 from lorasmith.training.runtime import Runtime
-
-
-@contextlib.contextmanager
-def frozen(denoiser: Denoiser, config: ResolvedConfig, runtime: Runtime) -> Iterator[None]:
-    """Inside the context, the model is ready on its device: patched, cast, quantized, offloaded or sharded."""
-    module = denoiser.module
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(reproducible(config.deterministic))
-        stack.enter_context(patches_merged(module, denoiser.patches, dtype=torch.float32))
-        device, dtype = runtime.device, runtime.dtype
-        stream = WeightStream(device) if runtime.offloading else None
-        kind, elsewhere = config.quantization, list[torch.nn.Module]()
-        if runtime.sharding:
-            elsewhere = stack.enter_context(
-                weights_sharded(module, kind=kind, device=device, dtype=dtype, processes=runtime.processes)
-            )
-        packed = stack.enter_context(
-            weights_packed(module, kind=kind, device=device, dtype=dtype, stream=stream, without=elsewhere)
-        )
-        packed += [layer.get_parameter("weight") for layer in elsewhere]
-        if kind == "none" and stream is None:
-            stack.enter_context(weights_as_stored(module, dtype, without=elsewhere))
-        stack.enter_context(placed(module, device=device, dtype=dtype, without=packed))
-        if runtime.quantized_backward:
-            stack.enter_context(fp8_products_enabled(module))
-        stack.enter_context(adapters_attached(module, attachments(module, denoiser.patches)))
-        yield
+from lorasmith.training.trainable import Trainable
 
 
 @contextlib.contextmanager
 def prepared(
-    denoiser: Denoiser,
+    model: Trainable,
     adapters: Mapping[str, Adapter],
     config: ResolvedConfig,
     runtime: Runtime,
@@ -81,9 +50,9 @@ def prepared(
     `first` is called with the denoiser frozen, before adapters are attached; `planned` with adapters attached, and
     returns the runtime with `activations` resolved by measurement.
     """
-    module = denoiser.module
+    module = model.module
     trained = Attached(adapters, differences=differences or {})
-    with frozen(denoiser, config, runtime):
+    with model.frozen(config, runtime):
         first()
         with adapters_attached(module, [trained]):
             runtime = runtime if planned is None else planned()
@@ -97,11 +66,11 @@ def prepared(
                 yield
 
 
-def sample_losses(denoiser: Denoiser, batch: Batch, config: ResolvedConfig, runtime: Runtime) -> Tensor:
+def sample_losses(model: Trainable, batch: Batch, config: ResolvedConfig, runtime: Runtime) -> Tensor:
     """Loss of each sample, (batch,) fp32, differentiable in the parameters of the attached adapters."""
-    with activations_packed(runtime.activations, denoiser.module):
-        prediction = denoiser.predict(batch.noised.to(runtime.dtype), batch.level.time, batch.conditioning)
-    return prediction_losses(prediction, batch, config, denoiser.diffusion.parameterization)
+    with activations_packed(runtime.activations, model.module):
+        prediction = model.predict(batch.noised.to(runtime.dtype), batch.level.time, batch.conditioning)
+    return prediction_losses(prediction, batch, config, model.diffusion.parameterization)
 
 
 def prediction_losses(prediction: Tensor, batch: Batch, config: ResolvedConfig, parameterization: str) -> Tensor:
@@ -135,13 +104,13 @@ class Engine:
 
     def __init__(
         self,
-        denoiser: Denoiser,
+        model: Trainable,
         adapters: Mapping[str, Adapter],
         config: ResolvedConfig,
         runtime: Runtime,
         differences: Mapping[str, Difference] | None = None,
     ) -> None:
-        self.denoiser = denoiser
+        self.model = model
         self.config = config
         self.runtime = runtime
         self.rate_factor = 1.0
@@ -166,7 +135,7 @@ class Engine:
         self, first: Callable[[], None] = lambda: None, planned: Callable[[], Runtime] | None = None
     ) -> contextlib.AbstractContextManager[None]:
         adapters, differences = self.trained.adapters, self.trained.differences
-        return prepared(self.denoiser, adapters, self.config, self.runtime, differences, first=first, planned=planned)
+        return prepared(self.model, adapters, self.config, self.runtime, differences, first=first, planned=planned)
 
     def change(self, **runtime: Any) -> None:
         self.runtime = replace(self.runtime, **runtime)
@@ -192,7 +161,7 @@ class Engine:
                 self.dropout.masks_applied(batch.masks),
                 sums.during_backward(norm=is_only) if sums and is_last else contextlib.nullcontext(),
             ):
-                loss = sample_losses(self.denoiser, batch, self.config, self.runtime)
+                loss = sample_losses(self.model, batch, self.config, self.runtime)
                 torch.autograd.backward(self.summed_loss(loss, batch, per_step))
             if not (sums and is_last):
                 flat.collect()
@@ -326,14 +295,14 @@ class Engine:
 
 
 def batch_maker(
-    denoiser: Denoiser,
+    model: Trainable,
     samples: Sequence[Sample],
     config: ResolvedConfig,
     runtime: Runtime,
     dropout: Dropout | None = None,
 ) -> BatchMaker:
     """The `BatchMaker` of a run; `dropout` provides the masks of rank and module dropout."""
-    schedule = denoiser.diffusion.schedule
+    schedule = model.diffusion.schedule
     if config.zero_terminal_snr:
         schedule = schedule.zero_terminal()
     quantiles = quantile_map(config.timesteps, config.timestep_shift, schedule)
@@ -343,9 +312,9 @@ def batch_maker(
         samples=samples,
         schedule=schedule,
         quantiles=quantiles,
-        join=denoiser.base.family.join,
-        lengths_apart=runtime.sharding and denoiser.base.family.predicts_by_length,
-        memory_format=memory_format_for(denoiser.module),
+        join=model.join,
+        lengths_apart=runtime.sharding and model.facts.predicts_by_length,
+        memory_format=memory_format_for(model.module),
         masks=no_masks if dropout is None else dropout.masks,
         config=config,
         runtime=runtime,

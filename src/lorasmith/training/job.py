@@ -56,6 +56,7 @@ from lorasmith.training.notes import notes_on, notes_on_file, notes_on_products
 from lorasmith.training.optim.optimizers import check_optimizer
 from lorasmith.training.optim.update_rules import check_schedule, rule_of
 from lorasmith.training.runtime import Runtime, dtype_on_device
+from lorasmith.training.trainable import Trainable, trainable
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class TrainJob:
     requested: TrainConfig  # as passed to `plan_job`, some settings open
     runtime: Runtime
     adapters: dict[str, Adapter]  # trained, by module path, as `differences`
-    denoiser: Denoiser  # frozen, with its LoRAs and the training adapter
+    model: Trainable  # frozen, with its LoRAs and the training adapter
     differences: dict[str, Difference] = field(default_factory=dict)
     carried: AdapterState = field(default_factory=AdapterState)  # parts of a continued LoRA that are saved untrained
     notes: tuple[str, ...] = ()  # remarks for the user, one sentence each
@@ -110,26 +111,27 @@ def variant_of(config: TrainConfig) -> Variant:
     return Variant(config.dora, config.rslora, config.pissa, config.tucker)
 
 
-def plan_job(denoiser: Denoiser, config: TrainConfig, device: str | torch.device | None = None) -> TrainJob:
+def plan_job(model: Trainable | Denoiser, config: TrainConfig, device: str | torch.device | None = None) -> TrainJob:
     """Decide everything about a run that does not depend on the data; `device` None is the first GPU, or the CPU.
 
     Raises OptionError or LoraError if the settings or an existing LoRA do not fit the model.
     """
+    model = trainable(model)
     device = torch.device(device or best_device())
-    diffusion = denoiser.diffusion
+    diffusion = model.diffusion
     check_noising(diffusion.schedule, diffusion.parameterization, zero_terminal_snr=config.zero_terminal_snr)
     check_schedule(steps=config.steps, warmup_steps=config.warmup_steps)
-    requested, config = config, _decided(denoiser, config, device)
-    plan = resolve_targets(denoiser, config)
-    existing = _Existing() if config.existing_lora is None else _existing(Path(config.existing_lora), denoiser, config)
-    denoiser = existing.below(denoiser)
+    requested, config = config, _decided(model, config, device)
+    plan = resolve_targets(model, config)
+    existing = _Existing() if config.existing_lora is None else _existing(Path(config.existing_lora), model, config)
+    model = existing.below(model)
     beneath = ""
     if config.training_adapter is not None:
-        denoiser, beneath = _with_adapter(denoiser, Path(config.training_adapter), strict=config.strict)
+        model, beneath = _with_adapter(model, Path(config.training_adapter), strict=config.strict)
     fresh = replace(plan, adapters=tuple(adapter for adapter in plan.adapters if adapter.path not in existing.adapters))
-    module = denoiser.module
+    module = model.module
     # DoRA and PiSSA are initialized from the weights as they are in training.
-    patches = [replace(patch, bypass=False) for patch in denoiser.patches]
+    patches = [replace(patch, bypass=False) for patch in model.patches]
     with patches_merged(module, patches, dtype=torch.float32, unpacking=True):
         adapters = load_adapters(module, existing.adapters) | create_adapters(
             module,
@@ -140,8 +142,8 @@ def plan_job(denoiser: Denoiser, config: TrainConfig, device: str | torch.device
             zero=config.zero_init,
             variant=variant_of(config),
         )
-    differences = fresh_differences(denoiser, plan, config) | load_differences(module, existing.differences)
-    rates = _learning_rates(denoiser, requested, plan, existing.adapters)
+    differences = fresh_differences(model, plan, config) | load_differences(module, existing.differences)
+    rates = _learning_rates(model, requested, plan, existing.adapters)
     check_optimizer(
         config.optimizer,
         weight_decay=config.weight_decay,
@@ -152,44 +154,44 @@ def plan_job(denoiser: Denoiser, config: TrainConfig, device: str | torch.device
     return TrainJob(
         config,
         requested,
-        Runtime.of(config, denoiser.module, device, first_step=existing.steps, learning_rates=rates),
+        Runtime.of(config, model.module, device, first_step=existing.steps, learning_rates=rates),
         adapters,
-        denoiser,
+        model,
         differences,
         existing.carried,
         (
             *existing.notes(len(fresh.adapters)),
             *([f"{beneath}."] if beneath else []),
-            *_on_device(requested, denoiser.module, device),
-            *notes_on_products(requested, denoiser, device),
-            *notes_on(replace(requested, schedule=config.schedule), denoiser, fresh, adapters, len(differences)),
-            *notes_on_file(denoiser, adapters, differences),
+            *_on_device(requested, model.module, device),
+            *notes_on_products(requested, model, device),
+            *notes_on(replace(requested, schedule=config.schedule), model, fresh, adapters, len(differences)),
+            *notes_on_file(model, adapters, differences),
         ),
     )
 
 
 def engine_of(job: TrainJob) -> Engine:
     """The engine that trains a job."""
-    return Engine(job.denoiser, job.adapters, job.config, job.runtime, job.differences)
+    return Engine(job.model, job.adapters, job.config, job.runtime, job.differences)
 
 
-def _decided(denoiser: Denoiser, config: TrainConfig, device: torch.device) -> ResolvedConfig:
-    defaults, expert = denoiser.base.defaults, WHOLE_RANGE
-    if (named := denoiser.base.named_expert) is not None and config.min_noise is None and config.max_noise is None:
+def _decided(model: Trainable, config: TrainConfig, device: torch.device) -> ResolvedConfig:
+    defaults, expert = model.facts.defaults, WHOLE_RANGE
+    if (named := model.facts.expert) is not None and config.min_noise is None and config.max_noise is None:
         expert = named.noise_range
     alpha = variant_of(config).default_alpha(config.algorithm, config.rank) if config.alpha is None else config.alpha
     return ResolvedConfig.of(
         config,
         learning_rate=config.learning_rate
         or rule_of(config.optimizer).own_rate
-        or _default_rate(denoiser, config, config.algorithm),
+        or _default_rate(model, config, config.algorithm),
         schedule=config.schedule or ("linear" if _anneals(config) else "constant"),
         alpha=alpha,
         targets=config.targets or defaults.targets,
         timesteps=config.timesteps or defaults.timestep_distribution,
         min_noise=expert[0] if config.min_noise is None else config.min_noise,
         max_noise=expert[1] if config.max_noise is None else config.max_noise,
-        training_dtype=dtype_on_device(config, denoiser.module, device),
+        training_dtype=dtype_on_device(config, model.module, device),
     )
 
 
@@ -214,8 +216,8 @@ def _on_device(config: TrainConfig, module: nn.Module, device: torch.device) -> 
         yield "sharding has no effect in one process, which keeps all weights; start several, with --gpus or torchrun."
 
 
-def _default_rate(denoiser: Denoiser, config: TrainConfig, algorithm: str) -> float:
-    rate = denoiser.base.defaults.learning_rate * ALGORITHMS[ADAPTERS.canonical(algorithm)].learning_rate_factor
+def _default_rate(model: Trainable, config: TrainConfig, algorithm: str) -> float:
+    rate = model.facts.defaults.learning_rate * ALGORITHMS[ADAPTERS.canonical(algorithm)].learning_rate_factor
     return 2 * rate if _anneals(config) else rate
 
 
@@ -226,13 +228,13 @@ def _anneals(config: TrainConfig) -> bool:
 
 
 def _learning_rates(
-    denoiser: Denoiser, requested: TrainConfig, plan: AdapterPlan, existing: Mapping[str, AdapterWeights]
+    model: Trainable, requested: TrainConfig, plan: AdapterPlan, existing: Mapping[str, AdapterWeights]
 ) -> dict[str, float]:
     """Rates by module path: those set for targets, and the default ones of continued layers' algorithms."""
     own = {adapter.path: adapter.learning_rate for adapter in plan.adapters if adapter.learning_rate is not None}
     if requested.learning_rate is not None or rule_of(requested.optimizer).own_rate is not None:
         return own
-    return {path: _default_rate(denoiser, requested, weights.algorithm) for path, weights in existing.items()} | own
+    return {path: _default_rate(model, requested, weights.algorithm) for path, weights in existing.items()} | own
 
 
 def _distinct_rates(config: ResolvedConfig, adapters: Mapping[str, Adapter], rates: Mapping[str, float]) -> set[float]:
@@ -241,31 +243,31 @@ def _distinct_rates(config: ResolvedConfig, adapters: Mapping[str, Adapter], rat
     return found | {rate * config.lora_plus_ratio for rate in found}
 
 
-def fresh_differences(denoiser: Denoiser, plan: AdapterPlan, config: TrainConfig) -> dict[str, Difference]:
+def fresh_differences(model: Trainable, plan: AdapterPlan, config: TrainConfig) -> dict[str, Difference]:
     """Zero differences for the norms and biases that `config.differences` selects, by module path."""
     wanted = {}
     if "norms" in config.differences:
-        _, exclusions = parse_targets(config.targets or "", denoiser.base.family.targets)
+        _, exclusions = parse_targets(config.targets or "", model.facts.presets)
         wanted = {
             path: module
-            for path, module in denoiser.module.named_modules()
+            for path, module in model.module.named_modules()
             if is_norm(module) and not any(rule.matches(path, module) for rule in exclusions)
         }
     if "biases" in config.differences:
-        layers = {adapter.path: denoiser.module.get_submodule(adapter.path) for adapter in plan.adapters}
+        layers = {adapter.path: model.module.get_submodule(adapter.path) for adapter in plan.adapters}
         wanted |= {path: layer for path, layer in layers.items() if layer.bias is not None}
     return {path: Difference.create(module) for path, module in wanted.items()}
 
 
-def _with_adapter(denoiser: Denoiser, path: Path, *, strict: bool) -> tuple[Denoiser, str]:
-    """The denoiser with a training adapter applied, and a note on parts that do not apply. Raises LoraError."""
-    adapter = Lora.load(path, denoiser.base)
+def _with_adapter(model: Trainable, path: Path, *, strict: bool) -> tuple[Trainable, str]:
+    """The model with a training adapter applied, and a note on parts that do not apply. Raises LoraError."""
+    adapter = Lora.load(path, model.names)
     if not any(ref.component == DENOISER for ref in (*adapter.state.adapters, *adapter.state.differences)):
         raise LoraError(
             f"training_adapter must have layers of the denoiser, but {path} has none; give the adapter that was made "
-            f"for {denoiser.base.family.title}"
+            f"for {model.facts.family_title or model.title}"
         )
-    applied = adapter.applied(denoiser, None, strict=strict)
+    applied = adapter.applied(model, None, strict=strict)
     return applied.denoiser, applied.note
 
 
@@ -280,11 +282,11 @@ class _Existing:
     steps: int = 0
     left_out: str = ""
 
-    def below(self, denoiser: Denoiser) -> Denoiser:
+    def below(self, model: Trainable) -> Trainable:
         carried = {
             ref.path: difference for ref, difference in self.carried.differences.items() if ref.component == DENOISER
         }
-        return denoiser.patched(Patch({}, carried)) if carried else denoiser
+        return model.patched(Patch({}, carried)) if carried else model
 
     def notes(self, fresh: int) -> Iterator[str]:
         if self.name:
@@ -298,9 +300,9 @@ class _Existing:
             yield f"{self.left_out}; they are saved unchanged."
 
 
-def _existing(path: Path, denoiser: Denoiser, config: TrainConfig) -> _Existing:
-    lora = Lora.load(path, denoiser.base)
-    left_out, state = lora.applied(denoiser, None, strict=config.strict).note, lora.state
+def _existing(path: Path, model: Trainable, config: TrainConfig) -> _Existing:
+    lora = Lora.load(path, model.names)
+    left_out, state = lora.applied(model, None, strict=config.strict).note, lora.state
     adapters = {ref.path: adapter for ref, adapter in state.adapters.items() if ref.component == DENOISER}
     differences: dict[str, dict[str, Tensor]] = {}
     carried = {ref: difference for ref, difference in state.differences.items() if ref.component != DENOISER}
@@ -350,14 +352,14 @@ def parse_targets(text: str, presets: Mapping[str, Rule]) -> tuple[list[Rule], l
     return rules or [Rule(("*",), name="*")], exclusions
 
 
-def resolve_targets(denoiser: Denoiser, config: TrainConfig) -> AdapterPlan:
+def resolve_targets(model: Trainable, config: TrainConfig) -> AdapterPlan:
     """The layers that `config.targets` or the model's own preset match. Raises OptionError."""
-    presets = denoiser.base.family.presets
-    text = config.targets or denoiser.base.defaults.targets
+    presets = model.facts.presets
+    text = config.targets or model.facts.defaults.targets
     rules, exclusions = parse_targets(text, presets)
     capped = ALGORITHMS[config.algorithm].rank_meaning == "rank"
     try:
-        return plan_adapters(denoiser.module, rules, exclude=exclusions, rank=config.rank, capped=capped)
+        return plan_adapters(model.module, rules, exclude=exclusions, rank=config.rank, capped=capped)
     except OptionError as error:
         hint = next((hint for rule in rules if (hint := nearest(rule.name, presets)) and rule.name in str(error)), "")
         raise OptionError(f"{error}{hint}; use one of {', '.join(presets)}, or patterns such as *.attn2.*") from None

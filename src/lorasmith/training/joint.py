@@ -36,7 +36,7 @@ from lorasmith.core.tensor_digests import digest_of_tensors
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.training.batches import Batch, drawn_captions, kind_of
 from lorasmith.training.config import TrainConfig
-from lorasmith.training.engine import Engine, frozen, prediction_losses
+from lorasmith.training.engine import Engine, prediction_losses
 from lorasmith.training.job import TrainJob
 from lorasmith.training.memory.activations import activations_packed, activations_reduced, blocks_checkpointed
 from lorasmith.training.recovery import StepRepeated
@@ -67,10 +67,10 @@ def check_alike(jobs: Sequence[TrainJob]) -> None:
                     f"runs that train together must have the same {name}, got {one!r} and {other!r}; make them equal, "
                     "or train apart"
                 )
-        if job.denoiser.module is not first.denoiser.module:
+        if job.model.module is not first.model.module:
             raise OptionError(
-                f"runs that train together must have one model, got {first.denoiser.base.title} and "
-                f"{job.denoiser.base.title}, loaded one by one; load it once"
+                f"runs that train together must have one model, got {first.model.title} and "
+                f"{job.model.title}, loaded one by one; load it once"
             )
         if _base_patches_digest(job) != _base_patches_digest(first):
             raise OptionError(
@@ -124,7 +124,7 @@ def train_jointly(
 
 
 def _base_patches_digest(job: TrainJob) -> str:
-    return digest_of_tensors(patch_tensors(job.denoiser.patches))
+    return digest_of_tensors(patch_tensors(job.model.patches))
 
 
 class _Participant(Generic[T]):
@@ -267,31 +267,31 @@ class _Coordinator:
             participant.answer = share.gradient
 
     def _pass(self, parts: Sequence[tuple[_Share, Batch]]) -> None:
-        denoiser, model = parts[0][0].engine.denoiser, self._model
+        trained, model = parts[0][0].engine.model, self._model
         counts = [len(batch.names) for _, batch in parts]
         present = [(share.place, count) for (share, _), count in zip(parts, counts, strict=True)]
         batches = [batch for _, batch in parts]
-        conditioning = denoiser.base.family.join([batch.conditioning for batch in batches])
+        conditioning = trained.join([batch.conditioning for batch in batches])
         noised = torch.cat([batch.noised for batch in batches]).to(model.dtype)
         time = torch.cat([batch.level.time for batch in batches])
         if len(parts) > 1 and not model.rows.are_known:
             (_, one), *_ = parts
             with torch.no_grad():
                 with model.rows.learnt(present[:1]):
-                    denoiser.predict(one.noised.to(model.dtype), one.level.time, one.conditioning)
+                    trained.predict(one.noised.to(model.dtype), one.level.time, one.conditioning)
                 with model.rows.learnt(present):
-                    denoiser.predict(noised, time, conditioning)
+                    trained.predict(noised, time, conditioning)
         with contextlib.ExitStack() as stack:
             # Until the backward pass ends, as it may recompute blocks.
             stack.enter_context(model.rows.set(present))
             for share, batch in parts:
                 stack.enter_context(share.engine.dropout.masks_applied(batch.masks))
-            with activations_packed(model.activations, denoiser.module):
-                prediction = denoiser.predict(noised, time, conditioning)
+            with activations_packed(model.activations, trained.module):
+                prediction = trained.predict(noised, time, conditioning)
             totals = []
             for (share, batch), own in zip(parts, torch.split(prediction, counts), strict=True):
                 engine = share.engine
-                parameterization = engine.denoiser.diffusion.parameterization
+                parameterization = engine.model.diffusion.parameterization
                 losses = prediction_losses(own, batch, engine.config, parameterization)
                 totals.append(engine.summed_loss(losses, batch, share.samples))
                 share.losses.append(losses.detach())
@@ -339,7 +339,7 @@ class _Share:
 
 class _JointEngine(Engine):
     def __init__(self, job: TrainJob, participant: _Participant[Any], model: SharedModel, *, share: float) -> None:
-        super().__init__(job.denoiser, job.adapters, job.config, job.runtime, job.differences)
+        super().__init__(job.model, job.adapters, job.config, job.runtime, job.differences)
         self.change(memory_share=share)
         self._participant, self._model = participant, model
         self._has_arrived = self._is_prepared = False
@@ -419,12 +419,12 @@ class SharedModel:
         """Place the weights as the runs train with them, with nothing attached."""
         self._detach()
         if not self._is_frozen:
-            self._frozen.enter_context(frozen(self._job.denoiser, self._job.config, self._job.runtime))
+            self._frozen.enter_context(self._job.model.frozen(self._job.config, self._job.runtime))
             self._is_frozen = True
 
     def attach(self, engines: Sequence[Engine], *, reduced: bool = True) -> None:
         """Attach the adapters of runs; if `reduced`, activations are kept as in the run with least memory for them."""
-        module = self._job.denoiser.module
+        module = self._job.model.module
         activations: ActivationPlan = "keep"
         depth = 0
         if reduced:

@@ -44,9 +44,11 @@ from lorasmith.formats.names import ModelNames
 from lorasmith.formats.scales import rank_of
 from lorasmith.formats.spelling import ModuleTensors, all_assembled, fits, grouped, guessed_family
 from lorasmith.report.pictures import card
+from lorasmith.training.trainable import Trainable
 
-D = TypeVar("D", Denoiser, None)
+D = TypeVar("D", Denoiser, Trainable, None)
 E = TypeVar("E", TextEncoder, None)
+H = TypeVar("H", Denoiser, Trainable)
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class Lora:
     given: Mapping[str, torch.Tensor] | None = None
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], model: Model | ModelNames | None = None) -> Lora:
+    def load(cls, path: str | os.PathLike[str], model: Model | Trainable | ModelNames | None = None) -> Lora:
         """Load a LoRA file or folder in any known layout.
 
         Tensors stay on the memory-mapped file. Without a model, the LoRA can be inspected, applied to a model later,
@@ -108,7 +110,7 @@ class Lora:
             state = state_from_tensors(tensors, metadata, assumed)
         return cls(state, assumed or _UNKNOWN, name=path.name, given=tensors)
 
-    def for_model(self, model: Model | ModelNames) -> Lora:
+    def for_model(self, model: Model | Trainable | ModelNames) -> Lora:
         """This LoRA with the names of a model; unchanged if it has them already.
 
         Raises:
@@ -241,7 +243,7 @@ class Lora:
             OptionError: a strength is not a finite number.
         """
         if self.given is not None and (handle := denoiser or encoder) is not None:
-            whole = self.for_model(handle.base if isinstance(handle, Denoiser) else handle.names)
+            whole = self.for_model(handle.names)
             return whole.applied(
                 denoiser, encoder, strength=strength, text_strength=text_strength, bypass=bypass, strict=strict
             )
@@ -254,7 +256,7 @@ class Lora:
             encoder, misfits = self._on_encoder(encoder, text_strength)
             left += misfits
         if denoiser is not None and on_denoiser:
-            title = denoiser.base.title
+            title = denoiser.title
             denoiser = self._on_denoiser(denoiser, strength, bypass)
         left += (part for part in self._left_over if (on_denoiser if part.component == DENOISER else on_text))
         if on_denoiser and not on_text:
@@ -268,12 +270,12 @@ class Lora:
 
     def applied_to(
         self,
-        denoiser: Denoiser,
+        denoiser: H,
         *,
         strength: float = 1.0,
         bypass: bool | None = None,
         strict: bool = False,
-    ) -> Denoiser:
+    ) -> H:
         """The denoiser with this LoRA on top, as by `applied`, with a Python warning about parts that do not apply.
 
         Args:
@@ -318,9 +320,9 @@ class Lora:
             reason = StrangerReason.DENOISER if for_denoiser else StrangerReason.TEXT
             yield from (Unapplied(ref.path, ref.component, reason) for ref in self._modules)
 
-    def _on_denoiser(self, denoiser: Denoiser, strength: float, bypass: bool | None) -> Denoiser:
-        self._check_fits(denoiser.base)
-        patch = self._patch(DENOISER, strength=strength, bypass=bool(bypass))
+    def _on_denoiser(self, denoiser: H, strength: float, bypass: bool | None) -> H:
+        self._check_fits(denoiser)
+        patch: Patch = self._patch(DENOISER, strength=strength, bypass=bool(bypass))
         changed = {*patch.adapters, *(path for path, difference in patch.differences.items() if "weight" in difference)}
         if not bypass and changed & packed_layers(denoiser.module).keys():
             if bypass is not None:
@@ -341,9 +343,9 @@ class Lora:
                 encoder = encoder.patched(component, patch)
         return encoder, left
 
-    def _check_fits(self, base: Model) -> None:
+    def _check_fits(self, model: Denoiser | Trainable) -> None:
         """Raise LoraError unless the model's adapted layers are those that this LoRA was made for."""
-        ours, theirs = self.names, base.names
+        ours, theirs = self.names, model.names
         if ours is theirs:
             return
         paths = [ref.path for ref in self.state.adapters if ref.component == DENOISER]
@@ -352,7 +354,7 @@ class Lora:
             where = f", whose {misfits[0]} has another shape or is missing" if misfits else ""
             raise LoraError(
                 f"a LoRA must be applied to the kind of model that it was made for ({ours.family}), "
-                f"got {base.title} ({theirs.family}){where}; load a model of that kind"
+                f"got {model.title} ({theirs.family}){where}; load a model of that kind"
             )
 
     def _patch(self, component: str, *, strength: float, bypass: bool) -> Patch:

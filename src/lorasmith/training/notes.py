@@ -17,12 +17,12 @@ from lorasmith.core import quantization
 from lorasmith.core.adapter_state import COMFYUI, DENOISER, AdapterState, ModuleRef
 from lorasmith.core.options import options_of
 from lorasmith.core.quantization import packed
-from lorasmith.families.model import Denoiser
 from lorasmith.formats.acceptance import shortfalls
 from lorasmith.formats.lora_file import PORTABLE, layout_for
 from lorasmith.training.config import LossSettings, MemorySettings, OptimizerSettings, TrainConfig, VariantSettings
 from lorasmith.training.memory.compilation import compilable, units
 from lorasmith.training.memory.frozen_weights import code_in_model, takes_fp8_products
+from lorasmith.training.trainable import Trainable
 
 
 class ReportNote(str):
@@ -42,29 +42,29 @@ _FEW = 0.1
 
 
 def notes_on(
-    config: TrainConfig, denoiser: Denoiser, plan: AdapterPlan, adapters: Mapping[str, Adapter], differences: int
+    config: TrainConfig, model: Trainable, plan: AdapterPlan, adapters: Mapping[str, Adapter], differences: int
 ) -> tuple[str, ...]:
     """Remarks on a planned run, one sentence each; `config` is as requested, `differences` counts modules."""
     return (
-        *_on_base(config, denoiser),
-        *_on_experts(config, denoiser),
+        *_on_base(config, model),
+        *_on_experts(config, model),
         *MemorySettings.idle_settings(config),
         *OptimizerSettings.idle_settings(config),
         *VariantSettings.idle_settings(config),
-        *_on_quantization(config, denoiser),
-        *_on_shift(config, denoiser),
+        *_on_quantization(config, model),
+        *_on_shift(config, model),
         *LossSettings.idle_settings(config),
         *notes_on_plan(plan),
-        *_on_targets(config, denoiser, plan, adapters, differences),
-        *_on_compiling(config, denoiser, adapters),
+        *_on_targets(config, model, plan, adapters, differences),
+        *_on_compiling(config, model, adapters),
     )
 
 
 def notes_on_file(
-    denoiser: Denoiser, adapters: Mapping[str, Adapter], differences: Mapping[str, Difference]
+    model: Trainable, adapters: Mapping[str, Adapter], differences: Mapping[str, Difference]
 ) -> tuple[str, ...]:
     """One sentence for each program that will not apply all of the LoRA in the default layout."""
-    names = denoiser.base.names
+    names = model.names
     whole = {path: adapter.diff.detach() for path, adapter in adapters.items() if isinstance(adapter, FullAdapter)}
     state = AdapterState(
         {ModuleRef(DENOISER, path): adapter.to_weights() for path, adapter in adapters.items() if path not in whole},
@@ -95,12 +95,12 @@ def notes_on_plan(plan: AdapterPlan) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def notes_on_products(config: TrainConfig, denoiser: Denoiser, device: torch.device) -> tuple[str, ...]:
+def notes_on_products(config: TrainConfig, model: Trainable, device: torch.device) -> tuple[str, ...]:
     """A note on how many layers quantized_backward applies to, if it is set but not for all."""
     if not config.quantized_backward:
         return ()
     own = None if config.quantization == "none" else packed(torch.zeros(1, 1), config.quantization, torch.float32).code
-    codes = {layer: own or code_in_model(layer) for layer in packable_layers(denoiser.module)}
+    codes = {layer: own or code_in_model(layer) for layer in packable_layers(model.module)}
     fitting = sum(takes_fp8_products(layer, code) for layer, code in codes.items())
     if not any(code in quantization.FP8_CODES for code in codes.values()):
         return (
@@ -120,28 +120,28 @@ def notes_on_products(config: TrainConfig, denoiser: Denoiser, device: torch.dev
     )
 
 
-def _on_base(config: TrainConfig, denoiser: Denoiser) -> Iterator[str]:
+def _on_base(config: TrainConfig, model: Trainable) -> Iterator[str]:
     """A warning about base models whose title names a distilled variant."""
-    title, family = denoiser.base.title, denoiser.base.family
-    marks = [mark for mark in family.distilled_names if mark.casefold() in title.casefold()]
+    title, facts = model.title, model.facts
+    marks = [mark for mark in facts.distilled_names if mark.casefold() in title.casefold()]
     if marks and config.training_adapter is None:
         yield (
             f"{title} is a model distilled to few steps, as {marks[0]} in its name says, which training undoes; train "
-            f"on the base model of {family.title}, or set training_adapter to a LoRA made for that."
+            f"on the base model of {facts.family_title}, or set training_adapter to a LoRA made for that."
         )
 
 
-def _on_quantization(config: TrainConfig, denoiser: Denoiser) -> Iterator[str]:
+def _on_quantization(config: TrainConfig, model: Trainable) -> Iterator[str]:
     """Share of the model that quantization applies to, and what it does not apply to."""
     if config.quantization == "none":
         return
-    packable = sum(layer.get_parameter("weight").numel() for layer in packable_layers(denoiser.module))
-    share = packable / sum(parameter.numel() for parameter in denoiser.module.parameters())
+    packable = sum(layer.get_parameter("weight").numel() for layer in packable_layers(model.module))
+    share = packable / sum(parameter.numel() for parameter in model.module.parameters())
     yield ReportNote(
         f"quantization {config.quantization} applies to {share:.1%} of the frozen weights: Linear layers and "
         "convolutions."
     )
-    if again := len(packed_layers(denoiser.module)):
+    if again := len(packed_layers(model.module)):
         yield (
             f"{again} of these weights are quantized in the checkpoint already and rounded a second time; use "
             "quantization none to keep them."
@@ -150,29 +150,29 @@ def _on_quantization(config: TrainConfig, denoiser: Denoiser) -> Iterator[str]:
         yield ReportNote("Previews are drawn with the original base model, not with the quantized one of training.")
 
 
-def _on_experts(config: TrainConfig, denoiser: Denoiser) -> Iterator[str]:
-    base = denoiser.base
-    named = base.named_expert
+def _on_experts(config: TrainConfig, model: Trainable) -> Iterator[str]:
+    facts = model.facts
+    named = facts.expert
     chosen = config.min_noise is not None or config.max_noise is not None
     if named is not None and not chosen:
         low, high = named.noise_range
         yield (
-            f"{base.title} is the {named.name} expert of {base.family.title}, as its name says, and is trained on its "
-            f"noise levels, {low:g} to {high:g}; --min-noise 0 trains on all of them."
+            f"{facts.title} is the {named.name} expert of {facts.family_title}, as its name says, and is trained on "
+            f"its noise levels, {low:g} to {high:g}; --min-noise 0 trains on all of them."
         )
-        others = [base.path / expert.folder for expert in base.family.experts if expert != named] if base.path else []
+        others = [facts.path / expert.folder for expert in facts.experts if expert != named] if facts.path else []
         if others and others[0].is_dir():
             yield f"The other expert is in the same folder; --low-noise-model {others[0]} trains it as well."
 
 
-def _on_shift(config: TrainConfig, denoiser: Denoiser) -> Iterator[str]:
-    own = denoiser.diffusion.schedule.shift
+def _on_shift(config: TrainConfig, model: Trainable) -> Iterator[str]:
+    own = model.diffusion.schedule.shift
     if config.timestep_shift is not None and math.isclose(config.timestep_shift, own) and config.timesteps != "shifted":
         yield f"timestep_shift {config.timestep_shift:g} has no effect: it is this model's own."
 
 
 def _on_targets(
-    config: TrainConfig, denoiser: Denoiser, plan: AdapterPlan, adapters: Mapping[str, Adapter], differences: int
+    config: TrainConfig, model: Trainable, plan: AdapterPlan, adapters: Mapping[str, Adapter], differences: int
 ) -> Iterator[str]:
     idle = [
         name for name, declared in options_of(TrainConfig).items() if declared.of_fresh and not config.is_default(name)
@@ -186,7 +186,7 @@ def _on_targets(
     if config.learning_rate is not None and len(rated) == len(adapters) and not differences:
         yield f"learning_rate {config.learning_rate:g} has no effect: every target has one of its own."
     if config.tucker and plan.adapters:
-        layers = (FrozenLayer(denoiser.module.get_submodule(target.path)) for target in plan.adapters)
+        layers = (FrozenLayer(model.module.get_submodule(target.path)) for target in plan.adapters)
         if not any(map(LoraAdapter.has_core, layers)):
             yield "tucker has no effect: no target is a convolution larger than 1×1."
     if config.rank_dropout or config.module_dropout:
@@ -197,10 +197,10 @@ def _on_targets(
         yield f"differences {config.differences} has no effect: the model has none of those parameters."
 
 
-def _on_compiling(config: TrainConfig, denoiser: Denoiser, adapters: Mapping[str, Adapter]) -> Iterator[str]:
+def _on_compiling(config: TrainConfig, model: Trainable, adapters: Mapping[str, Adapter]) -> Iterator[str]:
     if not config.compile:
         return
-    module = denoiser.module
+    module = model.module
     blocks = units(module)
     on_layer = {module.get_submodule(path): adapter for path, adapter in adapters.items()}
     inside = [[on_layer[layer] for layer in block.modules() if layer in on_layer] for block in blocks]

@@ -22,7 +22,6 @@ from lorasmith.core.printable import count_text, printable
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.data.encoder_digest import RememberedDigests, file_sha256
 from lorasmith.data.encoding_cache import default_cache
-from lorasmith.families.model import Model
 from lorasmith.formats.metadata import RUN_ENTRY, autov1, tag_frequency, without_private
 from lorasmith.report.pictures import card, embedded_picture, embedded_png
 from lorasmith.training.config import ResolvedConfig
@@ -148,7 +147,7 @@ class Results:
             unknown=job.carried.unknown,
             metadata=metadata,
         )
-        return Lora(state, job.denoiser.base.names, dtype_from_name(job.config.lora_dtype), job.config.private)
+        return Lora(state, job.model.names, dtype_from_name(job.config.lora_dtype), job.config.private)
 
     def save(self, loop: Loop, path: Path) -> None:
         self.lora(loop.step).save(path)
@@ -269,8 +268,8 @@ class BaseHashes:
 
 
 def _kohya(job: TrainJob, data: EncodedDataset, *, title: str, steps: int, started: float) -> dict[str, object]:
-    config, base = job.config, job.denoiser.base
-    version = base.family.kohya_version(job.denoiser.diffusion.parameterization)
+    config, facts = job.config, job.model.facts
+    version = facts.kohya_version
     algorithm, arguments = config.algorithm.lower(), _lycoris_arguments(config)
     is_plain = SD_SCRIPTS in format_named(algorithm).programs and not arguments
     per_step = config.samples_per_step
@@ -279,7 +278,7 @@ def _kohya(job: TrainJob, data: EncodedDataset, *, title: str, steps: int, start
         len({sample.name for sample in data.samples if sample.is_class is wanted}) for wanted in (False, True)
     )
     tags = _tags(data)
-    buckets = Counter(_picture_sizes(base, data))
+    buckets = Counter(_picture_sizes(job, data))
     width, height = max(buckets, key=_area)
     dtype = dtype_name(job.runtime.dtype)
     return {
@@ -289,7 +288,7 @@ def _kohya(job: TrainJob, data: EncodedDataset, *, title: str, steps: int, start
         "ss_network_dim": config.rank,
         "ss_network_alpha": float(config.alpha),
         "ss_network_args": {} if is_plain else {"algo": algorithm, **arguments},
-        "ss_sd_model_name": base.title,
+        "ss_sd_model_name": facts.title,
         "ss_output_name": title,
         "ss_training_started_at": started,
         "ss_training_finished_at": time.time(),
@@ -328,14 +327,13 @@ def _kohya(job: TrainJob, data: EncodedDataset, *, title: str, steps: int, start
 
 
 def _modelspec(job: TrainJob, data: EncodedDataset, *, title: str, trigger: str) -> dict[str, object]:
-    base = job.denoiser.base
-    family, parameterization = base.family, job.denoiser.diffusion.parameterization
-    width, height = max(_picture_sizes(base, data), key=_area)
+    facts, parameterization = job.model.facts, job.model.diffusion.parameterization
+    width, height = max(_picture_sizes(job, data), key=_area)
     tags = _tags(data)
     return {
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": f"{family.modelspec_architecture(parameterization)}/lora",
-        "modelspec.implementation": family.modelspec_implementation,
+        "modelspec.architecture": f"{facts.modelspec_architecture}/lora" if facts.modelspec_architecture else "",
+        "modelspec.implementation": facts.modelspec_implementation,
         "modelspec.title": title or "LoRA",
         "modelspec.resolution": f"{width}x{height}",
         "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S"),
@@ -357,9 +355,9 @@ def _lycoris_arguments(config: ResolvedConfig) -> dict[str, object]:
     return {**{name: value for name, value in arguments.items() if value}, **size}
 
 
-def _picture_sizes(base: Model, data: EncodedDataset) -> list[tuple[int, int]]:
+def _picture_sizes(job: TrainJob, data: EncodedDataset) -> list[tuple[int, int]]:
     """Width and height in pixels of each sample's picture."""
-    factor = base.components.latent.downscale
+    factor = job.model.facts.downscale
     return [(sample.latents.shape[-1] * factor, sample.latents.shape[-2] * factor) for sample in data.samples]
 
 

@@ -16,6 +16,7 @@ from lorasmith.formats.spelling import without_core
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.job import fresh_differences, resolve_targets, variant_of
 from lorasmith.training.notes import notes_on_plan
+from lorasmith.training.trainable import Trainable, trainable
 
 _HEADER_BYTES = 130  # per tensor of a safetensors file: its name, dtype, shape and offset
 
@@ -46,14 +47,15 @@ class TargetSummary:
     notes: tuple[str, ...]  # remarks for the user, one sentence each
 
 
-def summarise_targets(denoiser: Denoiser, config: TrainConfig) -> TargetSummary:
-    """Summarise what `config` would train. The denoiser may be on the meta device. Raises OptionError."""
-    config = replace(config, targets=config.targets or denoiser.base.defaults.targets)
-    plan = resolve_targets(denoiser, config)
+def summarise_targets(model: Trainable | Denoiser, config: TrainConfig) -> TargetSummary:
+    """Summarise what `config` would train. The model may be on the meta device. Raises OptionError."""
+    model = trainable(model)
+    config = replace(config, targets=config.targets or model.facts.defaults.targets)
+    plan = resolve_targets(model, config)
     sizes: dict[object, _Size] = {}
     members: dict[tuple[str, str, float | None, float | None], list[tuple[PlannedAdapter, _Size]]] = {}
     for adapter in plan.adapters:
-        module = denoiser.module.get_submodule(adapter.path)
+        module = model.module.get_submodule(adapter.path)
         alike = (type(module), module.weight.shape, getattr(module, "groups", 1), replace(adapter, path=""))
         if alike not in sizes:
             sizes[alike] = _size(module, adapter, config)
@@ -63,9 +65,9 @@ def summarise_targets(denoiser: Denoiser, config: TrainConfig) -> TargetSummary:
     for (name, layer, alpha, learning_rate), found in members.items():
         ranks, parameters = [planned.rank for planned, _ in found], sum(size.trained for _, size in found)
         groups.append(TargetGroup(name, layer, len(found), (min(ranks), max(ranks)), alpha, learning_rate, parameters))
-    differences = fresh_differences(denoiser, plan, config)
+    differences = fresh_differences(model, plan, config)
     changed = {path: sum(p.numel() for p in difference.parameters()) for path, difference in differences.items()}
-    groups += _difference_groups(denoiser.module, changed)
+    groups += _difference_groups(model.module, changed)
     saved = [size for found in members.values() for _, size in found]
     saved += [_Size(numbers, numbers, 2) for numbers in changed.values()]
     width = dtype_from_name(config.lora_dtype).itemsize
@@ -73,7 +75,7 @@ def summarise_targets(denoiser: Denoiser, config: TrainConfig) -> TargetSummary:
         targets=config.targets or "",
         groups=tuple(groups),
         layers=len(plan.adapters),
-        targetable=sum(map(is_targetable, denoiser.module.modules())),
+        targetable=sum(map(is_targetable, model.module.modules())),
         parameters=sum(size.trained for size in saved),
         size_bytes=sum(size.saved * width + size.tensors * _HEADER_BYTES for size in saved),
         notes=notes_on_plan(plan),

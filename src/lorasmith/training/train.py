@@ -66,7 +66,8 @@ class Plan:
     from its end. A subfolder named `title` is used if the folder has files that are not a run's.
     """
 
-    denoiser: Denoiser  # from which previews are drawn; that of the job also has parts of a continued LoRA
+    # from which previews are drawn, without the parts of a continued LoRA; None for a model that cannot be sampled
+    denoiser: Denoiser | None = None
     job: TrainJob  # which can be run once
     data: EncodedDataset
     validation: EncodedDataset | None = None  # held-out images, instead of a share of the data
@@ -131,7 +132,7 @@ def run_bytes(job: TrainJob) -> int:
     loras = 1 + (config.steps // config.save_every if config.save_every else 0)
     lora_bytes = job.parameters * dtype_from_name(config.lora_dtype).itemsize
     pictures = len(config.previews.split("|")) * (PREVIEWS + 1) if config.previews else 0
-    picture_bytes = _PIXEL_BYTES * job.denoiser.base.defaults.resolution**2
+    picture_bytes = _PIXEL_BYTES * job.model.facts.defaults.resolution**2
     return loras * lora_bytes + 2 * _STATE_BYTES * job.parameters + pictures * picture_bytes + SPARE_BYTES
 
 
@@ -149,7 +150,7 @@ def run_job(plan: Plan, host: RunHost, engine: Callable[[TrainJob], Engine] = en
             plan = replace(plan, claim=claim)
         if plan.claim is not None:
             stack.callback(plan.claim.release)
-        job.denoiser.check_conditionings({id(one.conditioning): one.conditioning for one in data.samples}.values())
+        job.model.check(data.samples)
         parts = split(data, share=job.config.validation_share, given=plan.validation)
         job = replace(job, runtime=replace(job.runtime, varying_sizes=sizes_vary(parts.training.samples)))
         record = run_record(job, parts, title=plan.title, source=plan.source, facts=plan.facts, verify=plan.verify)
@@ -233,7 +234,7 @@ class _Run:
         self._handlers: list[EventHandler] = [host.on_event] if folder is None else [folder, host.on_event]
         self._draw = None if folder is None else host.begin(plan, folder.path)
         # Only rank 0 saves the LoRA.
-        self._hashes = BaseHashes(job.denoiser.base.path if job.runtime.processes.is_first else None)
+        self._hashes = BaseHashes(job.model.facts.path if job.runtime.processes.is_first else None)
         self._results = Results(
             job,
             parts.training,
@@ -246,7 +247,7 @@ class _Run:
         self._validation: ValidationWatch | None = None
         if parts.held_out:
             self._validation = ValidationWatch(
-                job.denoiser, parts.held_out.samples, job.config, job.runtime, self._results.save_best
+                job.model, parts.held_out.samples, job.config, job.runtime, self._results.save_best
             )
 
     def train(self, engine: Engine, start: RunState | None) -> TrainResult:

@@ -31,9 +31,9 @@ from lorasmith.core.random import keyed_normal, keyed_uniform
 from lorasmith.data.dataset import Sample, places_of
 from lorasmith.diffusion.losses import diffusion_loss
 from lorasmith.diffusion.schedule import quantile_range
-from lorasmith.families.model import Denoiser
 from lorasmith.training.config import WHOLE_RANGE
 from lorasmith.training.events import Validated
+from lorasmith.training.trainable import Trainable
 
 _SEED = 0  # a constant, so that runs with different seeds can be compared
 
@@ -52,7 +52,7 @@ class Validator:
 
     def __init__(
         self,
-        denoiser: Denoiser,
+        model: Trainable,
         samples: Sequence[Sample],
         *,
         draws: int,
@@ -63,19 +63,19 @@ class Validator:
         equal_passes: bool = False,
         noise_range: tuple[float, float] = WHOLE_RANGE,
     ) -> None:
-        self._denoiser = denoiser
+        self._model = model
         self._samples = list({id(sample): sample for sample in samples}.values())
         self._keys = _distinct([sample.name for sample in self._samples])
         self._device, self._dtype = device, dtype
-        self._memory_format = memory_format_for(denoiser.module)
+        self._memory_format = memory_format_for(model.module)
         self.names = tuple(sample.name for sample in self._samples)  # of the images, one per row of the result
         offsets = torch.tensor([keyed_uniform(_SEED, "validation timestep", key) for key in self._keys])
-        low, high = quantile_range(denoiser.diffusion.schedule, *noise_range)
+        low, high = quantile_range(model.diffusion.schedule, *noise_range)
         # (images, draws) fp32, of the noise level of each loss: 0 is clean, 1 is noise.
         self.quantiles = low + (high - low) * (torch.arange(draws) + offsets[:, None]) / draws
         self._processes = processes
         self._equal_passes = equal_passes
-        lengths_apart = equal_passes and denoiser.base.family.predicts_by_length
+        lengths_apart = equal_passes and model.facts.predicts_by_length
         batches = _grouped(self._samples, draws, batch_size, lengths_apart=lengths_apart)
         self._batches = batches[processes.rank :: processes.size]
         # Batches of other processes; their losses are discarded.
@@ -123,18 +123,18 @@ class Validator:
                 for row, draw in batch
             ]
         )
-        diffusion = self._denoiser.diffusion
+        diffusion = self._model.diffusion
         level = diffusion.schedule.at(torch.stack([self.quantiles[row, draw] for row, draw in batch]))
         noised = level.noised(clean, noise)
         level = level.to(self._device)
         clean, noise, noised = (
             tensor.to(self._device, memory_format=self._memory_format) for tensor in (clean, noise, noised)
         )
-        conditioning = self._denoiser.base.family.join([sample.conditioning for sample in samples])
+        conditioning = self._model.join([sample.conditioning for sample in samples])
         conditioning = conditioning.to(self._device, self._dtype)
         places = places_of(samples)
         return diffusion_loss(
-            self._denoiser.predict(noised.to(self._dtype), level.time, conditioning),
+            self._model.predict(noised.to(self._dtype), level.time, conditioning),
             clean=clean,
             noise=noise,
             noised=noised,

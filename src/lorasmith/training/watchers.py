@@ -13,13 +13,13 @@ from torch import Tensor
 from lorasmith.core.errors import LorasmithError, TrainingError
 from lorasmith.core.typed_json import typed
 from lorasmith.data.dataset import Sample
-from lorasmith.families.model import Denoiser
 from lorasmith.training.config import ResolvedConfig, TrainConfig
 from lorasmith.training.engine import Engine
 from lorasmith.training.events import Event, Warned
 from lorasmith.training.loop import Loop, Watcher
 from lorasmith.training.optim.optimizers import check_alike
 from lorasmith.training.runtime import Runtime
+from lorasmith.training.trainable import Trainable
 from lorasmith.training.validation import History, Validator
 
 _VALIDATIONS = 10
@@ -34,7 +34,7 @@ class ValidationWatch(Watcher):
 
     def __init__(
         self,
-        denoiser: Denoiser,
+        model: Trainable,
         samples: Sequence[Sample],
         config: ResolvedConfig,
         runtime: Runtime,
@@ -48,7 +48,7 @@ class ValidationWatch(Watcher):
         self._patience = config.patience
         self._on_best = on_best
         self._losses = Validator(
-            denoiser,
+            model,
             samples,
             draws=config.validation_draws,
             batch_size=max(config.batch_size, 4),

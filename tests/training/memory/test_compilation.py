@@ -476,6 +476,6 @@ def test_streamed_weights_are_not_compiled(tiny: Model, offloading: bool) -> Non
     job = plan_job(tiny.denoiser, TrainConfig(compile=True, rank=2, targets="attention"), CPU)
     job = replace(job, runtime=replace(job.runtime, offloading=offloading))
     blocks = units(tiny.components.denoiser)
-    with prepared(tiny.denoiser, job.adapters, job.config, job.runtime):
+    with prepared(job.model, job.adapters, job.config, job.runtime):
         assert all(("forward" in vars(block)) != offloading for block in blocks)
     assert not any("forward" in vars(block) for block in blocks)

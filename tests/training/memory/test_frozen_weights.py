@@ -32,7 +32,6 @@ from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Model
 from lorasmith.runs.library import train
 from lorasmith.sampling.generate import generate
-from lorasmith.training.engine import frozen
 from lorasmith.training.events import StepDone
 from lorasmith.training.memory.activations import blocks_checkpointed
 from lorasmith.training.memory.frozen_weights import WeightStream, frozen_bytes, takes_fp8_products, weights_packed
@@ -76,7 +75,7 @@ def test_weights_stay_in_the_format_of_their_file_and_no_bit_changes(
     before, expected = fingerprint(tiny), one_step(tiny, dataset, targets=LAYERS)
     for small in (frozen_layer.SMALL_BYTES, 0):
         monkeypatch.setattr(frozen_layer, "SMALL_BYTES", small)
-        with frozen(tiny.denoiser, job.config, replace(job.runtime, **changes)):
+        with job.model.frozen(job.config, replace(job.runtime, **changes)):
             sizes.append(weight_bytes(module))
         assert_same(one_step(tiny, dataset, changes, targets=LAYERS), expected)
     after = fingerprint(tiny)

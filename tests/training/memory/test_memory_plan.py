@@ -33,13 +33,13 @@ def plans(model: Model, data: EncodedDataset, budget: int) -> tuple[list[MemoryP
     chosen: list[Any] = []
 
     def plan() -> Any:
-        batch = engine.batch_maker(model.denoiser, data.samples, job.config, job.runtime).step(0)[0]
+        batch = engine.batch_maker(job.model, data.samples, job.config, job.runtime).step(0)[0]
         run = functools.partial(model.denoiser.predict, batch.noised, batch.level.time, batch.conditioning)
         chosen.append(list(memory_plan._plans(model.components.denoiser, run, budget)))
-        chosen.append(chosen_plan(model.denoiser, data.samples, job.config, job.runtime, budget))
+        chosen.append(chosen_plan(job.model, data.samples, job.config, job.runtime, budget))
         return replace(job.runtime, activations="keep")
 
-    with prepared(model.denoiser, job.adapters, job.config, job.runtime, planned=plan):
+    with prepared(job.model, job.adapters, job.config, job.runtime, planned=plan):
         pass
     return chosen[0], chosen[1]
 
@@ -123,5 +123,5 @@ def test_one_of_several_processes_measures_a_batch_of_its_share(
     join = tiny.family.join
     monkeypatch.setattr(type(tiny.family), "join", lambda self, given: (sizes.append(len(given)), join(given))[1])
     runtime = replace(job.runtime, processes=LastOfFour())
-    memory_plan.measured_plans(tiny.denoiser, dataset.samples, job.config, runtime, 0)
+    memory_plan.measured_plans(job.model, dataset.samples, job.config, runtime, 0)
     assert sizes == [measured]

@@ -179,7 +179,7 @@ def test_a_process_holds_its_part_between_steps(
     def one(_: Processes) -> tuple[int, int]:
         job = planned(tiny, quantization=kind, sharding=True, batch_size=4)
         engine = engine_of(job)
-        batch = batch_maker(tiny.denoiser, dataset.samples, job.config, job.runtime).step(0)
+        batch = batch_maker(job.model, dataset.samples, job.config, job.runtime).step(0)
         with engine.prepared():
             engine.gradient(batch)
             parts = [each for each in gc.get_objects() if type(each) is sharding._Bytes]
@@ -210,7 +210,7 @@ def test_all_processes_make_as_many_passes(tiny: Model, mixed: EncodedDataset) -
                 processes = Processes()
                 processes.rank, processes.size = rank, 2
                 runtime = replace(job.runtime, processes=processes, sharding=sharded)
-                made.append(batch_maker(tiny.denoiser, mixed.samples, job.config, runtime).step(step))
+                made.append(batch_maker(job.model, mixed.samples, job.config, runtime).step(step))
             draws = sorted(draw for batches in made for batch in batches for draw in batch.draws)
             assert draws == list(range(9 * step, 9 * step + 9))
             if sharded:

@@ -31,7 +31,6 @@ from lorasmith.core.choices import Activations
 from lorasmith.core.printable import memory_text
 from lorasmith.core.processes import ALONE
 from lorasmith.data.dataset import Sample
-from lorasmith.families.model import Denoiser
 from lorasmith.training.config import ResolvedConfig
 from lorasmith.training.engine import Engine, batch_maker
 from lorasmith.training.events import Planned, Warned
@@ -43,6 +42,7 @@ from lorasmith.training.memory.activations import (
     recipes_recorded,
 )
 from lorasmith.training.runtime import Runtime
+from lorasmith.training.trainable import Trainable
 
 _DEPTHS = 5
 _SHARE = 0.9  # of free memory; the rest is for fragmentation and other programs
@@ -81,11 +81,11 @@ class MemoryPlan:
 
 
 def chosen_plan(
-    denoiser: Denoiser, samples: Sequence[Sample], config: ResolvedConfig, runtime: Runtime, budget_bytes: int
+    model: Trainable, samples: Sequence[Sample], config: ResolvedConfig, runtime: Runtime, budget_bytes: int
 ) -> MemoryPlan:
     """The cheapest plan that fits, otherwise the one that needs least memory; arguments as for `measured_plans`."""
     plans = []
-    for plan in measured_plans(denoiser, samples, config, runtime, budget_bytes):
+    for plan in measured_plans(model, samples, config, runtime, budget_bytes):
         if plan.fits:
             return plan
         plans.append(plan)
@@ -93,7 +93,7 @@ def chosen_plan(
 
 
 def measured_plans(
-    denoiser: Denoiser,
+    model: Trainable,
     samples: Sequence[Sample],
     config: ResolvedConfig,
     runtime: Runtime,
@@ -103,21 +103,21 @@ def measured_plans(
 ) -> Iterator[MemoryPlan]:
     """All plans, cheapest first; each is measured on the largest sample when the iterator reaches it.
 
-    `denoiser` is frozen with only the adapters attached. `budget_bytes` is for a step, above what is allocated now.
+    `model` is frozen with only the adapters attached. `budget_bytes` is for a step, above what is allocated now.
     Forward passes run inside of `within()`, such as a mode of fake tensors.
     """
     largest = max((sized for sample in samples for sized in sample.sizes()), key=lambda sample: sample.latents.numel())
     # Each process has its share of a step's samples, in batches of at most the batch size.
     share = -(-config.samples_per_step // runtime.processes.size)
     one_batch = replace(config, batch_size=min(config.batch_size, share), grad_accumulation_steps=1)
-    batch = batch_maker(denoiser, [largest], one_batch, replace(runtime, processes=ALONE)).step(0)[0]
+    batch = batch_maker(model, [largest], one_batch, replace(runtime, processes=ALONE)).step(0)[0]
     noised = batch.noised.to(runtime.dtype)
 
     def run() -> Tensor:
         with within():
-            return denoiser.predict(noised, batch.level.time, batch.conditioning)
+            return model.predict(noised, batch.level.time, batch.conditioning)
 
-    return _plans(denoiser.module, run, int(_SHARE * budget_bytes))
+    return _plans(model.module, run, int(_SHARE * budget_bytes))
 
 
 def plan_activations(engine: Engine, samples: Sequence[Sample]) -> Planned | Warned:
@@ -140,7 +140,7 @@ def plan_for(engine: Engine, samples: Sequence[Sample]) -> MemoryPlan:
     # One plan for all processes, as sharded weights are gathered in the same order by all.
     free = min(runtime.processes.gathered(free_memory(runtime.device, runtime.memory_budget)))
     free = int(runtime.memory_share * free) - optimizer
-    return chosen_plan(engine.denoiser, samples, engine.config, runtime, free)
+    return chosen_plan(engine.model, samples, engine.config, runtime, free)
 
 
 def optimizer_bytes(master_bytes: int) -> int:

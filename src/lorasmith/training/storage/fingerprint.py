@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorasmith.adapters.frozen_layer import named_weights
 from lorasmith.adapters.patch import patch_tensors
@@ -66,14 +66,11 @@ def fingerprint(job: TrainJob, data: EncodedDataset, held_out: EncodedDataset | 
     config = {name: value for name, value in asdict(job.config).items() if name not in _UNCOMPARED}
     trained = [*job.adapters.items(), *job.differences.items()]
     initial = ((f"{path}.{name}", t) for path, module in trained for name, t in module.state_dict().items())
-    noising, state = job.denoiser.noising, job.config.existing_state
+    noising, state = job.model.facts.noising, job.config.existing_state
     found: Fingerprint = {
         "config": config,
-        "base": {
-            part: digest_of_tensors(_sampled(named_weights(module)))
-            for part, module in job.denoiser.base.components.modules().items()
-        },
-        "patches": digest_of_tensors(patch_tensors(job.denoiser.patches)),
+        "base": dict(job.model.identity()),
+        "patches": digest_of_tensors(patch_tensors(job.model.patches)),
         "data": digest_of_tensors(_data_tensors(data)),
         "held_out": digest_of_tensors(_data_tensors(held_out)) if held_out else "",
         "initial": digest_of_tensors(initial) + ("" if state is None else state_digest(Path(state))),
@@ -188,11 +185,15 @@ def _completed(config: Mapping[str, Any] | None) -> dict[str, Any]:
     return {name: value for name, value in {**defaults, **(config or {})}.items() if name not in _UNCOMPARED}
 
 
-def _sampled(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Evenly spaced values of each tensor: enough to distinguish models without hashing gigabytes.
+def weights_digest(module: nn.Module) -> str:
+    """Digest of evenly spaced values of each tensor: enough to distinguish models without hashing gigabytes.
 
     16-bit values are widened, so that a model loaded in fp32 equals its 16-bit file.
     """
+    return digest_of_tensors(_sampled(named_weights(module)))
+
+
+def _sampled(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in tensors:
         flat = tensor.detach().reshape(-1)
         places = torch.linspace(0, max(0, flat.numel() - 1), min(_SAMPLED, flat.numel()), dtype=torch.float64)

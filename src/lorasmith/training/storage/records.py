@@ -126,19 +126,19 @@ def run_record(
     verify: bool,  # digest every byte of the base model's files
 ) -> RunRecord:
     """The record of a planned run. Raises ModelError if a file of the base model cannot be read for `verify`."""
-    base = job.denoiser.base
+    model = job.model.facts
     held_out = parts.held_out.samples if parts.held_out else ()
     taken = fingerprint(job, parts.training, parts.held_out)
     if verify:
-        taken["files"] = file_digests(base.files)
+        taken["files"] = file_digests(model.files)
     return RunRecord(
         title=title,
         source=dict(source),
         model=ModelRecord(
-            name=base.title,
-            path=str(base.path) if base.path else None,
-            family=base.family.name,
-            files={part: str(path) for part, path in base.files.items()},
+            name=model.title,
+            path=str(model.path) if model.path else None,
+            family=job.model.names.family,
+            files={part: str(path) for part, path in model.files.items()},
         ),
         config=asdict(job.config),
         asked=asdict(job.requested),

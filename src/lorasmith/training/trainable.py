@@ -1,0 +1,264 @@
+"""What training asks of a model: `Trainable`, a frozen network with the eight things that a run needs of it.
+
+    module      the network that carries the adapters         names      of its layers in LoRA files
+    diffusion   what it predicts, and its noise schedule      facts      for records, metadata and defaults
+    frozen      ready on its device inside this context       predict    one evaluation of the network
+    join        conditionings of samples as one batch         identity   digests, by which a run is known again
+
+No other module of training knows families, files or libraries. `TrainableDenoiser` is a loaded model's denoiser.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from lorasmith.adapters.frozen_layer import weights_as_stored
+from lorasmith.adapters.inject import Rule, adapters_attached
+from lorasmith.adapters.patch import Patch, attachments, patches_applied, patches_merged
+from lorasmith.core.errors import OptionError
+from lorasmith.core.placement import placed, reproducible
+from lorasmith.core.printable import printable
+from lorasmith.data.dataset import Sample
+from lorasmith.diffusion.schedule import PARAMETERIZATIONS, DiscreteSchedule, FlowSchedule
+from lorasmith.families.base import COMMON_PRESETS, Conditioning, Defaults, Diffusion, Expert, collate
+from lorasmith.families.files.original_weights import module_paths, weight_shapes
+from lorasmith.families.model import Denoiser, Model
+from lorasmith.formats.names import ModelNames, OriginalName, ProgramLimits
+from lorasmith.training.config import ResolvedConfig
+from lorasmith.training.memory.frozen_weights import WeightStream, fp8_products_enabled, weights_packed
+from lorasmith.training.memory.sharding import weights_sharded
+from lorasmith.training.runtime import Runtime
+from lorasmith.training.storage.fingerprint import weights_digest
+
+Predict = Callable[[nn.Module, Tensor, Tensor, Conditioning], Tensor]
+"""(module, latents, time, conditioning) → prediction, as `Trainable.predict`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What records, metadata, notes and default settings say of a model."""
+
+    title: str  # name in reports
+    defaults: Defaults
+    presets: Mapping[str, Rule] = field(default_factory=lambda: COMMON_PRESETS)  # of targets, by name
+    downscale: int = 1  # pixels per latent in each direction
+    predicts_by_length: bool = False  # whether `predict` runs the network once for each length of context in a batch
+    family_title: str = ""
+    path: Path | None = None  # the file or folder that the network is from
+    files: Mapping[str, Path] = field(default_factory=dict)  # of each part of the model, by name
+    noising: Diffusion | None = None  # that replaces the model's own
+    expert: Expert | None = None  # that the file's name says it is, of `experts`
+    experts: tuple[Expert, ...] = ()
+    distilled_names: tuple[str, ...] = ()  # parts of titles of variants that training undoes
+    # `ss_base_model_version`, `modelspec.architecture` without `/lora`, and `modelspec.implementation`; empty for none
+    kohya_version: str = ""
+    modelspec_architecture: str = ""
+    modelspec_implementation: str = ""
+
+
+class Trainable:
+    """A frozen network that LoRAs can be trained on: any `nn.Module` that predicts noise, v or a flow.
+
+    Subclasses may replace `frozen`, `predict`, `join`, `identity` and `check`, each on its own.
+
+    Args:
+        module: the network. Layers that can carry adapters are `Linear` and zero-padded convolutions. It is neither
+            copied nor modified: what a run changes (device, dtype, training mode, `requires_grad`) is restored.
+        predict: `(module, latents, time, conditioning) -> prediction`, see the method; None calls
+            `module(latents, time, **conditioning.tensors)`.
+        diffusion: what it predicts: `flow` (rectified flow, time is sigma in [0, 1]), `epsilon` or `v` (Stable
+            Diffusion's 1000 steps, time is the index), or a `Diffusion` with a schedule of its own.
+        title: name in reports and LoRA files; the module's class if empty.
+        downscale: pixels per latent in each direction, for the picture sizes in metadata.
+
+    Raises:
+        OptionError: `diffusion` is not one of these, or `module` is not an `nn.Module` with such layers.
+    """
+
+    module: nn.Module
+    diffusion: Diffusion
+    names: ModelNames
+    facts: Facts
+    patches: tuple[Patch, ...] = ()  # LoRAs that are part of the frozen network
+
+    def __init__(
+        self,
+        module: nn.Module,
+        predict: Predict | None = None,
+        *,
+        diffusion: str | Diffusion = "flow",
+        title: str = "",
+        downscale: int = 1,
+    ) -> None:
+        if not isinstance(module, nn.Module):
+            raise OptionError(f"a Trainable needs a torch.nn.Module, got {type(module).__name__}; pass the network")
+        self.module = module
+        self.diffusion = diffusion if isinstance(diffusion, Diffusion) else _diffusion(diffusion)
+        title = title or type(module).__name__
+        self.facts = Facts(title=title, defaults=Defaults(targets="all-linear", guidance=1.0), downscale=downscale)
+        self.names = ModelNames(
+            family=title,
+            denoiser={path: OriginalName(path) for path in module_paths(module)},
+            peft_prefix="transformer",
+            portable="diffusers",
+            weight_shapes=weight_shapes(module),
+            limits=ProgramLimits(sd_scripts_applies=None),
+        )
+        self._predict = predict
+
+    def __repr__(self) -> str:
+        loras = f", {len(self.patches)} LoRAs" if self.patches else ""
+        return f"{type(self).__name__}({printable(self.title, limit=60)}: {self.diffusion.parameterization}{loras})"
+
+    @property
+    def title(self) -> str:
+        return self.facts.title
+
+    def patched(self, patch: Patch) -> Self:
+        """The same network with one more LoRA below what is trained."""
+        other = copy.copy(self)
+        other.patches = (*self.patches, patch)
+        return other
+
+    def active(self) -> contextlib.AbstractContextManager[None]:
+        """The module has the patches inside."""
+        return patches_applied(self.module, self.patches)
+
+    @contextlib.contextmanager
+    def frozen(self, config: ResolvedConfig, runtime: Runtime) -> Iterator[None]:
+        """Inside the context, the network is ready on its device: patched, cast, quantized, offloaded or sharded.
+
+        Nothing is differentiable but inputs. Afterwards the module is as before, bit for bit.
+        """
+        module = self.module
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(reproducible(config.deterministic))
+            stack.enter_context(_evaluating(module))
+            stack.enter_context(patches_merged(module, self.patches, dtype=torch.float32))
+            device, dtype = runtime.device, runtime.dtype
+            stream = WeightStream(device) if runtime.offloading else None
+            kind, elsewhere = config.quantization, list[nn.Module]()
+            if runtime.sharding:
+                elsewhere = stack.enter_context(
+                    weights_sharded(module, kind=kind, device=device, dtype=dtype, processes=runtime.processes)
+                )
+            packed = stack.enter_context(
+                weights_packed(module, kind=kind, device=device, dtype=dtype, stream=stream, without=elsewhere)
+            )
+            packed += [layer.get_parameter("weight") for layer in elsewhere]
+            if kind == "none" and stream is None:
+                stack.enter_context(weights_as_stored(module, dtype, without=elsewhere))
+            stack.enter_context(placed(module, device=device, dtype=dtype, without=packed))
+            if runtime.quantized_backward:
+                stack.enter_context(fp8_products_enabled(module))
+            stack.enter_context(adapters_attached(module, attachments(module, self.patches)))
+            yield
+
+    def predict(self, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
+        """The network's prediction, of the shape of `latents`, with the adapters that are attached now.
+
+        Args:
+            latents: (batch, channels, [frames,] height, width), noised, in the dtype of the run.
+            time: (batch,) fp32, `NoiseLevel.time`: sigma of a flow, the index of a discrete schedule's step.
+            conditioning: joined, on the same device; floats in the dtype of the run.
+        """
+        if self._predict is not None:
+            return self._predict(self.module, latents, time, conditioning)
+        prediction: Tensor = self.module(latents, time, **conditioning.tensors)
+        return prediction
+
+    def join(self, conditionings: Sequence[Conditioning]) -> Conditioning:
+        """One batch of samples' conditionings, in order; contexts of different lengths are padded and masked."""
+        return collate(conditionings, repeatable=False)
+
+    def identity(self) -> Mapping[str, str]:
+        """Digests of the frozen weights, by part of the model; equal ones mean the same model when a run resumes."""
+        return {"denoiser": weights_digest(self.module)}
+
+    def check(self, samples: Iterable[Sample]) -> None:
+        """Raise DataError for samples that the network does not take; called before a run."""
+
+
+class TrainableDenoiser(Trainable):
+    """A loaded model's denoiser, with the LoRAs on it."""
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        base, family = denoiser.base, denoiser.base.family
+        self.denoiser = denoiser
+        self.module, self.diffusion, self.patches = denoiser.module, denoiser.diffusion, denoiser.patches
+        self.names = base.names
+        self.facts = Facts(
+            title=base.title,
+            defaults=base.defaults,
+            presets=family.presets,
+            downscale=base.components.latent.downscale,
+            predicts_by_length=family.predicts_by_length,
+            family_title=family.title,
+            path=base.path,
+            files=base.files,
+            noising=denoiser.noising,
+            expert=base.named_expert,
+            experts=family.experts,
+            distilled_names=family.distilled_names,
+            kohya_version=family.kohya_version(self.diffusion.parameterization),
+            modelspec_architecture=family.modelspec_architecture(self.diffusion.parameterization),
+            modelspec_implementation=family.modelspec_implementation,
+        )
+
+    def patched(self, patch: Patch) -> Self:
+        return type(self)(self.denoiser.patched(patch))
+
+    def predict(self, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
+        return self.denoiser.predict(latents, time, conditioning)
+
+    def join(self, conditionings: Sequence[Conditioning]) -> Conditioning:
+        return self.denoiser.base.family.join(conditionings)
+
+    def identity(self) -> Mapping[str, str]:
+        return {part: weights_digest(module) for part, module in self.denoiser.base.components.modules().items()}
+
+    def check(self, samples: Iterable[Sample]) -> None:
+        self.denoiser.check_conditionings({id(one.conditioning): one.conditioning for one in samples}.values())
+
+
+def trainable(model: Trainable | Denoiser | Model) -> Trainable:
+    """What training asks of a model, for a loaded one or its denoiser; others are returned."""
+    if isinstance(model, Model):
+        model = model.denoiser
+    return TrainableDenoiser(model) if isinstance(model, Denoiser) else model
+
+
+@contextlib.contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Inside the context, a network is in eval mode and its parameters need no gradient, as loaded ones are anyway."""
+    training = [part for part in module.modules() if part.training]
+    needing = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    try:
+        for part in training:
+            part.training = False
+        for parameter in needing:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for part in training:
+            part.training = True
+        for parameter in needing:
+            parameter.requires_grad_(True)
+
+
+def _diffusion(kind: str) -> Diffusion:
+    if kind not in PARAMETERIZATIONS:
+        raise OptionError(
+            f"diffusion must be a Diffusion or one of {', '.join(PARAMETERIZATIONS)}, got {kind!r}; choose what "
+            "the network predicts"
+        )
+    kind = PARAMETERIZATIONS.canonical(kind)
+    return Diffusion(kind, FlowSchedule() if kind == "flow" else DiscreteSchedule.scaled_linear())
