@@ -19,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, Protocol, TypeGuard
 
 import torch
@@ -37,6 +37,7 @@ from lorasmith.core.quantization import (
     scaled_codes,
     weight_source,
 )
+from lorasmith.core.tensor_digests import digest_of_tensors
 
 PRODUCTS = "products"
 """Attribute of a Linear layer with a packed weight whose products are not the ordinary ones: a `Products`."""
@@ -433,3 +434,24 @@ def named_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, tensor
     for name, weight in packed.items():
         yield from ((f"{name} {number}", tensor) for number, tensor in enumerate(weight.tensors))
+
+
+_SAMPLED = 64
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+def weights_digest(module: nn.Module) -> str:
+    """Digest of evenly spaced values of each tensor: enough to distinguish models without hashing gigabytes.
+
+    16-bit values are widened, so that a model loaded in fp32 equals its 16-bit file.
+    """
+    return digest_of_tensors(_sampled(named_weights(module)))
+
+
+def _sampled(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in tensors:
+        flat = tensor.detach().reshape(-1)
+        places = torch.linspace(0, max(0, flat.numel() - 1), min(_SAMPLED, flat.numel()), dtype=torch.float64)
+        values = flat[places.long().to(flat.device)]
+        yield f"{name} {list(tensor.shape)}", values.float() if values.dtype in _HALVES else values
+        release_pages(flat)  # of a memory-mapped file: reading a value loads the pages around it

@@ -20,7 +20,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters.frozen_layer import weights_as_stored
+from lorasmith.adapters.frozen_layer import weights_as_stored, weights_digest
 from lorasmith.adapters.inject import Rule, adapters_attached
 from lorasmith.adapters.patch import Patch, attachments, patches_applied, patches_merged
 from lorasmith.core.errors import OptionError
@@ -36,7 +36,6 @@ from lorasmith.training.config import ResolvedConfig
 from lorasmith.training.memory.frozen_weights import WeightStream, fp8_products_enabled, weights_packed
 from lorasmith.training.memory.sharding import weights_sharded
 from lorasmith.training.runtime import Runtime
-from lorasmith.training.storage.fingerprint import weights_digest
 
 Predict = Callable[[nn.Module, Tensor, Tensor, Conditioning], Tensor]
 """(module, latents, time, conditioning) → prediction, as `Trainable.predict`."""

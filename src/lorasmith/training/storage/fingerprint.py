@@ -11,19 +11,17 @@ import functools
 import hashlib
 import os
 import platform
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lorasmith.adapters.frozen_layer import named_weights
 from lorasmith.adapters.patch import patch_tensors
 from lorasmith.core.errors import ModelError, OutputError
-from lorasmith.core.mapped_files import release_pages
 from lorasmith.core.options import options_of
 from lorasmith.core.processes import current
 from lorasmith.core.tensor_digests import digest_of_tensors
@@ -57,8 +55,6 @@ _UNCOMPARED = {
     for name, declared in options_of(TrainConfig).items()
     if not declared.changes_numbers or declared.is_path or name == "compile"
 }
-_SAMPLED = 64
-_HALVES = (torch.float16, torch.bfloat16)
 
 
 def fingerprint(job: TrainJob, data: EncodedDataset, held_out: EncodedDataset | None) -> Fingerprint:
@@ -183,23 +179,6 @@ def _completed(config: Mapping[str, Any] | None) -> dict[str, Any]:
     """The settings that affect numbers, with defaults for those unknown to the version that wrote `config`."""
     defaults = {name: declared.default for name, declared in options_of(TrainConfig).items()}
     return {name: value for name, value in {**defaults, **(config or {})}.items() if name not in _UNCOMPARED}
-
-
-def weights_digest(module: nn.Module) -> str:
-    """Digest of evenly spaced values of each tensor: enough to distinguish models without hashing gigabytes.
-
-    16-bit values are widened, so that a model loaded in fp32 equals its 16-bit file.
-    """
-    return digest_of_tensors(_sampled(named_weights(module)))
-
-
-def _sampled(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in tensors:
-        flat = tensor.detach().reshape(-1)
-        places = torch.linspace(0, max(0, flat.numel() - 1), min(_SAMPLED, flat.numel()), dtype=torch.float64)
-        values = flat[places.long().to(flat.device)]
-        yield f"{name} {list(tensor.shape)}", values.float() if values.dtype in _HALVES else values
-        release_pages(flat)  # of a memory-mapped file: reading a value loads the pages around it
 
 
 def _data_tensors(data: EncodedDataset) -> Iterator[tuple[str, Tensor]]:
