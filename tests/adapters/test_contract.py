@@ -274,3 +274,14 @@ def test_the_model_is_untouched_afterwards(
 
     assert snapshot(model) == before
     assert torch.equal(model(x), output)
+
+
+def test_its_result_may_be_changed_in_place(algorithm: str, case: LayerCase) -> None:
+    model, x = case.model(), case.input().requires_grad_()
+    layer, adapter = model.get_submodule("layer"), filled(model, algorithm)
+    gradients = []
+    for added in (Tensor.add, Tensor.add_):
+        with adapters_attached(model, [Attached({"layer": adapter})]):
+            gradients += torch.autograd.grad(added(layer(x), 1.0).square().sum(), [x, *adapter.parameters()])
+    first, second = gradients[: len(gradients) // 2], gradients[len(gradients) // 2 :]
+    assert all(map(torch.equal, first, second))

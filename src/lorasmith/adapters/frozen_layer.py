@@ -20,6 +20,7 @@ import contextlib
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, TypeGuard
 
 import torch
@@ -43,12 +44,26 @@ PRODUCTS = "products"
 """Attribute of a Linear layer with a packed weight whose products are not the ordinary ones: a `Products`."""
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+"""Convolutions that can carry an adapter, if they pad with zeros."""
+
 _CONVOLVE: dict[type, Callable[..., Tensor]] = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is linear-like: `x Wᵀ + b` with W of shape (`out_features`, `in_features`) as its `weight`.
+
+    Besides `nn.Linear` and its subclasses, classes of other libraries and of one's own are. While adapters are
+    attached, their product is computed here, from their weight or its source, and not by their `forward`.
+    """
+    if isinstance(module, nn.Linear):
+        return True
+    weight, sizes = getattr(module, "weight", None), [getattr(module, f"{side}_features", 0) for side in ("out", "in")]
+    return isinstance(weight, Tensor) and list(weight.shape) == sizes
+
+
 def is_targetable(module: nn.Module) -> bool:
-    """Whether a module can carry an adapter: Linear, or a zero-padded convolution."""
-    return isinstance(module, nn.Linear) or (isinstance(module, CONVOLUTIONS) and module.padding_mode == "zeros")
+    """Whether a module can carry an adapter: linear-like, or a zero-padded convolution."""
+    return is_linear(module) or (isinstance(module, CONVOLUTIONS) and module.padding_mode == "zeros")
 
 
 class Products(Protocol):
@@ -85,15 +100,20 @@ class FrozenLayer:
 
     @property
     def weight(self) -> Tensor:
-        """The frozen weight."""
+        """The frozen weight, which its source may make anew; products use `weight_acquired`."""
+        with self.weight_acquired() as weight:
+            return weight if isinstance(self._source, Packed | None) else weight.clone()
+
+    def weight_acquired(self) -> AbstractContextManager[Tensor]:
+        """The frozen weight, for use inside the context alone."""
         source = self._source
-        weight: Tensor = self.module.weight if source is None else source.fetch().weight()  # type: ignore[assignment]
-        return weight
+        return nullcontext(self.module.weight) if source is None else _Unpacked(source.use())  # type: ignore[arg-type]
 
     @property
     def bias(self) -> Tensor | None:
         """The bias (out,), or None; embeddings have no place for one."""
-        bias: Tensor | None = getattr(self.module, "bias", None)
+        source = self._source
+        bias: Tensor | None = getattr(self.module, "bias", None) if source is None else source.bias(self.module)
         return bias
 
     @property
@@ -106,27 +126,33 @@ class FrozenLayer:
         added = self.bias if bias else None
         # A frozen Linear keeps no input, torch's convolution does; a compiler determines what is needed.
         if self._source is None and (not self.is_conv or torch.compiler.is_compiling()):
-            return self.product_with(self.weight, x, added)
+            with self.weight_acquired() as weight:
+                return self.product_with(weight, x, added)
         return _product(self, x, added)
 
     def times(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x Wᵀ + b` of a Linear layer for x (..., in), outside autograd, by the layer's `Products` if it has any."""
         source, products = self._source, self._products
         if source is None or products is None:
-            return F.linear(x, self.weight, bias)
-        return products.forward(source.fetch(), x, bias)
+            with self.weight_acquired() as weight:
+                return F.linear(x, weight, bias)
+        with source.use() as packed:
+            return products.forward(packed, x, bias)
 
     def grad_times(self, grad: Tensor) -> Tensor:
         """`grad W` of a Linear layer for grad (..., out): the gradient to the input of `times`."""
         source, products = self._source, self._products
         if source is None or products is None:
-            return grad @ self.weight
-        return products.backward(source.fetch(), grad)
+            with self.weight_acquired() as weight:
+                return grad @ weight
+        with source.use() as packed:
+            return products.backward(packed, grad)
 
     def add_grad_times(self, total: Tensor, grad: Tensor) -> Tensor:
         """`total + grad W` for total (rows, in) and grad (rows, out), in place."""
         if self._source is None or self._products is None:
-            return total.addmm_(grad, self.weight)
+            with self.weight_acquired() as weight:
+                return total.addmm_(grad, weight)
         return total.add_(self.grad_times(grad))
 
     def product_with(self, weight: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -178,6 +204,28 @@ class FrozenLayer:
         return self.module.__dict__.get(PRODUCTS)
 
 
+class _Unpacked:
+    """A weight that is unpacked inside the context."""
+
+    def __init__(self, use: AbstractContextManager[Packed]) -> None:
+        self._use = use
+
+    def __enter__(self) -> Tensor:
+        return self._use.__enter__().weight()
+
+    def __exit__(self, *error: Any) -> None:
+        self._use.__exit__(*error)
+
+
+def unviewed(y: Tensor) -> Tensor:
+    """A result of an autograd function that the model may change in place, as it may a Linear layer's own.
+
+    Products of more than two dimensions are views, of which torch forbids that.
+    """
+    same: Tensor = torch.ops.aten._unsafe_view(y, y.shape)
+    return same
+
+
 class _Product(torch.autograd.Function):
     """The product of a frozen layer, which keeps nothing: the backward pass reads the weight again."""
 
@@ -185,23 +233,23 @@ class _Product(torch.autograd.Function):
     def forward(ctx: Any, layer: FrozenLayer, x: Tensor, bias: Tensor | None) -> Tensor:
         ctx.layer, ctx.shape = layer, x.shape
         if not layer.is_conv:
-            return layer.times(x, bias)
-        weight = layer.weight
-        if has_few_pixels(layer.module, x.shape, weight):
-            return convolve_few_pixels(layer.module, x, weight, bias)
-        return layer.product_with(weight, x, bias)
+            return unviewed(layer.times(x, bias))
+        with layer.weight_acquired() as weight:
+            if has_few_pixels(layer.module, x.shape, weight):
+                return convolve_few_pixels(layer.module, x, weight, bias)
+            return layer.product_with(weight, x, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         layer, (grad,) = ctx.layer, grads
         if not layer.is_conv:
             return None, layer.grad_times(grad), None
-        weight = layer.weight
-        if has_few_pixels(layer.module, ctx.shape, weight):
-            return None, few_pixels_gradient(layer.module, grad, weight, ctx.shape), None
-        x = grad.new_empty(()).expand(ctx.shape)  # only its shape counts
-        _, grad_x = layer.product_gradients(grad, weight, x, of_weight=False, of_input=True)
-        return None, grad_x, None
+        with layer.weight_acquired() as weight:
+            if has_few_pixels(layer.module, ctx.shape, weight):
+                return None, few_pixels_gradient(layer.module, grad, weight, ctx.shape), None
+            x = grad.new_empty(()).expand(ctx.shape)  # only its shape counts
+            _, grad_x = layer.product_gradients(grad, weight, x, of_weight=False, of_input=True)
+            return None, grad_x, None
 
 
 _product: Callable[..., Tensor] = _Product.apply
@@ -310,10 +358,12 @@ class _ChangedProduct(torch.autograd.Function):
         change = build(*factors)
         if not on_top:
             return layer.product_with(change, x)
-        weight = layer.weight
-        if weight.element_size() < 4:
-            return layer.product_with(weight, x, bias).add_(layer.product_with(change, x))
-        return layer.product_with(weight + change, x, bias)
+        with layer.weight_acquired() as weight:
+            if weight.element_size() < 4:
+                y = layer.product_with(weight, x, bias).add_(layer.product_with(change, x))
+            else:
+                y = layer.product_with(weight + change, x, bias)
+        return y if layer.is_conv else unviewed(y)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -322,7 +372,10 @@ class _ChangedProduct(torch.autograd.Function):
         leaves = [factor.detach().requires_grad_(needed) for factor, needed in zip(factors, of_factors, strict=True)]
         with torch.enable_grad():
             change = ctx.build(*leaves)
-        total = ctx.layer.weight + change.detach() if ctx.on_top else change.detach()
+        total = change.detach()
+        if ctx.on_top:
+            with ctx.layer.weight_acquired() as weight:
+                total = weight + total
         grad_change, grad_x = ctx.layer.product_gradients(
             grads[0], total, x, of_weight=any(of_factors), of_input=of_input
         )

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from lorasmith.adapters import algorithms  # noqa: F401  registers every algorithm
 from lorasmith.adapters.adapter import ADAPTERS, Adapter, copied
-from lorasmith.adapters.frozen_layer import FrozenLayer, FrozenProduct, Products, is_targetable
+from lorasmith.adapters.frozen_layer import FrozenLayer, FrozenProduct, Products, is_linear, is_targetable
 from lorasmith.adapters.lora import LowRank, LowRankTerm, RunTerms, linear_with_lora
 from lorasmith.adapters.variants import Variant, dora_from_weights, fresh_adapter
 from lorasmith.core.adapter_state import AdapterWeights
@@ -48,7 +48,7 @@ class Rule:
 
     def matches(self, path: str, module: nn.Module) -> bool:
         """Whether a layer that can carry an adapter is chosen."""
-        if self.linear_only and not isinstance(module, nn.Linear):
+        if self.linear_only and not is_linear(module):
             return False
         return _matches(path, self.include) and not _matches(path, self.exclude)
 
@@ -424,12 +424,12 @@ class _LayerAbove(FrozenLayer):
         super().__init__(layer.module)
         self._below = below
 
-    @property
-    def weight(self) -> Tensor:
-        weight = super().weight
-        for adapter, strength in self._below:
-            weight = adapter.merged(weight, strength)
-        return weight
+    @contextlib.contextmanager
+    def weight_acquired(self) -> Iterator[Tensor]:
+        with super().weight_acquired() as weight:
+            for adapter, strength in self._below:
+                weight = adapter.merged(weight, strength)
+            yield weight
 
     @property
     def _products(self) -> Products | None:

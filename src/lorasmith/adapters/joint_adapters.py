@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters.frozen_layer import FrozenLayer, is_targetable
+from lorasmith.adapters.frozen_layer import FrozenLayer, is_linear, is_targetable
 from lorasmith.adapters.inject import (
     Attached,
     Forward,
@@ -162,7 +162,7 @@ _Terms = Sequence[tuple[LowRank, float] | None]
 
 def _low_rank_terms(module: nn.Module, own: Sequence[Forward]) -> _Terms | None:
     """The low-rank adapters on a Linear layer, if no run has anything else there."""
-    if not isinstance(module, nn.Linear):
+    if not is_linear(module):
         return None
     terms: list[tuple[LowRank, float] | None] = []
     for forward in own:

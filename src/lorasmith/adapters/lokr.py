@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.adapters.adapter import ADAPTERS, Adapter, fill_uniform, misfit, scaled, squared_product, taken, wide
-from lorasmith.adapters.frozen_layer import FrozenLayer, FrozenProduct, change_alone
+from lorasmith.adapters.frozen_layer import FrozenLayer, FrozenProduct, change_alone, unviewed
 from lorasmith.core.adapter_state import AdapterFormat, AdapterWeights, PeftKind, Shapes, Tensors
 from lorasmith.core.random import keyed_generator
 
@@ -129,11 +129,12 @@ class _KroneckerProduct(torch.autograd.Function):
         ctx.layer, ctx.on_top, ctx.factor = layer, on_top, factor
         mixed = _mixed(scaled(factor, w1), _parts_first(x, w1.shape[1]))
         if on_top:
-            weight = _weight(layer, w2)
-            y = _last(layer.product_with(weight, _second(x, weight), bias), weight).contiguous()
-            if weight.ndim == 2:
+            with layer.weight_acquired() as whole:
+                weight = whole.flatten(1) if w2.ndim == 2 else whole
+                y = _last(layer.product_with(weight, _second(x, weight), bias), weight).contiguous()
+            if w2.ndim == 2:
                 y.view(-1, len(w1), len(w2)).transpose(0, 1).baddbmm_(mixed, w2.t().expand(len(w1), -1, -1))
-                return y
+                return unviewed(y)
         change = _last(layer.product_with(w2, _second(mixed.view(-1, *x.shape[1:-1], w2.shape[1]), w2)), w2)
         parts = change.reshape(len(w1), -1, len(w2)).transpose(0, 1)
         if not on_top:
@@ -155,21 +156,17 @@ class _KroneckerProduct(torch.autograd.Function):
             if not ctx.on_top:
                 grad_x = added.reshape(x.shape)
             else:
-                weight = _weight(ctx.layer, w2)
-                _, grad_x = ctx.layer.product_gradients(
-                    _second(grads[0], weight), weight, _second(x, weight), of_weight=False, of_input=True
-                )
-                grad_x = _last(grad_x, weight).contiguous()
+                with ctx.layer.weight_acquired() as whole:
+                    weight = whole.flatten(1) if w2.ndim == 2 else whole
+                    _, grad_x = ctx.layer.product_gradients(
+                        _second(grads[0], weight), weight, _second(x, weight), of_weight=False, of_input=True
+                    )
+                    grad_x = _last(grad_x, weight).contiguous()
                 grad_x.view(added.shape).add_(added)
         return None, None, None, grad_x, grad_w1, grad_w2 if of_w2 else None, None
 
 
 _kronecker_product: Callable[..., Tensor] = _KroneckerProduct.apply
-
-
-def _weight(layer: FrozenLayer, w2: Tensor) -> Tensor:
-    """The layer's weight, flat where w2 is."""
-    return layer.weight.flatten(1) if w2.ndim == 2 else layer.weight
 
 
 def _small_gradients(

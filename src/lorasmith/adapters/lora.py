@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorasmith.adapters.adapter import ADAPTERS, Adapter, fill_uniform, misfit, squared_product, taken
-from lorasmith.adapters.frozen_layer import FrozenLayer, FrozenProduct
+from lorasmith.adapters.frozen_layer import FrozenLayer, FrozenProduct, unviewed
 from lorasmith.core.adapter_state import COMFYUI, DIFFUSERS, SD_SCRIPTS, AdapterFormat, AdapterWeights, PeftKind, Shapes
 from lorasmith.core.errors import OptionError
 from lorasmith.core.random import keyed_generator
@@ -289,7 +289,7 @@ class _LinearWithLora(torch.autograd.Function):
         places: _Places,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        results = [layer.times(x, bias) for layer, bias in zip(layers, biases, strict=True)]
+        results = [unviewed(layer.times(x, bias)) for layer, bias in zip(layers, biases, strict=True)]
         inners, joined_downs = [], []
         ups: Sequence[Any] = tensors[1::3]
         masks = tensors[2::3]

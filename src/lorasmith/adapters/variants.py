@@ -100,8 +100,8 @@ class DoraAdapter(Adapter):
 
     def _excess_now(self, x: Tensor, layer: FrozenLayer) -> Tensor:
         """The same for the layer's current weight, as a vector in the dtype of its activations."""
-        with torch.no_grad():
-            norm = _norm_of_sum(self.inner, layer.weight, self.axis)
+        with torch.no_grad(), layer.weight_acquired() as weight:
+            norm = _norm_of_sum(self.inner, weight, self.axis)
         return self._excess(norm).flatten().to(x.dtype)
 
 

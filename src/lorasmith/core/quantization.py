@@ -13,7 +13,7 @@ quantization of its scales; codes are ordered as in bitsandbytes, the first of a
 weights of one output of a Linear or convolution; blocks are consecutive in the weight's memory.
 
 Checkpoints with quantized weights of other formats (`families.files`) give `Packed` weights too. A layer whose weight
-is packed has it, or an object that fetches it, under `WEIGHT_SOURCE`, and a `placeholder` as its parameter.
+is packed has it, or another `WeightSource`, under `WEIGHT_SOURCE`, and a `placeholder` as its parameter.
 
 Products of fp8 codes C (out, in), with scales s, and activations or gradients, which are rounded to fp8:
 
@@ -31,9 +31,10 @@ from __future__ import annotations
 
 import functools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -67,8 +68,32 @@ NF4_LEVELS = (
 """Quantiles of a normal distribution, scaled to [−1, 1], with an exact zero."""
 
 
+class WeightSource(ABC):
+    """Where a layer's weight, and its bias, come from if not from its parameters.
+
+    Set as the attribute `WEIGHT_SOURCE` of a linear-like layer; everything that multiplies with it then asks here.
+    """
+
+    @property
+    @abstractmethod
+    def code(self) -> torch.dtype:
+        """dtype of the codes."""
+
+    @abstractmethod
+    def use(self) -> AbstractContextManager[Packed]:
+        """The packed weight on the device of its use, acquired on entry and released on exit.
+
+        After the release, its tensors may be reused or freed as soon as the device has done what is queued by then.
+        """
+
+    def bias(self, layer: nn.Module) -> Tensor | None:
+        """The bias (out,) on the device of its use, or None: the layer's parameter, if not overridden."""
+        bias: Tensor | None = getattr(layer, "bias", None)
+        return bias
+
+
 @dataclass(frozen=True)
-class Packed:
+class Packed(WeightSource):
     """A packed weight."""
 
     tensors: tuple[Tensor, ...]  # the codes, then scales and the like
@@ -94,9 +119,8 @@ class Packed:
         """The plain weight with `change`, from a weight to a new one, applied whenever it is unpacked."""
         return replace(self, unpack=_Changed(self.unpack, change))
 
-    def fetch(self) -> Packed:
-        """Itself, as it is on its device."""
-        return self
+    def use(self) -> AbstractContextManager[Packed]:
+        return nullcontext(self)
 
     def weight(self) -> Tensor:
         """The unpacked weight, a new tensor."""
@@ -126,17 +150,6 @@ def of_rows(tensor: Tensor | Packed, choose: Callable[[Tensor], Tensor]) -> Tens
 def plain_weights(tensors: Mapping[str, Tensor | Packed]) -> dict[str, Tensor]:
     """The tensors, packed weights unpacked."""
     return {name: tensor.weight() if isinstance(tensor, Packed) else tensor for name, tensor in tensors.items()}
-
-
-class WeightSource(Protocol):
-    """Access to a layer's packed weight."""
-
-    @property
-    def code(self) -> torch.dtype:
-        """dtype of the codes."""
-
-    def fetch(self) -> Packed:
-        """The packed weight on the device where it is used, for one use."""
 
 
 def weight_source(module: nn.Module) -> WeightSource | None:

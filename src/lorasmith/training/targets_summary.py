@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lorasmith.adapters.frozen_layer import CONVOLUTIONS, is_targetable
+from lorasmith.adapters.frozen_layer import CONVOLUTIONS, FrozenLayer, is_targetable
 from lorasmith.adapters.inject import AdapterPlan, PlannedAdapter, create_adapters
 from lorasmith.core.placement import dtype_from_name
 from lorasmith.families.model import Denoiser
@@ -114,8 +114,8 @@ def _zeros_like(module: nn.Module) -> nn.Module:
             sizes = (module.in_channels, module.out_channels, module.kernel_size)
             layer: nn.Module = kind(*sizes, groups=module.groups, bias=False)
         else:
-            assert isinstance(module, nn.Linear)
-            layer = nn.Linear(module.in_features, module.out_features, bias=False)
+            frozen = FrozenLayer(module)
+            layer = nn.Linear(frozen.in_features, frozen.out_features, bias=False)
     layer = layer.to_empty(device="cpu").requires_grad_(False)
     layer.get_parameter("weight").zero_()
     return layer

@@ -127,10 +127,11 @@ def test_a_stream_stays_within_a_few_layers_while_the_gpu_lags_behind() -> None:
     before = torch.cuda.memory_allocated()
     for _ in range(3):
         for number in range(count):
-            weight = stream.fetch(number).weight()
-            y = x @ weight
+            with stream.use(number) as sent:
+                weight = sent.weight()
+                y = x @ weight
             assert number % 16 or torch.equal(weight.mean().cpu(), torch.tensor(float(number)))
-            del weight, y
+            del sent, weight, y
     assert torch.cuda.max_memory_allocated() - before < 12 * size + 2 * x.numel() * 4
 
 

@@ -27,9 +27,9 @@ def sent(stream: WeightStream) -> list[int]:
 def fetched(stream: WeightStream, numbers: list[int]) -> Iterator[tuple[int, list[int]]]:
     """Each weight in turn, with those that are sent ahead while it is in use."""
     for number in numbers:
-        weight = stream.fetch(number).weight()
-        assert (weight == number).all()
-        ahead = sent(stream)
+        with stream.use(number) as weight:
+            assert (weight.weight() == number).all()
+            ahead = sent(stream)
         del weight
         yield number, ahead
 
@@ -67,7 +67,9 @@ def test_a_wrong_guess_is_dropped() -> None:
 
 def test_a_weight_that_is_used_lives_as_long_as_its_user() -> None:
     stream = stream_of(2, ahead=0)
-    weight = stream.fetch(0).weight()
+    with stream.use(0) as packed:
+        weight = packed.weight()
+    del packed
     assert stream.resident.now == SIZE
     del weight
     assert stream.resident.now == 0

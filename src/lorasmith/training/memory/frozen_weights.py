@@ -79,13 +79,14 @@ def packed_weight(
     source = weight_source(layer)
     if isinstance(source, Packed) and kind == "none":
         return source.to(source.tensors[0].device, dtype, layout)
-    weight = FrozenLayer(layer).weight.detach()
-    there = weight.device if kind == "none" else device  # quantize on the device, where it is fast
-    laid = weight.to(there, memory_format=layout if weight.ndim == 4 else torch.preserve_format)
-    one = packed(laid, kind, dtype)
-    if kind != "none" or laid is not weight:
-        release_pages(weight)
-    return one
+    with FrozenLayer(layer).weight_acquired() as own:
+        weight = own.detach()
+        there = weight.device if kind == "none" else device  # quantize on the device, where it is fast
+        laid = weight.to(there, memory_format=layout if weight.ndim == 4 else torch.preserve_format)
+        one = packed(laid, kind, dtype)
+        if kind != "none" or laid is not weight:
+            release_pages(weight)
+        return one
 
 
 def frozen_bytes(
@@ -211,9 +212,13 @@ class WeightStream:
     def on_host(self, number: int) -> Packed:
         return self._weights[number]
 
-    def fetch(self, number: int) -> Packed:
-        """A packed weight on the device, freed with the caller's last reference."""
-        self._settle()
+    @contextlib.contextmanager
+    def use(self, number: int) -> Iterator[Packed]:
+        """A packed weight on the device inside the context, freed with the last reference to it."""
+        yield self._fetched(number)
+        self._settle(number)
+
+    def _fetched(self, number: int) -> Packed:
         before = self._last
         self._following[before] = number
         self._last = (before[1], number)
@@ -261,18 +266,18 @@ class WeightStream:
             self.resident.count(tensor)
         return _Sent(tensors, arrived)
 
-    def _settle(self) -> None:
+    def _settle(self, number: int) -> None:
         """Keep the host from running ahead of a GPU, as a used weight is freed only when its product is done."""
-        if not self._on_gpu or self._last[1] < 0:
+        if not self._on_gpu:
             return
-        size = self._weights[self._last[1]].size_bytes
+        size = self._weights[number].size_bytes
         self._in_flight.append((torch.cuda.current_stream(self._device).record_event(), size))
         while sum(size for _, size in self._in_flight) > self.ahead_bytes and len(self._in_flight) > 1:
             self._in_flight.popleft()[0].synchronize()
 
 
 @dataclass(frozen=True)
-class StreamedWeight:
+class StreamedWeight(WeightSource):
     """A layer's weight source in a stream."""
 
     stream: WeightStream
@@ -282,5 +287,5 @@ class StreamedWeight:
     def code(self) -> torch.dtype:
         return self.stream.on_host(self.number).code
 
-    def fetch(self) -> Packed:
-        return self.stream.fetch(self.number)
+    def use(self) -> contextlib.AbstractContextManager[Packed]:
+        return self.stream.use(self.number)

@@ -34,7 +34,7 @@ from lorasmith.core.mapped_files import release_pages
 from lorasmith.core.placement import memory_format_for
 from lorasmith.core.printable import first_line
 from lorasmith.core.processes import Processes
-from lorasmith.core.quantization import Packed
+from lorasmith.core.quantization import Packed, WeightSource
 from lorasmith.training.memory.activations import blocks_at_depth
 from lorasmith.training.memory.frozen_weights import packed_weight
 
@@ -158,21 +158,25 @@ class _Bytes(nn.Module):
         return _Place(start, start + len(piece), tensor.dtype, tuple(laid.shape), back)
 
 
-class ShardedWeight:
+class ShardedWeight(WeightSource):
     """A layer's weight source in the bytes of its block, available during the block's passes."""
 
     def __init__(self, block: _Bytes, places: Sequence[_Place], weight: Packed) -> None:
-        self.code = weight.code
+        self._code = weight.code
         self._block = block
         self._places = tuple(places)
         self._unpack = weight.unpack
         self._dtype = weight.dtype
         self._shape = weight.shape
 
-    def fetch(self) -> Packed:
+    @property
+    def code(self) -> torch.dtype:
+        return self._code
+
+    def use(self) -> contextlib.AbstractContextManager[Packed]:
         whole = self._block.whole
         tensors = tuple([place.view(whole) for place in self._places])
-        return Packed(tensors, self._unpack, self._dtype, self._shape)
+        return contextlib.nullcontext(Packed(tensors, self._unpack, self._dtype, self._shape))
 
 
 class _Root(nn.Module):
