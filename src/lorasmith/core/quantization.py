@@ -33,7 +33,7 @@ import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import torch
@@ -120,7 +120,7 @@ class Packed(WeightSource):
         return replace(self, unpack=_Changed(self.unpack, change))
 
     def use(self) -> AbstractContextManager[Packed]:
-        return nullcontext(self)
+        return AlwaysHere(self)
 
     def weight(self) -> Tensor:
         """The unpacked weight, a new tensor."""
@@ -140,6 +140,19 @@ class Packed(WeightSource):
             return choose(self.weight())
         chosen = tuple(choose(tensor) if len(tensor) == self.shape[0] else tensor for tensor in self.tensors)
         return replace(self, tensors=chosen, shape=torch.Size((len(chosen[0]), *self.shape[1:])))
+
+
+class AlwaysHere:
+    """A packed weight that needs no acquisition. As a `nullcontext`, torch.compile would not look through it."""
+
+    def __init__(self, weight: Packed) -> None:
+        self._weight = weight
+
+    def __enter__(self) -> Packed:
+        return self._weight
+
+    def __exit__(self, *error: object) -> None:
+        return
 
 
 def of_rows(tensor: Tensor | Packed, choose: Callable[[Tensor], Tensor]) -> Tensor | Packed:

@@ -176,6 +176,15 @@ class Engine:
         total = losses.sum() if batch.weights is None else losses @ batch.weights
         return total * (self._scale.scale / per_step)
 
+    @property
+    def loss_scale(self) -> Tensor:
+        """Factor of losses in the backward pass, which `update` divides by; 1 unless products are in fp16."""
+        return self._scale.scale
+
+    def allow_updates(self) -> None:
+        """Let steps change the weights again after one that was not finite."""
+        self._sound.fill_(True)
+
     def restore_base_model(self) -> None:
         """Called outside of `prepared`, before something uses the bare model."""
 
@@ -255,7 +264,7 @@ class Engine:
             tensor.copy_(tensors[name])
         self.rate_factor = numbers["rate_factor"]
         self.flat.publish()
-        self._sound.fill_(True)
+        self.allow_updates()
 
     @contextlib.contextmanager
     def evaluation_weights(self) -> Iterator[Tensor]:

@@ -137,7 +137,7 @@ class Loop:
             with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
                 while self.outcome is None:
                     try:
-                        with shared(), self.engine.prepared(self._begin, self._planned):
+                        with shared(), self.engine.prepared(self._begin, self.planned):
                             waiting = self._take_steps()
                         if waiting:
                             self.engine.restore_base_model()
@@ -150,6 +150,11 @@ class Loop:
             for watcher in self._watchers:
                 watcher.end(self)
         return self.outcome
+
+    def record(self, loss: float) -> None:
+        """Count a step that was taken outside of `run`."""
+        self._progress.step += 1
+        self._progress.losses.append(loss)
 
     def stop(self) -> None:
         self.outcome = Outcome.STOPPED
@@ -341,7 +346,8 @@ class Loop:
             for watcher in self._watchers:
                 watcher.begin(self.engine)
 
-    def _planned(self) -> Runtime:
+    def planned(self) -> Runtime:
+        """The runtime with `activations` chosen; called with adapters attached."""
         if self.engine.runtime.activations == "auto":
             self.emit(plan_activations(self.engine, self._samples))
         return self.engine.runtime

@@ -8,7 +8,7 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -123,31 +123,17 @@ class Results:
 
     def lora(self, step: int) -> Lora:
         """The LoRA in the job's adapters, on the CPU after `Engine.release` or inside of `Engine.exported`."""
-        job = self.job
         metadata = training_metadata(
-            job,
+            self.job,
             self.data,
             title=self.title,
             trigger=self.trigger,
-            steps=job.steps_before + step,
+            steps=self.job.steps_before + step,
             started=self.started,
             record=self.record,
             hashes=self.hashes,
         )
-        trained = {ModuleRef(DENOISER, path): adapter.to_weights() for path, adapter in job.adapters.items()}
-        changes = {ref: dict(tensors) for ref, tensors in job.carried.differences.items()}
-        for path, difference in job.differences.items():
-            changes.setdefault(ModuleRef(DENOISER, path), {}).update(difference.to_tensors())
-        for ref, role in [(ref, format_of(weights).difference) for ref, weights in trained.items()]:
-            if role:  # files hold it as a difference
-                changes.setdefault(ref, {})["weight"] = trained.pop(ref).tensors[role]
-        state = AdapterState(
-            adapters={**job.carried.adapters, **trained},
-            differences=changes,
-            unknown=job.carried.unknown,
-            metadata=metadata,
-        )
-        return Lora(state, job.model.names, dtype_from_name(job.config.lora_dtype), job.config.private)
+        return lora_of(self.job, metadata)
 
     def save(self, loop: Loop, path: Path) -> None:
         self.lora(loop.step).save(path)
@@ -197,6 +183,24 @@ class Results:
         return folder / f"{self.title}{suffix}.safetensors"
 
 
+def lora_of(job: TrainJob, metadata: Mapping[str, str]) -> Lora:
+    """The LoRA in a job's adapters, on the CPU after `Engine.release` or inside of `Engine.exported`."""
+    trained = {ModuleRef(DENOISER, path): adapter.to_weights() for path, adapter in job.adapters.items()}
+    changes = {ref: dict(tensors) for ref, tensors in job.carried.differences.items()}
+    for path, difference in job.differences.items():
+        changes.setdefault(ModuleRef(DENOISER, path), {}).update(difference.to_tensors())
+    for ref, role in [(ref, format_of(weights).difference) for ref, weights in trained.items()]:
+        if role:  # files hold it as a difference
+            changes.setdefault(ref, {})["weight"] = trained.pop(ref).tensors[role]
+    state = AdapterState(
+        adapters={**job.carried.adapters, **trained},
+        differences=changes,
+        unknown=job.carried.unknown,
+        metadata=dict(metadata),
+    )
+    return Lora(state, job.model.names, dtype_from_name(job.config.lora_dtype), job.config.private)
+
+
 _ONE_AT_A_TIME = threading.Lock()
 """Of runs that train together, the first hashes the base model; the others reuse its digest."""
 
@@ -212,7 +216,7 @@ def training_metadata(
     trigger: str | None,
     steps: int,
     started: float,  # seconds since 1970
-    record: RunRecord,
+    record: RunRecord | None,
     hashes: BaseHashes,  # left out until they are known
 ) -> dict[str, str]:
     """Header metadata of a LoRA, sorted by key; `steps` include those of a continued LoRA."""
@@ -227,7 +231,7 @@ def training_metadata(
         "lorasmith.lora_dtype": job.config.lora_dtype,
         "lorasmith.config": asdict(job.config),
         "ss_training_comment": f"trigger: {trigger}" if trigger else "",
-        RUN_ENTRY: record.to_entry(),
+        RUN_ENTRY: "" if record is None else record.to_entry(),
     }
     metadata = {key: _text(value) for key, value in sorted(entries.items()) if value is not None and value != ""}
     return without_private(metadata) if job.config.private else metadata

@@ -34,7 +34,7 @@ from lorasmith.core.mapped_files import release_pages
 from lorasmith.core.placement import memory_format_for
 from lorasmith.core.printable import first_line
 from lorasmith.core.processes import Processes
-from lorasmith.core.quantization import Packed, WeightSource
+from lorasmith.core.quantization import AlwaysHere, Packed, WeightSource
 from lorasmith.training.memory.activations import blocks_at_depth
 from lorasmith.training.memory.frozen_weights import packed_weight
 
@@ -176,7 +176,7 @@ class ShardedWeight(WeightSource):
     def use(self) -> contextlib.AbstractContextManager[Packed]:
         whole = self._block.whole
         tensors = tuple([place.view(whole) for place in self._places])
-        return contextlib.nullcontext(Packed(tensors, self._unpack, self._dtype, self._shape))
+        return AlwaysHere(Packed(tensors, self._unpack, self._dtype, self._shape))
 
 
 class _Root(nn.Module):

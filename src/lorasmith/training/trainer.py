@@ -1,0 +1,276 @@
+"""`Trainer`: the training loop as an object that is stepped by hand, with the numbers of a run of the same settings."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from lorasmith.core.errors import OptionError, TrainingError
+from lorasmith.core.options import config_from
+from lorasmith.core.placement import chosen_device
+from lorasmith.data.dataset import EncodedDataset, Sample
+from lorasmith.families.model import Denoiser, Model
+from lorasmith.training.batches import Batch, prefetched
+from lorasmith.training.config import TrainConfig
+from lorasmith.training.engine import Engine, batch_maker
+from lorasmith.training.job import TrainJob, engine_of, plan_job
+from lorasmith.training.loop import Loop
+from lorasmith.training.lora_handle import Lora
+from lorasmith.training.memory.compilation import sizes_vary
+from lorasmith.training.recovery import RunState
+from lorasmith.training.results import BaseHashes, lora_of, training_metadata
+from lorasmith.training.storage.run_states import load_state, save_state
+from lorasmith.training.trainable import Trainable, trainable
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What an update did."""
+
+    loss: float  # mean over the samples of the step
+    grad_norm: float  # of the whole gradient, before clipping
+
+
+class TrainStep:
+    """One step of a `Trainer`: its batches, then its gradient, then its update.
+
+    Attributes:
+        number: steps taken before it.
+        batches: its samples with their noise, one batch per forward pass (micro-batches, and sizes that do not fit
+            into one batch, are several).
+    """
+
+    def __init__(self, trainer: Trainer, number: int, batches: Sequence[Batch]) -> None:
+        self.number = number
+        self.batches = tuple(batches)
+        self.result: StepResult | None = None  # None before the update
+        self._trainer = trainer
+        self._losses: Tensor | None = None
+        self._first = torch.zeros(())
+        trainer.engine.flat.zero()
+
+    def gradient(self) -> Tensor:
+        """Compute the step's gradient, into `Trainer.gradients`; returns the loss of each sample, (samples,) fp32.
+
+        Called again, it returns the same. Raises torch's error if memory runs out.
+        """
+        if self._losses is None:
+            engine = self._trainer.engine
+            self._losses, self._first = engine.summed(self.batches, engine.gradient(self.batches))
+        return self._losses
+
+    def backward(self, losses: Tensor) -> None:
+        """Add the gradient of losses of your own, instead of `gradient`.
+
+        Args:
+            losses: (samples of a batch,), made from `Trainer.predict` of one of `batches`; the step's gradient is that
+                of the mean over all its samples.
+        """
+        engine = self._trainer.engine
+        if losses.ndim != 1 or not losses.requires_grad:
+            raise OptionError(
+                f"backward needs the loss of each sample, (batch,) with a gradient, got {tuple(losses.shape)}; average "
+                "over everything but the first dimension"
+            )
+        torch.autograd.backward(
+            losses.float().sum() * (engine.loss_scale / sum(len(batch.names) for batch in self.batches))
+        )
+        engine.flat.collect()
+        own = losses.detach().float()
+        self._losses = own if self._losses is None else torch.cat((self._losses, own))
+
+    def update(self) -> StepResult:
+        """Update the weights with the gradient, which is computed first if it was not; returns loss and norm.
+
+        Raises:
+            TrainingError: a loss or the gradient is not finite; the weights are as before.
+        """
+        if self.result is None:
+            losses = self.gradient()
+            self.result = self._trainer._update(self.number, losses, self._first.to(losses.device))
+        return self.result
+
+    def skip(self) -> None:
+        """Leave the weights as they are in this step, which counts; its loss is recorded as NaN."""
+        if self.result is None:
+            self.result = StepResult(math.nan, math.nan)
+            self._trainer._loop.record(math.nan)
+
+
+class Trainer:
+    """The training loop in your hands: a run that is taken step by step.
+
+        trainer = ls.Trainer(model, data, steps=100, rank=8)
+        for step in trainer:
+            losses = step.gradient()  # (samples,); optional, as is `update`: what was not called is done afterwards
+            result = step.update()
+        trainer.lora.save("dog.safetensors")
+
+    Losses and weights are bit for bit those of `ls.train` with the same settings, as long as you change nothing. What
+    surrounds a run is left to you: validation, previews, rollbacks after a diverging step, smaller batches when memory
+    runs out, run folder and report. While it is iterated, and inside of `with trainer:`, the model is frozen on its
+    device with the adapters attached; before and afterwards it is as it was.
+
+    Args:
+        model: what is trained on: a model, its denoiser, or a `Trainable` of your own.
+        data: encoded samples.
+        config: settings; those passed as keywords override them.
+        device: where to train; the first GPU, or the CPU, if None.
+        **settings: of `TrainConfig`, by name.
+
+    Attributes:
+        job: the planned run: resolved settings (`job.config`), adapters by layer, notes.
+        engine: adapters, optimizer and what belongs to them.
+        model: the frozen model.
+
+    Raises:
+        OptionError: a setting is unknown, out of range or does not fit the model.
+        DataError: the samples do not fit the model.
+    """
+
+    def __init__(
+        self,
+        model: Trainable | Denoiser | Model,
+        data: EncodedDataset | Sequence[Sample],
+        *,
+        config: TrainConfig | None = None,
+        device: str | torch.device | None = None,
+        **settings: Any,
+    ) -> None:
+        samples = data.samples if isinstance(data, EncodedDataset) else tuple(data)
+        self.model = trainable(model)
+        self.model.check(samples)
+        asked = config_from(TrainConfig, {**(asdict(config) if config else {}), **settings})
+        job = plan_job(self.model, asked, chosen_device(device))
+        self.job: TrainJob = replace(job, runtime=replace(job.runtime, varying_sizes=sizes_vary(samples)))
+        self.engine: Engine = engine_of(self.job)
+        self._loop = Loop(self.engine, samples)
+        self._data = EncodedDataset(tuple(samples))
+        self._started = time.time()
+        self._open = contextlib.ExitStack()
+        self._depth = 0
+
+    def __repr__(self) -> str:
+        return f"Trainer({self.model.title}: step {self.step} of {self._loop.steps}, {self.job.summary})"
+
+    @property
+    def step(self) -> int:
+        """Updates taken."""
+        return self._loop.step
+
+    @property
+    def losses(self) -> list[float]:
+        """Mean loss of each step taken."""
+        return self._loop.losses
+
+    @property
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """What is trained, by name: `layer.down`, `layer.up` and the like, in the dtype of the run."""
+        return self.engine.flat.parameters
+
+    @property
+    def weights(self) -> Mapping[str, Tensor]:
+        """Views of the same in fp32, which the optimizer updates; write into them between steps."""
+        return {name: self.engine.flat.view(self.engine.flat.master, name) for name in self.parameters}
+
+    @property
+    def gradients(self) -> Mapping[str, Tensor]:
+        """Views of the gradients in fp32; write into them between `TrainStep.gradient` and `TrainStep.update`."""
+        return {name: self.engine.flat.view(self.engine.flat.grad, name) for name in self.parameters}
+
+    @property
+    def lora(self) -> Lora:
+        """The LoRA of the steps taken, a copy: with `ema_decay` the average, as `ls.train` saves it."""
+        steps = self.job.steps_before + self.step
+        metadata = training_metadata(
+            self.job,
+            self._data,
+            title=self.model.title,
+            trigger=None,
+            steps=steps,
+            started=self._started,
+            record=None,
+            hashes=BaseHashes(None),
+        )
+        with self.engine.exported():
+            return lora_of(self.job, metadata)
+
+    def __enter__(self) -> Self:
+        if not self._depth:
+            device = self.engine.runtime.device
+            self._open.enter_context(torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext())
+            self._open.enter_context(self.engine.prepared(planned=self._loop.planned))
+        self._depth += 1
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._depth -= 1
+        if not self._depth:
+            self._open.__exit__(kind, error, trace)
+
+    def __iter__(self) -> Iterator[TrainStep]:
+        """The remaining steps. What of a step is not called by then is done when the next one is asked for."""
+        first = self.engine.runtime.first_step
+        with self:
+            engine = self.engine
+            maker = batch_maker(self.model, self._data.samples, engine.config, engine.runtime, engine.dropout)
+            with contextlib.closing(prefetched(maker, range(first + self.step, first + self._loop.steps))) as coming:
+                for number, batches in coming:
+                    step = TrainStep(self, number - first, batches)
+                    yield step
+                    step.update()
+
+    def predict(self, batch: Batch) -> Tensor:
+        """The model's prediction for a batch of a step, (batch, channels, [frames,] height, width), differentiable.
+
+        Raises OptionError with rank or module dropout, which `TrainStep.gradient` alone applies.
+        """
+        config = self.job.config
+        if config.rank_dropout or config.module_dropout:
+            raise OptionError("predict applies no rank_dropout or module_dropout; set both to 0, or use gradient()")
+        return self.model.predict(batch.noised.to(self.engine.runtime.dtype), batch.level.time, batch.conditioning)
+
+    def state(self) -> RunState:
+        """Everything that is needed to go on from here bit for bit: step, tensors (copies on the CPU) and numbers."""
+        return self._loop.state()
+
+    def load(self, state: RunState) -> None:
+        """Go back, or on, to a state of a trainer of the same settings; between two steps, not within an iteration.
+
+        Raises:
+            LoraError, TrainingError: it is of other layers or settings.
+        """
+        self._loop.load(state)
+
+    def save_state(self, path: str | os.PathLike[str]) -> Path:
+        """Write the state to a file, which `existing_state` of a later run takes as well. Raises OutputError."""
+        save_state(Path(path), self.state())
+        return Path(path)
+
+    def load_state(self, path: str | os.PathLike[str]) -> None:
+        """Load a state from a file, such as one in the folder of a run. Raises OutputError, and as `load`."""
+        self.load(load_state(Path(path)))
+
+    def _update(self, number: int, losses: Tensor, first: Tensor) -> StepResult:
+        sound, norm, _, *each = self.engine.update(number, losses, first).tolist()
+        if not sound:
+            self.engine.allow_updates()
+            raise TrainingError(
+                f"losses and gradients must be finite, but those of step {number + 1} are not, and the weights are as "
+                "before; lower the learning rate, or leave the step out with skip()"
+            )
+        result = StepResult(math.fsum(each) / len(each), norm)
+        self._loop.record(result.loss)
+        return result

@@ -1,0 +1,155 @@
+"""Networks of one's own: trained, saved, applied and resumed like any model, and left as they were."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lorasmith.core.errors import LoraError, OptionError
+from lorasmith.data.dataset import EncodedDataset, Sample
+from lorasmith.families.base import Conditioning
+from lorasmith.runs.run import Host, run
+from lorasmith.training.config import TrainConfig
+from lorasmith.training.job import plan_job
+from lorasmith.training.lora_handle import Lora
+from lorasmith.training.results import TrainResult
+from lorasmith.training.train import Plan
+from lorasmith.training.trainable import Trainable
+
+
+class Denoiser(nn.Module):
+    """A network as one writes it: in training mode, with gradients, dropout, and sums in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start = nn.Conv2d(4, 32, 3, padding=1)
+        self.time, self.text = nn.Linear(1, 32), nn.Linear(8, 32)
+        self.inside = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Dropout(0.5), nn.Linear(64, 32))
+        self.end = nn.Conv2d(32, 4, 3, padding=1)
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        h = self.start(x)
+        level = self.time(t[:, None].to(x.dtype))
+        level += self.text(context.mean(1))
+        h = h + level[:, :, None, None]
+        added = self.inside(h.movedim(1, -1))
+        added *= 0.5
+        y: Tensor = self.end(h + added.movedim(-1, 1))
+        return y
+
+
+SETTINGS: dict[str, Any] = {"steps": 6, "rank": 4, "batch_size": 2, "learning_rate": 1e-2, "lora_dtype": "fp32"}
+
+
+@pytest.fixture
+def network() -> Denoiser:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Denoiser()
+
+
+@pytest.fixture
+def data() -> EncodedDataset:
+    draw = torch.Generator().manual_seed(1)
+    return EncodedDataset(
+        tuple(
+            Sample(
+                torch.randn(4, 8, 8, generator=draw),
+                Conditioning({"context": torch.randn(1, 5, 8, generator=draw)}),
+                f"sample {number}",
+            )
+            for number in range(4)
+        )
+    )
+
+
+class Doors(Host):
+    runs = None
+
+
+def trained(model: Trainable, data: EncodedDataset, output: Path | None = None, **settings: Any) -> TrainResult:
+    job = plan_job(model, TrainConfig(**{**SETTINGS, **settings}), "cpu")
+    return run(Plan(job=job, data=data, output=output), Doors())
+
+
+@pytest.mark.parametrize("diffusion", ["flow", "epsilon", "v"])
+@pytest.mark.parametrize("changes", [{}, {"training_dtype": "bf16"}, {"quantization": "int8", "algorithm": "LoKr"}])
+def test_it_learns_and_is_left_as_it_was(
+    network: Denoiser, data: EncodedDataset, diffusion: str, changes: dict[str, Any]
+) -> None:
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    result = trained(Trainable(network, diffusion=diffusion), data, **changes)
+    assert len(result.losses) == SETTINGS["steps"]
+    assert any(tensor.abs().max() > 0 for one in result.lora.state.adapters.values() for tensor in one.tensors.values())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+    assert all(part.training for part in network.modules())
+    assert all(parameter.requires_grad for parameter in network.parameters())
+
+
+def test_its_lora_is_saved_loaded_and_applied(network: Denoiser, data: EncodedDataset, tmp_path: Path) -> None:
+    model = Trainable(network, title="my network")
+    result = trained(model, data)
+    file = result.lora.save(tmp_path / "own.safetensors")
+    lora = Lora.load(file, model)
+    assert (lora.family, lora.steps) == ("my network", 6)
+    latents, time, context = data.samples[0].latents[None], torch.ones(1), data.samples[0].conditioning.tensors
+    network.eval()
+    with torch.no_grad():
+        plain = network(latents, time, **context)
+        with lora.applied_to(model).active():
+            changed = network(latents, time, **context)
+        with lora.applied_to(model, strength=0.0).active():
+            assert torch.equal(network(latents, time, **context), plain)
+    assert (changed - plain).abs().max() > 1e-3
+    with pytest.raises(LoraError, match="other"):
+        Lora.load(file, Trainable(nn.Sequential(nn.Linear(3, 3)), title="other")).applied_to(model)
+
+
+def test_a_run_of_it_resumes_by_what_it_is(network: Denoiser, data: EncodedDataset, tmp_path: Path) -> None:
+    whole = trained(Trainable(network), data, tmp_path / "whole")
+    job = plan_job(Trainable(network), TrainConfig(**SETTINGS), "cpu")
+    run(Plan(job=job, data=data, output=tmp_path / "parts", until=3), Doors())
+    resumed = trained(Trainable(network), data, tmp_path / "parts")
+    assert resumed.losses == whole.losses
+    with torch.no_grad():
+        network.end.weight.mul_(2)
+    with pytest.raises(Exception, match="the base model"):
+        trained(Trainable(network), data, tmp_path / "whole", steps=8)
+
+
+def test_its_functions_may_be_ones_own(network: Denoiser, data: EncodedDataset) -> None:
+    seen = []
+
+    def predict(module: nn.Module, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
+        seen.append((latents.shape, time.shape, conditioning.tensors["context"].shape))
+        prediction: Tensor = module(latents, time, conditioning.tensors["context"])
+        return prediction
+
+    one = trained(Trainable(network, predict), data)
+    assert set(seen) == {((2, 4, 8, 8), (2,), (2, 5, 8))}
+    assert one.losses == trained(Trainable(network), data).losses
+
+
+def test_it_may_be_continued(network: Denoiser, data: EncodedDataset, tmp_path: Path) -> None:
+    model = Trainable(network)
+    file = trained(model, data, differences="biases").lora.save(tmp_path / "first.safetensors")
+    more = trained(model, data, existing_lora=str(file))
+    assert more.steps == 12
+    adapter = trained(model, data, training_adapter=str(file))
+    assert adapter.steps == 6
+
+
+def test_what_it_refuses(network: Denoiser, data: EncodedDataset, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=r"needs a torch.nn.Module, got str"):
+        Trainable("sd15.safetensors")  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="diffusion must be a Diffusion or one of epsilon, v, flow, got 'x0'"):
+        Trainable(network, diffusion="x0")
+    with pytest.raises(OptionError, match="targets must match at least one Linear or convolution"):
+        plan_job(Trainable(nn.LayerNorm(4)), TrainConfig(), "cpu")
+    job = plan_job(Trainable(network), TrainConfig(**SETTINGS, previews="a fox"), "cpu")
+    with pytest.raises(OptionError, match="previews and sidecars need a model of a known family"):
+        run(Plan(job=job, data=data, output=tmp_path / "run"), Doors())

@@ -1,0 +1,137 @@
+"""The loop in one's hands: the numbers of a run, its gradients and weights, states, and what it refuses."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lorasmith.core.errors import OptionError, TrainingError
+from lorasmith.data.dataset import EncodedDataset
+from lorasmith.diffusion.schedule import PARAMETERIZATIONS
+from lorasmith.families.model import Model
+from lorasmith.runs.library import train
+from lorasmith.training.results import TrainResult
+from lorasmith.training.trainer import Trainer
+
+SETTINGS: dict[str, Any] = {
+    "rank": 4,
+    "training_dtype": "fp32",
+    "learning_rate": 1e-3,
+    "lora_dtype": "fp32",
+    "targets": "*.attn2.to_q",
+    "batch_size": 2,
+}
+
+
+def tensors(result: TrainResult | Trainer) -> dict[str, Tensor]:
+    return {
+        f"{ref.path}.{name}": tensor
+        for ref, weights in result.lora.state.adapters.items()
+        for name, tensor in weights.tensors.items()
+    }
+
+
+def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+@pytest.mark.parametrize("changes", [{}, {"grad_accumulation_steps": 2, "ema_decay": 0.9, "rank_dropout": 0.2}])
+def test_its_numbers_are_those_of_a_run(tiny: Model, mixed: EncodedDataset, changes: dict[str, Any]) -> None:
+    settings = {**SETTINGS, "steps": 4, **changes}
+    run = train(tiny, mixed, **settings)
+    trainer = Trainer(tiny, mixed, **settings)
+    for step in trainer:
+        assert step.number == trainer.step
+    assert trainer.step == 4
+    assert trainer.losses == run.losses
+    assert equal(tensors(trainer), tensors(run))
+    assert trainer.lora.steps == 4
+
+
+def test_the_model_is_as_it_was_between_iterations(tiny: Model, dataset: EncodedDataset) -> None:
+    layer = next(layer for path, layer in tiny.components.denoiser.named_modules() if path.endswith("attn2.to_q"))
+    trainer = Trainer(tiny, dataset, **SETTINGS, steps=3)
+    for step in trainer:
+        assert "forward" in layer.__dict__
+        if step.number == 1:
+            break
+    assert trainer.step == 1  # the second was not updated
+    assert "forward" not in layer.__dict__
+    assert [step.number for step in trainer] == [1, 2]
+    assert trainer.losses == train(tiny, dataset, **SETTINGS, steps=3).losses
+
+
+def test_gradients_and_weights_are_views(tiny: Model, dataset: EncodedDataset) -> None:
+    halved, plain = (Trainer(tiny, dataset, **SETTINGS, steps=1, optimizer="SGD", max_grad_norm=0) for _ in range(2))
+    start = {name: tensor.clone() for name, tensor in plain.weights.items()}
+    for step in halved:
+        losses = step.gradient()
+        assert losses.shape == (2,)
+        for gradient in halved.gradients.values():
+            gradient.mul_(0.5)
+        result = step.update()
+        assert result.loss == pytest.approx(losses.mean().item())
+    for _ in plain:
+        pass
+    for name, weight in plain.weights.items():
+        torch.testing.assert_close(halved.weights[name] - start[name], 0.5 * (weight - start[name]))
+
+
+def test_a_loss_of_ones_own_gives_the_gradient_of_ours(tiny: Model, dataset: EncodedDataset) -> None:
+    ours, own = (Trainer(tiny, dataset, **SETTINGS, steps=2) for _ in range(2))
+    for step in own:
+        for batch in step.batches:
+            prediction = own.predict(batch)
+            target = PARAMETERIZATIONS["v"].target(batch.clean, batch.noise, batch.level)
+            step.backward((prediction - target).square().mean((1, 2, 3)))
+    for _ in ours:
+        pass
+    assert own.losses == pytest.approx(ours.losses)
+    for name, weight in ours.weights.items():
+        torch.testing.assert_close(own.weights[name], weight)
+
+
+def test_it_goes_on_from_a_state_bit_for_bit(tiny: Model, dataset: EncodedDataset, tmp_path: Path) -> None:
+    whole = Trainer(tiny, dataset, **SETTINGS, steps=4)
+    for step in whole:
+        if step.number == 2:
+            state = whole.save_state(tmp_path / "state.safetensors")
+    resumed = Trainer(tiny, dataset, **SETTINGS, steps=4)
+    resumed.load_state(state)
+    assert resumed.step == 2
+    assert [step.number for step in resumed] == [2, 3]
+    assert resumed.losses == whole.losses
+    assert equal(tensors(resumed), tensors(whole))
+    continued = train(tiny, dataset, **SETTINGS, steps=4, existing_state=str(state))
+    assert equal(tensors(continued), tensors(whole))
+
+
+def test_a_step_that_is_not_finite_changes_nothing(tiny: Model, dataset: EncodedDataset) -> None:
+    trainer = Trainer(tiny, dataset, **SETTINGS, steps=3)
+    for step in trainer:
+        if step.number == 1:
+            step.gradient()
+            before = {name: tensor.clone() for name, tensor in trainer.weights.items()}
+            next(iter(trainer.gradients.values())).fill_(torch.nan)
+            with pytest.raises(TrainingError, match="those of step 2 are not, and the weights are as before"):
+                step.update()
+            assert equal(before, dict(trainer.weights))
+            step.skip()
+    assert [math.isnan(loss) for loss in trainer.losses] == [False, True, False]
+
+
+def test_what_it_refuses(tiny: Model, dataset: EncodedDataset) -> None:
+    with pytest.raises(OptionError, match=r"unknown option 'stepz' .did you mean 'steps'"):
+        Trainer(tiny, dataset, stepz=3)
+    trainer = Trainer(tiny, dataset, **SETTINGS, steps=1, rank_dropout=0.5)
+    for step in trainer:
+        with pytest.raises(OptionError, match="predict applies no rank_dropout"):
+            trainer.predict(step.batches[0])
+        with pytest.raises(OptionError, match=r"needs the loss of each sample, .* got \(\)"):
+            step.backward(torch.zeros((), requires_grad=True))
+    assert repr(trainer).startswith("Trainer(lorasmith-tiny: step 1 of 1, LoRA, ")
