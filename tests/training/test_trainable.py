@@ -134,6 +134,12 @@ def test_its_functions_may_be_ones_own(network: Denoiser, data: EncodedDataset) 
     assert one.losses == trained(Trainable(network), data).losses
 
 
+@pytest.mark.parametrize("wrong", [lambda module, x, t, c: (x,), lambda module, x, t, c: x[:, :1]])
+def test_a_prediction_must_have_the_shape_of_the_latents(network: Denoiser, data: EncodedDataset, wrong: Any) -> None:
+    with pytest.raises(OptionError, match=r"latents' shape \(2, 4, 8, 8\), got (tuple|one of \(2, 1, 8, 8\))"):
+        trained(Trainable(network, wrong), data)
+
+
 def test_it_may_be_continued(network: Denoiser, data: EncodedDataset, tmp_path: Path) -> None:
     model = Trainable(network)
     file = trained(model, data, differences="biases").lora.save(tmp_path / "first.safetensors")

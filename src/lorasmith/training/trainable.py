@@ -170,9 +170,16 @@ class Trainable:
             conditioning: joined, on the same device; floats in the dtype of the run.
         """
         if self._predict is not None:
-            return self._predict(self.module, latents, time, conditioning)
-        prediction: Tensor = self.module(latents, time, **conditioning.tensors)
-        return prediction
+            found: object = self._predict(self.module, latents, time, conditioning)
+        else:
+            found = self.module(latents, time, **conditioning.tensors)
+        if not isinstance(found, Tensor) or found.shape != latents.shape:
+            what = f"one of {tuple(found.shape)}" if isinstance(found, Tensor) else f"{type(found).__name__}"
+            raise OptionError(
+                f"predict must return a tensor of the latents' shape {tuple(latents.shape)}, got {what}; give "
+                "Trainable a function predict(module, latents, time, conditioning) that does"
+            )
+        return found
 
     def join(self, conditionings: Sequence[Conditioning]) -> Conditioning:
         """One batch of samples' conditionings, in order; contexts of different lengths are padded and masked."""
