@@ -65,8 +65,8 @@ def _is_of(value: object, hint: Any) -> bool:
     if hint in _NUMBERS:
         return isinstance(value, _NUMBERS[hint]) and not isinstance(value, bool)
     found = origin or hint
-    if not isinstance(found, type) or getattr(found, "_is_protocol", False):
-        return True  # types that say nothing of values, such as `Any`
+    if hint is Any or not isinstance(found, type) or getattr(found, "_is_protocol", False):
+        return True  # types that say nothing of a value
     return isinstance(value, found)
 
 
@@ -78,7 +78,6 @@ _WORDS: dict[Any, str] = {
     bool: "True or False",
     type(None): "None",
     collections.abc.Callable: "a function",
-    collections.abc.Sequence: "a list",
     collections.abc.Mapping: "a mapping",
 }
 
@@ -89,6 +88,8 @@ def _words(hint: Any) -> list[str]:
         return [word for arm in typing.get_args(hint) for word in _words(arm)]
     if origin is Literal:
         return [repr(arm) for arm in typing.get_args(hint)]
+    if origin is collections.abc.Sequence:
+        return [f"a list (each {' or '.join(dict.fromkeys(_words(typing.get_args(hint)[0])))})"]
     found = origin or hint
     name = getattr(found, "__name__", str(found))
     return [_WORDS.get(found) or f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"]

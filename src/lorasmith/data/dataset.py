@@ -222,7 +222,7 @@ class EncodedDataset:
             + (f" of {count_text(images, 'image')}" if images != len(self.samples) else ""),
             f"latents {', '.join(shown)}",
             *([f"{of_class} of the class"] if of_class else []),
-            *([f"{len(self.notes)} notes"] if self.notes else []),
+            *([count_text(len(self.notes), "note")] if self.notes else []),
         ]
         return f"EncodedDataset({', '.join(facts)})"
 

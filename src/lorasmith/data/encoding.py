@@ -78,8 +78,10 @@ def load_dataset(
         sources = list(_sources(images, stack, 0.0 if clips is None else clips.rate))
         scan = scan_sources(sources, whole, cache=datasets_folder(), clips=clips is not None)
         notes = tuple(_scan_notes(scan))
-        if class_images is not None and (prior := class_images(whole, place)) is not None:
-            scan = replace(scan, images=(*scan.images, *prior.images))
+        if class_images is not None:
+            with current().rank0_first():
+                prior = class_images(whole, place)
+            scan = scan if prior is None else replace(scan, images=(*scan.images, *prior.images))
         held = any(isinstance(one, PictureItems) and any(one.spool.iterdir()) for one in sources)
         data = encode_scan(
             scan,

@@ -311,6 +311,8 @@ def _nothing_usable(sources: Sequence[ImageSource | PictureItems], skipped: Skip
     if not sources:
         return "a run needs images, got no source of them; name a folder"
     place = sources[0].path if len(sources) == 1 else f"each of {len(sources)} sources"
+    if not skipped and isinstance(sources[0], PictureItems):
+        return f"{place} must have pictures, got none; a list or dataset may be empty, a generator read before"
     if not skipped:
         known = ", ".join(sorted(suffix[1:] for suffix in image_suffixes()))
         return f"{place} holds no images; put some in it ({known})"

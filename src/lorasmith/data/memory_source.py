@@ -94,11 +94,11 @@ def item_candidates(source: PictureItems, config: DataConfig, *, clips: bool) ->
             found = listings.candidate(Path(item.picture))
             found = replace(found, repeats=item.repeats, weight=item.weight)
             if item.captions:
-                found = replace(found, metadata=item.title, entry=item.captions, entry_first=True, refused="")
+                found = replace(found, caption_file=None, metadata=item.title, entry=item.captions, refused="")
         else:
             found = _written(item, source, config, clips)
         if item.mask is not None:
-            found.mask = _mask(item, source, config)
+            found.mask = _mask(item, source.spool / f"{number}" / f"{found.name}.mask", config)
         yield found
 
 
@@ -214,12 +214,12 @@ def _written(item: _Item, source: PictureItems, config: DataConfig, clips: bool)
     return found
 
 
-def _mask(item: _Item, source: PictureItems, config: DataConfig) -> Path:
+def _mask(item: _Item, path: Path, config: DataConfig) -> Path:
+    """The file of an item's mask, `path` if it is in memory."""
     if config.masks == "alpha":
         raise DataError(f"{item.title} has a mask, which masks alpha leaves aside; choose masks files, or leave it out")
     if isinstance(item.mask, str | os.PathLike):
         return Path(item.mask)
-    path = source.spool / f"{item.number}" / f"{item.name or item.number} mask"
     mask = item.mask
     if isinstance(mask, np.ndarray | torch.Tensor) and mask.dtype in (np.bool_, torch.bool):
         mask = mask.astype(np.uint8) * 255 if isinstance(mask, np.ndarray) else mask.to(torch.uint8) * 255

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lorasmith.adapters.inject import Rule
 from lorasmith.core.errors import DataError, ModelError
+from lorasmith.core.printable import printable
 from lorasmith.core.registry import Registry
 from lorasmith.diffusion.schedule import FlowSchedule, NoiseSchedule, ResolutionShift
 from lorasmith.families.files.checkpoint import OriginalCheckpoint, PipelineConfigs
@@ -48,6 +49,11 @@ class Conditioning:
     mask: Tensor | None = None
     # the part of sampling that it applies to, from 0 at the start to 1 at the end; training ignores it
     span: tuple[float, float] = (0.0, 1.0)
+
+    def __repr__(self) -> str:
+        facts = [f"{name} {'×'.join(map(str, tensor.shape))}" for name, tensor in self.tensors.items()]
+        caption = [] if self.text is None else [repr(printable(self.text, limit=60))]
+        return f"Conditioning({', '.join([*caption, *facts, *(['masked'] if self.mask is not None else [])])})"
 
     @property
     def lengths(self) -> tuple[int, ...]:

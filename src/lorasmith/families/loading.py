@@ -97,8 +97,8 @@ def load_model(
             model, a hub id such as `stabilityai/stable-diffusion-2-1`, which needs a network, or a loaded pipeline of
             diffusers. Of a diffusers folder with two experts, its subfolder `transformer_2` is the second one with the
             rest of the folder; the folder itself is the first one.
-        text_encoders: one or more files, checkpoints or diffusers folders with text encoders that `source` lacks, or that replace
-            its own.
+        text_encoders: one or more files, checkpoints or diffusers folders with text encoders that `source` lacks, or
+            that replace its own.
         vae: the same for the autoencoder.
         dtype: converts the denoiser's weights to this dtype, in memory; None leaves them in the file and its dtype.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
@@ -39,24 +39,29 @@ def model_of(given: object) -> Model:
     )
 
 
-def samples_of(given: object, load: Any) -> EncodedDataset:
+def check_data(given: object) -> None:
+    """Raise DataError for a model in place of data."""
+    if isinstance(given, Model | Denoiser | nn.Module) or _is_pipeline(given):
+        raise DataError(
+            f"data must be samples or pictures, got {described(given)}; give the model and the data in the order of "
+            "the arguments"
+        )
+
+
+def samples_of(given: object, load: Callable[[object], EncodedDataset]) -> EncodedDataset:
     """A dataset as it is, of samples, or of whatever else `load` encodes. Raises DataError."""
     if isinstance(given, EncodedDataset):
         return given
-    if isinstance(given, Model | Denoiser | nn.Module) or _is_pipeline(given):
-        raise DataError(
-            f"data must be samples or pictures, got {described(given)}; the model comes first, then the data"
-        )
     if isinstance(given, Sample):
         given = [given]
-    if isinstance(given, list | tuple | Iterator) and not isinstance(given, DataLoader):
+    if isinstance(given, list | tuple | Iterator):
         items = iter(given)
-        if (first := next(items, None)) is not None:
-            given = itertools.chain([first], items) if isinstance(given, Iterator) else given
+        first = next(items, None)
         if isinstance(first, Sample):
-            return EncodedDataset(tuple(given), origin="samples made one by one")
-    found: EncodedDataset = load(given)
-    return found
+            return EncodedDataset((first, *items), origin="samples made one by one")
+        if given is items and first is not None:
+            given = itertools.chain([first], items)
+    return load(given)
 
 
 def _is_pipeline(given: object) -> bool:

@@ -29,7 +29,7 @@ from lorasmith.families.loading import DiffusersPipeline
 from lorasmith.families.model import Denoiser, Model, TextEncoder
 from lorasmith.runs.class_images import class_scan
 from lorasmith.runs.drawing import with_loras
-from lorasmith.runs.given import denoiser_of, model_of, samples_of
+from lorasmith.runs.given import check_data, denoiser_of, model_of, samples_of
 from lorasmith.runs.progress_bars import counted, note, run_shown, void
 from lorasmith.runs.run import Host, run
 from lorasmith.runs.shown_arguments import shown
@@ -190,6 +190,7 @@ def load_dataset(images: object, model: AnyModel, **arguments: Any) -> EncodedDa
         OutputError: the temporary folder is full.
     """
     given, settings = _taken(DatasetArguments, "load_dataset", arguments)
+    check_data(images)
     base = model_of(model)
     bars = given.progress if isinstance(given.progress, bool) else False
     with (

@@ -22,22 +22,34 @@ def shown(function: Callable[..., Any], arguments: Any) -> Any:
     function.__signature__ = plain.replace(parameters=[*first, *others])  # type: ignore[attr-defined]
     if (own := inspect.getdoc(function)) is not None:  # None with -OO
         around = (inspect.getdoc(arguments) or "").partition("\nAttributes:\n")[2]
-        lines = [line for line in f"Further arguments:\n{around}".splitlines() if line]
-        function.__doc__ = "\n\n".join((own, "\n".join(lines), settings_text(arguments)))
+        further = f"Further arguments:\n{around}".replace("\n\n", "\n").rstrip()
+        function.__doc__ = "\n\n".join((_narrow(own), _narrow(further), settings_text(arguments)))
     return function
 
 
 def settings_text(arguments: Any) -> str:
     """The declarations of a class's options: name, type, default, range and meaning, by group."""
-    lines: list[str] = []
-    group = None
+    groups: dict[str, list[str]] = {}
     for declared in options_of(arguments).values():
-        if declared.group != group:
-            group = declared.group
-            lines += ["", f"{group or 'Settings'}:"]
-        text = f"{declared.name} ({_facts(declared)}): {declared.help}"
-        lines += textwrap.wrap(text, _WIDTH, initial_indent="    ", subsequent_indent="        ")
-    return "\n".join(lines).lstrip()
+        text = f"    {declared.name} ({_facts(declared)}): {declared.help}"
+        groups.setdefault(declared.group or "Settings", []).append(text)
+    return "\n\n".join(_narrow("\n".join([f"{group}:", *texts])) for group, texts in groups.items())
+
+
+def _narrow(text: str) -> str:
+    """A docstring wrapped again: paragraphs, headings that end in a colon, and indented items below them."""
+    lines: list[tuple[int, str]] = []
+    for line in text.splitlines():
+        indent, words = len(line) - len(line.lstrip()), line.strip()
+        before, last = lines[-1] if lines else (0, "")
+        if words and last and (indent > before or indent == before == 0) and not (before == 0 and last.endswith(":")):
+            lines[-1] = (before, f"{last} {words}")
+        else:
+            lines.append((indent, words))
+    return "\n".join(
+        textwrap.fill(words, _WIDTH, initial_indent=" " * indent, subsequent_indent=" " * (indent and indent + 4))
+        for indent, words in lines
+    )
 
 
 def _facts(declared: Option) -> str:
