@@ -251,6 +251,15 @@ def test_a_list_of_files_has_the_captions_beside_them(tiny: Model, tmp_path: Pat
     assert [sample.conditioning.text for sample in mixed[-2:]] == ["a bird", "a dog"]
 
 
+def test_a_dataset_of_others_names_no_files(tmp_path: Path) -> None:
+    Image.fromarray(PIXELS).save(tmp_path / "private.png")
+    path = str(tmp_path / "private.png")
+    for item in ({"image": path}, {"file_name": path}, {"image": PIXELS, "mask": path}):
+        assert len(scan_sources([PictureItems([item], tmp_path / "own")]).images) == 1
+        with pytest.raises(DataError, match="a dataset must hold its pictures, got a path in item 0"):
+            scan_sources([PictureItems([item], tmp_path / "spool", names_files=False)])
+
+
 def test_pictures_without_a_caption_are_named(tiny: Model) -> None:
     data = load_dataset([(PIXELS, "a dog"), (PIXELS, None)], tiny, resolution=32)
     assert data.notes[0].startswith("1 picture of 2 without a caption, such as picture 1")

@@ -190,6 +190,9 @@ class EncodedDataset:
                 raise DataError(
                     f"a dataset must have samples, got {described(one)} as number {number}; make one with encode"
                 )
+        encoders = {id(one.variants.encoded): one.variants.encoded for one in self.samples if one.variants is not None}
+        if self.captions is None and len(encoders) == 1:  # of samples that were taken from another dataset
+            object.__setattr__(self, "captions", *encoders.values())
         like = self.samples[0].latents
         for sample in {id(sample): sample for sample in self.samples}.values():
             for one in sample.sizes():

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
@@ -149,14 +147,15 @@ def _named_source(given: object) -> ImageSource | None:
         path = Path(os.fsdecode(given))
         is_picture = path.suffix.lower() in image_suffixes() | set(VIDEO_SUFFIXES) and not path.is_dir()
         return None if is_picture else ImageSource(os.fsdecode(given))
-    if "datasets" in sys.modules and isinstance(given, importlib.import_module("datasets").Dataset):
+    if type(given).__module__ in ("datasets.arrow_dataset", "datasets.dataset_dict"):  # those that stream are items
         return ImageSource(str(dataset_folder(given, datasets_folder())))
     return None
 
 
 def _items(items: Iterable[object], stack: contextlib.ExitStack, rate: float) -> PictureItems:
     folder = tempfile.TemporaryDirectory(prefix="lorasmith-pictures-")
-    return PictureItems(items, Path(stack.enter_context(folder)), rate)
+    is_own = not type(items).__module__.startswith("datasets.")
+    return PictureItems(items, Path(stack.enter_context(folder)), rate, names_files=is_own)
 
 
 def _scan_notes(scan: FolderScan) -> Iterator[str]:

@@ -53,6 +53,7 @@ class PictureItems:
     items: Iterable[object]  # read once
     spool: Path  # folder for those in memory, the caller's to remove
     rate: float = 0.0  # frames per second of clips that do not say it
+    names_files: bool = True  # paths are the caller's own, not those of a dataset that another person made
 
     path = "the given data"  # in messages
 
@@ -90,6 +91,11 @@ def item_candidates(source: PictureItems, config: DataConfig, *, clips: bool) ->
     listings = _Listings(config, clips)
     for number, given in enumerate(source.items):
         item = _read(number, given)
+        if not source.names_files and any(isinstance(one, str | os.PathLike) for one in (item.picture, item.mask)):
+            raise DataError(
+                f"a dataset must hold its pictures, got a path in {item.title}, which is not read; load the files that "
+                "you trust as a list of paths"
+            )
         if isinstance(item.picture, str | os.PathLike):
             found = listings.candidate(Path(item.picture))
             found = replace(found, repeats=item.repeats, weight=item.weight)
