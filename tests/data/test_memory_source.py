@@ -262,7 +262,7 @@ def test_a_dataset_of_others_names_no_files(tmp_path: Path) -> None:
 
 def test_pictures_without_a_caption_are_named(tiny: Model) -> None:
     data = load_dataset([(PIXELS, "a dog"), (PIXELS, None)], tiny, resolution=32)
-    assert data.notes[0].startswith("1 picture of 2 without a caption, such as picture 1")
+    assert data.notes == ("1 of 2 pictures have no caption, such as picture 1; an empty text is used",)
 
 
 @pytest.mark.parametrize("given", [None, 3, {}, b"x", PIXELS, torch.zeros(3), object(), DataLoader([1])])  # type: ignore[arg-type]

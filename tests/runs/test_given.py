@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
 
 import lorasmith as ls
@@ -88,6 +89,22 @@ def test_a_run_on_pictures_in_memory_is_resumed_and_says_so(tiny: ls.Model, tmp_
     assert again.path is not None
     with pytest.raises(ls.errors.OptionError, match=r"is from pictures in memory, .*call lorasmith.train again"):
         Reproduction(again.path, Audience())
+
+
+def test_pictures_of_the_class_are_trained_beside_those_in_memory(tiny: ls.Model, tmp_path: Path) -> None:
+    for number, one in enumerate(PIXELS[:2]):
+        Image.fromarray(255 - one).save(tmp_path / f"{number}.png")
+    data = ls.load_dataset(
+        pictures(),
+        tiny,
+        resolution=32,
+        trigger="sks",
+        class_prompt="a dog",
+        class_images=str(tmp_path),
+        prior_weight=0.5,
+    )
+    assert [sample.is_class for sample in data] == [False] * 4 + [True] * 2
+    assert (data[4].conditioning.text, data[4].weight, data[0].conditioning.text) == ("a dog", 0.5, "sks, a dog")
 
 
 class Pipe:
@@ -175,6 +192,9 @@ def test_arguments_of_another_type_are_refused(call: Any, tiny: ls.Model, data: 
         (lambda: ls.Sample(torch.zeros(4, 8, 8), torch.zeros(1, 7, 3)), r'Conditioning\({"context": tensor}\)'),
         (lambda: ls.Sample(torch.zeros(4, 8, 8), ls.Conditioning({"context": torch.zeros(7, 3)})), "batch of 1"),
         (lambda: ls.Sample(torch.zeros(4, 8, 8), ls.Conditioning({"context": 3})), "got 3 as context"),
+        (lambda: ls.Sample(torch.zeros(4, 8, 8), ls.Conditioning(torch.zeros(1, 7, 3))), "a mapping by name"),
+        (lambda: ls.Sample(torch.zeros(4, 8, 8), weight="x"), "weight of a sample must be a number from 0, got 'x'"),
+        (lambda: ls.Sample(torch.zeros(4, 8, 8), places=torch.ones(3, 3)), r"must be \(8, 8\) as its latents"),
         (lambda: ls.EncodedDataset(()), "at least one sample"),
         (lambda: ls.EncodedDataset("abc"), "list of samples"),
         (lambda: ls.EncodedDataset([3]), "got 3 as number 0"),
@@ -183,6 +203,12 @@ def test_arguments_of_another_type_are_refused(call: Any, tiny: ls.Model, data: 
 def test_samples_by_hand_are_checked(make: Callable[[], object], message: str) -> None:
     with pytest.raises(ls.errors.DataError, match=message):
         make()
+
+
+@pytest.mark.parametrize("shape", [(16, 8, 8), (4, 2, 8, 8)])
+def test_latents_of_another_model_are_refused(shape: tuple[int, ...], tiny: ls.Model) -> None:
+    with pytest.raises(ls.errors.DataError, match=r"must be \(4, height, width\), got .* encode the pictures with"):
+        ls.train(tiny, [ls.Sample(torch.zeros(shape), tiny.text_encoder.encode("a dog"))], **SHORT)
 
 
 def test_samples_by_hand_have_defaults() -> None:

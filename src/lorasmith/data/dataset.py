@@ -113,12 +113,20 @@ class Sample:
                 f"the conditioning of a sample must be a Conditioning, got {_shape_text(given)}; make one: "
                 'Conditioning({"context": tensor}) with a tensor (1, tokens, width)'
             )
+        if not isinstance(given.tensors, Mapping):
+            raise DataError(f"tensors of a conditioning must be a mapping by name, got {_shape_text(given.tensors)}")
         for name, tensor in given.tensors.items():
-            if not isinstance(tensor, Tensor) or len(tensor.shape[:1]) != 1 or tensor.shape[0] != 1:
+            if not isinstance(tensor, Tensor) or tensor.shape[:1] != (1,):
                 raise DataError(
                     f"tensors of a sample's conditioning must have a batch of 1, got {_shape_text(tensor)} as {name}; "
                     "add a dimension in front"
                 )
+        if not isinstance(self.weight, int | float) or not 0 <= self.weight < math.inf:
+            raise DataError(f"the weight of a sample must be a number from 0, got {described(self.weight)}")
+        if self.places is not None and self.places.shape != latents.shape[-2:]:
+            raise DataError(
+                f"places of a sample must be {tuple(latents.shape[-2:])} as its latents, got {_shape_text(self.places)}"
+            )
         if not self.name:
             content = _digest(self.latents.contiguous().numpy().tobytes(), 4)
             object.__setattr__(self, "name", f"sample {content.hex()}")

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from lorasmith.core.errors import DataError
 from lorasmith.core.options import config_from
 from lorasmith.core.placement import best_device, chosen_device
-from lorasmith.core.printable import count_text, described
+from lorasmith.core.printable import described
 from lorasmith.core.processes import current
 from lorasmith.core.tensor_digests import digest_of_tensors
 from lorasmith.data.captions import CaptionRules
@@ -75,7 +75,7 @@ def load_dataset(
     with contextlib.ExitStack() as stack:
         sources = list(_sources(images, stack, 0.0 if clips is None else clips.rate))
         scan = scan_sources(sources, whole, cache=datasets_folder(), clips=clips is not None)
-        notes = tuple(_scan_notes(scan))
+        notes = tuple(_scan_notes(scan, whole))
         if class_images is not None:
             with current().rank0_first():
                 prior = class_images(whole, place)
@@ -158,16 +158,15 @@ def _items(items: Iterable[object], stack: contextlib.ExitStack, rate: float) ->
     return PictureItems(items, Path(stack.enter_context(folder)), rate, names_files=is_own)
 
 
-def _scan_notes(scan: FolderScan) -> Iterator[str]:
+def _scan_notes(scan: FolderScan, config: DataConfig) -> Iterator[str]:
     for path, reason in scan.skipped[:_NAMED]:
         yield f"{path.name} {reason}"
     if len(scan.skipped) > _NAMED:
         yield f"{len(scan.skipped) - _NAMED:,} more files are left out"
     if missing := scan.missing_captions:
-        yield (
-            f"{count_text(len(missing), 'picture')} of {len(scan.images):,} without a caption, such as "
-            f"{missing[0].name}; trained with the trigger, or with an empty text"
-        )
+        text = "the trigger" if config.trigger else "an empty text"
+        count = f"{len(missing):,} of {len(scan.images):,}"
+        yield f"{count} pictures have no caption, such as {missing[0].name}; {text} is used"
     yield from scan.notes
 
 

@@ -64,6 +64,17 @@ def samples_of(given: object, load: Callable[[object], EncodedDataset]) -> Encod
     return load(given)
 
 
+def check_latents(data: EncodedDataset, base: Model) -> None:
+    """Raise DataError for latents of another model's autoencoder; all of a dataset have one form."""
+    latent, shape = base.components.latent, tuple(data[0].latents.shape)
+    if shape[0] != latent.channels or len(shape) != (4 if latent.frames else 3):
+        needed = f"({latent.channels}, {'frames, ' if latent.frames else ''}height, width)"
+        raise DataError(
+            f"latents for {base.title} ({base.family.title}) must be {needed}, got {shape} for {data[0].name}; encode "
+            "the pictures with this model"
+        )
+
+
 def _is_pipeline(given: object) -> bool:
     return not isinstance(given, type) and hasattr(given, "components") and hasattr(given, "config")
 

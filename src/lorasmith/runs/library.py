@@ -29,7 +29,7 @@ from lorasmith.families.loading import DiffusersPipeline
 from lorasmith.families.model import Denoiser, Model, TextEncoder
 from lorasmith.runs.class_images import class_scan
 from lorasmith.runs.drawing import with_loras
-from lorasmith.runs.given import check_data, denoiser_of, model_of, samples_of
+from lorasmith.runs.given import check_data, check_latents, denoiser_of, model_of, samples_of
 from lorasmith.runs.progress_bars import counted, note, run_shown, void
 from lorasmith.runs.run import Host, run
 from lorasmith.runs.shown_arguments import shown
@@ -100,7 +100,7 @@ class TrainArguments(TrainConfig):
             unfinished, that run is resumed bit-identically; a complete one with fewer steps is moved aside and
             continued from its end. If it holds other files, the run is in a subfolder with its title.
         title: name of the LoRA, and of its file in `output`.
-        trigger: trigger phrase, for the metadata.
+        trigger: trigger phrase, for the metadata, and for the captions of data that are not encoded yet.
         device: where to train; the first GPU, or the CPU, if None.
         validation: held-out images, instead of a share of the data; as data.
         fresh: move an existing run in `output` aside, and start from scratch.
@@ -362,6 +362,7 @@ def _planned(model: object, data: object, arguments: Mapping[str, Any]) -> tuple
         )
 
     samples = samples_of(data, load)
+    check_latents(samples, denoiser.base)
     plan = Plan(
         denoiser=denoiser,
         job=plan_job(denoiser, config, device),
