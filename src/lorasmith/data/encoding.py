@@ -60,7 +60,7 @@ def load_dataset(
     progress: Callable[[int, int, str], None] | None = None,
     caption_progress: Callable[[int, int], None] | None = None,
     hash_progress: Callable[[int, int], None] | None = None,
-    class_images: Callable[[DataConfig, torch.device], FolderScan | None] | None = None,
+    find_class: Callable[[DataConfig, torch.device], FolderScan | None] | None = None,
     config: DataConfig | None = None,
     **settings: Any,
 ) -> EncodedDataset:
@@ -76,9 +76,9 @@ def load_dataset(
         sources = list(_sources(images, stack, 0.0 if clips is None else clips.rate))
         scan = scan_sources(sources, whole, cache=datasets_folder(), clips=clips is not None)
         notes = tuple(_scan_notes(scan, whole))
-        if class_images is not None:
+        if find_class is not None:
             with current().rank0_first():
-                prior = class_images(whole, place)
+                prior = find_class(whole, place)
             scan = scan if prior is None else replace(scan, images=(*scan.images, *prior.images))
         held = any(isinstance(one, PictureItems) and any(one.spool.iterdir()) for one in sources)
         data = encode_scan(

@@ -205,7 +205,7 @@ def load_dataset(images: object, model: AnyModel, **arguments: Any) -> EncodedDa
             progress=pictures,
             caption_progress=captions,
             hash_progress=hashing,
-            class_images=lambda config, device: class_scan(config, base, device=device, host=Host()),
+            find_class=lambda config, device: class_scan(config, base, device=device, host=Host()),
             config=given.config,
             **settings,
         )
