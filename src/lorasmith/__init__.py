@@ -11,14 +11,15 @@
 Names are resolved when they are first used, so that importing the package is quick. docs/python.md has recipes.
 
     load_model      a base model from a file, a folder, a hub or a loaded diffusers pipeline
-    load_dataset    images and captions, encoded for a model
+    load_dataset    images and captions, from files or from memory, encoded for a model
+    encode          one picture and its caption as a sample
     train           a run; settings are those of TrainConfig
     train_together  several runs over one model, which is held once
     generate        pictures from prompts, with LoRAs
     run_workflow    a ComfyUI workflow, from its file or an example of the package
     Lora            a LoRA in memory: load, apply, save
     TrainConfig, DataConfig, ImageSource     settings of a run and of its data
-    Model, Denoiser, EncodedDataset, Sample, TrainResult     what these functions take and return
+    Model, Denoiser, EncodedDataset, Sample, Conditioning, TrainResult     what these functions take and return
     events          what a run reports to `on_event`
     errors          the exceptions, all of them LorasmithError
 """
@@ -33,10 +34,11 @@ if TYPE_CHECKING:
     from lorasmith.core.errors import LorasmithError
     from lorasmith.data.data_config import DataConfig, ImageSource
     from lorasmith.data.dataset import EncodedDataset, Sample
+    from lorasmith.families.base import Conditioning
     from lorasmith.families.loading import load_model
     from lorasmith.families.model import Denoiser, Model
     from lorasmith.nodes.workflow_run import run_workflow
-    from lorasmith.runs.library import generate, load_dataset, train, train_together
+    from lorasmith.runs.library import encode, generate, load_dataset, train, train_together
     from lorasmith.training import events
     from lorasmith.training.config import TrainConfig
     from lorasmith.training.lora_handle import Lora
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "Conditioning",
     "DataConfig",
     "Denoiser",
     "EncodedDataset",
@@ -56,6 +59,7 @@ __all__ = [
     "TrainConfig",
     "TrainResult",
     "__version__",
+    "encode",
     "errors",
     "events",
     "generate",
@@ -67,6 +71,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Conditioning": "families.base",
     "DataConfig": "data.data_config",
     "Denoiser": "families.model",
     "EncodedDataset": "data.dataset",
@@ -77,6 +82,7 @@ _HOMES = {
     "Sample": "data.dataset",
     "TrainConfig": "training.config",
     "TrainResult": "training.results",
+    "encode": "runs.library",
     "generate": "runs.library",
     "load_dataset": "runs.library",
     "load_model": "families.loading",

@@ -39,4 +39,4 @@ def test_samples_and_datasets_show_themselves_on_a_line() -> None:
     assert repr(sample).endswith("b.png: latents 4×8×12, caption 'a dog', weight 0.5, of the class)")
     other = Sample(torch.zeros(4, 8, 8), CONDITIONING, "c.png")
     data = EncodedDataset((sample, other, other), notes=("a note",))
-    assert repr(data) == "EncodedDataset(3 samples of 2 images, latents 2 of 8×8, 1 of 8×12, 1 of the class, 1 notes)"
+    assert repr(data) == "EncodedDataset(3 samples of 2 images, latents 2 of 8×8, 1 of 8×12, 1 of the class, 1 note)"

@@ -13,8 +13,10 @@ from PIL import Image
 
 from lorasmith.core.errors import DataError
 from lorasmith.data.data_config import ImageSource
+from lorasmith.data.encoding import load_dataset
 from lorasmith.data.folder import scan_folder, scan_sources
 from lorasmith.data.hub_datasets import dataset_folder, is_saved_dataset, unpacked_folder
+from lorasmith.families.model import Model
 from tests.data.folder_cases import add_image
 
 
@@ -180,3 +182,11 @@ def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (tmp_path / "dataset_info.json").write_text(json.dumps({}))
     with pytest.raises(DataError, match="needs the package of this name; run pip install datasets"):
         scan_sources([ImageSource(str(tmp_path))], cache=tmp_path / "cache")
+
+
+def test_a_dataset_that_streams_is_read_as_items(datasets: Any, tiny: Model) -> None:
+    data = made(datasets, image=rows(picture("PNG"), picture("PNG", 90)), text=["a dog", "a cat"])
+    found = load_dataset(data.to_iterable_dataset(), tiny, resolution=32)
+    assert [sample.conditioning.text for sample in found] == ["a dog", "a cat"]
+    with pytest.raises(DataError, match=r"must be a datasets\.Dataset, got DatasetDict; choose a split"):
+        load_dataset(datasets.DatasetDict({"train": data}), tiny)

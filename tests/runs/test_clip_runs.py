@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -23,7 +24,7 @@ from lorasmith.families.model import Model
 from lorasmith.families.model_search import Completed
 from lorasmith.formats.container import read_safetensors
 from lorasmith.runs.drawing import save_pictures
-from lorasmith.runs.library import train
+from lorasmith.runs.library import load_dataset, train
 from lorasmith.runs.memory_estimate import estimate_of
 from lorasmith.runs.plan import FolderPlan, plan
 from lorasmith.runs.run import Host, run
@@ -163,3 +164,22 @@ def test_memory_is_estimated_for_clips(tmp_path: Path) -> None:
     assert step[0] < step[1] == step[2]
     with pytest.raises(OptionError, match=r"frames is for models of videos, got 5 for lorasmith-tiny"):
         estimate_of(load_model(BUILT_IN), TrainConfig(), card_bytes=2**34, frames=5)
+
+
+def test_frames_in_memory_are_a_clip(model: Model, folder: Path) -> None:
+    with Image.open(folder / "1.webp") as film:
+        frames = []
+        for index in range(9):
+            film.seek(index)
+            frames.append(np.array(film.convert("RGB")))
+    items = [
+        {"video": np.stack(frames), "text": "a wave", "frame_rate": 5},
+        (torch.from_numpy(frames[0]).permute(2, 0, 1), "a photo"),
+        (np.stack(frames), "at the model's rate"),
+    ]
+    for name in ("2.webp", "3.webp", "4.mp4"):
+        (folder / name).unlink()
+    (file,) = load_dataset(folder, model, progress=False)
+    clip, photo, other = load_dataset(items, model, progress=False)
+    assert torch.equal(clip.latents, file.latents) and torch.equal(other.latents, file.latents)
+    assert photo.latents.shape[1] == 1 < clip.latents.shape[1]

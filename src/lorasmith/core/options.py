@@ -147,6 +147,12 @@ def changed(config: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value != options_of(type(config))[name].default}
 
 
+def short_repr(config: Any, *first: str) -> str:
+    """`__repr__` of configuration dataclasses: the texts in `first`, then what differs from the defaults."""
+    facts = [*first, *(f"{name}={value!r}" for name, value in changed(config).items())]
+    return f"{type(config).__name__}({', '.join(facts)})"
+
+
 _LONGEST = 20_000
 """Maximum characters of a setting, few enough for every pattern and parser that reads it."""
 

@@ -8,6 +8,7 @@ several scripts and emoji need, are kept.
 from __future__ import annotations
 
 import json
+import os
 import re
 
 MAX_SENTENCE = 300  # characters of an error message
@@ -66,6 +67,14 @@ def _shortened(text: str, limit: int) -> str:
         return text
     end = (limit - 1) * 3 // 5
     return f"{text[: limit - 1 - end]}…{text[len(text) - end :]}"
+
+
+def described(value: object) -> str:
+    """What a caller passed, for messages: plain values as they are, others by their type (`a DataLoader`)."""
+    if value is None or isinstance(value, bool | int | float | str | bytes | os.PathLike):
+        return printable(repr(value), limit=60)
+    name = type(value).__name__
+    return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
 
 
 def memory_text(size_bytes: int) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lorasmith.core.errors import OptionError
-from lorasmith.core.options import check_options, option, options_of
+from lorasmith.core.options import check_options, option, options_of, short_repr
 from lorasmith.core.registry import nearest
 
 MAX_REPEATS = 10_000  # of an image in an epoch
@@ -39,6 +39,9 @@ class ImageSource:
         if not self.path.strip():
             raise OptionError("a source of images must have a path, got an empty one; name a folder")
 
+    def __repr__(self) -> str:
+        return short_repr(self, repr(self.path))
+
     @property
     def text(self) -> str:
         """The text that `parse` reads."""
@@ -50,7 +53,7 @@ class ImageSource:
         """A source in one text: a path and optional settings such as `repeats=2 weight=0.5`. Raises OptionError.
 
         >>> ImageSource.parse("my photos repeats=2")
-        ImageSource(path='my photos', repeats=2, weight=1.0)
+        ImageSource('my photos', repeats=2)
         """
         declared = options_of(cls)
         settings: dict[str, object] = {}
@@ -284,6 +287,8 @@ class DataConfig:
         if self.masks != "none" and not self.mask_inside and not self.mask_outside:
             raise OptionError("mask_inside or mask_outside must be above 0, got 0 for both; raise one of them")
         self.all_resolutions(1)  # raises for text that is not a number
+
+    __repr__ = short_repr
 
     def all_resolutions(self, default: int) -> tuple[int, ...]:
         """Resolutions in pixels, `resolution` (or `default`) first."""

@@ -21,13 +21,14 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import overload
 
 import torch
 from torch import Tensor
 
 from lorasmith.core.errors import DataError
-from lorasmith.core.printable import count_text, printable
+from lorasmith.core.printable import count_text, described, printable
 from lorasmith.core.random import keyed_uniform
 from lorasmith.data.captions import CaptionRules
 from lorasmith.data.encoding_cache import CacheEntries, key_of
@@ -71,27 +72,64 @@ class Variants:
 
 @dataclass(frozen=True, repr=False)
 class Sample:
-    """One image, encoded.
+    """One image, encoded: by `lorasmith.encode` and `lorasmith.load_dataset`, or made by hand for any denoiser.
 
     Attributes:
-        latents: fp32 (channels, [frames,] height, width) on the CPU, scaled for the denoiser (`LatentFormat.to_model`).
-        conditioning: input of the denoiser, batch of 1.
-        name: for messages, usually the file name.
+        latents: (channels, [frames,] height, width), of any floating-point type, kept as fp32 on the CPU; scaled for
+            the denoiser (`LatentFormat.to_model`), so that their standard deviation is about 1.
+        conditioning: input of the denoiser, each tensor with a batch of 1; nothing by default, for models without.
+        name: for messages, and what is held out for validation; usually the file name. By default it is made of the
+            latents' hash.
         digest: hash of the inputs of latents and conditioning, if known; the encodings' last bits depend on the device.
         weight: factor of its loss.
         places: weights of its loss by place, fp32 (height, width) of the latents; None for 1 everywhere.
         is_class: whether it shows the subject's class, for prior preservation; such samples are never held out.
         variants: its pictures and captions to draw from; None if every draw is the same.
+
+    Raises:
+        DataError: latents or conditioning are of another type or shape.
     """
 
     latents: Tensor
-    conditioning: Conditioning
-    name: str
+    conditioning: Conditioning = field(default_factory=lambda: Conditioning({}))
+    name: str = ""
     digest: str = ""
     weight: float = 1.0
     places: Tensor | None = None
     is_class: bool = False
     variants: Variants | None = None
+
+    def __post_init__(self) -> None:
+        latents, given = self.latents, self.conditioning
+        if not isinstance(latents, Tensor) or latents.ndim not in (3, 4) or not latents.is_floating_point():
+            raise DataError(
+                "latents of a sample must be a tensor of floats (channels, [frames,] height, width), got "
+                f"{_shape_text(latents)}; encode a picture with encode, or remove the batch dimension"
+            )
+        if latents.dtype != torch.float32 or latents.device.type != "cpu" or latents.requires_grad:
+            object.__setattr__(self, "latents", latents.detach().to("cpu", torch.float32))
+        if not isinstance(given, Conditioning):
+            raise DataError(
+                f"the conditioning of a sample must be a Conditioning, got {_shape_text(given)}; make one: "
+                'Conditioning({"context": tensor}) with a tensor (1, tokens, width)'
+            )
+        if not isinstance(given.tensors, Mapping):
+            raise DataError(f"tensors of a conditioning must be a mapping by name, got {_shape_text(given.tensors)}")
+        for name, tensor in given.tensors.items():
+            if not isinstance(tensor, Tensor) or tensor.shape[:1] != (1,):
+                raise DataError(
+                    f"tensors of a sample's conditioning must have a batch of 1, got {_shape_text(tensor)} as {name}; "
+                    "add a dimension in front"
+                )
+        if not isinstance(self.weight, int | float) or not 0 <= self.weight < math.inf:
+            raise DataError(f"the weight of a sample must be a number from 0, got {described(self.weight)}")
+        if self.places is not None and self.places.shape != latents.shape[-2:]:
+            raise DataError(
+                f"places of a sample must be {tuple(latents.shape[-2:])} as its latents, got {_shape_text(self.places)}"
+            )
+        if not self.name:
+            content = _digest(self.latents.contiguous().numpy().tobytes(), 4)
+            object.__setattr__(self, "name", f"sample {content.hex()}")
 
     def __repr__(self) -> str:
         facts = [f"latents {'×'.join(map(str, self.latents.shape))}"]
@@ -128,25 +166,41 @@ class Sample:
 
 @dataclass(frozen=True, repr=False)
 class EncodedDataset:
-    """The samples of a run; a sample with repeats occurs repeatedly.
+    """The samples of a run, a sequence of `Sample`; a sample with repeats occurs repeatedly.
+
+    `len`, iteration and indexing are those of the samples; a slice is a dataset.
 
     Attributes:
         samples: in order.
         captions: conditionings of captions that vary; None if none do.
         notes: remarks for the user, one sentence each.
+        origin: where the pictures were, for the record of a run, if they were in no file.
 
     Raises:
-        DataError: there are no samples, or latents are not (channels, [frames,] height, width), differ in channels, or
-            are not finite.
+        DataError: there are no samples, one is something else, or latents are not (channels, [frames,] height, width),
+            differ in channels, or are not finite.
     """
 
     samples: tuple[Sample, ...]
     captions: EncodedCaptions | None = None
     notes: tuple[str, ...] = ()
+    origin: str = ""
 
     def __post_init__(self) -> None:
+        given: object = self.samples
+        if not isinstance(given, Iterable) or isinstance(given, str | Mapping | Tensor):
+            raise DataError(f"a dataset must have a list of samples, got {described(given)}; make them with encode")
+        object.__setattr__(self, "samples", tuple(given))
         if not self.samples:
             raise DataError("a dataset needs at least one sample, got none; add some images")
+        for number, one in enumerate(self.samples):
+            if not isinstance(one, Sample):
+                raise DataError(
+                    f"a dataset must have samples, got {described(one)} as number {number}; make one with encode"
+                )
+        encoders = {id(one.variants.encoded): one.variants.encoded for one in self.samples if one.variants is not None}
+        if self.captions is None and len(encoders) == 1:  # of samples that were taken from another dataset
+            object.__setattr__(self, "captions", *encoders.values())
         like = self.samples[0].latents
         for sample in {id(sample): sample for sample in self.samples}.values():
             for one in sample.sizes():
@@ -154,6 +208,20 @@ class EncodedDataset:
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    def __iter__(self) -> Iterator[Sample]:
+        return iter(self.samples)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> EncodedDataset: ...
+
+    def __getitem__(self, index: int | slice) -> Sample | EncodedDataset:
+        if isinstance(index, slice):
+            return replace(self, samples=self.samples[index])
+        return self.samples[index]
 
     def __repr__(self) -> str:
         images = len({id(sample) for sample in self.samples})
@@ -165,7 +233,7 @@ class EncodedDataset:
             + (f" of {count_text(images, 'image')}" if images != len(self.samples) else ""),
             f"latents {', '.join(shown)}",
             *([f"{of_class} of the class"] if of_class else []),
-            *([f"{len(self.notes)} notes"] if self.notes else []),
+            *([count_text(len(self.notes), "note")] if self.notes else []),
         ]
         return f"EncodedDataset({', '.join(facts)})"
 
@@ -358,6 +426,10 @@ def _given(dataset: EncodedDataset, given: EncodedDataset) -> Split:
 
 def _content(sample: Sample) -> bytes:
     return _digest(sample.latents.contiguous().numpy().tobytes(), 16)
+
+
+def _shape_text(value: object) -> str:
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else described(value)
 
 
 def _digest(content: bytes, size: int) -> bytes:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -12,9 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
+from lorasmith.core.errors import DataError
 from lorasmith.core.options import config_from
 from lorasmith.core.placement import best_device, chosen_device
+from lorasmith.core.printable import described
 from lorasmith.core.processes import current
 from lorasmith.core.tensor_digests import digest_of_tensors
 from lorasmith.data.captions import CaptionRules
@@ -25,7 +29,10 @@ from lorasmith.data.dataset import EncodedCaptions, EncodedDataset, Picture, Sam
 from lorasmith.data.encoder_digest import RememberedDigests, autoencoder_digest, text_encoder_digest
 from lorasmith.data.encoding_cache import CacheEntries, EncodingCache, default_cache, key_of
 from lorasmith.data.folder import FolderScan, ImageFile, scan_sources
+from lorasmith.data.folder_listing import VIDEO_SUFFIXES
 from lorasmith.data.hub_datasets import dataset_folder
+from lorasmith.data.image_files import image_suffixes
+from lorasmith.data.memory_source import PictureItems, items_of
 from lorasmith.data.picture_encoding import (
     EncodedFraming,
     EncodingProgress,
@@ -39,38 +46,51 @@ from lorasmith.families.model import Autoencoder, Model, TextEncoder
 _BATCH_PIXELS = 4 * 1024**2
 """Pixels of a batch on a GPU. On the CPU a batch is not faster, and changes the last bits of its pictures."""
 
+_NAMED = 5  # files that are left out, in the notes
+
 _BESIDE_PIXELS = 1024**2
 """Pixels of pictures that a CPU encodes at a time: together they need the memory of one picture of 1024 × 1024."""
 
 
 def load_dataset(
-    images: str | os.PathLike[str] | Sequence[ImageSource] | object,
+    images: object,
     model: Model,
     *,
     device: str | torch.device | None = None,
     progress: Callable[[int, int, str], None] | None = None,
     caption_progress: Callable[[int, int], None] | None = None,
     hash_progress: Callable[[int, int], None] | None = None,
+    find_class: Callable[[DataConfig, torch.device], FolderScan | None] | None = None,
     config: DataConfig | None = None,
     **settings: Any,
 ) -> EncodedDataset:
-    """`lorasmith.load_dataset`, with three callbacks for its progress.
+    """`lorasmith.load_dataset`, with three callbacks for its progress, and one that finds pictures of the class.
 
     They are called after each tensor of an encoder that is hashed for the cache and after each caption with (done,
     total), and after each image with (done, total, name of the image). Keywords override `config`.
     """
     place = chosen_device(device)
     whole: DataConfig = config_from(DataConfig, {**(asdict(config) if config else {}), **settings})
-    clips = clip_form(model, whole) is not None
-    return encode_scan(
-        scan_sources(_sources(images), whole, cache=datasets_folder(), clips=clips),
-        model,
-        whole,
-        device=place,
-        progress=None if progress is None else lambda done, total, name, cached: progress(done, total, name),
-        caption_progress=caption_progress,
-        hash_progress=hash_progress,
-    )
+    clips = clip_form(model, whole)
+    with contextlib.ExitStack() as stack:
+        sources = list(_sources(images, stack, 0.0 if clips is None else clips.rate))
+        scan = scan_sources(sources, whole, cache=datasets_folder(), clips=clips is not None)
+        notes = tuple(_scan_notes(scan, whole))
+        if find_class is not None:
+            with current().rank0_first():
+                prior = find_class(whole, place)
+            scan = scan if prior is None else replace(scan, images=(*scan.images, *prior.images))
+        held = any(isinstance(one, PictureItems) and any(one.spool.iterdir()) for one in sources)
+        data = encode_scan(
+            scan,
+            model,
+            whole,
+            device=place,
+            progress=None if progress is None else lambda done, total, name, cached: progress(done, total, name),
+            caption_progress=caption_progress,
+            hash_progress=hash_progress,
+        )
+    return replace(data, notes=(*notes, *data.notes), origin="pictures in memory" if held else "")
 
 
 def clip_form(model: Model, config: DataConfig) -> ClipForm | None:
@@ -89,12 +109,65 @@ def datasets_folder() -> Path:
     return default_cache().folder.parent / "datasets"
 
 
-def _sources(images: object) -> list[ImageSource]:
-    if isinstance(images, (str, os.PathLike)):
-        return [ImageSource(os.fspath(images))]
-    if isinstance(images, (list, tuple)):
-        return [one for each in images for one in ([each] if isinstance(each, ImageSource) else _sources(each))]
-    return [ImageSource(str(dataset_folder(images, datasets_folder())))]
+def _sources(images: object, stack: contextlib.ExitStack, rate: float) -> Iterator[ImageSource | PictureItems]:
+    """The sources in what a caller gave; the stack removes their temporary files. DataError if there are none."""
+    if isinstance(images, str | os.PathLike):
+        yield ImageSource(os.fsdecode(images))
+    elif isinstance(images, list | tuple):
+        items: list[object] = []
+        for one in images:
+            if (source := _named_source(one)) is None:
+                items.append(one)
+                continue
+            if items:
+                yield _items(items, stack, rate)
+                items = []
+            yield source
+        if items:
+            yield _items(items, stack, rate)
+    elif (source := _named_source(images)) is not None:
+        yield source
+    elif (given := items_of(images)) is not None:
+        yield _items(given, stack, rate)
+    else:
+        remedy = 'such as [(picture, "a dog")], a generator or a torch dataset of these'
+        if isinstance(images, DataLoader):
+            remedy = "or the dataset of the loader, as a run makes its own batches"
+        raise DataError(
+            f"images must be a folder, a metadata file, a dataset, or pictures with captions, got {described(images)}; "
+            f"give a list {remedy}"
+        )
+
+
+def _named_source(given: object) -> ImageSource | None:
+    """A source that is not its own pictures: a path (unless it is a picture's), a `datasets.Dataset`, or a source."""
+    if isinstance(given, ImageSource):
+        return given
+    if isinstance(given, str | os.PathLike):
+        path = Path(os.fsdecode(given))
+        is_picture = path.suffix.lower() in image_suffixes() | set(VIDEO_SUFFIXES) and not path.is_dir()
+        return None if is_picture else ImageSource(os.fsdecode(given))
+    if type(given).__module__ in ("datasets.arrow_dataset", "datasets.dataset_dict"):  # those that stream are items
+        return ImageSource(str(dataset_folder(given, datasets_folder())))
+    return None
+
+
+def _items(items: Iterable[object], stack: contextlib.ExitStack, rate: float) -> PictureItems:
+    folder = tempfile.TemporaryDirectory(prefix="lorasmith-pictures-")
+    is_own = not type(items).__module__.startswith("datasets.")
+    return PictureItems(items, Path(stack.enter_context(folder)), rate, names_files=is_own)
+
+
+def _scan_notes(scan: FolderScan, config: DataConfig) -> Iterator[str]:
+    for path, reason in scan.skipped[:_NAMED]:
+        yield f"{path.name} {reason}"
+    if len(scan.skipped) > _NAMED:
+        yield f"{len(scan.skipped) - _NAMED:,} more files are left out"
+    if missing := scan.missing_captions:
+        text = "the trigger" if config.trigger else "an empty text"
+        count = f"{len(missing):,} of {len(scan.images):,}"
+        yield f"{count} pictures have no caption, such as {missing[0].name}; {text} is used"
+    yield from scan.notes
 
 
 def encode_scan(

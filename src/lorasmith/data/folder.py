@@ -26,6 +26,7 @@ from lorasmith.data.clips import is_video, open_file
 from lorasmith.data.data_config import CaptionOrigin, DataConfig, ImageSource
 from lorasmith.data.folder_listing import NO_CLIPS, Reason, Skipped, name_without_repeats, stem_of
 from lorasmith.data.image_files import MAX_ASPECT, ImageError, file_digest, image_size, image_suffixes, in_threads
+from lorasmith.data.memory_source import PictureItems, item_candidates
 from lorasmith.data.source_files import Candidate, NoteKind, ScanNotes, candidates
 
 MIN_EDGE = 16  # of the shorter edge, in pixels
@@ -96,7 +97,7 @@ def scan_folder(path: str | os.PathLike[str], config: DataConfig | None = None, 
 
 
 def scan_sources(
-    sources: Sequence[ImageSource],
+    sources: Sequence[ImageSource | PictureItems],
     config: DataConfig | None = None,
     *,
     is_class: bool = False,
@@ -119,11 +120,12 @@ def scan_sources(
     unread: list[Candidate] = []
     missing: list[Path] = []
     notes = ScanNotes()
-    found = [
-        one
-        for source in sources
-        for one in candidates(source, config, cache=cache, skipped=skipped, notes=notes, unread=unread, clips=clips)
-    ]
+    found: list[Candidate] = []
+    for source in sources:
+        if isinstance(source, PictureItems):
+            found += item_candidates(source, config, clips=clips)
+        else:
+            found += candidates(source, config, cache=cache, skipped=skipped, notes=notes, unread=unread, clips=clips)
 
     def check(candidate: Candidate) -> _Checked | Reason:
         return _checked(candidate, config, rules, is_class=is_class)
@@ -182,7 +184,7 @@ def _checked(
         return found.barred
     file = None
     try:
-        opened = open_file(found.path, clips=found.clips, any_format=any_format)
+        opened = found.opened or open_file(found.path, clips=found.clips, any_format=any_format)
         width, height = opened.width, opened.height
         digest = file_digest(found.path)
         if fault := _size_fault(width, height):
@@ -305,10 +307,12 @@ def _note_repetition(found: Sequence[Candidate], notes: ScanNotes) -> None:
         seen.add((folder, one.name))
 
 
-def _nothing_usable(sources: Sequence[ImageSource], skipped: Skipped) -> str:
+def _nothing_usable(sources: Sequence[ImageSource | PictureItems], skipped: Skipped) -> str:
     if not sources:
         return "a run needs images, got no source of them; name a folder"
     place = sources[0].path if len(sources) == 1 else f"each of {len(sources)} sources"
+    if not skipped and isinstance(sources[0], PictureItems):
+        return f"{place} must have pictures, got none; a list or dataset may be empty, a generator read before"
     if not skipped:
         known = ", ".join(sorted(suffix[1:] for suffix in image_suffixes()))
         return f"{place} holds no images; put some in it ({known})"

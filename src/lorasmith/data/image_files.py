@@ -194,9 +194,14 @@ def open_original(path: Path, *, any_format: bool = False) -> tuple[Image.Image,
     """
     with _opened(path, any_format=any_format) as image:
         image.load()
-        picture = _eight_bits(_upright(image))
         profile = image.info.get("icc_profile") if image.mode in ("RGB", "RGBA") else None
-        return picture.convert("RGBA" if picture.has_transparency_data else "RGB"), profile
+        return upright_original(image), profile
+
+
+def upright_original(image: Image.Image) -> Image.Image:
+    """A picture of any mode, upright, as 8-bit RGB, or RGBA if it is transparent."""
+    picture = _eight_bits(_upright(image))
+    return picture.convert("RGBA" if picture.has_transparency_data else "RGB")
 
 
 def in_threads(function: Callable[[S], T], items: Sequence[S], *, most: int) -> Iterator[T]:

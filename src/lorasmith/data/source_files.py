@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lorasmith.core.errors import DataError
 from lorasmith.core.files import is_folder, is_regular
+from lorasmith.data.clips import OpenedFile
 from lorasmith.data.data_config import MAX_REPEATS, DataConfig, ImageSource
 from lorasmith.data.folder_listing import LINK, ListedFolder, Reason, Skipped, list_folders, stem_of
 from lorasmith.data.hub_datasets import is_saved_dataset, unpacked_folder
@@ -35,6 +36,7 @@ class Candidate:
     refused: str = ""  # why `entry` cannot be used, a clause; empty if it can
     entry_first: bool = False  # `entry` precedes the caption file
     mask: Path | None = None
+    opened: OpenedFile | None = None  # what its file would not say: a clip that was in memory
     barred: Reason | None = None  # why it is skipped, if one of its files is a link that is not followed
 
     @property

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lorasmith.adapters.inject import Rule
 from lorasmith.core.errors import DataError, ModelError
+from lorasmith.core.printable import printable
 from lorasmith.core.registry import Registry
 from lorasmith.diffusion.schedule import FlowSchedule, NoiseSchedule, ResolutionShift
 from lorasmith.families.files.checkpoint import OriginalCheckpoint, PipelineConfigs
@@ -37,17 +38,26 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Conditioning:
-    """A denoiser's inputs besides noisy latents and time."""
+    """A denoiser's inputs besides noisy latents and time.
 
-    # every tensor's first dimension is the batch, 1 for a single prompt. `context` (batch, tokens, ...) is there in
-    # each family; `pooled` (batch, width), `guidance` (batch,) and others where the family has them. With
-    # `no_guidance`, of any value, a network with an embedding of guidance leaves it out
+    Attributes:
+        tensors: by name, each with the batch as its first dimension, 1 for a single prompt. `context` (batch, tokens,
+            width) is there in each family; `pooled` (batch, width), `guidance` (batch,) and others where the family
+            has them. With `no_guidance`, of any value, a network with an embedding of guidance leaves it out.
+        text: the prompt it came from, for reports and metadata; None when unknown.
+        mask: bool (batch, tokens), True for tokens of the context that are attended to; None for all of them.
+        span: the part of sampling that it applies to, from 0 at the start to 1 at the end; training ignores it.
+    """
+
     tensors: Mapping[str, Tensor]
-    text: str | None = None  # the prompt it came from, for reports and metadata; None when unknown
-    # bool (batch, tokens), True for tokens of the context that are attended to; None for all of them
+    text: str | None = None
     mask: Tensor | None = None
-    # the part of sampling that it applies to, from 0 at the start to 1 at the end; training ignores it
     span: tuple[float, float] = (0.0, 1.0)
+
+    def __repr__(self) -> str:
+        facts = [f"{name} {'×'.join(map(str, tensor.shape))}" for name, tensor in self.tensors.items()]
+        caption = [] if self.text is None else [repr(printable(self.text, limit=60))]
+        return f"Conditioning({', '.join([*caption, *facts, *(['masked'] if self.mask is not None else [])])})"
 
     @property
     def lengths(self) -> tuple[int, ...]:

@@ -24,9 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.adapters.frozen_layer import CONVOLUTIONS
+from lorasmith.core.arguments import typed_arguments
 from lorasmith.core.errors import ModelError
 from lorasmith.core.folders import pipeline_index
 from lorasmith.core.placement import FULL_PRECISION
+from lorasmith.core.printable import described
 from lorasmith.core.quantization import Packed
 from lorasmith.families.base import FAMILIES, Components, Diffusion, Family, TextEncoders
 from lorasmith.families.files.checkpoint import (
@@ -75,10 +77,11 @@ class DiffusersPipeline(Protocol):
         """Its configuration."""
 
 
+@typed_arguments
 def load_model(
     source: str | os.PathLike[str] | DiffusersPipeline,
     *,
-    text_encoders: Sequence[str | os.PathLike[str]] = (),
+    text_encoders: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
     vae: str | os.PathLike[str] | None = None,
     dtype: torch.dtype | None = None,
 ) -> Model:
@@ -94,15 +97,18 @@ def load_model(
             model, a hub id such as `stabilityai/stable-diffusion-2-1`, which needs a network, or a loaded pipeline of
             diffusers. Of a diffusers folder with two experts, its subfolder `transformer_2` is the second one with the
             rest of the folder; the folder itself is the first one.
-        text_encoders: files, checkpoints or diffusers folders with text encoders that `source` lacks, or that replace
-            its own.
+        text_encoders: one or more files, checkpoints or diffusers folders with text encoders that `source` lacks, or
+            that replace its own.
         vae: the same for the autoencoder.
         dtype: converts the denoiser's weights to this dtype, in memory; None leaves them in the file and its dtype.
 
     Raises:
+        OptionError: an argument is of another type.
         ModelError: a file cannot be found, read or recognised, a part belongs to another family, or the weights of a
             pipeline are quantized, offloaded to nowhere, or have LoRAs on them.
     """
+    if isinstance(text_encoders, str | os.PathLike):
+        text_encoders = [text_encoders]
     if not isinstance(source, str | os.PathLike):
         model = model_of_pipeline(source)
     else:
@@ -290,7 +296,7 @@ def model_of_pipeline(pipeline: DiffusersPipeline) -> Model:
     """
     if not isinstance(getattr(pipeline, "components", None), Mapping):
         raise ModelError(
-            f"a model must be a path, a name or a loaded pipeline of diffusers, got {type(pipeline).__name__}; give "
+            f"a model must be a path, a name or a loaded pipeline of diffusers, got {described(pipeline)}; give "
             "the whole pipeline, with its text encoders and its scheduler"
         )
     title = _title_of(pipeline)

@@ -207,7 +207,7 @@ class Denoiser:
         return self.base.family.predict(self.module, latents, time, conditioning)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class TextEncoder:
     """Text encoders with their LoRAs (ComfyUI's CLIP)."""
 
@@ -217,6 +217,11 @@ class TextEncoder:
     encoding: Encoding = field(default_factory=Encoding)
     patches: tuple[tuple[str, Patch], ...] = ()  # by component name
     device: torch.device | None = None  # where they run; None for the best one
+
+    def __repr__(self) -> str:
+        loras = [f"a LoRA on {component} at {patch.strength:g}" for component, patch in self.patches]
+        facts = [self.family.title, *self.encoders.modules, *loras]
+        return f"TextEncoder({printable(self.title, limit=60)}: {', '.join(facts)})"
 
     def patched(self, component: str, patch: Patch) -> TextEncoder:
         """A handle with one more LoRA on `component`."""
@@ -265,13 +270,16 @@ class TextEncoder:
         return fast_dtype(own, device or self.device or best_device())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Autoencoder:
     """An autoencoder (ComfyUI's VAE). Latents here are the autoencoder's own, not yet scaled for a denoiser."""
 
     module: nn.Module
     kind: str  # its registered kind
     title: str  # name in messages
+
+    def __repr__(self) -> str:
+        return f"Autoencoder({printable(self.title, limit=60)}: {self.kind})"
 
     @property
     def latent(self) -> LatentFormat:

@@ -14,6 +14,7 @@ from typing import Any
 
 from PIL import Image
 
+from lorasmith.core.arguments import typed_arguments
 from lorasmith.core.errors import GraphError
 from lorasmith.core.files import read_regular
 from lorasmith.core.folders import Folders
@@ -105,6 +106,7 @@ def checked_workflow(workflow: str | os.PathLike[str], folders: Folders, changes
     return CheckedWorkflow(validate(prompt, folders, nodes=nodes), read.editor)
 
 
+@typed_arguments
 def run_workflow(
     workflow: str | os.PathLike[str],
     *,

@@ -90,7 +90,7 @@ def with_loras(
     """
     denoiser, encoder, notes = _with_loras(denoiser, encoder, loras, strict=strict)
     for note in notes:
-        warnings.warn(note, stacklevel=3)
+        warnings.warn(note, stacklevel=4)  # of who calls `generate`, behind the check of its arguments
     return denoiser, encoder
 
 

@@ -1,33 +1,38 @@
-"""The Python library's functions that show their progress: `load_dataset`, `train`, `train_together` and `generate`.
+"""The Python library's functions: `load_dataset`, `encode`, `train`, `train_together` and `generate`.
 
-They add bars, and LoRAs by name, to the functions of the rooms below.
+They add bars, and models, data and LoRAs by name, to the functions of the rooms below.
 """
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ParamSpec, Protocol, get_type_hints
+from typing import Any, ParamSpec, Protocol, TypeVar, get_type_hints
 
 import torch
 from PIL import Image
 
+from lorasmith.core.arguments import check_arguments, typed_arguments
+from lorasmith.core.errors import OptionError
 from lorasmith.core.options import config_from, options_of
 from lorasmith.core.placement import chosen_device
 from lorasmith.core.printable import printable
 from lorasmith.data import encoding
-from lorasmith.data.data_config import DataConfig, ImageSource
-from lorasmith.data.dataset import EncodedDataset
+from lorasmith.data.data_config import DataConfig
+from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.data.picture_encoding import EncodingProgress
+from lorasmith.families.loading import DiffusersPipeline
 from lorasmith.families.model import Denoiser, Model, TextEncoder
+from lorasmith.runs.class_images import class_scan
 from lorasmith.runs.drawing import with_loras
+from lorasmith.runs.given import check_data, check_latents, denoiser_of, model_of, samples_of
 from lorasmith.runs.progress_bars import counted, note, run_shown, void
 from lorasmith.runs.run import Host, run
+from lorasmith.runs.shown_arguments import shown
 from lorasmith.sampling import generate as sampling
 from lorasmith.sampling.generate import Sampling
 from lorasmith.training.config import TrainConfig
@@ -41,6 +46,10 @@ from lorasmith.training.storage.run_folder import output_folder
 from lorasmith.training.train import Plan
 
 P = ParamSpec("P")
+A = TypeVar("A", bound=DataConfig | TrainConfig)
+AnyModel = Model | Denoiser | str | os.PathLike[str] | DiffusersPipeline
+"""A model, or what `load_model` loads as one."""
+
 _Lora = str | os.PathLike[str] | Lora
 LoraStrengths = (
     Mapping[str, float] | Mapping[Path, float] | Mapping[str | Path, float] | Sequence[_Lora | tuple[_Lora, float]]
@@ -64,8 +73,21 @@ class DatasetArguments(DataConfig):
     progress: bool | EncodingProgress | None = True
 
 
-_AROUND_DATA = [field.name for field in fields(DatasetArguments) if "option" not in field.metadata]
-"""Names of the arguments of `load_dataset` that are not settings."""
+@dataclass(frozen=True, kw_only=True)
+class EncodeArguments(DataConfig):
+    """Keyword arguments of `encode`: every setting of `DataConfig`, and these.
+
+    Attributes:
+        mask: white where the loss counts: a picture, an array (height, width), or a path.
+        name: for messages, and what is held out for validation; by default the file's, or made of the content.
+        config: base settings; those passed as keywords override them.
+        device: where to encode; the first GPU, or the CPU, if None.
+    """
+
+    mask: object = None
+    name: str = ""
+    config: DataConfig | None = None
+    device: str | torch.device | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,9 +100,9 @@ class TrainArguments(TrainConfig):
             unfinished, that run is resumed bit-identically; a complete one with fewer steps is moved aside and
             continued from its end. If it holds other files, the run is in a subfolder with its title.
         title: name of the LoRA, and of its file in `output`.
-        trigger: trigger phrase, for the metadata.
+        trigger: trigger phrase, for the metadata, and for the captions of data that are not encoded yet.
         device: where to train; the first GPU, or the CPU, if None.
-        validation: held-out images, instead of a share of the data.
+        validation: held-out images, instead of a share of the data; as data.
         fresh: move an existing run in `output` aside, and start from scratch.
         progress: show a bar and the run's notes on standard error; False shows nothing.
         on_event: receives all events; without it and without progress, warnings are logged (logger `lorasmith`).
@@ -92,32 +114,18 @@ class TrainArguments(TrainConfig):
     title: str = Plan.title
     trigger: str | None = None
     device: str | torch.device | None = None
-    validation: EncodedDataset | None = None
+    validation: object = None
     fresh: bool = False
     progress: bool = True
     on_event: EventHandler | None = None
     cancelled: Callable[[], bool] | None = None
 
 
-_AROUND_TRAINING = [field.name for field in fields(TrainArguments) if "option" not in field.metadata]
-
-
-def shown_signature(function: Callable[..., Any], arguments: Any) -> Any:
-    """The function with the fields of the dataclass in place of `**arguments` in its signature, non-options first."""
-    plain, hints = inspect.signature(function, eval_str=True), get_type_hints(arguments)
-    first = [one for one in plain.parameters.values() if one.kind is not one.VAR_KEYWORD]
-    others = [one.replace(annotation=hints[one.name]) for one in inspect.signature(arguments).parameters.values()]
-    settings = options_of(arguments)
-    others.sort(key=lambda one: one.name in settings)
-    function.__signature__ = plain.replace(parameters=[*first, *others])  # type: ignore[attr-defined]
-    return function
-
-
 class _LoadDataset(Protocol[P]):
     def __call__(
         self,
-        images: str | os.PathLike[str] | Sequence[ImageSource] | object,
-        model: Model,
+        images: object,
+        model: AnyModel,
         *args: P.args,
         **arguments: P.kwargs,
     ) -> EncodedDataset: ...
@@ -125,43 +133,65 @@ class _LoadDataset(Protocol[P]):
 
 def _loads(arguments: Callable[P, DataConfig]) -> Callable[[Callable[..., EncodedDataset]], _LoadDataset[P]]:
     """Decorator: `**arguments` get the signature of their dataclass, for type checkers and `help`."""
-    return lambda function: shown_signature(function, arguments)
+    return lambda function: shown(function, arguments)
+
+
+class _Encode(Protocol[P]):
+    def __call__(
+        self,
+        model: AnyModel,
+        image: object,
+        caption: str | Sequence[str] | None = None,
+        *args: P.args,
+        **arguments: P.kwargs,
+    ) -> Sample: ...
+
+
+def _encodes(arguments: Callable[P, DataConfig]) -> Callable[[Callable[..., Sample]], _Encode[P]]:
+    return lambda function: shown(function, arguments)
 
 
 class _Train(Protocol[P]):
-    def __call__(
-        self, model: Model | Denoiser, data: EncodedDataset, *args: P.args, **arguments: P.kwargs
-    ) -> TrainResult: ...
+    def __call__(self, model: AnyModel, data: object, *args: P.args, **arguments: P.kwargs) -> TrainResult: ...
 
 
 def _trains(arguments: Callable[P, TrainConfig]) -> Callable[[Callable[..., TrainResult]], _Train[P]]:
-    return lambda function: shown_signature(function, arguments)
+    return lambda function: shown(function, arguments)
 
 
 @_loads(DatasetArguments)
-def load_dataset(
-    images: str | os.PathLike[str] | Sequence[ImageSource] | object, model: Model, **arguments: Any
-) -> EncodedDataset:
+def load_dataset(images: object, model: AnyModel, **arguments: Any) -> EncodedDataset:
     """Read and encode images with captions.
 
     Encodings are kept on disk, so that the next call with the same images, captions and encoders reads them.
 
+    Pictures in memory are PIL pictures of any mode, or numpy arrays and torch tensors: uint8, or floats in 0..1, of the
+    shape (height, width), (height, width, C) or (C, height, width), with C of 1 for grey, 3 for RGB, 4 for RGB and
+    alpha; clips of models of videos have frames in front, (frames, height, width, C) or (frames, C, height, width).
+    Floats in -1..1 and other integers are refused. A generator or dataset is read once, one picture at a time; pictures
+    wait in a temporary folder until they are encoded.
+
     Args:
         images: a folder of images, a metadata file, a folder that `datasets` saved, a `datasets.Dataset` with a column
-            of images, or several of these as `ImageSource`.
-        model: its autoencoder and text encoders are used.
-        **arguments: settings by name (`DataConfig`), such as trigger, resolution and flip, and those of
-            `DatasetArguments`: config, device, progress.
+            of images, an `ImageSource`, or a list of these; or pictures: a list, a generator, or a torch dataset of
+            either style. Of these each is a pair (picture, caption) or (picture, caption, mask), whose caption is a
+            text, a list of texts of which each draw takes one, or None; a dict with image (or video), text, mask,
+            file_name, repeats, weight, frame_rate; or the path of a picture, whose caption is beside it.
+        model: its autoencoder and text encoders are used; a name, a path or a pipeline is loaded first.
+        **arguments: below.
 
     Returns:
         The samples: latents fp32 (channels, [frames,] height, width) on the CPU, and conditionings of the captions.
 
     Raises:
-        DataError: the folder or its images cannot be used.
-        ModelError: the model lacks a text encoder or an autoencoder.
+        DataError: the images cannot be used, or are of another type, shape or range.
+        ModelError: the model cannot be loaded, or lacks a text encoder or an autoencoder.
         OptionError: a setting is unknown or out of range, or there is no such device.
+        OutputError: the temporary folder is full.
     """
-    given = DatasetArguments(**{name: arguments.pop(name) for name in _AROUND_DATA if name in arguments})
+    given, settings = _taken(DatasetArguments, "load_dataset", arguments)
+    check_data(images)
+    base = model_of(model)
     bars = given.progress if isinstance(given.progress, bool) else False
     with (
         counted("Hashing", bars) as hashing,
@@ -170,28 +200,66 @@ def load_dataset(
     ):
         data = encoding.load_dataset(
             images,
-            model,
+            base,
             device=given.device,
             progress=pictures,
             caption_progress=captions,
             hash_progress=hashing,
+            find_class=lambda config, device: class_scan(config, base, device=device, host=Host()),
             config=given.config,
-            **arguments,
+            **settings,
         )
     for sentence in data.notes if given.progress is True else ():
         note(sentence)
     return data
 
 
+@_encodes(EncodeArguments)
+def encode(model: AnyModel, image: object, caption: str | Sequence[str] | None = None, **arguments: Any) -> Sample:
+    """Encode one picture with its caption, for a list of samples that `train` takes.
+
+    `load_dataset` of a list or a generator gives the same samples faster, as it loads the encoders once.
+
+    Args:
+        model: its autoencoder and text encoders are used; a name, a path or a pipeline is loaded first.
+        image: a picture as for `load_dataset`, or the path of one, whose caption may be beside it.
+        caption: a text, several of which each draw takes one, or None for the trigger alone.
+        **arguments: below.
+
+    Returns:
+        The sample: latents fp32 (channels, [frames,] height, width) on the CPU, and the conditioning.
+
+    Raises:
+        DataError: the picture cannot be used, or is of another type, shape or range.
+        ModelError: the model cannot be loaded, or lacks a text encoder or an autoencoder.
+        OptionError: a setting is unknown or out of range, or its captions have too many variants.
+    """
+    given, settings = _taken(EncodeArguments, "encode", arguments)
+    is_path = isinstance(image, str | os.PathLike)
+    item = {("file_name" if is_path else "image"): image, "text": caption, "mask": given.mask}
+    data = encoding.load_dataset([item], model_of(model), device=given.device, config=given.config, **settings)
+    sample = data[0] if is_path and not given.name else replace(data[0], name=given.name)
+    if (variants := sample.variants) is not None:
+        texts = variants.rules.possible(variants.captions, _MOST_CAPTIONS)
+        if texts is None:
+            raise OptionError(
+                f"a sample may have at most {_MOST_CAPTIONS:,} variants of its caption, and these are more; encode "
+                "with load_dataset, which encodes those that are drawn"
+            )
+        variants.encoded.encode_ahead(sorted(texts))
+    return sample
+
+
 @_trains(TrainArguments)
-def train(model: Model | Denoiser, data: EncodedDataset, **arguments: Any) -> TrainResult:
+def train(model: AnyModel, data: object, **arguments: Any) -> TrainResult:
     """Train a LoRA.
 
     Args:
-        model: the base model, with or without LoRAs applied; it is not modified.
-        data: encoded samples.
-        **arguments: settings by name (`TrainConfig`), and those of `TrainArguments`: output, title, trigger, device,
-            validation, fresh, progress, on_event, cancelled, config.
+        model: the base model, with or without LoRAs applied; it is not modified. A name, a path or a pipeline of
+            diffusers is loaded first.
+        data: encoded samples: an `EncodedDataset`, or a list of `Sample`s. Whatever else `load_dataset` takes, such as
+            a folder, is encoded with its default settings and the trigger.
+        **arguments: below.
 
     Returns:
         The LoRA, the loss of each step, and where the files are if there is an output folder.
@@ -199,7 +267,8 @@ def train(model: Model | Denoiser, data: EncodedDataset, **arguments: Any) -> Tr
     Raises:
         OptionError: a setting is unknown, out of range or does not fit the model, or there is no such device.
         LoraError: an existing LoRA cannot be read or is for another model.
-        DataError: the samples do not fit the model.
+        ModelError: the model cannot be loaded, or is none.
+        DataError: the samples do not fit the model, or are none.
         OutputError: `output` holds another run, this one complete, or one that another process trains, is a file, or
             cannot be used.
         TrainingError: the loss became non-finite more often than `max_rollbacks`, or memory is too small. If steps were
@@ -219,8 +288,9 @@ def train(model: Model | Denoiser, data: EncodedDataset, **arguments: Any) -> Tr
             raise
 
 
+@typed_arguments
 def train_together(
-    model: Model | Denoiser, data: EncodedDataset, runs: Sequence[Mapping[str, Any]], **arguments: Any
+    model: AnyModel, data: object, runs: Sequence[Mapping[str, Any]], **arguments: Any
 ) -> list[TrainResult | Exception]:
     """Train several LoRAs at once over one model, which is held in memory once.
 
@@ -228,8 +298,7 @@ def train_together(
     steps and data may differ; settings of the model and of memory are shared by all.
 
     Args:
-        model: as for `train`.
-        data: encoded samples.
+        model, data: as for `train`.
         runs: the arguments of each run as for `train`, such as `{"rank": 8, "output": "runs/8"}`; `data` are samples of
             its own.
         **arguments: shared by all runs. No bars are shown.
@@ -243,14 +312,19 @@ def train_together(
     """
     stop = StopOfAll(arguments.get("cancelled") or (lambda: False))
     jobs, works = [], []
+    trained, loaded = denoiser_of(model), dict[int, EncodedDataset]()
     for own in runs:
         asked = {**arguments, "cancelled": stop.is_set, **own}
         samples = asked.pop("data", data)
-        given, plan = _planned(model, samples, asked)
-        check_captions(plan.job, samples)
+        given, plan = _planned(trained, loaded.get(id(samples), samples), asked)
+        loaded[id(samples)] = plan.data  # encoded once, and read once if they come from a generator
+        check_captions(plan.job, plan.data)
         jobs.append(plan.job)
         works.append(partial(run, plan, _LibraryHost(given.cancelled, given.on_event or _logged)))
     return train_jointly(jobs, works, each_round=stop.look)
+
+
+_MOST_CAPTIONS = 1000  # of one sample
 
 
 class _LibraryHost(Host):
@@ -275,25 +349,40 @@ def _logged(event: Event) -> None:
         logging.getLogger("lorasmith").warning(event.message)
 
 
-def _planned(
-    model: Model | Denoiser, data: EncodedDataset, arguments: Mapping[str, Any]
-) -> tuple[TrainArguments, Plan]:
+def _planned(model: object, data: object, arguments: Mapping[str, Any]) -> tuple[TrainArguments, Plan]:
     """The arguments of `train` that are not settings, and the plan of the run."""
-    given = TrainArguments(**{name: value for name, value in arguments.items() if name in _AROUND_TRAINING})
-    settings = {name: value for name, value in arguments.items() if name not in _AROUND_TRAINING}
+    given, settings = _taken(TrainArguments, "train", arguments)
     config = config_from(TrainConfig, {**(asdict(given.config) if given.config else {}), **settings})
-    denoiser = model if isinstance(model, Denoiser) else model.denoiser
+    device = chosen_device(given.device)
+    denoiser = denoiser_of(model)
+
+    def load(images: object) -> EncodedDataset:
+        return load_dataset(
+            images, denoiser.base, trigger=given.trigger or "", device=given.device, progress=given.progress
+        )
+
+    samples = samples_of(data, load)
+    check_latents(samples, denoiser.base)
     plan = Plan(
         denoiser=denoiser,
-        job=plan_job(denoiser, config, chosen_device(given.device)),
-        data=data,
-        validation=given.validation,
+        job=plan_job(denoiser, config, device),
+        data=samples,
+        validation=None if given.validation is None else samples_of(given.validation, load),
         title=given.title,
         trigger=given.trigger,
+        source={"command": "lorasmith.train", "images": samples.origin} if samples.origin else {},
         output=None if given.output is None else Path(given.output),
         fresh=given.fresh,
     )
     return given, plan
+
+
+def _taken(kind: type[A], function: str, arguments: Mapping[str, Any]) -> tuple[A, dict[str, Any]]:
+    """The arguments that are no settings, by their class and checked, and the settings."""
+    hints = {name: hint for name, hint in get_type_hints(kind).items() if name not in options_of(kind)}
+    own = {name: value for name, value in arguments.items() if name in hints}
+    check_arguments(own, hints, function)
+    return kind(**own), {name: value for name, value in arguments.items() if name not in hints}
 
 
 def _place_of(plan: Plan) -> str:
@@ -306,8 +395,9 @@ def _place_of(plan: Plan) -> str:
     return f"the run is in {printable(str(output), limit=200)}; the same call continues it"
 
 
+@typed_arguments
 def generate(
-    model: Model | Denoiser,
+    model: AnyModel,
     prompts: str | Sequence[str],
     *,
     loras: LoraStrengths = (),
@@ -329,7 +419,7 @@ def generate(
     """Generate one picture per prompt, all from noise of the same seed.
 
     Args:
-        model: the model, or its denoiser with LoRAs applied.
+        model: the model, its denoiser with LoRAs applied, or a name, a path or a pipeline, which is loaded first.
         prompts: one or more prompts, `(word:1.2)` weights included.
         loras: LoRAs with their strengths, `{"dog.safetensors": 0.8}`, or a list of files or `Lora`s, at strength 1
             unless each is a pair with its own. They are applied to denoiser and text encoders.
@@ -356,7 +446,7 @@ def generate(
         LoraError: a LoRA cannot be read, is for another model, or is refused.
         CancelledError: `cancelled` returned True.
     """
-    denoiser = model if isinstance(model, Denoiser) else model.denoiser
+    denoiser = denoiser_of(model)
     encoder = text_encoder or denoiser.base.text_encoder
     denoiser, encoder = with_loras(denoiser, encoder, _pairs(loras), strict=strict)
     with counted("Sampling", progress) as shown:

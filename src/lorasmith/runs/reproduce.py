@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lorasmith.core.errors import OptionError, OutputError, TrainingError
 from lorasmith.core.options import options_of
-from lorasmith.core.printable import count_text
+from lorasmith.core.printable import count_text, printable
 from lorasmith.formats.container import check_safetensors
 from lorasmith.formats.metadata import RUN_ENTRY, sha256_body, steps_of
 from lorasmith.runs.plan import FolderPlan, plan
@@ -181,6 +181,11 @@ def _record_in(lora: Path, metadata: Mapping[str, str]) -> RunRecord:
     except (KeyError, ValueError) as error:
         raise _without_record(lora, error) from error
     if record.source.get("command") != "train":
+        if images := record.source.get("images"):
+            raise OptionError(
+                f"{lora} is from {printable(images, limit=40)}, which no file holds; call lorasmith.train again with "
+                "the same ones and the settings in its metadata to reproduce it"
+            )
         remedy = "the workflow in its metadata" if "prompt" in metadata else "its script"
         raise OptionError(f"{lora} was not made by lorasmith train; run {remedy} again to reproduce it")
     return record

@@ -20,7 +20,7 @@ from lorasmith.core.choices import (
     TimestepDistribution,
 )
 from lorasmith.core.errors import OptionError
-from lorasmith.core.options import Option, check_options, config_from, option, options_of
+from lorasmith.core.options import Option, check_options, config_from, option, options_of, short_repr
 from lorasmith.training.optim.update_rules import OPTIMIZERS, SCHEDULES, rate_factor, rule_of
 
 DtypeSetting = Literal["bf16", "fp32", "none"]
@@ -668,6 +668,8 @@ class TrainConfig(
         help="Leave paths, prompts, captions and the workflow out of the LoRA's metadata. The run folder still holds "
         "them.",
     )
+
+    __repr__ = short_repr
 
 
 WHOLE_RANGE = (0.0, 1.0)

@@ -21,6 +21,7 @@ from lorasmith.adapters.algorithms import title_of
 from lorasmith.adapters.frozen_layer import packed_layers
 from lorasmith.adapters.patch import Patch, cannot_merge
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
+from lorasmith.core.arguments import typed_arguments
 from lorasmith.core.errors import LoraError
 from lorasmith.core.printable import count_text, printable, sentence
 from lorasmith.families.files.original_weights import weight_shapes
@@ -82,6 +83,7 @@ class Lora:
     given: Mapping[str, torch.Tensor] | None = None
 
     @classmethod
+    @typed_arguments
     def load(cls, path: str | os.PathLike[str], model: Model | Trainable | ModelNames | None = None) -> Lora:
         """Load a LoRA file or folder in any known layout.
 

@@ -1,0 +1,302 @@
+"""Pictures that a program has, in memory or by path, as a source of a run.
+
+Items are read once, in order, from a list, a generator or a torch dataset. Each picture in memory is written to a
+temporary file without compression, so that one at a time is held, and what follows is that of files: buckets, crops,
+variants, masks, checks, and the cache. The file's bytes are a function of the pixels, and so are digests.
+
+    (picture, caption), (picture, [caption, ...]), (picture, caption, mask)
+    {"image": picture, "text": caption, "mask": mask}    also file_name, repeats, weight; video and frame_rate for clips
+    "photos/1.png"                                       a file, with its caption file as in a folder
+
+Values are never guessed: what is neither uint8 nor a float in 0..1 is refused.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from lorasmith.core.errors import DataError, OptionError, OutputError
+from lorasmith.core.folders import file_stem
+from lorasmith.core.options import options_of
+from lorasmith.core.printable import described, printable
+from lorasmith.data.captions import MAX_CAPTION
+from lorasmith.data.clips import COUNTED_FRAMES, OpenedFile
+from lorasmith.data.data_config import DataConfig, ImageSource
+from lorasmith.data.folder_listing import ListedFolder
+from lorasmith.data.image_files import upright_original
+from lorasmith.data.metadata_files import MAX_CAPTIONS, NAME_COLUMNS, TEXT_COLUMNS
+from lorasmith.data.source_files import Candidate, ScanNotes, candidates
+
+_PICTURE, _CLIP = "image", "video"
+_CHANNELS = (1, 3, 4)
+_ROUNDING = 1 / 512  # half a step of 8 bits: what float arithmetic may exceed 0..1 by
+
+_FORMS = 'a pair (picture, caption), a dict such as {"image": picture, "text": caption}, or the path of a picture'
+_SHAPES = "(height, width), (height, width, C) or (C, height, width) with C of 1, 3 or 4"
+_CLIP_SHAPES = "(frames, height, width, C) or (frames, C, height, width) with C of 1, 3 or 4"
+
+
+@dataclass(frozen=True)
+class PictureItems:
+    """A source of pictures that a program has."""
+
+    items: Iterable[object]  # read once
+    spool: Path  # folder for those in memory, the caller's to remove
+    rate: float = 0.0  # frames per second of clips that do not say it
+    names_files: bool = True  # paths are the caller's own, not those of a dataset that another person made
+
+    path = "the given data"  # in messages
+
+
+@dataclass(frozen=True)
+class _Item:
+    number: int
+    picture: object
+    captions: tuple[str, ...] = ()
+    mask: object = None
+    name: str = ""
+    repeats: int = 1
+    weight: float = 1.0
+    rate: float = 0.0  # of a clip that says it
+    is_clip: bool = False  # it is said to be one
+
+    @property
+    def title(self) -> str:
+        return f"item {self.number}" + (f" ({self.name})" if self.name else "")
+
+
+def items_of(given: object) -> Iterable[object] | None:
+    """The items of a generator, an iterable or a torch dataset of either style; None if `given` is none of these."""
+    if isinstance(given, str | bytes | Mapping | np.ndarray | torch.Tensor | DataLoader):
+        return None
+    if isinstance(given, Iterable):
+        return given
+    if hasattr(given, "__getitem__") and hasattr(given, "__len__"):
+        return (given[number] for number in range(len(given)))
+    return None
+
+
+def item_candidates(source: PictureItems, config: DataConfig, *, clips: bool) -> Iterator[Candidate]:
+    """The pictures of the items, those in memory written to the spool, in order. Raises DataError or OutputError."""
+    listings = _Listings(config, clips)
+    for number, given in enumerate(source.items):
+        item = _read(number, given)
+        if not source.names_files and any(isinstance(one, str | os.PathLike) for one in (item.picture, item.mask)):
+            raise DataError(
+                f"a dataset must hold its pictures, got a path in {item.title}, which is not read; load the files that "
+                "you trust as a list of paths"
+            )
+        if isinstance(item.picture, str | os.PathLike):
+            found = listings.candidate(Path(item.picture))
+            found = replace(found, repeats=item.repeats, weight=item.weight)
+            if item.captions:
+                found = replace(found, caption_file=None, metadata=item.title, entry=item.captions, refused="")
+        else:
+            found = _written(item, source, config, clips)
+        if item.mask is not None:
+            found.mask = _mask(item, source.spool / f"{number}" / f"{found.name}.mask", config)
+        yield found
+
+
+class _Listings:
+    """Files by path, with the captions and masks beside them; each folder is listed once."""
+
+    def __init__(self, config: DataConfig, clips: bool) -> None:
+        self._config, self._clips = replace(config, recursive=False), clips
+        self._known: dict[str, dict[str, Candidate]] = {}
+
+    def candidate(self, path: Path) -> Candidate:
+        folder = str(path.parent)
+        if folder not in self._known:
+            self._known[folder] = self._listed(folder)
+        listed = ListedFolder(folder, "", path.parent.resolve(), self._config.follow_links)
+        return self._known[folder].get(path.name) or Candidate(listed, path.name, 1, 1.0, self._clips)
+
+    def _listed(self, folder: str) -> dict[str, Candidate]:
+        found: dict[str, Candidate] = {}
+        if Path(folder).is_dir():
+            for one in candidates(
+                ImageSource(folder), self._config, cache=None, skipped=[], notes=ScanNotes(), clips=self._clips
+            ):
+                if one.folder.inside:
+                    break
+                found[one.name] = one
+        return found
+
+
+def _read(number: int, given: object) -> _Item:
+    item = _Item(number, given)
+    if isinstance(given, str | os.PathLike):
+        return item
+    if isinstance(given, tuple | list) and len(given) in (2, 3):
+        picture, caption, *mask = given
+        return replace(item, picture=picture, captions=_captions(item, caption), mask=mask[0] if mask else None)
+    if isinstance(given, Mapping):
+        return _of_fields(item, given)
+    if isinstance(given, Image.Image | np.ndarray | torch.Tensor):
+        raise DataError(
+            f"{item.title} must have a caption beside its picture, got {described(given)} alone; give {_FORMS}, with "
+            "the caption None for the trigger"
+        )
+    raise DataError(f"{item.title} must be {_FORMS}, got {described(given)}")
+
+
+def _of_fields(item: _Item, given: Mapping[Any, Any]) -> _Item:
+    named = next((str(given[key]) for key in NAME_COLUMNS if given.get(key) is not None), "")
+    picture = next((given[key] for key in (_PICTURE, _CLIP) if given.get(key) is not None), None)
+    if picture is None and not named:
+        known = printable(", ".join(map(str, given)) or "none", limit=80)
+        raise DataError(f"{item.title} must have a picture as image (or a path as file_name), got the fields {known}")
+    settings = {}
+    for key, declared in options_of(ImageSource).items():
+        if given.get(key) is not None:
+            settings[key] = declared.check(given[key])
+    rate = given.get("frame_rate")
+    if rate is not None and not (isinstance(rate, int | float) and 0 < rate <= 1000):
+        raise DataError(f"frame_rate of {item.title} must be a number between 0 and 1000, got {described(rate)}")
+    return replace(
+        item,
+        picture=named if picture is None else picture,
+        name="" if picture is None else _file_name(named),
+        captions=_captions(item, next((given[key] for key in TEXT_COLUMNS if given.get(key) is not None), None)),
+        mask=given.get("mask"),
+        rate=float(rate or 0),
+        is_clip=given.get(_PICTURE) is None and picture is not None,
+        **settings,
+    )
+
+
+def _file_name(named: str) -> str:
+    """The last part of a name, as a file may have it; empty if there is none."""
+    name = named.replace("\\", "/").rpartition("/")[2].strip(". ")
+    return file_stem(name) if name else ""
+
+
+def _captions(item: _Item, given: object) -> tuple[str, ...]:
+    texts = () if given is None else (given,) if isinstance(given, str) else given
+    if not isinstance(texts, Sequence) or not all(isinstance(one, str) for one in texts):
+        raise DataError(
+            f"the caption of {item.title} must be a text, a list of texts or None, got {described(given)}; write out "
+            "what the picture shows"
+        )
+    if len(texts) > MAX_CAPTIONS or sum(map(len, texts)) > MAX_CAPTION:
+        raise DataError(
+            f"{item.title} must have at most {MAX_CAPTIONS} captions of {MAX_CAPTION:,} characters together, got "
+            f"{len(texts):,} of {sum(map(len, texts)):,}; shorten them"
+        )
+    return tuple(texts)
+
+
+def _written(item: _Item, source: PictureItems, config: DataConfig, clips: bool) -> Candidate:
+    """An item's picture or clip as a file of the spool."""
+    if config.captions in ("filename", "folder"):
+        raise OptionError(
+            f"captions {config.captions} is for files, got a picture in memory as {item.title}; leave captions at "
+            "files, or choose none"
+        )
+    frames = _frames(item)
+    is_clip = len(frames) > 1 or item.is_clip
+    if is_clip and not clips:
+        raise DataError(
+            f"{item.title} is a clip of {len(frames)} frames, on which models of pictures are not trained; give "
+            "pictures one by one, or choose a model of videos"
+        )
+    name = item.name or f"{'clip' if is_clip else 'picture'} {item.number}"
+    folder = ListedFolder(str(source.spool / str(item.number)), "", source.spool.resolve(), follow_links=False)
+    found = Candidate(folder, name, item.repeats, item.weight, clips, metadata=item.title, entry=item.captions)
+    _save(frames, found.path)
+    if is_clip:
+        found.opened = OpenedFile(*frames[0].size, len(frames), item.rate or source.rate)
+    return found
+
+
+def _mask(item: _Item, path: Path, config: DataConfig) -> Path:
+    """The file of an item's mask, `path` if it is in memory."""
+    if config.masks == "alpha":
+        raise DataError(f"{item.title} has a mask, which masks alpha leaves aside; choose masks files, or leave it out")
+    if isinstance(item.mask, str | os.PathLike):
+        return Path(item.mask)
+    mask = item.mask
+    if isinstance(mask, np.ndarray | torch.Tensor) and mask.dtype in (np.bool_, torch.bool):
+        mask = mask.astype(np.uint8) * 255 if isinstance(mask, np.ndarray) else mask.to(torch.uint8) * 255
+    (picture,) = _frames(replace(item, picture=mask, name="its mask"))[:1]
+    _save([picture], path)
+    return path
+
+
+def _save(frames: Sequence[Image.Image], path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        more = {"save_all": True, "append_images": frames[1:]} if len(frames) > 1 else {}
+        frames[0].save(path, "TIFF", **more)
+    except (OSError, struct.error) as error:
+        raise OutputError(
+            f"a picture cannot be written to the temporary folder {path.parents[1]} ({error}); free space there, or "
+            "name another folder in TMPDIR"
+        ) from error
+
+
+def _frames(item: _Item) -> list[Image.Image]:
+    """An item's picture, or the frames of its clip, in 8 bits."""
+    picture = item.picture
+    if isinstance(picture, Image.Image):
+        try:
+            array = np.asarray(upright_original(picture))
+        except (OSError, ValueError, SyntaxError) as error:
+            raise DataError(f"the picture of {item.title} cannot be read ({error}); open it again") from error
+    elif isinstance(picture, torch.Tensor):
+        plain = picture.detach().cpu()
+        array = (plain.float() if plain.dtype == torch.bfloat16 else plain).numpy()
+    elif isinstance(picture, np.ndarray):
+        array = picture
+    else:
+        raise DataError(
+            f"the picture of {item.title} must be a PIL picture, a numpy array, a torch tensor or a path, got "
+            f"{described(picture)}"
+        )
+    array = _channels_last(array, item)
+    pixels = [_eight_bits(frame, item) for frame in (array[:COUNTED_FRAMES] if array.ndim == 4 else array[None])]
+    return [Image.fromarray(one[..., 0] if one.shape[-1] == 1 else one) for one in pixels]
+
+
+def _channels_last(array: np.ndarray, item: _Item) -> np.ndarray:
+    """An array as (height, width, C), or as (frames, height, width, C)."""
+    shape = array.shape
+    if array.ndim == 2:
+        return array[..., None]
+    if array.ndim in (3, 4):
+        first, last = shape[-3] in _CHANNELS, shape[-1] in _CHANNELS
+        if first and last:  # a side of so few pixels is none, so one of both is the frames of a clip, or an error
+            raise DataError(
+                f"an array must say where its channels are, got the shape {shape} for {item.title}, in which both ends "
+                f"could be; sides have at least 16 pixels"
+            )
+        if (first or last) and 0 not in shape:
+            return array if last else np.moveaxis(array, -3, -1)
+    raise DataError(
+        f"an array must be {_SHAPES}, a clip {_CLIP_SHAPES}, got the shape {shape} for {item.title}; transpose it"
+    )
+
+
+def _eight_bits(array: np.ndarray, item: _Item) -> np.ndarray:
+    if array.dtype == np.uint8:
+        return np.ascontiguousarray(array)
+    if not np.issubdtype(array.dtype, np.floating):
+        raise DataError(f"an array must be uint8 or floats in 0..1, got {array.dtype} for {item.title}; convert it")
+    least, most = float(array.min()), float(array.max())
+    if not (least >= -_ROUNDING and most <= 1 + _ROUNDING):  # NaN is refused, too
+        remedy = "with (x + 1) / 2 if it is in -1..1" if least < 0 else "with x / 255 if it is in 0..255"
+        raise DataError(
+            f"floats must be finite and in 0..1, got {least:g} to {most:g} for {item.title}; convert it {remedy}"
+        )
+    return (array.astype(np.float32).clip(0, 1) * 255).round().astype(np.uint8)
