@@ -14,6 +14,8 @@ Names are resolved when they are first used, so that importing the package is qu
     load_dataset    images and captions, from files or from memory, encoded for a model
     encode          one picture and its caption as a sample
     train           a run; settings are those of TrainConfig
+    Trainer         the loop of such a run, stepped by hand
+    Trainable       a network of one's own to train on
     train_together  several runs over one model, which is held once
     generate        pictures from prompts, with LoRAs
     run_workflow    a ComfyUI workflow, from its file or an example of the package
@@ -39,10 +41,12 @@ if TYPE_CHECKING:
     from lorasmith.families.model import Denoiser, Model
     from lorasmith.nodes.workflow_run import run_workflow
     from lorasmith.runs.library import encode, generate, load_dataset, train, train_together
+    from lorasmith.runs.trainer import Trainer
     from lorasmith.training import events
     from lorasmith.training.config import TrainConfig
     from lorasmith.training.lora_handle import Lora
     from lorasmith.training.results import TrainResult
+    from lorasmith.training.trainable import Trainable
 
     __version__: str
 
@@ -58,6 +62,8 @@ __all__ = [
     "Sample",
     "TrainConfig",
     "TrainResult",
+    "Trainable",
+    "Trainer",
     "__version__",
     "encode",
     "errors",
@@ -82,6 +88,8 @@ _HOMES = {
     "Sample": "data.dataset",
     "TrainConfig": "training.config",
     "TrainResult": "training.results",
+    "Trainable": "training.trainable",
+    "Trainer": "runs.trainer",
     "encode": "runs.library",
     "generate": "runs.library",
     "load_dataset": "runs.library",

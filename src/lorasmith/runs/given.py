@@ -17,6 +17,12 @@ from lorasmith.families.loading import load_model
 from lorasmith.families.model import Denoiser, Model
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.results import TrainResult
+from lorasmith.training.trainable import Trainable, TrainableDenoiser
+
+
+def trainable_of(given: object) -> Trainable:
+    """What is trained on: a `Trainable` as it is, or that of a model. Raises ModelError."""
+    return given if isinstance(given, Trainable) else TrainableDenoiser(denoiser_of(given))
 
 
 def denoiser_of(given: object) -> Denoiser:
@@ -41,7 +47,7 @@ def model_of(given: object) -> Model:
 
 def check_data(given: object) -> None:
     """Raise DataError for a model in place of data."""
-    if isinstance(given, Model | Denoiser | nn.Module) or _is_pipeline(given):
+    if isinstance(given, Model | Denoiser | Trainable | nn.Module) or _is_pipeline(given):
         raise DataError(
             f"data must be samples or pictures, got {described(given)}; give the model and the data in the order of "
             "the arguments"
@@ -62,17 +68,6 @@ def samples_of(given: object, load: Callable[[object], EncodedDataset]) -> Encod
         if given is items and first is not None:
             given = itertools.chain([first], items)
     return load(given)
-
-
-def check_latents(data: EncodedDataset, base: Model) -> None:
-    """Raise DataError for latents of another model's autoencoder; all of a dataset have one form."""
-    latent, shape = base.components.latent, tuple(data[0].latents.shape)
-    if shape[0] != latent.channels or len(shape) != (4 if latent.frames else 3):
-        needed = f"({latent.channels}, {'frames, ' if latent.frames else ''}height, width)"
-        raise DataError(
-            f"latents for {base.title} ({base.family.title}) must be {needed}, got {shape} for {data[0].name}; encode "
-            "the pictures with this model"
-        )
 
 
 def _is_pipeline(given: object) -> bool:

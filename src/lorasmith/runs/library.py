@@ -11,16 +11,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ParamSpec, Protocol, TypeVar, get_type_hints
+from typing import Any, ParamSpec, Protocol
 
 import torch
 from PIL import Image
 
-from lorasmith.core.arguments import check_arguments, typed_arguments
-from lorasmith.core.errors import OptionError
-from lorasmith.core.options import config_from, options_of
+from lorasmith.core.arguments import typed_arguments
+from lorasmith.core.errors import DataError, OptionError
+from lorasmith.core.options import config_from
 from lorasmith.core.placement import chosen_device
-from lorasmith.core.printable import printable
+from lorasmith.core.printable import described, printable
 from lorasmith.data import encoding
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.dataset import EncodedDataset, Sample
@@ -29,10 +29,10 @@ from lorasmith.families.loading import DiffusersPipeline
 from lorasmith.families.model import Denoiser, Model, TextEncoder
 from lorasmith.runs.class_images import class_scan
 from lorasmith.runs.drawing import with_loras
-from lorasmith.runs.given import check_data, check_latents, denoiser_of, model_of, samples_of
+from lorasmith.runs.given import check_data, denoiser_of, model_of, samples_of, trainable_of
 from lorasmith.runs.progress_bars import counted, note, run_shown, void
 from lorasmith.runs.run import Host, run
-from lorasmith.runs.shown_arguments import shown
+from lorasmith.runs.shown_arguments import shown, taken
 from lorasmith.sampling import generate as sampling
 from lorasmith.sampling.generate import Sampling
 from lorasmith.training.config import TrainConfig
@@ -44,11 +44,14 @@ from lorasmith.training.results import TrainResult
 from lorasmith.training.storage.records import RECORD
 from lorasmith.training.storage.run_folder import output_folder
 from lorasmith.training.train import Plan
+from lorasmith.training.trainable import Trainable, TrainableDenoiser
 
 P = ParamSpec("P")
-A = TypeVar("A", bound=DataConfig | TrainConfig)
 AnyModel = Model | Denoiser | str | os.PathLike[str] | DiffusersPipeline
 """A model, or what `load_model` loads as one."""
+
+Trained = Trainable | AnyModel
+"""What `train` trains on: a `Trainable`, or a model."""
 
 _Lora = str | os.PathLike[str] | Lora
 LoraStrengths = (
@@ -152,7 +155,7 @@ def _encodes(arguments: Callable[P, DataConfig]) -> Callable[[Callable[..., Samp
 
 
 class _Train(Protocol[P]):
-    def __call__(self, model: AnyModel, data: object, *args: P.args, **arguments: P.kwargs) -> TrainResult: ...
+    def __call__(self, model: Trained, data: object, *args: P.args, **arguments: P.kwargs) -> TrainResult: ...
 
 
 def _trains(arguments: Callable[P, TrainConfig]) -> Callable[[Callable[..., TrainResult]], _Train[P]]:
@@ -189,7 +192,7 @@ def load_dataset(images: object, model: AnyModel, **arguments: Any) -> EncodedDa
         OptionError: a setting is unknown or out of range, or there is no such device.
         OutputError: the temporary folder is full.
     """
-    given, settings = _taken(DatasetArguments, "load_dataset", arguments)
+    given, settings = taken(DatasetArguments, "load_dataset", arguments)
     check_data(images)
     base = model_of(model)
     bars = given.progress if isinstance(given.progress, bool) else False
@@ -234,7 +237,7 @@ def encode(model: AnyModel, image: object, caption: str | Sequence[str] | None =
         ModelError: the model cannot be loaded, or lacks a text encoder or an autoencoder.
         OptionError: a setting is unknown or out of range, or its captions have too many variants.
     """
-    given, settings = _taken(EncodeArguments, "encode", arguments)
+    given, settings = taken(EncodeArguments, "encode", arguments)
     is_path = isinstance(image, str | os.PathLike)
     item = {("file_name" if is_path else "image"): image, "text": caption, "mask": given.mask}
     data = encoding.load_dataset([item], model_of(model), device=given.device, config=given.config, **settings)
@@ -251,12 +254,12 @@ def encode(model: AnyModel, image: object, caption: str | Sequence[str] | None =
 
 
 @_trains(TrainArguments)
-def train(model: AnyModel, data: object, **arguments: Any) -> TrainResult:
+def train(model: Trained, data: object, **arguments: Any) -> TrainResult:
     """Train a LoRA.
 
     Args:
-        model: the base model, with or without LoRAs applied; it is not modified. A name, a path or a pipeline of
-            diffusers is loaded first.
+        model: the base model, with or without LoRAs applied, or a `Trainable` of your own; it is not modified. A name,
+            a path or a pipeline of diffusers is loaded first.
         data: encoded samples: an `EncodedDataset`, or a list of `Sample`s. Whatever else `load_dataset` takes, such as
             a folder, is encoded with its default settings and the trigger.
         **arguments: below.
@@ -290,7 +293,7 @@ def train(model: AnyModel, data: object, **arguments: Any) -> TrainResult:
 
 @typed_arguments
 def train_together(
-    model: AnyModel, data: object, runs: Sequence[Mapping[str, Any]], **arguments: Any
+    model: Trained, data: object, runs: Sequence[Mapping[str, Any]], **arguments: Any
 ) -> list[TrainResult | Exception]:
     """Train several LoRAs at once over one model, which is held in memory once.
 
@@ -312,7 +315,7 @@ def train_together(
     """
     stop = StopOfAll(arguments.get("cancelled") or (lambda: False))
     jobs, works = [], []
-    trained, loaded = denoiser_of(model), dict[int, EncodedDataset]()
+    trained, loaded = trainable_of(model), dict[int, EncodedDataset]()
     for own in runs:
         asked = {**arguments, "cancelled": stop.is_set, **own}
         samples = asked.pop("data", data)
@@ -351,21 +354,27 @@ def _logged(event: Event) -> None:
 
 def _planned(model: object, data: object, arguments: Mapping[str, Any]) -> tuple[TrainArguments, Plan]:
     """The arguments of `train` that are not settings, and the plan of the run."""
-    given, settings = _taken(TrainArguments, "train", arguments)
+    given, settings = taken(TrainArguments, "train", arguments)
     config = config_from(TrainConfig, {**(asdict(given.config) if given.config else {}), **settings})
     device = chosen_device(given.device)
-    denoiser = denoiser_of(model)
+    trained = trainable_of(model)
+    denoiser = trained.denoiser if isinstance(trained, TrainableDenoiser) else None
 
     def load(images: object) -> EncodedDataset:
+        check_data(images)
+        if denoiser is None:
+            raise DataError(
+                f"data for a Trainable must be samples, as nothing encodes pictures for it, got {described(images)}; "
+                "make a lorasmith.Sample of each: its latents and what predict gets as conditioning"
+            )
         return load_dataset(
             images, denoiser.base, trigger=given.trigger or "", device=given.device, progress=given.progress
         )
 
     samples = samples_of(data, load)
-    check_latents(samples, denoiser.base)
     plan = Plan(
         denoiser=denoiser,
-        job=plan_job(denoiser, config, device),
+        job=plan_job(trained, config, device),
         data=samples,
         validation=None if given.validation is None else samples_of(given.validation, load),
         title=given.title,
@@ -375,14 +384,6 @@ def _planned(model: object, data: object, arguments: Mapping[str, Any]) -> tuple
         fresh=given.fresh,
     )
     return given, plan
-
-
-def _taken(kind: type[A], function: str, arguments: Mapping[str, Any]) -> tuple[A, dict[str, Any]]:
-    """The arguments that are no settings, by their class and checked, and the settings."""
-    hints = {name: hint for name, hint in get_type_hints(kind).items() if name not in options_of(kind)}
-    own = {name: value for name, value in arguments.items() if name in hints}
-    check_arguments(own, hints, function)
-    return kind(**own), {name: value for name, value in arguments.items() if name not in hints}
 
 
 def _place_of(plan: Plan) -> str:

@@ -1,13 +1,16 @@
-"""Signatures and documentation of the library's functions whose settings are declared elsewhere."""
+"""Signatures, documentation and arguments of the library's functions whose settings are declared elsewhere."""
 
 from __future__ import annotations
 
 import inspect
 import textwrap
-from collections.abc import Callable
-from typing import Any, get_type_hints
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, get_type_hints
 
+from lorasmith.core.arguments import check_arguments
 from lorasmith.core.options import Option, options_of
+
+A = TypeVar("A")
 
 _WIDTH = 96  # columns: `help` indents by four
 
@@ -59,3 +62,11 @@ def _facts(declared: Option) -> str:
     elif declared.min is not None or declared.max is not None:
         facts.append(declared.range_text())
     return ", ".join(facts)
+
+
+def taken(kind: type[A], function: str, arguments: Mapping[str, Any]) -> tuple[A, dict[str, Any]]:
+    """The arguments that are no settings, by their class and checked, and the settings."""
+    hints = {name: hint for name, hint in get_type_hints(kind).items() if name not in options_of(kind)}
+    own = {name: value for name, value in arguments.items() if name in hints}
+    check_arguments(own, hints, function)
+    return kind(**own), {name: value for name, value in arguments.items() if name not in hints}

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lorasmith.adapters.frozen_layer import weights_as_stored, weights_digest
 from lorasmith.adapters.inject import Rule, adapters_attached
 from lorasmith.adapters.patch import Patch, attachments, patches_applied, patches_merged
-from lorasmith.core.errors import OptionError
+from lorasmith.core.errors import DataError, OptionError
 from lorasmith.core.placement import placed, reproducible
 from lorasmith.core.printable import printable
 from lorasmith.data.dataset import Sample
@@ -189,7 +189,7 @@ class Trainable:
         """Digests of the frozen weights, by part of the model; equal ones mean the same model when a run resumes."""
         return {"denoiser": weights_digest(self.module)}
 
-    def check(self, samples: Iterable[Sample]) -> None:
+    def check(self, samples: Sequence[Sample]) -> None:
         """Raise DataError for samples that the network does not take; called before a run."""
 
 
@@ -231,7 +231,15 @@ class TrainableDenoiser(Trainable):
     def identity(self) -> Mapping[str, str]:
         return {part: weights_digest(module) for part, module in self.denoiser.base.components.modules().items()}
 
-    def check(self, samples: Iterable[Sample]) -> None:
+    def check(self, samples: Sequence[Sample]) -> None:
+        base, latent = self.denoiser.base, self.denoiser.base.components.latent
+        shape = tuple(samples[0].latents.shape)  # all of a dataset have as many channels and dimensions
+        if shape[0] != latent.channels or len(shape) != (4 if latent.frames else 3):
+            needed = f"({latent.channels}, {'frames, ' if latent.frames else ''}height, width)"
+            raise DataError(
+                f"latents for {base.title} ({base.family.title}) must be {needed}, got {shape} for {samples[0].name}; "
+                "encode the pictures with this model"
+            )
         self.denoiser.check_conditionings({id(one.conditioning): one.conditioning for one in samples}.values())
 
 

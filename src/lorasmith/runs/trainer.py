@@ -15,11 +15,15 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from lorasmith.core.errors import OptionError, TrainingError
+from lorasmith.core.errors import DataError, OptionError, TrainingError
 from lorasmith.core.options import config_from
 from lorasmith.core.placement import chosen_device
-from lorasmith.data.dataset import EncodedDataset, Sample
-from lorasmith.families.model import Denoiser, Model
+from lorasmith.core.printable import described
+from lorasmith.data.dataset import EncodedDataset
+from lorasmith.diffusion.schedule import PARAMETERIZATIONS
+from lorasmith.runs.given import samples_of, trainable_of
+from lorasmith.runs.library import Trained
+from lorasmith.runs.shown_arguments import shown, taken
 from lorasmith.training.batches import Batch, prefetched
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.engine import Engine, batch_maker
@@ -30,7 +34,6 @@ from lorasmith.training.memory.compilation import sizes_vary
 from lorasmith.training.recovery import RunState
 from lorasmith.training.results import BaseHashes, lora_of, training_metadata
 from lorasmith.training.storage.run_states import load_state, save_state
-from lorasmith.training.trainable import Trainable, trainable
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,19 @@ class StepResult:
 
     loss: float  # mean over the samples of the step
     grad_norm: float  # of the whole gradient, before clipping
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerArguments(TrainConfig):
+    """Keyword arguments of `Trainer`: every setting of `TrainConfig`, and these.
+
+    Attributes:
+        config: base settings; those passed as keywords override them.
+        device: where to train; the first GPU, or the CPU, if None.
+    """
+
+    config: TrainConfig | None = None
+    device: str | torch.device | None = None
 
 
 class TrainStep:
@@ -121,41 +137,37 @@ class Trainer:
     runs out, run folder and report. While it is iterated, and inside of `with trainer:`, the model is frozen on its
     device with the adapters attached; before and afterwards it is as it was.
 
-    Args:
-        model: what is trained on: a model, its denoiser, or a `Trainable` of your own.
-        data: encoded samples.
-        config: settings; those passed as keywords override them.
-        device: where to train; the first GPU, or the CPU, if None.
-        **settings: of `TrainConfig`, by name.
+    `help(lorasmith.Trainer.__init__)` lists its settings.
 
     Attributes:
         job: the planned run: resolved settings (`job.config`), adapters by layer, notes.
         engine: adapters, optimizer and what belongs to them.
         model: the frozen model.
-
-    Raises:
-        OptionError: a setting is unknown, out of range or does not fit the model.
-        DataError: the samples do not fit the model.
     """
 
-    def __init__(
-        self,
-        model: Trainable | Denoiser | Model,
-        data: EncodedDataset | Sequence[Sample],
-        *,
-        config: TrainConfig | None = None,
-        device: str | torch.device | None = None,
-        **settings: Any,
-    ) -> None:
-        samples = data.samples if isinstance(data, EncodedDataset) else tuple(data)
-        self.model = trainable(model)
-        self.model.check(samples)
-        asked = config_from(TrainConfig, {**(asdict(config) if config else {}), **settings})
-        job = plan_job(self.model, asked, chosen_device(device))
-        self.job: TrainJob = replace(job, runtime=replace(job.runtime, varying_sizes=sizes_vary(samples)))
+    def __init__(self, model: Trained, data: object, **arguments: Any) -> None:
+        """Plan the run.
+
+        Args:
+            model: the base model, with or without LoRAs applied, or a `Trainable`; anything that `train` takes.
+            data: encoded samples: an `EncodedDataset` or a list of `Sample`s.
+            **arguments: below.
+
+        Raises:
+            OptionError: a setting is unknown, out of range or does not fit the model, or there is no such device.
+            LoraError: an existing LoRA cannot be read or is for another model.
+            ModelError: the model cannot be loaded, or is none.
+            DataError: the samples do not fit the model, or are none.
+        """
+        given, settings = taken(TrainerArguments, "Trainer", arguments)
+        self.model = trainable_of(model)
+        self._data = samples_of(data, _only_samples)
+        self.model.check(self._data.samples)
+        config = config_from(TrainConfig, {**(asdict(given.config) if given.config else {}), **settings})
+        job = plan_job(self.model, config, chosen_device(given.device))
+        self.job: TrainJob = replace(job, runtime=replace(job.runtime, varying_sizes=sizes_vary(self._data.samples)))
         self.engine: Engine = engine_of(self.job)
-        self._loop = Loop(self.engine, samples)
-        self._data = EncodedDataset(tuple(samples))
+        self._loop = Loop(self.engine, self._data.samples)
         self._started = time.time()
         self._open = contextlib.ExitStack()
         self._depth = 0
@@ -242,6 +254,11 @@ class Trainer:
             raise OptionError("predict applies no rank_dropout or module_dropout; set both to 0, or use gradient()")
         return self.model.predict(batch.noised.to(self.engine.runtime.dtype), batch.level.time, batch.conditioning)
 
+    def target(self, batch: Batch) -> Tensor:
+        """What `predict` is trained to return for a batch: its noise, velocity or flow, fp32."""
+        kind = PARAMETERIZATIONS[self.model.diffusion.parameterization]
+        return kind.target(batch.clean, batch.noise, batch.level)
+
     def state(self) -> RunState:
         """Everything that is needed to go on from here bit for bit: step, tensors (copies on the CPU) and numbers."""
         return self._loop.state()
@@ -274,3 +291,13 @@ class Trainer:
         result = StepResult(math.fsum(each) / len(each), norm)
         self._loop.record(result.loss)
         return result
+
+
+def _only_samples(given: object) -> EncodedDataset:
+    raise DataError(
+        f"a Trainer needs encoded samples, got {described(given)}; encode them first: "
+        "lorasmith.load_dataset(pictures, model)"
+    )
+
+
+shown(Trainer.__init__, TrainerArguments)
