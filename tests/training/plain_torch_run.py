@@ -1,31 +1,21 @@
-"""Train a denoiser of plain torch modules, as a program that loads its models itself would.
+"""Train a denoiser of plain torch modules, which nobody's library knows.
 
 `test_torch_only` runs `main` in a process that cannot import diffusers. It prints what it found, as JSON.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
-import pkgutil
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters.inject import Rule
-from lorasmith.data.dataset import EncodedDataset, Sample
-from lorasmith.diffusion.schedule import FlowSchedule
-from lorasmith.families.base import Components, Conditioning, Defaults, Family, LatentFormat
-from lorasmith.families.model import Model
-from lorasmith.formats.names import ModelNames, OriginalName
-from lorasmith.runs.library import train
-from lorasmith.training.lora_handle import Lora
+import lorasmith as ls
+from lorasmith.adapters.frozen_layer import is_targetable
 
-ENGINE = ("core", "adapters", "formats", "diffusion", "data", "training")
 CHANNELS, WIDTH, CONTEXT = 4, 32, 24
 
 
@@ -66,111 +56,41 @@ class HandMade(nn.Module):
         return prediction
 
 
-class Plain(Family):
-    """What training asks of a family; all else is refused below."""
-
-    name = "plain"
-    title = "Hand-made"
-    modelspec_implementation = "tests"
-    targets: Mapping[str, Rule] = {}
-    repeatable_context = True
-
-    def names(self, denoiser: nn.Module, text_encoders: Mapping[str, nn.Module]) -> ModelNames:
-        shapes = {
-            path: tuple(layer.weight.shape)
-            for path, layer in denoiser.named_modules()
-            if isinstance(layer, nn.Linear | nn.Conv2d)
-        }
-        return ModelNames(
-            family=self.name,
-            denoiser={path: OriginalName(path) for path in shapes},
-            weight_shapes=shapes,
-            peft_prefix="unet",
-        )
-
-    def conditioning_shapes(self, denoiser: nn.Module) -> Mapping[str, tuple[int, ...]]:
-        return {"context": (1, 5, CONTEXT)}
-
-    def predict(self, denoiser: nn.Module, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
-        prediction: Tensor = denoiser(latents, time, conditioning.tensors["context"])
-        return prediction
-
-    def kohya_version(self, parameterization: str) -> str:
-        return "hand-made"
-
-    def modelspec_architecture(self, parameterization: str) -> str:
-        return "hand-made"
-
-
 def main() -> None:
     folder = Path(sys.argv[1])
-    model = hand_made()
-    module = model.components.denoiser
+    torch.manual_seed(0)
+    module = HandMade()
+    model = ls.Trainable(module, title="hand-made")
     weights = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     g = torch.Generator().manual_seed(1)
-    samples = tuple(
-        Sample(
+    data = [
+        ls.Sample(
             torch.randn(CHANNELS, 8, 8, generator=g),
-            Conditioning({"context": torch.randn(1, 5, CONTEXT, generator=g)}),
-            f"{index}",
+            ls.Conditioning({"context": torch.randn(1, 5, CONTEXT, generator=g)}),
         )
-        for index in range(4)
-    )
-    data = EncodedDataset(samples)
-    common: dict[str, Any] = {"steps": 30, "rank": 4, "batch_size": 4, "learning_rate": 1e-2, "training_dtype": "fp32"}
-    result = train(model, data, output=folder / "run", **common)
+        for _ in range(4)
+    ]
+    common: dict[str, Any] = {
+        "steps": 30,
+        "targets": "all",
+        "rank": 4,
+        "batch_size": 4,
+        "learning_rate": 1e-2,
+        "training_dtype": "fp32",
+    }
+    result = ls.train(model, data, output=folder / "run", **common)
     levers: dict[str, Any] = {"quantization": "int8", "activations": "selective", "gradient_checkpointing": True}
-    spared = train(model, data, **common, **levers)
+    spared = ls.train(model, data, **common, **levers)
     assert result.path is not None
-    again = Lora.load(result.path, model)
+    again = ls.Lora.load(result.path, model)
     print(
         json.dumps(
             {
                 "losses": result.losses,
                 "spared": spared.losses,
                 "trained": sorted(ref.path for ref in again.state.adapters),
-                "layers": sorted(model.names.denoiser),
+                "layers": sorted(path for path, layer in module.named_modules() if is_targetable(layer)),
                 "changed": [name for name, one in module.state_dict().items() if not torch.equal(one, weights[name])],
-                "modules": every_module(),
             }
         )
     )
-
-
-def hand_made() -> Model:
-    """The model, as a program would wrap the one that it has loaded."""
-    torch.manual_seed(0)
-    denoiser = HandMade().requires_grad_(False)
-    components = Components(
-        denoiser=denoiser,
-        schedule=FlowSchedule(),
-        parameterization="flow",
-        latent=LatentFormat(channels=CHANNELS, downscale=8, scale=1.0),
-        defaults=Defaults(
-            resolution=64,
-            pixel_multiple=8,
-            learning_rate=1e-3,
-            targets="all",
-            guidance=1.0,
-            timestep_distribution="uniform",
-        ),
-    )
-    unasked = dict.fromkeys(Plain.__abstractmethods__, _refused)
-    family: Family = type("Whole", (Plain,), unasked)()
-    return Model(family, components, title="hand-made")
-
-
-def every_module() -> int:
-    """How many modules of the engine there are, each of which is imported."""
-    found = [
-        one.name
-        for room in ENGINE
-        for one in pkgutil.walk_packages(importlib.import_module(f"lorasmith.{room}").__path__, f"lorasmith.{room}.")
-    ]
-    for name in found:
-        importlib.import_module(name)
-    return len(found)
-
-
-def _refused(*_: object, **__: object) -> Any:
-    raise AssertionError("training must not ask this of a family")
