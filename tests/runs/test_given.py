@@ -150,6 +150,8 @@ def test_the_remedy_is_named(tiny: ls.Model, data: ls.EncodedDataset) -> None:
             ls.train(one, tiny)
     with pytest.raises(ls.errors.DataError, match="in the order of the arguments"):
         ls.load_dataset(tiny, "photos")
+    with pytest.raises(ls.errors.DataError, match="give it to train as it is"):
+        ls.load_dataset(data, tiny)
     with pytest.raises(ls.errors.DataError, match="the dataset of the loader"):
         ls.train(tiny, DataLoader([1]))  # type: ignore[arg-type]
 
@@ -164,7 +166,8 @@ def test_the_remedy_is_named(tiny: ls.Model, data: ls.EncodedDataset) -> None:
         lambda tiny, data: ls.train(tiny, data, device=0),
         lambda tiny, data: ls.train_together(tiny, data, {"steps": 1}),
         lambda tiny, data: ls.train_together(tiny, data, [3]),
-        lambda tiny, data: ls.load_dataset(data, tiny, progress="yes"),
+        lambda tiny, data: ls.train_together(tiny, data, [{}], cancelled=True),
+        lambda tiny, data: ls.load_dataset([], tiny, progress="yes"),
         lambda tiny, data: ls.encode(tiny, PIXELS[0], "a dog", name=3),
         lambda tiny, data: ls.generate(tiny, None),
         lambda tiny, data: ls.generate("a cat", tiny),

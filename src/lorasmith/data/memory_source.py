@@ -229,8 +229,7 @@ def _mask(item: _Item, path: Path, config: DataConfig) -> Path:
     mask = item.mask
     if isinstance(mask, np.ndarray | torch.Tensor) and mask.dtype in (np.bool_, torch.bool):
         mask = mask.astype(np.uint8) * 255 if isinstance(mask, np.ndarray) else mask.to(torch.uint8) * 255
-    (picture,) = _frames(replace(item, picture=mask, name="its mask"))[:1]
-    _save([picture], path)
+    _save(_frames(replace(item, picture=mask, name="its mask"))[:1], path)
     return path
 
 

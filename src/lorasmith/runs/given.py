@@ -46,7 +46,9 @@ def model_of(given: object) -> Model:
 
 
 def check_data(given: object) -> None:
-    """Raise DataError for a model in place of data."""
+    """Raise DataError for a model in place of pictures, and for samples, which are encoded already."""
+    if isinstance(given, EncodedDataset | Sample):
+        raise DataError(f"images must not be encoded yet, got {described(given)}; give it to train as it is")
     if isinstance(given, Model | Denoiser | Trainable | nn.Module) or _is_pipeline(given):
         raise DataError(
             f"data must be samples or pictures, got {described(given)}; give the model and the data in the order of "

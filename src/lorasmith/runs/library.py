@@ -32,6 +32,7 @@ from lorasmith.runs.drawing import with_loras
 from lorasmith.runs.given import check_data, denoiser_of, model_of, samples_of, trainable_of
 from lorasmith.runs.progress_bars import counted, note, run_shown, void
 from lorasmith.runs.run import Host, run
+from lorasmith.runs.run_plan import ClassImageDrawn
 from lorasmith.runs.shown_arguments import shown, taken
 from lorasmith.sampling import generate as sampling
 from lorasmith.sampling.generate import Sampling
@@ -199,8 +200,14 @@ def load_dataset(images: object, model: AnyModel, **arguments: Any) -> EncodedDa
     with (
         counted("Hashing", bars) as hashing,
         counted("Captions", bars) as captions,
+        counted("Pictures of the class", bars) as drawn,
         counted("Images", given.progress) as pictures,
     ):
+
+        def on_event(event: Event) -> None:
+            if isinstance(event, ClassImageDrawn) and drawn is not None:
+                drawn(event.done, event.total)
+
         data = encoding.load_dataset(
             images,
             base,
@@ -208,7 +215,7 @@ def load_dataset(images: object, model: AnyModel, **arguments: Any) -> EncodedDa
             progress=pictures,
             caption_progress=captions,
             hash_progress=hashing,
-            find_class=lambda config, device: class_scan(config, base, device=device, host=Host()),
+            find_class=lambda config, place: class_scan(config, base, device=place, host=_LibraryHost(None, on_event)),
             config=given.config,
             **settings,
         )
@@ -313,7 +320,8 @@ def train_together(
         OptionError: as `train`, or the runs cannot train together.
         KeyboardInterrupt: they were interrupted; those with an output folder have saved.
     """
-    stop = StopOfAll(arguments.get("cancelled") or (lambda: False))
+    shared, _ = taken(TrainArguments, "train_together", arguments)
+    stop = StopOfAll(shared.cancelled or (lambda: False))
     jobs, works = [], []
     trained, loaded = trainable_of(model), dict[int, EncodedDataset]()
     for own in runs:
