@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,8 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorasmith.core.errors import OptionError
-from lorasmith.diffusion.losses import LOSSES, diffusion_loss
+from lorasmith.diffusion.loss_functions import LOSSES
+from lorasmith.diffusion.losses import diffusion_loss
 from lorasmith.diffusion.schedule import PARAMETERIZATIONS, DiscreteSchedule, FlowSchedule, NoiseSchedule
+from lorasmith.families.base import Conditioning
+from lorasmith.training.batches import Batch
 
 SD = DiscreteSchedule.scaled_linear()
 OBJECTIVES = ("native", "x0")
@@ -28,10 +32,7 @@ def loss(
     prediction = PARAMETERIZATIONS[parameterization].target(clean, noise, level) + 0.1 * error
     return diffusion_loss(
         prediction.to(dtype),
-        clean=clean,
-        noise=noise,
-        noised=level.noised(clean, noise),
-        level=level,
+        Batch(clean, noise, level.noised(clean, noise), level, Conditioning({}), ()),
         parameterization=parameterization,
         objective=objective,
         loss_function=loss_function,
@@ -62,10 +63,7 @@ def test_a_perfect_prediction_costs_nothing(parameterization: str, objective: st
     level = SCHEDULES[parameterization].at(QUANTILES)
     cost = diffusion_loss(
         PARAMETERIZATIONS[parameterization].target(clean, noise, level),
-        clean=clean,
-        noise=noise,
-        noised=level.noised(clean, noise),
-        level=level,
+        Batch(clean, noise, level.noised(clean, noise), level, Conditioning({}), ()),
         parameterization=parameterization,
         objective=objective,
         loss_function=loss_function,
@@ -85,10 +83,7 @@ def test_losses_are_torchs_means_per_sample(name: str, reference) -> None:
     level = SD.at(QUANTILES)
     found = diffusion_loss(
         prediction,
-        clean=clean,
-        noise=noise,
-        noised=level.noised(clean, noise),
-        level=level,
+        Batch(clean, noise, level.noised(clean, noise), level, Conditioning({}), ()),
         parameterization="epsilon",
         objective="native",
         loss_function=name.lower(),
@@ -122,17 +117,15 @@ def test_nothing_outside_of_a_mask_has_a_gradient(parameterization: str, objecti
     places = torch.ones(2, 1, 6, 6)
     places[0, :, :3], places[0, :, 3:] = 2.0, 0.0
 
-    def losses(rows: slice, **options: Any) -> Tensor:
+    batch = Batch(clean, noise, level.noised(clean, noise), level, Conditioning({}), ())
+
+    def losses(rows: slice, **more: Any) -> Tensor:
         return diffusion_loss(
             prediction[:, :, rows],
-            clean=clean[:, :, rows],
-            noise=noise[:, :, rows],
-            noised=level.noised(clean, noise)[:, :, rows],
-            level=level,
+            replace(batch, **{name: getattr(batch, name)[:, :, rows] for name in ("clean", "noise", "noised")}, **more),
             parameterization=parameterization,
             objective=objective,
             loss_function="MSE",
-            **options,
         )
 
     masked = losses(slice(None), places=places)

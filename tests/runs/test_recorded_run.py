@@ -61,12 +61,12 @@ def test_a_record_is_repeated_with_what_has_moved(record: dict[str, Any], tmp_pa
 
 def test_an_optimizer_of_a_record_is_not_imported(record: dict[str, Any]) -> None:
     hostile = changed(record, "asked", optimizer="antigravity.X")
-    with pytest.raises(OptionError, match=r"got 'antigravity.X': importing it would run code.*--allow-optimizer ant"):
-        repeated(hostile, FILE, Typed(files=True, optimizers=("torch.optim.NAdam",)))
+    with pytest.raises(OptionError, match=r"got 'antigravity.X': importing it would run code.*--allow-import ant"):
+        repeated(hostile, FILE, Typed(files=True, imports=("torch.optim.NAdam",)))
     assert "antigravity" not in sys.modules
     with pytest.raises(OptionError, match="must be one of"):
         settings_from_file({"optimizer": ["AdamW"]})
-    spec = repeated(hostile, FILE, Typed(optimizers=("antigravity.X",)))
+    spec = repeated(hostile, FILE, Typed(imports=("antigravity.X",)))
     assert spec.config.optimizer == "antigravity.X" and "antigravity" not in sys.modules, (
         "planning imports it, not this"
     )
@@ -118,7 +118,7 @@ def test_what_was_typed_is_printed_with_the_rights_that_it_needs(tmp_path: Path,
     assert rights_needed(spec) == []
     typed = {"optimizer": "torch.optim.NAdam", "track": "wandb", "existing_lora": "/a.safetensors"}
     assert rights_needed(spec.with_settings(**typed)) == [
-        "--as-recorded", "--allow-optimizer", "torch.optim.NAdam", "--track", "wandb"
+        "--as-recorded", "--allow-import", "torch.optim.NAdam", "--track", "wandb"
     ]  # fmt: skip
 
 

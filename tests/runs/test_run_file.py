@@ -98,9 +98,9 @@ def test_a_file_that_cannot_be_used_is_refused_in_a_sentence(tmp_path: Path, tex
 
 def test_code_and_trackers_are_typed(tmp_path: Path) -> None:
     file = read_run_file(written(tmp_path, "track = 'wandb'\noptimizer = 'torch.optim.NAdam'"))
-    config = file.trusted(optimizers=["torch.optim.NAdam"]).config
+    config = file.trusted(imports=["torch.optim.NAdam"]).config
     assert (config.optimizer, config.track) == ("torch.optim.NAdam", "none")
-    assert file.trusted(optimizers=["torch.optim.NAdam"], track="wandb").config.track == "wandb"
+    assert file.trusted(imports=["torch.optim.NAdam"], track="wandb").config.track == "wandb"
 
 
 def test_links_are_followed_if_that_is_typed(tmp_path: Path) -> None:

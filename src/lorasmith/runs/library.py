@@ -17,6 +17,7 @@ from typing import Any, ParamSpec, Protocol, get_type_hints
 import torch
 from PIL import Image
 
+from lorasmith.core.errors import OptionError
 from lorasmith.core.options import config_from, options_of
 from lorasmith.core.placement import chosen_device
 from lorasmith.core.printable import printable
@@ -24,6 +25,7 @@ from lorasmith.data import encoding
 from lorasmith.data.data_config import DataConfig, ImageSource
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.data.picture_encoding import EncodingProgress
+from lorasmith.diffusion.loss_functions import Loss
 from lorasmith.families.model import Denoiser, Model, TextEncoder
 from lorasmith.runs.drawing import with_loras
 from lorasmith.runs.progress_bars import counted, note, run_shown, void
@@ -74,6 +76,8 @@ class TrainArguments(TrainConfig):
 
     Attributes:
         config: base settings; those passed as keywords override them.
+        loss: the setting `loss_function`: MSE, L1, Huber, SmoothL1, or a function of (prediction, target, batch) that
+            returns a loss for each sample; see `lorasmith.diffusion.loss_functions.Loss`.
         output: folder of the run, or None to write nothing. If it holds the same run (settings, model, data),
             unfinished, that run is resumed bit-identically; a complete one with fewer steps is moved aside and
             continued from its end. If it holds other files, the run is in a subfolder with its title.
@@ -88,6 +92,7 @@ class TrainArguments(TrainConfig):
     """
 
     config: TrainConfig | None = None
+    loss: str | Loss | None = None
     output: str | Path | None = None
     title: str = Plan.title
     trigger: str | None = None
@@ -191,7 +196,7 @@ def train(model: Model | Denoiser, data: EncodedDataset, **arguments: Any) -> Tr
         model: the base model, with or without LoRAs applied; it is not modified.
         data: encoded samples.
         **arguments: settings by name (`TrainConfig`), and those of `TrainArguments`: output, title, trigger, device,
-            validation, fresh, progress, on_event, cancelled, config.
+            validation, fresh, progress, on_event, cancelled, config, loss.
 
     Returns:
         The LoRA, the loss of each step, and where the files are if there is an output folder.
@@ -281,6 +286,10 @@ def _planned(
     """The arguments of `train` that are not settings, and the plan of the run."""
     given = TrainArguments(**{name: value for name, value in arguments.items() if name in _AROUND_TRAINING})
     settings = {name: value for name, value in arguments.items() if name not in _AROUND_TRAINING}
+    if given.loss is not None:
+        if "loss_function" in settings:
+            raise OptionError("loss and loss_function are one setting, got both; leave one of them out")
+        settings["loss_function"] = given.loss
     config = config_from(TrainConfig, {**(asdict(given.config) if given.config else {}), **settings})
     denoiser = model if isinstance(model, Denoiser) else model.denoiser
     plan = Plan(

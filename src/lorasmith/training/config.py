@@ -13,14 +13,15 @@ from typing import Any, ClassVar, Literal
 from lorasmith.adapters.catalogue import ALGORITHMS
 from lorasmith.core.choices import (
     ActivationPlan,
-    LossFunction,
     LossWeighting,
     Objective,
     Quantization,
     TimestepDistribution,
 )
 from lorasmith.core.errors import OptionError
+from lorasmith.core.named_code import Code, is_import_path
 from lorasmith.core.options import Option, check_options, config_from, option, options_of
+from lorasmith.diffusion.loss_functions import LOSSES
 from lorasmith.training.optim.update_rules import OPTIMIZERS, SCHEDULES, rate_factor, rule_of
 
 DtypeSetting = Literal["bf16", "fp32", "none"]
@@ -51,24 +52,22 @@ def settings_from_file(values: Mapping[str, Any]) -> TrainConfig:
 
 
 def names_alone(
-    values: Mapping[str, Any],
-    *,
-    optimizers: Collection[str] = (),
-    track: str | None = None,
-    allowing: str = "--allow-optimizer",
+    values: Mapping[str, Any], *, imports: Collection[str] = (), track: str | None = None, allowing: str | None = None
 ) -> dict[str, Any]:
     """Settings from a file, such as a graph or a run record, restricted to registered names.
 
-    Importing an optimizer runs code and a tracker uploads numbers, so the user must type both: `optimizers` are the
-    import paths that are accepted (otherwise OptionError), `track` replaces the file's, and messages name the flag
-    `allowing`.
+    Importing code runs it and a tracker uploads numbers, so the user must type both: `imports` are the import paths
+    that are accepted (otherwise OptionError), `track` replaces the file's, and messages name the flag `allowing`, or
+    that of the setting.
     """
-    name = values.get("optimizer")
-    if name is not None and name not in OPTIMIZERS and name not in optimizers:
-        raise OptionError(
-            f"an optimizer that a file names must be one of {', '.join(OPTIMIZERS)}, got {name!r}: importing it would "
-            f"run code; if you trust that, type {allowing} {name}"
-        )
+    for name, declared in code_settings().items():
+        value = values.get(name)
+        if isinstance(value, str) and is_import_path(value) and value not in imports and not declared.offers(value):
+            typed = f"{allowing or '--' + name.replace('_', '-')} {value}"
+            raise OptionError(
+                f"{name} in a file must be one of {', '.join(declared.choices)}, got {value!r}: importing it would run "
+                f"code; if you trust that, type {typed}"
+            )
     own = {key: value for key, value in values.items() if key != "track"}
     return own if track is None else {**own, "track": track}
 
@@ -271,12 +270,14 @@ class VariantSettings(LoraSettings, group="Variants of the algorithm", costs=Tru
 class OptimizerSettings(StepSettings, group="Training"):
     """Updates of the weights, and the schedule of their rate."""
 
-    optimizer: str = option(
+    optimizer: Code = option(
         "AdamW",
         choices=OPTIMIZERS,
-        pattern=r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+",
+        code="an optimizer class, or a function that makes an optimizer of the parameter groups that it gets (one that "
+        "is made already has other parameters)",
         costs=True,
-        help=f"Update rule, or any optimizer class by its import path, such as torch.optim.NAdam. {_needed_packages()}",
+        help="Update rule, or an optimizer class of your own or of a package by its import path, such as "
+        f"torch.optim.NAdam or module:Class. {_needed_packages()}",
     )
     optimizer_args: str | None = option(
         None,
@@ -286,11 +287,14 @@ class OptimizerSettings(StepSettings, group="Training"):
     weight_decay: float = option(
         0.01, min=0.0, max=1.0, help="Weight decay, for optimizers that take it; Adam, SGD and RMSprop have none here."
     )
-    schedule: str | None = option(
+    schedule: Code | None = option(
         None,
         choices=SCHEDULES,
-        help="Schedule of the learning rate after the warm-up. Default: constant if learning_rate is set, otherwise "
-        "linear decay from twice the model's own rate.",
+        code="a function of the progress, from 0 to 1, that returns the factor of the learning rate (a scheduler of "
+        "torch is passed as functools.partial, without its optimizer)",
+        help="Schedule of the learning rate after the warm-up, or a function of your own by its import path, "
+        "module:name. Default: constant if learning_rate is set, otherwise linear decay from twice the model's own "
+        "rate.",
     )
     warmup_steps: int = option(
         0, min=0, max=100_000, help="Steps over which the learning rate rises from zero at the start."
@@ -336,7 +340,12 @@ class OptimizerSettings(StepSettings, group="Training"):
 class LossSettings(Section, group="Training"):
     """Noise levels, noise and loss."""
 
-    loss_function: LossFunction = option("MSE", help="Distance between prediction and target.")
+    loss_function: Code = option(
+        "MSE",
+        choices=LOSSES,
+        code="a function of prediction, target and batch that returns a loss for each sample",
+        help="Distance between prediction and target, or a function of your own by its import path, module:name.",
+    )
     objective: Objective = option(
         "native",
         help="What the loss compares: native the model's prediction (noise, velocity or flow), x0 the clean picture "
@@ -677,6 +686,8 @@ WHOLE_RANGE = (0.0, 1.0)
 class ResolvedConfig(TrainConfig):
     """Settings with every open one (None or `auto`) resolved from model, algorithm and device."""
 
+    optimizer: str  # as is `loss_function`, a `NamedCode` if Python code passed a class or function
+    loss_function: str
     learning_rate: float
     alpha: float
     targets: str
@@ -704,6 +715,7 @@ class ResolvedConfig(TrainConfig):
             final_rate=self.final_rate,
             cycles=self.schedule_cycles,
             power=self.schedule_power,
+            learning_rate=self.learning_rate,
         )
 
     @classmethod
@@ -716,6 +728,11 @@ def lora_settings() -> tuple[str, ...]:
     return tuple(
         name for name, declared in options_of(TrainConfig).items() if declared.is_path and declared.door == "any"
     )
+
+
+def code_settings() -> dict[str, Option]:
+    """The settings that may name functions and classes of users."""
+    return {name: declared for name, declared in options_of(TrainConfig).items() if declared.code}
 
 
 def cost_options() -> dict[str, Option]:

@@ -46,6 +46,7 @@ from lorasmith.core.printable import count_text
 from lorasmith.core.processes import current
 from lorasmith.core.registry import nearest
 from lorasmith.core.typed_json import Scalar
+from lorasmith.diffusion.loss_functions import check_loss
 from lorasmith.diffusion.schedule import check_noising
 from lorasmith.families.model import Denoiser
 from lorasmith.formats.metadata import steps_of
@@ -119,7 +120,10 @@ def plan_job(denoiser: Denoiser, config: TrainConfig, device: str | torch.device
     diffusion = denoiser.diffusion
     check_noising(diffusion.schedule, diffusion.parameterization, zero_terminal_snr=config.zero_terminal_snr)
     check_schedule(steps=config.steps, warmup_steps=config.warmup_steps)
+    check_loss(config.loss_function)
     requested, config = config, _decided(denoiser, config, device)
+    for step in (config.warmup_steps, config.steps):
+        config.scheduled(step)  # a schedule of the user's fails here, and not in the run
     plan = resolve_targets(denoiser, config)
     existing = _Existing() if config.existing_lora is None else _existing(Path(config.existing_lora), denoiser, config)
     denoiser = existing.below(denoiser)
