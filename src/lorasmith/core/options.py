@@ -97,8 +97,10 @@ class Option:
             if wanted is float and abs(value) <= sys.float_info.max:
                 return float(value)
         if self.code:
-            got = f"an object of class {type(value).__name__}"
-            raise OptionError(f"{self.name} must be a name, an import path, or in Python {self.code}, got {got}")
+            raise OptionError(
+                f"{self.name} must be a name, an import path or, in Python, {self.code}, got "
+                f"an object of class {type(value).__name__}"
+            )
         article = "an" if wanted is int else "a"
         raise OptionError(f"{self.name} must be {article} {_TYPE_NAMES[wanted]}, got {value!r}")
 

@@ -89,7 +89,7 @@ def check_loss(name: Code) -> None:
     """Raise OptionError unless a setting names a loss."""
     found = code_of(name, LOSSES)
     try:
-        inspect.signature(found).bind("prediction", "target", "batch")
+        inspect.signature(getattr(found, "forward", found)).bind("prediction", "target", "batch")
     except (TypeError, ValueError) as error:
         raise OptionError(
             f"loss must be a function of prediction, target and batch, which {name} is not: {error}; correct it"

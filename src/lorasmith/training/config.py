@@ -273,8 +273,7 @@ class OptimizerSettings(StepSettings, group="Training"):
     optimizer: Code = option(
         "AdamW",
         choices=OPTIMIZERS,
-        code="an optimizer class, or a function that makes an optimizer of the parameter groups that it gets (one that "
-        "is made already has other parameters)",
+        code="an optimizer class or a function of parameter groups that makes one, not one of other parameters",
         costs=True,
         help="Update rule, or an optimizer class of your own or of a package by its import path, such as "
         f"torch.optim.NAdam or module:Class. {_needed_packages()}",
@@ -290,8 +289,7 @@ class OptimizerSettings(StepSettings, group="Training"):
     schedule: Code | None = option(
         None,
         choices=SCHEDULES,
-        code="a function of the progress, from 0 to 1, that returns the factor of the learning rate (a scheduler of "
-        "torch is passed as functools.partial, without its optimizer)",
+        code="a function of the progress, or one of torch's schedulers with all arguments but its optimizer",
         help="Schedule of the learning rate after the warm-up, or a function of your own by its import path, "
         "module:name. Default: constant if learning_rate is set, otherwise linear decay from twice the model's own "
         "rate.",

@@ -273,7 +273,7 @@ def rate_factor(
     final_rate: float,
     cycles: int,
     power: float,
-    learning_rate: float = 1.0,
+    learning_rate: float,
 ) -> float:
     """Factor of the learning rate at a step, in [0, 1]; a user's schedule may have higher ones.
 
@@ -299,8 +299,8 @@ def _own_factor(shape: Any, name: str, step: int, length: int, progress: float, 
         factor = _scheduled(shape, length, learning_rate)[step] if _is_scheduler(shape) else float(shape(progress))
     except Exception as error:  # of any kind
         raise OptionError(
-            f"schedule {name} cannot be used: {one_line_of(error)}; it must be a function of the progress, such as "
-            "lambda progress: 1 - progress, or one of torch's schedulers with all but its optimizer"
+            f"schedule {name} cannot be used: {one_line_of(error)}; pass a function of the progress, as lambda "
+            "progress: 1 - progress, or one of torch's schedulers with all arguments but its optimizer"
         ) from error
     if not 0 <= factor < math.inf:
         raise OptionError(
@@ -324,7 +324,8 @@ def _scheduled(scheduler: Callable[..., Any], length: int, learning_rate: float)
     """The factors of all steps by one of torch's schedulers, on an optimizer with that rate."""
     import torch
 
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=learning_rate)
+    # Without momentum or betas, so that schedulers that would also change those refuse it.
+    optimizer = torch.optim.Adagrad([torch.zeros(1)], lr=learning_rate)
     found, made = [], scheduler(optimizer)
     for _ in range(length):
         found.append(optimizer.param_groups[0]["lr"] / learning_rate)
