@@ -51,7 +51,7 @@ def package_of(path: str) -> str:
 
 
 def code_of(name: Code, known: Registry[T]) -> T | Any:
-    """What a setting names: the object passed in Python, a registered one, or what is imported from its path.
+    """What a setting names: the object that Python passed, a registered one, or the one imported from its path.
 
     Raises OptionError for unknown names, and for paths that cannot be imported.
     """
@@ -59,11 +59,11 @@ def code_of(name: Code, known: Registry[T]) -> T | Any:
         return name.code
     if not isinstance(name, str):
         return name
-    return imported(name, known.kind) if is_import_path(name) and name not in known else known[name]
+    return _imported(name, known.kind) if is_import_path(name) and name not in known else known[name]
 
 
-def imported(path: str, kind: str) -> Any:
-    """The object at an import path. `kind` is for messages."""
+def _imported(path: str, kind: str) -> Any:
+    """The object at an import path; `kind` is for messages."""
     where, _, what = path.partition(":") if ":" in path else path.rpartition(".")
     try:
         found = module = importlib.import_module(where)

@@ -96,7 +96,7 @@ def rule_of(name: Code) -> UpdateRule:
     maker = _checked(found, name)
     # A function decides itself which groups decay.
     return UpdateRule(
-        paths=(name,), elementwise=False, decays=_is_class(maker) and "weight_decay" in _parameters(maker)
+        paths=(name,), elementwise=False, decays=isinstance(maker, type) and "weight_decay" in _parameters(maker)
     )
 
 
@@ -116,13 +116,13 @@ def build_optimizer(
         {"params": [group.flat] if rule.elementwise else list(group.views), "lr": group.rate, **decay}
         for group in groups
     ]
-    if _is_class(maker):
+    if isinstance(maker, type):
         given["lr"] = max(group.rate for group in groups)
     try:
         made = maker([{**part} for part in parts], **given)
     except Exception as error:
         raise OptionError(f"{name} cannot be used with its settings: {one_line_of(error)}") from error
-    if not _is_class(maker):
+    if not isinstance(maker, type):
         _check_made(made, parts, name)
     return made  # type: ignore[no-any-return]
 
@@ -155,7 +155,7 @@ def _maker_of(name: str, rule: UpdateRule) -> Callable[..., Any]:
 
 def _checked(found: Any, path: str) -> Callable[..., Any]:
     """The class, or the function that makes an optimizer; OptionError if it is neither."""
-    if _is_class(found) or not callable(found):
+    if isinstance(found, type) or not callable(found):
         if not _is_optimizer(found):
             raise OptionError(
                 f"optimizer must be a class of torch optimizers or a function that makes one, which {path} is not; try "
@@ -196,7 +196,7 @@ _PAIR = re.compile(r"(?:^|(?<=[\s,]))([A-Za-z_]\w*)\s*=")  # in linear time, wha
 
 def _parsed(arguments: str | None, name: str, kind: Callable[..., Any]) -> dict[str, Any]:
     """`betas=(0.9, 0.99) eps=1e-7` as a mapping; values are Python literals, separators spaces or commas."""
-    if arguments and not _is_class(kind):
+    if arguments and not isinstance(kind, type):
         raise OptionError(
             f"optimizer_args are for names and classes, but {name} is a function, got {arguments!r}; give them in the "
             "function, as functools.partial(torch.optim.NAdam, betas=(0.9, 0.99)) does"
