@@ -175,10 +175,6 @@ def _check_step(kind: type, path: str) -> None:
         raise OptionError(f"optimizer must take a step from one gradient, but {path} asks for several; use another one")
 
 
-def _is_class(thing: Any) -> bool:
-    return isinstance(thing, type)
-
-
 def _is_optimizer(thing: Any) -> bool:
     from torch.optim import Optimizer
 
