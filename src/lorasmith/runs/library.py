@@ -9,7 +9,7 @@ import inspect
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, ParamSpec, Protocol, get_type_hints
@@ -17,8 +17,7 @@ from typing import Any, ParamSpec, Protocol, get_type_hints
 import torch
 from PIL import Image
 
-from lorasmith.core.errors import OptionError
-from lorasmith.core.options import config_from, options_of
+from lorasmith.core.options import options_of
 from lorasmith.core.placement import chosen_device
 from lorasmith.core.printable import printable
 from lorasmith.data import encoding
@@ -32,7 +31,7 @@ from lorasmith.runs.progress_bars import counted, note, run_shown, void
 from lorasmith.runs.run import Host, run
 from lorasmith.sampling import generate as sampling
 from lorasmith.sampling.generate import Sampling
-from lorasmith.training.config import TrainConfig
+from lorasmith.training.config import TrainConfig, config_over
 from lorasmith.training.events import Event, EventHandler, RolledBack, Shrunk, Warned
 from lorasmith.training.job import plan_job
 from lorasmith.training.joint import StopOfAll, check_captions, train_jointly
@@ -286,11 +285,7 @@ def _planned(
     """The arguments of `train` that are not settings, and the plan of the run."""
     given = TrainArguments(**{name: value for name, value in arguments.items() if name in _AROUND_TRAINING})
     settings = {name: value for name, value in arguments.items() if name not in _AROUND_TRAINING}
-    if given.loss is not None:
-        if "loss_function" in settings:
-            raise OptionError("loss and loss_function are one setting, got both; leave one of them out")
-        settings["loss_function"] = given.loss
-    config = config_from(TrainConfig, {**(asdict(given.config) if given.config else {}), **settings})
+    config = config_over(given.config, {**settings, "loss": given.loss})
     denoiser = model if isinstance(model, Denoiser) else model.denoiser
     plan = Plan(
         denoiser=denoiser,

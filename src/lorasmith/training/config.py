@@ -45,6 +45,17 @@ def unused_settings(algorithm: str) -> frozenset[str]:
     return folded.get(algorithm.casefold(), frozenset())
 
 
+def config_over(base: TrainConfig | None, settings: Mapping[str, Any]) -> TrainConfig:
+    """`base` with the settings that Python code gives, in which `loss` may stand for `loss_function`."""
+    given = dict(settings)
+    if (loss := given.pop("loss", None)) is not None:
+        if "loss_function" in given:
+            raise OptionError("loss and loss_function are one setting, got both; leave one of them out")
+        given["loss_function"] = loss
+    config: TrainConfig = config_from(TrainConfig, {**(vars(base) if base else {}), **given})
+    return config
+
+
 def settings_from_file(values: Mapping[str, Any]) -> TrainConfig:
     """Settings from a file, such as a graph. Raises OptionError as `names_alone` and `config_from`."""
     config: TrainConfig = config_from(TrainConfig, names_alone(values))
