@@ -75,11 +75,11 @@ class TrainArguments(TrainConfig):
 
     Attributes:
         config: base settings; those passed as keywords override them.
-        loss: the setting `loss_function`: MSE, L1, Huber, SmoothL1, or a function of (prediction, target, batch) that
-            returns a loss for each sample; see `lorasmith.diffusion.loss_functions.Loss`.
         output: folder of the run, or None to write nothing. If it holds the same run (settings, model, data),
             unfinished, that run is resumed bit-identically; a complete one with fewer steps is moved aside and
             continued from its end. If it holds other files, the run is in a subfolder with its title.
+        loss: the setting `loss_function`: MSE, L1, Huber, SmoothL1, or a function of (prediction, target, batch) that
+            returns a loss for each sample; see `lorasmith.diffusion.loss_functions.Loss`.
         title: name of the LoRA, and of its file in `output`.
         trigger: trigger phrase, for the metadata.
         device: where to train; the first GPU, or the CPU, if None.
@@ -91,8 +91,8 @@ class TrainArguments(TrainConfig):
     """
 
     config: TrainConfig | None = None
-    loss: str | Loss | None = None
     output: str | Path | None = None
+    loss: str | Loss | None = None
     title: str = Plan.title
     trigger: str | None = None
     device: str | torch.device | None = None
