@@ -56,11 +56,11 @@ def test_code_of_the_users_is_typed_and_typed_again_to_resume(
     short = ["--steps", "3", "--targets", "mid_block.*.attn2.to_q", "--output", "run", "--no-previews"]
     with interrupted(signal.SIGINT, at=1):
         stopped = lorasmith(*arguments, *short)
-    rights = [word for name in ("gentle", "wave", "huber") for word in ("--allow-import", f"own_rates:{name}")]
+    rights = [word for name in ("gentle", "decaying", "huber") for word in ("--allow-import", f"own_rates:{name}")]
     assert f"lorasmith resume run {' '.join(rights)}" in stopped.out, stopped.err
     monkeypatch.delitem(sys.modules, "own_rates")
     refused = lorasmith("resume", "run", "--allow-import", "own_rates:gentle")
-    assert refused.code == 1 and "got 'own_rates:wave': importing it would run code" in refused.err
+    assert refused.code == 1 and "got 'own_rates:decaying': importing it would run code" in refused.err
     assert "own_rates" not in sys.modules
     resumed = lorasmith("resume", "run", *rights)
     assert "The run in run continues from step 1, bit-identically" in resumed.out, resumed.err
