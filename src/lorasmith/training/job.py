@@ -120,10 +120,7 @@ def plan_job(denoiser: Denoiser, config: TrainConfig, device: str | torch.device
     diffusion = denoiser.diffusion
     check_noising(diffusion.schedule, diffusion.parameterization, zero_terminal_snr=config.zero_terminal_snr)
     check_schedule(steps=config.steps, warmup_steps=config.warmup_steps)
-    check_loss(config.loss_function)
     requested, config = config, _decided(denoiser, config, device)
-    for step in (config.warmup_steps, config.steps):
-        config.scheduled(step)  # a schedule of the user's fails here, and not in the run
     plan = resolve_targets(denoiser, config)
     existing = _Existing() if config.existing_lora is None else _existing(Path(config.existing_lora), denoiser, config)
     denoiser = existing.below(denoiser)
@@ -153,6 +150,9 @@ def plan_job(denoiser: Denoiser, config: TrainConfig, device: str | torch.device
         rates=_distinct_rates(config, adapters, rates),
         device=device,
     )
+    check_loss(config.loss_function)
+    for step in (config.warmup_steps, config.steps):
+        config.scheduled(step)  # a schedule of the user's fails here, and not in the run
     return TrainJob(
         config,
         requested,
