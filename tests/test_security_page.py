@@ -40,6 +40,7 @@ from lorasmith.runs.run_page import report_of, write_report
 from lorasmith.runs.sweep_file import read_sweep
 from lorasmith.runs.sweep_launch import submit_to_slurm
 from lorasmith.server.questions import sweep_questions
+from lorasmith.training.config import settings_from_file
 from lorasmith.training.events import Outcome, RunFinished
 from lorasmith.training.storage.records import read_history
 from lorasmith.training.storage.run_states import load_state
@@ -54,6 +55,9 @@ PAGE = (Path(__file__).parents[1] / "docs" / "security.md").read_text(encoding="
 TABLES = [
     re.findall(r"^\| ([^|]+) \|", part, flags=re.MULTILINE) for part in PAGE.split("What a file cannot do, you can")
 ]
+
+
+CODE = ("optimizer", "schedule", "loss_function")  # settings that may name code
 
 
 class Ran:
@@ -102,6 +106,8 @@ def said(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *a
 
 HOSTILE_RECORDS: dict[str, tuple[str, dict[str, Any], str]] = {
     "optimizer": ("asked", {"optimizer": "antigravity.X"}, "importing it would run code"),
+    "schedule": ("asked", {"schedule": "antigravity:X"}, "importing it would run code"),
+    "loss": ("asked", {"loss_function": "antigravity:X"}, "importing it would run code"),
     "hub": (
         "source",
         {"model": "owner/name"},
@@ -174,9 +180,10 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "settings.toml"
     path.write_text('track = "wandb"\n')
     assert read_run_file(path).trusted().config.track == "none"
-    path.write_text('optimizer = "antigravity.X"\n')
-    with pytest.raises(OptionError, match="importing it would run code"):
-        read_run_file(path).trusted()
+    for name in CODE:
+        path.write_text(f'{name} = "antigravity:X"\n')
+        with pytest.raises(OptionError, match="importing it would run code"):
+            read_run_file(path).trusted()
     path.write_text(
         'model = "lorasmith-tiny"\nsources = "photos"\noutput = "a\\"\\n touch ran"\n[grid]\nrank = [1, 2]\n'
     )
@@ -231,8 +238,11 @@ def diffusers_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def workflow(tmp_path: Path) -> None:
     folders = Folders(tmp_path)
     inputs = {one.name: one for one in load_nodes()["TrainLoraNode"].inputs}
-    with pytest.raises(OptionError, match="optimizer must be one of"):
-        inputs["optimizer"].check("antigravity.X", folders)
+    for name in CODE:
+        with pytest.raises(OptionError, match=f"{name} must be one of"):
+            inputs[name].check("antigravity:X", folders)
+        with pytest.raises(OptionError, match="importing it would run code"):
+            settings_from_file({name: "antigravity:X"})
     for name in ("../../etc/passwd", "/etc/passwd", "owner/name"):
         with pytest.raises(LorasmithError):
             folders.find("checkpoints", name)

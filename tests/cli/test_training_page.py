@@ -43,6 +43,32 @@ def test_commands_run(lorasmith: Command, photos: Path, command: str, monkeypatc
 
 
 @pytest.mark.slow
+def test_code_of_the_users_is_typed_and_typed_again_to_resume(
+    lorasmith: Command, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    section = PAGE.split("### Your own\n")[1].split("\n## ")[0]
+    code, command = re.search(
+        r"```python\n(.*?)```\n\n    PYTHONPATH=\. lorasmith (.*?)\n\n", section, re.DOTALL
+    ).groups()  # type: ignore[union-attr]
+    (tmp_path / "own_rates.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    arguments = shlex.split(command.replace("\\\n", " "))
+    short = ["--steps", "3", "--targets", "mid_block.*.attn2.to_q", "--output", "run", "--no-previews"]
+    with interrupted(signal.SIGINT, at=1):
+        stopped = lorasmith(*arguments, *short)
+    rights = [word for name in ("gentle", "decaying", "huber") for word in ("--allow-import", f"own_rates:{name}")]
+    assert f"lorasmith resume run {' '.join(rights)}" in stopped.out, stopped.err
+    monkeypatch.delitem(sys.modules, "own_rates")
+    refused = lorasmith("resume", "run", "--allow-import", "own_rates:gentle")
+    assert refused.code == 1 and "got 'own_rates:decaying': importing it would run code" in refused.err
+    assert "own_rates" not in sys.modules
+    resumed = lorasmith("resume", "run", *rights)
+    assert "The run in run continues from step 1, bit-identically" in resumed.out, resumed.err
+    reproduced = lorasmith("reproduce", "run/photos.safetensors", *rights)
+    assert "are bit-identical" in reproduced.out, reproduced.err
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals are others there")
 def test_going_on_and_repeating_run_as_shown(lorasmith: Command, photos: Path) -> None:
     section = PAGE.split("## Stopping and resuming\n")[1].split("\n## ")[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,8 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorasmith.core.errors import OptionError
-from lorasmith.diffusion.losses import LOSSES, diffusion_loss
+from lorasmith.core.named_code import NamedCode
+from lorasmith.diffusion.loss_functions import LOSSES, LossBatch, check_loss
+from lorasmith.diffusion.losses import diffusion_loss
 from lorasmith.diffusion.schedule import PARAMETERIZATIONS, DiscreteSchedule, FlowSchedule, NoiseSchedule
+from lorasmith.families.base import Conditioning
+from lorasmith.training.batches import Batch
 
 SD = DiscreteSchedule.scaled_linear()
 OBJECTIVES = ("native", "x0")
@@ -28,10 +34,7 @@ def loss(
     prediction = PARAMETERIZATIONS[parameterization].target(clean, noise, level) + 0.1 * error
     return diffusion_loss(
         prediction.to(dtype),
-        clean=clean,
-        noise=noise,
-        noised=level.noised(clean, noise),
-        level=level,
+        Batch(clean, noise, level.noised(clean, noise), level, Conditioning({}), ()),
         parameterization=parameterization,
         objective=objective,
         loss_function=loss_function,
@@ -62,10 +65,7 @@ def test_a_perfect_prediction_costs_nothing(parameterization: str, objective: st
     level = SCHEDULES[parameterization].at(QUANTILES)
     cost = diffusion_loss(
         PARAMETERIZATIONS[parameterization].target(clean, noise, level),
-        clean=clean,
-        noise=noise,
-        noised=level.noised(clean, noise),
-        level=level,
+        Batch(clean, noise, level.noised(clean, noise), level, Conditioning({}), ()),
         parameterization=parameterization,
         objective=objective,
         loss_function=loss_function,
@@ -85,10 +85,7 @@ def test_losses_are_torchs_means_per_sample(name: str, reference) -> None:
     level = SD.at(QUANTILES)
     found = diffusion_loss(
         prediction,
-        clean=clean,
-        noise=noise,
-        noised=level.noised(clean, noise),
-        level=level,
+        Batch(clean, noise, level.noised(clean, noise), level, Conditioning({}), ()),
         parameterization="epsilon",
         objective="native",
         loss_function=name.lower(),
@@ -122,17 +119,15 @@ def test_nothing_outside_of_a_mask_has_a_gradient(parameterization: str, objecti
     places = torch.ones(2, 1, 6, 6)
     places[0, :, :3], places[0, :, 3:] = 2.0, 0.0
 
-    def losses(rows: slice, **options: Any) -> Tensor:
+    batch = Batch(clean, noise, level.noised(clean, noise), level, Conditioning({}), ())
+
+    def losses(rows: slice, **more: Any) -> Tensor:
         return diffusion_loss(
             prediction[:, :, rows],
-            clean=clean[:, :, rows],
-            noise=noise[:, :, rows],
-            noised=level.noised(clean, noise)[:, :, rows],
-            level=level,
+            replace(batch, **{name: getattr(batch, name)[:, :, rows] for name in ("clean", "noise", "noised")}, **more),
             parameterization=parameterization,
             objective=objective,
             loss_function="MSE",
-            **options,
         )
 
     masked = losses(slice(None), places=places)
@@ -143,3 +138,56 @@ def test_nothing_outside_of_a_mask_has_a_gradient(parameterization: str, objecti
     assert torch.equal(masked[1], losses(slice(None))[1]), "weights of 1 are no weights"
     # Divided by their mean, the weights make the loss the mean of what is inside.
     assert masked[0].item() == pytest.approx(losses(slice(3))[0].item())
+
+
+def batch_of(prediction: Tensor) -> Batch:
+    level = SD.at(QUANTILES)
+    clean, noise = torch.randn(prediction.shape), torch.randn(prediction.shape)
+    places = torch.rand(4, 1, *prediction.shape[2:])
+    return Batch(clean, noise, level.noised(clean, noise), level, Conditioning({}), tuple("abcd"), places=places)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_loss_of_the_users_gets_what_is_compared_and_the_batch(objective: Any) -> None:
+    seen: list[tuple[Tensor, Tensor, LossBatch]] = []
+
+    def loss(prediction: Tensor, target: Tensor, batch: LossBatch) -> Tensor:
+        seen.append((prediction, target, batch))
+        return (prediction - target).flatten(1).norm(dim=1).bfloat16() * batch.level.sigma
+
+    prediction = torch.randn(4, 2, 3, 3, dtype=torch.bfloat16, requires_grad=True)
+    batch = batch_of(prediction)
+    settings: Any = {"parameterization": "epsilon", "objective": objective}
+    found = diffusion_loss(prediction, batch, loss_function=NamedCode.of(loss), **settings)
+    assert (found.shape, found.dtype, found.requires_grad) == ((4,), torch.float32, True)
+    [(compared, target, given)] = seen
+    assert given is batch and compared.dtype == target.dtype == torch.float32
+    assert torch.equal(target, batch.clean if objective == "x0" else batch.noise)
+    errors = (compared - target).flatten(1)
+    whole = diffusion_loss(prediction, replace(batch, places=None), loss_function="MSE", **settings)
+    torch.testing.assert_close(errors.square().mean(1), whole)
+
+
+@pytest.mark.parametrize(
+    ("loss", "got"),
+    [
+        (lambda prediction, target, batch: (prediction - target).mean(), r"got a tensor of shape \(\) in float32"),
+        (lambda prediction, target, batch: prediction - target, r"got a tensor of shape \(4, 2, 3, 3\) in float32"),
+        (lambda prediction, target, batch: prediction.flatten(1).argmax(1), r"of shape \(4,\) in int64"),
+        (lambda prediction, target, batch: prediction.detach().flatten(1).mean(1), "got a tensor without a gradient"),
+        (lambda prediction, target, batch: 0.5, "got float"),
+    ],
+)
+def test_what_a_loss_returns_is_checked(loss: Any, got: str) -> None:
+    prediction = torch.randn(4, 2, 3, 3, requires_grad=True)
+    settings: Any = {"parameterization": "v", "objective": "native", "loss_function": NamedCode.of(loss)}
+    with pytest.raises(OptionError, match=rf"must return a differentiable float tensor of shape \(4,\), .*{got}"):
+        diffusion_loss(prediction, batch_of(prediction), **settings)
+
+
+def test_a_loss_takes_three_arguments() -> None:
+    check_loss("mse")
+    check_loss(lambda *compared: compared[0])
+    for loss in (lambda prediction, target: prediction, torch.nn.MSELoss(), functools.partial(F.mse_loss, input=0)):
+        with pytest.raises(OptionError, match=r"loss must be a function of prediction, target and batch, which"):
+            check_loss(loss)

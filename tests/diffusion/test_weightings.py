@@ -11,6 +11,8 @@ from torch import Tensor
 from lorasmith.core.errors import OptionError
 from lorasmith.diffusion.losses import WEIGHTINGS, diffusion_loss, loss_weights
 from lorasmith.diffusion.schedule import PARAMETERIZATIONS, DiscreteSchedule, FlowSchedule, NoiseLevel, NoiseSchedule
+from lorasmith.families.base import Conditioning
+from lorasmith.training.batches import Batch
 
 SD = DiscreteSchedule.scaled_linear()
 STEPS = torch.tensor([0, 10, 100, 250, 500, 777, 999])
@@ -34,10 +36,7 @@ def loss(parameterization: str, objective: str, weighting: str, gamma: float = 5
     level = SCHEDULES[parameterization].at(QUANTILES)
     losses = diffusion_loss(
         PARAMETERIZATIONS[parameterization].target(clean, noise, level) + 0.1 * error,
-        clean=clean,
-        noise=noise,
-        noised=level.noised(clean, noise),
-        level=level,
+        Batch(clean, noise, level.noised(clean, noise), level, Conditioning({}), ()),
         parameterization=parameterization,
         objective=objective,
         loss_function="MSE",

@@ -62,12 +62,13 @@ def doors(rng: random.Random, folder: Path) -> Sequence[Door]:
             return [("report", functools.partial(_reported, run))]
 
 
-_NAMES = ("optimizer", "optimizer_args", "track", "existing_lora", "training_adapter", "model", "vae", "text_encoders",
-          "folder", "validation", "name", "device", "targets", "previews", "argv")  # fmt: skip
+_NAMES = ("optimizer", "optimizer_args", "schedule", "loss_function", "track", "existing_lora", "training_adapter",
+          "model", "vae", "text_encoders", "folder", "validation", "name", "device", "targets", "previews",
+          "argv")  # fmt: skip
 """What a record may name, of which some is imported, opened, downloaded or started."""
 
-_STRANGE = (f"{CANARY}.X", "antigravity.X", "this.X", "os.system", "someone/some-model", "/etc/passwd", "../..",
-            "wandb", "tensorboard", "//host/share", "cuda:99", f"betas=__import__('{CANARY}')")  # fmt: skip
+_STRANGE = (f"{CANARY}.X", f"{CANARY}:X", "antigravity.X", "this:X", "os.system", "someone/some-model", "/etc/passwd",
+            "../..", "wandb", "tensorboard", "//host/share", "cuda:99", f"betas=__import__('{CANARY}')")  # fmt: skip
 
 
 def _name_things(rng: random.Random, value: Any) -> None:

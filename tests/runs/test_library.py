@@ -94,6 +94,9 @@ result = ls.train(model, data, steps="a")
 ls.train(model, data, stepz=3)
 ls.train(model, data, quantization="fp9")
 ls.train(model, data, steps=3, output="runs/dog", progress=False, on_event=lambda event: None)
+import torch; ls.train(model, data, optimizer=torch.optim.NAdam, loss=lambda p, t, batch: (p - t).flatten(1).mean(1))
+ls.train(model, data, loss=lambda p: p, optimizer=torch.optim.SGD([torch.zeros(1)]))
+ls.TrainConfig(loss_function=torch.nn.Module(), optimizer="Lion", schedule=lambda progress: 1 - progress)
 reveal_type(result.lora)
 reveal_type(data)
 """
@@ -107,7 +110,7 @@ def test_type_checkers_see_every_setting(tmp_path: Path) -> None:
     paths = {**os.environ, "MYPYPATH": str(Path(ls.__file__).parents[1])}
     found = subprocess.run(command, cwd=tmp_path, env=paths, capture_output=True, text=True, check=False).stdout
     lines = {int(line.split(":")[1]): line for line in found.splitlines() if ": error:" in line}
-    assert sorted(lines) == [4, 5, 6, 7, 8], found
+    assert sorted(lines) == [4, 5, 6, 7, 8, 11], found
     assert 'did you mean "trigger"' in lines[5] and 'did you mean "steps"' in lines[7]
     assert "training.lora_handle.Lora" in found and "data.dataset.EncodedDataset" in found
 

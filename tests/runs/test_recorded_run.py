@@ -59,15 +59,16 @@ def test_a_record_is_repeated_with_what_has_moved(record: dict[str, Any], tmp_pa
     assert spec.folder == str(tmp_path / "photos")
 
 
-def test_an_optimizer_of_a_record_is_not_imported(record: dict[str, Any]) -> None:
-    hostile = changed(record, "asked", optimizer="antigravity.X")
-    with pytest.raises(OptionError, match=r"got 'antigravity.X': importing it would run code.*--allow-optimizer ant"):
-        repeated(hostile, FILE, Typed(files=True, optimizers=("torch.optim.NAdam",)))
+@pytest.mark.parametrize("name", ["optimizer", "schedule", "loss_function"])
+def test_code_that_a_record_names_is_not_imported(record: dict[str, Any], name: str) -> None:
+    hostile = changed(record, "asked", **{name: "antigravity.X"})
+    with pytest.raises(OptionError, match=r"got 'antigravity.X': importing it would run code.*--allow-import ant"):
+        repeated(hostile, FILE, Typed(files=True, imports=("torch.optim.NAdam",)))
     assert "antigravity" not in sys.modules
-    with pytest.raises(OptionError, match="must be one of"):
-        settings_from_file({"optimizer": ["AdamW"]})
-    spec = repeated(hostile, FILE, Typed(optimizers=("antigravity.X",)))
-    assert spec.config.optimizer == "antigravity.X" and "antigravity" not in sys.modules, (
+    with pytest.raises(OptionError, match="must be a name, an import path"):
+        settings_from_file({name: ["AdamW"]})
+    spec = repeated(hostile, FILE, Typed(imports=("antigravity.X",)))
+    assert getattr(spec.config, name) == "antigravity.X" and "antigravity" not in sys.modules, (
         "planning imports it, not this"
     )
 
@@ -116,9 +117,15 @@ def test_in_the_root_folder_nothing_counts_as_here(record: dict[str, Any], monke
 def test_what_was_typed_is_printed_with_the_rights_that_it_needs(tmp_path: Path, record: dict[str, Any]) -> None:
     spec = RunSpec(sources=(ImageSource(str(ASSETS / "input" / "fox")),), model="lorasmith-tiny")
     assert rights_needed(spec) == []
-    typed = {"optimizer": "torch.optim.NAdam", "track": "wandb", "existing_lora": "/a.safetensors"}
+    typed = {
+        "optimizer": "torch.optim.NAdam",
+        "schedule": "rates:mine",
+        "loss_function": "L1",
+        "track": "wandb",
+        "existing_lora": "/a.safetensors",
+    }
     assert rights_needed(spec.with_settings(**typed)) == [
-        "--as-recorded", "--allow-optimizer", "torch.optim.NAdam", "--track", "wandb"
+        "--as-recorded", "--allow-import", "torch.optim.NAdam", "--allow-import", "rates:mine", "--track", "wandb"
     ]  # fmt: skip
 
 

@@ -86,7 +86,9 @@ def test_what_is_typed_comes_first(tmp_path: Path) -> None:
         ("steps = [", "must be TOML"),
         ("steps = " + 10_000 * "[", "must be TOML"),
         ("when = 2026-01-01", "has an unknown key 'when'"),
-        ("optimizer = 'antigravity.X'", "an optimizer that a file names must be one of"),
+        ("optimizer = 'antigravity.X'", "optimizer in a file must be one of"),
+        ("schedule = 'antigravity:X'", "schedule in a file must be one of"),
+        ("loss_function = 'antigravity:X.y'", "loss_function in a file must be one of"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_refused_in_a_sentence(tmp_path: Path, text: str, sentence: str) -> None:
@@ -98,9 +100,9 @@ def test_a_file_that_cannot_be_used_is_refused_in_a_sentence(tmp_path: Path, tex
 
 def test_code_and_trackers_are_typed(tmp_path: Path) -> None:
     file = read_run_file(written(tmp_path, "track = 'wandb'\noptimizer = 'torch.optim.NAdam'"))
-    config = file.trusted(optimizers=["torch.optim.NAdam"]).config
+    config = file.trusted(imports=["torch.optim.NAdam"]).config
     assert (config.optimizer, config.track) == ("torch.optim.NAdam", "none")
-    assert file.trusted(optimizers=["torch.optim.NAdam"], track="wandb").config.track == "wandb"
+    assert file.trusted(imports=["torch.optim.NAdam"], track="wandb").config.track == "wandb"
 
 
 def test_links_are_followed_if_that_is_typed(tmp_path: Path) -> None:
@@ -181,12 +183,11 @@ def test_a_record_names_files_here_unless_others_are_typed(record: dict[str, Any
     assert read_run_file(changed, Typed(spec=typed)).settings["existing_lora"] == "/etc/a.safetensors"
 
 
-def test_a_record_imports_no_optimizer(record: dict[str, Any]) -> None:
-    found = read_run_file(recorded(record, asked={"optimizer": "antigravity.X"}), Typed(files=True))
-    with pytest.raises(OptionError, match="importing it would run code; if you trust that, type --optimizer antigr"):
-        found.trusted().config  # noqa: B018 - raises
-    found = read_run_file(recorded(record, asked={"schedule": "antigravity.X"}), Typed(files=True))
-    with pytest.raises(OptionError, match="schedule must be"):
+@pytest.mark.parametrize("name", ["optimizer", "schedule", "loss_function"])
+def test_a_record_imports_nothing(record: dict[str, Any], name: str) -> None:
+    found = read_run_file(recorded(record, asked={name: "antigravity:X"}), Typed(files=True))
+    flag = f"--{name.replace('_', '-')}"
+    with pytest.raises(OptionError, match=f"importing it would run code; if you trust that, type {flag} antigravity:X"):
         found.trusted().config  # noqa: B018 - raises
     assert "antigravity" not in sys.modules
 

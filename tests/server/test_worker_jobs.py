@@ -180,6 +180,8 @@ def test_a_job_can_be_cancelled_before_it_trains(worker: Worker) -> None:
         ({"sources": [{"path": "input/fox"}]}, "a run needs a model"),
         ({"model": "lorasmith-tiny"}, "a run needs images"),
         (TRAINING | {"settings": {"optimizer": "os.system"}}, "importing it would run code"),
+        (TRAINING | {"settings": {"schedule": "os:system"}}, "importing it would run code"),
+        (TRAINING | {"settings": {"loss_function": "os:system"}}, "importing it would run code"),
         (TRAINING | {"sources": [{"path": "nowhere"}]}, "nowhere"),
     ],
 )

@@ -17,7 +17,7 @@ from lorasmith.core import choices
 from lorasmith.core.errors import OptionError
 from lorasmith.core.options import options_of
 from lorasmith.core.quantization import PACKINGS
-from lorasmith.diffusion.losses import LOSSES, WEIGHTINGS
+from lorasmith.diffusion.losses import WEIGHTINGS
 from lorasmith.diffusion.schedule import TIMESTEP_DISTRIBUTIONS
 from lorasmith.training.config import ResolvedConfig, Section, TrainConfig
 
@@ -90,7 +90,6 @@ def test_the_default_of_a_setting_stands_in_one_place() -> None:
 @pytest.mark.parametrize(
     ("kind", "table"),
     [
-        (choices.LossFunction, set(LOSSES)),
         (choices.LossWeighting, set(WEIGHTINGS)),
         (choices.Quantization, set(PACKINGS)),
         (choices.TimestepDistribution, set(TIMESTEP_DISTRIBUTIONS) | {"sigmoid", "shifted"}),

@@ -94,6 +94,15 @@ def test_a_loss_of_ones_own_gives_the_gradient_of_ours(tiny: Model, dataset: Enc
         torch.testing.assert_close(own.weights[name], weight)
 
 
+def test_it_takes_what_a_run_takes(tiny: Model, dataset: EncodedDataset) -> None:
+    own = Trainer(
+        tiny, list(dataset), **SETTINGS, steps=2, loss=lambda p, t, batch: (p - t).square().flatten(1).mean(1)
+    )
+    ours = Trainer(tiny.denoiser, dataset, **SETTINGS, steps=2, loss="MSE")
+    assert [len(list(trainer)) for trainer in (own, ours)] == [2, 2]
+    assert own.losses == ours.losses
+
+
 def test_it_goes_on_from_a_state_bit_for_bit(tiny: Model, dataset: EncodedDataset, tmp_path: Path) -> None:
     whole = Trainer(tiny, dataset, **SETTINGS, steps=4)
     for step in whole:

@@ -15,6 +15,7 @@ from lorasmith.core.random import keyed_normal
 from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.diffusion.losses import diffusion_loss
 from lorasmith.families.model import Denoiser, Model
+from lorasmith.training.batches import Batch
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.job import plan_job
 from lorasmith.training.trainable import trainable
@@ -47,9 +48,12 @@ def test_losses_are_those_of_the_model_one_by_one(make: Make, tiny: Model, mixed
             with torch.no_grad():
                 prediction = tiny.denoiser.predict(noised, level.time, sample.conditioning)
             expected = diffusion_loss(
-                prediction, clean=clean, noise=noise, noised=noised, level=level, loss_function="MSE",
-                parameterization=components.parameterization, objective="native",
-            )  # fmt: skip
+                prediction,
+                Batch(clean, noise, noised, level, sample.conditioning, (sample.name,)),
+                parameterization=components.parameterization,
+                objective="native",
+                loss_function="MSE",
+            )
             assert losses[row, draw].item() == pytest.approx(expected.item(), rel=1e-4)
 
 

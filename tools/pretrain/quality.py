@@ -26,6 +26,7 @@ from lorasmith.families.model import Denoiser
 from lorasmith.report.contact_sheet import contact_sheet
 from lorasmith.runs.library import train
 from lorasmith.sampling.generate import generate
+from lorasmith.training.batches import Batch
 from tools.pretrain.data import BACKGROUNDS, CONCEPTS, STYLES, UNTAUGHT, short_name, with_article
 from tools.pretrain.judge import Judge, colourless
 
@@ -112,10 +113,7 @@ def held_out_noise_loss(denoiser: Denoiser, samples: Sequence[Sample]) -> dict[s
                 losses.append(
                     diffusion_loss(
                         denoiser.predict(noised, level.time, sample.conditioning),
-                        clean=clean,
-                        noise=noise,
-                        noised=noised,
-                        level=level,
+                        Batch(clean, noise, noised, level, sample.conditioning, (sample.name,)),
                         parameterization=denoiser.base.components.parameterization,
                         objective="native",
                         loss_function="MSE",

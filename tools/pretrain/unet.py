@@ -19,6 +19,8 @@ from transformers import CLIPTextModel
 
 from lorasmith.diffusion.losses import diffusion_loss
 from lorasmith.diffusion.schedule import DiscreteSchedule
+from lorasmith.families.base import Conditioning
+from lorasmith.training.batches import Batch
 from tools.pretrain.autoencoder import fold_statistics
 from tools.pretrain.data import BACKGROUNDS, CONCEPTS, ICON_SIZES, STYLES, Icons, caption
 from tools.pretrain.loop import Run, autocast, step_random
@@ -133,16 +135,8 @@ def train_unet(
         with autocast(device):
             context = text_encoder(encode(captions, SHORT).to(device)).last_hidden_state
             prediction = model(noised, level.time, context).sample
-        return diffusion_loss(
-            prediction,
-            clean=clean,
-            noise=noise,
-            noised=noised,
-            level=level,
-            parameterization="v",
-            objective="native",
-            loss_function="MSE",
-        ).mean()
+        batch = Batch(clean, noise, noised, level, Conditioning({"context": context}), names=tuple(captions))
+        return diffusion_loss(prediction, batch, parameterization="v", objective="native", loss_function="MSE").mean()
 
     run.until(steps, loss_at, every=None if show is None else lambda: show(run.average, run.step))
     return run.average.cpu()

@@ -185,12 +185,14 @@ AsRecorded = Annotated[
         "that it names by a hub id. A record may be a stranger's.",
     ),
 ]
-AllowOptimizer = Annotated[
+AllowImport = Annotated[
     list[str] | None,
     typer.Option(
+        "--allow-import",
         "--allow-optimizer",
         metavar="PATH",
-        help="Import path of an optimizer that the record may name; importing it runs its code. Repeatable.",
+        help="Import path of an optimizer, a schedule or a loss that the record may name; importing it runs its code. "
+        "Repeatable.",
     ),
 ]
 TrackNow = Annotated[

@@ -11,7 +11,7 @@ import typer
 
 from lorasmith.cli.console import echo, heading, print_result
 from lorasmith.cli.flags import (
-    AllowOptimizer,
+    AllowImport,
     AsRecorded,
     DataNow,
     ModelNow,
@@ -52,7 +52,7 @@ def resume(
         ),
     ] = None,
     as_recorded: AsRecorded = False,
-    allow_optimizer: AllowOptimizer = None,
+    allow_import: AllowImport = None,
     track: TrackNow = None,
     verify: Verify = False,
 ) -> None:
@@ -64,7 +64,7 @@ def resume(
     from lorasmith.cli.run_output import TerminalHost, train_and_report
     from lorasmith.runs.reproduce import plan_again
 
-    typed = _typed(model, text_encoder, vae, data, device, files=as_recorded, optimizers=allow_optimizer, track=track)
+    typed = _typed(model, text_encoder, vae, data, device, files=as_recorded, imports=allow_import, track=track)
     host = TerminalHost()
     with together():
         with host.planning():
@@ -81,7 +81,7 @@ def _typed(
     output: Path | None = None,
     *,
     files: bool,
-    optimizers: Sequence[str] | None,
+    imports: Sequence[str] | None,
     track: str | None,
 ) -> Typed:
     """What both commands replace in a record, and what it may name."""
@@ -96,7 +96,7 @@ def _typed(
         output=None if output is None else str(output),
         device=device,
     )
-    return Typed(spec=spec, files=files, optimizers=tuple(optimizers or ()), track=track)
+    return Typed(spec=spec, files=files, imports=tuple(imports or ()), track=track)
 
 
 def reproduce(
@@ -111,7 +111,7 @@ def reproduce(
         str | None, typer.Option(help="Device to train on, such as cuda or cpu. Default: that of the original run.")
     ] = None,
     as_recorded: AsRecorded = False,
-    allow_optimizer: AllowOptimizer = None,
+    allow_import: AllowImport = None,
     track: TrackNow = None,
     verify: Verify = False,
 ) -> None:
@@ -124,9 +124,7 @@ def reproduce(
     from lorasmith.cli.run_output import TerminalHost
     from lorasmith.runs.reproduce import Reproduction
 
-    typed = _typed(
-        model, text_encoder, vae, data, device, output, files=as_recorded, optimizers=allow_optimizer, track=track
-    )
+    typed = _typed(model, text_encoder, vae, data, device, output, files=as_recorded, imports=allow_import, track=track)
     host = TerminalHost()
     with host.planning():
         again = Reproduction(lora, host, typed, dry_run=dry_run)

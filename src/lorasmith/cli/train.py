@@ -31,7 +31,7 @@ from lorasmith.core.folders import Folders
 from lorasmith.core.options import options_of
 from lorasmith.data.data_config import DataConfig, ImageSource
 from lorasmith.families.locating import BUILT_IN
-from lorasmith.training.config import TrainConfig
+from lorasmith.training.config import TrainConfig, code_settings
 from lorasmith.training.events import Outcome
 
 
@@ -135,8 +135,8 @@ def train(
     folders = folders_of(base_dir, extra_model_paths)
     if not given.model:
         raise OptionError(_which_models(folders))
-    code = typed.settings.get("optimizer")
-    spec = given.trusted(optimizers=[code] if code else [], track=typed.settings.get("track")).resolved()
+    code = [typed.settings[name] for name in code_settings() if name in typed.settings]
+    spec = given.trusted(imports=code, track=typed.settings.get("track")).resolved()
     host = TerminalHost(folders)
     with together():
         if spec.low_noise_model is not None:

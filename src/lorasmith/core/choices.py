@@ -1,6 +1,6 @@
 """Literal types of choices that several rooms share, without torch, to keep the command line's help fast.
 
-Extensible choices (algorithms, optimizers, schedules) are read from their registries.
+Extensible choices (algorithms, optimizers, schedules, losses) are read from their registries.
 """
 
 from __future__ import annotations
@@ -15,9 +15,6 @@ ActivationPlan = Literal[Activations, "auto"]
 
 Fix = Literal["sizes", "rotation", "formats", "copies", "look-alikes"]
 """Problems that a repaired copy of a folder of images can be free of; see `data.mended_folder`."""
-
-LossFunction = Literal["MSE", "L1", "Huber", "SmoothL1"]
-"""Distance between prediction and target; see `diffusion.losses`."""
 
 LossWeighting = Literal["none", "min_snr", "soft_min_snr"]
 """Weight of a noise level in the loss; see `diffusion.losses`."""

@@ -18,7 +18,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import re
 import sys
 import types
 import typing
@@ -27,6 +26,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lorasmith.core.errors import OptionError
+from lorasmith.core.named_code import NamedCode, is_import_path
 from lorasmith.core.registry import nearest
 
 
@@ -42,7 +42,7 @@ class Option:
     max: float | None = None
     step: float | None = None  # granularity offered by editors; values between steps are accepted
     choices: tuple[str, ...] = ()  # of a string, matched ignoring case
-    pattern: str = ""  # regular expression of values allowed besides the choices
+    code: str = ""  # what may be passed in Python or named by its import path besides the choices, in words
     group: str = ""  # heading in the help
     changes_numbers: bool = True  # can affect computed numbers
     is_path: bool = False  # the text names a file or folder
@@ -59,12 +59,14 @@ class Option:
         """`value` in the option's own type. Raises OptionError if type or range does not fit."""
         if value is None and self.default is None:
             return None
+        if self.code and (callable(value) or isinstance(value, NamedCode)):
+            return NamedCode.of(value) if callable(value) else value
         value = self._typed(value)
         if self.choices:
             folded = {choice.casefold(): choice for choice in self.choices}
-            if self.pattern and re.fullmatch(self.pattern, value):
-                return value
             if value.casefold() not in folded:
+                if self.code and is_import_path(value):
+                    return value
                 raise OptionError(
                     f"{self.name} must be one of {', '.join(self.choices)}, got {value!r}{nearest(value, self.choices)}"
                 )
@@ -72,6 +74,9 @@ class Option:
         if (self.min is not None and value < self.min) or (self.max is not None and value > self.max):
             raise OptionError(f"{self.name} must be {self.range_text()}, got {value!r}")
         return value
+
+    def offers(self, value: str) -> bool:
+        return value.casefold() in map(str.casefold, self.choices)
 
     def range_text(self) -> str:
         """The allowed range in words, such as `between 1 and 128`."""
@@ -91,6 +96,11 @@ class Option:
                 return int(value)
             if wanted is float and abs(value) <= sys.float_info.max:
                 return float(value)
+        if self.code:
+            raise OptionError(
+                f"{self.name} must be a name, an import path or, in Python, {self.code}, got "
+                f"an object of class {type(value).__name__}"
+            )
         article = "an" if wanted is int else "a"
         raise OptionError(f"{self.name} must be {article} {_TYPE_NAMES[wanted]}, got {value!r}")
 

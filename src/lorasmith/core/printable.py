@@ -27,6 +27,11 @@ def printable(text: object, *, limit: int = 10_000, keep: str = "") -> str:
     return _shortened(_HIDDEN.sub(escaped, _shortened(str(text), limit)), limit)
 
 
+def one_line_of(error: Exception) -> str:
+    """Another package's error message on one line, without its full stop; the kind of error if it is empty."""
+    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
+
+
 def sentence(text: object, *, limit: int = MAX_SENTENCE) -> str:
     """A message on one line of at most `limit` characters.
 

@@ -1,9 +1,9 @@
-"""Training losses, and the weights of noise levels in them.
+"""Loss of predictions, and the weights of noise levels in it.
 
-Losses map (batch, ...) prediction and target in fp32 to the (batch,) mean per sample. Weights are pure functions of the
-level, the kind of prediction and gamma, defined for the squared error of the clean sample, as in the papers. `scale`
-converts them to the objective: the clean error per error of the prediction, 1 if clean samples are compared. With MSE a
-weighted run is therefore the same for both objectives, except with `none`.
+Losses (`loss_functions.py`) map prediction and target to (batch,). Weights are pure functions of the level, the kind of
+prediction and gamma, defined for the squared error of the clean sample, as in the papers. `scale` converts them to the
+objective: the clean error per error of the prediction, 1 if clean samples are compared. With MSE a weighted run is
+therefore the same for both objectives, except with `none`.
 
     min_snr        min(SNR, gamma)                (Hang et al. 2023, arXiv:2303.09556)
     soft_min_snr   SNR · gamma / (SNR + gamma)    (Crowson et al. 2024, arXiv:2401.11605, with sigma_data² = 1/gamma)
@@ -17,48 +17,50 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from lorasmith.core.choices import LossFunction, LossWeighting, Objective
+from lorasmith.core.choices import LossWeighting, Objective
+from lorasmith.core.errors import OptionError
+from lorasmith.core.named_code import code_of
 from lorasmith.core.registry import Registry
+from lorasmith.diffusion.loss_functions import LOSSES, LossBatch
 from lorasmith.diffusion.schedule import PARAMETERIZATIONS, NoiseLevel
-
-Elementwise = Callable[[Tensor, Tensor], Tensor]
-
-LOSSES: Registry[Elementwise] = Registry("loss function")
-LOSSES.register("MSE")(lambda prediction, target: F.mse_loss(prediction, target, reduction="none"))
-LOSSES.register("L1")(lambda prediction, target: F.l1_loss(prediction, target, reduction="none"))
-LOSSES.register("Huber")(lambda prediction, target: F.huber_loss(prediction, target, reduction="none"))
-LOSSES.register("SmoothL1")(lambda prediction, target: F.smooth_l1_loss(prediction, target, reduction="none"))
 
 
 def diffusion_loss(
-    prediction: Tensor,
-    *,
-    clean: Tensor,
-    noise: Tensor,
-    noised: Tensor,
-    level: NoiseLevel,
-    parameterization: str,
-    objective: Objective,
-    loss_function: LossFunction,
-    places: Tensor | None = None,
+    prediction: Tensor, batch: LossBatch, *, parameterization: str, objective: Objective, loss_function: str
 ) -> Tensor:
-    """Loss of each sample, shape (batch,), without the weight of its noise level (`loss_weights`).
+    """Loss of each sample, fp32 (batch,), without the weight of its noise level (`loss_weights`).
 
     With MSE the `x0` objective (as in ComfyUI's trainer) equals the native one times sigma²/alpha² (epsilon) or sigma²
-    (v and flow). `prediction` (batch, ...) is of any float dtype; `clean`, `noise`, `noised` are fp32 of that shape.
-    `places` are fp32 weights that broadcast to it; a place of weight 0 has no gradient.
+    (v and flow). `prediction` (batch, ...) is of any float dtype. Raises OptionError if a user's loss returns something
+    else.
     """
     kind = PARAMETERIZATIONS[parameterization]
     prediction = prediction.float()
     if objective == "x0":
-        prediction, target = kind.clean(prediction, noised, level), clean
+        prediction, target = kind.clean(prediction, batch.noised, batch.level), batch.clean
     else:
-        target = kind.target(clean, noise, level)
-    distance = LOSSES[loss_function](prediction, target)
-    return (distance if places is None else distance * places).flatten(1).mean(1)
+        target = kind.target(batch.clean, batch.noise, batch.level)
+    losses = code_of(loss_function, LOSSES)(prediction, target, batch)
+    _check_losses(losses, prediction, loss_function)
+    return losses.float()
+
+
+def _check_losses(losses: object, prediction: Tensor, name: str) -> None:
+    count = len(prediction)
+    if not isinstance(losses, Tensor):
+        got = type(losses).__name__
+    elif losses.shape != (count,) or not losses.is_floating_point():
+        got = f"a tensor of shape {tuple(losses.shape)} in {str(losses.dtype).removeprefix('torch.')}"
+    elif prediction.requires_grad and not losses.requires_grad:
+        got = "a tensor without a gradient"
+    else:
+        return
+    raise OptionError(
+        f"loss {name} must return a differentiable float tensor of shape ({count},), a loss for each sample, got "
+        f"{got}; average over all dimensions but the first, as error.flatten(1).mean(1) does"
+    )
 
 
 Weighting = Callable[[NoiseLevel, Tensor, float], Tensor]

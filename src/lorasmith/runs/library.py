@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ParamSpec, Protocol
@@ -18,13 +18,13 @@ from PIL import Image
 
 from lorasmith.core.arguments import typed_arguments
 from lorasmith.core.errors import DataError, OptionError
-from lorasmith.core.options import config_from
 from lorasmith.core.placement import chosen_device
 from lorasmith.core.printable import described, printable
 from lorasmith.data import encoding
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.data.picture_encoding import EncodingProgress
+from lorasmith.diffusion.loss_functions import Loss
 from lorasmith.families.loading import DiffusersPipeline
 from lorasmith.families.model import Denoiser, Model, TextEncoder
 from lorasmith.runs.class_images import class_scan
@@ -36,7 +36,7 @@ from lorasmith.runs.run_plan import ClassImageDrawn
 from lorasmith.runs.shown_arguments import shown, taken
 from lorasmith.sampling import generate as sampling
 from lorasmith.sampling.generate import Sampling
-from lorasmith.training.config import TrainConfig
+from lorasmith.training.config import TrainConfig, config_over
 from lorasmith.training.events import Event, EventHandler, RolledBack, Shrunk, Warned
 from lorasmith.training.job import plan_job
 from lorasmith.training.joint import StopOfAll, check_captions, train_jointly
@@ -103,6 +103,8 @@ class TrainArguments(TrainConfig):
         output: folder of the run, or None to write nothing. If it holds the same run (settings, model, data),
             unfinished, that run is resumed bit-identically; a complete one with fewer steps is moved aside and
             continued from its end. If it holds other files, the run is in a subfolder with its title.
+        loss: the setting `loss_function`: MSE, L1, Huber, SmoothL1, or a function of (prediction, target, batch) that
+            returns a loss for each sample; see `lorasmith.diffusion.loss_functions.Loss`.
         title: name of the LoRA, and of its file in `output`.
         trigger: trigger phrase, for the metadata, and for the captions of data that are not encoded yet.
         device: where to train; the first GPU, or the CPU, if None.
@@ -115,6 +117,7 @@ class TrainArguments(TrainConfig):
 
     config: TrainConfig | None = None
     output: str | Path | None = None
+    loss: str | Loss | None = None
     title: str = Plan.title
     trigger: str | None = None
     device: str | torch.device | None = None
@@ -363,7 +366,7 @@ def _logged(event: Event) -> None:
 def _planned(model: object, data: object, arguments: Mapping[str, Any]) -> tuple[TrainArguments, Plan]:
     """The arguments of `train` that are not settings, and the plan of the run."""
     given, settings = taken(TrainArguments, "train", arguments)
-    config = config_from(TrainConfig, {**(asdict(given.config) if given.config else {}), **settings})
+    config = config_over(given.config, {**settings, "loss": given.loss})
     device = chosen_device(given.device)
     trained = trainable_of(model)
     denoiser = trained.denoiser if isinstance(trained, TrainableDenoiser) else None

@@ -6,7 +6,8 @@ numbers; everything else needs a flag from the person who runs the command:
 - files and folders are read where they are inside the current folder or in the package. Those elsewhere, those behind
   links out of a folder of images, and downloads from a hub, need `Typed.files` (`--as-recorded`), or other files in
   their place (`--model`, `--data`, ...);
-- an optimizer's import path has to be typed (`--allow-optimizer`), and so does a tracker (`--track`).
+- the import path of an optimizer, a schedule or a loss has to be typed (`--allow-import`), and so does a tracker
+  (`--track`).
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from pathlib import Path
 from lorasmith.core.errors import LorasmithError, OptionError
 from lorasmith.core.files import read_regular
 from lorasmith.core.folders import ASSETS
+from lorasmith.core.named_code import is_import_path
 from lorasmith.core.options import options_of
 from lorasmith.data.data_config import DataConfig
 from lorasmith.families.locating import built_in_models
 from lorasmith.runs.command_lines import arguments_for, resume_command
 from lorasmith.runs.spec import RunSpec, arguments_in, parsed_toml
-from lorasmith.training.config import TrainConfig
-from lorasmith.training.optim.update_rules import OPTIMIZERS
+from lorasmith.training.config import TrainConfig, code_settings
 from lorasmith.training.storage.records import RunRecord, parsed_record, read_record
 from lorasmith.training.storage.run_folder import RunFolder
 from lorasmith.training.storage.run_states import is_state, load_state
@@ -39,7 +40,7 @@ class Typed:
 
     spec: RunSpec = field(default_factory=RunSpec)
     files: bool = False  # outside the current folder or behind links out of the images, and downloads
-    optimizers: tuple[str, ...] = ()  # import paths
+    imports: tuple[str, ...] = ()  # import paths
     track: str | None = None  # the tracker to start, if any
 
 
@@ -92,7 +93,7 @@ def repeated(record: RunRecord, file: Path, typed: Typed) -> RunSpec:
     # The default dtype of this device may differ, but the run must be the same.
     dtype = record.fingerprint.get("config", {}).get("training_dtype", "auto")
     recorded = recorded.with_settings(training_dtype=dtype, exact_dtype=True).trusted(
-        optimizers=typed.optimizers, track=typed.track, allowing="--allow-optimizer"
+        imports=typed.imports, track=typed.track, allowing="--allow-import"
     )
     now = typed.spec.with_files(typed.spec.files)
     left = _without(recorded, now)
@@ -141,8 +142,9 @@ def rights_needed(spec: RunSpec, run: Path | None = None) -> list[str]:
         spec = spec.with_settings(existing_state=state)
     needs_files = spec.data.follow_links or any(_outside(spec.named_files()))
     files = ["--as-recorded"] if needs_files else []
-    optimizer = [] if config.optimizer in OPTIMIZERS else arguments_for({"allow_optimizer": config.optimizer})
-    return [*files, *optimizer, *([] if config.track == "none" else arguments_for({"track": config.track}))]
+    named = {name: getattr(config, name) for name in code_settings()}
+    imports = arguments_for({"allow_import": [path for path in named.values() if path and is_import_path(path)]})
+    return [*files, *imports, *([] if config.track == "none" else arguments_for({"track": config.track}))]
 
 
 def _outside(named: Iterable[tuple[str, str | None]]) -> Iterator[tuple[str, str]]:

@@ -17,7 +17,8 @@ written from one. Nothing here imports torch. A file of settings:
     weight = 0.5
 
 It is TOML (https://toml.io). Keys are the names of the command line's flags with underscores; paths are relative to the
-file's folder. A file chooses among names: an optimizer's import path, a tracker and `follow_links` have to be typed.
+file's folder. A file chooses among names: the import path of an optimizer, a schedule or a loss, a tracker and
+`follow_links` have to be typed.
 """
 
 from __future__ import annotations
@@ -106,10 +107,10 @@ class RunSpec:
         return replace(self, **{**missing, "settings": {**other.settings, **self.settings}})
 
     def trusted(
-        self, *, optimizers: Collection[str] = (), track: str | None = None, allowing: str = "--optimizer"
+        self, *, imports: Collection[str] = (), track: str | None = None, allowing: str | None = None
     ) -> RunSpec:
         """The spec of a file, whose settings choose among known names alone; see `names_alone`."""
-        settings = names_alone(self.settings, optimizers=optimizers, track=track, allowing=allowing)
+        settings = names_alone(self.settings, imports=imports, track=track, allowing=allowing)
         return replace(self, settings=settings)
 
     def resolved(self) -> RunSpec:

@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -16,16 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.core.errors import DataError, OptionError, TrainingError
-from lorasmith.core.options import config_from
 from lorasmith.core.placement import chosen_device
 from lorasmith.core.printable import described
 from lorasmith.data.dataset import EncodedDataset
+from lorasmith.diffusion.loss_functions import Loss
 from lorasmith.diffusion.schedule import PARAMETERIZATIONS
 from lorasmith.runs.given import samples_of, trainable_of
 from lorasmith.runs.library import Trained
 from lorasmith.runs.shown_arguments import shown, taken
 from lorasmith.training.batches import Batch, prefetched
-from lorasmith.training.config import TrainConfig
+from lorasmith.training.config import TrainConfig, config_over
 from lorasmith.training.engine import Engine, batch_maker
 from lorasmith.training.job import TrainJob, engine_of, plan_job
 from lorasmith.training.loop import Loop
@@ -50,10 +50,12 @@ class TrainerArguments(TrainConfig):
 
     Attributes:
         config: base settings; those passed as keywords override them.
+        loss: as for `train`.
         device: where to train; the first GPU, or the CPU, if None.
     """
 
     config: TrainConfig | None = None
+    loss: str | Loss | None = None
     device: str | torch.device | None = None
 
 
@@ -163,7 +165,7 @@ class Trainer:
         self.model = trainable_of(model)
         self._data = samples_of(data, _only_samples)
         self.model.check(self._data.samples)
-        config = config_from(TrainConfig, {**(asdict(given.config) if given.config else {}), **settings})
+        config = config_over(given.config, {**settings, "loss": given.loss})
         job = plan_job(self.model, config, chosen_device(given.device))
         self.job: TrainJob = replace(job, runtime=replace(job.runtime, varying_sizes=sizes_vary(self._data.samples)))
         self.engine: Engine = engine_of(self.job)

@@ -11,16 +11,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from lorasmith.adapters.catalogue import ALGORITHMS
-from lorasmith.core.choices import (
-    ActivationPlan,
-    LossFunction,
-    LossWeighting,
-    Objective,
-    Quantization,
-    TimestepDistribution,
-)
+from lorasmith.core.choices import ActivationPlan, LossWeighting, Objective, Quantization, TimestepDistribution
 from lorasmith.core.errors import OptionError
+from lorasmith.core.named_code import Code, is_import_path
 from lorasmith.core.options import Option, check_options, config_from, option, options_of, short_repr
+from lorasmith.diffusion.loss_functions import LOSSES
 from lorasmith.training.optim.update_rules import OPTIMIZERS, SCHEDULES, rate_factor, rule_of
 
 DtypeSetting = Literal["bf16", "fp32", "none"]
@@ -44,6 +39,17 @@ def unused_settings(algorithm: str) -> frozenset[str]:
     return folded.get(algorithm.casefold(), frozenset())
 
 
+def config_over(base: TrainConfig | None, settings: Mapping[str, Any]) -> TrainConfig:
+    """`base` with the settings that Python code gives, in which `loss` may stand for `loss_function`."""
+    given = dict(settings)
+    if (loss := given.pop("loss", None)) is not None:
+        if "loss_function" in given:
+            raise OptionError("loss and loss_function are one setting, got both; leave one of them out")
+        given["loss_function"] = loss
+    config: TrainConfig = config_from(TrainConfig, {**(vars(base) if base else {}), **given})
+    return config
+
+
 def settings_from_file(values: Mapping[str, Any]) -> TrainConfig:
     """Settings from a file, such as a graph. Raises OptionError as `names_alone` and `config_from`."""
     config: TrainConfig = config_from(TrainConfig, names_alone(values))
@@ -51,24 +57,22 @@ def settings_from_file(values: Mapping[str, Any]) -> TrainConfig:
 
 
 def names_alone(
-    values: Mapping[str, Any],
-    *,
-    optimizers: Collection[str] = (),
-    track: str | None = None,
-    allowing: str = "--allow-optimizer",
+    values: Mapping[str, Any], *, imports: Collection[str] = (), track: str | None = None, allowing: str | None = None
 ) -> dict[str, Any]:
     """Settings from a file, such as a graph or a run record, restricted to registered names.
 
-    Importing an optimizer runs code and a tracker uploads numbers, so the user must type both: `optimizers` are the
-    import paths that are accepted (otherwise OptionError), `track` replaces the file's, and messages name the flag
-    `allowing`.
+    Importing code runs it and a tracker uploads numbers, so the user must type both: `imports` are the import paths
+    that are accepted (otherwise OptionError), `track` replaces the file's, and messages name the flag `allowing`, or
+    that of the setting.
     """
-    name = values.get("optimizer")
-    if name is not None and name not in OPTIMIZERS and name not in optimizers:
-        raise OptionError(
-            f"an optimizer that a file names must be one of {', '.join(OPTIMIZERS)}, got {name!r}: importing it would "
-            f"run code; if you trust that, type {allowing} {name}"
-        )
+    for name, declared in code_settings().items():
+        value = values.get(name)
+        if isinstance(value, str) and is_import_path(value) and value not in imports and not declared.offers(value):
+            typed = f"{allowing or '--' + name.replace('_', '-')} {value}"
+            raise OptionError(
+                f"{name} in a file must be one of {', '.join(declared.choices)}, got {value!r}: importing it would run "
+                f"code; if you trust that, type {typed}"
+            )
     own = {key: value for key, value in values.items() if key != "track"}
     return own if track is None else {**own, "track": track}
 
@@ -271,12 +275,13 @@ class VariantSettings(LoraSettings, group="Variants of the algorithm", costs=Tru
 class OptimizerSettings(StepSettings, group="Training"):
     """Updates of the weights, and the schedule of their rate."""
 
-    optimizer: str = option(
+    optimizer: Code = option(
         "AdamW",
         choices=OPTIMIZERS,
-        pattern=r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+",
+        code="an optimizer class or a function of parameter groups that makes one, not one of other parameters",
         costs=True,
-        help=f"Update rule, or any optimizer class by its import path, such as torch.optim.NAdam. {_needed_packages()}",
+        help="Update rule, or an optimizer class of your own or of a package by its import path, such as "
+        f"torch.optim.NAdam or module:Class. {_needed_packages()}",
     )
     optimizer_args: str | None = option(
         None,
@@ -286,11 +291,13 @@ class OptimizerSettings(StepSettings, group="Training"):
     weight_decay: float = option(
         0.01, min=0.0, max=1.0, help="Weight decay, for optimizers that take it; Adam, SGD and RMSprop have none here."
     )
-    schedule: str | None = option(
+    schedule: Code | None = option(
         None,
         choices=SCHEDULES,
-        help="Schedule of the learning rate after the warm-up. Default: constant if learning_rate is set, otherwise "
-        "linear decay from twice the model's own rate.",
+        code="a function of the progress, or one of torch's schedulers with all arguments but its optimizer",
+        help="Schedule of the learning rate after the warm-up, or a function of your own by its import path, "
+        "module:name. Default: constant if learning_rate is set, otherwise linear decay from twice the model's own "
+        "rate.",
     )
     warmup_steps: int = option(
         0, min=0, max=100_000, help="Steps over which the learning rate rises from zero at the start."
@@ -336,7 +343,12 @@ class OptimizerSettings(StepSettings, group="Training"):
 class LossSettings(Section, group="Training"):
     """Noise levels, noise and loss."""
 
-    loss_function: LossFunction = option("MSE", help="Distance between prediction and target.")
+    loss_function: Code = option(
+        "MSE",
+        choices=LOSSES,
+        code="a function of prediction, target and batch that returns a loss for each sample",
+        help="Distance between prediction and target, or a function of your own by its import path, module:name.",
+    )
     objective: Objective = option(
         "native",
         help="What the loss compares: native the model's prediction (noise, velocity or flow), x0 the clean picture "
@@ -679,6 +691,8 @@ WHOLE_RANGE = (0.0, 1.0)
 class ResolvedConfig(TrainConfig):
     """Settings with every open one (None or `auto`) resolved from model, algorithm and device."""
 
+    optimizer: str  # as is `loss_function`, a `NamedCode` if Python code passed a class or function
+    loss_function: str
     learning_rate: float
     alpha: float
     targets: str
@@ -706,6 +720,7 @@ class ResolvedConfig(TrainConfig):
             final_rate=self.final_rate,
             cycles=self.schedule_cycles,
             power=self.schedule_power,
+            learning_rate=self.learning_rate,
         )
 
     @classmethod
@@ -718,6 +733,11 @@ def lora_settings() -> tuple[str, ...]:
     return tuple(
         name for name, declared in options_of(TrainConfig).items() if declared.is_path and declared.door == "any"
     )
+
+
+def code_settings() -> dict[str, Option]:
+    """The settings that may name functions and classes of users."""
+    return {name: declared for name, declared in options_of(TrainConfig).items() if declared.code}
 
 
 def cost_options() -> dict[str, Option]:

@@ -77,14 +77,10 @@ def prediction_losses(prediction: Tensor, batch: Batch, config: ResolvedConfig, 
     """Loss of each sample, (batch,) fp32, from a prediction of the latents' shape."""
     losses = diffusion_loss(
         prediction,
-        clean=batch.clean,
-        noise=batch.noise,
-        noised=batch.noised,
-        level=batch.level,
+        batch,
         parameterization=parameterization,
         objective=config.objective,
         loss_function=config.loss_function,
-        places=batch.places,
     )
     return losses * loss_weights(
         batch.level,

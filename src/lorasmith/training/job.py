@@ -46,6 +46,7 @@ from lorasmith.core.printable import count_text
 from lorasmith.core.processes import current
 from lorasmith.core.registry import nearest
 from lorasmith.core.typed_json import Scalar
+from lorasmith.diffusion.loss_functions import check_loss
 from lorasmith.diffusion.schedule import check_noising
 from lorasmith.families.model import Denoiser
 from lorasmith.formats.metadata import steps_of
@@ -151,6 +152,9 @@ def plan_job(model: Trainable | Denoiser, config: TrainConfig, device: str | tor
         rates=_distinct_rates(config, adapters, rates),
         device=device,
     )
+    check_loss(config.loss_function)
+    for step in (config.warmup_steps, config.steps):
+        config.scheduled(step)  # a schedule of the user's fails here, and not in the run
     return TrainJob(
         config,
         requested,

@@ -31,6 +31,7 @@ from lorasmith.core.random import keyed_normal, keyed_uniform
 from lorasmith.data.dataset import Sample, places_of
 from lorasmith.diffusion.losses import diffusion_loss
 from lorasmith.diffusion.schedule import quantile_range
+from lorasmith.training.batches import Batch
 from lorasmith.training.config import WHOLE_RANGE
 from lorasmith.training.events import Validated
 from lorasmith.training.trainable import Trainable
@@ -133,16 +134,21 @@ class Validator:
         conditioning = self._model.join([sample.conditioning for sample in samples])
         conditioning = conditioning.to(self._device, self._dtype)
         places = places_of(samples)
-        return diffusion_loss(
-            self._model.predict(noised.to(self._dtype), level.time, conditioning),
+        drawn = Batch(
             clean=clean,
             noise=noise,
             noised=noised,
             level=level,
+            conditioning=conditioning,
+            names=tuple(sample.name for sample in samples),
+            places=None if places is None else places.to(self._device),
+        )
+        return diffusion_loss(
+            self._model.predict(noised.to(self._dtype), level.time, conditioning),
+            drawn,
             parameterization=diffusion.parameterization,
             objective="native",
             loss_function="MSE",
-            places=None if places is None else places.to(self._device),
         )
 
 

@@ -60,6 +60,7 @@ REFUSED: dict[str, tuple[str, str, Any, int, str]] = {
     "a hub": ("POST", "/jobs", {**RUN, "model": "owner/name"}, 400, "there is no model 'owner/name'"),
     "any file": ("POST", "/jobs", {**RUN, "model": "/etc/passwd"}, 400, "there is no model"),
     "code": ("POST", "/jobs", {**RUN, "settings": {"optimizer": "os.system"}}, 400, "would run code"),
+    "code of a loss": ("POST", "/jobs", {**RUN, "settings": {"loss_function": "os:system"}}, 400, "would run code"),
     "a tracker": ("POST", "/jobs", {**RUN, "settings": {"track": "wandb"}}, 400, "track is not for requests"),
     "links": ("POST", "/jobs", {**RUN, "settings": {"follow_links": True}}, 400, "follow_links is not for requests"),
     "a state": ("POST", "/jobs", {**RUN, "settings": {"existing_state": "/x"}}, 400, "existing_state is not for"),

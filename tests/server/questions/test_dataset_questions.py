@@ -403,6 +403,8 @@ def test_a_dataset_without_usable_pictures_is_a_finding(folders: Folders) -> Non
     ("settings", "match"),
     [
         ({"optimizer": "os.system"}, "would run code"),
+        ({"schedule": "os:system"}, "would run code"),
+        ({"loss_function": "os:system"}, "would run code"),
         ({"stepz": 3}, "unknown option 'stepz'"),
         ({"steps": 0}, "between"),
     ],

@@ -21,7 +21,7 @@ FALLING = ["linear", "cosine", "polynomial", "rex"]
 
 
 def factor_of(step: int, **settings: Any) -> float:
-    usual = {"warmup_steps": 0, "final_rate": 0.0, "cycles": 3, "power": 2.0}
+    usual = {"warmup_steps": 0, "final_rate": 0.0, "cycles": 3, "power": 2.0, "learning_rate": 1e-3}
     return rate_factor(step, **(usual | settings))
 
 

@@ -79,9 +79,12 @@ def test_arguments_that_cannot_be_meant_are_refused(arguments: str, sentence: st
     ("name", "sentence"),
     [
         ("AdamWW", r"unknown optimizer 'AdamWW' \(did you mean 'AdamW'\?\)"),
-        ("torch.optim.NAdm", r"torch.optim has no optimizer class 'NAdm' \(did you mean 'NAdam'\?\)"),
-        ("no_such_package.Adam", "import path of an installed class, got 'no_such_package.Adam': No module named"),
-        ("torch.nn.Linear", "must be a class of torch optimizers, which torch.nn.Linear is not"),
+        ("torch.optim.NAdm", r"torch.optim has no optimizer 'NAdm' \(did you mean 'NAdam'\?\)"),
+        ("no_such_package.Adam", "import path of something installed, got 'no_such_package.Adam': No module named"),
+        (
+            "torch.nn.Linear",
+            "must be a class of torch optimizers or a function that makes one, which torch.nn.Linear is not",
+        ),
         ("torch.optim.Optimizer", "must be a class of torch optimizers"),
         ("torch.optim.LBFGS", "step from one gradient, but torch.optim.LBFGS asks for several"),
     ],

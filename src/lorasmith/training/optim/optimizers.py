@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from lorasmith.core.errors import OptionError, TrainingError
+from lorasmith.core.printable import one_line_of
 from lorasmith.training.optim.flat import ParameterGroup
-from lorasmith.training.optim.update_rules import build_optimizer, one_line, rule_of
+from lorasmith.training.optim.update_rules import build_optimizer, rule_of
 
 _SET_EACH_STEP = ("params", "lr")
 
@@ -89,7 +90,7 @@ class GatedOptimizer:
             self._make_state()  # a trial step: a forged number fails here, and not in the run
         except Exception as error:  # optimizers raise any kind
             raise TrainingError(
-                f"the stored numbers of the optimizer must let it take a step, but it fails ({one_line(error)}); "
+                f"the stored numbers of the optimizer must let it take a step, but it fails ({one_line_of(error)}); "
                 "start fresh"
             ) from error
         self._restore(tensors, numbers)
@@ -225,7 +226,7 @@ def check_optimizer(
     except Exception as error:
         remedy = "give all layers one learning rate or choose another optimizer" if len(rates) > 1 else "choose another"
         raise OptionError(
-            f"optimizer {name} cannot be used with these settings: {one_line(error)}; {remedy}"
+            f"optimizer {name} cannot be used with these settings: {one_line_of(error)}; {remedy}"
         ) from error
     if not all(torch.equal(group.flat, same.flat) for group, same in zip(first, second, strict=True)):
         raise OptionError(

@@ -1,18 +1,19 @@
 """Registries of optimizers (import path, package, properties, the text syntax of their arguments) and of schedules.
 
-They are those of torch, transformers and small packages; any optimizer class can be named by its import path.
-`optimizers.py` runs them. torch is imported on the first look-up, not with this module, from which the settings read
-the names.
+They are those of torch, transformers and small packages; users pass others, or name them by import path
+(`core.named_code`). `optimizers.py` runs them. torch is imported on the first look-up, not with this module, from which
+the settings read the names.
 
-Schedules are pure functions of the step, so that resuming needs no state. Warm-up is linear, then the schedule decays
-to `final_rate`. As in torch, progress is counted before the step: the first step after the warm-up has the full rate,
-and the last is one step short of the end, so that no step has a rate of zero.
+Schedules are pure functions of the step, so that resuming needs no state; a scheduler of torch becomes one by computing
+the rates of the whole run beforehand. Warm-up is linear, then the schedule decays to `final_rate`. As in torch,
+progress is counted before the step: the first step after the warm-up has the full rate, and the last is one step short
+of the end, so that no step has a rate of zero.
 """
 
 from __future__ import annotations
 
 import ast
-import importlib
+import functools
 import importlib.util
 import inspect
 import math
@@ -22,6 +23,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lorasmith.core.errors import OptionError
+from lorasmith.core.named_code import Code, NamedCode, code_of, package_of
+from lorasmith.core.printable import one_line_of
 from lorasmith.core.registry import Registry, nearest
 
 if TYPE_CHECKING:
@@ -84,11 +87,17 @@ for _name, _rule in _RULES.items():
     OPTIMIZERS.register(_name)(_rule)
 
 
-def rule_of(name: str) -> UpdateRule:
-    """Properties of a registered name or an import path. Raises OptionError for unknown names."""
-    if "." not in name:
-        return OPTIMIZERS[name]
-    return UpdateRule(paths=(name,), elementwise=False, decays="weight_decay" in _parameters(_class_at(name)))
+def rule_of(name: Code) -> UpdateRule:
+    """Properties of the optimizer that a setting names. Raises OptionError for unknown names."""
+    name = name if isinstance(name, str) else NamedCode.of(name)
+    found = code_of(name, OPTIMIZERS)
+    if isinstance(found, UpdateRule):
+        return found
+    maker = _checked(found, name)
+    # A function decides itself which groups decay.
+    return UpdateRule(
+        paths=(name,), elementwise=False, decays=isinstance(maker, type) and "weight_decay" in _parameters(maker)
+    )
 
 
 def build_optimizer(
@@ -96,52 +105,74 @@ def build_optimizer(
 ) -> Optimizer:
     """The optimizer over the groups' flat buffers or, if it is not element-wise, over their views.
 
-    `name` is registered or the import path of an optimizer class; `arguments` are text such as `betas=(0.9,0.99)
-    eps=1e-7`. Raises OptionError if it is unknown, not installed, or refuses its arguments.
+    `name` is registered, an import path or a `NamedCode`; `arguments` are text such as `betas=(0.9,0.99) eps=1e-7`.
+    Raises OptionError if it is unknown, not installed, or refuses its arguments.
     """
     rule = rule_of(name)
-    kind = _class_of(name, rule)
-    given = {**rule.settings, **_parsed(arguments, name, kind)}
+    maker = _maker_of(name, rule)
+    given = {**rule.settings, **_parsed(arguments, name, maker)}
     decay = {"weight_decay": weight_decay} if rule.decays else {}
     parts = [
         {"params": [group.flat] if rule.elementwise else list(group.views), "lr": group.rate, **decay}
         for group in groups
     ]
+    if isinstance(maker, type):
+        given["lr"] = max(group.rate for group in groups)
     try:
-        return kind(parts, lr=max(group.rate for group in groups), **given)  # type: ignore[call-arg]
+        made = maker([{**part} for part in parts], **given)
     except Exception as error:
-        raise OptionError(f"{name} cannot be used with its settings: {one_line(error)}") from error
+        raise OptionError(f"{name} cannot be used with its settings: {one_line_of(error)}") from error
+    if not isinstance(maker, type):
+        _check_made(made, parts, name)
+    return made  # type: ignore[no-any-return]
 
 
-def _class_of(name: str, rule: UpdateRule) -> type[Optimizer]:
+def _check_made(made: Any, parts: Sequence[Mapping[str, Any]], name: str) -> None:
+    """Raise OptionError unless a user's function made an optimizer of these groups."""
+    if not _is_optimizer(type(made)):
+        raise OptionError(f"optimizer must return a torch optimizer, but {name} returned {type(made).__name__}")
+    if _identities(made.param_groups) != _identities(parts):
+        raise OptionError(
+            f"optimizer must keep the parameter groups that it gets, in their order, but that of {name} has others; "
+            "pass them on, as lambda groups: torch.optim.NAdam(groups) does"
+        )
+    _check_step(type(made), name)
+
+
+def _identities(groups: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+    return [list(map(id, group["params"])) for group in groups]
+
+
+def _maker_of(name: str, rule: UpdateRule) -> Callable[..., Any]:
     for path in rule.paths:
-        if not rule.package or importlib.util.find_spec(path.partition(".")[0]) is not None:
-            return _class_at(path)
+        if not rule.package or importlib.util.find_spec(package_of(path)) is not None:
+            return _checked(code_of(path, OPTIMIZERS), path)
     raise OptionError(
         f"optimizer {name} needs the package {rule.package}, which is not installed; get it with: "
         f"pip install {rule.package}"
     )
 
 
-def _class_at(path: str) -> type[Optimizer]:
-    where, _, what = path.rpartition(".")
-    try:
-        found = getattr(importlib.import_module(where), what)
-    except ImportError as error:
-        raise OptionError(
-            f"optimizer must be a known name or the import path of an installed class, got {path!r}: {one_line(error)}"
-        ) from error
-    except AttributeError:
-        kinds = (key for key, value in vars(importlib.import_module(where)).items() if _is_optimizer(value))
-        raise OptionError(f"{where} has no optimizer class {what!r}{nearest(what, kinds)}") from None
-    if not _is_optimizer(found):
-        raise OptionError(f"optimizer must be a class of torch optimizers, which {path} is not; try torch.optim.NAdam")
-    closure = inspect.signature(found.step).parameters.get("closure")
+def _checked(found: Any, path: str) -> Callable[..., Any]:
+    """The class, or the function that makes an optimizer; OptionError if it is neither."""
+    if isinstance(found, type) or not callable(found):
+        if not _is_optimizer(found):
+            raise OptionError(
+                f"optimizer must be a class of torch optimizers or a function that makes one, which {path} is not; try "
+                "torch.optim.NAdam"
+            )
+        _check_step(found, path)
+        if "lr" not in _parameters(found):
+            raise OptionError(f"optimizer must take a learning rate, which {path} does not; use another one")
+    if isinstance(found, functools.partial) and "lr" in found.keywords:
+        raise OptionError(f"the rate of an optimizer is the setting learning_rate, but {path} has lr; leave it out")
+    return found  # type: ignore[no-any-return]
+
+
+def _check_step(kind: type, path: str) -> None:
+    closure = inspect.signature(kind.step).parameters.get("closure")  # type: ignore[attr-defined]
     if closure is not None and closure.default is closure.empty:
         raise OptionError(f"optimizer must take a step from one gradient, but {path} asks for several; use another one")
-    if "lr" not in _parameters(found):
-        raise OptionError(f"optimizer must take a learning rate, which {path} does not; use another one")
-    return found  # type: ignore[no-any-return]
 
 
 def _is_optimizer(thing: Any) -> bool:
@@ -150,7 +181,7 @@ def _is_optimizer(thing: Any) -> bool:
     return isinstance(thing, type) and issubclass(thing, Optimizer) and thing is not Optimizer
 
 
-def _parameters(kind: type[Optimizer]) -> frozenset[str]:
+def _parameters(kind: Callable[..., Any]) -> frozenset[str]:
     return frozenset(inspect.signature(kind).parameters) - {"params"}
 
 
@@ -159,8 +190,13 @@ _SEPARATORS = ", \t\r\n"
 _PAIR = re.compile(r"(?:^|(?<=[\s,]))([A-Za-z_]\w*)\s*=")  # in linear time, whatever the text
 
 
-def _parsed(arguments: str | None, name: str, kind: type[Optimizer]) -> dict[str, Any]:
+def _parsed(arguments: str | None, name: str, kind: Callable[..., Any]) -> dict[str, Any]:
     """`betas=(0.9, 0.99) eps=1e-7` as a mapping; values are Python literals, separators spaces or commas."""
+    if arguments and not isinstance(kind, type):
+        raise OptionError(
+            f"optimizer_args are for names and classes, but {name} is a function, got {arguments!r}; give them in the "
+            "function, as functools.partial(torch.optim.NAdam, betas=(0.9, 0.99)) does"
+        )
     before, *pairs = _PAIR.split(arguments or "")
     if before := before.strip(_SEPARATORS):
         raise OptionError(
@@ -183,11 +219,6 @@ def _parsed(arguments: str | None, name: str, kind: type[Optimizer]) -> dict[str
                 f"got {text.strip()!r}"
             ) from None
     return values
-
-
-def one_line(error: Exception) -> str:
-    """Another package's error message on one line."""
-    return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
 Shape = Callable[[float, int, float], float]
@@ -238,16 +269,65 @@ def rate_factor(
     final_rate: float,
     cycles: int,
     power: float,
+    learning_rate: float,
 ) -> float:
-    """Factor of the learning rate at a step, in [0, 1].
+    """Factor of the learning rate at a step, in [0, 1]; a user's schedule may have higher ones.
 
     Steps are counted from 0; past the end the rate stays constant. `steps` includes the warm-up, in which the factor of
-    the n-th step is n / `warmup_steps`. `cycles` is for cosine_restarts, `power` for polynomial.
+    the n-th step is n / `warmup_steps`. `cycles` is for cosine_restarts, `power` for polynomial, `learning_rate` for
+    torch's schedulers. Raises OptionError if a user's schedule fails, or returns no factor.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
-    progress = min((step - warmup_steps) / max(steps - warmup_steps, 1), 1.0)
-    return final_rate + (1 - final_rate) * SCHEDULES[schedule](progress, cycles, power)
+    length = max(steps - warmup_steps, 1)
+    progress = min((step - warmup_steps) / length, 1.0)
+    shape = code_of(schedule, SCHEDULES)
+    if schedule in SCHEDULES:
+        factor = shape(progress, cycles, power)
+    else:
+        factor = _own_factor(shape, schedule, min(step - warmup_steps, length - 1), length, progress, learning_rate)
+    return final_rate + (1 - final_rate) * factor
+
+
+def _own_factor(shape: Any, name: str, step: int, length: int, progress: float, learning_rate: float) -> float:
+    """The factor by a user's function of the progress, or one of torch's schedulers."""
+    try:
+        factor = _scheduled(shape, length, learning_rate)[step] if _is_scheduler(shape) else float(shape(progress))
+    except Exception as error:  # of any kind
+        raise OptionError(
+            f"schedule {name} cannot be used: {one_line_of(error)}; pass a function of the progress, as lambda "
+            "progress: 1 - progress, or one of torch's schedulers with all arguments but its optimizer"
+        ) from error
+    if not 0 <= factor < math.inf:
+        raise OptionError(
+            f"schedule must return a finite factor of the learning rate, at least 0, but {name} returned {factor} at "
+            f"progress {progress:g}; correct it"
+        )
+    return factor
+
+
+def _is_scheduler(shape: Any) -> bool:
+    kind = shape.func if isinstance(shape, functools.partial) else shape
+    if not isinstance(kind, type):
+        return False
+    from torch.optim.lr_scheduler import LRScheduler
+
+    return issubclass(kind, LRScheduler)
+
+
+@functools.lru_cache(maxsize=8)
+def _scheduled(scheduler: Callable[..., Any], length: int, learning_rate: float) -> tuple[float, ...]:
+    """The factors of all steps by one of torch's schedulers, on an optimizer with that rate."""
+    import torch
+
+    # Without momentum or betas, so that schedulers that would also change those refuse it.
+    optimizer = torch.optim.Adagrad([torch.zeros(1)], lr=learning_rate)
+    found, made = [], scheduler(optimizer)
+    for _ in range(length):
+        found.append(optimizer.param_groups[0]["lr"] / learning_rate)
+        optimizer.step()
+        made.step()
+    return tuple(found)
 
 
 def check_schedule(*, steps: int, warmup_steps: int) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lorasmith.adapters.patch import patch_tensors
 from lorasmith.core.errors import ModelError, OutputError
+from lorasmith.core.named_code import package_of
 from lorasmith.core.options import options_of
 from lorasmith.core.processes import current
 from lorasmith.core.tensor_digests import digest_of_tensors
@@ -147,7 +148,7 @@ def versions(optimizer: str) -> dict[str, str]:
             found[name] = version(name)
     for path in rule_of(optimizer).paths:  # the first that is installed is used
         with contextlib.suppress(PackageNotFoundError):
-            name = path.partition(".")[0]
+            name = package_of(path)
             return {**found, name: version(name)}
     return found
 

@@ -1,0 +1,99 @@
+"""Functions and classes of users in settings: passed in Python, or named by an import path that the user types.
+
+A setting is text everywhere: in files, records, fingerprints and on the command line. What Python code passes becomes
+a `NamedCode`, its name as text, which carries the object. An import path is `module:name` or `module.name`; importing
+runs code, so that one in a file counts only if the user types it too (`training.config.names_alone`).
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import re
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from lorasmith.core.errors import OptionError
+from lorasmith.core.printable import one_line_of
+from lorasmith.core.registry import Registry, nearest
+
+T = TypeVar("T")
+Code = str | Callable[..., Any]
+"""What a setting of this kind takes; it holds the text."""
+
+# In linear time, whatever the text: it has a dot or a colon, and at most one colon.
+_PATH = re.compile(r"(?=\w+[.:])[A-Za-z_]\w*(\.[A-Za-z_]\w*)*(:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*)?")
+
+
+class NamedCode(str):
+    """The name of a function or class, such as `my_package.losses:huber`, with the object itself."""
+
+    code: Any
+
+    @classmethod
+    def of(cls, code: Callable[..., Any]) -> NamedCode:
+        name = cls(_name_of(code))
+        name.code = code
+        return name
+
+    def __deepcopy__(self, memo: object) -> NamedCode:
+        return self
+
+
+def is_import_path(name: str) -> bool:
+    """Whether a text is `module:name` or `module.name`."""
+    return _PATH.fullmatch(name) is not None
+
+
+def package_of(path: str) -> str:
+    """The outermost package of an import path, or of a `NamedCode`."""
+    return re.split("[.:]", path, maxsplit=1)[0]
+
+
+def code_of(name: Code, known: Registry[T]) -> T | Any:
+    """What a setting names: the object that Python passed, a registered one, or the one imported from its path.
+
+    Raises OptionError for unknown names, and for paths that cannot be imported.
+    """
+    if isinstance(name, NamedCode):
+        return name.code
+    if not isinstance(name, str):
+        return name
+    return _imported(name, known.kind) if is_import_path(name) and name not in known else known[name]
+
+
+def _imported(path: str, kind: str) -> Any:
+    """The object at an import path; `kind` is for messages."""
+    where, _, what = path.partition(":") if ":" in path else path.rpartition(".")
+    try:
+        found = module = importlib.import_module(where)
+    except Exception as error:  # a module may raise any kind
+        raise OptionError(
+            f"{kind} must be a known name or the import path of something installed, got {path!r}: "
+            f"{one_line_of(error)}; install {package_of(path)}, or add its folder to PYTHONPATH"
+        ) from error
+    try:
+        for part in what.split("."):
+            found = getattr(found, part)
+    except AttributeError:
+        others = (name for name, value in vars(module).items() if callable(value) and not name.startswith("_"))
+        raise OptionError(f"{where} has no {kind} {what!r}{nearest(what, others)}; correct the name") from None
+    return found
+
+
+def _name_of(code: Any) -> str:
+    if isinstance(code, functools.partial):
+        given = [*map(_shown, code.args), *(f"{name}={_shown(value)}" for name, value in code.keywords.items())]
+        return f"{_name_of(code.func)}({', '.join(given)})"
+    if not hasattr(code, "__qualname__"):  # an object that is called
+        return f"{_name_of(type(code))}()"
+    return f"{code.__module__}:{code.__qualname__}"
+
+
+def _shown(value: Any) -> str:
+    """An argument as text that is the same in every process."""
+    if isinstance(value, tuple | list):
+        return f"({', '.join(map(_shown, value))})"
+    if callable(value):
+        return _name_of(value)
+    return repr(value) if isinstance(value, bool | int | float | str | None) else type(value).__name__

@@ -1,0 +1,96 @@
+"""What a loss is, and those that can be named; torch is imported where they are called, as settings read the names."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any, Protocol
+
+from lorasmith.core.errors import OptionError
+from lorasmith.core.named_code import Code, code_of
+from lorasmith.core.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lorasmith.diffusion.schedule import NoiseLevel
+
+
+class LossBatch(Protocol):
+    """The samples of a forward pass, as a loss may read them; all tensors are on the device of the prediction.
+
+    Attributes:
+        clean: latents, fp32 (batch, channels, [frames,] height, width), as `noise` and `noised`.
+        noise: what was added to them.
+        noised: what the model saw, before it was cast to the dtype of products.
+        level: noise levels: `alpha`, `sigma` and `time`, (batch,) each.
+        conditioning: the captions, encoded: `conditioning.tensors` by name.
+        names: of the samples; empty for a pass that only keeps processes in step, whose loss does not count.
+        places: weights of the loss by pixel (masks), fp32, broadcasting to `clean`; None for 1.
+    """
+
+    @property
+    def clean(self) -> Tensor: ...
+    @property
+    def noise(self) -> Tensor: ...
+    @property
+    def noised(self) -> Tensor: ...
+    @property
+    def level(self) -> NoiseLevel: ...
+    @property
+    def conditioning(self) -> Any: ...
+    @property
+    def names(self) -> tuple[str, ...]: ...
+    @property
+    def places(self) -> Tensor | None: ...
+
+
+class Loss(Protocol):
+    """Compares a prediction with its target."""
+
+    def __call__(self, prediction: Tensor, target: Tensor, batch: LossBatch, /) -> Tensor:
+        """The loss of each sample.
+
+        Args:
+            prediction: what `objective` compares, fp32 of the latents' shape, differentiable.
+            target: its target, of the same shape.
+            batch: the samples.
+
+        Returns:
+            (batch,) of a float dtype. The weights of noise levels and samples multiply it afterwards.
+        """
+        ...
+
+
+LOSSES: Registry[Loss] = Registry("loss function")
+
+
+def _mean_of(elementwise: str) -> Loss:
+    """The mean over a sample, weighted by its places, of a function of `torch.nn.functional`."""
+
+    def loss(prediction: Tensor, target: Tensor, batch: LossBatch) -> Tensor:
+        from torch.nn import functional
+
+        distance: Tensor = getattr(functional, elementwise)(prediction, target, reduction="none")
+        return (distance if batch.places is None else distance * batch.places).flatten(1).mean(1)
+
+    return loss
+
+
+for _name, _elementwise in {
+    "MSE": "mse_loss",
+    "L1": "l1_loss",
+    "Huber": "huber_loss",
+    "SmoothL1": "smooth_l1_loss",
+}.items():
+    LOSSES.register(_name)(_mean_of(_elementwise))
+
+
+def check_loss(name: Code) -> None:
+    """Raise OptionError unless a setting names a loss."""
+    found = code_of(name, LOSSES)
+    try:
+        inspect.signature(getattr(found, "forward", found)).bind("prediction", "target", "batch")
+    except (TypeError, ValueError) as error:
+        raise OptionError(
+            f"loss must be a function of prediction, target and batch, which {name} is not: {error}; correct it"
+        ) from error
