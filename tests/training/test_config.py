@@ -66,7 +66,7 @@ def callables() -> Iterator[tuple[str, Any]]:
             elif inspect.isclass(thing) and not issubclass(thing, Section):
                 methods = {key: getattr(value, "__func__", value) for key, value in vars(thing).items()}
                 for key, method in methods.items():
-                    if inspect.isfunction(method):
+                    if inspect.isfunction(method) and not hasattr(method, "__signature__"):
                         yield where if key == "__init__" else f"{where}.{key}", method
 
 

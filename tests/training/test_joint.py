@@ -282,7 +282,7 @@ def test_where_memory_is_too_small_for_all_each_run_has_passes_of_its_own(
     whole, failed = Engine.gradient, []
 
     def full(*_: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     def gradient(self: Engine, batches: Any) -> Any:
         if self.config.batch_size == 2 and self.runtime.micro_batch == 2:
@@ -301,7 +301,7 @@ def test_where_memory_is_too_small_for_all_each_run_has_passes_of_its_own(
     for told in events:
         said = [one.message for one in told if isinstance(one, Warned) and "2 runs at once" in one.message]
         assert said == [
-            "Memory is too small for a step of 2 runs at once (CUDA out of memory. Tried to allocate): the step is "
+            "Memory is too small for a step of 2 runs at once (2.00 GiB more were needed): the step is "
             "repeated, with a pass for each run from here on."
         ]
     assert [[one.micro_batch for one in told if isinstance(one, Shrunk)] for told in events] == [[1], []]

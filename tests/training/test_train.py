@@ -44,12 +44,12 @@ def test_the_first_loss_of_a_continued_run_is_that_of_the_merged_model(
     def loss_at_step_11(denoiser: Denoiser) -> float:
         config = TrainConfig(training_dtype="fp32", seed=9)
         job = plan_job(denoiser, config, torch.device("cpu"))
-        (batch,) = engine.batch_maker(denoiser, dataset.samples, job.config, job.runtime).step(10)
+        (batch,) = engine.batch_maker(job.model, dataset.samples, job.config, job.runtime).step(10)
         with torch.no_grad(), denoiser.active():
-            return engine.sample_losses(denoiser, batch, job.config, job.runtime).item()
+            return engine.sample_losses(job.model, batch, job.config, job.runtime).item()
 
     assert continued.losses[0] == pytest.approx(loss_at_step_11(first.lora.applied_to(tiny.denoiser)), rel=1e-5)
-    assert continued.losses[0] != pytest.approx(loss_at_step_11(tiny.denoiser), rel=1e-3)
+    assert continued.losses[0] != pytest.approx(loss_at_step_11(tiny.denoiser), rel=5e-5)
 
 
 def test_a_continued_run_meets_new_noise_and_the_rest_of_the_epoch(
@@ -252,8 +252,8 @@ def test_every_optimizer_and_every_loss_learns(
 ) -> None:
     """On one sample, where the loss must fall."""
     one = EncodedDataset(dataset.samples[:1])
-    rate = {"SGD": 1.0}.get(optimizer, 1e-2)
-    result = run(one, steps=12, optimizer=optimizer, loss_function=loss_function, learning_rate=rate, batch_size=4)
+    rate, steps = (1.0, 60) if optimizer == "SGD" else (1e-2, 12)
+    result = run(one, steps=steps, optimizer=optimizer, loss_function=loss_function, learning_rate=rate, batch_size=4)
     assert sum(result.losses[-4:]) < sum(result.losses[:4])
 
 
