@@ -3,6 +3,7 @@ checked, converted, merged and folded in without any other change."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ class Scaling(Adapter):
         rows=lambda weights: {"scales": 1},
         programs=frozenset(),
     )
+    about = catalogue.Algorithm(summary="Scales outputs.", rank_meaning="", default_alpha=1.0)
 
     def __init__(self, scales: Tensor) -> None:
         super().__init__()
@@ -74,11 +76,9 @@ class Scaling(Adapter):
 
 @pytest.fixture
 def registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("_things", "_canonical"):
-        monkeypatch.setattr(ADAPTERS, name, dict(getattr(ADAPTERS, name)))
+    for name, value in vars(ADAPTERS).items():
+        monkeypatch.setattr(ADAPTERS, name, copy.copy(value))
     ADAPTERS.register("Scaling")(Scaling)
-    words = catalogue.Algorithm(summary="Scales outputs.", rank_meaning="", default_alpha=1.0)
-    monkeypatch.setitem(catalogue.ALGORITHMS, "Scaling", words)
 
 
 def scaled(names: ModelNames) -> AdapterState:

@@ -14,19 +14,13 @@ of v; of a flow it is min(alpha², gamma · sigma²), most where alpha = √gamm
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lorasmith.core.choices import LossFunction, LossWeighting, Objective
-from lorasmith.core.registry import Registry
+from lorasmith.core.choices import LOSSES, WEIGHTINGS, Objective
 from lorasmith.diffusion.schedule import PARAMETERIZATIONS, NoiseLevel
 
-Elementwise = Callable[[Tensor, Tensor], Tensor]
-
-LOSSES: Registry[Elementwise] = Registry("loss function")
 LOSSES.register("MSE")(lambda prediction, target: F.mse_loss(prediction, target, reduction="none"))
 LOSSES.register("L1")(lambda prediction, target: F.l1_loss(prediction, target, reduction="none"))
 LOSSES.register("Huber")(lambda prediction, target: F.huber_loss(prediction, target, reduction="none"))
@@ -42,7 +36,7 @@ def diffusion_loss(
     level: NoiseLevel,
     parameterization: str,
     objective: Objective,
-    loss_function: LossFunction,
+    loss_function: str,
     places: Tensor | None = None,
 ) -> Tensor:
     """Loss of each sample, shape (batch,), without the weight of its noise level (`loss_weights`).
@@ -57,13 +51,8 @@ def diffusion_loss(
         prediction, target = kind.clean(prediction, noised, level), clean
     else:
         target = kind.target(clean, noise, level)
-    distance = LOSSES[loss_function](prediction, target)
+    distance: Tensor = LOSSES[loss_function](prediction, target)
     return (distance if places is None else distance * places).flatten(1).mean(1)
-
-
-Weighting = Callable[[NoiseLevel, Tensor, float], Tensor]
-
-WEIGHTINGS: Registry[Weighting] = Registry("loss weighting")
 
 
 @WEIGHTINGS.register("none")
@@ -85,9 +74,10 @@ def _soft_min_snr(level: NoiseLevel, scale: Tensor, gamma: float) -> Tensor:
 
 
 def loss_weights(
-    level: NoiseLevel, *, weighting: LossWeighting, gamma: float, parameterization: str, objective: Objective
+    level: NoiseLevel, *, weighting: str, gamma: float, parameterization: str, objective: Objective
 ) -> Tensor:
     """Factor of each sample's loss, (batch,); weights saturate at the signal-to-noise ratio `gamma`."""
     compares_clean = objective == "x0"
     scale = torch.ones_like(level.sigma) if compares_clean else PARAMETERIZATIONS[parameterization].clean_scale(level)
-    return WEIGHTINGS[weighting](level, scale, gamma)
+    weights: Tensor = WEIGHTINGS[weighting](level, scale, gamma)
+    return weights

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any, Literal, NamedTuple
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lorasmith.adapters.inject import Rule
 from lorasmith.core.errors import DataError, ModelError
-from lorasmith.core.registry import Registry
+from lorasmith.core.registry import Registry, instance_of
 from lorasmith.diffusion.schedule import FlowSchedule, NoiseSchedule, ResolutionShift
 from lorasmith.families.files.checkpoint import OriginalCheckpoint, PipelineConfigs
 from lorasmith.families.files.original_weights import block_count, module_paths, norm_name, weight_shapes, weights_empty
@@ -293,6 +293,7 @@ class Family(ABC):
 
     Attributes:
         name: registered name, such as `sd1`.
+        before: names of families that it precedes where files are recognised; of use to those of extensions.
         title: display name.
         pipeline: class of the diffusers pipeline whose folders hold it.
         network: class of the denoiser, in diffusers or by its full name.
@@ -329,6 +330,7 @@ class Family(ABC):
     """
 
     name: str
+    before: tuple[str, ...] = ()
     title: str
     pipeline: str
     network: str
@@ -547,10 +549,23 @@ class Family(ABC):
             )
 
 
-FAMILIES: Registry[Family] = Registry("model family", ModelError)
+FAMILIES: Registry[Family] = Registry(
+    "model family", ModelError, group="families", home="lorasmith.families.known", checked=instance_of(Family)
+)
 
 
 def register(family: Family, *aliases: str) -> None:
-    """Register a family under its name and aliases, and the signatures of its LoRA files."""
+    """Register a built-in family under its name and aliases."""
     FAMILIES.register(family.name, *aliases)(family)
-    SIGNATURES.extend(family.lora_signatures)
+
+
+def _signatures() -> Iterator[Signature]:
+    """How LoRA files of all families are recognised; those of a family go before those of families that it precedes."""
+    least = {name: min((sign.order for sign in one.lora_signatures), default=0) for name, one in FAMILIES.items()}
+    for name, family in FAMILIES.items():
+        first = min((least.get(other, 0) - 1 for other in FAMILIES.preceded(name)), default=None)
+        for sign in family.lora_signatures:
+            yield sign if first is None else replace(sign, order=min(first, sign.order))
+
+
+SIGNATURES.append(_signatures)

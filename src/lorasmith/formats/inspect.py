@@ -19,7 +19,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from lorasmith.adapters.algorithms import format_of, size_of, title_of, words_of
+from lorasmith.adapters.algorithms import facts_of, format_of, size_of, title_of
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef, multiplied
 from lorasmith.core.errors import LoraError
 from lorasmith.formats.acceptance import MISREAD_ALPHAS, misread_alphas, shortfalls
@@ -534,7 +534,7 @@ def _sizes(meaning: str, adapters: Iterable[AdapterWeights]) -> dict[int, int]:
     return _counted(
         size
         for weights in adapters
-        if words_of(weights.algorithm).rank_meaning == meaning and (size := size_of(weights))
+        if facts_of(weights.algorithm).rank_meaning == meaning and (size := size_of(weights))
     )
 
 

@@ -10,18 +10,18 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from lorasmith.adapters.catalogue import ALGORITHMS
+from lorasmith.adapters.catalogue import ADAPTERS, ALGORITHMS, known_facts
 from lorasmith.core.choices import (
+    LOSSES,
+    TIMESTEP_DISTRIBUTIONS,
+    WEIGHTINGS,
     ActivationPlan,
-    LossFunction,
-    LossWeighting,
     Objective,
     Quantization,
-    TimestepDistribution,
 )
 from lorasmith.core.errors import OptionError
 from lorasmith.core.options import Option, check_options, config_from, option, options_of
-from lorasmith.training.optim.update_rules import OPTIMIZERS, SCHEDULES, rate_factor, rule_of
+from lorasmith.training.optim.update_rules import OPTIMIZERS, RULES, SCHEDULES, rate_factor, rule_of
 
 DtypeSetting = Literal["bf16", "fp32", "none"]
 """Resolved values of `training_dtype`."""
@@ -34,14 +34,14 @@ _BLOCKS = " and ".join(name for name, facts in ALGORITHMS.items() if facts.rank_
 
 
 def _needed_packages() -> str:
-    needing = {name: rule.package for name, rule in OPTIMIZERS.items() if rule.package}
+    needing = {name: rule.package for name, rule in RULES.items() if rule.package}
     return f"Packages to install first: {', '.join(f'{package} for {name}' for name, package in needing.items())}."
 
 
 def unused_settings(algorithm: str) -> frozenset[str]:
-    """Settings that have no effect with an algorithm, whose name may be in any case; empty for unknown algorithms."""
-    folded = {name.casefold(): facts.unused for name, facts in ALGORITHMS.items()}
-    return folded.get(algorithm.casefold(), frozenset())
+    """Settings that have no effect with an algorithm, whose name may be in any case; empty if it is not known yet."""
+    facts = known_facts(algorithm)
+    return frozenset() if facts is None else facts.unused
 
 
 def settings_from_file(values: Mapping[str, Any]) -> TrainConfig:
@@ -162,7 +162,7 @@ class LoraSettings(Section, group="LoRA and targets"):
     )
     algorithm: str = option(
         "LoRA",
-        choices=ALGORITHMS,
+        choices=ADAPTERS,
         of_fresh=True,
         costs=True,
         help="Kind of adapter. " + " ".join(f"{name}: {facts.summary}" for name, facts in ALGORITHMS.items()),
@@ -252,8 +252,9 @@ class VariantSettings(LoraSettings, group="Variants of the algorithm", costs=Tru
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        facts = known_facts(self.algorithm)  # that of an extension is known where it trains; see `plan_job`
         for name in sorted(frozenset().union(*(facts.variants for facts in ALGORITHMS.values()))):
-            if name not in ALGORITHMS[self.algorithm].variants and not self.is_default(name):
+            if facts is not None and name not in facts.variants and not self.is_default(name):
                 takers = ", ".join(kind for kind, facts in ALGORITHMS.items() if name in facts.variants)
                 raise OptionError(f"{name} is for {takers}, got algorithm {self.algorithm}; leave one of the two out")
         if self.pissa and self.tucker:
@@ -336,14 +337,15 @@ class OptimizerSettings(StepSettings, group="Training"):
 class LossSettings(Section, group="Training"):
     """Noise levels, noise and loss."""
 
-    loss_function: LossFunction = option("MSE", help="Distance between prediction and target.")
+    loss_function: str = option("MSE", choices=LOSSES, help="Distance between prediction and target.")
     objective: Objective = option(
         "native",
         help="What the loss compares: native the model's prediction (noise, velocity or flow), x0 the clean picture "
         "as in ComfyUI's trainer, which puts most of the weight on the noisiest timesteps.",
     )
-    timesteps: TimestepDistribution | None = option(
+    timesteps: str | None = option(
         None,
+        choices=TIMESTEP_DISTRIBUTIONS,
         help="Distribution of the noise levels: shifted is uniform with timestep_shift, sigmoid is an alias of "
         "logit_normal. Default: the model's own.",
     )
@@ -372,8 +374,9 @@ class LossSettings(Section, group="Training"):
         help="Stratify the noise levels of consecutive draws, so that each batch covers the range. The distribution "
         "is the same and the gradient varies less.",
     )
-    loss_weighting: LossWeighting = option(
+    loss_weighting: str = option(
         "none",
+        choices=WEIGHTINGS,
         help="Weight of a noise level in the loss: min_snr caps it at min_snr_gamma towards the clean end, "
         "soft_min_snr does so smoothly.",
     )
@@ -681,7 +684,7 @@ class ResolvedConfig(TrainConfig):
     alpha: float
     targets: str
     schedule: str
-    timesteps: TimestepDistribution
+    timesteps: str
     min_noise: float
     max_noise: float
     training_dtype: DtypeSetting

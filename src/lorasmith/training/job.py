@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters.adapter import ADAPTERS, Adapter
-from lorasmith.adapters.catalogue import ALGORITHMS, rank_words
+from lorasmith.adapters.adapter import Adapter
+from lorasmith.adapters.catalogue import facts_of, rank_words
 from lorasmith.adapters.inject import (
     AdapterPlan,
     Difference,
@@ -94,7 +94,7 @@ class TrainJob:
     @property
     def summary(self) -> str:
         """Algorithm, targets and parameter count in one line."""
-        config, facts = self.config, ALGORITHMS[self.config.algorithm]
+        config, facts = self.config, facts_of(self.config.algorithm)
         words = [config.algorithm]
         chosen = {name: getattr(config, name) for name in sorted(facts.variants) if not config.is_default(name)}
         words += [name if value is True else f"{name} {value}" for name, value in chosen.items()]
@@ -215,7 +215,7 @@ def _on_device(config: TrainConfig, module: nn.Module, device: torch.device) -> 
 
 
 def _default_rate(denoiser: Denoiser, config: TrainConfig, algorithm: str) -> float:
-    rate = denoiser.base.defaults.learning_rate * ALGORITHMS[ADAPTERS.canonical(algorithm)].learning_rate_factor
+    rate = denoiser.base.defaults.learning_rate * facts_of(algorithm).learning_rate_factor
     return 2 * rate if _anneals(config) else rate
 
 
@@ -355,7 +355,7 @@ def resolve_targets(denoiser: Denoiser, config: TrainConfig) -> AdapterPlan:
     presets = denoiser.base.family.presets
     text = config.targets or denoiser.base.defaults.targets
     rules, exclusions = parse_targets(text, presets)
-    capped = ALGORITHMS[config.algorithm].rank_meaning == "rank"
+    capped = facts_of(config.algorithm).rank_meaning == "rank"
     try:
         return plan_adapters(denoiser.module, rules, exclude=exclusions, rank=config.rank, capped=capped)
     except OptionError as error:

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
 
-from lorasmith.adapters.algorithms import format_named, format_of, words_of
+from lorasmith.adapters.algorithms import facts_of, format_named, format_of
 from lorasmith.core.adapter_state import DENOISER, SD_SCRIPTS, AdapterState, ModuleRef
 from lorasmith.core.files import write_atomic
 from lorasmith.core.placement import dtype_from_name, dtype_name
@@ -353,7 +353,7 @@ def _lycoris_arguments(config: ResolvedConfig) -> dict[str, object]:
         "rs_lora": config.rslora,
         "use_tucker": config.tucker,
     }
-    size = {"factor": config.rank} if words_of(config.algorithm).rank_meaning == "factor" else {}
+    size = {"factor": config.rank} if facts_of(config.algorithm).rank_meaning == "factor" else {}
     return {**{name: value for name, value in arguments.items() if value}, **size}
 
 
