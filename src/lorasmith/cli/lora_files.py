@@ -15,6 +15,7 @@ import typer
 from lorasmith.cli.console import console, echo, end_with, heading, print_note, print_result, progress_shown
 from lorasmith.cli.flags import LoraFileArgument, LoraModel, split_strength
 from lorasmith.core.errors import LorasmithError, OptionError
+from lorasmith.core.extensions import recorded_extensions
 from lorasmith.core.printable import count_text
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def _print_summary(summary: LoraSummary) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    used = recorded_extensions(summary.metadata)
     rows = {
         "File": f"{summary.path} ({summary.size_bytes / 2**20:.1f} MiB)",
         "Layout": _counts(summary.layouts),
@@ -84,6 +86,7 @@ def _print_summary(summary: LoraSummary) -> None:
         "Alpha": _counts({"none" if alpha is None else f"{alpha:g}": n for alpha, n in summary.alphas.items()}),
         "Tensors": f"{summary.tensors} ({_counts(summary.dtypes)}), {summary.parameters:,} parameters",
         "Steps": str(summary.steps or "not recorded"),
+        **({"Extends": ", ".join(f"{one.name} ({one.source})" for one in used)} if used else {}),
         **{name.upper(): value for name, value in summary.hashes.items()},
     }
     table = Table.grid(padding=(0, 2))

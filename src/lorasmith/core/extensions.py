@@ -96,7 +96,7 @@ def as_json(extensions: Iterable[Extension]) -> list[dict[str, str]]:
 def remedy_for(needed: Sequence[Extension]) -> str:
     """`the algorithm IA3 of the package P 0.1, which is not installed; if you trust it, run: pip install P`.
 
-    `needed` are extensions that are missing, as a file of a stranger may name them.
+    `needed` are extensions that are missing. A file of a stranger may name them.
     """
     first = needed[0]
     what = f"the {KINDS.get(first.kind, 'extension')} {first.name[:80]!r}"
@@ -104,7 +104,7 @@ def remedy_for(needed: Sequence[Extension]) -> str:
     if not first.package:
         return f"{what}{more}, which the program that trained it registered; load it from that program"
     if not _PACKAGE.fullmatch(first.package):
-        return f"{what}{more} of a package without a valid name; ask its author"
+        return f"{what}{more} of a package without a valid name; ask for its name"
     version = f" {first.version}" if re.fullmatch(r"[\w.+!-]{1,40}", first.version) else ""
     return (
         f"{what}{more} of the package {first.package}{version}, which is not installed; if you trust it, run: "

@@ -266,6 +266,18 @@ class Registry(Generic[T]):
         return {name: self._things[name] for name in names}
 
 
+def missing(extensions: Iterable[Extension]) -> list[Extension]:
+    """Those of a file's extensions that this process does not have."""
+    return [one for one in extensions if not _is_here(one)]
+
+
+def _is_here(extension: Extension) -> bool:
+    registry, name = REGISTRIES.get(extension.kind), extension.name.casefold()
+    if registry is not None and name in registry:
+        return True
+    return any(point.name.casefold() == name for point in entry_points_of(extension.kind))
+
+
 def instance_of(kind: type, attribute: str = "name") -> Callable[[str, Any], Any]:
     """The rule of a registry that its things are of a type, and have their name as an attribute; a class is called."""
 

@@ -357,7 +357,7 @@ class Family(ABC):
     needs_each_encoder: bool = True
     predicts_by_length: bool = False
     autoencoder: AutoencoderSlot
-    clip_types: tuple[str, ...]
+    clip_types: tuple[str, ...] = ()
     repeatable_context: bool = False
     unused_tensors: tuple[str, ...] = ()
     diffusers_start: str = "transformer_blocks."
@@ -480,7 +480,8 @@ class Family(ABC):
 
         Args:
             encoders: on any device; the result stays on it.
-            texts: the prompt by component name, the same for each component unless a user gives several.
+            texts: the prompt by component name, the same for each component unless a user gives several; as `text` for
+                a family without text encoders.
             encoding: options; those that the family has no use for are ignored.
 
         Raises:

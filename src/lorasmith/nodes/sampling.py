@@ -25,7 +25,7 @@ from lorasmith.sampling.samplers import SAMPLERS, SIGMA_SCHEDULES, flux2_sigmas,
 from lorasmith.workflow import NodeContext, Output, node, socket
 
 # fmt: off
-_SAMPLERS = (
+_COMFYUI_SAMPLERS = (
     "euler", "euler_cfg_pp", "euler_ancestral", "euler_ancestral_cfg_pp", "heun", "heunpp2", "exp_heun_2_x0",
     "exp_heun_2_x0_sde", "dpm_2", "dpm_2_ancestral", "lms", "dpm_fast", "dpm_adaptive", "dpmpp_2s_ancestral",
     "dpmpp_2s_ancestral_cfg_pp", "dpmpp_sde", "dpmpp_sde_gpu", "dpmpp_2m", "dpmpp_2m_cfg_pp", "dpmpp_2m_sde",
@@ -34,11 +34,13 @@ _SAMPLERS = (
     "res_multistep_ancestral_cfg_pp", "gradient_estimation", "gradient_estimation_cfg_pp", "er_sde", "seeds_2",
     "seeds_3", "sa_solver", "sa_solver_pece", "ddim", "uni_pc", "uni_pc_bh2",
 )
-_SCHEDULERS = (
+_COMFYUI_SCHEDULERS = (
     "simple", "sgm_uniform", "karras", "exponential", "ddim_uniform", "beta", "normal", "linear_quadratic",
     "kl_optimal",
 )
 # fmt: on
+_SAMPLERS = tuple(dict.fromkeys((*_COMFYUI_SAMPLERS, *SAMPLERS)))
+_SCHEDULERS = tuple(dict.fromkeys((*_COMFYUI_SCHEDULERS, *SIGMA_SCHEDULES)))
 
 
 def _available(registry: Registry[Any], listed: Sequence[str]) -> Callable[[str, Folders], str]:

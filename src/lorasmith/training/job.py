@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters.adapter import Adapter
+from lorasmith.adapters.adapter import ADAPTERS, Adapter
 from lorasmith.adapters.catalogue import facts_of, rank_words
 from lorasmith.adapters.inject import (
     AdapterPlan,
@@ -40,14 +40,19 @@ from lorasmith.adapters.patch import Patch, patches_merged
 from lorasmith.adapters.variants import Variant
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights
 from lorasmith.core.errors import LoraError, OptionError
+from lorasmith.core.extensions import Extension
 from lorasmith.core.options import options_of
 from lorasmith.core.placement import best_device, chosen_dtype, dtype_name, multiplies
 from lorasmith.core.printable import count_text
 from lorasmith.core.processes import current
-from lorasmith.core.registry import nearest
+from lorasmith.core.registry import Registry, nearest
 from lorasmith.core.typed_json import Scalar
 from lorasmith.diffusion.schedule import check_noising
+from lorasmith.families.base import FAMILIES
 from lorasmith.families.model import Denoiser
+from lorasmith.families.parts.autoencoders import AUTOENCODERS
+from lorasmith.families.parts.encoders import ENCODERS
+from lorasmith.formats.layouts.layout import LAYOUTS
 from lorasmith.formats.metadata import steps_of
 from lorasmith.training.config import WHOLE_RANGE, ResolvedConfig, TrainConfig
 from lorasmith.training.engine import Engine
@@ -86,6 +91,22 @@ class TrainJob:
     def parameters(self) -> int:
         trained: list[nn.Module] = [*self.adapters.values(), *self.differences.values()]
         return sum(parameter.numel() for module in trained for parameter in module.parameters())
+
+    @property
+    def extensions(self) -> tuple[Extension, ...]:
+        """What the run uses of other packages."""
+        family = self.denoiser.base.family
+        chosen = ((one.names, getattr(self.config, name)) for name, one in _DECLARED.items())
+        used: list[tuple[Registry[Any], object]] = [
+            *((names, value) for names, value in chosen if isinstance(names, Registry)),
+            *((ADAPTERS, adapter.algorithm) for adapter in self.adapters.values()),
+            (FAMILIES, family.name),
+            (LAYOUTS, family.portable),
+            (AUTOENCODERS, family.autoencoder.kind),
+            *((ENCODERS, slot.kind) for slot in family.text_encoders.values()),
+        ]
+        found = (registry.extension(name) for registry, name in used if isinstance(name, str) and name in registry)
+        return tuple(dict.fromkeys(one for one in found if one is not None))
 
     def starting_from(self, state: Scalar) -> TrainJob:
         changes: dict[str, Any] = {"existing_state": state}

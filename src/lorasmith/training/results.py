@@ -16,6 +16,7 @@ from typing import Self
 
 from lorasmith.adapters.algorithms import facts_of, format_named, format_of
 from lorasmith.core.adapter_state import DENOISER, SD_SCRIPTS, AdapterState, ModuleRef
+from lorasmith.core.extensions import HEADER_ENTRY, as_json
 from lorasmith.core.files import write_atomic
 from lorasmith.core.placement import dtype_from_name, dtype_name
 from lorasmith.core.printable import count_text, printable
@@ -227,6 +228,7 @@ def training_metadata(
         "lorasmith.targets": job.config.targets,
         "lorasmith.lora_dtype": job.config.lora_dtype,
         "lorasmith.config": asdict(job.config),
+        HEADER_ENTRY: as_json(record.extensions) or None,
         "ss_training_comment": f"trigger: {trigger}" if trigger else "",
         RUN_ENTRY: record.to_entry(),
     }
