@@ -41,8 +41,8 @@ class Sketch(Family):
     modelspec_implementation = "https://example.org/sketch"
     kohya_name = modelspec_name = "sketch"
     own_diffusion = Diffusion("flow", FlowSchedule())
-    own_defaults = Defaults(guidance=1.0, resolution=64, targets="blocks")
-    targets = {"blocks": Rule(("blocks.*",))}
+    own_defaults = Defaults(guidance=1.0, resolution=64, targets="transformer")
+    targets = dict.fromkeys(("attention", "transformer"), Rule(("blocks.*",)))  # names that every family has
     text_encoders: Mapping[str, EncoderSlot] = {}
     autoencoder = AutoencoderSlot("pixels", channels=_CHANNELS, usual_file="sketch.safetensors", downscale=_PATCH)
     text_width = "text_width"
