@@ -27,13 +27,13 @@ def install(monkeypatch: pytest.MonkeyPatch, folder: Path, packages: Mapping[str
     `tests/conftest.py` calls `forget_extensions` after each test.
     """
     places = [_metadata(folder, name, things) for name, things in packages.items()]
-    points = tuple(point for place in places for point in Distribution.at(place).entry_points)
+    monkeypatch.setattr(extensions, "distributions", lambda: map(Distribution.at, places))
     forget_extensions()
-    monkeypatch.setattr(extensions, "entry_points", lambda: points)
 
 
 def forget_extensions() -> None:
     """Leave built-in things alone in every registry."""
+    extensions.entry_points.cache_clear()
     for one in registry.REGISTRIES.values():
         if not (one._points or one._modules or one._is_complete):
             continue

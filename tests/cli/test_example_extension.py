@@ -81,6 +81,9 @@ def test_commands_use_what_it_brings(work: Path, lorasmith: Command) -> None:
     assert "sketch.safetensors" in lorasmith("models", "--base-dir", work).out
     assert lorasmith("data", "check", "photos", "--model", "sketch.safetensors").code == 0
     assert lorasmith("reproduce", LORA).code == 0
+    options = ("--algorithm", "IA3", "--alpha", "1", "--rank-dropout", "0.1", "--steps", "1")
+    refused = lorasmith("train", "photos", "--model", "sketch.safetensors", *options)
+    assert "rank_dropout is for LoRA, got algorithm IA3" in refused.err
 
 
 def test_help_names_it_without_importing_it(tmp_path: Path) -> None:

@@ -137,6 +137,7 @@ def plan_job(denoiser: Denoiser, config: TrainConfig, device: str | torch.device
     Raises OptionError or LoraError if the settings or an existing LoRA do not fit the model.
     """
     device = torch.device(device or best_device())
+    facts_of(config.algorithm)  # imported here at last, an extension's rules are checked with the resolved settings
     diffusion = denoiser.diffusion
     check_noising(diffusion.schedule, diffusion.parameterization, zero_terminal_snr=config.zero_terminal_snr)
     check_schedule(steps=config.steps, warmup_steps=config.warmup_steps)
