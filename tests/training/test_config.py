@@ -93,7 +93,7 @@ def test_tables_have_an_entry_for_each_choice() -> None:
 
 def test_choices_are_those_of_the_annotated_type_or_of_the_registry() -> None:
     assert SETTINGS["activations"].choices == get_args(choices.ActivationPlan)
-    assert SETTINGS["timesteps"].choices == tuple(choices.TIMESTEP_DISTRIBUTIONS)
+    assert SETTINGS["timesteps"].choices is choices.TIMESTEP_DISTRIBUTIONS
     assert SETTINGS["timesteps"].type is str
 
 

@@ -22,12 +22,12 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from lorasmith.core.errors import OptionError
-from lorasmith.core.registry import nearest
+from lorasmith.core.registry import Registry, nearest
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Option:
     min: float | None = None  # inclusive, as is `max`
     max: float | None = None
     step: float | None = None  # granularity offered by editors; values between steps are accepted
-    names: Iterable[str] = ()  # choices of a string, matched ignoring case; a registry's are those at the time
+    choices: Collection[str] = ()  # of a string, matched ignoring case; a registry's are its names at the time
     pattern: str = ""  # regular expression of values allowed besides the choices
     group: str = ""  # heading in the help
     changes_numbers: bool = True  # can affect computed numbers
@@ -55,23 +55,18 @@ class Option:
     costs: bool = False  # affects the cost of a step
     short: str = ""  # abbreviation in names of runs
 
-    @property
-    def choices(self) -> tuple[str, ...]:
-        """The names that the setting may have now."""
-        return tuple(self.names)
-
     def check(self, value: Any) -> Any:
         """`value` in the option's own type. Raises OptionError if type or range does not fit."""
         if value is None and self.default is None:
             return None
         value = self._typed(value)
-        if choices := self.choices:
-            folded = {choice.casefold(): choice for choice in choices}
+        if self.choices:
+            folded = {choice.casefold(): choice for choice in self.choices}
             if self.pattern and re.fullmatch(self.pattern, value):
                 return value
             if value.casefold() not in folded:
                 raise OptionError(
-                    f"{self.name} must be one of {', '.join(choices)}, got {value!r}{nearest(value, choices)}"
+                    f"{self.name} must be one of {', '.join(self.choices)}, got {value!r}{nearest(value, self.choices)}"
                 )
             return folded[value.casefold()]
         if (self.min is not None and value < self.min) or (self.max is not None and value > self.max):
@@ -162,9 +157,9 @@ def _declared(name: str, annotation: Any, default: Any, details: Mapping[str, An
     if typing.get_origin(annotation) is typing.Literal:
         details = {**details, "choices": typing.get_args(annotation)}
         annotation = str
-    names = details.get("choices", ())
-    others = {key: value for key, value in details.items() if key != "choices"}
-    return Option(name=name, type=annotation, default=default, names=names, **others)
+    choices = details.get("choices", ())
+    choices = choices if isinstance(choices, Registry) else tuple(choices)
+    return Option(name=name, type=annotation, default=default, **{**details, "choices": choices})
 
 
 _TYPE_NAMES = {int: "integer", float: "number", str: "text", bool: "true or false value"}

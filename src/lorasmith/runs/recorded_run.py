@@ -111,8 +111,8 @@ def repeated(record: RunRecord, file: Path, typed: Typed) -> RunSpec:
 
 def _refuse_missing(record: RunRecord, file: Path, typed: Typed) -> None:
     """Raise OptionError if a record needs extensions that are not here, and in whose place nothing was typed."""
-    replaced = [one.names for name, one in options_of(TrainConfig).items() if name in typed.spec.settings]
-    kinds = {names.group for names in replaced if isinstance(names, Registry)}
+    replaced = [one.choices for name, one in options_of(TrainConfig).items() if name in typed.spec.settings]
+    kinds = {choices.group for choices in replaced if isinstance(choices, Registry)}
     if needed := missing(one for one in record.extensions if one.kind not in kinds):
         raise OptionError(f"the run of {file} needs {remedy_for(needed)}")
 

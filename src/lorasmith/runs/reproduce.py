@@ -55,7 +55,7 @@ def plan_again(folder: Path, host: Host, typed: Typed = Typed(), *, steps: int |
         spec = spec.with_settings(steps=steps, existing_state=str(before.states().paths()[0].resolve()))
     planned = plan(spec, host)
     tracker = record.asked.get("track")
-    if spec.config.is_default("track") and tracker in options_of(TrainConfig)["track"].choices[1:]:
+    if spec.config.is_default("track") and tracker in {*options_of(TrainConfig)["track"].choices} - {"none"}:
         host.on_event(Warned(message=f"The tracker {tracker} of this run is not started; --track {tracker} starts it."))
     if steps is None and not before.states().paths():
         host.on_event(

@@ -96,9 +96,9 @@ class TrainJob:
     def extensions(self) -> tuple[Extension, ...]:
         """What the run uses of other packages."""
         family = self.denoiser.base.family
-        chosen = ((one.names, getattr(self.config, name)) for name, one in _DECLARED.items())
+        chosen = ((one.choices, getattr(self.config, name)) for name, one in _DECLARED.items())
         used: list[tuple[Registry[Any], object]] = [
-            *((names, value) for names, value in chosen if isinstance(names, Registry)),
+            *((choices, value) for choices, value in chosen if isinstance(choices, Registry)),
             *((ADAPTERS, adapter.algorithm) for adapter in self.adapters.values()),
             (FAMILIES, family.name),
             (LAYOUTS, family.portable),
