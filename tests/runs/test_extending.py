@@ -23,6 +23,7 @@ from lorasmith.formats.layouts.kohya import KohyaLayout
 from lorasmith.formats.lora_file import load_lora, save_lora
 from lorasmith.nodes import load_nodes
 from lorasmith.sampling.samplers import euler, sigmas_for, simple
+from lorasmith.toolbox.check import check_lora
 from lorasmith.training.job import plan_job
 from lorasmith.training.optim.update_rules import rule_of
 from lorasmith.workflow import NodeContext, node, socket
@@ -72,6 +73,7 @@ def test_a_layout_of_ones_own_is_written_and_read(tiny: Model, tmp_path: Path) -
     ls.register("layouts", "own", OwnLayout)
     lora = saved(tiny, tmp_path / "a.safetensors", layout="own")
     assert len(load_lora(lora, tiny.names).adapters) == 1
+    assert check_lora(lora).is_fine and describe(lora).layouts["own"] > 0
 
 
 def test_settings_choose_among_what_is_registered() -> None:

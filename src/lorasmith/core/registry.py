@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import itertools
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import import_module
 from importlib.metadata import EntryPoint
@@ -71,7 +72,7 @@ class Registry(Generic[T]):
         self._modules: dict[str, str] = {}  # that registered an extension in this process, by name
         self._faults: dict[str, str] = {}  # why an extension cannot be used
         self._is_complete = not group  # the names of extensions are known
-        self._loading: set[str] = set()
+        self._loading: set[tuple[int, str]] = set()  # threads that import extensions, with their names
         self._usable: Mapping[str, T] | None = None
         if group:
             REGISTRIES[group] = self
@@ -173,7 +174,7 @@ class Registry(Generic[T]):
         if any(name not in self._things for name in self._names):
             import_module(self._home)
         for name in [*self._points]:
-            if name not in self._things and name not in self._faults and name not in self._loading:
+            if name not in self._things and name not in self._faults and self._import_of(name) not in self._loading:
                 with contextlib.suppress(LorasmithError):
                     self._load(name)
         found = self._ordered()
@@ -229,8 +230,9 @@ class Registry(Generic[T]):
         if (point := self._points.get(name)) is None:
             import_module(self._home)
             return
-        if name not in self._faults and name not in self._loading:
-            self._loading.add(name)
+        mine = self._import_of(name)
+        if name not in self._faults and mine not in self._loading:
+            self._loading.add(mine)
             try:
                 thing = point.load()
                 if name not in self._things:  # else its module registered it
@@ -243,8 +245,11 @@ class Registry(Generic[T]):
                     "uninstall that package"
                 )
             finally:
-                self._loading.discard(name)
+                self._loading.discard(mine)
         raise self._error(self._faults.get(name, f"the {self.kind} {name!r} is asked for by its own import"))
+
+    def _import_of(self, name: str) -> tuple[int, str]:
+        return threading.get_ident(), name
 
     def _accepted(self, name: str, thing: Any) -> T:
         found: T = thing if self._checked is None else self._checked(name, thing)
