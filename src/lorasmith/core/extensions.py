@@ -82,8 +82,10 @@ def entry_points_of(kind: str) -> tuple[EntryPoint, ...]:
 
 def recorded_extensions(metadata: Mapping[str, str]) -> tuple[Extension, ...]:
     """The extensions that the run of a LoRA used, from its metadata; none if that entry is missing or damaged."""
+    if HEADER_ENTRY not in metadata:
+        return ()
     try:
-        return typed(parse_foreign_json(metadata.get(HEADER_ENTRY, "[]")), tuple[Extension, ...])
+        return typed(parse_foreign_json(metadata[HEADER_ENTRY]), tuple[Extension, ...])
     except ValueError:
         return ()
 

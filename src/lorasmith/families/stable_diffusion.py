@@ -124,5 +124,5 @@ _OTHERS = (
     Signature("Stable Diffusion", unet_layout.CROSS_ATTENTION, order=6),
     Signature("Stable Diffusion", r"(down|up|input|output)_blocks_\d|(mid|middle)_block_", order=8),
 )
-SIGNATURES.append(lambda: _OTHERS)
 """Of models of this architecture with no sign of their version."""
+SIGNATURES.append(lambda: _OTHERS)

@@ -25,7 +25,7 @@ from lorasmith.sampling.samplers import SAMPLERS, SIGMA_SCHEDULES, flux2_sigmas,
 from lorasmith.workflow import NodeContext, Output, node, socket
 
 # fmt: off
-_COMFYUI_SAMPLERS = (
+_SAMPLERS = (
     "euler", "euler_cfg_pp", "euler_ancestral", "euler_ancestral_cfg_pp", "heun", "heunpp2", "exp_heun_2_x0",
     "exp_heun_2_x0_sde", "dpm_2", "dpm_2_ancestral", "lms", "dpm_fast", "dpm_adaptive", "dpmpp_2s_ancestral",
     "dpmpp_2s_ancestral_cfg_pp", "dpmpp_sde", "dpmpp_sde_gpu", "dpmpp_2m", "dpmpp_2m_cfg_pp", "dpmpp_2m_sde",
@@ -34,13 +34,11 @@ _COMFYUI_SAMPLERS = (
     "res_multistep_ancestral_cfg_pp", "gradient_estimation", "gradient_estimation_cfg_pp", "er_sde", "seeds_2",
     "seeds_3", "sa_solver", "sa_solver_pece", "ddim", "uni_pc", "uni_pc_bh2",
 )
-_COMFYUI_SCHEDULERS = (
+_SCHEDULERS = (
     "simple", "sgm_uniform", "karras", "exponential", "ddim_uniform", "beta", "normal", "linear_quadratic",
     "kl_optimal",
 )
 # fmt: on
-_SAMPLERS = tuple(dict.fromkeys((*_COMFYUI_SAMPLERS, *SAMPLERS)))
-_SCHEDULERS = tuple(dict.fromkeys((*_COMFYUI_SCHEDULERS, *SIGMA_SCHEDULES)))
 
 
 def _available(registry: Registry[Any], listed: Sequence[str]) -> Callable[[str, Folders], str]:
@@ -57,9 +55,14 @@ def _available(registry: Registry[Any], listed: Sequence[str]) -> Callable[[str,
     return accept
 
 
+def _choice(registry: Registry[Any], listed: Sequence[str]) -> Any:
+    """An input that lists ComfyUI's names, and those of extensions."""
+    return socket("COMBO", options=tuple(dict.fromkeys((*listed, *registry))), accept=_available(registry, listed))
+
+
 _SEED = socket("INT", default=0, min=0, max=2**64 - 1, extras={"control_after_generate": True})
-SAMPLER_NAME = socket("COMBO", options=_SAMPLERS, accept=_available(SAMPLERS, _SAMPLERS))
-SCHEDULER = socket("COMBO", options=_SCHEDULERS, accept=_available(SIGMA_SCHEDULES, _SCHEDULERS))
+SAMPLER_NAME = _choice(SAMPLERS, _SAMPLERS)
+SCHEDULER = _choice(SIGMA_SCHEDULES, _SCHEDULERS)
 _STEPS = socket("INT", default=20, min=1, max=10000)
 _CFG = socket("FLOAT", default=8.0, min=0.0, max=100.0, step=0.1, tooltip="Guidance scale; 1 is none.")
 _DENOISE = socket(

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 from lorasmith.core.errors import OptionError
 from lorasmith.core.extensions import KINDS, Extension, entry_points, extension_at
@@ -33,6 +33,10 @@ _MODULES = {
 """Where the registry of each kind is made, with which its built-in things are found."""
 
 
+@overload
+def register(kind: str, name: str, *, before: str | Sequence[str] = ()) -> Callable[[T], T]: ...
+@overload
+def register(kind: str, name: str, thing: T, *, before: str | Sequence[str] = ()) -> T: ...
 def register(kind: str, name: str, thing: T | None = None, *, before: str | Sequence[str] = ()) -> T | Callable[[T], T]:
     """Add an algorithm, a family, an optimizer or another thing to those of this process.
 
