@@ -98,7 +98,7 @@ def test_files_name_it_when_it_is_gone(work: Path, lorasmith: Command) -> None:
     assert inspected.code == 0 and checked.code == 1
     for said in (inspected.out, checked.out):
         assert f"it needs the algorithm 'IA3' (and 1 more) {GONE}" in said
-    assert REMEDY in checked.out
+    assert REMEDY in checked.out and "sketch (lorasmith-example 0.1, missing)" in inspected.out
     for command in (
         ("generate", "--model", "lorasmith-tiny", "--lora", LORA, "--prompt", "a fox"),
         ("train", "photos", "--model", "lorasmith-tiny", "--existing-lora", LORA, "--steps", "1"),
