@@ -146,6 +146,19 @@ def test_the_doctor_lists_extensions_and_what_is_wrong_with_them(
     assert lorasmith("targets", "--model", "lorasmith-tiny").code == 0
 
 
+def test_nodes_of_packages_are_listed(lorasmith: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "nodes_of_a_package.py").write_text(
+        "from lorasmith.workflow import node\n@node('OwnNode', 'Own', 'own')\ndef own(context):\n    return ()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    things = {"OwnNode": "nodes_of_a_package:own", "GoneNode": "no_such_module:own"}
+    install(monkeypatch, tmp_path / "packages", {"own": {"nodes": things}})
+    listed = lorasmith("nodes")
+    assert listed.code == 0 and "OwnNode" in listed.out and "GoneNode" not in listed.out
+    asked = lorasmith("nodes", "GoneNode")
+    assert asked.code == 1 and "the node 'GoneNode' of own 0.1 cannot be used" in asked.err
+
+
 def test_it_is_as_short_as_a_template_should_be() -> None:
     assert sum(len(file.read_text("utf-8").splitlines()) for file in (PROJECT / "src").rglob("*.py")) < 150
 
