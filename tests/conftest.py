@@ -24,6 +24,7 @@ from lorasmith.families.loading import load_model
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Model
 from tests.covering import cases
+from tests.installed import forget_extensions
 
 # Examples are counted, not timed: a busy machine makes no test fail.
 EXAMPLES: dict[str, Any] = {
@@ -53,6 +54,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     axes = {name: axis for mark in metafunc.definition.iter_markers("pairwise") for name, axis in mark.kwargs.items()}
     if axes:
         metafunc.parametrize(tuple(axes), cases(axes, full=slow_wanted(metafunc.config)))
+
+
+@pytest.fixture(autouse=True)
+def no_extensions() -> Iterator[None]:
+    """What a test registered is forgotten."""
+    yield
+    forget_extensions()
 
 
 @pytest.fixture(scope="session", autouse=True)

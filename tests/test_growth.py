@@ -36,7 +36,7 @@ from lorasmith.families.parts import autoencoders, clip
 from lorasmith.families.parts.encoders import parse_weights
 from lorasmith.formats.container import write_safetensors
 from lorasmith.formats.inspect import describe
-from lorasmith.formats.spelling import SIGNATURES, split_key
+from lorasmith.formats.spelling import signatures, split_key
 from lorasmith.nodes import load_nodes
 from lorasmith.nodes.strings import _Formatter
 from lorasmith.report.loss_plot import recent_losses
@@ -68,7 +68,7 @@ TABLES = {
     "core/processes.py": lambda: list(processes._REASONS),
     "families/parts/clip.py": lambda: [pattern for pattern, _ in clip._OPENCLIP],
     "families/parts/autoencoders.py": lambda: [r"decoder\.up\.(\d+)\.", *(one for one, _ in autoencoders._RENAMES)],
-    "formats/spelling.py": lambda: [one.pattern for one in SIGNATURES],
+    "formats/spelling.py": lambda: [one.pattern for one in signatures()],
     "nodes/outputs.py": lambda: [r"name_(\d+)[_.].*", r"name_\d+_steps_(\d+)_?\..+"],
 }
 PASSED_ON = {

@@ -21,6 +21,7 @@ Names are resolved when they are first used, so that importing the package is qu
     run_workflow    a ComfyUI workflow, from its file or an example of the package
     Lora            a LoRA in memory: load, apply, save
     TrainConfig, DataConfig, ImageSource     settings of a run and of its data
+    register        an algorithm, a family, an optimizer or another thing of your own, by kind and name
     Model, Denoiser, EncodedDataset, Sample, Conditioning, TrainResult     what these functions take and return
     events          what a run reports to `on_event`
     errors          the exceptions, all of them LorasmithError
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from lorasmith.families.loading import load_model
     from lorasmith.families.model import Denoiser, Model
     from lorasmith.nodes.workflow_run import run_workflow
+    from lorasmith.runs.extending import register
     from lorasmith.runs.library import encode, generate, load_dataset, train, train_together
     from lorasmith.runs.trainer import Trainer
     from lorasmith.training import events
@@ -71,6 +73,7 @@ __all__ = [
     "generate",
     "load_dataset",
     "load_model",
+    "register",
     "run_workflow",
     "train",
     "train_together",
@@ -94,6 +97,7 @@ _HOMES = {
     "generate": "runs.library",
     "load_dataset": "runs.library",
     "load_model": "families.loading",
+    "register": "runs.extending",
     "run_workflow": "nodes.workflow_run",
     "train": "runs.library",
     "train_together": "runs.library",

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorasmith.adapters.adapter import ADAPTERS, Adapter
+from lorasmith.adapters.catalogue import facts_of
 from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.adapters.inject import load_adapters
 from lorasmith.adapters.lora import LoraAdapter
@@ -101,7 +102,7 @@ def pissa(layer: FrozenLayer, *, rank: int, **settings: Any) -> PissaAdapter:
 
 KINDS: Mapping[str, Kind] = {
     **{
-        name: Kind(algorithm.create, name, start_is_random=name not in ("OFT", "BOFT", "Full"))
+        name: Kind(algorithm.create, name, start_is_random="zero_init" not in facts_of(name).unused)
         for name, algorithm in ADAPTERS.items()
     },
     "Tucker": Kind(LoraAdapter.create_tucker, "LoRA"),

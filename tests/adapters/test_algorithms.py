@@ -1,24 +1,20 @@
-"""An algorithm is one module and an entry in the catalogue: one that is invented here learns and is saved, read,
-checked, converted, merged and folded in without any other change."""
+"""An algorithm is one class: that of the example of an extension learns and is saved, read, checked, converted, merged
+and folded in."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import models
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorasmith.adapters import algorithms, catalogue
-from lorasmith.adapters.adapter import ADAPTERS, Adapter, misfit, taken, wide
-from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.adapters.inject import Attached, Rule, adapters_attached, create_adapters, plan_adapters
 from lorasmith.adapters.patch import Patch, patches_merged
-from lorasmith.core.adapter_state import DENOISER, AdapterFormat, AdapterState, AdapterWeights, ModuleRef
+from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef
 from lorasmith.families.loading import load_model
 from lorasmith.families.locating import built_in_models
 from lorasmith.families.model import Model
@@ -31,54 +27,12 @@ from lorasmith.toolbox.convert import convert_lora
 from lorasmith.toolbox.merge import fold_into, merge_loras
 from lorasmith.toolbox.model_files import open_model
 from tests.covering import slow_except
-
-
-class Scaling(Adapter):
-    """IA³'s idea (Liu et al. 2022, arXiv:2205.05638) for the outputs of any layer: W' = (1 + scales) ∘ W."""
-
-    algorithm = "scaling"
-    transforms_output = True
-    format = AdapterFormat(
-        suffixes={"scales": ".output_scales"},
-        needed=(frozenset({"scales"}),),
-        rules=({"scales": "out 1"},),
-        weight_shape=lambda shapes: (shapes["scales"][0],),
-        vital=("scales",),
-        rows=lambda weights: {"scales": 1},
-        programs=frozenset(),
-    )
-
-    def __init__(self, scales: Tensor) -> None:
-        super().__init__()
-        self.scales = nn.Parameter(scales)
-
-    @classmethod
-    def create(cls, layer: FrozenLayer, **settings: Any) -> Scaling:
-        return cls(torch.zeros(layer.out_features, 1))
-
-    @classmethod
-    def from_weights(cls, weights: AdapterWeights, layer: FrozenLayer) -> Scaling:
-        scales = taken(weights, ["scales"])["scales"]
-        if scales.shape != (layer.out_features, 1):
-            raise misfit(weights, layer)
-        return cls(scales)
-
-    def merged(self, weight: Tensor, strength: float = 1.0) -> Tensor:
-        scales = wide(self.scales).to(weight.device).reshape(-1, *(1,) * (weight.ndim - 1))
-        return (wide(weight) * (1 + strength * scales)).to(weight.dtype)
-
-    def attached(self, inner: Callable[[Tensor], Tensor], layer: FrozenLayer, x: Tensor, strength: float) -> Tensor:
-        y = inner(x)
-        return y + y * layer.channelwise(strength * self.scales.flatten())
+from tests.installed import EXAMPLE, install
 
 
 @pytest.fixture
-def registered(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("_things", "_canonical"):
-        monkeypatch.setattr(ADAPTERS, name, dict(getattr(ADAPTERS, name)))
-    ADAPTERS.register("Scaling")(Scaling)
-    words = catalogue.Algorithm(summary="Scales outputs.", rank_meaning="", default_alpha=1.0)
-    monkeypatch.setitem(catalogue.ALGORITHMS, "Scaling", words)
+def installed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    install(monkeypatch, tmp_path / "packages", EXAMPLE)
 
 
 def scaled(names: ModelNames) -> AdapterState:
@@ -86,7 +40,7 @@ def scaled(names: ModelNames) -> AdapterState:
     generator = torch.Generator().manual_seed(0)
     paths = [path for path, shape in names.weight_shapes.items() if path.endswith(("to_q", "to_k", "to_v", "conv1"))]
     tensors = {path: torch.randn(names.weight_shapes[path][0], 1, generator=generator) / 10 for path in paths}
-    adapters = {path: AdapterWeights("scaling", {"scales": scales}) for path, scales in tensors.items()}
+    adapters = {path: AdapterWeights("ia3", {"scales": scales}) for path, scales in tensors.items()}
     return AdapterState({ModuleRef(DENOISER, path): weights for path, weights in adapters.items()})
 
 
@@ -108,7 +62,7 @@ def file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return path
 
 
-@pytest.mark.usefixtures("registered")
+@pytest.mark.usefixtures("installed")
 @pytest.mark.parametrize("layout", slow_except(["kohya", "comfy"], "kohya"))
 def test_files_and_tools_serve_it(file: Path, layout: str, tmp_path: Path) -> None:
     model, files = load_model(file), open_model(file)
@@ -121,7 +75,7 @@ def test_files_and_tools_serve_it(file: Path, layout: str, tmp_path: Path) -> No
     assert not again.unknown
 
     summary = describe(lora)
-    assert set(summary.algorithms) == {"scaling"}
+    assert set(summary.algorithms) == {"ia3"}
     assert (summary.norms, summary.ranks, summary.findings) == ({}, {}, ())
     assert check_lora(lora, file).is_fine
     assert convert_lora(lora, "kohya" if layout == "comfy" else "comfy", tmp_path / "b.safetensors", file).modules
@@ -139,11 +93,11 @@ def test_files_and_tools_serve_it(file: Path, layout: str, tmp_path: Path) -> No
     assert not all(torch.equal(weight, plain[name]) for name, weight in expected.items())
 
 
-@pytest.mark.usefixtures("registered")
+@pytest.mark.usefixtures("installed")
 def test_it_learns_beside_a_model(tiny: Model) -> None:
     denoiser = tiny.denoiser.module
     plan = plan_adapters(denoiser, [Rule(("*.attn1.to_q",))], rank=4)
-    adapters = create_adapters(denoiser, plan, algorithm="Scaling", alpha=None, seed=0, zero="up")
+    adapters = create_adapters(denoiser, plan, algorithm="IA3", alpha=None, seed=0, zero="up")
     latents, context = torch.ones(1, 4, 8, 8), tiny.text_encoder.encode("a cat")
     with adapters_attached(denoiser, [Attached(adapters)]):
         tiny.family.predict(denoiser, latents, torch.tensor([400.0]), context).square().sum().backward()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from lorasmith.data import captioners
-from lorasmith.data.captioners import GROUP
 from tests.data.caption_models import MODELS
+from tests.installed import install
 
 Command = Callable[..., Any]
 CALLS: list[str] = []
@@ -37,9 +35,9 @@ def parrot(model: str, device: torch.device) -> Callable[[Image.Image], str]:
 
 
 @pytest.fixture(autouse=True)
-def packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    points = [EntryPoint("parrot", f"{__name__}:parrot", GROUP)]
-    monkeypatch.setattr(captioners, "entry_points", lambda group: points)
+def packages(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
+    place = tmp_path_factory.mktemp("packages")
+    install(monkeypatch, place, {"parrots": {"captioners": {"parrot": f"{__name__}:parrot"}}})
 
 
 def captions(photos: Path) -> dict[str, str]:
@@ -87,6 +85,6 @@ def test_what_fails_is_named(lorasmith: Command, photos: Path, model: str, said:
 
 def test_what_is_wrong_is_a_sentence(lorasmith: Command, photos: Path, tmp_path: Path) -> None:
     ran = lorasmith("data", "caption", photos, "--with", "parot")
-    assert ran.code == 1 and "name one of parrot, transformers" in ran.err
+    assert ran.code == 1 and "name one of transformers, parrot" in ran.err
     ran = lorasmith("data", "caption", tmp_path / "nowhere", "--with", "parrot")
     assert ran.code == 1 and "does not exist; check the path" in ran.err

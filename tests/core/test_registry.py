@@ -45,7 +45,7 @@ def test_a_registry_raises_the_error_it_was_given() -> None:
 
 @pytest.mark.parametrize("name", ["one", "UNO", "seven"])
 def test_names_are_taken_once(registry: Registry[int], name: str) -> None:
-    with pytest.raises(ValueError, match=f"^number '{name}' is registered twice$"):
+    with pytest.raises(OptionError, match=f"^number '{name}' is registered twice, by "):
         registry.register(name)(2)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,8 @@ import torch
 from PIL import Image
 
 from lorasmith.core.errors import DataError, ModelError, OptionError
-from lorasmith.data import captioners
-from lorasmith.data.captioners import GROUP, captioner_names, load_captioner
+from lorasmith.data.captioners import CAPTIONERS, load_captioner
+from tests.installed import install
 
 CPU = torch.device("cpu")
 PICTURE = Image.new("RGB", (8, 8))
@@ -31,11 +30,10 @@ def says_why(model: str, device: torch.device) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def packages(monkeypatch: pytest.MonkeyPatch) -> None:
+def packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Captioners of another package, one of which cannot be imported."""
     found = {one.__name__: f"{__name__}:{one.__name__}" for one in (loud, broken, says_why)} | {"gone": "no_module:x"}
-    points = [EntryPoint(name, value, GROUP) for name, value in found.items()]
-    monkeypatch.setattr(captioners, "entry_points", lambda group: points if group == GROUP else [])
+    install(monkeypatch, tmp_path, {"captions": {"captioners": found}})
 
 
 @pytest.mark.parametrize(
@@ -44,12 +42,12 @@ def packages(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_one_of_another_package(wanted: str, said: str) -> None:
     assert load_captioner(wanted, CPU)(PICTURE) == said
-    assert captioner_names() == ["broken", "gone", "loud", "says_why", "transformers"]
+    assert set(CAPTIONERS) == {"broken", "gone", "loud", "says_why", "transformers"}
 
 
 @pytest.mark.parametrize("wanted", ["{folder}", "transformers:{folder}", "owner/name", "transformers:owner/name"])
 def test_a_folder_or_an_id_means_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: str) -> None:
-    monkeypatch.setattr(captioners, "transformers_captioner", loud)
+    monkeypatch.setitem(CAPTIONERS._things, "transformers", loud)
     folder = tmp_path / "odd:name"
     folder.mkdir()
     model = wanted.format(folder=folder)
@@ -57,11 +55,11 @@ def test_a_folder_or_an_id_means_transformers(tmp_path: Path, monkeypatch: pytes
 
 
 def test_what_cannot_be_loaded_is_a_sentence() -> None:
-    with pytest.raises(OptionError, match="no captioner and no model's folder is called 'loude'; name one of broken"):
+    with pytest.raises(OptionError, match="no captioner and no model's folder is called 'loude'; name one of"):
         load_captioner("loude", CPU)
     with pytest.raises(ModelError, match=r"the captioner broken cannot be loaded .*no such thing"):
         load_captioner("broken", CPU)
-    with pytest.raises(ModelError, match=r"the captioner gone cannot be loaded .*no_module"):
+    with pytest.raises(ModelError, match=r"the captioner 'gone' of captions 0.1 cannot be used .*no_module"):
         load_captioner("gone", CPU)
     with pytest.raises(DataError, match="it must be Tuesday"):
         load_captioner("says_why", CPU)

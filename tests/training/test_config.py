@@ -17,8 +17,7 @@ from lorasmith.core import choices
 from lorasmith.core.errors import OptionError
 from lorasmith.core.options import options_of
 from lorasmith.core.quantization import PACKINGS
-from lorasmith.diffusion.losses import WEIGHTINGS
-from lorasmith.diffusion.schedule import TIMESTEP_DISTRIBUTIONS
+from lorasmith.diffusion.loss_functions import LOSSES
 from lorasmith.training.config import ResolvedConfig, Section, TrainConfig
 
 SETTINGS = options_of(TrainConfig)
@@ -87,23 +86,16 @@ def test_the_default_of_a_setting_stands_in_one_place() -> None:
     assert OTHER_CONCEPTS.keys() - found.keys() == set(), "an exception that nothing needs any more"
 
 
-@pytest.mark.parametrize(
-    ("kind", "table"),
-    [
-        (choices.LossWeighting, set(WEIGHTINGS)),
-        (choices.Quantization, set(PACKINGS)),
-        (choices.TimestepDistribution, set(TIMESTEP_DISTRIBUTIONS) | {"sigmoid", "shifted"}),
-    ],
-)
-def test_tables_have_an_entry_for_each_choice(kind: Any, table: set[str]) -> None:
-    assert set(get_args(kind)) == table
-    assert all(name in TIMESTEP_DISTRIBUTIONS for name in get_args(choices.TimestepDistribution))
+def test_tables_have_an_entry_for_each_choice() -> None:
+    assert set(get_args(choices.Quantization)) == set(PACKINGS)
+    for registry in (LOSSES, choices.WEIGHTINGS, choices.TIMESTEP_DISTRIBUTIONS):
+        assert [name for name, _ in registry.items()] == list(registry)
 
 
-def test_choices_are_those_of_the_annotated_type() -> None:
-    for setting, kind in (("activations", choices.ActivationPlan), ("timesteps", choices.TimestepDistribution)):
-        assert SETTINGS[setting].choices == get_args(kind)
-        assert SETTINGS[setting].type is str
+def test_choices_are_those_of_the_annotated_type_or_of_the_registry() -> None:
+    assert SETTINGS["activations"].choices == get_args(choices.ActivationPlan)
+    assert SETTINGS["timesteps"].choices is choices.TIMESTEP_DISTRIBUTIONS
+    assert SETTINGS["timesteps"].type is str
 
 
 def test_settings_are_declared_without_torch() -> None:

@@ -10,8 +10,8 @@ BOFT and output-axis DoRA g; input-axis DoRA f; GLoRA f and h, of which h sees x
 `strength` interpolates from the frozen layer (0) to the adapter as trained (1) and beyond. A fresh adapter is exactly
 the identity, and `attached` agrees with `merged` to rounding.
 
-Adding an algorithm is one module that subclasses `Adapter`, declares the format of its tensors and registers itself in
-`ADAPTERS`, and an entry of the module's name in the catalogue.
+Adding a built-in algorithm is one module that subclasses `Adapter`, declares the format of its tensors and registers
+itself in `ADAPTERS`, and an entry of the module's name in the catalogue. docs/extending.md has those of other packages.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from lorasmith.adapters import catalogue
 from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.core.adapter_state import AdapterFormat, AdapterWeights
 from lorasmith.core.errors import LoraError
@@ -36,6 +37,7 @@ class Adapter(nn.Module, ABC):
     Attributes:
         algorithm: registered name in lower case, as `AdapterWeights` has it.
         format: what its tensors are to files, tools and other programs.
+        about: its facts for help texts and defaults, if it is an extension's; the catalogue has the others.
         transforms_input: whether f differs from the identity.
         transforms_output: whether g differs from the identity; the bias is then added after it.
         reads_weight: whether `attached` reads the layer's weight; it then includes the adapters below.
@@ -44,6 +46,7 @@ class Adapter(nn.Module, ABC):
 
     algorithm: ClassVar[str]
     format: ClassVar[AdapterFormat]
+    about: ClassVar[catalogue.Algorithm]
     transforms_input: ClassVar[bool] = False
     transforms_output: ClassVar[bool] = False
     reads_weight: ClassVar[bool] = False
@@ -89,7 +92,7 @@ class Adapter(nn.Module, ABC):
         return y if added is None else y + added
 
 
-ADAPTERS: Registry[type[Adapter]] = Registry("adapter algorithm", LoraError)
+ADAPTERS: Registry[type[Adapter]] = catalogue.ADAPTERS
 
 
 def taken(weights: AdapterWeights, needed: Iterable[str], optional: Sequence[str] = ()) -> dict[str, Tensor]:

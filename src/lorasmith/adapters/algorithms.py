@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from importlib import import_module
 
 from lorasmith.adapters.adapter import ADAPTERS
-from lorasmith.adapters.catalogue import ALGORITHMS, Algorithm
+from lorasmith.adapters.catalogue import ALGORITHMS
+from lorasmith.adapters.catalogue import facts_of as facts_of
 from lorasmith.core.adapter_state import AdapterFormat, AdapterWeights
 
 for _name in ALGORITHMS:
@@ -19,8 +20,8 @@ def algorithms() -> Iterator[tuple[str, AdapterFormat]]:
 
 
 def algorithm_names() -> tuple[str, ...]:
-    """Registered names of every algorithm: a key for caches, which programs that register more invalidate."""
-    return tuple(ADAPTERS)
+    """Names of every algorithm in order: a key for caches, which programs that register more invalidate."""
+    return tuple(ADAPTERS.usable())
 
 
 def format_named(algorithm: str) -> AdapterFormat:
@@ -42,9 +43,4 @@ def size_of(weights: AdapterWeights) -> int | None:
 def title_of(weights: AdapterWeights) -> str:
     """Display name of an adapter's algorithm; a LoRA with magnitudes is a DoRA."""
     name = ADAPTERS.canonical(weights.algorithm)
-    return (ALGORITHMS[name].with_dora or f"{name} with DoRA") if "dora_scale" in weights.tensors else name
-
-
-def words_of(algorithm: str) -> Algorithm:
-    """The catalogue entry of an algorithm. Raises LoraError for unknown names."""
-    return ALGORITHMS[ADAPTERS.canonical(algorithm)]
+    return (facts_of(name).with_dora or f"{name} with DoRA") if "dora_scale" in weights.tensors else name

@@ -1,15 +1,18 @@
 """The list of algorithms: a summary of each, what `rank` and `alpha` mean, which variants and settings it takes.
 
 Plain data without torch, so that help texts and configurations load fast. The class of each is in the module of its
-name (`algorithms`).
+name (`algorithms`). An algorithm of an extension has its facts in its class, as `about`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from lorasmith.core.errors import LoraError
 from lorasmith.core.options import Option
+from lorasmith.core.registry import Registry
 
 STRENGTH = Option("strength", float, 1.0, help="Strength of the LoRA: 1 is as trained, 0 disables it.")
 """The strength at which a LoRA is applied: any finite number."""
@@ -74,11 +77,44 @@ ALGORITHMS: Mapping[str, Algorithm] = {
         learning_rate_factor=0.1,
     ),
 }
-"""Registered name → facts, in the order in which choices are shown."""
+"""Facts of the built-in algorithms by name, in the order in which choices are shown; `facts_of` has those of all."""
+
+
+def _checked(name: str, adapter: Any) -> Any:
+    needed = ("create", "from_weights", "merged", "attached", "algorithm", "format")
+    if not all(hasattr(adapter, one) for one in needed) or adapter.__abstractmethods__:
+        raise TypeError("it must be a concrete subclass of lorasmith.adapters.adapter.Adapter with a format")
+    if adapter.algorithm != name.casefold():
+        raise TypeError(f"its attribute algorithm must be {name.casefold()!r}, got {adapter.algorithm!r}")
+    if name not in ALGORITHMS and not isinstance(getattr(adapter, "about", None), Algorithm):
+        raise TypeError("its attribute about must be a lorasmith.adapters.catalogue.Algorithm")
+    return adapter
+
+
+ADAPTERS: Registry[Any] = Registry(
+    "adapter algorithm",
+    LoraError,
+    group="adapters",
+    names=ALGORITHMS,
+    home="lorasmith.adapters.algorithms",
+    checked=_checked,
+)
+
+
+def facts_of(algorithm: str) -> Algorithm:
+    """The facts of an algorithm. Imports that of an extension. Raises LoraError if it is unknown or cannot be used."""
+    name = ADAPTERS.canonical(algorithm)
+    facts: Algorithm = ALGORITHMS[name] if name in ALGORITHMS else ADAPTERS[name].about
+    return facts
+
+
+def known_facts(algorithm: str) -> Algorithm | None:
+    """The same without an import: None for unknown algorithms, and for those of extensions not imported yet."""
+    is_known = algorithm in ADAPTERS and (ADAPTERS.canonical(algorithm) in ALGORITHMS or ADAPTERS.imported(algorithm))
+    return facts_of(algorithm) if is_known else None
 
 
 def rank_words(algorithm: str, rank: int | None = None) -> str:
     """An algorithm's `rank` for messages: `rank 8`, `factor 8`, `block size 8`; empty where it has none."""
-    folded = {name.casefold(): facts for name, facts in ALGORITHMS.items()}
-    meaning = folded[algorithm.casefold()].rank_meaning
+    meaning = facts_of(algorithm).rank_meaning
     return meaning if rank is None or not meaning else f"{meaning} {rank}"

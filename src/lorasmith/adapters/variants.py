@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.adapters.adapter import ADAPTERS, Adapter
-from lorasmith.adapters.algorithms import words_of
+from lorasmith.adapters.algorithms import facts_of
 from lorasmith.adapters.catalogue import ALGORITHMS
 from lorasmith.adapters.frozen_layer import FrozenLayer
 from lorasmith.adapters.lora import Factors, LoraAdapter, LowRank
@@ -140,7 +140,7 @@ class InputDora(DoraAdapter):
 
 def dora_from_weights(weights: AdapterWeights, layer: FrozenLayer) -> DoraAdapter:
     """The adapter of tensors with a `dora_scale`, on the axis given by its shape."""
-    if "dora" not in words_of(weights.algorithm).variants:
+    if "dora" not in facts_of(weights.algorithm).variants:
         takers = ", ".join(name for name, facts in ALGORITHMS.items() if "dora" in facts.variants)
         raise LoraError(
             f"dora_scale must come with {takers}, got one with {weights.algorithm}; remove it from the file"
@@ -199,7 +199,7 @@ class Variant:
 
     def default_alpha(self, algorithm: str, rank: int) -> float:
         """Default of alpha: a scale of 1, no constraint."""
-        default = words_of(algorithm).default_alpha
+        default = facts_of(algorithm).default_alpha
         if default is not None:
             return default
         return _RSLORA_ALPHA if self.rslora else float(rank)
@@ -207,7 +207,7 @@ class Variant:
     def stored_alpha(self, algorithm: str, alpha: float | None, rank: int, asked: int) -> float:
         """The alpha that gives a layer its scale in every program."""
         alpha = self.default_alpha(algorithm, asked) if alpha is None else alpha
-        if words_of(algorithm).default_alpha is not None:
+        if facts_of(algorithm).default_alpha is not None:
             return alpha
         return alpha * math.sqrt(rank) if self.rslora else alpha * rank / asked
 

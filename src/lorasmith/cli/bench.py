@@ -8,14 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorasmith.cli.console import console, echo, heading, print_note, print_result
-from lorasmith.cli.flags import (
-    BaseDir,
-    BaseModel,
-    Device,
-    ExtraModelPaths,
-    folders_of,
-    with_flags,
-)
+from lorasmith.cli.flags import BaseDir, BaseModel, Device, ExtraModelPaths, folders_of, with_flags
 from lorasmith.core.printable import memory_text
 from lorasmith.training.config import TrainConfig, cost_options
 
@@ -201,6 +194,9 @@ def _print_checkup(found: Checkup) -> None:
     for extra in found.extras:
         remedy = f'; pip install "lorasmith[{extra.name}]" adds {", ".join(extra.missing)}' if extra.missing else ""
         heading("Extra   ", f"{extra.name}: {', '.join(extra.present) or 'none of its packages'}{remedy}")
+    for one in found.extensions:
+        state = "cannot be used" if one.fault else "usable"
+        heading("Extends ", f"{one.source}: {one.name} ({one.kind}), {state}")
     for problem in found.problems:
         kind, colour = ("Problem", "red") if problem.is_fault else ("Note", "yellow")
         print_note(f"{problem.problem}; {problem.remedy}.", kind=kind, colour=colour)

@@ -15,7 +15,9 @@ import typer
 from lorasmith.cli.console import console, echo, end_with, heading, print_note, print_result, progress_shown
 from lorasmith.cli.flags import LoraFileArgument, LoraModel, split_strength
 from lorasmith.core.errors import LorasmithError, OptionError
+from lorasmith.core.extensions import recorded_extensions
 from lorasmith.core.printable import count_text
+from lorasmith.core.registry import missing
 
 if TYPE_CHECKING:
     from lorasmith.formats.inspect import FileFault, LoraSummary
@@ -64,6 +66,8 @@ def _print_summary(summary: LoraSummary) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    used = recorded_extensions(summary.metadata)
+    brought = [f"{one.name} ({one.source}{', missing' if missing([one]) else ''})" for one in used]
     rows = {
         "File": f"{summary.path} ({summary.size_bytes / 2**20:.1f} MiB)",
         "Layout": _counts(summary.layouts),
@@ -84,6 +88,7 @@ def _print_summary(summary: LoraSummary) -> None:
         "Alpha": _counts({"none" if alpha is None else f"{alpha:g}": n for alpha, n in summary.alphas.items()}),
         "Tensors": f"{summary.tensors} ({_counts(summary.dtypes)}), {summary.parameters:,} parameters",
         "Steps": str(summary.steps or "not recorded"),
+        **({"Extends": ", ".join(brought)} if brought else {}),
         **{name.upper(): value for name, value in summary.hashes.items()},
     }
     table = Table.grid(padding=(0, 2))

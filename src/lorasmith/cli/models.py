@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from lorasmith.adapters.catalogue import ALGORITHMS
+from lorasmith.adapters.catalogue import facts_of
 from lorasmith.cli.console import console, echo, heading, print_note, print_result
 from lorasmith.cli.flags import BaseDir, BaseModel, ExtraModelPaths, TextEncoderFiles, VaeFile, folders_of, with_flags
 from lorasmith.core.options import options_of
@@ -145,7 +145,7 @@ def _print_targets(preview: TargetSummary, config: TrainConfig) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    rank = ALGORITHMS[config.algorithm].rank_meaning
+    rank = facts_of(config.algorithm).rank_meaning
     rated = any(group.learning_rate is not None for group in preview.groups)
     scaled = any(group.alpha is not None for group in preview.groups)
     columns = ["Layers", "Kind", "Count", rank.capitalize(), "Alpha" * scaled, "Rate" * rated, "Parameters"]

@@ -1,11 +1,12 @@
-"""Literal types of choices that several rooms share, without torch, to keep the command line's help fast.
-
-Extensible choices (algorithms, optimizers, schedules, losses) are read from their registries.
+"""Choices that several rooms share, without torch, to keep the command line's help fast: literal types of closed ones,
+and registries of those to which extensions add, whose functions are elsewhere.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
+
+from lorasmith.core.registry import Registry
 
 Activations = Literal["keep", "lean", "selective", "host"]
 """How activations are kept until the backward pass; see `training.memory.activations`."""
@@ -16,8 +17,10 @@ ActivationPlan = Literal[Activations, "auto"]
 Fix = Literal["sizes", "rotation", "formats", "copies", "look-alikes"]
 """Problems that a repaired copy of a folder of images can be free of; see `data.mended_folder`."""
 
-LossWeighting = Literal["none", "min_snr", "soft_min_snr"]
-"""Weight of a noise level in the loss; see `diffusion.losses`."""
+WEIGHTINGS: Registry[Any] = Registry(
+    "loss weighting", group="weightings", names=("none", "min_snr", "soft_min_snr"), home="lorasmith.diffusion.losses"
+)
+"""Weight of a noise level in the loss."""
 
 Objective = Literal["native", "x0"]
 """What the loss compares: the model's native prediction, or the clean sample."""
@@ -25,5 +28,10 @@ Objective = Literal["native", "x0"]
 Quantization = Literal["none", "fp8_e4m3", "fp8_e5m2", "fp8_e4m3_tensor", "fp8_e5m2_tensor", "int8", "nf4"]
 """How frozen weights are stored; see `core.quantization`."""
 
-TimestepDistribution = Literal["uniform", "logit_normal", "sigmoid", "shifted"]
-"""Distribution of diffusion time in training; see `diffusion.schedule`."""
+TIMESTEP_DISTRIBUTIONS: Registry[Any] = Registry(
+    "timestep distribution",
+    group="timesteps",
+    names=("uniform", "logit_normal", "sigmoid", "shifted"),
+    home="lorasmith.diffusion.schedule",
+)
+"""Distribution of diffusion time in training."""

@@ -21,13 +21,13 @@ import inspect
 import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from lorasmith.core.errors import OptionError
 from lorasmith.core.named_code import NamedCode, is_import_path
-from lorasmith.core.registry import nearest
+from lorasmith.core.registry import Registry, nearest
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Option:
     min: float | None = None  # inclusive, as is `max`
     max: float | None = None
     step: float | None = None  # granularity offered by editors; values between steps are accepted
-    choices: tuple[str, ...] = ()  # of a string, matched ignoring case
+    choices: Collection[str] = ()  # of a string, matched ignoring case; a registry's are its names at the time
     code: str = ""  # what may be passed in Python or named by its import path besides the choices, in words
     group: str = ""  # heading in the help
     changes_numbers: bool = True  # can affect computed numbers
@@ -173,9 +173,9 @@ def _declared(name: str, annotation: Any, default: Any, details: Mapping[str, An
     if typing.get_origin(annotation) is typing.Literal:
         details = {**details, "choices": typing.get_args(annotation)}
         annotation = str
-    return Option(
-        name=name, type=annotation, default=default, **{**details, "choices": tuple(details.get("choices", ()))}
-    )
+    choices = details.get("choices", ())
+    choices = choices if isinstance(choices, Registry) else tuple(choices)
+    return Option(name=name, type=annotation, default=default, **{**details, "choices": choices})
 
 
 _TYPE_NAMES = {int: "integer", float: "number", str: "text", bool: "true or false value"}

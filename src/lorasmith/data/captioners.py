@@ -1,6 +1,4 @@
-"""Captioners: functions from a picture to a caption, found by name.
-
-A package adds one by an entry point in the group `lorasmith.captioners`, whose object is a factory:
+"""Captioners: functions from a picture to a caption, found by name. What is registered makes one:
 
     def load(model: str, device: torch.device) -> Callable[[PIL.Image.Image], str]
 
@@ -16,13 +14,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from lorasmith.core.errors import LorasmithError, ModelError, OptionError
+from lorasmith.core.registry import Registry
 from lorasmith.data.captions import one_line
 from lorasmith.families.part_loading import quieten
 
@@ -31,14 +29,9 @@ if TYPE_CHECKING:
 
     Captioner = Callable[[Image.Image], str]
 
-GROUP = "lorasmith.captioners"  # of entry points
-
 _OWN = "transformers"
 
-
-def captioner_names() -> list[str]:
-    """Names of the installed captioners."""
-    return sorted({_OWN, *_installed()})
+CAPTIONERS: Registry[Callable[[str, torch.device], Captioner]] = Registry("captioner", ModelError, group="captioners")
 
 
 def load_captioner(wanted: str, device: torch.device) -> Captioner:
@@ -47,28 +40,21 @@ def load_captioner(wanted: str, device: torch.device) -> Captioner:
     OptionError for an unknown name, ModelError if it cannot be loaded.
     """
     name, _, argument = wanted.partition(":")
-    plug_ins = _installed()
-    if name not in plug_ins and name != _OWN:
+    if name not in CAPTIONERS:
         if not (Path(wanted).exists() or "/" in wanted):
             raise OptionError(
-                f"no captioner and no model's folder is called {wanted!r}; name one of {', '.join(captioner_names())}, "
+                f"no captioner and no model's folder is called {wanted!r}; name one of {', '.join(CAPTIONERS)}, "
                 "as NAME:MODEL, or give the folder of a model"
             )
         name, argument = _OWN, wanted
     try:
-        factory = plug_ins[name].load() if name in plug_ins else transformers_captioner
-        made: Captioner = factory(argument, device)
-        return made
+        return CAPTIONERS[name](argument, device)
     except LorasmithError:
         raise
     except Exception as error:  # other people's code, which may raise anything
         raise ModelError(
             f"the captioner {name} cannot be loaded ({type(error).__name__}: {error}); check its package and its model"
         ) from error
-
-
-def _installed() -> dict[str, EntryPoint]:
-    return {one.name: one for one in entry_points(group=GROUP)}
 
 
 REQUEST = "Describe this image in one sentence."  # prompt of chat models
@@ -78,6 +64,7 @@ _TASK = "<DETAILED_CAPTION>"  # of Florence-2
 _PRIVATE: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
+@CAPTIONERS.register(_OWN)
 def transformers_captioner(model: str, device: torch.device) -> Captioner:
     """A captioner on a transformers model (a folder, or an id in the hub's cache), in fp32 on a CPU, else in its own
     dtype.

@@ -33,9 +33,12 @@ from lorasmith.core.errors import LorasmithError
 from lorasmith.core.files import read_regular, write_atomic
 from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.core.mapped_files import FileState, file_state, place_on_file, release_pages
+from lorasmith.core.registry import Registry
 from lorasmith.core.tensor_digests import digest_of_tensors
 from lorasmith.data.encoding_cache import DIGESTS, EncodingCache, ensure_private, is_digest, key_of
+from lorasmith.families.base import FAMILIES
 from lorasmith.families.model import Autoencoder, Model, TextEncoder
+from lorasmith.families.parts.autoencoders import AUTOENCODERS
 from lorasmith.formats.metadata import sha256_file
 
 ENCODING_VERSION = 2  # raise it when Lorasmith computes other encodings from the same inputs
@@ -72,7 +75,7 @@ def text_encoder_digest(
         family=family.name,
         encoding=asdict(encoder.encoding),
         networks=networks,
-        versions=_versions("transformers", "tokenizers", "sentencepiece"),
+        versions=_versions("transformers", "tokenizers", "sentencepiece", *_package(FAMILIES, family.name)),
     )
 
 
@@ -91,8 +94,14 @@ def autoencoder_digest(source: Model | Autoencoder, *, remembered: RememberedDig
         dtype=str(torch.float32),
         latent=asdict(latent),
         network=network_digest("vae", autoencoder.module, remembered),
-        versions=_versions("diffusers"),
+        versions=_versions("diffusers", *_package(AUTOENCODERS, autoencoder.kind)),
     )
+
+
+def _package(registry: Registry[Any], name: str) -> list[str]:
+    """The package that brings the code of a name, if it is an extension's."""
+    extension = registry.extension(name) if name in registry else None
+    return [extension.package] if extension is not None and extension.package else []
 
 
 def network_digest(component: str, module: nn.Module, remembered: RememberedDigests | None) -> str:

@@ -61,7 +61,7 @@ class Loss(Protocol):
         ...
 
 
-LOSSES: Registry[Loss] = Registry("loss function")
+LOSSES: Registry[Loss] = Registry("loss function", group="losses")
 
 
 def _mean_of(elementwise: str) -> Loss:

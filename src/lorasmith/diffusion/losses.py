@@ -14,15 +14,12 @@ of v; of a flow it is min(alpha², gamma · sigma²), most where alpha = √gamm
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from lorasmith.core.choices import LossWeighting, Objective
+from lorasmith.core.choices import WEIGHTINGS, Objective
 from lorasmith.core.errors import OptionError
 from lorasmith.core.named_code import code_of
-from lorasmith.core.registry import Registry
 from lorasmith.diffusion.loss_functions import LOSSES, LossBatch
 from lorasmith.diffusion.schedule import PARAMETERIZATIONS, NoiseLevel
 
@@ -63,11 +60,6 @@ def _check_losses(losses: object, prediction: Tensor, name: str) -> None:
     )
 
 
-Weighting = Callable[[NoiseLevel, Tensor, float], Tensor]
-
-WEIGHTINGS: Registry[Weighting] = Registry("loss weighting")
-
-
 @WEIGHTINGS.register("none")
 def _none(level: NoiseLevel, scale: Tensor, gamma: float) -> Tensor:
     return torch.ones_like(level.sigma)
@@ -87,9 +79,10 @@ def _soft_min_snr(level: NoiseLevel, scale: Tensor, gamma: float) -> Tensor:
 
 
 def loss_weights(
-    level: NoiseLevel, *, weighting: LossWeighting, gamma: float, parameterization: str, objective: Objective
+    level: NoiseLevel, *, weighting: str, gamma: float, parameterization: str, objective: Objective
 ) -> Tensor:
     """Factor of each sample's loss, (batch,); weights saturate at the signal-to-noise ratio `gamma`."""
     compares_clean = objective == "x0"
     scale = torch.ones_like(level.sigma) if compares_clean else PARAMETERIZATIONS[parameterization].clean_scale(level)
-    return WEIGHTINGS[weighting](level, scale, gamma)
+    weights: Tensor = WEIGHTINGS[weighting](level, scale, gamma)
+    return weights

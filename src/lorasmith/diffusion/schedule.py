@@ -29,7 +29,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorasmith.core.choices import TimestepDistribution
+from lorasmith.core.choices import TIMESTEP_DISTRIBUTIONS
 from lorasmith.core.errors import OptionError
 from lorasmith.core.random import keyed_generator, keyed_uniform
 from lorasmith.core.registry import Registry
@@ -363,19 +363,19 @@ PARAMETERIZATIONS.register("flow")(_Flow())
 QuantileMap = Callable[[Tensor, tuple[int, int]], Tensor]
 """Uniform numbers (batch,) and (height, width) of the latents → quantiles (batch,)."""
 
-TIMESTEP_DISTRIBUTIONS: Registry[Callable[[Tensor], Tensor]] = Registry("timestep distribution")
-
 _INSIDE = 1e-6  # keeps the normal quantile function finite at both ends
 _LEVELS = 10  # 1024 strata; a finer division makes no difference to a model
 
 
-@TIMESTEP_DISTRIBUTIONS.register("uniform", "shifted")
+@TIMESTEP_DISTRIBUTIONS.register("uniform")
+@TIMESTEP_DISTRIBUTIONS.register("shifted")
 def _uniform(u: Tensor) -> Tensor:
     """Uniform over the schedule (Ho et al. 2020); `shifted` is this with a shift by the size of the picture."""
     return u
 
 
-@TIMESTEP_DISTRIBUTIONS.register("logit_normal", "sigmoid")
+@TIMESTEP_DISTRIBUTIONS.register("logit_normal")
+@TIMESTEP_DISTRIBUTIONS.register("sigmoid")
 def _logit_normal(u: Tensor) -> Tensor:
     """`sigmoid(N(0, 1))`: denser in the middle, where flows are hardest to learn (Esser et al. 2024, section 3.1)."""
     normal: Tensor = torch.special.ndtri(u.clamp(_INSIDE, 1 - _INSIDE))
@@ -396,7 +396,7 @@ def uniform_numbers(draws: Sequence[int], *, seed: int, stratified: bool) -> Ten
     return torch.tensor(numbers)
 
 
-def quantile_map(distribution: TimestepDistribution, shift: float | None, schedule: NoiseSchedule) -> QuantileMap:
+def quantile_map(distribution: str, shift: float | None, schedule: NoiseSchedule) -> QuantileMap:
     """The map from uniform numbers to quantiles of a schedule.
 
     `shift` is the total shift of diffusion time: a flow's levels are `shifted(distribution(u), shift)`, without its own

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any, Literal, NamedTuple
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lorasmith.adapters.inject import Rule
 from lorasmith.core.errors import DataError, ModelError
 from lorasmith.core.printable import printable
-from lorasmith.core.registry import Registry
+from lorasmith.core.registry import Registry, instance_of
 from lorasmith.diffusion.schedule import FlowSchedule, NoiseSchedule, ResolutionShift
 from lorasmith.families.files.checkpoint import OriginalCheckpoint, PipelineConfigs
 from lorasmith.families.files.original_weights import block_count, module_paths, norm_name, weight_shapes, weights_empty
@@ -307,6 +307,7 @@ class Family(ABC):
 
     Attributes:
         name: registered name, such as `sd1`.
+        before: names of families that it precedes where files are recognised; of use to those of extensions.
         title: display name.
         pipeline: class of the diffusers pipeline whose folders hold it.
         network: class of the denoiser, in diffusers or by its full name.
@@ -343,6 +344,7 @@ class Family(ABC):
     """
 
     name: str
+    before: tuple[str, ...] = ()
     title: str
     pipeline: str
     network: str
@@ -369,7 +371,7 @@ class Family(ABC):
     needs_each_encoder: bool = True
     predicts_by_length: bool = False
     autoencoder: AutoencoderSlot
-    clip_types: tuple[str, ...]
+    clip_types: tuple[str, ...] = ()
     repeatable_context: bool = False
     unused_tensors: tuple[str, ...] = ()
     diffusers_start: str = "transformer_blocks."
@@ -492,7 +494,8 @@ class Family(ABC):
 
         Args:
             encoders: on any device; the result stays on it.
-            texts: the prompt by component name, the same for each component unless a user gives several.
+            texts: the prompt by component name, the same for each component unless a user gives several; as `text` for
+                a family without text encoders.
             encoding: options; those that the family has no use for are ignored.
 
         Raises:
@@ -561,10 +564,23 @@ class Family(ABC):
             )
 
 
-FAMILIES: Registry[Family] = Registry("model family", ModelError)
+FAMILIES: Registry[Family] = Registry(
+    "model family", ModelError, group="families", home="lorasmith.families.known", checked=instance_of(Family)
+)
 
 
 def register(family: Family, *aliases: str) -> None:
-    """Register a family under its name and aliases, and the signatures of its LoRA files."""
+    """Register a built-in family under its name and aliases."""
     FAMILIES.register(family.name, *aliases)(family)
-    SIGNATURES.extend(family.lora_signatures)
+
+
+def _signatures() -> Iterator[Signature]:
+    """How LoRA files of all families are recognised; those of a family go before those of families that it precedes."""
+    least = {name: min((sign.order for sign in one.lora_signatures), default=0) for name, one in FAMILIES.items()}
+    for name, family in FAMILIES.items():
+        first = min((least.get(other, 0) - 1 for other in FAMILIES.preceded(name)), default=None)
+        for sign in family.lora_signatures:
+            yield sign if first is None else replace(sign, order=min(first, sign.order))
+
+
+SIGNATURES.append(_signatures)

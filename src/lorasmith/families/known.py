@@ -44,10 +44,11 @@ _UNET_INPUTS = {8: "an InstructPix2Pix model", 9: "an inpainting model"}
 _UNET_CONTEXTS = {1280: "the Stable Diffusion XL refiner"}
 _NEXT_DIT = DENOISER_START + r"layers_\d+_(attention|attn|feed_forward)_"
 
-SIGNATURES += [
+_SIGNATURES = (
     Signature("Lumina", _NEXT_DIT, order=5),
     Signature("Wan image to video", DENOISER_START + r"blocks_\d+_(cross_attn_[kv]_img|attn2_add_[kv]_proj)", order=3),
-]
+)
+SIGNATURES.append(lambda: _SIGNATURES)
 
 
 def looks_like(shapes: Mapping[str, tuple[int, ...]]) -> str | None:

@@ -260,7 +260,7 @@ class TextEncoder:
             for name, module in self.encoders.modules.items():
                 where = device_of(module)
                 stack.enter_context(placed_for_products(module, device=where, dtype=self.dtype_on(name, where)))
-            components = self.family.text_encoders
+            components = self.family.text_encoders or ("text",)
             texts = {name: _prompt(text if isinstance(text, str) else text.get(name, "")) for name in components}
             return self.family.encode_text(self.encoders, texts, self.encoding).to("cpu", torch.float32)
 

@@ -120,8 +120,9 @@ class StableDiffusion(unet_layout.UNetFamily):
 
 register(StableDiffusion(1), "sd1.5", "stable-diffusion-1")
 register(StableDiffusion(2), "sd2.1", "stable-diffusion-2")
-SIGNATURES += [
+_OTHERS = (
     Signature("Stable Diffusion", unet_layout.CROSS_ATTENTION, order=6),
     Signature("Stable Diffusion", r"(down|up|input|output)_blocks_\d|(mid|middle)_block_", order=8),
-]
+)
 """Of models of this architecture with no sign of their version."""
+SIGNATURES.append(lambda: _OTHERS)

@@ -19,7 +19,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from lorasmith.adapters.algorithms import format_of, size_of, title_of, words_of
+from lorasmith.adapters.algorithms import facts_of, format_of, size_of, title_of
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights, ModuleRef, multiplied
 from lorasmith.core.errors import LoraError
 from lorasmith.formats.acceptance import MISREAD_ALPHAS, misread_alphas, shortfalls
@@ -27,7 +27,7 @@ from lorasmith.formats.container import count_non_finite
 from lorasmith.formats.layouts.layout import LAYOUTS, Layout
 from lorasmith.formats.layouts.peft import stated_alphas
 from lorasmith.formats.lora_file import read_lora_tensors, state_from_tensors
-from lorasmith.formats.metadata import autov1, sha256_body, sha256_file, sshs_model_hash, steps_of
+from lorasmith.formats.metadata import autov1, need_of, sha256_body, sha256_file, sshs_model_hash, steps_of
 from lorasmith.formats.names import ModelNames
 from lorasmith.formats.scales import full_alpha, idle_alpha, rank_of, scale_of
 from lorasmith.formats.spelling import (
@@ -126,7 +126,7 @@ def faults_of(
 ) -> list[FileFault]:
     """All faults of a LoRA file."""
     groups = grouped(tensors)
-    if not groups:
+    if not groups and not need_of(metadata):
         problem = f"none of the {len(tensors)} tensors has a name that LoRA files use"
         return [FileFault(problem, "use a LoRA file; a base model goes to --model", True)]
     modules, unfit = all_assembled(tensors, groups, stated_alphas(tensors, groups, metadata))
@@ -149,9 +149,13 @@ def faults_in_file(
     layout: Layout,
 ) -> list[FileFault]:
     """Faults that need no model, from tensors that were `grouped` and `all_assembled`."""
+    strangers = list(_strangers(tensors, groups))
+    if (strangers or unfit) and (need := need_of(metadata)):
+        problem, _, remedy = need.partition("; ")
+        return [*_numbers(tensors, groups), FileFault(f"it needs {problem}", remedy, True)]
     return [
         *_numbers(tensors, groups),
-        *_strangers(tensors, groups),
+        *strangers,
         *_rare_names(groups),
         *_unfit(unfit, groups),
         *_idle(modules, groups),
@@ -466,7 +470,7 @@ def describe(path: Path) -> LoraSummary:
     path = Path(path)
     tensors, metadata = read_lora_tensors(path)
     groups = grouped(tensors)
-    if not groups:
+    if not groups and not need_of(metadata):
         raise LoraError(f"{path} is not a LoRA: none of its {len(tensors)} tensors has a name that LoRA files use")
     whole, unfit = all_assembled(tensors, groups, stated_alphas(tensors, groups, metadata))
     adapters = {base: module.adapter for base, module in whole.items() if module.adapter is not None}
@@ -534,7 +538,7 @@ def _sizes(meaning: str, adapters: Iterable[AdapterWeights]) -> dict[int, int]:
     return _counted(
         size
         for weights in adapters
-        if words_of(weights.algorithm).rank_meaning == meaning and (size := size_of(weights))
+        if facts_of(weights.algorithm).rank_meaning == meaning and (size := size_of(weights))
     )
 
 

@@ -33,7 +33,7 @@ from lorasmith.formats.layouts.diffusers import DiffusersLayout
 from lorasmith.formats.layouts.kohya import KohyaLayout
 from lorasmith.formats.layouts.layout import LAYOUTS, Layout, sentences
 from lorasmith.formats.layouts.peft import ADAPTER_METADATA, PEFT_CONFIG, PeftLayout, header_fields
-from lorasmith.formats.metadata import BOUNDS, sshs_hashes
+from lorasmith.formats.metadata import BOUNDS, need_of, sshs_hashes
 from lorasmith.formats.names import ModelNames
 from lorasmith.formats.spelling import (
     PEFT_PREFIX,
@@ -80,6 +80,8 @@ def lora_of_tensors(
 ) -> AdapterState:
     """The LoRA for a model in the tensors of a file."""
     state = state_from_tensors(tensors, metadata, names)
+    if state.unknown and (need := need_of(metadata)):
+        raise LoraError(f"{path} needs {need}")
     _refuse_other_models(path, tensors, state, names)
     return state
 

@@ -29,7 +29,9 @@ from typing import BinaryIO
 from torch import Tensor
 
 from lorasmith.core.errors import LoraError, LorasmithError
+from lorasmith.core.extensions import HEADER_ENTRY, recorded_extensions, remedy_for
 from lorasmith.core.files import open_regular
+from lorasmith.core.registry import missing
 from lorasmith.formats.container import LENGTH_BYTES, header_text, serialised
 
 BOUNDS = "lorasmith.oft_bounds"
@@ -55,6 +57,12 @@ def steps_of(metadata: Mapping[str, str], file_name: str) -> int:
     # The last match, because a prefix may itself be the name of an earlier file.
     in_name = re.findall(r"(?:^|_)(\d{1,9})_steps_", file_name)
     return int(in_name[-1]) if in_name else 0
+
+
+def need_of(metadata: Mapping[str, str]) -> str:
+    """The extensions that reading a LoRA needs and that are missing, as text after "needs"; empty if there are none."""
+    needed = missing(one for one in recorded_extensions(metadata) if one.kind in ("adapters", "families", "layouts"))
+    return remedy_for(needed) if needed else ""
 
 
 def without_private(metadata: Mapping[str, str]) -> dict[str, str]:
@@ -89,7 +97,7 @@ _PUBLIC_WORDS = """
     ss_resolution ss_enable_bucket ss_bucket_no_upscale ss_min_bucket_reso ss_max_bucket_reso ss_bucket_info
     ss_cache_latents ss_lowram ss_color_aug ss_flip_aug ss_random_crop ss_face_crop_aug_range
 """
-_PUBLIC = frozenset((BOUNDS, *_PUBLIC_WORDS.split()))
+_PUBLIC = frozenset((BOUNDS, HEADER_ENTRY, *_PUBLIC_WORDS.split()))
 
 
 def sha256_file(path: Path, *, each_block: Callable[[], object] = lambda: None) -> str:

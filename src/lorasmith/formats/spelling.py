@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from types import MappingProxyType
@@ -21,7 +21,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from lorasmith.adapters.algorithms import algorithm_names, algorithms, format_named, format_of, words_of
+from lorasmith.adapters.algorithms import algorithm_names, algorithms, facts_of, format_named, format_of
 from lorasmith.core.adapter_state import DENOISER, AdapterWeights, first_misfit
 from lorasmith.formats.scales import checked_scale, idle_alpha, scale_of
 
@@ -196,7 +196,7 @@ def _magnitude_misfit(weights: AdapterWeights) -> Unfit | None:
         return Unfit(next(iter(weights.tensors)), f"is for a weight {known}, which is larger than any layer's")
     if "dora_scale" not in weights.tensors:
         return None
-    if "dora" not in words_of(weights.algorithm).variants:
+    if "dora" not in facts_of(weights.algorithm).variants:
         return Unfit("dora_scale", f"is beside an adapter of the kind {weights.algorithm}, which has no magnitudes")
     scale = tuple(weights.tensors["dora_scale"].shape)
     by_output = bool(scale) and scale[0] == math.prod(scale) == known[0]
@@ -402,8 +402,14 @@ class Signature:
     architecture: str | None = None
 
 
-SIGNATURES: list[Signature] = []
-"""Of every family that is registered (`families.base.register`) or known by name alone (`families.known`)."""
+SIGNATURES: list[Callable[[], Iterable[Signature]]] = []
+"""Functions with the signatures of registered families (`families.base`), and of those that are known by name alone."""
+
+
+def signatures() -> list[Signature]:
+    """All signatures, in the order in which they are tried."""
+    found = (sign for source in SIGNATURES for sign in source())
+    return sorted(found, key=lambda sign: (sign.order, sign.width is None))
 
 
 def guessed_family(
@@ -412,7 +418,7 @@ def guessed_family(
     """Display name of the family, or None if no signature matches."""
     said = {metadata.get(key, "").partition("/")[0].casefold() for key in _ARCHITECTURE_KEYS}
     inputs = {base.replace(".", "_"): width for base, width in _input_widths(shapes).items()}
-    for sign in sorted(SIGNATURES, key=lambda sign: (sign.order, sign.width is None)):
+    for sign in signatures():
         if sign.architecture is not None and sign.architecture not in said:
             continue
         pattern = re.compile(sign.pattern)

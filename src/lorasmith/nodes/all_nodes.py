@@ -11,7 +11,7 @@ _MODULES = ("conditioning", "images", "latents", "loaders", "outputs", "datasets
 
 
 def load_nodes() -> Registry[Node]:
-    """Register all nodes. The modules are imported here, as they import torch and the model code."""
+    """Register all built-in nodes. The modules are imported here, as they import torch and the model code."""
     for name in _MODULES:
         import_module(f"lorasmith.nodes.{name}")
     return NODES

@@ -55,9 +55,14 @@ def _available(registry: Registry[Any], listed: Sequence[str]) -> Callable[[str,
     return accept
 
 
+def _choice(registry: Registry[Any], listed: Sequence[str]) -> Any:
+    """An input that lists ComfyUI's names, and those of extensions."""
+    return socket("COMBO", options=tuple(dict.fromkeys((*listed, *registry))), accept=_available(registry, listed))
+
+
 _SEED = socket("INT", default=0, min=0, max=2**64 - 1, extras={"control_after_generate": True})
-SAMPLER_NAME = socket("COMBO", options=_SAMPLERS, accept=_available(SAMPLERS, _SAMPLERS))
-SCHEDULER = socket("COMBO", options=_SCHEDULERS, accept=_available(SIGMA_SCHEDULES, _SCHEDULERS))
+SAMPLER_NAME = _choice(SAMPLERS, _SAMPLERS)
+SCHEDULER = _choice(SIGMA_SCHEDULES, _SCHEDULERS)
 _STEPS = socket("INT", default=20, min=1, max=10000)
 _CFG = socket("FLOAT", default=8.0, min=0.0, max=100.0, step=0.1, tooltip="Guidance scale; 1 is none.")
 _DENOISE = socket(

@@ -20,6 +20,7 @@ from lorasmith.core.folders import MODEL_EXTENSIONS, Folders
 from lorasmith.core.placement import dtype_name, multiplies
 from lorasmith.core.printable import memory_text
 from lorasmith.data.encoding_cache import default_cache
+from lorasmith.runs.extending import InstalledExtension, installed_extensions
 from lorasmith.training.memory.compilation import compiler
 from lorasmith.training.storage.run_states import free_bytes
 
@@ -78,6 +79,7 @@ class Checkup:
     cache: str  # folder of cached encodings
     disks: dict[str, int]  # free bytes, by folder that runs write to
     extras: tuple[Extra, ...]
+    extensions: tuple[InstalledExtension, ...]  # things that other packages bring
     problems: tuple[Problem, ...]
 
 
@@ -94,6 +96,7 @@ def check_up(folders: Folders) -> Checkup:
     disks = {str(path): free_bytes(path) for path in written if path not in refused}
     memory = psutil.virtual_memory()
     found = {kind: len(folders.files(kind, MODEL_EXTENSIONS)) for kind in _KINDS}
+    extensions = tuple(installed_extensions())
     return Checkup(
         versions=versions,
         devices=devices,
@@ -104,8 +107,10 @@ def check_up(folders: Folders) -> Checkup:
         cache=str(cache),
         disks=disks,
         extras=extras,
+        extensions=extensions,
         problems=(
             *_missing_packages(versions),
+            *_unusable(extensions),
             *_slow_devices(devices),
             *_small_memory(memory.total),
             *(Problem(problem=f"{path} cannot be written", remedy=remedy) for path, remedy in refused.items()),
@@ -180,6 +185,11 @@ def _missing_packages(versions: dict[str, str]) -> list[Problem]:
     if not missing:
         return []
     return [Problem(problem=f"required packages are missing: {', '.join(missing)}", remedy="install lorasmith again")]
+
+
+def _unusable(extensions: tuple[InstalledExtension, ...]) -> list[Problem]:
+    faults = (one.fault.rpartition("; ") for one in extensions if one.fault)
+    return [Problem(problem=problem, remedy=remedy) for problem, _, remedy in faults]
 
 
 def _slow_devices(devices: tuple[DeviceFacts, ...]) -> list[Problem]:

@@ -20,10 +20,12 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from lorasmith.core.errors import LorasmithError, OptionError
+from lorasmith.core.extensions import remedy_for
 from lorasmith.core.files import read_regular
 from lorasmith.core.folders import ASSETS
 from lorasmith.core.named_code import is_import_path
 from lorasmith.core.options import options_of
+from lorasmith.core.registry import Registry, missing
 from lorasmith.data.data_config import DataConfig
 from lorasmith.families.locating import built_in_models
 from lorasmith.runs.command_lines import arguments_for, resume_command
@@ -54,7 +56,7 @@ def read_run_file(path: Path, typed: Typed = Typed()) -> RunSpec:
     except OSError as error:
         raise OptionError(f"{path} cannot be read ({error.strerror}); check the path") from error
     if path.suffix.lower() == ".json" or content.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{"):
-        found = _of_record(path, content)
+        found = _of_record(path, content, typed)
         left = _without(found, typed.spec)
         _check_files(left.named_files(), path, typed, instead="the folder of images, --model and the like")
         _check_links(left.settings.get("follow_links"), path, typed)
@@ -62,9 +64,10 @@ def read_run_file(path: Path, typed: Typed = Typed()) -> RunSpec:
     return arguments_in(parsed_toml(path, content), path)
 
 
-def _of_record(path: Path, content: bytes) -> RunSpec:
+def _of_record(path: Path, content: bytes, typed: Typed) -> RunSpec:
     try:
         record = parsed_record(content.removeprefix(codecs.BOM_UTF8))
+        _refuse_missing(record, path, typed)
         if record.source.get("command") != "train":
             raise ValueError("was not made by lorasmith train" if record.source else "has no source of a run")
         spec = RunSpec.from_record(record.source, record.asked)
@@ -89,6 +92,7 @@ def repeated(record: RunRecord, file: Path, typed: Typed) -> RunSpec:
     A typed folder of images replaces that of the first source. Raises ValueError if the run was not on a folder of
     images, and OptionError if the record names more than it may.
     """
+    _refuse_missing(record, file, typed)
     recorded = RunSpec.from_record(record.source, record.asked)
     # The default dtype of this device may differ, but the run must be the same.
     dtype = record.fingerprint.get("config", {}).get("training_dtype", "auto")
@@ -104,6 +108,14 @@ def repeated(record: RunRecord, file: Path, typed: Typed) -> RunSpec:
     _check_links(recorded.data.follow_links, file, typed)
     _check_files(left.named_files(), file, typed, instead="--model and --data")
     return now.completed(recorded)
+
+
+def _refuse_missing(record: RunRecord, file: Path, typed: Typed) -> None:
+    """Raise OptionError if a record needs extensions that are not here, and in whose place nothing was typed."""
+    replaced = [one.choices for name, one in options_of(TrainConfig).items() if name in typed.spec.settings]
+    kinds = {choices.group for choices in replaced if isinstance(choices, Registry)}
+    if needed := missing(one for one in record.extensions if one.kind not in kinds):
+        raise OptionError(f"the run of {file} needs {remedy_for(needed)}")
 
 
 def _without(recorded: RunSpec, typed: RunSpec) -> RunSpec:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lorasmith.core.errors import OptionError, OutputError, TrainingError
+from lorasmith.core.extensions import recorded_extensions
 from lorasmith.core.options import options_of
 from lorasmith.core.printable import count_text, printable
 from lorasmith.formats.container import check_safetensors
@@ -54,7 +55,7 @@ def plan_again(folder: Path, host: Host, typed: Typed = Typed(), *, steps: int |
         spec = spec.with_settings(steps=steps, existing_state=str(before.states().paths()[0].resolve()))
     planned = plan(spec, host)
     tracker = record.asked.get("track")
-    if spec.config.is_default("track") and tracker in options_of(TrainConfig)["track"].choices[1:]:
+    if spec.config.is_default("track") and tracker in {*options_of(TrainConfig)["track"].choices} - {"none"}:
         host.on_event(Warned(message=f"The tracker {tracker} of this run is not started; --track {tracker} starts it."))
     if steps is None and not before.states().paths():
         host.on_event(
@@ -157,7 +158,9 @@ class Reproduction(Host):
     def _differences(self, fingerprint: Fingerprint) -> tuple[str, ...]:
         """Emit all differences from the original run; returns the decisive ones."""
         job, before = self.plan.job, self._before
-        now = environment(job.runtime.device, job.config.optimizer, compile=job.config.compile)
+        now = environment(
+            job.runtime.device, job.config.optimizer, compile=job.config.compile, extensions=job.extensions
+        )
         for what in dict.fromkeys(one for there in before.all_environments for one in differences(there, now)):
             self.on_event(Differs(what=what, is_decisive=False))
         decisive = differences(before.fingerprint, fingerprint)
@@ -177,7 +180,7 @@ class _Settled(Exception):  # noqa: N818  (nothing went wrong)
 def _record_in(lora: Path, metadata: Mapping[str, str]) -> RunRecord:
     """The record in a LoRA's metadata. OptionError if there is none of a run on a folder of images."""
     try:
-        record = parsed_record(metadata[RUN_ENTRY])
+        record = replace(parsed_record(metadata[RUN_ENTRY]), extensions=recorded_extensions(metadata))
     except (KeyError, ValueError) as error:
         raise _without_record(lora, error) from error
     if record.source.get("command") != "train":

@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -74,7 +74,12 @@ class Sampler:
     discards_penultimate_sigma: bool = False
 
 
-SAMPLERS: Registry[Sampler] = Registry("sampler")
+def _as_sampler(name: str, thing: Any) -> Sampler:
+    """The sampler of a registered solver."""
+    return thing if isinstance(thing, Sampler) else Sampler(thing)
+
+
+SAMPLERS: Registry[Sampler] = Registry("sampler", group="samplers", checked=_as_sampler)
 
 FLOW_START = 1 - 1e-4
 """Start time of a flow for solvers in log signal-to-noise ratio, which is −∞ at time 1."""
@@ -317,7 +322,7 @@ def _phi_moments(h: float, count: int) -> Tensor:
 SigmaSchedule = Callable[[NoiseSchedule, int], Tensor]
 """(schedule, steps) → sigmas (steps + 1,)."""
 
-SIGMA_SCHEDULES: Registry[SigmaSchedule] = Registry("scheduler")
+SIGMA_SCHEDULES: Registry[SigmaSchedule] = Registry("scheduler", group="sigma_schedules")
 
 KARRAS_RHO = 7.0
 """Exponent recommended by Karras et al. 2022; larger values make steps denser at low noise."""

@@ -10,13 +10,13 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from lorasmith.adapters.catalogue import ALGORITHMS
-from lorasmith.core.choices import ActivationPlan, LossWeighting, Objective, Quantization, TimestepDistribution
+from lorasmith.adapters.catalogue import ADAPTERS, ALGORITHMS, known_facts
+from lorasmith.core.choices import TIMESTEP_DISTRIBUTIONS, WEIGHTINGS, ActivationPlan, Objective, Quantization
 from lorasmith.core.errors import OptionError
 from lorasmith.core.named_code import Code, is_import_path
 from lorasmith.core.options import Option, check_options, config_from, option, options_of, short_repr
 from lorasmith.diffusion.loss_functions import LOSSES
-from lorasmith.training.optim.update_rules import OPTIMIZERS, SCHEDULES, rate_factor, rule_of
+from lorasmith.training.optim.update_rules import OPTIMIZERS, RULES, SCHEDULES, rate_factor, rule_of
 
 DtypeSetting = Literal["bf16", "fp32", "none"]
 """Resolved values of `training_dtype`."""
@@ -29,14 +29,14 @@ _BLOCKS = " and ".join(name for name, facts in ALGORITHMS.items() if facts.rank_
 
 
 def _needed_packages() -> str:
-    needing = {name: rule.package for name, rule in OPTIMIZERS.items() if rule.package}
+    needing = {name: rule.package for name, rule in RULES.items() if rule.package}
     return f"Packages to install first: {', '.join(f'{package} for {name}' for name, package in needing.items())}."
 
 
 def unused_settings(algorithm: str) -> frozenset[str]:
-    """Settings that have no effect with an algorithm, whose name may be in any case; empty for unknown algorithms."""
-    folded = {name.casefold(): facts.unused for name, facts in ALGORITHMS.items()}
-    return folded.get(algorithm.casefold(), frozenset())
+    """Settings that have no effect with an algorithm, whose name may be in any case; empty if it is not known yet."""
+    facts = known_facts(algorithm)
+    return frozenset() if facts is None else facts.unused
 
 
 def config_over(base: TrainConfig | None, settings: Mapping[str, Any]) -> TrainConfig:
@@ -166,7 +166,7 @@ class LoraSettings(Section, group="LoRA and targets"):
     )
     algorithm: str = option(
         "LoRA",
-        choices=ALGORITHMS,
+        choices=ADAPTERS,
         of_fresh=True,
         costs=True,
         help="Kind of adapter. " + " ".join(f"{name}: {facts.summary}" for name, facts in ALGORITHMS.items()),
@@ -256,8 +256,9 @@ class VariantSettings(LoraSettings, group="Variants of the algorithm", costs=Tru
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        facts = known_facts(self.algorithm)  # that of an extension is known where it trains; see `plan_job`
         for name in sorted(frozenset().union(*(facts.variants for facts in ALGORITHMS.values()))):
-            if name not in ALGORITHMS[self.algorithm].variants and not self.is_default(name):
+            if facts is not None and name not in facts.variants and not self.is_default(name):
                 takers = ", ".join(kind for kind, facts in ALGORITHMS.items() if name in facts.variants)
                 raise OptionError(f"{name} is for {takers}, got algorithm {self.algorithm}; leave one of the two out")
         if self.pissa and self.tucker:
@@ -354,8 +355,9 @@ class LossSettings(Section, group="Training"):
         help="What the loss compares: native the model's prediction (noise, velocity or flow), x0 the clean picture "
         "as in ComfyUI's trainer, which puts most of the weight on the noisiest timesteps.",
     )
-    timesteps: TimestepDistribution | None = option(
+    timesteps: str | None = option(
         None,
+        choices=TIMESTEP_DISTRIBUTIONS,
         help="Distribution of the noise levels: shifted is uniform with timestep_shift, sigmoid is an alias of "
         "logit_normal. Default: the model's own.",
     )
@@ -384,8 +386,9 @@ class LossSettings(Section, group="Training"):
         help="Stratify the noise levels of consecutive draws, so that each batch covers the range. The distribution "
         "is the same and the gradient varies less.",
     )
-    loss_weighting: LossWeighting = option(
+    loss_weighting: str = option(
         "none",
+        choices=WEIGHTINGS,
         help="Weight of a noise level in the loss: min_snr caps it at min_snr_gamma towards the clean end, "
         "soft_min_snr does so smoothly.",
     )
@@ -697,7 +700,7 @@ class ResolvedConfig(TrainConfig):
     alpha: float
     targets: str
     schedule: str
-    timesteps: TimestepDistribution
+    timesteps: str
     min_noise: float
     max_noise: float
     training_dtype: DtypeSetting

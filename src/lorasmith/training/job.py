@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.adapters.adapter import ADAPTERS, Adapter
-from lorasmith.adapters.catalogue import ALGORITHMS, rank_words
+from lorasmith.adapters.catalogue import facts_of, rank_words
 from lorasmith.adapters.inject import (
     AdapterPlan,
     Difference,
@@ -40,15 +40,17 @@ from lorasmith.adapters.patch import Patch, patches_merged
 from lorasmith.adapters.variants import Variant
 from lorasmith.core.adapter_state import DENOISER, AdapterState, AdapterWeights
 from lorasmith.core.errors import LoraError, OptionError
+from lorasmith.core.extensions import Extension
 from lorasmith.core.options import options_of
 from lorasmith.core.placement import best_device, chosen_dtype, dtype_name, multiplies
 from lorasmith.core.printable import count_text
 from lorasmith.core.processes import current
-from lorasmith.core.registry import nearest
+from lorasmith.core.registry import Registry, extensions_of, nearest
 from lorasmith.core.typed_json import Scalar
 from lorasmith.diffusion.loss_functions import check_loss
 from lorasmith.diffusion.schedule import check_noising
 from lorasmith.families.model import Denoiser
+from lorasmith.formats.layouts.layout import LAYOUTS
 from lorasmith.formats.metadata import steps_of
 from lorasmith.training.config import WHOLE_RANGE, ResolvedConfig, TrainConfig
 from lorasmith.training.engine import Engine
@@ -89,6 +91,17 @@ class TrainJob:
         trained: list[nn.Module] = [*self.adapters.values(), *self.differences.values()]
         return sum(parameter.numel() for module in trained for parameter in module.parameters())
 
+    @property
+    def extensions(self) -> tuple[Extension, ...]:
+        """What the run uses of other packages."""
+        chosen = ((one.choices, getattr(self.config, name)) for name, one in _DECLARED.items())
+        used: list[tuple[Registry[Any], object]] = [
+            *((choices, value) for choices, value in chosen if isinstance(choices, Registry)),
+            *((ADAPTERS, adapter.algorithm) for adapter in self.adapters.values()),
+            (LAYOUTS, self.model.names.portable),
+        ]
+        return tuple(dict.fromkeys((*extensions_of(used), *self.model.facts.extensions)))
+
     def starting_from(self, state: Scalar) -> TrainJob:
         changes: dict[str, Any] = {"existing_state": state}
         return replace(self, config=replace(self.config, **changes), requested=replace(self.requested, **changes))
@@ -96,7 +109,7 @@ class TrainJob:
     @property
     def summary(self) -> str:
         """Algorithm, targets and parameter count in one line."""
-        config, facts = self.config, ALGORITHMS[self.config.algorithm]
+        config, facts = self.config, facts_of(self.config.algorithm)
         words = [config.algorithm]
         chosen = {name: getattr(config, name) for name in sorted(facts.variants) if not config.is_default(name)}
         words += [name if value is True else f"{name} {value}" for name, value in chosen.items()]
@@ -119,6 +132,7 @@ def plan_job(model: Trainable | Denoiser, config: TrainConfig, device: str | tor
     """
     model = trainable(model)
     device = torch.device(device or best_device())
+    facts_of(config.algorithm)  # imported here at last, an extension's rules are checked with the resolved settings
     diffusion = model.diffusion
     check_noising(diffusion.schedule, diffusion.parameterization, zero_terminal_snr=config.zero_terminal_snr)
     check_schedule(steps=config.steps, warmup_steps=config.warmup_steps)
@@ -221,7 +235,7 @@ def _on_device(config: TrainConfig, module: nn.Module, device: torch.device) -> 
 
 
 def _default_rate(model: Trainable, config: TrainConfig, algorithm: str) -> float:
-    rate = model.facts.defaults.learning_rate * ALGORITHMS[ADAPTERS.canonical(algorithm)].learning_rate_factor
+    rate = model.facts.defaults.learning_rate * facts_of(algorithm).learning_rate_factor
     return 2 * rate if _anneals(config) else rate
 
 
@@ -361,7 +375,7 @@ def resolve_targets(model: Trainable, config: TrainConfig) -> AdapterPlan:
     presets = model.facts.presets
     text = config.targets or model.facts.defaults.targets
     rules, exclusions = parse_targets(text, presets)
-    capped = ALGORITHMS[config.algorithm].rank_meaning == "rank"
+    capped = facts_of(config.algorithm).rank_meaning == "rank"
     try:
         return plan_adapters(model.module, rules, exclude=exclusions, rank=config.rank, capped=capped)
     except OptionError as error:

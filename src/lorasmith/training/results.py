@@ -14,8 +14,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
 
-from lorasmith.adapters.algorithms import format_named, format_of, words_of
+from lorasmith.adapters.algorithms import facts_of, format_named, format_of
 from lorasmith.core.adapter_state import DENOISER, SD_SCRIPTS, AdapterState, ModuleRef
+from lorasmith.core.extensions import HEADER_ENTRY, as_json
 from lorasmith.core.files import write_atomic
 from lorasmith.core.placement import dtype_from_name, dtype_name
 from lorasmith.core.printable import count_text, printable
@@ -230,6 +231,7 @@ def training_metadata(
         "lorasmith.targets": job.config.targets,
         "lorasmith.lora_dtype": job.config.lora_dtype,
         "lorasmith.config": asdict(job.config),
+        HEADER_ENTRY: as_json(job.extensions) or None,
         "ss_training_comment": f"trigger: {trigger}" if trigger else "",
         RUN_ENTRY: "" if record is None else record.to_entry(),
     }
@@ -355,7 +357,7 @@ def _lycoris_arguments(config: ResolvedConfig) -> dict[str, object]:
         "rs_lora": config.rslora,
         "use_tucker": config.tucker,
     }
-    size = {"factor": config.rank} if words_of(config.algorithm).rank_meaning == "factor" else {}
+    size = {"factor": config.rank} if facts_of(config.algorithm).rank_meaning == "factor" else {}
     return {**{name: value for name, value in arguments.items() if value}, **size}
 
 

@@ -24,13 +24,17 @@ from lorasmith.adapters.frozen_layer import weights_as_stored, weights_digest
 from lorasmith.adapters.inject import Rule, adapters_attached
 from lorasmith.adapters.patch import Patch, attachments, patches_applied, patches_merged
 from lorasmith.core.errors import DataError, OptionError
+from lorasmith.core.extensions import Extension
 from lorasmith.core.placement import placed, reproducible
 from lorasmith.core.printable import printable
+from lorasmith.core.registry import extensions_of
 from lorasmith.data.dataset import Sample
 from lorasmith.diffusion.schedule import PARAMETERIZATIONS, DiscreteSchedule, FlowSchedule
-from lorasmith.families.base import COMMON_PRESETS, Conditioning, Defaults, Diffusion, Expert, collate
+from lorasmith.families.base import COMMON_PRESETS, FAMILIES, Conditioning, Defaults, Diffusion, Expert, collate
 from lorasmith.families.files.original_weights import module_paths, weight_shapes
 from lorasmith.families.model import Denoiser, Model
+from lorasmith.families.parts.autoencoders import AUTOENCODERS
+from lorasmith.families.parts.encoders import ENCODERS
 from lorasmith.formats.names import ModelNames, OriginalName, ProgramLimits
 from lorasmith.training.config import ResolvedConfig
 from lorasmith.training.memory.frozen_weights import WeightStream, fp8_products_enabled, weights_packed
@@ -56,6 +60,7 @@ class Facts:
     noising: Diffusion | None = None  # that replaces the model's own
     expert: Expert | None = None  # that the file's name says it is, of `experts`
     experts: tuple[Expert, ...] = ()
+    extensions: tuple[Extension, ...] = ()  # of other packages, which bring the model's family and parts
     distilled_names: tuple[str, ...] = ()  # parts of titles of variants that training undoes
     # `ss_base_model_version`, `modelspec.architecture` without `/lora`, and `modelspec.implementation`; empty for none
     kohya_version: str = ""
@@ -213,6 +218,15 @@ class TrainableDenoiser(Trainable):
             noising=denoiser.noising,
             expert=base.named_expert,
             experts=family.experts,
+            extensions=tuple(
+                extensions_of(
+                    [
+                        (FAMILIES, family.name),
+                        (AUTOENCODERS, family.autoencoder.kind),
+                        *((ENCODERS, slot.kind) for slot in family.text_encoders.values()),
+                    ]
+                )
+            ),
             distilled_names=family.distilled_names,
             kohya_version=family.kohya_version(self.diffusion.parameterization),
             modelspec_architecture=family.modelspec_architecture(self.diffusion.parameterization),

@@ -24,7 +24,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 from lorasmith.core.errors import CancelledError, GraphError
 from lorasmith.core.folders import Folders
-from lorasmith.core.registry import Registry
+from lorasmith.core.registry import Registry, instance_of
 from lorasmith.workflow.execution_events import Event, NodeMessage, NodeProgress, NodeReport, UiOutput
 from lorasmith.workflow.sockets import Input, Output
 
@@ -88,7 +88,7 @@ class Node:
         return {slot.name: slot for declared in self.inputs for slot in declared.expanded()}
 
 
-NODES: Registry[Node] = Registry("node", GraphError)
+NODES: Registry[Node] = Registry("node", GraphError, group="nodes", checked=instance_of(Node, "id"))
 
 
 def node(
@@ -139,7 +139,7 @@ def node(
             deprecated=deprecated,
             experimental=experimental,
         )
-        registry.register(id, *aliases)(declared)
+        registry.register(id, *aliases, module=function.__module__)(declared)
         return function
 
     return declare

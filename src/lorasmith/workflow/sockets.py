@@ -8,7 +8,7 @@ all `MATCH` sockets of one node have the same type.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -25,7 +25,7 @@ MATCH = "COMFY_MATCHTYPE_V3"  # any type, but the same for all such sockets of a
 SCALARS: Mapping[str, type] = {"INT": int, "FLOAT": float, "STRING": str, "BOOLEAN": bool, "COMBO": str}
 """Types whose values a workflow file may contain."""
 
-Options: TypeAlias = Sequence[str] | Callable[[Folders], Sequence[str]]
+Options: TypeAlias = Collection[str] | Callable[[Folders], Sequence[str]]
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lorasmith.core.errors import ModelError
 from lorasmith.core.quantization import plain_weights
-from lorasmith.core.registry import Registry
+from lorasmith.core.registry import Registry, instance_of
 from lorasmith.families.base import AutoencoderSlot, LatentFormat
 from lorasmith.families.files.checkpoint import CheckpointShapes
 from lorasmith.families.files.original_weights import PartSource, block_count, build
@@ -166,7 +166,13 @@ class KlAutoencoder(AutoencoderKind):
         return LatentFormat(config.latent_channels, 2 ** (len(config.block_out_channels) - 1), scale=1.0)
 
 
-AUTOENCODERS: Registry[AutoencoderKind] = Registry("autoencoder", ModelError)
+AUTOENCODERS: Registry[AutoencoderKind] = Registry(
+    "autoencoder",
+    ModelError,
+    group="autoencoders",
+    home="lorasmith.families.known",
+    checked=instance_of(AutoencoderKind),
+)
 AUTOENCODERS.register(KlAutoencoder.name)(KlAutoencoder())
 
 

@@ -29,7 +29,7 @@ from lorasmith.core.folders import ASSETS
 from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.core.placement import dtype_name
 from lorasmith.core.quantization import weight_source
-from lorasmith.core.registry import Registry
+from lorasmith.core.registry import Registry, instance_of
 from lorasmith.families.base import Encoding
 from lorasmith.families.files.original_weights import PartSource
 
@@ -76,8 +76,9 @@ class EncoderKind(ABC):
         return torch.float32 if is_plain else torch.bfloat16
 
 
-ENCODERS: Registry[EncoderKind] = Registry("text encoder", ModelError)
-"""Kinds by name; `families.known` imports the modules that register them."""
+ENCODERS: Registry[EncoderKind] = Registry(
+    "text encoder", ModelError, group="encoders", home="lorasmith.families.known", checked=instance_of(EncoderKind)
+)
 
 
 def recognised_encoder(shapes: Mapping[str, tuple[int, ...]]) -> EncoderKind | None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lorasmith.core.adapter_state import DENOISER, SD_SCRIPTS, AdapterState, ModuleRef
 from lorasmith.core.errors import LoraError
-from lorasmith.core.registry import Registry
+from lorasmith.core.registry import Registry, instance_of
 from lorasmith.formats.names import ModelNames, PlacedModules, in_original_naming, read_tensors, unfusable
 from lorasmith.formats.spelling import KOHYA, ModuleTensors, spelled
 
@@ -136,4 +136,6 @@ class Layout(ABC):
         return {}
 
 
-LAYOUTS: Registry[Layout] = Registry("LoRA layout", LoraError)
+LAYOUTS: Registry[Layout] = Registry(
+    "LoRA layout", LoraError, group="layouts", home="lorasmith.formats.lora_file", checked=instance_of(Layout)
+)

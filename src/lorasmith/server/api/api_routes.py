@@ -65,7 +65,7 @@ def _setting(one: Option) -> SettingAnswer:
         min=one.min,
         max=one.max,
         step=one.step,
-        choices=one.choices,
+        choices=tuple(one.choices),
         main=one.is_main,
     )
 

@@ -58,10 +58,15 @@ class UpdateRule:
     eager_on_cpu: bool = False
 
 
-OPTIMIZERS: Registry[UpdateRule] = Registry("optimizer")
+def _as_rule(name: str, thing: Any) -> UpdateRule:
+    """The rule of a registered optimizer, which may be a class."""
+    return thing if isinstance(thing, UpdateRule) else rule_of(thing)
+
+
+OPTIMIZERS: Registry[UpdateRule] = Registry("optimizer", group="optimizers", checked=_as_rule)
 
 _FUSED = {"fused": True}
-_RULES = {
+RULES = {
     "AdamW": UpdateRule(paths=("torch.optim.AdamW",), settings=_FUSED, anneals=True),
     # No weight decay, as in ComfyUI: in these three it would be an L2 penalty, unlike AdamW's.
     "Adam": UpdateRule(paths=("torch.optim.Adam",), settings=_FUSED, decays=False),
@@ -83,7 +88,7 @@ _RULES = {
     "Prodigy": UpdateRule(paths=("prodigyopt.Prodigy",), package="prodigyopt", own_rate=1.0),
     "ScheduleFree": UpdateRule(paths=("schedulefree.AdamWScheduleFree",), package="schedulefree"),
 }
-for _name, _rule in _RULES.items():
+for _name, _rule in RULES.items():
     OPTIMIZERS.register(_name)(_rule)
 
 
@@ -223,7 +228,7 @@ def _parsed(arguments: str | None, name: str, kind: Callable[..., Any]) -> dict[
 
 Shape = Callable[[float, int, float], float]
 
-SCHEDULES: Registry[Shape] = Registry("schedule")
+SCHEDULES: Registry[Shape] = Registry("schedule", group="schedules")
 """Name → (progress in [0, 1], cycles, power) → multiplier in [0, 1], which is 1 at the start."""
 
 

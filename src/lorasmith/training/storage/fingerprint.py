@@ -11,7 +11,7 @@ import functools
 import hashlib
 import os
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lorasmith.adapters.patch import patch_tensors
 from lorasmith.core.errors import ModelError, OutputError
+from lorasmith.core.extensions import Extension
 from lorasmith.core.named_code import package_of
 from lorasmith.core.options import options_of
 from lorasmith.core.processes import current
@@ -153,11 +154,13 @@ def versions(optimizer: str) -> dict[str, str]:
     return found
 
 
-def environment(device: torch.device, optimizer: str, *, compile: bool) -> dict[str, Any]:
+def environment(
+    device: torch.device, optimizer: str, *, compile: bool, extensions: Iterable[Extension] = ()
+) -> dict[str, Any]:
     """The environment that affects the last bits of a run's numbers, for `run.json`."""
     return {
         **({"compiled_by": compiler(device)} if compile else {}),
-        "versions": versions(optimizer),
+        "versions": {**versions(optimizer), **{one.package: one.version for one in extensions if one.package}},
         **(_gpu(device) if device.type == "cuda" else {"device": device.type}),
         "processor": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),

@@ -19,6 +19,7 @@ from typing import Annotated, Any, TypeVar
 from torch import nn
 
 from lorasmith.core.errors import OptionError, TrainingError
+from lorasmith.core.extensions import Extension
 from lorasmith.core.files import open_regular, read_regular
 from lorasmith.core.folders import MAX_STEM_BYTES, RUN_LOG, RUN_RECORD, file_stem
 from lorasmith.core.foreign_json import parse_foreign_json
@@ -83,6 +84,7 @@ class RunRecord:
     fingerprint: Annotated[Fingerprint, "of the run"] = field(default_factory=Fingerprint)
     environment: Annotated[dict[str, Any], "the first one that it was trained in"] = field(default_factory=dict)
     environments: Annotated[tuple[dict[str, Any], ...], "all of them, if they are several"] = ()
+    extensions: Annotated[tuple[Extension, ...], "what it used of other packages; missing if nothing"] = ()
 
     def __post_init__(self) -> None:
         if not 1 <= self.version <= RECORD_VERSION:
@@ -102,7 +104,7 @@ class RunRecord:
         return self.environments or (self.environment,)
 
     def to_text(self) -> str:
-        return _json(asdict(self), indent=2)
+        return _json({name: value for name, value in asdict(self).items() if value or name != "extensions"}, indent=2)
 
     def to_entry(self) -> str:
         return _json({name: value for name in _REPEATED if (value := getattr(self, name))}, sort_keys=True)
@@ -160,7 +162,10 @@ def run_record(
         adapters={path: _size(adapter) for path, adapter in job.adapters.items()},
         differences={path: _size(difference) for path, difference in job.differences.items()},
         fingerprint=taken,
-        environment=environment(job.runtime.device, job.config.optimizer, compile=job.config.compile),
+        environment=environment(
+            job.runtime.device, job.config.optimizer, compile=job.config.compile, extensions=job.extensions
+        ),
+        extensions=job.extensions,
     )
 
 
