@@ -14,6 +14,7 @@ import pytest
 
 from lorasmith.cli import console as screen
 from lorasmith.cli.run_output import training_progress
+from lorasmith.core.extras import EDITOR
 from lorasmith.nodes.training import _NodeHost
 from lorasmith.runs import progress_bars, view
 from lorasmith.runs.progress_bars import run_shown
@@ -89,8 +90,8 @@ def test_a_node_shows_it_and_page_and_editor_receive_it() -> None:
     assert LINE in texts[-1]
     assert {"name": "sharpness", "label": "sharpness of the minimum", "value": 0.25, "text": "0.25", "unit": "",
             "line": LINE} in views[-1]["metrics"]  # fmt: skip
-    for script in ("server/pages/parts/live_run.mjs", "server/editor/extensions/lorasmith/lorasmith.js"):
-        assert "view.metrics.map(" in (PACKAGE / script).read_text(encoding="utf-8"), "each one is drawn"
+    for script in (PACKAGE / "server/pages/parts/live_run.mjs", EDITOR.folder / "extensions/lorasmith/lorasmith.js"):
+        assert "view.metrics.map(" in script.read_text(encoding="utf-8"), "each one is drawn"
 
 
 def test_the_report_has_it(tmp_path: Path) -> None:

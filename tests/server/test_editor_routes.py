@@ -108,7 +108,8 @@ def test_without_the_package_a_page_says_how_to_install_it(tmp_path: Path, monke
     monkeypatch.setattr(editor_files, "editor_package", lambda: None)
     page, file = answers(tmp_path, "/editor/", "/editor/assets/index-1.js")
     assert page[:2] == (200, "text/html")
-    assert "install it with <code>pip install &quot;lorasmith[editor]&quot;</code>" in page[2]
+    assert "run <code>pip install ./lorasmith-editor</code>" in page[2]
+    assert "or <code>pip install &quot;lorasmith[editor]&quot;</code>" in page[2]
     assert file[0] == 404
 
 

@@ -199,7 +199,7 @@ def _print_checkup(found: Checkup) -> None:
     for folder, free in found.disks.items():
         heading("Disk    ", f"{memory_text(free)} are free for {folder}")
     for extra in found.extras:
-        remedy = f'; pip install "lorasmith[{extra.name}]" adds {", ".join(extra.missing)}' if extra.missing else ""
+        remedy = f"; without {', '.join(extra.missing)}: {extra.remedy}" if extra.missing else ""
         heading("Extra   ", f"{extra.name}: {', '.join(extra.present) or 'none of its packages'}{remedy}")
     for problem in found.problems:
         kind, colour = ("Problem", "red") if problem.is_fault else ("Note", "yellow")

@@ -153,7 +153,7 @@ def _which_models(folders: Folders) -> str:
     found = f"; found here: {', '.join(own)}" if own else ""
     return (
         "--model must be a .safetensors or .gguf file, a diffusers folder or a hub id, but none is given"
-        f"{found}; --model {BUILT_IN} is the small model that comes with the package"
+        f"{found}; --model {BUILT_IN} is the small model of lorasmith-tiny"
     )
 
 

@@ -15,10 +15,12 @@ from typing import Any
 from PIL import Image
 
 from lorasmith.core.errors import GraphError
+from lorasmith.core.extras import TINY
 from lorasmith.core.files import read_regular
 from lorasmith.core.folders import Folders
 from lorasmith.core.printable import printable
 from lorasmith.core.registry import Registry
+from lorasmith.families.locating import BUILT_IN
 from lorasmith.formats.container import check_safetensors
 from lorasmith.nodes.all_nodes import load_nodes
 from lorasmith.nodes.example_workflows import EXAMPLE_PREFIX, example_named
@@ -35,7 +37,10 @@ def read_workflow(path: str | os.PathLike[str], *, nodes: Registry[Node] = NODES
     name = os.fspath(path)
     if name.startswith(EXAMPLE_PREFIX):
         # In the editor's format, so that files which the graph saves can be opened there.
-        path = example_named(name.removeprefix(EXAMPLE_PREFIX)).editor_path
+        example = example_named(name.removeprefix(EXAMPLE_PREFIX))
+        if TINY.trouble and f"{BUILT_IN}.safetensors" in example.needs:
+            raise GraphError(f"{name} trains the built-in model, but {TINY.trouble}")
+        path = example.editor_path
     path = Path(path)
     try:
         if path.suffix.lower() == ".safetensors":

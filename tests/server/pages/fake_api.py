@@ -80,6 +80,7 @@ MODELS = {
     ],
     "other": [{"name": "notes.safetensors", "place": "models/checkpoints", "what": "it holds no known model",
                "size_bytes": 4096}],
+    "notes": [],
 }  # fmt: skip
 
 

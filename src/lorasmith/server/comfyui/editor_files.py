@@ -49,6 +49,7 @@ EDITOR_POLICY = "; ".join(
 )
 """Content policy of ComfyUI's editor, which compiles code and has inline scripts: nothing from other origins."""
 
+
 def editor_package() -> Path | None:
     """The folder of the editor's static files, found without importing its package; None if it is not installed."""
     found = importlib.util.find_spec("comfyui_frontend_package")
@@ -127,9 +128,6 @@ _TYPES = {
 """Browsers refuse these files under other types, which the system's table may give them."""
 
 
-INSTALL = 'pip install "lorasmith[editor]"'
-
-
 def routes(context: ServerContext) -> list[web.RouteDef]:
     """The routes of the editor's own files."""
     return EditorPages(editor_package(), context.folders.base / "user" / "default" / "user.css").routes()
@@ -198,7 +196,8 @@ _MISSING_PAGE = f"""<!doctype html>
   body {{ max-width: 40rem; margin: 20vh auto; padding: 0 1rem }}
   code {{ background: #7f7f7f33; padding: 0.1em 0.4em; border-radius: 4px; white-space: nowrap }}
 </style>
-<p>To use ComfyUI's graph editor here, install it with <code>{escape(INSTALL)}</code> and restart the server.</p>
+<p>To use ComfyUI's graph editor here, run <code>{escape(EDITOR.commands[0])}</code> in a copy of Lorasmith's
+repository, or <code>{escape(EDITOR.commands[1])}</code>, and restart the server.</p>
 <p><a href="/">Back to Lorasmith</a></p>
 </html>
 """
