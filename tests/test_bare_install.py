@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from lorasmith.core.extras import EDITOR, TINY, Companion
 from lorasmith.families.locating import BUILT_IN, built_in_models
 from tests.bare_process import ONLY_WITH_MODELS
-from tests.launched import environment
+from tests.launched import environment, needs_editor
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [f"lora_unet_double_blocks_{block}_img_attn_proj" for block in (0, 1)]
@@ -125,7 +125,7 @@ def test_a_companion_of_another_series_is_not_used(monkeypatch: pytest.MonkeyPat
     )
 
 
-@pytest.mark.parametrize("companion", [TINY, EDITOR], ids=lambda one: one.name)
+@pytest.mark.parametrize("companion", [TINY, pytest.param(EDITOR, marks=needs_editor)], ids=lambda one: one.name)
 def test_companions_fit(companion: Companion) -> None:
     assert companion.folder.is_dir() and not companion.trouble
     series = int(companion.version.partition(".")[0])

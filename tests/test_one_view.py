@@ -23,6 +23,7 @@ from lorasmith.runs.view import METRICS, Metric, RunView
 from lorasmith.training.events import Event, StepDone
 from lorasmith.training.storage.records import RunHistory, read_history
 from lorasmith.training.storage.trackers import Tracker
+from tests.launched import needs_editor
 from tests.training.run_cases import started, write_run
 
 PACKAGE = Path(screen.__file__).parents[1]
@@ -75,6 +76,7 @@ def test_lines_without_a_terminal_have_it(capsys: pytest.CaptureFixture[str], mo
     assert LINE in capsys.readouterr().out
 
 
+@needs_editor
 def test_a_node_shows_it_and_page_and_editor_receive_it() -> None:
     texts: list[str] = []
     views: list[dict[str, Any]] = []
