@@ -55,7 +55,7 @@ REFUSED = {
     "demo": (["demo", "--output", "{}/demo"], f"error: {TINY_MISSING}"),
     "built-in model": (["targets", "--model", "lorasmith-tiny"], TINY_MISSING),
     "example": (["run", "example:style", "--base-dir", "{}"], TINY_MISSING),
-    "pictures": (
+    "pictures": (["run", "example:sd15", "--base-dir", "{}"], TINY_MISSING),
         ["run", "{}/pictures.json", "--base-dir", "{}"],
         f"fox are example pictures of lorasmith-tiny, but {TINY_MISSING}",
     ),
@@ -78,9 +78,6 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     checkpoints = folder / "base" / "models" / "checkpoints"
     checkpoints.mkdir(parents=True)
     shutil.copy(built_in_models()[BUILT_IN], checkpoints / "sd15.safetensors")
-    folders = {"class_type": "LoadImageDataSetFromFolder", "inputs": {"folder": "fox"}}
-    shown = {"class_type": "PreviewImage", "inputs": {"images": ["1", 0]}}
-    (folder / "pictures.json").write_text(json.dumps({"1": folders, "2": shown}))
     (folder / "photos").mkdir()
     (folder / "photos" / "1.txt").write_text("drawings")
     shutil.copy(ROOT / "docs" / "images" / "before-and-after.png", folder / "photos" / "1.png")

@@ -177,8 +177,6 @@ class Folders:
         for root in self._places("input"):
             if is_folder(root / relative):
                 return self._not_elsewhere(root / relative, name)
-        if TINY.trouble and name in _EXAMPLE_PICTURES:
-            raise DataError(f"{name} are example pictures of {TINY.name}, but {TINY.trouble}")
         raise DataError(
             f"no folder {name!r} in the input folder{nearest(name, self.input_folders())}; "
             f"put it into {self.place('input')} or choose one that is there"
@@ -328,7 +326,6 @@ def fingerprint(path: Path) -> list[list[str | int]]:
     return [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in stats]
 
 
-_EXAMPLE_PICTURES = ("fox", "high-contrast")  # input folders of `lorasmith-tiny`
 _KINDS = {"unet": "diffusion_models", "clip": "text_encoders"}
 _SUBFOLDERS = {"diffusion_models": ("diffusion_models", "unet"), "text_encoders": ("text_encoders", "clip")}
 _MOST_PARTS = 20

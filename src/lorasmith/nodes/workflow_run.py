@@ -20,7 +20,6 @@ from lorasmith.core.files import read_regular
 from lorasmith.core.folders import Folders
 from lorasmith.core.printable import printable
 from lorasmith.core.registry import Registry
-from lorasmith.families.locating import BUILT_IN
 from lorasmith.formats.container import check_safetensors
 from lorasmith.nodes.all_nodes import load_nodes
 from lorasmith.nodes.example_workflows import EXAMPLE_PREFIX, example_named
@@ -37,10 +36,7 @@ def read_workflow(path: str | os.PathLike[str], *, nodes: Registry[Node] = NODES
     name = os.fspath(path)
     if name.startswith(EXAMPLE_PREFIX):
         # In the editor's format, so that files which the graph saves can be opened there.
-        example = example_named(name.removeprefix(EXAMPLE_PREFIX))
-        if TINY.trouble and f"{BUILT_IN}.safetensors" in example.needs:
-            raise GraphError(f"{name} trains the built-in model, but {TINY.trouble}")
-        path = example.editor_path
+        path = example_named(name.removeprefix(EXAMPLE_PREFIX)).editor_path
     path = Path(path)
     try:
         if path.suffix.lower() == ".safetensors":
@@ -107,7 +103,14 @@ def checked_workflow(workflow: str | os.PathLike[str], folders: Folders, changes
     nodes = load_nodes()
     read = read_workflow(workflow, nodes=nodes)
     prompt = apply_overrides(read.prompt, changes, nodes=nodes)
-    return CheckedWorkflow(validate(prompt, folders, nodes=nodes), read.editor)
+    try:
+        graph = validate(prompt, folders, nodes=nodes)
+    except GraphError as error:
+        if TINY.trouble and os.fspath(workflow).startswith(EXAMPLE_PREFIX):
+            said = f"examples use the built-in model or its pictures, but {TINY.trouble}"
+            raise GraphError(said, error.findings) from error
+        raise
+    return CheckedWorkflow(graph, read.editor)
 
 
 def run_workflow(

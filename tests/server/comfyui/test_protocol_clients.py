@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.peers.protocol_clients import CLIENTS
-
 from tests.launched import environment
+from tests.peers.protocol_clients import CLIENTS
 
 ROOT = Path(__file__).parents[3]
 PYTHON = os.environ.get("LORASMITH_CLIENTS_PYTHON")
