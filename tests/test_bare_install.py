@@ -56,9 +56,6 @@ REFUSED = {
     "built-in model": (["targets", "--model", "lorasmith-tiny"], TINY_MISSING),
     "example": (["run", "example:style", "--base-dir", "{}"], TINY_MISSING),
     "pictures": (["run", "example:sd15", "--base-dir", "{}"], TINY_MISSING),
-        ["run", "{}/pictures.json", "--base-dir", "{}"],
-        f"fox are example pictures of lorasmith-tiny, but {TINY_MISSING}",
-    ),
 }
 
 
