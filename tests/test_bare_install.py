@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from lorasmith.core.extras import EDITOR, TINY, Companion
+from lorasmith.core.folders import BUILT_IN_BASE
 from lorasmith.families.locating import BUILT_IN, built_in_models
 from tests.bare_process import ONLY_WITH_MODELS
 from tests.launched import environment, needs_editor
@@ -76,8 +77,8 @@ def bare(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     checkpoints.mkdir(parents=True)
     shutil.copy(built_in_models()[BUILT_IN], checkpoints / "sd15.safetensors")
     (folder / "photos").mkdir()
-    (folder / "photos" / "1.txt").write_text("drawings")
-    shutil.copy(ROOT / "docs" / "images" / "before-and-after.png", folder / "photos" / "1.png")
+    (folder / "photos" / "fox_1.txt").write_text("drawings")
+    shutil.copy(BUILT_IN_BASE / "input" / "fox" / "fox_1.png", folder / "photos")
     commands = [*WORKS.values(), *(command for command, _ in REFUSED.values())]
     done = subprocess.run(
         [sys.executable, "-m", "tests.bare_process", str(folder), json.dumps(commands)],

@@ -34,9 +34,9 @@ class Companion:
         nowhere = Path(__file__).parent / name
         try:
             package = import_module(name.replace("-", "_"))
-        except ImportError:
+            version = str(package.__version__)
+        except (ImportError, AttributeError):  # the second of a folder that pip left behind
             return cls(name, commands, nowhere, problem=f"{name} is not installed")
-        version = str(package.__version__)
         first = int(version.partition(".")[0])
         if first == series:
             return cls(name, commands, Path(str(resources.files(package))), version)
