@@ -138,6 +138,20 @@ def test_companions_fit(companion: Companion) -> None:
 
 def test_the_normal_install_needs_no_package_of_models() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    names = {re.match(r"[\w-]+", one)[0] for one in project["dependencies"]}  # type: ignore[index]
-    assert not names & {"diffusers", "transformers", "accelerate", "sentencepiece"}
+    names = {re.split("[<>=]", one)[0] for one in project["dependencies"]}
+    assert "torch" in names and not names & {"diffusers", "transformers", "accelerate", "sentencepiece"}
+
+
+def test_what_others_made_is_named_with_its_licence() -> None:
+    """Apache-2.0 is true of the wheel: what is in it besides is named in NOTICE, and comes with its licence."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     assert project["license"] == "Apache-2.0"
+    package, notice = ROOT / "src" / "lorasmith", (ROOT / "NOTICE").read_text("utf-8")
+    ours = {".py", ".mjs", ".css", ".html", ".svg", ".json", ".typed", ".md", ".pyc"}
+    others = {one for one in package.rglob("*.*") if one.is_file() and one.suffix not in ours}
+    others |= {*package.glob("server/pages/vendor/*")}
+    for path in (one.relative_to(ROOT) for one in others):
+        assert path.as_posix() in notice or path.parent.as_posix() in notice
+    licences = {*ROOT.glob("src/**/*LICENSE*")}
+    assert licences == {path for pattern in project["license-files"] for path in ROOT.glob(pattern)} & others
+    assert not any("GENERAL PUBLIC LICENSE" in path.read_text("utf-8") for path in licences)
