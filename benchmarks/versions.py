@@ -20,7 +20,7 @@ from pathlib import Path
 
 from benchmarks.in_turn import PICTURES, in_turn, ratio, training
 from benchmarks.results import Results, add_json
-from lorasmith.core.folders import ASSETS
+from lorasmith.core.folders import BUILT_IN_BASE
 
 _COUNTED = """
 import sys
@@ -38,7 +38,9 @@ def main() -> None:
     columns = {"": "", "step, ms": ".1f", "processor, ms": ".1f", "modules": "d", "of torch.distributed": "d"}
     results.table({**columns, "ratio": ".4f", "from": ".4f", "to": ".4f"})
     sources = {"before": arguments.before / "src", "now": Path("src").resolve()}
-    environments = {name: {**os.environ, "PYTHONPATH": str(source.resolve())} for name, source in sources.items()}
+    tiny = Path("lorasmith-tiny/src").resolve()
+    paths = {name: os.pathsep.join((str(source.resolve()), str(tiny))) for name, source in sources.items()}
+    environments = {name: {**os.environ, "PYTHONPATH": path} for name, path in paths.items()}
     with tempfile.TemporaryDirectory() as folder:
         modules = {name: _modules(environment, folder) for name, environment in environments.items()}
         before, now = environments.values()
@@ -50,7 +52,7 @@ def main() -> None:
 
 
 def _modules(environment: dict[str, str], folder: str) -> list[int]:
-    command = [sys.executable, "-c", _COUNTED, str(ASSETS / "input" / PICTURES)]
+    command = [sys.executable, "-c", _COUNTED, str(BUILT_IN_BASE / "input" / PICTURES)]
     done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=True)
     return [int(number) for number in done.stdout.splitlines()[-1].split()]
 

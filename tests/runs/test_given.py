@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import lorasmith as ls
-from lorasmith.core.folders import ASSETS
+from lorasmith.core.extras import TINY
 from lorasmith.core.options import options_of
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.runs.reproduce import Reproduction
@@ -60,7 +60,7 @@ def test_samples_one_by_one_are_those_of_load_dataset(tiny: ls.Model, data: ls.E
     assert len({one.name for one in samples}) == 4, "held out apart"
     named = ls.encode(tiny, PIXELS[0], "a dog", name="first", mask=np.ones((32, 32), bool), resolution=32)
     assert named.name == "first" and named.places is not None
-    file = ls.encode(tiny, ASSETS / "input" / "fox" / "fox_1.png", resolution=32)
+    file = ls.encode(tiny, TINY.folder / "input" / "fox" / "fox_1.png", resolution=32)
     assert file.name == "fox_1.png" and file.conditioning.text
 
 

@@ -192,7 +192,7 @@ def _print_checkup(found: Checkup) -> None:
     for folder, free in found.disks.items():
         heading("Disk    ", f"{memory_text(free)} are free for {folder}")
     for extra in found.extras:
-        remedy = f'; pip install "lorasmith[{extra.name}]" adds {", ".join(extra.missing)}' if extra.missing else ""
+        remedy = f"; without {', '.join(extra.missing)}: {extra.remedy}" if extra.missing else ""
         heading("Extra   ", f"{extra.name}: {', '.join(extra.present) or 'none of its packages'}{remedy}")
     for one in found.extensions:
         state = "cannot be used" if one.fault else "usable"

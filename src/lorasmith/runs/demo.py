@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lorasmith.core.files import atomic_path
-from lorasmith.core.folders import ASSETS
+from lorasmith.core.folders import BUILT_IN_BASE
 from lorasmith.data.data_config import ImageSource
-from lorasmith.families.locating import BUILT_IN
+from lorasmith.families.locating import BUILT_IN, named_path
 from lorasmith.families.model import Model
 from lorasmith.report.contact_sheet import contact_sheet
 from lorasmith.runs.run import RUNS
@@ -17,7 +17,7 @@ from lorasmith.sampling.generate import generate
 from lorasmith.training.results import TrainResult
 from lorasmith.training.storage.run_folder import new_run_folder
 
-_EXAMPLES = ASSETS / "input" / "high-contrast"
+_EXAMPLES = BUILT_IN_BASE / "input" / "high-contrast"
 _PROMPTS = (
     "a lion",
     "a penguin",
@@ -32,7 +32,8 @@ _STRENGTHS = (0.0, 0.5, 1.0)
 
 
 def demo_spec(*, steps: int, seed: int, output: Path | None, device: str | None) -> RunSpec:
-    """The demo's run, in a new folder under `runs/` without an output."""
+    """The demo's run, in a new folder under `runs/` without an output. Raises ModelError without `lorasmith-tiny`."""
+    named_path(BUILT_IN)
     settings = {"steps": steps, "batch_size": 8, "rank": 8, "seed": seed, "validation_share": 0.0, "previews": ""}
     sources = (ImageSource(str(_EXAMPLES)),)
     output = output or new_run_folder(RUNS, "demo")

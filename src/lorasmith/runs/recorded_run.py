@@ -22,12 +22,12 @@ from pathlib import Path
 from lorasmith.core.errors import LorasmithError, OptionError
 from lorasmith.core.extensions import remedy_for
 from lorasmith.core.files import read_regular
-from lorasmith.core.folders import ASSETS
+from lorasmith.core.folders import BUILT_IN_BASE
 from lorasmith.core.named_code import is_import_path
 from lorasmith.core.options import options_of
 from lorasmith.core.registry import Registry, missing
 from lorasmith.data.data_config import DataConfig
-from lorasmith.families.locating import built_in_models
+from lorasmith.families.locating import BUILT_IN
 from lorasmith.runs.command_lines import arguments_for, resume_command
 from lorasmith.runs.spec import RunSpec, arguments_in, parsed_toml
 from lorasmith.training.config import TrainConfig, code_settings
@@ -166,9 +166,9 @@ def _outside(named: Iterable[tuple[str, str | None]]) -> Iterator[tuple[str, str
 
 def _is_here(path: str) -> bool:
     """Whether a path can be read without a confirmation. A hub id cannot, and is not looked up."""
-    if path in built_in_models():
+    if path == BUILT_IN:
         return True
-    roots = [one for one in (Path.cwd(), ASSETS.resolve()) if one != one.parent]  # the root contains everything
+    roots = [one for one in (Path.cwd(), BUILT_IN_BASE.resolve()) if one != one.parent]  # the root contains everything
     if not Path(path).is_absolute() or not _is_inside(Path(os.path.normpath(path)), roots):
         return False
     try:  # links may lead out; paths outside are not resolved, as they may be on a network
