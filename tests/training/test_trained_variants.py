@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from lorasmith.adapters.catalogue import ALGORITHMS
@@ -280,12 +282,7 @@ def test_learning_rates_per_pattern_and_of_lora_plus(quick: Run) -> None:
 
 
 def test_the_default_rate_is_the_models_times_the_algorithms(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dataclasses import replace
-
-    from lorasmith.training import job
-
-    slower = {**ALGORITHMS, "LoHa": replace(ALGORITHMS["LoHa"], learning_rate_factor=0.5)}
-    monkeypatch.setattr(job, "ALGORITHMS", slower)
+    monkeypatch.setitem(ALGORITHMS, "LoHa", replace(ALGORITHMS["LoHa"], learning_rate_factor=0.5))
     rates = {
         name: plan_job(tiny.denoiser, TrainConfig(algorithm=name, schedule="constant")).config.learning_rate
         for name in ("LoRA", "LoHa")
