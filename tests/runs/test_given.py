@@ -116,7 +116,7 @@ NO_MODELS: list[Any] = [None, 3, {}, b"x", "nothing", Path("nothing"), torch.nn.
 NO_DATA: list[Any] = [None, 3, {}, b"x", "nothing", torch.nn.Linear(2, 2), [], [None], [(1, 2)], PIXELS, Pipe(), object]
 
 
-@pytest.mark.parametrize("given", NO_MODELS, ids=str)
+@pytest.mark.parametrize("given", NO_MODELS, ids=lambda one: type(one).__name__)
 def test_what_is_no_model_is_refused(given: Any, data: ls.EncodedDataset) -> None:
     calls: list[Callable[[], object]] = [
         lambda: ls.load_model(given),
@@ -131,7 +131,7 @@ def test_what_is_no_model_is_refused(given: Any, data: ls.EncodedDataset) -> Non
             call()
 
 
-@pytest.mark.parametrize("given", NO_DATA, ids=str)
+@pytest.mark.parametrize("given", NO_DATA, ids=lambda one: type(one).__name__)
 def test_what_is_no_data_is_refused(given: Any, tiny: ls.Model) -> None:
     calls: list[Callable[[], object]] = [
         lambda: ls.train(tiny, given, **SHORT),
