@@ -155,6 +155,14 @@ def test_what_is_wrong_stands_on_the_picture_beside_the_crop(served: ServedPage,
     assert served.server.datasets == {}
 
 
+def test_without_a_model_the_page_says_what_to_install(served: ServedPage, open_page: Opener) -> None:
+    served.server.add_dataset("fox")
+    served.server.models = {"models": [], "other": [], "notes": ["lorasmith-tiny is not installed; run this"]}
+    page = open_page("#/new/fox/model")
+    page.get_by_text("Also, lorasmith-tiny is not installed; run this.").wait_for()
+    assert page.get_by_text("the small one that is built in").count() == 0
+
+
 @pytest.mark.slow
 def test_every_setting_is_there_and_keeps_to_its_range(served: ServedPage, open_page: Opener) -> None:
     served.server.add_dataset("fox")
