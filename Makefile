@@ -51,12 +51,13 @@ collected: .venv/installed-dev
 	$(PYTHON) -m venv .venv
 	$(PIP) --upgrade pip
 
-.venv/installed: pyproject.toml | .venv/bin/python
-	$(PIP) --editable .
+# The built-in model is in a distribution of its own, beside which `make demo` needs no editor.
+.venv/installed: pyproject.toml lorasmith-tiny/pyproject.toml | .venv/bin/python
+	$(PIP) --editable ".[models]" --editable ./lorasmith-tiny
 	touch $@
 
-.venv/installed-dev: pyproject.toml | .venv/bin/python
-	$(PIP) --editable ".[dev]"
+.venv/installed-dev: pyproject.toml lorasmith-tiny/pyproject.toml lorasmith-editor/pyproject.toml | .venv/bin/python
+	$(PIP) --editable ".[dev]" --editable ./lorasmith-tiny --editable ./lorasmith-editor
 	touch $@
 
 clean:

@@ -21,7 +21,7 @@ from random import Random
 
 import psutil
 
-from lorasmith.core.folders import ASSETS
+from lorasmith.core.folders import BUILT_IN_BASE
 
 PICTURES = "fox"
 """Example pictures that are trained on."""
@@ -132,7 +132,7 @@ def training(output: Path, environment: Mapping[str, str] | None = None) -> Iter
         environment: of the process; this one's if None.
     """
     words = f"--model lorasmith-tiny --steps {STEPS} --no-previews --validation-share 0 --seed 1 --save-every 0"
-    command = [sys.executable, "-m", "lorasmith", "train", str(ASSETS / "input" / PICTURES), *words.split()]
+    command = [sys.executable, "-m", "lorasmith", "train", str(BUILT_IN_BASE / "input" / PICTURES), *words.split()]
     with subprocess.Popen([*command, "--output", str(output)], stdout=subprocess.DEVNULL, env=environment) as process:
         yield Side(output / "events.jsonl", {"trains": [psutil.Process(process.pid)]})
         process.send_signal(signal.SIGINT)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from benchmarks.bases import clock_of, machine
 from benchmarks.results import Results, add_json
-from lorasmith.core.folders import ASSETS
+from lorasmith.core.folders import BUILT_IN_BASE
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.data.encoding import load_dataset
 from lorasmith.families.loading import load_model
@@ -71,7 +71,7 @@ def main() -> None:
     device = torch.device(arguments.device)
     results = Results(arguments, torch=torch.__version__, machine=machine(device))
     model = load_model("lorasmith-tiny")
-    data = load_dataset(ASSETS / "input" / arguments.images, model, device=device)
+    data = load_dataset(BUILT_IN_BASE / "input" / arguments.images, model, device=device)
     curves = {
         recipe: [_curve(model, data, recipe, seed, arguments) for seed in arguments.seeds]
         for recipe in arguments.recipes

@@ -31,7 +31,7 @@ from benchmarks.step_time import VARIANTS
 from lorasmith.adapters.catalogue import ALGORITHMS
 from lorasmith.core.allocator import keep_freed_memory
 from lorasmith.core.errors import TrainingError
-from lorasmith.core.folders import ASSETS
+from lorasmith.core.folders import BUILT_IN_BASE
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.data.encoding import load_dataset
 from lorasmith.families.loading import load_model
@@ -64,7 +64,7 @@ def main() -> None:
     clock = clock_of(device)
     results = Results(arguments, torch=torch.__version__, machine=machine(device))
     model, judge = load_model("lorasmith-tiny", dtype=torch.float32), Judge.load()
-    data = load_dataset(ASSETS / "input" / "high-contrast", model, device=device)
+    data = load_dataset(BUILT_IN_BASE / "input" / "high-contrast", model, device=device)
     own = model.denoiser.base.defaults.learning_rate
     columns = {"algorithm": "", "× the model's rate": "g", "rate": ".2g"}
     results.table(columns | dict.fromkeys(("held-out loss", "colourless", "concept"), ".3f") | {"training, s": ".1f"})

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results import Results, add_json
-from lorasmith.core.folders import ASSETS
+from lorasmith.core.folders import BUILT_IN_BASE
 from tools.browsing import drop, opened_browser, served
 
 _PATIENCE_MS = 1_800_000
@@ -78,7 +78,7 @@ class _Hand:
 def _walk(hand: _Hand, page: Any, arguments: argparse.Namespace) -> None:
     page.get_by_text("Drop photos or a folder here").wait_for()
     hand.reached("the page is there")
-    hand.drop(sorted((ASSETS / "input" / "fox").glob("fox_*.png")))  # without their captions
+    hand.drop(sorted((BUILT_IN_BASE / "input" / "fox").glob("fox_*.png")))  # without their captions
     hand.type(page.get_by_label("Trigger word"), "sks fox")
     page.get_by_text("0 of 6 with a caption").wait_for()
     hand.click(page.get_by_role("button", name="Next: model"))

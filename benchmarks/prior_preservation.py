@@ -19,7 +19,7 @@ from typing import Any
 
 from PIL import Image
 
-from lorasmith.core.folders import ASSETS
+from lorasmith.core.folders import BUILT_IN_BASE
 from lorasmith.data.data_config import ImageSource
 from lorasmith.families.loading import load_model
 from lorasmith.families.locating import BUILT_IN
@@ -43,7 +43,7 @@ CLASS = (
 def subject_folder(folder: Path) -> Path:
     """The fox pictures, without their captions."""
     folder.mkdir()
-    for picture in (ASSETS / "input" / "fox").glob("*.png"):
+    for picture in (BUILT_IN_BASE / "input" / "fox").glob("*.png"):
         shutil.copy(picture, folder)
     return folder
 

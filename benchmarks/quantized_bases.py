@@ -20,7 +20,7 @@ import torch
 from benchmarks.bases import machine
 from benchmarks.results import Results, add_json
 from lorasmith.adapters.frozen_layer import packable_layers
-from lorasmith.core.folders import ASSETS
+from lorasmith.core.folders import BUILT_IN_BASE
 from lorasmith.core.placement import dtype_from_name
 from lorasmith.core.quantization import PACKINGS, packed
 from lorasmith.data.dataset import EncodedDataset
@@ -48,7 +48,7 @@ def main() -> None:
     device = torch.device(arguments.device)
     results = Results(arguments, torch=torch.__version__, machine=machine(device))
     model = load_model("lorasmith-tiny")
-    data = load_dataset(ASSETS / "input" / arguments.images, model, device=device)
+    data = load_dataset(BUILT_IN_BASE / "input" / arguments.images, model, device=device)
     columns = {"base": "", "bytes a weight": ".3f", "error (RMS)": ".2%"}
     columns |= dict.fromkeys(("held out, base", "held out", "of plain", "LoRA on plain base", "of plain, on plain"), "")
     results.table(columns)

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 from benchmarks.results import Results, add_json
-from lorasmith.core.folders import ASSETS
+from lorasmith.core.folders import BUILT_IN_BASE
 
 _MAIN = "from lorasmith.cli.main import main; main()"
 
@@ -47,7 +47,7 @@ def _seconds(command: list[str]) -> float:
 
 def _first_step(output: Path, arguments: argparse.Namespace) -> float:
     """Seconds to the first step, by its time in the log of the run."""
-    command = ["train", str(ASSETS / "input" / arguments.pictures), "--model", "lorasmith-tiny", "--steps", "1"]
+    command = ["train", str(BUILT_IN_BASE / "input" / arguments.pictures), "--model", "lorasmith-tiny", "--steps", "1"]
     command += ["--device", arguments.device] if arguments.device else []
     start = time.time()
     _seconds([*command, "--output", str(output)])

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from benchmarks.in_turn import PICTURES, in_turn, ratio, training
 from benchmarks.results import Results, add_json
-from lorasmith.core.folders import ASSETS
+from lorasmith.core.folders import BUILT_IN_BASE
 
 _COUNTED = """
 import sys
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def _modules(environment: dict[str, str], folder: str) -> list[int]:
-    command = [sys.executable, "-c", _COUNTED, str(ASSETS / "input" / PICTURES)]
+    command = [sys.executable, "-c", _COUNTED, str(BUILT_IN_BASE / "input" / PICTURES)]
     done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=True)
     return [int(number) for number in done.stdout.splitlines()[-1].split()]
 

@@ -30,11 +30,11 @@ def names(commands: typer.Typer) -> set[str]:
 
 
 def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lorasmith.core.folders import ASSETS
+    from lorasmith.core.folders import BUILT_IN_BASE
 
     code = re.search(r"```python\n(.*?)```", README, flags=re.DOTALL)
     assert code is not None
-    (tmp_path / "photos").symlink_to(ASSETS / "input" / "fox")
+    (tmp_path / "photos").symlink_to(BUILT_IN_BASE / "input" / "fox")
     monkeypatch.chdir(tmp_path)
     shortened = code[1].replace("sd15.safetensors", "lorasmith-tiny").replace("steps=500", "steps=2")
     exec(compile(shortened, "README.md", "exec"), {})

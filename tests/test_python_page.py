@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import lorasmith as ls
-from lorasmith.core.folders import ASSETS
+from lorasmith.core.folders import BUILT_IN_BASE
 from lorasmith.families.locating import BUILT_IN, built_in_models
 from lorasmith.training.events import KINDS
 
@@ -48,8 +48,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("place")
     shutil.copy(built_in_models()[BUILT_IN], folder / "sd15.safetensors")
     for name in ("photos", "more photos"):
-        shutil.copytree(ASSETS / "input" / "fox", folder / name)
-    configs = str(ASSETS / "models" / "configs" / BUILT_IN)
+        shutil.copytree(BUILT_IN_BASE / "input" / "fox", folder / name)
+    configs = str(BUILT_IN_BASE / "models" / "configs" / BUILT_IN)
     pipe = StableDiffusionPipeline.from_single_file(
         str(built_in_models()[BUILT_IN]), config=configs, local_files_only=True
     )

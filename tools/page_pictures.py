@@ -17,7 +17,7 @@ from typing import Any
 
 from PIL import Image
 
-from lorasmith.core.folders import ASSETS
+from lorasmith.core.folders import BUILT_IN_BASE
 from tools.browsing import drop, opened_browser, served
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
@@ -88,7 +88,7 @@ def _walk(page: Any, address: str, camera: _Camera) -> None:
     page.goto(address)
     page.get_by_text("No photos at hand?").wait_for()
     camera.every_look("1-home", page)
-    drop(page, sorted((ASSETS / "input" / "fox").glob("fox_*")))
+    drop(page, sorted((BUILT_IN_BASE / "input" / "fox").glob("fox_*")))
     page.wait_for_url("**/photos")
     page.get_by_label("Trigger word").fill("sks fox")
     page.locator(".crop, .all-good, .findings li").first.wait_for()

@@ -4,7 +4,7 @@
 
 The examples whose cards show their results are run in FOLDER, a base folder for each, unless their pictures are there;
 that takes minutes. The other cards show the pictures that are trained on. Written
-are `server/editor/templates/<name>-1.webp`.
+are `templates/<name>-1.webp` of `lorasmith-editor`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from lorasmith.core.folders import ASSETS
+from lorasmith.core.folders import BUILT_IN_BASE
 from lorasmith.nodes.example_workflows import Example, examples
 from lorasmith.nodes.workflow_run import run_workflow
 from lorasmith.server.comfyui.editor_files import PICTURES, picture_of
@@ -89,7 +89,7 @@ def _label(picture: Image.Image, box: tuple[int, int, int, int], text: str, poin
 
 def _drawn(one: Example, folder: Path) -> Image.Image:
     """The card of a template."""
-    foxes = [Image.open(path) for path in sorted((ASSETS / "input" / "fox").glob("*.png"))]
+    foxes = [Image.open(path) for path in sorted((BUILT_IN_BASE / "input" / "fox").glob("*.png"))]
     if one.needs or one.name == "single_subject":
         return named_card(one.card, foxes)
     if one.name == "folder":

@@ -10,12 +10,12 @@ import pytest
 from PIL import Image
 
 from lorasmith.cli.console import print_findings
-from lorasmith.core.folders import ASSETS
+from lorasmith.core.folders import BUILT_IN_BASE
 from lorasmith.data.findings import Finding
 from tests.cli.conftest import Ran
 from tests.data.test_preflight import add, photo
 
-FOX = ASSETS / "input" / "fox"
+FOX = BUILT_IN_BASE / "input" / "fox"
 
 
 def test_good_pictures(lorasmith: Callable[..., Ran]) -> None:

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from lorasmith.core.folders import ASSETS
+from lorasmith.core.folders import BUILT_IN_BASE
 from lorasmith.families import loading
 from lorasmith.formats.lora_file import save_lora
 from tests.cli.conftest import Ran
 from tests.cli.test_lora_commands import lora
 
-FOX, TINY = ASSETS / "input" / "fox", "lorasmith-tiny"
+FOX, TINY = BUILT_IN_BASE / "input" / "fox", "lorasmith-tiny"
 
 
 @pytest.fixture

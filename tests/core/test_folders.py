@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lorasmith.core.errors import DataError, LoraError, LorasmithError, ModelError, OptionError, OutputError
 from lorasmith.core.folders import (
-    ASSETS,
+    BUILT_IN_BASE,
     MAX_STEM_BYTES,
     Folders,
     file_stem,
@@ -66,7 +66,7 @@ def test_a_diffusers_folder_is_one_checkpoint(folders: Folders, index: str) -> N
 
 def test_the_embedded_model_is_found_without_a_base(folders: Folders) -> None:
     name = "lorasmith-tiny.safetensors"
-    assert folders.find("checkpoints", name) == ASSETS / "models/checkpoints" / name
+    assert folders.find("checkpoints", name) == BUILT_IN_BASE / "models/checkpoints" / name
 
 
 def test_the_base_goes_before_what_is_built_in(folders: Folders) -> None:
@@ -235,10 +235,10 @@ def test_input_files_and_folders(folders: Folders) -> None:
 
 
 def test_built_in_data_sets_are_input_folders(folders: Folders) -> None:
-    built_in = [entry.name for entry in (ASSETS / "input").glob("*") if entry.is_dir()]
+    built_in = [entry.name for entry in (BUILT_IN_BASE / "input").glob("*") if entry.is_dir()]
     assert set(built_in) <= set(folders.input_folders())
     for name in built_in:
-        assert folders.find_input_folder(name) == ASSETS / "input" / name
+        assert folders.find_input_folder(name) == BUILT_IN_BASE / "input" / name
 
 
 def test_data_sets_are_folders_of_shards(folders: Folders) -> None:

@@ -19,7 +19,7 @@ from video_cases import movie
 
 from lorasmith.core.choices import Fix
 from lorasmith.core.errors import OptionError, OutputError
-from lorasmith.core.folders import ASSETS
+from lorasmith.core.folders import BUILT_IN_BASE
 from lorasmith.data import mended_folder
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.folder import scan_folder
@@ -55,7 +55,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_good_images_are_copied_byte_for_byte(tmp_path: Path) -> None:
-    source = ASSETS / "input" / "fox"
+    source = BUILT_IN_BASE / "input" / "fox"
     check = preflight(scan_folder(source), DataConfig(), folder=source, resolution=256, multiple=16)
     done = write_mended(check, DataConfig(), tmp_path / "fixed")
     before, after = content(source), content(done.folder)

@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageEnhance, ImageFilter
 
-from lorasmith.core.folders import ASSETS
+from lorasmith.core.folders import BUILT_IN_BASE
 from lorasmith.data.picture_quality import PictureQuality, look_alikes, measured
 
-EXAMPLES = sorted((ASSETS / "input").rglob("*.png"))
+EXAMPLES = sorted((BUILT_IN_BASE / "input").rglob("*.png"))
 
 
 def example(path: Path) -> Image.Image:

@@ -11,14 +11,14 @@ import pytest
 from PIL import Image, ImageFilter
 
 from lorasmith.core.errors import DataError
-from lorasmith.core.folders import ASSETS
+from lorasmith.core.folders import BUILT_IN_BASE
 from lorasmith.data.crops import framings
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.findings import TokenLimit
 from lorasmith.data.folder import ImageFile, scan_folder
 from lorasmith.data.preflight import Bucket, Epoch, Preflight, name_in, preflight, usual_resolution
 
-EXAMPLES = ASSETS / "input"
+EXAMPLES = BUILT_IN_BASE / "input"
 
 
 def photo(seed: int, size: tuple[int, int] = (256, 256)) -> Image.Image:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lorasmith.core.errors import ModelError
-from lorasmith.core.folders import ASSETS
+from lorasmith.core.folders import BUILT_IN_BASE
 from lorasmith.families.base import Conditioning
 from lorasmith.families.files.checkpoint import ARCHITECTURE
 from lorasmith.families.loading import load_model
@@ -26,8 +26,8 @@ from lorasmith.formats.container import check_safetensors
 from lorasmith.sampling.generate import generate
 from lorasmith.sampling.sample import prepare_noise
 
-CONFIGS = ASSETS / "models" / "configs" / BUILT_IN
-PICTURES = sorted((ASSETS / "input" / "high-contrast").glob("*.png"))
+CONFIGS = BUILT_IN_BASE / "models" / "configs" / BUILT_IN
+PICTURES = sorted((BUILT_IN_BASE / "input" / "high-contrast").glob("*.png"))
 PROMPT, SEED = "a cat, on a blue background", 3
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformer_models import Case
 
 from lorasmith.core.errors import ModelError
-from lorasmith.core.folders import ASSETS
+from lorasmith.core.folders import BUILT_IN_BASE
 from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.families.loading import load_model
 from lorasmith.families.locating import BUILT_IN, built_in_models
@@ -28,7 +28,7 @@ def small_pipeline(**settings: Any) -> Any:
     """diffusers' pipeline of the built-in model, as diffusers leaves it."""
     from diffusers import StableDiffusionPipeline
 
-    configs = str(ASSETS / "models" / "configs" / BUILT_IN)
+    configs = str(BUILT_IN_BASE / "models" / "configs" / BUILT_IN)
     file = str(built_in_models()[BUILT_IN])
     return StableDiffusionPipeline.from_single_file(file, config=configs, local_files_only=True, **settings)
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from lorasmith.core.errors import GraphError
-from lorasmith.core.folders import ASSETS, Folders
+from lorasmith.core.folders import ASSETS, BUILT_IN_BASE, Folders
 from lorasmith.families.model import Model
 from lorasmith.nodes import load_nodes
 from lorasmith.nodes.example_workflows import example_named, examples
@@ -61,7 +61,7 @@ def test_the_example_is_the_guides(prompt: dict[str, Any], tmp_path: Path) -> No
     assert graph.warnings == ()
     train = prompt["60"]["inputs"]
     assert (train["steps"], train["rank"], train["learning_rate"]) == (200, 16, 1e-4)
-    texts = [(ASSETS / "input" / "fox" / f"fox_{n}.txt").read_text("utf-8").strip() for n in range(1, 7)]
+    texts = [(BUILT_IN_BASE / "input" / "fox" / f"fox_{n}.txt").read_text("utf-8").strip() for n in range(1, 7)]
     assert [prompt[str(key)]["inputs"]["text"] for key in range(40, 46)] == texts
 
 

@@ -12,7 +12,7 @@ import torch
 from spiece_models import spiece_model
 
 from lorasmith.core.errors import DataError, ModelError
-from lorasmith.core.folders import ASSETS
+from lorasmith.core.folders import BUILT_IN_BASE
 from lorasmith.data.captions import CaptionRules
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.folder import scan_folder
@@ -25,7 +25,7 @@ from lorasmith.runs.data_check import check_folder, check_scan, plain, token_cou
 from lorasmith.runs.run_plan import ImagesChecked
 from tests.data.test_preflight import add, photo
 
-FOX = ASSETS / "input" / "fox"
+FOX = BUILT_IN_BASE / "input" / "fox"
 TOKENIZERS: dict[str, Any] = {"clip_l": clip_tokenizer, "clip_g": clip_tokenizer, "clip_h": clip_tokenizer}
 _BYTE_LEVEL = ("qwen25vl", "qwen3", "qwen3vl", "mistral", "ministral3_3b")
 TOKENIZERS |= {"t5xxl": t5_tokenizer} | dict.fromkeys(_BYTE_LEVEL, qwen_tokenizer)

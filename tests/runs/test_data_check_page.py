@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from lorasmith.core.errors import OutputError
-from lorasmith.core.folders import ASSETS
+from lorasmith.core.folders import BUILT_IN_BASE
 from lorasmith.data.data_config import DataConfig
 from lorasmith.families.locating import BUILT_IN, ModelFiles
 from lorasmith.report.data_page import DataReport, Trouble
@@ -18,7 +18,7 @@ from lorasmith.runs.data_check import check_folder, data_report, step_lines, wri
 from tests.data.test_preflight import add, photo
 from tests.report.test_run_report import HOSTILE, Page
 
-FOX = ASSETS / "input" / "fox"
+FOX = BUILT_IN_BASE / "input" / "fox"
 
 
 def report(folder: Path, *, model: str | None = None, batch: int = 1, **settings) -> DataReport:

@@ -16,14 +16,14 @@ import pytest
 import torch
 
 import lorasmith as ls
-from lorasmith.core.folders import ASSETS
+from lorasmith.core.folders import BUILT_IN_BASE
 from lorasmith.core.options import options_of
 from lorasmith.runs import library
 from lorasmith.runs.library import DatasetArguments
 from lorasmith.sampling import generate as sampling
 
 SMALL: dict[str, Any] = {"width": 64, "height": 64, "steps": 2}
-FOX = ASSETS / "input" / "fox"
+FOX = BUILT_IN_BASE / "input" / "fox"
 
 
 @pytest.fixture(scope="module")

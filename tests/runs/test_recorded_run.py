@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from lorasmith.core.errors import LorasmithError, OptionError
-from lorasmith.core.folders import ASSETS
+from lorasmith.core.folders import BUILT_IN_BASE
 from lorasmith.data.data_config import ImageSource
 from lorasmith.runs import recorded_run
 from lorasmith.runs.recorded_run import Typed, repeated, rights_needed
@@ -114,7 +114,7 @@ def test_in_the_root_folder_nothing_counts_as_here(record: dict[str, Any], monke
 
 
 def test_what_was_typed_is_printed_with_the_rights_that_it_needs(tmp_path: Path, record: dict[str, Any]) -> None:
-    spec = RunSpec(sources=(ImageSource(str(ASSETS / "input" / "fox")),), model="lorasmith-tiny")
+    spec = RunSpec(sources=(ImageSource(str(BUILT_IN_BASE / "input" / "fox")),), model="lorasmith-tiny")
     assert rights_needed(spec) == []
     typed = {"optimizer": "torch.optim.NAdam", "track": "wandb", "existing_lora": "/a.safetensors"}
     assert rights_needed(spec.with_settings(**typed)) == [
@@ -123,7 +123,7 @@ def test_what_was_typed_is_printed_with_the_rights_that_it_needs(tmp_path: Path,
 
 
 def test_a_run_that_started_from_a_state_elsewhere_needs_the_right_to_read_it(tmp_path: Path) -> None:
-    spec = RunSpec(sources=(ImageSource(str(ASSETS / "input" / "fox")),), model="lorasmith-tiny")
+    spec = RunSpec(sources=(ImageSource(str(BUILT_IN_BASE / "input" / "fox")),), model="lorasmith-tiny")
     (tmp_path / "run.json").write_text(RunRecord(asked={"existing_state": "/gone/state.safetensors"}).to_text())
     assert rights_needed(spec, tmp_path) == ["--as-recorded"]
 

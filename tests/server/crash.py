@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lorasmith.core.folders import ASSETS
+from lorasmith.core.folders import BUILT_IN_BASE
 from lorasmith.runs.queue import JobStore
 from lorasmith.server.http_server import running
 from lorasmith.server.server_config import ServerConfig
@@ -77,7 +77,7 @@ JOBS = {"training": ("train", TRAINING), "graph": ("graph", GRAPH)}
 
 def queue(base: Path) -> None:
     """A base folder with two jobs that wait."""
-    shutil.copytree(ASSETS / "input" / "fox", base / "input" / "fox")
+    shutil.copytree(BUILT_IN_BASE / "input" / "fox", base / "input" / "fox")
     store = JobStore(base / "user" / "lorasmith" / "jobs.sqlite3")
     for name, (kind, request) in JOBS.items():
         store.add(kind, request, id=name)  # type: ignore[arg-type]

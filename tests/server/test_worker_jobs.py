@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from lorasmith.core.folders import ASSETS, Folders
+from lorasmith.core.folders import BUILT_IN_BASE, Folders
 from lorasmith.runs import training_jobs
 from lorasmith.runs.queue import measurement_subject
 from lorasmith.runs.worker import Work
@@ -57,7 +57,7 @@ class Worker:
 
     def __init__(self, base: Path) -> None:
         (base / "input").mkdir()
-        shutil.copytree(ASSETS / "input" / "fox", base / "input" / "fox")
+        shutil.copytree(BUILT_IN_BASE / "input" / "fox", base / "input" / "fox")
         self.base = base
         self.sent: list[dict[str, Any]] = []
         self.cancel = threading.Event()

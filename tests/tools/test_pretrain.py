@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorasmith.core.folders import ASSETS
+from lorasmith.core.folders import BUILT_IN_BASE
 from lorasmith.families.loading import load_model
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Model
@@ -25,7 +25,9 @@ def test_what_the_examples_teach_is_not_among_the_concepts() -> None:
     assert not {subject for subject in HELD_OUT_SUBJECTS if any(subject in concept for concept in CONCEPTS)}
     assert "high contrast" not in " ".join(STYLES.values())
     taught = [
-        path.read_text("utf-8").strip() for path in (ASSETS / "input" / "fox").glob("*.txt") if "fox_" in path.name
+        path.read_text("utf-8").strip()
+        for path in (BUILT_IN_BASE / "input" / "fox").glob("*.txt")
+        if "fox_" in path.name
     ]
     assert taught and all(text.startswith("a fox") for text in taught)
 

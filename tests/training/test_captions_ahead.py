@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lorasmith.core.folders import ASSETS
+from lorasmith.core.folders import BUILT_IN_BASE
 from lorasmith.core.processes import Processes
 from lorasmith.data.encoding import load_dataset
 from lorasmith.families.model import Autoencoder, Model, TextEncoder
@@ -38,7 +38,7 @@ VARIED: dict[str, Any] = {
 def folder(tmp_path: Path) -> Path:
     path = tmp_path / "photos"
     path.mkdir()
-    for number, source in enumerate(sorted((ASSETS / "input" / "fox").glob("*.png"))[:4]):
+    for number, source in enumerate(sorted((BUILT_IN_BASE / "input" / "fox").glob("*.png"))[:4]):
         with Image.open(source) as picture:
             picture.save(path / f"{number}.png")
         (path / f"{number}.txt").write_text(f"a {{red|small}} fox, tag {number}, on a beach, at night, in snow")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lorasmith.core.folders import ASSETS
+from lorasmith.core.folders import BUILT_IN_BASE
 from lorasmith.data.encoding import load_dataset
 from lorasmith.families.model import Denoiser, Model
 from lorasmith.runs.library import train
@@ -30,7 +30,7 @@ def held_out_loss(denoiser: Denoiser, samples: tuple[object, ...]) -> float:
 
 @pytest.mark.slow
 def test_a_style_is_learnt_from_sixteen_pictures(tiny: Model) -> None:
-    data = load_dataset(ASSETS / "input" / "high-contrast", tiny)
+    data = load_dataset(BUILT_IN_BASE / "input" / "high-contrast", tiny)
     assert len(data) == 16
     result = train(tiny, data, steps=60, batch_size=8, rank=8, seed=1)
     adapted = result.lora.applied_to(tiny.denoiser)

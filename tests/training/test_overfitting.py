@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lorasmith.core.folders import ASSETS
+from lorasmith.core.folders import BUILT_IN_BASE
 from lorasmith.data.dataset import EncodedDataset, split
 from lorasmith.data.encoding import load_dataset
 from lorasmith.families.model import Model
@@ -16,7 +16,7 @@ from lorasmith.training.validation import Validator
 
 @pytest.mark.slow
 def test_an_overfit_run_is_called_so_and_stopped_and_its_best_lora_is_kept(tiny: Model) -> None:
-    data = EncodedDataset(load_dataset(ASSETS / "input" / "high-contrast", tiny).samples[:8])
+    data = EncodedDataset(load_dataset(BUILT_IN_BASE / "input" / "high-contrast", tiny).samples[:8])
     seen: list[Validated] = []
 
     def listen(event: Event) -> None:

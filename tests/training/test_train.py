@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lorasmith.core.errors import LoraError, OptionError, OutputError
-from lorasmith.core.folders import ASSETS
+from lorasmith.core.folders import BUILT_IN_BASE
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Denoiser, Model
@@ -283,7 +283,7 @@ def test_diffusers_applies_the_saved_lora_module_for_module(
     result = run(dataset, steps=20, targets="all", learning_rate=1e-2)
     file = result.lora.save(tmp_path / "lora.safetensors")
     pipe = StableDiffusionPipeline.from_single_file(
-        tiny.path, config=str(ASSETS / "models" / "configs" / BUILT_IN), local_files_only=True, safety_checker=None,
+        tiny.path, config=str(BUILT_IN_BASE / "models" / "configs" / BUILT_IN), local_files_only=True, safety_checker=None,
         feature_extractor=None,
     )  # fmt: skip
     pipe.load_lora_weights(file)

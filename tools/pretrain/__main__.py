@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from lorasmith.core.folders import ASSETS
+from lorasmith.core.folders import BUILT_IN_BASE
 from lorasmith.core.placement import best_device
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -19,8 +19,8 @@ Work = Annotated[Path, typer.Option(help="Folder for intermediate files.")]
 Steps = Annotated[int, typer.Option(min=1, help="Total number of updates, those of earlier runs included.")]
 DEFAULT_WORK = Path("build/pretrain")
 
-CHECKPOINT = ASSETS / "models" / "checkpoints" / "lorasmith-tiny.safetensors"
-CONFIGS = ASSETS / "models" / "configs" / "lorasmith-tiny"
+CHECKPOINT = BUILT_IN_BASE / "models" / "checkpoints" / "lorasmith-tiny.safetensors"
+CONFIGS = BUILT_IN_BASE / "models" / "configs" / "lorasmith-tiny"
 
 GRID = (
     "a cat, noto style", "a red apple, twemoji style", "a hamburger, flat style", "a lion, soft shaded style",
@@ -43,7 +43,7 @@ def examples(node_modules: Annotated[Path, typer.Argument(help="npm's folder.")]
     """Draw the example pictures that come with the package."""
     from tools.pretrain.examples import render_examples
 
-    render_examples(node_modules, ASSETS / "input")
+    render_examples(node_modules, BUILT_IN_BASE / "input")
 
 
 @app.command()

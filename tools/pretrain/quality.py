@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lorasmith.core.folders import ASSETS
+from lorasmith.core.folders import BUILT_IN_BASE
 from lorasmith.core.random import keyed_normal
 from lorasmith.data.dataset import Sample
 from lorasmith.data.encoding import load_dataset
@@ -30,7 +30,7 @@ from tools.pretrain.data import BACKGROUNDS, CONCEPTS, STYLES, UNTAUGHT, short_n
 from tools.pretrain.judge import Judge, colourless
 
 SEEDS = (1, 2, 3)
-STYLE_FOLDER = ASSETS / "input" / "high-contrast"
+STYLE_FOLDER = BUILT_IN_BASE / "input" / "high-contrast"
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@
     <base>/{input,output,temp}          output/loras is also searched for LoRAs
     <base>/datasets                     saved training data sets, each a folder of shards
 
-An existing ComfyUI folder can be the base, and `extra_model_paths.yaml` adds folders of other programs. The package's
-own `assets/` is another root of the same layout, read-only and searched last. Names are relative to these roots, with
+An existing ComfyUI folder can be the base, and `extra_model_paths.yaml` adds folders of other programs. `lorasmith-tiny`
+is another root of the same layout, read-only and searched last. Names are relative to these roots, with
 forward slashes, and cannot leave them.
 
 Links in folders of models are followed, as these are often on other disks. Inputs and saved data sets are untrusted:
@@ -27,12 +27,16 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Literal, get_args
 
 from lorasmith.core.errors import DataError, LoraError, LorasmithError, ModelError, OptionError, OutputError
+from lorasmith.core.extras import TINY
 from lorasmith.core.files import entry_is_folder, entry_is_link, is_folder, is_regular, read_regular, restore_folders
 from lorasmith.core.printable import printable
 from lorasmith.core.registry import nearest
 
 ASSETS = Path(__file__).parents[1] / "assets"
-"""The built-in root, laid out like a base folder."""
+"""Example workflows and vocabularies."""
+
+BUILT_IN_BASE = TINY.folder
+"""Base folder of the built-in model and the example pictures; does not exist without `lorasmith-tiny`."""
 
 MODEL_EXTENSIONS = (".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 """Extensions of model files in lists. Pickled kinds are included so that loading one explains why it is refused."""
@@ -107,7 +111,7 @@ class Folders:
             *(self.base / name for name in own),
             *outputs,
             *self.extra.get(kind, ()),
-            *(ASSETS / name for name in own),
+            *(BUILT_IN_BASE / name for name in own),
         ]
         return list(dict.fromkeys(found))
 
@@ -257,7 +261,7 @@ class Folders:
         return [*self.preferred.get("datasets", ()), self.base / "datasets", *self.extra.get("datasets", ())]
 
     def _places(self, place: Place) -> list[Path]:
-        return [self.place(place), *([ASSETS / "input"] if place == "input" else [])]
+        return [self.place(place), *([BUILT_IN_BASE / "input"] if place == "input" else [])]
 
 
 def read_extra_model_paths(file: Path) -> tuple[dict[str, list[Path]], dict[str, list[Path]]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorasmith.core.errors import ModelError
-from lorasmith.core.folders import ASSETS, MODEL_EXTENSIONS
+from lorasmith.core.folders import BUILT_IN_BASE, MODEL_EXTENSIONS
 
 BUILT_IN = "lorasmith-tiny"
 """Name of the small model in the package, for demonstrations and tests."""
@@ -22,7 +22,7 @@ class ModelFiles:
     vae: str | None = None  # file or folder of the autoencoder
 
 
-_CHECKPOINTS = ASSETS / "models" / "checkpoints"
+_CHECKPOINTS = BUILT_IN_BASE / "models" / "checkpoints"
 
 
 def built_in_models() -> dict[str, Path]:

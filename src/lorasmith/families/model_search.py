@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 
 from lorasmith.core.errors import ModelError
-from lorasmith.core.folders import ASSETS, Folders
+from lorasmith.core.folders import BUILT_IN_BASE, Folders
 from lorasmith.families.base import AutoencoderSlot, EncoderSlot, Family
 from lorasmith.families.files.checkpoint import OriginalCheckpoint
 from lorasmith.families.loading import family_of, load_model, recognise, with_parts
@@ -179,7 +179,7 @@ def _preferred(fitting: Sequence[FoundFile], component: str, usual_file: str) ->
 
 
 def _place(path: Path, folders: Folders) -> str:
-    if path.is_relative_to(ASSETS):
+    if path.is_relative_to(BUILT_IN_BASE):
         return "the package"
     base = folders.base
     return path.parent.relative_to(base).as_posix() if path.is_relative_to(base) else str(path.parent)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorasmith.core.errors import GraphError
-from lorasmith.core.folders import ASSETS, MODEL_EXTENSIONS, Folders
+from lorasmith.core.folders import ASSETS, BUILT_IN_BASE, MODEL_EXTENSIONS, Folders
 from lorasmith.core.registry import nearest
 
 EXAMPLE_PREFIX = "example:"  # of names of examples, instead of files
@@ -47,7 +47,7 @@ def _example(name: str) -> Example:
     path = _FOLDER / f"{name}.json"
     values = [value for member in json.loads(path.read_text("utf-8")).values() for value in member["inputs"].values()]
     files = [value for value in values if isinstance(value, str) and value.endswith(MODEL_EXTENSIONS)]
-    needs = tuple(file for file in files if file not in Folders(ASSETS).files("checkpoints"))
+    needs = tuple(file for file in files if file not in Folders(BUILT_IN_BASE).files("checkpoints"))
     return Example(name, *_TITLES[name], path, _FOLDER / f"{name}.ui.json", needs)
 
 

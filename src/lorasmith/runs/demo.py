@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lorasmith.core.files import atomic_path
-from lorasmith.core.folders import ASSETS
+from lorasmith.core.folders import BUILT_IN_BASE
 from lorasmith.data.data_config import ImageSource
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.families.model import Model
@@ -17,7 +17,7 @@ from lorasmith.sampling.generate import generate
 from lorasmith.training.results import TrainResult
 from lorasmith.training.storage.run_folder import new_run_folder
 
-_EXAMPLES = ASSETS / "input" / "high-contrast"
+_EXAMPLES = BUILT_IN_BASE / "input" / "high-contrast"
 _PROMPTS = (
     "a lion",
     "a penguin",

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from lorasmith.core.errors import LorasmithError, OptionError
 from lorasmith.core.files import read_regular
-from lorasmith.core.folders import ASSETS
+from lorasmith.core.folders import BUILT_IN_BASE
 from lorasmith.core.options import options_of
 from lorasmith.data.data_config import DataConfig
 from lorasmith.families.locating import built_in_models
@@ -154,7 +154,7 @@ def _is_here(path: str) -> bool:
     """Whether a path can be read without a confirmation. A hub id cannot, and is not looked up."""
     if path in built_in_models():
         return True
-    roots = [one for one in (Path.cwd(), ASSETS.resolve()) if one != one.parent]  # the root contains everything
+    roots = [one for one in (Path.cwd(), BUILT_IN_BASE.resolve()) if one != one.parent]  # the root contains everything
     if not Path(path).is_absolute() or not _is_inside(Path(os.path.normpath(path)), roots):
         return False
     try:  # links may lead out; paths outside are not resolved, as they may be on a network

@@ -9,14 +9,14 @@ import pytest
 from aiohttp import FormData
 from PIL import Image
 
-from lorasmith.core.folders import ASSETS
+from lorasmith.core.folders import BUILT_IN_BASE
 from lorasmith.server import request_handling, server_disk
 from lorasmith.server.api import dataset_endpoints
 from lorasmith.server.dispatcher import RefusedError, UnavailableError
 from lorasmith.server.request_handling import read_body
 from tests.server.api.api_server import AT, Client, made_up, refusals_of, with_api
 
-FOX = ASSETS / "input" / "fox"
+FOX = BUILT_IN_BASE / "input" / "fox"
 
 
 def png(colour: str = "red", size: tuple[int, int] = (40, 30)) -> bytes:

@@ -57,10 +57,10 @@ def test_files_are_sent_from_their_places(tmp_path: Path) -> None:
 
 
 def test_built_in_pictures_are_inputs(tmp_path: Path) -> None:
-    from lorasmith.core.folders import ASSETS
+    from lorasmith.core.folders import BUILT_IN_BASE
 
-    picture = next(path for path in (ASSETS / "input").rglob("*.png"))
-    name = picture.relative_to(ASSETS / "input").as_posix()
+    picture = next(path for path in (BUILT_IN_BASE / "input").rglob("*.png"))
+    name = picture.relative_to(BUILT_IN_BASE / "input").as_posix()
 
     async def main() -> None:
         async with (

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from lorasmith.core.folders import ASSETS
+from lorasmith.core.folders import BUILT_IN_BASE
 from lorasmith.families.locating import BUILT_IN, built_in_models
 from tests.server.pages.conftest import PagesOpener, expected
 from tools.browsing import Served, drop, served
@@ -39,7 +39,7 @@ def test_from_photos_to_a_lora_and_beyond(server: Served, open_pages: PagesOpene
     page = open_pages(server.address)
     page.set_default_timeout(PATIENCE_MS)
     page.get_by_text("Drop photos or a folder here").wait_for()
-    drop(page, sorted((ASSETS / "input" / "fox").glob("fox_*")))
+    drop(page, sorted((BUILT_IN_BASE / "input" / "fox").glob("fox_*")))
     page.wait_for_url("**/#/new/photos/photos")
     page.get_by_text("6 of 6 with a caption").wait_for()
     page.get_by_label("Trigger word").fill("sks fox")
@@ -161,7 +161,7 @@ def change_in_diffusers(lora: Path) -> float:
     """Relative difference that a LoRA makes to the output of the built-in model, in diffusers."""
     from diffusers import StableDiffusionPipeline
 
-    configs = str(ASSETS / "models" / "configs" / BUILT_IN)
+    configs = str(BUILT_IN_BASE / "models" / "configs" / BUILT_IN)
     pipe = StableDiffusionPipeline.from_single_file(
         str(built_in_models()[BUILT_IN]), config=configs, local_files_only=True, safety_checker=None,
         feature_extractor=None,

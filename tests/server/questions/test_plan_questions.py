@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from lorasmith.core.errors import DataError, LorasmithError, ModelError, OptionError
-from lorasmith.core.folders import ASSETS, Folders
+from lorasmith.core.folders import BUILT_IN_BASE, Folders
 from lorasmith.families.locating import built_in_models
 from lorasmith.server.api_shapes import JobBody, PlanBody
 from lorasmith.server.questions.plan_questions import known_model, model_name, models, plan, train_request
@@ -90,7 +90,7 @@ def test_a_request_names_what_training_takes(folders: Folders, monkeypatch: pyte
         settings={"existing_lora": "old.safetensors", "training_adapter": "[None]", "learning_rate": None},
     )
     assert train_request(folders, wanted) == {
-        "sources": [{"path": str(ASSETS / "input" / "fox")}],
+        "sources": [{"path": str(BUILT_IN_BASE / "input" / "fox")}],
         "model": "sub/own.safetensors",
         "name": "__Foxy",
         "settings": {

@@ -23,7 +23,7 @@ from lorasmith.adapters.lora import LoraAdapter
 from lorasmith.adapters.patch import Patch
 from lorasmith.bench.measure import weight_bytes
 from lorasmith.core import quantization
-from lorasmith.core.folders import ASSETS
+from lorasmith.core.folders import BUILT_IN_BASE
 from lorasmith.core.quantization import PACKINGS, Fp8Products, packed
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.data.encoding import load_dataset
@@ -349,7 +349,7 @@ def test_only_plain_layers_that_share_nothing_are_taken() -> None:
 @pytest.fixture(scope="module")
 def taught(tiny: Model) -> Callable[[str], float]:
     """Held-out loss of a short run on a base of some packing."""
-    data = load_dataset(ASSETS / "input" / "high-contrast", tiny)
+    data = load_dataset(BUILT_IN_BASE / "input" / "high-contrast", tiny)
     settings: dict[str, Any] = {"steps": 12, "batch_size": 4, "rank": 8, "seed": 1, "training_dtype": "fp32"}
     settings |= {"validation_share": 0.25, "validation_draws": 4, "validate_every": 12}
 

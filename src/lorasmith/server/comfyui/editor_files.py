@@ -3,8 +3,8 @@
 The editor prefixes all addresses with its own folder, so the protocol is served below `/editor` too
 (`comfyui/all_routes.py`). The package is GPL-3.0: it is served unmodified, and Lorasmith contains no part of it.
 
-Extensions are Lorasmith's own, in `server/editor/extensions/`, and those of the installed editor package. Documentation
-is made from node declarations. Templates are the package's examples (`nodes/example_workflows.py`): the editor reads
+Extensions are those of `lorasmith-editor` and of the installed editor package. Documentation is made from node
+declarations. Templates are the package's examples (`nodes/example_workflows.py`): the editor reads
 `templates/index.json`, opens `templates/<name>.json` and shows `templates/<name>-1.webp`, which
 `tools/template_pictures.py` draws.
 """
@@ -21,6 +21,7 @@ from urllib.parse import quote
 
 from aiohttp import web
 
+from lorasmith.core.extras import EDITOR
 from lorasmith.core.files import is_regular
 from lorasmith.core.printable import count_text
 from lorasmith.server.contained_files import OutsideError, find_contained
@@ -48,9 +49,6 @@ EDITOR_POLICY = "; ".join(
 )
 """Content policy of ComfyUI's editor, which compiles code and has inline scripts: nothing from other origins."""
 
-OUR_FILES = Path(__file__).parents[1] / "editor"
-
-
 def editor_package() -> Path | None:
     """The folder of the editor's static files, found without importing its package; None if it is not installed."""
     found = importlib.util.find_spec("comfyui_frontend_package")
@@ -70,7 +68,7 @@ def send_editor_file(path: Path, *, cache: str = "no-cache") -> web.FileResponse
 class EditorFiles:
     """The routes; `assistant` makes the documentation of nodes."""
 
-    def __init__(self, assistant: Assistant, *, ours: Path = OUR_FILES, package: Path | None = None) -> None:
+    def __init__(self, assistant: Assistant, *, ours: Path = EDITOR.folder, package: Path | None = None) -> None:
         self._assistant = assistant
         self._roots = [ours, *([package] if package is not None else [])]
 
@@ -206,7 +204,7 @@ _MISSING_PAGE = f"""<!doctype html>
 """
 
 
-PICTURES = Path(__file__).parents[1] / "editor" / "templates"
+PICTURES = EDITOR.folder / "templates"
 
 
 def templates() -> dict[str, Example]:

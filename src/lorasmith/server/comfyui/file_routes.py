@@ -19,7 +19,7 @@ from aiohttp import BodyPartReader, web
 
 from lorasmith.core.errors import OptionError, OutputError
 from lorasmith.core.files import atomic_path, ensure_folder, is_folder, is_regular, read_regular, write_atomic
-from lorasmith.core.folders import ASSETS, PLACES, Folders, annotated
+from lorasmith.core.folders import BUILT_IN_BASE, PLACES, Folders, annotated
 from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.server.contained_files import (
     UNTRUSTED,
@@ -52,7 +52,7 @@ _MOST_COPIES = 10_000
 
 def place_folders(folders: Folders, place: str) -> list[Path]:
     """The folders in which a place's files are searched; `input` includes the built-in pictures."""
-    return [folders.base / place, *([ASSETS / "input"] if place == "input" else [])]
+    return [folders.base / place, *([BUILT_IN_BASE / "input"] if place == "input" else [])]
 
 
 class FileRoutes:

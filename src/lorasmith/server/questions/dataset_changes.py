@@ -11,7 +11,7 @@ from pathlib import Path
 
 from lorasmith.core.errors import OptionError, OutputError
 from lorasmith.core.files import atomic_path, ensure_folder, is_regular, write_atomic
-from lorasmith.core.folders import ASSETS, Folders, plain_name, safe_name
+from lorasmith.core.folders import BUILT_IN_BASE, Folders, plain_name, safe_name
 from lorasmith.data.captions import CAPTION_SUFFIXES, MAX_CAPTION, CaptionError, one_line, read_caption_file
 from lorasmith.data.folder_listing import VIDEO_SUFFIXES, foreign_reason, stem_of
 from lorasmith.data.image_files import ImageError, file_digest, image_header, image_size, image_suffixes
@@ -65,7 +65,7 @@ def create_dataset(folders: Folders, name: str) -> DatasetRow:
         raise OptionError("a dataset must have a name, got an empty one; name it after its subject")
     folder = ensure_folder(folders.place("input")) / safe_name(name.strip())
     with _CHANGING:
-        taken = {one.name.casefold() for one in (*folder.parent.iterdir(), *(ASSETS / "input").iterdir())}
+        taken = {one.name.casefold() for one in (*folder.parent.iterdir(), *(BUILT_IN_BASE / "input").iterdir())}
         if folder.name.casefold() in taken:
             raise TakenNameError(f"there is a dataset {folder.name!r} already; choose another name, or add to that one")
         ensure_folder(folder)

@@ -16,7 +16,7 @@ from typing import Any
 
 from lorasmith.core.errors import DataError, OptionError, OutputError
 from lorasmith.core.files import is_folder, is_regular
-from lorasmith.core.folders import ASSETS, Folders
+from lorasmith.core.folders import BUILT_IN_BASE, Folders
 from lorasmith.core.options import config_from, options_of
 from lorasmith.data.captions import CAPTION_SUFFIXES, CaptionError, read_caption_file
 from lorasmith.data.data_config import DataConfig, ImageSource
@@ -50,7 +50,7 @@ MOST_THUMBNAIL = 2048  # pixels of the longest edge
 def datasets(folders: Folders) -> DatasetList:
     """All datasets by name: folders with pictures, and empty ones."""
     rows = {}
-    for root in (ASSETS / "input", folders.place("input")):
+    for root in (BUILT_IN_BASE / "input", folders.place("input")):
         for folder in subfolders(root):
             if folders.is_here(folder) and (row := _row(folder)) is not None:
                 rows[folder.name] = row
@@ -156,10 +156,10 @@ def dataset_folder(folders: Folders, name: str, *, to_change: bool = False) -> P
         own = folders.place("input") / name
         if is_folder(own) and folders.is_here(own):
             return own
-        if is_folder(ASSETS / "input" / name):
+        if is_folder(BUILT_IN_BASE / "input" / name):
             if to_change:
                 raise OutputError(f"{name} belongs to Lorasmith and stays as it is; make a dataset of your own")
-            return ASSETS / "input" / name
+            return BUILT_IN_BASE / "input" / name
     raise UnknownFileError(f"there is no dataset {name!r}; choose one of the list, or make it")
 
 
@@ -171,7 +171,7 @@ def subfolders(root: Path) -> Iterator[Path]:
 
 def is_builtin(folder: Path) -> bool:
     """Whether a dataset belongs to the package."""
-    return folder.is_relative_to(ASSETS)
+    return folder.is_relative_to(BUILT_IN_BASE)
 
 
 def is_name(name: str) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 
 from lorasmith.core.errors import DataError, ModelError, OptionError
 from lorasmith.core.files import is_folder
-from lorasmith.core.folders import ASSETS, Folders, fingerprint, safe_name
+from lorasmith.core.folders import BUILT_IN_BASE, Folders, fingerprint, safe_name
 from lorasmith.core.options import options_of
 from lorasmith.core.printable import count_text, memory_text
 from lorasmith.data.data_config import DataConfig
@@ -262,7 +262,7 @@ def _row(folders: Folders, one: ListedModel) -> ModelRow:
         place=one.place,
         size_bytes=one.size_bytes,
         precision=one.precision,
-        builtin=one.path.is_relative_to(ASSETS),
+        builtin=one.path.is_relative_to(BUILT_IN_BASE),
         ready=one.is_whole,
         missing=tuple(MissingPart(part=part.component, usual_file=part.usual_file) for part in one.missing),
     )

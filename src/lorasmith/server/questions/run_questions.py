@@ -18,7 +18,7 @@ from typing import Any, cast
 
 from lorasmith.core.errors import LorasmithError
 from lorasmith.core.files import is_regular
-from lorasmith.core.folders import ASSETS, Folders
+from lorasmith.core.folders import BUILT_IN_BASE, Folders
 from lorasmith.core.options import options_of
 from lorasmith.formats.container import check_safetensors
 from lorasmith.formats.metadata import sha256_file, steps_of
@@ -232,7 +232,7 @@ def _dataset(folders: Folders, record: RunRecord) -> str | None:
         path = Path(RunSpec.from_record(record.source, {}).folder)
     except ValueError:
         return None
-    roots = (folders.place("input"), folders.place("input").resolve(), ASSETS / "input")
+    roots = (folders.place("input"), folders.place("input").resolve(), BUILT_IN_BASE / "input")
     return path.name if path.parent in roots else None
 
 

@@ -3,7 +3,7 @@
 //
 // This program is free software: you can redistribute it and/or modify it under the terms of the GNU General Public
 // License, version 3, as published by the Free Software Foundation. It is distributed WITHOUT ANY WARRANTY; the text of
-// the licence is in LICENSE-GPL-3.0.txt beside this file. It holds for this file alone, which runs as part of ComfyUI's
+// the licence is in LICENSE-GPL-3.0.txt of the package. It holds for this file alone, which runs as part of ComfyUI's
 // editor and imports its modules.
 
 // Shows a running training on the node Train LoRA: loss curve, figures and the latest previews. It listens to messages
