@@ -161,8 +161,8 @@ def main() -> None:
     parser.add_argument("--run", action="store_true", help="also run the command")
     runs = parser.parse_args().run
     build = torch_build(this_machine(), sys.executable)
-    print(f"torch for {build.title}: {build.because}")
-    print(command_line(build.command))
+    sys.stdout.write(f"torch for {build.title}: {build.because}\n{command_line(build.command)}\n")
+    sys.stdout.flush()
     if not build.command:
         sys.exit(1)
     if runs:

@@ -49,6 +49,7 @@ EDITOR_POLICY = "; ".join(
 )
 """Content policy of ComfyUI's editor, which compiles code and has inline scripts: nothing from other origins."""
 
+
 def editor_package() -> Path | None:
     """The folder of the editor's static files, found without importing its package; None if it is not installed."""
     found = importlib.util.find_spec("comfyui_frontend_package")
