@@ -14,6 +14,7 @@ from lorasmith.cli import torch_builds
 from lorasmith.cli.main import app
 from lorasmith.cli.torch_builds import CUDA_BUILDS, Machine, torch_build
 
+INSTALL = ("python", "-m", "pip", "install")
 RULE = "+-----------------------------------------------------------------------------------------+\n"
 TITAN_XP_450 = (
     "Wed Jul 29 21:51:11 2020\n"
@@ -77,8 +78,8 @@ CARDS = {
 
 
 def index_of(machine: Machine) -> str:
-    *install, address = torch_build(machine, "python").command
-    assert install == ["python", "-m", "pip", "install", "--force-reinstall", "torch", "--index-url"]
+    *install, address = torch_build(machine, INSTALL).command
+    assert install == [*INSTALL, "torch", "--index-url"]
     return address.removeprefix("https://download.pytorch.org/whl/")
 
 
@@ -96,9 +97,9 @@ def test_other_cards(system: str, cards: str) -> None:
 
 
 def test_macs() -> None:
-    silicon = torch_build(Machine(system="Darwin", processor="arm64", nvidia=None, cards=""), "python")
-    assert silicon.command == ("python", "-m", "pip", "install", "--force-reinstall", "torch")
-    intel = torch_build(Machine(system="Darwin", processor="x86_64", nvidia=None, cards=""), "python")
+    silicon = torch_build(Machine(system="Darwin", processor="arm64", nvidia=None, cards=""), INSTALL)
+    assert silicon.command == (*INSTALL, "torch")
+    intel = torch_build(Machine(system="Darwin", processor="x86_64", nvidia=None, cards=""), INSTALL)
     assert intel.command == () and "another machine" in intel.because
 
 
@@ -114,7 +115,7 @@ def test_macs() -> None:
     ],
 )
 def test_the_reason_and_a_remedy_are_said(printed: str, words: str) -> None:
-    build = torch_build(Machine(system="Linux", processor="x86_64", nvidia=printed, cards=""), "python")
+    build = torch_build(Machine(system="Linux", processor="x86_64", nvidia=printed, cards=""), INSTALL)
     assert words in build.because
 
 
@@ -131,7 +132,7 @@ def test_the_command_line_prints_it_without_torch(monkeypatch: pytest.MonkeyPatc
     done = CliRunner().invoke(app, ["doctor", "--install"])
     note, command = done.output.splitlines()
     assert "torch for CUDA 13.0: NVIDIA L4, driver 580" in note
-    assert command == torch_builds.command_line(torch_build(machine, sys.executable).command)
+    assert command == torch_builds.command_line(torch_build(machine, torch_builds.installer()).command)
     document = json.loads(CliRunner().invoke(app, ["doctor", "--install", "--json"]).stdout)
     assert document["command"][-1].endswith("/cu130")
     intel = Machine(system="Darwin", processor="x86_64", nvidia=None, cards="")
@@ -142,8 +143,14 @@ def test_the_command_line_prints_it_without_torch(monkeypatch: pytest.MonkeyPatc
     assert "pip install" in done.stdout
 
 
-def test_the_file_runs_before_anything_is_installed(tmp_path: Path) -> None:
+def test_an_environment_of_uv_has_no_pip(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert torch_builds.installer()[:3] == (sys.executable, "-m", "pip")
+    monkeypatch.setattr(torch_builds.importlib.util, "find_spec", lambda name: None)
+    assert torch_builds.installer()[:2] == ("uv", "pip") and sys.executable in torch_builds.installer()
+
+
+def test_the_file_runs_before_anything_is_installed() -> None:
     file = Path(torch_builds.__file__)
     done = subprocess.run([sys.executable, "-I", "-S", str(file)], capture_output=True, text=True, check=True)
     title, command = done.stdout.splitlines()
-    assert title.startswith("torch for ") and "-m pip install --force-reinstall torch" in command
+    assert title.startswith("torch for ") and " install " in command

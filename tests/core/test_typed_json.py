@@ -93,7 +93,7 @@ def test_what_does_not_fit_is_refused_with_its_place(value: Any, sentence: str) 
 
 
 def test_numbers_of_more_than_64_bits_are_refused() -> None:
-    with pytest.raises(ValueError, match="of 64 bits$"):  # with the place, from msgspec 0.22 on
+    with pytest.raises(ValueError, match="of 64 bits"):  # with the place, from msgspec 0.22 on
         typed({"rate": 10**400}, Outer)
 
 

@@ -198,11 +198,9 @@ def doctor(
 
 
 def _print_torch_build() -> None:
-    import sys
+    from lorasmith.cli.torch_builds import command_line, installer, this_machine, torch_build
 
-    from lorasmith.cli.torch_builds import command_line, this_machine, torch_build
-
-    build = torch_build(this_machine(), sys.executable)
+    build = torch_build(this_machine(), installer())
 
     def say() -> None:
         print_note(f"torch for {build.title}: {build.because}.", kind="Build", colour="green")

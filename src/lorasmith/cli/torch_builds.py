@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import platform
 import re
 import shlex
@@ -64,8 +65,8 @@ class TorchBuild:
     command: tuple[str, ...]
 
 
-def torch_build(machine: Machine, python: str) -> TorchBuild:
-    """The build of torch for a machine, and the command by which the interpreter `python` installs it."""
+def torch_build(machine: Machine, install: tuple[str, ...]) -> TorchBuild:
+    """The build of torch for a machine, and the command that installs it, which begins with `install`."""
     if machine.system == "Darwin":
         if machine.processor != "arm64":
             return TorchBuild(
@@ -73,24 +74,24 @@ def torch_build(machine: Machine, python: str) -> TorchBuild:
                 because="since 2.3 there are none for Macs with Intel processors; use another machine",
                 command=(),
             )
-        return _build("macOS", None, "Apple silicon", python)
+        return _build("macOS", None, "Apple silicon", install)
     if machine.nvidia is not None:
-        return _for_nvidia(machine.nvidia, python)
+        return _for_nvidia(machine.nvidia, install)
     if amd := re.search(rf"(?:AMD|ATI)\b.*?({_ROCM_CARDS})", machine.cards):
         if machine.system == "Linux":
-            return _build("ROCm 7.2", ROCM, amd[1], python)
-        return _build("the CPU", "cpu", f"{amd[1]}; on Linux there are builds for it, with ROCm", python)
+            return _build("ROCm 7.2", ROCM, amd[1], install)
+        return _build("the CPU", "cpu", f"{amd[1]}; on Linux there are builds for it, with ROCm", install)
     if re.search(_XPU_CARDS, machine.cards):
-        return _build("XPU", "xpu", "Intel Arc graphics", python)
-    return _build("the CPU", "cpu", "no graphics card was found for which there is a build", python)
+        return _build("XPU", "xpu", "Intel Arc graphics", install)
+    return _build("the CPU", "cpu", "no graphics card was found for which there is a build", install)
 
 
-def _for_nvidia(printed: str, python: str) -> TorchBuild:
+def _for_nvidia(printed: str, install: tuple[str, ...]) -> TorchBuild:
     gpus = re.findall(r"^(.+), (\d+)\.[\d.]+, (\d+)\.(\d+)\s*$", printed, re.MULTILINE)
     banner = re.search(r"(?:Driver|KMD) Version: *(\d+)\.", printed)
     if not gpus and banner is None:
         first = next((line.strip() for line in printed.splitlines() if line.strip()), "nothing")
-        return _build("the CPU", "cpu", f"nvidia-smi prints {first!r}; repair NVIDIA's driver", python)
+        return _build("the CPU", "cpu", f"nvidia-smi prints {first!r}; repair NVIDIA's driver", install)
     driver = int(gpus[0][1]) if gpus else int(banner[1]) if banner else 0
     cards = {(int(major), int(minor)): name for name, _, major, minor in gpus}
     newest = max(cards, default=_UNKNOWN)
@@ -98,7 +99,7 @@ def _for_nvidia(printed: str, python: str) -> TorchBuild:
     update = f"update NVIDIA's driver to {CUDA_BUILDS[0].driver} or later"
     fitting = [one for one in CUDA_BUILDS if driver >= one.driver and one.oldest <= newest <= one.newest]
     if not fitting:
-        return _build("the CPU", "cpu", f"{because}; for CUDA, {update}", python)
+        return _build("the CPU", "cpu", f"{because}; for CUDA, {update}", install)
     # For cards of several generations a build for all of them, or else one for the newest.
     build = next((one for one in fitting if one.oldest <= min(cards, default=newest)), fitting[0])
     left_out = [name for card, name in cards.items() if card < build.oldest]
@@ -106,17 +107,25 @@ def _for_nvidia(printed: str, python: str) -> TorchBuild:
         because += f"; the build has nothing for {', '.join(left_out)}"
     elif driver < CUDA_BUILDS[0].driver and newest >= CUDA_BUILDS[0].oldest:
         because += f"; for the newest torch, {update}"
-    return _build(build.title, build.index, because, python)
+    return _build(build.title, build.index, because, install)
 
 
 _UNKNOWN = (7, 5)  # of cards whose capability nvidia-smi does not print, as drivers before 510: every build has it
 
 
-def _build(title: str, index: str | None, because: str, python: str) -> TorchBuild:
-    # An installed build would satisfy `torch`, whatever it was built for.
-    command = (python, "-m", "pip", "install", "--force-reinstall", "torch")
+def _build(title: str, index: str | None, because: str, install: tuple[str, ...]) -> TorchBuild:
     where = () if index is None else ("--index-url", _INDEX + index)
-    return TorchBuild(title=title, because=because, command=command + where)
+    return TorchBuild(title=title, because=because, command=(*install, "torch", *where))
+
+
+def installer() -> tuple[str, ...]:
+    """The command that installs packages for this interpreter, whose environment has no pip if uv made it.
+
+    It replaces an installed torch, which satisfies `torch` whatever it was built for.
+    """
+    if importlib.util.find_spec("pip") is None:
+        return ("uv", "pip", "install", "--python", sys.executable, "--reinstall")
+    return (sys.executable, "-m", "pip", "install", "--force-reinstall")
 
 
 def this_machine() -> Machine:
@@ -160,7 +169,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="The build of torch for this machine.")
     parser.add_argument("--run", action="store_true", help="also run the command")
     runs = parser.parse_args().run
-    build = torch_build(this_machine(), sys.executable)
+    build = torch_build(this_machine(), installer())
     sys.stdout.write(f"torch for {build.title}: {build.because}\n{command_line(build.command)}\n")
     sys.stdout.flush()
     if not build.command:
