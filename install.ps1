@@ -13,7 +13,7 @@ function Invoke-Checked {
     }
 }
 
-$launcher = Get-Command -Name py, python -ErrorAction SilentlyContinue | Select-Object -First 1
+$launcher = Get-Command -Name @('py', 'python') -ErrorAction SilentlyContinue | Select-Object -First 1
 if ($null -eq $launcher) {
     Write-Error 'Python 3.11, 3.12 or 3.13 is needed; install it from https://www.python.org/downloads/windows/.'
     exit 1
