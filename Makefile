@@ -1,6 +1,8 @@
 # A convenience: README.md and CONTRIBUTING.md give the same as plain pip commands.
 PYTHON ?= python3
 BIN := .venv/bin
+# Distributions of their own; an sdist of lorasmith is without them.
+COMPANIONS := $(wildcard lorasmith-tiny lorasmith-editor)
 PIP := $(BIN)/python -m pip install --quiet --no-compile
 # Modules are compiled when they are first imported, and kept, as are the rewritten tests: empty means no.
 export PYTHONDONTWRITEBYTECODE :=
@@ -51,13 +53,12 @@ collected: .venv/installed-dev
 	$(PYTHON) -m venv .venv
 	$(PIP) --upgrade pip
 
-# The built-in model is in a distribution of its own, beside which `make demo` needs no editor.
-.venv/installed: pyproject.toml lorasmith-tiny/pyproject.toml | .venv/bin/python
-	$(PIP) --editable ".[models]" --editable ./lorasmith-tiny
+.venv/installed: $(wildcard pyproject.toml lorasmith-*/pyproject.toml) | .venv/bin/python
+	$(PIP) --editable ".[models]" $(COMPANIONS:%=--editable ./%)
 	touch $@
 
-.venv/installed-dev: pyproject.toml lorasmith-tiny/pyproject.toml lorasmith-editor/pyproject.toml | .venv/bin/python
-	$(PIP) --editable ".[dev]" --editable ./lorasmith-tiny --editable ./lorasmith-editor
+.venv/installed-dev: $(wildcard pyproject.toml lorasmith-*/pyproject.toml) | .venv/bin/python
+	$(PIP) --editable ".[dev]" $(COMPANIONS:%=--editable ./%)
 	touch $@
 
 clean:

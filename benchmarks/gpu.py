@@ -56,7 +56,7 @@ def version_of(name):
         return version(name)
     except PackageNotFoundError:
         return "not installed"
-found = {name: version_of(name) for name in ("torch", "triton", "diffusers", "transformers", "accelerate", "peft")}
+found = {name: version_of(name) for name in ("torch", "triton", "diffusers", "transformers", "peft")}
 if torch.cuda.is_available():
     card = torch.cuda.get_device_properties(0)
     found |= {"cuda": torch.version.cuda, "card": card.name, "memory_gib": round(card.total_memory / 2**30, 1)}
@@ -303,7 +303,7 @@ def markdown(facts: dict[str, Any], results: Sequence[dict[str, Any]]) -> str:
 
 def environment() -> dict[str, str]:
     """Environment of every part: the project and the unpacked wheels before installed packages, and no network."""
-    paths = [str(path) for path in (ROOT / "src", ROOT, PACKAGES)]
+    paths = [str(path) for path in (ROOT / "src", ROOT / "lorasmith-tiny" / "src", ROOT, PACKAGES)]
     before = os.environ.get("PYTHONPATH")
     return os.environ | {
         "PYTHONPATH": os.pathsep.join([*paths, *([before] if before else [])]),

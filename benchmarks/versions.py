@@ -38,7 +38,9 @@ def main() -> None:
     columns = {"": "", "step, ms": ".1f", "processor, ms": ".1f", "modules": "d", "of torch.distributed": "d"}
     results.table({**columns, "ratio": ".4f", "from": ".4f", "to": ".4f"})
     sources = {"before": arguments.before / "src", "now": Path("src").resolve()}
-    environments = {name: {**os.environ, "PYTHONPATH": str(source.resolve())} for name, source in sources.items()}
+    tiny = Path("lorasmith-tiny/src").resolve()
+    paths = {name: os.pathsep.join((str(source.resolve()), str(tiny))) for name, source in sources.items()}
+    environments = {name: {**os.environ, "PYTHONPATH": path} for name, path in paths.items()}
     with tempfile.TemporaryDirectory() as folder:
         modules = {name: _modules(environment, folder) for name, environment in environments.items()}
         before, now = environments.values()

@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, settings
 from matplotlib.figure import Figure
 from PIL import Image
 
+from lorasmith.core.extras import TINY
 from lorasmith.families.base import Conditioning
 from lorasmith.families.loading import load_model
 from lorasmith.families.locating import BUILT_IN
@@ -39,6 +40,8 @@ def slow_wanted(config: pytest.Config) -> bool:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if TINY.trouble:
+        raise pytest.UsageError(f"most tests use the built-in model, but {TINY.trouble}")
     settings.load_profile("all tests" if slow_wanted(config) else "default run")
 
 

@@ -8,6 +8,12 @@ import random
 import socket
 import sys
 
+import pytest
+
+from lorasmith.core.extras import EDITOR
+
+needs_editor = pytest.mark.skipif(bool(EDITOR.trouble), reason=EDITOR.trouble)
+
 LONG_S = 600.0
 """Longer than anything takes, however busy the machine is: what has not happened by then never will."""
 

@@ -14,6 +14,7 @@ import pytest
 
 from lorasmith.cli import console as screen
 from lorasmith.cli.run_output import training_progress
+from lorasmith.core.extras import EDITOR
 from lorasmith.nodes.training import _NodeHost
 from lorasmith.runs import progress_bars, view
 from lorasmith.runs.progress_bars import run_shown
@@ -22,6 +23,7 @@ from lorasmith.runs.view import METRICS, Metric, RunView
 from lorasmith.training.events import Event, StepDone
 from lorasmith.training.storage.records import RunHistory, read_history
 from lorasmith.training.storage.trackers import Tracker
+from tests.launched import needs_editor
 from tests.training.run_cases import started, write_run
 
 PACKAGE = Path(screen.__file__).parents[1]
@@ -74,6 +76,7 @@ def test_lines_without_a_terminal_have_it(capsys: pytest.CaptureFixture[str], mo
     assert LINE in capsys.readouterr().out
 
 
+@needs_editor
 def test_a_node_shows_it_and_page_and_editor_receive_it() -> None:
     texts: list[str] = []
     views: list[dict[str, Any]] = []
@@ -89,8 +92,8 @@ def test_a_node_shows_it_and_page_and_editor_receive_it() -> None:
     assert LINE in texts[-1]
     assert {"name": "sharpness", "label": "sharpness of the minimum", "value": 0.25, "text": "0.25", "unit": "",
             "line": LINE} in views[-1]["metrics"]  # fmt: skip
-    for script in ("server/pages/parts/live_run.mjs", "server/editor/extensions/lorasmith/lorasmith.js"):
-        assert "view.metrics.map(" in (PACKAGE / script).read_text(encoding="utf-8"), "each one is drawn"
+    for script in (PACKAGE / "server/pages/parts/live_run.mjs", EDITOR.folder / "extensions/lorasmith/lorasmith.js"):
+        assert "view.metrics.map(" in script.read_text(encoding="utf-8"), "each one is drawn"
 
 
 def test_the_report_has_it(tmp_path: Path) -> None:

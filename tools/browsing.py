@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import lorasmith
-
 FLAGS = (
     "--no-sandbox",
     "--disable-gpu",
@@ -42,14 +40,12 @@ class Served:
 def served(base: Path, *options: str) -> Iterator[Served]:
     """Inside the context, `lorasmith serve` runs on a base folder, with further options; its end is that of Ctrl-C."""
     base.mkdir(parents=True, exist_ok=True)
-    source = str(Path(lorasmith.__file__).parents[1])
-    paths = [source, *filter(None, [os.environ.get("PYTHONPATH")])]
     process = subprocess.Popen(
         [sys.executable, "-m", "lorasmith", "serve", "--base-dir", str(base), "--port", "0", *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
     )
     try:
         assert process.stdout is not None

@@ -182,7 +182,8 @@ def stages(place: Path, tree: Path) -> list[list[str]]:
 
 def run_tests(tree: Path, arguments: Sequence[str], *, seconds: float) -> tuple[int | None, str]:
     """Exit status and output of pytest, None for the status if it was stopped after so many seconds."""
-    environment = {**os.environ, "PYTHONPATH": str(tree / "src"), "OMP_NUM_THREADS": "1"}
+    sources = os.pathsep.join(str(tree / part / "src") for part in ("", "lorasmith-tiny", "lorasmith-editor"))
+    environment = {**os.environ, "PYTHONPATH": sources, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments]
     try:
         done = subprocess.run(

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from lorasmith.core.errors import DataError
+from lorasmith.core.folders import BUILT_IN_BASE
 from lorasmith.data.data_config import DataConfig, ImageSource
 from lorasmith.data.folder import ImageFile, scan_folder, scan_sources
 from lorasmith.data.source_files import NoteKind, ScanNotes
@@ -148,9 +149,7 @@ def test_no_usable_image(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("folder", "count"), [("high-contrast", 16), ("fox", 6)])
 def test_example_folders(folder: str, count: int) -> None:
-    import lorasmith
-
-    path = Path(lorasmith.__file__).parent / "assets" / "input" / folder
+    path = BUILT_IN_BASE / "input" / folder
     scan = scan_folder(path)
     assert len(scan.images) == count
     assert scan.skipped == scan.missing_captions == scan.notes == ()

@@ -9,6 +9,7 @@ import pytest
 
 from lorasmith.core.errors import OptionError
 from lorasmith.data.data_config import ImageSource
+from lorasmith.families.locating import BUILT_IN
 from lorasmith.runs.plan import plan
 from lorasmith.runs.run import Host
 from lorasmith.runs.spec import RunSpec, absolute
@@ -77,7 +78,8 @@ def test_paths_are_absolute_and_names_are_not(tmp_path: Path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model.safetensors").touch()
     assert absolute("model.safetensors") == str(tmp_path / "model.safetensors")
-    for text in ("stabilityai/sd", "a\0b", "x" * 5000):
+    (tmp_path / BUILT_IN).mkdir()  # as in a copy of the repository
+    for text in ("stabilityai/sd", "a\0b", "x" * 5000, BUILT_IN):
         assert absolute(text) == text
 
 

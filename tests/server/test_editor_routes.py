@@ -11,6 +11,7 @@ from yarl import URL
 
 from lorasmith.server.comfyui import editor_files
 from lorasmith.server.comfyui.editor_files import EDITOR_POLICY
+from tests.launched import needs_editor
 from tests.server.fake_server import serving
 
 
@@ -108,10 +109,12 @@ def test_without_the_package_a_page_says_how_to_install_it(tmp_path: Path, monke
     monkeypatch.setattr(editor_files, "editor_package", lambda: None)
     page, file = answers(tmp_path, "/editor/", "/editor/assets/index-1.js")
     assert page[:2] == (200, "text/html")
-    assert "install it with <code>pip install &quot;lorasmith[editor]&quot;</code>" in page[2]
+    assert "run <code>pip install ./lorasmith-editor</code>" in page[2]
+    assert "or <code>pip install &quot;lorasmith[editor]&quot;</code>" in page[2]
     assert file[0] == 404
 
 
+@needs_editor
 def test_extensions_and_templates_are_where_the_editor_looks(tmp_path: Path) -> None:
     async def ask() -> tuple[Any, ...]:
         async with serving(tmp_path) as server:

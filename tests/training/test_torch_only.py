@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 RUN = """
 import sys
 from importlib import metadata
-ABSENT = ("diffusers", "transformers", "accelerate")
+ABSENT = ("diffusers", "transformers", "accelerate", "sentencepiece", "huggingface_hub", "tokenizers")
 sys.modules.update(dict.fromkeys(ABSENT))  # importing them is an error
 known = metadata.version
 def version(name):

@@ -283,8 +283,8 @@ def test_diffusers_applies_the_saved_lora_module_for_module(
     result = run(dataset, steps=20, targets="all", learning_rate=1e-2)
     file = result.lora.save(tmp_path / "lora.safetensors")
     pipe = StableDiffusionPipeline.from_single_file(
-        tiny.path, config=str(BUILT_IN_BASE / "models" / "configs" / BUILT_IN), local_files_only=True, safety_checker=None,
-        feature_extractor=None,
+        tiny.path, config=str(BUILT_IN_BASE / "models" / "configs" / BUILT_IN), local_files_only=True,
+        safety_checker=None, feature_extractor=None,
     )  # fmt: skip
     pipe.load_lora_weights(file)
     applied = {name for name, module in pipe.unet.named_modules() if isinstance(module, BaseTunerLayer)}

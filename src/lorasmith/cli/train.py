@@ -153,7 +153,7 @@ def _which_models(folders: Folders) -> str:
     found = f"; found here: {', '.join(own)}" if own else ""
     return (
         "--model must be a .safetensors or .gguf file, a diffusers folder or a hub id, but none is given"
-        f"{found}; --model {BUILT_IN} is the small model that comes with the package"
+        f"{found}; --model {BUILT_IN} is the small model of lorasmith-tiny"
     )
 
 
@@ -173,13 +173,14 @@ def demo(
     from lorasmith.runs.plan import plan
     from lorasmith.runs.run import run
 
+    spec = demo_spec(steps=steps, seed=seed, output=output, device=device)
     echo(f"Lorasmith comes with a small model, {BUILT_IN}, that draws coloured emoji.")
     echo("It was not trained on black line art. This trains the style from sixteen")
     echo("pictures, and then draws subjects that are not among them.")
     echo()
     host = TerminalHost()
     with host.planning():
-        planned = plan(demo_spec(steps=steps, seed=seed, output=output, device=device), host)
+        planned = plan(spec, host)
     with host.training():
         result = run(replace(planned, fresh=True), host)
     if result.reason is Outcome.CANCELLED:

@@ -1,8 +1,8 @@
 """What `lorasmith` works without, and the sentences that say how to install it.
 
-Two are distributions of this repository, found by their import packages: `lorasmith-tiny` has the built-in model and the
-example pictures, in folders laid out like a base folder; `lorasmith-editor` has what ComfyUI's editor loads. Others are
-packages of the extra `models`, which the model families import where they use them.
+Two are distributions of this repository, found by their import packages: `lorasmith-tiny` has the built-in model and
+the example pictures, in folders laid out like a base folder; `lorasmith-editor` has what ComfyUI's editor loads. The
+packages of the extra `models` are imported by the model families where they use them.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module, resources
+from importlib.util import find_spec
 from pathlib import Path
 
 from lorasmith.core.errors import ModelError
@@ -21,45 +22,67 @@ class Companion:
     """A distribution of this repository that may be installed beside `lorasmith`."""
 
     name: str
-    folder: Path  # of its files; does not exist if there is trouble
-    trouble: str = ""  # why it is not used, in a sentence with the remedy
+    commands: tuple[str, str]  # that install it: in a copy of the repository, and from an index
+    folder: Path  # of its files; does not exist if there is a problem
+    version: str = ""  # empty if it is not installed
+    problem: str = ""  # why it is not used
 
     @classmethod
     def find(cls, name: str, extra: str, *, series: int) -> Companion:
         """The installed one, if the first number of its version is `series`."""
+        commands = f"pip install ./{name}", f'pip install "lorasmith[{extra}]"'
         nowhere = Path(__file__).parent / name
         try:
             package = import_module(name.replace("-", "_"))
-        except ImportError:
-            return cls(name, nowhere, f"{name} is not installed; run {_command(name, extra)}")
-        found = str(package.__version__)
-        if found.partition(".")[0] == str(series):
-            return cls(name, Path(str(resources.files(package))))
-        age = "older" if int(found.partition(".")[0]) < series else "newer"
-        fits = f"this lorasmith needs {name} {series}.x, but {found}, which is {age}, is installed"
-        return cls(name, nowhere, f"{fits}; run {_command(name, extra)}")
+            version = str(package.__version__)
+        except (ImportError, AttributeError):  # the second of a folder that pip left behind
+            return cls(name, commands, nowhere, problem=f"{name} is not installed")
+        first = int(version.partition(".")[0])
+        if first == series:
+            return cls(name, commands, Path(str(resources.files(package))), version)
+        age = "old" if first < series else "new"
+        problem = f"{name} {version} is too {age}, as this lorasmith needs {series}.x"
+        return cls(name, commands, nowhere, version, problem)
 
+    @property
+    def remedy(self) -> str:
+        """What to run."""
+        return f"run {self.commands[0]} in a copy of the repository of this version, or {self.commands[1]}"
 
-def _command(name: str, extra: str) -> str:
-    return f'pip install ./{name} in a copy of this version\'s repository, or pip install "lorasmith[{extra}]"'
+    @property
+    def trouble(self) -> str:
+        """Problem and remedy as a sentence, empty if there is none."""
+        return self.problem and f"{self.problem}; {self.remedy}"
 
 
 TINY = Companion.find("lorasmith-tiny", "demo", series=1)
 EDITOR = Companion.find("lorasmith-editor", "editor", series=1)
 
-MODEL_PACKAGES = frozenset({"diffusers", "transformers", "sentencepiece"})
-"""Packages of the extra `models`."""
+
+class MissingPackageError(ModelError):
+    """A package of the extra `models` is needed and not installed."""
 
 
 @contextmanager
-def models_extra_named(what: str) -> Iterator[None]:
-    """A missing package of the extra `models` is a ModelError that says how to install it for `what`."""
+def model_packages(what: str) -> Iterator[None]:
+    """Imports for `what`: those of packages that are not installed raise MissingPackageError."""
     try:
         yield
     except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in MODEL_PACKAGES:
+        if error.name not in _MODEL_PACKAGES:
             raise
-        raise ModelError(
-            f'{what} needs the package {package}, which is not installed; run pip install "lorasmith[models]"'
+        raise MissingPackageError(
+            f"{what} needs the package {error.name}, which is not installed; {_MODELS_REMEDY}"
         ) from error
+
+
+def models_trouble() -> str:
+    """Why no model of a built-in family can be loaded, with the remedy; empty if they can."""
+    missing = [name for name in _MODELS if find_spec(name) is None]
+    return f"the packages for models are not installed ({', '.join(missing)}); {_MODELS_REMEDY}" if missing else ""
+
+
+_MODELS_REMEDY = 'run pip install "lorasmith[models]"'
+_MODELS = ("diffusers", "transformers", "sentencepiece")
+_MODEL_PACKAGES = frozenset({*_MODELS, "huggingface_hub", "tokenizers"})
+"""Packages of the extra `models`, and what these install of their own."""

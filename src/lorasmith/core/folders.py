@@ -4,9 +4,9 @@
     <base>/{input,output,temp}          output/loras is also searched for LoRAs
     <base>/datasets                     saved training data sets, each a folder of shards
 
-An existing ComfyUI folder can be the base, and `extra_model_paths.yaml` adds folders of other programs. `lorasmith-tiny`
-is another root of the same layout, read-only and searched last. Names are relative to these roots, with
-forward slashes, and cannot leave them.
+An existing ComfyUI folder can be the base, and `extra_model_paths.yaml` adds folders of other programs. The files of
+`lorasmith-tiny` are another root of the same layout, read-only and searched last. Names are relative to these roots,
+with forward slashes, and cannot leave them.
 
 Links in folders of models are followed, as these are often on other disks. Inputs and saved data sets are untrusted:
 links out of the base folder are refused there without `follow_links`.

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from lorasmith.core.errors import LorasmithError, ModelError, OptionError
+from lorasmith.core.extras import model_packages
 from lorasmith.data.captions import one_line
 from lorasmith.families.part_loading import quieten
 
@@ -84,6 +85,8 @@ def transformers_captioner(model: str, device: torch.device) -> Captioner:
 
     ModelError if the model is missing, is not an image-to-text model, or would need code of its own.
     """
+    with model_packages("a captioner of transformers"):
+        import transformers  # noqa: F401
     quieten()
     folder = _folder_of(model)
     if (folder / "adapter_config.json").exists():

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lorasmith.adapters.inject import Rule
 from lorasmith.core.errors import DataError, ModelError
+from lorasmith.core.extras import model_packages
 from lorasmith.core.registry import Registry
 from lorasmith.diffusion.schedule import FlowSchedule, NoiseSchedule, ResolutionShift
 from lorasmith.families.files.checkpoint import OriginalCheckpoint, PipelineConfigs
@@ -386,7 +387,8 @@ class Family(ABC):
         """The class of the denoiser, imported when this is called. Raises ModelError if diffusers is too old."""
         module, _, name = self.network.rpartition(".")
         try:
-            found: type[nn.Module] = getattr(import_module(module or "diffusers"), name)
+            with model_packages(self.title):
+                found: type[nn.Module] = getattr(import_module(module or "diffusers"), name)
         except (ImportError, AttributeError) as error:
             if not self.needs_diffusers:
                 raise

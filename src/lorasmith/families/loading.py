@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from lorasmith.adapters.frozen_layer import CONVOLUTIONS
 from lorasmith.core.errors import ModelError
+from lorasmith.core.extras import MissingPackageError, model_packages
 from lorasmith.core.folders import pipeline_index
 from lorasmith.core.placement import FULL_PRECISION
 from lorasmith.core.quantization import Packed
@@ -40,7 +41,7 @@ from lorasmith.families.files.checkpoint import (
 )
 from lorasmith.families.files.original_weights import PartSource, build, from_original_tensors
 from lorasmith.families.known import looks_like
-from lorasmith.families.locating import built_in_models, located
+from lorasmith.families.locating import located, named_path
 from lorasmith.families.model import Model
 from lorasmith.families.part_loading import (
     autoencoder_in,
@@ -75,6 +76,7 @@ class DiffusersPipeline(Protocol):
         """Its configuration."""
 
 
+@model_packages("a base model")
 def load_model(
     source: str | os.PathLike[str] | DiffusersPipeline,
     *,
@@ -452,13 +454,14 @@ def original_shapes(
     return original
 
 
+@model_packages("a base model")
 def load_structure(source: str | os.PathLike[str]) -> Model:
     """A model whose denoiser's matrices are on the meta device, with no text encoder and no autoencoder.
 
     Of a single file the header and the vectors are read, which takes a second or two for any size. Folders and hub
     ids are loaded by `load_model`, with the same errors.
     """
-    path = built_in_models().get(str(source), Path(source))
+    path = named_path(source)
     return model_of_checkpoint(_Outline(path)) if path.is_file() else load_model(source)
 
 
@@ -476,9 +479,17 @@ class _Outline(OriginalCheckpoint):
 
 
 @cache
-def released_names(title: str) -> ModelNames | None:
-    """The name table of a family's released model. None for unsupported families."""
+def released_names(title: str, *, needed: bool = False) -> ModelNames | None:
+    """The name table of a family's released model. None for unsupported families.
+
+    Where the packages of the extra `models` are missing it is None as well, and with `needed` a ModelError.
+    """
     family = next((family for _, family in FAMILIES.items() if family.title == title), None)
     if family is None or family.released is None:
         return None
-    return family.names(family.released_denoiser(), {})
+    try:
+        return family.names(family.released_denoiser(), {})
+    except MissingPackageError:
+        if needed:
+            raise
+        return None

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorasmith.core.errors import ModelError
+from lorasmith.core.extras import TINY, model_packages
 from lorasmith.core.folders import BUILT_IN_BASE, MODEL_EXTENSIONS
 
 BUILT_IN = "lorasmith-tiny"
-"""Name of the small model in the package, for demonstrations and tests."""
+"""Name of the small model in `lorasmith-tiny`, for demonstrations and tests."""
 
 
 @dataclass(frozen=True)
@@ -22,17 +23,23 @@ class ModelFiles:
     vae: str | None = None  # file or folder of the autoencoder
 
 
-_CHECKPOINTS = BUILT_IN_BASE / "models" / "checkpoints"
-
-
 def built_in_models() -> dict[str, Path]:
-    """Models in the package, by name."""
-    return {path.stem: path for path in sorted(_CHECKPOINTS.glob("*.safetensors"))}
+    """The built-in model by its name, if `lorasmith-tiny` is installed."""
+    return {} if TINY.trouble else {BUILT_IN: BUILT_IN_BASE / "models" / "checkpoints" / f"{BUILT_IN}.safetensors"}
+
+
+def named_path(source: str | os.PathLike[str]) -> Path:
+    """The file of the built-in model for its name, else the source itself. Raises ModelError if it is not installed."""
+    if str(source) != BUILT_IN:
+        return Path(source)
+    if TINY.trouble:
+        raise ModelError(TINY.trouble)
+    return built_in_models()[BUILT_IN]
 
 
 def located(source: str | os.PathLike[str]) -> Path:
     """The file or folder of a source, downloaded if it is a hub id."""
-    path = built_in_models().get(str(source), Path(source))
+    path = named_path(source)
     # By extension, because names on hubs have dots too (FLUX.1-dev).
     if os.path.exists(path) or path.suffix.casefold() in MODEL_EXTENSIONS:  # noqa: PTH110 - for any text
         return path
@@ -40,10 +47,11 @@ def located(source: str | os.PathLike[str]) -> Path:
         return _downloaded(str(source))
     raise ModelError(
         f"there is no model at {source}; give a .safetensors checkpoint, a diffusers folder, "
-        f"a hub id such as owner/name, or {', '.join(built_in_models())} for a first try"
+        f"a hub id such as owner/name, or {BUILT_IN} for a first try"
     )
 
 
+@model_packages("a model of a hub")
 def _downloaded(repository: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (

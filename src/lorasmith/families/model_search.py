@@ -18,7 +18,7 @@ from lorasmith.core.folders import BUILT_IN_BASE, Folders
 from lorasmith.families.base import AutoencoderSlot, EncoderSlot, Family
 from lorasmith.families.files.checkpoint import OriginalCheckpoint
 from lorasmith.families.loading import family_of, load_model, recognise, with_parts
-from lorasmith.families.locating import ModelFiles, built_in_models
+from lorasmith.families.locating import BUILT_IN, ModelFiles
 from lorasmith.families.model import Model
 from lorasmith.families.parts.autoencoders import recognised_autoencoder
 from lorasmith.families.parts.encoders import ENCODERS, recognised_encoder
@@ -105,7 +105,7 @@ def load_completed(files: ModelFiles, folders: Folders | None = None) -> Complet
 
 def in_folders(source: str, folders: Folders, kinds: Sequence[str]) -> str:
     """The path of a model that is named relative to folders of `kinds`; the source itself if it names none."""
-    if Path(source).exists() or source in built_in_models():
+    if source == BUILT_IN or Path(source).exists():
         return source
     for kind in kinds:
         try:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from lorasmith.core.errors import ModelError
+from lorasmith.core.extras import model_packages
 from lorasmith.core.folders import pipeline_index
 from lorasmith.families.base import FAMILIES, Family, TextEncoders
 from lorasmith.families.files.checkpoint import (
@@ -28,6 +31,7 @@ from lorasmith.families.parts.autoencoders import AutoencoderKind, recognised_au
 from lorasmith.families.parts.encoders import EMBEDDED, EncoderKind, TokenizerSource, recognised_encoder
 
 
+@model_packages("a text encoder")
 def load_text_encoder(paths: Sequence[str | os.PathLike[str]], clip_type: str) -> TextEncoder:
     """Text encoders without a denoiser."""
     quieten()
@@ -69,6 +73,7 @@ def encoded_family(places: Sequence[Path], clip_type: str) -> Family:
     return fitting[0]
 
 
+@model_packages("an autoencoder")
 def load_autoencoder(path: str | os.PathLike[str]) -> Autoencoder:
     """An autoencoder without a denoiser, from a file or folder of its own or a checkpoint."""
     quieten()
@@ -223,8 +228,6 @@ def _parts(path: Path, subfolders: Iterable[str], prefixes: Iterable[str]) -> It
 
 def quieten() -> None:
     """Disable progress bars of transformers and diffusers, which would interrupt a training run's own."""
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
+    for package in ("diffusers", "transformers"):
+        with suppress(ModuleNotFoundError):  # a family of one's own may need neither
+            import_module(f"{package}.utils.logging").disable_progress_bar()

@@ -8,6 +8,7 @@ number of them, the class of the authors counts from one further out than ComfyU
 
 from __future__ import annotations
 
+from lorasmith.core.extras import model_packages
 from lorasmith.families.base import *
 from lorasmith.families.parts.autoencoders import QWEN_AUTOENCODER
 from lorasmith.families.parts.encoders import literal_text
@@ -71,6 +72,8 @@ class QwenImage(Family):
     )
 
     def denoiser_class(self) -> type[nn.Module]:
+        with model_packages(self.title):
+            import diffusers  # noqa: F401
         try:
             from diffusers import QwenImageTransformer2DModel
             from diffusers.models.transformers.transformer_qwenimage import (  # noqa: F401  the first that masks text

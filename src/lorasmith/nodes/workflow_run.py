@@ -15,6 +15,7 @@ from typing import Any
 from PIL import Image
 
 from lorasmith.core.errors import GraphError
+from lorasmith.core.extras import TINY
 from lorasmith.core.files import read_regular
 from lorasmith.core.folders import Folders
 from lorasmith.core.printable import printable
@@ -102,7 +103,14 @@ def checked_workflow(workflow: str | os.PathLike[str], folders: Folders, changes
     nodes = load_nodes()
     read = read_workflow(workflow, nodes=nodes)
     prompt = apply_overrides(read.prompt, changes, nodes=nodes)
-    return CheckedWorkflow(validate(prompt, folders, nodes=nodes), read.editor)
+    try:
+        graph = validate(prompt, folders, nodes=nodes)
+    except GraphError as error:
+        if TINY.trouble and os.fspath(workflow).startswith(EXAMPLE_PREFIX):
+            said = f"examples use the built-in model or its pictures, but {TINY.trouble}"
+            raise GraphError(said, error.findings) from error
+        raise
+    return CheckedWorkflow(graph, read.editor)
 
 
 def run_workflow(

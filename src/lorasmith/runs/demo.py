@@ -8,7 +8,7 @@ from pathlib import Path
 from lorasmith.core.files import atomic_path
 from lorasmith.core.folders import BUILT_IN_BASE
 from lorasmith.data.data_config import ImageSource
-from lorasmith.families.locating import BUILT_IN
+from lorasmith.families.locating import BUILT_IN, named_path
 from lorasmith.families.model import Model
 from lorasmith.report.contact_sheet import contact_sheet
 from lorasmith.runs.run import RUNS
@@ -32,7 +32,8 @@ _STRENGTHS = (0.0, 0.5, 1.0)
 
 
 def demo_spec(*, steps: int, seed: int, output: Path | None, device: str | None) -> RunSpec:
-    """The demo's run, in a new folder under `runs/` without an output."""
+    """The demo's run, in a new folder under `runs/` without an output. Raises ModelError without `lorasmith-tiny`."""
+    named_path(BUILT_IN)
     settings = {"steps": steps, "batch_size": 8, "rank": 8, "seed": seed, "validation_share": 0.0, "previews": ""}
     sources = (ImageSource(str(_EXAMPLES)),)
     output = output or new_run_folder(RUNS, "demo")

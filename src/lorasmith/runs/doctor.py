@@ -7,7 +7,9 @@ import os
 import platform
 import re
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import requires
+from importlib.metadata import version
 from pathlib import Path
 from shutil import which
 
@@ -15,17 +17,23 @@ import psutil
 import torch
 
 from lorasmith.core.errors import OutputError
+from lorasmith.core.extras import EDITOR
+from lorasmith.core.extras import TINY
 from lorasmith.core.files import check_writable
-from lorasmith.core.folders import MODEL_EXTENSIONS, Folders
-from lorasmith.core.placement import dtype_name, multiplies
+from lorasmith.core.folders import MODEL_EXTENSIONS
+from lorasmith.core.folders import Folders
+from lorasmith.core.placement import dtype_name
+from lorasmith.core.placement import multiplies
 from lorasmith.core.printable import memory_text
 from lorasmith.data.encoding_cache import default_cache
+from lorasmith.families.locating import built_in_models
 from lorasmith.training.memory.compilation import compiler
 from lorasmith.training.storage.run_states import free_bytes
 
 _PACKAGE = "lorasmith"
 _LITTLE_DISK, _LITTLE_MEMORY = 5 * 2**30, 6 * 2**30
 _KINDS = ("checkpoints", "diffusion_models", "text_encoders", "vae", "loras")
+_COMPANIONS = (TINY, EDITOR)
 _PRODUCTS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -54,6 +62,12 @@ class Extra:
     name: str
     present: tuple[str, ...]
     missing: tuple[str, ...]
+
+    @property
+    def remedy(self) -> str:
+        """What installs those that are missing."""
+        companion = next((one for one in _COMPANIONS if one.name in self.missing), None)
+        return f'run pip install "lorasmith[{self.name}]"' if companion is None else companion.remedy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +99,7 @@ def check_up(folders: Folders) -> Checkup:
     """Check versions, devices, memory, disks, model folders and optional packages."""
     required, extras = _packages()
     versions = {"python": platform.python_version(), _PACKAGE: _version(_PACKAGE)}
-    versions |= {name: _version(name) for name in required}
+    versions |= {name: _version(name) for name in (*required, *(name for extra in extras for name in extra.present))}
     versions["torch"] = torch.__version__  # names the build (+cpu, +cu132), which the package's own version may not
     devices = tuple(_devices())
     cache = default_cache().folder
@@ -106,6 +120,7 @@ def check_up(folders: Folders) -> Checkup:
         extras=extras,
         problems=(
             *_missing_packages(versions),
+            *(Problem(problem=one.problem, remedy=one.remedy) for one in _COMPANIONS if one.version and one.problem),
             *_slow_devices(devices),
             *_small_memory(memory.total),
             *(Problem(problem=f"{path} cannot be written", remedy=remedy) for path, remedy in refused.items()),
@@ -137,6 +152,8 @@ def _packages() -> tuple[list[str], tuple[Extra, ...]]:
 
 
 def _version(package: str) -> str:
+    if package in (companions := {one.name: one.version for one in _COMPANIONS}):
+        return companions[package] or "missing"
     try:
         return version(package)
     except PackageNotFoundError:
@@ -221,11 +238,11 @@ def _full_disks(disks: dict[str, int]) -> list[Problem]:
 
 
 def _no_models(found: dict[str, int], base: Path) -> list[Problem]:
-    if any(found[kind] > 1 for kind in ("checkpoints", "diffusion_models")):  # one is the built-in model
+    if found["checkpoints"] + found["diffusion_models"] > len(built_in_models()):
         return []
     return [
         Problem(
-            problem=f"{base} has no models besides the built-in one",
+            problem=f"{base} has no models{' besides the built-in one' * len(built_in_models())}",
             remedy="name your ComfyUI folder with --base-dir, or give model files with --model",
             is_fault=False,
         )

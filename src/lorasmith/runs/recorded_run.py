@@ -23,7 +23,7 @@ from lorasmith.core.files import read_regular
 from lorasmith.core.folders import BUILT_IN_BASE
 from lorasmith.core.options import options_of
 from lorasmith.data.data_config import DataConfig
-from lorasmith.families.locating import built_in_models
+from lorasmith.families.locating import BUILT_IN
 from lorasmith.runs.command_lines import arguments_for, resume_command
 from lorasmith.runs.spec import RunSpec, arguments_in, parsed_toml
 from lorasmith.training.config import TrainConfig
@@ -152,7 +152,7 @@ def _outside(named: Iterable[tuple[str, str | None]]) -> Iterator[tuple[str, str
 
 def _is_here(path: str) -> bool:
     """Whether a path can be read without a confirmation. A hub id cannot, and is not looked up."""
-    if path in built_in_models():
+    if path == BUILT_IN:
         return True
     roots = [one for one in (Path.cwd(), BUILT_IN_BASE.resolve()) if one != one.parent]  # the root contains everything
     if not Path(path).is_absolute() or not _is_inside(Path(os.path.normpath(path)), roots):

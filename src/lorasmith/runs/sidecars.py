@@ -178,14 +178,12 @@ def use_of(lora: Path, *, trigger: str, prompt: str, model: str, model_title: st
 
 def _diffusers(lora: Path, stem: str, prompt: str, model: str, family: str) -> str:
     """Code to copy. Values are untrusted and written as literals."""
-    import diffusers
-
     found = [one for name, one in FAMILIES.items() if name == family]
     pipeline = found[0].pipeline if found else "DiffusionPipeline"
     draws_clips = bool(found) and found[0].draws_clips
     load, source, name = "from_pretrained", model, _name(stem)
     if Path(model).suffix in (".safetensors", ".ckpt"):
-        if hasattr(getattr(diffusers, pipeline, None), "from_single_file"):
+        if _loads_single_files(pipeline):
             load = "from_single_file"
         else:
             source = f"the diffusers folder or hub id of {Path(model).stem}"
@@ -203,6 +201,15 @@ def _diffusers(lora: Path, stem: str, prompt: str, model: str, family: str) -> s
             picture,
         )
     )
+
+
+def _loads_single_files(pipeline: str) -> bool:
+    """Whether diffusers, if it is installed, loads a pipeline from a single file."""
+    try:
+        import diffusers
+    except ModuleNotFoundError:
+        return False
+    return hasattr(getattr(diffusers, pipeline, None), "from_single_file")
 
 
 def _name(stem: str) -> str:

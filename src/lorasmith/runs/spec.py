@@ -36,7 +36,7 @@ from lorasmith.core.options import changed, config_from, options_of
 from lorasmith.core.registry import nearest
 from lorasmith.core.typed_json import typed
 from lorasmith.data.data_config import DataConfig, ImageSource
-from lorasmith.families.locating import ModelFiles
+from lorasmith.families.locating import BUILT_IN, ModelFiles
 from lorasmith.runs.command_lines import arguments_for, positional
 from lorasmith.training.config import NONE_LORA, TrainConfig, names_alone
 
@@ -226,8 +226,9 @@ def arguments_in(found: Mapping[str, Any], path: Path) -> RunSpec:
 
 
 def absolute(path: str) -> str:
-    """The absolute path, or the text unchanged if it is not a path, such as a hub id."""
-    return str(Path(path).resolve()) if os.path.exists(path) else path  # noqa: PTH110 - for any text
+    """The absolute path, or the text unchanged if it is not a path but a hub id or the name of the built-in model."""
+    is_path = path != BUILT_IN and os.path.exists(path)  # noqa: PTH110 - for any text
+    return str(Path(path).resolve()) if is_path else path
 
 
 def _resolved(path: str) -> str:
@@ -244,7 +245,7 @@ def _in_folder(given: RunSpec, folder: Path) -> RunSpec:
         return str(folder / path)
 
     def file(path: str) -> str:  # a hub id or a built-in name is not a path
-        return inside(path) if (folder / path).exists() else path
+        return inside(path) if path != BUILT_IN and (folder / path).exists() else path
 
     settings = {
         key: inside(value) if key in SETTING_PATHS and isinstance(value, str) and value != NONE_LORA else value

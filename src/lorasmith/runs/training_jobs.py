@@ -24,7 +24,7 @@ from lorasmith.core.folders import Folders, fingerprint
 from lorasmith.core.printable import count_text, printable
 from lorasmith.core.typed_json import typed
 from lorasmith.data.dataset import EncodedDataset
-from lorasmith.families.locating import ModelFiles, built_in_models
+from lorasmith.families.locating import ModelFiles, named_path
 from lorasmith.families.model_search import (
     ENCODER_FOLDERS,
     MODEL_FOLDERS,
@@ -366,5 +366,4 @@ def _identity(files: ModelFiles, folders: Folders | None) -> list[list[str | int
             *([in_folders(files.vae, folders, VAE_FOLDERS)] if files.vae else []),
             *(str(root) for kind in (*ENCODER_FOLDERS, *VAE_FOLDERS) for root in folders.roots(kind)),
         ]
-    built_in = built_in_models()
-    return [fact for name in named for fact in fingerprint(built_in.get(name, Path(name)))]
+    return [fact for name in named for fact in fingerprint(named_path(name))]

@@ -277,6 +277,7 @@ class ModelListAnswer:
 
     models: tuple[ModelRow, ...]
     other: tuple[OtherFile, ...]
+    notes: Annotated[tuple[str, ...], "what is not installed, with the command that installs it"]
 
 
 @dataclass(frozen=True, kw_only=True)

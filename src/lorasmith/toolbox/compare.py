@@ -21,7 +21,7 @@ from lorasmith.core.adapter_state import ModuleRef
 from lorasmith.core.errors import LoraError, ModelError
 from lorasmith.core.folders import pipeline_index
 from lorasmith.families.files.checkpoint import weight_files
-from lorasmith.families.locating import built_in_models
+from lorasmith.families.locating import BUILT_IN, named_path
 from lorasmith.formats.container import check_safetensors, read_safetensors
 from lorasmith.formats.scales import rank_of
 from lorasmith.formats.spelling import ModuleTensors, block_of, grouped
@@ -105,7 +105,7 @@ def compare(first: Path, second: Path, *, model: ModelReader | None = None) -> C
 
 
 def _is_lora(path: Path) -> bool:
-    if str(path) in built_in_models() or pipeline_index(path) is not None:
+    if str(path) == BUILT_IN or pipeline_index(path) is not None:
         return False
     if path.is_dir():
         return True
@@ -252,7 +252,7 @@ def _unequal(first: Mapping[str, str], second: Mapping[str, str]) -> dict[str, t
 
 
 def _compare_checkpoints(first: Path, second: Path) -> Comparison:
-    paths = [built_in_models().get(str(path), path) for path in (first, second)]
+    paths = [named_path(path) for path in (first, second)]
     if paths[0].is_dir() == paths[1].is_dir():
         a, b = (_stored(path) for path in paths)
     else:

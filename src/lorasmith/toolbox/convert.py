@@ -109,7 +109,7 @@ def _loaded(source: Path, model: str | os.PathLike[str] | None) -> tuple[Adapter
 def _released(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> ModelNames:
     """Names of the released model of the recognised family. Raises LoraError if none is recognised."""
     family = guessed_family({key: tuple(tensor.shape) for key, tensor in tensors.items()}, metadata)
-    names = None if family is None else released_names(family)
+    names = None if family is None else released_names(family, needed=True)
     if names is None:
         looks = f"looks like a LoRA for {family}, whose names are" if family else "is for a model whose names are"
         raise LoraError(f"{path} {looks} not known here; name the model with --model")

@@ -125,7 +125,7 @@ def read_together(
     layouts = {file.layout for file in files}
     if all(_spelled_alike(files[0], other) for other in files[1:]) and not (one_layout and len(layouts) > 1):
         return files
-    released = released_names(families[-1]) if families else None
+    released = released_names(families[-1], needed=len(layouts) > 1) if families else None
     if released is not None:
         try:
             return [read_lora(path, released) for path in paths]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lorasmith.core.adapter_state import DENOISER, ModuleRef
 from lorasmith.core.errors import LorasmithError, ModelError
+from lorasmith.core.extras import model_packages
 from lorasmith.core.quantization import Packed
 from lorasmith.families.base import Family
 from lorasmith.families.files.checkpoint import OriginalCheckpoint, PipelineConfigs, read_json, weight_files
@@ -27,7 +28,7 @@ from lorasmith.families.files.gguf import is_gguf
 from lorasmith.families.files.original_weights import weights_empty
 from lorasmith.families.files.packed_weights import scale_name
 from lorasmith.families.loading import expert_in, family_of, model_of_checkpoint
-from lorasmith.families.locating import built_in_models
+from lorasmith.families.locating import named_path
 from lorasmith.formats.container import check_safetensors, read_safetensors
 from lorasmith.formats.names import ModelNames
 
@@ -88,12 +89,13 @@ class ModelReader:
         return self._open[file][name]
 
 
+@model_packages("a base model")
 def open_model(source: str | os.PathLike[str]) -> ModelReader:
     """The files of a single-file checkpoint, a diffusers folder, an expert's folder in one, or a built-in model.
 
     Raises ModelError if it cannot be found, read or recognised.
     """
-    path = built_in_models().get(str(source), Path(source))
+    path = named_path(source)
     if is_gguf(path):
         raise ModelError(
             f"{path} is a GGUF file, whose weights are codes that the tools do not compute on; use the bf16 or fp16 "

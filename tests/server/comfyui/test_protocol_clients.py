@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.launched import environment
 from tests.peers.protocol_clients import CLIENTS
 
 ROOT = Path(__file__).parents[3]
@@ -28,8 +29,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A server with a worker."""
     base = tmp_path_factory.mktemp("base")
     command = [sys.executable, "-m", "lorasmith", "serve", "--base-dir", str(base), "--port", "0"]
-    variables = os.environ | {"PYTHONPATH": str(ROOT / "src"), "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=variables) as server:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment(PYTHONUNBUFFERED="1")) as server:
         try:
             assert server.stdout is not None
             line = server.stdout.readline()

@@ -29,7 +29,6 @@ from tools.browsing import chromium, opened_browser
 
 pytestmark = pytest.mark.slow
 
-SOURCES = Path(__file__).parents[3] / "src"
 APP = "window.comfyAPI.app.app"
 TRAIN = f"{APP}.graph.nodes.find(node => node.type === 'TrainLoraNode')"
 PATIENCE_MS = 900_000
@@ -69,7 +68,7 @@ class Server:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        paths = [str(SOURCES), *([str(self.editor)] if self.editor else [])]
+        paths = [*([str(self.editor)] if self.editor else []), *filter(None, sys.path)]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "lorasmith", "serve", "--base-dir", str(self.base), "--port", str(self.port)],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},

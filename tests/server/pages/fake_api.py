@@ -20,11 +20,12 @@ from typing import Any
 from aiohttp import web
 from PIL import Image, ImageDraw
 
+from lorasmith.core.folders import BUILT_IN_BASE
 from lorasmith.runs.view import RunView
 from lorasmith.server.page_routes import routes
 from lorasmith.training.events import Event, Outcome, Previewed, RunFinished, RunStarted, StepDone, Validated, Warned
 
-PICTURES = Path(__file__).parents[3] / "src" / "lorasmith" / "assets" / "input" / "fox"
+PICTURES = BUILT_IN_BASE / "input" / "fox"
 NOW = 1_795_760_000.0
 STEPS = 60
 
@@ -80,6 +81,7 @@ MODELS = {
     ],
     "other": [{"name": "notes.safetensors", "place": "models/checkpoints", "what": "it holds no known model",
                "size_bytes": 4096}],
+    "notes": [],
 }  # fmt: skip
 
 

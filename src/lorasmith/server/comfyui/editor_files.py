@@ -16,7 +16,8 @@ import json
 import mimetypes
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+from typing import Any
 from urllib.parse import quote
 
 from aiohttp import web
@@ -24,9 +25,12 @@ from aiohttp import web
 from lorasmith.core.extras import EDITOR
 from lorasmith.core.files import is_regular
 from lorasmith.core.printable import count_text
-from lorasmith.server.contained_files import OutsideError, find_contained
+from lorasmith.server.contained_files import OutsideError
+from lorasmith.server.contained_files import find_contained
 from lorasmith.server.dispatcher import Assistant
-from lorasmith.server.request_handling import ServerContext, refused, table
+from lorasmith.server.request_handling import ServerContext
+from lorasmith.server.request_handling import refused
+from lorasmith.server.request_handling import table
 
 if TYPE_CHECKING:
     from lorasmith.nodes.example_workflows import Example
@@ -128,9 +132,6 @@ _TYPES = {
 """Browsers refuse these files under other types, which the system's table may give them."""
 
 
-INSTALL = 'pip install "lorasmith[editor]"'
-
-
 def routes(context: ServerContext) -> list[web.RouteDef]:
     """The routes of the editor's own files."""
     return EditorPages(editor_package(), context.folders.base / "user" / "default" / "user.css").routes()
@@ -199,7 +200,8 @@ _MISSING_PAGE = f"""<!doctype html>
   body {{ max-width: 40rem; margin: 20vh auto; padding: 0 1rem }}
   code {{ background: #7f7f7f33; padding: 0.1em 0.4em; border-radius: 4px; white-space: nowrap }}
 </style>
-<p>To use ComfyUI's graph editor here, install it with <code>{escape(INSTALL)}</code> and restart the server.</p>
+<p>To use ComfyUI's graph editor here, run <code>{escape(EDITOR.commands[0])}</code> in a copy of Lorasmith's
+repository, or <code>{escape(EDITOR.commands[1])}</code>, and restart the server.</p>
 <p><a href="/">Back to Lorasmith</a></p>
 </html>
 """

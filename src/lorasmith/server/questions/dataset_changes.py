@@ -65,7 +65,7 @@ def create_dataset(folders: Folders, name: str) -> DatasetRow:
         raise OptionError("a dataset must have a name, got an empty one; name it after its subject")
     folder = ensure_folder(folders.place("input")) / safe_name(name.strip())
     with _CHANGING:
-        taken = {one.name.casefold() for one in (*folder.parent.iterdir(), *(BUILT_IN_BASE / "input").iterdir())}
+        taken = {one.name.casefold() for one in (*folder.parent.iterdir(), *(BUILT_IN_BASE / "input").glob("*"))}
         if folder.name.casefold() in taken:
             raise TakenNameError(f"there is a dataset {folder.name!r} already; choose another name, or add to that one")
         ensure_folder(folder)

@@ -13,6 +13,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from lorasmith.core.errors import DataError, ModelError, OptionError
+from lorasmith.core.extras import TINY, models_trouble
 from lorasmith.core.files import is_folder
 from lorasmith.core.folders import BUILT_IN_BASE, Folders, fingerprint, safe_name
 from lorasmith.core.options import options_of
@@ -20,7 +21,7 @@ from lorasmith.core.printable import count_text, memory_text
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.folder import ImageFile, scan_folder
 from lorasmith.data.preflight import epoch_of
-from lorasmith.families.locating import BUILT_IN, ModelFiles, built_in_models
+from lorasmith.families.locating import BUILT_IN, ModelFiles, built_in_models, named_path
 from lorasmith.families.model_search import ENCODER_FOLDERS, MODEL_FOLDERS, VAE_FOLDERS, in_folders
 from lorasmith.runs.memory_estimate import MemoryEstimate, estimate_memory
 from lorasmith.runs.model_list import ListedFile, ListedModel, ModelList, list_models
@@ -192,12 +193,14 @@ def models(folders: Folders) -> ModelListAnswer:
     return ModelListAnswer(
         models=tuple(sorted(rows, key=lambda row: row.builtin)),
         other=tuple(map(_other, (*found.unused, *found.unknown))),
+        notes=tuple(filter(None, (TINY.trouble, models_trouble()))),
     )
 
 
 def known_model(folders: Folders, name: str) -> str:
     """The model of a request, in the model folders or built in. Raises ModelError for other paths and downloads."""
-    if name in built_in_models():
+    if name == BUILT_IN:
+        named_path(name)  # raises if it is not installed
         return name
     for kind in MODEL_FOLDERS:
         try:

@@ -20,7 +20,7 @@ from lorasmith.core.options import changed, options_of
 from lorasmith.data.crops import pixel_step
 from lorasmith.families.base import FAMILIES
 from lorasmith.families.loading import load_structure
-from lorasmith.families.locating import built_in_models
+from lorasmith.families.locating import named_path
 from lorasmith.nodes import load_nodes
 from lorasmith.runs.recorded_run import Typed, repeated
 from lorasmith.runs.run_page import is_own, lora_of_run
@@ -192,7 +192,7 @@ def _node(class_type: str, title: str, **inputs: Any) -> dict[str, Any]:
 
 def _loaders(spec: RunSpec, record: RunRecord, folders: Folders) -> tuple[PromptJson, list[Any], list[Any], list[Any]]:
     """The nodes that load the model, and links to its denoiser, text encoders and autoencoder."""
-    path = built_in_models().get(spec.model, Path(spec.model))
+    path = named_path(spec.model)
     checkpoint, denoiser = _name(folders, "checkpoints", path), _name(folders, "diffusion_models", path)
     if checkpoint is not None:
         graph = {"1": _node("CheckpointLoaderSimple", "Checkpoint", ckpt_name=checkpoint)}

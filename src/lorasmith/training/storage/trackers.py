@@ -1,4 +1,4 @@
-"""Logging of losses and rates to TensorBoard and Weights & Biases, through accelerate's trackers.
+"""Logging of losses and rates to TensorBoard and Weights & Biases.
 
 Their files are in the folder of the run, so that a resumed run continues the same curves. A run does not depend on
 them: a tracker that fails causes one warning and is not called again.
@@ -6,6 +6,7 @@ them: a tracker that fails causes one warning and is not called again.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import secrets
 from collections.abc import Mapping
@@ -80,31 +81,40 @@ class Tracker:
 
 
 def _tensorboard(folder: Path, title: str, config: Mapping[str, Any]) -> Any:
-    from accelerate import PartialState
-    from accelerate.tracking import TensorBoardTracker
+    from torch.utils.tensorboard import SummaryWriter
 
-    PartialState()  # accelerate's loggers refuse to work before there is one
-    tracker = TensorBoardTracker("tensorboard", ensure_folder(folder))
-    tracker.start()
+    writer = SummaryWriter(ensure_folder(folder) / "tensorboard")
     # Not as hyperparameters: TensorBoard makes one more run of them each time, and refuses None.
     rows = [f"| {name} | {printable(value)} |" for name, value in {"title": title, **config}.items()]
-    tracker.log({"settings": "\n".join(["| setting | value |", "|---|---|", *rows])}, step=0)
-    return tracker
+    writer.add_text("settings", "\n".join(["| setting | value |", "|---|---|", *rows]), 0)
+    return _TensorBoard(writer)
+
+
+class _TensorBoard:
+    """A writer with the methods of a run of Weights & Biases."""
+
+    def __init__(self, writer: Any) -> None:
+        self._writer = writer
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def finish(self) -> None:
+        self._writer.close()
 
 
 def _wandb(folder: Path, title: str, config: Mapping[str, Any]) -> Any:
-    from accelerate import PartialState
-    from accelerate.tracking import WandBTracker
-
-    PartialState()
+    wandb: Any = importlib.import_module("wandb")
     remembered = ensure_folder(folder / "wandb") / "run-id"
     if not remembered.exists():
         write_atomic(remembered, secrets.token_hex(8))
     number = remembered.read_text(encoding="utf-8")
     private = {name for name, declared in options_of(TrainConfig).items() if declared.is_path or declared.is_prompt}
     sent = {name: value for name, value in config.items() if not (config.get("private") and name in private)}
-    tracker = WandBTracker(
-        _PROJECT,
+    return wandb.init(
+        project=_PROJECT,
         name=printable(title, limit=128),  # the server's limit
         id=number,
         resume="allow",
@@ -116,5 +126,3 @@ def _wandb(folder: Path, title: str, config: Mapping[str, Any]) -> Any:
             "disable_code": True,
         },  # only numbers and settings are uploaded
     )
-    tracker.start()
-    return tracker

@@ -35,7 +35,8 @@ export function ModelView({ dataset }) {
       <p>The LoRA will work with this model, and mostly with others of its family.</p>
       <${Problem} error=${error} onRetry=${reload} />
       ${!found && !error && html`<${Loading} what="models" />`}
-      ${found && !families.length && html`<${Notice} mood="fair"><p>There is no model of your own yet. Put one, such as a checkpoint of SDXL, into <code>${joined(server?.base_dir, "models/checkpoints")}</code> and look again; or try everything with the small one that is built in.</p>
+      ${found && !families.length && html`<${Notice} mood="fair"><p>There is no model of your own yet. Put one, such as a checkpoint of SDXL, into <code>${joined(server?.base_dir, "models/checkpoints")}</code> and look again${builtin.length ? "; or try everything with the small one that is built in" : ""}.</p>
+        ${found.notes.map((one) => html`<p key=${one}>Also, ${one}.</p>`)}
         <${Button} onClick=${reload}>Look again<//><//>`}
       <div role="radiogroup" aria-label="Model" class="choices">
         ${families.map(([family, members]) => html`<div class="family" key=${family}><h2>${family}</h2>${members.map(row)}</div>`)}
