@@ -43,7 +43,6 @@ sys.addaudithook(refuse)
 """
 
 DOORS = f"""
-import json, pathlib
 from typer.testing import CliRunner
 import lorasmith as ls
 from lorasmith.cli.main import app
@@ -56,20 +55,21 @@ model = ls.load_model("lorasmith-tiny")
 data = ls.load_dataset({str(FOX)!r}, model, trigger="sks fox", progress=False)
 result = ls.train(model, data, steps=2, rank=2, progress=False)
 result.lora.save("fox.safetensors")
-ls.run_workflow("example:single_subject", changes={{"Train LoRA.steps": 2, "KSampler.steps": 1}}, progress=False)
-run("train", {str(FOX)!r}, "--model", "lorasmith-tiny", "--steps", 2, "--output", "trained", "--no-previews")
+changes = {{"Train LoRA.steps": 2, "Train LoRA.batch_size": 1, "80.steps": 1, "90.steps": 1}}
+ls.run_workflow("example:single_subject", changes=changes, progress=False)
 for arguments in (
     ["inspect", "fox.safetensors"], ["check", "fox.safetensors"], ["doctor"], ["models"], ["nodes"],
-    ["convert", "fox.safetensors", "--to", "peft", "--output", "peft"], ["diff", "fox.safetensors", "peft"],
-    ["data", "check", {str(FOX)!r}], ["plan", "--model", "lorasmith-tiny"], ["report", "trained"],
-    ["generate", "--model", "lorasmith-tiny", "--prompt", "a fox", "--steps", 1, "--output", "fox.png"],
+    ["convert", "fox.safetensors", "--to", "peft", "--model", "lorasmith-tiny", "--output", "peft"],
+    ["data", "check", {str(FOX)!r}], ["plan", "--model", "lorasmith-tiny", "--memory", 8],
+    ["resize", "fox.safetensors", "--rank", 1, "--output", "small.safetensors"],
+    ["generate", "--model", "lorasmith-tiny", "--prompt", "a fox", "--steps", 1, "--output", "pictures"],
 ):
     run(*arguments)
 """
 
 
 @pytest.fixture
-def refusing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+def refusing(tmp_path: Path) -> dict[str, str]:
     """The environment of a process without a network; attempts are in the file `attempts`."""
     (tmp_path / "hook").mkdir()
     (tmp_path / "hook" / "sitecustomize.py").write_text(HOOK)
