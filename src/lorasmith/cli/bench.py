@@ -3,31 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
-from typing import Annotated
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorasmith.cli.console import console
-from lorasmith.cli.console import echo
-from lorasmith.cli.console import heading
-from lorasmith.cli.console import print_note
-from lorasmith.cli.console import print_result
-from lorasmith.cli.flags import BaseDir
-from lorasmith.cli.flags import BaseModel
-from lorasmith.cli.flags import Device
-from lorasmith.cli.flags import ExtraModelPaths
-from lorasmith.cli.flags import folders_of
-from lorasmith.cli.flags import with_flags
+from lorasmith.cli.console import console, echo, heading, print_note, print_result
+from lorasmith.cli.flags import BaseDir, BaseModel, Device, ExtraModelPaths, folders_of, with_flags
 from lorasmith.core.printable import memory_text
-from lorasmith.training.config import TrainConfig
-from lorasmith.training.config import cost_options
+from lorasmith.training.config import TrainConfig, cost_options
 
 if TYPE_CHECKING:
     from lorasmith.bench.benchmark import Measured
-    from lorasmith.bench.measure import Counts
-    from lorasmith.bench.measure import Spread
+    from lorasmith.bench.measure import Counts, Spread
     from lorasmith.runs.doctor import Checkup
     from lorasmith.training.job import TrainJob
 
@@ -59,13 +46,11 @@ def bench(
     Takes the options of `lorasmith train` that affect the cost of a step; pictures and captions are random. The floor
     is one forward and one backward pass of the frozen diffusers model: no training of all layers can be faster.
     """
-    from lorasmith.bench.benchmark import latent_side
-    from lorasmith.bench.benchmark import measured
+    from lorasmith.bench.benchmark import latent_side, measured
     from lorasmith.bench.measure import synthetic_samples
     from lorasmith.core.placement import chosen_device
     from lorasmith.families.loading import load_model
-    from lorasmith.families.model_search import MODEL_FOLDERS
-    from lorasmith.families.model_search import in_folders
+    from lorasmith.families.model_search import MODEL_FOLDERS, in_folders
     from lorasmith.training.job import plan_job
 
     config = TrainConfig(**settings)
@@ -91,8 +76,7 @@ def bench(
 def _everything(found: Measured, job: TrainJob, model: str, pixels: int, device: str) -> dict[str, Any]:
     import torch
 
-    from lorasmith.bench.benchmark import limits
-    from lorasmith.bench.benchmark import shares
+    from lorasmith.bench.benchmark import limits, shares
     from lorasmith.training.storage.fingerprint import environment
 
     return {
@@ -207,10 +191,7 @@ def doctor(
 
 
 def _print_torch_build() -> None:
-    from lorasmith.cli.torch_builds import command_line
-    from lorasmith.cli.torch_builds import installer
-    from lorasmith.cli.torch_builds import this_machine
-    from lorasmith.cli.torch_builds import torch_build
+    from lorasmith.cli.torch_builds import command_line, installer, this_machine, torch_build
 
     build = torch_build(this_machine(), installer())
 

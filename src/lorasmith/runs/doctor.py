@@ -7,9 +7,7 @@ import os
 import platform
 import re
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import requires
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from shutil import which
 
@@ -17,13 +15,10 @@ import psutil
 import torch
 
 from lorasmith.core.errors import OutputError
-from lorasmith.core.extras import EDITOR
-from lorasmith.core.extras import TINY
+from lorasmith.core.extras import EDITOR, TINY
 from lorasmith.core.files import check_writable
-from lorasmith.core.folders import MODEL_EXTENSIONS
-from lorasmith.core.folders import Folders
-from lorasmith.core.placement import dtype_name
-from lorasmith.core.placement import multiplies
+from lorasmith.core.folders import MODEL_EXTENSIONS, Folders
+from lorasmith.core.placement import dtype_name, multiplies
 from lorasmith.core.printable import memory_text
 from lorasmith.data.encoding_cache import default_cache
 from lorasmith.families.locating import built_in_models

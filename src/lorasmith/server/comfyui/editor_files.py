@@ -16,8 +16,7 @@ import json
 import mimetypes
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from aiohttp import web
@@ -25,12 +24,9 @@ from aiohttp import web
 from lorasmith.core.extras import EDITOR
 from lorasmith.core.files import is_regular
 from lorasmith.core.printable import count_text
-from lorasmith.server.contained_files import OutsideError
-from lorasmith.server.contained_files import find_contained
+from lorasmith.server.contained_files import OutsideError, find_contained
 from lorasmith.server.dispatcher import Assistant
-from lorasmith.server.request_handling import ServerContext
-from lorasmith.server.request_handling import refused
-from lorasmith.server.request_handling import table
+from lorasmith.server.request_handling import ServerContext, refused, table
 
 if TYPE_CHECKING:
     from lorasmith.nodes.example_workflows import Example
