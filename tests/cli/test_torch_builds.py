@@ -144,6 +144,7 @@ def test_the_command_line_prints_it_without_torch(monkeypatch: pytest.MonkeyPatc
 
 
 def test_an_environment_of_uv_has_no_pip(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_builds.importlib.util, "find_spec", lambda name: name)
     assert torch_builds.installer()[:3] == (sys.executable, "-m", "pip")
     monkeypatch.setattr(torch_builds.importlib.util, "find_spec", lambda name: None)
     assert torch_builds.installer()[:2] == ("uv", "pip") and sys.executable in torch_builds.installer()

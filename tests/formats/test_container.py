@@ -31,7 +31,7 @@ DTYPES = (
     torch.float64,
     torch.float8_e4m3fn,
     torch.float8_e5m2,
-    *((torch.float8_e8m0fnu,) if hasattr(torch, "float8_e8m0fnu") else ()),  # torch 2.7 and later
+    torch.float8_e8m0fnu,
 )
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 
