@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lorasmith.core.extensions import KINDS
-from lorasmith.core.folders import ASSETS
+from lorasmith.core.extras import TINY
 from lorasmith.runs.extending import registry_of
 from tests.installed import PROJECT
 
@@ -18,7 +18,7 @@ PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text(encoding=
 
 
 def test_the_program_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shutil.copytree(ASSETS / "input" / "fox", tmp_path / "photos")
+    shutil.copytree(TINY.folder / "input" / "fox", tmp_path / "photos")
     monkeypatch.chdir(tmp_path)
     (code,) = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
     exec(compile(code, "extending.md", "exec"), {"__name__": "a_program"})

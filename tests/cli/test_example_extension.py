@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from lorasmith.core.folders import ASSETS
+from lorasmith.core.extras import TINY
 from tests.installed import EXAMPLE, PROJECT, install, install_example
 
 Command = Callable[..., Any]
@@ -41,7 +41,7 @@ def in_process(packages: Path, *arguments: str, cwd: Path | None = None) -> subp
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with photos, a model and a run that used the installed example."""
     folder, packages = tmp_path_factory.mktemp("work"), tmp_path_factory.mktemp("packages")
-    shutil.copytree(ASSETS / "input" / "fox", folder / "photos")
+    shutil.copytree(TINY.folder / "input" / "fox", folder / "photos")
     model = folder / "models" / "checkpoints" / "sketch.safetensors"
     model.parent.mkdir(parents=True)
     with pytest.MonkeyPatch.context() as patch:

@@ -71,7 +71,6 @@ def test_what_is_written_is_read() -> None:
         ({}, "rate is missing"),
         ({"rate": "1"}, "rate must be a number, got '1'"),
         ({"rate": True}, "rate must be a number, got True"),
-        ({"rate": 10**400}, "rate must be a number of 64 bits"),
         ({"rate": 1, "numbers": [2**64]}, "it must have integers of 64 bits"),
         ({"rate": 1, "is_on": 1}, "is_on must be true or false, got 1"),
         ({"rate": 1, "kind": "c"}, "kind must be one of a, b, got 'c'"),
@@ -91,6 +90,11 @@ def test_what_does_not_fit_is_refused_with_its_place(value: Any, sentence: str) 
     with pytest.raises(ValueError) as caught:
         typed(value, Outer)
     assert str(caught.value) == sentence
+
+
+def test_numbers_of_more_than_64_bits_are_refused() -> None:
+    with pytest.raises(ValueError, match="of 64 bits"):  # with the place, from msgspec 0.22 on
+        typed({"rate": 10**400}, Outer)
 
 
 def test_schemas_describe_fields_and_require_those_without_a_default() -> None:

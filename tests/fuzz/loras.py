@@ -111,7 +111,7 @@ def _among_few(tool: Callable[[], str | None]) -> str | None:
     """Run a tool that takes the few layers here for all of the released model, whose 700 take most of the time."""
     with contextlib.ExitStack() as stack:
         for module in (check, convert, lora_files, resize):
-            stack.enter_context(patch.object(module, "released_names", lambda title: _model().names))
+            stack.enter_context(patch.object(module, "released_names", lambda title, **_: _model().names))
         return tool()
 
 

@@ -94,6 +94,20 @@ def test_a_loss_of_ones_own_gives_the_gradient_of_ours(tiny: Model, dataset: Enc
         torch.testing.assert_close(own.weights[name], weight)
 
 
+def test_weights_that_are_written_count(tiny: Model, dataset: EncodedDataset) -> None:
+    settings = {**SETTINGS, "training_dtype": "bf16", "exact_dtype": True, "steps": 2}
+    trainer = Trainer(tiny, dataset, **settings)
+    losses = []
+    for step in trainer:
+        losses.append(step.gradient())
+        for name, weight in trainer.weights.items():
+            weight.fill_(0.3 if name.endswith("up") else 0.1)
+        step.skip()
+    plain = Trainer(tiny, dataset, **settings)
+    expected = [(step.gradient(), step.skip())[0] for step in plain]
+    assert torch.equal(losses[0], expected[0]) and not torch.equal(losses[1], expected[1])
+
+
 def test_it_takes_what_a_run_takes(tiny: Model, dataset: EncodedDataset) -> None:
     own = Trainer(
         tiny, list(dataset), **SETTINGS, steps=2, loss=lambda p, t, batch: (p - t).square().flatten(1).mean(1)

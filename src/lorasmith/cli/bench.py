@@ -166,17 +166,41 @@ def _machine(device: str) -> str:
     return f"the CPU, {threads} thread{'s' * (threads != 1)}"
 
 
-def doctor(base_dir: BaseDir = None, extra_model_paths: ExtraModelPaths = None) -> None:
+def doctor(
+    install: Annotated[
+        bool,
+        typer.Option("--install", help="Print only the command that installs the build of torch for this machine."),
+    ] = False,
+    base_dir: BaseDir = None,
+    extra_model_paths: ExtraModelPaths = None,
+) -> None:
     """Show versions, devices, memory, disks, model folders and optional packages, and what to do about problems.
 
     The exit status is 1 if something is wrong with machine or installation.
     """
+    if install:
+        _print_torch_build()
+        return
     from lorasmith.runs.doctor import check_up
 
     with console.status("Looking"):
         found = check_up(folders_of(base_dir, extra_model_paths))
     print_result(lambda: found, lambda: _print_checkup(found))
     if any(problem.is_fault for problem in found.problems):
+        raise typer.Exit(1)
+
+
+def _print_torch_build() -> None:
+    from lorasmith.cli.torch_builds import command_line, installer, this_machine, torch_build
+
+    build = torch_build(this_machine(), installer())
+
+    def say() -> None:
+        print_note(f"torch for {build.title}: {build.because}.", kind="Build", colour="green")
+        echo(command_line(build.command))
+
+    print_result(lambda: build, say)
+    if not build.command:
         raise typer.Exit(1)
 
 

@@ -163,7 +163,7 @@ _DTYPES = (
     ("I8", torch.int8),
     ("F8_E5M2", torch.float8_e5m2),
     ("F8_E4M3", torch.float8_e4m3fn),
-    *((("F8_E8M0", torch.float8_e8m0fnu),) if hasattr(torch, "float8_e8m0fnu") else ()),  # torch 2.7 and later
+    ("F8_E8M0", torch.float8_e8m0fnu),
     ("I16", torch.int16),
     ("U16", torch.uint16),
     ("F16", torch.float16),

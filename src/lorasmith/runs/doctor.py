@@ -210,7 +210,7 @@ def _slow_devices(devices: tuple[DeviceFacts, ...]) -> list[Problem]:
     return [
         Problem(
             problem=f"there is an NVIDIA driver, but this torch ({torch.__version__}) cannot use it",
-            remedy="install the build of torch for it, see pytorch.org/get-started/locally",
+            remedy="install the build of torch for it: lorasmith doctor --install prints the command",
         )
     ]
 

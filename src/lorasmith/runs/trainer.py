@@ -24,9 +24,9 @@ from lorasmith.diffusion.schedule import PARAMETERIZATIONS
 from lorasmith.runs.given import samples_of, trainable_of
 from lorasmith.runs.library import Trained
 from lorasmith.runs.shown_arguments import shown, taken
-from lorasmith.training.batches import Batch, prefetched
+from lorasmith.training.batches import Batch, captions_ready, prefetched
 from lorasmith.training.config import TrainConfig, config_over
-from lorasmith.training.engine import Engine, batch_maker
+from lorasmith.training.engine import Engine, batch_maker, prediction_of
 from lorasmith.training.job import TrainJob, engine_of, plan_job
 from lorasmith.training.loop import Loop
 from lorasmith.training.lora_handle import Lora
@@ -75,6 +75,7 @@ class TrainStep:
         self._trainer = trainer
         self._losses: Tensor | None = None
         self._first = torch.zeros(())
+        trainer.engine.flat.publish()  # weights may have been written to
         trainer.engine.flat.zero()
 
     def gradient(self) -> Tensor:
@@ -194,7 +195,7 @@ class Trainer:
 
     @property
     def weights(self) -> Mapping[str, Tensor]:
-        """Views of the same in fp32, which the optimizer updates; write into them between steps."""
+        """Views of the same in fp32, which the optimizer updates; what is written into them counts from the next step on."""
         return {name: self.engine.flat.view(self.engine.flat.master, name) for name in self.parameters}
 
     @property
@@ -223,6 +224,15 @@ class Trainer:
         if not self._depth:
             device = self.engine.runtime.device
             self._open.enter_context(torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext())
+            self._open.enter_context(
+                captions_ready(
+                    self._data,
+                    self.job.draws,
+                    seed=self.job.config.seed,
+                    on_event=lambda event: None,
+                    progress=lambda done, total: None,
+                )
+            )
             self._open.enter_context(self.engine.prepared(planned=self._loop.planned))
         self._depth += 1
         return self
@@ -254,7 +264,7 @@ class Trainer:
         config = self.job.config
         if config.rank_dropout or config.module_dropout:
             raise OptionError("predict applies no rank_dropout or module_dropout; set both to 0, or use gradient()")
-        return self.model.predict(batch.noised.to(self.engine.runtime.dtype), batch.level.time, batch.conditioning)
+        return prediction_of(self.model, batch, self.engine.runtime)
 
     def target(self, batch: Batch) -> Tensor:
         """What `predict` is trained to return for a batch: its noise, velocity or flow, fp32."""

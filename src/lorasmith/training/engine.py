@@ -66,10 +66,15 @@ def prepared(
                 yield
 
 
+def prediction_of(model: Trainable, batch: Batch, runtime: Runtime) -> Tensor:
+    """The model's prediction for a batch, of the latents' shape, differentiable like `sample_losses`."""
+    with activations_packed(runtime.activations, model.module):
+        return model.predict(batch.noised.to(runtime.dtype), batch.level.time, batch.conditioning)
+
+
 def sample_losses(model: Trainable, batch: Batch, config: ResolvedConfig, runtime: Runtime) -> Tensor:
     """Loss of each sample, (batch,) fp32, differentiable in the parameters of the attached adapters."""
-    with activations_packed(runtime.activations, model.module):
-        prediction = model.predict(batch.noised.to(runtime.dtype), batch.level.time, batch.conditioning)
+    prediction = prediction_of(model, batch, runtime)
     return prediction_losses(prediction, batch, config, model.diffusion.parameterization)
 
 

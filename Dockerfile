@@ -1,0 +1,36 @@
+# Lorasmith's server: docs/install.md says how to run it. For NVIDIA cards, two arguments differ:
+#   docker build --build-arg BASE=nvidia/cuda:13.0.1-base-ubuntu24.04 \
+#     --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130 --tag lorasmith .
+ARG BASE=debian:trixie-slim
+FROM ${BASE}
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+
+RUN apt-get update \
+ && apt-get install --yes --no-install-recommends python3 python3-venv \
+ && rm -rf /var/lib/apt/lists/* \
+ && python3 -m venv /opt/lorasmith
+# In a layer of its own, which a change of the source leaves as it is.
+RUN --mount=type=bind,source=constraints.txt,target=/tmp/constraints.txt \
+    /opt/lorasmith/bin/pip install --no-cache-dir --constraint /tmp/constraints.txt --index-url "${TORCH_INDEX}" torch
+RUN --mount=type=bind,source=.,target=/tmp/source,rw \
+    cd /tmp/source \
+ && /opt/lorasmith/bin/pip install --no-cache-dir --constraint constraints.txt \
+    ".[models,gguf,heic,video]" ./lorasmith-tiny ./lorasmith-editor
+
+RUN useradd --uid 10001 --user-group --no-create-home --home-dir /data lorasmith \
+ && install --directory --owner lorasmith --group lorasmith /data /data/models /data/runs
+USER lorasmith
+WORKDIR /data
+# The root file system may be read-only: what is written goes to the volumes and to /tmp.
+ENV PATH=/opt/lorasmith/bin:$PATH \
+    LORASMITH_BASE_DIR=/data \
+    LORASMITH_CACHE_DIR=/data/user/cache \
+    HF_HOME=/data/models/huggingface \
+    XDG_CACHE_HOME=/tmp/cache \
+    MPLCONFIGDIR=/tmp/matplotlib
+VOLUME ["/data", "/data/models", "/data/runs"]
+EXPOSE 8188
+# Any answer will do: without the token it is 401.
+HEALTHCHECK --start-period=30s CMD ["python", "-c", "from http.client import HTTPConnection; c = HTTPConnection('127.0.0.1', 8188, timeout=10); c.request('GET', '/'); c.getresponse()"]
+ENTRYPOINT ["lorasmith"]
+CMD ["serve", "--listen", "0.0.0.0"]

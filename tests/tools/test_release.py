@@ -1,0 +1,100 @@
+"""What a release has beside the code: versions that agree, the changelog, the man page and the completions."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from lorasmith.cli.main import app
+from tools import release
+
+ROOT = release.ROOT
+
+
+def test_the_versions_agree(tmp_path: Path) -> None:
+    found = release.versions()
+    assert found.keys() == {"lorasmith", "lorasmith-tiny", "lorasmith-editor"}
+    for part in release.PARTS[1:]:
+        (tmp_path / part / "src" / part.replace("-", "_")).mkdir(parents=True)
+        (tmp_path / part / "src" / part.replace("-", "_") / "__init__.py").write_text('__version__ = "99.0"\n')
+    (tmp_path / "pyproject.toml").write_bytes((ROOT / "pyproject.toml").read_bytes())
+    with pytest.raises(ValueError, match=r"no extra admits lorasmith-tiny 99\.0"):
+        release.versions(tmp_path)
+
+
+def test_the_changelog_has_versions_kinds_and_entries() -> None:
+    found = release.changes((ROOT / "CHANGELOG.md").read_text("utf-8"))
+    assert all(entries for kinds in found.values() for entries in kinds.values())
+    assert sum(len(entries) for kinds in found.values() for entries in kinds.values()) > 140
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "## 0.1.0\n",
+        "## [0.1.0]\n",
+        "## [Unreleased] - 2026-01-01\n",
+        "## [Unreleased]\n## [Unreleased]\n",
+        "## [Unreleased]\n### New\n- a\n",
+        "## [Unreleased]\n- a\n",
+    ],
+)
+def test_another_changelog_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"must be a version|is no heading|belongs to no"):
+        release.changes(text)
+    assert release.changes("# Changelog\n\nIntro.\n\n## [1.0.0] - 2026-01-02\n\n### Fixed\n\n- a\n  b\n") == {
+        "1.0.0": {"Fixed": ["a b"]}
+    }
+
+
+def test_the_man_page_has_every_option_of_every_command(tmp_path: Path) -> None:
+    release.write_share(tmp_path, "1.2.3")
+    page = tmp_path / "man" / "man1" / "lorasmith.1"
+    text = page.read_text("utf-8").replace("\\-", "-")
+    for name, command in release._commands(get_command(app), "lorasmith"):
+        section = text.split(f".SH {name.upper()}\n")[1].split("\n.SH ")[0]
+        for param in command.params:
+            assert param.param_type_name == "argument" or all(option in section for option in param.opts), param.name
+    assert "lorasmith 1.2.3" in text
+    assert not re.findall(r"^[.'](?!(TH|SH|PP|TP|B)\b)", page.read_text("utf-8"), re.MULTILINE)
+    if groff := shutil.which("groff"):
+        done = subprocess.run([groff, "-man", "-ww", "-z", str(page)], capture_output=True, text=True, check=True)
+        assert done.stderr == ""
+
+
+def test_completions_are_scripts_of_their_shells(tmp_path: Path) -> None:
+    release.write_share(tmp_path, "1.2.3")
+    for shell, name in release.SHELLS.items():
+        assert "_LORASMITH_COMPLETE" in (tmp_path / name).read_text("utf-8")
+        if shell in ("bash", "zsh", "fish") and shutil.which(shell):
+            subprocess.run([shell, "-n", str(tmp_path / name)], check=True)
+
+
+def test_lock_and_constraints_are_those_of_the_project() -> None:
+    """`.ci/versions pin` writes them."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *(one for name, extra in extras.items() if name != "dev" for one in extra)]
+    bounds = dict(one.lower().split(">=") for one in wanted if ">=" in one and "lorasmith" not in one)
+    oldest = dict(re.findall(r"^([\w-]+)==([\d.]+)$", (ROOT / "constraints-oldest.txt").read_text(), re.MULTILINE))
+    assert {name: release_of(bound) for name, bound in bounds.items()} == {
+        name: release_of(version) for name, version in oldest.items() if name != "comfyui-frontend-package"
+    }
+    newest = (ROOT / "constraints.txt").read_text("utf-8")
+    lock = (ROOT / "uv.lock").read_text("utf-8")
+    assert all(re.search(rf"^{name}(==|>=)", newest, re.MULTILINE) for name in bounds)
+    assert "+cpu" not in newest + lock
+    assert set(re.findall(r"https?://([^/\"]+)", lock)) == {"pypi.org", "files.pythonhosted.org"}
+
+
+def release_of(version: str) -> tuple[int, ...]:
+    numbers = [int(one) for one in version.split(".")]
+    while numbers[-1] == 0:
+        numbers.pop()
+    return tuple(numbers)

@@ -1,0 +1,201 @@
+"""Build what a release consists of: `python -m tools.release --output dist` in a clean checkout.
+
+Sdists and wheels of the three distributions, an SBOM (CycloneDX, from uv.lock) and SHA256SUMS. Everything is built
+twice, in two folders, and must come out with the same bytes. The wheel of lorasmith has a man page and completions for
+shells, made of the declarations that `--help` prints. Needs `pip install uv packaging`; uv downloads hatchling.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import tempfile
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+PARTS = (".", "lorasmith-tiny", "lorasmith-editor")
+SHELLS = {
+    "bash": "bash-completion/completions/lorasmith",
+    "zsh": "zsh/site-functions/_lorasmith",
+    "fish": "fish/vendor_completions.d/lorasmith.fish",
+    "powershell": "lorasmith/lorasmith.ps1",
+}
+
+
+def versions(root: Path = ROOT) -> dict[str, str]:
+    """The versions of the distributions, by name. Raises ValueError where extras do not admit those of the others."""
+    from packaging.requirements import Requirement
+
+    project = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))["project"]
+    found = {"lorasmith": project["version"]}
+    wanted = [Requirement(one) for extra in ("demo", "editor") for one in project["optional-dependencies"][extra]]
+    for name in PARTS[1:]:
+        source = root / name / "src" / name.replace("-", "_") / "__init__.py"
+        found[name] = re.findall(r'^__version__ = "(.+)"$', source.read_text("utf-8"), re.MULTILINE)[0]
+        if not any(one.name == name and found[name] in one.specifier for one in wanted):
+            raise ValueError(f"no extra admits {name} {found[name]}; correct it or the extras of pyproject.toml")
+    return found
+
+
+def changes(text: str) -> dict[str, dict[str, list[str]]]:
+    """The entries of a changelog as keepachangelog.com has them, by version and kind. Raises ValueError for others."""
+    found: dict[str, dict[str, list[str]]] = {}
+    entries: list[str] | None = None
+    for line in text.splitlines():
+        if version := re.fullmatch(r"## \[(Unreleased|\d+\.\d+\.\d+)\](?: - (\d{4}-\d\d-\d\d))?", line):
+            if (version[1] == "Unreleased") != (version[2] is None) or version[1] in found:
+                raise ValueError(f"{line!r} must be a version that is new here, with a date unless it is Unreleased")
+            found[version[1]], entries = {}, None
+        elif kind := re.fullmatch(r"### (Added|Changed|Deprecated|Removed|Fixed|Security)", line):
+            entries = list(found.values())[-1].setdefault(kind[1], [])
+        elif line.startswith("#") and line != "# Changelog":
+            raise ValueError(f"{line!r} is no heading of a changelog")
+        elif line.startswith("- ") and entries is not None:
+            entries.append(line[2:])
+        elif line.startswith("  ") and entries:
+            entries[-1] += line[1:]
+        elif line and found:
+            raise ValueError(f"{line!r} belongs to no version and kind")
+    return found
+
+
+def man_page(version: str) -> str:
+    """lorasmith(1), of every command with all of its options."""
+    from typer.main import get_command
+
+    from lorasmith.cli.main import app
+
+    root = get_command(app)
+    lines = [f'.TH LORASMITH 1 "" "lorasmith {version}" "User Commands"', ".SH NAME"]
+    lines += [f"lorasmith \\- {_roff(root.help or '')}", ".SH SYNOPSIS", "lorasmith COMMAND [OPTIONS] [ARGUMENTS]"]
+    for name, command in _commands(root, "lorasmith"):
+        lines += [f".SH {_roff(name.upper())}", _roff(command.help or "").replace("\n\n", "\n.PP\n")]
+        context = command.make_context(name, [], resilient_parsing=True)
+        for param in command.get_params(context):
+            if (record := param.get_help_record(context)) is not None:
+                lines += [".TP", f".B {_roff(record[0])}", _roff(record[1])]
+    return "\n".join(line for line in lines if line) + "\n"
+
+
+def _commands(group: Any, path: str) -> Iterator[tuple[str, Any]]:
+    for name, command in sorted(group.commands.items()):
+        yield f"{path} {name}", command
+        if hasattr(command, "commands"):
+            yield from _commands(command, f"{path} {name}")
+
+
+def _roff(text: str) -> str:
+    escaped = text.strip().replace("\\", "\\e").replace("-", "\\-")
+    escaped = re.sub(r"[^\x00-\x7f]", lambda one: f"\\[u{ord(one[0]):04X}]", escaped)
+    return re.sub(r"^([.'])", r"\\&\1", re.sub(r"[ \t]+", " ", escaped), flags=re.MULTILINE)
+
+
+def write_share(folder: Path, version: str) -> None:
+    """Write the man page and the completions as they lie below `/usr/share`."""
+    from typer._completion_shared import get_completion_script
+
+    files = {"man/man1/lorasmith.1": man_page(version)}
+    for shell, name in SHELLS.items():
+        script = get_completion_script(prog_name="lorasmith", complete_var="_LORASMITH_COMPLETE", shell=shell)
+        files[name] = script.strip() + "\n"
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, "utf-8", newline="\n")
+
+
+def sbom(epoch: int) -> str:
+    """The packages that uv.lock installs with the extras, as CycloneDX; without a time and number of its own."""
+    extras = ("models", "editor", "gguf", "heic", "optimizers", "tensorboard", "video", "wandb")
+    command = [sys.executable, "-m", "uv", "export", "--quiet", "--frozen", "--format", "cyclonedx1.5"]
+    done = subprocess.run(
+        [*command, *(f"--extra={extra}" for extra in extras)], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    document = json.loads(done.stdout)
+    del document["serialNumber"]
+    document["metadata"]["timestamp"] = datetime.fromtimestamp(epoch, UTC).isoformat()
+    return json.dumps(document, indent=1, sort_keys=True) + "\n"
+
+
+def build(commit: str, output: Path, epoch: int, version: str) -> None:
+    """Build the distributions of a commit, in a folder of their own, into `output`."""
+    with tempfile.TemporaryDirectory(prefix=f"{output.name}-") as folder:
+        archive = subprocess.run(["git", "archive", commit], cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout
+        with tarfile.open(fileobj=io.BytesIO(archive)) as files:
+            files.extractall(folder, filter="data")
+        write_share(Path(folder) / "share", version)
+        for part in PARTS:
+            subprocess.run(
+                [sys.executable, "-m", "uv", "build", "--quiet", "--no-sources", "--out-dir", str(output), part],
+                cwd=folder,
+                env={**os.environ, "SOURCE_DATE_EPOCH": str(epoch)},
+                check=True,
+            )
+    (output / ".gitignore").unlink(missing_ok=True)
+
+
+def check(wheel: Path, version: str) -> None:
+    """Check a wheel's metadata by the packaging standards. Raises ValueError, and the exceptions of `packaging`."""
+    from packaging.metadata import Metadata
+
+    with zipfile.ZipFile(wheel) as files:
+        names = files.namelist()
+        info = next(name for name in names if name.endswith(".dist-info/METADATA"))
+        about = Metadata.from_email(files.read(info), validate=True)
+    if str(about.version) != version or not about.license_expression or not about.description:
+        raise ValueError(f"{wheel.name} must have version {version}, a licence and a description")
+    licences = {f"{info.rpartition('/')[0]}/licenses/{file}" for file in about.license_files or ()}
+    if not licences or not licences <= set(names):
+        raise ValueError(f"{wheel.name} lacks licence files that it names: {sorted(licences - set(names))}")
+    if wheel.name.startswith("lorasmith-") and not any(name.endswith("share/man/man1/lorasmith.1") for name in names):
+        raise ValueError(f"{wheel.name} has no man page")
+
+
+def main() -> None:
+    """Build, compare, check and write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=ROOT / "dist")
+    parser.add_argument("--draft", action="store_true", help="the changelog need not have the version yet")
+    arguments = parser.parse_args()
+    output: Path = arguments.output.resolve()
+    if output.exists() and any(output.iterdir()):
+        sys.exit(f"{output} must be empty; remove its files, or name another folder with --output")
+    found = versions()
+    newest = next(
+        version for version in [*changes((ROOT / "CHANGELOG.md").read_text("utf-8")), "none"] if version[0] != "U"
+    )
+    if newest != found["lorasmith"] and not arguments.draft:
+        sys.exit(
+            f"CHANGELOG.md ends with version {newest}, pyproject.toml has {found['lorasmith']}; give the entries it"
+        )
+    commit = subprocess.run(["git", "log", "-1", "--format=%H %ct"], cwd=ROOT, stdout=subprocess.PIPE, check=True)
+    name, time = commit.stdout.decode().split()
+    epoch = int(time)
+    with tempfile.TemporaryDirectory() as again:
+        sums = []
+        for folder in (output, Path(again) / "a folder of another name"):
+            folder.mkdir(parents=True, exist_ok=True)
+            build(name, folder, epoch, found["lorasmith"])
+            (folder / f"lorasmith-{found['lorasmith']}.cdx.json").write_text(sbom(epoch), "utf-8")
+            sums.append({one.name: hashlib.sha256(one.read_bytes()).hexdigest() for one in sorted(folder.iterdir())})
+    if sums[0] != sums[1]:
+        sys.exit(f"these differ between two builds: {[one for one in sums[0] if sums[0][one] != sums[1].get(one)]}")
+    for part, version in found.items():
+        check(next(output.glob(f"{part.replace('-', '_')}-{version}-*.whl")), version)
+    (output / "SHA256SUMS").write_text("".join(f"{digest}  {file}\n" for file, digest in sums[0].items()), "utf-8")
+    print("\n".join(f"{digest}  {file}" for file, digest in sums[0].items()))
+
+
+if __name__ == "__main__":
+    main()
