@@ -195,7 +195,7 @@ class Trainer:
 
     @property
     def weights(self) -> Mapping[str, Tensor]:
-        """Views of the same in fp32, which the optimizer updates; what you write into them counts from the next step."""
+        """Views of them in fp32, which the optimizer updates; what is written into them counts from the next step."""
         return {name: self.engine.flat.view(self.engine.flat.master, name) for name in self.parameters}
 
     @property
