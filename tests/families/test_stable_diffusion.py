@@ -300,6 +300,6 @@ def test_a_tensor_of_another_shape_is_a_sentence(tmp_path: Path, name: str) -> N
 def test_widths_that_norms_cannot_group_are_a_sentence(tmp_path: Path) -> None:
     tensors = TinyModel(1, models.UNetShape(48, (1,), 1, (True,))).unet_tensors()
     with pytest.raises(
-        ModelError, match=r"m\.safetensors does not fit its architecture: num_channels \(48\) must be divisible"
+        ModelError, match=r"m\.safetensors does not fit its architecture: num_channels .*must be divisible"
     ):
         load_model(save(tmp_path / "m.safetensors", tensors))
