@@ -312,7 +312,6 @@ class Family(ABC):
         title: display name.
         pipeline: class of the diffusers pipeline whose folders hold it.
         network: class of the denoiser, in diffusers or by its full name.
-        needs_diffusers: version of diffusers that first has it, if older ones are supported by others.
         text_width: setting of the denoiser's configuration with the width of its text, if every encoder has this width.
         usual_tokens: of a prompt.
         draws_clips: whether that pipeline's results are clips, not pictures.
@@ -349,7 +348,6 @@ class Family(ABC):
     title: str
     pipeline: str
     network: str
-    needs_diffusers: str = ""
     text_width: str = ""
     usual_tokens: int = 64
     draws_clips: bool = False
@@ -406,10 +404,8 @@ class Family(ABC):
             with model_packages(self.title):
                 found: type[nn.Module] = getattr(import_module(module or "diffusers"), name)
         except (ImportError, AttributeError) as error:
-            if not self.needs_diffusers:
-                raise
             raise ModelError(
-                f"{self.title} needs diffusers {self.needs_diffusers} or newer; run: pip install -U diffusers"
+                f"{self.title} needs a newer version of diffusers, which lacks {name}; run: pip install -U diffusers"
             ) from error
         return found
 
