@@ -36,6 +36,7 @@ class QwenImage(Family):
     name = "qwen-image"
     title = "Qwen-Image"
     pipeline = "QwenImagePipeline"
+    network = "QwenImageTransformer2DModel"
     text_width = "joint_attention_dim"
     modelspec_implementation = "https://github.com/QwenLM/Qwen-Image"
     kohya_name = "qwen_image"
