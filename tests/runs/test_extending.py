@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from lorasmith.nodes import load_nodes
 from lorasmith.sampling.samplers import euler, sigmas_for, simple
 from lorasmith.toolbox.check import check_lora
 from lorasmith.training.job import plan_job
-from lorasmith.training.optim.update_rules import rule_of
+from lorasmith.training.optim.update_rules import rate_factor, rule_of
 from lorasmith.workflow import NodeContext, node, socket
 
 
@@ -91,6 +92,15 @@ def test_an_optimizer_is_a_class(tiny: Model) -> None:
     assert plan_job(tiny.denoiser, ls.TrainConfig(optimizer="Own")).config.optimizer == "Own"
     with pytest.raises(OptionError, match="optimizer must be a class of torch optimizers or a function"):
         ls.register("optimizers", "Other", torch.nn.Linear)
+
+
+def test_a_schedule_is_what_the_setting_takes() -> None:
+    for name, schedule in {"halves": lambda progress: 1.0 if progress < 0.5 else 0.5, "bare": lambda: 1.0}.items():
+        ls.register("schedules", name, schedule)
+    rates = partial(rate_factor, steps=4, warmup_steps=0, final_rate=0.0, cycles=1, power=1.0, learning_rate=1e-3)
+    assert [rates(step, schedule="halves") for step in range(4)] == [1.0, 1.0, 0.5, 0.5]
+    with pytest.raises(OptionError, match="schedule bare cannot be used: .* pass a function of the progress"):
+        rates(0, schedule="bare")
 
 
 def test_a_sampler_and_its_sigmas_draw(tiny: Model) -> None:

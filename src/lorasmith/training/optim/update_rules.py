@@ -229,7 +229,10 @@ def _parsed(arguments: str | None, name: str, kind: Callable[..., Any]) -> dict[
 Shape = Callable[[float, int, float], float]
 
 SCHEDULES: Registry[Shape] = Registry("schedule", group="schedules")
-"""Name → (progress in [0, 1], cycles, power) → multiplier in [0, 1], which is 1 at the start."""
+"""Name → (progress in [0, 1], cycles, power) → multiplier in [0, 1], which is 1 at the start.
+
+Those of extensions are as users pass them: functions of the progress, or schedulers of torch.
+"""
 
 
 @SCHEDULES.register("constant")
@@ -287,7 +290,7 @@ def rate_factor(
     length = max(steps - warmup_steps, 1)
     progress = min((step - warmup_steps) / length, 1.0)
     shape = code_of(schedule, SCHEDULES)
-    if schedule in SCHEDULES:
+    if schedule in SCHEDULES and SCHEDULES.extension(schedule) is None:
         factor = shape(progress, cycles, power)
     else:
         factor = _own_factor(shape, schedule, min(step - warmup_steps, length - 1), length, progress, learning_rate)
