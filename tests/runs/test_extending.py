@@ -99,7 +99,7 @@ def test_a_schedule_is_what_the_setting_takes() -> None:
         ls.register("schedules", name, schedule)
     rates = partial(rate_factor, steps=4, warmup_steps=0, final_rate=0.0, cycles=1, power=1.0, learning_rate=1e-3)
     assert [rates(step, schedule="halves") for step in range(4)] == [1.0, 1.0, 0.5, 0.5]
-    with pytest.raises(OptionError, match="schedule bare cannot be used: .* pass a function of the progress"):
+    with pytest.raises(OptionError, match=r"schedule bare cannot be used: .* pass a function of the progress"):
         rates(0, schedule="bare")
 
 
