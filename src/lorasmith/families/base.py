@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lorasmith.adapters.inject import Rule
 from lorasmith.core.errors import DataError, ModelError
 from lorasmith.core.extras import model_packages
-from lorasmith.core.printable import printable
+from lorasmith.core.printable import described, printable
 from lorasmith.core.registry import Registry, instance_of
 from lorasmith.diffusion.schedule import FlowSchedule, NoiseSchedule, ResolutionShift
 from lorasmith.families.files.checkpoint import OriginalCheckpoint, PipelineConfigs
@@ -54,6 +54,13 @@ class Conditioning:
     text: str | None = None
     mask: Tensor | None = None
     span: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.tensors, Mapping):
+            raise DataError(
+                f"tensors of a conditioning must be a mapping by name, got {described(self.tensors)}; give "
+                '{"context": tensor}'
+            )
 
     def __repr__(self) -> str:
         facts = [f"{name} {'×'.join(map(str, tensor.shape))}" for name, tensor in self.tensors.items()]
