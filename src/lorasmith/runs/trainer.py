@@ -6,11 +6,11 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Concatenate, ParamSpec, Self
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,8 @@ from lorasmith.training.recovery import RunState
 from lorasmith.training.results import BaseHashes, lora_of, training_metadata
 from lorasmith.training.storage.run_states import load_state, save_state
 
+P = ParamSpec("P")
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -58,6 +60,13 @@ class TrainerArguments(TrainConfig):
     config: TrainConfig | None = None
     loss: str | Loss | None = None
     device: str | torch.device | None = None
+
+
+def _trains(
+    arguments: Callable[P, TrainConfig],
+) -> Callable[[Callable[..., None]], Callable[Concatenate[Trainer, Trained, object, P], None]]:
+    """Decorator: `**arguments` get the signature of their dataclass, for type checkers and `help`."""
+    return lambda function: shown(function, arguments)
 
 
 class TrainStep:
@@ -164,6 +173,7 @@ class Trainer:
         held_out: the samples that `train` would judge the run by, which are not trained on; None if there are none.
     """
 
+    @_trains(TrainerArguments)
     def __init__(self, model: Trained, data: object, **arguments: Any) -> None:
         """Plan the run.
 
@@ -348,6 +358,3 @@ def _only_samples(given: object) -> EncodedDataset:
         f"a Trainer needs encoded samples, got {described(given)}; encode them first: "
         "lorasmith.load_dataset(pictures, model)"
     )
-
-
-shown(Trainer.__init__, TrainerArguments)
