@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, Self
@@ -222,12 +223,12 @@ class Trainer:
         """What is trained, by name: `layer.down`, `layer.up` and the like, in the dtype of the run."""
         return self.engine.flat.parameters
 
-    @property
+    @cached_property
     def weights(self) -> Mapping[str, Tensor]:
         """Views of them in fp32, which the optimizer updates; what is written into them counts from the next step."""
         return {name: self.engine.flat.view(self.engine.flat.master, name) for name in self.parameters}
 
-    @property
+    @cached_property
     def gradients(self) -> Mapping[str, Tensor]:
         """Views of the gradients in fp32; write into them between `TrainStep.gradient` and `TrainStep.update`."""
         return {name: self.engine.flat.view(self.engine.flat.grad, name) for name in self.parameters}
