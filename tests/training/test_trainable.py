@@ -215,4 +215,24 @@ def test_what_the_network_does_not_take_is_said_before_the_run(clips: EncodedDat
         trained(Trainable(Frames(), detached), clips)
 
 
+class Masked(Denoiser):
+    def forward(self, x: Tensor, t: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+        if mask is not None:
+            context = context * (mask * (mask.shape[1] / mask.sum(1, keepdim=True)))[:, :, None].to(context.dtype)
+        return super().forward(x, t, context)
+
+
+def test_contexts_of_different_lengths_are_masked_or_refused(network: Denoiser) -> None:
+    samples = [Sample(torch.randn(4, 8, 8), Conditioning({"context": torch.randn(1, n, 8)})) for n in (2, 5)]
+    data, alone = EncodedDataset(tuple(samples)), {"training_dtype": "fp32", "stratified": False}
+    with pytest.raises(OptionError, match=r"Denoiser\.forward must take a mask"):
+        trained(Trainable(network), data)
+    assert len(trained(Trainable(network), data, batch_size=1).losses) == 6
+    masked = Masked()
+    masked.load_state_dict(network.state_dict())
+    together = trained(Trainable(masked), data, **alone, steps=1)
+    apart = trained(Trainable(masked), data, **alone, steps=1, batch_size=1, grad_accumulation_steps=2)
+    assert together.losses == pytest.approx(apart.losses, rel=1e-5)
+
+
 ONE = torch.ones(1, 1)

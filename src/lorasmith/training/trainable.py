@@ -80,7 +80,7 @@ class Trainable:
             by default all `Linear` ones are trained, and convolutions where there are none. It is neither copied nor
             modified: what a run changes (device, dtype, training mode, `requires_grad`) is restored.
         predict: `(module, latents, time, conditioning) -> prediction`, see the method; None calls
-            `module(latents, time, **conditioning.tensors)`.
+            `module(latents, time, **conditioning.tensors)`, with `mask=conditioning.mask` where there is one.
         diffusion: what it predicts: `flow` (rectified flow, time is sigma in [0, 1]), `epsilon` or `v` (Stable
             Diffusion's 1000 steps, time is the index), or a `Diffusion` with a schedule of its own.
         title: name in reports and LoRA files; the module's class if empty.
@@ -188,7 +188,14 @@ class Trainable:
         if self._predict is not None:
             found: object = self._predict(self.module, latents, time, conditioning)
         else:
-            found = self.module(latents, time, **conditioning.tensors)
+            masked = {} if conditioning.mask is None else {"mask": conditioning.mask}
+            if masked and not _takes(self.module.forward, 2, {**masked, **conditioning.tensors}):
+                raise OptionError(
+                    f"contexts of different lengths are padded, so that {type(self.module).__name__}.forward must take "
+                    "a mask, bool (batch, tokens); add this argument, give Trainable a function predict, or set "
+                    "batch_size 1"
+                )
+            found = self.module(latents, time, **{**masked, **conditioning.tensors})
         if not isinstance(found, Tensor) or found.shape != latents.shape:
             what = f"one of {tuple(found.shape)}" if isinstance(found, Tensor) else f"{type(found).__name__}"
             raise OptionError(
