@@ -95,6 +95,16 @@ def test_a_name_that_two_bring_is_refused_with_both(drinks: Made) -> None:
         registry.register("Water")(Drink("Water"))
 
 
+def test_a_cell_of_a_notebook_may_be_run_again(drinks: Made) -> None:
+    registry = drinks()
+    for _ in range(2):
+        cocoa = Drink("cocoa")
+        registry.register("cocoa", module="__main__")(cocoa)
+        assert registry["cocoa"] is cocoa
+    with pytest.raises(OptionError, match=r"'Cocoa' is registered twice, by the module __main__ and by the module own"):
+        registry.register("Cocoa", module="own_drinks")(Drink("cocoa"))
+
+
 def test_a_module_may_register_what_its_package_announces(drinks: Made) -> None:
     registry = drinks(own=OWN)
     tea = Drink("tea")

@@ -15,6 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 import lorasmith as ls
+from lorasmith.core.adapter_state import AdapterState
 from lorasmith.core.extras import TINY
 from lorasmith.core.options import options_of
 from lorasmith.families.locating import BUILT_IN
@@ -177,6 +178,9 @@ def test_the_remedy_is_named(tiny: ls.Model, data: ls.EncodedDataset) -> None:
         lambda tiny, data: ls.load_model(BUILT_IN, dtype="bf16"),
         lambda tiny, data: ls.Lora.load(None),
         lambda tiny, data: ls.Lora.load("dog.safetensors", "sd15.safetensors"),
+        lambda tiny, data: ls.Lora(AdapterState(), tiny.names).applied_to("sd15.safetensors"),
+        lambda tiny, data: ls.Lora(AdapterState(), tiny.names).save(3),
+        lambda tiny, data: ls.register("losses", 3, print),
         lambda tiny, data: ls.run_workflow(None),
         lambda tiny, data: ls.run_workflow("example:folder", changes=[1]),
     ],
@@ -184,6 +188,29 @@ def test_the_remedy_is_named(tiny: ls.Model, data: ls.EncodedDataset) -> None:
 def test_arguments_of_another_type_are_refused(call: Any, tiny: ls.Model, data: ls.EncodedDataset) -> None:
     with pytest.raises(ls.errors.OptionError, match=r"must be .*, got .*; help\(lorasmith\.[\w.]+\) explains it"):
         call(tiny, data)
+
+
+def test_unknown_names_and_impossible_values_are_refused(tiny: ls.Model, data: ls.EncodedDataset) -> None:
+    calls: dict[str, Callable[[], object]] = {
+        "generate has no argument 'step' .did you mean 'steps'": lambda: ls.generate(tiny, "a", step=3),  # type: ignore[call-overload]
+        "steps must be at least 1, got 0": lambda: ls.generate(tiny, "a", steps=0),
+        "dtype must be a format of floats": lambda: ls.generate(tiny, "a", dtype=torch.int8),
+        "at least one run's arguments": lambda: ls.train_together(tiny, data, []),
+        "a source of images must have a path, got 3": lambda: ls.ImageSource(3),  # type: ignore[arg-type]
+        "must have a name": lambda: ls.register("losses", " ", print),
+        "it must be a function": lambda: ls.register("schedules", "steep", 3),
+        "is a class; pass an instance": lambda: ls.train(tiny, data, loss=torch.nn.MSELoss, **SHORT),  # type: ignore[arg-type]
+    }
+    for message, call in calls.items():
+        with pytest.raises(ls.errors.OptionError, match=message):
+            call()
+
+
+def test_paths_are_texts_or_paths(tiny: ls.Model, data: ls.EncodedDataset, tmp_path: Path) -> None:
+    file = ls.train(tiny, data, **SHORT).lora.save(tmp_path / "dog.safetensors")
+    assert ls.ImageSource(tmp_path) == ls.ImageSource(str(tmp_path))  # type: ignore[arg-type]
+    assert ls.train(tiny, data, existing_lora=file, **SHORT).lora.steps == 2 * SHORT["steps"]  # type: ignore[arg-type]
+    assert isinstance(ls.Lora.load(file).applied_to(tiny), ls.Denoiser)
 
 
 @pytest.mark.parametrize(
@@ -198,6 +225,9 @@ def test_arguments_of_another_type_are_refused(call: Any, tiny: ls.Model, data: 
         (lambda: ls.Sample(torch.zeros(4, 8, 8), ls.Conditioning(torch.zeros(1, 7, 3))), "a mapping by name"),
         (lambda: ls.Sample(torch.zeros(4, 8, 8), weight="x"), "weight of a sample must be a number from 0, got 'x'"),
         (lambda: ls.Sample(torch.zeros(4, 8, 8), places=torch.ones(3, 3)), r"must be \(8, 8\) as its latents"),
+        (lambda: ls.Sample(torch.zeros(4, 8, 8), places=3), r"must be \(8, 8\) as its latents, got 3"),
+        (lambda: ls.Sample(torch.zeros(4, 8, 8), name=3), "name of a sample must be a text, got 3"),
+        (lambda: ls.Conditioning([torch.zeros(1, 7, 3)]), "a mapping by name, got a list"),
         (lambda: ls.EncodedDataset(()), "at least one sample"),
         (lambda: ls.EncodedDataset("abc"), "list of samples"),
         (lambda: ls.EncodedDataset([3]), "got 3 as number 0"),

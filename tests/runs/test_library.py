@@ -99,6 +99,7 @@ ls.train(model, data, loss=lambda p: p, optimizer=torch.optim.SGD([torch.zeros(1
 ls.TrainConfig(loss_function=torch.nn.Module(), optimizer="Lion", schedule=lambda progress: 1 - progress)
 reveal_type(result.lora)
 reveal_type(data)
+ls.Trainer(model, data, steps="a", loss=lambda p, t, batch: p)
 """
 
 
@@ -110,7 +111,7 @@ def test_type_checkers_see_every_setting(tmp_path: Path) -> None:
     paths = {**os.environ, "MYPYPATH": str(Path(ls.__file__).parents[1])}
     found = subprocess.run(command, cwd=tmp_path, env=paths, capture_output=True, text=True, check=False).stdout
     lines = {int(line.split(":")[1]): line for line in found.splitlines() if ": error:" in line}
-    assert sorted(lines) == [4, 5, 6, 7, 8, 11], found
+    assert sorted(lines) == [4, 5, 6, 7, 8, 11, 15], found
     assert 'did you mean "trigger"' in lines[5] and 'did you mean "steps"' in lines[7]
     assert "training.lora_handle.Lora" in found and "data.dataset.EncodedDataset" in found
 

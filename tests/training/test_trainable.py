@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorasmith.core.errors import LoraError, OptionError
+from lorasmith.core.errors import DataError, LoraError, OptionError, TrainingError
 from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.families.base import Conditioning
 from lorasmith.runs.run import Host, run
@@ -154,8 +154,85 @@ def test_what_it_refuses(network: Denoiser, data: EncodedDataset, tmp_path: Path
         Trainable("sd15.safetensors")  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="diffusion must be a Diffusion or one of epsilon, v, flow, got 'x0'"):
         Trainable(network, diffusion="x0")
-    with pytest.raises(OptionError, match="targets must match at least one Linear or convolution"):
+    with pytest.raises(OptionError, match=r"predict must be a function of .*, got 'flow'; give the others by name"):
+        Trainable(network, "flow")  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match=r"predict must be a function of .module, latents, time, conditioning"):
+        Trainable(network, lambda x, t: x)  # type: ignore[arg-type,misc]
+    with pytest.raises(OptionError, match="downscale must be an integer"):
+        Trainable(network, downscale="8")  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="but all matches none; use one of"):
         plan_job(Trainable(nn.LayerNorm(4)), TrainConfig(), "cpu")
     job = plan_job(Trainable(network), TrainConfig(**SETTINGS, previews="a fox"), "cpu")
     with pytest.raises(OptionError, match="previews and sidecars need a model of a known family"):
         run(Plan(job=job, data=data, output=tmp_path / "run"), Doors())
+
+
+class Frames(nn.Module):
+    """Frames through 2-D convolutions, changed in place, and attention, whose last layer is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start = nn.Conv2d(4, 8, 3, padding=1)
+        self.mix = nn.Conv2d(8, 8, 3, padding=1)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.end = nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor, t: Tensor, *, label: Tensor) -> Tensor:
+        h = self.start(x.movedim(2, 1).flatten(0, 1))
+        h += label.float().mean()
+        h = torch.relu_(self.mix(h))
+        rows = h.flatten(2).mT
+        h = h + self.attention(rows, rows, rows, need_weights=False)[0].mT.reshape(h.shape)
+        y: Tensor = self.end(h).unflatten(0, (len(x), -1)).movedim(1, 2)
+        return y
+
+
+@pytest.fixture
+def clips() -> EncodedDataset:
+    return EncodedDataset(
+        tuple(Sample(torch.randn(4, 3, 4, 4), Conditioning({"label": torch.ones(1, dtype=torch.long)})) for _ in "ab")
+    )
+
+
+@pytest.mark.parametrize("algorithm", ["LoRA", "LoHa", "LoKr", "OFT", "BOFT", "GLoRA", "Full"])
+def test_convolutions_are_trained_where_no_linear_layer_is_called(clips: EncodedDataset, algorithm: str) -> None:
+    result = trained(Trainable(Frames()), clips, algorithm=algorithm)
+    assert {ref.path for ref in (*result.lora.state.adapters, *result.lora.state.differences)} == {
+        "start",
+        "mix",
+        "end",
+    }
+
+
+def test_what_the_network_does_not_take_is_said_before_the_run(clips: EncodedDataset) -> None:
+    with pytest.raises(DataError, match=r"Frames.forward\(x: .* but sample \w+ has context; name them alike"):
+        trained(Trainable(Frames()), EncodedDataset((*clips, Sample(clips[0].latents, Conditioning({"context": ONE})))))
+
+    def detached(module: nn.Module, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
+        return latents
+
+    with pytest.raises(TrainingError, match="the prediction must depend on a trained layer"):
+        trained(Trainable(Frames(), detached), clips)
+
+
+class Masked(Denoiser):
+    def forward(self, x: Tensor, t: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
+        if mask is not None:
+            context = context * (mask * (mask.shape[1] / mask.sum(1, keepdim=True)))[:, :, None].to(context.dtype)
+        return super().forward(x, t, context)
+
+
+def test_contexts_of_different_lengths_are_masked_or_refused(network: Denoiser) -> None:
+    samples = [Sample(torch.randn(4, 8, 8), Conditioning({"context": torch.randn(1, n, 8)})) for n in (2, 5)]
+    data, alone = EncodedDataset(tuple(samples)), {"training_dtype": "fp32", "stratified": False}
+    with pytest.raises(OptionError, match=r"Denoiser\.forward must take a mask"):
+        trained(Trainable(network), data)
+    assert len(trained(Trainable(network), data, batch_size=1).losses) == 6
+    masked = Masked()
+    masked.load_state_dict(network.state_dict())
+    together = trained(Trainable(masked), data, **alone, steps=1)
+    apart = trained(Trainable(masked), data, **alone, steps=1, batch_size=1, grad_accumulation_steps=2)
+    assert together.losses == pytest.approx(apart.losses, rel=1e-5)
+
+
+ONE = torch.ones(1, 1)

@@ -153,6 +153,57 @@ def test_what_it_refuses(tiny: Model, dataset: EncodedDataset) -> None:
     for step in trainer:
         with pytest.raises(OptionError, match="predict applies no rank_dropout"):
             trainer.predict(step.batches[0])
-        with pytest.raises(OptionError, match=r"needs the loss of each sample, .* got \(\)"):
+        with pytest.raises(OptionError, match=r"needs the loss of each sample of a batch, .* got \(\)"):
             step.backward(torch.zeros((), requires_grad=True))
+        with pytest.raises(OptionError, match=r"of a batch, .* got 0.5; average"):
+            step.backward(0.5)  # type: ignore[arg-type]
     assert repr(trainer).startswith("Trainer(lorasmith-tiny: step 1 of 1, LoRA, ")
+
+
+def test_it_holds_out_what_a_run_holds_out(tiny: Model, dataset: EncodedDataset) -> None:
+    settings = {**SETTINGS, "steps": 2, "validation_share": 0.3, "validation_draws": 2}
+    run, trainer = train(tiny, dataset, **settings), Trainer(tiny, dataset, **settings)
+    for _ in trainer:
+        pass
+    assert trainer.losses == run.losses
+    assert trainer.held_out is not None and 0 < len(trainer.held_out) < len(dataset)
+    assert trainer.lora.metadata["ss_num_train_images"] == run.lora.metadata["ss_num_train_images"]
+
+
+def test_a_state_that_is_loaded_in_the_loop_is_where_it_goes_on(tiny: Model, dataset: EncodedDataset) -> None:
+    whole, trainer = (Trainer(tiny, dataset, **SETTINGS, steps=4) for _ in range(2))
+    for _ in whole:
+        pass
+    numbers = []
+    for step in trainer:
+        numbers.append(step.number)
+        if len(numbers) == 2:
+            state = trainer.state()
+        if len(numbers) == 4:
+            trainer.load(state)
+            with pytest.raises(OptionError, match="step 3 cannot be updated at step 1"):
+                step.update()
+    assert numbers == [0, 1, 2, 3, 1, 2, 3]
+    assert trainer.losses == whole.losses
+    assert equal(tensors(trainer), tensors(whole))
+
+
+def test_a_step_may_take_its_gradient_elsewhere(tiny: Model, dataset: EncodedDataset) -> None:
+    trainer = Trainer(tiny, dataset, **SETTINGS, steps=2)
+    for step in trainer:
+        first = step.gradient()
+        before = {name: weight.clone() for name, weight in trainer.weights.items()}
+        for name, weight in trainer.weights.items():
+            weight.add_(trainer.gradients[name])
+        assert torch.equal(step.gradient(), first)
+        step.reset()
+        assert not any(gradient.any() for gradient in trainer.gradients.values())
+        second = step.gradient()
+        assert not torch.equal(first, second)
+        for name, weight in trainer.weights.items():
+            weight.copy_(before[name])
+        assert step.update().loss == pytest.approx(second.mean().item())
+    with pytest.raises(OptionError, match="in the trainer's loop alone"):
+        trainer.predict(step.batches[0])
+    with pytest.raises(OptionError, match="state must be a RunState, got 5"):
+        trainer.load(5)  # type: ignore[arg-type]

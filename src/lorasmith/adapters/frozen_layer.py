@@ -26,6 +26,7 @@ from typing import Any, Protocol, TypeGuard
 import torch
 import torch.nn.functional as F
 from torch import Size, Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lorasmith.core.mapped_files import release_pages
 from lorasmith.core.placement import placed
@@ -62,7 +63,12 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def is_targetable(module: nn.Module) -> bool:
-    """Whether a module can carry an adapter: linear-like, or a zero-padded convolution."""
+    """Whether a module can carry an adapter: linear-like, or a zero-padded convolution.
+
+    `nn.MultiheadAttention` reads the weight of its last layer and never calls it, so an adapter there would do nothing.
+    """
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return False
     return is_linear(module) or (isinstance(module, CONVOLUTIONS) and module.padding_mode == "zeros")
 
 

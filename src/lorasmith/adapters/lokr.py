@@ -140,7 +140,7 @@ class _KroneckerProduct(torch.autograd.Function):
         if not on_top:
             return parts.reshape(len(x), *change.shape[1:-1], -1)
         y.view(parts.shape).add_(parts)
-        return y
+        return unviewed(y)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -14,17 +14,28 @@ from typing import Any, Literal, ParamSpec, TypeVar
 
 from lorasmith.core.errors import OptionError
 from lorasmith.core.printable import described
+from lorasmith.core.registry import nearest
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 def typed_arguments(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorator: an argument of another type than its annotation is an OptionError."""
+    """Decorator: an argument of another type than its annotation, or of an unknown name, is an OptionError."""
 
     @functools.wraps(function)
     def checked(*args: P.args, **kwargs: P.kwargs) -> R:
-        given = inspect.signature(function).bind(*args, **kwargs).arguments
+        signature = inspect.signature(function)
+        if not any(one.kind is one.VAR_KEYWORD for one in signature.parameters.values()):
+            for name in kwargs.keys() - signature.parameters.keys():
+                raise OptionError(
+                    f"{function.__qualname__} has no argument {name!r}{nearest(name, signature.parameters)}; "
+                    f"help(lorasmith.{function.__qualname__}) lists them"
+                )
+        try:
+            given = signature.bind(*args, **kwargs).arguments
+        except TypeError:
+            return function(*args, **kwargs)  # whose own error names it
         check_arguments(given, typing.get_type_hints(function), function.__qualname__)
         return function(*args, **kwargs)
 

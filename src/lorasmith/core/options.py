@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import os
 import sys
 import types
 import typing
@@ -88,8 +89,8 @@ class Option:
         wanted = self.type
         if wanted is bool and isinstance(value, bool):
             return value
-        if wanted is str and isinstance(value, str):
-            return value
+        if wanted is str and (isinstance(value, str) or (self.is_path and isinstance(value, os.PathLike))):
+            return os.fspath(value)
         if wanted in (int, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
             # Integers are checked first: one of 400 digits does not fit a float.
             if wanted is int and (isinstance(value, int) or value.is_integer()):

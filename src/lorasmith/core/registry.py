@@ -211,6 +211,8 @@ class Registry(Generic[T]):
         taken = self._canonical.get(key.casefold())
         if taken is None or (taken in self._names and taken not in self._things and _package_of(module) == _OWN):
             return
+        if self._modules.get(taken) == module == "__main__":  # a notebook's cell that is run again
+            return
         point = self._points.get(taken)
         if point is not None and taken not in self._things and _package_of(module) in (_OWN, _package_of(point.module)):
             if _package_of(module) == _OWN:  # known before the built-in thing, which has the name
@@ -252,7 +254,11 @@ class Registry(Generic[T]):
         return threading.get_ident(), name
 
     def _accepted(self, name: str, thing: Any) -> T:
-        found: T = thing if self._checked is None else self._checked(name, thing)
+        if self._checked is not None:
+            return self._checked(name, thing)
+        if self.group and not callable(thing):
+            raise TypeError("it must be a function")
+        found: T = thing
         return found
 
     def _add(self, name: str, thing: T, aliases: Iterable[str] = (), before: Iterable[str] = ()) -> None:

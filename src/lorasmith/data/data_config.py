@@ -6,11 +6,13 @@ Nothing here needs a model: resolutions and steps that are not set are the model
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Literal
 
 from lorasmith.core.errors import OptionError
 from lorasmith.core.options import check_options, option, options_of, short_repr
+from lorasmith.core.printable import described
 from lorasmith.core.registry import nearest
 
 MAX_REPEATS = 10_000  # of an image in an epoch
@@ -36,6 +38,10 @@ class ImageSource:
 
     def __post_init__(self) -> None:
         check_options(self)
+        path: object = self.path
+        if not isinstance(path, str | os.PathLike):
+            raise OptionError(f"a source of images must have a path, got {described(path)}; name a folder")
+        object.__setattr__(self, "path", os.fspath(path))
         if not self.path.strip():
             raise OptionError("a source of images must have a path, got an empty one; name a folder")
 

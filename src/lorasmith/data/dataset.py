@@ -113,8 +113,6 @@ class Sample:
                 f"the conditioning of a sample must be a Conditioning, got {_shape_text(given)}; make one: "
                 'Conditioning({"context": tensor}) with a tensor (1, tokens, width)'
             )
-        if not isinstance(given.tensors, Mapping):
-            raise DataError(f"tensors of a conditioning must be a mapping by name, got {_shape_text(given.tensors)}")
         for name, tensor in given.tensors.items():
             if not isinstance(tensor, Tensor) or tensor.shape[:1] != (1,):
                 raise DataError(
@@ -123,10 +121,12 @@ class Sample:
                 )
         if not isinstance(self.weight, int | float) or not 0 <= self.weight < math.inf:
             raise DataError(f"the weight of a sample must be a number from 0, got {described(self.weight)}")
-        if self.places is not None and self.places.shape != latents.shape[-2:]:
+        if self.places is not None and getattr(self.places, "shape", None) != latents.shape[-2:]:
             raise DataError(
                 f"places of a sample must be {tuple(latents.shape[-2:])} as its latents, got {_shape_text(self.places)}"
             )
+        if not isinstance(self.name, str):
+            raise DataError(f"the name of a sample must be a text, got {described(self.name)}")
         if not self.name:
             content = _digest(self.latents.contiguous().numpy().tobytes(), 4)
             object.__setattr__(self, "name", f"sample {content.hex()}")

@@ -77,7 +77,7 @@ class _Item:
 
 def items_of(given: object) -> Iterable[object] | None:
     """The items of a generator, an iterable or a torch dataset of either style; None if `given` is none of these."""
-    if isinstance(given, str | bytes | Mapping | np.ndarray | torch.Tensor | DataLoader):
+    if isinstance(given, str | bytes | Mapping | np.ndarray | torch.Tensor | DataLoader | type):
         return None
     if isinstance(given, Iterable):
         return given

@@ -88,6 +88,11 @@ for _name, _elementwise in {
 def check_loss(name: Code) -> None:
     """Raise OptionError unless a setting names a loss."""
     found = code_of(name, LOSSES)
+    if isinstance(found, type):
+        raise OptionError(
+            f"loss must be a function of prediction, target and batch, but {name} is a class; pass an instance, or a "
+            "function that calls one"
+        )
     try:
         inspect.signature(getattr(found, "forward", found)).bind("prediction", "target", "batch")
     except (TypeError, ValueError) as error:

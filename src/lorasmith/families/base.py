@@ -8,25 +8,49 @@ docs/adding-a-family.md.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from abc import ABC
+from abc import abstractmethod
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+from dataclasses import field
+from dataclasses import replace
 from importlib import import_module
-from typing import Any, Literal, NamedTuple
+from typing import Any
+from typing import Literal
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch import nn
 
 from lorasmith.adapters.inject import Rule
-from lorasmith.core.errors import DataError, ModelError
+from lorasmith.core.errors import DataError
+from lorasmith.core.errors import ModelError
 from lorasmith.core.extras import model_packages
+from lorasmith.core.printable import described
 from lorasmith.core.printable import printable
-from lorasmith.core.registry import Registry, instance_of
-from lorasmith.diffusion.schedule import FlowSchedule, NoiseSchedule, ResolutionShift
-from lorasmith.families.files.checkpoint import OriginalCheckpoint, PipelineConfigs
-from lorasmith.families.files.original_weights import block_count, module_paths, norm_name, weight_shapes, weights_empty
-from lorasmith.formats.names import EncoderNames, ModelNames, Naming, OriginalName, ProgramLimits
-from lorasmith.formats.spelling import DENOISER_START, SIGNATURES, Signature
+from lorasmith.core.registry import Registry
+from lorasmith.core.registry import instance_of
+from lorasmith.diffusion.schedule import FlowSchedule
+from lorasmith.diffusion.schedule import NoiseSchedule
+from lorasmith.diffusion.schedule import ResolutionShift
+from lorasmith.families.files.checkpoint import OriginalCheckpoint
+from lorasmith.families.files.checkpoint import PipelineConfigs
+from lorasmith.families.files.original_weights import block_count
+from lorasmith.families.files.original_weights import module_paths
+from lorasmith.families.files.original_weights import norm_name
+from lorasmith.families.files.original_weights import weight_shapes
+from lorasmith.families.files.original_weights import weights_empty
+from lorasmith.formats.names import EncoderNames
+from lorasmith.formats.names import ModelNames
+from lorasmith.formats.names import Naming
+from lorasmith.formats.names import OriginalName
+from lorasmith.formats.names import ProgramLimits
+from lorasmith.formats.spelling import DENOISER_START
+from lorasmith.formats.spelling import SIGNATURES
+from lorasmith.formats.spelling import Signature
 
 __all__ = [
     "DENOISER_START", "SIGNATURES", "Any", "AutoencoderSlot", "Conditioning", "DataError", "Defaults", "Diffusion",
@@ -54,6 +78,13 @@ class Conditioning:
     text: str | None = None
     mask: Tensor | None = None
     span: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.tensors, Mapping):
+            raise DataError(
+                f"tensors of a conditioning must be a mapping by name, got {described(self.tensors)}; give "
+                '{"context": tensor}'
+            )
 
     def __repr__(self) -> str:
         facts = [f"{name} {'×'.join(map(str, tensor.shape))}" for name, tensor in self.tensors.items()]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, TypeVar, overload
 
+from lorasmith.core.arguments import typed_arguments
 from lorasmith.core.errors import OptionError
 from lorasmith.core.extensions import KINDS, Extension, entry_points, extension_at
 from lorasmith.core.registry import REGISTRIES, Registry, nearest
@@ -37,6 +38,7 @@ _MODULES = {
 def register(kind: str, name: str, *, before: str | Sequence[str] = ()) -> Callable[[T], T]: ...
 @overload
 def register(kind: str, name: str, thing: T, *, before: str | Sequence[str] = ()) -> T: ...
+@typed_arguments
 def register(kind: str, name: str, thing: T | None = None, *, before: str | Sequence[str] = ()) -> T | Callable[[T], T]:
     """Add an algorithm, a family, an optimizer or another thing to those of this process.
 
@@ -55,10 +57,12 @@ def register(kind: str, name: str, thing: T | None = None, *, before: str | Sequ
         The thing, unchanged, or the decorator.
 
     Raises:
-        OptionError: the kind is unknown, or another thing has the name.
+        OptionError: the kind is unknown, the name is empty, or another thing has the name.
         LorasmithError: the thing does not fulfil the contract of its kind.
     """
-    module = str(sys._getframe(1).f_globals.get("__name__", ""))
+    module = str(sys._getframe(2).f_globals.get("__name__", ""))
+    if not name.strip():
+        raise OptionError(f"a thing of the kind {kind} must have a name, got none; choose one")
     names = (before,) if isinstance(before, str) else tuple(before)
     add = registry_of(kind).register(name, before=names, module=module)
     return add if thing is None else add(thing)

@@ -64,10 +64,14 @@ def samples_of(given: object, load: Callable[[object], EncodedDataset]) -> Encod
         given = [given]
     if isinstance(given, list | tuple | Iterator):
         items = iter(given)
-        first = next(items, None)
+        first = next(items, items)
+        if first is items:
+            raise DataError(
+                "training needs at least one sample, got none; a list may be empty, a generator read before"
+            )
         if isinstance(first, Sample):
             return EncodedDataset((first, *items), origin="samples made one by one")
-        if given is items and first is not None:
+        if given is items:
             given = itertools.chain([first], items)
     return load(given)
 
@@ -81,6 +85,7 @@ _NO_MODELS: dict[Any, str] = {
     nn.Module: "describe a module of your own by a lorasmith.Trainable",
     (EncodedDataset, Sample, list, tuple, DataLoader): "the model comes first, then the data",
     (Lora, TrainResult): "give its base model, and the LoRA's file as existing_lora",
+    Trainable: "a Trainable is trained on alone: make a lorasmith.Sample of each of its inputs, and call its module",
     dict: "tensors alone do not say what computes with them; save them as a checkpoint and load that",
 }
 """What is given instead of a model, and what to do about it."""

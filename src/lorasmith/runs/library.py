@@ -323,6 +323,8 @@ def train_together(
         OptionError: as `train`, or the runs cannot train together.
         KeyboardInterrupt: they were interrupted; those with an output folder have saved.
     """
+    if not runs:
+        raise OptionError("runs must be a list of at least one run's arguments, got none; add one, such as {'rank': 8}")
     shared, _ = taken(TrainArguments, "train_together", arguments)
     stop = StopOfAll(shared.cancelled or (lambda: False))
     jobs, works = [], []
@@ -458,6 +460,10 @@ def generate(
         LoraError: a LoRA cannot be read, is for another model, or is refused.
         CancelledError: `cancelled` returned True.
     """
+    if steps < 1:
+        raise OptionError(f"steps must be at least 1, got {steps}")
+    if not dtype.is_floating_point:
+        raise OptionError(f"dtype must be a format of floats, got {dtype}; choose torch.float32 or torch.bfloat16")
     denoiser = denoiser_of(model)
     encoder = text_encoder or denoiser.base.text_encoder
     denoiser, encoder = with_loras(denoiser, encoder, _pairs(loras), strict=strict)

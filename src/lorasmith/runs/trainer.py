@@ -6,19 +6,21 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Concatenate, ParamSpec, Self
 
 import torch
 from torch import Tensor, nn
 
+from lorasmith.core.arguments import typed_arguments
 from lorasmith.core.errors import DataError, OptionError, TrainingError
 from lorasmith.core.placement import chosen_device
 from lorasmith.core.printable import described
-from lorasmith.data.dataset import EncodedDataset
+from lorasmith.data.dataset import EncodedDataset, split
 from lorasmith.diffusion.loss_functions import Loss
 from lorasmith.diffusion.schedule import PARAMETERIZATIONS
 from lorasmith.runs.given import samples_of, trainable_of
@@ -34,6 +36,8 @@ from lorasmith.training.memory.compilation import sizes_vary
 from lorasmith.training.recovery import RunState
 from lorasmith.training.results import BaseHashes, lora_of, training_metadata
 from lorasmith.training.storage.run_states import load_state, save_state
+
+P = ParamSpec("P")
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,13 @@ class TrainerArguments(TrainConfig):
     device: str | torch.device | None = None
 
 
+def _trains(
+    arguments: Callable[P, TrainConfig],
+) -> Callable[[Callable[..., None]], Callable[Concatenate[Trainer, Trained, object, P], None]]:
+    """Decorator: `**arguments` get the signature of their dataclass, for type checkers and `help`."""
+    return lambda function: shown(function, arguments)
+
+
 class TrainStep:
     """One step of a `Trainer`: its batches, then its gradient, then its update.
 
@@ -74,16 +85,26 @@ class TrainStep:
         self.result: StepResult | None = None  # None before the update
         self._trainer = trainer
         self._losses: Tensor | None = None
-        self._first = torch.zeros(())
-        trainer.engine.flat.publish()  # weights may have been written to
-        trainer.engine.flat.zero()
+        self.reset()
+
+    def __repr__(self) -> str:
+        samples = sum(len(batch.names) for batch in self.batches)
+        return f"TrainStep({self.number}: {samples} samples{f', {self.result}' if self.result else ''})"
+
+    def reset(self) -> None:
+        """Forget the gradient, so that the next one is that of the weights as `Trainer.weights` has them now."""
+        self._losses, self._first = None, torch.zeros(())
+        self._trainer.engine.flat.publish()  # weights may have been written to
+        self._trainer.engine.flat.zero()
 
     def gradient(self) -> Tensor:
         """Compute the step's gradient, into `Trainer.gradients`; returns the loss of each sample, (samples,) fp32.
 
-        Called again, it returns the same. Raises torch's error if memory runs out.
+        Called again, it returns the same, unless `reset` was called. Raises OptionError outside of the trainer's loop,
+        and torch's error if memory runs out.
         """
         if self._losses is None:
+            self._trainer._check_open()
             engine = self._trainer.engine
             self._losses, self._first = engine.summed(self.batches, engine.gradient(self.batches))
         return self._losses
@@ -95,11 +116,12 @@ class TrainStep:
             losses: (samples of a batch,), made from `Trainer.predict` of one of `batches`; the step's gradient is that
                 of the mean over all its samples.
         """
-        engine = self._trainer.engine
-        if losses.ndim != 1 or not losses.requires_grad:
+        engine, sizes = self._trainer.engine, {len(batch.names) for batch in self.batches}
+        if not isinstance(losses, Tensor) or losses.ndim != 1 or len(losses) not in sizes or not losses.requires_grad:
+            got = tuple(losses.shape) if isinstance(losses, Tensor) else described(losses)
             raise OptionError(
-                f"backward needs the loss of each sample, (batch,) with a gradient, got {tuple(losses.shape)}; average "
-                "over everything but the first dimension"
+                f"backward needs the loss of each sample of a batch, ({' or '.join(map(str, sorted(sizes)))},) with a "
+                f"gradient, got {got}; average over everything but the first dimension"
             )
         torch.autograd.backward(
             losses.float().sum() * (engine.loss_scale / sum(len(batch.names) for batch in self.batches))
@@ -112,9 +134,12 @@ class TrainStep:
         """Update the weights with the gradient, which is computed first if it was not; returns loss and norm.
 
         Raises:
+            OptionError: the trainer has loaded a state of another step since.
             TrainingError: a loss or the gradient is not finite; the weights are as before.
         """
         if self.result is None:
+            if self.number != (now := self._trainer.step):
+                raise OptionError(f"step {self.number} cannot be updated at step {now} of a state; take the next step")
             losses = self.gradient()
             self.result = self._trainer._update(self.number, losses, self._first.to(losses.device))
         return self.result
@@ -144,10 +169,12 @@ class Trainer:
 
     Attributes:
         job: the planned run: resolved settings (`job.config`), adapters by layer, notes.
-        engine: adapters, optimizer and what belongs to them.
+        engine: adapters, optimizer and what belongs to them; `engine.rate_factor` multiplies the learning rate.
         model: the frozen model.
+        held_out: the samples that `train` would judge the run by, which are not trained on; None if there are none.
     """
 
+    @_trains(TrainerArguments)
     def __init__(self, model: Trained, data: object, **arguments: Any) -> None:
         """Plan the run.
 
@@ -164,13 +191,16 @@ class Trainer:
         """
         given, settings = taken(TrainerArguments, "Trainer", arguments)
         self.model = trainable_of(model)
-        self._data = samples_of(data, _only_samples)
-        self.model.check(self._data.samples)
+        samples = samples_of(data, _only_samples)
+        self.model.check(samples.samples)
         config = config_over(given.config, {**settings, "loss": given.loss})
         job = plan_job(self.model, config, chosen_device(given.device))
+        parts = split(samples, share=job.config.validation_share)
+        self._data, self.held_out = parts.training, parts.held_out
         self.job: TrainJob = replace(job, runtime=replace(job.runtime, varying_sizes=sizes_vary(self._data.samples)))
         self.engine: Engine = engine_of(self.job)
         self._loop = Loop(self.engine, self._data.samples)
+        self._loads = 0
         self._started = time.time()
         self._open = contextlib.ExitStack()
         self._depth = 0
@@ -193,12 +223,12 @@ class Trainer:
         """What is trained, by name: `layer.down`, `layer.up` and the like, in the dtype of the run."""
         return self.engine.flat.parameters
 
-    @property
+    @cached_property
     def weights(self) -> Mapping[str, Tensor]:
         """Views of them in fp32, which the optimizer updates; what is written into them counts from the next step."""
         return {name: self.engine.flat.view(self.engine.flat.master, name) for name in self.parameters}
 
-    @property
+    @cached_property
     def gradients(self) -> Mapping[str, Tensor]:
         """Views of the gradients in fp32; write into them between `TrainStep.gradient` and `TrainStep.update`."""
         return {name: self.engine.flat.view(self.engine.flat.grad, name) for name in self.parameters}
@@ -245,22 +275,30 @@ class Trainer:
             self._open.__exit__(kind, error, trace)
 
     def __iter__(self) -> Iterator[TrainStep]:
-        """The remaining steps. What of a step is not called by then is done when the next one is asked for."""
+        """The remaining steps. What of a step is not called by then is done when the next one is asked for.
+
+        After a state was loaded in the loop, the next step is that of the state.
+        """
         first = self.engine.runtime.first_step
         with self:
             engine = self.engine
             maker = batch_maker(self.model, self._data.samples, engine.config, engine.runtime, engine.dropout)
-            with contextlib.closing(prefetched(maker, range(first + self.step, first + self._loop.steps))) as coming:
-                for number, batches in coming:
-                    step = TrainStep(self, number - first, batches)
-                    yield step
-                    step.update()
+            while self.step < self._loop.steps:
+                loads, ahead = self._loads, range(first + self.step, first + self._loop.steps)
+                with contextlib.closing(prefetched(maker, ahead)) as coming:
+                    for number, batches in coming:
+                        step = TrainStep(self, number - first, batches)
+                        yield step
+                        if self._loads != loads:
+                            break
+                        step.update()
 
     def predict(self, batch: Batch) -> Tensor:
         """The model's prediction for a batch of a step, (batch, channels, [frames,] height, width), differentiable.
 
-        Raises OptionError with rank or module dropout, which `TrainStep.gradient` alone applies.
+        Raises OptionError outside of the loop, and with rank or module dropout, which `TrainStep.gradient` applies.
         """
+        self._check_open()
         config = self.job.config
         if config.rank_dropout or config.module_dropout:
             raise OptionError("predict applies no rank_dropout or module_dropout; set both to 0, or use gradient()")
@@ -275,22 +313,33 @@ class Trainer:
         """Everything that is needed to go on from here bit for bit: step, tensors (copies on the CPU) and numbers."""
         return self._loop.state()
 
+    @typed_arguments
     def load(self, state: RunState) -> None:
-        """Go back, or on, to a state of a trainer of the same settings; between two steps, not within an iteration.
+        """Go back, or on, to a state of a trainer of the same settings; the loop goes on from there.
 
         Raises:
             LoraError, TrainingError: it is of other layers or settings.
         """
         self._loop.load(state)
+        self._loads += 1
 
+    @typed_arguments
     def save_state(self, path: str | os.PathLike[str]) -> Path:
         """Write the state to a file, which `existing_state` of a later run takes as well. Raises OutputError."""
         save_state(Path(path), self.state())
         return Path(path)
 
+    @typed_arguments
     def load_state(self, path: str | os.PathLike[str]) -> None:
         """Load a state from a file, such as one in the folder of a run. Raises OutputError, and as `load`."""
         self.load(load_state(Path(path)))
+
+    def _check_open(self) -> None:
+        if not self._depth:
+            raise OptionError(
+                "the model is ready for steps in the trainer's loop alone, which has ended; iterate it, or use it in "
+                "`with trainer:`"
+            )
 
     def _update(self, number: int, losses: Tensor, first: Tensor) -> StepResult:
         sound, norm, _, *each = self.engine.update(number, losses, first).tolist()
@@ -310,6 +359,3 @@ def _only_samples(given: object) -> EncodedDataset:
         f"a Trainer needs encoded samples, got {described(given)}; encode them first: "
         "lorasmith.load_dataset(pictures, model)"
     )
-
-
-shown(Trainer.__init__, TrainerArguments)

@@ -76,7 +76,11 @@ class Sampler:
 
 def _as_sampler(name: str, thing: Any) -> Sampler:
     """The sampler of a registered solver."""
-    return thing if isinstance(thing, Sampler) else Sampler(thing)
+    if isinstance(thing, Sampler):
+        return thing
+    if not callable(thing):
+        raise TypeError("it must be a solver")
+    return Sampler(thing)
 
 
 SAMPLERS: Registry[Sampler] = Registry("sampler", group="samplers", checked=_as_sampler)

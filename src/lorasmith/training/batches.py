@@ -177,7 +177,8 @@ class BatchMaker:
     def _placed(self, tensor: Tensor) -> Tensor:
         if self.runtime.device.type == "cuda":
             tensor = tensor.pin_memory()  # makes the copy asynchronous
-        return tensor.to(self.runtime.device, memory_format=self.memory_format, non_blocking=True)
+        layout = self.memory_format if tensor.ndim == 4 else torch.preserve_format  # latents may have frames
+        return tensor.to(self.runtime.device, memory_format=layout, non_blocking=True)
 
 
 def _padding(batch: Batch) -> Batch:

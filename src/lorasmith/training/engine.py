@@ -163,6 +163,11 @@ class Engine:
                 sums.during_backward(norm=is_only) if sums and is_last else contextlib.nullcontext(),
             ):
                 loss = sample_losses(self.model, batch, self.config, self.runtime)
+                if not loss.requires_grad:
+                    raise TrainingError(
+                        "the prediction must depend on a trained layer, and it depends on none; choose targets that "
+                        "the network calls, and predict without no_grad or detach"
+                    )
                 torch.autograd.backward(self.summed_loss(loss, batch, per_step))
             if not (sums and is_last):
                 flat.collect()

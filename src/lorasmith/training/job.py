@@ -379,7 +379,14 @@ def resolve_targets(model: Trainable, config: TrainConfig) -> AdapterPlan:
     try:
         return plan_adapters(model.module, rules, exclude=exclusions, rank=config.rank, capped=capped)
     except OptionError as error:
-        hint = next((hint for rule in rules if (hint := nearest(rule.name, presets)) and rule.name in str(error)), "")
+        hint = next(
+            (
+                hint
+                for rule in rules
+                if rule.name not in presets and (hint := nearest(rule.name, presets)) and rule.name in str(error)
+            ),
+            "",
+        )
         raise OptionError(f"{error}{hint}; use one of {', '.join(presets)}, or patterns such as *.attn2.*") from None
 
 

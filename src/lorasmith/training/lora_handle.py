@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar, overload
 
 import torch
 
@@ -112,6 +112,7 @@ class Lora:
             state = state_from_tensors(tensors, metadata, assumed)
         return cls(state, assumed or _UNKNOWN, name=path.name, given=tensors)
 
+    @typed_arguments
     def for_model(self, model: Model | Trainable | ModelNames) -> Lora:
         """This LoRA with the names of a model; unchanged if it has them already.
 
@@ -124,6 +125,7 @@ class Lora:
         state = lora_of_tensors(Path(self.name), self.given, self.state.metadata, names)
         return replace(self, state=state, names=names, given=None)
 
+    @typed_arguments
     def save(
         self,
         path: str | os.PathLike[str],
@@ -270,27 +272,36 @@ class Lora:
             raise LoraError(f"{note}, or leave strict off to apply the others")
         return Applied(denoiser, encoder, note)
 
+    @overload
+    def applied_to(self, denoiser: H, *, strength: float = ..., bypass: bool | None = ..., strict: bool = ...) -> H: ...
+    @overload
+    def applied_to(
+        self, denoiser: Model, *, strength: float = ..., bypass: bool | None = ..., strict: bool = ...
+    ) -> Denoiser: ...
+    @typed_arguments
     def applied_to(
         self,
-        denoiser: H,
+        denoiser: Denoiser | Trainable | Model,
         *,
         strength: float = 1.0,
         bypass: bool | None = None,
         strict: bool = False,
-    ) -> H:
+    ) -> Denoiser | Trainable:
         """The denoiser with this LoRA on top, as by `applied`, with a Python warning about parts that do not apply.
 
         Args:
-            denoiser: what it is applied to.
+            denoiser: what it is applied to; of a model, its denoiser.
             strength, bypass, strict: as for `applied`.
 
         Raises:
             LoraError, OptionError: as `applied`.
         """
-        applied = self.applied(denoiser, None, strength=strength, bypass=bypass, strict=strict)
+        below = denoiser.denoiser if isinstance(denoiser, Model) else denoiser
+        applied: Applied[Any, None] = self.applied(below, None, strength=strength, bypass=bypass, strict=strict)
         if applied.note:
-            warnings.warn(applied.note, stacklevel=2)
-        return applied.denoiser
+            warnings.warn(applied.note, stacklevel=3)
+        found: Denoiser | Trainable = applied.denoiser
+        return found
 
     def applied_to_text(self, encoder: TextEncoder, *, strength: float = 1.0, strict: bool = False) -> TextEncoder:
         """The text encoders with this LoRA, as by `applied`, with a Python warning about parts that do not apply.

@@ -65,6 +65,8 @@ def notes_on_file(
 ) -> tuple[str, ...]:
     """One sentence for each program that will not apply all of the LoRA in the default layout."""
     names = model.names
+    if not model.facts.family_title:  # other programs do not know a network of one's own
+        return ()
     whole = {path: adapter.diff.detach() for path, adapter in adapters.items() if isinstance(adapter, FullAdapter)}
     state = AdapterState(
         {ModuleRef(DENOISER, path): adapter.to_weights() for path, adapter in adapters.items() if path not in whole},

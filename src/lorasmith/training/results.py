@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import threading
 import time
 from collections import Counter
@@ -16,6 +17,7 @@ from typing import Self
 
 from lorasmith.adapters.algorithms import facts_of, format_named, format_of
 from lorasmith.core.adapter_state import DENOISER, SD_SCRIPTS, AdapterState, ModuleRef
+from lorasmith.core.arguments import typed_arguments
 from lorasmith.core.extensions import HEADER_ENTRY, as_json
 from lorasmith.core.files import write_atomic
 from lorasmith.core.placement import dtype_from_name, dtype_name
@@ -64,7 +66,8 @@ class TrainResult:
     path: Path | None = None
     best_path: Path | None = None
 
-    def plot(self, path: str | Path) -> Path:
+    @typed_arguments
+    def plot(self, path: str | os.PathLike[str]) -> Path:
         """Draw the loss curve as a PNG file, which is replaced; returns its path.
 
         Raises:

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
@@ -20,13 +21,14 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters.frozen_layer import weights_as_stored, weights_digest
+from lorasmith.adapters.frozen_layer import is_linear, is_targetable, weights_as_stored, weights_digest
 from lorasmith.adapters.inject import Rule, adapters_attached
 from lorasmith.adapters.patch import Patch, attachments, patches_applied, patches_merged
+from lorasmith.core.arguments import check_arguments
 from lorasmith.core.errors import DataError, OptionError
 from lorasmith.core.extensions import Extension
 from lorasmith.core.placement import placed, reproducible
-from lorasmith.core.printable import printable
+from lorasmith.core.printable import described, printable
 from lorasmith.core.registry import extensions_of
 from lorasmith.data.dataset import Sample
 from lorasmith.diffusion.schedule import PARAMETERIZATIONS, DiscreteSchedule, FlowSchedule
@@ -74,17 +76,18 @@ class Trainable:
     Subclasses may replace `frozen`, `predict`, `join`, `identity` and `check`, each on its own.
 
     Args:
-        module: the network. Layers that can carry adapters are `Linear` and zero-padded convolutions. It is neither
-            copied nor modified: what a run changes (device, dtype, training mode, `requires_grad`) is restored.
+        module: the network. Layers that can carry adapters are `Linear` and zero-padded convolutions that it calls;
+            by default all `Linear` ones are trained, and convolutions where there are none. It is neither copied nor
+            modified: what a run changes (device, dtype, training mode, `requires_grad`) is restored.
         predict: `(module, latents, time, conditioning) -> prediction`, see the method; None calls
-            `module(latents, time, **conditioning.tensors)`.
+            `module(latents, time, **conditioning.tensors)`, with `mask=conditioning.mask` where there is one.
         diffusion: what it predicts: `flow` (rectified flow, time is sigma in [0, 1]), `epsilon` or `v` (Stable
             Diffusion's 1000 steps, time is the index), or a `Diffusion` with a schedule of its own.
         title: name in reports and LoRA files; the module's class if empty.
         downscale: pixels per latent in each direction, for the picture sizes in metadata.
 
     Raises:
-        OptionError: `diffusion` is not one of these, or `module` is not an `nn.Module` with such layers.
+        OptionError: an argument is of another type, or `diffusion` is not one of these.
     """
 
     module: nn.Module
@@ -104,10 +107,18 @@ class Trainable:
     ) -> None:
         if not isinstance(module, nn.Module):
             raise OptionError(f"a Trainable needs a torch.nn.Module, got {type(module).__name__}; pass the network")
+        if predict is not None and (not callable(predict) or not _takes(predict, 4)):
+            raise OptionError(
+                f"predict must be a function of (module, latents, time, conditioning), got {described(predict)}; "
+                "give the others by name, such as diffusion='flow'"
+            )
+        check_arguments({"title": title, "downscale": downscale}, {"title": str, "downscale": int}, "Trainable")
         self.module = module
         self.diffusion = diffusion if isinstance(diffusion, Diffusion) else _diffusion(diffusion)
         title = title or type(module).__name__
-        self.facts = Facts(title=title, defaults=Defaults(targets="all-linear", guidance=1.0), downscale=downscale)
+        linear = any(is_linear(layer) and is_targetable(layer) for layer in module.modules())
+        defaults = Defaults(targets="all-linear" if linear else "all", guidance=1.0)
+        self.facts = Facts(title=title, defaults=defaults, downscale=downscale)
         self.names = ModelNames(
             family=title,
             denoiser={path: OriginalName(path) for path in module_paths(module)},
@@ -177,7 +188,14 @@ class Trainable:
         if self._predict is not None:
             found: object = self._predict(self.module, latents, time, conditioning)
         else:
-            found = self.module(latents, time, **conditioning.tensors)
+            masked = {} if conditioning.mask is None else {"mask": conditioning.mask}
+            if masked and not _takes(self.module.forward, 2, {**masked, **conditioning.tensors}):
+                raise OptionError(
+                    f"contexts of different lengths are padded, so that {type(self.module).__name__}.forward must take "
+                    "a mask, bool (batch, tokens); add this argument, give Trainable a function predict, or set "
+                    "batch_size 1"
+                )
+            found = self.module(latents, time, **{**masked, **conditioning.tensors})
         if not isinstance(found, Tensor) or found.shape != latents.shape:
             what = f"one of {tuple(found.shape)}" if isinstance(found, Tensor) else f"{type(found).__name__}"
             raise OptionError(
@@ -196,6 +214,16 @@ class Trainable:
 
     def check(self, samples: Sequence[Sample]) -> None:
         """Raise DataError for samples that the network does not take; called before a run."""
+        if self._predict is not None or type(self).predict is not Trainable.predict:
+            return
+        for sample in samples:
+            if not _takes(self.module.forward, 2, sample.conditioning.tensors):
+                names = ", ".join(sample.conditioning.tensors) or "nothing"
+                raise DataError(
+                    f"{type(self.module).__name__}.forward{inspect.signature(self.module.forward)} must take latents, "
+                    f"time and the conditioning's tensors by name, but {sample.name} has {names}; name them alike, or "
+                    "give Trainable a function predict(module, latents, time, conditioning)"
+                )
 
 
 class TrainableDenoiser(Trainable):
@@ -282,8 +310,19 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+def _takes(function: Callable[..., object], count: int, names: Iterable[str] = ()) -> bool:
+    """Whether a function can be called with `count` arguments by place and these by name; True if it does not say."""
+    try:
+        inspect.signature(function).bind(*[None] * count, **dict.fromkeys(names))
+    except TypeError:
+        return False
+    except ValueError:
+        return True
+    return True
+
+
 def _diffusion(kind: str) -> Diffusion:
-    if kind not in PARAMETERIZATIONS:
+    if not isinstance(kind, str) or kind not in PARAMETERIZATIONS:
         raise OptionError(
             f"diffusion must be a Diffusion or one of {', '.join(PARAMETERIZATIONS)}, got {kind!r}; choose what "
             "the network predicts"
