@@ -1,7 +1,7 @@
 # Lorasmith's server: docs/install.md says how to run it. For NVIDIA cards, two arguments differ:
-#   docker build --build-arg BASE=nvidia/cuda:13.0.1-base-ubuntu24.04 \
+#   docker build --build-arg BASE=docker.io/nvidia/cuda:13.0.1-base-ubuntu24.04 \
 #     --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130 --tag lorasmith .
-ARG BASE=debian:trixie-slim
+ARG BASE=docker.io/library/debian:trixie-slim
 FROM ${BASE}
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 
@@ -9,9 +9,9 @@ RUN apt-get update \
  && apt-get install --yes --no-install-recommends python3 python3-venv \
  && rm -rf /var/lib/apt/lists/* \
  && python3 -m venv /opt/lorasmith
-# In a layer of its own, which a change of the source leaves as it is.
+# In a layer of its own, which a change of the source leaves as it is. What torch needs, its index has in versions of its own.
 RUN --mount=type=bind,source=constraints.txt,target=/tmp/constraints.txt \
-    /opt/lorasmith/bin/pip install --no-cache-dir --constraint /tmp/constraints.txt --index-url "${TORCH_INDEX}" torch
+    /opt/lorasmith/bin/pip install --no-cache-dir --index-url "${TORCH_INDEX}" "$(grep '^torch>' /tmp/constraints.txt)"
 RUN --mount=type=bind,source=.,target=/tmp/source,rw \
     cd /tmp/source \
  && /opt/lorasmith/bin/pip install --no-cache-dir --constraint constraints.txt \

@@ -2,7 +2,8 @@
 
 Sdists and wheels of the three distributions, an SBOM (CycloneDX, from uv.lock) and SHA256SUMS. Everything is built
 twice, in two folders, and must come out with the same bytes. The wheel of lorasmith has a man page and completions for
-shells, made of the declarations that `--help` prints. Needs `pip install uv packaging`; uv downloads hatchling.
+shells, made of the declarations that `--help` prints. Runs in an environment with Lorasmith, and needs
+`pip install uv packaging`; uv downloads hatchling.
 """
 
 from __future__ import annotations
@@ -117,13 +118,20 @@ def write_share(folder: Path, version: str) -> None:
 
 def sbom(epoch: int) -> str:
     """The packages that uv.lock installs with the extras, as CycloneDX; without a time and number of its own."""
-    extras = ("models", "editor", "gguf", "heic", "optimizers", "tensorboard", "video", "wandb")
     command = [sys.executable, "-m", "uv", "export", "--quiet", "--frozen", "--format", "cyclonedx1.5"]
     done = subprocess.run(
-        [*command, *(f"--extra={extra}" for extra in extras)], cwd=ROOT, capture_output=True, text=True, check=True
+        [*command, "--all-extras", "--no-extra=dev"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     document = json.loads(done.stdout)
     del document["serialNumber"]
+    found = versions()
+    for one in (document["metadata"]["component"], *document["components"]):
+        if one["name"] in found:
+            project = tomllib.loads(
+                (ROOT / PARTS[list(found).index(one["name"])] / "pyproject.toml").read_text("utf-8")
+            )
+            one["version"] = found[one["name"]]
+            one["licenses"] = [{"expression": project["project"]["license"]}]
     document["metadata"]["timestamp"] = datetime.fromtimestamp(epoch, UTC).isoformat()
     return json.dumps(document, indent=1, sort_keys=True) + "\n"
 
@@ -134,7 +142,12 @@ def build(commit: str, output: Path, epoch: int, version: str) -> None:
         archive = subprocess.run(["git", "archive", commit], cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout
         with tarfile.open(fileobj=io.BytesIO(archive)) as files:
             files.extractall(folder, filter="data")
-        write_share(Path(folder) / "share", version)
+        # Of the commit, whichever Lorasmith the environment has.
+        code = (
+            f"from pathlib import Path; from tools.release import write_share; write_share(Path('share'), {version!r})"
+        )
+        path = os.pathsep.join([folder, str(Path(folder) / "src")])
+        subprocess.run([sys.executable, "-c", code], cwd=folder, env={**os.environ, "PYTHONPATH": path}, check=True)
         for part in PARTS:
             subprocess.run(
                 [sys.executable, "-m", "uv", "build", "--quiet", "--no-sources", "--out-dir", str(output), part],

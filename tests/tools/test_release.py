@@ -17,6 +17,12 @@ from tools import release
 ROOT = release.ROOT
 
 
+needs_companions = pytest.mark.skipif(
+    not (ROOT / "lorasmith-tiny").is_dir(), reason="an sdist is without the other distributions"
+)
+
+
+@needs_companions
 def test_the_versions_agree(tmp_path: Path) -> None:
     found = release.versions()
     assert found.keys() == {"lorasmith", "lorasmith-tiny", "lorasmith-editor"}
@@ -91,6 +97,21 @@ def test_lock_and_constraints_are_those_of_the_project() -> None:
     assert all(re.search(rf"^{name}(==|>=)", newest, re.MULTILINE) for name in bounds)
     assert "+cpu" not in newest + lock
     assert set(re.findall(r"https?://([^/\"]+)", lock)) == {"pypi.org", "files.pythonhosted.org"}
+
+
+@needs_companions
+def test_an_image_is_built_from_all_that_the_distributions_are_built_from() -> None:
+    """`.dockerignore` leaves out whatever it does not name."""
+    named = {line[1:] for line in (ROOT / ".dockerignore").read_text("utf-8").splitlines() if line.startswith("!")}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]
+    files = [project["project"]["readme"], *project["project"]["license-files"], *wheel["packages"]]
+    files += ["hatch_build.py"] * ("custom" in wheel["hooks"]) + [
+        *release.PARTS[1:],
+        "pyproject.toml",
+        "constraints.txt",
+    ]
+    assert {file.partition("/")[0] for file in files} == named
 
 
 def release_of(version: str) -> tuple[int, ...]:

@@ -216,8 +216,8 @@ def _print_checkup(found: Checkup) -> None:
     for folder, free in found.disks.items():
         heading("Disk    ", f"{memory_text(free)} are free for {folder}")
     for extra in found.extras:
-        remedy = f"; without {', '.join(extra.missing)}: {extra.remedy}" if extra.missing else ""
-        heading("Extra   ", f"{extra.name}: {', '.join(extra.present) or 'none of its packages'}{remedy}")
+        lacks = f"{', '.join(extra.missing)} not installed, {extra.remedy}" if extra.missing else ""
+        heading("Extra   ", f"{extra.name}: {'; '.join(part for part in (', '.join(extra.present), lacks) if part)}")
     for one in found.extensions:
         state = "cannot be used" if one.fault else "usable"
         heading("Extends ", f"{one.source}: {one.name} ({one.kind}), {state}")

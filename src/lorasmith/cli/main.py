@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import gc
+import sys
 from collections.abc import Iterator
 from typing import Annotated, Any
 
@@ -93,10 +94,20 @@ with_general_flags(app)
 with_readable_help(app)
 
 
+def _spare_the_last_collection() -> None:
+    """The interpreter's last one visits a million objects of torch, and takes most of the time of an exit.
+
+    Bindings made by nanobind, as triton's are, print a page about each object that is left then.
+    """
+    if "triton" in sys.modules:
+        gc.unfreeze()
+    else:
+        gc.freeze()
+
+
 def main() -> None:
     """Entry point. `output_as` prints a LorasmithError as one sentence and handles interrupts."""
     keep_freed_memory()
     other_output_made_printable()
-    # Without it, the interpreter's last collection visits a million objects of torch: most of the time of an exit.
-    atexit.register(gc.freeze)
+    atexit.register(_spare_the_last_collection)
     app()
