@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ MODULE = f"""
 from {__name__} import Drink
 
 tea, milk = Drink("tea"), Drink("milk", before=("water",))
+ales = object()
 """
 
 
@@ -93,6 +95,33 @@ def test_a_name_that_two_bring_is_refused_with_both(drinks: Made) -> None:
         registry.register("milk")(Drink("milk"))
     with pytest.raises(OptionError, match=r"'Water' is registered twice, by lorasmith and by the module "):
         registry.register("Water")(Drink("Water"))
+
+
+def test_threads_have_the_same_things(drinks: Made) -> None:
+    several = {f"ale {number}": "own_drinks:ales" for number in range(20)}
+    registry = drinks(**{f"own{number}": {"samplers": {name: at}} for number, (name, at) in enumerate(several.items())})
+    registry._checked = lambda name, thing: Drink(name)
+    ready, found = threading.Barrier(6), list[list[Drink]]()
+
+    def ask() -> None:
+        ready.wait()
+        found.append([*(registry[name] for name in several), *registry.usable().values()])
+
+    threads = [threading.Thread(target=ask) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [list(map(id, one)) for one in found] == [list(map(id, found[0]))] * 6
+    assert list(registry.usable()) == ["water", "wine", *several]
+
+
+def test_a_package_with_damaged_metadata_is_left_out(drinks: Made, tmp_path: Path) -> None:
+    registry = drinks(own=OWN, other={"samplers": {"rum": "not an object"}}, third={"samplers": {"ale": "own:ale"}})
+    (tmp_path / "packages" / "third-0.1.dist-info" / "METADATA").unlink()
+    with pytest.warns(match="extensions of .* are left out") as warned:
+        assert list(registry) == ["water", "wine", "tea", "milk"]
+    assert len(warned) == 2
 
 
 def test_a_module_may_register_what_its_package_announces(drinks: Made) -> None:

@@ -73,7 +73,8 @@ class Registry(Generic[T]):
         self._faults: dict[str, str] = {}  # why an extension cannot be used
         self._is_complete = not group  # the names of extensions are known
         self._loading: set[tuple[int, str]] = set()  # threads that import extensions, with their names
-        self._usable: Mapping[str, T] | None = None
+        self._usable: Mapping[str, T] = {}
+        self._changing = threading.RLock()  # never held while something is imported, which has a lock of its own
         if group:
             REGISTRIES[group] = self
 
@@ -168,19 +169,18 @@ class Registry(Generic[T]):
 
     def usable(self) -> Mapping[str, T]:
         """Things by registered name, in order, without extensions that cannot be used; all others are imported."""
-        if self._usable is not None:
-            return self._usable
         self._complete()
+        if self._usable and len(self._usable) == len(self._things):
+            return self._usable
         if any(name not in self._things for name in self._names):
             import_module(self._home)
         for name in [*self._points]:
             if name not in self._things and name not in self._faults and self._import_of(name) not in self._loading:
                 with contextlib.suppress(LorasmithError):
                     self._load(name)
-        found = self._ordered()
-        if not self._loading:
-            self._usable = found
-        return found
+        with self._changing:
+            self._usable = self._ordered()
+            return self._usable
 
     def _complete(self) -> None:
         """Learn the names of built-in things and of extensions."""
@@ -188,9 +188,10 @@ class Registry(Generic[T]):
             return
         if self._home and not self._names:
             import_module(self._home)
-        for point in entry_points_of(self.group):
-            self._announce(point)
-        self._is_complete = True
+        with self._changing:
+            for point in entry_points_of(self.group):
+                self._announce(point)
+            self._is_complete = True
 
     def _announce(self, point: EntryPoint) -> None:
         """Take the name of an entry point, unless another thing has it."""
@@ -257,10 +258,10 @@ class Registry(Generic[T]):
 
     def _add(self, name: str, thing: T, aliases: Iterable[str] = (), before: Iterable[str] = ()) -> None:
         preceded = tuple(map(self.canonical, (*before, *getattr(thing, "before", ()))))
-        self._canonical |= {key.casefold(): name for key in (name, *aliases)}
-        self._things[name] = thing
-        self._before[name] = preceded
-        self._usable = None
+        with self._changing:
+            self._things.setdefault(name, thing)  # another thread may have loaded it, too
+            self._before[name] = preceded
+            self._canonical |= {key.casefold(): name for key in (name, *aliases)}
 
     def _ordered(self) -> Mapping[str, T]:
         names = [name for name in dict.fromkeys((*self._names, *self._things)) if name in self._things]
