@@ -159,3 +159,11 @@ def test_what_it_refuses(network: Denoiser, data: EncodedDataset, tmp_path: Path
     job = plan_job(Trainable(network), TrainConfig(**SETTINGS, previews="a fox"), "cpu")
     with pytest.raises(OptionError, match="previews and sidecars need a model of a known family"):
         run(Plan(job=job, data=data, output=tmp_path / "run"), Doors())
+
+
+def test_quantization_of_layers_of_other_classes_only_is_said_to_have_no_effect() -> None:
+    class OwnLinear(nn.Linear):
+        """Linear-like; its product may be another one, so it is not packed."""
+
+    job = plan_job(Trainable(nn.Sequential(OwnLinear(4, 4))), TrainConfig(quantization="int8"), "cpu")
+    assert "quantization int8 has no effect: the model has no plain Linear layers or convolutions." in job.notes

@@ -75,6 +75,7 @@ class TrainStep:
         self._trainer = trainer
         self._losses: Tensor | None = None
         self._first = torch.zeros(())
+        trainer._current = self
         trainer.engine.flat.publish()  # weights may have been written to
         trainer.engine.flat.zero()
 
@@ -84,6 +85,7 @@ class TrainStep:
         Called again, it returns the same. Raises torch's error if memory runs out.
         """
         if self._losses is None:
+            self._check_current()
             engine = self._trainer.engine
             self._losses, self._first = engine.summed(self.batches, engine.gradient(self.batches))
         return self._losses
@@ -95,6 +97,7 @@ class TrainStep:
             losses: (samples of a batch,), made from `Trainer.predict` of one of `batches`; the step's gradient is that
                 of the mean over all its samples.
         """
+        self._check_current()
         engine = self._trainer.engine
         if losses.ndim != 1 or not losses.requires_grad:
             raise OptionError(
@@ -115,6 +118,7 @@ class TrainStep:
             TrainingError: a loss or the gradient is not finite; the weights are as before.
         """
         if self.result is None:
+            self._check_current()
             losses = self.gradient()
             self.result = self._trainer._update(self.number, losses, self._first.to(losses.device))
         return self.result
@@ -122,8 +126,16 @@ class TrainStep:
     def skip(self) -> None:
         """Leave the weights as they are in this step, which counts; its loss is recorded as NaN."""
         if self.result is None:
+            self._check_current()
             self.result = StepResult(math.nan, math.nan)
             self._trainer._loop.record(math.nan)
+
+    def _check_current(self) -> None:
+        if self._trainer._current is not self:
+            raise OptionError(
+                f"step {self.number + 1} is over, as a state was loaded or another loop over its Trainer has begun; "
+                "use one loop, and its newest step"
+            )
 
 
 class Trainer:
@@ -174,6 +186,7 @@ class Trainer:
         self._started = time.time()
         self._open = contextlib.ExitStack()
         self._depth = 0
+        self._current: TrainStep | None = None
 
     def __repr__(self) -> str:
         return f"Trainer({self.model.title}: step {self.step} of {self._loop.steps}, {self.job.summary})"
@@ -223,17 +236,19 @@ class Trainer:
     def __enter__(self) -> Self:
         if not self._depth:
             device = self.engine.runtime.device
-            self._open.enter_context(torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext())
-            self._open.enter_context(
-                captions_ready(
-                    self._data,
-                    self.job.draws,
-                    seed=self.job.config.seed,
-                    on_event=lambda event: None,
-                    progress=lambda done, total: None,
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext())
+                stack.enter_context(
+                    captions_ready(
+                        self._data,
+                        self.job.draws,
+                        seed=self.job.config.seed,
+                        on_event=lambda event: None,
+                        progress=lambda done, total: None,
+                    )
                 )
-            )
-            self._open.enter_context(self.engine.prepared(planned=self._loop.planned))
+                stack.enter_context(self.engine.prepared(planned=self._loop.planned))
+                self._open = stack.pop_all()
         self._depth += 1
         return self
 
@@ -246,15 +261,19 @@ class Trainer:
 
     def __iter__(self) -> Iterator[TrainStep]:
         """The remaining steps. What of a step is not called by then is done when the next one is asked for."""
-        first = self.engine.runtime.first_step
+        engine, first = self.engine, self.engine.runtime.first_step
         with self:
-            engine = self.engine
-            maker = batch_maker(self.model, self._data.samples, engine.config, engine.runtime, engine.dropout)
-            with contextlib.closing(prefetched(maker, range(first + self.step, first + self._loop.steps))) as coming:
-                for number, batches in coming:
-                    step = TrainStep(self, number - first, batches)
-                    yield step
-                    step.update()
+            while self.step < self._loop.steps:
+                maker = batch_maker(self.model, self._data.samples, engine.config, engine.runtime, engine.dropout)
+                numbers = range(first + self.step, first + self._loop.steps)
+                with contextlib.closing(prefetched(maker, numbers)) as coming:
+                    for number, batches in coming:
+                        step = TrainStep(self, number - first, batches)
+                        yield step
+                        if self._current is None:  # a state was loaded: continue from there
+                            break
+                        step._check_current()
+                        step.update()
 
     def predict(self, batch: Batch) -> Tensor:
         """The model's prediction for a batch of a step, (batch, channels, [frames,] height, width), differentiable.
@@ -276,12 +295,13 @@ class Trainer:
         return self._loop.state()
 
     def load(self, state: RunState) -> None:
-        """Go back, or on, to a state of a trainer of the same settings; between two steps, not within an iteration.
+        """Go back, or on, to a state of a trainer of the same settings; an iteration continues from there.
 
         Raises:
             LoraError, TrainingError: it is of other layers or settings.
         """
         self._loop.load(state)
+        self._current = None
 
     def save_state(self, path: str | os.PathLike[str]) -> Path:
         """Write the state to a file, which `existing_state` of a later run takes as well. Raises OutputError."""

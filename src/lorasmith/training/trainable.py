@@ -26,7 +26,7 @@ from lorasmith.adapters.patch import Patch, attachments, patches_applied, patche
 from lorasmith.core.errors import DataError, OptionError
 from lorasmith.core.extensions import Extension
 from lorasmith.core.placement import placed, reproducible
-from lorasmith.core.printable import printable
+from lorasmith.core.printable import count_text, printable
 from lorasmith.core.registry import extensions_of
 from lorasmith.data.dataset import Sample
 from lorasmith.diffusion.schedule import PARAMETERIZATIONS, DiscreteSchedule, FlowSchedule
@@ -119,7 +119,7 @@ class Trainable:
         self._predict = predict
 
     def __repr__(self) -> str:
-        loras = f", {len(self.patches)} LoRAs" if self.patches else ""
+        loras = f", {count_text(len(self.patches), 'LoRA')}" if self.patches else ""
         return f"{type(self).__name__}({printable(self.title, limit=60)}: {self.diffusion.parameterization}{loras})"
 
     @property
