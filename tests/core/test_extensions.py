@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import Distribution
 from pathlib import Path
 
 import pytest
 
+from lorasmith.core import extensions
 from lorasmith.core.errors import LoraError, OptionError
 from lorasmith.core.extensions import HEADER_ENTRY, Extension, recorded_extensions, remedy_for
 from lorasmith.core.registry import REGISTRIES, Registry, instance_of, missing
@@ -97,23 +100,32 @@ def test_a_name_that_two_bring_is_refused_with_both(drinks: Made) -> None:
         registry.register("Water")(Drink("Water"))
 
 
-def test_threads_have_the_same_things(drinks: Made) -> None:
-    several = {f"ale {number}": "own_drinks:ales" for number in range(20)}
-    registry = drinks(**{f"own{number}": {"samplers": {name: at}} for number, (name, at) in enumerate(several.items())})
-    registry._checked = lambda name, thing: Drink(name)
-    ready, found = threading.Barrier(6), list[list[Drink]]()
+def test_threads_have_the_same_things(drinks: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"ale {number}" for number in range(20)]
+    registry = drinks(own={"samplers": dict.fromkeys(names, "own_drinks:ales")})
+    ready, found, scan = threading.Barrier(6), list[list[Drink]](), extensions.distributions
+
+    def slow() -> Iterator[Distribution]:
+        time.sleep(0.02)  # others begin meanwhile
+        yield from scan()
+
+    def made(name: str, thing: object) -> Drink:
+        time.sleep(0.001)
+        return Drink(name)
 
     def ask() -> None:
         ready.wait()
-        found.append([*(registry[name] for name in several), *registry.usable().values()])
+        found.append([*(registry[name] for name in names), *registry.usable().values()])
 
+    monkeypatch.setattr(extensions, "distributions", slow)
+    monkeypatch.setattr(registry, "_checked", made)
     threads = [threading.Thread(target=ask) for _ in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert [list(map(id, one)) for one in found] == [list(map(id, found[0]))] * 6
-    assert list(registry.usable()) == ["water", "wine", *several]
+    assert list(registry.usable()) == ["water", "wine", *names]
 
 
 def test_a_package_with_damaged_metadata_is_left_out(drinks: Made, tmp_path: Path) -> None:
