@@ -64,7 +64,6 @@ class Anima(Family):
     title = "Anima"
     pipeline = "AnimaModularPipeline"
     network = "lorasmith.families.parts.anima_network.AnimaNetwork"
-    needs_diffusers = "0.39"
     denoiser_parts = (_ADAPTER,)
     modelspec_implementation = "https://huggingface.co/circlestone-labs/Anima"
     kohya_name = "anima"

@@ -312,7 +312,6 @@ class Family(ABC):
         title: display name.
         pipeline: class of the diffusers pipeline whose folders hold it.
         network: class of the denoiser, in diffusers or by its full name.
-        needs_diffusers: version of diffusers that first has it, if older ones are supported by others.
         text_width: setting of the denoiser's configuration with the width of its text, if every encoder has this width.
         usual_tokens: of a prompt.
         draws_clips: whether that pipeline's results are clips, not pictures.
@@ -349,7 +348,6 @@ class Family(ABC):
     title: str
     pipeline: str
     network: str
-    needs_diffusers: str = ""
     text_width: str = ""
     usual_tokens: int = 64
     draws_clips: bool = False
@@ -400,17 +398,14 @@ class Family(ABC):
         return {**self.text_encoders, "vae": self.autoencoder}
 
     def denoiser_class(self) -> type[nn.Module]:
-        """The class of the denoiser, imported when this is called. Raises ModelError if diffusers is too old."""
+        """The class of the denoiser, imported when this is called. Raises ModelError if it is not installed."""
         module, _, name = self.network.rpartition(".")
-        try:
-            with model_packages(self.title):
-                found: type[nn.Module] = getattr(import_module(module or "diffusers"), name)
-        except (ImportError, AttributeError) as error:
-            if not self.needs_diffusers:
-                raise
-            raise ModelError(
-                f"{self.title} needs diffusers {self.needs_diffusers} or newer; run: pip install -U diffusers"
-            ) from error
+        module = module or "diffusers"
+        with model_packages(self.title):
+            found: type[nn.Module] | None = getattr(import_module(module), name, None)
+        if found is None:
+            package = module.partition(".")[0]
+            raise ModelError(f"{self.title} needs a newer {package}, with {name}; run: pip install -U {package}")
         return found
 
     @abstractmethod

@@ -28,7 +28,6 @@ class ErnieImage(Family):
     pipeline = "ErnieImagePipeline"
     network = "ErnieImageTransformer2DModel"
     text_width = "text_in_dim"
-    needs_diffusers = "0.38"
     modelspec_implementation = "https://github.com/baidu/ERNIE-Image"
     kohya_name = "ernie_image"
     modelspec_name = "ernie-image"

@@ -60,7 +60,6 @@ class Krea2(Family):
     pipeline = "Krea2Pipeline"
     network = "Krea2Transformer2DModel"
     text_width = "text_hidden_dim"
-    needs_diffusers = "0.39"
     modelspec_implementation = "https://github.com/krea-ai/krea-2"
     kohya_name = "krea2"
     modelspec_name = "krea-2"

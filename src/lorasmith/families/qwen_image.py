@@ -8,7 +8,6 @@ number of them, the class of the authors counts from one further out than ComfyU
 
 from __future__ import annotations
 
-from lorasmith.core.extras import model_packages
 from lorasmith.families.base import *
 from lorasmith.families.parts.autoencoders import QWEN_AUTOENCODER
 from lorasmith.families.parts.encoders import literal_text
@@ -37,6 +36,7 @@ class QwenImage(Family):
     name = "qwen-image"
     title = "Qwen-Image"
     pipeline = "QwenImagePipeline"
+    network = "QwenImageTransformer2DModel"
     text_width = "joint_attention_dim"
     modelspec_implementation = "https://github.com/QwenLM/Qwen-Image"
     kohya_name = "qwen_image"
@@ -70,18 +70,6 @@ class QwenImage(Family):
         # Flux.1 has 19 blocks of this kind, Qwen-Image 60.
         Signature(title, r"(^|_)transformer_blocks_(19|[2-5]\d)_attn_add_q_proj", _WIDTH, order=3),
     )
-
-    def denoiser_class(self) -> type[nn.Module]:
-        with model_packages(self.title):
-            import diffusers  # noqa: F401
-        try:
-            from diffusers import QwenImageTransformer2DModel
-            from diffusers.models.transformers.transformer_qwenimage import (  # noqa: F401  the first that masks text
-                compute_text_seq_len_from_mask,
-            )
-        except ImportError as error:
-            raise ModelError(f"{self.title} needs diffusers 0.37 or newer; run: pip install -U diffusers") from error
-        return QwenImageTransformer2DModel  # type: ignore[no-any-return]
 
     def denoiser_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         head = shapes[norm_name("transformer_blocks.0.attn.norm_q", shapes)][0]
