@@ -144,6 +144,16 @@ def test_a_module_may_register_what_its_package_announces(drinks: Made) -> None:
     assert registry.extension("tea") == Extension(kind="samplers", name="tea", package="own", version="0.1")
 
 
+def test_a_module_may_register_a_thing_again(drinks: Made) -> None:
+    registry, first, second = drinks(), Drink("cocoa"), Drink("cocoa")
+    registry.register("cocoa")(first)
+    assert registry.usable()["cocoa"] is first
+    registry.register("cocoa")(second)
+    assert registry["cocoa"] is second and registry.usable()["cocoa"] is second
+    with pytest.raises(OptionError, match=r"'cocoa' is registered twice, by the module .* and by the module other"):
+        registry.register("cocoa", module="other")(Drink("cocoa"))
+
+
 def test_what_does_not_fulfil_the_contract_is_refused(drinks: Made) -> None:
     with pytest.raises(
         LoraError, match=r"^drink 'cola' cannot be registered: it must be a .*Drink whose name is 'cola'"

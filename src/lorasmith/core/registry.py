@@ -81,7 +81,10 @@ class Registry(Generic[T]):
     def register(
         self, name: str, *aliases: str, before: Sequence[str] = (), module: str | None = None
     ) -> Callable[[T], T]:
-        """Decorator that registers a thing under `name` and every alias. Each name can be registered once.
+        """Decorator that registers a thing under `name` and every alias.
+
+        Each name can be registered once; a module that registers an extension again, as a cell of a notebook does when
+        it is run again, replaces it.
 
         `before` are names of things that this one precedes where order counts, besides those of its attribute `before`.
         `module` is the name of the registering module, by default the thing's.
@@ -169,9 +172,9 @@ class Registry(Generic[T]):
 
     def usable(self) -> Mapping[str, T]:
         """Things by registered name, in order, without extensions that cannot be used; all others are imported."""
-        self._complete()
-        if self._usable and len(self._usable) == len(self._things):
+        if self._usable:
             return self._usable
+        self._complete()
         if any(name not in self._things for name in self._names):
             import_module(self._home)
         for name in [*self._points]:
@@ -212,6 +215,8 @@ class Registry(Generic[T]):
         taken = self._canonical.get(key.casefold())
         if taken is None or (taken in self._names and taken not in self._things and _package_of(module) == _OWN):
             return
+        if self.group and key == taken and self._modules.get(taken) == module:
+            return
         point = self._points.get(taken)
         if point is not None and taken not in self._things and _package_of(module) in (_OWN, _package_of(point.module)):
             if _package_of(module) == _OWN:  # known before the built-in thing, which has the name
@@ -237,7 +242,10 @@ class Registry(Generic[T]):
             try:
                 thing = point.load()
                 if name not in self._things:  # else its module registered it
-                    self._add(name, self._accepted(name, thing))
+                    thing = self._accepted(name, thing)
+                with self._changing:
+                    if name not in self._things:  # else another thread was first
+                        self._add(name, thing)
                 return
             except (Exception, SystemExit) as error:  # other people's code, which may raise anything
                 reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
@@ -259,8 +267,9 @@ class Registry(Generic[T]):
     def _add(self, name: str, thing: T, aliases: Iterable[str] = (), before: Iterable[str] = ()) -> None:
         preceded = tuple(map(self.canonical, (*before, *getattr(thing, "before", ()))))
         with self._changing:
-            self._things.setdefault(name, thing)  # another thread may have loaded it, too
+            self._things[name] = thing
             self._before[name] = preceded
+            self._usable = {}
             self._canonical |= {key.casefold(): name for key in (name, *aliases)}
 
     def _ordered(self) -> Mapping[str, T]:
