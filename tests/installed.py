@@ -33,7 +33,7 @@ def install(monkeypatch: pytest.MonkeyPatch, folder: Path, packages: Mapping[str
 
 def forget_extensions() -> None:
     """Leave built-in things alone in every registry."""
-    extensions.entry_points.cache_clear()
+    extensions._scanned.cache_clear()
     for one in registry.REGISTRIES.values():
         if not (one._points or one._modules or one._is_complete):
             continue
@@ -43,7 +43,7 @@ def forget_extensions() -> None:
             one._canonical = {key: known for key, known in one._canonical.items() if known != name}
         for state in (one._points, one._modules, one._faults):
             state.clear()
-        one._usable, one._is_complete = None, False
+        one._usable, one._is_complete = {}, False
 
 
 def install_example(folder: Path) -> Path:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import Distribution
 from pathlib import Path
 
 import pytest
 
+from lorasmith.core import extensions
 from lorasmith.core.errors import LoraError, OptionError
 from lorasmith.core.extensions import HEADER_ENTRY, Extension, recorded_extensions, remedy_for
 from lorasmith.core.registry import REGISTRIES, Registry, instance_of, missing
@@ -17,6 +21,7 @@ MODULE = f"""
 from {__name__} import Drink
 
 tea, milk = Drink("tea"), Drink("milk", before=("water",))
+ales = object()
 """
 
 
@@ -105,12 +110,58 @@ def test_a_cell_of_a_notebook_may_be_run_again(drinks: Made) -> None:
         registry.register("Cocoa", module="own_drinks")(Drink("cocoa"))
 
 
+def test_threads_have_the_same_things(drinks: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"ale {number}" for number in range(20)]
+    registry = drinks(own={"samplers": dict.fromkeys(names, "own_drinks:ales")})
+    ready, found, scan = threading.Barrier(6), list[list[Drink]](), extensions.distributions
+
+    def slow() -> Iterator[Distribution]:
+        time.sleep(0.02)  # others begin meanwhile
+        yield from scan()
+
+    def made(name: str, thing: object) -> Drink:
+        time.sleep(0.001)
+        return Drink(name)
+
+    def ask() -> None:
+        ready.wait()
+        found.append([*(registry[name] for name in names), *registry.usable().values()])
+
+    monkeypatch.setattr(extensions, "distributions", slow)
+    monkeypatch.setattr(registry, "_checked", made)
+    threads = [threading.Thread(target=ask) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [list(map(id, one)) for one in found] == [list(map(id, found[0]))] * 6
+    assert list(registry.usable()) == ["water", "wine", *names]
+
+
+def test_a_package_with_damaged_metadata_is_left_out(drinks: Made, tmp_path: Path) -> None:
+    registry = drinks(own=OWN, other={"samplers": {"rum": "not an object"}}, third={"samplers": {"ale": "own:ale"}})
+    (tmp_path / "packages" / "third-0.1.dist-info" / "METADATA").unlink()
+    with pytest.warns(match="extensions of .* are left out") as warned:
+        assert list(registry) == ["water", "wine", "tea", "milk"]
+    assert len(warned) == 2
+
+
 def test_a_module_may_register_what_its_package_announces(drinks: Made) -> None:
     registry = drinks(own=OWN)
     tea = Drink("tea")
     registry.register("tea", module="own_drinks.register")(tea)
     assert registry["tea"] is tea
     assert registry.extension("tea") == Extension(kind="samplers", name="tea", package="own", version="0.1")
+
+
+def test_a_module_may_register_a_thing_again(drinks: Made) -> None:
+    registry, first, second = drinks(), Drink("cocoa"), Drink("cocoa")
+    registry.register("cocoa")(first)
+    assert registry.usable()["cocoa"] is first
+    registry.register("cocoa")(second)
+    assert registry["cocoa"] is second and registry.usable()["cocoa"] is second
+    with pytest.raises(OptionError, match=r"'cocoa' is registered twice, by the module .* and by the module other"):
+        registry.register("cocoa", module="other")(Drink("cocoa"))
 
 
 def test_what_does_not_fulfil_the_contract_is_refused(drinks: Made) -> None:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -55,6 +56,8 @@ def test_a_declaration_carries_name_type_default_and_bounds() -> None:
         ("quiet", True, True),
         ("alpha", None, None),
         ("alpha", 3, 3.0),
+        ("alpha", np.float32(0.5), 0.5),
+        ("steps", np.int64(15), 15),
     ],
 )
 def test_what_fits_comes_back_in_the_options_own_type(name: str, value: Any, expected: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pydoc
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -155,6 +156,18 @@ def test_the_remedy_is_named(tiny: ls.Model, data: ls.EncodedDataset) -> None:
         ls.load_dataset(data, tiny)
     with pytest.raises(ls.errors.DataError, match="the dataset of the loader"):
         ls.train(tiny, DataLoader([1]))  # type: ignore[arg-type]
+
+
+def test_arguments_of_other_classes_are_taken(tiny: ls.Model, data: ls.EncodedDataset, tmp_path: Path) -> None:
+    class Place(os.PathLike[str]):
+        def __fspath__(self) -> str:
+            return str(tmp_path / "run")
+
+    count: Any = np.int64(1)
+    ls.train(tiny, data, output=Place(), steps=count, progress=False)
+    assert (tmp_path / "run" / "run.json").is_file()
+    one, same = (ls.generate(tiny, ("a cat",), seed=seed, steps=1, progress=False)[0] for seed in (1, count))
+    assert one == same
 
 
 @pytest.mark.parametrize(

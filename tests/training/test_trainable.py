@@ -236,3 +236,11 @@ def test_contexts_of_different_lengths_are_masked_or_refused(network: Denoiser) 
 
 
 ONE = torch.ones(1, 1)
+
+
+def test_quantization_of_layers_of_other_classes_only_is_said_to_have_no_effect() -> None:
+    class OwnLinear(nn.Linear):
+        """Linear-like; its product may be another one, so it is not packed."""
+
+    job = plan_job(Trainable(nn.Sequential(OwnLinear(4, 4))), TrainConfig(quantization="int8"), "cpu")
+    assert "quantization int8 has no effect: the model has no plain Linear layers or convolutions." in job.notes

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +132,60 @@ def test_it_goes_on_from_a_state_bit_for_bit(tiny: Model, dataset: EncodedDatase
     assert equal(tensors(resumed), tensors(whole))
     continued = train(tiny, dataset, **SETTINGS, steps=4, existing_state=str(state))
     assert equal(tensors(continued), tensors(whole))
+
+
+def test_a_loop_continues_from_the_state_that_it_loads(tiny: Model, dataset: EncodedDataset) -> None:
+    whole, back = (Trainer(tiny, dataset, **SETTINGS, steps=4) for _ in range(2))
+    losses = [step.update().loss for step in whole]
+    numbers, state = [], None
+    for step in back:
+        numbers.append(step.number)
+        if step.number == 1 and state is None:
+            state = back.state()
+        if step.number == 2 and numbers.count(2) == 1:
+            step.gradient()
+            back.load(state)  # type: ignore[arg-type]
+            with pytest.raises(OptionError, match="step 3 is over, as a state was loaded"):
+                step.update()
+    assert numbers == [0, 1, 2, 1, 2, 3]
+    assert back.losses == losses
+    assert equal(tensors(back), tensors(whole))
+
+
+def test_one_loop_steps_a_trainer(tiny: Model, dataset: EncodedDataset) -> None:
+    trainer = Trainer(tiny, dataset, **SETTINGS, steps=3)
+    first = iter(trainer)
+    next(first).gradient()
+    assert [step.number for step in trainer if step.update()] == [0, 1, 2], "the other loop took no step"
+    with pytest.raises(OptionError, match=r"step 1 is over, as .* another loop over its Trainer has begun"):
+        next(first)
+    assert trainer.losses == train(tiny, dataset, **SETTINGS, steps=3).losses
+
+
+def test_nothing_stays_open_if_the_model_cannot_be_prepared(
+    tiny: Model, dataset: EncodedDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(tiny, dataset, **SETTINGS, steps=1)
+    open_now = []
+
+    @contextlib.contextmanager
+    def ready(*args: Any, **others: Any) -> Iterator[None]:
+        open_now.append("captions")
+        try:
+            yield
+        finally:
+            open_now.clear()
+
+    def interrupted(**others: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lorasmith.runs.trainer.captions_ready", ready)
+    with monkeypatch.context() as until_now:
+        until_now.setattr(trainer.engine, "prepared", interrupted)
+        with pytest.raises(KeyboardInterrupt), trainer:
+            pass
+    assert not open_now
+    assert len(list(trainer)) == 1
 
 
 def test_a_step_that_is_not_finite_changes_nothing(tiny: Model, dataset: EncodedDataset) -> None:

@@ -7,6 +7,8 @@ the thing. Groups and names are read from the metadata of installed packages; no
 from __future__ import annotations
 
 import re
+import threading
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -64,15 +66,36 @@ def extension_at(point: EntryPoint) -> Extension:
     )
 
 
-@cache
 def entry_points() -> tuple[EntryPoint, ...]:
     """The entry points of all extensions, by package. Of packages of one name the first on the path counts."""
-    found: dict[str, Distribution] = {}
+    with _SCANNING:  # the same objects for all threads
+        return _scanned()
+
+
+_SCANNING = threading.Lock()
+
+
+@cache
+def _scanned() -> tuple[EntryPoint, ...]:
+    found: dict[str, tuple[EntryPoint, ...]] = {}
     for distribution in distributions():
-        if f"[{_PREFIX}" in (distribution.read_text("entry_points.txt") or ""):
-            found.setdefault(distribution.name.casefold(), distribution)
-    points = (point for _, distribution in sorted(found.items()) for point in distribution.entry_points)
-    return tuple(point for point in points if point.group.startswith(_PREFIX))
+        try:
+            if f"[{_PREFIX}" in (distribution.read_text("entry_points.txt") or ""):
+                found.setdefault(distribution.name.casefold(), _points_of(distribution))
+        except Exception as error:  # of any kind, by what is damaged
+            warnings.warn(
+                f"extensions of {getattr(distribution, '_path', distribution)} are left out, as its metadata cannot be "
+                f"read ({type(error).__name__}: {error}); install that package again or remove the folder",
+                stacklevel=2,
+            )
+    return tuple(point for _, points in sorted(found.items()) for point in points)
+
+
+def _points_of(distribution: Distribution) -> tuple[EntryPoint, ...]:
+    points = tuple(point for point in distribution.entry_points if point.group.startswith(_PREFIX))
+    for point in points:
+        _ = point.module  # raises if its text is no object's
+    return points
 
 
 def entry_points_of(kind: str) -> tuple[EntryPoint, ...]:

@@ -87,7 +87,7 @@ def _name_of(code: Any) -> str:
         return f"{_name_of(code.func)}({', '.join(given)})"
     if not hasattr(code, "__qualname__"):  # an object that is called
         return f"{_name_of(type(code))}()"
-    return f"{code.__module__}:{code.__qualname__}"
+    return f"{getattr(code, '__module__', '')}:{code.__qualname__}"  # methods of built-in classes have no module
 
 
 def _shown(value: Any) -> str:

@@ -24,6 +24,7 @@ import types
 import typing
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal
 
 from lorasmith.core.errors import OptionError
@@ -87,6 +88,8 @@ class Option:
 
     def _typed(self, value: Any) -> Any:
         wanted = self.type
+        if isinstance(value, Real) and hasattr(value, "item"):  # a number of numpy
+            value = value.item()
         if wanted is bool and isinstance(value, bool):
             return value
         if wanted is str and (isinstance(value, str) or (self.is_path and isinstance(value, os.PathLike))):

@@ -73,14 +73,18 @@ class Registry(Generic[T]):
         self._faults: dict[str, str] = {}  # why an extension cannot be used
         self._is_complete = not group  # the names of extensions are known
         self._loading: set[tuple[int, str]] = set()  # threads that import extensions, with their names
-        self._usable: Mapping[str, T] | None = None
+        self._usable: Mapping[str, T] = {}
+        self._changing = threading.RLock()  # never held while something is imported, which has a lock of its own
         if group:
             REGISTRIES[group] = self
 
     def register(
         self, name: str, *aliases: str, before: Sequence[str] = (), module: str | None = None
     ) -> Callable[[T], T]:
-        """Decorator that registers a thing under `name` and every alias. Each name can be registered once.
+        """Decorator that registers a thing under `name` and every alias.
+
+        Each name can be registered once; a module that registers an extension again, as a cell of a notebook does when
+        it is run again, replaces it.
 
         `before` are names of things that this one precedes where order counts, besides those of its attribute `before`.
         `module` is the name of the registering module, by default the thing's.
@@ -168,7 +172,7 @@ class Registry(Generic[T]):
 
     def usable(self) -> Mapping[str, T]:
         """Things by registered name, in order, without extensions that cannot be used; all others are imported."""
-        if self._usable is not None:
+        if self._usable:
             return self._usable
         self._complete()
         if any(name not in self._things for name in self._names):
@@ -177,10 +181,9 @@ class Registry(Generic[T]):
             if name not in self._things and name not in self._faults and self._import_of(name) not in self._loading:
                 with contextlib.suppress(LorasmithError):
                     self._load(name)
-        found = self._ordered()
-        if not self._loading:
-            self._usable = found
-        return found
+        with self._changing:
+            self._usable = self._ordered()
+            return self._usable
 
     def _complete(self) -> None:
         """Learn the names of built-in things and of extensions."""
@@ -188,9 +191,10 @@ class Registry(Generic[T]):
             return
         if self._home and not self._names:
             import_module(self._home)
-        for point in entry_points_of(self.group):
-            self._announce(point)
-        self._is_complete = True
+        with self._changing:
+            for point in entry_points_of(self.group):
+                self._announce(point)
+            self._is_complete = True
 
     def _announce(self, point: EntryPoint) -> None:
         """Take the name of an entry point, unless another thing has it."""
@@ -211,7 +215,7 @@ class Registry(Generic[T]):
         taken = self._canonical.get(key.casefold())
         if taken is None or (taken in self._names and taken not in self._things and _package_of(module) == _OWN):
             return
-        if self._modules.get(taken) == module == "__main__":  # a notebook's cell that is run again
+        if self.group and key == taken and self._modules.get(taken) == module:  # a notebook's cell that is run again
             return
         point = self._points.get(taken)
         if point is not None and taken not in self._things and _package_of(module) in (_OWN, _package_of(point.module)):
@@ -238,7 +242,10 @@ class Registry(Generic[T]):
             try:
                 thing = point.load()
                 if name not in self._things:  # else its module registered it
-                    self._add(name, self._accepted(name, thing))
+                    thing = self._accepted(name, thing)
+                with self._changing:
+                    if name not in self._things:  # else another thread was first
+                        self._add(name, thing)
                 return
             except (Exception, SystemExit) as error:  # other people's code, which may raise anything
                 reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
@@ -263,10 +270,11 @@ class Registry(Generic[T]):
 
     def _add(self, name: str, thing: T, aliases: Iterable[str] = (), before: Iterable[str] = ()) -> None:
         preceded = tuple(map(self.canonical, (*before, *getattr(thing, "before", ()))))
-        self._canonical |= {key.casefold(): name for key in (name, *aliases)}
-        self._things[name] = thing
-        self._before[name] = preceded
-        self._usable = None
+        with self._changing:
+            self._things[name] = thing
+            self._before[name] = preceded
+            self._usable = {}
+            self._canonical |= {key.casefold(): name for key in (name, *aliases)}
 
     def _ordered(self) -> Mapping[str, T]:
         names = [name for name in dict.fromkeys((*self._names, *self._things)) if name in self._things]

@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import overload
 
 import torch
@@ -119,7 +120,8 @@ class Sample:
                     f"tensors of a sample's conditioning must have a batch of 1, got {_shape_text(tensor)} as {name}; "
                     "add a dimension in front"
                 )
-        if not isinstance(self.weight, int | float) or not 0 <= self.weight < math.inf:
+        weight: object = self.weight
+        if not isinstance(weight, Real) or not 0 <= float(weight) < math.inf:
             raise DataError(f"the weight of a sample must be a number from 0, got {described(self.weight)}")
         if self.places is not None and getattr(self.places, "shape", None) != latents.shape[-2:]:
             raise DataError(

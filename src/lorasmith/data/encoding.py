@@ -147,14 +147,16 @@ def _named_source(given: object) -> ImageSource | None:
         path = Path(os.fsdecode(given))
         is_picture = path.suffix.lower() in image_suffixes() | set(VIDEO_SUFFIXES) and not path.is_dir()
         return None if is_picture else ImageSource(os.fsdecode(given))
-    if type(given).__module__ in ("datasets.arrow_dataset", "datasets.dataset_dict"):  # those that stream are items
+    modules = {kind.__module__ for kind in type(given).__mro__}
+    if modules & {"datasets.arrow_dataset", "datasets.dataset_dict"}:  # those that stream are items
         return ImageSource(str(dataset_folder(given, datasets_folder())))
     return None
 
 
 def _items(items: Iterable[object], stack: contextlib.ExitStack, rate: float) -> PictureItems:
-    folder = tempfile.TemporaryDirectory(prefix="lorasmith-pictures-")
-    is_own = not type(items).__module__.startswith("datasets.")
+    # A file that another program holds open, which Windows does not remove, costs no encodings.
+    folder = tempfile.TemporaryDirectory(prefix="lorasmith-pictures-", ignore_cleanup_errors=True)
+    is_own = not any(kind.__module__.startswith("datasets.") for kind in type(items).__mro__)
     return PictureItems(items, Path(stack.enter_context(folder)), rate, names_files=is_own)
 
 

@@ -17,6 +17,7 @@ import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +163,7 @@ def _of_fields(item: _Item, given: Mapping[Any, Any]) -> _Item:
         if given.get(key) is not None:
             settings[key] = declared.check(given[key])
     rate = given.get("frame_rate")
-    if rate is not None and not (isinstance(rate, int | float) and 0 < rate <= 1000):
+    if rate is not None and not (isinstance(rate, Real) and 0 < float(rate) <= 1000):
         raise DataError(f"frame_rate of {item.title} must be a number between 0 and 1000, got {described(rate)}")
     return replace(
         item,

@@ -8,49 +8,25 @@ docs/adding-a-family.md.
 from __future__ import annotations
 
 import math
-from abc import ABC
-from abc import abstractmethod
-from collections.abc import Iterator
-from collections.abc import Mapping
-from collections.abc import Sequence
-from dataclasses import dataclass
-from dataclasses import field
-from dataclasses import replace
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib import import_module
-from typing import Any
-from typing import Literal
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
-from torch import nn
+from torch import Tensor, nn
 
 from lorasmith.adapters.inject import Rule
-from lorasmith.core.errors import DataError
-from lorasmith.core.errors import ModelError
+from lorasmith.core.errors import DataError, ModelError
 from lorasmith.core.extras import model_packages
-from lorasmith.core.printable import described
-from lorasmith.core.printable import printable
-from lorasmith.core.registry import Registry
-from lorasmith.core.registry import instance_of
-from lorasmith.diffusion.schedule import FlowSchedule
-from lorasmith.diffusion.schedule import NoiseSchedule
-from lorasmith.diffusion.schedule import ResolutionShift
-from lorasmith.families.files.checkpoint import OriginalCheckpoint
-from lorasmith.families.files.checkpoint import PipelineConfigs
-from lorasmith.families.files.original_weights import block_count
-from lorasmith.families.files.original_weights import module_paths
-from lorasmith.families.files.original_weights import norm_name
-from lorasmith.families.files.original_weights import weight_shapes
-from lorasmith.families.files.original_weights import weights_empty
-from lorasmith.formats.names import EncoderNames
-from lorasmith.formats.names import ModelNames
-from lorasmith.formats.names import Naming
-from lorasmith.formats.names import OriginalName
-from lorasmith.formats.names import ProgramLimits
-from lorasmith.formats.spelling import DENOISER_START
-from lorasmith.formats.spelling import SIGNATURES
-from lorasmith.formats.spelling import Signature
+from lorasmith.core.printable import described, printable
+from lorasmith.core.registry import Registry, instance_of
+from lorasmith.diffusion.schedule import FlowSchedule, NoiseSchedule, ResolutionShift
+from lorasmith.families.files.checkpoint import OriginalCheckpoint, PipelineConfigs
+from lorasmith.families.files.original_weights import block_count, module_paths, norm_name, weight_shapes, weights_empty
+from lorasmith.formats.names import EncoderNames, ModelNames, Naming, OriginalName, ProgramLimits
+from lorasmith.formats.spelling import DENOISER_START, SIGNATURES, Signature
 
 __all__ = [
     "DENOISER_START", "SIGNATURES", "Any", "AutoencoderSlot", "Conditioning", "DataError", "Defaults", "Diffusion",
@@ -429,15 +405,14 @@ class Family(ABC):
         return {**self.text_encoders, "vae": self.autoencoder}
 
     def denoiser_class(self) -> type[nn.Module]:
-        """The class of the denoiser, imported when this is called. Raises ModelError if diffusers is too old."""
+        """The class of the denoiser, imported when this is called. Raises ModelError if it is not installed."""
         module, _, name = self.network.rpartition(".")
-        try:
-            with model_packages(self.title):
-                found: type[nn.Module] = getattr(import_module(module or "diffusers"), name)
-        except (ImportError, AttributeError) as error:
-            raise ModelError(
-                f"{self.title} needs a newer version of diffusers, which lacks {name}; run: pip install -U diffusers"
-            ) from error
+        module = module or "diffusers"
+        with model_packages(self.title):
+            found: type[nn.Module] | None = getattr(import_module(module), name, None)
+        if found is None:
+            package = module.partition(".")[0]
+            raise ModelError(f"{self.title} needs a newer {package}, with {name}; run: pip install -U {package}")
         return found
 
     @abstractmethod

@@ -116,7 +116,7 @@ class TrainArguments(TrainConfig):
     """
 
     config: TrainConfig | None = None
-    output: str | Path | None = None
+    output: str | os.PathLike[str] | None = None
     loss: str | Loss | None = None
     title: str = Plan.title
     trigger: str | None = None

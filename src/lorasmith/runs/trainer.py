@@ -85,6 +85,7 @@ class TrainStep:
         self.result: StepResult | None = None  # None before the update
         self._trainer = trainer
         self._losses: Tensor | None = None
+        trainer._current = self
         self.reset()
 
     def __repr__(self) -> str:
@@ -104,7 +105,7 @@ class TrainStep:
         and torch's error if memory runs out.
         """
         if self._losses is None:
-            self._trainer._check_open()
+            self._check_current()
             engine = self._trainer.engine
             self._losses, self._first = engine.summed(self.batches, engine.gradient(self.batches))
         return self._losses
@@ -116,6 +117,7 @@ class TrainStep:
             losses: (samples of a batch,), made from `Trainer.predict` of one of `batches`; the step's gradient is that
                 of the mean over all its samples.
         """
+        self._check_current()
         engine, sizes = self._trainer.engine, {len(batch.names) for batch in self.batches}
         if not isinstance(losses, Tensor) or losses.ndim != 1 or len(losses) not in sizes or not losses.requires_grad:
             got = tuple(losses.shape) if isinstance(losses, Tensor) else described(losses)
@@ -134,12 +136,11 @@ class TrainStep:
         """Update the weights with the gradient, which is computed first if it was not; returns loss and norm.
 
         Raises:
-            OptionError: the trainer has loaded a state of another step since.
+            OptionError: the step is over, as the trainer has loaded a state, or another loop over it has begun.
             TrainingError: a loss or the gradient is not finite; the weights are as before.
         """
         if self.result is None:
-            if self.number != (now := self._trainer.step):
-                raise OptionError(f"step {self.number} cannot be updated at step {now} of a state; take the next step")
+            self._check_current()
             losses = self.gradient()
             self.result = self._trainer._update(self.number, losses, self._first.to(losses.device))
         return self.result
@@ -147,8 +148,17 @@ class TrainStep:
     def skip(self) -> None:
         """Leave the weights as they are in this step, which counts; its loss is recorded as NaN."""
         if self.result is None:
+            self._check_current()
             self.result = StepResult(math.nan, math.nan)
             self._trainer._loop.record(math.nan)
+
+    def _check_current(self) -> None:
+        self._trainer._check_open()
+        if self._trainer._current is not self:
+            raise OptionError(
+                f"step {self.number + 1} is over, as a state was loaded or another loop over its Trainer has begun; "
+                "use one loop, and its newest step"
+            )
 
 
 class Trainer:
@@ -200,10 +210,10 @@ class Trainer:
         self.job: TrainJob = replace(job, runtime=replace(job.runtime, varying_sizes=sizes_vary(self._data.samples)))
         self.engine: Engine = engine_of(self.job)
         self._loop = Loop(self.engine, self._data.samples)
-        self._loads = 0
         self._started = time.time()
         self._open = contextlib.ExitStack()
         self._depth = 0
+        self._current: TrainStep | None = None
 
     def __repr__(self) -> str:
         return f"Trainer({self.model.title}: step {self.step} of {self._loop.steps}, {self.job.summary})"
@@ -253,17 +263,19 @@ class Trainer:
     def __enter__(self) -> Self:
         if not self._depth:
             device = self.engine.runtime.device
-            self._open.enter_context(torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext())
-            self._open.enter_context(
-                captions_ready(
-                    self._data,
-                    self.job.draws,
-                    seed=self.job.config.seed,
-                    on_event=lambda event: None,
-                    progress=lambda done, total: None,
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext())
+                stack.enter_context(
+                    captions_ready(
+                        self._data,
+                        self.job.draws,
+                        seed=self.job.config.seed,
+                        on_event=lambda event: None,
+                        progress=lambda done, total: None,
+                    )
                 )
-            )
-            self._open.enter_context(self.engine.prepared(planned=self._loop.planned))
+                stack.enter_context(self.engine.prepared(planned=self._loop.planned))
+                self._open = stack.pop_all()
         self._depth += 1
         return self
 
@@ -279,17 +291,16 @@ class Trainer:
 
         After a state was loaded in the loop, the next step is that of the state.
         """
-        first = self.engine.runtime.first_step
+        engine, first = self.engine, self.engine.runtime.first_step
         with self:
-            engine = self.engine
             maker = batch_maker(self.model, self._data.samples, engine.config, engine.runtime, engine.dropout)
             while self.step < self._loop.steps:
-                loads, ahead = self._loads, range(first + self.step, first + self._loop.steps)
+                ahead = range(first + self.step, first + self._loop.steps)
                 with contextlib.closing(prefetched(maker, ahead)) as coming:
                     for number, batches in coming:
                         step = TrainStep(self, number - first, batches)
                         yield step
-                        if self._loads != loads:
+                        if self._current is None:  # a state was loaded
                             break
                         step.update()
 
@@ -315,13 +326,13 @@ class Trainer:
 
     @typed_arguments
     def load(self, state: RunState) -> None:
-        """Go back, or on, to a state of a trainer of the same settings; the loop goes on from there.
+        """Go back, or on, to a state of a trainer of the same settings; the loop continues from there.
 
         Raises:
             LoraError, TrainingError: it is of other layers or settings.
         """
         self._loop.load(state)
-        self._loads += 1
+        self._current = None
 
     @typed_arguments
     def save_state(self, path: str | os.PathLike[str]) -> Path:

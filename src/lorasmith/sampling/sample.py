@@ -116,7 +116,7 @@ class SamplingCancelledError(CancelledError):
 
 def prepare_noise(seed: int, shape: Sequence[int]) -> Tensor:
     """Standard normal fp32 noise on the CPU, from one generator for the whole batch; seed in [0, 2^64)."""
-    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
+    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(int(seed)))  # numpy's, too
 
 
 def sample_latents(

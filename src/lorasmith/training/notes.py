@@ -138,6 +138,9 @@ def _on_quantization(config: TrainConfig, model: Trainable) -> Iterator[str]:
     if config.quantization == "none":
         return
     packable = sum(layer.get_parameter("weight").numel() for layer in packable_layers(model.module))
+    if not packable:
+        yield f"quantization {config.quantization} has no effect: the model has no plain Linear layers or convolutions."
+        return
     share = packable / sum(parameter.numel() for parameter in model.module.parameters())
     yield ReportNote(
         f"quantization {config.quantization} applies to {share:.1%} of the frozen weights: Linear layers and "

@@ -28,7 +28,7 @@ from lorasmith.core.arguments import check_arguments
 from lorasmith.core.errors import DataError, OptionError
 from lorasmith.core.extensions import Extension
 from lorasmith.core.placement import placed, reproducible
-from lorasmith.core.printable import described, printable
+from lorasmith.core.printable import count_text, described, printable
 from lorasmith.core.registry import extensions_of
 from lorasmith.data.dataset import Sample
 from lorasmith.diffusion.schedule import PARAMETERIZATIONS, DiscreteSchedule, FlowSchedule
@@ -130,7 +130,7 @@ class Trainable:
         self._predict = predict
 
     def __repr__(self) -> str:
-        loras = f", {len(self.patches)} LoRAs" if self.patches else ""
+        loras = f", {count_text(len(self.patches), 'LoRA')}" if self.patches else ""
         return f"{type(self).__name__}({printable(self.title, limit=60)}: {self.diffusion.parameterization}{loras})"
 
     @property
