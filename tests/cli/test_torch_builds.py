@@ -109,6 +109,7 @@ def test_macs() -> None:
         ("NVIDIA GeForce RTX 4070, 550.40.07, 8.9\n", "update NVIDIA's driver to 580"),
         ("NVIDIA GeForce RTX 4070, 580.40.07, 8.9\n", "NVIDIA GeForce RTX 4070, driver 580"),
         ("RTX 5090, 580.82.09, 12.0\nGTX 1080 Ti, 580.82.09, 6.1\n", "nothing for GTX 1080 Ti"),
+        ("Tesla K80, 470.82.01, 3.7\n", "older than those that builds are made for"),
         (KEPLER_418, "for CUDA, update NVIDIA's driver"),
         (NO_DRIVER, "couldn't communicate with the NVIDIA driver"),
         ("", "'nothing'"),

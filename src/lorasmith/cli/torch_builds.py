@@ -98,6 +98,8 @@ def _for_nvidia(printed: str, install: tuple[str, ...]) -> TorchBuild:
     because = f"{cards.get(newest, 'an NVIDIA card')}, driver {driver}"
     update = f"update NVIDIA's driver to {CUDA_BUILDS[0].driver} or later"
     fitting = [one for one in CUDA_BUILDS if driver >= one.driver and one.oldest <= newest <= one.newest]
+    if newest < min(one.oldest for one in CUDA_BUILDS):
+        return _build("the CPU", "cpu", f"{because}; it is older than those that builds are made for", install)
     if not fitting:
         return _build("the CPU", "cpu", f"{because}; for CUDA, {update}", install)
     # For cards of several generations a build for all of them, or else one for the newest.
