@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lorasmith.core.errors import DataError, OptionError, TrainingError
+from lorasmith.core.options import options_of
 from lorasmith.core.placement import chosen_device
 from lorasmith.core.printable import described
 from lorasmith.data.dataset import EncodedDataset
@@ -25,7 +27,13 @@ from lorasmith.runs.given import samples_of, trainable_of
 from lorasmith.runs.library import Trained
 from lorasmith.runs.shown_arguments import shown, taken
 from lorasmith.training.batches import Batch, captions_ready, prefetched
-from lorasmith.training.config import TrainConfig, config_over
+from lorasmith.training.config import (
+    PreviewSettings,
+    SavingSettings,
+    TrainConfig,
+    ValidationSettings,
+    config_over,
+)
 from lorasmith.training.engine import Engine, batch_maker, prediction_of
 from lorasmith.training.job import TrainJob, engine_of, plan_job
 from lorasmith.training.loop import Loop
@@ -147,10 +155,11 @@ class Trainer:
             result = step.update()
         trainer.lora.save("dog.safetensors")
 
-    Losses and weights are bit for bit those of `ls.train` with the same settings, as long as you change nothing. What
-    surrounds a run is left to you: validation, previews, rollbacks after a diverging step, smaller batches when memory
-    runs out, run folder and report. While it is iterated, and inside of `with trainer:`, the model is frozen on its
-    device with the adapters attached; before and afterwards it is as it was.
+    Losses and weights are bit for bit those of `ls.train` with the same settings, as long as you change nothing and
+    `validation_share=0`: all samples are trained on. What surrounds a run is left to you: validation, previews,
+    rollbacks after a diverging step, smaller batches when memory runs out, run folder and report; their settings have
+    no effect, of which a Python warning is given. While it is iterated, and inside of `with trainer:`, the model is
+    frozen on its device with the adapters attached; before and afterwards it is as it was.
 
     `help(lorasmith.Trainer.__init__)` lists its settings.
 
@@ -179,6 +188,9 @@ class Trainer:
         self._data = samples_of(data, _only_samples)
         self.model.check(self._data.samples)
         config = config_over(given.config, {**settings, "loss": given.loss})
+        idle = [name for name in _IDLE if getattr(config, name) and not config.is_default(name)]
+        if idle:
+            warnings.warn(f"no effect on a Trainer, which leaves this to you: {', '.join(idle)}", stacklevel=2)
         job = plan_job(self.model, config, chosen_device(given.device))
         self.job: TrainJob = replace(job, runtime=replace(job.runtime, varying_sizes=sizes_vary(self._data.samples)))
         self.engine: Engine = engine_of(self.job)
@@ -187,6 +199,8 @@ class Trainer:
         self._open = contextlib.ExitStack()
         self._depth = 0
         self._current: TrainStep | None = None
+        if self.job.config.existing_state is not None:
+            self.load_state(self.job.config.existing_state)
 
     def __repr__(self) -> str:
         return f"Trainer({self.model.title}: step {self.step} of {self._loop.steps}, {self.job.summary})"
@@ -323,6 +337,10 @@ class Trainer:
         result = StepResult(math.fsum(each) / len(each), norm)
         self._loop.record(result.loss)
         return result
+
+
+_IDLE = [name for kind in (ValidationSettings, PreviewSettings, SavingSettings) for name in options_of(kind)]
+"""Settings of what surrounds a run."""
 
 
 def _only_samples(given: object) -> EncodedDataset:
