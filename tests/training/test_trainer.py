@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorasmith.core.errors import OptionError, TrainingError
+from lorasmith.core.errors import OptionError
+from lorasmith.core.errors import TrainingError
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.model import Model
 from lorasmith.runs.library import train
@@ -132,6 +133,14 @@ def test_it_goes_on_from_a_state_bit_for_bit(tiny: Model, dataset: EncodedDatase
     assert equal(tensors(resumed), tensors(whole))
     continued = train(tiny, dataset, **SETTINGS, steps=4, existing_state=str(state))
     assert equal(tensors(continued), tensors(whole))
+    begun = Trainer(tiny, dataset, **SETTINGS, steps=4, existing_state=str(state))
+    assert [step.number for step in begun] == [2, 3] and equal(tensors(begun), tensors(whole))
+
+
+def test_settings_of_what_surrounds_a_run_are_said_to_have_no_effect(tiny: Model, dataset: EncodedDataset) -> None:
+    with pytest.warns(match="leaves this to you: validation_share, previews, max_rollbacks$"):
+        Trainer(tiny, dataset, **SETTINGS, previews="a cat", validation_share=0.1, max_rollbacks=1)
+    Trainer(tiny, dataset, **SETTINGS, validation_share=0)
 
 
 def test_a_loop_continues_from_the_state_that_it_loads(tiny: Model, dataset: EncodedDataset) -> None:

@@ -6,36 +6,64 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+import warnings
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+from dataclasses import dataclass
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Concatenate, ParamSpec, Self
+from typing import Any
+from typing import Concatenate
+from typing import ParamSpec
+from typing import Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch import nn
 
 from lorasmith.core.arguments import typed_arguments
-from lorasmith.core.errors import DataError, OptionError, TrainingError
+from lorasmith.core.errors import DataError
+from lorasmith.core.errors import OptionError
+from lorasmith.core.errors import TrainingError
+from lorasmith.core.options import options_of
 from lorasmith.core.placement import chosen_device
 from lorasmith.core.printable import described
-from lorasmith.data.dataset import EncodedDataset, split
+from lorasmith.data.dataset import EncodedDataset
+from lorasmith.data.dataset import split
 from lorasmith.diffusion.loss_functions import Loss
 from lorasmith.diffusion.schedule import PARAMETERIZATIONS
-from lorasmith.runs.given import samples_of, trainable_of
+from lorasmith.runs.given import samples_of
+from lorasmith.runs.given import trainable_of
 from lorasmith.runs.library import Trained
-from lorasmith.runs.shown_arguments import shown, taken
-from lorasmith.training.batches import Batch, captions_ready, prefetched
-from lorasmith.training.config import TrainConfig, config_over
-from lorasmith.training.engine import Engine, batch_maker, prediction_of
-from lorasmith.training.job import TrainJob, engine_of, plan_job
+from lorasmith.runs.shown_arguments import shown
+from lorasmith.runs.shown_arguments import taken
+from lorasmith.training.batches import Batch
+from lorasmith.training.batches import captions_ready
+from lorasmith.training.batches import prefetched
+from lorasmith.training.config import PreviewSettings
+from lorasmith.training.config import SavingSettings
+from lorasmith.training.config import TrainConfig
+from lorasmith.training.config import ValidationSettings
+from lorasmith.training.config import config_over
+from lorasmith.training.engine import Engine
+from lorasmith.training.engine import batch_maker
+from lorasmith.training.engine import prediction_of
+from lorasmith.training.job import TrainJob
+from lorasmith.training.job import engine_of
+from lorasmith.training.job import plan_job
 from lorasmith.training.loop import Loop
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.memory.compilation import sizes_vary
 from lorasmith.training.recovery import RunState
-from lorasmith.training.results import BaseHashes, lora_of, training_metadata
-from lorasmith.training.storage.run_states import load_state, save_state
+from lorasmith.training.results import BaseHashes
+from lorasmith.training.results import lora_of
+from lorasmith.training.results import training_metadata
+from lorasmith.training.storage.run_states import load_state
+from lorasmith.training.storage.run_states import save_state
 
 P = ParamSpec("P")
 
@@ -170,10 +198,11 @@ class Trainer:
             result = step.update()
         trainer.lora.save("dog.safetensors")
 
-    Losses and weights are bit for bit those of `ls.train` with the same settings, as long as you change nothing. What
-    surrounds a run is left to you: validation, previews, rollbacks after a diverging step, smaller batches when memory
-    runs out, run folder and report. While it is iterated, and inside of `with trainer:`, the model is frozen on its
-    device with the adapters attached; before and afterwards it is as it was.
+    Losses and weights are bit for bit those of `ls.train` with the same settings, as long as you change nothing and
+    `validation_share=0`: all samples are trained on. What surrounds a run is left to you: validation, previews,
+    rollbacks after a diverging step, smaller batches when memory runs out, run folder and report; their settings have
+    no effect, of which a Python warning is given. While it is iterated, and inside of `with trainer:`, the model is
+    frozen on its device with the adapters attached; before and afterwards it is as it was.
 
     `help(lorasmith.Trainer.__init__)` lists its settings.
 
@@ -204,6 +233,9 @@ class Trainer:
         samples = samples_of(data, _only_samples)
         self.model.check(samples.samples)
         config = config_over(given.config, {**settings, "loss": given.loss})
+        idle = [name for name in _IDLE if getattr(config, name) and not config.is_default(name)]
+        if idle:
+            warnings.warn(f"no effect on a Trainer, which leaves this to you: {', '.join(idle)}", stacklevel=2)
         job = plan_job(self.model, config, chosen_device(given.device))
         parts = split(samples, share=job.config.validation_share)
         self._data, self.held_out = parts.training, parts.held_out
@@ -214,6 +246,8 @@ class Trainer:
         self._open = contextlib.ExitStack()
         self._depth = 0
         self._current: TrainStep | None = None
+        if self.job.config.existing_state is not None:
+            self.load_state(self.job.config.existing_state)
 
     def __repr__(self) -> str:
         return f"Trainer({self.model.title}: step {self.step} of {self._loop.steps}, {self.job.summary})"
@@ -353,7 +387,10 @@ class Trainer:
             )
 
     def _update(self, number: int, losses: Tensor, first: Tensor) -> StepResult:
-        sound, norm, _, *each = self.engine.update(number, losses, first).tolist()
+        each = (
+            losses.tolist()
+        )  # a GPU is waited for here, so that Ctrl-C comes before an update and not before its count
+        sound, norm, *_ = self.engine.update(number, losses, first).tolist()
         if not sound:
             self.engine.allow_updates()
             raise TrainingError(
@@ -363,6 +400,10 @@ class Trainer:
         result = StepResult(math.fsum(each) / len(each), norm)
         self._loop.record(result.loss)
         return result
+
+
+_IDLE = [name for kind in (ValidationSettings, PreviewSettings, SavingSettings) for name in options_of(kind)]
+"""Settings of what surrounds a run."""
 
 
 def _only_samples(given: object) -> EncodedDataset:
