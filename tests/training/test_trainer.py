@@ -12,8 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorasmith.core.errors import OptionError
-from lorasmith.core.errors import TrainingError
+from lorasmith.core.errors import OptionError, TrainingError
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.families.model import Model
 from lorasmith.runs.library import train

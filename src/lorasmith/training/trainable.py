@@ -21,7 +21,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters.frozen_layer import is_linear, is_targetable, weights_as_stored, weights_digest
+from lorasmith.adapters.frozen_layer import weights_as_stored, weights_digest
 from lorasmith.adapters.inject import Rule, adapters_attached
 from lorasmith.adapters.patch import Patch, attachments, patches_applied, patches_merged
 from lorasmith.core.arguments import check_arguments
@@ -76,9 +76,9 @@ class Trainable:
     Subclasses may replace `frozen`, `predict`, `join`, `identity` and `check`, each on its own.
 
     Args:
-        module: the network. Layers that can carry adapters are `Linear` and zero-padded convolutions that it calls;
-            by default all `Linear` ones are trained, and convolutions where there are none. It is neither copied nor
-            modified: what a run changes (device, dtype, training mode, `requires_grad`) is restored.
+        module: the network. All its linear-like layers and zero-padded convolutions get adapters, if `targets` does not
+            choose some. It is neither copied nor modified: what a run changes (device, dtype, training mode,
+            `requires_grad`) is restored.
         predict: `(module, latents, time, conditioning) -> prediction`, see the method; None calls
             `module(latents, time, **conditioning.tensors)`, with `mask=conditioning.mask` where there is one.
         diffusion: what it predicts: `flow` (rectified flow, time is sigma in [0, 1]), `epsilon` or `v` (Stable
@@ -116,9 +116,7 @@ class Trainable:
         self.module = module
         self.diffusion = diffusion if isinstance(diffusion, Diffusion) else _diffusion(diffusion)
         title = title or type(module).__name__
-        linear = any(is_linear(layer) and is_targetable(layer) for layer in module.modules())
-        defaults = Defaults(targets="all-linear" if linear else "all", guidance=1.0)
-        self.facts = Facts(title=title, defaults=defaults, downscale=downscale)
+        self.facts = Facts(title=title, defaults=Defaults(targets="all", guidance=1.0), downscale=downscale)
         self.names = ModelNames(
             family=title,
             denoiser={path: OriginalName(path) for path in module_paths(module)},
