@@ -225,7 +225,7 @@ def test_what_it_refuses(tiny: Model, dataset: EncodedDataset) -> None:
 
 
 def test_it_holds_out_what_a_run_holds_out(tiny: Model, dataset: EncodedDataset) -> None:
-    settings = {**SETTINGS, "steps": 2, "validation_share": 0.3, "validation_draws": 2}
+    settings = {**SETTINGS, "steps": 2, "validation_share": 0.3}
     run, trainer = train(tiny, dataset, **settings), Trainer(tiny, dataset, **settings)
     for _ in trainer:
         pass
