@@ -207,7 +207,7 @@ class Trainer:
         samples = samples_of(data, _only_samples)
         self.model.check(samples.samples)
         config = config_over(given.config, {**settings, "loss": given.loss})
-        idle = [name for name in sorted(_IDLE) if getattr(config, name) and not config.is_default(name)]
+        idle = [name for name in _IDLE if getattr(config, name) and not config.is_default(name)]
         if idle:
             warnings.warn(f"no effect on a Trainer, which leaves this to you: {', '.join(idle)}", stacklevel=2)
         job = plan_job(self.model, config, chosen_device(given.device))
@@ -376,8 +376,10 @@ class Trainer:
         return result
 
 
-_IDLE = {name for kind in (ValidationSettings, PreviewSettings, SavingSettings) for name in options_of(kind)}
-_IDLE -= {"validation_share"}
+_IDLE = dict.fromkeys(
+    name for kind in (ValidationSettings, PreviewSettings, SavingSettings) for name in options_of(kind)
+)
+del _IDLE["validation_share"]
 """Settings of what surrounds a run."""
 
 
