@@ -137,9 +137,8 @@ def test_it_goes_on_from_a_state_bit_for_bit(tiny: Model, dataset: EncodedDatase
 
 
 def test_settings_of_what_surrounds_a_run_are_said_to_have_no_effect(tiny: Model, dataset: EncodedDataset) -> None:
-    with pytest.warns(match="leaves this to you: validation_share, previews, max_rollbacks$"):
-        Trainer(tiny, dataset, **SETTINGS, previews="a cat", validation_share=0.1, max_rollbacks=1)
-    Trainer(tiny, dataset, **SETTINGS, validation_share=0)
+    with pytest.warns(match="leaves this to you: previews, max_rollbacks$"):
+        Trainer(tiny, dataset, **SETTINGS, previews="a cat", max_rollbacks=1)
 
 
 def test_a_loop_continues_from_the_state_that_it_loads(tiny: Model, dataset: EncodedDataset) -> None:
