@@ -327,9 +327,7 @@ class Trainer:
         self.load(load_state(Path(path)))
 
     def _update(self, number: int, losses: Tensor, first: Tensor) -> StepResult:
-        each = (
-            losses.tolist()
-        )  # a GPU is waited for here, so that Ctrl-C comes before an update and not before its count
+        each = losses.tolist()  # waits for a GPU here, so that Ctrl-C comes before the update, not before its count
         sound, norm, *_ = self.engine.update(number, losses, first).tolist()
         if not sound:
             self.engine.allow_updates()
