@@ -133,7 +133,9 @@ def training(output: Path, environment: Mapping[str, str] | None = None) -> Iter
     """
     words = f"--model lorasmith-tiny --steps {STEPS} --no-previews --validation-share 0 --seed 1 --save-every 0"
     command = [sys.executable, "-m", "lorasmith", "train", str(BUILT_IN_BASE / "input" / PICTURES), *words.split()]
-    with subprocess.Popen([*command, "--output", str(output)], stdout=subprocess.DEVNULL, env=environment) as process:
+    command += ["--output", str(output)]
+    # Not in a checkout, whose folder lorasmith-tiny earlier versions take for a model.
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment, cwd=output.parent) as process:
         yield Side(output / "events.jsonl", {"trains": [psutil.Process(process.pid)]})
         process.send_signal(signal.SIGINT)
 
@@ -141,4 +143,6 @@ def training(output: Path, environment: Mapping[str, str] | None = None) -> Iter
 def wait_for_steps(side: Side, steps: int) -> None:
     """Wait until a training has made some steps."""
     while len(side.times()) < steps:
+        if any(process.status() == psutil.STATUS_ZOMBIE for process in side.processes["trains"]):
+            raise RuntimeError(f"the training of {side.log.parent} has ended")
         time.sleep(0.2)
