@@ -7,63 +7,37 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable
-from collections.abc import Iterator
-from collections.abc import Mapping
-from collections.abc import Sequence
-from dataclasses import dataclass
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any
-from typing import Concatenate
-from typing import ParamSpec
-from typing import Self
+from typing import Any, Concatenate, ParamSpec, Self
 
 import torch
-from torch import Tensor
-from torch import nn
+from torch import Tensor, nn
 
 from lorasmith.core.arguments import typed_arguments
-from lorasmith.core.errors import DataError
-from lorasmith.core.errors import OptionError
-from lorasmith.core.errors import TrainingError
+from lorasmith.core.errors import DataError, OptionError, TrainingError
 from lorasmith.core.options import options_of
 from lorasmith.core.placement import chosen_device
 from lorasmith.core.printable import described
-from lorasmith.data.dataset import EncodedDataset
-from lorasmith.data.dataset import split
+from lorasmith.data.dataset import EncodedDataset, split
 from lorasmith.diffusion.loss_functions import Loss
 from lorasmith.diffusion.schedule import PARAMETERIZATIONS
-from lorasmith.runs.given import samples_of
-from lorasmith.runs.given import trainable_of
+from lorasmith.runs.given import samples_of, trainable_of
 from lorasmith.runs.library import Trained
-from lorasmith.runs.shown_arguments import shown
-from lorasmith.runs.shown_arguments import taken
-from lorasmith.training.batches import Batch
-from lorasmith.training.batches import captions_ready
-from lorasmith.training.batches import prefetched
-from lorasmith.training.config import PreviewSettings
-from lorasmith.training.config import SavingSettings
-from lorasmith.training.config import TrainConfig
-from lorasmith.training.config import ValidationSettings
-from lorasmith.training.config import config_over
-from lorasmith.training.engine import Engine
-from lorasmith.training.engine import batch_maker
-from lorasmith.training.engine import prediction_of
-from lorasmith.training.job import TrainJob
-from lorasmith.training.job import engine_of
-from lorasmith.training.job import plan_job
+from lorasmith.runs.shown_arguments import shown, taken
+from lorasmith.training.batches import Batch, captions_ready, prefetched
+from lorasmith.training.config import PreviewSettings, SavingSettings, TrainConfig, ValidationSettings, config_over
+from lorasmith.training.engine import Engine, batch_maker, prediction_of
+from lorasmith.training.job import TrainJob, engine_of, plan_job
 from lorasmith.training.loop import Loop
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.memory.compilation import sizes_vary
 from lorasmith.training.recovery import RunState
-from lorasmith.training.results import BaseHashes
-from lorasmith.training.results import lora_of
-from lorasmith.training.results import training_metadata
-from lorasmith.training.storage.run_states import load_state
-from lorasmith.training.storage.run_states import save_state
+from lorasmith.training.results import BaseHashes, lora_of, training_metadata
+from lorasmith.training.storage.run_states import load_state, save_state
 
 P = ParamSpec("P")
 
