@@ -19,7 +19,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, TypeGuard
 
@@ -46,7 +46,7 @@ PRODUCTS = "products"
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """Convolutions that can carry an adapter, if they pad with zeros."""
 
-_CONVOLVE: dict[type, Callable[..., Tensor]] = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
+_CONVOLVE: dict[int, Callable[..., Tensor]] = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}  # by the weight's dimensions
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -185,11 +185,11 @@ class FrozenLayer:
         """A convolution with other weights but the layer's stride, padding and dilation."""
         module = self.module
         assert isinstance(module, CONVOLUTIONS)
-        return _CONVOLVE[type(module)](x, weight, bias, module.stride, module.padding, module.dilation, groups)
+        return _CONVOLVE[weight.ndim](x, weight, bias, module.stride, module.padding, module.dilation, groups)
 
     def pointwise(self, x: Tensor, weight: Tensor, *, groups: int = 1) -> Tensor:
         """A 1×1 convolution with `weight` (out, in / groups, 1, ...), stride 1."""
-        return _CONVOLVE[type(self.module)](x, weight, groups=groups)
+        return _CONVOLVE[weight.ndim](x, weight, groups=groups)
 
     def channelwise(self, vector: Tensor) -> Tensor:
         """One number per feature or channel, shaped to meet the layer's inputs and outputs."""
@@ -277,7 +277,7 @@ _WEIGHTS_PER_PIXEL = 80_000
 
 def has_few_pixels(module: nn.Module, shape: Size, weight: Tensor) -> TypeGuard[nn.Conv2d]:
     """Whether a matrix product is faster for a convolution. shape: of the input, (batch, channels, height, width)."""
-    if type(module) is not nn.Conv2d or weight.device.type != "cpu" or len(shape) != 4:
+    if not isinstance(module, nn.Conv2d) or weight.device.type != "cpu" or len(shape) != 4:
         return False
     if isinstance(module.padding, str) or module.groups != 1 or module.dilation != (1, 1):
         return False
@@ -493,12 +493,14 @@ _SAMPLED = 64
 _HALVES = (torch.float16, torch.bfloat16)
 
 
-def weights_digest(module: nn.Module) -> str:
+def weights_digest(module: nn.Module, originals: Mapping[str, Tensor] | None = None) -> str:
     """Digest of evenly spaced values of each tensor: enough to distinguish models without hashing gigabytes.
 
-    16-bit values are widened, so that a model loaded in fp32 equals its 16-bit file.
+    16-bit values are widened, so that a model loaded in fp32 equals its 16-bit file. `originals` are the weights, by
+    name, of which the module has patched ones now.
     """
-    return digest_of_tensors(_sampled(named_weights(module)))
+    originals = originals or {}
+    return digest_of_tensors(_sampled((name, originals.get(name, one)) for name, one in named_weights(module)))
 
 
 def _sampled(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

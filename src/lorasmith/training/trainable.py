@@ -145,7 +145,7 @@ class Trainable:
         module = self.module
         with contextlib.ExitStack() as stack:
             stack.enter_context(reproducible(config.deterministic))
-            stack.enter_context(_evaluating(module))
+            stack.enter_context(evaluating(module))
             stack.enter_context(patches_merged(module, self.patches, dtype=torch.float32))
             device, dtype = runtime.device, runtime.dtype
             stream = WeightStream(device) if runtime.offloading else None
@@ -265,7 +265,7 @@ def trainable(model: Trainable | Denoiser | Model) -> Trainable:
 
 
 @contextlib.contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
     """Inside the context, a network is in eval mode and its parameters need no gradient, as loaded ones are anyway."""
     training = [part for part in module.modules() if part.training]
     needing = [parameter for parameter in module.parameters() if parameter.requires_grad]

@@ -1,0 +1,1 @@
+"""comfyui-lorasmith: Lorasmith's trainer as nodes of ComfyUI."""

@@ -1,0 +1,400 @@
+"""Hold the pack against a ComfyUI checkout, on the CPU with small models of random weights.
+
+    python comfyui-lorasmith/proof/prove.py CHECKOUT [FAMILY ...] [--measure]
+
+Prints a table of families: loss and gradient beside those of ComfyUI's own Train LoRA, keys that its loader leaves out,
+whether the MODEL's pictures are the same bits afterwards; with `--measure` also seconds a step and peak memory. Exits
+with 1 if something does not hold. Needs ComfyUI's requirements and lorasmith in the Python that runs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import logging
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from proof import checkout, families
+
+SEED = 7
+BUILT_IN = {"default": (True, False), "no checkpointing": (False, False), "bypass": (False, True)}
+"""Ways of ComfyUI's node: gradient_checkpointing, bypass_mode."""
+
+
+def main() -> int:
+    arguments = parsed()
+    if arguments.one:
+        checkout.boot(arguments.checkout)
+        print(json.dumps(ONE[arguments.one](arguments.families[0], arguments.folder)))
+        return 0
+    kinds = ["numbers", "ours", *BUILT_IN] if arguments.measure else ["numbers"]
+    wrong = 0
+    for family in arguments.families or families.FAMILIES:
+        for kind in kinds:
+            found = in_process(arguments, family, kind)
+            failed = [name for name, value in found.items() if name in LIMITS and not LIMITS[name](value)]
+            wrong += len(failed)
+            print(f"{family}, {kind}: {shown(found)}{f'; WRONG: {failed}' if failed else ''}", flush=True)
+    return 1 if wrong else 0
+
+
+LIMITS: dict[str, Callable[[Any], bool]] = {
+    "loss": lambda value: value < 1e-5,
+    "gradient": lambda value: value < 1e-4,
+    "left out": lambda value: value == 0,
+    "merged": lambda value: value < 1e-3,
+    "same bits": lambda value: value is True,
+    "same bits after an error": lambda value: value is True,
+    "error": lambda value: False,
+}
+"""What must hold of `numbers`."""
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkout", type=Path)
+    parser.add_argument("families", nargs="*", choices=[[], *families.FAMILIES])
+    parser.add_argument("--measure", action="store_true")
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "lorasmith-proof")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def in_process(arguments: argparse.Namespace, family: str, kind: str) -> dict[str, Any]:
+    """One measurement in a process of its own, whose peak memory is that of nothing else."""
+    command = [sys.executable, __file__, str(arguments.checkout), family, "--one", kind, "--folder", arguments.folder]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        last = done.stderr.strip().splitlines()[-1:] or ["no output"]
+        return {"crash" if kind in BUILT_IN else "error": last[0][:160]}
+    found: dict[str, Any] = json.loads(lines[-1])
+    return found
+
+
+def shown(found: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in found.items())
+
+
+def numbers(family: str, folder: Path) -> dict[str, Any]:
+    """Loss and gradient beside ComfyUI's node, on its noise and its starting weights."""
+    model, (latents, positive) = families.model_of(family, folder), families.data_of(family)
+    before = pictures(model, positive)
+    theirs = built_in_step(model, latents, positive)
+    pack = checkout.pack()
+    assert pack is not None
+    from lorasmith_pack.comfy_model import ComfyModel
+    from lorasmith_pack.residuals import sums_out_of_place
+
+    right: dict[str, Any] = {}
+    try:
+        with sums_out_of_place():
+            right = built_in_step(model, latents, positive, checkpointing=False)
+    except Exception as error:  # of ComfyUI's own node
+        right = {"failed": type(error).__name__}
+
+    import lorasmith
+
+    trained = ComfyModel(model)
+    samples = trained.samples(latents, positive)
+    trainer = lorasmith.Trainer(trained, samples, **settings())
+    result: dict[str, Any] = {}
+    with trainer:
+        losses, gradients = our_step(trainer, theirs, samples)
+        result["loss"] = abs(losses - theirs["loss"]) / theirs["loss"]
+        if "failed" not in right:
+            result["gradient"] = distance(gradients, right["gradients"])
+        result["gradient as shipped"] = distance(gradients, theirs["gradients"])
+        attached = predicted(trainer)
+    lora = tensors_of(trainer.lora)
+    left_out, merged = with_their_loader(model, lora, trained, trainer)
+    result["keys"], result["left out"] = len(lora), left_out
+    result["merged"] = float((merged - attached).norm() / attached.norm())
+    result["same bits"] = torch.equal(before, pictures(model, positive))
+    try:
+        with trainer:
+            raise ZeroDivisionError
+    except ZeroDivisionError:
+        pass
+    result["same bits after an error"] = torch.equal(before, pictures(model, positive))
+    return result
+
+
+def settings(**others: Any) -> dict[str, Any]:
+    """Those of ComfyUI's node."""
+    return {
+        "steps": 8,
+        "rank": 8,
+        "alpha": 1.0,
+        "targets": "all",
+        "objective": "x0",
+        "loss_weighting": "none",
+        "zero_init": "down",
+        "training_dtype": "fp32",
+        "max_grad_norm": 0.0,
+        "learning_rate": 5e-4,
+        "schedule": "constant",
+        "device": "cpu",
+        **others,
+    }
+
+
+class _Recorded:
+    """An optimizer that keeps the gradients and changes nothing."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
+        self.param_groups = [{"params": parameters}]
+        self.gradients: list[torch.Tensor | None] = []
+
+    def step(self) -> None:
+        self.gradients = [None if one.grad is None else one.grad.clone() for one in self.param_groups[0]["params"]]
+
+    def zero_grad(self) -> None:
+        for one in self.param_groups[0]["params"]:
+            one.grad = None
+
+
+def built_in_step(model: Any, latents: Any, positive: Any, *, checkpointing: bool = True) -> dict[str, Any]:
+    """The first step of ComfyUI's node: its start, what it drew, loss, and gradients by key."""
+    import comfy_extras.nodes_train as node
+
+    found: dict[str, Any] = {}
+    make, step = node._create_optimizer, node.TrainSampler.fwd_bwd
+
+    def optimizer(name: str, parameters: Any, rate: float) -> _Recorded:
+        generator = torch.Generator().manual_seed(SEED)
+        parameters = list(parameters)
+        for one in parameters:
+            if one.ndim > 1:
+                one.data.copy_(0.02 * torch.randn(one.shape, generator=generator))
+        found["start"] = [one.detach().clone() for one in parameters]
+        found["optimizer"] = _Recorded(parameters)
+        return found["optimizer"]
+
+    def watched(self: Any, wrap: Any, sigmas: Any, noise: Any, latent: Any, cond: Any, indices: Any, *rest: Any, **more: Any) -> Any:
+        found.update(sigmas=sigmas.detach().clone(), noise=noise.clone(), latent=latent.clone(), indices=list(indices))
+        return step(self, wrap, sigmas, noise, latent, cond, indices, *rest, **more)
+
+    node._create_optimizer, node.TrainSampler.fwd_bwd = optimizer, watched
+    torch.manual_seed(SEED)
+    try:
+        lora, losses, _ = built_in(model, latents, positive, steps=1, checkpointing=checkpointing)
+    finally:
+        node._create_optimizer, node.TrainSampler.fwd_bwd = make, step
+    found["loss"] = losses["loss"][0]
+    found["start"] = dict(zip(lora, found["start"], strict=True))
+    found["gradients"] = dict(zip(lora, found["optimizer"].gradients, strict=True))
+    return found
+
+
+def built_in(model: Any, latents: Any, positive: Any, *, steps: int, checkpointing: bool, bypass: bool = False) -> Any:
+    import comfy_extras.nodes_train as node
+
+    given = {
+        "model": model,
+        "positive": positive,
+        "batch_size": 1,
+        "steps": steps,
+        "grad_accumulation_steps": 1,
+        "learning_rate": 5e-4,
+        "rank": 8,
+        "optimizer": "AdamW",
+        "loss_function": "MSE",
+        "seed": SEED,
+        "training_dtype": "fp32",
+        "lora_dtype": "fp32",
+        "quantized_backward": False,
+        "algorithm": "LoRA",
+        "gradient_checkpointing": checkpointing,
+        "checkpoint_depth": 1,
+        "offloading": False,
+        "existing_lora": "[None]",
+        "bucket_mode": False,
+        "bypass_mode": bypass,
+    }
+    with torch.inference_mode():
+        out = node.TrainLoraNode.execute(
+            latents=[{"samples": torch.cat(latents)}], **{name: [value] for name, value in given.items()}
+        )
+    return out.result if hasattr(out, "result") else out.args
+
+
+def our_step(trainer: Any, theirs: Mapping[str, Any], samples: Any) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients of the same step, by ComfyUI's keys."""
+    from lorasmith.training.batches import Batch
+
+    keys = {key: place(key) for key in theirs["start"] if ".lora_" in key}
+    for key, name in keys.items():
+        trainer.weights[name].copy_(theirs["start"][key].reshape(trainer.weights[name].shape))
+    trainer.engine.flat.publish()
+    model = trainer.model
+    sample = samples[theirs["indices"][0]]
+    clean = sample.latents[None]
+    level = model.diffusion.schedule.at_sigma(theirs["sigmas"].float())
+    noise = theirs["noise"].float().reshape(clean.shape)
+    batch = Batch(clean, noise, level.noised(clean, noise), level, model.join([sample.conditioning]), (sample.name,))
+    losses, _ = trainer.engine.gradient([batch])
+    return float(losses), {key: trainer.gradients[name].reshape(theirs["start"][key].shape).clone() for key, name in keys.items()}
+
+
+def place(key: str) -> str:
+    path, _, factor = key.removeprefix("diffusion_model.").removesuffix(".weight").rpartition(".")
+    return f"{path}.{factor.removeprefix('lora_')}"
+
+
+def distance(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor | None]) -> float:
+    both = [(tensor, theirs[key]) for key, tensor in ours.items()]
+    wrong = sum(float((a - (0 if b is None else b.float())).square().sum()) for a, b in both)
+    return float((wrong / sum(float(a.square().sum()) for a, _ in both)) ** 0.5)
+
+
+def predicted(trainer: Any) -> torch.Tensor:
+    """The prediction for fixed inputs, with what is trained attached."""
+    model, sample = trainer.model, trainer._data.samples[0]
+    level = model.diffusion.schedule.at(torch.tensor([0.5]))
+    noise = torch.randn(sample.latents[None].shape, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        found: torch.Tensor = model.predict(noise, level.time, model.join([sample.conditioning]))
+    return found
+
+
+def tensors_of(lora: Any) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    with tempfile.TemporaryDirectory() as folder:
+        return dict(load_file(lora.save(Path(folder) / "lora.safetensors")))
+
+
+class _Counted(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left_out = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.left_out += "lora key not loaded" in record.getMessage() or "NOT LOADED" in record.getMessage()
+
+
+def with_their_loader(model: Any, lora: Any, trained: Any, trainer: Any) -> tuple[int, torch.Tensor]:
+    """Keys that ComfyUI's loader leaves out, and the prediction with the LoRA that it loaded."""
+    import comfy.sd
+    from lorasmith_pack.comfy_model import ComfyModel
+
+    count = _Counted()
+    logging.getLogger().addHandler(count)
+    with torch.inference_mode():
+        patched, _ = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)
+    other = ComfyModel(patched)
+    with other.loaded(torch.float32):
+        # Patched within inference mode or not, a picture is drawn with these weights.
+        class Other:
+            model, _data = other, trainer._data
+
+        found = predicted(Other)
+    logging.getLogger().removeHandler(count)
+    return count.left_out, found
+
+
+def pictures(model: Any, positive: Any) -> torch.Tensor:
+    """What ComfyUI's sampler makes of fixed noise."""
+    import comfy.sample
+
+    channels = model.model.latent_format.latent_channels
+    is_video = model.model.latent_format.latent_dimensions == 3
+    shape = (1, channels, *([1] if is_video else []), 16, 16)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    with torch.inference_mode():
+        entry = [[positive[0][0].clone(), dict(positive[0][1])]]
+        found: torch.Tensor = comfy.sample.sample(
+            model, noise, 2, 1.0, "euler", "normal", entry, entry, torch.zeros(shape), seed=5, disable_pbar=True
+        )
+    return found.clone()
+
+
+class Meter:
+    """Seconds of this process's CPU time between calls, and peak memory above that of the first."""
+
+    def __init__(self, warm: int = 2) -> None:
+        self.times: list[float] = []
+        self.warm, self.loaded = warm, 0.0
+
+    def start(self) -> None:
+        gc.collect()
+        self.loaded = memory("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")
+
+    def __call__(self, *arguments: Any, **named: Any) -> None:
+        self.times.append(time.process_time())
+
+    def found(self) -> dict[str, Any]:
+        steps = [b - a for a, b in zip(self.times[self.warm :], self.times[self.warm + 1 :], strict=False)]
+        return {
+            "s/step": statistics.median(steps),
+            "MB loaded": round(self.loaded),
+            "MB above": round(memory("VmHWM") - self.loaded),
+        }
+
+
+def memory(name: str) -> float:
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[name].split()[0]) / 1024
+
+
+def ours(family: str, folder: Path) -> dict[str, Any]:
+    checkout.pack()
+    import comfy.model_management
+    import lorasmith
+    from lorasmith.training.events import StepDone
+    from lorasmith_pack.comfy_model import ComfyModel
+
+    model, (latents, positive) = families.model_of(family, folder), families.data_of(family)
+    comfy.model_management.load_models_gpu([model])
+    meter = Meter()
+    trained = ComfyModel(model)
+    samples = trained.samples(latents, positive)
+    meter.start()
+    lorasmith.train(
+        trained,
+        samples,
+        progress=False,
+        on_event=lambda event: meter() if isinstance(event, StepDone) else None,
+        **settings(),
+    )
+    return meter.found()
+
+
+def measured_built_in(kind: str) -> Callable[[str, Path], dict[str, Any]]:
+    def measure(family: str, folder: Path) -> dict[str, Any]:
+        import comfy.model_management
+        import comfy.utils
+
+        model, (latents, positive) = families.model_of(family, folder), families.data_of(family)
+        comfy.model_management.load_models_gpu([model])
+        meter = Meter()
+        comfy.utils.set_progress_bar_global_hook(meter)
+        checkpointing, bypass = BUILT_IN[kind]
+        meter.start()
+        built_in(model, latents, positive, steps=8, checkpointing=checkpointing, bypass=bypass)
+        return meter.found()
+
+    return measure
+
+
+ONE: dict[str, Callable[[str, Path], dict[str, Any]]] = {
+    "numbers": numbers,
+    "ours": ours,
+    **{kind: measured_built_in(kind) for kind in BUILT_IN},
+}
+
+if __name__ == "__main__":
+    sys.exit(main())
