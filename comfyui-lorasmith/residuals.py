@@ -38,11 +38,15 @@ class _OutOfPlace(TorchFunctionMode):
         if (other := _OUT_OF_PLACE.get(func)) is not None and torch.is_grad_enabled() and _is_statement():
             changed, by = args
             is_recorded = changed.requires_grad or (isinstance(by, Tensor) and by.requires_grad)
-            if is_recorded and not changed._is_view():  # of a view, what it is a view of is meant
+            if is_recorded and not _is_part(changed):  # of a part of a tensor, that tensor is meant
                 if isinstance(by, Tensor) and by.dtype != changed.dtype:
                     return func(changed.clone(), by)
                 return other(changed, by)
         return func(*args, **(kwargs or {}))
+
+
+def _is_part(tensor: Tensor) -> bool:
+    return tensor._base is not None and tensor._base.numel() != tensor.numel()
 
 
 def _is_statement() -> bool:

@@ -28,6 +28,7 @@ import torch
 from proof import checkout, families
 
 SEED = 7
+_RANK = 4  # of `numbers`: that of no layer is lower, which Lorasmith caps
 BUILT_IN = {"default": (True, False), "no checkpointing": (False, False), "bypass": (False, True)}
 """Ways of ComfyUI's node: gradient_checkpointing, bypass_mode."""
 
@@ -108,7 +109,7 @@ def numbers(family: str, folder: Path) -> dict[str, Any]:
 
     trained = ComfyModel(model)
     samples = trained.samples(latents, positive)
-    trainer = lorasmith.Trainer(trained, samples, **settings())
+    trainer = lorasmith.Trainer(trained, samples, **settings(rank=_RANK))
     result: dict[str, Any] = {}
     with trainer:
         losses, gradients = our_step(trainer, theirs, samples)
@@ -189,7 +190,7 @@ def built_in_step(model: Any, latents: Any, positive: Any, *, checkpointing: boo
     node._create_optimizer, node.TrainSampler.fwd_bwd = optimizer, watched
     torch.manual_seed(SEED)
     try:
-        lora, losses, _ = built_in(model, latents, positive, steps=1, checkpointing=checkpointing)
+        lora, losses, _ = built_in(model, latents, positive, steps=1, checkpointing=checkpointing, rank=_RANK)
     finally:
         node._create_optimizer, node.TrainSampler.fwd_bwd = make, step
     found["loss"] = losses["loss"][0]
@@ -198,7 +199,9 @@ def built_in_step(model: Any, latents: Any, positive: Any, *, checkpointing: boo
     return found
 
 
-def built_in(model: Any, latents: Any, positive: Any, *, steps: int, checkpointing: bool, bypass: bool = False) -> Any:
+def built_in(
+    model: Any, latents: Any, positive: Any, *, steps: int, checkpointing: bool, bypass: bool = False, rank: int = 8
+) -> Any:
     import comfy_extras.nodes_train as node
 
     given = {
@@ -208,7 +211,7 @@ def built_in(model: Any, latents: Any, positive: Any, *, steps: int, checkpointi
         "steps": steps,
         "grad_accumulation_steps": 1,
         "learning_rate": 5e-4,
-        "rank": 8,
+        "rank": rank,
         "optimizer": "AdamW",
         "loss_function": "MSE",
         "seed": SEED,
