@@ -39,7 +39,7 @@ def main() -> int:
         checkout.boot(arguments.checkout)
         print(json.dumps(ONE[arguments.one](arguments.families[0], arguments.folder)))
         return 0
-    kinds = ["numbers", "ours", *BUILT_IN] if arguments.measure else ["numbers"]
+    kinds = ["numbers", "node", *(["ours", *BUILT_IN] if arguments.measure else [])]
     wrong = 0
     for family in arguments.families or families.FAMILIES:
         for kind in kinds:
@@ -58,8 +58,12 @@ LIMITS: dict[str, Callable[[Any], bool]] = {
     "same bits": lambda value: value is True,
     "same bits after an error": lambda value: value is True,
     "error": lambda value: False,
+    "inputs": lambda value: value is True,
+    "interrupted": lambda value: value is True,
+    "resumed": lambda value: value is True,
+    "saved": lambda value: value == 1,
 }
-"""What must hold of `numbers`."""
+"""What must hold, by what is found."""
 
 
 def parsed() -> argparse.Namespace:
@@ -393,8 +397,66 @@ def measured_built_in(kind: str) -> Callable[[str, Path], dict[str, Any]]:
     return measure
 
 
+def node(family: str, folder: Path) -> dict[str, Any]:
+    """The nodes as ComfyUI calls them: trained, interrupted, resumed, saved; without the packages that it lacks."""
+    for lacking in ("diffusers", "accelerate", "matplotlib"):
+        sys.modules[lacking] = None  # type: ignore[assignment]
+    pack = checkout.pack()
+    import comfy.model_management as management
+    import comfy.utils
+    import comfy_extras.nodes_train as theirs
+    import folder_paths
+
+    outputs = Path(tempfile.mkdtemp(prefix="lorasmith-proof-"))
+    folder_paths.set_output_directory(str(outputs))
+    model, (latents, positive) = families.model_of(family, folder), families.data_of(family)
+    before = pictures(model, positive)
+    train = pack.NODE_CLASS_MAPPINGS["LorasmithTrainLora"]()
+    declared = {**train.INPUT_TYPES()["required"], **train.INPUT_TYPES()["optional"]}
+    own = theirs.TrainLoraNode.INPUT_TYPES()["required"]
+    widgets = {name: kind[1]["default"] for name, kind in train.INPUT_TYPES()["required"].items() if "default" in kind[1]}
+    given = {**widgets, "steps": 6, "training_dtype": "fp32", "lora_dtype": "fp32"}
+
+    def run(**others: Any) -> Any:
+        with torch.inference_mode():
+            lists = {name: [value] for name, value in {**given, **others}.items()}
+            return train.train([model], [{"samples": torch.cat(latents).clone()}], [positive], **lists)
+
+    whole, losses, steps = run(seed=1)
+    calls: list[int] = []
+
+    def stop(*arguments: Any, **named: Any) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            management.interrupt_current_processing()
+
+    comfy.utils.set_progress_bar_global_hook(stop)
+    interrupted = False
+    try:
+        run(seed=2)
+    except management.InterruptProcessingException:
+        interrupted = True
+    comfy.utils.set_progress_bar_global_hook(None)
+    resumed, resumed_losses, _ = run(seed=2)
+    for run_folder in (outputs / "runs").iterdir():
+        run_folder.rename(outputs / run_folder.name)
+    straight, straight_losses, _ = run(seed=2)
+    theirs.SaveLoRA.execute(whole, "loras/proof")
+    theirs.LossGraphNode.execute(losses, "proof")
+    return {
+        "inputs": [*own] == [name for name in declared if name in own] and [*declared][: len(own)] == [*own],
+        "losses": len(losses["loss"]),
+        "steps": steps,
+        "interrupted": interrupted,
+        "resumed": resumed_losses == straight_losses and all(torch.equal(resumed[key], straight[key]) for key in straight),
+        "saved": len(list(outputs.rglob("proof*.safetensors"))),
+        "same bits": torch.equal(before, pictures(model, positive)),
+    }
+
+
 ONE: dict[str, Callable[[str, Path], dict[str, Any]]] = {
     "numbers": numbers,
+    "node": node,
     "ours": ours,
     **{kind: measured_built_in(kind) for kind in BUILT_IN},
 }
