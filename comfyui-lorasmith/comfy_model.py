@@ -27,8 +27,8 @@ from lorasmith.training.runtime import Runtime
 from lorasmith.training.trainable import Trainable, evaluating
 
 from .conditionings import ComfyConditioning, ConditioningMaker, joined, options_of
+from .gradients import blocks_out_of_place, kernels_with_gradients, sums_out_of_place
 from .layer_weights import casts_on_use, inference_tensors_opened
-from .residuals import blocks_out_of_place, sums_out_of_place
 from .samplings import RawSampling, diffusion_of, sigma_of
 
 PREFIX = "diffusion_model"
@@ -112,6 +112,7 @@ class ComfyModel(Trainable):
             stack.enter_context(reproducible(config.deterministic))
             stack.enter_context(self.loaded(runtime.dtype, offloading=runtime.offloading))
             stack.enter_context(evaluating(self.module))
+            stack.enter_context(kernels_with_gradients())
             stack.enter_context(blocks_out_of_place(self.module))
             stack.enter_context(casts_on_use(self.module, runtime.device, runtime.dtype))
             # Of a LoRA that is continued, and below what is trained.

@@ -11,6 +11,9 @@ from lorasmith.core.errors import OptionError
 from lorasmith.diffusion.schedule import DiscreteSchedule, FlowSchedule
 from lorasmith.families.base import Diffusion
 
+_COSMOS = "ModelSamplingCosmosRFlow"
+"""A flow whose samplers count noise per signal."""
+
 _FLOWS = ("ModelSamplingDiscreteFlow", "ModelSamplingFlux")
 
 
@@ -24,13 +27,15 @@ def diffusion_of(model_sampling: Any) -> Diffusion:
     scaled = getattr(model_sampling, "noise_scale", 1.0) != 1.0
     if predicted == "CONST" and schedule in _FLOWS and not scaled and not others:
         return Diffusion("flow", _flow(model_sampling, schedule))
+    if predicted == "COSMOS_RFLOW" and schedule == _COSMOS and not others:
+        return Diffusion("flow", FlowSchedule())
     if predicted in ("EPS", "V_PREDICTION") and schedule == "ModelSamplingDiscrete" and not others:
         alphas = 1 / (1 + model_sampling.sigmas.double().cpu() ** 2)
         return Diffusion("v" if predicted == "V_PREDICTION" else "epsilon", DiscreteSchedule(alphas))
     found = " with ".join([*others, *filter(None, (predicted, schedule)), *(["scaled noise"] if scaled else [])])
     raise OptionError(
         "Lorasmith trains a MODEL that predicts noise or v in steps (EPS, V_PREDICTION with ModelSamplingDiscrete) or "
-        f"a flow (CONST with {' or '.join(_FLOWS)}), got {found}; leave out nodes that change its sampling, or use "
+        f"a flow (CONST with {' or '.join(_FLOWS)}, COSMOS_RFLOW), got {found}; leave out nodes that change its sampling, or use "
         "ComfyUI's own Train LoRA"
     )
 
@@ -49,6 +54,8 @@ def _flow(model_sampling: Any, schedule: str) -> FlowSchedule:
 
 def sigma_of(model_sampling: Any, diffusion: Diffusion, time: Tensor) -> Tensor:
     """What a sampler calls sigma at a time of `diffusion`, (batch,) fp32, for patches that ask for it."""
+    if any(kind.__name__ == _COSMOS for kind in type(model_sampling).__mro__):
+        return time / (1 - time)
     if isinstance(diffusion.schedule, FlowSchedule):
         return time / diffusion.schedule.time_scale
     sigma: Tensor = model_sampling.sigma(time)

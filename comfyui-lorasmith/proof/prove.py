@@ -37,7 +37,7 @@ def main() -> int:
     arguments = parsed()
     if arguments.one:
         checkout.boot(arguments.checkout)
-        print(json.dumps(ONE[arguments.one](arguments.families[0], arguments.folder)))
+        print(json.dumps(ONE[arguments.one](arguments.families[0])))
         return 0
     kinds = ["numbers", "node", *(["ours", *BUILT_IN] if arguments.measure else [])]
     wrong = 0
@@ -71,14 +71,13 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("checkout", type=Path)
     parser.add_argument("families", nargs="*", choices=[[], *families.FAMILIES])
     parser.add_argument("--measure", action="store_true")
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "lorasmith-proof")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def in_process(arguments: argparse.Namespace, family: str, kind: str) -> dict[str, Any]:
     """One measurement in a process of its own, whose peak memory is that of nothing else."""
-    command = [sys.executable, __file__, str(arguments.checkout), family, "--one", kind, "--folder", arguments.folder]
+    command = [sys.executable, __file__, str(arguments.checkout), family, "--one", kind]
     done = subprocess.run([*map(str, command)], capture_output=True, text=True)
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
@@ -92,35 +91,30 @@ def shown(found: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in found.items())
 
 
-def numbers(family: str, folder: Path) -> dict[str, Any]:
+def numbers(family: str) -> dict[str, Any]:
     """Loss and gradient beside ComfyUI's node, on its noise and its starting weights."""
-    model, (latents, positive) = families.model_of(family, folder), families.data_of(family)
+    model, (latents, positive) = families.model_of(family), families.data_of(family)
     before = pictures(model, positive)
-    theirs = built_in_step(model, latents, positive)
-    pack = checkout.pack()
-    assert pack is not None
-    from lorasmith_pack.comfy_model import ComfyModel
-    from lorasmith_pack.residuals import sums_out_of_place
-
-    right: dict[str, Any] = {}
-    try:
-        with sums_out_of_place():
-            right = built_in_step(model, latents, positive, checkpointing=False)
-    except Exception as error:  # of ComfyUI's own node
-        right = {"failed": type(error).__name__}
-
+    checkout.pack()
     import lorasmith
+    from lorasmith_pack.comfy_model import ComfyModel
+    from lorasmith_pack.gradients import kernels_with_gradients, sums_out_of_place
 
+    with sums_out_of_place(), kernels_with_gradients():
+        right = built_in_step(model, latents, positive, checkpointing=False)
+    try:
+        shipped = built_in_step(model, latents, positive)["gradients"]
+    except Exception as error:  # of ComfyUI's own node
+        shipped = type(error).__name__
     trained = ComfyModel(model)
     samples = trained.samples(latents, positive)
     trainer = lorasmith.Trainer(trained, samples, **settings(rank=_RANK))
     result: dict[str, Any] = {}
     with trainer:
-        losses, gradients = our_step(trainer, theirs, samples)
-        result["loss"] = abs(losses - theirs["loss"]) / theirs["loss"]
-        if "failed" not in right:
-            result["gradient"] = distance(gradients, right["gradients"])
-        result["gradient as shipped"] = distance(gradients, theirs["gradients"])
+        losses, gradients = our_step(trainer, right, samples)
+        result["loss"] = abs(losses - right["loss"]) / right["loss"]
+        result["gradient"] = distance(gradients, right["gradients"])
+        result["gradient as shipped"] = shipped if isinstance(shipped, str) else distance(gradients, shipped)
         attached = predicted(trainer)
     lora = tensors_of(trainer.lora)
     left_out, merged = with_their_loader(model, lora, trained, trainer)
@@ -357,14 +351,14 @@ def memory(name: str) -> float:
     return int(lines[name].split()[0]) / 1024
 
 
-def ours(family: str, folder: Path) -> dict[str, Any]:
+def ours(family: str) -> dict[str, Any]:
     checkout.pack()
     import comfy.model_management
     import lorasmith
     from lorasmith.training.events import StepDone
     from lorasmith_pack.comfy_model import ComfyModel
 
-    model, (latents, positive) = families.model_of(family, folder), families.data_of(family)
+    model, (latents, positive) = families.model_of(family), families.data_of(family)
     comfy.model_management.load_models_gpu([model])
     meter = Meter()
     trained = ComfyModel(model)
@@ -380,12 +374,12 @@ def ours(family: str, folder: Path) -> dict[str, Any]:
     return meter.found()
 
 
-def measured_built_in(kind: str) -> Callable[[str, Path], dict[str, Any]]:
-    def measure(family: str, folder: Path) -> dict[str, Any]:
+def measured_built_in(kind: str) -> Callable[[str], dict[str, Any]]:
+    def measure(family: str) -> dict[str, Any]:
         import comfy.model_management
         import comfy.utils
 
-        model, (latents, positive) = families.model_of(family, folder), families.data_of(family)
+        model, (latents, positive) = families.model_of(family), families.data_of(family)
         comfy.model_management.load_models_gpu([model])
         meter = Meter()
         comfy.utils.set_progress_bar_global_hook(meter)
@@ -397,7 +391,7 @@ def measured_built_in(kind: str) -> Callable[[str, Path], dict[str, Any]]:
     return measure
 
 
-def node(family: str, folder: Path) -> dict[str, Any]:
+def node(family: str) -> dict[str, Any]:
     """The nodes as ComfyUI calls them: trained, interrupted, resumed, saved; without the packages that it lacks."""
     for lacking in ("diffusers", "accelerate", "matplotlib"):
         sys.modules[lacking] = None  # type: ignore[assignment]
@@ -409,7 +403,7 @@ def node(family: str, folder: Path) -> dict[str, Any]:
 
     outputs = Path(tempfile.mkdtemp(prefix="lorasmith-proof-"))
     folder_paths.set_output_directory(str(outputs))
-    model, (latents, positive) = families.model_of(family, folder), families.data_of(family)
+    model, (latents, positive) = families.model_of(family), families.data_of(family)
     before = pictures(model, positive)
     train = pack.NODE_CLASS_MAPPINGS["LorasmithTrainLora"]()
     declared = {**train.INPUT_TYPES()["required"], **train.INPUT_TYPES()["optional"]}
@@ -454,7 +448,7 @@ def node(family: str, folder: Path) -> dict[str, Any]:
     }
 
 
-ONE: dict[str, Callable[[str, Path], dict[str, Any]]] = {
+ONE: dict[str, Callable[[str], dict[str, Any]]] = {
     "numbers": numbers,
     "node": node,
     "ours": ours,

@@ -1,7 +1,9 @@
-"""Sums that a network makes in place, as in `x += block(x)`, out of place while gradients are recorded.
+"""What a network of ComfyUI does without regard to gradients, done so that it has them; the numbers are the same.
 
-Several of ComfyUI's networks change the residual stream that a norm before it has saved for its gradient, or that
-activation checkpointing has saved as a block's input. The numbers are the same.
+Sums in place, as in `x += block(x)`, are out of place while gradients are recorded: several networks change the residual
+stream that a norm before has saved for its gradient, or that activation checkpointing has saved as a block's input.
+
+Rotary embeddings by a kernel of comfy-kitchen, which has no gradient, are by its functions in torch's operations.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dis
 import functools
+import importlib
 import sys
 import threading
 import types
@@ -91,3 +94,30 @@ def blocks_out_of_place(module: nn.Module) -> Iterator[None]:
 def _forward(forward: Any, *args: Any, **kwargs: Any) -> Any:
     with sums_out_of_place():
         return forward(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def kernels_with_gradients() -> Iterator[None]:
+    """Inside the context, on all threads."""
+    quantized = importlib.import_module("comfy.quant_ops")
+    kernels = getattr(quantized, "ck", None)
+    try:
+        eager = importlib.import_module("comfy_kitchen.backends.eager.rope")
+    except ImportError:  # of an older ComfyUI, whose networks use none
+        eager = None
+    if kernels is None or eager is None:
+        yield
+        return
+    quantized.ck = _WithGradients(kernels, eager)
+    try:
+        yield
+    finally:
+        quantized.ck = kernels
+
+
+class _WithGradients:
+    def __init__(self, kernels: Any, eager: Any) -> None:
+        self._kernels, self._eager = kernels, eager
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._eager if "rope" in name and hasattr(self._eager, name) else self._kernels, name)
