@@ -223,6 +223,7 @@ FAMILIES = {
             "txtkvheads": 1,
         },
         context=256,
+        frames=1,
     ),
     "anima": Small("Anima", {**_COSMOS, "image_model": "anima", "crossattn_emb_channels": 1024}, frames=1, context=1024, options=_t5_ids),
     "wan": Small(

@@ -28,7 +28,7 @@ import torch
 from proof import checkout, families
 
 SEED = 7
-_RANK = 4  # of `numbers`: that of no layer is lower, which Lorasmith caps
+RANK = 8
 BUILT_IN = {"default": (True, False), "no checkpointing": (False, False), "bypass": (False, True)}
 """Ways of ComfyUI's node: gradient_checkpointing, bypass_mode."""
 
@@ -100,15 +100,15 @@ def numbers(family: str) -> dict[str, Any]:
     from lorasmith_pack.comfy_model import ComfyModel
     from lorasmith_pack.gradients import kernels_with_gradients, sums_out_of_place
 
-    with sums_out_of_place(), kernels_with_gradients():
-        right = built_in_step(model, latents, positive, checkpointing=False)
-    try:
-        shipped = built_in_step(model, latents, positive)["gradients"]
-    except Exception as error:  # of ComfyUI's own node
-        shipped = type(error).__name__
     trained = ComfyModel(model)
     samples = trained.samples(latents, positive)
-    trainer = lorasmith.Trainer(trained, samples, **settings(rank=_RANK))
+    trainer = lorasmith.Trainer(trained, samples, **settings(rank=RANK))
+    with sums_out_of_place(), kernels_with_gradients():
+        right = built_in_step(model, latents, positive, trainer.weights, checkpointing=False)
+    try:
+        shipped = built_in_step(model, latents, positive, trainer.weights)["gradients"]
+    except Exception as error:  # of ComfyUI's own node
+        shipped = type(error).__name__
     result: dict[str, Any] = {}
     with trainer:
         losses, gradients = our_step(trainer, right, samples)
@@ -164,19 +164,32 @@ class _Recorded:
             one.grad = None
 
 
-def built_in_step(model: Any, latents: Any, positive: Any, *, checkpointing: bool = True) -> dict[str, Any]:
-    """The first step of ComfyUI's node: its start, what it drew, loss, and gradients by key."""
+def built_in_step(
+    model: Any, latents: Any, positive: Any, trained: Mapping[str, torch.Tensor], *, checkpointing: bool = True
+) -> dict[str, Any]:
+    """The first step of ComfyUI's node: its start, what it drew, loss, and gradients by key.
+
+    Of layers that are not in `trained` (embeddings), which Lorasmith does not train, the LoRA is zero.
+    """
     import comfy_extras.nodes_train as node
 
     found: dict[str, Any] = {}
-    make, step = node._create_optimizer, node.TrainSampler.fwd_bwd
+    make, step, setup = node._create_optimizer, node.TrainSampler.fwd_bwd, node._setup_lora_adapters
+
+    def named(*arguments: Any) -> Any:
+        made = setup(*arguments)
+        found["keys"] = list(made[0])
+        return made
 
     def optimizer(name: str, parameters: Any, rate: float) -> _Recorded:
         generator = torch.Generator().manual_seed(SEED)
         parameters = list(parameters)
-        for one in parameters:
+        for key, one in zip(found["keys"], parameters, strict=True):
             if one.ndim > 1:
-                one.data.copy_(0.02 * torch.randn(one.shape, generator=generator))
+                values = 0.02 * torch.randn(one.shape, generator=generator)
+                one.data.zero_()
+                if place(key) in trained:
+                    within(one.data, trained[place(key)]).copy_(within(values, trained[place(key)]))
         found["start"] = [one.detach().clone() for one in parameters]
         found["optimizer"] = _Recorded(parameters)
         return found["optimizer"]
@@ -185,12 +198,12 @@ def built_in_step(model: Any, latents: Any, positive: Any, *, checkpointing: boo
         found.update(sigmas=sigmas.detach().clone(), noise=noise.clone(), latent=latent.clone(), indices=list(indices))
         return step(self, wrap, sigmas, noise, latent, cond, indices, *rest, **more)
 
-    node._create_optimizer, node.TrainSampler.fwd_bwd = optimizer, watched
+    node._create_optimizer, node.TrainSampler.fwd_bwd, node._setup_lora_adapters = optimizer, watched, named
     torch.manual_seed(SEED)
     try:
-        lora, losses, _ = built_in(model, latents, positive, steps=1, checkpointing=checkpointing, rank=_RANK)
+        lora, losses, _ = built_in(model, latents, positive, steps=1, checkpointing=checkpointing, rank=RANK)
     finally:
-        node._create_optimizer, node.TrainSampler.fwd_bwd = make, step
+        node._create_optimizer, node.TrainSampler.fwd_bwd, node._setup_lora_adapters = make, step, setup
     found["loss"] = losses["loss"][0]
     found["start"] = dict(zip(lora, found["start"], strict=True))
     found["gradients"] = dict(zip(lora, found["optimizer"].gradients, strict=True))
@@ -235,18 +248,28 @@ def our_step(trainer: Any, theirs: Mapping[str, Any], samples: Any) -> tuple[flo
     """Loss and gradients of the same step, by ComfyUI's keys."""
     from lorasmith.training.batches import Batch
 
-    keys = {key: place(key) for key in theirs["start"] if ".lora_" in key}
+    keys = {key: place(key) for key in theirs["start"] if ".lora_" in key and place(key) in trainer.weights}
     for key, name in keys.items():
-        trainer.weights[name].copy_(theirs["start"][key].reshape(trainer.weights[name].shape))
+        weight = trainer.weights[name]
+        weight.copy_(within(theirs["start"][key], weight).reshape(weight.shape))
     trainer.engine.flat.publish()
     model = trainer.model
     sample = samples[theirs["indices"][0]]
     clean = sample.latents[None]
-    level = model.diffusion.schedule.at_sigma(theirs["sigmas"].float())
+    sigmas = theirs["sigmas"].float()
+    if "RFlow" in str(type(model.patcher.model.model_sampling).__mro__):  # Cosmos counts noise per signal
+        sigmas = sigmas / (1 + sigmas)
+    level = model.diffusion.schedule.at_sigma(sigmas)
     noise = theirs["noise"].float().reshape(clean.shape)
     batch = Batch(clean, noise, level.noised(clean, noise), level, model.join([sample.conditioning]), (sample.name,))
     losses, _ = trainer.engine.gradient([batch])
-    return float(losses), {key: trainer.gradients[name].reshape(theirs["start"][key].shape).clone() for key, name in keys.items()}
+    return float(losses), {key: trainer.gradients[name].flatten(1).clone() for key, name in keys.items()}
+
+
+def within(theirs: torch.Tensor, ours: torch.Tensor) -> torch.Tensor:
+    """The part of a factor that is of our rank, which Lorasmith caps at a layer's size."""
+    flat = theirs if theirs.ndim == 2 else theirs.flatten(1)
+    return flat[: ours.shape[0], : ours.flatten(1).shape[1]]
 
 
 def place(key: str) -> str:
@@ -256,7 +279,7 @@ def place(key: str) -> str:
 
 def distance(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor | None]) -> float:
     both = [(tensor, theirs[key]) for key, tensor in ours.items()]
-    wrong = sum(float((a - (0 if b is None else b.float())).square().sum()) for a, b in both)
+    wrong = sum(float((a - (0 if b is None else within(b.float(), a))).square().sum()) for a, b in both)
     return float((wrong / sum(float(a.square().sum()) for a, _ in both)) ** 0.5)
 
 
@@ -397,7 +420,6 @@ def node(family: str) -> dict[str, Any]:
         sys.modules[lacking] = None  # type: ignore[assignment]
     pack = checkout.pack()
     import comfy.model_management as management
-    import comfy.utils
     import comfy_extras.nodes_train as theirs
     import folder_paths
 
@@ -417,20 +439,21 @@ def node(family: str) -> dict[str, Any]:
             return train.train([model], [{"samples": torch.cat(latents).clone()}], [positive], **lists)
 
     whole, losses, steps = run(seed=1)
-    calls: list[int] = []
+    host = sys.modules["lorasmith_pack.nodes"].NodeHost
+    on_event = host.on_event
 
-    def stop(*arguments: Any, **named: Any) -> None:
-        calls.append(1)
-        if len(calls) == 3:
+    def stopping(self: Any, event: Any) -> None:
+        on_event(self, event)
+        if type(event).__name__ == "StepDone" and event.step == 3:
             management.interrupt_current_processing()
 
-    comfy.utils.set_progress_bar_global_hook(stop)
+    host.on_event = stopping
     interrupted = False
     try:
         run(seed=2)
     except management.InterruptProcessingException:
         interrupted = True
-    comfy.utils.set_progress_bar_global_hook(None)
+    host.on_event = on_event
     resumed, resumed_losses, _ = run(seed=2)
     for run_folder in (outputs / "runs").iterdir():
         run_folder.rename(outputs / run_folder.name)
