@@ -47,7 +47,8 @@ _log = logging.getLogger("lorasmith")
 def _widget(declared: Input, **others: Any) -> tuple[Any, dict[str, Any]]:
     """An input of ours as ComfyUI declares one."""
     names = ("default", "min", "max", "step", "tooltip", "advanced")
-    options = {name: value for name in names if (value := getattr(declared, name)) not in (None, "", False)}
+    found = {name: getattr(declared, name) for name in names}
+    options = {name: value for name, value in found.items() if value is not None and value != "" and value is not False}
     if declared.type in ("BOOLEAN", "STRING"):
         options["default"] = declared.default
     if declared.type == "FLOAT":  # else editors round to whole numbers of `step`

@@ -22,10 +22,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+import checkout
+import families
 import torch
-from proof import checkout, families
 
 SEED = 7
 RANK = 8
