@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -208,9 +209,7 @@ class NodeHost(Host):
             (_log.warning if note.is_warning else _log.info)(note.text)
 
     def _say(self, text: str) -> None:
-        import server
-
-        instance = getattr(server.PromptServer, "instance", None)
+        instance = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
         if self.node is not None and hasattr(instance, "send_progress_text"):
             instance.send_progress_text(text, self.node)
 

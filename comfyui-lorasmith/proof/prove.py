@@ -1,6 +1,7 @@
 """Hold the pack against a ComfyUI checkout, on the CPU with small models of random weights.
 
     python comfyui-lorasmith/proof/prove.py CHECKOUT [FAMILY ...] [--measure]
+    python comfyui-lorasmith/proof/prove.py CHECKOUT --stand-in
 
 Prints a table of families: loss and gradient beside those of ComfyUI's own Train LoRA, keys that its loader leaves out,
 whether the MODEL's pictures are the same bits afterwards; with `--measure` also seconds a step and peak memory. Exits
@@ -10,7 +11,10 @@ with 1 if something does not hold. Needs ComfyUI's requirements and lorasmith in
 from __future__ import annotations
 
 import argparse
+import asyncio
 import gc
+import importlib
+import inspect
 import json
 import logging
 import statistics
@@ -18,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +38,11 @@ BUILT_IN = {"default": (True, False), "no checkpointing": (False, False), "bypas
 
 def main() -> int:
     arguments = parsed()
+    if arguments.stand_in:
+        checkout.boot(arguments.checkout)
+        lacking = [*not_there(), *not_loaded()]
+        print("\n".join(lacking) or "This ComfyUI has what the stand-in has, and its own loader takes the pack.")
+        return 1 if lacking else 0
     if arguments.one:
         checkout.boot(arguments.checkout)
         print(json.dumps(ONE[arguments.one](arguments.families[0])))
@@ -70,8 +79,53 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("checkout", type=Path)
     parser.add_argument("families", nargs="*", choices=[[], *families.FAMILIES])
     parser.add_argument("--measure", action="store_true")
+    parser.add_argument("--stand-in", action="store_true", help="hold the tests' stand-in against the checkout")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     return parser.parse_args()
+
+
+def not_there() -> Iterator[str]:
+    """What the stand-in has and the checkout lacks: names, methods, and arguments by name."""
+    import stand_in
+
+    for name, members in stand_in.MODULES.items():
+        module = importlib.import_module(name)
+        for member in members:
+            real = getattr(module, member.__name__, None)
+            if real is None:
+                yield f"{name}.{member.__name__}"
+                continue
+            own = {"": member} if not inspect.isclass(member) else _functions(member)
+            for method, function in own.items():
+                theirs = getattr(real, method, None) if method else real
+                if theirs is None:
+                    yield f"{name}.{member.__name__}.{method}"
+                elif method not in ("__init__", "load"):  # made and loaded in a way of its own
+                    yield from _arguments_lacking(function, theirs, f"{name}.{member.__name__}.{method}".rstrip("."))
+
+
+def not_loaded() -> Iterator[str]:
+    """Nodes that ComfyUI's own loader of custom_nodes does not find in the pack."""
+    import nodes
+
+    asyncio.run(nodes.load_custom_node(str(checkout.PACK)))
+    for name in checkout.pack().NODE_CLASS_MAPPINGS:
+        if name not in nodes.NODE_CLASS_MAPPINGS:
+            yield f"node {name}"
+
+
+def _functions(kind: type) -> dict[str, Any]:
+    return {name: value for name, value in vars(kind).items() if inspect.isfunction(value) and not name.startswith("_")}
+
+
+def _arguments_lacking(ours: Any, theirs: Any, name: str) -> Iterator[str]:
+    kinds = inspect.Parameter
+    taken = inspect.signature(theirs).parameters
+    if any(one.kind is kinds.VAR_KEYWORD for one in taken.values()):
+        return
+    for argument, one in inspect.signature(ours).parameters.items():
+        if one.kind is kinds.POSITIONAL_OR_KEYWORD and argument not in taken and argument != "others":
+            yield f"{name}({argument})"
 
 
 def in_process(arguments: argparse.Namespace, family: str, kind: str) -> dict[str, Any]:
@@ -236,6 +290,8 @@ def built_in(
         "bucket_mode": False,
         "bypass_mode": bypass,
     }
+    taken = inspect.signature(node.TrainLoraNode.execute).parameters
+    given = {name: value for name, value in given.items() if name in taken}  # older ones have fewer
     with torch.inference_mode():
         out = node.TrainLoraNode.execute(
             latents=[{"samples": torch.cat(latents)}], **{name: [value] for name, value in given.items()}
@@ -460,7 +516,7 @@ def node(family: str) -> dict[str, Any]:
     theirs.SaveLoRA.execute(whole, "loras/proof")
     theirs.LossGraphNode.execute(losses, "proof")
     return {
-        "inputs": [*own] == [name for name in declared if name in own] and [*declared][: len(own)] == [*own],
+        "inputs": [*own] == [name for name in declared if name in own],
         "losses": len(losses["loss"]),
         "steps": steps,
         "interrupted": interrupted,

@@ -60,7 +60,7 @@ class CastWeightBiasOp:
         self.weight_function: list[Any] = []
         self.bias_function: list[Any] = []
 
-    def used(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _used(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         throw_exception_if_processing_interrupted()
         if not (self.comfy_cast_weights or self.weight_function or self.bias_function):
             return self.weight, self.bias  # type: ignore[attr-defined]
@@ -91,17 +91,17 @@ def uncast_bias_weight(s: Any, weight: Any, bias: Any, offload_stream: Any) -> N
 
 class Linear(CastWeightBiasOp, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, *self.used(x))
+        return F.linear(x, *self._used(x))
 
 
 class Conv2d(CastWeightBiasOp, nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, *self.used(x))
+        return self._conv_forward(x, *self._used(x))
 
 
 class LayerNorm(CastWeightBiasOp, nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.normalized_shape, *self.used(x), self.eps)
+        return F.layer_norm(x, self.normalized_shape, *self._used(x), self.eps)
 
 
 class EPS:
@@ -309,10 +309,6 @@ def get_output_directory() -> str:
     return str(Path.cwd())
 
 
-class PromptServer:
-    instance: Any = None
-
-
 MODULES: Mapping[str, tuple[Any, ...]] = {
     "comfy.model_management": (
         InterruptProcessingException,
@@ -341,7 +337,6 @@ MODULES: Mapping[str, tuple[Any, ...]] = {
     "comfy.model_patcher": (ModelPatcher,),
     "comfy.quant_ops": (),
     "folder_paths": (get_filename_list, get_full_path_or_raise, get_output_directory),
-    "server": (PromptServer,),
 }
 
 

@@ -25,7 +25,7 @@ def pack() -> Iterator[Any]:
     stand_in.install()
     yield checkout.pack()
     for name in set(sys.modules) - before:
-        if name.partition(".")[0] in ("comfy", "folder_paths", "server", "lorasmith_pack"):
+        if name.partition(".")[0] in ("comfy", "folder_paths", "lorasmith_pack"):
             del sys.modules[name]
 
 
