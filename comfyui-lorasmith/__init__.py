@@ -3,7 +3,9 @@
 import importlib.util
 
 if importlib.util.find_spec("lorasmith") is None:
-    raise ImportError("comfyui-lorasmith needs the trainer itself in ComfyUI's Python: pip install lorasmith")
+    raise ImportError(
+        "comfyui-lorasmith needs the package lorasmith in ComfyUI's Python; install it and restart ComfyUI"
+    )
 
 from .nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 

@@ -188,7 +188,9 @@ class ComfyModel(Trainable):
                 options.setdefault("width", clean.shape[-1] * 8)
                 options.setdefault("height", clean.shape[-2] * 8)
                 conds = {**options["model_conds"], **base.extra_conds(**options)}
-                conds = {key: cond.process_cond(batch_size=1, area=None, device=self.device) for key, cond in conds.items()}
+                conds = {
+                    key: cond.process_cond(batch_size=1, area=None, device=self.device) for key, cond in conds.items()
+                }
                 found.append(Sample(clean[0], made(conds), name))
         return found
 

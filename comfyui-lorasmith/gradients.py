@@ -1,7 +1,7 @@
 """What a network of ComfyUI does without regard to gradients, done so that it has them; the numbers are the same.
 
-Sums in place, as in `x += block(x)`, are out of place while gradients are recorded: several networks change the residual
-stream that a norm before has saved for its gradient, or that activation checkpointing has saved as a block's input.
+Sums in place, as in `x += block(x)`, are out of place while gradients are recorded: several networks change the
+residual stream that a norm before has saved for its gradient, or activation checkpointing as a block's input.
 
 Rotary embeddings by a kernel of comfy-kitchen, which has no gradient, are by its functions in torch's operations.
 """

@@ -32,8 +32,8 @@ from lorasmith.training.train import Plan
 from lorasmith.workflow import Input
 
 from .comfy_model import ComfyModel
+from .lora_nodes import CATEGORY, CheckLora, LoraTensors, SaveLora
 
-CATEGORY = "model/training/Lorasmith"
 SETTINGS_TYPE = "LORASMITH_SETTINGS"
 
 _SWAPPED = 18
@@ -57,14 +57,6 @@ def _widget(declared: Input, **others: Any) -> tuple[Any, dict[str, Any]]:
         options.setdefault("step", 1e-7 if declared.name == "learning_rate" else 0.01)
     kind: Any = list(declared.options) if declared.type == "COMBO" and not callable(declared.options) else declared.type
     return kind, {**options, **others}
-
-
-class LoraTensors(dict[str, Tensor]):
-    """ComfyUI's LORA_MODEL, of a training whose record it knows."""
-
-    def __init__(self, lora: Lora) -> None:
-        super().__init__(lora_tensors(lora.state, lora.names, layout="comfy", dtype=lora.dtype))
-        self.lora = lora
 
 
 class LoraSettings:
@@ -143,7 +135,11 @@ class TrainLora:
             if result.reason is Outcome.CANCELLED:
                 _log.info(_kept(result))
                 raise management.InterruptProcessingException
-            return LoraTensors(result.lora), {"loss": result.losses}, result.steps
+            return _tensors_of(result.lora), {"loss": result.losses}, result.steps
+
+
+def _tensors_of(lora: Lora) -> LoraTensors:
+    return LoraTensors(lora_tensors(lora.state, lora.names, layout="comfy", dtype=lora.dtype), lora.metadata)
 
 
 def further_settings() -> list[Input]:
@@ -154,7 +150,7 @@ def further_settings() -> list[Input]:
 def one_for_each(captions: Sequence[Any], count: int) -> list[Any]:
     if len(captions) not in (1, count):
         raise DataError(
-            f"positive must have one caption for all images or one for each, got {count_text(len(captions), 'caption')} "
+            f"positive must have one caption for all images or for each, got {count_text(len(captions), 'caption')} "
             f"for {count_text(count, 'image')}; leave out what is too much"
         )
     return [*captions] * (count // len(captions))
@@ -223,8 +219,15 @@ def _kept(result: TrainResult) -> str:
     )
 
 
-NODE_CLASS_MAPPINGS = {"LorasmithTrainLora": TrainLora, "LorasmithLoraSettings": LoraSettings}
+NODE_CLASS_MAPPINGS = {
+    "LorasmithTrainLora": TrainLora,
+    "LorasmithLoraSettings": LoraSettings,
+    "LorasmithSaveLora": SaveLora,
+    "LorasmithCheckLora": CheckLora,
+}
 NODE_DISPLAY_NAME_MAPPINGS = {
     "LorasmithTrainLora": "Train LoRA (Lorasmith)",
     "LorasmithLoraSettings": "LoRA Settings (Lorasmith)",
+    "LorasmithSaveLora": "Save LoRA, portable (Lorasmith)",
+    "LorasmithCheckLora": "Check LoRA (Lorasmith)",
 }

@@ -33,10 +33,10 @@ def diffusion_of(model_sampling: Any) -> Diffusion:
         alphas = 1 / (1 + model_sampling.sigmas.double().cpu() ** 2)
         return Diffusion("v" if predicted == "V_PREDICTION" else "epsilon", DiscreteSchedule(alphas))
     found = " with ".join([*others, *filter(None, (predicted, schedule)), *(["scaled noise"] if scaled else [])])
+    covered = f"EPS or V_PREDICTION with ModelSamplingDiscrete, CONST with {' or '.join(_FLOWS)}, or COSMOS_RFLOW"
     raise OptionError(
-        "Lorasmith trains a MODEL that predicts noise or v in steps (EPS, V_PREDICTION with ModelSamplingDiscrete) or "
-        f"a flow (CONST with {' or '.join(_FLOWS)}, COSMOS_RFLOW), got {found}; leave out nodes that change its sampling, or use "
-        "ComfyUI's own Train LoRA"
+        f"the sampling of a MODEL to train on must be {covered}, got {found}; leave out nodes that change its "
+        "sampling, or use ComfyUI's own Train LoRA"
     )
 
 
@@ -83,5 +83,3 @@ class RawSampling:
 
     def calculate_denoised(self, sigma: Tensor, model_output: Tensor, model_input: Tensor) -> Tensor:
         return model_output
-
-

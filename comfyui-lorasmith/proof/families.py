@@ -133,7 +133,14 @@ FAMILIES = {
     "sd3": Small("SD3", _MMDIT, options=_pooled(256)),
     "flux": Small(
         "Flux",
-        {**_FLUX, "image_model": "flux", "in_channels": 16, "out_channels": 16, "context_in_dim": 768, "vec_in_dim": 256},
+        {
+            **_FLUX,
+            "image_model": "flux",
+            "in_channels": 16,
+            "out_channels": 16,
+            "context_in_dim": 768,
+            "vec_in_dim": 256,
+        },
         context=768,
         options=_pooled(256, guidance=3.5),
     ),
@@ -225,7 +232,13 @@ FAMILIES = {
         context=256,
         frames=1,
     ),
-    "anima": Small("Anima", {**_COSMOS, "image_model": "anima", "crossattn_emb_channels": 1024}, frames=1, context=1024, options=_t5_ids),
+    "anima": Small(
+        "Anima",
+        {**_COSMOS, "image_model": "anima", "crossattn_emb_channels": 1024},
+        frames=1,
+        context=1024,
+        options=_t5_ids,
+    ),
     "wan": Small(
         "WAN21_T2V",
         {

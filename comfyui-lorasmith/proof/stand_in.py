@@ -1,4 +1,4 @@
-"""A stand-in for what the pack uses of ComfyUI, for tests without it; `prove.py --stand-in` holds it against a checkout.
+"""A stand-in for what the pack uses of ComfyUI, for tests; `prove.py --stand-in` holds it against a checkout.
 
 It has the interfaces alone: a MODEL is kept on the CPU, and its network is a small transformer that adds in place.
 """
@@ -309,6 +309,12 @@ def get_output_directory() -> str:
     return str(Path.cwd())
 
 
+def get_save_image_path(filename_prefix: str, output_dir: str) -> tuple[str, str, int, str, str]:
+    path = Path(output_dir) / filename_prefix
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return str(path.parent), path.name, 1, "", filename_prefix
+
+
 MODULES: Mapping[str, tuple[Any, ...]] = {
     "comfy.model_management": (
         InterruptProcessingException,
@@ -336,7 +342,7 @@ MODULES: Mapping[str, tuple[Any, ...]] = {
     "comfy.model_base": (BaseModel,),
     "comfy.model_patcher": (ModelPatcher,),
     "comfy.quant_ops": (),
-    "folder_paths": (get_filename_list, get_full_path_or_raise, get_output_directory),
+    "folder_paths": (get_filename_list, get_full_path_or_raise, get_output_directory, get_save_image_path),
 }
 
 

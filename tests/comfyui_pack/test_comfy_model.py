@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import checkout
 import pytest
-import stand_in
 import torch
 
 import lorasmith as ls
 from lorasmith.core.errors import DataError, LorasmithError, ModelError, OptionError
+
+stand_in = pytest.importorskip("stand_in", reason="the pack is not part of a source distribution")
+import checkout  # noqa: E402 - beside the stand-in
 
 SETTINGS: dict[str, Any] = {"steps": 3, "rank": 2, "targets": "all", "training_dtype": "fp32", "device": "cpu"}
 
@@ -37,7 +38,10 @@ def comfy_model(pack: Any) -> Any:
 def state(patcher: Any) -> dict[str, Any]:
     module = patcher.model.diffusion_model
     values = {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in module.state_dict().items()}
-    return {"values": values, "attributes": {name: {*vars(part)} - {"comfy_cast_weights"} for name, part in module.named_modules()}}
+    return {
+        "values": values,
+        "attributes": {name: {*vars(part)} - {"comfy_cast_weights"} for name, part in module.named_modules()},
+    }
 
 
 def same(before: dict[str, Any], after: dict[str, Any]) -> bool:
@@ -279,3 +283,35 @@ def test_captions_must_be_as_many_as_images(pack: Any) -> None:
     assert one_for_each(["a"], 3) == ["a", "a", "a"]
     with pytest.raises(LorasmithError, match="2 captions for 3 images"):
         one_for_each(["a", "b"], 3)
+
+
+def sd15_lora() -> dict[str, torch.Tensor]:
+    base = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k"
+    return {
+        f"{base}.lora_up.weight": torch.ones(320, 2),
+        f"{base}.lora_down.weight": torch.ones(2, 768),
+        f"{base}.alpha": torch.tensor(2.0),
+    }
+
+
+def test_a_lora_is_saved_for_other_programs(pack: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    node = pack.NODE_CLASS_MAPPINGS["LorasmithSaveLora"]()
+    for number in (1, 2):  # nothing is overwritten
+        shown = node.save(sd15_lora(), "loras/dog", "portable")["ui"]["text"][0]
+        assert shown == f"Saved as loras/dog_{number:05}_.safetensors."
+    lora = ls.Lora.load(tmp_path / "loras" / "dog_00001_.safetensors")
+    assert lora.given is not None
+    assert "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k.lora_up.weight" in lora.given
+    with pytest.raises(LorasmithError, match="Save LoRA Weights"):
+        node.save({"diffusion_model.last.lora_up.weight": torch.ones(4, 2)}, "loras/dog", "portable")
+
+
+def test_a_lora_is_checked_against_a_model(pack: Any) -> None:
+    node = pack.NODE_CLASS_MAPPINGS["LorasmithCheckLora"]()
+    assert "1 layers, compared with sd1" in node.check(sd15_lora())["result"][0]
+    fits = {"diffusion_model.last.lora_up.weight": torch.ones(4, 2)}
+    fits |= {"diffusion_model.last.lora_down.weight": torch.ones(2, 32), "diffusion_model.last.alpha": torch.ones(())}
+    assert "1 layers, compared with Tiny: no findings" in node.check(fits, stand_in.patcher())["result"][0]
+    assert "Tiny" in (text := node.check(sd15_lora(), stand_in.patcher())["result"][0])
+    assert "no findings" not in text

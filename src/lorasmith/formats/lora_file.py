@@ -140,10 +140,14 @@ def _written(
         state = made_portable(state, names)
     if lost := [loss for loss in chosen.losses(state, names) if loss.left_out]:
         raise LoraError(f"a LoRA saved for {chosen.title} must fit it: {sentences(lost)[0]}; choose another layout")
-    return chosen, state, {
-        key: tensor if key.endswith(_MAGNITUDES) else _cast(tensor, dtype)
-        for key, tensor in chosen.write(state, names).items()
-    }
+    return (
+        chosen,
+        state,
+        {
+            key: tensor if key.endswith(_MAGNITUDES) else _cast(tensor, dtype)
+            for key, tensor in chosen.write(state, names).items()
+        },
+    )
 
 
 def with_header(metadata: Mapping[str, str], layout: Layout, state: AdapterState, names: ModelNames) -> dict[str, str]:
