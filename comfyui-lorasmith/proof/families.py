@@ -302,7 +302,7 @@ def model_of(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> A
 
     family = FAMILIES[name]
     config = getattr(comfy.supported_models, family.config)(dict(family.settings))
-    config.set_inference_dtype(dtype, None)
+    config.set_inference_dtype(dtype, None if dtype == torch.float32 else torch.float32)
     model = config.get_model({}, "", device=torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
