@@ -84,8 +84,8 @@ class ComfyModel(Trainable):
             patcher.set_model_compute_dtype(dtype)
         before = management.in_training
         with torch.inference_mode(False):
-            needed = {"memory_required": 1e20} if offloading else {}
-            management.load_models_gpu([patcher], force_full_load=not offloading, **needed)
+            # What does not fit stays in host memory, as in sampling; with `offloading` all of it does.
+            management.load_models_gpu([patcher], memory_required=1e20 if offloading else 0)
             try:
                 management.in_training = True
                 patcher.pre_run()

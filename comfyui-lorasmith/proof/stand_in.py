@@ -47,7 +47,7 @@ def cast_to(weight: Tensor, dtype: Any = None, device: Any = None) -> Tensor:
     return weight.to(device=device, dtype=dtype)
 
 
-def load_models_gpu(models: Sequence[Any], memory_required: float = 0, force_full_load: bool = False) -> None:
+def load_models_gpu(models: Sequence[Any], memory_required: float = 0) -> None:
     for patcher in models:
         patcher.load()
 
