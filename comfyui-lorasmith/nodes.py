@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from lorasmith.core.errors import DataError
-from lorasmith.core.placement import dtype_name
 from lorasmith.core.printable import count_text
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.formats.lora_file import lora_tensors
@@ -159,8 +158,9 @@ def one_for_each(captions: Sequence[Any], count: int) -> list[Any]:
 def _merged(given: Mapping[str, Any], settings: Sequence[Mapping[str, Any]], model: ComfyModel) -> dict[str, Any]:
     """The inputs of the node and of LoRA Settings as those of one node."""
     merged = {**given, **(settings[0] if settings else {})}
-    if merged["training_dtype"] == "none":
-        merged["training_dtype"] = dtype_name(model.dtype)
+    if merged["training_dtype"] == "none" and next(model.module.parameters()).dtype != model.dtype:
+        # `none` is the dtype of the weights, which may be too narrow to compute in. fp16 is had in this way alone.
+        merged["training_dtype"] = "fp32" if model.dtype == torch.float32 else "bf16"
     if merged["gradient_checkpointing"] and merged.get("activations", "keep") == "keep":
         merged |= {"gradient_checkpointing": False, "activations": "auto"}
     return merged

@@ -315,3 +315,21 @@ def test_a_lora_is_checked_against_a_model(pack: Any) -> None:
     assert "1 layers, compared with Tiny: no findings" in node.check(fits, stand_in.patcher())["result"][0]
     assert "Tiny" in (text := node.check(sd15_lora(), stand_in.patcher())["result"][0])
     assert "no findings" not in text
+
+
+@pytest.mark.parametrize(
+    ("weights", "computing", "expected"),
+    [
+        (torch.float16, None, "none"),
+        (torch.bfloat16, torch.float32, "fp32"),
+        (torch.float8_e4m3fn, torch.float16, "bf16"),
+    ],
+)
+def test_none_is_the_dtype_in_which_comfyui_computes(
+    comfy_model: Any, weights: torch.dtype, computing: torch.dtype | None, expected: str
+) -> None:
+    patcher = stand_in.patcher(dtype=weights)
+    patcher.model.manual_cast_dtype = computing
+    given = {"training_dtype": "none", "gradient_checkpointing": False}
+    merged = sys.modules["lorasmith_pack.nodes"]._merged(given, (), comfy_model(patcher))
+    assert merged["training_dtype"] == expected
