@@ -333,3 +333,47 @@ def test_none_is_the_dtype_in_which_comfyui_computes(
     given = {"training_dtype": "none", "gradient_checkpointing": False}
     merged = sys.modules["lorasmith_pack.nodes"]._merged(given, (), comfy_model(patcher))
     assert merged["training_dtype"] == expected
+
+
+def test_arguments_are_joined_as_comfyui_joins_them(comfy_model: Any) -> None:
+    maker = sys.modules["lorasmith_pack.conditionings"]
+    make, conds = maker.ConditioningMaker(), []
+    for number in range(2):
+        references = [torch.full((1, 3), float(number)), torch.full((1, 2), number + 0.5)]
+        both = {"references": stand_in.CONDList(references), "kind": stand_in.CONDConstant("a")}
+        conds.append(make(both))
+    joined = maker.joined(conds).to("cpu", torch.float64)
+    arguments = joined.arguments()
+    assert arguments["kind"] == "a"
+    first, second = arguments["references"]
+    assert first.tolist() == [[0.0] * 3, [1.0] * 3]
+    assert second.tolist() == [[0.5] * 2, [1.5] * 2]
+    assert first.dtype == torch.float64
+
+
+def test_a_wrapper_of_the_model_is_called_with_the_sampler_sigma(comfy_model: Any) -> None:
+    patcher, seen = stand_in.patcher(stand_in.EPS, stand_in.ModelSamplingDiscrete), []
+
+    def wrapper(apply_model: Any, given: dict[str, Any]) -> torch.Tensor:
+        seen.append((given["timestep"], given["c"]["transformer_options"]["sigmas"]))
+        return apply_model(given["input"], given["timestep"], **given["c"]) * 2
+
+    expected = gradients(trainer(comfy_model(stand_in.patcher(stand_in.EPS, stand_in.ModelSamplingDiscrete))))
+    patcher.model_options["model_function_wrapper"] = wrapper
+    found = gradients(trainer(comfy_model(patcher)))
+    assert any(not torch.equal(found[name], expected[name]) for name in found)
+    sigmas = patcher.model.model_sampling.sigmas
+    assert all(sigma in sigmas and torch.equal(sigma, same) for sigma, same in seen)
+
+
+def test_a_lora_is_continued(pack: Any, comfy_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    training = trainer(comfy_model(stand_in.patcher()), lora_dtype="fp32")
+    for step in training:
+        step.update()
+    path = training.lora.save(tmp_path / "first.safetensors")
+    again = trainer(comfy_model(stand_in.patcher()), existing_lora=str(path), steps=1)
+    assert all(torch.equal(again.weights[name], weight) for name, weight in training.weights.items())
+    for step in again:
+        step.update()
+    assert again.lora.steps == 4
