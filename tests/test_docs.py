@@ -45,10 +45,10 @@ def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 SDIST = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["hatch"]["build"]["targets"]["sdist"][
     "include"
 ]
-NOT_IN_SDIST = ("docs/images", "lorasmith-tiny", "lorasmith-editor")
+NOT_IN_SDIST = ("docs/images", "lorasmith-tiny", "lorasmith-editor", "comfyui-lorasmith")
 PAGES = [
     "README.md",
-    *(path.relative_to(ROOT).as_posix() for path in ROOT.glob("lorasmith-*/*.md")),
+    *(path.relative_to(ROOT).as_posix() for path in ROOT.glob("*lorasmith*/*.md")),
     "CHANGELOG.md",
     "CONTRIBUTING.md",
     "SECURITY.md",

@@ -92,3 +92,24 @@ def test_a_weight_is_used_between_acquisition_and_release_alone(algorithm: str) 
         torch.testing.assert_close(ours, theirs)
     assert all(source.uses and not source.users for source in sources)
     assert FrozenLayer(model[0]).weight.isfinite().all()
+
+
+class OwnConv2d(nn.Conv2d):
+    """A convolution of another library, which subclasses torch's."""
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_subclass_of_a_convolution_is_one(algorithm: str) -> None:
+    x, found = torch.randn(1, 4, 6, 6, generator=torch.Generator().manual_seed(1)), []
+    for kind in (nn.Conv2d, OwnConv2d):
+        torch.manual_seed(0)
+        model = nn.Sequential(kind(4, 8, 3, padding=1), nn.SiLU(), kind(8, 4, 1)).requires_grad_(False)
+        plan = plan_adapters(model, [Rule(("*",))], rank=2, capped=False)
+        adapters = create_adapters(model, plan, algorithm=algorithm, alpha=2.0, seed=0, zero="up")
+        with adapters_attached(model, [Attached(adapters)]):
+            model(x).square().sum().backward()
+        found.append(
+            [one.grad for adapter in adapters.values() for one in adapter.parameters() if one.grad is not None]
+        )
+    assert found[0]
+    assert all(map(torch.equal, *found))

@@ -19,26 +19,33 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol, TypeGuard
+from collections.abc import Callable
+from collections.abc import Collection
+from collections.abc import Iterable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from contextlib import nullcontext
+from typing import Any
+from typing import Protocol
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
-from torch import Size, Tensor, nn
+from torch import Size
+from torch import Tensor
+from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lorasmith.core.mapped_files import release_pages
 from lorasmith.core.placement import placed
-from lorasmith.core.quantization import (
-    WEIGHT_SOURCE,
-    Packed,
-    WeightSource,
-    as_stored,
-    placeholder,
-    scaled_codes,
-    weight_source,
-)
+from lorasmith.core.quantization import WEIGHT_SOURCE
+from lorasmith.core.quantization import Packed
+from lorasmith.core.quantization import WeightSource
+from lorasmith.core.quantization import as_stored
+from lorasmith.core.quantization import placeholder
+from lorasmith.core.quantization import scaled_codes
+from lorasmith.core.quantization import weight_source
 from lorasmith.core.tensor_digests import digest_of_tensors
 
 PRODUCTS = "products"
@@ -47,7 +54,7 @@ PRODUCTS = "products"
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """Convolutions that can carry an adapter, if they pad with zeros."""
 
-_CONVOLVE: dict[type, Callable[..., Tensor]] = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
+_CONVOLVE: dict[int, Callable[..., Tensor]] = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}  # by the weight's dimensions
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -191,11 +198,11 @@ class FrozenLayer:
         """A convolution with other weights but the layer's stride, padding and dilation."""
         module = self.module
         assert isinstance(module, CONVOLUTIONS)
-        return _CONVOLVE[type(module)](x, weight, bias, module.stride, module.padding, module.dilation, groups)
+        return _CONVOLVE[weight.ndim](x, weight, bias, module.stride, module.padding, module.dilation, groups)
 
     def pointwise(self, x: Tensor, weight: Tensor, *, groups: int = 1) -> Tensor:
         """A 1×1 convolution with `weight` (out, in / groups, 1, ...), stride 1."""
-        return _CONVOLVE[type(self.module)](x, weight, groups=groups)
+        return _CONVOLVE[weight.ndim](x, weight, groups=groups)
 
     def channelwise(self, vector: Tensor) -> Tensor:
         """One number per feature or channel, shaped to meet the layer's inputs and outputs."""
@@ -283,7 +290,7 @@ _WEIGHTS_PER_PIXEL = 80_000
 
 def has_few_pixels(module: nn.Module, shape: Size, weight: Tensor) -> TypeGuard[nn.Conv2d]:
     """Whether a matrix product is faster for a convolution. shape: of the input, (batch, channels, height, width)."""
-    if type(module) is not nn.Conv2d or weight.device.type != "cpu" or len(shape) != 4:
+    if not isinstance(module, nn.Conv2d) or weight.device.type != "cpu" or len(shape) != 4:
         return False
     if isinstance(module.padding, str) or module.groups != 1 or module.dilation != (1, 1):
         return False
@@ -499,12 +506,14 @@ _SAMPLED = 64
 _HALVES = (torch.float16, torch.bfloat16)
 
 
-def weights_digest(module: nn.Module) -> str:
+def weights_digest(module: nn.Module, originals: Mapping[str, Tensor] | None = None) -> str:
     """Digest of evenly spaced values of each tensor: enough to distinguish models without hashing gigabytes.
 
-    16-bit values are widened, so that a model loaded in fp32 equals its 16-bit file.
+    16-bit values are widened, so that a model loaded in fp32 equals its 16-bit file. `originals` are the weights, by
+    name, of which the module has patched ones now.
     """
-    return digest_of_tensors(_sampled(named_weights(module)))
+    originals = originals or {}
+    return digest_of_tensors(_sampled((name, originals.get(name, one)) for name, one in named_weights(module)))
 
 
 def _sampled(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

@@ -118,18 +118,36 @@ def save_lora(
     that are there are updated. Raises LoraError if the layout is unknown or cannot hold all of the LoRA, or a tensor
     holds NaN or infinity, OutputError if the file cannot be written.
     """
+    chosen, state, written = _written(state, names, layout, dtype)
+    header = with_header(state.metadata if metadata is None else metadata, chosen, state, names)
+    carried = {} if chosen.in_folder else state.unknown  # PEFT has no place for tensors of no module
+    write_lora(path, {**carried, **written}, header, chosen.companions(state, names), hashed=metadata is not None)
+
+
+def lora_tensors(
+    state: AdapterState, names: ModelNames, *, layout: str = PORTABLE, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """The tensors of the file that `save_lora` writes, by key. Raises LoraError as it does."""
+    return _written(state, names, layout, dtype)[2]
+
+
+def _written(
+    state: AdapterState, names: ModelNames, layout: str, dtype: torch.dtype | None
+) -> tuple[Layout, AdapterState, dict[str, Tensor]]:
+    """Layout, LoRA in its form, and tensors by key."""
     chosen = layout_for(layout, names, state)
     if layout.casefold() == PORTABLE:
         state = made_portable(state, names)
     if lost := [loss for loss in chosen.losses(state, names) if loss.left_out]:
         raise LoraError(f"a LoRA saved for {chosen.title} must fit it: {sentences(lost)[0]}; choose another layout")
-    written = {
-        key: tensor if key.endswith(_MAGNITUDES) else _cast(tensor, dtype)
-        for key, tensor in chosen.write(state, names).items()
-    }
-    header = with_header(state.metadata if metadata is None else metadata, chosen, state, names)
-    carried = {} if chosen.in_folder else state.unknown  # PEFT has no place for tensors of no module
-    write_lora(path, {**carried, **written}, header, chosen.companions(state, names), hashed=metadata is not None)
+    return (
+        chosen,
+        state,
+        {
+            key: tensor if key.endswith(_MAGNITUDES) else _cast(tensor, dtype)
+            for key, tensor in chosen.write(state, names).items()
+        },
+    )
 
 
 def with_header(metadata: Mapping[str, str], layout: Layout, state: AdapterState, names: ModelNames) -> dict[str, str]:

@@ -6,8 +6,9 @@ its meaning: alpha 1, the down matrix starting at zero, every Linear and convolu
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from lorasmith.core.errors import CancelledError
@@ -63,7 +64,7 @@ _LORA_FILE: dict[str, Any] = {
     "file": lambda folders, name: None if name == NONE_LORA else folders.find("loras", name),
 }
 
-_SETTINGS = (
+SETTINGS = (
     _setting("batch_size"),
     _setting("grad_accumulation_steps"),
     _setting("steps", default=16),
@@ -133,7 +134,7 @@ def _check_files(graph: Graph, member: GraphNode, folders: Folders) -> None:
     "Train LoRA",
     "model/training",
     inputs=[
-        *_SETTINGS,
+        *SETTINGS,
         Input(
             "fresh",
             "BOOLEAN",
@@ -165,7 +166,7 @@ def train_lora(
     denoiser = single(context, "model", model)
     values = {name: single(context, name, given) for name, given in settings.items()}
     fresh = values.pop("fresh", False)
-    config = _config(context.folders, values)
+    config = settings_of(values, context.folders.find)
     data = _dataset(denoiser, latents, positive)
     if limited := sum(sample.conditioning.span != (0.0, 1.0) for sample in data.samples):
         context.warn(
@@ -189,16 +190,19 @@ def train_lora(
     return result.lora, {"loss": result.losses}, result.steps
 
 
-def _config(folders: Folders, values: Mapping[str, Any]) -> TrainConfig:
-    """The configuration from the node's inputs; missing inputs have the node's defaults."""
-    defaults = {setting.name: setting.default for setting in _SETTINGS}
+def settings_of(values: Mapping[str, Any], find: Callable[[str, str], Path]) -> TrainConfig:
+    """The configuration from the node's inputs; missing inputs have the node's defaults.
+
+    `find` finds a file of one of ComfyUI's folders, which is the first argument, by its name there.
+    """
+    defaults = {setting.name: setting.default for setting in SETTINGS}
     chosen = defaults | dict(values)
     for name in unused_settings(chosen["algorithm"]):
         if chosen[name] == defaults[name]:  # a default needs no note that it has no effect
             del chosen[name]
     for name in lora_settings():
         if chosen[name] != NONE_LORA:
-            chosen[name] = str(folders.find("loras", chosen[name]))
+            chosen[name] = str(find("loras", chosen[name]))
     if chosen["timesteps"] == _AUTO:
         chosen["timesteps"] = None
     for name in ("previews", "preview_every"):  # editors have no empty value for text and numbers
@@ -220,6 +224,15 @@ def _dataset(
             Sample(form.to_model(image.float().cpu())[0], caption, f"image {number}")
             for number, (image, caption) in enumerate(zip(images, captions, strict=True), start=1)
         )
+    )
+
+
+def beginning(event: RunStarted) -> str:
+    """What is said as a training starts."""
+    return (
+        f"Training {count_text(event.parameters, 'parameter')} in {count_text(event.adapters, 'layer')} on "
+        f"{count_text(event.samples, 'image')} for {count_text(event.steps, 'step')}, on {event.device} in "
+        f"{event.dtype}; the run folder is {event.folder}."
     )
 
 
@@ -248,11 +261,7 @@ class _NodeHost(Host):
             case Validated():
                 context.log(f"Step {event.step}: {event.verdict}")
             case RunStarted():
-                context.log(
-                    f"Training {count_text(event.parameters, 'parameter')} in {count_text(event.adapters, 'layer')} on "
-                    f"{count_text(event.samples, 'image')} for {count_text(event.steps, 'step')}, on {event.device} in "
-                    f"{event.dtype}; the run folder is {event.folder}."
-                )
+                context.log(beginning(event))
         if (note := note_of(event)) is not None and note.kind != "Remark":
             (context.warn if note.is_warning else context.log)(note.text)
 

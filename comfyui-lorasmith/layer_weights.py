@@ -1,0 +1,148 @@
+"""Weights of a MODEL's layers as its own casts give them, for the products of adapters.
+
+ComfyUI keeps a weight where and as it is (in host memory, in another dtype, quantized, below a LoRA of the MODEL) and
+casts it whenever a layer is used. `CastWeight` asks for that cast, and gives the weight back afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import comfy.model_management
+import comfy.ops
+import torch
+from torch import Tensor, nn
+
+from lorasmith.adapters.frozen_layer import FrozenLayer, FrozenProduct, is_targetable
+from lorasmith.core.quantization import WEIGHT_SOURCE, Packed, WeightSource
+
+_MAY_OFFLOAD = "offloadable" in inspect.signature(comfy.ops.cast_bias_weight).parameters
+
+
+class CastWeight(WeightSource):
+    """The weight of a layer, cast by ComfyUI to a device and dtype for each product."""
+
+    def __init__(self, layer: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+        self._layer = layer
+        self._place: dict[str, Any] = {"device": device, "dtype": dtype}
+
+    @property
+    def code(self) -> torch.dtype:
+        weight: Tensor = self._layer.weight  # type: ignore[assignment]
+        return weight.dtype
+
+    def use(self) -> _Cast:
+        return _Cast(self._layer, self._place)
+
+    def bias(self, layer: nn.Module) -> Tensor | None:
+        bias: Tensor | None = getattr(layer, "bias", None)
+        if bias is None:
+            return None
+        bias = comfy.model_management.cast_to(bias, **self._place)
+        for function in getattr(layer, "bias_function", ()):
+            bias = function(bias)
+        return bias
+
+
+class _Cast:
+    """The cast weight, inside of the context alone."""
+
+    def __init__(self, layer: nn.Module, place: dict[str, Any]) -> None:
+        self._layer, self._place = layer, place
+        self._cast: tuple[Any, ...] = ()
+
+    def __enter__(self) -> Packed:
+        place = {**self._place, "bias_dtype": self._place["dtype"]}
+        if _MAY_OFFLOAD:
+            self._cast = comfy.ops.cast_bias_weight(self._layer, offloadable=True, **place)
+            weight = self._cast[0]
+        else:
+            weight, _ = comfy.ops.cast_bias_weight(self._layer, **place)
+        if type(weight) is not Tensor:  # a Parameter, or a quantized tensor that casts leave as it is
+            weight = weight.dequantize() if hasattr(weight, "dequantize") and not _is_plain(weight) else weight.data
+        return Packed((weight,), _same, self._place["dtype"], weight.shape)
+
+    def __exit__(self, *error: object) -> None:
+        if self._cast:
+            comfy.ops.uncast_bias_weight(self._layer, *self._cast)
+            self._cast = ()
+
+
+def _same(weight: Tensor, *, dtype: torch.dtype) -> Tensor:
+    return weight
+
+
+def _is_plain(weight: Tensor) -> bool:
+    return type(weight) in (Tensor, nn.Parameter)
+
+
+def cast_layers(module: nn.Module) -> Iterator[nn.Module]:
+    """The layers of a MODEL that can carry adapters and whose weight ComfyUI may cast."""
+    for layer in module.modules():
+        if hasattr(layer, "comfy_cast_weights") and getattr(layer, "weight", None) is not None and is_targetable(layer):
+            yield layer
+
+
+def _is_cast(layer: Any, device: torch.device, dtype: torch.dtype) -> bool:
+    tensors = [tensor for tensor in (layer.weight, layer.bias) if tensor is not None]
+    there = all(_is_plain(tensor) and tensor.device == device and tensor.dtype == dtype for tensor in tensors)
+    return not there or bool(layer.weight_function) or bool(layer.bias_function)
+
+
+@contextlib.contextmanager
+def casts_on_use(module: nn.Module, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Inside the context, products with weights that ComfyUI casts get them from a `CastWeight`.
+
+    Layers compute in `dtype`, in which adapters are; an input of another dtype is cast, and the result cast back.
+    """
+    with contextlib.ExitStack() as undo:
+        for layer in cast_layers(module):
+            if _is_cast(layer, device, dtype):
+                own = layer.__dict__.get("forward")
+                setattr(layer, WEIGHT_SOURCE, CastWeight(layer, device, dtype))
+                undo.callback(delattr, layer, WEIGHT_SOURCE)
+                if own is None:  # what replaces a forward knows about the layer what is unknown here
+                    layer.forward = FrozenProduct(FrozenLayer(layer), with_bias=True).__call__
+                    undo.callback(layer.__dict__.pop, "forward", None)
+            cast = _InDtype(dtype)
+            undo.callback(layer.register_forward_pre_hook(cast.before).remove)
+            undo.callback(layer.register_forward_hook(cast.after).remove)
+        yield
+
+
+class _InDtype:
+    """Hooks of a layer whose input may have another dtype than its adapter."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._given: torch.dtype | None = None
+
+    def before(self, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        first = args[0] if args else None
+        is_other = isinstance(first, Tensor) and first.dtype != self._dtype
+        self._given = first.dtype if is_other else None
+        return (first.to(self._dtype), *args[1:]) if is_other else None
+
+    def after(self, layer: nn.Module, args: tuple[Any, ...], result: Any) -> Any:
+        return None if self._given is None else result.to(self._given)
+
+
+def inference_tensors_opened(module: nn.Module) -> contextlib.ExitStack:
+    """Inside the context, a MODEL that was loaded in inference mode has ordinary tensors on the same memory."""
+    undo = contextlib.ExitStack()
+    for part in module.modules():
+        for tensors in (part._parameters, part._buffers):
+            for name, tensor in list(tensors.items()):
+                if tensor is not None and tensor.is_inference() and _is_plain(tensor):
+                    tensors[name] = _opened(tensor)  # type: ignore[assignment]
+                    undo.callback(tensors.__setitem__, name, tensor)
+    return undo
+
+
+def _opened(tensor: Tensor) -> Tensor:
+    same = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    same.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+    return nn.Parameter(same, requires_grad=False) if isinstance(tensor, nn.Parameter) else same

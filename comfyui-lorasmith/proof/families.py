@@ -1,0 +1,335 @@
+"""Small models of random weights, and conditionings for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Small:
+    """A small model of a family: what ComfyUI's detection would find in its file."""
+
+    config: str  # class of `comfy.supported_models`
+    settings: dict[str, Any]  # of its network
+    channels: int = 16  # of latents
+    context: int = 128  # width
+    options: Callable[[torch.Generator], dict[str, Any]] = field(default=lambda generator: {})  # of a conditioning
+    frames: int = 0  # of latents, 0 for pictures without
+    tokens: int = 77
+
+
+_UNET: dict[str, Any] = {
+    "image_size": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "model_channels": 320,
+    "use_spatial_transformer": True,
+    "use_temporal_attention": False,
+    "legacy": False,
+    "channel_mult": [1, 2],
+    "num_res_blocks": [1, 1],
+}
+_FLUX: dict[str, Any] = {
+    "patch_size": 2,
+    "mlp_ratio": 4.0,
+    "axes_dim": [16, 56, 56],
+    "theta": 10000,
+    "qkv_bias": True,
+    "guidance_embed": True,
+    "txt_ids_dims": [],
+    "hidden_size": 384,
+    "num_heads": 3,
+    "depth": 2,
+    "depth_single_blocks": 4,
+}
+
+
+def _pooled(width: int, **options: Any) -> Callable[[torch.Generator], dict[str, Any]]:
+    return lambda generator: {"pooled_output": torch.randn(1, width, generator=generator), **options}
+
+
+def _llama(generator: torch.Generator) -> dict[str, Any]:
+    return {**_pooled(2048)(generator), "conditioning_llama3": torch.randn(1, 2, 77, 128, generator=generator)}
+
+
+def _t5_ids(generator: torch.Generator) -> dict[str, Any]:
+    return {"t5xxl_ids": torch.randint(0, 32128, (77,), generator=generator), "t5xxl_weights": torch.ones(77)}
+
+
+_MMDIT: dict[str, Any] = {
+    "in_channels": 16,
+    "out_channels": 16,
+    "depth": 3,  # times 64 is the width
+    "adm_in_channels": 256,
+    "input_size": None,
+    "num_patches": 1024,
+    "pos_embed_max_size": 32,
+    "pos_embed_scaling_factor": None,
+    "qk_norm": "rms",
+    "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": 128, "out_features": 192}},
+}
+_LUMINA: dict[str, Any] = {"patch_size": 2, "in_channels": 16, "cap_feat_dim": 128, "n_layers": 2, "qk_norm": True}
+_COSMOS: dict[str, Any] = {
+    "max_img_h": 240,
+    "max_img_w": 240,
+    "max_frames": 128,
+    "in_channels": 16,
+    "out_channels": 16,
+    "patch_spatial": 2,
+    "patch_temporal": 1,
+    "model_channels": 256,
+    "num_blocks": 2,
+    "num_heads": 2,
+    "concat_padding_mask": True,
+    "crossattn_emb_channels": 128,
+    "pos_emb_cls": "rope3d",
+    "pos_emb_learnable": True,
+    "pos_emb_interpolation": "crop",
+    "use_adaln_lora": True,
+    "adaln_lora_dim": 64,
+    "extra_per_block_abs_pos_emb": False,
+    "rope_enable_fps_modulation": False,
+}
+
+FAMILIES = {
+    "sd1": Small(
+        "SD15",
+        {
+            **_UNET,
+            "num_heads": 8,
+            "num_head_channels": -1,
+            "context_dim": 768,
+            "use_linear_in_transformer": False,
+            "adm_in_channels": None,
+            "transformer_depth": [1, 1],
+            "transformer_depth_middle": 1,
+            "transformer_depth_output": [1, 1, 1, 1],
+        },
+        channels=4,
+        context=768,
+    ),
+    "sdxl": Small(
+        "SDXL",
+        {
+            **_UNET,
+            "num_heads": -1,
+            "num_head_channels": 64,
+            "context_dim": 256,
+            "use_linear_in_transformer": True,
+            "num_classes": "sequential",
+            "adm_in_channels": 2816,
+            "transformer_depth": [0, 2],
+            "transformer_depth_middle": 2,
+            "transformer_depth_output": [0, 0, 2, 2],
+        },
+        channels=4,
+        context=256,
+        options=_pooled(1280),
+    ),
+    "sd3": Small("SD3", _MMDIT, options=_pooled(256)),
+    "flux": Small(
+        "Flux",
+        {
+            **_FLUX,
+            "image_model": "flux",
+            "in_channels": 16,
+            "out_channels": 16,
+            "context_in_dim": 768,
+            "vec_in_dim": 256,
+        },
+        context=768,
+        options=_pooled(256, guidance=3.5),
+    ),
+    "flux2": Small(
+        "Flux2",
+        {
+            **_FLUX,
+            "image_model": "flux2",
+            "axes_dim": [32, 32, 32, 32],
+            "mlp_ratio": 3.0,
+            "theta": 2000,
+            "patch_size": 1,
+            "in_channels": 128,
+            "out_channels": 128,
+            "context_in_dim": 128,
+            "vec_in_dim": None,
+            "qkv_bias": False,
+            "global_modulation": True,
+            "mlp_silu_act": True,
+            "ops_bias": False,
+            "default_ref_method": "index",
+            "ref_index_scale": 10.0,
+            "txt_ids_dims": [3],
+        },
+        channels=128,
+        options=lambda generator: {"guidance": 3.5},
+    ),
+    "chroma": Small(
+        "Chroma",
+        {
+            **{name: value for name, value in _FLUX.items() if name != "guidance_embed"},
+            "image_model": "chroma",
+            "in_channels": 64,
+            "out_channels": 64,
+            "in_dim": 64,
+            "out_dim": 384,
+            "hidden_dim": 128,
+            "n_layers": 2,
+            "context_in_dim": 128,
+            "vec_in_dim": None,
+        },
+    ),
+    "lumina2": Small(
+        "Lumina2",
+        {**_LUMINA, "image_model": "lumina2", "dim": 192, "n_heads": 2, "n_kv_heads": 1, "axes_dims": [32, 32, 32]},
+    ),
+    "z-image": Small(
+        "ZImage",
+        {
+            **_LUMINA,
+            "image_model": "lumina2",
+            "dim": 256,
+            "n_heads": 2,
+            "n_kv_heads": 2,
+            "axes_dims": [32, 48, 48],
+            "axes_lens": [1536, 512, 512],
+            "rope_theta": 256.0,
+            "ffn_dim_multiplier": 8 / 3,
+            "z_image_modulation": True,
+            "time_scale": 1000.0,
+            "pad_tokens_multiple": 32,
+        },
+    ),
+    "qwen-image": Small(
+        "QwenImage",
+        {
+            "image_model": "qwen_image",
+            "in_channels": 64,
+            "out_channels": 16,
+            "num_layers": 2,
+            "num_attention_heads": 2,
+            "joint_attention_dim": 128,
+        },
+        frames=1,
+    ),
+    "krea2": Small(
+        "Krea2",
+        {
+            "image_model": "krea2",
+            "features": 256,
+            "heads": 2,
+            "kvheads": 1,
+            "layers": 2,
+            "txtlayers": 2,
+            "txtdim": 128,
+            "txtheads": 1,
+            "txtkvheads": 1,
+        },
+        context=256,
+        frames=1,
+    ),
+    "anima": Small(
+        "Anima",
+        {**_COSMOS, "image_model": "anima", "crossattn_emb_channels": 1024},
+        frames=1,
+        context=1024,
+        options=_t5_ids,
+    ),
+    "wan": Small(
+        "WAN21_T2V",
+        {
+            "image_model": "wan2.1",
+            "model_type": "t2v",
+            "dim": 256,
+            "ffn_dim": 512,
+            "num_heads": 2,
+            "num_layers": 2,
+            "text_dim": 128,
+            "in_dim": 16,
+            "out_dim": 16,
+        },
+        frames=3,
+    ),
+    "hidream": Small(
+        "HiDream",
+        {
+            "image_model": "hidream",
+            "patch_size": 2,
+            "in_channels": 16,
+            "out_channels": 16,
+            "num_layers": 1,
+            "num_single_layers": 1,
+            "num_attention_heads": 2,
+            "caption_channels": [128, 128],
+            "axes_dims_rope": [64, 32, 32],
+            "llama_layers": [0, 1],
+        },
+        options=_llama,
+    ),
+    "hunyuan-video": Small(
+        "HunyuanVideo",
+        {
+            **{name: value for name, value in _FLUX.items() if name != "txt_ids_dims"},
+            "image_model": "hunyuan_video",
+            "patch_size": [1, 2, 2],
+            "theta": 256,
+            "in_channels": 16,
+            "out_channels": 16,
+            "vec_in_dim": 256,
+            "context_in_dim": 128,
+            "byt5": False,
+            "meanflow": False,
+            "use_cond_type_embedding": False,
+            "vision_in_dim": None,
+            "meanflow_sum": False,
+        },
+        options=_pooled(256, guidance=6.0),
+        frames=3,
+    ),
+    "cosmos-predict2": Small("CosmosT2IPredict2", {**_COSMOS, "image_model": "cosmos_predict2"}, frames=1),
+}
+
+
+def model_of(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    """A MODEL of ComfyUI's own classes."""
+    import comfy.model_management
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    family = FAMILIES[name]
+    config = getattr(comfy.supported_models, family.config)(dict(family.settings))
+    config.set_inference_dtype(dtype, None if dtype == torch.float32 else torch.float32)
+    model = config.get_model({}, "", device=torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for key, tensor in model.diffusion_model.state_dict().items():
+            if not tensor.is_floating_point():
+                continue
+            values = torch.randn(tensor.shape, generator=generator)
+            if tensor.ndim >= 2:
+                values *= 0.7 / tensor[0].numel() ** 0.5
+            elif key.endswith(("weight", "scale")):
+                values = 1 + 0.05 * values
+            else:
+                values *= 0.02
+            tensor.copy_(values)
+    device = comfy.model_management.get_torch_device()
+    patcher = comfy.model_patcher.CoreModelPatcher(model, device, comfy.model_management.unet_offload_device())
+    patcher.cached_patcher_init = (model_of, (name, dtype))  # how ComfyUI copies it
+    return patcher
+
+
+def data_of(name: str, *, count: int = 4, side: int = 16) -> tuple[list[torch.Tensor], list[list[Any]]]:
+    """Latents and a CONDITIONING of as many entries."""
+    family, generator = FAMILIES[name], torch.Generator().manual_seed(12345)
+    shape = (1, family.channels, *([family.frames] if family.frames else []), side, side)
+    latents = [torch.randn(shape, generator=generator) for _ in range(count)]
+    positive = [
+        [torch.randn(1, family.tokens, family.context, generator=generator), family.options(generator)]
+        for _ in range(count)
+    ]
+    return latents, positive

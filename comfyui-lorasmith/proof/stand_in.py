@@ -1,0 +1,387 @@
+"""A stand-in for what the pack uses of ComfyUI, for tests; `prove.py --stand-in` holds it against a checkout.
+
+It has the interfaces alone: a MODEL is kept on the CPU, and its network is a small transformer that adds in place.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import types
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+WIDTH, CHANNELS, CONTEXT = 32, 4, 16
+
+in_training = False
+opened = 0
+"""Casts that were not given back."""
+
+_state = {"interrupted": False}
+
+
+class InterruptProcessingException(BaseException):
+    pass
+
+
+def interrupt_current_processing(value: bool = True) -> None:
+    _state["interrupted"] = value
+
+
+def processing_interrupted() -> bool:
+    return _state["interrupted"]
+
+
+def throw_exception_if_processing_interrupted() -> None:
+    if _state["interrupted"]:
+        _state["interrupted"] = False
+        raise InterruptProcessingException
+
+
+def cast_to(weight: Tensor, dtype: Any = None, device: Any = None) -> Tensor:
+    return weight.to(device=device, dtype=dtype)
+
+
+def load_models_gpu(models: Sequence[Any], memory_required: float = 0) -> None:
+    for patcher in models:
+        patcher.load()
+
+
+class CastWeightBiasOp:
+    comfy_cast_weights = False
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.weight_function: list[Any] = []
+        self.bias_function: list[Any] = []
+
+    def _used(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        throw_exception_if_processing_interrupted()
+        if not (self.comfy_cast_weights or self.weight_function or self.bias_function):
+            return self.weight, self.bias  # type: ignore[attr-defined]
+        weight, bias, stream = cast_bias_weight(self, x, offloadable=True)
+        uncast_bias_weight(self, weight, bias, stream)
+        return weight, bias
+
+
+def cast_bias_weight(
+    s: Any, input: Any = None, dtype: Any = None, device: Any = None, bias_dtype: Any = None, offloadable: bool = False
+) -> Any:
+    global opened
+    opened += 1
+    dtype = input.dtype if dtype is None else dtype
+    weight = s.weight.to(dtype)
+    for function in s.weight_function:
+        weight = function(weight)
+    bias = None if s.bias is None else s.bias.to(bias_dtype or dtype)
+    for function in s.bias_function:
+        bias = function(bias)
+    return weight, bias, (None, None, None)
+
+
+def uncast_bias_weight(s: Any, weight: Any, bias: Any, offload_stream: Any) -> None:
+    global opened
+    opened -= 1
+
+
+class Linear(CastWeightBiasOp, nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, *self._used(x))
+
+
+class Conv2d(CastWeightBiasOp, nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, *self._used(x))
+
+
+class LayerNorm(CastWeightBiasOp, nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, *self._used(x), self.eps)
+
+
+class EPS:
+    pass
+
+
+class V_PREDICTION(EPS):
+    pass
+
+
+class EDM(V_PREDICTION):
+    pass
+
+
+class CONST:
+    pass
+
+
+class COSMOS_RFLOW:
+    pass
+
+
+class ModelSamplingDiscrete(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        powers = (1 - torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0)
+        self.register_buffer("sigmas", ((1 - powers) / powers).sqrt().float())
+
+    def sigma(self, timestep: Tensor) -> Tensor:
+        sigmas: Tensor = self.sigmas
+        return sigmas[timestep.long()]
+
+
+class ModelSamplingContinuousEDM(nn.Module):
+    pass
+
+
+class ModelSamplingDiscreteFlow(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift, self.multiplier, self.noise_scale = 3.0, 1000, 1.0
+        self.register_buffer("sigmas", torch.linspace(0.001, 1, 1000))
+
+
+class ModelSamplingFlux(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = 1.15
+
+
+class ModelSamplingCosmosRFlow(ModelSamplingContinuousEDM):
+    pass
+
+
+class CONDRegular:
+    def __init__(self, cond: Any) -> None:
+        self.cond = cond
+
+    def process_cond(self, batch_size: int, **others: Any) -> Any:
+        return type(self)(self.cond)
+
+    def concat(self, others: Sequence[Any]) -> Any:
+        return torch.cat([self.cond, *(one.cond for one in others)])
+
+
+class CONDConstant(CONDRegular):
+    def can_concat(self, other: Any) -> bool:
+        return bool(self.cond == other.cond)
+
+    def concat(self, others: Sequence[Any]) -> Any:
+        return self.cond
+
+
+class CONDList(CONDRegular):
+    def concat(self, others: Sequence[Any]) -> Any:
+        return [torch.cat(parts) for parts in zip(self.cond, *(one.cond for one in others), strict=True)]
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = LayerNorm(WIDTH)
+        self.qkv = Linear(WIDTH, 3 * WIDTH)
+        self.mlp = nn.Sequential(Linear(WIDTH, 2 * WIDTH), nn.GELU(), Linear(2 * WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.qkv(self.norm(x)).chunk(3, -1)
+        x += F.scaled_dot_product_attention(query, key, value)
+        x += self.mlp(self.norm(x))
+        return x
+
+
+class Network(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtype = torch.float32
+        self.patches = Conv2d(CHANNELS, WIDTH, 3, padding=1)
+        self.text, self.time = Linear(CONTEXT, WIDTH), Linear(1, WIDTH)
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+        self.last = Linear(WIDTH, CHANNELS)
+
+    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor, kind: int = 0, **others: Any) -> Tensor:
+        rows = self.patches(x).flatten(2).transpose(1, 2) + self.time(timesteps[:, None, None].to(x.dtype) / 1000)
+        rows = torch.cat((self.text(context) + kind, rows), 1)
+        for block in self.blocks:
+            rows = block(rows)
+        found = self.last(rows[:, context.shape[1] :])
+        return found.transpose(1, 2).reshape(x.shape)
+
+
+class Tiny:
+    """The configuration of a model."""
+
+
+class BaseModel(nn.Module):
+    def __init__(self, model_config: Any) -> None:
+        super().__init__()
+        self.model_config = model_config
+        self.diffusion_model = Network()
+        self.model_sampling: Any = None
+        self.manual_cast_dtype: torch.dtype | None = None
+        self.latent_format = types.SimpleNamespace(latent_channels=CHANNELS, latent_dimensions=2)
+        self.current_patcher: Any = None
+
+    def get_dtype(self) -> torch.dtype:
+        return self.diffusion_model.dtype
+
+    def process_latent_in(self, latent: Tensor) -> Tensor:
+        return latent * 0.5
+
+    def extra_conds(self, **kwargs: Any) -> dict[str, Any]:
+        found: dict[str, Any] = {"c_crossattn": CONDRegular(kwargs["cross_attn"])}
+        if "kind" in kwargs:
+            found["kind"] = CONDConstant(kwargs["kind"])
+        return found
+
+    def apply_model(
+        self, x: Tensor, t: Tensor, c_crossattn: Any = None, transformer_options: Any = None, **kwargs: Any
+    ) -> Tensor:
+        dtype = self.manual_cast_dtype or self.get_dtype()
+        noised = self.model_sampling.calculate_input(t, x).to(dtype)
+        time = self.model_sampling.timestep(t).float()
+        output = self.diffusion_model(noised, time, c_crossattn.to(dtype), **kwargs)
+        return self.model_sampling.calculate_denoised(t, output.float(), x)
+
+
+class ModelPatcher:
+    def __init__(self, model: BaseModel, load_device: torch.device) -> None:
+        self.model, self.load_device = model, load_device
+        self.patches: dict[str, Any] = {}
+        self.backup: dict[str, Any] = {}
+        self.model_options: dict[str, Any] = {"transformer_options": {}}
+        self.object_patches: dict[str, Any] = {}
+        self.force_cast_weights = False
+
+    def clone(self) -> ModelPatcher:
+        other = copy.copy(self)
+        other.object_patches = dict(self.object_patches)
+        return other
+
+    def is_dynamic(self) -> bool:
+        return False
+
+    def set_model_compute_dtype(self, dtype: torch.dtype) -> None:
+        self.object_patches["manual_cast_dtype"] = dtype
+        self.force_cast_weights = True
+
+    def get_model_object(self, name: str) -> Any:
+        return self.object_patches.get(name, getattr(self.model, name))
+
+    def load(self) -> None:
+        self.model.manual_cast_dtype = self.object_patches.get("manual_cast_dtype")
+        for layer in self.model.modules():
+            if isinstance(layer, CastWeightBiasOp):
+                layer.comfy_cast_weights = self.force_cast_weights
+
+    def pre_run(self) -> None:
+        self.model.current_patcher = self
+
+    def cleanup(self) -> None:
+        self.model.current_patcher = None
+
+
+class ProgressBar:
+    def __init__(self, total: int) -> None:
+        self.total = total
+
+    def update_absolute(self, value: int, total: Any = None) -> None:
+        pass
+
+
+def fix_empty_latent_channels(model: Any, latent_image: Tensor) -> Tensor:
+    return latent_image
+
+
+def get_filename_list(folder_name: str) -> list[str]:
+    return []
+
+
+def get_full_path_or_raise(folder_name: str, filename: str) -> str:
+    raise FileNotFoundError(filename)
+
+
+def get_output_directory() -> str:
+    return str(Path.cwd())
+
+
+def get_save_image_path(filename_prefix: str, output_dir: str) -> tuple[str, str, int, str, str]:
+    path = Path(output_dir) / filename_prefix
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return str(path.parent), path.name, 1, "", filename_prefix
+
+
+MODULES: Mapping[str, tuple[Any, ...]] = {
+    "comfy.model_management": (
+        InterruptProcessingException,
+        interrupt_current_processing,
+        processing_interrupted,
+        cast_to,
+        load_models_gpu,
+    ),
+    "comfy.ops": (cast_bias_weight, uncast_bias_weight, CastWeightBiasOp),
+    "comfy.model_sampling": (
+        EPS,
+        V_PREDICTION,
+        EDM,
+        CONST,
+        COSMOS_RFLOW,
+        ModelSamplingDiscrete,
+        ModelSamplingContinuousEDM,
+        ModelSamplingDiscreteFlow,
+        ModelSamplingFlux,
+        ModelSamplingCosmosRFlow,
+    ),
+    "comfy.conds": (CONDRegular, CONDConstant, CONDList),
+    "comfy.sample": (fix_empty_latent_channels,),
+    "comfy.utils": (ProgressBar,),
+    "comfy.model_base": (BaseModel,),
+    "comfy.model_patcher": (ModelPatcher,),
+    "comfy.quant_ops": (),
+    "folder_paths": (get_filename_list, get_full_path_or_raise, get_output_directory, get_save_image_path),
+}
+
+
+def install() -> list[str]:
+    """Make the stand-in importable; returns the names of its modules."""
+    package = types.ModuleType("comfy")
+    package.__path__ = []
+    modules = {"comfy": package}
+    for name, members in MODULES.items():
+        module = modules[name] = types.ModuleType(name)
+        for member in members:
+            if name == "comfy.model_sampling":
+                member.__module__ = name
+            setattr(module, member.__name__, member)
+        parent, _, short = name.rpartition(".")
+        if parent:
+            setattr(modules[parent], short, module)
+    modules["comfy.model_management"].in_training = False  # type: ignore[attr-defined]
+    sys.modules.update(modules)
+    return list(modules)
+
+
+def patcher(prediction: type = CONST, schedule: type = ModelSamplingFlux, dtype: torch.dtype = torch.float32) -> Any:
+    """A MODEL of random weights."""
+
+    class ModelSampling(schedule, prediction):  # type: ignore[misc,valid-type]
+        pass
+
+    torch.manual_seed(0)
+    model = BaseModel(Tiny())
+    model.model_sampling = ModelSampling()
+    model.diffusion_model.to(dtype).requires_grad_(False).eval()
+    model.diffusion_model.dtype = dtype
+    return ModelPatcher(model, torch.device("cpu"))
+
+
+def data(count: int = 3, tokens: Sequence[int] = (5,), **options: Any) -> tuple[list[Tensor], list[list[Any]]]:
+    """Latents and a CONDITIONING of as many entries."""
+    generator = torch.Generator().manual_seed(1)
+    latents = [torch.randn(1, CHANNELS, 4, 4, generator=generator) for _ in range(count)]
+    contexts = [torch.randn(1, tokens[index % len(tokens)], CONTEXT, generator=generator) for index in range(count)]
+    return latents, [[context, dict(options)] for context in contexts]

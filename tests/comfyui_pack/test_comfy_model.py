@@ -1,0 +1,379 @@
+"""The pack for ComfyUI, on a stand-in of its interfaces; `comfyui-lorasmith/proof/prove.py` runs it in a checkout."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lorasmith as ls
+from lorasmith.core.errors import DataError, LorasmithError, ModelError, OptionError
+
+stand_in = pytest.importorskip("stand_in", reason="the pack is not part of a source distribution")
+import checkout  # noqa: E402 - beside the stand-in
+
+SETTINGS: dict[str, Any] = {"steps": 3, "rank": 2, "targets": "all", "training_dtype": "fp32", "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def pack() -> Iterator[Any]:
+    before = set(sys.modules)
+    stand_in.install()
+    yield checkout.pack()
+    for name in set(sys.modules) - before:
+        if name.partition(".")[0] in ("comfy", "folder_paths", "lorasmith_pack"):
+            del sys.modules[name]
+
+
+@pytest.fixture
+def comfy_model(pack: Any) -> Any:
+    return sys.modules["lorasmith_pack.comfy_model"].ComfyModel
+
+
+def state(patcher: Any) -> dict[str, Any]:
+    module = patcher.model.diffusion_model
+    values = {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in module.state_dict().items()}
+    return {
+        "values": values,
+        "attributes": {name: {*vars(part)} - {"comfy_cast_weights"} for name, part in module.named_modules()},
+    }
+
+
+def same(before: dict[str, Any], after: dict[str, Any]) -> bool:
+    values = zip(before["values"].values(), after["values"].values(), strict=True)
+    return before["attributes"] == after["attributes"] and all(a[0] == b[0] and a[1].equal(b[1]) for a, b in values)
+
+
+def trainer(model: Any, samples: Any = None, **settings: Any) -> ls.Trainer:
+    return ls.Trainer(model, samples or model.samples(*stand_in.data()), **{**SETTINGS, **settings})
+
+
+def gradients(training: ls.Trainer) -> dict[str, torch.Tensor]:
+    """Those of the first step, of LoRAs that are not zero."""
+    for name, weight in training.weights.items():
+        weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(name))) * 0.1)
+    with contextlib.closing(iter(training)) as steps:
+        next(steps).gradient()
+        return {name: gradient.clone() for name, gradient in training.gradients.items()}
+
+
+def test_a_trained_model_is_as_before(comfy_model: Any) -> None:
+    patcher = stand_in.patcher()
+    patcher.model.diffusion_model.requires_grad_(True).train()
+    before = state(patcher)
+    training = trainer(comfy_model(patcher))
+    for step in training:
+        step.update()
+    assert len(training.losses) == 3
+    with pytest.raises(ZeroDivisionError), training:
+        raise ZeroDivisionError
+    assert same(before, state(patcher))
+    assert all(part.training for part in patcher.model.diffusion_model.modules())
+    assert all(one.requires_grad for one in patcher.model.diffusion_model.parameters())
+    assert "model_sampling" not in vars(patcher.model)
+    assert not sys.modules["comfy.model_management"].in_training
+
+
+@pytest.mark.parametrize("how", [{"gradient_checkpointing": True}, {"activations": "lean"}])
+def test_sums_in_place_do_not_change_recomputed_gradients(comfy_model: Any, how: dict[str, Any]) -> None:
+    plain = gradients(trainer(comfy_model(stand_in.patcher())))
+    recomputed = gradients(trainer(comfy_model(stand_in.patcher()), **how))
+    assert all(torch.equal(plain[name], recomputed[name]) for name in plain)
+
+
+def test_the_gradient_is_that_of_the_sum_of_weights(comfy_model: Any) -> None:
+    """Against autograd through weights to which the products are added, without attached adapters."""
+    model = comfy_model(stand_in.patcher())
+    training = trainer(model, alpha=2)
+    found = gradients(training)
+    with contextlib.closing(iter(training)) as steps:
+        batch = next(steps).batches[0]
+    module, leaves = model.module, {name: w.clone().requires_grad_() for name, w in training.weights.items()}
+    merged = {}
+    for name, weight in module.named_parameters():
+        path = name.removesuffix(".weight")
+        if f"{path}.up" in leaves and name.endswith(".weight"):
+            change = leaves[f"{path}.up"].flatten(1) @ leaves[f"{path}.down"].flatten(1)
+            merged[name] = weight + change.view(weight.shape)
+    x, network = batch.noised, sys.modules["lorasmith_pack.gradients"]
+    with network.sums_out_of_place():
+        arguments = (x, batch.level.time, batch.conditioning.tensors["c_crossattn"])
+        prediction = torch.func.functional_call(module, merged, arguments)
+    (prediction - (batch.noise - batch.clean)).square().mean().backward()
+    for name, leaf in leaves.items():
+        torch.testing.assert_close(found[name], leaf.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_weights_in_another_dtype_are_cast_for_each_product(comfy_model: Any) -> None:
+    wide = stand_in.patcher(dtype=torch.bfloat16)
+    wide.model.diffusion_model.float()
+    wide.model.diffusion_model.dtype = torch.float32
+    narrow = stand_in.patcher(dtype=torch.bfloat16)
+    before = state(narrow)
+    expected, found = gradients(trainer(comfy_model(wide))), gradients(trainer(comfy_model(narrow)))
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert same(before, state(narrow))
+    assert stand_in.opened == 0
+
+
+def test_functions_of_weights_are_part_of_the_frozen_model(comfy_model: Any) -> None:
+    changed, expected = stand_in.patcher(), stand_in.patcher()
+    changed.model.diffusion_model.last.weight_function.append(lambda weight: weight * 2)
+    changed.model.diffusion_model.last.bias_function.append(lambda bias: bias + 1)
+    expected.model.diffusion_model.last.weight.data.mul_(2)
+    expected.model.diffusion_model.last.bias.data.add_(1)
+    ours, theirs = gradients(trainer(comfy_model(changed))), gradients(trainer(comfy_model(expected)))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_model_loaded_in_inference_mode_trains(comfy_model: Any) -> None:
+    with torch.inference_mode():
+        patcher = stand_in.patcher()
+        given = stand_in.data()
+    before = dict(patcher.model.diffusion_model.named_parameters())
+    model = comfy_model(patcher)
+    expected = gradients(trainer(comfy_model(stand_in.patcher())))
+    found = gradients(trainer(model, model.samples(*given)))
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    after = dict(patcher.model.diffusion_model.named_parameters())
+    assert all(after[name] is before[name] for name in before)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "schedule", "kind"),
+    [
+        (stand_in.EPS, stand_in.ModelSamplingDiscrete, "epsilon"),
+        (stand_in.V_PREDICTION, stand_in.ModelSamplingDiscrete, "v"),
+        (stand_in.CONST, stand_in.ModelSamplingDiscreteFlow, "flow"),
+        (stand_in.CONST, stand_in.ModelSamplingFlux, "flow"),
+        (stand_in.COSMOS_RFLOW, stand_in.ModelSamplingCosmosRFlow, "flow"),
+    ],
+)
+def test_samplings_that_are_covered(comfy_model: Any, prediction: type, schedule: type, kind: str) -> None:
+    training = trainer(comfy_model(stand_in.patcher(prediction, schedule)))
+    for step in training:
+        step.update()
+    assert training.model.diffusion.parameterization == kind
+
+
+@pytest.mark.parametrize(
+    ("prediction", "schedule"),
+    [
+        (stand_in.EDM, stand_in.ModelSamplingContinuousEDM),
+        (stand_in.V_PREDICTION, stand_in.ModelSamplingContinuousEDM),
+        (type("LCM", (stand_in.EPS,), {"calculate_denoised": lambda self: None}), stand_in.ModelSamplingDiscrete),
+    ],
+)
+def test_other_samplings_are_refused(comfy_model: Any, prediction: type, schedule: type) -> None:
+    with pytest.raises(OptionError, match="leave out nodes that change its sampling"):
+        comfy_model(stand_in.patcher(prediction, schedule))
+
+
+def test_bad_models_and_conditionings_are_refused(comfy_model: Any) -> None:
+    with pytest.raises(ModelError, match="MODEL"):
+        comfy_model(object())
+    meta = stand_in.patcher()
+    meta.model.diffusion_model.to("meta")
+    with pytest.raises(ModelError, match="meta"):
+        comfy_model(meta)
+    model = comfy_model(stand_in.patcher())
+    with pytest.raises(DataError, match="ControlNet"):
+        model.samples(*stand_in.data(control=object()))
+    latents, positive = stand_in.data()
+    with pytest.raises(DataError, match="4 channels, got 3"):
+        model.samples([one[:, :3] for one in latents], positive)
+    with pytest.raises(DataError, match="conditioning of ComfyUI"):
+        ls.Trainer(model, [ls.Sample(torch.zeros(4, 4, 4))], **SETTINGS)
+    for setting in ({"quantization": "int8"}, {"compile": True}):
+        training = trainer(model, **setting)
+        with pytest.raises(OptionError, match="ComfyUI holds"), training:
+            pass
+
+
+def test_conditionings_of_equal_shape_share_a_batch(comfy_model: Any) -> None:
+    model = comfy_model(stand_in.patcher())
+    latents, positive = stand_in.data(4, tokens=(5, 7))
+    positive[2][1]["kind"] = 1
+    samples = model.samples(latents, positive)
+    training = trainer(model, samples, batch_size=4, steps=1)
+    for step in training:
+        assert sorted(len(batch.names) for batch in step.batches) == [1, 1, 2]
+        step.update()
+
+
+def test_the_identity_covers_patches_and_not_where_they_are(comfy_model: Any) -> None:
+    patcher = stand_in.patcher()
+    bare = comfy_model(patcher).identity()
+    weight = patcher.model.diffusion_model.last.weight
+    patcher.patches = {"diffusion_model.last.weight": [(1.0, ("diff", (torch.ones_like(weight),)), 1.0, None, None)]}
+    patched = comfy_model(patcher).identity()
+    patcher.backup["diffusion_model.last.weight"] = type("Backup", (), {"weight": weight.data})
+    weight.data = weight.data + 1
+    assert bare != patched == comfy_model(patcher).identity()
+
+
+def test_the_node_trains_is_interrupted_and_resumes(
+    pack: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    nodes = sys.modules["lorasmith_pack.nodes"]
+    node = pack.NODE_CLASS_MAPPINGS["LorasmithTrainLora"]()
+    required = node.INPUT_TYPES()["required"]
+    given = {name: kind[1]["default"] for name, kind in required.items() if "default" in kind[1]}
+    given |= {"steps": 4, "training_dtype": "none", "rank": 2}
+    settings = pack.NODE_CLASS_MAPPINGS["LorasmithLoraSettings"]()
+    further = {name: kind[1].get("default") for name, kind in settings.INPUT_TYPES()["required"].items()}
+    (chosen,) = settings.settings(**{**further, "validation_share": 0.0, "alpha": 2.0})
+    latents, positive = stand_in.data()
+
+    def run(**others: Any) -> Any:
+        with torch.inference_mode():
+            lists = {name: [value] for name, value in {**given, **others}.items()}
+            batch = {"samples": torch.cat(latents)}
+            return node.train([stand_in.patcher()], [batch], [positive], settings=[chosen], **lists)
+
+    lora, losses, steps = run(seed=1)
+    assert (len(losses["loss"]), steps) == (4, 4)
+    assert all(key.startswith("diffusion_model.") for key in lora)
+    assert float(lora["diffusion_model.last.alpha"]) == 2.0
+    on_event = nodes.NodeHost.on_event
+    evaluated = []
+
+    def stopping(self: Any, event: Any) -> None:
+        on_event(self, event)
+        if type(event).__name__ == "StepDone":
+            evaluated.append(event.step)
+            if event.step == 2:
+                stand_in.interrupt_current_processing()
+
+    monkeypatch.setattr(nodes.NodeHost, "on_event", stopping)
+    with caplog.at_level("INFO", "lorasmith"), pytest.raises(stand_in.InterruptProcessingException):
+        run(seed=2)
+    assert "the same inputs again continue the run" in caplog.text
+    assert not stand_in.processing_interrupted()
+    monkeypatch.setattr(nodes.NodeHost, "on_event", on_event)
+    resumed, resumed_losses, _ = run(seed=2)
+    for folder in (tmp_path / "runs").iterdir():
+        folder.rename(tmp_path / folder.name)
+    straight, straight_losses, _ = run(seed=2)
+    assert resumed_losses == straight_losses
+    assert all(torch.equal(resumed[key], straight[key]) for key in straight)
+
+
+def test_an_interrupt_within_a_prediction_lets_the_step_finish(comfy_model: Any) -> None:
+    model = comfy_model(stand_in.patcher())
+    training = trainer(model, steps=2)
+    expected = trainer(comfy_model(stand_in.patcher()), steps=2)
+    for step in training:
+        stand_in.interrupt_current_processing()
+        step.update()
+        assert model.interrupted
+    for step in expected:
+        step.update()
+    assert training.losses == expected.losses
+
+
+def test_captions_must_be_as_many_as_images(pack: Any) -> None:
+    one_for_each = sys.modules["lorasmith_pack.nodes"].one_for_each
+    assert one_for_each(["a"], 3) == ["a", "a", "a"]
+    with pytest.raises(LorasmithError, match="2 captions for 3 images"):
+        one_for_each(["a", "b"], 3)
+
+
+def sd15_lora() -> dict[str, torch.Tensor]:
+    base = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k"
+    return {
+        f"{base}.lora_up.weight": torch.ones(320, 2),
+        f"{base}.lora_down.weight": torch.ones(2, 768),
+        f"{base}.alpha": torch.tensor(2.0),
+    }
+
+
+def test_a_lora_is_saved_for_other_programs(pack: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    node = pack.NODE_CLASS_MAPPINGS["LorasmithSaveLora"]()
+    for number in (1, 2):  # nothing is overwritten
+        shown = node.save(sd15_lora(), "loras/dog", "portable")["ui"]["text"][0]
+        assert shown == f"Saved as loras/dog_{number:05}_.safetensors."
+    lora = ls.Lora.load(tmp_path / "loras" / "dog_00001_.safetensors")
+    assert lora.given is not None
+    assert "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k.lora_up.weight" in lora.given
+    with pytest.raises(LorasmithError, match="Save LoRA Weights"):
+        node.save({"diffusion_model.last.lora_up.weight": torch.ones(4, 2)}, "loras/dog", "portable")
+
+
+def test_a_lora_is_checked_against_a_model(pack: Any) -> None:
+    node = pack.NODE_CLASS_MAPPINGS["LorasmithCheckLora"]()
+    assert "1 layers, compared with sd1" in node.check(sd15_lora())["result"][0]
+    fits = {"diffusion_model.last.lora_up.weight": torch.ones(4, 2)}
+    fits |= {"diffusion_model.last.lora_down.weight": torch.ones(2, 32), "diffusion_model.last.alpha": torch.ones(())}
+    assert "1 layers, compared with Tiny: no findings" in node.check(fits, stand_in.patcher())["result"][0]
+    assert "Tiny" in (text := node.check(sd15_lora(), stand_in.patcher())["result"][0])
+    assert "no findings" not in text
+
+
+@pytest.mark.parametrize(
+    ("weights", "computing", "expected"),
+    [
+        (torch.float16, None, "none"),
+        (torch.bfloat16, torch.float32, "fp32"),
+        (torch.float8_e4m3fn, torch.float16, "bf16"),
+    ],
+)
+def test_none_is_the_dtype_in_which_comfyui_computes(
+    comfy_model: Any, weights: torch.dtype, computing: torch.dtype | None, expected: str
+) -> None:
+    patcher = stand_in.patcher(dtype=weights)
+    patcher.model.manual_cast_dtype = computing
+    given = {"training_dtype": "none", "gradient_checkpointing": False}
+    merged = sys.modules["lorasmith_pack.nodes"]._merged(given, (), comfy_model(patcher))
+    assert merged["training_dtype"] == expected
+
+
+def test_arguments_are_joined_as_comfyui_joins_them(comfy_model: Any) -> None:
+    maker = sys.modules["lorasmith_pack.conditionings"]
+    make, conds = maker.ConditioningMaker(), []
+    for number in range(2):
+        references = [torch.full((1, 3), float(number)), torch.full((1, 2), number + 0.5)]
+        both = {"references": stand_in.CONDList(references), "kind": stand_in.CONDConstant("a")}
+        conds.append(make(both))
+    joined = maker.joined(conds).to("cpu", torch.float64)
+    arguments = joined.arguments()
+    assert arguments["kind"] == "a"
+    first, second = arguments["references"]
+    assert first.tolist() == [[0.0] * 3, [1.0] * 3]
+    assert second.tolist() == [[0.5] * 2, [1.5] * 2]
+    assert first.dtype == torch.float64
+
+
+def test_a_wrapper_of_the_model_is_called_with_the_sampler_sigma(comfy_model: Any) -> None:
+    patcher, seen = stand_in.patcher(stand_in.EPS, stand_in.ModelSamplingDiscrete), []
+
+    def wrapper(apply_model: Any, given: dict[str, Any]) -> torch.Tensor:
+        seen.append((given["timestep"], given["c"]["transformer_options"]["sigmas"]))
+        return apply_model(given["input"], given["timestep"], **given["c"]) * 2
+
+    expected = gradients(trainer(comfy_model(stand_in.patcher(stand_in.EPS, stand_in.ModelSamplingDiscrete))))
+    patcher.model_options["model_function_wrapper"] = wrapper
+    found = gradients(trainer(comfy_model(patcher)))
+    assert any(not torch.equal(found[name], expected[name]) for name in found)
+    sigmas = patcher.model.model_sampling.sigmas
+    assert all(sigma in sigmas and torch.equal(sigma, same) for sigma, same in seen)
+
+
+def test_a_lora_is_continued(pack: Any, comfy_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    training = trainer(comfy_model(stand_in.patcher()), lora_dtype="fp32")
+    for step in training:
+        step.update()
+    path = training.lora.save(tmp_path / "first.safetensors")
+    again = trainer(comfy_model(stand_in.patcher()), existing_lora=str(path), steps=1)
+    assert all(torch.equal(again.weights[name], weight) for name, weight in training.weights.items())
+    for step in again:
+        step.update()
+    assert again.lora.steps == 4
