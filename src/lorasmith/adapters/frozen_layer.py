@@ -19,33 +19,26 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Callable
-from collections.abc import Collection
-from collections.abc import Iterable
-from collections.abc import Iterator
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
-from contextlib import nullcontext
-from typing import Any
-from typing import Protocol
-from typing import TypeGuard
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol, TypeGuard
 
 import torch
 import torch.nn.functional as F
-from torch import Size
-from torch import Tensor
-from torch import nn
+from torch import Size, Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lorasmith.core.mapped_files import release_pages
 from lorasmith.core.placement import placed
-from lorasmith.core.quantization import WEIGHT_SOURCE
-from lorasmith.core.quantization import Packed
-from lorasmith.core.quantization import WeightSource
-from lorasmith.core.quantization import as_stored
-from lorasmith.core.quantization import placeholder
-from lorasmith.core.quantization import scaled_codes
-from lorasmith.core.quantization import weight_source
+from lorasmith.core.quantization import (
+    WEIGHT_SOURCE,
+    Packed,
+    WeightSource,
+    as_stored,
+    placeholder,
+    scaled_codes,
+    weight_source,
+)
 from lorasmith.core.tensor_digests import digest_of_tensors
 
 PRODUCTS = "products"

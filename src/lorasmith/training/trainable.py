@@ -13,62 +13,33 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
-from collections.abc import Callable
-from collections.abc import Iterable
-from collections.abc import Iterator
-from collections.abc import Mapping
-from collections.abc import Sequence
-from dataclasses import dataclass
-from dataclasses import field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
 import torch
-from torch import Tensor
-from torch import nn
+from torch import Tensor, nn
 
-from lorasmith.adapters.frozen_layer import weights_as_stored
-from lorasmith.adapters.frozen_layer import weights_digest
-from lorasmith.adapters.inject import Rule
-from lorasmith.adapters.inject import adapters_attached
-from lorasmith.adapters.patch import Patch
-from lorasmith.adapters.patch import attachments
-from lorasmith.adapters.patch import patches_applied
-from lorasmith.adapters.patch import patches_merged
+from lorasmith.adapters.frozen_layer import weights_as_stored, weights_digest
+from lorasmith.adapters.inject import Rule, adapters_attached
+from lorasmith.adapters.patch import Patch, attachments, patches_applied, patches_merged
 from lorasmith.core.arguments import check_arguments
-from lorasmith.core.errors import DataError
-from lorasmith.core.errors import OptionError
+from lorasmith.core.errors import DataError, OptionError
 from lorasmith.core.extensions import Extension
-from lorasmith.core.placement import placed
-from lorasmith.core.placement import reproducible
-from lorasmith.core.printable import count_text
-from lorasmith.core.printable import described
-from lorasmith.core.printable import printable
+from lorasmith.core.placement import placed, reproducible
+from lorasmith.core.printable import count_text, described, printable
 from lorasmith.core.registry import extensions_of
 from lorasmith.data.dataset import Sample
-from lorasmith.diffusion.schedule import PARAMETERIZATIONS
-from lorasmith.diffusion.schedule import DiscreteSchedule
-from lorasmith.diffusion.schedule import FlowSchedule
-from lorasmith.families.base import COMMON_PRESETS
-from lorasmith.families.base import FAMILIES
-from lorasmith.families.base import Conditioning
-from lorasmith.families.base import Defaults
-from lorasmith.families.base import Diffusion
-from lorasmith.families.base import Expert
-from lorasmith.families.base import collate
-from lorasmith.families.files.original_weights import module_paths
-from lorasmith.families.files.original_weights import weight_shapes
-from lorasmith.families.model import Denoiser
-from lorasmith.families.model import Model
+from lorasmith.diffusion.schedule import PARAMETERIZATIONS, DiscreteSchedule, FlowSchedule
+from lorasmith.families.base import COMMON_PRESETS, FAMILIES, Conditioning, Defaults, Diffusion, Expert, collate
+from lorasmith.families.files.original_weights import module_paths, weight_shapes
+from lorasmith.families.model import Denoiser, Model
 from lorasmith.families.parts.autoencoders import AUTOENCODERS
 from lorasmith.families.parts.encoders import ENCODERS
-from lorasmith.formats.names import ModelNames
-from lorasmith.formats.names import OriginalName
-from lorasmith.formats.names import ProgramLimits
+from lorasmith.formats.names import ModelNames, OriginalName, ProgramLimits
 from lorasmith.training.config import ResolvedConfig
-from lorasmith.training.memory.frozen_weights import WeightStream
-from lorasmith.training.memory.frozen_weights import fp8_products_enabled
-from lorasmith.training.memory.frozen_weights import weights_packed
+from lorasmith.training.memory.frozen_weights import WeightStream, fp8_products_enabled, weights_packed
 from lorasmith.training.memory.sharding import weights_sharded
 from lorasmith.training.runtime import Runtime
 
