@@ -138,6 +138,8 @@ class FrozenLayer:
 
     def times(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`x Wᵀ + b` of a Linear layer for x (..., in), outside autograd, by the layer's `Products` if it has any."""
+        if (plain := self._plain) is not None:
+            return F.linear(x, plain, bias)
         source, products = self._source, self._products
         if source is None or products is None:
             with self.weight_acquired() as weight:
@@ -147,6 +149,8 @@ class FrozenLayer:
 
     def grad_times(self, grad: Tensor) -> Tensor:
         """`grad W` of a Linear layer for grad (..., out): the gradient to the input of `times`."""
+        if (plain := self._plain) is not None:
+            return grad @ plain
         source, products = self._source, self._products
         if source is None or products is None:
             with self.weight_acquired() as weight:
@@ -156,6 +160,8 @@ class FrozenLayer:
 
     def add_grad_times(self, total: Tensor, grad: Tensor) -> Tensor:
         """`total + grad W` for total (rows, in) and grad (rows, out), in place."""
+        if (plain := self._plain) is not None:
+            return total.addmm_(grad, plain)
         if self._source is None or self._products is None:
             with self.weight_acquired() as weight:
                 return total.addmm_(grad, weight)
@@ -204,6 +210,12 @@ class FrozenLayer:
     @property
     def _source(self) -> WeightSource | None:
         return weight_source(self.module)
+
+    @property
+    def _plain(self) -> Tensor | None:
+        """The weight, if that is the parameter: the context of an acquisition costs time in small layers."""
+        weight: Tensor = self.module.weight  # type: ignore[assignment]
+        return weight if WEIGHT_SOURCE not in self.module.__dict__ else None
 
     @property
     def _products(self) -> Products | None:

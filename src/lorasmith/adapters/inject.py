@@ -432,6 +432,10 @@ class _LayerAbove(FrozenLayer):
             yield weight
 
     @property
+    def _plain(self) -> Tensor | None:
+        return None if self._below else super()._plain
+
+    @property
     def _products(self) -> Products | None:
         return None if self._below else super()._products  # those multiply with the frozen weight alone
 
