@@ -86,7 +86,7 @@ class TrainStep:
         self.batches = tuple(batches)
         self.result: StepResult | None = None  # None before the update
         self._trainer = trainer
-        self._losses: Tensor | None = None
+        self._losses: Tensor | None
         trainer._current = self
         self.reset()
 
@@ -172,11 +172,11 @@ class Trainer:
             result = step.update()
         trainer.lora.save("dog.safetensors")
 
-    Losses and weights are bit for bit those of `ls.train` with the same settings, as long as you change nothing and
-    `validation_share=0`: all samples are trained on. What surrounds a run is left to you: validation, previews,
-    rollbacks after a diverging step, smaller batches when memory runs out, run folder and report; their settings have
-    no effect, of which a Python warning is given. While it is iterated, and inside of `with trainer:`, the model is
-    frozen on its device with the adapters attached; before and afterwards it is as it was.
+    Losses and weights are bit for bit those of `ls.train` with the same settings, as long as you change nothing. What
+    surrounds a run is left to you: validation (on `held_out`), previews, rollbacks after a diverging step, smaller
+    batches when memory runs out, run folder and report; their settings have no effect, of which a Python warning is
+    given. While it is iterated, and inside of `with trainer:`, the model is frozen on its device with the adapters
+    attached; before and afterwards it is as it was.
 
     `help(lorasmith.Trainer.__init__)` lists its settings.
 

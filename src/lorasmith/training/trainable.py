@@ -214,13 +214,15 @@ class Trainable:
         """Raise DataError for samples that the network does not take; called before a run."""
         if self._predict is not None or type(self).predict is not Trainable.predict:
             return
+        first: dict[tuple[str, ...], str] = {}
         for sample in samples:
-            if not _takes(self.module.forward, 2, sample.conditioning.tensors):
-                names = ", ".join(sample.conditioning.tensors) or "nothing"
+            first.setdefault(tuple(sample.conditioning.tensors), sample.name)
+        for names, owner in first.items():
+            if not _takes(self.module.forward, 2, names):
                 raise DataError(
                     f"{type(self.module).__name__}.forward{inspect.signature(self.module.forward)} must take latents, "
-                    f"time and the conditioning's tensors by name, but {sample.name} has {names}; name them alike, or "
-                    "give Trainable a function predict(module, latents, time, conditioning)"
+                    f"time and the conditioning's tensors by name, but {owner} has {', '.join(names) or 'nothing'}; "
+                    "name them alike, or give Trainable a function predict(module, latents, time, conditioning)"
                 )
 
 
