@@ -106,7 +106,7 @@ class FrozenLayer:
 
     @property
     def weight(self) -> Tensor:
-        """The frozen weight, which its source may make anew; products use `weight_acquired`."""
+        """The frozen weight, which its source may compute each time; products use `weight_acquired`."""
         with self.weight_acquired() as weight:
             return weight if isinstance(self._source, Packed | None) else weight.clone()
 
