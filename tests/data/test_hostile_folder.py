@@ -77,10 +77,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     "empty.png": (b"", "is empty; get a good copy or remove it"),
     "text.png": (b"hello", "is not an image in spite of its name"),
     "page.png": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is not an image in spite of its name"),
-    "photo.heic": (
-        b"ftypheic",
-        'is a HEIC file, which is not read here; pip install "lorasmith[heic]" reads it',
-    ),
+    "photo.psd": (b"8BPS", "is a PSD file, which is not read here; convert it"),
 }
 
 

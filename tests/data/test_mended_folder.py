@@ -131,17 +131,17 @@ def test_unusable_files_are_kept_apart_with_their_reason(folder: Path) -> None:
     add(folder / "1.png", photo(1))
     whole = (folder / "1.png").read_bytes()
     (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
-    (folder / "x.heic").write_bytes(b"no picture")
+    (folder / "x.psd").write_bytes(b"no picture")
     (folder / "tiny.tga").parent.mkdir(exist_ok=True)
     photo(2, (9, 9)).save(folder / "tiny.tga")
     (folder / "raw").mkdir()
     done = mended(folder, 256)
-    assert done.changes["unused"] == ("unused/cut.png", "unused/tiny.tga", "unused/x.heic")
+    assert done.changes["unused"] == ("unused/cut.png", "unused/tiny.tga", "unused/x.psd")
     assert done.changes["left out"] == ("raw",) and done.pictures == 1
     reasons = (done.folder / "unused" / "REASONS.txt").read_text(encoding="utf-8").splitlines()
-    assert [line.partition(":")[0] for line in reasons] == ["cut.png", "tiny.tga", "x.heic"]
-    assert "is damaged or cut short" in reasons[0] and "is a HEIC file" in reasons[2]
-    assert set(done.reasons) == {"cut.png", "tiny.tga", "x.heic", "raw"}
+    assert [line.partition(":")[0] for line in reasons] == ["cut.png", "tiny.tga", "x.psd"]
+    assert "is damaged or cut short" in reasons[0] and "is a PSD file" in reasons[2]
+    assert set(done.reasons) == {"cut.png", "tiny.tga", "x.psd", "raw"}
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes")

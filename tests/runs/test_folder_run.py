@@ -150,7 +150,7 @@ def test_previews_are_drawn_of_the_plain_model(
     )
     Lora(state, tiny.names, torch.float32).save(tmp_path / "before.safetensors")
     seen: list[Any] = []
-    monkeypatch.setattr(running, "RunPreviews", lambda plan, *_: seen.append(plan.denoiser))
+    monkeypatch.setattr(running, "previews_of", lambda plan, *_: seen.append(plan.denoiser))
     before = str(tmp_path / "before.safetensors")
     ready = planned(images, tmp_path / "run", existing_lora=before, previews="a cat")
     assert ready.job.model.patches != ()

@@ -17,7 +17,7 @@ from lorasmith.families.model import Model
 from lorasmith.runs import run_previews as previewing
 from lorasmith.runs.library import train
 from lorasmith.runs.run import Host
-from lorasmith.runs.run_previews import PreviewFrames, RunPreviews, whole_program
+from lorasmith.runs.run_previews import PreviewFrames, RunPreviews, previews_of, whole_program
 from lorasmith.sampling.generate import generate
 from lorasmith.sampling.previews import Previewer
 from lorasmith.training.config import TrainConfig
@@ -39,11 +39,11 @@ def saved(tiny: Model, captions: list[Conditioning], tmp_path_factory: pytest.Te
     return result.path
 
 
-def previews_of(model: Model, config: TrainConfig, folder: Path, host: Host | None = None) -> RunPreviews:
+def made(model: Model, config: TrainConfig, folder: Path, host: Host | None = None) -> RunPreviews:
     job = plan_job(model.denoiser, replace(config, rank=2, targets="attention"), "cpu")
     sample = Sample(torch.zeros(4, 8, 8), Conditioning({}), "1.png")
     plan = Plan(denoiser=model.denoiser, job=job, data=EncodedDataset((sample,)), title="pets")
-    return RunPreviews(plan, whole_program(config), folder, host or Host())
+    return previews_of(plan, whole_program(config), folder, host or Host())
 
 
 class Stopped(Host):
@@ -55,7 +55,7 @@ class Stopped(Host):
 def previews(tiny: Model, tmp_path: Path) -> Callable[..., RunPreviews]:
     def make(**settings: Any) -> RunPreviews:
         config = TrainConfig(**({"previews": "a lion | a bus", "preview_steps": 2, "seed": 9} | settings))
-        return previews_of(tiny, config, tmp_path)
+        return made(tiny, config, tmp_path)
 
     return make
 
@@ -63,14 +63,14 @@ def previews(tiny: Model, tmp_path: Path) -> Callable[..., RunPreviews]:
 @pytest.fixture
 def broken(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException | None], None]:
     """Makes each drawing raise an error, or none."""
-    draw = Previewer.draw
+    draw = Previewer._drawn
 
     def set_to(error: BaseException | None) -> None:
         def fail(*_: object) -> list[Image.Image]:
             assert error is not None
             raise error
 
-        monkeypatch.setattr(Previewer, "draw", draw if error is None else fail)
+        monkeypatch.setattr(Previewer, "_drawn", draw if error is None else fail)
 
     return set_to
 
@@ -152,7 +152,7 @@ def test_interrupts_go_through(previews: Make, broken: Make, saved: Path) -> Non
 
 def test_a_cancelled_preview_is_no_failure(tiny: Model, saved: Path, tmp_path: Path) -> None:
     config = TrainConfig(previews="a lion", preview_steps=2)
-    draw = previews_of(tiny, config, tmp_path, Stopped())
+    draw = made(tiny, config, tmp_path, Stopped())
     assert draw is not None
     assert [draw(step, saved) for step in (10, 20, 30)] == [[], [], []]
 
@@ -169,7 +169,7 @@ def test_settings_are_checked_before_training(previews: Make, setting: dict[str,
 def test_a_bare_denoiser_is_refused_before_training(tiny: Model, tmp_path: Path) -> None:
     bare = replace(tiny, components=replace(tiny.components, vae=None))
     with pytest.raises(ModelError, match="needs an autoencoder for pictures"):
-        previews_of(bare, TrainConfig(previews="a lion"), tmp_path)
+        made(bare, TrainConfig(previews="a lion"), tmp_path)
 
 
 def test_previews_run_in_trainings_dtype_on_gpus_alone(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ from lorasmith.nodes import load_nodes
 from lorasmith.runs import drawing
 from lorasmith.runs.drawing import load_with_loras
 from lorasmith.runs.run import Host
-from lorasmith.runs.run_previews import PreviewProgram, RunPreviews
+from lorasmith.runs.run_previews import PreviewProgram, previews_of
 from lorasmith.sampling.generate import generate
 from lorasmith.sampling.sample import SamplingError
 from lorasmith.toolbox.merge import fold_into
@@ -230,7 +230,7 @@ def test_previews_and_folding_refuse_numbers_that_are_none(doors: Doors, whole: 
     denoiser = doors.tiny.denoiser
     data = EncodedDataset((Sample(torch.zeros(4, 8, 8), Conditioning({}), "1.png"),))
     plan = Plan(denoiser=denoiser, job=plan_job(denoiser, TrainConfig(), "cpu"), data=data)
-    previews = RunPreviews(plan, PreviewProgram(1, (), prompts=("a cat",)), doors.folder, Host())
+    previews = previews_of(plan, PreviewProgram(1, (), prompts=("a cat",)), doors.folder, Host())
     assert "must hold finite numbers" in previews(1, doors.file)[-1].message  # type: ignore[attr-defined]
 
 

@@ -61,7 +61,7 @@ def test_previews_are_drawn_without_it(
     dataset: EncodedDataset, tiny: Model, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Any] = []
-    monkeypatch.setattr(running, "RunPreviews", lambda plan, *_: seen.append(plan.denoiser))
+    monkeypatch.setattr(running, "previews_of", lambda plan, *_: seen.append(plan.denoiser))
     train(
         tiny,
         dataset,

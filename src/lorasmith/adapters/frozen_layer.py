@@ -525,6 +525,7 @@ def _sampled(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tenso
     for name, tensor in tensors:
         flat = tensor.detach().reshape(-1)
         places = torch.linspace(0, max(0, flat.numel() - 1), min(_SAMPLED, flat.numel()), dtype=torch.float64)
-        values = flat[places.long().to(flat.device)]
+        stored = flat.view(torch.uint8) if flat.itemsize == 1 else flat  # torch before 2.10 indexes no fp8
+        values = stored[places.long().to(flat.device)].view(flat.dtype)
         yield f"{name} {list(tensor.shape)}", values.float() if values.dtype in _HALVES else values
         release_pages(flat)  # of a memory-mapped file: reading a value loads the pages around it

@@ -69,7 +69,7 @@ class HelpCommand(TyperCommand):
             options = [kept[name] for name in self.first]
         else:
             options = [one for one in params if one not in arguments and not getattr(one, "rich_help_panel", None)]
-        about = [param for param in params if param.name in ("help", "help_all") and param not in options]
+        about = [param for param in params if {"--help", "--help-all"} & {*param.opts} and param not in options]
         return [*arguments, *options, *about]
 
 

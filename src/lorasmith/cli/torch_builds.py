@@ -34,10 +34,9 @@ CUDA_BUILDS = (
     CudaBuild(index="cu130", title="CUDA 13.0", driver=580, oldest=(7, 5), newest=(99, 0)),  # from torch 2.9 on
     CudaBuild(index="cu126", title="CUDA 12.6", driver=525, oldest=(5, 0), newest=(9, 0)),  # up to torch 2.14
     CudaBuild(index="cu128", title="CUDA 12.8", driver=570, oldest=(7, 5), newest=(12, 0)),  # up to torch 2.11
-    CudaBuild(index="cu118", title="CUDA 11.8", driver=450, oldest=(5, 0), newest=(9, 0)),  # up to torch 2.7
 )
 """The first that fits is taken. Drivers: NVIDIA's table of minor version compatibility
-(docs.nvidia.com/deploy/cuda-compatibility), which starts CUDA 11 at 450, 12 at 525 and 13 at 580; 570 is the first that
+(docs.nvidia.com/deploy/cuda-compatibility), which starts CUDA 12 at 525 and 13 at 580; 570 is the first that
 knows Blackwell. Cards: PyTorch's CUDA support matrix (RELEASE.md of pytorch/pytorch), by release.
 """
 

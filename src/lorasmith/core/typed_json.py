@@ -29,6 +29,9 @@ def typed(value: Any, kind: type[_T], place: str = "") -> _T:
         found = msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
         raise ValueError(_sentence(str(error), value, kind, place)) from error
+    except SystemError:  # msgspec before 0.22, of an integer that no float holds
+        _refuse_large_integers(value, place)
+        raise
     _refuse_large_integers(value, place)
     return found
 

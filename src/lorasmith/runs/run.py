@@ -20,7 +20,7 @@ from lorasmith.families.model import Model
 from lorasmith.families.model_search import Completed, load_completed
 from lorasmith.runs.run_images import keep_thumbnails
 from lorasmith.runs.run_page import write_report
-from lorasmith.runs.run_previews import RunPreviews, preview_program, whole_program
+from lorasmith.runs.run_previews import RunPreviews, preview_program, previews_of, whole_program
 from lorasmith.runs.sidecars import check_sidecars, write_sidecars
 from lorasmith.runs.spec import RunSpec
 from lorasmith.sampling.previews import Partner
@@ -63,7 +63,7 @@ class Host(RunHost):
 
     def begin(self, plan: Plan, folder: Path) -> RunPreviews | None:
         program = preview_program(plan)
-        previews = None if program is None else RunPreviews(plan, program, folder, self, self.partner(plan))
+        previews = None if program is None else previews_of(plan, program, folder, self, self.partner(plan))
         keep_thumbnails(folder, plan.images)
         return previews
 

@@ -14,10 +14,11 @@ from __future__ import annotations
 import io
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -112,48 +113,66 @@ def _smaller_and_smaller(whole: PreviewProgram) -> Iterator[PreviewProgram]:
     yield from (replace(smallest, sampling_steps=min(steps, whole.sampling_steps)) for steps in _FEWER_STEPS)
 
 
+def previews_of(
+    plan: Plan, program: PreviewProgram, folder: Path, host: RunHost, partner: Partner | None = None
+) -> RunPreviews:
+    """The previews of a run on a model of ours, whose prompts are encoded at once.
+
+    The host is asked between evaluations of the network whether to stop. ModelError if the model lacks a text encoder
+    or an autoencoder.
+    """
+    denoiser, config, device = plan.denoiser, plan.job.config, plan.job.runtime.device
+    assert denoiser is not None
+    base, text_encoder = denoiser.base, denoiser.base.text_encoder
+    # Text encoders are not trained, but a continued LoRA may have layers for them.
+    carried = Lora.load(config.existing_lora, base) if config.existing_lora else Lora(AdapterState(), base.names)
+    previewer = Previewer(
+        denoiser,
+        program.prompts,
+        load=lambda path, strength: Lora.load(path, base).applied(denoiser, None, strength=strength).denoiser,
+        strengths=(1.0, *program.strengths),
+        encoder=lambda strength: carried.applied(None, text_encoder, strength=strength).encoder,
+        sampling=Sampling(
+            seed=config.seed,
+            steps=program.sampling_steps,
+            frames=_frames(config, base),
+            dtype=_sampling_dtype(denoiser, config, device),
+        ),
+        device=device,
+        cancelled=host.cancelled,
+        partner=partner,
+    )
+    sampling = previewer.sampling
+    made_with = {
+        "Steps": sampling.steps,
+        "Sampler": f"{sampling.sampler} {sampling.scheduler}",
+        "CFG scale": sampling.cfg,
+        "Seed": sampling.seed,
+        "Model": base.title,
+    }
+    return RunPreviews(previewer.draw, plan, program, folder, host, made_with)
+
+
 class RunPreviews:
     """Draws previews of a saved LoRA into `samples/` in the folder of a run, with contact sheets, and returns events.
 
-    The prompts are encoded at once. The host receives a `Drawing` before each row of pictures, and is asked between
-    evaluations of the network whether to stop. ModelError if the model lacks a text encoder or an autoencoder.
+    `draw` makes a picture or clip of each of the program's prompts, with a LoRA at a strength, or without one;
+    `made_with` is that of `PreviewFolder`. The host receives a `Drawing` before each row of pictures.
     """
 
     def __init__(
-        self, plan: Plan, program: PreviewProgram, folder: Path, host: RunHost, partner: Partner | None = None
+        self,
+        draw: Callable[[Path | None, float], Sequence[PictureOrClip]],
+        plan: Plan,
+        program: PreviewProgram,
+        folder: Path,
+        host: RunHost,
+        made_with: Mapping[str, Any],
     ) -> None:
-        denoiser, config, device = plan.denoiser, plan.job.config, plan.job.runtime.device
-        assert denoiser is not None
-        base, text_encoder = denoiser.base, denoiser.base.text_encoder
-        # Text encoders are not trained, but a continued LoRA may have layers for them.
-        carried = Lora.load(config.existing_lora, base) if config.existing_lora else Lora(AdapterState(), base.names)
-        self._previewer = Previewer(
-            denoiser,
-            program.prompts,
-            load=lambda path, strength: Lora.load(path, base).applied(denoiser, None, strength=strength).denoiser,
-            strengths=(1.0, *program.strengths),
-            encoder=lambda strength: carried.applied(None, text_encoder, strength=strength).encoder,
-            sampling=Sampling(
-                seed=config.seed,
-                steps=program.sampling_steps,
-                frames=_frames(config, base),
-                dtype=_sampling_dtype(denoiser, config, device),
-            ),
-            device=device,
-            cancelled=host.cancelled,
-            partner=partner,
-        )
-        sampling = self._previewer.sampling
-        made_with = {
-            "Steps": sampling.steps,
-            "Sampler": f"{sampling.sampler} {sampling.scheduler}",
-            "CFG scale": sampling.cfg,
-            "Seed": sampling.seed,
-            "Model": base.title,
-        }
+        self._draw, self._prompts = draw, program.prompts
         self._files = PreviewFolder(folder / "samples", program.prompts, title=plan.title, sampling=made_with)
         self.is_final_only, self._strengths = program.is_final_only, program.strengths
-        self._host, self._private = host, config.private
+        self._host, self._private = host, plan.job.config.private
         self._base_is_written = False
         self._failures = 0
 
@@ -203,17 +222,17 @@ class RunPreviews:
         files.write_strengths_sheet(self._strengths, step)
 
     def _counted(self, rows: int) -> Callable[..., Sequence[PictureOrClip]]:
-        """`Previewer.draw`, with an event before each row of pictures."""
-        row, each = count(), len(self._previewer.prompts)
+        """Draw, with an event before each row of pictures."""
+        row, each = count(), len(self._prompts)
 
         def draw(lora: Path | None, strength: float = 1.0) -> Sequence[PictureOrClip]:
             self._host.on_event(Drawing(done=each * next(row), total=each * rows))
-            return self._previewer.draw(lora, strength)
+            return self._draw(lora, strength)
 
         return draw
 
     def _previewed(self, step: int, paths: tuple[Path, ...], strength: float) -> Previewed:
-        return Previewed(step=step, prompts=self._previewer.prompts, paths=tuple(map(str, paths)), strength=strength)
+        return Previewed(step=step, prompts=self._prompts, paths=tuple(map(str, paths)), strength=strength)
 
     def _complaint(self, step: int, error: Exception) -> str:
         what = f"the preview at step {step} could not be drawn ({_reason(error)})"

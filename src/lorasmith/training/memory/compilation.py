@@ -86,9 +86,8 @@ def blocks_compiled(model: nn.Module, enabled: bool, *, varying_sizes: bool = Fa
     from torch import _dynamo, _functorch
 
     with contextlib.ExitStack() as undo:
-        # Names before torch 2.7, and since.
-        limit = "recompile_limit" if hasattr(_dynamo.config, "recompile_limit") else "cache_size_limit"
-        undo.enter_context(_dynamo.config.patch({limit: _VARIANTS, f"accumulated_{limit}": 16 * _VARIANTS}))
+        limits = {"recompile_limit": _VARIANTS, "accumulated_recompile_limit": 16 * _VARIANTS}
+        undo.enter_context(_dynamo.config.patch(limits))
         if any(weight_source(layer) is not None for layer in model.modules()):
             # The backward pass unpacks weights again; torch would eliminate it as a common subexpression and keep them.
             undo.enter_context(_functorch.config.patch(cse=False))
@@ -108,6 +107,8 @@ class _Compiled:
 
     def __init__(self, forward: Callable[..., Any], code: types.FunctionType, *, dynamic: bool) -> None:
         self._forward = forward
+        # Blocks share the code of a function, but torch before 2.10 compiles each bound method anew.
+        self._called = (forward.__func__, forward.__self__) if isinstance(forward, types.MethodType) else (forward,)
         self._code = code
         self._dynamic = dynamic
         self._run: Callable[..., Any] | None = None
@@ -117,7 +118,7 @@ class _Compiled:
             return self._forward(*args, **kwargs)
         if self._run is None:
             self._run = torch.compile(self._code, backend=BACKEND, dynamic=self._dynamic)
-        return self._run(self._forward, *args, **kwargs)
+        return self._run(*self._called, *args, **kwargs)
 
 
 @functools.cache

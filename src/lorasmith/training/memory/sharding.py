@@ -121,13 +121,15 @@ class _Place:
     order: tuple[int, ...]  # index in `laid` of each of its dimensions
 
     def view(self, whole: Tensor) -> Tensor:
-        return whole[self.start : self.stop].view(self.dtype).view(self.laid).permute(self.order)
+        return whole.view(torch.uint8)[self.start : self.stop].view(self.dtype).view(self.laid).permute(self.order)
 
 
 class _Bytes(nn.Module):
     """The packed weights of a block, as the bytes of one parameter."""
 
-    whole: nn.Parameter  # (bytes,) uint8; FSDP2 replaces it by this process's shard between passes
+    # (bytes / 4,), called fp32, as FSDP2 of torch before 2.10 takes no integers; between passes it has this process's
+    # shard in its place.
+    whole: nn.Parameter
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
@@ -141,7 +143,7 @@ class _Bytes(nn.Module):
         return ShardedWeight(self, [self._added(tensor) for tensor in weight.tensors], weight)
 
     def join(self) -> None:
-        self.whole = nn.Parameter(torch.cat(self._pieces), requires_grad=False)
+        self.whole = nn.Parameter(torch.cat(self._pieces).view(torch.float32), requires_grad=False)
         for tensor in self._taken:
             release_pages(tensor)
         self._pieces.clear()
