@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import folder_paths
+import torch
 from torch import Tensor
 
 from lorasmith.core.errors import LoraError
+from lorasmith.core.printable import count_text
+from lorasmith.data.dataset import Sample
 from lorasmith.families.loading import released_names
 from lorasmith.formats.inspect import faults_of
 from lorasmith.formats.layouts.layout import LAYOUTS
 from lorasmith.formats.lora_file import PORTABLE, lora_of_tensors
 from lorasmith.formats.names import ModelNames
 from lorasmith.formats.spelling import grouped, guessed_family
+from lorasmith.training.job import plan_job
 from lorasmith.training.lora_handle import Lora
+from lorasmith.training.validation import History, Validator
 
 from .comfy_model import ComfyModel
-
-CATEGORY = "model/training/Lorasmith"
+from .inputs import CATEGORY, TRAINED, config_of, samples_of
 
 
 class LoraTensors(dict[str, Tensor]):
@@ -105,3 +109,63 @@ class CheckLora:
         lines.insert(0, f"{len(grouped(lora))} layers, compared with {against}: {len(lines) or 'no'} findings.")
         text = "\n".join(lines)
         return {"ui": {"text": [text]}, "result": (text,)}
+
+
+class ValidateLora:
+    """The loss on held-out images with a LoRA, beside that without it."""
+
+    CATEGORY = CATEGORY
+    DESCRIPTION = (
+        "Measures the loss on images that a LoRA was not trained on, with it and without it, on the same noise at all "
+        "noise levels. Lower is better; LoRAs and strengths can be compared on the same images."
+    )
+    RETURN_TYPES = ("FLOAT", "FLOAT", "STRING")
+    RETURN_NAMES = ("loss", "loss_without", "findings")
+    FUNCTION = "validate"
+    OUTPUT_NODE = True
+    INPUT_IS_LIST = True
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        strength = {"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.01}
+        draws = {"default": 8, "min": 1, "max": 1000, "tooltip": "Noise levels at which each image is evaluated."}
+        images = ("LATENT", {"tooltip": "Images that the LoRA was not trained on."})
+        return {
+            "required": {
+                "lora": ("LORA_MODEL",),
+                **TRAINED,
+                "latents": images,
+                "strength": ("FLOAT", strength),
+                "draws": ("INT", draws),
+            }
+        }
+
+    def validate(
+        self,
+        lora: Sequence[Mapping[str, Tensor]],
+        model: Sequence[Any],
+        latents: Sequence[Mapping[str, Tensor]],
+        positive: Sequence[Sequence[Any]],
+        strength: Sequence[float],
+        draws: Sequence[int],
+    ) -> dict[str, Any]:
+        with torch.inference_mode(False):
+            plain = ComfyModel(model[0])
+            state = lora_of_tensors(Path("the LoRA"), lora[0], _said(lora[0]), plain.names)
+            applied = Lora(state, plain.names).applied(plain, None, strength=strength[0], strict=True).denoiser
+            samples = samples_of(plain, latents, positive)
+            without, found = (_losses(one, samples, draws[0]).tolist() for one in (plain, applied))
+        event = History(without).add(1, found)
+        kind = "lower" if event.high < 0 else "higher" if event.low > 0 else "not clearly other"
+        text = (
+            f"{count_text(len(without), 'image')}: loss {event.loss:.4f} with the LoRA at strength {strength[0]:g}, "
+            f"{event.base_loss:.4f} without; {kind} (difference {event.low:+.4f} to {event.high:+.4f} at 95 %)."
+        )
+        return {"ui": {"text": [text]}, "result": (event.loss, event.base_loss, text)}
+
+
+def _losses(model: ComfyModel, samples: Sequence[Sample], draws: int) -> Tensor:
+    job = plan_job(model, config_of({"rank": 1, "training_dtype": "none"}, (), model), model.device)
+    validator = Validator(model, samples, draws=draws, batch_size=1, device=job.runtime.device, dtype=job.runtime.dtype)
+    with model.frozen(job.config, job.runtime):
+        return validator()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +14,31 @@ import comfy.model_management as management
 import comfy.utils
 import folder_paths
 import torch
+from PIL import Image
 from torch import Tensor
 
-from lorasmith.core.errors import DataError
+from lorasmith.core.errors import OptionError
 from lorasmith.core.printable import count_text
 from lorasmith.data.dataset import EncodedDataset
 from lorasmith.formats.lora_file import lora_tensors
-from lorasmith.nodes.training import SETTINGS, beginning, settings_of
+from lorasmith.nodes.training import SETTINGS, beginning
 from lorasmith.runs.run import Host, run
+from lorasmith.runs.run_previews import PreviewFrames, RunPreviews
 from lorasmith.runs.view import ViewPublisher, note_of
-from lorasmith.training.config import NONE_LORA
-from lorasmith.training.events import Event, Outcome, RunStarted, StepDone, Validated
+from lorasmith.training.config import NONE_LORA, TrainConfig, lora_settings, settings_from_file
+from lorasmith.training.events import Event, Outcome, Previewed, RunStarted, StepDone, Validated
 from lorasmith.training.job import plan_job
 from lorasmith.training.lora_handle import Lora
 from lorasmith.training.results import TrainResult
+from lorasmith.training.storage.records import RunRecord, read_record
 from lorasmith.training.train import Plan
 from lorasmith.workflow import Input
 
 from .comfy_model import ComfyModel
-from .lora_nodes import CATEGORY, CheckLora, LoraTensors, SaveLora
-
-SETTINGS_TYPE = "LORASMITH_SETTINGS"
+from .comparison import CompareTrainers
+from .inputs import CATEGORY, SETTINGS_TYPE, TRAINED, config_of, samples_of, widget
+from .lora_nodes import CheckLora, LoraTensors, SaveLora, ValidateLora
+from .previews import PREVIEWS_TYPE, Previews, PreviewsNode, run_previews
 
 _SWAPPED = 18
 """Inputs of ComfyUI's own Train LoRA after its sockets, with which `SETTINGS` begins."""
@@ -42,20 +47,6 @@ _NOT_HERE = ("previews", "preview_every", "quantization", "compile", "training_a
 """Settings that a MODEL does not follow: ComfyUI holds its weights and draws its pictures."""
 
 _log = logging.getLogger("lorasmith")
-
-
-def _widget(declared: Input, **others: Any) -> tuple[Any, dict[str, Any]]:
-    """An input of ours as ComfyUI declares one."""
-    names = ("default", "min", "max", "step", "tooltip", "advanced")
-    found = {name: getattr(declared, name) for name in names}
-    options = {name: value for name, value in found.items() if value is not None and value != "" and value is not False}
-    if declared.type in ("BOOLEAN", "STRING"):
-        options["default"] = declared.default
-    if declared.type == "FLOAT":  # else editors round to whole numbers of `step`
-        options["round"] = False
-        options.setdefault("step", 1e-7 if declared.name == "learning_rate" else 0.01)
-    kind: Any = list(declared.options) if declared.type == "COMBO" and not callable(declared.options) else declared.type
-    return kind, {**options, **others}
 
 
 class LoraSettings:
@@ -69,7 +60,7 @@ class LoraSettings:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        return {"required": {one.name: _widget(one, advanced=False) for one in further_settings()}}
+        return {"required": {one.name: widget(one, advanced=False) for one in further_settings()}}
 
     def settings(self, **values: Any) -> tuple[dict[str, Any]]:
         return (values,)
@@ -96,17 +87,12 @@ class TrainLora:
                 "tooltip": "Recompute what does not fit into memory, and no more. LoRA Settings can say how."
             }
         }
-        widgets = {one.name: _widget(one, **others.get(one.name, {})) for one in SETTINGS[:_SWAPPED]}
+        widgets = {one.name: widget(one, **others.get(one.name, {})) for one in SETTINGS[:_SWAPPED]}
         widgets["existing_lora"] = (loras, widgets["existing_lora"][1])
         return {
-            "required": {
-                "model": ("MODEL", {"tooltip": "The model to train on; LoRAs on it are not trained."}),
-                "latents": ("LATENT", {"tooltip": "The images, as a batch or as a list of batches of any sizes."}),
-                "positive": ("CONDITIONING", {"tooltip": "One caption per image, or one for all."}),
-                **widgets,
-            },
-            "optional": {"settings": (SETTINGS_TYPE, {"tooltip": "Of LoRA Settings."})},
-            "hidden": {"prompt": "PROMPT", "unique_id": "UNIQUE_ID"},
+            "required": {**TRAINED, **widgets},
+            "optional": {"settings": (SETTINGS_TYPE, {"tooltip": "Of LoRA Settings."}), **_DRAWN},
+            "hidden": _HIDDEN,
         }
 
     def train(
@@ -115,26 +101,136 @@ class TrainLora:
         latents: Sequence[Mapping[str, Tensor]],
         positive: Sequence[Sequence[Any]],
         settings: Sequence[Mapping[str, Any]] = (),
+        previews: Sequence[Previews] = (),
         prompt: Sequence[Any] = (),
         unique_id: Sequence[str] = (),
         **values: Sequence[Any],
-    ) -> tuple[LoraTensors, dict[str, list[float]], int]:
+    ) -> Any:
         with torch.inference_mode(False):
-            given = {name: value[0] for name, value in values.items()}
             trained = ComfyModel(model[0])
-            images = [image[None] for batch in latents for image in batch["samples"]]
-            captions = [entry for one in positive for entry in one]
-            plan = Plan(
-                job=plan_job(trained, settings_of(_merged(given, settings, trained), _found), trained.device),
-                data=EncodedDataset(tuple(trained.samples(images, one_for_each(captions, len(images))))),
-                source={"command": "ComfyUI", "prompt": prompt[0] if prompt else None},
+            given = {name: value[0] for name, value in values.items()}
+            config = config_of(given, settings, trained)
+            host = NodeHost(trained, config.steps, _first(unique_id), _first(previews))
+            return _trained(host, config, latents, positive, prompt=_first(prompt))
+
+
+class ResumeLora:
+    """Goes on with a run."""
+
+    CATEGORY = CATEGORY
+    DESCRIPTION = (
+        "Continues a run in output/runs with its own settings, from its last state: one that was interrupted to its "
+        "end, or a finished one to more steps. Model, images and captions must be those of the run."
+    )
+    RETURN_TYPES, RETURN_NAMES = TrainLora.RETURN_TYPES, TrainLora.RETURN_NAMES
+    FUNCTION = "resume"
+    INPUT_IS_LIST = True
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        steps = "All steps of the run, more than it has if it is finished; 0 is as many as it has."
+        return {
+            "required": {
+                **TRAINED,
+                "run": (_runs(), {"tooltip": "A folder in output/runs."}),
+                "steps": ("INT", {"default": 0, "min": 0, "max": 10**6, "tooltip": steps}),
+            },
+            "optional": dict(_DRAWN),
+            "hidden": _HIDDEN,
+        }
+
+    def resume(
+        self,
+        model: Sequence[Any],
+        latents: Sequence[Mapping[str, Tensor]],
+        positive: Sequence[Sequence[Any]],
+        run: Sequence[str],
+        steps: Sequence[int],
+        previews: Sequence[Previews] = (),
+        prompt: Sequence[Any] = (),
+        unique_id: Sequence[str] = (),
+    ) -> Any:
+        with torch.inference_mode(False):
+            folder = _runs_folder() / run[0]
+            record = read_record(folder)
+            config = recorded_settings(record, steps[0])
+            host = NodeHost(ComfyModel(model[0]), config.steps, _first(unique_id), _first(previews))
+            return _trained(host, config, latents, positive, title=record.title, output=folder, prompt=_first(prompt))
+
+
+_DRAWN = {"previews": (PREVIEWS_TYPE, {"tooltip": "Of Previews: pictures while it trains."})}
+_HIDDEN = {"prompt": "PROMPT", "unique_id": "UNIQUE_ID"}
+
+
+def _trained(
+    host: NodeHost,
+    config: TrainConfig,
+    latents: Sequence[Mapping[str, Tensor]],
+    positive: Sequence[Sequence[Any]],
+    *,
+    title: str = "lora",
+    output: Path | None = None,
+    prompt: Any,
+) -> Any:
+    """Train, and give the node's outputs."""
+    model, previews = host.model, host.previews
+    if previews is not None:
+        config = replace(config, preview_every=previews.every)
+    plan = Plan(
+        job=plan_job(model, config, model.device),
+        data=EncodedDataset(samples_of(model, latents, positive)),
+        title=title,
+        output=output,
+        source={"command": "ComfyUI", "prompt": prompt},
+    )
+    result = run(plan, host)
+    if result.reason is Outcome.CANCELLED:
+        _log.info(_kept(result))
+        raise management.InterruptProcessingException
+    outputs = _tensors_of(result.lora), {"loss": result.losses}, result.steps
+    return outputs if previews is None else {"ui": {"images": _sheets(result)}, "result": outputs}
+
+
+def _sheets(result: TrainResult) -> list[dict[str, str]]:
+    """The sheets of a run's previews, as ComfyUI names files."""
+    if result.folder is None:
+        return []
+    found = (result.folder / "samples" / name for name in ("steps.png", "strengths.png"))
+    place = (result.folder / "samples").resolve().relative_to(Path(folder_paths.get_output_directory()).resolve())
+    return [{"filename": one.name, "subfolder": place.as_posix(), "type": "output"} for one in found if one.is_file()]
+
+
+def _first(values: Sequence[Any]) -> Any:
+    return values[0] if values else None
+
+
+def _runs_folder() -> Path:
+    return Path(folder_paths.get_output_directory()) / "runs"
+
+
+def _runs() -> list[str]:
+    """Names of runs, the newest first."""
+    found = [path.parent for path in _runs_folder().glob("*/run.json")]
+    return [path.name for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)]
+
+
+def recorded_settings(record: RunRecord, steps: int) -> TrainConfig:
+    """The settings of a run that this pack recorded, for `steps` in all. Raises OptionError for another run."""
+    if record.source.get("command") != "ComfyUI":
+        raise OptionError(
+            f"a run to resume here must be one of Train LoRA (Lorasmith), and {record.title} was trained elsewhere; "
+            "continue it there, or train with its LoRA as existing_lora"
+        )
+    values = {**record.asked, "existing_state": None}
+    for name in lora_settings():  # a record may be a stranger's
+        file = values.get(name)
+        places = map(Path, folder_paths.get_folder_paths("loras"))
+        if isinstance(file, str) and not any(Path(file).resolve().is_relative_to(one.resolve()) for one in places):
+            raise OptionError(
+                f"{name} of a run to resume must be in ComfyUI's folders of LoRAs, got {file}; move it there, and "
+                "train with it anew"
             )
-            host = NodeHost(trained, plan.job.config.steps, unique_id[0] if unique_id else None)
-            result = run(plan, host)
-            if result.reason is Outcome.CANCELLED:
-                _log.info(_kept(result))
-                raise management.InterruptProcessingException
-            return _tensors_of(result.lora), {"loss": result.losses}, result.steps
+    return settings_from_file({**values, "steps": steps or values["steps"]})
 
 
 def _tensors_of(lora: Lora) -> LoraTensors:
@@ -146,30 +242,6 @@ def further_settings() -> list[Input]:
     return [one for one in SETTINGS[_SWAPPED:] if one.name not in _NOT_HERE]
 
 
-def one_for_each(captions: Sequence[Any], count: int) -> list[Any]:
-    if len(captions) not in (1, count):
-        raise DataError(
-            f"positive must have one caption for all images or for each, got {count_text(len(captions), 'caption')} "
-            f"for {count_text(count, 'image')}; leave out what is too much"
-        )
-    return [*captions] * (count // len(captions))
-
-
-def _merged(given: Mapping[str, Any], settings: Sequence[Mapping[str, Any]], model: ComfyModel) -> dict[str, Any]:
-    """The inputs of the node and of LoRA Settings as those of one node."""
-    merged = {**given, **(settings[0] if settings else {})}
-    if merged["training_dtype"] == "none" and next(model.module.parameters()).dtype != model.dtype:
-        # `none` is the dtype of the weights, which may be too narrow to compute in. fp16 is had in this way alone.
-        merged["training_dtype"] = "fp32" if model.dtype == torch.float32 else "bf16"
-    if merged["gradient_checkpointing"] and merged.get("activations", "keep") == "keep":
-        merged |= {"gradient_checkpointing": False, "activations": "auto"}
-    return merged
-
-
-def _found(kind: str, name: str) -> Path:
-    return Path(folder_paths.get_full_path_or_raise(kind, name))
-
-
 @dataclass
 class NodeHost(Host):
     """Shows a training on the node that runs it, in ComfyUI's progress bar and log."""
@@ -177,13 +249,17 @@ class NodeHost(Host):
     model: ComfyModel
     steps: int
     node: str | None
+    previews: Previews | None = None
 
     numbering = "_{:05}"
 
     def __post_init__(self) -> None:
-        self.runs = Path(folder_paths.get_output_directory()) / "runs"
+        self.runs = _runs_folder()
         self._bar = comfy.utils.ProgressBar(self.steps)
-        self._publisher = ViewPublisher(lambda view: None)
+        self._frames, self._publisher = PreviewFrames(), ViewPublisher(lambda view: None)
+
+    def begin(self, plan: Plan, folder: Path) -> RunPreviews | None:
+        return None if self.previews is None else run_previews(self.model, self.previews, plan, folder, self)
 
     def cancelled(self) -> bool:
         if management.processing_interrupted():
@@ -197,6 +273,9 @@ class NodeHost(Host):
             case StepDone():
                 self._bar.update_absolute(event.step, self.steps)
                 self._say(self._publisher.view.line)
+            case Previewed() if (picture := self._frames(event)) is not None:
+                shown = ("JPEG", Image.open(io.BytesIO(picture)), None)
+                self._bar.update_absolute(event.step, self.steps, shown)
             case Validated():
                 _log.info("Step %s: %s", event.step, event.verdict)
             case RunStarted():
@@ -222,12 +301,20 @@ def _kept(result: TrainResult) -> str:
 NODE_CLASS_MAPPINGS = {
     "LorasmithTrainLora": TrainLora,
     "LorasmithLoraSettings": LoraSettings,
+    "LorasmithPreviews": PreviewsNode,
+    "LorasmithResumeLora": ResumeLora,
+    "LorasmithValidateLora": ValidateLora,
     "LorasmithSaveLora": SaveLora,
     "LorasmithCheckLora": CheckLora,
+    "LorasmithCompareTrainers": CompareTrainers,
 }
 NODE_DISPLAY_NAME_MAPPINGS = {
     "LorasmithTrainLora": "Train LoRA (Lorasmith)",
     "LorasmithLoraSettings": "LoRA Settings (Lorasmith)",
+    "LorasmithPreviews": "Previews (Lorasmith)",
+    "LorasmithResumeLora": "Resume LoRA Training (Lorasmith)",
+    "LorasmithValidateLora": "Validate LoRA (Lorasmith)",
     "LorasmithSaveLora": "Save LoRA, portable (Lorasmith)",
     "LorasmithCheckLora": "Check LoRA (Lorasmith)",
+    "LorasmithCompareTrainers": "Compare Trainers (Lorasmith)",
 }

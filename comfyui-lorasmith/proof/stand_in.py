@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 WIDTH, CHANNELS, CONTEXT = 32, 4, 16
@@ -289,16 +290,85 @@ class ProgressBar:
     def __init__(self, total: int) -> None:
         self.total = total
 
-    def update_absolute(self, value: int, total: Any = None) -> None:
+    def update_absolute(self, value: int, total: Any = None, preview: Any = None) -> None:
+        shown.append(preview)
+
+    def update(self, value: int) -> None:
         pass
+
+
+shown: list[Any] = []
+"""Pictures on a node while it runs."""
+
+
+def load_torch_file(ckpt: str, safe_load: bool = False) -> dict[str, Tensor]:
+    return load_file(ckpt)
+
+
+def load_lora_for_models(model: Any, clip: Any, lora: Any, strength_model: float, strength_clip: float) -> Any:
+    patched = model.clone()
+    patched.lora = (lora, strength_model)
+    return patched, clip
+
+
+class KSampler:
+    SAMPLERS, SCHEDULERS = ("euler",), ("normal",)
 
 
 def fix_empty_latent_channels(model: Any, latent_image: Tensor) -> Tensor:
     return latent_image
 
 
+def prepare_noise(latent_image: Tensor, seed: int) -> Tensor:
+    return torch.randn(latent_image.shape, generator=torch.Generator().manual_seed(seed))
+
+
+def sample(
+    model: Any,
+    noise: Tensor,
+    steps: int,
+    cfg: float,
+    sampler_name: str,
+    scheduler: str,
+    positive: Any,
+    negative: Any,
+    latent_image: Tensor,
+    disable_pbar: bool = False,
+    seed: Any = None,
+) -> Tensor:
+    """Noise moved by what a LoRA adds up to; a MODEL in training is refused."""
+    throw_exception_if_processing_interrupted()
+    assert model.model.current_patcher is None
+    lora, strength = getattr(model, "lora", ({}, 0.0))
+    return noise + strength * sum(float(one.float().abs().sum()) for one in lora.values())
+
+
+class VAE:
+    def decode(self, samples_in: Tensor) -> Tensor:
+        return samples_in[:, :3].movedim(1, -1).sigmoid()
+
+
+class TrainLoraNode:
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {"required": {"model": ("MODEL",), "steps": ("INT", {"default": 16})}}
+
+    @classmethod
+    def execute(cls, model: Any, latents: Any, positive: Any, steps: Any, bypass_mode: Any) -> Any:
+        if bypass_mode[0]:
+            raise RuntimeError("a view was changed in place\nby the network")
+        bar = sys.modules["comfy_extras.nodes_train"].ProgressBar(steps[0])
+        for _ in range(steps[0]):
+            bar.update(1)
+        return types.SimpleNamespace(result=({}, {"loss": [0.0] * steps[0]}, steps[0]))
+
+
 def get_filename_list(folder_name: str) -> list[str]:
     return []
+
+
+def get_folder_paths(folder_name: str) -> list[str]:
+    return [str(Path.cwd() / "models" / folder_name)]
 
 
 def get_full_path_or_raise(folder_name: str, filename: str) -> str:
@@ -320,6 +390,7 @@ MODULES: Mapping[str, tuple[Any, ...]] = {
         InterruptProcessingException,
         interrupt_current_processing,
         processing_interrupted,
+        throw_exception_if_processing_interrupted,
         cast_to,
         load_models_gpu,
     ),
@@ -337,20 +408,29 @@ MODULES: Mapping[str, tuple[Any, ...]] = {
         ModelSamplingCosmosRFlow,
     ),
     "comfy.conds": (CONDRegular, CONDConstant, CONDList),
-    "comfy.sample": (fix_empty_latent_channels,),
-    "comfy.utils": (ProgressBar,),
+    "comfy.sample": (fix_empty_latent_channels, prepare_noise, sample),
+    "comfy.samplers": (KSampler,),
+    "comfy.sd": (VAE, load_lora_for_models),
+    "comfy.utils": (ProgressBar, load_torch_file),
+    "comfy_extras.nodes_train": (TrainLoraNode, ProgressBar),
     "comfy.model_base": (BaseModel,),
     "comfy.model_patcher": (ModelPatcher,),
     "comfy.quant_ops": (),
-    "folder_paths": (get_filename_list, get_full_path_or_raise, get_output_directory, get_save_image_path),
+    "folder_paths": (
+        get_filename_list,
+        get_folder_paths,
+        get_full_path_or_raise,
+        get_output_directory,
+        get_save_image_path,
+    ),
 }
 
 
 def install() -> list[str]:
     """Make the stand-in importable; returns the names of its modules."""
-    package = types.ModuleType("comfy")
-    package.__path__ = []
-    modules = {"comfy": package}
+    modules = {name: types.ModuleType(name) for name in ("comfy", "comfy_extras")}
+    for package in modules.values():
+        package.__path__ = []
     for name, members in MODULES.items():
         module = modules[name] = types.ModuleType(name)
         for member in members:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +11,11 @@ import pytest
 import torch
 
 import lorasmith as ls
-from lorasmith.core.errors import DataError, LorasmithError, ModelError, OptionError
+from lorasmith.core.errors import DataError, ModelError, OptionError
 
 stand_in = pytest.importorskip("stand_in", reason="the pack is not part of a source distribution")
-import checkout  # noqa: E402 - beside the stand-in
 
 SETTINGS: dict[str, Any] = {"steps": 3, "rank": 2, "targets": "all", "training_dtype": "fp32", "device": "cpu"}
-
-
-@pytest.fixture(scope="module")
-def pack() -> Iterator[Any]:
-    before = set(sys.modules)
-    stand_in.install()
-    yield checkout.pack()
-    for name in set(sys.modules) - before:
-        if name.partition(".")[0] in ("comfy", "folder_paths", "lorasmith_pack"):
-            del sys.modules[name]
-
-
-@pytest.fixture
-def comfy_model(pack: Any) -> Any:
-    return sys.modules["lorasmith_pack.comfy_model"].ComfyModel
 
 
 def state(patcher: Any) -> dict[str, Any]:
@@ -217,54 +200,6 @@ def test_the_identity_covers_patches_and_not_where_they_are(comfy_model: Any) ->
     assert bare != patched == comfy_model(patcher).identity()
 
 
-def test_the_node_trains_is_interrupted_and_resumes(
-    pack: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    nodes = sys.modules["lorasmith_pack.nodes"]
-    node = pack.NODE_CLASS_MAPPINGS["LorasmithTrainLora"]()
-    required = node.INPUT_TYPES()["required"]
-    given = {name: kind[1]["default"] for name, kind in required.items() if "default" in kind[1]}
-    given |= {"steps": 4, "training_dtype": "none", "rank": 2}
-    settings = pack.NODE_CLASS_MAPPINGS["LorasmithLoraSettings"]()
-    further = {name: kind[1].get("default") for name, kind in settings.INPUT_TYPES()["required"].items()}
-    (chosen,) = settings.settings(**{**further, "validation_share": 0.0, "alpha": 2.0})
-    latents, positive = stand_in.data()
-
-    def run(**others: Any) -> Any:
-        with torch.inference_mode():
-            lists = {name: [value] for name, value in {**given, **others}.items()}
-            batch = {"samples": torch.cat(latents)}
-            return node.train([stand_in.patcher()], [batch], [positive], settings=[chosen], **lists)
-
-    lora, losses, steps = run(seed=1)
-    assert (len(losses["loss"]), steps) == (4, 4)
-    assert all(key.startswith("diffusion_model.") for key in lora)
-    assert float(lora["diffusion_model.last.alpha"]) == 2.0
-    on_event = nodes.NodeHost.on_event
-    evaluated = []
-
-    def stopping(self: Any, event: Any) -> None:
-        on_event(self, event)
-        if type(event).__name__ == "StepDone":
-            evaluated.append(event.step)
-            if event.step == 2:
-                stand_in.interrupt_current_processing()
-
-    monkeypatch.setattr(nodes.NodeHost, "on_event", stopping)
-    with caplog.at_level("INFO", "lorasmith"), pytest.raises(stand_in.InterruptProcessingException):
-        run(seed=2)
-    assert "the same inputs again continue the run" in caplog.text
-    assert not stand_in.processing_interrupted()
-    monkeypatch.setattr(nodes.NodeHost, "on_event", on_event)
-    resumed, resumed_losses, _ = run(seed=2)
-    for folder in (tmp_path / "runs").iterdir():
-        folder.rename(tmp_path / folder.name)
-    straight, straight_losses, _ = run(seed=2)
-    assert resumed_losses == straight_losses
-    assert all(torch.equal(resumed[key], straight[key]) for key in straight)
-
-
 def test_an_interrupt_within_a_prediction_lets_the_step_finish(comfy_model: Any) -> None:
     model = comfy_model(stand_in.patcher())
     training = trainer(model, steps=2)
@@ -276,45 +211,6 @@ def test_an_interrupt_within_a_prediction_lets_the_step_finish(comfy_model: Any)
     for step in expected:
         step.update()
     assert training.losses == expected.losses
-
-
-def test_captions_must_be_as_many_as_images(pack: Any) -> None:
-    one_for_each = sys.modules["lorasmith_pack.nodes"].one_for_each
-    assert one_for_each(["a"], 3) == ["a", "a", "a"]
-    with pytest.raises(LorasmithError, match="2 captions for 3 images"):
-        one_for_each(["a", "b"], 3)
-
-
-def sd15_lora() -> dict[str, torch.Tensor]:
-    base = "diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k"
-    return {
-        f"{base}.lora_up.weight": torch.ones(320, 2),
-        f"{base}.lora_down.weight": torch.ones(2, 768),
-        f"{base}.alpha": torch.tensor(2.0),
-    }
-
-
-def test_a_lora_is_saved_for_other_programs(pack: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    node = pack.NODE_CLASS_MAPPINGS["LorasmithSaveLora"]()
-    for number in (1, 2):  # nothing is overwritten
-        shown = node.save(sd15_lora(), "loras/dog", "portable")["ui"]["text"][0]
-        assert shown == f"Saved as loras/dog_{number:05}_.safetensors."
-    lora = ls.Lora.load(tmp_path / "loras" / "dog_00001_.safetensors")
-    assert lora.given is not None
-    assert "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k.lora_up.weight" in lora.given
-    with pytest.raises(LorasmithError, match="Save LoRA Weights"):
-        node.save({"diffusion_model.last.lora_up.weight": torch.ones(4, 2)}, "loras/dog", "portable")
-
-
-def test_a_lora_is_checked_against_a_model(pack: Any) -> None:
-    node = pack.NODE_CLASS_MAPPINGS["LorasmithCheckLora"]()
-    assert "1 layers, compared with sd1" in node.check(sd15_lora())["result"][0]
-    fits = {"diffusion_model.last.lora_up.weight": torch.ones(4, 2)}
-    fits |= {"diffusion_model.last.lora_down.weight": torch.ones(2, 32), "diffusion_model.last.alpha": torch.ones(())}
-    assert "1 layers, compared with Tiny: no findings" in node.check(fits, stand_in.patcher())["result"][0]
-    assert "Tiny" in (text := node.check(sd15_lora(), stand_in.patcher())["result"][0])
-    assert "no findings" not in text
 
 
 @pytest.mark.parametrize(
@@ -331,7 +227,7 @@ def test_none_is_the_dtype_in_which_comfyui_computes(
     patcher = stand_in.patcher(dtype=weights)
     patcher.model.manual_cast_dtype = computing
     given = {"training_dtype": "none", "gradient_checkpointing": False}
-    merged = sys.modules["lorasmith_pack.nodes"]._merged(given, (), comfy_model(patcher))
+    merged = sys.modules["lorasmith_pack.inputs"].merged(given, (), comfy_model(patcher))
     assert merged["training_dtype"] == expected
 
 

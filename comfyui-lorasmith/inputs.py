@@ -1,0 +1,81 @@
+"""What several nodes take: their inputs by the engine's declarations, and settings and samples made of these."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+import torch
+from torch import Tensor
+
+from lorasmith.core.errors import DataError
+from lorasmith.core.printable import count_text
+from lorasmith.data.dataset import Sample
+from lorasmith.nodes.training import settings_of
+from lorasmith.training.config import TrainConfig
+from lorasmith.workflow import Input
+
+from .comfy_model import ComfyModel
+
+CATEGORY = "model/training/Lorasmith"
+SETTINGS_TYPE = "LORASMITH_SETTINGS"
+
+TRAINED = {
+    "model": ("MODEL", {"tooltip": "The model to train on; LoRAs on it are not trained."}),
+    "latents": ("LATENT", {"tooltip": "The images, as a batch or as a list of batches of any sizes."}),
+    "positive": ("CONDITIONING", {"tooltip": "One caption per image, or one for all."}),
+}
+
+
+def widget(declared: Input, **others: Any) -> tuple[Any, dict[str, Any]]:
+    """An input of ours as ComfyUI declares one."""
+    names = ("default", "min", "max", "step", "tooltip", "advanced")
+    found = {name: getattr(declared, name) for name in names}
+    options = {name: value for name, value in found.items() if value is not None and value != "" and value is not False}
+    if declared.type in ("BOOLEAN", "STRING"):
+        options["default"] = declared.default
+    if declared.type == "FLOAT":  # else editors round to whole numbers of `step`
+        options["round"] = False
+        options.setdefault("step", 1e-7 if declared.name == "learning_rate" else 0.01)
+    kind: Any = list(declared.options) if declared.type == "COMBO" and not callable(declared.options) else declared.type
+    return kind, {**options, **others}
+
+
+def config_of(given: Mapping[str, Any], settings: Sequence[Mapping[str, Any]], model: ComfyModel) -> TrainConfig:
+    """The settings of a training node and of LoRA Settings."""
+    return settings_of(merged(given, settings, model), _found)
+
+
+def merged(given: Mapping[str, Any], settings: Sequence[Mapping[str, Any]], model: ComfyModel) -> dict[str, Any]:
+    """The inputs of both nodes as those of one."""
+    merged = {**given, **(settings[0] if settings else {})}
+    if merged["training_dtype"] == "none" and next(model.module.parameters()).dtype != model.dtype:
+        # `none` is the dtype of the weights, which may be too narrow to compute in. fp16 is had in this way alone.
+        merged["training_dtype"] = "fp32" if model.dtype == torch.float32 else "bf16"
+    if merged.get("gradient_checkpointing") and merged.get("activations", "keep") == "keep":
+        merged |= {"gradient_checkpointing": False, "activations": "auto"}
+    return merged
+
+
+def samples_of(
+    model: ComfyModel, latents: Sequence[Mapping[str, Tensor]], positive: Sequence[Sequence[Any]]
+) -> tuple[Sample, ...]:
+    """Samples of nodes' inputs, a caption for each image or one for all."""
+    images = [image[None] for batch in latents for image in batch["samples"]]
+    captions = [entry for one in positive for entry in one]
+    return tuple(model.samples(images, one_for_each(captions, len(images))))
+
+
+def one_for_each(captions: Sequence[Any], count: int) -> list[Any]:
+    if len(captions) not in (1, count):
+        raise DataError(
+            f"positive must have one caption for all images or for each, got {count_text(len(captions), 'caption')} "
+            f"for {count_text(count, 'image')}; leave out what is too much"
+        )
+    return [*captions] * (count // len(captions))
+
+
+def _found(kind: str, name: str) -> Path:
+    return Path(folder_paths.get_full_path_or_raise(kind, name))
