@@ -593,7 +593,11 @@ def others(family: str) -> dict[str, Any]:
         positive=positive[:1],
         negative=positive[:1],
         latent={"samples": torch.zeros_like(latents[0])},
-        **{"steps": 2, "cfg": 2.0, "sampler_name": "euler", "scheduler": "normal", "every": 3},
+        steps=2,
+        cfg=2.0,
+        sampler_name="euler",
+        scheduler="normal",
+        every=3,
     )
     (outputs / "runs").rename(outputs / "plain")
     found = train("LorasmithTrainLora", previews=drawn, **small)
