@@ -17,8 +17,10 @@ from torch import Tensor
 
 from lorasmith.adapters.frozen_layer import weights_digest
 from lorasmith.adapters.patch import patches_applied
+from lorasmith.core.allocator import is_out_of_memory
 from lorasmith.core.errors import DataError, ModelError, OptionError
 from lorasmith.core.placement import reproducible
+from lorasmith.core.printable import first_line
 from lorasmith.core.tensor_digests import digest_of_tensors
 from lorasmith.data.dataset import Sample
 from lorasmith.families.base import Conditioning
@@ -60,6 +62,7 @@ class ComfyModel(Trainable):
         super().__init__(base.diffusion_model, diffusion=diffusion, title=title)
         self.names = replace(self.names, portable="comfy")
         self.facts = replace(self.facts, family_title=title)
+        self._predicts = False  # whether it has
         self.interrupted = False  # whether ComfyUI asked to stop while the network was evaluated
 
     @property
@@ -125,9 +128,19 @@ class ComfyModel(Trainable):
         while True:
             try:
                 with sums_out_of_place():
-                    return self._applied(latents, time, conditioning)
+                    found = self._applied(latents, time, conditioning)
             except management.InterruptProcessingException:  # which was asked for once: the step is finished first
                 self.interrupted = True
+                continue
+            except (RuntimeError, TypeError, ValueError, KeyError) as error:
+                if self._predicts or is_out_of_memory(error):
+                    raise
+                raise DataError(
+                    f"latents and conditionings must be ones of {self.title}, whose network fails on these "
+                    f"({first_line(error)}); make them with this model's VAE and text encoder"
+                ) from error
+            self._predicts = True
+            return found
 
     def _applied(self, latents: Tensor, time: Tensor, conditioning: ComfyConditioning) -> Tensor:
         base, options = self.patcher.model, self.patcher.model_options

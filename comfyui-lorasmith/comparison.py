@@ -16,10 +16,11 @@ import comfy.model_management as management
 import comfy_extras.nodes_train as built_in
 import psutil
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from lorasmith.data.dataset import EncodedDataset, Sample
+from lorasmith.report.contact_sheet import load_font
 from lorasmith.runs.run import Host, run
 from lorasmith.training.events import Event, StepDone
 from lorasmith.training.job import plan_job
@@ -203,7 +204,7 @@ _COLOURS = {True: "#2f7d5b", False: "#8a8f98"}
 
 def picture(found: Mapping[str, Meter | str]) -> Tensor:
     """Bars of both, as IMAGE (1, height, width, 3)."""
-    font, bold = ImageFont.load_default(15), ImageFont.load_default(17)
+    font, bold = load_font(14), load_font(15, bold=True)
     parts = {
         "Seconds a step": ({name: one.step for name, one in found.items() if isinstance(one, Meter)}, "{:.3g} s"),
         "MB beyond the loaded model": (

@@ -53,7 +53,7 @@ def main() -> int:
         checkout.boot(arguments.checkout)
         print(json.dumps(ONE[arguments.one](arguments.families[0])))
         return 0
-    kinds = ["ours", *BUILT_IN] if arguments.measure else ["numbers", "node", "graph", "kinds"]
+    kinds = ["ours", *BUILT_IN] if arguments.measure else ["numbers", "node", "others", "graph", "kinds"]
     wrong = 0
     for family in arguments.families or families.FAMILIES:
         for kind in kinds:
@@ -88,6 +88,7 @@ LIMITS: dict[str, Callable[[Any], bool]] = {
     "went on": lambda value: value is True,
     "refused": lambda value: value.startswith("learning_rate must be") and "\n" not in value,
     "saved": lambda value: value == 1,
+    **dict.fromkeys(("drawn", "validated", "compared"), lambda value: value is True),
 }
 """What must hold, by what is found."""
 
@@ -554,6 +555,81 @@ def node(family: str) -> dict[str, Any]:
     }
 
 
+class _Vae:
+    """Latents' first channels as colours."""
+
+    def decode(self, samples_in: torch.Tensor) -> torch.Tensor:
+        return samples_in[:, :3].movedim(1, -1).sigmoid()
+
+
+def others(family: str) -> dict[str, Any]:
+    """Previews, resuming by name, validating and comparing, as ComfyUI calls the nodes."""
+    pack = checkout.pack()
+    import comfy.model_management as management
+    import folder_paths
+
+    outputs = Path(tempfile.mkdtemp(prefix="lorasmith-proof-"))
+    folder_paths.set_output_directory(str(outputs))
+    model, (latents, positive) = families.model_of(family), families.data_of(family)
+    before = pictures(model, positive)
+    images = [{"samples": torch.cat(latents)}]
+
+    def run(kind: str, **given: Any) -> Any:
+        node = pack.NODE_CLASS_MAPPINGS[kind]()
+        widgets = {name: kind[1] for name, kind in node.INPUT_TYPES()["required"].items() if len(kind) > 1}
+        defaults = {name: options["default"] for name, options in widgets.items() if "default" in options}
+        lists = {name: [value] for name, value in {**defaults, **given}.items()}
+        with torch.inference_mode():
+            return getattr(node, node.FUNCTION)(**lists)
+
+    def train(kind: str, **given: Any) -> Any:
+        return run(kind, model=model, latents=images[0], positive=positive, **given)
+
+    small = {"steps": 6, "training_dtype": "fp32", "lora_dtype": "fp32", "learning_rate": 1e-3}
+    plain, losses, _ = train("LorasmithTrainLora", **small)
+    (drawn,) = run(
+        "LorasmithPreviews",
+        vae=_Vae(),
+        positive=positive[:1],
+        negative=positive[:1],
+        latent={"samples": torch.zeros_like(latents[0])},
+        steps=2,
+        cfg=2.0,
+        sampler_name="euler",
+        scheduler="normal",
+        every=3,
+    )
+    (outputs / "runs").rename(outputs / "plain")
+    found = train("LorasmithTrainLora", previews=drawn, **small)
+    lora, drawn_losses, _ = found["result"]
+    rows = {path.stem: path.read_bytes() for path in outputs.glob("runs/*/samples/*-1.png")}
+    (outputs / "runs").rename(outputs / "drawn")
+    host = sys.modules["lorasmith_pack.nodes"].NodeHost
+    on_event = host.on_event
+
+    def stopping(self: Any, event: Any) -> None:
+        on_event(self, event)
+        if type(event).__name__ == "StepDone" and event.step == 3:
+            management.interrupt_current_processing()
+
+    host.on_event = stopping
+    with contextlib.suppress(management.InterruptProcessingException):
+        train("LorasmithTrainLora", **small)
+    host.on_event = on_event
+    resumed, resumed_losses, _ = train("LorasmithResumeLora", run="lora_00001")
+    valid, bare, _ = train("LorasmithValidateLora", lora=lora, draws=2)["result"]
+    again, same, _ = train("LorasmithValidateLora", lora=lora, draws=2, strength=0.0)["result"]
+    table, picture = train("LorasmithCompareTrainers", steps=5, training_dtype="fp32")["result"]
+    return {
+        "ran with previews": drawn_losses == losses and all(torch.equal(lora[key], plain[key]) for key in plain),
+        "drawn": len({row: rows[row] for row in rows}) == 5 and len(set(rows.values())) == 4,
+        "resumed by name": resumed_losses == losses and all(torch.equal(resumed[key], plain[key]) for key in plain),
+        "validated": valid != bare and again == same == bare,
+        "compared": len(table.splitlines()) == 6 and picture.ndim == 4,
+        "same bits": torch.equal(before, pictures(model, positive)),
+    }
+
+
 _QUERIES = ("qkv.weight", "to_q.weight", ".q.weight", "q_proj.weight", ".wq.weight")
 
 
@@ -734,6 +810,7 @@ def _stopping(at: int) -> Iterator[None]:
 ONE: dict[str, Callable[[str], dict[str, Any]]] = {
     "numbers": numbers,
     "node": node,
+    "others": others,
     "graph": graph,
     "kinds": kinds,
     "ours": ours,

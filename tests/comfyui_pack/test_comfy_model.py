@@ -178,6 +178,14 @@ def test_bad_models_and_conditionings_are_refused(comfy_model: Any) -> None:
             pass
 
 
+def test_a_conditioning_of_another_model_is_refused(comfy_model: Any) -> None:
+    model = comfy_model(stand_in.patcher())
+    latents, positive = stand_in.data()
+    training = trainer(model, model.samples(latents, [[context[..., :7], options] for context, options in positive]))
+    with pytest.raises(DataError, match=r"must be ones of Tiny, whose network fails on these \(.*mat1"), training:
+        next(iter(training)).gradient()
+
+
 def test_conditionings_of_equal_shape_share_a_batch(comfy_model: Any) -> None:
     model = comfy_model(stand_in.patcher())
     latents, positive = stand_in.data(4, tokens=(5, 7))
