@@ -31,7 +31,7 @@ from lorasmith.training.trainable import Trainable, evaluating
 from .conditionings import ComfyConditioning, ConditioningMaker, joined, options_of
 from .gradients import blocks_out_of_place, kernels_with_gradients, sums_out_of_place
 from .layer_weights import casts_on_use, inference_tensors_opened
-from .samplings import RawSampling, diffusion_of, sigma_of
+from .samplings import RawSampling, sampling_of
 
 PREFIX = "diffusion_model"
 
@@ -58,8 +58,8 @@ class ComfyModel(Trainable):
         self.patcher = model.get_non_dynamic_delegate() if is_dynamic() else model
         base = self.patcher.model
         title = base.model_config.__class__.__name__
-        diffusion = diffusion_of(self.patcher.get_model_object("model_sampling"))
-        super().__init__(base.diffusion_model, diffusion=diffusion, title=title)
+        self.sampling = sampling_of(self.patcher.get_model_object("model_sampling"))
+        super().__init__(base.diffusion_model, diffusion=self.sampling.diffusion, title=title)
         self.names = replace(self.names, portable="comfy")
         self.facts = replace(self.facts, family_title=title)
         self._predicts = False  # whether it has
@@ -144,12 +144,11 @@ class ComfyModel(Trainable):
 
     def _applied(self, latents: Tensor, time: Tensor, conditioning: ComfyConditioning) -> Tensor:
         base, options = self.patcher.model, self.patcher.model_options
-        sampling = base.model_sampling
-        sigma = sigma_of(sampling, self.diffusion, time)
+        sigma = self.sampling.sigma(time)
         transformer = {**options.get("transformer_options", {}), "cond_or_uncond": [0], "sigmas": sigma}
         arguments = {**conditioning.arguments(), "transformer_options": transformer}
         # Beside the submodule of that name, which it hides.
-        base.__dict__["model_sampling"] = RawSampling(sampling, time)
+        base.__dict__["model_sampling"] = RawSampling(self.sampling, time)
         try:
             wrapper = options.get("model_function_wrapper")
             if wrapper is None:
@@ -204,7 +203,7 @@ class ComfyModel(Trainable):
                 conds = {
                     key: cond.process_cond(batch_size=1, area=None, device=self.device) for key, cond in conds.items()
                 }
-                found.append(Sample(clean[0], made(conds), name))
+                found.append(Sample(clean[0] / self.sampling.scale, made(conds), name))
         return found
 
 

@@ -53,7 +53,7 @@ def main() -> int:
         checkout.boot(arguments.checkout)
         print(json.dumps(ONE[arguments.one](arguments.families[0])))
         return 0
-    kinds = ["ours", *BUILT_IN] if arguments.measure else ["numbers", "node", "others", "graph", "kinds"]
+    kinds = ["ours", *BUILT_IN] if arguments.measure else ["numbers", "node", "others", "graph", "samplings", "kinds"]
     wrong = 0
     for family in arguments.families or families.FAMILIES:
         for kind in kinds:
@@ -83,6 +83,7 @@ LIMITS: dict[str, Callable[[Any], bool]] = {
     "inputs": lambda value: value is True,
     "interrupted": lambda value: value is True,
     "resumed": lambda value: value is True,
+    "image-to-image refused": lambda value: value is True,
     "known again": lambda value: value is True,
     "ran": lambda value: value is True,
     "went on": lambda value: value is True,
@@ -336,13 +337,17 @@ def our_step(trainer: Any, theirs: Mapping[str, Any], samples: Any) -> tuple[flo
     sample = samples[theirs["indices"][0]]
     clean = sample.latents[None]
     sigmas = theirs["sigmas"].float()
-    if "RFlow" in str(type(model.patcher.model.model_sampling).__mro__):  # Cosmos counts noise per signal
+    if model.diffusion.parameterization != "flow":
+        sigmas = sigmas / model.sampling.scale
+    elif model.sampling.counts_signal:
         sigmas = sigmas / (1 + sigmas)
     level = model.diffusion.schedule.at_sigma(sigmas)
     noise = theirs["noise"].float().reshape(clean.shape)
     batch = Batch(clean, noise, level.noised(clean, noise), level, model.join([sample.conditioning]), (sample.name,))
     losses, _ = trainer.engine.gradient([batch])
-    return float(losses), {key: trainer.gradients[name].flatten(1).clone() for key, name in keys.items()}
+    of_theirs = model.sampling.scale**2  # of whose latents the loss is
+    gradients = {key: of_theirs * trainer.gradients[name].flatten(1) for key, name in keys.items()}
+    return of_theirs * float(losses), gradients
 
 
 def within(theirs: torch.Tensor, ours: torch.Tensor) -> torch.Tensor:
@@ -630,6 +635,73 @@ def others(family: str) -> dict[str, Any]:
     }
 
 
+def samplings(family: str) -> dict[str, Any]:
+    """Loss and gradient beside ComfyUI's node, with samplings that its own nodes and models give a MODEL."""
+    checkout.pack()
+    import comfy.model_base
+    from comfy_extras import nodes_model_advanced as theirs
+    from lorasmith_pack.comfy_model import ComfyModel
+    from lorasmith_pack.gradients import kernels_with_gradients, sums_out_of_place
+
+    import lorasmith
+    from lorasmith.core.errors import OptionError
+
+    base, (latents, positive) = families.model_of(family), families.data_of(family)
+
+    def of_model(kind: str, **settings: Any) -> Any:
+        patched = base.clone()
+        config = type("Config", (), {"sampling_settings": settings})
+        made = comfy.model_base.model_sampling(config, comfy.model_base.ModelType[kind])
+        patched.add_object_patch("model_sampling", made)
+        return patched
+
+    def of_node(name: str, *values: Any, patch: str = "patch", model: Any = base) -> Any:
+        (patched,) = getattr(getattr(theirs, name)(), patch)(model, *values)
+        return patched
+
+    models = {
+        **{kind: of_node("ModelSamplingDiscrete", kind, False) for kind in ("eps", "v_prediction", "lcm", "x0")},
+        "v_prediction, zsnr": of_node("ModelSamplingDiscrete", "v_prediction", True),
+        **{
+            f"{kind}, continuous": of_node("ModelSamplingContinuousEDM", kind, 80.0, 0.002)
+            for kind in ("eps", "v_prediction", "edm", "cosmos_rflow")
+        },
+        "continuous v": of_node("ModelSamplingContinuousV", "v_prediction", 500.0, 0.03),
+        "cascade": of_node("ModelSamplingStableCascade", 2.0),
+        "SD3": of_node("ModelSamplingSD3", 3.0),
+        "AuraFlow": of_node("ModelSamplingAuraFlow", 1.73, patch="patch_aura"),
+        "Flux": of_node("ModelSamplingFlux", 1.15, 0.5, 1024, 768),
+        "LTXV": of_model("FLUX", shift=2.05),
+        "noise scale": of_node("ModelNoiseScale", 7.5, model=of_node("ModelSamplingSD3", 3.0)),
+        "CogVideoX": of_model("V_PREDICTION_DDPM", zsnr=True),
+    }
+    result: dict[str, Any] = {}
+    for name, model in models.items():
+        trained = ComfyModel(model)
+        table = model.get_model_object("model_sampling").sigmas  # between whose sigmas networks have the nearest's time
+        model.get_model_object("model_sampling").percent_to_sigma = _nearest(table)
+        samples = trained.samples(latents, positive)
+        trainer = lorasmith.Trainer(trained, samples, **settings(rank=RANK))
+        with sums_out_of_place(), kernels_with_gradients():
+            right = built_in_step(model, latents, positive, trainer.weights, checkpointing=False)
+        with trainer:
+            loss, gradients = our_step(trainer, right, samples)
+        result[f"loss {name}"] = abs(loss - right["loss"]) / right["loss"]
+        result[f"gradient {name}"] = distance(gradients, right["gradients"])
+    refused = 0
+    for kind in ("img_to_img", "img_to_img_flow"):
+        try:
+            ComfyModel(of_node("ModelSamplingDiscrete", kind, False))
+        except OptionError:
+            refused += 1
+    result["image-to-image refused"] = refused == 2
+    return result
+
+
+def _nearest(sigmas: torch.Tensor) -> Callable[[float], float]:
+    return lambda percent: float(sigmas[int((1 - percent) * len(sigmas))])
+
+
 _QUERIES = ("qkv.weight", "to_q.weight", ".q.weight", "q_proj.weight", ".wq.weight")
 
 
@@ -812,6 +884,7 @@ ONE: dict[str, Callable[[str], dict[str, Any]]] = {
     "node": node,
     "others": others,
     "graph": graph,
+    "samplings": samplings,
     "kinds": kinds,
     "ours": ours,
     **{kind: measured_built_in(kind) for kind in BUILT_IN},

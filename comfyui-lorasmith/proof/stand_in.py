@@ -105,24 +105,71 @@ class LayerNorm(CastWeightBiasOp, nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape, *self._used(x), self.eps)
 
 
+def _by_row(sigma: Tensor, x: Tensor) -> Tensor:
+    return sigma.reshape(-1, *(1,) * (x.ndim - 1))
+
+
 class EPS:
-    pass
+    sigma_data = 1.0
+
+    def calculate_input(self, sigma: Tensor, noise: Tensor) -> Tensor:
+        return noise * self._weights(sigma, noise)[0] / self.sigma_data
+
+    def calculate_denoised(self, sigma: Tensor, model_output: Tensor, model_input: Tensor) -> Tensor:
+        return model_input - _by_row(sigma, model_input) * model_output
+
+    def noise_scaling(self, sigma: Tensor, noise: Tensor, latent_image: Tensor, max_denoise: bool = False) -> Tensor:
+        return latent_image + _by_row(sigma, noise) * noise
+
+    def _weights(self, sigma: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        relative = _by_row(sigma, x) / self.sigma_data
+        return (1 + relative**2).rsqrt(), relative * (1 + relative**2).rsqrt()
 
 
 class V_PREDICTION(EPS):
-    pass
+    sign = -1
+
+    def calculate_denoised(self, sigma: Tensor, model_output: Tensor, model_input: Tensor) -> Tensor:
+        alpha, by = self._weights(sigma, model_input)
+        return alpha**2 * model_input + self.sign * by * self.sigma_data * model_output
 
 
 class EDM(V_PREDICTION):
+    sign = 1
+
+
+class X0(EPS):
+    def calculate_denoised(self, sigma: Tensor, model_output: Tensor, model_input: Tensor) -> Tensor:
+        return model_output
+
+
+class IMG_TO_IMG(X0):
     pass
 
 
 class CONST:
-    pass
+    noise_scale = 1.0
+
+    def calculate_input(self, sigma: Tensor, noise: Tensor) -> Tensor:
+        return noise
+
+    def calculate_denoised(self, sigma: Tensor, model_output: Tensor, model_input: Tensor) -> Tensor:
+        return model_input - _by_row(sigma, model_input) * model_output
+
+    def noise_scaling(self, sigma: Tensor, noise: Tensor, latent_image: Tensor, max_denoise: bool = False) -> Tensor:
+        by = _by_row(sigma, noise)
+        return by * self.noise_scale * noise + (1 - by) * latent_image
 
 
 class COSMOS_RFLOW:
-    pass
+    def calculate_input(self, sigma: Tensor, noise: Tensor) -> Tensor:
+        return noise / (1 + _by_row(sigma, noise))
+
+    def calculate_denoised(self, sigma: Tensor, model_output: Tensor, model_input: Tensor) -> Tensor:
+        by = _by_row(sigma, model_input)
+        return (model_input - by * model_output) / (1 + by)
+
+    noise_scaling = EPS.noise_scaling
 
 
 class ModelSamplingDiscrete(nn.Module):
@@ -135,9 +182,19 @@ class ModelSamplingDiscrete(nn.Module):
         sigmas: Tensor = self.sigmas
         return sigmas[timestep.long()]
 
+    def timestep(self, sigma: Tensor) -> Tensor:
+        sigmas: Tensor = self.sigmas
+        return (sigmas[:, None] - sigma).abs().argmin(0)
+
 
 class ModelSamplingContinuousEDM(nn.Module):
-    pass
+    def __init__(self) -> None:
+        super().__init__()
+        self.sigma_data = 0.5
+        self.register_buffer("sigmas", torch.linspace(-6, 4, 1000).exp())
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        return 0.25 * sigma.log()
 
 
 class ModelSamplingDiscreteFlow(nn.Module):
@@ -146,15 +203,26 @@ class ModelSamplingDiscreteFlow(nn.Module):
         self.shift, self.multiplier, self.noise_scale = 3.0, 1000, 1.0
         self.register_buffer("sigmas", torch.linspace(0.001, 1, 1000))
 
+    def timestep(self, sigma: Tensor) -> Tensor:
+        return sigma * self.multiplier
+
 
 class ModelSamplingFlux(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.shift = 1.15
 
+    def timestep(self, sigma: Tensor) -> Tensor:
+        return sigma
+
 
 class ModelSamplingCosmosRFlow(ModelSamplingContinuousEDM):
-    pass
+    def __init__(self) -> None:
+        super().__init__()
+        self.sigma_data = 1.0
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        return sigma / (1 + sigma)
 
 
 class CONDRegular:
@@ -399,6 +467,8 @@ MODULES: Mapping[str, tuple[Any, ...]] = {
         EPS,
         V_PREDICTION,
         EDM,
+        X0,
+        IMG_TO_IMG,
         CONST,
         COSMOS_RFLOW,
         ModelSamplingDiscrete,

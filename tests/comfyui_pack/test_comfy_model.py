@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 
 import lorasmith as ls
 from lorasmith.core.errors import DataError, ModelError, OptionError
+from lorasmith.diffusion.schedule import PARAMETERIZATIONS, DiscreteSchedule
 
 stand_in = pytest.importorskip("stand_in", reason="the pack is not part of a source distribution")
 
@@ -127,34 +129,78 @@ def test_a_model_loaded_in_inference_mode_trains(comfy_model: Any) -> None:
     assert all(after[name] is before[name] for name in before)
 
 
+class Distilled(stand_in.EPS):
+    """A prediction that is none of ComfyUI's own."""
+
+    def calculate_denoised(self, sigma: Any, model_output: Any, model_input: Any) -> Any:
+        return 0.9 * super().calculate_denoised(sigma, model_output, model_input) + 0.1 * model_input
+
+
+class NoisedOtherwise(stand_in.EPS):
+    def noise_scaling(self, sigma: Any, noise: Any, latent_image: Any, max_denoise: bool = False) -> Any:
+        return latent_image
+
+
 @pytest.mark.parametrize(
     ("prediction", "schedule", "kind"),
     [
         (stand_in.EPS, stand_in.ModelSamplingDiscrete, "epsilon"),
         (stand_in.V_PREDICTION, stand_in.ModelSamplingDiscrete, "v"),
+        (stand_in.X0, stand_in.ModelSamplingDiscrete, "v"),
+        (Distilled, stand_in.ModelSamplingDiscrete, "epsilon"),
+        (stand_in.EDM, stand_in.ModelSamplingContinuousEDM, "v"),
+        (stand_in.V_PREDICTION, stand_in.ModelSamplingContinuousEDM, "v"),
         (stand_in.CONST, stand_in.ModelSamplingDiscreteFlow, "flow"),
         (stand_in.CONST, stand_in.ModelSamplingFlux, "flow"),
         (stand_in.COSMOS_RFLOW, stand_in.ModelSamplingCosmosRFlow, "flow"),
     ],
 )
-def test_samplings_that_are_covered(comfy_model: Any, prediction: type, schedule: type, kind: str) -> None:
-    training = trainer(comfy_model(stand_in.patcher(prediction, schedule)))
-    for step in training:
-        step.update()
-    assert training.model.diffusion.parameterization == kind
+def test_predictions_are_those_of_comfyui_in_each_sampling(
+    comfy_model: Any, prediction: type, schedule: type, kind: str
+) -> None:
+    patcher = stand_in.patcher(prediction, schedule)
+    sampling = patcher.model.model_sampling
+    if schedule is stand_in.ModelSamplingDiscreteFlow:
+        sampling.noise_scale = 8.0
+    model = comfy_model(patcher)
+    training = trainer(model)
+    assert model.diffusion.parameterization == kind
+    with contextlib.closing(iter(training)) as steps:
+        batch = next(steps).batches[0]
+        with torch.no_grad():
+            found = PARAMETERIZATIONS[kind].clean(training.predict(batch), batch.noised, batch.level)
+        sigma = model.sampling.sigma(batch.level.time)
+        state = sampling.noise_scaling(sigma, batch.noise, batch.clean * model.sampling.scale)
+        expected = patcher.model.apply_model(state, sigma, **batch.conditioning.arguments())
+    torch.testing.assert_close(found * model.sampling.scale, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
     ("prediction", "schedule"),
     [
-        (stand_in.EDM, stand_in.ModelSamplingContinuousEDM),
-        (stand_in.V_PREDICTION, stand_in.ModelSamplingContinuousEDM),
-        (type("LCM", (stand_in.EPS,), {"calculate_denoised": lambda self: None}), stand_in.ModelSamplingDiscrete),
+        (stand_in.IMG_TO_IMG, stand_in.ModelSamplingDiscrete),
+        (stand_in.CONST, stand_in.ModelSamplingContinuousEDM),
+        (NoisedOtherwise, stand_in.ModelSamplingDiscrete),
     ],
 )
 def test_other_samplings_are_refused(comfy_model: Any, prediction: type, schedule: type) -> None:
     with pytest.raises(OptionError, match="leave out nodes that change its sampling"):
         comfy_model(stand_in.patcher(prediction, schedule))
+
+
+def test_a_schedule_of_sigmas_agrees_with_the_discrete_one(pack: Any) -> None:
+    discrete = DiscreteSchedule.scaled_linear()
+    same = sys.modules["lorasmith_pack.samplings"].SignalSchedule(discrete.sigmas, 1.0)
+    quantiles = torch.tensor([0.0, 0.3, 0.999])
+    for name in ("alpha", "sigma"):
+        torch.testing.assert_close(getattr(same.at(quantiles), name), getattr(discrete.at(quantiles), name))
+    half = sys.modules["lorasmith_pack.samplings"].SignalSchedule(discrete.sigmas, 0.5)
+    assert torch.equal(half.at(quantiles).time, same.at(quantiles).time)
+    for schedule in (same, half):
+        assert torch.equal(schedule.timestep(schedule.sigma(quantiles)), quantiles)
+        assert schedule.sigma_at(0.0) == math.inf
+        assert schedule.sigma_at(1.0) == 0.0
+        assert schedule.sigma_at(0.5) == pytest.approx(float(schedule.sigmas[500]), rel=0.01)
 
 
 def test_bad_models_and_conditionings_are_refused(comfy_model: Any) -> None:
