@@ -41,6 +41,8 @@ class CastWeight(WeightSource):
         bias: Tensor | None = getattr(layer, "bias", None)
         if bias is None:
             return None
+        if hasattr(layer, _UNPACK):
+            return _unpacked(layer, bias, **self._place)
         bias = comfy.model_management.cast_to(bias, **self._place)
         for function in getattr(layer, "bias_function", ()):
             bias = function(bias)
@@ -56,7 +58,9 @@ class _Cast:
 
     def __enter__(self) -> Packed:
         place = {**self._place, "bias_dtype": self._place["dtype"]}
-        if _MAY_OFFLOAD:
+        if hasattr(self._layer, _UNPACK):
+            weight = _unpacked(self._layer, self._layer.weight, **self._place)  # type: ignore[arg-type]
+        elif _MAY_OFFLOAD:
             self._cast = comfy.ops.cast_bias_weight(self._layer, offloadable=True, **place)
             weight = self._cast[0]
         else:
@@ -69,6 +73,15 @@ class _Cast:
         if self._cast:
             comfy.ops.uncast_bias_weight(self._layer, *self._cast)
             self._cast = ()
+
+
+_UNPACK = "get_weight"
+"""Method of layers of ComfyUI-GGUF, from a packed parameter and a dtype to a tensor with the MODEL's patches."""
+
+
+def _unpacked(layer: Any, parameter: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    found: Tensor = getattr(layer, _UNPACK)(parameter.to(device), dtype)
+    return comfy.model_management.cast_to(found.as_subclass(Tensor), dtype, device)
 
 
 def _same(weight: Tensor, *, dtype: torch.dtype) -> Tensor:
@@ -100,6 +113,7 @@ def casts_on_use(module: nn.Module, device: torch.device, dtype: torch.dtype) ->
     """
     with contextlib.ExitStack() as undo:
         for layer in cast_layers(module):
+            factor = None  # of the input
             if _is_cast(layer, device, dtype):
                 own = layer.__dict__.get("forward")
                 setattr(layer, WEIGHT_SOURCE, CastWeight(layer, device, dtype))
@@ -107,23 +121,27 @@ def casts_on_use(module: nn.Module, device: torch.device, dtype: torch.dtype) ->
                 if own is None:  # what replaces a forward knows about the layer what is unknown here
                     layer.forward = FrozenProduct(FrozenLayer(layer), with_bias=True).__call__
                     undo.callback(layer.__dict__.pop, "forward", None)
-            cast = _InDtype(dtype)
+                    factor = getattr(layer, "pre_quant_scale", None)
+            cast = _InDtype(dtype, factor)
             undo.callback(layer.register_forward_pre_hook(cast.before).remove)
             undo.callback(layer.register_forward_hook(cast.after).remove)
         yield
 
 
 class _InDtype:
-    """Hooks of a layer whose input may have another dtype than its adapter."""
+    """Hooks of a layer whose input may have another dtype than its adapter, or be that of its weight times a factor."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._dtype = dtype
+    def __init__(self, dtype: torch.dtype, factor: Tensor | None) -> None:
+        self._dtype, self._factor = dtype, factor
         self._given: torch.dtype | None = None
 
     def before(self, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         first = args[0] if args else None
         is_other = isinstance(first, Tensor) and first.dtype != self._dtype
         self._given = first.dtype if is_other else None
+        if self._factor is not None:
+            first = first.to(self._dtype) * self._factor.to(first.device, self._dtype)
+            return (first, *args[1:])
         return (first.to(self._dtype), *args[1:]) if is_other else None
 
     def after(self, layer: nn.Module, args: tuple[Any, ...], result: Any) -> Any:

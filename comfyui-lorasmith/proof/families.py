@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -321,6 +322,86 @@ def model_of(name: str, dtype: torch.dtype = torch.float32, **options: Any) -> A
     patcher = comfy.model_patcher.CoreModelPatcher(model, device, comfy.model_management.unet_offload_device())
     patcher.cached_patcher_init = (model_of, (name, dtype))  # how ComfyUI copies it
     return patcher
+
+
+_FORMATS = ("float8_e4m3fn", "float8_e5m2", "nvfp4", "mxfp8", "int8_tensorwise", "convrot_w4a4", "asym_w4a8_int8")
+QUANTIZED: dict[str, dict[str, Any]] = {
+    **{name: {} for name in _FORMATS},
+    "int8_tensorwise, rotated": {"convrot": True, "convrot_groupsize": 256},
+    "nvfp4, smoothed": {},
+}
+"""ComfyUI's formats of quantized layers, with what is said of them in a file; `smoothed` layers scale their inputs."""
+
+GGUF = ("Q8_0", "Q5_1", "Q4_0", "BF16")
+"""Kinds of packed tensors that the package gguf can write."""
+
+
+def quantized_of(name: str, kind: str) -> Any:
+    """A MODEL as ComfyUI makes one of a file with quantized layers; `scaled_fp8` is an older form of file."""
+    import comfy.quant_ops
+    import comfy.utils
+
+    plain = model_of(name).model.diffusion_model
+    tensors = dict(plain.state_dict())
+    if kind == "scaled_fp8":
+        tensors["scaled_fp8"] = torch.empty(2, dtype=torch.float8_e4m3fn)
+    else:
+        conf = {"format": kind.partition(",")[0], **QUANTIZED[kind]}
+        layout = comfy.quant_ops.QUANT_ALGOS[conf["format"]]["comfy_tensor_layout"]
+    for path, layer in plain.named_modules():
+        if not isinstance(layer, torch.nn.Linear) or layer.in_features % (
+            256 if "rot" in kind or "asym" in kind else 64
+        ):
+            continue
+        key, weight = f"{path}.weight", layer.weight.detach()
+        if kind == "scaled_fp8":
+            scale = weight.abs().max() / 448
+            tensors |= {key: (weight / scale).to(torch.float8_e4m3fn), f"{path}.scale_weight": scale}
+            continue
+        if kind.endswith("smoothed"):
+            factor = torch.rand(layer.in_features, generator=torch.Generator().manual_seed(len(path))) + 0.5
+            weight, tensors[f"{path}.pre_quant_scale"] = weight / factor, factor
+        how = {"scale": "recalculate"} if "8E" in layout or "NV" in layout else {}
+        if "rotated" in kind:
+            how |= {"per_channel": True, **QUANTIZED[kind]}
+        packed = comfy.quant_ops.QuantizedTensor.from_float(weight, layout, **how)
+        del tensors[key]
+        tensors |= packed.state_dict(key)
+        tensors[f"{path}.comfy_quant"] = torch.tensor(list(json.dumps(conf).encode()), dtype=torch.uint8)
+    if kind == "scaled_fp8":
+        tensors, _ = comfy.utils.convert_old_quants(tensors)
+    return _of_tensors(name, tensors, quant_config={"mixed_ops": True})
+
+
+def gguf_of(name: str, kind: str, ops: Any) -> Any:
+    """A MODEL as ComfyUI-GGUF makes one of a file of a kind; `ops` is its module of that name."""
+    import gguf
+
+    plain = model_of(name).model.diffusion_model
+    tensors, kinds = {}, gguf.GGMLQuantizationType
+    linear = {f"{path}.weight" for path, layer in plain.named_modules() if isinstance(layer, torch.nn.Linear)}
+    for key, tensor in plain.state_dict().items():
+        of = kinds[kind] if key in linear and tensor.shape[-1] % 256 == 0 else kinds.F32
+        packed = torch.from_numpy(gguf.quants.quantize(tensor.float().numpy(), of))
+        tensors[key] = ops.GGMLTensor(packed, tensor_type=of, tensor_shape=tensor.shape)
+    return _of_tensors(name, tensors, custom_operations=ops.GGMLOps())
+
+
+def _of_tensors(name: str, tensors: dict[str, Any], **settings: Any) -> Any:
+    import comfy.model_management
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    family = FAMILIES[name]
+    config = getattr(comfy.supported_models, family.config)(dict(family.settings))
+    config.set_inference_dtype(torch.float32, torch.float32)
+    for setting, value in settings.items():
+        setattr(config, setting, value)
+    model = config.get_model({}, "", device=torch.device("cpu"))
+    missing, unexpected = model.diffusion_model.load_state_dict(tensors, strict=False)
+    assert not unexpected and not [key for key in missing if not key.endswith("weight")], (missing, unexpected)
+    device = comfy.model_management.get_torch_device()
+    return comfy.model_patcher.CoreModelPatcher(model, device, comfy.model_management.unet_offload_device())
 
 
 def data_of(name: str, *, count: int = 4, side: int = 16) -> tuple[list[torch.Tensor], list[list[Any]]]:

@@ -6,7 +6,8 @@
 Prints for each family the relative distance of loss and gradient from those of ComfyUI's own Train LoRA, keys that its
 loader leaves out, whether the MODEL's pictures are the same bits afterwards, and a training by the node: interrupted,
 resumed, saved. With `--measure` it prints seconds of processor time a step and peak memory of both instead. Exits with
-1 if something does not hold. Needs ComfyUI's requirements and lorasmith in the Python that runs it.
+1 if something does not hold. Needs ComfyUI's requirements and lorasmith in the Python that runs it. If COMFYUI_GGUF is
+the folder of ComfyUI-GGUF, and the package gguf is installed, its layers are among those that are compared.
 
 `gradient` is that of ComfyUI's node with its sums in place and kernels replaced as by the pack, and no checkpointing;
 `gradient as shipped` is without, and with the checkpointing that is its default.
@@ -17,11 +18,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import ctypes
+import functools
 import gc
 import importlib
 import inspect
 import json
 import logging
+import os
 import statistics
 import subprocess
 import sys
@@ -53,7 +57,11 @@ def main() -> int:
         checkout.boot(arguments.checkout)
         print(json.dumps(ONE[arguments.one](arguments.families[0])))
         return 0
-    kinds = ["ours", *BUILT_IN] if arguments.measure else ["numbers", "node", "others", "graph", "samplings", "kinds"]
+    kinds = (
+        ["ours", *BUILT_IN]
+        if arguments.measure
+        else ["numbers", "node", "others", "graph", "samplings", "kinds", "stored"]
+    )
     wrong = 0
     for family in arguments.families or families.FAMILIES:
         for kind in kinds:
@@ -83,6 +91,7 @@ LIMITS: dict[str, Callable[[Any], bool]] = {
     "inputs": lambda value: value is True,
     "interrupted": lambda value: value is True,
     "resumed": lambda value: value is True,
+    "copied": lambda value: value < 0.5,
     "image-to-image refused": lambda value: value is True,
     "known again": lambda value: value is True,
     "ran": lambda value: value is True,
@@ -447,7 +456,7 @@ class Meter:
     def found(self) -> dict[str, Any]:
         steps = [b - a for a, b in zip(self.times[self.warm :], self.times[self.warm + 1 :], strict=False)]
         return {
-            "s/step": statistics.median(steps),
+            **({"s/step": statistics.median(steps)} if steps else {}),
             "MB loaded": round(self.loaded),
             "MB above": round(memory("VmHWM") - self.loaded),
         }
@@ -711,49 +720,109 @@ def kinds(family: str) -> dict[str, Any]:
     import comfy.sd
     from lorasmith_pack.comfy_model import ComfyModel
 
-    import lorasmith
-
-    latents, positive = families.data_of(family)
-
-    def first(model: Any) -> tuple[float, dict[str, torch.Tensor]]:
-        trained = ComfyModel(model)
-        trainer = lorasmith.Trainer(trained, trained.samples(latents, positive), **settings(zero_init="up", alpha=8.0))
-        for name, weight in trainer.weights.items():
-            generator = torch.Generator().manual_seed(len(name))
-            weight.copy_(0.02 * torch.randn(weight.shape, generator=generator))
-        with contextlib.closing(iter(trainer)) as steps:
-            loss = float(next(steps).gradient().mean())
-            return loss, {name: one.flatten(1).clone() for name, one in trainer.gradients.items()}
-
-    def compared(model: Any, weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-        plain = families.model_of(family)
-        plain.model.diffusion_model.load_state_dict({name: one.float() for name, one in weights.items()})
-        before = pictures(model, positive)
-        (loss, found), (expected, right) = first(model), first(plain)
-        return {
-            "loss": abs(loss - expected) / expected,
-            "gradient": distance(found, right),
-            "same bits": torch.equal(before, pictures(model, positive)),
-        }
-
     result: dict[str, Any] = {}
     for dtype in (torch.bfloat16, torch.float16, torch.float8_e4m3fn):
         model = families.model_of(family, dtype)
-        found = compared(model, model.model.diffusion_model.state_dict())
+        found = compared(family, model, model.model.diffusion_model.state_dict())
         result |= {f"{name} {str(dtype).removeprefix('torch.')}": value for name, value in found.items()}
     model = families.model_of(family)
     weights = {name: one.clone() for name, one in model.model.diffusion_model.state_dict().items()}
+    name, up, down, lora = lora_on(weights)
+    patched, _ = comfy.sd.load_lora_for_models(model, None, lora, 0.5, 0.0)
+    bare, with_lora = ComfyModel(model).identity(), ComfyModel(patched).identity()
+    found = compared(family, patched, {**weights, name: weights[name] + 0.5 * up @ down})
+    result |= {f"{name} with a LoRA": value for name, value in found.items()}
+    result["known again"] = bare == ComfyModel(model).identity() != with_lora == ComfyModel(patched).identity()
+    return result
+
+
+def stored(family: str) -> dict[str, Any]:
+    """MODELs with quantized layers, beside a MODEL of the dequantized weights."""
+    checkout.pack()
+    result: dict[str, Any] = {}
+    ways: dict[str, Callable[[], Any]] = {
+        kind: functools.partial(families.quantized_of, family, kind) for kind in (*families.QUANTIZED, "scaled_fp8")
+    }
+    if pack := os.environ.get("COMFYUI_GGUF"):
+        sys.path.insert(0, str(Path(pack).parent))
+        ops = importlib.import_module(f"{Path(pack).name}.ops")
+        ways |= {f"GGUF {kind}": functools.partial(families.gguf_of, family, kind, ops) for kind in families.GGUF}
+    for kind, make in ways.items():
+        with torch.inference_mode():  # as ComfyUI calls its loaders
+            model = make()
+        found = compared(family, model, dequantized(model.model.diffusion_model))
+        result |= {f"{name} {kind}": value for name, value in found.items()}
+    return result
+
+
+def dequantized(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The weights of a network, fp32."""
+    found = {}
+    for path, layer in module.named_modules():
+        for name, one in layer.named_parameters(recurse=False):
+            if name == "pre_quant_scale":
+                continue
+            if hasattr(one, "tensor_type"):
+                one = layer.get_weight(one, torch.float32)
+            found[f"{path}.{name}".lstrip(".")] = (one.dequantize() if hasattr(one, "_qdata") else one).detach().float()
+    return found
+
+
+def lora_on(weights: Mapping[str, torch.Tensor]) -> tuple[str, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """A weight, the factors of a LoRA on it, and the LoRA."""
     name = next(name for name in weights if name.endswith(_QUERIES))
     rows, columns = weights[name].shape
     up, down = torch.ones(rows, 1) * 0.1, torch.ones(1, columns) * 0.1
     key = f"diffusion_model.{name.removesuffix('.weight')}"
     lora = {f"{key}.lora_up.weight": up, f"{key}.lora_down.weight": down, f"{key}.alpha": torch.tensor(1.0)}
-    patched, _ = comfy.sd.load_lora_for_models(model, None, lora, 0.5, 0.0)
-    bare, with_lora = ComfyModel(model).identity(), ComfyModel(patched).identity()
-    found = compared(patched, {**weights, name: weights[name] + 0.5 * up @ down})
-    result |= {f"{name} with a LoRA": value for name, value in found.items()}
-    result["known again"] = bare == ComfyModel(model).identity() != with_lora == ComfyModel(patched).identity()
-    return result
+    return name, up, down, lora
+
+
+def first(family: str, model: Any, positive: Any = None) -> tuple[float, dict[str, torch.Tensor], float]:
+    """Loss and gradients of the first step of a LoRA that is not zero, and its peak MB above the loaded MODEL."""
+    import comfy.model_management
+    from lorasmith_pack.comfy_model import ComfyModel
+
+    import lorasmith
+
+    latents, captions = families.data_of(family)
+    comfy.model_management.load_models_gpu([model])
+    trained, meter = ComfyModel(model), Meter()
+    samples = trained.samples(latents, positive or captions)
+    trainer = lorasmith.Trainer(trained, samples, **settings(zero_init="up", alpha=8.0))
+    for name, weight in trainer.weights.items():
+        generator = torch.Generator().manual_seed(len(name))
+        weight.copy_(0.02 * torch.randn(weight.shape, generator=generator))
+    ctypes.CDLL(None).malloc_trim(0)
+    meter.start()
+    with contextlib.closing(iter(trainer)) as steps:
+        loss = float(next(steps).gradient().mean())
+        gradients = {name: one.flatten(1).clone() for name, one in trainer.gradients.items()}
+    return loss, gradients, meter.found()["MB above"]
+
+
+def compared(family: str, model: Any, weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """The first step, beside that of a MODEL of these weights in fp32."""
+    positive = families.data_of(family)[1]
+    plain = families.model_of(family)
+    plain.model.diffusion_model.load_state_dict({name: one.float() for name, one in weights.items()}, strict=False)
+    for path, layer in model.model.diffusion_model.named_modules():
+        if hasattr(layer, "pre_quant_scale"):
+            factor = layer.pre_quant_scale.detach().clone()
+            plain.model.diffusion_model.get_submodule(path).register_forward_pre_hook(_times(factor))
+    before = pictures(model, positive)
+    (loss, found, above), (expected, right, plain_above) = first(family, model), first(family, plain)
+    size = sum(one.numel() for one in plain.model.diffusion_model.parameters()) * 4 / 2**20
+    return {
+        "loss": abs(loss - expected) / expected,
+        "gradient": distance(found, right),
+        "same bits": torch.equal(before, pictures(model, positive)),
+        "copied": (above - plain_above) / size,
+    }
+
+
+def _times(factor: torch.Tensor) -> Callable[[Any, Any], Any]:
+    return lambda layer, given: (given[0] * factor, *given[1:])
 
 
 def graph(family: str) -> dict[str, Any]:
@@ -886,6 +955,7 @@ ONE: dict[str, Callable[[str], dict[str, Any]]] = {
     "graph": graph,
     "samplings": samplings,
     "kinds": kinds,
+    "stored": stored,
     "ours": ours,
     **{kind: measured_built_in(kind) for kind in BUILT_IN},
 }

@@ -116,6 +116,31 @@ def test_functions_of_weights_are_part_of_the_frozen_model(comfy_model: Any) -> 
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_layers_that_unpack_their_weights_themselves_do(comfy_model: Any) -> None:
+    packed, expected = stand_in.patcher(), stand_in.patcher()
+    layer = packed.model.diffusion_model.last
+    layer.get_weight = lambda tensor, dtype: tensor.to(dtype) * 2
+    layer.comfy_cast_weights = True
+    layer.half()
+    same = expected.model.diffusion_model.last
+    for parameter in (same.weight, same.bias):
+        parameter.data = parameter.data.half().float() * 2
+    ours, theirs = gradients(trainer(comfy_model(packed))), gradients(trainer(comfy_model(expected)))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_inputs_of_smoothed_layers_are_scaled(comfy_model: Any) -> None:
+    smoothed, expected = stand_in.patcher(), stand_in.patcher()
+    layer, same = smoothed.model.diffusion_model.last, expected.model.diffusion_model.last
+    layer.half()
+    layer.pre_quant_scale = torch.rand(stand_in.WIDTH)
+    same.half().float()
+    same.register_forward_pre_hook(lambda _, given: (given[0] * layer.pre_quant_scale,))
+    ours, theirs = gradients(trainer(comfy_model(smoothed))), gradients(trainer(comfy_model(expected)))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert not layer._forward_pre_hooks
+
+
 def test_a_model_loaded_in_inference_mode_trains(comfy_model: Any) -> None:
     with torch.inference_mode():
         patcher = stand_in.patcher()
