@@ -30,7 +30,7 @@ from lorasmith.training.trainable import Trainable, evaluating
 
 from .conditionings import ComfyConditioning, ConditioningMaker, joined, options_of
 from .gradients import blocks_out_of_place, kernels_with_gradients, sums_out_of_place
-from .layer_weights import casts_on_use, inference_tensors_opened
+from .layer_weights import casts_on_use, inference_tensors_opened, norms_resident
 from .samplings import RawSampling, sampling_of
 
 PREFIX = "diffusion_model"
@@ -55,7 +55,7 @@ class ComfyModel(Trainable):
                 "load it with a loader that reads them"
             )
         is_dynamic = getattr(model, "is_dynamic", lambda: False)
-        self.patcher = model.get_non_dynamic_delegate() if is_dynamic() else model
+        self.patcher = _copied(model) if is_dynamic() else model
         base = self.patcher.model
         title = base.model_config.__class__.__name__
         self.sampling = sampling_of(self.patcher.get_model_object("model_sampling"))
@@ -117,6 +117,7 @@ class ComfyModel(Trainable):
             stack.enter_context(evaluating(self.module))
             stack.enter_context(kernels_with_gradients())
             stack.enter_context(blocks_out_of_place(self.module))
+            stack.enter_context(norms_resident(self.module, runtime.device))
             stack.enter_context(casts_on_use(self.module, runtime.device, runtime.dtype))
             # Of a LoRA that is continued, and below what is trained.
             below = [replace(patch, bypass=True) for patch in self.patches]
@@ -205,6 +206,15 @@ class ComfyModel(Trainable):
                 }
                 found.append(Sample(clean[0] / self.sampling.scale, made(conds), name))
         return found
+
+
+def _copied(model: Any) -> Any:
+    """ComfyUI's copy of a MODEL that it loads dynamically, which ends with its user."""
+    kept = model.non_dynamic_delegate_model
+    try:
+        return model.get_non_dynamic_delegate()
+    finally:
+        model.non_dynamic_delegate_model = kept
 
 
 def _patch_tensors(patches: Mapping[str, Sequence[Any]]) -> Iterator[tuple[str, Tensor]]:

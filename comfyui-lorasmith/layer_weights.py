@@ -128,6 +128,23 @@ def casts_on_use(module: nn.Module, device: torch.device, dtype: torch.dtype) ->
         yield
 
 
+@contextlib.contextmanager
+def norms_resident(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Inside the context, weights of norms and the like are on `device`, where ComfyUI has left them in host memory.
+
+    Their gradients need the weights of the forward pass, and ComfyUI casts into buffers that the next cast overwrites.
+    """
+    with contextlib.ExitStack() as undo:
+        for layer in module.modules():
+            if not hasattr(layer, "comfy_cast_weights") or is_targetable(layer) or isinstance(layer, nn.Embedding):
+                continue
+            for name, tensor in list(layer._parameters.items()):
+                if tensor is not None and tensor.device != device:
+                    layer._parameters[name] = nn.Parameter(tensor.to(device), requires_grad=False)
+                    undo.callback(layer._parameters.__setitem__, name, tensor)
+        yield
+
+
 class _InDtype:
     """Hooks of a layer whose input may have another dtype than its adapter, or be that of its weight times a factor."""
 

@@ -373,10 +373,11 @@ def quantized_of(name: str, kind: str) -> Any:
     return _of_tensors(name, tensors, quant_config={"mixed_ops": True})
 
 
-def gguf_of(name: str, kind: str, ops: Any) -> Any:
-    """A MODEL as ComfyUI-GGUF makes one of a file of a kind; `ops` is its module of that name."""
+def gguf_of(name: str, kind: str, theirs: Any) -> Any:
+    """A MODEL as ComfyUI-GGUF, the package `theirs`, makes one of a file of a kind."""
     import gguf
 
+    ops = theirs.ops
     plain = model_of(name).model.diffusion_model
     tensors, kinds = {}, gguf.GGMLQuantizationType
     linear = {f"{path}.weight" for path, layer in plain.named_modules() if isinstance(layer, torch.nn.Linear)}
@@ -384,7 +385,7 @@ def gguf_of(name: str, kind: str, ops: Any) -> Any:
         of = kinds[kind] if key in linear and tensor.shape[-1] % 256 == 0 else kinds.F32
         packed = torch.from_numpy(gguf.quants.quantize(tensor.float().numpy(), of))
         tensors[key] = ops.GGMLTensor(packed, tensor_type=of, tensor_shape=tensor.shape)
-    return _of_tensors(name, tensors, custom_operations=ops.GGMLOps())
+    return theirs.nodes.GGUFModelPatcher.clone(_of_tensors(name, tensors, custom_operations=ops.GGMLOps()))
 
 
 def _of_tensors(name: str, tensors: dict[str, Any], **settings: Any) -> Any:

@@ -57,11 +57,7 @@ def main() -> int:
         checkout.boot(arguments.checkout)
         print(json.dumps(ONE[arguments.one](arguments.families[0])))
         return 0
-    kinds = (
-        ["ours", *BUILT_IN]
-        if arguments.measure
-        else ["numbers", "node", "others", "graph", "samplings", "kinds", "stored"]
-    )
+    kinds = ["ours", *BUILT_IN] if arguments.measure else list(PROOFS)
     wrong = 0
     for family in arguments.families or families.FAMILIES:
         for kind in kinds:
@@ -91,6 +87,8 @@ LIMITS: dict[str, Callable[[Any], bool]] = {
     "inputs": lambda value: value is True,
     "interrupted": lambda value: value is True,
     "resumed": lambda value: value is True,
+    "apart": lambda value: value is True,
+    "released": lambda value: value is True,
     "copied": lambda value: value < 0.5,
     "image-to-image refused": lambda value: value is True,
     "known again": lambda value: value is True,
@@ -717,7 +715,6 @@ _QUERIES = ("qkv.weight", "to_q.weight", ".q.weight", "q_proj.weight", ".wq.weig
 def kinds(family: str) -> dict[str, Any]:
     """MODELs in narrower dtypes and with a LoRA, beside a MODEL of the same weights in fp32."""
     checkout.pack()
-    import comfy.sd
     from lorasmith_pack.comfy_model import ComfyModel
 
     result: dict[str, Any] = {}
@@ -727,12 +724,11 @@ def kinds(family: str) -> dict[str, Any]:
         result |= {f"{name} {str(dtype).removeprefix('torch.')}": value for name, value in found.items()}
     model = families.model_of(family)
     weights = {name: one.clone() for name, one in model.model.diffusion_model.state_dict().items()}
-    name, up, down, lora = lora_on(weights)
-    patched, _ = comfy.sd.load_lora_for_models(model, None, lora, 0.5, 0.0)
-    bare, with_lora = ComfyModel(model).identity(), ComfyModel(patched).identity()
-    found = compared(family, patched, {**weights, name: weights[name] + 0.5 * up @ down})
+    patched, merged = with_lora(model, weights)
+    bare, changed = ComfyModel(model).identity(), ComfyModel(patched).identity()
+    found = compared(family, patched, merged)
     result |= {f"{name} with a LoRA": value for name, value in found.items()}
-    result["known again"] = bare == ComfyModel(model).identity() != with_lora == ComfyModel(patched).identity()
+    result["known again"] = bare == ComfyModel(model).identity() != changed == ComfyModel(patched).identity()
     return result
 
 
@@ -745,13 +741,66 @@ def stored(family: str) -> dict[str, Any]:
     }
     if pack := os.environ.get("COMFYUI_GGUF"):
         sys.path.insert(0, str(Path(pack).parent))
-        ops = importlib.import_module(f"{Path(pack).name}.ops")
-        ways |= {f"GGUF {kind}": functools.partial(families.gguf_of, family, kind, ops) for kind in families.GGUF}
+        theirs = importlib.import_module(Path(pack).name)
+        ways |= {f"GGUF {kind}": functools.partial(families.gguf_of, family, kind, theirs) for kind in families.GGUF}
+        ways["GGUF with a LoRA"] = ways["GGUF Q8_0"]
     for kind, make in ways.items():
         with torch.inference_mode():  # as ComfyUI calls its loaders
             model = make()
-        found = compared(family, model, dequantized(model.model.diffusion_model))
+        weights = dequantized(model.model.diffusion_model)
+        if "LoRA" in kind:
+            model, weights = with_lora(model, weights)
+        found = compared(family, model, weights)
         result |= {f"{name} {kind}": value for name, value in found.items()}
+    return result
+
+
+def memory_modes(family: str) -> dict[str, Any]:
+    """MODELs with a LoRA, with all or half of the weights kept apart from the device, and one loaded dynamically."""
+    checkout.pack()
+    import comfy.model_management as management
+    import comfy.model_patcher
+    from lorasmith_pack.comfy_model import ComfyModel
+
+    load = management.LoadedModel.model_load
+    result: dict[str, Any] = {}
+    for mode, share in {"--novram": 0.0, "--lowvram": 0.5, "--novram, quantized": 0.0}.items():
+        with torch.inference_mode():
+            make = functools.partial(families.quantized_of, kind="float8_e4m3fn")
+            model = make(family) if "quantized" in mode else families.model_of(family)
+        patched, merged = with_lora(model, dequantized(model.model.diffusion_model))
+        limit = share * model.model_size()
+
+        def partial(self: Any, memory: float = 0, limit: float = limit, only: Any = model.model, **others: Any) -> Any:
+            more = max(0.1, limit - self.model.loaded_size())
+            return load(self, more if self.model.model is only else memory, **others)
+
+        management.LoadedModel.model_load = partial
+        try:
+            found = compared(family, patched, merged)
+            trained = ComfyModel(patched)
+            with trained.loaded(torch.float32):
+                layers = [one for one in trained.module.modules() if hasattr(one, "prev_comfy_cast_weights")]
+            functions = sum(len(one.weight_function) for one in layers)
+        finally:
+            management.LoadedModel.model_load = load
+        found["apart"] = bool(layers) and (functions == 1 or share > 0)
+        result |= {f"{name} {mode}": value for name, value in found.items()}
+    dynamic = getattr(comfy.model_patcher, "ModelPatcherDynamic", None)
+    if dynamic is not None:
+        model = families.model_of(family)
+        weights = {name: one.clone() for name, one in model.model.diffusion_model.state_dict().items()}
+        patched, merged = with_lora(model, weights)
+        methods = {"is_dynamic": lambda self: True, "get_non_dynamic_delegate": dynamic.get_non_dynamic_delegate}
+        patched.__class__ = type("Dynamic", (type(patched),), methods)
+        patched.non_dynamic_delegate_model = None
+        plain = families.model_of(family)
+        plain.model.diffusion_model.load_state_dict(merged)
+        (loss, found, _), (expected, right, _) = first(family, patched, loaded=False), first(family, plain)
+        after = model.model.diffusion_model.state_dict()
+        result["loss dynamic"], result["gradient dynamic"] = abs(loss - expected) / expected, distance(found, right)
+        result["same bits dynamic"] = all(torch.equal(after[name], one) for name, one in weights.items())
+        result["released dynamic"] = patched.non_dynamic_delegate_model is None
     return result
 
 
@@ -768,27 +817,30 @@ def dequantized(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
-def lora_on(weights: Mapping[str, torch.Tensor]) -> tuple[str, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """A weight, the factors of a LoRA on it, and the LoRA."""
+def with_lora(model: Any, weights: Mapping[str, torch.Tensor]) -> tuple[Any, dict[str, torch.Tensor]]:
+    """A MODEL with a LoRA on it, and its weights, which were `weights`, with that LoRA."""
+    import comfy.sd
+
     name = next(name for name in weights if name.endswith(_QUERIES))
     rows, columns = weights[name].shape
     up, down = torch.ones(rows, 1) * 0.1, torch.ones(1, columns) * 0.1
     key = f"diffusion_model.{name.removesuffix('.weight')}"
     lora = {f"{key}.lora_up.weight": up, f"{key}.lora_down.weight": down, f"{key}.alpha": torch.tensor(1.0)}
-    return name, up, down, lora
+    patched, _ = comfy.sd.load_lora_for_models(model, None, lora, 0.5, 0.0)
+    return patched, {**weights, name: weights[name] + 0.5 * up @ down}
 
 
-def first(family: str, model: Any, positive: Any = None) -> tuple[float, dict[str, torch.Tensor], float]:
+def first(family: str, model: Any, *, loaded: bool = True) -> tuple[float, dict[str, torch.Tensor], float]:
     """Loss and gradients of the first step of a LoRA that is not zero, and its peak MB above the loaded MODEL."""
     import comfy.model_management
     from lorasmith_pack.comfy_model import ComfyModel
 
     import lorasmith
 
-    latents, captions = families.data_of(family)
-    comfy.model_management.load_models_gpu([model])
+    if loaded:
+        comfy.model_management.load_models_gpu([model])
     trained, meter = ComfyModel(model), Meter()
-    samples = trained.samples(latents, positive or captions)
+    samples = trained.samples(*families.data_of(family))
     trainer = lorasmith.Trainer(trained, samples, **settings(zero_init="up", alpha=8.0))
     for name, weight in trainer.weights.items():
         generator = torch.Generator().manual_seed(len(name))
@@ -817,7 +869,7 @@ def compared(family: str, model: Any, weights: Mapping[str, torch.Tensor]) -> di
         "loss": abs(loss - expected) / expected,
         "gradient": distance(found, right),
         "same bits": torch.equal(before, pictures(model, positive)),
-        "copied": (above - plain_above) / size,
+        **({"copied": (above - plain_above) / size} if size > 50 else {}),  # of smaller ones chance decides
     }
 
 
@@ -948,7 +1000,7 @@ def _stopping(at: int) -> Iterator[None]:
         module.NodeHost.on_event = on_event
 
 
-ONE: dict[str, Callable[[str], dict[str, Any]]] = {
+PROOFS: dict[str, Callable[[str], dict[str, Any]]] = {
     "numbers": numbers,
     "node": node,
     "others": others,
@@ -956,9 +1008,9 @@ ONE: dict[str, Callable[[str], dict[str, Any]]] = {
     "samplings": samplings,
     "kinds": kinds,
     "stored": stored,
-    "ours": ours,
-    **{kind: measured_built_in(kind) for kind in BUILT_IN},
+    "memory": memory_modes,
 }
+ONE = {**PROOFS, "ours": ours, **{kind: measured_built_in(kind) for kind in BUILT_IN}}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -129,6 +129,36 @@ def test_layers_that_unpack_their_weights_themselves_do(comfy_model: Any) -> Non
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_norms_are_on_the_device_while_training(pack: Any) -> None:
+    network = stand_in.patcher().model.diffusion_model
+    before = dict(network.named_parameters())
+    with sys.modules["lorasmith_pack.layer_weights"].norms_resident(network, torch.device("meta")):
+        moved = {name.split(".")[-2] for name, one in network.named_parameters() if one.is_meta}
+    assert moved == {"norm"}
+    after = dict(network.named_parameters())
+    assert all(after[name] is before[name] for name in before)
+
+
+def test_a_dynamic_model_is_trained_as_its_copy_which_is_released(comfy_model: Any) -> None:
+    class Dynamic(stand_in.ModelPatcher):
+        non_dynamic_delegate_model: Any = None
+
+        def is_dynamic(self) -> bool:
+            return True
+
+        def get_non_dynamic_delegate(self) -> Any:
+            self.non_dynamic_delegate_model = stand_in.patcher()
+            return self.non_dynamic_delegate_model
+
+    patcher = stand_in.patcher()
+    patcher.__class__ = Dynamic
+    model = comfy_model(patcher)
+    assert model.module is not patcher.model.diffusion_model
+    assert patcher.non_dynamic_delegate_model is None
+    expected = gradients(trainer(comfy_model(stand_in.patcher())))
+    assert all(torch.equal(gradient, expected[name]) for name, gradient in gradients(trainer(model)).items())
+
+
 def test_inputs_of_smoothed_layers_are_scaled(comfy_model: Any) -> None:
     smoothed, expected = stand_in.patcher(), stand_in.patcher()
     layer, same = smoothed.model.diffusion_model.last, expected.model.diffusion_model.last
