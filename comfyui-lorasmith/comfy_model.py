@@ -29,6 +29,7 @@ from lorasmith.training.runtime import Runtime
 from lorasmith.training.trainable import Trainable, evaluating
 
 from .conditionings import ComfyConditioning, ConditioningMaker, joined, options_of
+from .controls import Control
 from .gradients import blocks_out_of_place, kernels_with_gradients, sums_out_of_place
 from .layer_weights import casts_on_use, inference_tensors_opened, norms_resident
 from .samplings import RawSampling, sampling_of
@@ -63,6 +64,7 @@ class ComfyModel(Trainable):
         self.names = replace(self.names, portable="comfy")
         self.facts = replace(self.facts, family_title=title)
         self._predicts = False  # whether it has
+        self._controls: list[Control] = []  # of its samples
         self.interrupted = False  # whether ComfyUI asked to stop while the network was evaluated
 
     @property
@@ -88,7 +90,8 @@ class ComfyModel(Trainable):
         before = management.in_training
         with torch.inference_mode(False):
             # What does not fit stays in host memory, as in sampling; with `offloading` all of it does.
-            management.load_models_gpu([patcher], memory_required=1e20 if offloading else 0)
+            others = [model for control in self._controls for model in control.models]
+            management.load_models_gpu([patcher, *others], memory_required=1e20 if offloading else 0)
             try:
                 management.in_training = True
                 patcher.pre_run()
@@ -148,6 +151,8 @@ class ComfyModel(Trainable):
         sigma = self.sampling.sigma(time)
         transformer = {**options.get("transformer_options", {}), "cond_or_uncond": [0], "sigmas": sigma}
         arguments = {**conditioning.arguments(), "transformer_options": transformer}
+        if (control := arguments.pop("control", None)) is not None:
+            arguments["control"] = control.at(base, self.sampling.state(latents.float(), sigma), sigma, arguments)
         # Beside the submodule of that name, which it hides.
         base.__dict__["model_sampling"] = RawSampling(self.sampling, time)
         try:
@@ -183,10 +188,13 @@ class ComfyModel(Trainable):
         Raises DataError for latents or conditionings that do not fit the MODEL.
         """
         made, base = ConditioningMaker(), self.patcher.model
+        names = [f"image {number}" for number in range(1, len(positive) + 1)]
+        given = [options_of(caption, name) for caption, name in zip(positive, names, strict=True)]
+        controls = [Control(options["control"]) if options.get("control") else None for options in given]
+        self._controls += filter(None, controls)
         found = []
         with self.loaded(self.dtype), torch.no_grad():
-            for number, (image, caption) in enumerate(zip(latents, positive, strict=True), start=1):
-                name = f"image {number}"
+            for image, options, control, name in zip(latents, given, controls, names, strict=True):
                 image = comfy.sample.fix_empty_latent_channels(self.patcher, image.detach().clone())
                 channels = base.latent_format.latent_channels
                 if image.shape[1] != channels:
@@ -195,7 +203,6 @@ class ComfyModel(Trainable):
                         "encode the pictures with the VAE of this model"
                     )
                 clean = base.process_latent_in(image.float())
-                options = options_of(caption, name)
                 options |= {"device": self.device, "noise": clean.to(self.device), "prompt_type": "positive"}
                 options |= {"latent_image": options["noise"], "denoise_mask": None, "seed": 0}
                 options.setdefault("width", clean.shape[-1] * 8)
@@ -204,7 +211,9 @@ class ComfyModel(Trainable):
                 conds = {
                     key: cond.process_cond(batch_size=1, area=None, device=self.device) for key, cond in conds.items()
                 }
-                found.append(Sample(clean[0] / self.sampling.scale, made(conds), name))
+                if control is not None:
+                    control.prepare(base, options["noise"], {key: cond.cond for key, cond in conds.items()})
+                found.append(Sample(clean[0] / self.sampling.scale, made(conds, control), name))
         return found
 
 

@@ -79,6 +79,14 @@ class Sampling:
         sigma: Tensor = self.original.sigma(time)
         return sigma
 
+    def state(self, noised: Tensor, sigma: Tensor) -> Tensor:
+        """A sampler's state at its sigma (batch,) for noised latents of `diffusion`."""
+        if self.counts_signal:
+            return noised * per_sample(1 + sigma, noised)
+        if isinstance(self.diffusion.schedule, FlowSchedule):
+            return noised * self.scale
+        return noised * per_sample((self.scale**2 + sigma**2).sqrt(), noised)
+
     def network_time(self, time: Tensor) -> Tensor:
         """What the network gets as its time, (batch,)."""
         is_sigma = isinstance(self.diffusion.schedule, SignalSchedule)
@@ -203,8 +211,7 @@ class RawSampling:
         one = self._sampling
         if one.factors is not None:
             return one.factors[0] * noise
-        _, state = self._state(sigma, noise)
-        found: Tensor = one.original.calculate_input(sigma, state)
+        found: Tensor = one.original.calculate_input(sigma, one.state(noise.float(), sigma))
         return found
 
     def timestep(self, sigma: Tensor) -> Tensor:
@@ -214,17 +221,9 @@ class RawSampling:
         one = self._sampling
         if one.factors is not None:
             return one.factors[1] * model_output
-        level, state = self._state(sigma, model_input)
-        clean = one.original.calculate_denoised(sigma, model_output, state) / one.scale
-        alpha, by = (per_sample(weight, clean) for weight in (level.alpha, level.sigma))
-        kind = PARAMETERIZATIONS[one.diffusion.parameterization]
-        return kind.target(clean, (model_input - alpha * clean) / by, level)
-
-    def _state(self, sigma: Tensor, noised: Tensor) -> tuple[NoiseLevel, Tensor]:
-        """The level, and a sampler's `x0 + sigma · noise` for noised latents."""
-        relative = sigma.float() / self._sampling.scale
+        noised, relative = model_input.float(), sigma / one.scale
+        clean = one.original.calculate_denoised(sigma, model_output, one.state(noised, sigma)) / one.scale
         alpha = (1 + relative**2).rsqrt()
-        noised = noised.float()
-        return NoiseLevel(alpha, relative * alpha, self._time), noised * self._sampling.scale / per_sample(
-            alpha, noised
-        )
+        noise = (noised - per_sample(alpha, clean) * clean) / per_sample(relative * alpha, clean)
+        kind = PARAMETERIZATIONS[one.diffusion.parameterization]
+        return kind.target(clean, noise, NoiseLevel(alpha, relative * alpha, self._time))

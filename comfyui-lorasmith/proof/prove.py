@@ -87,6 +87,7 @@ LIMITS: dict[str, Callable[[Any], bool]] = {
     "inputs": lambda value: value is True,
     "interrupted": lambda value: value is True,
     "resumed": lambda value: value is True,
+    "heard": lambda value: value is True,
     "apart": lambda value: value is True,
     "released": lambda value: value is True,
     "copied": lambda value: value < 0.5,
@@ -374,13 +375,14 @@ def distance(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor
     return float((wrong / sum(float(a.square().sum()) for a, _ in both)) ** 0.5)
 
 
-def predicted(trainer: Any) -> torch.Tensor:
+def predicted(trainer: Any, conditioning: Any = None) -> torch.Tensor:
     """The prediction for fixed inputs, with what is trained attached."""
     model, sample = trainer.model, trainer._data.samples[0]
     level = model.diffusion.schedule.at(torch.tensor([0.5]))
     noise = torch.randn(sample.latents[None].shape, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        found: torch.Tensor = model.predict(noise, level.time, model.join([sample.conditioning]))
+        joined = model.join([conditioning or sample.conditioning])
+        found: torch.Tensor = model.predict(noise, level.time, joined)
     return found
 
 
@@ -420,13 +422,13 @@ def with_their_loader(model: Any, lora: Any, trained: Any, trainer: Any) -> tupl
     return count.left_out, found
 
 
-def pictures(model: Any, positive: Any) -> torch.Tensor:
+def pictures(model: Any, positive: Any, frames: int = 1) -> torch.Tensor:
     """What ComfyUI's sampler makes of fixed noise."""
     import comfy.sample
 
     channels = model.model.latent_format.latent_channels
     is_video = model.model.latent_format.latent_dimensions == 3
-    shape = (1, channels, *([1] if is_video else []), 16, 16)
+    shape = (1, channels, *([frames] if is_video else []), 16, 16)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(3))
     with torch.inference_mode():
         entry = [[positive[0][0].clone(), dict(positive[0][1])]]
@@ -702,6 +704,44 @@ def samplings(family: str) -> dict[str, Any]:
         except OptionError:
             refused += 1
     result["image-to-image refused"] = refused == 2
+    return result
+
+
+def conditionings(family: str) -> dict[str, Any]:
+    """Loss and gradient beside ComfyUI's node, with conditionings that are more than a caption."""
+    checkout.pack()
+    import comfy_extras.nodes_train as theirs
+    from lorasmith_pack.comfy_model import ComfyModel
+    from lorasmith_pack.gradients import kernels_with_gradients, sums_out_of_place
+
+    import lorasmith
+
+    walk = theirs.process_cond_list
+    # Which fails on the tensors of a list
+    theirs.process_cond_list = lambda d, prefix="": d if isinstance(d, torch.Tensor) else walk(d, prefix)
+    result: dict[str, Any] = {}
+    frames = families.FAMILIES[family].frames or 1
+    for kind in families.CONDITIONED.get(family, ()):
+        model = families.model_of(family, conditioned=kind)
+        latents, positive = families.data_of(family, conditioned=kind)
+        before = pictures(model, positive, frames)
+        trained = ComfyModel(model)
+        samples = trained.samples(latents, positive)
+        trainer = lorasmith.Trainer(trained, samples, **settings(rank=RANK))
+        with sums_out_of_place(), kernels_with_gradients():
+            right = built_in_step(model, latents, positive, trainer.weights, checkpointing=False)
+        with trainer:
+            loss, gradients = our_step(trainer, right, samples)
+        found = {
+            "loss": abs(loss - right["loss"]) / right["loss"],
+            "gradient": distance(gradients, right["gradients"]),
+            "same bits": torch.equal(before, pictures(model, positive, frames)),
+        }
+        (other,) = trained.samples(latents[:1], [[positive[0][0], positive[1][1]]])
+        with trainer:
+            one, two = (predicted(trainer, conditioning=each.conditioning) for each in (samples[0], other))
+        found["heard"] = float((one - two).norm() / one.norm()) > 1e-4
+        result |= {f"{name} {kind}": value for name, value in found.items()}
     return result
 
 
@@ -1009,6 +1049,7 @@ PROOFS: dict[str, Callable[[str], dict[str, Any]]] = {
     "kinds": kinds,
     "stored": stored,
     "memory": memory_modes,
+    "conditionings": conditionings,
 }
 ONE = {**PROOFS, "ours": ours, **{kind: measured_built_in(kind) for kind in BUILT_IN}}
 

@@ -212,6 +212,9 @@ class ModelSamplingFlux(nn.Module):
         super().__init__()
         self.shift = 1.15
 
+    def percent_to_sigma(self, percent: float) -> float:
+        return 1 - percent
+
     def timestep(self, sigma: Tensor) -> Tensor:
         return sigma
 
@@ -272,13 +275,54 @@ class Network(nn.Module):
         self.blocks = nn.ModuleList(Block() for _ in range(2))
         self.last = Linear(WIDTH, CHANNELS)
 
-    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor, kind: int = 0, **others: Any) -> Tensor:
+    def forward(
+        self, x: Tensor, timesteps: Tensor, context: Tensor, kind: int = 0, control: Any = None, **others: Any
+    ) -> Tensor:
+        if control is not None:
+            x = x + control["input"][0]
         rows = self.patches(x).flatten(2).transpose(1, 2) + self.time(timesteps[:, None, None].to(x.dtype) / 1000)
         rows = torch.cat((self.text(context) + kind, rows), 1)
         for block in self.blocks:
             rows = block(rows)
         found = self.last(rows[:, context.shape[1] :])
         return found.transpose(1, 2).reshape(x.shape)
+
+
+class ControlNet:
+    """One whose network adds its hint to the state that it sees."""
+
+    def __init__(self, hint: Tensor, strength: float, percents: tuple[float, float], previous: Any = None) -> None:
+        self.cond_hint_original, self.strength, self.timestep_percent_range = hint, strength, percents
+        self.previous_controlnet, self.cond_hint, self.timestep_range = previous, None, None
+        self.control_model_wrapped = ModelPatcher(BaseModel(Tiny()), torch.device("cpu"))
+
+    def pre_run(self, model: Any, percent_to_timestep_function: Any) -> None:
+        start, end = self.timestep_percent_range
+        self.timestep_range = (percent_to_timestep_function(start), percent_to_timestep_function(end))
+        if self.previous_controlnet is not None:
+            self.previous_controlnet.pre_run(model, percent_to_timestep_function)
+
+    def get_control(self, x_noisy: Tensor, t: Tensor, cond: Any, batched_number: int, transformer_options: Any) -> Any:
+        before = None
+        if self.previous_controlnet is not None:
+            before = self.previous_controlnet.get_control(x_noisy, t, cond, batched_number, transformer_options)
+        if self.timestep_range and not self.timestep_range[1] <= t[0] <= self.timestep_range[0]:
+            return before
+        if self.cond_hint is None:
+            self.cond_hint = F.interpolate(self.cond_hint_original, x_noisy.shape[-2:])
+        found = self.strength * (x_noisy + self.cond_hint)
+        return {"input": [found if before is None else found + before["input"][0]]}
+
+    def cleanup(self) -> None:
+        self.cond_hint = self.timestep_range = None
+        if self.previous_controlnet is not None:
+            self.previous_controlnet.cleanup()
+
+    def get_models(self) -> list[Any]:
+        return [self.control_model_wrapped]
+
+    def get_extra_hooks(self) -> list[Any]:
+        return []
 
 
 class Tiny:
@@ -485,6 +529,7 @@ MODULES: Mapping[str, tuple[Any, ...]] = {
     "comfy_extras.nodes_train": (TrainLoraNode, ProgressBar),
     "comfy.model_base": (BaseModel,),
     "comfy.model_patcher": (ModelPatcher,),
+    "comfy.controlnet": (ControlNet,),
     "comfy.quant_ops": (),
     "folder_paths": (
         get_filename_list,

@@ -266,8 +266,12 @@ def test_bad_models_and_conditionings_are_refused(comfy_model: Any) -> None:
     with pytest.raises(ModelError, match="meta"):
         comfy_model(meta)
     model = comfy_model(stand_in.patcher())
-    with pytest.raises(DataError, match="ControlNet"):
-        model.samples(*stand_in.data(control=object()))
+    with pytest.raises(DataError, match="an area and a mask"):
+        model.samples(*stand_in.data(area=(1, 1, 0, 0), mask=torch.ones(1, 4, 4)))
+    control = stand_in.ControlNet(torch.ones(1, stand_in.CHANNELS, 8, 8), 1.0, (0.0, 1.0))
+    control.get_extra_hooks = lambda: ["a hook"]
+    with pytest.raises(DataError, match="a ControlNet with hooks"):
+        model.samples(*stand_in.data(control=control))
     latents, positive = stand_in.data()
     with pytest.raises(DataError, match="4 channels, got 3"):
         model.samples([one[:, :3] for one in latents], positive)
@@ -295,6 +299,47 @@ def test_conditionings_of_equal_shape_share_a_batch(comfy_model: Any) -> None:
     training = trainer(model, samples, batch_size=4, steps=1)
     for step in training:
         assert sorted(len(batch.names) for batch in step.batches) == [1, 1, 2]
+        step.update()
+
+
+def test_controls_are_evaluated_for_each_image_at_its_noise(comfy_model: Any) -> None:
+    model = comfy_model(stand_in.patcher())
+    latents, positive = stand_in.data(4)
+    hints = [torch.full((1, stand_in.CHANNELS, 8, 8), float(number)) for number in range(4)]
+    first = stand_in.ControlNet(hints[0], 0.5, (0.0, 1.0))
+    late = stand_in.ControlNet(hints[1], 0.5, (0.5, 1.0))
+    both = stand_in.ControlNet(hints[2], 0.5, (0.0, 0.5), first)
+    for entry, control in zip(positive, (first, late, both, None), strict=True):
+        entry[1]["control"] = control
+    samples = model.samples(latents, positive)
+    bare = model.samples(latents, [[context, {}] for context, _ in positive])
+    assert len({tuple(one.conditioning.tensors) for one in samples}) == 4
+    noise = torch.randn(1, stand_in.CHANNELS, 4, 4)
+    with trainer(model, samples, batch_size=4):
+
+        def predicted(sample: Any, noised: torch.Tensor, time: float) -> torch.Tensor:
+            with torch.no_grad():
+                found: torch.Tensor = model.predict(noised, torch.tensor([time]), model.join([sample.conditioning]))
+                return found
+
+        for time, is_late in ((0.8, False), (0.2, True)):
+            added = [(noise + 0) / 2, (noise + 1) / 2 if is_late else 0, noise / 2, 0]
+            if not is_late:
+                added[2] = added[2] + (noise + 2) / 2
+            for sample, plain, by in zip(samples, bare, added, strict=True):
+                torch.testing.assert_close(predicted(sample, noise, time), predicted(plain, noise + by, time))
+    assert all(one.cond_hint is None and one.timestep_range is None for one in (first, late, both))
+    again = stand_in.ControlNet(hints[3], 0.5, (0.0, 1.0))
+    digests = {sys.modules["lorasmith_pack.controls"].Control(one).digest for one in (first, both, again)}
+    assert len(digests) == 3
+
+
+def test_images_with_controls_are_trained_one_by_one(comfy_model: Any) -> None:
+    model = comfy_model(stand_in.patcher())
+    control = stand_in.ControlNet(torch.ones(1, stand_in.CHANNELS, 8, 8), 0.5, (0.0, 0.5))
+    training = trainer(model, model.samples(*stand_in.data(3, control=control)), batch_size=3)
+    for step in training:
+        assert [len(batch.names) for batch in step.batches] == [1, 1, 1]
         step.update()
 
 
