@@ -219,6 +219,11 @@ class ComfyModel(Trainable):
 
 def _copied(model: Any) -> Any:
     """ComfyUI's copy of a MODEL that it loads dynamically, which ends with its user."""
+    if not hasattr(model, "get_non_dynamic_delegate"):
+        raise ModelError(
+            "a MODEL that ComfyUI loads dynamically must be one that it can copy, which this version of ComfyUI does "
+            "not; update it, or start it without dynamic VRAM"
+        )
     kept = model.non_dynamic_delegate_model
     try:
         return model.get_non_dynamic_delegate()

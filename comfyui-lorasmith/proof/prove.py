@@ -65,7 +65,8 @@ def main() -> int:
             limits = {name: limit_of(name) for name in found}
             failed = [name for name, value in found.items() if not limits[name](value)]
             wrong += len(failed)
-            print(f"{family}, {kind}: {shown(found)}{f'; WRONG: {failed}' if failed else ''}", flush=True)
+            if found:
+                print(f"{family}, {kind}: {shown(found)}{f'; WRONG: {failed}' if failed else ''}", flush=True)
     return 1 if wrong else 0
 
 
@@ -681,9 +682,11 @@ def samplings(family: str) -> dict[str, Any]:
         "AuraFlow": of_node("ModelSamplingAuraFlow", 1.73, patch="patch_aura"),
         "Flux": of_node("ModelSamplingFlux", 1.15, 0.5, 1024, 768),
         "LTXV": of_model("FLUX", shift=2.05),
-        "noise scale": of_node("ModelNoiseScale", 7.5, model=of_node("ModelSamplingSD3", 3.0)),
-        "CogVideoX": of_model("V_PREDICTION_DDPM", zsnr=True),
     }
+    if hasattr(theirs, "ModelNoiseScale"):  # older versions lack these
+        models["noise scale"] = of_model("FLOW", noise_scale=7.5, shift=3.0)
+    if hasattr(comfy.model_base.ModelType, "V_PREDICTION_DDPM"):
+        models["CogVideoX"] = of_model("V_PREDICTION_DDPM", zsnr=True)
     result: dict[str, Any] = {}
     for name, model in models.items():
         trained = ComfyModel(model)
@@ -698,9 +701,9 @@ def samplings(family: str) -> dict[str, Any]:
         result[f"loss {name}"] = abs(loss - right["loss"]) / right["loss"]
         result[f"gradient {name}"] = distance(gradients, right["gradients"])
     refused = 0
-    for kind in ("img_to_img", "img_to_img_flow"):
+    for kind in ("IMG_TO_IMG", "IMG_TO_IMG_FLOW"):
         try:
-            ComfyModel(of_node("ModelSamplingDiscrete", kind, False))
+            ComfyModel(of_model(kind))
         except OptionError:
             refused += 1
     result["image-to-image refused"] = refused == 2
@@ -775,9 +778,15 @@ def kinds(family: str) -> dict[str, Any]:
 def stored(family: str) -> dict[str, Any]:
     """MODELs with quantized layers, beside a MODEL of the dequantized weights."""
     checkout.pack()
+    import comfy.quant_ops
+
     result: dict[str, Any] = {}
+    formats = comfy.quant_ops.QUANT_ALGOS  # of which older versions have fewer
+    known = [kind for kind in families.QUANTIZED if kind.partition(",")[0] in formats]
+    if "pre_quant_scale" not in formats["nvfp4"]["parameters"]:
+        known = [kind for kind in known if "smoothed" not in kind]
     ways: dict[str, Callable[[], Any]] = {
-        kind: functools.partial(families.quantized_of, family, kind) for kind in (*families.QUANTIZED, "scaled_fp8")
+        kind: functools.partial(families.quantized_of, family, kind) for kind in (*known, "scaled_fp8")
     }
     if pack := os.environ.get("COMFYUI_GGUF"):
         sys.path.insert(0, str(Path(pack).parent))
@@ -827,7 +836,7 @@ def memory_modes(family: str) -> dict[str, Any]:
         found["apart"] = bool(layers) and (functions == 1 or share > 0)
         result |= {f"{name} {mode}": value for name, value in found.items()}
     dynamic = getattr(comfy.model_patcher, "ModelPatcherDynamic", None)
-    if dynamic is not None:
+    if hasattr(dynamic, "get_non_dynamic_delegate"):
         model = families.model_of(family)
         weights = {name: one.clone() for name, one in model.model.diffusion_model.state_dict().items()}
         patched, merged = with_lora(model, weights)
