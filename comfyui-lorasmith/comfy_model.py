@@ -30,7 +30,7 @@ from lorasmith.training.trainable import Trainable, evaluating
 
 from .conditionings import ComfyConditioning, ConditioningMaker, joined, options_of
 from .controls import Control
-from .gradients import blocks_out_of_place, kernels_with_gradients, sums_out_of_place
+from .gradients import kernels_with_gradients, sums_out_of_place
 from .layer_weights import casts_on_use, inference_tensors_opened, norms_resident
 from .samplings import RawSampling, sampling_of
 
@@ -119,7 +119,7 @@ class ComfyModel(Trainable):
             stack.enter_context(self.loaded(runtime.dtype, offloading=runtime.offloading))
             stack.enter_context(evaluating(self.module))
             stack.enter_context(kernels_with_gradients())
-            stack.enter_context(blocks_out_of_place(self.module))
+            stack.enter_context(sums_out_of_place())
             stack.enter_context(norms_resident(self.module, runtime.device))
             stack.enter_context(casts_on_use(self.module, runtime.device, runtime.dtype))
             # Of a LoRA that is continued, and below what is trained.
@@ -131,8 +131,7 @@ class ComfyModel(Trainable):
         assert isinstance(conditioning, ComfyConditioning)
         while True:
             try:
-                with sums_out_of_place():
-                    found = self._applied(latents, time, conditioning)
+                found = self._applied(latents, time, conditioning)
             except management.InterruptProcessingException:  # which was asked for once: the step is finished first
                 self.interrupted = True
                 continue
