@@ -16,8 +16,10 @@ import comfy.ops
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters.frozen_layer import FrozenLayer, FrozenProduct, is_targetable
+from lorasmith.adapters.frozen_layer import PRODUCTS, FrozenLayer, FrozenProduct, is_linear, is_targetable
 from lorasmith.core.quantization import WEIGHT_SOURCE, Packed, WeightSource
+
+from .products import faster_products
 
 _MAY_OFFLOAD = "offloadable" in inspect.signature(comfy.ops.cast_bias_weight).parameters
 
@@ -107,21 +109,26 @@ def _is_cast(layer: Any, device: torch.device, dtype: torch.dtype) -> bool:
 
 @contextlib.contextmanager
 def casts_on_use(module: nn.Module, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Inside the context, products with weights that ComfyUI casts get them from a `CastWeight`.
+    """Inside the context, products with weights that ComfyUI casts get them from a `CastWeight`, or are faster ones.
 
     Layers compute in `dtype`, in which adapters are; an input of another dtype is cast, and the result cast back.
     """
+    products = faster_products(device, dtype)
     with contextlib.ExitStack() as undo:
         for layer in cast_layers(module):
+            others: dict[str, Any] = {}
             factor = None  # of the input
+            is_own = "forward" not in layer.__dict__  # what replaces a forward knows what is unknown here
             if _is_cast(layer, device, dtype):
-                own = layer.__dict__.get("forward")
-                setattr(layer, WEIGHT_SOURCE, CastWeight(layer, device, dtype))
-                undo.callback(delattr, layer, WEIGHT_SOURCE)
-                if own is None:  # what replaces a forward knows about the layer what is unknown here
-                    layer.forward = FrozenProduct(FrozenLayer(layer), with_bias=True).__call__
-                    undo.callback(layer.__dict__.pop, "forward", None)
-                    factor = getattr(layer, "pre_quant_scale", None)
+                others[WEIGHT_SOURCE] = CastWeight(layer, device, dtype)
+                factor = getattr(layer, "pre_quant_scale", None) if is_own else None
+            if products is not None and is_linear(layer):
+                others[PRODUCTS] = products
+            if others and is_own:
+                others["forward"] = FrozenProduct(FrozenLayer(layer), with_bias=True).__call__
+            for name, value in others.items():
+                setattr(layer, name, value)
+                undo.callback(layer.__dict__.pop, name, None)
             cast = _InDtype(dtype, factor)
             undo.callback(layer.register_forward_pre_hook(cast.before).remove)
             undo.callback(layer.register_forward_hook(cast.after).remove)

@@ -71,6 +71,62 @@ def test_sums_in_place_do_not_change_recomputed_gradients(comfy_model: Any, how:
     assert all(torch.equal(plain[name], recomputed[name]) for name in plain)
 
 
+def test_sums_are_out_of_place_where_a_gradient_is_recorded(pack: Any) -> None:
+    network = sys.modules["lorasmith_pack.gradients"]
+    names = ("__iadd__", "__isub__", "__imul__", "__itruediv__")
+    before = {name: vars(torch.Tensor).get(name) for name in names}
+    with pytest.raises(ZeroDivisionError), network.sums_out_of_place():
+        rows = torch.ones(4, 2, requires_grad=True) * 3
+        other, part, plain, words = rows, rows[:2], torch.ones(2), [1]
+        same_plain, same_words = plain, words
+        rows += 1
+        assert rows is not other
+        other.add_(1)  # in place by its own wish
+        assert rows[0, 0] == other[0, 0] == 4
+        part *= 2  # of a part of a tensor, that tensor is meant
+        assert other[:, 0].tolist() == [8, 8, 4, 4]
+        half = rows.bfloat16()
+        half += torch.ones((), dtype=torch.float64).expand(4, 2)
+        assert half.dtype == torch.bfloat16
+        plain -= 1
+        words += [2]
+        assert plain is same_plain and words is same_words
+        raise ZeroDivisionError
+    assert {name: vars(torch.Tensor).get(name) for name in names} == before
+
+
+@pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="torch is built without oneDNN")
+@pytest.mark.parametrize("shape", [(1,), (2, 0), (3,), (16,), (77,), (2, 9), (1, 3, 32)])
+def test_faster_products_are_those_of_torch(pack: Any, shape: tuple[int, ...]) -> None:
+    products = sys.modules["lorasmith_pack.products"].OneDnnProducts()
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(24, 40, generator=generator), torch.randn(24, generator=generator)
+    x, grad = torch.randn(*shape, 40, generator=generator), torch.randn(*shape, 24, generator=generator)
+    torch.testing.assert_close(products.forward(weight, x, bias), torch.nn.functional.linear(x, weight, bias))
+    torch.testing.assert_close(products.forward(weight, x, None), x @ weight.t())
+    torch.testing.assert_close(products.backward(weight, grad), grad @ weight)
+
+
+@pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="torch is built without oneDNN")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_multiply_with_faster_products(
+    comfy_model: Any, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    products, found = sys.modules["lorasmith_pack.products"], {}
+    product, calls = products._product, list[torch.Size]()
+    monkeypatch.setattr(products, "_product", lambda *given: calls.append(given[1].shape) or product(*given))
+    for is_faster in (False, True):
+        monkeypatch.setattr(products, "_mkl_lacks_avx512", lambda is_faster=is_faster: is_faster)
+        patcher = stand_in.patcher(dtype=dtype)
+        before = state(patcher)
+        found[is_faster] = gradients(trainer(comfy_model(patcher), targets="blocks.1.*"))
+        assert same(before, state(patcher))
+        assert bool(calls) == is_faster
+    assert (stand_in.CHANNELS, stand_in.WIDTH) in calls  # of the last layer, which has no adapter
+    for name, gradient in found[False].items():
+        torch.testing.assert_close(found[True][name], gradient)
+
+
 def test_the_gradient_is_that_of_the_sum_of_weights(comfy_model: Any) -> None:
     """Against autograd through weights to which the products are added, without attached adapters."""
     model = comfy_model(stand_in.patcher())
