@@ -39,6 +39,8 @@ def widget(declared: Input, **others: Any) -> tuple[Any, dict[str, Any]]:
     if declared.type == "FLOAT":  # else editors round to whole numbers of `step`
         options["round"] = False
         options.setdefault("step", 1e-7 if declared.name == "learning_rate" else 0.01)
+    if declared.name == "seed":  # else editors give each queueing another, and a run that was stopped never continues
+        options["control_after_generate"] = "fixed"
     kind: Any = list(declared.options) if declared.type == "COMBO" and not callable(declared.options) else declared.type
     return kind, {**options, **others}
 

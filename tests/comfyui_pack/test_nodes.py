@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 import lorasmith as ls
 from lorasmith.core.errors import LorasmithError, OptionError
@@ -158,6 +159,20 @@ def test_previews_are_drawn_shown_and_kept(pack: Any, train: Train, tmp_path: Pa
         (place, "steps.png"),
         (place, "strengths.png"),
     ]
+
+
+def test_previews_have_the_size_of_an_empty_latent_for_another_autoencoder(
+    pack: Any, train: Train, tmp_path: Path
+) -> None:
+    train(previews=previews(pack, latent={"samples": torch.zeros(1, 4, 8, 8), "downscale_ratio_spacial": 8}))
+    with Image.open(tmp_path / "runs" / "lora_00001" / "samples" / "base-1.png") as picture:
+        assert picture.size == (16, 16)
+
+
+def test_inputs_stay_the_same_when_they_are_queued_again(pack: Any) -> None:
+    for node in ("LorasmithTrainLora", "LorasmithPreviews"):
+        declared = pack.NODE_CLASS_MAPPINGS[node].INPUT_TYPES()["required"]["seed"][1]
+        assert declared["control_after_generate"] == "fixed"
 
 
 def test_an_interrupt_while_drawing_ends_the_run_and_keeps_the_lora(
