@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,17 @@ TRAINED = {
     "latents": ("LATENT", {"tooltip": "The images, as a batch or as a list of batches of any sizes."}),
     "positive": ("CONDITIONING", {"tooltip": "One caption per image, or one for all."}),
 }
+
+
+NODE = {"unique_id": "UNIQUE_ID"}
+"""The hidden input of nodes that show text on themselves."""
+
+
+def show_text(text: str, node: str | None) -> None:
+    """Show a text on a node; editors leave out that of its outputs' `ui`."""
+    instance = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+    if node is not None and hasattr(instance, "send_progress_text"):
+        instance.send_progress_text(text, node)
 
 
 def widget(declared: Input, **others: Any) -> tuple[Any, dict[str, Any]]:

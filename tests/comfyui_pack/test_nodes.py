@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -265,6 +266,15 @@ def test_a_lora_is_saved_for_other_programs(pack: Any, tmp_path: Path, monkeypat
     assert "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k.lora_up.weight" in lora.given
     with pytest.raises(LorasmithError, match="Save LoRA Weights"):
         node.save({"diffusion_model.last.lora_up.weight": torch.ones(4, 2)}, "loras/dog", "portable")
+
+
+def test_findings_are_shown_on_the_node(pack: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[tuple[str, str]] = []
+    instance = SimpleNamespace(send_progress_text=lambda text, node: shown.append((text, node)))
+    monkeypatch.setitem(sys.modules, "server", SimpleNamespace(PromptServer=SimpleNamespace(instance=instance)))
+    node = pack.NODE_CLASS_MAPPINGS["LorasmithCheckLora"]()
+    assert node.INPUT_TYPES()["hidden"]["unique_id"] == "UNIQUE_ID"
+    assert shown == [(node.check(sd15_lora(), unique_id="7")["result"][0], "7")]
 
 
 def test_a_lora_is_checked_against_a_model(pack: Any) -> None:
