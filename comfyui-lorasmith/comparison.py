@@ -170,6 +170,8 @@ class CompareTrainers:
         unique_id: Sequence[str | None] = (None,),
     ) -> dict[str, Any]:
         settings = {"steps": steps[0], "rank": rank[0], "training_dtype": training_dtype[0]}
+        if training_dtype[0] == "fp32":  # ComfyUI's bypass mode fails with weights in its default, bf16
+            settings["lora_dtype"] = "fp32"
         found: dict[str, Meter | str] = {}
         for way in WAYS:
             meter = Meter()

@@ -239,6 +239,21 @@ def test_trainers_are_compared(pack: Any, train: Train) -> None:
     assert found["ui"]["text"] == [table]
 
 
+def test_a_comparison_in_fp32_has_weights_in_fp32(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[str] = []
+    execute = stand_in.TrainLoraNode.execute
+
+    def recorded(
+        model: Any, latents: Any, positive: Any, steps: Any, bypass_mode: Any, lora_dtype: Any = ("bf16",)
+    ) -> Any:
+        given.append(lora_dtype[0])
+        return execute(model, latents, positive, steps, bypass_mode)
+
+    monkeypatch.setattr(stand_in.TrainLoraNode, "execute", staticmethod(recorded))
+    train("LorasmithCompareTrainers", steps=4, training_dtype="fp32")
+    assert given == ["fp32"] * 3
+
+
 def test_captions_must_be_as_many_as_images(pack: Any) -> None:
     one_for_each = sys.modules["lorasmith_pack.inputs"].one_for_each
     assert one_for_each(["a"], 3) == ["a", "a", "a"]
