@@ -427,8 +427,9 @@ class KSampler:
     SAMPLERS, SCHEDULERS = ("euler",), ("normal",)
 
 
-def fix_empty_latent_channels(model: Any, latent_image: Tensor) -> Tensor:
-    return latent_image
+def fix_empty_latent_channels(model: Any, latent_image: Tensor, downscale_ratio_spacial: int | None = None) -> Tensor:
+    """Resized for an autoencoder that scales by 4."""
+    return latent_image if downscale_ratio_spacial is None else F.interpolate(latent_image, scale_factor=2.0)
 
 
 def prepare_noise(latent_image: Tensor, seed: int) -> Tensor:
