@@ -110,7 +110,9 @@ class Drawing:
         self._base: list[PictureOrClip] | None = None
 
     def __call__(self, lora: Path | None, strength: float = 1.0) -> list[PictureOrClip]:
-        """Raises SamplingCancelledError if ComfyUI's ✕ was pressed."""
+        """Raises SamplingCancelledError if ComfyUI's ✕ was pressed, before or meanwhile."""
+        if self._model.interrupted:
+            raise SamplingCancelledError
         if lora is None:
             if self._base is None:
                 self._base = self._drawn(self._model.patcher)

@@ -193,6 +193,13 @@ def test_an_interrupt_while_drawing_ends_the_run_and_keeps_the_lora(
     assert not stand_in.processing_interrupted()
 
 
+def test_an_interrupted_run_draws_nothing_more(pack: Any, train: Train, interrupted: Any, tmp_path: Path) -> None:
+    interrupted(1)
+    with pytest.raises(stand_in.InterruptProcessingException):
+        train(previews=previews(pack))
+    assert not (tmp_path / "runs" / "lora_00001" / "samples").exists()
+
+
 def test_a_preview_that_fails_costs_no_training(
     pack: Any, train: Train, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
