@@ -150,6 +150,8 @@ class ResumeLora:
         unique_id: Sequence[str] = (),
     ) -> Any:
         with torch.inference_mode(False):
+            if run[0] not in _runs():  # which a link may be, beside the list's names
+                raise OptionError(f"run must be the name of a folder in output/runs, got {run[0]!r}; choose one")
             folder = _runs_folder() / run[0]
             record = read_record(folder)
             config = recorded_settings(record, steps[0])

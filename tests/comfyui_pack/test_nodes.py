@@ -99,6 +99,13 @@ def test_a_run_is_resumed_by_name_and_trained_on(train: Train, interrupted: Any,
         train("LorasmithResumeLora", run="lora_00001", steps=5)
 
 
+def test_runs_elsewhere_are_not_reached(train: Train, tmp_path: Path) -> None:
+    train(steps=1)
+    (tmp_path / "runs" / "lora_00001").rename(tmp_path / "elsewhere")
+    with pytest.raises(LorasmithError, match="must be the name of a folder in output/runs"):
+        train("LorasmithResumeLora", run="../elsewhere", steps=2)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
