@@ -82,7 +82,9 @@ class Conditioning:
         return tuple(found)
 
     def with_controls(self, controls: Sequence[Tensor]) -> Conditioning:
-        """A copy with these controls in place of its own."""
+        """The conditioning with these controls in place of its own."""
+        if not controls and not self.controls:
+            return self
         others = {name: one for name, one in self.tensors.items() if not re.fullmatch(rf"{_CONTROL}\d+", name)}
         return replace(self, tensors=others | {f"{_CONTROL}{index}": one for index, one in enumerate(controls)})
 

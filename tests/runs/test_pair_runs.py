@@ -1,0 +1,121 @@
+"""Runs on folders of pairs: what the record says, resuming to the bit, reproducing, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from transformer_models import TINY
+
+from lorasmith.cli.main import main
+from lorasmith.core.errors import DataError
+from lorasmith.data.data_config import ImageSource
+from lorasmith.runs.plan import plan
+from lorasmith.runs.recorded_run import Typed, read_run_file
+from lorasmith.runs.reproduce import Reproduction
+from lorasmith.runs.run import Host, run
+from lorasmith.runs.spec import RunSpec
+from tests.hosts import Audience
+from tests.runs.folder_cases import CONFIRMED, tensors_of
+
+
+@pytest.fixture(scope="module")
+def klein(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return TINY["flux2-klein"].saved(tmp_path_factory.mktemp("klein"))
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three pictures of 64×64, with two controls of other sizes each."""
+    folder = tmp_path_factory.mktemp("pairs")
+    rng = np.random.default_rng(0)
+    for place, size in (("after", (64, 64)), ("before", (32, 64)), ("depth", (96, 32))):
+        (folder / place).mkdir()
+        for name in "abc":
+            pixels = rng.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / place / f"{name}.png")
+    return folder
+
+
+def asked(klein: dict[str, Path], pairs: Path, **settings: Any) -> RunSpec:
+    quick = {"rank": 2, "targets": "*.attn.to_q", "steps": 4, "previews": "", "resolution": 64, "flip": True}
+    control = (str(pairs / "before"), str(pairs / "depth"))
+    return RunSpec(
+        sources=(ImageSource(str(pairs / "after")),),
+        model=str(klein["transformer"]),
+        text_encoders=(str(klein["text_encoder"]),),
+        vae=str(klein["vae"]),
+        name="cat",
+        settings={**quick, "control": control, "trigger": "blue", "control_dropout": 0.25, **settings},
+    ).resolved()
+
+
+def test_a_run_on_pairs_is_recorded_resumed_and_reproduced(
+    klein: dict[str, Path], pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    spec = asked(klein, pairs)
+    ready = plan(replace(spec, output="whole"), Host())
+    sample = ready.data.samples[0]
+    assert [tuple(one.shape) for one in sample.conditioning.controls] == [(1, 128, 4, 2), (1, 128, 2, 6)]
+    whole = run(ready, Host())
+    assert whole.folder is not None
+    source = json.loads((whole.folder / "run.json").read_text())["source"]
+    assert source["control"] == [str(pairs / "before"), str(pairs / "depth")]
+    assert source["control_dropout"] == 0.25
+    stopped = run(plan(replace(spec, output="stopped"), Host()), Audience(stop_at=2))
+    assert len(stopped.losses) == 2 and stopped.folder is not None
+    again = run(plan(replace(spec, output="stopped"), Host()), Host())
+    assert tensors_of(stopped.folder) == tensors_of(whole.folder)
+    assert again.losses == whole.losses
+    found = Reproduction(whole.folder / "cat.safetensors", Host(), CONFIRMED).reproduce()
+    assert found.is_same
+
+
+def test_files_of_settings_name_controls(
+    klein: dict[str, Path], pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = pairs / "run.toml"
+    file.write_text('model = "m.safetensors"\nedit = "kontext"\nsources = "after"\ncontrol = ["before", "depth"]\n')
+    spec = read_run_file(file, Typed(spec=RunSpec())).resolved()
+    assert spec.data.control == (str(pairs / "before"), str(pairs / "depth"))
+    assert (spec.edit, spec.files.edit) == ("kontext", "kontext")
+    assert ("control", str(pairs / "depth")) in list(spec.named_files())
+    assert spec.command()[-6:] == ["--edit", "kontext", *spec.command()[-4:]]
+    assert RunSpec.from_record({**spec.to_record()}, {}).data == spec.data
+
+
+def test_a_missing_control_ends_the_plan_before_anything_is_encoded(
+    klein: dict[str, Path], pairs: Path, tmp_path: Path
+) -> None:
+    few = tmp_path / "few"
+    few.mkdir()
+    (few / "a.png").write_bytes((pairs / "before" / "a.png").read_bytes())
+    audience = Audience()
+    with pytest.raises(
+        DataError, match=r"there is none for b.png, c.png; add a file of the same name to .*few, or add"
+    ):
+        plan(asked(klein, pairs, control=(str(few),)), audience)
+    assert "CaptionEncoded" not in audience.names()
+    ready = plan(asked(klein, pairs, control=(str(few),), controls="optional"), audience)
+    assert [len(one.conditioning.controls) for one in ready.data.samples] == [1, 0, 0]
+    assert run(ready, Host()).losses
+
+
+def test_the_command_line_trains_on_pairs(
+    klein: dict[str, Path], pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    spec = asked(klein, pairs, steps=1, control_dropout=0.0)
+    monkeypatch.setattr(sys, "argv", spec.command())
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    record = json.loads((tmp_path / "runs" / "cat-001" / "run.json").read_text())
+    assert record["source"]["control"] == list(spec.data.control)
