@@ -119,3 +119,41 @@ def test_the_command_line_trains_on_pairs(
     assert not ended.value.code
     record = json.loads((tmp_path / "runs" / "cat-001" / "run.json").read_text())
     assert record["source"]["control"] == list(spec.data.control)
+
+
+def test_previews_show_the_control_and_the_target_and_so_does_the_report(
+    klein: dict[str, Path], pairs: Path, tmp_path: Path
+) -> None:
+    spec = asked(klein, pairs, steps=2, previews="blue | bluer", preview_steps=1, flip=False, control_dropout=0.0)
+    result = run(plan(replace(spec, output=str(tmp_path / "run")), Host()), Host())
+    assert result.folder is not None
+    samples = result.folder / "samples"
+    sizes = {}
+    for path in samples.glob("*-?.png"):
+        with Image.open(path) as picture:
+            sizes[path.name] = picture.size
+    assert {name: size for name, size in sizes.items() if not name.startswith(("base", "step", "strength"))} == {
+        f"{stem}-{number}.png": size
+        for stem, size in (("control", (32, 64)), ("control-2", (96, 32)), ("target", (64, 64)))
+        for number in (1, 2)
+    }
+    assert sizes["base-1.png"] == sizes["step-000002-2.png"] == (32, 64), "the size of what it edits"
+    page = (result.folder / "report.html").read_text()
+    places = [page.index(f">{label}</th>") for label in ("control", "control 2", "target", "base model")]
+    assert places == sorted(places)
+
+
+def test_the_command_line_draws_from_pictures(
+    klein: dict[str, Path], pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    files = [f"--model={klein['transformer']}", f"--text-encoder={klein['text_encoder']}", f"--vae={klein['vae']}"]
+    control = [f"--control={pairs / place / 'a.png'}" for place in ("depth", "before")]
+    command = ["lorasmith", "generate", *files, *control, "--prompt=blue", "--steps=1", "--output=drawn"]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    (drawn,) = (tmp_path / "drawn").glob("*.png")
+    with Image.open(drawn) as picture:
+        assert picture.size == (96, 32)
