@@ -15,6 +15,7 @@ from transformer_models import Case
 from lorasmith.core.errors import DataError, OptionError
 from lorasmith.core.random import keyed_uniform
 from lorasmith.data.controls import check_controls, control_framings
+from lorasmith.data.crops import framings
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.encoding import load_dataset
 from lorasmith.data.folder import FolderScan, ImageFile, scan_folder
@@ -160,8 +161,6 @@ def image(width: int, height: int) -> ImageFile:
 
 
 def test_aligned_controls_have_the_part_of_their_image_and_others_their_own_size() -> None:
-    from lorasmith.data.crops import framings
-
     config = DataConfig(resolution=64, flip=True, crop="random", picture_variants=2, crop_jitter=0.2)
     wide = image(200, 100)
     ways = framings(wide.width, wide.height, config, resolution=64, multiple=16, name="a.png")
@@ -170,7 +169,7 @@ def test_aligned_controls_have_the_part_of_their_image_and_others_their_own_size
         assert (half.width, half.height, half.is_mirrored) == (way.width, way.height, way.is_mirrored)
         assert half.box == pytest.approx([edge / 2 for edge in way.box])
     other = control_framings(image(60, 120), wide, ways, aligned)
-    assert {(one.width, one.height) for one in other} == {(32, 64)}, "its own bucket, of as many pixels"
+    assert {(one.width, one.height) for one in other} == {(48, 80)}, "its own bucket, of as many pixels"
     assert [one.is_mirrored for one in other] == [one.is_mirrored for one in ways]
     own = control_framings(image(60, 120), wide, ways, free)
     assert {(one.width, one.height) for one in own} == {(48, 112)}
@@ -232,3 +231,21 @@ def test_only_different_framings_of_a_control_are_encoded(
     )
     load_dataset(tmp_path, klein, resolution=64, more_resolutions="32", cache=False)
     assert sizes == [(1, 3, 64, 64), (1, 3, 32, 32), (1, 3, 48, 48)]
+
+
+def test_kontext_trains_on_controls_of_the_size_and_part_of_their_images(tmp_path: Path, dev: Model) -> None:
+    """Here the control is the image, so that its latents are the image's in each framing."""
+    for place in (tmp_path, tmp_path / "control"):
+        coloured(place / "a.png", 1, (96, 64))
+    kontext = dev.as_edit("kontext")
+    (sample,) = load_dataset(
+        tmp_path, kontext, resolution=32, crop="random", crop_jitter=0.3, colour_jitter=0.3, flip=True
+    )
+    assert sample.variants is not None and len(sample.variants.pictures) == 8
+    for picture in sample.variants.pictures:
+        torch.testing.assert_close(picture.controls[0][0], picture.latents, rtol=1e-4, atol=1e-4)
+    other = tmp_path / "control" / "a.png"
+    coloured(other, 1, (64, 96))
+    (sample,) = load_dataset(tmp_path, kontext, resolution=64)
+    (control,) = sample.conditioning.controls
+    assert (sample.latents.shape, control.shape) == ((16, 6, 10), (1, 16, 10, 6)), "another aspect ratio"

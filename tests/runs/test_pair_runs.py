@@ -21,6 +21,7 @@ from lorasmith.runs.recorded_run import Typed, read_run_file
 from lorasmith.runs.reproduce import Reproduction
 from lorasmith.runs.run import Host, run
 from lorasmith.runs.spec import RunSpec
+from lorasmith.runs.sweep_file import read_sweep
 from tests.hosts import Audience
 from tests.runs.folder_cases import CONFIRMED, tensors_of
 
@@ -89,6 +90,20 @@ def test_files_of_settings_name_controls(
     assert ("control", str(pairs / "depth")) in list(spec.named_files())
     assert spec.command()[-6:] == ["--edit", "kontext", *spec.command()[-4:]]
     assert RunSpec.from_record({**spec.to_record()}, {}).data == spec.data
+
+
+def test_the_runs_of_a_sweep_have_controls(pairs: Path) -> None:
+    file = pairs / "sweep.toml"
+    head = 'model = "m.safetensors"\nsources = "after"\nvalidation_share = 0.4\n'
+    file.write_text(f'{head}control = ["before", "depth"]\n[grid]\nrank = [2, 4]\n')
+    assert [one.data.control for one in read_sweep(file).runs.values()] == [
+        (str(pairs / "before"), str(pairs / "depth"))
+    ] * 2
+    file.write_text(f'{head}[grid]\ncontrol = ["before", "depth"]\n')
+    assert [one.data.control for one in read_sweep(file).runs.values()] == [
+        (str(pairs / "before"),),
+        (str(pairs / "depth"),),
+    ]
 
 
 def test_a_missing_control_ends_the_plan_before_anything_is_encoded(

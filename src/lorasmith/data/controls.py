@@ -85,8 +85,8 @@ def _control_framing(control: ImageFile, image: ImageFile, framing: Framing, for
         left, top, right, bottom = framing.box
         return replace(framing, box=(left * x, top * y, right * x, bottom * y))
     if form.is_aligned:
-        side = math.isqrt(framing.width * framing.height)
-        columns, rows = bucket_size(width, height, resolution=side, multiple=form.multiple)
+        edge = math.ceil(math.sqrt(framing.width * framing.height) / form.multiple)  # of the square bucket
+        columns, rows = bucket_size(width, height, resolution=edge * form.multiple, multiple=form.multiple)
     else:
         columns, rows = form.size(width, height)
     return replace(framing, width=columns, height=rows, box=centred((width, height), (columns, rows)))
