@@ -17,8 +17,10 @@ from torch import Tensor
 
 from lorasmith.adapters.frozen_layer import weights_digest
 from lorasmith.adapters.patch import patches_applied
+from lorasmith.core.allocator import is_out_of_memory
 from lorasmith.core.errors import DataError, ModelError, OptionError
 from lorasmith.core.placement import reproducible
+from lorasmith.core.printable import first_line
 from lorasmith.core.tensor_digests import digest_of_tensors
 from lorasmith.data.dataset import Sample
 from lorasmith.families.base import Conditioning
@@ -27,9 +29,10 @@ from lorasmith.training.runtime import Runtime
 from lorasmith.training.trainable import Trainable, evaluating
 
 from .conditionings import ComfyConditioning, ConditioningMaker, joined, options_of
-from .gradients import blocks_out_of_place, kernels_with_gradients, sums_out_of_place
-from .layer_weights import casts_on_use, inference_tensors_opened
-from .samplings import RawSampling, diffusion_of, sigma_of
+from .controls import Control
+from .gradients import kernels_with_gradients, sums_out_of_place
+from .layer_weights import casts_on_use, inference_tensors_opened, norms_resident
+from .samplings import RawSampling, sampling_of
 
 PREFIX = "diffusion_model"
 
@@ -53,13 +56,15 @@ class ComfyModel(Trainable):
                 "load it with a loader that reads them"
             )
         is_dynamic = getattr(model, "is_dynamic", lambda: False)
-        self.patcher = model.get_non_dynamic_delegate() if is_dynamic() else model
+        self.patcher = _copied(model) if is_dynamic() else model
         base = self.patcher.model
         title = base.model_config.__class__.__name__
-        diffusion = diffusion_of(self.patcher.get_model_object("model_sampling"))
-        super().__init__(base.diffusion_model, diffusion=diffusion, title=title)
+        self.sampling = sampling_of(self.patcher.get_model_object("model_sampling"))
+        super().__init__(base.diffusion_model, diffusion=self.sampling.diffusion, title=title)
         self.names = replace(self.names, portable="comfy")
         self.facts = replace(self.facts, family_title=title)
+        self._predicts = False  # whether it has
+        self._controls: list[Control] = []  # of its samples
         self.interrupted = False  # whether ComfyUI asked to stop while the network was evaluated
 
     @property
@@ -85,7 +90,8 @@ class ComfyModel(Trainable):
         before = management.in_training
         with torch.inference_mode(False):
             # What does not fit stays in host memory, as in sampling; with `offloading` all of it does.
-            management.load_models_gpu([patcher], memory_required=1e20 if offloading else 0)
+            others = [model for control in self._controls for model in control.models]
+            management.load_models_gpu([patcher, *others], memory_required=1e20 if offloading else 0)
             try:
                 management.in_training = True
                 patcher.pre_run()
@@ -113,7 +119,8 @@ class ComfyModel(Trainable):
             stack.enter_context(self.loaded(runtime.dtype, offloading=runtime.offloading))
             stack.enter_context(evaluating(self.module))
             stack.enter_context(kernels_with_gradients())
-            stack.enter_context(blocks_out_of_place(self.module))
+            stack.enter_context(sums_out_of_place())
+            stack.enter_context(norms_resident(self.module, runtime.device))
             stack.enter_context(casts_on_use(self.module, runtime.device, runtime.dtype))
             # Of a LoRA that is continued, and below what is trained.
             below = [replace(patch, bypass=True) for patch in self.patches]
@@ -124,19 +131,29 @@ class ComfyModel(Trainable):
         assert isinstance(conditioning, ComfyConditioning)
         while True:
             try:
-                with sums_out_of_place():
-                    return self._applied(latents, time, conditioning)
+                found = self._applied(latents, time, conditioning)
             except management.InterruptProcessingException:  # which was asked for once: the step is finished first
                 self.interrupted = True
+                continue
+            except (RuntimeError, TypeError, ValueError, KeyError) as error:
+                if self._predicts or is_out_of_memory(error):
+                    raise
+                raise DataError(
+                    f"latents and conditionings must be ones of {self.title}, whose network fails on these "
+                    f"({first_line(error)}); make them with this model's VAE and text encoder"
+                ) from error
+            self._predicts = True
+            return found
 
     def _applied(self, latents: Tensor, time: Tensor, conditioning: ComfyConditioning) -> Tensor:
         base, options = self.patcher.model, self.patcher.model_options
-        sampling = base.model_sampling
-        sigma = sigma_of(sampling, self.diffusion, time)
+        sigma = self.sampling.sigma(time)
         transformer = {**options.get("transformer_options", {}), "cond_or_uncond": [0], "sigmas": sigma}
         arguments = {**conditioning.arguments(), "transformer_options": transformer}
+        if (control := arguments.pop("control", None)) is not None:
+            arguments["control"] = control.at(base, self.sampling.state(latents.float(), sigma), sigma, arguments)
         # Beside the submodule of that name, which it hides.
-        base.__dict__["model_sampling"] = RawSampling(sampling, time)
+        base.__dict__["model_sampling"] = RawSampling(self.sampling, time)
         try:
             wrapper = options.get("model_function_wrapper")
             if wrapper is None:
@@ -170,10 +187,13 @@ class ComfyModel(Trainable):
         Raises DataError for latents or conditionings that do not fit the MODEL.
         """
         made, base = ConditioningMaker(), self.patcher.model
+        names = [f"image {number}" for number in range(1, len(positive) + 1)]
+        given = [options_of(caption, name) for caption, name in zip(positive, names, strict=True)]
+        controls = [Control(options["control"]) if options.get("control") else None for options in given]
+        self._controls += filter(None, controls)
         found = []
         with self.loaded(self.dtype), torch.no_grad():
-            for number, (image, caption) in enumerate(zip(latents, positive, strict=True), start=1):
-                name = f"image {number}"
+            for image, options, control, name in zip(latents, given, controls, names, strict=True):
                 image = comfy.sample.fix_empty_latent_channels(self.patcher, image.detach().clone())
                 channels = base.latent_format.latent_channels
                 if image.shape[1] != channels:
@@ -182,7 +202,6 @@ class ComfyModel(Trainable):
                         "encode the pictures with the VAE of this model"
                     )
                 clean = base.process_latent_in(image.float())
-                options = options_of(caption, name)
                 options |= {"device": self.device, "noise": clean.to(self.device), "prompt_type": "positive"}
                 options |= {"latent_image": options["noise"], "denoise_mask": None, "seed": 0}
                 options.setdefault("width", clean.shape[-1] * 8)
@@ -191,8 +210,24 @@ class ComfyModel(Trainable):
                 conds = {
                     key: cond.process_cond(batch_size=1, area=None, device=self.device) for key, cond in conds.items()
                 }
-                found.append(Sample(clean[0], made(conds), name))
+                if control is not None:
+                    control.prepare(base, options["noise"], {key: cond.cond for key, cond in conds.items()})
+                found.append(Sample(clean[0] / self.sampling.scale, made(conds, control), name))
         return found
+
+
+def _copied(model: Any) -> Any:
+    """ComfyUI's copy of a MODEL that it loads dynamically, which ends with its user."""
+    if not hasattr(model, "get_non_dynamic_delegate"):
+        raise ModelError(
+            "a MODEL that ComfyUI loads dynamically must be one that it can copy, which this version of ComfyUI does "
+            "not; update it, or start it without dynamic VRAM"
+        )
+    kept = model.non_dynamic_delegate_model
+    try:
+        return model.get_non_dynamic_delegate()
+    finally:
+        model.non_dynamic_delegate_model = kept
 
 
 def _patch_tensors(patches: Mapping[str, Sequence[Any]]) -> Iterator[tuple[str, Tensor]]:

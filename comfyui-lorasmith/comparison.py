@@ -16,17 +16,18 @@ import comfy.model_management as management
 import comfy_extras.nodes_train as built_in
 import psutil
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from lorasmith.data.dataset import EncodedDataset, Sample
+from lorasmith.report.contact_sheet import load_font
 from lorasmith.runs.run import Host, run
 from lorasmith.training.events import Event, StepDone
 from lorasmith.training.job import plan_job
 from lorasmith.training.train import Plan
 
 from .comfy_model import ComfyModel
-from .inputs import CATEGORY, TRAINED, config_of, samples_of
+from .inputs import CATEGORY, NODE, TRAINED, config_of, samples_of, show_text
 
 _WARM = 2  # steps that are not counted, in which memory is taken and kernels are chosen
 _SAMPLED_S = 0.005  # between two looks at the memory of a process without a GPU
@@ -154,7 +155,8 @@ class CompareTrainers:
                 "steps": ("INT", counted),
                 "rank": ("INT", {"default": 8, "min": 1, "max": 128}),
                 "training_dtype": (["bf16", "fp32", "none"], {"default": "bf16"}),
-            }
+            },
+            "hidden": NODE,
         }
 
     def compare(
@@ -165,8 +167,11 @@ class CompareTrainers:
         steps: Sequence[int],
         rank: Sequence[int],
         training_dtype: Sequence[str],
+        unique_id: Sequence[str | None] = (None,),
     ) -> dict[str, Any]:
         settings = {"steps": steps[0], "rank": rank[0], "training_dtype": training_dtype[0]}
+        if training_dtype[0] == "fp32":  # ComfyUI's bypass mode fails with weights in its default, bf16
+            settings["lora_dtype"] = "fp32"
         found: dict[str, Meter | str] = {}
         for way in WAYS:
             meter = Meter()
@@ -182,6 +187,7 @@ class CompareTrainers:
             measured(trained, samples_of(trained, latents, positive), meter, **settings)
             found["Lorasmith"] = meter
         text = table(found)
+        show_text(text, unique_id[0])
         return {"ui": {"text": [text]}, "result": (text, picture(found))}
 
 
@@ -203,7 +209,7 @@ _COLOURS = {True: "#2f7d5b", False: "#8a8f98"}
 
 def picture(found: Mapping[str, Meter | str]) -> Tensor:
     """Bars of both, as IMAGE (1, height, width, 3)."""
-    font, bold = ImageFont.load_default(15), ImageFont.load_default(17)
+    font, bold = load_font(14), load_font(15, bold=True)
     parts = {
         "Seconds a step": ({name: one.step for name, one in found.items() if isinstance(one, Meter)}, "{:.3g} s"),
         "MB beyond the loaded model": (

@@ -13,8 +13,9 @@ from torch import Tensor
 from lorasmith.core.errors import DataError
 from lorasmith.families.base import Conditioning
 
+from .controls import Control
+
 _REFUSED = {
-    "control": "a ControlNet",
     "gligen": "GLIGEN",
     "hooks": "hooks",
     "area": "an area",
@@ -30,7 +31,7 @@ class ComfyConditioning(Conditioning):
     Attributes:
         conds: ComfyUI's COND objects of one image, by argument; empty for a batch.
         lists: number of tensors of arguments that are lists; they are `argument.0` and so on in `tensors`.
-        constants: arguments that a batch has once.
+        constants: arguments that a batch has once; `control` is a `Control`, whose image has a batch of its own.
     """
 
     conds: Mapping[str, Any] = field(default_factory=dict)
@@ -53,8 +54,9 @@ class ConditioningMaker:
 
     def __init__(self) -> None:
         self._constants: dict[str, list[Any]] = {}
+        self._controls = 0
 
-    def __call__(self, conds: Mapping[str, Any]) -> ComfyConditioning:
+    def __call__(self, conds: Mapping[str, Any], control: Control | None = None) -> ComfyConditioning:
         tensors: dict[str, Tensor] = {}
         lists: dict[str, int] = {}
         constants: dict[str, Any] = {}
@@ -68,6 +70,10 @@ class ConditioningMaker:
             else:
                 constants[name] = value
                 tensors[f"{name}#{self._number(name, cond)}"] = torch.empty(1, 0)
+        if control is not None:
+            constants["control"] = control
+            self._controls += 1
+            tensors[f"control#{self._controls} {control.digest}"] = torch.empty(1, 0)
         tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
         return ComfyConditioning(tensors, conds=_without_gradient(conds), lists=lists, constants=constants)
 
@@ -99,6 +105,8 @@ def options_of(conditioning: Sequence[Any], name: str) -> dict[str, Any]:
     """The options of one entry of a CONDITIONING, as ComfyUI's samplers pass them on. Raises DataError."""
     context, given = conditioning
     found = [words for key, words in _REFUSED.items() if given.get(key) is not None]
+    if (control := given.get("control")) is not None and control.get_extra_hooks():
+        found.append("a ControlNet with hooks")
     if found:
         raise DataError(
             f"conditionings to train on must be captions alone, but that of {name} has {' and '.join(found)}; leave "

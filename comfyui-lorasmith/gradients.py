@@ -9,91 +9,52 @@ Rotary embeddings by a kernel of comfy-kitchen, which has no gradient, are by it
 from __future__ import annotations
 
 import contextlib
-import dis
-import functools
 import importlib
-import sys
-import threading
-import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 
-from lorasmith.training.memory.activations import blocks_at_depth
-
-_OUT_OF_PLACE: dict[Any, Any] = {
-    Tensor.add_: torch.add,
-    Tensor.sub_: torch.sub,
-    Tensor.mul_: torch.mul,
-    Tensor.div_: torch.div,
+_OUT_OF_PLACE: dict[str, Callable[[Tensor, Any], Tensor]] = {
+    "__iadd__": torch.add,
+    "__isub__": torch.sub,
+    "__imul__": torch.mul,
+    "__itruediv__": torch.div,
 }
-
-_OPERATOR = dis.opmap["BINARY_OP"]
-
-_here = threading.local()
-
-
-class _OutOfPlace(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if (other := _OUT_OF_PLACE.get(func)) is not None and torch.is_grad_enabled() and _is_statement():
-            changed, by = args
-            is_recorded = changed.requires_grad or (isinstance(by, Tensor) and by.requires_grad)
-            if is_recorded and not _is_part(changed):  # of a part of a tensor, that tensor is meant
-                if isinstance(by, Tensor) and by.dtype != changed.dtype:
-                    return func(changed.clone(), by)
-                return other(changed, by)
-        return func(*args, **(kwargs or {}))
-
-
-def _is_part(tensor: Tensor) -> bool:
-    return tensor._base is not None and tensor._base.numel() != tensor.numel()
-
-
-def _is_statement() -> bool:
-    """Whether torch was called by `x += y` or its like, which gives x the result, and not by `x.add_(y)`."""
-    frame = sys._getframe(2)
-    return _code(frame.f_code)[frame.f_lasti] == _OPERATOR
-
-
-@functools.lru_cache(maxsize=1000)
-def _code(of: types.CodeType) -> bytes:
-    return of.co_code
+"""By what `x += y` and its like call, which give x the result; `x.add_(y)` calls none of them."""
 
 
 @contextlib.contextmanager
 def sums_out_of_place() -> Iterator[None]:
-    """Inside the context, on this thread."""
-    if getattr(_here, "active", False):
-        yield
-        return
-    _here.active = True
+    """Inside the context, on all threads: a backward pass that recomputes blocks has one of its own."""
+    own = {name: vars(Tensor).get(name) for name in _OUT_OF_PLACE}  # else inherited
     try:
-        with _OutOfPlace():
-            yield
-    finally:
-        _here.active = False
-
-
-@contextlib.contextmanager
-def blocks_out_of_place(module: nn.Module) -> Iterator[None]:
-    """Inside the context, also blocks that a backward pass recomputes, on a thread of its own."""
-    depths = (blocks_at_depth(module, depth) for depth in range(1, 4))
-    blocks = {id(block): block for blocks in depths for block in blocks if "forward" not in block.__dict__}
-    try:
-        for block in blocks.values():
-            block.forward = types.MethodType(_forward, block.forward)
+        for name, other in _OUT_OF_PLACE.items():
+            setattr(Tensor, name, _statement(getattr(Tensor, name), other))
         yield
     finally:
-        for block in blocks.values():
-            block.__dict__.pop("forward", None)
+        for name, function in own.items():
+            if function is not None:
+                setattr(Tensor, name, function)
+            elif name in vars(Tensor):
+                delattr(Tensor, name)
 
 
-def _forward(forward: Any, *args: Any, **kwargs: Any) -> Any:
-    with sums_out_of_place():
-        return forward(*args, **kwargs)
+def _statement(in_place: Callable[..., Tensor], other: Callable[..., Tensor]) -> Callable[[Tensor, Any], Tensor]:
+    def statement(changed: Tensor, by: Any) -> Tensor:
+        is_recorded = changed.requires_grad or (isinstance(by, Tensor) and by.requires_grad)
+        if not is_recorded or not torch.is_grad_enabled() or _is_part(changed):  # of a part, the whole is meant
+            return in_place(changed, by)
+        if isinstance(by, Tensor) and by.dtype != changed.dtype:
+            return in_place(changed.clone(), by)
+        return other(changed, by)
+
+    return statement
+
+
+def _is_part(tensor: Tensor) -> bool:
+    return tensor._base is not None and tensor._base.numel() != tensor.numel()
 
 
 @contextlib.contextmanager

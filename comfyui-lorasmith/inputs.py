@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,17 @@ TRAINED = {
 }
 
 
+NODE = {"unique_id": "UNIQUE_ID"}
+"""The hidden input of nodes that show text on themselves."""
+
+
+def show_text(text: str, node: str | None) -> None:
+    """Show a text on a node; editors leave out that of its outputs' `ui`."""
+    instance = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+    if node is not None and hasattr(instance, "send_progress_text"):
+        instance.send_progress_text(text, node)
+
+
 def widget(declared: Input, **others: Any) -> tuple[Any, dict[str, Any]]:
     """An input of ours as ComfyUI declares one."""
     names = ("default", "min", "max", "step", "tooltip", "advanced")
@@ -39,6 +51,8 @@ def widget(declared: Input, **others: Any) -> tuple[Any, dict[str, Any]]:
     if declared.type == "FLOAT":  # else editors round to whole numbers of `step`
         options["round"] = False
         options.setdefault("step", 1e-7 if declared.name == "learning_rate" else 0.01)
+    if declared.name == "seed":  # else editors give each queueing another, and a run that was stopped never continues
+        options["control_after_generate"] = "fixed"
     kind: Any = list(declared.options) if declared.type == "COMBO" and not callable(declared.options) else declared.type
     return kind, {**options, **others}
 

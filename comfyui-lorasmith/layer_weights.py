@@ -16,8 +16,10 @@ import comfy.ops
 import torch
 from torch import Tensor, nn
 
-from lorasmith.adapters.frozen_layer import FrozenLayer, FrozenProduct, is_targetable
+from lorasmith.adapters.frozen_layer import PRODUCTS, FrozenLayer, FrozenProduct, is_linear, is_targetable
 from lorasmith.core.quantization import WEIGHT_SOURCE, Packed, WeightSource
+
+from .products import faster_products
 
 _MAY_OFFLOAD = "offloadable" in inspect.signature(comfy.ops.cast_bias_weight).parameters
 
@@ -41,6 +43,8 @@ class CastWeight(WeightSource):
         bias: Tensor | None = getattr(layer, "bias", None)
         if bias is None:
             return None
+        if hasattr(layer, _UNPACK):
+            return _unpacked(layer, bias, **self._place)
         bias = comfy.model_management.cast_to(bias, **self._place)
         for function in getattr(layer, "bias_function", ()):
             bias = function(bias)
@@ -56,7 +60,9 @@ class _Cast:
 
     def __enter__(self) -> Packed:
         place = {**self._place, "bias_dtype": self._place["dtype"]}
-        if _MAY_OFFLOAD:
+        if hasattr(self._layer, _UNPACK):
+            weight = _unpacked(self._layer, self._layer.weight, **self._place)  # type: ignore[arg-type]
+        elif _MAY_OFFLOAD:
             self._cast = comfy.ops.cast_bias_weight(self._layer, offloadable=True, **place)
             weight = self._cast[0]
         else:
@@ -69,6 +75,15 @@ class _Cast:
         if self._cast:
             comfy.ops.uncast_bias_weight(self._layer, *self._cast)
             self._cast = ()
+
+
+_UNPACK = "get_weight"
+"""Method of layers of ComfyUI-GGUF, from a packed parameter and a dtype to a tensor with the MODEL's patches."""
+
+
+def _unpacked(layer: Any, parameter: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    found: Tensor = getattr(layer, _UNPACK)(parameter.to(device), dtype)
+    return comfy.model_management.cast_to(found.as_subclass(Tensor), dtype, device)
 
 
 def _same(weight: Tensor, *, dtype: torch.dtype) -> Tensor:
@@ -94,36 +109,63 @@ def _is_cast(layer: Any, device: torch.device, dtype: torch.dtype) -> bool:
 
 @contextlib.contextmanager
 def casts_on_use(module: nn.Module, device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Inside the context, products with weights that ComfyUI casts get them from a `CastWeight`.
+    """Inside the context, products with weights that ComfyUI casts get them from a `CastWeight`, or are faster ones.
 
     Layers compute in `dtype`, in which adapters are; an input of another dtype is cast, and the result cast back.
     """
+    products = faster_products(device, dtype)
     with contextlib.ExitStack() as undo:
         for layer in cast_layers(module):
+            others: dict[str, Any] = {}
+            factor = None  # of the input
+            is_own = "forward" not in layer.__dict__  # what replaces a forward knows what is unknown here
             if _is_cast(layer, device, dtype):
-                own = layer.__dict__.get("forward")
-                setattr(layer, WEIGHT_SOURCE, CastWeight(layer, device, dtype))
-                undo.callback(delattr, layer, WEIGHT_SOURCE)
-                if own is None:  # what replaces a forward knows about the layer what is unknown here
-                    layer.forward = FrozenProduct(FrozenLayer(layer), with_bias=True).__call__
-                    undo.callback(layer.__dict__.pop, "forward", None)
-            cast = _InDtype(dtype)
+                others[WEIGHT_SOURCE] = CastWeight(layer, device, dtype)
+                factor = getattr(layer, "pre_quant_scale", None) if is_own else None
+            if products is not None and is_linear(layer):
+                others[PRODUCTS] = products
+            if others and is_own:
+                others["forward"] = FrozenProduct(FrozenLayer(layer), with_bias=True).__call__
+            for name, value in others.items():
+                setattr(layer, name, value)
+                undo.callback(layer.__dict__.pop, name, None)
+            cast = _InDtype(dtype, factor)
             undo.callback(layer.register_forward_pre_hook(cast.before).remove)
             undo.callback(layer.register_forward_hook(cast.after).remove)
         yield
 
 
-class _InDtype:
-    """Hooks of a layer whose input may have another dtype than its adapter."""
+@contextlib.contextmanager
+def norms_resident(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Inside the context, weights of norms and the like are on `device`, where ComfyUI has left them in host memory.
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._dtype = dtype
+    Their gradients need the weights of the forward pass, and ComfyUI casts into buffers that the next cast overwrites.
+    """
+    with contextlib.ExitStack() as undo:
+        for layer in module.modules():
+            if not hasattr(layer, "comfy_cast_weights") or is_targetable(layer) or isinstance(layer, nn.Embedding):
+                continue
+            for name, tensor in list(layer._parameters.items()):
+                if tensor is not None and tensor.device != device:
+                    layer._parameters[name] = nn.Parameter(tensor.to(device), requires_grad=False)
+                    undo.callback(layer._parameters.__setitem__, name, tensor)
+        yield
+
+
+class _InDtype:
+    """Hooks of a layer whose input may have another dtype than its adapter, or be that of its weight times a factor."""
+
+    def __init__(self, dtype: torch.dtype, factor: Tensor | None) -> None:
+        self._dtype, self._factor = dtype, factor
         self._given: torch.dtype | None = None
 
     def before(self, layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         first = args[0] if args else None
         is_other = isinstance(first, Tensor) and first.dtype != self._dtype
         self._given = first.dtype if is_other else None
+        if self._factor is not None:
+            first = first.to(self._dtype) * self._factor.to(first.device, self._dtype)
+            return (first, *args[1:])
         return (first.to(self._dtype), *args[1:]) if is_other else None
 
     def after(self, layer: nn.Module, args: tuple[Any, ...], result: Any) -> Any:

@@ -25,7 +25,7 @@ from lorasmith.training.lora_handle import Lora
 from lorasmith.training.validation import History, Validator
 
 from .comfy_model import ComfyModel
-from .inputs import CATEGORY, TRAINED, config_of, samples_of
+from .inputs import CATEGORY, NODE, TRAINED, config_of, samples_of, show_text
 
 
 class LoraTensors(dict[str, Tensor]):
@@ -66,10 +66,13 @@ class SaveLora:
                 "lora": ("LORA_MODEL",),
                 "prefix": ("STRING", {"default": "loras/Lorasmith", "tooltip": "May have folders."}),
                 "layout": (layouts, {"default": PORTABLE, "tooltip": "How tensors are named."}),
-            }
+            },
+            "hidden": NODE,
         }
 
-    def save(self, lora: Mapping[str, Tensor], prefix: str, layout: str) -> dict[str, Any]:
+    def save(
+        self, lora: Mapping[str, Tensor], prefix: str, layout: str, unique_id: str | None = None
+    ) -> dict[str, Any]:
         if (names := _released(lora, needed=True)) is None:
             raise LoraError(
                 "a LoRA can be saved for other programs if it is for a released model of a family that is known here, "
@@ -81,7 +84,9 @@ class SaveLora:
         path = next(path for path in free if not path.exists())
         state = lora_of_tensors(path, lora, _said(lora), names)
         Lora(state, names).save(path, layout=layout, metadata={"ss_output_name": path.stem, "modelspec.title": stem})
-        return {"ui": {"text": [f"Saved as {path.relative_to(output)}."]}}
+        text = f"Saved as {path.relative_to(output)}."
+        show_text(text, unique_id)
+        return {"ui": {"text": [text]}}
 
 
 class CheckLora:
@@ -99,15 +104,16 @@ class CheckLora:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        return {"required": {"lora": ("LORA_MODEL",)}, "optional": {"model": ("MODEL",)}}
+        return {"required": {"lora": ("LORA_MODEL",)}, "optional": {"model": ("MODEL",)}, "hidden": NODE}
 
-    def check(self, lora: Mapping[str, Tensor], model: Any = None) -> dict[str, Any]:
+    def check(self, lora: Mapping[str, Tensor], model: Any = None, unique_id: str | None = None) -> dict[str, Any]:
         names = _released(lora) if model is None else ComfyModel(model).names
         found = faults_of(lora, _said(lora), names, is_model_sure=model is not None)
         lines = [f"{one.problem}; {one.remedy}." for one in sorted(found, key=lambda one: not one.is_error)]
         against = "no model, as that of its family is not known" if names is None else names.family
         lines.insert(0, f"{len(grouped(lora))} layers, compared with {against}: {len(lines) or 'no'} findings.")
         text = "\n".join(lines)
+        show_text(text, unique_id)
         return {"ui": {"text": [text]}, "result": (text,)}
 
 
@@ -137,7 +143,8 @@ class ValidateLora:
                 "latents": images,
                 "strength": ("FLOAT", strength),
                 "draws": ("INT", draws),
-            }
+            },
+            "hidden": NODE,
         }
 
     def validate(
@@ -148,6 +155,7 @@ class ValidateLora:
         positive: Sequence[Sequence[Any]],
         strength: Sequence[float],
         draws: Sequence[int],
+        unique_id: Sequence[str | None] = (None,),
     ) -> dict[str, Any]:
         with torch.inference_mode(False):
             plain = ComfyModel(model[0])
@@ -161,6 +169,7 @@ class ValidateLora:
             f"{count_text(len(without), 'image')}: loss {event.loss:.4f} with the LoRA at strength {strength[0]:g}, "
             f"{event.base_loss:.4f} without; {kind} (difference {event.low:+.4f} to {event.high:+.4f} at 95 %)."
         )
+        show_text(text, unique_id[0])
         return {"ui": {"text": [text]}, "result": (event.loss, event.base_loss, text)}
 
 

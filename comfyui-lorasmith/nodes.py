@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import logging
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,7 +35,7 @@ from lorasmith.workflow import Input
 
 from .comfy_model import ComfyModel
 from .comparison import CompareTrainers
-from .inputs import CATEGORY, SETTINGS_TYPE, TRAINED, config_of, samples_of, widget
+from .inputs import CATEGORY, NODE, SETTINGS_TYPE, TRAINED, config_of, samples_of, show_text, widget
 from .lora_nodes import CheckLora, LoraTensors, SaveLora, ValidateLora
 from .previews import PREVIEWS_TYPE, Previews, PreviewsNode, run_previews
 
@@ -159,7 +158,7 @@ class ResumeLora:
 
 
 _DRAWN = {"previews": (PREVIEWS_TYPE, {"tooltip": "Of Previews: pictures while it trains."})}
-_HIDDEN = {"prompt": "PROMPT", "unique_id": "UNIQUE_ID"}
+_HIDDEN = {"prompt": "PROMPT", **NODE}
 
 
 def _trained(
@@ -272,7 +271,7 @@ class NodeHost(Host):
         match event:
             case StepDone():
                 self._bar.update_absolute(event.step, self.steps)
-                self._say(self._publisher.view.line)
+                show_text(self._publisher.view.line, self.node)
             case Previewed() if (picture := self._frames(event)) is not None:
                 shown = ("JPEG", Image.open(io.BytesIO(picture)), None)
                 self._bar.update_absolute(event.step, self.steps, shown)
@@ -282,11 +281,6 @@ class NodeHost(Host):
                 _log.info(beginning(event))
         if (note := note_of(event)) is not None and note.kind != "Remark":
             (_log.warning if note.is_warning else _log.info)(note.text)
-
-    def _say(self, text: str) -> None:
-        instance = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
-        if self.node is not None and hasattr(instance, "send_progress_text"):
-            instance.send_progress_text(text, self.node)
 
 
 def _kept(result: TrainResult) -> str:

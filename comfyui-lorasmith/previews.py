@@ -77,7 +77,7 @@ class PreviewsNode:
                 "positive": ("CONDITIONING", {"tooltip": "A prompt, or a list of prompts with a picture for each."}),
                 "negative": ("CONDITIONING",),
                 "latent": ("LATENT", {"tooltip": "An empty latent of the pictures' size."}),
-                "seed": ("INT", {"default": 0, "min": 0, "max": 2**64 - 1}),
+                "seed": ("INT", {"default": 0, "min": 0, "max": 2**64 - 1, "control_after_generate": "fixed"}),
                 "steps": widget(Input.from_option(_OPTIONS["preview_steps"])),
                 "cfg": ("FLOAT", {"default": 4.0, "min": 0.0, "max": 100.0, "step": 0.1, "round": 0.01}),
                 "sampler_name": (samplers.SAMPLERS,),
@@ -130,7 +130,9 @@ class Drawing:
     def _picture(self, patcher: Any, positive: Any) -> PictureOrClip:
         previews = self._previews
         sampling, latent = previews.sampling, previews.latent["samples"][:1]
-        latent = comfy.sample.fix_empty_latent_channels(patcher, latent.detach().clone())
+        # An empty latent says for which scale of pictures it is made, so that it is resized for models of another.
+        ratios = {name: value for name, value in previews.latent.items() if name.startswith("downscale_ratio")}
+        latent = comfy.sample.fix_empty_latent_channels(patcher, latent.detach().clone(), **ratios)
         found = comfy.sample.sample(
             patcher,
             comfy.sample.prepare_noise(latent, sampling["seed"]),

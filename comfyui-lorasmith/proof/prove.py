@@ -6,7 +6,8 @@
 Prints for each family the relative distance of loss and gradient from those of ComfyUI's own Train LoRA, keys that its
 loader leaves out, whether the MODEL's pictures are the same bits afterwards, and a training by the node: interrupted,
 resumed, saved. With `--measure` it prints seconds of processor time a step and peak memory of both instead. Exits with
-1 if something does not hold. Needs ComfyUI's requirements and lorasmith in the Python that runs it.
+1 if something does not hold. Needs ComfyUI's requirements and lorasmith in the Python that runs it. If COMFYUI_GGUF is
+the folder of ComfyUI-GGUF, and the package gguf is installed, its layers are among those that are compared.
 
 `gradient` is that of ComfyUI's node with its sums in place and kernels replaced as by the pack, and no checkpointing;
 `gradient as shipped` is without, and with the checkpointing that is its default.
@@ -17,11 +18,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import ctypes
+import functools
 import gc
 import importlib
 import inspect
 import json
 import logging
+import os
 import statistics
 import subprocess
 import sys
@@ -53,7 +57,7 @@ def main() -> int:
         checkout.boot(arguments.checkout)
         print(json.dumps(ONE[arguments.one](arguments.families[0])))
         return 0
-    kinds = ["ours", *BUILT_IN] if arguments.measure else ["numbers", "node", "graph", "kinds"]
+    kinds = ["ours", *BUILT_IN] if arguments.measure else list(PROOFS)
     wrong = 0
     for family in arguments.families or families.FAMILIES:
         for kind in kinds:
@@ -61,7 +65,8 @@ def main() -> int:
             limits = {name: limit_of(name) for name in found}
             failed = [name for name, value in found.items() if not limits[name](value)]
             wrong += len(failed)
-            print(f"{family}, {kind}: {shown(found)}{f'; WRONG: {failed}' if failed else ''}", flush=True)
+            if found:
+                print(f"{family}, {kind}: {shown(found)}{f'; WRONG: {failed}' if failed else ''}", flush=True)
     return 1 if wrong else 0
 
 
@@ -83,11 +88,17 @@ LIMITS: dict[str, Callable[[Any], bool]] = {
     "inputs": lambda value: value is True,
     "interrupted": lambda value: value is True,
     "resumed": lambda value: value is True,
+    "heard": lambda value: value is True,
+    "apart": lambda value: value is True,
+    "released": lambda value: value is True,
+    "copied": lambda value: value < 0.5,
+    "image-to-image refused": lambda value: value is True,
     "known again": lambda value: value is True,
     "ran": lambda value: value is True,
     "went on": lambda value: value is True,
     "refused": lambda value: value.startswith("learning_rate must be") and "\n" not in value,
     "saved": lambda value: value == 1,
+    **dict.fromkeys(("drawn", "validated", "compared"), lambda value: value is True),
 }
 """What must hold, by what is found."""
 
@@ -335,13 +346,17 @@ def our_step(trainer: Any, theirs: Mapping[str, Any], samples: Any) -> tuple[flo
     sample = samples[theirs["indices"][0]]
     clean = sample.latents[None]
     sigmas = theirs["sigmas"].float()
-    if "RFlow" in str(type(model.patcher.model.model_sampling).__mro__):  # Cosmos counts noise per signal
+    if model.diffusion.parameterization != "flow":
+        sigmas = sigmas / model.sampling.scale
+    elif model.sampling.counts_signal:
         sigmas = sigmas / (1 + sigmas)
     level = model.diffusion.schedule.at_sigma(sigmas)
     noise = theirs["noise"].float().reshape(clean.shape)
     batch = Batch(clean, noise, level.noised(clean, noise), level, model.join([sample.conditioning]), (sample.name,))
     losses, _ = trainer.engine.gradient([batch])
-    return float(losses), {key: trainer.gradients[name].flatten(1).clone() for key, name in keys.items()}
+    of_theirs = model.sampling.scale**2  # of whose latents the loss is
+    gradients = {key: of_theirs * trainer.gradients[name].flatten(1) for key, name in keys.items()}
+    return of_theirs * float(losses), gradients
 
 
 def within(theirs: torch.Tensor, ours: torch.Tensor) -> torch.Tensor:
@@ -361,13 +376,14 @@ def distance(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor
     return float((wrong / sum(float(a.square().sum()) for a, _ in both)) ** 0.5)
 
 
-def predicted(trainer: Any) -> torch.Tensor:
+def predicted(trainer: Any, conditioning: Any = None) -> torch.Tensor:
     """The prediction for fixed inputs, with what is trained attached."""
     model, sample = trainer.model, trainer._data.samples[0]
     level = model.diffusion.schedule.at(torch.tensor([0.5]))
     noise = torch.randn(sample.latents[None].shape, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        found: torch.Tensor = model.predict(noise, level.time, model.join([sample.conditioning]))
+        joined = model.join([conditioning or sample.conditioning])
+        found: torch.Tensor = model.predict(noise, level.time, joined)
     return found
 
 
@@ -407,13 +423,13 @@ def with_their_loader(model: Any, lora: Any, trained: Any, trainer: Any) -> tupl
     return count.left_out, found
 
 
-def pictures(model: Any, positive: Any) -> torch.Tensor:
+def pictures(model: Any, positive: Any, frames: int = 1) -> torch.Tensor:
     """What ComfyUI's sampler makes of fixed noise."""
     import comfy.sample
 
     channels = model.model.latent_format.latent_channels
     is_video = model.model.latent_format.latent_dimensions == 3
-    shape = (1, channels, *([1] if is_video else []), 16, 16)
+    shape = (1, channels, *([frames] if is_video else []), 16, 16)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(3))
     with torch.inference_mode():
         entry = [[positive[0][0].clone(), dict(positive[0][1])]]
@@ -441,7 +457,7 @@ class Meter:
     def found(self) -> dict[str, Any]:
         steps = [b - a for a, b in zip(self.times[self.warm :], self.times[self.warm + 1 :], strict=False)]
         return {
-            "s/step": statistics.median(steps),
+            **({"s/step": statistics.median(steps)} if steps else {}),
             "MB loaded": round(self.loaded),
             "MB above": round(memory("VmHWM") - self.loaded),
         }
@@ -554,58 +570,360 @@ def node(family: str) -> dict[str, Any]:
     }
 
 
+class _Vae:
+    """Latents' first channels as colours."""
+
+    def decode(self, samples_in: torch.Tensor) -> torch.Tensor:
+        return samples_in[:, :3].movedim(1, -1).sigmoid()
+
+
+def others(family: str) -> dict[str, Any]:
+    """Previews, resuming by name, validating and comparing, as ComfyUI calls the nodes."""
+    pack = checkout.pack()
+    import comfy.model_management as management
+    import folder_paths
+
+    outputs = Path(tempfile.mkdtemp(prefix="lorasmith-proof-"))
+    folder_paths.set_output_directory(str(outputs))
+    model, (latents, positive) = families.model_of(family), families.data_of(family)
+    before = pictures(model, positive)
+    images = [{"samples": torch.cat(latents)}]
+
+    def run(kind: str, **given: Any) -> Any:
+        node = pack.NODE_CLASS_MAPPINGS[kind]()
+        widgets = {name: kind[1] for name, kind in node.INPUT_TYPES()["required"].items() if len(kind) > 1}
+        defaults = {name: options["default"] for name, options in widgets.items() if "default" in options}
+        lists = {name: [value] for name, value in {**defaults, **given}.items()}
+        with torch.inference_mode():
+            return getattr(node, node.FUNCTION)(**lists)
+
+    def train(kind: str, **given: Any) -> Any:
+        return run(kind, model=model, latents=images[0], positive=positive, **given)
+
+    small = {"steps": 6, "training_dtype": "fp32", "lora_dtype": "fp32", "learning_rate": 1e-3}
+    plain, losses, _ = train("LorasmithTrainLora", **small)
+    (drawn,) = run(
+        "LorasmithPreviews",
+        vae=_Vae(),
+        positive=positive[:1],
+        negative=positive[:1],
+        latent={"samples": torch.zeros_like(latents[0])},
+        steps=2,
+        cfg=2.0,
+        sampler_name="euler",
+        scheduler="normal",
+        every=3,
+    )
+    (outputs / "runs").rename(outputs / "plain")
+    found = train("LorasmithTrainLora", previews=drawn, **small)
+    lora, drawn_losses, _ = found["result"]
+    rows = {path.stem: path.read_bytes() for path in outputs.glob("runs/*/samples/*-1.png")}
+    (outputs / "runs").rename(outputs / "drawn")
+    host = sys.modules["lorasmith_pack.nodes"].NodeHost
+    on_event = host.on_event
+
+    def stopping(self: Any, event: Any) -> None:
+        on_event(self, event)
+        if type(event).__name__ == "StepDone" and event.step == 3:
+            management.interrupt_current_processing()
+
+    host.on_event = stopping
+    with contextlib.suppress(management.InterruptProcessingException):
+        train("LorasmithTrainLora", **small)
+    host.on_event = on_event
+    resumed, resumed_losses, _ = train("LorasmithResumeLora", run="lora_00001")
+    valid, bare, _ = train("LorasmithValidateLora", lora=lora, draws=2)["result"]
+    again, same, _ = train("LorasmithValidateLora", lora=lora, draws=2, strength=0.0)["result"]
+    table, picture = train("LorasmithCompareTrainers", steps=5, training_dtype="fp32")["result"]
+    return {
+        "ran with previews": drawn_losses == losses and all(torch.equal(lora[key], plain[key]) for key in plain),
+        "drawn": len({row: rows[row] for row in rows}) == 5 and len(set(rows.values())) == 4,
+        "resumed by name": resumed_losses == losses and all(torch.equal(resumed[key], plain[key]) for key in plain),
+        "validated": valid != bare and again == same == bare,
+        "compared": len(table.splitlines()) == 6 and picture.ndim == 4,
+        "same bits": torch.equal(before, pictures(model, positive)),
+    }
+
+
+def samplings(family: str) -> dict[str, Any]:
+    """Loss and gradient beside ComfyUI's node, with samplings that its own nodes and models give a MODEL."""
+    checkout.pack()
+    import comfy.model_base
+    from comfy_extras import nodes_model_advanced as theirs
+    from lorasmith_pack.comfy_model import ComfyModel
+    from lorasmith_pack.gradients import kernels_with_gradients, sums_out_of_place
+
+    import lorasmith
+    from lorasmith.core.errors import OptionError
+
+    base, (latents, positive) = families.model_of(family), families.data_of(family)
+
+    def of_model(kind: str, **settings: Any) -> Any:
+        patched = base.clone()
+        config = type("Config", (), {"sampling_settings": settings})
+        made = comfy.model_base.model_sampling(config, comfy.model_base.ModelType[kind])
+        patched.add_object_patch("model_sampling", made)
+        return patched
+
+    def of_node(name: str, *values: Any, patch: str = "patch", model: Any = base) -> Any:
+        (patched,) = getattr(getattr(theirs, name)(), patch)(model, *values)
+        return patched
+
+    models = {
+        **{kind: of_node("ModelSamplingDiscrete", kind, False) for kind in ("eps", "v_prediction", "lcm", "x0")},
+        "v_prediction, zsnr": of_node("ModelSamplingDiscrete", "v_prediction", True),
+        **{
+            f"{kind}, continuous": of_node("ModelSamplingContinuousEDM", kind, 80.0, 0.002)
+            for kind in ("eps", "v_prediction", "edm", "cosmos_rflow")
+        },
+        "continuous v": of_node("ModelSamplingContinuousV", "v_prediction", 500.0, 0.03),
+        "cascade": of_node("ModelSamplingStableCascade", 2.0),
+        "SD3": of_node("ModelSamplingSD3", 3.0),
+        "AuraFlow": of_node("ModelSamplingAuraFlow", 1.73, patch="patch_aura"),
+        "Flux": of_node("ModelSamplingFlux", 1.15, 0.5, 1024, 768),
+        "LTXV": of_model("FLUX", shift=2.05),
+    }
+    if hasattr(theirs, "ModelNoiseScale"):  # older versions lack these
+        models["noise scale"] = of_model("FLOW", noise_scale=7.5, shift=3.0)
+    if hasattr(comfy.model_base.ModelType, "V_PREDICTION_DDPM"):
+        models["CogVideoX"] = of_model("V_PREDICTION_DDPM", zsnr=True)
+    result: dict[str, Any] = {}
+    for name, model in models.items():
+        trained = ComfyModel(model)
+        table = model.get_model_object("model_sampling").sigmas  # between whose sigmas networks have the nearest's time
+        model.get_model_object("model_sampling").percent_to_sigma = _nearest(table)
+        samples = trained.samples(latents, positive)
+        trainer = lorasmith.Trainer(trained, samples, **settings(rank=RANK))
+        with sums_out_of_place(), kernels_with_gradients():
+            right = built_in_step(model, latents, positive, trainer.weights, checkpointing=False)
+        with trainer:
+            loss, gradients = our_step(trainer, right, samples)
+        result[f"loss {name}"] = abs(loss - right["loss"]) / right["loss"]
+        result[f"gradient {name}"] = distance(gradients, right["gradients"])
+    refused, unknown = 0, {"IMG_TO_IMG", "IMG_TO_IMG_FLOW"} & {one.name for one in comfy.model_base.ModelType}
+    for kind in unknown:
+        try:
+            ComfyModel(of_model(kind))
+        except OptionError:
+            refused += 1
+    result["image-to-image refused"] = refused == len(unknown)
+    return result
+
+
+def conditionings(family: str) -> dict[str, Any]:
+    """Loss and gradient beside ComfyUI's node, with conditionings that are more than a caption."""
+    checkout.pack()
+    import comfy_extras.nodes_train as theirs
+    from lorasmith_pack.comfy_model import ComfyModel
+    from lorasmith_pack.gradients import kernels_with_gradients, sums_out_of_place
+
+    import lorasmith
+
+    walk = theirs.process_cond_list
+    # Which fails on the tensors of a list
+    theirs.process_cond_list = lambda d, prefix="": d if isinstance(d, torch.Tensor) else walk(d, prefix)
+    result: dict[str, Any] = {}
+    frames = families.FAMILIES[family].frames or 1
+    for kind in families.CONDITIONED.get(family, ()):
+        model = families.model_of(family, conditioned=kind)
+        latents, positive = families.data_of(family, conditioned=kind)
+        before = pictures(model, positive, frames)
+        trained = ComfyModel(model)
+        samples = trained.samples(latents, positive)
+        trainer = lorasmith.Trainer(trained, samples, **settings(rank=RANK))
+        with sums_out_of_place(), kernels_with_gradients():
+            right = built_in_step(model, latents, positive, trainer.weights, checkpointing=False)
+        with trainer:
+            loss, gradients = our_step(trainer, right, samples)
+        found = {
+            "loss": abs(loss - right["loss"]) / right["loss"],
+            "gradient": distance(gradients, right["gradients"]),
+            "same bits": torch.equal(before, pictures(model, positive, frames)),
+        }
+        (other,) = trained.samples(latents[:1], [[positive[0][0], positive[1][1]]])
+        with trainer:
+            one, two = (predicted(trainer, conditioning=each.conditioning) for each in (samples[0], other))
+        found["heard"] = float((one - two).norm() / one.norm()) > 1e-4
+        result |= {f"{name} {kind}": value for name, value in found.items()}
+    return result
+
+
+def _nearest(sigmas: torch.Tensor) -> Callable[[float], float]:
+    return lambda percent: float(sigmas[int((1 - percent) * len(sigmas))])
+
+
 _QUERIES = ("qkv.weight", "to_q.weight", ".q.weight", "q_proj.weight", ".wq.weight")
 
 
 def kinds(family: str) -> dict[str, Any]:
     """MODELs in narrower dtypes and with a LoRA, beside a MODEL of the same weights in fp32."""
     checkout.pack()
-    import comfy.sd
     from lorasmith_pack.comfy_model import ComfyModel
-
-    import lorasmith
-
-    latents, positive = families.data_of(family)
-
-    def first(model: Any) -> tuple[float, dict[str, torch.Tensor]]:
-        trained = ComfyModel(model)
-        trainer = lorasmith.Trainer(trained, trained.samples(latents, positive), **settings(zero_init="up", alpha=8.0))
-        for name, weight in trainer.weights.items():
-            generator = torch.Generator().manual_seed(len(name))
-            weight.copy_(0.02 * torch.randn(weight.shape, generator=generator))
-        with contextlib.closing(iter(trainer)) as steps:
-            loss = float(next(steps).gradient().mean())
-            return loss, {name: one.flatten(1).clone() for name, one in trainer.gradients.items()}
-
-    def compared(model: Any, weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-        plain = families.model_of(family)
-        plain.model.diffusion_model.load_state_dict({name: one.float() for name, one in weights.items()})
-        before = pictures(model, positive)
-        (loss, found), (expected, right) = first(model), first(plain)
-        return {
-            "loss": abs(loss - expected) / expected,
-            "gradient": distance(found, right),
-            "same bits": torch.equal(before, pictures(model, positive)),
-        }
 
     result: dict[str, Any] = {}
     for dtype in (torch.bfloat16, torch.float16, torch.float8_e4m3fn):
         model = families.model_of(family, dtype)
-        found = compared(model, model.model.diffusion_model.state_dict())
+        found = compared(family, model, model.model.diffusion_model.state_dict())
         result |= {f"{name} {str(dtype).removeprefix('torch.')}": value for name, value in found.items()}
     model = families.model_of(family)
     weights = {name: one.clone() for name, one in model.model.diffusion_model.state_dict().items()}
+    patched, merged = with_lora(model, weights)
+    bare, changed = ComfyModel(model).identity(), ComfyModel(patched).identity()
+    found = compared(family, patched, merged)
+    result |= {f"{name} with a LoRA": value for name, value in found.items()}
+    result["known again"] = bare == ComfyModel(model).identity() != changed == ComfyModel(patched).identity()
+    return result
+
+
+def stored(family: str) -> dict[str, Any]:
+    """MODELs with quantized layers, beside a MODEL of the dequantized weights."""
+    checkout.pack()
+    import comfy.quant_ops
+
+    result: dict[str, Any] = {}
+    formats = comfy.quant_ops.QUANT_ALGOS  # of which older versions have fewer
+    known = [kind for kind in families.QUANTIZED if kind.partition(",")[0] in formats]
+    if "pre_quant_scale" not in formats["nvfp4"]["parameters"]:
+        known = [kind for kind in known if "smoothed" not in kind]
+    ways: dict[str, Callable[[], Any]] = {
+        kind: functools.partial(families.quantized_of, family, kind) for kind in (*known, "scaled_fp8")
+    }
+    if pack := os.environ.get("COMFYUI_GGUF"):
+        sys.path.insert(0, str(Path(pack).parent))
+        theirs = importlib.import_module(Path(pack).name)
+        ways |= {f"GGUF {kind}": functools.partial(families.gguf_of, family, kind, theirs) for kind in families.GGUF}
+        ways["GGUF with a LoRA"] = ways["GGUF Q8_0"]
+    for kind, make in ways.items():
+        with torch.inference_mode():  # as ComfyUI calls its loaders
+            model = make()
+        weights = dequantized(model.model.diffusion_model)
+        if "LoRA" in kind:
+            model, weights = with_lora(model, weights)
+        found = compared(family, model, weights)
+        result |= {f"{name} {kind}": value for name, value in found.items()}
+    return result
+
+
+def memory_modes(family: str) -> dict[str, Any]:
+    """MODELs with a LoRA, with all or half of the weights kept apart from the device, and one loaded dynamically."""
+    checkout.pack()
+    import comfy.model_management as management
+    import comfy.model_patcher
+    from lorasmith_pack.comfy_model import ComfyModel
+
+    load = management.LoadedModel.model_load
+    result: dict[str, Any] = {}
+    for mode, share in {"--novram": 0.0, "--lowvram": 0.5, "--novram, quantized": 0.0}.items():
+        with torch.inference_mode():
+            make = functools.partial(families.quantized_of, kind="float8_e4m3fn")
+            model = make(family) if "quantized" in mode else families.model_of(family)
+        patched, merged = with_lora(model, dequantized(model.model.diffusion_model))
+        limit = share * model.model_size()
+
+        def partial(self: Any, memory: float = 0, limit: float = limit, only: Any = model.model, **others: Any) -> Any:
+            more = max(0.1, limit - self.model.loaded_size())
+            return load(self, more if self.model.model is only else memory, **others)
+
+        management.LoadedModel.model_load = partial
+        try:
+            found = compared(family, patched, merged)
+            trained = ComfyModel(patched)
+            with trained.loaded(torch.float32):
+                layers = [one for one in trained.module.modules() if hasattr(one, "prev_comfy_cast_weights")]
+            functions = sum(len(one.weight_function) for one in layers)
+        finally:
+            management.LoadedModel.model_load = load
+        found["apart"] = bool(layers) and (functions == 1 or share > 0)
+        result |= {f"{name} {mode}": value for name, value in found.items()}
+    dynamic = getattr(comfy.model_patcher, "ModelPatcherDynamic", None)
+    if hasattr(dynamic, "get_non_dynamic_delegate"):
+        model = families.model_of(family)
+        weights = {name: one.clone() for name, one in model.model.diffusion_model.state_dict().items()}
+        patched, merged = with_lora(model, weights)
+        methods = {"is_dynamic": lambda self: True, "get_non_dynamic_delegate": dynamic.get_non_dynamic_delegate}
+        patched.__class__ = type("Dynamic", (type(patched),), methods)
+        patched.non_dynamic_delegate_model = None
+        plain = families.model_of(family)
+        plain.model.diffusion_model.load_state_dict(merged)
+        (loss, found, _), (expected, right, _) = first(family, patched, loaded=False), first(family, plain)
+        after = model.model.diffusion_model.state_dict()
+        result["loss dynamic"], result["gradient dynamic"] = abs(loss - expected) / expected, distance(found, right)
+        result["same bits dynamic"] = all(torch.equal(after[name], one) for name, one in weights.items())
+        result["released dynamic"] = patched.non_dynamic_delegate_model is None
+    return result
+
+
+def dequantized(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The weights of a network, fp32."""
+    found = {}
+    for path, layer in module.named_modules():
+        for name, one in layer.named_parameters(recurse=False):
+            if name == "pre_quant_scale":
+                continue
+            if hasattr(one, "tensor_type"):
+                one = layer.get_weight(one, torch.float32)
+            found[f"{path}.{name}".lstrip(".")] = (one.dequantize() if hasattr(one, "_qdata") else one).detach().float()
+    return found
+
+
+def with_lora(model: Any, weights: Mapping[str, torch.Tensor]) -> tuple[Any, dict[str, torch.Tensor]]:
+    """A MODEL with a LoRA on it, and its weights, which were `weights`, with that LoRA."""
+    import comfy.sd
+
     name = next(name for name in weights if name.endswith(_QUERIES))
     rows, columns = weights[name].shape
     up, down = torch.ones(rows, 1) * 0.1, torch.ones(1, columns) * 0.1
     key = f"diffusion_model.{name.removesuffix('.weight')}"
     lora = {f"{key}.lora_up.weight": up, f"{key}.lora_down.weight": down, f"{key}.alpha": torch.tensor(1.0)}
     patched, _ = comfy.sd.load_lora_for_models(model, None, lora, 0.5, 0.0)
-    bare, with_lora = ComfyModel(model).identity(), ComfyModel(patched).identity()
-    found = compared(patched, {**weights, name: weights[name] + 0.5 * up @ down})
-    result |= {f"{name} with a LoRA": value for name, value in found.items()}
-    result["known again"] = bare == ComfyModel(model).identity() != with_lora == ComfyModel(patched).identity()
-    return result
+    return patched, {**weights, name: weights[name] + 0.5 * up @ down}
+
+
+def first(family: str, model: Any, *, loaded: bool = True) -> tuple[float, dict[str, torch.Tensor], float]:
+    """Loss and gradients of the first step of a LoRA that is not zero, and its peak MB above the loaded MODEL."""
+    import comfy.model_management
+    from lorasmith_pack.comfy_model import ComfyModel
+
+    import lorasmith
+
+    if loaded:
+        comfy.model_management.load_models_gpu([model])
+    trained, meter = ComfyModel(model), Meter()
+    samples = trained.samples(*families.data_of(family))
+    trainer = lorasmith.Trainer(trained, samples, **settings(zero_init="up", alpha=8.0))
+    for name, weight in trainer.weights.items():
+        generator = torch.Generator().manual_seed(len(name))
+        weight.copy_(0.02 * torch.randn(weight.shape, generator=generator))
+    ctypes.CDLL(None).malloc_trim(0)
+    meter.start()
+    with contextlib.closing(iter(trainer)) as steps:
+        loss = float(next(steps).gradient().mean())
+        gradients = {name: one.flatten(1).clone() for name, one in trainer.gradients.items()}
+    return loss, gradients, meter.found()["MB above"]
+
+
+def compared(family: str, model: Any, weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """The first step, beside that of a MODEL of these weights in fp32."""
+    positive = families.data_of(family)[1]
+    plain = families.model_of(family)
+    plain.model.diffusion_model.load_state_dict({name: one.float() for name, one in weights.items()}, strict=False)
+    for path, layer in model.model.diffusion_model.named_modules():
+        if hasattr(layer, "pre_quant_scale"):
+            factor = layer.pre_quant_scale.detach().clone()
+            plain.model.diffusion_model.get_submodule(path).register_forward_pre_hook(_times(factor))
+    before = pictures(model, positive)
+    (loss, found, above), (expected, right, plain_above) = first(family, model), first(family, plain)
+    size = sum(one.numel() for one in plain.model.diffusion_model.parameters()) * 4 / 2**20
+    return {
+        "loss": abs(loss - expected) / expected,
+        "gradient": distance(found, right),
+        "same bits": torch.equal(before, pictures(model, positive)),
+        **({"copied": (above - plain_above) / size} if size > 50 else {}),  # of smaller ones chance decides
+    }
+
+
+def _times(factor: torch.Tensor) -> Callable[[Any, Any], Any]:
+    return lambda layer, given: (given[0] * factor, *given[1:])
 
 
 def graph(family: str) -> dict[str, Any]:
@@ -731,14 +1049,18 @@ def _stopping(at: int) -> Iterator[None]:
         module.NodeHost.on_event = on_event
 
 
-ONE: dict[str, Callable[[str], dict[str, Any]]] = {
+PROOFS: dict[str, Callable[[str], dict[str, Any]]] = {
     "numbers": numbers,
     "node": node,
+    "others": others,
     "graph": graph,
+    "samplings": samplings,
     "kinds": kinds,
-    "ours": ours,
-    **{kind: measured_built_in(kind) for kind in BUILT_IN},
+    "stored": stored,
+    "memory": memory_modes,
+    "conditionings": conditionings,
 }
+ONE = {**PROOFS, "ours": ours, **{kind: measured_built_in(kind) for kind in BUILT_IN}}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -105,24 +105,71 @@ class LayerNorm(CastWeightBiasOp, nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape, *self._used(x), self.eps)
 
 
+def _by_row(sigma: Tensor, x: Tensor) -> Tensor:
+    return sigma.reshape(-1, *(1,) * (x.ndim - 1))
+
+
 class EPS:
-    pass
+    sigma_data = 1.0
+
+    def calculate_input(self, sigma: Tensor, noise: Tensor) -> Tensor:
+        return noise * self._weights(sigma, noise)[0] / self.sigma_data
+
+    def calculate_denoised(self, sigma: Tensor, model_output: Tensor, model_input: Tensor) -> Tensor:
+        return model_input - _by_row(sigma, model_input) * model_output
+
+    def noise_scaling(self, sigma: Tensor, noise: Tensor, latent_image: Tensor, max_denoise: bool = False) -> Tensor:
+        return latent_image + _by_row(sigma, noise) * noise
+
+    def _weights(self, sigma: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        relative = _by_row(sigma, x) / self.sigma_data
+        return (1 + relative**2).rsqrt(), relative * (1 + relative**2).rsqrt()
 
 
 class V_PREDICTION(EPS):
-    pass
+    sign = -1
+
+    def calculate_denoised(self, sigma: Tensor, model_output: Tensor, model_input: Tensor) -> Tensor:
+        alpha, by = self._weights(sigma, model_input)
+        return alpha**2 * model_input + self.sign * by * self.sigma_data * model_output
 
 
 class EDM(V_PREDICTION):
+    sign = 1
+
+
+class X0(EPS):
+    def calculate_denoised(self, sigma: Tensor, model_output: Tensor, model_input: Tensor) -> Tensor:
+        return model_output
+
+
+class IMG_TO_IMG(X0):
     pass
 
 
 class CONST:
-    pass
+    noise_scale = 1.0
+
+    def calculate_input(self, sigma: Tensor, noise: Tensor) -> Tensor:
+        return noise
+
+    def calculate_denoised(self, sigma: Tensor, model_output: Tensor, model_input: Tensor) -> Tensor:
+        return model_input - _by_row(sigma, model_input) * model_output
+
+    def noise_scaling(self, sigma: Tensor, noise: Tensor, latent_image: Tensor, max_denoise: bool = False) -> Tensor:
+        by = _by_row(sigma, noise)
+        return by * self.noise_scale * noise + (1 - by) * latent_image
 
 
 class COSMOS_RFLOW:
-    pass
+    def calculate_input(self, sigma: Tensor, noise: Tensor) -> Tensor:
+        return noise / (1 + _by_row(sigma, noise))
+
+    def calculate_denoised(self, sigma: Tensor, model_output: Tensor, model_input: Tensor) -> Tensor:
+        by = _by_row(sigma, model_input)
+        return (model_input - by * model_output) / (1 + by)
+
+    noise_scaling = EPS.noise_scaling
 
 
 class ModelSamplingDiscrete(nn.Module):
@@ -135,9 +182,19 @@ class ModelSamplingDiscrete(nn.Module):
         sigmas: Tensor = self.sigmas
         return sigmas[timestep.long()]
 
+    def timestep(self, sigma: Tensor) -> Tensor:
+        sigmas: Tensor = self.sigmas
+        return (sigmas[:, None] - sigma).abs().argmin(0)
+
 
 class ModelSamplingContinuousEDM(nn.Module):
-    pass
+    def __init__(self) -> None:
+        super().__init__()
+        self.sigma_data = 0.5
+        self.register_buffer("sigmas", torch.linspace(-6, 4, 1000).exp())
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        return 0.25 * sigma.log()
 
 
 class ModelSamplingDiscreteFlow(nn.Module):
@@ -146,15 +203,29 @@ class ModelSamplingDiscreteFlow(nn.Module):
         self.shift, self.multiplier, self.noise_scale = 3.0, 1000, 1.0
         self.register_buffer("sigmas", torch.linspace(0.001, 1, 1000))
 
+    def timestep(self, sigma: Tensor) -> Tensor:
+        return sigma * self.multiplier
+
 
 class ModelSamplingFlux(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.shift = 1.15
 
+    def percent_to_sigma(self, percent: float) -> float:
+        return 1 - percent
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        return sigma
+
 
 class ModelSamplingCosmosRFlow(ModelSamplingContinuousEDM):
-    pass
+    def __init__(self) -> None:
+        super().__init__()
+        self.sigma_data = 1.0
+
+    def timestep(self, sigma: Tensor) -> Tensor:
+        return sigma / (1 + sigma)
 
 
 class CONDRegular:
@@ -204,13 +275,54 @@ class Network(nn.Module):
         self.blocks = nn.ModuleList(Block() for _ in range(2))
         self.last = Linear(WIDTH, CHANNELS)
 
-    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor, kind: int = 0, **others: Any) -> Tensor:
+    def forward(
+        self, x: Tensor, timesteps: Tensor, context: Tensor, kind: int = 0, control: Any = None, **others: Any
+    ) -> Tensor:
+        if control is not None:
+            x = x + control["input"][0]
         rows = self.patches(x).flatten(2).transpose(1, 2) + self.time(timesteps[:, None, None].to(x.dtype) / 1000)
         rows = torch.cat((self.text(context) + kind, rows), 1)
         for block in self.blocks:
             rows = block(rows)
         found = self.last(rows[:, context.shape[1] :])
         return found.transpose(1, 2).reshape(x.shape)
+
+
+class ControlNet:
+    """One whose network adds its hint to the state that it sees."""
+
+    def __init__(self, hint: Tensor, strength: float, percents: tuple[float, float], previous: Any = None) -> None:
+        self.cond_hint_original, self.strength, self.timestep_percent_range = hint, strength, percents
+        self.previous_controlnet, self.cond_hint, self.timestep_range = previous, None, None
+        self.control_model_wrapped = ModelPatcher(BaseModel(Tiny()), torch.device("cpu"))
+
+    def pre_run(self, model: Any, percent_to_timestep_function: Any) -> None:
+        start, end = self.timestep_percent_range
+        self.timestep_range = (percent_to_timestep_function(start), percent_to_timestep_function(end))
+        if self.previous_controlnet is not None:
+            self.previous_controlnet.pre_run(model, percent_to_timestep_function)
+
+    def get_control(self, x_noisy: Tensor, t: Tensor, cond: Any, batched_number: int, transformer_options: Any) -> Any:
+        before = None
+        if self.previous_controlnet is not None:
+            before = self.previous_controlnet.get_control(x_noisy, t, cond, batched_number, transformer_options)
+        if self.timestep_range and not self.timestep_range[1] <= t[0] <= self.timestep_range[0]:
+            return before
+        if self.cond_hint is None:
+            self.cond_hint = F.interpolate(self.cond_hint_original, x_noisy.shape[-2:])
+        found = self.strength * (x_noisy + self.cond_hint)
+        return {"input": [found if before is None else found + before["input"][0]]}
+
+    def cleanup(self) -> None:
+        self.cond_hint = self.timestep_range = None
+        if self.previous_controlnet is not None:
+            self.previous_controlnet.cleanup()
+
+    def get_models(self) -> list[Any]:
+        return [self.control_model_wrapped]
+
+    def get_extra_hooks(self) -> list[Any]:
+        return []
 
 
 class Tiny:
@@ -315,8 +427,9 @@ class KSampler:
     SAMPLERS, SCHEDULERS = ("euler",), ("normal",)
 
 
-def fix_empty_latent_channels(model: Any, latent_image: Tensor) -> Tensor:
-    return latent_image
+def fix_empty_latent_channels(model: Any, latent_image: Tensor, downscale_ratio_spacial: int | None = None) -> Tensor:
+    """Resized for an autoencoder that scales by 4."""
+    return latent_image if downscale_ratio_spacial is None else F.interpolate(latent_image, scale_factor=2.0)
 
 
 def prepare_noise(latent_image: Tensor, seed: int) -> Tensor:
@@ -399,6 +512,8 @@ MODULES: Mapping[str, tuple[Any, ...]] = {
         EPS,
         V_PREDICTION,
         EDM,
+        X0,
+        IMG_TO_IMG,
         CONST,
         COSMOS_RFLOW,
         ModelSamplingDiscrete,
@@ -415,6 +530,7 @@ MODULES: Mapping[str, tuple[Any, ...]] = {
     "comfy_extras.nodes_train": (TrainLoraNode, ProgressBar),
     "comfy.model_base": (BaseModel,),
     "comfy.model_patcher": (ModelPatcher,),
+    "comfy.controlnet": (ControlNet,),
     "comfy.quant_ops": (),
     "folder_paths": (
         get_filename_list,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 
 import lorasmith as ls
 from lorasmith.core.errors import DataError, ModelError, OptionError
+from lorasmith.diffusion.schedule import PARAMETERIZATIONS, DiscreteSchedule
 
 stand_in = pytest.importorskip("stand_in", reason="the pack is not part of a source distribution")
 
@@ -69,6 +71,62 @@ def test_sums_in_place_do_not_change_recomputed_gradients(comfy_model: Any, how:
     assert all(torch.equal(plain[name], recomputed[name]) for name in plain)
 
 
+def test_sums_are_out_of_place_where_a_gradient_is_recorded(pack: Any) -> None:
+    network = sys.modules["lorasmith_pack.gradients"]
+    names = ("__iadd__", "__isub__", "__imul__", "__itruediv__")
+    before = {name: vars(torch.Tensor).get(name) for name in names}
+    with pytest.raises(ZeroDivisionError), network.sums_out_of_place():
+        rows = torch.ones(4, 2, requires_grad=True) * 3
+        other, part, plain, words = rows, rows[:2], torch.ones(2), [1]
+        same_plain, same_words = plain, words
+        rows += 1
+        assert rows is not other
+        other.add_(1)  # in place by its own wish
+        assert rows[0, 0] == other[0, 0] == 4
+        part *= 2  # of a part of a tensor, that tensor is meant
+        assert other[:, 0].tolist() == [8, 8, 4, 4]
+        half = rows.bfloat16()
+        half += torch.ones((), dtype=torch.float64).expand(4, 2)
+        assert half.dtype == torch.bfloat16
+        plain -= 1
+        words += [2]
+        assert plain is same_plain and words is same_words
+        raise ZeroDivisionError
+    assert {name: vars(torch.Tensor).get(name) for name in names} == before
+
+
+@pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="torch is built without oneDNN")
+@pytest.mark.parametrize("shape", [(1,), (2, 0), (3,), (16,), (77,), (2, 9), (1, 3, 32)])
+def test_faster_products_are_those_of_torch(pack: Any, shape: tuple[int, ...]) -> None:
+    products = sys.modules["lorasmith_pack.products"].OneDnnProducts()
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(24, 40, generator=generator), torch.randn(24, generator=generator)
+    x, grad = torch.randn(*shape, 40, generator=generator), torch.randn(*shape, 24, generator=generator)
+    torch.testing.assert_close(products.forward(weight, x, bias), torch.nn.functional.linear(x, weight, bias))
+    torch.testing.assert_close(products.forward(weight, x, None), x @ weight.t())
+    torch.testing.assert_close(products.backward(weight, grad), grad @ weight)
+
+
+@pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="torch is built without oneDNN")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layers_multiply_with_faster_products(
+    comfy_model: Any, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    products, found = sys.modules["lorasmith_pack.products"], {}
+    product, calls = products._product, list[torch.Size]()
+    monkeypatch.setattr(products, "_product", lambda *given: calls.append(given[1].shape) or product(*given))
+    for is_faster in (False, True):
+        monkeypatch.setattr(products, "_mkl_lacks_avx512", lambda is_faster=is_faster: is_faster)
+        patcher = stand_in.patcher(dtype=dtype)
+        before = state(patcher)
+        found[is_faster] = gradients(trainer(comfy_model(patcher), targets="blocks.1.*"))
+        assert same(before, state(patcher))
+        assert bool(calls) == is_faster
+    assert (stand_in.CHANNELS, stand_in.WIDTH) in calls  # of the last layer, which has no adapter
+    for name, gradient in found[False].items():
+        torch.testing.assert_close(found[True][name], gradient)
+
+
 def test_the_gradient_is_that_of_the_sum_of_weights(comfy_model: Any) -> None:
     """Against autograd through weights to which the products are added, without attached adapters."""
     model = comfy_model(stand_in.patcher())
@@ -114,6 +172,61 @@ def test_functions_of_weights_are_part_of_the_frozen_model(comfy_model: Any) -> 
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_layers_that_unpack_their_weights_themselves_do(comfy_model: Any) -> None:
+    packed, expected = stand_in.patcher(), stand_in.patcher()
+    layer = packed.model.diffusion_model.last
+    layer.get_weight = lambda tensor, dtype: tensor.to(dtype) * 2
+    layer.comfy_cast_weights = True
+    layer.half()
+    same = expected.model.diffusion_model.last
+    for parameter in (same.weight, same.bias):
+        parameter.data = parameter.data.half().float() * 2
+    ours, theirs = gradients(trainer(comfy_model(packed))), gradients(trainer(comfy_model(expected)))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_norms_are_on_the_device_while_training(pack: Any) -> None:
+    network = stand_in.patcher().model.diffusion_model
+    before = dict(network.named_parameters())
+    with sys.modules["lorasmith_pack.layer_weights"].norms_resident(network, torch.device("meta")):
+        moved = {name.split(".")[-2] for name, one in network.named_parameters() if one.is_meta}
+    assert moved == {"norm"}
+    after = dict(network.named_parameters())
+    assert all(after[name] is before[name] for name in before)
+
+
+def test_a_dynamic_model_is_trained_as_its_copy_which_is_released(comfy_model: Any) -> None:
+    class Dynamic(stand_in.ModelPatcher):
+        non_dynamic_delegate_model: Any = None
+
+        def is_dynamic(self) -> bool:
+            return True
+
+        def get_non_dynamic_delegate(self) -> Any:
+            self.non_dynamic_delegate_model = stand_in.patcher()
+            return self.non_dynamic_delegate_model
+
+    patcher = stand_in.patcher()
+    patcher.__class__ = Dynamic
+    model = comfy_model(patcher)
+    assert model.module is not patcher.model.diffusion_model
+    assert patcher.non_dynamic_delegate_model is None
+    expected = gradients(trainer(comfy_model(stand_in.patcher())))
+    assert all(torch.equal(gradient, expected[name]) for name, gradient in gradients(trainer(model)).items())
+
+
+def test_inputs_of_smoothed_layers_are_scaled(comfy_model: Any) -> None:
+    smoothed, expected = stand_in.patcher(), stand_in.patcher()
+    layer, same = smoothed.model.diffusion_model.last, expected.model.diffusion_model.last
+    layer.half()
+    layer.pre_quant_scale = torch.rand(stand_in.WIDTH)
+    same.half().float()
+    same.register_forward_pre_hook(lambda _, given: (given[0] * layer.pre_quant_scale,))
+    ours, theirs = gradients(trainer(comfy_model(smoothed))), gradients(trainer(comfy_model(expected)))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert not layer._forward_pre_hooks
+
+
 def test_a_model_loaded_in_inference_mode_trains(comfy_model: Any) -> None:
     with torch.inference_mode():
         patcher = stand_in.patcher()
@@ -127,34 +240,78 @@ def test_a_model_loaded_in_inference_mode_trains(comfy_model: Any) -> None:
     assert all(after[name] is before[name] for name in before)
 
 
+class Distilled(stand_in.EPS):
+    """A prediction that is none of ComfyUI's own."""
+
+    def calculate_denoised(self, sigma: Any, model_output: Any, model_input: Any) -> Any:
+        return 0.9 * super().calculate_denoised(sigma, model_output, model_input) + 0.1 * model_input
+
+
+class NoisedOtherwise(stand_in.EPS):
+    def noise_scaling(self, sigma: Any, noise: Any, latent_image: Any, max_denoise: bool = False) -> Any:
+        return latent_image
+
+
 @pytest.mark.parametrize(
     ("prediction", "schedule", "kind"),
     [
         (stand_in.EPS, stand_in.ModelSamplingDiscrete, "epsilon"),
         (stand_in.V_PREDICTION, stand_in.ModelSamplingDiscrete, "v"),
+        (stand_in.X0, stand_in.ModelSamplingDiscrete, "v"),
+        (Distilled, stand_in.ModelSamplingDiscrete, "epsilon"),
+        (stand_in.EDM, stand_in.ModelSamplingContinuousEDM, "v"),
+        (stand_in.V_PREDICTION, stand_in.ModelSamplingContinuousEDM, "v"),
         (stand_in.CONST, stand_in.ModelSamplingDiscreteFlow, "flow"),
         (stand_in.CONST, stand_in.ModelSamplingFlux, "flow"),
         (stand_in.COSMOS_RFLOW, stand_in.ModelSamplingCosmosRFlow, "flow"),
     ],
 )
-def test_samplings_that_are_covered(comfy_model: Any, prediction: type, schedule: type, kind: str) -> None:
-    training = trainer(comfy_model(stand_in.patcher(prediction, schedule)))
-    for step in training:
-        step.update()
-    assert training.model.diffusion.parameterization == kind
+def test_predictions_are_those_of_comfyui_in_each_sampling(
+    comfy_model: Any, prediction: type, schedule: type, kind: str
+) -> None:
+    patcher = stand_in.patcher(prediction, schedule)
+    sampling = patcher.model.model_sampling
+    if schedule is stand_in.ModelSamplingDiscreteFlow:
+        sampling.noise_scale = 8.0
+    model = comfy_model(patcher)
+    training = trainer(model)
+    assert model.diffusion.parameterization == kind
+    with contextlib.closing(iter(training)) as steps:
+        batch = next(steps).batches[0]
+        with torch.no_grad():
+            found = PARAMETERIZATIONS[kind].clean(training.predict(batch), batch.noised, batch.level)
+        sigma = model.sampling.sigma(batch.level.time)
+        state = sampling.noise_scaling(sigma, batch.noise, batch.clean * model.sampling.scale)
+        expected = patcher.model.apply_model(state, sigma, **batch.conditioning.arguments())
+    torch.testing.assert_close(found * model.sampling.scale, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
     ("prediction", "schedule"),
     [
-        (stand_in.EDM, stand_in.ModelSamplingContinuousEDM),
-        (stand_in.V_PREDICTION, stand_in.ModelSamplingContinuousEDM),
-        (type("LCM", (stand_in.EPS,), {"calculate_denoised": lambda self: None}), stand_in.ModelSamplingDiscrete),
+        (stand_in.IMG_TO_IMG, stand_in.ModelSamplingDiscrete),
+        (stand_in.CONST, stand_in.ModelSamplingContinuousEDM),
+        (NoisedOtherwise, stand_in.ModelSamplingDiscrete),
     ],
 )
 def test_other_samplings_are_refused(comfy_model: Any, prediction: type, schedule: type) -> None:
     with pytest.raises(OptionError, match="leave out nodes that change its sampling"):
         comfy_model(stand_in.patcher(prediction, schedule))
+
+
+def test_a_schedule_of_sigmas_agrees_with_the_discrete_one(pack: Any) -> None:
+    discrete = DiscreteSchedule.scaled_linear()
+    same = sys.modules["lorasmith_pack.samplings"].SignalSchedule(discrete.sigmas, 1.0)
+    quantiles = torch.tensor([0.0, 0.3, 0.999])
+    for name in ("alpha", "sigma"):
+        torch.testing.assert_close(getattr(same.at(quantiles), name), getattr(discrete.at(quantiles), name))
+    half = sys.modules["lorasmith_pack.samplings"].SignalSchedule(discrete.sigmas, 0.5)
+    assert torch.equal(half.at(quantiles).time, same.at(quantiles).time)
+    for schedule in (same, half):
+        assert torch.equal(schedule.timestep(schedule.sigma(quantiles)), quantiles)
+        assert schedule.sigma_at(0.0) == math.inf
+        assert schedule.sigma_at(1.0) == 0.0
+        assert schedule.sigma_at(0.5) == pytest.approx(float(schedule.sigmas[500]), rel=0.01)
 
 
 def test_bad_models_and_conditionings_are_refused(comfy_model: Any) -> None:
@@ -165,8 +322,12 @@ def test_bad_models_and_conditionings_are_refused(comfy_model: Any) -> None:
     with pytest.raises(ModelError, match="meta"):
         comfy_model(meta)
     model = comfy_model(stand_in.patcher())
-    with pytest.raises(DataError, match="ControlNet"):
-        model.samples(*stand_in.data(control=object()))
+    with pytest.raises(DataError, match="an area and a mask"):
+        model.samples(*stand_in.data(area=(1, 1, 0, 0), mask=torch.ones(1, 4, 4)))
+    control = stand_in.ControlNet(torch.ones(1, stand_in.CHANNELS, 8, 8), 1.0, (0.0, 1.0))
+    control.get_extra_hooks = lambda: ["a hook"]
+    with pytest.raises(DataError, match="a ControlNet with hooks"):
+        model.samples(*stand_in.data(control=control))
     latents, positive = stand_in.data()
     with pytest.raises(DataError, match="4 channels, got 3"):
         model.samples([one[:, :3] for one in latents], positive)
@@ -178,6 +339,14 @@ def test_bad_models_and_conditionings_are_refused(comfy_model: Any) -> None:
             pass
 
 
+def test_a_conditioning_of_another_model_is_refused(comfy_model: Any) -> None:
+    model = comfy_model(stand_in.patcher())
+    latents, positive = stand_in.data()
+    training = trainer(model, model.samples(latents, [[context[..., :7], options] for context, options in positive]))
+    with pytest.raises(DataError, match=r"must be ones of Tiny, whose network fails on these \(.*mat1"), training:
+        next(iter(training)).gradient()
+
+
 def test_conditionings_of_equal_shape_share_a_batch(comfy_model: Any) -> None:
     model = comfy_model(stand_in.patcher())
     latents, positive = stand_in.data(4, tokens=(5, 7))
@@ -186,6 +355,47 @@ def test_conditionings_of_equal_shape_share_a_batch(comfy_model: Any) -> None:
     training = trainer(model, samples, batch_size=4, steps=1)
     for step in training:
         assert sorted(len(batch.names) for batch in step.batches) == [1, 1, 2]
+        step.update()
+
+
+def test_controls_are_evaluated_for_each_image_at_its_noise(comfy_model: Any) -> None:
+    model = comfy_model(stand_in.patcher())
+    latents, positive = stand_in.data(4)
+    hints = [torch.full((1, stand_in.CHANNELS, 8, 8), float(number)) for number in range(4)]
+    first = stand_in.ControlNet(hints[0], 0.5, (0.0, 1.0))
+    late = stand_in.ControlNet(hints[1], 0.5, (0.5, 1.0))
+    both = stand_in.ControlNet(hints[2], 0.5, (0.0, 0.5), first)
+    for entry, control in zip(positive, (first, late, both, None), strict=True):
+        entry[1]["control"] = control
+    samples = model.samples(latents, positive)
+    bare = model.samples(latents, [[context, {}] for context, _ in positive])
+    assert len({tuple(one.conditioning.tensors) for one in samples}) == 4
+    noise = torch.randn(1, stand_in.CHANNELS, 4, 4)
+    with trainer(model, samples, batch_size=4):
+
+        def predicted(sample: Any, noised: torch.Tensor, time: float) -> torch.Tensor:
+            with torch.no_grad():
+                found: torch.Tensor = model.predict(noised, torch.tensor([time]), model.join([sample.conditioning]))
+                return found
+
+        for time, is_late in ((0.8, False), (0.2, True)):
+            added = [(noise + 0) / 2, (noise + 1) / 2 if is_late else 0, noise / 2, 0]
+            if not is_late:
+                added[2] = added[2] + (noise + 2) / 2
+            for sample, plain, by in zip(samples, bare, added, strict=True):
+                torch.testing.assert_close(predicted(sample, noise, time), predicted(plain, noise + by, time))
+    assert all(one.cond_hint is None and one.timestep_range is None for one in (first, late, both))
+    again = stand_in.ControlNet(hints[3], 0.5, (0.0, 1.0))
+    digests = {sys.modules["lorasmith_pack.controls"].Control(one).digest for one in (first, both, again)}
+    assert len(digests) == 3
+
+
+def test_images_with_controls_are_trained_one_by_one(comfy_model: Any) -> None:
+    model = comfy_model(stand_in.patcher())
+    control = stand_in.ControlNet(torch.ones(1, stand_in.CHANNELS, 8, 8), 0.5, (0.0, 0.5))
+    training = trainer(model, model.samples(*stand_in.data(3, control=control)), batch_size=3)
+    for step in training:
+        assert [len(batch.names) for batch in step.batches] == [1, 1, 1]
         step.update()
 
 

@@ -6,10 +6,12 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 import lorasmith as ls
 from lorasmith.core.errors import LorasmithError, OptionError
@@ -160,6 +162,20 @@ def test_previews_are_drawn_shown_and_kept(pack: Any, train: Train, tmp_path: Pa
     ]
 
 
+def test_previews_have_the_size_of_an_empty_latent_for_another_autoencoder(
+    pack: Any, train: Train, tmp_path: Path
+) -> None:
+    train(previews=previews(pack, latent={"samples": torch.zeros(1, 4, 8, 8), "downscale_ratio_spacial": 8}))
+    with Image.open(tmp_path / "runs" / "lora_00001" / "samples" / "base-1.png") as picture:
+        assert picture.size == (16, 16)
+
+
+def test_inputs_stay_the_same_when_they_are_queued_again(pack: Any) -> None:
+    for node in ("LorasmithTrainLora", "LorasmithPreviews"):
+        declared = pack.NODE_CLASS_MAPPINGS[node].INPUT_TYPES()["required"]["seed"][1]
+        assert declared["control_after_generate"] == "fixed"
+
+
 def test_an_interrupt_while_drawing_ends_the_run_and_keeps_the_lora(
     pack: Any, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -223,6 +239,21 @@ def test_trainers_are_compared(pack: Any, train: Train) -> None:
     assert found["ui"]["text"] == [table]
 
 
+def test_a_comparison_in_fp32_has_weights_in_fp32(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[str] = []
+    execute = stand_in.TrainLoraNode.execute
+
+    def recorded(
+        model: Any, latents: Any, positive: Any, steps: Any, bypass_mode: Any, lora_dtype: Any = ("bf16",)
+    ) -> Any:
+        given.append(lora_dtype[0])
+        return execute(model, latents, positive, steps, bypass_mode)
+
+    monkeypatch.setattr(stand_in.TrainLoraNode, "execute", staticmethod(recorded))
+    train("LorasmithCompareTrainers", steps=4, training_dtype="fp32")
+    assert given == ["fp32"] * 3
+
+
 def test_captions_must_be_as_many_as_images(pack: Any) -> None:
     one_for_each = sys.modules["lorasmith_pack.inputs"].one_for_each
     assert one_for_each(["a"], 3) == ["a", "a", "a"]
@@ -250,6 +281,15 @@ def test_a_lora_is_saved_for_other_programs(pack: Any, tmp_path: Path, monkeypat
     assert "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k.lora_up.weight" in lora.given
     with pytest.raises(LorasmithError, match="Save LoRA Weights"):
         node.save({"diffusion_model.last.lora_up.weight": torch.ones(4, 2)}, "loras/dog", "portable")
+
+
+def test_findings_are_shown_on_the_node(pack: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[tuple[str, str]] = []
+    instance = SimpleNamespace(send_progress_text=lambda text, node: shown.append((text, node)))
+    monkeypatch.setitem(sys.modules, "server", SimpleNamespace(PromptServer=SimpleNamespace(instance=instance)))
+    node = pack.NODE_CLASS_MAPPINGS["LorasmithCheckLora"]()
+    assert node.INPUT_TYPES()["hidden"]["unique_id"] == "UNIQUE_ID"
+    assert shown == [(node.check(sd15_lora(), unique_id="7")["result"][0], "7")]
 
 
 def test_a_lora_is_checked_against_a_model(pack: Any) -> None:

@@ -42,7 +42,7 @@ from lorasmith.core.quantization import (
 from lorasmith.core.tensor_digests import digest_of_tensors
 
 PRODUCTS = "products"
-"""Attribute of a Linear layer with a packed weight whose products are not the ordinary ones: a `Products`."""
+"""Attribute of a Linear layer whose products are not the ordinary ones: a `Products`."""
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """Convolutions that can carry an adapter, if they pad with zeros."""
@@ -73,12 +73,12 @@ def is_targetable(module: nn.Module) -> bool:
 
 
 class Products(Protocol):
-    """Products of a Linear layer with its packed weight."""
+    """Products of a Linear layer with its weight: packed, or the parameter of a layer without a source."""
 
-    def forward(self, weight: Packed, x: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(self, weight: Any, x: Tensor, bias: Tensor | None) -> Tensor:
         """`x Wᵀ + b` of x (..., in), in its dtype."""
 
-    def backward(self, weight: Packed, grad: Tensor) -> Tensor:
+    def backward(self, weight: Any, grad: Tensor) -> Tensor:
         """`grad W` of grad (..., out), in its dtype."""
 
 
@@ -131,7 +131,8 @@ class FrozenLayer:
         """`W x`, with `+ b` if `bias`."""
         added = self.bias if bias else None
         # A frozen Linear keeps no input, torch's convolution does; a compiler determines what is needed.
-        if self._source is None and (not self.is_conv or torch.compiler.is_compiling()):
+        is_plain = self._source is None and self._products is None
+        if is_plain and (not self.is_conv or torch.compiler.is_compiling()):
             with self.weight_acquired() as weight:
                 return self.product_with(weight, x, added)
         return _product(self, x, added)
@@ -140,29 +141,27 @@ class FrozenLayer:
         """`x Wᵀ + b` of a Linear layer for x (..., in), outside autograd, by the layer's `Products` if it has any."""
         if (plain := self._plain) is not None:
             return F.linear(x, plain, bias)
-        source, products = self._source, self._products
-        if source is None or products is None:
+        if (products := self._products) is None:
             with self.weight_acquired() as weight:
                 return F.linear(x, weight, bias)
-        with source.use() as packed:
-            return products.forward(packed, x, bias)
+        with self._used() as given:
+            return products.forward(given, x, bias)
 
     def grad_times(self, grad: Tensor) -> Tensor:
         """`grad W` of a Linear layer for grad (..., out): the gradient to the input of `times`."""
         if (plain := self._plain) is not None:
             return grad @ plain
-        source, products = self._source, self._products
-        if source is None or products is None:
+        if (products := self._products) is None:
             with self.weight_acquired() as weight:
                 return grad @ weight
-        with source.use() as packed:
-            return products.backward(packed, grad)
+        with self._used() as given:
+            return products.backward(given, grad)
 
     def add_grad_times(self, total: Tensor, grad: Tensor) -> Tensor:
         """`total + grad W` for total (rows, in) and grad (rows, out), in place."""
         if (plain := self._plain) is not None:
             return total.addmm_(grad, plain)
-        if self._source is None or self._products is None:
+        if self._products is None:
             with self.weight_acquired() as weight:
                 return total.addmm_(grad, weight)
         return total.add_(self.grad_times(grad))
@@ -213,9 +212,15 @@ class FrozenLayer:
 
     @property
     def _plain(self) -> Tensor | None:
-        """The weight, if that is the parameter: the context of an acquisition costs time in small layers."""
+        """The parameter, if products are ordinary ones with it: contexts of acquisition cost time in small layers."""
         weight: Tensor = self.module.weight  # type: ignore[assignment]
-        return weight if WEIGHT_SOURCE not in self.module.__dict__ else None
+        own = self.module.__dict__
+        return weight if WEIGHT_SOURCE not in own and PRODUCTS not in own else None
+
+    def _used(self) -> AbstractContextManager[Any]:
+        """The weight as `Products` take it."""
+        source = self._source
+        return nullcontext(self.module.weight) if source is None else source.use()
 
     @property
     def _products(self) -> Products | None:

@@ -271,7 +271,7 @@ def linear_with_lora(
     """The outputs (..., out) of Linear layers for one input x (samples, ..., in), with W and b frozen."""
     places = [(slice(run.start, run.end), [(term.layer, term.factor) for term in run.terms]) for run in runs]
     tensors = [tensor for run in runs for term in run.terms for tensor in (term.down, term.up, term.mask)]
-    results: tuple[Tensor, ...] = _LinearWithLora.apply(x, layers, biases, places, *tensors)  # type: ignore[no-untyped-call]
+    results: tuple[Tensor, ...] = _LinearWithLora.apply(x, layers, biases, places, *tensors)
     return results
 
 

@@ -308,7 +308,7 @@ class _Ends(Watcher):
     def note(self) -> None:
         """Record the time at which the device has finished all queued work."""
         if self._device.type == "cuda":
-            end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            end = torch.cuda.Event(enable_timing=True)
             end.record(torch.cuda.current_stream(self._device))
             self._ends.append(end)
         else:
@@ -353,7 +353,7 @@ _FLOPS: dict[Any, Callable[..., int]] = {
 }
 
 
-class Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Counter(TorchDispatchMode):
     """Counts operations inside its context, which may be entered repeatedly; frees are also counted outside.
 
     `operations` exclude views; `flops` are of products and attention, a multiplication and an addition being two.

@@ -259,7 +259,8 @@ def joined(launched: LaunchedProcess | None) -> Iterator[Processes]:
                     timeout=_MEETING,
                 )
                 stack.callback(distributed.destroy_process_group)
-            distributed_c10d._set_pg_timeout(_PATIENCE)
+            # The first is public, since torch 2.15.
+            (getattr(distributed, "set_timeout", None) or distributed_c10d._set_pg_timeout)(_PATIENCE)
         except (RuntimeError, ValueError, OSError) as error:
             by = f" over {interface}" if interface else ""
             raise TrainingError(

@@ -285,7 +285,8 @@ def check_noising(schedule: NoiseSchedule, parameterization: str, *, zero_termin
         return
     rule = "zero_terminal_snr is for v-prediction models with discrete timesteps"
     if not isinstance(schedule, DiscreteSchedule):
-        raise OptionError(f"{rule}, but this model is a flow, which ends in pure noise already; leave it out")
+        what = "is a flow, which ends in pure noise already" if isinstance(schedule, FlowSchedule) else "has other ones"
+        raise OptionError(f"{rule}, but this model {what}; leave it out")
     if parameterization != "v":
         raise OptionError(
             f"{rule}, but this model predicts {parameterization}, which does not depend on the picture in pure noise; "

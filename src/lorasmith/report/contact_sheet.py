@@ -37,9 +37,13 @@ _LINE_SPACING = 4
 
 @cache
 def load_font(size: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans at `size` pixels."""
-    import matplotlib
-
+    """DejaVu Sans at `size` pixels, or Pillow's own font where matplotlib, which has it, is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        found = ImageFont.load_default(size)
+        assert isinstance(found, ImageFont.FreeTypeFont)
+        return found
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name, size)
 

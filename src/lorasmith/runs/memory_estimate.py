@@ -319,7 +319,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: Any) -> Any:
-    return _Attention.apply(query, key, value, attn_mask)  # type: ignore[no-untyped-call]
+    return _Attention.apply(query, key, value, attn_mask)
 
 
 def _unpacked_bytes(module: nn.Module, dtype: torch.dtype) -> int:

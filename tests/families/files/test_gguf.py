@@ -79,7 +79,7 @@ def test_it_predicts_as_the_plain_model_does(tmp_path: Path, dtype: torch.dtype)
         with torch.no_grad(), placed(module, device=CPU, dtype=dtype):
             found.append(module(x.to(dtype), time, encoder_hidden_states=context.to(dtype), return_dict=False)[0])
     assert found[0].isfinite().all()
-    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5 if dtype == torch.float32 else 1e-2)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5 if dtype == torch.float32 else 2e-2)
 
 
 def test_placing_keeps_codes_and_puts_them_back(tmp_path: Path) -> None:

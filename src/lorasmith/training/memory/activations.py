@@ -292,7 +292,7 @@ class HostMemory:
         tensors = [*module.parameters(), *module.buffers()]
         self._stay = {tensor.untyped_storage()._cdata for tensor in tensors}
         device = next((tensor.device for tensor in tensors), torch.device("cpu"))
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._known: dict[int, _Known] = {}
         self._sent: deque[weakref.ref[_OnHost]] = deque()
 
@@ -321,13 +321,13 @@ class HostMemory:
     def _on_host(self, tensor: Tensor, storage: torch.UntypedStorage) -> _OnHost:
         key = storage._cdata
         known = self._known.get(key)
-        if known is not None and known.version == tensor._version and not known.of.expired():  # type: ignore[no-untyped-call]
+        if known is not None and known.version == tensor._version and not known.of.expired():
             one = known.copy()
             if one is not None:
                 return one
         whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
         one = _OnHost(whole, self._stream)
-        self._known[key] = _Known(StorageWeakRef(storage), tensor._version, weakref.ref(one))  # type: ignore[no-untyped-call]
+        self._known[key] = _Known(StorageWeakRef(storage), tensor._version, weakref.ref(one))
         self._sent.append(weakref.ref(one))
         return one
 

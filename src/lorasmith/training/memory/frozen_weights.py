@@ -198,7 +198,7 @@ class WeightStream:
         self._following: dict[tuple[int, int], int] = {}
         self._last = (-1, -1)
         self._on_gpu = device.type == "cuda"
-        self._side = torch.cuda.Stream(device) if self._on_gpu else None  # type: ignore[no-untyped-call]
+        self._side = torch.cuda.Stream(device) if self._on_gpu else None
         self._in_flight: deque[tuple[torch.cuda.Event, int]] = deque()
 
     def add(self, weight: Packed) -> int:

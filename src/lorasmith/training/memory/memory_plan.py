@@ -239,7 +239,7 @@ class _Probe:
         storage = tensor.untyped_storage()
         if storage._cdata in self._weights or isinstance(tensor, nn.Parameter):
             return None
-        key = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+        key = StorageWeakRef(storage)
         self._sizes[key] = storage.nbytes()
         for level, number in enumerate(self._running):
             self._inside[level][number].add(key)

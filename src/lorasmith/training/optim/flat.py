@@ -187,9 +187,7 @@ class GradientSums:
         for bucket in self._bucket_of.values():
             self._left[bucket] += 1
         hooks = [
-            parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-                partial(self._arrived, self._bucket_of[name])
-            )
+            parameter.register_post_accumulate_grad_hook(partial(self._arrived, self._bucket_of[name]))
             for name, parameter in self._flat.parameters.items()
         ]
         try:

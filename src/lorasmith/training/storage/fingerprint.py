@@ -173,7 +173,7 @@ def _gpu(device: torch.device) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name(device),
         "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
+        "cudnn": torch.backends.cudnn.version(),
         "matrix_products": torch.get_float32_matmul_precision(),
         "tf32_convolutions": torch.backends.cudnn.allow_tf32,
     }
