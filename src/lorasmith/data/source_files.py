@@ -348,8 +348,9 @@ class _Controls:
 
     def finish(self) -> None:
         for files in self._files:
-            for name in {listed.file(name) for there in files.values() for _, listed, name in there} - self._used:
-                self._notes.add(NoteKind.CONTROL, name.name)
+            there = {listed.file(name) for found in files.values() for _, listed, name in found}
+            for path in sorted(there - self._used):
+                self._notes.add(NoteKind.CONTROL, path.name)
 
 
 _MOST_CONTROLS = 10  # folders of them in a source
