@@ -403,7 +403,7 @@ LINES: dict[str, Callable[..., None] | None] = {
     "workflow": workflow,
     "saved data set (`LoadTrainingDataset`)": dataset,
     "videos": videos,
-    "images, captions, masks and metadata files": captions,
+    "images, captions, masks, controls and metadata files": captions,
     "metadata file of images": image_metadata,
     "folder saved by `datasets`": saved_dataset,
     "`extra_model_paths.yaml`": yaml_file,

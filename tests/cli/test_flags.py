@@ -29,6 +29,7 @@ OTHERS: dict[str, Any] = {
     "training_dtype": "none", "track": "wandb",
     "trigger": "sks dog", "captions": "filename", "prefix": "a photo of", "suffix": "--", "more_resolutions": "256,512",
     "crop": "random", "masks": "alpha", "mask_folder": "/masks", "class_prompt": "a dog|a cat", "class_images": "/dogs",
+    "control": ("/before", "/depth"), "controls": "optional",
     "previews": "-a fox |\nb", "targets": "",
     "existing_lora": "gone.safetensors", "existing_state": "/states/1.safetensors",
     "training_adapter": "absent.safetensors", "optimizer_args": "betas=(0.9, 0.99)", "preview_strengths": "",

@@ -405,3 +405,18 @@ def test_safe_names_are_different_and_safe(names: list[str]) -> None:
         assert re.fullmatch(r"[\w.,()&+=@# -]+", stem)
         assert stem[0] not in " -." and stem[-1] not in " ."
         assert not re.fullmatch(r"(?i)(con|nul|aux|prn)", stem)
+
+
+def test_controls_come_with_their_pictures(tmp_path: Path) -> None:
+    folder = tmp_path / "photos"
+    for seed, name in enumerate(("a.png", "10_dog/b?.png", "control/a.png", "control/a_3.png", "control/b?.png")):
+        add(folder / name, photo(seed))
+    fixed = mended(folder).folder
+    scan = scan_folder(fixed)
+    assert [[one.path.relative_to(fixed).as_posix() for one in image.controls] for image in scan.images] == [
+        ["control/a.png", "control_1/a.png"],
+        ["control/10_dog/b_.png"],
+    ]
+    assert [one.digest for image in scan.images for one in image.controls] == [
+        one.digest for image in scan_folder(folder).images for one in image.controls
+    ]

@@ -192,3 +192,42 @@ def test_the_usual_resolution_is_what_most_images_fill() -> None:
 def test_names(tmp_path: Path) -> None:
     assert name_in(tmp_path, tmp_path / "2_a" / "b.png") == "2_a/b.png"
     assert name_in(tmp_path, Path("/elsewhere/b.png")) == "b.png"
+
+
+def pairs_in(folder: Path, **settings: object) -> dict[str, str]:
+    """The findings about pairs, by kind."""
+    found = checked(folder, config=DataConfig(resolution=256, **settings))
+    kinds = ("missing controls", "unchanged pairs", "swapped pairs", "other aspects")
+    return {one.kind: one.sentence for one in found.findings if one.kind in kinds}
+
+
+def test_pairs_are_looked_at(tmp_path: Path) -> None:
+    for number, name in enumerate("abcd"):
+        add(tmp_path / f"{name}.png", photo(number), "make it blue and bright")
+    assert pairs_in(tmp_path) == {}
+    add(tmp_path / "control" / "a.png", photo(10))
+    add(tmp_path / "control" / "b.png", photo(1))
+    add(tmp_path / "control" / "c.png", photo(11, (256, 192)))
+    assert pairs_in(tmp_path) == {
+        "missing controls": "1 image has no control: d.png; add a file of the same name to the folder of controls, or "
+        "train with --controls optional",
+        "unchanged pairs": "1 image is the same as its control: b.png; replace it, as the model learns to change "
+        "nothing",
+        "other aspects": "1 image has a control of another aspect ratio, which is cropped on its own: c.png (256×256 "
+        "from 256×192); crop it and the control alike, unless the edit changes the frame",
+    }
+    assert pairs_in(tmp_path, controls="optional").keys() == {"unchanged pairs", "other aspects"}
+    assert pairs_in(tmp_path, controls="none") == {}
+
+
+def test_captions_beside_controls_alone_look_swapped(tmp_path: Path) -> None:
+    for number, name in enumerate("ab"):
+        add(tmp_path / f"{name}.png", photo(number))
+        add(tmp_path / "control" / f"{name}.png", photo(10 + number), f"turn {name} into winter")
+    assert pairs_in(tmp_path) == {
+        "swapped pairs": "2 images have no caption, but their controls have: a.png, b.png; check that the edited "
+        "pictures are trained on and --control names those before, or move the captions"
+    }
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(f"turn {name} into winter")
+    assert pairs_in(tmp_path) == {}

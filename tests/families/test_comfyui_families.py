@@ -6,6 +6,7 @@ The golden file was recorded by `tests/peers/record_comfyui_families.py`, which 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,19 @@ def prediction(case: Case, conditioning: Conditioning, *, changed: bool = False,
 def test_predictions_are_comfyuis(case: Case, recorded: dict[str, Any]) -> None:
     conditioning = case.ours.text_encoder.encode(family_cases.PROMPTS["short"])
     assert_same("prediction", prediction(case, conditioning), recorded["prediction"])
+
+
+@pytest.mark.parametrize("which", family_cases.CONTROLS)
+def test_predictions_with_controls_are_comfyuis(case: Case, recorded: dict[str, Any], which: str) -> None:
+    if not case.ours.family.controls:
+        pytest.skip("no edit model")
+    to_model = case.ours.components.latent.to_model
+    controls = [to_model(one) for one in family_cases.controls(case.ours, which)]
+    conditioning = case.ours.text_encoder.encode(family_cases.PROMPTS["short"]).with_controls(controls)
+    if method := family_cases.CONTROLS[which][0]:
+        tensors = {**conditioning.tensors, f"controls_by_{method}": torch.zeros(1)}
+        conditioning = replace(conditioning, tensors=tensors)
+    assert_same(which, prediction(case, conditioning), recorded["controls"][which])
 
 
 def test_predictions_of_clips_are_comfyuis(case: Case, recorded: dict[str, Any]) -> None:

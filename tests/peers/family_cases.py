@@ -29,6 +29,14 @@ SIZE = (64, 96)
 FRAMES = 5
 """Frames of the clip, for models of video."""
 
+CONTROLS = {
+    "one": ("", [(64, 96)]),
+    "two": ("", [(48, 32), (96, 64)]),
+    "two by index": ("index", [(48, 32), (96, 64)]),
+    "two by offset": ("offset", [(64, 96), (96, 64)]),
+}
+"""Of edit models: the method of the controls, empty for the model's own, and height and width of each in pixels."""
+
 PERCENTS = (0.1, 0.25, 0.5, 0.75, 0.9)
 """Where ComfyUI's `percent_to_sigma`, from which its trainer draws, is asked."""
 
@@ -44,6 +52,13 @@ def picture() -> Tensor:
 def noisy(model: Model, frames: int = 1) -> Tensor:
     """A sampler's state at `SIGMA`, of the denoiser's latents."""
     return models.seeded("noisy", (1, *model.components.latent.shape(*SIZE, frames)), seed=0)
+
+
+def controls(model: Model, which: str) -> list[Tensor]:
+    """Latents of an autoencoder, not scaled for the denoiser."""
+    latent = model.components.latent
+    sizes = CONTROLS[which][1]
+    return [models.seeded(f"control {i}", (1, *latent.shape(*size)), seed=0) for i, size in enumerate(sizes)]
 
 
 def lora(model: Model) -> Lora:

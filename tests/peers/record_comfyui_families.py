@@ -14,6 +14,7 @@ Recorded for each family, tensors as shape and `models.fingerprint`:
                     model, which pads and masks the conditioning as it does when sampling
     with_lora       the same with a LoRA that Lorasmith wrote in its portable form, applied at strength 1
     clip            the prediction for several frames, of models of video
+    controls        of edit models, the prediction with each of `family_cases.CONTROLS`
     latents         a picture encoded by the VAE, and these latents normalised for the denoiser
     subsets         of a family that can do without some encoders: conditioning by `family_cases.SUBSETS` alone, and
                     with empty prompts left out (`EMPTIED`)
@@ -29,7 +30,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -153,10 +154,17 @@ def _predictions(patcher: Any, ours: Model, encoded: dict[str, Tensor], lora: Pa
     comfy.model_management.load_models_gpu([patched])
     changed = _prediction(patched.model, x, encoded)
     comfy.model_management.unload_all_models()
-    clip = {}
+    clip: dict[str, Any] = {}
     if ours.components.latent.time_downscale:
         predicted = _prediction(patcher.model, family_cases.noisy(ours, family_cases.FRAMES), encoded)
         clip["clip"] = family_cases.numbers("clip", predicted)
+    if ours.family.controls:
+        clip["controls"] = {
+            which: family_cases.numbers(
+                which, _prediction(patcher.model, x, encoded, method, family_cases.controls(ours, which))
+            )
+            for which, (method, _) in family_cases.CONTROLS.items()
+        }
     return {
         **clip,
         "prediction": family_cases.numbers("prediction", plain),
@@ -164,10 +172,14 @@ def _predictions(patcher: Any, ours: Model, encoded: dict[str, Tensor], lora: Pa
     }
 
 
-def _prediction(model: Any, x: Tensor, encoded: dict[str, Tensor]) -> Tensor:
+def _prediction(
+    model: Any, x: Tensor, encoded: dict[str, Tensor], method: str = "", controls: Sequence[Tensor] = ()
+) -> Tensor:
     sigma = torch.full((1,), family_cases.SIGMA)
     given = {"cross_attn": encoded["context"], "pooled_output": encoded.get("pooled")}
     given |= {key: encoded[key][0] for key in ("t5xxl_ids", "t5xxl_weights") if key in encoded}
+    given |= {"reference_latents": list(controls)} if controls else {}
+    given |= {"reference_latents_method": method} if method else {}
     extra = model.extra_conds(noise=x, device=x.device, **{key: one for key, one in given.items() if one is not None})
     inputs = {key: one.process_cond(batch_size=1, area=None).cond for key, one in extra.items()}
     denoised: Tensor = model.apply_model(x, sigma, **inputs)

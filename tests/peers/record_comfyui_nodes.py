@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import importlib
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ def main() -> None:
     arguments = _arguments()
     comfyui_headless.boot(arguments.comfyui)
     module = importlib.import_module(f"comfy_extras.{arguments.module}")
-    extension = asyncio.run(module.comfy_entrypoint())
+    made = module.comfy_entrypoint()  # of one module no coroutine
+    extension = asyncio.run(made) if inspect.iscoroutine(made) else made
     found = {}
     for node in asyncio.run(extension.get_node_list()):
         schema = node.GET_SCHEMA()

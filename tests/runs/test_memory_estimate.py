@@ -231,3 +231,17 @@ def test_networks_that_disable_autocast_are_counted_as_others(sd1: Path) -> None
 def test_a_size_that_the_model_does_not_support_is_refused(sd1: Path) -> None:
     with pytest.raises(OptionError, match="resolution must be a multiple of"):
         estimated(sd1, config(), resolution=100)
+
+
+def test_the_tokens_of_controls_count(flux: Path) -> None:
+    def needed(edit: str, controls: int | None) -> MemoryEstimate:
+        return estimate_of(load_model(flux, edit=edit), config(), card_bytes=12 * GIB, resolution=64, controls=controls)
+
+    plain, none, one, two = needed("none", None), *(needed("kontext", count) for count in (0, None, 2))
+    assert [found.controls for found in (plain, none, one, two)] == [(), (), ((64, 64),), ((64, 64),) * 2]
+    keep = [found.plans[0].needed_bytes for found in (plain, none, one, two)]
+    assert keep[0] == keep[1]
+    assert keep[2] - keep[1] == pytest.approx(keep[3] - keep[2], rel=0.01) and keep[2] > keep[1]
+    for edit, told in (("none", "takes no controls"), ("kontext", "takes at most 10 controls")):
+        with pytest.raises(OptionError, match=rf"{told}, got 11; choose fewer$"):
+            needed(edit, 11)

@@ -1,13 +1,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 from safetensors.torch import save_file
+from transformer_models import TINY
+from typer.testing import CliRunner
 
+from lorasmith.cli import models as models_command
 from lorasmith.core.folders import Folders
 from lorasmith.runs.model_list import ModelList, list_models
 from tests.families.flux_parts import comfyui_folder, denoiser, t5
@@ -65,3 +70,21 @@ def test_an_empty_folder_has_the_built_in_model_alone(tmp_path: Path) -> None:
     found = list_models(Folders(tmp_path))
     assert [one.place for one in found.models] == ["the package"]
     assert (found.unused, found.unknown) == ((), ())
+
+
+def test_edit_models_are_told_by_their_names(tmp_path: Path) -> None:
+    dev = TINY["flux1"].saved(tmp_path)["transformer"]
+    shutil.copy(dev, dev.with_name("flux1-dev-kontext_fp8_scaled.safetensors"))
+    TINY["flux2-klein"].saved(tmp_path)
+    app = typer.Typer()
+    models_command.register(app)
+    shown = CliRunner().invoke(app, ["models", "--base-dir", str(tmp_path)])
+    assert shown.exit_code == 0, shown.output
+    lines = [line.strip() for line in shown.output.splitlines()]
+    for file, told in {
+        "flux1-dev.safetensors": "no edit model, by its name (--edit kontext if it is)",
+        "flux1-dev-kontext_fp8_scaled.safetensors": "edit model kontext, by its name (--edit none if it is not)",
+        "flux-2-klein-base-4b.safetensors": "takes pictures to edit or refer to, as all of its family",
+    }.items():
+        (at,) = [index for index, line in enumerate(lines) if line.startswith(file)]
+        assert told in lines[at : at + 3], lines

@@ -100,11 +100,19 @@ class PartTimes:
 
 
 def synthetic_samples(
-    model: Model, count: int, height: int, width: int, *, frames: int = 1, tokens: int | None = None
+    model: Model,
+    count: int,
+    height: int,
+    width: int,
+    *,
+    frames: int = 1,
+    tokens: int | None = None,
+    controls: Sequence[tuple[int, int]] = (),
 ) -> tuple[Sample, ...]:
     """Samples with random latents and conditioning in a model's shapes; `height`, `width` are of the latents.
 
-    `frames` is 1 for pictures; `tokens` is the length of the context, None for the family's usual one.
+    `frames` is 1 for pictures; `tokens` is the length of the context, None for the family's usual one; `controls` are
+    heights and widths of the latents of each.
     """
     generator = torch.Generator().manual_seed(0)
     shapes = dict(model.family.conditioning_shapes(model.components.denoiser))
@@ -116,7 +124,8 @@ def synthetic_samples(
         shape = latent.shape(height * latent.downscale, width * latent.downscale, frames)
         latents = torch.randn(shape, generator=generator)
         tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-        return Sample(latents, Conditioning(tensors), f"random {index}")
+        beside = [torch.randn(1, latent.channels, *size, generator=generator) for size in controls]
+        return Sample(latents, Conditioning(tensors).with_controls(beside), f"random {index}")
 
     return tuple(sample(index) for index in range(count))
 

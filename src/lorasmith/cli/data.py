@@ -21,6 +21,7 @@ from lorasmith.cli.console import (
 from lorasmith.cli.flags import (
     AnyBaseModel,
     BaseDir,
+    EditModel,
     ExtraModelPaths,
     FollowLinks,
     HelpGroup,
@@ -215,6 +216,7 @@ def _ago(when: float) -> str:
 _DATA = (
     "trigger", "captions", "prefix", "suffix", "recursive", "follow_links", "resolution", "more_resolutions",
     "bucket_step", "bucket_min", "bucket_max", "upscale", "crop", "wildcards", "caption_lines", "masks", "mask_folder",
+    "control", "controls",
 )  # fmt: skip
 _TRAINING = ("batch_size", "grad_accumulation_steps", "validation_share")
 """Settings of images and of training that affect what is checked."""
@@ -225,6 +227,7 @@ def check(
     model: AnyBaseModel = None,
     text_encoder: TextEncoderFiles = None,
     vae: VaeFile = None,
+    edit: EditModel = None,
     report: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write a page with the pictures and what to look at.")
     ] = None,
@@ -273,7 +276,7 @@ def check(
         checked = check_folder(
             folder,
             config,
-            files=None if model is None else ModelFiles(model, tuple(text_encoder or ()), vae),
+            files=None if model is None else ModelFiles(model, tuple(text_encoder or ()), vae, edit),
             folders=folders_of(base_dir, extra_model_paths),
             batch=training.samples_per_step,
             validation_share=training.validation_share,

@@ -132,6 +132,14 @@ TextEncoderFiles = Annotated[
         "models/text_encoders in the base folder.",
     ),
 ]
+EditModel = Annotated[
+    str | None,
+    typer.Option(
+        "--edit",
+        metavar="NAME",
+        help="Edit variant that the model is, such as kontext, or none. Default: what the name of its file says.",
+    ),
+]
 VaeFile = Annotated[
     str | None,
     typer.Option(
@@ -331,15 +339,18 @@ def _parameter(option: Option, alias: str | None) -> inspect.Parameter:
     if option.type is not bool:
         details["metavar"] = {int: "N", float: "X", str: "NAME" if option.choices else "TEXT"}[option.type]
     annotation = option.type | None if option.default is None else option.type
+    annotation = list[option.type] if option.is_many else annotation  # type: ignore[name-defined]
     return inspect.Parameter(
         option.name,
         inspect.Parameter.KEYWORD_ONLY,
-        default=option.default,
+        default=list(option.default) if option.is_many else option.default,
         annotation=Annotated[annotation, typer.Option(*declared, **details)],
     )
 
 
 def _described(option: Option) -> str:
+    if option.is_many:
+        return f"{option.help} Repeatable."
     if option.choices:
         return f"{option.help} One of {', '.join(option.choices)}."
     if option.min is not None and option.max is not None and option.max < 2**32:

@@ -8,7 +8,15 @@ from typing import Annotated
 import typer
 
 from lorasmith.cli.console import console, echo, print_note, print_result, progress_shown, stoppable
-from lorasmith.cli.flags import BaseDir, ExtraModelPaths, TextEncoderFiles, VaeFile, folders_of, split_strength
+from lorasmith.cli.flags import (
+    BaseDir,
+    EditModel,
+    ExtraModelPaths,
+    TextEncoderFiles,
+    VaeFile,
+    folders_of,
+    split_strength,
+)
 from lorasmith.core.errors import OptionError
 from lorasmith.core.files import check_writable
 
@@ -40,6 +48,13 @@ def generate(
     ] = False,
     text_encoder: TextEncoderFiles = None,
     vae: VaeFile = None,
+    edit: EditModel = None,
+    control: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE", help="Picture that an edit model edits or refers to, for all prompts. Repeatable."
+        ),
+    ] = None,
     negative: Annotated[str, typer.Option(help="Negative prompt.")] = "",
     seed: Annotated[int, typer.Option(help="Seed of the initial noise.")] = 0,
     steps: Annotated[int, typer.Option(min=1, help="Sampling steps.")] = 20,
@@ -48,8 +63,12 @@ def generate(
     ] = None,
     sampler: Annotated[str, typer.Option(help="Sampler, by ComfyUI's name.")] = "euler",
     scheduler: Annotated[str, typer.Option(help="Schedule of noise levels, by ComfyUI's name.")] = "normal",
-    width: Annotated[int | None, typer.Option(help="Width in pixels. Default: the model's own.")] = None,
-    height: Annotated[int | None, typer.Option(help="Height in pixels. Default: the model's own.")] = None,
+    width: Annotated[
+        int | None, typer.Option(help="Width in pixels. Default: that of the first --control, or the model's own.")
+    ] = None,
+    height: Annotated[
+        int | None, typer.Option(help="Height in pixels. Default: that of the first --control, or the model's own.")
+    ] = None,
     frames: Annotated[
         int,
         typer.Option(min=1, help="Frames of a clip, for models of videos: 5, 9, 13, ... 1 draws a picture."),
@@ -68,15 +87,17 @@ def generate(
 ) -> None:
     """Generate pictures from prompts, or with --frames clips, as animated WebP files."""
     from lorasmith.core.placement import dtype_from_name
+    from lorasmith.data.image_files import open_image
     from lorasmith.families.locating import ModelFiles
     from lorasmith.families.model import Denoiser
     from lorasmith.runs.drawing import experts_of, load_with_loras, save_pictures
     from lorasmith.sampling.generate import Experts, Sampling, generate_clips
 
     check_writable(output)
+    controls = [open_image(path) for path in control or ()]
     number_format, loras = dtype_from_name(dtype), [split_strength(text) for text in lora or []]
     with console.status(f"Loading {model}"):
-        files = ModelFiles(model, tuple(text_encoder or ()), vae)
+        files = ModelFiles(model, tuple(text_encoder or ()), vae, edit)
         loaded = load_with_loras(files, loras, folders_of(base_dir, extra_model_paths), strict=strict)
         drawing: Denoiser | Experts = loaded.denoiser
         if low_noise_model is not None:
@@ -110,6 +131,7 @@ def generate(
             ),
             text_encoder=loaded.text_encoder,
             negative=negative,
+            controls=controls,
             progress=progress,
             cancelled=stop.is_set,
         )

@@ -11,7 +11,16 @@ from rich.table import Table
 
 from lorasmith.adapters.catalogue import facts_of
 from lorasmith.cli.console import console, echo, heading, print_note, print_result
-from lorasmith.cli.flags import BaseDir, BaseModel, ExtraModelPaths, TextEncoderFiles, VaeFile, folders_of, with_flags
+from lorasmith.cli.flags import (
+    BaseDir,
+    BaseModel,
+    EditModel,
+    ExtraModelPaths,
+    TextEncoderFiles,
+    VaeFile,
+    folders_of,
+    with_flags,
+)
 from lorasmith.core.options import options_of
 from lorasmith.core.printable import memory_text
 from lorasmith.training.config import TrainConfig
@@ -90,7 +99,7 @@ def _print_models(found: ModelList) -> None:
         for model in models:
             precision = f", {model.precision}" if model.precision else ""
             echo(f"  {model.path.name} ({_size(model.size_bytes)}{precision}) in {model.place}")
-            for line in _parts(model):
+            for line in (*_parts(model), *_controls(model)):
                 echo(f"    {line}")
     _print_files("Text encoders and autoencoders that fit none of these", found.unused)
     _print_files("Not recognised", found.unknown)
@@ -102,6 +111,14 @@ def _parts(model: ListedModel) -> list[str]:
         return [f"whole, with {', '.join(besides)}" if besides else "whole"]
     missing = [f"missing: {part.kind} (usually {part.usual_file})" for part in model.missing]
     return [*([f"with {', '.join(besides)}"] if besides else []), *missing]
+
+
+def _controls(model: ListedModel) -> list[str]:
+    if model.edit:
+        return [f"edit model {model.edit}, by its name (--edit none if it is not)"]
+    if model.takes_controls:
+        return ["takes pictures to edit or refer to, as all of its family"]
+    return [f"no edit model, by its name (--edit {' or '.join(model.edits)} if it is)"] if model.edits else []
 
 
 def _print_files(title: str, files: tuple[ListedFile, ...]) -> None:
@@ -189,12 +206,19 @@ def plan(
     memory: Annotated[float, typer.Option(min=1, help="Memory of the graphics card in GB, as cards are sold.")],
     text_encoder: TextEncoderFiles = None,
     vae: VaeFile = None,
+    edit: EditModel = None,
     resolution: Annotated[
         int | None, typer.Option(help="Side of the square pictures in pixels. Default: the model's own.")
     ] = None,
     frames: Annotated[
         int, typer.Option(min=1, help="Frames of a clip, for models of videos. 1 is for training on pictures.")
     ] = 1,
+    control_count: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Controls of each picture, for edit models. Default: as many as the model needs, 0 or 1."
+        ),
+    ] = None,
     cards: Annotated[
         int, typer.Option(min=1, help="Cards of that memory that train together; each may keep a part of the weights.")
     ] = 1,
@@ -211,7 +235,7 @@ def plan(
     from lorasmith.families.locating import ModelFiles
     from lorasmith.runs.memory_estimate import estimate_memory
 
-    files = ModelFiles(model, tuple(text_encoder or ()), vae)
+    files = ModelFiles(model, tuple(text_encoder or ()), vae, edit)
     with console.status(f"Estimating {model}"):
         found = estimate_memory(
             files,
@@ -219,6 +243,7 @@ def plan(
             card_bytes=int(memory * 2**30),
             resolution=resolution,
             frames=frames,
+            controls=control_count,
             cards=cards,
             folders=folders_of(base_dir, extra_model_paths),
         )
@@ -250,6 +275,11 @@ def _print_plan(found: MemoryEstimate) -> None:
         "Trains": found.trained,
         "Pictures": f"{found.pixels}×{found.pixels} pixels{f', {found.frames} frames' if found.frames > 1 else ''}, "
         f"batch {found.batch_size}, products in {found.dtype}",
+        **(
+            {"Controls": ", ".join(f"{width}×{height} pixels" for width, height in found.controls)}
+            if found.controls
+            else {}
+        ),
         "Weights": _by_kind(found.weights),
         "Offloaded": _by_kind(found.offloaded),
         **({"Sharded": _by_kind(found.sharded)} if found.sharded else {}),

@@ -14,6 +14,7 @@ from lorasmith.cli.flags import (
     AsRecorded,
     BaseDir,
     Device,
+    EditModel,
     ExtraModelPaths,
     Gpus,
     RunOutput,
@@ -83,6 +84,7 @@ def train(
     ] = None,
     text_encoder: TextEncoderFiles = None,
     vae: VaeFile = None,
+    edit: EditModel = None,
     output: RunOutput = None,
     name: Annotated[str | None, typer.Option(help="Name of the LoRA. Default: that of the folder of images.")] = None,
     validation: Annotated[
@@ -119,6 +121,7 @@ def train(
         low_noise_model=low_noise_model,
         text_encoders=tuple(text_encoder or ()),
         vae=vae,
+        edit=edit,
         name=name or "",
         output=None if output is None else str(output),
         validation=None if validation is None else str(validation),

@@ -48,6 +48,7 @@ class Option:
     group: str = ""  # heading in the help
     changes_numbers: bool = True  # can affect computed numbers
     is_path: bool = False  # the text names a file or folder
+    is_many: bool = False  # a tuple of any number of values, each of which is checked
     is_prompt: bool = False  # private runs show neither prompts nor paths
     is_main: bool = False  # pages and help show it before the others
     # "typed": refused in requests to a server, as it names files or starts programs; "graph": only graphs use it
@@ -61,6 +62,9 @@ class Option:
         """`value` in the option's own type. Raises OptionError if type or range does not fit."""
         if value is None and self.default is None:
             return None
+        if self.is_many:
+            each = dataclasses.replace(self, is_many=False, default="")
+            return tuple(map(each.check, value)) if isinstance(value, list | tuple) else (each.check(value),)
         if self.code and (callable(value) or isinstance(value, NamedCode)):
             return NamedCode.of(value) if callable(value) else value
         value = self._typed(value)
@@ -174,6 +178,8 @@ _LONGEST = 20_000
 def _declared(name: str, annotation: Any, default: Any, details: Mapping[str, Any]) -> Option:
     if typing.get_origin(annotation) in (types.UnionType, typing.Union):  # such as `int | None`
         annotation = next(arm for arm in typing.get_args(annotation) if arm is not type(None))
+    if typing.get_origin(annotation) is tuple:
+        details, annotation = {**details, "is_many": True}, typing.get_args(annotation)[0]
     if typing.get_origin(annotation) is typing.Literal:
         details = {**details, "choices": typing.get_args(annotation)}
         annotation = str

@@ -277,6 +277,20 @@ def place_weights(inside: Tensor | None, config: DataConfig) -> Tensor | None:
     return weights / mean if config.mask_normalize else weights
 
 
+def centred(
+    picture: tuple[int, int], size: tuple[int, int], centre: tuple[float, float] = (0.5, 0.5)
+) -> tuple[float, float, float, float]:
+    """The largest part of a picture of width × height px with the aspect ratio of `size`, as `Framing.box`."""
+    kept = _kept(picture, size)
+    starts = [min(max(c * side - k / 2, 0.0), side - k) for c, side, k in zip(centre, picture, kept, strict=True)]
+    return starts[0], starts[1], starts[0] + kept[0], starts[1] + kept[1]
+
+
+def _kept(picture: tuple[int, int], size: tuple[int, int]) -> tuple[float, float]:
+    width, height = picture
+    return min(width, height * size[0] / size[1]), min(height, width * size[1] / size[0])
+
+
 def _box(
     picture: tuple[int, int],
     bucket: tuple[int, int],
@@ -285,11 +299,10 @@ def _box(
     uniform: partial[float] | None,
 ) -> tuple[float, float, float, float]:
     """The part of a picture that is scaled to a bucket; `uniform` supplies a variant's random numbers."""
-    width, height = picture
-    kept = (min(width, height * bucket[0] / bucket[1]), min(height, width * bucket[1] / bucket[0]))
-    starts = [min(max(c * side - k / 2, 0.0), side - k) for c, side, k in zip(centre, picture, kept, strict=True)]
+    plain = centred(picture, bucket, centre)
     if uniform is None:
-        return starts[0], starts[1], starts[0] + kept[0], starts[1] + kept[1]
+        return plain
+    starts, kept = [plain[0], plain[1]], _kept(picture, bucket)
     if config.crop == "random":
         starts = [uniform(what) * (side - k) for what, side, k in zip(("x", "y"), picture, kept, strict=True)]
     share = 1 - config.crop_jitter * uniform("zoom")

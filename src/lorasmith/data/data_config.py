@@ -84,9 +84,10 @@ LARGEST_SIDE = 4096  # pixels of a picture's side; a picture of this size takes 
 CaptionOrigin = Literal["files", "filename", "folder", "none"]
 CropMode = Literal["center", "random", "mask"]
 Masks = Literal["none", "alpha", "files"]
+Controls = Literal["required", "optional", "none"]
 
 _CAPTIONS, _PICTURES, _CLIPS, _VARIANTS = "Captions", "Pictures", "Clips", "Variants of pictures and captions"
-_MASKS, _PRIOR, _CACHE = "Masks", "Prior preservation", "Cached encodings"
+_MASKS, _CONTROLS, _PRIOR, _CACHE = "Masks", "Pictures to edit or refer to", "Prior preservation", "Cached encodings"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,6 +241,27 @@ class DataConfig:
         help="Divide by the mean weight of a picture, so that small masks count as much as large ones.",
     )
 
+    control: tuple[str, ...] = option(
+        (),
+        group=_CONTROLS,
+        is_path=True,
+        door="typed",
+        help="Folder of controls, which edit models get beside a caption: the file of an image's name, and name_1, "
+        "name_2 for more of one image. Default: the folders control, control_1, ... in the folder of images.",
+    )
+    controls: Controls = option(
+        "required",
+        group=_CONTROLS,
+        help="Whether each image needs its controls. none does not read them, for training without.",
+    )
+    control_dropout: float = option(
+        0.0,
+        min=0.0,
+        max=1.0,
+        group=_CONTROLS,
+        help="Probability of leaving out the controls, for each draw.",
+    )
+
     class_prompt: str | None = option(
         None,
         group=_PRIOR,
@@ -288,6 +310,10 @@ class DataConfig:
             )
         if self.masks != "files" and self.mask_folder:
             raise OptionError(f"mask_folder is for masks files, got masks {self.masks}; add masks files")
+        if self.controls == "none" and self.control:
+            raise OptionError(
+                f"control is for controls required or optional, got controls none; remove {self.control[0]}"
+            )
         if self.crop == "mask" and self.masks == "none":
             raise OptionError("crop mask needs masks, got masks none; choose masks alpha or files")
         if self.masks != "none" and not self.mask_inside and not self.mask_outside:

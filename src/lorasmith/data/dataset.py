@@ -50,6 +50,7 @@ class Picture:
     latents: Tensor
     size: PictureSize
     places: Tensor | None = None
+    controls: tuple[Tensor, ...] = ()  # latents (1, channels, h, w) of each, mirrored like the picture
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Variants:
     rules: CaptionRules
     encoded: EncodedCaptions  # conditionings of all captions
     sized: Callable[[Conditioning, PictureSize], Conditioning]  # adds a picture's sizes to its caption's conditioning
+    control_dropout: float = 0.0  # probability of a draw without controls
 
     def caption(self, seed: int, draw: int) -> str:
         return self.rules.drawn(self.captions, seed, draw)
@@ -148,6 +150,8 @@ class Sample:
             return self
         picture = variants.picture(seed, draw)
         conditioning = variants.sized(variants.encoded[variants.caption(seed, draw)], picture.size)
+        if variants.control_dropout and keyed_uniform(seed, "controls", draw) < variants.control_dropout:
+            picture = replace(picture, controls=())
         return self._with(picture, conditioning)
 
     def latents_drawn(self, seed: int, draw: int) -> Tensor:
@@ -163,6 +167,7 @@ class Sample:
             yield self._with(picture, self.conditioning)
 
     def _with(self, picture: Picture, conditioning: Conditioning) -> Sample:
+        conditioning = conditioning.with_controls(picture.controls)
         return replace(self, latents=picture.latents, places=picture.places, conditioning=conditioning, variants=None)
 
 

@@ -6,7 +6,7 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from lorasmith.core.processes import current
 from lorasmith.core.tensor_digests import digest_of_tensors
 from lorasmith.data.captions import CaptionRules
 from lorasmith.data.clips import ClipForm
+from lorasmith.data.controls import check_controls, control_framings
 from lorasmith.data.crops import framings_of, pixel_step, place_weights
 from lorasmith.data.data_config import DataConfig, ImageSource
 from lorasmith.data.dataset import EncodedCaptions, EncodedDataset, Picture, Sample, Variants
@@ -207,7 +208,9 @@ def encode_scan(
         beside_pixels=_BESIDE_PIXELS if where.type == "cpu" and not latent.frames else 0,
         sized=model.family.sized,
         clips=clips,
+        controls=model.control_form,
     )
+    check_controls(scan, config, model)
     data = encode_images(
         scan,
         config,
@@ -248,10 +251,11 @@ def encode_images(
         processes.gathered(None)
     captions.encode_ahead([image.caption for image in scan.images], caption_progress)
     encoded = encode_pictures(images, pictures, config, progress)
+    controls = _controls(images, pictures, progress)
     notes = [] if pictures.clips is None else list(_clips_in_part(images, pictures.clips))
     samples: list[Sample] = []
-    for image, found in zip(images, encoded, strict=True):
-        sample = _sample(image, found, config, captions, pictures, notes)
+    for image, found, beside in zip(images, encoded, controls, strict=True):
+        sample = _sample(image, found, beside, config, captions, pictures, notes)
         samples += [sample] * image.image.repeats
     return EncodedDataset(tuple(samples), captions, tuple(notes))
 
@@ -324,6 +328,41 @@ def _framed(image: ImageFile, config: DataConfig, resolution: int, step: int, cl
     return FramedImage.of(image, found, config, numbers)
 
 
+@dataclass(frozen=True)
+class _EncodedControls:
+    """The controls of an image."""
+
+    keys: list[list[str]]  # of each control, for each framing of the image
+    latents: list[tuple[Tensor, ...]]  # of each framing, for each control
+
+
+def _controls(
+    images: Sequence[FramedImage], pictures: PictureEncoder, progress: EncodingProgress | None
+) -> list[_EncodedControls]:
+    """The controls of each image, each of whose framings is encoded once."""
+    form = pictures.controls
+    if form is None or not any(image.image.controls for image in images):
+        return [_EncodedControls([], [()] * len(image.framings)) for image in images]
+    work = []
+    for image in images:
+        for control in image.image.controls:
+            framings = control_framings(control, image.image, image.framings, form)
+            work.append(FramedImage(control, tuple(dict.fromkeys(framings)), (control.digest, "")))
+    encoded = iter(zip(work, encode_pictures(work, pictures, DataConfig(), progress), strict=True))
+    result = []
+    for image in images:
+        keys: list[list[str]] = []
+        latents: list[tuple[Tensor, ...]] = [()] * len(image.framings)
+        for control in image.image.controls:
+            framed, found = next(encoded)
+            framings = control_framings(control, image.image, image.framings, form)
+            places = [framed.framings.index(one) for one in framings]
+            keys.append([framed.keys()[place] for place in places])
+            latents = [(*before, found[place].latents[None]) for before, place in zip(latents, places, strict=True)]
+        result.append(_EncodedControls(keys, latents))
+    return result
+
+
 def _clips_in_part(images: Sequence[FramedImage], clips: ClipForm) -> Iterator[str]:
     """Notes on clips that are longer than the model's frames."""
     parts = [
@@ -343,6 +382,7 @@ def _clips_in_part(images: Sequence[FramedImage], clips: ClipForm) -> Iterator[s
 def _sample(
     framed: FramedImage,
     encoded: list[EncodedFraming],
+    controls: _EncodedControls,
     config: DataConfig,
     captions: EncodedCaptions,
     pictures: PictureEncoder,
@@ -351,7 +391,7 @@ def _sample(
     """The sample of an image; appends notes for the user to `notes`."""
     image, name = framed.image, framed.image.name
     found = []
-    for framing, one in zip(framed.framings, encoded, strict=True):
+    for framing, one, beside in zip(framed.framings, encoded, controls.latents, strict=True):
         places = place_weights(one.inside, config)
         if one.inside is not None and places is None:
             notes.append(
@@ -359,23 +399,24 @@ def _sample(
                 "trained as a whole; correct the mask, or remove it"
             )
         size = framing.picture_size(image.width, image.height)
-        found.append(Picture(one.latents, size, places))
+        found.append(Picture(one.latents, size, places, beside))
     rules = CaptionRules.of(config, is_class=image.is_class)
-    varies = len(found) > 1 or rules.varies(image.captions)
+    dropout = config.control_dropout if controls.keys else 0.0
+    varies = len(found) > 1 or rules.varies(image.captions) or dropout > 0
     plain = found[0]
     return Sample(
         plain.latents,
-        pictures.sized(captions[image.caption], plain.size),
+        pictures.sized(captions[image.caption], plain.size).with_controls(plain.controls),
         name,
-        _digest(framed, rules, config),
+        _digest(framed, controls, rules, config),
         weight=image.weight,
         places=plain.places,
         is_class=image.is_class,
-        variants=Variants(tuple(found), image.captions, rules, captions, pictures.sized) if varies else None,
+        variants=Variants(tuple(found), image.captions, rules, captions, pictures.sized, dropout) if varies else None,
     )
 
 
-def _digest(framed: FramedImage, rules: CaptionRules, config: DataConfig) -> str:
+def _digest(framed: FramedImage, controls: _EncodedControls, rules: CaptionRules, config: DataConfig) -> str:
     """Hash of everything that a sample is made of except the model."""
     image, masks = framed.image, (config.mask_inside, config.mask_outside, config.mask_normalize)
     return key_of(
@@ -385,4 +426,5 @@ def _digest(framed: FramedImage, rules: CaptionRules, config: DataConfig) -> str
         masks=masks if framed.digest[1] else None,
         weight=image.weight,
         is_class=image.is_class,
+        **({"controls": controls.keys, "control_dropout": config.control_dropout} if controls.keys else {}),
     )

@@ -14,7 +14,9 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Literal
 
-from lorasmith.data.captions import one_line
+from lorasmith.core.errors import DataError
+from lorasmith.data.captions import one_line, read_caption
+from lorasmith.data.controls import has_aspect_of
 from lorasmith.data.folder import ImageFile
 from lorasmith.data.folder_listing import Reason, ReasonKind, reader_install
 from lorasmith.data.picture_quality import PictureQuality
@@ -28,6 +30,10 @@ FindingKind = Literal[
     "cut pictures",
     "copies",
     "look-alikes",
+    "missing controls",
+    "unchanged pairs",
+    "swapped pairs",
+    "other aspects",
     "missing captions",
     "empty captions",
     "equal captions",
@@ -49,6 +55,14 @@ class TokenLimit:
 
     encoder: str
     longest: int
+
+
+@dataclass(frozen=True)
+class PairRules:
+    """What is expected of the controls of images."""
+
+    are_needed: bool  # by each image
+    are_aligned: bool  # with the picture that is made of them
 
 
 @dataclass(frozen=True)
@@ -129,16 +143,18 @@ def found_in(
     limit: TokenLimit | None = None,
     trigger: str = "",
     upscale: bool = True,
+    controls: PairRules | None = None,
 ) -> tuple[Finding, ...]:
     """The findings about the images of a folder, the most serious kinds first.
 
     `skipped` has names and reasons, `missing` the images without a caption of their own; `limit` is given where tokens
-    were counted.
+    were counted, `controls` where images are checked as pairs.
     """
     return (
         *_unused(skipped),
         *_pixels(images, upscale=upscale),
         *_repeated(images, alike),
+        *([] if controls is None else _pairs(images, controls)),
         *_captions(images, missing, trigger),
         *_equal_captions(images, {index for group in alike for index in group.others}),
         *([] if limit is None else _long_captions(images, limit)),
@@ -240,6 +256,43 @@ def _repeated(images: Sequence[CheckedImage], alike: Sequence[LookAlikes]) -> It
             f"keep one of each, as a picture that is there twice is learnt twice, or set the others apart with {_FIX}",
             lambda one: f"like {images[similar[place[one.name]]].name}",
         )
+
+
+def _pairs(images: Sequence[CheckedImage], rules: PairRules) -> Iterator[Finding]:
+    if rules.are_needed and (lacking := _those(images, lambda one: not one.file.controls and not one.file.is_class)):
+        remedy = "add a file of the same name to the folder of controls, or train with --controls optional"
+        yield _about(images, lacking, "missing controls", f"{_have(lacking)} no control", remedy)
+    if equal := _those(images, lambda one: one.file.digest in {control.digest for control in one.file.controls}):
+        problem = (
+            f"{_count(equal, 'image is', 'images are')} the same as {'its' if len(equal) == 1 else 'their'} control"
+        )
+        remedy = f"replace {_them(equal)}, as the model learns to change nothing"
+        yield _about(images, equal, "unchanged pairs", problem, remedy)
+    if swapped := _those(images, lambda one: not one.is_captioned and any(_has_caption(c) for c in one.file.controls)):
+        problem = (
+            f"{_have(swapped)} no caption, but {'its control has' if len(swapped) == 1 else 'their controls have'}"
+        )
+        remedy = "check that the edited pictures are trained on and --control names those before, or move the captions"
+        yield _about(images, swapped, "swapped pairs", problem, remedy)
+    if other := _those(
+        images, lambda one: rules.are_aligned and not all(has_aspect_of(c, one.file) for c in one.file.controls)
+    ):
+        yield _about(
+            images,
+            other,
+            "other aspects",
+            f"{_have(other)} a control of another aspect ratio, which is cropped on its own",
+            f"crop {_them(other)} and the control alike, unless the edit changes the frame",
+            lambda one: f"{one.size} from {', '.join(_size((c.width, c.height)) for c in one.file.controls)}",
+        )
+
+
+def _has_caption(control: ImageFile) -> bool:
+    try:
+        caption = read_caption(control.path)
+    except DataError:  # unused caption files may hold anything
+        return False
+    return caption is not None and bool(caption.text)
 
 
 def _captions(images: Sequence[CheckedImage], missing: Sequence[Path], trigger: str) -> Iterator[Finding]:

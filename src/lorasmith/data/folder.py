@@ -4,6 +4,7 @@
       1.jpg, 1.txt        an image and its caption
       2.png               an image without caption file: the trigger is its caption
       3.png, 3.mask.png   an image and its mask, with masks files
+      control/1.jpg       the control of 1.jpg, for edit models; control/1_2.jpg is a second one
       metadata.jsonl      captions of images without caption file (`metadata_files.py`)
       10_sks dog/         kohya's convention: images in here occur ten times per epoch; the rest of the name is their
                           caption if there is neither a caption file nor a trigger
@@ -53,6 +54,7 @@ class ImageFile:
     digest: str = ""  # SHA-256 when it was scanned; empty if unknown
     frames: int = 0  # of a clip; 0 for a picture
     rate: float = 0.0  # frames per second of a clip; 0 for a picture
+    controls: tuple[ImageFile, ...] = ()  # what an edit model is given beside the caption
 
     @property
     def name(self) -> str:
@@ -191,6 +193,12 @@ def _checked(
             return Reason(fault, "size")
         if found.mask and (fault := _mask_fault(found.mask, width, height)):
             return Reason(fault, "mask")
+        controls = []
+        for path in found.controls:
+            control = _control(path)
+            if isinstance(control, Reason):
+                return control
+            controls.append(control)
         if found.caption_file:
             file = read_caption_file(found.folder.file(found.caption_file))
     except ImageError as error:
@@ -223,6 +231,7 @@ def _checked(
         digest,
         opened.frames,
         opened.rate,
+        tuple(controls),
     )
     return _Checked(
         image,
@@ -286,6 +295,19 @@ def _mask_fault(mask: Path, width: int, height: int) -> str:
             "both of one aspect ratio"
         )
     return ""
+
+
+def _control(path: Path) -> ImageFile | Reason:
+    """A control; or why its image is left out."""
+    try:
+        width, height = image_size(path)
+        fault = _size_fault(width, height)
+        digest = file_digest(path)
+    except ImageError as error:
+        fault = error.reason
+    if fault:
+        return Reason(f"is left out because its control {path.name} {fault}", "control")
+    return ImageFile(path, width, height, "", "none", digest=digest)
 
 
 def _note_links(image: Candidate, notes: ScanNotes) -> None:

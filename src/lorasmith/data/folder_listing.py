@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -23,7 +23,9 @@ from lorasmith.data.metadata_files import is_metadata_name
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mov", ".webm", ".mkv", ".flv")
 """File suffixes that are taken for videos, in lower case."""
 
-ReasonKind = Literal["unreadable", "format", "video", "size", "caption", "mask", "metadata", "folder", "link"]
+ReasonKind = Literal[
+    "unreadable", "format", "video", "size", "caption", "mask", "control", "metadata", "folder", "link"
+]
 
 
 class Reason(str):
@@ -100,14 +102,14 @@ def list_folders(
     *,
     recursive: bool = False,
     masks: bool = False,
-    mask_folder: str | None = None,
+    apart: Collection[str] = (),
     skipped: Skipped | None = None,
     follow_links: bool = False,
     clips: bool = False,
 ) -> Iterator[ListedFolder]:
     """A folder and the folders inside it that are read, each once, in natural order.
 
-    Without `recursive` those are the folders in `root` named `<repeats>_<name>`. `mask_folder`, the folders in
+    Without `recursive` those are the folders in `root` named `<repeats>_<name>`. Folders in `apart`, those in
     `SET_APART` and those of runs are omitted. With `masks`, `*.mask.*` are masks even without a picture of that name.
     With `follow_links` folders and files outside `root` are read; with `clips` videos are among the images. `skipped`
     receives folders that are not read. DataError if `root` is missing, is a file, or cannot be read.
@@ -118,7 +120,8 @@ def list_folders(
     def skip(folder: Path, reason: str, kind: ReasonKind = "folder") -> None:
         skipped.append((folder, Reason(reason, kind)))
 
-    seen = {_identity(root)} | ({_identity(mask_folder)} if mask_folder else set())
+    omitted = set(map(_identity, apart))
+    seen = {_identity(root)} | omitted
     source = _resolved(root)
     ahead = [ListedFolder(root, "", source, follow_links)]
     while ahead:
@@ -138,6 +141,8 @@ def list_folders(
             path = Path(listed.path, name)
             if (name in SET_APART and Path(path, REASONS).is_file()) or _is_run(path):
                 continue
+            if omitted and _identity(str(path)) in omitted:
+                continue
             repeats, caption = _repeats(name) or (None, "")
             if repeats is not None and repeats > MAX_REPEATS:
                 skip(path, f"repeats its images more than {MAX_REPEATS:,} times; rename it")
@@ -147,8 +152,6 @@ def list_folders(
                 skip(path, "is a folder without repeats in its name; rename it to 1_name or add recursive")
             elif listed.inside and not recursive:
                 skip(path, "is a folder inside of another one; add recursive to include it")
-            elif mask_folder and _identity(str(path)) == _identity(mask_folder):
-                continue
             elif listed.refuses(name):
                 skip(path, f"{LINK}; move the pictures here, or name it as a folder of its own", "link")
             elif (identity := _identity(str(path))) in seen:

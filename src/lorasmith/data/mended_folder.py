@@ -3,6 +3,7 @@
     fixed/
       1.jpg, 1.txt        upright, in 8 bits, no larger than training needs; the caption in UTF-8
       10_sks dog/         folders with repeats are kept
+      control/, control_1/    the controls of the pictures, unchanged, under their new names
       duplicates/         copies and look-alikes of others, unchanged
       unused/             files that training refuses, unchanged, with caption and mask; REASONS.txt says why
       CHANGES.txt         what was done to each file, and what was left out
@@ -225,6 +226,9 @@ def _write_image(job: _Job, draft: Path, most: int, only: Collection[Fix]) -> Me
         _save(mask.resize(size), folder / f"{job.stem}.mask.png", None)
     elif image.mask is not None:
         _copy(image.mask, folder / f"{job.stem}.mask{image.mask.suffix}")
+    for number, control in enumerate(image.controls):
+        beside = ensure_folder(draft / (f"control_{number}" if number else "control") / job.folder)
+        _copy(control.path, beside / f"{job.stem}{control.path.suffix}")
     return MendedFile(job.name, name, tuple(changes), has_caption=_write_caption(image, folder / job.stem))
 
 

@@ -7,8 +7,9 @@
 
 Names are paths relative to the file's folder, or absolute paths inside it, with or without suffix. The text is in
 `text`, `caption` or `prompt`; a list of texts, or several lines for an image, are several captions. kohya's JSON lines
-name images by `image_path`, and his tags are appended to the caption after a comma. Files named in it are never opened:
-captions are looked up by the names of images that were found.
+name images by `image_path`, and his tags are appended to the caption after a comma. Images named in it are never
+opened: captions are looked up by the names of images that were found. JSON names the controls of an image by
+`control_path`, `control_path_1`, ..., `edit_image` or `kontext_images`, each a path in the folder or a list of paths.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ MAX_CAPTIONS = 100  # of one image
 
 TEXT_COLUMNS = ("text", "caption", "prompt")
 NAME_COLUMNS = ("file_name", "image_path")
+_CONTROL_KEYS = ("edit_image", "kontext_images")
 
 
 class MetadataError(ValueError):
@@ -53,6 +55,7 @@ class Metadata:
     captions: dict[str, tuple[str, ...]] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)  # why an image's captions cannot be used
     outside: list[str] = field(default_factory=list)  # names of files outside the folder
+    controls: dict[str, tuple[str, ...]] = field(default_factory=dict)  # of an image, relative to the folder
 
     def entry(self, key: str) -> str | None:
         """The key of an image of this path in the file; None if it has none."""
@@ -94,16 +97,22 @@ def read_metadata(path: Path) -> Metadata:
         raise MetadataError(str(error)) from error
 
 
-Row = tuple[str, Any]  # name of an image, and its captions: a text, a list of them, or None
+# name of an image, its captions (a text, a list of them, or None) and the names of its controls
+Row = tuple[str, Any, Sequence[str]]
 
 
 def _collected(rows: Iterable[Row], folders: Sequence[Path]) -> Metadata:
     found = Metadata()
-    for name, value in rows:
+    for name, value, controls in rows:
         key = _inside(name, folders)
         if key is None:
             found.outside.append(name)
             continue
+        if controls:
+            inside = {one: _inside(one, folders) for one in controls}
+            found.outside.extend(one for one, path in inside.items() if path is None)
+            if None not in inside.values():
+                found.controls[key] = tuple(filter(None, inside.values()))
         texts = [value] if isinstance(value, str) else [] if value is None else value
         if not isinstance(texts, list) or not all(isinstance(one, str) for one in texts):
             found.refused[key] = "has a caption that is not text"
@@ -134,7 +143,19 @@ def _json_rows(content: bytes) -> Iterator[Row]:
     if not isinstance(value, dict) or not value or not all(isinstance(one, dict) for one in value.values()):
         raise MetadataError('holds no captions by image, such as {"1.png": {"caption": "a dog"}}', damaged=False)
     for name, entry in value.items():
-        yield name, _kohya(entry)
+        yield name, _kohya(entry), _controls(entry)
+
+
+def _controls(entry: Mapping[str, Any]) -> list[str]:
+    """Names of an entry's controls, in the order of their keys' numbers."""
+    numbered = ((re.fullmatch(r"control_path(?:_([0-9]{1,9}))?", key), value) for key, value in entry.items())
+    values = sorted(((int(key[1] or -1), value) for key, value in numbered if key), key=lambda one: one[0])
+    given = [value for _, value in values] + [entry[key] for key in _CONTROL_KEYS if key in entry]
+    return [name for value in given for name in (value if isinstance(value, list) else [value]) if _is_name(name)]
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and bool(value) and "\x00" not in value
 
 
 def _kohya(entry: Mapping[str, Any]) -> Any:
@@ -162,7 +183,7 @@ def _json_line_rows(content: bytes) -> Iterator[Row]:
         if not isinstance(name, str):
             raise MetadataError(f"has no file_name in line {number}", damaged=named)
         named = True
-        yield name, _kohya(entry)
+        yield name, _kohya(entry), _controls(entry)
 
 
 def _csv_rows(content: bytes) -> Iterator[Row]:
@@ -173,7 +194,7 @@ def _csv_rows(content: bytes) -> Iterator[Row]:
         for row in reader:
             if row.get(name) is None or row.get(text) is None:
                 raise ValueError(f"has too few values in line {reader.line_num}")
-            yield row[name], row[text]
+            yield row[name], row[text], ()
     except csv.Error as error:
         raise ValueError(f"is not valid CSV ({error})") from error
 
@@ -193,7 +214,7 @@ def _parquet_rows(content: bytes) -> Iterator[Row]:
             for row in batch.to_pylist():
                 if not isinstance(row[name], str):
                     raise ValueError("has a row without file_name")
-                yield row[name], row[text]
+                yield row[name], row[text], ()
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"is not valid parquet ({printable(error, limit=100)})") from error
 

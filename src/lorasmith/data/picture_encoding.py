@@ -26,7 +26,7 @@ from lorasmith.data.dataset import check_latents
 from lorasmith.data.encoding_cache import CacheEntries, key_of
 from lorasmith.data.folder import ImageFile
 from lorasmith.data.image_files import file_digest
-from lorasmith.families.base import Conditioning, PictureSize
+from lorasmith.families.base import Conditioning, ControlForm, PictureSize
 
 EncodingProgress = Callable[[int, int, str, int], None]
 """Receives images done, all images, the name of the last one, and the number found in the cache."""
@@ -59,6 +59,7 @@ class PictureEncoder:
     # adds a picture's sizes to the conditioning of its caption
     sized: Callable[[Conditioning, PictureSize], Conditioning] = lambda conditioning, size: conditioning
     clips: ClipForm | None = None  # that the model accepts; None for image models
+    controls: ControlForm | None = None  # that the model accepts; None without
 
 
 @dataclass(frozen=True)

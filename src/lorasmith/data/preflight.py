@@ -18,12 +18,13 @@ from lorasmith.data.clips import open_still
 from lorasmith.data.crops import Framing, framings_of, pixel_step
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.dataset import held_out_names
-from lorasmith.data.findings import CheckedImage, Finding, FindingKind, LookAlikes, TokenLimit, found_in
+from lorasmith.data.findings import CheckedImage, Finding, FindingKind, LookAlikes, PairRules, TokenLimit, found_in
 from lorasmith.data.folder import FolderScan, ImageFile
 from lorasmith.data.folder_listing import Reason
 from lorasmith.data.image_files import in_threads
 from lorasmith.data.picture_quality import MEASURED_EDGE, PictureQuality, look_alikes, measured
 from lorasmith.data.source_files import Candidate
+from lorasmith.families.base import ControlForm
 
 _USUAL = (1024, 768, 512, 256)
 _FILLED = 0.75  # share of the images that a resolution must not enlarge
@@ -92,6 +93,7 @@ def preflight(
     multiple: int,
     tokenize: Callable[[str], int] | None = None,
     limit: TokenLimit | None = None,
+    form: ControlForm | None = None,
     batch: int = 1,
     validation_share: float | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -99,8 +101,9 @@ def preflight(
     """Check a scanned folder.
 
     `resolution` is the model's, for a `config` without one; sides are multiples of at least `multiple`. `tokenize`
-    counts a caption's tokens. `validation_share` is held out as by `split`. `progress` receives (images done, all
-    images). ImageError if an image can no longer be read; DataError if the resolution is below `multiple`.
+    counts a caption's tokens. `form` is that of the model's controls. `validation_share` is held out as by `split`.
+    `progress` receives (images done, all images). ImageError if an image can no longer be read; DataError if the
+    resolution is below `multiple`.
     """
     resolutions = config.all_resolutions(resolution)
     step = pixel_step(config, multiple)
@@ -137,9 +140,19 @@ def preflight(
             limit=limit,
             trigger=config.trigger,
             upscale=config.upscale,
+            controls=_pair_rules(scan, config, form),
         ),
         refused=scan.refused,
     )
+
+
+def _pair_rules(scan: FolderScan, config: DataConfig, form: ControlForm | None) -> PairRules | None:
+    """None where images have no controls and need none."""
+    has_some = any(image.controls for image in scan.images) or bool(config.control)
+    is_required = form is not None and form.is_required and config.controls == "required"
+    if not has_some and not is_required:
+        return None
+    return PairRules(config.controls == "required", form is None or form.is_aligned)
 
 
 def epoch_of(images: Sequence[ImageFile], batch: int, validation_share: float | None) -> Epoch:

@@ -1,8 +1,9 @@
-"""The image files of a source, each with its caption file, metadata entry and mask; all by name."""
+"""The image files of a source, each with its caption file, metadata entry, mask and controls; all by name."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -36,6 +37,7 @@ class Candidate:
     refused: str = ""  # why `entry` cannot be used, a clause; empty if it can
     entry_first: bool = False  # `entry` precedes the caption file
     mask: Path | None = None
+    controls: tuple[Path, ...] = ()
     opened: OpenedFile | None = None  # what its file would not say: a clip that was in memory
     barred: Reason | None = None  # why it is skipped, if one of its files is a link that is not followed
 
@@ -66,16 +68,17 @@ def candidates(
             raise DataError(f"{root} was saved by datasets and needs a folder for its images, got none; name a cache")
         root = str(unpacked_folder(Path(root), cache, follow_links=config.follow_links))
     elif Path(root).suffix.lower() in METADATA_SUFFIXES and is_regular(Path(root)):
-        only = _Known("", Path(root).name, _required(Path(root)))
+        only = _Known(str(Path(root).parent), "", Path(root).name, _required(Path(root)))
         root = str(Path(root).parent)
     from_files = config.captions == "files"
     metadata = _MetadataFiles(only, skipped, notes)
     masks = _Masks(root, config, notes)
+    controls = _Controls(root, config, notes)
     for folder in list_folders(
         root,
         recursive=config.recursive or only is not None,
         masks=config.masks == "files",
-        mask_folder=config.mask_folder if config.masks == "files" else None,
+        apart=[*([config.mask_folder] if config.masks == "files" and config.mask_folder else []), *controls.folders],
         skipped=skipped,
         follow_links=config.follow_links,
         clips=clips,
@@ -89,6 +92,7 @@ def candidates(
         else:
             _note_origin(folder, only, notes)
         foreign = {path.name: reason for path, reason in folder.foreign}
+        stems = {stem_of(name) for name in folder.images}
         for name in (*folder.images, *foreign):
             stem = stem_of(name)
             found = Candidate(folder, name, folder.repeats * source.repeats, source.weight, clips)
@@ -101,6 +105,7 @@ def candidates(
                 place, mask_name = mask
                 found.mask = place.file(mask_name)
                 found.barred = _barred(place, mask_name, "mask")
+            controls.give(found, stems)
             if from_files and (files := folder.captions.get(stem)):
                 found.caption_file = files[0]
                 found.barred = _barred(folder, files[0], "caption file") or found.barred
@@ -118,6 +123,7 @@ def candidates(
         masks.leave(folder)
     metadata.finish()
     masks.finish()
+    controls.finish()
 
 
 class NoteKind(Enum):
@@ -149,6 +155,7 @@ class NoteKind(Enum):
     UNNAMED = ("image is", "images are", "not used, such as {}, as the metadata file does not name them")
     MASKS_OFF = ("mask is", "masks are", "not used, such as {}; they are with masks files")
     MASK = ("mask is", "masks are", "not used, such as {}, as there is no image of the name, or another mask")
+    CONTROL = ("control is", "controls are", "not used, such as {}, as there is no image of the name")
     TWICE = ("image is", "images are", "in several sources, such as {}, and counted for each")
     CASE = (
         "image has",
@@ -176,6 +183,7 @@ class ScanNotes:
 
 @dataclass(slots=True)
 class _Known:
+    folder: str
     inside: str  # folder relative to the source
     name: str
     content: Metadata | MetadataError  # or why it cannot be read
@@ -210,7 +218,7 @@ class _MetadataFiles:
             except MetadataError as error:
                 content = error
                 self._skipped.append((path, Reason(f"{error}; repair or remove it", "metadata")))
-            self._known[folder.inside] = _Known(folder.inside, name, content)
+            self._known[folder.inside] = _Known(folder.path, folder.inside, name, content)
         inside, self._above = folder.inside, []
         while self._known:
             if inside in self._known:
@@ -234,6 +242,7 @@ class _MetadataFiles:
             known.used.add(entry)
             if not image.metadata:
                 image.metadata, image.entry = known.name, content.captions.get(entry, ())
+                image.controls = tuple(Path(known.folder, name) for name in content.controls.get(entry, ()))
                 image.refused = content.refused.get(entry, "")
                 image.entry_first = self._only is not None
         return self._only is None or bool(image.metadata)
@@ -289,6 +298,63 @@ class _Masks:
         for listed, name in self._elsewhere.values():
             if listed.file(name) not in self._used:
                 self._notes.add(NoteKind.MASK, name)
+
+
+class _Controls:
+    """Controls by the names of their images, in folders of their own or in those that a source has for them."""
+
+    def __init__(self, root: str, config: DataConfig, notes: ScanNotes) -> None:
+        self._on, self._notes, self._follow_links = config.controls != "none", notes, config.follow_links
+        self.folders: list[str] = []
+        if self._on:
+            own = [Path(root, "control"), *(Path(root, f"control_{number}") for number in range(1, _MOST_CONTROLS))]
+            self.folders = [*config.control] or [str(folder) for folder in own if is_folder(folder)]
+        self._files: list[dict[str, list[tuple[int, ListedFolder, str]]]] = []
+        self._used: set[Path] = set()
+        for path in self.folders:
+            if not is_folder(Path(path)):
+                raise DataError(f"control must be a folder, got {path}; check the path")
+            if Path(path).resolve() == Path(root).resolve():
+                raise DataError(f"control must be another folder than that of the images, got {path}; move them apart")
+            files: dict[str, list[tuple[int, ListedFolder, str]]] = {}
+            for listed in list_folders(path, recursive=True, follow_links=config.follow_links):
+                for name in listed.images:
+                    stem = stem_of(name)
+                    files.setdefault(listed.key(stem), []).append((-1, listed, name))
+                    if numbered := _NUMBERED.fullmatch(stem):
+                        files.setdefault(listed.key(numbered[1]), []).append((int(numbered[2]), listed, name))
+            self._files.append(files)
+
+    def give(self, image: Candidate, stems: Collection[str]) -> None:
+        """Add an image's controls: those in folders, else those that a metadata file names. `stems` of its folder."""
+        if not self._on:
+            image.controls = ()
+            return
+        stem = stem_of(image.name)
+        found = []
+        for files in self._files:
+            there = files.get(image.folder.key(stem)) or files.get(stem) or ()
+            # dog_1 is of the image dog_1, if there is one, and a further one of dog if not
+            own = [one for one in there if one[0] < 0 or stem_of(one[2]) not in stems]
+            for _, listed, name in sorted(own, key=lambda one: one[0]):
+                found.append(listed.file(name))
+                self._used.add(listed.file(name))
+                image.barred = image.barred or _barred(listed, name, "control")
+        image.controls = tuple(found) or image.controls
+        if not found and not self._follow_links:
+            for path in image.controls:
+                if not path.resolve().is_relative_to(image.folder.source):
+                    image.barred = Reason(f"is left out because its control {path.name} {LINK}; copy that file", "link")
+
+    def finish(self) -> None:
+        for files in self._files:
+            there = {listed.file(name) for found in files.values() for _, listed, name in found}
+            for path in sorted(there - self._used):
+                self._notes.add(NoteKind.CONTROL, path.name)
+
+
+_MOST_CONTROLS = 10  # folders of them in a source
+_NUMBERED = re.compile(r"(.+)_([0-9]{1,9})", re.DOTALL)
 
 
 def _barred(folder: ListedFolder, name: str, kind: str = "") -> Reason | None:

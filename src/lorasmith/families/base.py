@@ -8,6 +8,7 @@ docs/adding-a-family.md.
 from __future__ import annotations
 
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,12 +30,15 @@ from lorasmith.formats.names import EncoderNames, ModelNames, Naming, OriginalNa
 from lorasmith.formats.spelling import DENOISER_START, SIGNATURES, Signature
 
 __all__ = [
-    "DENOISER_START", "SIGNATURES", "Any", "AutoencoderSlot", "Conditioning", "DataError", "Defaults", "Diffusion",
-    "EncoderNames", "EncoderSlot", "Encoding", "Expert", "Family", "FlowSchedule", "LatentFormat", "Mapping",
-    "ModelError", "ModelNames", "OriginalCheckpoint", "OriginalName", "PictureSize", "PipelineConfigs",
+    "DENOISER_START", "SIGNATURES", "Any", "AutoencoderSlot", "Conditioning", "ControlForm", "DataError", "Defaults",
+    "Diffusion", "EncoderNames", "EncoderSlot", "Encoding", "Expert", "Family", "FlowSchedule", "LatentFormat",
+    "Mapping", "ModelError", "ModelNames", "OriginalCheckpoint", "OriginalName", "PictureSize", "PipelineConfigs",
     "ProgramLimits", "ResolutionShift", "Rule", "Sequence", "Signature", "Tensor", "TextEncoders", "block_count",
     "check_even", "collate", "module_paths", "nn", "norm_name", "register", "replace", "torch", "weight_shapes",
 ]  # fmt: skip
+
+
+_CONTROL = "control_"
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,8 @@ class Conditioning:
         tensors: by name, each with the batch as its first dimension, 1 for a single prompt. `context` (batch, tokens,
             width) is there in each family; `pooled` (batch, width), `guidance` (batch,) and others where the family
             has them. With `no_guidance`, of any value, a network with an embedding of guidance leaves it out.
+            `control_0`, `control_1`, ... (batch, channels, height, width) are pictures to edit or refer to, scaled like
+            the latents; sizes of their own are never padded.
         text: the prompt it came from, for reports and metadata; None when unknown.
         mask: bool (batch, tokens), True for tokens of the context that are attended to; None for all of them.
         span: the part of sampling that it applies to, from 0 at the start to 1 at the end; training ignores it.
@@ -66,6 +72,21 @@ class Conditioning:
         facts = [f"{name} {'×'.join(map(str, tensor.shape))}" for name, tensor in self.tensors.items()]
         caption = [] if self.text is None else [repr(printable(self.text, limit=60))]
         return f"Conditioning({', '.join([*caption, *facts, *(['masked'] if self.mask is not None else [])])})"
+
+    @property
+    def controls(self) -> tuple[Tensor, ...]:
+        """The controls, in order."""
+        found = list[Tensor]()
+        while (one := self.tensors.get(f"{_CONTROL}{len(found)}")) is not None:
+            found.append(one)
+        return tuple(found)
+
+    def with_controls(self, controls: Sequence[Tensor]) -> Conditioning:
+        """The conditioning with these controls in place of its own."""
+        if not controls and not self.controls:
+            return self
+        others = {name: one for name, one in self.tensors.items() if not re.fullmatch(rf"{_CONTROL}\d+", name)}
+        return replace(self, tensors=others | {f"{_CONTROL}{index}": one for index, one in enumerate(controls)})
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -278,6 +299,38 @@ class Expert:
         return _letters(self.name) in _letters(file)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ControlForm:
+    """The pictures that a model edits or refers to, its controls."""
+
+    # of an edit variant with the tensors of its family's other models: part of the names of its files; empty where all
+    # models of the family take controls
+    name: str = ""
+    is_required: bool = False  # whether it edits a picture, and draws none without
+    # whether a control has the size of the picture that is trained, and its part, where both have one aspect ratio
+    is_aligned: bool = False
+    sizes: tuple[tuple[int, int], ...] = ()  # (width, height) that the model knows; none for sizes up to `most_pixels`
+    most: int = 10  # programs have no limit; more are a mistake
+    most_pixels: int = 1024**2
+    multiple: int = 16  # of both sides in pixels
+
+    def size(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height of a control of width × height px: the known size of the nearest aspect ratio, or its own,
+        shrunk to `most_pixels` and rounded down.
+        """
+        if self.sizes:
+            return min(self.sizes, key=lambda size: abs(size[0] / size[1] - width / height))
+        factor = min(1.0, math.sqrt(self.most_pixels / (width * height)))
+        sides = [
+            max(self.multiple, int(side * factor + 1e-6) // self.multiple * self.multiple) for side in (width, height)
+        ]
+        return sides[0], sides[1]
+
+
+NO_EDIT = "none"
+"""The choice of an edit variant that is none of them."""
+
+
 def _letters(text: str) -> str:
     return "".join(filter(str.isalnum, text.casefold()))
 
@@ -346,6 +399,7 @@ class Family(ABC):
         distilled_names: parts of file names of variants that are distilled to few steps, which training undoes; they
             have the same tensors as the variant to train on.
         experts: the denoisers of models that have several, the noisiest part first; each has a file and a LoRA.
+        controls: the controls that its models take, those of edit variants before those of all models.
         lora_signatures: how its LoRA files are recognised without a model.
         released: configuration of the released denoiser for its diffusers class, to name its modules without a file.
     """
@@ -383,6 +437,7 @@ class Family(ABC):
     diffusers_start: str = "transformer_blocks."
     distilled_names: tuple[str, ...] = ()
     experts: tuple[Expert, ...] = ()
+    controls: tuple[ControlForm, ...] = ()
     lora_signatures: tuple[Signature, ...] = ()
     released: Mapping[str, Any] | None = None
 
@@ -393,6 +448,13 @@ class Family(ABC):
     def recognises_pipeline(self, configs: PipelineConfigs) -> bool:
         """Whether a diffusers pipeline, in a folder or in memory, is of this family."""
         return self.pipeline in configs.classes
+
+    def controls_of(self, names: Sequence[str], edit: str | None = None) -> ControlForm | None:
+        """The controls of a model whose file or folder has one of these names, or is the variant `edit`."""
+        if edit is not None:
+            return next((form for form in self.controls if form.name == edit), None)
+        given = [_letters(name) for name in names]
+        return next((form for form in self.controls if any(_letters(form.name) in name for name in given)), None)
 
     @property
     def presets(self) -> Mapping[str, Rule]:

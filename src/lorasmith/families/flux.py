@@ -19,6 +19,7 @@ from lorasmith.families.parts.flux_layout import (
     FEED_FORWARD,
     IN_BLOCKS,
     attention_arguments,
+    control_corners,
     image_positions,
     in_double_block,
     in_single_block,
@@ -58,8 +59,13 @@ _XLABS = {
 _BLOCKS = {"double_blocks": "transformer_blocks", "single_blocks": "single_transformer_blocks"}
 
 
+_WIDE = ((1568, 672), (1504, 688), (1456, 720), (1392, 752), (1328, 800), (1248, 832), (1184, 880), (1104, 944))
+KONTEXT_SIZES = (*(size[::-1] for size in _WIDE), (1024, 1024), *reversed(_WIDE))
+"""(width, height) of the pictures that Kontext was trained on."""
+
+
 class Flux(Family):
-    """Flux.1 dev and schnell."""
+    """Flux.1 dev, schnell and Kontext, whose control is a picture to edit."""
 
     name = "flux1"
     title = "Flux.1"
@@ -88,6 +94,7 @@ class Flux(Family):
         guidance=1.0  # Flux.1 is distilled: its guidance is an input, not a second pass
     )
     distilled_names = ("schnell",)
+    controls = (ControlForm(name="kontext", is_required=True, is_aligned=True, sizes=KONTEXT_SIZES),)
     autoencoder = FLUX_AUTOENCODER
     released = {"guidance_embeds": True}
     lora_signatures = (
@@ -101,6 +108,9 @@ class Flux(Family):
             return False
         # Flux.2 shares its modulation between blocks; Chroma replaces it by an approximator.
         return not any(name.startswith(("double_stream_modulation_img", "distilled_guidance_layer")) for name in shapes)
+
+    def recognises_pipeline(self, configs: PipelineConfigs) -> bool:
+        return super().recognises_pipeline(configs) or "FluxKontextPipeline" in configs.classes
 
     def denoiser_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         config = flux_layout.block_config(shapes)
@@ -172,28 +182,34 @@ class Flux(Family):
         return {"context": (1, 512, config.joint_attention_dim), "pooled": (1, config.pooled_projection_dim)}
 
     def predict(self, denoiser: Any, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
-        check_even(latents, self.title)
         height, width = latents.shape[-2:]
         context = conditioning.tensors["context"]
         guidance = None
         if denoiser.config.guidance_embeds:  # schnell has no such input
             given = conditioning.tensors.get("guidance")
             guidance = latents.new_full((len(latents),), _DEFAULT_GUIDANCE) if given is None else given
+        tokens, positions = [], []
+        corners = control_corners(conditioning, by_index=False, patch=2)
+        for picture, corner in zip((latents, *conditioning.controls), ((0, 0, 0), *corners), strict=True):
+            check_even(picture, self.title)
+            rows, columns = (side // 2 for side in picture.shape[-2:])
+            tokens.append(packed_latents(picture))
+            positions.append(image_positions(rows, columns, latents.device, corner))
         left_out = denoiser.config.guidance_embeds and "no_guidance" in conditioning.tensors
         embeddings: Any = denoiser.time_text_embed
         with outputs_zeroed(embeddings.guidance_embedder) if left_out else contextlib.nullcontext():
             prediction = denoiser(
-                hidden_states=packed_latents(latents),
+                hidden_states=torch.cat(tokens, dim=1),
                 timestep=time.to(latents.dtype),
                 guidance=guidance,
                 pooled_projections=conditioning.tensors["pooled"],
                 encoder_hidden_states=context,
                 txt_ids=torch.zeros(context.shape[1], 3, device=latents.device),
-                img_ids=image_positions(height // 2, width // 2, latents.device),
-                joint_attention_kwargs=attention_arguments(conditioning.mask, height // 2 * (width // 2)),
+                img_ids=torch.cat(positions),
+                joint_attention_kwargs=attention_arguments(conditioning.mask, sum(map(len, positions))),
                 return_dict=False,
             )[0]
-        return unpacked_latents(prediction, height, width)
+        return unpacked_latents(prediction[:, : height // 2 * (width // 2)], height, width)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,8 @@
 A rectified-flow transformer like Flux.1, without a pooled vector and with one modulation for all blocks of a kind.
 Its autoencoder gives latents of 128 channels, 16 pixels each, which are tokens as they are. Text is three layers of a
 language model side by side: Mistral's for dev, Qwen3's for klein, whose base and distilled variants have the same
-tensors. The original layout fuses query, key and value of double blocks; diffusers splits them.
+tensors. All of them take controls, which are pictures to edit or refer to. The original layout fuses query, key and
+value of double blocks; diffusers splits them.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import torch.nn.functional as F
 from lorasmith.families.base import *
 from lorasmith.families.parts import flux_layout
 from lorasmith.families.parts.encoders import literal_text
-from lorasmith.families.parts.flux_layout import attention_arguments, in_double_block
+from lorasmith.families.parts.flux_layout import attention_arguments, control_corners, in_double_block
 from lorasmith.families.parts.language_models import hidden_states
 
 _TOKENS = 512  # of text, which is filled with padding that the transformer sees
+_SPACING = 10  # of the indices of controls
 _DEFAULT_GUIDANCE = 4.0  # of dev, in ComfyUI's template and in Flux2Pipeline
 # ComfyUI's `supported_models.Flux2` has this exponential shift for KSampler; Flux2Scheduler computes its own.
 _MU = 2.02
@@ -80,6 +82,7 @@ class Flux2(Family):
     }
     autoencoder = AutoencoderSlot("flux2", 128, "flux2-vae.safetensors", ("vae.",), downscale=16)
     clip_types = ("flux2",)
+    controls = (ControlForm(),)
 
     def __init__(self, *, is_klein: bool) -> None:
         self.name = "flux2-klein" if is_klein else "flux2"
@@ -179,16 +182,24 @@ class Flux2(Family):
         if not self._is_klein and "no_guidance" not in conditioning.tensors:
             given = conditioning.tensors.get("guidance")
             guidance = latents.new_full((len(latents),), _DEFAULT_GUIDANCE) if given is None else given
+        pictures = (latents, *conditioning.controls)
+        corners = ((0, 0, 0), *control_corners(conditioning, by_index=True, spacing=_SPACING))
+        positions = torch.cat(
+            [
+                _positions(index, (top, top + picture.shape[-2]), (left, left + picture.shape[-1]), 1, latents.device)
+                for picture, (index, top, left) in zip(pictures, corners, strict=True)
+            ]
+        )
         prediction = denoiser(
-            hidden_states=latents.flatten(2).transpose(1, 2),
+            hidden_states=torch.cat([picture.flatten(2).transpose(1, 2) for picture in pictures], dim=1),
             timestep=time.to(latents.dtype),
             guidance=guidance,
             encoder_hidden_states=context,
-            txt_ids=_positions(1, 1, context.shape[1], latents.device),
-            img_ids=_positions(height, width, 1, latents.device),
-            joint_attention_kwargs=attention_arguments(conditioning.mask, height * width),
+            txt_ids=_positions(0, (0, 1), (0, 1), context.shape[1], latents.device),
+            img_ids=positions,
+            joint_attention_kwargs=attention_arguments(conditioning.mask, len(positions)),
             return_dict=False,
-        )[0]
+        )[0][:, : height * width]
         return prediction.transpose(1, 2).unflatten(2, (height, width))  # type: ignore[no-any-return]
 
     def _tokens(self, tokenizer: Any, text: str) -> Sequence[int]:
@@ -199,9 +210,12 @@ class Flux2(Family):
         return [tokenizer.bos_token_id, *tokenizer(chat, add_special_tokens=False).input_ids]
 
 
-def _positions(rows: int, columns: int, tokens: int, device: torch.device) -> Tensor:
-    """(rows · columns · tokens, 4) rotary positions (0, y, x, number of the token)."""
-    return torch.cartesian_prod(*(torch.arange(size, device=device) for size in (1, rows, columns, tokens)))
+def _positions(
+    index: int, rows: tuple[int, int], columns: tuple[int, int], tokens: int, device: torch.device
+) -> Tensor:
+    """(rows · columns · tokens, 4) rotary positions (index, y, x, number of the token), ends excluded."""
+    ranges = ((index, index + 1), rows, columns, (0, tokens))
+    return torch.cartesian_prod(*(torch.arange(*one, device=device) for one in ranges))
 
 
 register(Flux2(is_klein=False), "flux2-dev")

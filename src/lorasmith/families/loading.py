@@ -86,6 +86,7 @@ def load_model(
     text_encoders: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
     vae: str | os.PathLike[str] | None = None,
     dtype: torch.dtype | None = None,
+    edit: str | None = None,
 ) -> Model:
     """Load a base model.
 
@@ -103,9 +104,10 @@ def load_model(
             that replace its own.
         vae: the same for the autoencoder.
         dtype: converts the denoiser's weights to this dtype, in memory; None leaves them in the file and its dtype.
+        edit: the edit variant that it is, such as `kontext`, or `none`; None if the name of its file or folder says so.
 
     Raises:
-        OptionError: an argument is of another type.
+        OptionError: an argument is of another type, or the family has no such variant.
         ModelError: a file cannot be found, read or recognised, a part belongs to another family, or the weights of a
             pipeline are quantized, offloaded to nowhere, or have LoRAs on them.
     """
@@ -120,7 +122,7 @@ def load_model(
             model = _model_of_folder(*expert_in(path), title=path.name if Path(source).is_dir() else str(source))
         else:
             model = model_of_checkpoint(OriginalCheckpoint(path))
-    model = with_parts(model, text_encoders=text_encoders, vae=vae)
+    model = with_parts(model.as_edit(edit), text_encoders=text_encoders, vae=vae)
     if dtype is not None:
         model.components.denoiser.to(dtype)
     return model

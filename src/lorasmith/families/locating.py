@@ -21,6 +21,7 @@ class ModelFiles:
     model: str  # file, folder, hub id or built-in name of the denoiser or of the whole model
     text_encoders: tuple[str, ...] = ()  # files or folders of text encoders
     vae: str | None = None  # file or folder of the autoencoder
+    edit: str | None = None  # the edit variant that it is; None if its name says so
 
 
 def built_in_models() -> dict[str, Path]:

@@ -23,8 +23,10 @@ from lorasmith.core.errors import DataError, OptionError
 from lorasmith.core.placement import best_device, device_of, dtype_name, fast_dtype
 from lorasmith.core.printable import count_text, printable
 from lorasmith.families.base import (
+    NO_EDIT,
     Components,
     Conditioning,
+    ControlForm,
     Defaults,
     Diffusion,
     Encoding,
@@ -52,6 +54,7 @@ class Model:
         title: name in reports (the file's or folder's).
         path: the file or folder its denoiser came from, None for models made in memory.
         files: the file or folder of each part, by component name; empty for models made in memory.
+        edit: the edit variant that it is, `none` for none; None if the names of its files say so.
     """
 
     family: Family
@@ -59,6 +62,7 @@ class Model:
     title: str
     path: Path | None = None
     files: Mapping[str, Path] = field(default_factory=dict)
+    edit: str | None = None
 
     def __repr__(self) -> str:
         parts = [name for name in self.components.modules() if name != "denoiser"]
@@ -120,6 +124,19 @@ class Model:
             expert for expert in self.family.experts if expert.is_named_in(named) or expert.is_named_in(self.title)
         ]
         return found[0] if len(found) == 1 else None
+
+    @property
+    def control_form(self) -> ControlForm | None:
+        """The controls that it takes; None without."""
+        return self.family.controls_of((self.title, *([self.path.name] if self.path else [])), self.edit)
+
+    def as_edit(self, edit: str | None) -> Model:
+        """The model as this edit variant of its family. Raises OptionError if there is no such variant."""
+        variants = [form.name for form in self.family.controls if form.name]
+        if edit not in (None, NO_EDIT, *variants):
+            known = f"one of {', '.join((*variants, NO_EDIT))}" if variants else "left out"
+            raise OptionError(f"edit must be {known} for {self.title} ({self.family.title}), got {edit!r}")
+        return replace(self, edit=edit)
 
     @property
     def denoiser(self) -> Denoiser:
@@ -185,9 +202,22 @@ class Denoiser:
         return replace(self, patches=(*self.patches, patch))
 
     def check_conditionings(self, conditionings: Iterable[Conditioning]) -> None:
-        """Raise DataError for conditionings of other widths, which another model's text encoders made."""
-        family = self.base.family
+        """Raise DataError for conditionings that another model's parts made: other widths, other controls."""
+        family, latent = self.base.family, self.base.components.latent
+        most = max((form.most for form in family.controls), default=0)
         for conditioning in conditionings:
+            if (count := len(conditioning.controls)) > most:
+                remedy = "leave out the others" if most else "leave them out, or choose an edit model"
+                raise DataError(
+                    f"{self.base.title} ({family.title}) takes {f'at most {most}' if most else 'no'} controls, got "
+                    f"{count}; {remedy}"
+                )
+            for control in conditioning.controls:
+                if control.ndim != 4 or control.shape[1] != latent.channels:
+                    raise DataError(
+                        f"controls of {self.base.title} must be (batch, {latent.channels}, height, width), got "
+                        f"{tuple(control.shape)}; encode them with its own autoencoder"
+                    )
             for name, needed in family.conditioning_shapes(self.module).items():
                 first = 2 if name == "context" else 1  # the number of tokens is free, as the batch is
                 tensor = conditioning.tensors.get(name)

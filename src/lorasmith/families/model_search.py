@@ -93,14 +93,18 @@ class Completed:
 def load_completed(files: ModelFiles, folders: Folders | None = None) -> Completed:
     """Load a model, and the parts that it lacks from `folders`."""
     if folders is None:
-        return Completed(load_model(files.model, text_encoders=files.text_encoders, vae=files.vae), files)
+        return Completed(_loaded(files), files)
     files = ModelFiles(
         in_folders(files.model, folders, MODEL_FOLDERS),
         tuple(in_folders(source, folders, ENCODER_FOLDERS) for source in files.text_encoders),
         files.vae and in_folders(files.vae, folders, VAE_FOLDERS),
+        files.edit,
     )
-    model = load_model(files.model, text_encoders=files.text_encoders, vae=files.vae)
-    return completed(model, files, folders)
+    return completed(_loaded(files), files, folders)
+
+
+def _loaded(files: ModelFiles) -> Model:
+    return load_model(files.model, text_encoders=files.text_encoders, vae=files.vae, edit=files.edit)
 
 
 def in_folders(source: str, folders: Folders, kinds: Sequence[str]) -> str:

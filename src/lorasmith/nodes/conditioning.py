@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorasmith.core.errors import DataError, ModelError
+from lorasmith.core.errors import DataError, ModelError, OptionError
 from lorasmith.families.base import Conditioning, PictureSize
 from lorasmith.families.model import TextEncoder
+from lorasmith.nodes.values import Latent
 from lorasmith.workflow import NodeContext, node, socket
 
 _T5_KINDS = ("t5xxl", "umt5xxl")
@@ -264,6 +265,53 @@ def flux_disable_guidance(
 ) -> tuple[list[Conditioning]]:
     """Leave out the embedding of guidance that distilled models have; others ignore it."""
     return ([_with(one, "no_guidance", torch.zeros(_batch(one))) for one in conditioning],)
+
+
+@node("ReferenceLatent", "Set Reference Latent", "model/conditioning", outputs=["CONDITIONING"])
+def reference_latent(
+    context: NodeContext,
+    *,
+    conditioning: list[Conditioning] = socket("CONDITIONING"),
+    latent: Latent | None = socket("LATENT", optional=True, tooltip="Of the picture to edit or refer to."),
+) -> tuple[list[Conditioning]]:
+    """Give an edit model a picture beside the prompts; several nodes in a row give several."""
+    if latent is None:
+        return (conditioning,)
+    return ([one.with_controls([*one.controls, latent["samples"]]) for one in conditioning],)
+
+
+@node(
+    "FluxKontextMultiReferenceLatentMethod",
+    "Edit Model Reference Method",
+    "model/conditioning/flux",
+    outputs=["CONDITIONING"],
+    experimental=True,
+)
+def flux_kontext_multi_reference_latent_method(
+    context: NodeContext,
+    *,
+    conditioning: list[Conditioning] = socket("CONDITIONING"),
+    reference_latents_method: str = socket(
+        "COMBO",
+        options=("offset", "index", "uxo/uno", "index_timestep_zero"),
+        tooltip="How several pictures lie to each other: beside or below each other, or each on its own.",
+    ),
+) -> tuple[list[Conditioning]]:
+    """Choose the positions of reference latents; Flux.1 has offset, Flux.2 index without this node."""
+    if reference_latents_method not in _METHODS:
+        raise OptionError(
+            f"reference_latents_method must be {' or '.join(_METHODS)} here, got {reference_latents_method!r}; choose "
+            "one of these"
+        )
+    changed = []
+    for one in conditioning:
+        kept = {key: tensor for key, tensor in one.tensors.items() if key not in _METHODS.values()}
+        changed.append(replace(one, tensors=kept | {_METHODS[reference_latents_method]: torch.zeros(_batch(one))}))
+    return (changed,)
+
+
+_METHODS = {"offset": "controls_by_offset", "index": "controls_by_index"}
+"""Tensors of a conditioning by ComfyUI's name of what they choose."""
 
 
 def _with(conditioning: Conditioning, name: str, value: Tensor) -> Conditioning:

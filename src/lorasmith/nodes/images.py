@@ -15,6 +15,7 @@ from torch.nn import functional
 from lorasmith.core.errors import DataError
 from lorasmith.core.folders import Folders
 from lorasmith.data.image_files import image_suffixes, open_frames
+from lorasmith.families.base import FAMILIES
 from lorasmith.nodes.values import SEED, check_pixels, flat_images, numpy_draws, one_for_each, shuffled, single
 from lorasmith.workflow import NodeContext, Output, node, socket
 
@@ -154,6 +155,14 @@ def image_scale_to_total_pixels(
     factor = math.sqrt(megapixels * 1024**2 / (rows * columns)) / resolution_steps
     rows, columns = (max(1, round(side * factor)) * resolution_steps for side in (rows, columns))
     return (_scaled(image, columns, rows, upscale_method),)
+
+
+@node("FluxKontextImageScale", "FluxKontextImageScale", "model/conditioning/flux", outputs=["IMAGE"])
+def flux_kontext_image_scale(context: NodeContext, *, image: Tensor = socket("IMAGE")) -> tuple[Tensor]:
+    """Scale pictures to the size of the nearest proportions that Flux.1 Kontext knows, and crop their edges."""
+    (form,) = FAMILIES["flux1"].controls
+    rows, columns = image.shape[1:3]
+    return (_scaled(image, *form.size(columns, rows), "lanczos", crop=True),)
 
 
 @node("ImageBatch", "Batch Images (DEPRECATED)", "image/batch", outputs=["IMAGE"], deprecated=True)

@@ -19,7 +19,7 @@ from lorasmith.core.registry import Registry, nearest
 from lorasmith.diffusion.schedule import EXPONENTIAL_STEPS, DiscreteSchedule, FlowSchedule, ResolutionShift
 from lorasmith.families.base import Conditioning, Diffusion, LatentFormat
 from lorasmith.families.model import Denoiser
-from lorasmith.nodes.values import Latent, check_latents, with_frames
+from lorasmith.nodes.values import Latent, check_latents, for_model, with_frames
 from lorasmith.sampling.sample import SamplingCancelledError, prepare_noise, sample_latents
 from lorasmith.sampling.samplers import SAMPLERS, SIGMA_SCHEDULES, flux2_sigmas, sigmas_for
 from lorasmith.workflow import NodeContext, Output, node, socket
@@ -130,8 +130,8 @@ def sampled(
                 model.predict,
                 schedule=model.diffusion.schedule,
                 parameterization=model.diffusion.parameterization,
-                positive=guider.positive,
-                negative=guider.negative,
+                positive=for_model(guider.positive, form),
+                negative=for_model(guider.negative, form),
                 latents=(form.to_model(start) if start.count_nonzero() else start).to(device),
                 noise=noise.of_shape(start.shape),
                 sigmas=sigmas,

@@ -26,6 +26,7 @@ from lorasmith.nodes.values import (
     check_latents,
     flat_conditionings,
     flat_latents,
+    for_model,
     one_for_each,
     single,
     with_frames,
@@ -219,6 +220,7 @@ def _dataset(
         check_latents(with_frames(batch["samples"], form), form)
     images = [with_frames(image, form) for image in flat_latents(latents)]
     captions = one_for_each(flat_conditionings(positive), len(images), name="positive", of="conditioning")
+    captions = for_model(captions, form)
     return EncodedDataset(
         tuple(
             Sample(form.to_model(image.float().cpu())[0], caption, f"image {number}")

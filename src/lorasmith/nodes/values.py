@@ -3,7 +3,7 @@
 IMAGE         fp32 tensor (batch, height, width, 3) in [0, 1]
 MASK          fp32 tensor (batch, height, width) in [0, 1], 1 where the picture is transparent
 LATENT        dict with `samples`, fp32 (batch, channels, [frames,] height, width) from the autoencoder, unscaled
-CONDITIONING  list of `Conditioning`, one per prompt
+CONDITIONING  list of `Conditioning`, one per prompt; its controls are unscaled like a LATENT
 MODEL, CLIP, VAE    `Denoiser`, `TextEncoder`, `Autoencoder`
 LORA_MODEL    `Lora`
 LOSS_MAP      dict with `loss`, a list of numbers
@@ -96,6 +96,13 @@ def check_latents(samples: Tensor, form: LatentFormat) -> None:
             f"latents of this model are of pictures, one frame each, got {samples.shape[2]} frames; encode pictures "
             "as a list, as a batch is one clip for this VAE"
         )
+
+
+def for_model(conditionings: Sequence[Conditioning], form: LatentFormat) -> list[Conditioning]:
+    """CONDITIONING as a model of these latents takes it: with scaled controls. DataError for those of another model."""
+    for control in (one for conditioning in conditionings for one in conditioning.controls):
+        check_latents(control, form)
+    return [one.with_controls([form.to_model(control.float()) for control in one.controls]) for one in conditionings]
 
 
 def check_pixels(count: int, width: int, height: int) -> None:

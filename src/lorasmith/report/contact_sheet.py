@@ -3,6 +3,7 @@
 Labels are text as pictures, wrapped, in DejaVu Sans, which is part of matplotlib. Previews are PNG files with their
 parameters, or WebP files for clips:
 
+    control-1.png, target-1.png    of edit models: what the first prompt edits, and what was trained
     base-1.png                 the model without the LoRA, first prompt
     step-000100-1.png          with the LoRA of step 100
     strength-0.5-1.png         with the finished LoRA at half strength
@@ -170,6 +171,13 @@ _LARGEST_SHEET = 4096  # pixels in either direction, labels aside
 _CELLS = 64, 384
 
 
+def pair_stems(folder: Path) -> list[str]:
+    """Stems of the files with controls, and of what is trained, in a folder of previews."""
+    names = (re.fullmatch(r"(control(?:-\d+)?|target)-\d+\.png", file.name) for file in folder.glob("*.png"))
+    found = {name[1] for name in names if name}
+    return sorted(found, key=lambda stem: (stem == "target", len(stem), stem))
+
+
 class PreviewFolder:
     """Writes pictures and contact sheets; the folder is created with the first picture.
 
@@ -182,6 +190,10 @@ class PreviewFolder:
         self.prompts = tuple(prompts)
         self._title = title
         self._sampling = dict(sampling)
+
+    def write_pair(self, stem: str, pictures: Sequence[Image.Image]) -> tuple[Path, ...]:
+        """Write a control of each prompt, or what is trained, by a stem of `pair_stems`."""
+        return self._write(stem, pictures, {})
 
     def write_base(self, pictures: Sequence[PictureOrClip]) -> tuple[Path, ...]:
         """Write the pictures without the LoRA, one per prompt. Raises OutputError, like all methods that write."""
@@ -200,13 +212,20 @@ class PreviewFolder:
         """Write `steps.png`: rows for the base and the steps, thinned if there are many."""
         names = (re.fullmatch(r"step-(\d+)-\d+\.(?:png|webp)", file.name) for file in self.folder.iterdir())
         steps = thinned(sorted({int(name[1]) for name in names if name}), _MOST_ROWS)
-        rows = {"base": "base"} | {f"step-{step:06}": f"step {step}" for step in steps}
+        rows = self._pairs() | {"base": "base"} | {f"step-{step:06}": f"step {step}" for step in steps}
         return self._write_sheet("steps.png", rows, f"{self._title}, step by step")
 
     def write_strengths_sheet(self, strengths: Sequence[float], step: int) -> Path:
         """Write `strengths.png`: rows for the base and the finished LoRA at each strength."""
-        rows = {"base": "base"} | {f"strength-{strength:g}": f"strength {strength:g}" for strength in strengths}
+        rows = (
+            self._pairs()
+            | {"base": "base"}
+            | {f"strength-{strength:g}": f"strength {strength:g}" for strength in strengths}
+        )
         return self._write_sheet("strengths.png", rows, f"{self._title} after {count_text(step, 'step')}")
+
+    def _pairs(self) -> dict[str, str]:
+        return {stem: stem.replace("-", " ") for stem in pair_stems(self.folder)}
 
     def _write(self, stem: str, pictures: Sequence[PictureOrClip], made_with: Mapping[str, Any]) -> tuple[Path, ...]:
         paths = []

@@ -38,7 +38,9 @@ def class_scan(config: DataConfig, base: Model, *, device: torch.device, host: R
         return None
     folder = Path(config.class_images or _drawn(prompts, config, base, device, host))
     # Masks are of the subject, not of the class.
-    plain = replace(config, captions="files", masks="none", mask_folder=None, crop="center")
+    plain = replace(
+        config, captions="files", masks="none", mask_folder=None, crop="center", control=(), controls="none"
+    )
     scan = scan_sources([ImageSource(str(folder))], plain, is_class=True)
     images = scan.images if config.class_images else scan.images[: config.class_count]
     as_class = (replace(one, weight=one.weight * config.prior_weight) for one in images)

@@ -23,6 +23,7 @@ from lorasmith.core.printable import described, printable
 from lorasmith.data import encoding
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.dataset import EncodedDataset, Sample
+from lorasmith.data.image_files import open_image
 from lorasmith.data.picture_encoding import EncodingProgress
 from lorasmith.diffusion.loss_functions import Loss
 from lorasmith.families.loading import DiffusersPipeline
@@ -53,6 +54,10 @@ AnyModel = Model | Denoiser | str | os.PathLike[str] | DiffusersPipeline
 
 Trained = Trainable | AnyModel
 """What `train` trains on: a `Trainable`, or a model."""
+
+Control = str | os.PathLike[str] | Image.Image
+Controls = Control | Sequence[Control]
+"""Pictures that an edit model edits or refers to, or their paths."""
 
 _Lora = str | os.PathLike[str] | Lora
 LoraStrengths = (
@@ -418,6 +423,7 @@ def generate(
     strict: bool = False,
     text_encoder: TextEncoder | None = None,
     negative: str = "",
+    controls: Controls = (),
     seed: int = Sampling.seed,
     steps: int = Sampling.steps,
     cfg: float | None = Sampling.cfg,
@@ -440,11 +446,13 @@ def generate(
         strict: whether a LoRA of which a part does not apply is refused; else a Python warning says so.
         text_encoder: text encoders with LoRAs applied; the model's if None.
         negative: negative prompt.
+        controls: pictures that an edit model edits or refers to, or their paths, for all prompts.
         seed: of the noise.
         steps: sampling steps, from 1.
         cfg: guidance scale; the model's own if None.
         sampler, scheduler: names as in ComfyUI's KSampler.
-        width, height: in pixels, multiples of the model's; its resolution if None.
+        width, height: in pixels, multiples of the model's; the size of the first control or else the model's resolution
+            if None.
         dtype: of the denoiser's weights and products; bf16 needs half of the memory and changes pictures slightly.
         device: where to sample; the first GPU, or the CPU, if None.
         progress: True for a bar, False for none, or a function that is called with (steps done, total) of all prompts
@@ -455,7 +463,9 @@ def generate(
         RGB pictures, one per prompt.
 
     Raises:
-        OptionError: a size does not fit the model, a name is unknown, or a strength is not finite.
+        OptionError: a size does not fit the model, a name is unknown, a strength is not finite, or the model needs a
+            control or takes none.
+        ImageError: a control cannot be read.
         ModelError: the model lacks a text encoder or an autoencoder.
         LoraError: a LoRA cannot be read, is for another model, or is refused.
         CancelledError: `cancelled` returned True.
@@ -473,6 +483,7 @@ def generate(
             prompts,
             text_encoder=encoder,
             negative=negative,
+            controls=[one if isinstance(one, Image.Image) else open_image(Path(one)) for one in _listed(controls)],
             seed=seed,
             steps=steps,
             cfg=cfg,
@@ -485,6 +496,10 @@ def generate(
             progress=shown,
             cancelled=cancelled,
         )
+
+
+def _listed(controls: Controls) -> Sequence[Control]:
+    return [controls] if isinstance(controls, str | os.PathLike | Image.Image) else controls
 
 
 def _pairs(loras: LoraStrengths) -> list[tuple[_Lora, float]]:

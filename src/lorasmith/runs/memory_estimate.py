@@ -7,7 +7,7 @@ change no numbers come first, then quantization, then offloading, which is the s
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -22,6 +22,7 @@ from lorasmith.adapters.inject import Attached, adapters_attached
 from lorasmith.bench.benchmark import latent_side
 from lorasmith.bench.measure import synthetic_samples
 from lorasmith.core.choices import Quantization
+from lorasmith.core.errors import OptionError
 from lorasmith.core.folders import Folders
 from lorasmith.core.placement import best_device, dtype_name, fast_dtype, full_precision
 from lorasmith.core.quantization import WEIGHT_SOURCE, weight_source
@@ -89,6 +90,7 @@ class MemoryEstimate:
     found: tuple[FoundPart, ...]  # parts found in the model folders
     pixels: int  # side of the square pictures
     frames: int  # of clips; 1 for pictures
+    controls: tuple[tuple[int, int], ...]  # (width, height) in pixels of what each picture is edited from or refers to
     batch_size: int  # images per forward pass
     dtype: str  # of matrix products
     trained: str  # algorithm, targets and parameter count in one line
@@ -142,12 +144,21 @@ def estimate_memory(
     card_bytes: int,
     resolution: int | None = None,
     frames: int = 1,
+    controls: int | None = None,
     cards: int = 1,
     folders: Folders | None = None,
 ) -> MemoryEstimate:
     """Estimate a run on a model from files; see `estimate_of`. `folders` are searched for parts that it lacks."""
     loaded = load_completed(files, folders)
-    found = estimate_of(loaded.model, config, card_bytes=card_bytes, resolution=resolution, frames=frames, cards=cards)
+    found = estimate_of(
+        loaded.model,
+        config,
+        card_bytes=card_bytes,
+        resolution=resolution,
+        frames=frames,
+        controls=controls,
+        cards=cards,
+    )
     return replace(found, found=loaded.found)
 
 
@@ -158,12 +169,14 @@ def estimate_of(
     card_bytes: int,
     resolution: int | None = None,
     frames: int = 1,
+    controls: int | None = None,
     cards: int = 1,
 ) -> MemoryEstimate:
     """Estimate a run on a loaded model, whose denoiser is moved to the meta device. Only DoRA reads its weights.
 
     How weights and activations are kept is proposed, not read from the settings. The side `resolution` is in pixels,
-    the model's own if None. `cards` is the number of cards of `card_bytes` that train together.
+    the model's own if None; `controls` is the number of those of each picture, as many as the model needs if None.
+    `cards` is the number of cards of `card_bytes` that train together.
     """
     # An absent card is assumed to support all dtypes; those of the CPU, on which the run is planned, do not count.
     card, dtype = best_device(), "bf16" if config.training_dtype == "auto" else config.training_dtype
@@ -195,13 +208,15 @@ def estimate_of(
         encoders[name] = frozen_bytes(one, kind="none", dtype=own, offloading=False)
     master = 4 * job.parameters
     trained = buffer_bytes(job.parameters, products) + optimizer_bytes(master)
-    plans = _activation_plans(model, job, side, frames)
+    beside = _controls(model, side * latent.downscale, controls)
+    plans = _activation_plans(model, job, side, frames, beside)
     return MemoryEstimate(
         model=model.title,
         family=family.title,
         found=(),
         pixels=side * components.latent.downscale,
         frames=frames,
+        controls=beside,
         batch_size=config.batch_size,
         dtype=dtype_name(products),
         trained=job.summary,
@@ -218,9 +233,31 @@ def estimate_of(
     )
 
 
-def _activation_plans(model: Model, job: TrainJob, side: int, frames: int) -> tuple[MemoryPlan, ...]:
+def _controls(model: Model, side: int, count: int | None) -> tuple[tuple[int, int], ...]:
+    """Width and height in pixels of each control, at most; of None, as many as the model needs.
+
+    OptionError if the model takes fewer.
+    """
+    form = model.control_form
+    count = int(form is not None and form.is_required) if count is None else count
+    if count > (0 if form is None else form.most):
+        most = f"at most {form.most} controls" if form else "no controls"
+        raise OptionError(f"{model.title} ({model.family.title}) takes {most}, got {count}; choose fewer")
+    if form is None:
+        return ()
+    return ((side, side) if form.is_aligned else form.size(_LARGE, _LARGE),) * count
+
+
+_LARGE = 4096  # pixels of the side of a control that is shrunk
+
+
+def _activation_plans(
+    model: Model, job: TrainJob, side: int, frames: int, controls: Sequence[tuple[int, int]]
+) -> tuple[MemoryPlan, ...]:
     """Every way to keep activations, measured on the meta device."""
-    samples = synthetic_samples(model, 1, side, side, frames=frames)
+    scale = model.components.latent.downscale
+    beside = [(height // scale, width // scale) for width, height in controls]
+    samples = synthetic_samples(model, 1, side, side, frames=frames, controls=beside)
     runtime, module = replace(job.runtime, device=_META), model.denoiser.module
     for one in (module, *job.adapters.values(), *job.differences.values()):
         _emptied(one, runtime.dtype)

@@ -56,6 +56,9 @@ class ListedModel:
     precision: str
     family: str  # title of its family
     parts: tuple[ListedPart, ...]
+    edits: tuple[str, ...] = ()  # edit variants of its family, which have its tensors
+    edit: str = ""  # the one of them that its name says it is
+    takes_controls: bool = False
 
     @property
     def is_whole(self) -> bool:
@@ -119,7 +122,18 @@ def _listed(file: FoundFile, family: Family, files: Sequence[FoundFile]) -> tupl
     fitting |= {one.path for one in files if one.autoencoder == (vae.kind, vae.channels)}
     found = None if "vae" in file.parts else best_autoencoder(files, vae)
     parts.append(ListedPart("vae", vae.kind, _path(file, "vae", found), vae.usual_file))
-    listed = ListedModel(file.path, file.place, file.size_bytes, file.precision, family.title, tuple(parts))
+    form = family.controls_of([file.path.name])
+    listed = ListedModel(
+        file.path,
+        file.place,
+        file.size_bytes,
+        file.precision,
+        family.title,
+        tuple(parts),
+        tuple(one.name for one in family.controls if one.name),
+        "" if form is None else form.name,
+        form is not None,
+    )
     return listed, fitting
 
 

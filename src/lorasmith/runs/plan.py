@@ -10,6 +10,7 @@ from lorasmith.core.files import check_writable
 from lorasmith.core.options import changed
 from lorasmith.core.placement import chosen_device
 from lorasmith.core.processes import current
+from lorasmith.data.controls import check_controls
 from lorasmith.data.crops import pixel_step
 from lorasmith.data.data_config import ImageSource
 from lorasmith.data.dataset import EncodedDataset
@@ -95,6 +96,8 @@ def plan(spec: RunSpec, host: Host) -> FolderPlan:
             scan, judged = scan.of_pictures(), judged and judged.of_pictures()
         if loaded.files != spec.files:
             spec = spec.with_files(loaded.files)
+        for one in filter(None, (scan, judged)):
+            check_controls(one, settings, base)
         config = host.configured(config, base)
         job = plan_job(base.denoiser, config, device)
         if place is not None:

@@ -18,6 +18,7 @@ from lorasmith.core.printable import count_text
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.formats.container import check_safetensors
 from lorasmith.formats.metadata import steps_of
+from lorasmith.report.contact_sheet import pair_stems
 from lorasmith.report.curves import Curves
 from lorasmith.report.pictures import PictureTable, thinned
 from lorasmith.report.run_report import RunReport, Setting, TrainedImage, ValidationRow, number, run_report
@@ -266,17 +267,26 @@ def previews_of(folder: Path, view: RunView) -> tuple[PictureTable | None, Pictu
         samples = folder / "samples"
         sheets = samples / "strengths.png", folder / "before-and-after.png"
         return _sheet(folder, *sheets), _sheet(folder, samples / "steps.png")
+    stems = pair_stems(folder / "samples")
+    pairs = [(stem.replace("-", " "), _pair(folder, stem, len(prompts))) for stem in stems]
     base = [("base model", paths) for (_, strength), paths in rows.items() if strength == 0][-1:]
     adapted = [(step, strength, paths) for (step, strength), paths in rows.items() if strength != 0]
     last = max((step for step, _, _ in adapted), default=0)
     final = [(f"LoRA at {strength:g}", paths) for step, strength, paths in adapted if step == last]
     usual = Counter(strength for _, strength, _ in adapted).most_common(1)
     over_time = [(f"step {step:,}", paths) for step, strength, paths in adapted if strength == usual[0][0]]
-    before_after = PictureTable(prompts, base + final, "Pictures of the base model and with the LoRA, by prompt")
+    before_after = PictureTable(
+        prompts, pairs + base + final, "Pictures of the base model and with the LoRA, by prompt"
+    )
     if len(over_time) < 2:
         return before_after, None  # the second table would have the same pictures
     about = f"Pictures by step and prompt, with the LoRA at {usual[0][0]:g}"
-    return before_after, PictureTable(prompts, base + thinned(over_time, _MOST_STEPS), about)
+    return before_after, PictureTable(prompts, pairs + base + thinned(over_time, _MOST_STEPS), about)
+
+
+def _pair(folder: Path, stem: str, count: int) -> list[Path | None]:
+    paths = [folder / "samples" / f"{stem}-{number}.png" for number in range(1, count + 1)]
+    return [path if is_own(path, folder) else None for path in paths]
 
 
 def is_own(path: Path, folder: Path) -> bool:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ from lorasmith.families.model import Denoiser, Model
 from lorasmith.report.contact_sheet import PreviewFolder, contact_sheet
 from lorasmith.report.pictures import PictureOrClip
 from lorasmith.runs.sidecars import give_picture
-from lorasmith.sampling.generate import Sampling
+from lorasmith.sampling.generate import Sampling, to_images
 from lorasmith.sampling.previews import Partner, Previewer, parse_prompts, parse_strengths
 from lorasmith.sampling.sample import SamplingCancelledError
 from lorasmith.training.config import TrainConfig
@@ -126,9 +127,11 @@ def previews_of(
     base, text_encoder = denoiser.base, denoiser.base.text_encoder
     # Text encoders are not trained, but a continued LoRA may have layers for them.
     carried = Lora.load(config.existing_lora, base) if config.existing_lora else Lora(AdapterState(), base.names)
+    pairs = _pairs(plan, len(program.prompts))
     previewer = Previewer(
         denoiser,
         program.prompts,
+        controls=[one.conditioning.controls for one in pairs],
         load=lambda path, strength: Lora.load(path, base).applied(denoiser, None, strength=strength).denoiser,
         strengths=(1.0, *program.strengths),
         encoder=lambda strength: carried.applied(None, text_encoder, strength=strength).encoder,
@@ -150,14 +153,37 @@ def previews_of(
         "Seed": sampling.seed,
         "Model": base.title,
     }
-    return RunPreviews(previewer.draw, plan, program, folder, host, made_with)
+    return RunPreviews(previewer.draw, plan, program, folder, host, made_with, _decoded(base, pairs, device))
+
+
+def _pairs(plan: Plan, count: int) -> list[Sample]:
+    """The sample of each prompt whose controls it gets, in turn; none where samples have no controls."""
+    paired = [one for one in plan.data.samples if one.conditioning.controls]
+    different = list({one.name: one for one in paired}.values())
+    return [different[index % len(different)] for index in range(count)] if different else []
+
+
+def _decoded(base: Model, pairs: Sequence[Sample], device: torch.device) -> dict[str, list[Image.Image]]:
+    """Controls and what is trained, a picture of each for each prompt, by the stem of their files."""
+    if not pairs:
+        return {}
+    rows = {"target": [one.latents[None] for one in pairs]}
+    for index in range(min(len(one.conditioning.controls) for one in pairs)):
+        rows[f"control-{index + 1}" if index else "control"] = [one.conditioning.controls[index] for one in pairs]
+    latent, autoencoder = base.components.latent, base.autoencoder
+    with autoencoder.active(device):
+        return {
+            stem: [to_images(autoencoder.decode(latent.from_model(one)))[0] for one in row]
+            for stem, row in rows.items()
+        }
 
 
 class RunPreviews:
     """Draws previews of a saved LoRA into `samples/` in the folder of a run, with contact sheets, and returns events.
 
     `draw` makes a picture or clip of each of the program's prompts, with a LoRA at a strength, or without one;
-    `made_with` is that of `PreviewFolder`. The host receives a `Drawing` before each row of pictures.
+    `made_with` is that of `PreviewFolder`, `pairs` has what prompts edit, by the stem of their files. The host receives
+    a `Drawing` before each row of pictures.
     """
 
     def __init__(
@@ -168,8 +194,9 @@ class RunPreviews:
         folder: Path,
         host: RunHost,
         made_with: Mapping[str, Any],
+        pairs: Mapping[str, Sequence[Image.Image]] = MappingProxyType({}),
     ) -> None:
-        self._draw, self._prompts = draw, program.prompts
+        self._draw, self._prompts, self._pairs = draw, program.prompts, pairs
         self._files = PreviewFolder(folder / "samples", program.prompts, title=plan.title, sampling=made_with)
         self.is_final_only, self._strengths = program.is_final_only, program.strengths
         self._host, self._private = host, plan.job.config.private
@@ -204,6 +231,8 @@ class RunPreviews:
         rows = (not self._base_is_written) + 1 + (sum(one != 1 for one in self._strengths) if final else 0)
         draw = self._counted(rows)
         if not self._base_is_written:
+            for stem, pictures in self._pairs.items():
+                files.write_pair(stem, pictures)
             yield self._previewed(step, files.write_base(draw(None)), 0.0)
             self._base_is_written = True
         full = draw(lora)

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import os
 import tomllib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -47,7 +47,7 @@ SETTING_PATHS = tuple(name for name, declared in SETTINGS.items() if declared.is
 
 _MOST_BYTES = 2**20  # of a file of settings
 
-_RECORDED = ("sources", "model", "name", "validation", "device", "text_encoders", "vae")
+_RECORDED = ("sources", "model", "name", "validation", "device", "text_encoders", "vae", "edit")
 """What a record's `source` holds besides settings of data; the first three always."""
 
 
@@ -60,6 +60,7 @@ class RunSpec:
     low_noise_model: str | None = None  # second expert of a model of two, if both are trained
     text_encoders: tuple[str, ...] = ()
     vae: str | None = None
+    edit: str | None = None  # edit variant that the model is
     name: str = ""  # of the LoRA; that of the first folder if empty
     output: str | None = None  # folder of the run
     validation: str | None = None  # folder of held-out images
@@ -87,7 +88,7 @@ class RunSpec:
 
     @property
     def files(self) -> ModelFiles:
-        return ModelFiles(self.model, self.text_encoders, self.vae)
+        return ModelFiles(self.model, self.text_encoders, self.vae, self.edit)
 
     def with_files(self, files: ModelFiles) -> RunSpec:
         """The spec with other files of the model, made absolute."""
@@ -119,7 +120,7 @@ class RunSpec:
             raise OptionError("a run needs images, got no folder of them; type it, or name it in --config")
         if not self.model:
             raise OptionError("a run needs a model, got none; name a file, a diffusers folder or a hub id")
-        paths = {name: _resolved(path) for name in options_of(DataConfig) if (path := self._path_of(name))}
+        paths = {name: _each(_resolved, self.settings[name]) for name in options_of(DataConfig) if self._paths_of(name)}
         return replace(
             self.with_files(self.files).with_settings(**paths),
             sources=tuple(replace(one, path=_resolved(one.path)) for one in self.sources),
@@ -136,7 +137,7 @@ class RunSpec:
         yield "autoencoder", self.vae
         yield from (("images", one.path) for one in self.sources)
         yield "held-out images", self.validation
-        yield from ((name, self._path_of(name)) for name in SETTING_PATHS)
+        yield from ((name, path) for name in SETTING_PATHS for path in self._paths_of(name))
 
     def command(self) -> list[str]:
         """The command that repeats the run from any folder, its paths being absolute."""
@@ -145,6 +146,7 @@ class RunSpec:
             "model": self.model,
             "text_encoder": self.text_encoders,
             "vae": self.vae,
+            "edit": self.edit,
             "name": None if self.name == _name_of(self.sources[0]) else self.name,
             "also": tuple(one.text for one in (self.sources[1:] if is_plain else self.sources)),
             "validation": self.validation,
@@ -185,9 +187,9 @@ class RunSpec:
             own["sources"] = [vars(one) for one in self.sources]
         return {"command": "train", **own, **changed(self.data)}
 
-    def _path_of(self, name: str) -> str | None:
+    def _paths_of(self, name: str) -> list[str]:
         value = self.settings.get(name) if name in SETTING_PATHS else None
-        return None if value in (None, NONE_LORA) else str(value)
+        return [os.fspath(path) for path in _listed(value) if isinstance(path, str | os.PathLike) and path != NONE_LORA]
 
 
 def parsed_toml(path: Path, content: bytes) -> dict[str, Any]:
@@ -248,10 +250,7 @@ def _in_folder(given: RunSpec, folder: Path) -> RunSpec:
     def file(path: str) -> str:  # a hub id or a built-in name is not a path
         return inside(path) if path != BUILT_IN and (folder / path).exists() else path
 
-    settings = {
-        key: inside(value) if key in SETTING_PATHS and isinstance(value, str) and value != NONE_LORA else value
-        for key, value in given.settings.items()
-    }
+    settings = {key: _each(inside, value) if given._paths_of(key) else value for key, value in given.settings.items()}
     return replace(
         given,
         sources=tuple(replace(one, path=inside(one.path)) for one in given.sources),
@@ -267,4 +266,11 @@ def _in_folder(given: RunSpec, folder: Path) -> RunSpec:
 
 def _listed(value: Any) -> list[Any]:
     """A list of values, which may be missing or a single value."""
-    return value if isinstance(value, list) else [] if value is None else [value]
+    return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
+
+
+def _each(change: Callable[[Any], str], value: Any) -> Any:
+    """A path, or each of several, changed."""
+    if isinstance(value, list | tuple):
+        return tuple(_each(change, one) for one in value)
+    return change(value) if isinstance(value, str | os.PathLike) else value

@@ -147,8 +147,8 @@ def _identity(spec: RunSpec) -> dict[str, Any]:
         if SETTINGS[name].changes_numbers and name not in _UNCOMPARED
     }
     for name in SETTING_PATHS:
-        if isinstance(path := settings.get(name), str):
-            settings[name] = PurePath(path).name
+        if isinstance(path := settings.get(name), str | tuple):
+            settings[name] = [PurePath(one).name for one in ([path] if isinstance(path, str) else path)]
     images = [replace(one, path=PurePath(one.path).name) for one in spec.sources]
     validation = spec.validation and PurePath(spec.validation).name
     return {"images": images, "validation": validation, "model": PurePath(spec.model).name, **settings}

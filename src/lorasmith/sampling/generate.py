@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from lorasmith.adapters.frozen_layer import placed_for_products
@@ -53,7 +55,8 @@ class Sampling:
     cfg: float | None = None  # guidance scale; None for the model's own
     sampler: str = "euler"
     scheduler: str = "normal"
-    width: int | None = None  # in pixels, as is `height`; None for the model's resolution
+    # in pixels, as is `height`; None for the size of the first control, or the model's resolution without
+    width: int | None = None
     height: int | None = None
     # of the denoiser's weights and products; bf16 needs half the memory and changes pictures slightly
     dtype: torch.dtype = torch.float32
@@ -67,6 +70,7 @@ def generate(
     *,
     text_encoder: TextEncoder | None = None,
     negative: str = "",
+    controls: Sequence[Image.Image] = (),
     seed: int = Sampling.seed,
     steps: int = Sampling.steps,
     cfg: float | None = Sampling.cfg,
@@ -81,13 +85,14 @@ def generate(
 ) -> list[Image.Image]:
     """Generate one picture per prompt (`(word:1.2)` weights included), all from noise of the same seed.
 
-    `model` is a model, or its denoiser with LoRAs applied, as may be `text_encoder`; other settings are those of
-    `Sampling`. `progress` receives (steps done, total) of all prompts together; `cancelled` is called before each
-    evaluation of the network. Raises OptionError for a size or name that does not fit, ModelError if the model lacks a
-    text encoder or an autoencoder, and SamplingCancelledError.
+    `model` is a model, or its denoiser with LoRAs applied, as may be `text_encoder`; `controls` are the pictures that
+    an edit model edits or refers to, for all prompts; other settings are those of `Sampling`. `progress` receives
+    (steps done, total) of all prompts together; `cancelled` is called before each evaluation of the network. Raises
+    OptionError for a size or name that does not fit, ModelError if the model lacks a text encoder or an autoencoder,
+    and SamplingCancelledError.
     """
     denoiser = model if isinstance(model, Denoiser) else model.denoiser
-    positives, away = _encoded(denoiser, prompts, negative, text_encoder, device)
+    positives, away = _encoded(denoiser, prompts, negative, controls, text_encoder, device)
     sampling = Sampling(
         seed=seed,
         steps=steps,
@@ -109,6 +114,7 @@ def generate_clips(
     *,
     text_encoder: TextEncoder | None = None,
     negative: str = "",
+    controls: Sequence[Image.Image] = (),
     progress: Callable[[int, int], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> list[Clip]:
@@ -117,7 +123,7 @@ def generate_clips(
     Arguments and errors are as for `generate`; OptionError also for a number of frames that does not fit.
     """
     denoiser = model.denoiser if isinstance(model, Model) else model
-    positives, away = _encoded(denoiser, prompts, negative, text_encoder, None)
+    positives, away = _encoded(denoiser, prompts, negative, controls, text_encoder, None)
     return clips(denoiser, positives, away, sampling, progress=progress, cancelled=cancelled)
 
 
@@ -133,16 +139,16 @@ def clips(
 ) -> list[Clip]:
     """Generate one clip per encoded prompt, with LoRAs as applied to `denoiser`; pictures are clips of one frame.
 
-    Arguments and errors are as for `generate_clips`.
+    A prompt's controls are the negative prompt's, too. Arguments and errors are as for `generate_clips`.
     """
     base, device = denoiser.base, device or best_device()
     first = denoiser.noisy if isinstance(denoiser, Experts) else denoiser
     first.check_conditionings([*positives, negative])
-    components, shape = base.components, _latent_shape(base, sampling)
+    components, shapes = base.components, [_latent_shape(base, sampling, one) for one in positives]
     sigmas = sigmas_for(first.diffusion.schedule, sampling.scheduler, sampling.steps, sampler=sampling.sampler)
     parts = denoiser.parts(sigmas) if isinstance(denoiser, Experts) else [(denoiser, sigmas)]
-    latents = [torch.zeros(shape, device=device) for _ in positives]
-    noise = prepare_noise(sampling.seed, shape)
+    latents = [torch.zeros(shape, device=device) for shape in shapes]
+    noise = [prepare_noise(sampling.seed, shape) for shape in shapes]
     done, total = 0, sampling.steps * len(positives)
     for one, some in parts:
         # Placed first and patched second: adapters are created on their layers' device.
@@ -153,9 +159,9 @@ def clips(
                     schedule=one.diffusion.schedule,
                     parameterization=one.diffusion.parameterization,
                     positive=[positive],
-                    negative=[negative],
+                    negative=[negative.with_controls(positive.controls)],
                     latents=latents[index],
-                    noise=noise,
+                    noise=noise[index],
                     sigmas=some,
                     sampler=sampling.sampler,
                     cfg=base.defaults.guidance if sampling.cfg is None else sampling.cfg,
@@ -165,7 +171,7 @@ def clips(
                     cancelled=cancelled,
                 )
                 done += len(some) - 1
-        noise = torch.zeros(shape)  # what the first part leaves is noisy still
+        noise = [torch.zeros(shape) for shape in shapes]  # what the first part leaves is noisy still
     with base.autoencoder.active(device):
         decoded = [base.autoencoder.decode_frames(components.latent.from_model(latent)) for latent in latents]
     rate = sampling.frame_rate or base.defaults.frame_rate
@@ -176,13 +182,44 @@ def _encoded(
     denoiser: Denoiser | Experts,
     prompts: str | Sequence[str],
     negative: str,
+    controls: Sequence[Image.Image],
     text_encoder: TextEncoder | None,
     device: torch.device | None,
 ) -> tuple[list[Conditioning], Conditioning]:
     encoder = text_encoder or denoiser.base.text_encoder
+    beside = encoded_controls(denoiser.base, controls, device)
     with encoder.active(device):
         positives = [encoder.encode(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
-        return positives, encoder.encode(negative)
+        return [one.with_controls(beside) for one in positives], encoder.encode(negative)
+
+
+def encoded_controls(model: Model, pictures: Sequence[Image.Image], device: torch.device | None = None) -> list[Tensor]:
+    """Latents (1, channels, height, width) of RGB pictures to edit or refer to, each in a size that the model knows.
+
+    What does not fit its aspect ratio is cut off around the centre. OptionError if the model takes no or fewer
+    pictures, or needs one.
+    """
+    form, title = model.control_form, f"{model.title} ({model.family.title})"
+    if len(pictures) > (most := 0 if form is None else form.most):
+        remedy = "leave some out" if most else "leave them out, or choose an edit model"
+        raise OptionError(
+            f"{title} takes {f'at most {most}' if most else 'no'} controls, got {len(pictures)}; {remedy}"
+        )
+    if form is None:
+        return []
+    if form.is_required and not pictures:
+        raise OptionError(
+            f"{title} edits pictures and needs one, got none; give it as a control, or choose edit none to draw without"
+        )
+    to_model = model.components.latent.to_model
+    with model.autoencoder.active(device) if pictures else contextlib.nullcontext():
+        fitted = (ImageOps.fit(one, form.size(*one.size), Image.Resampling.LANCZOS) for one in pictures)
+        return [to_model(model.autoencoder.encode(_pixels(one))) for one in fitted]
+
+
+def _pixels(picture: Image.Image) -> Tensor:
+    """(1, 3, height, width) in [−1, 1]; the inverse of `to_images`."""
+    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)[None].float() / 127.5 - 1
 
 
 def to_images(pixels: Tensor) -> list[Image.Image]:
@@ -191,7 +228,7 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
     return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in scaled]
 
 
-def _latent_shape(model: Model, sampling: Sampling) -> tuple[int, ...]:
+def _latent_shape(model: Model, sampling: Sampling, prompt: Conditioning) -> tuple[int, ...]:
     defaults, latent, frames = model.defaults, model.components.latent, sampling.frames
     model.check_clips("frames", frames)
     if frames < 1 or frames != latent.whole_frames(frames):
@@ -199,7 +236,10 @@ def _latent_shape(model: Model, sampling: Sampling) -> tuple[int, ...]:
             f"frames must be one more than a multiple of {latent.time_downscale} for {model.title}, got {frames}; "
             f"try {latent.whole_frames(max(1, frames))}"
         )
-    sides = {"width": sampling.width or defaults.resolution, "height": sampling.height or defaults.resolution}
+    height, width = defaults.resolution, defaults.resolution
+    for control in prompt.controls[:1]:
+        height, width = (side * latent.downscale for side in control.shape[-2:])
+    sides = {"width": sampling.width or width, "height": sampling.height or height}
     for name, side in sides.items():
         if side % defaults.pixel_multiple:
             raise OptionError(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lorasmith.families.base import Conditioning
 from lorasmith.families.files.original_weights import block_count, norm_name
 from lorasmith.formats.names import OriginalName
 
@@ -96,21 +97,46 @@ def rope_axes(head: int) -> tuple[int, int, int]:
     return (head // 8, 7 * head // 16, 7 * head // 16)
 
 
-def image_positions(rows: int, columns: int, device: torch.device) -> Tensor:
-    """(rows · columns, 3) rotary positions (0, y, x) of the image tokens."""
-    y, x = torch.meshgrid(torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij")
-    return torch.stack((torch.zeros_like(y), y, x), dim=-1).reshape(-1, 3).float()
+Corner = tuple[int, int, int]
+"""Rotary position (index, y, x) of a picture's first token."""
 
 
-def attention_arguments(mask: Tensor | None, pixels: int) -> dict[str, Any]:
-    """diffusers' `joint_attention_kwargs`, in which text comes first, then the picture, which is not masked.
+def image_positions(rows: int, columns: int, device: torch.device, corner: Corner = (0, 0, 0)) -> Tensor:
+    """(rows · columns, 3) rotary positions (index, y, x) of the tokens of a picture."""
+    index, top, left = corner
+    y, x = torch.meshgrid(
+        torch.arange(top, top + rows, device=device), torch.arange(left, left + columns, device=device), indexing="ij"
+    )
+    return torch.stack((torch.full_like(y, index), y, x), dim=-1).reshape(-1, 3).float()
 
-    mask: of the text, (batch, tokens); None for none.
+
+def control_corners(conditioning: Conditioning, *, by_index: bool, spacing: int = 1, patch: int = 1) -> list[Corner]:
+    """Where each control begins, by ComfyUI's method `index` or `offset`.
+
+    With `index` each has an index of its own, `spacing` apart. With `offset` all have index 1 and lie below or beside
+    those before, whichever keeps the whole nearer to a square. `controls_by_index` or `controls_by_offset`, of any
+    value, in the conditioning replace the family's own method. `patch` is the latents of a token in each direction.
+    """
+    if "controls_by_index" in conditioning.tensors or (by_index and "controls_by_offset" not in conditioning.tensors):
+        return [(spacing * number, 0, 0) for number, _ in enumerate(conditioning.controls, start=1)]
+    corners, height, width = list[Corner](), 0, 0
+    for control in conditioning.controls:
+        rows, columns = control.shape[-2:]
+        top, left = (0, width) if height + rows > width + columns else (height, 0)
+        corners.append((1, (top + patch // 2) // patch, (left + patch // 2) // patch))
+        height, width = max(height, top + rows), max(width, left + columns)
+    return corners
+
+
+def attention_arguments(mask: Tensor | None, tokens: int) -> dict[str, Any]:
+    """diffusers' `joint_attention_kwargs`, in which text comes first, then pictures, which are not masked.
+
+    mask: of the text, (batch, tokens of text); None for none. tokens: of all pictures.
     """
     if mask is None:
         return {}
-    picture = mask.new_ones(len(mask), pixels)
-    return {"attention_mask": torch.cat((mask, picture), dim=1)[:, None, None]}
+    pictures = mask.new_ones(len(mask), tokens)
+    return {"attention_mask": torch.cat((mask, pictures), dim=1)[:, None, None]}
 
 
 def packed_latents(latents: Tensor) -> Tensor:

@@ -248,6 +248,10 @@ _SEVERITIES: dict[FindingKind, Severity] = {
     "unused files": "problem",
     "empty pictures": "problem",
     "tiny pictures": "problem",
+    "missing controls": "problem",
+    "unchanged pairs": "problem",
+    "swapped pairs": "problem",
+    "other aspects": "remark",
     "missing captions": "problem",
     "shared tags": "remark",
 }
@@ -259,6 +263,10 @@ _REMEDIES: dict[FindingKind, str] = {  # where the command line's remedy names a
     "cut pictures": "crop them yourself to what matters",
     "copies": "remove all but one of each",
     "look-alikes": "remove all but one of each, as a picture that is there twice is learnt twice",
+    "missing controls": "problem",
+    "unchanged pairs": "problem",
+    "swapped pairs": "problem",
+    "other aspects": "remark",
     "missing captions": "write captions, or give a trigger word that names the subject",
     "empty captions": "write the captions",
 }

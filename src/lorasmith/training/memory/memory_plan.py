@@ -106,7 +106,8 @@ def measured_plans(
     `model` is frozen with only the adapters attached. `budget_bytes` is for a step, above what is allocated now.
     Forward passes run inside of `within()`, such as a mode of fake tensors.
     """
-    largest = max((sized for sample in samples for sized in sample.sizes()), key=lambda sample: sample.latents.numel())
+    sized = (one for sample in samples for one in sample.sizes())
+    largest = max(sized, key=lambda one: one.latents.numel() + sum(map(Tensor.numel, one.conditioning.controls)))
     # Each process has its share of a step's samples, in batches of at most the batch size.
     share = -(-config.samples_per_step // runtime.processes.size)
     one_batch = replace(config, batch_size=min(config.batch_size, share), grad_accumulation_steps=1)

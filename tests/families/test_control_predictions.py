@@ -1,0 +1,185 @@
+"""Models with controls: predictions against diffusers' own call, batches, sizes, and which models take them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import models
+import pytest
+import torch
+from tiny_parts import grid_positions, image_patches, latents_of_patches
+from torch import Tensor
+from transformer_models import TINY, Case
+
+from lorasmith.core.errors import DataError, OptionError
+from lorasmith.families.base import FAMILIES, Conditioning
+from lorasmith.families.flux import KONTEXT_SIZES
+from lorasmith.families.loading import load_model
+from lorasmith.training.batches import kind_of
+
+SIZE = (8, 12)  # latents of the picture
+CONTROLS = [[(8, 12)], [(6, 4), (10, 8)], [(4, 10), (6, 6)]]  # latents of each control
+
+
+@pytest.fixture(scope="module", params=["flux1", "flux2-klein", "flux2"])
+def editing(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return Case.of(request.param, tmp_path_factory.mktemp(request.param))
+
+
+def prompt(case: Case, batch: int, controls: Sequence[tuple[int, int]], *markers: str) -> Conditioning:
+    shapes = case.ours.family.conditioning_shapes(case.ours.components.denoiser)
+    given = {name: models.seeded(name, (batch, *shape[1:]), seed=0) for name, shape in shapes.items()}
+    channels = case.ours.components.latent.channels
+    pictures = [models.seeded(f"control {i}", (batch, channels, *size), seed=0) for i, size in enumerate(controls)]
+    return Conditioning(given | {name: torch.zeros(batch) for name in markers}).with_controls(pictures)
+
+
+def noisy(case: Case, batch: int) -> Tensor:
+    return models.seeded("latents", (batch, case.ours.components.latent.channels, *SIZE), seed=0)
+
+
+def shifted(axes: int, rows: int, columns: int, corner: Sequence[int]) -> Tensor:
+    return grid_positions(axes, rows, columns) + torch.tensor([*corner, *[0] * (axes - 3)])
+
+
+def theirs(case: Case, latents: Tensor, given: Conditioning, time: Tensor, corners: Sequence[Sequence[int]]) -> Tensor:
+    """diffusers' call: the controls' tokens after the picture's, of which the first ones are the prediction."""
+    network, context = case.tiny.parts()["transformer"], given.tensors["context"]
+    pictures = [*zip([latents, *given.controls], [(0, 0, 0), *corners], strict=True)]
+    height, width = latents.shape[-2:]
+    if case.name == "flux1":
+        packed = [torch.cat([image_patches(one) for one in picture.split(1)]) for picture, _ in pictures]
+        ids = [shifted(3, one.shape[-2] // 2, one.shape[-1] // 2, corner) for one, corner in pictures]
+        guidance = torch.full((len(latents),), 3.5)
+        text = torch.zeros(context.shape[1], 3)
+        out = network(
+            torch.cat(packed, 1), context, given.tensors["pooled"], time, torch.cat(ids), text, guidance
+        ).sample[:, : height * width // 4]
+        return torch.cat([latents_of_patches(one, height, width) for one in out.split(1)])
+    tokens = torch.cat([picture.flatten(2).transpose(1, 2) for picture, _ in pictures], 1)
+    ids = [shifted(4, *one.shape[-2:], corner) for one, corner in pictures]
+    text = torch.cat((torch.zeros(context.shape[1], 3), torch.arange(float(context.shape[1]))[:, None]), dim=1)
+    guidance = torch.full((len(latents),), 4.0) if network.config.guidance_embeds else None
+    out = network(tokens, context, time, torch.cat(ids), text, guidance).sample[:, : height * width]
+    return out.transpose(1, 2).reshape(latents.shape)
+
+
+OFFSETS = {  # of each control in tokens of Flux.1, laid out by hand
+    ((8, 12),): [(1, 0, 0)],
+    ((6, 4), (10, 8)): [(1, 0, 0), (1, 0, 2)],
+    ((4, 10), (6, 6)): [(1, 0, 0), (1, 2, 0)],
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("controls", CONTROLS, ids=str)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_predictions_with_controls_are_those_of_diffusers_own_call(
+    editing: Case, controls: list[tuple[int, int]], batch: int
+) -> None:
+    given, latents, time = prompt(editing, batch, controls), noisy(editing, batch), torch.tensor([0.6, 0.3])[:batch]
+    corners: list[tuple[int, int, int]] = [(10 * index, 0, 0) for index in range(1, len(controls) + 1)]
+    if editing.name == "flux1":
+        corners = OFFSETS[tuple(controls)]
+    ours = editing.ours.denoiser.predict(latents, time, given)
+    expected = theirs(editing, latents, given, time, corners)
+    assert ours.shape == latents.shape
+    assert (ours - expected).norm() / expected.norm() <= 5e-7
+    without = editing.ours.denoiser.predict(latents, time, given.with_controls(()))
+    assert (ours - without).norm() / without.norm() > 1e-3, "controls change the prediction"
+
+
+@torch.no_grad()
+def test_the_method_of_several_controls_is_the_conditionings(editing: Case) -> None:
+    controls, latents, time = CONTROLS[1], noisy(editing, 1), torch.tensor([0.6])
+    spacing = 1 if editing.name == "flux1" else 10
+    expected = {"index": [(spacing, 0, 0), (2 * spacing, 0, 0)], "offset": [(1, 0, 0), (1, 0, 2)]}
+    if editing.name != "flux1":
+        expected["offset"] = [(1, 0, 0), (1, 0, 4)]
+    for method, corners in expected.items():
+        given = prompt(editing, 1, controls, f"controls_by_{method}")
+        ours = editing.ours.denoiser.predict(latents, time, given)
+        wanted = theirs(editing, latents, given, time, corners)
+        assert (ours - wanted).norm() / wanted.norm() <= 5e-7, method
+
+
+@torch.no_grad()
+def test_a_batch_with_controls_is_its_samples_one_by_one(editing: Case) -> None:
+    """Those of other numbers and sizes of controls are other kinds, which share no batch."""
+    family, network = editing.ours.family, editing.ours.components.denoiser
+    kinds = {kind_of(prompt(editing, 1, controls)) for controls in ([], *CONTROLS)}
+    assert len(kinds) == 4
+    latents, time = noisy(editing, 2), torch.tensor([0.2, 0.9])
+    both = prompt(editing, 2, CONTROLS[1])
+    alone = [Conditioning({name: one[i : i + 1] for name, one in both.tensors.items()}) for i in range(2)]
+    together = family.predict(network, latents, time, family.join(alone))
+    singles = [family.predict(network, latents[i : i + 1], time[i : i + 1], alone[i]) for i in range(2)]
+    torch.testing.assert_close(together, torch.cat(singles), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "expected"),
+    [
+        ("flux2-klein", (640, 480), (640, 480)),  # never enlarged
+        ("flux2-klein", (650, 490), (640, 480)),
+        ("flux2-klein", (4096, 2048), (1440, 720)),
+        ("flux2-klein", (9, 300), (16, 288)),
+        ("flux1", (100, 100), (1024, 1024)),
+        ("flux1", (1920, 1080), (1392, 752)),
+        ("flux1", (500, 2000), (672, 1568)),
+    ],
+)
+def test_controls_have_the_sizes_that_the_models_know(
+    name: str, size: tuple[int, int], expected: tuple[int, int]
+) -> None:
+    assert FAMILIES[name].controls[0].size(*size) == expected
+
+
+def test_the_sizes_of_kontext_are_those_of_its_pipeline() -> None:
+    from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
+
+    assert set(KONTEXT_SIZES) == set(PREFERRED_KONTEXT_RESOLUTIONS) and len(KONTEXT_SIZES) == 17
+
+
+def test_the_name_of_a_file_says_that_it_is_kontext_and_edit_decides(tmp_path: Path) -> None:
+    files = TINY["flux1"].saved(tmp_path)
+    plain = files["transformer"]
+    kontext = plain.rename(plain.with_name("flux1-dev-Kontext_fp8_scaled.safetensors"))
+    model = load_model(kontext)
+    assert model.control_form is not None and model.control_form.is_required
+    assert load_model(kontext, edit="none").control_form is None
+    dev = kontext.rename(plain)
+    assert load_model(dev).control_form is None
+    assert load_model(dev, edit="kontext").control_form == model.control_form
+    with pytest.raises(OptionError, match=r"^edit must be one of kontext, none for flux1-dev.* got 'kontxt'$"):
+        load_model(dev, edit="kontxt")
+
+
+def test_flux2_takes_controls_and_needs_none() -> None:
+    for name in ("flux2", "flux2-klein"):
+        form = FAMILIES[name].controls_of(["any"])
+        assert form is not None and not form.is_required
+        assert FAMILIES[name].controls_of(["any"], "none") is None
+    assert FAMILIES["sd1"].controls_of(["kontext"]) is None
+
+
+def test_controls_that_a_model_cannot_take_are_refused_in_a_sentence(editing: Case) -> None:
+    check = editing.ours.denoiser.check_conditionings
+    check([prompt(editing, 1, CONTROLS[1])])
+    with pytest.raises(DataError, match=r"takes at most 10 controls, got 11; leave out the others$"):
+        check([prompt(editing, 1, [(2, 2)] * 11)])
+    wrong = prompt(editing, 1, []).with_controls([torch.zeros(1, 4, 8, 8)])
+    with pytest.raises(DataError, match=r"controls of .* must be \(batch, \d+, height, width\), got \(1, 4, 8, 8\)"):
+        check([wrong])
+    if editing.name == "flux1":
+        with pytest.raises(DataError, match=r"^Flux.1 packs latents 2×2, so their sides must be even, got 5×8"):
+            editing.ours.denoiser.predict(noisy(editing, 1), torch.tensor([0.5]), prompt(editing, 1, [(5, 8)]))
+
+
+def test_a_model_of_other_families_takes_no_controls(tmp_path: Path) -> None:
+    model = TINY["z-image"].loaded(TINY["z-image"].saved(tmp_path))
+    shapes = model.family.conditioning_shapes(model.components.denoiser)
+    given = Conditioning({name: torch.zeros(shape) for name, shape in shapes.items()})
+    with pytest.raises(DataError, match=r"\(Z-Image.*\) takes no controls, got 1; leave them out, or choose an edit"):
+        model.denoiser.check_conditionings([given.with_controls([torch.zeros(1, 16, 4, 4)])])

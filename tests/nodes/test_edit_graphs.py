@@ -1,0 +1,231 @@
+"""Graphs of edit models: reference latents in sampling, in training and in saved data sets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from transformer_models import TINY
+
+from lorasmith.core.errors import NodeError
+from lorasmith.core.folders import Folders
+from lorasmith.families.base import Conditioning
+from lorasmith.families.loading import load_model
+from lorasmith.families.model import Denoiser, Model
+from lorasmith.nodes import load_nodes
+from lorasmith.sampling.generate import generate
+from lorasmith.workflow import Executor, validate
+
+Prompt = dict[str, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """ComfyUI's folders with a small klein, and pictures before and after an edit."""
+    folder = tmp_path_factory.mktemp("comfyui")
+    TINY["flux2-klein"].saved(folder)
+    rng = np.random.default_rng(0)
+    for place, size in (("before", (48, 32)), ("after", (64, 64))):
+        (folder / "input" / place).mkdir(parents=True)
+        for name in "ab":
+            pixels = rng.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / "input" / place / f"{name}.png")
+            (folder / "input" / place / f"{name}.txt").write_text(f"make it {name}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def klein(base: Path) -> Model:
+    names = [base / "models" / name for name, _ in TINY["flux2-klein"].files.values()]
+    denoiser, vae, encoder = names
+    return load_model(denoiser, text_encoders=[encoder], vae=vae)
+
+
+def api(kind: str, **inputs: Any) -> dict[str, Any]:
+    return {"class_type": kind, "inputs": inputs}
+
+
+def run(base: Path, prompt: Prompt) -> dict[str, Any]:
+    load_nodes()
+    folders = Folders(base)
+    return {key: result.outputs for key, result in Executor(folders).run(validate(prompt, folders)).items()}
+
+
+def loaders() -> Prompt:
+    names = [Path(name).name for name, _ in TINY["flux2-klein"].files.values()]
+    denoiser, vae, encoder = names
+    return {
+        "unet": api("UNETLoader", unet_name=denoiser, weight_dtype="default"),
+        "clip": api("CLIPLoader", clip_name=encoder, type="flux2"),
+        "vae": api("VAELoader", vae_name=vae),
+    }
+
+
+def drawing(**more: Any) -> Prompt:
+    return {
+        **loaders(),
+        "text": api("CLIPTextEncode", clip=["clip", 0], text="a fox"),
+        "picture": api("LoadImage", image="before/a.png"),
+        "latent": api("VAEEncode", pixels=["picture", 0], vae=["vae", 0]),
+        "positive": api("ReferenceLatent", conditioning=["text", 0], latent=["latent", 0]),
+        "negative": api("ConditioningZeroOut", conditioning=["positive", 0]),
+        "empty": api("EmptyFlux2LatentImage", width=48, height=32, batch_size=1),
+        "sampler": api(
+            "KSampler",
+            model=["unet", 0],
+            seed=1,
+            steps=2,
+            cfg=1.0,
+            sampler_name="euler",
+            scheduler="simple",
+            positive=["positive", 0],
+            negative=["negative", 0],
+            latent_image=["empty", 0],
+            denoise=1.0,
+        ),
+        "decode": api("VAEDecode", samples=["sampler", 0], vae=["vae", 0]),
+        "show": api("PreviewImage", images=["decode", 0]),
+        **more,
+    }
+
+
+def test_a_sampled_picture_is_that_of_generate(base: Path, klein: Model) -> None:
+    (shown,) = run(base, drawing())["decode"][0]
+    with Image.open(base / "input" / "before" / "a.png") as control:
+        settings: dict[str, Any] = {"steps": 2, "cfg": 1.0, "scheduler": "simple", "seed": 1}
+        expected = generate(klein, "a fox", controls=[control.convert("RGB")], **settings)[0]
+        without = generate(klein, "a fox", width=48, height=32, **settings)[0]
+    ours = (shown * 255).round().numpy().astype(int).reshape(32, 48, 3)
+    differing = [np.mean(ours != np.asarray(one, dtype=int)) for one in (expected, without)]
+    assert differing[0] < 0.001 and differing[1] > 0.02, differing
+
+
+def test_the_unconditional_side_keeps_them_through_zero_out(
+    base: Path, klein: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Conditioning] = []
+    predict = Denoiser.predict
+
+    def watched(self: Denoiser, latents: Tensor, time: Tensor, given: Conditioning) -> Tensor:
+        seen.append(given)
+        return predict(self, latents, time, given)
+
+    monkeypatch.setattr(Denoiser, "predict", watched)
+    graph = drawing()
+    graph["sampler"]["inputs"] |= {"cfg": 2.0, "steps": 1}
+    graph["positive"]["inputs"]["conditioning"] = ["first", 0]
+    graph["first"] = api("ReferenceLatent", conditioning=["text", 0], latent=["latent", 0])
+    run(base, graph)
+    assert [tuple(one.shape) for one in seen[0].controls] == [(2, 128, 2, 3)] * 2
+    pixels = torch.from_numpy(np.array(Image.open(base / "input" / "before" / "a.png"))).permute(2, 0, 1)[None]
+    expected = klein.components.latent.to_model(klein.autoencoder.encode(pixels.float() / 127.5 - 1))
+    for control in seen[0].controls:
+        torch.testing.assert_close(control, expected.expand(2, -1, -1, -1), rtol=1e-4, atol=1e-4)
+
+
+def test_a_node_without_a_latent_changes_nothing_and_the_method_is_a_setting(base: Path) -> None:
+    graph = drawing(
+        none=api("ReferenceLatent", conditioning=["text", 0]),
+        index=api(
+            "FluxKontextMultiReferenceLatentMethod",
+            conditioning=["positive", 0],
+            reference_latents_method="index",
+        ),
+        offset=api(
+            "FluxKontextMultiReferenceLatentMethod", conditioning=["index", 0], reference_latents_method="offset"
+        ),
+        scaled=api("FluxKontextImageScale", image=["picture", 0]),
+    )
+    for extra in ("none", "offset", "scaled"):
+        graph[f"show {extra}"] = api("PreviewAny", source=[extra, 0])
+    found = run(base, graph)
+    assert not found["none"][0][0][0].controls
+    markers = [name for name in found["offset"][0][0][0].tensors if name.startswith("controls_")]
+    assert markers == ["controls_by_offset"]
+    assert found["scaled"][0][0].shape == (1, 832, 1248, 3)
+    graph["offset"]["inputs"]["reference_latents_method"] = "uxo/uno"
+    with pytest.raises(NodeError, match="reference_latents_method must be offset or index here, got 'uxo/uno'"):
+        run(base, graph)
+
+
+def training() -> Prompt:
+    """The graph that trainers' users draw: pairs by the order of their names."""
+    settings = {"batch_size": 2, "grad_accumulation_steps": 1, "steps": 2, "learning_rate": 1e-3, "rank": 2}
+    return {
+        **loaders(),
+        "after": api("LoadImageTextDataSetFromFolder", folder="after"),
+        "before": api("LoadImageDataSetFromFolder", folder="before"),
+        "data": api("MakeTrainingDataset", images=["after", 0], vae=["vae", 0], clip=["clip", 0], texts=["after", 1]),
+        "latents": api("VAEEncode", pixels=["before", 0], vae=["vae", 0]),
+        "pairs": api("ReferenceLatent", conditioning=["data", 1], latent=["latents", 0]),
+        "train": api(
+            "TrainLoraNode",
+            model=["unet", 0],
+            latents=["data", 0],
+            positive=["pairs", 0],
+            **settings,
+            optimizer="AdamW",
+            loss_function="MSE",
+            seed=0,
+            training_dtype="none",
+            lora_dtype="fp32",
+            quantized_backward=False,
+            algorithm="LoRA",
+            gradient_checkpointing=False,
+            checkpoint_depth=1,
+            offloading=False,
+            existing_lora="[None]",
+            bucket_mode=True,
+            bypass_mode=False,
+        ),
+        "save": api("SaveLoRA", lora=["train", 0], prefix="loras/edit", steps=["train", 2]),
+        "keep": api(
+            "SaveTrainingDataset",
+            latents=["data", 0],
+            conditioning=["pairs", 0],
+            folder_name="pairs",
+            shard_size=1000,
+        ),
+    }
+
+
+def test_a_training_graph_trains_on_its_reference_latents(
+    base: Path, klein: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Conditioning] = []
+    predict = Denoiser.predict
+
+    def watched(self: Denoiser, latents: Tensor, time: Tensor, given: Conditioning) -> Tensor:
+        seen.append(given)
+        return predict(self, latents, time, given)
+
+    monkeypatch.setattr(Denoiser, "predict", watched)
+    found = run(base, training())
+    assert len(found["train"][1][0]["loss"]) == 2
+    batches = [one for one in seen if one.controls]
+    assert batches and all(tuple(one.controls[0].shape) == (2, 128, 2, 3) for one in batches)
+    pixels = torch.from_numpy(np.array(Image.open(base / "input" / "before" / "a.png"))).permute(2, 0, 1)[None]
+    expected = klein.components.latent.to_model(klein.autoencoder.encode(pixels.float() / 127.5 - 1))
+    errors = [(control - expected).abs().max().item() for control in batches[-1].controls[0].split(1)]
+    assert min(errors) < 1e-3 < max(errors), "one of the two pictures"
+    loaded = {"load": api("LoadTrainingDataset", folder_name="pairs"), **loaders()}
+    loaded["show"] = api("PreviewAny", source=["load", 1])
+    kept = run(base, loaded)["load"][1]
+    assert [tuple(one[0].controls[0].shape) for one in kept] == [(1, 128, 2, 3)] * 2
+
+
+def test_a_model_without_controls_refuses_them(base: Path) -> None:
+    graph = drawing()
+    graph |= {"unet": api("CheckpointLoaderSimple", ckpt_name="lorasmith-tiny.safetensors")}
+    for name, kind in (("clip", 1), ("vae", 2)):
+        for one in graph.values():
+            one["inputs"] = {
+                key: ["unet", kind] if value == [name, 0] else value for key, value in one["inputs"].items()
+            }
+    with pytest.raises(NodeError, match=r"lorasmith-tiny .* takes no controls, got 1; leave them out"):
+        run(base, graph)
