@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 WIDTH, CHANNELS, CONTEXT = 32, 4, 16
+VERSION = "0.33.0"
 
 in_training = False
 opened = 0
@@ -557,6 +558,8 @@ def install() -> list[str]:
         if parent:
             setattr(modules[parent], short, module)
     modules["comfy.model_management"].in_training = False  # type: ignore[attr-defined]
+    modules["comfyui_version"] = types.ModuleType("comfyui_version")
+    modules["comfyui_version"].__version__ = VERSION  # type: ignore[attr-defined]
     sys.modules.update(modules)
     return list(modules)
 

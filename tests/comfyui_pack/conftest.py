@@ -18,7 +18,7 @@ def pack() -> Iterator[Any]:
     stand_in.install()
     yield checkout.pack()
     for name in set(sys.modules) - before:
-        if name.partition(".")[0] in ("comfy", "comfy_extras", "folder_paths", "lorasmith_pack"):
+        if name.partition(".")[0] in ("comfy", "comfy_extras", "comfyui_version", "folder_paths", "lorasmith_pack"):
             del sys.modules[name]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import lorasmith as ls
 from lorasmith.core.errors import LorasmithError, OptionError
 
 stand_in = pytest.importorskip("stand_in", reason="the pack is not part of a source distribution")
+import checkout  # noqa: E402 - beside the stand-in
 
 Train = Callable[..., Any]
 
@@ -57,6 +59,16 @@ def interrupted(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
         monkeypatch.setattr(host, "on_event", stopping)
 
     return at
+
+
+def test_what_is_missing_or_too_old_is_said(pack: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lorasmith_pack", None)
+    monkeypatch.setattr(sys.modules["comfyui_version"], "__version__", "0.9.12")
+    with pytest.raises(ImportError, match=r"needs ComfyUI 0\.14\.1 or later, and this is 0\.9\.12; update ComfyUI"):
+        checkout.pack()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="needs the package lorasmith"):
+        exec((checkout.PACK / "__init__.py").read_text())
 
 
 def test_a_run_is_interrupted_and_the_same_inputs_resume_it(
