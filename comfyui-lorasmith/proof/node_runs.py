@@ -124,7 +124,7 @@ def others(family: str) -> dict[str, Any]:
     (outputs / "runs").rename(outputs / "plain")
     found = train("LorasmithTrainLora", previews=drawn, **small)
     lora, drawn_losses, _ = found["result"]
-    rows = {path.stem: path.read_bytes() for path in outputs.glob("runs/*/samples/*-1.png")}
+    rows = {path.stem: path.read_bytes() for path in outputs.glob("runs/*/samples/*-1.*")}
     (outputs / "runs").rename(outputs / "drawn")
     host = sys.modules["lorasmith_pack.nodes"].NodeHost
     on_event = host.on_event
