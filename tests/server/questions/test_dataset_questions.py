@@ -244,6 +244,8 @@ def test_an_upload_is_kept_under_a_safe_free_name(folders: Folders, dog: Path, t
         ("a.svg", b"<svg/>", "is a SVG file, which is not read here"),
         ("a.png", b"\x89PNG\r\n\x1a\n broken", "is not an image|is damaged"),
         ("a.mp4", b"", "is a video, which the page does not take; run lorasmith train"),
+        ("pairs/control/a.png", b"", "is a control, which is not added here; copy its folder control"),
+        ("control_1\\a.png", b"", "is a control, which is not added here"),
     ],
 )
 def test_what_is_no_picture_is_not_kept(
