@@ -89,19 +89,48 @@ def test_folders_that_are_named_replace_those_inside(tmp_path: Path) -> None:
         ({"control_path_2": "before/y.png", "control_path_0": "before/x.png"}, ["before/x.png", "before/y.png"]),
         ({"edit_image": ["before/x.png", "before/y.png"]}, ["before/x.png", "before/y.png"]),
         ({"kontext_images": "before/y.png"}, ["before/y.png"]),
-        ({"control_path": "../x.png"}, []),
     ],
     ids=str,
 )
 def test_json_lines_name_controls_inside_of_their_folder(tmp_path: Path, entry: object, expected: list[str]) -> None:
     folder_of(tmp_path / "set", ["a.png", "before/x.png", "before/y.png"])
-    add_image(tmp_path / "x.png")
     line = {"file_name": "a.png", "text": "make it blue", **entry}  # type: ignore[dict-item]
     (tmp_path / "set" / "metadata.jsonl").write_text(json.dumps(line))
     for source in (tmp_path / "set", tmp_path / "set" / "metadata.jsonl"):
         scan = scan_folder(source)
-        assert found(scan, tmp_path / "set")["a.png"] == expected
-        assert any("outside of the folder" in note for note in scan.notes) == (not expected)
+        assert found(scan, tmp_path / "set") == {"a.png": expected}
+
+
+def write_lines(folder: Path, controls: dict[str, object]) -> None:
+    lines = [{"file_name": name, "text": "make it blue", "control_path": one} for name, one in controls.items()]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+
+def test_controls_that_json_lines_name_beside_their_images_are_not_trained_on(tmp_path: Path) -> None:
+    folder_of(tmp_path, ["a.png", "a_before.png", "b.png", "other.png"])
+    write_lines(tmp_path, {"a.png": "a_before.png", "b.png": "a.png"})
+    assert found(scan_folder(tmp_path), tmp_path) == {"a.png": ["a_before.png"], "b.png": ["a.png"], "other.png": []}
+    assert "a_before.png" in found(scan_folder(tmp_path, DataConfig(controls="none")), tmp_path)
+    scan = scan_folder(tmp_path / "metadata.jsonl")
+    assert found(scan, tmp_path).keys() == {"a.png", "b.png"}
+    assert scan.notes == ("1 image is not used, such as other.png, as the metadata file does not name them",)
+
+
+@pytest.mark.parametrize("outside", ["../x.png", "/etc/hostname", ["before.png", "../x.png"], "C:\\x.png"], ids=str)
+def test_an_image_whose_control_is_outside_of_the_folder_is_not_trained_without_it(
+    tmp_path: Path, klein: Model, outside: object
+) -> None:
+    images = folder_of(tmp_path / "set", ["a.png", "b.png", "before.png"])
+    add_image(tmp_path / "x.png")
+    write_lines(images, {"a.png": outside, "b.png": []})
+    scan = scan_folder(images, DataConfig(follow_links=True))
+    assert "a.png" not in found(scan, images)
+    assert "is outside of the folder; copy it into the folder" in dict(scan.skipped)[images / "a.png"]
+    with pytest.raises(DataError, match=r"^a.png is left out because its control .*, or add --controls optional$"):
+        check_controls(scan, DataConfig(), klein)
+    assert "a.png" in found(scan_folder(images, DataConfig(controls="none")), images)
+    add_image(images / "control" / "a.png")
+    assert found(scan_folder(images), images)["a.png"] == ["control/a.png"]
 
 
 def test_controls_behind_links_are_not_read(tmp_path: Path) -> None:
@@ -144,6 +173,8 @@ def test_what_does_not_fit_is_refused_in_a_sentence(tmp_path: Path, klein: Model
         fits(model, controls="optional")
     assert "(Flux.1) takes no controls, but a.png has " in told(dev) and "add --edit kontext if it is an" in told(dev)
     fits(dev, controls="none")
+    beside = (str(images / "control"),)
+    assert told(dev, control=beside).endswith("or leave --control out to train without them")
     folder_of(images, ["control/b.png", "control/b_1.png"])
     assert "a.png has 1 and b.png 2; add or remove some, or add --controls optional" in told(klein)
     fits(klein, controls="optional")

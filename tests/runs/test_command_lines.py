@@ -21,6 +21,11 @@ def test_what_is_copied_is_one_command() -> None:
     assert resume_command(Path("my run")) == "lorasmith resume 'my run'"
     drawn = generate_command("m.safetensors", Path("a b.safetensors"), "a cat")
     assert drawn == "lorasmith generate --model m.safetensors --lora 'a b.safetensors' --prompt 'a cat'"
+    edited = generate_command("m", Path("l"), "blue", edit="kontext", controls=[Path("a b.png"), "c.png"])
+    assert (
+        edited
+        == "lorasmith generate --model m --edit kontext --lora l --control 'a b.png' --control c.png --prompt blue"
+    )
 
 
 def test_nothing_in_a_command_acts_on_a_terminal() -> None:

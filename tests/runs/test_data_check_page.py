@@ -110,6 +110,15 @@ def test_commands_can_be_pasted(troubled: Path) -> None:
     ]  # fmt: skip
 
 
+def test_commands_on_pairs_name_the_controls(tmp_path: Path) -> None:
+    for place in ("after", "more before"):
+        add(tmp_path / place / "1.png", photo(len(place), (400, 300)), place)
+    found = report(tmp_path / "after", control=(str(tmp_path / "more before"),), controls="optional")
+    assert found.facts["with a control"] == "1"
+    expected = ["--control", str(tmp_path / "more before"), "--controls", "optional"]
+    assert shlex.split(found.commands["Train on it"])[-4:] == expected
+
+
 def test_sizes_steps_and_captions(troubled: Path) -> None:
     found = report(troubled, batch=4, trigger="sks", resolution=256, more_resolutions="512")
     assert found.steps["An epoch"] == "8 samples (8 images)"

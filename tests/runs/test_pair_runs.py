@@ -124,7 +124,11 @@ def test_a_missing_control_ends_the_plan_before_anything_is_encoded(
 
 
 def test_the_command_line_trains_on_pairs(
-    klein: dict[str, Path], pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    klein: dict[str, Path],
+    pairs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     spec = asked(klein, pairs, steps=1, control_dropout=0.0)
@@ -134,6 +138,9 @@ def test_the_command_line_trains_on_pairs(
     assert not ended.value.code
     record = json.loads((tmp_path / "runs" / "cat-001" / "run.json").read_text())
     assert record["source"]["control"] == list(spec.data.control)
+    out = capsys.readouterr().out
+    assert f"control {pairs / 'before'} and {pairs / 'depth'}" in out.replace("\n", " ")
+    assert f"--control {pairs / 'before' / 'a.png'} --control {pairs / 'depth' / 'a.png'} --prompt blue" in out
 
 
 def test_previews_show_the_control_and_the_target_and_so_does_the_report(
@@ -156,6 +163,8 @@ def test_previews_show_the_control_and_the_target_and_so_does_the_report(
     page = (result.folder / "report.html").read_text()
     places = [page.index(f">{label}</th>") for label in ("control", "control 2", "target", "base model")]
     assert places == sorted(places)
+    drawn_from = f"--control {samples / 'control-1.png'} --control {samples / 'control-2-1.png'} --prompt blue"
+    assert drawn_from in page
 
 
 def test_the_command_line_draws_from_pictures(

@@ -317,6 +317,7 @@ def print_check(check: DataCheck) -> None:
         "Pictures": f"about {sides} pixels, sides are multiples of {found.multiple}{assumed}",
         "Sizes": _sizes(found),
         "Captions": _captions(found),
+        "Controls": f"{found.paired:,} of {len(found.images):,} have theirs" if found.paired else "",
         **step_lines(found),
     }
     for label, text in lines.items():

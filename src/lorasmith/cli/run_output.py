@@ -179,7 +179,13 @@ def train_and_report(planned: FolderPlan, host: TerminalHost) -> None:
         if result.path is not None:
             files, prompt = planned.spec.files, planned.summary.prompt
             command = generate_command(
-                files.model, result.path, prompt, text_encoders=files.text_encoders, vae=files.vae
+                files.model,
+                result.path,
+                prompt,
+                text_encoders=files.text_encoders,
+                vae=files.vae,
+                edit=files.edit,
+                controls=planned.summary.controls,
             )
             echo()
             echo("To use it:")
@@ -300,6 +306,12 @@ def _print_images(found: ImagesFound) -> None:
         echo(f"  {note}")
 
 
+def _setting_text(value: object) -> str:
+    if isinstance(value, tuple):
+        return " and ".join(map(str, value))
+    return "on" if value is True else str(value)
+
+
 def _print_plan(plan: RunPlan) -> None:
     config, per_epoch = plan.config, plan.samples_per_epoch
     images = len(plan.scan.images)
@@ -314,7 +326,7 @@ def _print_plan(plan: RunPlan) -> None:
         "Model": f"{plan.model} ({plan.family})",
         "Trains": plan.trained,
         "Pictures": f"about {sizes} pixels, sides are multiples of {plan.pixel_multiple}",
-        "Data": ", ".join(f"{name} {'on' if value is True else value}" for name, value in plan.data.items()),
+        "Data": ", ".join(f"{name} {_setting_text(value)}" for name, value in plan.data.items()),
         "Steps": f"{config.steps} × {batch} = {count_text(plan.samples, 'sample')}, {per_epoch} in an epoch{repeats} "
         f"= {plan.epochs:.1f} epochs",
         "Learning": f"{config.optimizer}, rate {config.learning_rate:g}{falling}, "

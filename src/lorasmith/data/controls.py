@@ -28,17 +28,18 @@ def check_controls(scan: FolderScan, config: DataConfig, model: Model) -> None:
     if form is None:
         if paired or config.control:
             variants = [one.name for one in model.family.controls if one.name]
-            edit = f"--edit {' or '.join(variants)} if it is an edit model, or " if variants else ""
             what = f"{paired[0].name} has {paired[0].controls[0].path}" if paired else f"control is {config.control[0]}"
-            raise DataError(f"{title} takes no controls, but {what}; add {edit}--controls none to train without them")
+            without = "leave --control out" if config.control else "add --controls none"
+            edit = f"add --edit {' or '.join(variants)} if it is an edit model, or " if variants else ""
+            raise DataError(f"{title} takes no controls, but {what}; {edit}{without} to train without them")
         return
     if many := next((one for one in paired if len(one.controls) > form.most), None):
         raise DataError(
             f"{title} takes at most {form.most} controls, but {many.name} has {len(many.controls)}; remove some"
         )
-    if config.controls == "optional" or not (form.is_required or config.control or paired):
-        return
     damaged = [(path, reason) for path, reason in scan.skipped if reason.kind == "control"]
+    if config.controls == "optional" or not (form.is_required or config.control or paired or damaged):
+        return
     if damaged:
         raise DataError(f"{damaged[0][0].name} {damaged[0][1]}, {_OPTIONAL}")
     if not paired:

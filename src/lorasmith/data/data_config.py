@@ -312,7 +312,8 @@ class DataConfig:
             raise OptionError(f"mask_folder is for masks files, got masks {self.masks}; add masks files")
         if self.controls == "none" and self.control:
             raise OptionError(
-                f"control is for controls required or optional, got controls none; remove {self.control[0]}"
+                f"control is for controls required or optional, got controls none and control {self.control[0]}; leave "
+                "one of the two out"
             )
         if self.crop == "mask" and self.masks == "none":
             raise OptionError("crop mask needs masks, got masks none; choose masks alpha or files")

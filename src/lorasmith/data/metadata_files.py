@@ -56,6 +56,7 @@ class Metadata:
     refused: dict[str, str] = field(default_factory=dict)  # why an image's captions cannot be used
     outside: list[str] = field(default_factory=list)  # names of files outside the folder
     controls: dict[str, tuple[str, ...]] = field(default_factory=dict)  # of an image, relative to the folder
+    lost_controls: dict[str, str] = field(default_factory=dict)  # of an image, a control outside the folder
 
     def entry(self, key: str) -> str | None:
         """The key of an image of this path in the file; None if it has none."""
@@ -108,11 +109,11 @@ def _collected(rows: Iterable[Row], folders: Sequence[Path]) -> Metadata:
         if key is None:
             found.outside.append(name)
             continue
-        if controls:
-            inside = {one: _inside(one, folders) for one in controls}
-            found.outside.extend(one for one, path in inside.items() if path is None)
-            if None not in inside.values():
-                found.controls[key] = tuple(filter(None, inside.values()))
+        inside = [(one, _inside(one, folders)) for one in controls]
+        if lost := [one for one, path in inside if path is None]:
+            found.lost_controls[key] = lost[0]
+        elif inside:
+            found.controls[key] = tuple(path for _, path in inside if path is not None)
         texts = [value] if isinstance(value, str) else [] if value is None else value
         if not isinstance(texts, list) or not all(isinstance(one, str) for one in texts):
             found.refused[key] = "has a caption that is not text"

@@ -80,6 +80,11 @@ class Preflight:
     def captioned(self) -> int:
         return sum(one.is_captioned for one in self.images)
 
+    @property
+    def paired(self) -> int:
+        """Number of images with controls."""
+        return sum(bool(one.file.controls) for one in self.images)
+
     def findings_of(self, index: int) -> list[FindingKind]:
         return [finding.kind for finding in self.findings if index in finding.images]
 

@@ -38,6 +38,7 @@ class Candidate:
     entry_first: bool = False  # `entry` precedes the caption file
     mask: Path | None = None
     controls: tuple[Path, ...] = ()
+    lost_control: str = ""  # name of a control outside the folder in the metadata file
     opened: OpenedFile | None = None  # what its file would not say: a clip that was in memory
     barred: Reason | None = None  # why it is skipped, if one of its files is a link that is not followed
 
@@ -96,7 +97,10 @@ def candidates(
         for name in (*folder.images, *foreign):
             stem = stem_of(name)
             found = Candidate(folder, name, folder.repeats * source.repeats, source.weight, clips)
-            if not metadata.give(found):
+            is_named = metadata.give(found)
+            if controls.are_read and not found.metadata and found.path in metadata.controls:
+                continue
+            if not is_named:
                 notes.add(NoteKind.UNNAMED, name, int(name not in foreign))
                 continue
             if not from_files:  # it only selects images
@@ -190,6 +194,11 @@ class _Known:
     used: set[str] = field(default_factory=set)  # keys of entries with an image
 
 
+def _controls_in(known: _Known) -> set[Path]:
+    named = () if isinstance(known.content, MetadataError) else known.content.controls.values()
+    return {Path(known.folder, name) for names in named for name in names}
+
+
 class _MetadataFiles:
     """The metadata files of a source, of which the nearest above an image is used."""
 
@@ -197,6 +206,7 @@ class _MetadataFiles:
         self._only, self._skipped, self._notes = only, skipped, notes
         self._known = {"": only} if only else {}
         self._above: list[_Known] = [only] if only else []
+        self.controls = _controls_in(only) if only else set[Path]()  # in the files that were read
 
     def enter(self, folder: ListedFolder) -> None:
         """Read a folder's file, unless one file covers the whole source."""
@@ -218,7 +228,8 @@ class _MetadataFiles:
             except MetadataError as error:
                 content = error
                 self._skipped.append((path, Reason(f"{error}; repair or remove it", "metadata")))
-            self._known[folder.inside] = _Known(folder.path, folder.inside, name, content)
+            known = self._known[folder.inside] = _Known(folder.path, folder.inside, name, content)
+            self.controls |= _controls_in(known)
         inside, self._above = folder.inside, []
         while self._known:
             if inside in self._known:
@@ -243,6 +254,7 @@ class _MetadataFiles:
             if not image.metadata:
                 image.metadata, image.entry = known.name, content.captions.get(entry, ())
                 image.controls = tuple(Path(known.folder, name) for name in content.controls.get(entry, ()))
+                image.lost_control = content.lost_controls.get(entry, "")
                 image.refused = content.refused.get(entry, "")
                 image.entry_first = self._only is not None
         return self._only is None or bool(image.metadata)
@@ -304,9 +316,9 @@ class _Controls:
     """Controls by the names of their images, in folders of their own or in those that a source has for them."""
 
     def __init__(self, root: str, config: DataConfig, notes: ScanNotes) -> None:
-        self._on, self._notes, self._follow_links = config.controls != "none", notes, config.follow_links
+        self.are_read, self._notes, self._follow_links = config.controls != "none", notes, config.follow_links
         self.folders: list[str] = []
-        if self._on:
+        if self.are_read:
             own = [Path(root, "control"), *(Path(root, f"control_{number}") for number in range(1, _MOST_CONTROLS))]
             self.folders = [*config.control] or [str(folder) for folder in own if is_folder(folder)]
         self._files: list[dict[str, list[tuple[int, ListedFolder, str]]]] = []
@@ -327,7 +339,7 @@ class _Controls:
 
     def give(self, image: Candidate, stems: Collection[str]) -> None:
         """Add an image's controls: those in folders, else those that a metadata file names. `stems` of its folder."""
-        if not self._on:
+        if not self.are_read:
             image.controls = ()
             return
         stem = stem_of(image.name)
@@ -341,6 +353,9 @@ class _Controls:
                 self._used.add(listed.file(name))
                 image.barred = image.barred or _barred(listed, name, "control")
         image.controls = tuple(found) or image.controls
+        if not found and image.lost_control:
+            outside = f"is left out because its control {image.lost_control} is outside of the folder"
+            image.barred = Reason(f"{outside}; copy it into the folder", "control")
         if not found and not self._follow_links:
             for path in image.controls:
                 if not path.resolve().is_relative_to(image.folder.source):

@@ -34,11 +34,25 @@ def _quoted_on_windows(text: str) -> str:
 
 
 def generate_command(
-    model: object, lora: Path, prompt: str, *, text_encoders: Sequence[str] = (), vae: str | None = None
+    model: object,
+    lora: Path,
+    prompt: str,
+    *,
+    text_encoders: Sequence[str] = (),
+    vae: str | None = None,
+    edit: str | None = None,
+    controls: Sequence[object] = (),
 ) -> str:
-    """The command that draws a picture with a LoRA; `model` is a path, a hub id or a built-in name."""
-    parts = arguments_for({"text_encoder": text_encoders, **({"vae": vae} if vae else {})})
-    return command_line(["lorasmith", "generate", "--model", model, *parts, "--lora", lora, "--prompt", prompt])
+    """The command that draws a picture with a LoRA; `model` is a path, a hub id or a built-in name.
+
+    `controls` are the pictures that an edit model edits or refers to.
+    """
+    named = {name: value for name, value in (("vae", vae), ("edit", edit)) if value}
+    parts = arguments_for({"text_encoder": text_encoders, **named})
+    pictures = arguments_for({"control": controls})
+    return command_line(
+        ["lorasmith", "generate", "--model", model, *parts, "--lora", lora, *pictures, "--prompt", prompt]
+    )
 
 
 def resume_command(run: Path, rights: Sequence[str] = ()) -> str:

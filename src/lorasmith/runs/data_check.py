@@ -29,7 +29,7 @@ from lorasmith.families.model_search import load_completed
 from lorasmith.families.parts.encoders import ENCODERS
 from lorasmith.report.data_page import DataReport, PictureCard, SizeRow, Trouble, data_page
 from lorasmith.report.pictures import picture_uri
-from lorasmith.runs.command_lines import command_line, positional
+from lorasmith.runs.command_lines import arguments_for, command_line, positional
 
 _MULTIPLE = 16  # step of sides where no model decides it: that of most families
 
@@ -355,6 +355,7 @@ def _facts(found: Preflight) -> dict[str, str]:
         facts["not used"] = f"{len(found.skipped):,}"
     facts |= {
         "with a caption": f"{found.captioned:,}",
+        **({"with a control": f"{found.paired:,}"} if found.paired else {}),
         "samples in an epoch": f"{found.epoch.samples:,}",
         "held out": f"{len(found.epoch.held_out):,}",
         "sizes in training": f"{len(found.buckets):,}",
@@ -366,6 +367,8 @@ def _commands(found: Preflight, config: DataConfig, model: str | None) -> dict[s
     folder = found.folder.resolve()
     chosen = [*(["--trigger", config.trigger] if config.trigger else [])]
     chosen += ["--resolution", str(config.resolution)] if config.resolution else []
+    chosen += arguments_for({"control": [Path(one).resolve() for one in config.control]})
+    chosen += ["--controls", config.controls] if config.controls != "required" else []
     named = ["--model", model] if model else []
     commands = {}
     if any(one.kind in ("unused files", "copies", "look-alikes") for one in found.findings):

@@ -208,6 +208,8 @@ def _commands(history: RunHistory, view: RunView, lora: Path | None) -> dict[str
             (spec.data.trigger if spec else "") or caption,
             text_encoders=spec.text_encoders if spec else (),
             vae=spec.vae if spec else None,
+            edit=spec.edit if spec else None,
+            controls=_drawn_from(folder, spec),
         )
     if view.outcome is None or not view.outcome.is_final:
         commands["Resume the run"] = resume_command(folder)
@@ -215,6 +217,13 @@ def _commands(history: RunHistory, view: RunView, lora: Path | None) -> dict[str
         commands["Repeat the run"] = command_line(repeat)
     commands["Update this report"] = command_line(["lorasmith", "report", folder])
     return commands
+
+
+def _drawn_from(folder: Path, spec: RunSpec | None) -> list[Path]:
+    """The controls of the first preview; a name to replace where a run on controls has no previews."""
+    samples = folder / "samples"
+    found = [samples / f"{stem}-1.png" for stem in pair_stems(samples) if stem != "target"]
+    return found or ([Path("photo.png")] if spec is not None and spec.data.control else [])
 
 
 def _curves(view: RunView) -> Curves:

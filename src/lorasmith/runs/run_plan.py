@@ -81,6 +81,11 @@ class RunPlan:
         """A prompt for the trained subject: the trigger, or the first caption."""
         return self.trigger or next((image.caption for image in self.scan.images if image.caption), "a picture")
 
+    @property
+    def controls(self) -> tuple[Path, ...]:
+        """The controls of the first image that has some, to draw a first picture from."""
+        return next((tuple(one.path for one in image.controls) for image in self.scan.images if image.controls), ())
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImagesFound(Event):

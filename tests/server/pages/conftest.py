@@ -140,7 +140,7 @@ def _is_wrong(message: Any) -> bool:
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with three photos, two captions, a broken picture, a video and a file that is none of these."""
+    """A folder with three photos, two captions, a broken picture, a video, a control and another file."""
     from PIL import Image
 
     folder = tmp_path_factory.mktemp("photos") / "My Dög"
@@ -152,4 +152,6 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "broken.jpg").write_bytes(b"no picture")
     (folder / "notes.pdf").write_bytes(b"%PDF")
     (folder / "sea.mp4").write_bytes(b"video")
+    (folder / "control").mkdir()
+    Image.new("RGB", (64, 64)).save(folder / "control" / "dog 0.jpg")
     return folder

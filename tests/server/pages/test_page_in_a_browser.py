@@ -29,7 +29,8 @@ def test_a_newcomer_walks_from_photos_to_a_lora(served: ServedPage, open_page: O
     page.wait_for_url("**/#/new/my-dog/photos")  # named after the folder
     assert page.locator(".tile img").first.get_attribute("src").startswith("blob:")  # seen before it is sent
     waits(page, "it is not a picture that can be read")
-    waits(page, "2 files are not pictures and were left out: My Dög/")
+    waits(page, "3 files were left out: My Dög/")
+    waits(page, "The pictures before an edit are not added here: copy their folder")
     waits(page, "Videos are not added here: run")
     waits(page, "2 of 3 with a caption")
     page.get_by_label("Trigger word").fill("bello")

@@ -244,6 +244,8 @@ def test_an_upload_is_kept_under_a_safe_free_name(folders: Folders, dog: Path, t
         ("a.svg", b"<svg/>", "is a SVG file, which is not read here"),
         ("a.png", b"\x89PNG\r\n\x1a\n broken", "is not an image|is damaged"),
         ("a.mp4", b"", "is a video, which the page does not take; run lorasmith train"),
+        ("pairs/control/a.png", b"", "is a control, which is not added here; copy its folder control"),
+        ("control_1\\a.png", b"", "is a control, which is not added here"),
     ],
 )
 def test_what_is_no_picture_is_not_kept(
@@ -412,3 +414,14 @@ def test_a_dataset_without_usable_pictures_is_a_finding(folders: Folders) -> Non
 def test_settings_are_checked(folders: Folders, dog: Path, settings: dict[str, Any], match: str) -> None:
     with pytest.raises(OptionError, match=match):
         dataset_questions.check_dataset(folders, "dog", settings=settings)
+
+
+def test_what_is_said_of_pairs_is_a_sentence_without_flags(folders: Folders, dog: Path) -> None:
+    (dog / "control").mkdir()
+    picture = next(iter(sorted(dog.glob("*.png"))))
+    (dog / "control" / picture.name).write_bytes(picture.read_bytes())
+    found = {one.kind: one.message for one in dataset_questions.check_dataset(folders, "dog").findings}
+    assert found["missing controls"].endswith(
+        "; add a file of the same name to the folder of controls, or choose controls optional."
+    )
+    assert found["unchanged pairs"].endswith("; replace it, as the model learns to change nothing.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import threading
 from collections.abc import Mapping
@@ -32,6 +33,10 @@ MOST_IMAGES = 2000  # in a dataset filled by the page
 _NO_VIDEOS = (
     "is a video, which the page does not take; run lorasmith train on its folder with a model of videos, or add it as "
     "an animated WebP file"
+)
+_NO_CONTROLS = (
+    "is a control, which is not added here; copy its folder control into the folder of the dataset, or send it as a "
+    "picture to train on without the folder in its name"
 )
 _CHANGING = threading.Lock()  # held from reading a dataset until its change is complete
 
@@ -88,6 +93,8 @@ def add_image(folders: Folders, name: str, *, file: str, temporary: str) -> dict
     suffix = Path(file).suffix.lower()
     if suffix in VIDEO_SUFFIXES:
         return {"skipped": _NO_VIDEOS}
+    if re.search(r"(^|[\\/])control(_[1-9])?[\\/]", file):
+        return {"skipped": _NO_CONTROLS}
     if reason := foreign_reason(suffix):
         return {"skipped": reason}
     try:

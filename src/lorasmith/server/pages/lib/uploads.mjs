@@ -6,11 +6,14 @@ const AT_ONCE = 3;
 const PICTURE = /\.(png|jpe?g|webp|bmp|gif|tiff?|avif|heic|heif|jxl)$/i;
 const VIDEO = /\.(mp4|avi|mov|webm|mkv|flv)$/i;
 const stores = new Map();
-/** Paths of files that were dropped and are neither pictures nor captions, by dataset. */
+/** Paths of files that were dropped and are neither pictures to train on nor captions, by dataset. */
 export const leftOut = createStore({});
 let lastKey = 0;
 
 export const isPicture = ({ file, path }) => PICTURE.test(path) || file.type.startsWith("image/");
+
+/** Whether a file is in a folder for controls, which are not to be trained on. */
+export const isControl = (path) => /(^|\/)control(_[1-9])?\//.test(path);
 
 export const isVideo = (path) => VIDEO.test(path);
 
@@ -30,7 +33,9 @@ export function uploadsOf(dataset) {
 export function upload(dataset, files, onAdded) {
   const stem = (path) => path.replace(/\.[^./]*$/, "");
   const captions = new Map(files.filter(({ path }) => /\.txt$/i.test(path)).map((one) => [stem(one.path), one.file]));
-  const pictures = files.filter(isPicture);
+  const all = files.filter(isPicture);
+  const trained = all.filter(({ path }) => !isControl(path));
+  const pictures = trained.length ? trained : all; // a dropped folder may have that name itself
   const store = uploadsOf(dataset);
   const entries = pictures.map(({ file, path }) => ({
     key: ++lastKey, name: path.split("/").pop(), preview: URL.createObjectURL(file), state: "waiting", reason: "",
@@ -45,7 +50,7 @@ export function upload(dataset, files, onAdded) {
   };
   for (let worker = 0; worker < AT_ONCE; worker += 1) work();
   const used = new Set([...pictures, ...files.filter(({ path }) => /\.txt$/i.test(path))]);
-  leftOut.set((all) => ({ ...all, [dataset]: files.filter((one) => !used.has(one)).map(({ path }) => path) }));
+  leftOut.set((before) => ({ ...before, [dataset]: files.filter((one) => !used.has(one)).map(({ path }) => path) }));
   return pictures.length;
 }
 

@@ -4,7 +4,7 @@ import { useDraft } from "../lib/drafts.mjs";
 import { html, useEffect, useMemo, useRef, useState } from "../lib/html.mjs";
 import { go } from "../lib/router.mjs";
 import { announcement, say, useStore } from "../lib/stores.mjs";
-import { forget, isVideo, leftOut, upload, uploadsOf } from "../lib/uploads.mjs";
+import { forget, isControl, isVideo, leftOut, upload, uploadsOf } from "../lib/uploads.mjs";
 import { count, slug } from "../lib/words.mjs";
 import { Button, Field, Loading, Notice, Problem, Question, useLoaded } from "../parts/basics.mjs";
 import { DropZone } from "../parts/drop_zone.mjs";
@@ -127,7 +127,8 @@ export function PhotosView({ dataset }) {
       ${found?.builtin ? html`<p class="faint">These pictures belong to Lorasmith, to try it with; they cannot be changed.</p>` : html`<${DropZone} onFiles=${take} />`}
       <${Problem} error=${error} onRetry=${reload} />
       ${!found && !error && html`<${Loading} what="photos" />`}
-      ${others.length > 0 && html`<${Notice}><p>${count(others.length, "file is not a picture and was", "files are not pictures and were")} left out: ${others.slice(0, 3).join(", ")}${others.length > 3 ? " …" : ""}</p>
+      ${others.length > 0 && html`<${Notice}><p>${count(others.length, "file was", "files were")} left out: ${others.slice(0, 3).join(", ")}${others.length > 3 ? " …" : ""}</p>
+        ${others.some(isControl) && html`<p>The pictures before an edit are not added here: copy their folder, named <code>control</code>, into the folder of this dataset.</p>`}
         ${others.some(isVideo) && html`<p>Videos are not added here: run <code>lorasmith train</code> on their folder with a model of videos, or add them as animated WebP files.</p>`}<//>`}
       <${Findings} check=${check} error=${checkError} images=${images} trigger=${draft.trigger} captioned=${captioned} />
       ${images.length > 0 && html`<div class="tools">
