@@ -44,21 +44,12 @@ def node(family: str) -> dict[str, Any]:
             return train.train([model], [{"samples": torch.cat(latents).clone()}], [positive], **lists)
 
     whole, losses, steps = run(seed=1)
-    host = sys.modules["lorasmith_pack.nodes"].NodeHost
-    on_event = host.on_event
-
-    def stopping(self: Any, event: Any) -> None:
-        on_event(self, event)
-        if type(event).__name__ == "StepDone" and event.step == 3:
-            management.interrupt_current_processing()
-
-    host.on_event = stopping
     interrupted = False
     try:
-        run(seed=2)
+        with _stopping(3):
+            run(seed=2)
     except management.InterruptProcessingException:
         interrupted = True
-    host.on_event = on_event
     resumed, resumed_losses, _ = run(seed=2)
     for run_folder in (outputs / "runs").iterdir():
         run_folder.rename(outputs / run_folder.name)
@@ -126,18 +117,8 @@ def others(family: str) -> dict[str, Any]:
     lora, drawn_losses, _ = found["result"]
     rows = {path.stem: path.read_bytes() for path in outputs.glob("runs/*/samples/*-1.*")}
     (outputs / "runs").rename(outputs / "drawn")
-    host = sys.modules["lorasmith_pack.nodes"].NodeHost
-    on_event = host.on_event
-
-    def stopping(self: Any, event: Any) -> None:
-        on_event(self, event)
-        if type(event).__name__ == "StepDone" and event.step == 3:
-            management.interrupt_current_processing()
-
-    host.on_event = stopping
-    with contextlib.suppress(management.InterruptProcessingException):
+    with contextlib.suppress(management.InterruptProcessingException), _stopping(3):
         train("LorasmithTrainLora", **small)
-    host.on_event = on_event
     resumed, resumed_losses, _ = train("LorasmithResumeLora", run="lora_00001")
     valid, bare, _ = train("LorasmithValidateLora", lora=lora, draws=2)["result"]
     again, same, _ = train("LorasmithValidateLora", lora=lora, draws=2, strength=0.0)["result"]
@@ -260,7 +241,8 @@ def _stopping(at: int) -> Iterator[None]:
     """Inside the context, ComfyUI is asked to stop after a step."""
     import comfy.model_management as management
 
-    module = next(one for name, one in sys.modules.items() if name.endswith("comfyui-lorasmith.nodes"))
+    loaded = ("comfyui-lorasmith.nodes", "lorasmith_pack.nodes")  # by ComfyUI, and by `checkout.pack`
+    module = next(one for name, one in sys.modules.items() if name.endswith(loaded))
     on_event = module.NodeHost.on_event
 
     def stopping(self: Any, event: Any) -> None:
