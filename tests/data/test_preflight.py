@@ -231,3 +231,12 @@ def test_captions_beside_controls_alone_look_swapped(tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / f"{name}.txt").write_text(f"turn {name} into winter")
     assert pairs_in(tmp_path) == {}
+
+
+def test_pairs_are_repeated_if_their_controls_are(tmp_path: Path) -> None:
+    for name, control in {"a": 10, "b": 11, "c": 10}.items():
+        add(tmp_path / f"{name}.png", photo(1), f"turn {name} into winter")
+        add(tmp_path / "control" / f"{name}.png", photo(control))
+    (alike,) = checked(tmp_path).alike
+    assert (alike.members, alike.copies) == ((0, 2), ((2, 0),))
+    assert checked(tmp_path, config=DataConfig(controls="none")).alike[0].members == (0, 1, 2)

@@ -6,8 +6,8 @@ kept per image.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -226,7 +226,7 @@ def _has_caption_file(image: Path) -> bool:
 
 
 def _compared(images: Sequence[CheckedImage], qualities: Sequence[PictureQuality]) -> Iterable[LookAlikes]:
-    for group in look_alikes(qualities):
+    for group in _with_equal_controls(images, look_alikes(qualities)):
         best = max(group, key=lambda index: (*images[index].worth, -index))
         others = tuple(index for index in group if index != best)
         originals: dict[str, int] = {}
@@ -235,6 +235,15 @@ def _compared(images: Sequence[CheckedImage], qualities: Sequence[PictureQuality
             original = originals.setdefault(images[index].file.digest, index)
             copies += [(index, original)] if original != index else []
         yield LookAlikes(best, others, tuple(copies))
+
+
+def _with_equal_controls(images: Sequence[CheckedImage], groups: Iterable[Sequence[int]]) -> Iterator[list[int]]:
+    """The parts of these groups whose images have the same controls: edits of others may look alike."""
+    for group in groups:
+        parts = defaultdict[tuple[str, ...], list[int]](list)
+        for index in group:
+            parts[tuple(control.digest for control in images[index].file.controls)].append(index)
+        yield from (part for part in parts.values() if len(part) > 1)
 
 
 def _buckets(images: Sequence[CheckedImage]) -> tuple[Bucket, ...]:
