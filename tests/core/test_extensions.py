@@ -143,7 +143,7 @@ def test_a_package_with_damaged_metadata_is_left_out(drinks: Made, tmp_path: Pat
     (tmp_path / "packages" / "third-0.1.dist-info" / "METADATA").unlink()
     with pytest.warns(match="extensions of .* are left out") as warned:
         assert list(registry) == ["water", "wine", "tea", "milk"]
-    assert len(warned) == 2
+    assert sum("are left out" in str(one.message) for one in warned) == 2  # beside those of Python 3.13
 
 
 def test_a_module_may_register_what_its_package_announces(drinks: Made) -> None:
