@@ -13,6 +13,9 @@ import torch
 import checkout
 import families
 
+SEED = 7
+RANK = 8
+
 
 def numbers(family: str) -> dict[str, Any]:
     """Loss and gradient beside ComfyUI's node, on its noise and its starting weights."""
@@ -60,7 +63,6 @@ def samplings(family: str) -> dict[str, Any]:
     import comfy.model_base
     from comfy_extras import nodes_model_advanced as theirs
     from lorasmith_pack.comfy_model import ComfyModel
-    from lorasmith_pack.gradients import kernels_with_gradients, sums_out_of_place
 
     import lorasmith
     from lorasmith.core.errors import OptionError
@@ -103,12 +105,8 @@ def samplings(family: str) -> dict[str, Any]:
         model.get_model_object("model_sampling").percent_to_sigma = _nearest(table)
         samples = trained.samples(latents, positive)
         trainer = lorasmith.Trainer(trained, samples, **settings(rank=RANK))
-        with sums_out_of_place(), kernels_with_gradients():
-            right = built_in_step(model, latents, positive, trainer.weights, checkpointing=False)
-        with trainer:
-            loss, gradients = our_step(trainer, right, samples)
-        result[f"loss {name}"] = abs(loss - right["loss"]) / right["loss"]
-        result[f"gradient {name}"] = distance(gradients, right["gradients"])
+        found = beside_built_in(trainer, model, latents, positive, samples)
+        result |= {f"{what} {name}": value for what, value in found.items()}
     refused, unknown = 0, {"IMG_TO_IMG", "IMG_TO_IMG_FLOW"} & {one.name for one in comfy.model_base.ModelType}
     for kind in unknown:
         try:
@@ -124,7 +122,6 @@ def conditionings(family: str) -> dict[str, Any]:
     checkout.pack()
     import comfy_extras.nodes_train as theirs
     from lorasmith_pack.comfy_model import ComfyModel
-    from lorasmith_pack.gradients import kernels_with_gradients, sums_out_of_place
 
     import lorasmith
 
@@ -140,15 +137,8 @@ def conditionings(family: str) -> dict[str, Any]:
         trained = ComfyModel(model)
         samples = trained.samples(latents, positive)
         trainer = lorasmith.Trainer(trained, samples, **settings(rank=RANK))
-        with sums_out_of_place(), kernels_with_gradients():
-            right = built_in_step(model, latents, positive, trainer.weights, checkpointing=False)
-        with trainer:
-            loss, gradients = our_step(trainer, right, samples)
-        found = {
-            "loss": abs(loss - right["loss"]) / right["loss"],
-            "gradient": distance(gradients, right["gradients"]),
-            "same bits": torch.equal(before, pictures(model, positive, frames)),
-        }
+        found: dict[str, Any] = beside_built_in(trainer, model, latents, positive, samples)
+        found["same bits"] = torch.equal(before, pictures(model, positive, frames))
         (other,) = trained.samples(latents[:1], [[positive[0][0], positive[1][1]]])
         with trainer:
             one, two = (predicted(trainer, conditioning=each.conditioning) for each in (samples[0], other))
@@ -157,10 +147,18 @@ def conditionings(family: str) -> dict[str, Any]:
     return result
 
 
-SEED = 7
+def beside_built_in(trainer: Any, model: Any, latents: Any, positive: Any, samples: Any) -> dict[str, float]:
+    """Distances of loss and gradient of a first step from those of ComfyUI's node where it is right."""
+    from lorasmith_pack.gradients import kernels_with_gradients, sums_out_of_place
 
-
-RANK = 8
+    with sums_out_of_place(), kernels_with_gradients():
+        right = built_in_step(model, latents, positive, trainer.weights, checkpointing=False)
+    with trainer:
+        loss, gradients = our_step(trainer, right, samples)
+    return {
+        "loss": abs(loss - right["loss"]) / right["loss"],
+        "gradient": distance(gradients, right["gradients"]),
+    }
 
 
 def settings(**others: Any) -> dict[str, Any]:

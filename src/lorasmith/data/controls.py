@@ -11,7 +11,7 @@ from lorasmith.core.printable import count_text
 from lorasmith.data.crops import Framing, bucket_size, centred
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.folder import FolderScan, ImageFile
-from lorasmith.families.base import ControlForm
+from lorasmith.families.base import ControlForm, controls_taken
 from lorasmith.families.model import Model
 
 _NAMED = 3  # images in a sentence
@@ -34,9 +34,7 @@ def check_controls(scan: FolderScan, config: DataConfig, model: Model) -> None:
             raise DataError(f"{title} takes no controls, but {what}; {edit}{without} to train without them")
         return
     if many := next((one for one in paired if len(one.controls) > form.most), None):
-        raise DataError(
-            f"{title} takes at most {form.most} controls, but {many.name} has {len(many.controls)}; remove some"
-        )
+        raise DataError(f"{title} {controls_taken(form.most)}, but {many.name} has {len(many.controls)}; remove some")
     damaged = [(path, reason) for path, reason in scan.skipped if reason.kind == "control"]
     if config.controls == "optional" or not (form.is_required or config.control or paired or damaged):
         return

@@ -327,6 +327,11 @@ class ControlForm:
         return sides[0], sides[1]
 
 
+def controls_taken(most: int) -> str:
+    """How many controls a model takes, for messages."""
+    return f"takes {f'at most {most}' if most else 'no'} controls"
+
+
 NO_EDIT = "none"
 """The choice of an edit variant that is none of them."""
 

@@ -34,6 +34,7 @@ from lorasmith.families.base import (
     Family,
     LatentFormat,
     TextEncoders,
+    controls_taken,
 )
 from lorasmith.families.parts.autoencoders import AUTOENCODERS
 from lorasmith.families.parts.encoders import ENCODERS
@@ -208,10 +209,7 @@ class Denoiser:
         for conditioning in conditionings:
             if (count := len(conditioning.controls)) > most:
                 remedy = "leave out the others" if most else "leave them out, or choose an edit model"
-                raise DataError(
-                    f"{self.base.title} ({family.title}) takes {f'at most {most}' if most else 'no'} controls, got "
-                    f"{count}; {remedy}"
-                )
+                raise DataError(f"{self.base.title} ({family.title}) {controls_taken(most)}, got {count}; {remedy}")
             for control in conditioning.controls:
                 if control.ndim != 4 or control.shape[1] != latent.channels:
                     raise DataError(

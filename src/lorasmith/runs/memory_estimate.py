@@ -26,6 +26,7 @@ from lorasmith.core.errors import OptionError
 from lorasmith.core.folders import Folders
 from lorasmith.core.placement import best_device, dtype_name, fast_dtype, full_precision
 from lorasmith.core.quantization import WEIGHT_SOURCE, weight_source
+from lorasmith.families.base import controls_taken
 from lorasmith.families.locating import ModelFiles
 from lorasmith.families.model import Model
 from lorasmith.families.model_search import FoundPart, load_completed
@@ -240,9 +241,8 @@ def _controls(model: Model, side: int, count: int | None) -> tuple[tuple[int, in
     """
     form = model.control_form
     count = int(form is not None and form.is_required) if count is None else count
-    if count > (0 if form is None else form.most):
-        most = f"at most {form.most} controls" if form else "no controls"
-        raise OptionError(f"{model.title} ({model.family.title}) takes {most}, got {count}; choose fewer")
+    if count > (most := 0 if form is None else form.most):
+        raise OptionError(f"{model.title} ({model.family.title}) {controls_taken(most)}, got {count}; choose fewer")
     if form is None:
         return ()
     return ((side, side) if form.is_aligned else form.size(_LARGE, _LARGE),) * count

@@ -14,7 +14,7 @@ from torch import Tensor
 from lorasmith.adapters.frozen_layer import placed_for_products
 from lorasmith.core.errors import OptionError
 from lorasmith.core.placement import best_device
-from lorasmith.families.base import Conditioning
+from lorasmith.families.base import Conditioning, controls_taken
 from lorasmith.families.model import Denoiser, Model, TextEncoder
 from lorasmith.report.pictures import Clip
 from lorasmith.sampling.sample import prepare_noise, sample_latents
@@ -202,9 +202,7 @@ def encoded_controls(model: Model, pictures: Sequence[Image.Image], device: torc
     form, title = model.control_form, f"{model.title} ({model.family.title})"
     if len(pictures) > (most := 0 if form is None else form.most):
         remedy = "leave some out" if most else "leave them out, or choose an edit model"
-        raise OptionError(
-            f"{title} takes {f'at most {most}' if most else 'no'} controls, got {len(pictures)}; {remedy}"
-        )
+        raise OptionError(f"{title} {controls_taken(most)}, got {len(pictures)}; {remedy}")
     if form is None:
         return []
     if form.is_required and not pictures:
