@@ -63,7 +63,10 @@ class Recording:
     def conditioning(self, index: int) -> Conditioning:
         names = [name for name in CONDITIONS if name in self.tensors]
         tensors = {name: self.tensors[name][index : index + 1] for name in names}
-        return Conditioning(tensors | {"context": self.trained.seen(tensors["context"])})
+        controls = [self.tensors[f"control_{i}"][index : index + 1] for i in range(len(self.trained.controls))]
+        to_model = self.model.components.latent.to_model
+        given = Conditioning(tensors | {"context": self.trained.seen(tensors["context"])})
+        return given.with_controls([to_model(one) for one in controls])
 
     def start(self, kind: str) -> dict[str, Tensor]:
         """The LoRA that a run began with, in ComfyUI's naming."""
