@@ -1,7 +1,8 @@
 """Flux.1 (Black Forest Labs 2024): a rectified-flow transformer over packed latents, here its denoiser.
 
 Latents of 16 channels are packed 2×2 into tokens of 64; text is a T5 sequence and a pooled CLIP vector; distilled
-guidance is an input. The original layout fuses query, key, value (and, in single blocks, the MLP's first matrix) into
+guidance is an input. Fill's tokens of 384 have the latents of the picture without what is to be painted, and the mask
+of that, beside the noisy latents. The original layout fuses query, key, value (and, in single blocks, the MLP's first matrix) into
 one tensor; diffusers splits them.
 """
 
@@ -9,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+
+import torch.nn.functional as F
 
 from lorasmith.families.base import *
 from lorasmith.families.parts import flux_layout
@@ -29,7 +32,8 @@ from lorasmith.families.parts.flux_layout import (
 from lorasmith.families.parts.language_models import RELEASED_PATHS, encode_t5
 
 _MODULATION = ("*.norm.linear", "*.norm1.linear", "*.norm1_context.linear")
-_DEFAULT_GUIDANCE = 3.5
+_CHANNELS, _FILL_CHANNELS = 64, 384  # of a token; Fill has 64 of the given picture and 256 of the mask, too
+_DEFAULT_GUIDANCE, _FILL_GUIDANCE = 3.5, 30.0
 _MU = 1.15  # ComfyUI's shift for KSampler, and that of the resolution 1024×1024
 
 _TOP = {
@@ -65,7 +69,7 @@ KONTEXT_SIZES = (*(size[::-1] for size in _WIDE), (1024, 1024), *reversed(_WIDE)
 
 
 class Flux(Family):
-    """Flux.1 dev, schnell and Kontext, whose control is a picture to edit."""
+    """Flux.1 dev, schnell, Kontext, whose control is a picture to edit, and Fill, which paints what a mask covers."""
 
     name = "flux1"
     title = "Flux.1"
@@ -114,13 +118,18 @@ class Flux(Family):
 
     def denoiser_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         config = flux_layout.block_config(shapes)
-        if config["in_channels"] != 64:
+        if config["in_channels"] not in (_CHANNELS, _FILL_CHANNELS):
             raise ModelError(
-                f"this Flux.1 variant takes {config['in_channels']} input channels (fill, depth and canny do), "
-                "but only text-to-image models with 64 are supported"
+                f"this Flux.1 variant takes {config['in_channels']} input channels (depth and canny do), but only "
+                f"models with {_CHANNELS} (dev, schnell, Kontext) and {_FILL_CHANNELS} (Fill) are supported"
             )
         pooled = shapes["vector_in.in_layer.weight"][1]
-        return {**config, "pooled_projection_dim": pooled, "guidance_embeds": flux_layout.GUIDANCE in shapes}
+        return {
+            **config,
+            "out_channels": _CHANNELS,
+            "pooled_projection_dim": pooled,
+            "guidance_embeds": flux_layout.GUIDANCE in shapes,
+        }
 
     def original(self, path: str, denoiser: Any) -> OriginalName:
         if path in _TOP:
@@ -140,7 +149,7 @@ class Flux(Family):
         return _diffusion(has_guidance=bool(configs.of(self.denoiser_folder).get("guidance_embeds", False)))
 
     def latent_format(self, denoiser: Any, vae: Any) -> LatentFormat:
-        return self.autoencoder.latents(denoiser.config.in_channels // 4)
+        return self.autoencoder.latents((denoiser.config.out_channels or denoiser.config.in_channels) // 4)
 
     def names(self, denoiser: nn.Module, text_encoders: Mapping[str, nn.Module]) -> ModelNames:
         names = super().names(denoiser, text_encoders)
@@ -181,15 +190,21 @@ class Flux(Family):
         config = denoiser.config
         return {"context": (1, 512, config.joint_attention_dim), "pooled": (1, config.pooled_projection_dim)}
 
+    def known(self, latents: Tensor, mask: Tensor) -> Tensor:
+        return torch.cat((latents, F.pixel_unshuffle(mask, self.autoencoder.downscale)), dim=1)
+
     def predict(self, denoiser: Any, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         height, width = latents.shape[-2:]
         context = conditioning.tensors["context"]
         guidance = None
         if denoiser.config.guidance_embeds:  # schnell has no such input
             given = conditioning.tensors.get("guidance")
-            guidance = latents.new_full((len(latents),), _DEFAULT_GUIDANCE) if given is None else given
+            default = _FILL_GUIDANCE if _is_fill(denoiser) else _DEFAULT_GUIDANCE
+            guidance = latents.new_full((len(latents),), default) if given is None else given
         tokens, positions = [], []
         corners = control_corners(conditioning, by_index=False, patch=2)
+        if _is_fill(denoiser):
+            latents = torch.cat((latents, self._known_of(conditioning, latents)), dim=1)
         for picture, corner in zip((latents, *conditioning.controls), ((0, 0, 0), *corners), strict=True):
             check_even(picture, self.title)
             rows, columns = (side // 2 for side in picture.shape[-2:])
@@ -210,6 +225,18 @@ class Flux(Family):
                 return_dict=False,
             )[0]
         return unpacked_latents(prediction[:, : height // 2 * (width // 2)], height, width)
+
+    def _known_of(self, conditioning: Conditioning, latents: Tensor) -> Tensor:
+        """The known part of a picture; nothing of it, as latents of 0, where the conditioning has none, as in ComfyUI."""
+        if (known := conditioning.tensors.get("known")) is not None:
+            return known
+        nothing = self.autoencoder.latents(latents.shape[1]).to_model(torch.zeros_like(latents))
+        pixels = [side * self.autoencoder.downscale for side in latents.shape[-2:]]
+        return self.known(nothing, latents.new_ones(len(latents), 1, *pixels))
+
+
+def _is_fill(denoiser: Any) -> bool:
+    return bool(denoiser.config.in_channels == _FILL_CHANNELS)
 
 
 @contextlib.contextmanager
