@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import models
@@ -14,7 +13,6 @@ from tiny_parts import grid_positions, image_patches, latents_of_patches
 from torch import Tensor
 
 from lorasmith.families.base import Conditioning
-from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
 
 SIZES = [(8, 12), (6, 4)]  # latents
@@ -36,6 +34,12 @@ def prompt(batch: int, known: Tensor | None = None) -> Conditioning:
     given = {"context": (batch, 8, 32), "pooled": (batch, 64)}
     tensors = {name: models.seeded(name, shape, seed=0) for name, shape in given.items()}
     return Conditioning(tensors | ({} if known is None else {"known": known}))
+
+
+def known(fill: Model, picture: Tensor, mask: Tensor) -> Tensor:
+    found = fill.family.known(fill.components.denoiser, picture, mask)
+    assert found is not None
+    return found
 
 
 def masked(batch: int, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -63,12 +67,12 @@ def theirs(network: Any, latents: Tensor, given: Conditioning, time: Tensor, pic
 def test_predictions_are_those_of_diffusers_own_call(fill: Model, network: Any, size: tuple[int, int]) -> None:
     latents, time = models.seeded("latents", (2, 16, *size), seed=0), torch.tensor([0.6, 0.3])
     picture, mask = masked(2, size)
-    given = prompt(2, fill.family.known(picture, mask))
+    given = prompt(2, known(fill, picture, mask))
     ours = fill.denoiser.predict(latents, time, given)
     expected = theirs(network, latents, given, time, picture, mask)
     assert ours.shape == latents.shape
     assert (ours - expected).norm() / expected.norm() <= 5e-7
-    other = fill.denoiser.predict(latents, time, prompt(2, fill.family.known(picture, 1 - mask)))
+    other = fill.denoiser.predict(latents, time, prompt(2, known(fill, picture, 1 - mask)))
     assert (ours - other).norm() / other.norm() > 1e-3, "the mask counts"
 
 
@@ -84,7 +88,7 @@ def test_without_a_picture_all_is_to_be_painted(fill: Model, network: Any) -> No
 @torch.no_grad()
 def test_a_batch_is_its_samples_one_by_one(fill: Model) -> None:
     latents, time = models.seeded("latents", (2, 16, *SIZES[0]), seed=0), torch.tensor([0.2, 0.9])
-    both = prompt(2, fill.family.known(*masked(2, SIZES[0])))
+    both = prompt(2, known(fill, *masked(2, SIZES[0])))
     alone = [Conditioning({name: one[i : i + 1] for name, one in both.tensors.items()}) for i in range(2)]
     together = fill.denoiser.predict(latents, time, fill.family.join(alone))
     singles = [fill.denoiser.predict(latents[i : i + 1], time[i : i + 1], alone[i]) for i in range(2)]

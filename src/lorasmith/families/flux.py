@@ -2,8 +2,8 @@
 
 Latents of 16 channels are packed 2×2 into tokens of 64; text is a T5 sequence and a pooled CLIP vector; distilled
 guidance is an input. Fill's tokens of 384 have the latents of the picture without what is to be painted, and the mask
-of that, beside the noisy latents. The original layout fuses query, key, value (and, in single blocks, the MLP's first matrix) into
-one tensor; diffusers splits them.
+of that, beside the noisy latents. The original layout fuses query, key, value (and, in single blocks, the MLP's first
+matrix) into one tensor; diffusers splits them.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from lorasmith.families.parts.language_models import RELEASED_PATHS, encode_t5
 _MODULATION = ("*.norm.linear", "*.norm1.linear", "*.norm1_context.linear")
 _CHANNELS, _FILL_CHANNELS = 64, 384  # of a token; Fill has 64 of the given picture and 256 of the mask, too
 _DEFAULT_GUIDANCE, _FILL_GUIDANCE = 3.5, 30.0
+_DOWNSCALE = FLUX_AUTOENCODER.downscale
 _MU = 1.15  # ComfyUI's shift for KSampler, and that of the resolution 1024×1024
 
 _TOP = {
@@ -66,6 +67,8 @@ _BLOCKS = {"double_blocks": "transformer_blocks", "single_blocks": "single_trans
 _WIDE = ((1568, 672), (1504, 688), (1456, 720), (1392, 752), (1328, 800), (1248, 832), (1184, 880), (1104, 944))
 KONTEXT_SIZES = (*(size[::-1] for size in _WIDE), (1024, 1024), *reversed(_WIDE))
 """(width, height) of the pictures that Kontext was trained on."""
+
+_FILL = ControlForm(source="mask", is_required=True, most=1)
 
 
 class Flux(Family):
@@ -115,6 +118,9 @@ class Flux(Family):
 
     def recognises_pipeline(self, configs: PipelineConfigs) -> bool:
         return super().recognises_pipeline(configs) or "FluxKontextPipeline" in configs.classes
+
+    def controls_of(self, denoiser: Any, names: Sequence[str], edit: str | None = None) -> ControlForm | None:
+        return _FILL if _is_fill(denoiser) else super().controls_of(denoiser, names, edit)
 
     def denoiser_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         config = flux_layout.block_config(shapes)
@@ -190,8 +196,21 @@ class Flux(Family):
         config = denoiser.config
         return {"context": (1, 512, config.joint_attention_dim), "pooled": (1, config.pooled_projection_dim)}
 
-    def known(self, latents: Tensor, mask: Tensor) -> Tensor:
-        return torch.cat((latents, F.pixel_unshuffle(mask, self.autoencoder.downscale)), dim=1)
+    def beside(
+        self,
+        form: ControlForm,
+        components: Components,
+        encode: Callable[[Tensor], Tensor],
+        pixels: Tensor,
+        mask: Tensor | None,
+    ) -> Mapping[str, Tensor]:
+        if mask is None or not mask.any():  # as a picture without a mask, which is painted as a whole
+            mask = pixels.new_ones(pixels.shape[-2:])
+        inside = mask.round()[None, None]
+        return {"known": _known(encode(pixels * (1 - inside)), inside)}
+
+    def known(self, denoiser: Any, latents: Tensor, mask: Tensor) -> Tensor | None:
+        return _known(latents, mask) if _is_fill(denoiser) else None
 
     def predict(self, denoiser: Any, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         height, width = latents.shape[-2:]
@@ -204,7 +223,8 @@ class Flux(Family):
         tokens, positions = [], []
         corners = control_corners(conditioning, by_index=False, patch=2)
         if _is_fill(denoiser):
-            latents = torch.cat((latents, self._known_of(conditioning, latents)), dim=1)
+            known = conditioning.tensors.get("known")
+            latents = torch.cat((latents, self._nothing_known(latents) if known is None else known), dim=1)
         for picture, corner in zip((latents, *conditioning.controls), ((0, 0, 0), *corners), strict=True):
             check_even(picture, self.title)
             rows, columns = (side // 2 for side in picture.shape[-2:])
@@ -226,13 +246,16 @@ class Flux(Family):
             )[0]
         return unpacked_latents(prediction[:, : height // 2 * (width // 2)], height, width)
 
-    def _known_of(self, conditioning: Conditioning, latents: Tensor) -> Tensor:
-        """The known part of a picture; nothing of it, as latents of 0, where the conditioning has none, as in ComfyUI."""
-        if (known := conditioning.tensors.get("known")) is not None:
-            return known
+    def _nothing_known(self, latents: Tensor) -> Tensor:
+        """What Fill is given in ComfyUI where a conditioning has nothing for it: latents of 0, all to be painted."""
         nothing = self.autoencoder.latents(latents.shape[1]).to_model(torch.zeros_like(latents))
-        pixels = [side * self.autoencoder.downscale for side in latents.shape[-2:]]
-        return self.known(nothing, latents.new_ones(len(latents), 1, *pixels))
+        return _known(nothing, nothing.new_ones(1, 1, *(_DOWNSCALE * side for side in latents.shape[-2:])))
+
+
+def _known(latents: Tensor, mask: Tensor) -> Tensor:
+    """(batch, 16 + 64, height, width): latents, and the pixels of the mask (batch or 1, 1, ...) at each of them."""
+    pixels = F.pixel_unshuffle(mask, _DOWNSCALE)
+    return torch.cat((latents, pixels.to(latents).expand(len(latents), -1, -1, -1)), dim=1)
 
 
 def _is_fill(denoiser: Any) -> bool:
