@@ -126,7 +126,9 @@ def test_other_models_ignore_it(bench: Any, fill: Model, tiny: Model, captions: 
 
 def test_what_does_not_fit_is_said(bench: Any, fill: Model) -> None:
     (given,), _ = inpainted(bench, fill, noise_mask=False)
-    with pytest.raises(DataError, match=r"must have the size of the latents, 8×8, got 12×8; use the latents of Inpaint"):
+    with pytest.raises(
+        DataError, match=r"must have the size of the latents, 8×8, got 12×8; use the latents of Inpaint"
+    ):
         for_model(given, fill, torch.zeros(1, 16, 8, 8))
     with pytest.raises(DataError, match=r"a mask for each picture or one for all, got 3 for 2; add or remove some"):
         bench.call(

@@ -18,9 +18,10 @@ What is recorded
     `forward` is the bare denoiser on a batch of two with different times, guidances and texts.
 
 Tensors of the file (N steps, K trained tensors in the order of `shapes` in the metadata)
-    latents, context, [pooled, guidance, t5xxl_ids, t5xxl_weights, control_0, control_1]
+    latents, context, [pooled, guidance, t5xxl_ids, t5xxl_weights, control_0, control_1, concat_latent_image,
+    concat_mask]
                                               the training set: unscaled VAE latents, text conditioning, controls
-    forward.{x, timestep, context, [pooled, guidance, time_ids, t5xxl_ids, t5xxl_weights], output}
+    forward.{x, timestep, context, [pooled, guidance, time_ids, t5xxl_ids, t5xxl_weights, known], output}
     step.{i}.{latent, noise, sigma, timestep, index}   latent: after the VAE scaling; timestep: what the network gets
     fresh.loss, random.loss                   (N,)
     fresh.gradient, fresh.change              (K, 5) `models.fingerprint` of the first step's gradients, and of what
@@ -94,6 +95,7 @@ STEPS = 3
 RANK = 4
 LEARNING_RATE = 5e-4
 WEIGHT_SEED, INPUT_SEED, START_SEED = 0, 1, 2
+CONCAT = ("concat_latent_image", "concat_mask")
 NOISE_SEED = 5  # draws sigmas from the middle of both schedules
 
 
@@ -174,6 +176,7 @@ def _train(
             ({"pooled_output": inputs["pooled"][i : i + 1].clone()} if "pooled" in inputs else {})
             | ({"guidance": inputs["guidance"][i].item()} if "guidance" in inputs else {})
             | {key: inputs[key][i].clone() for key in ("t5xxl_ids", "t5xxl_weights") if key in inputs}
+            | {key: inputs[key][i : i + 1].clone() for key in CONCAT if key in inputs}
             | ({"reference_latents": [inputs[key][i : i + 1].clone() for key in controls]} if controls else {}),
         ]
         for i in range(len(inputs["latents"]))

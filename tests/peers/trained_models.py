@@ -35,6 +35,7 @@ class Trained:
         unreached: patterns of modules that have no gradient, because their output is not part of a prediction.
         padded: number of tokens to which ComfyUI fills the text with zeros from the left when it samples or trains.
         controls: height and width of the latents of each control in training.
+        fills: whether it is given a picture outside of a mask.
     """
 
     tensors: Callable[[], dict[str, Tensor]]
@@ -49,6 +50,7 @@ class Trained:
     unreached: tuple[str, ...] = ()
     padded: int = 0
     controls: tuple[tuple[int, int], ...] = ()
+    fills: bool = False
 
     def training_set(self, seed: int) -> dict[str, Tensor]:
         """Two pictures, taller than wide so that a swapped axis shows, and their captions."""
@@ -56,12 +58,18 @@ class Trained:
         for index, size in enumerate(self.controls):
             name = f"control_{index}"
             inputs[name] = models.seeded(name, (2, *self.channels, *size), seed=seed)
+        if self.fills:
+            masks = models.seeded("mask", (2, 1, *(8 * side for side in self.size)), seed=seed)
+            image = models.seeded("concat_latent_image", tuple(inputs["latents"].shape), seed=seed)
+            inputs |= {"concat_latent_image": image, "concat_mask": (masks > 0.3).float()}
         return inputs
 
     def forward_inputs(self, seed: int) -> dict[str, Tensor]:
         """A batch of two for the bare denoiser, wider than tall."""
         inputs = self._inputs("forward.", self.size[::-1], "x", seed) | {"timestep": torch.tensor(self.times)}
         inputs |= {"time_ids": torch.tensor(self.sizes)} if self.sizes else {}
+        if self.fills:
+            inputs["known"] = models.seeded("forward.known", (2, 80, *self.size[::-1]), seed=seed)
         return inputs | ({"guidance": torch.tensor([GUIDANCE, 1.0])} if self.guidance else {})
 
     def seen(self, context: Tensor) -> Tensor:
@@ -82,6 +90,11 @@ class Trained:
 def _anima() -> dict[str, Tensor]:
     tensors = TINY["anima"].denoiser_tensors()
     return {**tensors, "llm_adapter.embed.weight": tensors["llm_adapter.embed.weight"][:VOCABULARY].contiguous()}
+
+
+def _fill() -> dict[str, Tensor]:
+    tiny = TINY["flux1"]
+    return tiny.original(tiny.denoiser(in_channels=384, out_channels=64))
 
 
 _KLEIN = Trained(TINY["flux2-klein"].denoiser_tensors, (128,), 96, size=(8, 4), padded=512)
@@ -108,6 +121,7 @@ TRAINED: Mapping[str, Trained] = {
     "flux2-klein": _KLEIN,
     "flux2-klein-1-control": replace(_KLEIN, controls=((8, 4),)),
     "flux2-klein-2-controls": replace(_KLEIN, controls=((6, 2), (2, 5))),
+    "flux-fill": replace(_KONTEXT, tensors=_fill, fills=True),
     "kontext-1-control": replace(_KONTEXT, controls=((16, 8),)),
     "kontext-2-controls": replace(_KONTEXT, controls=((12, 4), (6, 10))),
     "krea2": Trained(TINY["krea2"].denoiser_tensors, (16, 1), 12 * 32),

@@ -117,7 +117,9 @@ class Flux(Family):
         return not any(name.startswith(("double_stream_modulation_img", "distilled_guidance_layer")) for name in shapes)
 
     def recognises_pipeline(self, configs: PipelineConfigs) -> bool:
-        return super().recognises_pipeline(configs) or "FluxKontextPipeline" in configs.classes
+        return super().recognises_pipeline(configs) or bool(
+            {"FluxKontextPipeline", "FluxFillPipeline"} & set(configs.classes)
+        )
 
     def controls_of(self, denoiser: Any, names: Sequence[str], edit: str | None = None) -> ControlForm | None:
         return _FILL if _is_fill(denoiser) else super().controls_of(denoiser, names, edit)
