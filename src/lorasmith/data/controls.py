@@ -25,13 +25,16 @@ def check_controls(scan: FolderScan, config: DataConfig, model: Model) -> None:
     form, title = model.control_form, f"{model.title} ({model.family.title})"
     subjects = [one for one in scan.images if not one.is_class]
     paired = [one for one in subjects if one.controls]
-    if form is None:
+    if form is not None and form.source == "mask":
+        _check_masks(subjects, config, title)
+    if form is None or form.source != "files":
         if paired or config.control:
-            variants = [one.name for one in model.family.controls if one.name]
+            variants = [one.name for one in model.family.controls if one.name and form is None]
             what = f"{paired[0].name} has {paired[0].controls[0].path}" if paired else f"control is {config.control[0]}"
             without = "leave --control out" if config.control else "add --controls none"
             edit = f"add --edit {' or '.join(variants)} if it is an edit model, or " if variants else ""
-            raise DataError(f"{title} takes no controls, but {what}; {edit}{without} to train without them")
+            takes = "no controls" if form is None else "none beside its images"
+            raise DataError(f"{title} takes {takes}, but {what}; {edit}{without} to train without them")
         return
     if many := next((one for one in paired if len(one.controls) > form.most), None):
         raise DataError(f"{title} {controls_taken(form.most)}, but {many.name} has {len(many.controls)}; remove some")
@@ -47,11 +50,9 @@ def check_controls(scan: FolderScan, config: DataConfig, model: Model) -> None:
             f"its name {where}; add them, {_OPTIONAL}"
         )
     if missing := [one.name for one in subjects if not one.controls]:
-        more = f" and {len(missing) - _NAMED:,} more" if len(missing) > _NAMED else ""
-        names, place = ", ".join(missing[:_NAMED]), paired[0].controls[0].path.parent
         raise DataError(
-            f"each image needs a control, but there is none for {names}{more}; add a file of the same name to {place}, "
-            f"{_OPTIONAL}"
+            f"each image needs a control, but there is none for {_listed(missing)}; add a file of the same name to "
+            f"{paired[0].controls[0].path.parent}, {_OPTIONAL}"
         )
     first = paired[0]
     if other := next((one for one in paired if len(one.controls) != len(first.controls)), None):
@@ -59,6 +60,24 @@ def check_controls(scan: FolderScan, config: DataConfig, model: Model) -> None:
             f"all images need as many controls, but {first.name} has {len(first.controls)} and {other.name} "
             f"{len(other.controls)}; add or remove some, {_OPTIONAL}"
         )
+
+
+def _check_masks(images: Sequence[ImageFile], config: DataConfig, title: str) -> None:
+    """Raise DataError for an image without a mask, for a model that paints what a mask covers."""
+    what = f"{title} paints what a mask covers"
+    if config.masks == "alpha":  # which is laid on white
+        raise DataError(f"{what} from what is around it, which transparency hides; choose --masks files")
+    missing = [one.name for one in images if one.mask is None]
+    if missing and config.controls != "optional":
+        raise DataError(
+            f"{what}, but there is none for {_listed(missing)}; add NAME.mask.png beside it and --masks files, "
+            f"{_OPTIONAL} to paint whole pictures"
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
 
 
 def has_aspect_of(control: ImageFile, image: ImageFile) -> bool:
