@@ -74,9 +74,7 @@ def test_pictures_without_a_mask_are_an_error_or_painted_as_a_whole(tmp_path: Pa
         DataError, match=r"\(Flux.1\) paints what a mask covers, but there is none for bb.png; add NAME.mask.png .* or"
     ):
         load_dataset(tmp_path, fill, resolution=64, masks="files")
-    with pytest.raises(
-        DataError, match=r"there is none for a.png, bb.png; .* --masks files, or add --controls optional"
-    ):
+    with pytest.raises(DataError, match=r"is none for a.png, bb.png; .* --masks files, or add --controls optional"):
         load_dataset(tmp_path, fill, resolution=64)
     with pytest.raises(DataError, match=r"from what is around it, which transparency hides; choose --masks files$"):
         load_dataset(tmp_path, fill, resolution=64, masks="alpha")
@@ -91,10 +89,10 @@ def test_masks_that_cover_nothing_or_everything_are_said(tmp_path: Path, fill: M
     masked(tmp_path, "bb", np.ones((64, 64), bool))
     data = load_dataset(tmp_path, fill, resolution=64, masks="files")
     assert [note for note in data.notes if "mask" in note] == [
-        "the mask of a.png leaves nothing of its 64×64 crop inside, so that is trained as a whole; correct the mask, or "
-        "remove it",
-        "the mask of bb.png covers all of its 64×64 crop, so that the model is given nothing of it; correct the mask, "
-        "unless whole pictures are meant",
+        "the mask of a.png leaves nothing of its 64×64 crop inside, so that is trained as a whole; correct the mask, "
+        "or remove it",
+        "the mask of bb.png covers all of its 64×64 crop, so that the model is given nothing of it; correct the "
+        "mask, unless whole pictures are meant",
     ]
     for sample in data:
         assert sample.conditioning.tensors["known"][:, 16:].min() == 1
