@@ -657,6 +657,18 @@ class Family(ABC):
         """
         return {}
 
+    def known(self, denoiser: nn.Module, latents: Tensor, mask: Tensor) -> Tensor | None:
+        """`Conditioning.tensors["known"]` of a graph, from `concat_latent_image` and `concat_mask` of its conditioning.
+
+        None, by default, for denoisers that are given nothing of a picture: as in ComfyUI they ignore it.
+
+        Args:
+            denoiser: the network.
+            latents: (batch, channels, height, width) of the picture without what is to be painted, scaled.
+            mask: (batch or 1, 1, height, width) in pixels, 1 where it is to be painted.
+        """
+        return None
+
     def conditioning_shapes(self, denoiser: nn.Module) -> Mapping[str, tuple[int, ...]]:
         """Shapes of the conditioning tensors that `predict` needs, for a batch of 1 and a prompt of usual length."""
         return {"context": (1, self.usual_tokens, int(getattr(denoiser.config, self.text_width)))}
