@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from lorasmith.core.errors import DataError
 from lorasmith.core.printable import count_text
+from lorasmith.data.clips import clip_form
 from lorasmith.data.crops import Framing, bucket_size, centred
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.folder import FolderScan, ImageFile
@@ -19,12 +20,14 @@ _OPTIONAL = "or add --controls optional"
 
 
 def check_controls(scan: FolderScan, config: DataConfig, model: Model) -> None:
-    """Raise DataError if the controls of a folder do not fit a model, or one is missing."""
-    if config.controls == "none":
-        return
+    """Raise DataError if the controls of a folder do not fit a model, or one is missing, or a clip is too short."""
     form, title = model.control_form, f"{model.title} ({model.family.title})"
     subjects = [one for one in scan.images if not one.is_class]
     paired = [one for one in subjects if one.controls]
+    if form is not None and form.source in ("first frame", "first and last frame") and form.is_required:
+        _check_clips(scan, config, model)
+    if config.controls == "none":
+        return
     if form is not None and form.source == "mask":
         _check_masks(subjects, config, title)
     if form is None or form.source != "files":
@@ -60,6 +63,26 @@ def check_controls(scan: FolderScan, config: DataConfig, model: Model) -> None:
             f"all images need as many controls, but {first.name} has {len(first.controls)} and {other.name} "
             f"{len(other.controls)}; add or remove some, {_OPTIONAL}"
         )
+
+
+def _check_clips(scan: FolderScan, config: DataConfig, model: Model) -> None:
+    """Raise DataError unless each file is a clip of several latents, which are drawn from its first frame."""
+    title, clips = f"{model.title} ({model.family.title})", clip_form(model, config)
+    if config.control_dropout or config.controls == "none":
+        raise DataError(
+            f"{title} always draws from a picture, got control_dropout {config.control_dropout:g} and controls "
+            f"{config.controls}; leave both out"
+        )
+    assert clips is not None
+    least = 1 + clips.latent.time_downscale
+    for one in scan.images:
+        frames = len(clips.numbers(one.frames, one.rate)) if one.frames else 1
+        if frames < least:
+            what = f"{clips.available(one.frames, one.rate)} frames at {clips.rate:g} a second" if one.frames else "one"
+            raise DataError(
+                f"{title} draws a clip from its first frame, and needs at least {least} frames, but {one.name} has "
+                f"{what}; remove it, or train it with a text-to-video model"
+            )
 
 
 def _check_masks(images: Sequence[ImageFile], config: DataConfig, title: str) -> None:

@@ -43,7 +43,18 @@ _CONTROL = "control_"
 FIRST_FRAME = "first_frame"
 """Name of the tensor of a conditioning that is the first frame of a clip's latents."""
 
-_BESIDE = re.compile(rf"{_CONTROL}\d+|known|{FIRST_FRAME}|clip_vision")
+CLIP_VISION = "clip_vision"
+"""Name of the tensor of a conditioning that is made by an image encoder."""
+
+_BESIDE = re.compile(rf"{_CONTROL}\d+|known|{FIRST_FRAME}|{CLIP_VISION}")
+
+IMAGE_ENCODER = "image_encoder"
+"""Component name of an encoder of pictures that the denoiser attends to."""
+
+
+def encoder_title(component: str) -> str:
+    """What an encoder is called in messages."""
+    return "image encoder" if component == IMAGE_ENCODER else "text encoder"
 
 
 @dataclass(frozen=True)
@@ -381,6 +392,7 @@ class Components:
     text_encoders: Mapping[str, nn.Module] = field(default_factory=dict)
     tokenizers: Mapping[str, Any] = field(default_factory=dict)  # by the component name of their encoder
     vae: Any = None  # diffusers' autoencoder
+    image_encoder: nn.Module | None = None
 
     @property
     def encoders(self) -> TextEncoders:
@@ -389,7 +401,9 @@ class Components:
 
     def modules(self) -> dict[str, nn.Module]:
         """Every present part, by component name."""
-        return {"denoiser": self.denoiser, **self.text_encoders, **({} if self.vae is None else {"vae": self.vae})}
+        others = {"vae": self.vae, IMAGE_ENCODER: self.image_encoder}
+        there = {name: part for name, part in others.items() if part is not None}
+        return {"denoiser": self.denoiser, **self.text_encoders, **there}
 
 
 COMMON_PRESETS = {"all-linear": Rule(("*",), linear_only=True), "all": Rule(("*",))}
@@ -423,6 +437,7 @@ class Family(ABC):
         text_encoders: its text encoders by component name, in the order of the pipeline's.
         needs_each_encoder: whether it cannot do without one of them.
         autoencoder: its autoencoder.
+        image_encoder: its encoder of pictures that the denoiser attends to; see `encoder_slots`.
         clip_types: ComfyUI's names of it in nodes that load text encoders apart from the denoiser.
         predicts_by_length: whether `predict` runs the denoiser once for each length of context in a batch.
         repeatable_context: whether text enters by unmasked cross-attention alone, so that a context repeated k times
@@ -464,6 +479,7 @@ class Family(ABC):
     needs_each_encoder: bool = True
     predicts_by_length: bool = False
     autoencoder: AutoencoderSlot
+    image_encoder: EncoderSlot | None = None
     clip_types: tuple[str, ...] = ()
     repeatable_context: bool = False
     unused_tensors: tuple[str, ...] = ()
@@ -500,7 +516,14 @@ class Family(ABC):
     @property
     def slots(self) -> Mapping[str, EncoderSlot | AutoencoderSlot]:
         """Its parts besides the denoiser, by component name."""
-        return {**self.text_encoders, "vae": self.autoencoder}
+        image_encoder = {} if self.image_encoder is None else {IMAGE_ENCODER: self.image_encoder}
+        return {**self.text_encoders, "vae": self.autoencoder, **image_encoder}
+
+    def encoder_slots(self, denoiser: nn.Module) -> Mapping[str, EncoderSlot]:
+        """The encoders that a model with this denoiser has by component name, that of pictures included."""
+        if self.image_encoder is None or CLIP_VISION not in self.conditioning_shapes(denoiser):
+            return self.text_encoders
+        return {**self.text_encoders, IMAGE_ENCODER: self.image_encoder}
 
     def denoiser_class(self) -> type[nn.Module]:
         """The class of the denoiser, imported when this is called. Raises ModelError if it is not installed."""
@@ -697,6 +720,12 @@ class Family(ABC):
             raise ModelError(
                 f"{self.title} needs an autoencoder for pictures, which this model came without; load a full "
                 f"checkpoint, or give it as well (its file is usually called {self.autoencoder.usual_file})"
+            )
+        slot = self.encoder_slots(components.denoiser).get(IMAGE_ENCODER) if images else None
+        if slot is not None and components.image_encoder is None:
+            raise ModelError(
+                f"{self.title} needs the image encoder {slot.kind}, which this model came without; give it like a text "
+                f"encoder (its file is usually called {slot.usual_file})"
             )
 
 
