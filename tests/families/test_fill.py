@@ -12,6 +12,7 @@ from tiny_flux import FLUX1
 from tiny_parts import grid_positions, image_patches, latents_of_patches
 from torch import Tensor
 
+from lorasmith.core.errors import DataError, OptionError
 from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Model
 
@@ -93,6 +94,14 @@ def test_a_batch_is_its_samples_one_by_one(fill: Model) -> None:
     together = fill.denoiser.predict(latents, time, fill.family.join(alone))
     singles = [fill.denoiser.predict(latents[i : i + 1], time[i : i + 1], alone[i]) for i in range(2)]
     torch.testing.assert_close(together, torch.cat(singles), rtol=1e-5, atol=1e-6)
+
+
+def test_it_takes_no_other_controls(fill: Model) -> None:
+    with pytest.raises(OptionError, match=r"^edit must be left out for flux1-fill-dev \(Flux.1\), got 'kontext'$"):
+        fill.as_edit("kontext")
+    given = prompt(1).with_controls([torch.zeros(1, 16, 8, 8)])
+    with pytest.raises(DataError, match=r"flux1-fill-dev \(Flux.1\) takes no controls, got 1; leave them out"):
+        fill.denoiser.check_conditionings([given])
 
 
 def test_its_files_are_told_by_their_shapes(fill: Model, network: Any) -> None:

@@ -105,10 +105,11 @@ def list_models(folders: Folders) -> ModelList:
 def _listed(file: FoundFile, family: Family, files: Sequence[FoundFile]) -> tuple[ListedModel, set[Path]]:
     """A model with its parts, and all files that fit it. ModelError if the model is an unsupported variant."""
     slots, form = family.text_encoders, None
+    edits: tuple[str, ...] = ()
     widths: dict[str, int | None] = {}
     if family.controls or any(name not in file.parts for name in slots):
         model = load_structure(file.path)
-        denoiser, form = model.components.denoiser, model.control_form
+        denoiser, form, edits = model.components.denoiser, model.control_form, model.edits
         slots = family.encoder_slots(denoiser)
         widths = {name: family.encoder_width(denoiser, name) for name in slots if name not in file.parts}
     parts = []
@@ -132,7 +133,7 @@ def _listed(file: FoundFile, family: Family, files: Sequence[FoundFile]) -> tupl
         file.precision,
         family.title,
         tuple(parts),
-        tuple(one.name for one in family.controls if one.name),
+        edits,
         "" if form is None else form.name,
         None if form is None else form.source,
     )
