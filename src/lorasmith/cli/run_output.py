@@ -186,6 +186,7 @@ def train_and_report(planned: FolderPlan, host: TerminalHost) -> None:
                 vae=files.vae,
                 edit=files.edit,
                 controls=planned.summary.controls,
+                mask=planned.summary.mask,
             )
             echo()
             echo("To use it:")

@@ -42,14 +42,15 @@ def generate_command(
     vae: str | None = None,
     edit: str | None = None,
     controls: Sequence[object] = (),
+    mask: object = None,
 ) -> str:
     """The command that draws a picture with a LoRA; `model` is a path, a hub id or a built-in name.
 
-    `controls` are the pictures that an edit model edits or refers to.
+    `controls` are the pictures that an edit model edits or refers to, `mask` is what a model paints that fills masks.
     """
     named = {name: value for name, value in (("vae", vae), ("edit", edit)) if value}
     parts = arguments_for({"text_encoder": text_encoders, **named})
-    pictures = arguments_for({"control": controls})
+    pictures = arguments_for({"control": controls} | ({} if mask is None else {"mask": mask}))
     return command_line(
         ["lorasmith", "generate", "--model", model, *parts, "--lora", lora, *pictures, "--prompt", prompt]
     )
