@@ -17,9 +17,11 @@ from tiny_parts import grid_positions, image_patches, latents_of_patches
 from torch import Tensor
 
 from lorasmith.core.errors import DataError, OptionError
+from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.families.base import Conditioning, Encoding
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Model
+from lorasmith.runs.library import train
 from lorasmith.sampling.generate import generate
 from lorasmith.sampling.sample import prepare_noise
 from lorasmith.sampling.samplers import sigmas_for
@@ -204,3 +206,27 @@ def test_its_files_are_told_by_their_shapes(fill: Model, network: Any) -> None:
     assert fill.components.latent.channels == 16
     state = fill.components.denoiser.state_dict()
     assert all(torch.equal(one, state[name]) for name, one in network.state_dict().items())
+
+
+def test_a_tiny_model_learns_to_fill_with_what_is_around_the_mask(fill: Model) -> None:
+    """Pictures of one colour each, whose captions are the same: only what is known tells which colour is missing."""
+    mask = torch.zeros(1, 1, 32, 32)
+    mask[..., 16:] = 1
+    outside = (mask[:, :, ::8, ::8] == 0).float()
+    colours = [models.seeded(f"colour {index}", (1, 16, 1, 1), seed=0).expand(1, 16, 4, 4) for index in range(4)]
+    prompts = [prompt(1, known(fill, colour * outside, mask)) for colour in colours]
+    places = 2 - 2 * outside[0, 0]
+    samples = [
+        Sample(colour[0].contiguous(), given, f"{index}.png", places=places)
+        for index, (colour, given) in enumerate(zip(colours, prompts, strict=True))
+    ]
+    settings: dict[str, Any] = {"algorithm": "Full", "targets": "all-linear", "learning_rate": 3e-3, "seed": 1}
+    result = train(fill, EncodedDataset(tuple(samples)), steps=600, batch_size=4, training_dtype="fp32", **settings)
+    denoiser = result.lora.applied_to(fill.denoiser)
+    noise, time = models.seeded("noise", (1, 16, 4, 4), seed=0), torch.ones(1)
+    with denoiser.active(), torch.no_grad():
+        drawn = [noise - denoiser.predict(noise, time, given) for given in prompts]
+    for index, one in enumerate(drawn):
+        distances = [((one - colour) * (1 - outside)).norm() / (colour * (1 - outside)).norm() for colour in colours]
+        assert int(torch.stack(distances).argmin()) == index, "noise alone does not say which colour it is"
+        assert distances[index] < 0.5, distances
