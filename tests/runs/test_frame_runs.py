@@ -68,15 +68,8 @@ class Small(Audience):
 
 
 def asked(base: Path, clips: Path, model: str, **settings: Any) -> RunSpec:
-    quick = {
-        "rank": 2,
-        "targets": "attention",
-        "steps": 3,
-        "previews": "",
-        "resolution": 32,
-        "frames": 5,
-        "frame_rate": 5.0,
-    }
+    quick = {"rank": 2, "targets": "attention", "steps": 3, "previews": "", "resolution": 32}
+    quick |= {"frames": 5, "frame_rate": 5.0}
     edit = settings.pop("edit", None)
     return RunSpec(
         sources=(ImageSource(str(clips)),),
