@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,7 @@ class ListedModel:
     edits: tuple[str, ...] = ()  # edit variants of its family, which have its tensors
     edit: str = ""  # the one of them that its name says it is
     controls: ControlSource | None = None  # where the pictures come from that it edits or draws from; None without
+    also: Mapping[str, ControlSource] = field(default_factory=dict)  # where else, by the edit variant that says so
 
     @property
     def is_whole(self) -> bool:
@@ -132,9 +133,10 @@ def _listed(file: FoundFile, family: Family, files: Sequence[FoundFile]) -> tupl
         file.precision,
         family.title,
         tuple(parts),
-        tuple(one.name for one in family.controls if one.name),
-        "" if form is None else form.name,
+        tuple(one.name for one in family.controls if one.name and one.source == "files"),
+        "" if form is None or form.source != "files" else form.name,
         None if form is None else form.source,
+        {one.name: one.source for one in family.controls if one.name and one.source != "files" and one is not form},
     )
     return listed, fitting
 
