@@ -106,10 +106,11 @@ def list_models(folders: Folders) -> ModelList:
 def _listed(file: FoundFile, family: Family, files: Sequence[FoundFile]) -> tuple[ListedModel, set[Path]]:
     """A model with its parts, and all files that fit it. ModelError if the model is an unsupported variant."""
     slots, form = family.text_encoders, None
+    edits: tuple[str, ...] = ()
     widths: dict[str, int | None] = {}
     if family.controls or any(name not in file.parts for name in slots):
         model = load_structure(file.path)
-        denoiser, form = model.components.denoiser, model.control_form
+        denoiser, form, edits = model.components.denoiser, model.control_form, model.edits
         slots = family.encoder_slots(denoiser)
         widths = {name: family.encoder_width(denoiser, name) for name in slots if name not in file.parts}
     parts = []
@@ -126,6 +127,7 @@ def _listed(file: FoundFile, family: Family, files: Sequence[FoundFile]) -> tupl
     fitting |= {one.path for one in files if one.autoencoder == (vae.kind, vae.channels)}
     found = None if "vae" in file.parts else best_autoencoder(files, vae)
     parts.append(ListedPart("vae", vae.kind, _path(file, "vae", found), vae.usual_file))
+    of_frames = {one.name: one.source for one in family.controls if one.name and "frame" in one.source}
     listed = ListedModel(
         file.path,
         file.place,
@@ -133,10 +135,10 @@ def _listed(file: FoundFile, family: Family, files: Sequence[FoundFile]) -> tupl
         file.precision,
         family.title,
         tuple(parts),
-        tuple(one.name for one in family.controls if one.name and one.source == "files"),
-        "" if form is None or form.source != "files" else form.name,
+        tuple(name for name in edits if name not in of_frames),
+        "" if form is None or form.name in of_frames else form.name,
         None if form is None else form.source,
-        {one.name: one.source for one in family.controls if one.name and one.source != "files" and one is not form},
+        {name: source for name, source in of_frames.items() if form is None or form.name != name},
     )
     return listed, fitting
 
