@@ -21,10 +21,12 @@ from lorasmith.cli.main import main
 from lorasmith.core.errors import DataError, ModelError, OptionError
 from lorasmith.core.folders import Folders
 from lorasmith.core.random import keyed_uniform
-from lorasmith.data.data_config import ImageSource
+from lorasmith.data.data_config import DataConfig, ImageSource
 from lorasmith.data.dataset import places_of
+from lorasmith.data.folder import scan_folder
 from lorasmith.families.locating import ModelFiles
 from lorasmith.families.model_search import Completed
+from lorasmith.runs.data_check import check_scan
 from lorasmith.runs.expert_runs import ExpertRuns
 from lorasmith.runs.memory_estimate import estimate_memory
 from lorasmith.runs.model_list import list_models
@@ -191,6 +193,20 @@ def test_what_cannot_be_trained_on_is_refused(base: Path, clips: Path, tmp_path:
     ready = plan(asked(base, folder, FIVE, edit="i2v", resolution=64), Small())
     given = {one.name: "first_frame" in one.conditioning.tensors for one in ready.data.samples}
     assert given == {"a.webp": True, "b.webp": True, "d.webp": False}
+
+
+def test_clips_shorter_than_the_frames_asked_for_are_noted(base: Path, clips: Path) -> None:
+    model = Small().load(ModelFiles(str(base / "models" / "diffusion_models" / A14B)), None).model
+    found = {}
+    for frames in (5, 9, None):
+        config = DataConfig(frames=frames, frame_rate=5.0)
+        checked = check_scan(scan_folder(clips, config, clips=True), config, folder=clips, model=model)
+        found[frames] = [one for one in checked.preflight.notes if "fewer than" in one]
+    assert found[5] == found[None] == []
+    assert found[9] == [
+        "2 of 2 clips have fewer than 9 frames at 5 a second, such as a.webp with 5, and are trained whole; add longer "
+        "ones, or lower frames"
+    ]
 
 
 def picture(folder: Path, name: str, size: tuple[int, int] = (50, 34)) -> Path:
