@@ -33,7 +33,7 @@ __all__ = [
     "DENOISER_START", "SIGNATURES", "Any", "AutoencoderSlot", "Conditioning", "ControlForm", "DataError", "Defaults",
     "Diffusion", "EncoderNames", "EncoderSlot", "Encoding", "Expert", "Family", "FlowSchedule", "LatentFormat",
     "Mapping", "ModelError", "ModelNames", "OriginalCheckpoint", "OriginalName", "PictureSize", "PipelineConfigs",
-    "ProgramLimits", "ResolutionShift", "Rule", "Sequence", "Signature", "Tensor", "TextEncoders", "block_count",
+    "ProgramLimits", "ResolutionShift", "Rule", "Sequence", "Sight", "Signature", "Tensor", "TextEncoders", "block_count",
     "check_even", "collate", "module_paths", "nn", "norm_name", "register", "replace", "torch", "weight_shapes",
 ]  # fmt: skip
 
@@ -300,6 +300,30 @@ class Expert:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sight:
+    """How a text encoder sees controls: as pictures in the prompt."""
+
+    pixels: int  # to which a picture is scaled
+    multiple: int  # of both sides in pixels
+    chat: str  # the prompt, with `{pictures}` and `{text}`
+    mark: str  # of each picture, with its `{number}` from 1
+
+    def size(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height of what is seen of a picture of width × height px."""
+        return _scaled((width, height), self.pixels, self.multiple)
+
+    def prompt(self, text: str, count: int) -> str:
+        """The prompt of a text with pictures."""
+        marks = "".join(self.mark.format(number=number) for number in range(1, count + 1))
+        return self.chat.format(pictures=marks, text=text)
+
+    def tokens(self, width: int, height: int) -> int:
+        """Number of tokens that the encoder makes of a picture of width × height px."""
+        columns, rows = (side // self.multiple for side in self.size(width, height))
+        return columns * rows
+
+
+@dataclass(frozen=True, kw_only=True)
 class ControlForm:
     """The pictures that a model edits or refers to, its controls."""
 
@@ -313,18 +337,32 @@ class ControlForm:
     most: int = 10  # programs have no limit; more are a mistake
     most_pixels: int = 1024**2
     multiple: int = 16  # of both sides in pixels
+    is_enlarged: bool = False  # whether smaller ones are enlarged to `most_pixels`
+    # whether the denoiser is told that controls are clean (time 0), unless a conditioning has `controls_by_index` or
+    # `controls_by_offset`
+    at_zero: bool = False
+    sight: Sight | None = None  # how the text encoder sees them; None where it does not
 
     def size(self, width: int, height: int) -> tuple[int, int]:
-        """Width and height of a control of width × height px: the known size of the nearest aspect ratio, or its own,
-        shrunk to `most_pixels` and rounded down.
+        """Width and height of a control of width × height px: the known size of the nearest aspect ratio, `most_pixels`
+        in its own, or its own size, shrunk to `most_pixels` and rounded down.
         """
         if self.sizes:
             return min(self.sizes, key=lambda size: abs(size[0] / size[1] - width / height))
+        if self.is_enlarged:
+            return _scaled((width, height), self.most_pixels, self.multiple)
         factor = min(1.0, math.sqrt(self.most_pixels / (width * height)))
         sides = [
             max(self.multiple, int(side * factor + 1e-6) // self.multiple * self.multiple) for side in (width, height)
         ]
         return sides[0], sides[1]
+
+
+def _scaled(size: tuple[int, int], pixels: int, multiple: int) -> tuple[int, int]:
+    """A size scaled to a number of pixels, each side to its nearest multiple."""
+    factor = math.sqrt(pixels / math.prod(size))
+    width, height = (max(multiple, round(round(side * factor) / multiple) * multiple) for side in size)
+    return width, height
 
 
 def controls_taken(most: int) -> str:
@@ -572,6 +610,15 @@ class Family(ABC):
         Raises:
             ModelError: a text encoder is missing; see `text_encoder`.
         """
+
+    def encode_seen(
+        self, encoders: TextEncoders, texts: Mapping[str, str], encoding: Encoding, pictures: Sequence[Tensor]
+    ) -> Conditioning:
+        """As `encode_text`, of a prompt with pictures, for families whose controls have a `Sight`.
+
+        pictures: pixels (1, 3, height, width) in [−1, 1] each, in the sight's size.
+        """
+        raise ModelError(f"{self.title} has no pictures in prompts; give the prompt alone")
 
     def join(self, conditionings: Sequence[Conditioning]) -> Conditioning:
         """One batch of conditionings of any length; see `collate`."""
