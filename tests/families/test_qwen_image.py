@@ -125,7 +125,6 @@ def test_a_prompt_without_positions_is_refused() -> None:
 
 
 VARIANTS = {
-    "edit": ({"__index_timestep_zero__": torch.zeros(0)}, "Qwen-Image-Edit 2511"),
     "layered": ({"time_text_embed.addition_t_embedding.weight": torch.zeros(2, 64)}, "Qwen-Image-Layered"),
     "control": ({"img_in.weight": torch.zeros(64, 132)}, "a variant with 132 input channels"),
 }
@@ -136,7 +135,9 @@ def test_models_for_other_tasks_are_refused_by_name(
     tensors: dict[str, torch.Tensor], title: str, tmp_path: Path
 ) -> None:
     path = save(tmp_path / "variant.safetensors", {**QWEN.denoiser_tensors(), **tensors})
-    with pytest.raises(ModelError, match=rf"this model is {title}.*, but only text-to-image .*; train on Qwen-Image"):
+    with pytest.raises(
+        ModelError, match=rf"this model is {title}.*, but only text-to-image and edit models .*; train on Qwen-Image"
+    ):
         load_model(path)
 
 

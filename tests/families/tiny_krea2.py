@@ -73,6 +73,7 @@ KREA2 = TinyFamily(
         "axes_dims_rope": (8, 12, 12),
     },
     {"text_encoder": lambda: qwen(36, rope_theta=5e6)},
+    network="Krea2Transformer2DModel",
     named=_krea_names,
     conditioning=_conditioning,
     call=_call,

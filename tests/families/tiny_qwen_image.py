@@ -75,6 +75,7 @@ QWEN_IMAGE = TinyFamily(
         "axes_dims_rope": (4, 14, 14),
     },
     {"text_encoder": _qwen25},
+    network="QwenImageTransformer2DModel",
     conditioning=_conditioning,
     call=_call,
     drawn=_drawn,

@@ -124,7 +124,8 @@ def synthetic_samples(
         shape = latent.shape(height * latent.downscale, width * latent.downscale, frames)
         latents = torch.randn(shape, generator=generator)
         tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-        beside = [torch.randn(1, latent.channels, *size, generator=generator) for size in controls]
+        sizes = [(1, *size) if latent.frames else size for size in controls]
+        beside = [torch.randn(1, latent.channels, *size, generator=generator) for size in sizes]
         return Sample(latents, Conditioning(tensors).with_controls(beside), f"random {index}")
 
     return tuple(sample(index) for index in range(count))

@@ -30,18 +30,23 @@ from lorasmith.formats.names import EncoderNames, ModelNames, Naming, OriginalNa
 from lorasmith.formats.spelling import DENOISER_START, SIGNATURES, Signature
 
 __all__ = [
-    "DENOISER_START", "SIGNATURES", "Any", "AutoencoderSlot", "Callable", "Components", "Conditioning", "ControlForm",
-    "DataError", "Defaults", "Diffusion", "EncoderNames", "EncoderSlot", "Encoding", "Expert", "Family",
-    "FlowSchedule", "LatentFormat", "Mapping", "ModelError", "ModelNames", "OriginalCheckpoint", "OriginalName",
-    "PictureSize", "PipelineConfigs", "ProgramLimits", "ResolutionShift", "Rule", "Sequence", "Sight", "Signature", "Tensor",
-    "TextEncoders", "block_count", "check_even", "collate", "module_paths", "nn", "norm_name", "register", "replace",
-    "torch", "weight_shapes",
+    "AT_ZERO", "BY_INDEX", "BY_OFFSET", "BY_UXO", "DENOISER_START", "SIGNATURES", "Any", "AutoencoderSlot", "Callable",
+    "Components", "Conditioning", "ControlForm", "DataError", "Defaults", "Diffusion", "EncoderNames", "EncoderSlot",
+    "Encoding", "Expert", "Family", "FlowSchedule", "LatentFormat", "Mapping", "ModelError", "ModelNames",
+    "OriginalCheckpoint", "OriginalName", "PictureSize", "PipelineConfigs", "ProgramLimits", "ResolutionShift", "Rule",
+    "Sequence", "Sight", "Signature", "Tensor", "TextEncoders", "block_count", "check_even", "collate", "module_paths",
+    "nn", "norm_name", "register", "replace", "torch", "weight_shapes",
 ]  # fmt: skip
 
 
 _CONTROL = "control_"
 FIRST_FRAME = "first_frame"
 """Name of the tensor of a conditioning that is the first frame of a clip's latents."""
+
+BY_OFFSET, BY_INDEX, BY_UXO, AT_ZERO = "controls_by_offset", "controls_by_index", "controls_by_uxo", "controls_at_zero"
+CONTROL_METHODS = {"offset": BY_OFFSET, "index": BY_INDEX, "uxo/uno": BY_UXO, "index_timestep_zero": AT_ZERO}
+"""ComfyUI's methods of placing controls → tensors of a conditioning, of any value, that choose them: beside or below
+each other, each with an index of its own, beyond each other's corners, and by index with time 0."""
 
 _BESIDE = re.compile(rf"{_CONTROL}\d+|known|{FIRST_FRAME}|clip_vision")
 
@@ -366,9 +371,7 @@ class ControlForm:
     most_pixels: int = 1024**2
     multiple: int = 16  # of both sides in pixels
     is_enlarged: bool = False  # whether smaller ones are enlarged to `most_pixels`
-    # whether the denoiser is told that controls are clean (time 0), unless a conditioning has `controls_by_index` or
-    # `controls_by_offset`
-    at_zero: bool = False
+    at_zero: bool = False  # whether the denoiser is told that they are clean, unless a conditioning has a method
     sight: Sight | None = None  # how the text encoder sees them; None where it does not
 
     def size(self, width: int, height: int) -> tuple[int, int]:
@@ -471,6 +474,7 @@ class Family(ABC):
             have the same tensors as the variant to train on.
         experts: the denoisers of models that have several, the noisiest part first; each has a file and a LoRA.
         controls: the controls that its models take, those of edit variants before those of all models.
+        control_methods: of `CONTROL_METHODS`, those that `predict` knows.
         lora_signatures: how its LoRA files are recognised without a model.
         released: configuration of the released denoiser for its diffusers class, to name its modules without a file.
     """
@@ -509,6 +513,7 @@ class Family(ABC):
     distilled_names: tuple[str, ...] = ()
     experts: tuple[Expert, ...] = ()
     controls: tuple[ControlForm, ...] = ()
+    control_methods: tuple[str, ...] = ()
     lora_signatures: tuple[Signature, ...] = ()
     released: Mapping[str, Any] | None = None
 

@@ -95,6 +95,7 @@ class Flux(Family):
     )
     distilled_names = ("schnell",)
     controls = (ControlForm(name="kontext", is_required=True, is_aligned=True, sizes=KONTEXT_SIZES),)
+    control_methods = (BY_OFFSET, BY_INDEX, BY_UXO)
     autoencoder = FLUX_AUTOENCODER
     released = {"guidance_embeds": True}
     lora_signatures = (
@@ -189,7 +190,7 @@ class Flux(Family):
             given = conditioning.tensors.get("guidance")
             guidance = latents.new_full((len(latents),), _DEFAULT_GUIDANCE) if given is None else given
         tokens, positions = [], []
-        corners = control_corners(conditioning, by_index=False, patch=2)
+        corners = control_corners(conditioning, (height, width), by_index=False, patch=2)
         for picture, corner in zip((latents, *conditioning.controls), ((0, 0, 0), *corners), strict=True):
             check_even(picture, self.title)
             rows, columns = (side // 2 for side in picture.shape[-2:])

@@ -257,7 +257,10 @@ def _activation_plans(
     """Every way to keep activations, measured on the meta device."""
     scale = model.components.latent.downscale
     beside = [(height // scale, width // scale) for width, height in controls]
-    samples = synthetic_samples(model, 1, side, side, frames=frames, controls=beside)
+    tokens, sight = None, model.sight
+    if sight is not None and controls:
+        tokens = model.family.usual_tokens + sum(sight.tokens(*one) for one in controls)
+    samples = synthetic_samples(model, 1, side, side, frames=frames, tokens=tokens, controls=beside)
     runtime, module = replace(job.runtime, device=_META), model.denoiser.module
     for one in (module, *job.adapters.values(), *job.differences.values()):
         _emptied(one, runtime.dtype)

@@ -130,7 +130,7 @@ def generate_clips(
 def clips(
     denoiser: Denoiser | Experts,
     positives: Sequence[Conditioning],
-    negative: Conditioning,
+    negatives: Sequence[Conditioning],
     sampling: Sampling,
     *,
     device: torch.device | None = None,
@@ -139,11 +139,12 @@ def clips(
 ) -> list[Clip]:
     """Generate one clip per encoded prompt, with LoRAs as applied to `denoiser`; pictures are clips of one frame.
 
-    A prompt's controls are the negative prompt's, too. Arguments and errors are as for `generate_clips`.
+    `negatives` are those of each prompt, whose controls are theirs, too. Arguments and errors are as for
+    `generate_clips`.
     """
     base, device = denoiser.base, device or best_device()
     first = denoiser.noisy if isinstance(denoiser, Experts) else denoiser
-    first.check_conditionings([*positives, negative])
+    first.check_conditionings([*positives, *negatives])
     components, shapes = base.components, [_latent_shape(base, sampling, one) for one in positives]
     sigmas = sigmas_for(first.diffusion.schedule, sampling.scheduler, sampling.steps, sampler=sampling.sampler)
     parts = denoiser.parts(sigmas) if isinstance(denoiser, Experts) else [(denoiser, sigmas)]
@@ -153,7 +154,7 @@ def clips(
     for one, some in parts:
         # Placed first and patched second: adapters are created on their layers' device.
         with placed_for_products(one.module, device=device, dtype=sampling.dtype), one.active():
-            for index, positive in enumerate(positives):
+            for index, (positive, negative) in enumerate(zip(positives, negatives, strict=True)):
                 latents[index] = sample_latents(
                     one.predict,
                     schedule=one.diffusion.schedule,
@@ -185,12 +186,14 @@ def _encoded(
     controls: Sequence[Image.Image],
     text_encoder: TextEncoder | None,
     device: torch.device | None,
-) -> tuple[list[Conditioning], Conditioning]:
+) -> tuple[list[Conditioning], list[Conditioning]]:
     encoder = text_encoder or denoiser.base.text_encoder
-    beside = encoded_controls(denoiser.base, controls, device)
-    with encoder.active(device):
-        positives = [encoder.encode(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
-        return [one.with_controls(beside) for one in positives], encoder.encode(negative)
+    beside, sight = encoded_controls(denoiser.base, controls, device), denoiser.base.sight
+    seen = [] if sight is None else [_pixels(_fitted(one, sight.size(*one.size))) for one in controls]
+    with encoder.active(device, sees=bool(seen)):
+        texts = [prompts] if isinstance(prompts, str) else prompts
+        positives = [encoder.encode(prompt, seen, sight=sight).with_controls(beside) for prompt in texts]
+        return positives, [encoder.encode(negative, seen, sight=sight)] * len(positives)
 
 
 def encoded_controls(model: Model, pictures: Sequence[Image.Image], device: torch.device | None = None) -> list[Tensor]:
@@ -205,14 +208,20 @@ def encoded_controls(model: Model, pictures: Sequence[Image.Image], device: torc
         raise OptionError(f"{title} {controls_taken(most)}, got {len(pictures)}; {remedy}")
     if form is None:
         return []
+    if pictures and form.sight is not None:
+        model.text_encoder.check_sight()
     if form.is_required and not pictures:
         raise OptionError(
             f"{title} edits pictures and needs one, got none; give it as a control, or choose edit none to draw without"
         )
     to_model = model.components.latent.to_model
     with model.autoencoder.active(device) if pictures else contextlib.nullcontext():
-        fitted = (ImageOps.fit(one, form.size(*one.size), Image.Resampling.LANCZOS) for one in pictures)
-        return [to_model(model.autoencoder.encode(_pixels(one))) for one in fitted]
+        return [to_model(model.autoencoder.encode(_pixels(_fitted(one, form.size(*one.size))))) for one in pictures]
+
+
+def _fitted(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The picture in a size; what does not fit its aspect ratio is cut off around the centre."""
+    return ImageOps.fit(picture, size, Image.Resampling.LANCZOS)
 
 
 def _pixels(picture: Image.Image) -> Tensor:

@@ -36,7 +36,7 @@ from lorasmith.families.parts.encoders import (
     tekken_tokenizer,
     weighted_states,
 )
-from lorasmith.families.parts.vision_towers import PICTURE, QWEN25_TOWER, QWEN3_TOWER, TowerKind, VisionTower
+from lorasmith.families.parts.vision_towers import PICTURE, QWEN3_TOWER, QWEN25_TOWER, TowerKind, VisionTower
 
 _QUERY_NORM = "layers.0.self_attn.q_norm.weight"
 _AFTER_ATTENTION = "layers.0.post_attention_layernorm.weight"
@@ -249,8 +249,8 @@ def hidden_states(
         if pictures:
             if (count := list(ids).count(PICTURE)) != len(pictures):
                 raise DataError(
-                    f"a prompt must have one <|image_pad|> for each of its {len(pictures)} pictures, got {count}; leave "
-                    "it out of the text"
+                    f"a prompt must have one <|image_pad|> for each of its {len(pictures)} pictures, got {count}; "
+                    "leave it out of the text"
                 )
             tower: VisionTower = encoder.__dict__[_TOWER]
             given = {"inputs_embeds": stack.enter_context(tower.seen(encoder, ids, pictures))}

@@ -87,9 +87,9 @@ class VisionTower:
         embedded = embedded.masked_scatter(is_picture[..., None], found.pooler_output.to(embedded))
         positions = token_positions(ids, [(h // merge, w // merge) for _, h, w in grids.tolist()]).to(device)
         hooks = [model.rotary_emb.register_forward_hook(self._rotated(positions))]
-        for layer, features in zip(model.layers, getattr(found, "deepstack_features", None) or ()):
+        for layer, features in enumerate(getattr(found, "deepstack_features", None) or ()):
             # Before those by which transformers reads the states.
-            hooks.append(layer.register_forward_hook(_added(is_picture, features), prepend=True))
+            hooks.append(model.layers[layer].register_forward_hook(_added(is_picture, features), prepend=True))
         try:
             yield embedded
         finally:
