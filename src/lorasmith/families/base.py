@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any, Literal, NamedTuple
@@ -344,9 +344,9 @@ class Sight:
         """Width and height of what is seen of a picture of width × height px."""
         return _scaled((width, height), self.pixels, self.multiple)
 
-    def prompt(self, text: str, count: int) -> str:
-        """The prompt of a text with pictures."""
-        marks = "".join(self.mark.format(number=number) for number in range(1, count + 1))
+    def prompt(self, text: str, numbers: Iterable[int]) -> str:
+        """The prompt of a text with pictures of these numbers."""
+        marks = "".join(self.mark.format(number=number) for number in numbers)
         return self.chat.format(pictures=marks, text=text)
 
     def tokens(self, width: int, height: int) -> int:

@@ -336,7 +336,8 @@ class TextEncoder:
             texts = {name: _prompt(text if isinstance(text, str) else text.get(name, "")) for name in components}
             if not pictures:
                 return self.family.encode_text(self.encoders, texts, self.encoding).to("cpu", torch.float32)
-            shown = texts if sight is None else {name: sight.prompt(one, len(pictures)) for name, one in texts.items()}
+            numbers = range(1, len(pictures) + 1)
+            shown = texts if sight is None else {name: sight.prompt(one, numbers) for name, one in texts.items()}
             found = self.family.encode_seen(self.encoders, shown, self.encoding, pictures).to("cpu", torch.float32)
             return replace(found, text=next(iter(texts.values())))
 
