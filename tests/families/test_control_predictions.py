@@ -153,14 +153,14 @@ def test_the_method_of_several_controls_is_the_conditionings(editing: Case) -> N
 @torch.no_grad()
 def test_a_batch_with_controls_is_its_samples_one_by_one(editing: Case) -> None:
     """Those of other numbers and sizes of controls are other kinds, which share no batch."""
-    family, network = editing.ours.family, editing.ours.components.denoiser
+    family, denoiser = editing.ours.family, editing.ours.denoiser
     kinds = {kind_of(prompt(editing, 1, controls)) for controls in ([], *CONTROLS)}
     assert len(kinds) == 4
     latents, time = noisy(editing, 2), torch.tensor([0.2, 0.9])
     both = prompt(editing, 2, CONTROLS[1])
     alone = [Conditioning({name: one[i : i + 1] for name, one in both.tensors.items()}) for i in range(2)]
-    together = family.predict(network, latents, time, family.join(alone))
-    singles = [family.predict(network, latents[i : i + 1], time[i : i + 1], alone[i]) for i in range(2)]
+    together = denoiser.predict(latents, time, family.join(alone))
+    singles = [denoiser.predict(latents[i : i + 1], time[i : i + 1], alone[i]) for i in range(2)]
     torch.testing.assert_close(together, torch.cat(singles), rtol=1e-5, atol=1e-6)
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lorasmith.core.errors import DataError, ModelError
 from lorasmith.core.placement import device_of
+from lorasmith.core.printable import count_text
 from lorasmith.families.base import Sight
 from lorasmith.families.files.original_weights import PartSource, block_count, build
 from lorasmith.families.parts.encoders import (
@@ -249,8 +250,8 @@ def hidden_states(
         if pictures:
             if (count := list(ids).count(PICTURE)) != len(pictures):
                 raise DataError(
-                    f"a prompt must have one <|image_pad|> for each of its {len(pictures)} pictures, got {count}; "
-                    "leave it out of the text"
+                    f"a prompt with {count_text(len(pictures), 'picture')} must have as many <|image_pad|>, got "
+                    f"{count}; leave it out of the text"
                 )
             tower: VisionTower = encoder.__dict__[_TOWER]
             given = {"inputs_embeds": stack.enter_context(tower.seen(encoder, ids, pictures))}
