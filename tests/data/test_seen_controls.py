@@ -1,4 +1,4 @@
-"""Pairs whose controls the text encoder sees: captions with pictures, their cache, draws, and towers that are missing."""
+"""Pairs whose controls the text encoder sees: captions with pictures, cache and draws, and towers that are missing."""
 
 from __future__ import annotations
 
