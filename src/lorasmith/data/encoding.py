@@ -22,7 +22,7 @@ from lorasmith.core.printable import described
 from lorasmith.core.processes import current
 from lorasmith.core.tensor_digests import digest_of_tensors
 from lorasmith.data.captions import CaptionRules
-from lorasmith.data.clips import ClipForm
+from lorasmith.data.clips import ClipForm, clip_form
 from lorasmith.data.controls import check_controls, control_framings, seen_with
 from lorasmith.data.crops import framings_of, pixel_step, place_weights
 from lorasmith.data.data_config import DataConfig, ImageSource
@@ -100,17 +100,6 @@ def load_dataset(
             hash_progress=hash_progress,
         )
     return replace(data, notes=(*notes, *data.notes), origin="pictures in memory" if held else "")
-
-
-def clip_form(model: Model, config: DataConfig) -> ClipForm | None:
-    """The clips that a model accepts, None for an image model. Raises OptionError for settings that it cannot use."""
-    latent, defaults = model.components.latent, model.defaults
-    if latent.time_downscale:
-        return ClipForm(config.frames or defaults.frames, config.frame_rate or defaults.frame_rate, latent)
-    for name in ("frames", "frame_rate"):
-        if (value := getattr(config, name)) is not None:
-            model.check_clips(name, value)
-    return None
 
 
 def datasets_folder() -> Path:
@@ -210,7 +199,7 @@ def encode_scan(
     pictures = PictureEncoder(
         encode=lambda pixels: latent.to_model(autoencoder.encode(pixels)),
         downscale=latent.downscale,
-        ready=lambda: autoencoder.active(where),
+        ready=lambda: model.encodes_pictures(where),
         entries=lambda: _entries(cache, autoencoder_digest, model, f"autoencoder of {model.title}", hash_progress),
         batch_pixels=_BATCH_PIXELS if where.type == "cuda" else 0,
         # Autoencoders of frames keep the frames before in themselves, so that threads cannot share them.

@@ -43,12 +43,23 @@ _CONTROL = "control_"
 FIRST_FRAME = "first_frame"
 """Name of the tensor of a conditioning that is the first frame of a clip's latents."""
 
+CLIP_VISION = "clip_vision"
+"""Name of the tensor of a conditioning that is made by an image encoder."""
+
 BY_OFFSET, BY_INDEX, BY_UXO, AT_ZERO = "controls_by_offset", "controls_by_index", "controls_by_uxo", "controls_at_zero"
 CONTROL_METHODS = {"offset": BY_OFFSET, "index": BY_INDEX, "uxo/uno": BY_UXO, "index_timestep_zero": AT_ZERO}
 """ComfyUI's methods of placing controls → tensors of a conditioning, of any value, that choose them: beside or below
 each other, each with an index of its own, beyond each other's corners, and by index with time 0."""
 
-_BESIDE = re.compile(rf"{_CONTROL}\d+|known|{FIRST_FRAME}|clip_vision")
+_BESIDE = re.compile(rf"{_CONTROL}\d+|known|{FIRST_FRAME}|{CLIP_VISION}")
+
+IMAGE_ENCODER = "image_encoder"
+"""Component name of an encoder of pictures that the denoiser attends to."""
+
+
+def encoder_title(component: str) -> str:
+    """What an encoder is called in messages."""
+    return "image encoder" if component == IMAGE_ENCODER else "text encoder"
 
 
 @dataclass(frozen=True)
@@ -422,6 +433,7 @@ class Components:
     text_encoders: Mapping[str, nn.Module] = field(default_factory=dict)
     tokenizers: Mapping[str, Any] = field(default_factory=dict)  # by the component name of their encoder
     vae: Any = None  # diffusers' autoencoder
+    image_encoder: nn.Module | None = None
 
     @property
     def encoders(self) -> TextEncoders:
@@ -430,7 +442,9 @@ class Components:
 
     def modules(self) -> dict[str, nn.Module]:
         """Every present part, by component name."""
-        return {"denoiser": self.denoiser, **self.text_encoders, **({} if self.vae is None else {"vae": self.vae})}
+        others = {"vae": self.vae, IMAGE_ENCODER: self.image_encoder}
+        there = {name: part for name, part in others.items() if part is not None}
+        return {"denoiser": self.denoiser, **self.text_encoders, **there}
 
 
 COMMON_PRESETS = {"all-linear": Rule(("*",), linear_only=True), "all": Rule(("*",))}
@@ -464,6 +478,7 @@ class Family(ABC):
         text_encoders: its text encoders by component name, in the order of the pipeline's.
         needs_each_encoder: whether it cannot do without one of them.
         autoencoder: its autoencoder.
+        image_encoder: its encoder of pictures that the denoiser attends to; see `encoder_slots`.
         clip_types: ComfyUI's names of it in nodes that load text encoders apart from the denoiser.
         predicts_by_length: whether `predict` runs the denoiser once for each length of context in a batch.
         repeatable_context: whether text enters by unmasked cross-attention alone, so that a context repeated k times
@@ -506,6 +521,7 @@ class Family(ABC):
     needs_each_encoder: bool = True
     predicts_by_length: bool = False
     autoencoder: AutoencoderSlot
+    image_encoder: EncoderSlot | None = None
     clip_types: tuple[str, ...] = ()
     repeatable_context: bool = False
     unused_tensors: tuple[str, ...] = ()
@@ -543,7 +559,14 @@ class Family(ABC):
     @property
     def slots(self) -> Mapping[str, EncoderSlot | AutoencoderSlot]:
         """Its parts besides the denoiser, by component name."""
-        return {**self.text_encoders, "vae": self.autoencoder}
+        image_encoder = {} if self.image_encoder is None else {IMAGE_ENCODER: self.image_encoder}
+        return {**self.text_encoders, "vae": self.autoencoder, **image_encoder}
+
+    def encoder_slots(self, denoiser: nn.Module) -> Mapping[str, EncoderSlot]:
+        """The encoders that a model with this denoiser has by component name, that of pictures included."""
+        if self.image_encoder is None or CLIP_VISION not in self.conditioning_shapes(denoiser):
+            return self.text_encoders
+        return {**self.text_encoders, IMAGE_ENCODER: self.image_encoder}
 
     def denoiser_class(self) -> type[nn.Module]:
         """The class of the denoiser, imported when this is called. Raises ModelError if it is not installed."""
@@ -686,6 +709,18 @@ class Family(ABC):
         """
         return {}
 
+    def known(self, denoiser: nn.Module, latents: Tensor, mask: Tensor) -> Tensor | None:
+        """`Conditioning.tensors["known"]` of a graph, from `concat_latent_image` and `concat_mask` of its conditioning.
+
+        None, by default, for denoisers that are given nothing of a picture: as in ComfyUI they ignore it.
+
+        Args:
+            denoiser: the network.
+            latents: (batch, channels, height, width) of the picture without what is to be painted, scaled.
+            mask: (batch or 1, 1, height, width) in pixels, 1 where it is to be painted.
+        """
+        return None
+
     def conditioning_shapes(self, denoiser: nn.Module) -> Mapping[str, tuple[int, ...]]:
         """Shapes of the conditioning tensors that `predict` needs, for a batch of 1 and a prompt of usual length."""
         return {"context": (1, self.usual_tokens, int(getattr(denoiser.config, self.text_width)))}
@@ -737,6 +772,12 @@ class Family(ABC):
             raise ModelError(
                 f"{self.title} needs an autoencoder for pictures, which this model came without; load a full "
                 f"checkpoint, or give it as well (its file is usually called {self.autoencoder.usual_file})"
+            )
+        slot = self.encoder_slots(components.denoiser).get(IMAGE_ENCODER) if images else None
+        if slot is not None and components.image_encoder is None:
+            raise ModelError(
+                f"{self.title} needs the image encoder {slot.kind}, which this model came without; give it like a text "
+                f"encoder (its file is usually called {slot.usual_file})"
             )
 
 
