@@ -228,9 +228,8 @@ def encoded_controls(
         return _beside(model, form, pictures, sampling, device) if pictures else {}
     to_model = model.components.latent.to_model
     with model.autoencoder.active(device) if pictures else contextlib.nullcontext():
-        return named_controls(
-            [to_model(model.autoencoder.encode(_fitted(one, form.size(*one.size)))) for one in pictures]
-        )
+        fitted = (_fitted(one, form.size(*one.size)) for one in pictures)
+        return named_controls([to_model(model.autoencoder.encode(one)) for one in fitted])
 
 
 def _beside(
