@@ -153,7 +153,7 @@ def test_a_node_without_a_latent_changes_nothing_and_the_method_is_a_setting(bas
     beyond = run(base, graph)["decode"][0][0]
     assert not torch.equal(beyond, found["decode"][0][0])
     graph["offset"]["inputs"]["reference_latents_method"] = "index_timestep_zero"
-    with pytest.raises(NodeError, match="must be offset or index or uxo/uno for .*, got index_timestep_zero; choose"):
+    with pytest.raises(NodeError, match=r"must be offset or index or uxo/uno for .*, got index_timestep_zero; choose"):
         run(base, graph)
 
 

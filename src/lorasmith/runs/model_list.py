@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lorasmith.core.errors import ModelError
 from lorasmith.core.folders import Folders
@@ -58,7 +58,8 @@ class ListedModel:
     family: str  # title of its family
     parts: tuple[ListedPart, ...]
     edits: tuple[str, ...] = ()  # edit variants of its family, which have its tensors
-    edit: str = ""  # the one of them that its name says it is
+    edit: str = ""  # the one of them that it is
+    edit_told_by: Literal["name", "tensors"] = "name"
     controls: ControlSource | None = None  # where the pictures come from that it edits or draws from; None without
 
     @property
@@ -105,11 +106,13 @@ def list_models(folders: Folders) -> ModelList:
 def _listed(file: FoundFile, family: Family, files: Sequence[FoundFile]) -> tuple[ListedModel, set[Path]]:
     """A model with its parts, and all files that fit it. ModelError if the model is an unsupported variant."""
     slots, form = family.text_encoders, None
+    told_by: Literal["name", "tensors"] = "name"
     widths: dict[str, int | None] = {}
     if family.controls or any(name not in file.parts for name in slots):
         model = load_structure(file.path)
         denoiser, form = model.components.denoiser, model.control_form
         slots = family.encoder_slots(denoiser)
+        told_by = "name" if family.controls_of(denoiser, ()) is None else "tensors"
         widths = {name: family.encoder_width(denoiser, name) for name in slots if name not in file.parts}
     parts = []
     fitting = {
@@ -134,6 +137,7 @@ def _listed(file: FoundFile, family: Family, files: Sequence[FoundFile]) -> tupl
         tuple(parts),
         tuple(one.name for one in family.controls if one.name),
         "" if form is None else form.name,
+        told_by,
         None if form is None else form.source,
     )
     return listed, fitting
