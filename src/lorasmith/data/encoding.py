@@ -194,7 +194,12 @@ def encode_scan(
         ready=lambda: encoder.active(where, sees=sight is not None),
         entries=lambda: _entries(cache, text_digest, model, f"text encoders of {model.title}", hash_progress),
         memory_bytes=int(config.caption_memory * 2**30),
-        encoder_bytes=sum(one.nbytes for part in encoder.encoders.modules.values() for one in part.parameters()),
+        encoder_bytes=sum(
+            one.nbytes
+            for name in encoder.encoders.modules
+            for part in encoder.networks(name, sees=sight is not None)
+            for one in part.parameters()
+        ),
     )
     pictures = PictureEncoder(
         encode=lambda pixels: latent.to_model(autoencoder.encode(pixels)),

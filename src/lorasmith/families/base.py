@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lorasmith.adapters.inject import Rule
 from lorasmith.core.errors import DataError, ModelError
 from lorasmith.core.extras import model_packages
-from lorasmith.core.printable import described, printable
+from lorasmith.core.printable import count_text, described, printable
 from lorasmith.core.registry import Registry, instance_of
 from lorasmith.diffusion.schedule import FlowSchedule, NoiseSchedule, ResolutionShift
 from lorasmith.families.files.checkpoint import OriginalCheckpoint, PipelineConfigs
@@ -374,6 +374,7 @@ class ControlForm:
     # of an edit variant with the tensors of its family's other models: part of the names of its files; empty where all
     # models of the family take controls
     name: str = ""
+    modelspec_name: str = ""  # `modelspec.architecture` of LoRAs for it, without `/lora`; empty for the family's
     is_required: bool = False  # whether it edits a picture, and draws none without
     # whether a control has the size of the picture that is trained, and its part, where both have one aspect ratio
     is_aligned: bool = False
@@ -409,7 +410,7 @@ def _scaled(size: tuple[int, int], pixels: int, multiple: int) -> tuple[int, int
 
 def controls_taken(most: int) -> str:
     """How many controls a model takes, for messages."""
-    return f"takes {f'at most {most}' if most else 'no'} controls"
+    return f"takes at most {count_text(most, 'control')}" if most else "takes no controls"
 
 
 NO_EDIT = "none"

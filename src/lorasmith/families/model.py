@@ -376,11 +376,15 @@ class TextEncoder:
         """The part of an encoder that sees pictures; None without."""
         return ENCODERS[self.family.text_encoders[component].kind].tower(self.encoders.modules[component])
 
+    def networks(self, component: str, *, sees: bool) -> list[nn.Module]:
+        """An encoder, and what it sees pictures with if it `sees` any."""
+        tower = self.tower(component) if sees else None
+        return [self.encoders.modules[component], *([] if tower is None else [tower])]
+
     def _place(self, stack: contextlib.ExitStack, component: str, device: torch.device, *, sees: bool) -> None:
-        """Place an encoder, and what it sees pictures with, until the stack is closed."""
-        for part in (self.encoders.modules[component], self.tower(component) if sees else None):
-            if part is not None:
-                stack.enter_context(placed_for_products(part, device=device, dtype=self.dtype_on(component, device)))
+        """Place the networks of an encoder until the stack is closed."""
+        for part in self.networks(component, sees=sees):
+            stack.enter_context(placed_for_products(part, device=device, dtype=self.dtype_on(component, device)))
 
     def dtype_on(self, component: str, device: torch.device | None = None) -> torch.dtype:
         """The number format in which an encoder runs on `device` (its own if None)."""

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -37,18 +38,26 @@ class TowerKind:
     width: str  # matrix that gives the width of the result
     settings: Mapping[str, Any]  # of its configuration, for towers from files
 
-    def build(self, source: PartSource) -> VisionTower | None:
-        """The tower in an encoder's tensors; None if it is not there. Raises ModelError as `build`."""
+    def found_in(self, source: PartSource) -> VisionTower | None:
+        """The tower in an encoder's tensors; None if it is not there."""
         prefix = next((one for one in _PREFIXES if f"{one}patch_embed.proj.weight" in source.tensors), None)
         if prefix is None:
             return None
+        own = {name.removeprefix(prefix): one for name, one in source.tensors.items() if name.startswith(prefix)}
+        return VisionTower(self, replace(source, tensors=own))
+
+    def build(self, source: PartSource) -> nn.Module:
+        """The network of a tower's tensors. Raises ModelError if some are missing or of wrong shape."""
         import transformers
 
-        tensors = {name.removeprefix(prefix): one for name, one in source.tensors.items() if name.startswith(prefix)}
         config_class, network = (getattr(transformers, name) for name in self.classes)
-        given = (source.config or {}).get("vision_config") or self._config(tensors)
-        config = config_class(**{name: value for name, value in given.items() if name != "model_type"})
-        return VisionTower(build(lambda: network(config), lambda _: tensors, where=source.where), self)
+
+        def make() -> nn.Module:
+            given = (source.config or {}).get("vision_config") or self._config(source.tensors)
+            made: nn.Module = network(config_class(**{key: one for key, one in given.items() if key != "model_type"}))
+            return made
+
+        return build(make, lambda _: source.tensors, where=source.where)
 
     def _config(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
         found = {
@@ -64,10 +73,15 @@ class TowerKind:
 
 @dataclass(frozen=True, eq=False)
 class VisionTower:
-    """A vision tower beside its language model."""
+    """A vision tower beside its language model, built when it is used."""
 
-    module: Any
     kind: TowerKind
+    source: PartSource
+
+    @cached_property
+    def module(self) -> Any:
+        """Its network. Raises ModelError as `TowerKind.build`."""
+        return self.kind.build(self.source)
 
     @contextlib.contextmanager
     def seen(self, model: Any, ids: Sequence[int], pictures: Sequence[Tensor]) -> Iterator[Tensor]:
