@@ -339,7 +339,10 @@ class Expert:
 
 
 ControlSource = Literal["files", "first frame", "first and last frame", "mask"]
-"""Where controls come from: further files, frames of the clip itself, or the picture outside of its mask."""
+"""Where controls come from: further files, frames of the clip itself, or the picture outside of its mask.
+
+With a mask, `known` has the latents of that picture first, then the pixels of the mask at each latent.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
