@@ -376,7 +376,7 @@ class TextEncoder:
             files = " or ".join(slot.usual_file for slot in self.family.text_encoders.values())
             raise ModelError(
                 f"{self.title} needs a text encoder that sees pictures, but this one has no tensors visual.*; give a "
-                f"whole {files}, or train without controls"
+                f"whole {files}, or leave out the controls"
             )
 
     def tower(self, component: str) -> nn.Module | None:

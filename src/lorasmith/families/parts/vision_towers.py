@@ -12,6 +12,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ _PREFIXES = ("visual.", "model.visual.")
 class TowerKind:
     """A vision tower of files and folders."""
 
+    architecture: str  # of the whole model, in transformers
     classes: tuple[str, str]  # of its configuration and of the network, in transformers
     mean: tuple[float, float, float]  # of the colours of pixels in [0, 1], as is `std`
     std: tuple[float, float, float]
@@ -48,9 +50,11 @@ class TowerKind:
 
     def build(self, source: PartSource) -> nn.Module:
         """The network of a tower's tensors. Raises ModelError if some are missing or of wrong shape."""
-        import transformers
-
-        config_class, network = (getattr(transformers, name) for name in self.classes)
+        place = f"transformers.models.{self.architecture}"  # releases before 5.24 export not all of it
+        modules = (f"{place}.configuration_{self.architecture}", f"{place}.modeling_{self.architecture}")
+        config_class, network = (
+            getattr(import_module(module), name) for module, name in zip(modules, self.classes, strict=True)
+        )
 
         def make() -> nn.Module:
             given = (source.config or {}).get("vision_config") or self._config(source.tensors)
@@ -166,6 +170,7 @@ def token_positions(ids: Sequence[int], grids: Sequence[tuple[int, int]]) -> Ten
 
 
 QWEN25_TOWER = TowerKind(
+    architecture="qwen2_5_vl",
     classes=("Qwen2_5_VLVisionConfig", "Qwen2_5_VisionTransformerPretrainedModel"),
     mean=(0.48145466, 0.4578275, 0.40821073),
     std=(0.26862954, 0.26130258, 0.27577711),
@@ -176,6 +181,7 @@ QWEN25_TOWER = TowerKind(
 )
 
 QWEN3_TOWER = TowerKind(
+    architecture="qwen3_vl",
     classes=("Qwen3VLVisionConfig", "Qwen3VLVisionModel"),
     mean=(0.5, 0.5, 0.5),
     std=(0.5, 0.5, 0.5),
