@@ -15,6 +15,9 @@ Recorded for each family, tensors as shape and `models.fingerprint`:
     with_lora       the same with a LoRA that Lorasmith wrote in its portable form, applied at strength 1
     clip            the prediction for several frames, of models of video
     controls        of edit models, the prediction with each of `family_cases.CONTROLS`
+    seen            of models whose text encoder sees pictures, the context of `family_cases.INSTRUCTION` with each of
+                    `family_cases.SEEN`, by the node TextEncodeQwenImageEditPlus, which does not scale them here; of
+                    Qwen-Image also by TextEncodeQwenImageEdit, with the first
     latents         a picture encoded by the VAE, and these latents normalised for the denoiser
     subsets         of a family that can do without some encoders: conditioning by `family_cases.SUBSETS` alone, and
                     with empty prompts left out (`EMPTIED`)
@@ -42,6 +45,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import comfyui_headless
 import comfyui_small
@@ -108,10 +112,29 @@ def _recorded(name: str, folder: Path) -> dict[str, Any]:
         "model": type(patcher.model).__name__,
         "conditioning": conditioning,
         **_predictions(patcher, ours, encoded["short"], lora),
+        **({"seen": _seen(clip, ours)} if any(form.sight for form in ours.family.controls) else {}),
         **({} if ours.family.needs_each_encoder else {"subsets": _subsets(ours.family, files)}),
         **_pictures(comfyui_small.load_autoencoder(files["vae"]), patcher.model),
         **_sampling(patcher.model.model_sampling),
     }
+
+
+def _seen(clip: Any, ours: Model) -> dict[str, Any]:
+    """Conditioning of an instruction with pictures, by node and number of them."""
+    import comfy.utils
+    from comfy_extras.nodes_qwen import TextEncodeQwenImageEdit, TextEncodeQwenImageEditPlus
+
+    found = {}
+    with mock.patch.object(comfy.utils, "common_upscale", lambda samples, *_: samples):
+        for which in family_cases.SEEN:
+            images = [one.movedim(1, -1) / 2 + 0.5 for one in family_cases.seen(ours, which)]
+            given = {f"image{number}": one for number, one in enumerate(images, start=1)}
+            encoded = TextEncodeQwenImageEditPlus.execute(clip, family_cases.INSTRUCTION, **given).result[0]
+            found[which] = _of(encoded)["context"]
+            if which == "one" and ours.family.name == "qwen-image":
+                edited = TextEncodeQwenImageEdit.execute(clip, family_cases.INSTRUCTION, image=images[0]).result[0]
+                found["edit"] = _of(edited)["context"]
+    return {which: family_cases.numbers(which, one) for which, one in found.items()}
 
 
 def _subsets(family: Family, files: Mapping[str, Path]) -> dict[str, Any]:
@@ -205,6 +228,7 @@ def _predictions(patcher: Any, ours: Model, encoded: dict[str, Tensor], lora: Pa
                 which, _prediction(patcher.model, x, encoded, method, family_cases.controls(ours, which))
             )
             for which, (method, _) in family_cases.CONTROLS.items()
+            if family_cases.has_method(ours, method)
         }
     return {
         **clip,

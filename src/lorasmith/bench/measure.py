@@ -125,7 +125,8 @@ def synthetic_samples(
         latents = torch.randn(shape, generator=generator)
         given = _shapes_beside(model, height * latent.downscale, width * latent.downscale, frames)
         tensors = {name: torch.randn(shape, generator=generator) for name, shape in {**shapes, **given}.items()}
-        beside = [torch.randn(1, latent.channels, *size, generator=generator) for size in controls]
+        sizes = [(1, *size) if latent.frames else size for size in controls]
+        beside = [torch.randn(1, latent.channels, *size, generator=generator) for size in sizes]
         return Sample(latents, Conditioning(tensors).with_controls(beside), f"random {index}")
 
     return tuple(sample(index) for index in range(count))

@@ -5,13 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
+
+from torch import Tensor
 
 from lorasmith.core.errors import DataError
 from lorasmith.core.printable import count_text
 from lorasmith.data.clips import clip_form
-from lorasmith.data.crops import Framing, bucket_size, centred
+from lorasmith.data.crops import Framing, bucket_size, centred, framed
 from lorasmith.data.data_config import DataConfig
+from lorasmith.data.dataset import SeenPicture
 from lorasmith.data.folder import FolderScan, ImageFile
+from lorasmith.data.picture_encoding import FramedImage
 from lorasmith.families.base import ControlForm, controls_taken
 from lorasmith.families.model import Model
 
@@ -41,6 +46,8 @@ def check_controls(scan: FolderScan, config: DataConfig, model: Model) -> None:
         return
     if many := next((one for one in paired if len(one.controls) > form.most), None):
         raise DataError(f"{title} {controls_taken(form.most)}, but {many.name} has {len(many.controls)}; remove some")
+    if paired and form.sight is not None:
+        model.text_encoder.check_sight()
     damaged = [(path, reason) for path, reason in scan.skipped if reason.kind == "control"]
     if config.controls == "optional" or not (form.is_required or config.control or paired or damaged):
         return
@@ -117,6 +124,27 @@ def control_framings(
     An aligned control has the image's size and part, or if its aspect ratio is another one, a size of as many pixels.
     """
     return [_control_framing(control, image, one, form) for one in framings]
+
+
+def seen_with(image: FramedImage, form: ControlForm | None) -> list[tuple[SeenPicture, ...]]:
+    """What the text encoder sees of the controls of an image, for each of its framings."""
+    found: list[tuple[SeenPicture, ...]] = [()] * len(image.framings)
+    if form is None or form.sight is None:
+        return found
+    for control in image.image.controls:
+        shown = []
+        for one in control_framings(control, image.image, image.framings, form):
+            width, height = form.sight.size(one.width, one.height)
+            shown.append(replace(one, width=width, height=height))
+        keys = FramedImage(control, tuple(shown), (control.digest, "")).keys()
+        pictures = (SeenPicture(key, partial(_pixels, control, one)) for key, one in zip(keys, shown, strict=True))
+        found = [(*before, picture) for before, picture in zip(found, pictures, strict=True)]
+    return found
+
+
+def _pixels(control: ImageFile, framing: Framing) -> Tensor:
+    """(1, 3, height, width) in [−1, 1]."""
+    return framed(control, control.digest, [framing], DataConfig(), downscale=1)[0].pixels[None]
 
 
 def _control_framing(control: ImageFile, image: ImageFile, framing: Framing, form: ControlForm) -> Framing:

@@ -23,10 +23,18 @@ from lorasmith.core.processes import current
 from lorasmith.core.tensor_digests import digest_of_tensors
 from lorasmith.data.captions import CaptionRules
 from lorasmith.data.clips import ClipForm, clip_form
-from lorasmith.data.controls import check_controls, control_framings
+from lorasmith.data.controls import check_controls, control_framings, seen_with
 from lorasmith.data.crops import framings_of, pixel_step, place_weights
 from lorasmith.data.data_config import DataConfig, ImageSource
-from lorasmith.data.dataset import EncodedCaptions, EncodedDataset, Picture, Sample, Variants
+from lorasmith.data.dataset import (
+    EncodedCaptions,
+    EncodedDataset,
+    Picture,
+    Sample,
+    SeenCaption,
+    SeenPicture,
+    Variants,
+)
 from lorasmith.data.encoder_digest import RememberedDigests, autoencoder_digest, text_encoder_digest
 from lorasmith.data.encoding_cache import CacheEntries, EncodingCache, default_cache, key_of
 from lorasmith.data.folder import FolderScan, ImageFile, scan_sources
@@ -179,13 +187,19 @@ def encode_scan(
         scan = scan.of_pictures()
     where = device or best_device()
     cache = default_cache(config.cache_limit) if config.cache else None
-    text_digest = partial(text_encoder_digest, device=where)
+    sight = model.sight if any(image.controls for image in scan.images) else None
+    text_digest = partial(text_encoder_digest, device=where, sight=sight)
     captions = EncodedCaptions(
-        encoder.encode,
-        ready=lambda: encoder.active(where),
+        partial(encoder.encode, sight=sight),
+        ready=lambda: encoder.active(where, sees=sight is not None),
         entries=lambda: _entries(cache, text_digest, model, f"text encoders of {model.title}", hash_progress),
         memory_bytes=int(config.caption_memory * 2**30),
-        encoder_bytes=sum(one.nbytes for part in encoder.encoders.modules.values() for one in part.parameters()),
+        encoder_bytes=sum(
+            one.nbytes
+            for name in encoder.encoders.modules
+            for part in encoder.networks(name, sees=sight is not None)
+            for one in part.parameters()
+        ),
     )
     pictures = PictureEncoder(
         encode=lambda pixels: latent.to_model(autoencoder.encode(pixels)),
@@ -233,19 +247,21 @@ def encode_images(
     step = pixel_step(config, multiple)
     processes = current()
     images = [_framed(image, config, resolution, step, pictures.clips) for image in scan.images]
+    seen = [seen_with(image, pictures.controls) for image in images]
+    plain = [SeenCaption.of(image.caption, one[0]) for image, one in zip(scan.images, seen, strict=True)]
     if processes.size > 1 and config.cache:
         # Each process encodes a share into the cache, from which all of them read the rest.
         share = slice(processes.rank, None, processes.size)
-        captions.encode_ahead(captions.missing([one.caption for one in scan.images])[share], caption_progress)
+        captions.encode_ahead(captions.missing(plain)[share], caption_progress)
         encode_pictures(images[share], pictures, config, progress)
         processes.gathered(None)
-    captions.encode_ahead([image.caption for image in scan.images], caption_progress)
+    captions.encode_ahead(plain, caption_progress)
     encoded = encode_pictures(images, pictures, config, progress)
     controls = _controls(images, pictures, progress)
     notes = [] if pictures.clips is None else list(_clips_in_part(images, pictures.clips))
     samples: list[Sample] = []
-    for image, found, beside in zip(images, encoded, controls, strict=True):
-        sample = _sample(image, found, beside, config, captions, pictures, notes)
+    for image, found, beside, shown in zip(images, encoded, controls, seen, strict=True):
+        sample = _sample(image, found, beside, shown, config, captions, pictures, notes)
         samples += [sample] * image.image.repeats
     return EncodedDataset(tuple(samples), captions, tuple(notes))
 
@@ -374,6 +390,7 @@ def _sample(
     framed: FramedImage,
     encoded: list[EncodedFraming],
     controls: _EncodedControls,
+    seen: list[tuple[SeenPicture, ...]],
     config: DataConfig,
     captions: EncodedCaptions,
     pictures: PictureEncoder,
@@ -382,7 +399,7 @@ def _sample(
     """The sample of an image; appends notes for the user to `notes`."""
     image, name = framed.image, framed.image.name
     found, fills = [], pictures.controls is not None and pictures.controls.source == "mask"
-    for framing, one, given in zip(framed.framings, encoded, controls.tensors, strict=True):
+    for framing, one, given, shown in zip(framed.framings, encoded, controls.tensors, seen, strict=True):
         places = place_weights(one.inside, config)
         crop = f"{framing.width}×{framing.height} crop"
         if one.inside is not None and (places is None or (fills and not one.inside.any())):
@@ -397,20 +414,21 @@ def _sample(
             )
         size = framing.picture_size(image.width, image.height)
         own = {} if config.controls == "none" else one.beside
-        found.append(Picture(one.latents, size, places, {**own, **given}))
+        found.append(Picture(one.latents, size, places, {**own, **given}, shown))
     rules = CaptionRules.of(config, is_class=image.is_class)
     dropout = config.control_dropout if found[0].beside else 0.0
     varies = len(found) > 1 or rules.varies(image.captions) or dropout > 0
     plain = found[0]
     return Sample(
         plain.latents,
-        pictures.sized(captions[image.caption], plain.size).with_beside(plain.beside),
+        pictures.sized(captions[SeenCaption.of(image.caption, plain.seen)], plain.size).with_beside(plain.beside),
         name,
         _digest(framed, controls, rules, config, given=sorted(plain.beside)),
         weight=image.weight,
         places=plain.places,
         is_class=image.is_class,
         variants=Variants(tuple(found), image.captions, rules, captions, pictures.sized, dropout) if varies else None,
+        seen=plain.seen,
     )
 
 

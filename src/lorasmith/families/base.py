@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any, Literal, NamedTuple
@@ -30,12 +30,12 @@ from lorasmith.formats.names import EncoderNames, ModelNames, Naming, OriginalNa
 from lorasmith.formats.spelling import DENOISER_START, SIGNATURES, Signature
 
 __all__ = [
-    "DENOISER_START", "SIGNATURES", "Any", "AutoencoderSlot", "Callable", "Components", "Conditioning", "ControlForm",
-    "DataError", "Defaults", "Diffusion", "EncoderNames", "EncoderSlot", "Encoding", "Expert", "Family",
-    "FlowSchedule", "LatentFormat", "Mapping", "ModelError", "ModelNames", "OriginalCheckpoint", "OriginalName",
-    "PictureSize", "PipelineConfigs", "ProgramLimits", "ResolutionShift", "Rule", "Sequence", "Signature", "Tensor",
-    "TextEncoders", "block_count", "check_even", "collate", "module_paths", "nn", "norm_name", "register", "replace",
-    "torch", "weight_shapes",
+    "AT_ZERO", "BY_INDEX", "BY_OFFSET", "BY_UXO", "DENOISER_START", "SIGNATURES", "Any", "AutoencoderSlot", "Callable",
+    "Components", "Conditioning", "ControlForm", "DataError", "Defaults", "Diffusion", "EncoderNames", "EncoderSlot",
+    "Encoding", "Expert", "Family", "FlowSchedule", "LatentFormat", "Mapping", "ModelError", "ModelNames",
+    "OriginalCheckpoint", "OriginalName", "PictureSize", "PipelineConfigs", "ProgramLimits", "ResolutionShift", "Rule",
+    "Sequence", "Sight", "Signature", "Tensor", "TextEncoders", "block_count", "check_even", "collate", "module_paths",
+    "nn", "norm_name", "register", "replace", "torch", "weight_shapes",
 ]  # fmt: skip
 
 
@@ -45,6 +45,11 @@ FIRST_FRAME = "first_frame"
 
 CLIP_VISION = "clip_vision"
 """Name of the tensor of a conditioning that is made by an image encoder."""
+
+BY_OFFSET, BY_INDEX, BY_UXO, AT_ZERO = "controls_by_offset", "controls_by_index", "controls_by_uxo", "controls_at_zero"
+CONTROL_METHODS = {"offset": BY_OFFSET, "index": BY_INDEX, "uxo/uno": BY_UXO, "index_timestep_zero": AT_ZERO}
+"""ComfyUI's methods of placing controls → tensors of a conditioning, of any value, that choose them: beside or below
+each other, each with an index of its own, beyond each other's corners, and by index with time 0."""
 
 _BESIDE = re.compile(rf"{_CONTROL}\d+|known|{FIRST_FRAME}|{CLIP_VISION}")
 
@@ -341,6 +346,30 @@ With a mask, `known` has the latents of that picture first, then the pixels of t
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sight:
+    """How a text encoder sees controls: as pictures in the prompt."""
+
+    pixels: int  # to which a picture is scaled
+    multiple: int  # of both sides in pixels
+    chat: str  # the prompt, with `{pictures}` and `{text}`
+    mark: str  # of each picture, with its `{number}` from 1
+
+    def size(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height of what is seen of a picture of width × height px."""
+        return _scaled((width, height), self.pixels, self.multiple)
+
+    def prompt(self, text: str, numbers: Iterable[int]) -> str:
+        """The prompt of a text with pictures of these numbers."""
+        marks = "".join(self.mark.format(number=number) for number in numbers)
+        return self.chat.format(pictures=marks, text=text)
+
+    def tokens(self, width: int, height: int) -> int:
+        """Number of tokens that the encoder makes of a picture of width × height px."""
+        columns, rows = (side // self.multiple for side in self.size(width, height))
+        return columns * rows
+
+
+@dataclass(frozen=True, kw_only=True)
 class ControlForm:
     """The pictures that a model edits or refers to, its controls."""
 
@@ -348,6 +377,7 @@ class ControlForm:
     # of an edit variant with the tensors of its family's other models: part of the names of its files; empty where all
     # models of the family take controls
     name: str = ""
+    modelspec_name: str = ""  # `modelspec.architecture` of LoRAs for it, without `/lora`; empty for the family's
     is_required: bool = False  # whether it edits a picture, and draws none without
     # whether a control has the size of the picture that is trained, and its part, where both have one aspect ratio
     is_aligned: bool = False
@@ -355,18 +385,30 @@ class ControlForm:
     most: int = 10  # programs have no limit; more are a mistake
     most_pixels: int = 1024**2
     multiple: int = 16  # of both sides in pixels
+    is_enlarged: bool = False  # whether smaller ones are enlarged to `most_pixels`
+    at_zero: bool = False  # whether the denoiser is told that they are clean, unless a conditioning has a method
+    sight: Sight | None = None  # how the text encoder sees them; None where it does not
 
     def size(self, width: int, height: int) -> tuple[int, int]:
-        """Width and height of a control of width × height px: the known size of the nearest aspect ratio, or its own,
-        shrunk to `most_pixels` and rounded down.
+        """Width and height of a control of width × height px: the known size of the nearest aspect ratio, `most_pixels`
+        in its own, or its own size, shrunk to `most_pixels` and rounded down.
         """
         if self.sizes:
             return min(self.sizes, key=lambda size: abs(size[0] / size[1] - width / height))
+        if self.is_enlarged:
+            return _scaled((width, height), self.most_pixels, self.multiple)
         factor = min(1.0, math.sqrt(self.most_pixels / (width * height)))
         sides = [
             max(self.multiple, int(side * factor + 1e-6) // self.multiple * self.multiple) for side in (width, height)
         ]
         return sides[0], sides[1]
+
+
+def _scaled(size: tuple[int, int], pixels: int, multiple: int) -> tuple[int, int]:
+    """A size scaled to a number of pixels, each side to its nearest multiple."""
+    factor = math.sqrt(pixels / math.prod(size))
+    width, height = (max(multiple, round(round(side * factor) / multiple) * multiple) for side in size)
+    return width, height
 
 
 def controls_taken(most: int) -> str:
@@ -451,6 +493,7 @@ class Family(ABC):
             have the same tensors as the variant to train on.
         experts: the denoisers of models that have several, the noisiest part first; each has a file and a LoRA.
         controls: the controls that its models take, those of edit variants before those of all models.
+        control_methods: of `CONTROL_METHODS`, those that `predict` knows.
         lora_signatures: how its LoRA files are recognised without a model.
         released: configuration of the released denoiser for its diffusers class, to name its modules without a file.
     """
@@ -490,6 +533,7 @@ class Family(ABC):
     distilled_names: tuple[str, ...] = ()
     experts: tuple[Expert, ...] = ()
     controls: tuple[ControlForm, ...] = ()
+    control_methods: tuple[str, ...] = ()
     lora_signatures: tuple[Signature, ...] = ()
     released: Mapping[str, Any] | None = None
 
@@ -629,6 +673,15 @@ class Family(ABC):
         Raises:
             ModelError: a text encoder is missing; see `text_encoder`.
         """
+
+    def encode_seen(
+        self, encoders: TextEncoders, texts: Mapping[str, str], encoding: Encoding, pictures: Sequence[Tensor]
+    ) -> Conditioning:
+        """As `encode_text`, of a prompt with pictures, for families whose controls have a `Sight`.
+
+        pictures: pixels (1, 3, height, width) in [−1, 1] each, in the sight's size.
+        """
+        raise ModelError(f"{self.title} has no pictures in prompts; give the prompt alone")
 
     def join(self, conditionings: Sequence[Conditioning]) -> Conditioning:
         """One batch of conditionings of any length; see `collate`."""

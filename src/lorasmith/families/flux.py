@@ -103,6 +103,7 @@ class Flux(Family):
     )
     distilled_names = ("schnell",)
     controls = (ControlForm(name="kontext", is_required=True, is_aligned=True, sizes=KONTEXT_SIZES),)
+    control_methods = (BY_OFFSET, BY_INDEX, BY_UXO)
     autoencoder = FLUX_AUTOENCODER
     released = {"guidance_embeds": True}
     lora_signatures = (
@@ -224,7 +225,7 @@ class Flux(Family):
             default = _FILL_GUIDANCE if _is_fill(denoiser) else _DEFAULT_GUIDANCE
             guidance = latents.new_full((len(latents),), default) if given is None else given
         tokens, positions = [], []
-        corners = control_corners(conditioning, by_index=False, patch=2)
+        corners = control_corners(conditioning, (height, width), by_index=False, patch=2)
         if _is_fill(denoiser):
             known = conditioning.tensors.get("known")
             latents = torch.cat((latents, self._nothing_known(latents) if known is None else known), dim=1)

@@ -8,7 +8,7 @@ from lorasmith.core.registry import Registry
 from lorasmith.workflow import NODES, Node
 
 _MODULES = (
-    *("conditioning", "images", "latents", "loaders", "image_to_video"),
+    *("conditioning", "images", "latents", "loaders", "image_to_video", "picture_prompts"),
     *("outputs", "datasets", "sampling", "strings", "training"),
 )
 

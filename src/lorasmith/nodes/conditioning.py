@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lorasmith.core.errors import DataError, ModelError, OptionError
-from lorasmith.families.base import Conditioning, PictureSize
+from lorasmith.core.errors import DataError, ModelError
+from lorasmith.families.base import CONTROL_METHODS, Conditioning, PictureSize
 from lorasmith.families.model import Autoencoder, TextEncoder
 from lorasmith.nodes.values import CONCAT_IMAGE, CONCAT_MASK, Latent, latent_of, pixels_from_image
 from lorasmith.workflow import NodeContext, Output, node, socket
@@ -330,25 +330,22 @@ def flux_kontext_multi_reference_latent_method(
     conditioning: list[Conditioning] = socket("CONDITIONING"),
     reference_latents_method: str = socket(
         "COMBO",
-        options=("offset", "index", "uxo/uno", "index_timestep_zero"),
-        tooltip="How several pictures lie to each other: beside or below each other, or each on its own.",
+        options=tuple(CONTROL_METHODS),
+        tooltip="How several pictures lie to each other: beside or below each other, or each on its own. "
+        "index_timestep_zero says besides that they are clean.",
     ),
 ) -> tuple[list[Conditioning]]:
-    """Choose the positions of reference latents; Flux.1 has offset, Flux.2 index without this node."""
-    if reference_latents_method not in _METHODS:
-        raise OptionError(
-            f"reference_latents_method must be {' or '.join(_METHODS)} here, got {reference_latents_method!r}; choose "
-            "one of these"
-        )
+    """Choose the positions of reference latents.
+
+    Without this node Flux.1 has offset, Flux.2 and Qwen-Image-Edit index, Krea 2 and Qwen-Image-Edit 2511
+    index_timestep_zero.
+    """
     changed = []
     for one in conditioning:
-        kept = {key: tensor for key, tensor in one.tensors.items() if key not in _METHODS.values()}
-        changed.append(replace(one, tensors=kept | {_METHODS[reference_latents_method]: torch.zeros(_batch(one))}))
+        kept = {key: tensor for key, tensor in one.tensors.items() if key not in CONTROL_METHODS.values()}
+        method = CONTROL_METHODS[reference_latents_method]
+        changed.append(replace(one, tensors={**kept, method: torch.zeros(_batch(one))}))
     return (changed,)
-
-
-_METHODS = {"offset": "controls_by_offset", "index": "controls_by_index"}
-"""Tensors of a conditioning by ComfyUI's name of what they choose."""
 
 
 def _with(conditioning: Conditioning, name: str, value: Tensor) -> Conditioning:

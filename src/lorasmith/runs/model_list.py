@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lorasmith.core.errors import ModelError
 from lorasmith.core.folders import Folders
@@ -58,7 +58,8 @@ class ListedModel:
     family: str  # title of its family
     parts: tuple[ListedPart, ...]
     edits: tuple[str, ...] = ()  # edit variants of its family, which have its tensors
-    edit: str = ""  # the one of them that its name says it is
+    edit: str = ""  # the one of them that it is
+    edit_told_by: Literal["name", "tensors"] = "name"
     controls: ControlSource | None = None  # where the pictures come from that it edits or draws from; None without
     also: Mapping[str, ControlSource] = field(default_factory=dict)  # where else, by the edit variant that says so
 
@@ -107,11 +108,13 @@ def _listed(file: FoundFile, family: Family, files: Sequence[FoundFile]) -> tupl
     """A model with its parts, and all files that fit it. ModelError if the model is an unsupported variant."""
     slots, form = family.text_encoders, None
     edits: tuple[str, ...] = ()
+    told_by: Literal["name", "tensors"] = "name"
     widths: dict[str, int | None] = {}
     if family.controls or any(name not in file.parts for name in slots):
         model = load_structure(file.path)
         denoiser, form, edits = model.components.denoiser, model.control_form, model.edits
         slots = family.encoder_slots(denoiser)
+        told_by = "name" if family.controls_of(denoiser, ()) is None else "tensors"
         widths = {name: family.encoder_width(denoiser, name) for name in slots if name not in file.parts}
     parts = []
     fitting = {
@@ -137,6 +140,7 @@ def _listed(file: FoundFile, family: Family, files: Sequence[FoundFile]) -> tupl
         tuple(parts),
         tuple(name for name in edits if name not in of_frames),
         "" if form is None or form.name in of_frames else form.name,
+        told_by,
         None if form is None else form.source,
         {name: source for name, source in of_frames.items() if form is None or form.name != name},
     )

@@ -133,6 +133,7 @@ def previews_of(
         denoiser,
         program.prompts,
         beside=[one.conditioning.beside for one in pairs],
+        seen=[[picture.pixels() for picture in one.seen] for one in pairs],
         load=lambda path, strength: Lora.load(path, base).applied(denoiser, None, strength=strength).denoiser,
         strengths=(1.0, *program.strengths),
         encoder=lambda strength: carried.applied(None, text_encoder, strength=strength).encoder,

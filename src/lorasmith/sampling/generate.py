@@ -133,7 +133,7 @@ def generate_clips(
 def clips(
     denoiser: Denoiser | Experts,
     positives: Sequence[Conditioning],
-    negative: Conditioning,
+    negatives: Sequence[Conditioning],
     sampling: Sampling,
     *,
     device: torch.device | None = None,
@@ -142,11 +142,12 @@ def clips(
 ) -> list[Clip]:
     """Generate one clip per encoded prompt, with LoRAs as applied to `denoiser`; pictures are clips of one frame.
 
-    A prompt's controls are the negative prompt's, too. Arguments and errors are as for `generate_clips`.
+    `negatives` are those of each prompt, whose controls are theirs, too. Arguments and errors are as for
+    `generate_clips`.
     """
     base, device = denoiser.base, device or best_device()
     first = denoiser.noisy if isinstance(denoiser, Experts) else denoiser
-    negatives = [negative.with_beside(one.beside) for one in positives]
+    negatives = [one.with_beside(positive.beside) for one, positive in zip(negatives, positives, strict=True)]
     first.check_conditionings([*positives, *negatives])
     shapes = [_latent_shape(base, sampling, one) for one in positives]
     sigmas = sigmas_for(first.diffusion.schedule, sampling.scheduler, sampling.steps, sampler=sampling.sampler)
@@ -157,13 +158,13 @@ def clips(
     for one, some in parts:
         # Placed first and patched second: adapters are created on their layers' device.
         with placed_for_products(one.module, device=device, dtype=sampling.dtype), one.active():
-            for index, positive in enumerate(positives):
+            for index, (positive, negative) in enumerate(zip(positives, negatives, strict=True)):
                 latents[index] = sample_latents(
                     one.predict,
                     schedule=one.diffusion.schedule,
                     parameterization=one.diffusion.parameterization,
                     positive=[positive],
-                    negative=[negatives[index]],
+                    negative=[negative],
                     latents=latents[index],
                     noise=noise[index],
                     sigmas=some,
@@ -195,12 +196,14 @@ def _encoded(
     sampling: Sampling,
     text_encoder: TextEncoder | None,
     device: torch.device | None,
-) -> tuple[list[Conditioning], Conditioning]:
+) -> tuple[list[Conditioning], list[Conditioning]]:
     encoder = text_encoder or denoiser.base.text_encoder
-    beside = encoded_controls(denoiser.base, controls, sampling, device, mask=mask)
-    with encoder.active(device):
-        positives = [encoder.encode(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
-        return [one.with_beside(beside) for one in positives], encoder.encode(negative)
+    beside, sight = encoded_controls(denoiser.base, controls, sampling, device, mask=mask), denoiser.base.sight
+    seen = [] if sight is None else [_fitted(one, sight.size(*one.size)) for one in controls]
+    with encoder.active(device, sees=bool(seen)):
+        texts = [prompts] if isinstance(prompts, str) else prompts
+        positives = [encoder.encode(prompt, seen, sight=sight).with_beside(beside) for prompt in texts]
+        return positives, [encoder.encode(negative, seen, sight=sight)] * len(positives)
 
 
 def encoded_controls(
@@ -226,6 +229,8 @@ def encoded_controls(
         raise OptionError(f"{title} {controls_taken(most)}, got {len(pictures)}; {remedy}")
     if form is None:
         return {}
+    if pictures and form.sight is not None:
+        model.text_encoder.check_sight()
     if form.source == "mask" and (mask is None or not pictures):
         lacking = "mask" if pictures else "control"
         raise OptionError(
@@ -241,8 +246,8 @@ def encoded_controls(
         return _beside(model, form, pictures, mask, sampling, device) if pictures else {}
     to_model = model.components.latent.to_model
     with model.autoencoder.active(device) if pictures else contextlib.nullcontext():
-        fitted = (ImageOps.fit(one, form.size(*one.size), Image.Resampling.LANCZOS) for one in pictures)
-        return named_controls([to_model(model.autoencoder.encode(_pixels(one))) for one in fitted])
+        fitted = (_fitted(one, form.size(*one.size)) for one in pictures)
+        return named_controls([to_model(model.autoencoder.encode(one)) for one in fitted])
 
 
 def _beside(
@@ -265,16 +270,21 @@ def _beside(
     size = (sampling.width or width, sampling.height or height)
     _latent_shape(model, replace(sampling, width=size[0], height=size[1]))
     if mask is not None:
-        pixels = _pixels(ImageOps.fit(pictures[0], size, Image.Resampling.LANCZOS))
+        pixels = _fitted(pictures[0], size)
         with model.encodes_pictures(device):
             return model.beside(pixels, _inside(mask, pictures[0].size, size))
     pixels = torch.zeros(1, 3, sampling.frames, size[1], size[0])
     for place, one in zip((0, -1), pictures, strict=False):
-        pixels[:, :, place] = _pixels(ImageOps.fit(one, size, Image.Resampling.LANCZOS))
+        pixels[:, :, place] = _fitted(one, size)
     if len(pictures) > 1:
         form = replace(form, source="first and last frame")
     with model.encodes_pictures(device):
         return model.beside(pixels, form=form)
+
+
+def _fitted(picture: Image.Image, size: tuple[int, int]) -> Tensor:
+    """Pixels of the picture in a size; what does not fit its aspect ratio is cut off around the centre."""
+    return _pixels(ImageOps.fit(picture, size, Image.Resampling.LANCZOS))
 
 
 def _inside(mask: Image.Image, of: tuple[int, int], size: tuple[int, int]) -> Tensor:

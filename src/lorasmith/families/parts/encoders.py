@@ -50,6 +50,10 @@ class EncoderKind(ABC):
     def build(self, source: PartSource) -> nn.Module:
         """The encoder, from tensors in any naming in use. Raises ModelError if some are missing or of wrong shape."""
 
+    def tower(self, encoder: nn.Module) -> nn.Module | None:
+        """The part of an encoder that sees pictures; None without."""
+        return None
+
     def width(self, encoder: Any) -> int:
         """Width of its states."""
         return int(encoder.config.hidden_size)
