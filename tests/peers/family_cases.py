@@ -16,6 +16,8 @@ from lorasmith.training.lora_handle import Lora
 PROMPTS = {"short": "a fox", "empty": "", "long": "a (red:1.3) fox in the [tall] grass, 日本語 " * 30}
 """Prompts: weights are syntax for Flux.1 alone. The long one is longer than any padding."""
 
+_QUOTED = {"hunyuan-video15": '“Ünder (open:1.2)” beside ‘two’ and "one", again "one"'}
+
 SUBSETS = ("clip_l clip_g", "t5xxl", "clip_l t5xxl", "clip_g")
 """Kinds of encoders given without the others."""
 
@@ -42,6 +44,11 @@ PERCENTS = (0.1, 0.25, 0.5, 0.75, 0.9)
 
 STEPS = (4, 28)
 """Numbers of steps whose sigmas are compared; 28 does not divide ComfyUI's tables."""
+
+
+def prompts(family: str) -> dict[str, str]:
+    """The prompts of a family; `quoted` for one that draws what is in quotation marks."""
+    return PROMPTS | ({"quoted": _QUOTED[family]} if family in _QUOTED else {})
 
 
 def picture() -> Tensor:

@@ -109,7 +109,7 @@ class HunyuanVideo15(Family):
         "attention+ff": Rule((*_ATTENTION, *_FEED_FORWARD)),
         "transformer": Rule((*_ATTENTION, *_FEED_FORWARD, *_MODULATION)),
     }
-    signs = ("cond_type_embedding.weight", "vision_in.proj.0.weight", "byt5_in.fc1.weight")
+    signs = ("cond_type_embedding.weight", "img_in.proj.weight", "byt5_in.fc1.weight")
     text_encoders = {
         "text_encoder": EncoderSlot(
             "qwen25vl", "qwen_2.5_vl_7b_fp8_scaled.safetensors", ("text_encoders.qwen25_7b.transformer.",)
