@@ -101,6 +101,8 @@ def denoise(
         extra = {"y": torch.cat((pooled, Timestep(256)(time_ids.flatten()).reshape(len(x), -1)), dim=1)}
     if t5xxl_ids is not None and t5xxl_weights is not None:  # as comfy.model_base.Anima.extra_conds shapes them
         extra = {"t5xxl_ids": t5xxl_ids, "t5xxl_weights": t5xxl_weights.unsqueeze(-1)}
+    if type(denoiser).__name__ == "HunyuanVideo":  # as comfy.model_base.HunyuanVideo15.concat_cond fills the channels
+        x = torch.cat((x, x.new_zeros(len(x), denoiser.in_channels - x.shape[1], *x.shape[2:])), dim=1)
     with torch.no_grad():
         output: Tensor = denoiser(x.clone(), timestep, context=context, **extra)
     return output

@@ -78,6 +78,13 @@ def _anima() -> dict[str, Tensor]:
     return {**tensors, "llm_adapter.embed.weight": tensors["llm_adapter.embed.weight"][:VOCABULARY].contiguous()}
 
 
+_UNREACHED = (
+    *(f"double_blocks.1.txt_{layer}" for layer in ("attn.proj", "attn.norm.query_norm", "mlp.0", "mlp.2")),
+    *("byt5_in.*", "vision_in.*"),
+)
+"""ComfyUI's names of what HunyuanVideo 1.5 predicts without: the end of the text, quoted text and a picture."""
+
+
 TRAINED: Mapping[str, Trained] = {
     "sd1": Trained(lambda: models.checkpoint(models.SD1_TINY, 0), (4,), models.SD1_TINY.context, times=(951.0, 123.0)),
     "sdxl": Trained(
@@ -108,4 +115,12 @@ TRAINED: Mapping[str, Trained] = {
     "qwen-image": Trained(TINY["qwen-image"].denoiser_tensors, (16, 1), 32, unreached=TINY["qwen-image"].unreached),
     "wan": Trained(TINY["wan"].denoiser_tensors, (16, 2), 32, times=(900.0, 200.0)),  # clips of five frames
     "wan22-5b": Trained(TINY["wan22-5b"].denoiser_tensors, (48, 2), 32, times=(900.0, 200.0), size=(8, 4)),
+    "hunyuan-video15": Trained(
+        TINY["hunyuan-video15"].denoiser_tensors,
+        (32, 2),
+        32,
+        times=(900.0, 200.0),
+        size=(8, 4),
+        unreached=_UNREACHED,
+    ),
 }
