@@ -11,7 +11,7 @@ the same fusion, those of the authors have no fusion.
 from __future__ import annotations
 
 import math
-import re
+from collections.abc import Iterator
 
 from lorasmith.families.base import *
 from lorasmith.families.parts.encoders import literal_text
@@ -34,7 +34,7 @@ _ASPECTS = (
     "5. camera angles, movements, and transitions used in the video.",
 )
 _SYSTEM = "You are a helpful assistant. Describe the video by detailing the following aspects:"
-_QUOTED = (r'"(.*?)"', "‘(.*?)’", "“(.*?)”")
+_QUOTES = (('"', '"'), ("‘", "’"), ("“", "”"))
 _TURN = "<|im_start|>"
 
 _ATTENTION = ("transformer_blocks.*.attn.to_*", "transformer_blocks.*.attn.add_*_proj")
@@ -83,14 +83,16 @@ _REFINER = {
     "ff.net.2": "mlp.2",
     "norm_out.linear": "adaLN_modulation.1",
 }
-# In blocks: parts of ComfyUI's names → the authors'.
-_AUTHORS = (
-    (r"_attn\.norm\.(query|key)_norm$", lambda match: f"_attn_{match[1][0]}_norm"),
-    (r"_attn\.(qkv|proj)$", r"_attn_\1"),
-    (r"_mod\.lin$", "_mod.linear"),
-    (r"mlp\.0$", "mlp.fc1"),
-    (r"mlp\.2$", "mlp.fc2"),
-)
+# In blocks: ends of ComfyUI's names → the authors'.
+_AUTHORS = {
+    "_attn.qkv": "_attn_qkv",
+    "_attn.proj": "_attn_proj",
+    "_attn.norm.query_norm": "_attn_q_norm",
+    "_attn.norm.key_norm": "_attn_k_norm",
+    "_mod.lin": "_mod.linear",
+    "mlp.0": "mlp.fc1",
+    "mlp.2": "mlp.fc2",
+}
 
 
 class HunyuanVideo15(Family):
@@ -189,11 +191,10 @@ class HunyuanVideo15(Family):
             else:
                 third = "qkv".index(rest.removeprefix("attn.to_"))
                 place = OriginalName(f"{block}.self_attn.qkv", rows=(third * width, (third + 1) * width))
-        name = place.path
-        for pattern, replacement in _AUTHORS:
-            name = re.sub(pattern, replacement, name)
-        if name == place.path:
+        end = next((one for one in _AUTHORS if place.path.endswith(one)), None)
+        if end is None:
             return place
+        name = place.path.removesuffix(end) + _AUTHORS[end]
         others = [replace(place, path=name)]
         if place.rows is not None:
             others.append(OriginalName(f"{name.removesuffix('qkv')}{'qkv'[place.rows[0] // width]}"))
@@ -260,12 +261,24 @@ def _glyphs(text: str, *, follows_diffusers: bool) -> str:
     ComfyUI takes single quotation marks too, and repeats what is there twice.
     """
     if follows_diffusers:
-        quoted = list(
-            dict.fromkeys(first or second for first, second in re.findall(f"{_QUOTED[0]}|{_QUOTED[2]}", text))
-        )
+        quoted = list(dict.fromkeys(_quoted(text, _QUOTES[0], _QUOTES[2])))
     else:
-        quoted = [one for marks in _QUOTED for one in re.findall(marks, text)]
+        quoted = [one for marks in _QUOTES for one in _quoted(text, marks)]
     return "".join(f'Text "{one}". ' for one in quoted)
+
+
+def _quoted(text: str, *marks: tuple[str, str]) -> Iterator[str]:
+    """What is between marks on a line, from left to right."""
+    for line in text.split("\n"):
+        closings, at = dict(marks), 0
+        while found := [place for opening in closings if (place := line.find(opening, at)) >= 0]:
+            start = min(found)
+            end = line.find(closings[line[start]], start + 1)
+            if end < 0:
+                del closings[line[start]]
+            else:
+                yield line[start + 1 : end]
+                at = end + 1
 
 
 def _flow(shift: float) -> Diffusion:

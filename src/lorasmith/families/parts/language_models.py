@@ -275,10 +275,9 @@ _BYT5_WIDTH = 1472  # of the small size, which no other T5 has
 class T5Encoder(EncoderKind):
     """T5 v1.1, of which image models use the XXL size, UMT5, of which video models do, or the small ByT5."""
 
-    longest = 512
-
     def __init__(self, name: str) -> None:
         self.name = name
+        self.longest = 256 if name == "byt5_small" else 512  # bytes of ByT5
         self._is_umt5 = name == "umt5xxl"
 
     def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
