@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from lorasmith.core.errors import DataError
 from lorasmith.core.printable import count_text
+from lorasmith.data.clips import clip_form
 from lorasmith.data.crops import Framing, bucket_size, centred
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.folder import FolderScan, ImageFile
@@ -19,19 +20,22 @@ _OPTIONAL = "or add --controls optional"
 
 
 def check_controls(scan: FolderScan, config: DataConfig, model: Model) -> None:
-    """Raise DataError if the controls of a folder do not fit a model, or one is missing."""
-    if config.controls == "none":
-        return
+    """Raise DataError if the controls of a folder do not fit a model, or one is missing, or a clip is too short."""
     form, title = model.control_form, f"{model.title} ({model.family.title})"
     subjects = [one for one in scan.images if not one.is_class]
     paired = [one for one in subjects if one.controls]
-    if form is None:
+    if form is not None and form.source in ("first frame", "first and last frame") and form.is_required:
+        _check_clips(scan, config, model)
+    if config.controls == "none":
+        return
+    if form is None or form.source != "files":
         if paired or config.control:
-            variants = [one.name for one in model.family.controls if one.name]
+            variants = [one.name for one in model.family.controls if one.name and one.source == "files"]
             what = f"{paired[0].name} has {paired[0].controls[0].path}" if paired else f"control is {config.control[0]}"
             without = "leave --control out" if config.control else "add --controls none"
             edit = f"add --edit {' or '.join(variants)} if it is an edit model, or " if variants else ""
-            raise DataError(f"{title} takes no controls, but {what}; {edit}{without} to train without them")
+            takes = "no controls" if form is None else "none beside its images"
+            raise DataError(f"{title} takes {takes}, but {what}; {edit}{without} to train without them")
         return
     if many := next((one for one in paired if len(one.controls) > form.most), None):
         raise DataError(f"{title} {controls_taken(form.most)}, but {many.name} has {len(many.controls)}; remove some")
@@ -59,6 +63,26 @@ def check_controls(scan: FolderScan, config: DataConfig, model: Model) -> None:
             f"all images need as many controls, but {first.name} has {len(first.controls)} and {other.name} "
             f"{len(other.controls)}; add or remove some, {_OPTIONAL}"
         )
+
+
+def _check_clips(scan: FolderScan, config: DataConfig, model: Model) -> None:
+    """Raise DataError unless each file is a clip of several latents, which are drawn from its first frame."""
+    title, clips = f"{model.title} ({model.family.title})", clip_form(model, config)
+    if config.control_dropout:
+        raise DataError(
+            f"control_dropout must be 0 for {title}, which always draws from a picture, got "
+            f"{config.control_dropout:g}; leave it out"
+        )
+    assert clips is not None
+    least = 1 + clips.latent.time_downscale
+    for one in scan.images:
+        frames = len(clips.numbers(one.frames, one.rate)) if one.frames else 1
+        if frames < least:
+            what = f"{clips.available(one.frames, one.rate)} frames at {clips.rate:g} a second" if one.frames else "one"
+            raise DataError(
+                f"{title} draws a clip from its first frame, and needs at least {least} frames, but {one.name} has "
+                f"{what}; remove it, or train it with a text-to-video model"
+            )
 
 
 def has_aspect_of(control: ImageFile, image: ImageFile) -> bool:

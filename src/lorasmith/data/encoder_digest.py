@@ -36,7 +36,7 @@ from lorasmith.core.mapped_files import FileState, file_state, place_on_file, re
 from lorasmith.core.registry import Registry
 from lorasmith.core.tensor_digests import digest_of_tensors
 from lorasmith.data.encoding_cache import DIGESTS, EncodingCache, ensure_private, is_digest, key_of
-from lorasmith.families.base import FAMILIES
+from lorasmith.families.base import FAMILIES, IMAGE_ENCODER
 from lorasmith.families.model import Autoencoder, Model, TextEncoder
 from lorasmith.families.parts.autoencoders import AUTOENCODERS
 from lorasmith.formats.metadata import sha256_file
@@ -84,8 +84,13 @@ def autoencoder_digest(source: Model | Autoencoder, *, remembered: RememberedDig
 
     `source` is a model, whose scale and shift of latents count, or an autoencoder. ModelError if the model has none.
     """
+    beside: dict[str, Any] = {}
     if isinstance(source, Model):
         autoencoder, latent = source.autoencoder, source.components.latent
+        if (origin := source.control_source) != "files":
+            encoder = source.components.image_encoder
+            digest = "" if encoder is None else network_digest(IMAGE_ENCODER, encoder, remembered)
+            beside = {"beside": [source.family.name, origin, digest]}
     else:
         autoencoder, latent = source, source.latent
     return key_of(
@@ -95,6 +100,7 @@ def autoencoder_digest(source: Model | Autoencoder, *, remembered: RememberedDig
         latent=asdict(latent),
         network=network_digest("vae", autoencoder.module, remembered),
         versions=_versions("diffusers", *_package(AUTOENCODERS, autoencoder.kind)),
+        **beside,
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any, Literal, NamedTuple
@@ -30,15 +30,31 @@ from lorasmith.formats.names import EncoderNames, ModelNames, Naming, OriginalNa
 from lorasmith.formats.spelling import DENOISER_START, SIGNATURES, Signature
 
 __all__ = [
-    "DENOISER_START", "SIGNATURES", "Any", "AutoencoderSlot", "Conditioning", "ControlForm", "DataError", "Defaults",
-    "Diffusion", "EncoderNames", "EncoderSlot", "Encoding", "Expert", "Family", "FlowSchedule", "LatentFormat",
-    "Mapping", "ModelError", "ModelNames", "OriginalCheckpoint", "OriginalName", "PictureSize", "PipelineConfigs",
-    "ProgramLimits", "ResolutionShift", "Rule", "Sequence", "Signature", "Tensor", "TextEncoders", "block_count",
-    "check_even", "collate", "module_paths", "nn", "norm_name", "register", "replace", "torch", "weight_shapes",
+    "DENOISER_START", "SIGNATURES", "Any", "AutoencoderSlot", "Callable", "Components", "Conditioning", "ControlForm",
+    "DataError", "Defaults", "Diffusion", "EncoderNames", "EncoderSlot", "Encoding", "Expert", "Family",
+    "FlowSchedule", "LatentFormat", "Mapping", "ModelError", "ModelNames", "OriginalCheckpoint", "OriginalName",
+    "PictureSize", "PipelineConfigs", "ProgramLimits", "ResolutionShift", "Rule", "Sequence", "Signature", "Tensor",
+    "TextEncoders", "block_count", "check_even", "collate", "module_paths", "nn", "norm_name", "register", "replace",
+    "torch", "weight_shapes",
 ]  # fmt: skip
 
 
 _CONTROL = "control_"
+FIRST_FRAME = "first_frame"
+"""Name of the tensor of a conditioning that is the first frame of a clip's latents."""
+
+CLIP_VISION = "clip_vision"
+"""Name of the tensor of a conditioning that is made by an image encoder."""
+
+_BESIDE = re.compile(rf"{_CONTROL}\d+|known|{FIRST_FRAME}|{CLIP_VISION}")
+
+IMAGE_ENCODER = "image_encoder"
+"""Component name of an encoder of pictures that the denoiser attends to."""
+
+
+def encoder_title(component: str) -> str:
+    """What an encoder is called in messages."""
+    return "image encoder" if component == IMAGE_ENCODER else "text encoder"
 
 
 @dataclass(frozen=True)
@@ -50,7 +66,10 @@ class Conditioning:
             width) is there in each family; `pooled` (batch, width), `guidance` (batch,) and others where the family
             has them. With `no_guidance`, of any value, a network with an embedding of guidance leaves it out.
             `control_0`, `control_1`, ... (batch, channels, height, width) are pictures to edit or refer to, scaled like
-            the latents; sizes of their own are never padded.
+            the latents; sizes of their own are never padded. Made of the picture or clip itself (`Family.beside`):
+            `known` (batch, channels, [frames,] height, width) are channels beside the noisy latents, `first_frame`
+            (batch, channels, 1, height, width) is a clip's first frame, which gets no noise, `clip_vision` (batch,
+            tokens, width) are states of an image encoder.
         text: the prompt it came from, for reports and metadata; None when unknown.
         mask: bool (batch, tokens), True for tokens of the context that are attended to; None for all of them.
         span: the part of sampling that it applies to, from 0 at the start to 1 at the end; training ignores it.
@@ -83,10 +102,20 @@ class Conditioning:
 
     def with_controls(self, controls: Sequence[Tensor]) -> Conditioning:
         """The conditioning with these controls in place of its own."""
-        if not controls and not self.controls:
+        others = {name: one for name, one in self.beside.items() if not name.startswith(_CONTROL)}
+        return self.with_beside({**others, **named_controls(controls)})
+
+    @property
+    def beside(self) -> Mapping[str, Tensor]:
+        """The tensors that are made of pictures."""
+        return {name: one for name, one in self.tensors.items() if _BESIDE.fullmatch(name)}
+
+    def with_beside(self, beside: Mapping[str, Tensor]) -> Conditioning:
+        """The conditioning with these tensors in place of those that are made of pictures."""
+        if not beside and not self.beside:
             return self
-        others = {name: one for name, one in self.tensors.items() if not re.fullmatch(rf"{_CONTROL}\d+", name)}
-        return replace(self, tensors=others | {f"{_CONTROL}{index}": one for index, one in enumerate(controls)})
+        others = {name: one for name, one in self.tensors.items() if not _BESIDE.fullmatch(name)}
+        return replace(self, tensors={**others, **beside})
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -102,6 +131,11 @@ class Conditioning:
         }
         mask = None if self.mask is None else self.mask.to(device, non_blocking=True)
         return replace(self, tensors=moved, mask=mask)
+
+
+def named_controls(controls: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Controls by the names that they have in a conditioning."""
+    return {f"{_CONTROL}{index}": one for index, one in enumerate(controls)}
 
 
 class PictureSize(NamedTuple):
@@ -299,10 +333,15 @@ class Expert:
         return _letters(self.name) in _letters(file)
 
 
+ControlSource = Literal["files", "first frame", "first and last frame", "mask"]
+"""Where controls come from: further files, frames of the clip itself, or the picture outside of its mask."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ControlForm:
     """The pictures that a model edits or refers to, its controls."""
 
+    source: ControlSource = "files"
     # of an edit variant with the tensors of its family's other models: part of the names of its files; empty where all
     # models of the family take controls
     name: str = ""
@@ -353,6 +392,7 @@ class Components:
     text_encoders: Mapping[str, nn.Module] = field(default_factory=dict)
     tokenizers: Mapping[str, Any] = field(default_factory=dict)  # by the component name of their encoder
     vae: Any = None  # diffusers' autoencoder
+    image_encoder: nn.Module | None = None
 
     @property
     def encoders(self) -> TextEncoders:
@@ -361,7 +401,9 @@ class Components:
 
     def modules(self) -> dict[str, nn.Module]:
         """Every present part, by component name."""
-        return {"denoiser": self.denoiser, **self.text_encoders, **({} if self.vae is None else {"vae": self.vae})}
+        others = {"vae": self.vae, IMAGE_ENCODER: self.image_encoder}
+        there = {name: part for name, part in others.items() if part is not None}
+        return {"denoiser": self.denoiser, **self.text_encoders, **there}
 
 
 COMMON_PRESETS = {"all-linear": Rule(("*",), linear_only=True), "all": Rule(("*",))}
@@ -395,6 +437,7 @@ class Family(ABC):
         text_encoders: its text encoders by component name, in the order of the pipeline's.
         needs_each_encoder: whether it cannot do without one of them.
         autoencoder: its autoencoder.
+        image_encoder: its encoder of pictures that the denoiser attends to; see `encoder_slots`.
         clip_types: ComfyUI's names of it in nodes that load text encoders apart from the denoiser.
         predicts_by_length: whether `predict` runs the denoiser once for each length of context in a batch.
         repeatable_context: whether text enters by unmasked cross-attention alone, so that a context repeated k times
@@ -436,6 +479,7 @@ class Family(ABC):
     needs_each_encoder: bool = True
     predicts_by_length: bool = False
     autoencoder: AutoencoderSlot
+    image_encoder: EncoderSlot | None = None
     clip_types: tuple[str, ...] = ()
     repeatable_context: bool = False
     unused_tensors: tuple[str, ...] = ()
@@ -454,8 +498,11 @@ class Family(ABC):
         """Whether a diffusers pipeline, in a folder or in memory, is of this family."""
         return self.pipeline in configs.classes
 
-    def controls_of(self, names: Sequence[str], edit: str | None = None) -> ControlForm | None:
-        """The controls of a model whose file or folder has one of these names, or is the variant `edit`."""
+    def controls_of(self, denoiser: nn.Module, names: Sequence[str], edit: str | None = None) -> ControlForm | None:
+        """The controls of a model whose file or folder has one of these names, or is the variant `edit`.
+
+        A family whose files tell variants apart by their tensors chooses by the denoiser's configuration.
+        """
         if edit is not None:
             return next((form for form in self.controls if form.name == edit), None)
         given = [_letters(name) for name in names]
@@ -469,7 +516,14 @@ class Family(ABC):
     @property
     def slots(self) -> Mapping[str, EncoderSlot | AutoencoderSlot]:
         """Its parts besides the denoiser, by component name."""
-        return {**self.text_encoders, "vae": self.autoencoder}
+        image_encoder = {} if self.image_encoder is None else {IMAGE_ENCODER: self.image_encoder}
+        return {**self.text_encoders, "vae": self.autoencoder, **image_encoder}
+
+    def encoder_slots(self, denoiser: nn.Module) -> Mapping[str, EncoderSlot]:
+        """The encoders that a model with this denoiser has by component name, that of pictures included."""
+        if self.image_encoder is None or CLIP_VISION not in self.conditioning_shapes(denoiser):
+            return self.text_encoders
+        return {**self.text_encoders, IMAGE_ENCODER: self.image_encoder}
 
     def denoiser_class(self) -> type[nn.Module]:
         """The class of the denoiser, imported when this is called. Raises ModelError if it is not installed."""
@@ -581,6 +635,28 @@ class Family(ABC):
         """The conditioning with a picture's size, if the denoiser is conditioned on it; else unchanged."""
         return conditioning
 
+    def beside(
+        self,
+        form: ControlForm,
+        components: Components,
+        encode: Callable[[Tensor], Tensor],
+        pixels: Tensor,
+        mask: Tensor | None,
+    ) -> Mapping[str, Tensor]:
+        """What the denoiser is given of a picture or clip, by names of `Conditioning.tensors`; by default nothing.
+
+        Called for a form whose source is not files, where samples are encoded and where pictures are drawn.
+
+        Args:
+            form: the model's.
+            components: the model's parts.
+            encode: pixels (1, 3, [frames,] height, width) in [−1, 1] → latents, scaled for the denoiser.
+            pixels: those of the picture or clip; where a clip is drawn, only the frames that `form.source` names are
+                known, and the others are 0.
+            mask: (height, width) in pixels, 1 inside; None without one.
+        """
+        return {}
+
     def conditioning_shapes(self, denoiser: nn.Module) -> Mapping[str, tuple[int, ...]]:
         """Shapes of the conditioning tensors that `predict` needs, for a batch of 1 and a prompt of usual length."""
         return {"context": (1, self.usual_tokens, int(getattr(denoiser.config, self.text_width)))}
@@ -632,6 +708,12 @@ class Family(ABC):
             raise ModelError(
                 f"{self.title} needs an autoencoder for pictures, which this model came without; load a full "
                 f"checkpoint, or give it as well (its file is usually called {self.autoencoder.usual_file})"
+            )
+        slot = self.encoder_slots(components.denoiser).get(IMAGE_ENCODER) if images else None
+        if slot is not None and components.image_encoder is None:
+            raise ModelError(
+                f"{self.title} needs the image encoder {slot.kind}, which this model came without; give it like a text "
+                f"encoder (its file is usually called {slot.usual_file})"
             )
 
 

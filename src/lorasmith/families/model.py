@@ -27,6 +27,7 @@ from lorasmith.families.base import (
     Components,
     Conditioning,
     ControlForm,
+    ControlSource,
     Defaults,
     Diffusion,
     Encoding,
@@ -72,7 +73,8 @@ class Model:
 
     def _repr_html_(self) -> str:
         side, multiple = self.defaults.resolution, self.defaults.pixel_multiple
-        missing = [name for name in (*self.family.text_encoders, "vae") if name not in self.components.modules()]
+        needed = (*self.family.encoder_slots(self.components.denoiser), "vae")
+        missing = [name for name in needed if name not in self.components.modules()]
         facts = {
             "family": self.family.title,
             "denoiser": self._size,
@@ -129,7 +131,37 @@ class Model:
     @property
     def control_form(self) -> ControlForm | None:
         """The controls that it takes; None without."""
-        return self.family.controls_of((self.title, *([self.path.name] if self.path else [])), self.edit)
+        names = (self.title, *([self.path.name] if self.path else []))
+        return self.family.controls_of(self.components.denoiser, names, self.edit)
+
+    @property
+    def control_source(self) -> ControlSource:
+        """Where its controls come from; `files` for a model without."""
+        return "files" if (form := self.control_form) is None else form.source
+
+    def beside(
+        self, pixels: Tensor, mask: Tensor | None = None, *, form: ControlForm | None = None
+    ) -> Mapping[str, Tensor]:
+        """What the denoiser is given of a picture or clip itself, fp32 on the CPU; see `Family.beside`.
+
+        `form` is the model's by default.
+        """
+        if (form := form or self.control_form) is None or form.source == "files":
+            return {}
+        to_model, autoencoder = self.components.latent.to_model, self.autoencoder
+        made = self.family.beside(
+            form, self.components, lambda given: to_model(autoencoder.encode(given)), pixels, mask
+        )
+        return {name: tensor.to("cpu", torch.float32) for name, tensor in made.items()}
+
+    @contextlib.contextmanager
+    def encodes_pictures(self, device: torch.device | None = None) -> Iterator[None]:
+        """What pictures are encoded with is on `device` (the best one if None) inside."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.autoencoder.active(device))
+            if (module := self.components.image_encoder) is not None:
+                stack.enter_context(placed_for_products(module, device=device or best_device(), dtype=torch.float32))
+            yield
 
     def as_edit(self, edit: str | None) -> Model:
         """The model as this edit variant of its family. Raises OptionError if there is no such variant."""
@@ -205,7 +237,7 @@ class Denoiser:
     def check_conditionings(self, conditionings: Iterable[Conditioning]) -> None:
         """Raise DataError for conditionings that another model's parts made: other widths, other controls."""
         family, latent = self.base.family, self.base.components.latent
-        most = max((form.most for form in family.controls), default=0)
+        most = max((form.most for form in family.controls if form.source == "files"), default=0)
         for conditioning in conditionings:
             if (count := len(conditioning.controls)) > most:
                 remedy = "leave out the others" if most else "leave them out, or choose an edit model"

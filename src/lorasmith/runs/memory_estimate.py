@@ -239,7 +239,7 @@ def _controls(model: Model, side: int, count: int | None) -> tuple[tuple[int, in
 
     OptionError if the model takes fewer.
     """
-    form = model.control_form
+    form = model.control_form if model.control_source == "files" else None
     count = int(form is not None and form.is_required) if count is None else count
     if count > (most := 0 if form is None else form.most):
         raise OptionError(f"{model.title} ({model.family.title}) {controls_taken(most)}, got {count}; choose fewer")

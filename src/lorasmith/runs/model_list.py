@@ -10,7 +10,7 @@ from typing import Any
 from lorasmith.core.errors import ModelError
 from lorasmith.core.folders import Folders
 from lorasmith.families import loading  # noqa: F401  registers the families
-from lorasmith.families.base import FAMILIES, Defaults, Family
+from lorasmith.families.base import FAMILIES, ControlSource, Defaults, Family
 from lorasmith.families.files.checkpoint import PipelineConfigs
 from lorasmith.families.loading import load_structure
 from lorasmith.families.model_search import (
@@ -23,6 +23,7 @@ from lorasmith.families.model_search import (
     best_encoder,
     scanned,
 )
+from lorasmith.families.parts.encoders import ENCODERS
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class ListedModel:
     parts: tuple[ListedPart, ...]
     edits: tuple[str, ...] = ()  # edit variants of its family, which have its tensors
     edit: str = ""  # the one of them that its name says it is
-    takes_controls: bool = False
+    controls: ControlSource | None = None  # where the pictures come from that it edits or draws from; None without
 
     @property
     def is_whole(self) -> bool:
@@ -103,26 +104,27 @@ def list_models(folders: Folders) -> ModelList:
 
 def _listed(file: FoundFile, family: Family, files: Sequence[FoundFile]) -> tuple[ListedModel, set[Path]]:
     """A model with its parts, and all files that fit it. ModelError if the model is an unsupported variant."""
-    lacking = [name for name in family.text_encoders if name not in file.parts]
+    slots, form = family.text_encoders, None
     widths: dict[str, int | None] = {}
-    if lacking:
-        denoiser = load_structure(file.path).components.denoiser
-        widths = {name: family.encoder_width(denoiser, name) for name in lacking}
+    if family.controls or any(name not in file.parts for name in slots):
+        model = load_structure(file.path)
+        denoiser, form = model.components.denoiser, model.control_form
+        slots = family.encoder_slots(denoiser)
+        widths = {name: family.encoder_width(denoiser, name) for name in slots if name not in file.parts}
     parts = []
     fitting = {
         one.path
-        for name, slot in family.text_encoders.items()
+        for name, slot in slots.items()
         for one in files
         if one.encoder == slot.kind and (widths.get(name) is None or one.width == widths[name])
     }
-    for name, slot in family.text_encoders.items():
+    for name, slot in slots.items():
         found = None if name in file.parts else best_encoder(files, name, slot, widths[name])
         parts.append(ListedPart(name, slot.kind, _path(file, name, found), slot.usual_file))
     vae = family.autoencoder
     fitting |= {one.path for one in files if one.autoencoder == (vae.kind, vae.channels)}
     found = None if "vae" in file.parts else best_autoencoder(files, vae)
     parts.append(ListedPart("vae", vae.kind, _path(file, "vae", found), vae.usual_file))
-    form = family.controls_of([file.path.name])
     listed = ListedModel(
         file.path,
         file.place,
@@ -132,7 +134,7 @@ def _listed(file: FoundFile, family: Family, files: Sequence[FoundFile]) -> tupl
         tuple(parts),
         tuple(one.name for one in family.controls if one.name),
         "" if form is None else form.name,
-        form is not None,
+        None if form is None else form.source,
     )
     return listed, fitting
 
@@ -148,7 +150,7 @@ def _part(file: FoundFile) -> ListedFile:
         what = f"autoencoder {file.autoencoder[0]} with {file.autoencoder[1]} channels"
     else:
         width = "" if file.width is None else f" of width {file.width}"
-        what = f"text encoder {file.encoder}{width}"
+        what = f"{ENCODERS[str(file.encoder)].title} {file.encoder}{width}"
     return ListedFile(file.path, file.place, what, file.size_bytes, file.precision)
 
 

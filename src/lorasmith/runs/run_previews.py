@@ -32,7 +32,7 @@ from lorasmith.families.model import Denoiser, Model
 from lorasmith.report.contact_sheet import PreviewFolder, contact_sheet
 from lorasmith.report.pictures import PictureOrClip
 from lorasmith.runs.sidecars import give_picture
-from lorasmith.sampling.generate import Sampling, to_images
+from lorasmith.sampling.generate import Sampling, clip_of, to_images
 from lorasmith.sampling.previews import Partner, Previewer, parse_prompts, parse_strengths
 from lorasmith.sampling.sample import SamplingCancelledError
 from lorasmith.training.config import TrainConfig
@@ -131,7 +131,7 @@ def previews_of(
     previewer = Previewer(
         denoiser,
         program.prompts,
-        controls=[one.conditioning.controls for one in pairs],
+        beside=[one.conditioning.beside for one in pairs],
         load=lambda path, strength: Lora.load(path, base).applied(denoiser, None, strength=strength).denoiser,
         strengths=(1.0, *program.strengths),
         encoder=lambda strength: carried.applied(None, text_encoder, strength=strength).encoder,
@@ -157,16 +157,21 @@ def previews_of(
 
 
 def _pairs(plan: Plan, count: int) -> list[Sample]:
-    """The sample of each prompt whose controls it gets, in turn; none where samples have no controls."""
-    paired = [one for one in plan.data.samples if one.conditioning.controls]
+    """The sample of each prompt whose pictures it gets, in turn; none where samples have none."""
+    paired = [one for one in plan.data.samples if one.conditioning.beside]
     different = list({one.name: one for one in paired}.values())
     return [different[index % len(different)] for index in range(count)] if different else []
 
 
-def _decoded(base: Model, pairs: Sequence[Sample], device: torch.device) -> dict[str, list[Image.Image]]:
-    """Controls and what is trained, a picture of each for each prompt, by the stem of their files."""
+def _decoded(base: Model, pairs: Sequence[Sample], device: torch.device) -> dict[str, list[PictureOrClip]]:
+    """Controls and what is trained, a picture or clip of each for each prompt, by the stem of their files."""
     if not pairs:
         return {}
+    if (source := base.control_source) in ("first frame", "first and last frame"):
+        with base.autoencoder.active(device):
+            clips = [clip_of(base, one.latents[None]) for one in pairs]
+        firsts, lasts = [clip.frames[0] for clip in clips], [clip.frames[-1] for clip in clips]
+        return {"control": [*firsts], **({"control-2": [*lasts]} if "last" in source else {}), "target": [*clips]}
     rows = {"target": [one.latents[None] for one in pairs]}
     for index in range(min(len(one.conditioning.controls) for one in pairs)):
         rows[f"control-{index + 1}" if index else "control"] = [one.conditioning.controls[index] for one in pairs]
@@ -194,7 +199,7 @@ class RunPreviews:
         folder: Path,
         host: RunHost,
         made_with: Mapping[str, Any],
-        pairs: Mapping[str, Sequence[Image.Image]] = MappingProxyType({}),
+        pairs: Mapping[str, Sequence[PictureOrClip]] = MappingProxyType({}),
     ) -> None:
         self._draw, self._prompts, self._pairs = draw, program.prompts, pairs
         self._files = PreviewFolder(folder / "samples", program.prompts, title=plan.title, sampling=made_with)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,9 +32,9 @@ class Previewer:
     """Draws the same prompts from the same noise, with and without a LoRA.
 
     `denoiser` has the run's own LoRAs, and `load` (path, strength) returns it with another on top. `strengths` are
-    those that will be drawn, besides 0; `controls` are those of each prompt, for edit models; `encoder` maps a strength
-    to the text encoder, for LoRAs with layers for it. `partner` is for models with two experts. Raises ModelError if
-    the model lacks a text encoder or an autoencoder.
+    those that will be drawn, besides 0; `beside` is `Conditioning.beside` of each prompt, for models that draw from
+    pictures; `encoder` maps a strength to the text encoder, for LoRAs with layers for it. `partner` is for models with
+    two experts. Raises ModelError if the model lacks a text encoder or an autoencoder.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Previewer:
         *,
         load: Callable[[Path, float], Denoiser],
         strengths: Sequence[float] = (1.0,),
-        controls: Sequence[Sequence[Tensor]] = (),
+        beside: Sequence[Mapping[str, Tensor]] = (),
         encoder: Callable[[float], TextEncoder] | None = None,
         sampling: Sampling,
         device: torch.device | None = None,
@@ -57,7 +57,7 @@ class Previewer:
         self.sampling = sampling if sampling.cfg is not None else replace(sampling, cfg=base.defaults.guidance)
         self._denoiser, self._load, self._partner = denoiser, load, partner
         self._device, self._cancelled = device, cancelled
-        self._controls = controls or ((),) * len(self.prompts)
+        self._beside = beside or ({},) * len(self.prompts)
         self._encoded = _encoded(self.prompts, (0.0, *strengths), encoder or _always(base.text_encoder), device)
         self._base: Sequence[PictureOrClip] | None = None
 
@@ -75,10 +75,10 @@ class Previewer:
 
     def _drawn(self, denoiser: Denoiser, strength: float) -> Sequence[PictureOrClip]:
         encoded, negative = self._encoded[strength]
-        positives = [one.with_controls(beside) for one, beside in zip(encoded, self._controls, strict=True)]
+        positives = [one.with_beside(beside) for one, beside in zip(encoded, self._beside, strict=True)]
         drawing = denoiser if self._partner is None else self._partner(denoiser, strength)
         drawn = clips(drawing, positives, negative, self.sampling, device=self._device, cancelled=self._cancelled)
-        return [clip.frames[0] for clip in drawn] if self.sampling.frames == 1 else drawn
+        return [clip if len(clip.frames) > 1 else clip.frames[0] for clip in drawn]
 
 
 def parse_prompts(text: str | None) -> tuple[str, ...]:
