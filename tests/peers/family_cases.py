@@ -68,6 +68,12 @@ def controls(model: Model, which: str) -> list[Tensor]:
     return [models.seeded(f"control {i}", (1, *latent.shape(*size)), seed=0) for i, size in enumerate(sizes)]
 
 
+def first_frame(model: Model) -> tuple[Tensor, Tensor]:
+    """Latents of an autoencoder, not scaled for the denoiser, and an image encoder's states, of HunyuanVideo 1.5."""
+    latents = models.seeded("first frame", (1, *model.components.latent.shape(*SIZE)), seed=0)
+    return latents, models.seeded("states", (1, 9, 1152), seed=0)
+
+
 def lora(model: Model) -> Lora:
     """A LoRA on the layers that the family trains by default, large enough to change predictions by a tenth."""
     return example(CASES["lora"], model)

@@ -43,15 +43,18 @@ def ours(model: Model, path: Path, given: Inputs, wanted: set[str]) -> Loaded:
 
 
 def with_diffusers(model: Model, path: Path, given: Inputs, wanted: set[str]) -> Loaded:
+    import diffusers
+
     without = answer(model, given)
     denoiser = copy.deepcopy(model.components.denoiser)
     encoders = _encoders(model, wanted)
-    pipeline = _pipeline(model, denoiser, encoders)
-    if not hasattr(pipeline, "load_lora_weights"):  # HunyuanVideo 1.5's
+    if not hasattr(getattr(diffusers, model.family.pipeline), "load_lora_weights"):
         denoiser.load_lora_adapter(load_file(str(path)))
     elif path.is_dir():
+        pipeline = _pipeline(model, denoiser, encoders)
         pipeline.load_lora_weights(str(path), weight_name="adapter_model.safetensors")
     else:
+        pipeline = _pipeline(model, denoiser, encoders)
         pipeline.load_lora_weights(str(path.parent), weight_name=path.name)
     found = _adapted(DENOISER, denoiser).union(*(_adapted(name, encoder) for name, encoder in encoders.items()))
     return Loaded(wanted, wanted - found, _answer_of(model, denoiser, given), without)

@@ -14,6 +14,7 @@ Recorded for each family, tensors as shape and `models.fingerprint`:
                     model, which pads and masks the conditioning as it does when sampling
     with_lora       the same with a LoRA that Lorasmith wrote in its portable form, applied at strength 1
     clip            the prediction for several frames, of models of video
+    first frame     the prediction for several frames from the first one, of HunyuanVideo 1.5
     quoted          the prediction with the prompt of that name, where the family has one
     controls        of edit models, the prediction with each of `family_cases.CONTROLS`
     latents         a picture encoded by the VAE, and these latents normalised for the denoiser
@@ -33,6 +34,7 @@ import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import comfyui_headless
@@ -162,6 +164,7 @@ def _predictions(patcher: Any, ours: Model, prompts: Mapping[str, dict[str, Tens
         clip["clip"] = family_cases.numbers("clip", predicted)
     if "quoted" in prompts:
         clip["quoted"] = family_cases.numbers("quoted", _prediction(patcher.model, x, prompts["quoted"]))
+        clip["first frame"] = family_cases.numbers("first frame", _from_first_frame(patcher.model, ours, encoded))
     if ours.family.controls:
         clip["controls"] = {
             which: family_cases.numbers(
@@ -176,13 +179,25 @@ def _predictions(patcher: Any, ours: Model, prompts: Mapping[str, dict[str, Tens
     }
 
 
+def _from_first_frame(model: Any, ours: Model, encoded: dict[str, Tensor]) -> Tensor:
+    """With what HunyuanVideo15ImageToVideo sets."""
+    x, (first, states) = family_cases.noisy(ours, family_cases.FRAMES), family_cases.first_frame(ours)
+    latents, unknown = torch.zeros_like(x), torch.ones_like(x[:, :1])
+    latents[:, :, :1], unknown[:, :, 0] = first, 0.0
+    given = {"concat_latent_image": latents, "concat_mask": unknown}
+    return _prediction(model, x, {**encoded, **given, "clip_vision_output": SimpleNamespace(last_hidden_state=states)})
+
+
 def _prediction(
-    model: Any, x: Tensor, encoded: dict[str, Tensor], method: str = "", controls: Sequence[Tensor] = ()
+    model: Any, x: Tensor, encoded: dict[str, Any], method: str = "", controls: Sequence[Tensor] = ()
 ) -> Tensor:
     sigma = torch.full((1,), family_cases.SIGMA)
     given = {"cross_attn": encoded["context"], "pooled_output": encoded.get("pooled")}
     given |= {key: encoded[key][0] for key in ("t5xxl_ids", "t5xxl_weights") if key in encoded}
     given |= {"conditioning_byt5small": encoded["glyphs"]} if "glyphs" in encoded else {}
+    given |= {
+        key: encoded[key] for key in ("concat_latent_image", "concat_mask", "clip_vision_output") if key in encoded
+    }
     given |= {"reference_latents": list(controls)} if controls else {}
     given |= {"reference_latents_method": method} if method else {}
     extra = model.extra_conds(noise=x, device=x.device, **given)

@@ -2,7 +2,8 @@
 
 Text is a state of Qwen2.5-VL, refined by two blocks of its own; what a prompt has in quotation marks is read by ByT5 as
 well, byte by byte, as text to draw. Beside the noisy latents the network has channels for a first picture and its mask,
-which are zero for text to video. Attention hides no token of the text but those of padding.
+which are zero for text to video, and SigLIP's states of the picture enter as text does. Only names tell files of image
+to video from those of text to video.
 
 The original layout is that of ComfyUI's model, which fuses query, key and value. Its files have the authors' names with
 the same fusion, those of the authors have no fusion.
@@ -14,6 +15,8 @@ import math
 from collections.abc import Iterator
 
 from lorasmith.families.base import *
+from lorasmith.families.base import CLIP_VISION, IMAGE_ENCODER
+from lorasmith.families.parts.clip_vision import siglip_states
 from lorasmith.families.parts.encoders import literal_text
 from lorasmith.families.parts.flux_layout import DOUBLE_ATTENTION, DOUBLE_FEED_FORWARD, in_double_block, rope_axes
 from lorasmith.families.parts.language_models import ANSWER, encode_umt5, hidden_states, seen_from
@@ -127,6 +130,8 @@ class HunyuanVideo15(Family):
         prefixes=("vae.",),
         latent=LatentFormat(32, 16, scale=1.03682, frames=True, time_downscale=4),
     )
+    image_encoder = EncoderSlot("siglip_384", "sigclip_vision_patch14_384.safetensors")
+    controls = (ControlForm(name="i2v", source="first frame", is_required=True, most=1, most_pixels=848 * 480),)
     clip_types = ("hunyuan_video_15",)
     own_defaults = Defaults(
         resolution=640,  # the area of 480p
@@ -176,9 +181,8 @@ class HunyuanVideo15(Family):
 
     def original(self, path: str, denoiser: Any) -> OriginalName:
         if path in _TOP:
-            usual, *authors = _TOP[path]
-            others = tuple(OriginalName(one) for one in authors)
-            return OriginalName(usual, swap_halves=path == "norm_out.linear", others=others)
+            usual, *others = (OriginalName(one) for one in _TOP[path])
+            return replace(usual, swap_halves=path == "norm_out.linear", others=tuple(others))
         width = denoiser.config.num_attention_heads * denoiser.config.attention_head_dim
         if path.startswith("transformer_blocks."):
             _, index, rest = path.split(".", 2)
@@ -195,10 +199,10 @@ class HunyuanVideo15(Family):
         if end is None:
             return place
         name = place.path.removesuffix(end) + _AUTHORS[end]
-        others = [replace(place, path=name)]
+        authors = [replace(place, path=name)]
         if place.rows is not None:
-            others.append(OriginalName(f"{name.removesuffix('qkv')}{'qkv'[place.rows[0] // width]}"))
-        return replace(place, others=tuple(others))
+            authors.append(OriginalName(name.removesuffix("qkv") + "qkv"[place.rows[0] // width]))
+        return replace(place, others=tuple(authors))
 
     def diffusion(self, checkpoint: OriginalCheckpoint) -> Diffusion:
         return _flow(_SHIFT)
@@ -209,9 +213,16 @@ class HunyuanVideo15(Family):
     def latent_format(self, denoiser: Any, vae: Any) -> LatentFormat:
         return self.autoencoder.latents(denoiser.config.out_channels)
 
+    def recognises_pipeline(self, configs: PipelineConfigs) -> bool:
+        return bool(set(configs.classes) & {self.pipeline, "HunyuanVideo15ImageToVideoPipeline"})
+
+    def encoder_slots(self, denoiser: nn.Module, form: ControlForm | None) -> Mapping[str, EncoderSlot]:
+        return {**self.text_encoders, **({} if form is None else {IMAGE_ENCODER: self.image_encoder})}
+
     def encoder_width(self, denoiser: Any, component: str) -> int | None:
         config = denoiser.config
-        return int(config.text_embed_dim if component == "text_encoder" else config.text_embed_2_dim)
+        widths = {"text_encoder": config.text_embed_dim, "text_encoder_2": config.text_embed_2_dim}
+        return int(widths.get(component, config.image_embed_dim))
 
     def conditioning_shapes(self, denoiser: Any) -> Mapping[str, tuple[int, ...]]:
         return {"context": (1, self.usual_tokens, denoiser.config.text_embed_dim)}
@@ -238,19 +249,45 @@ class HunyuanVideo15(Family):
             )
         return Conditioning(tensors, text)
 
+    def beside(
+        self,
+        form: ControlForm,
+        components: Components,
+        encode: Callable[[Tensor], Tensor],
+        pixels: Tensor,
+        mask: Tensor | None,
+    ) -> Mapping[str, Tensor]:
+        if pixels.ndim == 4 or pixels.shape[2] == 1:  # a picture has no frames to draw from its first
+            return {}
+        first = encode(pixels[:, :, :1])
+        frames, height, width = pixels.shape[2:]
+        channels, *places = components.latent.shape(height, width, frames)
+        known = first.new_zeros(1, channels + 1, *places)
+        known[:, :-1, :1], known[:, -1, 0] = first, 1.0
+        if components.image_encoder is None:  # where shapes alone are asked for
+            return {"known": known}
+        return {"known": known, CLIP_VISION: siglip_states(components.image_encoder, pixels[:, :, 0])}
+
     def predict(self, denoiser: nn.Module, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         tensors = conditioning.tensors
-        channels = denoiser.config.in_channels - latents.shape[1]
-        known = tensors.get(
-            "known", latents.new_zeros(1, channels, *latents.shape[2:]).expand(len(latents), *(-1,) * 4)
-        )
+        config: Any = denoiser.config
+        channels = config.in_channels - latents.shape[1]
+        known = tensors.get("known")
+        if known is None:  # as in ComfyUI
+            known = latents.new_zeros(len(latents), channels, *latents.shape[2:])
+        elif known.shape[1:] != (channels, *latents.shape[2:]):
+            raise DataError(
+                f"known of a conditioning for {self.title} must be (batch, {channels}, "
+                f"{', '.join(map(str, latents.shape[2:]))}), got {tuple(known.shape)}; encode the first frame at the "
+                "size and length of the clip"
+            )
         prediction: Tensor = denoiser(
             hidden_states=torch.cat((latents, known), dim=1),
             timestep=time.to(latents.device),
             encoder_hidden_states=tensors["context"],
             encoder_attention_mask=conditioning.mask,
             encoder_hidden_states_2=tensors.get("glyphs"),
-            image_embeds=tensors.get("clip_vision"),
+            image_embeds=tensors.get(CLIP_VISION),
         )
         return prediction
 

@@ -30,6 +30,7 @@ from lorasmith.families.base import (
     ControlSource,
     Defaults,
     Diffusion,
+    EncoderSlot,
     Encoding,
     Expert,
     Family,
@@ -73,7 +74,7 @@ class Model:
 
     def _repr_html_(self) -> str:
         side, multiple = self.defaults.resolution, self.defaults.pixel_multiple
-        needed = (*self.family.encoder_slots(self.components.denoiser), "vae")
+        needed = (*self.encoder_slots, "vae")
         missing = [name for name in needed if name not in self.components.modules()]
         facts = {
             "family": self.family.title,
@@ -135,6 +136,11 @@ class Model:
         return self.family.controls_of(self.components.denoiser, names, self.edit)
 
     @property
+    def encoder_slots(self) -> Mapping[str, EncoderSlot]:
+        """The encoders that it has, or should have, by component name."""
+        return self.family.encoder_slots(self.components.denoiser, self.control_form)
+
+    @property
     def control_source(self) -> ControlSource:
         """Where its controls come from; `files` for a model without."""
         return "files" if (form := self.control_form) is None else form.source
@@ -184,7 +190,7 @@ class Model:
     @property
     def autoencoder(self) -> Autoencoder:
         """The handle that encodes and decodes pictures. Raises ModelError if the model came without an autoencoder."""
-        self.family.check_parts(self.components, images=True)
+        self.family.check_parts(self.components, form=self.control_form, images=True)
         return Autoencoder(self.components.vae, self.family.autoencoder.kind, self.title)
 
 

@@ -108,8 +108,7 @@ def _listed(file: FoundFile, family: Family, files: Sequence[FoundFile]) -> tupl
     widths: dict[str, int | None] = {}
     if family.controls or any(name not in file.parts for name in slots):
         model = load_structure(file.path)
-        denoiser, form = model.components.denoiser, model.control_form
-        slots = family.encoder_slots(denoiser)
+        denoiser, form, slots = model.components.denoiser, model.control_form, model.encoder_slots
         widths = {name: family.encoder_width(denoiser, name) for name in slots if name not in file.parts}
     parts = []
     fitting = {

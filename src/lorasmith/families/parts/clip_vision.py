@@ -1,4 +1,4 @@
-"""CLIP's image encoder, whose states some denoisers attend to."""
+"""Image encoders, whose states some denoisers attend to: CLIP's and SigLIP's (Zhai et al. 2023, arXiv:2303.15343)."""
 
 from __future__ import annotations
 
@@ -58,19 +58,55 @@ class ClipVision(EncoderKind):
             attn_implementation="sdpa",
         )
 
-        def named(model: nn.Module) -> dict[str, Any]:
-            # transformers has had both `vision_model.` in front of the model's names and nothing.
-            needed = model.state_dict()
-            return {
-                (name if name in needed else name.removeprefix("vision_model.")): tensor
-                for name, tensor in tensors.items()
-                if not name.endswith("position_ids") and name != "visual_projection.weight"
-            }
-
-        return build(lambda: CLIPVisionModel(config), named, where=source.where)
+        return build(lambda: CLIPVisionModel(config), lambda model: _named(model, tensors), where=source.where)
 
     def own_tokenizer(self, source: TokenizerSource, rows: int) -> Any:
         raise NotImplementedError("it reads no text")
+
+
+class SiglipVision(EncoderKind):
+    """SigLIP so400m of pictures of 384×384 px, in transformers' naming, without the head that pools its states."""
+
+    name = "siglip_384"
+    title = "image encoder"
+    longest = 0
+    dtype = torch.float32
+
+    def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        has_class = "vision_model.embeddings.class_embedding" in shapes
+        return len(shapes.get(_PATCHES, ())) == 4 and shapes.get(_POSITIONS, ())[:1] == (_PLACES,) and not has_class
+
+    def build(self, source: PartSource) -> nn.Module:
+        from transformers import SiglipVisionConfig, SiglipVisionModel
+
+        tensors = {
+            name if source.config is None else f"vision_model.{name}": one for name, one in source.tensors.items()
+        }
+        if missing := [name for name in (_PATCHES, _POSITIONS, _INNER) if name not in tensors]:
+            raise ModelError(f"{source.where} lacks {missing[0]}; it is incomplete, so get it again")
+        config = SiglipVisionConfig(
+            hidden_size=tensors[_PATCHES].shape[0],
+            intermediate_size=tensors[_INNER].shape[0],
+            num_hidden_layers=block_count(list(tensors), _LAYERS),
+            num_attention_heads=16,
+            image_size=_SIGLIP_SIDE,
+            patch_size=14,
+            vision_use_head=False,
+        )
+        return build(lambda: SiglipVisionModel(config), lambda model: _named(model, tensors), where=source.where)
+
+    def own_tokenizer(self, source: TokenizerSource, rows: int) -> Any:
+        raise NotImplementedError("it reads no text")
+
+
+_SIGLIP_SIDE, _PLACES = 384, 729
+
+
+def _named(model: nn.Module, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Tensors by the model's names; transformers has had both `vision_model.` in front of them and nothing."""
+    needed = model.state_dict()
+    names = {name: name if name in needed else name.removeprefix("vision_model.") for name in tensors}
+    return {ours: tensors[name] for name, ours in names.items() if ours in needed}
 
 
 @torch.no_grad()
@@ -79,12 +115,32 @@ def picture_states(encoder: nn.Module, pixels: Tensor) -> Tensor:
 
     Pictures are squashed to a square, as with ComfyUI's crop `none`.
     """
-    device = device_of(encoder)
-    square = functional.interpolate(pixels.to(device).float() / 2 + 0.5, (_SIDE, _SIDE), mode="bicubic", antialias=True)
-    eight_bit = (255 * square).clamp(0, 255).round() / 255
+    eight_bit = _scaled(pixels.to(device_of(encoder)), (_SIDE, _SIDE))
     mean, deviation = (eight_bit.new_tensor(one).view(1, 3, 1, 1) for one in (_MEAN, _DEVIATION))
     states: Tensor = encoder((eight_bit - mean) / deviation, output_hidden_states=True).hidden_states[-2]
     return states
 
 
-ENCODERS.register("clip_vision_h")(ClipVision())
+@torch.no_grad()
+def siglip_states(encoder: nn.Module, pixels: Tensor) -> Tensor:
+    """SigLIP's last states, (batch, 729, width), of pixels (batch, 3, height, width) in [−1, 1].
+
+    Pictures are cut to the square in their middle, as with ComfyUI's crop `center`.
+    """
+    factor, side = _SIGLIP_SIDE / min(pixels.shape[-2:]), _SIGLIP_SIDE
+    scaled = _scaled(
+        pixels.to(device_of(encoder)), (round(factor * pixels.shape[-2]), round(factor * pixels.shape[-1]))
+    )
+    top, left = ((length - side) // 2 for length in scaled.shape[-2:])
+    states: Tensor = encoder(2 * scaled[..., top : top + side, left : left + side] - 1).last_hidden_state
+    return states
+
+
+def _scaled(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Pixels in [0, 1] of another height and width, in steps of 8 bit."""
+    scaled = functional.interpolate(pixels.float() / 2 + 0.5, size, mode="bicubic", antialias=True)
+    return (255 * scaled).clamp(0, 255).round() / 255
+
+
+for _kind in (ClipVision(), SiglipVision()):
+    ENCODERS.register(_kind.name)(_kind)

@@ -143,8 +143,8 @@ class MaskedHunyuanVideo15(HunyuanVideo15Transformer3DModel):  # type: ignore[mi
             mask = torch.cat((others[:, :pictures], seen, others[:, pictures:]), dim=1)[:, None, None]
         for block in self.transformer_blocks:
             states, text = block(states, text, modulation, mask, rotary)
-        predicted: Tensor = self.proj_out(self.norm_out(states, modulation))
-        return predicted.transpose(1, 2).unflatten(2, size)
+        predicted: Tensor = self.proj_out(self.norm_out(states, modulation)).transpose(1, 2).unflatten(2, size)
+        return predicted
 
     def _refined(self, text: Tensor, timestep: Tensor, mask: Tensor | None) -> Tensor:
         """The first kind of text as the blocks take it."""
