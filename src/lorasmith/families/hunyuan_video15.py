@@ -108,7 +108,7 @@ class HunyuanVideo15(Family):
     draws_clips = True
     modelspec_implementation = "https://github.com/Tencent-Hunyuan/HunyuanVideo-1.5"
     kohya_name = modelspec_name = "hunyuan-video-1.5"
-    limits = ProgramLimits(diffusers_applies={}, sd_scripts_applies=None)
+    limits = ProgramLimits(unknown_to_comfyui=("*",), diffusers_applies={}, sd_scripts_applies=None)
     targets = {
         "attention": Rule(_ATTENTION),
         "attention+ff": Rule((*_ATTENTION, *_FEED_FORWARD)),
