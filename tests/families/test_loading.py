@@ -142,7 +142,7 @@ def test_a_folder_may_lack_a_part_until_it_is_needed(folder: Path, part: str) ->
 
     assert part not in model.files
     with pytest.raises(ModelError, match="this model came without"):
-        model.family.check_parts(model.components, form=None, text=True, images=True)
+        model.family.check_parts(model.components, text=True, images=True)
 
 
 def test_a_context_of_1024_is_version_2(folder: Path) -> None:

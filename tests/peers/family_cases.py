@@ -6,9 +6,14 @@ Both sides make the same inputs here; `record_comfyui_families.py` writes down C
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import models
+import torch
 from lora_cases import CASES, example
+from original_models import save
 from torch import Tensor
+from transformer_models import TINY
 
 from lorasmith.families.model import Model
 from lorasmith.training.lora_handle import Lora
@@ -54,6 +59,21 @@ def prompts(family: str) -> dict[str, str]:
 def picture() -> Tensor:
     """(1, 3, height, width) pixels in [−1, 1]."""
     return models.seeded("picture", (1, 3, *SIZE), seed=0, std=0.4).clamp(-1, 1)
+
+
+def mask() -> Tensor:
+    """(1, height, width): a mask with soft edges, of another size than the picture."""
+    rows = torch.linspace(-1, 1, 48)[:, None] - torch.linspace(-0.5, 1.5, 40)
+    return (rows * 6 - 3.03).clamp(0, 1)[None]
+
+
+def fill_files(folder: Path) -> dict[str, Path]:
+    """The small Flux.1 with the denoiser of Fill, whose tokens have further inputs."""
+    files, tiny = TINY["flux1"].saved(folder), TINY["flux1"]
+    tensors = tiny.original(tiny.denoiser(in_channels=384, out_channels=64))
+    files["transformer"].unlink()
+    path = files["transformer"].with_name("flux1-fill-dev.safetensors")
+    return files | {"transformer": save(path, {name: one.contiguous() for name, one in tensors.items()})}
 
 
 def noisy(model: Model, frames: int = 1) -> Tensor:

@@ -24,7 +24,14 @@ Recorded for each family, tensors as shape and `models.fingerprint`:
     percents        sigma at each of `family_cases.PERCENTS`
     sigmas          KSampler's sigmas by scheduler and number of steps
 
-and of `flux1-schnell`, which is Flux.1 without its guidance input, the last two.
+and of `flux1-schnell`, which is Flux.1 without its guidance input, the last two. Of `flux1-fill`, which is Flux.1 with
+further inputs, what InpaintModelConditioning makes of `family_cases.picture` and `family_cases.mask`:
+
+    latent, concat_latent_image, concat_mask
+    prediction      at `family_cases.noisy` and sigma, with these and guidance 30
+    without         the same without them
+    sampled         two steps of KSampler with seed 3, euler, simple and guidance 30
+    sampled inside  the same with the node's noise mask
 """
 
 from __future__ import annotations
@@ -40,6 +47,7 @@ from typing import Any
 import comfyui_headless
 import comfyui_small
 import family_cases
+import models
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -69,6 +77,8 @@ def main() -> None:
         print(name, flush=True)
     with tempfile.TemporaryDirectory() as folder:
         record["families"]["flux1-schnell"] = _sampling(_schnell(Path(folder)).model.model_sampling)
+    with tempfile.TemporaryDirectory() as folder:
+        record["families"]["flux1-fill"] = _fill(Path(folder))
     arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
@@ -131,6 +141,40 @@ def _schnell(folder: Path) -> Any:
         return comfyui_headless.load_model(file, torch.float32)
 
 
+@torch.no_grad()
+def _fill(folder: Path) -> dict[str, Any]:
+    import nodes
+    from node_helpers import conditioning_set_values
+
+    files = family_cases.fill_files(folder)
+    encoders = [path for part, path in files.items() if part.startswith("text_encoder")]
+    clip = comfyui_small.load_encoders(encoders, "flux")
+    with comfyui_small.taken_small():
+        patcher = comfyui_headless.load_model(files["transformer"], torch.float32)
+    vae = comfyui_small.load_autoencoder(files["vae"])
+    encoded = clip.encode_from_tokens_scheduled(clip.tokenize(family_cases.PROMPTS["short"]))
+    prompt = conditioning_set_values(encoded, {"guidance": 30.0})
+    pixels = (family_cases.picture().movedim(1, -1) + 1) / 2
+    found = {}
+    for name, inside in (("sampled", False), ("sampled inside", True)):
+        positive, _, latent = nodes.InpaintModelConditioning().encode(
+            prompt, prompt, pixels, vae, family_cases.mask(), noise_mask=inside
+        )
+        options = {"seed": 3, "steps": 2, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple"}
+        (drawn,) = nodes.common_ksampler(patcher, **options, positive=positive, negative=positive, latent=latent)
+        found[name] = family_cases.numbers(name, drawn["samples"])
+    given = positive[0][1]
+    for name in ("concat_latent_image", "concat_mask"):
+        found[name] = family_cases.numbers(name, given[name])
+    found["latent"] = family_cases.numbers("latent", latent["samples"])
+    x = models.seeded("noisy", tuple(latent["samples"].shape), seed=0)
+    conditioning = _of(prompt)
+    for name, more in (("prediction", given), ("without", {})):
+        concat = {key: one for key, one in more.items() if key.startswith("concat")}
+        found[name] = family_cases.numbers(name, _prediction(patcher.model, x, conditioning, guidance=30.0, **concat))
+    return found
+
+
 def _encoded(clip: Any, text: str) -> dict[str, Tensor]:
     return _of(clip.encode_from_tokens_scheduled(clip.tokenize(text)))
 
@@ -185,19 +229,16 @@ def _from_first_frame(model: Any, ours: Model, encoded: dict[str, Tensor]) -> Te
     latents, unknown = torch.zeros_like(x), torch.ones_like(x[:, :1])
     latents[:, :, :1], unknown[:, :, 0] = first, 0.0
     given = {"concat_latent_image": latents, "concat_mask": unknown}
-    return _prediction(model, x, {**encoded, **given, "clip_vision_output": SimpleNamespace(last_hidden_state=states)})
+    return _prediction(model, x, encoded, **given, clip_vision_output=SimpleNamespace(last_hidden_state=states))
 
 
 def _prediction(
-    model: Any, x: Tensor, encoded: dict[str, Any], method: str = "", controls: Sequence[Tensor] = ()
+    model: Any, x: Tensor, encoded: dict[str, Tensor], method: str = "", controls: Sequence[Tensor] = (), **more: Any
 ) -> Tensor:
     sigma = torch.full((1,), family_cases.SIGMA)
-    given = {"cross_attn": encoded["context"], "pooled_output": encoded.get("pooled")}
+    given = {"cross_attn": encoded["context"], "pooled_output": encoded.get("pooled"), **more}
     given |= {key: encoded[key][0] for key in ("t5xxl_ids", "t5xxl_weights") if key in encoded}
     given |= {"conditioning_byt5small": encoded["glyphs"]} if "glyphs" in encoded else {}
-    given |= {
-        key: encoded[key] for key in ("concat_latent_image", "concat_mask", "clip_vision_output") if key in encoded
-    }
     given |= {"reference_latents": list(controls)} if controls else {}
     given |= {"reference_latents_method": method} if method else {}
     extra = model.extra_conds(noise=x, device=x.device, **given)

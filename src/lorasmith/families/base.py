@@ -41,7 +41,7 @@ __all__ = [
 
 _CONTROL = "control_"
 FIRST_FRAME = "first_frame"
-"""Name of the tensor of a conditioning that is the first frame of a clip's latents."""
+"""Name of the tensor of a conditioning that is the first of a clip's latents, or the first few."""
 
 CLIP_VISION = "clip_vision"
 """Name of the tensor of a conditioning that is made by an image encoder."""
@@ -659,6 +659,19 @@ class Family(ABC):
         """
         return {}
 
+    def known(self, denoiser: nn.Module, latents: Tensor, mask: Tensor) -> Tensor | None:
+        """`Conditioning.tensors["known"]` of a graph, from `concat_latent_image` and `concat_mask` of its conditioning.
+
+        None, by default, for denoisers that are given nothing of a picture: as in ComfyUI they ignore it.
+
+        Args:
+            denoiser: the network.
+            latents: (batch, channels, [frames,] height, width) of the picture without what is to be painted, scaled.
+            mask: (batch or 1, 1, height, width) in pixels, 1 where it is to be painted; for clips (batch or 1, 4 or 1,
+                frames, height, width) of the latents.
+        """
+        return None
+
     def conditioning_shapes(self, denoiser: nn.Module) -> Mapping[str, tuple[int, ...]]:
         """Shapes of the conditioning tensors that `predict` needs, for a batch of 1 and a prompt of usual length."""
         return {"context": (1, self.usual_tokens, int(getattr(denoiser.config, self.text_width)))}
@@ -703,9 +716,11 @@ class Family(ABC):
         return f"{kinds}, loaded with type {self.clip_types[0]}" if self.clip_types else kinds
 
     def check_parts(
-        self, components: Components, *, form: ControlForm | None, text: bool = False, images: bool = False
+        self, components: Components, *, text: bool = False, images: bool = False, form: ControlForm | None = None
     ) -> None:
-        """Raises ModelError, which names the file to get, if a part for text, or for images, is missing."""
+        """Raises ModelError, which names the file to get, if a part for text, for images, or for what `beside` makes of
+        these for a form, is missing.
+        """
         if text:
             self.check_encoders(components.encoders)
         if images and components.vae is None:
@@ -713,7 +728,7 @@ class Family(ABC):
                 f"{self.title} needs an autoencoder for pictures, which this model came without; load a full "
                 f"checkpoint, or give it as well (its file is usually called {self.autoencoder.usual_file})"
             )
-        slot = self.encoder_slots(components.denoiser, form).get(IMAGE_ENCODER) if images else None
+        slot = None if form is None else self.encoder_slots(components.denoiser, form).get(IMAGE_ENCODER)
         if slot is not None and components.image_encoder is None:
             raise ModelError(
                 f"{self.title} needs the image encoder {slot.kind}, which this model came without; give it like a text "

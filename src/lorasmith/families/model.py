@@ -23,6 +23,7 @@ from lorasmith.core.errors import DataError, OptionError
 from lorasmith.core.placement import best_device, device_of, dtype_name, fast_dtype
 from lorasmith.core.printable import count_text, printable
 from lorasmith.families.base import (
+    CLIP_VISION,
     NO_EDIT,
     Components,
     Conditioning,
@@ -162,7 +163,8 @@ class Model:
 
     @contextlib.contextmanager
     def encodes_pictures(self, device: torch.device | None = None) -> Iterator[None]:
-        """What pictures are encoded with is on `device` (the best one if None) inside."""
+        """What pictures are encoded with is on `device` (the best one if None) inside. ModelError if it is missing."""
+        self.family.check_parts(self.components, form=form)
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.autoencoder.active(device))
             if (module := self.components.image_encoder) is not None:
@@ -190,7 +192,7 @@ class Model:
     @property
     def autoencoder(self) -> Autoencoder:
         """The handle that encodes and decodes pictures. Raises ModelError if the model came without an autoencoder."""
-        self.family.check_parts(self.components, form=self.control_form, images=True)
+        self.family.check_parts(self.components, images=True)
         return Autoencoder(self.components.vae, self.family.autoencoder.kind, self.title)
 
 
@@ -255,13 +257,16 @@ class Denoiser:
                         f"{tuple(control.shape)}; encode them with its own autoencoder"
                     )
             for name, needed in family.conditioning_shapes(self.module).items():
-                first = 2 if name == "context" else 1  # the number of tokens is free, as the batch is
+                first = 2 if name in ("context", CLIP_VISION) else 1  # the number of tokens is free, as the batch is
                 tensor = conditioning.tensors.get(name)
                 if tensor is None or tensor.shape[first:] != needed[first:]:
+                    source = f"encode prompts with its own text encoders ({family.encoders_text})"
+                    if name == CLIP_VISION:
+                        source = "encode the first frame with its image encoder, usually clip_vision_h.safetensors"
                     raise DataError(
                         f"the {name} of a conditioning for {self.base.title} ({family.title}) must have width "
                         f"{_width(needed[first:])}, got {'none' if tensor is None else _width(tensor.shape[first:])}; "
-                        f"encode prompts with its own text encoders ({family.encoders_text})"
+                        f"{source}"
                     )
 
     def active(self) -> contextlib.AbstractContextManager[None]:

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from lorasmith.core.errors import DataError, ModelError, OptionError
 from lorasmith.families.base import Conditioning, PictureSize
-from lorasmith.families.model import TextEncoder
-from lorasmith.nodes.values import Latent
-from lorasmith.workflow import NodeContext, node, socket
+from lorasmith.families.model import Autoencoder, TextEncoder
+from lorasmith.nodes.values import CONCAT_IMAGE, CONCAT_MASK, Latent, latent_of, pixels_from_image
+from lorasmith.workflow import NodeContext, Output, node, socket
 
 _T5_KINDS = ("t5xxl", "umt5xxl")
 _LUMINA_PROMPTS = {
@@ -278,6 +279,42 @@ def reference_latent(
     if latent is None:
         return (conditioning,)
     return ([one.with_controls([*one.controls, latent["samples"]]) for one in conditioning],)
+
+
+@node(
+    "InpaintModelConditioning",
+    "InpaintModelConditioning",
+    "model/conditioning",
+    outputs=[Output("CONDITIONING", "positive"), Output("CONDITIONING", "negative"), Output("LATENT", "latent")],
+)
+def inpaint_model_conditioning(
+    context: NodeContext,
+    *,
+    positive: list[Conditioning] = socket("CONDITIONING"),
+    negative: list[Conditioning] = socket("CONDITIONING"),
+    vae: Autoencoder = socket("VAE"),
+    pixels: Tensor = socket("IMAGE"),
+    mask: Tensor = socket("MASK", tooltip="White is painted."),
+    noise_mask: bool = socket(
+        "BOOLEAN", default=True, tooltip="Sample inside of the mask alone; the rest stays as it is in the picture."
+    ),
+) -> tuple[list[Conditioning], list[Conditioning], Latent]:
+    """Give a model that fills masks, such as Flux.1 Fill, the picture outside of a mask; other models ignore it."""
+    if len(mask) not in (1, len(pixels)):
+        raise DataError(
+            f"InpaintModelConditioning must have a mask for each picture or one for all, got {len(mask)} for "
+            f"{len(pixels)}; add or remove some"
+        )
+    picture = pixels_from_image(context, pixels, vae)
+    size = picture.shape[-2:]
+    top, left = ((whole - cut) // 2 for whole, cut in zip(pixels.shape[1:3], size, strict=True))
+    mask = functional.interpolate(mask.unsqueeze(1), size=pixels.shape[1:3], mode="bilinear")
+    mask = mask[..., top : top + size[0], left : left + size[1]]
+    with vae.active():
+        latents, known = vae.encode(picture), vae.encode(picture * (1 - mask.round()))
+    given = {CONCAT_IMAGE: known, CONCAT_MASK: mask}
+    sides = [[replace(one, tensors={**one.tensors, **given}) for one in side] for side in (positive, negative)]
+    return sides[0], sides[1], latent_of(latents, mask=mask if noise_mask else None)
 
 
 @node(

@@ -52,7 +52,7 @@ class Previewer:
         partner: Partner | None = None,
     ) -> None:
         base = denoiser.base
-        base.family.check_parts(base.components, form=base.control_form, text=True, images=True)
+        base.family.check_parts(base.components, text=True, images=True)
         self.prompts = tuple(prompts)
         self.sampling = sampling if sampling.cfg is not None else replace(sampling, cfg=base.defaults.guidance)
         self._denoiser, self._load, self._partner = denoiser, load, partner

@@ -110,36 +110,32 @@ def _named(model: nn.Module, tensors: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def picture_states(encoder: nn.Module, pixels: Tensor) -> Tensor:
+def picture_states(encoder: nn.Module, pixels: Tensor, *, crop: bool = False) -> Tensor:
     """States before the last layer, (batch, tokens, width), of pixels (batch, 3, height, width) in [−1, 1].
 
-    Pictures are squashed to a square, as with ComfyUI's crop `none`.
+    Pictures that are no squares are squashed, or cropped around their centre.
     """
-    eight_bit = _scaled(pixels.to(device_of(encoder)), (_SIDE, _SIDE))
+    eight_bit = _squares(pixels.to(device_of(encoder)), _SIDE, crop=crop)
     mean, deviation = (eight_bit.new_tensor(one).view(1, 3, 1, 1) for one in (_MEAN, _DEVIATION))
     states: Tensor = encoder((eight_bit - mean) / deviation, output_hidden_states=True).hidden_states[-2]
     return states
 
 
 @torch.no_grad()
-def siglip_states(encoder: nn.Module, pixels: Tensor) -> Tensor:
-    """SigLIP's last states, (batch, 729, width), of pixels (batch, 3, height, width) in [−1, 1].
-
-    Pictures are cut to the square in their middle, as with ComfyUI's crop `center`.
-    """
-    factor, side = _SIGLIP_SIDE / min(pixels.shape[-2:]), _SIGLIP_SIDE
-    scaled = _scaled(
-        pixels.to(device_of(encoder)), (round(factor * pixels.shape[-2]), round(factor * pixels.shape[-1]))
-    )
-    top, left = ((length - side) // 2 for length in scaled.shape[-2:])
-    states: Tensor = encoder(2 * scaled[..., top : top + side, left : left + side] - 1).last_hidden_state
+def siglip_states(encoder: nn.Module, pixels: Tensor, *, crop: bool = True) -> Tensor:
+    """SigLIP's last states, (batch, 729, width); arguments as for `picture_states`."""
+    states: Tensor = encoder(2 * _squares(pixels.to(device_of(encoder)), _SIGLIP_SIDE, crop=crop) - 1).last_hidden_state
     return states
 
 
-def _scaled(pixels: Tensor, size: tuple[int, int]) -> Tensor:
-    """Pixels in [0, 1] of another height and width, in steps of 8 bit."""
+def _squares(pixels: Tensor, side: int, *, crop: bool) -> Tensor:
+    """Squares in [0, 1], in steps of 8 bit."""
+    rows, columns = pixels.shape[-2:]
+    scale = side / min(rows, columns)
+    size = (round(scale * rows), round(scale * columns)) if crop else (side, side)
     scaled = functional.interpolate(pixels.float() / 2 + 0.5, size, mode="bicubic", antialias=True)
-    return (255 * scaled).clamp(0, 255).round() / 255
+    top, left = ((length - side) // 2 for length in size)
+    return (255 * scaled[..., top : top + side, left : left + side]).clamp(0, 255).round() / 255
 
 
 for _kind in (ClipVision(), SiglipVision()):
