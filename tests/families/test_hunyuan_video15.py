@@ -261,8 +261,11 @@ def test_a_first_frame_is_what_diffusers_makes_of_it(
 def test_a_first_frame_needs_the_image_encoder(files: dict[str, Path], image_encoder: tuple[nn.Module, Path]) -> None:
     encoders = [files["text_encoder"], files["text_encoder_2"]]
     without = load_model(files["transformer"], text_encoders=encoders, vae=files["vae"], edit="i2v")
-    with pytest.raises(ModelError, match=r"needs the image encoder siglip_384, .*sigclip_vision_patch14_384"):
-        without.beside(torch.zeros(1, 3, FRAMES, 32, 32))
+    with (
+        pytest.raises(ModelError, match=r"needs the image encoder siglip_384, .*sigclip_vision_patch14_384"),
+        without.encodes_pictures(),
+    ):
+        raise AssertionError("it has no image encoder")
     with pytest.raises(ModelError, match=r"is the image encoder siglip_384, but HunyuanVideo 1\.5 has qwen25vl"):
         load_model(files["transformer"], text_encoders=[image_encoder[1]])
 

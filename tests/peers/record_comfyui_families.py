@@ -143,8 +143,9 @@ def _schnell(folder: Path) -> Any:
 
 @torch.no_grad()
 def _fill(folder: Path) -> dict[str, Any]:
-    import nodes
     from node_helpers import conditioning_set_values
+
+    import nodes
 
     files = family_cases.fill_files(folder)
     encoders = [path for part, path in files.items() if part.startswith("text_encoder")]

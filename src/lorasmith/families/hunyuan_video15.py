@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 from lorasmith.families.base import *
 from lorasmith.families.base import CLIP_VISION, IMAGE_ENCODER
-from lorasmith.families.parts.clip_vision import siglip_states
+from lorasmith.families.parts.clip_vision import picture_states
 from lorasmith.families.parts.encoders import literal_text
 from lorasmith.families.parts.flux_layout import DOUBLE_ATTENTION, DOUBLE_FEED_FORWARD, in_double_block, rope_axes
 from lorasmith.families.parts.language_models import ANSWER, encode_umt5, hidden_states, seen_from
@@ -266,7 +266,11 @@ class HunyuanVideo15(Family):
         known[:, :-1, :1], known[:, -1, 0] = first, 1.0
         if components.image_encoder is None:  # where shapes alone are asked for
             return {"known": known}
-        return {"known": known, CLIP_VISION: siglip_states(components.image_encoder, pixels[:, :, 0])}
+        # As ComfyUI's template crops it; the authors' program squashes it.
+        return {"known": known, CLIP_VISION: picture_states(components.image_encoder, pixels[:, :, 0], crop=True)}
+
+    def known(self, denoiser: nn.Module, latents: Tensor, mask: Tensor) -> Tensor | None:
+        return torch.cat((latents, 1 - mask.expand(len(latents), *(-1,) * 4)), dim=1)
 
     def predict(self, denoiser: nn.Module, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         tensors = conditioning.tensors

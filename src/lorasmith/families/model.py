@@ -164,7 +164,7 @@ class Model:
     @contextlib.contextmanager
     def encodes_pictures(self, device: torch.device | None = None) -> Iterator[None]:
         """What pictures are encoded with is on `device` (the best one if None) inside. ModelError if it is missing."""
-        self.family.check_parts(self.components, form=form)
+        self.family.check_parts(self.components, form=self.control_form)
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.autoencoder.active(device))
             if (module := self.components.image_encoder) is not None:

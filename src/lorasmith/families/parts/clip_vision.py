@@ -110,22 +110,17 @@ def _named(model: nn.Module, tensors: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def picture_states(encoder: nn.Module, pixels: Tensor, *, crop: bool = False) -> Tensor:
-    """States before the last layer, (batch, tokens, width), of pixels (batch, 3, height, width) in [−1, 1].
+def picture_states(encoder: Any, pixels: Tensor, *, crop: bool = False) -> Tensor:
+    """States (batch, tokens, width) of pixels (batch, 3, height, width) in [−1, 1]: CLIP's before the last layer,
+    SigLIP's last ones.
 
     Pictures that are no squares are squashed, or cropped around their centre.
     """
-    eight_bit = _squares(pixels.to(device_of(encoder)), _SIDE, crop=crop)
-    mean, deviation = (eight_bit.new_tensor(one).view(1, 3, 1, 1) for one in (_MEAN, _DEVIATION))
-    states: Tensor = encoder((eight_bit - mean) / deviation, output_hidden_states=True).hidden_states[-2]
-    return states
-
-
-@torch.no_grad()
-def siglip_states(encoder: nn.Module, pixels: Tensor, *, crop: bool = True) -> Tensor:
-    """SigLIP's last states, (batch, 729, width); arguments as for `picture_states`."""
-    states: Tensor = encoder(2 * _squares(pixels.to(device_of(encoder)), _SIGLIP_SIDE, crop=crop) - 1).last_hidden_state
-    return states
+    squares = _squares(pixels.to(device_of(encoder)), encoder.config.image_size, crop=crop)
+    if encoder.config.model_type == "siglip_vision_model":
+        return encoder(2 * squares - 1).last_hidden_state  # type: ignore[no-any-return]
+    mean, deviation = (squares.new_tensor(one).view(1, 3, 1, 1) for one in (_MEAN, _DEVIATION))
+    return encoder((squares - mean) / deviation, output_hidden_states=True).hidden_states[-2]  # type: ignore[no-any-return]
 
 
 def _squares(pixels: Tensor, side: int, *, crop: bool) -> Tensor:
