@@ -210,7 +210,7 @@ def _predictions(patcher: Any, ours: Model, prompts: Mapping[str, dict[str, Tens
     if "quoted" in prompts:
         clip["quoted"] = family_cases.numbers("quoted", _prediction(patcher.model, x, prompts["quoted"]))
         clip["first frame"] = family_cases.numbers("first frame", _from_first_frame(patcher.model, ours, encoded))
-    if ours.family.controls:
+    if any(form.source == "files" for form in ours.family.controls):
         clip["controls"] = {
             which: family_cases.numbers(
                 which, _prediction(patcher.model, x, encoded, method, family_cases.controls(ours, which))

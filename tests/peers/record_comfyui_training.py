@@ -53,7 +53,8 @@ How ComfyUI 0.33 computes them
     - Lumina 2: as Z-Image, with 6 in place of 3; the network takes 1 − sigma for its time itself.
     - Stable Diffusion 3.5: as Flux, with pooled and without guidance; sigma is 3/(3 + 1/(1 − u) − 1), and the network's
       time 1000·sigma.
-    - Wan and Wan 2.2 5B: as Stable Diffusion 3.5 with 8 in place of 3, and without pooled.
+    - Wan (image to video too, with known frames) and Wan 2.2 5B: as Stable Diffusion 3.5 with 8 in place of 3, and
+      without pooled.
     - HunyuanVideo 1.5: as Wan with 7 in place of 8. Beside the 32 channels of the latents the network has 33 of zeros.
     - The loss is the mean over all elements of (prediction − latent)², in fp32: MSE on the clean sample.
     - Sigma of a step: u uniform in [0, 1), sigma = table at 999·(1 − u), log-linear between entries (Stable

@@ -143,7 +143,8 @@ def clips(
     """
     base, device = denoiser.base, device or best_device()
     first = denoiser.noisy if isinstance(denoiser, Experts) else denoiser
-    first.check_conditionings([*positives, negative])
+    negatives = [negative.with_beside(one.beside) for one in positives]
+    first.check_conditionings([*positives, *negatives])
     shapes = [_latent_shape(base, sampling, one) for one in positives]
     sigmas = sigmas_for(first.diffusion.schedule, sampling.scheduler, sampling.steps, sampler=sampling.sampler)
     parts = denoiser.parts(sigmas) if isinstance(denoiser, Experts) else [(denoiser, sigmas)]
@@ -159,7 +160,7 @@ def clips(
                     schedule=one.diffusion.schedule,
                     parameterization=one.diffusion.parameterization,
                     positive=[positive],
-                    negative=[negative.with_beside(positive.beside)],
+                    negative=[negatives[index]],
                     latents=latents[index],
                     noise=noise[index],
                     sigmas=some,
