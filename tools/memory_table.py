@@ -90,10 +90,7 @@ _SD3_MEDIUM = {
     "pos_embed_max_size": 384,
 }
 _UMT5 = {**_T5, "vocab_size": 256384, "feed_forward_proj": "gated-gelu"}
-_BYT5 = {
-    **{"vocab_size": 1510, "d_model": 1472, "d_ff": 3584, "d_kv": 64, "num_heads": 6, "num_layers": 12},
-    "feed_forward_proj": "gated-gelu",
-}
+_BYT5 = {**_T5, "vocab_size": 1510, "d_model": 1472, "d_ff": 3584, "num_heads": 6, "num_layers": 12}
 _WAN_SMALL = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
 
 ROWS = (
@@ -129,7 +126,7 @@ ROWS = (
     Row(
         "hunyuan-video15",
         {},
-        (("Qwen2Model", _QWEN_25_7B), ("T5EncoderModel", _BYT5)),
+        (("Qwen2Model", _QWEN_25_7B), ("T5EncoderModel", {**_BYT5, "feed_forward_proj": "gated-gelu"})),
         resolution=640,
         variant="HunyuanVideo 1.5, 640 px",
     ),
