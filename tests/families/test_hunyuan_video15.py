@@ -210,6 +210,17 @@ def test_a_clip_has_the_latents_of_diffusers_and_back(model: Model) -> None:
     )
 
 
+@torch.no_grad()
+def test_large_clips_are_tiled_and_large_pictures_are_not(model: Model) -> None:
+    vae = HUNYUAN_VIDEO15.parts()["vae"]
+    clip = models.seeded("clip", (1, 3, FRAMES, 32, 288), seed=0, std=0.4).clamp(-1, 1)
+    tiled, whole = vae.tiled_encode(clip)[:, :32], vae.encoder(clip)[:, :32]
+    torch.testing.assert_close(model.autoencoder.encode(clip), tiled, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(tiled, whole, atol=1e-3)
+    picture = vae.encode(clip[:, :, :1]).latent_dist.mode()
+    torch.testing.assert_close(model.autoencoder.encode(clip[:, :, 0]), picture, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_clips_are_those_of_diffusers(model: Model, guidance: float) -> None:

@@ -10,7 +10,8 @@ AutoencoderKLWan, which have the same tensors for Wan 2.1). Wan 2.2's takes squa
 blocks are one level deeper in the names.
 
 HunyuanVideo 1.5's is made for videos too, with 16 pixels per latent. The authors and diffusers let a frame attend to
-itself and those before it, ComfyUI to all: latents of clips differ there, those of pictures do not.
+itself and those before it, ComfyUI to all: latents of clips differ there, those of pictures do not. Clips are encoded
+and decoded in diffusers' tiles.
 """
 
 from __future__ import annotations
@@ -474,6 +475,14 @@ class HunyuanVideo15Autoencoder(_OfFrames):
             return vae  # type: ignore[no-any-return]
 
         return build(make, lambda _: named, where=source.where)
+
+    def encode(self, vae: Any, pixels: Tensor) -> Tensor:
+        vae.use_tiling = pixels.ndim == 5 and pixels.shape[2] > 1  # of 256 px; whole clips take tens of GB
+        return super().encode(vae, pixels)
+
+    def decode(self, vae: Any, latents: Tensor) -> Tensor:
+        vae.use_tiling = latents.shape[2] > 1
+        return super().decode(vae, latents)
 
     def latent_format(self, vae: Any) -> LatentFormat:
         config = vae.config
