@@ -67,7 +67,10 @@ TABLES = {
     "core/options.py": lambda: [one.pattern for one in SETTINGS.values() if one.pattern],
     "core/processes.py": lambda: list(processes._REASONS),
     "families/parts/clip.py": lambda: [pattern for pattern, _ in clip._OPENCLIP],
-    "families/parts/autoencoders.py": lambda: [r"decoder\.up\.(\d+)\.", *(one for one, _ in autoencoders._RENAMES)],
+    "families/parts/autoencoders.py": lambda: [
+        r"decoder\.up\.(\d+)\.",
+        *(one for one, _ in (*autoencoders._RENAMES, *autoencoders._HUNYUAN_RENAMES)),
+    ],
     "formats/spelling.py": lambda: [one.pattern for one in signatures()],
     "nodes/outputs.py": lambda: [r"name_(\d+)[_.].*", r"name_\d+_steps_(\d+)_?\..+"],
 }

@@ -124,12 +124,14 @@ def _ksampler(
     positive: str = "30",
     model: str = "23",
     edge: int = 1024,
+    length: int | None = None,
     **settings: Any,
 ) -> Graph:
-    """Nodes 50 and 60: an empty latent of `edge`² pixels, and KSampler."""
+    """Nodes 50 and 60: an empty latent of `edge`² pixels, of `length` frames if it has any, and KSampler."""
+    frames = {} if length is None else {"length": length}
     settings = {"seed": 7, "steps": 20, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple", **settings}
     return {
-        "50": _node(latent, "Size of the picture", width=edge, height=edge, batch_size=1),
+        "50": _node(latent, "Size of the picture", width=edge, height=edge, **frames, batch_size=1),
         "60": _node(
             "KSampler",
             "Sample",
@@ -406,6 +408,21 @@ GRAPHS: dict[str, Graph] = {
         },
         parts=_APART,
         megapixels=0.88,
+    ),
+    "hunyuan_video15": _graph(
+        _loaders(
+            "hunyuanvideo1.5_720p_t2v_fp16.safetensors",
+            ("qwen_2.5_vl_7b_fp8_scaled.safetensors", "byt5_small_glyphxl_fp16.safetensors"),
+            "hunyuan_video_15",
+            "hunyuanvideo15_vae_fp16.safetensors",
+        ),
+        {
+            **_EMPTY,
+            "40": _node("ModelSamplingSD3", "Shift", model=["23", 0], shift=7.0),
+            **_ksampler("EmptyHunyuanVideo15Latent", negative=["31", 0], model="40", edge=640, length=1, cfg=6.0),
+        },
+        parts=_APART,
+        megapixels=0.4,
     ),
     "folder": {
         "1": _node("CheckpointLoaderSimple", "Checkpoint", ckpt_name="lorasmith-tiny.safetensors"),

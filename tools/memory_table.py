@@ -90,6 +90,7 @@ _SD3_MEDIUM = {
     "pos_embed_max_size": 384,
 }
 _UMT5 = {**_T5, "vocab_size": 256384, "feed_forward_proj": "gated-gelu"}
+_BYT5 = {**_T5, "vocab_size": 1510, "d_model": 1472, "d_ff": 3584, "num_heads": 6, "num_layers": 12}
 _WAN_SMALL = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
 
 ROWS = (
@@ -122,6 +123,13 @@ ROWS = (
     Row("wan", _WAN_SMALL, (("UMT5EncoderModel", _UMT5),), resolution=640, variant="Wan 2.1 1.3B, 640 px"),
     Row("wan", {}, (("UMT5EncoderModel", _UMT5),), resolution=640, variant="Wan 2.1 and 2.2 A14B, 640 px"),
     Row("wan22-5b", {}, (("UMT5EncoderModel", _UMT5),), resolution=960, variant="Wan 2.2 5B, 960 px"),
+    Row(
+        "hunyuan-video15",
+        {},
+        (("Qwen2Model", _QWEN_25_7B), ("T5EncoderModel", {**_BYT5, "feed_forward_proj": "gated-gelu"})),
+        resolution=640,
+        variant="HunyuanVideo 1.5, 640 px",
+    ),
 )
 
 

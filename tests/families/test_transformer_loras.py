@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 from transformer_models import Case
 
@@ -109,14 +110,18 @@ def change(weights: AdapterWeights) -> Tensor:
 def assert_applied(case: Case, path: Path) -> Lora:
     """diffusers' pipeline applies the file: every module, with the change that is meant."""
     lora, pipeline = Lora.load(path, case.ours), case.tiny.made()
+    has_loader = hasattr(pipeline, "load_lora_weights")
     try:
-        pipeline.load_lora_weights(str(path))
+        if has_loader:
+            pipeline.load_lora_weights(str(path))
+        else:
+            pipeline.transformer.load_lora_adapter(load_file(path))
         applied = layers_of_diffusers(pipeline.transformer)
         for name in case.ours.family.denoiser_parts:
             inner = layers_of_diffusers(getattr(pipeline, name))
             applied |= {f"{name}.{layer}": changed for layer, changed in inner.items()}
     finally:
-        pipeline.unload_lora_weights()
+        pipeline.unload_lora_weights() if has_loader else pipeline.transformer.unload_lora()
     assert applied.keys() == {ref.path for ref in lora.state.adapters}
     for ref, weights in lora.state.adapters.items():
         torch.testing.assert_close(applied[ref.path], change(weights), rtol=1e-4, atol=1e-6)

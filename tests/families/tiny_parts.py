@@ -352,6 +352,34 @@ def _wan21(_slot: AutoencoderSlot) -> nn.Module:
     return AutoencoderKLQwenImage(base_dim=16)
 
 
+def _hunyuan15(_slot: AutoencoderSlot) -> nn.Module:
+    from diffusers import AutoencoderKLHunyuanVideo15
+
+    return AutoencoderKLHunyuanVideo15(block_out_channels=(16, 16, 32, 64, 64), layers_per_block=1)
+
+
+def hunyuan15_names(vae: nn.Module) -> dict[str, Tensor]:
+    """An AutoencoderKLHunyuanVideo15's tensors by their original names."""
+    renames: tuple[tuple[str, Any], ...] = (
+        (r"mid_block\.resnets\.(\d)", lambda match: f"mid.block_{int(match[1]) + 1}"),
+        (r"mid_block\.attentions\.0\.(to_)?", "mid.attn_1."),
+        (r"(down|up)_blocks\.(\d)\.resnets", r"\1.\2.block"),
+        (r"(down|up)_blocks\.(\d)\.(down|up)samplers\.0", r"\1.\2.\3sample"),
+    )
+    named = {}
+    for name, tensor in vae.state_dict().items():
+        for pattern, replacement in renames:
+            name = re.sub(pattern, replacement, name)
+        named[name] = tensor
+    return named
+
+
+def _byt5_tokenizer() -> Any:
+    from transformers import ByT5Tokenizer
+
+    return ByT5Tokenizer()
+
+
 def _flux2(_slot: AutoencoderSlot) -> nn.Module:
     from diffusers import AutoencoderKLFlux2
 
@@ -389,13 +417,19 @@ def grid_positions(axes: int, rows: int, columns: int) -> Tensor:
     return torch.cat((grid, torch.zeros(len(grid), axes - 3)), dim=1)
 
 
-_AUTOENCODERS = {"kl": (_kl_of, kl_names), "wan21": (_wan21, wan_names), "flux2": (_flux2, kl_names)}
+_AUTOENCODERS = {
+    "kl": (_kl_of, kl_names),
+    "wan21": (_wan21, wan_names),
+    "flux2": (_flux2, kl_names),
+    "hunyuan_video15": (_hunyuan15, hunyuan15_names),
+}
 """Makes an autoencoder of a kind, and names its tensors as files do."""
 
 _ENCODERS: dict[str, tuple[Callable[[], Any], Callable[[nn.Module], dict[str, Tensor]]]] = {
     "clip_l": (clip_tokenizer, clip_names),
     "clip_g": (lambda: clip_tokenizer(pad_token="!"), lambda encoder: dict(encoder.state_dict())),
     "t5xxl": (t5_tokenizer, t5_names),
+    "byt5_small": (_byt5_tokenizer, t5_names),
     "qwen3": (chatting, under("model.")),
     "qwen25vl": (chatting, under("model.")),
     "qwen3vl": (chatting, under("model.language_model.")),

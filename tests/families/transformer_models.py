@@ -11,6 +11,7 @@ from tiny_chroma import CHROMA
 from tiny_ernie_image import ERNIE_IMAGE
 from tiny_flux import FLUX1
 from tiny_flux2 import DEV, KLEIN
+from tiny_hunyuan_video15 import HUNYUAN_VIDEO15
 from tiny_krea2 import KREA2
 from tiny_lumina2 import LUMINA2
 from tiny_parts import TinyFamily
@@ -59,5 +60,6 @@ TINY: dict[str, TinyFamily] = {
     "wan": WAN,
     "wan-i2v": WAN_I2V,
     "wan22-5b": WAN_5B,
+    "hunyuan-video15": HUNYUAN_VIDEO15,
 }
 """Small models by the name of their family."""

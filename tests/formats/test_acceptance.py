@@ -70,6 +70,7 @@ WITHOUT_TRAINERS = {"ours", "diffusers", "ComfyUI"}
     [
         *((family, EVERYONE) for family in ("sd1", "sdxl", "flux1", "chroma")),
         *((family, EVERYONE - {"sd-scripts"}) for family in ("flux2-klein", "qwen-image")),
+        ("hunyuan-video15", EVERYONE - {"sd-scripts", "diffusers"}),
         *(
             (family, WITHOUT_TRAINERS)
             for family in ("z-image", "krea2", "ernie-image", "anima", "sd3", "lumina2", "wan")

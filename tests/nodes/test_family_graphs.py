@@ -31,6 +31,7 @@ FAMILY = {
     "chroma": "chroma",
     "wan": "wan",
     "wan22_5b": "wan22-5b",
+    "hunyuan_video15": "hunyuan-video15",
 }
 SMALL = ("11.megapixels=0.01", "20.steps=2", "20.rank=4", "20.learning_rate=0.05", "50.width=64", "50.height=64")
 

@@ -105,6 +105,8 @@ def denoise(
         extra = {"t5xxl_ids": t5xxl_ids, "t5xxl_weights": t5xxl_weights.unsqueeze(-1)}
     if known is not None:
         x = torch.cat((x, known), dim=1)
+    elif type(denoiser).__name__ == "HunyuanVideo":  # as comfy.model_base.HunyuanVideo15.concat_cond fills the channels
+        x = torch.cat((x, x.new_zeros(len(x), denoiser.in_channels - x.shape[1], *x.shape[2:])), dim=1)
     with torch.no_grad():
         output: Tensor = denoiser(x.clone(), timestep, context=context, **extra)
     return output

@@ -19,6 +19,8 @@ changes these numbers and no computation:
 - Anima's adapter is of one size in ComfyUI, and of the file's here; so are the widths of the modulation and the text.
 - Stable Diffusion 3 fills the states of its CLIPs up to T5's width of 4096, here to that of the file.
 - UMT5 is known by 24 layers, and the autoencoder of Wan 2.2 is 160 and 256 wide there.
+- ByT5 has widths and layers of its own there. HunyuanVideo 1.5's autoencoder has five levels of released widths, two
+  residual blocks each; here both have those of the file.
 - The autoencoder of latent diffusion is 128 wide with two residual blocks a level in ComfyUI, and of the file's width
   with one here.
 """
@@ -135,6 +137,9 @@ def load_encoders(files: Sequence[Path], clip_type: str) -> Any:
             elif head:
                 kind = "qwen3_06b" if clip_type == "stable_diffusion" else "qwen3_4b"
             options[f"{'gemma2_2b' if is_gemma else kind}_model_config"] = _language_model(own, head or assumed)
+            if clip_type == "hunyuan_video_15":
+                stack.enter_context(mock.patch.object(comfy.sd, "detect_te_model", _by_t5(comfy.sd.TEModel)))
+                options["_model_config"] = _t5(shapes)  # ByT5's settings are of an encoder without a name
             if kind != "ministral3_3b":
                 for config in (llama.Qwen3_06BConfig, llama.Qwen3_4BConfig, qwen3vl.Qwen3VL_4BConfig):
                     stack.enter_context(mock.patch.object(config, "head_dim", head or config.head_dim))
@@ -179,7 +184,12 @@ def load_autoencoder(file: Path) -> Any:
 
     tensors = comfy.utils.load_torch_file(str(file))
     first = tensors.get("encoder.conv_in.weight")  # Wan's, whose width ComfyUI reads itself, has another name for it
-    own = {} if first is None else {"ch": first.shape[0], "ch_mult": [1, 1, 1, 1], "num_res_blocks": 1}
+    own: dict[str, Any] = {}
+    if first is not None:
+        own = {"ch": first.shape[0], "ch_mult": [1, 1, 1, 1], "num_res_blocks": 1}
+    elif "encoder.conv_in.conv.weight" in tensors:
+        widths = [len(tensors[f"encoder.down.{level}.block.0.conv2.conv.weight"]) for level in range(5)]
+        own = {"block_out_channels": widths, "num_res_blocks": 1}
     kl, engine, wan22 = comfy.sd.AutoencoderKL, comfy.sd.AutoencodingEngine, comfy.ldm.wan.vae2_2.WanVAE
 
     def small_kl(ddconfig: dict[str, Any], embed_dim: int, **_: Any) -> Any:
@@ -356,6 +366,13 @@ def _vision(shapes: Mapping[str, tuple[int, ...]], start: str, inner: str) -> di
         "intermediate_size": shapes[f"{start}blocks.0.mlp.{inner}.weight"][0],
         "depth": _count(shapes, f"{start}blocks."),
     }
+
+
+def _by_t5(kinds: Any) -> Callable[..., Any]:
+    """A stand-in for ComfyUI's detection of ByT5 and Qwen2.5-VL."""
+    return lambda tensors: (
+        kinds.BYT5_SMALL_GLYPH if f"{_T5}0.layer.0.SelfAttention.q.weight" in tensors else kinds.QWEN25_7B
+    )
 
 
 def _language_model(shapes: Mapping[str, tuple[int, ...]], head: int) -> dict[str, Any]:

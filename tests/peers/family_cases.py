@@ -22,6 +22,8 @@ from lorasmith.training.lora_handle import Lora
 PROMPTS = {"short": "a fox", "empty": "", "long": "a (red:1.3) fox in the [tall] grass, 日本語 " * 30}
 """Prompts: weights are syntax for Flux.1 alone. The long one is longer than any padding."""
 
+_QUOTED = {"hunyuan-video15": '“Ünder (open:1.2)” beside ‘two’ and "one", again "one"'}
+
 SUBSETS = ("clip_l clip_g", "t5xxl", "clip_l t5xxl", "clip_g")
 """Kinds of encoders given without the others."""
 
@@ -58,6 +60,11 @@ PERCENTS = (0.1, 0.25, 0.5, 0.75, 0.9)
 
 STEPS = (4, 28)
 """Numbers of steps whose sigmas are compared; 28 does not divide ComfyUI's tables."""
+
+
+def prompts(family: str) -> dict[str, str]:
+    """The prompts of a family; `quoted` for one that draws what is in quotation marks."""
+    return PROMPTS | ({"quoted": _QUOTED[family]} if family in _QUOTED else {})
 
 
 def picture() -> Tensor:
@@ -106,6 +113,12 @@ def seen(model: Model, which: str) -> list[Tensor]:
     multiple = next(form.sight.multiple for form in model.family.controls if form.sight)
     sizes = [(rows * multiple, columns * multiple) for rows, columns in SEEN[which]]
     return [models.seeded(f"seen {i}", (1, 3, *size), seed=0, std=0.4).clamp(-1, 1) for i, size in enumerate(sizes)]
+
+
+def first_frame(model: Model) -> tuple[Tensor, Tensor]:
+    """Latents of an autoencoder, not scaled for the denoiser, and an image encoder's states, of HunyuanVideo 1.5."""
+    latents = models.seeded("first frame", (1, *model.components.latent.shape(*SIZE)), seed=0)
+    return latents, models.seeded("states", (1, 9, 1152), seed=0)
 
 
 def lora(model: Model) -> Lora:

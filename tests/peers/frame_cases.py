@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import models
 import tiny_wan
+from tiny_hunyuan_video15 import HUNYUAN_VIDEO15
 from tiny_parts import TinyFamily
 from torch import Tensor
 
@@ -32,6 +33,7 @@ CASES = {
     "wan2.1 i2v": Case(tiny_wan.WAN21_I2V, "WanImageToVideo", sees_pictures=True),
     "wan2.1 flf2v": Case(tiny_wan.WAN21_FLF2V, "WanFirstLastFrameToVideo", _BOTH, sees_pictures=True),
     "wan2.2 5b": Case(tiny_wan.WAN_5B, "Wan22ImageToVideoLatent"),
+    "hunyuan video 1.5": Case(HUNYUAN_VIDEO15, "HunyuanVideo15ImageToVideo"),
 }
 
 

@@ -1,7 +1,7 @@
 """Load LoRAs with the libraries that install beside this project, and compare what the denoiser answers.
 
     ours        `Lora.load`
-    diffusers   `load_lora_weights` of the family's pipeline
+    diffusers   `load_lora_weights` of the family's pipeline, or `load_lora_adapter` of the transformer of one without
     PEFT        `inject_adapter_in_model` and `set_peft_model_state_dict` with a PEFT folder
     LyCORIS     its network for kohya's files, on diffusers' UNet or, for models whose kohya files have the original
                 names, on bare layers under these names; merged into the weights, which our model then runs with
@@ -43,13 +43,18 @@ def ours(model: Model, path: Path, given: Inputs, wanted: set[str]) -> Loaded:
 
 
 def with_diffusers(model: Model, path: Path, given: Inputs, wanted: set[str]) -> Loaded:
+    import diffusers
+
     without = answer(model, given)
     denoiser = copy.deepcopy(model.components.denoiser)
     encoders = _encoders(model, wanted)
-    pipeline = _pipeline(model, denoiser, encoders)
-    if path.is_dir():
+    if not hasattr(getattr(diffusers, model.family.pipeline), "load_lora_weights"):
+        denoiser.load_lora_adapter(load_file(str(path)))
+    elif path.is_dir():
+        pipeline = _pipeline(model, denoiser, encoders)
         pipeline.load_lora_weights(str(path), weight_name="adapter_model.safetensors")
     else:
+        pipeline = _pipeline(model, denoiser, encoders)
         pipeline.load_lora_weights(str(path.parent), weight_name=path.name)
     found = _adapted(DENOISER, denoiser).union(*(_adapted(name, encoder) for name, encoder in encoders.items()))
     return Loaded(wanted, wanted - found, _answer_of(model, denoiser, given), without)

@@ -7,7 +7,7 @@ given random values, so that each module changes the answer and none can be left
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import models
@@ -16,8 +16,10 @@ from safetensors.torch import save_file
 from text_encoders import WIDTH
 from tiny_chroma import CHROMA
 from tiny_lumina2 import LUMINA2
+from tiny_parts import original_tensors
 from torch import Tensor
 from trained_models import TRAINED, Trained
+from transformer_models import TINY
 
 from lorasmith.adapters.inject import Difference, Rule, create_adapters, plan_adapters
 from lorasmith.adapters.variants import Variant
@@ -29,7 +31,7 @@ from lorasmith.training.lora_handle import Lora
 
 TRANSFORMERS = (
     *("z-image", "flux2-klein", "krea2", "ernie-image", "anima", "sd3", "lumina2", "qwen-image", "chroma", "wan"),
-    "wan22-5b",
+    *("wan22-5b", "hunyuan-video15"),
 )
 """Families whose small models are those of `transformer_models.py`."""
 
@@ -59,6 +61,12 @@ LUMINA2_WIDE = Trained(
 )
 """One block of each kind of Lumina 2 at its real width."""
 
+HUNYUAN = replace(
+    TRAINED["hunyuan-video15"],
+    tensors=lambda: original_tensors("hunyuan-video15", TINY["hunyuan-video15"].parts()["transformer"]),
+)
+"""HunyuanVideo 1.5 under ComfyUI's names, which its LoRAs have, and not those of its files."""
+
 SHAPES: Mapping[str, models.UNetShape | models.FluxShape | Trained] = {
     "sd1": models.SD1_TINY,
     "sdxl": models.SDXL_NARROW,
@@ -67,6 +75,7 @@ SHAPES: Mapping[str, models.UNetShape | models.FluxShape | Trained] = {
     "chroma-wide": CHROMA_WIDE,
     "lumina2-wide": LUMINA2_WIDE,
     **{family: TRAINED[family] for family in TRANSFORMERS},
+    "hunyuan-video15": HUNYUAN,
 }
 
 
@@ -114,7 +123,7 @@ CASES: Mapping[str, Case] = {
         differences=True,
         families=(  # no layer of Flux.2 has a bias
             *("sd1", "sdxl", "flux1", "z-image", "krea2", "ernie-image", "anima", "sd3", "lumina2", "qwen-image"),
-            *("chroma", "wan", "wan22-5b"),
+            *("chroma", "wan", "wan22-5b", "hunyuan-video15"),
         ),
     ),
     "dora-input": Case("DoRA, per input", "LoRA", dora="input"),

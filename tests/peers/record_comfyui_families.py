@@ -9,11 +9,13 @@ Needs an environment with ComfyUI's requirements and this project's. The models 
 
 Recorded for each family, tensors as shape and `models.fingerprint`:
 
-    conditioning    context and pooled vector of each of `family_cases.PROMPTS`
+    conditioning    context and pooled vector of each of `family_cases.prompts`
     prediction      velocity at `family_cases.noisy` and sigma, with the short prompt: (x − denoised)/sigma of the whole
                     model, which pads and masks the conditioning as it does when sampling
     with_lora       the same with a LoRA that Lorasmith wrote in its portable form, applied at strength 1
     clip            the prediction for several frames, of models of video
+    first frame     the prediction for several frames from the first one, of HunyuanVideo 1.5
+    quoted          the prediction with the prompt of that name, where the family has one
     controls        of edit models, the prediction with each of `family_cases.CONTROLS`
     seen            of models whose text encoder sees pictures, the context of `family_cases.INSTRUCTION` with each of
                     `family_cases.SEEN`, by the node TextEncodeQwenImageEditPlus, which does not scale them here; of
@@ -44,6 +46,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -101,7 +104,7 @@ def _recorded(name: str, folder: Path) -> dict[str, Any]:
     lora = family_cases.lora(ours).save(folder / "lora.safetensors")
     encoders = [path for part, path in files.items() if part.startswith("text_encoder")]
     clip = comfyui_small.load_encoders(encoders, ours.family.clip_types[0])
-    encoded = {prompt: _encoded(clip, text) for prompt, text in family_cases.PROMPTS.items()}
+    encoded = {prompt: _encoded(clip, text) for prompt, text in family_cases.prompts(name).items()}
     with comfyui_small.taken_small():
         patcher = comfyui_headless.load_model(files["transformer"], torch.float32)
     conditioning = {
@@ -111,7 +114,7 @@ def _recorded(name: str, folder: Path) -> dict[str, Any]:
     return {
         "model": type(patcher.model).__name__,
         "conditioning": conditioning,
-        **_predictions(patcher, ours, encoded["short"], lora),
+        **_predictions(patcher, ours, encoded, lora),
         **({"seen": _seen(clip, ours)} if any(form.sight for form in ours.family.controls) else {}),
         **({} if ours.family.needs_each_encoder else {"subsets": _subsets(ours.family, files)}),
         **_pictures(comfyui_small.load_autoencoder(files["vae"]), patcher.model),
@@ -208,13 +211,14 @@ def _encoded(clip: Any, text: str) -> dict[str, Tensor]:
 def _of(conditioning: Any) -> dict[str, Tensor]:
     context, extra = conditioning[0]
     names = {"pooled_output": "pooled", "t5xxl_ids": "t5xxl_ids", "t5xxl_weights": "t5xxl_weights"}
+    names["conditioning_byt5small"] = "glyphs"
     found = {ours: extra[theirs] for theirs, ours in names.items() if extra.get(theirs) is not None}
     # Tokens have no batch there.
     return {"context": context, **{key: one[None] if one.ndim == 1 else one for key, one in found.items()}}
 
 
-def _predictions(patcher: Any, ours: Model, encoded: dict[str, Tensor], lora: Path) -> dict[str, Any]:
-    x = family_cases.noisy(ours)
+def _predictions(patcher: Any, ours: Model, prompts: Mapping[str, dict[str, Tensor]], lora: Path) -> dict[str, Any]:
+    x, encoded = family_cases.noisy(ours), prompts["short"]
     plain = _prediction(patcher.model, x, encoded)
     with _with_lora(patcher, lora) as patched:
         changed = _prediction(patched, x, encoded)
@@ -222,6 +226,9 @@ def _predictions(patcher: Any, ours: Model, encoded: dict[str, Tensor], lora: Pa
     if ours.components.latent.time_downscale:
         predicted = _prediction(patcher.model, family_cases.noisy(ours, family_cases.FRAMES), encoded)
         clip["clip"] = family_cases.numbers("clip", predicted)
+    if "quoted" in prompts:
+        clip["quoted"] = family_cases.numbers("quoted", _prediction(patcher.model, x, prompts["quoted"]))
+        clip["first frame"] = family_cases.numbers("first frame", _from_first_frame(patcher.model, ours, encoded))
     if any(form.source == "files" for form in ours.family.controls):
         clip["controls"] = {
             which: family_cases.numbers(
@@ -253,15 +260,25 @@ def _with_lora(patcher: Any, lora: Path) -> Iterator[Any]:
     comfy.model_management.unload_all_models()
 
 
+def _from_first_frame(model: Any, ours: Model, encoded: dict[str, Tensor]) -> Tensor:
+    """With what HunyuanVideo15ImageToVideo sets."""
+    x, (first, states) = family_cases.noisy(ours, family_cases.FRAMES), family_cases.first_frame(ours)
+    latents, unknown = torch.zeros_like(x), torch.ones_like(x[:, :1])
+    latents[:, :, :1], unknown[:, :, 0] = first, 0.0
+    given = {"concat_latent_image": latents, "concat_mask": unknown}
+    return _prediction(model, x, encoded, **given, clip_vision_output=SimpleNamespace(last_hidden_state=states))
+
+
 def _prediction(
     model: Any, x: Tensor, encoded: dict[str, Tensor], method: str = "", controls: Sequence[Tensor] = (), **more: Any
 ) -> Tensor:
     sigma = torch.full((1,), family_cases.SIGMA)
     given = {"cross_attn": encoded["context"], "pooled_output": encoded.get("pooled"), **more}
     given |= {key: encoded[key][0] for key in ("t5xxl_ids", "t5xxl_weights") if key in encoded}
+    given |= {"conditioning_byt5small": encoded["glyphs"]} if "glyphs" in encoded else {}
     given |= {"reference_latents": list(controls)} if controls else {}
     given |= {"reference_latents_method": method} if method else {}
-    extra = model.extra_conds(noise=x, device=x.device, **{key: one for key, one in given.items() if one is not None})
+    extra = model.extra_conds(noise=x, device=x.device, **given)
     inputs = {key: one.process_cond(batch_size=1, area=None).cond for key, one in extra.items()}
     denoised: Tensor = model.apply_model(x, sigma, **inputs)
     return (x - denoised) / sigma

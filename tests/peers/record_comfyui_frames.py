@@ -1,4 +1,4 @@
-"""Record what ComfyUI computes of clips that are drawn from their first or last frame, on small models of Wan.
+"""Record what ComfyUI computes of clips that are drawn from their first or last frame, on small models.
 
     PYTHONPATH=src:tests/peers:tests/families:. python tests/peers/record_comfyui_frames.py \\
         --comfyui PATH/TO/ComfyUI --commit HASH --out tests/golden/comfyui_frames.json
@@ -35,13 +35,16 @@ def main() -> None:
     parser.add_argument("--comfyui", type=Path, required=True, help="folder of a ComfyUI checkout")
     parser.add_argument("--commit", default="unknown", help="commit of the checkout, for the record")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", nargs="*", choices=frame_cases.CASES, help="cases to record again")
     arguments = parser.parse_args()
     comfyui_headless.boot(arguments.comfyui)
     torch.set_num_threads(1)
     record: dict[str, Any] = {
         "versions": {"ComfyUI": f"{comfyui_headless.version()} ({arguments.commit})", "torch": torch.__version__}
     }
-    for name in frame_cases.CASES:
+    if arguments.only is not None and arguments.out.is_file():
+        record = json.loads(arguments.out.read_text(encoding="utf-8"))
+    for name in frame_cases.CASES if arguments.only is None else arguments.only:
         with tempfile.TemporaryDirectory() as folder:
             record[name] = _recorded(name, Path(folder))
         print(name, flush=True)
@@ -54,7 +57,8 @@ def _recorded(name: str, folder: Path) -> dict[str, Any]:
 
     case = frame_cases.CASES[name]
     files = case.tiny.saved(folder)
-    clip = comfyui_small.load_encoders([files["text_encoder"]], "wan")
+    encoders = [path for part, path in files.items() if part.startswith("text_encoder")]
+    clip = comfyui_small.load_encoders(encoders, case.tiny.family.clip_types[0])
     context = clip.encode_from_tokens_scheduled(clip.tokenize(PROMPTS["short"]))[0][0]
     small = mock.patch.object(comfy.ldm.wan.model, "MLPProj", _small(comfy.ldm.wan.model.MLPProj))
     with comfyui_small.taken_small(), small:
@@ -74,15 +78,16 @@ def _recorded(name: str, folder: Path) -> dict[str, Any]:
     if "clip_vision_output" in given:
         found["states"] = numbers("states", given["clip_vision_output"].penultimate_hidden_states)
     sigma = torch.full((1,), SIGMA)
-    extra = model.extra_conds(noise=x, device=x.device, cross_attn=context, **given)
+    extra = model.extra_conds(noise=x, device=x.device, cross_attn=context, pooled_output=None, **given)
     inputs = {key: one.process_cond(batch_size=1, area=None).cond for key, one in extra.items()}
     velocity = (x - model.apply_model(x, sigma, **inputs)) / sigma
     return {**found, "velocity": numbers("velocity", velocity[:, :, count:])}
 
 
 def _small(projection: Any) -> Any:
-    def made(_width: int, out_dim: int, **options: Any) -> Any:
-        return projection(tiny_wan.CLIP_VISION_SIZES["hidden_size"], out_dim, **options)
+    def made(in_dim: int, out_dim: int, **options: Any) -> Any:
+        of_clip = in_dim == 1280  # and not of SigLIP
+        return projection(tiny_wan.CLIP_VISION_SIZES["hidden_size"] if of_clip else in_dim, out_dim, **options)
 
     return made
 
@@ -91,7 +96,7 @@ def _node(case: frame_cases.Case, vae: Any, folder: Path) -> tuple[dict[str, Any
     """What the case's node sets in a conditioning, and its latents."""
     import comfy.clip_vision
     import comfy.model_management
-    from comfy_extras import nodes_wan
+    from comfy_extras import nodes_hunyuan, nodes_wan
 
     pictures = {f"{which}_image": frame_cases.picture(which) for which in case.pictures}
     inputs: dict[str, Any] = {**frame_cases.SIZE, "length": frame_cases.FRAMES, "batch_size": 1, "vae": vae, **pictures}
@@ -104,7 +109,7 @@ def _node(case: frame_cases.Case, vae: Any, folder: Path) -> tuple[dict[str, Any
         for which, picture in pictures.items():
             key = "clip_vision_output" if case.node == "WanImageToVideo" else f"clip_vision_{which}"
             inputs[key] = encoder.encode_image(picture, crop=False)
-    kind = getattr(nodes_wan, case.node)
+    kind = getattr(nodes_hunyuan if case.node.startswith("Hunyuan") else nodes_wan, case.node)
     if case.node == "Wan22ImageToVideoLatent":
         return {}, kind.execute(**inputs).result[0]
     positive, _, latent = kind.execute(positive=[[torch.zeros(1, 1, 1), {}]], negative=[], **inputs).result

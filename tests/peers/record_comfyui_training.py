@@ -55,6 +55,7 @@ How ComfyUI 0.33 computes them
       time 1000·sigma.
     - Wan (image to video too, with known frames) and Wan 2.2 5B: as Stable Diffusion 3.5 with 8 in place of 3, and
       without pooled.
+    - HunyuanVideo 1.5: as Wan with 7 in place of 8. Beside the 32 channels of the latents the network has 33 of zeros.
     - The loss is the mean over all elements of (prediction − latent)², in fp32: MSE on the clean sample.
     - Sigma of a step: u uniform in [0, 1), sigma = table at 999·(1 − u), log-linear between entries (Stable
       Diffusion), or e^1.15/(e^1.15 + 1/(1 − u) − 1) (Flux). Noise and then u come from the global generator, seeded
@@ -180,7 +181,7 @@ def _train(
     positive = [
         [
             inputs["context"][i : i + 1].clone(),
-            ({"pooled_output": inputs["pooled"][i : i + 1].clone()} if "pooled" in inputs else {})
+            {"pooled_output": inputs["pooled"][i : i + 1].clone() if "pooled" in inputs else None}
             | ({"guidance": inputs["guidance"][i].item()} if "guidance" in inputs else {})
             | {key: inputs[key][i].clone() for key in ("t5xxl_ids", "t5xxl_weights") if key in inputs}
             | {key: inputs[key][i : i + 1].clone() for key in CONCAT if key in inputs}

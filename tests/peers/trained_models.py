@@ -97,6 +97,13 @@ def _anima() -> dict[str, Tensor]:
     return {**tensors, "llm_adapter.embed.weight": tensors["llm_adapter.embed.weight"][:VOCABULARY].contiguous()}
 
 
+_UNREACHED = (
+    *(f"double_blocks.1.txt_{layer}" for layer in ("attn.proj", "attn.norm.query_norm", "mlp.0", "mlp.2")),
+    *("byt5_in.*", "vision_in.*"),
+)
+"""ComfyUI's names of what HunyuanVideo 1.5 predicts without: the end of the text, quoted text and a picture."""
+
+
 def _fill() -> dict[str, Tensor]:
     tiny = TINY["flux1"]
     return tiny.original(tiny.denoiser(in_channels=384, out_channels=64))
@@ -150,4 +157,12 @@ TRAINED: Mapping[str, Trained] = {
     "wan": Trained(TINY["wan"].denoiser_tensors, (16, 2), 32, times=(900.0, 200.0)),  # clips of five frames
     "wan-i2v": Trained(TINY["wan-i2v"].denoiser_tensors, (16, 2), 32, times=(900.0, 200.0), fills=20),
     "wan22-5b": Trained(TINY["wan22-5b"].denoiser_tensors, (48, 2), 32, times=(900.0, 200.0), size=(8, 4)),
+    "hunyuan-video15": Trained(
+        TINY["hunyuan-video15"].denoiser_tensors,
+        (32, 2),
+        32,
+        times=(900.0, 200.0),
+        size=(8, 4),
+        unreached=_UNREACHED,
+    ),
 }

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from spiece_models import spiece_model
+from transformers import ByT5Tokenizer
 
 from lorasmith.core.errors import DataError, ModelError
 from lorasmith.core.folders import BUILT_IN_BASE
@@ -28,7 +29,7 @@ from tests.data.test_preflight import add, photo
 FOX = BUILT_IN_BASE / "input" / "fox"
 TOKENIZERS: dict[str, Any] = {"clip_l": clip_tokenizer, "clip_g": clip_tokenizer, "clip_h": clip_tokenizer}
 _BYTE_LEVEL = ("qwen25vl", "qwen3", "qwen3vl", "mistral", "ministral3_3b")
-TOKENIZERS |= {"t5xxl": t5_tokenizer} | dict.fromkeys(_BYTE_LEVEL, qwen_tokenizer)
+TOKENIZERS |= {"t5xxl": t5_tokenizer, "byt5_small": ByT5Tokenizer} | dict.fromkeys(_BYTE_LEVEL, qwen_tokenizer)
 
 
 def small_vocabulary() -> Any:

@@ -566,8 +566,10 @@ class Family(ABC):
         image_encoder = {} if self.image_encoder is None else {IMAGE_ENCODER: self.image_encoder}
         return {**self.text_encoders, "vae": self.autoencoder, **image_encoder}
 
-    def encoder_slots(self, denoiser: nn.Module) -> Mapping[str, EncoderSlot]:
-        """The encoders that a model with this denoiser has by component name, that of pictures included."""
+    def encoder_slots(self, denoiser: nn.Module, form: ControlForm | None) -> Mapping[str, EncoderSlot]:
+        """The encoders that a model with this denoiser and these controls has by component name, that of pictures
+        included.
+        """
         if self.image_encoder is None or CLIP_VISION not in self.conditioning_shapes(denoiser):
             return self.text_encoders
         return {**self.text_encoders, IMAGE_ENCODER: self.image_encoder}
@@ -770,10 +772,10 @@ class Family(ABC):
         return f"{kinds}, loaded with type {self.clip_types[0]}" if self.clip_types else kinds
 
     def check_parts(
-        self, components: Components, *, text: bool = False, images: bool = False, beside: bool = False
+        self, components: Components, *, text: bool = False, images: bool = False, form: ControlForm | None = None
     ) -> None:
         """Raises ModelError, which names the file to get, if a part for text, for images, or for what `beside` makes of
-        these, is missing.
+        these for a form, is missing.
         """
         if text:
             self.check_encoders(components.encoders)
@@ -782,7 +784,7 @@ class Family(ABC):
                 f"{self.title} needs an autoencoder for pictures, which this model came without; load a full "
                 f"checkpoint, or give it as well (its file is usually called {self.autoencoder.usual_file})"
             )
-        slot = self.encoder_slots(components.denoiser).get(IMAGE_ENCODER) if beside else None
+        slot = None if form is None else self.encoder_slots(components.denoiser, form).get(IMAGE_ENCODER)
         if slot is not None and components.image_encoder is None:
             raise ModelError(
                 f"{self.title} needs the image encoder {slot.kind}, which this model came without; give it like a text "

@@ -53,15 +53,16 @@ _DOUBLE = {
     "norm1_context.linear": "txt_mod.lin",
 }
 # XLabs' trainer puts LoRAs into attention processors; stream 1 of a double block is the picture's, 2 the text's.
+_IMAGE, _TEXT = ("attn.to_q", "attn.to_k", "attn.to_v"), ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj")
 _XLABS = {
-    ("double_blocks", "qkv_lora1"): ("attn.to_q", "attn.to_k", "attn.to_v"),
-    ("double_blocks", "qkv_lora2"): ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-    ("double_blocks", "proj_lora1"): ("attn.to_out.0",),
-    ("double_blocks", "proj_lora2"): ("attn.to_add_out",),
-    ("single_blocks", "qkv_lora"): ("attn.to_q", "attn.to_k", "attn.to_v"),
-    ("single_blocks", "proj_lora"): ("proj_out",),
+    "transformer_blocks": {
+        **dict.fromkeys(_IMAGE, "qkv_lora1"),
+        **dict.fromkeys(_TEXT, "qkv_lora2"),
+        "attn.to_out.0": "proj_lora1",
+        "attn.to_add_out": "proj_lora2",
+    },
+    "single_transformer_blocks": {**dict.fromkeys(_IMAGE, "qkv_lora"), "proj_out": "proj_lora"},
 }
-_BLOCKS = {"double_blocks": "transformer_blocks", "single_blocks": "single_transformer_blocks"}
 
 
 _WIDE = ((1568, 672), (1504, 688), (1456, 720), (1392, 752), (1328, 800), (1248, 832), (1184, 880), (1104, 944))
@@ -113,7 +114,7 @@ class Flux(Family):
     )
 
     def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-        if norm_name(flux_layout.KEY_NORM, shapes) not in shapes:
+        if norm_name(flux_layout.KEY_NORM, shapes) not in shapes or "img_in.weight" not in shapes:
             return False
         # Flux.2 shares its modulation between blocks; Chroma replaces it by an approximator.
         return not any(name.startswith(("double_stream_modulation_img", "distilled_guidance_layer")) for name in shapes)
@@ -147,10 +148,15 @@ class Flux(Family):
         kind, index, rest = path.split(".", 2)
         hidden = denoiser.config.num_attention_heads * denoiser.config.attention_head_dim
         if kind == "transformer_blocks":
-            return in_double_block(index, rest, hidden, _DOUBLE)
-        if rest == "norm.linear":
-            return OriginalName(f"single_blocks.{index}.modulation.lin")
-        return in_single_block(index, rest, hidden, denoiser.get_submodule(path).weight.shape[0])
+            place = in_double_block(index, rest, hidden, _DOUBLE)
+        elif rest == "norm.linear":
+            place = OriginalName(f"single_blocks.{index}.modulation.lin")
+        else:
+            place = in_single_block(index, rest, hidden, denoiser.get_submodule(path).weight.shape[0])
+        if (name := _XLABS[kind].get(rest)) is None:
+            return place
+        blocks = place.path.partition(".")[0]
+        return replace(place, others=(OriginalName(f"{blocks}.{index}.processor.{name}", rows=place.rows),))
 
     def diffusion(self, checkpoint: OriginalCheckpoint) -> Diffusion:
         return _diffusion(has_guidance=flux_layout.GUIDANCE in checkpoint.denoiser_shapes)
@@ -160,10 +166,6 @@ class Flux(Family):
 
     def latent_format(self, denoiser: Any, vae: Any) -> LatentFormat:
         return self.autoencoder.latents((denoiser.config.out_channels or denoiser.config.in_channels) // 4)
-
-    def names(self, denoiser: nn.Module, text_encoders: Mapping[str, nn.Module]) -> ModelNames:
-        names = super().names(denoiser, text_encoders)
-        return replace(names, aliases=_xlabs_names(names.denoiser))
 
     def encoder_names(self, text_encoders: Mapping[str, nn.Module]) -> Mapping[str, EncoderNames]:
         return {
@@ -281,16 +283,6 @@ def _diffusion(*, has_guidance: bool) -> Diffusion:
     if has_guidance:
         return Diffusion("flow", FlowSchedule.exponential(_MU))
     return Diffusion("flow", FlowSchedule())
-
-
-def _xlabs_names(table: Mapping[str, OriginalName]) -> dict[str, tuple[str, ...]]:
-    """XLabs' name of each module in an attention processor → the diffusers paths that it stands for."""
-    names = {}
-    for (kind, name), layers in _XLABS.items():
-        numbers = {path.split(".")[1] for path in table if path.startswith(f"{_BLOCKS[kind]}.")}
-        for number in sorted(numbers, key=int):
-            names[f"{kind}.{number}.processor.{name}"] = tuple(f"{_BLOCKS[kind]}.{number}.{layer}" for layer in layers)
-    return names
 
 
 register(Flux(), "flux")

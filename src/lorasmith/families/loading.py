@@ -410,7 +410,7 @@ def _built(
 def _with_encoders(model: Model, path: Path) -> Model:
     """The model with the encoders that a file or folder holds."""
     family, components = model.family, model.components
-    slots = family.encoder_slots(components.denoiser)
+    slots = model.encoder_slots
     found = encoders_in(path, family, slots)
     for component, encoder in found.modules.items():
         _check_width(model, component, path, ENCODERS[slots[component].kind].width(encoder))
@@ -429,7 +429,7 @@ def _with_encoders(model: Model, path: Path) -> Model:
 
 def _check_width(model: Model, component: str, path: Path, width: int) -> None:
     """Raise ModelError unless an encoder's states have the width that the denoiser needs."""
-    family, slot = model.family, model.family.encoder_slots(model.components.denoiser)[component]
+    family, slot = model.family, model.encoder_slots[component]
     needed = family.encoder_width(model.components.denoiser, component)
     if needed is not None and width != needed:
         raise ModelError(

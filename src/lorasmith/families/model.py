@@ -33,6 +33,7 @@ from lorasmith.families.base import (
     ControlSource,
     Defaults,
     Diffusion,
+    EncoderSlot,
     Encoding,
     Expert,
     Family,
@@ -77,7 +78,7 @@ class Model:
 
     def _repr_html_(self) -> str:
         side, multiple = self.defaults.resolution, self.defaults.pixel_multiple
-        needed = (*self.family.encoder_slots(self.components.denoiser), "vae")
+        needed = (*self.encoder_slots, "vae")
         missing = [name for name in needed if name not in self.components.modules()]
         facts = {
             "family": self.family.title,
@@ -144,6 +145,11 @@ class Model:
         return None if (form := self.control_form) is None else form.sight
 
     @property
+    def encoder_slots(self) -> Mapping[str, EncoderSlot]:
+        """The encoders that it has, or should have, by component name."""
+        return self.family.encoder_slots(self.components.denoiser, self.control_form)
+
+    @property
     def control_source(self) -> ControlSource:
         """Where its controls come from; `files` for a model without."""
         return "files" if (form := self.control_form) is None else form.source
@@ -166,7 +172,7 @@ class Model:
     @contextlib.contextmanager
     def encodes_pictures(self, device: torch.device | None = None) -> Iterator[None]:
         """What pictures are encoded with is on `device` (the best one if None) inside. ModelError if it is missing."""
-        self.family.check_parts(self.components, beside=True)
+        self.family.check_parts(self.components, form=self.control_form)
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.autoencoder.active(device))
             if (module := self.components.image_encoder) is not None:

@@ -122,7 +122,7 @@ def in_folders(source: str, folders: Folders, kinds: Sequence[str]) -> str:
 def completed(model: Model, files: ModelFiles, folders: Folders) -> Completed:
     """The model with the text encoders and the autoencoder that it lacks, as far as `folders` has files that fit."""
     family, components = model.family, model.components
-    slots, there_already = family.encoder_slots(components.denoiser), components.modules()
+    slots, there_already = model.encoder_slots, components.modules()
     encoders = [name for name in slots if name not in there_already]
     kinds = [*(ENCODER_FOLDERS if encoders else ()), *(VAE_FOLDERS if components.vae is None else ())]
     if not kinds:

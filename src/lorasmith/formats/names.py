@@ -57,6 +57,7 @@ class OriginalName:
     # names below `path` of the module's own parameters that are called otherwise there; their numbers may be in another
     # shape
     parameters: Mapping[str, str] = field(default_factory=dict)
+    others: tuple[OriginalName, ...] = ()  # its places in files of another naming, which are read and never written
 
     def tensor(self, leaf: str) -> str:
         """Name there of one of the module's own parameters, such as `weight`."""
@@ -123,9 +124,6 @@ class ModelNames:
     # diffusers path → shape of the weight, for files that flatten convolution kernels and to check whether an adapter
     # fits. Modules that are not listed are not checked
     weight_shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    # further names in files, without a prefix → the diffusers paths of each, in the order of their rows. Read, never
-    # written
-    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     limits: ProgramLimits = field(default_factory=ProgramLimits)  # what programs do not apply of this family's files
 
     def pipeline_place(self, path: str) -> tuple[str, str]:
@@ -158,18 +156,20 @@ def diffusers_places(names: ModelNames) -> dict[str, PlacedModules]:
 
 def original_places(names: ModelNames) -> dict[str, PlacedModules]:
     """The denoiser's modules by path in the original checkpoint, parts of a fused module in the order of their rows."""
+    return _by_place(names.denoiser.items())
+
+
+def _by_place(found: Iterable[tuple[str, OriginalName]]) -> dict[str, PlacedModules]:
+    """Modules, each a diffusers path and its place, by the path of the place."""
     places: dict[str, list[PlacedModule]] = {}
-    for path, original in names.denoiser.items():
+    for path, original in found:
         places.setdefault(original.path, []).append(PlacedModule(ModuleRef(DENOISER, path), original))
     return {path: tuple(sorted(parts, key=lambda part: part.place.rows or (0, 0))) for path, parts in places.items()}
 
 
-def alias_places(names: ModelNames) -> dict[str, PlacedModules]:
-    """The denoiser's modules by further names in files."""
-    return {
-        alias: tuple(PlacedModule(ModuleRef(DENOISER, path), names.denoiser[path]) for path in paths)
-        for alias, paths in names.aliases.items()
-    }
+def other_places(names: ModelNames) -> dict[str, PlacedModules]:
+    """The denoiser's modules by path in files of another naming."""
+    return _by_place((path, other) for path, place in names.denoiser.items() for other in place.others)
 
 
 def encoder_paths(names: ModelNames, component: str) -> Iterator[tuple[str, PlacedModules]]:

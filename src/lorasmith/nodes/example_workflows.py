@@ -73,5 +73,6 @@ _TITLES = {
     "anima": ("Anima", "Anima" + _ON_A_FOLDER),
     "wan": ("Wan 2.1", "Wan 2.1" + _ON_A_FOLDER),
     "wan22_5b": ("Wan 2.2 5B", "Wan 2.2 5B" + _ON_A_FOLDER),
+    "hunyuan_video15": ("HunyuanVideo 1.5", "HunyuanVideo 1.5" + _ON_A_FOLDER),
 }
 """Title in the editor, and what the graph trains."""

@@ -146,6 +146,38 @@ def wan22_image_to_video_latent(
     return (latent_of(samples.repeat(repeats), mask=mask.repeat(repeats)),)
 
 
+@node(
+    "HunyuanVideo15ImageToVideo",
+    "HunyuanVideo15ImageToVideo",
+    "model/conditioning/hunyuan video",
+    outputs=_CONDITIONED,
+)
+def hunyuan_video15_image_to_video(
+    context: NodeContext,
+    *,
+    positive: list[Conditioning] = socket("CONDITIONING"),
+    negative: list[Conditioning] = socket("CONDITIONING"),
+    vae: Autoencoder = socket("VAE"),
+    width: int = _side(848, 16),
+    height: int = _side(480, 16),
+    length: int = _length(33),
+    batch_size: int = _BATCH_SIZE,
+    start_image: Tensor | None = _START,
+    clip_vision_output: Tensor | None = _states("Of the first frame."),
+) -> tuple[list[Conditioning], list[Conditioning], Latent]:
+    """Give HunyuanVideo 1.5 the first frame of a clip, and make empty latents for it."""
+    given = {} if clip_vision_output is None else {CLIP_VISION: clip_vision_output}
+    empty = _empty(vae, width, height, length, batch_size)
+    if start_image is not None:
+        frames = _frames(start_image[:length], width, height)
+        with vae.active():
+            first = vae.encode(frames[:, :, : vae.latent.whole_frames(frames.shape[2])])
+        image, mask = torch.zeros_like(empty["samples"][:1]), torch.ones_like(empty["samples"][:1, :1])
+        image[:, :, : first.shape[2]], mask[:, :, : first.shape[2]] = first, 0
+        given |= {CONCAT_IMAGE: image, CONCAT_MASK: mask}
+    return _given(positive, negative, given, empty)
+
+
 def _known(
     vae: Autoencoder, width: int, height: int, length: int, *, start: Tensor | None, end: Tensor | None = None
 ) -> dict[str, Tensor]:

@@ -127,18 +127,28 @@ _declare_empty(
 )
 
 
-@node("EmptyHunyuanLatentVideo", "Empty HunyuanVideo 1.0 Latent", "model/latent/hunyuan video", outputs=["LATENT"])
-def empty_hunyuan_latent_video(
-    context: NodeContext,
-    *,
-    width: int = _side(848),
-    height: int = _side(480),
-    length: int = socket("INT", default=25, min=1, max=16384, step=4, tooltip="In frames; 1 for pictures."),
-    batch_size: int = _BATCH_SIZE,
-) -> tuple[Latent]:
-    """Empty latents with a time axis; KSampler adapts their shape to its model, and takes one frame for pictures."""
-    frames = (length - 1) // 4 + 1
-    return (latent_of(torch.zeros(batch_size, 16, frames, height // 8, width // 8), 8),)
+def _declare_empty_clip(id: str, display_name: str, *, channels: int, downscale: int) -> None:
+    """Declare a node of empty latents of clips."""
+
+    def empty(
+        context: NodeContext,
+        *,
+        width: int = _side(848),
+        height: int = _side(480),
+        length: int = socket("INT", default=25, min=1, max=16384, step=4, tooltip="In frames; 1 for pictures."),
+        batch_size: int = _BATCH_SIZE,
+    ) -> tuple[Latent]:
+        """Empty latents with a time axis; KSampler adapts their shape to its model, and takes a frame for pictures."""
+        frames = (length - 1) // 4 + 1
+        return (
+            latent_of(torch.zeros(batch_size, channels, frames, height // downscale, width // downscale), downscale),
+        )
+
+    node(id, display_name, "model/latent/hunyuan video", outputs=["LATENT"])(empty)
+
+
+_declare_empty_clip("EmptyHunyuanLatentVideo", "Empty HunyuanVideo 1.0 Latent", channels=16, downscale=8)
+_declare_empty_clip("EmptyHunyuanVideo15Latent", "Empty HunyuanVideo 1.5 Latent", channels=32, downscale=16)
 
 
 @node("LatentBatch", "Batch Latents (DEPRECATED)", "model/latent/batch", outputs=["LATENT"], deprecated=True)

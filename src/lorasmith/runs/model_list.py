@@ -112,8 +112,8 @@ def _listed(file: FoundFile, family: Family, files: Sequence[FoundFile]) -> tupl
     widths: dict[str, int | None] = {}
     if family.controls or any(name not in file.parts for name in slots):
         model = load_structure(file.path)
-        denoiser, form, edits = model.components.denoiser, model.control_form, model.edits
-        slots = family.encoder_slots(denoiser)
+        denoiser, form, slots = model.components.denoiser, model.control_form, model.encoder_slots
+        edits = model.edits
         told_by = "name" if family.controls_of(denoiser, ()) is None else "tensors"
         widths = {name: family.encoder_width(denoiser, name) for name in slots if name not in file.parts}
     parts = []

@@ -116,19 +116,19 @@ def from_original_tensors(
 ) -> dict[str, Tensor | Packed]:
     """The state dict of a diffusers denoiser from original-layout tensors.
 
-    Fused tensors are cut into rows and swapped halves put in order.
+    Fused tensors are cut into rows and swapped halves put in order. Tensors may have any of a module's names in files.
     """
     state: dict[str, Tensor | Packed] = {}
     unused = set(tensors)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     for name in shapes:
         path, _, leaf = name.rpartition(".")
-        place = table[path]
-        wanted = place.tensor(leaf)
-        original = next((key for key in (wanted, place.tensor(_NORM_SCALE)) if key in tensors), None)
+        usual = table[path]
+        places = {one.tensor(key): one for one in (usual, *usual.others) for key in (leaf, _NORM_SCALE)}
+        original = next((key for key in places if key in tensors), None)
         if original is None:
-            raise ModelError(f"the checkpoint lacks {wanted}; it is incomplete or was cut short")
-        tensor = tensors[original]
+            raise ModelError(f"the checkpoint lacks {usual.tensor(leaf)}; it is incomplete or was cut short")
+        tensor, place = tensors[original], places[original]
         unused.discard(original)
         if place.rows is not None:
             tensor = of_rows(tensor, operator.itemgetter(slice(*place.rows)))

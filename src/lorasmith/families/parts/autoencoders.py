@@ -1,4 +1,4 @@
-"""Kinds of autoencoders: that of latent diffusion with its two namings, Flux.2's, and Wan's.
+"""Kinds of autoencoders: that of latent diffusion with its two namings, Flux.2's, Wan's and HunyuanVideo 1.5's.
 
 Flux.2's is that of latent diffusion with 32 channels, then 2×2 latents as 128 normalised channels. The normalisation's
 statistics are tensors of the file (`bn.running_mean`, `bn.running_var`), so latents that leave the autoencoder are the
@@ -8,6 +8,10 @@ Wan 2.1's, which Qwen-Image, Krea 2 and Anima use too, and Wan 2.2 5B's are made
 latents have a time axis. Both packages' names are read, the original's and diffusers' (AutoencoderKLQwenImage and
 AutoencoderKLWan, which have the same tensors for Wan 2.1). Wan 2.2's takes squares of 2×2 pixels as channels, and its
 blocks are one level deeper in the names.
+
+HunyuanVideo 1.5's is made for videos too, with 16 pixels per latent. The authors and diffusers let a frame attend to
+itself and those before it, ComfyUI to all: latents of clips differ there, those of pictures do not. Clips are encoded
+and decoded in diffusers' tiles.
 """
 
 from __future__ import annotations
@@ -15,8 +19,10 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from types import MethodType
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -290,14 +296,18 @@ _MIDDLE = ("resnets.0", "attentions.0", "resnets.1")
 _SIDE = 2  # of the squares of pixels that Wan 2.2's takes as channels
 
 
-class _Wan(AutoencoderKind):
+class _OfFrames(AutoencoderKind):
+    """Kinds whose latents have a time axis."""
+
+    def encode(self, vae: Any, pixels: Tensor) -> Tensor:
+        return super().encode(vae, pixels if pixels.ndim == 5 else pixels.unsqueeze(2))
+
+
+class _Wan(_OfFrames):
     """What both versions share."""
 
     def channels(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
         return shapes["conv2.weight" if "conv2.weight" in shapes else "post_quant_conv.weight"][0]
-
-    def encode(self, vae: Any, pixels: Tensor) -> Tensor:
-        return super().encode(vae, pixels if pixels.ndim == 5 else pixels.unsqueeze(2))
 
 
 class WanAutoencoder(_Wan):
@@ -413,3 +423,92 @@ def _resnet(rest: str) -> str:
     if (match := re.match(r"residual\.(\d)\.", rest)) is not None:
         return f"{_RESIDUAL[match[1]]}.{rest[match.end() :]}"
     return re.sub(r"^shortcut\.", "conv_shortcut.", rest)
+
+
+_HUNYUAN_RENAMES = (
+    (r"\.mid\.block_(\d)\.", lambda match: f".mid_block.resnets.{int(match[1]) - 1}."),
+    (r"\.mid\.attn_1\.([qkv])\.", r".mid_block.attentions.0.to_\1."),
+    (r"\.mid\.attn_1\.", ".mid_block.attentions.0."),
+    (r"\.(down|up)\.(\d+)\.block\.", r".\1_blocks.\2.resnets."),
+    (r"\.(down|up)\.(\d+)\.(down|up)sample\.", r".\1_blocks.\2.\3samplers.0."),
+)
+_HUNYUAN_FIRST = "decoder.conv_in.conv.weight"
+
+
+class HunyuanVideo15Autoencoder(_OfFrames):
+    """HunyuanVideo 1.5's: 32 channels, 16 pixels per latent."""
+
+    name = "hunyuan_video15"
+
+    def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        norms = {f"decoder.{block}.norm1.gamma" for block in ("mid.block_1", "mid_block.resnets.0")}
+        return _HUNYUAN_FIRST in shapes and bool(norms & shapes.keys())
+
+    def channels(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        return shapes[_HUNYUAN_FIRST][1]
+
+    def build(self, source: PartSource) -> nn.Module:
+        from diffusers import AutoencoderKLHunyuanVideo15
+
+        named = {}
+        for name, tensor in plain_weights(source.tensors).items():
+            for pattern, replacement in _HUNYUAN_RENAMES:
+                name = re.sub(pattern, replacement, name)
+            named[name] = tensor
+        config = source.config
+        if config is None:
+            shapes = CheckpointShapes((name, tuple(tensor.shape)) for name, tensor in named.items())
+            blocks = range(block_count(shapes, "encoder.down_blocks."))
+            widths = tuple(shapes[f"encoder.down_blocks.{block}.resnets.0.conv2.conv.weight"][0] for block in blocks)
+            config = {
+                "latent_channels": self.channels(shapes),
+                "block_out_channels": widths,
+                "layers_per_block": block_count(shapes, "encoder.down_blocks.0.resnets."),
+                **source.settings,
+            }
+
+        def make() -> nn.Module:
+            vae: Any = AutoencoderKLHunyuanVideo15.from_config(config)
+            for part in (vae.encoder, vae.decoder):
+                for attention in part.mid_block.attentions:
+                    attention.forward = MethodType(_attended_by_frame, attention)
+            return vae  # type: ignore[no-any-return]
+
+        return build(make, lambda _: named, where=source.where)
+
+    def encode(self, vae: Any, pixels: Tensor) -> Tensor:
+        vae.use_tiling = pixels.ndim == 5 and pixels.shape[2] > 1  # of 256 px; whole clips take tens of GB
+        return super().encode(vae, pixels)
+
+    def decode(self, vae: Any, latents: Tensor) -> Tensor:
+        vae.use_tiling = latents.shape[2] > 1
+        return super().decode(vae, latents)
+
+    def latent_format(self, vae: Any) -> LatentFormat:
+        config = vae.config
+        return LatentFormat(
+            config.latent_channels,
+            config.spatial_compression_ratio,
+            scale=1.0,
+            frames=True,
+            time_downscale=config.temporal_compression_ratio,
+        )
+
+
+AUTOENCODERS.register(HunyuanVideo15Autoencoder.name)(HunyuanVideo15Autoencoder())
+
+
+def _attended_by_frame(self: Any, states: Tensor) -> Tensor:
+    """The forward pass of an attention without diffusers' mask, which has a number for each pair of latents."""
+    normed = self.norm(states)
+    query, key, value = (
+        layer(normed).permute(0, 2, 3, 4, 1).flatten(2, 3) for layer in (self.to_q, self.to_k, self.to_v)
+    )
+    mixed = [
+        F.scaled_dot_product_attention(
+            query[:, [frame]], *(rows[:, : frame + 1].flatten(1, 2)[:, None] for rows in (key, value))
+        )
+        for frame in range(query.shape[1])
+    ]
+    rows = torch.cat(mixed, dim=1).unflatten(2, states.shape[3:]).permute(0, 4, 1, 2, 3)
+    return self.proj_out(rows) + states  # type: ignore[no-any-return]

@@ -1,8 +1,9 @@
-"""CLIP's image encoder, whose states some denoisers attend to."""
+"""Image encoders, whose states some denoisers attend to: CLIP's and SigLIP's (Zhai et al. 2023, arXiv:2303.15343)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -24,67 +25,112 @@ _INNER = f"{_LAYERS}0.mlp.fc1.weight"
 _HEAD = 80  # width of a head of ViT-H
 
 
-class ClipVision(EncoderKind):
-    """OpenCLIP ViT-H, in transformers' naming."""
+class ImageEncoderKind(EncoderKind):
+    """A vision transformer in transformers' naming."""
 
-    name = "clip_vision_h"
     title = "image encoder"
     longest = 0
     dtype = torch.float32
 
     def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         start = _START if f"{_START}{_PATCHES}" in shapes else ""
-        return len(shapes.get(f"{start}{_PATCHES}", ())) == 4 and f"{start}embeddings.class_embedding" in shapes
+        has_class = f"{start}embeddings.class_embedding" in shapes
+        is_whole = len(shapes.get(f"{start}{_PATCHES}", ())) == 4
+        return is_whole and self.is_kind(shapes.get(f"{start}{_POSITIONS}", (0,)), has_class=has_class)
+
+    @abstractmethod
+    def is_kind(self, positions: tuple[int, ...], *, has_class: bool) -> bool:
+        """Whether it has positions of this shape, and a token for the whole picture."""
+
+    @abstractmethod
+    def network(self, tensors: Mapping[str, Any], sizes: Mapping[str, int], where: str) -> Callable[[], nn.Module]:
+        """What makes the network for tensors without a prefix. Raises ModelError for those of another size."""
 
     def build(self, source: PartSource) -> nn.Module:
-        from transformers import CLIPVisionConfig, CLIPVisionModel
-
         tensors = {name.removeprefix(_START): tensor for name, tensor in source.tensors.items()}
         if missing := [name for name in (_PATCHES, _POSITIONS, _INNER) if name not in tensors]:
             raise ModelError(f"{source.where} lacks {missing[0]}; it is incomplete, so get it again")
-        width, _, patch = tuple(tensors[_PATCHES].shape)[:3]
-        if tensors[_POSITIONS].shape[0] != (_SIDE // patch) ** 2 + 1:
-            raise ModelError(
-                f"{source.where} must be an image encoder of pictures of {_SIDE}×{_SIDE} px, but has "
-                f"{tensors[_POSITIONS].shape[0]} positions for patches of {patch} px; give clip_vision_h.safetensors"
-            )
-        config = CLIPVisionConfig(
-            hidden_size=width,
-            intermediate_size=tensors[_INNER].shape[0],
-            num_hidden_layers=block_count(list(tensors), _LAYERS),
-            num_attention_heads=max(1, width // _HEAD),
-            image_size=_SIDE,
-            patch_size=patch,
-            hidden_act="gelu",
-        )
+        sizes = {
+            "hidden_size": tensors[_PATCHES].shape[0],
+            "intermediate_size": tensors[_INNER].shape[0],
+            "num_hidden_layers": block_count(list(tensors), _LAYERS),
+            "patch_size": tensors[_PATCHES].shape[2],
+        }
 
         def named(model: nn.Module) -> dict[str, Any]:
-            needed = model.state_dict()  # of which the names, too, begin otherwise in older versions
+            needed = model.state_dict()  # whose names begin with `vision_model.` in older versions
             found = {name if name in needed else f"{_START}{name}": tensor for name, tensor in tensors.items()}
             return {name: tensor for name, tensor in found.items() if name in needed}
 
-        return build(lambda: CLIPVisionModel(config), named, where=source.where)
+        return build(self.network(tensors, sizes, source.where), named, where=source.where)
 
     def own_tokenizer(self, source: TokenizerSource, rows: int) -> Any:
         raise NotImplementedError("it reads no text")
 
 
+class ClipVision(ImageEncoderKind):
+    """OpenCLIP ViT-H."""
+
+    name = "clip_vision_h"
+
+    def is_kind(self, positions: tuple[int, ...], *, has_class: bool) -> bool:
+        return has_class
+
+    def network(self, tensors: Mapping[str, Any], sizes: Mapping[str, int], where: str) -> Callable[[], nn.Module]:
+        from transformers import CLIPVisionConfig, CLIPVisionModel
+
+        patch, positions = sizes["patch_size"], tensors[_POSITIONS].shape[0]
+        if positions != (_SIDE // patch) ** 2 + 1:
+            raise ModelError(
+                f"{where} must be an image encoder of pictures of {_SIDE}×{_SIDE} px, but has {positions} positions "
+                f"for patches of {patch} px; give clip_vision_h.safetensors"
+            )
+        heads = max(1, sizes["hidden_size"] // _HEAD)
+        config = CLIPVisionConfig(**sizes, num_attention_heads=heads, image_size=_SIDE, hidden_act="gelu")
+        return lambda: CLIPVisionModel(config)
+
+
+class SiglipVision(ImageEncoderKind):
+    """SigLIP so400m of pictures of 384×384 px, without the head that pools its states."""
+
+    name = "siglip_384"
+
+    def is_kind(self, positions: tuple[int, ...], *, has_class: bool) -> bool:
+        return positions[0] == _PLACES and not has_class
+
+    def network(self, tensors: Mapping[str, Any], sizes: Mapping[str, int], where: str) -> Callable[[], nn.Module]:
+        from transformers import SiglipVisionConfig, SiglipVisionModel
+
+        config = SiglipVisionConfig(**sizes, num_attention_heads=16, image_size=_SIGLIP_SIDE, vision_use_head=False)
+        return lambda: SiglipVisionModel(config)
+
+
+_SIGLIP_SIDE, _PLACES = 384, 729
+
+
 @torch.no_grad()
-def picture_states(encoder: nn.Module, pixels: Tensor, *, crop: bool = False) -> Tensor:
-    """States before the last layer, (batch, tokens, width), of pixels (batch, 3, height, width) in [−1, 1].
+def picture_states(encoder: Any, pixels: Tensor, *, crop: bool = False) -> Tensor:
+    """States (batch, tokens, width) of pixels (batch, 3, height, width) in [−1, 1]: CLIP's before the last layer,
+    SigLIP's last ones.
 
     Pictures that are no squares are squashed, or cropped around their centre.
     """
-    pictures = pixels.to(device_of(encoder)).float() / 2 + 0.5
-    rows, columns = pictures.shape[-2:]
-    scale = _SIDE / min(rows, columns)
-    size = (round(scale * rows), round(scale * columns)) if crop else (_SIDE, _SIDE)
-    pictures = functional.interpolate(pictures, size, mode="bicubic", antialias=True)
-    top, left = ((side - _SIDE) // 2 for side in size)
-    eight_bit = (255 * pictures[..., top : top + _SIDE, left : left + _SIDE]).clamp(0, 255).round() / 255
-    mean, deviation = (eight_bit.new_tensor(one).view(1, 3, 1, 1) for one in (_MEAN, _DEVIATION))
-    states: Tensor = encoder((eight_bit - mean) / deviation, output_hidden_states=True).hidden_states[-2]
-    return states
+    squares = _squares(pixels.to(device_of(encoder)), encoder.config.image_size, crop=crop)
+    if encoder.config.model_type == "siglip_vision_model":
+        return encoder(2 * squares - 1).last_hidden_state  # type: ignore[no-any-return]
+    mean, deviation = (squares.new_tensor(one).view(1, 3, 1, 1) for one in (_MEAN, _DEVIATION))
+    return encoder((squares - mean) / deviation, output_hidden_states=True).hidden_states[-2]  # type: ignore[no-any-return]
 
 
-ENCODERS.register(ClipVision.name)(ClipVision())
+def _squares(pixels: Tensor, side: int, *, crop: bool) -> Tensor:
+    """Squares in [0, 1], in steps of 8 bit."""
+    rows, columns = pixels.shape[-2:]
+    scale = side / min(rows, columns)
+    size = (round(scale * rows), round(scale * columns)) if crop else (side, side)
+    scaled = functional.interpolate(pixels.float() / 2 + 0.5, size, mode="bicubic", antialias=True)
+    top, left = ((length - side) // 2 for length in size)
+    return (255 * scaled[..., top : top + side, left : left + side]).clamp(0, 255).round() / 255
+
+
+for _kind in (ClipVision(), SiglipVision()):
+    ENCODERS.register(_kind.name)(_kind)

@@ -6,7 +6,7 @@ the part that sees pictures is apart from the rest (`vision_towers`).
 
 T5 v1.1 (Raffel et al. 2020, arXiv:1910.10683) and UMT5 (Chung et al. 2023, arXiv:2304.09151): UMT5 has T5's layout with
 biases by relative position in every block, and a larger vocabulary, which the package does not have: ComfyUI's files of
-the encoder hold it.
+the encoder hold it. ByT5 (Xue et al. 2021, arXiv:2105.13626) reads bytes, of text that is to be drawn.
 """
 
 from __future__ import annotations
@@ -317,18 +317,24 @@ T5_BIAS = "encoder.block.{}.layer.0.SelfAttention.relative_attention_bias.weight
 _EMBEDDING, _TIED = "shared.weight", "encoder.embed_tokens.weight"
 
 
+_BYT5_WIDTH = 1472  # of the small size, which no other T5 has
+
+
 class T5Encoder(EncoderKind):
-    """T5 v1.1, of which image models use the XXL size, or UMT5, of which video models do."""
+    """T5 v1.1, of which image models use the XXL size, UMT5, of which video models do, or the small ByT5."""
 
-    longest = 512
-
-    def __init__(self, *, is_umt5: bool) -> None:
-        self.name = "umt5xxl" if is_umt5 else "t5xxl"
-        self._is_umt5 = is_umt5
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.longest = 256 if name == "byt5_small" else 512  # bytes of ByT5
+        self._is_umt5 = name == "umt5xxl"
 
     def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+        if T5_BIAS.format(0) not in shapes:
+            return False
         in_every_block = T5_BIAS.format(1) in shapes
-        return in_every_block if self._is_umt5 else T5_BIAS.format(0) in shapes and not in_every_block
+        is_byt5 = shapes.get(_EMBEDDING, shapes.get(_TIED, ()))[1:] == (_BYT5_WIDTH,)
+        kind = "umt5xxl" if in_every_block else "byt5_small" if is_byt5 else "t5xxl"
+        return kind == self.name
 
     def build(self, source: PartSource) -> nn.Module:
         import transformers
@@ -349,10 +355,14 @@ class T5Encoder(EncoderKind):
     def own_tokenizer(self, source: TokenizerSource, rows: int) -> Any:
         if self._is_umt5:
             return spiece_tokenizer(source, beside="spiece.model", rows=rows, adds_eos=True)
+        if self.name == "byt5_small":
+            from transformers import ByT5Tokenizer
+
+            return ByT5Tokenizer()
         return t5_tokenizer()
 
 
-for _t5 in (T5Encoder(is_umt5=False), T5Encoder(is_umt5=True)):
+for _t5 in map(T5Encoder, ("t5xxl", "umt5xxl", "byt5_small")):
     ENCODERS.register(_t5.name)(_t5)
 
 

@@ -1,8 +1,9 @@
-"""Transformers of diffusers whose masks of the text are changed: Stable Diffusion 3's and Lumina 2's.
+"""Transformers of diffusers whose masks are changed: those of Stable Diffusion 3, Lumina 2 and HunyuanVideo 1.5.
 
 Stable Diffusion 3's ignores masks, without which captions of different length cannot share a batch: pictures would
 attend to the padding of the shorter ones. Lumina 2's reads the lengths of texts off its mask, which on a device would
-wait for the device in each step, and has no answer on the meta device.
+wait for the device in each step, and has no answer on the meta device. HunyuanVideo 1.5's does both, and its mask has
+a number for each pair of tokens, of which clips have many.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import Lumina2Transformer2DModel, SD3Transformer2DModel
+from diffusers import HunyuanVideo15Transformer3DModel, Lumina2Transformer2DModel, SD3Transformer2DModel
+from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_lumina2 import Lumina2AttnProcessor2_0
 from torch import Tensor
 
@@ -44,6 +46,7 @@ class _JointAttention:
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         def heads(rows: Tensor, norm: Any) -> Tensor:
             split = rows.reshape(*rows.shape[:2], attn.heads, -1).transpose(1, 2)
@@ -53,6 +56,8 @@ class _JointAttention:
         query = heads(attn.to_q(hidden_states), attn.norm_q)
         key = heads(attn.to_k(hidden_states), attn.norm_k)
         value = heads(attn.to_v(hidden_states), None)
+        if image_rotary_emb is not None:
+            query, key = (apply_rotary_emb(rows, image_rotary_emb) for rows in (query, key))
         if encoder_hidden_states is None:  # the second attention of a dual block, of the picture to itself
             mixed = F.scaled_dot_product_attention(query, key, value)
             return attn.to_out[1](attn.to_out[0](mixed.transpose(1, 2).flatten(2)))  # type: ignore[no-any-return]
@@ -90,3 +95,64 @@ class _MaskMoved(Lumina2AttnProcessor2_0):  # type: ignore[misc]
         moved = attention_mask.to(hidden_states.device, non_blocking=True)
         mixed: Tensor = super().__call__(attn, hidden_states, encoder_hidden_states, moved, image_rotary_emb)
         return mixed
+
+
+class MaskedHunyuanVideo15(HunyuanVideo15Transformer3DModel):  # type: ignore[misc]
+    """HunyuanVideo15Transformer3DModel of a patch of one latent, whose kinds of text are each there or not.
+
+    diffusers' fills each kind up to its longest, and a picture's embedding that is missing with zeros.
+    """
+
+    @functools.wraps(HunyuanVideo15Transformer3DModel.__init__)  # type: ignore[misc]
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        for block in self.transformer_blocks:
+            block.attn.set_processor(_JointAttention())
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_attention_mask: Tensor | None = None,
+        encoder_hidden_states_2: Tensor | None = None,
+        image_embeds: Tensor | None = None,
+    ) -> Tensor:
+        """The prediction (batch, channels, frames, height, width); `timestep` is in fp32.
+
+        The mask is bool, (batch, tokens), and of the first kind of text alone.
+        """
+        size = hidden_states.shape[2:]
+        rotary = self.rope(hidden_states)
+        modulation = self.time_embed.timestep_embedder(self.time_embed.time_proj(timestep).to(hidden_states.dtype))
+        kinds = {0: self._refined(encoder_hidden_states, timestep, encoder_attention_mask)}
+        if encoder_hidden_states_2 is not None:
+            kinds[1] = self.context_embedder_2(encoder_hidden_states_2)
+        if image_embeds is not None:
+            kinds[2] = self.image_embedder(image_embeds)
+        kind_of = self.cond_type_embed
+        text = torch.cat(
+            [rows + kind_of(torch.full_like(rows[..., 0], kind, dtype=torch.long)) for kind, rows in kinds.items()], 1
+        )
+        states = self.x_embedder(hidden_states)
+        mask = None
+        if encoder_attention_mask is not None:
+            seen = encoder_attention_mask
+            others = seen.new_ones(len(seen), states.shape[1] + text.shape[1] - seen.shape[1])
+            pictures = states.shape[1]
+            mask = torch.cat((others[:, :pictures], seen, others[:, pictures:]), dim=1)[:, None, None]
+        for block in self.transformer_blocks:
+            states, text = block(states, text, modulation, mask, rotary)
+        predicted: Tensor = self.proj_out(self.norm_out(states, modulation)).transpose(1, 2).unflatten(2, size)
+        return predicted
+
+    def _refined(self, text: Tensor, timestep: Tensor, mask: Tensor | None) -> Tensor:
+        """The first kind of text as the blocks take it."""
+        embedder = self.context_embedder
+        shown = text if mask is None else text * mask.unsqueeze(-1)
+        pooled = shown.sum(dim=1) / (text.shape[1] if mask is None else mask.sum(dim=1, keepdim=True))
+        modulation = embedder.time_text_embed(timestep, pooled)
+        states: Tensor = embedder.proj_in(text)
+        for block in embedder.token_refiner.refiner_blocks:
+            states = block(states, modulation, None if mask is None else mask[:, None, None])
+        return states

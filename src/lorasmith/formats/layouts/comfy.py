@@ -28,10 +28,10 @@ from lorasmith.formats.layouts.layout import Layout
 from lorasmith.formats.names import (
     ModelNames,
     PlacedModules,
-    alias_places,
     diffusers_places,
     encoder_paths,
     original_places,
+    other_places,
 )
 from lorasmith.formats.scales import baked
 from lorasmith.formats.spelling import (
@@ -51,7 +51,7 @@ class _ComfyuiNames(Layout):
     """Module paths after ComfyUI's prefixes; adapters without an exact place there have PEFT's prefix."""
 
     def bases(self, names: ModelNames) -> Mapping[str, PlacedModules]:
-        places = {**alias_places(names), **diffusers_places(names), **original_places(names)}
+        places = {**other_places(names), **diffusers_places(names), **original_places(names)}
         bases = {prefix + path: parts for prefix in COMFYUI_PREFIXES for path, parts in places.items()}
         for component in names.text_encoders:
             for kind in names.text_encoders[component].comfyui:

@@ -26,10 +26,10 @@ from lorasmith.formats.layouts.peft import ADAPTER_METADATA, rank_fields, stated
 from lorasmith.formats.names import (
     ModelNames,
     PlacedModules,
-    alias_places,
     diffusers_places,
     encoder_paths,
     original_places,
+    other_places,
     read_tensors,
 )
 from lorasmith.formats.scales import baked, loras_in
@@ -63,7 +63,7 @@ class DiffusersLayout(Layout):
 
     def bases(self, names: ModelNames) -> Mapping[str, PlacedModules]:
         bases: dict[str, PlacedModules] = {}
-        for path, parts in {**alias_places(names), **original_places(names), **diffusers_places(names)}.items():
+        for path, parts in {**other_places(names), **original_places(names), **diffusers_places(names)}.items():
             for spelling in _spellings(path):
                 bases |= {prefix + spelling: parts for prefix in (*DIFFUSERS_PREFIXES, "")}
         for component in names.text_encoders:

@@ -34,6 +34,7 @@ from lorasmith.formats.names import (
     diffusers_places,
     encoder_paths,
     original_places,
+    other_places,
     unfusable,
 )
 from lorasmith.formats.scales import checked_scale
@@ -57,6 +58,7 @@ class KohyaLayout(Layout):
         namings = [diffusers_places(names), original_places(names)]
         if names.kohya_naming == "original":
             namings.reverse()
+        namings.append(other_places(names))
         bases: dict[str, PlacedModules] = {}
         for prefix in KOHYA_PREFIXES:
             for places in namings:
