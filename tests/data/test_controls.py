@@ -89,6 +89,8 @@ def test_folders_that_are_named_replace_those_inside(tmp_path: Path) -> None:
         ({"control_path_2": "before/y.png", "control_path_0": "before/x.png"}, ["before/x.png", "before/y.png"]),
         ({"edit_image": ["before/x.png", "before/y.png"]}, ["before/x.png", "before/y.png"]),
         ({"kontext_images": "before/y.png"}, ["before/y.png"]),
+        ({"control_1": "before/y.png", "control": "before/x.png"}, ["before/x.png", "before/y.png"]),
+        ({"control_path": None, "edit_image": ""}, []),
     ],
     ids=str,
 )
@@ -99,6 +101,40 @@ def test_json_lines_name_controls_inside_of_their_folder(tmp_path: Path, entry: 
     for source in (tmp_path / "set", tmp_path / "set" / "metadata.jsonl"):
         scan = scan_folder(source)
         assert found(scan, tmp_path / "set") == {"a.png": expected}
+
+
+def test_rows_of_tables_and_of_diffsynth_name_controls(tmp_path: Path) -> None:
+    folder_of(tmp_path, ["a.png", "b.png", "before/x.png", "before/y.png"])
+    files = {
+        "metadata.csv": "image,prompt,edit_image\na.png,make it blue,before/x.png\nb.png,again,\n",
+        "metadata.json": json.dumps(
+            [
+                {"image": "a.png", "prompt": "make it blue", "edit_image": ["before/x.png", "before/y.png"]},
+                {"image": "b.png", "prompt": "again"},
+            ]
+        ),
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+        scan = scan_folder(tmp_path / name)
+        expected = ["before/x.png", "before/y.png"][: 1 if name.endswith(".csv") else 2]
+        assert found(scan, tmp_path) == {"a.png": expected, "b.png": []}
+        assert [one.caption for one in scan.images] == ["make it blue", "again"]
+        (tmp_path / name).unlink()
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [(3, "is 3, not a path"), ({"a": 1}, "is a dict, not a path"), (["x.png", 1.5], "is 1.5")],
+    ids=str,
+)
+def test_what_is_no_path_leaves_its_image_out(tmp_path: Path, given: object, told: str) -> None:
+    folder_of(tmp_path, ["a.png", "b.png", "x.png"])
+    write_lines(tmp_path, {"a.png": given, "b.png": "x.png"})
+    scan = scan_folder(tmp_path)
+    assert found(scan, tmp_path) == {"b.png": ["x.png"], "x.png": []} or found(scan, tmp_path) == {"b.png": ["x.png"]}
+    reason = dict(scan.skipped)[tmp_path / "a.png"]
+    assert reason.startswith(f"is left out because its control_path {told}") and reason.kind == "control"
 
 
 def write_lines(folder: Path, controls: dict[str, object]) -> None:

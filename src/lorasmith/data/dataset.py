@@ -68,9 +68,11 @@ class Variants:
         return self.rules.drawn(self.captions, seed, draw)
 
     def picture(self, seed: int, draw: int) -> Picture:
-        if len(self.pictures) == 1:
-            return self.pictures[0]
-        return self.pictures[int(keyed_uniform(seed, "picture", draw) * len(self.pictures))]
+        several = len(self.pictures) > 1
+        found = self.pictures[int(keyed_uniform(seed, "picture", draw) * len(self.pictures)) if several else 0]
+        if self.control_dropout and keyed_uniform(seed, "controls", draw) < self.control_dropout:
+            return replace(found, controls=())
+        return found
 
 
 @dataclass(frozen=True, repr=False)
@@ -150,13 +152,23 @@ class Sample:
             return self
         picture = variants.picture(seed, draw)
         conditioning = variants.sized(variants.encoded[variants.caption(seed, draw)], picture.size)
-        if variants.control_dropout and keyed_uniform(seed, "controls", draw) < variants.control_dropout:
-            picture = replace(picture, controls=())
         return self._with(picture, conditioning)
 
     def latents_drawn(self, seed: int, draw: int) -> Tensor:
         """The latents of a draw; unlike `drawn`, never encodes its caption."""
         return self.latents if self.variants is None else self.variants.picture(seed, draw).latents
+
+    @property
+    def size(self) -> int:
+        """Numbers in its latents and controls, which the tokens of a forward pass are proportional to."""
+        return sum(one.numel() for one in (self.latents, *self.conditioning.controls))
+
+    def size_drawn(self, seed: int, draw: int) -> int:
+        """The size of a draw; unlike `drawn`, never encodes its caption."""
+        if self.variants is None:
+            return self.size
+        picture = self.variants.picture(seed, draw)
+        return sum(one.numel() for one in (picture.latents, *picture.controls))
 
     def sizes(self) -> Iterator[Sample]:
         """The sample with each of its pictures, all with the plain caption."""
