@@ -61,3 +61,24 @@ def test_what_pipelines_cannot_load_from_one_file_is_named() -> None:
     assert "WanPipeline.from_pretrained('the diffusers folder or hub id of wan')" in code
     assert "export_to_video" in code and "frames[0]" in code
     ast.parse(code)
+
+
+@pytest.mark.parametrize(
+    ("model", "edit", "family", "controls", "call"),
+    [
+        ("flux1-kontext-dev", None, "flux1", 1, "FluxKontextPipeline"),
+        ("finetune", "kontext", "flux1", 0, "FluxKontextPipeline"),
+        ("flux1-kontext-dev", "none", "flux1", 0, "FluxPipeline"),
+        ("klein", None, "flux2-klein", 2, "Flux2KleinPipeline"),
+    ],
+)
+def test_edit_models_get_their_pipeline_and_pictures(
+    model: str, edit: str | None, family: str, controls: int, call: str
+) -> None:
+    given = {"trigger": "", "prompt": "make it blue", "model": f"owner/{model}", "model_title": ""}
+    code = use_of(Path("a.safetensors"), **given, family=family, edit=edit, controls=controls).programs["diffusers"][1]
+    ast.parse(code)
+    assert f"pipeline = {call}.from_pretrained" in code
+    images = {0: "(prompt=", 1: "(image=load_image('before.png'), prompt=", 2: "load_image('before1.png')], prompt="}
+    assert f"{images[controls]}'make it blue')" in code
+    assert ("import load_image" in code) == bool(controls)

@@ -94,7 +94,11 @@ class Flux(Family):
         guidance=1.0  # Flux.1 is distilled: its guidance is an input, not a second pass
     )
     distilled_names = ("schnell",)
-    controls = (ControlForm(name="kontext", is_required=True, is_aligned=True, sizes=KONTEXT_SIZES),)
+    controls = (
+        ControlForm(
+            name="kontext", pipeline="FluxKontextPipeline", is_required=True, is_aligned=True, sizes=KONTEXT_SIZES
+        ),
+    )
     autoencoder = FLUX_AUTOENCODER
     released = {"guidance_embeds": True}
     lora_signatures = (
@@ -108,9 +112,6 @@ class Flux(Family):
             return False
         # Flux.2 shares its modulation between blocks; Chroma replaces it by an approximator.
         return not any(name.startswith(("double_stream_modulation_img", "distilled_guidance_layer")) for name in shapes)
-
-    def recognises_pipeline(self, configs: PipelineConfigs) -> bool:
-        return super().recognises_pipeline(configs) or "FluxKontextPipeline" in configs.classes
 
     def denoiser_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         config = flux_layout.block_config(shapes)
