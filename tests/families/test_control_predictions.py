@@ -158,10 +158,10 @@ def test_the_name_of_a_file_says_that_it_is_kontext_and_edit_decides(tmp_path: P
 
 def test_flux2_takes_controls_and_needs_none() -> None:
     for name in ("flux2", "flux2-klein"):
-        form = FAMILIES[name].controls_of(["any"])
+        form = FAMILIES[name].controls_of(torch.nn.Module(), ["any"])
         assert form is not None and not form.is_required
-        assert FAMILIES[name].controls_of(["any"], "none") is None
-    assert FAMILIES["sd1"].controls_of(["kontext"]) is None
+        assert FAMILIES[name].controls_of(torch.nn.Module(), ["any"], "none") is None
+    assert FAMILIES["sd1"].controls_of(torch.nn.Module(), ["kontext"]) is None
 
 
 def test_controls_that_a_model_cannot_take_are_refused_in_a_sentence(editing: Case) -> None:

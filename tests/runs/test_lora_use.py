@@ -64,21 +64,26 @@ def test_what_pipelines_cannot_load_from_one_file_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "edit", "family", "controls", "call"),
+    ("pipeline", "family", "controls", "call", "images"),
     [
-        ("flux1-kontext-dev", None, "flux1", 1, "FluxKontextPipeline"),
-        ("finetune", "kontext", "flux1", 0, "FluxKontextPipeline"),
-        ("flux1-kontext-dev", "none", "flux1", 0, "FluxPipeline"),
-        ("klein", None, "flux2-klein", 2, "Flux2KleinPipeline"),
+        ("FluxKontextPipeline", "flux1", 1, "FluxKontextPipeline", "image=load_image('before.png'), "),
+        ("", "flux1", 0, "FluxPipeline", ""),
+        ("exit()", "flux1", 0, "FluxPipeline", ""),
+        (
+            "Flux2KleinPipeline",
+            "flux2-klein",
+            2,
+            "Flux2KleinPipeline",
+            "image=[load_image('before.png'), load_image('before1.png')], ",
+        ),
     ],
 )
 def test_edit_models_get_their_pipeline_and_pictures(
-    model: str, edit: str | None, family: str, controls: int, call: str
+    pipeline: str, family: str, controls: int, call: str, images: str
 ) -> None:
-    given = {"trigger": "", "prompt": "make it blue", "model": f"owner/{model}", "model_title": ""}
-    code = use_of(Path("a.safetensors"), **given, family=family, edit=edit, controls=controls).programs["diffusers"][1]
+    facts = {"trigger": "", "prompt": "make it blue", "model": "owner/edit", "model_title": "", "family": family}
+    _, code = use_of(Path("a.safetensors"), **facts, pipeline=pipeline, controls=controls).programs["diffusers"]
     ast.parse(code)
     assert f"pipeline = {call}.from_pretrained" in code
-    images = {0: "(prompt=", 1: "(image=load_image('before.png'), prompt=", 2: "load_image('before1.png')], prompt="}
-    assert f"{images[controls]}'make it blue')" in code
+    assert f"pipeline({images}prompt='make it blue')" in code
     assert ("import load_image" in code) == bool(controls)

@@ -209,6 +209,7 @@ class FramedPicture:
 
     pixels: Tensor  # fp32 (3, [frames,] height, width) in [−1, 1]
     inside: Tensor | None  # fp32 (height, width) of the latents: share of each inside the mask
+    mask: Tensor | None = None  # fp32 (height, width) in pixels, 1 inside
 
 
 def framed(
@@ -242,11 +243,12 @@ def framed(
     mask = opacity if config.masks == "alpha" else mask_of(image, config)
     found = []
     for one, shown in zip(framings, pixels, strict=True):
-        inside = None
-        if mask is not None:
-            there = one.mask_applied(mask, size, (one.width // downscale, one.height // downscale))
-            inside = torch.from_numpy(np.array(there)).to(torch.float32) / 255
-        found.append(FramedPicture(shown, inside))
+        if mask is None:
+            found.append(FramedPicture(shown, None))
+            continue
+        sizes = ((one.width // downscale, one.height // downscale), (one.width, one.height))
+        inside, whole = (torch.from_numpy(np.array(one.mask_applied(mask, size, of))).float() / 255 for of in sizes)
+        found.append(FramedPicture(shown, inside, whole))
     return found
 
 

@@ -33,7 +33,7 @@ from lorasmith.core.printable import count_text, described, printable
 from lorasmith.core.random import keyed_uniform
 from lorasmith.data.captions import CaptionRules
 from lorasmith.data.encoding_cache import CacheEntries, key_of
-from lorasmith.families.base import Conditioning, PictureSize
+from lorasmith.families.base import FIRST_FRAME, Conditioning, PictureSize
 
 _TENSOR, _MASK = "tensor.", "mask"
 AUTOMATIC_FROM = 12
@@ -50,7 +50,7 @@ class Picture:
     latents: Tensor
     size: PictureSize
     places: Tensor | None = None
-    controls: tuple[Tensor, ...] = ()  # latents (1, channels, h, w) of each, mirrored like the picture
+    beside: Mapping[str, Tensor] = field(default_factory=dict)  # `Conditioning.beside` of it
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Variants:
         several = len(self.pictures) > 1
         found = self.pictures[int(keyed_uniform(seed, "picture", draw) * len(self.pictures)) if several else 0]
         if self.control_dropout and keyed_uniform(seed, "controls", draw) < self.control_dropout:
-            return replace(found, controls=())
+            return replace(found, beside={})
         return found
 
 
@@ -168,7 +168,7 @@ class Sample:
         if self.variants is None:
             return self.size
         picture = self.variants.picture(seed, draw)
-        return sum(one.numel() for one in (picture.latents, *picture.controls))
+        return replace(self, latents=picture.latents, conditioning=Conditioning(picture.beside), places=None).size
 
     def sizes(self) -> Iterator[Sample]:
         """The sample with each of its pictures, all with the plain caption."""
@@ -179,7 +179,7 @@ class Sample:
             yield self._with(picture, self.conditioning)
 
     def _with(self, picture: Picture, conditioning: Conditioning) -> Sample:
-        conditioning = conditioning.with_controls(picture.controls)
+        conditioning = conditioning.with_beside(picture.beside)
         return replace(self, latents=picture.latents, places=picture.places, conditioning=conditioning, variants=None)
 
 
@@ -258,14 +258,23 @@ class EncodedDataset:
 
 
 def places_of(samples: Sequence[Sample]) -> Tensor | None:
-    """The `places` of samples of equal size as (batch, 1, [1,] height, width); None if none has any."""
-    if all(sample.places is None for sample in samples):
+    """The `places` of samples of equal size as (batch, 1, [frames,] height, width); None if none has any.
+
+    A first frame that is given has weight 0, and the others as much more.
+    """
+    is_given = [FIRST_FRAME in sample.conditioning.tensors for sample in samples]
+    if not any(is_given) and all(sample.places is None for sample in samples):
         return None
-    shape = (*(1,) * (samples[0].latents.ndim - 2), *samples[0].latents.shape[-2:])
-    weights: Iterable[Tensor] = (
-        torch.ones(shape) if one.places is None else one.places.reshape(shape) for one in samples
-    )
-    return torch.stack(list(weights))
+    frames = samples[0].latents.shape[1:-2]
+    shape = (*(1,) * (1 + len(frames)), *samples[0].latents.shape[-2:])
+    weights = [torch.ones(shape) if one.places is None else one.places.reshape(shape) for one in samples]
+    if any(is_given):
+        others = frames.numel() - 1
+        after = torch.tensor([0.0, *[1 + 1 / max(1, others)] * others]).reshape(1, -1, 1, 1)
+        weights = [
+            one * (after if given else torch.ones_like(after)) for one, given in zip(weights, is_given, strict=True)
+        ]
+    return torch.stack(weights)
 
 
 def check_latents(latents: Tensor, *, like: Tensor, name: str) -> None:

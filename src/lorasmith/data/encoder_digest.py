@@ -84,8 +84,11 @@ def autoencoder_digest(source: Model | Autoencoder, *, remembered: RememberedDig
 
     `source` is a model, whose scale and shift of latents count, or an autoencoder. ModelError if the model has none.
     """
+    beside: dict[str, Any] = {}
     if isinstance(source, Model):
         autoencoder, latent = source.autoencoder, source.components.latent
+        if (origin := source.control_source) != "files":
+            beside = {"beside": [source.family.name, origin]}
     else:
         autoencoder, latent = source, source.latent
     return key_of(
@@ -95,6 +98,7 @@ def autoencoder_digest(source: Model | Autoencoder, *, remembered: RememberedDig
         latent=asdict(latent),
         network=network_digest("vae", autoencoder.module, remembered),
         versions=_versions("diffusers", *_package(AUTOENCODERS, autoencoder.kind)),
+        **beside,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -41,7 +41,7 @@ from lorasmith.data.picture_encoding import (
     PictureEncoder,
     encode_pictures,
 )
-from lorasmith.families.base import Conditioning
+from lorasmith.families.base import Conditioning, named_controls
 from lorasmith.families.model import Autoencoder, Model, TextEncoder
 
 _BATCH_PIXELS = 4 * 1024**2
@@ -212,6 +212,7 @@ def encode_scan(
         sized=model.family.sized,
         clips=clips,
         controls=model.control_form,
+        beside=model.beside,
     )
     data = encode_images(
         scan,
@@ -335,7 +336,7 @@ class _EncodedControls:
     """The controls of an image."""
 
     keys: list[list[str]]  # of each control, for each framing of the image
-    latents: list[tuple[Tensor, ...]]  # of each framing, for each control
+    tensors: list[Mapping[str, Tensor]]  # of each framing, by names in a conditioning
 
 
 def _controls(
@@ -344,13 +345,14 @@ def _controls(
     """The controls of each image, each of whose framings is encoded once."""
     form = pictures.controls
     if form is None or not any(image.image.controls for image in images):
-        return [_EncodedControls([], [()] * len(image.framings)) for image in images]
+        return [_EncodedControls([], [{}] * len(image.framings)) for image in images]
     work, asked = [], []
     for image in images:
         for control in image.image.controls:
             asked.append(control_framings(control, image.image, image.framings, form))
             work.append(FramedImage(control, tuple(dict.fromkeys(asked[-1])), (control.digest, "")))
-    encoded = iter(zip(work, asked, encode_pictures(work, pictures, DataConfig(), progress), strict=True))
+    alone = replace(pictures, beside=lambda pixels, mask: {})
+    encoded = iter(zip(work, asked, encode_pictures(work, alone, DataConfig(), progress), strict=True))
     result = []
     for image in images:
         keys: list[list[str]] = []
@@ -360,7 +362,7 @@ def _controls(
             places = [framed.framings.index(one) for one in framings]
             keys.append([framed.keys()[place] for place in places])
             latents = [(*before, found[place].latents[None]) for before, place in zip(latents, places, strict=True)]
-        result.append(_EncodedControls(keys, latents))
+        result.append(_EncodedControls(keys, [named_controls(one) for one in latents]))
     return result
 
 
@@ -392,7 +394,7 @@ def _sample(
     """The sample of an image; appends notes for the user to `notes`."""
     image, name = framed.image, framed.image.name
     found = []
-    for framing, one, beside in zip(framed.framings, encoded, controls.latents, strict=True):
+    for framing, one, given in zip(framed.framings, encoded, controls.tensors, strict=True):
         places = place_weights(one.inside, config)
         if one.inside is not None and places is None:
             notes.append(
@@ -400,16 +402,16 @@ def _sample(
                 "trained as a whole; correct the mask, or remove it"
             )
         size = framing.picture_size(image.width, image.height)
-        found.append(Picture(one.latents, size, places, beside))
+        found.append(Picture(one.latents, size, places, {**one.beside, **given}))
     rules = CaptionRules.of(config, is_class=image.is_class)
-    dropout = config.control_dropout if controls.keys else 0.0
+    dropout = config.control_dropout if found[0].beside else 0.0
     varies = len(found) > 1 or rules.varies(image.captions) or dropout > 0
     plain = found[0]
     return Sample(
         plain.latents,
-        pictures.sized(captions[image.caption], plain.size).with_controls(plain.controls),
+        pictures.sized(captions[image.caption], plain.size).with_beside(plain.beside),
         name,
-        _digest(framed, controls, rules, config),
+        _digest(framed, controls, rules, config, given=sorted(plain.beside)),
         weight=image.weight,
         places=plain.places,
         is_class=image.is_class,
@@ -417,7 +419,9 @@ def _sample(
     )
 
 
-def _digest(framed: FramedImage, controls: _EncodedControls, rules: CaptionRules, config: DataConfig) -> str:
+def _digest(
+    framed: FramedImage, controls: _EncodedControls, rules: CaptionRules, config: DataConfig, *, given: Sequence[str]
+) -> str:
     """Hash of everything that a sample is made of except the model."""
     image, masks = framed.image, (config.mask_inside, config.mask_outside, config.mask_normalize)
     return key_of(
@@ -427,5 +431,5 @@ def _digest(framed: FramedImage, controls: _EncodedControls, rules: CaptionRules
         masks=masks if framed.digest[1] else None,
         weight=image.weight,
         is_class=image.is_class,
-        **({"controls": controls.keys, "control_dropout": config.control_dropout} if controls.keys else {}),
+        **({"controls": controls.keys or given, "control_dropout": config.control_dropout} if given else {}),
     )

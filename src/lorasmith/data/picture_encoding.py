@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from PIL import __version__ as pillow_version
@@ -37,7 +37,7 @@ _AHEAD = 8  # images read ahead
 
 _CLIPS_AHEAD = 2  # of clips, which take 100 MB and more each
 
-_LATENTS, _INSIDE = "latents", "inside"
+_LATENTS, _INSIDE, _BESIDE = "latents", "inside", "beside."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +60,9 @@ class PictureEncoder:
     sized: Callable[[Conditioning, PictureSize], Conditioning] = lambda conditioning, size: conditioning
     clips: ClipForm | None = None  # that the model accepts; None for image models
     controls: ControlForm | None = None  # that the model accepts; None without
+    # pixels (1, 3, [frames,] height, width) and the mask (height, width) of one picture → what the denoiser is given of
+    # it, see `Family.beside`
+    beside: Callable[[Tensor, Tensor | None], Mapping[str, Tensor]] = lambda pixels, inside: {}
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,7 @@ class EncodedFraming:
 
     latents: Tensor  # fp32 (C, [frames,] h, w) on the CPU
     inside: Tensor | None  # fp32 (h, w): share of each latent inside the mask
+    beside: Mapping[str, Tensor] = field(default_factory=dict)  # fp32 on the CPU, of `Family.beside`
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,8 @@ def encode_pictures(
         with contextlib.closing(_encoded(batches, encoder)) as encoded:
             for batch, latents in encoded:
                 for picture, found in zip(batch, latents, strict=True):
-                    _keep(picture, found, entries)
+                    beside = encoder.beside(picture.picture.pixels[None], picture.picture.mask)
+                    _keep(picture, found, beside, entries)
                     count(picture.work)
     return [[one.found[index] for index in range(len(one.framed.framings))] for one in work]
 
@@ -146,7 +151,8 @@ class _Work:
         self.found: dict[int, EncodedFraming] = {}
         for index, key in enumerate(self.keys):
             if entries is not None and (tensors := entries.get(key)) and _LATENTS in tensors:
-                self.found[index] = EncodedFraming(tensors[_LATENTS], tensors.get(_INSIDE))
+                beside = {name.removeprefix(_BESIDE): one for name, one in tensors.items() if name.startswith(_BESIDE)}
+                self.found[index] = EncodedFraming(tensors[_LATENTS], tensors.get(_INSIDE), beside)
         self.missing = [index for index in range(len(framed.framings)) if index not in self.found]
 
 
@@ -282,10 +288,13 @@ def _latents(batch: Sequence[_Waiting], encoder: PictureEncoder) -> Tensor:
     return torch.cat([_latents(batch[:middle], encoder), _latents(batch[middle:], encoder)])
 
 
-def _keep(one: _Waiting, latents: Tensor, entries: CacheEntries | None) -> None:
+def _keep(one: _Waiting, latents: Tensor, beside: Mapping[str, Tensor], entries: CacheEntries | None) -> None:
     """Store the latents of a framing, also in the cache. Raises DataError if they are not finite."""
     check_latents(latents, like=latents, name=one.work.framed.image.name)
     inside = one.picture.inside
-    one.work.found[one.index] = EncodedFraming(latents.clone(), inside)
+    one.work.found[one.index] = EncodedFraming(latents.clone(), inside, beside)
     if entries is not None:
-        entries.put(one.work.keys[one.index], {_LATENTS: latents} | ({} if inside is None else {_INSIDE: inside}))
+        further = {_BESIDE + name: tensor for name, tensor in beside.items()}
+        entries.put(
+            one.work.keys[one.index], {_LATENTS: latents, **({} if inside is None else {_INSIDE: inside}), **further}
+        )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any, Literal, NamedTuple
@@ -30,15 +30,20 @@ from lorasmith.formats.names import EncoderNames, ModelNames, Naming, OriginalNa
 from lorasmith.formats.spelling import DENOISER_START, SIGNATURES, Signature
 
 __all__ = [
-    "DENOISER_START", "SIGNATURES", "Any", "AutoencoderSlot", "Conditioning", "ControlForm", "DataError", "Defaults",
-    "Diffusion", "EncoderNames", "EncoderSlot", "Encoding", "Expert", "Family", "FlowSchedule", "LatentFormat",
-    "Mapping", "ModelError", "ModelNames", "OriginalCheckpoint", "OriginalName", "PictureSize", "PipelineConfigs",
-    "ProgramLimits", "ResolutionShift", "Rule", "Sequence", "Signature", "Tensor", "TextEncoders", "block_count",
-    "check_even", "collate", "module_paths", "nn", "norm_name", "register", "replace", "torch", "weight_shapes",
+    "DENOISER_START", "SIGNATURES", "Any", "AutoencoderSlot", "Callable", "Components", "Conditioning", "ControlForm",
+    "DataError", "Defaults", "Diffusion", "EncoderNames", "EncoderSlot", "Encoding", "Expert", "Family",
+    "FlowSchedule", "LatentFormat", "Mapping", "ModelError", "ModelNames", "OriginalCheckpoint", "OriginalName",
+    "PictureSize", "PipelineConfigs", "ProgramLimits", "ResolutionShift", "Rule", "Sequence", "Signature", "Tensor",
+    "TextEncoders", "block_count", "check_even", "collate", "module_paths", "nn", "norm_name", "register", "replace",
+    "torch", "weight_shapes",
 ]  # fmt: skip
 
 
 _CONTROL = "control_"
+FIRST_FRAME = "first_frame"
+"""Name of the tensor of a conditioning that is the first frame of a clip's latents."""
+
+_BESIDE = re.compile(rf"{_CONTROL}\d+|known|{FIRST_FRAME}|clip_vision")
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,10 @@ class Conditioning:
             width) is there in each family; `pooled` (batch, width), `guidance` (batch,) and others where the family
             has them. With `no_guidance`, of any value, a network with an embedding of guidance leaves it out.
             `control_0`, `control_1`, ... (batch, channels, height, width) are pictures to edit or refer to, scaled like
-            the latents; sizes of their own are never padded.
+            the latents; sizes of their own are never padded. Made of the picture or clip itself (`Family.beside`):
+            `known` (batch, channels, [frames,] height, width) are channels beside the noisy latents, `first_frame`
+            (batch, channels, 1, height, width) is a clip's first frame, which gets no noise, `clip_vision` (batch,
+            tokens, width) are states of an image encoder.
         text: the prompt it came from, for reports and metadata; None when unknown.
         mask: bool (batch, tokens), True for tokens of the context that are attended to; None for all of them.
         span: the part of sampling that it applies to, from 0 at the start to 1 at the end; training ignores it.
@@ -83,10 +91,20 @@ class Conditioning:
 
     def with_controls(self, controls: Sequence[Tensor]) -> Conditioning:
         """The conditioning with these controls in place of its own."""
-        if not controls and not self.controls:
+        others = {name: one for name, one in self.beside.items() if not name.startswith(_CONTROL)}
+        return self.with_beside({**others, **named_controls(controls)})
+
+    @property
+    def beside(self) -> Mapping[str, Tensor]:
+        """The tensors that are made of pictures."""
+        return {name: one for name, one in self.tensors.items() if _BESIDE.fullmatch(name)}
+
+    def with_beside(self, beside: Mapping[str, Tensor]) -> Conditioning:
+        """The conditioning with these tensors in place of those that are made of pictures."""
+        if not beside and not self.beside:
             return self
-        others = {name: one for name, one in self.tensors.items() if not re.fullmatch(rf"{_CONTROL}\d+", name)}
-        return replace(self, tensors=others | {f"{_CONTROL}{index}": one for index, one in enumerate(controls)})
+        others = {name: one for name, one in self.tensors.items() if not _BESIDE.fullmatch(name)}
+        return replace(self, tensors={**others, **beside})
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -102,6 +120,11 @@ class Conditioning:
         }
         mask = None if self.mask is None else self.mask.to(device, non_blocking=True)
         return replace(self, tensors=moved, mask=mask)
+
+
+def named_controls(controls: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Controls by the names that they have in a conditioning."""
+    return {f"{_CONTROL}{index}": one for index, one in enumerate(controls)}
 
 
 class PictureSize(NamedTuple):
@@ -299,10 +322,15 @@ class Expert:
         return _letters(self.name) in _letters(file)
 
 
+ControlSource = Literal["files", "first frame", "first and last frame", "mask"]
+"""Where controls come from: further files, frames of the clip itself, or the picture outside of its mask."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ControlForm:
     """The pictures that a model edits or refers to, its controls."""
 
+    source: ControlSource = "files"
     # of an edit variant with the tensors of its family's other models: part of the names of its files; empty where all
     # models of the family take controls
     name: str = ""
@@ -456,8 +484,11 @@ class Family(ABC):
         known = {self.pipeline, *(form.pipeline for form in self.controls if form.pipeline)}
         return not known.isdisjoint(configs.classes)
 
-    def controls_of(self, names: Sequence[str], edit: str | None = None) -> ControlForm | None:
-        """The controls of a model whose file or folder has one of these names, or is the variant `edit`."""
+    def controls_of(self, denoiser: nn.Module, names: Sequence[str], edit: str | None = None) -> ControlForm | None:
+        """The controls of a model whose file or folder has one of these names, or is the variant `edit`.
+
+        A family whose files tell variants apart by their tensors chooses by the denoiser's configuration.
+        """
         if edit is not None:
             return next((form for form in self.controls if form.name == edit), None)
         given = [_letters(name) for name in names]
@@ -582,6 +613,28 @@ class Family(ABC):
     def sized(self, conditioning: Conditioning, size: PictureSize) -> Conditioning:
         """The conditioning with a picture's size, if the denoiser is conditioned on it; else unchanged."""
         return conditioning
+
+    def beside(
+        self,
+        form: ControlForm,
+        components: Components,
+        encode: Callable[[Tensor], Tensor],
+        pixels: Tensor,
+        mask: Tensor | None,
+    ) -> Mapping[str, Tensor]:
+        """What the denoiser is given of a picture or clip, by names of `Conditioning.tensors`; by default nothing.
+
+        Called for a form whose source is not files, where samples are encoded and where pictures are drawn.
+
+        Args:
+            form: the model's.
+            components: the model's parts.
+            encode: pixels (1, 3, [frames,] height, width) in [−1, 1] → latents, scaled for the denoiser.
+            pixels: those of the picture or clip; where a clip is drawn, only the frames that `form.source` names are
+                known, and the others are 0.
+            mask: (height, width) in pixels, 1 inside; None without one.
+        """
+        return {}
 
     def conditioning_shapes(self, denoiser: nn.Module) -> Mapping[str, tuple[int, ...]]:
         """Shapes of the conditioning tensors that `predict` needs, for a batch of 1 and a prompt of usual length."""

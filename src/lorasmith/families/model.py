@@ -27,6 +27,7 @@ from lorasmith.families.base import (
     Components,
     Conditioning,
     ControlForm,
+    ControlSource,
     Defaults,
     Diffusion,
     Encoding,
@@ -129,7 +130,28 @@ class Model:
     @property
     def control_form(self) -> ControlForm | None:
         """The controls that it takes; None without."""
-        return self.family.controls_of((self.title, *([self.path.name] if self.path else [])), self.edit)
+        names = (self.title, *([self.path.name] if self.path else []))
+        return self.family.controls_of(self.components.denoiser, names, self.edit)
+
+    @property
+    def pipeline(self) -> str:
+        """Class of the diffusers pipeline that draws with it."""
+        form = self.control_form
+        return (form.pipeline if form else "") or self.family.pipeline
+
+    @property
+    def control_source(self) -> ControlSource:
+        """Where its controls come from; `files` for a model without."""
+        return "files" if (form := self.control_form) is None else form.source
+
+    def beside(self, pixels: Tensor, mask: Tensor | None = None) -> Mapping[str, Tensor]:
+        """What the denoiser is given of a picture or clip itself, fp32 on the CPU; see `Family.beside`."""
+        if (form := self.control_form) is None or form.source == "files":
+            return {}
+        to_model, autoencoder = self.components.latent.to_model, self.autoencoder
+        return self.family.beside(
+            form, self.components, lambda given: to_model(autoencoder.encode(given)), pixels, mask
+        )
 
     def as_edit(self, edit: str | None) -> Model:
         """The model as this edit variant of its family. Raises OptionError if there is no such variant."""
@@ -205,7 +227,7 @@ class Denoiser:
     def check_conditionings(self, conditionings: Iterable[Conditioning]) -> None:
         """Raise DataError for conditionings that another model's parts made: other widths, other controls."""
         family, latent = self.base.family, self.base.components.latent
-        most = max((form.most for form in family.controls), default=0)
+        most = max((form.most for form in family.controls if form.source == "files"), default=0)
         for conditioning in conditionings:
             if (count := len(conditioning.controls)) > most:
                 remedy = "leave out the others" if most else "leave them out, or choose an edit model"

@@ -104,10 +104,11 @@ def list_models(folders: Folders) -> ModelList:
 def _listed(file: FoundFile, family: Family, files: Sequence[FoundFile]) -> tuple[ListedModel, set[Path]]:
     """A model with its parts, and all files that fit it. ModelError if the model is an unsupported variant."""
     lacking = [name for name in family.text_encoders if name not in file.parts]
+    model = load_structure(file.path) if lacking or family.controls else None
+    form = None if model is None else model.control_form
     widths: dict[str, int | None] = {}
-    if lacking:
-        denoiser = load_structure(file.path).components.denoiser
-        widths = {name: family.encoder_width(denoiser, name) for name in lacking}
+    if model is not None:
+        widths = {name: family.encoder_width(model.components.denoiser, name) for name in lacking}
     parts = []
     fitting = {
         one.path
@@ -122,7 +123,6 @@ def _listed(file: FoundFile, family: Family, files: Sequence[FoundFile]) -> tupl
     fitting |= {one.path for one in files if one.autoencoder == (vae.kind, vae.channels)}
     found = None if "vae" in file.parts else best_autoencoder(files, vae)
     parts.append(ListedPart("vae", vae.kind, _path(file, "vae", found), vae.usual_file))
-    form = family.controls_of([file.path.name])
     listed = ListedModel(
         file.path,
         file.place,

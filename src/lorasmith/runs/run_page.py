@@ -159,7 +159,6 @@ def _use(history: RunHistory, lora: Path) -> LoraUse:
     model = record.model
     trigger = record.source.get("trigger")
     trigger = trigger if isinstance(trigger, str) else ""
-    edit = record.source.get("edit")
     return use_of(
         lora.resolve(),
         trigger=trigger,
@@ -167,7 +166,7 @@ def _use(history: RunHistory, lora: Path) -> LoraUse:
         model=model.name if model.name == BUILT_IN else model.path or model.name,
         model_title=model.name or "that of the run",
         family=model.family,
-        edit=edit if isinstance(edit, str) else None,
+        pipeline=model.pipeline,
         controls=max((one.controls for one in images_in(record.data)), default=0),
     )
 

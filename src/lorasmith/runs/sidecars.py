@@ -150,11 +150,11 @@ def use_of(
     model: str,
     model_title: str,
     family: str,
-    edit: str | None = None,
+    pipeline: str = "",
     controls: int = 0,
 ) -> LoraUse:
-    """How to use a LoRA, with an example prompt. `trigger` may be empty; `model` is a path or hub id, `edit` the edit
-    variant that it was said to be, and `controls` the number of pictures that the LoRA was trained to edit.
+    """How to use a LoRA, with an example prompt. `trigger` may be empty; `model` is a path or hub id, `pipeline` the
+    class of diffusers for it (the family's if empty), `controls` the number of pictures that it edits.
     """
     stem = lora.stem
     return LoraUse(
@@ -180,7 +180,7 @@ def use_of(
                 else {
                     "diffusers": (
                         "In Python, with the packages diffusers and peft:",
-                        _diffusers(lora, stem, prompt, model, family, edit, controls),
+                        _diffusers(lora, stem, prompt, model, family, pipeline, controls),
                     )
                 }
             ),
@@ -188,12 +188,11 @@ def use_of(
     )
 
 
-def _diffusers(lora: Path, stem: str, prompt: str, model: str, family: str, edit: str | None, controls: int) -> str:
+def _diffusers(lora: Path, stem: str, prompt: str, model: str, family: str, pipeline: str, controls: int) -> str:
     """Code to copy. Values are untrusted and written as literals."""
     found = [one for name, one in FAMILIES.items() if name == family]
-    forms = [one.controls_of([Path(model).name], edit) for one in found]
-    pipelines = [*(form.pipeline for form in forms if form), *(one.pipeline for one in found), "DiffusionPipeline"]
-    pipeline = next(filter(None, pipelines))
+    if not pipeline.isidentifier():
+        pipeline = found[0].pipeline if found else "DiffusionPipeline"
     draws_clips = bool(found) and found[0].draws_clips
     load, source, name = "from_pretrained", model, _name(stem)
     if Path(model).suffix in (".safetensors", ".ckpt"):

@@ -159,7 +159,7 @@ def clips(
                     schedule=one.diffusion.schedule,
                     parameterization=one.diffusion.parameterization,
                     positive=[positive],
-                    negative=[negative.with_controls(positive.controls)],
+                    negative=[negative.with_beside(positive.beside)],
                     latents=latents[index],
                     noise=noise[index],
                     sigmas=some,
