@@ -267,6 +267,9 @@ def test_pairs_are_encoded_once_cached_flipped_together_and_drawn(tmp_path: Path
             pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1
         encoded = klein.components.latent.to_model(klein.autoencoder.encode(pixels))
         mirrored = klein.components.latent.to_model(klein.autoencoder.encode(pixels.flip(-1)))
+        sizes = [(sample.size_drawn(0, draw), sample.drawn(0, draw).size) for draw in range(16)]
+        own = sample.latents.numel()
+        assert all(one == other for one, other in sizes) and {one for one, _ in sizes} == {own, own + control.numel()}
         torch.testing.assert_close(control, encoded, rtol=1e-4, atol=1e-4)
         assert sample.variants is not None
         straight, flipped = sample.variants.pictures
