@@ -162,7 +162,7 @@ def test_an_image_whose_control_is_outside_of_the_folder_is_not_trained_without_
     scan = scan_folder(images, DataConfig(follow_links=True))
     assert "a.png" not in found(scan, images)
     assert "is outside of the folder; copy it into the folder" in dict(scan.skipped)[images / "a.png"]
-    with pytest.raises(DataError, match=r"^a.png is left out because its control .*, or add --controls optional$"):
+    with pytest.raises(DataError, match=r"^a.png is left out because its control .*, or choose controls optional$"):
         check_controls(scan, DataConfig(), klein)
     assert "a.png" in found(scan_folder(images, DataConfig(controls="none")), images)
     add_image(images / "control" / "a.png")
@@ -207,12 +207,12 @@ def test_what_does_not_fit_is_refused_in_a_sentence(tmp_path: Path, klein: Model
     for model in (klein, kontext):
         assert "there is none for b.png; add a file of the same name to " in told(model)
         fits(model, controls="optional")
-    assert "(Flux.1) takes no controls, but a.png has " in told(dev) and "add --edit kontext if it is an" in told(dev)
+    assert "(Flux.1) takes no controls, but a.png has " in told(dev) and "choose edit kontext if it is an" in told(dev)
     fits(dev, controls="none")
     beside = (str(images / "control"),)
-    assert told(dev, control=beside).endswith("or leave --control out to train without them")
+    assert told(dev, control=beside).endswith("or leave control out to train without them")
     folder_of(images, ["control/b.png", "control/b_1.png"])
-    assert "a.png has 1 and b.png 2; add or remove some, or add --controls optional" in told(klein)
+    assert "a.png has 1 and b.png 2; add or remove some, or choose controls optional" in told(klein)
     fits(klein, controls="optional")
     (images / "control" / "b_1.png").write_bytes(b"no picture")
     assert "b.png is left out because its control b_1.png is not an image" in told(klein)

@@ -15,7 +15,7 @@ from lorasmith.families.base import ControlForm, controls_taken
 from lorasmith.families.model import Model
 
 _NAMED = 3  # images in a sentence
-_OPTIONAL = "or add --controls optional"
+_OPTIONAL = "or choose controls optional"
 
 
 def check_controls(scan: FolderScan, config: DataConfig, model: Model) -> None:
@@ -29,8 +29,8 @@ def check_controls(scan: FolderScan, config: DataConfig, model: Model) -> None:
         if paired or config.control:
             variants = [one.name for one in model.family.controls if one.name]
             what = f"{paired[0].name} has {paired[0].controls[0].path}" if paired else f"control is {config.control[0]}"
-            without = "leave --control out" if config.control else "add --controls none"
-            edit = f"add --edit {' or '.join(variants)} if it is an edit model, or " if variants else ""
+            without = "leave control out" if config.control else "choose controls none"
+            edit = f"choose edit {' or '.join(variants)} if it is an edit model, or " if variants else ""
             raise DataError(f"{title} takes no controls, but {what}; {edit}{without} to train without them")
         return
     if many := next((one for one in paired if len(one.controls) > form.most), None):

@@ -58,7 +58,7 @@ class ListedModel:
     parts: tuple[ListedPart, ...]
     edits: tuple[str, ...] = ()  # edit variants of its family, which have its tensors
     edit: str = ""  # the one of them that its name says it is
-    takes_controls: bool = False
+    takes_controls: bool = False  # files of them
 
     @property
     def is_whole(self) -> bool:
@@ -132,7 +132,7 @@ def _listed(file: FoundFile, family: Family, files: Sequence[FoundFile]) -> tupl
         tuple(parts),
         tuple(one.name for one in family.controls if one.name),
         "" if form is None else form.name,
-        form is not None,
+        form is not None and form.source == "files",
     )
     return listed, fitting
 
