@@ -23,8 +23,7 @@ def check_controls(scan: FolderScan, config: DataConfig, model: Model) -> None:
     if config.controls == "none":
         return
     form, title = model.control_form, f"{model.title} ({model.family.title})"
-    subjects = [one for one in scan.images if not one.is_class]
-    paired = [one for one in subjects if one.controls]
+    paired = [one for one in scan.images if one.controls]
     if form is None:
         if paired or config.control:
             variants = [one.name for one in model.family.controls if one.name]
@@ -35,9 +34,16 @@ def check_controls(scan: FolderScan, config: DataConfig, model: Model) -> None:
         return
     if many := next((one for one in paired if len(one.controls) > form.most), None):
         raise DataError(f"{title} {controls_taken(form.most)}, but {many.name} has {len(many.controls)}; remove some")
+    is_tried = paired or any(reason.kind == "control" for _, reason in scan.skipped)
+    if config.controls != "optional" and (form.is_required or config.control or is_tried):
+        check_pairs(scan, config, title=title)
+
+
+def check_pairs(scan: FolderScan, config: DataConfig, *, title: str) -> None:
+    """Raise DataError unless each image has a control, and all as many; `title` is of what needs them."""
+    subjects = [one for one in scan.images if not one.is_class]
+    paired = [one for one in subjects if one.controls]
     damaged = [(path, reason) for path, reason in scan.skipped if reason.kind == "control"]
-    if config.controls == "optional" or not (form.is_required or config.control or paired or damaged):
-        return
     if damaged:
         raise DataError(f"{damaged[0][0].name} {damaged[0][1]}, {_OPTIONAL}")
     if not paired:
