@@ -82,8 +82,9 @@ def test_edit_models_get_their_pipeline_and_pictures(
     pipeline: str, family: str, controls: int, call: str, images: str
 ) -> None:
     facts = {"trigger": "", "prompt": "make it blue", "model": "owner/edit", "model_title": "", "family": family}
-    _, code = use_of(Path("a.safetensors"), **facts, pipeline=pipeline, controls=controls).programs["diffusers"]
+    programs = use_of(Path("a.safetensors"), **facts, pipeline=pipeline, controls=controls).programs
+    _, code = programs["diffusers"]
     ast.parse(code)
     assert f"pipeline = {call}.from_pretrained" in code
     assert f"pipeline({images}prompt='make it blue')" in code
-    assert ("import load_image" in code) == bool(controls)
+    assert ("import load_image" in code) == ("Set Reference Latent" in programs["ComfyUI"][0]) == bool(controls)

@@ -157,6 +157,7 @@ def use_of(
     class of diffusers for it (the family's if empty), `controls` the number of pictures that it edits.
     """
     stem = lora.stem
+    edited = " Give the encoded picture to edit to Set Reference Latent, behind the prompt." if controls else ""
     return LoraUse(
         {
             "File": lora.name,
@@ -167,7 +168,7 @@ def use_of(
         {
             "ComfyUI": (
                 "Copy the file into models/loras. Put a Load LoRA node behind the model, choose the file, and set "
-                "strength_model to 1. The prompt:",
+                f"strength_model to 1.{edited} The prompt:",
                 prompt,
             ),
             "A1111, Forge": (

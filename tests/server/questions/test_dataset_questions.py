@@ -441,6 +441,14 @@ def controls(folders: Folders) -> dict[str, list[str]]:
     return rows | {"": [one.file for one in found.controls]}
 
 
+def test_a_dataset_that_has_only_controls_is_listed(folders: Folders, dog: Path, pairs: Path) -> None:
+    for path in [one for one in dog.iterdir() if one.is_file()]:
+        path.unlink()
+    row = next(row for row in questions.datasets(folders).datasets if row.name == "dog")
+    assert (row.images, row.cover) == (0, None)
+    assert controls(folders) == {"": ["1.png", "2.jpg", "other.png"]}
+
+
 def test_controls_are_shown_beside_their_pictures(folders: Folders, dog: Path, pairs: Path) -> None:
     assert controls(folders) == {"1.png": ["1.png"], "2.png": ["2.jpg"], "10.png": [], "": ["other.png"]}
     (first, *_) = questions.dataset(folders, "dog").images

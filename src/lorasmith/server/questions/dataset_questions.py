@@ -97,7 +97,7 @@ def _row(folder: Path) -> DatasetRow | None:
     """A folder as a dataset; None if it has only other files."""
     try:
         listed = next(list_folders(str(folder)))
-        is_empty = not listed.images and not any(folder.iterdir())
+        is_empty = not listed.images and all(one.name == CONTROL for one in folder.iterdir())
     except (DataError, OSError):
         return None
     inner = [] if listed.images else [one for one in _inner(folder) if one.images]
