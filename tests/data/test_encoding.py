@@ -112,9 +112,11 @@ def test_both_encoders_work_on_the_device_that_is_named(
     seen = []
     for kind in (TextEncoder, Autoencoder):
 
-        def listen(self: object, device: torch.device | None = None, active: object = kind.active) -> object:
+        def listen(
+            self: object, device: torch.device | None = None, active: object = kind.active, **given: bool
+        ) -> object:
             seen.append((type(self), device))
-            return active(self, device)  # type: ignore[operator]
+            return active(self, device, **given)  # type: ignore[operator]
 
         monkeypatch.setattr(kind, "active", listen)
     load_dataset(single, tiny, resolution=64, device="cpu", cache=False)

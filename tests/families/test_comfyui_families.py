@@ -20,7 +20,7 @@ from torch import Tensor
 from transformer_models import TINY, Case
 
 from lorasmith.diffusion.schedule import NoiseSchedule
-from lorasmith.families.base import Conditioning
+from lorasmith.families.base import CONTROL_METHODS, Conditioning
 from lorasmith.families.loading import load_model
 from lorasmith.sampling.samplers import SIGMA_SCHEDULES, sigmas_for
 from tests.covering import slow_except
@@ -67,15 +67,28 @@ def test_predictions_are_comfyuis(case: Case, recorded: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("which", family_cases.CONTROLS)
 def test_predictions_with_controls_are_comfyuis(case: Case, recorded: dict[str, Any], which: str) -> None:
-    if not case.ours.family.controls:
-        pytest.skip("no edit model")
+    method = family_cases.CONTROLS[which][0]
+    if not family_cases.has_method(case.ours, method):
+        pytest.skip("no edit model, or no such method")
     to_model = case.ours.components.latent.to_model
     controls = [to_model(one) for one in family_cases.controls(case.ours, which)]
     conditioning = case.ours.text_encoder.encode(family_cases.PROMPTS["short"]).with_controls(controls)
-    if method := family_cases.CONTROLS[which][0]:
-        tensors = {**conditioning.tensors, f"controls_by_{method}": torch.zeros(1)}
+    if method:
+        name = CONTROL_METHODS["uxo/uno" if method == "uxo" else method]
+        tensors = {**conditioning.tensors, name: torch.zeros(1)}
         conditioning = replace(conditioning, tensors=tensors)
     assert_same(which, prediction(case, conditioning), recorded["controls"][which])
+
+
+@pytest.mark.parametrize("which", [*family_cases.SEEN, "edit"])
+def test_prompts_with_pictures_are_encoded_as_in_comfyui(case: Case, recorded: dict[str, Any], which: str) -> None:
+    """From patches: programs scale pictures to the size of patches by different kernels."""
+    if which not in recorded.get("seen", {}):
+        pytest.skip("no pictures in its prompts")
+    form = case.ours.family.controls[-1 if which == "edit" else 0]
+    pictures = family_cases.seen(case.ours, "one" if which == "edit" else which)
+    encoded = case.ours.text_encoder.encode(family_cases.INSTRUCTION, pictures, sight=form.sight)
+    assert_same(which, encoded.tensors["context"], recorded["seen"][which])
 
 
 def test_predictions_of_clips_are_comfyuis(case: Case, recorded: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +15,28 @@ from transformer_models import Case
 
 from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.families.model import Model
+from lorasmith.formats.names import matches
 from lorasmith.runs.library import train
 from lorasmith.training import engine
 from lorasmith.training.config import TrainConfig
 from lorasmith.training.job import plan_job
 from lorasmith.training.results import TrainResult
 
+# Qwen-Image's is the variant that is told that controls are clean, as Krea 2 is.
+EDIT = {"flux2-klein": None, "qwen-image": "edit-2511", "krea2": None}
 
-@pytest.fixture(scope="module")
-def klein(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    return Case.of("flux2-klein", tmp_path_factory.mktemp("klein"))
+
+@pytest.fixture(scope="module", params=EDIT)
+def editing(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    case = Case.of(request.param, tmp_path_factory.mktemp(request.param))
+    return replace(case, ours=case.ours.as_edit(EDIT[case.name]))
 
 
 def colours(model: Model) -> list[Tensor]:
-    channels = model.components.latent.channels
-    return [models.seeded(f"colour {index}", (channels, 1, 1), seed=0).expand(channels, 2, 2) for index in range(4)]
+    latent = model.components.latent
+    shape = latent.shape(2 * latent.downscale, 2 * latent.downscale)
+    colour = (*shape[:-2], 1, 1)
+    return [models.seeded(f"colour {index}", colour, seed=0).expand(shape) for index in range(4)]
 
 
 def pairs(model: Model, *, shift: int = 0) -> EncodedDataset:
@@ -60,20 +68,21 @@ def loss_of(model: Any, data: EncodedDataset) -> float:
     return torch.cat(losses).mean().item()
 
 
-def test_copying_the_control_is_learnt_and_from_shuffled_ones_it_is_not(klein: Case) -> None:
-    model, straight = klein.ours, pairs(klein.ours)
-    settings = {"steps": 60, "batch_size": 4, "algorithm": "Full", "learning_rate": 6e-3, "targets": "all-linear"}
+def test_copying_the_control_is_learnt_and_from_shuffled_ones_it_is_not(editing: Case) -> None:
+    model, straight = editing.ours, pairs(editing.ours)
+    steps = 60 if editing.name == "flux2-klein" else 200
+    settings = {"steps": steps, "batch_size": 4, "algorithm": "Full", "learning_rate": 6e-3, "targets": "all-linear"}
     learnt = [
         run(model, data, **settings).lora.applied_to(model.denoiser) for data in (straight, pairs(model, shift=1))
     ]
     before, copied, shuffled = (loss_of(one, straight) for one in (model.denoiser, *learnt))
     other = loss_of(learnt[0], pairs(model, shift=1))
-    assert copied - klein.tiny.unlearnt < 0.25 * before, (before, copied)
-    assert shuffled > 0.9 * before and other > 0.9 * before, (before, shuffled, other)
+    assert copied - editing.tiny.unlearnt < 0.3 * before, (before, copied)
+    assert min(shuffled, other) > 2 * copied, (copied, shuffled, other)
 
 
-def test_controls_are_free_of_noise_and_outside_the_loss(klein: Case) -> None:
-    model, data = klein.ours, pairs(klein.ours)
+def test_controls_are_free_of_noise_and_outside_the_loss(editing: Case) -> None:
+    model, data = editing.ours, pairs(editing.ours)
     job = plan_job(model.denoiser, TrainConfig(batch_size=4, training_dtype="fp32"), torch.device("cpu"))
     maker = engine.batch_maker(job.model, data.samples, job.config, job.runtime)
     for step in range(2):
@@ -85,21 +94,30 @@ def test_controls_are_free_of_noise_and_outside_the_loss(klein: Case) -> None:
         assert prediction.shape == batch.clean.shape
 
 
-def test_a_lora_trained_with_controls_is_applied_completely_by_diffusers(klein: Case, tmp_path: Path) -> None:
-    result = run(klein.ours, pairs(klein.ours), steps=2, batch_size=2, learning_rate=1e-2)
-    lora = assert_applied(klein, result.lora.save(tmp_path / "edit.safetensors"))
-    assert all(one.tensors["up"].any() for one in lora.state.adapters.values())
+def test_a_lora_trained_with_controls_is_applied_completely_by_diffusers(editing: Case, tmp_path: Path) -> None:
+    result = run(editing.ours, pairs(editing.ours), steps=2, batch_size=2, learning_rate=1e-2)
+    lora = assert_applied(editing, result.lora.save(tmp_path / "edit.safetensors"))
+    assert all(
+        one.tensors["up"].any()
+        for ref, one in lora.state.adapters.items()
+        if not matches(ref.path, editing.tiny.unreached)
+    )
 
 
-def test_samples_of_other_numbers_and_sizes_of_controls_train_together_as_they_do_alone(klein: Case) -> None:
-    data, found = pairs(klein.ours), colours(klein.ours)
-    given = [[], [found[0][None]], [found[1][None], found[2][None]], [found[3].repeat(1, 2, 1)[None]]]
+def test_samples_of_other_numbers_and_sizes_of_controls_train_together_as_they_do_alone(editing: Case) -> None:
+    data, found = pairs(editing.ours), colours(editing.ours)
+    given = [
+        [],
+        [found[0][None]],
+        [found[1][None], found[2][None]],
+        [found[3].repeat(*[1] * (found[3].ndim - 2), 2, 1)[None]],
+    ]
     mixed = EncodedDataset(
         tuple(
             Sample(one.latents, one.conditioning.with_controls(controls), one.name)
             for one, controls in zip(data.samples, given, strict=True)
         )
     )
-    together = run(klein.ours, mixed, steps=1, batch_size=4)
-    apart = run(klein.ours, mixed, steps=1, batch_size=1, grad_accumulation_steps=4)
+    together = run(editing.ours, mixed, steps=1, batch_size=4)
+    apart = run(editing.ours, mixed, steps=1, batch_size=1, grad_accumulation_steps=4)
     assert together.losses == pytest.approx(apart.losses, rel=1e-5)

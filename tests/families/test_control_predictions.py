@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import models
 import pytest
@@ -22,7 +24,7 @@ SIZE = (8, 12)  # latents of the picture
 CONTROLS = [[(8, 12)], [(6, 4), (10, 8)], [(4, 10), (6, 6)]]  # latents of each control
 
 
-@pytest.fixture(scope="module", params=["flux1", "flux2-klein", "flux2"])
+@pytest.fixture(scope="module", params=["flux1", "flux2-klein", "flux2", "qwen-image", "krea2"])
 def editing(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     return Case.of(request.param, tmp_path_factory.mktemp(request.param))
 
@@ -30,13 +32,19 @@ def editing(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 def prompt(case: Case, batch: int, controls: Sequence[tuple[int, int]], *markers: str) -> Conditioning:
     shapes = case.ours.family.conditioning_shapes(case.ours.components.denoiser)
     given = {name: models.seeded(name, (batch, *shape[1:]), seed=0) for name, shape in shapes.items()}
-    channels = case.ours.components.latent.channels
-    pictures = [models.seeded(f"control {i}", (batch, channels, *size), seed=0) for i, size in enumerate(controls)]
+    pictures = [
+        models.seeded(f"control {i}", (batch, *latent_shape(case, size)), seed=0) for i, size in enumerate(controls)
+    ]
     return Conditioning(given | {name: torch.zeros(batch) for name in markers}).with_controls(pictures)
 
 
+def latent_shape(case: Case, size: tuple[int, int]) -> tuple[int, ...]:
+    latent = case.ours.components.latent
+    return latent.shape(*(side * latent.downscale for side in size))
+
+
 def noisy(case: Case, batch: int) -> Tensor:
-    return models.seeded("latents", (batch, case.ours.components.latent.channels, *SIZE), seed=0)
+    return models.seeded("latents", (batch, *latent_shape(case, SIZE)), seed=0)
 
 
 def shifted(axes: int, rows: int, columns: int, corner: Sequence[int]) -> Tensor:
@@ -57,12 +65,44 @@ def theirs(case: Case, latents: Tensor, given: Conditioning, time: Tensor, corne
             torch.cat(packed, 1), context, given.tensors["pooled"], time, torch.cat(ids), text, guidance
         ).sample[:, : height * width // 4]
         return torch.cat([latents_of_patches(one, height, width) for one in out.split(1)])
+    if case.name in ("qwen-image", "krea2"):
+        sizes = [(one.shape[-2] // 2, one.shape[-1] // 2) for one, _ in pictures]
+        packed = [torch.cat([image_patches(one[:, :, 0]) for one in picture.split(1)]) for picture, _ in pictures]
+        if case.name == "qwen-image":
+            shapes = [[(1, *size) for size in sizes]] * len(latents)
+            out = network(torch.cat(packed, 1), context, timestep=time, img_shapes=shapes).sample
+        else:
+            ids = [shifted(3, *size, corner) for size, (_, corner) in zip(sizes, pictures, strict=True)]
+            ids = [torch.zeros(context.shape[1], 3), *ids]
+            out = network(torch.cat(packed, 1), context.unflatten(2, (12, -1)), time, torch.cat(ids)).sample
+        out = out[:, : height * width // 4]
+        return torch.cat([latents_of_patches(one, height, width) for one in out.split(1)]).unsqueeze(2)
     tokens = torch.cat([picture.flatten(2).transpose(1, 2) for picture, _ in pictures], 1)
     ids = [shifted(4, *one.shape[-2:], corner) for one, corner in pictures]
     text = torch.cat((torch.zeros(context.shape[1], 3), torch.arange(float(context.shape[1]))[:, None]), dim=1)
     guidance = torch.full((len(latents),), 4.0) if network.config.guidance_embeds else None
     out = network(tokens, context, time, torch.cat(ids), text, guidance).sample[:, : height * width]
     return out.transpose(1, 2).reshape(latents.shape)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("controls", CONTROLS, ids=str)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_controls_at_time_0_are_those_of_diffusers_zero_cond_t(
+    tmp_path_factory: pytest.TempPathFactory, controls: list[tuple[int, int]], batch: int
+) -> None:
+    case = Case.of("qwen-image", tmp_path_factory.mktemp("2511"))
+    given, latents, time = prompt(case, batch, controls), noisy(case, batch), torch.tensor([0.6, 0.3])[:batch]
+    ours = case.ours.as_edit("edit-2511").denoiser.predict(latents, time, given)
+    told = case.tiny.denoiser(zero_cond_t=True)
+    with mock.patch.dict(case.tiny.parts(), transformer=told):
+        expected = theirs(case, latents, given, time, [(0, 0, 0)] * len(controls))
+    assert (ours - expected).norm() / expected.norm() <= 5e-7
+    like_2509 = case.ours.as_edit("edit-2509").denoiser.predict(latents, time, given)
+    assert (ours - like_2509).norm() / ours.norm() > 1e-3
+    for without in ("edit-2511", "none"):  # nothing is clean without controls: the same bits
+        found = case.ours.as_edit(without).denoiser.predict(latents, time, given.with_controls(()))
+        assert torch.equal(found, case.ours.denoiser.predict(latents, time, given.with_controls(())))
 
 
 OFFSETS = {  # of each control in tokens of Flux.1, laid out by hand
@@ -79,9 +119,13 @@ def test_predictions_with_controls_are_those_of_diffusers_own_call(
     editing: Case, controls: list[tuple[int, int]], batch: int
 ) -> None:
     given, latents, time = prompt(editing, batch, controls), noisy(editing, batch), torch.tensor([0.6, 0.3])[:batch]
-    corners: list[tuple[int, int, int]] = [(10 * index, 0, 0) for index in range(1, len(controls) + 1)]
+    corners: list[tuple[int, int, int]] = [
+        ((10 if editing.name.startswith("flux2") else 1) * index, 0, 0) for index in range(1, len(controls) + 1)
+    ]
     if editing.name == "flux1":
         corners = OFFSETS[tuple(controls)]
+    if editing.name == "krea2":  # whose class has no controls at time 0
+        given = replace(given, tensors={**given.tensors, "controls_by_index": time})
     ours = editing.ours.denoiser.predict(latents, time, given)
     expected = theirs(editing, latents, given, time, corners)
     assert ours.shape == latents.shape
@@ -92,6 +136,8 @@ def test_predictions_with_controls_are_those_of_diffusers_own_call(
 
 @torch.no_grad()
 def test_the_method_of_several_controls_is_the_conditionings(editing: Case) -> None:
+    if not editing.name.startswith("flux"):
+        pytest.skip("its controls have an index each")
     controls, latents, time = CONTROLS[1], noisy(editing, 1), torch.tensor([0.6])
     spacing = 1 if editing.name == "flux1" else 10
     expected = {"index": [(spacing, 0, 0), (2 * spacing, 0, 0)], "offset": [(1, 0, 0), (1, 0, 2)]}
@@ -107,14 +153,14 @@ def test_the_method_of_several_controls_is_the_conditionings(editing: Case) -> N
 @torch.no_grad()
 def test_a_batch_with_controls_is_its_samples_one_by_one(editing: Case) -> None:
     """Those of other numbers and sizes of controls are other kinds, which share no batch."""
-    family, network = editing.ours.family, editing.ours.components.denoiser
+    family, denoiser = editing.ours.family, editing.ours.denoiser
     kinds = {kind_of(prompt(editing, 1, controls)) for controls in ([], *CONTROLS)}
     assert len(kinds) == 4
     latents, time = noisy(editing, 2), torch.tensor([0.2, 0.9])
     both = prompt(editing, 2, CONTROLS[1])
     alone = [Conditioning({name: one[i : i + 1] for name, one in both.tensors.items()}) for i in range(2)]
-    together = family.predict(network, latents, time, family.join(alone))
-    singles = [family.predict(network, latents[i : i + 1], time[i : i + 1], alone[i]) for i in range(2)]
+    together = denoiser.predict(latents, time, family.join(alone))
+    singles = [denoiser.predict(latents[i : i + 1], time[i : i + 1], alone[i]) for i in range(2)]
     torch.testing.assert_close(together, torch.cat(singles), rtol=1e-5, atol=1e-6)
 
 
@@ -170,10 +216,11 @@ def test_controls_that_a_model_cannot_take_are_refused_in_a_sentence(editing: Ca
     with pytest.raises(DataError, match=r"takes at most 10 controls, got 11; leave out the others$"):
         check([prompt(editing, 1, [(2, 2)] * 11)])
     wrong = prompt(editing, 1, []).with_controls([torch.zeros(1, 4, 8, 8)])
-    with pytest.raises(DataError, match=r"controls of .* must be \(batch, \d+, height, width\), got \(1, 4, 8, 8\)"):
+    form = r"controls of .* must be \(batch, \d+, (frames, )?height, width\), got \(1, 4, 8, 8\)"
+    with pytest.raises(DataError, match=form):
         check([wrong])
-    if editing.name == "flux1":
-        with pytest.raises(DataError, match=r"^Flux.1 packs latents 2×2, so their sides must be even, got 5×8"):
+    if not editing.name.startswith("flux2"):
+        with pytest.raises(DataError, match=r"packs latents 2×2, so their sides must be even, got 5×8"):
             editing.ours.denoiser.predict(noisy(editing, 1), torch.tensor([0.5]), prompt(editing, 1, [(5, 8)]))
 
 

@@ -12,6 +12,7 @@ from transformer_models import TINY
 
 from lorasmith.core.errors import DataError, ModelError
 from lorasmith.families.base import FAMILIES, Conditioning
+from lorasmith.families.files.checkpoint import PipelineConfigs
 from lorasmith.families.files.gguf import names_of
 from lorasmith.families.files.original_weights import PartSource
 from lorasmith.families.loading import load_model
@@ -125,7 +126,6 @@ def test_a_prompt_without_positions_is_refused() -> None:
 
 
 VARIANTS = {
-    "edit": ({"__index_timestep_zero__": torch.zeros(0)}, "Qwen-Image-Edit 2511"),
     "layered": ({"time_text_embed.addition_t_embedding.weight": torch.zeros(2, 64)}, "Qwen-Image-Layered"),
     "control": ({"img_in.weight": torch.zeros(64, 132)}, "a variant with 132 input channels"),
 }
@@ -136,8 +136,42 @@ def test_models_for_other_tasks_are_refused_by_name(
     tensors: dict[str, torch.Tensor], title: str, tmp_path: Path
 ) -> None:
     path = save(tmp_path / "variant.safetensors", {**QWEN.denoiser_tensors(), **tensors})
-    with pytest.raises(ModelError, match=rf"this model is {title}.*, but only text-to-image .*; train on Qwen-Image"):
+    with pytest.raises(
+        ModelError, match=rf"this model is {title}.*, but only text-to-image and edit models .*; train on Qwen-Image"
+    ):
         load_model(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "edit"),
+    {
+        "qwen_image_2512_bf16": None,
+        "qwen_image_edit_fp8_e4m3fn": "edit",
+        "Qwen-Image-Edit-2509": "edit-2509",
+        "qwen_image_edit_2509_bf16": "edit-2509",
+        "FireRed-Image-Edit-1.1": "edit-2509",
+        "Qwen-Image-Edit-Plus": "edit-2509",
+        "qwen_image_edit_2511_fp8mixed": "edit-2511",
+    }.items(),
+)
+def test_names_say_which_edit_variant_a_model_is(name: str, edit: str | None) -> None:
+    form = FAMILIES["qwen-image"].controls_of(QWEN.parts()["transformer"], [name])
+    assert (None if form is None else form.name) == edit
+
+
+def test_the_empty_tensor_of_2511_or_its_configuration_says_that_it_is_2511(tmp_path: Path) -> None:
+    told = {**QWEN.denoiser_tensors(), "__index_timestep_zero__": torch.zeros(0)}
+    model = load_model(save(tmp_path / "repacked.safetensors", told))
+    folder = QWEN.denoiser(zero_cond_t=True)
+    for form in (model.control_form, FAMILIES["qwen-image"].controls_of(folder, ["a folder"])):
+        assert form is not None and (form.name, form.at_zero, form.is_required) == ("edit-2511", True, True)
+    assert model.as_edit("none").control_form is None
+    assert model.as_edit("edit-2509").control_form != model.control_form
+
+
+def test_pipelines_of_edits_are_of_the_family() -> None:
+    for name in ("QwenImageEditPipeline", "QwenImageEditPlusPipeline"):
+        assert FAMILIES["qwen-image"].recognises_pipeline(PipelineConfigs("a folder", (name,), lambda part: {}))
 
 
 def test_the_encoder_of_another_size_is_refused(tmp_path: Path) -> None:

@@ -104,6 +104,7 @@ def encoded(model: Model, text: str) -> Conditioning:
 @pytest.mark.slow_by_family
 @pytest.mark.parametrize("guidance", [1.0, pytest.param(3.0, marks=pytest.mark.slow)])
 def test_pictures_are_those_of_diffusers(case: Case, guidance: float) -> None:
+    case.skip("pictures")
     if guidance != 1:
         case.skip("guided picture")
     model, pipeline, steps = case.ours, case.tiny.made(), 3

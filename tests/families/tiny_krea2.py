@@ -15,6 +15,7 @@ from tiny_parts import (
     latents_of_patches,
     qwen,
 )
+from tiny_towers import with_tower
 from torch import Tensor, nn
 
 
@@ -73,6 +74,8 @@ KREA2 = TinyFamily(
         "axes_dims_rope": (8, 12, 12),
     },
     {"text_encoder": lambda: qwen(36, rope_theta=5e6)},
+    encoder_names=with_tower("qwen3vl", "model.language_model.", "model.visual."),
+    network="Krea2Transformer2DModel",
     named=_krea_names,
     conditioning=_conditioning,
     call=_call,

@@ -12,6 +12,7 @@ from tiny_parts import (
     image_patches,
     latents_of_patches,
 )
+from tiny_towers import with_tower
 from torch import Tensor, nn
 
 
@@ -75,6 +76,8 @@ QWEN_IMAGE = TinyFamily(
         "axes_dims_rope": (4, 14, 14),
     },
     {"text_encoder": _qwen25},
+    encoder_names=with_tower("qwen25vl", "model.", "visual."),
+    network="QwenImageTransformer2DModel",
     conditioning=_conditioning,
     call=_call,
     drawn=_drawn,

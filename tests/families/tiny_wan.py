@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -131,6 +132,32 @@ WAN = TinyFamily(
     drawn=_drawn,
     reads_weights=True,
     is_slow=True,
+)
+
+
+def _with_nothing_known(denoiser: nn.Module, latents: Tensor, given: Mapping[str, Tensor], time: Tensor) -> Tensor:
+    unknown = latents.new_zeros(len(latents), 20, *latents.shape[2:])
+    return _call(denoiser, torch.cat((latents, unknown), dim=1), given, time)
+
+
+def _conditioning_i2v(pipeline: Any, text: str) -> dict[str, Tensor]:
+    """That module of diffusers uses ftfy even where it is not installed."""
+    from diffusers.pipelines.wan import pipeline_wan_i2v
+
+    with mock.patch.object(pipeline_wan_i2v, "ftfy", SimpleNamespace(fix_text=str), create=True):
+        return _conditioning(pipeline, text)
+
+
+_DRAWS_CLIPS = "it draws clips from a picture, which tests of its own do"
+
+WAN_I2V = replace(
+    WAN,
+    name="wan-i2v",
+    file="wan2.2_i2v_high_noise_14B_fp16.safetensors",
+    sizes={**_sizes(16), "in_channels": 36},
+    conditioning=_conditioning_i2v,
+    call=_with_nothing_known,
+    left_out={"pictures": _DRAWS_CLIPS},
 )
 
 WAN_5B = TinyFamily(

@@ -16,7 +16,7 @@ from tiny_lumina2 import LUMINA2
 from tiny_parts import TinyFamily
 from tiny_qwen_image import QWEN_IMAGE
 from tiny_sd3 import SD3
-from tiny_wan import WAN, WAN_5B
+from tiny_wan import WAN, WAN_5B, WAN_I2V
 from tiny_z_image import Z_IMAGE
 
 from lorasmith.families.model import Model
@@ -57,6 +57,7 @@ TINY: dict[str, TinyFamily] = {
     "qwen-image": QWEN_IMAGE,
     "chroma": CHROMA,
     "wan": WAN,
+    "wan-i2v": WAN_I2V,
     "wan22-5b": WAN_5B,
 }
 """Small models by the name of their family."""

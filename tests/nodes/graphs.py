@@ -25,15 +25,15 @@ def run(base: Path, prompt: Prompt, events: list[Event] | None = None) -> dict[s
     return {key: result.outputs for key, result in executor.run(validate(prompt, folders)).items()}
 
 
-def sampled(empty: dict[str, Any], *, model: str = "unet", scheduler: str = "simple") -> Prompt:
-    """Two steps from `positive` and `negative` on an empty latent, decoded by `vae`."""
+def sampled(empty: dict[str, Any], *, model: str = "unet", scheduler: str = "simple", steps: int = 2) -> Prompt:
+    """A picture from `positive` and `negative` on an empty latent, decoded by `vae`."""
     return {
         "empty": empty,
         "sampler": api(
             "KSampler",
             model=[model, 0],
             seed=1,
-            steps=2,
+            steps=steps,
             cfg=1.0,
             sampler_name="euler",
             scheduler=scheduler,

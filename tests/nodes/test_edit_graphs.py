@@ -120,7 +120,11 @@ def test_a_node_without_a_latent_changes_nothing_and_the_method_is_a_setting(bas
     assert markers == ["controls_by_offset"]
     assert found["scaled"][0][0].shape == (1, 832, 1248, 3)
     graph["offset"]["inputs"]["reference_latents_method"] = "uxo/uno"
-    with pytest.raises(NodeError, match="reference_latents_method must be offset or index here, got 'uxo/uno'"):
+    graph["sampler"]["inputs"]["positive"] = ["offset", 0]
+    beyond = run(base, graph)["decode"][0][0]
+    assert not torch.equal(beyond, found["decode"][0][0])
+    graph["offset"]["inputs"]["reference_latents_method"] = "index_timestep_zero"
+    with pytest.raises(NodeError, match=r"must be offset or index or uxo/uno for .*, got index_timestep_zero; choose"):
         run(base, graph)
 
 

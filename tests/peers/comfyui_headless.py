@@ -76,6 +76,7 @@ def denoise(
     time_ids: Tensor | None = None,
     t5xxl_ids: Tensor | None = None,
     t5xxl_weights: Tensor | None = None,
+    known: Tensor | None = None,
 ) -> Tensor:
     """What the bare network answers: epsilon for Stable Diffusion (timestep 0..999), flow for others (timestep sigma).
 
@@ -88,6 +89,7 @@ def denoise(
         guidance: (batch,), Flux alone.
         time_ids: (batch, 6) sizes and crop, Stable Diffusion XL alone.
         t5xxl_ids, t5xxl_weights: (batch, T5 tokens), Anima alone.
+        known: (batch, channels, height, width) beside x, Flux.1 Fill alone.
     """
     import torch
     from comfy.ldm.modules.diffusionmodules.openaimodel import Timestep
@@ -101,6 +103,8 @@ def denoise(
         extra = {"y": torch.cat((pooled, Timestep(256)(time_ids.flatten()).reshape(len(x), -1)), dim=1)}
     if t5xxl_ids is not None and t5xxl_weights is not None:  # as comfy.model_base.Anima.extra_conds shapes them
         extra = {"t5xxl_ids": t5xxl_ids, "t5xxl_weights": t5xxl_weights.unsqueeze(-1)}
+    if known is not None:
+        x = torch.cat((x, known), dim=1)
     with torch.no_grad():
         output: Tensor = denoiser(x.clone(), timestep, context=context, **extra)
     return output

@@ -13,8 +13,8 @@ changes these numbers and no computation:
   the file has here.
 - Chroma has as many rows of modulation as its blocks need, and not 344.
 - Text encoders: Qwen3 is known by a width of 2560 or (Anima) 1024, Qwen2.5-VL by that of its keys, Qwen3-VL by its
-  vision tower. Such towers are left out of the files and small here. Widths and layers of T5, CLIP-L, Qwen and
-  Ministral come from the file, the sizes of Qwen3's heads too.
+  vision tower. Widths and layers of T5, CLIP-L, Qwen, vision towers and Ministral come from the file, the sizes of
+  Qwen3's heads too.
 - ERNIE-Image has the released widths and numbers of heads and layers in ComfyUI, and those of the file here.
 - Anima's adapter is of one size in ComfyUI, and of the file's here; so are the widths of the modulation and the text.
 - Stable Diffusion 3 fills the states of its CLIPs up to T5's width of 4096, here to that of the file.
@@ -40,7 +40,6 @@ _CLIP, _T5 = "text_model.encoder.layers.", "encoder.block."
 _GEMMA_HEAD = 256
 _CHROMA_ROWS = 344  # of modulation, for 19 and 38 blocks
 _UMT5 = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"
-_VISION = {"hidden_size": 16, "intermediate_size": 16, "depth": 1, "deepstack_visual_indexes": [0]}
 
 
 @contextlib.contextmanager
@@ -129,7 +128,8 @@ def load_encoders(files: Sequence[Path], clip_type: str) -> Any:
                 kind, assumed = "gemma_2_2b", _GEMMA_HEAD
             elif "layers.0.self_attn.k_proj.bias" in own:
                 kind, head = "qwen25_7b", 128
-                stack.enter_context(mock.patch.object(qwen_vl, "Qwen2VLVisionTransformer", _no_vision))
+                small = _small_vision(qwen_vl.Qwen2VLVisionTransformer, shapes)
+                stack.enter_context(mock.patch.object(qwen_vl, "Qwen2VLVisionTransformer", small))
             elif head and start != "model.":
                 kind = "qwen3vl_4b"
             elif head:
@@ -138,7 +138,12 @@ def load_encoders(files: Sequence[Path], clip_type: str) -> Any:
             if kind != "ministral3_3b":
                 for config in (llama.Qwen3_06BConfig, llama.Qwen3_4BConfig, qwen3vl.Qwen3VL_4BConfig):
                     stack.enter_context(mock.patch.object(config, "head_dim", head or config.head_dim))
-                stack.enter_context(mock.patch.dict(qwen3vl.QWEN3VL_VISION, {"qwen3vl_4b": _VISION}))
+                if kind == "qwen3vl_4b":
+                    deep = {"deepstack_visual_indexes": [5, 11, 17]}
+                    rows = {"num_position_embeddings": shapes["model.visual.pos_embed.weight"][0]}
+                    stack.enter_context(mock.patch.dict(qwen3vl.QWEN3VL_VISION_COMMON, rows))
+                    vision = {**_vision(shapes, "model.visual.", "linear_fc1"), **deep}
+                    stack.enter_context(mock.patch.dict(qwen3vl.QWEN3VL_VISION, {"qwen3vl_4b": vision}))
                 found = getattr(comfy.sd.TEModel, kind.upper())
                 stack.enter_context(mock.patch.object(comfy.sd, "detect_te_model", lambda _: found))
         clip = comfy.sd.load_clip(
@@ -338,8 +343,19 @@ def _t5(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     }
 
 
-def _no_vision(**_: Any) -> nn.Module:
-    return nn.Identity()
+def _small_vision(tower: Any, shapes: Mapping[str, tuple[int, ...]]) -> Callable[..., nn.Module]:
+    """A stand-in for ComfyUI's class of Qwen2.5-VL's vision tower, which makes it in the file's sizes."""
+    sizes = _vision(shapes, "visual.", "gate_proj")
+    own = {"num_layers": sizes.pop("depth"), **sizes}
+    return lambda **options: tower(**{**options, **own})
+
+
+def _vision(shapes: Mapping[str, tuple[int, ...]], start: str, inner: str) -> dict[str, int]:
+    return {
+        "hidden_size": shapes[f"{start}patch_embed.proj.weight"][0],
+        "intermediate_size": shapes[f"{start}blocks.0.mlp.{inner}.weight"][0],
+        "depth": _count(shapes, f"{start}blocks."),
+    }
 
 
 def _language_model(shapes: Mapping[str, tuple[int, ...]], head: int) -> dict[str, Any]:

@@ -6,10 +6,16 @@ Both sides make the same inputs here; `record_comfyui_families.py` writes down C
 
 from __future__ import annotations
 
-import models
-from lora_cases import CASES, example
-from torch import Tensor
+from pathlib import Path
 
+import models
+import torch
+from lora_cases import CASES, example
+from original_models import save
+from torch import Tensor
+from transformer_models import TINY
+
+from lorasmith.families.base import CONTROL_METHODS
 from lorasmith.families.model import Model
 from lorasmith.training.lora_handle import Lora
 
@@ -31,11 +37,21 @@ FRAMES = 5
 
 CONTROLS = {
     "one": ("", [(64, 96)]),
-    "two": ("", [(48, 32), (96, 64)]),
-    "two by index": ("index", [(48, 32), (96, 64)]),
+    "two": ("", [(64, 32), (96, 64)]),
+    "two by index": ("index", [(64, 32), (96, 64)]),
     "two by offset": ("offset", [(64, 96), (96, 64)]),
+    "two beyond corners": ("uxo", [(64, 96), (96, 64)]),
+    "two at time 0": ("index_timestep_zero", [(64, 32), (96, 64)]),
 }
-"""Of edit models: the method of the controls, empty for the model's own, and height and width of each in pixels."""
+"""Of edit models: the method of the controls, empty for the model's own, and height and width of each in pixels.
+
+No side is longer than the picture's: only then are positions of text the same in both programs for Qwen-Image.
+"""
+
+SEEN = {"one": [(2, 3)], "two": [(4, 2), (2, 3)]}
+"""Of models whose text encoder sees pictures: height and width of each, in tokens."""
+
+INSTRUCTION = "make the fox blue"
 
 PERCENTS = (0.1, 0.25, 0.5, 0.75, 0.9)
 """Where ComfyUI's `percent_to_sigma`, from which its trainer draws, is asked."""
@@ -49,6 +65,21 @@ def picture() -> Tensor:
     return models.seeded("picture", (1, 3, *SIZE), seed=0, std=0.4).clamp(-1, 1)
 
 
+def mask() -> Tensor:
+    """(1, height, width): a mask with soft edges, of another size than the picture."""
+    rows = torch.linspace(-1, 1, 48)[:, None] - torch.linspace(-0.5, 1.5, 40)
+    return (rows * 6 - 3.03).clamp(0, 1)[None]
+
+
+def fill_files(folder: Path) -> dict[str, Path]:
+    """The small Flux.1 with the denoiser of Fill, whose tokens have further inputs."""
+    files, tiny = TINY["flux1"].saved(folder), TINY["flux1"]
+    tensors = tiny.original(tiny.denoiser(in_channels=384, out_channels=64))
+    files["transformer"].unlink()
+    path = files["transformer"].with_name("flux1-fill-dev.safetensors")
+    return files | {"transformer": save(path, {name: one.contiguous() for name, one in tensors.items()})}
+
+
 def noisy(model: Model, frames: int = 1) -> Tensor:
     """A sampler's state at `SIGMA`, of the denoiser's latents."""
     return models.seeded("noisy", (1, *model.components.latent.shape(*SIZE, frames)), seed=0)
@@ -59,6 +90,23 @@ def controls(model: Model, which: str) -> list[Tensor]:
     latent = model.components.latent
     sizes = CONTROLS[which][1]
     return [models.seeded(f"control {i}", (1, *latent.shape(*size)), seed=0) for i, size in enumerate(sizes)]
+
+
+def has_method(model: Model, method: str) -> bool:
+    """Whether the family has a method of controls; its own, where that is ComfyUI's too."""
+    form = model.family.controls[0] if model.family.controls else None
+    if form is None or form.source != "files":
+        return False
+    if not method:  # ComfyUI leaves out references of Krea 2 that have none
+        return model.family.name != "krea2"
+    return CONTROL_METHODS["uxo/uno" if method == "uxo" else method] in model.family.control_methods
+
+
+def seen(model: Model, which: str) -> list[Tensor]:
+    """Pixels (1, 3, height, width) in [−1, 1] of pictures in the size in which they are cut into patches."""
+    multiple = next(form.sight.multiple for form in model.family.controls if form.sight)
+    sizes = [(rows * multiple, columns * multiple) for rows, columns in SEEN[which]]
+    return [models.seeded(f"seen {i}", (1, 3, *size), seed=0, std=0.4).clamp(-1, 1) for i, size in enumerate(sizes)]
 
 
 def lora(model: Model) -> Lora:

@@ -15,6 +15,9 @@ Recorded for each family, tensors as shape and `models.fingerprint`:
     with_lora       the same with a LoRA that Lorasmith wrote in its portable form, applied at strength 1
     clip            the prediction for several frames, of models of video
     controls        of edit models, the prediction with each of `family_cases.CONTROLS`
+    seen            of models whose text encoder sees pictures, the context of `family_cases.INSTRUCTION` with each of
+                    `family_cases.SEEN`, by the node TextEncodeQwenImageEditPlus, which does not scale them here; of
+                    Qwen-Image also by TextEncodeQwenImageEdit, with the first
     latents         a picture encoded by the VAE, and these latents normalised for the denoiser
     subsets         of a family that can do without some encoders: conditioning by `family_cases.SUBSETS` alone, and
                     with empty prompts left out (`EMPTIED`)
@@ -22,7 +25,14 @@ Recorded for each family, tensors as shape and `models.fingerprint`:
     percents        sigma at each of `family_cases.PERCENTS`
     sigmas          KSampler's sigmas by scheduler and number of steps
 
-and of `flux1-schnell`, which is Flux.1 without its guidance input, the last two.
+and of `flux1-schnell`, which is Flux.1 without its guidance input, the last two. Of `flux1-fill`, which is Flux.1 with
+further inputs, what InpaintModelConditioning makes of `family_cases.picture` and `family_cases.mask`:
+
+    latent, concat_latent_image, concat_mask
+    prediction      at `family_cases.noisy` and sigma, with these and guidance 30
+    without         the same without them
+    sampled         two steps of KSampler with seed 3, euler, simple and guidance 30
+    sampled inside  the same with the node's noise mask
 """
 
 from __future__ import annotations
@@ -33,10 +43,12 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import comfyui_headless
 import comfyui_small
 import family_cases
+import models
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -66,6 +78,8 @@ def main() -> None:
         print(name, flush=True)
     with tempfile.TemporaryDirectory() as folder:
         record["families"]["flux1-schnell"] = _sampling(_schnell(Path(folder)).model.model_sampling)
+    with tempfile.TemporaryDirectory() as folder:
+        record["families"]["flux1-fill"] = _fill(Path(folder))
     arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
@@ -96,10 +110,29 @@ def _recorded(name: str, folder: Path) -> dict[str, Any]:
         "model": type(patcher.model).__name__,
         "conditioning": conditioning,
         **_predictions(patcher, ours, encoded["short"], lora),
+        **({"seen": _seen(clip, ours)} if any(form.sight for form in ours.family.controls) else {}),
         **({} if ours.family.needs_each_encoder else {"subsets": _subsets(ours.family, files)}),
         **_pictures(comfyui_small.load_autoencoder(files["vae"]), patcher.model),
         **_sampling(patcher.model.model_sampling),
     }
+
+
+def _seen(clip: Any, ours: Model) -> dict[str, Any]:
+    """Conditioning of an instruction with pictures, by node and number of them."""
+    import comfy.utils
+    from comfy_extras.nodes_qwen import TextEncodeQwenImageEdit, TextEncodeQwenImageEditPlus
+
+    found = {}
+    with mock.patch.object(comfy.utils, "common_upscale", lambda samples, *_: samples):
+        for which in family_cases.SEEN:
+            images = [one.movedim(1, -1) / 2 + 0.5 for one in family_cases.seen(ours, which)]
+            given = {f"image{number}": one for number, one in enumerate(images, start=1)}
+            encoded = TextEncodeQwenImageEditPlus.execute(clip, family_cases.INSTRUCTION, **given).result[0]
+            found[which] = _of(encoded)["context"]
+            if which == "one" and ours.family.name == "qwen-image":
+                edited = TextEncodeQwenImageEdit.execute(clip, family_cases.INSTRUCTION, image=images[0]).result[0]
+                found["edit"] = _of(edited)["context"]
+    return {which: family_cases.numbers(which, one) for which, one in found.items()}
 
 
 def _subsets(family: Family, files: Mapping[str, Path]) -> dict[str, Any]:
@@ -126,6 +159,41 @@ def _schnell(folder: Path) -> Any:
     save_file({name: tensor for name, tensor in tensors.items() if not name.startswith("guidance_in.")}, file)
     with comfyui_small.taken_small():
         return comfyui_headless.load_model(file, torch.float32)
+
+
+@torch.no_grad()
+def _fill(folder: Path) -> dict[str, Any]:
+    from node_helpers import conditioning_set_values
+
+    import nodes
+
+    files = family_cases.fill_files(folder)
+    encoders = [path for part, path in files.items() if part.startswith("text_encoder")]
+    clip = comfyui_small.load_encoders(encoders, "flux")
+    with comfyui_small.taken_small():
+        patcher = comfyui_headless.load_model(files["transformer"], torch.float32)
+    vae = comfyui_small.load_autoencoder(files["vae"])
+    encoded = clip.encode_from_tokens_scheduled(clip.tokenize(family_cases.PROMPTS["short"]))
+    prompt = conditioning_set_values(encoded, {"guidance": 30.0})
+    pixels = (family_cases.picture().movedim(1, -1) + 1) / 2
+    found = {}
+    for name, inside in (("sampled", False), ("sampled inside", True)):
+        positive, _, latent = nodes.InpaintModelConditioning().encode(
+            prompt, prompt, pixels, vae, family_cases.mask(), noise_mask=inside
+        )
+        options = {"seed": 3, "steps": 2, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple"}
+        (drawn,) = nodes.common_ksampler(patcher, **options, positive=positive, negative=positive, latent=latent)
+        found[name] = family_cases.numbers(name, drawn["samples"])
+    given = positive[0][1]
+    for name in ("concat_latent_image", "concat_mask"):
+        found[name] = family_cases.numbers(name, given[name])
+    found["latent"] = family_cases.numbers("latent", latent["samples"])
+    x = models.seeded("noisy", tuple(latent["samples"].shape), seed=0)
+    conditioning = _of(prompt)
+    for name, more in (("prediction", given), ("without", {})):
+        concat = {key: one for key, one in more.items() if key.startswith("concat")}
+        found[name] = family_cases.numbers(name, _prediction(patcher.model, x, conditioning, guidance=30.0, **concat))
+    return found
 
 
 def _encoded(clip: Any, text: str) -> dict[str, Tensor]:
@@ -164,6 +232,7 @@ def _predictions(patcher: Any, ours: Model, encoded: dict[str, Tensor], lora: Pa
                 which, _prediction(patcher.model, x, encoded, method, family_cases.controls(ours, which))
             )
             for which, (method, _) in family_cases.CONTROLS.items()
+            if family_cases.has_method(ours, method)
         }
     return {
         **clip,
@@ -173,10 +242,10 @@ def _predictions(patcher: Any, ours: Model, encoded: dict[str, Tensor], lora: Pa
 
 
 def _prediction(
-    model: Any, x: Tensor, encoded: dict[str, Tensor], method: str = "", controls: Sequence[Tensor] = ()
+    model: Any, x: Tensor, encoded: dict[str, Tensor], method: str = "", controls: Sequence[Tensor] = (), **more: Any
 ) -> Tensor:
     sigma = torch.full((1,), family_cases.SIGMA)
-    given = {"cross_attn": encoded["context"], "pooled_output": encoded.get("pooled")}
+    given = {"cross_attn": encoded["context"], "pooled_output": encoded.get("pooled"), **more}
     given |= {key: encoded[key][0] for key in ("t5xxl_ids", "t5xxl_weights") if key in encoded}
     given |= {"reference_latents": list(controls)} if controls else {}
     given |= {"reference_latents_method": method} if method else {}

@@ -18,9 +18,10 @@ What is recorded
     `forward` is the bare denoiser on a batch of two with different times, guidances and texts.
 
 Tensors of the file (N steps, K trained tensors in the order of `shapes` in the metadata)
-    latents, context, [pooled, guidance, t5xxl_ids, t5xxl_weights]
-                                              the training set: unscaled VAE latents, text conditioning
-    forward.{x, timestep, context, [pooled, guidance, time_ids, t5xxl_ids, t5xxl_weights], output}
+    latents, context, [pooled, guidance, t5xxl_ids, t5xxl_weights, control_0, control_1, concat_latent_image,
+    concat_mask]
+                                              the training set: unscaled VAE latents, text conditioning, controls
+    forward.{x, timestep, context, [pooled, guidance, time_ids, t5xxl_ids, t5xxl_weights, known], output}
     step.{i}.{latent, noise, sigma, timestep, index}   latent: after the VAE scaling; timestep: what the network gets
     fresh.loss, random.loss                   (N,)
     fresh.gradient, fresh.change              (K, 5) `models.fingerprint` of the first step's gradients, and of what
@@ -39,6 +40,9 @@ How ComfyUI 0.33 computes them
       size. The bare denoiser gets `time_ids`.
     - Flux: x = sigma·noise + (1 − sigma)·latent; the network sees x and sigma, and answers v with the prediction
       x − sigma·v. `guidance` is passed as it is (3.5), `pooled` as y.
+    - Kontext and klein with controls: these are `reference_latents` of the conditioning. ComfyUI 0.33 cannot train
+      with them, as `process_cond_list` iterates over a tensor in a list, and over its elements, which raises; here it
+      returns tensors as they are.
     - Z-Image, Flux.2 klein, Krea 2, Qwen-Image and Chroma: as Flux, without guidance and pooled; sigma is
       3/(3 + 1/(1 − u) − 1) for Z-Image, and with exponents 2.02 (klein) and 1.15 for the others. klein's text is
       filled up to 512 tokens with zeros from the left.
@@ -91,6 +95,7 @@ STEPS = 3
 RANK = 4
 LEARNING_RATE = 5e-4
 WEIGHT_SEED, INPUT_SEED, START_SEED = 0, 1, 2
+CONCAT = ("concat_latent_image", "concat_mask")
 NOISE_SEED = 5  # draws sigmas from the middle of both schedules
 
 
@@ -164,12 +169,15 @@ def _train(
     from comfy_extras import nodes_train
 
     run = _Run()
+    controls = [key for key in inputs if key.startswith("control_")]
     positive = [
         [
             inputs["context"][i : i + 1].clone(),
             ({"pooled_output": inputs["pooled"][i : i + 1].clone()} if "pooled" in inputs else {})
             | ({"guidance": inputs["guidance"][i].item()} if "guidance" in inputs else {})
-            | {key: inputs[key][i].clone() for key in ("t5xxl_ids", "t5xxl_weights") if key in inputs},
+            | {key: inputs[key][i].clone() for key in ("t5xxl_ids", "t5xxl_weights") if key in inputs}
+            | {key: inputs[key][i : i + 1].clone() for key in CONCAT if key in inputs}
+            | ({"reference_latents": [inputs[key][i : i + 1].clone() for key in controls]} if controls else {}),
         ]
         for i in range(len(inputs["latents"]))
     ]
@@ -196,10 +204,11 @@ def _train(
 @contextlib.contextmanager
 def _taps(nodes_train: Any, run: _Run, start: Callable[..., Tensor]) -> Iterator[None]:
     """Look at, and set, what passes between the parts of the node."""
-    set_up, create, step = (
+    set_up, create, step, process = (
         nodes_train._setup_lora_adapters,
         nodes_train._create_optimizer,
         nodes_train.TrainSampler.fwd_bwd,
+        nodes_train.process_cond_list,
     )
     parameters: dict[str, Tensor] = {}
 
@@ -237,10 +246,14 @@ def _taps(nodes_train: Any, run: _Run, start: Callable[..., Tensor]) -> Iterator
         run.draws.append({name: value.detach().clone() for name, value in draw.items()})
         return step(self, model, sigma, noise, latent, cond, index, *args, **kw)
 
+    def tensors_as_they_are(one: Any, prefix: str = "") -> Any:
+        return one if isinstance(one, Tensor) else process(one, prefix)
+
     with (
         mock.patch.object(nodes_train, "_setup_lora_adapters", set_up_and_start),
         mock.patch.object(nodes_train, "_create_optimizer", create_and_watch),
         mock.patch.object(nodes_train.TrainSampler, "fwd_bwd", watch),
+        mock.patch.object(nodes_train, "process_cond_list", tensors_as_they_are),
     ):
         yield
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import models
 import tiny_ernie_image
@@ -34,6 +34,8 @@ class Trained:
         tokens: number of T5 tokens beside the context, 0 for none.
         unreached: patterns of modules that have no gradient, because their output is not part of a prediction.
         padded: number of tokens to which ComfyUI fills the text with zeros from the left when it samples or trains.
+        controls: height and width of the latents of each control in training.
+        fills: whether it is given a picture outside of a mask.
     """
 
     tensors: Callable[[], dict[str, Tensor]]
@@ -47,15 +49,27 @@ class Trained:
     tokens: int = 0
     unreached: tuple[str, ...] = ()
     padded: int = 0
+    controls: tuple[tuple[int, int], ...] = ()
+    fills: bool = False
 
     def training_set(self, seed: int) -> dict[str, Tensor]:
         """Two pictures, taller than wide so that a swapped axis shows, and their captions."""
-        return self._inputs("", self.size, "latents", seed)
+        inputs = self._inputs("", self.size, "latents", seed)
+        for index, size in enumerate(self.controls):
+            name = f"control_{index}"
+            inputs[name] = models.seeded(name, (2, *self.channels, *size), seed=seed)
+        if self.fills:
+            masks = models.seeded("mask", (2, 1, *(8 * side for side in self.size)), seed=seed)
+            image = models.seeded("concat_latent_image", tuple(inputs["latents"].shape), seed=seed)
+            inputs |= {"concat_latent_image": image, "concat_mask": (masks > 0.3).float()}
+        return inputs
 
     def forward_inputs(self, seed: int) -> dict[str, Tensor]:
         """A batch of two for the bare denoiser, wider than tall."""
         inputs = self._inputs("forward.", self.size[::-1], "x", seed) | {"timestep": torch.tensor(self.times)}
         inputs |= {"time_ids": torch.tensor(self.sizes)} if self.sizes else {}
+        if self.fills:
+            inputs["known"] = models.seeded("forward.known", (2, 80, *self.size[::-1]), seed=seed)
         return inputs | ({"guidance": torch.tensor([GUIDANCE, 1.0])} if self.guidance else {})
 
     def seen(self, context: Tensor) -> Tensor:
@@ -78,6 +92,14 @@ def _anima() -> dict[str, Tensor]:
     return {**tensors, "llm_adapter.embed.weight": tensors["llm_adapter.embed.weight"][:VOCABULARY].contiguous()}
 
 
+def _fill() -> dict[str, Tensor]:
+    tiny = TINY["flux1"]
+    return tiny.original(tiny.denoiser(in_channels=384, out_channels=64))
+
+
+_KLEIN = Trained(TINY["flux2-klein"].denoiser_tensors, (128,), 96, size=(8, 4), padded=512)
+_KONTEXT = Trained(TINY["flux1"].denoiser_tensors, (16,), 32, pooled=64, guidance=True)
+
 TRAINED: Mapping[str, Trained] = {
     "sd1": Trained(lambda: models.checkpoint(models.SD1_TINY, 0), (4,), models.SD1_TINY.context, times=(951.0, 123.0)),
     "sdxl": Trained(
@@ -96,7 +118,12 @@ TRAINED: Mapping[str, Trained] = {
         guidance=True,
     ),
     "z-image": Trained(TINY["z-image"].denoiser_tensors, (16,), 32),
-    "flux2-klein": Trained(TINY["flux2-klein"].denoiser_tensors, (128,), 96, size=(8, 4), padded=512),
+    "flux2-klein": _KLEIN,
+    "flux2-klein-1-control": replace(_KLEIN, controls=((8, 4),)),
+    "flux2-klein-2-controls": replace(_KLEIN, controls=((6, 2), (2, 5))),
+    "flux-fill": replace(_KONTEXT, tensors=_fill, fills=True),
+    "kontext-1-control": replace(_KONTEXT, controls=((16, 8),)),
+    "kontext-2-controls": replace(_KONTEXT, controls=((12, 4), (6, 10))),
     "krea2": Trained(TINY["krea2"].denoiser_tensors, (16, 1), 12 * 32),
     "ernie-image": Trained(
         TINY["ernie-image"].denoiser_tensors, (128,), tiny_ernie_image.WIDTH, times=(900.0, 200.0), size=(8, 4)

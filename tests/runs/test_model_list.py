@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from original_models import save
 from safetensors.torch import save_file
 from transformer_models import TINY
 from typer.testing import CliRunner
@@ -72,10 +73,14 @@ def test_an_empty_folder_has_the_built_in_model_alone(tmp_path: Path) -> None:
     assert (found.unused, found.unknown) == ((), ())
 
 
-def test_edit_models_are_told_by_their_names(tmp_path: Path) -> None:
+def test_edit_models_are_told_by_their_names_or_tensors(tmp_path: Path) -> None:
     dev = TINY["flux1"].saved(tmp_path)["transformer"]
     shutil.copy(dev, dev.with_name("flux1-dev-kontext_fp8_scaled.safetensors"))
     TINY["flux2-klein"].saved(tmp_path)
+    qwen = TINY["qwen-image"].saved(tmp_path)["transformer"]
+    shutil.copy(qwen, qwen.with_name("qwen_image_edit_2509_bf16.safetensors"))
+    told = {**TINY["qwen-image"].denoiser_tensors(), "__index_timestep_zero__": torch.zeros(0)}
+    save(qwen.with_name("repacked.safetensors"), told)
     app = typer.Typer()
     models_command.register(app)
     shown = CliRunner().invoke(app, ["models", "--base-dir", str(tmp_path)])
@@ -84,6 +89,9 @@ def test_edit_models_are_told_by_their_names(tmp_path: Path) -> None:
     for file, told in {
         "flux1-dev.safetensors": "no edit model, by its name (--edit kontext if it is)",
         "flux1-dev-kontext_fp8_scaled.safetensors": "edit model kontext, by its name (--edit none if it is not)",
+        "qwen_image_bf16.safetensors": "no edit model, by its name (--edit edit-2511 or edit-2509 or edit if it is)",
+        "qwen_image_edit_2509_bf16.safetensors": "edit model edit-2509, by its name (--edit none if it is not)",
+        "repacked.safetensors": "edit model edit-2511, by its tensors (--edit none if it is not)",
         "flux-2-klein-base-4b.safetensors": "takes pictures to edit or refer to, as all of its family",
     }.items():
         (at,) = [index for index, line in enumerate(lines) if line.startswith(file)]

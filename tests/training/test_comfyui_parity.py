@@ -34,7 +34,7 @@ from lorasmith.training.trainable import trainable
 from tests.covering import slow_except
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-CONDITIONS = ("context", "pooled", "guidance", "time_ids", "t5xxl_ids", "t5xxl_weights")
+CONDITIONS = ("context", "pooled", "guidance", "time_ids", "t5xxl_ids", "t5xxl_weights", "known")
 
 
 class Recording:
@@ -63,7 +63,15 @@ class Recording:
     def conditioning(self, index: int) -> Conditioning:
         names = [name for name in CONDITIONS if name in self.tensors]
         tensors = {name: self.tensors[name][index : index + 1] for name in names}
-        return Conditioning(tensors | {"context": self.trained.seen(tensors["context"])})
+        controls = [self.tensors[f"control_{i}"][index : index + 1] for i in range(len(self.trained.controls))]
+        to_model = self.model.components.latent.to_model
+        if self.trained.fills:
+            image, mask = (self.tensors[name][index : index + 1] for name in ("concat_latent_image", "concat_mask"))
+            known = self.model.family.known(self.model.components.denoiser, to_model(image), mask)
+            assert known is not None
+            tensors["known"] = known
+        given = Conditioning(tensors | {"context": self.trained.seen(tensors["context"])})
+        return given.with_controls([to_model(one) for one in controls])
 
     def start(self, kind: str) -> dict[str, Tensor]:
         """The LoRA that a run began with, in ComfyUI's naming."""

@@ -79,8 +79,10 @@ model = ls.load_model(checkpoint)
 note("loaded")
 side = settings.pop("resolution")
 shapes = model.family.conditioning_shapes(model.components.denoiser)
-prompt = Conditioning({name: torch.randn(shape) for name, shape in shapes.items()})
-data = EncodedDataset((Sample(torch.randn(model.components.latent.shape(side, side)), prompt, "picture"),))
+picture = model.components.latent.shape(side, side)
+controls = [torch.randn(1, *picture) for _ in range(settings.pop("controls"))]
+prompt = Conditioning({name: torch.randn(shape) for name, shape in shapes.items()}).with_controls(controls)
+data = EncodedDataset((Sample(torch.randn(picture), prompt, "picture"),))
 result = ls.train(
     model, data, **settings, training_dtype="bf16", validation_share=0.0,
     on_event=lambda event: note(f"last {type(event).__name__}"),
@@ -105,11 +107,15 @@ FULL_SIZE = {
     "ernie-image": ("ernie-image", {}, 8.03e9, 256),
     "chroma": ("chroma", {}, 8.9e9, 256),
     "wan-14b": ("wan", {}, 14.29e9, 256),
+    "flux1-kontext": ("flux1", {}, 11.9e9, 256),
 }
 """Family, its released configuration's changes, parameters, and the side of the picture.
 
 Qwen-Image, Krea 2 and Flux.2 dev need more memory.
 """
+
+CONTROLS = {"flux1-kontext": 1}
+"""Number of controls of edit models, of the picture's size."""
 
 
 @pytest.mark.slow
@@ -119,7 +125,13 @@ def test_transformers_in_fp8_take_a_step_within_24_gib(name: str, tmp_path: Path
     checkpoint = written_fp8(tmp_path / f"{name}.safetensors", released_shapes(family, changes))
     size = checkpoint.stat().st_size
     assert size == pytest.approx(parameters, rel=0.02)
-    settings = {"steps": 1, "rank": 16, "resolution": side, "gradient_checkpointing": True}
+    settings = {
+        "steps": 1,
+        "rank": 16,
+        "resolution": side,
+        "gradient_checkpointing": True,
+        "controls": CONTROLS.get(name, 0),
+    }
     command = [sys.executable, "-c", TRAIN_DENOISER, str(checkpoint), json.dumps(settings)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     checkpoint.unlink()

@@ -17,7 +17,7 @@ import statistics
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -123,11 +123,27 @@ def synthetic_samples(
         latent = model.components.latent
         shape = latent.shape(height * latent.downscale, width * latent.downscale, frames)
         latents = torch.randn(shape, generator=generator)
-        tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-        beside = [torch.randn(1, latent.channels, *size, generator=generator) for size in controls]
+        given = _shapes_beside(model, height * latent.downscale, width * latent.downscale, frames)
+        tensors = {name: torch.randn(shape, generator=generator) for name, shape in {**shapes, **given}.items()}
+        sizes = [(1, *size) if latent.frames else size for size in controls]
+        beside = [torch.randn(1, latent.channels, *size, generator=generator) for size in sizes]
         return Sample(latents, Conditioning(tensors).with_controls(beside), f"random {index}")
 
     return tuple(sample(index) for index in range(count))
+
+
+def _shapes_beside(model: Model, height: int, width: int, frames: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of what the model is given of a picture or clip of these pixels itself."""
+    form, latent = model.control_form, model.components.latent
+    if form is None or form.source == "files":
+        return {}
+
+    def encode(pixels: Tensor) -> Tensor:
+        return torch.empty(1, *latent.shape(height, width, *pixels.shape[2:-2]), device="meta")
+
+    pixels = torch.empty(1, 3, *([frames] if latent.frames else []), height, width, device="meta")
+    mask, parts = torch.empty(height, width, device="meta"), replace(model.components, image_encoder=None)
+    return {name: tuple(one.shape) for name, one in model.family.beside(form, parts, encode, pixels, mask).items()}
 
 
 def frozen_pass(

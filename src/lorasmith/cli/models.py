@@ -115,9 +115,11 @@ def _parts(model: ListedModel) -> list[str]:
 
 def _controls(model: ListedModel) -> list[str]:
     if model.edit:
-        return [f"edit model {model.edit}, by its name (--edit none if it is not)"]
-    if model.takes_controls:
+        return [f"edit model {model.edit}, by its {model.edit_told_by} (--edit none if it is not)"]
+    if model.controls == "files":
         return ["takes pictures to edit or refer to, as all of its family"]
+    if model.controls is not None:
+        return [f"draws clips from their {model.controls}, by its tensors"]
     return [f"no edit model, by its name (--edit {' or '.join(model.edits)} if it is)"] if model.edits else []
 
 

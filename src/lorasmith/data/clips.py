@@ -26,9 +26,11 @@ from torch import Tensor
 from lorasmith.core.errors import DataError
 from lorasmith.core.files import is_folder, open_regular
 from lorasmith.data.captions import read_caption_file
+from lorasmith.data.data_config import DataConfig
 from lorasmith.data.folder_listing import LINK, VIDEO_SUFFIXES, Reason, Skipped, list_folders, stem_of
 from lorasmith.data.image_files import ImageError, image_size, open_animation, open_reduced
 from lorasmith.families.base import LatentFormat
+from lorasmith.families.model import Model
 
 COUNTED_FRAMES = 1000  # frames read to count those of a file; no run trains on more of one
 _ANIMATED = (".webp", ".gif")
@@ -65,6 +67,17 @@ class ClipForm:
     def available(self, frames: int, rate: float) -> int:
         """Frames of the whole file at the model's rate."""
         return max(1, int(frames * self.rate / rate + _ROUNDING))
+
+
+def clip_form(model: Model, config: DataConfig) -> ClipForm | None:
+    """The clips that a model accepts, None for an image model. Raises OptionError for settings that it cannot use."""
+    latent, defaults = model.components.latent, model.defaults
+    if latent.time_downscale:
+        return ClipForm(config.frames or defaults.frames, config.frame_rate or defaults.frame_rate, latent)
+    for name in ("frames", "frame_rate"):
+        if (value := getattr(config, name)) is not None:
+            model.check_clips(name, value)
+    return None
 
 
 def is_video(path: Path) -> bool:

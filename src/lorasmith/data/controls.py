@@ -5,12 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
+
+from torch import Tensor
 
 from lorasmith.core.errors import DataError
 from lorasmith.core.printable import count_text
-from lorasmith.data.crops import Framing, bucket_size, centred
+from lorasmith.data.clips import clip_form
+from lorasmith.data.crops import Framing, bucket_size, centred, framed
 from lorasmith.data.data_config import DataConfig
+from lorasmith.data.dataset import SeenPicture
 from lorasmith.data.folder import FolderScan, ImageFile
+from lorasmith.data.picture_encoding import FramedImage
 from lorasmith.families.base import ControlForm, controls_taken
 from lorasmith.families.model import Model
 
@@ -19,21 +25,26 @@ _OPTIONAL = "or choose controls optional"
 
 
 def check_controls(scan: FolderScan, config: DataConfig, model: Model) -> None:
-    """Raise DataError if the controls of a folder do not fit a model, or one is missing."""
-    if config.controls == "none":
-        return
+    """Raise DataError if the controls of a folder do not fit a model, or one is missing, or a clip is too short."""
     form, title = model.control_form, f"{model.title} ({model.family.title})"
     paired = [one for one in scan.images if one.controls]
-    if form is None:
+    if form is not None and form.source in ("first frame", "first and last frame") and form.is_required:
+        _check_clips(scan, config, model)
+    if config.controls == "none":
+        return
+    if form is None or form.source != "files":
         if paired or config.control:
-            variants = [one.name for one in model.family.controls if one.name]
+            variants = [one.name for one in model.family.controls if one.name and one.source == "files"]
             what = f"{paired[0].name} has {paired[0].controls[0].path}" if paired else f"control is {config.control[0]}"
             without = "leave control out" if config.control else "choose controls none"
             edit = f"choose edit {' or '.join(variants)} if it is an edit model, or " if variants else ""
-            raise DataError(f"{title} takes no controls, but {what}; {edit}{without} to train without them")
+            takes = "no controls" if form is None else "none beside its images"
+            raise DataError(f"{title} takes {takes}, but {what}; {edit}{without} to train without them")
         return
     if many := next((one for one in paired if len(one.controls) > form.most), None):
         raise DataError(f"{title} {controls_taken(form.most)}, but {many.name} has {len(many.controls)}; remove some")
+    if paired and form.sight is not None:
+        model.text_encoder.check_sight()
     is_tried = paired or any(reason.kind == "control" for _, reason in scan.skipped)
     if config.controls != "optional" and (form.is_required or config.control or is_tried):
         check_pairs(scan, config, title=title)
@@ -67,6 +78,26 @@ def check_pairs(scan: FolderScan, config: DataConfig, *, title: str) -> None:
         )
 
 
+def _check_clips(scan: FolderScan, config: DataConfig, model: Model) -> None:
+    """Raise DataError unless each file is a clip of several latents, which are drawn from its first frame."""
+    title, clips = f"{model.title} ({model.family.title})", clip_form(model, config)
+    if config.control_dropout:
+        raise DataError(
+            f"control_dropout must be 0 for {title}, which always draws from a picture, got "
+            f"{config.control_dropout:g}; leave it out"
+        )
+    assert clips is not None
+    least = 1 + clips.latent.time_downscale
+    for one in scan.images:
+        frames = len(clips.numbers(one.frames, one.rate)) if one.frames else 1
+        if frames < least:
+            what = f"{clips.available(one.frames, one.rate)} frames at {clips.rate:g} a second" if one.frames else "one"
+            raise DataError(
+                f"{title} draws a clip from its first frame, and needs at least {least} frames, but {one.name} has "
+                f"{what}; remove it, or train it with a text-to-video model"
+            )
+
+
 def has_aspect_of(control: ImageFile, image: ImageFile) -> bool:
     """Whether both have one aspect ratio, but for a pixel."""
     across, down = control.width * image.height, control.height * image.width
@@ -81,6 +112,27 @@ def control_framings(
     An aligned control has the image's size and part, or if its aspect ratio is another one, a size of as many pixels.
     """
     return [_control_framing(control, image, one, form) for one in framings]
+
+
+def seen_with(image: FramedImage, form: ControlForm | None) -> list[tuple[SeenPicture, ...]]:
+    """What the text encoder sees of the controls of an image, for each of its framings."""
+    found: list[tuple[SeenPicture, ...]] = [()] * len(image.framings)
+    if form is None or form.sight is None:
+        return found
+    for control in image.image.controls:
+        shown = []
+        for one in control_framings(control, image.image, image.framings, form):
+            width, height = form.sight.size(one.width, one.height)
+            shown.append(replace(one, width=width, height=height))
+        keys = FramedImage(control, tuple(shown), (control.digest, "")).keys()
+        pictures = (SeenPicture(key, partial(_pixels, control, one)) for key, one in zip(keys, shown, strict=True))
+        found = [(*before, picture) for before, picture in zip(found, pictures, strict=True)]
+    return found
+
+
+def _pixels(control: ImageFile, framing: Framing) -> Tensor:
+    """(1, 3, height, width) in [−1, 1]."""
+    return framed(control, control.digest, [framing], DataConfig(), downscale=1)[0].pixels[None]
 
 
 def _control_framing(control: ImageFile, image: ImageFile, framing: Framing, form: ControlForm) -> Framing:

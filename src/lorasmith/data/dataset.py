@@ -23,7 +23,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from numbers import Real
-from typing import overload
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -44,6 +44,29 @@ _NAMED = 8  # maximum number of names in a sentence
 
 
 @dataclass(frozen=True)
+class SeenPicture:
+    """A picture that the text encoder sees beside a caption."""
+
+    key: str  # hash of its pixels' origin
+    pixels: Callable[[], Tensor] = field(compare=False)  # reads them: (1, 3, height, width) in [−1, 1]
+
+
+class SeenCaption(NamedTuple):
+    """A caption, and what the text encoder sees beside it."""
+
+    text: str
+    pictures: tuple[SeenPicture, ...]
+
+    @classmethod
+    def of(cls, text: str, pictures: tuple[SeenPicture, ...]) -> Caption:
+        """The caption with these pictures; the text alone where there are none."""
+        return cls(text, pictures) if pictures else text
+
+
+Caption = str | SeenCaption
+
+
+@dataclass(frozen=True)
 class Picture:
     """One framing of an image, encoded; `latents` and `places` as of `Sample`."""
 
@@ -51,6 +74,7 @@ class Picture:
     size: PictureSize
     places: Tensor | None = None
     beside: Mapping[str, Tensor] = field(default_factory=dict)  # `Conditioning.beside` of it
+    seen: tuple[SeenPicture, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,15 +88,24 @@ class Variants:
     sized: Callable[[Conditioning, PictureSize], Conditioning]  # adds a picture's sizes to its caption's conditioning
     control_dropout: float = 0.0  # probability of a draw without controls
 
-    def caption(self, seed: int, draw: int) -> str:
-        return self.rules.drawn(self.captions, seed, draw)
+    def caption(self, seed: int, draw: int) -> Caption:
+        return SeenCaption.of(self.rules.drawn(self.captions, seed, draw), self.picture(seed, draw).seen)
 
     def picture(self, seed: int, draw: int) -> Picture:
-        several = len(self.pictures) > 1
-        found = self.pictures[int(keyed_uniform(seed, "picture", draw) * len(self.pictures)) if several else 0]
+        found = self.pictures[0]
+        if len(self.pictures) > 1:
+            found = self.pictures[int(keyed_uniform(seed, "picture", draw) * len(self.pictures))]
         if self.control_dropout and keyed_uniform(seed, "controls", draw) < self.control_dropout:
-            return replace(found, beside={})
+            return replace(found, beside={}, seen=())
         return found
+
+    def possible(self, most: int) -> list[Caption] | None:
+        """All captions of its draws; None if there may be more than `most`."""
+        texts = self.rules.possible(self.captions, most)
+        seen = dict.fromkeys([one.seen for one in self.pictures] + ([()] if self.control_dropout else []))
+        if texts is None or len(texts) * len(seen) > most:
+            return None
+        return [SeenCaption.of(text, pictures) for pictures in seen for text in sorted(texts)]
 
 
 @dataclass(frozen=True, repr=False)
@@ -90,6 +123,7 @@ class Sample:
         places: weights of its loss by place, fp32 (height, width) of the latents; None for 1 everywhere.
         is_class: whether it shows the subject's class, for prior preservation; such samples are never held out.
         variants: its pictures and captions to draw from; None if every draw is the same.
+        seen: what the text encoder sees beside its captions.
 
     Raises:
         DataError: latents or conditioning are of another type or shape.
@@ -103,6 +137,7 @@ class Sample:
     places: Tensor | None = None
     is_class: bool = False
     variants: Variants | None = None
+    seen: tuple[SeenPicture, ...] = ()
 
     def __post_init__(self) -> None:
         latents, given = self.latents, self.conditioning
@@ -295,14 +330,14 @@ def check_latents(latents: Tensor, *, like: Tensor, name: str) -> None:
 class EncodedCaptions:
     """Captions and their conditionings (batch of 1, on the CPU).
 
-    `encode` is called inside `ready`, a context in which the encoder is on its device. `entries` is a context with the
-    encoder's cache entries, or None. `memory_bytes` is the most that a run's conditionings may take; `encoder_bytes` is
-    the encoder's memory.
+    `encode` (text, and pixels of what is seen beside it, if anything) is called inside `ready`, a context in which the
+    encoder is on its device. `entries` is a context with the encoder's cache entries, or None. `memory_bytes` is the
+    most that a run's conditionings may take; `encoder_bytes` is the encoder's memory.
     """
 
     def __init__(
         self,
-        encode: Callable[[str], Conditioning],
+        encode: Callable[..., Conditioning],
         *,
         ready: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
         entries: Callable[[], AbstractContextManager[CacheEntries | None]] = contextlib.nullcontext,
@@ -314,32 +349,33 @@ class EncodedCaptions:
         self._encode = encode
         self._ready = ready
         self._entries = entries
-        self._known: dict[str, Conditioning] = {}
+        self._known: dict[Caption, Conditioning] = {}
         self._lock = threading.Lock()
         self.encoded = 0
         """Number of captions that were encoded instead of read from the cache."""
 
-    def __getitem__(self, caption: str) -> Conditioning:
+    def __getitem__(self, caption: Caption) -> Conditioning:
         """The conditioning of a caption; encoded now, and not kept, unless it was encoded ahead."""
         if (known := self._known.get(caption)) is not None:
             return known
         with self._lock:  # tokenizers and encoders are for one thread
-            return self._encode(caption)
+            return self._encoded(caption)
 
-    def encode_ahead(self, captions: Collection[str], progress: Callable[[int, int], None] | None = None) -> None:
+    def encode_ahead(self, captions: Collection[Caption], progress: Callable[[int, int], None] | None = None) -> None:
         """Encode captions in order and keep them; `progress` receives (captions done, total)."""
         if not (missing := self.missing(captions)):
             return
         with self._entries() as entries, contextlib.ExitStack() as encoder:
             is_ready = False
             for done, caption in enumerate(missing, start=1):
-                key = key_of(caption=caption)
-                found = None if entries is None else _conditioning(caption, entries.get(key))
+                text, seen = _parts(caption)
+                key = key_of(caption=text, **({"pictures": [one.key for one in seen]} if seen else {}))
+                found = None if entries is None else _conditioning(text, entries.get(key))
                 if found is None:
                     if not is_ready:  # where all are in the cache, the encoder is not even read
                         encoder.enter_context(self._ready())
                         is_ready = True
-                    found = self._encode(caption)
+                    found = self._encoded(caption)
                     self.encoded += 1
                     if entries is not None:
                         entries.put(key, _tensors(found))
@@ -347,7 +383,7 @@ class EncodedCaptions:
                 if progress:
                     progress(done, len(missing))
 
-    def missing(self, captions: Collection[str]) -> list[str]:
+    def missing(self, captions: Collection[Caption]) -> list[Caption]:
         return [one for one in dict.fromkeys(captions) if one not in self._known]
 
     @property
@@ -359,6 +395,10 @@ class EncodedCaptions:
     def most(self) -> int:
         """Estimated number of captions whose conditionings fit in `memory_bytes`."""
         return self.memory_bytes // max(1, self.bytes_each)
+
+    def _encoded(self, caption: Caption) -> Conditioning:
+        text, seen = _parts(caption)
+        return self._encode(text, *([[one.pixels() for one in seen]] if seen else []))
 
     def staying(self) -> AbstractContextManager[object]:
         """Context in which the encoder is on its device."""
@@ -418,6 +458,10 @@ def held_out_names(names: Sequence[str], share: float | None = None) -> frozense
     return frozenset(
         sorted(names, key=lambda name: _digest(f"held out/{name}".encode(), 8))[: min(count, len(names) - 1)]
     )
+
+
+def _parts(caption: Caption) -> SeenCaption:
+    return SeenCaption(caption, ()) if isinstance(caption, str) else caption
 
 
 def _tensors(conditioning: Conditioning) -> dict[str, Tensor]:

@@ -36,7 +36,7 @@ from lorasmith.core.mapped_files import FileState, file_state, place_on_file, re
 from lorasmith.core.registry import Registry
 from lorasmith.core.tensor_digests import digest_of_tensors
 from lorasmith.data.encoding_cache import DIGESTS, EncodingCache, ensure_private, is_digest, key_of
-from lorasmith.families.base import FAMILIES
+from lorasmith.families.base import FAMILIES, IMAGE_ENCODER, Sight
 from lorasmith.families.model import Autoencoder, Model, TextEncoder
 from lorasmith.families.parts.autoencoders import AUTOENCODERS
 from lorasmith.formats.metadata import sha256_file
@@ -50,16 +50,20 @@ _SETTLED_NS = 3 * 10**9  # after a change; file systems count time in steps of u
 
 
 def text_encoder_digest(
-    source: Model | TextEncoder, *, device: torch.device | None = None, remembered: RememberedDigests | None = None
+    source: Model | TextEncoder,
+    *,
+    device: torch.device | None = None,
+    remembered: RememberedDigests | None = None,
+    sight: Sight | None = None,
 ) -> str:
     """Digest of everything that determines a caption's conditioning, 64 hex digits; call it outside of `active()`.
 
     `source` is a model, or text encoders with LoRAs and options of their own. Without `remembered` all weights are
-    hashed.
+    hashed. With a `sight`, it covers what pictures in prompts are seen with.
     """
     encoder = source.text_encoder if isinstance(source, Model) else source
     family = encoder.family
-    networks = {}
+    networks: dict[str, dict[str, Any]] = {}
     for name, module in encoder.encoders.modules.items():
         kind = family.text_encoders[name].kind
         patches = [patch for component, patch in encoder.patches if component == name]
@@ -70,6 +74,8 @@ def text_encoder_digest(
             "patches": digest_of_tensors(patch_tensors(patches)) if patches else "",
             "tokenizer": _tokenizer_digest(encoder.encoders.tokenizers.get(name)),
         }
+        if sight is not None and (tower := encoder.tower(name)) is not None:
+            networks[name] |= {"tower": network_digest(f"{name} tower", tower, remembered), "sight": asdict(sight)}
     return key_of(
         what="text",
         family=family.name,
@@ -88,7 +94,9 @@ def autoencoder_digest(source: Model | Autoencoder, *, remembered: RememberedDig
     if isinstance(source, Model):
         autoencoder, latent = source.autoencoder, source.components.latent
         if (origin := source.control_source) != "files":
-            beside = {"beside": [source.family.name, origin]}
+            encoder = source.components.image_encoder
+            digest = "" if encoder is None else network_digest(IMAGE_ENCODER, encoder, remembered)
+            beside = {"beside": [source.family.name, origin, digest]}
     else:
         autoencoder, latent = source, source.latent
     return key_of(

@@ -22,11 +22,19 @@ from lorasmith.core.printable import described
 from lorasmith.core.processes import current
 from lorasmith.core.tensor_digests import digest_of_tensors
 from lorasmith.data.captions import CaptionRules
-from lorasmith.data.clips import ClipForm
-from lorasmith.data.controls import check_controls, control_framings
+from lorasmith.data.clips import ClipForm, clip_form
+from lorasmith.data.controls import check_controls, control_framings, seen_with
 from lorasmith.data.crops import framings_of, pixel_step, place_weights
 from lorasmith.data.data_config import DataConfig, ImageSource
-from lorasmith.data.dataset import EncodedCaptions, EncodedDataset, Picture, Sample, Variants
+from lorasmith.data.dataset import (
+    EncodedCaptions,
+    EncodedDataset,
+    Picture,
+    Sample,
+    SeenCaption,
+    SeenPicture,
+    Variants,
+)
 from lorasmith.data.encoder_digest import RememberedDigests, autoencoder_digest, text_encoder_digest
 from lorasmith.data.encoding_cache import CacheEntries, EncodingCache, default_cache, key_of
 from lorasmith.data.folder import FolderScan, ImageFile, scan_sources
@@ -93,17 +101,6 @@ def load_dataset(
             hash_progress=hash_progress,
         )
     return replace(data, notes=(*notes, *data.notes), origin="pictures in memory" if held else "")
-
-
-def clip_form(model: Model, config: DataConfig) -> ClipForm | None:
-    """The clips that a model accepts, None for an image model. Raises OptionError for settings that it cannot use."""
-    latent, defaults = model.components.latent, model.defaults
-    if latent.time_downscale:
-        return ClipForm(config.frames or defaults.frames, config.frame_rate or defaults.frame_rate, latent)
-    for name in ("frames", "frame_rate"):
-        if (value := getattr(config, name)) is not None:
-            model.check_clips(name, value)
-    return None
 
 
 def datasets_folder() -> Path:
@@ -193,10 +190,11 @@ def encode_scan(
         scan = scan.of_pictures()
     where = device or best_device()
     cache = default_cache(config.cache_limit) if config.cache else None
-    text_digest = partial(text_encoder_digest, device=where)
+    sight = model.sight if any(image.controls for image in scan.images) else None
+    text_digest = partial(text_encoder_digest, device=where, sight=sight)
     captions = EncodedCaptions(
-        encoder.encode,
-        ready=lambda: encoder.active(where),
+        partial(encoder.encode, sight=sight),
+        ready=lambda: encoder.active(where, sees=sight is not None),
         entries=lambda: _entries(cache, text_digest, model, f"text encoders of {model.title}", hash_progress),
         memory_bytes=int(config.caption_memory * 2**30),
         encoder_bytes=sum(one.nbytes for part in encoder.encoders.modules.values() for one in part.parameters()),
@@ -204,7 +202,7 @@ def encode_scan(
     pictures = PictureEncoder(
         encode=lambda pixels: latent.to_model(autoencoder.encode(pixels)),
         downscale=latent.downscale,
-        ready=lambda: autoencoder.active(where),
+        ready=lambda: model.encodes_pictures(where),
         entries=lambda: _entries(cache, autoencoder_digest, model, f"autoencoder of {model.title}", hash_progress),
         batch_pixels=_BATCH_PIXELS if where.type == "cuda" else 0,
         # Autoencoders of frames keep the frames before in themselves, so that threads cannot share them.
@@ -246,19 +244,21 @@ def encode_images(
     step = pixel_step(config, multiple)
     processes = current()
     images = [_framed(image, config, resolution, step, pictures.clips) for image in scan.images]
+    seen = [seen_with(image, pictures.controls) for image in images]
+    plain = [SeenCaption.of(image.caption, one[0]) for image, one in zip(scan.images, seen, strict=True)]
     if processes.size > 1 and config.cache:
         # Each process encodes a share into the cache, from which all of them read the rest.
         share = slice(processes.rank, None, processes.size)
-        captions.encode_ahead(captions.missing([one.caption for one in scan.images])[share], caption_progress)
+        captions.encode_ahead(captions.missing(plain)[share], caption_progress)
         encode_pictures(images[share], pictures, config, progress)
         processes.gathered(None)
-    captions.encode_ahead([image.caption for image in scan.images], caption_progress)
+    captions.encode_ahead(plain, caption_progress)
     encoded = encode_pictures(images, pictures, config, progress)
     controls = _controls(images, pictures, progress)
     notes = [] if pictures.clips is None else list(_clips_in_part(images, pictures.clips))
     samples: list[Sample] = []
-    for image, found, beside in zip(images, encoded, controls, strict=True):
-        sample = _sample(image, found, beside, config, captions, pictures, notes)
+    for image, found, beside, shown in zip(images, encoded, controls, seen, strict=True):
+        sample = _sample(image, found, beside, shown, config, captions, pictures, notes)
         samples += [sample] * image.image.repeats
     return EncodedDataset(tuple(samples), captions, tuple(notes))
 
@@ -386,6 +386,7 @@ def _sample(
     framed: FramedImage,
     encoded: list[EncodedFraming],
     controls: _EncodedControls,
+    seen: list[tuple[SeenPicture, ...]],
     config: DataConfig,
     captions: EncodedCaptions,
     pictures: PictureEncoder,
@@ -394,7 +395,7 @@ def _sample(
     """The sample of an image; appends notes for the user to `notes`."""
     image, name = framed.image, framed.image.name
     found = []
-    for framing, one, given in zip(framed.framings, encoded, controls.tensors, strict=True):
+    for framing, one, given, shown in zip(framed.framings, encoded, controls.tensors, seen, strict=True):
         places = place_weights(one.inside, config)
         if one.inside is not None and places is None:
             notes.append(
@@ -402,20 +403,21 @@ def _sample(
                 "trained as a whole; correct the mask, or remove it"
             )
         size = framing.picture_size(image.width, image.height)
-        found.append(Picture(one.latents, size, places, {**one.beside, **given}))
+        found.append(Picture(one.latents, size, places, {**one.beside, **given}, shown))
     rules = CaptionRules.of(config, is_class=image.is_class)
     dropout = config.control_dropout if found[0].beside else 0.0
     varies = len(found) > 1 or rules.varies(image.captions) or dropout > 0
     plain = found[0]
     return Sample(
         plain.latents,
-        pictures.sized(captions[image.caption], plain.size).with_beside(plain.beside),
+        pictures.sized(captions[SeenCaption.of(image.caption, plain.seen)], plain.size).with_beside(plain.beside),
         name,
         _digest(framed, controls, rules, config, given=sorted(plain.beside)),
         weight=image.weight,
         places=plain.places,
         is_class=image.is_class,
         variants=Variants(tuple(found), image.captions, rules, captions, pictures.sized, dropout) if varies else None,
+        seen=plain.seen,
     )
 
 

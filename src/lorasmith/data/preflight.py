@@ -154,7 +154,7 @@ def preflight(
 def _pair_rules(scan: FolderScan, config: DataConfig, form: ControlForm | None) -> PairRules | None:
     """None where images have no controls and need none."""
     has_some = any(image.controls for image in scan.images) or bool(config.control)
-    is_required = form is not None and form.is_required and config.controls == "required"
+    is_required = form is not None and form.is_required and form.source == "files" and config.controls == "required"
     if not has_some and not is_required:
         return None
     return PairRules(config.controls == "required", form is None or form.is_aligned)

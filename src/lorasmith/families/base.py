@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any, Literal, NamedTuple
@@ -30,12 +30,12 @@ from lorasmith.formats.names import EncoderNames, ModelNames, Naming, OriginalNa
 from lorasmith.formats.spelling import DENOISER_START, SIGNATURES, Signature
 
 __all__ = [
-    "DENOISER_START", "SIGNATURES", "Any", "AutoencoderSlot", "Callable", "Components", "Conditioning", "ControlForm",
-    "DataError", "Defaults", "Diffusion", "EncoderNames", "EncoderSlot", "Encoding", "Expert", "Family",
-    "FlowSchedule", "LatentFormat", "Mapping", "ModelError", "ModelNames", "OriginalCheckpoint", "OriginalName",
-    "PictureSize", "PipelineConfigs", "ProgramLimits", "ResolutionShift", "Rule", "Sequence", "Signature", "Tensor",
-    "TextEncoders", "block_count", "check_even", "collate", "module_paths", "nn", "norm_name", "register", "replace",
-    "torch", "weight_shapes",
+    "AT_ZERO", "BY_INDEX", "BY_OFFSET", "BY_UXO", "DENOISER_START", "SIGNATURES", "Any", "AutoencoderSlot", "Callable",
+    "Components", "Conditioning", "ControlForm", "DataError", "Defaults", "Diffusion", "EncoderNames", "EncoderSlot",
+    "Encoding", "Expert", "Family", "FlowSchedule", "LatentFormat", "Mapping", "ModelError", "ModelNames",
+    "OriginalCheckpoint", "OriginalName", "PictureSize", "PipelineConfigs", "ProgramLimits", "ResolutionShift", "Rule",
+    "Sequence", "Sight", "Signature", "Tensor", "TextEncoders", "block_count", "check_even", "collate", "module_paths",
+    "nn", "norm_name", "register", "replace", "torch", "weight_shapes",
 ]  # fmt: skip
 
 
@@ -43,7 +43,23 @@ _CONTROL = "control_"
 FIRST_FRAME = "first_frame"
 """Name of the tensor of a conditioning that is the first frame of a clip's latents."""
 
-_BESIDE = re.compile(rf"{_CONTROL}\d+|known|{FIRST_FRAME}|clip_vision")
+CLIP_VISION = "clip_vision"
+"""Name of the tensor of a conditioning that is made by an image encoder."""
+
+BY_OFFSET, BY_INDEX, BY_UXO, AT_ZERO = "controls_by_offset", "controls_by_index", "controls_by_uxo", "controls_at_zero"
+CONTROL_METHODS = {"offset": BY_OFFSET, "index": BY_INDEX, "uxo/uno": BY_UXO, "index_timestep_zero": AT_ZERO}
+"""ComfyUI's methods of placing controls → tensors of a conditioning, of any value, that choose them: beside or below
+each other, each with an index of its own, beyond each other's corners, and by index with time 0."""
+
+_BESIDE = re.compile(rf"{_CONTROL}\d+|known|{FIRST_FRAME}|{CLIP_VISION}")
+
+IMAGE_ENCODER = "image_encoder"
+"""Component name of an encoder of pictures that the denoiser attends to."""
+
+
+def encoder_title(component: str) -> str:
+    """What an encoder is called in messages."""
+    return "image encoder" if component == IMAGE_ENCODER else "text encoder"
 
 
 @dataclass(frozen=True)
@@ -327,6 +343,30 @@ ControlSource = Literal["files", "first frame", "first and last frame", "mask"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sight:
+    """How a text encoder sees controls: as pictures in the prompt."""
+
+    pixels: int  # to which a picture is scaled
+    multiple: int  # of both sides in pixels
+    chat: str  # the prompt, with `{pictures}` and `{text}`
+    mark: str  # of each picture, with its `{number}` from 1
+
+    def size(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height of what is seen of a picture of width × height px."""
+        return _scaled((width, height), self.pixels, self.multiple)
+
+    def prompt(self, text: str, numbers: Iterable[int]) -> str:
+        """The prompt of a text with pictures of these numbers."""
+        marks = "".join(self.mark.format(number=number) for number in numbers)
+        return self.chat.format(pictures=marks, text=text)
+
+    def tokens(self, width: int, height: int) -> int:
+        """Number of tokens that the encoder makes of a picture of width × height px."""
+        columns, rows = (side // self.multiple for side in self.size(width, height))
+        return columns * rows
+
+
+@dataclass(frozen=True, kw_only=True)
 class ControlForm:
     """The pictures that a model edits or refers to, its controls."""
 
@@ -342,18 +382,30 @@ class ControlForm:
     most: int = 10  # programs have no limit; more are a mistake
     most_pixels: int = 1024**2
     multiple: int = 16  # of both sides in pixels
+    is_enlarged: bool = False  # whether smaller ones are enlarged to `most_pixels`
+    at_zero: bool = False  # whether the denoiser is told that they are clean, unless a conditioning has a method
+    sight: Sight | None = None  # how the text encoder sees them; None where it does not
 
     def size(self, width: int, height: int) -> tuple[int, int]:
-        """Width and height of a control of width × height px: the known size of the nearest aspect ratio, or its own,
-        shrunk to `most_pixels` and rounded down.
+        """Width and height of a control of width × height px: the known size of the nearest aspect ratio, `most_pixels`
+        in its own, or its own size, shrunk to `most_pixels` and rounded down.
         """
         if self.sizes:
             return min(self.sizes, key=lambda size: abs(size[0] / size[1] - width / height))
+        if self.is_enlarged:
+            return _scaled((width, height), self.most_pixels, self.multiple)
         factor = min(1.0, math.sqrt(self.most_pixels / (width * height)))
         sides = [
             max(self.multiple, int(side * factor + 1e-6) // self.multiple * self.multiple) for side in (width, height)
         ]
         return sides[0], sides[1]
+
+
+def _scaled(size: tuple[int, int], pixels: int, multiple: int) -> tuple[int, int]:
+    """A size scaled to a number of pixels, each side to its nearest multiple."""
+    factor = math.sqrt(pixels / math.prod(size))
+    width, height = (max(multiple, round(round(side * factor) / multiple) * multiple) for side in size)
+    return width, height
 
 
 def controls_taken(most: int) -> str:
@@ -382,6 +434,7 @@ class Components:
     text_encoders: Mapping[str, nn.Module] = field(default_factory=dict)
     tokenizers: Mapping[str, Any] = field(default_factory=dict)  # by the component name of their encoder
     vae: Any = None  # diffusers' autoencoder
+    image_encoder: nn.Module | None = None
 
     @property
     def encoders(self) -> TextEncoders:
@@ -390,7 +443,9 @@ class Components:
 
     def modules(self) -> dict[str, nn.Module]:
         """Every present part, by component name."""
-        return {"denoiser": self.denoiser, **self.text_encoders, **({} if self.vae is None else {"vae": self.vae})}
+        others = {"vae": self.vae, IMAGE_ENCODER: self.image_encoder}
+        there = {name: part for name, part in others.items() if part is not None}
+        return {"denoiser": self.denoiser, **self.text_encoders, **there}
 
 
 COMMON_PRESETS = {"all-linear": Rule(("*",), linear_only=True), "all": Rule(("*",))}
@@ -424,6 +479,7 @@ class Family(ABC):
         text_encoders: its text encoders by component name, in the order of the pipeline's.
         needs_each_encoder: whether it cannot do without one of them.
         autoencoder: its autoencoder.
+        image_encoder: its encoder of pictures that the denoiser attends to; see `encoder_slots`.
         clip_types: ComfyUI's names of it in nodes that load text encoders apart from the denoiser.
         predicts_by_length: whether `predict` runs the denoiser once for each length of context in a batch.
         repeatable_context: whether text enters by unmasked cross-attention alone, so that a context repeated k times
@@ -434,6 +490,7 @@ class Family(ABC):
             have the same tensors as the variant to train on.
         experts: the denoisers of models that have several, the noisiest part first; each has a file and a LoRA.
         controls: the controls that its models take, those of edit variants before those of all models.
+        control_methods: of `CONTROL_METHODS`, those that `predict` knows.
         lora_signatures: how its LoRA files are recognised without a model.
         released: configuration of the released denoiser for its diffusers class, to name its modules without a file.
     """
@@ -465,6 +522,7 @@ class Family(ABC):
     needs_each_encoder: bool = True
     predicts_by_length: bool = False
     autoencoder: AutoencoderSlot
+    image_encoder: EncoderSlot | None = None
     clip_types: tuple[str, ...] = ()
     repeatable_context: bool = False
     unused_tensors: tuple[str, ...] = ()
@@ -472,6 +530,7 @@ class Family(ABC):
     distilled_names: tuple[str, ...] = ()
     experts: tuple[Expert, ...] = ()
     controls: tuple[ControlForm, ...] = ()
+    control_methods: tuple[str, ...] = ()
     lora_signatures: tuple[Signature, ...] = ()
     released: Mapping[str, Any] | None = None
 
@@ -502,7 +561,14 @@ class Family(ABC):
     @property
     def slots(self) -> Mapping[str, EncoderSlot | AutoencoderSlot]:
         """Its parts besides the denoiser, by component name."""
-        return {**self.text_encoders, "vae": self.autoencoder}
+        image_encoder = {} if self.image_encoder is None else {IMAGE_ENCODER: self.image_encoder}
+        return {**self.text_encoders, "vae": self.autoencoder, **image_encoder}
+
+    def encoder_slots(self, denoiser: nn.Module) -> Mapping[str, EncoderSlot]:
+        """The encoders that a model with this denoiser has by component name, that of pictures included."""
+        if self.image_encoder is None or CLIP_VISION not in self.conditioning_shapes(denoiser):
+            return self.text_encoders
+        return {**self.text_encoders, IMAGE_ENCODER: self.image_encoder}
 
     def denoiser_class(self) -> type[nn.Module]:
         """The class of the denoiser, imported when this is called. Raises ModelError if it is not installed."""
@@ -606,6 +672,15 @@ class Family(ABC):
             ModelError: a text encoder is missing; see `text_encoder`.
         """
 
+    def encode_seen(
+        self, encoders: TextEncoders, texts: Mapping[str, str], encoding: Encoding, pictures: Sequence[Tensor]
+    ) -> Conditioning:
+        """As `encode_text`, of a prompt with pictures, for families whose controls have a `Sight`.
+
+        pictures: pixels (1, 3, height, width) in [−1, 1] each, in the sight's size.
+        """
+        raise ModelError(f"{self.title} has no pictures in prompts; give the prompt alone")
+
     def join(self, conditionings: Sequence[Conditioning]) -> Conditioning:
         """One batch of conditionings of any length; see `collate`."""
         return collate(conditionings, repeatable=self.repeatable_context)
@@ -635,6 +710,18 @@ class Family(ABC):
             mask: (height, width) in pixels, 1 inside; None without one.
         """
         return {}
+
+    def known(self, denoiser: nn.Module, latents: Tensor, mask: Tensor) -> Tensor | None:
+        """`Conditioning.tensors["known"]` of a graph, from `concat_latent_image` and `concat_mask` of its conditioning.
+
+        None, by default, for denoisers that are given nothing of a picture: as in ComfyUI they ignore it.
+
+        Args:
+            denoiser: the network.
+            latents: (batch, channels, height, width) of the picture without what is to be painted, scaled.
+            mask: (batch or 1, 1, height, width) in pixels, 1 where it is to be painted.
+        """
+        return None
 
     def conditioning_shapes(self, denoiser: nn.Module) -> Mapping[str, tuple[int, ...]]:
         """Shapes of the conditioning tensors that `predict` needs, for a batch of 1 and a prompt of usual length."""
@@ -687,6 +774,12 @@ class Family(ABC):
             raise ModelError(
                 f"{self.title} needs an autoencoder for pictures, which this model came without; load a full "
                 f"checkpoint, or give it as well (its file is usually called {self.autoencoder.usual_file})"
+            )
+        slot = self.encoder_slots(components.denoiser).get(IMAGE_ENCODER) if images else None
+        if slot is not None and components.image_encoder is None:
+            raise ModelError(
+                f"{self.title} needs the image encoder {slot.kind}, which this model came without; give it like a text "
+                f"encoder (its file is usually called {slot.usual_file})"
             )
 
 

@@ -1,14 +1,17 @@
 """Flux.1 (Black Forest Labs 2024): a rectified-flow transformer over packed latents, here its denoiser.
 
 Latents of 16 channels are packed 2×2 into tokens of 64; text is a T5 sequence and a pooled CLIP vector; distilled
-guidance is an input. The original layout fuses query, key, value (and, in single blocks, the MLP's first matrix) into
-one tensor; diffusers splits them.
+guidance is an input. Fill's tokens of 384 have the latents of the picture without what is to be painted, and the mask
+of that, beside the noisy latents. The original layout fuses query, key, value (and, in single blocks, the MLP's first
+matrix) into one tensor; diffusers splits them.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+
+import torch.nn.functional as F
 
 from lorasmith.families.base import *
 from lorasmith.families.parts import flux_layout
@@ -29,7 +32,9 @@ from lorasmith.families.parts.flux_layout import (
 from lorasmith.families.parts.language_models import RELEASED_PATHS, encode_t5
 
 _MODULATION = ("*.norm.linear", "*.norm1.linear", "*.norm1_context.linear")
-_DEFAULT_GUIDANCE = 3.5
+_CHANNELS, _FILL_CHANNELS = 64, 384  # of a token; Fill has 64 of the given picture and 256 of the mask, too
+_DEFAULT_GUIDANCE, _FILL_GUIDANCE = 3.5, 30.0
+_DOWNSCALE = FLUX_AUTOENCODER.downscale
 _MU = 1.15  # ComfyUI's shift for KSampler, and that of the resolution 1024×1024
 
 _TOP = {
@@ -63,9 +68,11 @@ _WIDE = ((1568, 672), (1504, 688), (1456, 720), (1392, 752), (1328, 800), (1248,
 KONTEXT_SIZES = (*(size[::-1] for size in _WIDE), (1024, 1024), *reversed(_WIDE))
 """(width, height) of the pictures that Kontext was trained on."""
 
+_FILL = ControlForm(source="mask", pipeline="FluxFillPipeline", is_required=True, most=1)
+
 
 class Flux(Family):
-    """Flux.1 dev, schnell and Kontext, whose control is a picture to edit."""
+    """Flux.1 dev, schnell, Kontext, whose control is a picture to edit, and Fill, which paints what a mask covers."""
 
     name = "flux1"
     title = "Flux.1"
@@ -99,6 +106,7 @@ class Flux(Family):
             name="kontext", pipeline="FluxKontextPipeline", is_required=True, is_aligned=True, sizes=KONTEXT_SIZES
         ),
     )
+    control_methods = (BY_OFFSET, BY_INDEX, BY_UXO)
     autoencoder = FLUX_AUTOENCODER
     released = {"guidance_embeds": True}
     lora_signatures = (
@@ -113,15 +121,26 @@ class Flux(Family):
         # Flux.2 shares its modulation between blocks; Chroma replaces it by an approximator.
         return not any(name.startswith(("double_stream_modulation_img", "distilled_guidance_layer")) for name in shapes)
 
+    def recognises_pipeline(self, configs: PipelineConfigs) -> bool:
+        return super().recognises_pipeline(configs) or _FILL.pipeline in configs.classes
+
+    def controls_of(self, denoiser: Any, names: Sequence[str], edit: str | None = None) -> ControlForm | None:
+        return _FILL if _is_fill(denoiser) else super().controls_of(denoiser, names, edit)
+
     def denoiser_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         config = flux_layout.block_config(shapes)
-        if config["in_channels"] != 64:
+        if config["in_channels"] not in (_CHANNELS, _FILL_CHANNELS):
             raise ModelError(
-                f"this Flux.1 variant takes {config['in_channels']} input channels (fill, depth and canny do), "
-                "but only text-to-image models with 64 are supported"
+                f"this Flux.1 variant takes {config['in_channels']} input channels (depth and canny do), but only "
+                f"models with {_CHANNELS} (dev, schnell, Kontext) and {_FILL_CHANNELS} (Fill) are supported"
             )
         pooled = shapes["vector_in.in_layer.weight"][1]
-        return {**config, "pooled_projection_dim": pooled, "guidance_embeds": flux_layout.GUIDANCE in shapes}
+        return {
+            **config,
+            "out_channels": _CHANNELS,
+            "pooled_projection_dim": pooled,
+            "guidance_embeds": flux_layout.GUIDANCE in shapes,
+        }
 
     def original(self, path: str, denoiser: Any) -> OriginalName:
         if path in _TOP:
@@ -141,7 +160,7 @@ class Flux(Family):
         return _diffusion(has_guidance=bool(configs.of(self.denoiser_folder).get("guidance_embeds", False)))
 
     def latent_format(self, denoiser: Any, vae: Any) -> LatentFormat:
-        return self.autoencoder.latents(denoiser.config.in_channels // 4)
+        return self.autoencoder.latents((denoiser.config.out_channels or denoiser.config.in_channels) // 4)
 
     def names(self, denoiser: nn.Module, text_encoders: Mapping[str, nn.Module]) -> ModelNames:
         names = super().names(denoiser, text_encoders)
@@ -182,15 +201,35 @@ class Flux(Family):
         config = denoiser.config
         return {"context": (1, 512, config.joint_attention_dim), "pooled": (1, config.pooled_projection_dim)}
 
+    def beside(
+        self,
+        form: ControlForm,
+        components: Components,
+        encode: Callable[[Tensor], Tensor],
+        pixels: Tensor,
+        mask: Tensor | None,
+    ) -> Mapping[str, Tensor]:
+        if mask is None or not mask.any():  # as a picture without a mask, which is painted as a whole
+            mask = pixels.new_ones(pixels.shape[-2:])
+        inside = mask.round()[None, None]
+        return {"known": _known(encode(pixels * (1 - inside)), inside)}
+
+    def known(self, denoiser: Any, latents: Tensor, mask: Tensor) -> Tensor | None:
+        return _known(latents, mask) if _is_fill(denoiser) else None
+
     def predict(self, denoiser: Any, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         height, width = latents.shape[-2:]
         context = conditioning.tensors["context"]
         guidance = None
         if denoiser.config.guidance_embeds:  # schnell has no such input
             given = conditioning.tensors.get("guidance")
-            guidance = latents.new_full((len(latents),), _DEFAULT_GUIDANCE) if given is None else given
+            default = _FILL_GUIDANCE if _is_fill(denoiser) else _DEFAULT_GUIDANCE
+            guidance = latents.new_full((len(latents),), default) if given is None else given
         tokens, positions = [], []
-        corners = control_corners(conditioning, by_index=False, patch=2)
+        corners = control_corners(conditioning, (height, width), by_index=False, patch=2)
+        if _is_fill(denoiser):
+            known = conditioning.tensors.get("known")
+            latents = torch.cat((latents, self._nothing_known(latents) if known is None else known), dim=1)
         for picture, corner in zip((latents, *conditioning.controls), ((0, 0, 0), *corners), strict=True):
             check_even(picture, self.title)
             rows, columns = (side // 2 for side in picture.shape[-2:])
@@ -211,6 +250,21 @@ class Flux(Family):
                 return_dict=False,
             )[0]
         return unpacked_latents(prediction[:, : height // 2 * (width // 2)], height, width)
+
+    def _nothing_known(self, latents: Tensor) -> Tensor:
+        """What Fill is given in ComfyUI where a conditioning has nothing for it: latents of 0, all to be painted."""
+        nothing = self.autoencoder.latents(latents.shape[1]).to_model(torch.zeros_like(latents))
+        return _known(nothing, nothing.new_ones(1, 1, *(_DOWNSCALE * side for side in latents.shape[-2:])))
+
+
+def _known(latents: Tensor, mask: Tensor) -> Tensor:
+    """(batch, 16 + 64, height, width): latents, and the pixels of the mask (batch or 1, 1, ...) at each of them."""
+    pixels = F.pixel_unshuffle(mask, _DOWNSCALE)
+    return torch.cat((latents, pixels.to(latents).expand(len(latents), -1, -1, -1)), dim=1)
+
+
+def _is_fill(denoiser: Any) -> bool:
+    return bool(denoiser.config.in_channels == _FILL_CHANNELS)
 
 
 @contextlib.contextmanager

@@ -83,6 +83,7 @@ class Flux2(Family):
     autoencoder = AutoencoderSlot("flux2", 128, "flux2-vae.safetensors", ("vae.",), downscale=16)
     clip_types = ("flux2",)
     controls = (ControlForm(),)
+    control_methods = (BY_OFFSET, BY_INDEX, BY_UXO)
 
     def __init__(self, *, is_klein: bool) -> None:
         self.name = "flux2-klein" if is_klein else "flux2"
@@ -183,7 +184,7 @@ class Flux2(Family):
             given = conditioning.tensors.get("guidance")
             guidance = latents.new_full((len(latents),), _DEFAULT_GUIDANCE) if given is None else given
         pictures = (latents, *conditioning.controls)
-        corners = ((0, 0, 0), *control_corners(conditioning, by_index=True, spacing=_SPACING))
+        corners = ((0, 0, 0), *control_corners(conditioning, (height, width), by_index=True, spacing=_SPACING))
         positions = torch.cat(
             [
                 _positions(index, (top, top + picture.shape[-2]), (left, left + picture.shape[-1]), 1, latents.device)

@@ -23,7 +23,7 @@ from lorasmith.families import (  # noqa: F401  (register themselves)
     wan,
     z_image,
 )
-from lorasmith.families.parts import clip, language_models  # noqa: F401  (register themselves)
+from lorasmith.families.parts import clip, clip_vision, language_models  # noqa: F401  (register themselves)
 from lorasmith.families.parts.unet_layout import context_widths
 from lorasmith.formats.spelling import DENOISER_START, SIGNATURES, Signature
 
@@ -44,10 +44,7 @@ _UNET_INPUTS = {8: "an InstructPix2Pix model", 9: "an inpainting model"}
 _UNET_CONTEXTS = {1280: "the Stable Diffusion XL refiner"}
 _NEXT_DIT = DENOISER_START + r"layers_\d+_(attention|attn|feed_forward)_"
 
-_SIGNATURES = (
-    Signature("Lumina", _NEXT_DIT, order=5),
-    Signature("Wan image to video", DENOISER_START + r"blocks_\d+_(cross_attn_[kv]_img|attn2_add_[kv]_proj)", order=3),
-)
+_SIGNATURES = (Signature("Lumina", _NEXT_DIT, order=5),)
 SIGNATURES.append(lambda: _SIGNATURES)
 
 

@@ -2,6 +2,10 @@
 
 A small transformer of its own fuses the layers of text; then text and packed latents run together through the blocks.
 Nothing is fused in the original layout. Turbo, which is distilled, has the tensors of Raw; LoRAs are trained on Raw.
+
+All models take references, each with an index of its own, which the language model sees too. Its prompt with pictures
+is that of ComfyUI's TextEncodeQwenImageEditPlus, in ComfyUI's template for references; ai-toolkit keeps the prompt of
+text alone. References are modulated at time 0, as in that template and in ai-toolkit.
 """
 
 from __future__ import annotations
@@ -11,8 +15,16 @@ import re
 from lorasmith.families.base import *
 from lorasmith.families.parts.autoencoders import QWEN_AUTOENCODER
 from lorasmith.families.parts.encoders import literal_text
-from lorasmith.families.parts.flux_layout import packed_latents, unpacked_latents
-from lorasmith.families.parts.language_models import ANSWER, SYSTEM, SYSTEM_TOKENS, chat_of, hidden_states, seen_from
+from lorasmith.families.parts.flux_layout import image_positions, packed_latents, unpacked_latents
+from lorasmith.families.parts.language_models import (
+    ANSWER,
+    SYSTEM,
+    SYSTEM_TOKENS,
+    chat_of,
+    hidden_states,
+    seen_from,
+    sight_of,
+)
 
 _LAYERS = tuple(range(2, 36, 3))  # of the encoder's states
 _MU = 1.15  # ComfyUI's shift for KSampler
@@ -58,7 +70,7 @@ class Krea2(Family):
     name = "krea2"
     title = "Krea 2"
     pipeline = "Krea2Pipeline"
-    network = "Krea2Transformer2DModel"
+    network = "lorasmith.families.parts.controls_at_zero.Krea2Transformer"
     text_width = "text_hidden_dim"
     modelspec_implementation = "https://github.com/krea-ai/krea-2"
     kohya_name = "krea2"
@@ -87,6 +99,8 @@ class Krea2(Family):
         timestep_distribution="logit_normal",  # OneTrainer's preset
     )
     distilled_names = ("turbo",)
+    controls = (ControlForm(at_zero=True, sight=sight_of(pixels=384**2, multiple=32)),)
+    control_methods = (BY_INDEX, AT_ZERO)
     released: Mapping[str, Any] = {}  # the class' own defaults
     lora_signatures = (
         Signature(
@@ -133,34 +147,45 @@ class Krea2(Family):
         return OriginalName(f"{stem}.{_PARTS[known]}{part.removeprefix(known)}")
 
     def encode_text(self, encoders: TextEncoders, texts: Mapping[str, str], encoding: Encoding) -> Conditioning:
+        return self.encode_seen(encoders, texts, encoding, ())
+
+    def encode_seen(
+        self, encoders: TextEncoders, texts: Mapping[str, str], encoding: Encoding, pictures: Sequence[Tensor]
+    ) -> Conditioning:
         encoder, tokenizer = self.text_encoder(encoders, "text_encoder"), encoders.tokenizers["text_encoder"]
         text = texts["text_encoder"]
         ids = tokenizer(chat_of(literal_text(text, encoding))).input_ids
         start = seen_from(tokenizer, ids)
-        if encoding.lengths == "diffusers":
+        if encoding.lengths == "diffusers" and not pictures:
             answer, start = tokenizer(ANSWER).input_ids, SYSTEM_TOKENS
             ids = [*tokenizer(SYSTEM + text).input_ids[: 512 + SYSTEM_TOKENS - len(answer)], *answer]
-        return Conditioning({"context": hidden_states(encoder, ids, _LAYERS)[:, start:].flatten(2)}, text)
+        states = hidden_states(encoder, ids, _LAYERS, pictures=pictures)
+        return Conditioning({"context": states[:, start:].flatten(2)}, text)
 
     def conditioning_shapes(self, denoiser: Any) -> Mapping[str, tuple[int, ...]]:
         return {"context": (1, 64, denoiser.config.num_text_layers * denoiser.config.text_hidden_dim)}
 
     def predict(self, denoiser: Any, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
-        check_even(latents, self.title)
-        height, width = latents.shape[-2:]
+        pictures = [one.squeeze(2) for one in (latents, *conditioning.controls)]
+        for one in pictures:
+            check_even(one, self.title)
         context = conditioning.tensors["context"]
         context = context.reshape(*context.shape[:2], denoiser.config.num_text_layers, denoiser.config.text_hidden_dim)
-        grid = (torch.arange(side // 2, device=latents.device) for side in (height, width))
-        positions = torch.cartesian_prod(torch.zeros(1, device=latents.device, dtype=torch.long), *grid)
+        positions = [
+            image_positions(one.shape[-2] // 2, one.shape[-1] // 2, latents.device, (index, 0, 0))
+            for index, one in enumerate(pictures)
+        ]
+        clean = sum(map(len, positions[1:])) if AT_ZERO in conditioning.tensors else 0
         prediction = denoiser(
-            hidden_states=packed_latents(latents.squeeze(2)),
+            hidden_states=torch.cat([packed_latents(one) for one in pictures], dim=1),
             encoder_hidden_states=context,
             timestep=time.to(latents.dtype),
-            position_ids=torch.cat((positions.new_zeros(context.shape[1], 3), positions)).float(),
+            position_ids=torch.cat((positions[0].new_zeros(context.shape[1], 3), *positions)),
             encoder_attention_mask=conditioning.mask,
             return_dict=False,
-        )[0]
-        return unpacked_latents(prediction, height, width).unsqueeze(2)
+            **({"clean_tokens": clean} if clean else {}),
+        )[0][:, : len(positions[0])]
+        return unpacked_latents(prediction, *latents.shape[-2:]).unsqueeze(2)
 
 
 register(Krea2(), "krea-2")

@@ -31,7 +31,7 @@ from lorasmith.core.folders import pipeline_index
 from lorasmith.core.placement import FULL_PRECISION
 from lorasmith.core.printable import described
 from lorasmith.core.quantization import Packed
-from lorasmith.families.base import FAMILIES, Components, Diffusion, Family, TextEncoders
+from lorasmith.families.base import FAMILIES, IMAGE_ENCODER, Components, Diffusion, Family, TextEncoders, encoder_title
 from lorasmith.families.files.checkpoint import (
     LORA_MARKS,
     CheckpointShapes,
@@ -267,7 +267,7 @@ def _model_of_folder(folder: Path, part: str | None, *, title: str) -> Model:
     family = family_of(folder)
     denoiser = part or family.denoiser_folder
     title = _of_expert(family, title if part is None else folder.name, denoiser, lambda name: (folder / name).is_dir())
-    names = [*family.denoiser_parts, *family.text_encoders, "vae"]
+    names = [*family.denoiser_parts, *family.slots]
     folders = {family.denoiser_folder: folder / denoiser} | {name: folder / name for name in names}
     try:
         sources = {name: folder_source(path) for name, path in folders.items() if path.is_dir()}
@@ -306,7 +306,7 @@ def model_of_pipeline(pipeline: DiffusersPipeline) -> Model:
     title = _title_of(pipeline)
     configs = PipelineConfigs.of_pipeline(pipeline, title)
     family = _family_of(configs, f"{title} ({type(pipeline).__name__}) is")
-    names = (family.denoiser_folder, *family.denoiser_parts, *family.text_encoders, "vae")
+    names = (family.denoiser_folder, *family.denoiser_parts, *family.slots)
     parts = {name: getattr(pipeline, name, None) for name in names}
 
     def tokenizer(component: str, kind: EncoderKind, encoder: nn.Module) -> Any:
@@ -377,6 +377,9 @@ def _built(
     encoders = {name: kind.build(sources[name]) for name, kind in kinds.items()}
     tokenizers = {name: tokenizer(name, kind, encoders[name]) for name, kind in kinds.items()}
     vae = AUTOENCODERS[family.autoencoder.kind].build(sources["vae"]) if "vae" in sources else None
+    image_encoder = None
+    if (slot := family.image_encoder) is not None and IMAGE_ENCODER in sources:
+        image_encoder = ENCODERS[slot.kind].build(sources[IMAGE_ENCODER])
     latent = family.latent_format(denoiser, vae)
     defaults = family.defaults(denoiser, latent, diffusion)
     for name, value in overrides.items():
@@ -398,15 +401,17 @@ def _built(
         text_encoders=encoders,
         tokenizers=tokenizers,
         vae=vae,
+        image_encoder=image_encoder,
     )
 
 
 def _with_encoders(model: Model, path: Path) -> Model:
-    """The model with the text encoders that a file or folder holds."""
+    """The model with the encoders that a file or folder holds."""
     family, components = model.family, model.components
-    found = encoders_in(path, family)
+    slots = family.encoder_slots(components.denoiser)
+    found = encoders_in(path, family, slots)
     for component, encoder in found.modules.items():
-        _check_width(model, component, path, ENCODERS[family.text_encoders[component].kind].width(encoder))
+        _check_width(model, component, path, ENCODERS[slots[component].kind].width(encoder))
     encoders = {**components.text_encoders, **found.modules}
     return replace(
         model,
@@ -414,19 +419,20 @@ def _with_encoders(model: Model, path: Path) -> Model:
             components,
             text_encoders={name: encoders[name] for name in family.text_encoders if name in encoders},
             tokenizers={**components.tokenizers, **found.tokenizers},
+            image_encoder=found.modules.get(IMAGE_ENCODER, components.image_encoder),
         ),
         files={**model.files, **dict.fromkeys(found.modules, path)},
     )
 
 
 def _check_width(model: Model, component: str, path: Path, width: int) -> None:
-    """Raise ModelError unless a text encoder's states have the width that the denoiser needs."""
-    family, slot = model.family, model.family.text_encoders[component]
+    """Raise ModelError unless an encoder's states have the width that the denoiser needs."""
+    family, slot = model.family, model.family.encoder_slots(model.components.denoiser)[component]
     needed = family.encoder_width(model.components.denoiser, component)
     if needed is not None and width != needed:
         raise ModelError(
-            f"{path} is the text encoder {slot.kind} of width {width}, but {model.title} ({family.title}) needs one of "
-            f"width {needed} (its file is usually called {slot.usual_file})"
+            f"{path} is the {encoder_title(component)} {slot.kind} of width {width}, but {model.title} "
+            f"({family.title}) needs one of width {needed} (its file is usually called {slot.usual_file})"
         )
 
 

@@ -19,10 +19,12 @@ from torch import Tensor, nn
 
 from lorasmith.adapters.frozen_layer import packed_layers, placed_for_products
 from lorasmith.adapters.patch import Patch, patches_applied
-from lorasmith.core.errors import DataError, OptionError
+from lorasmith.core.errors import DataError, ModelError, OptionError
 from lorasmith.core.placement import best_device, device_of, dtype_name, fast_dtype
 from lorasmith.core.printable import count_text, printable
 from lorasmith.families.base import (
+    AT_ZERO,
+    CONTROL_METHODS,
     NO_EDIT,
     Components,
     Conditioning,
@@ -34,6 +36,7 @@ from lorasmith.families.base import (
     Expert,
     Family,
     LatentFormat,
+    Sight,
     TextEncoders,
     controls_taken,
 )
@@ -73,7 +76,8 @@ class Model:
 
     def _repr_html_(self) -> str:
         side, multiple = self.defaults.resolution, self.defaults.pixel_multiple
-        missing = [name for name in (*self.family.text_encoders, "vae") if name not in self.components.modules()]
+        needed = (*self.family.encoder_slots(self.components.denoiser), "vae")
+        missing = [name for name in needed if name not in self.components.modules()]
         facts = {
             "family": self.family.title,
             "denoiser": self._size,
@@ -140,18 +144,38 @@ class Model:
         return (form.pipeline if form else "") or self.family.pipeline
 
     @property
+    def sight(self) -> Sight | None:
+        """How its text encoder sees controls; None where it does not."""
+        return None if (form := self.control_form) is None else form.sight
+
+    @property
     def control_source(self) -> ControlSource:
         """Where its controls come from; `files` for a model without."""
         return "files" if (form := self.control_form) is None else form.source
 
-    def beside(self, pixels: Tensor, mask: Tensor | None = None) -> Mapping[str, Tensor]:
-        """What the denoiser is given of a picture or clip itself, fp32 on the CPU; see `Family.beside`."""
-        if (form := self.control_form) is None or form.source == "files":
+    def beside(
+        self, pixels: Tensor, mask: Tensor | None = None, *, form: ControlForm | None = None
+    ) -> Mapping[str, Tensor]:
+        """What the denoiser is given of a picture or clip itself, fp32 on the CPU; see `Family.beside`.
+
+        `form` is the model's by default.
+        """
+        if (form := form or self.control_form) is None or form.source == "files":
             return {}
         to_model, autoencoder = self.components.latent.to_model, self.autoencoder
-        return self.family.beside(
+        made = self.family.beside(
             form, self.components, lambda given: to_model(autoencoder.encode(given)), pixels, mask
         )
+        return {name: tensor.to("cpu", torch.float32) for name, tensor in made.items()}
+
+    @contextlib.contextmanager
+    def encodes_pictures(self, device: torch.device | None = None) -> Iterator[None]:
+        """What pictures are encoded with is on `device` (the best one if None) inside."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.autoencoder.active(device))
+            if (module := self.components.image_encoder) is not None:
+                stack.enter_context(placed_for_products(module, device=device or best_device(), dtype=torch.float32))
+            yield
 
     def as_edit(self, edit: str | None) -> Model:
         """The model as this edit variant of its family. Raises OptionError if there is no such variant."""
@@ -233,10 +257,18 @@ class Denoiser:
                 remedy = "leave out the others" if most else "leave them out, or choose an edit model"
                 raise DataError(f"{self.base.title} ({family.title}) {controls_taken(most)}, got {count}; {remedy}")
             for control in conditioning.controls:
-                if control.ndim != 4 or control.shape[1] != latent.channels:
+                if control.ndim != 4 + latent.frames or control.shape[1] != latent.channels:
+                    frames = "frames, " if latent.frames else ""
                     raise DataError(
-                        f"controls of {self.base.title} must be (batch, {latent.channels}, height, width), got "
+                        f"controls of {self.base.title} must be (batch, {latent.channels}, {frames}height, width), got "
                         f"{tuple(control.shape)}; encode them with its own autoencoder"
+                    )
+            for name, method in CONTROL_METHODS.items():
+                if conditioning.controls and method in conditioning.tensors and method not in family.control_methods:
+                    known = [one for one, tensor in CONTROL_METHODS.items() if tensor in family.control_methods]
+                    raise DataError(
+                        f"reference_latents_method must be {' or '.join(known)} for {self.base.title} "
+                        f"({family.title}), got {name}; choose one of these"
                     )
             for name, needed in family.conditioning_shapes(self.module).items():
                 first = 2 if name == "context" else 1  # the number of tokens is free, as the batch is
@@ -254,6 +286,9 @@ class Denoiser:
 
     def predict(self, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         """The network's prediction; see `Family.predict`. Patches apply inside `active()` only."""
+        form, given = self.base.control_form, conditioning.tensors
+        if form is not None and form.at_zero and not given.keys() & set(CONTROL_METHODS.values()):
+            conditioning = replace(conditioning, tensors={**given, AT_ZERO: time})
         return self.base.family.predict(self.module, latents, time, conditioning)
 
 
@@ -288,31 +323,65 @@ class TextEncoder:
         )
 
     @contextlib.contextmanager
-    def active(self, device: torch.device | None = None) -> Iterator[None]:
-        """The encoders are on `device` (their own if None) with their patches inside, for many prompts in a row."""
+    def active(self, device: torch.device | None = None, *, sees: bool = False) -> Iterator[None]:
+        """The encoders are on `device` (their own if None) with their patches inside, for many prompts in a row.
+
+        `sees` is whether prompts have pictures.
+        """
         where = device or self.device or best_device()
         with contextlib.ExitStack() as stack:
             for name, module in self.encoders.modules.items():
-                stack.enter_context(placed_for_products(module, device=where, dtype=self.dtype_on(name, where)))
+                self._place(stack, name, where, sees=sees)
                 stack.enter_context(
                     patches_applied(module, [patch for target, patch in self.patches if target == name])
                 )
             yield
 
     @torch.no_grad()
-    def encode(self, text: str | Mapping[str, str]) -> Conditioning:
+    def encode(
+        self, text: str | Mapping[str, str], pictures: Sequence[Tensor] = (), *, sight: Sight | None = None
+    ) -> Conditioning:
         """Conditioning of one prompt, or of one for each component, in fp32 on the CPU; a missing one is empty.
 
-        Patches apply inside `active()` only. Raises ModelError if a text encoder is missing, OptionError for a prompt
-        of more than `MAX_PROMPT` characters.
+        Pictures, pixels (1, 3, height, width) in [−1, 1], are seen with the prompt by `sight`, in whose sizes they are;
+        without one, `text` is a whole chat that has their places.
+
+        Patches apply inside `active()` only. Raises ModelError if a text encoder is missing, or sees no pictures,
+        OptionError for a prompt of more than `MAX_PROMPT` characters.
         """
+        if pictures:
+            self.check_sight()
         with contextlib.ExitStack() as stack:  # does nothing inside `active()`
             for name, module in self.encoders.modules.items():
-                where = device_of(module)
-                stack.enter_context(placed_for_products(module, device=where, dtype=self.dtype_on(name, where)))
+                self._place(stack, name, device_of(module), sees=bool(pictures))
             components = self.family.text_encoders or ("text",)
             texts = {name: _prompt(text if isinstance(text, str) else text.get(name, "")) for name in components}
-            return self.family.encode_text(self.encoders, texts, self.encoding).to("cpu", torch.float32)
+            if not pictures:
+                return self.family.encode_text(self.encoders, texts, self.encoding).to("cpu", torch.float32)
+            numbers = range(1, len(pictures) + 1)
+            shown = texts if sight is None else {name: sight.prompt(one, numbers) for name, one in texts.items()}
+            found = self.family.encode_seen(self.encoders, shown, self.encoding, pictures).to("cpu", torch.float32)
+            return replace(found, text=next(iter(texts.values())))
+
+    def check_sight(self) -> None:
+        """Raise ModelError if no text encoder sees pictures."""
+        self.family.check_encoders(self.encoders)
+        if not any(self.tower(name) for name in self.encoders.modules):
+            files = " or ".join(slot.usual_file for slot in self.family.text_encoders.values())
+            raise ModelError(
+                f"{self.title} needs a text encoder that sees pictures, but this one has no tensors visual.*; give a "
+                f"whole {files}, or train without controls"
+            )
+
+    def tower(self, component: str) -> nn.Module | None:
+        """The part of an encoder that sees pictures; None without."""
+        return ENCODERS[self.family.text_encoders[component].kind].tower(self.encoders.modules[component])
+
+    def _place(self, stack: contextlib.ExitStack, component: str, device: torch.device, *, sees: bool) -> None:
+        """Place an encoder, and what it sees pictures with, until the stack is closed."""
+        for part in (self.encoders.modules[component], self.tower(component) if sees else None):
+            if part is not None:
+                stack.enter_context(placed_for_products(part, device=device, dtype=self.dtype_on(component, device)))
 
     def dtype_on(self, component: str, device: torch.device | None = None) -> torch.dtype:
         """The number format in which an encoder runs on `device` (its own if None)."""

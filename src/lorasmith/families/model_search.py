@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lorasmith.core.errors import ModelError
 from lorasmith.core.folders import BUILT_IN_BASE, Folders
-from lorasmith.families.base import AutoencoderSlot, EncoderSlot, Family
+from lorasmith.families.base import AutoencoderSlot, EncoderSlot, Family, encoder_title
 from lorasmith.families.files.checkpoint import OriginalCheckpoint
 from lorasmith.families.loading import family_of, load_model, recognise, with_parts
 from lorasmith.families.locating import BUILT_IN, ModelFiles
@@ -24,7 +24,7 @@ from lorasmith.families.parts.autoencoders import recognised_autoencoder
 from lorasmith.families.parts.encoders import ENCODERS, recognised_encoder
 
 MODEL_FOLDERS = ("checkpoints", "diffusion_models")
-ENCODER_FOLDERS = ("text_encoders",)
+ENCODER_FOLDERS = ("text_encoders", "clip_vision")
 VAE_FOLDERS = ("vae",)
 """Kinds of folders, as in `Folders`, that are searched for denoisers, text encoders and autoencoders."""
 
@@ -70,8 +70,8 @@ class FoundPart:
 
     @property
     def title(self) -> str:
-        """`text encoder` or `autoencoder`."""
-        return "autoencoder" if self.component == "vae" else "text encoder"
+        """`text encoder`, `image encoder` or `autoencoder`."""
+        return "autoencoder" if self.component == "vae" else encoder_title(self.component)
 
     @property
     def line(self) -> str:
@@ -122,7 +122,8 @@ def in_folders(source: str, folders: Folders, kinds: Sequence[str]) -> str:
 def completed(model: Model, files: ModelFiles, folders: Folders) -> Completed:
     """The model with the text encoders and the autoencoder that it lacks, as far as `folders` has files that fit."""
     family, components = model.family, model.components
-    encoders = [name for name in family.text_encoders if name not in components.text_encoders]
+    slots, there_already = family.encoder_slots(components.denoiser), components.modules()
+    encoders = [name for name in slots if name not in there_already]
     kinds = [*(ENCODER_FOLDERS if encoders else ()), *(VAE_FOLDERS if components.vae is None else ())]
     if not kinds:
         return Completed(model, files)
@@ -130,7 +131,7 @@ def completed(model: Model, files: ModelFiles, folders: Folders) -> Completed:
     found = []
     for component in encoders:
         width = family.encoder_width(components.denoiser, component)
-        found.append(best_encoder(there, component, family.text_encoders[component], width))
+        found.append(best_encoder(there, component, slots[component], width))
     if components.vae is None:
         found.append(best_autoencoder(there, family.autoencoder))
     parts = [part for part in found if part is not None]
@@ -196,7 +197,7 @@ def _recognised(path: Path, place: str) -> FoundFile:
         size = sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
         if path.is_dir():
             family = family_of(path)
-            there = frozenset(name for name in (*family.text_encoders, "vae") if (path / name).is_dir())
+            there = frozenset(name for name in family.slots if (path / name).is_dir())
             return FoundFile(path, place, size, family=family, parts=there)
         checkpoint = OriginalCheckpoint(path)
         shapes = checkpoint.shapes_under("")

@@ -15,7 +15,7 @@ from torch import nn
 from lorasmith.core.errors import ModelError
 from lorasmith.core.extras import model_packages
 from lorasmith.core.folders import pipeline_index
-from lorasmith.families.base import FAMILIES, Family, TextEncoders
+from lorasmith.families.base import FAMILIES, EncoderSlot, Family, TextEncoders
 from lorasmith.families.files.checkpoint import (
     CheckpointShapes,
     OriginalCheckpoint,
@@ -114,22 +114,26 @@ def autoencoder_part(path: Path, family: Family) -> tuple[AutoencoderKind, PartC
     raise ModelError(f"{path} must hold an autoencoder, but is {title_of(path)}; give the file {slot.usual_file}")
 
 
-def encoders_in(path: Path, family: Family) -> TextEncoders:
-    """The text encoders of a family in a file or folder. Raises ModelError as `encoder_parts`."""
+def encoders_in(path: Path, family: Family, slots: Mapping[str, EncoderSlot] | None = None) -> TextEncoders:
+    """The encoders of a family in a file or folder; arguments and errors as for `encoder_parts`."""
     modules: dict[str, nn.Module] = {}
     tokenizers: dict[str, Any] = {}
-    for component, (kind, part) in encoder_parts(path, family).items():
-        modules[component] = kind.build(part.source(family.text_encoders[component].settings))
-        tokenizers[component] = kind.tokenizer(modules[component], part.tokenizer)
+    for component, (kind, part) in encoder_parts(path, family, slots).items():
+        modules[component] = kind.build(part.source((slots or family.text_encoders)[component].settings))
+        if component in family.text_encoders:
+            tokenizers[component] = kind.tokenizer(modules[component], part.tokenizer)
     return TextEncoders(modules, tokenizers)
 
 
-def encoder_parts(path: Path, family: Family) -> dict[str, tuple[EncoderKind, PartCandidate]]:
-    """The text encoders of a family in a file or folder by component name; headers alone are read.
+def encoder_parts(
+    path: Path, family: Family, slots: Mapping[str, EncoderSlot] | None = None
+) -> dict[str, tuple[EncoderKind, PartCandidate]]:
+    """The encoders in a file or folder by component name; headers alone are read.
 
-    Raises ModelError if it holds none, or those of another family.
+    `slots` are those of a model, by default the text encoders of the family. Raises ModelError if it holds none, or
+    those of another family.
     """
-    slots = family.text_encoders
+    slots = slots or family.text_encoders
     prefixes = [prefix for slot in slots.values() for prefix in slot.prefixes]
     found: dict[str, tuple[EncoderKind, PartCandidate]] = {}
     for part in _parts(path, slots, prefixes):
@@ -140,7 +144,7 @@ def encoder_parts(path: Path, family: Family) -> dict[str, tuple[EncoderKind, Pa
         if component is None:
             needed = " and ".join(f"{slot.kind} (usually {slot.usual_file})" for slot in slots.values())
             raise ModelError(
-                f"{path} is the text encoder {kind.name}, but {family.title} has {needed}; give one of these"
+                f"{path} is the {kind.title} {kind.name}, but {family.title} has {needed}; give one of these"
             )
         found[component] = kind, part
     if not found:
@@ -187,7 +191,7 @@ def title_of(path: Path) -> str:
 def part_title(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     """Description of a file with these tensors if it is a text encoder or autoencoder, else None."""
     if (encoder := recognised_encoder(shapes)) is not None:
-        return f"the text encoder {encoder.name}"
+        return f"the {encoder.title} {encoder.name}"
     if (autoencoder := recognised_autoencoder(shapes)) is not None:
         return _autoencoder_title(autoencoder.name, autoencoder.channels(shapes))
     return None

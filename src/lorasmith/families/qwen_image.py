@@ -2,17 +2,33 @@
 
 Both streams keep weights of their own through all blocks and meet in joint attention. Text is the last state of
 Qwen2.5-VL. Files have the names of diffusers' class, so nothing is fused or renamed. The models of August and December
-2025 (`2512`) have the same tensors. Tokens of a picture are counted from its middle outwards: where a side has an odd
-number of them, the class of the authors counts from one further out than ComfyUI does, so buckets have even sides.
+2025 (`2512`) have the same tensors, and so have those that edit: Qwen-Image-Edit (August), 2509 and 2511. These have
+controls, which the text encoder sees too. 2511 is told that they are clean; ComfyUI's files of it may say so.
+
+Tokens of a picture are counted from its middle outwards: where a side has an odd number of them, the class of the
+authors counts from one further out than ComfyUI does, so buckets and controls have even sides. Those of text follow the
+largest half of a side of all pictures, as in that class; ComfyUI's follow the picture that is drawn, which is the same
+unless a control has a longer side.
 """
 
 from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
 
 from lorasmith.families.base import *
 from lorasmith.families.parts.autoencoders import QWEN_AUTOENCODER
 from lorasmith.families.parts.encoders import literal_text
 from lorasmith.families.parts.flux_layout import packed_latents, rope_axes, unpacked_latents
-from lorasmith.families.parts.language_models import ANSWER, SYSTEM, SYSTEM_TOKENS, chat_of, hidden_states, seen_from
+from lorasmith.families.parts.language_models import (
+    ANSWER,
+    SYSTEM,
+    SYSTEM_TOKENS,
+    chat_of,
+    hidden_states,
+    seen_from,
+    sight_of,
+)
 
 _TOKENS = 512  # QwenImagePipeline's longest prompt unless given another
 _MU = 1.15  # ComfyUI's shift for KSampler; its template sets a linear one of 3.1
@@ -21,22 +37,37 @@ _RESOLUTION_SHIFT = ResolutionShift(mu=(0.5, 0.9), patches=(256, 8192))
 
 _ATTENTION = ("transformer_blocks.*.attn.to_*", "transformer_blocks.*.attn.add_*_proj")
 _MLP = ("transformer_blocks.*.img_mlp.net.*", "transformer_blocks.*.txt_mlp.net.*")
+_MARK_2511 = "__index_timestep_zero__"  # empty tensor of Qwen-Image-Edit 2511
 # Tensors that other models of this architecture have besides → what these are.
 _VARIANTS = {
-    "__index_timestep_zero__": "Qwen-Image-Edit 2511, which edits pictures",
     "time_text_embed.addition_t_embedding.weight": "Qwen-Image-Layered, which draws several layers",
 }
 _WIDTH = 3072
-_POSITIONS = 4096  # of the rotary embedding; those of text follow half of the picture's longer side
+_POSITIONS = 4096  # of the rotary embedding; those of text follow half of the longest side
+
+_EDIT = ControlForm(
+    name="edit",
+    pipeline="QwenImageEditPipeline",
+    is_required=True,
+    is_aligned=True,
+    is_enlarged=True,
+    multiple=32,
+    sight=sight_of(pixels=1024**2, multiple=28, is_numbered=False),
+)
+_EDIT_2509 = replace(
+    _EDIT, name="edit-2509", pipeline="QwenImageEditPlusPipeline", sight=sight_of(pixels=384**2, multiple=28)
+)
+_EDIT_2511 = replace(_EDIT_2509, name="edit-2511", at_zero=True)
+_EDIT_NAMES = {"2511": _EDIT_2511, "2509": _EDIT_2509, "plus": _EDIT_2509, "firered": _EDIT_2509, "": _EDIT}
 
 
 class QwenImage(Family):
-    """Qwen-Image and Qwen-Image 2512."""
+    """Qwen-Image, Qwen-Image 2512, and Qwen-Image-Edit of August 2025, 2509 and 2511."""
 
     name = "qwen-image"
     title = "Qwen-Image"
     pipeline = "QwenImagePipeline"
-    network = "QwenImageTransformer2DModel"
+    network = "lorasmith.families.parts.controls_at_zero.QwenImageTransformer"
     text_width = "joint_attention_dim"
     modelspec_implementation = "https://github.com/QwenLM/Qwen-Image"
     kohya_name = "qwen_image"
@@ -64,12 +95,23 @@ class QwenImage(Family):
         timestep_distribution="logit_normal",  # OneTrainer's preset
     )
     distilled_names = ("lightning", "distill", "turbo")
+    controls = (_EDIT_2511, _EDIT_2509, _EDIT)
+    control_methods = (BY_INDEX, AT_ZERO)
+    unused_tensors = (_MARK_2511,)
     released: Mapping[str, Any] = {}  # the class' own defaults
     lora_signatures = (
         Signature(title, r"(^|_)transformer_blocks_\d+_(img_mlp|txt_mlp|img_mod|txt_mod)_", order=2),
         # Flux.1 has 19 blocks of this kind, Qwen-Image 60.
         Signature(title, r"(^|_)transformer_blocks_(19|[2-5]\d)_attn_add_q_proj", _WIDTH, order=3),
     )
+
+    def controls_of(self, denoiser: Any, names: Sequence[str], edit: str | None = None) -> ControlForm | None:
+        if edit is not None:
+            return super().controls_of(denoiser, names, edit)
+        if denoiser.config.zero_cond_t:
+            return _EDIT_2511
+        named = next((name for name in map(str.casefold, names) if "edit" in name), None)
+        return next((form for part, form in _EDIT_NAMES.items() if named is not None and part in named), None)
 
     def denoiser_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         head = shapes[norm_name("transformer_blocks.0.attn.norm_q", shapes)][0]
@@ -79,8 +121,8 @@ class QwenImage(Family):
             variant = f"a variant with {in_channels} input channels"
         if variant is not None:
             raise ModelError(
-                f"this model is {variant}, but only text-to-image models with 64 input channels are supported; "
-                f"train on {self.title} or {self.title} 2512"
+                f"this model is {variant}, but only text-to-image and edit models with 64 input channels are "
+                f"supported; train on {self.title}, {self.title} 2512 or {self.title}-Edit"
             )
         return {
             "in_channels": in_channels,
@@ -90,35 +132,57 @@ class QwenImage(Family):
             "num_attention_heads": width // head,
             "joint_attention_dim": shapes["txt_in.weight"][1],
             "axes_dims_rope": rope_axes(head),
+            "zero_cond_t": _MARK_2511 in shapes,
         }
 
     def encode_text(self, encoders: TextEncoders, texts: Mapping[str, str], encoding: Encoding) -> Conditioning:
+        return self.encode_seen(encoders, texts, encoding, ())
+
+    def encode_seen(
+        self, encoders: TextEncoders, texts: Mapping[str, str], encoding: Encoding, pictures: Sequence[Tensor]
+    ) -> Conditioning:
         encoder, tokenizer = self.text_encoder(encoders, "text_encoder"), encoders.tokenizers["text_encoder"]
         text = texts["text_encoder"]
         ids = tokenizer(chat_of(literal_text(text, encoding))).input_ids
         start = seen_from(tokenizer, ids)
-        if encoding.lengths == "diffusers":
+        if encoding.lengths == "diffusers" and not pictures:
             ids, start = tokenizer(f"{SYSTEM}{text}{ANSWER}").input_ids[: SYSTEM_TOKENS + _TOKENS], SYSTEM_TOKENS
-        return Conditioning({"context": hidden_states(encoder, ids, [-1])[:, start:].flatten(2)}, text)
+        states = hidden_states(encoder, ids, [-1], pictures=pictures)
+        return Conditioning({"context": states[:, start:].flatten(2)}, text)
 
     def predict(self, denoiser: nn.Module, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
-        check_even(latents, self.title)
-        height, width = latents.shape[-2:]
+        pictures = [one.squeeze(2) for one in (latents, *conditioning.controls)]
+        for one in pictures:
+            check_even(one, self.title)
+        shapes = [(1, one.shape[-2] // 2, one.shape[-1] // 2) for one in pictures]
+        _, height, width = shapes[0]
         context = conditioning.tensors["context"]
-        if context.shape[1] > (longest := _POSITIONS - max(height, width) // 4):
+        if context.shape[1] > (longest := _POSITIONS - max(map(max, shapes)) // 2):
             raise DataError(
                 f"{self.title} takes prompts of at most {longest} tokens for this size of picture, got "
                 f"{context.shape[1]}; shorten the prompt"
             )
-        prediction = denoiser(
-            hidden_states=packed_latents(latents.squeeze(2)),
-            encoder_hidden_states=context,
-            encoder_hidden_states_mask=conditioning.mask,
-            timestep=time.to(latents.dtype),
-            img_shapes=[[(1, height // 2, width // 2)]] * len(latents),
-            return_dict=False,
-        )[0]
-        return unpacked_latents(prediction, height, width).unsqueeze(2)
+        is_at_zero = len(pictures) > 1 and AT_ZERO in conditioning.tensors
+        with _controls_at_zero(denoiser, is_at_zero):
+            prediction = denoiser(
+                hidden_states=torch.cat([packed_latents(one) for one in pictures], dim=1),
+                encoder_hidden_states=context,
+                encoder_hidden_states_mask=conditioning.mask,
+                timestep=time.to(latents.dtype),
+                img_shapes=[shapes] * len(latents),
+                return_dict=False,
+            )[0][:, : height * width]
+        return unpacked_latents(prediction, 2 * height, 2 * width).unsqueeze(2)
+
+
+@contextlib.contextmanager
+def _controls_at_zero(denoiser: Any, is_on: bool) -> Iterator[None]:
+    """Inside the context, calls of the denoiser modulate controls at time 0, or like the picture."""
+    before, denoiser.zero_cond_t = denoiser.zero_cond_t, is_on
+    try:
+        yield
+    finally:
+        denoiser.zero_cond_t = before
 
 
 register(QwenImage(), "qwen_image")

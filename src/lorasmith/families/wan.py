@@ -1,8 +1,12 @@
-"""Wan 2.1 and 2.2 text to video (Alibaba 2025): rectified-flow transformers of video, which pictures are one frame of.
+"""Wan 2.1 and 2.2 (Alibaba 2025): rectified-flow transformers of video, which pictures are one frame of.
 
 Text enters by cross-attention that sees 512 rows, of which those after the prompt are zero. Wan 2.2 A14B is two
 transformers of one shape, each for a range of noise; 2.2 5B has an autoencoder of its own. Nothing is fused in the
-original layout. Image to video has further inputs, and is refused.
+original layout.
+
+Image to video has 20 channels beside the noisy latents: a mask of four, 1 where a frame is known, and the latents of a
+clip that is grey but for the known frames. Wan 2.1 also attends to CLIP's states of these frames. In 2.2 5B, of which
+there is one model for both, the first frame has no noise and its tokens the time 0.
 """
 
 from __future__ import annotations
@@ -10,7 +14,9 @@ from __future__ import annotations
 import math
 
 from lorasmith.families.base import *
+from lorasmith.families.base import CLIP_VISION, FIRST_FRAME, IMAGE_ENCODER
 from lorasmith.families.parts.autoencoders import LATENT_MEAN_22, LATENT_STD_22, QWEN_AUTOENCODER, wan_latents
+from lorasmith.families.parts.clip_vision import picture_states
 from lorasmith.families.parts.language_models import encode_umt5
 
 _TOKENS = 512  # of text
@@ -18,6 +24,9 @@ _HEAD = 128  # width of a head in every size
 _PATCH = 4  # numbers of a patch of 1×2×2
 _SHIFT = 8.0  # ComfyUI's for KSampler
 _TIME_SCALE = 1000.0
+_LEAST_SIGMA = 1e-3  # by which a given frame's noise is divided
+_MASK = 4  # channels of the mask, one for each frame of a latent
+_STATES = 257  # of CLIP for a picture
 
 _ATTENTION = ("blocks.*.attn1.to_*", "blocks.*.attn2.to_*")
 _TARGETS = {
@@ -33,6 +42,10 @@ _TOP = {
     "condition_embedder.text_embedder.linear_1": "text_embedding.0",
     "condition_embedder.text_embedder.linear_2": "text_embedding.2",
     "proj_out": "head.head",
+    "condition_embedder.image_embedder.norm1": "img_emb.proj.0",
+    "condition_embedder.image_embedder.ff.net.0.proj": "img_emb.proj.1",
+    "condition_embedder.image_embedder.ff.net.2": "img_emb.proj.3",
+    "condition_embedder.image_embedder.norm2": "img_emb.proj.4",
 }
 _PARTS = {
     **{
@@ -43,6 +56,9 @@ _PARTS = {
             *(("norm_q", "norm_q"), ("norm_k", "norm_k")),
         )
     },
+    "attn2.add_k_proj": "cross_attn.k_img",
+    "attn2.add_v_proj": "cross_attn.v_img",
+    "attn2.norm_added_k": "cross_attn.norm_k_img",
     "norm2": "norm3",
     "ffn.net.0.proj": "ffn.0",
     "ffn.net.2": "ffn.2",
@@ -62,17 +78,16 @@ _VARIANTS = {
     "patch_embedding_mask.": "SCAIL",
     "patch_embedding_pose.": "SCAIL",
     "patch_embedding_global.": "Dancer",
-    "img_emb.": "image to video",
     "ref_conv.": "Fun control",
 }
-# Channels beyond the noisy latents: a picture and its mask, or a control video and a first picture.
-_FURTHER_CHANNELS = {20: "image to video", 32: "Fun control"}
+# Channels beyond the noisy latents: a mask and known frames, or a control video and a first picture.
+_KNOWN, _FUN_CONTROL = 20, 32
+_PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
 
 
 class Wan(Family):
-    """Wan 2.1 and 2.2 A14B, or 2.2 5B."""
+    """Wan 2.1 and 2.2 A14B from text, or from a picture, or 2.2 5B."""
 
-    pipeline = "WanPipeline"
     network = "WanTransformer3DModel"
     diffusers_start = "condition_embedder."
     text_width = "text_dim"
@@ -101,11 +116,14 @@ class Wan(Family):
     predicts_by_length = True
     repeatable_context = False  # for prompts beyond 512 tokens, whose common multiple is too long; see `predict`
 
-    def __init__(self, *, is_5b: bool) -> None:
-        self.name = "wan22-5b" if is_5b else "wan"
-        self.title = "Wan 2.2 5B" if is_5b else "Wan"
+    def __init__(self, *, is_5b: bool = False, has_known_frames: bool = False) -> None:
+        self.name = "wan22-5b" if is_5b else "wan-i2v" if has_known_frames else "wan"
+        self.title = "Wan 2.2 5B" if is_5b else "Wan image to video" if has_known_frames else "Wan"
+        self.pipeline = _PIPELINES[has_known_frames]
         self.modelspec_implementation = f"https://github.com/Wan-Video/Wan{'2.2' if is_5b else '2.1'}"
-        self.kohya_name = self.modelspec_name = "wan2.2" if is_5b else "wan2.1"  # musubi-tuner's of A14B as well
+        # musubi-tuner's of A14B, too, and of image to video, which is told apart here
+        version = "wan2.2" if is_5b else "wan2.1-i2v" if has_known_frames else "wan2.1"
+        self.kohya_name = self.modelspec_name = version
         self.civitai_name = "Wan Video 2.2 TI2V-5B" if is_5b else None  # sizes and versions are several there
         self._downscale = 16 if is_5b else 8
         self.autoencoder = (
@@ -119,48 +137,83 @@ class Wan(Family):
             if is_5b
             else replace(QWEN_AUTOENCODER, usual_file="wan_2.1_vae.safetensors", latent=wan_latents(time_downscale=4))
         )
-        # WanPipeline's boundary of A14B.
-        self.experts = (
-            ()
-            if is_5b
-            else (Expert("high_noise", (0.875, 1.0), "transformer"), Expert("low_noise", (0.0, 0.875), "transformer_2"))
-        )
+        # The pipelines' boundary of A14B.
+        border = 0.9 if has_known_frames else 0.875
+        ranges = {"transformer": ("high_noise", (border, 1.0)), "transformer_2": ("low_noise", (0.0, border))}
+        experts = tuple(Expert(name, part, folder) for folder, (name, part) in ranges.items())
+        self.experts = () if is_5b else experts
+        if has_known_frames:
+            first = ControlForm(
+                source="first frame", is_required=True, most=2, most_pixels=832 * 480, multiple=2 * self._downscale
+            )
+            self.controls = (replace(first, name="flf2v", source="first and last frame"), first)
+            self.image_encoder = EncoderSlot("clip_vision_h", "clip_vision_h.safetensors")
+        elif is_5b:
+            given = ControlForm(
+                name="i2v", pipeline=_PIPELINES[1], source="first frame", most=1, most_pixels=1280 * 704, multiple=32
+            )
+            self.controls = (given,)
         heads, inner, blocks = (24, 14336, 30) if is_5b else (40, 13824, 40)
         channels = self.autoencoder.channels
         self.released = {
             "num_attention_heads": heads,
             "ffn_dim": inner,
             "num_layers": blocks,
-            "in_channels": channels,
+            "in_channels": channels + (_KNOWN if has_known_frames else 0),
             "out_channels": channels,
+            # of Wan 2.1, whose layers are those of 2.2 and some more
+            **({"image_dim": 1280, "added_kv_proj_dim": heads * _HEAD} if has_known_frames else {}),
         }
         inputs = r"((self|cross)_attn_q|self_attn_[kvo]|attn1_to_|attn2_to_q|ffn_0|ffn_net_0)"
         layers = r"((self|cross)_attn_[qkvo]$|attn[12]_to_|ffn_[02]$|ffn_net_)"
-        self.lora_signatures = (
-            (Signature(self.title, rf"{DENOISER_START}blocks_\d+_{inputs}", heads * _HEAD, order=4),)
-            if is_5b
-            else (Signature(self.title, rf"{DENOISER_START}blocks_\d+_{layers}", order=5),)
-        )
+        of_blocks = rf"{DENOISER_START}blocks_\d+_"
+        if is_5b:
+            self.lora_signatures = (Signature(self.title, of_blocks + inputs, heads * _HEAD, order=4),)
+        elif has_known_frames:
+            of_pictures = of_blocks + r"(cross_attn_[kv]_img|attn2_add_[kv]_proj)"
+            ours = Signature(self.title, of_blocks + layers, order=4, architecture=self.modelspec_name)
+            self.lora_signatures = (Signature(self.title, of_pictures, order=3), ours)
+        else:
+            self.lora_signatures = (Signature(self.title, of_blocks + layers, order=5),)
         # WanPipeline's documentation has shifts of 3 at 480p and 5 at 720p; a patch is 16 pixels wide, in 5B 32.
         patches = (390, 900) if is_5b else (1560, 3600)
         by_size = ResolutionShift(mu=(math.log(3), math.log(5)), patches=patches)
         self.own_diffusion = Diffusion("flow", FlowSchedule(_SHIFT, resolution_shift=by_size, time_scale=_TIME_SCALE))
-        self._is_5b = is_5b
+        self._is_5b, self._has_known_frames = is_5b, has_known_frames
 
     def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         if not {"head.modulation", "head.head.weight", "patch_embedding.weight"} <= shapes.keys():
             return False
-        return shapes["head.head.weight"][0] == _PATCH * self.autoencoder.channels
+        channels, further = self.autoencoder.channels, shapes["patch_embedding.weight"][1] - self.autoencoder.channels
+        return shapes["head.head.weight"][0] == _PATCH * channels and (further == _KNOWN) == self._has_known_frames
 
     def recognises_pipeline(self, configs: PipelineConfigs) -> bool:
-        if self.pipeline not in configs.classes:
+        if not set(_PIPELINES) & set(configs.classes):
             if other := next((name for name in configs.classes if name.startswith("Wan") and "Pipeline" in name), None):
                 raise ModelError(
-                    f"{configs.title} must be a text-to-video model (WanPipeline), but its pipeline is {other}; choose "
-                    "a model such as Wan2.1-T2V-1.3B-Diffusers"
+                    f"{configs.title} must be a model of {' or '.join(_PIPELINES)}, but its pipeline is {other}; "
+                    "choose a model such as Wan2.1-T2V-1.3B-Diffusers"
                 )
             return False
-        return bool(configs.of(self.denoiser_folder)["in_channels"] == self.autoencoder.channels)
+        further = _KNOWN if self._has_known_frames else 0
+        return bool(configs.of(self.denoiser_folder)["in_channels"] == self.autoencoder.channels + further)
+
+    def controls_of(self, denoiser: nn.Module, names: Sequence[str], edit: str | None = None) -> ControlForm | None:
+        if not self._has_known_frames:
+            return super().controls_of(denoiser, names, edit) if edit is not None else None
+        last, first = self.controls
+        if edit is None and _config(denoiser).pos_embed_seq_len is not None:
+            return last
+        return super().controls_of(denoiser, names, edit) or first
+
+    def diffusion(self, checkpoint: OriginalCheckpoint) -> Diffusion:
+        name = checkpoint.path.name.casefold()
+        if self._has_known_frames and "fun" in name and "inp" in name:  # of the same tensors
+            raise ModelError(
+                f"{checkpoint.path.name} must be Wan's image to video, but is Fun inpainting by its name; choose a "
+                "file such as wan2.2_i2v_high_noise_14B"
+            )
+        return super().diffusion(checkpoint)
 
     def denoiser_config(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         width, in_channels = shapes["patch_embedding.weight"][:2]
@@ -168,13 +221,19 @@ class Wan(Family):
         variant = next(
             (name for sign, name in _VARIANTS.items() if any(name.startswith(sign) for name in shapes)), None
         )
-        if variant is not None or in_channels != channels:
-            variant = variant or _FURTHER_CHANNELS.get(in_channels - channels, "an unknown variant")
+        needed = channels + (_KNOWN if self._has_known_frames else 0)
+        if variant is not None or in_channels != needed:
+            variant = variant or ("Fun control" if in_channels == channels + _FUN_CONTROL else "an unknown variant")
             raise ModelError(
-                f"{self.title} must be the text-to-video model, which takes {channels} channels, but this one is "
-                f"{variant} and takes {in_channels}; choose a file such as wan2.1_t2v_1.3B, wan2.2_t2v_high_noise_14B "
-                "or wan2.2_ti2v_5B"
+                f"{self.title} must be the text-to-video or image-to-video model, but this one is {variant} and takes "
+                f"{in_channels} channels; choose a file such as wan2.1_t2v_1.3B, wan2.2_i2v_high_noise_14B or "
+                "wan2.2_ti2v_5B"
             )
+        of_pictures = {}
+        if "img_emb.proj.1.weight" in shapes:
+            of_pictures = {"image_dim": shapes["img_emb.proj.1.weight"][1], "added_kv_proj_dim": width}
+        if "img_emb.emb_pos" in shapes:
+            of_pictures["pos_embed_seq_len"] = shapes["img_emb.emb_pos"][1]
         return {
             "in_channels": in_channels,
             "out_channels": channels,
@@ -184,6 +243,7 @@ class Wan(Family):
             "ffn_dim": shapes["blocks.0.ffn.0.weight"][0],
             "text_dim": shapes["text_embedding.0.weight"][1],
             "freq_dim": shapes["time_embedding.0.weight"][1],
+            **of_pictures,
         }
 
     def original(self, path: str, denoiser: Any) -> OriginalName:
@@ -191,6 +251,8 @@ class Wan(Family):
             return OriginalName(_TOP[path])
         if not path:
             return OriginalName("head", parameters=_MODULATION)
+        if path == "condition_embedder.image_embedder":
+            return OriginalName("img_emb", parameters={"pos_embed": "emb_pos"})
         blocks, index, *part = path.split(".", 2)
         stem = f"{blocks}.{index}"
         return OriginalName(f"{stem}.{_PARTS[part[0]]}") if part else OriginalName(stem, parameters=_MODULATION)
@@ -220,30 +282,127 @@ class Wan(Family):
         )
         return Conditioning({"context": context}, text)
 
+    def encoder_width(self, denoiser: nn.Module, component: str) -> int | None:
+        return _config(denoiser).image_dim if component == IMAGE_ENCODER else super().encoder_width(denoiser, component)
+
+    def conditioning_shapes(self, denoiser: nn.Module) -> Mapping[str, tuple[int, ...]]:
+        shapes, config = super().conditioning_shapes(denoiser), _config(denoiser)
+        if not self._has_known_frames or config.image_dim is None:
+            return shapes
+        return {**shapes, CLIP_VISION: (1, config.pos_embed_seq_len or _STATES, config.image_dim)}
+
+    def beside(
+        self,
+        form: ControlForm,
+        components: Components,
+        encode: Callable[[Tensor], Tensor],
+        pixels: Tensor,
+        mask: Tensor | None,
+    ) -> Mapping[str, Tensor]:
+        if pixels.ndim == 4 or pixels.shape[2] == 1:  # a picture has no frames to draw from its first
+            return {}
+        if self._is_5b:
+            return {FIRST_FRAME: encode(pixels[:, :, :1])}
+        places = [0] if form.source == "first frame" else [0, -1]
+        clip, is_known = torch.zeros_like(pixels), torch.zeros(pixels.shape[2])
+        clip[:, :, places], is_known[places] = pixels[:, :, places], 1.0
+        tensors = {"known": known_frames(encode(clip), is_known)}
+        if components.image_encoder is not None and CLIP_VISION in self.conditioning_shapes(components.denoiser):
+            states = [picture_states(components.image_encoder, pixels[:, :, place]) for place in places]
+            tensors[CLIP_VISION] = torch.cat(states, dim=1)
+        return tensors
+
     def predict(self, denoiser: nn.Module, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         check_even(latents, self.title, pixels=2 * self._downscale)
-        context = conditioning.tensors["context"]
-        if conditioning.mask is None:
-            return _predicted(denoiser, latents, time, context)
-        # The network has no mask: contexts of one length at a time, each without its padding.
-        lengths = conditioning.mask.sum(dim=1)
-        prediction = torch.empty_like(latents)
-        for length in sorted(set(lengths.tolist())):
-            chosen = (lengths == length).nonzero().flatten()
-            parts = (
-                tensor.index_select(0, chosen) for tensor in (latents, time.to(latents.device), context[:, :length])
+        context, given = conditioning.tensors["context"], conditioning.tensors
+        # Time stays in fp32, since bf16 has no number between 996 and 1000.
+        time = time.to(latents.device)
+        inputs = {"hidden_states": latents, "timestep": time, "encoder_hidden_states": context}
+        mask = conditioning.mask
+        if self._has_known_frames:
+            known = given.get("known")
+            if known is None:  # as in ComfyUI
+                known = latents.new_zeros(len(latents), _KNOWN, *latents.shape[2:])
+            _check_place("known", known, latents)
+            inputs["hidden_states"] = torch.cat((latents, known), dim=1)
+            if _config(denoiser).image_dim is not None:
+                inputs["encoder_hidden_states_image"] = self._picture_states(denoiser, given)
+                # diffusers finds the text behind the picture by its length.
+                inputs["encoder_hidden_states"], mask = _of_rows(context, _TOKENS), None
+        clean = given.get(FIRST_FRAME) if self._is_5b else None
+        if clean is not None:
+            _check_place(FIRST_FRAME, clean, latents[:, :, :1])
+            inputs["hidden_states"] = torch.cat((clean, latents[:, :, 1:]), dim=2)
+            tokens = latents[0, 0].numel() // _PATCH
+            times = time[:, None].repeat(1, tokens)
+            times[:, : clean[0, 0].numel() // _PATCH] = 0
+            inputs["timestep"] = times
+        if mask is None:
+            prediction = _predicted(denoiser, inputs)
+        else:
+            # The network has no mask: contexts of one length at a time, each without its padding.
+            lengths, prediction = mask.sum(dim=1), torch.empty_like(latents)
+            for length in sorted(set(lengths.tolist())):
+                chosen = (lengths == length).nonzero().flatten()
+                parts = {name: tensor.index_select(0, chosen) for name, tensor in inputs.items()}
+                parts["encoder_hidden_states"] = parts["encoder_hidden_states"][:, :length]
+                prediction = prediction.index_copy(0, chosen, _predicted(denoiser, parts))
+        if clean is None:
+            return prediction
+        # What leads from any noise to the given frame.
+        sigma = (time / _TIME_SCALE).clamp(min=_LEAST_SIGMA).view(-1, 1, 1, 1, 1)
+        away = ((latents[:, :, :1].float() - clean.float()) / sigma).to(prediction.dtype)
+        return torch.cat((away, prediction[:, :, 1:]), dim=2)
+
+    def _picture_states(self, denoiser: nn.Module, given: Mapping[str, Tensor]) -> Tensor:
+        """States of one picture, or of two as diffusers takes them, one after the other in the batch."""
+        states, positions = given.get(CLIP_VISION), _config(denoiser).pos_embed_seq_len
+        if states is None or (positions is not None and states.shape[1] != positions):
+            count = "none" if states is None else f"{states.shape[1]} rows"
+            needed = "two pictures" if positions is not None else "a picture"
+            raise DataError(
+                f"{self.title} needs CLIP's states of {needed} beside a prompt, got {count}; encode the frames of the "
+                f"clip with the image encoder, usually clip_vision_h.safetensors"
             )
-            prediction = prediction.index_copy(0, chosen, _predicted(denoiser, *parts))
-        return prediction
+        return states if positions is None else states.reshape(-1, positions // 2, states.shape[-1])
 
 
-def _predicted(denoiser: nn.Module, latents: Tensor, time: Tensor, context: Tensor) -> Tensor:
-    # Time stays in fp32, since bf16 has no number between 996 and 1000. In 5B each token can have its own, which is
-    # one for all of them where no frame is given.
-    prediction: Tensor = denoiser(
-        hidden_states=latents, timestep=time, encoder_hidden_states=context, return_dict=False
-    )[0]
+def known_frames(latents: Tensor, is_known: Tensor) -> Tensor:
+    """The channels beside the noisy latents, (batch, 20, frames, height, width).
+
+    latents: (batch, 16, frames, height, width), scaled, of a clip that is grey but for the known frames; is_known:
+    (frames of the clip,), 1 for those.
+    """
+    by_latent = torch.cat((is_known[:1].repeat(_MASK - 1), is_known)).reshape(-1, _MASK).T
+    mask = by_latent.to(latents).reshape(1, _MASK, -1, 1, 1).expand(len(latents), -1, -1, *latents.shape[-2:])
+    return torch.cat((mask, latents), dim=1)
+
+
+def _config(denoiser: Any) -> Any:
+    """Settings of the denoiser."""
+    return denoiser.config
+
+
+def _predicted(denoiser: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    prediction: Tensor = denoiser(**inputs, return_dict=False)[0]
     return prediction
+
+
+def _of_rows(context: Tensor, rows: int) -> Tensor:
+    """(batch, tokens, width) cut, or filled up with zeros."""
+    return nn.functional.pad(context[:, :rows], (0, 0, 0, max(0, rows - context.shape[1])))
+
+
+def _check_place(name: str, given: Tensor, latents: Tensor) -> None:
+    if given.shape[2:] != latents.shape[2:]:
+        raise DataError(
+            f"{name} of a conditioning must have the frames and size of the latents, {_sizes(latents)}, got "
+            f"{_sizes(given)}; encode the frames at the size and length of the clip"
+        )
+
+
+def _sizes(latents: Tensor) -> str:
+    return "×".join(map(str, latents.shape[2:]))
 
 
 def _cleaned(text: str) -> str:
@@ -253,5 +412,6 @@ def _cleaned(text: str) -> str:
     return prompt_clean(text)  # type: ignore[no-any-return]
 
 
-register(Wan(is_5b=False), "wan2.1")
+register(Wan(), "wan2.1")
+register(Wan(has_known_frames=True), "wan2.2-i2v")
 register(Wan(is_5b=True), "wan2.2-5b")

@@ -7,7 +7,18 @@ from importlib import import_module
 from lorasmith.core.registry import Registry
 from lorasmith.workflow import NODES, Node
 
-_MODULES = ("conditioning", "images", "latents", "loaders", "outputs", "datasets", "sampling", "strings", "training")
+_MODULES = (
+    "conditioning",
+    "images",
+    "latents",
+    "loaders",
+    "outputs",
+    "datasets",
+    "picture_prompts",
+    "sampling",
+    "strings",
+    "training",
+)
 
 
 def load_nodes() -> Registry[Node]:

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from lorasmith.core.errors import DataError, ModelError, OptionError
-from lorasmith.families.base import Conditioning, PictureSize
-from lorasmith.families.model import TextEncoder
-from lorasmith.nodes.values import Latent
-from lorasmith.workflow import NodeContext, node, socket
+from lorasmith.core.errors import DataError, ModelError
+from lorasmith.families.base import CONTROL_METHODS, Conditioning, PictureSize
+from lorasmith.families.model import Autoencoder, TextEncoder
+from lorasmith.nodes.values import CONCAT_IMAGE, CONCAT_MASK, Latent, latent_of, pixels_from_image
+from lorasmith.workflow import NodeContext, Output, node, socket
 
 _T5_KINDS = ("t5xxl", "umt5xxl")
 _LUMINA_PROMPTS = {
@@ -281,6 +282,42 @@ def reference_latent(
 
 
 @node(
+    "InpaintModelConditioning",
+    "InpaintModelConditioning",
+    "model/conditioning",
+    outputs=[Output("CONDITIONING", "positive"), Output("CONDITIONING", "negative"), Output("LATENT", "latent")],
+)
+def inpaint_model_conditioning(
+    context: NodeContext,
+    *,
+    positive: list[Conditioning] = socket("CONDITIONING"),
+    negative: list[Conditioning] = socket("CONDITIONING"),
+    vae: Autoencoder = socket("VAE"),
+    pixels: Tensor = socket("IMAGE"),
+    mask: Tensor = socket("MASK", tooltip="White is painted."),
+    noise_mask: bool = socket(
+        "BOOLEAN", default=True, tooltip="Sample inside of the mask alone; the rest stays as it is in the picture."
+    ),
+) -> tuple[list[Conditioning], list[Conditioning], Latent]:
+    """Give a model that fills masks, such as Flux.1 Fill, the picture outside of a mask; other models ignore it."""
+    if len(mask) not in (1, len(pixels)):
+        raise DataError(
+            f"InpaintModelConditioning must have a mask for each picture or one for all, got {len(mask)} for "
+            f"{len(pixels)}; add or remove some"
+        )
+    picture = pixels_from_image(context, pixels, vae)
+    size = picture.shape[-2:]
+    top, left = ((whole - cut) // 2 for whole, cut in zip(pixels.shape[1:3], size, strict=True))
+    mask = functional.interpolate(mask.unsqueeze(1), size=pixels.shape[1:3], mode="bilinear")
+    mask = mask[..., top : top + size[0], left : left + size[1]]
+    with vae.active():
+        latents, known = vae.encode(picture), vae.encode(picture * (1 - mask.round()))
+    given = {CONCAT_IMAGE: known, CONCAT_MASK: mask}
+    sides = [[replace(one, tensors={**one.tensors, **given}) for one in side] for side in (positive, negative)]
+    return sides[0], sides[1], latent_of(latents, mask=mask if noise_mask else None)
+
+
+@node(
     "FluxKontextMultiReferenceLatentMethod",
     "Edit Model Reference Method",
     "model/conditioning/flux",
@@ -293,25 +330,22 @@ def flux_kontext_multi_reference_latent_method(
     conditioning: list[Conditioning] = socket("CONDITIONING"),
     reference_latents_method: str = socket(
         "COMBO",
-        options=("offset", "index", "uxo/uno", "index_timestep_zero"),
-        tooltip="How several pictures lie to each other: beside or below each other, or each on its own.",
+        options=tuple(CONTROL_METHODS),
+        tooltip="How several pictures lie to each other: beside or below each other, or each on its own. "
+        "index_timestep_zero says besides that they are clean.",
     ),
 ) -> tuple[list[Conditioning]]:
-    """Choose the positions of reference latents; Flux.1 has offset, Flux.2 index without this node."""
-    if reference_latents_method not in _METHODS:
-        raise OptionError(
-            f"reference_latents_method must be {' or '.join(_METHODS)} here, got {reference_latents_method!r}; choose "
-            "one of these"
-        )
+    """Choose the positions of reference latents.
+
+    Without this node Flux.1 has offset, Flux.2 and Qwen-Image-Edit index, Krea 2 and Qwen-Image-Edit 2511
+    index_timestep_zero.
+    """
     changed = []
     for one in conditioning:
-        kept = {key: tensor for key, tensor in one.tensors.items() if key not in _METHODS.values()}
-        changed.append(replace(one, tensors=kept | {_METHODS[reference_latents_method]: torch.zeros(_batch(one))}))
+        kept = {key: tensor for key, tensor in one.tensors.items() if key not in CONTROL_METHODS.values()}
+        method = CONTROL_METHODS[reference_latents_method]
+        changed.append(replace(one, tensors={**kept, method: torch.zeros(_batch(one))}))
     return (changed,)
-
-
-_METHODS = {"offset": "controls_by_offset", "index": "controls_by_index"}
-"""Tensors of a conditioning by ComfyUI's name of what they choose."""
 
 
 def _with(conditioning: Conditioning, name: str, value: Tensor) -> Conditioning:

@@ -31,6 +31,7 @@ from lorasmith.data.saved_samples import (
 from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Autoencoder, TextEncoder
 from lorasmith.nodes.conditioning import check_encoder
+from lorasmith.nodes.picture_prompts import prompt_with, sees_pictures
 from lorasmith.nodes.values import (
     SEED,
     Latent,
@@ -179,7 +180,10 @@ def make_training_pairs(
         tooltip="What to change: one text per image, or one for all. Default: empty texts.",
     ),
 ) -> tuple[list[Latent], list[list[Conditioning]]]:
-    """Encode pairs of pictures for an edit model, in the order of the lists, with the texts that ask for the edits."""
+    """Encode pairs of pictures for an edit model, in the order of the lists, with the texts that ask for the edits.
+
+    Text encoders that see pictures see the controls as in TextEncodeQwenImageEditPlus.
+    """
     beside = [one for one in (controls, controls_2, controls_3) if one is not None]
     return _encoded(context, images, vae, clip, texts, beside)
 
@@ -209,7 +213,13 @@ def _encoded(
         return lambda done, total: context.advance(done, total, f"{what} {done} of {total}")
 
     hashing = shown("hashing encoders, tensor")
-    conditionings = encoded_texts(encoder, captions, progress=shown("caption"), hash_progress=hashing)
+    if beside and sees_pictures(encoder):
+        conditionings = []
+        for index, caption in enumerate(captions):
+            context.advance(index, count, f"caption {index} of {count}")
+            conditionings.append(prompt_with(context, encoder, caption, [some[index] for some in beside]))
+    else:
+        conditionings = encoded_texts(encoder, captions, progress=shown("caption"), hash_progress=hashing)
     latents = encoded_pixels(autoencoder, pixels, progress=shown("picture"), hash_progress=hashing)
     pairs = [one.with_controls(latents[index + count :: count]) for index, one in enumerate(conditionings)]
     return [{"samples": one} for one in latents[:count]], [[one] for one in pairs]

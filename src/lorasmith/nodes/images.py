@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from lorasmith.core.errors import DataError
+from lorasmith.core.errors import DataError, OptionError
 from lorasmith.core.folders import Folders
 from lorasmith.data.image_files import image_suffixes, open_frames
 from lorasmith.families.base import FAMILIES
@@ -84,6 +84,28 @@ def load_image_mask(
     """Read one channel of a picture as a mask."""
     pictures, transparency = _read(context, image)
     return (transparency if channel == "alpha" else pictures[..., _CHANNELS.index(channel)].contiguous(),)
+
+
+@node(
+    "ImageToMask",
+    "Convert Image to Mask",
+    "image/mask",
+    outputs=["MASK"],
+    search_aliases=["extract channel", "channel to mask"],
+)
+def image_to_mask(
+    context: NodeContext,
+    *,
+    image: Tensor = socket("IMAGE"),
+    channel: str = socket("COMBO", options=(*_CHANNELS, "alpha"), tooltip="Pictures have no alpha here."),
+) -> tuple[Tensor]:
+    """Take one channel of pictures as masks."""
+    if channel == "alpha":
+        raise OptionError(
+            f"channel must be {' or '.join(_CHANNELS)} for a picture, which has no alpha here, got alpha; use Load "
+            "Image (as Mask)"
+        )
+    return (image[..., _CHANNELS.index(channel)].contiguous(),)
 
 
 @node(

@@ -72,6 +72,17 @@ def vae_decode_tiled(
     return (image_from_pixels(pixels),)
 
 
+@node("SetLatentNoiseMask", "Set Latent Noise Mask", "model/latent", outputs=["LATENT"])
+def set_latent_noise_mask(
+    context: NodeContext,
+    *,
+    samples: Latent = socket("LATENT"),
+    mask: Tensor = socket("MASK", tooltip="White is sampled; black stays as it is."),
+) -> tuple[Latent]:
+    """Sample a part of latents alone; training ignores the mask."""
+    return ({**samples, "noise_mask": mask.unsqueeze(1)},)
+
+
 def _side(default: int, step: int = 16) -> Any:
     return socket("INT", default=default, min=16, max=16384, step=step, tooltip="In pixels.")
 

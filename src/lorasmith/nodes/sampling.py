@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from lorasmith.adapters.frozen_layer import placed_for_products
 from lorasmith.core.errors import CancelledError, ModelError, OptionError
@@ -19,7 +20,7 @@ from lorasmith.core.registry import Registry, nearest
 from lorasmith.diffusion.schedule import EXPONENTIAL_STEPS, DiscreteSchedule, FlowSchedule, ResolutionShift
 from lorasmith.families.base import Conditioning, Diffusion, LatentFormat
 from lorasmith.families.model import Denoiser
-from lorasmith.nodes.values import Latent, check_latents, for_model, with_frames
+from lorasmith.nodes.values import Latent, check_latents, for_model, latent_of, with_frames
 from lorasmith.sampling.sample import SamplingCancelledError, prepare_noise, sample_latents
 from lorasmith.sampling.samplers import SAMPLERS, SIGMA_SCHEDULES, flux2_sigmas, sigmas_for
 from lorasmith.workflow import NodeContext, Output, node, socket
@@ -112,8 +113,9 @@ def sampled(
     form = model.base.components.latent
     guider.check()
     start = _fitted(context, latent, form)
+    mask = latent.get("noise_mask")
     if len(sigmas) < 2:
-        return {"samples": start}, {"samples": start}
+        return latent_of(start, mask=mask), latent_of(start, mask=mask)
     device = best_device()
     dtype = sampling_dtype(model.module, device)
     clean = start
@@ -130,8 +132,8 @@ def sampled(
                 model.predict,
                 schedule=model.diffusion.schedule,
                 parameterization=model.diffusion.parameterization,
-                positive=for_model(guider.positive, form),
-                negative=for_model(guider.negative, form),
+                positive=[for_model(one, model.base, start) for one in guider.positive],
+                negative=[for_model(one, model.base, start) for one in guider.negative],
                 latents=(form.to_model(start) if start.count_nonzero() else start).to(device),
                 noise=noise.of_shape(start.shape),
                 sigmas=sigmas,
@@ -139,12 +141,23 @@ def sampled(
                 cfg=guider.cfg,
                 seed=noise.seed,
                 dtype=dtype,
+                mask=_mask_of(start, mask),
                 callback=keep,
                 cancelled=context.cancelled,
             )
     except SamplingCancelledError as error:
         raise CancelledError(str(error)) from error
-    return {"samples": form.from_model(result.cpu())}, {"samples": form.from_model(clean.cpu())}
+    last, predicted = (latent_of(form.from_model(one.cpu()), mask=mask) for one in (result, clean))
+    return last, predicted
+
+
+def _mask_of(samples: Tensor, noise_mask: Tensor | None) -> Tensor | None:
+    """A LATENT's mask for its latents, (batch, 1, [frames,] height, width); shorter batches are repeated."""
+    if noise_mask is None:
+        return None
+    mask = functional.interpolate(noise_mask, size=samples.shape[-2:], mode="bilinear")
+    mask = mask.repeat(-(-len(samples) // len(mask)), 1, 1, 1)[: len(samples)]
+    return mask if samples.ndim == 4 else mask.unsqueeze(2)
 
 
 def _fitted(context: NodeContext, latent: Latent, form: LatentFormat) -> Tensor:

@@ -220,10 +220,9 @@ def _dataset(
         check_latents(with_frames(batch["samples"], form), form)
     images = [with_frames(image, form) for image in flat_latents(latents)]
     captions = one_for_each(flat_conditionings(positive), len(images), name="positive", of="conditioning")
-    captions = for_model(captions, form)
     return EncodedDataset(
         tuple(
-            Sample(form.to_model(image.float().cpu())[0], caption, f"image {number}")
+            Sample(form.to_model(image.float().cpu())[0], for_model(caption, denoiser.base, image), f"image {number}")
             for number, (image, caption) in enumerate(zip(images, captions, strict=True), start=1)
         )
     )

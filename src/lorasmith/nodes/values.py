@@ -2,8 +2,10 @@
 
 IMAGE         fp32 tensor (batch, height, width, 3) in [0, 1]
 MASK          fp32 tensor (batch, height, width) in [0, 1], 1 where the picture is transparent
-LATENT        dict with `samples`, fp32 (batch, channels, [frames,] height, width) from the autoencoder, unscaled
-CONDITIONING  list of `Conditioning`, one per prompt; its controls are unscaled like a LATENT
+LATENT        dict with `samples`, fp32 (batch, channels, [frames,] height, width) from the autoencoder, unscaled, and
+              `noise_mask`, fp32 (batch, 1, height, width) in pixels, 1 where they are sampled
+CONDITIONING  list of `Conditioning`, one per prompt; its controls are unscaled like a LATENT, and so is
+              `concat_latent_image`, the known part of a picture, with `concat_mask` (batch, 1, height, width) in pixels
 MODEL, CLIP, VAE    `Denoiser`, `TextEncoder`, `Autoencoder`
 LORA_MODEL    `Lora`
 LOSS_MAP      dict with `loss`, a list of numbers
@@ -16,6 +18,7 @@ VIDEO         `Video` (`data/clips.py`), whose frames are read when they are use
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NotRequired, TypedDict, TypeVar
 
 import numpy as np
@@ -24,7 +27,7 @@ from torch import Tensor
 from lorasmith.core.errors import DataError, OptionError
 from lorasmith.core.printable import count_text
 from lorasmith.families.base import Conditioning, LatentFormat
-from lorasmith.families.model import Autoencoder
+from lorasmith.families.model import Autoencoder, Model
 from lorasmith.workflow import NodeContext, socket
 
 T = TypeVar("T")
@@ -38,6 +41,7 @@ class Latent(TypedDict):
     """A batch of latents; `downscale_ratio_spacial` (ComfyUI's key) is the pixels per latent of empty ones."""
 
     samples: Tensor
+    noise_mask: NotRequired[Tensor]
     downscale_ratio_spacial: NotRequired[int]
 
 
@@ -78,9 +82,14 @@ def image_from_pixels(pixels: Tensor) -> Tensor:
     return (pixels.movedim(1, -1).reshape(-1, *pixels.shape[-2:], 3) / 2 + 0.5).clamp(0, 1).contiguous()
 
 
-def latent_of(samples: Tensor, downscale: int | None) -> Latent:
-    """LATENT of `downscale` pixels per latent, if known."""
-    return {"samples": samples} if downscale is None else {"samples": samples, "downscale_ratio_spacial": downscale}
+def latent_of(samples: Tensor, downscale: int | None = None, mask: Tensor | None = None) -> Latent:
+    """LATENT of `downscale` pixels per latent, if known, with its `noise_mask`, if any."""
+    found: Latent = {"samples": samples}
+    if downscale is not None:
+        found["downscale_ratio_spacial"] = downscale
+    if mask is not None:
+        found["noise_mask"] = mask
+    return found
 
 
 def check_latents(samples: Tensor, form: LatentFormat) -> None:
@@ -98,11 +107,29 @@ def check_latents(samples: Tensor, form: LatentFormat) -> None:
         )
 
 
-def for_model(conditionings: Sequence[Conditioning], form: LatentFormat) -> list[Conditioning]:
-    """CONDITIONING as a model of these latents takes it: with scaled controls. DataError for those of another model."""
-    for control in (one for conditioning in conditionings for one in conditioning.controls):
-        check_latents(control, form)
-    return [one.with_controls([form.to_model(control.float()) for control in one.controls]) for one in conditionings]
+CONCAT_IMAGE, CONCAT_MASK = "concat_latent_image", "concat_mask"
+"""ComfyUI's names of what is known of a picture."""
+
+
+def for_model(conditioning: Conditioning, model: Model, samples: Tensor) -> Conditioning:
+    """An entry of CONDITIONING as a model takes it beside these latents: with scaled controls, and what it is given of
+    a picture. DataError for those of another model or size.
+    """
+    form, tensors = model.components.latent, dict(conditioning.tensors)
+    image, mask = tensors.pop(CONCAT_IMAGE, None), tensors.pop(CONCAT_MASK, None)
+    known = None
+    for one in (*conditioning.controls, *([] if image is None else [image])):
+        check_latents(one, form)
+    if image is not None and mask is not None:
+        if image.shape[-2:] != samples.shape[-2:]:
+            shown, drawn = ("×".join(map(str, one.shape[:-3:-1])) for one in (image, samples))
+            raise DataError(
+                f"the known part of a picture must have the size of the latents, {drawn}, got {shown}; use the latents "
+                "of InpaintModelConditioning"
+            )
+        known = model.family.known(model.components.denoiser, form.to_model(image.float()), mask)
+    given = replace(conditioning, tensors=tensors if known is None else {**tensors, "known": known})
+    return given.with_controls([form.to_model(control.float()) for control in conditioning.controls])
 
 
 def check_pixels(count: int, width: int, height: int) -> None:

@@ -173,7 +173,7 @@ _CELLS = 64, 384
 
 def pair_stems(folder: Path) -> list[str]:
     """Stems of the files with controls, and of what is trained, in a folder of previews."""
-    names = (re.fullmatch(r"(control(?:-\d+)?|target)-\d+\.png", file.name) for file in folder.glob("*.png"))
+    names = (re.fullmatch(r"(control(?:-\d+)?|target)-\d+\.(?:png|webp)", file.name) for file in folder.glob("*-*.*"))
     found = {name[1] for name in names if name}
     return sorted(found, key=lambda stem: (stem == "target", len(stem), stem))
 
@@ -191,7 +191,7 @@ class PreviewFolder:
         self._title = title
         self._sampling = dict(sampling)
 
-    def write_pair(self, stem: str, pictures: Sequence[Image.Image]) -> tuple[Path, ...]:
+    def write_pair(self, stem: str, pictures: Sequence[PictureOrClip]) -> tuple[Path, ...]:
         """Write a control of each prompt, or what is trained, by a stem of `pair_stems`."""
         return self._write(stem, pictures, {})
 

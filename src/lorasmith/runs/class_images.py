@@ -77,7 +77,7 @@ def _drawn(prompts: Sequence[str], config: DataConfig, base: Model, device: torc
                 (clip,) = clips(
                     denoiser,
                     [encoded[which]],
-                    away,
+                    [away],
                     replace(sampling, seed=index),
                     device=device,
                     cancelled=host.cancelled,

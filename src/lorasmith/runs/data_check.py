@@ -16,9 +16,8 @@ from typing import Any
 from lorasmith.core.files import is_folder, write_atomic
 from lorasmith.core.folders import Folders
 from lorasmith.core.printable import count_text
-from lorasmith.data.clips import open_still
+from lorasmith.data.clips import clip_form, open_still
 from lorasmith.data.data_config import DataConfig
-from lorasmith.data.encoding import clip_form
 from lorasmith.data.findings import CheckedImage, Finding, FindingKind, TokenLimit, tags_of
 from lorasmith.data.folder import FolderScan, scan_folder
 from lorasmith.data.image_files import ImageError

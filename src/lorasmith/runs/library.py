@@ -258,13 +258,13 @@ def encode(model: AnyModel, image: object, caption: str | Sequence[str] | None =
     data = encoding.load_dataset([item], model_of(model), device=given.device, config=given.config, **settings)
     sample = data[0] if is_path and not given.name else replace(data[0], name=given.name)
     if (variants := sample.variants) is not None:
-        texts = variants.rules.possible(variants.captions, _MOST_CAPTIONS)
-        if texts is None:
+        captions = variants.possible(_MOST_CAPTIONS)
+        if captions is None:
             raise OptionError(
                 f"a sample may have at most {_MOST_CAPTIONS:,} variants of its caption, and these are more; encode "
                 "with load_dataset, which encodes those that are drawn"
             )
-        variants.encoded.encode_ahead(sorted(texts))
+        variants.encoded.encode_ahead(captions)
     return sample
 
 

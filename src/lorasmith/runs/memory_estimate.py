@@ -239,7 +239,7 @@ def _controls(model: Model, side: int, count: int | None) -> tuple[tuple[int, in
 
     OptionError if the model takes fewer.
     """
-    form = model.control_form
+    form = model.control_form if model.control_source == "files" else None
     count = int(form is not None and form.is_required) if count is None else count
     if count > (most := 0 if form is None else form.most):
         raise OptionError(f"{model.title} ({model.family.title}) {controls_taken(most)}, got {count}; choose fewer")
@@ -257,7 +257,10 @@ def _activation_plans(
     """Every way to keep activations, measured on the meta device."""
     scale = model.components.latent.downscale
     beside = [(height // scale, width // scale) for width, height in controls]
-    samples = synthetic_samples(model, 1, side, side, frames=frames, controls=beside)
+    tokens, sight = None, model.sight
+    if sight is not None and controls:
+        tokens = model.family.usual_tokens + sum(sight.tokens(*one) for one in controls)
+    samples = synthetic_samples(model, 1, side, side, frames=frames, tokens=tokens, controls=beside)
     runtime, module = replace(job.runtime, device=_META), model.denoiser.module
     for one in (module, *job.adapters.values(), *job.differences.values()):
         _emptied(one, runtime.dtype)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lorasmith.core.errors import ModelError
 from lorasmith.core.folders import Folders
 from lorasmith.families import loading  # noqa: F401  registers the families
-from lorasmith.families.base import FAMILIES, Defaults, Family
+from lorasmith.families.base import FAMILIES, ControlSource, Defaults, Family
 from lorasmith.families.files.checkpoint import PipelineConfigs
 from lorasmith.families.loading import load_structure
 from lorasmith.families.model_search import (
@@ -23,6 +23,7 @@ from lorasmith.families.model_search import (
     best_encoder,
     scanned,
 )
+from lorasmith.families.parts.encoders import ENCODERS
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,9 @@ class ListedModel:
     family: str  # title of its family
     parts: tuple[ListedPart, ...]
     edits: tuple[str, ...] = ()  # edit variants of its family, which have its tensors
-    edit: str = ""  # the one of them that its name says it is
-    takes_controls: bool = False  # files of them
+    edit: str = ""  # the one of them that it is
+    edit_told_by: Literal["name", "tensors"] = "name"
+    controls: ControlSource | None = None  # where the pictures come from that it edits or draws from; None without
 
     @property
     def is_whole(self) -> bool:
@@ -103,20 +105,23 @@ def list_models(folders: Folders) -> ModelList:
 
 def _listed(file: FoundFile, family: Family, files: Sequence[FoundFile]) -> tuple[ListedModel, set[Path]]:
     """A model with its parts, and all files that fit it. ModelError if the model is an unsupported variant."""
-    lacking = [name for name in family.text_encoders if name not in file.parts]
-    model = load_structure(file.path) if lacking or family.controls else None
-    form = None if model is None else model.control_form
+    slots, form = family.text_encoders, None
+    told_by: Literal["name", "tensors"] = "name"
     widths: dict[str, int | None] = {}
-    if model is not None:
-        widths = {name: family.encoder_width(model.components.denoiser, name) for name in lacking}
+    if family.controls or any(name not in file.parts for name in slots):
+        model = load_structure(file.path)
+        denoiser, form = model.components.denoiser, model.control_form
+        slots = family.encoder_slots(denoiser)
+        told_by = "name" if family.controls_of(denoiser, ()) is None else "tensors"
+        widths = {name: family.encoder_width(denoiser, name) for name in slots if name not in file.parts}
     parts = []
     fitting = {
         one.path
-        for name, slot in family.text_encoders.items()
+        for name, slot in slots.items()
         for one in files
         if one.encoder == slot.kind and (widths.get(name) is None or one.width == widths[name])
     }
-    for name, slot in family.text_encoders.items():
+    for name, slot in slots.items():
         found = None if name in file.parts else best_encoder(files, name, slot, widths[name])
         parts.append(ListedPart(name, slot.kind, _path(file, name, found), slot.usual_file))
     vae = family.autoencoder
@@ -132,7 +137,8 @@ def _listed(file: FoundFile, family: Family, files: Sequence[FoundFile]) -> tupl
         tuple(parts),
         tuple(one.name for one in family.controls if one.name),
         "" if form is None else form.name,
-        form is not None and form.source == "files",
+        told_by,
+        None if form is None else form.source,
     )
     return listed, fitting
 
@@ -148,7 +154,7 @@ def _part(file: FoundFile) -> ListedFile:
         what = f"autoencoder {file.autoencoder[0]} with {file.autoencoder[1]} channels"
     else:
         width = "" if file.width is None else f" of width {file.width}"
-        what = f"text encoder {file.encoder}{width}"
+        what = f"{ENCODERS[str(file.encoder)].title} {file.encoder}{width}"
     return ListedFile(file.path, file.place, what, file.size_bytes, file.precision)
 
 

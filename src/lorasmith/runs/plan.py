@@ -10,11 +10,12 @@ from lorasmith.core.files import check_writable
 from lorasmith.core.options import changed
 from lorasmith.core.placement import chosen_device
 from lorasmith.core.processes import current
+from lorasmith.data.clips import clip_form
 from lorasmith.data.controls import check_controls
 from lorasmith.data.crops import pixel_step
 from lorasmith.data.data_config import ImageSource
 from lorasmith.data.dataset import EncodedDataset
-from lorasmith.data.encoding import clip_form, datasets_folder, encode_scan
+from lorasmith.data.encoding import datasets_folder, encode_scan
 from lorasmith.data.folder import FolderScan, has_videos, scan_sources
 from lorasmith.data.picture_encoding import EncodingProgress
 from lorasmith.families.model import Denoiser

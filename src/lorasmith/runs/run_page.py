@@ -296,7 +296,8 @@ def previews_of(folder: Path, view: RunView) -> tuple[PictureTable | None, Pictu
 
 
 def _pair(folder: Path, stem: str, count: int) -> list[Path | None]:
-    paths = [folder / "samples" / f"{stem}-{number}.png" for number in range(1, count + 1)]
+    stems = [folder / "samples" / f"{stem}-{number}" for number in range(1, count + 1)]
+    paths = [one.with_suffix(".webp" if one.with_suffix(".webp").is_file() else ".png") for one in stems]
     return [path if is_own(path, folder) else None for path in paths]
 
 

@@ -33,7 +33,7 @@ from lorasmith.families.model import Denoiser, Model
 from lorasmith.report.contact_sheet import PreviewFolder, contact_sheet
 from lorasmith.report.pictures import PictureOrClip
 from lorasmith.runs.sidecars import give_picture
-from lorasmith.sampling.generate import Sampling, to_images
+from lorasmith.sampling.generate import Sampling, clip_of, to_images
 from lorasmith.sampling.previews import Partner, Previewer, parse_prompts, parse_strengths
 from lorasmith.sampling.sample import SamplingCancelledError
 from lorasmith.training.config import TrainConfig
@@ -102,8 +102,10 @@ def unasked_program(config: TrainConfig, base: Model, samples: Sequence[Sample],
     side, frames = base.defaults.resolution, config.preview_frames or base.defaults.frames
     size: float = math.prod(base.components.latent.shape(side, side, frames))
     pairs = _different_pairs(samples)
-    if pairs:  # a picture has the size of its first control
-        given = [[control.numel() for control in one.conditioning.controls] for one in pairs]
+    if any(one.conditioning.controls for one in pairs):  # a picture has the size of its first control
+        given = [
+            [control.numel() for control in one.conditioning.controls] for one in pairs if one.conditioning.controls
+        ]
         size = statistics.fmean(sizes[0] + sum(sizes) for sizes in given)
     trained = statistics.fmean(one.size for one in samples)
     budget = _SHARE * config.steps * config.samples_per_step * _STEP_PASSES * trained / size
@@ -145,7 +147,8 @@ def previews_of(
     previewer = Previewer(
         denoiser,
         program.prompts,
-        controls=[one.conditioning.controls for one in pairs],
+        beside=[one.conditioning.beside for one in pairs],
+        seen=[[picture.pixels() for picture in one.seen] for one in pairs],
         load=lambda path, strength: Lora.load(path, base).applied(denoiser, None, strength=strength).denoiser,
         strengths=(1.0, *program.strengths),
         encoder=lambda strength: carried.applied(None, text_encoder, strength=strength).encoder,
@@ -171,19 +174,24 @@ def previews_of(
 
 
 def _pairs(plan: Plan, count: int) -> list[Sample]:
-    """The sample of each prompt whose controls it gets, in turn; none where samples have no controls."""
+    """The sample of each prompt whose pictures it gets, in turn; none where samples have none."""
     different = _different_pairs(plan.data.samples)
     return [different[index % len(different)] for index in range(count)] if different else []
 
 
 def _different_pairs(samples: Sequence[Sample]) -> list[Sample]:
-    return list({one.name: one for one in samples if one.conditioning.controls}.values())
+    return list({one.name: one for one in samples if one.conditioning.beside}.values())
 
 
-def _decoded(base: Model, pairs: Sequence[Sample], device: torch.device) -> dict[str, list[Image.Image]]:
-    """Controls and what is trained, a picture of each for each prompt, by the stem of their files."""
+def _decoded(base: Model, pairs: Sequence[Sample], device: torch.device) -> dict[str, list[PictureOrClip]]:
+    """Controls and what is trained, a picture or clip of each for each prompt, by the stem of their files."""
     if not pairs:
         return {}
+    if (source := base.control_source) in ("first frame", "first and last frame"):
+        with base.autoencoder.active(device):
+            clips = [clip_of(base, one.latents[None]) for one in pairs]
+        firsts, lasts = [clip.frames[0] for clip in clips], [clip.frames[-1] for clip in clips]
+        return {"control": [*firsts], **({"control-2": [*lasts]} if "last" in source else {}), "target": [*clips]}
     rows = {"target": [one.latents[None] for one in pairs]}
     for index in range(min(len(one.conditioning.controls) for one in pairs)):
         rows[f"control-{index + 1}" if index else "control"] = [one.conditioning.controls[index] for one in pairs]
@@ -211,7 +219,7 @@ class RunPreviews:
         folder: Path,
         host: RunHost,
         made_with: Mapping[str, Any],
-        pairs: Mapping[str, Sequence[Image.Image]] = MappingProxyType({}),
+        pairs: Mapping[str, Sequence[PictureOrClip]] = MappingProxyType({}),
     ) -> None:
         self._draw, self._prompts, self._pairs = draw, program.prompts, pairs
         self._files = PreviewFolder(folder / "samples", program.prompts, title=plan.title, sampling=made_with)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from lorasmith.adapters.frozen_layer import placed_for_products
 from lorasmith.core.errors import OptionError
 from lorasmith.core.placement import best_device
-from lorasmith.families.base import Conditioning, controls_taken
+from lorasmith.families.base import Conditioning, ControlForm, controls_taken, named_controls
 from lorasmith.families.model import Denoiser, Model, TextEncoder
 from lorasmith.report.pictures import Clip
 from lorasmith.sampling.sample import prepare_noise, sample_latents
@@ -92,7 +92,6 @@ def generate(
     and SamplingCancelledError.
     """
     denoiser = model if isinstance(model, Denoiser) else model.denoiser
-    positives, away = _encoded(denoiser, prompts, negative, controls, text_encoder, device)
     sampling = Sampling(
         seed=seed,
         steps=steps,
@@ -103,6 +102,7 @@ def generate(
         height=height,
         dtype=dtype,
     )
+    positives, away = _encoded(denoiser, prompts, negative, controls, sampling, text_encoder, device)
     drawn = clips(denoiser, positives, away, sampling, device=device, progress=progress, cancelled=cancelled)
     return [clip.frames[0] for clip in drawn]
 
@@ -123,14 +123,14 @@ def generate_clips(
     Arguments and errors are as for `generate`; OptionError also for a number of frames that does not fit.
     """
     denoiser = model.denoiser if isinstance(model, Model) else model
-    positives, away = _encoded(denoiser, prompts, negative, controls, text_encoder, None)
+    positives, away = _encoded(denoiser, prompts, negative, controls, sampling, text_encoder, None)
     return clips(denoiser, positives, away, sampling, progress=progress, cancelled=cancelled)
 
 
 def clips(
     denoiser: Denoiser | Experts,
     positives: Sequence[Conditioning],
-    negative: Conditioning,
+    negatives: Sequence[Conditioning],
     sampling: Sampling,
     *,
     device: torch.device | None = None,
@@ -139,12 +139,13 @@ def clips(
 ) -> list[Clip]:
     """Generate one clip per encoded prompt, with LoRAs as applied to `denoiser`; pictures are clips of one frame.
 
-    A prompt's controls are the negative prompt's, too. Arguments and errors are as for `generate_clips`.
+    `negatives` are those of each prompt, whose controls are theirs, too. Arguments and errors are as for
+    `generate_clips`.
     """
     base, device = denoiser.base, device or best_device()
     first = denoiser.noisy if isinstance(denoiser, Experts) else denoiser
-    first.check_conditionings([*positives, negative])
-    components, shapes = base.components, [_latent_shape(base, sampling, one) for one in positives]
+    first.check_conditionings([*positives, *negatives])
+    shapes = [_latent_shape(base, sampling, one) for one in positives]
     sigmas = sigmas_for(first.diffusion.schedule, sampling.scheduler, sampling.steps, sampler=sampling.sampler)
     parts = denoiser.parts(sigmas) if isinstance(denoiser, Experts) else [(denoiser, sigmas)]
     latents = [torch.zeros(shape, device=device) for shape in shapes]
@@ -153,7 +154,7 @@ def clips(
     for one, some in parts:
         # Placed first and patched second: adapters are created on their layers' device.
         with placed_for_products(one.module, device=device, dtype=sampling.dtype), one.active():
-            for index, positive in enumerate(positives):
+            for index, (positive, negative) in enumerate(zip(positives, negatives, strict=True)):
                 latents[index] = sample_latents(
                     one.predict,
                     schedule=one.diffusion.schedule,
@@ -173,9 +174,13 @@ def clips(
                 done += len(some) - 1
         noise = [torch.zeros(shape) for shape in shapes]  # what the first part leaves is noisy still
     with base.autoencoder.active(device):
-        decoded = [base.autoencoder.decode_frames(components.latent.from_model(latent)) for latent in latents]
-    rate = sampling.frame_rate or base.defaults.frame_rate
-    return [Clip(tuple(to_images(pixels[0].movedim(1, 0))), rate) for pixels in decoded]
+        return [clip_of(base, latent, sampling.frame_rate) for latent in latents]
+
+
+def clip_of(model: Model, latents: Tensor, frame_rate: float | None = None) -> Clip:
+    """The clip of a model's latents (1, channels, [frames,] height, width), a picture as one frame."""
+    pixels = model.autoencoder.decode_frames(model.components.latent.from_model(latents))
+    return Clip(tuple(to_images(pixels[0].movedim(1, 0))), frame_rate or model.defaults.frame_rate)
 
 
 def _encoded(
@@ -183,18 +188,24 @@ def _encoded(
     prompts: str | Sequence[str],
     negative: str,
     controls: Sequence[Image.Image],
+    sampling: Sampling,
     text_encoder: TextEncoder | None,
     device: torch.device | None,
-) -> tuple[list[Conditioning], Conditioning]:
+) -> tuple[list[Conditioning], list[Conditioning]]:
     encoder = text_encoder or denoiser.base.text_encoder
-    beside = encoded_controls(denoiser.base, controls, device)
-    with encoder.active(device):
-        positives = [encoder.encode(prompt) for prompt in ([prompts] if isinstance(prompts, str) else prompts)]
-        return [one.with_controls(beside) for one in positives], encoder.encode(negative)
+    beside, sight = encoded_controls(denoiser.base, controls, sampling, device), denoiser.base.sight
+    seen = [] if sight is None else [_fitted(one, sight.size(*one.size)) for one in controls]
+    with encoder.active(device, sees=bool(seen)):
+        texts = [prompts] if isinstance(prompts, str) else prompts
+        positives = [encoder.encode(prompt, seen, sight=sight).with_beside(beside) for prompt in texts]
+        return positives, [encoder.encode(negative, seen, sight=sight)] * len(positives)
 
 
-def encoded_controls(model: Model, pictures: Sequence[Image.Image], device: torch.device | None = None) -> list[Tensor]:
-    """Latents (1, channels, height, width) of RGB pictures to edit or refer to, each in a size that the model knows.
+def encoded_controls(
+    model: Model, pictures: Sequence[Image.Image], sampling: Sampling, device: torch.device | None = None
+) -> Mapping[str, Tensor]:
+    """Tensors of a conditioning made of RGB pictures to edit or refer to, each in a size that the model knows, or of
+    the first and last frame of a clip in the size of `sampling`.
 
     What does not fit its aspect ratio is cut off around the centre. OptionError if the model takes no or fewer
     pictures, or needs one.
@@ -204,15 +215,49 @@ def encoded_controls(model: Model, pictures: Sequence[Image.Image], device: torc
         remedy = "leave some out" if most else "leave them out, or choose an edit model"
         raise OptionError(f"{title} {controls_taken(most)}, got {len(pictures)}; {remedy}")
     if form is None:
-        return []
+        return {}
+    if pictures and form.sight is not None:
+        model.text_encoder.check_sight()
     if form.is_required and not pictures:
+        if form.source != "files":
+            raise OptionError(f"{title} draws from a picture and needs one, got none; give it as a control")
         raise OptionError(
             f"{title} edits pictures and needs one, got none; give it as a control, or choose edit none to draw without"
         )
+    if form.source != "files":
+        return _beside(model, form, pictures, sampling, device) if pictures else {}
     to_model = model.components.latent.to_model
     with model.autoencoder.active(device) if pictures else contextlib.nullcontext():
-        fitted = (ImageOps.fit(one, form.size(*one.size), Image.Resampling.LANCZOS) for one in pictures)
-        return [to_model(model.autoencoder.encode(_pixels(one))) for one in fitted]
+        fitted = (_fitted(one, form.size(*one.size)) for one in pictures)
+        return named_controls([to_model(model.autoencoder.encode(one)) for one in fitted])
+
+
+def _beside(
+    model: Model, form: ControlForm, pictures: Sequence[Image.Image], sampling: Sampling, device: torch.device | None
+) -> Mapping[str, Tensor]:
+    """What the model is given of a clip with these pictures as its first and last frame."""
+    if form.source == "first and last frame" and len(pictures) == 1:
+        raise OptionError(f"{model.title} draws from the first and the last frame, got one picture; give both")
+    if sampling.frames == 1:
+        raise OptionError(
+            f"frames must be at least {1 + model.components.latent.time_downscale} for a clip that {model.title} draws "
+            f"from a picture, got 1; try {model.defaults.frames}"
+        )
+    width, height = form.size(*pictures[0].size)
+    size = (sampling.width or width, sampling.height or height)
+    _latent_shape(model, replace(sampling, width=size[0], height=size[1]))
+    pixels = torch.zeros(1, 3, sampling.frames, size[1], size[0])
+    for place, one in zip((0, -1), pictures, strict=False):
+        pixels[:, :, place] = _fitted(one, size)
+    if len(pictures) > 1:
+        form = replace(form, source="first and last frame")
+    with model.encodes_pictures(device):
+        return model.beside(pixels, form=form)
+
+
+def _fitted(picture: Image.Image, size: tuple[int, int]) -> Tensor:
+    """Pixels of the picture in a size; what does not fit its aspect ratio is cut off around the centre."""
+    return _pixels(ImageOps.fit(picture, size, Image.Resampling.LANCZOS))
 
 
 def _pixels(picture: Image.Image) -> Tensor:
@@ -226,7 +271,8 @@ def to_images(pixels: Tensor) -> list[Image.Image]:
     return [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in scaled]
 
 
-def _latent_shape(model: Model, sampling: Sampling, prompt: Conditioning) -> tuple[int, ...]:
+def _latent_shape(model: Model, sampling: Sampling, prompt: Conditioning | None = None) -> tuple[int, ...]:
+    """Shape of the latents of a picture or clip, which has the size of what its prompt is given."""
     defaults, latent, frames = model.defaults, model.components.latent, sampling.frames
     model.check_clips("frames", frames)
     if frames < 1 or frames != latent.whole_frames(frames):
@@ -235,8 +281,9 @@ def _latent_shape(model: Model, sampling: Sampling, prompt: Conditioning) -> tup
             f"try {latent.whole_frames(max(1, frames))}"
         )
     height, width = defaults.resolution, defaults.resolution
-    for control in prompt.controls[:1]:
-        height, width = (side * latent.downscale for side in control.shape[-2:])
+    given = [] if prompt is None else [one for one in prompt.beside.values() if one.ndim > 3]
+    for one in given[:1]:
+        height, width = (side * latent.downscale for side in one.shape[-2:])
     sides = {"width": sampling.width or width, "height": sampling.height or height}
     for name, side in sides.items():
         if side % defaults.pixel_multiple:
@@ -244,7 +291,9 @@ def _latent_shape(model: Model, sampling: Sampling, prompt: Conditioning) -> tup
                 f"{name} must be a multiple of {defaults.pixel_multiple} for {model.title}, got {side}; "
                 f"try {max(1, round(side / defaults.pixel_multiple)) * defaults.pixel_multiple}"
             )
-    return (1, *latent.shape(sides["height"], sides["width"], frames))
+    shape = (1, *latent.shape(sides["height"], sides["width"], frames))
+    known = None if prompt is None else prompt.tensors.get("known")
+    return shape if known is None else (*shape[:2], *known.shape[2:])
 
 
 def _counter(progress: Callable[[int, int], None], before: int, total: int) -> Callable[[int, int, Tensor], None]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lorasmith.core.errors import OptionError
-from lorasmith.families.base import Conditioning
+from lorasmith.families.base import Conditioning, Sight
 from lorasmith.families.model import Denoiser, TextEncoder
 from lorasmith.report.pictures import PictureOrClip
 from lorasmith.sampling.generate import Experts, Sampling, clips
@@ -32,9 +32,10 @@ class Previewer:
     """Draws the same prompts from the same noise, with and without a LoRA.
 
     `denoiser` has the run's own LoRAs, and `load` (path, strength) returns it with another on top. `strengths` are
-    those that will be drawn, besides 0; `controls` are those of each prompt, for edit models; `encoder` maps a strength
-    to the text encoder, for LoRAs with layers for it. `partner` is for models with two experts. Raises ModelError if
-    the model lacks a text encoder or an autoencoder.
+    those that will be drawn, besides 0; `beside` is `Conditioning.beside` of each prompt, for models that draw from
+    pictures, and `seen` the pixels of these that the text encoder sees; `encoder` maps a strength to the text encoder,
+    for LoRAs with layers for it. `partner` is for models with two experts. Raises ModelError if the model lacks a text
+    encoder or an autoencoder.
     """
 
     def __init__(
@@ -44,7 +45,8 @@ class Previewer:
         *,
         load: Callable[[Path, float], Denoiser],
         strengths: Sequence[float] = (1.0,),
-        controls: Sequence[Sequence[Tensor]] = (),
+        beside: Sequence[Mapping[str, Tensor]] = (),
+        seen: Sequence[Sequence[Tensor]] = (),
         encoder: Callable[[float], TextEncoder] | None = None,
         sampling: Sampling,
         device: torch.device | None = None,
@@ -57,8 +59,9 @@ class Previewer:
         self.sampling = sampling if sampling.cfg is not None else replace(sampling, cfg=base.defaults.guidance)
         self._denoiser, self._load, self._partner = denoiser, load, partner
         self._device, self._cancelled = device, cancelled
-        self._controls = controls or ((),) * len(self.prompts)
-        self._encoded = _encoded(self.prompts, (0.0, *strengths), encoder or _always(base.text_encoder), device)
+        self._beside = beside or ({},) * len(self.prompts)
+        shown = [*zip(self.prompts, seen or ((),) * len(self.prompts), strict=True)]
+        self._encoded = _encoded(shown, (0.0, *strengths), encoder or _always(base.text_encoder), device, base.sight)
         self._base: Sequence[PictureOrClip] | None = None
 
     def draw(self, lora: Path | None, strength: float = 1.0) -> Sequence[PictureOrClip]:
@@ -74,11 +77,11 @@ class Previewer:
         return self._drawn(self._load(lora, strength), strength)
 
     def _drawn(self, denoiser: Denoiser, strength: float) -> Sequence[PictureOrClip]:
-        encoded, negative = self._encoded[strength]
-        positives = [one.with_controls(beside) for one, beside in zip(encoded, self._controls, strict=True)]
+        encoded, negatives = self._encoded[strength]
+        positives = [one.with_beside(beside) for one, beside in zip(encoded, self._beside, strict=True)]
         drawing = denoiser if self._partner is None else self._partner(denoiser, strength)
-        drawn = clips(drawing, positives, negative, self.sampling, device=self._device, cancelled=self._cancelled)
-        return [clip.frames[0] for clip in drawn] if self.sampling.frames == 1 else drawn
+        drawn = clips(drawing, positives, negatives, self.sampling, device=self._device, cancelled=self._cancelled)
+        return [clip if len(clip.frames) > 1 else clip.frames[0] for clip in drawn]
 
 
 def parse_prompts(text: str | None) -> tuple[str, ...]:
@@ -110,21 +113,28 @@ def parse_strengths(text: str) -> tuple[float, ...]:
 
 
 def _encoded(
-    prompts: Sequence[str],
+    prompts: Sequence[tuple[str, Sequence[Tensor]]],
     strengths: Sequence[float],
     encoder: Callable[[float], TextEncoder],
     device: torch.device | None,
-) -> dict[float, tuple[list[Conditioning], Conditioning]]:
-    """Conditionings of the prompts and of the empty negative prompt by strength; equal encoders run once."""
-    encoded: dict[float, tuple[list[Conditioning], Conditioning]] = {}
+    sight: Sight | None,
+) -> dict[float, tuple[list[Conditioning], list[Conditioning]]]:
+    """Conditionings of the prompts, each with what is seen, and of their empty negative prompts by strength.
+
+    Equal encoders run once.
+    """
+    encoded: dict[float, tuple[list[Conditioning], list[Conditioning]]] = {}
+    different = {id(seen): seen for _, seen in prompts}
     known: list[tuple[TextEncoder, float]] = []
     for strength in strengths:
         handle = encoder(strength)
         same = next((before for encoder_handle, before in known if encoder_handle is handle), None)
         if same is None:
             known.append((handle, strength))
-            with handle.active(device):
-                encoded[strength] = [handle.encode(prompt) for prompt in prompts], handle.encode("")
+            with handle.active(device, sees=any(different.values())):
+                positives = [handle.encode(text, seen, sight=sight) for text, seen in prompts]
+                away = {key: handle.encode("", seen, sight=sight) for key, seen in different.items()}
+            encoded[strength] = positives, [away[id(seen)] for _, seen in prompts]
         else:
             encoded[strength] = encoded[same]
     return encoded

@@ -133,13 +133,15 @@ def sample_latents(
     cfg: float,
     seed: int,
     dtype: torch.dtype = torch.float32,
+    mask: Tensor | None = None,
     callback: Callable[[int, int, Tensor], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> Tensor:
     """Sample latents (batch, channels, [frames,] height, width) for prompts, in fp32 on the device of `latents`.
 
     `latents` to start from are scaled for the denoiser, zeros for text to image; `noise` has their shape, and `seed` is
-    of the noise that some samplers add between steps. Without a step in `sigmas` (from `sigmas_for`, or some of them)
+    of the noise that some samplers add between steps. Where `mask`, which broadcasts to them, is 0, they stay as they
+    are. Without a step in `sigmas` (from `sigmas_for`, or some of them)
     they are returned unchanged. `predict` gets latents and conditionings in `dtype`; the latter as for `guided`.
     `callback` receives (step, number of steps, predicted clean latents); `cancelled` is called before each evaluation
     of the network.
@@ -153,6 +155,8 @@ def sample_latents(
     total = len(sigmas) - 1
     if total < 1:
         return latents
+    noise = noise.to(device, torch.float32)
+    kept = None if mask is None else 1 - mask.to(device, torch.float32)
     guide = guided(
         lambda x, time, conditioning: predict(x.to(dtype), time, conditioning),
         positive=[conditioning.to(device, dtype) for conditioning in positive],
@@ -168,11 +172,14 @@ def sample_latents(
                 f"sampling was cancelled before its {total} steps were done; queue it again to restart"
             )
         level = schedule.at_sigma(torch.full((batch,), sigma)).to(device)
+        if kept is not None:
+            x = x * (1 - kept) + schedule.initial(noise, latents, sigma) * kept
         seen = schedule.model_input(x, level)
         prediction, lacking = guide(seen, level.time, sigma)
         clean = to_clean(prediction, seen, level)
         # The clean sample is affine in the prediction; of a side that is left out it is 0.
-        return clean - lacking * to_clean(torch.zeros_like(seen), seen, level) if lacking else clean
+        clean = clean - lacking * to_clean(torch.zeros_like(seen), seen, level) if lacking else clean
+        return clean if kept is None else clean * (1 - kept) + latents * kept
 
     def step_noise(step: int) -> Tensor:
         return keyed_normal(tuple(latents.shape), seed, "sampling", step).to(device)
@@ -182,7 +189,7 @@ def sample_latents(
             callback(step, total, denoised)
 
     with torch.no_grad():
-        start = schedule.initial(noise.to(device, torch.float32), latents, sigmas[0].item())
+        start = schedule.initial(noise, latents, sigmas[0].item())
         state = solve(denoise, start, sigmas, schedule=schedule, noise=step_noise, callback=progress)
         # Of a run that ends early the noisy state is returned so that another run can continue from it without noise.
         signal = schedule.signal(sigmas[-1].item())

@@ -281,7 +281,8 @@ class ModelRow:
     ready: Annotated[bool, "whether all its parts are there"]
     missing: Annotated[tuple[MissingPart, ...], "those that are not"]
     edits: Annotated[tuple[str, ...], "edit variants that it may be, as they have its tensors"] = ()
-    edit: Annotated[str, "the one of them that its name says it is; empty for none"] = ""
+    edit: Annotated[str, "the one of them that it is; empty for none"] = ""
+    told_by: Annotated[str, "what says so: its name or its tensors"] = "name"
     takes_controls: Annotated[bool, "whether it gets pictures beside a caption, as that variant"] = False
 
 

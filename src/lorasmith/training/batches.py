@@ -22,7 +22,7 @@ from torch import Tensor
 from lorasmith.core.printable import memory_text
 from lorasmith.core.processes import current
 from lorasmith.core.random import keyed_normal, keyed_permutation
-from lorasmith.data.dataset import EncodedDataset, Sample, Variants, places_of
+from lorasmith.data.dataset import Caption, EncodedDataset, Sample, Variants, places_of
 from lorasmith.diffusion.schedule import NoiseLevel, NoiseSchedule, QuantileMap, uniform_numbers
 from lorasmith.families.base import Conditioning
 from lorasmith.training.config import ResolvedConfig
@@ -260,9 +260,9 @@ def captions_ready(
         yield
 
 
-def drawn_captions(samples: Sequence[Sample], draws: range, *, seed: int, most: int) -> list[str] | None:
+def drawn_captions(samples: Sequence[Sample], draws: range, *, seed: int, most: int) -> list[Caption] | None:
     """The captions of a run's draws; of a very long run, all possible ones. None if there are more than `most`."""
-    found: dict[str, None] = {}
+    found: dict[Caption, None] = {}
     if len(draws) <= _MOST_DRAWS:
         for draw in draws:
             variants = samples[sample_index(draw, len(samples), seed)].variants
@@ -272,9 +272,9 @@ def drawn_captions(samples: Sequence[Sample], draws: range, *, seed: int, most: 
                 return None
         return list(found)
     for one in _varied(samples):
-        texts = one.rules.possible(one.captions, most)
-        found |= dict.fromkeys(sorted(texts or ()))
-        if texts is None or len(found) > most:
+        captions = one.possible(most)
+        found |= dict.fromkeys(captions or ())
+        if captions is None or len(found) > most:
             return None
     return list(found)
 

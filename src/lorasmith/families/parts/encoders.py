@@ -38,6 +38,7 @@ class EncoderKind(ABC):
     """A kind of text encoder."""
 
     name: str  # registered name, as ComfyUI calls it
+    title = "text encoder"  # in messages
     longest: int  # tokens of a prompt that models with it were made for; longer ones are read, but worse
     dtype: torch.dtype | None = None  # in which it runs; None for that of its weights; packed and fp16 ones are bf16
 
@@ -48,6 +49,10 @@ class EncoderKind(ABC):
     @abstractmethod
     def build(self, source: PartSource) -> nn.Module:
         """The encoder, from tensors in any naming in use. Raises ModelError if some are missing or of wrong shape."""
+
+    def tower(self, encoder: nn.Module) -> nn.Module | None:
+        """The part of an encoder that sees pictures; None without."""
+        return None
 
     def width(self, encoder: Any) -> int:
         """Width of its states."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorasmith.families.base import Conditioning
+from lorasmith.families.base import BY_INDEX, BY_OFFSET, BY_UXO, Conditioning
 from lorasmith.families.files.original_weights import block_count, norm_name
 from lorasmith.formats.names import OriginalName
 
@@ -110,20 +110,27 @@ def image_positions(rows: int, columns: int, device: torch.device, corner: Corne
     return torch.stack((torch.full_like(y, index), y, x), dim=-1).reshape(-1, 3).float()
 
 
-def control_corners(conditioning: Conditioning, *, by_index: bool, spacing: int = 1, patch: int = 1) -> list[Corner]:
-    """Where each control begins, by ComfyUI's method `index` or `offset`.
+def control_corners(
+    conditioning: Conditioning, size: tuple[int, int], *, by_index: bool, spacing: int = 1, patch: int = 1
+) -> list[Corner]:
+    """Where each control begins, by ComfyUI's method `index`, `offset` or `uxo`.
 
     With `index` each has an index of its own, `spacing` apart. With `offset` all have index 1 and lie below or beside
-    those before, whichever keeps the whole nearer to a square. `controls_by_index` or `controls_by_offset`, of any
-    value, in the conditioning replace the family's own method. `patch` is the latents of a token in each direction.
+    those before, whichever keeps the whole nearer to a square. With `uxo` all have index 0, each beyond the corner of
+    the one before, the first beyond that of the picture, whose latents are `size` (height, width). A method in the
+    conditioning replaces the family's own. `patch` is the latents of a token in each direction.
     """
-    if "controls_by_index" in conditioning.tensors or (by_index and "controls_by_offset" not in conditioning.tensors):
+    if BY_INDEX in conditioning.tensors or (by_index and not {BY_OFFSET, BY_UXO} & conditioning.tensors.keys()):
         return [(spacing * number, 0, 0) for number, _ in enumerate(conditioning.controls, start=1)]
-    corners, height, width = list[Corner](), 0, 0
+    is_uxo = BY_UXO in conditioning.tensors
+    corners, height, width = list[Corner](), *(size if is_uxo else (0, 0))
     for control in conditioning.controls:
         rows, columns = control.shape[-2:]
-        top, left = (0, width) if height + rows > width + columns else (height, 0)
-        corners.append((1, (top + patch // 2) // patch, (left + patch // 2) // patch))
+        if is_uxo:
+            top, left = height, width
+        else:
+            top, left = (0, width) if height + rows > width + columns else (height, 0)
+        corners.append((0 if is_uxo else 1, (top + patch // 2) // patch, (left + patch // 2) // patch))
         height, width = max(height, top + rows), max(width, left + columns)
     return corners
 

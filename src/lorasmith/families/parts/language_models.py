@@ -1,8 +1,8 @@
 """Language models and T5 as text encoders, and prompts encoded with them.
 
-Qwen3, the text parts of Qwen2.5-VL and Qwen3-VL, Mistral, Ministral 3 and Gemma 2: prompts are put into a chat
-template, and hidden states of some layers are what the denoiser sees. Files hold the whole model; the head that
-predicts tokens and the parts for pictures are left out.
+Qwen3, Qwen2.5-VL, Qwen3-VL, Mistral, Ministral 3 and Gemma 2: prompts are put into a chat template, and hidden states
+of some layers are what the denoiser sees. Files hold the whole model; the head that predicts tokens is left out, and
+the part that sees pictures is apart from the rest (`vision_towers`).
 
 T5 v1.1 (Raffel et al. 2020, arXiv:1910.10683) and UMT5 (Chung et al. 2023, arXiv:2304.09151): UMT5 has T5's layout with
 biases by relative position in every block, and a larger vocabulary, which the package does not have: ComfyUI's files of
@@ -20,8 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorasmith.core.errors import ModelError
+from lorasmith.core.errors import DataError, ModelError
 from lorasmith.core.placement import device_of
+from lorasmith.core.printable import count_text
+from lorasmith.families.base import Sight
 from lorasmith.families.files.original_weights import PartSource, block_count, build
 from lorasmith.families.parts.encoders import (
     ENCODERS,
@@ -35,11 +37,13 @@ from lorasmith.families.parts.encoders import (
     tekken_tokenizer,
     weighted_states,
 )
+from lorasmith.families.parts.vision_towers import PICTURE, QWEN3_TOWER, QWEN25_TOWER, TowerKind, VisionTower
 
 _QUERY_NORM = "layers.0.self_attn.q_norm.weight"
 _AFTER_ATTENTION = "layers.0.post_attention_layernorm.weight"
 _GEMMA = "layers.0.post_feedforward_layernorm.weight"
 _BIAS = "layers.0.self_attn.k_proj.bias"
+_TOWER = "vision_tower"
 _MINISTRAL_WIDTH = 3072  # of the 3B model; ComfyUI tells it from Mistral Small by this number too
 
 
@@ -60,6 +64,7 @@ class LanguageModel(EncoderKind):
     has_bias: bool = False
     settings: Mapping[str, Any]  # of its configuration, for encoders from files
     always: Mapping[str, Any] = field(default_factory=dict)  # for those from folders too
+    vision: TowerKind | None = None  # the part that sees pictures
 
     def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
         named = _language_part(shapes, self.prefixes)
@@ -95,7 +100,14 @@ class LanguageModel(EncoderKind):
                 model.norm = nn.Identity()
             return model
 
-        return build(make, lambda _: tensors, where=source.where)
+        encoder = build(make, lambda _: tensors, where=source.where)
+        if self.vision is not None and (tower := self.vision.build(source)) is not None:
+            encoder.__dict__[_TOWER] = tower  # not one of its modules, which are placed, hashed and counted with it
+        return encoder
+
+    def tower(self, encoder: nn.Module) -> nn.Module | None:
+        tower: VisionTower | None = encoder.__dict__.get(_TOWER)
+        return None if tower is None else tower.module
 
     def own_tokenizer(self, source: TokenizerSource, rows: int) -> Any:
         return self.vocabulary(source, rows)
@@ -131,6 +143,7 @@ for _kind in (
         head_width=128,
         has_bias=True,
         settings={"rope_theta": 1e6, "rms_norm_eps": 1e-6, "max_position_embeddings": 128000},
+        vision=QWEN25_TOWER,
     ),
     # Its text alone is Qwen3's with another base of the rotary positions.
     LanguageModel(
@@ -138,6 +151,7 @@ for _kind in (
         ("Qwen3Config", "Qwen3Model"),
         prefixes=("model.language_model.", "language_model.model.", "language_model."),
         settings={"rope_theta": 5e6, "rms_norm_eps": 1e-6, "max_position_embeddings": 262144},
+        vision=QWEN3_TOWER,
     ),
     LanguageModel(
         "mistral",
@@ -217,15 +231,31 @@ def attention_capped(encoder: Any, cap: float | None) -> Iterator[None]:
 
 
 def hidden_states(
-    encoder: nn.Module, ids: Sequence[int], layers: Sequence[int], *, mask: Sequence[bool] | None = None
+    encoder: Any,
+    ids: Sequence[int],
+    layers: Sequence[int],
+    *,
+    mask: Sequence[bool] | None = None,
+    pictures: Sequence[Tensor] = (),
 ) -> Tensor:
-    """States of some layers for one prompt, (1, tokens, layers, width) in fp32."""
+    """States of some layers for one prompt, (1, tokens, layers, width) in fp32.
+
+    Each token `<|image_pad|>` is a picture, pixels (1, 3, height, width) in [−1, 1], and becomes the tokens of it.
+    DataError if there are other numbers of both; the encoder must have a vision tower.
+    """
     device = device_of(encoder)
     attention = None if mask is None else torch.tensor([list(mask)], dtype=torch.long, device=device)
-    with torch.no_grad():
-        states = encoder(
-            input_ids=torch.tensor([list(ids)], device=device), attention_mask=attention, output_hidden_states=True
-        ).hidden_states
+    given: dict[str, Any] = {"input_ids": torch.tensor([list(ids)], device=device)}
+    with torch.no_grad(), contextlib.ExitStack() as stack:
+        if pictures:
+            if (count := list(ids).count(PICTURE)) != len(pictures):
+                raise DataError(
+                    f"a prompt with {count_text(len(pictures), 'picture')} must have as many <|image_pad|>, got "
+                    f"{count}; leave it out of the text"
+                )
+            tower: VisionTower = encoder.__dict__[_TOWER]
+            given = {"inputs_embeds": stack.enter_context(tower.seen(encoder, ids, pictures))}
+        states = encoder(**given, attention_mask=attention, output_hidden_states=True).hidden_states
     return torch.stack([states[layer] for layer in layers], dim=2).float()
 
 
@@ -237,6 +267,24 @@ SYSTEM_TOKENS = 34
 """Length of `SYSTEM`."""
 ANSWER = "<|im_end|>\n<|im_start|>assistant\n"
 _TURN = "<|im_start|>"
+
+_SYSTEM_OF_EDITS = (
+    "<|im_start|>system\nDescribe the key features of the input image (color, shape, size, texture, objects, "
+    "background), then explain how the user's text instruction should alter or modify the image. Generate a new image "
+    "that meets the user's requirements while maintaining consistency with the original input where "
+    "appropriate.<|im_end|>\n<|im_start|>user\n"
+)
+
+
+def sight_of(*, pixels: int, multiple: int, is_numbered: bool = True) -> Sight:
+    """How Qwen's models see the pictures of an edit, numbered before the instruction or not."""
+    mark = "<|vision_start|><|image_pad|><|vision_end|>"
+    return Sight(
+        pixels=pixels,
+        multiple=multiple,
+        chat=f"{_SYSTEM_OF_EDITS}{{pictures}}{{text}}{ANSWER}",
+        mark=f"Picture {{number}}: {mark}" if is_numbered else mark,
+    )
 
 
 def chat_of(text: str) -> str:

@@ -301,7 +301,8 @@ def _row(folders: Folders, one: ListedModel) -> ModelRow:
         missing=tuple(MissingPart(part=part.component, usual_file=part.usual_file) for part in one.missing),
         edits=one.edits,
         edit=one.edit,
-        takes_controls=one.takes_controls,
+        told_by=one.edit_told_by,
+        takes_controls=one.controls == "files",
     )
 
 

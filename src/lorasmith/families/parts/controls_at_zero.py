@@ -1,0 +1,105 @@
+"""Transformers of diffusers whose controls may be modulated as clean pictures, at time 0: Qwen-Image's and Krea 2's.
+
+Qwen-Image's class decides it once for all of its calls, and Krea 2's has no such choice. Text is modulated like the
+picture that is drawn, as in ComfyUI.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from diffusers import Krea2Transformer2DModel, QwenImageTransformer2DModel
+from diffusers.models.transformers.transformer_krea2 import Krea2TransformerBlock
+from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformerBlock
+from torch import Tensor, nn
+
+
+class QwenImageTransformer(QwenImageTransformer2DModel):  # type: ignore[misc]
+    """QwenImageTransformer2DModel whose attribute `zero_cond_t` may change between calls.
+
+    Its blocks take it from their arguments, as they may run again in the backward pass.
+    """
+
+    # diffusers reads names of settings from the signature.
+    @functools.wraps(QwenImageTransformer2DModel.__init__)  # type: ignore[misc]
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        config = self.config
+        sizes = (self.inner_dim, config.num_attention_heads, config.attention_head_dim)
+        self.transformer_blocks = nn.ModuleList(_QwenBlock(*sizes) for _ in range(config.num_layers))
+
+
+class _QwenBlock(QwenImageTransformerBlock):  # type: ignore[misc]
+    def forward(self, *, modulate_index: Tensor | None = None, **given: Any) -> tuple[Tensor, Tensor]:
+        self.zero_cond_t = modulate_index is not None
+        states: tuple[Tensor, Tensor] = super().forward(**given, modulate_index=modulate_index)
+        return states
+
+
+class Modulation(NamedTuple):
+    """Of the tokens before the last `controls`, and of these, each (batch, 1, 6 · width)."""
+
+    before: Tensor
+    after: Tensor
+    controls: int
+
+
+class Krea2Transformer(Krea2Transformer2DModel):  # type: ignore[misc]
+    """Krea2Transformer2DModel, whose last `clean_tokens` of `hidden_states` may be modulated at time 0."""
+
+    @functools.wraps(Krea2Transformer2DModel.__init__)  # type: ignore[misc]
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        config, width = self.config, self.hidden_size
+        sizes = (width, config.intermediate_size, config.num_attention_heads, config.num_key_value_heads)
+        self.transformer_blocks = nn.ModuleList(_Krea2Block(*sizes, config.norm_eps) for _ in range(config.num_layers))
+
+    def forward(
+        self, hidden_states: Tensor, *, timestep: Tensor, clean_tokens: int = 0, **given: Any
+    ) -> tuple[Tensor, ...]:
+        if not clean_tokens:
+            return super().forward(hidden_states, timestep=timestep, **given)  # type: ignore[no-any-return]
+        dtype, mask, text = hidden_states.dtype, given["encoder_attention_mask"], given["encoder_hidden_states"]
+        times = [self.time_embed(one, dtype=dtype) for one in (timestep, torch.zeros_like(timestep))]
+        before, after = (self.time_mod_proj(F.gelu(one, approximate="tanh")) for one in times)
+        modulation = Modulation(before, after, clean_tokens)
+        whole = None
+        if mask is not None:
+            whole = torch.cat((mask, mask.new_ones(hidden_states.shape[:2])), dim=1)[:, None, None]
+            mask = mask[:, None, None]
+        states = self.txt_in(self.text_fusion(text, attention_mask=mask))
+        states = torch.cat((states, self.img_in(hidden_states)), dim=1)
+        rotary = self.rotary_emb(given["position_ids"])
+        for block in self.transformer_blocks:
+            states = block(states, modulation, rotary, whole)
+        return (self.final_layer(states[:, text.shape[1] :], times[0]),)
+
+
+class _Krea2Block(Krea2TransformerBlock):  # type: ignore[misc]
+    def forward(
+        self, hidden_states: Tensor, temb: Tensor | Modulation, image_rotary_emb: Any, attention_mask: Tensor | None
+    ) -> Tensor:
+        if isinstance(temb, Tensor):
+            return super().forward(hidden_states, temb, image_rotary_emb, attention_mask)  # type: ignore[no-any-return]
+        counts = (hidden_states.shape[1] - temb.controls, temb.controls)
+        tables = [one.unflatten(-1, (6, -1)) + self.scale_shift_table for one in temb[:2]]
+        scale, shift, gate, late_scale, late_shift, late_gate = zip(*(one.unbind(-2) for one in tables), strict=True)
+
+        def modulated(states: Tensor, scales: tuple[Tensor, ...], shifts: tuple[Tensor, ...]) -> Tensor:
+            parts = zip(states.split(counts, dim=1), scales, shifts, strict=True)
+            return torch.cat([(1.0 + by) * part + more for part, by, more in parts], dim=1)
+
+        def gated(states: Tensor, gates: tuple[Tensor, ...]) -> Tensor:
+            return torch.cat([by * part for part, by in zip(states.split(counts, dim=1), gates, strict=True)], dim=1)
+
+        mixed = self.attn(
+            modulated(self.norm1(hidden_states), scale, shift),
+            attention_mask=attention_mask,
+            image_rotary_emb=image_rotary_emb,
+        )
+        hidden_states = hidden_states + gated(mixed, gate)
+        late = self.ff(modulated(self.norm2(hidden_states), late_scale, late_shift))
+        return hidden_states + gated(late, late_gate)

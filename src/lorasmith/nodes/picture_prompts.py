@@ -1,0 +1,112 @@
+"""Nodes that encode prompts whose text encoder sees the pictures of an edit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from lorasmith.core.errors import ModelError
+from lorasmith.families.base import Conditioning, ControlForm, Sight
+from lorasmith.families.model import Autoencoder, TextEncoder
+from lorasmith.families.parts.language_models import sight_of
+from lorasmith.nodes.conditioning import check_encoder
+from lorasmith.nodes.images import resized
+from lorasmith.nodes.values import pixels_from_image
+from lorasmith.workflow import NodeContext, node, socket
+
+_PICTURE = "To edit or refer to."
+_REFERENCES = ControlForm(multiple=32, is_enlarged=True)
+
+
+@node("TextEncodeQwenImageEdit", "TextEncodeQwenImageEdit", "model/conditioning/qwen image", outputs=["CONDITIONING"])
+def text_encode_qwen_image_edit(
+    context: NodeContext,
+    *,
+    clip: TextEncoder = socket("CLIP"),
+    prompt: str = socket("STRING", multiline=True),
+    vae: Autoencoder | None = socket("VAE", optional=True, tooltip="Without it, text alone sees the picture."),
+    image: Tensor | None = socket("IMAGE", optional=True, tooltip=_PICTURE),
+) -> tuple[list[Conditioning]]:
+    """Encode an instruction for Qwen-Image-Edit of August 2025 with the picture to edit."""
+    if image is None:
+        with clip.active():
+            return ([clip.encode(prompt)],)
+    sight = sight_of(pixels=1024**2, multiple=_own_sight(clip).multiple, is_numbered=False)
+    return ([_seen(context, clip, vae, prompt, {1: image}, sight)],)
+
+
+@node(
+    "TextEncodeQwenImageEditPlus",
+    "TextEncodeQwenImageEditPlus",
+    "model/conditioning/qwen image",
+    outputs=["CONDITIONING"],
+)
+def text_encode_qwen_image_edit_plus(
+    context: NodeContext,
+    *,
+    clip: TextEncoder = socket("CLIP"),
+    prompt: str = socket("STRING", multiline=True),
+    vae: Autoencoder | None = socket("VAE", optional=True, tooltip="Without it, text alone sees the pictures."),
+    image1: Tensor | None = socket("IMAGE", optional=True, tooltip=_PICTURE),
+    image2: Tensor | None = socket("IMAGE", optional=True, tooltip=_PICTURE),
+    image3: Tensor | None = socket("IMAGE", optional=True, tooltip=_PICTURE),
+) -> tuple[list[Conditioning]]:
+    """Encode an instruction for Qwen-Image-Edit 2509, 2511 or Krea 2 with pictures to edit or refer to."""
+    images = {number: one for number, one in enumerate((image1, image2, image3), start=1) if one is not None}
+    return ([_seen(context, clip, vae, prompt, images, _numbered(clip))],)
+
+
+def sees_pictures(clip: TextEncoder) -> bool:
+    """Whether an encoder of this family sees the pictures of an edit."""
+    return any(form.sight is not None for form in clip.family.controls)
+
+
+def prompt_with(context: NodeContext, clip: TextEncoder, prompt: str, pictures: Sequence[Tensor]) -> Conditioning:
+    """The conditioning of TextEncodeQwenImageEditPlus without a VAE."""
+    return _seen(context, clip, None, prompt, dict(enumerate(pictures, start=1)), _numbered(clip))
+
+
+def _numbered(clip: TextEncoder) -> Sight:
+    return sight_of(pixels=384**2, multiple=_own_sight(clip).multiple)
+
+
+def _own_sight(clip: TextEncoder) -> Sight:
+    """How the encoder's family sees pictures. Raises ModelError if it does not."""
+    check_encoder(clip)
+    found = next((form.sight for form in clip.family.controls if form.sight is not None), None)
+    if found is None:
+        raise ModelError(
+            f"this node is for models whose text encoder sees pictures, but {clip.title} encodes for "
+            f"{clip.family.title}; use CLIP Text Encode (Prompt) and Set Reference Latent"
+        )
+    return found
+
+
+def _seen(
+    context: NodeContext,
+    clip: TextEncoder,
+    vae: Autoencoder | None,
+    prompt: str,
+    images: dict[int, Tensor],
+    sight: Sight,
+) -> Conditioning:
+    """The conditioning of a prompt with the first picture of each batch, by the pictures' numbers."""
+    if any(len(image) > 1 for image in images.values()):
+        context.warn("a prompt has one picture of each input, so the first of a batch is used; use a list for several")
+    pictures = [image[:1, ..., :3].movedim(-1, 1) for image in images.values()]
+    with clip.active(sees=bool(pictures)):
+        seen = [_scaled(one, sight.size(one.shape[-1], one.shape[-2])) * 2 - 1 for one in pictures]
+        encoded = replace(clip.encode(sight.prompt(prompt, [*images]), seen), text=prompt)
+    if vae is None or not pictures:
+        return encoded
+    fitted = (_scaled(one, _REFERENCES.size(one.shape[-1], one.shape[-2])) for one in pictures)
+    with vae.active():
+        return encoded.with_controls(
+            [vae.encode(pixels_from_image(context, one.movedim(1, -1), vae)) for one in fitted]
+        )
+
+
+def _scaled(picture: Tensor, size: tuple[int, int]) -> Tensor:
+    return resized(picture, *size, method="area", crop=False)
