@@ -203,7 +203,7 @@ class Sample:
         if self.variants is None:
             return self.size
         picture = self.variants.picture(seed, draw)
-        return replace(self, latents=picture.latents, conditioning=Conditioning(picture.beside), places=None).size
+        return sum(one.numel() for one in (picture.latents, *Conditioning(picture.beside).controls))
 
     def sizes(self) -> Iterator[Sample]:
         """The sample with each of its pictures, all with the plain caption."""
