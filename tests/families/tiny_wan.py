@@ -6,14 +6,16 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
+from original_models import save
 from sentencepiece import SentencePieceProcessor
 from spiece_models import spiece_model
-from tiny_parts import TinyFamily, t5_names, wan_names
+from tiny_parts import TinyFamily, randomized, t5_names, wan_names
 from torch import Tensor, nn
 
 from lorasmith.families.base import AutoencoderSlot
@@ -159,6 +161,47 @@ WAN_I2V = replace(
     call=_with_nothing_known,
     left_out={"pictures": _DRAWS_CLIPS},
 )
+
+WAN21_I2V = replace(
+    WAN_I2V,
+    file="wan2.1_i2v_480p_14B_fp16.safetensors",
+    sizes={**WAN_I2V.sizes, "image_dim": 80, "added_kv_proj_dim": 128},
+)
+
+WAN21_FLF2V = replace(
+    WAN21_I2V,
+    file="wan2.1_flf2v_720p_14B_fp16.safetensors",
+    sizes={**WAN21_I2V.sizes, "pos_embed_seq_len": 514},
+)
+
+
+@cache
+def clip_vision() -> nn.Module:
+    """An image encoder of three layers, in whose patches and positions ViT-H's sizes are."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    return randomized(CLIPVisionModel(CLIPVisionConfig(**CLIP_VISION_SIZES)))
+
+
+CLIP_VISION_SIZES = {
+    "hidden_size": 80,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 1,
+    "image_size": 224,
+    "patch_size": 14,
+    "hidden_act": "gelu",
+    "projection_dim": 16,
+}
+
+
+def save_clip_vision(folder: Path) -> Path:
+    """The image encoder as released files have it."""
+    path = folder / "models" / "clip_vision" / "clip_vision_h.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {f"vision_model.{name}": one.contiguous() for name, one in clip_vision().state_dict().items()}
+    return save(path, {**tensors, "visual_projection.weight": torch.zeros(16, 80)})
+
 
 WAN_5B = TinyFamily(
     "wan22-5b",

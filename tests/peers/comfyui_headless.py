@@ -89,7 +89,7 @@ def denoise(
         guidance: (batch,), Flux alone.
         time_ids: (batch, 6) sizes and crop, Stable Diffusion XL alone.
         t5xxl_ids, t5xxl_weights: (batch, T5 tokens), Anima alone.
-        known: (batch, channels, height, width) beside x, Flux.1 Fill alone.
+        known: (batch, channels, [frames,] height, width) beside x, Flux.1 Fill and Wan's image to video alone.
     """
     import torch
     from comfy.ldm.modules.diffusionmodules.openaimodel import Timestep

@@ -226,7 +226,7 @@ def _predictions(patcher: Any, ours: Model, encoded: dict[str, Tensor], lora: Pa
     if ours.components.latent.time_downscale:
         predicted = _prediction(patcher.model, family_cases.noisy(ours, family_cases.FRAMES), encoded)
         clip["clip"] = family_cases.numbers("clip", predicted)
-    if ours.family.controls:
+    if any(form.source == "files" for form in ours.family.controls):
         clip["controls"] = {
             which: family_cases.numbers(
                 which, _prediction(patcher.model, x, encoded, method, family_cases.controls(ours, which))

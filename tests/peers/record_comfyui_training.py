@@ -40,9 +40,9 @@ How ComfyUI 0.33 computes them
       size. The bare denoiser gets `time_ids`.
     - Flux: x = sigma·noise + (1 − sigma)·latent; the network sees x and sigma, and answers v with the prediction
       x − sigma·v. `guidance` is passed as it is (3.5), `pooled` as y.
-    - Kontext and klein with controls: these are `reference_latents` of the conditioning. ComfyUI 0.33 cannot train
-      with them, as `process_cond_list` iterates over a tensor in a list, and over its elements, which raises; here it
-      returns tensors as they are.
+    - Models with controls: these are `reference_latents` of the conditioning, for Krea 2 with a method. ComfyUI 0.33
+      cannot train with them, as `process_cond_list` iterates over a tensor in a list, and over its elements, which
+      raises; here it returns tensors as they are.
     - Z-Image, Flux.2 klein, Krea 2, Qwen-Image and Chroma: as Flux, without guidance and pooled; sigma is
       3/(3 + 1/(1 − u) − 1) for Z-Image, and with exponents 2.02 (klein) and 1.15 for the others. klein's text is
       filled up to 512 tokens with zeros from the left.
@@ -53,7 +53,8 @@ How ComfyUI 0.33 computes them
     - Lumina 2: as Z-Image, with 6 in place of 3; the network takes 1 − sigma for its time itself.
     - Stable Diffusion 3.5: as Flux, with pooled and without guidance; sigma is 3/(3 + 1/(1 − u) − 1), and the network's
       time 1000·sigma.
-    - Wan and Wan 2.2 5B: as Stable Diffusion 3.5 with 8 in place of 3, and without pooled.
+    - Wan (image to video too, with known frames) and Wan 2.2 5B: as Stable Diffusion 3.5 with 8 in place of 3, and
+      without pooled.
     - The loss is the mean over all elements of (prediction − latent)², in fp32: MSE on the clean sample.
     - Sigma of a step: u uniform in [0, 1), sigma = table at 999·(1 − u), log-linear between entries (Stable
       Diffusion), or e^1.15/(e^1.15 + 1/(1 − u) − 1) (Flux). Noise and then u come from the global generator, seeded
@@ -114,7 +115,7 @@ def main() -> None:
         forward["output"] = comfyui_headless.denoise(patcher.model.diffusion_model, **forward)
         tensors = inputs | {f"forward.{key}": value for key, value in forward.items()}
         fresh, random = (
-            _train(patcher, inputs, start=start, learning_rate=rate, seed=NOISE_SEED)
+            _train(patcher, inputs, start=start, learning_rate=rate, seed=NOISE_SEED, method=trained.method)
             for start, rate in ((models.fresh_start, LEARNING_RATE), (models.random_start, 0.0))
         )
     for run in (fresh, random):
@@ -163,7 +164,13 @@ class _Run:
 
 
 def _train(
-    patcher: Any, inputs: dict[str, Tensor], *, start: Callable[..., Tensor], learning_rate: float, seed: int
+    patcher: Any,
+    inputs: dict[str, Tensor],
+    *,
+    start: Callable[..., Tensor],
+    learning_rate: float,
+    seed: int,
+    method: str,
 ) -> _Run:
     """One run of the node; `start` overwrites the values it begins with."""
     from comfy_extras import nodes_train
@@ -177,7 +184,8 @@ def _train(
             | ({"guidance": inputs["guidance"][i].item()} if "guidance" in inputs else {})
             | {key: inputs[key][i].clone() for key in ("t5xxl_ids", "t5xxl_weights") if key in inputs}
             | {key: inputs[key][i : i + 1].clone() for key in CONCAT if key in inputs}
-            | ({"reference_latents": [inputs[key][i : i + 1].clone() for key in controls]} if controls else {}),
+            | ({"reference_latents": [inputs[key][i : i + 1].clone() for key in controls]} if controls else {})
+            | ({"reference_latents_method": method} if method else {}),
         ]
         for i in range(len(inputs["latents"]))
     ]

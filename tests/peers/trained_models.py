@@ -35,7 +35,9 @@ class Trained:
         unreached: patterns of modules that have no gradient, because their output is not part of a prediction.
         padded: number of tokens to which ComfyUI fills the text with zeros from the left when it samples or trains.
         controls: height and width of the latents of each control in training.
-        fills: whether it is given a picture outside of a mask.
+        method: of the controls, where ComfyUI needs one.
+        fills: channels beside the noisy latents, of a picture outside of a mask or the known frames of a clip; 0 for
+            none.
     """
 
     tensors: Callable[[], dict[str, Tensor]]
@@ -50,7 +52,8 @@ class Trained:
     unreached: tuple[str, ...] = ()
     padded: int = 0
     controls: tuple[tuple[int, int], ...] = ()
-    fills: bool = False
+    method: str = ""
+    fills: int = 0
 
     def training_set(self, seed: int) -> dict[str, Tensor]:
         """Two pictures, taller than wide so that a swapped axis shows, and their captions."""
@@ -59,7 +62,8 @@ class Trained:
             name = f"control_{index}"
             inputs[name] = models.seeded(name, (2, *self.channels, *size), seed=seed)
         if self.fills:
-            masks = models.seeded("mask", (2, 1, *(8 * side for side in self.size)), seed=seed)
+            of_pixels, of_frames = (1, *(8 * side for side in self.size)), (4, *self.channels[1:], *self.size)
+            masks = models.seeded("mask", (2, *(of_frames if self.channels[1:] else of_pixels)), seed=seed)
             image = models.seeded("concat_latent_image", tuple(inputs["latents"].shape), seed=seed)
             inputs |= {"concat_latent_image": image, "concat_mask": (masks > 0.3).float()}
         return inputs
@@ -69,7 +73,8 @@ class Trained:
         inputs = self._inputs("forward.", self.size[::-1], "x", seed) | {"timestep": torch.tensor(self.times)}
         inputs |= {"time_ids": torch.tensor(self.sizes)} if self.sizes else {}
         if self.fills:
-            inputs["known"] = models.seeded("forward.known", (2, 80, *self.size[::-1]), seed=seed)
+            known = (2, self.fills, *self.channels[1:], *self.size[::-1])
+            inputs["known"] = models.seeded("forward.known", known, seed=seed)
         return inputs | ({"guidance": torch.tensor([GUIDANCE, 1.0])} if self.guidance else {})
 
     def seen(self, context: Tensor) -> Tensor:
@@ -97,7 +102,13 @@ def _fill() -> dict[str, Tensor]:
     return tiny.original(tiny.denoiser(in_channels=384, out_channels=64))
 
 
+def _qwen_2511() -> dict[str, Tensor]:
+    return {**TINY["qwen-image"].denoiser_tensors(), "__index_timestep_zero__": torch.zeros(0)}
+
+
 _KLEIN = Trained(TINY["flux2-klein"].denoiser_tensors, (128,), 96, size=(8, 4), padded=512)
+_KREA2 = Trained(TINY["krea2"].denoiser_tensors, (16, 1), 12 * 32)
+_QWEN = Trained(TINY["qwen-image"].denoiser_tensors, (16, 1), 32, unreached=TINY["qwen-image"].unreached)
 _KONTEXT = Trained(TINY["flux1"].denoiser_tensors, (16,), 32, pooled=64, guidance=True)
 
 TRAINED: Mapping[str, Trained] = {
@@ -121,10 +132,11 @@ TRAINED: Mapping[str, Trained] = {
     "flux2-klein": _KLEIN,
     "flux2-klein-1-control": replace(_KLEIN, controls=((8, 4),)),
     "flux2-klein-2-controls": replace(_KLEIN, controls=((6, 2), (2, 5))),
-    "flux-fill": replace(_KONTEXT, tensors=_fill, fills=True),
+    "flux-fill": replace(_KONTEXT, tensors=_fill, fills=80),
     "kontext-1-control": replace(_KONTEXT, controls=((16, 8),)),
     "kontext-2-controls": replace(_KONTEXT, controls=((12, 4), (6, 10))),
-    "krea2": Trained(TINY["krea2"].denoiser_tensors, (16, 1), 12 * 32),
+    "krea2": _KREA2,
+    "krea2-2-controls": replace(_KREA2, controls=((8, 4), (4, 12)), method="index_timestep_zero"),
     "ernie-image": Trained(
         TINY["ernie-image"].denoiser_tensors, (128,), tiny_ernie_image.WIDTH, times=(900.0, 200.0), size=(8, 4)
     ),
@@ -132,7 +144,10 @@ TRAINED: Mapping[str, Trained] = {
     "lumina2": Trained(TINY["lumina2"].denoiser_tensors, (16,), 32),
     "sd3": Trained(TINY["sd3"].denoiser_tensors, (16,), 64, pooled=64, times=(900.0, 200.0)),
     "chroma": Trained(TINY["chroma"].denoiser_tensors, (16,), 32),
-    "qwen-image": Trained(TINY["qwen-image"].denoiser_tensors, (16, 1), 32, unreached=TINY["qwen-image"].unreached),
+    "qwen-image": _QWEN,
+    "qwen-edit-2509-1-control": replace(_QWEN, controls=((16, 8),)),
+    "qwen-edit-2511-2-controls": replace(_QWEN, tensors=_qwen_2511, controls=((8, 4), (4, 12))),
     "wan": Trained(TINY["wan"].denoiser_tensors, (16, 2), 32, times=(900.0, 200.0)),  # clips of five frames
+    "wan-i2v": Trained(TINY["wan-i2v"].denoiser_tensors, (16, 2), 32, times=(900.0, 200.0), fills=20),
     "wan22-5b": Trained(TINY["wan22-5b"].denoiser_tensors, (48, 2), 32, times=(900.0, 200.0), size=(8, 4)),
 }

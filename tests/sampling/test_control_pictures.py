@@ -16,7 +16,7 @@ import lorasmith
 from lorasmith.core.errors import OptionError
 from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Denoiser, Model
-from lorasmith.sampling.generate import encoded_controls, generate
+from lorasmith.sampling.generate import Sampling, encoded_controls, generate
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ def test_both_sides_of_guidance_have_the_controls(klein: Model, monkeypatch: pyt
 
 
 def test_controls_are_encoded_in_sizes_of_the_model(klein: Model, dev: Model) -> None:
-    (one,) = encoded_controls(klein, [picture(0, 64, 32)])
+    (one,) = encoded_controls(klein, [picture(0, 64, 32)], Sampling()).values()
     pixels = torch.from_numpy(np.array(picture(0, 64, 32))).permute(2, 0, 1)[None].float() / 127.5 - 1
     assert torch.equal(one, klein.components.latent.to_model(klein.autoencoder.encode(pixels)))
 

@@ -177,7 +177,8 @@ def train_and_report(planned: FolderPlan, host: TerminalHost) -> None:
     def show_result() -> None:
         report_result(result, rights_needed(planned.spec, result.folder))
         if result.path is not None:
-            files, prompt = planned.spec.files, planned.summary.prompt
+            files, prompt, base = planned.spec.files, planned.summary.prompt, planned.denoiser.base
+            draws_clips = base.control_source in ("first frame", "first and last frame")
             command = generate_command(
                 files.model,
                 result.path,
@@ -185,7 +186,8 @@ def train_and_report(planned: FolderPlan, host: TerminalHost) -> None:
                 text_encoders=files.text_encoders,
                 vae=files.vae,
                 edit=files.edit,
-                controls=planned.summary.controls,
+                controls=["start.png"] if draws_clips else planned.summary.controls,
+                frames=base.defaults.frames if draws_clips else 1,
             )
             echo()
             echo("To use it:")

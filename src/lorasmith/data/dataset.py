@@ -295,20 +295,21 @@ class EncodedDataset:
 def places_of(samples: Sequence[Sample]) -> Tensor | None:
     """The `places` of samples of equal size as (batch, 1, [frames,] height, width); None if none has any.
 
-    A first frame that is given has weight 0, and the others as much more.
+    First frames that are given have weight 0, and the others as much more.
     """
-    is_given = [FIRST_FRAME in sample.conditioning.tensors for sample in samples]
-    if not any(is_given) and all(sample.places is None for sample in samples):
+    given = [sample.conditioning.tensors.get(FIRST_FRAME) for sample in samples]
+    if all(one is None for one in given) and all(sample.places is None for sample in samples):
         return None
     frames = samples[0].latents.shape[1:-2]
     shape = (*(1,) * (1 + len(frames)), *samples[0].latents.shape[-2:])
     weights = [torch.ones(shape) if one.places is None else one.places.reshape(shape) for one in samples]
-    if any(is_given):
-        others = frames.numel() - 1
-        after = torch.tensor([0.0, *[1 + 1 / max(1, others)] * others]).reshape(1, -1, 1, 1)
-        weights = [
-            one * (after if given else torch.ones_like(after)) for one, given in zip(weights, is_given, strict=True)
-        ]
+    for index, clean in enumerate(given):
+        if clean is not None:
+            count, first = frames.numel(), clean.shape[2]
+            after = torch.tensor([0.0] * first + [count / max(1, count - first)] * (count - first))
+            weights[index] = weights[index] * after.reshape(1, -1, 1, 1)
+        elif any(one is not None for one in given):
+            weights[index] = weights[index].expand(1, *frames, -1, -1)
     return torch.stack(weights)
 
 

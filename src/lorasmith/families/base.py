@@ -41,7 +41,7 @@ __all__ = [
 
 _CONTROL = "control_"
 FIRST_FRAME = "first_frame"
-"""Name of the tensor of a conditioning that is the first frame of a clip's latents."""
+"""Name of the tensor of a conditioning that is the first of a clip's latents, or the first few."""
 
 CLIP_VISION = "clip_vision"
 """Name of the tensor of a conditioning that is made by an image encoder."""
@@ -718,8 +718,9 @@ class Family(ABC):
 
         Args:
             denoiser: the network.
-            latents: (batch, channels, height, width) of the picture without what is to be painted, scaled.
-            mask: (batch or 1, 1, height, width) in pixels, 1 where it is to be painted.
+            latents: (batch, channels, [frames,] height, width) of the picture without what is to be painted, scaled.
+            mask: (batch or 1, 1, height, width) in pixels, 1 where it is to be painted; for clips (batch or 1, 4 or 1,
+                frames, height, width) of the latents.
         """
         return None
 
@@ -766,8 +767,12 @@ class Family(ABC):
         kinds = " and ".join(slot.kind for slot in self.text_encoders.values())
         return f"{kinds}, loaded with type {self.clip_types[0]}" if self.clip_types else kinds
 
-    def check_parts(self, components: Components, *, text: bool = False, images: bool = False) -> None:
-        """Raises ModelError, which names the file to get, if a part for text, or for images, is missing."""
+    def check_parts(
+        self, components: Components, *, text: bool = False, images: bool = False, beside: bool = False
+    ) -> None:
+        """Raises ModelError, which names the file to get, if a part for text, for images, or for what `beside` makes of
+        these, is missing.
+        """
         if text:
             self.check_encoders(components.encoders)
         if images and components.vae is None:
@@ -775,7 +780,7 @@ class Family(ABC):
                 f"{self.title} needs an autoencoder for pictures, which this model came without; load a full "
                 f"checkpoint, or give it as well (its file is usually called {self.autoencoder.usual_file})"
             )
-        slot = self.encoder_slots(components.denoiser).get(IMAGE_ENCODER) if images else None
+        slot = self.encoder_slots(components.denoiser).get(IMAGE_ENCODER) if beside else None
         if slot is not None and components.image_encoder is None:
             raise ModelError(
                 f"{self.title} needs the image encoder {slot.kind}, which this model came without; give it like a text "

@@ -24,6 +24,7 @@ from lorasmith.core.placement import best_device, device_of, dtype_name, fast_dt
 from lorasmith.core.printable import count_text, printable
 from lorasmith.families.base import (
     AT_ZERO,
+    CLIP_VISION,
     CONTROL_METHODS,
     NO_EDIT,
     Components,
@@ -170,7 +171,8 @@ class Model:
 
     @contextlib.contextmanager
     def encodes_pictures(self, device: torch.device | None = None) -> Iterator[None]:
-        """What pictures are encoded with is on `device` (the best one if None) inside."""
+        """What pictures are encoded with is on `device` (the best one if None) inside. ModelError if it is missing."""
+        self.family.check_parts(self.components, beside=True)
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.autoencoder.active(device))
             if (module := self.components.image_encoder) is not None:
@@ -271,13 +273,16 @@ class Denoiser:
                         f"({family.title}), got {name}; choose one of these"
                     )
             for name, needed in family.conditioning_shapes(self.module).items():
-                first = 2 if name == "context" else 1  # the number of tokens is free, as the batch is
+                first = 2 if name in ("context", CLIP_VISION) else 1  # the number of tokens is free, as the batch is
                 tensor = conditioning.tensors.get(name)
                 if tensor is None or tensor.shape[first:] != needed[first:]:
+                    source = f"encode prompts with its own text encoders ({family.encoders_text})"
+                    if name == CLIP_VISION:
+                        source = "encode the first frame with its image encoder, usually clip_vision_h.safetensors"
                     raise DataError(
                         f"the {name} of a conditioning for {self.base.title} ({family.title}) must have width "
                         f"{_width(needed[first:])}, got {'none' if tensor is None else _width(tensor.shape[first:])}; "
-                        f"encode prompts with its own text encoders ({family.encoders_text})"
+                        f"{source}"
                     )
 
     def active(self) -> contextlib.AbstractContextManager[None]:

@@ -15,7 +15,7 @@ from torch import nn
 from lorasmith.core.errors import ModelError
 from lorasmith.core.extras import model_packages
 from lorasmith.core.folders import pipeline_index
-from lorasmith.families.base import FAMILIES, EncoderSlot, Family, TextEncoders
+from lorasmith.families.base import FAMILIES, IMAGE_ENCODER, EncoderSlot, Family, TextEncoders, encoder_title
 from lorasmith.families.files.checkpoint import (
     CheckpointShapes,
     OriginalCheckpoint,
@@ -71,6 +71,16 @@ def encoded_family(places: Sequence[Path], clip_type: str) -> Family:
             f"{names} must hold the text encoders of one model, but is {held}; choose the files that belong together"
         )
     return fitting[0]
+
+
+@model_packages("an image encoder")
+def load_image_encoder(path: Path) -> nn.Module:
+    """An image encoder without a denoiser, from a file of its own."""
+    quieten()
+    for kind, part in ((recognised_encoder(part.shapes), part) for part in _parts(path, (IMAGE_ENCODER,), ())):
+        if kind is not None and kind.title == encoder_title(IMAGE_ENCODER):
+            return kind.build(part.source({}))
+    raise ModelError(f"{path} must hold an image encoder, but is {title_of(path)}; choose clip_vision_h.safetensors")
 
 
 @model_packages("an autoencoder")

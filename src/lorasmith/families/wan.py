@@ -304,13 +304,17 @@ class Wan(Family):
         if self._is_5b:
             return {FIRST_FRAME: encode(pixels[:, :, :1])}
         places = [0] if form.source == "first frame" else [0, -1]
-        clip, is_known = torch.zeros_like(pixels), torch.zeros(pixels.shape[2])
-        clip[:, :, places], is_known[places] = pixels[:, :, places], 1.0
-        tensors = {"known": known_frames(encode(clip), is_known)}
+        clip, is_grey = torch.zeros_like(pixels), torch.ones(pixels.shape[2])
+        clip[:, :, places], is_grey[places] = pixels[:, :, places], 0.0
+        by_latent = torch.cat((is_grey[:1].repeat(_MASK - 1), is_grey)).reshape(1, -1, _MASK).transpose(1, 2)
+        tensors = {"known": _known(encode(clip), by_latent[..., None, None])}
         if components.image_encoder is not None and CLIP_VISION in self.conditioning_shapes(components.denoiser):
             states = [picture_states(components.image_encoder, pixels[:, :, place]) for place in places]
             tensors[CLIP_VISION] = torch.cat(states, dim=1)
         return tensors
+
+    def known(self, denoiser: nn.Module, latents: Tensor, mask: Tensor) -> Tensor | None:
+        return _known(latents, mask) if self._has_known_frames else None
 
     def predict(self, denoiser: nn.Module, latents: Tensor, time: Tensor, conditioning: Conditioning) -> Tensor:
         check_even(latents, self.title, pixels=2 * self._downscale)
@@ -331,10 +335,10 @@ class Wan(Family):
                 inputs["encoder_hidden_states"], mask = _of_rows(context, _TOKENS), None
         clean = given.get(FIRST_FRAME) if self._is_5b else None
         if clean is not None:
-            _check_place(FIRST_FRAME, clean, latents[:, :, :1])
-            inputs["hidden_states"] = torch.cat((clean, latents[:, :, 1:]), dim=2)
-            tokens = latents[0, 0].numel() // _PATCH
-            times = time[:, None].repeat(1, tokens)
+            count = clean.shape[2]
+            _check_place(FIRST_FRAME, clean, latents[:, :, :count])
+            inputs["hidden_states"] = torch.cat((clean, latents[:, :, count:]), dim=2)
+            times = time[:, None].repeat(1, latents[0, 0].numel() // _PATCH)
             times[:, : clean[0, 0].numel() // _PATCH] = 0
             inputs["timestep"] = times
         if mask is None:
@@ -351,8 +355,8 @@ class Wan(Family):
             return prediction
         # What leads from any noise to the given frame.
         sigma = (time / _TIME_SCALE).clamp(min=_LEAST_SIGMA).view(-1, 1, 1, 1, 1)
-        away = ((latents[:, :, :1].float() - clean.float()) / sigma).to(prediction.dtype)
-        return torch.cat((away, prediction[:, :, 1:]), dim=2)
+        away = ((latents[:, :, :count].float() - clean.float()) / sigma).to(prediction.dtype)
+        return torch.cat((away, prediction[:, :, count:]), dim=2)
 
     def _picture_states(self, denoiser: nn.Module, given: Mapping[str, Tensor]) -> Tensor:
         """States of one picture, or of two as diffusers takes them, one after the other in the batch."""
@@ -367,15 +371,14 @@ class Wan(Family):
         return states if positions is None else states.reshape(-1, positions // 2, states.shape[-1])
 
 
-def known_frames(latents: Tensor, is_known: Tensor) -> Tensor:
-    """The channels beside the noisy latents, (batch, 20, frames, height, width).
+def _known(latents: Tensor, mask: Tensor) -> Tensor:
+    """The channels beside the noisy latents, (batch, 4 + 16, frames, height, width).
 
-    latents: (batch, 16, frames, height, width), scaled, of a clip that is grey but for the known frames; is_known:
-    (frames of the clip,), 1 for those.
+    latents: (batch, 16, frames, height, width) of a clip that is grey but for its known frames; mask: (batch or 1, 4 or
+    1, frames, height or 1, width or 1), 1 where it is grey.
     """
-    by_latent = torch.cat((is_known[:1].repeat(_MASK - 1), is_known)).reshape(-1, _MASK).T
-    mask = by_latent.to(latents).reshape(1, _MASK, -1, 1, 1).expand(len(latents), -1, -1, *latents.shape[-2:])
-    return torch.cat((mask, latents), dim=1)
+    is_known = (1 - mask.to(latents)).expand(len(latents), _MASK, *latents.shape[2:])
+    return torch.cat((is_known, latents), dim=1)
 
 
 def _config(denoiser: Any) -> Any:

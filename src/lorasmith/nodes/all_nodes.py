@@ -8,16 +8,8 @@ from lorasmith.core.registry import Registry
 from lorasmith.workflow import NODES, Node
 
 _MODULES = (
-    "conditioning",
-    "images",
-    "latents",
-    "loaders",
-    "outputs",
-    "datasets",
-    "picture_prompts",
-    "sampling",
-    "strings",
-    "training",
+    *("conditioning", "images", "latents", "loaders", "image_to_video", "picture_prompts"),
+    *("outputs", "datasets", "sampling", "strings", "training"),
 )
 
 

@@ -20,7 +20,7 @@ from lorasmith.core.registry import Registry, nearest
 from lorasmith.diffusion.schedule import EXPONENTIAL_STEPS, DiscreteSchedule, FlowSchedule, ResolutionShift
 from lorasmith.families.base import Conditioning, Diffusion, LatentFormat
 from lorasmith.families.model import Denoiser
-from lorasmith.nodes.values import Latent, check_latents, for_model, latent_of, with_frames
+from lorasmith.nodes.values import Latent, check_latents, first_frames, for_model, latent_of, with_frames
 from lorasmith.sampling.sample import SamplingCancelledError, prepare_noise, sample_latents
 from lorasmith.sampling.samplers import SAMPLERS, SIGMA_SCHEDULES, flux2_sigmas, sigmas_for
 from lorasmith.workflow import NodeContext, Output, node, socket
@@ -113,7 +113,7 @@ def sampled(
     form = model.base.components.latent
     guider.check()
     start = _fitted(context, latent, form)
-    mask = latent.get("noise_mask")
+    mask, given = latent.get("noise_mask"), first_frames(latent, model.base)
     if len(sigmas) < 2:
         return latent_of(start, mask=mask), latent_of(start, mask=mask)
     device = best_device()
@@ -132,8 +132,8 @@ def sampled(
                 model.predict,
                 schedule=model.diffusion.schedule,
                 parameterization=model.diffusion.parameterization,
-                positive=[for_model(one, model.base, start) for one in guider.positive],
-                negative=[for_model(one, model.base, start) for one in guider.negative],
+                positive=[for_model(one, model.base, start, given) for one in guider.positive],
+                negative=[for_model(one, model.base, start, given) for one in guider.negative],
                 latents=(form.to_model(start) if start.count_nonzero() else start).to(device),
                 noise=noise.of_shape(start.shape),
                 sigmas=sigmas,
@@ -141,7 +141,7 @@ def sampled(
                 cfg=guider.cfg,
                 seed=noise.seed,
                 dtype=dtype,
-                mask=_mask_of(start, mask),
+                mask=_mask_of(start, mask) if given is None else None,
                 callback=keep,
                 cancelled=context.cancelled,
             )
@@ -155,9 +155,12 @@ def _mask_of(samples: Tensor, noise_mask: Tensor | None) -> Tensor | None:
     """A LATENT's mask for its latents, (batch, 1, [frames,] height, width); shorter batches are repeated."""
     if noise_mask is None:
         return None
-    mask = functional.interpolate(noise_mask, size=samples.shape[-2:], mode="bilinear")
-    mask = mask.repeat(-(-len(samples) // len(mask)), 1, 1, 1)[: len(samples)]
-    return mask if samples.ndim == 4 else mask.unsqueeze(2)
+    frames = noise_mask.unsqueeze(2) if noise_mask.ndim == 4 else noise_mask
+    flat = functional.interpolate(frames.movedim(2, 1).flatten(0, 1), size=samples.shape[-2:], mode="bilinear")
+    mask = flat.unflatten(0, (len(frames), -1)).movedim(1, 2)
+    mask = mask.repeat(-(-len(samples) // len(mask)), 1, 1, 1, 1)[: len(samples)]
+    found: Tensor = mask.squeeze(2) if samples.ndim == 4 else mask
+    return found
 
 
 def _fitted(context: NodeContext, latent: Latent, form: LatentFormat) -> Tensor:

@@ -11,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from lorasmith.core.errors import CancelledError
 from lorasmith.core.folders import Folders
 from lorasmith.core.options import options_of
@@ -24,6 +26,7 @@ from lorasmith.nodes.values import (
     Latent,
     LossMap,
     check_latents,
+    first_frames,
     flat_conditionings,
     flat_latents,
     for_model,
@@ -220,10 +223,18 @@ def _dataset(
         check_latents(with_frames(batch["samples"], form), form)
     images = [with_frames(image, form) for image in flat_latents(latents)]
     captions = one_for_each(flat_conditionings(positive), len(images), name="positive", of="conditioning")
+    firsts: list[Tensor | None] = []
+    for batch in latents:
+        given = first_frames(batch, denoiser.base)
+        firsts += [None] * len(batch["samples"]) if given is None else given.split(1)
     return EncodedDataset(
         tuple(
-            Sample(form.to_model(image.float().cpu())[0], for_model(caption, denoiser.base, image), f"image {number}")
-            for number, (image, caption) in enumerate(zip(images, captions, strict=True), start=1)
+            Sample(
+                form.to_model(image.float().cpu())[0],
+                for_model(caption, denoiser.base, image, first),
+                f"image {number}",
+            )
+            for number, (image, caption, first) in enumerate(zip(images, captions, firsts, strict=True), start=1)
         )
     )
 

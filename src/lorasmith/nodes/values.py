@@ -3,9 +3,11 @@
 IMAGE         fp32 tensor (batch, height, width, 3) in [0, 1]
 MASK          fp32 tensor (batch, height, width) in [0, 1], 1 where the picture is transparent
 LATENT        dict with `samples`, fp32 (batch, channels, [frames,] height, width) from the autoencoder, unscaled, and
-              `noise_mask`, fp32 (batch, 1, height, width) in pixels, 1 where they are sampled
+              `noise_mask`, fp32 (batch, 1, [frames,] height, width) of any size, 1 where they are sampled
 CONDITIONING  list of `Conditioning`, one per prompt; its controls are unscaled like a LATENT, and so is
-              `concat_latent_image`, the known part of a picture, with `concat_mask` (batch, 1, height, width) in pixels
+              `concat_latent_image`, the known part of a picture, with `concat_mask` (batch, 1, height, width) in
+              pixels, or of a clip, with a mask (1, 4, frames, height, width) of latents
+CLIP_VISION, CLIP_VISION_OUTPUT    an image encoder; its states (batch, tokens, width) of pictures
 MODEL, CLIP, VAE    `Denoiser`, `TextEncoder`, `Autoencoder`
 LORA_MODEL    `Lora`
 LOSS_MAP      dict with `loss`, a list of numbers
@@ -26,7 +28,7 @@ from torch import Tensor
 
 from lorasmith.core.errors import DataError, OptionError
 from lorasmith.core.printable import count_text
-from lorasmith.families.base import Conditioning, LatentFormat
+from lorasmith.families.base import FIRST_FRAME, Conditioning, LatentFormat
 from lorasmith.families.model import Autoencoder, Model
 from lorasmith.workflow import NodeContext, socket
 
@@ -111,9 +113,9 @@ CONCAT_IMAGE, CONCAT_MASK = "concat_latent_image", "concat_mask"
 """ComfyUI's names of what is known of a picture."""
 
 
-def for_model(conditioning: Conditioning, model: Model, samples: Tensor) -> Conditioning:
+def for_model(conditioning: Conditioning, model: Model, samples: Tensor, first: Tensor | None = None) -> Conditioning:
     """An entry of CONDITIONING as a model takes it beside these latents: with scaled controls, and what it is given of
-    a picture. DataError for those of another model or size.
+    a picture, or of a clip's first latents. DataError for those of another model or size.
     """
     form, tensors = model.components.latent, dict(conditioning.tensors)
     image, mask = tensors.pop(CONCAT_IMAGE, None), tensors.pop(CONCAT_MASK, None)
@@ -128,8 +130,21 @@ def for_model(conditioning: Conditioning, model: Model, samples: Tensor) -> Cond
                 "of InpaintModelConditioning"
             )
         known = model.family.known(model.components.denoiser, form.to_model(image.float()), mask)
-    given = replace(conditioning, tensors=tensors if known is None else {**tensors, "known": known})
+    tensors |= {} if known is None else {"known": known}
+    tensors |= {} if first is None else {FIRST_FRAME: form.to_model(first.float())}
+    given = replace(conditioning, tensors=tensors)
     return given.with_controls([form.to_model(control.float()) for control in conditioning.controls])
+
+
+def first_frames(latent: Latent, model: Model) -> Tensor | None:
+    """The first latents of clips that their noise mask keeps, and it alone, for a model that is given them apart."""
+    mask, samples = latent.get("noise_mask"), latent["samples"]
+    takes = any(form.source == "first frame" and not form.is_required for form in model.family.controls)
+    if not takes or mask is None or mask.ndim != 5 or samples.ndim != 5:
+        return None
+    kept = [bool((frame == 0).all()) for frame in mask.unbind(2)]
+    count = kept.index(False) if False in kept else 0
+    return samples[:, :, :count] if count and bool((mask[:, :, count:] == 1).all()) else None
 
 
 def check_pixels(count: int, width: int, height: int) -> None:

@@ -42,14 +42,15 @@ def generate_command(
     vae: str | None = None,
     edit: str | None = None,
     controls: Sequence[object] = (),
+    frames: int = 1,
 ) -> str:
-    """The command that draws a picture with a LoRA; `model` is a path, a hub id or a built-in name.
+    """The command that draws a picture, or a clip of several frames, with a LoRA.
 
-    `controls` are the pictures that an edit model edits or refers to.
+    `model` is a path, a hub id or a built-in name; `controls` are the pictures that an edit model edits or refers to.
     """
     named = {name: value for name, value in (("vae", vae), ("edit", edit)) if value}
     parts = arguments_for({"text_encoder": text_encoders, **named})
-    pictures = arguments_for({"control": controls})
+    pictures = arguments_for({"control": controls, **({"frames": frames} if frames > 1 else {})})
     return command_line(
         ["lorasmith", "generate", "--model", model, *parts, "--lora", lora, *pictures, "--prompt", prompt]
     )

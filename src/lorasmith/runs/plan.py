@@ -92,7 +92,7 @@ def plan(spec: RunSpec, host: Host) -> FolderPlan:
         judged = scan_sources(judged_sources, settings, clips=clips) if judged_sources else None
         loaded = loaded or load_model()
         base = loaded.model
-        base.family.check_parts(base.components, text=True, images=True)
+        base.family.check_parts(base.components, text=True, images=True, beside=True)
         if clip_form(base, settings) is None:
             scan, judged = scan.of_pictures(), judged and judged.of_pictures()
         if loaded.files != spec.files:

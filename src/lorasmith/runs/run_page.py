@@ -15,6 +15,7 @@ from lorasmith.core.errors import LorasmithError, OptionError
 from lorasmith.core.files import write_atomic
 from lorasmith.core.options import options_of
 from lorasmith.core.printable import count_text
+from lorasmith.data.clips import open_file
 from lorasmith.families.locating import BUILT_IN
 from lorasmith.formats.container import check_safetensors
 from lorasmith.formats.metadata import steps_of
@@ -212,6 +213,7 @@ def _commands(history: RunHistory, view: RunView, lora: Path | None) -> dict[str
             vae=spec.vae if spec else None,
             edit=spec.edit if spec else None,
             controls=_drawn_from(folder, spec),
+            frames=_frames_drawn(folder),
         )
     if view.outcome is None or not view.outcome.is_final:
         commands["Resume the run"] = resume_command(folder)
@@ -226,6 +228,12 @@ def _drawn_from(folder: Path, spec: RunSpec | None) -> list[Path]:
     samples = folder / "samples"
     found = [samples / f"{stem}-1.png" for stem in pair_stems(samples) if stem != "target"]
     return found or ([Path("photo.png")] if spec is not None and spec.data.control else [])
+
+
+def _frames_drawn(folder: Path) -> int:
+    """Frames of the clip whose first frame the first preview was drawn from; 1 without such."""
+    target = folder / "samples" / "target-1.webp"
+    return open_file(target, clips=True).frames if is_own(target, folder) and target.is_file() else 1
 
 
 def _curves(view: RunView) -> Curves:

@@ -144,6 +144,7 @@ def clips(
     """
     base, device = denoiser.base, device or best_device()
     first = denoiser.noisy if isinstance(denoiser, Experts) else denoiser
+    negatives = [one.with_beside(positive.beside) for one, positive in zip(negatives, positives, strict=True)]
     first.check_conditionings([*positives, *negatives])
     shapes = [_latent_shape(base, sampling, one) for one in positives]
     sigmas = sigmas_for(first.diffusion.schedule, sampling.scheduler, sampling.steps, sampler=sampling.sampler)
@@ -160,7 +161,7 @@ def clips(
                     schedule=one.diffusion.schedule,
                     parameterization=one.diffusion.parameterization,
                     positive=[positive],
-                    negative=[negative.with_beside(positive.beside)],
+                    negative=[negative],
                     latents=latents[index],
                     noise=noise[index],
                     sigmas=some,

@@ -74,17 +74,21 @@ class ClipVision(EncoderKind):
 
 
 @torch.no_grad()
-def picture_states(encoder: nn.Module, pixels: Tensor) -> Tensor:
+def picture_states(encoder: nn.Module, pixels: Tensor, *, crop: bool = False) -> Tensor:
     """States before the last layer, (batch, tokens, width), of pixels (batch, 3, height, width) in [−1, 1].
 
-    Pictures are squashed to a square, as with ComfyUI's crop `none`.
+    Pictures that are no squares are squashed, or cropped around their centre.
     """
-    device = device_of(encoder)
-    square = functional.interpolate(pixels.to(device).float() / 2 + 0.5, (_SIDE, _SIDE), mode="bicubic", antialias=True)
-    eight_bit = (255 * square).clamp(0, 255).round() / 255
+    pictures = pixels.to(device_of(encoder)).float() / 2 + 0.5
+    rows, columns = pictures.shape[-2:]
+    scale = _SIDE / min(rows, columns)
+    size = (round(scale * rows), round(scale * columns)) if crop else (_SIDE, _SIDE)
+    pictures = functional.interpolate(pictures, size, mode="bicubic", antialias=True)
+    top, left = ((side - _SIDE) // 2 for side in size)
+    eight_bit = (255 * pictures[..., top : top + _SIDE, left : left + _SIDE]).clamp(0, 255).round() / 255
     mean, deviation = (eight_bit.new_tensor(one).view(1, 3, 1, 1) for one in (_MEAN, _DEVIATION))
     states: Tensor = encoder((eight_bit - mean) / deviation, output_hidden_states=True).hidden_states[-2]
     return states
 
 
-ENCODERS.register("clip_vision_h")(ClipVision())
+ENCODERS.register(ClipVision.name)(ClipVision())
