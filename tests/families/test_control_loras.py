@@ -104,6 +104,16 @@ def test_a_lora_trained_with_controls_is_applied_completely_by_diffusers(editing
     )
 
 
+def test_blocks_that_run_again_in_the_backward_pass_know_the_controls(editing: Case) -> None:
+    data, settings = pairs(editing.ours), {"steps": 2, "batch_size": 2, "algorithm": "LoRA"}
+    plain, again = (run(editing.ours, data, gradient_checkpointing=one, **settings) for one in (False, True))
+    assert again.losses == pytest.approx(plain.losses, rel=1e-6)
+    for ref, one in plain.lora.state.adapters.items():
+        other = again.lora.state.adapters[ref]
+        for name, tensor in one.tensors.items():
+            torch.testing.assert_close(other.tensors[name], tensor, rtol=1e-4, atol=1e-6)
+
+
 def test_samples_of_other_numbers_and_sizes_of_controls_train_together_as_they_do_alone(editing: Case) -> None:
     data, found = pairs(editing.ours), colours(editing.ours)
     given = [

@@ -154,8 +154,8 @@ def test_the_method_of_several_controls_is_the_conditionings(editing: Case) -> N
 def test_a_batch_with_controls_is_its_samples_one_by_one(editing: Case) -> None:
     """Those of other numbers and sizes of controls are other kinds, which share no batch."""
     family, denoiser = editing.ours.family, editing.ours.denoiser
-    kinds = {kind_of(prompt(editing, 1, controls)) for controls in ([], *CONTROLS)}
-    assert len(kinds) == 4
+    kinds = {kind_of(prompt(editing, 1, controls)) for controls in ([], *CONTROLS, CONTROLS[1][::-1])}
+    assert len(kinds) == 5, "their order counts"
     latents, time = noisy(editing, 2), torch.tensor([0.2, 0.9])
     both = prompt(editing, 2, CONTROLS[1])
     alone = [Conditioning({name: one[i : i + 1] for name, one in both.tensors.items()}) for i in range(2)]

@@ -94,8 +94,7 @@ def controls(model: Model, which: str) -> list[Tensor]:
 
 def has_method(model: Model, method: str) -> bool:
     """Whether the family has a method of controls; its own, where that is ComfyUI's too."""
-    form = model.family.controls[0] if model.family.controls else None
-    if form is None or form.source != "files":
+    if not any(form.source == "files" for form in model.family.controls):
         return False
     if not method:  # ComfyUI leaves out references of Krea 2 that have none
         return model.family.name != "krea2"

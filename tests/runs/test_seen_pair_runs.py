@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors import safe_open
 from torch import Tensor
 from transformer_models import TINY
 
@@ -79,6 +80,8 @@ def test_a_run_is_resumed_to_the_bit(
     whole = run(plan(replace(spec, output="whole"), Host()), Host())
     stopped = run(plan(replace(spec, output="stopped"), Host()), Audience(stop_at=2))
     assert len(stopped.losses) == 2 and stopped.folder is not None and whole.folder is not None
+    with safe_open(whole.folder / "cat.safetensors", framework="pt") as lora:
+        assert lora.metadata()["modelspec.architecture"] == "Qwen-Image-Edit-2511/lora"
     again = run(plan(replace(spec, output="stopped"), Host()), Host())
     assert tensors_of(stopped.folder) == tensors_of(whole.folder)
     assert again.losses == whole.losses
@@ -142,6 +145,7 @@ def test_what_does_not_fit_is_refused_in_a_sentence(qwen: dict[str, Path], pairs
 
     assert "edits pictures and needs one, got none; give it as a control" in told(OptionError, model, 0)
     assert "takes at most 10 controls, got 11; leave some out" in told(OptionError, model, 11)
+    assert "takes at most 1 control, got 2; leave some out" in told(OptionError, model.as_edit("edit"), 2)
     assert "(Qwen-Image) takes no controls, got 1" in told(OptionError, model.as_edit("none"), 1)
     components = replace(model.components, text_encoders={})
     assert "needs the text encoder qwen25vl" in told(ModelError, replace(model, components=components), 1)
@@ -158,6 +162,7 @@ def test_the_memory_plan_counts_tokens_of_controls_and_of_what_is_seen(
         return predict(self, latents, time, given)
 
     monkeypatch.setattr(Denoiser, "predict", watched)
+    encoders = list[int]()
     for count, tokens in ((0, 64), (1, 64 + 4), (3, 64 + 12)):
         counted.clear()
         found = estimate_of(
@@ -168,4 +173,6 @@ def test_the_memory_plan_counts_tokens_of_controls_and_of_what_is_seen(
             controls=count,
         )
         assert found.controls == ((64, 64),) * count
+        encoders.append(found.text_encoders["text_encoder"])
         assert set(counted) == {(tokens, count)}
+    assert encoders[0] < encoders[1] == encoders[2], "the tower counts where it is needed"

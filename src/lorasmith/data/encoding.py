@@ -197,7 +197,12 @@ def encode_scan(
         ready=lambda: encoder.active(where, sees=sight is not None),
         entries=lambda: _entries(cache, text_digest, model, f"text encoders of {model.title}", hash_progress),
         memory_bytes=int(config.caption_memory * 2**30),
-        encoder_bytes=sum(one.nbytes for part in encoder.encoders.modules.values() for one in part.parameters()),
+        encoder_bytes=sum(
+            one.nbytes
+            for name in encoder.encoders.modules
+            for part in encoder.networks(name, sees=sight is not None)
+            for one in part.parameters()
+        ),
     )
     pictures = PictureEncoder(
         encode=lambda pixels: latent.to_model(autoencoder.encode(pixels)),
@@ -394,16 +399,23 @@ def _sample(
 ) -> Sample:
     """The sample of an image; appends notes for the user to `notes`."""
     image, name = framed.image, framed.image.name
-    found = []
+    found, fills = [], pictures.controls is not None and pictures.controls.source == "mask"
     for framing, one, given, shown in zip(framed.framings, encoded, controls.tensors, seen, strict=True):
         places = place_weights(one.inside, config)
-        if one.inside is not None and places is None:
+        crop = f"{framing.width}×{framing.height} crop"
+        if one.inside is not None and (places is None or (fills and not one.inside.any())):
             notes.append(
-                f"the mask of {name} leaves nothing of its {framing.width}×{framing.height} crop inside, so that is "
-                "trained as a whole; correct the mask, or remove it"
+                f"the mask of {name} leaves nothing of its {crop} inside, so that is trained as a whole; correct the "
+                "mask, or remove it"
+            )
+        elif fills and one.inside is not None and one.inside.min() == 1:
+            notes.append(
+                f"the mask of {name} covers all of its {crop}, so that the model is given nothing of it; correct the "
+                "mask, unless whole pictures are meant"
             )
         size = framing.picture_size(image.width, image.height)
-        found.append(Picture(one.latents, size, places, {**one.beside, **given}, shown))
+        own = {} if config.controls == "none" else one.beside
+        found.append(Picture(one.latents, size, places, {**own, **given}, shown))
     rules = CaptionRules.of(config, is_class=image.is_class)
     dropout = config.control_dropout if found[0].beside else 0.0
     varies = len(found) > 1 or rules.varies(image.captions) or dropout > 0

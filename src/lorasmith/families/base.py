@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lorasmith.adapters.inject import Rule
 from lorasmith.core.errors import DataError, ModelError
 from lorasmith.core.extras import model_packages
-from lorasmith.core.printable import described, printable
+from lorasmith.core.printable import count_text, described, printable
 from lorasmith.core.registry import Registry, instance_of
 from lorasmith.diffusion.schedule import FlowSchedule, NoiseSchedule, ResolutionShift
 from lorasmith.families.files.checkpoint import OriginalCheckpoint, PipelineConfigs
@@ -339,7 +339,10 @@ class Expert:
 
 
 ControlSource = Literal["files", "first frame", "first and last frame", "mask"]
-"""Where controls come from: further files, frames of the clip itself, or the picture outside of its mask."""
+"""Where controls come from: further files, frames of the clip itself, or the picture outside of its mask.
+
+With a mask, `known` has the latents of that picture first, then the pixels of the mask at each latent.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -375,6 +378,7 @@ class ControlForm:
     # models of the family take controls
     name: str = ""
     pipeline: str = ""  # class of the diffusers pipeline that takes them, if it is another than the family's
+    modelspec_name: str = ""  # `modelspec.architecture` of LoRAs for it, without `/lora`; empty for the family's
     is_required: bool = False  # whether it edits a picture, and draws none without
     # whether a control has the size of the picture that is trained, and its part, where both have one aspect ratio
     is_aligned: bool = False
@@ -410,7 +414,7 @@ def _scaled(size: tuple[int, int], pixels: int, multiple: int) -> tuple[int, int
 
 def controls_taken(most: int) -> str:
     """How many controls a model takes, for messages."""
-    return f"takes {f'at most {most}' if most else 'no'} controls"
+    return f"takes at most {count_text(most, 'control')}" if most else "takes no controls"
 
 
 NO_EDIT = "none"

@@ -48,16 +48,23 @@ _POSITIONS = 4096  # of the rotary embedding; those of text follow half of the l
 _EDIT = ControlForm(
     name="edit",
     pipeline="QwenImageEditPipeline",
+    modelspec_name="Qwen-Image-Edit",  # musubi-tuner's, as those of the others
     is_required=True,
     is_aligned=True,
     is_enlarged=True,
+    most=1,
     multiple=32,
     sight=sight_of(pixels=1024**2, multiple=28, is_numbered=False),
 )
 _EDIT_2509 = replace(
-    _EDIT, name="edit-2509", pipeline="QwenImageEditPlusPipeline", sight=sight_of(pixels=384**2, multiple=28)
+    _EDIT,
+    name="edit-2509",
+    pipeline="QwenImageEditPlusPipeline",
+    modelspec_name="Qwen-Image-Edit-Plus",
+    most=ControlForm.most,
+    sight=sight_of(pixels=384**2, multiple=28),
 )
-_EDIT_2511 = replace(_EDIT_2509, name="edit-2511", at_zero=True)
+_EDIT_2511 = replace(_EDIT_2509, name="edit-2511", modelspec_name="Qwen-Image-Edit-2511", at_zero=True)
 _EDIT_NAMES = {"2511": _EDIT_2511, "2509": _EDIT_2509, "plus": _EDIT_2509, "firered": _EDIT_2509, "": _EDIT}
 
 

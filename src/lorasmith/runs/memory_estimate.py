@@ -202,14 +202,14 @@ def estimate_of(
     weights, offloaded = frozen(offloading=False, processes=1), frozen(offloading=True, processes=1)
     sharded = frozen(offloading=False, processes=cards) if cards > 1 else {}
     unpacked = _unpacked_bytes(model.denoiser.module, products)
-    encoders = {}
+    encoders, beside = {}, _controls(model, side * latent.downscale, controls)
     for name, one in components.text_encoders.items():
         own = ENCODERS[family.text_encoders[name].kind].dtype_of(one)
         own = fast_dtype(own, card) if card.type == "cuda" else own
-        encoders[name] = frozen_bytes(one, kind="none", dtype=own, offloading=False)
+        parts = model.text_encoder.networks(name, sees=model.sight is not None and bool(beside))
+        encoders[name] = sum(frozen_bytes(part, kind="none", dtype=own, offloading=False) for part in parts)
     master = 4 * job.parameters
     trained = buffer_bytes(job.parameters, products) + optimizer_bytes(master)
-    beside = _controls(model, side * latent.downscale, controls)
     plans = _activation_plans(model, job, side, frames, beside)
     return MemoryEstimate(
         model=model.title,

@@ -231,7 +231,7 @@ class TrainableDenoiser(Trainable):
     """A loaded model's denoiser, with the LoRAs on it."""
 
     def __init__(self, denoiser: Denoiser) -> None:
-        base, family = denoiser.base, denoiser.base.family
+        base, family, form = denoiser.base, denoiser.base.family, denoiser.base.control_form
         self.denoiser = denoiser
         self.module, self.diffusion, self.patches = denoiser.module, denoiser.diffusion, denoiser.patches
         self.names = base.names
@@ -259,7 +259,8 @@ class TrainableDenoiser(Trainable):
             ),
             distilled_names=family.distilled_names,
             kohya_version=family.kohya_version(self.diffusion.parameterization),
-            modelspec_architecture=family.modelspec_architecture(self.diffusion.parameterization),
+            modelspec_architecture=(form.modelspec_name if form is not None else "")
+            or family.modelspec_architecture(self.diffusion.parameterization),
             modelspec_implementation=family.modelspec_implementation,
         )
 

@@ -11,7 +11,7 @@ from tiny_parts import randomized
 from tiny_towers import tower_of
 from torch import Tensor
 
-from lorasmith.core.errors import DataError
+from lorasmith.core.errors import DataError, ModelError
 from lorasmith.families.base import Sight
 from lorasmith.families.files.original_weights import PartSource
 from lorasmith.families.parts.encoders import ENCODERS, qwen_tokenizer
@@ -151,3 +151,13 @@ def test_the_prompt_of_an_edit_numbers_its_pictures_or_does_not() -> None:
     assert f"user\n{mark}a<|im_end|>" in plain.prompt("a", (1,))
     ids = qwen_tokenizer()(text.partition("Picture 1")[0]).input_ids
     assert len(ids) == 64, "tokens that the denoiser does not see"
+
+
+def test_a_damaged_tower_matters_only_where_pictures_are_seen() -> None:
+    tensors = {f"model.{name}": tensor for name, tensor in whole("qwen25vl").state_dict().items()}
+    for lost in ("model.visual.blocks.3.norm1.weight", "model.visual.blocks.0.mlp.gate_proj.weight"):
+        rest = {name: tensor for name, tensor in tensors.items() if name != lost}
+        encoder = ENCODERS["qwen25vl"].build(PartSource("a file", rest))
+        assert hidden_states(encoder, [1, 2], [-1]).shape == (1, 2, 1, 128)
+        with pytest.raises(ModelError, match=r"^a file (lacks|does not fit its architecture: ).*"):
+            hidden_states(encoder, [PICTURE], [-1], pictures=pictures_of("qwen25vl")[:1])

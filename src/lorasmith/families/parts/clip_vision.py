@@ -17,9 +17,9 @@ from lorasmith.families.parts.encoders import ENCODERS, EncoderKind, TokenizerSo
 _SIDE = 224  # pixels of the square that a picture is scaled to
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _DEVIATION = (0.26862954, 0.26130258, 0.27577711)
-_LAYERS = "vision_model.encoder.layers."
-_PATCHES = "vision_model.embeddings.patch_embedding.weight"
-_POSITIONS = "vision_model.embeddings.position_embedding.weight"
+_START = "vision_model."  # in front of names; in files of transformers' newer versions it is not
+_LAYERS = "encoder.layers."
+_PATCHES, _POSITIONS = "embeddings.patch_embedding.weight", "embeddings.position_embedding.weight"
 _INNER = f"{_LAYERS}0.mlp.fc1.weight"
 _HEAD = 80  # width of a head of ViT-H
 
@@ -33,12 +33,13 @@ class ClipVision(EncoderKind):
     dtype = torch.float32
 
     def recognises(self, shapes: Mapping[str, tuple[int, ...]]) -> bool:
-        return len(shapes.get(_PATCHES, ())) == 4 and "vision_model.embeddings.class_embedding" in shapes
+        start = _START if f"{_START}{_PATCHES}" in shapes else ""
+        return len(shapes.get(f"{start}{_PATCHES}", ())) == 4 and f"{start}embeddings.class_embedding" in shapes
 
     def build(self, source: PartSource) -> nn.Module:
         from transformers import CLIPVisionConfig, CLIPVisionModel
 
-        tensors = source.tensors
+        tensors = {name.removeprefix(_START): tensor for name, tensor in source.tensors.items()}
         if missing := [name for name in (_PATCHES, _POSITIONS, _INNER) if name not in tensors]:
             raise ModelError(f"{source.where} lacks {missing[0]}; it is incomplete, so get it again")
         width, _, patch = tuple(tensors[_PATCHES].shape)[:3]
@@ -55,17 +56,12 @@ class ClipVision(EncoderKind):
             image_size=_SIDE,
             patch_size=patch,
             hidden_act="gelu",
-            attn_implementation="sdpa",
         )
 
         def named(model: nn.Module) -> dict[str, Any]:
-            # transformers has had both `vision_model.` in front of the model's names and nothing.
-            needed = model.state_dict()
-            return {
-                (name if name in needed else name.removeprefix("vision_model.")): tensor
-                for name, tensor in tensors.items()
-                if not name.endswith("position_ids") and name != "visual_projection.weight"
-            }
+            needed = model.state_dict()  # of which the names, too, begin otherwise in older versions
+            found = {name if name in needed else f"{_START}{name}": tensor for name, tensor in tensors.items()}
+            return {name: tensor for name, tensor in found.items() if name in needed}
 
         return build(lambda: CLIPVisionModel(config), named, where=source.where)
 

@@ -33,8 +33,11 @@ class QwenImageTransformer(QwenImageTransformer2DModel):  # type: ignore[misc]
 
 
 class _QwenBlock(QwenImageTransformerBlock):  # type: ignore[misc]
+    zero_cond_t: bool
+
     def forward(self, *, modulate_index: Tensor | None = None, **given: Any) -> tuple[Tensor, Tensor]:
-        self.zero_cond_t = modulate_index is not None
+        if self.zero_cond_t != (is_at_zero := modulate_index is not None):
+            self.zero_cond_t = is_at_zero
         states: tuple[Tensor, Tensor] = super().forward(**given, modulate_index=modulate_index)
         return states
 

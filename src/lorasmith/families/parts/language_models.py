@@ -101,7 +101,7 @@ class LanguageModel(EncoderKind):
             return model
 
         encoder = build(make, lambda _: tensors, where=source.where)
-        if self.vision is not None and (tower := self.vision.build(source)) is not None:
+        if self.vision is not None and (tower := self.vision.found_in(source)) is not None:
             encoder.__dict__[_TOWER] = tower  # not one of its modules, which are placed, hashed and counted with it
         return encoder
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -29,6 +31,7 @@ _PREFIXES = ("visual.", "model.visual.")
 class TowerKind:
     """A vision tower of files and folders."""
 
+    architecture: str  # of the whole model, in transformers
     classes: tuple[str, str]  # of its configuration and of the network, in transformers
     mean: tuple[float, float, float]  # of the colours of pixels in [0, 1], as is `std`
     std: tuple[float, float, float]
@@ -37,18 +40,28 @@ class TowerKind:
     width: str  # matrix that gives the width of the result
     settings: Mapping[str, Any]  # of its configuration, for towers from files
 
-    def build(self, source: PartSource) -> VisionTower | None:
-        """The tower in an encoder's tensors; None if it is not there. Raises ModelError as `build`."""
+    def found_in(self, source: PartSource) -> VisionTower | None:
+        """The tower in an encoder's tensors; None if it is not there."""
         prefix = next((one for one in _PREFIXES if f"{one}patch_embed.proj.weight" in source.tensors), None)
         if prefix is None:
             return None
-        import transformers
+        own = {name.removeprefix(prefix): one for name, one in source.tensors.items() if name.startswith(prefix)}
+        return VisionTower(self, replace(source, tensors=own))
 
-        tensors = {name.removeprefix(prefix): one for name, one in source.tensors.items() if name.startswith(prefix)}
-        config_class, network = (getattr(transformers, name) for name in self.classes)
-        given = (source.config or {}).get("vision_config") or self._config(tensors)
-        config = config_class(**{name: value for name, value in given.items() if name != "model_type"})
-        return VisionTower(build(lambda: network(config), lambda _: tensors, where=source.where), self)
+    def build(self, source: PartSource) -> nn.Module:
+        """The network of a tower's tensors. Raises ModelError if some are missing or of wrong shape."""
+        place = f"transformers.models.{self.architecture}"  # releases before 5.24 export not all of it
+        modules = (f"{place}.configuration_{self.architecture}", f"{place}.modeling_{self.architecture}")
+        config_class, network = (
+            getattr(import_module(module), name) for module, name in zip(modules, self.classes, strict=True)
+        )
+
+        def make() -> nn.Module:
+            given = (source.config or {}).get("vision_config") or self._config(source.tensors)
+            made: nn.Module = network(config_class(**{key: one for key, one in given.items() if key != "model_type"}))
+            return made
+
+        return build(make, lambda _: source.tensors, where=source.where)
 
     def _config(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
         found = {
@@ -64,10 +77,15 @@ class TowerKind:
 
 @dataclass(frozen=True, eq=False)
 class VisionTower:
-    """A vision tower beside its language model."""
+    """A vision tower beside its language model, built when it is used."""
 
-    module: Any
     kind: TowerKind
+    source: PartSource
+
+    @cached_property
+    def module(self) -> Any:
+        """Its network. Raises ModelError as `TowerKind.build`."""
+        return self.kind.build(self.source)
 
     @contextlib.contextmanager
     def seen(self, model: Any, ids: Sequence[int], pictures: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -152,6 +170,7 @@ def token_positions(ids: Sequence[int], grids: Sequence[tuple[int, int]]) -> Ten
 
 
 QWEN25_TOWER = TowerKind(
+    architecture="qwen2_5_vl",
     classes=("Qwen2_5_VLVisionConfig", "Qwen2_5_VisionTransformerPretrainedModel"),
     mean=(0.48145466, 0.4578275, 0.40821073),
     std=(0.26862954, 0.26130258, 0.27577711),
@@ -162,6 +181,7 @@ QWEN25_TOWER = TowerKind(
 )
 
 QWEN3_TOWER = TowerKind(
+    architecture="qwen3_vl",
     classes=("Qwen3VLVisionConfig", "Qwen3VLVisionModel"),
     mean=(0.5, 0.5, 0.5),
     std=(0.5, 0.5, 0.5),
