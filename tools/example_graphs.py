@@ -117,6 +117,41 @@ def _graph(
     }
 
 
+def _pairs(loaders: Graph, sampling: Graph) -> Graph:
+    """A training graph on pairs: pale copies of the pictures are those before the edit, as there are no other examples.
+
+    In `sampling`, `60` gives the latents, made from `31`, the instruction with a picture.
+    """
+    graph = _graph(loaders, sampling, parts=_APART)
+    pale: dict[str, Any] = {"factor": 0.2}
+    scaled = graph["11"]["inputs"]
+    return graph | {
+        "10": _node("LoadImageDataSetFromFolder", "Pictures after the edit", folder="fox"),
+        "13": _node(
+            "AdjustContrast",
+            "Pictures before the edit; for your own, use Load Image Pairs (from Folders)",
+            images=["11", 0],
+            **pale,
+        ),
+        "14": _node("PrimitiveString", "Instruction", value="give it strong colours"),
+        "12": _node(
+            "MakeTrainingPairs",
+            "Encode",
+            images=["11", 0],
+            controls=["13", 0],
+            vae=["3", 0],
+            clip=["2", 0],
+            texts=["14", 0],
+        ),
+        "24": _node("LoadImage", "Picture to edit", image="fox/fox_1.png"),
+        "25": _node("AdjustContrast", "Pale, too", images=["24", 0], **pale),
+        "26": _node("ImageScaleToTotalPixels", "Scale it", **{**scaled, "image": ["25", 0]}),
+        "27": _node("VAEEncode", "Encode it", pixels=["26", 0], vae=["3", 0]),
+        "30": _node("CLIPTextEncode", "Prompt", text=["14", 0], clip=["2", 0]),
+        "31": _node("ReferenceLatent", "Prompt and picture", conditioning=["30", 0], latent=["27", 0]),
+    }
+
+
 def _ksampler(
     latent: str,
     *,
@@ -141,6 +176,26 @@ def _ksampler(
             negative=negative,
             latent_image=["50", 0],
             denoise=1.0,
+        ),
+    }
+
+
+def _flux2(positive: str, negative: str) -> Graph:
+    """Nodes 40 to 60: sampling of Flux.2 klein from two conditionings."""
+    return {
+        "40": _node("CFGGuider", "Guider", model=["23", 0], positive=[positive, 0], negative=[negative, 0], cfg=5.0),
+        "41": _node("KSamplerSelect", "Sampler", sampler_name="euler"),
+        "42": _node("Flux2Scheduler", "Sigmas", steps=20, width=1024, height=1024),
+        "43": _node("RandomNoise", "Noise", noise_seed=7),
+        "50": _node("EmptyFlux2LatentImage", "Size of the picture", width=1024, height=1024, batch_size=1),
+        "60": _node(
+            "SamplerCustomAdvanced",
+            "Sample",
+            noise=["43", 0],
+            guider=["40", 0],
+            sampler=["41", 0],
+            sigmas=["42", 0],
+            latent_image=["50", 0],
         ),
     }
 
@@ -214,6 +269,7 @@ def _strengths(strengths: tuple[float, ...]) -> Graph:
 
 
 _APART = {"model": ["1", 0], "clip": ["2", 0], "vae": ["3", 0]}
+_KLEIN = _loaders("flux-2-klein-base-4b.safetensors", ("qwen_3_4b.safetensors",), "flux2", "flux2-vae.safetensors")
 _EMPTY: Graph = {"31": _node("CLIPTextEncode", "Negative prompt", text="", clip=["2", 0])}
 
 GRAPHS: dict[str, Graph] = {
@@ -276,26 +332,26 @@ GRAPHS: dict[str, Graph] = {
         },
         parts=_APART,
     ),
-    "flux2_klein": _graph(
-        _loaders("flux-2-klein-base-4b.safetensors", ("qwen_3_4b.safetensors",), "flux2", "flux2-vae.safetensors"),
+    "flux2_klein": _graph(_KLEIN, {**_EMPTY, **_flux2("30", "31")}, parts=_APART),
+    "flux2_klein_pairs": _pairs(
+        _KLEIN,
         {
-            **_EMPTY,
-            "40": _node("CFGGuider", "Guider", model=["23", 0], positive=["30", 0], negative=["31", 0], cfg=5.0),
-            "41": _node("KSamplerSelect", "Sampler", sampler_name="euler"),
-            "42": _node("Flux2Scheduler", "Sigmas", steps=20, width=1024, height=1024),
-            "43": _node("RandomNoise", "Noise", noise_seed=7),
-            "50": _node("EmptyFlux2LatentImage", "Size of the picture", width=1024, height=1024, batch_size=1),
-            "60": _node(
-                "SamplerCustomAdvanced",
-                "Sample",
-                noise=["43", 0],
-                guider=["40", 0],
-                sampler=["41", 0],
-                sigmas=["42", 0],
-                latent_image=["50", 0],
-            ),
+            "32": _node("ConditioningZeroOut", "No instruction", conditioning=["31", 0]),
+            **_flux2("31", "32"),
         },
-        parts=_APART,
+    ),
+    "flux1_kontext_pairs": _pairs(
+        _loaders(
+            "flux1-dev-kontext_fp8_scaled.safetensors",
+            ("clip_l.safetensors", "t5xxl_fp16.safetensors"),
+            "flux",
+            "ae.safetensors",
+        ),
+        {
+            "32": _node("FluxGuidance", "Guidance", conditioning=["31", 0], guidance=2.5),
+            "33": _node("ConditioningZeroOut", "No instruction", conditioning=["31", 0]),
+            **_ksampler("EmptySD3LatentImage", negative=["33", 0], positive="32"),
+        },
     ),
     "krea2": _graph(
         _loaders("krea2_raw.safetensors", ("qwen3vl_4b_bf16.safetensors",), "krea2", "qwen_image_vae.safetensors"),
@@ -483,6 +539,8 @@ def as_editor(graph: Graph) -> dict[str, Any]:
                 widgets.append(value)
                 if slot.extras.get("control_after_generate") or name == "seed":
                     widgets.append("fixed")
+                if slot.extras.get("image_upload"):
+                    widgets.append("image")  # its button
         column = depth(member)
         top, height = heights.get(column, 0), ROW * (2 + max(len(sockets), len(declared.outputs)) + len(widgets))
         height += PANEL * (said["class_type"] == "TrainLoraNode")

@@ -89,6 +89,8 @@ def test_folders_that_are_named_replace_those_inside(tmp_path: Path) -> None:
         ({"control_path_2": "before/y.png", "control_path_0": "before/x.png"}, ["before/x.png", "before/y.png"]),
         ({"edit_image": ["before/x.png", "before/y.png"]}, ["before/x.png", "before/y.png"]),
         ({"kontext_images": "before/y.png"}, ["before/y.png"]),
+        ({"control_1": "before/y.png", "control": "before/x.png"}, ["before/x.png", "before/y.png"]),
+        ({"control_path": None, "edit_image": ""}, []),
     ],
     ids=str,
 )
@@ -99,6 +101,40 @@ def test_json_lines_name_controls_inside_of_their_folder(tmp_path: Path, entry: 
     for source in (tmp_path / "set", tmp_path / "set" / "metadata.jsonl"):
         scan = scan_folder(source)
         assert found(scan, tmp_path / "set") == {"a.png": expected}
+
+
+def test_rows_of_tables_and_of_diffsynth_name_controls(tmp_path: Path) -> None:
+    folder_of(tmp_path, ["a.png", "b.png", "before/x.png", "before/y.png"])
+    files = {
+        "metadata.csv": "image,prompt,edit_image\na.png,make it blue,before/x.png\nb.png,again,\n",
+        "metadata.json": json.dumps(
+            [
+                {"image": "a.png", "prompt": "make it blue", "edit_image": ["before/x.png", "before/y.png"]},
+                {"image": "b.png", "prompt": "again"},
+            ]
+        ),
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+        scan = scan_folder(tmp_path / name)
+        expected = ["before/x.png", "before/y.png"][: 1 if name.endswith(".csv") else 2]
+        assert found(scan, tmp_path) == {"a.png": expected, "b.png": []}
+        assert [one.caption for one in scan.images] == ["make it blue", "again"]
+        (tmp_path / name).unlink()
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [(3, "is 3, not a path"), ({"a": 1}, "is a dict, not a path"), (["x.png", 1.5], "is 1.5")],
+    ids=str,
+)
+def test_what_is_no_path_leaves_its_image_out(tmp_path: Path, given: object, told: str) -> None:
+    folder_of(tmp_path, ["a.png", "b.png", "x.png"])
+    write_lines(tmp_path, {"a.png": given, "b.png": "x.png"})
+    scan = scan_folder(tmp_path)
+    assert found(scan, tmp_path) == {"b.png": ["x.png"], "x.png": []} or found(scan, tmp_path) == {"b.png": ["x.png"]}
+    reason = dict(scan.skipped)[tmp_path / "a.png"]
+    assert reason.startswith(f"is left out because its control_path {told}") and reason.kind == "control"
 
 
 def write_lines(folder: Path, controls: dict[str, object]) -> None:
@@ -126,7 +162,7 @@ def test_an_image_whose_control_is_outside_of_the_folder_is_not_trained_without_
     scan = scan_folder(images, DataConfig(follow_links=True))
     assert "a.png" not in found(scan, images)
     assert "is outside of the folder; copy it into the folder" in dict(scan.skipped)[images / "a.png"]
-    with pytest.raises(DataError, match=r"^a.png is left out because its control .*, or add --controls optional$"):
+    with pytest.raises(DataError, match=r"^a.png is left out because its control .*, or choose controls optional$"):
         check_controls(scan, DataConfig(), klein)
     assert "a.png" in found(scan_folder(images, DataConfig(controls="none")), images)
     add_image(images / "control" / "a.png")
@@ -171,12 +207,12 @@ def test_what_does_not_fit_is_refused_in_a_sentence(tmp_path: Path, klein: Model
     for model in (klein, kontext):
         assert "there is none for b.png; add a file of the same name to " in told(model)
         fits(model, controls="optional")
-    assert "(Flux.1) takes no controls, but a.png has " in told(dev) and "add --edit kontext if it is an" in told(dev)
+    assert "(Flux.1) takes no controls, but a.png has " in told(dev) and "choose edit kontext if it is an" in told(dev)
     fits(dev, controls="none")
     beside = (str(images / "control"),)
-    assert told(dev, control=beside).endswith("or leave --control out to train without them")
+    assert told(dev, control=beside).endswith("or leave control out to train without them")
     folder_of(images, ["control/b.png", "control/b_1.png"])
-    assert "a.png has 1 and b.png 2; add or remove some, or add --controls optional" in told(klein)
+    assert "a.png has 1 and b.png 2; add or remove some, or choose controls optional" in told(klein)
     fits(klein, controls="optional")
     (images / "control" / "b_1.png").write_bytes(b"no picture")
     assert "b.png is left out because its control b_1.png is not an image" in told(klein)
@@ -231,6 +267,9 @@ def test_pairs_are_encoded_once_cached_flipped_together_and_drawn(tmp_path: Path
             pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float() / 127.5 - 1
         encoded = klein.components.latent.to_model(klein.autoencoder.encode(pixels))
         mirrored = klein.components.latent.to_model(klein.autoencoder.encode(pixels.flip(-1)))
+        sizes = [(sample.size_drawn(0, draw), sample.drawn(0, draw).size) for draw in range(16)]
+        own = sample.latents.numel()
+        assert all(one == other for one, other in sizes) and {one for one, _ in sizes} == {own, own + control.numel()}
         torch.testing.assert_close(control, encoded, rtol=1e-4, atol=1e-4)
         assert sample.variants is not None
         straight, flipped = sample.variants.pictures

@@ -190,3 +190,27 @@ def test_a_dataset_that_streams_is_read_as_items(datasets: Any, tiny: Model) -> 
     assert [sample.conditioning.text for sample in found] == ["a dog", "a cat"]
     with pytest.raises(DataError, match=r"must be a datasets\.Dataset, got DatasetDict; choose a split"):
         load_dataset(datasets.DatasetDict({"train": data}), tiny)
+
+
+def test_columns_of_controls(datasets: Any, tmp_path: Path) -> None:
+    columns = {
+        "control": rows(picture("PNG", 1), picture("JPEG", 2)),
+        "image": rows(picture("PNG", 3), picture("PNG", 4)),
+        "edit_image": [rows(picture("PNG", 5)), rows(picture("PNG", 6), picture("PNG", 7))],
+        "prompt": ["make it blue", "again"],
+        "control_path": ["/etc/hostname", "x"],  # not of pictures
+    }
+    features = datasets.Dataset.from_dict(columns).features
+    features["image"] = features["control"] = datasets.Image()
+    features["edit_image"] = datasets.Sequence(datasets.Image())
+    data = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
+    folder = dataset_folder(data, tmp_path / "cache")
+    scan = scan_folder(folder)
+    assert [one.caption for one in scan.images] == ["make it blue", "again"]
+    assert [[c.path.relative_to(folder).as_posix() for c in one.controls] for one in scan.images] == [
+        ["control/0.png", "control_1/0.png"],
+        ["control/1.jpeg", "control_1/1.png", "control_2/1.png"],
+    ]
+    data.save_to_disk(tmp_path / "saved")
+    again = scan_sources([ImageSource(str(tmp_path / "saved"))], cache=tmp_path / "other")
+    assert [len(one.controls) for one in again.images] == [2, 3]

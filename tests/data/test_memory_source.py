@@ -286,3 +286,26 @@ def test_a_clip_is_its_frames(tmp_path: Path) -> None:
     item = {"video": frames[:1], "text": "a still", "frame_rate": 25}
     image = one(tmp_path / "one", item, clips=True)
     assert (image.frames, image.rate, image.name) == (1, 25.0, "clip 0")
+
+
+def test_controls_beside_a_picture(tmp_path: Path) -> None:
+    file = tmp_path / "before.png"
+    Image.fromarray(PIXELS[::-1].copy()).save(file)
+    image = one(tmp_path / "a", {"image": PIXELS, "text": "make it blue", "control": [255 - PIXELS, file]})
+    assert [np.array_equal(pixels_of(c), e) for c, e in zip(image.controls, (255 - PIXELS, PIXELS[::-1]), strict=True)]
+    numbered = one(tmp_path / "b", {"image": PIXELS, "control_1": file, "control": 255 - PIXELS, "control_2": None})
+    assert [c.digest for c in numbered.controls] == [c.digest for c in image.controls]
+    assert one(tmp_path / "c", {"image": PIXELS, "control": file}, controls="none").controls == ()
+    assert one(tmp_path / "d", {"image": str(file), "control": PIXELS}).controls[0].digest == image.digest
+
+
+@pytest.mark.parametrize("name", ["controls", "control_image", "controlnet"])
+def test_a_control_of_another_name_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DataError, match=f"named control, a picture or a list of them, got {name} in item 0; rename it"):
+        scanned(tmp_path, {"image": PIXELS, name: PIXELS})
+
+
+def test_a_dataset_names_no_controls_elsewhere(tmp_path: Path) -> None:
+    items = [{"image": PIXELS, "control": "/etc/hostname"}]
+    with pytest.raises(DataError, match="got a path in item 0, which is not read"):
+        scan_sources([PictureItems(items, tmp_path, names_files=False)])

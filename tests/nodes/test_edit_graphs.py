@@ -13,15 +13,11 @@ from torch import Tensor
 from transformer_models import TINY
 
 from lorasmith.core.errors import NodeError
-from lorasmith.core.folders import Folders
 from lorasmith.families.base import Conditioning
 from lorasmith.families.loading import load_model
 from lorasmith.families.model import Denoiser, Model
-from lorasmith.nodes import load_nodes
 from lorasmith.sampling.generate import generate
-from lorasmith.workflow import Executor, validate
-
-Prompt = dict[str, dict[str, Any]]
+from tests.nodes.graphs import Prompt, api, run, sampled, trained
 
 
 @pytest.fixture(scope="module")
@@ -46,16 +42,6 @@ def klein(base: Path) -> Model:
     return load_model(denoiser, text_encoders=[encoder], vae=vae)
 
 
-def api(kind: str, **inputs: Any) -> dict[str, Any]:
-    return {"class_type": kind, "inputs": inputs}
-
-
-def run(base: Path, prompt: Prompt) -> dict[str, Any]:
-    load_nodes()
-    folders = Folders(base)
-    return {key: result.outputs for key, result in Executor(folders).run(validate(prompt, folders)).items()}
-
-
 def loaders() -> Prompt:
     names = [Path(name).name for name, _ in TINY["flux2-klein"].files.values()]
     denoiser, vae, encoder = names
@@ -74,22 +60,7 @@ def drawing(**more: Any) -> Prompt:
         "latent": api("VAEEncode", pixels=["picture", 0], vae=["vae", 0]),
         "positive": api("ReferenceLatent", conditioning=["text", 0], latent=["latent", 0]),
         "negative": api("ConditioningZeroOut", conditioning=["positive", 0]),
-        "empty": api("EmptyFlux2LatentImage", width=48, height=32, batch_size=1),
-        "sampler": api(
-            "KSampler",
-            model=["unet", 0],
-            seed=1,
-            steps=2,
-            cfg=1.0,
-            sampler_name="euler",
-            scheduler="simple",
-            positive=["positive", 0],
-            negative=["negative", 0],
-            latent_image=["empty", 0],
-            denoise=1.0,
-        ),
-        "decode": api("VAEDecode", samples=["sampler", 0], vae=["vae", 0]),
-        "show": api("PreviewImage", images=["decode", 0]),
+        **sampled(api("EmptyFlux2LatentImage", width=48, height=32, batch_size=1)),
         **more,
     }
 
@@ -157,49 +128,49 @@ def test_a_node_without_a_latent_changes_nothing_and_the_method_is_a_setting(bas
         run(base, graph)
 
 
-def training() -> Prompt:
-    """The graph that trainers' users draw: pairs by the order of their names."""
-    settings = {"batch_size": 2, "grad_accumulation_steps": 1, "steps": 2, "learning_rate": 1e-3, "rank": 2}
+def training(*, by: str) -> Prompt:
+    """Pairs by the order of their names: as trainers' users draw it in ComfyUI, or by our own nodes."""
+    pairs = {
+        "references": {
+            "after": api("LoadImageTextDataSetFromFolder", folder="after"),
+            "before": api("LoadImageDataSetFromFolder", folder="before"),
+            "data": api(
+                "MakeTrainingDataset", images=["after", 0], vae=["vae", 0], clip=["clip", 0], texts=["after", 1]
+            ),
+            "latents": api("VAEEncode", pixels=["before", 0], vae=["vae", 0]),
+            "pairs": api("ReferenceLatent", conditioning=["data", 1], latent=["latents", 0]),
+        },
+        "pairs": {
+            "after": api("LoadImagePairDataSetFromFolder", folder="after", control_folder="before"),
+            "data": api(
+                "MakeTrainingPairs",
+                images=["after", 0],
+                controls=["after", 1],
+                vae=["vae", 0],
+                clip=["clip", 0],
+                texts=["after", 2],
+            ),
+            "pairs": api("CreateList", **{"inputs.input0": ["data", 1]}),
+        },
+    }[by]
     return {
         **loaders(),
-        "after": api("LoadImageTextDataSetFromFolder", folder="after"),
-        "before": api("LoadImageDataSetFromFolder", folder="before"),
-        "data": api("MakeTrainingDataset", images=["after", 0], vae=["vae", 0], clip=["clip", 0], texts=["after", 1]),
-        "latents": api("VAEEncode", pixels=["before", 0], vae=["vae", 0]),
-        "pairs": api("ReferenceLatent", conditioning=["data", 1], latent=["latents", 0]),
-        "train": api(
-            "TrainLoraNode",
-            model=["unet", 0],
-            latents=["data", 0],
-            positive=["pairs", 0],
-            **settings,
-            optimizer="AdamW",
-            loss_function="MSE",
-            seed=0,
-            training_dtype="none",
-            lora_dtype="fp32",
-            quantized_backward=False,
-            algorithm="LoRA",
-            gradient_checkpointing=False,
-            checkpoint_depth=1,
-            offloading=False,
-            existing_lora="[None]",
-            bucket_mode=True,
-            bypass_mode=False,
-        ),
+        **pairs,
+        "train": trained(["data", 0], ["pairs", 0], batch_size=2),
         "save": api("SaveLoRA", lora=["train", 0], prefix="loras/edit", steps=["train", 2]),
         "keep": api(
             "SaveTrainingDataset",
             latents=["data", 0],
             conditioning=["pairs", 0],
-            folder_name="pairs",
+            folder_name=by,
             shard_size=1000,
         ),
     }
 
 
-def test_a_training_graph_trains_on_its_reference_latents(
-    base: Path, klein: Model, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("by", ["references", "pairs"])
+def test_a_training_graph_trains_on_its_pairs(
+    base: Path, klein: Model, monkeypatch: pytest.MonkeyPatch, by: str
 ) -> None:
     seen: list[Conditioning] = []
     predict = Denoiser.predict
@@ -209,18 +180,62 @@ def test_a_training_graph_trains_on_its_reference_latents(
         return predict(self, latents, time, given)
 
     monkeypatch.setattr(Denoiser, "predict", watched)
-    found = run(base, training())
+    found = run(base, training(by=by))
     assert len(found["train"][1][0]["loss"]) == 2
+    assert [one[0].text for one in found["pairs"][0]] == ["make it a", "make it b"]
     batches = [one for one in seen if one.controls]
     assert batches and all(tuple(one.controls[0].shape) == (2, 128, 2, 3) for one in batches)
     pixels = torch.from_numpy(np.array(Image.open(base / "input" / "before" / "a.png"))).permute(2, 0, 1)[None]
     expected = klein.components.latent.to_model(klein.autoencoder.encode(pixels.float() / 127.5 - 1))
     errors = [(control - expected).abs().max().item() for control in batches[-1].controls[0].split(1)]
     assert min(errors) < 1e-3 < max(errors), "one of the two pictures"
-    loaded = {"load": api("LoadTrainingDataset", folder_name="pairs"), **loaders()}
+    loaded = {"load": api("LoadTrainingDataset", folder_name=by), **loaders()}
     loaded["show"] = api("PreviewAny", source=["load", 1])
     kept = run(base, loaded)["load"][1]
     assert [tuple(one[0].controls[0].shape) for one in kept] == [(1, 128, 2, 3)] * 2
+
+
+def test_several_controls_of_an_image_are_in_the_order_of_their_inputs(base: Path) -> None:
+    graph = loaders() | {
+        "after": api("LoadImageDataSetFromFolder", folder="after"),
+        "before": api("LoadImageDataSetFromFolder", folder="before"),
+        "one": api("LoadImage", image="after/b.png"),
+        "data": api(
+            "MakeTrainingPairs",
+            images=["after", 0],
+            controls=["before", 0],
+            controls_3=["one", 0],
+            vae=["vae", 0],
+            clip=["clip", 0],
+        ),
+        "show": api("PreviewAny", source=["data", 1]),
+    }
+    latents, conditionings = run(base, graph)["data"]
+    sizes = [[tuple(control.shape[-2:]) for control in one.controls] for (one,) in conditionings]
+    assert sizes == [[(2, 3), (4, 4)]] * 2, "one for all"
+    assert all(torch.equal(one.controls[1], latents[1]["samples"]) for (one,) in conditionings)
+    graph["before"] = api("LoadImage", image="before/a.png")
+    graph["twice"] = api("ImageBatch", image1=["before", 0], image2=["before", 0])
+    graph["thrice"] = api("ImageBatch", image1=["twice", 0], image2=["before", 0])
+    graph["data"]["inputs"]["controls"] = ["thrice", 0]
+    with pytest.raises(NodeError, match=r"controls must have one picture per image or one for all, got 3 for 2 images"):
+        run(base, graph)
+
+
+def test_folders_that_are_no_pairs_are_refused(base: Path) -> None:
+    graph = {
+        "load": api("LoadImagePairDataSetFromFolder", folder="after", control_folder="few"),
+        "show": api("PreviewImage", images=["load", 0]),
+    }
+    few = base / "input" / "few"
+    few.mkdir(exist_ok=True)
+    Image.new("RGB", (64, 64)).save(few / "a.png")
+    with pytest.raises(NodeError, match=r"each image needs a control, but there is none for b\.png"):
+        run(base, graph)
+    for name in ("a_1.png", "b.png", "b_1.png"):
+        Image.new("RGB", (64, 64)).save(few / name)
+    with pytest.raises(NodeError, match=r"must have one for each image here, got 2 for a\.png"):
+        run(base, graph)
 
 
 def test_a_model_without_controls_refuses_them(base: Path) -> None:

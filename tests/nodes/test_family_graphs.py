@@ -21,7 +21,9 @@ from tools.example_graphs import EXAMPLES, GRAPHS, written
 FAMILY = {
     "flux1": "flux1",
     "z_image": "z-image",
+    "flux1_kontext_pairs": "flux1",
     "flux2_klein": "flux2-klein",
+    "flux2_klein_pairs": "flux2-klein",
     "krea2": "krea2",
     "ernie_image": "ernie-image",
     "anima": "anima",
@@ -39,8 +41,10 @@ SMALL = ("11.megapixels=0.01", "20.steps=2", "20.rank=4", "20.learning_rate=0.05
 def drawn(stem: str, folders: Folders) -> np.ndarray:
     """The picture that a graph draws at the end, small and in few steps."""
     prompt = parse_prompt((EXAMPLES / f"{stem}.json").read_text("utf-8"))
-    few = "42.steps=2" if stem == "flux2_klein" else "60.steps=2"
-    graph = validate(apply_overrides(prompt, [*SMALL, few]), folders)
+    few = ["42.steps=2" if stem.startswith("flux2_klein") else "60.steps=2"]
+    few += ["26.megapixels=0.01"] if stem.endswith("_pairs") else []
+    few += ["1.unet_name=flux1-dev.safetensors"] if stem == "flux1_kontext_pairs" else []
+    graph = validate(apply_overrides(prompt, [*SMALL, *few]), folders)
     assert graph.warnings == ()
     Executor(folders).run(graph)
     assert (folders.base / "temp" / "fox_loss_00001_.png").is_file()

@@ -12,11 +12,10 @@ from flux_files import save_flux_files
 from lorasmith.core.errors import NodeError
 from lorasmith.core.folders import Folders
 from lorasmith.nodes import load_nodes
-from lorasmith.workflow import Executor, validate
+from lorasmith.workflow import validate
 from lorasmith.workflow.execution_events import Event, NodeMessage
 from tests.covering import slow_except
-
-Prompt = dict[str, dict[str, Any]]
+from tests.nodes.graphs import Prompt, api, run, sampled, trained
 
 
 @pytest.fixture(scope="module")
@@ -24,10 +23,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("comfyui")
     save_flux_files(folder)
     return folder
-
-
-def api(kind: str, **inputs: Any) -> dict[str, Any]:
-    return {"class_type": kind, "inputs": inputs}
 
 
 def loaders(weight_dtype: str = "default") -> Prompt:
@@ -40,56 +35,21 @@ def loaders(weight_dtype: str = "default") -> Prompt:
     }
 
 
-def run(base: Path, prompt: Prompt, events: list[Event] | None = None) -> dict[str, Any]:
-    load_nodes()
-    folders = Folders(base)
-    executor = Executor(folders, on_event=(events if events is not None else []).append)
-    return {key: result.outputs for key, result in executor.run(validate(prompt, folders)).items()}
-
-
 def sampling(model: str = "unet") -> Prompt:
     return {
         "text": api("CLIPTextEncode", clip=["clip", 0], text="a fox"),
         "positive": api("FluxGuidance", conditioning=["text", 0], guidance=3.5),
         "negative": api("ConditioningZeroOut", conditioning=["text", 0]),
-        "empty": api("EmptySD3LatentImage", width=64, height=32, batch_size=1),
-        "sampler": api(
-            "KSampler",
-            model=[model, 0],
-            seed=1,
-            steps=2,
-            cfg=1.0,
-            sampler_name="euler",
-            scheduler="beta",
-            positive=["positive", 0],
-            negative=["negative", 0],
-            latent_image=["empty", 0],
-            denoise=1.0,
-        ),
-        "decode": api("VAEDecode", samples=["sampler", 0], vae=["vae", 0]),
-        "show": api("PreviewImage", images=["decode", 0]),
+        **sampled(api("EmptySD3LatentImage", width=64, height=32, batch_size=1), model=model, scheduler="beta"),
     }
 
 
 def training(model: str = "unet", **changes: Any) -> Prompt:
-    settings = {
-        "batch_size": 1,
-        "grad_accumulation_steps": 1,
-        "steps": 2,
-        "learning_rate": 1e-3,
-        "rank": 2,
-        "optimizer": "AdamW",
-        "loss_function": "MSE",
-        "seed": 0,
-        "training_dtype": "none",
-        "lora_dtype": "fp32",
+    habits = {
         "quantized_backward": "None",
         "algorithm": "lora",
         "gradient_checkpointing": True,
         "checkpoint_depth": 2,
-        "offloading": False,
-        "existing_lora": "[None]",
-        "bucket_mode": True,
         "bypass_mode": True,
     }
     return {
@@ -104,13 +64,7 @@ def training(model: str = "unet", **changes: Any) -> Prompt:
         "data": api(
             "MakeTrainingDataset", images=["small", 0], vae=["vae", 0], clip=["clip", 0], texts="a fox,\nby a lake"
         ),
-        "train": api(
-            "TrainLoraNode",
-            model=[model, 0],
-            latents=["data", 0],
-            positive=["data", 1],
-            **(settings | changes),
-        ),
+        "train": trained(["data", 0], ["data", 1], model=model, **(habits | changes)),
         "save": api("SaveLoRA", lora=["train", 0], prefix="loras/fox", steps=2, _note="the steps of the run"),
         "trained": api("LoraModelLoader", model=[model, 0], lora=["train", 0], strength_model=1.0, bypass=False),
     }
@@ -172,7 +126,7 @@ def test_an_encoder_of_another_family_is_refused_before_the_work(base: Path) -> 
 
 @pytest.mark.slow
 def test_guidance_is_an_input_of_the_network(base: Path) -> None:
-    def sampled(**inputs: Any) -> torch.Tensor:
+    def drawn(**inputs: Any) -> torch.Tensor:
         prompt = {**loaders(), **sampling()}
         if inputs:
             prompt["positive"] = api("FluxGuidance", conditioning=["text", 0], **inputs)
@@ -181,6 +135,6 @@ def test_guidance_is_an_input_of_the_network(base: Path) -> None:
         samples: torch.Tensor = run(base, prompt)["sampler"][0][0]["samples"]
         return samples
 
-    low, high, none = sampled(guidance=1.0), sampled(guidance=10.0), sampled()
+    low, high, none = drawn(guidance=1.0), drawn(guidance=10.0), drawn()
     assert not torch.allclose(low, high)
     assert not torch.allclose(none, low)

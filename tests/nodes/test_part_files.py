@@ -21,12 +21,7 @@ from lorasmith.training.lora_handle import Lora
 from lorasmith.workflow import Executor, validate
 from lorasmith.workflow.execution_events import Event, ExecutionFailed, ExecutionStarted
 from lorasmith.workflow.graph import Graph
-
-Prompt = dict[str, dict[str, Any]]
-
-
-def api(kind: str, **inputs: Any) -> dict[str, Any]:
-    return {"class_type": kind, "inputs": inputs}
+from tests.nodes.graphs import Prompt, api
 
 
 @pytest.fixture(scope="module")

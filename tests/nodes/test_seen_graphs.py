@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,14 +13,12 @@ from torch import Tensor
 from transformer_models import TINY
 
 from lorasmith.core.errors import NodeError
-from lorasmith.core.folders import Folders
 from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Denoiser, Model
 from lorasmith.families.parts.language_models import sight_of
-from lorasmith.nodes import load_nodes, picture_prompts
-from lorasmith.workflow import Executor, validate
+from lorasmith.nodes import picture_prompts
+from tests.nodes.graphs import Prompt, api, run, sampled, trained
 
-Prompt = dict[str, dict[str, Any]]
 PICTURES = {"before/a.png": (64, 64), "style/a.png": (128, 32)}
 MULTIPLE = {"qwen-image": 28, "krea2": 32}
 
@@ -59,16 +56,6 @@ def model(family: str, tmp_path_factory: pytest.TempPathFactory) -> Model:
     return TINY[family].loaded(TINY[family].saved(tmp_path_factory.mktemp("model")))
 
 
-def api(kind: str, **inputs: Any) -> dict[str, Any]:
-    return {"class_type": kind, "inputs": inputs}
-
-
-def run(base: Path, prompt: Prompt) -> dict[str, Any]:
-    load_nodes()
-    folders = Folders(base)
-    return {key: result.outputs for key, result in Executor(folders).run(validate(prompt, folders)).items()}
-
-
 def loaders(base: Path) -> Prompt:
     def only(kind: str) -> str:
         (file,) = (base / "models" / kind).iterdir()
@@ -99,22 +86,7 @@ def drawing(base: Path, method: str) -> Prompt:
             "FluxKontextMultiReferenceLatentMethod", conditioning=["text", 0], reference_latents_method=method
         ),
         "negative": api("ConditioningZeroOut", conditioning=["positive", 0]),
-        "empty": api("EmptySD3LatentImage", width=64, height=64, batch_size=1),
-        "sampler": api(
-            "KSampler",
-            model=["unet", 0],
-            seed=1,
-            steps=1,
-            cfg=1.0,
-            sampler_name="euler",
-            scheduler="simple",
-            positive=["positive", 0],
-            negative=["negative", 0],
-            latent_image=["empty", 0],
-            denoise=1.0,
-        ),
-        "decode": api("VAEDecode", samples=["sampler", 0], vae=["vae", 0]),
-        "show": api("PreviewImage", images=["decode", 0]),
+        **sampled(api("EmptySD3LatentImage", width=64, height=64, batch_size=1), steps=1),
     }
 
 
@@ -199,7 +171,6 @@ def test_a_training_graph_trains_on_prompts_with_pictures(base: Path, monkeypatc
         return predict(self, latents, time, given)
 
     monkeypatch.setattr(Denoiser, "predict", watched)
-    settings = {"batch_size": 2, "grad_accumulation_steps": 1, "steps": 2, "learning_rate": 1e-3, "rank": 2}
     graph = {
         **{name: one for name, one in loaders(base).items() if name not in ("one", "two")},
         "after": api("LoadImageTextDataSetFromFolder", folder="after"),
@@ -212,29 +183,24 @@ def test_a_training_graph_trains_on_prompts_with_pictures(base: Path, monkeypatc
             vae=["vae", 0],
             image1=["before", 0],
         ),
-        "train": api(
-            "TrainLoraNode",
-            model=["unet", 0],
-            latents=["latents", 0],
-            positive=["pairs", 0],
-            **settings,
-            optimizer="AdamW",
-            loss_function="MSE",
-            seed=0,
-            training_dtype="none",
-            lora_dtype="fp32",
-            quantized_backward=False,
-            algorithm="LoRA",
-            gradient_checkpointing=True,
-            checkpoint_depth=1,
-            offloading=False,
-            existing_lora="[None]",
-            bucket_mode=False,
-            bypass_mode=False,
+        "train": trained(["latents", 0], ["pairs", 0], batch_size=2, gradient_checkpointing=True, bucket_mode=False),
+        "ours": api(
+            "MakeTrainingPairs",
+            images=["after", 0],
+            controls=["before", 0],
+            vae=["vae", 0],
+            clip=["clip", 0],
+            texts=["after", 1],
         ),
+        "show": api("PreviewAny", source=["ours", 1]),
         "save": api("SaveLoRA", lora=["train", 0], prefix="loras/edit", steps=["train", 2]),
     }
     found = run(base, graph)
     assert len(found["train"][1][0]["loss"]) == 2
     batches = [one for one in seen if one.controls]
     assert batches and all(tuple(one.controls[0].shape) == (2, 16, 1, 8, 8) for one in batches)
+    for index, ((ours,), (theirs,)) in enumerate(zip(found["ours"][1], found["pairs"][0], strict=True)):
+        assert ours.text == theirs.text and ours.tensors.keys() == theirs.tensors.keys()
+        assert torch.equal(ours.tensors["context"], theirs.tensors["context"])
+        torch.testing.assert_close(ours.controls, theirs.controls)
+        torch.testing.assert_close(found["ours"][0][index]["samples"], found["latents"][0][index]["samples"])

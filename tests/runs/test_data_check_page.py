@@ -161,3 +161,17 @@ def test_a_page_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OutputError):
         write_data_page(check_folder(FOX, DataConfig()), tmp_path / "file" / "page.html", DataConfig())
+
+
+def test_pairs_are_shown_beside_their_controls(tmp_path: Path) -> None:
+    for name in "ab":
+        add(tmp_path / f"{name}.png", photo(ord(name), (400, 300)), f"edit {name}")
+    add(tmp_path / "control" / "a.png", photo(1, (300, 400)))
+    found = report(tmp_path)
+    shots = {one.name: one for trouble in found.troubles for group in trouble.groups for one in group}
+    assert shots["b.png"].controls is None
+    control, picture = shots["a.png"].controls, shots["a.png"].picture
+    assert control is not None and picture is not None and control[1] < control[2] and picture[1] > picture[2]
+    page = tmp_path / "check.html"
+    write_data_page(check_folder(tmp_path, DataConfig()), page, DataConfig())
+    assert "control of a.png" in page.read_text() and "control of b.png" not in page.read_text()

@@ -61,3 +61,30 @@ def test_what_pipelines_cannot_load_from_one_file_is_named() -> None:
     assert "WanPipeline.from_pretrained('the diffusers folder or hub id of wan')" in code
     assert "export_to_video" in code and "frames[0]" in code
     ast.parse(code)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "family", "controls", "call", "images"),
+    [
+        ("FluxKontextPipeline", "flux1", 1, "FluxKontextPipeline", "image=load_image('before.png'), "),
+        ("", "flux1", 0, "FluxPipeline", ""),
+        ("exit()", "flux1", 0, "FluxPipeline", ""),
+        (
+            "Flux2KleinPipeline",
+            "flux2-klein",
+            2,
+            "Flux2KleinPipeline",
+            "image=[load_image('before.png'), load_image('before1.png')], ",
+        ),
+    ],
+)
+def test_edit_models_get_their_pipeline_and_pictures(
+    pipeline: str, family: str, controls: int, call: str, images: str
+) -> None:
+    facts = {"trigger": "", "prompt": "make it blue", "model": "owner/edit", "model_title": "", "family": family}
+    programs = use_of(Path("a.safetensors"), **facts, pipeline=pipeline, controls=controls).programs
+    _, code = programs["diffusers"]
+    ast.parse(code)
+    assert f"pipeline = {call}.from_pretrained" in code
+    assert f"pipeline({images}prompt='make it blue')" in code
+    assert ("import load_image" in code) == ("Set Reference Latent" in programs["ComfyUI"][0]) == bool(controls)

@@ -114,7 +114,7 @@ def test_a_missing_control_ends_the_plan_before_anything_is_encoded(
     (few / "a.png").write_bytes((pairs / "before" / "a.png").read_bytes())
     audience = Audience()
     with pytest.raises(
-        DataError, match=r"there is none for b.png, c.png; add a file of the same name to .*few, or add"
+        DataError, match=r"there is none for b.png, c.png; add a file of the same name to .*few, or choose"
     ):
         plan(asked(klein, pairs, control=(str(few),)), audience)
     assert "CaptionEncoded" not in audience.names()

@@ -59,21 +59,21 @@ def test_the_sizes_of_latents_count_on_both_sides(tiny: Model) -> None:
     side = tiny.defaults.resolution // tiny.components.latent.downscale
     for steps in (100, 200, 400, 800, 3200):
         config = TrainConfig(steps=steps)
-        quarter = unasked_program(replace(config, steps=4 * steps), tiny, samples(side // 2))
-        assert unasked_program(config, tiny, samples(side)) == quarter
-        assert unasked_program(replace(config, steps=steps // 4, batch_size=4), tiny, samples(side)) == quarter
+        quarter = unasked_program(replace(config, steps=4 * steps), tiny, samples(side // 2), "a fox")
+        assert unasked_program(config, tiny, samples(side), "a fox") == quarter
+        assert unasked_program(replace(config, steps=steps // 4, batch_size=4), tiny, samples(side), "a fox") == quarter
 
 
 def test_the_program_of_a_run_is_at_most_a_tenth_of_its_passes(tiny: Model) -> None:
     side = tiny.defaults.resolution // tiny.components.latent.downscale
     found = {}
     for steps in range(3, 2000, 7):
-        program = unasked_program(TrainConfig(steps=steps), tiny, samples(side))
+        program = unasked_program(TrainConfig(steps=steps), tiny, samples(side), "a fox")
         found[steps] = 0 if program is None else program.passes(2)
         assert found[steps] <= 0.1 * 2 * steps
     assert found[3] == 0 and list(found.values()) == sorted(found.values())
     with pytest.raises(OptionError, match="preview_strengths"):
-        unasked_program(TrainConfig(preview_strengths="much"), tiny, samples(side))
+        unasked_program(TrainConfig(preview_strengths="much"), tiny, samples(side), "a fox")
 
 
 @pytest.mark.parametrize(("settings", "drawn"), [({}, 0), ({"previews": "a lion", "preview_steps": 1}, 3)])
@@ -96,3 +96,22 @@ def test_a_short_run_draws_what_was_asked_for_alone(
             "drawn in any case."
         ]
     )
+
+
+def test_a_run_on_pairs_draws_several_of_them(tiny: Model) -> None:
+    """A control as large as the picture doubles the cost of a preview and of a step."""
+    side = tiny.defaults.resolution // tiny.components.latent.downscale
+    control = torch.zeros(1, 4, side, side)
+    pairs = [
+        Sample(torch.zeros(4, side, side), Conditioning({}, f"edit {n}").with_controls([control]), f"{n % 6}.png")
+        for n in range(8)
+    ]
+    plain = unasked_program(TrainConfig(steps=6000), tiny, samples(side), "a fox")
+    several = unasked_program(TrainConfig(steps=6000), tiny, pairs, "a fox")
+    assert plain is not None and several is not None
+    assert plain.prompts == ("a fox",) and len(several.prompts) == 4
+    assert several.prompts == ("edit 6", "edit 7", "edit 2", "edit 3"), "as they are drawn"
+    for steps in range(3, 2000, 41):
+        program = unasked_program(TrainConfig(steps=steps), tiny, pairs, "a fox")
+        passes = 0 if program is None else program.passes(2) * len(program.prompts)
+        assert passes <= 0.1 * 2 * steps

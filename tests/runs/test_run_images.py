@@ -59,3 +59,18 @@ def test_a_folder_that_cannot_be_written_costs_nothing(tmp_path: Path) -> None:
     folder = pictures(tmp_path / "photos", 2)
     (tmp_path / "run").touch()
     keep_thumbnails(tmp_path / "run", run(folder).scan.images)
+
+
+def test_a_small_version_of_a_pair_has_the_control_on_the_left(tmp_path: Path) -> None:
+    for name, size in (("after", (40, 40)), ("before", (60, 30)), ("depth", (20, 20))):
+        Image.new("RGB", size, {"after": "red", "before": "lime", "depth": "blue"}[name]).save(tmp_path / f"{name}.png")
+    controls = tuple(ImageFile(tmp_path / f"{name}.png", 1, 1, "", "none") for name in ("before", "depth"))
+    pair = ImageFile(tmp_path / "after.png", 40, 40, "sks", "trigger", controls=controls)
+    keep_thumbnails(tmp_path / "run", [pair])
+    with Image.open(thumbnail_of(tmp_path / "run", 0)) as small:
+        assert small.size == (60 + 4 + 20 + 4 + 40, 40)
+        colours = [small.convert("RGB").getpixel((x, 20)) for x in (30, 74, 108)]
+    assert [max(range(3), key=one.__getitem__) for one in colours] == [1, 2, 0]
+    scan = FolderScan((pair,), (), (), ())
+    (image,) = images_in(image_facts(replace(plan("a", trigger="sks"), scan=scan, held_out=())))
+    assert image.controls == 2

@@ -21,14 +21,13 @@ from lorasmith.families.base import ControlForm, controls_taken
 from lorasmith.families.model import Model
 
 _NAMED = 3  # images in a sentence
-_OPTIONAL = "or add --controls optional"
+_OPTIONAL = "or choose controls optional"
 
 
 def check_controls(scan: FolderScan, config: DataConfig, model: Model) -> None:
     """Raise DataError if the controls of a folder do not fit a model, or one is missing, or a clip is too short."""
     form, title = model.control_form, f"{model.title} ({model.family.title})"
-    subjects = [one for one in scan.images if not one.is_class]
-    paired = [one for one in subjects if one.controls]
+    paired = [one for one in scan.images if one.controls]
     if form is not None and form.source in ("first frame", "first and last frame") and form.is_required:
         _check_clips(scan, config, model)
     if config.controls == "none":
@@ -39,8 +38,8 @@ def check_controls(scan: FolderScan, config: DataConfig, model: Model) -> None:
         if paired or config.control:
             variants = [one.name for one in model.family.controls if one.name and form is None]
             what = f"{paired[0].name} has {paired[0].controls[0].path}" if paired else f"control is {config.control[0]}"
-            without = "leave --control out" if config.control else "add --controls none"
-            edit = f"add --edit {' or '.join(variants)} if it is an edit model, or " if variants else ""
+            without = "leave control out" if config.control else "choose controls none"
+            edit = f"choose edit {' or '.join(variants)} if it is an edit model, or " if variants else ""
             takes = "no controls" if form is None else "none beside its images"
             raise DataError(f"{title} takes {takes}, but {what}; {edit}{without} to train without them")
         return
@@ -48,9 +47,16 @@ def check_controls(scan: FolderScan, config: DataConfig, model: Model) -> None:
         raise DataError(f"{title} {controls_taken(form.most)}, but {many.name} has {len(many.controls)}; remove some")
     if paired and form.sight is not None:
         model.text_encoder.check_sight()
+    is_tried = paired or any(reason.kind == "control" for _, reason in scan.skipped)
+    if config.controls != "optional" and (form.is_required or config.control or is_tried):
+        check_pairs(scan, config, title=title)
+
+
+def check_pairs(scan: FolderScan, config: DataConfig, *, title: str) -> None:
+    """Raise DataError unless each image has a control, and all as many; `title` is of what needs them."""
+    subjects = [one for one in scan.images if not one.is_class]
+    paired = [one for one in subjects if one.controls]
     damaged = [(path, reason) for path, reason in scan.skipped if reason.kind == "control"]
-    if config.controls == "optional" or not (form.is_required or config.control or paired or damaged):
-        return
     if damaged:
         raise DataError(f"{damaged[0][0].name} {damaged[0][1]}, {_OPTIONAL}")
     if not paired:

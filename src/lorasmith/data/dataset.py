@@ -193,6 +193,18 @@ class Sample:
         """The latents of a draw; unlike `drawn`, never encodes its caption."""
         return self.latents if self.variants is None else self.variants.picture(seed, draw).latents
 
+    @property
+    def size(self) -> int:
+        """Numbers in its latents and controls, which the tokens of a forward pass are proportional to."""
+        return sum(one.numel() for one in (self.latents, *self.conditioning.controls))
+
+    def size_drawn(self, seed: int, draw: int) -> int:
+        """The size of a draw; unlike `drawn`, never encodes its caption."""
+        if self.variants is None:
+            return self.size
+        picture = self.variants.picture(seed, draw)
+        return sum(one.numel() for one in (picture.latents, *Conditioning(picture.beside).controls))
+
     def sizes(self) -> Iterator[Sample]:
         """The sample with each of its pictures, all with the plain caption."""
         if (variants := self.variants) is None:

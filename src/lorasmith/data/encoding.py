@@ -85,6 +85,7 @@ def load_dataset(
         sources = list(_sources(images, stack, 0.0 if clips is None else clips.rate))
         scan = scan_sources(sources, whole, cache=datasets_folder(), clips=clips is not None)
         notes = tuple(_scan_notes(scan, whole))
+        check_controls(scan, whole, model)
         if find_class is not None:
             with current().rank0_first():
                 prior = find_class(whole, place)
@@ -180,7 +181,9 @@ def encode_scan(
     caption_progress: Callable[[int, int], None] | None = None,
     hash_progress: Callable[[int, int], None] | None = None,
 ) -> EncodedDataset:
-    """Encode scanned images through the user's cache, if `config` has one; other arguments as for `load_dataset`."""
+    """Encode scanned images, which `check_controls` accepts, through the user's cache, if `config` has one; other
+    arguments as for `load_dataset`.
+    """
     latent, encoder, autoencoder = model.components.latent, model.text_encoder, model.autoencoder
     clips = clip_form(model, config)
     if clips is None and any(image.frames for image in scan.images):
@@ -214,7 +217,6 @@ def encode_scan(
         controls=model.control_form,
         beside=model.beside,
     )
-    check_controls(scan, config, model)
     data = encode_images(
         scan,
         config,
@@ -349,20 +351,19 @@ def _controls(
     form = pictures.controls
     if form is None or not any(image.image.controls for image in images):
         return [_EncodedControls([], [{}] * len(image.framings)) for image in images]
-    work = []
+    work, asked = [], []
     for image in images:
         for control in image.image.controls:
-            framings = control_framings(control, image.image, image.framings, form)
-            work.append(FramedImage(control, tuple(dict.fromkeys(framings)), (control.digest, "")))
+            asked.append(control_framings(control, image.image, image.framings, form))
+            work.append(FramedImage(control, tuple(dict.fromkeys(asked[-1])), (control.digest, "")))
     alone = replace(pictures, beside=lambda pixels, mask: {})
-    encoded = iter(zip(work, encode_pictures(work, alone, DataConfig(), progress), strict=True))
+    encoded = iter(zip(work, asked, encode_pictures(work, alone, DataConfig(), progress), strict=True))
     result = []
     for image in images:
         keys: list[list[str]] = []
         latents: list[tuple[Tensor, ...]] = [()] * len(image.framings)
-        for control in image.image.controls:
-            framed, found = next(encoded)
-            framings = control_framings(control, image.image, image.framings, form)
+        for _ in image.image.controls:
+            framed, framings, found = next(encoded)
             places = [framed.framings.index(one) for one in framings]
             keys.append([framed.keys()[place] for place in places])
             latents = [(*before, found[place].latents[None]) for before, place in zip(latents, places, strict=True)]

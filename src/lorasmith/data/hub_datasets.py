@@ -1,6 +1,7 @@
 """Datasets of the package `datasets` as folders of images: each picture's bytes unchanged, and a `metadata.jsonl`.
 
 A dataset has a column of images, and its captions in a column `text`, `caption` or `prompt`, as text or lists of text.
+Columns of images named as `control_fields` has it are controls, an image or a list of them each.
 Its folder is written once, and found again by the dataset's fingerprint.
 """
 
@@ -12,7 +13,7 @@ import io
 import json
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from lorasmith.core.foreign_json import parse_foreign_json
 from lorasmith.core.printable import printable
 from lorasmith.data.folder_listing import LINK
 from lorasmith.data.image_files import image_suffixes
-from lorasmith.data.metadata_files import TEXT_COLUMNS
+from lorasmith.data.metadata_files import TEXT_COLUMNS, control_fields
 
 _LAYOUT = 1  # raised with changes of the folders that are written
 
@@ -109,8 +110,8 @@ def _unreadable(folder: Path, reason: str) -> DataError:
 
 def _written(dataset: Any, cache: Path, key: object, *, at_most: int | None) -> Path:
     """The folder of a dataset in the cache, written completely or not at all."""
-    image, text = _columns(dataset)
-    identity = json.dumps([_LAYOUT, dataset._fingerprint, image, text, key])
+    columns = _columns(dataset)
+    identity = json.dumps([_LAYOUT, dataset._fingerprint, *columns, key])
     target = cache / f"dataset-{hashlib.sha256(identity.encode('utf-8', 'replace')).hexdigest()[:24]}"
     if is_folder(target):
         return target
@@ -118,43 +119,64 @@ def _written(dataset: Any, cache: Path, key: object, *, at_most: int | None) -> 
     with locked(cache / f"{target.name}.lock", f"the images of a dataset are being written to {target}"):
         if not is_folder(target):  # written by another process, just now
             with atomic_folder(target) as temporary:
-                _write(dataset, image, text, temporary, at_most=at_most)
+                _write(dataset, *columns, temporary, at_most=at_most)
     return target
 
 
-def _columns(dataset: Any) -> tuple[str, str | None]:
+def _columns(dataset: Any) -> tuple[str, str | None, list[str]]:
+    """The columns of images, captions and controls."""
     datasets = _package()
     features = dict(dataset.features or {})
-    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    controls = [name for name in control_fields(features) if _undecoded(features[name]) is not None]
+    images = [name for name, one in features.items() if isinstance(one, datasets.Image) and name not in controls]
     if not images:
         known = printable(", ".join(features) or "none", limit=100)
         raise DataError(f"a dataset must have a column of images, got the columns {known}; use cast_column")
     text = next((name for name in TEXT_COLUMNS if name in features), None)
-    return "image" if "image" in images else images[0], text
+    return "image" if "image" in images else images[0], text, controls
 
 
-def _write(dataset: Any, image: str, text: str | None, folder: Path, *, at_most: int | None) -> None:
-    """Write pictures, then `metadata.jsonl`.
+def _undecoded(feature: Any) -> Any:
+    """A feature of images, or of lists of them, whose pictures are bytes; None for others."""
+    image = _package().Image
+    if isinstance(feature, image):
+        return image(decode=False)
+    inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+    if not isinstance(inner, image):
+        return None
+    return [image(decode=False)] if isinstance(feature, list) else type(feature)(image(decode=False))
+
+
+def _write(
+    dataset: Any, image: str, text: str | None, controls: Sequence[str], folder: Path, *, at_most: int | None
+) -> None:
+    """Write pictures and their controls, the latter into folders `control`, `control_1`, ..., then `metadata.jsonl`.
 
     `at_most` is the size in bytes of the files, which hold all pictures and do not compress them; None for the caller's
     own dataset, whose pictures may be files elsewhere.
     """
-    datasets = _package()
-    rows = dataset.select_columns([image, *([text] if text else [])]).with_format(None)
-    rows = rows.cast_column(image, datasets.Image(decode=False))
+    rows = dataset.select_columns([image, *([text] if text else []), *controls]).with_format(None)
+    for column in (image, *controls):
+        rows = rows.cast_column(column, _undecoded(rows.features[column]))
     digits = len(str(len(rows)))
     lines = []
     written = 0
     for number, row in enumerate(rows):
-        content = _content(row[image] or {}, outside=at_most is None)
-        written += len(content or b"")
+        stem = f"{number:0{digits}}"
+        given = [row[image]]
+        for column in controls:
+            given += row[column] if isinstance(row[column], list) else [row[column]]
+        contents = [_content(one or {}, outside=at_most is None) for one in given]
+        written += sum(len(one or b"") for one in contents)
         if at_most is not None and written > at_most:
             raise ValueError("it has more bytes of pictures than its files")
-        if content is None:  # an entry without an image, which the scan reports
-            name = f"row {number} without a picture"
-        else:
-            name = f"{number:0{digits}}{_suffix(content)}"
-            (folder / name).write_bytes(content)
+        name = f"row {number} without a picture"  # an entry without an image, which the scan reports
+        if contents[0] is not None:
+            name = f"{stem}{_suffix(contents[0])}"
+            (folder / name).write_bytes(contents[0])
+        for place, content in enumerate(one for one in contents[1:] if one is not None):
+            beside = ensure_folder(folder / (f"control_{place}" if place else "control"))
+            (beside / f"{stem}{_suffix(content)}").write_bytes(content)
         lines.append(json.dumps({"file_name": name, "text": row[text] if text else None}))
     (folder / "metadata.jsonl").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 

@@ -6,6 +6,7 @@ variants, masks, checks, and the cache. The file's bytes are a function of the p
 
     (picture, caption), (picture, [caption, ...]), (picture, caption, mask)
     {"image": picture, "text": caption, "mask": mask}    also file_name, repeats, weight; video and frame_rate for clips
+    {"image": picture, "text": caption, "control": before}    for edit models, or a list; the fields of `control_fields`
     "photos/1.png"                                       a file, with its caption file as in a folder
 
 Values are never guessed: what is neither uint8 nor a float in 0..1 is refused.
@@ -35,7 +36,7 @@ from lorasmith.data.clips import COUNTED_FRAMES, OpenedFile
 from lorasmith.data.data_config import DataConfig, ImageSource
 from lorasmith.data.folder_listing import ListedFolder
 from lorasmith.data.image_files import upright_original
-from lorasmith.data.metadata_files import MAX_CAPTIONS, NAME_COLUMNS, TEXT_COLUMNS
+from lorasmith.data.metadata_files import MAX_CAPTIONS, NAME_COLUMNS, TEXT_COLUMNS, control_fields
 from lorasmith.data.source_files import Candidate, ScanNotes, candidates
 
 _PICTURE, _CLIP = "image", "video"
@@ -65,6 +66,7 @@ class _Item:
     picture: object
     captions: tuple[str, ...] = ()
     mask: object = None
+    controls: tuple[object, ...] = ()
     name: str = ""
     repeats: int = 1
     weight: float = 1.0
@@ -92,7 +94,8 @@ def item_candidates(source: PictureItems, config: DataConfig, *, clips: bool) ->
     listings = _Listings(config, clips)
     for number, given in enumerate(source.items):
         item = _read(number, given)
-        if not source.names_files and any(isinstance(one, str | os.PathLike) for one in (item.picture, item.mask)):
+        files = (item.picture, item.mask, *item.controls)
+        if not source.names_files and any(isinstance(one, str | os.PathLike) for one in files):
             raise DataError(
                 f"a dataset must hold its pictures, got a path in {item.title}, which is not read; load the files that "
                 "you trust as a list of paths"
@@ -106,6 +109,12 @@ def item_candidates(source: PictureItems, config: DataConfig, *, clips: bool) ->
             found = _written(item, source, config, clips)
         if item.mask is not None:
             found.mask = _mask(item, source.spool / f"{number}" / f"{found.name}.mask", config)
+        if item.controls and config.controls != "none":
+            place = source.spool / f"{number}"
+            found.controls = tuple(
+                _beside(item, one, "control", place / f"{found.name}.control {index}")
+                for index, one in enumerate(item.controls)
+            )
         yield found
 
 
@@ -162,6 +171,11 @@ def _of_fields(item: _Item, given: Mapping[Any, Any]) -> _Item:
     for key, declared in options_of(ImageSource).items():
         if given.get(key) is not None:
             settings[key] = declared.check(given[key])
+    controls = control_fields(given)
+    if stray := [key for key in given if "control" in str(key) and key not in controls and given[key] is not None]:
+        raise DataError(
+            f"controls are named control, a picture or a list of them, got {stray[0]} in {item.title}; rename it"
+        )
     rate = given.get("frame_rate")
     if rate is not None and not (isinstance(rate, Real) and 0 < float(rate) <= 1000):
         raise DataError(f"frame_rate of {item.title} must be a number between 0 and 1000, got {described(rate)}")
@@ -171,10 +185,15 @@ def _of_fields(item: _Item, given: Mapping[Any, Any]) -> _Item:
         name="" if picture is None else _file_name(named),
         captions=_captions(item, next((given[key] for key in TEXT_COLUMNS if given.get(key) is not None), None)),
         mask=given.get("mask"),
+        controls=tuple(one for key in controls for one in _listed(given[key]) if one is not None),
         rate=float(rate or 0),
         is_clip=given.get(_PICTURE) is None and picture is not None,
         **settings,
     )
+
+
+def _listed(given: object) -> Sequence[object]:
+    return given if isinstance(given, list | tuple) else (given,)
 
 
 def _file_name(named: str) -> str:
@@ -225,12 +244,17 @@ def _mask(item: _Item, path: Path, config: DataConfig) -> Path:
     """The file of an item's mask, `path` if it is in memory."""
     if config.masks == "alpha":
         raise DataError(f"{item.title} has a mask, which masks alpha leaves aside; choose masks files, or leave it out")
-    if isinstance(item.mask, str | os.PathLike):
-        return Path(item.mask)
     mask = item.mask
     if isinstance(mask, np.ndarray | torch.Tensor) and mask.dtype in (np.bool_, torch.bool):
         mask = mask.astype(np.uint8) * 255 if isinstance(mask, np.ndarray) else mask.to(torch.uint8) * 255
-    _save(_frames(replace(item, picture=mask, name="its mask"))[:1], path)
+    return _beside(item, mask, "mask", path)
+
+
+def _beside(item: _Item, picture: object, what: str, path: Path) -> Path:
+    """The file of an item's mask or control, `path` if it is in memory."""
+    if isinstance(picture, str | os.PathLike):
+        return Path(picture)
+    _save(_frames(replace(item, picture=picture, name=f"its {what}"))[:1], path)
     return path
 
 

@@ -7,9 +7,9 @@
 
 Names are paths relative to the file's folder, or absolute paths inside it, with or without suffix. The text is in
 `text`, `caption` or `prompt`; a list of texts, or several lines for an image, are several captions. kohya's JSON lines
-name images by `image_path`, and his tags are appended to the caption after a comma. Images named in it are never
-opened: captions are looked up by the names of images that were found. JSON names the controls of an image by
-`control_path`, `control_path_1`, ..., `edit_image` or `kontext_images`, each a path in the folder or a list of paths.
+name images by `image_path`, and his tags are appended to the caption after a comma; DiffSynth names images by `image`,
+and its `metadata.json` is a list of rows. Images named in it are never opened: captions are looked up by the names of
+images that were found. Controls are in the fields of `control_fields`, each a path in the folder or a list of paths.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from typing import Any
 
 from lorasmith.core.files import read_regular
 from lorasmith.core.foreign_json import parse_foreign_json
-from lorasmith.core.printable import printable
+from lorasmith.core.printable import described, printable
 from lorasmith.data.captions import MAX_CAPTION, one_line
 
 MAX_CAPTIONS = 100  # of one image
 
 TEXT_COLUMNS = ("text", "caption", "prompt")
 NAME_COLUMNS = ("file_name", "image_path")
-_CONTROL_KEYS = ("edit_image", "kontext_images")
+_PATH_COLUMNS = (*NAME_COLUMNS, "image")
 
 
 class MetadataError(ValueError):
@@ -56,7 +56,7 @@ class Metadata:
     refused: dict[str, str] = field(default_factory=dict)  # why an image's captions cannot be used
     outside: list[str] = field(default_factory=list)  # names of files outside the folder
     controls: dict[str, tuple[str, ...]] = field(default_factory=dict)  # of an image, relative to the folder
-    lost_controls: dict[str, str] = field(default_factory=dict)  # of an image, a control outside the folder
+    lost_controls: dict[str, str] = field(default_factory=dict)  # why an image's controls cannot be used
 
     def entry(self, key: str) -> str | None:
         """The key of an image of this path in the file; None if it has none."""
@@ -83,6 +83,15 @@ def preferred_metadata(names: Iterable[str]) -> str:
     return known[0] if place(known[0])[0] < len(_HUGGING_FACE) + 1 else known[-1]
 
 
+def control_fields(names: Iterable[str]) -> list[str]:
+    """The fields with an image's controls, in order: `control` or `control_path`, with a number for further ones, and
+    DiffSynth's `edit_image` and `kontext_images`.
+    """
+    numbered = ((re.fullmatch(r"control(?:_path)?(?:_([0-9]{1,9}))?", name), name) for name in names)
+    found = [(int(match[1] or -1), name) for match, name in numbered if match]
+    return [name for _, name in sorted(found)] + [name for name in ("edit_image", "kontext_images") if name in names]
+
+
 def read_metadata(path: Path) -> Metadata:
     """The captions in a `.json`, `.jsonl`, `.csv` or `.parquet` file. Raises MetadataError."""
     try:
@@ -98,22 +107,22 @@ def read_metadata(path: Path) -> Metadata:
         raise MetadataError(str(error)) from error
 
 
-# name of an image, its captions (a text, a list of them, or None) and the names of its controls
-Row = tuple[str, Any, Sequence[str]]
+# name of an image, its captions (a text, a list of them, or None) and its row, which may name controls
+Row = tuple[str, Any, Mapping[str, Any]]
 
 
 def _collected(rows: Iterable[Row], folders: Sequence[Path]) -> Metadata:
     found = Metadata()
-    for name, value, controls in rows:
+    for name, value, row in rows:
         key = _inside(name, folders)
         if key is None:
             found.outside.append(name)
             continue
-        inside = [(one, _inside(one, folders)) for one in controls]
-        if lost := [one for one, path in inside if path is None]:
-            found.lost_controls[key] = lost[0]
-        elif inside:
-            found.controls[key] = tuple(path for _, path in inside if path is not None)
+        try:
+            if controls := tuple(_controls(row, folders)):
+                found.controls[key] = controls
+        except ValueError as error:
+            found.lost_controls[key] = str(error)
         texts = [value] if isinstance(value, str) else [] if value is None else value
         if not isinstance(texts, list) or not all(isinstance(one, str) for one in texts):
             found.refused[key] = "has a caption that is not text"
@@ -141,22 +150,27 @@ def _inside(name: str, folders: Sequence[Path]) -> str | None:
 
 def _json_rows(content: bytes) -> Iterator[Row]:
     value = parse_foreign_json(_text(content))
+    if isinstance(value, list) and any(isinstance(one, dict) for one in value):
+        yield from _listed_rows(enumerate(value, start=1), "entry")
+        return
     if not isinstance(value, dict) or not value or not all(isinstance(one, dict) for one in value.values()):
         raise MetadataError('holds no captions by image, such as {"1.png": {"caption": "a dog"}}', damaged=False)
     for name, entry in value.items():
-        yield name, _kohya(entry), _controls(entry)
+        yield name, _kohya(entry), entry
 
 
-def _controls(entry: Mapping[str, Any]) -> list[str]:
-    """Names of an entry's controls, in the order of their keys' numbers."""
-    numbered = ((re.fullmatch(r"control_path(?:_([0-9]{1,9}))?", key), value) for key, value in entry.items())
-    values = sorted(((int(key[1] or -1), value) for key, value in numbered if key), key=lambda one: one[0])
-    given = [value for _, value in values] + [entry[key] for key in _CONTROL_KEYS if key in entry]
-    return [name for value in given for name in (value if isinstance(value, list) else [value]) if _is_name(name)]
-
-
-def _is_name(value: object) -> bool:
-    return isinstance(value, str) and bool(value) and "\x00" not in value
+def _controls(row: Mapping[str, Any], folders: Sequence[Path]) -> Iterator[str]:
+    """Paths of a row's controls relative to its folder. ValueError for what is no path, or outside of the folder."""
+    for key in control_fields(row):
+        given = row[key] if isinstance(row[key], list) else [row[key] or None]
+        for one in given:
+            if one is None:  # as rows of tables have it that lack a control
+                continue
+            if not isinstance(one, str) or not one or "\x00" in one:
+                raise ValueError(f"its {key} is {described(one)}, not a path; write the control's name")
+            if (path := _inside(one, folders)) is None:
+                raise ValueError(f"its control {one} is outside of the folder; copy it into the folder")
+            yield path
 
 
 def _kohya(entry: Mapping[str, Any]) -> Any:
@@ -172,30 +186,38 @@ def _kohya(entry: Mapping[str, Any]) -> Any:
 
 
 def _json_line_rows(content: bytes) -> Iterator[Row]:
-    named = False
+    yield from _listed_rows(_json_lines(content), "line")
+
+
+def _json_lines(content: bytes) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(_text(content).split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            entry = parse_foreign_json(line)
+            yield number, parse_foreign_json(line)
         except ValueError as error:
             raise ValueError(f"{error} in line {number}") from error
-        name = next((entry[one] for one in NAME_COLUMNS if one in entry), None) if isinstance(entry, dict) else None
+
+
+def _listed_rows(entries: Iterable[tuple[int, Any]], what: str) -> Iterator[Row]:
+    named = False
+    for number, entry in entries:
+        name = next((entry[one] for one in _PATH_COLUMNS if one in entry), None) if isinstance(entry, dict) else None
         if not isinstance(name, str):
-            raise MetadataError(f"has no file_name in line {number}", damaged=named)
+            raise MetadataError(f"has no file_name in {what} {number}", damaged=named)
         named = True
-        yield name, _kohya(entry), _controls(entry)
+        yield name, _kohya(entry), entry
 
 
 def _csv_rows(content: bytes) -> Iterator[Row]:
-    reader = csv.DictReader(io.StringIO(_text(content), newline=""))
+    reader = csv.DictReader(io.StringIO(_text(content), newline=""), restkey="")
     try:
         columns = reader.fieldnames or ()
         name, text = _columns(columns)
         for row in reader:
             if row.get(name) is None or row.get(text) is None:
                 raise ValueError(f"has too few values in line {reader.line_num}")
-            yield row[name], row[text], ()
+            yield row[name], row[text], row
     except csv.Error as error:
         raise ValueError(f"is not valid CSV ({error})") from error
 
@@ -208,26 +230,28 @@ def _parquet_rows(content: bytes) -> Iterator[Row]:
         raise MetadataError("needs pyarrow, which is not installed; run pip install pyarrow") from None
     try:
         file = parquet.ParquetFile(pyarrow.BufferReader(content))
-        name, text = _columns(file.schema_arrow.names)
+        columns = file.schema_arrow.names
+        name, text = _columns(columns)
         if file.metadata.num_rows > _MAX_ROWS:
             raise ValueError(f"has more than {_MAX_ROWS:,} rows")
-        for batch in file.iter_batches(batch_size=256, columns=[name, text]):
+        for batch in file.iter_batches(batch_size=256, columns=[name, text, *control_fields(columns)]):
             for row in batch.to_pylist():
                 if not isinstance(row[name], str):
                     raise ValueError("has a row without file_name")
-                yield row[name], row[text], ()
+                yield row[name], row[text], row
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"is not valid parquet ({printable(error, limit=100)})") from error
 
 
 def _columns(columns: Iterable[str]) -> tuple[str, str]:
     known = list(columns)
-    if NAME_COLUMNS[0] not in known:
+    name = next((one for one in _PATH_COLUMNS if one in known), None)
+    if name is None:
         raise MetadataError("has no column file_name", damaged=False)
     text = next((one for one in TEXT_COLUMNS if one in known), None)
     if text is None:
         raise MetadataError(f"has none of the columns {', '.join(TEXT_COLUMNS)}", damaged=False)
-    return NAME_COLUMNS[0], text
+    return name, text
 
 
 def _text(content: bytes) -> str:

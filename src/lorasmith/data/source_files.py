@@ -38,7 +38,7 @@ class Candidate:
     entry_first: bool = False  # `entry` precedes the caption file
     mask: Path | None = None
     controls: tuple[Path, ...] = ()
-    lost_control: str = ""  # name of a control outside the folder in the metadata file
+    lost_control: str = ""  # why its controls in the metadata file cannot be used, a clause
     opened: OpenedFile | None = None  # what its file would not say: a clip that was in memory
     barred: Reason | None = None  # why it is skipped, if one of its files is a link that is not followed
 
@@ -354,8 +354,7 @@ class _Controls:
                 image.barred = image.barred or _barred(listed, name, "control")
         image.controls = tuple(found) or image.controls
         if not found and image.lost_control:
-            outside = f"is left out because its control {image.lost_control} is outside of the folder"
-            image.barred = Reason(f"{outside}; copy it into the folder", "control")
+            image.barred = Reason(f"is left out because {image.lost_control}", "control")
         if not found and not self._follow_links:
             for path in image.controls:
                 if not path.resolve().is_relative_to(image.folder.source):

@@ -377,6 +377,7 @@ class ControlForm:
     # of an edit variant with the tensors of its family's other models: part of the names of its files; empty where all
     # models of the family take controls
     name: str = ""
+    pipeline: str = ""  # class of the diffusers pipeline that takes them, if it is another than the family's
     modelspec_name: str = ""  # `modelspec.architecture` of LoRAs for it, without `/lora`; empty for the family's
     is_required: bool = False  # whether it edits a picture, and draws none without
     # whether a control has the size of the picture that is trained, and its part, where both have one aspect ratio
@@ -543,7 +544,8 @@ class Family(ABC):
 
     def recognises_pipeline(self, configs: PipelineConfigs) -> bool:
         """Whether a diffusers pipeline, in a folder or in memory, is of this family."""
-        return self.pipeline in configs.classes
+        known = {self.pipeline, *(form.pipeline for form in self.controls if form.pipeline)}
+        return not known.isdisjoint(configs.classes)
 
     def controls_of(self, denoiser: nn.Module, names: Sequence[str], edit: str | None = None) -> ControlForm | None:
         """The controls of a model whose file or folder has one of these names, or is the variant `edit`.

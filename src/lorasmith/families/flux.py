@@ -70,7 +70,7 @@ KONTEXT_SIZES = (*(size[::-1] for size in _WIDE), (1024, 1024), *reversed(_WIDE)
 """(width, height) of the pictures that Kontext was trained on."""
 
 # Not among the family's `controls`, of which names or `edit` choose one: its tensors tell it.
-_FILL = ControlForm(source="mask", is_required=True, most=1)
+_FILL = ControlForm(source="mask", pipeline="FluxFillPipeline", is_required=True, most=1)
 
 
 class Flux(Family):
@@ -103,7 +103,11 @@ class Flux(Family):
         guidance=1.0  # Flux.1 is distilled: its guidance is an input, not a second pass
     )
     distilled_names = ("schnell",)
-    controls = (ControlForm(name="kontext", is_required=True, is_aligned=True, sizes=KONTEXT_SIZES),)
+    controls = (
+        ControlForm(
+            name="kontext", pipeline="FluxKontextPipeline", is_required=True, is_aligned=True, sizes=KONTEXT_SIZES
+        ),
+    )
     control_methods = (BY_OFFSET, BY_INDEX, BY_UXO)
     autoencoder = FLUX_AUTOENCODER
     released = {"guidance_embeds": True}
@@ -120,9 +124,7 @@ class Flux(Family):
         return not any(name.startswith(("double_stream_modulation_img", "distilled_guidance_layer")) for name in shapes)
 
     def recognises_pipeline(self, configs: PipelineConfigs) -> bool:
-        return super().recognises_pipeline(configs) or bool(
-            {"FluxKontextPipeline", "FluxFillPipeline"} & set(configs.classes)
-        )
+        return super().recognises_pipeline(configs) or _FILL.pipeline in configs.classes
 
     def controls_of(self, denoiser: Any, names: Sequence[str], edit: str | None = None) -> ControlForm | None:
         return _FILL if _is_fill(denoiser) else super().controls_of(denoiser, names, edit)

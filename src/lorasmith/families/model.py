@@ -140,6 +140,12 @@ class Model:
         return self.family.controls_of(self.components.denoiser, names, self.edit)
 
     @property
+    def pipeline(self) -> str:
+        """Class of the diffusers pipeline that draws with it."""
+        form = self.control_form
+        return (form.pipeline if form else "") or self.family.pipeline
+
+    @property
     def sight(self) -> Sight | None:
         """How its text encoder sees controls; None where it does not."""
         return None if (form := self.control_form) is None else form.sight

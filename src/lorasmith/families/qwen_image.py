@@ -47,6 +47,7 @@ _POSITIONS = 4096  # of the rotary embedding; those of text follow half of the l
 
 _EDIT = ControlForm(
     name="edit",
+    pipeline="QwenImageEditPipeline",
     modelspec_name="Qwen-Image-Edit",  # musubi-tuner's, as those of the others
     is_required=True,
     is_aligned=True,
@@ -58,6 +59,7 @@ _EDIT = ControlForm(
 _EDIT_2509 = replace(
     _EDIT,
     name="edit-2509",
+    pipeline="QwenImageEditPlusPipeline",
     modelspec_name="Qwen-Image-Edit-Plus",
     most=ControlForm.most,
     sight=sight_of(pixels=384**2, multiple=28),
@@ -109,10 +111,6 @@ class QwenImage(Family):
         # Flux.1 has 19 blocks of this kind, Qwen-Image 60.
         Signature(title, r"(^|_)transformer_blocks_(19|[2-5]\d)_attn_add_q_proj", _WIDTH, order=3),
     )
-
-    def recognises_pipeline(self, configs: PipelineConfigs) -> bool:
-        edits = {"QwenImageEditPipeline", "QwenImageEditPlusPipeline"}
-        return super().recognises_pipeline(configs) or not edits.isdisjoint(configs.classes)
 
     def controls_of(self, denoiser: Any, names: Sequence[str], edit: str | None = None) -> ControlForm | None:
         if edit is not None:

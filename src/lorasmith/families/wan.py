@@ -149,7 +149,9 @@ class Wan(Family):
             self.controls = (replace(first, name="flf2v", source="first and last frame"), first)
             self.image_encoder = EncoderSlot("clip_vision_h", "clip_vision_h.safetensors")
         elif is_5b:
-            given = ControlForm(name="i2v", source="first frame", most=1, most_pixels=1280 * 704, multiple=32)
+            given = ControlForm(
+                name="i2v", pipeline=_PIPELINES[1], source="first frame", most=1, most_pixels=1280 * 704, multiple=32
+            )
             self.controls = (given,)
         heads, inner, blocks = (24, 14336, 30) if is_5b else (40, 13824, 40)
         channels = self.autoencoder.channels

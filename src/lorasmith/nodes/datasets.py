@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -13,6 +14,7 @@ from lorasmith.core.errors import DataError
 from lorasmith.core.folders import Folders
 from lorasmith.core.printable import count_text
 from lorasmith.data.clips import Video, VideoScan, open_video, read_frames, scan_videos
+from lorasmith.data.controls import check_pairs
 from lorasmith.data.data_config import DataConfig
 from lorasmith.data.encoding import encoded_pixels, encoded_texts
 from lorasmith.data.folder import FolderScan, scan_folder
@@ -29,6 +31,7 @@ from lorasmith.data.saved_samples import (
 from lorasmith.families.base import Conditioning
 from lorasmith.families.model import Autoencoder, TextEncoder
 from lorasmith.nodes.conditioning import check_encoder
+from lorasmith.nodes.picture_prompts import prompt_with, sees_pictures
 from lorasmith.nodes.values import (
     SEED,
     Latent,
@@ -82,14 +85,45 @@ def load_image_text_folder(context: NodeContext, *, folder: str = _FOLDER) -> tu
     Images of subfolders such as `10_sks dog` are repeated that many times. An image without a caption file has an empty
     caption, with a warning.
     """
-    scan = _scanned(context, folder)
-    _warn_of_missing(context, scan.missing_captions, f"{len(scan.images)} images")
-    for note in scan.notes:
-        context.warn(note)
-    captions = [image.caption if image.caption_source in ("file", "metadata") else "" for image in scan.images]
-    images = _read(context, [image.path for image in scan.images], _image)
-    repeats = [image.repeats for image in scan.images]
-    return _repeated(images, repeats), _repeated(captions, repeats)
+    images, texts, _ = _with_texts(context, _scanned(context, folder))
+    return images, texts
+
+
+@node(
+    "LoadImagePairDataSetFromFolder",
+    "Load Image Pairs (from Folders)",
+    "image",
+    outputs=[
+        Output("IMAGE", "images", is_list=True),
+        Output("IMAGE", "controls", is_list=True),
+        Output("STRING", "texts", is_list=True),
+    ],
+    search_aliases=["load folder", "load dataset", "import dataset", "edit dataset"],
+)
+def load_image_pairs(
+    context: NodeContext,
+    *,
+    folder: str = _FOLDER,
+    control_folder: str = socket(
+        "COMBO",
+        options=Folders.input_folders,
+        file=Folders.find_input_folder,
+        tooltip="With the pictures before the edit, named as those after it.",
+    ),
+) -> tuple[list[Tensor], list[Tensor], list[str]]:
+    """Read the images of a folder, their caption files, and the pictures of the same names in another folder."""
+    before = str(context.folders.find_input_folder(control_folder))
+    config = DataConfig(follow_links=context.folders.follow_links, control=(before,))
+    scan = _scanned(context, folder, config)
+    check_pairs(scan, config, title="this node")
+    if len(scan.images[0].controls) > 1:
+        raise DataError(
+            f"a folder of controls must have one for each image here, got {len(scan.images[0].controls)} for "
+            f"{scan.images[0].name}; put further ones into a folder of their own"
+        )
+    images, texts, repeats = _with_texts(context, scan)
+    controls = _read(context, [one.controls[0].path for one in scan.images], _image)
+    return images, _repeated(controls, repeats), texts
 
 
 @node(
@@ -118,19 +152,77 @@ def make_training_dataset(
 
     For a VAE of videos each batch in the list is one clip.
     """
+    return _encoded(context, images, vae, clip, texts)
+
+
+@node(
+    "MakeTrainingPairs",
+    "Make Training Pairs",
+    "model/training",
+    outputs=_SAMPLES,
+    search_aliases=["edit dataset", "kontext dataset", "reference dataset"],
+    is_input_list=True,
+)
+def make_training_pairs(
+    context: NodeContext,
+    *,
+    images: list[Tensor] = socket("IMAGE", tooltip="The pictures after the edit, on which is trained."),
+    controls: list[Tensor] = socket("IMAGE", tooltip="The pictures before it, one per image or one for all."),
+    vae: list[Autoencoder] = socket("VAE"),
+    clip: list[TextEncoder] = socket("CLIP"),
+    controls_2: list[Tensor] | None = socket("IMAGE", optional=True, tooltip="Second pictures to edit or refer to."),
+    controls_3: list[Tensor] | None = socket("IMAGE", optional=True, tooltip="Third pictures to edit or refer to."),
+    texts: Sequence[str] | None = socket(
+        "STRING",
+        optional=True,
+        force_input=True,
+        multiline=False,
+        tooltip="What to change: one text per image, or one for all. Default: empty texts.",
+    ),
+) -> tuple[list[Latent], list[list[Conditioning]]]:
+    """Encode pairs of pictures for an edit model, in the order of the lists, with the texts that ask for the edits.
+
+    Text encoders that see pictures see the controls as in TextEncodeQwenImageEditPlus.
+    """
+    beside = [one for one in (controls, controls_2, controls_3) if one is not None]
+    return _encoded(context, images, vae, clip, texts, beside)
+
+
+def _encoded(
+    context: NodeContext,
+    images: Sequence[Tensor],
+    vae: Sequence[Autoencoder],
+    clip: Sequence[TextEncoder],
+    texts: Sequence[str] | None,
+    controls: Sequence[Sequence[Tensor]] = (),
+) -> tuple[list[Latent], list[list[Conditioning]]]:
+    """Latents of the images, and conditionings of their texts with the controls of each, through the user's cache."""
     encoder, autoencoder = single(context, "clip", clip), single(context, "vae", vae)
     pictures = list(images) if autoencoder.latent.time_downscale else flat_images(images)
-    captions = one_for_each(texts or [""], len(pictures), name="texts", of="caption")
+    count = len(pictures)
+    captions = one_for_each(texts or [""], count, name="texts", of="caption")
+    names = [f"controls{f'_{number}' if number > 1 else ''}" for number in range(1, len(controls) + 1)]
+    beside = [
+        one_for_each(flat_images(some), count, name=name, of="picture")
+        for name, some in zip(names, controls, strict=True)
+    ]
     check_encoder(encoder)
-    pixels = [pixels_from_image(context, one, autoencoder) for one in pictures]
+    pixels = [pixels_from_image(context, one, autoencoder) for one in itertools.chain(pictures, *beside)]
 
     def shown(what: str) -> Callable[[int, int], None]:
         return lambda done, total: context.advance(done, total, f"{what} {done} of {total}")
 
     hashing = shown("hashing encoders, tensor")
-    conditionings = encoded_texts(encoder, captions, progress=shown("caption"), hash_progress=hashing)
+    if beside and sees_pictures(encoder):
+        conditionings = []
+        for index, caption in enumerate(captions):
+            context.advance(index, count, f"caption {index} of {count}")
+            conditionings.append(prompt_with(context, encoder, caption, [some[index] for some in beside]))
+    else:
+        conditionings = encoded_texts(encoder, captions, progress=shown("caption"), hash_progress=hashing)
     latents = encoded_pixels(autoencoder, pixels, progress=shown("picture"), hash_progress=hashing)
-    return [{"samples": one} for one in latents], [[one] for one in conditionings]
+    pairs = [one.with_controls(latents[index + count :: count]) for index, one in enumerate(conditionings)]
+    return [{"samples": one} for one in latents[:count]], [[one] for one in pairs]
 
 
 @node(
@@ -159,12 +251,23 @@ def resolution_bucket(
     )
 
 
-def _scanned(context: NodeContext, folder: str) -> FolderScan:
-    config = DataConfig(follow_links=context.folders.follow_links)
+def _scanned(context: NodeContext, folder: str, config: DataConfig | None = None) -> FolderScan:
+    config = config or DataConfig(follow_links=context.folders.follow_links)
     scan = scan_folder(context.folders.find_input_folder(folder), config)
     for path, reason in scan.skipped:
         context.warn(f"skipped: {path.name} {reason}")
     return scan
+
+
+def _with_texts(context: NodeContext, scan: FolderScan) -> tuple[list[Tensor], list[str], list[int]]:
+    """The images and their captions, repeated, and how often each is."""
+    _warn_of_missing(context, scan.missing_captions, f"{len(scan.images)} images")
+    for note in scan.notes:
+        context.warn(note)
+    captions = [image.caption if image.caption_source in ("file", "metadata") else "" for image in scan.images]
+    images = _read(context, [image.path for image in scan.images], _image)
+    repeats = [image.repeats for image in scan.images]
+    return _repeated(images, repeats), _repeated(captions, repeats), repeats
 
 
 def _warn_of_missing(context: NodeContext, missing: Sequence[Path], all_of_them: str) -> None:

@@ -53,6 +53,7 @@ def _example(name: str) -> Example:
 
 _FOLDER = ASSETS / "examples"
 _ON_A_FOLDER = " on a folder of images and texts"
+_ON_PAIRS = " on pairs of pictures, before and after an edit"
 _TITLES = {
     "single_subject": ("Single subject", "a subject from six pictures, as in ComfyUI's training guide"),
     "style": ("Style", "a drawing style from sixteen pictures, shown at three strengths"),
@@ -62,7 +63,9 @@ _TITLES = {
     "sd15": ("Stable Diffusion 1.5", "Stable Diffusion 1.5" + _ON_A_FOLDER),
     "sdxl": ("Stable Diffusion XL", "Stable Diffusion XL" + _ON_A_FOLDER),
     "flux1": ("Flux.1", "Flux.1 dev" + _ON_A_FOLDER),
+    "flux1_kontext_pairs": ("Flux.1 Kontext, pairs", "Flux.1 Kontext" + _ON_PAIRS),
     "flux2_klein": ("Flux.2 klein", "Flux.2 klein" + _ON_A_FOLDER),
+    "flux2_klein_pairs": ("Flux.2 klein, pairs", "Flux.2 klein" + _ON_PAIRS),
     "z_image": ("Z-Image", "Z-Image" + _ON_A_FOLDER),
     "ernie_image": ("ERNIE-Image", "ERNIE-Image" + _ON_A_FOLDER),
     "sd35": ("Stable Diffusion 3.5", "Stable Diffusion 3.5 medium" + _ON_A_FOLDER),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -54,8 +55,21 @@ def text_encode_qwen_image_edit_plus(
 ) -> tuple[list[Conditioning]]:
     """Encode an instruction for Qwen-Image-Edit 2509, 2511 or Krea 2 with pictures to edit or refer to."""
     images = {number: one for number, one in enumerate((image1, image2, image3), start=1) if one is not None}
-    sight = sight_of(pixels=384**2, multiple=_own_sight(clip).multiple)
-    return ([_seen(context, clip, vae, prompt, images, sight)],)
+    return ([_seen(context, clip, vae, prompt, images, _numbered(clip))],)
+
+
+def sees_pictures(clip: TextEncoder) -> bool:
+    """Whether an encoder of this family sees the pictures of an edit."""
+    return any(form.sight is not None for form in clip.family.controls)
+
+
+def prompt_with(context: NodeContext, clip: TextEncoder, prompt: str, pictures: Sequence[Tensor]) -> Conditioning:
+    """The conditioning of TextEncodeQwenImageEditPlus without a VAE."""
+    return _seen(context, clip, None, prompt, dict(enumerate(pictures, start=1)), _numbered(clip))
+
+
+def _numbered(clip: TextEncoder) -> Sight:
+    return sight_of(pixels=384**2, multiple=_own_sight(clip).multiple)
 
 
 def _own_sight(clip: TextEncoder) -> Sight:

@@ -29,6 +29,7 @@ class PictureCard:
     # the trained part as shares of width and height: left, top, right, bottom
     crop: tuple[float, float, float, float] | None = None
     picture: tuple[str, int, int] | None = None  # data URI, width and height; None if unreadable
+    controls: tuple[str, int, int] | None = None  # those of an edit model, side by side
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,13 +154,21 @@ def _shot(shot: PictureCard) -> Html:
 def _framed(shot: PictureCard) -> Html:
     if shot.picture is None:
         return tag("span", "no picture", class_="missing")
-    uri, width, height = shot.picture
-    image = tag("img", src=uri, alt=shot.name, width=width, height=height)
-    if shot.crop is None:
-        return tag("div", image, class_="whole")
-    left, top, right, bottom = (100 * share for share in shot.crop)
-    place = f"left:{left:.2f}%;top:{top:.2f}%;width:{right - left:.2f}%;height:{bottom - top:.2f}%"
-    return tag("div", image, tag("div", class_="crop", style=place), class_="whole")
+    crop = None
+    if shot.crop is not None:
+        left, top, right, bottom = (100 * share for share in shot.crop)
+        place = f"left:{left:.2f}%;top:{top:.2f}%;width:{right - left:.2f}%;height:{bottom - top:.2f}%"
+        crop = tag("div", class_="crop", style=place)
+    image = tag("div", _image(shot.picture, shot.name), crop, class_="whole")
+    if shot.controls is None:
+        return image
+    before = tag("div", _image(shot.controls, f"control of {shot.name}"), class_="whole")
+    return tag("div", before, image, class_="pair")
+
+
+def _image(picture: tuple[str, int, int], about: str) -> Html:
+    uri, width, height = picture
+    return tag("img", src=uri, alt=about, width=width, height=height)
 
 
 def _sizes(report: DataReport) -> list[Html]:

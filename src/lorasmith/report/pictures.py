@@ -78,6 +78,7 @@ _LARGE, _SMALL, _SHEET = 320, 208, 1600  # longest edge in pixels
 _MANY = 40  # number of pictures from which they are made small
 _TINY = 128  # size up to which pictures are enlarged, where compression artifacts would be visible
 _QUALITY = 82
+_GAP = 4  # between pictures side by side
 _MOST_FRAMES = 257
 
 
@@ -133,6 +134,18 @@ def data_uri(path: Path, longest: int) -> tuple[str, int, int] | None:
         return picture_uri(frames[0])
     rate = 1000 * len(frames) / shown
     return _uri(animation(Clip(tuple(frames), rate), {}, quality=_QUALITY)), *frames[0].size
+
+
+def side_by_side(pictures: Sequence[Image.Image]) -> Image.Image:
+    """RGB pictures in a row, centred on white; a single one as it is."""
+    if len(pictures) == 1:
+        return pictures[0]
+    width, height = sum(one.width for one in pictures), max(one.height for one in pictures)
+    row, left = Image.new("RGB", (width + _GAP * (len(pictures) - 1), height), "white"), 0
+    for one in pictures:
+        row.paste(one, (left, (height - one.height) // 2))
+        left += one.width + _GAP
+    return row
 
 
 def picture_uri(picture: Image.Image) -> tuple[str, int, int]:

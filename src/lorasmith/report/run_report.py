@@ -24,7 +24,7 @@ UNJUDGED = "too few looks"  # standing of an image that cannot be judged
 
 _IMAGES_SHOWN = 20
 _SHOTS = 24  # images that are shown unfolded
-_SHOT_EDGE = 192  # of their pictures, in pixels
+_SHOT_EDGE = 384  # of their pictures, with the controls beside, in pixels
 
 
 class ImageRecord(Protocol):

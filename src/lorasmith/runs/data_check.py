@@ -27,7 +27,7 @@ from lorasmith.families.model import Model
 from lorasmith.families.model_search import load_completed
 from lorasmith.families.parts.encoders import ENCODERS
 from lorasmith.report.data_page import DataReport, PictureCard, SizeRow, Trouble, data_page
-from lorasmith.report.pictures import picture_uri
+from lorasmith.report.pictures import picture_uri, side_by_side
 from lorasmith.runs.command_lines import arguments_for, command_line, positional
 
 _MULTIPLE = 16  # step of sides where no model decides it: that of most families
@@ -294,17 +294,24 @@ def step_lines(found: Preflight) -> dict[str, str]:
     return lines
 
 
-def _pictures(found: Preflight, indices: Sequence[int]) -> dict[int, tuple[str, int, int] | None]:
-    """Small versions of images as data URIs, with their sizes; None where an image can no longer be read."""
+def _pictures(found: Preflight, indices: Sequence[int]) -> dict[int, list[tuple[str, int, int] | None]]:
+    """Small versions of images, and of their controls in a row, as data URIs with their sizes; None for those that can
+    no longer be read, or that have no controls.
+    """
 
-    def read(index: int) -> tuple[str, int, int] | None:
-        try:
-            return picture_uri(open_still(found.images[index].file.path, _EDGE))
-        except ImageError:
-            return None
+    def read(index: int) -> list[tuple[str, int, int] | None]:
+        image = found.images[index].file
+        return [_small([image.path]), _small([one.path for one in image.controls])]
 
     with ThreadPoolExecutor(thread_name_prefix="read pictures") as pool:
         return dict(zip(indices, pool.map(read, indices), strict=True))
+
+
+def _small(paths: Sequence[Path]) -> tuple[str, int, int] | None:
+    try:
+        return picture_uri(side_by_side([open_still(path, _EDGE) for path in paths])) if paths else None
+    except ImageError:
+        return None
 
 
 def _groups(found: Preflight, finding: Finding) -> tuple[list[tuple[int, ...]], int]:
@@ -321,7 +328,9 @@ def _groups(found: Preflight, finding: Finding) -> tuple[list[tuple[int, ...]], 
     return shown, sum(map(len, groups)) - sum(map(len, shown))
 
 
-def _shot(found: Preflight, index: int, picture: tuple[str, int, int] | None, *, is_kept: bool = False) -> PictureCard:
+def _shot(
+    found: Preflight, index: int, pictures: Sequence[tuple[str, int, int] | None], *, is_kept: bool = False
+) -> PictureCard:
     one = found.images[index]
     marks, remarks = said_of(found, index)
     width, height = one.file.width, one.file.height
@@ -335,7 +344,8 @@ def _shot(found: Preflight, index: int, picture: tuple[str, int, int] | None, *,
         is_kept=is_kept,
         remarks=remarks,
         crop=crop,
-        picture=picture,
+        picture=pictures[0],
+        controls=pictures[1],
     )
 
 

@@ -1,6 +1,6 @@
 """The images of a run in its folder: their record, and small versions of them for the report.
 
-    thumbnails/0001.webp     the first image, and so on
+    thumbnails/0001.webp     the first image, and so on; its controls are on its left
 
 A report shows these files alone, never those that a record names, which is untrusted.
 """
@@ -19,6 +19,7 @@ from lorasmith.core.typed_json import typed
 from lorasmith.data.clips import open_still
 from lorasmith.data.folder import ImageFile
 from lorasmith.data.image_files import ImageError
+from lorasmith.report.pictures import side_by_side
 from lorasmith.runs.run_plan import RunPlan, captions_used
 
 _THUMBNAILS = 60  # images of which a small version is kept: reading takes a moment for each
@@ -36,6 +37,7 @@ class RunImage:
     caption: str = ""  # for the text encoder
     use: str = "trained"  # `trained`, `held out` or `class`
     repeats: int = 1  # number of its occurrences in an epoch
+    controls: int = 0  # number of the pictures that an edit model gets beside its caption
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,7 @@ def image_facts(plan: RunPlan) -> dict[str, Any]:
             caption=image.caption,
             use="class" if image.is_class else "held out" if image.name in plan.held_out else "trained",
             repeats=image.repeats,
+            controls=len(image.controls),
         )
         for image in plan.scan.images
     ]
@@ -90,17 +93,17 @@ def keep_thumbnails(folder: Path, images: Sequence[ImageFile]) -> None:
     As they are for the report alone, an unreadable image is skipped, and a full disk ends the loop.
     """
     missing = [
-        (image.path, path)
+        ([one.path for one in (*image.controls, image)], path)
         for index, image in enumerate(images[:_THUMBNAILS])
         if not (path := thumbnail_of(folder, index)).exists()
     ]
     if not missing:
         return
 
-    def write(pair: tuple[Path, Path]) -> None:
-        source, target = pair
+    def write(pair: tuple[list[Path], Path]) -> None:
+        sources, target = pair
         try:
-            small = open_still(source, _EDGE)
+            small = side_by_side([open_still(source, _EDGE) for source in sources])
             with atomic_path(target) as temporary:
                 small.save(temporary, format="webp", quality=_QUALITY)
         except (ImageError, LorasmithError, OSError):

@@ -167,6 +167,8 @@ def _use(history: RunHistory, lora: Path) -> LoraUse:
         model=model.name if model.name == BUILT_IN else model.path or model.name,
         model_title=model.name or "that of the run",
         family=model.family,
+        pipeline=model.pipeline,
+        controls=max((one.controls for one in images_in(record.data)), default=0),
     )
 
 

@@ -1,9 +1,10 @@
 """Previews of a run: which pictures it draws, drawn during training, written to its folder and reported as events.
 
-Default previews are as many pictures as fit into a tenth of the run, or none. The cost of a run and of a picture is
-counted before the first step, in forward passes of the denoiser times the size of the latents, so equal runs draw the
-same on every machine. The programs, from the most expensive: the LoRA over the steps and at all strengths; the finished
-LoRA alone at all strengths; beside the base model alone; with fewer sampling steps.
+Default previews are as many pictures as fit into a tenth of the run, or none; those of an edit model are of several
+pairs, if these fit, too. The cost of a run and of a picture is counted before the first step, in forward passes of the
+denoiser times the size of the latents, so equal runs draw the same on every machine. The programs, from the most
+expensive: the LoRA over the steps and at all strengths; the finished LoRA alone at all strengths; beside the base model
+alone; with fewer sampling steps.
 
 Drawing combines rooms that do not import each other: `sampling` draws, `training` loads LoRAs and defines the events,
 `report` writes the files. A failing preview is a warning and does not end the run.
@@ -56,6 +57,8 @@ _OVER_STEPS = 3  # rows of pictures before the end: a preview every quarter of t
 
 _FEWER_STEPS = (12, 8)  # sampling steps of the last resort
 
+_MOST_PAIRS = 4  # that previews are drawn from unasked
+
 
 @dataclass(frozen=True)
 class PreviewProgram:
@@ -81,8 +84,7 @@ def preview_program(plan: Plan) -> PreviewProgram | None:
     """The pictures of a run; where its settings have none, those of its prompt, if they fit into a tenth of the run."""
     config = plan.job.config
     if config.previews is None and plan.prompt and plan.denoiser is not None:
-        fitting = unasked_program(config, plan.denoiser.base, plan.data.samples)
-        return None if fitting is None else replace(fitting, prompts=(plan.prompt,))
+        return unasked_program(config, plan.denoiser.base, plan.data.samples, plan.prompt)
     whole = whole_program(config)
     return whole if whole.prompts else None
 
@@ -93,13 +95,27 @@ def whole_program(config: TrainConfig) -> PreviewProgram:
     return PreviewProgram(config.preview_steps, strengths, prompts=parse_prompts(config.previews))
 
 
-def unasked_program(config: TrainConfig, base: Model, samples: Sequence[Sample]) -> PreviewProgram | None:
-    """The program for one prompt that fits into a tenth of a run on these samples; None if none does."""
+def unasked_program(config: TrainConfig, base: Model, samples: Sequence[Sample], prompt: str) -> PreviewProgram | None:
+    """The program that fits into a tenth of a run on these samples; None if none does.
+
+    It has one prompt, or where samples have controls, the captions of as many of them as fit.
+    """
     side, frames = base.defaults.resolution, config.preview_frames or base.defaults.frames
-    size = math.prod(base.components.latent.shape(side, side, frames))
-    trained = statistics.fmean(one.latents.numel() for one in samples)
+    size: float = math.prod(base.components.latent.shape(side, side, frames))
+    pairs = _different_pairs(samples)
+    if any(one.conditioning.controls for one in pairs):  # a picture has the size of its first control
+        given = [
+            [control.numel() for control in one.conditioning.controls] for one in pairs if one.conditioning.controls
+        ]
+        size = statistics.fmean(sizes[0] + sum(sizes) for sizes in given)
+    trained = statistics.fmean(one.size for one in samples)
     budget = _SHARE * config.steps * config.samples_per_step * _STEP_PASSES * trained / size
-    return program_within(budget, whole_program(config), each_step=1 if base.defaults.guidance == 1 else 2)
+    each_step = 1 if base.defaults.guidance == 1 else 2
+    found = program_within(budget, whole_program(config), each_step=each_step)
+    if found is None or not pairs:
+        return None if found is None else replace(found, prompts=(prompt,))
+    fitting = min(_MOST_PAIRS, len(pairs), int(budget / found.passes(each_step)))
+    return replace(found, prompts=tuple(one.conditioning.text or prompt for one in pairs[:fitting]))
 
 
 def program_within(budget: float, whole: PreviewProgram, *, each_step: int) -> PreviewProgram | None:
@@ -160,9 +176,12 @@ def previews_of(
 
 def _pairs(plan: Plan, count: int) -> list[Sample]:
     """The sample of each prompt whose pictures it gets, in turn; none where samples have none."""
-    paired = [one for one in plan.data.samples if one.conditioning.beside]
-    different = list({one.name: one for one in paired}.values())
+    different = _different_pairs(plan.data.samples)
     return [different[index % len(different)] for index in range(count)] if different else []
+
+
+def _different_pairs(samples: Sequence[Sample]) -> list[Sample]:
+    return list({one.name: one for one in samples if one.conditioning.beside}.values())
 
 
 def _decoded(base: Model, pairs: Sequence[Sample], device: torch.device) -> dict[str, list[PictureOrClip]]:

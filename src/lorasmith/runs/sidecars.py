@@ -142,9 +142,22 @@ class LoraUse:
     programs: dict[str, tuple[str, str]]  # by program, what to do and text to copy
 
 
-def use_of(lora: Path, *, trigger: str, prompt: str, model: str, model_title: str, family: str) -> LoraUse:
-    """How to use a LoRA, with an example prompt. `trigger` may be empty; `model` is a path or hub id."""
+def use_of(
+    lora: Path,
+    *,
+    trigger: str,
+    prompt: str,
+    model: str,
+    model_title: str,
+    family: str,
+    pipeline: str = "",
+    controls: int = 0,
+) -> LoraUse:
+    """How to use a LoRA, with an example prompt. `trigger` may be empty; `model` is a path or hub id, `pipeline` the
+    class of diffusers for it (the family's if empty), `controls` the number of pictures that it edits.
+    """
     stem = lora.stem
+    edited = " Give the encoded picture to edit to Set Reference Latent, behind the prompt." if controls else ""
     return LoraUse(
         {
             "File": lora.name,
@@ -155,7 +168,7 @@ def use_of(lora: Path, *, trigger: str, prompt: str, model: str, model_title: st
         {
             "ComfyUI": (
                 "Copy the file into models/loras. Put a Load LoRA node behind the model, choose the file, and set "
-                "strength_model to 1. The prompt:",
+                f"strength_model to 1.{edited} The prompt:",
                 prompt,
             ),
             "A1111, Forge": (
@@ -168,7 +181,7 @@ def use_of(lora: Path, *, trigger: str, prompt: str, model: str, model_title: st
                 else {
                     "diffusers": (
                         "In Python, with the packages diffusers and peft:",
-                        _diffusers(lora, stem, prompt, model, family),
+                        _diffusers(lora, stem, prompt, model, family, pipeline, controls),
                     )
                 }
             ),
@@ -176,10 +189,11 @@ def use_of(lora: Path, *, trigger: str, prompt: str, model: str, model_title: st
     )
 
 
-def _diffusers(lora: Path, stem: str, prompt: str, model: str, family: str) -> str:
+def _diffusers(lora: Path, stem: str, prompt: str, model: str, family: str, pipeline: str, controls: int) -> str:
     """Code to copy. Values are untrusted and written as literals."""
     found = [one for name, one in FAMILIES.items() if name == family]
-    pipeline = found[0].pipeline if found else "DiffusionPipeline"
+    if not pipeline.isidentifier():
+        pipeline = found[0].pipeline if found else "DiffusionPipeline"
     draws_clips = bool(found) and found[0].draws_clips
     load, source, name = "from_pretrained", model, _name(stem)
     if Path(model).suffix in (".safetensors", ".ckpt"):
@@ -187,18 +201,22 @@ def _diffusers(lora: Path, stem: str, prompt: str, model: str, family: str) -> s
             load = "from_single_file"
         else:
             source = f"the diffusers folder or hub id of {Path(model).stem}"
-    picture = f"pipeline({prompt!r}).images[0].save('picture.png')"
+    given = [f"load_image('before{number or ''}.png')" for number in range(controls)]
+    image = f"image={given[0] if controls == 1 else '[' + ', '.join(given) + ']'}, " if controls else ""
+    drawn = f"pipeline({image}prompt={prompt!r})"
+    last = f"{drawn}.images[0].save('picture.png')"
     if draws_clips:
-        picture = f"diffusers.utils.export_to_video(pipeline({prompt!r}).frames[0], 'clip.mp4')"
+        last = f"diffusers.utils.export_to_video({drawn}.frames[0], 'clip.mp4')"
     return "\n".join(
         (
             *(["import diffusers.utils"] if draws_clips else []),
             f"from diffusers import {pipeline}",
+            *(["from diffusers.utils import load_image"] if controls else []),
             "",
             f'pipeline = {pipeline}.{load}({source!r}).to("cuda")',
             f"pipeline.load_lora_weights({str(lora.parent)!r}, weight_name={lora.name!r}, adapter_name={name!r})",
             f"pipeline.set_adapters([{name!r}], [1.0])",
-            picture,
+            last,
         )
     )
 

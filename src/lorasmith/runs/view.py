@@ -236,10 +236,11 @@ class RunView:
                     "step": one.step,
                     "strength": _finite(one.strength),
                     "prompt": prompt[:_MOST_LETTERS],
+                    "number": number,
                     "file": preview_file(path),
                 }
                 for one in self.previews.values()
-                for prompt, path in zip(one.prompts, one.paths, strict=False)
+                for number, (prompt, path) in enumerate(zip(one.prompts, one.paths, strict=False), start=1)
             ][-_MOST_PREVIEWS:],
             "notes": [
                 {**asdict(note), "text": note.text[:_MOST_LETTERS], "at": at}

@@ -128,6 +128,17 @@ class SkippedFile:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ControlRow:
+    """A picture that an edit model gets beside a caption: the picture before the edit."""
+
+    file: Annotated[str, "its name in the folder control of the dataset; its path if it is elsewhere"]
+    width: Annotated[int | None, "in pixels, upright; null if it cannot be read"]
+    height: Annotated[int | None, "in pixels, upright; null if it cannot be read"]
+    fixed: Annotated[bool, "whether it is elsewhere, so that it can be neither shown nor changed here"] = False
+    problem: Annotated[str, "why it cannot be read; empty if it can"] = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PictureRow:
     """A picture of a dataset."""
 
@@ -138,6 +149,7 @@ class PictureRow:
     caption: Annotated[str, "its text; empty if it has none"]
     has_caption: Annotated[bool, "whether it has a text of its own"]
     problem: Annotated[str, "why picture or caption cannot be read; empty if they can"] = ""
+    controls: Annotated[tuple[ControlRow, ...], "pictures before the edit, for edit models"] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +162,15 @@ class DatasetAnswer:
     builtin: Annotated[bool, "whether it belongs to the package, so that it cannot be changed"] = False
     notes: Annotated[tuple[str, ...], "what else is to be said, such as of folders in it"] = ()
     skipped: Annotated[tuple[SkippedFile, ...], "files that training would not use"] = ()
+    controls: Annotated[tuple[ControlRow, ...], "those in the folder control that belong to no picture"] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairBody:
+    """Which picture a control belongs to; the controls of both change places if that one has one."""
+
+    control: Annotated[str, "its name in the folder control"]
+    image: Annotated[str, "name of the picture"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -259,6 +280,10 @@ class ModelRow:
     builtin: Annotated[bool, "whether it belongs to the package: a small one, to try things out"]
     ready: Annotated[bool, "whether all its parts are there"]
     missing: Annotated[tuple[MissingPart, ...], "those that are not"]
+    edits: Annotated[tuple[str, ...], "edit variants that it may be, as they have its tensors"] = ()
+    edit: Annotated[str, "the one of them that it is; empty for none"] = ""
+    told_by: Annotated[str, "what says so: its name or its tensors"] = "name"
+    takes_controls: Annotated[bool, "whether it gets pictures beside a caption, as that variant"] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -295,6 +320,7 @@ class PlanBody(MeasurementBody):
     dataset: Annotated[str | None, "name of a dataset"] = None
     folder: Annotated[str | None, "path of a folder of images, in place of a dataset"] = None
     trigger: Annotated[str, "phrase for the subject or style"] = ""
+    edit: Annotated[str | None, "edit variant that the model is, or none; null if its name says so"] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -425,11 +451,23 @@ class ValidationFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class PreviewFacts:
-    """A picture of a preview: the step and strength of the LoRA, its prompt, and its path among the run's files."""
+    """A picture of a preview: the step and strength of the LoRA, its prompt with its place among them (from 1), and its
+    path among the run's files.
+    """
 
     step: int
     strength: float
     prompt: str
+    number: int
+    file: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairFacts:
+    """What a prompt of previews edits, or what its picture was edited to: the prompt's place, and its path."""
+
+    title: Annotated[str, "control, control 2, ... or target"]
+    number: int
     file: str
 
 
@@ -442,6 +480,7 @@ class RunPicture:
     use: Annotated[str, "trained, held out or class"] = "trained"
     thumbnail: Annotated[str | None, "a small version among the run's files; null if there is none"] = None
     standing: Annotated[str, "what its training losses say, in a word or two; empty if unknown"] = ""
+    controls: Annotated[int, "number of the pictures before it, which are beside it in the small version"] = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -500,6 +539,7 @@ class RunAnswer(RunRow):
     validations: Annotated[tuple[ValidationFacts, ...], "all of them"]
     base_loss: Annotated[float | None, "of the held-out images without the LoRA"]
     previews: Annotated[tuple[PreviewFacts, ...], "pictures that were drawn"]
+    pairs: Annotated[tuple[PairFacts, ...], "what they were drawn from, of edit models"]
     images: Annotated[tuple[RunPicture, ...], "that were trained on"]
     left_out: Annotated[tuple[SkippedFile, ...], "files that were not used"]
     lora: Annotated[LoraFacts | None, "the LoRA; null if none was saved"]

@@ -117,7 +117,7 @@ class BatchMaker:
         processes = self.runtime.processes
         if processes.size == 1:
             return [self._batch(group) for group in self._groups(draws)]
-        sizes = [self._latents(draw).numel() for draw in draws]
+        sizes = [self.samples[self.index(draw)].size_drawn(self.config.seed, draw) for draw in draws]
         dealt = [[draws[place] for place in places] for places in shares(sizes, processes.size)]
         batches = [self._batch(group) for group in self._groups(dealt[processes.rank])]
         if self.runtime.sharding:

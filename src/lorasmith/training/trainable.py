@@ -59,6 +59,7 @@ class Facts:
     family_title: str = ""
     path: Path | None = None  # the file or folder that the network is from
     files: Mapping[str, Path] = field(default_factory=dict)  # of each part of the model, by name
+    pipeline: str = ""  # class of the diffusers pipeline that draws with it
     noising: Diffusion | None = None  # that replaces the model's own
     expert: Expert | None = None  # that the file's name says it is, of `experts`
     experts: tuple[Expert, ...] = ()
@@ -243,6 +244,7 @@ class TrainableDenoiser(Trainable):
             family_title=family.title,
             path=base.path,
             files=base.files,
+            pipeline=base.pipeline,
             noising=denoiser.noising,
             expert=base.named_expert,
             experts=family.experts,

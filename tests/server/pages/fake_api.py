@@ -72,6 +72,10 @@ MODELS = {
         {"name": "checkpoints/sdxl.safetensors", "title": "sdxl.safetensors", "family": "Stable Diffusion XL",
          "place": "models/checkpoints", "size_bytes": 6_938_040_682, "precision": "fp16", "builtin": False,
          "ready": True, "missing": []},
+        {"name": "diffusion_models/flux1-kontext.safetensors", "title": "flux1-kontext.safetensors", "family": "Flux.1",
+         "place": "models/diffusion_models", "size_bytes": 11_902_932_552, "precision": "fp8", "builtin": False,
+         "ready": True, "missing": [], "edits": ["kontext"], "edit": "kontext", "told_by": "name",
+         "takes_controls": True},
         {"name": "diffusion_models/flux1-dev.safetensors", "title": "flux1-dev.safetensors", "family": "Flux.1",
          "place": "models/diffusion_models", "size_bytes": 23_802_932_552, "precision": "bf16", "builtin": False,
          "ready": False, "missing": [{"part": "text_encoder_2", "usual_file": "t5xxl_fp16.safetensors"},
@@ -111,6 +115,7 @@ class FakeServer:
     step_seconds: float = 0.05
     ready: bool = True
     datasets: dict[str, dict[str, tuple[bytes, str]]] = field(default_factory=dict)
+    controls: dict[str, dict[str, bytes]] = field(default_factory=dict)  # of datasets
     jobs: dict[str, dict[str, Any]] = field(default_factory=dict)
     runs: dict[str, dict[str, Any]] = field(default_factory=dict)
     models: dict[str, Any] = field(default_factory=lambda: json.loads(json.dumps(MODELS)))
@@ -141,6 +146,9 @@ class FakeServer:
                 web.post(f"{at}/datasets/{{name}}/images", self._upload),
                 web.get(f"{at}/datasets/{{name}}/images/{{file}}", self._picture),
                 web.delete(f"{at}/datasets/{{name}}/images/{{file}}", self._remove_picture),
+                web.get(f"{at}/datasets/{{name}}/controls/{{file}}", self._control),
+                web.put(f"{at}/datasets/{{name}}/controls", self._pair),
+                web.delete(f"{at}/datasets/{{name}}/controls/{{file}}", self._remove_control),
                 web.put(f"{at}/datasets/{{name}}/captions", self._captions),
                 web.get(f"{at}/datasets/{{name}}/check", self._check),
                 web.post(f"{at}/plans", self._plan),
@@ -223,13 +231,20 @@ class FakeServer:
         if name not in self.datasets:
             return _error(404, f"there is no dataset {name!r}; choose another one")
         images = []
+        stems = {Path(file).stem for file in self.datasets[name]}
+        controls: dict[str, list[dict[str, Any]]] = {}
+        for file, content in self.controls.get(name, {}).items():
+            width, height = Image.open(io.BytesIO(content)).size
+            row = {"file": file, "width": width, "height": height, "fixed": False, "problem": ""}
+            controls.setdefault(Path(file).stem if Path(file).stem in stems else "", []).append(row)
         for file, (content, caption) in self.datasets[name].items():
             try:
                 width, height = Image.open(io.BytesIO(content)).size
             except OSError:
                 width = height = None  # type: ignore[assignment]
             images.append({"file": file, "width": width, "height": height, "bytes": len(content), "caption": caption,
-                           "has_caption": bool(caption), "problem": "" if width else "cannot be read"})  # fmt: skip
+                           "has_caption": bool(caption), "problem": "" if width else "cannot be read",
+                           "controls": controls.get(Path(file).stem, [])})  # fmt: skip
         return web.json_response(
             {
                 "name": name,
@@ -238,8 +253,26 @@ class FakeServer:
                 "builtin": name in self.builtin,
                 "notes": [],
                 "skipped": [],
+                "controls": controls.get("", []),
             }
         )
+
+    async def _control(self, request: web.Request) -> web.Response:
+        content = self.controls[request.match_info["name"]][request.match_info["file"]]
+        return web.Response(body=content, content_type="image/png")
+
+    async def _pair(self, request: web.Request) -> web.Response:
+        controls, body = self.controls[request.match_info["name"]], await request.json()
+        moved, stem = controls.pop(body["control"]), Path(body["image"]).stem
+        there = {file: controls.pop(file) for file in list(controls) if Path(file).stem == stem}
+        controls[f"{stem}.png"] = moved
+        for content in there.values():
+            controls[body["control"]] = content
+        return web.json_response({"changed": 1 + len(there)})
+
+    async def _remove_control(self, request: web.Request) -> web.Response:
+        del self.controls[request.match_info["name"]][request.match_info["file"]]
+        return web.json_response({"removed": "user/lorasmith/removed/1"})
 
     async def _upload(self, request: web.Request) -> web.Response:
         await asyncio.sleep(self.step_seconds)
@@ -255,11 +288,15 @@ class FakeServer:
             except Exception:
                 skipped.append({"file": file, "reason": "it is not a picture that can be read"})
                 continue
+            if file.startswith("control/"):
+                self.controls.setdefault(request.match_info["name"], {})[file.removeprefix("control/")] = content
+                added.append(file)
+                continue
             while file in files:
                 file = f"{Path(file).stem}-2{Path(file).suffix}"
             files[file] = (content, "")
             added.append(file)
-        for file in added:
+        for file in set(added) & files.keys():
             files[file] = (files[file][0], captions.get(Path(file).stem, ""))
         return web.json_response({"added": added, "skipped": skipped, "renamed": {}})
 
@@ -518,7 +555,7 @@ def _run_facts(id: str) -> dict[str, Any]:
         for step in range(1, STEPS + 1)
     ]
     smooth = [[step, factor * (0.12 + 0.3 * math.exp(-step / 20))] for step in range(1, STEPS + 1)]
-    previews = [{"step": step, "strength": strength, "prompt": prompt,
+    previews = [{"step": step, "strength": strength, "prompt": prompt, "number": index + 1,
                  "file": f"previews/{step}-{strength}-{index}.png"}
                 for step in (20, 40, 60) for strength in ((0.0, 1.0) if step < 60 else (0.0, 0.5, 1.0, 1.5))
                 for index, prompt in enumerate(PROMPTS)]  # fmt: skip
@@ -534,9 +571,10 @@ def _run_facts(id: str) -> dict[str, Any]:
         "settings": settings, "changed": {"steps": STEPS}, "trigger": "foxy", "losses": losses, "smooth": smooth,
         "rates": [], "validations": [_validation(step, factor) for step in range(10, STEPS + 1, 10)],
         "base_loss": 0.45,
-        "previews": previews, "left_out": [],
+        "previews": previews, "pairs": [], "left_out": [],
         "images": [{"file": f"{n}.png", "caption": "a red fox", "use": "trained" if n else "held out",
-                    "thumbnail": f"pictures/{n}.png", "standing": "never fit" if n == 1 else ""} for n in range(4)],
+                    "thumbnail": f"pictures/{n}.png", "standing": "never fit" if n == 1 else "", "controls": 0}
+                   for n in range(4)],
         "lora": {"file": "fox.safetensors", "bytes": 45_000_000, "installed": None},
         "saves": [{"step": step, "file": f"fox-{step}.safetensors", "bytes": 45_000_000, "best": step == 50}
                   for step in (40, 50, 60)],

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from lorasmith.training.events import StepDone
 from tests.server.pages.conftest import ServedPage, assert_legible, expected
@@ -29,8 +30,9 @@ def test_a_newcomer_walks_from_photos_to_a_lora(served: ServedPage, open_page: O
     page.wait_for_url("**/#/new/my-dog/photos")  # named after the folder
     assert page.locator(".tile img").first.get_attribute("src").startswith("blob:")  # seen before it is sent
     waits(page, "it is not a picture that can be read")
-    waits(page, "3 files were left out: My Dög/")
-    waits(page, "The pictures before an edit are not added here: copy their folder")
+    waits(page, "2 files were left out: My Dög/")
+    waits(page, "2 photos lack the picture before the edit")
+    page.get_by_role("button", name="Remove the picture before, dog 0.jpg").click()  # of the folder control
     waits(page, "Videos are not added here: run")
     waits(page, "2 of 3 with a caption")
     page.get_by_label("Trigger word").fill("bello")
@@ -60,10 +62,76 @@ def test_a_newcomer_walks_from_photos_to_a_lora(served: ServedPage, open_page: O
         "kind": "train",
         "dataset": "my-dog",
         "model": "checkpoints/sdxl.safetensors",
+        "edit": None,
         "trigger": "bello",
         "name": "bello",
         "settings": {"steps": 60, "rank": 16},
     }
+
+
+def colour(page: Any, picture: Any) -> str:
+    """The colour of a picture before an edit, of one colour, as it is shown."""
+    picture.scroll_into_view_if_needed()
+    expected(picture).to_have_js_property("complete", True)
+    return str(
+        picture.evaluate(
+            """(one) => {
+                const canvas = Object.assign(document.createElement("canvas"), {width: 1, height: 1});
+                const pen = canvas.getContext("2d");
+                pen.drawImage(one, 0, 0, 1, 1);
+                return [...pen.getImageData(0, 0, 1, 1).data].slice(0, 3).join();
+            }"""
+        )
+    )
+
+
+def test_pairs_are_matched_mended_replaced_and_removed(served: ServedPage, open_page: Opener, tmp_path: Path) -> None:
+    served.server.add_dataset("fox", 3)
+    for name, one in (("fox_1", "red"), ("fox_2", "lime"), ("stray", "blue"), ("new", "white")):
+        Image.new("RGB", (64, 48), one).save(tmp_path / f"{name}.png")
+    page = open_page("#/new/fox/photos")
+    page.get_by_label("These are pairs").check()
+    waits(page, "3 photos lack the picture before the edit")
+    page.get_by_label("Pictures before", exact=True).set_input_files(
+        [tmp_path / f"{name}.png" for name in ("fox_1", "fox_2", "stray")]
+    )
+    waits(page, "A photo lacks the picture before the edit")
+    before = [page.locator(f'.before[data-before="fox_{number}.png"]') for number in (1, 2, 3)]
+    pictures = [one.locator("img") for one in before]
+    assert [colour(page, one) for one in pictures[:2]] == ["255,0,0", "0,255,0"]
+    expected(before[2]).to_contain_text("No picture before")
+    assert_legible(page, "pairs")
+
+    pictures[0].drag_to(before[1])  # they change places
+    waits(page, "have changed places")
+    expected(pictures[0]).to_have_attribute("src", re.compile("v=1"))
+    assert [colour(page, one) for one in pictures[:2]] == ["0,255,0", "255,0,0"]
+
+    page.get_by_role("button", name="Move stray.png to another picture").press("Enter")
+    dialog = page.get_by_role("dialog")
+    assert_legible(page, "dialog")
+    dialog.get_by_role("button", name="fox_3.png").press("Enter")
+    expected(pictures[2]).to_have_count(1)
+    assert colour(page, pictures[2]) == "0,0,255"
+    expected(page.get_by_text("Pictures before, without one after")).to_have_count(0)
+    expected(page.get_by_text("lacks the picture before")).to_have_count(0)
+
+    page.get_by_label("Picture before fox_1.png", exact=True).set_input_files(tmp_path / "new.png")
+    waits(page, "1 photo added")
+    expected(pictures[0]).to_have_attribute("src", re.compile("v=3"))
+    page.get_by_role("button", name="Remove the picture before, fox_2.png").click()
+    expected(before[1]).to_contain_text("No picture before")
+    assert set(served.server.controls["fox"]) == {"fox_1.png", "fox_3.png"}
+    page.reload()
+    expected(pictures[0]).to_have_count(1)
+    assert colour(page, pictures[0]) == "255,255,255"
+
+    page.get_by_role("button", name="Next: model").click()
+    page.wait_for_selector("input[name=model]:checked")
+    assert "kontext" in page.locator("input[name=model]:checked").get_attribute("value")
+    page.get_by_label("Does it edit pictures?").select_option("none")
+    page.get_by_role("link", name="Back").click()
+    waits(page, "takes no pictures before an edit")
 
 
 @pytest.mark.slow

@@ -244,8 +244,6 @@ def test_an_upload_is_kept_under_a_safe_free_name(folders: Folders, dog: Path, t
         ("a.svg", b"<svg/>", "is a SVG file, which is not read here"),
         ("a.png", b"\x89PNG\r\n\x1a\n broken", "is not an image|is damaged"),
         ("a.mp4", b"", "is a video, which the page does not take; run lorasmith train"),
-        ("pairs/control/a.png", b"", "is a control, which is not added here; copy its folder control"),
-        ("control_1\\a.png", b"", "is a control, which is not added here"),
     ],
 )
 def test_what_is_no_picture_is_not_kept(
@@ -425,3 +423,83 @@ def test_what_is_said_of_pairs_is_a_sentence_without_flags(folders: Folders, dog
         "; add a file of the same name to the folder of controls, or choose controls optional."
     )
     assert found["unchanged pairs"].endswith("; replace it, as the model learns to change nothing.")
+
+
+@pytest.fixture
+def pairs(folders: Folders, dog: Path, tmp_path: Path) -> Path:
+    """The controls of `1.png` and `2.png`, and one of no picture."""
+    for number, name in enumerate(("1.png", "2.jpg", "other.png"), start=1):
+        file = sent(tmp_path, noise(seed=20 + number), "jpeg" if name.endswith("jpg") else "png")
+        answer = dataset_changes.add_image(folders, "dog", file=f"Before/control/{name}", temporary=file)
+        assert answer == {"added": f"control/{name}"}
+    return dog / "control"
+
+
+def controls(folders: Folders) -> dict[str, list[str]]:
+    found = questions.dataset(folders, "dog")
+    rows = {one.file: [control.file for control in one.controls] for one in found.images}
+    return rows | {"": [one.file for one in found.controls]}
+
+
+def test_a_dataset_that_has_only_controls_is_listed(folders: Folders, dog: Path, pairs: Path) -> None:
+    for path in [one for one in dog.iterdir() if one.is_file()]:
+        path.unlink()
+    row = next(row for row in questions.datasets(folders).datasets if row.name == "dog")
+    assert (row.images, row.cover) == (0, None)
+    assert controls(folders) == {"": ["1.png", "2.jpg", "other.png"]}
+
+
+def test_controls_are_shown_beside_their_pictures(folders: Folders, dog: Path, pairs: Path) -> None:
+    assert controls(folders) == {"1.png": ["1.png"], "2.png": ["2.jpg"], "10.png": [], "": ["other.png"]}
+    (first, *_) = questions.dataset(folders, "dog").images
+    assert [(one.width, one.height, one.fixed, one.problem) for one in first.controls] == [(48, 40, False, "")]
+    assert questions.picture_file(folders, "dog", "2.jpg", control=True) == str((pairs / "2.jpg").resolve())
+    with Image.open(io.BytesIO(questions.thumbnail(folders, "dog", "1.png", 16, control=True))) as small:
+        assert small.width == 16
+    (pairs / "1.png").write_bytes(b"<html>")
+    (dog / "control_1").mkdir()
+    noise().save(dog / "control_1" / "10.png")
+    first, _, third = questions.dataset(folders, "dog").images
+    assert "is not an image" in first.controls[0].problem
+    assert third.controls[0].fixed and third.controls[0].file == str(dog / "control_1" / "10.png")
+    with pytest.raises(UnknownFileError, match="there is no picture"):
+        questions.picture_file(folders, "dog", "../1.png", control=True)
+
+
+def test_controls_are_given_to_other_pictures(folders: Folders, pairs: Path) -> None:
+    content = {one.name: one.read_bytes() for one in pairs.iterdir()}
+    assert dataset_changes.pair_control(folders, "dog", "1.png", "2.png").changed == 2
+    assert controls(folders)["1.png"] == ["1.jpg"] and controls(folders)["2.png"] == ["2.png"]
+    assert (pairs / "2.png").read_bytes() == content["1.png"] and (pairs / "1.jpg").read_bytes() == content["2.jpg"]
+    assert dataset_changes.pair_control(folders, "dog", "2.png", "2.png").changed == 0
+    assert dataset_changes.pair_control(folders, "dog", "other.png", "10.png").changed == 1
+    assert controls(folders) == {"1.png": ["1.jpg"], "2.png": ["2.png"], "10.png": ["10.png"], "": []}
+    for control, image in (("gone.png", "1.png"), ("1.jpg", "gone.png"), ("../1.png", "1.png")):
+        with pytest.raises(UnknownFileError, match="there is no picture"):
+            dataset_changes.pair_control(folders, "dog", control, image)
+    with pytest.raises(OutputError, match="belongs to Lorasmith"):
+        dataset_changes.pair_control(folders, "fox", "1.png", "fox_1.png")
+
+
+def test_a_control_is_replaced_and_removed(folders: Folders, pairs: Path, tmp_path: Path) -> None:
+    before = (pairs / "1.png").read_bytes()
+    file = sent(tmp_path, noise(seed=9), "jpeg")
+    assert dataset_changes.add_image(folders, "dog", file="control/1.jpg", temporary=file) == {"added": "control/1.jpg"}
+    assert controls(folders)["1.png"] == ["1.jpg"]
+    removed = folders.base / "user" / "lorasmith" / "removed"
+    assert [one.read_bytes() for one in removed.rglob("1.png")] == [before]
+    dataset_changes.remove_control(folders, "dog", "1.jpg")
+    assert controls(folders)["1.png"] == [] and list(removed.rglob("1.jpg"))
+    junk = sent(tmp_path, b"<html>")
+    assert "skipped" in dataset_changes.add_image(folders, "dog", file="control/2.png", temporary=junk)
+
+
+def test_a_folder_of_controls_elsewhere_is_left_alone(folders: Folders, dog: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    noise().save(tmp_path / "elsewhere" / "stray.png")
+    (dog / "control").symlink_to(tmp_path / "elsewhere")
+    assert controls(folders)[""] == []
+    with pytest.raises(OutputError, match="is a link to somewhere else"):
+        dataset_changes.add_image(folders, "dog", file="control/1.png", temporary=sent(tmp_path, noise()))
+    with pytest.raises(UnknownFileError, match="is a link"):
+        dataset_changes.remove_control(folders, "dog", "stray.png")

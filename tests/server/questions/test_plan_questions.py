@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from flux_files import save_flux_files
 from PIL import Image
 
 from lorasmith.core.errors import DataError, LorasmithError, ModelError, OptionError
@@ -112,3 +114,29 @@ def test_paths_and_programs_are_not_for_requests(folders: Folders, name: str) ->
 def test_a_folder_that_is_none_is_refused(folders: Folders, folder: str) -> None:
     with pytest.raises(LorasmithError, match="there is no folder"):
         train_request(folders, JobBody(model="lorasmith-tiny", folder=folder))
+
+
+def test_a_plan_says_which_photo_lacks_its_control(folders: Folders) -> None:
+    dog = folders.place("input") / "pairs"
+    (dog / "control").mkdir(parents=True)
+    for name in ("1.png", "2.png", "control/1.png"):
+        Image.new("RGB", (64, 64)).save(dog / name)
+    wanted = PlanBody(model="lorasmith-tiny", dataset="pairs")
+    with pytest.raises(DataError, match=r"takes no controls, but 1.png has .*; choose controls none to train without"):
+        plan(folders, wanted)
+    assert plan(folders, replace(wanted, settings={"controls": "none"})).images == 2
+    with pytest.raises(OptionError, match="edit must be left out for lorasmith-tiny"):
+        plan(folders, replace(wanted, edit="kontext"))
+    request = train_request(folders, JobBody(model="lorasmith-tiny", dataset="pairs", edit="kontext"))
+    assert request["edit"] == "kontext"
+    kontext = folders.base / "models" / "diffusion_models" / "flux1-kontext.safetensors"
+    save_flux_files(folders.base)
+    kontext.with_name("flux1-dev.safetensors").rename(kontext)
+    wanted = replace(wanted, model=kontext.name)
+    with pytest.raises(DataError, match=r"there is none for 2.png; .*, or choose controls optional"):
+        plan(folders, wanted)
+    assert plan(folders, replace(wanted, settings={"controls": "optional"})).images == 2
+    with pytest.raises(DataError, match="takes no controls"):
+        plan(folders, replace(wanted, edit="none"))
+    (row,) = (one for one in models(folders).models if one.name == kontext.name)
+    assert (row.edits, row.edit, row.takes_controls) == (("kontext",), "kontext", True)

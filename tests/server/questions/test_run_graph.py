@@ -49,3 +49,23 @@ def test_what_nodes_do_not_find_is_refused(installation: Folders, base: Path, tm
         changed_record(base, source={**source, **change})
         with pytest.raises(LorasmithError, match=match):
             run_graph(installation, RUN)
+
+
+def test_a_run_on_pairs_is_a_graph_of_pairs(installation: Folders, base: Path) -> None:
+    record = json.loads((base / RUN / "run.json").read_text())
+    images = [{"name": "1.png", "controls": 1}, {"name": "2.png"}]
+    shutil.copytree(base / "input" / "dog", base / "input" / "dog" / "control")
+    shutil.copytree(base / "input" / "dog" / "control", base / "input" / "before")
+    for control, folder in (([], "dog/control"), ([str(base / "input" / "before")], "before")):
+        source = {**record["source"], **({"control": control} if control else {})}
+        changed_record(base, source=source, data={**record["data"], "images": images})
+        graph = run_graph(installation, RUN)["prompt"]
+        load_nodes()
+        validate(graph, installation)
+        kinds = {one["class_type"]: one["inputs"] for one in graph.values()}
+        assert kinds["LoadImagePairDataSetFromFolder"] == {"folder": "dog", "control_folder": folder}
+        scaled, pairs = graph[kinds["MakeTrainingPairs"]["controls"][0]], kinds["AddTextPrefix"]["texts"]
+        assert scaled["inputs"]["image"] == ["10", 1] and pairs == ["10", 2]
+    changed_record(base, data={**record["data"], "images": [{"name": "1.png", "controls": 2}]})
+    with pytest.raises(LorasmithError, match="has one control for each image, got 2; use its command"):
+        run_graph(installation, RUN)

@@ -7,6 +7,7 @@ stem in the same request, whatever that is renamed to, or else to the one in the
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import AsyncIterator
@@ -32,6 +33,7 @@ from lorasmith.server.api_shapes import (
     DatasetList,
     DatasetRow,
     NameBody,
+    PairBody,
     RemovedAnswer,
     SkippedFile,
     UploadAnswer,
@@ -76,9 +78,10 @@ async def add_files(context: ServerContext, call: Call) -> UploadAnswer:
                 continue
             else:
                 answer = await _asked(context, "add_image", name=name, file=sent, temporary=str(path))
-                if kept := answer.get("added") or answer.get("same"):
+                is_control = "/" in answer.get("added", "")
+                if not is_control and (kept := answer.get("added") or answer.get("same")):
                     received.pictures.setdefault(file.stem.casefold(), kept)
-                _note(received, file.name, answer)
+                _note(received, "/".join(file.parts[-2:]) if is_control else file.name, answer)
             path.unlink(missing_ok=True)
         for sent, path in received.texts:
             file = PurePosixPath(sent.replace("\\", "/"))
@@ -149,11 +152,11 @@ async def _captions(context: ServerContext, call: Call) -> Any:
         return await context.assistant.ask("set_captions", name=call.path("name"), captions=captions)
 
 
-async def _image(context: ServerContext, call: Call) -> web.StreamResponse:
-    """The picture, or a thumbnail, which is made again only when the file has changed."""
-    name, file = call.path("name"), call.path("file")
+async def _image(context: ServerContext, call: Call, *, control: bool = False) -> web.StreamResponse:
+    """The picture or control, or a thumbnail, which is made again only when the file has changed."""
+    named = {"name": call.path("name"), "file": call.path("file"), **({"control": True} if control else {})}
     width = call.number("width", 0, most=_WIDTH)
-    path = Path(await context.assistant.ask("picture_file", name=name, file=file))
+    path = Path(await context.assistant.ask("picture_file", **named))
     if not width:
         return send_file(path)
     status = path.stat()
@@ -161,16 +164,21 @@ async def _image(context: ServerContext, call: Call) -> web.StreamResponse:
     headers = {"ETag": f'"{tag}"', "Cache-Control": "private, no-cache"}
     if any(one.value == tag for one in call.request.if_none_match or ()):
         return web.Response(status=304, headers=headers)
-    content = await context.assistant.ask("thumbnail", name=name, file=file, width=width)
+    content = await context.assistant.ask("thumbnail", **named, width=width)
     return web.Response(body=content, content_type="image/webp", headers=headers)
 
 
 async def _check(context: ServerContext, call: Call) -> Any:
     query = {name: text for name, text in call.request.query.items() if name != "token"}
-    model, trigger = query.pop("model", None), query.pop("trigger", "")
+    model, trigger, edit = query.pop("model", None), query.pop("trigger", ""), query.pop("edit", None)
     settings = {name: _value(name, text) for name, text in query.items()}
     return await context.assistant.ask(
-        "check_dataset", name=call.path("name"), model=model or None, trigger=trigger, settings=settings
+        "check_dataset",
+        name=call.path("name"),
+        model=model or None,
+        edit=edit or None,
+        trigger=trigger,
+        settings=settings,
     )
 
 
@@ -184,6 +192,8 @@ def _value(name: str, text: str) -> Any:
     except ValueError as error:
         raise OptionError(f"{name} must be a number, true or false, got {json.dumps(text[:40])}; correct it") from error
 
+
+_WIDTH_QUERY = Query("width", "Pixels of the small version's longest edge, at most 2048.", "integer")
 
 DATASET_ENDPOINTS = (
     Endpoint("GET", "/datasets", "All datasets.", question="datasets", answer=DatasetList),
@@ -209,7 +219,8 @@ DATASET_ENDPOINTS = (
     Endpoint(
         "POST",
         "/datasets/{name}/images",
-        "Add pictures, and captions beside them; each file of the form is checked by its content.",
+        "Add pictures, and captions beside them; each file of the form is checked by its content. A picture before an "
+        "edit is named `control/` and as the picture after it.",
         handler=add_files,
         upload=True,
         answer=UploadAnswer,
@@ -219,7 +230,7 @@ DATASET_ENDPOINTS = (
         "/datasets/{name}/images/{file}",
         "A picture, or a small upright version of it.",
         handler=_image,
-        query=(Query("width", "Pixels of the small version's longest edge, at most 2048.", "integer"),),
+        query=(_WIDTH_QUERY,),
         content="image/*",
     ),
     Endpoint(
@@ -227,6 +238,29 @@ DATASET_ENDPOINTS = (
         "/datasets/{name}/images/{file}",
         "Move a picture, its caption and its mask to the removed things.",
         question="remove_image",
+        answer=RemovedAnswer,
+    ),
+    Endpoint(
+        "GET",
+        "/datasets/{name}/controls/{file}",
+        "A picture before an edit, or a small upright version of it.",
+        handler=functools.partial(_image, control=True),
+        query=(_WIDTH_QUERY,),
+        content="image/*",
+    ),
+    Endpoint(
+        "PUT",
+        "/datasets/{name}/controls",
+        "Give a picture before an edit to another picture.",
+        question="pair_control",
+        body=PairBody,
+        answer=Changed,
+    ),
+    Endpoint(
+        "DELETE",
+        "/datasets/{name}/controls/{file}",
+        "Move a picture before an edit to the removed things.",
+        question="remove_control",
         answer=RemovedAnswer,
     ),
     Endpoint(
@@ -244,6 +278,7 @@ DATASET_ENDPOINTS = (
         handler=_check,
         query=(
             Query("model", "Model whose sizes and tokenizer count; usual ones without it."),
+            Query("edit", "Edit variant that the model is, or none; its name says so without it."),
             Query("trigger", "Phrase in front of captions that lack it."),
             Query(
                 "resolution", "Side in pixels; all other settings of data and training may be given, too.", "integer"

@@ -18,12 +18,15 @@ from lorasmith.data.folder_listing import VIDEO_SUFFIXES, foreign_reason, stem_o
 from lorasmith.data.image_files import ImageError, file_digest, image_header, image_size, image_suffixes
 from lorasmith.server.api_shapes import CaptionEdit, Changed, DatasetRow, RemovedAnswer
 from lorasmith.server.questions.dataset_questions import (
+    CONTROL,
     UnknownFileError,
     caption_file,
     caption_of,
+    controls_in,
     dataset_folder,
     picture_of,
     pictures_in,
+    stays_in,
 )
 from lorasmith.server.questions.question_registry import question
 from lorasmith.server.server_disk import disk_space, keep_captions, set_aside
@@ -33,10 +36,6 @@ MOST_IMAGES = 2000  # in a dataset filled by the page
 _NO_VIDEOS = (
     "is a video, which the page does not take; run lorasmith train on its folder with a model of videos, or add it as "
     "an animated WebP file"
-)
-_NO_CONTROLS = (
-    "is a control, which is not added here; copy its folder control into the folder of the dataset, or send it as a "
-    "picture to train on without the folder in its name"
 )
 _CHANGING = threading.Lock()  # held from reading a dataset until its change is complete
 
@@ -86,15 +85,13 @@ def remove_dataset(folders: Folders, name: str) -> RemovedAnswer:
 @question
 def add_image(folders: Folders, name: str, *, file: str, temporary: str) -> dict[str, str]:
     """Move an uploaded picture from `temporary` into a dataset, renamed if its name is taken. Returns `added` with its
-    name, or `skipped` with the reason, and for a duplicate `same`, the existing picture. Raises UnknownFileError and
-    OutputError.
+    name, or `skipped` with the reason, and for a duplicate `same`, the existing picture. A `file` in a folder `control`
+    is a control, `added` as `control/1.png`; one of its name is replaced. Raises UnknownFileError and OutputError.
     """
     folder, source = dataset_folder(folders, name, to_change=True), Path(temporary)
     suffix = Path(file).suffix.lower()
     if suffix in VIDEO_SUFFIXES:
         return {"skipped": _NO_VIDEOS}
-    if re.search(r"(^|[\\/])control(_[1-9])?[\\/]", file):
-        return {"skipped": _NO_CONTROLS}
     if reason := foreign_reason(suffix):
         return {"skipped": reason}
     try:
@@ -105,6 +102,8 @@ def add_image(folders: Folders, name: str, *, file: str, temporary: str) -> dict
     asked = Path(file)
     suffix = asked.suffix.lower() if asked.suffix.lower() in suffixes else suffixes[0]
     stem = safe_name(_file_name(file).removesuffix(asked.suffix))
+    if re.search(r"(^|[\\/])control[\\/]", file):
+        return _added_control(folders, name, folder, source, f"{stem}{plain_name(suffix)}")
     with _CHANGING:
         names = [entry.name for entry in os.scandir(folder) if not entry.name.startswith(".")]
         pictures = [one for one in names if Path(one).suffix.lower() in image_suffixes()]
@@ -115,6 +114,49 @@ def add_image(folders: Folders, name: str, *, file: str, temporary: str) -> dict
         target = folder / f"{_free_stem(stem, pictures)}{plain_name(suffix)}"
         _move(source, target)
     return {"added": target.name}
+
+
+def _added_control(folders: Folders, name: str, folder: Path, source: Path, file: str) -> dict[str, str]:
+    with _CHANGING:
+        place = ensure_folder(folder / CONTROL)
+        if not stays_in(place, folder.resolve()):
+            raise OutputError(f"the folder {CONTROL} of {name} is a link to somewhere else; replace it by a folder")
+        there = controls_in(folder)
+        replaced = [one for one in there if stem_of(one.name).casefold() == stem_of(file).casefold()]
+        if len(there) - len(replaced) >= MOST_IMAGES:
+            return {"skipped": f"is one too many: a dataset has at most {MOST_IMAGES:,} controls"}
+        if replaced:
+            set_aside(folders.base, replaced, name)
+        _move(source, place / file)
+    return {"added": f"{CONTROL}/{file}"}
+
+
+@question
+def pair_control(folders: Folders, name: str, control: str, image: str) -> Changed:
+    """Give a control to a picture, by its name; if that has one in the folder of controls, both change places. Raises
+    UnknownFileError and OutputError.
+    """
+    folder = dataset_folder(folders, name, to_change=True)
+    moved, stem = picture_of(folder, control, control=True), stem_of(picture_of(folder, image).name)
+    with _CHANGING:
+        there = [one for one in controls_in(folder) if stem_of(one.name).casefold() == stem.casefold()]
+        if moved in there:
+            return Changed(changed=0)
+        apart = [(one, one.with_stem(f"{one.stem}.moving")) for one in there]
+        for one, aside in apart:
+            one.rename(aside)
+        moved.rename(moved.with_stem(stem))
+        for one, aside in apart:
+            aside.rename(one.with_stem(moved.stem))
+    return Changed(changed=1 + len(there))
+
+
+@question
+def remove_control(folders: Folders, name: str, file: str) -> RemovedAnswer:
+    """Move a control to the removed files. Raises UnknownFileError and OutputError."""
+    folder = dataset_folder(folders, name, to_change=True)
+    with _CHANGING:
+        return _removed(folders, [picture_of(folder, file, control=True)], name)
 
 
 @question

@@ -30,6 +30,7 @@ from lorasmith.runs.data_check import DataCheck, check_folder, said_of
 from lorasmith.runs.spec import SETTINGS
 from lorasmith.server.api_shapes import (
     CheckedPicture,
+    ControlRow,
     Crop,
     DataCheckAnswer,
     DatasetAnswer,
@@ -43,6 +44,7 @@ from lorasmith.server.api_shapes import (
 from lorasmith.server.questions.question_registry import question
 from lorasmith.training.config import TrainConfig, settings_from_file
 
+CONTROL = "control"  # folder of the pictures before an edit
 MOST_THUMBNAIL = 2048  # pixels of the longest edge
 
 
@@ -62,10 +64,12 @@ def dataset(folders: Folders, name: str) -> DatasetAnswer:
     """The pictures of a dataset with their captions, in natural order. Raises UnknownFileError."""
     folder = dataset_folder(folders, name)
     found, skipped, notes = pictures_in(folders, folder)
+    used = {path for one in found for path in one.controls}
     return DatasetAnswer(
         name=name,
         folder=str(folder),
         images=tuple(map(picture_row, found)),
+        controls=tuple(_control_row(one, folder) for one in controls_in(folder) if one not in used),
         builtin=is_builtin(folder),
         notes=tuple(notes),
         skipped=tuple(SkippedFile(file=name_in(folder, path), reason=reason) for path, reason in skipped),
@@ -73,25 +77,27 @@ def dataset(folders: Folders, name: str) -> DatasetAnswer:
 
 
 @question
-def thumbnail(folders: Folders, name: str, file: str, width: int = 256) -> bytes:
-    """A picture as WebP, upright, its longest edge at most `width` pixels. Raises UnknownFileError and ImageError."""
-    path = picture_of(dataset_folder(folders, name), file)
+def thumbnail(folders: Folders, name: str, file: str, width: int = 256, *, control: bool = False) -> bytes:
+    """A picture or control as WebP, upright, its longest edge at most `width` pixels. Raises UnknownFileError and
+    ImageError.
+    """
+    path = picture_of(dataset_folder(folders, name), file, control=control)
     buffer = io.BytesIO()
     open_reduced(path, max(16, min(width, MOST_THUMBNAIL))).save(buffer, format="webp", quality=82, method=2)
     return buffer.getvalue()
 
 
 @question
-def picture_file(folders: Folders, name: str, file: str) -> str:
-    """The path of a picture. Raises UnknownFileError."""
-    return str(picture_of(dataset_folder(folders, name), file).resolve())
+def picture_file(folders: Folders, name: str, file: str, *, control: bool = False) -> str:
+    """The path of a picture or control. Raises UnknownFileError."""
+    return str(picture_of(dataset_folder(folders, name), file, control=control).resolve())
 
 
 def _row(folder: Path) -> DatasetRow | None:
     """A folder as a dataset; None if it has only other files."""
     try:
         listed = next(list_folders(str(folder)))
-        is_empty = not listed.images and not any(folder.iterdir())
+        is_empty = not listed.images and all(one.name == CONTROL for one in folder.iterdir())
     except (DataError, OSError):
         return None
     inner = [] if listed.images else [one for one in _inner(folder) if one.images]
@@ -118,26 +124,43 @@ def _inner(folder: Path) -> list[ListedFolder]:
 
 def picture_row(one: Candidate) -> PictureRow:
     """A picture as the page shows it, with its faults."""
-    path, problem = one.path, ""
-    width = height = None
-    try:
-        status = path.stat()
-        width, height = _size_of(str(path), status.st_mtime_ns, status.st_size)
-        size = status.st_size
-    except ImageError as error:
-        size, problem = path.stat().st_size if is_regular(path) else 0, error.reason
-    except OSError as error:
-        size, problem = 0, f"cannot be read ({error.strerror})"
+    width, height, problem = _measured(one.path)
     caption, fault = caption_of(one)
     return PictureRow(
         file=one.name,
         width=width,
         height=height,
-        bytes=size,
+        bytes=one.path.stat().st_size if is_regular(one.path) else 0,
         caption=caption,
         has_caption=bool(caption),
         problem=problem or fault,
+        controls=tuple(_control_row(path, Path(one.folder.path)) for path in one.controls),
     )
+
+
+def _control_row(path: Path, folder: Path) -> ControlRow:
+    fixed = path.parent != folder / CONTROL or not stays_in(path, folder.resolve())
+    width, height, problem = (None, None, "") if fixed else _measured(path)
+    return ControlRow(file=str(path) if fixed else path.name, width=width, height=height, fixed=fixed, problem=problem)
+
+
+def controls_in(folder: Path) -> list[Path]:
+    """The pictures in the folder of controls of a dataset, by name."""
+    place = folder / CONTROL
+    if not is_folder(place) or not stays_in(place, folder.resolve()):
+        return []
+    return [place / name for name in next(list_folders(str(place))).images]
+
+
+def _measured(path: Path) -> tuple[int | None, int | None, str]:
+    """Width and height of a picture in pixels, and why it cannot be read."""
+    try:
+        status = path.stat()
+        return *_size_of(str(path), status.st_mtime_ns, status.st_size), ""
+    except ImageError as error:
+        return None, None, error.reason
+    except OSError as error:
+        return None, None, f"cannot be read ({error.strerror})"
 
 
 @functools.lru_cache(maxsize=20_000)
@@ -213,9 +236,9 @@ def stays_in(path: Path, real: Path) -> bool:
         return False
 
 
-def picture_of(folder: Path, file: str) -> Path:
-    """Raises UnknownFileError."""
-    path = folder / file
+def picture_of(folder: Path, file: str, *, control: bool = False) -> Path:
+    """A picture of a dataset, or one in its folder of controls. Raises UnknownFileError."""
+    path = folder / CONTROL / file if control else folder / file
     if not is_name(file) or path.suffix.lower() not in image_suffixes() or not is_regular(path):
         raise UnknownFileError(f"there is no picture {file!r} in {folder.name}; load the page again")
     if not stays_in(path, folder.resolve()):
@@ -277,10 +300,12 @@ def check_dataset(
     name: str,
     *,
     model: str | None = None,
+    edit: str | None = None,
     trigger: str = "",
     settings: Mapping[str, Any] | None = None,
 ) -> DataCheckAnswer:
     """Check a dataset with the sizes and tokenizer of a model (None: common sizes) and settings of data and training.
+    `edit` is the edit variant that the model is.
     Raises UnknownFileError, and LorasmithErrors for the model or settings.
     """
     folder = dataset_folder(folders, name)
@@ -289,7 +314,7 @@ def check_dataset(
         checked = check_folder(
             folder,
             data,
-            files=None if model is None else ModelFiles(model),
+            files=None if model is None else ModelFiles(model, edit=edit),
             folders=folders,
             batch=training.samples_per_step,
             validation_share=training.validation_share,

@@ -18,10 +18,13 @@ from lorasmith.core.files import is_folder
 from lorasmith.core.folders import BUILT_IN_BASE, Folders, fingerprint, safe_name
 from lorasmith.core.options import options_of
 from lorasmith.core.printable import count_text, memory_text
+from lorasmith.data.controls import check_controls
 from lorasmith.data.data_config import DataConfig
-from lorasmith.data.folder import ImageFile, scan_folder
+from lorasmith.data.folder import FolderScan, scan_folder
 from lorasmith.data.preflight import epoch_of
+from lorasmith.families.loading import load_structure
 from lorasmith.families.locating import BUILT_IN, ModelFiles, built_in_models, named_path
+from lorasmith.families.model import Model
 from lorasmith.families.model_search import ENCODER_FOLDERS, MODEL_FOLDERS, VAE_FOLDERS, in_folders
 from lorasmith.runs.memory_estimate import MemoryEstimate, estimate_memory
 from lorasmith.runs.model_list import ListedFile, ListedModel, ModelList, list_models
@@ -42,11 +45,12 @@ def plan(folders: Folders, wanted: PlanBody, *, card_bytes: int | None = None) -
     """
     images = _images_folder(folders, wanted)
     data, config = _checked_settings(folders, wanted.settings, wanted.trigger)
-    files = ModelFiles(known_model(folders, wanted.model))
-    scanned = _scanned(str(images), repr(fingerprint(images)), data.recursive, data.follow_links)
-    batch = config.samples_per_step
+    files = ModelFiles(known_model(folders, wanted.model), edit=wanted.edit)
+    scan = _checked_scan(folders, files, images, data)
+    scanned, batch = scan.images, config.samples_per_step
     epoch = epoch_of(scanned, batch, config.validation_share)
-    found = _estimate(folders, files, config, data.resolution, card_bytes)
+    controls = max((len(one.controls) for one in scanned), default=0)
+    found = _estimate(folders, files, config, data.resolution, card_bytes, controls)
     proposal = found.proposal
     return PlanAnswer(
         steps=config.steps,
@@ -79,6 +83,7 @@ def train_request(folders: Folders, wanted: JobBody) -> dict[str, Any]:
     return {
         "sources": [{"path": images.relative_to(base).as_posix() if images.is_relative_to(base) else str(images)}],
         "model": known_model(folders, wanted.model),
+        **({"edit": wanted.edit} if wanted.edit else {}),
         "name": title,
         "settings": {key: value for key, value in chosen.items() if value is not None},
     }
@@ -129,28 +134,54 @@ def _images_folder(folders: Folders, wanted: PlanBody) -> Path:
     return found
 
 
+def _checked_scan(folders: Folders, files: ModelFiles, images: Path, data: DataConfig) -> FolderScan:
+    """The scan of a folder, whose controls are checked. Raises DataError if they do not fit the model."""
+    read = DataConfig(recursive=data.recursive, follow_links=data.follow_links, controls=data.controls)
+    scan = _scanned(str(images), repr(fingerprint(images)), read)
+    check_controls(scan, data, _structure(in_folders(files.model, folders, MODEL_FOLDERS)).as_edit(files.edit))
+    return scan
+
+
 @functools.lru_cache(maxsize=8)
-def _scanned(folder: str, state: str, recursive: bool, follow_links: bool) -> tuple[ImageFile, ...]:
-    """The usable images of a folder, cached by its state."""
-    return scan_folder(folder, DataConfig(recursive=recursive, follow_links=follow_links)).images
+def _scanned(folder: str, state: str, config: DataConfig) -> FolderScan:
+    """The scan of a folder, cached by its state."""
+    return scan_folder(folder, config)
+
+
+def _structure(model: str) -> Model:
+    """The model without weights, cached by the state of its file."""
+    path = named_path(model)
+    return _structure_once(model, repr(fingerprint(path)) if path.exists() else "")
+
+
+@functools.lru_cache(maxsize=4)
+def _structure_once(model: str, state: str) -> Model:
+    return load_structure(model)
 
 
 def _estimate(
-    folders: Folders, files: ModelFiles, config: TrainConfig, resolution: int | None, card_bytes: int | None
+    folders: Folders,
+    files: ModelFiles,
+    config: TrainConfig,
+    resolution: int | None,
+    card_bytes: int | None,
+    controls: int,
 ) -> MemoryEstimate:
     # These do not change the memory of a step.
     plain = replace(config, steps=500, seed=0, existing_lora=None, training_adapter=None, previews=None)
     path = Path(in_folders(files.model, folders, MODEL_FOLDERS))
     state = repr(fingerprint(path)) if path.exists() else ""
-    found = _estimated(_Hashable(folders), files, plain, resolution, state)
+    found = _estimated(_Hashable(folders), files, plain, resolution, controls, state)
     return replace(found, card_bytes=card_bytes or _ENDLESS)  # only the proposal depends on it
 
 
 @functools.lru_cache(maxsize=64)
 def _estimated(
-    folders: _Hashable, files: ModelFiles, config: TrainConfig, resolution: int | None, state: str
+    folders: _Hashable, files: ModelFiles, config: TrainConfig, resolution: int | None, controls: int, state: str
 ) -> MemoryEstimate:
-    return estimate_memory(files, config, card_bytes=_ENDLESS, resolution=resolution, folders=folders.folders)
+    return estimate_memory(
+        files, config, card_bytes=_ENDLESS, resolution=resolution, controls=controls, folders=folders.folders
+    )
 
 
 def _notes(found: MemoryEstimate, images: int, epochs: float, *, is_known: bool) -> Sequence[str]:
@@ -268,6 +299,10 @@ def _row(folders: Folders, one: ListedModel) -> ModelRow:
         builtin=one.path.is_relative_to(BUILT_IN_BASE),
         ready=one.is_whole,
         missing=tuple(MissingPart(part=part.component, usual_file=part.usual_file) for part in one.missing),
+        edits=one.edits,
+        edit=one.edit,
+        told_by=one.edit_told_by,
+        takes_controls=one.controls == "files",
     )
 
 

@@ -22,6 +22,7 @@ from lorasmith.core.folders import BUILT_IN_BASE, Folders
 from lorasmith.core.options import options_of
 from lorasmith.formats.container import check_safetensors
 from lorasmith.formats.metadata import sha256_file, steps_of
+from lorasmith.report.contact_sheet import pair_stems
 from lorasmith.report.pictures import thinned
 from lorasmith.report.run_report import UNJUDGED, RunReport, run_report
 from lorasmith.runs.drawing import EXPERTS
@@ -31,6 +32,7 @@ from lorasmith.runs.spec import RunSpec
 from lorasmith.runs.view import RunView, preview_file
 from lorasmith.server.api_shapes import (
     LoraFacts,
+    PairFacts,
     PreviewFacts,
     RunAnswer,
     RunList,
@@ -96,6 +98,7 @@ def run(folders: Folders, id: str, *, jobs: Mapping[str, str] | None = None) -> 
         ),
         base_loss=report.curves.base_loss,
         previews=tuple(_previews(folder, view)),
+        pairs=tuple(_pairs(folder, max((len(one.prompts) for one in view.previews.values()), default=0))),
         images=tuple(_pictures(history, report)),
         left_out=tuple(SkippedFile(file=one.name, reason=one.reason) for one in left_out_in(record.data)),
         lora=_lora(folders, history),
@@ -182,10 +185,19 @@ def _cover(folder: Path, facts: Mapping[str, Any]) -> str | None:
 def _previews(folder: Path, view: RunView) -> Iterator[PreviewFacts]:
     """The existing pictures of the last preview of each step and strength."""
     for _, event in sorted(view.previews.items()):
-        for prompt, path in zip(event.prompts, event.paths, strict=False):
+        for number, (prompt, path) in enumerate(zip(event.prompts, event.paths, strict=False), start=1):
             file = preview_file(path)
             if is_own(folder / file, folder):
-                yield PreviewFacts(step=event.step, strength=event.strength, prompt=prompt, file=file)
+                yield PreviewFacts(step=event.step, strength=event.strength, prompt=prompt, number=number, file=file)
+
+
+def _pairs(folder: Path, prompts: int) -> Iterator[PairFacts]:
+    """What the prompts of previews edit, and what was trained of it."""
+    for stem in pair_stems(folder / "samples"):
+        for number in range(1, prompts + 1):
+            file = f"samples/{stem}-{number}.png"
+            if is_own(folder / file, folder):
+                yield PairFacts(title=stem.replace("-", " "), number=number, file=file)
 
 
 def _pictures(history: RunHistory, report: RunReport) -> Iterator[RunPicture]:
@@ -198,6 +210,7 @@ def _pictures(history: RunHistory, report: RunReport) -> Iterator[RunPicture]:
             use=image.use,
             thumbnail=small if is_own(history.folder / small, history.folder) else None,
             standing=standings.get(image.name, ""),
+            controls=image.controls,
         )
 
 

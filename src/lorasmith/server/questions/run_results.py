@@ -23,9 +23,11 @@ from lorasmith.families.loading import load_structure
 from lorasmith.families.locating import named_path
 from lorasmith.nodes import load_nodes
 from lorasmith.runs.recorded_run import Typed, repeated
+from lorasmith.runs.run_images import images_in
 from lorasmith.runs.run_page import is_own, lora_of_run
 from lorasmith.runs.spec import SETTINGS, RunSpec
 from lorasmith.server.api_shapes import InstalledLora
+from lorasmith.server.questions.dataset_questions import CONTROL
 from lorasmith.server.questions.plan_questions import check_steps
 from lorasmith.server.questions.question_registry import question
 from lorasmith.server.questions.run_questions import digest_of, is_trainable_on, run_folder_of, saves_of
@@ -137,7 +139,7 @@ PromptJson = dict[str, dict[str, Any]]
 
 _TRAIN = "TrainLoraNode"
 _ENCODER_LOADERS = {1: "CLIPLoader", 2: "DualCLIPLoader", 3: "TripleCLIPLoader", 4: "QuadrupleCLIPLoader"}
-_FOLLOWED = ("trigger", "resolution")  # data settings that the graph can represent
+_FOLLOWED = ("trigger", "resolution", "control")  # data settings that the graph can represent
 
 
 def graph_of_run(record: RunRecord, folders: Folders) -> tuple[PromptJson, list[str]]:
@@ -156,27 +158,27 @@ def graph_of_run(record: RunRecord, folders: Folders) -> tuple[PromptJson, list[
     notes: list[str] = []
     loaders, model, clip, vae = _loaders(spec, record, folders)
     images = _images(spec, folders, notes)
+    controls = _controls(spec, record, folders)
     defaults = load_structure(spec.model).defaults
     side, step = spec.data.all_resolutions(defaults.resolution)[0], pixel_step(spec.data, defaults.pixel_multiple)
     graph: PromptJson = {
         **loaders,
         "10": _node("LoadImageTextDataSetFromFolder", "Images and texts", folder=images),
-        "11": _node(
-            "ImageScaleToTotalPixels",
-            "Scale the images",
-            image=["10", 0],
-            upscale_method="lanczos",
-            megapixels=max(0.01, round(side**2 / 2**20, 4)),
-            resolution_steps=step,
-        ),
+        "11": _scaled(["10", 0], "Scale the images", side, step),
     }
+    if controls:
+        graph["10"] = _node("LoadImagePairDataSetFromFolder", "Pairs and texts", folder=images, control_folder=controls)
+        graph["15"] = _scaled(["10", 1], "Scale the controls", side, step)
+        notes.append("Controls are scaled like pictures; those of models that know other sizes differ.")
     notes.append("Pictures are scaled to whole sizes without a crop, so that they may differ by some pixels.")
-    texts: list[Any] = ["10", 1]
+    texts: list[Any] = ["10", 2 if controls else 1]
     if spec.data.trigger:
         graph["12"] = _node("AddTextPrefix", "Trigger", texts=texts, prefix=f"{spec.data.trigger}, ")
         texts = ["12", 0]
         notes.append("The trigger is put in front of all captions, also of those that have it.")
-    graph["13"] = _node("MakeTrainingDataset", "Encode", images=["11", 0], vae=vae, clip=clip, texts=texts)
+    encoded = {"images": ["11", 0], **({"controls": ["15", 0]} if controls else {})}
+    encode = "MakeTrainingPairs" if controls else "MakeTrainingDataset"
+    graph["13"] = _node(encode, "Encode", **encoded, vae=vae, clip=clip, texts=texts)
     graph["14"] = _node("ResolutionBucket", "Buckets of one size", latents=["13", 0], conditioning=["13", 1])
     graph["20"] = _node(
         _TRAIN, "Train LoRA", model=model, latents=["14", 0], positive=["14", 1], **_settings(record, folders, notes)
@@ -188,6 +190,17 @@ def graph_of_run(record: RunRecord, folders: Folders) -> tuple[PromptJson, list[
 
 def _node(class_type: str, title: str, **inputs: Any) -> dict[str, Any]:
     return {"class_type": class_type, "inputs": inputs, "_meta": {"title": title}}
+
+
+def _scaled(images: list[Any], title: str, side: int, step: int) -> dict[str, Any]:
+    return _node(
+        "ImageScaleToTotalPixels",
+        title,
+        image=images,
+        upscale_method="lanczos",
+        megapixels=max(0.01, round(side**2 / 2**20, 4)),
+        resolution_steps=step,
+    )
 
 
 def _loaders(spec: RunSpec, record: RunRecord, folders: Folders) -> tuple[PromptJson, list[Any], list[Any], list[Any]]:
@@ -244,21 +257,34 @@ def _name(folders: Folders, kind: str, path: Path) -> str | None:
 
 def _images(spec: RunSpec, folders: Folders, notes: list[str]) -> str:
     """The name of the images' folder below the input folder."""
-    path = Path(spec.folder).resolve()
+    name = _input_folder(Path(spec.folder), folders)
+    if len(spec.sources) > 1:
+        notes.append(f"It trains on {name} alone, the first of {len(spec.sources)} folders.")
+    others = [
+        one.replace("_", " ") for one in changed(spec.data) if one not in _FOLLOWED and SETTINGS[one].changes_numbers
+    ]
+    if others:
+        notes.append(f"Nodes have no {', '.join(others)}.")
+    return name
+
+
+def _controls(spec: RunSpec, record: RunRecord, folders: Folders) -> str:
+    """The name of the controls' folder below the input folder; empty for a run without controls."""
+    count = max((one.controls for one in images_in(record.data)), default=0)
+    if not count:
+        return ""
+    if count > 1:
+        raise OptionError(f"a graph of a run has one control for each image, got {count}; use its command")
+    place = Path(spec.data.control[0]) if spec.data.control else Path(spec.folder) / CONTROL
+    return _input_folder(place, folders)
+
+
+def _input_folder(path: Path, folders: Folders) -> str:
     for name in folders.input_folders():
-        if folders.find_input_folder(name).resolve() == path:
-            if len(spec.sources) > 1:
-                notes.append(f"It trains on {name} alone, the first of {len(spec.sources)} folders.")
-            others = [
-                one.replace("_", " ")
-                for one in changed(spec.data)
-                if one not in _FOLLOWED and SETTINGS[one].changes_numbers
-            ]
-            if others:
-                notes.append(f"Nodes have no {', '.join(others)}.")
+        if folders.find_input_folder(name).resolve() == path.resolve():
             return name
     raise OptionError(
-        f"a graph finds images in the input folder alone, got {spec.folder}; copy them into {folders.place('input')}"
+        f"a graph finds images in the input folder alone, got {path}; copy them into {folders.place('input')}"
     )
 
 

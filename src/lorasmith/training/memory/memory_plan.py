@@ -107,7 +107,7 @@ def measured_plans(
     Forward passes run inside of `within()`, such as a mode of fake tensors.
     """
     sized = (one for sample in samples for one in sample.sizes())
-    largest = max(sized, key=lambda one: one.latents.numel() + sum(map(Tensor.numel, one.conditioning.beside.values())))
+    largest = max(sized, key=lambda one: one.size)
     # Each process has its share of a step's samples, in batches of at most the batch size.
     share = -(-config.samples_per_step // runtime.processes.size)
     one_batch = replace(config, batch_size=min(config.batch_size, share), grad_accumulation_steps=1)

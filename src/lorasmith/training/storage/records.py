@@ -49,6 +49,7 @@ class ModelRecord:
     path: Annotated[str | None, "where it was, None for a model made in memory"] = None
     family: Annotated[str, "its architecture"] = ""
     files: Annotated[dict[str, str], "where its parts were, by component"] = field(default_factory=dict)
+    pipeline: Annotated[str, "class of the diffusers pipeline that draws with it, empty if unknown"] = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +142,7 @@ def run_record(
             path=str(model.path) if model.path else None,
             family=job.model.names.family,
             files={part: str(path) for part, path in model.files.items()},
+            pipeline=model.pipeline,
         ),
         config=asdict(job.config),
         asked=asdict(job.requested),

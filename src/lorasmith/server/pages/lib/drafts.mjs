@@ -2,7 +2,7 @@
 import { useEffect, useState } from "./html.mjs";
 
 const KEY = "lorasmith.draft.";
-const EMPTY = { name: "", trigger: "", model: null, isChosen: false, preset: "balanced", settings: {}, measurement: null };
+const EMPTY = { name: "", trigger: "", model: null, edit: null, isChosen: false, pairs: null, preset: "balanced", settings: {}, measurement: null };
 
 export function readDraft(dataset) {
   try {

@@ -12,40 +12,52 @@ let lastKey = 0;
 
 export const isPicture = ({ file, path }) => PICTURE.test(path) || file.type.startsWith("image/");
 
-/** Whether a file is in a folder for controls, which are not to be trained on. */
-export const isControl = (path) => /(^|\/)control(_[1-9])?\//.test(path);
+/** The number of the folder for controls, the pictures before an edit, that a file is in: 0 for `control`, 1 for `control_1`; null if it is in none. */
+function controlFolder(path) {
+  const found = /(^|\/)control(_([1-9]))?\//.exec(path);
+  return found && Number(found[3] ?? 0);
+}
+
+const stem = (path) => path.replace(/\.[^./]*$/, "");
+const suffix = (path) => path.slice(stem(path).length);
 
 export const isVideo = (path) => VIDEO.test(path);
 
-/** Uploads of a dataset: a store of [{key, name, preview, state: "waiting"|"sending"|"done"|"skipped", reason, file}]. */
+/** Uploads of a dataset: a store of [{key, name, preview, isBefore, state: "waiting"|"sending"|"done"|"skipped", reason, file}]. */
 export function uploadsOf(dataset) {
   if (!stores.has(dataset)) stores.set(dataset, createStore([]));
   return stores.get(dataset);
 }
 
 /**
- * Starts to send pictures, each with the caption beside it.
+ * Starts to send pictures, each with the caption beside it; those in folders for controls as controls.
  *
  * @param files [{file, path}], with the path inside the dropped folder
- * @param onAdded called after each picture that has arrived
+ * @param before null for pictures to train on; "" for pictures before an edit, by their names; or the picture that the
+ *   first of them is before
  * @returns number of pictures
  */
-export function upload(dataset, files, onAdded) {
-  const stem = (path) => path.replace(/\.[^./]*$/, "");
+export function upload(dataset, files, before = null) {
   const captions = new Map(files.filter(({ path }) => /\.txt$/i.test(path)).map((one) => [stem(one.path), one.file]));
   const all = files.filter(isPicture);
-  const trained = all.filter(({ path }) => !isControl(path));
-  const pictures = trained.length ? trained : all; // a dropped folder may have that name itself
+  const pictures = before ? all.slice(0, 1) : all;
+  const hasOthers = all.some(({ path }) => controlFolder(path) === null); // a dropped folder may have that name itself
   const store = uploadsOf(dataset);
-  const entries = pictures.map(({ file, path }) => ({
-    key: ++lastKey, name: path.split("/").pop(), preview: URL.createObjectURL(file), state: "waiting", reason: "",
-    picture: file, caption: captions.get(stem(path)) ?? null, file: null,
-  }));
+  const entries = pictures.map(({ file, path }) => {
+    const name = path.split("/").pop();
+    const number = controlFolder(path) ?? 0;
+    const isBefore = before !== null || (hasOthers && controlFolder(path) !== null);
+    const sent = before ? stem(before) + suffix(name) : number ? `${stem(name)}_${number}${suffix(name)}` : name;
+    return {
+      key: ++lastKey, name, preview: URL.createObjectURL(file), state: "waiting", reason: "", isBefore,
+      sent: isBefore ? `control/${sent}` : name, picture: file, caption: isBefore ? null : captions.get(stem(path)) ?? null, file: null,
+    };
+  });
   store.set((before) => [...before, ...entries]);
   const waiting = [...entries];
   const work = async () => {
     for (let entry = waiting.shift(); entry; entry = waiting.shift()) {
-      if (store.get().some((one) => one.key === entry.key)) await send(dataset, store, entry, onAdded);
+      if (store.get().some((one) => one.key === entry.key)) await send(dataset, store, entry);
     }
   };
   for (let worker = 0; worker < AT_ONCE; worker += 1) work();
@@ -54,11 +66,11 @@ export function upload(dataset, files, onAdded) {
   return pictures.length;
 }
 
-async function send(dataset, store, entry, onAdded) {
+async function send(dataset, store, entry) {
   const change = (parts) => store.set((all) => all.map((one) => (one.key === entry.key ? { ...one, ...parts } : one)));
   change({ state: "sending" });
   const body = new FormData();
-  body.append("file", entry.picture, entry.name);
+  body.append("file", entry.picture, entry.sent);
   if (entry.caption) body.append("file", entry.caption, entry.name.replace(/\.[^.]*$/, ".txt"));
   try {
     const answer = await post(["datasets", dataset, "images"], body);
@@ -70,7 +82,6 @@ async function send(dataset, store, entry, onAdded) {
     if (!(error instanceof ApiError)) throw error;
     change({ state: "skipped", reason: error.message });
   }
-  onAdded?.();
 }
 
 /** Forgets an upload and the memory of its preview. */

@@ -2,10 +2,13 @@
 import { html, useEffect, useRef, useState } from "../lib/html.mjs";
 import { filesOf, filesOfInput } from "../lib/uploads.mjs";
 
-/** @param onFiles called with [{file, path}]; pictures may be dropped anywhere on the page while this is shown */
-export function DropZone({ onFiles, big }) {
-  const files = useRef(null);
-  const folder = useRef(null);
+/**
+ * @param onFiles called with [{file, path}], and with the place that they were dropped on (its `data-before`: "" for the
+ *   zone of pictures before an edit, or a picture's name), null for any other: pictures may be dropped anywhere on the page
+ *   while this is shown
+ * @param pairs whether there are two zones, for the pictures before and after an edit
+ */
+export function DropZone({ onFiles, big, pairs }) {
   const [over, setOver] = useState(false);
   const take = useRef(onFiles);
   take.current = onFiles;
@@ -21,11 +24,12 @@ export function DropZone({ onFiles, big }) {
       event.preventDefault();
       depth = 0;
       setOver(false);
-      take.current(await filesOf(event.dataTransfer));
+      const before = event.target.closest?.("[data-before]")?.dataset.before ?? null;
+      take.current(await filesOf(event.dataTransfer), before);
     };
     const pasted = (event) => {
       const some = [...(event.clipboardData?.files ?? [])];
-      if (some.length) take.current(some.map((file) => ({ file, path: file.name })));
+      if (some.length) take.current(some.map((file) => ({ file, path: file.name })), null);
     };
     const listeners = { dragenter: entered, dragleave: left, dragover: allowed, drop: dropped, paste: pasted };
     for (const [name, listener] of Object.entries(listeners)) addEventListener(name, listener);
@@ -34,18 +38,31 @@ export function DropZone({ onFiles, big }) {
     };
   }, []);
 
+  if (!pairs) {
+    return html`<${Zone} big=${big} over=${over} onFiles=${(found) => onFiles(found, null)} what="photos"
+      text=${over ? "Let go to add them" : big ? "Drop photos or a folder here" : "Drop more photos anywhere here"} />`;
+  }
+  return html`<div class="pair-zones">
+    <${Zone} before over=${over} onFiles=${(found) => onFiles(found, "")} what="pictures before" text="Before" help="Drop the pictures before the edit here, named as those after it." />
+    <${Zone} over=${over} onFiles=${(found) => onFiles(found, null)} what="pictures after" text="After" help="Drop the edited pictures here, with their captions: what was asked for." />
+  </div>`;
+}
+
+function Zone({ before, big, over, onFiles, text, help, what }) {
+  const files = useRef(null);
+  const folder = useRef(null);
   const chosen = (event) => {
-    take.current(filesOfInput(event.currentTarget));
+    onFiles(filesOfInput(event.currentTarget));
     event.currentTarget.value = "";
   };
-  return html`<div class=${`drop-zone ${big ? "big" : ""} ${over ? "over" : ""}`}>
+  return html`<div class=${`drop-zone ${big ? "big" : ""} ${over ? "over" : ""}`} data-before=${before ? "" : undefined}>
     ${big && html`<svg class="drop-picture" viewBox="0 0 64 48" aria-hidden="true"><rect x="2" y="8" width="36" height="36" rx="4" /><rect x="14" y="4" width="46" height="38" rx="4" /><circle cx="27" cy="16" r="4" /><path d="M16 38l13-13 8 8 9-11 13 16" /></svg>`}
-    <p><b>${over ? "Let go to add them" : big ? "Drop photos or a folder here" : "Drop more photos anywhere here"}</b></p>
+    <p class=${help ? "zone-title" : ""}><b>${text}</b>${help && html`<span class="faint">${help}</span>`}</p>
     <div class="actions">
-      <button type="button" class=${`button ${big ? "primary" : ""}`} onClick=${() => files.current.click()}>Choose photos</button>
-      <button type="button" class="button" onClick=${() => folder.current.click()}>Choose a folder</button>
+      <button type="button" class=${`button ${big ? "primary" : ""}`} aria-label=${help ? `Choose ${what}` : undefined} onClick=${() => files.current.click()}>Choose photos</button>
+      <button type="button" class="button" aria-label=${help ? `Choose a folder of ${what}` : undefined} onClick=${() => folder.current.click()}>Choose a folder</button>
     </div>
-    <input ref=${files} type="file" multiple accept="image/*,.heic,.heif,.avif,.jxl,.txt" class="unseen" tabindex="-1" aria-label="Photos" onChange=${chosen} />
-    <input ref=${folder} type="file" multiple webkitdirectory class="unseen" tabindex="-1" aria-label="A folder of photos" onChange=${chosen} />
+    <input ref=${files} type="file" multiple accept="image/*,.heic,.heif,.avif,.jxl,.txt" class="unseen" tabindex="-1" aria-label=${what[0].toUpperCase() + what.slice(1)} onChange=${chosen} />
+    <input ref=${folder} type="file" multiple webkitdirectory class="unseen" tabindex="-1" aria-label=${`A folder of ${what}`} onChange=${chosen} />
   </div>`;
 }

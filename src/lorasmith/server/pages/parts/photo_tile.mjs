@@ -10,23 +10,25 @@ const THUMBNAIL = 480; // pixels: twice the width at which tiles are shown
  * @param image a photo of the dataset, or `upload`, one on its way there
  * @param isFixed whether it can neither be changed nor removed
  * @param facts {crop, trained} of the check; null to draw none
+ * @param before its pictures before an edit, drawn beside it; null for photos that are no pairs
  */
-export function PhotoTile({ dataset, image, upload, preview, caption, problems = [], facts, trigger, isFixed, onCaption, onRemove }) {
+export function PhotoTile({ dataset, image, upload, preview, caption, problems = [], facts, trigger, isFixed, onCaption, onRemove, before }) {
   const [unseen, setUnseen] = useState(false);
   const name = image?.file ?? upload.name;
   const source = upload ? upload.preview : preview ?? address(["datasets", dataset, "images", image.file], { width: THUMBNAIL });
   const state = upload?.state;
   const marks = [...(state === "skipped" ? [upload.reason] : []), ...problems];
-  return html`<li class=${`tile ${state ?? ""}`}>
-    <div class="frame">
+  const photo = html`<div class="frame">
       ${unseen ? html`<span class="missing">${upload && state !== "skipped" ? "No preview yet" : "No preview"}</span>`
         : html`<div class="whole"><img src=${source} alt=${caption || name} loading="lazy" onError=${() => setUnseen(true)} />
           ${facts?.crop && html`<${Crop} crop=${facts.crop} />`}</div>`}
       ${(state === "waiting" || state === "sending") && html`<span class="sending">${state === "sending" ? "Sending…" : "Waiting…"}</span>`}
       ${marks.length > 0 && html`<ul class="marks">${marks.map((text) => html`<li key=${text}>${text}</li>`)}</ul>`}
       ${!isFixed && html`<button type="button" class="icon-button corner" aria-label=${`Remove ${name}`} title="Remove" onClick=${onRemove}>✕</button>`}
-    </div>
-    <p class="tile-name"><span class="clip" title=${name}>${name}</span>${image?.width ? html`<span class="faint nowrap">${image.width} × ${image.height}</span>` : upload && html`<span class="faint nowrap">${bytes(upload.picture.size)}</span>`}</p>
+    </div>`;
+  return html`<li class=${`tile ${state ?? ""}`}>
+    ${before ? html`<div class="pair">${before}${photo}</div>` : photo}
+    <p class="tile-name"><span class="clip" title=${name}>${upload?.isBefore ? `Before: ${name}` : name}</span>${image?.width ? html`<span class="faint nowrap">${image.width} × ${image.height}</span>` : upload && html`<span class="faint nowrap">${bytes(upload.picture.size)}</span>`}</p>
     ${image && isFixed && html`<p class="said faint">${caption}</p>`}
     ${image && !isFixed && html`<${Caption} name=${name} caption=${caption} trigger=${trigger} onCaption=${onCaption} />`}
   </li>`;

@@ -6,11 +6,12 @@ import { Dialog } from "./basics.mjs";
 /**
  * Previews by prompt, with a slider over steps.
  *
- * @param previews [{step, strength, prompt, file}]
+ * @param previews [{step, strength, prompt, number, file}], with the place of its prompt
+ * @param pairs [{title, number, file}]: what the prompts edit, and what it was edited to in training
  * @param source address of a preview's file
  * @param live whether newer ones may come: the slider then stays at the newest
  */
-export function Previews({ previews, source, live = false, bestStep = null }) {
+export function Previews({ previews, pairs = [], source, live = false, bestStep = null }) {
   const table = useMemo(() => arranged(previews), [previews]);
   const [chosen, setChosen] = useState(null);
   const [large, setLarge] = useState(null);
@@ -19,13 +20,17 @@ export function Previews({ previews, source, live = false, bestStep = null }) {
   const step = table.steps[at];
   const strengths = table.strengths(step);
   const pick = (index) => setChosen(live && index === table.steps.length - 1 ? null : table.steps[index]);
-  const shots = table.prompts.flatMap((prompt) => [
-    table.base.get(prompt) && { ...table.base.get(prompt), title: "Base model" },
-    ...strengths.map((strength) => {
-      const shot = table.at(step, strength, prompt);
-      return shot && { ...shot, title: titleOf(step, strength, strengths) };
-    }),
-  ]).filter(Boolean);
+  const beside = [...new Set(pairs.map((one) => one.title))];
+  const rows = table.prompts.map(([number, prompt]) => ({
+    prompt,
+    number,
+    cells: [
+      ...beside.map((title) => [title, pairs.find((one) => one.title === title && one.number === number)]),
+      ["Base model", table.base.get(number)],
+      ...strengths.map((strength) => [titleOf(step, strength, strengths), table.at(step, strength, number)]),
+    ].map(([title, shot]) => [title[0]?.toUpperCase() + title.slice(1), shot && { prompt, ...shot }]),
+  }));
+  const shots = rows.flatMap(({ cells }) => cells.filter(([, shot]) => shot).map(([title, shot]) => ({ ...shot, title })));
   const cell = (shot, title) => shot
     ? html`<td><button type="button" class="picture" onClick=${() => setLarge(shots.findIndex((one) => one.file === shot.file))}>
         <img src=${source(shot.file)} alt=${`${title}: ${shot.prompt}`} loading="lazy" /></button></td>`
@@ -36,14 +41,10 @@ export function Previews({ previews, source, live = false, bestStep = null }) {
         onInput=${(event) => pick(Number(event.currentTarget.value))} />
       <output>${whole(step)}${step === bestStep ? " (best)" : ""}</output></div>`}
     <div class="scroll" tabindex="0" role="region" aria-label="Previews by prompt"><table class="pictures">
-      <thead><tr><th scope="col">Base model</th>
-        ${strengths.map((strength) => html`<th scope="col" key=${strength}>${titleOf(step, strength, strengths)}</th>`)}</tr></thead>
-      <tbody>${table.prompts.map((prompt) => html`
-        <tr class="prompt-row" key=${`${prompt} words`}><th scope="rowgroup" colspan=${strengths.length + 1}>${prompt || "No prompt"}</th></tr>
-        <tr key=${prompt}>
-          ${cell(table.base.get(prompt), "Base model")}
-          ${strengths.map((strength) => cell(table.at(step, strength, prompt), titleOf(step, strength, strengths)))}
-        </tr>`)}</tbody>
+      <thead><tr>${rows[0].cells.map(([title]) => html`<th scope="col" key=${title}>${title}</th>`)}</tr></thead>
+      <tbody>${rows.map(({ prompt, number, cells }) => html`
+        <tr class="prompt-row" key=${`${number} words`}><th scope="rowgroup" colspan=${cells.length}>${prompt || "No prompt"}</th></tr>
+        <tr key=${number}>${cells.map(([title, shot]) => cell(shot, title))}</tr>`)}</tbody>
     </table></div>
     ${large !== null && large >= 0 && html`<${Lightbox} shots=${shots} start=${large} source=${source} onClose=${() => setLarge(null)} />`}
   </div>`;
@@ -53,18 +54,18 @@ const titleOf = (step, strength, strengths) =>
   step === undefined ? "" : strengths.length > 1 ? `Strength ${strength}` : `Step ${whole(step)}${strength === 1 ? "" : `, strength ${strength}`}`;
 
 function arranged(previews) {
-  const prompts = [...new Set(previews.map((one) => one.prompt))];
+  const prompts = [...new Map(previews.map((one) => [one.number, one.prompt]))].sort(([a], [b]) => a - b);
   const base = new Map();
   const drawn = new Map();
   for (const one of previews) {
-    if (one.strength === 0) base.set(one.prompt, one);
-    else drawn.set(`${one.step} ${one.strength} ${one.prompt}`, one);
+    if (one.strength === 0) base.set(one.number, one);
+    else drawn.set(`${one.step} ${one.strength} ${one.number}`, one);
   }
   const steps = [...new Set([...drawn.values()].map((one) => one.step))].sort((a, b) => a - b);
   return {
     prompts, base, steps,
     strengths: (step) => [...new Set([...drawn.values()].filter((one) => one.step === step).map((one) => one.strength))].sort((a, b) => a - b),
-    at: (step, strength, prompt) => drawn.get(`${step} ${strength} ${prompt}`),
+    at: (step, strength, number) => drawn.get(`${step} ${strength} ${number}`),
   };
 }
 

@@ -5,7 +5,7 @@ import { html, useEffect, useState } from "../lib/html.mjs";
 import { go, link } from "../lib/router.mjs";
 import { status, useStore } from "../lib/stores.mjs";
 import { bytes, count } from "../lib/words.mjs";
-import { Button, Loading, Notice, Problem, useLoaded } from "../parts/basics.mjs";
+import { Button, Field, Loading, Notice, Problem, useLoaded } from "../parts/basics.mjs";
 import { NextBar, Stepper } from "../parts/stepper.mjs";
 
 export function ModelView({ dataset }) {
@@ -14,19 +14,22 @@ export function ModelView({ dataset }) {
   const server = useStore(status);
   const models = found?.models ?? [];
   const [tooLarge, setTooLarge] = useState(new Set());
-  const best = bestOf(models, tooLarge);
+  const [photos] = useLoaded((signal) => get(["datasets", dataset], {}, signal), [dataset]);
+  const best = bestOf(models, tooLarge, photos?.images.some((one) => one.controls?.length) ?? false);
   const chosen = (draft.isChosen && models.find((one) => one.name === draft.model && one.ready)) || best;
   useEffect(() => {
-    if (found && chosen && chosen.name !== draft.model) change({ model: chosen.name });
-  }, [found, chosen?.name]);
+    if (found && photos && chosen && chosen.name !== draft.model) change({ model: chosen.name, edit: null });
+  }, [found, photos, chosen?.name]);
   const plan = async (model) => {
-    const found = await post(["plans"], { dataset, model: model.name, trigger: draft.trigger, settings: {} });
+    // What it needs is asked for, whether or not it can train on these photos.
+    const found = await post(["plans"], { dataset, model: model.name, trigger: draft.trigger, settings: { controls: takesControls(model, draft) ? "optional" : "none" } });
     if (found.fits === false) setTooLarge((names) => new Set([...names, model.name]));
     return found;
   };
   const families = [...Map.groupBy(models.filter((one) => !one.builtin), (one) => one.family)];
   const builtin = models.filter((one) => one.builtin);
-  const row = (model) => html`<${ModelRow} key=${model.name} model=${model} isBest=${model === best} chosen=${chosen} onChoose=${() => change({ model: model.name, isChosen: true })}
+  const row = (model) => html`<${ModelRow} key=${model.name} model=${model} isBest=${model === best} chosen=${chosen} onChoose=${() => change({ model: model.name, edit: null, isChosen: true })}
+    edit=${draft.edit} onEdit=${(edit) => change({ edit })}
     plan=${() => plan(model)} />`;
   return html`
     <${Stepper} at="model" dataset=${dataset} />
@@ -51,16 +54,23 @@ export function ModelView({ dataset }) {
     <//>`;
 }
 
-/** The largest model that is whole and not too large for this machine: larger ones learn more. The built-in one otherwise. */
-export function bestOf(models, tooLarge = new Set()) {
+/** The largest model that is whole, fit for pairs or for single photos, and not too large for this machine: larger ones learn more. The built-in one otherwise. */
+export function bestOf(models, tooLarge = new Set(), isPairs = false) {
   const ready = models.filter((one) => one.ready);
-  const own = ready.filter((one) => !one.builtin && !tooLarge.has(one.name));
+  const own = ready.filter((one) => !one.builtin && !tooLarge.has(one.name) && (isPairs ? one.takes_controls : !one.edit));
   return own.sort((a, b) => b.size_bytes - a.size_bytes)[0] ?? ready.find((one) => one.builtin) ?? ready[0] ?? null;
 }
 
 const joined = (base, path) => (base ? `${base}${base.includes("\\") ? "\\" : "/"}${base.includes("\\") ? path.replace("/", "\\") : path}` : path);
 
-function ModelRow({ model, isBest, chosen, onChoose, plan }) {
+/** Whether a model gets pictures before an edit beside a caption. */
+export const takesControls = (model, draft) => (draft.edit && draft.model === model.name ? draft.edit !== "none" : model.takes_controls);
+
+/** What the list knows of pictures before an edit, and by what it was told. */
+const editsBy = (model) =>
+  model.edit && model.takes_controls ? `Edits pictures: ${model.edit}, by its ${model.told_by}` : model.takes_controls ? "Edits pictures, as all of its family" : null;
+
+function ModelRow({ model, isBest, chosen, onChoose, plan, edit, onEdit }) {
   const isChosen = model === chosen;
   const [memory, setMemory] = useState(null);
   useEffect(() => {
@@ -71,12 +81,18 @@ function ModelRow({ model, isBest, chosen, onChoose, plan }) {
   }, [isChosen]);
   const needed = memory?.memory_bytes;
   const fits = memory?.fits;
-  return html`<label class=${`choice ${isChosen ? "chosen" : ""} ${model.ready ? "" : "unready"}`}>
+  const row = html`<label class=${`choice ${isChosen ? "chosen" : ""} ${model.ready ? "" : "unready"}`}>
     <input type="radio" name="model" value=${model.name} checked=${isChosen} disabled=${!model.ready} onChange=${onChoose} />
     <span class="choice-body">
       <span class="choice-title"><b>${model.title || model.name}</b>${isBest && html` <span class="tag">Suggested</span>`}</span>
-      <span class="faint">${[model.builtin ? "Built in; learns small pictures in a minute or two" : null, bytes(model.size_bytes), model.precision].filter(Boolean).join(" · ")}</span>
+      <span class="faint">${[model.builtin ? "Built in; learns small pictures in a minute or two" : null, bytes(model.size_bytes), model.precision, editsBy(model)].filter(Boolean).join(" · ")}</span>
       ${needed && html`<span class=${fits === false ? "fair" : "faint"}>${fits === false ? `Training needs ${bytes(needed)} of memory, more than is there` : `Training needs about ${bytes(needed)} of memory${fits ? ", which fits" : ""}`}</span>`}
       ${!model.ready && html`<span class="fair">Missing: ${model.missing.map((one) => `${one.part.replaceAll("_", " ")}${one.usual_file ? ` (${one.usual_file})` : ""}`).join(", ")}</span>`}
     </span></label>`;
+  if (!isChosen || !model.edits?.length) return row;
+  return html`<div>${row}<${Field} class="kind" label="Does it edit pictures?" help="Its file cannot tell: models that edit pictures have the same tensors.">
+    ${(attributes) => html`<select ...${attributes} value=${edit ?? ""} onChange=${(event) => onEdit(event.currentTarget.value || null)}>
+      <option value="">${model.edit ? `Yes, ${model.edit}, by its ${model.told_by}` : "No, by its name"}</option>
+      ${model.edits.filter((one) => one !== model.edit).map((one) => html`<option key=${one} value=${one}>Yes, ${one}</option>`)}
+      ${model.edit && html`<option value="none">No</option>`}</select>`}<//></div>`;
 }

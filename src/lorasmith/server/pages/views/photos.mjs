@@ -4,13 +4,15 @@ import { useDraft } from "../lib/drafts.mjs";
 import { html, useEffect, useMemo, useRef, useState } from "../lib/html.mjs";
 import { go } from "../lib/router.mjs";
 import { announcement, say, useStore } from "../lib/stores.mjs";
-import { forget, isControl, isVideo, leftOut, upload, uploadsOf } from "../lib/uploads.mjs";
+import { forget, isVideo, leftOut, upload, uploadsOf } from "../lib/uploads.mjs";
 import { count, slug } from "../lib/words.mjs";
 import { Button, Field, Loading, Notice, Problem, Question, useLoaded } from "../parts/basics.mjs";
+import { Before, MoveControl } from "../parts/before.mjs";
 import { DropZone } from "../parts/drop_zone.mjs";
 import { PhotoTile, isStale } from "../parts/photo_tile.mjs";
 import { Replace } from "../parts/replace.mjs";
 import { NextBar, Stepper } from "../parts/stepper.mjs";
+import { takesControls } from "./model.mjs";
 
 const CHECK_AFTER_MS = 700;
 const RELOAD_AFTER_MS = 400;
@@ -25,6 +27,10 @@ export function PhotosView({ dataset }) {
   const [onlyOdd, setOnlyOdd] = useState(false);
   const [replacing, setReplacing] = useState(false);
   const [clearing, setClearing] = useState(false);
+  const [moving, setMoving] = useState(null); // the picture before an edit that is to have another picture
+  const [version, setVersion] = useState(0); // of the pictures before, whose names stay when they change places
+  const [listed] = useLoaded(async (signal) => (draft.model ? get(["models"], {}, signal) : null), [draft.model]);
+  const model = listed?.models.find((one) => one.name === draft.model);
   const others = useStore(leftOut)[dataset] ?? [];
   const sent = useStore(uploadsOf(dataset));
   const timer = useRef(0);
@@ -43,16 +49,38 @@ export function PhotosView({ dataset }) {
   }, [arrived]);
 
   const images = useMemo(() => (found?.images ?? []).filter((one) => !gone.has(one.file)), [found, gone]);
-  const stored = new Set(images.map((one) => one.file));
+  const stray = found?.controls ?? [];
+  const controls = [...images.flatMap((one) => one.controls ?? []), ...stray];
+  const stored = new Set([...images.map((one) => one.file), ...controls.map((one) => `control/${one.file}`)]);
+  const isPairs = draft.pairs ?? (controls.length > 0 || (model ? takesControls(model, draft) : false));
   const previews = new Map(sent.filter((one) => one.file).map((one) => [one.file, one]));
   const onTheWay = sent.filter((one) => one.state !== "done" || (!stored.has(one.file) && !gone.has(one.file)));
   const underway = onTheWay.filter((one) => one.state === "waiting" || one.state === "sending").length;
   const captionOf = (image) => captions[image.file] ?? image.caption ?? "";
-  const [check, checkError] = useCheck(dataset, draft, images, captions);
+  const [check, checkError] = useCheck(dataset, draft, images, captions, controls, version);
 
-  const take = (files) => {
-    announcement.set(`${count(upload(dataset, files), "photo")} added.`);
+  const take = (files, before) => {
+    announcement.set(`${count(upload(dataset, files, before), "photo")} added.`);
+    if (before) setVersion((number) => number + 1);
   };
+  const changeControls = async (change) => {
+    try {
+      await change();
+    } catch (failure) {
+      say(failure.message, { mood: "bad" });
+    }
+    setVersion((number) => number + 1);
+    await reload();
+  };
+  const pair = (control, image) => changeControls(async () => {
+    const { changed } = await put(["datasets", dataset, "controls"], { control, image });
+    if (changed) say(changed > 1 ? `The pictures before ${image} and the other one have changed places.` : `${image} has its picture before.`);
+  });
+  const removeControl = (file) => changeControls(async () => {
+    await remove(["datasets", dataset, "controls", file]);
+    say(`${file} was moved to the removed files.`);
+  });
+  const actions = found?.builtin ? null : { pair, remove: removeControl, move: setMoving, choose: (files, image) => take(files, image) };
 
   /** Stores captions where they are still those that this page has seen; otherwise it shows the others from then on. */
   function store(changed) {
@@ -102,6 +130,7 @@ export function PhotosView({ dataset }) {
   }
 
   const problemsOf = (image) => check?.images?.[image.file]?.problems ?? [];
+  const lacking = isPairs ? images.filter((one) => !one.controls?.length).length : 0;
   const odd = images.filter((one) => problemsOf(one).length);
   const shown = onlyOdd && odd.length ? odd : images;
   const total = images.length + onTheWay.filter((one) => one.state !== "skipped").length;
@@ -124,28 +153,34 @@ export function PhotosView({ dataset }) {
     <section aria-labelledby="photos">
       <div class="head"><h2 id="photos">${total ? count(total, "photo") : "Photos"}</h2>
         <span class="faint" role="status">${underway ? `${count(underway, "photo")} on the way…` : images.length ? `${captioned} of ${images.length} with a caption` : ""}</span></div>
-      ${found?.builtin ? html`<p class="faint">These pictures belong to Lorasmith, to try it with; they cannot be changed.</p>` : html`<${DropZone} onFiles=${take} />`}
+      ${found?.builtin ? html`<p class="faint">These pictures belong to Lorasmith, to try it with; they cannot be changed.</p>` : html`<${DropZone} onFiles=${take} pairs=${isPairs} />
+        <label class="check"><input type="checkbox" checked=${isPairs} onChange=${(event) => change({ pairs: event.currentTarget.checked })} /> These are pairs, to teach an edit model: a picture before and one after each edit</label>`}
       <${Problem} error=${error} onRetry=${reload} />
       ${!found && !error && html`<${Loading} what="photos" />`}
       ${others.length > 0 && html`<${Notice}><p>${count(others.length, "file was", "files were")} left out: ${others.slice(0, 3).join(", ")}${others.length > 3 ? " …" : ""}</p>
-        ${others.some(isControl) && html`<p>The pictures before an edit are not added here: copy their folder, named <code>control</code>, into the folder of this dataset.</p>`}
         ${others.some(isVideo) && html`<p>Videos are not added here: run <code>lorasmith train</code> on their folder with a model of videos, or add them as animated WebP files.</p>`}<//>`}
-      <${Findings} check=${check} error=${checkError} images=${images} trigger=${draft.trigger} captioned=${captioned} />
+      <${Findings} check=${check} error=${checkError} images=${images} trigger=${draft.trigger} captioned=${captioned} lacking=${lacking} model=${model} draft=${draft} hasControls=${controls.length > 0} />
       ${images.length > 0 && html`<div class="tools">
         ${!found.builtin && html`<${Button} class="small" onClick=${() => setReplacing(true)}>Find and replace in captions<//>`}
         <label class="check"><input type="checkbox" checked=${crops} onChange=${(event) => setCrops(event.currentTarget.checked)} /> Show what is trained</label>
         ${odd.length > 0 && html`<label class="check"><input type="checkbox" checked=${onlyOdd} onChange=${(event) => setOnlyOdd(event.currentTarget.checked)} /> Only the ${count(odd.length, "photo")} with remarks</label>`}
         ${!found.builtin && html`<${Button} class="small" onClick=${() => setClearing(true)}>Remove all<//>`}
       </div>`}
-      <ul class="tiles">
+      <ul class=${`tiles ${isPairs ? "pairs" : ""}`}>
         ${onTheWay.map((entry) => html`<${PhotoTile} key=${`sent ${entry.key}`} upload=${entry} onRemove=${() => forget(dataset, entry.key)} />`)}
         ${shown.map((image) => html`<${PhotoTile} key=${image.file} dataset=${dataset} image=${image} preview=${previews.get(image.file)?.preview}
           caption=${captionOf(image)} problems=${problemsOf(image)} facts=${crops ? check?.images?.[image.file] : null} trigger=${draft.trigger}
-          isFixed=${found.builtin} onCaption=${(caption) => store({ [image.file]: caption })} onRemove=${() => drop(image)} />`)}
+          isFixed=${found.builtin} onCaption=${(caption) => store({ [image.file]: caption })} onRemove=${() => drop(image)}
+          before=${isPairs ? html`<${Before} dataset=${dataset} image=${image.file} controls=${image.controls ?? []} version=${version} actions=${actions} />` : null} />`)}
       </ul>
+      ${isPairs && stray.length > 0 && html`<h3>Pictures before, without one after</h3>
+        <p class="faint">Drag each onto the picture that was made of it, or press ⇄. What stays here is not trained on.</p>
+        <ul class="tiles">${stray.map((one) => html`<li class="tile" key=${one.file}><${Before} dataset=${dataset} image=${null} controls=${[one]} version=${version} actions=${actions} />
+          <p class="tile-name"><span class="clip" title=${one.file}>${one.file}</span></p></li>`)}</ul>`}
     </section>
     ${clearing && html`<${Question} title="Remove these photos?" yes="Remove all" kind="danger" onClose=${() => setClearing(false)} onYes=${removeAll}>
       <p>The folder <b>${dataset}</b> with ${count(images.length, "photo")} and their captions is moved to the removed files of Lorasmith. Nothing is deleted, and runs keep their LoRAs.</p><//>`}
+    ${moving && html`<${MoveControl} dataset=${dataset} control=${moving} images=${images} onMove=${pair} onClose=${() => setMoving(null)} />`}
     ${replacing && html`<${Replace} images=${images} captionOf=${captionOf} onReplace=${replaceAll} onClose=${() => setReplacing(false)} />`}
     <${NextBar} note=${noteOf(total, underway)}>
       <a class="button" href="#/">Back</a>
@@ -160,7 +195,7 @@ function noteOf(total, underway) {
 }
 
 /** The check of the dataset, made again when photos, captions, trigger or model have settled. */
-function useCheck(dataset, draft, images, captions) {
+function useCheck(dataset, draft, images, captions, controls, version) {
   const [result, setResult] = useState([null, null]);
   const files = images.map((one) => one.file).join("\n");
   const words = JSON.stringify(captions);
@@ -172,7 +207,7 @@ function useCheck(dataset, draft, images, captions) {
     const stop = new AbortController();
     const ask = async () => {
       try {
-        const query = { model: draft.model, trigger: draft.trigger, resolution: draft.settings.resolution };
+        const query = { model: draft.model, edit: draft.edit, trigger: draft.trigger, resolution: draft.settings.resolution };
         setResult([await get(["datasets", dataset, "check"], query, stop.signal), null]);
       } catch (error) {
         if (stop.signal.aborted) return;
@@ -185,19 +220,22 @@ function useCheck(dataset, draft, images, captions) {
       clearTimeout(timer);
       stop.abort();
     };
-  }, [dataset, files, words, draft.trigger, draft.model, draft.settings.resolution]);
+  }, [dataset, files, words, draft.trigger, draft.model, draft.edit, draft.settings.resolution, version, controls.length]);
   return result;
 }
 
-function Findings({ check, error, images, trigger, captioned }) {
+function Findings({ check, error, images, trigger, captioned, lacking, model, draft, hasControls }) {
   if (error) return html`<${Notice} mood="fair"><p>The photos were not checked. ${error.message}</p><//>`;
   if (!images.length) return null;
   const wordless = !captioned && !trigger.trim();
   const skipped = check?.skipped ?? [];
   const findings = check?.findings ?? [];
-  if (!wordless && !skipped.length && !findings.length) return check ? html`<p class="all-good"><span aria-hidden="true">✓</span> Nothing to mend in these photos.</p>` : null;
+  const unused = hasControls && model && !takesControls(model, draft);
+  if (!wordless && !skipped.length && !findings.length && !lacking && !unused) return check ? html`<p class="all-good"><span aria-hidden="true">✓</span> Nothing to mend in these photos.</p>` : null;
   return html`<ul class="findings">
     ${wordless && html`<li class="fair-item">Give a trigger word above, or captions to the photos, so that the LoRA learns what to call this.</li>`}
+    ${lacking > 0 && html`<li class="fair-item">${lacking === 1 ? "A photo lacks" : `${lacking} photos lack`} the picture before the edit: add it beside it, or choose controls optional in the settings.</li>`}
+    ${unused && html`<li class="fair-item">${model.title} takes no pictures before an edit. Choose an edit model, or controls none in the settings to train without them.</li>`}
     ${skipped.map((one) => html`<li class="bad-item" key=${one.file}>${one.file} cannot be used: ${one.reason}</li>`)}
     ${findings.map((one, index) => html`<li key=${index} class=${one.severity === "error" || one.severity === "bad" ? "bad-item" : "fair-item"}>${one.message}</li>`)}
   </ul>`;

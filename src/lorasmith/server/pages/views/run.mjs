@@ -127,7 +127,7 @@ function Results({ run }) {
   const saves = [...run.saves].sort((a, b) => a.step - b.step);
   const pictures = run.images.filter((one) => one.thumbnail);
   return html`
-    ${run.previews.length > 0 && html`<section aria-labelledby="previews"><h2 id="previews">What it learnt</h2><${Previews} previews=${run.previews} source=${source} bestStep=${run.best_step} /></section>`}
+    ${run.previews.length > 0 && html`<section aria-labelledby="previews"><h2 id="previews">What it learnt</h2><${Previews} previews=${run.previews} pairs=${run.pairs} source=${source} bestStep=${run.best_step} /></section>`}
     ${run.losses.length > 0 && html`<section aria-labelledby="curves"><${LossCurves} points=${points} validations=${run.validations} best=${run.best_step} /></section>`}
     ${Object.keys(run.use).length > 0 && html`<section aria-labelledby="use"><h2 id="use">How to use it</h2>
       ${Object.entries(run.use).map(([program, [what, text]]) => html`<div class="program" key=${program}><h3>${program}</h3><p>${what}</p>${text && html`<${Command} label=${`For ${program}`} text=${text} />`}</div>`)}</section>`}
@@ -135,7 +135,7 @@ function Results({ run }) {
       <ul class="rows">${saves.map((one) => html`<li class="row" key=${one.file}><div class="row-text"><b>Step ${whole(one.step)}</b>${one.best && html` <span class="tag">best on held-out photos</span>`}</div>
         <a class="button small" href=${source(one.file)} download aria-label=${`Download step ${whole(one.step)} (${bytes(one.bytes)})`}>Download (${bytes(one.bytes)})</a></li>`)}</ul></section>`}
     ${pictures.length > 0 && html`<section aria-labelledby="trained"><h2 id="trained">Trained on</h2><ul class="thumbs">
-      ${pictures.map((one, index) => html`<li key=${one.file}><button type="button" class="picture" onClick=${() => setLarge(index)}><img src=${source(one.thumbnail)} alt=${one.caption || one.file} loading="lazy" /></button>
+      ${pictures.map((one, index) => html`<li key=${one.file} class=${one.controls ? "pair-thumb" : ""}><button type="button" class="picture" onClick=${() => setLarge(index)}><img src=${source(one.thumbnail)} alt=${one.caption || one.file} loading="lazy" /></button>
         ${remark(one) && html`<span class="faint">${remark(one)}</span>`}</li>`)}</ul></section>
       ${large !== null && html`<${Lightbox} start=${large} source=${source} onClose=${() => setLarge(null)} shots=${pictures.map((one) => ({ file: one.thumbnail, title: one.file, prompt: one.caption }))} />`}`}`;
 }

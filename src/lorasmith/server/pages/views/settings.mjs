@@ -33,7 +33,7 @@ export function SettingsView({ dataset }) {
   const measuring = useMeasurement(draft, change, preset, plan, stepSeconds, own, replan);
 
   const body = () => ({
-    dataset, model: draft.model, trigger: draft.trigger.trim(),
+    dataset, model: draft.model, edit: draft.edit, trigger: draft.trigger.trim(),
     name: draft.name.trim() || slug(draft.trigger) || dataset,
     settings: { ...plan?.memory_settings, ...preset.settings, ...own },
   });
@@ -69,7 +69,7 @@ export function SettingsView({ dataset }) {
       ${plan?.fits === false && html`<${Notice} mood="fair"><p>This needs about ${bytes(plan.memory_bytes)} of memory, more than is free. Choose a smaller model, or a lower rank or resolution in all settings.</p><//>`}
       ${plan?.fits !== false && Object.keys(plan?.memory_settings ?? {}).length > 0 && html`<p class="faint">So that it fits into memory, it runs with ${words(plan.memory_settings)}.</p>`}
       ${plan?.notes?.length > 0 && html`<ul class="findings">${plan.notes.map((note) => html`<li key=${note}>${note}</li>`)}</ul>`}
-      ${planError && planError.status !== 503 && html`<${Problem} error=${planError} />`}
+      ${planError && planError.status !== 503 && html`<${Problem} error=${planError} /><p><a href=${link("new", dataset, "photos")}>Look at the photos</a></p>`}
       ${plan && html`<dl class="facts">
         <${Fact} name="Photos" value=${plan.held_out ? `${plan.images} (${plan.held_out} held out)` : plan.images} />
         <${Fact} name="Steps" value=${whole(plan.steps)} />
@@ -84,7 +84,7 @@ export function SettingsView({ dataset }) {
     ${declared && preset && html`<${TryValues} groups=${declared.groups} base=${body} />`}
     <${NextBar} note=${noteOf(plan, stepSeconds)}>
       <a class="button" href=${link("new", dataset, "model")}>Back</a>
-      <${Button} kind="primary" disabled=${!preset} busyText="Starting…" onClick=${start}>Start training<//>
+      <${Button} kind="primary" disabled=${!preset || (planError && planError.status !== 503)} busyText="Starting…" onClick=${start}>Start training<//>
     <//>
     ${failure && html`<div class="beside-bar"><${Problem} error=${failure} /></div>`}`;
 }
@@ -116,7 +116,7 @@ function usePlans(dataset, draft, presets, own) {
       let again = false;
       for (const one of chosenFirst) {
         try {
-          const plan = await post(["plans"], { dataset, model: draft.model, trigger: draft.trigger, settings: { ...one.settings, ...own } });
+          const plan = await post(["plans"], { dataset, model: draft.model, edit: draft.edit, trigger: draft.trigger, settings: { ...one.settings, ...own } });
           if (!current) return;
           setPlans((all) => ({ ...all, [one.name]: plan }));
           setErrors((all) => ({ ...all, [one.name]: null }));
@@ -133,7 +133,7 @@ function usePlans(dataset, draft, presets, own) {
       current = false;
       clearTimeout(timer);
     };
-  }, [dataset, draft.model, draft.trigger, names, JSON.stringify(own), round]);
+  }, [dataset, draft.model, draft.edit, draft.trigger, names, JSON.stringify(own), round]);
   return [plans, errors, () => setRound((number) => number + 1)];
 }
 
