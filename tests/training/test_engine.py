@@ -160,10 +160,10 @@ def test_nan_stops_with_step_images_and_the_last_good_state(
     steps = 0
     original = engine.sample_losses
 
-    def poisoned(denoiser: Denoiser, batch: Any, config: Any, runtime: Any) -> Tensor:
+    def poisoned(denoiser: Denoiser, batch: Any, config: Any, runtime: Any, target: Any) -> Tensor:
         nonlocal steps
         steps += 1
-        return original(denoiser, batch, config, runtime) * (float("nan") if steps == 3 else 1.0)
+        return original(denoiser, batch, config, runtime, target) * (float("nan") if steps == 3 else 1.0)
 
     monkeypatch.setattr(engine, "sample_losses", poisoned)
     with pytest.raises(TrainingError, match=r"at step 3 \(images: \d\.png\); the LoRA before") as caught:

@@ -182,6 +182,7 @@ class EncodedDataset:
         captions: conditionings of captions that vary; None if none do.
         notes: remarks for the user, one sentence each.
         origin: where the pictures were, for the record of a run, if they were in no file.
+        trigger: in their captions; empty for none.
 
     Raises:
         DataError: there are no samples, one is something else, or latents are not (channels, [frames,] height, width),
@@ -192,6 +193,7 @@ class EncodedDataset:
     captions: EncodedCaptions | None = None
     notes: tuple[str, ...] = ()
     origin: str = ""
+    trigger: str = ""
 
     def __post_init__(self) -> None:
         given: object = self.samples

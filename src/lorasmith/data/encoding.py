@@ -257,7 +257,7 @@ def encode_images(
     for image, found, beside in zip(images, encoded, controls, strict=True):
         sample = _sample(image, found, beside, config, captions, pictures, notes)
         samples += [sample] * image.image.repeats
-    return EncodedDataset(tuple(samples), captions, tuple(notes))
+    return EncodedDataset(tuple(samples), captions, tuple(notes), trigger=config.trigger)
 
 
 def encoded_texts(

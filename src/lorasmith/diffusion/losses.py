@@ -25,19 +25,26 @@ from lorasmith.diffusion.schedule import PARAMETERIZATIONS, NoiseLevel
 
 
 def diffusion_loss(
-    prediction: Tensor, batch: LossBatch, *, parameterization: str, objective: Objective, loss_function: str
+    prediction: Tensor,
+    batch: LossBatch,
+    *,
+    parameterization: str,
+    objective: Objective,
+    loss_function: str,
+    target: Tensor | None = None,
 ) -> Tensor:
     """Loss of each sample, fp32 (batch,), without the weight of its noise level (`loss_weights`).
 
-    With MSE the `x0` objective (as in ComfyUI's trainer) equals the native one times sigma²/alpha² (epsilon) or sigma²
-    (v and flow). `prediction` (batch, ...) is of any float dtype. Raises OptionError if a user's loss returns something
-    else.
+    `target` replaces what the model is to predict, fp32 (batch, ...). With MSE the `x0` objective (as in ComfyUI's
+    trainer) equals the native one times sigma²/alpha² (epsilon) or sigma² (v and flow). `prediction` (batch, ...) is of
+    any float dtype. Raises OptionError if a user's loss returns something else.
     """
     kind = PARAMETERIZATIONS[parameterization]
     prediction = prediction.float()
     if objective == "x0":
-        prediction, target = kind.clean(prediction, batch.noised, batch.level), batch.clean
-    else:
+        prediction = kind.clean(prediction, batch.noised, batch.level)
+        target = batch.clean if target is None else kind.clean(target, batch.noised, batch.level)
+    elif target is None:
         target = kind.target(batch.clean, batch.noise, batch.level)
     losses = code_of(loss_function, LOSSES)(prediction, target, batch)
     _check_losses(losses, prediction, loss_function)

@@ -88,6 +88,10 @@ class Conditioning:
         others = {name: one for name, one in self.tensors.items() if not re.fullmatch(rf"{_CONTROL}\d+", name)}
         return replace(self, tensors=others | {f"{_CONTROL}{index}": one for index, one in enumerate(controls)})
 
+    def with_text(self, other: Conditioning) -> Conditioning:
+        """The conditioning with another text's encoding, whose other inputs (sizes, controls, ...) are kept."""
+        return replace(other, tensors={**self.tensors, **other.tensors}, span=self.span)
+
     @property
     def lengths(self) -> tuple[int, ...]:
         """Number of attended tokens of the context, for each of the batch."""

@@ -14,7 +14,7 @@ import functools
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from lorasmith.diffusion.schedule import NoiseLevel, NoiseSchedule, QuantileMap,
 from lorasmith.families.base import Conditioning
 from lorasmith.training.config import ResolvedConfig
 from lorasmith.training.events import CaptionsPlanned, EventHandler
+from lorasmith.training.methods.method import OtherTexts
 from lorasmith.training.runtime import Runtime
 
 
@@ -46,6 +47,8 @@ class Batch:
     quantiles: tuple[float, ...] = ()  # of the noise levels on the model's schedule: 0 is clean, 1 is noise
     places: Tensor | None = None  # weights of the loss by pixel, fp32, broadcasting to `clean`; None for 1
     weights: Tensor | None = None  # of the samples in the gradient, fp32 (batch,); None for 1
+    texts: Mapping[str, Conditioning] = field(default_factory=dict)  # of the samples' further texts, by name
+    of_class: Tensor | None = None  # bool (batch,): whether samples show the subject's class; None for none
 
 
 def sample_index(draw: int, count: int, seed: int) -> int:
@@ -84,6 +87,7 @@ class BatchMaker:
     runtime: Runtime
     masks: Callable[[Sequence[int]], Tensor | None] = no_masks  # draw indices → dropout masks, one row each
     lengths_apart: bool = False  # whether contexts of different length are in separate batches
+    texts: OtherTexts | None = None  # that the run's methods need
 
     @property
     def per_step(self) -> int:
@@ -132,16 +136,21 @@ class BatchMaker:
             groups: dict[object, dict[int, Sample]] = {}
             for draw in draws[start : start + size]:
                 sample = self.sample(draw)
-                groups.setdefault((sample.latents.shape, self._kind(sample.conditioning)), {})[draw] = sample
+                groups.setdefault((sample.latents.shape, self._kind(sample)), {})[draw] = sample
             found += groups.values()
         return found
 
     def _latents(self, draw: int) -> Tensor:
         return self.samples[self.index(draw)].latents_drawn(self.config.seed, draw)
 
-    def _kind(self, conditioning: Conditioning) -> object:
-        kind = kind_of(conditioning)
-        return (kind, conditioning.lengths) if self.lengths_apart else kind
+    def _kind(self, sample: Sample) -> object:
+        kind = kind_of(sample.conditioning)
+        if not self.lengths_apart:
+            return kind
+        return (kind, *(one.lengths for one in (sample.conditioning, *self._texts(sample).values())))
+
+    def _texts(self, sample: Sample) -> Mapping[str, Conditioning]:
+        return {} if self.texts is None else self.texts.conditionings(sample)
 
     def _batch(self, drawn: Mapping[int, Sample]) -> Batch:
         draws, samples = list(drawn), list(drawn.values())
@@ -152,6 +161,8 @@ class BatchMaker:
         level = self.schedule.at(quantiles)
         masks, device, dtype = self.masks(draws), self.runtime.device, self.runtime.dtype
         places, weights = places_of(samples), [sample.weight for sample in samples]
+        others = [self._texts(sample) for sample in samples]
+        of_class = [sample.is_class for sample in samples]
         return Batch(
             clean=self._placed(clean),
             noise=self._placed(noise),
@@ -165,6 +176,8 @@ class BatchMaker:
             quantiles=tuple(quantiles.tolist()),
             places=None if places is None else places.to(device, non_blocking=True),
             weights=None if set(weights) == {1.0} else torch.tensor(weights).to(device, non_blocking=True),
+            texts={name: self.join([one[name] for one in others]).to(device, dtype) for name in others[0]},
+            of_class=torch.tensor(of_class).to(device, non_blocking=True) if any(of_class) else None,
         )
 
     def _noise(self, shape: tuple[int, ...], draw: int) -> Tensor:
@@ -227,14 +240,28 @@ _MOST_DRAWS = 50_000
 
 @contextlib.contextmanager
 def captions_ready(
-    data: EncodedDataset, draws: range, *, seed: int, on_event: EventHandler, progress: Callable[[int, int], None]
+    data: EncodedDataset,
+    draws: range,
+    *,
+    seed: int,
+    on_event: EventHandler,
+    progress: Callable[[int, int], None],
+    others: OtherTexts | None = None,
 ) -> Iterator[None]:
-    """Inside the context, all drawn captions are encoded (calls `progress(done, total)`), or the encoder is loaded."""
+    """Inside the context, all drawn captions are encoded (calls `progress(done, total)`), or the encoder is loaded.
+
+    `others` are the further texts of each.
+    """
     captions, varied = data.captions, _varied(data.samples)
-    if captions is None or not varied:
+    if captions is None or not (varied or others):
         yield
         return
     texts = drawn_captions(data.samples, draws, seed=seed, most=captions.most)
+    if texts is not None and others is not None:
+        plain = [one.conditioning.text or "" for one in data.samples if one.variants is None]
+        texts += [text for caption in (*plain, *texts) for text in others.beside(caption)]
+        texts = list(dict.fromkeys(texts))
+        texts = texts if len(texts) <= captions.most else None
     if texts is not None:
         if missing := captions.missing(texts):
             needed = len(missing) * captions.bytes_each
@@ -250,7 +277,7 @@ def captions_ready(
         return
     with captions.staying():
         start = time.perf_counter()
-        varied[0].encoded[varied[0].caption(seed, draws.start)]
+        captions[varied[0].caption(seed, draws.start) if varied else data.samples[0].conditioning.text or ""]
         message = (
             f"The variants of captions that this run can draw need more than {memory_text(captions.memory_bytes)} "
             f"(caption_memory), so the text encoders stay loaded ({memory_text(captions.encoder_bytes)}) and encode a "

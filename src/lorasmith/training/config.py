@@ -426,6 +426,33 @@ class LossSettings(Section, group="Training"):
 
 
 @dataclass(frozen=True, kw_only=True)
+class MethodSettings(Section, group="Methods", costs=True):
+    """What a step does besides comparing one prediction with its target; see `training.methods`."""
+
+    preserve: Literal["none", "class", "blank"] = option(
+        "none",
+        help="Output preservation, without pictures of the class: hold the prediction for another text to the base "
+        "model's. class is the caption with preserve_class in place of the trigger, blank the empty text, which keeps "
+        "the unconditional side of guidance. A step takes about 2.3 times as long.",
+    )
+    preserve_class: str | None = option(
+        None, is_prompt=True, help="Name of the subject's class for preserve class, such as dog or person."
+    )
+    preserve_weight: float = option(1.0, min=0.0, max=1000.0, help="Weight of the loss of preserve.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.preserve == "class" and not (self.preserve_class or "").strip():
+            raise OptionError("preserve class needs the name of the class, got none; set preserve_class, such as dog")
+
+    def idle_settings(self) -> Iterator[str]:
+        if self.preserve_class is not None and self.preserve != "class":
+            yield f"preserve_class {self.preserve_class} has no effect without preserve class."
+        if not self.is_default("preserve_weight") and self.preserve == "none":
+            yield f"preserve_weight {self.preserve_weight:g} has no effect without preserve."
+
+
+@dataclass(frozen=True, kw_only=True)
 class NumberSettings(Section, group="Precision and reproducibility"):
     """Number formats and the seed."""
 
@@ -661,6 +688,7 @@ class TrainConfig(
     ValidationSettings,
     MemorySettings,
     NumberSettings,
+    MethodSettings,
     LossSettings,
     OptimizerSettings,
     VariantSettings,

@@ -19,7 +19,14 @@ from lorasmith.core.options import options_of
 from lorasmith.core.quantization import packed
 from lorasmith.formats.acceptance import shortfalls
 from lorasmith.formats.lora_file import PORTABLE, layout_for
-from lorasmith.training.config import LossSettings, MemorySettings, OptimizerSettings, TrainConfig, VariantSettings
+from lorasmith.training.config import (
+    LossSettings,
+    MemorySettings,
+    MethodSettings,
+    OptimizerSettings,
+    TrainConfig,
+    VariantSettings,
+)
 from lorasmith.training.memory.compilation import compilable, units
 from lorasmith.training.memory.frozen_weights import code_in_model, takes_fp8_products
 from lorasmith.training.trainable import Trainable
@@ -54,6 +61,7 @@ def notes_on(
         *_on_quantization(config, model),
         *_on_shift(config, model),
         *LossSettings.idle_settings(config),
+        *MethodSettings.idle_settings(config),
         *notes_on_plan(plan),
         *_on_targets(config, model, plan, adapters, differences),
         *_on_compiling(config, model, adapters),

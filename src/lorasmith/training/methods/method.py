@@ -1,0 +1,120 @@
+"""A step of more than one pass: what a `Method` adds to it, and the passes that it may ask for.
+
+A plain step is one prediction of the trained model for each batch, and one backward pass. Methods change the target of
+that prediction, or add terms, each of which is a loss with a backward pass of its own. For both they may ask for more
+predictions on the same noise and level: of the frozen model, whose adapters are turned off, or of the trained one, with
+the conditioning of another text (`Method.texts`), which is cached like the caption's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from abc import ABC
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+import torch
+from torch import Tensor
+
+from lorasmith.adapters.inject import Dial
+from lorasmith.core.errors import OptionError
+from lorasmith.data.dataset import EncodedDataset, Sample
+from lorasmith.families.base import Conditioning
+
+if TYPE_CHECKING:
+    from lorasmith.training.batches import Batch
+    from lorasmith.training.config import ResolvedConfig
+
+TextRule = Callable[[str, str], str]
+"""The text for a caption, as it is drawn, and the trigger."""
+
+
+class Method(ABC):
+    """What a method adds to a step; see the module."""
+
+    name: str  # of the setting that turns it on, for messages
+
+    @classmethod
+    def of(cls, config: ResolvedConfig) -> Self | None:
+        """The method as these settings have it; None if they leave it out."""
+        raise NotImplementedError
+
+    @property
+    def texts(self) -> Mapping[str, TextRule]:
+        """Further texts of each sample, by a name of the method's own."""
+        return {}
+
+    def target(self, target: Tensor, passes: Passes) -> Tensor:
+        """The target of the trained prediction, fp32 of the latents' shape, in place of `target`."""
+        return target
+
+    def terms(self, passes: Passes) -> Iterator[Tensor]:
+        """Further losses, (batch,) fp32 each; the backward pass of one ends before the next is asked for."""
+        yield from ()
+
+
+@dataclass(frozen=True)
+class Passes:
+    """The predictions that a method may ask for, fp32 of the latents' shape, for the samples of a batch.
+
+    `text` is the name of one of the method's texts; None for the caption.
+    """
+
+    batch: Batch
+    parameterization: str
+    predict: Callable[[Conditioning], Tensor]  # with the adapters as the dial has them
+    dial: Dial
+
+    def trained(self, text: str | None = None) -> Tensor:
+        """Of the trained model, differentiable unless gradients are off."""
+        return self.predict(self.batch.conditioning if text is None else self.batch.texts[text]).float()
+
+    def frozen(self, text: str | None = None) -> Tensor:
+        """Of the frozen model, without a gradient."""
+        with torch.no_grad(), self.dial.turned(0.0):
+            return self.trained(text)
+
+    def scaled(self, strength: float) -> contextlib.AbstractContextManager[None]:
+        """Context in which the trained model's adapters have a strength; a term is yielded inside of it."""
+        return self.dial.turned(strength)
+
+
+@dataclass(frozen=True)
+class OtherTexts:
+    """The further texts of samples, for all methods of a run."""
+
+    data: EncodedDataset
+    rules: Mapping[str, TextRule]
+
+    @classmethod
+    def of(cls, data: Sequence[Sample] | EncodedDataset, methods: Sequence[Method]) -> OtherTexts | None:
+        """Those of the methods; None if they have none. Raises OptionError for samples whose texts are unknown."""
+        rules = {name: rule for method in methods for name, rule in method.texts.items()}
+        if not rules:
+            return None
+        needing = next(method.name for method in methods if method.texts)
+        if not isinstance(data, EncodedDataset) or data.captions is None:
+            raise OptionError(
+                f"{needing} encodes further texts for each image, for which these samples came without a text encoder; "
+                "load the images with load_dataset, or leave it out"
+            )
+        if nameless := next((one.name for one in data.samples if one.conditioning.text is None), None):
+            raise OptionError(
+                f"{needing} needs the caption of each image as text, and that of {nameless} is unknown; load the "
+                "images with load_dataset, or leave it out"
+            )
+        return cls(data, rules)
+
+    def beside(self, caption: str) -> list[str]:
+        """The further texts of a caption."""
+        return [rule(caption, self.data.trigger) for rule in self.rules.values()]
+
+    def conditionings(self, sample: Sample) -> dict[str, Conditioning]:
+        """The conditionings of a drawn sample's further texts, by name; what is not of the text is the sample's."""
+        assert self.data.captions is not None
+        given = sample.conditioning
+        return {
+            name: given.with_text(self.data.captions[text])
+            for name, text in zip(self.rules, self.beside(given.text or ""), strict=True)
+        }
