@@ -559,6 +559,10 @@ class Family(ABC):
         """
         return {}
 
+    def takes_guidance(self, denoiser: nn.Module) -> bool:
+        """Whether guidance is an input of the denoiser, which its distillation has added."""
+        return bool(getattr(getattr(denoiser, "config", None), "guidance_embeds", False))
+
     def encoder_width(self, denoiser: nn.Module, component: str) -> int | None:
         """Width of the states that a text encoder must have for the denoiser; None if every width fits."""
         return int(getattr(denoiser.config, self.text_width)) if self.text_width else None

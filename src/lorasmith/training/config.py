@@ -402,6 +402,14 @@ class LossSettings(Section, group="Training"):
         help="Strength of additional noise that is constant over the picture, one value per channel, for training "
         "very dark and very bright pictures. 0.03 to 0.1 are usual.",
     )
+    training_guidance: float | None = option(
+        None,
+        min=0.0,
+        max=100.0,
+        of_model=True,
+        help="Input of guidance while training, for models with distilled guidance; previews have their own. Default: "
+        "that of the captions' conditioning, or the guidance that the model draws with.",
+    )
     zero_terminal_snr: bool = option(
         False,
         help="Rescale the noise schedule so that its last step is pure noise. Only for v-prediction models of the "
@@ -425,6 +433,18 @@ class LossSettings(Section, group="Training"):
             )
 
 
+def guidance_range(text: str) -> tuple[float, float]:
+    """Least and greatest guidance of `guidance_loss`. Raises OptionError."""
+    try:
+        least, *most = map(float, text.split("-"))
+        greatest = most.pop() if most else least
+    except ValueError:
+        least, greatest, most = 0.0, 0.0, []
+    if most or not 1 <= least <= greatest <= 100:
+        raise OptionError(f"guidance_loss must be a number from 1 to 100, or a range such as 2-4, got {text!r}")
+    return least, greatest
+
+
 @dataclass(frozen=True, kw_only=True)
 class MethodSettings(Section, group="Methods", costs=True):
     """What a step does besides comparing one prediction with its target; see `training.methods`."""
@@ -439,17 +459,66 @@ class MethodSettings(Section, group="Methods", costs=True):
         None, is_prompt=True, help="Name of the subject's class for preserve class, such as dog or person."
     )
     preserve_weight: float = option(1.0, min=0.0, max=1000.0, help="Weight of the loss of preserve.")
+    prior_target: Literal["picture", "model"] = option(
+        "picture",
+        help="Target of pictures of the class (prior preservation): the picture, which the base model should have "
+        "drawn, or what the base model predicts for it, for which any pictures of the class serve.",
+    )
+    mask_prior_weight: float = option(
+        0.0,
+        min=0.0,
+        max=1000.0,
+        help="Weight of the loss outside of masks towards what the base model predicts there, which keeps backgrounds "
+        "as they are. 0 disables it; 0.5 is usual.",
+    )
+    guidance_loss: str | None = option(
+        None,
+        help="Guidance loss, for models with distilled guidance: the guidance by which targets are guided, which is "
+        "also the model's input, as a number or a range to draw from, such as 3 or 2-4. Default: none.",
+    )
+    guidance_loss_schedule: Literal["constant", "sigma"] = option(
+        "constant", help="Guidance of guidance_loss over noise levels: sigma has it fall to 1 towards the clean end."
+    )
+
+    slider_positive: str | None = option(
+        None,
+        is_prompt=True,
+        help="Prompt of a slider's positive end: train a LoRA whose strength is the amount of an attribute, from "
+        "prompts. The pictures are not learnt, but what the prompts make of them.",
+    )
+    slider_negative: str = option("", is_prompt=True, help="Prompt of a slider's negative end.")
+    slider_neutral: str | None = option(
+        None, is_prompt=True, help="Prompt between a slider's ends. Default: the caption of each picture."
+    )
+    slider_anchors: str | None = option(
+        None, is_prompt=True, help="Prompts that a slider must not change, separated by |."
+    )
+    slider_guidance: float = option(3.0, min=0.1, max=100.0, help="Distance of a slider's ends at strengths of ±1.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.slider_positive is not None and self.slider_positive == self.slider_negative:
+            raise OptionError(
+                f"the ends of a slider must be two prompts, got {self.slider_positive!r} for both; change "
+                "slider_negative"
+            )
         if self.preserve == "class" and not (self.preserve_class or "").strip():
             raise OptionError("preserve class needs the name of the class, got none; set preserve_class, such as dog")
+        if self.guidance_loss is not None:
+            guidance_range(self.guidance_loss)
 
     def idle_settings(self) -> Iterator[str]:
         if self.preserve_class is not None and self.preserve != "class":
             yield f"preserve_class {self.preserve_class} has no effect without preserve class."
         if not self.is_default("preserve_weight") and self.preserve == "none":
             yield f"preserve_weight {self.preserve_weight:g} has no effect without preserve."
+        if self.slider_positive is None:
+            own = [one for one in options_of(MethodSettings) if one.startswith("slider_")]
+            for name in own:
+                if not self.is_default(name):
+                    yield f"{name} {getattr(self, name)} has no effect without slider_positive."
+        if self.guidance_loss is None and not self.is_default("guidance_loss_schedule"):
+            yield f"guidance_loss_schedule {self.guidance_loss_schedule} has no effect without guidance_loss."
 
 
 @dataclass(frozen=True, kw_only=True)

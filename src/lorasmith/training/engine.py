@@ -24,14 +24,14 @@ from lorasmith.core.errors import TrainingError
 from lorasmith.core.placement import memory_format_for
 from lorasmith.data.dataset import EncodedDataset, Sample
 from lorasmith.diffusion.losses import diffusion_loss, loss_weights
-from lorasmith.diffusion.schedule import PARAMETERIZATIONS, quantile_map, quantile_range, range_limited
+from lorasmith.diffusion.schedule import quantile_map, quantile_range, range_limited
 from lorasmith.families.base import Conditioning
 from lorasmith.training.batches import Batch, BatchMaker, no_masks
 from lorasmith.training.config import WHOLE_RANGE, ResolvedConfig
 from lorasmith.training.memory.activations import activations_packed, activations_reduced, blocks_checkpointed
 from lorasmith.training.memory.compilation import blocks_compiled
 from lorasmith.training.methods.all_methods import methods_of
-from lorasmith.training.methods.method import OtherTexts, Passes
+from lorasmith.training.methods.method import Goal, OtherTexts, Passes
 from lorasmith.training.optim.flat import FlatParameters, GradientSums
 from lorasmith.training.optim.optimizers import GatedOptimizer, LossScale, check_alike
 from lorasmith.training.runtime import Runtime
@@ -189,15 +189,11 @@ class Engine:
                 # Until the backward passes end, as they may recompute blocks.
                 self.dropout.masks_applied(batch.masks)
             ):
-                target = self._method_terms(batch, per_step)
+                goal, loss = self._passes(batch, per_step)
                 with sums.during_backward(norm=is_only) if sums and is_last else contextlib.nullcontext():
-                    loss = sample_losses(self.model, batch, self.config, self.runtime, target)
-                    if not loss.requires_grad:
-                        raise TrainingError(
-                            "the prediction must depend on a trained layer, and it depends on none; choose targets "
-                            "that the network calls, and predict without no_grad or detach"
-                        )
-                    torch.autograd.backward(self.summed_loss(loss, batch, per_step))
+                    if loss is None:
+                        loss = sample_losses(self.model, goal.batch, self.config, self.runtime, goal.target)
+                        self._backward(loss, batch, per_step)
             if not (sums and is_last):
                 flat.collect()
             if batch.names:  # without names it is padding, see `BatchMaker.step`
@@ -206,18 +202,33 @@ class Engine:
                 first = torch.linalg.vector_norm(flat.grad)
         return torch.cat(losses), torch.zeros_like(self._scale.scale) if first is None else first
 
-    def _method_terms(self, batch: Batch, per_step: int) -> Tensor | None:
-        """Add the gradients of the methods' terms; returns the target of the batch if they have changed it."""
+    def _passes(self, batch: Batch, per_step: int) -> tuple[Goal, Tensor | None]:
+        """The goal of the batch's prediction after the methods' terms, whose gradients are added.
+
+        Where the terms replace that prediction, their sum is returned, too.
+        """
+        goal, replacing = Goal(batch), None
         if not self.methods:
-            return None
-        kind = self.model.diffusion.parameterization
-        passes = Passes(batch, kind, partial(prediction_of, self.model, batch, self.runtime), self._dial)
-        target = unchanged = PARAMETERIZATIONS[kind].target(batch.clean, batch.noise, batch.level)
+            return goal, replacing
+        predict = partial(prediction_of, self.model, batch, self.runtime)
+        passes = Passes(
+            batch, self.model.diffusion.parameterization, predict, self._dial, are_equal=self.runtime.sharding
+        )
         for method in self.methods:
-            target = method.target(target, passes)
+            goal = method.goal(goal, passes)
             for term in method.terms(passes):
-                torch.autograd.backward(self.summed_loss(term, batch, per_step))
-        return None if target is unchanged else target
+                self._backward(term, batch, per_step)
+                if method.replaces_goal:
+                    replacing = term.detach() if replacing is None else replacing + term.detach()
+        return goal, replacing
+
+    def _backward(self, losses: Tensor, batch: Batch, per_step: int) -> None:
+        if not losses.requires_grad:
+            raise TrainingError(
+                "the prediction must depend on a trained layer, and it depends on none; choose targets that the "
+                "network calls, and predict without no_grad or detach"
+            )
+        torch.autograd.backward(self.summed_loss(losses, batch, per_step))
 
     def summed_loss(self, losses: Tensor, batch: Batch, per_step: int) -> Tensor:
         """The scalar that a batch's backward pass starts from; `per_step` is the number of samples of the step."""

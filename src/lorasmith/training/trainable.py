@@ -14,7 +14,7 @@ import contextlib
 import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Self
 
@@ -63,6 +63,7 @@ class Facts:
     expert: Expert | None = None  # that the file's name says it is, of `experts`
     experts: tuple[Expert, ...] = ()
     extensions: tuple[Extension, ...] = ()  # of other packages, which bring the model's family and parts
+    takes_guidance: bool = False  # whether guidance is an input, which a distillation has added
     distilled_names: tuple[str, ...] = ()  # parts of titles of variants that training undoes
     # `ss_base_model_version`, `modelspec.architecture` without `/lora`, and `modelspec.implementation`; empty for none
     kohya_version: str = ""
@@ -95,6 +96,7 @@ class Trainable:
     names: ModelNames
     facts: Facts
     patches: tuple[Patch, ...] = ()  # LoRAs that are part of the frozen network
+    guidance: float | None = None  # see `guided`
 
     def __init__(
         self,
@@ -139,6 +141,14 @@ class Trainable:
         """The same network with one more LoRA below what is trained."""
         other = copy.copy(self)
         other.patches = (*self.patches, patch)
+        return other
+
+    def guided(self, guidance: float | None) -> Self:
+        """The same network with this guidance as its input, where it has one; None for that of the conditioning."""
+        if guidance is None or not self.facts.takes_guidance:
+            return self
+        other = copy.copy(self)
+        other.guidance = guidance
         return other
 
     def active(self) -> contextlib.AbstractContextManager[None]:
@@ -255,6 +265,7 @@ class TrainableDenoiser(Trainable):
                     ]
                 )
             ),
+            takes_guidance=family.takes_guidance(self.module),
             distilled_names=family.distilled_names,
             kohya_version=family.kohya_version(self.diffusion.parameterization),
             modelspec_architecture=family.modelspec_architecture(self.diffusion.parameterization),
@@ -268,7 +279,11 @@ class TrainableDenoiser(Trainable):
         return self.denoiser.predict(latents, time, conditioning)
 
     def join(self, conditionings: Sequence[Conditioning]) -> Conditioning:
-        return self.denoiser.base.family.join(conditionings)
+        joined = self.denoiser.base.family.join(conditionings)
+        if self.guidance is None:
+            return joined
+        guidance = torch.full((len(conditionings),), self.guidance, device=joined.tensors["context"].device)
+        return replace(joined, tensors={**joined.tensors, "guidance": guidance})
 
     def identity(self) -> Mapping[str, str]:
         return {part: weights_digest(module) for part, module in self.denoiser.base.components.modules().items()}

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from lorasmith.training.config import ResolvedConfig
+from lorasmith.training.methods.guidance_loss import GuidanceLoss
+from lorasmith.training.methods.mask_prior import MaskPrior
 from lorasmith.training.methods.method import Method
 from lorasmith.training.methods.preservation import Preservation
+from lorasmith.training.methods.prior_prediction import PriorPrediction
+from lorasmith.training.methods.slider import Slider
 
-_METHODS: tuple[type[Method], ...] = (Preservation,)
+_METHODS: tuple[type[Method], ...] = (GuidanceLoss, PriorPrediction, MaskPrior, Preservation, Slider)
 
 
 def methods_of(config: ResolvedConfig) -> tuple[Method, ...]:

@@ -1,6 +1,6 @@
 """A step of more than one pass: what a `Method` adds to it, and the passes that it may ask for.
 
-A plain step is one prediction of the trained model for each batch, and one backward pass. Methods change the target of
+A plain step is one prediction of the trained model for each batch, and one backward pass. Methods change the goal of
 that prediction, or add terms, each of which is a loss with a backward pass of its own. For both they may ask for more
 predictions on the same noise and level: of the frozen model, whose adapters are turned off, or of the trained one, with
 the conditioning of another text (`Method.texts`), which is cached like the caption's.
@@ -17,14 +17,17 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import Tensor
 
+from lorasmith.adapters.adapter import Adapter
 from lorasmith.adapters.inject import Dial
 from lorasmith.core.errors import OptionError
 from lorasmith.data.dataset import EncodedDataset, Sample
+from lorasmith.diffusion.schedule import PARAMETERIZATIONS
 from lorasmith.families.base import Conditioning
 
 if TYPE_CHECKING:
     from lorasmith.training.batches import Batch
     from lorasmith.training.config import ResolvedConfig
+    from lorasmith.training.trainable import Facts
 
 TextRule = Callable[[str, str], str]
 """The text for a caption, as it is drawn, and the trigger."""
@@ -34,24 +37,37 @@ class Method(ABC):
     """What a method adds to a step; see the module."""
 
     name: str  # of the setting that turns it on, for messages
+    replaces_goal: bool = False  # whether its terms take the place of the loss of the pictures
 
     @classmethod
     def of(cls, config: ResolvedConfig) -> Self | None:
         """The method as these settings have it; None if they leave it out."""
         raise NotImplementedError
 
+    def check(self, facts: Facts, adapters: Mapping[str, Adapter]) -> None:
+        """Raise OptionError for a model or adapters that the method is not for."""
+        return
+
     @property
     def texts(self) -> Mapping[str, TextRule]:
         """Further texts of each sample, by a name of the method's own."""
         return {}
 
-    def target(self, target: Tensor, passes: Passes) -> Tensor:
-        """The target of the trained prediction, fp32 of the latents' shape, in place of `target`."""
-        return target
+    def goal(self, goal: Goal, passes: Passes) -> Goal:
+        """The goal of the trained prediction in place of `goal`."""
+        return goal
 
     def terms(self, passes: Passes) -> Iterator[Tensor]:
         """Further losses, (batch,) fp32 each; the backward pass of one ends before the next is asked for."""
         yield from ()
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What the trained prediction of a batch is compared with."""
+
+    batch: Batch  # whose conditioning the prediction has, and whose places weigh the loss
+    target: Tensor | None = None  # fp32 of the latents' shape; None for the batch's own
 
 
 @dataclass(frozen=True)
@@ -65,6 +81,8 @@ class Passes:
     parameterization: str
     predict: Callable[[Conditioning], Tensor]  # with the adapters as the dial has them
     dial: Dial
+    # whether each batch of a step must have as many passes as those of other processes
+    are_equal: bool = False
 
     def trained(self, text: str | None = None) -> Tensor:
         """Of the trained model, differentiable unless gradients are off."""
@@ -74,6 +92,12 @@ class Passes:
         """Of the frozen model, without a gradient."""
         with torch.no_grad(), self.dial.turned(0.0):
             return self.trained(text)
+
+    def target(self, goal: Goal) -> Tensor:
+        """The target of a goal, fp32."""
+        if goal.target is not None:
+            return goal.target
+        return PARAMETERIZATIONS[self.parameterization].target(self.batch.clean, self.batch.noise, self.batch.level)
 
     def scaled(self, strength: float) -> contextlib.AbstractContextManager[None]:
         """Context in which the trained model's adapters have a strength; a term is yielded inside of it."""
