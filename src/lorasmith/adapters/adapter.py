@@ -130,11 +130,11 @@ def fill_uniform(tensor: Tensor, generator: torch.Generator) -> None:
     tensor.uniform_(-bound, bound, generator=generator)
 
 
-def squared_product(up: Tensor, down: Tensor) -> float:
-    """Squared Frobenius norm of up (out, rank, ...) · down (rank, in, ...), from two rank × rank products."""
+def squared_product(up: Tensor, down: Tensor) -> Tensor:
+    """Squared Frobenius norm of up (out, rank, ...) · down (rank, in, ...), fp32, from two rank × rank products."""
     up, down = up.flatten(1).float(), down.flatten(1).float()
     # Rounding can leave a zero norm a little below zero.
-    return max(float(((up.T @ up) * (down @ down.T)).sum()), 0.0)
+    return ((up.T @ up) * (down @ down.T)).sum().clamp_min(0.0)
 
 
 def wide(tensor: Tensor) -> Tensor:

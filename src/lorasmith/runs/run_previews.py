@@ -51,6 +51,8 @@ long as a forward pass (docs/lab-log.md), and checkpointing repeats that."""
 
 _OTHER_PASSES = 4  # forward passes that the rest of a picture costs: placing the model, and decoding
 
+_STRENGTHS, _OF_SLIDER = "0.5,1", "-2,-1,1,2"
+
 _OVER_STEPS = 3  # rows of pictures before the end: a preview every quarter of the run
 
 _FEWER_STEPS = (12, 8)  # sampling steps of the last resort
@@ -81,14 +83,15 @@ def preview_program(plan: Plan) -> PreviewProgram | None:
     config = plan.job.config
     if config.previews is None and plan.prompt and plan.denoiser is not None:
         fitting = unasked_program(config, plan.denoiser.base, plan.data.samples)
-        return None if fitting is None else replace(fitting, prompts=(plan.prompt,))
+        return None if fitting is None else replace(fitting, prompts=(config.slider_neutral or plan.prompt,))
     whole = whole_program(config)
     return whole if whole.prompts else None
 
 
 def whole_program(config: TrainConfig) -> PreviewProgram:
     """The pictures of the prompts in the settings. OptionError if there are too many, or a strength is out of range."""
-    strengths = parse_strengths(config.preview_strengths)
+    usual = _STRENGTHS if config.slider_positive is None else _OF_SLIDER
+    strengths = parse_strengths(usual if config.preview_strengths is None else config.preview_strengths)
     return PreviewProgram(config.preview_steps, strengths, prompts=parse_prompts(config.previews))
 
 

@@ -17,11 +17,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lorasmith.core.printable import memory_text
 from lorasmith.core.processes import current
-from lorasmith.core.random import keyed_normal, keyed_permutation
+from lorasmith.core.random import keyed_normal, keyed_permutation, keyed_uniform
 from lorasmith.data.dataset import EncodedDataset, Sample, Variants, places_of
 from lorasmith.diffusion.schedule import NoiseLevel, NoiseSchedule, QuantileMap, uniform_numbers
 from lorasmith.families.base import Conditioning
@@ -48,6 +49,7 @@ class Batch:
     places: Tensor | None = None  # weights of the loss by pixel, fp32, broadcasting to `clean`; None for 1
     weights: Tensor | None = None  # of the samples in the gradient, fp32 (batch,); None for 1
     texts: Mapping[str, Conditioning] = field(default_factory=dict)  # of the samples' further texts, by name
+    settings: ResolvedConfig | None = None  # of the run
     of_class: Tensor | None = None  # bool (batch,): whether samples show the subject's class; None for none
 
 
@@ -67,6 +69,9 @@ def kind_of(conditioning: Conditioning) -> object:
     return frozenset(
         (key, tensor.shape[2 if key == "context" else 1 :]) for key, tensor in conditioning.tensors.items()
     )
+
+
+_PYRAMID = 6  # scales of pyramid noise at most
 
 
 def no_masks(draws: Sequence[int]) -> Tensor | None:
@@ -166,7 +171,7 @@ class BatchMaker:
         return Batch(
             clean=self._placed(clean),
             noise=self._placed(noise),
-            noised=self._placed(level.noised(clean, noise)),
+            noised=self._placed(level.noised(clean, self._perturbed(noise, draws))),
             level=level.to(device),
             conditioning=self.join([sample.conditioning for sample in samples]).to(device, dtype),
             names=tuple(sample.name for sample in samples),
@@ -177,21 +182,52 @@ class BatchMaker:
             places=None if places is None else places.to(device, non_blocking=True),
             weights=None if set(weights) == {1.0} else torch.tensor(weights).to(device, non_blocking=True),
             texts={name: self.join([one[name] for one in others]).to(device, dtype) for name in others[0]},
+            settings=self.config,
             of_class=torch.tensor(of_class).to(device, non_blocking=True) if any(of_class) else None,
         )
 
     def _noise(self, shape: tuple[int, ...], draw: int) -> Tensor:
         noise = keyed_normal(shape, self.config.seed, "noise", draw)
+        if discount := self.config.pyramid_noise:
+            noise = _pyramid(noise, discount, self.config.seed, draw)
         if offset := self.config.noise_offset:
             one_each = (shape[0], *(1,) * (len(shape) - 1))
             noise += offset * keyed_normal(one_each, self.config.seed, "noise offset", draw)
         return noise
+
+    def _perturbed(self, noise: Tensor, draws: Sequence[int]) -> Tensor:
+        """The noise in the model's input, which differs from the predicted one with `input_perturbation`."""
+        if not (strength := self.config.input_perturbation):
+            return noise
+        shape = tuple(noise.shape[1:])
+        return noise + strength * torch.stack(
+            [keyed_normal(shape, self.config.seed, "perturbation", draw) for draw in draws]
+        )
 
     def _placed(self, tensor: Tensor) -> Tensor:
         if self.runtime.device.type == "cuda":
             tensor = tensor.pin_memory()  # makes the copy asynchronous
         layout = self.memory_format if tensor.ndim == 4 else torch.preserve_format  # latents may have frames
         return tensor.to(self.runtime.device, memory_format=layout, non_blocking=True)
+
+
+def _pyramid(noise: Tensor, discount: float, seed: int, draw: int) -> Tensor:
+    """Noise (channels, [frames,] height, width) of several scales with a standard deviation of 1 (sd-scripts).
+
+    Each scale is a random factor between 2 and 4 coarser and `discount` fainter than the one before.
+    """
+    height, width = noise.shape[-2:]
+    scale, strength, level = 1.0, 1.0, 0
+    total = noise
+    while min(height, width) / scale > 1 and level < _PYRAMID:
+        level += 1
+        scale *= 2 + 2 * keyed_uniform(seed, f"pyramid scale {level}", draw)
+        strength *= discount
+        size = (max(1, int(height / scale)), max(1, int(width / scale)))
+        coarse = keyed_normal((*noise.shape[:-2], *size), seed, f"pyramid {level}", draw)
+        fine = F.interpolate(coarse.reshape(1, -1, *size), (height, width), mode="bilinear", align_corners=False)
+        total = total + strength * fine.reshape(noise.shape)
+    return total / total.std()
 
 
 def _padding(batch: Batch) -> Batch:

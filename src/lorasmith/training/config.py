@@ -390,7 +390,7 @@ class LossSettings(Section, group="Training"):
         "none",
         choices=WEIGHTINGS,
         help="Weight of a noise level in the loss: min_snr caps it at min_snr_gamma towards the clean end, "
-        "soft_min_snr does so smoothly.",
+        "soft_min_snr does so smoothly; debiased and p2 lower the weight of the clean end of epsilon models.",
     )
     min_snr_gamma: float = option(
         5.0, min=0.01, max=1000.0, help="Signal-to-noise ratio at which min_snr and soft_min_snr level off."
@@ -410,6 +410,26 @@ class LossSettings(Section, group="Training"):
         help="Input of guidance while training, for models with distilled guidance; previews have their own. Default: "
         "that of the captions' conditioning, or the guidance that the model draws with.",
     )
+    pyramid_noise: float = option(
+        0.0,
+        min=0.0,
+        max=0.99,
+        help="Discount of noise of coarser scales, each so much fainter than the one before, for older epsilon models; "
+        "0.3 is usual. 0 disables it.",
+    )
+    input_perturbation: float = option(
+        0.0,
+        min=0.0,
+        max=1.0,
+        help="Further noise in the model's input that is not in its target (arXiv:2301.11706), against accumulating "
+        "errors; 0.1 is usual.",
+    )
+    huber_c: float = option(
+        0.1, min=1e-6, max=100.0, help="Error from which the loss PseudoHuber is linear, so that outliers count less."
+    )
+    huber_schedule: Literal["constant", "snr"] = option(
+        "constant", help="huber_c over noise levels: snr raises it to 1 towards the clean end."
+    )
     zero_terminal_snr: bool = option(
         False,
         help="Rescale the noise schedule so that its last step is pure noise. Only for v-prediction models of the "
@@ -423,10 +443,13 @@ class LossSettings(Section, group="Training"):
             raise OptionError(f"min_noise must be below max_noise, got {least:g} and {greatest:g}; swap them")
 
     def idle_settings(self) -> Iterator[str]:
-        if self.loss_weighting == "none":
-            if not self.is_default("min_snr_gamma"):
-                yield f"min_snr_gamma {self.min_snr_gamma:g} has no effect without a loss_weighting."
-        elif self.objective == "x0" and self.loss_function == "MSE":
+        if self.loss_function != "PseudoHuber":
+            for name in ("huber_c", "huber_schedule"):
+                if not self.is_default(name):
+                    yield f"{name} {getattr(self, name)} has no effect without loss_function PseudoHuber."
+        if "min_snr" not in self.loss_weighting and not self.is_default("min_snr_gamma"):
+            yield f"min_snr_gamma {self.min_snr_gamma:g} has no effect without loss_weighting min_snr or soft_min_snr."
+        if self.loss_weighting != "none" and self.objective == "x0" and self.loss_function == "MSE":
             yield (
                 f"objective x0 has no effect with loss_weighting {self.loss_weighting}, which weights the error of the "
                 "clean picture for either objective; it has one with a loss_function other than MSE."
@@ -459,6 +482,13 @@ class MethodSettings(Section, group="Methods", costs=True):
         None, is_prompt=True, help="Name of the subject's class for preserve class, such as dog or person."
     )
     preserve_weight: float = option(1.0, min=0.0, max=1000.0, help="Weight of the loss of preserve.")
+    weight_change: float = option(
+        0.0,
+        min=0.0,
+        max=1000.0,
+        help="Weight in the loss of the squared change of all weights (arXiv:2505.19519), which keeps what the model "
+        "knew; of low-rank adapters. 0 disables it.",
+    )
     prior_target: Literal["picture", "model"] = option(
         "picture",
         help="Target of pictures of the class (prior preservation): the picture, which the base model should have "
@@ -695,7 +725,11 @@ class PreviewSettings(Section, group="Validation and previews", changes_numbers=
         max=100_000,
         help="Steps between previews. Default: a quarter of the run; the finished LoRA is always drawn.",
     )
-    preview_strengths: str = option("0.5,1", help="Strengths at which the finished LoRA is drawn, separated by commas.")
+    preview_strengths: str | None = option(
+        None,
+        help="Strengths at which the finished LoRA is drawn, separated by commas. Default: 0.5,1, and of a slider "
+        "-2,-1,1,2.",
+    )
     preview_steps: int = option(20, min=1, max=1000, help="Sampling steps of a preview.")
     preview_frames: int | None = option(
         None,

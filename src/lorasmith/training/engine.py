@@ -181,6 +181,11 @@ class Engine:
         flat, sums = self.flat, self._sums
         flat.zero()
         per_step = self.config.samples_per_step if sums else sum(len(batch.names) for batch in batches)
+        if self.runtime.processes.is_first:
+            for method in self.methods:
+                if (penalty := method.penalty(self.trained.adapters)) is not None:
+                    torch.autograd.backward(penalty * self._scale.scale)
+                    flat.collect()
         losses = []
         first = None
         for index, batch in enumerate(batches):

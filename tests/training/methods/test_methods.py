@@ -174,6 +174,34 @@ def test_a_slider_moves_to_both_ends(
     check(gradients(tiny, texts, reference, **settings, gradient_checkpointing=True))
 
 
+@pytest.mark.parametrize("settings", [{}, {"pissa": True}, {"targets": "all"}, {"alpha": 2.0}])
+def test_the_change_of_the_weights_has_a_price(tiny: Model, texts: EncodedDataset, settings: dict[str, Any]) -> None:
+    job = plan_job(tiny.denoiser, TrainConfig(rank=4, weight_change=0.3, training_dtype="fp32", **settings), "cpu")
+    plain = plan_job(tiny.denoiser, TrainConfig(rank=4, training_dtype="fp32", **settings), "cpu")
+    found = []
+    for one in (job, plain):
+        engine = engine_of(one)
+        random = torch.randn(len(engine.flat.master), generator=torch.Generator().manual_seed(0))
+        engine.flat.master.add_(random * 0.02)
+        with engine.prepared():
+            engine.gradient(batch_maker(one.model, texts, one.config, engine.runtime).step(0))
+        found.append(engine.flat.grad.clone())
+    engine.flat.zero()
+    total = torch.zeros(())
+    for path, adapter in plain.adapters.items():
+        weight = tiny.components.denoiser.get_submodule(path).get_parameter("weight").float()
+        down, up, _ = adapter.factors()  # type: ignore[operator]
+        change = adapter.scale * (up.flatten(1) @ down.flatten(1))  # type: ignore[operator]
+        total = total + 0.3 * change.square().sum()
+        torch.testing.assert_close(adapter.merged(weight) - weight, change.reshape(weight.shape), rtol=1e-3, atol=1e-5)
+    total.backward()
+    engine.flat.collect()
+    assert float(engine.flat.grad.norm()) > 0
+    torch.testing.assert_close(found[0], found[1] + engine.flat.grad, rtol=1e-4, atol=1e-6)
+    with pytest.raises(OptionError, match=r"weight_change is of low-rank adapters alone; choose LoRA"):
+        plan_job(tiny.denoiser, TrainConfig(weight_change=0.3, algorithm="LoKr"), "cpu")
+
+
 def test_methods_that_do_not_fit_are_refused(tiny: Model, texts: EncodedDataset) -> None:
     with pytest.raises(OptionError, match=r"guidance_loss is for models with distilled guidance.*; leave it out"):
         train(tiny, texts, steps=1, guidance_loss="3")

@@ -9,8 +9,9 @@ from lorasmith.training.methods.method import Method
 from lorasmith.training.methods.preservation import Preservation
 from lorasmith.training.methods.prior_prediction import PriorPrediction
 from lorasmith.training.methods.slider import Slider
+from lorasmith.training.methods.weight_change import WeightChange
 
-_METHODS: tuple[type[Method], ...] = (GuidanceLoss, PriorPrediction, MaskPrior, Preservation, Slider)
+_METHODS: tuple[type[Method], ...] = (GuidanceLoss, PriorPrediction, MaskPrior, Preservation, Slider, WeightChange)
 
 
 def methods_of(config: ResolvedConfig) -> tuple[Method, ...]:

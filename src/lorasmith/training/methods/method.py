@@ -61,6 +61,10 @@ class Method(ABC):
         """Further losses, (batch,) fp32 each; the backward pass of one ends before the next is asked for."""
         yield from ()
 
+    def penalty(self, adapters: Mapping[str, Adapter]) -> Tensor | None:
+        """A term of the whole step that depends on the weights alone, a scalar; None for none."""
+        return None
+
 
 @dataclass(frozen=True)
 class Goal:
