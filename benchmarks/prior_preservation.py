@@ -28,6 +28,7 @@ from lorasmith.runs.plan import plan
 from lorasmith.runs.run import Host, run
 from lorasmith.runs.spec import RunSpec
 from lorasmith.sampling.generate import generate
+from lorasmith.training.results import TrainResult
 from tools.pretrain.judge import Judge
 
 SUBJECT = ("sks lion", "sks lion, on a white background", "sks lion, noto style")
@@ -60,14 +61,15 @@ def scores(denoiser: Denoiser, judge: Judge, *, seeds: int) -> dict[str, float]:
     return found
 
 
-def trained(folder: Path, *, steps: int, **data: Any) -> Denoiser:
-    """The built-in model with the LoRA of a run on a folder."""
-    settings = {"steps": steps, "batch_size": 4, "rank": 8, "seed": 1, "learning_rate": 1e-3, "training_dtype": "fp32"}
-    settings |= {"trigger": SUBJECT[0], "captions": "none", **data}
+def trained(folder: Path, **changed: Any) -> tuple[TrainResult, Denoiser]:
+    """A run on a folder with the built-in model."""
+    settings = {"batch_size": 4, "rank": 8, "seed": 1, "learning_rate": 1e-3, "training_dtype": "fp32"}
+    settings |= {"trigger": SUBJECT[0], "captions": "none", **changed}
     output = f"{tempfile.mkdtemp()}/run"
     spec = RunSpec(sources=(ImageSource(str(folder)),), model=BUILT_IN, output=output, settings=settings)
     planned = plan(spec, Host())
-    return run(planned, Host()).lora.applied_to(planned.denoiser)
+    assert planned.denoiser is not None
+    return run(planned, Host()), planned.denoiser
 
 
 def measured(folder: Path, *, steps: int, seeds: int) -> dict[str, dict[str, float]]:
@@ -85,7 +87,10 @@ def measured(folder: Path, *, steps: int, seeds: int) -> dict[str, dict[str, flo
         "preserve blank": {"steps": steps, "preserve": "blank"},
     }
     found = {"base": scores(load_model(BUILT_IN).denoiser, judge, seeds=seeds)}
-    return found | {name: scores(trained(folder, **one), judge, seeds=seeds) for name, one in runs.items()}
+    for name, settings in runs.items():
+        result, base = trained(folder, **settings)
+        found[name] = scores(result.lora.applied_to(base), judge, seeds=seeds)
+    return found
 
 
 def main() -> None:

@@ -476,7 +476,7 @@ class MethodSettings(Section, group="Methods", costs=True):
         "none",
         help="Output preservation, without pictures of the class: hold the prediction for another text to the base "
         "model's. class is the caption with preserve_class in place of the trigger, blank the empty text, which keeps "
-        "the unconditional side of guidance. A step takes about 2.3 times as long.",
+        "the unconditional side of guidance. A step takes 2.4 times as long.",
     )
     preserve_class: str | None = option(
         None, is_prompt=True, help="Name of the subject's class for preserve class, such as dog or person."
