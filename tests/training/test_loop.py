@@ -230,10 +230,10 @@ def poison(monkeypatch: pytest.MonkeyPatch, spoilt: Callable[[int], float], *, s
     count = start
     original = engine.sample_losses
 
-    def poisoned(denoiser: Denoiser, batch: Any, config: Any, runtime: Any) -> Tensor:
+    def poisoned(denoiser: Denoiser, batch: Any, config: Any, runtime: Any, *target: Any) -> Tensor:
         nonlocal count
         count += 1
-        return original(denoiser, batch, config, runtime) * spoilt(count)
+        return original(denoiser, batch, config, runtime, *target) * spoilt(count)
 
     monkeypatch.setattr(engine, "sample_losses", poisoned)
 
@@ -339,11 +339,11 @@ def out_of_memory(monkeypatch: pytest.MonkeyPatch, too_large: Callable[[int, int
     seen: list[int] = []
     original = engine.sample_losses
 
-    def scarce(denoiser: Denoiser, batch: Any, config: Any, runtime: Any) -> Tensor:
+    def scarce(denoiser: Denoiser, batch: Any, config: Any, runtime: Any, *target: Any) -> Tensor:
         if too_large(len(batch.names), runtime.checkpoint_depth):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore lines")
         seen.append(len(batch.names))
-        return original(denoiser, batch, config, runtime)
+        return original(denoiser, batch, config, runtime, *target)
 
     monkeypatch.setattr(engine, "sample_losses", scarce)
     return seen
